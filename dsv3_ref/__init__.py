@@ -1,0 +1,27 @@
+"""DeepSeek-V3, readable and full-scale. Names are imported when first used."""
+
+from importlib import import_module
+
+_HOME = {
+    "Config": "config",
+    "TINY": "config",
+    "SMALL": "config",
+    "V2_LITE": "config",
+    "V3": "config",
+    "count": "config",
+    "Transformer": "model",
+    "generate": "decode",
+    "load": "run.checkpoint",
+    "save_hf": "run.checkpoint",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsv3_ref' has no attribute {name!r}")
+    return getattr(import_module(f"dsv3_ref.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Command line, data, checkpoints and reports: everything that has a path or a clock."""

@@ -1,0 +1,67 @@
+"""One look for every figure: a palette that colour-blind readers can tell apart, thin axes."""
+
+import sys
+
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#6B7280"
+COLOURS = [BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#D55E00", GREY]
+STYLE = {
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "font.size": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def figure(rows: int = 1, cols: int = 1, width: float = 8.0, height: float = 3.2, **kwargs):
+    """`plt.subplots` in the house style; width and height of the whole figure in inches."""
+    with plt.rc_context(STYLE):
+        return plt.subplots(rows, cols, figsize=(width, height), layout="constrained", **kwargs)
+
+
+def in_notebook() -> bool:
+    """True under a Jupyter kernel, False in a plain script."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def show(fig) -> None:
+    """Put a figure under the cell; in a plain script, draw it (so that errors show) and drop it."""
+    if in_notebook():
+        from IPython.display import display
+
+        display(fig)
+    else:
+        fig.canvas.draw()
+    plt.close(fig)
+
+
+def play(draw, **controls) -> None:
+    """Sliders over `draw(**values)` in a notebook (ipywidgets.interact); one call in a script.
+
+    Controls are those of `interact`: (low, high, step), a list of choices, a bool or a widget.
+    """
+    if in_notebook():
+        from ipywidgets import interact
+
+        interact(draw, **controls)
+    else:
+        draw(**{name: first(control) for name, control in controls.items()})
+
+
+def first(control):
+    """A starting value for a control, as `interact` would choose it."""
+    if hasattr(control, "value"):
+        return control.value
+    if isinstance(control, tuple):
+        low, high = control[:2]
+        return (low + high) // 2 if isinstance(low + high, int) else (low + high) / 2
+    return control[0] if isinstance(control, list) else control

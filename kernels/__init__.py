@@ -1,0 +1,1 @@
+"""Triton kernels, registered with `dsv3_ref.ops.impl(name, "triton")`."""
