@@ -79,7 +79,7 @@ def max_vio(load_e) -> float:
 
 @torch.no_grad()
 def update_bias(bias_e, load_e, gamma: float) -> None:
-    """Lift idle, lower busy experts: b += γ·sign(mean − load), loads of the global batch, §2.1.2."""
+    """Lift idle, lower busy experts: b += γ·sign(mean − load), load of the global batch, §2.1.2."""
     load_e = load_e.float()
     bias_e += gamma * (load_e.mean() - load_e).sign()
 
