@@ -9,7 +9,7 @@ from einops import einsum, rearrange
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import Linear, RMSNorm, impl, op
+from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op
 from dsv3_ref.rope import rotate, softmax_scale
 
 # ── Causal attention ──
@@ -18,6 +18,13 @@ from dsv3_ref.rope import rotate, softmax_scale
 def causal_mask(s: int, t: int, device=None):
     """True where query s may see key t; the queries are the last s of t positions."""
     return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
+
+
+def causal_softmax(score_bhst):
+    """Attention weights p = softmax over the keys that a query may see; in fp32 or wider."""
+    wide_bhst = score_bhst.to(torch.promote_types(score_bhst.dtype, torch.float32))
+    mask_st = causal_mask(*score_bhst.shape[-2:], score_bhst.device)
+    return wide_bhst.masked_fill(~mask_st, -torch.inf).softmax(-1)
 
 
 @op
@@ -32,13 +39,27 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
 
 @impl("attention", "naive")
 def _(q_bshx, k_bthx, v_bthv, scale):
-    score_bhst = einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t").float() * scale
-    mask = causal_mask(*score_bhst.shape[-2:], score_bhst.device)
-    p_bhst = score_bhst.masked_fill(~mask, -torch.inf).softmax(-1).to(v_bthv.dtype)
-    return einsum(p_bhst, v_bthv, "b h s t, b t h v -> b s h v")
+    p_bhst = causal_softmax(scale * einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t"))
+    return einsum(p_bhst.to(v_bthv.dtype), v_bthv, "b h s t, b t h v -> b s h v")
 
 
-# ── Attention inside the latent ──
+# ── Expanded: keys and values from the latent ──
+
+
+def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
+    """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
+
+    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head.
+    """
+    h, i = q_bshi.shape[2:]
+    kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
+    k_bthi, v_bthv = kv_bthx.tensor_split([i], dim=-1)
+    k_bthr = k_btr[:, :, None].expand(-1, -1, h, -1)  # the same for every head
+    q_bshx, k_bthx = torch.cat((q_bshi, q_bshr), -1), torch.cat((k_bthi, k_bthr), -1)
+    return attention(q_bshx, k_bthx, v_bthv, scale)
+
+
+# ── Absorbed: attention inside the latent ──
 
 
 @op
@@ -46,11 +67,7 @@ def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
     """Causal attention with the latent as key and value: o = softmax(scale·(q·c + q·k)) c."""
     score_bhst = einsum(q_bshc, c_btc, "b s h c, b t c -> b h s t")
     score_bhst = score_bhst + einsum(q_bshr, k_btr, "b s h r, b t r -> b h s t")
-    s, t = score_bhst.shape[-2:]
-    score_bhst = score_bhst.float() * scale
-    if s > 1:
-        score_bhst = score_bhst.masked_fill(~causal_mask(s, t, c_btc.device), -torch.inf)
-    p_bhst = score_bhst.softmax(-1).to(c_btc.dtype)
+    p_bhst = causal_softmax(scale * score_bhst).to(c_btc.dtype)
     return einsum(p_bhst, c_btc, "b h s t, b t c -> b s h c")
 
 
@@ -60,6 +77,16 @@ def _(q_bshc, q_bshr, c_btc, k_btr, scale):
     k_bthx = torch.cat((c_btc, k_btr), -1)[:, :, None].expand(-1, -1, q_bshc.shape[2], -1)
     v_bthc = c_btc[:, :, None].expand(-1, -1, q_bshc.shape[2], -1)
     return attention(q_bshx, k_bthx, v_bthc, scale)
+
+
+def absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
+    """`expanded` without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
+    h, i = q_bshi.shape[2:]
+    w_hxc = rearrange(wkv_b, "(h x) c -> h x c", h=h)
+    wk_hic, wv_hvc = w_hxc.tensor_split([i], dim=1)
+    q_bshc = einsum(q_bshi, wk_hic, "b s h i, h i c -> b s h c")
+    o_bshc = latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale)
+    return einsum(o_bshc, wv_hvc, "b s h c, h v c -> b s h v")
 
 
 # ── The latent cache ──
@@ -107,7 +134,7 @@ class MLA(nn.Module):
         self.wo = Linear(c.n_heads * c.v_head_dim, c.dim)
 
     def queries(self, x_bsd, rope):
-        """eq. 6–9: q = W^UQ RMSNorm(W^DQ x), its last r dims of each head turned."""
+        """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
         c = self.config
         q = self.wq_b(self.q_norm(self.wq_a(x_bsd))) if c.q_lora_rank else self.wq(x_bsd)
         q = rearrange(q, "b s (h x) -> b s h x", h=c.n_heads)
@@ -121,24 +148,6 @@ class MLA(nn.Module):
         k_bsr = rotate(k_bsr[:, :, None], *rope)[:, :, 0]
         return torch.cat((self.kv_norm(c_bsc), k_bsr), dim=-1)
 
-    def expanded(self, q_bshi, q_bshr, c_btc, k_btr):
-        """eq. 2, 4, 5, 10: keys and values of every head from the latent (training, prefill)."""
-        c = self.config
-        kv = rearrange(self.wkv_b(c_btc), "b t (h x) -> b t h x", h=c.n_heads)
-        k_bthi, v_bthv = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        k_bthr = k_btr[:, :, None].expand(-1, -1, c.n_heads, -1)
-        q_bshx, k_bthx = torch.cat((q_bshi, q_bshr), -1), torch.cat((k_bthi, k_bthr), -1)
-        return attention(q_bshx, k_bthx, v_bthv, softmax_scale(c))
-
-    def absorbed(self, q_bshi, q_bshr, c_btc, k_btr):
-        """The same without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
-        c = self.config
-        w = rearrange(self.wkv_b.weight, "(h x) c -> h x c", h=c.n_heads)
-        wk_hic, wv_hvc = w.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        q_bshc = einsum(q_bshi, wk_hic, "b s h i, h i c -> b s h c")
-        o_bshc = latent_attention(q_bshc, q_bshr, c_btc, k_btr, softmax_scale(c))
-        return einsum(o_bshc, wv_hvc, "b s h c, h v c -> b s h v")
-
     def forward(self, x_bsd, rope, cache: LayerCache | None = None):
         c = self.config
         q_bshi, q_bshr = self.queries(x_bsd, rope)
@@ -146,6 +155,6 @@ class MLA(nn.Module):
         kv = kv if cache is None else cache.append(kv)
         c_btc, k_btr = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         decoding = cache is not None and x_bsd.shape[1] == 1
-        absorb = decoding if self.absorb is None else self.absorb
-        o_bshv = (self.absorbed if absorb else self.expanded)(q_bshi, q_bshr, c_btc, k_btr)
-        return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))
+        attend = absorbed if (decoding if self.absorb is None else self.absorb) else expanded
+        o_bshv = attend(q_bshi, q_bshr, c_btc, k_btr, self.wkv_b.weight, softmax_scale(c))
+        return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))  # eq. 11

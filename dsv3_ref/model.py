@@ -31,7 +31,7 @@ class Block(nn.Module):
         return x_bsd + y_bsd, r
 
 
-# ── Sixty-one of them ──
+# ── A cache for every layer ──
 
 
 class Cache(list):
@@ -43,6 +43,9 @@ class Cache(list):
     @property
     def length(self) -> int:
         return self[0].length
+
+
+# ── Sixty-one of them ──
 
 
 class Transformer(nn.Module):

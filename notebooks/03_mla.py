@@ -14,6 +14,71 @@
 # %% [markdown]
 # # 03 · MLA: attention that remembers 576 numbers a token
 
+# %% [markdown]
+# ## Why
+# To write its next token, a model looks back at every earlier one. What it keeps of them, layer by
+# layer, is the **key-value cache**, and on a long conversation the cache outgrows the model. With
+# ordinary multi-head attention (MHA), 128 heads would each keep a key and a value of 128 numbers:
+# 32,768 numbers a token in every layer, **4 MB a token** over 61 layers, 524 GB for one conversation
+# of 128K tokens. Sharing keys and values among groups of heads (GQA) is the usual cure, and it
+# costs quality because heads lose their own view of the past. Multi-head latent attention (MLA)
+# keeps 576 numbers, one fifty-seventh, and every head still has keys and values of its own.
+
+# %%
+import os
+from dataclasses import replace
+
+import torch
+
+from dsv3_ref.config import TINY, V3
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, PINK, figure, play, show
+
+KEPT = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
+
+
+def draw_cache():
+    """bytes = 2 (bf16) · layers · numbers kept · tokens."""
+    fig, ax = figure(1, 1, 8, 3.6)
+    length = torch.tensor([2.0**k for k in range(10, 18)])
+    for (name, kept), colour, style in zip(KEPT.items(), (ORANGE, GREEN, BLUE), ("--", "-.", "-")):
+        ax.loglog(length, 2 * V3.n_layers * kept * length / 1e9, style, base=2, color=colour)
+        ax.annotate(f"{name}: {kept:,}", (length[-1], 2 * V3.n_layers * kept * length[-1] / 1e9),
+                    xytext=(6, -3), textcoords="offset points", color=colour)  # fmt: skip
+    ax.axhline(80, color=GREY, lw=1)
+    ax.annotate("all memory of one H800: 80 GB", (1024, 80), xytext=(6, 4), color=GREY,
+                textcoords="offset points")  # fmt: skip
+    ax.set(title="Cache of one conversation at V3's depth (numbers a token and layer)",
+           xlabel="length (tokens)", ylabel="cache (GB)", xlim=(1024, 2**17 * 3.2))  # fmt: skip
+    ax.set_yscale("log", base=10)
+    ax.set_xticks(length, [f"{int(x) // 1024}K" for x in length])
+    show(fig)
+
+
+assert KEPT["MHA, 128 heads"] / KEPT["MLA"] > 56 and 2 * V3.n_layers * KEPT["MLA"] == 70_272
+draw_cache()
+
+# %% [markdown]
+# ## Paper
+# Report §2.1.1, eq. 1–11. A token's hidden state is pressed into one short **latent** vector, from
+# which the keys and values of all heads can be made again. Only the latent is cached. Rotary
+# position (chapter 02) would get in the way of the trick that makes this fast, so it travels
+# separately: a single **rotary key** of 64 numbers a token, shared by all heads. Queries go through
+# a latent of their own, which saves activation memory in training, not cache. Both latents pass an
+# extra RMSNorm (§4.2).
+#
+# ![Data flow of MLA: x to query latent to heads; x to key-value latent and rotary key, through the cache, to heads](../figures/03_mla.svg)
+#
+# | report | parameter here | V3's shape |
+# |---|---|---|
+# | $W^{DKV}$, $W^{KR}$ | `wkv_a` | 7168 → 512 + 64 |
+# | $W^{UK}$, $W^{UV}$ | `wkv_b` | 512 → 128 · (128 + 128) |
+# | $W^{DQ}$ | `wq_a` | 7168 → 1536 |
+# | $W^{UQ}$, $W^{QR}$ | `wq_b` | 1536 → 128 · (128 + 64) |
+# | $W^{O}$ | `wo` | 128 · 128 → 7168 |
+#
+# D is *down*, U is *up*. Axes in this chapter: `s` query position, `t` key position, `h` head, `i`
+# head dim without position (128), `r` rope dim (64), `v` value dim (128), `c` latent (512).
+
 # %%
 #| export
 import torch
@@ -22,12 +87,21 @@ from einops import einsum, rearrange
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import Linear, RMSNorm, impl, op
+from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op
 from dsv3_ref.rope import rotate, softmax_scale
-
 
 # %% [markdown]
 # ## Causal attention
+# Where everything arrives in the end (eq. 10), for each head on its own:
+#
+# $$o_{s} = \sum_{t \le s'} \operatorname{softmax}_t\!\left(\text{scale}\cdot q_s^\top k_t\right) v_t,
+# \qquad s' = s + (T - S)$$
+#
+# with queries $(b, S, h, i{+}r)$ and keys $(b, T, h, i{+}r)$. While decoding, the $S$ queries are the
+# *last* of $T$ positions, hence the offset $T-S$: one query against a long past sees everything, and
+# a mask built as if both began at zero would let it see only the first key. The product is an op (a
+# function with several implementations, chapter 01): torch's fused attention, and next to it the
+# equation as it is printed.
 
 
 # %%
@@ -35,6 +109,13 @@ from dsv3_ref.rope import rotate, softmax_scale
 def causal_mask(s: int, t: int, device=None):
     """True where query s may see key t; the queries are the last s of t positions."""
     return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
+
+
+def causal_softmax(score_bhst):
+    """Attention weights p = softmax over the keys that a query may see; in fp32 or wider."""
+    wide_bhst = score_bhst.to(torch.promote_types(score_bhst.dtype, torch.float32))
+    mask_st = causal_mask(*score_bhst.shape[-2:], score_bhst.device)
+    return wide_bhst.masked_fill(~mask_st, -torch.inf).softmax(-1)
 
 
 @op
@@ -49,14 +130,96 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
 
 @impl("attention", "naive")
 def _(q_bshx, k_bthx, v_bthv, scale):
-    score_bhst = einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t").float() * scale
-    mask = causal_mask(*score_bhst.shape[-2:], score_bhst.device)
-    p_bhst = score_bhst.masked_fill(~mask, -torch.inf).softmax(-1).to(v_bthv.dtype)
-    return einsum(p_bhst, v_bthv, "b h s t, b t h v -> b s h v")
+    p_bhst = causal_softmax(scale * einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t"))
+    return einsum(p_bhst.to(v_bthv.dtype), v_bthv, "b h s t, b t h v -> b s h v")
 
+
+# %%
+# The fused form equals the printed one at every offset, and no query notices its future.
+from dsv3_ref.ops import IMPLS
+
+torch.manual_seed(0)
+for s, t in [(1, 1), (1, 7), (3, 7), (7, 7)]:
+    q, k, v = torch.randn(2, s, 4, 24), torch.randn(2, t, 4, 24), torch.randn(2, t, 4, 16)
+    want = IMPLS["attention"]["naive"](q, k, v, 0.2)
+    assert torch.allclose(attention(q, k, v, 0.2), want, atol=1e-6)
+k[:, 5:] += 1  # the future of positions 0 … 4
+assert torch.allclose(attention(q, k, v, 0.2)[:, :5], want[:, :5], atol=1e-6)
+print("3 queries, 5 positions:\n", causal_mask(3, 5).int().numpy())
 
 # %% [markdown]
-# ## Attention inside the latent
+# ## Expanded: keys and values from the latent
+# From the latent $c_t$ (512) and the rotary key $k^R_t$ (64), every head $h$ makes its own
+#
+# $$\begin{aligned}
+# k^C_{t,h} &= W^{UK}_h c_t && \text{(2)} & k_{t,h} &= [\,k^C_{t,h};\ k^R_t\,] && \text{(4)}\\
+# v_{t,h} &= W^{UV}_h c_t && \text{(5)} & q_{s,h} &= [\,q^C_{s,h};\ q^R_{s,h}\,] && \text{(9)}
+# \end{aligned}$$
+#
+# and then attends (eq. 10). $W^{UK}$ and $W^{UV}$ live in one matrix `wkv_b`: for each head first the
+# $i$ key rows, then the $v$ value rows. This is what training and prefill (reading a whole prompt at
+# once) use.
+
+
+# %%
+#| export
+def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
+    """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
+
+    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head.
+    """
+    h, i = q_bshi.shape[2:]
+    kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
+    k_bthi, v_bthv = kv_bthx.tensor_split([i], dim=-1)
+    k_bthr = k_btr[:, :, None].expand(-1, -1, h, -1)  # the same for every head
+    q_bshx, k_bthx = torch.cat((q_bshi, q_bshr), -1), torch.cat((k_bthi, k_bthr), -1)
+    return attention(q_bshx, k_bthx, v_bthv, scale)
+
+
+# %%
+B, S, T, H, X, R, V, C = 2, 3, 7, 4, 16, 8, 12, 20  # no two alike, so that no mix-up passes
+
+
+def random_inputs(dtype):
+    """Queries, latent, rotary key and wkv_b of a small attention."""
+    g = torch.Generator().manual_seed(1)
+    shapes = [(B, S, H, X), (B, S, H, R), (B, T, C), (B, T, R), (H * (X + V), C)]
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def by_head(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale):
+    """The equations as they are printed: batch by batch, head by head, plain matrices."""
+    out = torch.empty(B, S, H, V, dtype=q_bshi.dtype)
+    for b in range(B):
+        for h, w_xc in enumerate(wkv_b.split(X + V)):
+            wk_ic, wv_vc = w_xc[:X], w_xc[X:]
+            k_tx = torch.cat((c_btc[b] @ wk_ic.T, k_btr[b]), -1)  # eq. 2, 4
+            v_tv = c_btc[b] @ wv_vc.T  # eq. 5
+            q_sx = torch.cat((q_bshi[b, :, h], q_bshr[b, :, h]), -1)  # eq. 9
+            score_st = (scale * q_sx @ k_tx.T).masked_fill(~causal_mask(S, T), -torch.inf)
+            out[b, :, h] = score_st.softmax(-1) @ v_tv  # eq. 10
+    return out
+
+
+inputs = random_inputs(torch.float64)
+assert torch.allclose(expanded(*inputs, 0.2), by_head(*inputs, 0.2), atol=1e-12)
+print(f"cached a token: {C + R} numbers; made from them for attention: {H * (X + R + V)}")
+
+# %% [markdown]
+# ## Absorbed: attention inside the latent
+# Making keys and values of all past tokens again, for one new query, would be absurd: 128 × 256
+# numbers from each 512. But matrix products associate, so the matrix can change sides:
+#
+# $$q_{s,h}^\top \left(W^{UK}_h c_t\right) = \left(W^{UK\top}_h q_{s,h}\right)^{\!\top} c_t
+# \qquad\qquad
+# \sum_t p_{t}\left(W^{UV}_h c_t\right) = W^{UV}_h \sum_t p_{t}\, c_t$$
+#
+# Left: the query is mapped *into* the latent once, and meets cached latents directly. Right: the
+# values are averaged as latents and mapped out once. No token of the past is touched by a matrix.
+# Seen this way MLA is attention with a *single* key head, in which key and value are the same cached
+# vector, 512 wide. The core, in shapes $(b,s,h,c)$ against $(b,t,c)$, is an op of its own; on a GPU
+# its kernel reads each latent once for all 128 heads. Both forms are equal in exact arithmetic, so
+# their difference must shrink with the precision.
 
 
 # %%
@@ -66,11 +229,7 @@ def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
     """Causal attention with the latent as key and value: o = softmax(scale·(q·c + q·k)) c."""
     score_bhst = einsum(q_bshc, c_btc, "b s h c, b t c -> b h s t")
     score_bhst = score_bhst + einsum(q_bshr, k_btr, "b s h r, b t r -> b h s t")
-    s, t = score_bhst.shape[-2:]
-    score_bhst = score_bhst.float() * scale
-    if s > 1:
-        score_bhst = score_bhst.masked_fill(~causal_mask(s, t, c_btc.device), -torch.inf)
-    p_bhst = score_bhst.softmax(-1).to(c_btc.dtype)
+    p_bhst = causal_softmax(scale * score_bhst).to(c_btc.dtype)
     return einsum(p_bhst, c_btc, "b h s t, b t c -> b s h c")
 
 
@@ -82,8 +241,48 @@ def _(q_bshc, q_bshr, c_btc, k_btr, scale):
     return attention(q_bshx, k_bthx, v_bthc, scale)
 
 
+def absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
+    """`expanded` without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
+    h, i = q_bshi.shape[2:]
+    w_hxc = rearrange(wkv_b, "(h x) c -> h x c", h=h)
+    wk_hic, wv_hvc = w_hxc.tensor_split([i], dim=1)
+    q_bshc = einsum(q_bshi, wk_hic, "b s h i, h i c -> b s h c")
+    o_bshc = latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale)
+    return einsum(o_bshc, wv_hvc, "b s h c, h v c -> b s h v")
+
+
+# %%
+for dtype, tolerance in [(torch.float32, 1e-5), (torch.float64, 1e-13)]:
+    inputs = random_inputs(dtype)
+    want = expanded(*inputs, 0.2)
+    error = ((absorbed(*inputs, 0.2) - want).norm() / want.norm()).item()
+    assert error < tolerance, error
+    print(f"{dtype}: relative difference below {tolerance:g}")
+q_bshi, q_bshr, c_btc, k_btr, wkv_b = inputs
+q_bshc = torch.randn(B, S, H, C, dtype=torch.float64)
+both = [IMPLS["latent_attention"][b](q_bshc, q_bshr, c_btc, k_btr, 0.2) for b in ("torch", "naive")]
+assert torch.allclose(*both, atol=1e-12)
+
+# %% [markdown]
+# **Why position travels apart.** Had RoPE turned $k^C$ itself, a rotation would stand between the
+# two matrices: $q_s^\top R_{s-t} W^{UK} c_t$. It depends on the distance $s-t$, so a query would need
+# another mapping into the latent *for every key*. Below: how many directions these mappings span.
+
+# %%
+from dsv3_ref.rope import rope_table
+
+turning = replace(TINY, qk_rope_head_dim=X)
+query, wk_ic = torch.randn(1, 1, 1, X), wkv_b[:X].float()
+turned_ti = rotate(query.expand(1, T, 1, X), *rope_table(turning, torch.arange(T)))[0, :, 0]
+without, with_rope = query[0, :, 0] @ wk_ic, turned_ti @ wk_ic
+ranks = [torch.linalg.matrix_rank(m).item() for m in (without, with_rope)]
+print(f"latent queries that one query needs for {T} keys: {ranks[0]} without RoPE, {ranks[1]} with")
+assert ranks == [1, T]
+
 # %% [markdown]
 # ## The latent cache
+# One tensor $(b, T_{\max}, c{+}r)$ a layer, allocated once: appending writes in place, nothing is
+# copied and no memory fragments. In bf16 at V3's shape a token takes $2 \cdot 576$ bytes a layer.
 
 
 # %%
@@ -106,8 +305,31 @@ class LayerCache:
         return self.kv_btx[:, :end]
 
 
+# %%
+cache = LayerCache(V3, batch=1, max_len=8, dtype=torch.bfloat16)
+start = cache.kv_btx.data_ptr()
+seen = [cache.append(torch.randn(1, s, 576)) for s in (3, 1, 4)]
+assert [len(x[0]) for x in seen] == [3, 4, 8] and all(x.data_ptr() == start for x in seen)
+assert cache.kv_btx[0, 0].nbytes * V3.n_layers == 70_272
+try:
+    cache.append(torch.randn(1, 1, 576))
+    raise AssertionError("a full cache must refuse")
+except ValueError as e:
+    print(e)
+
 # %% [markdown]
 # ## The layer
+# What remains are the projections before and after. With $x_t$ the hidden state:
+#
+# $$\begin{aligned}
+# c_t &= \operatorname{RMSNorm}(W^{DKV} x_t) && \text{(1)} & k^R_t &= \operatorname{RoPE}(W^{KR} x_t) && \text{(3)}\\
+# c^Q_t &= \operatorname{RMSNorm}(W^{DQ} x_t) && \text{(6)} & [q^C_{t,1};\dots] &= W^{UQ} c^Q_t && \text{(7)}\\
+# [q^R_{t,1};\dots] &= \operatorname{RoPE}(W^{QR} c^Q_t) && \text{(8)} & u_t &= W^O [o_{t,1};\dots;o_{t,H}] && \text{(11)}
+# \end{aligned}$$
+#
+# `wkv_a` stacks $W^{DKV}$ on $W^{KR}$; `wq_b` interleaves $W^{UQ}$ and $W^{QR}$ head by head. Note what
+# is cached: the latent *after* its norm and the rotary key *after* its turn, so neither is computed
+# again. V2-Lite has no query latent; then a single `wq` makes the queries.
 
 
 # %%
@@ -133,7 +355,7 @@ class MLA(nn.Module):
         self.wo = Linear(c.n_heads * c.v_head_dim, c.dim)
 
     def queries(self, x_bsd, rope):
-        """eq. 6–9: q = W^UQ RMSNorm(W^DQ x), its last r dims of each head turned."""
+        """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
         c = self.config
         q = self.wq_b(self.q_norm(self.wq_a(x_bsd))) if c.q_lora_rank else self.wq(x_bsd)
         q = rearrange(q, "b s (h x) -> b s h x", h=c.n_heads)
@@ -147,24 +369,6 @@ class MLA(nn.Module):
         k_bsr = rotate(k_bsr[:, :, None], *rope)[:, :, 0]
         return torch.cat((self.kv_norm(c_bsc), k_bsr), dim=-1)
 
-    def expanded(self, q_bshi, q_bshr, c_btc, k_btr):
-        """eq. 2, 4, 5, 10: keys and values of every head from the latent (training, prefill)."""
-        c = self.config
-        kv = rearrange(self.wkv_b(c_btc), "b t (h x) -> b t h x", h=c.n_heads)
-        k_bthi, v_bthv = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        k_bthr = k_btr[:, :, None].expand(-1, -1, c.n_heads, -1)
-        q_bshx, k_bthx = torch.cat((q_bshi, q_bshr), -1), torch.cat((k_bthi, k_bthr), -1)
-        return attention(q_bshx, k_bthx, v_bthv, softmax_scale(c))
-
-    def absorbed(self, q_bshi, q_bshr, c_btc, k_btr):
-        """The same without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
-        c = self.config
-        w = rearrange(self.wkv_b.weight, "(h x) c -> h x c", h=c.n_heads)
-        wk_hic, wv_hvc = w.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        q_bshc = einsum(q_bshi, wk_hic, "b s h i, h i c -> b s h c")
-        o_bshc = latent_attention(q_bshc, q_bshr, c_btc, k_btr, softmax_scale(c))
-        return einsum(o_bshc, wv_hvc, "b s h c, h v c -> b s h v")
-
     def forward(self, x_bsd, rope, cache: LayerCache | None = None):
         c = self.config
         q_bshi, q_bshr = self.queries(x_bsd, rope)
@@ -172,6 +376,428 @@ class MLA(nn.Module):
         kv = kv if cache is None else cache.append(kv)
         c_btc, k_btr = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         decoding = cache is not None and x_bsd.shape[1] == 1
-        absorb = decoding if self.absorb is None else self.absorb
-        o_bshv = (self.absorbed if absorb else self.expanded)(q_bshi, q_bshr, c_btc, k_btr)
-        return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))
+        attend = absorbed if (decoding if self.absorb is None else self.absorb) else expanded
+        o_bshv = attend(q_bshi, q_bshr, c_btc, k_btr, self.wkv_b.weight, softmax_scale(c))
+        return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))  # eq. 11
+
+
+# %% [markdown]
+# Two checks. First the layer's parts against eq. 1, 3, 6–8 for one token, with the matrices cut out
+# by hand. Then the promise that makes generation possible: token by token on the cache equals the
+# whole sequence at once, in either form, and also when a prompt is read in pieces.
+
+
+# %%
+def filled(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Matrices from N(0, 1/fan-in), so that activations keep their size; norms stay 1."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=g)
+    return module
+
+
+c, length = replace(TINY, n_heads=4), 12
+mla, rope = filled(MLA(c)), rope_table(c, torch.arange(length))
+x_bsd = torch.randn(2, length, c.dim, generator=torch.Generator().manual_seed(2))
+norm = lambda y: y / (y.square().mean() + c.norm_eps).sqrt()
+turn = lambda y, t: rotate(y[None, None, None], *(table[t : t + 1] for table in rope))[0, 0, 0]
+
+x_d, t, head = x_bsd[0, 5], 5, 2
+w_dkv, w_kr = mla.wkv_a.weight.split([c.kv_lora_rank, c.qk_rope_head_dim])
+w_uq, w_qr = mla.wq_b.weight.view(c.n_heads, -1, c.q_lora_rank)[head].tensor_split([64])
+kept = mla.latent(x_bsd, rope)[0, t]
+assert torch.allclose(kept, torch.cat((norm(w_dkv @ x_d), turn(w_kr @ x_d, t))), atol=1e-5)
+c_q = norm(mla.wq_a.weight @ x_d)
+q_bshi, q_bshr = mla.queries(x_bsd, rope)
+assert torch.allclose(q_bshi[0, t, head], w_uq @ c_q, atol=1e-5)
+assert torch.allclose(q_bshr[0, t, head], turn(w_qr @ c_q, t), atol=1e-5)
+
+
+# %%
+@torch.no_grad()
+def in_pieces(mla, x_bsd, rope, sizes):
+    """The layer's output when the sequence arrives on a cache in pieces of these sizes."""
+    cache, out = LayerCache(mla.config, *x_bsd.shape[:2], dtype=x_bsd.dtype), []
+    for piece in x_bsd.split(sizes, dim=1):
+        at = slice(cache.length, cache.length + piece.shape[1])
+        out.append(mla(piece, [table[at] for table in rope], cache))
+    return torch.cat(out, dim=1)
+
+
+for mla.absorb in (None, False, True):
+    whole = mla(x_bsd, rope)
+    for sizes in ([1] * length, [length], [5, 1, 4, 2]):
+        assert torch.allclose(in_pieces(mla, x_bsd, rope, sizes), whole, atol=1e-5)
+    print(f"absorb={mla.absorb!s:6}token by token = in pieces = at once")
+mla.absorb = None
+
+# %% [markdown]
+# ### The scale after stretching the context
+# `softmax_scale` (chapter 02) is $1/\sqrt{i + r}$ of eq. 10; YaRN, which stretches 4K positions to
+# 160K, multiplies it by $(0.1\ln 40 + 1)^2 = 1.87$. The whole score is multiplied, content and
+# position alike, although RoPE touches only the latter. Why at all: among forty times the keys, a
+# softmax of the same sharpness spreads over forty times as many. The effective number of keys that
+# share the weight is $\exp$ of the entropy.
+
+# %%
+assert abs(softmax_scale(V3) - 192**-0.5 * (0.1 * torch.log(torch.tensor(40.0)) + 1) ** 2) < 1e-6
+factor = softmax_scale(V3) / softmax_scale(replace(V3, rope_factor=1.0))
+keys = torch.randn(163_840, generator=torch.Generator().manual_seed(0))
+for number, sharpness in [(4096, 1.0), (163_840, 1.0), (163_840, factor)]:
+    p = (sharpness * keys[:number]).softmax(0)
+    sharing = torch.exp(-(p * p.log()).sum())
+    print(f"{number:7,} keys, scale × {sharpness:.2f}: about {sharing:7,.0f} share the weight")
+
+# %% [markdown]
+# ## Experiment: how much must a token remember?
+# A single layer must do two things at once. *Content*: every token carries a key and a value and asks
+# for one earlier key; answer with that key's value. *Position*: name the value two tokens back. The
+# heads' full keys and values are 4 × (24 + 16) = 160 numbers; the latent is given 1, 2, 4 or 8, beside
+# a rotary key of 8. A last run keeps the latent of 8 and silences the rotary key.
+
+# %%
+STEPS = 20 if os.environ.get("DSV3_SHORT") else 240
+WORDS, D = 24, 64
+
+
+def recall_batch(n: int, g: torch.Generator):
+    """Tokens (key, value, asked key), (n, s, 3), and answers (its value, value two back)."""
+    key = torch.rand(n, WORDS, generator=g).argsort(-1)  # each key once in a sequence
+    value = torch.randint(WORDS, (n, WORDS), generator=g)
+    where = (torch.rand(n, WORDS, generator=g) * (torch.arange(WORDS) + 1)).long()
+    back = (torch.arange(WORDS) - 2).clamp(min=0).expand(n, WORDS)
+    tokens = torch.stack((key, value, key.gather(1, where)), -1)
+    return tokens, torch.stack((value.gather(1, where), value.gather(1, back)), -1)
+
+
+class Recall(nn.Module):
+    """Embedding, one MLA, and a head for each of the two questions."""
+
+    def __init__(self, latent: int):
+        super().__init__()
+        c = replace(TINY, dim=D, n_heads=4, q_lora_rank=0, kv_lora_rank=latent,
+                    qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, rope_theta=100.0)  # fmt: skip
+        self.rope = rope_table(c, torch.arange(WORDS))
+        self.embed, self.mla = nn.Embedding(3 * WORDS, D), filled(MLA(c))
+        self.head = nn.Linear(D, 2 * WORDS)
+
+    def embedded(self, tokens):
+        return self.embed(tokens + torch.arange(3) * WORDS).sum(-2)
+
+    def forward(self, tokens):
+        return self.head(self.mla(self.embedded(tokens), self.rope)).unflatten(-1, (2, WORDS))
+
+
+# %%
+def train_recall(latent: int, rotary: bool = True):
+    """Share of right answers a step, (steps, 2): by content, by position; and the model."""
+    torch.manual_seed(0)
+    g, model = torch.Generator().manual_seed(0), Recall(latent)
+    if not rotary:
+        model.rope = [0 * table for table in model.rope]  # cos = sin = 0: q^R and k^R vanish
+    optimizer, right = torch.optim.Adam(model.parameters(), 1e-2), []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 20) * (1 - step / STEPS)
+        tokens, answer = recall_batch(48, g)
+        logits = model(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 2), answer.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right.append((logits.argmax(-1) == answer).float().mean((0, 1)))
+    return torch.stack(right), model
+
+
+RUNS = {"latent 1": (1, True), "latent 2": (2, True), "latent 4": (4, True),
+        "latent 8": (8, True), "latent 8, no rotary key": (8, False)}  # fmt: skip
+recalled = {name: train_recall(*run) for name, run in RUNS.items()}
+final = {name: right[-20:].mean(0).tolist() for name, (right, _) in recalled.items()}
+for name, (content, position) in final.items():
+    print(f"{name:24} content {content:4.0%}   position {position:4.0%}")
+
+fig, axes = figure(1, 2, 9, 3.2, sharey=True)
+for (name, (right, _)), colour, style in zip(
+    recalled.items(), (PINK, GREY, ORANGE, BLUE, GREEN), (":", "-.", "--", "-", (0, (8, 2, 1, 2)))
+):
+    for question, ax in enumerate(axes):
+        smooth = right[:, question].unfold(0, min(10, STEPS), 1).mean(-1)
+        ax.plot(smooth, color=colour, linestyle=style, label=name)
+axes[0].set(title="Recall by content", xlabel="step", ylabel="share of right answers")
+axes[1].set(title="Recall by position: two back", xlabel="step")
+axes[1].legend(loc="center right", fontsize=8.5)
+show(fig)
+if STEPS > 100:  # long enough to have learned
+    assert min(final["latent 8"]) > 0.95 and max(final["latent 1"]) < 0.5
+    assert final["latent 8, no rotary key"][0] > 0.95 > 2 * final["latent 8, no rotary key"][1]
+
+# %% [markdown]
+# Eight numbers serve what 160 would store, one is far too few, and without the rotary key the layer
+# cannot count back, however well it finds content. Inside the trained layer a head's score is a sum
+# of two terms, $q^C\!\cdot k^C + q^R\!\cdot k^R$, which can be looked at one by one. Heads have divided the
+# work: in one the rotary term, constant along diagonals because it knows nothing but distance, picks
+# out "two back"; in another the content term finds the key that was asked for.
+
+
+# %%
+@torch.no_grad()
+def score_parts(model: Recall, tokens):
+    """Scaled scores (h, s, t) of one sequence: content term and rotary term."""
+    mla, c = model.mla, model.mla.config
+    x_bsd = model.embedded(tokens)
+    q_bshi, q_bshr = mla.queries(x_bsd, model.rope)
+    c_btc, k_btr = mla.latent(x_bsd, model.rope).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    wk_hic = rearrange(mla.wkv_b.weight, "(h x) c -> h x c", h=c.n_heads)[:, : c.qk_nope_head_dim]
+    content = einsum(q_bshi, wk_hic, c_btc, "b s h i, h i c, b t c -> b h s t")
+    position = einsum(q_bshr, k_btr, "b s h r, b t r -> b h s t")
+    return content[0] * softmax_scale(c), position[0] * softmax_scale(c)
+
+
+tokens, _ = recall_batch(1, torch.Generator().manual_seed(7))
+content_hst, position_hst = score_parts(recalled["latent 8"][1], tokens)
+p_hst = causal_softmax((content_hst + position_hst)[None])[0]
+two_back = p_hst.diagonal(-2, 1, 2).mean(-1)  # weight each head puts two tokens back
+asked_st = tokens[0, :, 2, None] == tokens[0, :, 0]
+finds = (p_hst * asked_st).sum(-1).mean(-1)  # weight on the token whose key was asked for
+print("weight two back  ", [f"{x:.2f}" for x in two_back.tolist()])
+print("weight on the key", [f"{x:.2f}" for x in finds.tolist()])
+
+fig, axes = figure(1, 3, 9.5, 3.4, sharey=True)
+h = int(two_back.argmax())
+panels = [("looks back: rotary score", position_hst[h]), ("looks back: attention", p_hst[h]),
+          ("finds the key: attention", p_hst[int(finds.argmax())])]  # fmt: skip
+for ax, (title, x_st) in zip(axes, panels):
+    seen_st = x_st.masked_fill(~causal_mask(WORDS, WORDS), torch.nan)
+    image = ax.imshow(seen_st, cmap="cividis")
+    fig.colorbar(image, ax=ax, shrink=0.75)
+    ax.set(title=title, xlabel="key position t")
+axes[2].plot(*asked_st.nonzero().T.flip(0), "o", mfc="none", mec="#D55E00", ms=7, mew=1.2)
+axes[0].set_ylabel("query position s")
+axes[2].set_xlabel("key position t (○: asked-for key)")
+show(fig)
+
+# %% [markdown]
+# ## Play: when does which form win?
+# Both forms of one layer, in multiply-adds × 2, for $s$ new queries against a cache of $t$ latents, of
+# which $n = s\,t - s(s-1)/2$ pairs are visible:
+#
+# $$\text{expanded} = 2h\,[\,t\,c(i+v) + n(i+r+v)\,], \qquad \text{absorbed} = 2h\,[\,s\,c(i+v) + n(2c+r)\,]$$
+#
+# Expanding costs once a *key*, absorbing once a *query*; but inside the latent each pair costs 1088
+# instead of 320. So a single query wants to be absorbed and a whole prompt expanded; they break even
+# near 170 queries. Watch how the crossing moves with the width of the latent.
+
+
+# %%
+def attention_flops(c: Config, s, t):
+    """FLOPs of (expanded, absorbed) attention of one layer, projections of x not counted."""
+    head = c.qk_nope_head_dim + c.v_head_dim
+    pairs = s * t - s * (s - 1) / 2
+    expand = t * c.kv_lora_rank * head + pairs * (head + c.qk_rope_head_dim)
+    absorb = s * c.kv_lora_rank * head + pairs * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+    return 2 * c.n_heads * expand, 2 * c.n_heads * absorb
+
+
+def draw_flops(log2_context: int = 15, latent: int = 512):
+    """FLOPs against new queries, and the two forms' ratio, at V3's heads."""
+    c, t = replace(V3, kv_lora_rank=latent), 2**log2_context
+    s = torch.logspace(0, log2_context, 2000, base=2, dtype=torch.float64)
+    expand, absorb = attention_flops(c, s, t)
+    even = s[(absorb > expand).int().argmax()] if absorb[-1] > expand[-1] else None
+    fig, axes = figure(1, 2, 9.5, 3.4)
+    axes[0].loglog(s, expand, "--", base=2, color=ORANGE, label="expanded")
+    axes[0].loglog(s, absorb, base=2, color=BLUE, label="absorbed")
+    axes[0].set_yscale("log", base=10)
+    axes[0].legend()
+    axes[0].set(title=f"{t:,} positions, latent of {latent}", ylabel="FLOPs, one layer")
+    axes[1].semilogx(s, absorb / expand, base=2, color=BLUE)
+    axes[1].axhline(1, color=GREY, lw=1)
+    note = "absorbed always cheaper" if even is None else f"break even near {even:.0f} queries"
+    axes[1].set(title=note, ylabel="absorbed / expanded", ylim=(0, None))
+    for ax in axes:
+        ax.set_xlabel("new queries s")
+        ax.set_xticks([4**k for k in range(log2_context // 2 + 1)])
+        ax.get_xaxis().set_major_formatter(lambda x, _: f"{x:,.0f}")
+        ax.tick_params(axis="x", rotation=45)
+    show(fig)
+
+
+(one, one_absorbed), (prompt, prompt_absorbed) = (
+    attention_flops(V3, s, 32_768) for s in (1, 32_768)
+)
+print(f"expanded / absorbed: {one / one_absorbed:.0f} for one query, "
+      f"{prompt / prompt_absorbed:.2f} for a prompt of 32K")  # fmt: skip
+assert one > 100 * one_absorbed and prompt < prompt_absorbed / 3
+draw_flops()
+play(draw_flops, log2_context=(10, 17, 1), latent=[512, 64, 128, 256, 1024])
+
+# %% [markdown]
+# ## Exercises
+# Fill in a function and run its cell; the checkers come first.
+#
+# **1 · Compute.** How many groups could GQA afford, at a head dim of 128, with the cache of MLA?
+
+
+# %%
+def checker(test):
+    """Make of a test with asserts a checker: prints a verdict, returns True or False."""
+
+    def check(fn) -> bool:
+        try:
+            test(fn)
+        except Exception as e:  # a mistake in the reader's function earns a hint, not a traceback
+            said = "" if isinstance(e, AssertionError) or "ellipsis" in str(e) else f" ({e!r})"
+            print(f"✗ not yet: {test.__doc__}{said}")
+            return False
+        print("✓ right")
+        return True
+
+    return check
+
+
+@checker
+def check_groups(fn):
+    """compare the numbers kept, 576 here and 2·128 a group."""
+    assert abs(fn(V3) - 2.25) < 1e-9
+    assert abs(fn(replace(V3, kv_lora_rank=448)) - 2) < 1e-9
+
+
+@checker
+def check_break_even(fn):
+    """set both FLOPs equal with n = s·t and solve for s."""
+    for t in (4096, 131_072):
+        s = fn(V3, t)
+        expand, absorb = attention_flops(V3, s, t)
+        extra = V3.n_heads * s * (s - 1) * (2 * V3.kv_lora_rank - 256)  # the mask's corner
+        assert abs((absorb + extra) / expand - 1) < 1e-6
+
+
+@checker
+def check_forgetful(fn):
+    """right for s = t; for 2 queries after 3 positions it must hide keys that should be seen."""
+    assert torch.equal(fn(6, 6), causal_mask(6, 6))
+    assert fn(2, 5).shape == (2, 5) and (causal_mask(2, 5) & ~fn(2, 5)).any()
+
+
+@checker
+def check_fold(fn):
+    """the result is (h, d, c): for each head W^O_h W^UV_h."""
+    g = torch.Generator().manual_seed(3)
+    wv_hvc, wo_dx = torch.randn(3, 4, 5, generator=g), torch.randn(7, 12, generator=g)
+    o_hc = torch.randn(3, 5, generator=g)
+    want = wo_dx @ torch.einsum("hvc,hc->hv", wv_hvc, o_hc).flatten()
+    assert torch.allclose(torch.einsum("hdc,hc->d", fn(wv_hvc, wo_dx), o_hc), want, atol=1e-5)
+
+
+# %%
+def my_groups(c: Config) -> float:
+    return ...
+
+
+check_groups(my_groups)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Two and a quarter: MLA gives 128 heads a view of their own for the price of 2.25 shared ones.
+#
+# ```python
+# def my_groups(c):
+#     return (c.kv_lora_rank + c.qk_rope_head_dim) / (2 * c.v_head_dim)
+# ```
+# </details>
+#
+# **2 · Predict.** At how many new queries do both forms cost the same for a cache of $t$ positions? Take
+# $n = s\,t$ pairs. What does it tend to for $t \to \infty$?
+
+
+# %%
+def my_break_even(c: Config, t: int) -> float:
+    return ...
+
+
+check_break_even(my_break_even)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# $t\,c(i+v) = s\,[\,c(i+v) + t(2c-i-v)\,]$; for long contexts $s \to 131072/768 = 171$ at V3's shape.
+#
+# ```python
+# def my_break_even(c, t):
+#     up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+#     return t * up / (up + t * (2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim))
+# ```
+# </details>
+#
+# **3 · Break.** Write the causal mask that many first versions have: faultless in training, wrong as
+# soon as several tokens are added to a cache. What would one notice?
+
+
+# %%
+def my_forgetful_mask(s: int, t: int):
+    return ...
+
+
+check_forgetful(my_forgetful_mask)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# No error, and a perfect training curve; but reading a prompt in pieces, or checking several drafted
+# tokens at once, gives other text than reading it whole.
+#
+# ```python
+# def my_forgetful_mask(s, t):
+#     return torch.ones(s, t, dtype=torch.bool).tril()
+# ```
+# </details>
+#
+# **4 · Extend.** $W^{UV}$ could be absorbed into $W^O$ as well. Fold them: from `wv_hvc` and `wo_dx`, with
+# `x` = h·v, make one matrix $(h, d, c)$. Then count its numbers at V3's shape: would you store it?
+
+
+# %%
+def my_fold(wv_hvc, wo_dx):
+    return ...
+
+
+check_fold(my_fold)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# $128 \cdot 7168 \cdot 512 = 470$M numbers a layer where the two factors hold 8.4M + 117M: more bytes to
+# read for every token decoded. Associativity allows much that arithmetic forbids.
+#
+# ```python
+# def my_fold(wv_hvc, wo_dx):
+#     wo_dhv = rearrange(wo_dx, "d (h v) -> d h v", h=wv_hvc.shape[0])
+#     return einsum(wo_dhv, wv_hvc, "d h v, h v c -> h d c")
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# At 671B, one layer, decoding one token against each cached latent: 1152 bytes come from memory and
+# meet 128 heads. Whether the memory or the arithmetic of a GPU binds is decided by their ratio.
+#
+# - **Decoding** sits just below the ridge: bandwidth binds at one query, arithmetic at two. Hence the two
+#   headlines of DeepSeek's MLA kernel, bytes a second in the one case and FLOPs in the other. Chapter
+#   10's kernel takes the place of `latent_attention`; long caches are split among blocks whose partial
+#   softmaxes are merged.
+# - **Training** expands, and keys and values of one token weigh seventy times its latent. The report
+#   keeps the latent and computes the up-projections again in the backward pass (§3.2.3).
+# - **Mesh.** Heads can be divided among GPUs, the latent cannot: each would keep the whole cache. Training
+#   uses no tensor parallelism at all; decoding uses a little (4-way) and spreads *conversations* over 80
+#   data-parallel groups (§3.4). Chapter 18 takes it up.
+
+# %%
+bytes_read = 2 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
+flops = 2 * V3.n_heads * (2 * V3.kv_lora_rank + V3.qk_rope_head_dim)
+ridge = 989e12 / 3.35e12  # H800: bf16 FLOP/s over bytes/s
+print(f"MLA decode: {flops / bytes_read:.0f} FLOPs a byte, MHA 1; an H800 balances at {ridge:.0f}")
+print(f"two queries a step (MTP, chapter 06): {2 * flops / bytes_read:.0f}")
+expanded_bytes = 2 * V3.n_heads * (V3.qk_nope_head_dim + V3.qk_rope_head_dim + V3.v_head_dim)
+print(f"a token and layer: keys and values {expanded_bytes:,} bytes, latent {bytes_read:,} bytes")
+print(f"cache of 128K tokens: {2**17 * V3.n_layers * bytes_read / 1e9:.1f} GB")

@@ -14,6 +14,31 @@
 # %% [markdown]
 # # 05 · The whole model
 
+# %% [markdown]
+# ## Why
+# The parts are ready: attention in chapter 03, experts in chapter 04. Stacking them is twenty lines,
+# and twenty lines in which nothing raises an error when they are wrong. A norm in the wrong place, a
+# cache that is off by one, an embedding tied to the head by mistake: each gives a model that runs,
+# trains, and is not DeepSeek-V3.
+#
+# One number is hard to hit by accident: **671,026,419,200**. Chapter 00 found it by arithmetic. Here
+# we build the model at full size, without a byte of memory, count what was built, and demand the
+# same number. Then we ask of a small model what no count can tell: does a token see its future, does
+# the cache give what the whole sequence gives, do all weights learn?
+#
+# ![Tokens pass an embedding, 61 blocks along one residual stream, a norm and a head](../figures/05_model.svg)
+
+# %% [markdown]
+# ## What the report says
+# Section 2.1 keeps the frame of the Transformer and changes its two halves: attention becomes MLA,
+# the feed-forward network becomes DeepSeekMoE (figure 2 of the report). Section 4.2 gives the sizes:
+# 61 layers of width 7168, the first three with a dense FFN and the others with experts, every weight
+# drawn with standard deviation 0.006, and two RMSNorms more than usual, on the two latents of MLA.
+# It adds up to 671B parameters, of which a token uses 37B.
+#
+# Embedding and head are two separate matrices. Nothing has a bias, but for the gate, whose bias is
+# no parameter at all (chapter 04).
+
 # %%
 #| export
 import torch
@@ -25,9 +50,35 @@ from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
 from dsv3_ref.rope import rope_table
 
+# %%
+import math
+import os
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsv3_ref.config import SIZES, TINY, V3, count
+from dsv3_ref.ops import use
+from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, figure, play, show
+
+torch.manual_seed(0)
+SHORT = bool(os.environ.get("DSV3_SHORT"))
 
 # %% [markdown]
 # ## One block
+# A block never replaces what it is given. It reads the *residual stream* $x$, computes something,
+# and adds it back, twice:
+#
+# $$u = x + \mathrm{MLA}(\mathrm{RMSNorm}(x)), \qquad
+#   y = u + \mathrm{FFN}(\mathrm{RMSNorm}(u)), \qquad x, u, y \in \mathbb{R}^{b\times s\times d}$$
+#
+# The norm stands *before* each half (pre-norm), so an unbroken line of additions leads from the last
+# layer back to the embedding, and the gradient with it. In the report these two additions appear as
+# the residual connections of figure 2, and as the $u_t +$ of eq. 12.
+#
+# A block returns its output and, if it has experts, the `Route` its gate chose: the balancing of
+# chapter 04 needs it later.
 
 
 # %%
@@ -49,7 +100,28 @@ class Block(nn.Module):
 
 
 # %% [markdown]
-# ## Sixty-one of them
+# Two checks. With both output matrices at zero a block must hand its input through, bit for bit:
+# that is what "adds to the stream" means. And because of the norms, a stream a thousand times
+# larger gets the *same* addition, so late layers of a large stream change it relatively less.
+
+# %%
+block = Block(TINY, index=0)
+for p in block.parameters():
+    if p.ndim > 1:
+        nn.init.normal_(p, std=0.02)
+x_bsd, rope = torch.randn(2, 10, TINY.dim), rope_table(TINY, torch.arange(10))
+added, added_large = (block.attn(block.attn_norm(a * x_bsd), rope) for a in (1, 1000))
+torch.testing.assert_close(added, added_large, atol=1e-6, rtol=1e-4)
+for a, y in ((1, added), (1000, added_large)):
+    print(f"stream of rms {a:4}: attention adds {y.square().mean().sqrt():.4f}")
+nn.init.zeros_(block.attn.wo.weight), nn.init.zeros_(block.ffn.w2.weight)
+assert torch.equal(block(x_bsd, rope)[0], x_bsd)
+assert isinstance(Block(TINY, 0).ffn, MLP) and isinstance(Block(TINY, 1).ffn, MoE)
+
+# %% [markdown]
+# ## A cache for every layer
+# While decoding, each layer keeps the latent of every past position (chapter 03). The model's cache
+# is therefore just a list, and it holds as many positions as its first layer does.
 
 
 # %%
@@ -65,6 +137,34 @@ class Cache(list):
         return self[0].length
 
 
+# %%
+held = [
+    layer.kv_btx for layer in Cache(V3, batch=1, max_len=1, device="meta", dtype=torch.bfloat16)
+]
+per_token = sum(kv.numel() * kv.element_size() for kv in held)
+assert per_token == count(V3).cache_bytes == 70_272
+print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_token:,} bytes a token")
+
+# %% [markdown]
+# ## Sixty-one of them
+# $$h_0 = \mathrm{Emb}(t), \qquad h_l = \mathrm{Block}_l(h_{l-1}), \qquad
+#   \mathrm{logit} = W^{\mathrm{out}}\,\mathrm{RMSNorm}(h_{L}), \qquad
+#   W^{\mathrm{out}} \in \mathbb{R}^{w\times d}$$
+#
+# Three choices are worth a look before the code.
+#
+# - **`features` and `forward` are apart.** `features` stops at the normed hidden state. Training
+#   multiplies it with the head inside the loss, chapter 06 hands it on to the MTP module, generation
+#   needs logits of the last position only. At V3's vocabulary, logits of one 4K sequence in fp32
+#   take 2.1 GB; whoever does not need them should not pay.
+# - **Layers sit in a `ModuleDict` under their global number**, not in a list. When a pipeline stage
+#   drops the layers that it does not own, `layers.37` is still called `layers.37`, and a checkpoint
+#   fits whatever the cut was.
+# - **Positions are counted from what the cache holds.** This is the off-by-one of many a model.
+
+
+# %%
+#| export
 class Transformer(nn.Module):
     """Tokens (b, s) → logits (b, s, w); with a cache, the tokens continue what it holds."""
 
@@ -98,6 +198,14 @@ class Transformer(nn.Module):
 
 # %% [markdown]
 # ## First weights
+# Every matrix is drawn from a normal distribution, every norm starts as 1, every gate bias as 0
+# (§4.2):
+#
+# $$W_{oi} \sim \mathcal{N}(0,\ \mathrm{std}^2), \qquad \mathrm{std} = 0.006 \text{ for V3}$$
+#
+# There is no special rule by depth or by width. What counts is how much a matrix enlarges a vector,
+# std·√(fan-in): 0.006·√7168 = 0.51 at V3's width. Our small configs are narrower, so they take a
+# larger std, 0.02, to come near it (0.02·√256 = 0.32).
 
 
 # %%
@@ -116,7 +224,33 @@ def init_weights(model: nn.Module, std: float) -> None:
 
 
 # %% [markdown]
+# A forward pass on `TINY`, and a number that can be predicted without running it. The head sees
+# a vector with mean square 1 (it was normed), so each logit is a normal variable of variance
+# $\sigma^2 = d\cdot\mathrm{std}^2$, and the expected loss of the untrained model is
+#
+# $$\mathcal{L}_0 = \ln w + \tfrac12\, d\,\mathrm{std}^2$$
+#
+# The first term is blind guessing; the second is the price of guessing with confidence and
+# without knowledge.
+
+# %%
+model = Transformer(TINY)
+tokens_bs = torch.randint(TINY.vocab_size, (8, 65))
+with torch.no_grad():
+    logit_bsw = model(tokens_bs[:, :-1])
+first_loss = F.cross_entropy(logit_bsw.flatten(0, 1), tokens_bs[:, 1:].flatten()).item()
+predicted = math.log(TINY.vocab_size) + TINY.dim * TINY.init_std**2 / 2
+print(
+    f"logits {tuple(logit_bsw.shape)}; loss {first_loss:.3f}, predicted {predicted:.3f}, ln w {math.log(4096):.3f}"
+)
+assert logit_bsw.shape == (8, 64, TINY.vocab_size)
+assert abs(first_loss - predicted) < 0.03
+assert abs(logit_bsw.var().item() - TINY.dim * TINY.init_std**2) < 0.01
+
+# %% [markdown]
 # ## Where everything is
+# Balancing experts, counting their load, sharding them: all of these walk over the MoE layers by
+# name. One function lists them, in the order in which `features` returns their routes.
 
 
 # %%
@@ -124,3 +258,525 @@ def init_weights(model: nn.Module, std: float) -> None:
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """Every MoE by name, in the order in which routes are returned (MTP modules last)."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+
+
+# %%
+with torch.no_grad():
+    routes = model.features(tokens_bs)[1]
+names = list(moe_layers(model))
+print(names)
+assert names == [f"layers.{i}.ffn" for i in (1, 2, 3)] + ["mtp.0.block.ffn"]
+assert len(routes) == 3  # the main model's; the MTP module adds its own in chapter 06
+
+# %% [markdown]
+# ## The count
+# `torch.device("meta")` makes tensors with a shape and no storage: 671 billion parameters in a
+# second or two. The sum must be chapter 00's number, exactly, gate biases included and the MTP
+# module left out. The MTP module is counted by itself.
+
+# %%
+with torch.device("meta"):
+    giant = Transformer(V3)
+size = {n: t.numel() for n, t in [*giant.named_parameters(), *giant.named_buffers()]}
+
+
+def part(name: str) -> str:
+    """The row of the table to which a parameter belongs."""
+    kinds = {"mtp": "MTP module", "embed": "embedding", "head": "head", ".attn.": "attention (MLA)",
+             ".experts.": "routed experts", ".shared_experts.": "shared expert", ".gate.": "gate and its bias",
+             ".ffn.": "dense FFN"}  # fmt: skip
+    return next((row for key, row in kinds.items() if key in name), "norms")
+
+
+rows = dict.fromkeys(map(part, size), 0)
+for name, n in size.items():
+    rows[part(name)] += n
+mtp = rows.pop("MTP module")
+share = V3.n_activated_experts / V3.n_routed_experts
+used = {row: int(n * share) if row == "routed experts" else n for row, n in rows.items()}
+for row in sorted(rows, key=rows.get, reverse=True):
+    print(f"{row:18}{rows[row]:>17,}  used by a token {used[row]:>15,}")
+print(f"{'all':18}{sum(rows.values()):>17,}  used by a token {sum(used.values()):>15,}")
+assert sum(rows.values()) == count(V3).total == 671_026_419_200
+assert sum(used.values()) == count(V3).activated == 37_552_297_472
+assert mtp == count(V3).mtp
+
+# %%
+fig, ax = figure(width=8, height=3.2)
+order = sorted((r for r in rows if r != "norms"), key=rows.get)
+y = range(len(order))
+ax.barh([i + 0.2 for i in y], [rows[r] / 1e9 for r in order], 0.38, color=GREY, label="stored")
+ax.barh([i - 0.2 for i in y], [used[r] / 1e9 for r in order], 0.38, color=ORANGE, hatch="///",
+        edgecolor="white", label="used by one token")  # fmt: skip
+for i, r in enumerate(order):
+    ax.text(rows[r] / 1e9 * 1.1, i + 0.2, f"{rows[r] / 1e9:.2f}", va="center", fontsize=8)
+    ax.text(used[r] / 1e9 * 1.1, i - 0.2, f"{used[r] / 1e9:.2f}", va="center", fontsize=8)
+ax.set(
+    xscale="log",
+    xlabel="billion parameters (log scale)",
+    yticks=list(y),
+    yticklabels=order,
+    xlim=(0.05, 3000),
+)
+ax.set_title("V3 stores 671B parameters, 97 % of them in routed experts; a token uses 37.6B")
+ax.legend(loc="lower right")
+show(fig)
+
+# %% [markdown]
+# "37B activated" hides a counting rule. With both embeddings it is 37.55B, as above. But a token
+# reads a single row of the input embedding; without that matrix it is 36.63B. The report rounds
+# either to 37B. State the rule whenever you state the number.
+
+# %% [markdown]
+# ## No token sees its future
+# Change token $j$ and look at every logit. Positions before $j$ must not move; all others should.
+# One batch does all changes at once: row $j$ is the same sentence with token $j$ replaced.
+
+# %%
+with torch.no_grad():
+    sentence_s = tokens_bs[0, :24]
+    changed_bs = sentence_s.repeat(24, 1)
+    changed_bs.diagonal().copy_((sentence_s + 1) % TINY.vocab_size)
+    delta_ij = (
+        (model(changed_bs) - model(sentence_s[None])).abs().amax(-1)
+    )  # row i: token i changed
+before = delta_ij.tril(-1).max().item()
+after = delta_ij[torch.ones(24, 24, dtype=torch.bool).triu()].min().item()
+print(f"largest change before the changed token {before:.0e}, smallest from it on {after:.0e}")
+assert before < 1e-5 < 1e-3 < after
+
+# %%
+fig, ax = figure(width=5.4, height=3.9)
+image = ax.imshow(delta_ij.clamp(min=1e-7).log10(), cmap="cividis", vmin=-7, vmax=0)
+fig.colorbar(image, label="log₁₀ of the largest logit change")
+ax.set(xlabel="position whose logits are read", ylabel="position of the changed token")
+ax.set_title("A changed token moves only logits at and after it")
+show(fig)
+
+# %% [markdown]
+# What remains below the diagonal is rounding: the experts' products sum in another order when
+# other tokens share the batch.
+
+# %% [markdown]
+# ## A cache changes nothing but the time
+# *Prefill* reads a prompt at once and fills the cache; *decode* then feeds one token at a time. MLA
+# even uses two different forms for the two (expanded and absorbed, chapter 03). All of it together
+# must give the logits of one plain pass, whatever the cuts.
+
+
+# %%
+def in_pieces(model: Transformer, tokens_bs, lengths: list[int]):
+    """Logits (b, s, w) of tokens fed piece by piece through a cache."""
+    cache = Cache(model.config, *tokens_bs.shape)
+    return torch.cat([model(piece, cache) for piece in tokens_bs.split(lengths, dim=1)], dim=1)
+
+
+with torch.no_grad():
+    whole = model(tokens_bs)
+    for lengths in ([64, 1], [40] + [1] * 25, [1] * 65, [7, 30, 1, 27]):
+        error = (in_pieces(model, tokens_bs, lengths) - whole).abs().max().item()
+        print(
+            f"{len(lengths):3} pieces, first of {lengths[0]:2}: agrees within 1e-4: {error < 1e-4}"
+        )
+        assert error < 1e-4
+
+# %% [markdown]
+# ## Two sets of names
+# Our parameters carry the names of DeepSeek's own inference code. The files on Hugging Face use other
+# names for the same tensors; `dsv3_ref/run/checkpoint.py` translates, in both directions. All under
+# `model.layers.N.` on their side and `layers.N.` on ours, but for the last two rows:
+#
+# | here | Hugging Face | shape in V3 |
+# |---|---|---|
+# | `attn_norm`, `ffn_norm` | `input_layernorm`, `post_attention_layernorm` | 7168 |
+# | `attn.wq_a`, `attn.q_norm`, `attn.wq_b` | `self_attn.q_a_proj`, `.q_a_layernorm`, `.q_b_proj` | 1536×7168, 1536, 24576×1536 |
+# | `attn.wkv_a` | `self_attn.kv_a_proj_with_mqa` | 576×7168 |
+# | `attn.kv_norm`, `attn.wkv_b` | `self_attn.kv_a_layernorm`, `.kv_b_proj` | 512, 32768×512 |
+# | `attn.wo` | `self_attn.o_proj` | 7168×16384 |
+# | `ffn.w1`, `ffn.w2`, `ffn.w3` (dense) | `mlp.gate_proj`, `.down_proj`, `.up_proj` | 18432×7168 and its transpose |
+# | `ffn.gate.weight`, `ffn.gate.bias` | `mlp.gate.weight`, `.gate.e_score_correction_bias` | 256×7168, 256 |
+# | `ffn.experts.w1[e]`, … | `mlp.experts.{e}.gate_proj`, … | 256 × 2048×7168 |
+# | `ffn.shared_experts.w1`, … | `mlp.shared_experts.gate_proj`, … | 2048×7168 |
+# | `mtp.0.enorm`, `.hnorm`, `.eh_proj`, `.block.*`, `.norm` | `model.layers.61.enorm`, `.hnorm`, `.eh_proj`, the block's names, `.shared_head.norm` | eh_proj 7168×14336 |
+# | `embed`, `norm`, `head` | `model.embed_tokens`, `model.norm`, `lm_head` | 129280×7168 |
+#
+# One trap: `w1` is the *gate* of SwiGLU and `w3` the *up* projection; `w2` leads back down. And
+# the experts, 256 small files' worth of matrices there, are one stacked tensor here, because a grouped
+# product wants them side by side.
+
+# %%
+shapes = {n: tuple(p.shape) for n, p in giant.named_parameters()}
+assert shapes["layers.60.attn.wkv_a.weight"] == (576, 7168)
+assert shapes["layers.60.attn.wkv_b.weight"] == (32_768, 512)
+assert shapes["layers.60.ffn.experts.w1"] == (256, 2048, 7168)
+assert shapes["mtp.0.eh_proj.weight"] == (7168, 14_336)
+assert giant.layers["60"].ffn.gate.bias.shape == (256,) and "layers.60.ffn.gate.bias" not in shapes
+print(
+    f"{len(shapes):,} parameter tensors, {len(size) - len(shapes)} gate biases (58 layers and the MTP module)"
+)
+
+# %% [markdown]
+# ## Experiment: learn one batch by heart
+# The shortest proof that all parts are joined: a few random tokens, the same every step. Random
+# tokens have nothing to be understood, so the loss can fall only if the model memorises them, and
+# for that the gradient has to reach every part. It starts at the predicted 8.37 nats.
+
+# %%
+STEPS = 12 if SHORT else 50
+torch.manual_seed(1)
+pupil = Transformer(replace(TINY, n_mtp_layers=0))
+batch_bs = torch.randint(TINY.vocab_size, (4, 65))
+optimizer = torch.optim.AdamW(pupil.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+probe = {key: [] for key in ("loss", "embed", "experts", "attn")}
+
+
+def learn_step(model, tokens_bs) -> float:
+    """One AdamW step on the mean cross-entropy, gradients clipped at norm 1 (§4.2)."""
+    loss = F.cross_entropy(model(tokens_bs[:, :-1]).flatten(0, 1), tokens_bs[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def stream_rms(model: Transformer, tokens_bs) -> list[float]:
+    """Root mean square of the residual stream after the embedding and after every block."""
+    seen = []
+    hooks = [m.register_forward_hook(lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y))
+             for m in (model.embed, *model.layers.values())]  # fmt: skip
+    with torch.no_grad():
+        model.features(tokens_bs)
+    for hook in hooks:
+        hook.remove()
+    return [x.square().mean().sqrt().item() for x in seen]
+
+
+stream_first = stream_rms(pupil, batch_bs)
+curve = [learn_step(pupil, batch_bs) for _ in range(STEPS)]
+stream_last = stream_rms(pupil, batch_bs)
+silent = [n for n, p in pupil.named_parameters() if not p.grad.abs().sum() > 0]
+print(
+    f"loss {curve[0]:.2f} → {curve[-1]:.2f} nats; parameters without gradient: {silent or 'none'}"
+)
+assert abs(curve[0] - predicted) < 0.05 and not silent
+assert curve[-1] < (0.75 if SHORT else 0.25) * curve[0]
+
+# %%
+fig, (left, right) = figure(1, 2, width=9, height=3.2)
+left.plot(curve, color=BLUE)
+left.axhline(predicted, color=GREY, linestyle="--")
+left.text(
+    STEPS * 0.98,
+    predicted - 0.15,
+    "predicted at init",
+    color=GREY,
+    ha="right",
+    va="top",
+    fontsize=9,
+)
+left.set(
+    title="One batch, learned by heart", xlabel="step", ylabel="loss (nats a token)", ylim=(0, 9)
+)
+right.semilogy(stream_first, "o-", color=BLUE, label="at init")
+right.semilogy(stream_last, "s--", color=ORANGE, label=f"after {STEPS} steps")
+right.set(title="The residual stream grows with depth", xlabel="after block (0: the embedding)",
+          ylabel="rms of the stream", xticks=range(TINY.n_layers + 1))  # fmt: skip
+right.legend()
+show(fig)
+
+# %% [markdown]
+# The right panel shows what pre-norm does. The embedding starts at rms 0.02, its std, and the first
+# block, which sees the *normed* embedding, adds several times as much. Afterwards each block adds
+# about the same to a stream that is larger every time. Would that go on for 61 layers? Additions that
+# are independent grow like √depth, so the stream stays moderate. We can look: only width and std
+# decide the size of an addition, so a narrow model of 61 layers will do.
+
+# %%
+deep = replace(TINY, n_layers=61, n_dense_layers=61, n_mtp_layers=0)
+fig, ax = figure(width=7, height=3)
+for std, colour, line in ((0.01, BLUE, "-"), (0.02, ORANGE, "--"), (0.032, COLOURS[2], ":")):
+    torch.manual_seed(2)
+    rms = stream_rms(Transformer(replace(deep, init_std=std)), batch_bs[:2, :32])
+    ax.plot(rms, line, color=colour, label=f"std·√d = {std * 16:.2f}")
+    assert 1.5 < rms[60] / rms[15] < 2.6  # √depth from block 15 to 60 would be ×2
+ax.set(
+    title="61 blocks at init: the stream grows like √depth",
+    xlabel="after block",
+    ylabel="rms of the stream",
+)
+ax.legend(title="size of a weight; V3: 0.51")
+show(fig)
+
+# %% [markdown]
+# ## Play: where the FLOPs go
+# A matrix costs two FLOPs (a multiplication and an addition) a weight and token. Attention costs, on
+# top, $2h(i{+}r{+}v)$ for every key that a query sees, on average half the context. Below, `flops`
+# counts a token's forward pass by part. First it must agree with what PyTorch itself counts while
+# `TINY` runs; there a query multiplies with all $s$ keys, masked or not.
+
+
+# %%
+def flops(c: Config, keys: float) -> dict[str, float]:
+    """Forward FLOPs of one token by part, each query meeting `keys` keys."""
+    n_moe, expert = c.n_layers - c.n_dense_layers, 6 * c.dim * c.moe_inter_dim
+    q_in = c.q_lora_rank or c.dim
+    q = c.dim * c.q_lora_rank + q_in * c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    kv = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim)
+    up = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    out = c.n_heads * c.v_head_dim * c.dim
+    met = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    return {
+        "MLA matrices": 2 * c.n_layers * (q + kv + up + out),
+        "attention to keys": 2 * c.n_layers * met * keys,
+        "routed experts": n_moe * c.n_activated_experts * (expert + 2 * c.dim),  # and their sum
+        "shared expert": n_moe * c.n_shared_experts * expert,
+        "gate": 2 * n_moe * c.n_routed_experts * c.dim,
+        "dense FFN": 6 * c.n_dense_layers * c.dim * c.inter_dim,
+        "head": 2 * c.dim * c.vocab_size,
+    }
+
+
+with torch.no_grad(), use("naive", "torch"), FlopCounterMode(display=False) as counter:
+    model(tokens_bs)
+counted, ours = counter.get_total_flops(), sum(flops(TINY, keys=65).values()) * tokens_bs.numel()
+print(f"PyTorch counts {counted:,} FLOPs, we {ours:,}")
+assert counted == ours
+
+# %%
+PARTS = list(flops(V3, 1))
+HATCH = ["", "///", "", "...", "", "\\\\\\", "xx"]
+
+
+def draw_flops(size: str = "v3", longest: int = 17):
+    """Share of a token's forward FLOPs by part, for contexts of 2^10 … 2^longest tokens."""
+    lengths = range(10, longest + 1)
+    table = [flops(SIZES[size], keys=2**n / 2) for n in lengths]
+    total = [sum(row.values()) for row in table]
+    fig, ax = figure(width=8.6, height=3.6)
+    bottom = [0.0] * len(table)
+    for name, colour, hatch in zip(PARTS, COLOURS, HATCH):
+        value = [100 * row[name] / t for row, t in zip(table, total)]
+        ax.bar(
+            range(len(table)),
+            value,
+            0.75,
+            bottom,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=name,
+        )
+        bottom = [b + v for b, v in zip(bottom, value)]
+    labels = [f"{2**n // 1024}K\n{t / 1e9:.3g} G" for n, t in zip(lengths, total)]
+    ax.set(xticks=range(len(table)), xticklabels=labels, ylabel="share of FLOPs (%)",
+           xlabel="context, with forward GFLOPs a token below")  # fmt: skip
+    ax.set_title(f"{size}: long contexts turn a model of experts into a model of attention")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    show(fig)
+
+
+draw_flops()
+
+# %%
+play(draw_flops, size=list(SIZES)[::-1], longest=(11, 20, 1))
+
+# %% [markdown]
+# ## Exercises
+# Fill in the function, run the cell, and let the check below it tell. Every check prints what is
+# wrong when it can.
+
+
+# %%
+def attempt(test, hint: str) -> bool:
+    """Run a test of the reader's function: print ✓ or the hint, and never raise."""
+    try:
+        right = bool(test())
+    except Exception as e:
+        todo = "llipsis" in str(e)  # the `...` that the exercise starts with
+        print("… not filled in yet" if todo else f"✗ {type(e).__name__}: {e}")
+        return False
+    print("✓ right" if right else f"✗ {hint}")
+    return right
+
+
+def check_share(fn) -> bool:
+    truth = {V3: 653_908_770_816 / 671_026_419_200, TINY: 4_718_592 / count(TINY).total}
+    return attempt(lambda: all(math.isclose(fn(c), t, rel_tol=1e-9) for c, t in truth.items()),
+                   "three matrices an expert, and only the layers after the dense ones have experts")  # fmt: skip
+
+
+def check_first_loss(fn) -> bool:
+    sizes = [TINY, replace(TINY, vocab_size=256), replace(TINY, init_std=0.06)]
+
+    def test():
+        for c in sizes:
+            torch.manual_seed(3)
+            with torch.no_grad():
+                logit = Transformer(replace(c, n_mtp_layers=0))(tokens_bs[:, :-1] % c.vocab_size)
+            target_n = (tokens_bs[:, 1:] % c.vocab_size).flatten()
+            if abs(F.cross_entropy(logit.flatten(0, 1), target_n).item() - fn(c)) > 0.06:
+                return False
+        return True
+
+    return attempt(test, "ln w is only the first term: what is the variance of a logit?")
+
+
+def check_parallel(fn) -> bool:
+    b = model.layers["1"]
+    x = torch.randn(1, 6, TINY.dim)
+    rope = rope_table(TINY, torch.arange(6))
+
+    def test():
+        want = x + b.attn(b.attn_norm(x), rope) + b.ffn(b.ffn_norm(x))[0]
+        return torch.allclose(fn(b, x, rope), want, atol=1e-5)
+
+    return attempt(test, "both halves read x; the MoE returns a pair")
+
+
+def check_prefill(fn) -> bool:
+    longest = []
+
+    def test():
+        cache = Cache(TINY, *tokens_bs.shape)
+        watch = model.layers["0"].register_forward_pre_hook(
+            lambda _, a: longest.append(a[0].shape[1])
+        )
+        with torch.no_grad():
+            got = fn(model, tokens_bs, cache, 16)
+            watch.remove()
+            want = model(tokens_bs)[:, -1]
+        return torch.allclose(got, want, atol=1e-4) and max(longest) <= 16 and cache.length == 65
+
+    return attempt(
+        test, "feed at most `chunk` tokens at a time, return logits (b, w) of the last position"
+    )
+
+
+# %% [markdown]
+# **1 · Compute.** Which fraction of all main-model parameters sits in routed experts? Use only fields
+# of the config and `count`.
+
+
+# %%
+def my_share(c: Config) -> float:
+    return ...
+
+
+check_share(my_share)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_share(c):
+#     n_moe = c.n_layers - c.n_dense_layers
+#     return n_moe * c.n_routed_experts * 3 * c.dim * c.moe_inter_dim / count(c).total
+# ```
+# 97.45 % for V3. This is why expert parallelism comes before every other kind.
+# </details>
+
+# %% [markdown]
+# **2 · Predict.** The loss of an untrained model of any config, in nats. The check builds three
+# of them, one with three times the std, and compares.
+
+
+# %%
+def my_first_loss(c: Config) -> float:
+    return ...
+
+
+check_first_loss(my_first_loss)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_first_loss(c):
+#     return math.log(c.vocab_size) + c.dim * c.init_std**2 / 2
+# ```
+# For V3: ln 129,280 + 7168·0.006²/2 = 11.77 + 0.13 = 11.90 nats. A first loss far from this number is
+# the cheapest alarm of a training run.
+# </details>
+
+# %% [markdown]
+# **3 · Break.** Some models compute both halves of a block from the *same* input, so that they can
+# run at once: $y = x + \mathrm{MLA}(\mathrm{norm}_1(x)) + \mathrm{FFN}(\mathrm{norm}_2(x))$. Write it for our `Block`. (Loading V3's
+# weights into it would give nonsense, and no error.)
+
+
+# %%
+def my_parallel(block: Block, x_bsd, rope):
+    return ...
+
+
+check_parallel(my_parallel)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_parallel(block, x_bsd, rope):
+#     y = block.ffn(block.ffn_norm(x_bsd))
+#     y_bsd = y[0] if isinstance(y, tuple) else y
+#     return x_bsd + block.attn(block.attn_norm(x_bsd), rope) + y_bsd
+# ```
+# </details>
+
+# %% [markdown]
+# **4 · Extend.** A prompt of 100,000 tokens at once needs much memory for activations. Prefill it in
+# chunks: feed at most `chunk` tokens at a time into the cache and return the logits of the last
+# position, (b, w). Do not compute logits that nobody reads.
+
+
+# %%
+def my_prefill(model: Transformer, tokens_bs, cache: Cache, chunk: int):
+    return ...
+
+
+check_prefill(my_prefill)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_prefill(model, tokens_bs, cache, chunk):
+#     for piece_bs in tokens_bs.split(chunk, dim=1):
+#         h_bsd, _ = model.features(piece_bs, cache)
+#     return model.head(h_bsd[:, -1])
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# What one copy of the model asks of the hardware, and how fast the report's machines really ran.
+# An H800 has 80 GB of memory and, like the H100, a peak near 989 TFLOP/s in bf16 and 1979 in FP8.
+
+# %%
+n = count(V3).total
+forward = sum(flops(V3, keys=4096 / 2).values())
+spent = 3 * forward * 14.8e12  # backward costs two forwards; 14.8T tokens
+rate = spent / (2664e3 * 3600)
+print(
+    f"weights: {n / 1e9:.0f} GB in FP8, {2 * n / 1e9:.0f} GB in bf16: at least {-(-n // 80e9):.0f} or {-(-2 * n // 80e9):.0f} GPUs of 80 GB"
+)
+print(
+    f"training state: fp32 master and gradient, two bf16 moments: 12 bytes a parameter, {12 * n / 1e12:.1f} TB"
+)
+print(
+    f"forward at 4K: {forward / 1e9:.1f} GFLOPs a token; 14.8T tokens, forward and backward: {spent:.1e} FLOPs"
+)
+print(
+    f"in 2664K GPU hours (§1): {rate / 1e12:.0f} TFLOP/s a GPU, {100 * rate / 989e12:.0f} % of the bf16 peak, {100 * rate / 1979e12:.0f} % of FP8's"
+)
+assert -(-n // 80e9) == 9 and 380e12 < rate < 400e12
+
+# %% [markdown]
+# - **Training is bound by FLOPs**, once the all-to-all between experts is hidden behind them. 387
+#   TFLOP/s a GPU leaves out the MTP module and recomputation, so the machines did somewhat more.
+# - **Decoding is bound by memory**: a single token reads the 37B weights that it uses; many tokens
+#   read nearly all 671B, and share the cost.
+# - **Who takes over.** The products go through the ops of chapter 01 (`linear`, `grouped_linear`), whose Triton
+#   kernels take the same calls. The experts, 97 % of the bytes, are spread over the expert axis
+#   of the device mesh, 64-way in the report. The `ModuleDict` of layers is cut into 16 pipeline
+#   stages. Neither changes a line of this chapter.

@@ -18,7 +18,6 @@
 #| export
 import math
 import random
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,19 +43,32 @@ def fim(text: str, rng: random.Random, rate: float) -> tuple[str, str, str] | No
 
 
 # %% [markdown]
+# ## Tokens that end in a line break
+
+
+# %%
+#| export
+def split_newlines(
+    tokens: list[int], splits: dict[int, list[int]], rng: random.Random, rate: float
+):
+    """With probability `rate`, spell a punctuation-and-newline token as its two parts (§4.1)."""
+    out: list[int] = []
+    for token in tokens:
+        out += splits[token] if token in splits and rng.random() < rate else [token]
+    return out
+
+
+# %% [markdown]
 # ## Packing
 
 
 # %%
 #| export
-def pack(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
-    """Documents laid end to end and cut into rows of `length` tokens; nothing is padded (§4.1)."""
-    rest: list[int] = []
-    for tokens in documents:
-        rest += tokens
-        while len(rest) >= length:
-            yield rest[:length]
-            rest = rest[length:]
+def pack(rest: list[int], tokens: list[int], length: int) -> tuple[list[list[int]], list[int]]:
+    """Lay a document after what is left over and cut rows of `length`; nothing is padded (§4.1)."""
+    line = rest + tokens
+    end = len(line) - len(line) % length
+    return [line[i : i + length] for i in range(0, end, length)], line[end:]
 
 
 # %% [markdown]
@@ -110,7 +122,7 @@ def balance(model: Transformer, load_le, gamma: float) -> None:
 # %%
 #| export optim
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -119,6 +131,8 @@ import torch
 class Recipe:
     """How V3 was trained (§4.2); every `_at` is a fraction of the run's tokens."""
 
+    steps: int = 242_768  # 14.8T tokens (computed)
+    seq_len: int = 4096  # T
     lr: float = 2.2e-4
     lr_end: float = 2.2e-5
     lr_last: float = 7.3e-6
@@ -141,6 +155,23 @@ class Recipe:
 
 # %%
 #| export optim
+RECIPES = {
+    "v3": Recipe(),
+    "tiny": replace(
+        Recipe(), steps=400, seq_len=256, batch_start=2, batch=8, warmup_steps=20,
+        lr=3e-3, lr_end=3e-4, lr_last=1e-4,
+    ),
+    "small": replace(
+        Recipe(), steps=20_000, seq_len=2048, batch_start=32, batch=128, warmup_steps=400,
+        lr=6e-4, lr_end=6e-5, lr_last=2e-5,
+    ),
+    "v2_lite": replace(
+        Recipe(), steps=100_000, batch_start=512, batch=2304, lr=4.2e-4, lr_end=4.2e-5,
+        lr_last=1.4e-5, mtp_weight=0.0, mtp_weight_end=0.0, alpha=1e-3, gamma=0.0,
+    ),
+}  # fmt: skip
+
+
 def lr_at(r: Recipe, step: int, done: float) -> float:
     """Warm up over steps; then by fraction of tokens `done`: constant, cosine, constant, lower."""
     if step < r.warmup_steps:

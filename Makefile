@@ -1,0 +1,63 @@
+# Every target makes what it needs: .venv first, then the packages, once.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: help train test test-full lab export book clean
+
+help:
+	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
+	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make test       the short tests (minutes)   make test-full   all of them (up to an hour)"
+	@echo "make export     notebooks -> dsv3_ref/*.py  make book        execute and store the notebooks"
+
+train: .venv/core
+	$(BIN)/dsv3 train --config tiny $(ARGS)
+
+lab: .venv/lab
+	$(BIN)/jupyter lab notebooks
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+test-full: .venv/dev
+	$(BIN)/python -m pytest --full
+
+export: .venv/dev
+	$(BIN)/python tools/export.py
+
+book: .venv/dev
+	$(BIN)/python tools/export.py
+	$(BIN)/python tools/book.py $(CHAPTERS)
+
+clean:
+	rm -rf .venv
+
+# ── Installation ──
+# torch first: with an NVIDIA GPU the newest ordinary wheel; without one a CPU build. Where the
+# package index would bring CUDA libraries along, torch comes from PyTorch's own CPU index instead.
+.venv/torch:
+	@test -x $(BIN)/python || { echo "· creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "· installing PyTorch"
+	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then $(PIP) "torch>=2.11"; \
+	elif $(BIN)/pip install --dry-run --disable-pip-version-check "$(TORCH)" 2>/dev/null | grep -q "nvidia-"; \
+	then $(PIP) "$(TORCH)" --index-url $(CPU_INDEX); \
+	else $(PIP) "$(TORCH)"; fi
+	@touch $@
+
+.venv/core: .venv/torch pyproject.toml
+	@echo "· installing dsv3_ref"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/lab: .venv/core
+	@echo "· installing JupyterLab"
+	@$(PIP) -e ".[lab]"
+	@touch $@
+
+.venv/dev: .venv/core
+	@echo "· installing what the tests need"
+	@$(PIP) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,89 @@
+"""Byte-level BPE with V3's pre-tokenizer and special tokens."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dsv3_ref.config import UserError
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+SPECIAL = [BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"]
+DIGITS = r"\p{N}{1,3}"
+CJK = "[一-龥぀-ゟ゠-ヿ]+"
+WORDS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"  # one sign and the letters after it
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"  # a word with the space before it
+    "| ?[\\p{P}\\p{S}]+[\r\n]*"  # punctuation, line breaks joined on: §4.1
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+
+
+def untrained() -> Tokenizer:
+    """V3's splitting rules over an empty byte-level BPE."""
+    t = Tokenizer(models.BPE())
+    split = [pre_tokenizers.Split(Regex(p), "isolated") for p in (DIGITS, CJK, WORDS)]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    t.decoder = decoders.ByteLevel()
+    return t
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn `vocab_size` tokens, the special ones first; the same texts give the same tokens."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(SPECIAL)
+    if vocab_size < least:
+        raise UserError(
+            f"vocab_size {vocab_size} is too small: bytes and special tokens need {least}"
+        )
+    t = untrained()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    t.train_from_iterator(texts, trainer)
+    return as_text(t)
+
+
+def as_text(t: Tokenizer) -> Tokenizer:
+    """Read special tokens in a text as plain characters: data cannot forge a document's end."""
+    t.encode_special_tokens = True
+    return t
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """A `tokenizer.json` with V3's special tokens."""
+    path = directory / "tokenizer.json" if directory.is_dir() else directory
+    if not path.is_file():
+        raise UserError(f"no tokenizer.json in {directory}")
+    try:
+        t = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises a bare Exception
+        raise UserError(f"{path} is not a tokenizer: {e}") from None
+    missing = [s for s in SPECIAL[:6] if t.token_to_id(s) is None]
+    if missing:
+        raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
+    return as_text(t)
+
+
+def byte_lengths(t: Tokenizer) -> list[int]:
+    """Bytes of text behind each token; special tokens stand for none."""
+    added = set(t.get_added_tokens_decoder())
+    tokens = (t.id_to_token(i) for i in range(t.get_vocab_size()))
+    return [0 if i in added else len(token) for i, token in enumerate(tokens)]
+
+
+def newline_splits(t: Tokenizer) -> dict[int, list[int]]:
+    """Tokens that join punctuation to line breaks, each with the two that spell the same (§4.1)."""
+    vocab, newline = t.get_vocab(), "Ċ"  # 'Ċ' is the byte-level sign for a line feed
+    pairs = {}
+    for token, i in vocab.items():
+        head = token.rstrip(newline)
+        parts = [head, token[len(head) :]]
+        if head and parts[1] and not head[-1].isalnum() and all(p in vocab for p in parts):
+            pairs[i] = [vocab[p] for p in parts]
+    return pairs

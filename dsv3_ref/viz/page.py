@@ -1,0 +1,144 @@
+"""One HTML file that needs nothing else: figures inlined as SVG, styles inside, no request.
+
+Everything that comes from data passes through `text`, which escapes it; the page also forbids
+scripts and outside resources by its own content security policy.
+"""
+
+import io
+import json
+import re
+from html import escape
+
+import matplotlib.pyplot as plt
+
+STYLE = """
+:root { color-scheme: light; --ink: #1f2430; --soft: #5b6472; --line: #d9dee5; --back: #ffffff;
+  --card: #f4f6f9; --mark: #ffe9b3; --link: #0060a0; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; --ink: #e4e8ee; --soft: #a3adba; --line: #39414d; --back: #14181f;
+    --card: #1e242d; --mark: #5c4a12; --link: #7cc4f5; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 50rem; background: var(--back);
+  color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .8rem;
+  border-top: 1px solid var(--line); }
+a { color: var(--link); }
+nav { font-size: .9rem; margin: 1.2rem 0 0; }
+nav a { display: inline-block; padding: .25rem .9rem .25rem 0; }
+.soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
+dl.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .6rem;
+  margin: 1.2rem 0; }
+dl.tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
+dl.tiles dt { color: var(--soft); font-size: .85rem; }
+dl.tiles dd { margin: 0; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0 1.6rem; break-inside: avoid; }
+.wide { overflow-x: auto; }
+.wide svg { display: block; width: 100%; min-width: 34rem; height: auto; }
+figcaption { margin-top: .3rem; }
+table { border-collapse: collapse; width: 100%; margin: .6rem 0 1rem; font-size: .92rem; }
+caption { text-align: left; padding-bottom: .3rem; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere; font-weight: normal; }
+thead th { color: var(--soft); }
+td { font-variant-numeric: tabular-nums; }
+td.number, th.number { text-align: right; padding-right: 0; }
+tr.ours > * { font-weight: 600; }
+pre, code { font: .9rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+  overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; background: var(--card); border-radius: .5rem; padding: .8rem 1rem;
+  margin: .3rem 0 1.2rem; }
+mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: .05rem .15rem; }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
+  .wide { overflow: visible; } .wide svg { min-width: 0; } h2 { break-after: avoid; }
+  mark { border-bottom: 2px solid #000; } tr, dl.tiles div { break-inside: avoid; } }
+"""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+# ── Figures ──
+
+
+def titles(fig) -> str:
+    """What a figure says in words: the titles of its axes, a sentence each."""
+    return ". ".join(ax.get_title() for ax in fig.axes if ax.get_title())
+
+
+def svg(fig, name: str, alt: str) -> str:
+    """A figure as inline SVG that takes the page's ink colour; `name` keeps its ids its own."""
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        fig.savefig(out, format="svg", transparent=True, metadata=nothing, dpi=160)
+    plt.close(fig)
+    code = out.getvalue()
+    head, body = code[code.index("<svg") :].split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)[0]
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'href="#', f'href="#{name}-', body).replace("url(#", f"url(#{name}-")
+    body = re.sub(r"#000000\b", "currentColor", body)
+    body = re.sub(r"font: ([\w. ]*?px) [^;\"]*", r"font: \1 system-ui, sans-serif", body)
+    return f'<svg {box} role="img" aria-label="{text(alt)}">{body}'
+
+
+def drawing(fig, name: str, caption: str) -> str:
+    """A figure with its caption; wider than a phone, it scrolls inside its own box."""
+    alt = titles(fig)
+    return (
+        f'<figure><div class="wide" tabindex="0" role="group" aria-label="{text(alt)}">'
+        f"{svg(fig, name, alt)}</div><figcaption>{text(caption)}</figcaption></figure>"
+    )
+
+
+# ── Words and tables ──
+
+
+def text(value) -> str:
+    """Data as HTML text: escaped; numbers readable, everything else as JSON."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
+        return escape(json.dumps(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def table(rows: dict, caption: str, head: tuple[str, str] = ("name", "value"), ours: str = ""):
+    """A table of two columns; where every value is a number they are set to the right."""
+    side = ' class="number"' if all(isinstance(v, int | float) for v in rows.values()) else ""
+    line = {True: '<tr class="ours">', False: "<tr>"}
+    body = "".join(
+        f'{line[name == ours]}<th scope="row">{text(str(name))}</th><td{side}>{text(v)}</td></tr>'
+        for name, v in rows.items()
+    )
+    return (
+        f"<table><caption>{text(caption)}</caption><thead><tr>"
+        f'<th scope="col">{text(head[0])}</th><th scope="col"{side}>{text(head[1])}</th>'
+        f"</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def tiles(values: dict[str, str]) -> str:
+    """The few numbers that matter, large."""
+    pairs = (f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in values.items())
+    return f'<dl class="tiles">{"".join(pairs)}</dl>'
+
+
+# ── The page ──
+
+
+def page(title: str, intro: str, sections: dict[str, str]) -> str:
+    """A whole document: heading, introduction (HTML), contents, sections (heading → HTML)."""
+    ids = {heading: re.sub(r"\W+", "-", heading.lower()) for heading in sections}
+    links = "".join(f'<a href="#{ids[h]}">{text(h)}</a>' for h in sections)
+    body = "".join(
+        f'<section aria-labelledby="{ids[h]}"><h2 id="{ids[h]}">{text(h)}</h2>{html}</section>\n'
+        for h, html in sections.items()
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><header><h1>{text(title)}</h1>{intro}"
+        f'<nav aria-label="Contents">{links}</nav></header>\n<main>{body}</main></body></html>\n'
+    )

@@ -1,0 +1,293 @@
+"""Plots of a training run: each takes the rows of its `metrics.jsonl` and returns a figure.
+
+A row that lacks a key (or has null there) is left out of the plot of that key; a plot of a key
+that no row has raises `ValueError`. Ask `has(rows, key)` first. Axes of arrays here: `n` rows,
+`l` MoE layers, `e` experts.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+from dsv3_ref.viz.style import BLUE, COLOURS, GREY, ORANGE, figure
+
+LINES = ["-", "--", "-.", ":"]  # beside colour, so that prints and every eye tell lines apart
+UNEVEN = LinearSegmentedColormap.from_list("uneven", [BLUE, "#FFFFFF", "#D55E00"])
+MANY = 8  # lines that can still be told apart
+
+# ── Rows ──
+
+
+def read_metrics(path) -> list[dict]:
+    """Rows of a `metrics.jsonl`, by step; of a repeated step (a resumed run) the last row counts.
+
+    The last line of a running or killed run may be half written: it is skipped. A broken line
+    elsewhere is skipped with a warning.
+    """
+    lines = Path(path).read_text(errors="replace").splitlines()
+    rows = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows[row["step"]] = row
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if line.strip() and number < len(lines):
+                warnings.warn(f"{path}, line {number} is not a row, skipped", stacklevel=2)
+    return [rows[step] for step in sorted(rows)]
+
+
+def has(rows: list[dict], key: str) -> bool:
+    """Whether any row has something under `key`."""
+    return any(row.get(key) not in (None, []) for row in rows)
+
+
+def series(rows: list[dict], key: str):
+    """Steps (n,) and values (n, …) of the rows that have `key`, as float arrays."""
+    if not has(rows, key):
+        raise ValueError(f"no row has {key!r}")
+    kept = [row for row in rows if row.get(key) not in (None, [])]
+    steps = np.array([row["step"] for row in kept], dtype=float)
+    return steps, np.array([row[key] for row in kept], dtype=float)
+
+
+def smooth(value_n, share: float = 0.02):
+    """Running mean over ± n·share rows; what is not finite is skipped.
+
+    Near the start the window narrows on both sides, so that a steep beginning stays where it is.
+    """
+    n = len(value_n)
+    known = np.isfinite(value_n)
+    total = np.append(0.0, np.cumsum(np.where(known, value_n, 0.0)))
+    count = np.append(0, np.cumsum(known))
+    i = np.arange(n)
+    reach = np.minimum(round(n * share), i)
+    low, high = i - reach, np.minimum(i + reach, n - 1) + 1
+    seen = count[high] - count[low]
+    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
+
+
+def last(rows: list[dict], key: str) -> float:
+    """Where a noisy curve stands now: the last value of its running mean."""
+    return float(smooth(series(rows, key)[1])[-1])
+
+
+# ── Parts of plots ──
+
+
+def draw_smoothed(ax, step_n, value_n, label: str, colour: str, line: str = "-") -> None:
+    """Every value in the background, its running mean on top."""
+    dot = "o" if len(step_n) == 1 else None  # a single point makes no line
+    many = len(step_n) > 3000
+    ax.plot(step_n, value_n, color=colour, alpha=0.3, linewidth=0.8, rasterized=many)
+    ax.plot(step_n, smooth(value_n), line, color=colour, label=label, marker=dot, rasterized=many)
+
+
+def finish(ax, title: str, ylabel: str, legend: bool = False) -> None:
+    """Title, labels and light horizontal lines, the same on every plot against steps."""
+    ax.set(title=title, xlabel="step", ylabel=ylabel)
+    ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+    if legend:
+        ax.legend(loc="best", ncols=2)
+
+
+def clip_view(ax, value_n) -> None:
+    """Let the curve fill the axis: rare spikes may leave it, nothing else does."""
+    value_n = value_n[np.isfinite(value_n)]
+    if len(value_n) < 50:
+        return
+    low, high = value_n.min(), np.quantile(value_n, 0.995)
+    if high > low:
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+
+
+def ends(value_n) -> tuple[float, float]:
+    """Means of the first and of the last twentieth: where a noisy series began and ended."""
+    k = max(1, len(value_n) // 20)
+    return float(np.nanmean(value_n[:k])), float(np.nanmean(value_n[-k:]))
+
+
+def bins(value_ne, most: int = 400):
+    """At most `most` rows, each the mean of neighbours: no screen shows more."""
+    parts = np.array_split(value_ne, min(most, len(value_ne)))
+    return np.stack([part.mean(0) for part in parts])
+
+
+def layer_names(count: int, names=None) -> list[str]:
+    """The names given, or `MoE layer 0` and so on where there are none."""
+    names = list(names or [])[:count]
+    return names + [f"MoE layer {i}" for i in range(len(names), count)]
+
+
+# ── Loss ──
+
+
+def loss_curves(rows: list[dict]):
+    """Training, validation and MTP loss against steps, in nats a token; raw behind smoothed."""
+    fig, ax = figure(height=3.6)
+    step, loss = series(rows, "loss")
+    draw_smoothed(ax, step, loss, "training", BLUE)
+    title = f"Loss at step {step[-1]:,.0f}: training {last(rows, 'loss'):.3f}"
+    drawn = [loss]
+    if has(rows, "val_loss"):
+        at, value = series(rows, "val_loss")
+        ax.plot(at, value, "D", color="#D55E00", markersize=4, label="validation", zorder=3)
+        title += f", validation {value[-1]:.3f}"
+        drawn.append(value)
+    if has(rows, "mtp_loss"):
+        step, mtp = series(rows, "mtp_loss")
+        for k, colour in zip(range(mtp.shape[1]), [COLOURS[2], COLOURS[3], GREY] * mtp.shape[1]):
+            draw_smoothed(ax, step, mtp[:, k], f"MTP, depth {k + 1}", colour, LINES[1 + k % 3])
+            drawn.append(mtp[:, k])
+    clip_view(ax, np.concatenate(drawn))
+    finish(ax, title, "nats a token", legend=True)
+    return fig
+
+
+# ── Balance ──
+
+
+def load_heatmap(rows: list[dict], layer: int = 0, name: str = ""):
+    """Load of every expert of one MoE layer over time: its share of the tokens times E, 1 = even.
+
+    Rows count as evenly spaced in steps. Colours are on a log scale from a quarter to four times.
+    """
+    step, load_nle = series(rows, "load")
+    even_ne = load_nle[:, layer] * load_nle.shape[2]  # × E
+    fig, ax = figure(height=2.9)
+    half = (step[-1] - step[0]) / max(1, len(step) - 1) / 2 or 0.5
+    image = ax.imshow(
+        np.maximum(bins(even_ne), 1e-3).T,
+        cmap=UNEVEN, norm=LogNorm(0.25, 4), aspect="auto", origin="lower", interpolation="none",
+        extent=(step[0] - half, step[-1] + half, -0.5, even_ne.shape[1] - 0.5),
+    )  # fmt: skip
+    bar = fig.colorbar(image, ax=ax, extend="both", ticks=[0.25, 0.5, 1, 2, 4])
+    bar.ax.set_yticklabels(["¼", "½", "even", "2×", "4×"])
+    bar.minorticks_off()
+    first, now = ends(even_ne.max(1))
+    name = name or layer_names(layer + 1)[layer]
+    finish(ax, f"{name}: the busiest expert gets "
+           f"{first:.2f}× its share at first, {now:.2f}× at the end", "expert")  # fmt: skip
+    ax.grid(False)
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    return fig
+
+
+def bias_trajectories(rows: list[dict], names=None):
+    """Gate bias of every expert against steps, a panel a MoE layer, the two extremes named."""
+    step, bias_nle = series(rows, "bias")
+    layers, experts = bias_nle.shape[1:]
+    cols = min(2, layers)
+    fig, axes = figure(
+        -(-layers // cols), cols, height=2.6 * -(-layers // cols), squeeze=False, sharey=True
+    )
+    keep = np.unique(np.linspace(0, len(step) - 1, 600).astype(int))
+    for i, ax in enumerate(axes.flat):
+        if i >= layers:
+            ax.remove()
+            continue
+        draw_biases(ax, step[keep], bias_nle[keep, i], rasterized=experts > 32)
+        finish(ax, layer_names(layers, names)[i], "" if i % cols else "gate bias")
+    return fig
+
+
+def draw_biases(ax, step_n, bias_ne, rasterized: bool) -> None:
+    """One thin line an expert; the most lifted and the most held down thick and labelled."""
+    dot = "o" if len(step_n) == 1 else None
+    ax.plot(step_n, bias_ne, color=GREY, alpha=0.5, linewidth=0.8, rasterized=rasterized)
+    extremes = [(int(bias_ne[-1].argmax()), BLUE, "-"), (int(bias_ne[-1].argmin()), ORANGE, "--")]
+    for e, colour, line in extremes:
+        label = f"expert {e}: {bias_ne[-1, e]:+.3f}"
+        ax.plot(step_n, bias_ne[:, e], line, color=colour, marker=dot, label=label)
+    ax.legend(loc="upper left")
+
+
+def max_vio(rows: list[dict], names=None):
+    """MaxVio of every MoE layer against steps: load of the busiest expert / mean load − 1."""
+    step, vio_nl = series(rows, "max_vio")
+    fig, ax = figure()
+    if vio_nl.shape[1] > MANY:
+        low, middle, high = (smooth(v) for v in np.nanquantile(vio_nl, [0, 0.5, 1], axis=1))
+        ax.fill_between(step, low, high, color=BLUE, alpha=0.2, label="all layers")
+        ax.plot(step, middle, color=BLUE, label="median layer")
+    else:
+        for i, name in enumerate(layer_names(vio_nl.shape[1], names)):
+            line = LINES[i % len(LINES)]
+            draw_smoothed(ax, step, vio_nl[:, i], name, COLOURS[i % len(COLOURS)], line)
+    first, now = ends(vio_nl.mean(1))
+    clip_view(ax, np.append(vio_nl.flatten(), 0.0))
+    finish(ax, f"MaxVio, mean over layers: {first:.2f} at first, {now:.2f} at the end (0 = even)",
+           "max load / mean load − 1", legend=True)  # fmt: skip
+    return fig
+
+
+# ── Schedule and speed ──
+
+SCHEDULES = {
+    "lr": ("Learning rate", "learning rate"),
+    "batch": ("Batch", "sequences a step"),
+    "gamma": ("Speed of the gate biases, γ", "γ a step"),
+    "mtp_weight": ("Weight of the MTP loss, λ", "λ"),
+}
+
+
+def schedule(rows: list[dict]):
+    """Learning rate, batch, γ and λ against steps, a panel each for those that the rows have."""
+    keys = [key for key in SCHEDULES if has(rows, key)]
+    if not keys:
+        raise ValueError(f"no row has any of {', '.join(SCHEDULES)}")
+    cols = min(2, len(keys))
+    tall = -(-len(keys) // cols)
+    fig, axes = figure(tall, cols, height=2.4 * tall, squeeze=False)
+    for ax, key in zip(axes.flat, keys):
+        step, value = series(rows, key)
+        title, ylabel = SCHEDULES[key]
+        ax.plot(step, value, color=BLUE, marker="o" if len(step) == 1 else None)
+        ax.set_ylim(0, max(value.max() * 1.1, 1e-12))
+        finish(ax, f"{title}: {value[0]:.3g} → {value[-1]:.3g}, at most {value.max():.3g}", ylabel)
+    for ax in axes.flat[len(keys) :]:
+        ax.remove()
+    return fig
+
+
+def throughput(rows: list[dict]):
+    """Tokens a second against steps."""
+    step, value = series(rows, "tok_s")
+    fig, ax = figure(height=2.6)
+    draw_smoothed(ax, step, value, "", BLUE)
+    ax.set_ylim(0, 1.15 * np.nanmax(value))
+    finish(
+        ax, f"Speed: {np.nanmedian(value):,.0f} tokens a second in the median", "tokens a second"
+    )
+    return fig
+
+
+def grad_norm(rows: list[dict]):
+    """Norm of the gradient before clipping against steps, log scale."""
+    step, value = series(rows, "grad_norm")
+    fig, ax = figure(height=2.6)
+    draw_smoothed(ax, step, value, "", BLUE)
+    ax.set_yscale("log")
+    finish(ax, f"Gradient norm before clipping: {np.nanmedian(value):.2g} in the median", "norm")
+    return fig
+
+
+# ── Compression ──
+
+
+def bits_per_byte(value: dict[str, float], ours: str = "this model"):
+    """Bits needed for a byte of the same text, a bar each, the best on top; `ours` stands out."""
+    order = sorted(value, key=value.get, reverse=True)
+    fig, ax = figure(height=0.9 + 0.42 * len(order))
+    colour = [BLUE if name == ours else "#A9B2BD" for name in order]
+    bars = ax.barh(order, [value[name] for name in order], color=colour, height=0.65)
+    ax.bar_label(bars, fmt="%.3f", padding=4)
+    for label in ax.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == ours else "normal")
+    ax.margins(x=0.12)
+    best = order[-1]
+    ax.set(title=f"Bits per byte on the validation text, lower is better: {best} {value[best]:.2f}",
+           xlabel="bits per byte")  # fmt: skip
+    return fig

@@ -1,0 +1,89 @@
+"""One setting for every test: a single thread, fixed seeds, no display, short unless `--full`."""
+
+import os
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import register_random, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # tools/ is no package: tests import it by file name
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; subprocesses inherit it
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import torch  # noqa: E402  after the threads are set
+
+
+class TorchRandom:
+    """Lets hypothesis seed torch before each example, so that a failure can be replayed."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
+register_random(TORCH_RANDOM)
+
+settings.register_profile("short", max_examples=15, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=200, deadline=None)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run tests marked `full`")
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if is_full(config) else "short")
+
+
+def is_full(config) -> bool:
+    return config.getoption("--full") or os.environ.get("DSV3_FULL") == "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    if is_full(config):
+        return
+    long = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers for a test, whichever tests ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def micro():
+    """A config of 15 thousand parameters with every mechanism on and no two sizes alike."""
+    from dsv3_ref.config import V3
+
+    return replace(
+        V3, vocab_size=61, dim=24, inter_dim=40, moe_inter_dim=8, n_layers=3, n_dense_layers=1,
+        n_heads=3, q_lora_rank=12, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=4,
+        v_head_dim=6, n_routed_experts=16, n_activated_experts=3, n_expert_groups=4,
+        n_limited_groups=2, n_mtp_layers=2, max_seq_len=64, original_seq_len=16, rope_factor=4.0,
+        init_std=0.2,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Run the equations in fp64: `.float()` leaves doubles alone, and naive ops go first.
+
+    The code asks for fp32 where bf16 would be too coarse; here it would be the coarse one. The
+    fast grouped product has no fp64.
+    """
+    from dsv3_ref import ops
+
+    to_float = torch.Tensor.float
+    wide = lambda x: x if x.dtype == torch.float64 else to_float(x)
+    monkeypatch.setattr(torch.Tensor, "float", wide)
+    with ops.use("naive", "torch"):
+        yield

@@ -1,0 +1,145 @@
+"""Counts against the report and against real modules; every bad shape named."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_ref.config import SIZES, SMALL, TINY, V2_LITE, V3, Config, UserError
+from dsv3_ref.config import count as count_of
+from dsv3_ref.config import from_dict, named
+from dsv3_ref.model import Transformer
+
+SHARED = ("embed.", "head.")  # MTP modules own neither
+
+
+@st.composite
+def configs(draw):
+    """Small configs of any shape that may be built."""
+    size = lambda low, high: draw(st.integers(low, high))
+    groups, per_group, layers = size(1, 4), size(1, 4), size(1, 4)
+    limited = size(1, groups)
+    return Config(
+        vocab_size=size(1, 50),
+        dim=size(1, 20),
+        inter_dim=size(1, 20),
+        moe_inter_dim=size(1, 20),
+        n_layers=layers,
+        n_dense_layers=size(0, layers),
+        n_heads=size(1, 4),
+        q_lora_rank=size(0, 8),
+        kv_lora_rank=size(1, 8),
+        qk_nope_head_dim=size(1, 8),
+        qk_rope_head_dim=2 * size(1, 4),
+        v_head_dim=size(1, 8),
+        n_routed_experts=groups * per_group,
+        n_shared_experts=size(0, 2),
+        n_activated_experts=size(1, limited * per_group),
+        n_expert_groups=groups,
+        n_limited_groups=limited,
+        score_func=draw(st.sampled_from(["sigmoid", "softmax"])),
+        n_mtp_layers=size(0, 2),
+    )
+
+
+def sizes_by_name(c: Config) -> dict[str, int]:
+    """Name → elements of every parameter and buffer, on no device at all."""
+    with torch.device("meta"):
+        state = Transformer(c).state_dict()
+    return {name: x.numel() for name, x in state.items()}
+
+
+def check_count(c: Config):
+    sizes, n = sizes_by_name(c), count_of(c)
+    assert n.total == sum(v for k, v in sizes.items() if not k.startswith("mtp."))
+    assert n.mtp == sum(v for k, v in sizes.items() if k.startswith("mtp."))
+    idle = (c.n_routed_experts - c.n_activated_experts) * 3 * c.dim * c.moe_inter_dim
+    assert n.activated == n.total - idle * (c.n_layers - c.n_dense_layers)
+    assert n.activated - n.activated_one_embedding == sizes["embed.weight"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_count_is_the_module(name):
+    check_count(SIZES[name])
+
+
+@given(configs())
+def test_count_is_the_module_for_any_shape(c):
+    check_count(c)
+
+
+def test_671b_has_the_numbers_of_the_report():
+    n = count_of(V3)
+    assert n.total == 671_026_419_200
+    assert f"{n.activated / 1e9:.2f} {n.activated_one_embedding / 1e9:.1f}" == "37.55 36.6"
+    assert f"{n.mtp / 1e9:.2f}" == "11.61"
+    assert n.cache_bytes == 70_272
+
+
+def test_gate_biases_are_14_848_buffers():
+    with torch.device("meta"):
+        model = Transformer(replace(V3, n_mtp_layers=0))
+    biases = [n for n, _ in model.named_buffers()]
+    assert len(biases) == 58
+    assert all(n.endswith("gate.bias") for n in biases)
+    assert sum(b.numel() for b in model.buffers()) == 14_848
+
+
+def test_sizes_are_what_they_are_called():
+    assert f"{count_of(V2_LITE).total / 1e9:.1f}" == "15.7"
+    assert 0.4e9 < count_of(SMALL).total < 0.7e9
+    assert count_of(TINY).total < 10e6
+
+
+def test_tiny_switches_every_mechanism_on():
+    c = TINY
+    assert c.n_dense_layers and c.n_shared_experts and c.q_lora_rank and c.n_mtp_layers
+    assert 1 < c.n_limited_groups < c.n_expert_groups
+    for width in (c.dim, c.inter_dim, c.moe_inter_dim, c.q_lora_rank, c.kv_lora_rank):
+        assert width % 128 == 0  # FP8 blocks
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("n_routed_experts", 250, "n_routed_experts (250) must be a multiple of n_expert_groups"),
+        ("n_limited_groups", 9, "n_limited_groups cannot exceed n_expert_groups"),
+        ("n_activated_experts", 129, "n_activated_experts (129) must fit"),
+        ("qk_rope_head_dim", 63, "qk_rope_head_dim must be even"),
+        ("n_dense_layers", 62, "n_dense_layers cannot exceed n_layers"),
+        ("score_func", "tanh", "score_func is 'sigmoid' or 'softmax'"),
+        ("rope_factor", 0.5, "rope_factor must be at least 1"),
+        ("dim", 0, "dim must be a whole number of at least 1, not 0"),
+        ("dim", 7168.0, "dim must be a whole number of at least 1, not 7168.0"),
+        ("vocab_size", "129280", "vocab_size must be a whole number of at least 1, not '129280'"),
+        ("n_mtp_layers", -1, "n_mtp_layers must be a whole number of at least 0, not -1"),
+    ],
+)
+def test_a_bad_value_is_named(field, value, words):
+    with pytest.raises(UserError) as e:
+        replace(V3, **{field: value})
+    assert words in str(e.value)
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(UserError, match="unknown config field 'n_head'; did you mean 'n_heads'"):
+        from_dict({"n_head": 3})
+
+
+def test_a_file_is_read_as_written(tmp_path):
+    path = tmp_path / "my.json"
+    path.write_text(json.dumps(asdict(V2_LITE)))
+    assert named(str(path)) == V2_LITE
+    assert named("v2_lite") is V2_LITE
+
+
+def test_a_broken_file_and_an_unknown_size_say_so(tmp_path):
+    path = tmp_path / "my.json"
+    path.write_text("{dim: 3}")
+    with pytest.raises(UserError, match="is not JSON"):
+        named(str(path))
+    with pytest.raises(UserError, match="no config 'tny'.*nearest: tiny"):
+        named("tny")

@@ -1,0 +1,315 @@
+"""The MoE against loops that a reader can check by eye: gate, losses, bias, experts, order."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_ref.config import V2_LITE, V3, Config
+from dsv3_ref.moe import (
+    Gate,
+    MoE,
+    Permute,
+    Route,
+    Unpermute,
+    balance_loss,
+    expert_load,
+    limit_groups,
+    max_vio,
+    route,
+    update_bias,
+)
+
+
+@st.composite
+def gates(draw):
+    """Configs of every gate: groups or none, sigmoid or softmax."""
+    size = lambda low, high: draw(st.integers(low, high))
+    groups, per_group = size(1, 5), size(1, 5)
+    limited = size(1, groups)
+    return replace(
+        Config(),
+        n_routed_experts=groups * per_group,
+        n_expert_groups=groups,
+        n_limited_groups=limited,
+        n_activated_experts=size(1, limited * per_group),
+        score_func=draw(st.sampled_from(["sigmoid", "softmax"])),
+        route_scale=draw(st.sampled_from([1.0, 2.5])),
+    )
+
+
+def logits(c: Config, b: int, s: int):
+    """fp64, so that no two scores tie."""
+    return torch.randn(b, s, c.n_routed_experts).double()
+
+
+def slow_route(logit: list[float], bias: list[float], c: Config) -> dict[int, float]:
+    """One token: expert → weight, by the words of §2.1.2."""
+    x = torch.tensor(logit).double()
+    sigmoid = c.score_func == "sigmoid"
+    affinity = (1 / (1 + torch.exp(-x)) if sigmoid else torch.exp(x) / torch.exp(x).sum()).tolist()
+    score = [a + b for a, b in zip(affinity, bias)]
+    size = len(score) // c.n_expert_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(c.n_expert_groups)]
+    best = lambda group: sum(sorted((score[e] for e in group), reverse=True)[: 2 if sigmoid else 1])
+    open_groups = sorted(groups, key=best, reverse=True)[: c.n_limited_groups]
+    allowed = [e for group in open_groups for e in group]
+    chosen = sorted(allowed, key=lambda e: score[e], reverse=True)[: c.n_activated_experts]
+    total = sum(affinity[e] for e in chosen) if sigmoid else 1.0
+    return {e: affinity[e] / total * c.route_scale for e in chosen}
+
+
+# ── The gate ──
+
+
+@given(c=gates(), shape=st.tuples(st.integers(1, 3), st.integers(1, 9)), spread=st.floats(0, 3))
+def test_routing_is_what_the_report_says(c, shape, spread):
+    logit_bse = logits(c, *shape)
+    bias_e = torch.randn(c.n_routed_experts).double() * spread
+    r = route(logit_bse, bias_e, c)
+    for b in range(shape[0]):
+        for s in range(shape[1]):
+            got = dict(zip(r.expert_bsk[b, s].tolist(), r.weight_bsk[b, s].tolist()))
+            want = slow_route(logit_bse[b, s].tolist(), bias_e.tolist(), c)
+            assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_shut_groups_stay_shut_when_every_score_is_negative():
+    """A mask of 0.0 would beat all open groups here; the mask is −∞."""
+    score_bse = torch.tensor([[[-1.0, -2.0, -3.0, -4.0, -0.5, -9.0]]])
+    out = limit_groups(score_bse, n_groups=3, n_limited=1, best=2)
+    assert out.tolist() == [[[-1.0, -2.0] + [-torch.inf] * 4]]
+    c = replace(
+        V3, n_routed_experts=6, n_expert_groups=3, n_limited_groups=1, n_activated_experts=2
+    )
+    r = route(score_bse, torch.full((6,), -5.0), c)
+    assert sorted(r.expert_bsk.flatten().tolist()) == [0, 1]
+
+
+def test_a_group_counts_by_its_two_best():
+    """Group 0 has the best expert, group 1 the best pair, group 2 the best sum of all."""
+    score_bse = torch.tensor([[[9.0, 0, 0, 6, 6, 0, 5, 5, 5]]])
+    out = limit_groups(score_bse, n_groups=3, n_limited=1, best=2)
+    assert out.isfinite().flatten().nonzero().flatten().tolist() == [3, 4, 5]
+
+
+def test_bias_chooses_but_never_weighs(micro):
+    """Push one expert into every token: the others' weights keep the ratio of their affinities."""
+    logit_bse = logits(micro, 2, 7)
+    bias_e = torch.zeros(16).double()
+    bias_e[5] = 10.0
+    r = route(logit_bse, bias_e, micro)
+    assert (r.expert_bsk == 5).any(-1).all()
+    affinity_bsk = logit_bse.sigmoid().gather(-1, r.expert_bsk)
+    want = affinity_bsk / affinity_bsk.sum(-1, keepdim=True) * micro.route_scale
+    assert torch.allclose(r.weight_bsk, want)
+    assert torch.equal(r.affinity_bse, logit_bse.sigmoid())
+
+
+def test_an_equal_bias_changes_nothing(micro):
+    logit_bse = logits(micro, 2, 7)
+    for r, want in zip(
+        route(logit_bse, torch.full((16,), 3.0), micro), route(logit_bse, None, micro)
+    ):
+        assert torch.equal(r, want)
+
+
+@given(c=gates())
+def test_sigmoid_weights_sum_to_the_scale_and_softmax_weights_do_not_renormalise(c):
+    logit_bse = logits(c, 2, 5)
+    total = route(logit_bse, None, c).weight_bsk.sum(-1)
+    if c.score_func == "sigmoid":
+        assert torch.allclose(total, torch.full_like(total, c.route_scale))
+    else:
+        assert (total <= c.route_scale * (1 + 1e-9)).all()
+        if c.n_activated_experts < c.n_routed_experts:
+            assert (total < c.route_scale).all()
+
+
+def test_the_softmax_gate_of_v2_lite_is_plain_top_6():
+    logit_bse = logits(V2_LITE, 2, 5)
+    want = logit_bse.softmax(-1).topk(6).values
+    assert torch.allclose(route(logit_bse, None, V2_LITE).weight_bsk, want)
+    assert Gate(replace(V2_LITE, dim=4)).bias is None
+
+
+def test_the_gate_works_in_fp32_and_its_bias_is_a_buffer(micro):
+    gate = Gate(micro)
+    torch.nn.init.normal_(gate.weight)
+    x_bsd = torch.randn(2, 5, micro.dim)
+    want = torch.nn.functional.linear(x_bsd, gate.weight).sigmoid()
+    with torch.autocast("cpu", torch.bfloat16):
+        r = gate(x_bsd)
+    assert torch.equal(r.affinity_bse, want)
+    r.weight_bsk.square().sum().backward()
+    assert gate.weight.grad.abs().sum() > 0
+    assert [n for n, _ in gate.named_parameters()] == ["weight"]
+    assert not gate.bias.requires_grad
+    assert "bias" in gate.state_dict()
+
+
+# ── Balance ──
+
+
+def test_bias_moves_by_gamma_towards_the_mean():
+    bias_e = torch.tensor([0.0, 1.0, -1.0, 0.5])
+    update_bias(bias_e, torch.tensor([9, 1, 5, 5]), gamma=0.001)
+    assert bias_e.tolist() == pytest.approx([-0.001, 1.001, -1.0, 0.5])
+
+
+def test_bias_alone_evens_out_a_lopsided_gate(micro):
+    logit_bse = logits(micro, 8, 64) + torch.linspace(-2, 2, 16)
+    bias_e = torch.zeros(16)
+    load = lambda: expert_load(route(logit_bse, bias_e, micro).expert_bsk, 16)
+    assert max_vio(load()) > 1.0
+    for _ in range(300):
+        update_bias(bias_e, load(), gamma=0.01)
+    assert max_vio(load()) < 0.15
+
+
+def test_load_counts_every_choice_and_max_vio_the_worst():
+    expert_bsk = torch.tensor([[[0, 2], [2, 3]], [[2, 0], [2, 5]]])
+    load_e = expert_load(expert_bsk, 6)
+    assert load_e.tolist() == [2, 0, 4, 1, 0, 1]
+    assert max_vio(load_e) == pytest.approx(4 / (8 / 6) - 1)
+
+
+def slow_balance(r: Route) -> float:
+    """eq. 17–20 as printed, one sequence after the other."""
+    (b, t, k), e = r.expert_bsk.shape, r.affinity_bse.shape[-1]
+    total = 0.0
+    for row in range(b):
+        chosen, affinity = r.expert_bsk[row].tolist(), r.affinity_bse[row].tolist()
+        for i in range(e):
+            f = e / (k * t) * sum(i in chosen[s] for s in range(t))
+            p = sum(affinity[s][i] / sum(affinity[s]) for s in range(t)) / t
+            total += f * p / b
+    return total
+
+
+@given(c=gates(), shape=st.tuples(st.integers(1, 3), st.integers(1, 9)))
+def test_balance_loss_is_equations_17_to_20(c, shape):
+    r = route(logits(c, *shape), None, c)
+    assert balance_loss(r).item() == pytest.approx(slow_balance(r))
+
+
+def test_balance_loss_is_one_when_even_and_e_over_k_when_all_agree():
+    affinity_bse = torch.full((1, 6, 3), 0.3)
+    even = torch.arange(6)[None, :, None] % 3
+    assert balance_loss(Route(None, even, affinity_bse)).item() == pytest.approx(1.0)
+    sure_bse = torch.tensor([1.0, 0, 0]).expand(1, 6, 3)
+    assert balance_loss(Route(None, even * 0, sure_bse)).item() == pytest.approx(3.0)
+
+
+def test_balance_loss_teaches_the_gate_to_spread():
+    """Its gradient lowers the affinity of the busiest expert and lifts the idle ones."""
+    logit_bse = torch.zeros(1, 8, 3, requires_grad=True)
+    r = Route(None, torch.zeros(1, 8, 1, dtype=torch.int64), logit_bse.sigmoid())
+    balance_loss(r).backward()
+    assert (logit_bse.grad[..., 0] > 0).all()
+    assert (logit_bse.grad[..., 1:] < 0).all()
+
+
+# ── Rows to experts and back ──
+
+
+@given(n=st.integers(1, 6), k=st.integers(1, 4), d=st.integers(1, 3))
+def test_permute_and_unpermute_have_right_gradients(n, k, d):
+    order_m = torch.randperm(n * k)
+    x_nd = torch.randn(n, d, dtype=torch.float64, requires_grad=True)
+    y_md = torch.randn(n * k, d, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order_m, k), x_nd)
+    assert torch.autograd.gradcheck(lambda y: Unpermute.apply(y, order_m), y_md)
+
+
+@given(n=st.integers(1, 9), k=st.integers(1, 4))
+def test_unpermute_undoes_permute(n, k):
+    order_m, x_nd = torch.randperm(n * k), torch.randn(n, 3)
+    rows_md = Permute.apply(x_nd, order_m, k)
+    assert all(torch.equal(rows_md[j], x_nd[order_m[j] // k]) for j in range(n * k))
+    assert torch.equal(Unpermute.apply(rows_md, order_m), x_nd.repeat_interleave(k, 0))
+
+
+# ── The layer ──
+
+
+def layer(c: Config) -> MoE:
+    moe = MoE(c).double()
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return moe
+
+
+def slow_moe(moe: MoE, x_bsd):
+    """One token and one expert at a time: y = shared(x) + Σ w_k · W₂(silu(W₁x) · W₃x)."""
+    silu = lambda z: z / (1 + torch.exp(-z))
+    ffn = lambda x, w1, w2, w3: w2 @ (silu(w1 @ x) * (w3 @ x))
+    e, shared, c = moe.experts, moe.shared_experts, moe.config
+    out = []
+    for x in x_bsd.flatten(0, 1):
+        chosen = slow_route((moe.gate.weight @ x).tolist(), moe.gate.bias.tolist(), c)
+        r = route((moe.gate.weight @ x)[None, None], moe.gate.bias, c)
+        weight = dict(zip(r.expert_bsk.flatten().tolist(), r.weight_bsk.flatten()))  # with gradient
+        assert weight.keys() == chosen.keys()
+        y = ffn(x, shared.w1.weight, shared.w2.weight, shared.w3.weight)
+        for i, w in weight.items():
+            y = y + w * ffn(x, e.w1[i], e.w2[i], e.w3[i])
+        out.append(y)
+    return torch.stack(out).view_as(x_bsd)
+
+
+def with_gradients(moe, fn, x_bsd):
+    x_bsd = x_bsd.clone().requires_grad_()
+    y_bsd = fn(x_bsd)
+    wave = torch.linspace(-1, 1, y_bsd.numel()).double().view(y_bsd.shape)
+    return [y_bsd, *torch.autograd.grad(y_bsd, [x_bsd, *moe.parameters()], wave)]
+
+
+SHAPES = {"one token": (1, 1), "one row": (1, 7), "a batch": (3, 5)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("skew", [0.0, 10.0], ids=["spread", "the same experts for all"])
+def test_the_layer_is_a_sum_over_chosen_experts(exact, micro, shape, skew):
+    """One token leaves 13 of 16 experts empty; the skew sends every token to experts 0, 1 and 2."""
+    moe = layer(micro)
+    moe.gate.bias[:3] += skew
+    x_bsd = torch.randn(*shape, micro.dim).double()
+    got = with_gradients(moe, lambda x: moe(x)[0], x_bsd)
+    want = with_gradients(moe, lambda x: slow_moe(moe, x), x_bsd)
+    for g, w in zip(got, want):
+        assert torch.allclose(g, w, rtol=1e-10, atol=1e-12)
+    load_e = expert_load(moe(x_bsd)[1].expert_bsk, 16)
+    assert load_e.sum() == shape[0] * shape[1] * 3  # no token is dropped
+    if skew:
+        assert load_e.tolist() == [shape[0] * shape[1]] * 3 + [0] * 13
+
+
+def test_tokens_do_not_see_one_another(micro):
+    moe = layer(micro).float()
+    x_bsd = torch.randn(3, 5, micro.dim)
+    y_bsd, alone = moe(x_bsd)[0], torch.stack([moe(x[None])[0][0] for x in x_bsd])
+    assert torch.allclose(y_bsd, alone, atol=1e-5)
+
+
+def test_the_exchange_is_handed_sorted_rows_and_their_counts(micro):
+    """What expert parallelism replaces: rows sorted by expert, one count an expert."""
+    moe, seen = layer(micro).float(), {}
+    moe.exchange = lambda x_md, count_e, experts: seen.update(x=x_md, count=count_e) or x_md * 0
+    x_bsd = torch.randn(2, 5, micro.dim)
+    y_bsd, r = moe(x_bsd)
+    assert torch.equal(y_bsd, moe.shared_experts(x_bsd))
+    rows = iter(seen["x"])
+    for e, count in enumerate(seen["count"].tolist()):
+        tokens = x_bsd[(r.expert_bsk == e).any(-1)]
+        assert len(tokens) == count
+        assert all(torch.equal(next(rows), token) for token in tokens)
+
+
+def test_a_layer_without_shared_experts_is_only_routed(micro):
+    moe = layer(replace(micro, n_shared_experts=0)).float()
+    y_bsd, _ = moe(torch.randn(1, 4, micro.dim))
+    assert moe.shared_experts(torch.randn(1, 4, micro.dim)).abs().max() == 0
+    assert y_bsd.abs().min() > 0

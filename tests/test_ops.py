@@ -1,0 +1,197 @@
+"""Every implementation of every op equals its torch reference; the switch never falls back."""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dsv3_ref
+from dsv3_ref import ops
+
+for path in sorted(Path(dsv3_ref.__file__).parent.glob("*.py")):
+    if "@op\n" in path.read_text():
+        import_module(f"dsv3_ref.{path.stem}")
+
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # relative, of one number
+SLACK = {"naive": 16}  # backend → how many roundings its result may be away, relative 2-norm
+
+
+# ── Arguments of every op: `size(low, high)` draws a length, `randn` fills a tensor ──
+
+
+def rms_norm(size, randn):
+    d = size(1, 300)
+    return randn(size(), d), randn(d), 1e-6
+
+
+def linear(size, randn):
+    i = size()
+    return randn(size(), size(), i), randn(size(), i)
+
+
+def swiglu(size, randn):
+    shape = size(), size()
+    return 4 * randn(*shape), randn(*shape)
+
+
+def linear_cross_entropy(size, randn):
+    n, d, w = size(), size(), size(2, 200)
+    return randn(n, d), randn(w, d), torch.arange(n) * 7 % w
+
+
+def rotate(size, randn):
+    b, s, h, pairs = size(1, 3), size(), size(1, 5), size(1, 9)
+    angle = randn(s, pairs).detach().float() * 10
+    return randn(b, s, h, 2 * pairs), angle.cos(), angle.sin()
+
+
+def attention(size, randn):
+    b, s, h, x, v = size(1, 3), size(1, 20), size(1, 4), size(), size()
+    t = s + size(0, 20)
+    return randn(b, s, h, x), randn(b, t, h, x), randn(b, t, h, v), x**-0.5
+
+
+def latent_attention(size, randn):
+    b, s, h, c, r = size(1, 3), size(1, 20), size(1, 4), size(), size()
+    t = s + size(0, 20)
+    return randn(b, s, h, c), randn(b, s, h, r), randn(b, t, c), randn(b, t, r), (c + r) ** -0.5
+
+
+def grouped_linear(size, randn):
+    i, o = 8 * size(1, 5), 8 * size(1, 5)  # the fast product wants rows of 16 bytes
+    count_e = torch.tensor([size(0, 9) for _ in range(size(1, 6))])
+    return randn(int(count_e.sum()), i), randn(len(count_e), o, i), count_e
+
+
+CASES = [rms_norm, linear, swiglu, linear_cross_entropy, rotate, attention, latent_attention]
+CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
+PAIRS = [(n, b) for n, impls in ops.IMPLS.items() for b in impls if b != "torch"]
+
+
+# ── One test for all of them ──
+
+
+def arguments(data, name: str, dtype) -> list:
+    """Drawn arguments of an op; the floating tensors from `randn` want a gradient."""
+    source = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
+    size = lambda low=1, high=40: data.draw(st.integers(low, high))
+    randn = lambda *shape: torch.randn(shape, generator=source).to(dtype).requires_grad_()
+    return [detached(x) for x in CASES[name](size, randn)]
+
+
+def detached(x):
+    """The same values as a leaf that wants a gradient if `x` does."""
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+def results(fn, args: list, dtype=None) -> list[torch.Tensor]:
+    """Output and gradients of `fn`, computed in `dtype`, for a fixed incoming gradient."""
+    floats = [isinstance(x, torch.Tensor) and x.requires_grad for x in args]
+    args = [x.detach().to(dtype).requires_grad_() if f else x for x, f in zip(args, floats)]
+    y = fn(*args)
+    grad = torch.linspace(0.5, 1.5, y.numel()).view(y.shape)  # `.sum()` would hide permutations
+    leaves = [x for x, f in zip(args, floats) if f]
+    return [y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+
+def error(got, want) -> float:
+    """rms(got − want) / rms(want); cases are of order 1, what is far smaller is cancellation."""
+    rms = lambda x: x.double().square().mean().sqrt()
+    return (rms(got - want) / rms(want).clamp(min=0.5)).item() if want.numel() else 0.0
+
+
+def test_every_op_has_a_case():
+    assert set(CASES) == set(ops.IMPLS)
+    assert all("torch" in impls for impls in ops.IMPLS.values())
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name, backend", PAIRS)
+@given(data=st.data())
+def test_an_implementation_equals_the_reference(name, backend, dtype, data):
+    args = arguments(data, name, dtype)
+    want = results(ops.IMPLS[name]["torch"], args, torch.float32)
+    got = results(ops.IMPLS[name][backend], args, dtype)
+    for g, w in zip(got, want):
+        assert g.shape == w.shape
+        assert error(g, w) < SLACK[backend] * ROUNDING[dtype]
+
+
+@given(data=st.data())
+def test_linear_is_the_sum_it_says(data):
+    x, w = arguments(data, "linear", torch.float64)
+    assert torch.allclose(ops.linear(x, w), (x[..., None, :] * w).sum(-1))
+
+
+# ── The seam ──
+
+
+def test_the_switch_chooses_and_is_put_back():
+    before = ops.ACTIVE
+    with ops.use("naive", "torch"):
+        assert ops.chosen("swiglu") is ops.IMPLS["swiglu"]["naive"]
+        assert ops.chosen("linear") is ops.IMPLS["linear"]["torch"]
+        with ops.use("torch"):
+            assert ops.chosen("swiglu") is ops.IMPLS["swiglu"]["torch"]
+        assert ops.chosen("swiglu") is ops.IMPLS["swiglu"]["naive"]
+    with pytest.raises(ZeroDivisionError), ops.use("naive"):
+        _ = 1 / 0
+    assert before == ops.ACTIVE
+
+
+def test_a_call_reaches_the_chosen_implementation(monkeypatch):
+    monkeypatch.setitem(ops.IMPLS["swiglu"], "loud", lambda gate, up: "heard")
+    with ops.use("loud", "torch"):
+        assert ops.swiglu(1, 2) == "heard"
+
+
+def test_an_unknown_backend_raises():
+    words = "no backend cuda-graph; known: .*naive.*torch"
+    with pytest.raises(ValueError, match=words), ops.use("torch", "cuda-graph"):
+        pass
+
+
+def test_nothing_falls_back_in_silence():
+    x = torch.randn(3, 4)
+    with ops.use("naive"), pytest.raises(NotImplementedError) as e:
+        ops.linear(x, x)
+    assert "'linear' has no naive implementation, only torch" in str(e.value)
+    assert "DSV3_BACKEND=naive,torch" in str(e.value)
+
+
+def test_an_implementation_of_no_op_raises():
+    with pytest.raises(KeyError, match="no op 'swigloo'"):
+        ops.impl("swigloo", "naive")
+
+
+def run_with_backend(value: str, code: str):
+    env = {**os.environ, "DSV3_BACKEND": value}
+    command = [sys.executable, "-c", f"import torch\nfrom dsv3_ref.ops import *\n{code}"]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_the_environment_chooses():
+    done = run_with_backend("naive,torch", "print(chosen('swiglu') is IMPLS['swiglu']['naive'])")
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_the_environment_never_falls_back():
+    done = run_with_backend("cuda-graph", "swiglu(torch.ones(1), torch.ones(1))")
+    assert done.returncode == 1
+    assert "op 'swiglu' has no cuda-graph implementation" in done.stderr
+
+
+def test_table_shows_who_is_active():
+    with ops.use("naive", "torch"):
+        rows = {line.split()[0]: line.split()[1:] for line in ops.table().splitlines()}
+    assert set(rows) == set(ops.IMPLS)
+    assert rows["swiglu"] == ["naive", "torch"]
+    assert rows["linear"] == ["torch"]
+    with ops.use("naive"):
+        assert any(line.split() == ["linear", "none", "torch"] for line in ops.table().splitlines())

@@ -1,0 +1,282 @@
+"""Data, schedule and step of pre-training against the report's numbers and plain loops."""
+
+import random
+from copy import deepcopy
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_ref import pretrain
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.moe import balance_loss
+from dsv3_ref.optim import Recipe, adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
+from dsv3_ref.pretrain import Losses, expert_loads, fim, losses, pack, train_step
+
+R = Recipe()
+TOKENS = 14.8  # trillions
+LATE = 10**6  # a step long after the warm-up
+
+
+# ── Data ──
+
+
+@given(text=st.text(max_size=30), rate=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_fim_cuts_and_loses_nothing(text, rate, seed):
+    parts = fim(text, random.Random(seed), rate)
+    if parts is not None:
+        assert "".join(parts) == text
+        assert all(parts)
+
+
+def test_fim_cuts_one_document_in_ten():
+    rng = random.Random(0)
+    cut = sum(fim("a text to be cut", rng, 0.1) is not None for _ in range(10_000))
+    assert abs(cut - 1000) < 5 * (10_000 * 0.1 * 0.9) ** 0.5
+    assert fim("a text", rng, 0.0) is None
+    assert fim("a text", rng, 1.0) is not None
+    assert fim("ab", rng, 1.0) is None  # too short for three parts
+
+
+def test_fim_may_cut_anywhere():
+    rng = random.Random(0)
+    assert len({fim("abcd", rng, 1.0) for _ in range(200)}) == 3  # a|b|cd a|bc|d ab|c|d
+
+
+@given(st.lists(st.lists(st.integers(), max_size=12), max_size=8), st.integers(1, 7))
+def test_packing_keeps_every_token_in_order(documents, length):
+    rows, rest = [], []
+    for tokens in documents:
+        new, rest = pack(rest, tokens, length)
+        rows += new
+    assert all(len(row) == length for row in rows)
+    assert len(rest) < length
+    assert sum(rows, []) + rest == sum(documents, [])
+
+
+def test_packing_leaves_its_arguments_alone():
+    rest, tokens = [1, 2], [3, 4, 5]
+    assert pack(rest, tokens, 2) == ([[1, 2], [3, 4]], [5])
+    assert (rest, tokens) == ([1, 2], [3, 4, 5])
+
+
+# ── Schedules of §4.2, at the token counts that it names ──
+
+
+@pytest.mark.parametrize(
+    "trillions, lr",
+    [
+        (0.1, 2.2e-4),
+        (9.999, 2.2e-4),
+        (10 + 4.3 / 2, (2.2e-4 + 2.2e-5) / 2),  # half of the cosine
+        (14.3, 2.2e-5),
+        (14.3 + 0.332, 2.2e-5),
+        (14.3 + 0.334, 7.3e-6),
+        (14.8, 7.3e-6),
+    ],
+)
+def test_the_learning_rate_of_the_report(trillions, lr):
+    assert lr_at(R, LATE, trillions / TOKENS) == pytest.approx(lr, rel=1e-4)
+
+
+def test_the_learning_rate_warms_up_over_2000_steps():
+    rates = [lr_at(R, step, 0.0) for step in range(2001)]
+    assert rates[999] == pytest.approx(1.1e-4)
+    assert rates[1999] == rates[2000] == 2.2e-4
+    assert all(b - a == pytest.approx(1.1e-7) for a, b in zip(rates[:1999], rates[1:2000]))
+    assert 0 < rates[0] < 2e-7
+
+
+def test_the_cosine_falls_all_the_way():
+    rates = [lr_at(R, LATE, (10 + 4.3 * i / 50) / TOKENS) for i in range(51)]
+    assert all(b < a for a, b in zip(rates, rates[1:]))
+
+
+def test_bias_speed_and_mtp_weight_change_when_the_report_says():
+    assert [gamma_at(R, x / TOKENS) for x in (0, 14.299, 14.301, 14.8)] == [1e-3, 1e-3, 0, 0]
+    assert [mtp_weight_at(R, x / TOKENS) for x in (0, 9.999, 10.001, 14.8)] == [0.3, 0.3, 0.1, 0.1]
+
+
+def test_the_batch_plan_is_14_8_trillion_tokens():
+    plan = batch_plan(R, R.steps)
+    seen = list(accumulate(n * R.seq_len / 1e12 for n in plan))
+    assert seen[-1] == pytest.approx(14.8, rel=1e-4)
+    assert plan[0] == 3072
+    assert plan[-1] == max(plan) == 15_360
+    assert all(a <= b for a, b in zip(plan, plan[1:]))
+    full = next(t for t, n in zip(seen, plan) if n == 15_360)
+    assert full == pytest.approx(0.469, abs=0.002)
+
+
+@given(
+    steps=st.integers(20, 300),
+    start=st.integers(1, 20),
+    grow=st.integers(0, 60),
+    ramp=st.floats(0.01, 0.9),
+)
+def test_a_batch_plan_grows_and_stays(steps, start, grow, ramp):
+    plan = batch_plan(Recipe(batch_start=start, batch=start + grow, ramp=ramp), steps)
+    assert len(plan) == steps
+    assert all(a <= b for a, b in zip(plan, plan[1:]))
+    assert plan[0] == start
+    assert start <= plan[-1] <= start + grow
+
+
+def test_a_ramp_takes_its_share_of_the_sequences():
+    plan = batch_plan(Recipe(batch_start=10, batch=50, ramp=0.25), 1000)
+    ramp = sum(n for n in plan if n < 50)
+    assert ramp / sum(plan) == pytest.approx(0.25, abs=0.01)
+
+
+# ── Losses ──
+
+
+def rows(micro, b: int, t: int = 8):
+    return torch.randint(micro.vocab_size, (b, t + 1))
+
+
+def test_the_main_loss_is_the_mean_surprise(exact, micro):
+    model, tokens_bs = Transformer(micro).double(), rows(micro, 3)
+    parts, logp = losses(model, tokens_bs), model(tokens_bs[:, :-1]).log_softmax(-1)
+    nll = [-logp[b, s, tokens_bs[b, s + 1]] for b in range(3) for s in range(8)]
+    assert parts.main.item() == pytest.approx(sum(nll).item() / 24)
+    assert len(parts.mtp) == 2
+    assert parts.balance.item() == pytest.approx(sum(balance_loss(r).item() for r in parts.routes))
+    assert len(parts.routes) == 4  # two layers, two MTP modules
+
+
+def test_the_total_weighs_its_parts():
+    x = torch.tensor
+    parts = Losses(x(1.0), [x(2.0), x(4.0)], x(5.0), [])
+    assert parts.total(0.3, 0.1).item() == pytest.approx(1 + 0.3 / 2 * (2 + 4) + 0.1 * 5)
+    assert Losses(x(1.0), [], x(5.0), []).total(0.3, 0.0).item() == 1.0
+
+
+def test_loads_are_counted_for_every_layer(micro):
+    parts = losses(Transformer(micro), rows(micro, 3))
+    load_le = expert_loads(parts.routes)
+    assert load_le.shape == (4, 16)
+    assert load_le.sum(1).tolist() == [3 * 8 * 3, 3 * 8 * 3, 3 * 7 * 3, 3 * 6 * 3]
+
+
+# ── The step ──
+
+
+def step(model, micro_batches, lr=1e-2, gamma=0.1, **recipe):
+    r = Recipe(**recipe)
+    return train_step(model, adamw(model, r), micro_batches, r, lr, gamma, 0.3)
+
+
+def state(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def watch_gradients(monkeypatch):
+    """Keep the gradients that reach the clipping, unclipped."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        seen.append([p.grad.clone() for p in parameters])
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    return seen
+
+
+def test_micro_batches_of_any_size_are_the_whole_batch(exact, micro, monkeypatch):
+    model, tokens_bs = Transformer(micro).double(), rows(micro, 7)
+    whole, parts, seen = deepcopy(model), deepcopy(model), watch_gradients(monkeypatch)
+    want = step(whole, [tokens_bs])
+    got = step(parts, tokens_bs.split([4, 1, 2]))
+    for a, b in zip(*seen):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert got.loss == pytest.approx(want.loss)
+    assert got.mtp == pytest.approx(want.mtp)
+    assert got.total == pytest.approx(want.total)
+    assert got.grad_norm == pytest.approx(want.grad_norm)
+    assert torch.equal(got.load_le, want.load_le)
+    for name, moe in moe_layers(whole).items():
+        assert torch.equal(moe.gate.bias, moe_layers(parts)[name].gate.bias)
+
+
+def test_the_gradient_is_that_of_the_total_loss(micro, monkeypatch):
+    model, tokens_bs, seen = Transformer(micro), rows(micro, 3), watch_gradients(monkeypatch)
+    want = torch.autograd.grad(losses(model, tokens_bs).total(0.3, 1e-4), list(model.parameters()))
+    stats = step(model, [tokens_bs])
+    assert all(torch.equal(g, w) for g, w in zip(seen[0], want))
+    norm = torch.stack([g.norm() for g in want]).norm()
+    assert stats.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_a_step_clips_sets_the_rate_and_clears(micro, monkeypatch):
+    model, r, seen = Transformer(micro), Recipe(clip=0.01), {}
+    optimizer = adamw(model, r)
+
+    def note():
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        seen.update(norm=norm.item(), lr={g["lr"] for g in optimizer.param_groups})
+
+    monkeypatch.setattr(optimizer, "step", note)
+    stats = train_step(model, optimizer, [rows(micro, 3)], r, 0.125, 0.1, 0.3)
+    assert stats.grad_norm > 0.1
+    assert seen["norm"] == pytest.approx(0.01, rel=1e-3)
+    assert seen["lr"] == {0.125}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_moves_biases_by_its_whole_load(micro):
+    model = Transformer(micro)
+    stats = step(model, rows(micro, 6).split(2), gamma=0.1)
+    for load_e, moe in zip(stats.load_le, moe_layers(model).values()):
+        want = 0.1 * (load_e.float().mean() - load_e).sign()
+        assert torch.allclose(moe.gate.bias, want)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_skipped(micro, monkeypatch, poison):
+    """One bad micro-batch of two: neither weights nor biases move, and the caller hears of it."""
+    model, calls, real = Transformer(micro), [], losses
+
+    def poisoned(model, tokens_bs):
+        parts = real(model, tokens_bs)
+        calls.append(1)
+        return parts._replace(main=parts.main * (poison if len(calls) == 2 else 1.0))
+
+    monkeypatch.setattr(pretrain, "losses", poisoned)
+    before = state(model)
+    stats = step(model, rows(micro, 4).split(2))
+    assert not torch.tensor(stats.total).isfinite()
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_gradient_that_is_no_number_is_skipped_though_the_loss_is_one(micro):
+    model = Transformer(micro)
+    model.head.weight.register_hook(lambda grad: grad * float("inf"))
+    before = state(model)
+    stats = step(model, [rows(micro, 2)])
+    assert torch.tensor(stats.total).isfinite()
+    assert not torch.tensor(stats.grad_norm).isfinite()
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_steps_learn(micro):
+    model, r, tokens_bs = Transformer(micro), Recipe(), rows(micro, 4)
+    optimizer = adamw(model, r)
+    stats = [train_step(model, optimizer, [tokens_bs], r, 1e-2, 1e-3, 0.3) for _ in range(30)]
+    assert stats[-1].loss < 0.5 * stats[0].loss
+    assert all(last < 0.8 * first for first, last in zip(stats[0].mtp, stats[-1].mtp))
+
+
+def test_decay_spares_the_norms(micro):
+    model = Transformer(micro)
+    decayed, spared = adamw(model, R).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert decayed["betas"] == spared["betas"] == (0.9, 0.95)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all("norm" in names[id(p)] for p in spared["params"])
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)

@@ -1,0 +1,107 @@
+"""Execute notebooks/NN_name.py and store the result beside it, as NN_name.ipynb.
+
+    python tools/book.py            every chapter
+    python tools/book.py 03 06_mtp  these
+
+A second build of the same sources changes no byte: a cell's id follows from its text, and nothing
+that names a time, a process or an address is kept. Sliders need a running kernel, so a widget
+leaves one line of text.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SLIDERS = "(sliders: they move once this cell has been run)"
+ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
+
+
+def find(names: list[str]) -> list[Path]:
+    """Chapters by number, name or file (`03`, `mla`, `03_mla`, `notebooks/03_mla.py`)."""
+    every = {p.stem: p for p in sorted(NOTEBOOKS.glob("[0-9]*.py"))}
+    wanted = [Path(name).stem for name in names] or list(every)
+    found = [[s for s in every if name in (s, *s.split("_", 1))] for name in wanted]
+    if missing := [name for name, stems in zip(wanted, found) if not stems]:
+        sys.exit(f"no chapter {', '.join(missing)}; there are {', '.join(every)}")
+    return [every[stem] for stems in found for stem in stems]
+
+
+def cell_ids(cells) -> list[str]:
+    """An id a cell, from its kind and text; the second of two equal cells ends in `-2`."""
+    seen, ids = Counter(), []
+    for cell in cells:
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
+        seen[digest] += 1
+        ids.append(digest + (f"-{seen[digest]}" if seen[digest] > 1 else ""))
+    return ids
+
+
+def steady(text: str | list) -> str:
+    """Text without addresses of objects."""
+    return ADDRESS.sub("", text if isinstance(text, str) else "".join(text))
+
+
+def tidy_output(output):
+    """An output without what differs from run to run; a widget becomes a line of text."""
+    if output.output_type == "stream":
+        output.text = steady(output.text)
+    if "data" in output:
+        if WIDGET in output.data:
+            return nbformat.v4.new_output("display_data", {"text/plain": SLIDERS})
+        output.data.update({k: steady(v) for k, v in output.data.items() if k.startswith("text/")})
+    return output
+
+
+def tidy(nb):
+    """The notebook with ids, metadata and outputs that depend on its cells alone."""
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nb.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+    nb.nbformat, nb.nbformat_minor = 4, 5
+    for cell, name in zip(nb.cells, cell_ids(nb.cells)):
+        cell["id"] = name
+        if cell.cell_type == "code":
+            cell.outputs = [tidy_output(x) for x in cell.outputs]
+    return nb
+
+
+def execute(path: Path):
+    """A chapter run from top to bottom in its own folder; raises at the first failing cell."""
+    nb = jupytext.read(path)
+    folder = {"metadata": {"path": str(path.parent)}}
+    options = {"record_timing": False, "store_widget_state": False, "coalesce_streams": True}
+    NotebookClient(nb, timeout=600, resources=folder, **options).execute()
+    return tidy(nb)
+
+
+def build(path: Path) -> bool:
+    """Write a chapter's .ipynb and say how long it took; False if a cell failed."""
+    start = time.perf_counter()
+    try:
+        nb = execute(path)
+    except CellExecutionError as e:
+        print(f"{path.stem:16} failed\n{e}")
+        return False
+    nbformat.write(nb, path.with_suffix(".ipynb"))
+    print(f"{path.stem:16}{time.perf_counter() - start:5.0f} s", flush=True)
+    return True
+
+
+def main(names: list[str]) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums depend on the number of threads
+    os.environ.setdefault("PYTHONHASHSEED", "0")  # and the order of a set on this
+    return int(not all([build(path) for path in find(names)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""House rules that no formatter knows: how a chapter is built, how long a function may be.
+
+Run it to see every complaint; the tests demand that there is none.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+
+ROOT = Path(__file__).resolve().parent.parent
+EARLY = {"08_generate", "09_fp8"}  # chapters that so far only export
+SECTIONS = ["Why", "Paper|report", "Experiment", "Play", "Exercises", "Scale"]
+WORDS = range(900, 2601)
+EXERCISES = range(3, 6)
+CAPS = {"dsv3_ref": 40, "tools": 40, "kernels": 80}  # lines of a function
+PRIVATE = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w|\b[Ii]ssues? #\d")
+ANSWER = re.compile(r"<details>.*?</details>", re.DOTALL)
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+CHECK = re.compile(r"^(check_\w+)\((my_\w+)\)", re.MULTILINE)
+
+
+# ── Chapters ──
+
+
+def markdown(cells) -> str:
+    return "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+
+
+def code(cells) -> str:
+    return "\n\n".join(c.source for c in cells if c.cell_type == "code")
+
+
+def exported(cell) -> bool:
+    return cell.cell_type == "code" and cell.source.startswith("#| export")
+
+
+def answers(cells) -> list[str]:
+    """The Python blocks of the folded answers."""
+    return [block for text in ANSWER.findall(markdown(cells)) for block in PYTHON.findall(text)]
+
+
+def exercises(cells) -> list[tuple[str, str]]:
+    """(checker, function to be filled in), in the order of the calls."""
+    return CHECK.findall(code(cells))
+
+
+def bad_title(stem: str, cells) -> list[str]:
+    """The first cell is `# NN · Title`, with the number of the file."""
+    first = cells[0].source if cells and cells[0].cell_type == "markdown" else ""
+    good = re.match(rf"# {stem[:2]} · \S", first)
+    return [] if good else [f"the first cell must start with '# {stem[:2]} · Title'"]
+
+
+def unexplained(cells) -> list[str]:
+    """A run of exported cells needs markdown after the run before it."""
+    bad, explained, in_run = [], False, False
+    for i, cell in enumerate(cells):
+        if cell.cell_type == "markdown":
+            explained = True
+        elif exported(cell):
+            bad += [] if explained else [f"no markdown explains the exported cell {i}"]
+        elif in_run:
+            explained = False
+        in_run = exported(cell)
+    return bad
+
+
+def bad_code(cells) -> list[str]:
+    text, bad = code(cells), []
+    bad += ["plt.show() blocks a script: use show(fig)"] if "plt.show(" in text else []
+    bad += [] if "show(" in text else ["no figure: show(fig) is never called"]
+    bad += [] if re.search(r"^play\(", text, re.MULTILINE) else ["no widget: play(…) is missing"]
+    return bad
+
+
+def bad_sections(cells) -> list[str]:
+    heads = re.findall(r"^##+ (.*)", markdown(cells), re.MULTILINE)
+    missing = [s for s in SECTIONS if not any(re.search(s, head) for head in heads)]
+    return [f"no section '{s}'" for s in missing]
+
+
+def bad_length(cells) -> list[str]:
+    """Words of prose: neither code blocks nor displayed equations count."""
+    prose = re.sub(r"```.*?```|\$\$.*?\$\$", "", markdown(cells), flags=re.DOTALL)
+    n = len(prose.split())
+    return [] if n in WORDS else [f"{n} words, not {WORDS[0]}–{WORDS[-1]}"]
+
+
+def bad_exercises(cells) -> list[str]:
+    pairs, solved = exercises(cells), "\n".join(answers(cells))
+    bad = [] if len(pairs) in EXERCISES else [f"{len(pairs)} exercises, not 3–5"]
+    bad += [f"no answer defines {my}" for _, my in pairs if f"def {my}(" not in solved]
+    return bad
+
+
+def chapter(path: Path) -> list[str]:
+    """What is wrong with the structure of a chapter."""
+    cells = jupytext.read(path).cells
+    bad = bad_title(path.stem, cells) + unexplained(cells)
+    if path.stem not in EARLY:
+        for rule in (bad_sections, bad_length, bad_exercises, bad_code):
+            bad += rule(cells)
+    return bad
+
+
+# ── The whole tree ──
+
+
+def files() -> list[Path]:
+    """What git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [p for name in sorted(set(names.split("\0"))) if name and (p := ROOT / name).is_file()]
+
+
+def long_functions(source: str, cap: int) -> list[str]:
+    """`name: n lines` for every function longer than the cap, nested ones and methods too."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, kinds)]
+    sizes = [(n.name, n.end_lineno - n.lineno + 1) for n in found]
+    return [f"{name}: {size} lines, the cap is {cap}" for name, size in sizes if size > cap]
+
+
+def private(source: str) -> list[str]:
+    """Lines that name a person's folder or a tracker's number; encoded pictures are skipped."""
+    lines = enumerate(source.splitlines(), start=1)
+    return [f"line {i}: {m[0]}" for i, x in lines if len(x) < 2000 and (m := PRIVATE.search(x))]
+
+
+def text(path: Path) -> str:
+    """The text of a file; '' if it holds none."""
+    data = path.read_bytes()
+    return "" if b"\0" in data else data.decode()
+
+
+def tree() -> dict[str, list[str]]:
+    """File → complaints, for every file."""
+    bad = {}
+    for path in files():
+        name = path.relative_to(ROOT)
+        found = private(text(path))
+        if path.suffix == ".py" and name.parts[0] in CAPS:
+            found += long_functions(text(path), CAPS[name.parts[0]])
+        if path.suffix == ".py" and name.parts[0] == "notebooks":
+            found += chapter(path)
+        bad[str(name)] = found
+    return {name: found for name, found in bad.items() if found}
+
+
+if __name__ == "__main__":
+    complaints = tree()
+    for name, found in complaints.items():
+        print("\n".join(f"{name}: {x}" for x in found))
+    sys.exit(bool(complaints))
