@@ -11,10 +11,6 @@ from pathlib import Path
 # ── The config ──
 
 
-class UserError(ValueError):
-    """A mistake a person can mend: the command line prints the sentence, not a traceback."""
-
-
 @dataclass(frozen=True)
 class Config:
     """Shape of a DeepSeek-V3; the defaults are the 671B model, names are DeepSeek's (§2, §4.2)."""
@@ -48,12 +44,17 @@ class Config:
     mscale: float = 1.0
     norm_eps: float = 1e-6
     init_std: float = 0.006
+    embed_std: float = 0.006  # of the embedding, not a field of the report
 
     def __post_init__(self):
         check(self)
 
 
 # ── What must divide what ──
+
+
+class UserError(ValueError):
+    """A mistake a person can mend: the command line prints the sentence, not a traceback."""
 
 
 def check(c: Config) -> None:
@@ -140,6 +141,27 @@ def named(name: str) -> Config:
     )
 
 
+# ── Counting attention ──
+
+
+def count_mla(c: Config) -> int:
+    """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
+    heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    q = c.q_lora_rank * (c.dim + 1 + heads_q) if c.q_lora_rank else c.dim * heads_q
+    kv = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+    up = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    return q + kv + up + c.n_heads * c.v_head_dim * c.dim
+
+
+# ── Counting experts ──
+
+
+def count_moe(c: Config, experts: int) -> int:
+    """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
+    gate = c.n_routed_experts * (c.dim + (c.score_func == "sigmoid"))
+    return gate + (experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
+
+
 # ── Counting parameters and cache ──
 
 
@@ -152,21 +174,6 @@ class Count:
     activated_one_embedding: int  # the same without the input embedding (one row is read)
     mtp: int  # unique to the MTP modules: embedding and head are shared
     cache_bytes: int  # latent cache of all main layers, bf16
-
-
-def count_mla(c: Config) -> int:
-    """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
-    heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    q = c.q_lora_rank * (c.dim + 1 + heads_q) if c.q_lora_rank else c.dim * heads_q
-    kv = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    up = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    return q + kv + up + c.n_heads * c.v_head_dim * c.dim
-
-
-def count_moe(c: Config, experts: int) -> int:
-    """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
-    gate = c.n_routed_experts * (c.dim + (c.score_func == "sigmoid"))
-    return gate + (experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
 
 
 def count(c: Config) -> Count:

@@ -20,9 +20,9 @@ def causal_mask(s: int, t: int, device=None):
     return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
 
 
-def causal_softmax(score_bhst):
-    """Attention weights p = softmax over the keys that a query may see; in fp32 or wider."""
-    wide_bhst = score_bhst.to(torch.promote_types(score_bhst.dtype, torch.float32))
+def causal_softmax(score_bhst, scale: float):
+    """Attention weights p = softmax(scale·score) over the keys a query may see; fp32 or wider."""
+    wide_bhst = scale * score_bhst.to(torch.promote_types(score_bhst.dtype, torch.float32))
     mask_st = causal_mask(*score_bhst.shape[-2:], score_bhst.device)
     return wide_bhst.masked_fill(~mask_st, -torch.inf).softmax(-1)
 
@@ -39,7 +39,7 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
 
 @impl("attention", "naive")
 def _(q_bshx, k_bthx, v_bthv, scale):
-    p_bhst = causal_softmax(scale * einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t"))
+    p_bhst = causal_softmax(einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t"), scale)
     return einsum(p_bhst.to(v_bthv.dtype), v_bthv, "b h s t, b t h v -> b s h v")
 
 
@@ -67,7 +67,7 @@ def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
     """Causal attention with the latent as key and value: o = softmax(scale·(q·c + q·k)) c."""
     score_bhst = einsum(q_bshc, c_btc, "b s h c, b t c -> b h s t")
     score_bhst = score_bhst + einsum(q_bshr, k_btr, "b s h r, b t r -> b h s t")
-    p_bhst = causal_softmax(scale * score_bhst).to(c_btc.dtype)
+    p_bhst = causal_softmax(score_bhst, scale).to(c_btc.dtype)
     return einsum(p_bhst, c_btc, "b h s t, b t c -> b s h c")
 
 
@@ -148,6 +148,14 @@ class MLA(nn.Module):
         k_bsr = rotate(k_bsr[:, :, None], *rope)[:, :, 0]
         return torch.cat((self.kv_norm(c_bsc), k_bsr), dim=-1)
 
+    def expanded(self, *inputs):
+        """Keys and values of every head: training, prefill."""
+        return expanded(*inputs, self.wkv_b.weight, softmax_scale(self.config))
+
+    def absorbed(self, *inputs):
+        """Inside the latent: decoding."""
+        return absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
+
     def forward(self, x_bsd, rope, cache: LayerCache | None = None):
         c = self.config
         q_bshi, q_bshr = self.queries(x_bsd, rope)
@@ -155,6 +163,6 @@ class MLA(nn.Module):
         kv = kv if cache is None else cache.append(kv)
         c_btc, k_btr = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         decoding = cache is not None and x_bsd.shape[1] == 1
-        attend = absorbed if (decoding if self.absorb is None else self.absorb) else expanded
-        o_bshv = attend(q_bshi, q_bshr, c_btc, k_btr, self.wkv_b.weight, softmax_scale(c))
+        absorb = decoding if self.absorb is None else self.absorb
+        o_bshv = (self.absorbed if absorb else self.expanded)(q_bshi, q_bshr, c_btc, k_btr)
         return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))  # eq. 11

@@ -62,6 +62,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.mtp = nn.ModuleDict({str(k): MTP(c) for k in range(c.n_mtp_layers)})
         init_weights(self, c.init_std)
+        nn.init.normal_(self.embed.weight, std=c.embed_std)
 
     def features(self, tokens_bs, cache: Cache | None = None) -> tuple[torch.Tensor, list[Route]]:
         """Normed hidden states (b, s, d) and the route of every MoE layer."""

@@ -24,15 +24,6 @@ class Route(NamedTuple):
     affinity_bse: torch.Tensor  # of all experts, without bias; carries the gradient
 
 
-def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
-    """−∞ outside the groups with the largest sum of their `best` highest scores (§2.1.2)."""
-    score_bsgx = rearrange(score_bse, "b s (g x) -> b s g x", g=n_groups)
-    group_bsg = score_bsgx.topk(best, dim=-1).values.sum(-1)
-    chosen = group_bsg.topk(n_limited, dim=-1).indices
-    shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
-    return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
-
-
 def route(logit_bse, bias_e, c: Config) -> Route:
     """eq. 12–16: choose k experts by affinity + bias, weigh them by the affinity alone."""
     sigmoid = c.score_func == "sigmoid"
@@ -46,6 +37,21 @@ def route(logit_bse, bias_e, c: Config) -> Route:
     if sigmoid:
         weight_bsk = weight_bsk / (weight_bsk.sum(-1, keepdim=True) + 1e-20)
     return Route(weight_bsk * c.route_scale, expert_bsk, affinity_bse)
+
+
+# ── Groups ──
+
+
+def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
+    """−∞ outside the groups with the largest sum of their `best` highest scores (§2.1.2)."""
+    score_bsgx = rearrange(score_bse, "b s (g x) -> b s g x", g=n_groups)
+    group_bsg = score_bsgx.topk(best, dim=-1).values.sum(-1)
+    chosen = group_bsg.topk(n_limited, dim=-1).indices
+    shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
+    return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
+
+
+# ── The gate's layer ──
 
 
 class Gate(nn.Module):
@@ -164,6 +170,9 @@ class Unpermute(torch.autograd.Function):
 def unsort(y_md, order_m):
     """Undo `y[order]`: row j of y goes to place order[j]."""
     return torch.empty_like(y_md).index_copy_(0, order_m, y_md)
+
+
+# ── The layer ──
 
 
 class MoE(nn.Module):

@@ -15,8 +15,37 @@
 # # 00 · Tour: one model, four sizes
 
 # %% [markdown]
-# ## The config
-# Every size is the same dataclass; the defaults are the 671B model (report §4.2).
+# ## Why
+# A language model reads tokens and guesses the next one. Make it larger and it guesses better, but
+# every weight that takes part costs two operations a token, and every token it remembers costs
+# memory. DeepSeek-V3 holds **671 billion** parameters and lets one token touch only **one in
+# eighteen** of them. This chapter says where they all are, before we build any.
+#
+# ![The model: a main stack of 61 blocks, each an MLA and a DeepSeekMoE, and an MTP module](../figures/00_model.svg)
+#
+# Follow the picture from the bottom. A token becomes a vector, 61 blocks add to it, and a head turns
+# it into 129,280 scores. The dashed lines open two boxes: attention (MLA) and the mixture of experts
+# (DeepSeekMoE). At the right a small module predicts one token further (MTP).
+
+# %% [markdown]
+# ## Paper
+# The technical report (arXiv 2412.19437) describes this architecture in §2 and its size in §4.2.
+# Three claims can be checked with nothing but multiplication:
+#
+# - **671B parameters in total, 37B activated for each token** (§2, §4.2). *Activated* means: the
+#   weights that one token's computation really uses. The rest are experts it did not visit.
+# - **Attention remembers little** (§2.1.1): a compressed *latent* and one rotary key for each token
+#   and layer, instead of keys and values for 128 heads.
+# - **It was affordable** (§1, table 1): 180 thousand H800 hours for each trillion training tokens.
+#
+# What you will meet where:
+#
+# | chapter | in the picture |
+# |---|---|
+# | [01](01_ops.ipynb) · [02](02_rope.ipynb) | RMSNorm, products, SwiGLU · how position enters |
+# | [03](03_mla.ipynb) · [04](04_moe.ipynb) | the two boxes in the middle |
+# | [05](05_model.ipynb) · [06](06_mtp.ipynb) | the stack on the left · the module on the right |
+# | [07](07_pretrain.ipynb) · [08](08_generate.ipynb) · [09](09_fp8.ipynb) | training it · using it · eight-bit weights |
 
 # %%
 #| export config
@@ -25,11 +54,31 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+# %%
+import math
+import tempfile
 
-class UserError(ValueError):
-    """A mistake a person can mend: the command line prints the sentence, not a traceback."""
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsv3_ref.viz import COLOURS, GREY, ORANGE, figure, play, show
+
+# %% [markdown]
+# ## The config
+# One frozen dataclass holds the whole shape; **its defaults are the 671B model**. The names are
+# DeepSeek's own, so that the released `config.json` and weights fit. The letter in a comment is the
+# axis letter used everywhere in this project: a tensor called `q_bshr` has axes batch, position,
+# head and rotary dim, and so its last axis has `qk_rope_head_dim` entries. Three words need
+# explaining at once:
+#
+# - a **latent** (`q_lora_rank`, `kv_lora_rank`) is a narrow vector from which wide ones are made;
+# - a head's query has a part without position, `nope`, and one that carries position, `rope`;
+# - an **expert** is a small feed-forward network; *routed* experts are chosen token by token, in
+#   *groups*; *shared* ones always run.
 
 
+# %%
+#| export config
 @dataclass(frozen=True)
 class Config:
     """Shape of a DeepSeek-V3; the defaults are the 671B model, names are DeepSeek's (§2, §4.2)."""
@@ -63,6 +112,7 @@ class Config:
     mscale: float = 1.0
     norm_eps: float = 1e-6
     init_std: float = 0.006
+    embed_std: float = 0.006  # of the embedding, not a field of the report
 
     def __post_init__(self):
         check(self)
@@ -70,10 +120,20 @@ class Config:
 
 # %% [markdown]
 # ## What must divide what
+# A config is wrong far more often than code is, so every config checks itself when it is made, and
+# the error is a sentence that names the field. The rules are those of the architecture: RoPE turns
+# *pairs* of numbers, so $r$ is even; experts fall into equal groups; and the $k$ experts of a token
+# must fit into the groups it may use,
+#
+# $$e \bmod g = 0,\qquad k \le M\cdot\frac{e}{g}\qquad (\text{V3: } 8 \le 4\cdot 32).$$
 
 
 # %%
 #| export config
+class UserError(ValueError):
+    """A mistake a person can mend: the command line prints the sentence, not a traceback."""
+
+
 def check(c: Config) -> None:
     """Raise a `UserError` naming the field for every shape that could not be built."""
     for f in fields(c):
@@ -105,8 +165,41 @@ def check(c: Config) -> None:
 MAY_BE_ZERO = {"q_lora_rank", "n_shared_experts", "n_dense_layers", "n_mtp_layers"}
 
 
+# %%
+# Each of these configs is impossible for another reason, and each sentence names the field.
+def complaint(make) -> str:
+    """The sentence of the `UserError` that `make()` raises; '' if it raises none."""
+    try:
+        make()
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+for name, value in [
+    ("dim", 0),
+    ("n_layers", 2.5),
+    ("qk_rope_head_dim", 63),
+    ("n_dense_layers", 62),
+    ("n_routed_experts", 250),
+    ("n_limited_groups", 9),
+    ("n_activated_experts", 129),
+]:
+    sentence = complaint(lambda name=name, value=value: Config(**{name: value}))
+    assert name in sentence
+    print(f"{name}={value}: {sentence}")
+assert complaint(Config) == "" and complaint(lambda: Config(q_lora_rank=0)) == ""
+
+
 # %% [markdown]
 # ## Four sizes
+# Small is a *config*, not another implementation: the four sizes run the same lines of code and
+# each states only what differs from V3.
+#
+# - `TINY`, 9M parameters: every mechanism is on, and a CPU trains it. Chapters use it.
+# - `SMALL`, 0.5B: for one GPU.
+# - `V2_LITE`, 16B: DeepSeek-V2-Lite, the older shape with a softmax gate and no query latent.
+# - `V3`, 671B.
 
 # %%
 #| export config
@@ -132,8 +225,22 @@ TINY = replace(
 SIZES = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
 
 
+# %%
+# Every field in which they differ; TINY still has every mechanism on.
+print(f"{'':22}" + "".join(f"{size:>10}" for size in SIZES))
+for f in fields(Config):
+    row = [getattr(c, f.name) for c in SIZES.values()]
+    if len(set(row)) > 1:
+        print(f"{f.name:22}" + "".join(f"{x:>10}" for x in row))
+assert len(set(SIZES.values())) == 4
+assert TINY.n_expert_groups > TINY.n_limited_groups > 1 and TINY.n_shared_experts > 0
+assert 0 < TINY.n_dense_layers < TINY.n_layers and TINY.q_lora_rank > 0 and TINY.n_mtp_layers > 0
+
+
 # %% [markdown]
 # ## Reading a config from a file
+# Configs also come from outside, as JSON. Ignoring an unknown key would train the wrong model in
+# silence, so an unknown name stops with the nearest known one.
 
 
 # %%
@@ -164,8 +271,98 @@ def named(name: str) -> Config:
     )
 
 
+# %%
+# A file gives back the config that was written; a slip of the finger gives a sentence.
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "mine.json"
+    file.write_text(json.dumps({"n_layers": 4, "n_dense_layers": 1}))
+    assert named(str(file)) == replace(V3, n_layers=4, n_dense_layers=1)
+    file.write_text('{"n_layers": 4')
+    assert "is not JSON" in complaint(lambda: named(str(file)))
+
+print(complaint(lambda: from_dict({"n_expert": 8})))
+print(complaint(lambda: from_dict({"kv_lora_rnk": 512})))
+print(complaint(lambda: named("tinny")))
+assert "did you mean 'kv_lora_rank'?" in complaint(lambda: from_dict({"kv_lora_rnk": 512}))
+assert "nearest: tiny" in complaint(lambda: named("tinny"))
+
+
+# %% [markdown]
+# ## Counting attention
+# Now the books. One MLA has a path for queries (down to the latent $q$, a norm, up to the heads),
+# one for keys and values (down to $c$ and the rotary key $r$, a norm, up), and an output matrix:
+#
+# $$N_{\text{MLA}} = \underbrace{q\,(d + 1 + h(i+r))}_{\text{queries}}
+# + \underbrace{d\,(c+r) + c}_{\text{what is remembered}}
+# + \underbrace{c\,h(i+v)}_{\text{keys and values}} + \underbrace{hv\,d}_{\text{output}} .$$
+#
+# The lone $1$ and $c$ are the scales of the two norms. With no query latent the first term is
+# $d\,h(i+r)$.
+
+
+# %%
+#| export config
+def count_mla(c: Config) -> int:
+    """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
+    heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    q = c.q_lora_rank * (c.dim + 1 + heads_q) if c.q_lora_rank else c.dim * heads_q
+    kv = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+    up = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    return q + kv + up + c.n_heads * c.v_head_dim * c.dim
+
+
+# %%
+# The shapes of one layer, written out as they lie in the released files.
+shapes = {
+    "wq_a": (1536, 7168), "q_norm": (1536,), "wq_b": (128 * 192, 1536), "wkv_a": (576, 7168),
+    "kv_norm": (512,), "wkv_b": (128 * 256, 512), "wo": (7168, 128 * 128),
+}  # fmt: skip
+sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+for name, n in sizes.items():
+    print(f"{name:8}{str(shapes[name]):>16}{n:>14,}")
+assert sum(sizes.values()) == count_mla(V3) == 187_107_328
+
+
+# %% [markdown]
+# ## Counting experts
+# A feed-forward network here has three matrices (chapter 01), so one expert is $3\,d f$. A mixture
+# layer has $e$ routed experts, $e_s$ shared ones and a gate with one row a routed expert, to which
+# the sigmoid gate adds one bias each:
+#
+# $$N_{\text{MoE}} = e\,(d + 1) + (e + e_s)\cdot 3\,d f .$$
+#
+# For one token, replace the $e$ of the second term by $k$: it visits eight, but asks the whole gate.
+
+
+# %%
+#| export config
+def count_moe(c: Config, experts: int) -> int:
+    """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
+    gate = c.n_routed_experts * (c.dim + (c.score_func == "sigmoid"))
+    return gate + (experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
+
+
+# %%
+whole, used = count_moe(V3, V3.n_routed_experts), count_moe(V3, V3.n_activated_experts)
+print(f"one MoE layer: {whole / 1e9:.2f}B parameters, {used / 1e9:.2f}B used by a token")
+print(f"one dense FFN: {3 * V3.dim * V3.inter_dim / 1e9:.2f}B, all used")
+# the dense FFN is as wide as the nine experts that a token meets: 9 · 2048 = 18,432
+assert 3 * V3.dim * V3.inter_dim == used - V3.n_routed_experts * (V3.dim + 1)
+
+
 # %% [markdown]
 # ## Counting parameters and cache
+# Blocks have two norms besides, and the ends of the model a table each of $w\,d$ numbers:
+#
+# $$N = L\,(N_{\text{MLA}} + 2d) + L_{\text{dense}}\cdot 3\,d f_{\text{dense}}
+# + (L - L_{\text{dense}})\,N_{\text{MoE}} + 2\,w d + d .$$
+#
+# The report's "37B activated" depends on a **counting rule**, so we always state it: both tables
+# counted (of the embedding a token reads only one row), or the head alone. The MTP module shares
+# both tables; its own are one block, three norms and $M: 2d \to d$. The total includes
+# 58 · 256 = 14,848 gate biases, which no gradient moves ([chapter 04](04_moe.ipynb)).
+#
+# The cache is counted in bytes a token: 2 bytes for each of the $c + r$ numbers a layer remembers.
 
 
 # %%
@@ -179,21 +376,6 @@ class Count:
     activated_one_embedding: int  # the same without the input embedding (one row is read)
     mtp: int  # unique to the MTP modules: embedding and head are shared
     cache_bytes: int  # latent cache of all main layers, bf16
-
-
-def count_mla(c: Config) -> int:
-    """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
-    heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    q = c.q_lora_rank * (c.dim + 1 + heads_q) if c.q_lora_rank else c.dim * heads_q
-    kv = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    up = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    return q + kv + up + c.n_heads * c.v_head_dim * c.dim
-
-
-def count_moe(c: Config, experts: int) -> int:
-    """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
-    gate = c.n_routed_experts * (c.dim + (c.score_func == "sigmoid"))
-    return gate + (experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
 
 
 def count(c: Config) -> Count:
@@ -210,6 +392,449 @@ def count(c: Config) -> Count:
 
 
 # %%
-assert count(V3).total == 671_026_419_200
-assert count(V3).cache_bytes == 70_272
-count(V3)
+# The report's numbers. The weight notes print 11.5B for MTP; its tensors add up to 11.61B.
+for size, c in SIZES.items():
+    n = count(c)
+    print(f"{size:8} total {n.total:>15,}  activated {n.activated / 1e9:7.3f}B or"
+          f" {n.activated_one_embedding / 1e9:7.3f}B  MTP {n.mtp / 1e9:6.3f}B"
+          f"  cache {n.cache_bytes:>6,} B")  # fmt: skip
+v3 = count(V3)
+assert v3.total == 671_026_419_200
+assert round(v3.activated / 1e9, 2) == 37.55 and round(v3.activated_one_embedding / 1e9, 1) == 36.6
+assert round(v3.mtp / 1e9, 2) == 11.61 and v3.cache_bytes == 61 * 576 * 2 == 70_272
+
+# %% [markdown]
+# *Check, from the other side.* The formula could be wrong in the way its author thinks. So let us build
+# the model, later chapters' code, on torch's `meta` device, where tensors have shapes but no
+# memory: all 671 billion of them in about a second. Parameters and gate biases must add up to it.
+
+# %%
+from dsv3_ref.model import Cache, Transformer, moe_layers
+
+
+def built(c: Config) -> int:
+    """Parameters and gate biases of the real modules, MTP included."""
+    with torch.device("meta"):
+        model = Transformer(c)
+    biases = [moe.gate.bias for moe in moe_layers(model).values() if moe.gate.bias is not None]
+    return sum(t.numel() for t in [*model.parameters(), *biases])
+
+
+for size, c in SIZES.items():
+    assert built(c) == count(c).total + count(c).mtp, size
+    print(f"{size:8} {built(c):>15,} in the modules, MTP included: equal")
+
+# %% [markdown]
+# ## Where do 671 billion sit?
+# Sort the same sum by kind. `experts` is how many routed experts of a layer to count: all of them for
+# the total, $k$ for one token.
+
+
+# %%
+def parts(c: Config, experts: int) -> dict[str, int]:
+    """Parameters by kind; the values sum to `count(c).total` for experts = e."""
+    n_moe, expert = c.n_layers - c.n_dense_layers, 3 * c.dim * c.moe_inter_dim
+    latent_norms = c.q_lora_rank + c.kv_lora_rank
+    return {
+        "embedding": c.vocab_size * c.dim,
+        "head": c.vocab_size * c.dim,
+        "attention": c.n_layers * (count_mla(c) - latent_norms),
+        "dense FFN": c.n_dense_layers * 3 * c.dim * c.inter_dim,
+        "routed experts": n_moe * experts * expert,
+        "shared experts": n_moe * c.n_shared_experts * expert,
+        "gates": n_moe * c.n_routed_experts * (c.dim + (c.score_func == "sigmoid")),
+        "norms": c.n_layers * (2 * c.dim + latent_norms) + c.dim,
+    }
+
+
+total, token = parts(V3, V3.n_routed_experts), parts(V3, V3.n_activated_experts)
+for kind in total:
+    share, used = total[kind] / v3.total, token[kind] / v3.activated
+    print(f"{kind:16}{total[kind]:>16,}{share:>9.3%} of all{used:>9.3%} of a token's")
+for c in SIZES.values():
+    assert sum(parts(c, c.n_routed_experts).values()) == count(c).total
+    assert sum(parts(c, c.n_activated_experts).values()) == count(c).activated
+
+# %% [markdown]
+# Routed experts are 97 % of the model but only 54 % of what a token uses. The price of *holding* a
+# model and the price of *using* it have come apart, and that is the whole point of a mixture of experts.
+
+# %%
+PAINT = dict(
+    zip(total, [GREY, "#B0B5BD", *COLOURS[:1], COLOURS[4], ORANGE, *COLOURS[2:4], "black"])
+)
+HATCH = dict(zip(total, ["", "//", "", "..", "", "xx", "", ""]))
+
+
+def stack(ax, y: float, kinds: dict[str, int]) -> None:
+    """One horizontal bar of shares, parts above 6 % labelled inside."""
+    left, whole = 0.0, sum(kinds.values())
+    for kind, n in kinds.items():
+        share = 100 * n / whole
+        look = {"color": PAINT[kind], "hatch": HATCH[kind], "edgecolor": "white", "linewidth": 0.5}
+        ax.barh(y, share, 0.7, left=left, label=kind if y == 0 else None, **look)
+        if share > 6:
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+            middle = {"ha": "center", "va": "center"}
+            ax.text(left + share / 2, y, f"{share:.0f}", fontsize=9, bbox=box, **middle)
+        left += share
+
+
+def short(n: float) -> str:
+    """Three digits and a unit: 671B, 8.63M."""
+    return f"{n / 1e9:.3g}B" if n >= 1e9 else f"{n / 1e6:.3g}M"
+
+
+fig, ax = figure(width=8, height=4.6)
+rows = []
+for i, (size, c) in enumerate(SIZES.items()):
+    n = count(c)
+    stack(ax, 3 * i, parts(c, c.n_routed_experts))
+    stack(ax, 3 * i + 1, parts(c, c.n_activated_experts))
+    rows += [(3 * i, f"{size}: all {short(n.total)}"), (3 * i + 1, f"a token {short(n.activated)}")]
+ax.set_yticks([y for y, _ in rows], [text for _, text in rows])
+ax.invert_yaxis()
+ax.set(xlim=(0, 100), xlabel="share of the parameters, %")
+ax.set_title("Held and used: the larger the model, the more of it is routed experts")
+fig.legend(loc="outside lower center", ncols=4)
+show(fig)
+
+# %% [markdown]
+# ## What attention remembers
+# While a model generates, it keeps something for every token so far. Plain **multi-head attention**
+# (MHA) keeps a key and a value for every head; **grouped-query attention** (GQA) lets several heads
+# share one pair, and **multi-query** (MQA) lets all of them. MLA keeps the latent and one rotary key:
+#
+# $$\text{MHA: } 2\,h\,v\,L\cdot 2\,\text{B}\qquad \text{GQA: } 2\,n_{kv}\,v\,L\cdot 2\,\text{B}\qquad
+# \text{MLA: } (c + r)\,L\cdot 2\,\text{B}.$$
+
+
+# %%
+def cache_of_heads(c: Config, n_kv: int) -> int:
+    """Bytes a token in bf16 if `n_kv` heads each kept a key and a value of v dims."""
+    return 2 * c.n_layers * n_kv * 2 * c.v_head_dim
+
+
+kept = {
+    f"MHA, {V3.n_heads} heads": cache_of_heads(V3, V3.n_heads),
+    "GQA, 8 groups": cache_of_heads(V3, 8),
+    "MLA": v3.cache_bytes,
+    "MQA, 1 head": cache_of_heads(V3, 1),
+}
+cache = Cache(TINY, batch=1, max_len=10, dtype=torch.bfloat16)  # the real one, from chapter 05
+held = sum(layer.kv_btx.numel() * layer.kv_btx.element_size() for layer in cache)
+assert held == 10 * count(TINY).cache_bytes
+assert round(kept["MHA, 128 heads"] / kept["MLA"], 1) == 56.9
+
+fig, ax = figure(width=8, height=2.6)
+bars = ax.barh(list(kept), list(kept.values()), color=[GREY, GREY, ORANGE, GREY])
+labels = [f" {n:,} B, {n * 131_072 / 1e9:.1f} GB at 128K" for n in kept.values()]
+ax.bar_label(bars, labels)
+ax.invert_yaxis()
+ax.set(xscale="log", xlim=(1e4, 1e8), xlabel="bytes of cache a token, bf16 (log)")
+ax.set_title("MLA remembers as little as 2.25 grouped heads would")
+show(fig)
+
+# %% [markdown]
+# ## Experiment: do the operations add up?
+# A product with a weight costs two operations, one multiplication and one addition, for each number
+# in the weight. Attention adds work that grows with the number $t$ of keys a query meets: $i + r$
+# products for its score, $v$ for its value, in each head and layer. And a mixture layer weighs its $k$
+# results, a small term that is easily forgotten:
+#
+# $$\text{FLOPs a token} = 2\,N_{\text{matrices}} + 2\,L\,h\,(i + r + v)\,t
+# + 2\,(L - L_{\text{dense}})\,k\,d$$
+#
+# We count it twice: by formula, and by letting torch count every product while the real `TINY` runs.
+# The reference attention computes the whole square of scores, so there $t = s$, the length.
+
+
+# %%
+def flops(c: Config, keys: float) -> float:
+    """Forward operations a token that meets `keys` keys: 2·N + 2·L·h·(i + r + v)·t + 2·L'·k·d."""
+    n, n_moe = parts(c, c.n_activated_experts), c.n_layers - c.n_dense_layers
+    biases = n_moe * c.n_routed_experts * (c.score_func == "sigmoid")
+    matrices = sum(n.values()) - n["embedding"] - n["norms"] - biases
+    head_dims = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+    attention = 2 * c.n_layers * c.n_heads * head_dims * keys
+    return 2 * matrices + attention + 2 * n_moe * c.n_activated_experts * c.dim
+
+
+def counted_flops(model: Transformer, s: int) -> float:
+    """The same from torch's counter, on the plain-torch forms that it can see into."""
+    from dsv3_ref.ops import use  # chapter 01: chooses the implementation
+
+    with use("naive", "torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, s, dtype=torch.long))
+    return counter.get_total_flops() / s
+
+
+torch.manual_seed(0)
+model = Transformer(TINY)
+lengths = [8, 16, 32, 64, 128, 256]
+measured = [counted_flops(model, s) for s in lengths]
+assert measured == [flops(TINY, s) for s in lengths]  # exactly
+print(
+    "TINY, MFLOPs a token:", ", ".join(f"{x / 1e6:.2f} at {s}" for s, x in zip(lengths, measured))
+)
+
+# %%
+fig, (left, right) = figure(1, 2, width=8.6, height=3.3)
+t = torch.logspace(0, 2.6, 50)
+left.plot(t, flops(TINY, t) / 1e6, color=GREY, label="formula")
+left.plot(lengths, [x / 1e6 for x in measured], "o", color=ORANGE, label="counted by torch")
+left.set(xscale="log", xlabel="keys a query meets", ylabel="MFLOPs a token, forward")
+left.set_title("tiny: formula and run agree")
+left.legend()
+t = torch.logspace(2, 5.3, 80)
+fixed = flops(V3, 0) / 1e9
+right.axhline(fixed, color=GREY, linestyle="--", label="weights alone")
+right.plot(t, flops(V3, t) / 1e9, label="with attention")
+for mean, text, dx in [(2048, "4K training", -8), (65_536, "128K", -8)]:
+    y = flops(V3, mean) / 1e9
+    right.plot(mean, y, "o", color=ORANGE)
+    right.annotate(f"{text}: {y:.0f}", (mean, y), (dx, 8), textcoords="offset points", ha="right")
+right.set(xscale="log", xlabel="keys a query meets (mean)", ylabel="GFLOPs a token, forward")
+right.set_title("v3: attention takes over with length")
+right.legend(loc="upper left")
+show(fig)
+
+# %% [markdown]
+# And does it run? At first every word is about equally likely, so the loss of an untrained model must
+# be close to $\ln w$, the surprise of a blind guess among $w$ words. A little above, in fact: logits of
+# variance $\sigma^2 = d\cdot\mathtt{init\_std}^2$ are confident at random, which costs $\sigma^2/2$.
+
+# %%
+tokens_bs = torch.randint(TINY.vocab_size, (8, 129))
+with torch.no_grad():
+    logit_bsw = model(tokens_bs[:, :-1])
+loss = torch.nn.functional.cross_entropy(logit_bsw.flatten(0, 1), tokens_bs[:, 1:].flatten())
+blind, excess = math.log(TINY.vocab_size), TINY.dim * TINY.init_std**2 / 2
+print(f"untrained loss {loss:.2f} nats; ln {TINY.vocab_size} = {blind:.2f}, and {excess:.2f} more")
+assert abs(loss - blind - excess) < 0.04
+
+# %% [markdown]
+# ## Play
+# Change a few fields and read the books. Look for three things: more experts cost memory but no
+# operations; more experts *a token* cost operations but no memory; the latent alone decides the
+# cache. An impossible choice shows the config's own sentence.
+
+
+# %%
+def books(
+    n_layers=61, n_routed_experts=256, n_activated_experts=8, moe_inter_dim=2048, kv_lora_rank=512
+):
+    """Draw the accounting of V3 with these fields changed."""
+    changes = dict(locals())
+    fig, ax = figure(width=8, height=2.5)
+    try:
+        c = replace(V3, **changes)
+    except UserError as e:
+        ax.text(0.5, 0.5, f"not a model: {e}", ha="center", wrap=True)
+        ax.axis("off")
+        return show(fig)
+    n = count(c)
+    stack(ax, 0, parts(c, c.n_routed_experts))
+    stack(ax, 1, parts(c, c.n_activated_experts))
+    ax.set_yticks([0, 1], [f"all {short(n.total)}", f"a token {short(n.activated)}"])
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 100), xlabel="share of the parameters, %")
+    ax.set_title(
+        f"{flops(c, 2048) / 1e9:.0f} GFLOPs a token at 4K, cache {n.cache_bytes:,} B a token"
+    )
+    fig.legend(loc="outside lower center", ncols=4)
+    return show(fig)
+
+
+books()
+
+# %%
+play(
+    books,
+    n_layers=(4, 118, 1),
+    n_routed_experts=[256, 8, 64, 128, 250, 512],
+    n_activated_experts=(1, 15, 1),
+    moe_inter_dim=[2048, 512, 1024, 4096],
+    kv_lora_rank=[512, 128, 256, 1024],
+)
+
+# %% [markdown]
+# The same function with twice as many experts, half as wide, twice as many chosen. Little moves: the
+# gates double, the shared expert is half as wide. This is what "fine-grained" experts cost: next to
+# nothing ([chapter 04](04_moe.ipynb) says what they gain).
+
+# %%
+books(n_routed_experts=512, n_activated_experts=16, moe_inter_dim=1024)
+
+# %% [markdown]
+# ## Exercises
+# Fill in the functions that return `...`; the checkers defined here say how you did.
+
+
+# %%
+def verdict(test, hint: str) -> bool:
+    """Run a test of the reader's function; print ✓ or a hint, never raise."""
+    try:
+        right = bool(test())
+    except Exception as e:
+        right, hint = False, f"{hint} (it raised {type(e).__name__}: {e})"
+    print("✓ right" if right else f"✗ not yet: {hint}")
+    return right
+
+
+def check_cache(fn) -> bool:
+    """`fn(c, tokens)` is the size of the latent cache in bytes."""
+    want = [(c, t, count(c).cache_bytes * t) for c in SIZES.values() for t in (1, 131_072)]
+    hint = "every layer keeps kv_lora_rank + qk_rope_head_dim numbers of 2 bytes"
+    return verdict(lambda: all(fn(c, t) == n for c, t, n in want), hint)
+
+
+def check_split(fn) -> bool:
+    """`fn(c)` is how many parameters splitting every expert in two adds."""
+
+    def test():
+        for c in (V3, TINY):
+            e, k, f = 2 * c.n_routed_experts, 2 * c.n_activated_experts, c.moe_inter_dim // 2
+            split = {"n_routed_experts": e, "n_activated_experts": k, "moe_inter_dim": f}
+            halves = replace(c, **split, n_shared_experts=2 * c.n_shared_experts)
+            if fn(c) != count(halves).total - count(c).total:
+                return False
+        return True
+
+    return verdict(test, "two halves hold as much as the whole; but what has a row an expert?")
+
+
+def check_broken(fn) -> bool:
+    """`fn()` is a dict of fields for which `from_dict` says that the experts do not fit."""
+    hint = "wanted the sentence '… must fit into the … groups a token may use'"
+    return verdict(lambda: "must fit into" in complaint(lambda: from_dict(fn())), hint)
+
+
+def check_design(fn) -> bool:
+    """`fn()` is a Config of 6.5–7.5B parameters, under 1.2B a token, under 20 kB of cache a token."""
+
+    def test():
+        n = count(fn())
+        print(f"{n.total / 1e9:.2f}B, {n.activated / 1e9:.2f}B a token, cache {n.cache_bytes} B")
+        return 6.5e9 <= n.total <= 7.5e9 and n.activated < 1.2e9 and n.cache_bytes < 20_000
+
+    return verdict(test, "start from replace(SMALL, …): depth sets the cache, experts the total")
+
+
+# %% [markdown]
+# **1 · Compute.** How many bytes does the cache of `tokens` tokens take, in bf16?
+
+
+# %%
+def my_cache(c: Config, tokens: int) -> int: ...
+
+
+check_cache(my_cache)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_cache(c, tokens):
+#     return 2 * tokens * c.n_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
+# ```
+#
+# V3 at 128K: 9.2 GB, beside 524 GB for multi-head attention of the same shape.
+# </details>
+#
+# **2 · Predict.** Split every expert, shared ones too, into two of half the width, and visit twice as
+# many. How many parameters does the model gain?
+
+
+# %%
+def my_split(c: Config) -> int: ...
+
+
+check_split(my_split)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_split(c):
+#     return (c.n_layers - c.n_dense_layers) * c.n_routed_experts * (c.dim + 1)
+# ```
+#
+# Only the gates grow: 106 million for V3, 0.016 % of the model.
+# </details>
+#
+# **3 · Break.** Find fields for which `from_dict` refuses because a token's experts do not fit into its
+# groups, though every other rule holds.
+
+
+# %%
+def my_broken() -> dict: ...
+
+
+check_broken(my_broken)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_broken():
+#     return {"n_activated_experts": 40, "n_limited_groups": 1}
+# ```
+#
+# One group has 32 experts: a token cannot visit 40 of them.
+# </details>
+#
+# **4 · Extend.** Design a model for one workstation: 6.5 to 7.5B parameters, under 1.2B activated (both
+# tables counted), under 20 kB of cache a token.
+
+
+# %%
+def my_design() -> Config: ...
+
+
+check_design(my_design)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_design():
+#     return replace(
+#         SMALL, n_layers=24, dim=1536, inter_dim=4096, n_routed_experts=128, n_activated_experts=8
+#     )
+# ```
+#
+# One of many. Count the cache first: it fixes depth times latent.
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# What do these sums mean for machines? An H800 has 80 GB of memory and multiplies bf16 numbers at
+# about 989 TFLOP/s at best. Training a token costs three times its forward pass: the backward pass makes
+# two products for each of the forward's, and MTP runs one more block and the head again. A causal
+# query of a 4K sequence meets 2048 keys on average.
+
+# %%
+mtp = 2 * (2 * V3.dim**2 + count_mla(V3) + count_moe(V3, 8) + V3.vocab_size * V3.dim)
+mtp += 2 * V3.n_heads * (128 + 64 + 128) * 2048
+train = 3 * (flops(V3, 2048) + mtp)
+rate = 1e12 * train / (180e3 * 3600)
+dense = 3 * 2 * v3.total
+print(f"training: {train / 1e9:.0f} GFLOPs a token, {train * 14.8e12:.1e} for 14.8T tokens")
+print(f"at 180K H800 hours a trillion tokens: {rate / 1e12:.0f} TFLOP/s a GPU,", end=" ")
+print(f"{rate / 989e12:.0%} of its bf16 peak")
+print(f"a dense model of this size: {dense / train:.0f} times as many operations")
+print(f"weights in bf16: {2 * v3.total / 1e12:.2f} TB = {2 * v3.total / 80e9:.0f} GPUs' memory")
+print(f"with fp32 master and gradients, bf16 moments: {14 * v3.total / 1e12:.1f} TB")
+print(f"cache of one 128K conversation: {131_072 * v3.cache_bytes / 1e9:.1f} GB")
+assert 380e12 < rate < 420e12
+
+# %% [markdown]
+# Three limits bind, in three places. **Memory** binds the weights: nothing that holds 97 % of them can
+# stand on one GPU, so experts are spread over 64 GPUs and layers over 16 (the *expert* and *pipeline*
+# axes; the seam for the first is `MoE.exchange`, [chapter 04](04_moe.ipynb)). **Arithmetic** binds training, which is why the
+# large products run in FP8 ([chapter 09](09_fp8.ipynb)): the rate above is a fifth of what FP8 could do at best. **Memory
+# traffic** binds generation, where each new token reads the cache again, and there the latent pays
+# ([chapter 03](03_mla.ipynb)).
+#
+# Next: [01 · Ops](01_ops.ipynb), the four smallest pieces.

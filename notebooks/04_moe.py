@@ -14,6 +14,58 @@
 # %% [markdown]
 # # 04 · DeepSeekMoE: sixteen small experts instead of one large one
 
+# %% [markdown]
+# ## Why
+# A wider feed-forward network knows more and costs more, in the same proportion, for every token. A
+# **mixture of experts** (MoE) breaks the proportion: many small networks, of which a **gate** picks a
+# few for each token. V3's dense layers have a feed-forward width of 18,432. Its MoE layers spend the
+# same: nine experts of width 2048 a token, and 9 × 2048 = 18,432. But the nine come from 257, so a
+# layer *stores* **28 times** what it *computes with*. The problem this chapter solves is in the word
+# "picks": gates left alone send most tokens to a few experts, and the rest of the memory and of the
+# GPUs idles.
+
+# %%
+import os
+from dataclasses import replace
+from math import comb
+
+import torch
+
+from dsv3_ref.config import TINY, V2_LITE, V3
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, figure, play, show
+
+expert = 3 * V3.dim * V3.moe_inter_dim  # parameters of one: w1, w2, w3
+stored = [3 * V3.dim * V3.inter_dim, (1 + V3.n_routed_experts) * expert]
+used = [3 * V3.dim * V3.inter_dim, (1 + V3.n_activated_experts) * expert]
+assert used[0] == used[1] and 28 < stored[1] / used[1] < 29
+fig, ax = figure(1, 1, 8, 1.9)
+ax.barh(["dense layer", "MoE layer"], [x / 1e9 for x in stored], color="#DCE9F3", edgecolor=BLUE,
+        hatch="//", label="stored")  # fmt: skip
+ax.barh(
+    ["dense layer", "MoE layer"], [x / 1e9 for x in used], color=BLUE, label="used by one token"
+)
+ax.set(title="Parameters of a feed-forward layer of V3: the same work, 28 times the memory",
+       xlabel="parameters (billions)")  # fmt: skip
+ax.legend(loc="upper right")
+ax.invert_yaxis()
+show(fig)
+print(f"sets of 8 experts out of 256: {comb(256, 8):.1e}")
+
+# %% [markdown]
+# ## Paper
+# Report §2.1.2, eq. 12–20. Experts are *fine-grained* (many narrow ones, so that combinations are
+# countless) and one is *shared* (all tokens pass it, so that the others need not each learn what
+# everybody needs). Three ideas keep the routed ones evenly busy, and none drops a token:
+#
+# 1. a **bias** for each expert, added only where experts are *chosen*, moved by a fixed step after each
+#    training step: up if the expert was idle, down if busy;
+# 2. a very small **sequence-wise loss** against extremes within one sequence;
+# 3. **groups**: experts live on nodes, and a token may visit at most 4, which caps traffic.
+#
+# ![One token in one MoE layer: affinities and biases, open and shut groups, chosen experts and weights](../figures/04_moe.svg)
+#
+# Axes: `e` expert, `k` chosen, `g` group, `n` tokens, `m` rows sorted by expert ($m = n\,k$).
+
 # %%
 #| export
 from typing import NamedTuple
@@ -26,9 +78,20 @@ from torch import nn
 from dsv3_ref.config import Config
 from dsv3_ref.ops import MLP, impl, op, swiglu
 
-
 # %% [markdown]
 # ## The gate
+# With $u_t$ the token's hidden state and $e_i$ the *centroid* of expert $i$ (row $i$ of the gate's matrix):
+#
+# $$\begin{aligned}
+# s_{i,t} &= \sigma\!\left(u_t^\top e_i\right) && \text{(15) affinity}\\
+# g'_{i,t} &= \begin{cases} s_{i,t} & \text{if } s_{i,t} + b_i \in \operatorname{Topk}\left(\{s_{j,t} + b_j\}, K_r\right)\\ 0 & \text{otherwise}\end{cases} && \text{(14, 16) choice}\\
+# g_{i,t} &= g'_{i,t} \Big/ \textstyle\sum_j g'_{j,t} && \text{(13) weight}
+# \end{aligned}$$
+#
+# The bias $b_i$ moves the *choice*, never the *weight*: it steers traffic without telling the model that an
+# expert matters more than it does. Weights are then multiplied by `route_scale` = 2.5, which no equation
+# prints but the released config holds. V2-Lite has the older gate: softmax instead of $\sigma$, no bias, no
+# renormalising, so its weights add up to less than one.
 
 
 # %%
@@ -39,15 +102,6 @@ class Route(NamedTuple):
     weight_bsk: torch.Tensor  # how much each chosen expert counts
     expert_bsk: torch.Tensor  # which experts, int64
     affinity_bse: torch.Tensor  # of all experts, without bias; carries the gradient
-
-
-def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
-    """−∞ outside the groups with the largest sum of their `best` highest scores (§2.1.2)."""
-    score_bsgx = rearrange(score_bse, "b s (g x) -> b s g x", g=n_groups)
-    group_bsg = score_bsgx.topk(best, dim=-1).values.sum(-1)
-    chosen = group_bsg.topk(n_limited, dim=-1).indices
-    shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
-    return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
 
 
 def route(logit_bse, bias_e, c: Config) -> Route:
@@ -63,6 +117,109 @@ def route(logit_bse, bias_e, c: Config) -> Route:
     if sigmoid:
         weight_bsk = weight_bsk / (weight_bsk.sum(-1, keepdim=True) + 1e-20)
     return Route(weight_bsk * c.route_scale, expert_bsk, affinity_bse)
+
+
+# %% [markdown]
+# The figure's token, in numbers. Adding the same constant to every bias must change nothing.
+
+# %%
+affinity = torch.tensor([0.62, 0.30, 0.48, 0.15, 0.35, 0.20, 0.25, 0.40,
+                         0.70, 0.55, 0.20, 0.33, 0.45, 0.28, 0.52, 0.22])  # fmt: skip
+bias = torch.tensor(
+    [0.05, 0, -0.05, 0.10, 0, 0.05, 0, -0.05, -0.10, 0, 0.05, 0.15, 0, 0, -0.12, 0.05]
+)
+free = replace(TINY, n_expert_groups=1, n_limited_groups=1)  # 16 experts, 4 chosen, no groups
+r = route(affinity.logit()[None, None], bias, free)
+chosen = r.expert_bsk.flatten()
+assert torch.allclose(r.weight_bsk.sum(), torch.tensor(2.5))
+assert torch.allclose(r.weight_bsk.flatten(), 2.5 * affinity[chosen] / affinity[chosen].sum())
+assert torch.equal(route(affinity.logit()[None, None], bias + 7, free).expert_bsk, r.expert_bsk)
+print("without groups:", dict(zip(chosen.tolist(), [f"{w:.2f}" for w in r.weight_bsk.flatten()])))
+
+logits = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+old = route(logits, None, V2_LITE).weight_bsk
+assert torch.equal(old, logits.softmax(-1).topk(6).values) and (old.sum(-1) < 1).all()
+print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum(-1).flatten()])
+
+# %% [markdown]
+# ## Groups
+# V3's 256 experts form 8 groups, one a node. A group's score is the sum of its $K_r / M = 8/4 = 2$ highest
+# biased affinities; the best $M = 4$ groups stay open and the choice happens among them:
+#
+# $$G_g = \sum \operatorname{Top2}_{\,i \in g}(s_i + b_i), \qquad
+# \tilde s_i = \begin{cases} s_i + b_i & g(i) \in \operatorname{Topk}(\{G\}, M)\\ -\infty & \text{otherwise}\end{cases}$$
+#
+# **A trap.** $-\infty$, not 0. Affinities are positive, so zero looks low enough; but biases go below $-s_i$,
+# and then a *shut* expert at 0 beats an open one. No error, no odd loss curve: tokens just travel to nodes they
+# were promised not to visit.
+
+
+# %%
+#| export
+def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
+    """−∞ outside the groups with the largest sum of their `best` highest scores (§2.1.2)."""
+    score_bsgx = rearrange(score_bse, "b s (g x) -> b s g x", g=n_groups)
+    group_bsg = score_bsgx.topk(best, dim=-1).values.sum(-1)
+    chosen = group_bsg.topk(n_limited, dim=-1).indices
+    shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
+    return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
+
+
+# %% [markdown]
+# Left: shift all biases by one constant, which ought to change nothing. Right: what limiting to $M$ groups
+# saves at V3's shape and what it costs, with affinities drawn at random.
+
+# %%
+with_groups = route(affinity.logit()[None, None], bias, TINY)
+assert sorted(with_groups.expert_bsk.flatten().tolist()) == [0, 8, 9, 11]  # as in the figure
+
+
+def groups_of(expert_bsk, c: Config):
+    """Which groups each token visits, (b, s, g), bool."""
+    group_bsk = expert_bsk // (c.n_routed_experts // c.n_expert_groups)
+    return F.one_hot(group_bsk, c.n_expert_groups).amax(-2).bool()
+
+
+def strays(score_bse, c: Config, shut: float) -> float:
+    """Share of tokens that leave their open groups when shut experts get the score `shut`."""
+    masked = limit_groups(score_bse, c.n_expert_groups, c.n_limited_groups, 2)
+    chosen = masked.masked_fill(masked.isinf(), shut).topk(c.n_activated_experts).indices
+    is_open = rearrange(masked, "b s (g x) -> b s g x", g=c.n_expert_groups).isfinite().any(-1)
+    return (groups_of(chosen, c) & ~is_open).any(-1).float().mean().item()
+
+
+random_logits = torch.randn(1, 4000, 256, generator=torch.Generator().manual_seed(1))
+shifts = torch.linspace(-1, 0, 21)
+stray = {shut: [strays(random_logits.sigmoid() + x, V3, shut) for x in shifts]
+         for shut in (0.0, -torch.inf)}  # fmt: skip
+routes = [route(random_logits, None, replace(V3, n_limited_groups=m)) for m in range(1, 9)]
+visited = [groups_of(r.expert_bsk, V3).sum(-1).float().mean().item() for r in routes]
+best = [r.affinity_bse.gather(-1, r.expert_bsk).sum().item() for r in routes]
+assert max(stray[-torch.inf]) == 0 and max(stray[0.0]) == 1
+print(f"groups a token visits: {visited[-1]:.2f} unlimited, {visited[3]:.2f} with M = 4; "
+      f"affinity kept: {best[3] / best[-1]:.1%}")  # fmt: skip
+
+# %%
+fig, axes = figure(1, 2, 9, 3.2)
+axes[0].plot(shifts, stray[0.0], "o--", ms=4, color=ORANGE, label="shut groups get 0")
+axes[0].plot(shifts, stray[-torch.inf], color=BLUE, label="shut groups get −∞")
+axes[0].set(title="The trap: tokens in forbidden groups", xlabel="constant added to every bias",
+            ylabel="share of tokens")  # fmt: skip
+axes[0].legend(loc="center right")
+axes[1].plot(range(1, 9), visited, "o-", color=BLUE, label="groups visited (mean)")
+axes[1].plot(range(1, 9), [8 * x / best[-1] for x in best], "s--", color=GREEN, ms=4,
+             label="affinity kept (8 = all)")  # fmt: skip
+axes[1].axvline(4, color=GREY, lw=1)
+axes[1].annotate("V3", (4, 6), xytext=(4, 0), textcoords="offset points", color=GREY)
+axes[1].set(title="Limiting the groups", xlabel="groups allowed, M", ylim=(0.5, 8.5))
+axes[1].legend(loc="lower right")
+show(fig)
+
+# %% [markdown]
+# ## The gate's layer
+# Eq. 15 in fp32, whatever precision surrounds it: neighbouring affinities differ by less than bf16 resolves,
+# and a rounding there sends a token to another expert. The bias is a *buffer*: saved with the weights, seen
+# by no optimizer, reached by no gradient.
 
 
 # %%
@@ -83,8 +240,31 @@ class Gate(nn.Module):
         return route(logit_bse, self.bias, self.config)
 
 
+# %%
+gate = Gate(replace(V3, dim=512))
+g = torch.Generator().manual_seed(2)
+nn.init.normal_(gate.weight, std=512**-0.5, generator=g)
+x = torch.randn(1, 2000, 512, generator=g)
+with torch.autocast("cpu", torch.bfloat16):
+    r = gate(x)
+assert r.affinity_bse.dtype == torch.float32 and torch.equal(r.expert_bsk, gate(x).expert_bsk)
+coarse = route((x.bfloat16() @ gate.weight.bfloat16().T).float(), gate.bias, gate.config)
+differ = (coarse.expert_bsk.sort(-1).values != r.expert_bsk.sort(-1).values).any(-1).float().mean()
+print(f"tokens that a bf16 gate sends elsewhere: {differ:.0%}")
+r.weight_bsk[..., 0].sum().backward()
+assert gate.weight.grad.abs().sum() > 0 and not gate.bias.requires_grad
+assert [n for n, _ in gate.named_parameters()] == ["weight"] and "bias" in gate.state_dict()
+
 # %% [markdown]
 # ## Balance without a loss
+# After each training step, with the load $c_i$ counted over the *whole* batch of all GPUs,
+#
+# $$b_i \leftarrow b_i + \gamma\,\operatorname{sign}(\bar c - c_i), \qquad
+# \text{MaxVio} = \frac{\max_i c_i}{\bar c} - 1$$
+#
+# $\gamma$ = 0.001 for the first 14.3T tokens, then 0 (§4.2). The sign makes it a thermostat: the step is the
+# same however large the error, so a single odd batch can do no harm. MaxVio measures what it costs: all GPUs
+# wait for the one with the busiest expert.
 
 
 # %%
@@ -106,8 +286,30 @@ def update_bias(bias_e, load_e, gamma: float) -> None:
     bias_e += gamma * (load_e.mean() - load_e).sign()
 
 
+# %%
+load = expert_load(torch.tensor([[[0, 1], [0, 2], [0, 1]]]), 4)
+b = torch.zeros(4)
+update_bias(b, load, gamma=0.001)
+assert load.tolist() == [3, 2, 1, 0] and max_vio(load) == 1.0
+assert torch.allclose(b, torch.tensor([-0.001, -0.001, 0.001, 0.001]))
+before = b.clone()
+update_bias(b, torch.tensor([5, 5, 5, 5]), gamma=0.001)
+assert torch.equal(b, before)  # even load: nothing moves
+print("load", load.tolist(), "→ bias", [f"{x:+.3f}" for x in b.tolist()])
+
 # %% [markdown]
 # ## A small loss, per sequence
+# The bias sees batches, so a single sequence may still crowd a few experts. Against that, with
+# $\alpha = 10^{-4}$, $T$ tokens in a sequence, $N_r$ experts and $K_r$ chosen:
+#
+# $$\mathcal L_{\text{Bal}} = \alpha \sum_{i=1}^{N_r} f_i P_i \;(17) \qquad
+# f_i = \frac{N_r}{K_r T}\sum_{t=1}^{T} \mathbb 1[\,i \text{ chosen by } t\,] \;(18) \qquad
+# s'_{i,t} = \frac{s_{i,t}}{\sum_j s_{j,t}} \;(19) \qquad
+# P_i = \frac1T \sum_{t=1}^{T} s'_{i,t} \;(20)$$
+#
+# $f$ counts, so it has no gradient; $P$ carries it, and each expert is pressed down in proportion to its
+# traffic. Even load gives 1. One reading is ours: eq. 18 prints the top-k of the affinities *without* bias and
+# groups; we count the experts that were really used. The check computes both.
 
 
 # %%
@@ -121,8 +323,49 @@ def balance_loss(r: Route):
     return (f_be * p_be).sum(-1).mean()
 
 
+# %%
+def slow_balance(affinity_bse, chosen) -> float:
+    """eq. 17–20 as sums: over sequences, experts, tokens; `chosen(b, t)` lists a token's experts."""
+    (n_b, n_t, n_e), total = affinity_bse.shape, 0.0
+    for b in range(n_b):
+        for i in range(n_e):
+            f = p = 0.0
+            for t in range(n_t):
+                f += (i in chosen(b, t)) * n_e / (len(chosen(b, t)) * n_t)  # eq. 18
+                p += (affinity_bse[b, t, i] / affinity_bse[b, t].sum()).item() / n_t  # eq. 19, 20
+            total += f * p  # eq. 17
+    return total / n_b
+
+
+g = torch.Generator().manual_seed(3)
+logits = 2 * torch.randn(3, 10, 16, generator=g)
+r = route(logits, 0.3 * torch.randn(16, generator=g), TINY)
+used = slow_balance(r.affinity_bse, lambda b, t: r.expert_bsk[b, t].tolist())
+printed = slow_balance(r.affinity_bse, lambda b, t: r.affinity_bse[b, t].topk(4).indices.tolist())
+assert abs(balance_loss(r).item() - used) < 1e-6 and abs(used - printed) > 1e-3
+plain = route(logits, None, free)  # no bias, no groups: then both readings are one
+assert abs(balance_loss(plain).item() - slow_balance(
+    plain.affinity_bse, lambda b, t: plain.affinity_bse[b, t].topk(4).indices.tolist())) < 1e-6  # fmt: skip
+even = Route(None, torch.arange(16).view(1, 4, 4), torch.full((1, 4, 16), 0.3))
+assert abs(balance_loss(even).item() - 1) < 1e-6
+print(f"experts used: {used:.3f}; top-k of bare affinities: {printed:.3f}; even load: 1")
+
 # %% [markdown]
 # ## Many experts, one product
+# A loop over 256 experts would launch 256 small products. If the rows are sorted by expert, one *grouped*
+# product does them all:
+#
+# $$y_m = W_{e(m)}\,x_m, \qquad x: (m, i),\; W: (e, o, i),\; \textstyle\sum_e \text{count}_e = m$$
+#
+# and an expert is SwiGLU as in chapter 01, $W_2(\operatorname{silu}(W_1x)\odot W_3x)$, in three such products.
+# `torch.nn.functional.grouped_mm` has sharp edges, all of them met here:
+#
+# - offsets are the *ends* of the groups, cumulative and **int32**; an empty expert repeats an end;
+# - rows after the last end are never written and hold whatever was in memory, and an end *past* the rows is
+#   not noticed; hence the rule that counts sum to $m$;
+# - rows must be multiples of **16 bytes**: widths divisible by 4 in fp32, by 8 in bf16; no fp64;
+# - it ignores autocast (the op casts for itself), and its backward refuses a gradient with stride 0, which is
+#   what `.sum().backward()` sends; below, the rows always come from a gather.
 
 
 # %%
@@ -157,8 +400,51 @@ class Experts(nn.Module):
         return grouped_linear(swiglu(gate, up), self.w2, count_e)
 
 
+# %%
+from dsv3_ref.ops import IMPLS
+
+g = torch.Generator().manual_seed(4)
+count_e = torch.tensor([3, 0, 5, 0, 4, 0])  # three experts without work, one of them the last
+x_mi = torch.randn(12, 8, generator=g, requires_grad=True)
+w_eoi = torch.randn(6, 16, 8, generator=g, requires_grad=True)
+dy_mo = torch.randn(12, 16, generator=g)
+results = {}
+for backend in ("torch", "naive"):
+    y = IMPLS["grouped_linear"][backend](x_mi, w_eoi, count_e)
+    results[backend] = [y, *torch.autograd.grad(y, (x_mi, w_eoi), dy_mo)]
+for fast, slow in zip(*results.values()):
+    assert torch.allclose(fast, slow, atol=1e-5)
+idle = results["torch"][2][count_e == 0]
+assert (idle == 0).all()  # no tokens: a gradient of zeros, not of leftovers
+
+
+def outcome(fn) -> str:
+    """What torch says to a call."""
+    try:
+        return f"accepted, {tuple(fn().shape)}"
+    except RuntimeError as e:
+        return str(e).splitlines()[0][:72]
+
+
+ends = count_e.cumsum(0)
+x, w = x_mi.detach(), w_eoi.detach().transpose(1, 2)
+print("int64 ends  ", outcome(lambda: F.grouped_mm(x, w, offs=ends)))
+print("7 columns   ", outcome(lambda: F.grouped_mm(x[:, :7].clone(), w[:, :7], offs=ends.int())))
+print("fp64        ", outcome(lambda: F.grouped_mm(x.double(), w.double(), offs=ends.int())))
+print("no rows     ", outcome(lambda: F.grouped_mm(x[:0], w, offs=0 * ends.int())))
+
 # %% [markdown]
 # ## Out to the experts and back
+# Token $n$ becomes rows $nk, \dots, nk + k - 1$; `order` sorts these by expert. **Permute** gathers
+# $x_{\lfloor \text{order}/k \rfloor}$, **Unpermute** puts results back; each is the other's gradient, up to the
+# sum over $k$:
+#
+# $$\text{Permute}: \mathbb R^{n \times d} \to \mathbb R^{nk \times d}, \qquad
+# \partial x_n = \sum_{j=0}^{k-1} \text{Unpermute}(\partial y)_{nk + j}$$
+#
+# Left to autograd, the gradient of a gather is a scatter-*add*: many rows into one place, atomic and in an
+# order that differs from run to run on a GPU. As the permutation is known, a gather and a sum over
+# neighbouring rows do it, the same bits every time.
 
 
 # %%
@@ -198,6 +484,30 @@ def unsort(y_md, order_m):
 
 
 # %%
+g = torch.Generator().manual_seed(5)
+x_nd = torch.randn(5, 3, dtype=torch.float64, generator=g, requires_grad=True)
+y_md = torch.randn(10, 3, dtype=torch.float64, generator=g, requires_grad=True)
+expert_m = torch.randint(4, (10,), generator=g)
+order_m = expert_m.argsort(stable=True)
+assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order_m, 2), x_nd)
+assert torch.autograd.gradcheck(lambda y: Unpermute.apply(y, order_m), y_md)
+there_and_back = Unpermute.apply(Permute.apply(x_nd, order_m, 2), order_m)
+assert torch.equal(there_and_back, x_nd.repeat_interleave(2, dim=0))
+print("experts of the rows before", expert_m.tolist(), "and after", expert_m[order_m].tolist())
+
+# %% [markdown]
+# ## The layer
+# Eq. 12 without its residual $u_t$, which the block adds (chapter 05):
+#
+# $$y_t = \sum_{i=1}^{N_s} \operatorname{FFN}^{(s)}_i(u_t) + \sum_{i=1}^{N_r} g_{i,t}\operatorname{FFN}^{(r)}_i(u_t)$$
+#
+# Sums of SwiGLUs side by side are one wider SwiGLU, so all shared experts are a single MLP. There is no
+# *capacity*: many MoE codes give an expert a fixed number of places and drop the tokens beyond; here an expert
+# takes what comes. `exchange` is the seam: with expert parallelism (chapter 11) rows travel there to the GPU
+# that holds their expert.
+
+
+# %%
 #| export
 class MoE(nn.Module):
     """Shared experts for all, k routed ones for each token: y = shared(x) + Σ_k w_k·expert_k(x)."""
@@ -222,3 +532,383 @@ class MoE(nn.Module):
         y_bskd = y_md.unflatten(0, r.expert_bsk.shape)
         y_bsd = einsum(y_bskd, r.weight_bsk.to(y_md.dtype), "b s k d, b s k -> b s d")
         return y_bsd + self.shared_experts(x_bsd), r
+
+
+# %%
+def filled(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Matrices from N(0, 1/fan-in), so that activations keep their size."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=g)
+    return module
+
+
+def slow_moe(moe: MoE, x_bsd):
+    """eq. 12, one token and one expert at a time."""
+    r, e, out = moe.gate(x_bsd), moe.experts, moe.shared_experts(x_bsd)
+    for b in range(x_bsd.shape[0]):
+        for s in range(x_bsd.shape[1]):
+            for w, i in zip(r.weight_bsk[b, s], r.expert_bsk[b, s].tolist()):
+                x = x_bsd[b, s]
+                out[b, s] += w * (e.w2[i] @ (F.silu(e.w1[i] @ x) * (e.w3[i] @ x)))
+    return out
+
+
+moe, x_bsd = (
+    filled(MoE(TINY)),
+    torch.randn(2, 6, TINY.dim, generator=torch.Generator().manual_seed(6)),
+)
+with torch.no_grad():
+    for crowd in (0.0, 100.0):  # then every token wants experts 0 … 3, twelve get nothing
+        moe.gate.bias[:4] = crowd
+        y_bsd, r = moe(x_bsd)
+        assert torch.allclose(y_bsd, slow_moe(moe, x_bsd), atol=1e-5)
+        load = expert_load(r.expert_bsk, 16)
+        assert load.sum() == 2 * 6 * 4  # no token dropped
+        print("load", load.tolist(), f"MaxVio {max_vio(load):.2f}")
+
+# %% [markdown]
+# ## Experiment: a thermostat for experts
+# The bias rule alone, nothing learned: a fixed random gate and a stream of tokens on twelve topics, some far
+# commoner than others. At step 400 the mix of topics turns round, as when the data change. Without bias some
+# experts starve; with it, loads even out within a few hundred steps, and again after the turn.
+
+# %%
+SHORT = bool(os.environ.get("DSV3_SHORT"))
+TURN, LAST = (20, 40) if SHORT else (400, 700)
+STREAM = replace(TINY, dim=32, n_routed_experts=32)  # 4 groups of 8, 2 open, 4 experts a token
+g = torch.Generator().manual_seed(7)
+CENTROIDS = torch.randn(32, 32, generator=g) / 32**0.5
+TOPICS = torch.randn(12, 32, generator=g)
+COMMON = 1 / torch.arange(1.0, 13)  # Zipf: topic j comes 1/j as often as the first
+
+
+def simulate(gamma: float):
+    """Loads and biases of every step, (steps, e) each, when tokens stream past a fixed gate."""
+    g, bias, loads, biases = torch.Generator().manual_seed(8), torch.zeros(32), [], []
+    for step in range(LAST):
+        mix = COMMON if step < TURN else COMMON.flip(0)
+        topic = torch.multinomial(mix, 1024, replacement=True, generator=g)
+        x = TOPICS[topic] + 0.7 * torch.randn(1024, 32, generator=g)
+        load = expert_load(route((x @ CENTROIDS.T)[None], bias, STREAM).expert_bsk, 32)
+        update_bias(bias, load, gamma)
+        loads.append(load)
+        biases.append(bias.clone())
+    return torch.stack(loads), torch.stack(biases)
+
+
+SPEEDS = {"no bias": 0.0, "γ = 0.0001": 1e-4, "γ = 0.001 (V3)": 1e-3, "γ = 0.02": 2e-2}
+simulated = {name: simulate(gamma) for name, gamma in SPEEDS.items()}
+vio = {name: [max_vio(load) for load in loads] for name, (loads, _) in simulated.items()}
+for name, values in vio.items():
+    tail = values[TURN - TURN // 4 : TURN]
+    print(f"{name:16} MaxVio before the turn {sum(tail) / len(tail):.2f}")
+
+# %%
+fig, axes = figure(2, 2, 9.5, 6)
+for ax, name in zip(axes[0], ("no bias", "γ = 0.001 (V3)")):
+    share = simulated[name][0] / (1024 * 4 / 32)
+    image = ax.imshow(share.T.clamp(max=3), aspect="auto", cmap="cividis", vmin=0, vmax=3,
+                      interpolation="nearest")  # fmt: skip
+    ax.set(title=f"Load of each expert: {name}", xlabel="step", ylabel="expert")
+fig.colorbar(image, ax=axes[0], label="load / mean (3: three or more)")
+biases = simulated["γ = 0.001 (V3)"][1]
+axes[1, 0].plot(biases, color=GREY, lw=0.8, alpha=0.7)
+for extreme, colour, style in (
+    (biases[-1].argmax(), BLUE, "-"),
+    (biases[-1].argmin(), ORANGE, "--"),
+):
+    axes[1, 0].plot(biases[:, extreme], style, color=colour, label=f"expert {extreme}")
+axes[1, 0].set(title="Biases, γ = 0.001", xlabel="step", ylabel="bias", ylim=(-0.2, 0.33))
+axes[1, 0].legend(loc="upper right")
+for (name, values), colour, style in zip(
+    vio.items(), (GREY, ORANGE, BLUE, GREEN), (":", "--", "-", "-.")
+):
+    smooth = torch.tensor(values).unfold(0, 10, 1).mean(-1)
+    axes[1, 1].plot(smooth, style, color=colour, label=name)
+axes[1, 1].set(title="MaxVio (0: even), mean of ten steps", xlabel="step", ylabel="max load / mean − 1",
+               ylim=(0, 2.6))  # fmt: skip
+axes[1, 1].legend(fontsize=9, ncols=2, loc="upper right")
+show(fig)
+if not SHORT:
+    late = {name: sum(values[300:400]) / 100 for name, values in vio.items()}
+    assert late["γ = 0.001 (V3)"] < 0.25 * late["no bias"]
+    assert late["γ = 0.001 (V3)"] < min(late["γ = 0.0001"], late["γ = 0.02"])
+
+# %% [markdown]
+# Too small a $\gamma$ comes late, too large a one chatters around the goal; V3's stands between.
+#
+# ## Experiment: sequence-wise, batch-wise, or none
+# The report asks what a balancing loss costs (§4.5.3). At 1B parameters its validation losses are 2.258 with a
+# sequence-wise loss, 2.253 with a batch-wise one and 2.253 with the bias. In miniature: six domains, each with a
+# linear map of its own to learn; every *sequence* comes from one domain, so forcing each sequence to use all
+# experts evenly forbids experts to specialise, and balancing the batch does not.
+
+# %%
+STEPS = 20 if SHORT else 300
+SMALL_MOE = replace(TINY, dim=16, n_routed_experts=8, n_activated_experts=2, n_expert_groups=1,
+                    n_limited_groups=1, moe_inter_dim=8, route_scale=1.0)  # fmt: skip
+g = torch.Generator().manual_seed(0)
+MAPS, CENTRES = torch.randn(6, 16, 16, generator=g) / 4, torch.randn(6, 16, generator=g)
+MIX = torch.tensor([8.0, 4, 2, 1, 1, 1])
+
+
+def domain_batch(b: int, g: torch.Generator):
+    """Sequences of one domain each: inputs, targets (b, 16, d) and domains (b,)."""
+    domain = torch.multinomial(MIX, b, replacement=True, generator=g)
+    x_bsd = CENTRES[domain][:, None] + torch.randn(b, 16, 16, generator=g)
+    return x_bsd, x_bsd @ MAPS[domain], domain
+
+
+def batch_wise(r: Route):
+    """`balance_loss` over the batch as if it were one sequence."""
+    return balance_loss(Route(*(x.flatten(0, 1)[None] for x in r)))
+
+
+def train_moe(loss_fn=None, alpha: float = 0.0, gamma: float = 0.0):
+    """Test error, MaxVio, and how often each domain chooses each expert, (6, e)."""
+    g, moe = torch.Generator().manual_seed(1), filled(MoE(SMALL_MOE), seed=1)
+    optimizer = torch.optim.Adam(moe.parameters(), 1e-2)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
+        x_bsd, target_bsd, _ = domain_batch(32, g)
+        y_bsd, r = moe(x_bsd)
+        loss = (y_bsd - target_bsd).square().mean() + (alpha * loss_fn(r) if loss_fn else 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update_bias(moe.gate.bias, expert_load(r.expert_bsk, 8), gamma)
+    x_bsd, target_bsd, domain = domain_batch(512, torch.Generator().manual_seed(99))
+    with torch.no_grad():
+        y_bsd, r = moe(x_bsd)
+    choice = torch.stack([expert_load(r.expert_bsk[domain == d], 8) for d in range(6)]).float()
+    error = (y_bsd - target_bsd).square().mean().item()
+    return error, max_vio(choice.sum(0)), choice / choice.sum(-1, keepdim=True)
+
+
+TRIED = {
+    "sequence-wise loss": [{"loss_fn": balance_loss, "alpha": a} for a in (0.01, 0.1, 1.0)],
+    "batch-wise loss": [{"loss_fn": batch_wise, "alpha": a} for a in (0.01, 0.1, 1.0)],
+    "bias": [{"gamma": x} for x in (1e-3, 3e-3, 1e-2)],
+    "no balancing": [{}],
+}
+outcomes = {name: [train_moe(**kwargs) for kwargs in runs] for name, runs in TRIED.items()}
+for name, runs in outcomes.items():
+    print(f"{name:20}", "   ".join(f"error {e:.2f} MaxVio {v:.2f}" for e, v, _ in runs))
+
+# %%
+fig, axes = figure(1, 3, 9.8, 3.3, width_ratios=[1.6, 1, 1])
+for (name, runs), colour, style in zip(
+    outcomes.items(), (ORANGE, GREEN, BLUE, GREY), ("s--", "^-.", "o-", "D")
+):
+    axes[0].plot([v for _, v, _ in runs], [e for e, _, _ in runs], style, color=colour, label=name)
+axes[0].set(title="Best is lower left", xlabel="MaxVio", ylabel="test error (mean square)")
+axes[0].legend(fontsize=8.5)
+for ax, (name, run) in zip(axes[1:], (("sequence-wise loss", 2), ("bias", 1))):
+    image = ax.imshow(outcomes[name][run][2], cmap="cividis", vmin=0, vmax=0.5)
+    ax.set(
+        title=f"Choices: {name}", xlabel="expert", ylabel="domain", xticks=range(8), yticks=range(6)
+    )
+fig.colorbar(
+    image, ax=axes[1:], label="share of the domain's choices", location="bottom", shrink=0.6
+)
+show(fig)
+if not SHORT:
+    sequence, batch, by_bias = (
+        outcomes["sequence-wise loss"][2],
+        outcomes["batch-wise loss"][2],
+        outcomes["bias"][1],
+    )
+    assert max(sequence[1], batch[1], by_bias[1]) < 0.25 and by_bias[0] < batch[0] < sequence[0]
+
+# %% [markdown]
+# All three can balance. The sequence-wise loss pays for it with specialisation (every domain uses every
+# expert), the bias hardly pays at all. V3 keeps the loss, at $\alpha = 10^{-4}$, only against extremes.
+#
+# ## Play
+# Eight experts, two a token, 24 tokens. Drag a bias and watch which tokens change their mind (left) and what
+# becomes of the loads (right). Try to even them out by hand, then compare with 300 steps of the rule.
+
+# %%
+BOARD = replace(SMALL_MOE, n_routed_experts=8)
+BOARD_LOGITS = (torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(9))
+                + torch.linspace(1.2, -1.2, 8))  # fmt: skip
+
+
+def draw_board(**bias):
+    """Affinities with the chosen experts marked, and every expert's load; one bias an expert."""
+    bias_e = torch.tensor([float(x) for x in bias.values()])
+    r = route(BOARD_LOGITS, bias_e, BOARD)
+    load = expert_load(r.expert_bsk, 8)
+    fig, axes = figure(1, 2, 9.5, 3.8)
+    fig.colorbar(axes[0].imshow(r.affinity_bse[0], aspect="auto", cmap="cividis", vmin=0, vmax=1),
+                 ax=axes[0], label="affinity")  # fmt: skip
+    axes[0].scatter(r.expert_bsk[0].flatten(), torch.arange(24).repeat_interleave(2), s=36,
+                    facecolor="white", edgecolor="#D55E00")  # fmt: skip
+    axes[0].set(title="○ chosen", xlabel="expert", ylabel="token", xticks=range(8))
+    axes[1].bar(range(8), load, color=BLUE)
+    axes[1].axhline(6, color=ORANGE, ls="--")
+    axes[1].annotate("even", (7.5, 6), xytext=(0, 3), textcoords="offset points", color="#9A6700")
+    labels = [f"{e}\n{b:+.2f}" for e, b in enumerate(bias_e.tolist())]
+    axes[1].set_xticks(range(8), labels, fontsize=8.5)
+    axes[1].set_yticks(range(0, 21, 4))
+    axes[1].set(title=f"Load, MaxVio {max_vio(load):.2f}", xlabel="expert, bias", ylabel="tokens",
+                xlim=(-0.6, 8.3), ylim=(0, 20))  # fmt: skip
+    show(fig)
+
+
+ruled = torch.zeros(8)
+for _ in range(300):
+    update_bias(ruled, expert_load(route(BOARD_LOGITS, ruled, BOARD).expert_bsk, 8), 0.005)
+draw_board(**{f"b{e}": 0.0 for e in range(8)})
+draw_board(**{f"b{e}": round(x, 2) for e, x in enumerate(ruled.tolist())})
+
+# %%
+play(draw_board, **{f"b{e}": (-0.6, 0.6, 0.02) for e in range(8)})
+
+# %% [markdown]
+# ## Exercises
+# Fill in a function and run its cell; the checkers come first.
+#
+# **1 · Compute.** A token chooses $k$ of $e$ experts, all sets equally likely, no limit. How many of the $g$
+# groups does it visit on average?
+
+
+# %%
+def checker(test):
+    """Make of a test with asserts a checker: prints a verdict, returns True or False."""
+
+    def check(fn) -> bool:
+        try:
+            test(fn)
+        except Exception as e:  # a mistake in the reader's function earns a hint, not a traceback
+            said = "" if isinstance(e, AssertionError) or "ellipsis" in str(e) else f" ({e!r})"
+            print(f"✗ not yet: {test.__doc__}{said}")
+            return False
+        print("✓ right")
+        return True
+
+    return check
+
+
+@checker
+def check_visits(fn):
+    """a group is missed if all k experts lie in the other groups."""
+    assert abs(fn(2, 2, 1) - 1) < 1e-9 and abs(fn(4, 2, 2) - 10 / 6) < 1e-9
+    assert abs(fn(256, 8, 8) - visited[-1]) < 0.05  # as measured above
+
+
+@checker
+def check_low(fn):
+    """choose experts that the affinities of all tokens do not favour."""
+    r = fn()
+    assert r.expert_bsk.shape[:2] == r.affinity_bse.shape[:2] and (r.affinity_bse > 0).all()
+    assert balance_loss(r) < 0.1
+
+
+@checker
+def check_gentle(fn):
+    """a large error needs a large step, a small error a small one; do not return, change in place."""
+    logits = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(0)) + torch.linspace(
+        -1, 1, 16
+    )
+    left = {}
+    for rule in (fn, update_bias):
+        bias, tail = torch.zeros(16), []
+        for _ in range(200):
+            load = expert_load(route(logits, bias, free).expert_bsk, 16)
+            rule(bias, load, 0.02)
+            tail.append(max_vio(load))
+        left[rule] = sum(tail[-50:])
+    assert left[fn] < 0.7 * left[update_bias]
+
+
+# %%
+def my_visits(e: int, g: int, k: int) -> float:
+    return ...
+
+
+check_visits(my_visits)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# 5.3 for V3: without the limit, a token would cross to more than five nodes; with it, to four at most.
+#
+# ```python
+# def my_visits(e, g, k):
+#     return g * (1 - comb(e - e // g, k) / comb(e, k))
+# ```
+# </details>
+#
+# **2 · Break.** Even load gives a balance loss of 1. Is that its minimum? Build a `Route` whose loss is below 0.1.
+
+
+# %%
+def my_low() -> Route:
+    return ...
+
+
+check_low(my_low)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Not when the choice does not follow the affinity, as a bias makes possible: all traffic then goes where
+# $P$ is small. The loss presses on affinities; it does not measure imbalance. MaxVio does.
+#
+# ```python
+# def my_low():
+#     affinity = torch.full((1, 8, 16), 0.01)
+#     affinity[..., 0] = 0.99
+#     return Route(None, torch.full((1, 8, 1), 5), affinity)
+# ```
+# </details>
+#
+# **3 · Extend.** The sign forgets how far the load is off. Write an update proportional to the relative error
+# and see whether it settles closer.
+
+
+# %%
+def my_update(bias_e, load_e, gamma: float) -> None:
+    return ...
+
+
+check_gentle(my_update)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# On a fixed batch it settles where the sign chatters. On a stream the noise of each batch enters the bias
+# instead, and one freak batch can throw it far: the sign cannot be thrown.
+#
+# ```python
+# def my_update(bias_e, load_e, gamma):
+#     load_e = load_e.float()
+#     bias_e += gamma * (load_e.mean() - load_e) / load_e.mean()
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# At 671B a layer's experts are 22.5 GB in bf16, so they are spread over GPUs (*expert parallelism*, 64-way over
+# 8 nodes in training) and tokens travel.
+#
+# - **Network binds.** InfiniBand between nodes has 50 GB/s, NVLink within a node 160 GB/s. A token crosses to
+#   a node once and is handed on inside. At four nodes NVLink could serve 4 · 160/50 ≈ 13 experts in the time
+#   InfiniBand needs, so choosing 8 costs no more than 4 would (§3.2.2). Chapter 11 builds the exchange, chapter
+#   12 hides it behind computation.
+# - **Arithmetic** binds an expert only if enough rows reach it. Below the ridge its weights cost more to read
+#   than to use: the normal state when decoding (§3.4.2), where kernels are chosen for bandwidth.
+# - **Balance** is time: the busiest expert sets the pace. Chapter 10's kernel takes the place of
+#   `grouped_linear`, chapter 09 makes it FP8.
+
+# %%
+sent = {m: v * V3.dim for m, v in zip(range(1, 9), visited)}  # bytes: FP8, one an element
+print(
+    f"dispatch a token and layer: {sent[8] / 1e3:.0f} kB unlimited, {sent[4] / 1e3:.0f} kB with M = 4"
+)
+rows = 64 * 4096 * V3.n_activated_experts // V3.n_routed_experts
+print(f"rows an expert, 64 GPUs with a sequence of 4096 each: {rows:,}")
+print(f"rows an expert needs to be bound by FP8 arithmetic on an H800: {1979e12 / 3.35e12 / 2:.0f}")
+print(f"bytes of a layer's routed experts, bf16: {2 * V3.n_routed_experts * expert / 1e9:.1f} GB")

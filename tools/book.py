@@ -24,6 +24,10 @@ from nbclient.exceptions import CellExecutionError
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SLIDERS = "(sliders: they move once this cell has been run)"
+KERNEL = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # others leave no picture
+    "PYTHONHASHSEED": "0",  # the order of a set
+}
 ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
 
@@ -79,8 +83,10 @@ def execute(path: Path):
     """A chapter run from top to bottom in its own folder; raises at the first failing cell."""
     nb = jupytext.read(path)
     folder = {"metadata": {"path": str(path.parent)}}
-    options = {"record_timing": False, "store_widget_state": False, "coalesce_streams": True}
-    NotebookClient(nb, timeout=600, resources=folder, **options).execute()
+    client = NotebookClient(
+        nb, timeout=600, resources=folder, record_timing=False, coalesce_streams=True
+    )
+    client.execute(env={"OMP_NUM_THREADS": "2"} | os.environ | KERNEL)
     return tidy(nb)
 
 
@@ -98,9 +104,8 @@ def build(path: Path) -> bool:
 
 
 def main(names: list[str]) -> int:
-    os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums depend on the number of threads
-    os.environ.setdefault("PYTHONHASHSEED", "0")  # and the order of a set on this
-    return int(not all([build(path) for path in find(names)]))
+    failed = [path for path in find(names) if not build(path)]
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

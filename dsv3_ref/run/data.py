@@ -142,7 +142,7 @@ class Source:
     drawn: int = 0  # tokens given so far
 
     def __post_init__(self):
-        """Hold documents out: a random twentieth (for every seed the same), a stream's first ones."""
+        """Hold documents out: a random twentieth, the same for every seed; a stream's first."""
         if not isinstance(self.data, datasets.Dataset):
             self.held, self.kept = self.data.take(VAL_STREAM), self.data.skip(VAL_STREAM)
             return

@@ -89,7 +89,7 @@ def sentence(known: dict[str, str], bits: dict[str, float], done: bool) -> str:
     """The run in a paragraph, in words that need no figure."""
     if "steps" not in known:
         return "No step is finished yet: write the report again in a moment."
-    run = f"{known['steps']} steps"
+    run = f"{known['steps']} step{'' if known['steps'] == '1' else 's'}"
     run += f" over {known['tokens']} tokens" if "tokens" in known else ""
     run += f" in {known['minutes']} minutes" if "minutes" in known else ""
     out = [run + ("" if done else " so far; the run has left no summary yet") + "."]
@@ -97,9 +97,9 @@ def sentence(known: dict[str, str], bits: dict[str, float], done: bool) -> str:
     if losses:
         out.append(f"{' and '.join(losses).capitalize()} nats a token.")
     if OURS in bits:
-        others = ", ".join(f"{v:.2f} with {k}" for k, v in bits.items() if k != OURS)
+        others = ", ".join(f"{k} {v:.2f}" for k, v in bits.items() if k != OURS)
         out.append(
-            f"Text it never saw takes {bits[OURS]:.3f} bits per byte"
+            f"The validation text takes {bits[OURS]:.3f} bits per byte"
             + (f" ({others})." if others else ".")
         )
     return " ".join(out)
@@ -132,18 +132,11 @@ def bits_section(rows: list[dict], summary: dict) -> str:
         )
         ordered = dict(sorted(bits.items(), key=lambda item: item[1]))
         out += page.drawing(training.bits_per_byte(bits, OURS), "bits", caption)
-        out += page.table(rounded(ordered), "The same in numbers", BITS_HEAD, ours=OURS)
+        out += page.table(ordered, "The same in numbers", ("model", "bits per byte"), OURS, 3)
     if by_source:
-        out += page.table(rounded(by_source), f"Bits per byte of {OURS} by source", BITS_HEAD)
+        caption, head = f"Held-out text of every source, {OURS}", ("source", "bits per byte")
+        out += page.table(by_source, caption, head, digits=3)
     return out
-
-
-BITS_HEAD = ("on the validation text", "bits per byte")
-
-
-def rounded(values: dict[str, float]) -> dict[str, float]:
-    """Three digits: what a validation set of this size can tell apart."""
-    return {name: round(value, 3) for name, value in values.items()}
 
 
 def sample_section(samples: list[dict]) -> str:
@@ -162,26 +155,29 @@ def load_section(rows: list[dict], names: list[str]) -> str:
     """A heatmap for every MoE layer."""
     if not has(rows, "load"):
         return ""
-    caption = (
-        "A row an expert, a column a time. White: the expert gets its even share of the tokens; "
-        "orange: more, blue: less."
-    )
     names = training.layer_names(series(rows, "load")[1].shape[1], names)
-    return "".join(
-        page.drawing(training.load_heatmap(rows, i, name), f"load{i}", caption)
+    return f"<p>{page.text(CAPTIONS['load'])}</p>" + "".join(
+        page.drawing(training.load_heatmap(rows, i, name), f"load{i}")
         for i, name in enumerate(names)
     )
-
-
-def plot_section(rows: list[dict], key: str, plot, caption: str, *args) -> str:
-    """The plot of a key, or nothing where no row has it."""
-    return page.drawing(plot(rows, *args), key, caption) if has(rows, key) else ""
 
 
 def settings_section(run: dict) -> str:
     """Model, training settings and parameter counts, a table each."""
     parts = {"model": "Model", "settings": "Training", "params": "Parameters"}
-    return "".join(page.table(run[k], title) for k, title in parts.items() if run.get(k))
+    found = {title: flat(run.get(key) or {}) for key, title in parts.items()}
+    found["Training"] = {k: v for k, v in found["Training"].items() if not k.startswith("model.")}
+    tables = "".join(page.table(rows, title) for title, rows in found.items() if rows)
+    return tables and f'<div class="tables">{tables}</div>'
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested settings in one level: {"recipe": {"lr": 1}} becomes {"recipe.lr": 1}."""
+    out = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        out |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return out
 
 
 def origin_section(run: dict) -> str:
@@ -195,10 +191,12 @@ def origin_section(run: dict) -> str:
 CAPTIONS = {
     "loss": "Pale: every step; strong: running mean; diamonds: validation. MTP depth k predicts "
     "k tokens further ahead, which is harder.",
+    "load": "A row an expert, a column a time. White: the expert gets its even share of the "
+    "tokens; orange: more, blue: less.",
     "bias": "The bias is added to the affinity when experts are chosen, never to their weight: it "
     "rises for idle experts and sinks for busy ones. Grey: the other experts.",
-    "max_vio": "How far the busiest expert of a layer is above the mean load of the step.",
-    "lr": "Settings that change during the run, as they were at every step.",
+    "max_vio": "How far the busiest expert of a layer is above the mean load (running mean).",
+    "schedule": "Settings that change during the run, as they were at every step.",
     "grad_norm": "Pale: every step; strong: running mean. Spikes are steps that clipping tamed.",
     "tok_s": "Pale: every step; strong: running mean.",
 }
@@ -209,7 +207,10 @@ def sections(rows: list[dict], run: dict, summary: dict) -> dict[str, str]:
     names = run.get("moe_layers") or []
 
     def plot(key, function, *args):
-        return plot_section(rows, key, function, CAPTIONS[key], *args)
+        keys = training.SCHEDULES if key == "schedule" else [key]
+        if not any(has(rows, k) for k in keys):
+            return ""
+        return page.drawing(function(rows, *args), key, CAPTIONS[key])
 
     found = {
         "Loss": plot("loss", training.loss_curves),
@@ -218,7 +219,7 @@ def sections(rows: list[dict], run: dict, summary: dict) -> dict[str, str]:
         "Expert load": load_section(rows, names),
         "Gate biases": plot("bias", training.bias_trajectories, names),
         "Balance": plot("max_vio", training.max_vio, names),
-        "Schedule": plot("lr", training.schedule),
+        "Schedule": plot("schedule", training.schedule),
         "Gradient norm": plot("grad_norm", training.grad_norm),
         "Speed": plot("tok_s", training.throughput),
         "Settings": settings_section(run),

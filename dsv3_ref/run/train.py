@@ -177,7 +177,7 @@ class Trainer:
         self.step += 1
         if not math.isfinite(s.total) or not math.isfinite(s.grad_norm):
             raise UserError(
-                f"the loss became {s.total} at step {self.step}; stopped before the weights changed. "
+                f"the loss became {s.total} at step {self.step}; stopped with the weights as they were. "
                 f"{resume.last_good(self.folder)} A lower --lr usually helps."
             )
         seconds = time.perf_counter() - start
@@ -240,7 +240,7 @@ class Trainer:
         out, generator = [], torch.Generator(self.device).manual_seed(self.args.seed)
         bos = self.tokenizer.token_to_id(BOS)
         for source in self.sources:
-            for text in source.val_texts(2):
+            for text in source.val_texts()[:2]:
                 ids = [bos, *self.tokenizer.encode(text[:2000], add_special_tokens=False).ids[:12]]
                 room = min(160, self.args.model.max_seq_len - len(ids))
                 prompt_bs = torch.tensor([ids], device=self.device)
@@ -325,13 +325,13 @@ def run(args: Train) -> Path:
     say_start(trainer)
     row = None
     bar = tqdm(total=len(trainer.plan), initial=trainer.step, unit="step", smoothing=0.05)
-    with bar, resume.Metrics(folder / "metrics.jsonl", trainer.step) as metrics:
-        with tensorboard(args, folder) as log:
-            for row in trainer.train():
-                metrics.write(row)
-                log(row)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tok_s']:,.0f} tokens/s")
-                bar.update()
+    metrics = resume.Metrics(folder / "metrics.jsonl", trainer.step)
+    with bar, metrics, tensorboard(args, folder) as log:
+        for row in trainer.train():
+            metrics.write(row)
+            log(row)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tok_s']:,.0f} tokens/s")
+            bar.update()
     finish(trainer, row or resume.last_row(folder))
     return folder
 

@@ -28,15 +28,19 @@ a { color: var(--link); }
 nav { font-size: .9rem; margin: 1.2rem 0 0; }
 nav a { display: inline-block; padding: .25rem .9rem .25rem 0; }
 .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
-dl.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .6rem;
-  margin: 1.2rem 0; }
+dl.tiles { display: grid; grid-template-columns: repeat(2, 1fr); gap: .6rem; margin: 1.2rem 0; }
+@media (min-width: 36rem) { dl.tiles { grid-template-columns: repeat(3, 1fr); } }
 dl.tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
 dl.tiles dt { color: var(--soft); font-size: .85rem; }
 dl.tiles dd { margin: 0; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0 1.6rem; break-inside: avoid; }
 .wide { overflow-x: auto; }
 .wide svg { display: block; width: 100%; min-width: 34rem; height: auto; }
+.wide svg text { fill: currentColor; }
 figcaption { margin-top: .3rem; }
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr));
+  gap: 0 2.5rem; align-items: start; }
+@media (min-width: 42rem) { .tables table:first-child { grid-row: span 9; } }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0 1rem; font-size: .92rem; }
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
@@ -81,12 +85,13 @@ def svg(fig, name: str, alt: str) -> str:
     return f'<svg {box} role="img" aria-label="{text(alt)}">{body}'
 
 
-def drawing(fig, name: str, caption: str) -> str:
+def drawing(fig, name: str, caption: str = "") -> str:
     """A figure with its caption; wider than a phone, it scrolls inside its own box."""
     alt = titles(fig)
+    below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     return (
         f'<figure><div class="wide" tabindex="0" role="group" aria-label="{text(alt)}">'
-        f"{svg(fig, name, alt)}</div><figcaption>{text(caption)}</figcaption></figure>"
+        f"{svg(fig, name, alt)}</div>{below}</figure>"
     )
 
 
@@ -99,15 +104,16 @@ def text(value) -> str:
         return escape(value)
     if isinstance(value, bool) or value is None or isinstance(value, list | dict):
         return escape(json.dumps(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
-def table(rows: dict, caption: str, head: tuple[str, str] = ("name", "value"), ours: str = ""):
-    """A table of two columns; where every value is a number they are set to the right."""
-    side = ' class="number"' if all(isinstance(v, int | float) for v in rows.values()) else ""
+def table(rows: dict, caption: str, head=("name", "value"), ours: str = "", digits=None) -> str:
+    """A table of two columns; `digits` after the point set numbers to the right."""
+    side = "" if digits is None else ' class="number"'
     line = {True: '<tr class="ours">', False: "<tr>"}
     body = "".join(
-        f'{line[name == ours]}<th scope="row">{text(str(name))}</th><td{side}>{text(v)}</td></tr>'
+        f'{line[name == ours]}<th scope="row">{text(str(name))}</th>'
+        f"<td{side}>{text(v if digits is None else f'{v:.{digits}f}')}</td></tr>"
         for name, v in rows.items()
     )
     return (

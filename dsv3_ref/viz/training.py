@@ -41,14 +41,19 @@ def read_metrics(path) -> list[dict]:
 
 def has(rows: list[dict], key: str) -> bool:
     """Whether any row has something under `key`."""
-    return any(row.get(key) not in (None, []) for row in rows)
+    return any(filled(row.get(key)) for row in rows)
+
+
+def filled(value) -> bool:
+    """Whether a number is in there: not in null, [] or [[], []]."""
+    return any(map(filled, value)) if isinstance(value, list) else value is not None
 
 
 def series(rows: list[dict], key: str):
     """Steps (n,) and values (n, …) of the rows that have `key`, as float arrays."""
     if not has(rows, key):
         raise ValueError(f"no row has {key!r}")
-    kept = [row for row in rows if row.get(key) not in (None, [])]
+    kept = [row for row in rows if filled(row.get(key))]
     steps = np.array([row["step"] for row in kept], dtype=float)
     return steps, np.array([row[key] for row in kept], dtype=float)
 
@@ -103,13 +108,13 @@ def clip_view(ax, value_n) -> None:
         ax.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
 
 
-def ends(value_n) -> tuple[float, float]:
-    """Means of the first and of the last twentieth: where a noisy series began and ended."""
-    k = max(1, len(value_n) // 20)
-    return float(np.nanmean(value_n[:k])), float(np.nanmean(value_n[-k:]))
+def peak_and_end(value_n) -> tuple[float, float]:
+    """Highest and last value of the running mean: how bad it got, and where it stands."""
+    mean = smooth(value_n)
+    return float(np.nanmax(mean)), float(mean[-1])
 
 
-def bins(value_ne, most: int = 400):
+def bins(value_ne, most: int = 200):
     """At most `most` rows, each the mean of neighbours: no screen shows more."""
     parts = np.array_split(value_ne, min(most, len(value_ne)))
     return np.stack([part.mean(0) for part in parts])
@@ -166,10 +171,10 @@ def load_heatmap(rows: list[dict], layer: int = 0, name: str = ""):
     bar = fig.colorbar(image, ax=ax, extend="both", ticks=[0.25, 0.5, 1, 2, 4])
     bar.ax.set_yticklabels(["¼", "½", "even", "2×", "4×"])
     bar.minorticks_off()
-    first, now = ends(even_ne.max(1))
+    peak, now = peak_and_end(even_ne.max(1))
     name = name or layer_names(layer + 1)[layer]
-    finish(ax, f"{name}: the busiest expert gets "
-           f"{first:.2f}× its share at first, {now:.2f}× at the end", "expert")  # fmt: skip
+    title = f"{name}: the busiest expert gets up to {peak:.2f}× its share, {now:.2f}× at the end"
+    finish(ax, title, "expert")
     ax.grid(False)
     ax.yaxis.get_major_locator().set_params(integer=True)
     return fig
@@ -189,7 +194,12 @@ def bias_trajectories(rows: list[dict], names=None):
             ax.remove()
             continue
         draw_biases(ax, step[keep], bias_nle[keep, i], rasterized=experts > 32)
-        finish(ax, layer_names(layers, names)[i], "" if i % cols else "gate bias")
+        ends = f"{bias_nle[-1, i].min():+.3f} to {bias_nle[-1, i].max():+.3f}".replace("-", "−")
+        title = f"{layer_names(layers, names)[i]}: biases {ends}"
+        finish(ax, title, "" if i % cols else "gate bias")
+    low, high = np.nanmin(bias_nle), np.nanmax(bias_nle)
+    room = max(high - low, 1e-6)
+    axes[0, 0].set_ylim(low - 0.05 * room, high + 0.3 * room)  # above: the legend
     return fig
 
 
@@ -199,13 +209,19 @@ def draw_biases(ax, step_n, bias_ne, rasterized: bool) -> None:
     ax.plot(step_n, bias_ne, color=GREY, alpha=0.5, linewidth=0.8, rasterized=rasterized)
     extremes = [(int(bias_ne[-1].argmax()), BLUE, "-"), (int(bias_ne[-1].argmin()), ORANGE, "--")]
     for e, colour, line in extremes:
-        label = f"expert {e}: {bias_ne[-1, e]:+.3f}"
-        ax.plot(step_n, bias_ne[:, e], line, color=colour, marker=dot, label=label)
-    ax.legend(loc="upper left")
+        ax.plot(step_n, bias_ne[:, e], line, color=colour, marker=dot, label=f"expert {e}")
+    ax.legend(
+        loc="upper left",
+        ncols=2,
+        fontsize=9,
+        handlelength=1.4,
+        columnspacing=0.9,
+        borderaxespad=0.2,
+    )
 
 
 def max_vio(rows: list[dict], names=None):
-    """MaxVio of every MoE layer against steps: load of the busiest expert / mean load − 1."""
+    """MaxVio of every MoE layer, running mean against steps: busiest load / mean load − 1."""
     step, vio_nl = series(rows, "max_vio")
     fig, ax = figure()
     if vio_nl.shape[1] > MANY:
@@ -214,12 +230,13 @@ def max_vio(rows: list[dict], names=None):
         ax.plot(step, middle, color=BLUE, label="median layer")
     else:
         for i, name in enumerate(layer_names(vio_nl.shape[1], names)):
-            line = LINES[i % len(LINES)]
-            draw_smoothed(ax, step, vio_nl[:, i], name, COLOURS[i % len(COLOURS)], line)
-    first, now = ends(vio_nl.mean(1))
-    clip_view(ax, np.append(vio_nl.flatten(), 0.0))
-    finish(ax, f"MaxVio, mean over layers: {first:.2f} at first, {now:.2f} at the end (0 = even)",
-           "max load / mean load − 1", legend=True)  # fmt: skip
+            line, dot = LINES[i % len(LINES)], "o" if len(step) == 1 else None
+            colour = COLOURS[i % len(COLOURS)]
+            ax.plot(step, smooth(vio_nl[:, i]), line, color=colour, label=name, marker=dot)
+    ax.set_ylim(bottom=0)
+    peak, now = peak_and_end(vio_nl.mean(1))
+    title = f"MaxVio, mean over layers: up to {peak:.2f}, {now:.2f} at the end (0 = even)"
+    finish(ax, title, "max load / mean load − 1", legend=True)
     return fig
 
 
@@ -228,8 +245,8 @@ def max_vio(rows: list[dict], names=None):
 SCHEDULES = {
     "lr": ("Learning rate", "learning rate"),
     "batch": ("Batch", "sequences a step"),
-    "gamma": ("Speed of the gate biases, γ", "γ a step"),
-    "mtp_weight": ("Weight of the MTP loss, λ", "λ"),
+    "gamma": ("Bias speed γ", "γ"),
+    "mtp_weight": ("MTP weight λ", "λ"),
 }
 
 
@@ -246,10 +263,16 @@ def schedule(rows: list[dict]):
         title, ylabel = SCHEDULES[key]
         ax.plot(step, value, color=BLUE, marker="o" if len(step) == 1 else None)
         ax.set_ylim(0, max(value.max() * 1.1, 1e-12))
-        finish(ax, f"{title}: {value[0]:.3g} → {value[-1]:.3g}, at most {value.max():.3g}", ylabel)
+        finish(ax, f"{title}: {course(value)}", ylabel)
     for ax in axes.flat[len(keys) :]:
         ax.remove()
     return fig
+
+
+def course(value_n) -> str:
+    """First value, highest if it is neither end, last: `2.5e-05 → 0.001 → 0.0001`."""
+    stops = [value_n[0], value_n.max(), value_n[-1]]
+    return " → ".join(f"{v:.3g}" for i, v in enumerate(stops) if i == 0 or v != stops[i - 1])
 
 
 def throughput(rows: list[dict]):
@@ -270,6 +293,8 @@ def grad_norm(rows: list[dict]):
     fig, ax = figure(height=2.6)
     draw_smoothed(ax, step, value, "", BLUE)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     finish(ax, f"Gradient norm before clipping: {np.nanmedian(value):.2g} in the median", "norm")
     return fig
 

@@ -1,0 +1,266 @@
+"""Plots of a run: they show the numbers they were given, whatever the rows lack."""
+
+import json
+import warnings
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from dsv3_ref.viz import page, style, training
+from dsv3_ref.viz.training import read_metrics, series, smooth
+
+LAYERS, EXPERTS = 3, 8
+
+
+def fake_rows(steps: int, layers: int = LAYERS, experts: int = EXPERTS) -> list[dict]:
+    """A run as the trainer writes it: experts that drift apart and a bias that pulls them back."""
+    rng = np.random.default_rng(0)
+    liked_le, bias_le = rng.normal(0, 0.8, (layers, experts)), np.zeros((layers, experts))
+    rows = []
+    for step in range(1, steps + 1):
+        pull = liked_le * min(1, step / 20) + 10 * bias_le + rng.normal(0, 0.05, bias_le.shape)
+        load_le = np.exp(pull) / np.exp(pull).sum(1, keepdims=True)
+        bias_le = bias_le + 2e-3 * np.sign(1 / experts - load_le)
+        loss = 3 + 5 * np.exp(-step / 30) + rng.normal(0, 0.05)
+        due = step % 20 == 0
+        rows.append({
+            "step": step, "tokens": 4096 * step, "loss": loss, "loss_total": 1.3 * loss,
+            "mtp_loss": [loss + 0.5, loss + 0.8], "val_loss": loss + 0.1 if due else None,
+            "val_bpb": loss / 3 if due else None, "lr": 1e-3 * min(1, step / 10),
+            "grad_norm": rng.lognormal(), "tok_s": 2400.0, "batch": 8 + 8 * (step > 20),
+            "gamma": 2e-3, "mtp_weight": 0.3, "seconds": 1.7 * step, "load": load_le.tolist(),
+            "max_vio": (load_le.max(1) * experts - 1).tolist(), "bias": bias_le.tolist(),
+        })  # fmt: skip
+    return rows
+
+
+PLOTS = {
+    "loss": training.loss_curves,
+    "load": training.load_heatmap,
+    "bias": training.bias_trajectories,
+    "max_vio": training.max_vio,
+    "lr": training.schedule,
+    "tok_s": training.throughput,
+    "grad_norm": training.grad_norm,
+}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """No warning from a plot, no figure left open."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    plt.close("all")
+
+
+def pixels(fig):
+    fig.canvas.draw()
+    return np.array(fig.canvas.buffer_rgba())[..., :3]
+
+
+def ink(fig) -> int:
+    """Pixels that the data add to a figure's frame, titles and legends."""
+    with_data = pixels(fig)
+    for ax in fig.axes:
+        for artist in [*ax.lines, *ax.collections, *ax.images, *ax.patches]:
+            artist.set_visible(False)
+    return int((with_data != pixels(fig)).any(-1).sum())
+
+
+# ── Reading ──
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    rows, path = fake_rows(3), tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    cut = whole.rindex("\n", 0, -1) + 1
+    for end in range(cut, len(whole) - 2, 97):
+        path.write_text(whole[:end])
+        assert read_metrics(path) == rows[:2]
+    path.write_text(whole[:-1])  # only the newline is missing
+    assert read_metrics(path) == rows
+
+
+def test_a_broken_line_in_the_middle_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo\n\n{"step": 3}\n')
+    with pytest.warns(UserWarning, match="line 2"):
+        assert [row["step"] for row in read_metrics(path)] == [1, 3]
+
+
+def test_a_resumed_run_counts_a_repeated_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {s}, "loss": {x}}}\n' for s, x in [(1, 9), (2, 8), (2, 7)]))
+    assert series(read_metrics(path), "loss")[1].tolist() == [9, 7]
+
+
+def test_nothing_counts_as_nothing():
+    rows = [{"step": 1, "mtp_loss": [], "bias": [[], []], "val_loss": None, "loss": 0.0}]
+    assert [k for k in ("mtp_loss", "bias", "val_loss", "lr", "loss") if training.has(rows, k)] == [
+        "loss"
+    ]
+
+
+# ── Smoothing ──
+
+
+def test_smoothing_keeps_lines_and_skips_what_is_not_finite():
+    assert np.allclose(smooth(np.full(99, 2.5)), 2.5)
+    line = np.arange(200.0)
+    assert np.allclose(smooth(line, 0.05)[:190], line[:190])  # both-sided: no lag
+    assert np.allclose(smooth(np.array([1.0, np.nan, np.inf, 1.0]), 0.5), 1.0)
+    assert np.isnan(smooth(np.array([np.nan]))).all()
+
+
+def test_smoothing_quiets_noise():
+    noise = np.random.default_rng(0).normal(0, 1, 2000)
+    assert smooth(noise)[-1] == pytest.approx(noise[-41:].mean())
+    assert smooth(noise)[100:-100].std() < 0.25
+
+
+# ── Plots ──
+
+
+@pytest.mark.parametrize("steps", [1, 2, 500])
+@pytest.mark.parametrize("key", PLOTS)
+def test_every_plot_shows_its_data(key, steps):
+    fig = PLOTS[key](fake_rows(steps))
+    assert ink(fig) > (20 if steps == 1 else 200)
+    for ax in fig.axes:
+        assert ax.get_title() and ax.get_xlabel() or ax.get_label() == "<colorbar>"
+
+
+@pytest.mark.parametrize("key", PLOTS)
+def test_rows_without_the_key_raise(key):
+    names = training.SCHEDULES if key == "lr" else [key]
+    rows = [{k: v for k, v in row.items() if k not in names} for row in fake_rows(5)]
+    with pytest.raises(ValueError, match="no row has"):
+        PLOTS[key](rows)
+
+
+@pytest.mark.parametrize("key", PLOTS)
+def test_rows_with_only_the_key_are_enough(key):
+    assert ink(PLOTS[key]([{"step": r["step"], key: r[key]} for r in fake_rows(40)])) > 200
+
+
+@pytest.mark.parametrize("key", PLOTS)
+def test_text_stays_inside_and_apart(key):
+    fig = PLOTS[key](fake_rows(300))
+    fig.canvas.draw()
+    boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
+    assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1 for b in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_loss_has_a_curve_for_each_part():
+    _, labels = training.loss_curves(fake_rows(60)).axes[0].get_legend_handles_labels()
+    assert labels == ["training", "validation", "MTP, depth 1", "MTP, depth 2"]
+
+
+def test_loss_survives_divergence():
+    rows = fake_rows(60)
+    rows[-1]["loss"] = float("nan")
+    rows[-2]["loss"] = float("inf")
+    assert ink(training.loss_curves(rows)) > 200
+
+
+def test_heatmap_is_load_times_experts():
+    rows = fake_rows(50)
+    shown = training.load_heatmap(rows, layer=1).axes[0].images[0].get_array()
+    assert shown.shape == (EXPERTS, 50)
+    assert np.allclose(shown.T, np.array([r["load"][1] for r in rows]) * EXPERTS)
+
+
+def test_even_load_is_white_and_a_dead_expert_is_not():
+    even, dead = [1 / 4] * 4, [0.0, 1 / 3, 1 / 3, 1 / 3]
+    rows = [{"step": s, "load": [even, dead]} for s in range(9)]
+    images = [training.load_heatmap(rows, i).axes[0].images[0] for i in range(2)]
+    even_rgba, dead_rgba = (i.to_rgba(i.get_array()) for i in images)
+    assert np.allclose(even_rgba, 1, atol=0.01)
+    assert np.allclose(dead_rgba[0], images[1].cmap(0.0)) and dead_rgba[0, 0, 0] < 0.1
+
+
+def test_a_long_run_is_averaged_not_thinned():
+    rows = [{"step": s, "load": [[s % 2, 1 - s % 2]]} for s in range(1000)]
+    shown = training.load_heatmap(rows).axes[0].images[0].get_array()
+    assert shown.shape[1] <= 200
+    assert np.allclose(shown.mean(1), 1, atol=0.01) and shown.max() < 1.3
+
+
+def test_bias_names_the_extremes():
+    rows = [{"step": s, "bias": [[0.0, 0.01 * s, -0.02 * s, 0.005 * s]]} for s in range(10)]
+    (ax,) = training.bias_trajectories(rows, ["layers.1.ffn"]).axes
+    assert ax.get_legend_handles_labels()[1] == ["expert 1", "expert 2"]
+    assert ax.get_title() == "layers.1.ffn: biases −0.180 to +0.090"
+
+
+def test_many_layers_become_a_band():
+    fig = training.max_vio(fake_rows(80, layers=58))
+    assert len(fig.axes[0].lines) == 1 and len(fig.axes[0].collections) == 1
+    assert ink(training.bias_trajectories(fake_rows(80, layers=5, experts=64))) > 200
+
+
+def test_layers_take_their_names():
+    fig = training.max_vio(fake_rows(20), names=["a", "b"])
+    assert fig.axes[0].get_legend_handles_labels()[1] == ["a", "b", "MoE layer 2"]
+
+
+def test_schedule_titles_tell_the_course():
+    titles = [ax.get_title() for ax in training.schedule(fake_rows(60)).axes]
+    assert titles[:2] == ["Learning rate: 0.0001 → 0.001", "Batch: 8 → 16"]
+    assert training.course(np.array([1.0, 3.0, 2.0])) == "1 → 3 → 2"
+    assert training.course(np.array([2.0, 2.0])) == "2"
+
+
+def test_bits_are_ordered_best_on_top():
+    fig = training.bits_per_byte({"gzip": 2.66, "this model": 1.5, "bzip2": 1.89})
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["gzip", "bzip2", "this model"]
+    assert [b.get_width() for b in fig.axes[0].patches] == [2.66, 1.89, 1.5]
+
+
+# ── Style and pages ──
+
+
+def test_the_style_reaches_lines_and_legends():
+    fig, ax = style.figure()
+    ax.plot([0, 1], label="x")
+    assert ax.lines[0].get_linewidth() == style.STYLE["lines.linewidth"]
+    assert not ax.legend().get_frame_on()
+
+
+def test_show_closes_what_it_draws():
+    fig, _ = style.figure()
+    style.show(fig)
+    assert not plt.fignum_exists(fig.number)
+
+
+@pytest.mark.parametrize(
+    "control, value", [((0, 10, 2), 5), ((0.0, 1.0), 0.5), (["a", "b"], "a"), (True, True)]
+)
+def test_play_starts_from_the_middle(control, value):
+    seen = []
+    style.play(lambda x: seen.append(x), x=control)
+    assert seen == [value]
+
+
+def test_svg_takes_the_pages_ink_and_keeps_its_ids_apart():
+    one, two = (page.svg(training.max_vio(fake_rows(9)), n, "a < b") for n in ("one", "two"))
+    assert 'aria-label="a &lt; b"' in one and "#000000" not in one
+    ids = [{part.split('"')[0] for part in code.split(' id="')[1:]} for code in (one, two)]
+    assert ids[0] and not ids[0] & ids[1]
+    used = {part.split('"')[0] for part in one.split('href="#')[1:]}
+    assert used and used <= ids[0]
+
+
+def test_the_same_figure_gives_the_same_svg():
+    draw = lambda: page.svg(training.loss_curves(fake_rows(30)), "loss", "loss")
+    assert draw() == draw()
+
+
+def test_text_is_escaped_and_numbers_readable():
+    assert page.text("<b>&\"'") == "&lt;b&gt;&amp;&quot;&#x27;"
+    assert page.text(["<i>"]) == "[&quot;&lt;i&gt;&quot;]"
+    values = [1234567, 0.00022, 1.0, True, None]
+    assert [page.text(v) for v in values] == ["1,234,567", "0.00022", "1", "true", "null"]
