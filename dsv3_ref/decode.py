@@ -32,14 +32,9 @@ def generate(
     """Continue prompts of equal length on the latent cache: (b, s) → (b, s + max_new_tokens)."""
     if tokens_bs.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least the begin-of-sentence token")
-    weight = model.embed.weight
-    cache = Cache(
-        model.config,
-        len(tokens_bs),
-        tokens_bs.shape[1] + max_new_tokens,
-        weight.device,
-        weight.dtype,
-    )
+    w = model.embed.weight
+    room = tokens_bs.shape[1] + max_new_tokens
+    cache = Cache(model.config, len(tokens_bs), room, w.device, w.dtype)
     out, new_bs = [tokens_bs], tokens_bs
     for _ in range(max_new_tokens):
         h_bsd, _ = model.features(new_bs, cache)

@@ -13,7 +13,6 @@ from torch import nn
 
 # ── The seam ──
 
-
 IMPLS: dict[str, dict[str, callable]] = {}  # op name → backend → function
 
 
@@ -33,8 +32,15 @@ def impl(name: str, backend: str):
     """Register another implementation of op `name`: same signature, same result."""
     if name not in IMPLS:
         raise KeyError(f"no op {name!r}; ops are {', '.join(IMPLS)}")
-    return lambda fn: IMPLS[name].setdefault(backend, fn)
 
+    def register(fn):
+        IMPLS[name][backend] = fn  # again: replaces it, so an edited cell takes effect
+        return fn
+
+    return register
+
+
+# ── The switch ──
 
 ACTIVE = tuple(os.environ.get("DSV3_BACKEND", "torch").split(","))  # in order of preference
 
@@ -88,7 +94,7 @@ def rms_norm(x, weight, eps: float):
 @impl("rms_norm", "naive")
 def _(x, weight, eps):
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -15,8 +15,15 @@
 # # 01 · Ops: norm, SwiGLU and the kernel seam
 
 # %% [markdown]
-# ## The seam
-# One switch decides which implementation of an op runs.
+# ## Why
+# An H800 can do **295** operations in the time it needs to fetch one byte. RMSNorm does about
+# **one** operation a byte. So a model is made of two kinds of work: matrix products, which keep the
+# machine busy, and everything between them, which waits for memory. The second kind is a
+# ten-thousandth of the operations and yet costs real time, unless a *kernel* (a program written for the
+# GPU) joins several steps and reads each number once.
+#
+# Readable code and fast code thus look different. This chapter writes the four smallest pieces of
+# DeepSeek-V3 readably, and builds the one switch that lets a fast twin take the place of each.
 
 # %%
 #| export
@@ -28,6 +35,79 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# %%
+import math
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv3_ref.config import V3
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, figure, play, show
+
+PEAK, BANDWIDTH = 989e12, 3.35e12  # H800: bf16 operations and bytes of memory a second
+
+
+def work(tokens: int, size: int = 2) -> dict[str, tuple[float, float]]:
+    """(operations, bytes) of V3's pieces for so many tokens; `size` bytes a number."""
+    d, f, w = V3.dim, V3.moe_inter_dim, V3.vocab_size
+    product = lambda i, o: (2 * tokens * i * o, size * (tokens * i + i * o + tokens * o))
+    return {
+        "RMSNorm": (4 * tokens * d, 2 * size * tokens * d),
+        "SwiGLU": (5 * tokens * f, 3 * size * tokens * f),
+        "expert's W₁": product(d, f),
+        "attention's W^O": product(V3.n_heads * V3.v_head_dim, d),
+        "head": product(d, w),
+    }
+
+
+def roofline(tokens: int = 4096, size: int = 2) -> None:
+    """Where each piece lies under the machine's two limits: memory (slope) and arithmetic (flat)."""
+    fig, ax = figure(width=8, height=3.6)
+    peak, x = PEAK * 2 / size, torch.logspace(-1, 4, 200)  # numbers of half the size: twice as fast
+    ax.plot(x, (x * BANDWIDTH).clamp(max=peak) / 1e12, color=GREY, label="the most an H800 can do")
+    for (name, (ops, moved)), marker in zip(
+        work(tokens, size).items(), ["o11", "s7", "D13", "^9", "v5"]
+    ):
+        per_byte, look = ops / moved, {"marker": marker[0], "markersize": int(marker[1:])}
+        label = f"{name}: {per_byte:,.1f}"
+        ax.plot(per_byte, min(per_byte * BANDWIDTH, peak) / 1e12, linestyle="", label=label, **look)
+    ax.axvline(peak / BANDWIDTH, color=GREY, linestyle=":", linewidth=1)
+    ax.set(xscale="log", yscale="log", ylim=(0.2, 4000))
+    ax.set(
+        xlabel="operations for each byte moved (numbers in the legend)", ylabel="TFLOP/s at best"
+    )
+    ax.set_title(f"{tokens:,} tokens: left of the dotted line, memory is the limit")
+    ax.legend(loc="lower right")
+    show(fig)
+
+
+roofline()
+
+# %% [markdown]
+# ## Paper
+# The report has no chapter on these pieces; it presumes them, and says in passing what matters:
+#
+# - a block normalises before attention and before its feed-forward network, and there are **extra
+#   RMSNorms on both latents** of MLA (§4.2);
+# - the outputs of **RMSNorm are recomputed** in the backward pass instead of kept (§3.2.3), and so is
+#   the **output of SwiGLU**, from inputs that are kept (§3.3.3);
+# - every linear layer is three products, *Fprop*, *Dgrad* and *Wgrad*, and **all three run in FP8**
+#   (§3.3.1), while embedding, head, gates, norms and attention stay in higher precision;
+# - the vocabulary has 128K tokens (§4.1), padded to **129,280** rows in the released weights: the loss
+#   over it is the largest single tensor of a training step.
+
+# %% [markdown]
+# ## The seam
+# Call a function with several implementations an **op**. It is a torch function with the mark `@op`; that
+# is its *reference*, and defines what is right. Another implementation registers under the same name for
+# a **backend**: `naive` for the plainest form we can write, `triton` for a GPU kernel. A call goes to
+#
+# $$\text{op}(x) = \text{IMPLS}[\text{op}][b^\ast](x),\qquad
+# b^\ast = \text{the first of the active backends that implements it.}$$
+#
+# Nothing that calls an op knows of this. There are no flags in the model, and no `if cuda`.
+
+# %%
+#| export
 IMPLS: dict[str, dict[str, callable]] = {}  # op name → backend → function
 
 
@@ -47,7 +127,20 @@ def impl(name: str, backend: str):
     """Register another implementation of op `name`: same signature, same result."""
     if name not in IMPLS:
         raise KeyError(f"no op {name!r}; ops are {', '.join(IMPLS)}")
-    return lambda fn: IMPLS[name].setdefault(backend, fn)
+
+    def register(fn):
+        IMPLS[name][backend] = fn  # again: replaces it, so an edited cell takes effect
+        return fn
+
+    return register
+
+
+# %% [markdown]
+# ## The switch
+# The environment variable `DSV3_BACKEND` sets the backends for a run, `with use(…)` for a few lines. Both
+# name them in order of preference: `triton,torch` reads "the kernel where there is one, else the
+# reference". That *else* must be written down. With `triton` alone, an op without a kernel
+# raises: otherwise a misspelt name would cost a factor of ten and look like success.
 
 
 # %%
@@ -94,6 +187,14 @@ def table() -> str:
 
 # %% [markdown]
 # ## RMSNorm
+# Activations drift in size as layers add up. RMSNorm divides each token's vector by its *root mean
+# square* and lets the model choose a scale for each coordinate:
+#
+# $$y_{nd} = \frac{x_{nd}}{\rho_n}\,w_d,\qquad \rho_n = \sqrt{\tfrac1D \textstyle\sum_d x_{nd}^2 + \epsilon}$$
+#
+# with $x, y$ of shape $(n, d)$ and $w$ of shape $(d)$. Unlike LayerNorm it subtracts no mean and adds no
+# bias. The squares are summed in fp32, whatever the type of $x$: eight bits of mantissa are too few to sum
+# 7168 of them.
 
 
 # %%
@@ -107,7 +208,7 @@ def rms_norm(x, weight, eps: float):
 @impl("rms_norm", "naive")
 def _(x, weight, eps):
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -121,8 +222,51 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+# %%
+def same(name: str, *args, atol: float = 1e-5) -> float:
+    """Largest difference between an op's reference and its naive form; asserts it is small."""
+    gap = (IMPLS[name]["torch"](*args) - IMPLS[name]["naive"](*args)).abs().max().item()
+    assert gap < atol, (name, gap)
+    return gap
+
+
+torch.manual_seed(0)
+x_nd, w_d = torch.randn(3, 64) * torch.tensor([[0.01], [1.0], [100.0]]), torch.rand(64)
+same("rms_norm", x_nd, w_d, 1e-6)
+y_nd = rms_norm(x_nd, torch.ones(64), 1e-6)
+print("size before:", *[f"{v:.3g}" for v in x_nd.square().mean(-1).sqrt()])
+print("size after: ", *[f"{v:.3g}" for v in y_nd.square().mean(-1).sqrt()])
+assert torch.allclose(rms_norm(8 * x_nd, w_d, 0.0), rms_norm(x_nd, w_d, 0.0))  # size is forgotten
+
+# %% [markdown]
+# *Its gradient.* With $\hat x = x/\rho$ and $a = g \odot w$, where $g$ is the gradient that arrives at $y$,
+#
+# $$\frac{\partial L}{\partial x} = \frac{1}{\rho}\left(a - \hat x\,\operatorname{mean}(a\odot\hat x)\right).$$
+#
+# The mean takes away the part along $x$, because the length of $x$ changes nothing. And the
+# gradient shrinks as $1/\rho$: large vectors move slowly.
+
+# %%
+x_nd = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
+w_d, g_nd = torch.rand(64, dtype=torch.float64), torch.randn(5, 64, dtype=torch.float64)
+(auto_nd,) = torch.autograd.grad(rms_norm(x_nd, w_d, 0.0), x_nd, g_nd)
+rho_n1 = x_nd.square().mean(-1, keepdim=True).sqrt()
+unit_nd, a_nd = x_nd / rho_n1, g_nd * w_d
+hand_nd = (a_nd - unit_nd * (a_nd * unit_nd).mean(-1, keepdim=True)) / rho_n1
+assert torch.allclose(auto_nd, hand_nd)
+assert torch.allclose((auto_nd * x_nd).sum(-1), torch.zeros(5).double(), atol=1e-12)
+print("size of each token's gradient:", *[f"{v:.2f}" for v in auto_nd.norm(dim=-1)])
+
+
 # %% [markdown]
 # ## Linear: the one place where matrix products pass
+# $$y_{no} = \textstyle\sum_i x_{ni} W_{oi}\qquad (n, i)\times(o, i) \to (n, o)$$
+#
+# One line, but its own op: nearly all the arithmetic of the model passes here, so this is where FP8
+# enters ([chapter 09](09_fp8.ipynb)). Weights are stored (out, in), as in the released files. No layer
+# of DeepSeek-V3 has a bias. Its backward is two more products of the same size, named in §3.3.1:
+#
+# $$\text{Dgrad: } \frac{\partial L}{\partial x} = g\,W,\qquad \text{Wgrad: } \frac{\partial L}{\partial W} = g^\top x .$$
 
 
 # %%
@@ -144,8 +288,30 @@ class Linear(nn.Module):
         return linear(x, self.weight)
 
 
+# %%
+x_ni = torch.randn(6, 16, requires_grad=True)
+w_oi = torch.randn(8, 16, requires_grad=True)
+g_no = torch.randn(6, 8)
+y_no = linear(x_ni, w_oi)
+assert torch.allclose(y_no, (x_ni[:, None] * w_oi).sum(-1), atol=1e-5)  # the sum, as written
+grad_x_ni, grad_w_oi = torch.autograd.grad(y_no, (x_ni, w_oi), g_no)
+assert torch.allclose(grad_x_ni, g_no @ w_oi) and torch.allclose(grad_w_oi, g_no.T @ x_ni)
+for name, t in {"Fprop": y_no, "Dgrad": grad_x_ni, "Wgrad": grad_w_oi}.items():
+    print(name, tuple(t.shape), end="  ")
+
+
 # %% [markdown]
 # ## SwiGLU
+# A feed-forward network makes a token's vector wide, applies something that is not linear, and makes it
+# narrow again. Here the nonlinear step is a *gate*: two wide vectors, of which one decides how much of the
+# other passes:
+#
+# $$\text{swiglu}(g, u) = g\,\sigma(g)\odot u,\qquad
+# \text{MLP}(x) = W_2\,\text{swiglu}(W_1 x,\; W_3 x),\qquad d \to f \to d .$$
+#
+# $g\,\sigma(g)$ is called SiLU. It is a smooth switch: for large $g$ it is $g$, for very negative
+# $g$ it is 0. Three matrices make $3\,d f$ parameters, the count of the previous chapter. Every dense layer, every
+# shared and every routed expert is of this form.
 
 
 # %%
@@ -173,8 +339,80 @@ class MLP(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
+# %%
+gate_n, up_n = torch.linspace(-8, 8, 9, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+same("swiglu", gate_n, up_n)
+print("gate", *[f"{v:6.0f}" for v in gate_n])
+print("out ", *[f"{v:6.3f}" for v in swiglu(gate_n, up_n)])
+assert torch.allclose(swiglu(40 * up_n, gate_n), 40 * gate_n)  # open: gate · up
+assert swiglu(-40 * up_n, gate_n).abs().max() < 1e-14  # shut
+# ∂/∂gate = up·(σ + gate·σ·(1 − σ)), by hand, by autograd and by finite differences
+gate_n.requires_grad_()
+s_n = gate_n.sigmoid()
+(auto_n,) = torch.autograd.grad(swiglu(gate_n, up_n).sum(), gate_n)
+assert torch.allclose(auto_n, s_n + gate_n * s_n * (1 - s_n))
+assert torch.autograd.gradcheck(swiglu, (gate_n, up_n.requires_grad_()))
+
+# %% [markdown]
+# *The seam, live.* Let us listen in on an MLP without touching it: a backend called `spy` notes the shapes
+# it meets and computes the same. Afterwards we remove it, and nothing of it is left.
+
+# %%
+heard = []
+
+
+@impl("swiglu", "spy")
+def _(gate, up):
+    heard.append(tuple(gate.shape))
+    return F.silu(gate) * up
+
+
+mlp = MLP(16, 40)
+for p in mlp.parameters():
+    nn.init.normal_(p, std=0.1)
+x_nd = torch.randn(5, 16)
+with use("torch"):
+    quiet = mlp(x_nd)
+with use("spy", "torch"):
+    assert torch.equal(mlp(x_nd), quiet) and heard == [(5, 40)]
+    print(table())
+del IMPLS["swiglu"]["spy"]
+print("heard:", heard)
+
+
+# %%
+def error(fn) -> str:
+    """What `fn()` raises, in one line; fails if it raises nothing."""
+    try:
+        fn()
+    except Exception as e:
+        return f"{type(e).__name__}: {e.args[0]}"
+    raise AssertionError("it should have raised")
+
+
+def under(*backends: str):
+    """The same MLP under these backends."""
+    with use(*backends):
+        return mlp(x_nd)
+
+
+before = ACTIVE
+print(error(lambda: under("spy")))  # it is gone
+print(error(lambda: under("naive")))  # known, but `linear` has no naive form: no silent fallback
+print(error(lambda: impl("swigloo", "naive")))
+assert before == ACTIVE  # put back, errors or not
+assert torch.allclose(under("naive", "torch"), quiet, atol=1e-6)
+
 # %% [markdown]
 # ## Cross-entropy straight from the hidden state
+# The loss of a token is the surprise at the right next word: minus the logarithm of its probability.
+# With hidden states $h$ (n, d) and the head's matrix $W$ (w, d),
+#
+# $$L = \sum_n \Big(\log \sum_w e^{h_n\cdot W_w} - h_n\cdot W_{y_n}\Big),\qquad
+# \frac{\partial L}{\partial h_n} = \sum_w (p_{nw} - [w = y_n])\,W_w ,$$
+#
+# in nats (surprise with the natural logarithm). Head and loss are *one* op because the scores between
+# them, the **logits**, are the problem: a kernel that never stores them all needs to see both sides.
 
 
 # %%
@@ -189,3 +427,365 @@ def linear_cross_entropy(h_nd, head_wd, target_n):
 def _(h_nd, head_wd, target_n):
     logp_nw = (h_nd @ head_wd.T).float().log_softmax(-1)
     return -logp_nw.gather(1, target_n[:, None]).sum()
+
+
+# %%
+h_nd = torch.randn(7, 16, requires_grad=True)
+head_wd, target_n = torch.randn(50, 16), torch.arange(7)
+same("linear_cross_entropy", h_nd, head_wd, target_n, atol=1e-4)
+(auto_nd,) = torch.autograd.grad(linear_cross_entropy(h_nd, head_wd, target_n), h_nd)
+p_nw = (h_nd @ head_wd.T).softmax(-1)
+hand_nd = (p_nw - F.one_hot(target_n, 50)) @ head_wd
+assert torch.allclose(auto_nd, hand_nd, atol=1e-5)
+blind = linear_cross_entropy(torch.zeros(1, 16), head_wd, target_n[:1]).item()
+assert abs(blind - math.log(50)) < 1e-5  # a hidden state that says nothing: ln w
+print(f"a blind guess among 50 words costs {blind:.3f} nats; ln 129,280 = {math.log(129_280):.2f}")
+
+# %% [markdown]
+# How large are the logits? At V3's vocabulary one sequence of 4096 tokens has half a billion of them, and
+# the loss wants them in fp32, in bf16 before, and their gradient after.
+
+# %%
+sequence = 4096 * V3.vocab_size
+print(f"logits of a sequence: {sequence:,}")
+for what, size in {"in bf16": 2, "in fp32": 4, "both, and a bf16 gradient": 8}.items():
+    print(f"{what:26}{sequence * size / 1e9:6.2f} GB")
+print(f"{'its hidden states, bf16':26}{4096 * V3.dim * 2 / 1e9:6.2f} GB")
+assert round(sequence * 4 / 1e9, 2) == 2.12
+
+# %% [markdown]
+# ## Experiment: forget and compute again
+# Training keeps, from the forward pass, whatever the backward pass will need. §3.2.3 and §3.3.3 say: do
+# not keep the outputs of RMSNorm and SwiGLU, compute them again. Take one feed-forward network with its
+# norm. Step by step, torch keeps for each token $x$, $\hat x$ and $y$ of the norm, then gate, up, silu(gate)
+# and their product. Written as one kernel each, norm and SwiGLU keep only their inputs, but the matrices
+# behind them still keep the outputs. Two *recipes* instead of these leave
+#
+# $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{kernels}} \;\to\;
+# \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers a token}$$
+#
+# (the 1 is $1/\rho$). Is the gradient still the same? torch tells us what it keeps, through
+# `saved_tensors_hooks`, and lets us hand it a recipe instead. Our "kernels" are a backend like any other,
+# and their backward passes are the two gradients derived above.
+
+
+# %%
+class LeanNorm(torch.autograd.Function):
+    """RMSNorm that keeps only its input and 1/ρ."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return x * inverse * weight
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, inverse = ctx.saved_tensors
+        unit, a = x * inverse, g * weight
+        return (a - unit * (a * unit).mean(-1, keepdim=True)) * inverse, (g * unit).sum(0), None
+
+
+class LeanSwiGLU(torch.autograd.Function):
+    """SwiGLU that keeps only its two inputs."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        s = gate.sigmoid()
+        return g * up * (s + gate * s * (1 - s)), g * F.silu(gate)
+
+
+impl("rms_norm", "lean")(LeanNorm.apply)
+impl("swiglu", "lean")(LeanSwiGLU.apply)
+
+
+# %%
+def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
+    """(gradient of x, numbers a token kept for it) of Σ MLP(norm(x))²."""
+    weights = {p.data_ptr() for p in [*norm.parameters(), *mlp.parameters()]}
+    kept, recipe = {}, {}
+
+    def pack(t):
+        if t.data_ptr() in recipe:
+            return recipe[t.data_ptr()]
+        kept.update({} if t.data_ptr() in weights else {t.data_ptr(): t.numel() / len(x_nd)})
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t() if callable(t) else t):
+        y_nd = norm(x_nd)
+        if recompute:
+            recipe[y_nd.data_ptr()] = lambda: norm(x_nd).detach()
+        gate_nf, up_nf = mlp.w1(y_nd), mlp.w3(y_nd)
+        z_nf = swiglu(gate_nf, up_nf)
+        if recompute:
+            recipe[z_nf.data_ptr()] = lambda: swiglu(gate_nf, up_nf).detach()
+        out_nd = mlp.w2(z_nf)
+    (grad_nd,) = torch.autograd.grad(out_nd, x_nd, 2 * out_nd.detach())
+    return grad_nd, sum(kept.values())
+
+
+# %%
+D = 64
+WAYS = {"step by step": (False, "torch"), "kernels": (False, "lean"), "recomputed": (True, "lean")}
+widths = [32, 64, 128, 192, 256]
+kept = {way: [] for way in WAYS}
+for f in widths:
+    norm, mlp = RMSNorm(D, 1e-6), MLP(D, f)
+    for p in mlp.parameters():
+        nn.init.normal_(p, std=0.1)
+    x_nd = torch.randn(10, D, requires_grad=True)
+    grads = {}
+    for way, (recompute, backend) in WAYS.items():
+        with use(backend, "torch"):
+            grads[way], n = train_once(norm, mlp, x_nd, recompute)
+        kept[way].append(n)
+    assert kept["step by step"][-1] >= kept["kernels"][-1] + f == 2 * D + 4 * f + 1
+    assert kept["recomputed"][-1] == D + 2 * f + 1
+    assert torch.allclose(grads["step by step"], grads["kernels"], atol=1e-5)
+    assert torch.equal(grads["kernels"], grads["recomputed"])  # bit for bit
+del IMPLS["rms_norm"]["lean"], IMPLS["swiglu"]["lean"]
+
+fig, ax = figure(width=8, height=3.2)
+for (way, numbers), style, colour in zip(kept.items(), ["o-", "s--", "D:"], [GREY, BLUE, ORANGE]):
+    ax.plot(widths, numbers, style, color=colour, label=way)
+ax.set(xlabel=f"width f of the network (d = {D})", ylabel="numbers kept a token", ylim=(0, None))
+ax.set_title("Recomputing norm and SwiGLU halves the memory; the gradient is the same")
+ax.legend()
+show(fig)
+d, f = V3.dim, V3.inter_dim
+print(
+    f"a dense layer of V3, kB a token in bf16: {2 * (3 * d + 4 * f) / 1e3:.0f} step by step,",
+    end=" ",
+)
+print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} with kernels, {2 * (d + 2 * f) / 1e3:.0f} recomputed")
+
+# %% [markdown]
+# ## Play
+# The figure at the top is a function of the number of tokens. While training, thousands pass a weight at
+# once; while generating, a few. Slide down: at which number do even the matrix products fall
+# left of the dotted line? One byte a number (FP8) moves half as much.
+
+# %%
+roofline(tokens=32)
+
+# %%
+play(
+    lambda log2_tokens, bytes_a_number: roofline(2**log2_tokens, bytes_a_number),
+    log2_tokens=(0, 14, 1),
+    bytes_a_number=[2, 1],
+)
+
+# %% [markdown]
+# The switch-over as one curve: a product is bound by arithmetic once about 300 tokens share its weights.
+# An expert sees only 8 of 256 of them, so a batch must be 32 times as large to keep experts busy: one
+# reason why 40 nodes generate together (§3.4.2).
+
+# %%
+fig, ax = figure(width=8, height=3)
+tokens = [2**k for k in range(15)]
+looks = {"expert's W₁": ("-", ORANGE), "head": ("--", BLUE), "SwiGLU": (":", GREEN)}
+for name, (style, colour) in looks.items():
+    ratio = [ops / moved for ops, moved in (work(n)[name] for n in tokens)]
+    ax.plot(tokens, ratio, style, color=colour, label=name)
+ax.axhline(PEAK / BANDWIDTH, color=GREY, linestyle=":", linewidth=1)
+ax.text(1, PEAK / BANDWIDTH * 1.15, "above: bound by arithmetic", color=GREY)
+ax.set(xscale="log", yscale="log", xlabel="tokens that share the weights")
+ax.set(ylabel="operations a byte")
+ax.set_title("Products need company; SwiGLU stays bound by memory")
+ax.legend()
+show(fig)
+
+# %% [markdown]
+# ## Exercises
+# Fill in the functions that return `...`; the checkers defined here say how you did.
+
+
+# %%
+def verdict(test, hint: str) -> bool:
+    """Run a test of the reader's function; print ✓ or a hint, never raise."""
+    try:
+        right = bool(test())
+    except Exception as e:
+        right, hint = False, f"{hint} (it raised {type(e).__name__}: {e})"
+    print("✓ right" if right else f"✗ not yet: {hint}")
+    return right
+
+
+def check_logits(fn) -> bool:
+    """`fn(tokens, words)` is the size of fp32 logits in bytes."""
+    cases = {(1, 10): 40, (3, 1000): 12_000, (4096, 129_280): 2_118_123_520}
+    return verdict(
+        lambda: all(fn(*x) == n for x, n in cases.items()), "one number a token and word"
+    )
+
+
+def check_gradient(fn) -> bool:
+    """`fn(a)` is |gradient at a·x| over |gradient at x| of RMSNorm, for ε = 0."""
+
+    def size(scale: float) -> float:
+        x = (scale * torch.arange(1.0, 9.0, dtype=torch.float64)).requires_grad_()
+        y = rms_norm(x, torch.ones_like(x), 0.0)
+        return torch.autograd.grad(y[0], x)[0].norm().item()
+
+    test = lambda: all(abs(fn(a) - size(a) / size(1.0)) < 1e-9 for a in (0.5, 2.0, 10.0))
+    return verdict(test, "y does not change when x grows; look at the 1/ρ in the gradient")
+
+
+def check_overflow(fn) -> bool:
+    """`fn()` is a finite fp16 tensor whose norm is right in fp32 and wrong in fp16."""
+
+    def test():
+        x = fn()
+        by_half = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        right = rms_norm(x.float(), torch.ones(x.shape[-1]), 1e-6)
+        off = (by_half.float() - right).abs().max()
+        return x.dtype == torch.float16 and x.isfinite().all() and not off < 0.5
+
+    return verdict(test, "the largest finite fp16 number is 65,504; what is its square?")
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any torch operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
+        self.numel = max([self.numel, *found])
+        return out
+
+
+def check_chunked(fn) -> bool:
+    """`fn(h, head, target, rows)` equals the op, but holds logits of at most `rows` tokens."""
+
+    def test():
+        source = torch.Generator().manual_seed(1)
+        h, head = (torch.randn(n, 8, generator=source) for n in (100, 400))
+        target = torch.arange(100)
+        with Largest() as seen:
+            loss = fn(h, head, target, 16)
+        close = torch.isclose(loss, linear_cross_entropy(h, head, target), rtol=1e-5)
+        return bool(close) and seen.numel <= max(16 * 400, head.numel())
+
+    return verdict(test, "h_nd.split(rows), and the sum of the parts' losses")
+
+
+# %% [markdown]
+# **1 · Compute.** How many bytes do fp32 logits of `tokens` tokens and `words` words take? Try V3's whole batch
+# of 15,360 sequences of 4096.
+
+
+# %%
+def my_logits(tokens: int, words: int) -> int: ...
+
+
+check_logits(my_logits)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_logits(tokens, words):
+#     return 4 * tokens * words
+# ```
+#
+# 32.5 TB for V3's batch, if anyone stored them at once.
+# </details>
+#
+# **2 · Predict.** Multiply the input of RMSNorm by $a > 0$. By what factor does the gradient
+# with respect to the input change?
+
+
+# %%
+def my_gradient(a: float) -> float: ...
+
+
+check_gradient(my_gradient)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_gradient(a):
+#     return 1 / a
+# ```
+#
+# The output is the same, so a step of the same size counts $1/a$ as much.
+# </details>
+#
+# **3 · Break.** Find a finite fp16 vector whose norm goes wrong if the squares are taken in fp16.
+
+
+# %%
+def my_overflow() -> torch.Tensor: ...
+
+
+check_overflow(my_overflow)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_overflow():
+#     return torch.full((4,), 300.0, dtype=torch.float16)
+# ```
+#
+# 300² = 90,000 is above 65,504, so it becomes infinite and the result 0. Hence `x.float()` in the naive form.
+# </details>
+#
+# **4 · Extend.** Write the loss so that logits of at most `rows` tokens exist at a time.
+
+
+# %%
+def my_chunked(h_nd, head_wd, target_n, rows: int): ...
+
+
+check_chunked(my_chunked)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_chunked(h_nd, head_wd, target_n, rows):
+#     parts = zip(h_nd.split(rows), target_n.split(rows))
+#     return sum(linear_cross_entropy(h, head_wd, target) for h, target in parts)
+# ```
+#
+# Forward only: autograd would keep every chunk. A kernel computes each chunk's gradient at once, as
+# $p - [w = y]$ is known as soon as the chunk is.
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# What does one token of V3 spend between its products? Each block has two norms of 7168 and two of the
+# latents; each of 58 mixture layers runs SwiGLU on nine experts, each of three dense layers on one wide
+# network of the same total width.
+
+# %%
+norm_dims = V3.n_layers * (2 * V3.dim + V3.q_lora_rank + V3.kv_lora_rank) + V3.dim
+glu_dims = (V3.n_layers - 3) * 9 * V3.moe_inter_dim + 3 * V3.inter_dim
+ops, moved = 4 * norm_dims + 5 * glu_dims, 2 * (2 * norm_dims + 3 * glu_dims)
+products = 73.2e9  # chapter 00: the products of one token, forward
+print(f"norms and SwiGLU: {ops / products:.4%} of the operations,", end=" ")
+print(f"{moved / BANDWIDTH / (products / PEAK):.1%} of the time of the products, forward")
+tokens = 4096
+print(f"kept for the backward pass, {tokens} tokens, one dense layer:", end=" ")
+print(f"{tokens * 2 * (2 * V3.dim + 3 * V3.inter_dim) / 1e9:.2f} GB", end=", recomputed ")
+print(f"{tokens * 2 * (V3.dim + 2 * V3.inter_dim) / 1e9:.2f} GB")
+assert glu_dims == 61 * 18_432 and moved / ops > 1
+
+# %% [markdown]
+# **Memory traffic** binds these ops, so a kernel gains by joining neighbours: SwiGLU with the FP8
+# quantisation that follows it, RMSNorm with the residual sum before it. Such a kernel registers with
+# `@impl("swiglu", "triton")` and changes nothing else. **Memory size** binds the loss: one sequence's logits
+# are 36 times its hidden states, so head and loss stay one op. No mesh axis splits them: the report
+# trains without tensor parallelism, so these ops see whole vectors and know of no rank.
+#
+# Next: [02 · RoPE and YaRN](02_rope.ipynb), where position enters.

