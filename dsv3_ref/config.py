@@ -101,13 +101,14 @@ SMALL = replace(
     V3, vocab_size=32_768, dim=1024, inter_dim=2816, moe_inter_dim=512, n_layers=12,
     n_dense_layers=1, n_heads=8, q_lora_rank=384, kv_lora_rank=256, n_routed_experts=24,
     n_activated_experts=4, n_expert_groups=4, n_limited_groups=2, max_seq_len=2048,
-    original_seq_len=2048, rope_factor=1.0, init_std=0.02,
+    original_seq_len=2048, rope_factor=1.0, init_std=0.02, embed_std=0.02,
 )  # fmt: skip
 TINY = replace(
-    V3, vocab_size=4096, dim=256, inter_dim=640, moe_inter_dim=128, n_layers=4, n_dense_layers=1,
-    n_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32,
-    v_head_dim=64, n_routed_experts=16, n_activated_experts=4, n_expert_groups=4,
-    n_limited_groups=2, max_seq_len=256, original_seq_len=256, rope_factor=1.0, init_std=0.02,
+    V3, vocab_size=4096, dim=128, inter_dim=640, moe_inter_dim=128, n_layers=4, n_dense_layers=1,
+    n_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32,
+    v_head_dim=32, n_routed_experts=16, n_activated_experts=4, n_expert_groups=4,
+    n_limited_groups=2, max_seq_len=256, original_seq_len=256, rope_factor=1.0, init_std=0.06,
+    embed_std=1.0,
 )  # fmt: skip
 SIZES = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
 

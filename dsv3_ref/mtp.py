@@ -45,6 +45,9 @@ def mtp_features(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tenso
     return out
 
 
+# ── One loss a depth ──
+
+
 def mtp_losses(model: Transformer, features, tokens_bs, target_bs) -> list[torch.Tensor]:
     """eq. 24: L^k = −1/T Σ log P^k(t_{i+k+1}), T all positions, though T − k have a target."""
     losses = []

@@ -40,8 +40,8 @@ class Recipe:
 RECIPES = {
     "v3": Recipe(),
     "tiny": replace(
-        Recipe(), steps=400, seq_len=256, batch_start=2, batch=8, warmup_steps=20,
-        lr=3e-3, lr_end=3e-4, lr_last=1e-4,
+        Recipe(), steps=680, seq_len=256, batch_start=2, batch=8, warmup_steps=20,
+        lr=4e-3, lr_end=4e-4, lr_last=1.3e-4, gamma=1e-2,
     ),
     "small": replace(
         Recipe(), steps=20_000, seq_len=2048, batch_start=32, batch=128, warmup_steps=400,

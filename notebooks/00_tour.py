@@ -196,7 +196,7 @@ assert complaint(Config) == "" and complaint(lambda: Config(q_lora_rank=0)) == "
 # Small is a *config*, not another implementation: the four sizes run the same lines of code and
 # each states only what differs from V3.
 #
-# - `TINY`, 9M parameters: every mechanism is on, and a CPU trains it. Chapters use it.
+# - `TINY`, 4M parameters: every mechanism is on, and a CPU trains it. Chapters use it.
 # - `SMALL`, 0.5B: for one GPU.
 # - `V2_LITE`, 16B: DeepSeek-V2-Lite, the older shape with a softmax gate and no query latent.
 # - `V3`, 671B.
@@ -214,13 +214,14 @@ SMALL = replace(
     V3, vocab_size=32_768, dim=1024, inter_dim=2816, moe_inter_dim=512, n_layers=12,
     n_dense_layers=1, n_heads=8, q_lora_rank=384, kv_lora_rank=256, n_routed_experts=24,
     n_activated_experts=4, n_expert_groups=4, n_limited_groups=2, max_seq_len=2048,
-    original_seq_len=2048, rope_factor=1.0, init_std=0.02,
+    original_seq_len=2048, rope_factor=1.0, init_std=0.02, embed_std=0.02,
 )  # fmt: skip
 TINY = replace(
-    V3, vocab_size=4096, dim=256, inter_dim=640, moe_inter_dim=128, n_layers=4, n_dense_layers=1,
-    n_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32,
-    v_head_dim=64, n_routed_experts=16, n_activated_experts=4, n_expert_groups=4,
-    n_limited_groups=2, max_seq_len=256, original_seq_len=256, rope_factor=1.0, init_std=0.02,
+    V3, vocab_size=4096, dim=128, inter_dim=640, moe_inter_dim=128, n_layers=4, n_dense_layers=1,
+    n_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32,
+    v_head_dim=32, n_routed_experts=16, n_activated_experts=4, n_expert_groups=4,
+    n_limited_groups=2, max_seq_len=256, original_seq_len=256, rope_factor=1.0, init_std=0.06,
+    embed_std=1.0,
 )  # fmt: skip
 SIZES = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
 
@@ -404,8 +405,8 @@ assert round(v3.activated / 1e9, 2) == 37.55 and round(v3.activated_one_embeddin
 assert round(v3.mtp / 1e9, 2) == 11.61 and v3.cache_bytes == 61 * 576 * 2 == 70_272
 
 # %% [markdown]
-# *Check, from the other side.* The formula could be wrong in the way its author thinks. So let us build
-# the model, later chapters' code, on torch's `meta` device, where tensors have shapes but no
+# *Check, from the other side.* The formula could be wrong in the way its author thinks. So let us
+# build the model, later chapters' code, on torch's `meta` device, where tensors have shapes but no
 # memory: all 671 billion of them in about a second. Parameters and gate biases must add up to it.
 
 # %%
@@ -457,7 +458,8 @@ for c in SIZES.values():
 
 # %% [markdown]
 # Routed experts are 97 % of the model but only 54 % of what a token uses. The price of *holding* a
-# model and the price of *using* it have come apart, and that is the whole point of a mixture of experts.
+# model and the price of *using* it have come apart, and that is the whole point of a mixture of
+# experts.
 
 # %%
 PAINT = dict(
@@ -539,8 +541,8 @@ show(fig)
 # ## Experiment: do the operations add up?
 # A product with a weight costs two operations, one multiplication and one addition, for each number
 # in the weight. Attention adds work that grows with the number $t$ of keys a query meets: $i + r$
-# products for its score, $v$ for its value, in each head and layer. And a mixture layer weighs its $k$
-# results, a small term that is easily forgotten:
+# products for its score, $v$ for its value, in each head and layer. And a mixture layer weighs its
+# $k$ results, a small term that is easily forgotten:
 #
 # $$\text{FLOPs a token} = 2\,N_{\text{matrices}} + 2\,L\,h\,(i + r + v)\,t
 # + 2\,(L - L_{\text{dense}})\,k\,d$$
@@ -600,9 +602,10 @@ right.legend(loc="upper left")
 show(fig)
 
 # %% [markdown]
-# And does it run? At first every word is about equally likely, so the loss of an untrained model must
-# be close to $\ln w$, the surprise of a blind guess among $w$ words. A little above, in fact: logits of
-# variance $\sigma^2 = d\cdot\mathtt{init\_std}^2$ are confident at random, which costs $\sigma^2/2$.
+# And does it run? At first every word is about equally likely, so the loss of an untrained model
+# must be close to $\ln w$, the surprise of a blind guess among $w$ words. A little above, in fact:
+# logits of variance $\sigma^2 = d\cdot\mathtt{init\_std}^2$ are confident at random, which costs
+# $\sigma^2/2$.
 
 # %%
 tokens_bs = torch.randint(TINY.vocab_size, (8, 129))
@@ -763,8 +766,8 @@ check_split(my_split)
 # Only the gates grow: 106 million for V3, 0.016 % of the model.
 # </details>
 #
-# **3 · Break.** Find fields for which `from_dict` refuses because a token's experts do not fit into its
-# groups, though every other rule holds.
+# **3 · Break.** Find fields for which `from_dict` refuses because a token's experts do not fit into
+# its groups, though every other rule holds.
 
 
 # %%
@@ -784,8 +787,8 @@ check_broken(my_broken)
 # One group has 32 experts: a token cannot visit 40 of them.
 # </details>
 #
-# **4 · Extend.** Design a model for one workstation: 6.5 to 7.5B parameters, under 1.2B activated (both
-# tables counted), under 20 kB of cache a token.
+# **4 · Extend.** Design a model for one workstation: 6.5 to 7.5B parameters, under 1.2B activated
+# (both tables counted), under 20 kB of cache a token.
 
 
 # %%
@@ -810,9 +813,9 @@ check_design(my_design)
 # %% [markdown]
 # ## Scale-up
 # What do these sums mean for machines? An H800 has 80 GB of memory and multiplies bf16 numbers at
-# about 989 TFLOP/s at best. Training a token costs three times its forward pass: the backward pass makes
-# two products for each of the forward's, and MTP runs one more block and the head again. A causal
-# query of a 4K sequence meets 2048 keys on average.
+# about 989 TFLOP/s at best. Training a token costs three times its forward pass: the backward pass
+# makes two products for each of the forward's, and MTP runs one more block and the head again. A
+# causal query of a 4K sequence meets 2048 keys on average.
 
 # %%
 mtp = 2 * (2 * V3.dim**2 + count_mla(V3) + count_moe(V3, 8) + V3.vocab_size * V3.dim)
@@ -830,11 +833,11 @@ print(f"cache of one 128K conversation: {131_072 * v3.cache_bytes / 1e9:.1f} GB"
 assert 380e12 < rate < 420e12
 
 # %% [markdown]
-# Three limits bind, in three places. **Memory** binds the weights: nothing that holds 97 % of them can
-# stand on one GPU, so experts are spread over 64 GPUs and layers over 16 (the *expert* and *pipeline*
-# axes; the seam for the first is `MoE.exchange`, [chapter 04](04_moe.ipynb)). **Arithmetic** binds training, which is why the
-# large products run in FP8 ([chapter 09](09_fp8.ipynb)): the rate above is a fifth of what FP8 could do at best. **Memory
-# traffic** binds generation, where each new token reads the cache again, and there the latent pays
-# ([chapter 03](03_mla.ipynb)).
+# Three limits bind, in three places. **Memory** binds the weights: no GPU can hold 97 % of them, so
+# experts are spread over 64 GPUs and layers over 16 (the *expert* and *pipeline* axes; the seam for
+# the first is `MoE.exchange`, [chapter 04](04_moe.ipynb)). **Arithmetic** binds training, which is
+# why the large products run in FP8 ([chapter 09](09_fp8.ipynb)): the rate above is a fifth of what
+# FP8 could do at best. **Memory traffic** binds generation, where each new token reads the cache
+# again, and there the latent pays ([chapter 03](03_mla.ipynb)).
 #
 # Next: [01 · Ops](01_ops.ipynb), the four smallest pieces.

@@ -19,8 +19,8 @@
 # An H800 can do **295** operations in the time it needs to fetch one byte. RMSNorm does about
 # **one** operation a byte. So a model is made of two kinds of work: matrix products, which keep the
 # machine busy, and everything between them, which waits for memory. The second kind is a
-# ten-thousandth of the operations and yet costs real time, unless a *kernel* (a program written for the
-# GPU) joins several steps and reads each number once.
+# ten-thousandth of the operations and yet costs real time, unless a *kernel* (a program written for
+# the GPU) joins several steps and reads each number once.
 #
 # Readable code and fast code thus look different. This chapter writes the four smallest pieces of
 # DeepSeek-V3 readably, and builds the one switch that lets a fast twin take the place of each.
@@ -92,14 +92,15 @@ roofline()
 #   the **output of SwiGLU**, from inputs that are kept (§3.3.3);
 # - every linear layer is three products, *Fprop*, *Dgrad* and *Wgrad*, and **all three run in FP8**
 #   (§3.3.1), while embedding, head, gates, norms and attention stay in higher precision;
-# - the vocabulary has 128K tokens (§4.1), padded to **129,280** rows in the released weights: the loss
-#   over it is the largest single tensor of a training step.
+# - the vocabulary has 128K tokens (§4.1), padded to **129,280** rows in the released weights: the
+#   loss over it is the largest single tensor of a training step.
 
 # %% [markdown]
 # ## The seam
-# Call a function with several implementations an **op**. It is a torch function with the mark `@op`; that
-# is its *reference*, and defines what is right. Another implementation registers under the same name for
-# a **backend**: `naive` for the plainest form we can write, `triton` for a GPU kernel. A call goes to
+# Call a function with several implementations an **op**. It is a torch function with the mark
+# `@op`; that is its *reference*, and defines what is right. Another implementation registers under
+# the same name for a **backend**: `naive` for the plainest form we can write, `triton` for a GPU
+# kernel. A call goes to
 #
 # $$\text{op}(x) = \text{IMPLS}[\text{op}][b^\ast](x),\qquad
 # b^\ast = \text{the first of the active backends that implements it.}$$
@@ -137,9 +138,9 @@ def impl(name: str, backend: str):
 
 # %% [markdown]
 # ## The switch
-# The environment variable `DSV3_BACKEND` sets the backends for a run, `with use(…)` for a few lines. Both
-# name them in order of preference: `triton,torch` reads "the kernel where there is one, else the
-# reference". That *else* must be written down. With `triton` alone, an op without a kernel
+# The environment variable `DSV3_BACKEND` sets the backends for a run, `with use(…)` for a few
+# lines. Both name them in order of preference: `triton,torch` reads "the kernel where there is one,
+# else the reference". That *else* must be written down. With `triton` alone, an op without a kernel
 # raises: otherwise a misspelt name would cost a factor of ten and look like success.
 
 
@@ -192,9 +193,9 @@ def table() -> str:
 #
 # $$y_{nd} = \frac{x_{nd}}{\rho_n}\,w_d,\qquad \rho_n = \sqrt{\tfrac1D \textstyle\sum_d x_{nd}^2 + \epsilon}$$
 #
-# with $x, y$ of shape $(n, d)$ and $w$ of shape $(d)$. Unlike LayerNorm it subtracts no mean and adds no
-# bias. The squares are summed in fp32, whatever the type of $x$: eight bits of mantissa are too few to sum
-# 7168 of them.
+# with $x, y$ of shape $(n, d)$ and $w$ of shape $(d)$. Unlike LayerNorm it subtracts no mean and
+# adds no bias. The squares are summed in fp32, whatever the type of $x$: eight bits of mantissa are
+# too few to sum 7168 of them.
 
 
 # %%
@@ -239,7 +240,8 @@ print("size after: ", *[f"{v:.3g}" for v in y_nd.square().mean(-1).sqrt()])
 assert torch.allclose(rms_norm(8 * x_nd, w_d, 0.0), rms_norm(x_nd, w_d, 0.0))  # size is forgotten
 
 # %% [markdown]
-# *Its gradient.* With $\hat x = x/\rho$ and $a = g \odot w$, where $g$ is the gradient that arrives at $y$,
+# *Its gradient.* With $\hat x = x/\rho$ and $a = g \odot w$, where $g$ is the gradient that arrives
+# at $y$,
 #
 # $$\frac{\partial L}{\partial x} = \frac{1}{\rho}\left(a - \hat x\,\operatorname{mean}(a\odot\hat x)\right).$$
 #
@@ -263,8 +265,9 @@ print("size of each token's gradient:", *[f"{v:.2f}" for v in auto_nd.norm(dim=-
 # $$y_{no} = \textstyle\sum_i x_{ni} W_{oi}\qquad (n, i)\times(o, i) \to (n, o)$$
 #
 # One line, but its own op: nearly all the arithmetic of the model passes here, so this is where FP8
-# enters ([chapter 09](09_fp8.ipynb)). Weights are stored (out, in), as in the released files. No layer
-# of DeepSeek-V3 has a bias. Its backward is two more products of the same size, named in §3.3.1:
+# enters ([chapter 09](09_fp8.ipynb)). Weights are stored (out, in), as in the released files. No
+# such layer of DeepSeek-V3 adds a bias. Its backward is two more products of the same size, named in
+# §3.3.1:
 #
 # $$\text{Dgrad: } \frac{\partial L}{\partial x} = g\,W,\qquad \text{Wgrad: } \frac{\partial L}{\partial W} = g^\top x .$$
 
@@ -302,16 +305,16 @@ for name, t in {"Fprop": y_no, "Dgrad": grad_x_ni, "Wgrad": grad_w_oi}.items():
 
 # %% [markdown]
 # ## SwiGLU
-# A feed-forward network makes a token's vector wide, applies something that is not linear, and makes it
-# narrow again. Here the nonlinear step is a *gate*: two wide vectors, of which one decides how much of the
-# other passes:
+# A feed-forward network makes a token's vector wide, applies something that is not linear, and
+# makes it narrow again. Here the nonlinear step is a *gate*: two wide vectors, of which one decides
+# how much of the other passes:
 #
 # $$\text{swiglu}(g, u) = g\,\sigma(g)\odot u,\qquad
 # \text{MLP}(x) = W_2\,\text{swiglu}(W_1 x,\; W_3 x),\qquad d \to f \to d .$$
 #
 # $g\,\sigma(g)$ is called SiLU. It is a smooth switch: for large $g$ it is $g$, for very negative
-# $g$ it is 0. Three matrices make $3\,d f$ parameters, the count of the previous chapter. Every dense layer, every
-# shared and every routed expert is of this form.
+# $g$ it is 0. Three matrices make $3\,d f$ parameters, the count of the previous chapter. Every
+# dense layer, every shared and every routed expert is of this form.
 
 
 # %%
@@ -354,8 +357,8 @@ assert torch.allclose(auto_n, s_n + gate_n * s_n * (1 - s_n))
 assert torch.autograd.gradcheck(swiglu, (gate_n, up_n.requires_grad_()))
 
 # %% [markdown]
-# *The seam, live.* Let us listen in on an MLP without touching it: a backend called `spy` notes the shapes
-# it meets and computes the same. Afterwards we remove it, and nothing of it is left.
+# *The seam, live.* Let us listen in on an MLP without touching it: a backend called `spy` notes the
+# shapes it meets and computes the same. Afterwards we remove it, and nothing of it is left.
 
 # %%
 heard = []
@@ -442,8 +445,8 @@ assert abs(blind - math.log(50)) < 1e-5  # a hidden state that says nothing: ln 
 print(f"a blind guess among 50 words costs {blind:.3f} nats; ln 129,280 = {math.log(129_280):.2f}")
 
 # %% [markdown]
-# How large are the logits? At V3's vocabulary one sequence of 4096 tokens has half a billion of them, and
-# the loss wants them in fp32, in bf16 before, and their gradient after.
+# How large are the logits? At V3's vocabulary one sequence of 4096 tokens has half a billion of
+# them, and the loss wants them in fp32, in bf16 before, and their gradient after.
 
 # %%
 sequence = 4096 * V3.vocab_size
@@ -455,18 +458,19 @@ assert round(sequence * 4 / 1e9, 2) == 2.12
 
 # %% [markdown]
 # ## Experiment: forget and compute again
-# Training keeps, from the forward pass, whatever the backward pass will need. §3.2.3 and §3.3.3 say: do
-# not keep the outputs of RMSNorm and SwiGLU, compute them again. Take one feed-forward network with its
-# norm. Step by step, torch keeps for each token $x$, $\hat x$ and $y$ of the norm, then gate, up, silu(gate)
-# and their product. Written as one kernel each, norm and SwiGLU keep only their inputs, but the matrices
-# behind them still keep the outputs. Two *recipes* instead of these leave
+# Training keeps, from the forward pass, whatever the backward pass will need. §3.2.3 and §3.3.3
+# say: do not keep the outputs of RMSNorm and SwiGLU, compute them again. Take one feed-forward
+# network with its norm. Step by step, torch keeps for each token $x$, $\hat x$ and $y$ of the norm,
+# then gate, up, silu(gate) and their product. Written as one kernel each, norm and SwiGLU keep only
+# their inputs, but the matrices behind them still keep the outputs. Two *recipes* instead of these
+# leave
 #
 # $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{kernels}} \;\to\;
 # \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers a token}$$
 #
 # (the 1 is $1/\rho$). Is the gradient still the same? torch tells us what it keeps, through
-# `saved_tensors_hooks`, and lets us hand it a recipe instead. Our "kernels" are a backend like any other,
-# and their backward passes are the two gradients derived above.
+# `saved_tensors_hooks`, and lets us hand it a recipe instead. Our "kernels" are a backend like any
+# other, and their backward passes are the two gradients derived above.
 
 
 # %%
@@ -501,8 +505,8 @@ class LeanSwiGLU(torch.autograd.Function):
         return g * up * (s + gate * s * (1 - s)), g * F.silu(gate)
 
 
-impl("rms_norm", "lean")(LeanNorm.apply)
-impl("swiglu", "lean")(LeanSwiGLU.apply)
+for name, kernel in {"rms_norm": LeanNorm, "swiglu": LeanSwiGLU}.items():
+    impl(name, "lean")(kernel.apply)
 
 
 # %%
@@ -567,9 +571,9 @@ print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} with kernels, {2 * (d + 2 * f) / 1e3:.0f
 
 # %% [markdown]
 # ## Play
-# The figure at the top is a function of the number of tokens. While training, thousands pass a weight at
-# once; while generating, a few. Slide down: at which number do even the matrix products fall
-# left of the dotted line? One byte a number (FP8) moves half as much.
+# The figure at the top is a function of the number of tokens. While training, thousands pass a
+# weight at once; while generating, a few. Slide down: at which number do even the matrix products
+# fall left of the dotted line? One byte a number (FP8) moves half as much.
 
 # %%
 roofline(tokens=32)
@@ -582,9 +586,9 @@ play(
 )
 
 # %% [markdown]
-# The switch-over as one curve: a product is bound by arithmetic once about 300 tokens share its weights.
-# An expert sees only 8 of 256 of them, so a batch must be 32 times as large to keep experts busy: one
-# reason why 40 nodes generate together (§3.4.2).
+# The switch-over as one curve: a product is bound by arithmetic once about 300 tokens share its
+# weights. An expert sees only 8 of 256 of them, so a batch must be 32 times as large to keep
+# experts busy: one reason why 40 nodes generate together (§3.4.2).
 
 # %%
 fig, ax = figure(width=8, height=3)
@@ -678,8 +682,8 @@ def check_chunked(fn) -> bool:
 
 
 # %% [markdown]
-# **1 · Compute.** How many bytes do fp32 logits of `tokens` tokens and `words` words take? Try V3's whole batch
-# of 15,360 sequences of 4096.
+# **1 · Compute.** How many bytes do fp32 logits of `tokens` tokens and `words` words take? Try V3's
+# whole batch of 15,360 sequences of 4096.
 
 
 # %%
@@ -737,7 +741,8 @@ check_overflow(my_overflow)
 #     return torch.full((4,), 300.0, dtype=torch.float16)
 # ```
 #
-# 300² = 90,000 is above 65,504, so it becomes infinite and the result 0. Hence `x.float()` in the naive form.
+# 300² = 90,000 is above 65,504, so it becomes infinite and the result 0. Hence `x.float()` in the
+# naive form.
 # </details>
 #
 # **4 · Extend.** Write the loss so that logits of at most `rows` tokens exist at a time.
@@ -764,9 +769,9 @@ check_chunked(my_chunked)
 
 # %% [markdown]
 # ## Scale-up
-# What does one token of V3 spend between its products? Each block has two norms of 7168 and two of the
-# latents; each of 58 mixture layers runs SwiGLU on nine experts, each of three dense layers on one wide
-# network of the same total width.
+# What does one token of V3 spend between its products? Each block has two norms of 7168 and two of
+# the latents; each of 58 mixture layers runs SwiGLU on nine experts, each of three dense layers on
+# one wide network of the same total width.
 
 # %%
 norm_dims = V3.n_layers * (2 * V3.dim + V3.q_lora_rank + V3.kv_lora_rank) + V3.dim
@@ -783,9 +788,10 @@ assert glu_dims == 61 * 18_432 and moved / ops > 1
 
 # %% [markdown]
 # **Memory traffic** binds these ops, so a kernel gains by joining neighbours: SwiGLU with the FP8
-# quantisation that follows it, RMSNorm with the residual sum before it. Such a kernel registers with
-# `@impl("swiglu", "triton")` and changes nothing else. **Memory size** binds the loss: one sequence's logits
-# are 36 times its hidden states, so head and loss stay one op. No mesh axis splits them: the report
-# trains without tensor parallelism, so these ops see whole vectors and know of no rank.
+# quantisation that follows it, RMSNorm with the residual sum before it. Such a kernel registers
+# with `@impl("swiglu", "triton")` and changes nothing else. **Memory size** binds the loss: one
+# sequence's logits are 36 times its hidden states, so head and loss stay one op. No mesh axis
+# splits them: the report trains without tensor parallelism, so these ops see whole vectors and know
+# of no rank.
 #
 # Next: [02 · RoPE and YaRN](02_rope.ipynb), where position enters.

@@ -16,13 +16,14 @@
 
 # %% [markdown]
 # ## Why
-# Attention compares a query with every key and does not care where they stand: shuffle the keys, and the
-# result is the same. *Rotary position embedding* (RoPE) tells it, by turning each pair of numbers in
-# a query or key like the hand of a clock. V3's clock has **32 hands**, from one that turns every 6 tokens to
-# one that needs 47 thousand.
+# Attention compares a query with every key and does not care where they stand: shuffle the keys,
+# and the result is the same. *Rotary position embedding* (RoPE) tells it, by turning each pair of
+# numbers in a query or key like the hand of a clock. V3's clock has **32 hands**, from one that
+# turns every 6 tokens to one that needs 47 thousand.
 #
-# That is also a trap. V3 learnt to read at 4096 tokens, and **9 of the 32 hands** never finished a turn. At
-# 128K they point where the model has never seen them. YaRN slows exactly these hands down.
+# That is also a trap. V3 learnt to read at 4096 tokens, and **9 of the 32 hands** never finished a
+# turn. At 128K they point where the model has never seen them. YaRN slows these hands down and lets
+# the fast ones run.
 
 # %%
 #| export
@@ -62,12 +63,13 @@ show(fig)
 
 # %% [markdown]
 # ## Paper
-# - MLA splits each query and key into a part without position and a **decoupled** part that carries RoPE
-#   (§2.1.1, eq. 3, 4, 8 and 9). The rotary key is 64 numbers, *one for all 128 heads*.
-# - Pre-training reads 4K tokens. Two short phases of 1000 steps then extend the model to 32K and 128K with
-#   **YaRN, on the decoupled key only**, with $s = 40$, $\alpha = 1$, $\beta = 32$ and the scaling factor
-#   $0.1\ln s + 1$, the same in both phases (§4.3).
-# - After that, a needle in a haystack of up to 128K tokens is found at every depth (§4.3, figure 8).
+# - MLA splits each query and key into a part without position and a **decoupled** part that carries
+#   RoPE (§2.1.1, eq. 3, 4, 8 and 9). The rotary key is 64 numbers, *one for all 128 heads*.
+# - Pre-training reads 4K tokens. Two short phases of 1000 steps then extend the model to 32K and
+#   128K with **YaRN, on the decoupled part only** (the report names the key; its query must turn at
+#   the same pace), with $s = 40$, $\alpha = 1$, $\beta = 32$ and the scaling factor $0.1\ln s + 1$,
+#   the same in both phases (§4.3).
+# - After that, a needle in a haystack of up to 128K tokens is found at every depth (§4.3).
 
 # %% [markdown]
 # ## Frequencies
@@ -99,7 +101,9 @@ for level, (j, style) in enumerate({0: "-", 4: "--", 8: "-.", 16: ":"}.items()):
     ax.text(
         101, -2.5 * level, f"pair {j}: {2 * math.pi / freq_j[j]:.0f} tokens a turn", va="center"
     )
-ax.set(xlabel="position (tokens)", ylabel="cos of the angle", yticks=[], xlim=(0, 135))
+ax.set(xlabel="position (tokens)", ylabel="cos of the angle", yticks=[])
+ax.set(xlim=(0, 135), xticks=range(0, 101, 20), ylim=(-9.5, 1.5))
+ax.spines["bottom"].set_bounds(0, 100)
 ax.set_title("Fast hands tell neighbours apart, slow ones keep the long count")
 show(fig)
 
@@ -136,9 +140,9 @@ def _(x_bshr, cos, sin):
 
 
 # %% [markdown]
-# Three properties make this a *position* embedding. Lengths stay, so nothing grows or fades. Turns add
-# up, $R_s R_t = R_{s+t}$. And so the score of a query at $s$ with a key at $t$ depends on
-# their **distance** alone:
+# Three properties make this a *position* embedding. Lengths stay, so nothing grows or fades. Turns
+# add up, $R_s R_t = R_{s+t}$. And so the score of a query at $s$ with a key at $t$ depends on their
+# **distance** alone:
 #
 # $$(R_s q)\cdot(R_t k) = q\cdot R_s^\top R_t\, k = q\cdot R_{t-s}\,k .$$
 
@@ -178,7 +182,8 @@ print("equal along every diagonal: only t − s matters")
 # %% [markdown]
 # ## Why only a part of each head
 # In MLA the keys of all heads come from one cached latent, $k^C_t = W^{UK} c_t$ (eq. 2), and
-# generation never builds them: $W^{UK}$ moves to the query once (chapter 03). A rotation would stand between:
+# generation never builds them: $W^{UK}$ moves to the query once (chapter 03). A rotation would
+# stand between:
 #
 # $$\underbrace{q \cdot W^{UK} c_t = (W^{UK\top} q)\cdot c_t}_{\text{one query for all } t}
 # \qquad\text{but}\qquad q\cdot R_{t-s} W^{UK} c_t = (W^{UK\top} R_{t-s}^\top\, q)\cdot c_t ,$$
@@ -202,7 +207,7 @@ missing = (turned_t - c_tc @ best_c).norm() / turned_t.norm()
 print(f"with rotated keys even the best single query misses {missing:.0%} of the scores' size")
 assert missing > 0.3
 
-# the decoupled score is the score of the concatenated head; moving both changes the rotary part not at all
+# decoupled: the sum is the score of the concatenated head; moving both tokens changes neither part
 q_x, k_x = torch.randn(24), torch.randn(24)  # 16 without position, 8 rotary
 for s, t in [(3, 1), (103, 101)]:
     q_r = turn(q_x[None, 16:], torch.tensor([s]), freq_j)[0]
@@ -215,15 +220,15 @@ for s, t in [(3, 1), (103, 101)]:
 
 # %% [markdown]
 # ## A trap: two layouts
-# Many code bases pair number $j$ with number $j + r/2$ instead of its neighbour: the *half-split* layout,
-# `cat(x1·cos − x2·sin, x2·cos + x1·sin)`. Both are the same rotation after the reordering
+# Many code bases pair number $j$ with number $j + r/2$ instead of its neighbour: the *half-split*
+# layout, `cat(x1·cos − x2·sin, x2·cos + x1·sin)`. Both are the same rotation after the reordering
 #
 # $$P:\ (x_0, x_1, x_2, \dots) \mapsto (x_0, x_2, x_4, \dots,\ x_1, x_3, x_5, \dots),\qquad
 # \text{half}(P x) = P\,\text{interleaved}(x).$$
 #
-# A score does not see $P$ if query *and* key carry it, so one may reorder the rows of the weights once. But
-# interleaved weights under half-split code give no error: shapes fit, lengths stay. Only the scores are
-# wrong, and the more so, the farther the key.
+# A score does not see $P$ if query *and* key carry it, so one may reorder the rows of the weights
+# once. But interleaved weights under half-split code give no error: shapes fit, lengths stay, even
+# the scores at distance 0 are right. The others are wrong.
 
 
 # %%
@@ -250,16 +255,18 @@ assert (wrong_st - right_st).abs().max() > 1
 
 # %% [markdown]
 # ## YaRN's ramp
-# To read $s$ times farther one could slow every hand by $s$ (*position interpolation*). No angle would be
-# new, but neighbours would differ by a 40th of what the model learnt. YaRN treats each hand by how
-# often it turned within the trained length $L$. Hands with more than $\beta$ turns are left alone: they have
-# seen all angles. Hands with less than $\alpha = 1$ turn are slowed fully. Between them is a ramp over $j$,
+# To read $s$ times farther one could slow every hand by $s$ (*position interpolation*). No angle
+# would be new, but neighbours would differ by a 40th of what the model learnt. YaRN treats each
+# hand by how often it turned within the trained length $L$. Hands with more than $\beta$ turns are
+# left alone: they have seen all angles. Hands with less than $\alpha = 1$ turn are slowed fully.
+# Between them is a ramp over $j$,
 #
 # $$\rho_j = \text{clamp}\Big(\frac{j - j_\text{low}}{j_\text{high} - j_\text{low}},\,0,\,1\Big),\qquad
 # j(n) = \frac{r\,\ln\frac{L}{2\pi n}}{2\ln\theta},\quad
 # j_\text{low} = \lfloor j(\beta)\rfloor,\ j_\text{high} = \lceil j(\alpha)\rceil ,$$
 #
-# where $j(n)$ solves $L/\lambda_j = n$ turns. The config calls $\beta$ `beta_fast` and $\alpha$ `beta_slow`.
+# where $j(n)$ solves $L/\lambda_j = n$ turns. The config calls $\beta$ `beta_fast` and $\alpha$
+# `beta_slow`.
 
 
 # %%
@@ -279,8 +286,7 @@ def yarn_ramp(rope_dim: int, theta: float, length: int, beta_fast: float, beta_s
 # %%
 ramp_j = yarn_ramp(64, 10_000.0, 4096, beta_fast=32.0, beta_slow=1.0)
 turns_j = 4096 / turn_j
-assert (ramp_j[turns_j > 32 * 1.34] == 0).all()  # above β, but for the rounding by up to one pair
-assert (ramp_j[turns_j < 1] == 1).all()
+assert (ramp_j[turns_j > 32] == 0).all() and (ramp_j[turns_j < 1] == 1).all()
 for j in (0, 10, 11, 16, 22, 23, 31):
     print(f"pair {j:2}: {turns_j[j]:7.2f} turns in 4096 tokens, slowed by {ramp_j[j]:.0%}")
 kinds = [int(x.sum()) for x in (ramp_j == 0, (ramp_j > 0) & (ramp_j < 1), ramp_j == 1)]
@@ -320,8 +326,9 @@ for j in (0, 10, 16, 23, 31):
 # %% [markdown]
 # ## A sharper softmax
 # Forty times as many keys also share the softmax, and each irrelevant one takes a little. YaRN
-# multiplies queries and keys by $0.1\,m\ln s + 1$ each, hence scores by its square. It costs nothing if it goes
-# into the softmax scale (eq. 10 divides by $\sqrt{d_h + d_h^R}$, here $\sqrt{i + r}$):
+# multiplies queries and keys by $0.1\,m\ln s + 1$ each, hence scores by its square. It costs
+# nothing if it goes into the softmax scale (eq. 10 divides by $\sqrt{d_h + d_h^R}$, here
+# $\sqrt{i + r}$):
 #
 # $$\text{scale} = \frac{(0.1\,m\ln s + 1)^2}{\sqrt{i + r}},\qquad
 # \text{V3: } m = 1,\ s = 40:\quad 1.369^2 = 1.874 .$$
@@ -340,7 +347,7 @@ def softmax_scale(c: Config) -> float:
 # %%
 factor = softmax_scale(V3) * math.sqrt(128 + 64)
 assert abs(factor - 1.8739) < 1e-4
-assert softmax_scale(TINY) == (64 + 32) ** -0.5  # s = 1: no factor
+assert softmax_scale(TINY) == (32 + 32) ** -0.5  # s = 1: no factor
 assert abs(softmax_scale(V2_LITE) * math.sqrt(192) - (0.0707 * math.log(40) + 1) ** 2) < 1e-12
 # one key that matters, 6 deviations above n − 1 that do not
 print("attention on the right key:")
@@ -354,8 +361,8 @@ for n in (4096, 163_840):
 # %% [markdown]
 # ## The table
 # A model needs cos and sin of its positions once for all layers. Positions are multiplied in fp64: at
-# 163,840 an fp32 angle of the fastest hand is off by up to 0.008 radians, and in bf16, whose
-# 8 bits cannot even count to 257, it would be noise.
+# 163,840 an fp32 angle is off by nearly 0.01 radians, and in bf16, whose 8 bits cannot even count to
+# 257, it would be noise.
 
 
 # %%
@@ -379,27 +386,28 @@ assert torch.equal(whole[0][7:], late[0])  # decoding continues where prefill st
 
 # %% [markdown]
 # ## Experiment: read eight times farther
-# Does it work? Two attention heads of nothing but rotary dims (32 of them), trained for a second at
-# **128** tokens:
+# Does it work? Two attention heads of nothing but rotary dims (32 of them, so that position cannot be
+# avoided), trained for a second at **128** tokens:
 #
 # - the **near** head must look exactly three tokens back. It has only position to go by;
-# - the **needle** head gets a copy of one random key and must find where it stands, anywhere before. Position
-#   should not matter to it.
+# - the **needle** head gets a copy of one random key and must find where it stands, anywhere
+#   before. Position should not matter to it.
 #
-# Their loss is $-\log$ of the attention on the right token. Then we read up to 1024 tokens with $s = 8$
-# *without any further training*, in four ways: unchanged; every hand slowed; YaRN's frequencies;
-# and these with the sharper softmax. ($\theta$, $\alpha$ and $\beta$ are the report's.)
+# Their loss is $-\log$ of the attention on the right token. Then we read up to 1024 tokens with
+# $s = 8$ *without any further training*, in four ways: unchanged; every hand slowed; YaRN's
+# frequencies; and these with the sharper softmax. ($\theta$, $\alpha$ and $\beta$ are the
+# report's.)
 
 # %%
 R, TRAINED, S, STEPS = 32, 128, 8.0, 300
-SMALL = replace(V3, qk_rope_head_dim=R, original_seq_len=TRAINED, rope_factor=S)
-PLAIN = rope_freqs(R, SMALL.rope_theta)
+MINI = replace(V3, qk_rope_head_dim=R, original_seq_len=TRAINED, rope_factor=S)
+PLAIN = rope_freqs(R, MINI.rope_theta)
 SHARP = (0.1 * math.log(S) + 1) ** 2
 WAYS = {
     "unchanged": (PLAIN, 1.0),
     "all slowed": (PLAIN / S, 1.0),
-    "YaRN": (yarn_freqs(SMALL), 1.0),
-    "YaRN, sharper": (yarn_freqs(SMALL), SHARP),
+    "YaRN": (yarn_freqs(MINI), 1.0),
+    "YaRN, sharper": (yarn_freqs(MINI), SHARP),
 }
 
 
@@ -437,7 +445,7 @@ for step in range(STEPS):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(f"at {TRAINED} tokens: near {near.exp().mean():.2f}, needle {needle.exp().mean():.2f}")
+print(f"at {TRAINED} tokens: near {near.exp().mean():.1f}, needle {needle.exp().mean():.1f}")
 
 # %%
 lengths, found = [128, 256, 512, 1024], {}
@@ -449,23 +457,26 @@ with torch.no_grad():
             found[way, length] = [x.exp().mean().item() for x in pair]
 
 fig, axes = figure(1, 2, width=8.6, height=3.3, sharey=True)
-looks = {"unchanged": ("s--", GREY), "all slowed": ("^:", BLUE), "YaRN": ("o-", ORANGE)}
-looks["YaRN, sharper"] = ("D-.", GREEN)
-for head, (ax, name) in enumerate(zip(axes, ["near: three tokens back", "needle: anywhere"])):
-    for way, (style, colour) in looks.items():
-        ax.plot(lengths, [found[way, n][head] for n in lengths], style, color=colour, label=way)
+looks = {"unchanged": ("s--", GREY, 6), "all slowed": ("^:", BLUE, 11), "YaRN": ("o-", ORANGE, 7)}
+looks["YaRN, sharper"] = ("D-.", GREEN, 4)
+for head, (ax, name) in enumerate(
+    zip(axes, ["three tokens back: lost if all are slowed", "needle: lost if unchanged"])
+):
+    for way, (style, colour, size) in looks.items():
+        y = [found[way, n][head] for n in lengths]
+        ax.plot(lengths, y, style, color=colour, label=way, markersize=size, markerfacecolor="none")
     ax.axvline(TRAINED, color=GREY, linewidth=1, linestyle=":")
     ax.set(xscale="log", xlabel="length read (trained: 128)", title=name, ylim=(-0.03, 1.03))
     ax.set_xticks(lengths, [str(n) for n in lengths])
     ax.minorticks_off()
 axes[0].set_ylabel("attention on the right token")
-axes[0].legend(loc="center left", bbox_to_anchor=(0, 0.35))
+axes[0].legend(loc="center left", bbox_to_anchor=(0.06, 0.4))
 show(fig)
 for way in WAYS:
     print(f"{way:14} at 1024: near {found[way, 1024][0]:.1f}, needle {found[way, 1024][1]:.1f}")
 assert found["unchanged", 1024][1] < 0.4 < 0.6 < found["YaRN", 1024][1]  # the needle is lost, found
 assert found["all slowed", 1024][0] < 0.1 < 0.8 < found["YaRN", 1024][0]  # neighbours blur, or not
-assert found["YaRN, sharper", 1024] > found["YaRN", 1024]
+assert found["YaRN, sharper", 1024][0] > found["YaRN", 1024][0]
 
 # %% [markdown]
 # Left alone, the slow hands betray the needle head; all slowed, the near head can no longer count to
@@ -474,9 +485,9 @@ assert found["YaRN, sharper", 1024] > found["YaRN", 1024]
 
 # %% [markdown]
 # ## Play
-# What do $s$, $\beta$ and $\theta$ do? Left: how much each pair is slowed. Right: tokens a turn before
-# and after. Look for the kept fast pairs, the ramp, and slow pairs that move up in parallel. A larger
-# $\theta$ makes hands slower from the start (many models go that way instead).
+# What do $s$, $\beta$ and $\theta$ do? Left: how much each pair is slowed. Right: tokens a turn
+# before and after. Look for the kept fast pairs, the ramp, and slow pairs that move up in parallel.
+# A larger $\theta$ makes hands slower from the start (many models go that way instead).
 
 
 # %%
@@ -515,7 +526,8 @@ play(
 )
 
 # %% [markdown]
-# The same with $\theta$ a hundred times as large: more hands are slow, so more must be slowed further.
+# The same with $\theta$ a hundred times as large: more hands are slow, so more must be slowed
+# further.
 
 # %%
 yarn(theta=1_000_000.0)
@@ -611,7 +623,7 @@ check_unseen(my_unseen)
 #     return sum(2 * math.pi * theta ** (2 * j / r) > length for j in range(r // 2))
 # ```
 #
-# 9 for V3; with θ = 1,000,000 it would be 17.
+# 9 for V3; with θ = 1,000,000 it would be 16.
 # </details>
 #
 # **2 · Predict.** $x = (3, 4, 0, 0)$ is turned by `angle` in both pairs. What is its score with the
@@ -636,8 +648,8 @@ check_score(my_score)
 # look like an opposite: this is what lost the needle.
 # </details>
 #
-# **3 · Break.** One hand alone confuses distances. Find a distance below 4096 at which the fastest hand
-# (1 radian a token) is back where it was, to 0.0001 radians. (π is nearly 355/113.)
+# **3 · Break.** One hand alone confuses distances. Find a distance below 4096 at which the fastest
+# hand (1 radian a token) is back where it was, to 0.0001 radians. (π is nearly 355/113.)
 
 
 # %%
@@ -707,9 +719,9 @@ assert phases["32K"] == phases["128K"]
 # %% [markdown]
 # RoPE is **bound by memory traffic**: a kernel turns $q^R$ and $k^R$ where they are read or written
 # anyway, inside the attention kernel or just before the cache. It registers as
-# `@impl("rotate", "triton")`. Each rank computes the table for its own positions, so no mesh axis has to
-# know of it.
+# `@impl("rotate", "triton")`. Each rank computes the table for its own positions, so no mesh axis
+# has to know of it.
 #
-# The 1,000 steps of both phases read the same number of tokens, and yet the second costs more: attention's own
-# work grows with length ([chapter 00](00_tour.ipynb)). Next: [03 · MLA](03_mla.ipynb), where these
-# 64 numbers meet the latent.
+# The 1,000 steps of both phases read the same number of tokens, and yet the second costs more:
+# attention's own work grows with length ([chapter 00](00_tour.ipynb)). Next:
+# [03 · MLA](03_mla.ipynb), where these 64 numbers meet the latent.

@@ -742,7 +742,7 @@ def draw_board(**bias):
     axes[0].scatter(r.expert_bsk[0].flatten(), torch.arange(24).repeat_interleave(2), s=36,
                     facecolor="white", edgecolor="#D55E00")  # fmt: skip
     axes[0].set(title="○ chosen", xlabel="expert", ylabel="token", xticks=range(8))
-    axes[1].bar(range(8), load, color=BLUE)
+    axes[1].bar(range(8), load.tolist(), color=BLUE)
     axes[1].axhline(6, color=ORANGE, ls="--")
     axes[1].annotate("even", (7.5, 6), xytext=(0, 3), textcoords="offset points", color="#9A6700")
     labels = [f"{e}\n{b:+.2f}" for e, b in enumerate(bias_e.tolist())]
@@ -853,7 +853,7 @@ check_low(my_low)
 #
 # ```python
 # def my_low():
-#     affinity = torch.full((1, 8, 16), 0.01)
+#     affinity = torch.full((1, 8, 16), 0.001)
 #     affinity[..., 0] = 0.99
 #     return Route(None, torch.full((1, 8, 1), 5), affinity)
 # ```

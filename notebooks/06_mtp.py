@@ -415,7 +415,7 @@ for depths, colour, line in ((1, BLUE, "o-"), (2, ORANGE, "s--")):
         label=f"trained with D = {depths}",
     )
 ax.axhspan(85, 90, color=GREY, alpha=0.25)
-ax.text(STEPS, 86.2, "V3: 85–90 %", ha="right", fontsize=9)
+ax.text(10, 92, "V3: 85–90 %", fontsize=9)
 ax.set(
     title="Depth 1 learns to say what the main model will say",
     xlabel="step",

@@ -69,7 +69,7 @@ def micro():
         n_heads=3, q_lora_rank=12, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=4,
         v_head_dim=6, n_routed_experts=16, n_activated_experts=3, n_expert_groups=4,
         n_limited_groups=2, n_mtp_layers=2, max_seq_len=64, original_seq_len=16, rope_factor=4.0,
-        init_std=0.2,
+        init_std=0.2, embed_std=0.3,
     )  # fmt: skip
 
 

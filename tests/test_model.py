@@ -97,19 +97,24 @@ def test_moe_layers_come_in_the_order_of_routes(micro):
         assert r.expert_bsk is seen[name].expert_bsk
 
 
-def test_first_weights_are_normal_norms_one_biases_zero(micro):
-    c = replace(micro, dim=128, vocab_size=300, inter_dim=200, init_std=0.006)
-    model = biased(Transformer(c))
-    init_weights(model, c.init_std)
-    for name, p in model.named_parameters():
+def test_first_weights_are_normal_and_norms_one(micro):
+    c = replace(micro, dim=128, vocab_size=300, inter_dim=200, init_std=0.006, embed_std=0.05)
+    for name, p in Transformer(c).named_parameters():
         if p.ndim == 1:
             assert (p == 1).all(), name
         else:
-            error = c.init_std * p.numel() ** -0.5
+            std = c.embed_std if name == "embed.weight" else c.init_std
+            error = std * p.numel() ** -0.5
             assert abs(p.mean()) < 5 * error, name
-            assert abs(p.std() - c.init_std) < 5 * error, name
+            assert abs(p.std() - std) < 5 * error, name
+
+
+def test_first_weights_reset_gate_biases(micro):
+    model = biased(Transformer(micro))
     gates = [m for m in model.modules() if isinstance(m, Gate)]
     assert len(gates) == 4
+    assert all((g.bias != 0).any() for g in gates)
+    init_weights(model, 0.006)
     assert all((g.bias == 0).all() for g in gates)
 
 

@@ -453,9 +453,16 @@ def sibling(directory: Path, mark: str) -> Path:
     return directory.with_name(f".{directory.name}.{mark}")
 
 
+def steps(run) -> list[Path]:
+    """The checkpoints of a training run, oldest first."""
+    return sorted((Path(run) / "checkpoints").glob("step_*"))
+
+
 def find(directory) -> Path:
-    """The directory to read; if a run was killed between the two renames, the one set aside."""
+    """The directory to read: of a run the newest checkpoint, of a killed save the one set aside."""
     path = Path(directory)
+    if found := steps(path):
+        return found[-1]
     if path.is_dir():
         return path
     if path.exists():

@@ -1,24 +1,19 @@
 """`dsv3 COMMAND …`: the options come from the dataclasses, by tyro."""
 
-import argparse
-import errno
+import shlex
 import sys
 
-import tyro
-
-from dsv3_ref.config import UserError, named
-from dsv3_ref.optim import RECIPES
+from dsv3_ref.config import UserError
 
 
 def train(argv: list[str]) -> None:
-    """dsv3 train: `--config` chooses the defaults, every other option changes one field."""
-    from dsv3_ref.run.train import Train, run
+    """dsv3 train: from text to a checkpoint and a report."""
+    from dsv3_ref.run.settings import parse
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default="tiny")
-    name = first.parse_known_args(argv)[0].config
-    default = Train(model=named(name), recipe=RECIPES.get(name, RECIPES["tiny"]), config=name)
-    run(tyro.cli(Train, prog="dsv3 train", default=default, args=argv))
+    args = parse(argv)
+    from dsv3_ref.run.train import run  # after --help: it takes seconds to import
+
+    run(args, shlex.join(["dsv3", "train", *argv]))
 
 
 COMMANDS = {"train": train}
@@ -32,18 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
         COMMANDS[argv[0]](argv[1:])
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        print(
-            f"error: the disk is full{f' ({e.filename})' if e.filename else ''}; ", file=sys.stderr
-        )
-        return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on", file=sys.stderr)
         return 130
     return 0
 

