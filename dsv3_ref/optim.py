@@ -15,7 +15,7 @@ import torch
 class Recipe:
     """How V3 was trained (§4.2); every `_at` is a fraction of the run's tokens."""
 
-    steps: int = 242_768  # 14.8T tokens (computed)
+    steps: int = 242_783  # 14.8T tokens (computed)
     seq_len: int = 4096  # T
     lr: float = 2.2e-4
     lr_end: float = 2.2e-5
@@ -72,6 +72,9 @@ def gamma_at(r: Recipe, done: float) -> float:
 def mtp_weight_at(r: Recipe, done: float) -> float:
     """λ of eq. 25: 0.3 until 10T of 14.8T tokens, then 0.1."""
     return r.mtp_weight if done < r.decay_at else r.mtp_weight_end
+
+
+# ── The batch grows ──
 
 
 def batch_plan(r: Recipe, steps: int) -> list[int]:

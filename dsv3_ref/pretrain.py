@@ -76,6 +76,9 @@ def losses(model: Transformer, tokens_bs) -> Losses:
     return Losses(main / y_bs.numel(), mtp_losses(model, ahead, x_bs, y_bs), balance, routes)
 
 
+# ── Biases follow the load ──
+
+
 def expert_loads(routes: list[Route]):
     """Tokens each expert of each MoE layer received, (l, e)."""
     return torch.stack([expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes])

@@ -347,7 +347,9 @@ def softmax_scale(c: Config) -> float:
 # %%
 factor = softmax_scale(V3) * math.sqrt(128 + 64)
 assert abs(factor - 1.8739) < 1e-4
-assert softmax_scale(TINY) == (32 + 32) ** -0.5  # s = 1: no factor
+assert (
+    softmax_scale(TINY) == (TINY.qk_nope_head_dim + TINY.qk_rope_head_dim) ** -0.5
+)  # s = 1: no factor
 assert abs(softmax_scale(V2_LITE) * math.sqrt(192) - (0.0707 * math.log(40) + 1) ** 2) < 1e-12
 # one key that matters, 6 deviations above n − 1 that do not
 print("attention on the right key:")

@@ -405,7 +405,7 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-c, length = replace(TINY, n_heads=4), 12
+c, length = TINY, 12
 mla, rope = filled(MLA(c)), rope_table(c, torch.arange(length))
 x_bsd = torch.randn(2, length, c.dim, generator=torch.Generator().manual_seed(2))
 norm = lambda y: y / (y.square().mean() + c.norm_eps).sqrt()
@@ -413,7 +413,9 @@ turn = lambda y, t: rotate(y[None, None, None], *(table[t : t + 1] for table in 
 
 x_d, t, head = x_bsd[0, 5], 5, 2
 w_dkv, w_kr = mla.wkv_a.weight.split([c.kv_lora_rank, c.qk_rope_head_dim])
-w_uq, w_qr = mla.wq_b.weight.view(c.n_heads, -1, c.q_lora_rank)[head].tensor_split([64])
+w_uq, w_qr = mla.wq_b.weight.view(c.n_heads, -1, c.q_lora_rank)[head].tensor_split(
+    [c.qk_nope_head_dim]
+)
 kept = mla.latent(x_bsd, rope)[0, t]
 assert torch.allclose(kept, torch.cat((norm(w_dkv @ x_d), turn(w_kr @ x_d, t))), atol=1e-5)
 c_q = norm(mla.wq_a.weight @ x_d)

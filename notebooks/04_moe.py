@@ -31,7 +31,7 @@ from math import comb
 
 import torch
 
-from dsv3_ref.config import TINY, V2_LITE, V3
+from dsv3_ref.config import V2_LITE, V3
 from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, figure, play, show
 
 expert = 3 * V3.dim * V3.moe_inter_dim  # parameters of one: w1, w2, w3
@@ -126,7 +126,9 @@ affinity = torch.tensor([0.62, 0.30, 0.48, 0.15, 0.35, 0.20, 0.25, 0.40,
 bias = torch.tensor(
     [0.05, 0, -0.05, 0.10, 0, 0.05, 0, -0.05, -0.10, 0, 0.05, 0.15, 0, 0, -0.12, 0.05]
 )
-free = replace(TINY, n_expert_groups=1, n_limited_groups=1)  # 16 experts, 4 chosen, no groups
+SIXTEEN = replace(V3, dim=64, moe_inter_dim=32, n_routed_experts=16, n_activated_experts=4,
+                  n_expert_groups=4, n_limited_groups=2)  # fmt: skip
+free = replace(SIXTEEN, n_expert_groups=1, n_limited_groups=1)  # the same without groups
 r = route(affinity.logit()[None, None], bias, free)
 chosen = r.expert_bsk.flatten()
 assert torch.allclose(r.weight_bsk.sum(), torch.tensor(2.5))
@@ -166,7 +168,7 @@ def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
 
 
 # %%
-with_groups = route(affinity.logit()[None, None], bias, TINY)
+with_groups = route(affinity.logit()[None, None], bias, SIXTEEN)
 assert sorted(with_groups.expert_bsk.flatten().tolist()) == [0, 8, 9, 11]  # as in the figure
 
 
@@ -335,7 +337,7 @@ def slow_balance(affinity_bse, chosen) -> float:
 
 g = torch.Generator().manual_seed(3)
 logits = 2 * torch.randn(3, 10, 16, generator=g)
-r = route(logits, 0.3 * torch.randn(16, generator=g), TINY)
+r = route(logits, 0.3 * torch.randn(16, generator=g), SIXTEEN)
 used = slow_balance(r.affinity_bse, lambda b, t: r.expert_bsk[b, t].tolist())
 printed = slow_balance(r.affinity_bse, lambda b, t: r.affinity_bse[b, t].topk(4).indices.tolist())
 assert abs(balance_loss(r).item() - used) < 1e-6 and abs(used - printed) > 1e-3
@@ -550,10 +552,8 @@ def slow_moe(moe: MoE, x_bsd):
     return out
 
 
-moe, x_bsd = (
-    filled(MoE(TINY)),
-    torch.randn(2, 6, TINY.dim, generator=torch.Generator().manual_seed(6)),
-)
+moe = filled(MoE(SIXTEEN))
+x_bsd = torch.randn(2, 6, SIXTEEN.dim, generator=torch.Generator().manual_seed(6))
 with torch.no_grad():
     for crowd in (0.0, 100.0):  # then every token wants experts 0 … 3, twelve get nothing
         moe.gate.bias[:4] = crowd
@@ -572,7 +572,7 @@ with torch.no_grad():
 # %%
 SHORT = bool(os.environ.get("DSV3_SHORT"))
 TURN, LAST = (20, 40) if SHORT else (400, 700)
-STREAM = replace(TINY, dim=32, n_routed_experts=32)  # 4 groups of 8, 2 open, 4 experts a token
+STREAM = replace(SIXTEEN, dim=32, n_routed_experts=32)  # 4 groups of 8, 2 open, 4 experts a token
 g = torch.Generator().manual_seed(7)
 CENTROIDS = torch.randn(32, 32, generator=g) / 32**0.5
 TOPICS = torch.randn(12, 32, generator=g)
@@ -642,7 +642,7 @@ if not SHORT:
 
 # %%
 STEPS = 20 if SHORT else 300
-SMALL_MOE = replace(TINY, dim=16, n_routed_experts=8, n_activated_experts=2, n_expert_groups=1,
+SMALL_MOE = replace(SIXTEEN, dim=16, n_routed_experts=8, n_activated_experts=2, n_expert_groups=1,
                     n_limited_groups=1, moe_inter_dim=8, route_scale=1.0)  # fmt: skip
 g = torch.Generator().manual_seed(0)
 MAPS, CENTRES = torch.randn(6, 16, 16, generator=g) / 4, torch.randn(6, 16, generator=g)
@@ -726,7 +726,6 @@ if not SHORT:
 # becomes of the loads (right). Try to even them out by hand, then compare with 300 steps of the rule.
 
 # %%
-BOARD = replace(SMALL_MOE, n_routed_experts=8)
 BOARD_LOGITS = (torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(9))
                 + torch.linspace(1.2, -1.2, 8))  # fmt: skip
 
@@ -734,7 +733,7 @@ BOARD_LOGITS = (torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(9)
 def draw_board(**bias):
     """Affinities with the chosen experts marked, and every expert's load; one bias an expert."""
     bias_e = torch.tensor([float(x) for x in bias.values()])
-    r = route(BOARD_LOGITS, bias_e, BOARD)
+    r = route(BOARD_LOGITS, bias_e, SMALL_MOE)
     load = expert_load(r.expert_bsk, 8)
     fig, axes = figure(1, 2, 9.5, 3.8)
     fig.colorbar(axes[0].imshow(r.affinity_bse[0], aspect="auto", cmap="cividis", vmin=0, vmax=1),
@@ -755,7 +754,7 @@ def draw_board(**bias):
 
 ruled = torch.zeros(8)
 for _ in range(300):
-    update_bias(ruled, expert_load(route(BOARD_LOGITS, ruled, BOARD).expert_bsk, 8), 0.005)
+    update_bias(ruled, expert_load(route(BOARD_LOGITS, ruled, SMALL_MOE).expert_bsk, 8), 0.005)
 draw_board(**{f"b{e}": 0.0 for e in range(8)})
 draw_board(**{f"b{e}": round(x, 2) for e, x in enumerate(ruled.tolist())})
 play(draw_board, **{f"b{e}": (-0.6, 0.6, 0.02) for e in range(8)})

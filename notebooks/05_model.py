@@ -16,25 +16,25 @@
 
 # %% [markdown]
 # ## Why
-# The parts are ready: attention in chapter 03, experts in chapter 04. Stacking them is twenty lines,
-# and twenty lines in which nothing raises an error when they are wrong. A norm in the wrong place, a
-# cache that is off by one, an embedding tied to the head by mistake: each gives a model that runs,
-# trains, and is not DeepSeek-V3.
+# The parts are ready: attention in chapter 03, experts in chapter 04. Stacking them is twenty
+# lines, and twenty lines in which nothing raises an error when they are wrong. A norm in the wrong
+# place, a cache that is off by one, an embedding tied to the head by mistake: each gives a model
+# that runs, trains, and is not DeepSeek-V3.
 #
-# One number is hard to hit by accident: **671,026,419,200**. Chapter 00 found it by arithmetic. Here
-# we build the model at full size, without a byte of memory, count what was built, and demand the
-# same number. Then we ask of a small model what no count can tell: does a token see its future, does
-# the cache give what the whole sequence gives, do all weights learn?
+# One number is hard to hit by accident: **671,026,419,200**. Chapter 00 found it by arithmetic.
+# Here we build the model at full size, without a byte of memory, count what was built, and demand
+# the same number. Then we ask of a small model what no count can tell: does a token see its future,
+# does the cache give what the whole sequence gives, do all weights learn?
 #
 # ![Tokens pass an embedding, 61 blocks along one residual stream, a norm and a head](../figures/05_model.svg)
 
 # %% [markdown]
 # ## What the report says
 # Section 2.1 keeps the frame of the Transformer and changes its two halves: attention becomes MLA,
-# the feed-forward network becomes DeepSeekMoE (figure 2 of the report). Section 4.2 gives the sizes:
-# 61 layers of width 7168, the first three with a dense FFN and the others with experts, every weight
-# drawn with standard deviation 0.006, and two RMSNorms more than usual, on the two latents of MLA.
-# It adds up to 671B parameters, of which a token uses 37B.
+# the feed-forward network becomes DeepSeekMoE (figure 2 of the report). Section 4.2 gives the
+# sizes: 61 layers of width 7168, the first three with a dense FFN and the others with experts,
+# every weight drawn with standard deviation 0.006, and two RMSNorms more than usual, on the two
+# latents of MLA. It adds up to 671B parameters, of which a token uses 37B.
 #
 # Embedding and head are two separate matrices. Nothing has a bias, but for the gate, whose bias is
 # no parameter at all (chapter 04).
@@ -72,9 +72,9 @@ torch.manual_seed(0)
 # $$u = x + \mathrm{MLA}(\mathrm{RMSNorm}(x)), \qquad
 #   y = u + \mathrm{FFN}(\mathrm{RMSNorm}(u)), \qquad x, u, y \in \mathbb{R}^{b\times s\times d}$$
 #
-# The norm stands *before* each half (pre-norm), so an unbroken line of additions leads from the last
-# layer back to the embedding, and the gradient with it. In the report these two additions appear as
-# the residual connections of figure 2, and as the $u_t +$ of eq. 12.
+# The norm stands *before* each half (pre-norm), so an unbroken line of additions leads from the
+# last layer back to the embedding, and the gradient with it. In the report these two additions
+# appear as the residual connections of figure 2, and as the $u_t +$ of eq. 12.
 #
 # A block returns its output and, if it has experts, the `Route` its gate chose: the balancing of
 # chapter 04 needs it later.
@@ -151,9 +151,9 @@ print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_tok
 # Three choices are worth a look before the code.
 #
 # - **`features` and `forward` are apart.** `features` stops at the normed hidden state. Training
-#   multiplies it with the head inside the loss, chapter 06 hands it on to the MTP module, generation
-#   needs logits of the last position only. At V3's vocabulary, logits of one 4K sequence in fp32
-#   take 2.1 GB; whoever does not need them should not pay.
+#   multiplies it with the head inside the loss, chapter 06 hands it on to the MTP module,
+#   generation needs logits of the last position only. At V3's vocabulary, logits of one 4K sequence
+#   in fp32 take 2.1 GB; whoever does not need them should not pay.
 # - **Layers sit in a `ModuleDict` under their global number**, not in a list. When a pipeline stage
 #   drops the layers that it does not own, `layers.37` is still called `layers.37`, and a checkpoint
 #   fits whatever the cut was.
@@ -203,7 +203,11 @@ class Transformer(nn.Module):
 #
 # There is no special rule by depth or by width. What counts is how much a matrix enlarges a vector,
 # std·√(fan-in): 0.006·√7168 = 0.51 at V3's width. Our small configs are narrower, so they take a
-# larger std, 0.02, to come near it (0.02·√256 = 0.32).
+# larger std to come near it: `SMALL` 0.02·√1024 = 0.64, `TINY` 0.06·√128 = 0.68.
+#
+# One liberty is ours. `embed_std` lets the embedding start at another size, the last line of the
+# constructor above. In V3 the two are equal; in `TINY` it is 1, so that the residual stream is as
+# large as what the blocks will add to it, and short runs on a CPU learn a little faster.
 
 
 # %%
@@ -378,9 +382,9 @@ with torch.no_grad():
 
 # %% [markdown]
 # ## Two sets of names
-# Our parameters carry the names of DeepSeek's own inference code. The files on Hugging Face use other
-# names for the same tensors; `dsv3_ref/run/checkpoint.py` translates, in both directions. All under
-# `model.layers.N.` on their side and `layers.N.` on ours, but for the last two rows:
+# Our parameters carry the names of DeepSeek's own inference code. The files on Hugging Face use
+# other names for the same tensors; `dsv3_ref/run/checkpoint.py` translates, in both directions. All
+# under `model.layers.N.` on their side and `layers.N.` on ours, but for the last two rows:
 #
 # | here | Hugging Face | shape in V3 |
 # |---|---|---|
@@ -396,8 +400,8 @@ with torch.no_grad():
 # | `mtp.0.enorm`, `.hnorm`, `.eh_proj`, `.block.*`, `.norm` | `model.layers.61.enorm`, `.hnorm`, `.eh_proj`, the block's names, `.shared_head.norm` | eh_proj 7168×14336 |
 # | `embed`, `norm`, `head` | `model.embed_tokens`, `model.norm`, `lm_head` | 129280×7168 |
 #
-# One trap: `w1` is the *gate* of SwiGLU and `w3` the *up* projection; `w2` leads back down. And
-# the experts, 256 small files' worth of matrices there, are one stacked tensor here, because a grouped
+# One trap: `w1` is the *gate* of SwiGLU and `w3` the *up* projection; `w2` leads back down. And the
+# experts, 256 small files' worth of matrices there, are one stacked tensor here, because a grouped
 # product wants them side by side.
 
 # %%
@@ -415,7 +419,7 @@ print(
 # ## Experiment: learn one batch by heart
 # The shortest proof that all parts are joined: a few random tokens, the same every step. Random
 # tokens have nothing to be understood, so the loss can fall only if the model memorises them, and
-# for that the gradient has to reach every part. It starts at the predicted 8.37 nats.
+# for that the gradient has to reach every part. It starts at the number predicted above.
 #
 # Beside it, a question that a small model cannot answer: what becomes of the residual stream after
 # 61 additions? Additions that are independent of each other should grow like √depth. Only width
@@ -477,11 +481,12 @@ left.text(
 left.set(
     title="One batch, learned by heart", xlabel="step", ylabel="loss (nats a token)", ylim=(0, 9)
 )
-for std, colour, line in ((0.032, COLOURS[2], ":"), (0.02, ORANGE, "--"), (0.01, BLUE, "-")):
+for std, colour, line in ((0.045, COLOURS[2], ":"), (0.028, ORANGE, "--"), (0.014, BLUE, "-")):
     torch.manual_seed(2)
     deep = replace(TINY, n_layers=61, n_dense_layers=61, n_mtp_layers=0, init_std=std)
+    deep = replace(deep, embed_std=std)
     rms = stream_rms(Transformer(deep), batch_bs[:2, :32])
-    right.plot(rms, line, color=colour, label=f"std·√d = {std * 16:.2f}")
+    right.plot(rms, line, color=colour, label=f"std·√d = {std * deep.dim**0.5:.2f}")
     assert 1.5 < rms[60] / rms[15] < 2.6  # √depth from block 15 to 60 would be ×2
 right.set(
     title="At init the residual stream grows like √depth",
@@ -493,10 +498,10 @@ show(fig)
 
 # %% [markdown]
 # ## Play: where the FLOPs go
-# A matrix costs two FLOPs (a multiplication and an addition) a weight and token. Attention costs, on
-# top, $2h(i{+}r{+}v)$ for every key that a query sees, on average half the context. Below, `flops`
-# counts a token's forward pass by part. First it must agree with what PyTorch itself counts while
-# `TINY` runs; there a query multiplies with all $s$ keys, masked or not.
+# A matrix costs two FLOPs (a multiplication and an addition) a weight and token. Attention costs,
+# on top, $2h(i{+}r{+}v)$ for every key that a query sees, on average half the context. Below,
+# `flops` counts a token's forward pass by part. First it must agree with what PyTorch itself counts
+# while `TINY` runs; there a query multiplies with all $s$ keys, masked or not.
 
 
 # %%
@@ -590,7 +595,7 @@ def check_share(fn) -> bool:
 
 
 def check_first_loss(fn) -> bool:
-    sizes = [TINY, replace(TINY, vocab_size=256), replace(TINY, init_std=0.06)]
+    sizes = [TINY, replace(TINY, vocab_size=256), replace(TINY, init_std=0.03)]
 
     def test():
         for c in sizes:
@@ -598,7 +603,9 @@ def check_first_loss(fn) -> bool:
             with torch.no_grad():
                 logit = Transformer(replace(c, n_mtp_layers=0))(tokens_bs[:, :-1] % c.vocab_size)
             target_n = (tokens_bs[:, 1:] % c.vocab_size).flatten()
-            if abs(F.cross_entropy(logit.flatten(0, 1), target_n).item() - fn(c)) > 0.06:
+            if (
+                abs(F.cross_entropy(logit.flatten(0, 1), target_n).item() - fn(c)) > 0.12
+            ):  # four standard errors
                 return False
         return True
 
@@ -637,8 +644,8 @@ def check_prefill(fn) -> bool:
 
 
 # %% [markdown]
-# **1 · Compute.** Which fraction of all main-model parameters sits in routed experts? Use only fields
-# of the config and `count`.
+# **1 · Compute.** Which fraction of all main-model parameters sits in routed experts? Use only
+# fields of the config and `count`.
 
 
 # %%
@@ -660,7 +667,7 @@ check_share(my_share)
 # </details>
 #
 # **2 · Predict.** The loss of an untrained model of any config, in nats. The check builds three
-# of them, one with three times the std, and compares.
+# of them, one with half the std, and compares.
 
 
 # %%
@@ -677,13 +684,13 @@ check_first_loss(my_first_loss)
 # def my_first_loss(c):
 #     return math.log(c.vocab_size) + c.dim * c.init_std**2 / 2
 # ```
-# For V3: ln 129,280 + 7168·0.006²/2 = 11.77 + 0.13 = 11.90 nats. A first loss far from this number is
-# the cheapest alarm of a training run.
+# For V3: ln 129,280 + 7168·0.006²/2 = 11.77 + 0.13 = 11.90 nats. A first loss far from this number
+# is the cheapest alarm of a training run.
 # </details>
 #
 # **3 · Break.** Some models compute both halves of a block from the *same* input, so that they can
-# run at once: $y = x + \mathrm{MLA}(\mathrm{norm}_1(x)) + \mathrm{FFN}(\mathrm{norm}_2(x))$. Write it for our `Block`. (Loading V3's
-# weights into it would give nonsense, and no error.)
+# run at once: $y = x + \mathrm{MLA}(\mathrm{norm}_1(x)) + \mathrm{FFN}(\mathrm{norm}_2(x))$. Write
+# it for our `Block`. (Loading V3's weights into it would give nonsense, and no error.)
 
 
 # %%
@@ -704,8 +711,8 @@ check_parallel(my_parallel)
 # ```
 # </details>
 #
-# **4 · Extend.** A prompt of 100,000 tokens at once needs much memory for activations. Prefill it in
-# chunks: feed at most `chunk` tokens at a time into the cache and return the logits of the last
+# **4 · Extend.** A prompt of 100,000 tokens at once needs much memory for activations. Prefill it
+# in chunks: feed at most `chunk` tokens at a time into the cache and return the logits of the last
 # position, (b, w). Do not compute logits that nobody reads.
 
 
@@ -736,10 +743,10 @@ check_prefill(my_prefill)
 #   TFLOP/s a GPU leaves out the MTP module and recomputation, so the machines did somewhat more.
 # - **Decoding is bound by memory**: a single token reads the 37B weights that it uses; many tokens
 #   read nearly all 671B, and share the cost.
-# - **Who takes over.** The products go through the ops of chapter 01 (`linear`, `grouped_linear`): a
-#   kernel of the same signature takes the same calls. The experts, 97 % of the bytes, are spread over the expert axis
-#   of the device mesh, 64-way in the report. The `ModuleDict` of layers is cut into 16 pipeline
-#   stages. Neither changes a line of this chapter.
+# - **Who takes over.** The products go through the ops of chapter 01 (`linear`, `grouped_linear`):
+#   a kernel of the same signature takes the same calls. The experts, 97 % of the bytes, are spread
+#   over the expert axis of the device mesh, 64-way in the report. The `ModuleDict` of layers is cut
+#   into 16 pipeline stages. Neither changes a line of this chapter.
 
 # %%
 n = count(V3).total

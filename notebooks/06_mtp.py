@@ -18,27 +18,27 @@
 # ## Why
 # A language model learns from each position one thing: the next token. And it generates with each
 # pass through its weights one token. Both look like waste. The hidden state that knows the next
-# token often knows the one after as well: who has written "New" and is sure of "York" may be just as
-# sure of "City".
+# token often knows the one after as well: who has written "New" and is sure of "York" may be just
+# as sure of "City".
 #
-# *Multi-token prediction* (MTP) trains the model to say so. DeepSeek-V3 adds one small module, 11.6B
-# parameters next to 671B, that predicts one token further. Training gets a second signal from every
-# position. Generation gets a draft of the second token for free, right **85 to 90 %** of the time, which
-# makes decoding 1.8 times as fast (§5.4.3).
+# *Multi-token prediction* (MTP) trains the model to say so. DeepSeek-V3 adds one small module,
+# 11.6B parameters next to 671B, that predicts one token further. Training gets a second signal from
+# every position. Generation gets a draft of the second token for free, right **85 to 90 %** of the
+# time, which makes decoding 1.8 times as fast (§5.4.3).
 #
 # ![Main model, then two MTP modules; each takes the hidden states below and the next token's embedding](../figures/06_mtp.svg)
 
 # %% [markdown]
 # ## What the report says
-# Section 2.2. Earlier work (Gloeckle et al., 2024) put $D$ independent heads on one hidden state, all
-# guessing in parallel. V3 predicts *in sequence* and keeps the causal chain: depth $k$ takes the
-# hidden state of depth $k-1$ and the embedding of a token that is already known, so no depth
+# Section 2.2. Earlier work (Gloeckle et al., 2024) put $D$ independent heads on one hidden state,
+# all guessing in parallel. V3 predicts *in sequence* and keeps the causal chain: depth $k$ takes
+# the hidden state of depth $k-1$ and the embedding of a token that is already known, so no depth
 # guesses blindly. Embedding and output head are those of the main model, not copies.
 #
-# The purpose is first of all a better main model: in the ablations (table 4) a model trained with MTP
-# and evaluated *without* the module gains on most benchmarks, HumanEval from 20.7 to 26.8 at 15.7B and from
-# 44.5 to 53.7 at 228.7B. The module can then be thrown away, or kept as a drafter. V3 uses $D=1$; the
-# code takes any $D$.
+# The purpose is first of all a better main model: in the ablations (table 4) a model trained with
+# MTP and evaluated *without* the module gains on most benchmarks, HumanEval from 20.7 to 26.8 at
+# 15.7B and from 44.5 to 53.7 at 228.7B. The module can then be thrown away, or kept as a drafter.
+# V3 uses $D=1$; the code takes any $D$.
 
 # %%
 #| export
@@ -66,14 +66,15 @@ TOY = replace(
     TINY, vocab_size=32, dim=64, inter_dim=128, moe_inter_dim=32, n_layers=2, q_lora_rank=0,
     kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8,
     n_activated_experts=2, n_expert_groups=1, n_limited_groups=1, n_mtp_layers=2, init_std=0.05,
+    embed_std=1.0,
 )  # fmt: skip
 
 # %% [markdown]
 # ## One module
-# Let $h_i^{k-1}$ be the hidden state of position $i$ at depth $k-1$, and $h_i^0$ that of the main model.
-# Depth $k$ normalises it, normalises the embedding of token $t_{i+k}$, sets one beside the other and
-# brings the pair back to width $d$ (eq. 21). One whole Transformer block follows, attention and
-# experts (eq. 22), then the shared head (eq. 23):
+# Let $h_i^{k-1}$ be the hidden state of position $i$ at depth $k-1$, and $h_i^0$ that of the main
+# model. Depth $k$ normalises it, normalises the embedding of token $t_{i+k}$, sets one beside the
+# other and brings the pair back to width $d$ (eq. 21). One whole Transformer block follows,
+# attention and experts (eq. 22), then the shared head (eq. 23):
 #
 # $${h'}_i^{k} = M_k\,[\mathrm{RMSNorm}(h_i^{k-1});\ \mathrm{RMSNorm}(\mathrm{Emb}(t_{i+k}))],
 #   \qquad M_k \in \mathbb{R}^{d\times 2d} \tag{21}$$
@@ -82,13 +83,13 @@ TOY = replace(
 #
 # The equations leave two things open, and a reader with the released weights should know both.
 #
-# - **The order of the pair.** Eq. 21 prints [hidden; embedding]. The released matrix `eh_proj` wants the
-#   **reverse**, [`enorm`(embedding); `hnorm`(hidden)], and so does the code below. With the printed order
-#   nothing fails; the drafts are just wrong.
-# - **Which hidden state.** The modules have a norm of their own before the head (`shared_head.norm` in the
-#   files, `norm` here). We pass on hidden states *after* that norm, and take $h^0$ **after** the main model's
-#   final norm, as Hugging Face's `MtpModel` does. `hnorm` scales its input anyway, so only the final norm's
-#   learned weights make a difference.
+# - **The order of the pair.** Eq. 21 prints [hidden; embedding]. The released matrix `eh_proj`
+#   wants the **reverse**, [`enorm`(embedding); `hnorm`(hidden)], and so does the code below. With
+#   the printed order nothing fails; the drafts are just wrong.
+# - **Which hidden state.** The modules have a norm of their own before the head (`shared_head.norm`
+#   in the files, `norm` here). We pass on hidden states *after* that norm, and take $h^0$ **after**
+#   the main model's final norm, as Hugging Face's `MtpModel` does. `hnorm` scales its input anyway,
+#   so only the final norm's learned weights make a difference.
 
 
 # %%
@@ -145,8 +146,9 @@ assert (same - other).abs().mean() > 0.3
 # $$h^{k}_{1:T-k} = \mathrm{MTP}_k\big(h^{k-1}_{1:T-k},\ \mathrm{Emb}(t_{1+k:T})\big), \qquad k = 1 \ldots D$$
 #
 # So $h_i^k$ has seen the tokens up to $t_{i+k}$ and predicts $t_{i+k+1}$. Look at that again: for
-# its own target it knows *everything before*, just as the main model would at position $i+k$. What it
-# lacks is not knowledge but depth: the newest $k$ tokens pass through one small block each, not 61.
+# its own target it knows *everything before*, just as the main model would at position $i+k$. What
+# it lacks is not knowledge but depth: the newest $k$ tokens pass through one small block each, not
+# 61.
 
 
 # %%
@@ -163,9 +165,10 @@ def mtp_features(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tenso
 
 
 # %% [markdown]
-# The check that matters: change token $j$ and see which $h_i^k$ move. Seen must be exactly the tokens
-# $j \le i+k$. One token more would be a *leak*, the target seen by its own predictor, and training would
-# reward it with a wonderful loss. The staircase must step right by one with each depth.
+# The check that matters: change token $j$ and see which $h_i^k$ move. Seen must be exactly the
+# tokens $j \le i+k$. One token more would be a *leak*, the target seen by its own predictor, and
+# training would reward it with a wonderful loss. The staircase must step right by one with each
+# depth.
 
 # %%
 with torch.no_grad():
@@ -201,8 +204,8 @@ show(fig)
 
 # %% [markdown]
 # One more detail that looks arbitrary: the code numbers positions from 0 at every depth, though the
-# tokens it embeds stand $k$ places later. RoPE only sees differences (chapter 02), so any common offset
-# gives the same result. It has to be common, that is all.
+# tokens it embeds stand $k$ places later. RoPE only sees differences (chapter 02), so any common
+# offset gives the same result. It has to be common, that is all.
 
 # %%
 with torch.no_grad():
@@ -212,16 +215,16 @@ print("positions 1…5 instead of 0…4: the same hidden states")
 
 # %% [markdown]
 # ## One loss a depth
-# Each depth has its own cross-entropy (eq. 24), and the training loss takes their mean with a weight
-# $\lambda$ (eq. 25), 0.3 for the first 10T tokens and 0.1 for the rest (§4.2):
+# Each depth has its own cross-entropy (eq. 24), and the training loss takes their mean with a
+# weight $\lambda$ (eq. 25), 0.3 for the first 10T tokens and 0.1 for the rest (§4.2):
 #
 # $$\mathcal{L}_{\mathrm{MTP}}^{k} = -\frac{1}{T}\sum_{i=2+k}^{T+1} \ln P_i^k[t_i] \tag{24}$$
 # $$\mathcal{L}_{\mathrm{MTP}} = \frac{\lambda}{D}\sum_{k=1}^{D}\mathcal{L}_{\mathrm{MTP}}^{k} \tag{25}$$
 #
 # Count the terms of eq. 24: from $2+k$ to $T+1$ there are $T-k$ of them, and the sum is divided by
 # $T$. We do what is printed. A depth's loss is therefore smaller than the mean surprise of its
-# targets, by $k/T$: 0.02 % at 4K tokens, but 6 % in this chapter's rows of 32 at depth 2. Eq. 25 is added up
-# where the main loss is, in chapter 07.
+# targets, by $k/T$: 0.02 % at 4K tokens, but 6 % in this chapter's rows of 32 at depth 2. Eq. 25 is
+# added up where the main loss is, in chapter 07.
 
 
 # %%
@@ -269,10 +272,10 @@ torch.testing.assert_close(torch.stack(fast), torch.tensor(slow), atol=1e-5, rto
 
 # %% [markdown]
 # ## Shared weights, two paths
-# Embedding and head exist once. So the depth-1 loss reaches the embedding table on two ways: through
-# $\mathrm{Emb}(t_{i+1})$ directly, and through $h^0$ and the whole main model below it. The second is what
-# makes the main model better: its states must be *useful for planning ahead*. Let us cut
-# each way in turn; the two gradients must add up to the whole.
+# Embedding and head exist once. So the depth-1 loss reaches the embedding table on two ways:
+# through $\mathrm{Emb}(t_{i+1})$ directly, and through $h^0$ and the whole main model below it. The
+# second is what makes the main model better: its states must be *useful for planning ahead*. Let us
+# cut each way in turn; the two gradients must add up to the whole.
 
 # %%
 table, top = model.embed.weight, model.head.weight
@@ -304,9 +307,10 @@ assert min(direct.norm(), through.norm(), ahead.norm()) > 0.01
 
 # %% [markdown]
 # ## Experiment: songs with wrong notes
-# A language that a laptop learns in seconds: 24 fixed songs of 4 to 8 notes, each row repeats one of them
-# from a random beat, and one note in ten is replaced by chance. After a few notes the song is clear;
-# the wrong notes cannot be foreseen. We train with $D = 0, 1, 2$, the same data, $\lambda = 0.3$.
+# A language that a laptop learns in seconds: 24 fixed songs of 4 to 8 notes, each row repeats one
+# of them from a random beat, and one note in ten is replaced by chance. After a few notes the song
+# is clear; the wrong notes cannot be foreseen. We train with $D = 0, 1, 2$, the same data, $\lambda
+# = 0.3$.
 
 # %%
 STEPS = 30 if SHORT else 140
@@ -391,15 +395,16 @@ right.legend()
 show(fig)
 
 # %% [markdown]
-# What this shows and what it does not. All depths learn, together, and the main loss is not disturbed.
-# The deeper losses even lie *below* the main one: their targets come later in the row, when the
-# song is clear already, and they have one more block of attention to find it with. That MTP makes the main model *better*
-# cannot be seen on a language of 24 songs. The report sees it on benchmarks, at sizes from 15.7B.
+# What this shows and what it does not. All depths learn, together, and the main loss is not
+# disturbed. The deeper losses even lie *below* the main one: their targets come later in the row,
+# when the song is clear already, and they have one more block of attention to find it with. That
+# MTP makes the main model *better* cannot be seen on a language of 24 songs. The report sees it on
+# benchmarks, at sizes from 15.7B.
 #
 # ### Would the draft be accepted?
-# In *speculative decoding* the module drafts token $i+2$ while the main model settles token $i+1$; the
-# next pass of the main model reads both and thereby says whether the draft was what it would have
-# chosen itself. So the number that counts is agreement, not correctness:
+# In *speculative decoding* the module drafts token $i+2$ while the main model settles token $i+1$;
+# the next pass of the main model reads both and thereby says whether the draft was what it would
+# have chosen itself. So the number that counts is agreement, not correctness:
 #
 # $$a = \Pr\big[\arg\max P^1_{i+2} = \arg\max P^0_{i+2}\big], \qquad \text{tokens a pass} = 1 + a$$
 
@@ -427,15 +432,15 @@ show(fig)
 assert SHORT or all(trained[d][2][-1] > 0.7 for d in (1, 2))
 
 # %% [markdown]
-# That the toy ends near V3's band is an accident of its one wrong note in ten. And here the token that
-# depth 1 is given comes from the text; a decoder gives it the main model's own choice.
+# That the toy ends near V3's band is an accident of its one wrong note in ten. And here the token
+# that depth 1 is given comes from the text; a decoder gives it the main model's own choice.
 
 # %% [markdown]
 # ## Play: how much faster?
 # If every draft is accepted with probability $a$ and the first refusal ends the chain, $D$ drafts
-# yield $1 + a + \dots + a^D$ tokens a pass. A draft costs the module's weights and a second use of the
-# head. Decoding a few sequences is bound by reading weights, so cost is counted in activated parameters:
-# $\mathrm{cost} = \mathrm{MTP}/\mathrm{main}$, and
+# yield $1 + a + \dots + a^D$ tokens a pass. A draft costs the module's weights and a second use of
+# the head. Decoding a few sequences is bound by reading weights, so cost is counted in activated
+# parameters: $\mathrm{cost} = \mathrm{MTP}/\mathrm{main}$, and
 #
 # $$\text{speed-up} = \frac{1 + a + \dots + a^D}{1 + D\cdot\mathrm{cost}}$$
 
@@ -483,8 +488,8 @@ assert speedup(0.85, 1) < 1.8 < speedup(0.9, 1)
 play(draw_speedup, depth=(1, 4, 1), acceptance=(0, 100, 1))
 
 # %% [markdown]
-# Arithmetic and report agree, but mind what the formula leaves out: a pass over two tokens reads more
-# experts than a pass over one, and with large batches FLOPs count, not bytes.
+# Arithmetic and report agree, but mind what the formula leaves out: a pass over two tokens reads
+# more experts than a pass over one, and with large batches FLOPs count, not bytes.
 
 # %% [markdown]
 # ## Exercises
@@ -551,8 +556,8 @@ def check_draft(fn) -> bool:
 
 
 # %% [markdown]
-# **1 · Compute.** The number of parameters that MTP adds to a config, by arithmetic. `count_mla` and
-# `count_moe` of chapter 00 may help; `count(c).mtp` is what you are to find.
+# **1 · Compute.** The number of parameters that MTP adds to a config, by arithmetic. `count_mla`
+# and `count_moe` of chapter 00 may help; `count(c).mtp` is what you are to find.
 
 
 # %%
@@ -573,8 +578,8 @@ check_size(my_size)
 # 11.61B for V3, nearly all of it the 256 experts.
 # </details>
 #
-# **2 · Predict.** What is eq. 24 for an untrained model (small weights) with vocabulary `w`, rows of `T`
-# positions, at depth `k`?
+# **2 · Predict.** What is eq. 24 for an untrained model (small weights) with vocabulary `w`, rows
+# of `T` positions, at depth `k`?
 
 
 # %%
@@ -616,8 +621,8 @@ check_reorder(my_reorder)
 # Exchanging two halves twice changes nothing.
 # </details>
 #
-# **4 · Extend.** Draft: given prompts (b, s), return (b, 2): the main model's greedy next token, and
-# what depth 1 expects after it.
+# **4 · Extend.** Draft: given prompts (b, s), return (b, 2): the main model's greedy next token,
+# and what depth 1 expects after it.
 
 
 # %%
@@ -647,8 +652,9 @@ check_draft(my_draft)
 # - **FLOPs bind**, as in all of pre-training: one block and one more product with the head,
 #   a few per cent of a step. The head is the larger part of it.
 # - **Memory.** The module is the 62nd layer of the pipeline, with experts sharded like any other's.
-#   Embedding and head are needed at both ends of the model; the report keeps the first and the last layers on the *same*
-#   pipeline rank, so that MTP shares parameters and gradients without sending them (§3.2.3).
+#   Embedding and head are needed at both ends of the model; the report keeps the first and the last
+#   layers on the *same* pipeline rank, so that MTP shares parameters and gradients without sending
+#   them (§3.2.3).
 # - **Kernels.** The second head product runs through the same `linear_cross_entropy` op as the main
 #   one. A kernel that never stores the logits saves twice.
 

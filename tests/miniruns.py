@@ -1,0 +1,113 @@
+"""Training runs of a second, in this process or in one that can be killed."""
+
+import json
+import multiprocessing
+import os
+import pkgutil
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+MINI = {
+    "vocab_size": 400, "dim": 64, "inter_dim": 96, "moe_inter_dim": 32, "n_layers": 2,
+    "n_dense_layers": 1, "n_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4,
+    "n_activated_experts": 2, "n_expert_groups": 2, "n_limited_groups": 2, "n_mtp_layers": 1,
+    "max_seq_len": 64, "original_seq_len": 64, "rope_factor": 1.0, "init_std": 0.05,
+}  # fmt: skip
+STEPS = 8
+WORDS = "the sea was calm and old; ships, gulls, rain! a light far off: nobody came (yet).\n".split()
+CLOCK = {"tok_s", "seconds"}  # what may differ between two equal runs
+
+
+def prose(rng: random.Random, words: int) -> str:
+    """Sentences of sorts, a line break here and there."""
+    return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", ".\n"]) for _ in range(words))
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with mini.json and text/, and every cache of this session's runs."""
+    import datasets
+
+    folder, rng = tmp_path_factory.mktemp("home"), random.Random(0)
+    (folder / "mini.json").write_text(json.dumps(MINI))
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i}.txt").write_text(f"Number {i}. {prose(rng, 80)}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSV3_CACHE", str(folder / "cache"))
+        patch.setenv("HF_HOME", str(folder / "hf"))  # for children
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf" / "datasets")
+        yield folder
+
+
+def options(home: Path, out: Path, *more) -> list[str]:
+    """The command line of a run of eight steps with a checkpoint after 3, 6 and 8."""
+    fixed = ["train", "--config", home / "mini.json", "--data", home / "text", "--out", out]
+    fixed += "--steps 8 --seq-len 32 --batch 4 --warmup-steps 2 --save-every 3".split()
+    return [str(x) for x in [*fixed, *more]]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without figures, which take longer than the run."""
+    monkeypatch.setattr("dsv3_ref.run.report.write_report", no_report)
+
+
+def no_report(folder: Path) -> Path:
+    (folder / "report.html").write_text("no figures")
+    return folder / "report.html"
+
+
+# ── What a run left ──
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(run: Path) -> tuple:
+    """All that two equal runs share: rows without the clock, and the last checkpoint's bytes."""
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    names = ["model.safetensors", "training.safetensors"]
+    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(run)]
+    return rows, last.name, [(last / name).read_bytes() for name in names]
+
+
+# ── Processes ──
+
+
+def child(argv: list[str], threads: int = 1, deadly: str = "", at: int = 1) -> None:
+    """Run a command, silently; it kills itself in the `at`-th call of the function `deadly`."""
+    import torch
+
+    from dsv3_ref.run import cli
+
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("dsv3_ref.run.report.write_report", no_report)
+    if deadly:
+        calls = iter(range(1, 1000))
+        real = pkgutil.resolve_name(deadly)
+        patch.setattr(deadly, lambda *a: die() if next(calls) == at else real(*a))
+    sys.exit(cli.main(argv))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+FORK = multiprocessing.get_context("forkserver")  # imports once, then forks a fresh process
+FORK.set_forkserver_preload(["pytest", "datasets", "dsv3_ref.run.train", "dsv3_ref.run.report"])
+
+
+def start(*args):
+    """`child` in a process of its own."""
+    process = FORK.Process(target=child, args=args)
+    process.start()
+    return process

@@ -1,0 +1,448 @@
+"""A run: what it leaves behind, that kill -9 costs nothing, and how it ends when it must."""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from miniruns import MINI, STEPS, metrics, options, results, start
+
+from dsv3_ref.config import UserError
+from dsv3_ref.run import checkpoint, cli, resume, settings
+from dsv3_ref.run.checkpoint import load
+from dsv3_ref.run.train import Trainer
+
+pytest_plugins = ["miniruns"]
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run that nothing disturbed, with its figures."""
+    assert cli.main(options(home, home / "whole")) == 0
+    return home / "whole"
+
+
+@pytest.fixture(scope="module")
+def interrupted(home):
+    """A run stopped in step 8, after the checkpoint of step 6."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "one_step", stop_in(8, Trainer.one_step))
+        assert cli.main(options(home, home / "interrupted")) == 130
+    return home / "interrupted"
+
+
+@pytest.fixture
+def half(interrupted, tmp_path):
+    """A copy of it to go on with."""
+    return shutil.copytree(interrupted, tmp_path / "half")
+
+
+def stop_in(step: int, one_step, error=KeyboardInterrupt):
+    """`one_step` until it raises in this step."""
+
+    def stopping(trainer):
+        if trainer.step + 1 == step:
+            raise error
+        return one_step(trainer)
+
+    return stopping
+
+
+def go_on(run, *more) -> int:
+    return cli.main(["train", "--resume", "--out", str(run), *more])
+
+
+def trainer(home, tmp_path, *more) -> Trainer:
+    """A trainer without a command around it."""
+    return Trainer(settings.parse(options(home, tmp_path, *more)[1:]), tmp_path)
+
+
+# ── What is left behind ──
+
+
+def test_a_row_a_step(whole):
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["tokens"] for row in rows][-1] == 32 * sum(row["batch"] for row in rows)
+    for row in rows:
+        assert len(row["mtp_loss"]) == MINI["n_mtp_layers"]
+        assert len(row["load"]) == len(row["bias"]) == len(row["max_vio"]) == 2  # with MTP's
+        assert all(len(load) == MINI["n_routed_experts"] for load in row["load"])
+        assert all(abs(sum(load) - 1) < 1e-5 for load in row["load"])
+        assert row["grad_norm"] > 0 < row["tok_s"]
+        assert (row["val_loss"] is None) == (row["val_bpb"] is None) == (row["step"] not in (3, 6, 8))
+    assert set(rows[0]) >= {"gamma", "mtp_weight", "batch", "seconds", "lr"}
+
+
+def test_the_loss_is_the_main_one_in_nats_and_falls(whole):
+    """At first all tokens are about equally likely; the total adds λ·MTP and α·balance."""
+    first, *_, last = metrics(whole)
+    assert first["loss"] == pytest.approx(torch.tensor(400.0).log().item(), abs=0.2)
+    extra = first["loss_total"] - first["loss"] - first["mtp_weight"] * first["mtp_loss"][0]
+    assert 0 < extra < 0.01
+    assert last["loss"] < first["loss"] - 1
+
+
+def test_max_vio_fits_the_load(whole):
+    row = metrics(whole)[-1]
+    for load, vio in zip(row["load"], row["max_vio"]):
+        assert vio == pytest.approx(max(load) * len(load) - 1, abs=1e-3)
+
+
+def test_the_run_describes_itself(whole, home):
+    run = json.loads((whole / "run.json").read_text())
+    assert run["command"].startswith("dsv3 train --config ")
+    assert run["moe_layers"] == ["layers.1.ffn", "mtp.0.block.ffn"]
+    assert run["settings"]["recipe"]["steps"] == STEPS
+    assert run["params"]["trained"] == sum(p.numel() for p in load(whole).parameters())
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["val_bpb"] == metrics(whole)[-1]["val_bpb"]
+    assert summary["val_bpb"] == summary["val_bpb_by_source"][str(home / "text")]
+    assert summary["baselines"]["gzip"] > 0
+    assert summary["samples"][0]["prompt"].startswith("Number ")
+    assert "bits per byte" in (whole / "report.html").read_text()
+
+
+def test_checkpoints_load_and_so_does_the_run(whole):
+    steps = checkpoint.steps(whole)
+    assert [p.name for p in steps] == ["step_0000003", "step_0000006", "step_0000008"]
+    newest, run = load(steps[-1]).state_dict(), load(whole).state_dict()
+    assert all(torch.equal(newest[name], run[name]) for name in newest)
+    assert not torch.equal(load(steps[0]).head.weight, run["head.weight"])
+
+
+def test_a_run_is_never_overwritten(whole, home, quick):
+    before = results(whole)
+    assert cli.main(options(home, whole, "--steps", "1", "--seed", "5")) == 0
+    assert results(whole) == before
+    second = whole.with_name("whole-2")
+    assert len(metrics(second)) == 1
+    shutil.rmtree(second)
+
+
+def test_the_seed_decides(whole, home, tmp_path, quick):
+    """The same again is the same, another seed is another model on other rows."""
+    assert cli.main(options(home, tmp_path / "again")) == 0
+    assert results(tmp_path / "again") == results(whole)
+    assert cli.main(options(home, tmp_path / "other", "--seed", "1", "--steps", "1")) == 0
+    assert metrics(tmp_path / "other")[0]["loss"] != metrics(whole)[0]["loss"]
+
+
+# ── kill -9 ──
+
+
+def same_as_whole(run, whole) -> bool:
+    hidden = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
+    return results(run) == results(whole) and hidden == [] and (run / "report.html").is_file()
+
+
+DEADLY = {
+    "before there is a model": ("dsv3_ref.run.train.Trainer", 1),
+    "writing the first checkpoint": ("dsv3_ref.run.resume.save_file", 1),
+    "before the second has its name": ("dsv3_ref.run.checkpoint.publish", 2),
+    "before old ones are dropped": ("dsv3_ref.run.resume.prune", 2),
+    "dropping an old one": ("dsv3_ref.run.checkpoint.shutil.rmtree", 1),
+    "after the last step": ("dsv3_ref.run.train.finish", 1),
+}
+
+
+@pytest.mark.parametrize("moment", DEADLY)
+def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, quick):
+    """What a killed run leaves is swept away, and the rest is as if nothing had happened."""
+    run, keep = tmp_path / "run", ["--keep", "1"] if moment.startswith("dropping") else []
+    process = start(options(home, run, *keep), 1, *DEADLY[moment])
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (run / "report.html").exists()
+    assert go_on(run) == 0
+    assert same_as_whole(run, whole)
+
+
+def killed_once(home, run, threads: int, seconds: float) -> bool:
+    """Kill a run after this time; finish it. Whether the kill came before the end."""
+    process = start(options(home, run), threads)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    begun = ["--resume"] if (run / "run.json").exists() else []  # else the sentence says so too
+    process, cut = start(options(home, run, *begun), threads), process.exitcode != 0
+    process.join()
+    assert process.exitcode == 0
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("threads", "kills"),
+    [(1, 3), (2, 1), *(pytest.param(t, 20, marks=pytest.mark.full) for t in (1, 2))],
+)
+def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
+    """Whenever it comes, every later row and the last checkpoint are bit for bit the same."""
+    began = time.monotonic()
+    start(options(home, tmp_path / "undisturbed"), threads).join()
+    took, rng, cut = time.monotonic() - began, random.Random(), 0
+    for i in range(kills):
+        cut += killed_once(home, tmp_path / str(i), threads, rng.uniform(0, took))
+        assert same_as_whole(tmp_path / str(i), tmp_path / "undisturbed")
+    assert cut > 0 or kills < 3
+
+
+# ── Going on ──
+
+
+def test_a_half_written_row_and_stale_folders_are_swept(half, whole, quick):
+    with (half / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 3.1')
+    for name in (".step_0000008.dsv3-tmp", ".step_0000003.dsv3-tmp"):
+        (half / "checkpoints" / name).mkdir()
+    assert len(metrics_lines(half)) == 8
+    assert go_on(half) == 0
+    assert same_as_whole(half, whole)
+
+
+def metrics_lines(run) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def test_the_same_command_with_resume_goes_on(half, home, whole, quick, capsys):
+    assert cli.main(options(home, half, "--resume")) == 0
+    assert same_as_whole(half, whole)
+    assert "going on after step 6" in capsys.readouterr().out
+
+
+def test_a_finished_run_only_writes_its_report_again(half, whole, quick, capsys):
+    for _ in range(2):
+        assert go_on(half) == 0
+        assert same_as_whole(half, whole)
+
+
+def test_resume_alone_takes_the_newest_run(home, interrupted, tmp_path, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini", "mini-2"):
+        shutil.copytree(interrupted, tmp_path / "runs" / name)
+    assert cli.main(["train", "--resume", "--config", str(home / "mini.json")]) == 0
+    assert not (tmp_path / "runs" / "mini" / "report.html").exists()
+    assert (tmp_path / "runs" / "mini-2" / "report.html").exists()
+
+
+def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses, 9.0), 1.0))
+    more = ["--save-every", "1", "--keep", "2"]
+    assert cli.main(options(home, tmp_path / "run", *more)) == 0
+    kept = [resume.number(p) for p in checkpoint.steps(tmp_path / "run")]
+    assert kept == [2, 7, 8]
+    assert all(load(p) for p in checkpoint.steps(tmp_path / "run"))
+
+
+def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
+    more = ["--save-every", "2", "--keep", "1", "--val-rows", "8"]
+    assert go_on(half, *more) == 0
+    assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
+    assert [resume.number(p) for p in checkpoint.steps(half)] == [8]
+
+
+# ── Bad ends ──
+
+
+def plant(at: int, **values):
+    """`train_step` whose statistics are these in the `at`-th call."""
+    from dsv3_ref.run import train
+
+    real, calls = train.train_step, iter(range(1, 100))
+
+    def planted(*args):
+        stats = real(*args)
+        return stats._replace(**values) if next(calls) == at else stats
+
+    return planted
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [({"total": float("nan")}, "the loss became nan"), ({"grad_norm": float("inf")}, "gradient")],
+)
+def test_no_number_stops_the_run(values, what, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dsv3_ref.run.train.train_step", plant(5, **values))
+    assert cli.main(options(home, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert what in said
+    assert "at step 5" in said
+    assert f"last good checkpoint is {tmp_path}/run/checkpoints/step_0000003" in said
+    assert len(metrics(tmp_path / "run")) == 4
+    assert load(tmp_path / "run").head.weight.isfinite().all()
+
+
+def test_a_wild_learning_rate_stops_before_a_checkpoint_is_spoilt(home, tmp_path, capsys):
+    more = ["--lr", "1e30", "--save-every", "1"]
+    assert cli.main(options(home, tmp_path / "run", *more)) == 2
+    said = capsys.readouterr().err
+    assert "became" in said
+    assert "lower --lr" in said
+    assert "No checkpoint was written yet" in said
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("name", ["dsv3_ref.run.resume.save_file", "dsv3_ref.run.checkpoint.write"])
+def test_a_full_disk_leaves_and_names_the_checkpoint_before(name, half, whole, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, full)
+        assert go_on(half) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert f"{half}/checkpoints/step_0000006." in said
+    assert len(checkpoint.steps(half)) == 2
+    monkeypatch.setattr("dsv3_ref.run.train.finish", lambda *_: None)
+    assert go_on(half) == 0
+    assert results(half) == results(whole)
+
+
+def test_a_full_disk_may_also_meet_a_row(half, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(resume.Metrics, "write", full)
+    assert go_on(half) == 2
+    assert f"No space left on device. The last good checkpoint is {half}" in capsys.readouterr().err
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", cut_short),
+        ("training.safetensors", cut_short),
+        ("training.safetensors", lambda path: path.unlink()),
+        ("state.json", cut_short),
+        ("state.json", lambda path: path.write_text("{}")),
+        ("config.json", lambda path: path.unlink()),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
+    file, damage, half, whole, quick, capsys, monkeypatch
+):
+    newest = checkpoint.steps(half)[-1]
+    damage(newest / file)
+    assert go_on(half) == 2
+    said = capsys.readouterr().err
+    assert f"the checkpoint {newest} is damaged" in said
+    assert "goes on from step 3" in said
+    shutil.rmtree(newest)
+    if file == "model.safetensors":  # once is enough
+        assert go_on(half) == 0
+        assert same_as_whole(half, whole)
+
+
+@pytest.mark.parametrize("lines", [0, 3, 5.5])
+def test_fewer_rows_than_steps_mean_damage(lines, half, capsys):
+    path = half / "metrics.jsonl"
+    whole_lines = path.read_text().splitlines(keepends=True)
+    cut = "".join(whole_lines[: int(lines)]) + whole_lines[int(lines)][: 30 * (lines % 1 > 0)]
+    path.write_text(cut)
+    assert go_on(half) == 2
+    assert "it lacks the row of step 6" in capsys.readouterr().err
+    assert path.read_text() == cut
+
+
+def test_a_stopped_run_says_how_to_go_on(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "one_step", stop_in(1, None))
+    assert cli.main(options(home, tmp_path / "run")) == 130
+    assert f"dsv3 train --resume --out {tmp_path}/run" in capsys.readouterr().err
+
+
+def test_only_one_process_trains_in_a_folder(half, home, capsys, monkeypatch):
+    args = settings.parse(["--resume", "--out", str(half)])
+    with settings.claim(args):
+        assert go_on(half) == 2
+    assert f"another process is training in {half}" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_the_remedy(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dsv3_ref.run.train.train_step", out_of_memory)
+    assert cli.main(options(home, tmp_path / "run", "--batch-start", "4")) == 2
+    assert "cpu is out of memory: --micro-batch 2" in capsys.readouterr().err
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError
+
+
+# ── Precision, parts of a batch, TensorBoard ──
+
+
+def test_micro_batches_change_nothing_but_rounding(home, tmp_path):
+    a, b = (trainer(home, tmp_path, "--batch-start", "4", "--micro-batch", m) for m in "03")
+    for _ in range(3):
+        x, y = a.one_step(), b.one_step()
+        for key in ("loss", "loss_total", "grad_norm"):
+            assert x[key] == pytest.approx(y[key], rel=1e-4)
+        assert x["load"] == y["load"]
+        assert x["bias"] == y["bias"]
+
+
+def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypatch):
+    seen = set()
+    real = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        seen.update((p.dtype, p.grad.dtype) for p in parameters)
+        return real(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    fp32, bf16 = (trainer(home, tmp_path, "--precision", p) for p in ("fp32", "bf16"))
+    x, y = fp32.one_step()["loss"], bf16.one_step()["loss"]
+    assert seen == {(torch.float32, torch.float32)}
+    assert x != y
+    assert x == pytest.approx(y, rel=1e-2)
+    assert bf16.evaluate(bf16.sources[0].name)[0] == pytest.approx(
+        fp32.evaluate(fp32.sources[0].name)[0], rel=1e-2
+    )
+    moments = [s["exp_avg"].dtype for s in bf16.optimizer.state.values()]
+    assert set(moments) == {torch.float32}
+
+
+def test_tensorboard(home, tmp_path, quick):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert cli.main(options(home, run, "--tensorboard", "--steps", "2")) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    rows = metrics(run)
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
+    assert {"mtp_loss/1", "val_bpb", "lr", "tok_s"} <= set(events.Tags()["scalars"])
+
+
+def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
+    """Against log-probabilities of one window after the other, written out."""
+    t = trainer(home, tmp_path)
+    name, nll, n = t.sources[0].name, 0.0, 0
+    for batch in t.val[name]:
+        for window in batch:
+            with torch.no_grad():
+                log_p = t.model(window[None, :-1]).log_softmax(-1)[0]
+            nll -= log_p.gather(-1, window[1:, None]).sum().item()
+            n += len(window) - 1
+    n_bytes = len("".join(t.sources[0].val_texts).encode())
+    loss, bpb = t.evaluate(name)
+    assert loss == pytest.approx(nll / n, rel=1e-5)
+    assert bpb == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path, capsys):
+    small = replace(settings.parse(options(home, tmp_path)[1:]).model, vocab_size=300)
+    args = settings.parse(options(home, tmp_path, "--tokenizer", whole)[1:])
+    with pytest.raises(UserError, match="has 400 tokens, the model only 300: raise --model.vocab"):
+        Trainer(replace(args, model=small), tmp_path)
