@@ -40,7 +40,7 @@ class Recipe:
 RECIPES = {
     "v3": Recipe(),
     "tiny": replace(
-        Recipe(), steps=680, seq_len=256, batch_start=2, batch=8, warmup_steps=20,
+        Recipe(), steps=500, seq_len=256, batch_start=2, batch=8, warmup_steps=20,
         lr=4e-3, lr_end=4e-4, lr_last=1.3e-4, gamma=1e-2,
     ),
     "small": replace(

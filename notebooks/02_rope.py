@@ -387,6 +387,32 @@ whole, late = rope_table(V3, torch.arange(10)), rope_table(V3, torch.arange(7, 1
 assert torch.equal(whole[0][7:], late[0])  # decoding continues where prefill stopped
 
 # %% [markdown]
+# ## A trap: when is YaRN on?
+# Here `rope_factor` alone decides, and V3 is stretched **even for a text of ten tokens**: the
+# released weights were trained further with these frequencies. Some code bases switch YaRN on only if
+# the maximum length they were *started* with exceeds 4096; the same weights then answer differently
+# in a short session. Switching by the *current* length is worse still. Keys lie in the cache
+# already turned, so beyond token 4096 a query with new frequencies $\omega'$ would meet keys that
+# were turned with $\omega$,
+#
+# $$(R'_s q)\cdot(R_t k) = q\cdot R_{t\omega - s\omega'}\,k ,$$
+#
+# which is no longer a function of the distance $s - t$. Nothing fails; the text just goes bad.
+
+# %%
+at, short = torch.tensor([10, 1000, 4095]), replace(V3, max_seq_len=64)
+assert torch.equal(rope_table(short, at)[0], rope_table(V3, at)[0])  # no length is asked for
+assert not torch.allclose(rope_table(V3, at)[0], angles(before_j, at)[0], atol=1e-2)
+x_sr = torch.randn(64, generator=torch.Generator().manual_seed(0)).expand(3, 64)
+q_sr, cached = turn(x_sr, at, after_j), {"same": after_j, "plain": before_j}
+by_cache = {name: (q_sr * turn(x_sr, at - 5, f)).sum(-1) for name, f in cached.items()}
+print("five tokens apart, query at  " + "".join(f"{int(s):8}" for s in at))
+for name, score_s in by_cache.items():
+    print(f"keys cached with {name:6} freqs " + "".join(f"{v:8.2f}" for v in score_s))
+assert (by_cache["same"] - by_cache["same"][0]).abs().max() < 1e-2  # distance alone
+assert (by_cache["plain"] - by_cache["plain"][0]).abs().max() > 5
+
+# %% [markdown]
 # ## Experiment: read eight times farther
 # Does it work? Two attention heads of nothing but rotary dims (32 of them, so that position cannot be
 # avoided), trained for a second at **128** tokens:

@@ -7,6 +7,8 @@ import pkgutil
 import random
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ MINI = {
     "max_seq_len": 64, "original_seq_len": 64, "rope_factor": 1.0, "init_std": 0.05,
 }  # fmt: skip
 STEPS = 8
-WORDS = "the sea was calm and old; ships, gulls, rain! a light far off: nobody came (yet).\n".split()
+WORDS = (
+    "the sea was calm and old; ships, gulls, rain! a light far off: nobody came (yet).\n".split()
+)
 CLOCK = {"tok_s", "seconds"}  # what may differ between two equal runs
 
 
@@ -28,19 +32,20 @@ def prose(rng: random.Random, words: int) -> str:
     return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", ".\n"]) for _ in range(words))
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """A folder with mini.json and text/, and every cache of this session's runs."""
+@contextmanager
+def home(folder: Path) -> Iterator[Path]:
+    """mini.json and text/ in a folder, which is also where every cache goes."""
     import datasets
 
-    folder, rng = tmp_path_factory.mktemp("home"), random.Random(0)
+    rng = random.Random(0)
     (folder / "mini.json").write_text(json.dumps(MINI))
     (folder / "text").mkdir()
     for i in range(40):
         (folder / "text" / f"{i}.txt").write_text(f"Number {i}. {prose(rng, 80)}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSV3_CACHE", str(folder / "cache"))
-        patch.setenv("HF_HOME", str(folder / "hf"))  # for children
+        patch.setenv("HF_HOME", str(folder / "hf"))  # for processes that start from here
+        patch.setenv("OMP_WAIT_POLICY", "passive")  # two threads on one core must not spin
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf" / "datasets")
         yield folder
 
@@ -52,13 +57,8 @@ def options(home: Path, out: Path, *more) -> list[str]:
     return [str(x) for x in [*fixed, *more]]
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Without figures, which take longer than the run."""
-    monkeypatch.setattr("dsv3_ref.run.report.write_report", no_report)
-
-
 def no_report(folder: Path) -> Path:
+    """In place of figures, which take longer than the run."""
     (folder / "report.html").write_text("no figures")
     return folder / "report.html"
 
@@ -94,7 +94,7 @@ def child(argv: list[str], threads: int = 1, deadly: str = "", at: int = 1) -> N
     if deadly:
         calls = iter(range(1, 1000))
         real = pkgutil.resolve_name(deadly)
-        patch.setattr(deadly, lambda *a: die() if next(calls) == at else real(*a))
+        patch.setattr(deadly, lambda *a, **k: die() if next(calls) == at else real(*a, **k))
     sys.exit(cli.main(argv))
 
 

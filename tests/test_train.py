@@ -9,17 +9,28 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from itertools import count
 
+import miniruns
 import pytest
 import torch
-from miniruns import MINI, STEPS, metrics, options, results, start
+from miniruns import MINI, STEPS, metrics, no_report, options, results, start
 
 from dsv3_ref.config import UserError
 from dsv3_ref.run import checkpoint, cli, resume, settings
 from dsv3_ref.run.checkpoint import load
 from dsv3_ref.run.train import Trainer
 
-pytest_plugins = ["miniruns"]
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("dsv3_ref.run.report.write_report", no_report)
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +88,16 @@ def test_a_row_a_step(whole):
         assert all(len(load) == MINI["n_routed_experts"] for load in row["load"])
         assert all(abs(sum(load) - 1) < 1e-5 for load in row["load"])
         assert row["grad_norm"] > 0 < row["tok_s"]
-        assert (row["val_loss"] is None) == (row["val_bpb"] is None) == (row["step"] not in (3, 6, 8))
+        assert (
+            (row["val_loss"] is None) == (row["val_bpb"] is None) == (row["step"] not in (3, 6, 8))
+        )
     assert set(rows[0]) >= {"gamma", "mtp_weight", "batch", "seconds", "lr"}
 
 
 def test_the_loss_is_the_main_one_in_nats_and_falls(whole):
     """At first all tokens are about equally likely; the total adds λ·MTP and α·balance."""
     first, *_, last = metrics(whole)
-    assert first["loss"] == pytest.approx(torch.tensor(400.0).log().item(), abs=0.2)
+    assert first["loss"] == pytest.approx(torch.tensor(400.0).log().item(), abs=0.3)
     extra = first["loss_total"] - first["loss"] - first["mtp_weight"] * first["mtp_loss"][0]
     assert 0 < extra < 0.01
     assert last["loss"] < first["loss"] - 1
@@ -148,7 +161,7 @@ DEADLY = {
     "writing the first checkpoint": ("dsv3_ref.run.resume.save_file", 1),
     "before the second has its name": ("dsv3_ref.run.checkpoint.publish", 2),
     "before old ones are dropped": ("dsv3_ref.run.resume.prune", 2),
-    "dropping an old one": ("dsv3_ref.run.checkpoint.shutil.rmtree", 1),
+    "dropping an old one": ("shutil.rmtree", 4),
     "after the last step": ("dsv3_ref.run.train.finish", 1),
 }
 
@@ -184,13 +197,16 @@ def killed_once(home, run, threads: int, seconds: float) -> bool:
 )
 def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
     """Whenever it comes, every later row and the last checkpoint are bit for bit the same."""
-    began = time.monotonic()
-    start(options(home, tmp_path / "undisturbed"), threads).join()
-    took, rng, cut = time.monotonic() - began, random.Random(), 0
-    for i in range(kills):
-        cut += killed_once(home, tmp_path / str(i), threads, rng.uniform(0, took))
-        assert same_as_whole(tmp_path / str(i), tmp_path / "undisturbed")
-    assert cut > 0 or kills < 3
+    began, undisturbed = time.monotonic(), tmp_path / "undisturbed"
+    start(options(home, undisturbed), threads).join()
+    took, cut = time.monotonic() - began, 0
+    for i in count():
+        seconds = random.uniform(0, took)
+        cut += (early := killed_once(home, tmp_path / str(i), threads, seconds))
+        assert same_as_whole(tmp_path / str(i), undisturbed), f"killed after {seconds} seconds"
+        took = took if early else seconds
+        if cut == kills:
+            return
 
 
 # ── Going on ──
@@ -279,14 +295,21 @@ def test_no_number_stops_the_run(values, what, home, tmp_path, monkeypatch, caps
     assert load(tmp_path / "run").head.weight.isfinite().all()
 
 
-def test_a_wild_learning_rate_stops_before_a_checkpoint_is_spoilt(home, tmp_path, capsys):
-    more = ["--lr", "1e30", "--save-every", "1"]
-    assert cli.main(options(home, tmp_path / "run", *more)) == 2
+def test_a_wild_learning_rate(home, tmp_path, capsys):
+    assert cli.main(options(home, tmp_path / "run", "--lr", "1e30")) == 2
     said = capsys.readouterr().err
     assert "became" in said
-    assert "lower --lr" in said
-    assert "No checkpoint was written yet" in said
-    assert checkpoint.steps(tmp_path / "run") == []
+    assert "No checkpoint was written yet. A lower --lr usually helps." in said
+
+
+def test_weights_that_validate_to_no_number_are_not_saved(home, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, float("nan")])
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses), 1.0))
+    assert cli.main(options(home, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert "the validation loss became nan at step 6" in said
+    assert "step_0000003. A lower" in said
+    assert len(checkpoint.steps(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize("name", ["dsv3_ref.run.resume.save_file", "dsv3_ref.run.checkpoint.write"])
@@ -441,8 +464,7 @@ def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
     assert bpb == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-5)
 
 
-def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path, capsys):
-    small = replace(settings.parse(options(home, tmp_path)[1:]).model, vocab_size=300)
+def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path):
     args = settings.parse(options(home, tmp_path, "--tokenizer", whole)[1:])
-    with pytest.raises(UserError, match="has 400 tokens, the model only 300: raise --model.vocab"):
-        Trainer(replace(args, model=small), tmp_path)
+    with pytest.raises(UserError, match="the model only 300: raise --model.vocab-size to 3"):
+        Trainer(replace(args, model=replace(args.model, vocab_size=300)), tmp_path)

