@@ -144,7 +144,7 @@ def latin(path):
 
 
 def latin_jsonl(path):
-    (path / "latin.jsonl").write_bytes('{"text": "Caf\xe9"}\n'.encode("latin-1"))
+    (path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "Caf\xe9"}\n'.encode("latin-1"))
     return str(path / "latin.jsonl")
 
 
@@ -223,7 +223,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
 def test_training_text_may_run_out_where_validation_text_does_not():
     s = source(TEXTS[:40])
-    blank = ["" if t in an_epoch(s) else t for t in TEXTS[:40]]
+    blank = [t if t in s.val_texts else " " for t in TEXTS[:40]]
     with pytest.raises(UserError, match="has no text to train on .a part is held out"):
         next(source(blank).train_texts())
 

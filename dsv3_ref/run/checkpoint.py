@@ -104,6 +104,7 @@ FIELDS = {
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
+    "embed_std": "embedding_initializer_range",  # ours; others ignore it
 }
 YARN = {
     "rope_factor": "factor",
@@ -117,6 +118,7 @@ WHEN_NULL = {
     "n_group": 1,
     "topk_group": 1,
     "initializer_range": 0.02,
+    "embedding_initializer_range": 0.006,
     "rms_norm_eps": 1e-6,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
