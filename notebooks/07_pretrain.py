@@ -771,7 +771,7 @@ layers = list(moe_layers(model))
 show(load_heatmap(metrics, 0, layers[0]))
 show(bias_trajectories(metrics, layers))
 vio = [max(row["load"][0]) * MINI.n_routed_experts - 1 for row in metrics]
-early, late = (sum(x) / len(x) for x in (vio[5 : STEPS // 5], vio[-STEPS // 5 :]))
+early, late = (sum(x) / len(x) for x in (vio[: STEPS // 5], vio[-STEPS // 5 :]))
 print(f"busiest expert above its share: {early:.0%} in the first fifth, {late:.0%} in the last")
 assert STEPS < 100 or metrics[-1]["bias"] == metrics[-2]["bias"]  # γ = 0
 assert STEPS < 100 or late < early / 2

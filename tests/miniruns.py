@@ -88,7 +88,7 @@ def child(argv: list[str], threads: int = 1, deadly: str = "", at: int = 1) -> N
     from dsv3_ref.run import cli
 
     torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     patch = pytest.MonkeyPatch()
     patch.setattr("dsv3_ref.run.report.write_report", no_report)
     if deadly:

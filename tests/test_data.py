@@ -1,4 +1,4 @@
-"""From files to rows: nothing is lost, nothing held out is seen, and all of it can stop and go on."""
+"""From files to rows: nothing is lost, nothing held out is seen, all can stop and go on."""
 
 import json
 import random
@@ -76,7 +76,7 @@ def test_tables_with_a_text_column(kind, streaming, tmp_path):
     table = datasets.Dataset.from_dict({"id": [1, 2, 3], "text": ["é", None, "\n\nc"]})
     table.to_json(path) if kind == "jsonl" else table.to_parquet(path)
     found = open_source(str(path), streaming)
-    assert [row for row in found] == [{"text": "é"}, {"text": None}, {"text": "\n\nc"}]
+    assert list(found) == [{"text": "é"}, {"text": None}, {"text": "\n\nc"}]
 
 
 def test_the_state_of_the_union_and_the_standard_library():

@@ -105,8 +105,8 @@ def test_the_loss_is_the_main_one_in_nats_and_falls(whole):
 
 def test_max_vio_fits_the_load(whole):
     row = metrics(whole)[-1]
-    for load, vio in zip(row["load"], row["max_vio"]):
-        assert vio == pytest.approx(max(load) * len(load) - 1, abs=1e-3)
+    for share, vio in zip(row["load"], row["max_vio"]):
+        assert vio == pytest.approx(max(share) * len(share) - 1, abs=1e-3)
 
 
 def test_the_run_describes_itself(whole, home):

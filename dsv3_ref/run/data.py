@@ -121,13 +121,14 @@ def reading(name: str, files: Sequence[str] = ()):
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, UnicodeDecodeError):
-            raise UserError(f"{not_utf8(files) or name} is not UTF-8 text") from None
+            raise UserError(f"{not_utf8(files or [name]) or name} is not UTF-8 text") from None
         raise UserError(f"cannot read {name}: {cause}") from None
 
 
 def not_utf8(files: Sequence[str]) -> str | None:
-    """The first of these files that is not UTF-8."""
-    for path in files:
+    """The first of these files, or of those in these folders, that is not UTF-8."""
+    inside = [p for f in map(Path, files) for p in ([f] if f.is_file() else sorted(f.rglob("*")))]
+    for path in (str(p) for p in inside if p.is_file()):
         try:
             Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
