@@ -151,7 +151,7 @@ def ids_of(tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 n_bytes, table = len(held.encode()), []
-for size in (300, 512, 1024, 4096):
+for size in (300, 512, 4096):
     t = train_tokenizer(train_texts, size)
     seen_w = ids_of(t, train_texts).bincount(minlength=size) + 1.0
     id_n = ids_of(t, held_texts)

@@ -173,8 +173,7 @@ class Source:
             yield from self.read(self.kept.skip(start))
             return
         order = np.random.default_rng([seed, epoch]).permutation(len(self.kept))
-        for i in order[start:].tolist():
-            yield from self.read([self.kept[i]])
+        yield from self.read(self.kept[i] for i in order[start:].tolist())
 
     def read(self, rows) -> Iterator[str]:
         """The texts of rows; null is an empty one."""
