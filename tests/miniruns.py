@@ -1,5 +1,6 @@
 """Training runs of a second, in this process or in one that can be killed."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -35,19 +36,22 @@ def prose(rng: random.Random, words: int) -> str:
 @contextmanager
 def home(folder: Path) -> Iterator[Path]:
     """mini.json and text/ in a folder, which is also where every cache goes."""
-    import datasets
-
     rng = random.Random(0)
     (folder / "mini.json").write_text(json.dumps(MINI))
     (folder / "text").mkdir()
     for i in range(40):
         (folder / "text" / f"{i}.txt").write_text(f"Number {i}. {prose(rng, 80)}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSV3_CACHE", str(folder / "cache"))
-        patch.setenv("HF_HOME", str(folder / "hf"))  # for processes that start from here
-        patch.setenv("OMP_WAIT_POLICY", "passive")  # two threads on one core must not spin
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf" / "datasets")
+        own_caches(folder, patch)
         yield folder
+
+
+def own_caches(folder: Path, patch) -> None:
+    """Nothing is read from or left in the user's own."""
+    import datasets
+
+    patch.setenv("DSV3_CACHE", str(folder / "cache"))
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
 
 
 def options(home: Path, out: Path, *more) -> list[str]:
@@ -81,14 +85,15 @@ def results(run: Path) -> tuple:
 # ── Processes ──
 
 
-def child(argv: list[str], threads: int = 1, deadly: str = "", at: int = 1) -> None:
+def child(home: Path, argv: list[str], threads: int = 1, deadly: str = "", at: int = 1) -> None:
     """Run a command, silently; it kills itself in the `at`-th call of the function `deadly`."""
     import torch
 
     from dsv3_ref.run import cli
 
+    own_caches(home, pytest.MonkeyPatch())
     torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stderr = io.StringIO()
     patch = pytest.MonkeyPatch()
     patch.setattr("dsv3_ref.run.report.write_report", no_report)
     if deadly:
@@ -102,6 +107,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # children share cores: they must not spin
 FORK = multiprocessing.get_context("forkserver")  # imports once, then forks a fresh process
 FORK.set_forkserver_preload(["pytest", "datasets", "dsv3_ref.run.train", "dsv3_ref.run.report"])
 
@@ -111,3 +117,16 @@ def start(*args):
     process = FORK.Process(target=child, args=args)
     process.start()
     return process
+
+
+def apart(test, home: Path, *args) -> None:
+    """`test(*args)` in a process of its own: after Parquet, Python's end may hang."""
+    process = FORK.Process(target=in_home, args=(test, home, *args))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def in_home(test, home: Path, *args) -> None:
+    own_caches(home, pytest.MonkeyPatch())
+    test(*args)

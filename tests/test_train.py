@@ -170,7 +170,7 @@ DEADLY = {
 def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, quick):
     """What a killed run leaves is swept away, and the rest is as if nothing had happened."""
     run, keep = tmp_path / "run", ["--keep", "1"] if moment.startswith("dropping") else []
-    process = start(options(home, run, *keep), 1, *DEADLY[moment])
+    process = start(home, options(home, run, *keep), 1, *DEADLY[moment])
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (run / "report.html").exists()
@@ -180,12 +180,12 @@ def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, quick):
 
 def killed_once(home, run, threads: int, seconds: float) -> bool:
     """Kill a run after this time; finish it. Whether the kill came before the end."""
-    process = start(options(home, run), threads)
+    process = start(home, options(home, run), threads)
     process.join(seconds)
     process.kill()
     process.join()
     begun = ["--resume"] if (run / "run.json").exists() else []  # else the sentence says so too
-    process, cut = start(options(home, run, *begun), threads), process.exitcode != 0
+    process, cut = start(home, options(home, run, *begun), threads), process.exitcode != 0
     process.join()
     assert process.exitcode == 0
     return cut
@@ -198,7 +198,7 @@ def killed_once(home, run, threads: int, seconds: float) -> bool:
 def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
     """Whenever it comes, every later row and the last checkpoint are bit for bit the same."""
     began, undisturbed = time.monotonic(), tmp_path / "undisturbed"
-    start(options(home, undisturbed), threads).join()
+    start(home, options(home, undisturbed), threads).join()
     took, cut = time.monotonic() - began, 0
     for i in count():
         seconds = random.uniform(0, took)

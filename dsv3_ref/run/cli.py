@@ -1,5 +1,6 @@
 """`dsv3 COMMAND …`: the options come from the dataclasses, by tyro."""
 
+import os
 import shlex
 import sys
 
@@ -21,7 +22,8 @@ COMMANDS = {"train": train}
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one sentence and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        leave(main(sys.argv[1:]))
     if not argv or argv[0] not in COMMANDS:
         print(f"usage: dsv3 {{{','.join(COMMANDS)}}} …  (--help after a command lists its options)")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
@@ -30,10 +32,19 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except SystemExit as e:  # --help, or tyro has said what is wrong
+        return e.code
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+def leave(code: int) -> None:
+    """End the process at once: Python's own end may hang after Parquet (apache/arrow#50482)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

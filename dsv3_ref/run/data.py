@@ -92,16 +92,17 @@ def read_files(name: str, kind: str, paths: list[str], streaming: bool, document
     if not paths:
         raise UserError(f"{name} is empty")
     how = {"sample_by": document} if kind == "text" else {}
-    return load(name, kind, paths, data_files=paths, streaming=streaming, **how)
+    return load(name, kind, data_files=paths, streaming=streaming, **how)
 
 
-def load(name: str, path: str, files: Sequence[str] = (), **kwargs):
+def load(name: str, path: str, **kwargs):
     """`datasets.load_dataset`, cut down to the column `text`."""
     import datasets  # a second to import
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our sentence is enough
-    with reading(name, files):
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files are nobody's business
+    with reading(name):
         data = datasets.load_dataset(path, split="train", **kwargs)
         columns = data.column_names or list(next(iter(data), {}))
     if "text" not in columns:
@@ -110,7 +111,7 @@ def load(name: str, path: str, files: Sequence[str] = (), **kwargs):
 
 
 @contextmanager
-def reading(name: str, files: Sequence[str] = ()):
+def reading(name: str):
     """Turn a library's error into one sentence about the data."""
     try:
         yield
@@ -121,19 +122,18 @@ def reading(name: str, files: Sequence[str] = ()):
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, UnicodeDecodeError):
-            raise UserError(f"{not_utf8(files or [name]) or name} is not UTF-8 text") from None
+            raise UserError(f"{not_utf8(Path(name))} is not UTF-8 text") from None
         raise UserError(f"cannot read {name}: {cause}") from None
 
 
-def not_utf8(files: Sequence[str]) -> str | None:
-    """The first of these files, or of those in these folders, that is not UTF-8."""
-    inside = [p for f in map(Path, files) for p in ([f] if f.is_file() else sorted(f.rglob("*")))]
-    for path in (str(p) for p in inside if p.is_file()):
+def not_utf8(path: Path) -> str:
+    """This file, or the first of this folder that is not UTF-8."""
+    for name in folder_files(path)[1] if path.is_dir() else []:
         try:
-            Path(path).read_text(encoding="utf-8")
+            Path(name).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            return path
-    return None
+            return name
+    return str(path)
 
 
 # ── Sources that remember where they stand ──

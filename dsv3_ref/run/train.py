@@ -296,4 +296,5 @@ def finish(trainer: Trainer, row: dict) -> None:
 if __name__ == "__main__":
     from dsv3_ref.run.cli import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    main()
