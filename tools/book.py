@@ -86,7 +86,7 @@ def execute(path: Path):
     client = NotebookClient(
         nb, timeout=600, resources=folder, record_timing=False, coalesce_streams=True
     )
-    client.execute(env={"OMP_NUM_THREADS": "2"} | os.environ | KERNEL)
+    client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ | KERNEL)
     return tidy(nb)
 
 

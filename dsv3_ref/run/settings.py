@@ -164,7 +164,8 @@ def claim(args: Train) -> Iterator[Path]:
             free = lock(handle)
             if args.resume and not free:
                 raise UserError(f"another process is training in {folder}")
-            if free and (args.resume or not any(folder.iterdir())):
+            taken = {p.name for p in folder.iterdir()} - {"run.part"}  # the trace of an early kill
+            if free and (args.resume or not taken):
                 yield folder
                 return
         finally:
