@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jupytext
 import nbformat
@@ -84,9 +85,12 @@ def execute(path: Path):
     nb = jupytext.read(path)
     folder = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(
-        nb, timeout=600, resources=folder, record_timing=False, coalesce_streams=True
+        nb, timeout=120, resources=folder, record_timing=False, coalesce_streams=True
     )
-    client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ | KERNEL)
+    kernel = client.create_kernel_manager()
+    with TemporaryDirectory() as sockets:  # files: two books at once may draw the same TCP ports
+        kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
+        client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ | KERNEL)
     return tidy(nb)
 
 
