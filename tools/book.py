@@ -9,18 +9,23 @@ leaves one line of text.
 """
 
 import hashlib
+import math
 import os
 import re
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from queue import Empty
 from tempfile import TemporaryDirectory
 
 import jupytext
 import nbformat
+from jupyter_client import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets import Type
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -80,6 +85,27 @@ def tidy(nb):
     return nb
 
 
+class Channel(AsyncZMQSocketChannel):
+    """A channel that looks again every second: now and then a socket's wake-up is lost."""
+
+    async def get_msg(self, timeout: float | None = None):
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = end - time.monotonic()
+            try:
+                return await super().get_msg(min(1.0, max(0.0, left)))
+            except Empty:
+                if left <= 1:
+                    raise
+
+
+class Client(AsyncKernelClient):
+    """A kernel client with these channels."""
+
+    shell_channel_class = Type(Channel)
+    iopub_channel_class = Type(Channel)
+
+
 def execute(path: Path):
     """A chapter run from top to bottom in its own folder; raises at the first failing cell."""
     nb = jupytext.read(path)
@@ -88,6 +114,7 @@ def execute(path: Path):
         nb, timeout=120, resources=folder, record_timing=False, coalesce_streams=True
     )
     kernel = client.create_kernel_manager()
+    kernel.client_class = f"{__name__}.Client"
     with TemporaryDirectory() as sockets:  # files: two books at once may draw the same TCP ports
         kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
         client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ | KERNEL)
