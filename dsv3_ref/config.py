@@ -63,6 +63,8 @@ def check(c: Config) -> None:
         value, least = getattr(c, f.name), 0 if f.name in MAY_BE_ZERO else 1
         if isinstance(f.default, int) and (not isinstance(value, int) or value < least):
             raise UserError(f"{f.name} must be a whole number of at least {least}, not {value!r}")
+        if isinstance(f.default, float) and not (isinstance(value, (int, float)) and value >= 0):
+            raise UserError(f"{f.name} must be a number of at least 0, not {value!r}")
     rules = [
         (c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE turns pairs"),
         (c.n_dense_layers <= c.n_layers, "n_dense_layers cannot exceed n_layers"),

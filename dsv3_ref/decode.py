@@ -12,6 +12,8 @@ from dsv3_ref.model import Cache, Transformer
 
 def sample(logit_bw, temperature: float, generator: torch.Generator | None = None):
     """The next token (b,): the likeliest at temperature 0, else drawn from softmax(logit / T)."""
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
     if temperature == 0:
         return logit_bw.argmax(-1)
     p_bw = (logit_bw.float() / temperature).softmax(-1)

@@ -88,7 +88,7 @@ def table() -> str:
 @op
 def rms_norm(x, weight, eps: float):
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)  # one type: the fused kernel
 
 
 @impl("rms_norm", "naive")

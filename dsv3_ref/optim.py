@@ -47,7 +47,7 @@ RECIPES = {
         Recipe(), steps=20_000, seq_len=2048, batch_start=32, batch=128, warmup_steps=400,
         lr=6e-4, lr_end=6e-5, lr_last=2e-5,
     ),
-    "v2_lite": replace(
+    "v2_lite": replace(  # our choice, for its shape; not how V2-Lite was trained
         Recipe(), steps=100_000, batch_start=512, batch=2304, lr=4.2e-4, lr_end=4.2e-5,
         lr_last=1.4e-5, mtp_weight=0.0, mtp_weight_end=0.0, alpha=1e-3, gamma=0.0,
     ),

@@ -80,8 +80,9 @@ def losses(model: Transformer, tokens_bs) -> Losses:
 
 
 def expert_loads(routes: list[Route]):
-    """Tokens each expert of each MoE layer received, (l, e)."""
-    return torch.stack([expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes])
+    """Tokens each expert of each MoE layer received, (l, e); (0, 0) where all layers are dense."""
+    loads = [expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes]
+    return torch.stack(loads) if loads else torch.zeros(0, 0)
 
 
 def balance(model: Transformer, load_le, gamma: float) -> None:

@@ -61,7 +61,7 @@ import tempfile
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsv3_ref.viz import COLOURS, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz import COLOURS, GREY, ORANGE, attempt, figure, play, show
 
 # %% [markdown]
 # ## The config
@@ -140,6 +140,8 @@ def check(c: Config) -> None:
         value, least = getattr(c, f.name), 0 if f.name in MAY_BE_ZERO else 1
         if isinstance(f.default, int) and (not isinstance(value, int) or value < least):
             raise UserError(f"{f.name} must be a whole number of at least {least}, not {value!r}")
+        if isinstance(f.default, float) and not (isinstance(value, (int, float)) and value >= 0):
+            raise UserError(f"{f.name} must be a number of at least 0, not {value!r}")
     rules = [
         (c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE turns pairs"),
         (c.n_dense_layers <= c.n_layers, "n_dense_layers cannot exceed n_layers"),
@@ -676,21 +678,11 @@ books(n_routed_experts=512, n_activated_experts=16, moe_inter_dim=1024)
 
 
 # %%
-def verdict(test, hint: str) -> bool:
-    """Run a test of the reader's function; print ✓ or a hint, never raise."""
-    try:
-        right = bool(test())
-    except Exception as e:
-        right, hint = False, f"{hint} (it raised {type(e).__name__}: {e})"
-    print("✓ right" if right else f"✗ not yet: {hint}")
-    return right
-
-
 def check_cache(fn) -> bool:
     """`fn(c, tokens)` is the size of the latent cache in bytes."""
     want = [(c, t, count(c).cache_bytes * t) for c in SIZES.values() for t in (1, 131_072)]
     hint = "every layer keeps kv_lora_rank + qk_rope_head_dim numbers of 2 bytes"
-    return verdict(lambda: all(fn(c, t) == n for c, t, n in want), hint)
+    return attempt(lambda: all(fn(c, t) == n for c, t, n in want), hint)
 
 
 def check_split(fn) -> bool:
@@ -705,13 +697,13 @@ def check_split(fn) -> bool:
                 return False
         return True
 
-    return verdict(test, "two halves hold as much as the whole; but what has a row an expert?")
+    return attempt(test, "two halves hold as much as the whole; but what has a row an expert?")
 
 
 def check_broken(fn) -> bool:
     """`fn()` is a dict of fields for which `from_dict` says that the experts do not fit."""
     hint = "wanted the sentence '… must fit into the … groups a token may use'"
-    return verdict(lambda: "must fit into" in complaint(lambda: from_dict(fn())), hint)
+    return attempt(lambda: "must fit into" in complaint(lambda: from_dict(fn())), hint)
 
 
 def check_design(fn) -> bool:
@@ -722,7 +714,7 @@ def check_design(fn) -> bool:
         print(f"{n.total / 1e9:.2f}B, {n.activated / 1e9:.2f}B a token, cache {n.cache_bytes} B")
         return 6.5e9 <= n.total <= 7.5e9 and n.activated < 1.2e9 and n.cache_bytes < 20_000
 
-    return verdict(test, "start from replace(SMALL, …): depth sets the cache, experts the total")
+    return attempt(test, "start from replace(SMALL, …): depth sets the cache, experts the total")
 
 
 # %% [markdown]

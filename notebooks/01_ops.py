@@ -41,7 +41,7 @@ import math
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref.config import V3
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, attempt, figure, play, show
 
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H800: bf16 operations and bytes of memory a second
 
@@ -203,7 +203,7 @@ def table() -> str:
 @op
 def rms_norm(x, weight, eps: float):
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)  # one type: the fused kernel
 
 
 @impl("rms_norm", "naive")
@@ -611,20 +611,10 @@ show(fig)
 
 
 # %%
-def verdict(test, hint: str) -> bool:
-    """Run a test of the reader's function; print ✓ or a hint, never raise."""
-    try:
-        right = bool(test())
-    except Exception as e:
-        right, hint = False, f"{hint} (it raised {type(e).__name__}: {e})"
-    print("✓ right" if right else f"✗ not yet: {hint}")
-    return right
-
-
 def check_logits(fn) -> bool:
     """`fn(tokens, words)` is the size of fp32 logits in bytes."""
     cases = {(1, 10): 40, (3, 1000): 12_000, (4096, 129_280): 2_118_123_520}
-    return verdict(
+    return attempt(
         lambda: all(fn(*x) == n for x, n in cases.items()), "one number a token and word"
     )
 
@@ -638,7 +628,7 @@ def check_gradient(fn) -> bool:
         return torch.autograd.grad(y[0], x)[0].norm().item()
 
     test = lambda: all(abs(fn(a) - size(a) / size(1.0)) < 1e-9 for a in (0.5, 2.0, 10.0))
-    return verdict(test, "y does not change when x grows; look at the 1/ρ in the gradient")
+    return attempt(test, "y does not change when x grows; look at the 1/ρ in the gradient")
 
 
 def check_overflow(fn) -> bool:
@@ -651,7 +641,7 @@ def check_overflow(fn) -> bool:
         off = (by_half.float() - right).abs().max()
         return x.dtype == torch.float16 and x.isfinite().all() and not off < 0.5
 
-    return verdict(test, "the largest finite fp16 number is 65,504; what is its square?")
+    return attempt(test, "the largest finite fp16 number is 65,504; what is its square?")
 
 
 class Largest(TorchDispatchMode):
@@ -678,7 +668,7 @@ def check_chunked(fn) -> bool:
         close = torch.isclose(loss, linear_cross_entropy(h, head, target), rtol=1e-5)
         return bool(close) and seen.numel <= max(16 * 400, head.numel())
 
-    return verdict(test, "h_nd.split(rows), and the sum of the parts' losses")
+    return attempt(test, "h_nd.split(rows), and the sum of the parts' losses")
 
 
 # %% [markdown]

@@ -41,7 +41,7 @@ from einops import einsum
 
 from dsv3_ref.config import TINY, V2_LITE, V3
 from dsv3_ref.ops import use
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, attempt, figure, play, show
 
 
 # %%
@@ -566,16 +566,6 @@ yarn(theta=1_000_000.0)
 
 
 # %%
-def verdict(test, hint: str) -> bool:
-    """Run a test of the reader's function; print ✓ or a hint, never raise."""
-    try:
-        right = bool(test())
-    except Exception as e:
-        right, hint = False, f"{hint} (it raised {type(e).__name__}: {e})"
-    print("✓ right" if right else f"✗ not yet: {hint}")
-    return right
-
-
 def check_unseen(fn) -> bool:
     """`fn(theta, r, length)` counts the pairs that do not finish a turn within `length` tokens."""
 
@@ -584,7 +574,7 @@ def check_unseen(fn) -> bool:
         lengths = [(2 * math.pi / rope_freqs(r, theta), n, theta, r) for theta, r, n in cases]
         return all(fn(theta, r, n) == int((turn > n).sum()) for turn, n, theta, r in lengths)
 
-    return verdict(test, "pair j needs 2π · θ^(2j/r) tokens a turn")
+    return attempt(test, "pair j needs 2π · θ^(2j/r) tokens a turn")
 
 
 def check_score(fn) -> bool:
@@ -599,7 +589,7 @@ def check_score(fn) -> bool:
                 return False
         return True
 
-    return verdict(test, "x = (3, 4, 0, 0): which pair has any length, and what is a·b in a plane?")
+    return attempt(test, "x = (3, 4, 0, 0): which pair has any length, and what is a·b in a plane?")
 
 
 def check_alias(fn) -> bool:
@@ -610,7 +600,7 @@ def check_alias(fn) -> bool:
         off = abs(math.remainder(d, 2 * math.pi))
         return isinstance(d, int) and 1 <= d <= 4096 and off < 1e-4
 
-    return verdict(
+    return attempt(
         test, "the fastest hand turns 1 radian a token: find d close to a multiple of 2π"
     )
 
@@ -630,7 +620,7 @@ def check_rows(fn) -> bool:
                 return False
         return True
 
-    return verdict(test, "within each head, even rows first, then odd ones")
+    return attempt(test, "within each head, even rows first, then odd ones")
 
 
 # %% [markdown]

@@ -31,7 +31,7 @@ from dataclasses import replace
 import torch
 
 from dsv3_ref.config import TINY, V3
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, PINK, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, PINK, checker, figure, play, show
 
 KEPT = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
 
@@ -651,22 +651,6 @@ play(draw_flops, log2_context=(10, 17, 1), latent=[512, 64, 128, 256, 1024])
 
 
 # %%
-def checker(test):
-    """Make of a test with asserts a checker: prints a verdict, returns True or False."""
-
-    def check(fn) -> bool:
-        try:
-            test(fn)
-        except Exception as e:  # a mistake in the reader's function earns a hint, not a traceback
-            said = "" if isinstance(e, AssertionError) or "ellipsis" in str(e) else f" ({e!r})"
-            print(f"✗ not yet: {test.__doc__}{said}")
-            return False
-        print("✓ right")
-        return True
-
-    return check
-
-
 @checker
 def check_groups(fn):
     """compare the numbers kept, 576 here and 2·128 a group."""

@@ -32,7 +32,7 @@ from math import comb
 import torch
 
 from dsv3_ref.config import V2_LITE, V3
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
 
 expert = 3 * V3.dim * V3.moe_inter_dim  # parameters of one: w1, w2, w3
 stored = [3 * V3.dim * V3.inter_dim, (1 + V3.n_routed_experts) * expert]
@@ -768,22 +768,6 @@ play(draw_board, **{f"b{e}": (-0.6, 0.6, 0.02) for e in range(8)})
 
 
 # %%
-def checker(test):
-    """Make of a test with asserts a checker: prints a verdict, returns True or False."""
-
-    def check(fn) -> bool:
-        try:
-            test(fn)
-        except Exception as e:  # a mistake in the reader's function earns a hint, not a traceback
-            said = "" if isinstance(e, AssertionError) or "ellipsis" in str(e) else f" ({e!r})"
-            print(f"✗ not yet: {test.__doc__}{said}")
-            return False
-        print("✓ right")
-        return True
-
-    return check
-
-
 @checker
 def check_visits(fn):
     """a group is missed if all k experts lie in the other groups."""

@@ -60,7 +60,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3_ref.config import SIZES, TINY, V3, count
 from dsv3_ref.ops import use
-from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, attempt, figure, play, show
 
 torch.manual_seed(0)
 
@@ -574,18 +574,6 @@ play(draw_flops, size=list(SIZES)[::-1], longest=(11, 20, 1))
 
 
 # %%
-def attempt(test, hint: str) -> bool:
-    """Run a test of the reader's function: print ✓ or the hint, and never raise."""
-    try:
-        right = bool(test())
-    except Exception as e:
-        todo = "llipsis" in str(e)  # the `...` that the exercise starts with
-        print("… not filled in yet" if todo else f"✗ {type(e).__name__}: {e}")
-        return False
-    print("✓ right" if right else f"✗ {hint}")
-    return right
-
-
 def check_share(fn) -> bool:
     truth = {V3: 653_908_770_816 / 671_026_419_200, TINY: 2_359_296 / count(TINY).total}
     return attempt(lambda: all(math.isclose(fn(c), t, rel_tol=1e-9) for c, t in truth.items()),

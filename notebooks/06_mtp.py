@@ -59,7 +59,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 
 from dsv3_ref.config import TINY, V3, count, count_mla, count_moe
-from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, attempt, figure, play, show
 
 SHORT = bool(os.environ.get("DSV3_SHORT"))
 TOY = replace(
@@ -493,18 +493,6 @@ play(draw_speedup, depth=(1, 4, 1), acceptance=(0, 100, 1))
 
 
 # %%
-def attempt(test, hint: str) -> bool:
-    """Run a test of the reader's function: print ✓ or the hint, and never raise."""
-    try:
-        right = bool(test())
-    except Exception as e:
-        todo = "llipsis" in str(e)  # the `...` that the exercise starts with
-        print("… not filled in yet" if todo else f"✗ {type(e).__name__}: {e}")
-        return False
-    print("✓ right" if right else f"✗ {hint}")
-    return right
-
-
 def check_size(fn) -> bool:
     sizes = [V3, TINY, TOY]
     return attempt(lambda: [fn(c) - count(c).mtp for c in sizes] == [0, 0, 0],

@@ -33,7 +33,7 @@ from dataclasses import replace
 
 from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.viz import BLUE, ORANGE, figure, play, show
+from dsv3_ref.viz import BLUE, ORANGE, attempt, figure, play, show
 
 torch.manual_seed(0)
 
@@ -76,6 +76,8 @@ assert passes(1000, 1000, True) == 1999 and passes(1000, 1000, False) == 1_499_5
 #| export decode
 def sample(logit_bw, temperature: float, generator: torch.Generator | None = None):
     """The next token (b,): the likeliest at temperature 0, else drawn from softmax(logit / T)."""
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
     if temperature == 0:
         return logit_bw.argmax(-1)
     p_bw = (logit_bw.float() / temperature).softmax(-1)
@@ -200,18 +202,6 @@ play(draw_temperature, temperature=(0.2, 5.0, 0.2))
 
 
 # %%
-def attempt(test, hint: str) -> bool:
-    """Run a test of the reader's function: print ✓ or the hint, and never raise."""
-    try:
-        right = bool(test())
-    except Exception as e:
-        todo = "llipsis" in str(e)  # the `...` that the exercise starts with
-        print("… not filled in yet" if todo else f"✗ {type(e).__name__}: {e}")
-        return False
-    print("✓ right" if right else f"✗ {hint}")
-    return right
-
-
 def check_cache(fn) -> bool:
     want = count(V3).cache_bytes * 4096 * 32
     return attempt(

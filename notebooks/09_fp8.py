@@ -27,7 +27,7 @@
 import torch
 
 from dsv3_ref.config import V3, count
-from dsv3_ref.viz import BLUE, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz import BLUE, GREY, ORANGE, attempt, figure, play, show
 
 torch.manual_seed(0)
 code = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -162,18 +162,6 @@ play(draw_code, value=(0.02, 2.0, 0.01))
 
 
 # %%
-def attempt(test, hint: str) -> bool:
-    """Run a test of the reader's function: print ✓ or the hint, and never raise."""
-    try:
-        right = bool(test())
-    except Exception as e:
-        todo = "llipsis" in str(e)  # the `...` that the exercise starts with
-        print("… not filled in yet" if todo else f"✗ {type(e).__name__}: {e}")
-        return False
-    print("✓ right" if right else f"✗ {hint}")
-    return right
-
-
 def check_scales(fn) -> bool:
     cases = [(576, 7168), (128, 128), (129, 1), (7168, 2048)]
     return attempt(

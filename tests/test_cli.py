@@ -10,7 +10,7 @@ from pathlib import Path
 
 import miniruns
 import pytest
-from miniruns import no_report, options, results
+from miniruns import metrics, no_report, options, results
 
 from dsv3_ref.config import TINY, V3
 from dsv3_ref.optim import RECIPES
@@ -60,6 +60,7 @@ def said(home, tmp_path, capsys):
         (["--seed", str(2**63)], "--seed must be a whole number from 0"),
         (["--seq-len", "65"], "--seq-len 65 is longer than --model.max-seq-len 64"),
         (["--seq-len", "1"], "--seq-len must exceed the 1 tokens that MTP looks ahead"),
+        (["--model.dim", "60"], "--model.dim and --model.moe-inter-dim must be multiples of 8"),
         (["--batch", "0"], "--batch and --batch-start must be at least 1"),
         (["--lr", "nan"], "--lr must be a number"),
         (["--ramp", "0"], "--ramp must be above 0"),
@@ -235,6 +236,15 @@ def test_streams_train_too_and_go_on(home, tmp_path, monkeypatch):
     shutil.rmtree(checkpoint.steps(run)[-1])
     assert main(["train", "--resume", "--out", str(run)]) == 0
     assert results(run) == before
+
+
+def test_a_model_of_dense_layers_alone(home, tmp_path):
+    """Nothing to balance, and the report says so."""
+    run = tmp_path / "run"
+    more = ["--model.n-dense-layers", "2", "--model.n-mtp-layers", "0", "--steps", "2"]
+    assert main(options(home, run, *more)) == 0
+    assert [r["load"] for r in metrics(run)] == [[], []]
+    assert (run / "report.html").is_file()
 
 
 def test_help_names_every_option(capsys):

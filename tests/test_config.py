@@ -115,6 +115,9 @@ def test_tiny_switches_every_mechanism_on():
         ("dim", 0, "dim must be a whole number of at least 1, not 0"),
         ("dim", 7168.0, "dim must be a whole number of at least 1, not 7168.0"),
         ("vocab_size", "129280", "vocab_size must be a whole number of at least 1, not '129280'"),
+        ("rope_factor", "40", "rope_factor must be a number of at least 0, not '40'"),
+        ("init_std", -0.1, "init_std must be a number of at least 0, not -0.1"),
+        ("norm_eps", float("nan"), "norm_eps must be a number of at least 0, not nan"),
         ("n_mtp_layers", -1, "n_mtp_layers must be a whole number of at least 0, not -1"),
     ],
 )

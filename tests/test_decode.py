@@ -72,3 +72,8 @@ def test_a_low_temperature_is_the_argmax():
     want = logit_bw.argmax(-1)
     assert torch.equal(sample(logit_bw, 0.0), want)
     assert torch.equal(sample(logit_bw, 1e-4), want)
+
+
+def test_a_negative_temperature_is_refused():
+    with pytest.raises(ValueError, match="temperature must be at least 0, not -1"):
+        sample(torch.zeros(1, 3), -1)

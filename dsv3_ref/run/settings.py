@@ -74,6 +74,11 @@ def check(args: Train) -> None:
             r.seq_len > c.n_mtp_layers,
             f"--seq-len must exceed the {c.n_mtp_layers} tokens that MTP looks ahead",
         ),
+        (
+            c.dim % 8 == 0 and c.moe_inter_dim % 8 == 0,
+            "--model.dim and --model.moe-inter-dim must be multiples of 8: grouped products "
+            "read rows of 16 bytes",
+        ),
         (min(r.batch, r.batch_start) >= 1, "--batch and --batch-start must be at least 1"),
         (0 < r.ramp <= 1, "--ramp must be above 0 and at most 1"),
         (r.decay_at < r.end_at, "--decay-at must be below --end-at"),
