@@ -17,7 +17,7 @@ train: .venv/core
 	$(BIN)/dsv3 train --config tiny $(ARGS)
 
 lab: .venv/lab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest
