@@ -138,38 +138,66 @@ class Experts(nn.Module):
 # ── Out to the experts and back ──
 
 
+def sort_rows(expert_nk):
+    """Rows by expert: `order` (m,), the token·k + choice of each row, and `place` (n, k), its inverse."""
+    order_m = expert_nk.flatten().argsort(stable=True)
+    place_m = torch.empty_like(order_m)
+    place_m[order_m] = torch.arange(len(order_m), device=order_m.device)
+    return order_m, place_m.view_as(expert_nk)
+
+
 class Permute(torch.autograd.Function):
-    """Copy each token to its k rows, sorted by expert; the gradient sums the k rows again."""
+    """Each token to its k rows; the gradient sums the k rows again."""
 
     @staticmethod
-    def forward(ctx, x_nd, order_m, k):
-        ctx.k, ctx.n = k, x_nd.shape[0]
-        ctx.save_for_backward(order_m)
-        return x_nd[order_m // k]
+    def forward(ctx, x_nd, order_m, place_nk):
+        ctx.save_for_backward(place_nk)
+        return x_nd.index_select(0, order_m // place_nk.shape[1])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g_md):
-        (order_m,) = ctx.saved_tensors
-        return unsort(g_md, order_m).unflatten(0, (ctx.n, ctx.k)).sum(1), None, None
+        return F.embedding_bag(ctx.saved_tensors[0], g_md, mode="sum"), None, None
 
 
-class Unpermute(torch.autograd.Function):
-    """Put the rows back in token order; the gradient sorts them again."""
-
-    @staticmethod
-    def forward(ctx, y_md, order_m):
-        ctx.save_for_backward(order_m)
-        return unsort(y_md, order_m)
+class Combine(torch.autograd.Function):
+    """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
 
     @staticmethod
-    def backward(ctx, g_md):
-        (order_m,) = ctx.saved_tensors
-        return g_md[order_m], None
+    def forward(ctx, y_md, weight_nk, order_m, place_nk):
+        ctx.save_for_backward(y_md, weight_nk, order_m, place_nk)
+        return F.embedding_bag(place_nk, y_md, mode="sum", per_sample_weights=weight_nk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_nd):
+        y_md, weight_nk, order_m, place_nk = ctx.saved_tensors
+        g_md = g_nd.index_select(0, order_m // place_nk.shape[1])
+        dweight_m = (g_md * y_md).sum(-1)
+        g_md *= weight_nk.flatten()[order_m, None]
+        return g_md, dweight_m[place_nk], None, None
 
 
-def unsort(y_md, order_m):
-    """Undo `y[order]`: row j of y goes to place order[j]."""
-    return torch.empty_like(y_md).index_copy_(0, order_m, y_md)
+@op
+def permute(x_nd, order_m, place_nk):
+    """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
+    return Permute.apply(x_nd, order_m, place_nk)
+
+
+@impl("permute", "naive")
+def _(x_nd, order_m, place_nk):
+    return x_nd[order_m // place_nk.shape[1]]
+
+
+@op
+def combine(y_md, weight_nk, order_m, place_nk):
+    """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
+    return Combine.apply(y_md, weight_nk, order_m, place_nk)
+
+
+@impl("combine", "naive")
+def _(y_md, weight_nk, order_m, place_nk):
+    return einsum(y_md[place_nk], weight_nk, "n k d, n k -> n d")
 
 
 # ── The layer ──
@@ -191,10 +219,10 @@ class MoE(nn.Module):
 
     def forward(self, x_bsd) -> tuple[torch.Tensor, Route]:
         r = self.gate(x_bsd)
-        order_m = r.expert_bsk.flatten().argsort(stable=True)
+        order_m, place_nk = sort_rows(r.expert_bsk.flatten(0, 1))
         count_e = expert_load(r.expert_bsk, self.config.n_routed_experts)
-        x_md = Permute.apply(x_bsd.flatten(0, 1), order_m, self.config.n_activated_experts)
-        y_md = Unpermute.apply(self.exchange(x_md, count_e, self.experts), order_m)
-        y_bskd = y_md.unflatten(0, r.expert_bsk.shape)
-        y_bsd = einsum(y_bskd, r.weight_bsk.to(y_md.dtype), "b s k d, b s k -> b s d")
-        return y_bsd + self.shared_experts(x_bsd), r
+        x_md = permute(x_bsd.flatten(0, 1), order_m, place_nk)
+        y_md = self.exchange(x_md, count_e, self.experts)
+        weight_nk = r.weight_bsk.flatten(0, 1).to(y_md.dtype)
+        y_nd = combine(y_md, weight_nk, order_m, place_nk)
+        return y_nd.view_as(x_bsd) + self.shared_experts(x_bsd), r

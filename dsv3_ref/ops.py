@@ -85,10 +85,36 @@ def table() -> str:
 # ── RMSNorm ──
 
 
+def widened(x):
+    """fp32, or fp64 if x is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Normalise(torch.autograd.Function):
+    """RMSNorm with its gradient by hand: keeps x and 1/ρ, not the steps between (§3.2.3)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = widened(x)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight, inverse = ctx.saved_tensors
+        unit, g = widened(x) * inverse, widened(g)
+        dweight = (g * unit).sum_to_size(weight.shape)
+        a = g * weight
+        along = (a * unit).mean(-1, keepdim=True)
+        return a.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype), dweight.to(weight.dtype), None
+
+
 @op
 def rms_norm(x, weight, eps: float):
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)  # one type: the fused kernel
+    return Normalise.apply(x, weight, eps)
 
 
 @impl("rms_norm", "naive")
@@ -131,10 +157,25 @@ class Linear(nn.Module):
 # ── SwiGLU ──
 
 
+class Switch(torch.autograd.Function):
+    """SwiGLU that keeps only its two inputs (§3.2.3)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
 @op
 def swiglu(gate, up):
     """A smooth switch: y = gate · σ(gate) · up."""
-    return F.silu(gate) * up
+    return Switch.apply(gate, up)
 
 
 @impl("swiglu", "naive")
@@ -156,11 +197,46 @@ class MLP(nn.Module):
 
 # ── Cross-entropy straight from the hidden state ──
 
+ROWS = 512  # tokens whose logits exist at a time
+
+
+def surprise_(logit_nw, target_n):
+    """Σ −log p[target] in nats; the logits become ∂L/∂logit = p − [w = target], in place."""
+    wide_nw, at_n1 = widened(logit_nw), target_n[:, None]
+    top_n1 = wide_nw.amax(1, keepdim=True)
+    right_n1 = wide_nw.gather(1, at_n1)
+    sum_n1 = wide_nw.sub_(top_n1).exp_().sum(1, keepdim=True)
+    nll = (sum_n1.log() + top_n1 - right_n1).sum()
+    wide_nw.mul_(sum_n1.reciprocal()).scatter_add_(1, at_n1, -torch.ones_like(right_n1))
+    return nll, wide_nw.to(logit_nw.dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and both gradients in one pass: logits of at most ROWS tokens exist at a time."""
+
+    @staticmethod
+    def forward(ctx, h_nd, head_wd, target_n):
+        total, dh, dw_wd = 0.0, [], torch.zeros_like(head_wd)
+        for h, target in zip(h_nd.split(ROWS), target_n.split(ROWS)):
+            nll, g_nw = surprise_(F.linear(h, head_wd), target)
+            total = total + nll
+            if any(ctx.needs_input_grad):
+                dh.append((g_nw @ head_wd).to(h_nd.dtype))
+                dw_wd += g_nw.T @ h
+        ctx.save_for_backward(torch.cat(dh) if dh else None, dw_wd)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        dh_nd, dw_wd = ctx.saved_tensors
+        return dh_nd * g, dw_wd * g, None
+
 
 @op
 def linear_cross_entropy(h_nd, head_wd, target_n):
     """Sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
-    return F.cross_entropy(F.linear(h_nd, head_wd).float(), target_n, reduction="sum")
+    return ChunkedCrossEntropy.apply(h_nd, head_wd, target_n)
 
 
 @impl("linear_cross_entropy", "naive")

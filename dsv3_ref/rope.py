@@ -24,17 +24,17 @@ def rope_freqs(rope_dim: int, theta: float):
 @op
 def rotate(x_bshr, cos, sin):
     """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
-    x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]  # over heads
-    pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
-    return pairs.flatten(-2).to(x_bshr.dtype)
+    x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
+    turned = x * torch.complex(cos, sin)[:, None]  # the same for every head
+    return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
 
 
 @impl("rotate", "naive")
 def _(x_bshr, cos, sin):
-    x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = x * torch.complex(cos, sin)[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
+    x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
+    return pairs.flatten(-2).to(x_bshr.dtype)
 
 
 # ── YaRN's ramp ──

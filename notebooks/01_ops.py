@@ -196,14 +196,51 @@ def table() -> str:
 # with $x, y$ of shape $(n, d)$ and $w$ of shape $(d)$. Unlike LayerNorm it subtracts no mean and
 # adds no bias. The squares are summed in fp32, whatever the type of $x$: eight bits of mantissa are
 # too few to sum 7168 of them.
+#
+# *Its gradient.* With $\hat x = x/\rho$ and $a = g \odot w$, where $g$ is the gradient that arrives
+# at $y$,
+#
+# $$\frac{\partial L}{\partial x} = \frac{1}{\rho}\left(a - \hat x\,\operatorname{mean}(a\odot\hat x)\right),
+# \qquad \frac{\partial L}{\partial w} = \sum_n g_n \odot \hat x_n .$$
+#
+# The mean takes away the part along $x$, because the length of $x$ changes nothing. And the
+# gradient shrinks as $1/\rho$: large vectors move slowly. We write it down ourselves: left to
+# autograd, six small steps each keep their result and each read it again, and the norms alone took
+# a twelfth of a training step.
 
 
 # %%
 #| export
+def widened(x):
+    """fp32, or fp64 if x is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Normalise(torch.autograd.Function):
+    """RMSNorm with its gradient by hand: keeps x and 1/ρ, not the steps between (§3.2.3)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = widened(x)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight, inverse = ctx.saved_tensors
+        unit, g = widened(x) * inverse, widened(g)
+        dweight = (g * unit).sum_to_size(weight.shape)
+        a = g * weight
+        along = (a * unit).mean(-1, keepdim=True)
+        return a.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype), dweight.to(weight.dtype), None
+
+
 @op
 def rms_norm(x, weight, eps: float):
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)  # one type: the fused kernel
+    return Normalise.apply(x, weight, eps)
 
 
 @impl("rms_norm", "naive")
@@ -240,24 +277,17 @@ print("size after: ", *[f"{v:.3g}" for v in y_nd.square().mean(-1).sqrt()])
 assert torch.allclose(rms_norm(8 * x_nd, w_d, 0.0), rms_norm(x_nd, w_d, 0.0))  # size is forgotten
 
 # %% [markdown]
-# *Its gradient.* With $\hat x = x/\rho$ and $a = g \odot w$, where $g$ is the gradient that arrives
-# at $y$,
-#
-# $$\frac{\partial L}{\partial x} = \frac{1}{\rho}\left(a - \hat x\,\operatorname{mean}(a\odot\hat x)\right).$$
-#
-# The mean takes away the part along $x$, because the length of $x$ changes nothing. And the
-# gradient shrinks as $1/\rho$: large vectors move slowly.
+# The gradient by hand against finite differences, and two of its properties.
 
 # %%
 x_nd = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
 w_d, g_nd = torch.rand(64, dtype=torch.float64), torch.randn(5, 64, dtype=torch.float64)
-(auto_nd,) = torch.autograd.grad(rms_norm(x_nd, w_d, 0.0), x_nd, g_nd)
-rho_n1 = x_nd.square().mean(-1, keepdim=True).sqrt()
-unit_nd, a_nd = x_nd / rho_n1, g_nd * w_d
-hand_nd = (a_nd - unit_nd * (a_nd * unit_nd).mean(-1, keepdim=True)) / rho_n1
-assert torch.allclose(auto_nd, hand_nd)
-assert torch.allclose((auto_nd * x_nd).sum(-1), torch.zeros(5).double(), atol=1e-12)
-print("size of each token's gradient:", *[f"{v:.2f}" for v in auto_nd.norm(dim=-1)])
+assert torch.autograd.gradcheck(rms_norm, (x_nd[:, :6], w_d[:6].requires_grad_(), 1e-6))
+(grad_nd,) = torch.autograd.grad(rms_norm(x_nd, w_d, 0.0), x_nd, g_nd)
+(far_nd,) = torch.autograd.grad(rms_norm(10 * x_nd, w_d, 0.0), x_nd, g_nd)
+assert torch.allclose((grad_nd * x_nd).sum(-1), torch.zeros(5).double(), atol=1e-12)
+assert torch.allclose(far_nd, grad_nd)  # 10 from the chain rule, 1/10 from ρ
+print("size of each token's gradient:", *[f"{v:.2f}" for v in grad_nd.norm(dim=-1)])
 
 
 # %% [markdown]
@@ -319,10 +349,25 @@ for name, t in {"Fprop": y_no, "Dgrad": grad_x_ni, "Wgrad": grad_w_oi}.items():
 
 # %%
 #| export
+class Switch(torch.autograd.Function):
+    """SwiGLU that keeps only its two inputs (§3.2.3)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
 @op
 def swiglu(gate, up):
     """A smooth switch: y = gate · σ(gate) · up."""
-    return F.silu(gate) * up
+    return Switch.apply(gate, up)
 
 
 @impl("swiglu", "naive")
@@ -415,15 +460,54 @@ assert torch.allclose(under("naive", "torch"), quiet, atol=1e-6)
 # \frac{\partial L}{\partial h_n} = \sum_w (p_{nw} - [w = y_n])\,W_w ,$$
 #
 # in nats (surprise with the natural logarithm). Head and loss are *one* op because the scores between
-# them, the **logits**, are the problem: a kernel that never stores them all needs to see both sides.
+# them, the **logits**, are the problem. Once a few tokens' logits are there, their gradient
+# $p - [w = y]$ is one subtraction away. So we take 512 tokens at a time, turn their logits into loss and
+# gradient in place, multiply these at once into $\partial h$ and $\partial W$, and forget them: nothing of
+# size $n \times w$ ever exists, and what exists stays in the processor's cache.
 
 
 # %%
 #| export
+ROWS = 512  # tokens whose logits exist at a time
+
+
+def surprise_(logit_nw, target_n):
+    """Σ −log p[target] in nats; the logits become ∂L/∂logit = p − [w = target], in place."""
+    wide_nw, at_n1 = widened(logit_nw), target_n[:, None]
+    top_n1 = wide_nw.amax(1, keepdim=True)
+    right_n1 = wide_nw.gather(1, at_n1)
+    sum_n1 = wide_nw.sub_(top_n1).exp_().sum(1, keepdim=True)
+    nll = (sum_n1.log() + top_n1 - right_n1).sum()
+    wide_nw.mul_(sum_n1.reciprocal()).scatter_add_(1, at_n1, -torch.ones_like(right_n1))
+    return nll, wide_nw.to(logit_nw.dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and both gradients in one pass: logits of at most ROWS tokens exist at a time."""
+
+    @staticmethod
+    def forward(ctx, h_nd, head_wd, target_n):
+        total, dh, dw_wd = 0.0, [], torch.zeros_like(head_wd)
+        for h, target in zip(h_nd.split(ROWS), target_n.split(ROWS)):
+            nll, g_nw = surprise_(F.linear(h, head_wd), target)
+            total = total + nll
+            if any(ctx.needs_input_grad):
+                dh.append((g_nw @ head_wd).to(h_nd.dtype))
+                dw_wd += g_nw.T @ h
+        ctx.save_for_backward(torch.cat(dh) if dh else None, dw_wd)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        dh_nd, dw_wd = ctx.saved_tensors
+        return dh_nd * g, dw_wd * g, None
+
+
 @op
 def linear_cross_entropy(h_nd, head_wd, target_n):
     """Sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
-    return F.cross_entropy(F.linear(h_nd, head_wd).float(), target_n, reduction="sum")
+    return ChunkedCrossEntropy.apply(h_nd, head_wd, target_n)
 
 
 @impl("linear_cross_entropy", "naive")
@@ -461,55 +545,29 @@ assert round(sequence * 4 / 1e9, 2) == 2.12
 # Training keeps, from the forward pass, whatever the backward pass will need. §3.2.3 and §3.3.3
 # say: do not keep the outputs of RMSNorm and SwiGLU, compute them again. Take one feed-forward
 # network with its norm. Step by step, torch keeps for each token $x$, $\hat x$ and $y$ of the norm,
-# then gate, up, silu(gate) and their product. Written as one kernel each, norm and SwiGLU keep only
+# then gate, up, silu(gate) and their product. Our norm and SwiGLU with gradients by hand keep only
 # their inputs, but the matrices behind them still keep the outputs. Two *recipes* instead of these
 # leave
 #
-# $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{kernels}} \;\to\;
+# $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{by hand}} \;\to\;
 # \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers a token}$$
 #
 # (the 1 is $1/\rho$). Is the gradient still the same? torch tells us what it keeps, through
-# `saved_tensors_hooks`, and lets us hand it a recipe instead. Our "kernels" are a backend like any
-# other, and their backward passes are the two gradients derived above.
+# `saved_tensors_hooks`, and lets us hand it a recipe instead. "Step by step" is a backend like any
+# other.
 
 
 # %%
-class LeanNorm(torch.autograd.Function):
-    """RMSNorm that keeps only its input and 1/ρ."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return x * inverse * weight
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight, inverse = ctx.saved_tensors
-        unit, a = x * inverse, g * weight
-        return (a - unit * (a * unit).mean(-1, keepdim=True)) * inverse, (g * unit).sum(0), None
+@impl("rms_norm", "steps")
+def _(x, weight, eps):
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
-class LeanSwiGLU(torch.autograd.Function):
-    """SwiGLU that keeps only its two inputs."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, g):
-        gate, up = ctx.saved_tensors
-        s = gate.sigmoid()
-        return g * up * (s + gate * s * (1 - s)), g * F.silu(gate)
+@impl("swiglu", "steps")
+def _(gate, up):
+    return F.silu(gate) * up
 
 
-for name, kernel in {"rms_norm": LeanNorm, "swiglu": LeanSwiGLU}.items():
-    impl(name, "lean")(kernel.apply)
-
-
-# %%
 def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
     """(gradient of x, numbers a token kept for it) of Σ MLP(norm(x))²."""
     weights = {p.data_ptr() for p in [*norm.parameters(), *mlp.parameters()]}
@@ -536,7 +594,7 @@ def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
 
 # %%
 D = 64
-WAYS = {"step by step": (False, "torch"), "kernels": (False, "lean"), "recomputed": (True, "lean")}
+WAYS = {"step by step": (False, "steps"), "by hand": (False, "torch"), "recomputed": (True, "torch")}
 widths = [32, 64, 128, 192, 256]
 kept = {way: [] for way in WAYS}
 for f in widths:
@@ -549,11 +607,11 @@ for f in widths:
         with use(backend, "torch"):
             grads[way], n = train_once(norm, mlp, x_nd, recompute)
         kept[way].append(n)
-    assert kept["step by step"][-1] >= kept["kernels"][-1] + f == 2 * D + 4 * f + 1
+    assert kept["step by step"][-1] >= kept["by hand"][-1] + f == 2 * D + 4 * f + 1
     assert kept["recomputed"][-1] == D + 2 * f + 1
-    assert torch.allclose(grads["step by step"], grads["kernels"], atol=1e-5)
-    assert torch.equal(grads["kernels"], grads["recomputed"])  # bit for bit
-del IMPLS["rms_norm"]["lean"], IMPLS["swiglu"]["lean"]
+    assert torch.allclose(grads["step by step"], grads["by hand"], atol=1e-5)
+    assert torch.equal(grads["by hand"], grads["recomputed"])  # bit for bit
+del IMPLS["rms_norm"]["steps"], IMPLS["swiglu"]["steps"]
 
 fig, ax = figure(width=8, height=3.2)
 for (way, numbers), style, colour in zip(kept.items(), ["o-", "s--", "D:"], [GREY, BLUE, ORANGE]):
@@ -567,7 +625,7 @@ print(
     f"a dense layer of V3, kB a token in bf16: {2 * (3 * d + 4 * f) / 1e3:.0f} step by step,",
     end=" ",
 )
-print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} with kernels, {2 * (d + 2 * f) / 1e3:.0f} recomputed")
+print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} by hand, {2 * (d + 2 * f) / 1e3:.0f} recomputed")
 
 # %% [markdown]
 # ## Play
@@ -735,7 +793,8 @@ check_overflow(my_overflow)
 # naive form.
 # </details>
 #
-# **4 · Extend.** Write the loss so that logits of at most `rows` tokens exist at a time.
+# **4 · Extend.** Write the loss without gradients so that logits of at most `rows` tokens exist at a
+# time, with what torch offers: `F.cross_entropy`.
 
 
 # %%
@@ -750,11 +809,11 @@ check_chunked(my_chunked)
 # ```python
 # def my_chunked(h_nd, head_wd, target_n, rows):
 #     parts = zip(h_nd.split(rows), target_n.split(rows))
-#     return sum(linear_cross_entropy(h, head_wd, target) for h, target in parts)
+#     return sum(F.cross_entropy(h @ head_wd.T, y, reduction="sum") for h, y in parts)
 # ```
 #
-# Forward only: autograd would keep every chunk. A kernel computes each chunk's gradient at once, as
-# $p - [w = y]$ is known as soon as the chunk is.
+# Forward only: autograd would keep every chunk, which is why the op computes each chunk's gradient
+# at once.
 # </details>
 
 # %% [markdown]

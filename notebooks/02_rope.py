@@ -117,8 +117,9 @@ show(fig)
 # \begin{pmatrix} x_{2j} \\ x_{2j+1} \end{pmatrix} .$$
 #
 # Pairs are **neighbours**, $(x_0, x_1), (x_2, x_3), \dots$: the *interleaved* layout of the released
-# weights. As complex numbers it is one product, $y_j = x_j\,e^{\mathrm{i}t\omega_j}$, and that
-# is the naive form. Both turn in fp32 and come back in the type of $x$, (b, s, h, r) → (b, s, h, r).
+# weights. As complex numbers it is one product, $y_j = x_j\,e^{\mathrm{i}t\omega_j}$, read and
+# written once; the matrix as printed is the naive form. Both turn in fp32 and come back in the type of
+# $x$, (b, s, h, r) → (b, s, h, r).
 
 
 # %%
@@ -126,17 +127,17 @@ show(fig)
 @op
 def rotate(x_bshr, cos, sin):
     """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
-    x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]  # over heads
-    pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
-    return pairs.flatten(-2).to(x_bshr.dtype)
+    x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
+    turned = x * torch.complex(cos, sin)[:, None]  # the same for every head
+    return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
 
 
 @impl("rotate", "naive")
 def _(x_bshr, cos, sin):
-    x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = x * torch.complex(cos, sin)[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
+    x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
+    return pairs.flatten(-2).to(x_bshr.dtype)
 
 
 # %% [markdown]

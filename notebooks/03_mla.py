@@ -87,7 +87,7 @@ from einops import einsum, rearrange
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op
+from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op, widened
 from dsv3_ref.rope import rotate, softmax_scale
 
 # %% [markdown]
@@ -100,8 +100,11 @@ from dsv3_ref.rope import rotate, softmax_scale
 # with queries $(b, S, h, i{+}r)$ and keys $(b, T, h, i{+}r)$. While decoding, the $S$ queries are the
 # *last* of $T$ positions, hence the offset $T-S$: one query against a long past sees everything, and
 # a mask built as if both began at zero would let it see only the first key. The product is an op (a
-# function with several implementations, chapter 01): torch's fused attention, and next to it the
-# equation as it is printed.
+# function with several implementations, chapter 01). On a GPU it is torch's fused attention. On a
+# CPU that would compute the masked half too, so we go in blocks of 64 queries, which meet only the
+# keys they may see. The backward pass needs $\partial L/\partial\,\text{score} = p \odot (\partial p - \delta)$,
+# and the sum $\delta_s = \sum_t p_{st}\,\partial p_{st}$ is $\partial o_s \cdot o_s$: no second pass over
+# the keys, the trick by which FlashAttention fits on a chip. The naive form is the equation as printed.
 
 
 # %%
@@ -118,9 +121,52 @@ def causal_softmax(score_bhst, scale: float):
     return wide_bhst.masked_fill(~mask_st, -torch.inf).softmax(-1)
 
 
+def blocks(s: int, t: int, size: int = 64) -> list[tuple[slice, int]]:
+    """Blocks of queries, and how many keys the last query of each may see."""
+    ends = [min(a + size, s) for a in range(0, s, size)]
+    return [(slice(e - (e - 1) % size - 1, e), e + t - s) for e in ends]
+
+
+class BlockAttention(torch.autograd.Function):
+    """Causal attention, 64 queries at a time: keys in their future are not touched."""
+
+    @staticmethod
+    def forward(ctx, q_bshx, k_bthx, v_bthv, scale):
+        ctx.scale, ctx.h = scale, q_bshx.shape[2]
+        q, k, v = (rearrange(x, "b s h x -> (b h) s x") for x in (scale * q_bshx, k_bthx, v_bthv))
+        p, o = [], []
+        for rows, end in blocks(q.shape[1], k.shape[1]):
+            score = widened(q[:, rows] @ k[:, :end].mT)
+            n = score.shape[1]
+            score[..., end - n :].masked_fill_(~causal_mask(n, n, q.device), -torch.inf)
+            p.append(score.softmax(-1).to(v.dtype))
+            o.append(p[-1] @ v[:, :end])
+        o = torch.cat(o, 1)
+        ctx.save_for_backward(q, k, v, o, *p)
+        return rearrange(o, "(b h) s v -> b s h v", h=ctx.h)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_bshv):
+        q, k, v, o, *p = ctx.saved_tensors
+        g = rearrange(g_bshv, "b s h v -> (b h) s v").to(v.dtype)
+        delta = (g * o).sum(-1, keepdim=True)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (rows, end), p_st in zip(blocks(q.shape[1], k.shape[1]), p):
+            dv[:, :end].baddbmm_(p_st.mT, g[:, rows])
+            dp_st = g[:, rows] @ v[:, :end].mT
+            ds_st = dp_st.sub_(delta[:, rows]).mul_(p_st)
+            dq[:, rows] = ds_st @ k[:, :end]
+            dk[:, :end].baddbmm_(ds_st.mT, q[:, rows])
+        grads = (dq.mul_(ctx.scale), dk, dv)
+        return *(rearrange(x, "(b h) s x -> b s h x", h=ctx.h) for x in grads), None
+
+
 @op
 def attention(q_bshx, k_bthx, v_bthv, scale: float):
     """Causal attention, o = softmax(scale·q·kᵀ) v; x = i + r, the queries are the last s of t."""
+    if q_bshx.device.type == "cpu":
+        return BlockAttention.apply(q_bshx, k_bthx, v_bthv, scale)
     s, t = q_bshx.shape[1], k_bthx.shape[1]
     mask = None if s in (1, t) else causal_mask(s, t, q_bshx.device)
     q, k, v = (x.transpose(1, 2) for x in (q_bshx, k_bthx, v_bthv))
@@ -135,14 +181,15 @@ def _(q_bshx, k_bthx, v_bthv, scale):
 
 
 # %%
-# The fused form equals the printed one at every offset, and no query notices its future.
+# The fast form equals the printed one at every offset, and no query notices its future.
 from dsv3_ref.ops import IMPLS
 
 torch.manual_seed(0)
-for s, t in [(1, 1), (1, 7), (3, 7), (7, 7)]:
+for s, t in [(1, 1), (1, 7), (130, 140), (3, 7), (7, 7)]:
     q, k, v = torch.randn(2, s, 4, 24), torch.randn(2, t, 4, 24), torch.randn(2, t, 4, 16)
     want = IMPLS["attention"]["naive"](q, k, v, 0.2)
     assert torch.allclose(attention(q, k, v, 0.2), want, atol=1e-6)
+print("blocks of 130 queries, 10 positions before them:", [(r.start, r.stop, n) for r, n in blocks(130, 140)])
 k[:, 5:] += 1  # the future of positions 0 … 4
 assert torch.allclose(attention(q, k, v, 0.2)[:, :5], want[:, :5], atol=1e-6)
 print("3 queries, 5 positions:\n", causal_mask(3, 5).int().numpy())
@@ -170,7 +217,7 @@ def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
     """
     h, i = q_bshi.shape[2:]
     kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
-    k_bthi, v_bthv = kv_bthx.tensor_split([i], dim=-1)
+    k_bthi, v_bthv = kv_bthx.split([i, kv_bthx.shape[-1] - i], dim=-1)
     k_bthr = k_btr[:, :, None].expand(-1, -1, h, -1)  # the same for every head
     q_bshx, k_bthx = torch.cat((q_bshi, q_bshr), -1), torch.cat((k_bthi, k_bthr), -1)
     return attention(q_bshx, k_bthx, v_bthv, scale)

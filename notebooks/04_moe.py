@@ -433,65 +433,97 @@ print("no rows     ", outcome(lambda: F.grouped_mm(x[:0], w, offs=0 * ends.int()
 
 # %% [markdown]
 # ## Out to the experts and back
-# Token $n$ becomes rows $nk, \dots, nk + k - 1$; `order` sorts these by expert. **Permute** gathers
-# $x_{\lfloor \text{order}/k \rfloor}$, **Unpermute** puts results back; each is the other's gradient, up to the
-# sum over $k$:
+# Token $n$ becomes rows $nk, \dots, nk + k - 1$; `order` sorts these by expert, and `place` says for
+# each token and choice where its row went. **Permute** copies a token to its $k$ rows, **combine** brings
+# the experts' answers back, each with its weight:
 #
-# $$\text{Permute}: \mathbb R^{n \times d} \to \mathbb R^{nk \times d}, \qquad
-# \partial x_n = \sum_{j=0}^{k-1} \text{Unpermute}(\partial y)_{nk + j}$$
+# $$\text{permute}(x)_m = x_{\lfloor \text{order}_m/k \rfloor}, \qquad
+# \text{combine}(y, w)_n = \sum_{j=1}^{k} w_{nj}\, y_{\text{place}_{nj}}$$
 #
-# Left to autograd, the gradient of a gather is a scatter-*add*: many rows into one place, atomic and in an
-# order that differs from run to run on a GPU. As the permutation is known, a gather and a sum over
-# neighbouring rows do it, the same bits every time.
+# Each is the other's gradient: $\partial x = \text{combine}(\partial y, 1)$, and $\partial y_m$ is the permuted
+# $\partial o$ times the row's weight. Left to autograd, the gradient of a gather is a scatter-*add*: many rows
+# into one place, atomic and in an order that differs from run to run on a GPU. As the permutation is
+# known, a gather and a sum do it, the same bits every time. The sum over rows named by a table has a fused
+# product in torch, made for recommender systems: `embedding_bag`.
 
 
 # %%
 #| export
+def sort_rows(expert_nk):
+    """Rows by expert: `order` (m,), the token·k + choice of each row, and `place` (n, k), its inverse."""
+    order_m = expert_nk.flatten().argsort(stable=True)
+    place_m = torch.empty_like(order_m)
+    place_m[order_m] = torch.arange(len(order_m), device=order_m.device)
+    return order_m, place_m.view_as(expert_nk)
+
+
 class Permute(torch.autograd.Function):
-    """Copy each token to its k rows, sorted by expert; the gradient sums the k rows again."""
+    """Each token to its k rows; the gradient sums the k rows again."""
 
     @staticmethod
-    def forward(ctx, x_nd, order_m, k):
-        ctx.k, ctx.n = k, x_nd.shape[0]
-        ctx.save_for_backward(order_m)
-        return x_nd[order_m // k]
+    def forward(ctx, x_nd, order_m, place_nk):
+        ctx.save_for_backward(place_nk)
+        return x_nd.index_select(0, order_m // place_nk.shape[1])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g_md):
-        (order_m,) = ctx.saved_tensors
-        return unsort(g_md, order_m).unflatten(0, (ctx.n, ctx.k)).sum(1), None, None
+        return F.embedding_bag(ctx.saved_tensors[0], g_md, mode="sum"), None, None
 
 
-class Unpermute(torch.autograd.Function):
-    """Put the rows back in token order; the gradient sorts them again."""
-
-    @staticmethod
-    def forward(ctx, y_md, order_m):
-        ctx.save_for_backward(order_m)
-        return unsort(y_md, order_m)
+class Combine(torch.autograd.Function):
+    """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
 
     @staticmethod
-    def backward(ctx, g_md):
-        (order_m,) = ctx.saved_tensors
-        return g_md[order_m], None
+    def forward(ctx, y_md, weight_nk, order_m, place_nk):
+        ctx.save_for_backward(y_md, weight_nk, order_m, place_nk)
+        return F.embedding_bag(place_nk, y_md, mode="sum", per_sample_weights=weight_nk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_nd):
+        y_md, weight_nk, order_m, place_nk = ctx.saved_tensors
+        g_md = g_nd.index_select(0, order_m // place_nk.shape[1])
+        dweight_m = (g_md * y_md).sum(-1)
+        g_md *= weight_nk.flatten()[order_m, None]
+        return g_md, dweight_m[place_nk], None, None
 
 
-def unsort(y_md, order_m):
-    """Undo `y[order]`: row j of y goes to place order[j]."""
-    return torch.empty_like(y_md).index_copy_(0, order_m, y_md)
+@op
+def permute(x_nd, order_m, place_nk):
+    """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
+    return Permute.apply(x_nd, order_m, place_nk)
+
+
+@impl("permute", "naive")
+def _(x_nd, order_m, place_nk):
+    return x_nd[order_m // place_nk.shape[1]]
+
+
+@op
+def combine(y_md, weight_nk, order_m, place_nk):
+    """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
+    return Combine.apply(y_md, weight_nk, order_m, place_nk)
+
+
+@impl("combine", "naive")
+def _(y_md, weight_nk, order_m, place_nk):
+    return einsum(y_md[place_nk], weight_nk, "n k d, n k -> n d")
 
 
 # %%
 g = torch.Generator().manual_seed(5)
 x_nd = torch.randn(5, 3, dtype=torch.float64, generator=g, requires_grad=True)
 y_md = torch.randn(10, 3, dtype=torch.float64, generator=g, requires_grad=True)
-expert_m = torch.randint(4, (10,), generator=g)
-order_m = expert_m.argsort(stable=True)
-assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order_m, 2), x_nd)
-assert torch.autograd.gradcheck(lambda y: Unpermute.apply(y, order_m), y_md)
-there_and_back = Unpermute.apply(Permute.apply(x_nd, order_m, 2), order_m)
-assert torch.equal(there_and_back, x_nd.repeat_interleave(2, dim=0))
-print("experts of the rows before", expert_m.tolist(), "and after", expert_m[order_m].tolist())
+expert_nk = torch.randint(4, (5, 2), generator=g)
+order_m, place_nk = sort_rows(expert_nk)
+weight_nk = torch.rand(5, 2, dtype=torch.float64, generator=g, requires_grad=True)
+assert torch.autograd.gradcheck(lambda x: permute(x, order_m, place_nk), x_nd)
+assert torch.autograd.gradcheck(lambda y, w: combine(y, w, order_m, place_nk), (y_md, weight_nk))
+there_and_back = combine(permute(x_nd, order_m, place_nk), weight_nk, order_m, place_nk)
+assert torch.allclose(there_and_back, x_nd * weight_nk.sum(1, keepdim=True))
+before = expert_nk.flatten()
+print("experts of the rows before", before.tolist(), "and after", before[order_m].tolist())
 
 # %% [markdown]
 # ## The layer
@@ -523,13 +555,13 @@ class MoE(nn.Module):
 
     def forward(self, x_bsd) -> tuple[torch.Tensor, Route]:
         r = self.gate(x_bsd)
-        order_m = r.expert_bsk.flatten().argsort(stable=True)
+        order_m, place_nk = sort_rows(r.expert_bsk.flatten(0, 1))
         count_e = expert_load(r.expert_bsk, self.config.n_routed_experts)
-        x_md = Permute.apply(x_bsd.flatten(0, 1), order_m, self.config.n_activated_experts)
-        y_md = Unpermute.apply(self.exchange(x_md, count_e, self.experts), order_m)
-        y_bskd = y_md.unflatten(0, r.expert_bsk.shape)
-        y_bsd = einsum(y_bskd, r.weight_bsk.to(y_md.dtype), "b s k d, b s k -> b s d")
-        return y_bsd + self.shared_experts(x_bsd), r
+        x_md = permute(x_bsd.flatten(0, 1), order_m, place_nk)
+        y_md = self.exchange(x_md, count_e, self.experts)
+        weight_nk = r.weight_bsk.flatten(0, 1).to(y_md.dtype)
+        y_nd = combine(y_md, weight_nk, order_m, place_nk)
+        return y_nd.view_as(x_bsd) + self.shared_experts(x_bsd), r
 
 
 # %%

@@ -11,14 +11,15 @@ from dsv3_ref.config import V2_LITE, V3, Config
 from dsv3_ref.moe import (
     Gate,
     MoE,
-    Permute,
     Route,
-    Unpermute,
     balance_loss,
+    combine,
     expert_load,
     limit_groups,
     max_vio,
+    permute,
     route,
+    sort_rows,
     update_bias,
 )
 
@@ -216,20 +217,24 @@ def test_balance_loss_teaches_the_gate_to_spread():
 
 
 @given(n=st.integers(1, 6), k=st.integers(1, 4), d=st.integers(1, 3))
-def test_permute_and_unpermute_have_right_gradients(n, k, d):
-    order_m = torch.randperm(n * k)
-    x_nd = torch.randn(n, d, dtype=torch.float64, requires_grad=True)
-    y_md = torch.randn(n * k, d, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order_m, k), x_nd)
-    assert torch.autograd.gradcheck(lambda y: Unpermute.apply(y, order_m), y_md)
+def test_permute_and_combine_have_right_gradients(n, k, d):
+    rows = sort_rows(torch.randint(3, (n, k)))
+    x_nd, y_md, w_nk = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((n, d), (n * k, d), (n, k))
+    )
+    assert torch.autograd.gradcheck(lambda x: permute(x, *rows), x_nd)
+    assert torch.autograd.gradcheck(lambda y, w: combine(y, w, *rows), (y_md, w_nk))
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 4))
-def test_unpermute_undoes_permute(n, k):
-    order_m, x_nd = torch.randperm(n * k), torch.randn(n, 3)
-    rows_md = Permute.apply(x_nd, order_m, k)
+def test_rows_are_sorted_by_expert_and_come_back(n, k):
+    expert_nk, x_nd = torch.randint(3, (n, k)), torch.randn(n, 3)
+    order_m, place_nk = sort_rows(expert_nk)
+    rows_md = permute(x_nd, order_m, place_nk)
+    assert (expert_nk.flatten()[order_m].diff() >= 0).all()
     assert all(torch.equal(rows_md[j], x_nd[order_m[j] // k]) for j in range(n * k))
-    assert torch.equal(Unpermute.apply(rows_md, order_m), x_nd.repeat_interleave(k, 0))
+    assert torch.equal(rows_md[place_nk], x_nd[:, None].expand(-1, k, -1))
 
 
 # ── The layer ──

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import dsv3_ref
 from dsv3_ref import ops
+from dsv3_ref.moe import sort_rows
 
 for path in sorted(Path(dsv3_ref.__file__).parent.glob("*.py")):
     if re.search(r"^@(op|impl)\b", path.read_text(), re.MULTILINE):
@@ -27,7 +28,7 @@ SLACK = {"naive": 16}  # backend → how many roundings its result may be away, 
 
 
 def rms_norm(size, randn):
-    d = size(1, 300)
+    d = size(2, 300)  # of one number only the sign is left: its gradient is rounding
     return randn(size(), d), randn(d), 1e-6
 
 
@@ -70,7 +71,23 @@ def grouped_linear(size, randn):
     return randn(int(count_e.sum()), i), randn(len(count_e), o, i), count_e
 
 
-CASES = [rms_norm, linear, swiglu, linear_cross_entropy, rotate, attention, latent_attention]
+def rows(size):
+    """Tokens, choices, and rows sorted by random experts."""
+    n, k = size(), size(1, 5)
+    return n, k, *sort_rows(torch.randint(4, (n, k)))
+
+
+def permute(size, randn):
+    n, _, order_m, place_nk = rows(size)
+    return randn(n, size()), order_m, place_nk
+
+
+def combine(size, randn):
+    n, k, order_m, place_nk = rows(size)
+    return randn(n * k, size()), randn(n, k), order_m, place_nk
+
+
+CASES = [permute, combine, rms_norm, linear, swiglu, linear_cross_entropy, rotate, attention, latent_attention]
 CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
 PAIRS = [(n, b) for n, impls in ops.IMPLS.items() for b in impls if b != "torch"]
 
