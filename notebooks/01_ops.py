@@ -594,7 +594,11 @@ def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
 
 # %%
 D = 64
-WAYS = {"step by step": (False, "steps"), "by hand": (False, "torch"), "recomputed": (True, "torch")}
+WAYS = {
+    "step by step": (False, "steps"),
+    "by hand": (False, "torch"),
+    "recomputed": (True, "torch"),
+}
 widths = [32, 64, 128, 192, 256]
 kept = {way: [] for way in WAYS}
 for f in widths:

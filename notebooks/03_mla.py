@@ -189,7 +189,10 @@ for s, t in [(1, 1), (1, 7), (130, 140), (3, 7), (7, 7)]:
     q, k, v = torch.randn(2, s, 4, 24), torch.randn(2, t, 4, 24), torch.randn(2, t, 4, 16)
     want = IMPLS["attention"]["naive"](q, k, v, 0.2)
     assert torch.allclose(attention(q, k, v, 0.2), want, atol=1e-6)
-print("blocks of 130 queries, 10 positions before them:", [(r.start, r.stop, n) for r, n in blocks(130, 140)])
+print(
+    "blocks of 130 queries, 10 positions before them:",
+    [(r.start, r.stop, n) for r, n in blocks(130, 140)],
+)
 k[:, 5:] += 1  # the future of positions 0 … 4
 assert torch.allclose(attention(q, k, v, 0.2)[:, :5], want[:, :5], atol=1e-6)
 print("3 queries, 5 positions:\n", causal_mask(3, 5).int().numpy())

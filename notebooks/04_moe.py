@@ -450,7 +450,7 @@ print("no rows     ", outcome(lambda: F.grouped_mm(x[:0], w, offs=0 * ends.int()
 # %%
 #| export
 def sort_rows(expert_nk):
-    """Rows by expert: `order` (m,), the token·k + choice of each row, and `place` (n, k), its inverse."""
+    """Rows by expert: order (m,), each row's token·k + choice, and its inverse, place (n, k)."""
     order_m = expert_nk.flatten().argsort(stable=True)
     place_m = torch.empty_like(order_m)
     place_m[order_m] = torch.arange(len(order_m), device=order_m.device)

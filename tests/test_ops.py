@@ -87,7 +87,17 @@ def combine(size, randn):
     return randn(n * k, size()), randn(n, k), order_m, place_nk
 
 
-CASES = [permute, combine, rms_norm, linear, swiglu, linear_cross_entropy, rotate, attention, latent_attention]
+CASES = [
+    permute,
+    combine,
+    rms_norm,
+    linear,
+    swiglu,
+    linear_cross_entropy,
+    rotate,
+    attention,
+    latent_attention,
+]
 CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
 PAIRS = [(n, b) for n, impls in ops.IMPLS.items() for b in impls if b != "torch"]
 
