@@ -240,7 +240,9 @@ class Normalise(torch.autograd.Function):
 @op
 def rms_norm(x, weight, eps: float):
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
-    return Normalise.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return Normalise.apply(x, weight, eps)
+    return F.rms_norm(widened(x), weight.shape, weight, eps).to(x.dtype)
 
 
 @impl("rms_norm", "naive")
@@ -367,7 +369,7 @@ class Switch(torch.autograd.Function):
 @op
 def swiglu(gate, up):
     """A smooth switch: y = gate · σ(gate) · up."""
-    return Switch.apply(gate, up)
+    return Switch.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 @impl("swiglu", "naive")
