@@ -5,12 +5,13 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-full lab export book clean
+.PHONY: help train test test-full lab export book bench clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make test       the short tests (minutes)   make test-full   all of them (up to an hour)"
+	@echo "make bench      speed and memory beside transformers, as a table and runs/bench.json"
 	@echo "make export     notebooks -> dsv3_ref/*.py  make book        execute and store the notebooks"
 
 train: .venv/core
@@ -24,6 +25,9 @@ test: .venv/dev
 
 test-full: .venv/dev
 	$(BIN)/python -m pytest --full
+
+bench: .venv/dev
+	$(BIN)/dsv3 bench $(ARGS)
 
 export: .venv/dev
 	$(BIN)/python tools/export.py

@@ -1,10 +1,15 @@
 """Generation is the argmax, or a draw, of the full forward pass at every step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsv3_ref.decode import generate, sample
+from dsv3_ref.decode import Choice, Decoder, Writer, generate, judge, probabilities, sample, stream
 from dsv3_ref.model import Transformer
+from dsv3_ref.mtp import mtp_features
 
 
 @pytest.fixture
@@ -77,3 +82,154 @@ def test_a_low_temperature_is_the_argmax():
 def test_a_negative_temperature_is_refused():
     with pytest.raises(ValueError, match="temperature must be at least 0, not -1"):
         sample(torch.zeros(1, 3), -1)
+
+
+# ── Rows of unequal length, drafts, streams ──
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+def written(model, prompts, new, **options):
+    """What `stream` adds to each prompt."""
+    rows = [[] for _ in prompts]
+    for tokens in stream(model, prompts, new, **options):
+        for row, more in zip(rows, tokens):
+            row += more
+    return rows
+
+
+@torch.no_grad()
+def said(model, prompt, row):
+    """How far each token of a row is below the best logit of a full forward pass."""
+    logit_sw = model(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
+    return logit_sw.amax(-1) - logit_sw.gather(1, torch.tensor(row)[:, None])[:, 0]
+
+
+@given(LENGTHS, st.integers(0, 2), st.integers(1, 9))
+def test_any_lengths_and_drafts_are_the_argmax_of_a_full_forward(micro, lengths, draft, new):
+    model = Transformer(micro)
+    prompts = [torch.randint(micro.vocab_size, (n,)).tolist() for n in lengths]
+    for prompt, row in zip(prompts, written(model, prompts, new, draft=draft)):
+        assert len(row) == new
+        assert (said(model, prompt, row) < 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lora_rank": 0},
+        {"score_func": "softmax", "n_expert_groups": 1, "n_limited_groups": 1},
+        {"n_dense_layers": 3, "n_mtp_layers": 0},
+        {"n_shared_experts": 0},
+        {"rope_factor": 1.0, "qk_nope_head_dim": 7, "kv_lora_rank": 13},
+    ],
+    ids=str,
+)
+def test_every_shape_decodes(micro, changes):
+    model = Transformer(replace(micro, **changes))
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    for draft in range(len(model.mtp) + 1):
+        for prompt, row in zip(prompts, written(model, prompts, 6, draft=draft)):
+            assert (said(model, prompt, row) < 1e-4).all()
+
+
+@torch.inference_mode()
+def test_a_decoder_rolls_back(model, micro):
+    """Tokens written over rejected ones leave no trace of those."""
+    tokens_bs = prompts(micro, 2, 9)
+    want_bsd, d = model.features(tokens_bs)[0], Decoder(model, 2, 12)
+    d.token_bt[:, :9] = torch.randint(micro.vocab_size, (2, 9))
+    d.token_bt[:, :4] = tokens_bs[:, :4]
+    d.features([0, 0], 9)
+    d.token_bt[:, :9] = tokens_bs
+    got_bsd = torch.cat([d.features([4, 4], 3), d.features([7, 7], 1), d.features([8, 8], 1)], 1)
+    torch.testing.assert_close(got_bsd, want_bsd[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_guesses_are_those_of_the_mtp_chain(model, micro):
+    """Round after round, draft k is the argmax of chapter 06's k-th head on the same text."""
+    writer, choice = Writer(model, [[3, 1, 4, 1, 5]], 30, 2), Choice()
+    writer.first(choice)
+    for _ in range(8):
+        guess_bk, _ = writer.guess(choice)
+        n = writer.n[0]
+        text_bs = writer.decoder.token_bt[:, : n + 2].clone()
+        text_bs[0, n + 1] = guess_bk[0, 0]
+        h_bsd = model.features(text_bs)[0]
+        for k, (h, _) in enumerate(mtp_features(model, h_bsd, text_bs), start=1):
+            logit_w = model.head(h[0, n - 1])
+            assert logit_w.max() - logit_w[guess_bk[0, k - 1]] < 1e-4
+        writer.read = [0]  # `round` guesses again
+        writer.round(choice, [True])
+
+
+def test_a_stop_token_ends_a_row_and_only_that(model, micro):
+    x = [[1, 2, 3], [4, 5, 6, 7]]
+    for draft in (0, 2):
+        free = written(model, x, 12, draft=draft)
+        stop = free[0][4]
+        for row, whole in zip(written(model, x, 12, draft=draft, stop=[stop]), free):
+            end = whole.index(stop) + 1 if stop in whole else len(whole)
+            assert row == whole[:end]
+
+
+def test_a_caller_can_end_a_row(model):
+    rounds = stream(model, [[1, 2], [3]], 10)
+    assert [len(row) for row in next(rounds)] == [1, 1]
+    assert [len(row) for row in rounds.send([False, True])] == [0, 1]
+    with pytest.raises(StopIteration):
+        rounds.send([False, False])
+
+
+def test_too_many_drafts_are_refused(model):
+    with pytest.raises(ValueError, match="draft must be 0 to 2"):
+        next(stream(model, [[1]], 5, draft=3))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_accepted_drafts_have_the_distribution_of_the_model(depth):
+    """60,000 rounds: the first token's shares within five standard errors of p, q far from it."""
+    n, w = 60_000, 5
+    p_w = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
+    q_w = torch.tensor([0.05, 0.15, 0.3, 0.2, 0.3])
+    g = torch.Generator().manual_seed(depth)
+    guess_bk = torch.multinomial(q_w.expand(n, w), depth, replacement=True, generator=g)
+    p, q = p_w.expand(n, depth + 1, w), q_w.expand(n, depth, w)
+    taken_b, next_b = judge(p, q, guess_bk, g)
+    accept = torch.minimum(p_w, q_w).sum()
+    out = torch.cat((guess_bk, torch.zeros(n, 1, dtype=torch.int64)), 1)
+    out[torch.arange(n), taken_b] = next_b
+    for k in range(depth + 1):  # position k, where the first k drafts were accepted
+        reached = taken_b >= k
+        share = out[reached, k].bincount(minlength=w) / reached.sum()
+        error = (p_w * (1 - p_w) / reached.sum()).sqrt()
+        assert ((share - p_w).abs() <= 5 * error + 1e-6).all()
+        want = accept**k
+        assert abs(reached.float().mean() - want) < 5 * (want * (1 - want) / n) ** 0.5 + 1e-6
+
+
+@pytest.mark.full
+def test_drafted_text_has_the_distribution_of_plain_text(micro):
+    """Pairs of tokens drawn with and without drafts: χ² of two samples below its 99.9 % bound."""
+    model = Transformer(replace(micro, vocab_size=6))
+    counts = []
+    for draft in (0, 2):
+        choice = Choice(1.3, 0.9, torch.Generator().manual_seed(draft))
+        pair = torch.zeros(36)
+        for _ in range(20):
+            for row in written(model, [[1, 2]] * 300, 3, choice=choice, draft=draft):
+                pair[row[1] * 6 + row[2]] += 1
+        counts.append(pair)
+    a, b = counts
+    seen = a + b > 0
+    chi = ((a - b)[seen] ** 2 / (a + b)[seen]).sum()
+    assert chi < 67.0  # 35 degrees of freedom: 66.6
+
+
+def test_top_p_keeps_the_fewest_likeliest():
+    logit_w = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for top_p, kept in ((0.4, 1), (0.6, 2), (0.9, 3), (1.0, 4)):
+        p_w = probabilities(logit_w, 1.0, top_p)[0]
+        assert (p_w > 0).tolist() == [i < kept for i in range(4)]
+        torch.testing.assert_close(p_w.sum(), torch.tensor(1.0))

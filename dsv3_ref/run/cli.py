@@ -17,7 +17,34 @@ def train(argv: list[str]) -> None:
     run(args, shlex.join(["dsv3", "train", *argv]))
 
 
-COMMANDS = {"train": train}
+def generate(argv: list[str]) -> None:
+    """dsv3 generate: continue a text."""
+    import tyro
+
+    from dsv3_ref.run.generate import Generate, generate
+
+    generate(tyro.cli(Generate, prog="dsv3 generate", args=argv))
+
+
+def chat(argv: list[str]) -> None:
+    """dsv3 chat: talk to a model."""
+    import tyro
+
+    from dsv3_ref.run.generate import Chat, chat
+
+    chat(tyro.cli(Chat, prog="dsv3 chat", args=argv))
+
+
+def bench(argv: list[str]) -> None:
+    """dsv3 bench: speed and memory beside transformers."""
+    import tyro
+
+    from dsv3_ref.run.bench import Bench, bench
+
+    bench(tyro.cli(Bench, prog="dsv3 bench", args=argv))
+
+
+COMMANDS = {"train": train, "generate": generate, "chat": chat, "bench": bench}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from dsv3_ref.run.data import (
     tokenizer_for,
     val_windows,
 )
+from dsv3_ref.run.machine import keep_memory
 from dsv3_ref.run.settings import Train, write_json
 from dsv3_ref.run.tokenizer import BOS, byte_lengths, read_tokenizer, save_tokenizer, size
 
@@ -231,6 +232,7 @@ def tensorboard(args: Train, folder: Path, step: int):
 def run(args: Train, command: str | None = None) -> Path:
     """Train (or go on training) and write the report; returns the folder of the run."""
     settings.check(args)
+    keep_memory()
     with settings.claim(args) as folder:
         try:
             work(start(args, folder, command))
