@@ -281,4 +281,3 @@ def test_the_console_script_leaves_with_its_code(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dsv3", "train", "--steps", "0"])
     main()
     assert left[0] == 2
-    assert cli.COMMANDS.keys() == {"train"}
