@@ -24,17 +24,20 @@
 
 # %%
 #| export decode
+import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from einops import rearrange
 
 from dsv3_ref.mla import LayerCache, expanded
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
-from dsv3_ref.ops import swiglu
+from dsv3_ref.ops import RMSNorm, swiglu
 from dsv3_ref.rope import rope_table, softmax_scale
 
 # %%
@@ -43,6 +46,8 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+
+from torch import nn
 
 from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.mtp import mtp_features
@@ -169,67 +174,170 @@ def turned(x_bshr, turn_bs1x):
 
 
 # %% [markdown]
-# ## A lean step
-# For one token, each layer of a small model does a few microseconds of arithmetic; what costs is
-# everything around it. Measured on two cores, a step of four layers through the modules of the
-# earlier chapters took 5.9 ms, of which the matrix products were less than a third. So decoding
-# gets a form of its own. It has the same weights and the same equations, and leaves out what only
-# training needs: gradients, sorting rows by expert, a product for every expert of which four have
-# work. For a handful of tokens it visits the chosen experts one by one.
+# ## A product with one row
+# A decoding step multiplies every active matrix with a handful of rows, so it is bound by reading
+# them. Libraries for matrix products are made for many rows: with one, and matrices that come from
+# beyond the second-level cache, MKL read 2 MB of experts in 231 µs on our two cores, where a plain sum
+# over the same bytes took 31. Written the other way round, $y = xW^\top = \sum_i x_i\,(W^\top)_i$ is
+# a *weighted sum of rows*, and for that there is a fast routine under another name: recommender
+# systems call it an embedding bag. It took 41 µs, and it takes an index, so all experts of all tokens
+# can be one call on one tall table.
 
 
 # %%
 #| export decode
-FEW = 4  # tokens for which visiting experts one by one beats sorting
+FEW = 16  # tokens for which weighted sums of rows beat sorting by expert
+
+
+@cache
+def counted(*shape: int):
+    """0, 1, 2, … in this shape, made once."""
+    return torch.arange(math.prod(shape)).view(shape)
+
+
+def rows(table_xo, index_bm, weight_bm):
+    """Weighted sums of rows of a table: y_bo = Σ_m weight_bm · table[index_bm]_o."""
+    start_b = counted(len(index_bm)) * index_bm.shape[1]
+    flat = index_bm.flatten(), start_b, False, 0, False, weight_bm.flatten()
+    return torch.embedding_bag(table_xo, *flat)[0]
+
+
+def product(x_nd, table_do):
+    """x W of very few rows as a weighted sum of the rows of W, in halves so that threads share."""
+    n, d = x_nd.shape
+    if n > 2 or d % 2 or not fits(table_do):
+        return x_nd @ table_do
+    index = counted(2, d // 2) if n == 1 else counted(2, d // 2).repeat(n, 1)
+    return rows(table_do, index, x_nd.view(2 * n, -1)).view(n, 2, -1).sum(1)
+
+
+def fits(table) -> bool:
+    """Whether the fast routine reads this table."""
+    return table.device.type == "cpu" and table.dtype == torch.float32
+
+
+def visit(x_nd, expert_nk, weight_nk, up_xo, down_xd):
+    """Σ_k w_k·W₂ swiglu(W₁x, W₃x): both products of all chosen experts, each in one call.
+
+    up_xo: rows of all [W₁; W₃]ᵀ, (e·d, 2f); down_xd: rows of all W₂ᵀ, (e·f, d).
+    """
+    (n, k), d, f = expert_nk.shape, x_nd.shape[1], up_xo.shape[1] // 2
+    start_nk1 = expert_nk[..., None]
+    index, x = (start_nk1 * d + counted(d)).view(n * k, d), x_nd.repeat_interleave(k, 0)
+    gate, up = rows(up_xo, index, x).chunk(2, -1)
+    a_nkf = swiglu(gate, up).view(n, k, f) * weight_nk[..., None]
+    return rows(down_xd, (start_nk1 * f + counted(f)).view(n, k * f), a_nkf.view(n, k * f))
+
+
+# %% [markdown]
+# ## A lean step
+# Decoding gets a form of its own: the same weights and equations, laid out as such tables, without
+# what only training needs. A dense FFN is one expert that is always chosen; so are the shared ones.
+
+
+# %%
+#| export decode
+class Tables:
+    """The weights of one block, transposed and joined for decoding."""
+
+    def __init__(self, block: Block):
+        attn, ffn = block.attn, block.ffn
+        names = ("wq_a", "wq_b", "wkv_a", "wo") if hasattr(attn, "wq_a") else ("wq", "wkv_a", "wo")
+        for name in names:
+            setattr(self, name, getattr(attn, name).weight.T.contiguous())
+        moe = isinstance(ffn, MoE)
+        mlp, f = (ffn.shared_experts, ffn.experts.w1.shape[1]) if moe else (ffn, len(ffn.w1.weight))
+        up = torch.stack((mlp.w1.weight.unflatten(0, (-1, f)), mlp.w3.weight.unflatten(0, (-1, f))))
+        down = mlp.w2.weight.unflatten(1, (-1, f)).transpose(0, 1)
+        if moe:
+            up = torch.cat((torch.stack((ffn.experts.w1, ffn.experts.w3)), up), dim=1)
+            down = torch.cat((ffn.experts.w2, down))
+        self.up_xo = rearrange(up, "two e f d -> (e d) (two f)").contiguous()
+        self.down_xd = rearrange(down, "e d f -> (e f) d").contiguous()
+        always = range(len(down) - len(mlp.w1.weight) // f, len(down))
+        self.always_1k = torch.tensor([list(always)], dtype=torch.int64)
+
+    def product(self, name: str, x_bsd):
+        """x times one of the attention's matrices."""
+        return product(x_bsd.flatten(0, 1), getattr(self, name)).unflatten(0, x_bsd.shape[:2])
+
+
+def normed(x_bsd, norm: RMSNorm):
+    """RMSNorm of one row as x · (weight / ρ) with ρ a plain number; of several as ever."""
+    if x_bsd.numel() != x_bsd.shape[-1] or not fits(x_bsd):
+        return norm(x_bsd)
+    x_d = x_bsd.flatten()
+    scale = (torch.dot(x_d, x_d).item() / len(x_d) + norm.eps) ** -0.5
+    return (x_bsd * norm.weight).mul_(scale)
 
 
 class Layer:
-    """A block as the decoder sees it: its weights at hand, its cache allocated."""
+    """A block as the decoder sees it: its tables, its cache."""
 
-    def __init__(self, block: Block, batch: int, max_len: int):
-        self.block, self.config, ffn = block, block.attn.config, block.ffn
+    def __init__(self, block: Block, tables: Tables | None, batch: int, max_len: int):
+        self.block, self.config, self.tables = block, block.attn.config, tables
         weight = block.attn.wkv_b.weight
         self.kv_btx = LayerCache(self.config, batch, max_len, weight.device, weight.dtype).kv_btx
         w_hxc = weight.unflatten(0, (self.config.n_heads, -1))
         i = self.config.qk_nope_head_dim
         self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
-        self.moe = ffn if isinstance(ffn, MoE) else None
-        if self.moe:
-            self.w1, self.w2, self.w3 = (w.unbind() for w in ffn.experts.parameters())
 
     def __call__(self, x_bsd, at: Place):
-        x_bsd = x_bsd + self.attention(self.block.attn_norm(x_bsd), at)
-        y_bsd = self.block.ffn_norm(x_bsd)
-        if self.moe is None:
-            return x_bsd + self.block.ffn(y_bsd)
-        few = y_bsd.shape[0] * y_bsd.shape[1] <= FEW
-        return x_bsd + (self.visit(y_bsd) if few else self.moe(y_bsd)[0])
+        x_bsd = x_bsd + self.attention(normed(x_bsd, self.block.attn_norm), at)
+        return x_bsd + self.feed(normed(x_bsd, self.block.ffn_norm))
+
+    def feed(self, x_bsd):
+        """eq. 12–16, or the dense FFN: few tokens on tables, many as in training."""
+        ffn, (b, s, _) = self.block.ffn, x_bsd.shape
+        if self.tables is None or b * s > FEW:
+            return ffn(x_bsd)[0] if isinstance(ffn, MoE) else ffn(x_bsd)
+        expert_nk = self.tables.always_1k.expand(b * s, -1)
+        weight_nk = torch.ones_like(expert_nk, dtype=x_bsd.dtype)
+        if isinstance(ffn, MoE):
+            r = ffn.gate(x_bsd)
+            expert_nk = torch.cat((r.expert_bsk.flatten(0, 1), expert_nk), dim=1)
+            weight_nk = torch.cat((r.weight_bsk.flatten(0, 1), weight_nk), dim=1)
+        tables = self.tables.up_xo, self.tables.down_xd
+        return visit(x_bsd.flatten(0, 1), expert_nk, weight_nk, *tables).view_as(x_bsd)
+
+    def times(self, name: str, x_bsd):
+        """x times a matrix of the attention."""
+        by_table = self.tables is not None and x_bsd.shape[0] * x_bsd.shape[1] <= FEW
+        return (
+            self.tables.product(name, x_bsd) if by_table else getattr(self.block.attn, name)(x_bsd)
+        )
 
     def queries(self, x_bsd, at: Place):
         """eq. 6–8: content part (b, s, h, i) and turned part (b, s, h, r)."""
         c, attn = self.config, self.block.attn
-        q = attn.wq_b(attn.q_norm(attn.wq_a(x_bsd))) if c.q_lora_rank else attn.wq(x_bsd)
-        q_bshi, q_bshr = q.unflatten(-1, (c.n_heads, -1)).split(
-            [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
-        )
+        if c.q_lora_rank:
+            q = self.times("wq_b", normed(self.times("wq_a", x_bsd), attn.q_norm))
+        else:
+            q = self.times("wq", x_bsd)
+        sizes = [c.qk_nope_head_dim, c.qk_rope_head_dim]
+        q_bshi, q_bshr = q.unflatten(-1, (c.n_heads, -1)).split(sizes, dim=-1)
         return q_bshi, turned(q_bshr, at.turn)
 
     def remember(self, x_bsd, at: Place):
         """eq. 1 and 3 into the cache; returns all that is there, latents and turned keys."""
         c, attn = self.config.kv_lora_rank, self.block.attn
-        kv_bsx = attn.wkv_a(x_bsd)
+        kv_bsx = self.times("wkv_a", x_bsd)
         k_bsr = turned(kv_bsx[:, :, None, c:], at.turn)[:, :, 0]
-        kv_bsx = torch.cat((attn.kv_norm(kv_bsx[..., :c]), k_bsr), dim=-1)
+        kv_bsx = torch.cat((normed(kv_bsx[..., :c], attn.kv_norm), k_bsr), dim=-1)
         self.kv_btx[at.index] = kv_bsx.to(self.kv_btx.dtype)
         return self.kv_btx[:, : at.end]
 
     def attention(self, x_bsd, at: Place):
         """eq. 1–11: inside the latent, but for a whole prompt on expanded keys and values."""
         (q_bshi, q_bshr), kv_btx = self.queries(x_bsd, at), self.remember(x_bsd, at)
-        c, scale, attn = self.config.kv_lora_rank, softmax_scale(self.config), self.block.attn
+        c, scale, weight = (
+            self.config.kv_lora_rank,
+            softmax_scale(self.config),
+            self.block.attn.wkv_b.weight,
+        )
         if at.fresh:
-            parts = kv_btx[..., :c], kv_btx[..., c:], attn.wkv_b.weight, scale
-            return attn.wo(expanded(q_bshi, q_bshr, *parts).flatten(2))
+            o_bshv = expanded(q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], weight, scale)
+            return self.times("wo", o_bshv.flatten(2))
         b, s, h, _ = q_bshi.shape
         q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
         q_bsx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), dim=-1).flatten(1, 2)
@@ -238,27 +346,33 @@ class Layer:
             score_bst.view(b, s, h, -1).masked_fill_(at.future, -torch.inf)
         o_bsc = score_bst.softmax(-1) @ kv_btx[..., :c]
         o_hnv = o_bsc.view(b * s, h, c).transpose(0, 1) @ self.wv_hcv
-        return attn.wo(o_hnv.transpose(0, 1).reshape(b, s, -1))
-
-    def visit(self, x_bsd):
-        """eq. 12–16 for few tokens: y = shared(x) + Σ_k w_k·expert_k(x), expert after expert."""
-        r, out = self.moe.gate(x_bsd), []
-        y_nd = self.moe.shared_experts(x_bsd).flatten(0, 1)
-        weight_nk, expert_nk = r.weight_bsk.flatten(0, 1), r.expert_bsk.flatten(0, 1).tolist()
-        for x_d, y_d, w_k, chosen in zip(x_bsd.flatten(0, 1), y_nd, weight_nk, expert_nk):
-            gate_m = torch.cat([torch.mv(self.w1[e], x_d) for e in chosen])
-            up_m = torch.cat([torch.mv(self.w3[e], x_d) for e in chosen])
-            a_kf = swiglu(gate_m, up_m).view(len(chosen), -1) * w_k[:, None]
-            for e, a_f in zip(chosen, a_kf.to(y_d.dtype)):
-                y_d = torch.addmv(y_d, self.w2[e], a_f)
-            out.append(y_d)
-        return torch.stack(out).view_as(x_bsd)
+        return self.times("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
 
 
 # %% [markdown]
-# The decoder holds one such layer for every block of the model, MTP modules included, and two
-# notebooks of its own: which token stands where, and the hidden state of every position, which is
-# what the MTP modules draft from.
+# The tables are a second copy of the weights, worth it on a CPU where the model is small; elsewhere
+# the decoder does without. They are laid out once and again when a weight has changed. The decoder
+# then holds one layer for every block, MTP modules included, and two notebooks of its own: which
+# token stands where, and the hidden state of every position, from which the MTP modules draft.
+
+
+# %%
+#| export decode
+LAID_OUT: WeakKeyDictionary = WeakKeyDictionary()  # model → (state of its weights, tables)
+
+
+@torch.no_grad()
+def laid_out(model: Transformer) -> tuple[list[Tables | None], torch.Tensor]:
+    """Tables of every block, MTP modules last, and the head's."""
+    weights = list(model.parameters())
+    blocks = [*model.layers.values(), *(m.block for m in model.mtp.values())]
+    if not all(fits(w) for w in weights):
+        return [None] * len(blocks), model.head.weight.T
+    state = [(w.data_ptr(), w._version) for w in weights]
+    if LAID_OUT.get(model, (None,))[0] != state:
+        head_dw = model.head.weight.T.contiguous()
+        LAID_OUT[model] = state, [Tables(block) for block in blocks], head_dw
+    return LAID_OUT[model][1:]
 
 
 # %%
@@ -269,7 +383,8 @@ class Decoder:
     def __init__(self, model: Transformer, batch: int, max_len: int):
         self.model, self.n_main, w = model, model.config.n_layers, model.embed.weight
         blocks = [*model.layers.values(), *(m.block for m in model.mtp.values())]
-        self.layers = [Layer(block, batch, max_len) for block in blocks]
+        tables, self.head_dw = laid_out(model)
+        self.layers = [Layer(x, t, batch, max_len) for x, t in zip(blocks, tables)]
         self.turn_tx = torch.complex(
             *rope_table(model.config, torch.arange(max_len, device=w.device))
         )
@@ -285,6 +400,10 @@ class Decoder:
         h_bsd = self.model.norm(x_bsd)
         self.h_btd[here.index] = h_bsd
         return h_bsd
+
+    def logits(self, h):
+        """Scores of every word, (…, w)."""
+        return product(h.flatten(0, -2), self.head_dw).unflatten(0, h.shape[:-1])
 
     def ahead(self, k: int, h_bsd, at: list[int]):
         """eq. 21–22: h^k from h^{k−1} of the positions behind `at` and the tokens k later."""
@@ -393,7 +512,7 @@ class Writer:
     def prefill(self):
         """Read the prompts; logits behind the last token of each, (b, w)."""
         h_bsd = self.decoder.features([0] * len(self.n), max(self.n))
-        return self.decoder.model.head(h_bsd[range(len(self.n)), [n - 1 for n in self.n]])
+        return self.decoder.logits(h_bsd[range(len(self.n)), [n - 1 for n in self.n]])
 
     def first(self, choose) -> list[list[int]]:
         """The token behind each prompt."""
@@ -407,13 +526,13 @@ class Writer:
 
     def guess(self, choose):
         """D guesses a row, (b, D), and the distributions they were drawn from, (b, D, w)."""
-        d, rows = self.decoder, range(len(self.n))
+        d, every = self.decoder, range(len(self.n))
         s = max(n - at for n, at in zip(self.n, self.read))
         h_bsd, q, out = d.h_btd[place(self.read, s, d.turn_tx).index], [], []
         for k in range(1, self.depth + 1):
             h_bsd = d.ahead(k, h_bsd, self.read)
-            last_bd = h_bsd[rows, [n - 1 - at for n, at in zip(self.n, self.read)]]
-            q.append(choose.probabilities(d.model.head(last_bd)))
+            last_bd = h_bsd[every, [n - 1 - at for n, at in zip(self.n, self.read)]]
+            q.append(choose.probabilities(d.logits(last_bd)))
             out.append(choose.draw(q[-1]))
             self.put(out[-1], k)
         self.read = [max(0, n + 1 - self.depth) for n in self.n]
@@ -424,7 +543,7 @@ class Writer:
         d, guess_bk = self.decoder, None
         if self.depth:
             guess_bk, q_bkw = self.guess(choose)
-        logit_bsw = d.model.head(d.features(self.n, self.depth + 1))
+        logit_bsw = d.logits(d.features(self.n, self.depth + 1))
         if guess_bk is None:
             n_b, token_b = [0] * len(self.n), choose.token(logit_bsw[:, 0])
             new = token_b[:, None].tolist()
@@ -500,11 +619,11 @@ def generate(
     draft: int = 0,
 ):
     """Continue prompts of equal length: (b, s) → (b, s + max_new_tokens)."""
-    rows, choice = tokens_bs.tolist(), Choice(temperature, top_p, generator)
-    for new in stream(model, rows, max_new_tokens, choice, draft=draft):
-        for row, tokens in zip(rows, new):
-            row += tokens
-    return torch.tensor(rows, dtype=torch.int64, device=tokens_bs.device)
+    texts, choice = tokens_bs.tolist(), Choice(temperature, top_p, generator)
+    for new in stream(model, texts, max_new_tokens, choice, draft=draft):
+        for text, tokens in zip(texts, new):
+            text += tokens
+    return torch.tensor(texts, dtype=torch.int64, device=tokens_bs.device)
 
 
 # %% [markdown]
@@ -514,12 +633,12 @@ def generate(
 # %%
 prompts = [torch.randint(0, 256, (n,)).tolist() for n in (9, 4, 13)]
 for depth in (0, 1, 2):
-    rows = [list(p) for p in prompts]
+    texts = [list(p) for p in prompts]
     for new in stream(model, prompts, 12, draft=depth):
-        for row, tokens in zip(rows, new):
+        for row, tokens in zip(texts, new):
             row += tokens
     with torch.no_grad():
-        for row, prompt in zip(rows, prompts):
+        for row, prompt in zip(texts, prompts):
             said = model(torch.tensor([row[:-1]]))[0].argmax(-1).tolist()
             assert len(row) == len(prompt) + 12 and said[len(prompt) - 1 :] == row[len(prompt) :]
 print("greedy, three lengths, 0 to 2 drafts: the argmax of a full forward pass")

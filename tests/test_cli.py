@@ -14,7 +14,7 @@ from miniruns import metrics, no_report, options, results
 
 from dsv3_ref.config import TINY, V3
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.run import checkpoint, cli, settings
+from dsv3_ref.run import checkpoint, settings
 from dsv3_ref.run.cli import main
 
 

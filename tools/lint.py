@@ -12,7 +12,7 @@ from pathlib import Path
 import jupytext
 
 ROOT = Path(__file__).resolve().parent.parent
-EARLY = {"08_generate", "09_fp8"}  # chapters that may be short for now
+EARLY = {"09_fp8"}  # chapters that may be short for now
 SECTIONS = ["Why", "Paper|report", "Experiment", "Play", "Exercises", "Scale"]
 WORDS = range(900, 2601)
 EXERCISES = range(3, 6)

@@ -310,7 +310,7 @@ def round_costs(model: Transformer, rounds: int) -> dict[str, float]:
     decoder = Decoder(model, 1, 128)
     decoder.token_bt.random_(model.config.vocab_size)
     decoder.features([0], 64)
-    head = model.head
+    head = decoder.logits
     s = interleaved(
         rounds,
         plain=lambda: head(decoder.features([64], 1)).argmax(-1),
@@ -332,7 +332,7 @@ def bench(args: Bench) -> None:
     found = {"command": " ".join(["dsv3", *sys.argv[1:]]), "machine": machine(args)}
     found |= {"shape": asdict(SHAPE), "tokens": [BATCH, LENGTH]}
     for part in args.parts:
-        kept = (False, True) if part == "train" else (True,)
+        kept = (False, True) if part == "train" else (False,)
         for keep in kept:
             name = f"{part}, memory kept" if keep and len(kept) > 1 else part
             found[name] = measured(args, part, keep)
