@@ -493,6 +493,64 @@ for mla.absorb in (None, False, True):
 mla.absorb = None
 
 # %% [markdown]
+# ### What MLA replaces
+# To compare fairly we need the others too. In *grouped-query attention* (GQA), $n$ heads of keys and
+# values serve $h$ heads of queries, each its own group of $h/n$; $n = h$ is MHA, $n = 1$ multi-query
+# attention. All dims of queries and keys are turned, and the cache holds $n\,(r + v)$ numbers a token:
+#
+# $$o_{s,h} = \sum_{t \le s} \operatorname{softmax}_t\!\Big(\tfrac{1}{\sqrt r}\, q_{s,h}^\top k_{t,g(h)}\Big) v_{t,g(h)},
+# \qquad g(h) = \lfloor h\,n / H \rfloor$$
+
+
+# %%
+#| export
+class GQA(nn.Module):
+    """Attention with n key-value heads for h query heads, all r dims turned: (b, s, d) → (b, s, d).
+
+    n = h is MHA. `cache` is a `LayerCache` of width n·(r + v).
+    """
+
+    def __init__(self, c: Config, n_kv_heads: int):
+        super().__init__()
+        self.config, self.n = c, n_kv_heads
+        self.wq = Linear(c.dim, c.n_heads * c.qk_rope_head_dim)
+        self.wkv = Linear(c.dim, n_kv_heads * (c.qk_rope_head_dim + c.v_head_dim))
+        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim)
+        # `softmax_scale` counts i + r dims a head, here there are r
+        self.scale = softmax_scale(c) * (1 + c.qk_nope_head_dim / c.qk_rope_head_dim) ** 0.5
+
+    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+        c = self.config
+        q_bshr = rotate(rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope)
+        widths = [self.n * c.qk_rope_head_dim, self.n * c.v_head_dim]
+        k_bsx, v_bsx = self.wkv(x_bsd).split(widths, dim=-1)
+        k_bsx = rotate(rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n), *rope).flatten(2)
+        kv_btx = torch.cat((k_bsx, v_bsx), dim=-1)
+        kv_btx = kv_btx if cache is None else cache.append(kv_btx)
+        k_bthr, v_bthv = (
+            rearrange(x, "b t (n y) -> b t n y", n=self.n).repeat_interleave(c.n_heads // self.n, 2)
+            for x in kv_btx.split(widths, dim=-1)
+        )
+        o_bshv = attention(q_bshr, k_bthr, v_bthv, self.scale)
+        return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))
+
+
+# %%
+# Against torch's own attention with repeated heads, and token by token on a cache.
+wide = replace(TINY, qk_rope_head_dim=32, rope_factor=1.0)
+for n in (1, 2, 4):
+    c = replace(wide, kv_lora_rank=n * (32 + wide.v_head_dim) - 32)  # so that the cache is as wide
+    gqa, rope = filled(GQA(c, n)), rope_table(c, torch.arange(length))
+    k_bsnr, v_bsnv = gqa.wkv(x_bsd).view(2, length, 2, n, 32).unbind(2)
+    q_bshr = rotate(gqa.wq(x_bsd).view(2, length, 4, 32), *rope)
+    q, k, v = (x.transpose(1, 2) for x in (q_bshr, rotate(k_bsnr, *rope), v_bsnv))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    want = gqa.wo(o.transpose(1, 2).flatten(2))
+    assert torch.allclose(gqa(x_bsd, rope), want, atol=1e-5)
+    assert torch.allclose(in_pieces(gqa, x_bsd, rope, [1] * length), want, atol=1e-5)
+    print(f"{n} key-value heads: {n * (32 + c.v_head_dim)} numbers a token and layer")
+
+# %% [markdown]
 # ### The scale after stretching the context
 # `softmax_scale` (chapter 02) is $1/\sqrt{i + r}$ of eq. 10; YaRN, which stretches 4K positions to
 # 160K, multiplies it by $(0.1\ln 40 + 1)^2 = 1.87$. The whole score is multiplied, content and

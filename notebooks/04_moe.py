@@ -312,8 +312,13 @@ print("load", load.tolist(), "→ bias", [f"{x:+.3f}" for x in b.tolist()])
 
 # %%
 #| export
-def balance_loss(r: Route):
-    """eq. 17–20 without α: Σ_e f_e·P_e of each sequence, averaged over the batch; 1 when even."""
+def balance_loss(r: Route, over: str = "sequence"):
+    """eq. 17–20 without α: Σ_e f_e·P_e of each sequence, averaged over the batch; 1 when even.
+
+    over: "batch" takes all tokens as one sequence (§4.5.3).
+    """
+    if over == "batch":
+        r = Route(None, *(x.flatten(0, 1)[None] for x in r[1:]))
     (_, t, k), e = r.expert_bsk.shape, r.affinity_bse.shape[-1]
     chosen_bse = torch.zeros_like(r.affinity_bse).scatter(-1, r.expert_bsk, 1.0)
     f_be = chosen_bse.sum(1) * e / (k * t)
@@ -688,12 +693,7 @@ def domain_batch(b: int, g: torch.Generator):
     return x_bsd, x_bsd @ MAPS[domain], domain
 
 
-def batch_wise(r: Route):
-    """`balance_loss` over the batch as if it were one sequence."""
-    return balance_loss(Route(*(x.flatten(0, 1)[None] for x in r)))
-
-
-def train_moe(loss_fn=None, alpha: float = 0.0, gamma: float = 0.0):
+def train_moe(over: str = "sequence", alpha: float = 0.0, gamma: float = 0.0):
     """Test error, MaxVio, and how often each domain chooses each expert, (6, e)."""
     g, moe = torch.Generator().manual_seed(1), filled(MoE(SMALL_MOE), seed=1)
     optimizer = torch.optim.Adam(moe.parameters(), 1e-2)
@@ -701,7 +701,7 @@ def train_moe(loss_fn=None, alpha: float = 0.0, gamma: float = 0.0):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
         x_bsd, target_bsd, _ = domain_batch(32, g)
         y_bsd, r = moe(x_bsd)
-        loss = (y_bsd - target_bsd).square().mean() + (alpha * loss_fn(r) if loss_fn else 0.0)
+        loss = (y_bsd - target_bsd).square().mean() + alpha * balance_loss(r, over)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -716,8 +716,8 @@ def train_moe(loss_fn=None, alpha: float = 0.0, gamma: float = 0.0):
 
 # %%
 TRIED = {
-    "sequence-wise loss": [{"loss_fn": balance_loss, "alpha": a} for a in (0.01, 0.1, 1.0)],
-    "batch-wise loss": [{"loss_fn": batch_wise, "alpha": a} for a in (0.01, 0.1, 1.0)],
+    "sequence-wise loss": [{"over": "sequence", "alpha": a} for a in (0.01, 0.1, 1.0)],
+    "batch-wise loss": [{"over": "batch", "alpha": a} for a in (0.01, 0.1, 1.0)],
     "bias": [{"gamma": x} for x in (1e-3, 3e-3, 1e-2)],
     "no balancing": [{}],
 }

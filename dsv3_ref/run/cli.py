@@ -17,7 +17,14 @@ def train(argv: list[str]) -> None:
     run(args, shlex.join(["dsv3", "train", *argv]))
 
 
-COMMANDS = {"train": train}
+def ablate(argv: list[str]) -> None:
+    """dsv3 ablate: one part changed, all else equal, several seeds."""
+    from dsv3_ref.run import ablate
+
+    ablate.run(ablate.parse(argv), shlex.join(["dsv3", "ablate", *argv]))
+
+
+COMMANDS = {"train": train, "ablate": ablate}
 
 
 def main(argv: list[str] | None = None) -> int:
