@@ -695,6 +695,42 @@ axes[2].set_xlabel("key position t (○: asked-for key)")
 show(fig)
 
 # %% [markdown]
+# ### On text: what does a smaller cache cost?
+# `dsv3 ablate mla` trains a model of 1.7M parameters, three layers with eight heads of 16, on speeches
+# and Python source (300 steps of 8 × 128 tokens, three seeds, 11 minutes on one core) with four kinds of
+# attention. GQA and MLA save parameters as well as cache; what they save is given to the dense FFN, so
+# that all have equally many. The file that it wrote lies beside this chapter.
+
+# %%
+from dsv3_ref.viz import ablation
+
+compared = ablation.results("mla")
+print(compared["command"])
+ablation.table(compared, against="MHA")
+sizes = {name: v["params"] for name, v in compared["variants"].items()}
+assert max(sizes.values()) < 1.01 * min(sizes.values())
+
+fig, ax = figure(1, 1, 8, 3.4)
+for (name, nats), (colour, mark) in zip(
+    ablation.values(compared).items(),
+    ((ORANGE, "s"), (GREEN, "^"), (BLUE, "o"), (GREEN, "^"), (BLUE, "o")),
+):
+    kept = compared["variants"][name]["cache_bytes"]
+    aside = kept * (0.97 if name.startswith("GQA") else 1.03)  # equal caches side by side
+    ax.semilogx([aside] * len(nats), nats, mark, base=2, color=colour, alpha=0.5, mec="none")
+    ax.semilogx(aside, nats.mean(), mark, base=2, color=colour, ms=10, mfc="none", mew=2)
+    ax.annotate(
+        name, (aside, nats.mean()), xytext=(9, -3), textcoords="offset points", color=colour
+    )
+ax.set(title="Held-out loss against cache (open: mean of three seeds)", xlim=(150, 2300),
+       xlabel="cache (bytes a token, bf16, three layers)", ylabel="nats a token")  # fmt: skip
+ax.set_xticks([192, 384, 1536], ["192", "384", "1536"])
+show(fig)
+
+# %% [markdown]
+# TODO03
+
+# %% [markdown]
 # ## Play: when does which form win?
 # Both forms of one layer, in multiply-adds × 2, for $s$ new queries against a cache of $t$ latents, of
 # which $n = s\,t - s(s-1)/2$ pairs are visible:

@@ -205,6 +205,35 @@ assert tokenizer.decode(ids, skip_special_tokens=False) == (
 )
 
 # %% [markdown]
+# ### What does it cost, what does it give?
+# `dsv3 ablate fim` trains a model of 1.7M parameters with and without it: speeches and Python source
+# cut into passages of 240 characters, so that all parts of one fit into a row, 500 steps of 8 × 128
+# tokens, three seeds (7 minutes on one core). Measured on held-out passages: the loss left to right,
+# and the loss and greedy accuracy on the tokens of a middle, once after prefix *and* suffix, once
+# after the prefix alone.
+
+# %%
+from dsv3_ref.viz import ablation
+
+found = ablation.results("fim")
+print(found["command"])
+ablation.table(found, against="rate 0")
+middles = {f"{name}, {words}": ablation.values(found, f"{key}_nats")[name]
+           for name in found["variants"] for key, words in (("left", "prefix"), ("psm", "both"))}  # fmt: skip
+for name, nats in middles.items():
+    variant, seen = name.split(", ")
+    right = ablation.values(found, f"{'psm' if seen == 'both' else 'left'}_accuracy")[variant]
+    print(f"{name:16} {ablation.pm(nats)} nats a token, {100 * right.mean():.1f} % right")
+
+fig, axes = figure(1, 2, width=9.5, height=2.8, width_ratios=[1, 1.3])
+ablation.draw_dots(axes[0], ablation.values(found), "Left to right", "nats a token")
+ablation.draw_dots(axes[1], middles, "The middle, given …", "nats a token")
+show(fig)
+
+# %% [markdown]
+# TODO07
+
+# %% [markdown]
 # ## Tokens that end in a line break
 # Joining a full stop to the line breaks after it saves a token at the end of every paragraph. It
 # also leaves a trap, the **token boundary bias**: in such data a lone `.` is *never* followed by a

@@ -176,14 +176,14 @@ def row_loads(model: Transformer, batches) -> torch.Tensor:
 @torch.no_grad()
 def acceptance(t: Trainer, batches: int) -> dict:
     """Shares of drafts that the main model would accept: each depth, and depths 1 … k together."""
-    hits, chain = [], []
-    for window_bs in (w for val in t.val.values() for w in val[:batches]):
+    hits = [torch.zeros(len(t.model.mtp), 0)]
+    for window_bs in (w for val in t.val.values() for w in val[:batches] if len(t.model.mtp)):
         agrees = draft_agrees(t.model, window_bs[:, :-1])
         length = window_bs.shape[1] - 1 - len(agrees)  # where every depth has a draft
-        hit_kbs = torch.stack([x[:, :length] for x in agrees] or [torch.ones(0, 1, 1)]).float()
-        hits.append(hit_kbs.flatten(1))
-        chain.append(hit_kbs.cumprod(0).flatten(1))
-    shares = [torch.cat(x, 1).mean(-1).tolist() for x in (hits, chain)]
+        hits.append(torch.stack([x[:, :length] for x in agrees]).flatten(1))
+    hit_kn = torch.cat(hits, 1)
+    chain_kn = hit_kn.cumprod(0)
+    shares = [x.mean(-1).tolist() if len(x) else [] for x in (hit_kn, chain_kn)]
     return {"accepted": rounded(shares[0]), "accepted_chain": rounded(shares[1])}
 
 
