@@ -23,7 +23,7 @@ from dsv3_ref.pretrain import losses
 from dsv3_ref.rope import rope_table
 from dsv3_ref.run import ablate
 from dsv3_ref.run.cli import main
-from dsv3_ref.viz import ablation
+from dsv3_ref.viz import ablation, figure
 
 NAMES = list(ablate.VARIANTS)
 POINT = {
@@ -167,6 +167,25 @@ def test_results_become_numbers_by_seed():
     found = ablation.values(result, lambda run: run["x"][1])
     assert {k: x.tolist() for k, x in found.items()} == {"a": [0, 10, 20], "b": [0, 10, 20]}
     assert ablation.pm(found["a"], 1) == "10.0 ± 10.0"
+
+
+def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
+    curve = lambda s, x: [{"step": n, "x": x and n + s} for n in (1, 2, 3)]
+    runs = [{"variant": v, "seed": s, "val_loss": s + (v == "b"), "curve": curve(s, v == "b")}
+            for s in range(3) for v in "ab"]  # fmt: skip
+    result = {"variants": {"a": {}, "b": {}}, "runs": runs}
+    _, (dots, course) = figure(1, 2)
+    ablation.draw_dots(dots, ablation.values(result), "", "")
+    assert [line.get_xdata() for line in dots.lines[::2]] == [pytest.approx([0, 1, 2]),
+                                                              pytest.approx([1, 2, 3])]  # fmt: skip
+    ablation.draw_course(course, result, lambda point: point["x"] or math.nan, "", "")
+    (line,) = course.lines
+    assert line.get_label() == "b"
+    assert line.get_ydata().tolist() == [2, 3, 4]
+    ablation.table(result, against="a")
+    assert capsys.readouterr().out.splitlines() == [
+        "a  1.000 ± 1.000", "b  2.000 ± 1.000   1.000 ± 0.000 against a"
+    ]  # fmt: skip
 
 
 # ── Equal in all but one thing ──
