@@ -209,3 +209,37 @@ class MLA(nn.Module):
         absorb = decoding if self.absorb is None else self.absorb
         o_bshv = (self.absorbed if absorb else self.expanded)(q_bshi, q_bshr, c_btc, k_btr)
         return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))  # eq. 11
+
+
+# ── What MLA replaces ──
+
+
+class GQA(nn.Module):
+    """Attention with n key-value heads for h query heads, all r dims turned: (b, s, d) → (b, s, d).
+
+    n = h is MHA. `cache` is a `LayerCache` of width n·(r + v).
+    """
+
+    def __init__(self, c: Config, n_kv_heads: int):
+        super().__init__()
+        self.config, self.n = c, n_kv_heads
+        self.wq = Linear(c.dim, c.n_heads * c.qk_rope_head_dim)
+        self.wkv = Linear(c.dim, n_kv_heads * (c.qk_rope_head_dim + c.v_head_dim))
+        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim)
+        # `softmax_scale` counts i + r dims a head, here there are r
+        self.scale = softmax_scale(c) * (1 + c.qk_nope_head_dim / c.qk_rope_head_dim) ** 0.5
+
+    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+        c = self.config
+        q_bshr = rotate(rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope)
+        widths = [self.n * c.qk_rope_head_dim, self.n * c.v_head_dim]
+        k_bsx, v_bsx = self.wkv(x_bsd).split(widths, dim=-1)
+        k_bsx = rotate(rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n), *rope).flatten(2)
+        kv_btx = torch.cat((k_bsx, v_bsx), dim=-1)
+        kv_btx = kv_btx if cache is None else cache.append(kv_btx)
+        k_bthr, v_bthv = (
+            rearrange(x, "b t (n y) -> b t n y", n=self.n).repeat_interleave(c.n_heads // self.n, 2)
+            for x in kv_btx.split(widths, dim=-1)
+        )
+        o_bshv = attention(q_bshr, k_bthr, v_bthv, self.scale)
+        return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))

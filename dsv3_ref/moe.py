@@ -93,8 +93,13 @@ def update_bias(bias_e, load_e, gamma: float) -> None:
 # ── A small loss, per sequence ──
 
 
-def balance_loss(r: Route):
-    """eq. 17–20 without α: Σ_e f_e·P_e of each sequence, averaged over the batch; 1 when even."""
+def balance_loss(r: Route, over: str = "sequence"):
+    """eq. 17–20 without α: Σ_e f_e·P_e of each sequence, averaged over the batch; 1 when even.
+
+    over: "batch" takes all tokens as one sequence (§4.5.3).
+    """
+    if over == "batch":
+        r = Route(None, *(x.flatten(0, 1)[None] for x in r[1:]))
     (_, t, k), e = r.expert_bsk.shape, r.affinity_bse.shape[-1]
     chosen_bse = torch.zeros_like(r.affinity_bse).scatter(-1, r.expert_bsk, 1.0)
     f_be = chosen_bse.sum(1) * e / (k * t)

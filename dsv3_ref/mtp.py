@@ -56,3 +56,15 @@ def mtp_losses(model: Transformer, features, tokens_bs, target_bs) -> list[torch
         nll = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, target_n)
         losses.append(nll / tokens_bs.numel())
     return losses
+
+
+# ── Would the draft be accepted? ──
+
+
+@torch.no_grad()
+def draft_agrees(model: Transformer, tokens_bs) -> list[torch.Tensor]:
+    """Whether depth k at i says what the main model says at i + k: (b, s − k) for each depth."""
+    h_bsd, _ = model.features(tokens_bs)
+    says_bs = model.head(h_bsd).argmax(-1)
+    drafts = (model.head(h).argmax(-1) for h, _ in mtp_features(model, h_bsd, tokens_bs))
+    return [draft_bs == says_bs[:, k:] for k, draft_bs in enumerate(drafts, start=1)]

@@ -65,14 +65,14 @@ class Losses(NamedTuple):
         return self.main + mtp + alpha * self.balance
 
 
-def losses(model: Transformer, tokens_bs) -> Losses:
+def losses(model: Transformer, tokens_bs, balance_over: str = "sequence") -> Losses:
     """All losses of rows of T + 1 tokens."""
     x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
     h_bsd, routes = model.features(x_bs)
     main = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, y_bs.flatten())
     ahead = mtp_features(model, h_bsd, x_bs)
     routes = routes + [r for _, r in ahead]
-    balance = sum(balance_loss(r) for r in routes)
+    balance = sum(balance_loss(r, balance_over) for r in routes)
     return Losses(main / y_bs.numel(), mtp_losses(model, ahead, x_bs, y_bs), balance, routes)
 
 
@@ -111,7 +111,7 @@ def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_
     load_le = 0
     for tokens_bs in micro_batches:
         share = len(tokens_bs) / rows
-        parts = losses(model, tokens_bs)
+        parts = losses(model, tokens_bs, r.balance_over)
         total = parts.total(mtp_weight, r.alpha) * share
         total.backward()
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()

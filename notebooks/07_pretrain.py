@@ -205,6 +205,9 @@ assert tokenizer.decode(ids, skip_special_tokens=False) == (
 )
 
 # %% [markdown]
+# TODO07
+
+# %% [markdown]
 # ## Tokens that end in a line break
 # Joining a full stop to the line breaks after it saves a token at the end of every paragraph. It
 # also leaves a trap, the **token boundary bias**: in such data a lone `.` is *never* followed by a
@@ -317,14 +320,14 @@ class Losses(NamedTuple):
         return self.main + mtp + alpha * self.balance
 
 
-def losses(model: Transformer, tokens_bs) -> Losses:
+def losses(model: Transformer, tokens_bs, balance_over: str = "sequence") -> Losses:
     """All losses of rows of T + 1 tokens."""
     x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
     h_bsd, routes = model.features(x_bs)
     main = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, y_bs.flatten())
     ahead = mtp_features(model, h_bsd, x_bs)
     routes = routes + [r for _, r in ahead]
-    balance = sum(balance_loss(r) for r in routes)
+    balance = sum(balance_loss(r, balance_over) for r in routes)
     return Losses(main / y_bs.numel(), mtp_losses(model, ahead, x_bs, y_bs), balance, routes)
 
 
@@ -427,6 +430,7 @@ assert torch.equal(gate.bias > 0, load_le[0] < load_le[0].float().mean())
 #| export optim
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -451,6 +455,7 @@ class Recipe:
     mtp_weight: float = 0.3  # λ until `decay_at`, then:
     mtp_weight_end: float = 0.1
     alpha: float = 1e-4
+    balance_over: Literal["sequence", "batch"] = "sequence"  # what α's loss evens out
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -646,7 +651,7 @@ def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_
     load_le = 0
     for tokens_bs in micro_batches:
         share = len(tokens_bs) / rows
-        parts = losses(model, tokens_bs)
+        parts = losses(model, tokens_bs, r.balance_over)
         total = parts.total(mtp_weight, r.alpha) * share
         total.backward()
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()

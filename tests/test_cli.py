@@ -64,6 +64,7 @@ def said(home, tmp_path, capsys):
         (["--batch", "0"], "--batch and --batch-start must be at least 1"),
         (["--lr", "nan"], "--lr must be a number"),
         (["--ramp", "0"], "--ramp must be above 0"),
+        (["--balance-over", "rows"], "invalid choice 'rows'"),
         (["--decay-at", "1"], "--decay-at must be below --end-at"),
         (["--fim-rate", "1.5"], "--fim-rate is a share from 0 to 1"),
         (["--keep", "0"], "--keep and --val-rows must be at least 1"),
@@ -122,7 +123,7 @@ def test_a_full_disk_before_the_first_step(home, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("argv", [[], ["trian"], ["--tiny"]])
 def test_no_such_command(argv, capsys):
     assert main(argv) == 2
-    assert capsys.readouterr().out.startswith("usage: dsv3 {train,generate,chat,bench}")
+    assert capsys.readouterr().out.startswith("usage: dsv3 {train,generate,chat,bench,ablate}")
 
 
 # ── Nothing to resume, or not so ──

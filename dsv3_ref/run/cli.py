@@ -44,7 +44,14 @@ def bench(argv: list[str]) -> None:
     bench(tyro.cli(Bench, prog="dsv3 bench", args=argv))
 
 
-COMMANDS = {"train": train, "generate": generate, "chat": chat, "bench": bench}
+def ablate(argv: list[str]) -> None:
+    """dsv3 ablate: one part changed, all else equal, several seeds."""
+    from dsv3_ref.run import ablate
+
+    ablate.run(ablate.parse(argv), shlex.join(["dsv3", "ablate", *argv]))
+
+
+COMMANDS = {"train": train, "generate": generate, "chat": chat, "bench": bench, "ablate": ablate}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,7 +87,8 @@ def check(args: Train) -> None:
         (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
         (len(args.data) > 0, "--data needs at least one source"),
     ]
-    rules += [(math.isfinite(v), f"{option(k)} must be a number") for k, v in asdict(r).items()]
+    numbers = {k: v for k, v in asdict(r).items() if not isinstance(v, str)}
+    rules += [(math.isfinite(v), f"{option(k)} must be a number") for k, v in numbers.items()]
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
