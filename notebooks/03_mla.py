@@ -730,11 +730,12 @@ show(fig)
 
 # %% [markdown]
 # Not what one hopes for: at equal cache MLA is *behind* GQA, by 0.04 and 0.05 nats and in every seed,
-# and GQA gives up little against MHA. V3's report does not compare them; V2's found MLA ahead of MHA, at
-# 16B and 250B parameters. Our gap to MHA is mostly on source code (0.085 ± 0.004, speeches 0.016 ± 0.006).
-# The runs do not tell why: MLA turns 8 dims a head where GQA turns 16, its keys pass through two matrices
-# that start from one small σ, and 0.3M tokens are only the beginning of a training. With eight heads
-# there is also little to save: one shared pair costs 0.015 ± 0.011. MLA is made for 128.
+# and GQA gives up little against MHA. V3's report does not compare them; V2's found MLA ahead of MHA,
+# in models ten thousand times as large. Our gap to MHA is mostly on source code (0.085 ± 0.004,
+# speeches 0.016 ± 0.006). The runs do not tell why: MLA turns 8 dims a head where GQA turns 16, its
+# keys pass through two matrices that start from one small σ, and 0.3M tokens are only the beginning
+# of a training. With eight heads there is also little to save: one shared pair costs 0.015 ± 0.011.
+# MLA is made for 128.
 
 # %% [markdown]
 # ## Play: when does which form win?
