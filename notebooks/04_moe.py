@@ -784,7 +784,8 @@ for ax, key, title in zip(
     axes[1], ("vio_global", "vio_sequence"), ("MaxVio over 64 rows", "MaxVio in a single row")
 ):
     ablation.draw_course(ax, found, key, title, "max load / mean − 1")
-axes[1, 1].legend(fontsize=8.5, ncols=2)
+axes[1, 1].set_ylim(0.3, 2.2)
+axes[1, 1].legend(fontsize=8.5, ncols=2, loc="upper right")
 show(fig)
 
 # %% [markdown]

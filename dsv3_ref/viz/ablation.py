@@ -39,7 +39,8 @@ def table(result: dict, against: str, key="val_loss") -> None:
 
 
 def draw_dots(ax, found: dict[str, np.ndarray], title: str, xlabel: str) -> None:
-    """A line a variant, first on top: a dot a seed, a bar at their mean."""
+    """A line a variant, first on top: a dot a seed, a bar at their mean; grey joins a seed's."""
+    ax.plot(np.array(list(found.values())), range(len(found)), color=GREY, alpha=0.4, lw=0.8)
     for y, (value_n, colour) in enumerate(zip(found.values(), COLOURS)):
         ax.plot(value_n, [y] * len(value_n), "o", color=colour, alpha=0.6, ms=5)
         ax.plot(value_n.mean(), y, "|", color=colour, ms=18, mew=2.5)
