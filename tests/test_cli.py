@@ -14,7 +14,7 @@ from miniruns import metrics, no_report, options, results
 
 from dsv3_ref.config import TINY, V3
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.run import checkpoint, cli, settings
+from dsv3_ref.run import checkpoint, settings
 from dsv3_ref.run.cli import main
 
 
@@ -68,6 +68,8 @@ def said(home, tmp_path, capsys):
         (["--fim-rate", "1.5"], "--fim-rate is a share from 0 to 1"),
         (["--keep", "0"], "--keep and --val-rows must be at least 1"),
         (["--micro-batch", "-1"], "--micro-batch and --save-every from 0"),
+        (["--spike", "0.5"], "--spike must be above 1, or 0 for no limit"),
+        (["--patience", "0"], "--spike-window and --patience must be at least 1"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--data"], "--data needs at least one source"),

@@ -293,6 +293,10 @@ def grad_norm(rows: list[dict]):
     step, value = series(rows, "grad_norm")
     fig, ax = figure(height=2.6)
     draw_smoothed(ax, step, value, "", BLUE)
+    spikes = [(row["step"], row["grad_norm"]) for row in rows if row.get("skipped") == "spike"]
+    if spikes:
+        ax.plot(*zip(*spikes), "x", color=ORANGE, label="skipped")
+        ax.legend(loc="best")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
