@@ -94,14 +94,82 @@ def batch_plan(r: Recipe, steps: int) -> list[int]:
 # ── AdamW ──
 
 
-def adamw(model: torch.nn.Module, r: Recipe) -> torch.optim.AdamW:
+def adamw_update(w, g, m, v, t: int, lr: float, betas, decay: float, eps: float = 1e-8):
+    """The equation, plain: θ − η(m̂/(√v̂ + ε) + wθ); returns the new (θ, m, v)."""
+    m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    return w - lr * (m_hat / (v_hat.sqrt() + eps) + decay * w), m, v
+
+
+CHUNK = 1 << 18  # numbers at a time on a CPU: their fp32 copies stay in its cache
+
+
+class AdamW(torch.optim.Optimizer):
+    """`adamw_update` in fp32, moments stored as `moments`, narrow parameters beside a master."""
+
+    def __init__(self, groups, lr: float, betas, moments=torch.bfloat16, eps: float = 1e-8):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.moments = moments
+
+    def begin(self, p) -> dict:
+        """What is remembered of a parameter, before its first step."""
+        s = {k: torch.zeros_like(p, dtype=self.moments) for k in ("exp_avg", "exp_avg_sq")}
+        wide = torch.promote_types(p.dtype, torch.float32)
+        master = {} if p.dtype == wide else {"master": p.detach().to(wide)}
+        return {"step": torch.zeros((), device=p.device), **s, **master}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.state[p] = self.state[p] or self.begin(p)
+                self.update(p, group, **self.state[p])
+
+    def update(self, p, group: dict, step, exp_avg, exp_avg_sq, master=None):
+        """One parameter, a chunk at a time."""
+        w, (beta1, beta2), step = p if master is None else master, group["betas"], step.add_(1)
+        size = CHUNK if p.device.type == "cpu" else p.numel()
+        flat = (x.view(-1).split(size) for x in (w, p.grad.contiguous(), exp_avg, exp_avg_sq))
+        for w_x, g_x, *stored in zip(*flat):
+            m_x, v_x = (x.to(w.dtype) for x in stored)
+            torch._fused_adamw_(
+                [w_x], [g_x.to(w.dtype)], [m_x], [v_x], [], [step], amsgrad=False, maximize=False,
+                beta1=beta1, beta2=beta2, **{k: group[k] for k in ("lr", "weight_decay", "eps")},
+            )  # fmt: skip
+            stored[0].copy_(m_x)
+            stored[1].copy_(v_x)
+        if master is not None:
+            p.copy_(master)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but every tensor keeps its dtype."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, s in state_dict["state"].items():
+            p = params[i]
+            self.state[p] = {k: v.to(p.device, copy=True) for k, v in s.items()}
+
+
+def adamw(model: torch.nn.Module, r: Recipe, moments=torch.bfloat16) -> AdamW:
     """AdamW with decay on matrices only: norms keep their scale."""
     params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": r.weight_decay},
         {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, r.lr, betas=(r.beta1, r.beta2), fused=True)
+    return AdamW(groups, r.lr, (r.beta1, r.beta2), moments)
+
+
+# ── An average of weights ──
+
+
+@torch.no_grad()
+def ema_update(mean: list, weights: list, decay: float, t: int) -> None:
+    """θ̄ += (1 − β)/(1 − β^t)·(θ − θ̄) after step t, in place; fp32, one thread (§3.2.3)."""
+    share = (1 - decay) / (1 - decay**t)
+    for m, w in zip(mean, weights):
+        for m_x, w_x in zip(*(x.view(-1).split(CHUNK // 8) for x in (m, w))):
+            m_x.lerp_(w_x.to(m.dtype), share)
 
 
 # ── One step ──

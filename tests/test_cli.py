@@ -68,6 +68,7 @@ def said(home, tmp_path, capsys):
         (["--fim-rate", "1.5"], "--fim-rate is a share from 0 to 1"),
         (["--keep", "0"], "--keep and --val-rows must be at least 1"),
         (["--micro-batch", "-1"], "--micro-batch and --save-every from 0"),
+        (["--ema", "1"], "--ema must be from 0 to below 1"),
         (["--spike", "0.5"], "--spike must be above 1, or 0 for no limit"),
         (["--patience", "0"], "--spike-window and --patience must be at least 1"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),

@@ -18,8 +18,10 @@ from miniruns import MINI, STEPS, metrics, no_report, options, results, start
 
 from dsv3_ref import pretrain
 from dsv3_ref.config import UserError
+from dsv3_ref.optim import ema_update
 from dsv3_ref.run import checkpoint, cli, resume, settings
 from dsv3_ref.run.checkpoint import load
+from dsv3_ref.run.ema import Ema
 from dsv3_ref.run.train import Trainer
 
 
@@ -534,8 +536,10 @@ def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypat
     assert bf16.evaluate(bf16.sources[0].name)[0] == pytest.approx(
         fp32.evaluate(fp32.sources[0].name)[0], rel=1e-2
     )
-    moments = [s["exp_avg"].dtype for s in bf16.optimizer.state.values()]
-    assert set(moments) == {torch.float32}
+    for t, dtype in ((bf16, torch.bfloat16), (trainer(home, tmp_path, "--moments", "fp32"), None)):
+        t.one_step()
+        kept = {s[k].dtype for s in t.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")}
+        assert kept == {dtype or torch.float32}
 
 
 def test_tensorboard(home, tmp_path, quick):
@@ -569,3 +573,51 @@ def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path):
     args = settings.parse(options(home, tmp_path, "--tokenizer", whole)[1:])
     with pytest.raises(UserError, match="the model only 300: raise --model.vocab-size to 3"):
         Trainer(replace(args, model=replace(args.model, vocab_size=300)), tmp_path)
+
+
+# ── The average of the weights ──
+
+
+EMA = ["--ema", "0.8"]
+
+
+def test_the_average_is_the_obvious_loop(home, tmp_path, monkeypatch):
+    """Bit for bit, though a thread folds it in, slowly, while the next gradients are computed."""
+    fold = Ema.fold
+
+    def slowly(self, *args):
+        time.sleep(0.02)
+        fold(self, *args)
+
+    monkeypatch.setattr(Ema, "fold", slowly)
+    t = trainer(home, tmp_path, *EMA)
+    want = [torch.zeros_like(p) for p in t.model.parameters()]
+    for step in range(1, 5):
+        t.one_step()
+        ema_update(want, [p.detach() for p in t.model.parameters()], 0.8, step)
+    t.ema.wait()
+    assert all(torch.equal(a, b) for a, b in zip(want, t.ema.mean.values()))
+    before = [p.detach().clone() for p in t.model.parameters()]
+    with t.ema.applied():
+        assert all(torch.equal(a, p) for a, p in zip(want, t.model.parameters()))
+    assert all(torch.equal(a, p) for a, p in zip(before, t.model.parameters()))
+
+
+def test_a_skipped_step_does_not_count_in_the_average(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 2)))
+    t = trainer(home, tmp_path, *EMA)
+    assert [t.one_step()["skipped"] for _ in range(3)] == [None, "nan", None]
+    assert t.ema.t == 2
+
+
+def test_an_averaged_run_goes_on_bit_for_bit_and_is_reported(home, tmp_path, whole):
+    """Training itself does not notice the average."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert cli.main(options(home, a, *EMA)) == 0
+    dies_in_call(5, interrupt, options(home, b, *EMA))
+    assert go_on(b) == 0
+    assert results(a) == results(b)
+    rows = metrics(a)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(whole)]
+    assert [row["step"] for row in rows if row["val_loss_ema"] is not None] == [3, 6, 8]
+    assert "averaged weights" in (a / "report.html").read_text()

@@ -67,12 +67,14 @@ def headline(rows: list[dict], summary: dict) -> dict[str, str]:
         known["training loss"] = f"{last(rows, 'loss'):.3f}"
     if "val_loss" in seen:
         known["validation loss"] = f"{seen['val_loss']:.3f}"
+    if "val_loss_ema" in seen:
+        known["with averaged weights"] = f"{seen['val_loss_ema']:.3f}"
     if "val_bpb" in seen:
         known["bits per byte"] = f"{seen['val_bpb']:.3f}"
     return known
 
 
-KEYS = ("tokens", "seconds", "val_loss", "val_bpb")
+KEYS = ("tokens", "seconds", "val_loss", "val_loss_ema", "val_bpb")
 
 
 def compression(rows: list[dict], summary: dict) -> dict[str, float]:

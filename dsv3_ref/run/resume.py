@@ -39,6 +39,7 @@ def save(trainer, val_loss: float | None) -> None:
     }
     tensors = {f"data.{k}": v for k, v in tensors.items()}
     tensors |= optimizer_tensors(trainer.optimizer) | random_tensors()
+    tensors |= trainer.ema.tensors() if trainer.ema else {}
     config, weights = asdict(trainer.args.model), trainer.model.state_dict()
     try:
         folder = trainer.folder / "checkpoints" / f"step_{trainer.step:07}"
@@ -125,8 +126,12 @@ def go_back(trainer, to: Path) -> None:
 def restore_from(trainer, folder: Path, data: bool = True) -> None:
     """The reverse of `save`."""
     state, tensors = checkpoint.read_json(folder / STATE), load_file(folder / TENSORS)
+    if trainer.ema:
+        trainer.ema.wait()  # it reads the weights
     trainer.model.load_state_dict(checkpoint.load(folder).state_dict())
     restore_optimizer(trainer.optimizer, part(tensors, "optimizer."))
+    if trainer.ema:
+        trainer.ema.restore(tensors)
     trainer.guard.restore(state["guard"])
     if data:
         trainer.rows.restore(state["data"], part(tensors, "data."))

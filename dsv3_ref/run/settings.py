@@ -52,6 +52,10 @@ class Train:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients"""
+    moments: Literal["bf16", "fp32"] = "bf16"
+    """how AdamW stores its moments; the report: bf16 (§3.3.2)"""
+    ema: float = 0.0
+    """decay of an average of the weights, validated beside them, for example 0.99; 0: none"""
     micro_batch: int = 0
     """rows in one forward pass; 0: the whole batch"""
     save_every: int = 0
@@ -95,6 +99,7 @@ def check(args: Train) -> None:
         (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
         (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
         (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
+        (0 <= args.ema < 1, "--ema must be from 0 to below 1"),
         (args.spike == 0 or args.spike > 1, "--spike must be above 1, or 0 for no limit"),
         (
             min(args.spike_window, args.patience) >= 1,

@@ -27,6 +27,7 @@ from dsv3_ref.run.data import (
     tokenizer_for,
     val_windows,
 )
+from dsv3_ref.run.ema import Ema
 from dsv3_ref.run.guard import LEAVE, Guard, signals
 from dsv3_ref.run.machine import keep_memory
 from dsv3_ref.run.settings import Train, write_json
@@ -45,7 +46,9 @@ class Trainer:
         self.tokenizer = self.find_tokenizer()
         torch.manual_seed(args.seed)
         self.model = Transformer(args.model).to(self.device)
-        self.optimizer = adamw(self.model, r)
+        moments = torch.bfloat16 if args.moments == "bf16" else torch.float32
+        self.optimizer = adamw(self.model, r, moments)
+        self.ema = Ema(self.model, self.optimizer, args.ema) if args.ema else None
         self.rows = Rows(self.sources, self.tokenizer, r.seq_len + 1, args.seed, args.fim_rate)
         self.plan = batch_plan(r, r.steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -95,6 +98,8 @@ class Trainer:
             hint = f"--micro-batch {max(1, len(micro[0]) // 2)} computes fewer rows at a time"
             raise UserError(f"{self.device} is out of memory: {hint}") from None
         self.step += 1
+        if self.ema and not s.skipped:
+            self.ema.update()
         self.guard.note(s)
         self.last = s
         trained, seconds = tokens_bs.shape[0] * r.seq_len, time.perf_counter() - start
@@ -134,6 +139,7 @@ class Trainer:
             "mtp_loss": [known(x) for x in s.mtp],
             "val_loss": None,
             "val_bpb": None,
+            "val_loss_ema": None,
             "grad_norm": known(s.grad_norm),
             "skipped": s.skipped,
             "rolled_back_from": rolled_from,
@@ -161,6 +167,9 @@ class Trainer:
         row["val_loss"], row["val_bpb"] = self.evaluate(self.sources[0].name, batches)
         if not math.isfinite(row["val_loss"]):
             self.give_up("validation loss", row["val_loss"])
+        if self.ema:
+            with self.ema.applied():
+                row["val_loss_ema"] = known(self.evaluate(self.sources[0].name, batches)[0])
 
     def train(self) -> Iterator[dict]:
         """All remaining steps: a row each, with validation and a checkpoint every `save_every`.

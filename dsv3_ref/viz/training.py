@@ -142,6 +142,10 @@ def loss_curves(rows: list[dict]):
         ax.plot(at, value, "D", color="#D55E00", markersize=4, label="validation", zorder=3)
         title += f", validation {value[-1]:.3f}"
         drawn.append(value)
+    if has(rows, "val_loss_ema"):
+        at, value = series(rows, "val_loss_ema")
+        ax.plot(at, value, "o", mfc="none", color=GREY, label="validation, averaged weights")
+        drawn.append(value)
     if has(rows, "mtp_loss"):
         step, mtp = series(rows, "mtp_loss")
         for k, colour in zip(range(mtp.shape[1]), [COLOURS[2], COLOURS[3], GREY] * mtp.shape[1]):
