@@ -13,6 +13,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import Route, balance_loss, expert_load, update_bias
 from dsv3_ref.mtp import mtp_features, mtp_losses
 from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.optim import skip_reason
 
 # ── Fill in the middle ──
 
@@ -92,9 +93,6 @@ def balance(model: Transformer, load_le, gamma: float) -> None:
             update_bias(moe.gate.bias, load_e, gamma)
 
 
-# ── One step ──
-
-
 class StepStats(NamedTuple):
     """What one optimizer step reports."""
 
@@ -103,9 +101,12 @@ class StepStats(NamedTuple):
     total: float
     grad_norm: float
     load_le: torch.Tensor  # tokens each expert received, (MoE layers, experts)
+    skipped: str | None  # why nothing was changed
 
 
-def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float):
+def train_step(
+    model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float, limit=math.inf
+):
     """One step over micro-batches (rows of T + 1 tokens): gradients, clip, AdamW, then biases."""
     sums, rows = None, sum(len(x) for x in micro_batches)
     load_le = 0
@@ -117,12 +118,13 @@ def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()
         sums = values if sums is None else sums + values
         load_le = load_le + expert_loads(parts.routes)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     main, total, *mtp = sums.tolist()
-    if math.isfinite(total) and torch.isfinite(grad_norm):
+    skipped = skip_reason(total, grad_norm, limit)
+    if not skipped:
         optimizer.step()
         balance(model, load_le, gamma)
     optimizer.zero_grad(set_to_none=True)
-    return StepStats(main, mtp, total, grad_norm.item(), load_le)
+    return StepStats(main, mtp, total, grad_norm, load_le, skipped)

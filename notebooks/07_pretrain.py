@@ -617,39 +617,164 @@ print(
 
 # %%
 #| export optim
-def adamw(model: torch.nn.Module, r: Recipe) -> torch.optim.AdamW:
+def adamw_update(w, g, m, v, t: int, lr: float, betas, decay: float, eps: float = 1e-8):
+    """The equation, plain: θ − η(m̂/(√v̂ + ε) + wθ); returns the new (θ, m, v)."""
+    m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    return w - lr * (m_hat / (v_hat.sqrt() + eps) + decay * w), m, v
+
+
+# %% [markdown]
+# Two moments beside an fp32 weight are 12 bytes a parameter, the memory of six bf16 weights. V3
+# keeps the weight (the *master*) and the gradient in fp32, but **stores the moments in bf16**
+# (§3.3.2), which is 8. bf16 has 8 bits of mantissa: a change below a 256th or so of a value rounds
+# to nothing. An average that moves by $1-\beta_2 = 0.05$ a step can live with that. With the usual
+# $\beta_2 = 0.999$ it could not: it would stand still, as the check below shows.
+#
+# So ours reads a chunk of moments that fits the processor's cache, computes it in fp32 with
+# PyTorch's fused kernel, and rounds it back to nearest. Parameters may be bf16 too; then a master
+# is kept beside them.
+
+
+# %%
+#| export optim
+CHUNK = 1 << 18  # numbers at a time on a CPU: their fp32 copies stay in its cache
+
+
+class AdamW(torch.optim.Optimizer):
+    """`adamw_update` in fp32, moments stored as `moments`, narrow parameters beside a master."""
+
+    def __init__(self, groups, lr: float, betas, moments=torch.bfloat16, eps: float = 1e-8):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.moments = moments
+
+    def begin(self, p) -> dict:
+        """What is remembered of a parameter, before its first step."""
+        s = {k: torch.zeros_like(p, dtype=self.moments) for k in ("exp_avg", "exp_avg_sq")}
+        wide = torch.promote_types(p.dtype, torch.float32)
+        master = {} if p.dtype == wide else {"master": p.detach().to(wide)}
+        return {"step": torch.zeros((), device=p.device), **s, **master}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.state[p] = self.state[p] or self.begin(p)
+                self.update(p, group, **self.state[p])
+
+    def update(self, p, group: dict, step, exp_avg, exp_avg_sq, master=None):
+        """One parameter, a chunk at a time."""
+        w, (beta1, beta2), step = p if master is None else master, group["betas"], step.add_(1)
+        size = CHUNK if p.device.type == "cpu" else p.numel()
+        flat = (x.view(-1).split(size) for x in (w, p.grad.contiguous(), exp_avg, exp_avg_sq))
+        for w_x, g_x, *stored in zip(*flat):
+            m_x, v_x = (x.to(w.dtype) for x in stored)
+            torch._fused_adamw_(
+                [w_x], [g_x.to(w.dtype)], [m_x], [v_x], [], [step], amsgrad=False, maximize=False,
+                beta1=beta1, beta2=beta2, **{k: group[k] for k in ("lr", "weight_decay", "eps")},
+            )  # fmt: skip
+            stored[0].copy_(m_x)
+            stored[1].copy_(v_x)
+        if master is not None:
+            p.copy_(master)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but every tensor keeps its dtype."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, s in state_dict["state"].items():
+            p = params[i]
+            self.state[p] = {k: v.to(p.device, copy=True) for k, v in s.items()}
+
+
+def adamw(model: torch.nn.Module, r: Recipe, moments=torch.bfloat16) -> AdamW:
     """AdamW with decay on matrices only: norms keep their scale."""
     params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": r.weight_decay},
         {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, r.lr, betas=(r.beta1, r.beta2), fused=True)
+    return AdamW(groups, r.lr, (r.beta1, r.beta2), moments)
 
 
 # %%
-# Three steps with invented gradients, against the equation, for a matrix and for a norm.
+# Twenty steps with invented gradients: with fp32 moments ours is the plain equation and PyTorch's
+# AdamW, with bf16 moments the equation with its moments rounded. Then the bytes, counted.
 torch.manual_seed(1)
-toy = torch.nn.ModuleDict(
-    {"matrix": torch.nn.Linear(3, 2, bias=False), "norm": torch.nn.RMSNorm(3)}
-)
-optimizer = adamw(toy, r)
-mine = {name: [p.detach().clone(), 0.0, 0.0] for name, p in toy.named_parameters()}
-for t in range(1, 4):
-    for name, p in toy.named_parameters():
-        p.grad = torch.randn_like(p)
-        old, m, v = mine[name]
-        m, v = 0.9 * m + 0.1 * p.grad, 0.95 * v + 0.05 * p.grad**2
-        decay = 0.1 * old if name == "matrix.weight" else 0.0
-        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8) + decay
-        mine[name] = [old - 2.2e-4 * step, m, v]
-    optimizer.step()
-for name, p in toy.named_parameters():
-    torch.testing.assert_close(p.detach(), mine[name][0], rtol=1e-6, atol=1e-8)
-    decay = next(
-        g["weight_decay"] for g in optimizer.param_groups if any(p is q for q in g["params"])
-    )
-    print(f"{name:14} weight decay {decay}: three steps as in the equation")
+
+
+def twenty_steps(optimizer_of, dtype=torch.float32) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+    """A matrix of 30 × 20 after twenty steps, the same gradients for every optimizer."""
+    torch.manual_seed(1)
+    toy = torch.nn.ModuleDict({"matrix": torch.nn.Linear(30, 20, bias=False)}).to(dtype)
+    optimizer = optimizer_of(toy)
+    for _ in range(20):
+        toy["matrix"].weight.grad = torch.randn(20, 30).to(dtype)
+        optimizer.step()
+    return toy["matrix"].weight.detach(), optimizer
+
+
+def by_equation(moments) -> torch.Tensor:
+    """The same, plain."""
+    torch.manual_seed(1)
+    w, m, v = torch.nn.Linear(30, 20, bias=False).weight.detach(), *torch.zeros(2, 20, 30)
+    for t in range(1, 21):
+        w, m, v = adamw_update(w, torch.randn(20, 30), m, v, t, r.lr, (0.9, 0.95), 0.1)
+        m, v = m.to(moments).float(), v.to(moments).float()
+    return w
+
+
+theirs = lambda m: torch.optim.AdamW(m.parameters(), r.lr, (0.9, 0.95), weight_decay=0.1)
+full, state32 = twenty_steps(lambda m: adamw(m, r, torch.float32))
+half, state16 = twenty_steps(lambda m: adamw(m, r))
+torch.testing.assert_close(full, twenty_steps(theirs)[0], rtol=1e-6, atol=1e-7)
+torch.testing.assert_close(full, by_equation(torch.float32), rtol=1e-6, atol=1e-7)
+torch.testing.assert_close(half, by_equation(torch.bfloat16), rtol=1e-5, atol=1e-6)
+both = {"fp32 moments": state32, "bf16 moments": state16,
+        "bf16 moments and weights": twenty_steps(lambda m: adamw(m, r), torch.bfloat16)[1]}  # fmt: skip
+for name, optimizer in both.items():
+    stored = sum(x.nbytes for s in optimizer.state.values() for k, x in s.items() if k != "step")
+    print(f"{name:25} {stored / 600:.0f} bytes of optimizer state a parameter")
+
+for beta2 in (0.95, 0.999):
+    v = torch.ones((), dtype=torch.bfloat16)
+    for _ in range(5000):  # the gradients have become smaller by half: v should fall to 1/4
+        v = (beta2 * v.float() + (1 - beta2) * 0.5**2).to(torch.bfloat16)
+    print(f"β₂ = {beta2}: the bf16 average of g² stops at {v.item():.3f} of 0.25")
+    assert (v < 0.3) == (beta2 == 0.95)
+
+# %% [markdown]
+# ### An average of weights
+# A model that still jumps about at a high learning rate is better than it looks: the *average* of
+# its recent weights sits in the middle of the jumps. V3 keeps such an average on the CPU to know
+# early how the model will do once the rate has decayed (§3.2.3). With Adam's own correction, so
+# that the first weights count no more than their share,
+#
+# $$\bar\theta \leftarrow \bar\theta + \frac{1-\beta}{1-\beta^t}\,(\theta_t - \bar\theta)
+# \quad\Longrightarrow\quad \bar\theta = \sum_s \beta^{t-s}\,\theta_s \Big/ \sum_s \beta^{t-s}$$
+#
+# It costs no time worth the name. Weights stand still from one optimizer step to the next, so
+# another thread folds them in while the next gradients are computed (`dsv3_ref/run/ema.py`).
+
+
+# %%
+#| export optim
+@torch.no_grad()
+def ema_update(mean: list, weights: list, decay: float, t: int) -> None:
+    """θ̄ += (1 − β)/(1 − β^t)·(θ − θ̄) after step t, in place; fp32, one thread (§3.2.3)."""
+    share = (1 - decay) / (1 - decay**t)
+    for m, w in zip(mean, weights):
+        for m_x, w_x in zip(*(x.view(-1).split(CHUNK // 8) for x in (m, w))):
+            m_x.lerp_(w_x.to(m.dtype), share)
+
+
+# %%
+path = torch.randn(30, 2)
+mean = torch.zeros(2)
+for t, w in enumerate(path, start=1):
+    ema_update([mean], [w], 0.9, t)
+weight = 0.9 ** torch.arange(29.0, -1, -1)
+torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 
 # %% [markdown]
 # ## One step
@@ -660,12 +785,44 @@ for name, p in toy.named_parameters():
 # $$\nabla\mathcal{L} = \sum_j \frac{n_j}{n}\,\nabla\mathcal{L}_j,\qquad
 # \nabla\mathcal{L} \leftarrow \nabla\mathcal{L}\cdot\min\!\left(1, \frac{1}{\lVert\nabla\mathcal{L}\rVert}\right)$$
 #
-# then AdamW, then the biases. If a loss or a gradient is not finite, weights and biases stay as
-# they were.
+# then AdamW, then the biases. Some steps must not be taken at all, and a rule that is stated before
+# the run is better than a hand on the switch. A step is **skipped** if its loss or its gradient's
+# norm is no finite number, or if the norm is a *spike*: with $\tilde n$ the median norm of the last
+# 50 steps that were taken,
+#
+# $$\lVert\nabla\mathcal{L}\rVert > 10\,\tilde n$$
+#
+# A median does not mind a few outliers, and only steps that were taken enter it, so a spike cannot
+# raise its own limit. Skipping leaves weights, moments and biases as they were and passes over the
+# batch. After three skipped steps in succession it is not the batch: `dsv3 train` then goes back to
+# its newest checkpoint and passes over the batches since (the rule of PaLM). The report needed no
+# rollback (§1), and states no rule; the numbers are ours.
+
+
+# %%
+#| export optim
+import statistics
+from collections.abc import Sequence
+
+
+def spike_limit(norms: Sequence[float], factor: float, window: int) -> float:
+    """factor · median of the last `window` norms of steps taken; ∞ until there are so many."""
+    full = factor and len(norms) >= window
+    return factor * statistics.median(list(norms)[-window:]) if full else math.inf
+
+
+def skip_reason(total: float, grad_norm: float, limit: float) -> str | None:
+    """Why a step is not taken: "nan" (loss or norm), "spike" (norm > limit), or None."""
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+        return "nan"
+    return "spike" if grad_norm > limit else None
 
 
 # %%
 #| export
+from dsv3_ref.optim import skip_reason
+
+
 class StepStats(NamedTuple):
     """What one optimizer step reports."""
 
@@ -674,9 +831,12 @@ class StepStats(NamedTuple):
     total: float
     grad_norm: float
     load_le: torch.Tensor  # tokens each expert received, (MoE layers, experts)
+    skipped: str | None  # why nothing was changed
 
 
-def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float):
+def train_step(
+    model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float, limit=math.inf
+):
     """One step over micro-batches (rows of T + 1 tokens): gradients, clip, AdamW, then biases."""
     sums, rows = None, sum(len(x) for x in micro_batches)
     load_le = 0
@@ -688,22 +848,23 @@ def train_step(model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()
         sums = values if sums is None else sums + values
         load_le = load_le + expert_loads(parts.routes)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     main, total, *mtp = sums.tolist()
-    if math.isfinite(total) and torch.isfinite(grad_norm):
+    skipped = skip_reason(total, grad_norm, limit)
+    if not skipped:
         optimizer.step()
         balance(model, load_le, gamma)
     optimizer.zero_grad(set_to_none=True)
-    return StepStats(main, mtp, total, grad_norm.item(), load_le)
+    return StepStats(main, mtp, total, grad_norm, load_le, skipped)
 
 
 # %% [markdown]
 # *Check.* Eight rows at once, in equal parts, and in unequal ones. Plain gradient descent with rate
 # 1 stands in for AdamW, so that the change of the weights *is* the clipped gradient; it is clipped
-# at 0.1 here, since a fresh model's is small. Then a step with a broken weight, which must change
-# nothing.
+# at 0.1 here, since a fresh model's is small. Then a step with a broken weight, and one whose
+# gradient is above the limit: both must change nothing.
 
 # %%
 torch.manual_seed(2)
@@ -728,13 +889,16 @@ for sizes in ([4, 4], [1, 1, 1, 1, 1, 1, 1, 1], [5, 2, 1]):
     assert torch.equal(stats.load_le, whole.load_le)
     print(f"{str(sizes):26} loss {stats.loss:.4f}, gradient norm {stats.grad_norm:.4f}: same step")
 
+norms = [1.0] * 49 + [30.0]
+assert spike_limit(norms, 10, 50) == 10 and spike_limit(norms[1:], 10, 50) == math.inf
 broken = deepcopy(start)
 broken.norm.weight.data[0] = torch.nan
-before = {name: x.clone() for name, x in broken.state_dict().items()}
-stats = train_step(broken, adamw(broken, r), [data_bs[:2]], r, 1.0, 1e-3, 0.3)
-assert math.isnan(stats.total)
-for name, x in broken.state_dict().items():
-    torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
+for model, limit, why in ((broken, math.inf, "nan"), (start, whole.grad_norm / 10, "spike")):
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    stats = train_step(model, adamw(model, r), [data_bs[:8]], r, 1.0, 1e-3, 0.3, limit)
+    assert stats.skipped == why
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
 
 # %% [markdown]
 # ## Experiment: a whole run in seconds
@@ -770,20 +934,23 @@ def metrics_row(model: Transformer, step: int, s: StepStats) -> dict:
     return {"step": step, "loss": s.loss, "mtp_loss": s.mtp, "load": load_le.tolist(), "bias": bias}
 
 
-def short_run(c, r: Recipe, seed: int = 0) -> tuple[Transformer, list[dict]]:
-    """A whole run: the model and a row of metrics for each step."""
+def short_run(c, r: Recipe, seed: int = 0, moments=torch.bfloat16):
+    """A whole run: the model and a row of metrics for each step, with an average of the weights."""
     torch.manual_seed(seed)
     model = Transformer(c)
-    optimizer, plan = adamw(model, r), batch_plan(r, r.steps)
+    optimizer, plan = adamw(model, r, moments), batch_plan(r, r.steps)
+    weights, average = list(model.parameters()), deepcopy(model).requires_grad_(False)
     order = torch.randperm(len(data_bs)).split_with_sizes([*plan, len(data_bs) - sum(plan)])
     out, seen = [], 0
     for step, (n, index) in enumerate(zip(plan, order)):
         done, seen = seen / sum(plan), seen + n
         now = lr_at(r, step, done), gamma_at(r, done), mtp_weight_at(r, done)
         stats = train_step(model, optimizer, [data_bs[index]], r, *now)
+        ema_update(list(average.parameters()), weights, 0.95, step + 1)
         out.append(metrics_row(model, step + 1, stats))
         if (step + 1) % (r.steps // 5) == 0:
-            out[-1]["val_loss"] = held_out(model)
+            average.load_state_dict(dict(model.named_buffers()), strict=False)  # gate biases
+            out[-1] |= {"val_loss": held_out(model), "val_loss_ema": held_out(average)}
     return model, out
 
 
@@ -812,6 +979,34 @@ early, late = (sum(x) / len(x) for x in (vio[: STEPS // 5], vio[-STEPS // 5 :]))
 print(f"busiest expert above its share: {early:.0%} in the first fifth, {late:.0%} in the last")
 assert STEPS < 100 or metrics[-1]["bias"] == metrics[-2]["bias"]  # γ = 0
 assert STEPS < 100 or late < early / 2
+
+# %% [markdown]
+# The circles are the averaged weights ($\beta = 0.95$). At first they lag behind; while the rate
+# is high and the weights jump about, they get ahead; after the decay the two meet.
+#
+# ### Rounded moments
+# What did bf16 moments cost? The same run with fp32 moments, and for comparison one whose *data
+# order and first weights* differ.
+
+# %%
+plain = {"bf16": metrics, "fp32": short_run(MINI, SHORT_RUN, moments=torch.float32)[1],
+         "seed": short_run(MINI, SHORT_RUN, seed=1)[1]}  # fmt: skip
+late = slice(-STEPS // 5, None)
+mean = {k: sum(row["loss"] for row in rows[late]) / (STEPS // 5) for k, rows in plain.items()}
+apart = {k: [a["loss"] / b["loss"] - 1 for a, b in zip(plain["bf16"], plain[k])] for k in plain}
+fig, ax = figure(width=8, height=2.6)
+for k, name, colour in (("seed", "another seed", GREY), ("fp32", "fp32 moments", BLUE)):
+    ax.plot([100 * x for x in apart[k]], color=colour, label=name, lw=1.2)
+ax.set(xlabel="step", ylabel="loss difference (%)",
+       title=f"bf16 moments against fp32: {mean['bf16'] / mean['fp32'] - 1:+.2%} over the last "
+             f"fifth (another seed: {mean['bf16'] / mean['seed'] - 1:+.1%})")  # fmt: skip
+ax.legend()
+show(fig)
+ends = {k: rows[-1]["val_loss"] for k, rows in plain.items()}
+print(", ".join(f"{k} {v:.4f}" for k, v in ends.items()), "nats a token on unseen speeches")
+assert abs(ends["bf16"] / ends["fp32"] - 1) < 0.01
+lead = [row["val_loss"] - row["val_loss_ema"] for row in metrics if "val_loss" in row]
+assert STEPS < 100 or lead[0] < 0 and lead[-2] > 0.01 > abs(lead[-1])
 
 # %% [markdown]
 # ### Where to start

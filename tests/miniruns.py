@@ -75,18 +75,22 @@ def metrics(run: Path) -> list[dict]:
 
 
 def results(run: Path) -> tuple:
-    """All that two equal runs share: rows without the clock, and the last checkpoint's bytes."""
+    """All that two equal runs share, without the clock: rows, and the last checkpoint's bytes."""
     last = sorted((run / "checkpoints").iterdir())[-1]
     names = ["model.safetensors", "training.safetensors"]
-    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics(run)]
-    return rows, last.name, [(last / name).read_bytes() for name in names]
+    rows, state = map(timeless, metrics(run)), json.loads((last / "state.json").read_text())
+    return list(rows), last.name, timeless(state), [(last / name).read_bytes() for name in names]
+
+
+def timeless(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in CLOCK}
 
 
 # ── Processes ──
 
 
-def child(home: Path, argv: list[str], threads: int = 1, deadly: str = "", at: int = 1) -> None:
-    """Run a command, silently; it kills itself in the `at`-th call of the function `deadly`."""
+def child(home: Path, argv: list[str], threads=1, deadly="", at=1, number=signal.SIGKILL) -> None:
+    """Run a command, silently; its `at`-th call of the function `deadly` sends it a signal."""
     import torch
 
     from dsv3_ref.run import cli
@@ -99,12 +103,14 @@ def child(home: Path, argv: list[str], threads: int = 1, deadly: str = "", at: i
     if deadly:
         calls = iter(range(1, 1000))
         real = pkgutil.resolve_name(deadly)
-        patch.setattr(deadly, lambda *a, **k: die() if next(calls) == at else real(*a, **k))
+
+        def shot(*args, **kwargs):
+            if next(calls) == at:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        patch.setattr(deadly, shot)
     sys.exit(cli.main(argv))
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # children share cores: they must not spin

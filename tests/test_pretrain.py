@@ -9,10 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_ref import pretrain
+from dsv3_ref import optim, pretrain
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import balance_loss
-from dsv3_ref.optim import Recipe, adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
+from dsv3_ref.optim import (
+    AdamW,
+    Recipe,
+    adamw,
+    adamw_update,
+    batch_plan,
+    ema_update,
+    gamma_at,
+    lr_at,
+    mtp_weight_at,
+)
 from dsv3_ref.pretrain import Losses, expert_loads, fim, losses, pack, train_step
 
 R = Recipe()
@@ -281,3 +291,104 @@ def test_decay_spares_the_norms(micro):
     assert all("norm" in names[id(p)] for p in spared["params"])
     assert not any("norm" in names[id(p)] for p in decayed["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+# ── AdamW and the average, against the plain equations ──
+
+
+def random_steps(optimizer, params, steps: int, seed: int = 0):
+    """Steps with random gradients, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def twin(params):
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def ours(params, **more):
+    return AdamW([{"params": params, "weight_decay": 0.1}], 1e-2, (0.9, 0.95), **more)
+
+
+def test_fp32_moments_are_torchs_adamw_after_many_steps():
+    a = [torch.nn.Parameter(torch.randn(shape)) for shape in ((600, 500), (7,), (3, 5, 2))]
+    b = twin(a)
+    random_steps(ours(a, moments=torch.float32), a, 200)
+    random_steps(torch.optim.AdamW(b, 1e-2, (0.9, 0.95), weight_decay=0.1), b, 200)
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), max_size=3),
+    steps=st.integers(1, 5),
+    chunk=st.integers(1, 20),
+    moments=st.sampled_from([torch.float32, torch.bfloat16]),
+    weights=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_adamw_is_the_plain_equation(shape, steps, chunk, moments, weights):
+    """In chunks of any size; bf16 weights are their rounded master, moments are rounded."""
+    p = torch.nn.Parameter(torch.randn(shape).to(weights))
+    w, m, v = p.detach().float().clone(), torch.zeros(shape), torch.zeros(shape)
+    generator = torch.Generator().manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "CHUNK", chunk)
+        optimizer = ours([p], moments=moments)
+        random_steps(optimizer, [p], steps)
+    for t in range(1, steps + 1):
+        g = torch.randn(shape, generator=generator).to(weights).float()
+        w, m, v = adamw_update(w, g, m, v, t, 1e-2, (0.9, 0.95), 0.1)
+        m, v = m.to(moments).float(), v.to(moments).float()
+    state = optimizer.state[p]
+    assert ("master" in state) == (weights == torch.bfloat16)
+    torch.testing.assert_close(state.get("master", p.detach()), w, rtol=1e-3, atol=1e-5)
+    assert torch.equal(p.detach(), state.get("master", p.detach()).to(weights))
+    near = {"rtol": 1e-2, "atol": 1e-5} if moments == torch.bfloat16 else {}
+    torch.testing.assert_close(state["exp_avg"].float(), m, **near)
+    torch.testing.assert_close(state["exp_avg_sq"].float(), v, **near)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_saved_optimizer_goes_on_bit_for_bit(weights):
+    """Also where weights are bf16: a master must not be rounded on the way."""
+    a = [torch.nn.Parameter(torch.randn(40, 30).to(weights)) for _ in range(2)]
+    first = ours(a)
+    random_steps(first, a, 3)
+    b = twin(a)
+    second = ours(b)
+    second.load_state_dict(deepcopy(first.state_dict()))
+    random_steps(first, a, 3, seed=1)
+    random_steps(second, b, 3, seed=1)
+    for x, y in zip(a, b):
+        assert torch.equal(x, y)
+        one, two = first.state[x], second.state[y]
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one)
+
+
+@pytest.mark.parametrize(
+    ("moments", "weights", "size"),
+    [(torch.float32, torch.float32, 8), (torch.bfloat16, torch.float32, 4)]
+    + [(torch.bfloat16, torch.bfloat16, 8)],
+)
+def test_bytes_of_optimizer_state(moments, weights, size):
+    p = torch.nn.Parameter(torch.zeros(10, 100, dtype=weights))
+    optimizer = ours([p], moments=moments)
+    random_steps(optimizer, [p], 1)
+    held = sum(x.nbytes for k, x in optimizer.state[p].items() if k != "step")
+    assert held == size * p.numel()
+
+
+@given(steps=st.integers(1, 12), decay=st.floats(0.0, 0.999), n=st.integers(1, 50))
+def test_the_average_is_weighted_by_age(steps, decay, n):
+    path, mean = torch.randn(steps, n), torch.full((n,), 7.0)  # what it starts from is forgotten
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "CHUNK", 80)
+        for t, w in enumerate(path, start=1):
+            ema_update([mean], [w], decay, t)
+    weight = torch.tensor([decay ** (steps - 1 - s) for s in range(steps)])
+    want = (weight[:, None] * path).sum(0) / weight.sum()
+    torch.testing.assert_close(mean, want, rtol=1e-4, atol=1e-5)

@@ -316,3 +316,15 @@ def test_headline_prefers_the_summary():
     assert report.headline(rows, {"val_loss": 1.0})["validation loss"] == "1.000"
     assert report.headline(rows, {})["validation loss"] == f"{rows[-1]['val_loss']:.3f}"
     assert report.headline([], {}) == {}
+
+
+def test_skipped_steps_are_told_and_drawn(tmp_path, undrawn):
+    """A row without numbers leaves gaps in the curves, not a broken page."""
+    rows = fake_rows(60)
+    rows[20] |= {"skipped": "spike", "grad_norm": 900.0}
+    rows[30] |= {"skipped": "nan", "grad_norm": None, "loss": None, "loss_total": None}
+    rows[30]["mtp_loss"] = [None for _ in rows[30]["mtp_loss"]]
+    rows[40]["rolled_back_from"] = 45
+    _, page = read(make(tmp_path, rows))
+    said = "1 step skipped (spike), 1 step skipped (nan), 1 time back to a checkpoint."
+    assert said in page.text

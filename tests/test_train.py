@@ -16,9 +16,12 @@ import pytest
 import torch
 from miniruns import MINI, STEPS, metrics, no_report, options, results, start
 
+from dsv3_ref import pretrain
 from dsv3_ref.config import UserError
+from dsv3_ref.optim import ema_update
 from dsv3_ref.run import checkpoint, cli, resume, settings
 from dsv3_ref.run.checkpoint import load
+from dsv3_ref.run.ema import Ema
 from dsv3_ref.run.train import Trainer
 
 
@@ -178,17 +181,21 @@ def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, quick):
     assert same_as_whole(run, whole)
 
 
-def killed_once(home, run, threads: int, seconds: float) -> bool:
-    """Kill a run after this time; finish it. Whether the kill came before the end."""
+def killed_once(home, run, threads: int, seconds: float, number: int) -> bool:
+    """Send a run a signal after this time; finish it. Whether the signal came before the end."""
     process = start(home, options(home, run), threads)
     process.join(seconds)
-    process.kill()
+    if process.is_alive():
+        os.kill(process.pid, number)
     process.join()
     begun = ["--resume"] if (run / "run.json").exists() else []  # else the sentence says so too
     process, cut = start(home, options(home, run, *begun), threads), process.exitcode != 0
     process.join()
     assert process.exitcode == 0
     return cut
+
+
+KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]
 
 
 @pytest.mark.parametrize(
@@ -201,12 +208,36 @@ def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
     start(home, options(home, undisturbed), threads).join()
     took, cut = time.monotonic() - began, 0
     for i in count():
-        seconds = random.uniform(0, took)
-        cut += (early := killed_once(home, tmp_path / str(i), threads, seconds))
-        assert same_as_whole(tmp_path / str(i), undisturbed), f"killed after {seconds} seconds"
+        seconds, number = random.uniform(0, took), KINDS[cut % len(KINDS)]
+        cut += (early := killed_once(home, tmp_path / str(i), threads, seconds, number))
+        assert same_as_whole(tmp_path / str(i), undisturbed), f"{number} after {seconds} seconds"
         took = took if early else seconds
         if cut == kills:
             return
+
+
+# ── Signals that ask ──
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("at", [1, 6, 8])
+def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp_path, quick):
+    """Also in a step with a planned checkpoint; in the last step the run simply ends."""
+    run = tmp_path / "run"
+    process = start(home, options(home, run), 1, "dsv3_ref.run.train.train_step", at, number)
+    process.join()
+    assert process.exitcode == (0 if at == STEPS else code)
+    assert resume.number(checkpoint.steps(run)[-1]) == len(metrics(run)) == at
+    assert go_on(run) == 0
+    assert same_as_whole(run, whole)
+    kept = [p.name for p in checkpoint.steps(run)]
+    assert kept == [p.name for p in checkpoint.steps(whole)] or at == 1  # no 1 where 3 follow
+
+
+def test_signals_are_the_callers_again(home, tmp_path, quick):
+    before = [signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)]
+    assert cli.main(options(home, tmp_path / "run", "--steps", "1")) == 0
+    assert [signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)] == before
 
 
 # ── Going on ──
@@ -267,31 +298,95 @@ def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
 # ── Bad ends ──
 
 
-def plant(at: int, **values):
-    """`train_step` whose statistics are these in the `at`-th call."""
-    from dsv3_ref.run import train
-
-    real, calls = train.train_step, iter(range(1, 100))
-
-    def planted(*args):
-        stats = real(*args)
-        return stats._replace(**values) if next(calls) == at else stats
-
-    return planted
+PATIENT = ["--spike-window", "2", "--patience", "2"]
+FACTORS = {"nan": float("nan"), "spike": 1e4}
 
 
-@pytest.mark.parametrize(
-    ("values", "what"),
-    [({"total": float("nan")}, "the loss became nan"), ({"grad_norm": float("inf")}, "gradient")],
-)
-def test_no_number_stops_the_run(values, what, home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dsv3_ref.run.train.train_step", plant(5, **values))
-    assert cli.main(options(home, tmp_path / "run")) == 2
+def batches(home, tmp_path, *steps: int) -> list[torch.Tensor]:
+    """What an undisturbed run reads in these steps."""
+    t = trainer(home, tmp_path)
+    size = lambda step: t.plan[min(step, STEPS) - 1]
+    read = {step: t.rows.take(size(step)) for step in range(1, max(steps) + 1)}
+    return [read[step] for step in steps]
+
+
+def poison(why: str, bad: list[torch.Tensor]):
+    """`losses` whose main part, and gradient, is many times too large for some batches."""
+    real = pretrain.losses
+
+    def poisoned(model, tokens_bs):
+        parts = real(model, tokens_bs)
+        factor = FACTORS[why] if any(torch.equal(tokens_bs, x) for x in bad) else 1.0
+        return parts._replace(main=parts.main * factor)
+
+    return poisoned
+
+
+@pytest.mark.parametrize("why", FACTORS)
+def test_a_bad_step_is_skipped_and_passed_over(why, home, tmp_path, monkeypatch):
+    """Weights, biases and limit stay, the batch and the step are used up, later steps go on."""
+    monkeypatch.setattr(pretrain, "losses", poison(why, batches(home, tmp_path, 4)))
+    t = trainer(home, tmp_path, *PATIENT)
+    rows = []
+    for step in range(1, 7):
+        before = {name: x.clone() for name, x in t.model.state_dict().items()}
+        norms, drawn = list(t.guard.norms), t.rows.rng.bit_generator.state
+        rows.append(t.one_step())
+        same = all(torch.equal(x, before[name]) for name, x in t.model.state_dict().items())
+        assert same == (list(t.guard.norms) == norms) == (step == 4)
+        assert t.rows.rng.bit_generator.state != drawn
+    assert [row["skipped"] for row in rows] == [None] * 3 + [why] + [None] * 2
+    assert rows[3]["grad_norm"] is None or rows[3]["grad_norm"] > 10 * rows[2]["grad_norm"]
+    json.loads(json.dumps(rows, allow_nan=False))
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def ask_to_end():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("death", [interrupt, ask_to_end])
+def test_bad_steps_in_succession_go_back_past_their_data(death, home, tmp_path, monkeypatch, quick):
+    """From step 5 to the checkpoint of step 3; the same with a death before, between or after."""
+    monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 4, 5)))
+    whole = tmp_path / "whole"
+    assert cli.main(options(home, whole, *PATIENT)) == 0
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["rolled_back_from"] for row in rows] == [None] * 3 + [5] + [None] * 4
+    assert not any(row["skipped"] for row in rows)
+    for call in (2, 5, 6, 8):
+        dies_in_call(call, death, options(home, tmp_path / str(call), *PATIENT))
+        assert go_on(tmp_path / str(call)) == 0
+        assert results(tmp_path / str(call)) == results(whole), call
+
+
+def dies_in_call(at: int, death, argv) -> None:
+    """A run that meets its death in this step, counted with those that are given up."""
+    real, calls = Trainer.one_step, count(1)
+
+    def one_step(self):
+        if next(calls) == at:
+            death()
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "one_step", one_step)
+        assert cli.main(argv) in (130, 143)
+
+
+@pytest.mark.parametrize("why", FACTORS)
+def test_steps_that_stay_bad_stop_the_run(why, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "losses", poison(why, batches(home, tmp_path, *range(4, 20))))
+    assert cli.main(options(home, tmp_path / "run", *PATIENT)) == 2
     said = capsys.readouterr().err
-    assert what in said
-    assert "at step 5" in said
+    assert "back from step 5 to 3" in said
+    assert "became" in said.splitlines()[-1]
+    assert "at step 5, and 2 steps in succession were skipped, so training stopped" in said
     assert f"last good checkpoint is {tmp_path}/run/checkpoints/step_0000003" in said
-    assert len(metrics(tmp_path / "run")) == 4
     assert load(tmp_path / "run").head.weight.isfinite().all()
 
 
@@ -299,7 +394,7 @@ def test_a_wild_learning_rate(home, tmp_path, capsys):
     assert cli.main(options(home, tmp_path / "run", "--lr", "1e30")) == 2
     said = capsys.readouterr().err
     assert "became" in said
-    assert "No checkpoint was written yet. A lower --lr usually helps." in said
+    assert "A lower --lr usually helps." in said
 
 
 def test_weights_that_validate_to_no_number_are_not_saved(home, tmp_path, monkeypatch, capsys):
@@ -392,6 +487,14 @@ def test_only_one_process_trains_in_a_folder(half, home, capsys, monkeypatch):
     assert f"another process is training in {half}" in capsys.readouterr().err
 
 
+def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, quick):
+    """The folder that another process holds is left alone, and never shared."""
+    with settings.claim(settings.parse(options(home, tmp_path / "run")[1:])):
+        assert cli.main(options(home, tmp_path / "run", "--steps", "1")) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_out_of_memory_names_the_remedy(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dsv3_ref.run.train.train_step", out_of_memory)
     assert cli.main(options(home, tmp_path / "run", "--batch-start", "4")) == 2
@@ -433,8 +536,10 @@ def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypat
     assert bf16.evaluate(bf16.sources[0].name)[0] == pytest.approx(
         fp32.evaluate(fp32.sources[0].name)[0], rel=1e-2
     )
-    moments = [s["exp_avg"].dtype for s in bf16.optimizer.state.values()]
-    assert set(moments) == {torch.float32}
+    for t, dtype in ((bf16, torch.bfloat16), (trainer(home, tmp_path, "--moments", "fp32"), None)):
+        t.one_step()
+        kept = {s[k].dtype for s in t.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")}
+        assert kept == {dtype or torch.float32}
 
 
 def test_tensorboard(home, tmp_path, quick):
@@ -468,3 +573,51 @@ def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path):
     args = settings.parse(options(home, tmp_path, "--tokenizer", whole)[1:])
     with pytest.raises(UserError, match="the model only 300: raise --model.vocab-size to 3"):
         Trainer(replace(args, model=replace(args.model, vocab_size=300)), tmp_path)
+
+
+# ── The average of the weights ──
+
+
+EMA = ["--ema", "0.8"]
+
+
+def test_the_average_is_the_obvious_loop(home, tmp_path, monkeypatch):
+    """Bit for bit, though a thread folds it in, slowly, while the next gradients are computed."""
+    fold = Ema.fold
+
+    def slowly(self, *args):
+        time.sleep(0.02)
+        fold(self, *args)
+
+    monkeypatch.setattr(Ema, "fold", slowly)
+    t = trainer(home, tmp_path, *EMA)
+    want = [torch.zeros_like(p) for p in t.model.parameters()]
+    for step in range(1, 5):
+        t.one_step()
+        ema_update(want, [p.detach() for p in t.model.parameters()], 0.8, step)
+    t.ema.wait()
+    assert all(torch.equal(a, b) for a, b in zip(want, t.ema.mean.values()))
+    before = [p.detach().clone() for p in t.model.parameters()]
+    with t.ema.applied():
+        assert all(torch.equal(a, p) for a, p in zip(want, t.model.parameters()))
+    assert all(torch.equal(a, p) for a, p in zip(before, t.model.parameters()))
+
+
+def test_a_skipped_step_does_not_count_in_the_average(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 2)))
+    t = trainer(home, tmp_path, *EMA)
+    assert [t.one_step()["skipped"] for _ in range(3)] == [None, "nan", None]
+    assert t.ema.t == 2
+
+
+def test_an_averaged_run_goes_on_bit_for_bit_and_is_reported(home, tmp_path, whole):
+    """Training itself does not notice the average."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert cli.main(options(home, a, *EMA)) == 0
+    dies_in_call(5, interrupt, options(home, b, *EMA))
+    assert go_on(b) == 0
+    assert results(a) == results(b)
+    rows = metrics(a)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(whole)]
+    assert [row["step"] for row in rows if row["val_loss_ema"] is not None] == [3, 6, 8]
+    assert "averaged weights" in (a / "report.html").read_text()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from dsv3_ref.config import UserError
@@ -66,12 +67,14 @@ def headline(rows: list[dict], summary: dict) -> dict[str, str]:
         known["training loss"] = f"{last(rows, 'loss'):.3f}"
     if "val_loss" in seen:
         known["validation loss"] = f"{seen['val_loss']:.3f}"
+    if "val_loss_ema" in seen:
+        known["with averaged weights"] = f"{seen['val_loss_ema']:.3f}"
     if "val_bpb" in seen:
         known["bits per byte"] = f"{seen['val_bpb']:.3f}"
     return known
 
 
-KEYS = ("tokens", "seconds", "val_loss", "val_bpb")
+KEYS = ("tokens", "seconds", "val_loss", "val_loss_ema", "val_bpb")
 
 
 def compression(rows: list[dict], summary: dict) -> dict[str, float]:
@@ -105,10 +108,20 @@ def sentence(known: dict[str, str], bits: dict[str, float], done: bool) -> str:
     return " ".join(out)
 
 
+def trouble(rows: list[dict]) -> str:
+    """Steps that were not taken, and how often the run went back."""
+    why = Counter(row["skipped"] for row in rows if row.get("skipped"))
+    back = sum(row.get("rolled_back_from") is not None for row in rows)
+    said = [f"{n} step{'s' * (n > 1)} skipped ({reason})" for reason, n in why.items()]
+    said += [f"{back} time{'s' * (back > 1)} back to a checkpoint"] if back else []
+    return ", ".join(said) and f"Trouble: {', '.join(said)}."
+
+
 def intro(rows: list[dict], run: dict, summary: dict) -> str:
     """Paragraph, tiles and the command, above everything else."""
     known = headline(rows, summary)
     words = sentence(known, compression(rows, summary), bool(summary))
+    words = f"{words} {trouble(rows)}".strip()
     out = f"<p>{page.text(words)}</p>{page.tiles(known) if known else ''}"
     if run.get("command"):
         out += f'<p class="soft">Made by <code>{page.text(words_of(run["command"]))}</code></p>'
@@ -197,7 +210,8 @@ CAPTIONS = {
     "rises for idle experts and sinks for busy ones. Grey: the other experts.",
     "max_vio": "How far the busiest expert of a layer is above the mean load (running mean).",
     "schedule": "Settings that change during the run, as they were at every step.",
-    "grad_norm": "Pale: every step; strong: running mean. Spikes are steps that clipping tamed.",
+    "grad_norm": "Pale: every step; strong: running mean. Clipping tames most spikes; "
+    "the highest were skipped (crosses).",
     "tok_s": "Pale: every step; strong: running mean.",
 }
 

@@ -1,7 +1,6 @@
 """What makes a run survive `kill -9`: whole checkpoints, and a metrics file that fits them."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,18 +25,21 @@ def last_good(run: Path) -> str:
 # ── Saving ──
 
 
-def save(trainer, val_loss: float) -> None:
-    """Write model, optimizer, data position and random state as one directory; drop old ones."""
+def save(trainer, val_loss: float | None) -> None:
+    """Write all that a run is as one directory, its rows on disk before it; drop old ones."""
+    checkpoint.sync(trainer.folder / "metrics.jsonl")
     data, tensors = trainer.rows.state()
     state = {
         "step": trainer.step,
         "tokens": trainer.tokens,
         "seconds": trainer.seconds,
-        "val_loss": val_loss,
+        "val_loss": val_loss,  # None: a signal asked for this checkpoint, the plan did not
+        "guard": trainer.guard.state(),
         "data": data,
     }
     tensors = {f"data.{k}": v for k, v in tensors.items()}
     tensors |= optimizer_tensors(trainer.optimizer) | random_tensors()
+    tensors |= trainer.ema.tensors() if trainer.ema else {}
     config, weights = asdict(trainer.args.model), trainer.model.state_dict()
     try:
         folder = trainer.folder / "checkpoints" / f"step_{trainer.step:07}"
@@ -51,11 +53,13 @@ def save(trainer, val_loss: float) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints and the one with the lowest validation loss."""
+    """Keep the newest `keep` planned checkpoints, the best of them, and whatever is newest."""
     found = checkpoint.steps(run)
-    best = min(found, key=lambda f: checkpoint.read_json(f / STATE)["val_loss"])
-    for folder in found[:-keep]:
-        if folder != best:
+    loss = {folder: checkpoint.read_json(folder / STATE)["val_loss"] for folder in found}
+    planned = [folder for folder in found if loss[folder] is not None]
+    kept = {found[-1], *planned[-keep:], *sorted(planned, key=loss.get)[:1]}
+    for folder in found:
+        if folder not in kept:
             checkpoint.remove(folder)
 
 
@@ -79,16 +83,19 @@ def random_tensors() -> dict[str, torch.Tensor]:
 def restore(trainer) -> None:
     """Put a freshly built trainer where the newest checkpoint of its folder was taken."""
     checkpoint.sweep(trainer.folder / "checkpoints")
-    found = checkpoint.steps(trainer.folder)
-    if not found:
-        return  # killed before the first checkpoint: start again from step 0
+    if found := checkpoint.steps(trainer.folder):  # else it was killed before the first one
+        read(trainer, found[-1])
+
+
+def read(trainer, folder: Path, data: bool = True) -> None:
+    """`restore_from`, but a damaged checkpoint is a user's business."""
     try:
-        restore_from(trainer, found[-1])
+        restore_from(trainer, folder, data)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError) as e:
-        before = f"step {number(found[-2])}" if len(found) > 1 else "step 0"
+        earlier = [f for f in checkpoint.steps(trainer.folder) if number(f) < number(folder)]
         raise UserError(
-            f"the checkpoint {found[-1]} is damaged ({e}): delete it, and --resume "
-            f"goes on from {before}"
+            f"the checkpoint {folder} is damaged ({e}): delete it, and --resume "
+            f"goes on from step {number(earlier[-1]) if earlier else 0}"
         ) from None
 
 
@@ -97,12 +104,37 @@ def number(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def restore_from(trainer, folder: Path) -> None:
+def rollback_point(run: Path) -> Path | None:
+    """The newest planned checkpoint that was not taken among skipped steps."""
+    for folder in reversed(checkpoint.steps(run)):
+        state = checkpoint.read_json(folder / STATE)
+        if state["val_loss"] is not None and not state["guard"]["bad"]:
+            return folder
+    return None
+
+
+def go_back(trainer, to: Path) -> None:
+    """Back to a checkpoint in everything but the data; those after it are of no use."""
+    for folder in checkpoint.steps(trainer.folder):
+        if number(folder) > number(to):
+            checkpoint.remove(folder)
+    seconds = trainer.seconds
+    read(trainer, to, data=False)
+    trainer.seconds, trainer.guard.rolled_to = seconds, trainer.step
+
+
+def restore_from(trainer, folder: Path, data: bool = True) -> None:
     """The reverse of `save`."""
     state, tensors = checkpoint.read_json(folder / STATE), load_file(folder / TENSORS)
+    if trainer.ema:
+        trainer.ema.wait()  # it reads the weights
     trainer.model.load_state_dict(checkpoint.load(folder).state_dict())
     restore_optimizer(trainer.optimizer, part(tensors, "optimizer."))
-    trainer.rows.restore(state["data"], part(tensors, "data."))
+    if trainer.ema:
+        trainer.ema.restore(tensors)
+    trainer.guard.restore(state["guard"])
+    if data:
+        trainer.rows.restore(state["data"], part(tensors, "data."))
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -139,10 +171,14 @@ class Metrics:
                 f"{path} is damaged: it lacks the row of step {step}, where the newest checkpoint "
                 "is. Put a whole copy back, or delete the checkpoints after its last whole row"
             )
-        part = path.with_suffix(".part")
+        self.cut(lines, step)
+
+    def cut(self, lines: list[bytes], step: int) -> None:
+        """Keep the rows up to a step."""
+        part, self.step = self.path.with_suffix(".part"), step
         part.write_bytes(b"".join(lines[:step]))
         checkpoint.sync(part)
-        part.replace(path)
+        part.replace(self.path)
 
     def __enter__(self):
         self.file = self.path.open("a")
@@ -152,11 +188,14 @@ class Metrics:
         self.file.close()
 
     def write(self, row: dict) -> None:
-        """Add a row; one that a checkpoint follows is on the disk before it."""
+        """Add a row; after a rollback it takes the place of those that were given up."""
+        if row["step"] <= self.step:
+            self.file.close()
+            self.cut(self.path.read_bytes().splitlines(keepends=True), row["step"] - 1)
+            self.file = self.path.open("a")
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if row["val_loss"] is not None:
-            os.fsync(self.file.fileno())
+        self.step = row["step"]
 
 
 def is_row(lines: list[bytes], step: int) -> bool:

@@ -25,7 +25,11 @@ from dsv3_ref.run.checkpoint import read_json
 
 @dataclass(frozen=True)
 class Train:
-    """Train a DeepSeek-V3 from text."""
+    """Train a DeepSeek-V3 from text.
+
+    SIGUSR1 (a scheduler's warning) and SIGTERM end a run after its running step, with a
+    checkpoint: exit code 75, which asks to be started again with --resume, and 143.
+    """
 
     model: Config
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -48,6 +52,10 @@ class Train:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients"""
+    moments: Literal["bf16", "fp32"] = "bf16"
+    """how AdamW stores its moments; the report: bf16 (§3.3.2)"""
+    ema: float = 0.0
+    """decay of an average of the weights, validated beside them, for example 0.99; 0: none"""
     micro_batch: int = 0
     """rows in one forward pass; 0: the whole batch"""
     save_every: int = 0
@@ -56,6 +64,12 @@ class Train:
     """newest checkpoints kept, besides the best"""
     val_rows: int = 64
     """validation rows while training; at the end all are used"""
+    spike: float = 10.0
+    """skip a step whose gradient norm exceeds this × the median of recent ones; 0: only NaN"""
+    spike_window: int = 50
+    """steps that the median is taken over"""
+    patience: int = 3
+    """skipped steps in succession before going back to the newest checkpoint, past their data"""
     tensorboard: bool = False
     """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
 
@@ -85,6 +99,12 @@ def check(args: Train) -> None:
         (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
         (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
         (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
+        (0 <= args.ema < 1, "--ema must be from 0 to below 1"),
+        (args.spike == 0 or args.spike > 1, "--spike must be above 1, or 0 for no limit"),
+        (
+            min(args.spike_window, args.patience) >= 1,
+            "--spike-window and --patience must be at least 1",
+        ),
         (len(args.data) > 0, "--data needs at least one source"),
     ]
     numbers = {k: v for k, v in asdict(r).items() if not isinstance(v, str)}

@@ -27,6 +27,8 @@ from dsv3_ref.run.data import (
     tokenizer_for,
     val_windows,
 )
+from dsv3_ref.run.ema import Ema
+from dsv3_ref.run.guard import LEAVE, Guard, signals
 from dsv3_ref.run.machine import keep_memory
 from dsv3_ref.run.settings import Train, write_json
 from dsv3_ref.run.tokenizer import BOS, byte_lengths, read_tokenizer, save_tokenizer, size
@@ -44,10 +46,15 @@ class Trainer:
         self.tokenizer = self.find_tokenizer()
         torch.manual_seed(args.seed)
         self.model = Transformer(args.model).to(self.device)
-        self.optimizer = adamw(self.model, r)
+        moments = torch.bfloat16 if args.moments == "bf16" else torch.float32
+        self.optimizer = adamw(self.model, r, moments)
+        self.ema = Ema(self.model, self.optimizer, args.ema) if args.ema else None
         self.rows = Rows(self.sources, self.tokenizer, r.seq_len + 1, args.seed, args.fim_rate)
         self.plan = batch_plan(r, r.steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.guard = Guard(args.spike, args.spike_window, args.patience)
+        self.rolled_from: int | None = None  # for the next row
+        self.asked: list[int] = []  # signals that ask for an early end
         self.bytes = torch.tensor(byte_lengths(self.tokenizer))
         self.val = {
             s.name: val_windows(s.val_texts, self.tokenizer, r.seq_len) for s in self.sources
@@ -85,12 +92,16 @@ class Trainer:
         micro = tokens_bs.split(self.args.micro_batch or len(tokens_bs))
         try:
             with self.autocast():
-                s = train_step(self.model, self.optimizer, micro, r, lr, gamma, weight)
+                limit = self.guard.limit
+                s = train_step(self.model, self.optimizer, micro, r, lr, gamma, weight, limit)
         except torch.OutOfMemoryError:
             hint = f"--micro-batch {max(1, len(micro[0]) // 2)} computes fewer rows at a time"
             raise UserError(f"{self.device} is out of memory: {hint}") from None
         self.step += 1
-        self.demand_finite(loss=s.total, gradient=s.grad_norm)
+        if self.ema and not s.skipped:
+            self.ema.update()
+        self.guard.note(s)
+        self.last = s
         trained, seconds = tokens_bs.shape[0] * r.seq_len, time.perf_counter() - start
         self.tokens, self.seconds = self.tokens + trained, self.seconds + seconds
         return {"step": self.step, "tokens": self.tokens} | self.row(s) | {
@@ -98,26 +109,40 @@ class Trainer:
             "tok_s": trained / seconds, "seconds": self.seconds,
         }  # fmt: skip
 
-    def demand_finite(self, **values: float) -> None:
-        """Stop the run when one of these is no number any more."""
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the {name} became {value} at step {self.step}, so training stopped. "
-                    f"{resume.last_good(self.folder)} A lower --lr usually helps."
-                )
+    def give_up(self, name: str, value: float, more: str = "") -> None:
+        """Stop the run: weights that give such a number are of no use."""
+        raise UserError(
+            f"the {name} became {value:.6g} at step {self.step}{more}, so training stopped. "
+            f"{resume.last_good(self.folder)} A lower --lr usually helps."
+        )
+
+    def roll_back(self) -> None:
+        """Go back to the newest good checkpoint, past the data since; a second time is the end."""
+        to = resume.rollback_point(self.folder)
+        if to is None or resume.number(to) == self.guard.rolled_to:
+            s, more = self.last, f", and {self.guard.bad} steps in succession were skipped"
+            loss = s.skipped == "nan" and not math.isfinite(s.total)
+            self.give_up(*(("loss", s.total) if loss else ("gradient", s.grad_norm)), more)
+        self.rolled_from = self.step
+        resume.go_back(self, to)
+        tqdm.write(f"{self.guard.patience} steps skipped: back from step {self.rolled_from} "
+                   f"to {self.step}, past the data between", sys.stderr)  # fmt: skip
 
     def row(self, s) -> dict:
         """The measured part of a metrics row."""
         share_le = s.load_le / s.load_le.sum(-1, keepdim=True)
         biases = [m.gate.bias for m in moe_layers(self.model).values()]
+        rolled_from, self.rolled_from = self.rolled_from, None
         return {
-            "loss": s.loss,
-            "loss_total": s.total,
-            "mtp_loss": s.mtp,
+            "loss": known(s.loss),
+            "loss_total": known(s.total),
+            "mtp_loss": [known(x) for x in s.mtp],
             "val_loss": None,
             "val_bpb": None,
-            "grad_norm": s.grad_norm,
+            "val_loss_ema": None,
+            "grad_norm": known(s.grad_norm),
+            "skipped": s.skipped,
+            "rolled_back_from": rolled_from,
             "load": [[round(x, 6) for x in row] for row in share_le.tolist()],
             "max_vio": [round(max_vio(load_e), 4) for load_e in s.load_le],
             "bias": [[] if b is None else [round(x, 6) for x in b.tolist()] for b in biases],
@@ -140,19 +165,31 @@ class Trainer:
         """Add to a row how well the first source is predicted, by all its windows at the end."""
         batches = None if self.step == len(self.plan) else -(-self.args.val_rows // VAL_BATCH)
         row["val_loss"], row["val_bpb"] = self.evaluate(self.sources[0].name, batches)
-        self.demand_finite(**{"validation loss": row["val_loss"]})
+        if not math.isfinite(row["val_loss"]):
+            self.give_up("validation loss", row["val_loss"])
+        if self.ema:
+            with self.ema.applied():
+                row["val_loss_ema"] = known(self.evaluate(self.sources[0].name, batches)[0])
 
     def train(self) -> Iterator[dict]:
-        """All remaining steps: a row each, with validation and a checkpoint every `save_every`."""
+        """All remaining steps: a row each, with validation and a checkpoint every `save_every`.
+
+        A signal ends it after a step, with a checkpoint that is not validated: later rows, and
+        what a rollback goes back to, are then those of a run that was not disturbed.
+        """
         every = self.args.save_every or max(1, len(self.plan) // 10)
         while self.step < len(self.plan):
+            if self.guard.lost:
+                self.roll_back()
             row = self.one_step()
-            save = self.step == len(self.plan) or self.step % every == 0
-            if save:
+            due = self.step == len(self.plan) or self.step % every == 0
+            if due:
                 self.validate(row)
-            yield row  # on disk before the checkpoint that follows it
-            if save:
+            yield row  # written before the checkpoint that follows it
+            if due or self.asked:
                 resume.save(self, row["val_loss"])
+            if self.asked:
+                return
 
     def samples(self) -> list[dict]:
         """Continuations of the first words of held-out documents."""
@@ -193,6 +230,11 @@ class Trainer:
         }
 
 
+def known(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
 def pick_device(name: str) -> torch.device:
     """`auto`: CUDA where there is one."""
     if name == "auto":
@@ -221,7 +263,8 @@ def tensorboard(args: Train, folder: Path, step: int):
                 if isinstance(value, (int, float)) and name != "step":
                     writer.add_scalar(name, value, row["step"])
             for k, value in enumerate(row["mtp_loss"], 1):
-                writer.add_scalar(f"mtp_loss/{k}", value, row["step"])
+                if value is not None:
+                    writer.add_scalar(f"mtp_loss/{k}", value, row["step"])
 
         yield log
 
@@ -233,12 +276,14 @@ def run(args: Train, command: str | None = None) -> Path:
     """Train (or go on training) and write the report; returns the folder of the run."""
     settings.check(args)
     keep_memory()
-    with settings.claim(args) as folder:
+    with settings.claim(args) as folder, signals() as asked:
         try:
-            work(start(args, folder, command))
+            trainer = start(args, folder, command)
+            trainer.asked = asked
+            work(trainer)
         except OSError as e:
             raise UserError(f"could not go on: {e}. {resume.last_good(folder)}") from e
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             print(f"\nstopped; go on with: dsv3 train --resume --out {folder}", file=sys.stderr)
             raise
     return folder
@@ -269,8 +314,11 @@ def work(trainer: Trainer) -> None:
         for row in trainer.train():
             metrics.write(row)
             log(row)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tok_s']:,.0f} tokens/s")
-            bar.update()
+            what = f"skipped: {row['skipped']}" if row["skipped"] else f"loss {row['loss']:.3f}"
+            bar.set_postfix_str(f"{what}, {row['tok_s']:,.0f} tokens/s")
+            bar.update(row["step"] - bar.n)
+    if trainer.step < len(trainer.plan):
+        raise SystemExit(LEAVE[trainer.asked[-1]])
     finish(trainer, row or resume.last_row(folder))
 
 

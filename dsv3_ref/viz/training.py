@@ -142,6 +142,10 @@ def loss_curves(rows: list[dict]):
         ax.plot(at, value, "D", color="#D55E00", markersize=4, label="validation", zorder=3)
         title += f", validation {value[-1]:.3f}"
         drawn.append(value)
+    if has(rows, "val_loss_ema"):
+        at, value = series(rows, "val_loss_ema")
+        ax.plot(at, value, "o", mfc="none", color=GREY, label="validation, averaged weights")
+        drawn.append(value)
     if has(rows, "mtp_loss"):
         step, mtp = series(rows, "mtp_loss")
         for k, colour in zip(range(mtp.shape[1]), [COLOURS[2], COLOURS[3], GREY] * mtp.shape[1]):
@@ -293,6 +297,10 @@ def grad_norm(rows: list[dict]):
     step, value = series(rows, "grad_norm")
     fig, ax = figure(height=2.6)
     draw_smoothed(ax, step, value, "", BLUE)
+    spikes = [(row["step"], row["grad_norm"]) for row in rows if row.get("skipped") == "spike"]
+    if spikes:
+        ax.plot(*zip(*spikes), "x", color=ORANGE, label="skipped")
+        ax.legend(loc="best")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")

@@ -1,0 +1,94 @@
+"""The average of a model's weights, on the CPU, kept up by a thread of its own (§3.2.3)."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from dsv3_ref.optim import ema_update
+
+
+class Ema:
+    """`ema_update` after every step, while the next gradients are computed.
+
+    Weights only change in `optimizer.step`, which waits: for the thread where it reads the weights
+    themselves (CPU), for a copy to pinned memory on a stream of its own where it does not (CUDA).
+    """
+
+    def __init__(self, model, optimizer, decay: float):
+        self.decay, self.t = decay, 0
+        self.live = dict(model.named_parameters())
+        self.mean = {
+            n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.live.items()
+        }
+        self.cuda = next(iter(self.live.values())).is_cuda
+        self.thread, self.folding, self.copied = ThreadPoolExecutor(1), None, None
+        if self.cuda:
+            self.stream = torch.cuda.Stream()
+            self.pinned = [
+                torch.empty_like(p, device="cpu", pin_memory=True) for p in self.live.values()
+            ]
+        optimizer.register_step_pre_hook(lambda *_: self.before_step())
+
+    def update(self) -> None:
+        """Start folding in the weights as they are now."""
+        self.wait()
+        self.t += 1
+        weights = [p.detach() for p in self.live.values()]
+        if self.cuda:
+            self.copied, weights = self.copy(weights), self.pinned
+        self.folding: Future | None = self.thread.submit(self.fold, weights, self.t, self.copied)
+
+    def copy(self, weights: list) -> torch.cuda.Event:
+        """To pinned memory, behind what is already queued; the event says when it is done."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for pinned, p in zip(self.pinned, weights):
+                pinned.copy_(p, non_blocking=True)
+            return self.stream.record_event()
+
+    def fold(self, weights: list, t: int, copied) -> None:
+        """In the thread."""
+        if copied:
+            copied.synchronize()
+        ema_update(list(self.mean.values()), weights, self.decay, t)
+
+    def before_step(self) -> None:
+        """The weights are about to change."""
+        if not self.cuda:
+            self.wait()
+        elif self.copied:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def wait(self) -> None:
+        """Until the average is complete."""
+        if self.folding:
+            self.folding.result()
+            self.folding = None
+
+    @contextmanager
+    def applied(self):
+        """The model with the averaged weights, until the end of the `with`."""
+        self.wait()
+        before = {name: p.detach().clone() for name, p in self.live.items()}
+        self.put(self.mean)
+        try:
+            yield
+        finally:
+            self.put(before)
+
+    def put(self, values: dict) -> None:
+        for name, p in self.live.items():
+            p.detach().copy_(values[name])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of it."""
+        self.wait()
+        return {f"ema.{name}": m for name, m in self.mean.items()} | {"ema_t": torch.tensor(self.t)}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The reverse of `tensors`."""
+        self.wait()
+        self.t = tensors["ema_t"].item()
+        for name, m in self.mean.items():
+            m.copy_(tensors[f"ema.{name}"])
