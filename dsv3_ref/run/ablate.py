@@ -253,12 +253,13 @@ def rounded(x):
 
 def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
     """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
-    train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate, device="cpu")
+    train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
+                  device="cpu", moments="fp32")  # fmt: skip
     settings.check(train)
     t = Trainer(train, args.out)
     if v.kv_heads:
         with_heads(t.model, v.kv_heads)
-        t.optimizer = adamw(t.model, v.recipe)
+        t.optimizer = adamw(t.model, v.recipe, torch.float32)
     for s in t.sources if args.name == "fim" else ():
         s.held, s.kept = passages(s.held), passages(s.kept)
         del s.val_texts  # of whole documents
