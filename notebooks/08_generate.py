@@ -25,6 +25,7 @@
 # %%
 #| export decode
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
@@ -151,16 +152,17 @@ class Place(NamedTuple):
     index: tuple  # of the new tokens in a cache (b, t, …)
     end: int  # positions that exist afterwards
     turn: torch.Tensor  # rotations e^{iω·position}, (b, s, 1, r/2)
-    future: torch.Tensor | None  # keys that a query must not see, (b, s, 1, t)
+    future: torch.Tensor | None  # keys that a query must not see, (b or none, s, 1, t)
     fresh: bool  # nothing came before
 
 
-def place(at: list[int], s: int, turn_tx) -> Place:
-    """The next s positions of rows that hold `at` tokens each."""
-    end, device = max(at) + s, turn_tx.device
-    if s == 1 and min(at) == max(at):  # the common case needs neither gather nor mask
-        here = slice(end - 1, end)
-        return Place((slice(None), here), end, turn_tx[None, here, None], None, end == 1)
+def place(at: list[int], s: int, turn_tx, fixed: bool = False) -> Place:
+    """The next s positions of rows that hold `at` tokens each; `fixed`: one shape for all `at`."""
+    end, device = len(turn_tx) if fixed else max(at) + s, turn_tx.device
+    if min(at) == max(at) and not fixed:  # the common case: a slice, and one token sees all
+        here, key_t = slice(end - s, end), torch.arange(end, device=device)
+        future = key_t[here, None, None] < key_t if s > 1 else None
+        return Place((slice(None), here), end, turn_tx[None, here, None], future, end == s)
     position_bs = torch.tensor(at, device=device)[:, None] + torch.arange(s, device=device)
     row_b1 = torch.arange(len(at), device=device)[:, None]
     future = position_bs[..., None, None] < torch.arange(end, device=device)
@@ -189,9 +191,8 @@ def turned(x_bshr, turn_bs1x):
 FEW = 16  # tokens for which weighted sums of rows beat sorting by expert
 
 
-@cache
 def counted(*shape: int):
-    """0, 1, 2, … in this shape, made once."""
+    """0, 1, 2, … in this shape."""
     return torch.arange(math.prod(shape)).view(shape)
 
 
@@ -264,7 +265,7 @@ class Tables:
 
 def normed(x_bsd, norm: RMSNorm):
     """RMSNorm of one row as x · (weight / ρ) with ρ a plain number; of several as ever."""
-    if x_bsd.numel() != x_bsd.shape[-1] or not fits(x_bsd):
+    if x_bsd.numel() != x_bsd.shape[-1] or not fits(x_bsd) or torch.compiler.is_compiling():
         return norm(x_bsd)
     x_d = x_bsd.flatten()
     scale = (torch.dot(x_d, x_d).item() / len(x_d) + norm.eps) ** -0.5
@@ -350,6 +351,35 @@ class Layer:
 
 
 # %% [markdown]
+# Such a step is some 80 small operations a layer, each of which costs a microsecond or two before it
+# has computed anything. A *compiler* can fuse them: `torch.compile` turns the steps of a few layers
+# into one C++ program, which takes less than half the time, once the compiler has run for some 20
+# seconds. So it is a choice: worth it for many tokens, never for a few. A compiled program is for
+# one shape, so it attends to all places of the cache, the empty ones masked, and their number is
+# rounded up.
+
+
+# %%
+#| export decode
+GROUP, GRAIN = 4, 128  # layers compiled as one; a compiled step is for a multiple of so many places
+
+
+def through(layers: list[Layer], x_bsd, at: Place):
+    """x through several layers."""
+    for layer in layers:
+        x_bsd = layer(x_bsd, at)
+    return x_bsd
+
+
+@cache
+def compiled():
+    """`through` as one fused program; compiled when first called, for each new shape."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of groups × shapes
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+    return torch.compile(through, options={"cpp_wrapper": True})
+
+
+# %% [markdown]
 # The tables are a second copy of the weights, worth it on a CPU where the model is small; elsewhere
 # the decoder does without. They are laid out once and again when a weight has changed. The decoder
 # then holds one layer for every block, MTP modules included, and two notebooks of its own: which
@@ -380,8 +410,9 @@ def laid_out(model: Transformer) -> tuple[list[Tables | None], torch.Tensor]:
 class Decoder:
     """A model ready to write: layers with caches, the tokens of every row, their hidden states."""
 
-    def __init__(self, model: Transformer, batch: int, max_len: int):
+    def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
         self.model, self.n_main, w = model, model.config.n_layers, model.embed.weight
+        self.compiled, max_len = compiled, -(-max_len // GRAIN) * GRAIN if compiled else max_len
         blocks = [*model.layers.values(), *(m.block for m in model.mtp.values())]
         tables, self.head_dw = laid_out(model)
         self.layers = [Layer(x, t, batch, max_len) for x, t in zip(blocks, tables)]
@@ -393,13 +424,19 @@ class Decoder:
 
     def features(self, at: list[int], s: int):
         """h⁰ of the next s tokens of every row, (b, s, d), normed."""
-        here = place(at, s, self.turn_tx)
+        here, step = self.manner(at, s)
         x_bsd = F.embedding(self.token_bt[here.index], self.model.embed.weight)
-        for layer in self.layers[: self.n_main]:
-            x_bsd = layer(x_bsd, here)
+        for first in range(0, self.n_main, GROUP):
+            x_bsd = step(self.layers[first : min(first + GROUP, self.n_main)], x_bsd, here)
         h_bsd = self.model.norm(x_bsd)
         self.h_btd[here.index] = h_bsd
         return h_bsd
+
+    def manner(self, at: list[int], s: int):
+        """Where s tokens go, and the way through layers: the compiled one for few tokens."""
+        if self.compiled and len(at) * s <= FEW and max(at) > 0:
+            return place(at, s, self.turn_tx, fixed=True), compiled()
+        return place(at, s, self.turn_tx), through
 
     def logits(self, h):
         """Scores of every word, (…, w)."""
@@ -407,11 +444,11 @@ class Decoder:
 
     def ahead(self, k: int, h_bsd, at: list[int]):
         """eq. 21–22: h^k from h^{k−1} of the positions behind `at` and the tokens k later."""
-        mtp, here = self.model.mtp[str(k - 1)], place(at, h_bsd.shape[1], self.turn_tx)
+        mtp, (here, step) = self.model.mtp[str(k - 1)], self.manner(at, h_bsd.shape[1])
         token_bs = self.token_bt[place([n + k for n in at], h_bsd.shape[1], self.turn_tx).index]
         embed_bsd = F.embedding(token_bs, self.model.embed.weight)
         pair = torch.cat((mtp.enorm(embed_bsd), mtp.hnorm(h_bsd)), dim=-1)
-        return mtp.norm(self.layers[self.n_main + k - 1](mtp.eh_proj(pair), here))
+        return mtp.norm(step([self.layers[self.n_main + k - 1]], mtp.eh_proj(pair), here))
 
 
 # %% [markdown]
@@ -496,14 +533,16 @@ assert (share_w - p_w).abs().max() < 0.015
 class Writer:
     """Continue rows of tokens, with `depth` drafts a round (0: plain decoding)."""
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], new: int, depth: int = 0):
+    def __init__(
+        self, model: Transformer, prompts: list[list[int]], new: int, depth=0, compiled=False
+    ):
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("the prompt is empty: give at least the begin-of-sentence token")
         if not 0 <= depth <= len(model.mtp):
             raise ValueError(f"draft must be 0 to {len(model.mtp)}, the model's MTP modules")
         self.depth, self.n = depth, [len(p) for p in prompts]
         room = max(self.n) + new + 2 * depth + 1
-        self.decoder = Decoder(model, len(prompts), room)
+        self.decoder = Decoder(model, len(prompts), room, compiled)
         for row_t, prompt in zip(self.decoder.token_bt, prompts):
             row_t[: len(prompt)] = torch.tensor(prompt)
         self.read = [0] * len(prompts)  # where the MTP modules go on reading
@@ -586,15 +625,17 @@ def stream(
     choice: Choice = Choice(),  # noqa: B008  a constant
     stop: Iterable[int] = (),
     draft: int = 0,
+    compiled: bool = False,
 ) -> Iterator[list[list[int]]]:
     """Yield the new tokens of every row, round by round; a row ends with its first stop token.
 
-    Rows may differ in length; `draft` ≤ D lets that many MTP modules guess ahead. A caller may
-    send a list of booleans back: rows that are False end there.
+    Rows may differ in length; `draft` ≤ D lets that many MTP modules guess ahead; `compiled`
+    fuses each layer's step, after a pause at the first. A caller may send a list of booleans
+    back: rows that are False end there.
     """
     if max_new_tokens < 1:
         return
-    writer, stop = Writer(model, prompts, max_new_tokens, draft), set(stop)
+    writer, stop = Writer(model, prompts, max_new_tokens, draft, compiled), set(stop)
     room, new = [max_new_tokens] * len(prompts), writer.first(choice)
     while True:
         for row, tokens in enumerate(new):
@@ -617,10 +658,11 @@ def generate(
     generator: torch.Generator | None = None,
     top_p: float = 1.0,
     draft: int = 0,
+    compiled: bool = False,
 ):
     """Continue prompts of equal length: (b, s) → (b, s + max_new_tokens)."""
     texts, choice = tokens_bs.tolist(), Choice(temperature, top_p, generator)
-    for new in stream(model, texts, max_new_tokens, choice, draft=draft):
+    for new in stream(model, texts, max_new_tokens, choice, draft=draft, compiled=compiled):
         for text, tokens in zip(texts, new):
             text += tokens
     return torch.tensor(texts, dtype=torch.int64, device=tokens_bs.device)

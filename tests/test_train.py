@@ -314,8 +314,8 @@ def poison(why: str, bad: list[torch.Tensor]):
     """`losses` whose main part, and gradient, is many times too large for some batches."""
     real = pretrain.losses
 
-    def poisoned(model, tokens_bs):
-        parts = real(model, tokens_bs)
+    def poisoned(model, tokens_bs, *args):
+        parts = real(model, tokens_bs, *args)
         factor = FACTORS[why] if any(torch.equal(tokens_bs, x) for x in bad) else 1.0
         return parts._replace(main=parts.main * factor)
 

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 from dsv3_ref.config import TINY, Config, UserError
@@ -165,21 +166,28 @@ def read_bytes(c: Config, batch: int) -> float:
 
 @torch.no_grad()
 def decode(args: Bench) -> dict:
-    """Greedy decoding of 64 tokens behind 32, alone and eight at a time."""
+    """Greedy decoding of 64 tokens behind 32, alone and eight at a time; ours compiled as well."""
     torch.manual_seed(0)
+    torch._inductor.config.force_disable_caches = True  # compiled anew, as for a new model
     ours, other, out = Transformer(SHAPE), theirs(SHAPE).eval(), {"bytes_s": bandwidth()}
     fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     for batch in (1, 8):
         prompt_bs = torch.randint(SHAPE.vocab_size, (batch, 32))
+        start = time.perf_counter()
+        generate(ours, prompt_bs, 2, compiled=True)
+        compile_s = time.perf_counter() - start
         seconds = interleaved(
             args.rounds,
             ours=lambda x=prompt_bs: generate(ours, x, NEW),
+            compiled=lambda x=prompt_bs: generate(ours, x, NEW, compiled=True),
             theirs=lambda x=prompt_bs: other.generate(x, **fixed),
         )
         out[f"batch {batch}"] = {
             "tokens_s": {name: batch * NEW / s for name, s in seconds.items()},
             "ratio": seconds["theirs"] / seconds["ours"],
-            "step_ms": 1e3 * seconds["ours"] / NEW,
+            "ratio compiled": seconds["theirs"] / seconds["compiled"],
+            "compile_s": compile_s,
+            "step_ms": {name: 1e3 * s / NEW for name, s in seconds.items()},
             "weights_ms": 1e3 * read_bytes(SHAPE, batch) / out["bytes_s"],
         }
     return out
@@ -256,8 +264,13 @@ def speculation(args: Bench) -> dict:
     """Acceptance, costs and speed-up of one draft, for models of growing depth."""
     out = {}
     for layers in (2, 4, 8, 16):
-        model, rows_bs = taught(replace(TINY, n_layers=layers, n_mtp_layers=1), steps=150)
-        out[layers] = speculated(model, rows_bs[:4, :32].tolist(), args.rounds)
+        model, rows_bs = taught(replace(TINY, n_layers=layers, n_mtp_layers=1), steps=300)
+        prompts = rows_bs[:4, :32].tolist()
+        out[layers] = {
+            name: speculated(model, prompts, args.rounds, compiled)
+            for name, compiled in (("eager", False), ("compiled", True))
+        }
+        print("\n".join(lines(f"{layers} layers", out[layers])), flush=True)
     return out
 
 
@@ -284,13 +297,13 @@ def taught(c: Config, steps: int):
 
 
 @torch.inference_mode()
-def speculated(model: Transformer, prompts: list[list[int]], rounds: int) -> dict:
+def speculated(model: Transformer, prompts: list[list[int]], rounds: int, compiled: bool) -> dict:
     """Greedy writing of 64 tokens behind each prompt, plain and with one draft."""
-    lengths = []
+    lengths, choice = [], Choice()
 
     def write(depth):
         for prompt in prompts:
-            writer, choice, left = Writer(model, [prompt], NEW, depth), Choice(), NEW - 1
+            writer, left = Writer(model, [prompt], NEW, depth, compiled), NEW - 1
             writer.first(choice)
             while left > 0:
                 new = len(writer.round(choice, [True])[0])
@@ -300,14 +313,14 @@ def speculated(model: Transformer, prompts: list[list[int]], rounds: int) -> dic
 
     seconds = interleaved(max(3, rounds // 2), plain=lambda: write(0), draft=lambda: write(1))
     p = sum(lengths) / len(lengths) - 1
-    costs = round_costs(model, rounds * 10)
+    costs = round_costs(model, rounds * 10, compiled)
     return {"acceptance": p, "speedup": seconds["plain"] / seconds["draft"], **costs,
             "predicted": (1 + p) / (costs["verify"] + costs["draft"])}  # fmt: skip
 
 
-def round_costs(model: Transformer, rounds: int) -> dict[str, float]:
+def round_costs(model: Transformer, rounds: int, compiled: bool) -> dict[str, float]:
     """Cost of a forward pass over two tokens and of a draft, in plain steps."""
-    decoder = Decoder(model, 1, 128)
+    decoder = Decoder(model, 1, 128, compiled)
     decoder.token_bt.random_(model.config.vocab_size)
     decoder.features([0], 64)
     head = decoder.logits
@@ -317,7 +330,8 @@ def round_costs(model: Transformer, rounds: int) -> dict[str, float]:
         verify=lambda: head(decoder.features([64], 2)).argmax(-1),
         draft=lambda: head(decoder.ahead(1, decoder.h_btd[:, 62:64], [62])[:, -1]).argmax(-1),
     )
-    return {"verify": s["verify"] / s["plain"], "draft": s["draft"] / s["plain"]}
+    return {"plain_ms": 1e3 * s["plain"], "verify": s["verify"] / s["plain"],
+            "draft": s["draft"] / s["plain"]}  # fmt: skip
 
 
 # ── The command ──
