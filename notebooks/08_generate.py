@@ -26,7 +26,7 @@
 #| export decode
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -154,6 +154,14 @@ class Place(NamedTuple):
     turn: torch.Tensor  # rotations e^{iω·position}, (b, s, 1, r/2)
     future: torch.Tensor | None  # keys that a query must not see, (b or none, s, 1, t)
     fresh: bool  # nothing came before
+
+
+def spot(at: list[int], s: int, device=None):
+    """Index of the s positions behind `at` in a cache (b, t, …): a slice where rows are equal."""
+    if min(at) == max(at):
+        return slice(None), slice(at[0], at[0] + s)
+    position_bs = torch.tensor(at, device=device)[:, None] + torch.arange(s, device=device)
+    return torch.arange(len(at), device=device)[:, None], position_bs
 
 
 def place(at: list[int], s: int, turn_tx, fixed: bool = False) -> Place:
@@ -445,7 +453,7 @@ class Decoder:
     def ahead(self, k: int, h_bsd, at: list[int]):
         """eq. 21–22: h^k from h^{k−1} of the positions behind `at` and the tokens k later."""
         mtp, (here, step) = self.model.mtp[str(k - 1)], self.manner(at, h_bsd.shape[1])
-        token_bs = self.token_bt[place([n + k for n in at], h_bsd.shape[1], self.turn_tx).index]
+        token_bs = self.token_bt[spot([n + k for n in at], h_bsd.shape[1], h_bsd.device)]
         embed_bsd = F.embedding(token_bs, self.model.embed.weight)
         pair = torch.cat((mtp.enorm(embed_bsd), mtp.hnorm(h_bsd)), dim=-1)
         return mtp.norm(step([self.layers[self.n_main + k - 1]], mtp.eh_proj(pair), here))
@@ -561,33 +569,34 @@ class Writer:
 
     def put(self, token_b, k: int):
         """Write a token k places behind the last one read of every row."""
-        self.decoder.token_bt[range(len(self.n)), [n + k for n in self.n]] = token_b
+        token_bt = self.decoder.token_bt
+        token_bt[spot([n + k for n in self.n], 1, token_bt.device)] = token_b[:, None]
 
     def guess(self, choose):
-        """D guesses a row, (b, D), and the distributions they were drawn from, (b, D, w)."""
-        d, every = self.decoder, range(len(self.n))
+        """D guesses a row, (b, D), and what each was drawn from, D × (b, w)."""
+        d = self.decoder
         s = max(n - at for n, at in zip(self.n, self.read))
-        h_bsd, q, out = d.h_btd[place(self.read, s, d.turn_tx).index], [], []
+        h_bsd, out = d.h_btd[spot(self.read, s, d.h_btd.device)], []
         for k in range(1, self.depth + 1):
             h_bsd = d.ahead(k, h_bsd, self.read)
-            last_bd = h_bsd[every, [n - 1 - at for n, at in zip(self.n, self.read)]]
-            q.append(choose.probabilities(d.logits(last_bd)))
-            out.append(choose.draw(q[-1]))
-            self.put(out[-1], k)
+            last = spot([n - 1 - at for n, at in zip(self.n, self.read)], 1, h_bsd.device)
+            out.append(choose.guess(d.logits(h_bsd[last][:, 0])))
+            self.put(out[-1][0], k)
         self.read = [max(0, n + 1 - self.depth) for n in self.n]
-        return torch.stack(out, 1), torch.stack(q, 1)
+        guess, q = zip(*out)
+        return torch.stack(guess, 1), q
 
     def round(self, choose, live: list[bool]) -> list[list[int]]:
         """New tokens of every row, 1 to D + 1 of them; rows that are not live stand still."""
         d, guess_bk = self.decoder, None
         if self.depth:
-            guess_bk, q_bkw = self.guess(choose)
+            guess_bk, q = self.guess(choose)
         logit_bsw = d.logits(d.features(self.n, self.depth + 1))
         if guess_bk is None:
             n_b, token_b = [0] * len(self.n), choose.token(logit_bsw[:, 0])
             new = token_b[:, None].tolist()
         else:
-            n_b, token_b = choose.judge(choose.probabilities(logit_bsw), q_bkw, guess_bk)
+            n_b, token_b = choose.judge(logit_bsw, q, guess_bk)
             n_b = n_b.tolist()
             new = [[*g[:n], t] for g, n, t in zip(guess_bk.tolist(), n_b, token_b.tolist())]
         self.n = [n + (1 + more) * on for n, more, on in zip(self.n, n_b, live)]
@@ -604,17 +613,25 @@ class Choice(NamedTuple):
     top_p: float = 1.0
     generator: torch.Generator | None = None
 
-    def probabilities(self, logit):
-        return probabilities(logit, self.temperature, self.top_p)
-
     def token(self, logit_bw):
+        """The next token of each row."""
         return sample(logit_bw, self.temperature, self.generator, self.top_p)
 
-    def draw(self, p_bw):
-        return p_bw.argmax(-1) if self.temperature == 0 else draw(p_bw, self.generator)
+    def guess(self, logit_bw):
+        """A guess for each row, and the distribution it was drawn from."""
+        if self.temperature == 0:
+            return logit_bw.argmax(-1), None
+        q_bw = probabilities(logit_bw, self.temperature, self.top_p)
+        return draw(q_bw, self.generator), q_bw
 
-    def judge(self, p_bsw, q_bkw, guess_bk):
-        return judge(p_bsw, q_bkw, guess_bk, self.generator)
+    def judge(self, logit_bsw, q: Sequence, guess_bk):
+        """`judge` by the main model's logits; at temperature 0 what it would have said itself."""
+        if self.temperature == 0:
+            said_bs = logit_bsw.argmax(-1)
+            n_b = (said_bs[:, :-1] == guess_bk).long().cumprod(1).sum(1)
+            return n_b, said_bs.gather(1, n_b[:, None])[:, 0]
+        p_bsw = probabilities(logit_bsw, self.temperature, self.top_p)
+        return judge(p_bsw, torch.stack(q, 1), guess_bk, self.generator)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -261,16 +262,17 @@ def exponent(times: dict[int, float]) -> float:
 
 
 def speculation(args: Bench) -> dict:
-    """Acceptance, costs and speed-up of one draft, for models of growing depth."""
+    """Acceptance, costs and speed-up of one draft against depth, with experts and all dense."""
     out = {}
-    for layers in (2, 4, 8, 16):
-        model, rows_bs = taught(replace(TINY, n_layers=layers, n_mtp_layers=1), steps=300)
-        prompts = rows_bs[:4, :32].tolist()
-        out[layers] = {
-            name: speculated(model, prompts, args.rounds, compiled)
-            for name, compiled in (("eager", False), ("compiled", True))
+    for layers, dense in ((2, 1), (4, 1), (8, 1), (16, 1), (16, 16)):
+        c = replace(TINY, n_layers=layers, n_dense_layers=dense, n_mtp_layers=1)
+        model, rows_bs = taught(c, steps=100)
+        name = f"{layers} layers" + ", dense" * (dense == layers)
+        out[name] = {
+            way: speculated(model, rows_bs, args.rounds, way == "compiled")
+            for way in ("eager", "compiled")
         }
-        print("\n".join(lines(f"{layers} layers", out[layers])), flush=True)
+        print("\n".join(lines(name, out[name])), flush=True)
     return out
 
 
@@ -297,12 +299,12 @@ def taught(c: Config, steps: int):
 
 
 @torch.inference_mode()
-def speculated(model: Transformer, prompts: list[list[int]], rounds: int, compiled: bool) -> dict:
-    """Greedy writing of 64 tokens behind each prompt, plain and with one draft."""
+def speculated(model: Transformer, rows_bs, rounds: int, compiled: bool) -> dict:
+    """Greedy writing of 64 tokens behind the first 32 of four rows, plain and with one draft."""
     lengths, choice = [], Choice()
 
     def write(depth):
-        for prompt in prompts:
+        for prompt in rows_bs[:4, :32].tolist():
             writer, left = Writer(model, [prompt], NEW, depth, compiled), NEW - 1
             writer.first(choice)
             while left > 0:
@@ -313,23 +315,23 @@ def speculated(model: Transformer, prompts: list[list[int]], rounds: int, compil
 
     seconds = interleaved(max(3, rounds // 2), plain=lambda: write(0), draft=lambda: write(1))
     p = sum(lengths) / len(lengths) - 1
-    costs = round_costs(model, rounds * 10, compiled)
+    costs = round_costs(model, rows_bs[0], compiled)
     return {"acceptance": p, "speedup": seconds["plain"] / seconds["draft"], **costs,
             "predicted": (1 + p) / (costs["verify"] + costs["draft"])}  # fmt: skip
 
 
-def round_costs(model: Transformer, rounds: int, compiled: bool) -> dict[str, float]:
-    """Cost of a forward pass over two tokens and of a draft, in plain steps."""
-    decoder = Decoder(model, 1, 128, compiled)
-    decoder.token_bt.random_(model.config.vocab_size)
-    decoder.features([0], 64)
-    head = decoder.logits
-    s = interleaved(
-        rounds,
-        plain=lambda: head(decoder.features([64], 1)).argmax(-1),
-        verify=lambda: head(decoder.features([64], 2)).argmax(-1),
-        draft=lambda: head(decoder.ahead(1, decoder.h_btd[:, 62:64], [62])[:, -1]).argmax(-1),
-    )
+def round_costs(model: Transformer, token_t, compiled: bool) -> dict[str, float]:
+    """Cost of reading two tokens and of a draft in plain steps, each along a text."""
+    decoder = Decoder(model, 1, len(token_t), compiled)
+    decoder.token_bt[0, : len(token_t)] = token_t
+    decoder.features([0], len(token_t))
+    h_btd, head, at = decoder.h_btd.clone(), decoder.logits, cycle(range(32, len(token_t) - 2))
+    plain = lambda t: head(decoder.features([t], 1)).argmax(-1)
+    verify = lambda t: head(decoder.features([t], 2)).argmax(-1)
+    draft = lambda t: head(decoder.ahead(1, h_btd[:, t - 1 : t + 1], [t - 1])[:, -1]).argmax(-1)
+    works = {"plain": plain, "verify": verify, "draft": draft}
+    works = {name: lambda f=f: f(next(at)) for name, f in works.items()}
+    s = interleaved(200, **works)
     return {"plain_ms": 1e3 * s["plain"], "verify": s["verify"] / s["plain"],
             "draft": s["draft"] / s["plain"]}  # fmt: skip
 
