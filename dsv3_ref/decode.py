@@ -112,7 +112,7 @@ def product(x_nd, table_do):
     if n > 2 or d % 2 or not fits(table_do):
         return x_nd @ table_do
     index = counted(2, d // 2) if n == 1 else counted(2, d // 2).repeat(n, 1)
-    return rows(table_do, index, x_nd.view(2 * n, -1)).view(n, 2, -1).sum(1)
+    return rows(table_do, index, x_nd.reshape(2 * n, -1)).view(n, 2, -1).sum(1)
 
 
 def fits(table) -> bool:
