@@ -38,6 +38,7 @@ class Bench:
     """Measure our model beside transformers.DeepseekV3ForCausalLM: same shape, same threads."""
 
     parts: tuple[Part, ...] = ("train", "decode", "memory", "scaling")
+    """`speculation` trains five models first, 8 minutes"""
     rounds: int = 9
     """repetitions, interleaved; medians are reported"""
     threads: int = 0
