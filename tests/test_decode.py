@@ -1,5 +1,6 @@
 """Generation is the argmax, or a draw, of the full forward pass at every step."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,17 @@ def test_any_lengths_and_drafts_are_the_argmax_of_a_full_forward(micro, lengths,
     for prompt, row in zip(prompts, written(model, prompts, new, draft=draft)):
         assert len(row) == new
         assert (said(model, prompt, row) < 1e-4).all()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_step_writes_the_same(micro):
+    model, prompts = Transformer(micro), [[1, 2, 3, 4, 5], [6, 7], [8]]
+    for rows in (prompts[:1], prompts):
+        for draft in (0, 1):
+            for prompt, row in zip(rows, written(model, rows, 6, draft=draft, compiled=True)):
+                assert len(row) == 6
+                assert (said(model, prompt, row) < 1e-4).all()
 
 
 @pytest.mark.parametrize(
