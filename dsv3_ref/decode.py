@@ -17,6 +17,7 @@ from einops import rearrange
 from dsv3_ref.mla import LayerCache, expanded
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
+from dsv3_ref.mtp import MTP
 from dsv3_ref.ops import RMSNorm, swiglu
 from dsv3_ref.rope import rope_table, softmax_scale
 
@@ -70,17 +71,22 @@ def spot(at: list[int], s: int, device=None):
     return torch.arange(len(at), device=device)[:, None], position_bs
 
 
-def place(at: list[int], s: int, turn_tx, fixed: bool = False) -> Place:
-    """The next s positions of rows that hold `at` tokens each; `fixed`: one shape for all `at`."""
-    end, device = len(turn_tx) if fixed else max(at) + s, turn_tx.device
-    if min(at) == max(at) and not fixed:  # the common case: a slice, and one token sees all
-        here, key_t = slice(end - s, end), torch.arange(end, device=device)
+def place(at: list[int], s: int, turn_tx) -> Place:
+    """The next s positions of rows that hold `at` tokens each."""
+    end, (_, here), device = max(at) + s, spot(at, s, turn_tx.device), turn_tx.device
+    if isinstance(here, slice):  # the common case, and one token sees all
+        key_t = torch.arange(end, device=device)
         future = key_t[here, None, None] < key_t if s > 1 else None
         return Place((slice(None), here), end, turn_tx[None, here, None], future, end == s)
-    position_bs = torch.tensor(at, device=device)[:, None] + torch.arange(s, device=device)
-    row_b1 = torch.arange(len(at), device=device)[:, None]
-    future = position_bs[..., None, None] < torch.arange(end, device=device)
-    return Place((row_b1, position_bs), end, turn_tx[position_bs][:, :, None], future, max(at) == 0)
+    return spread(here, turn_tx, end)
+
+
+def spread(position_bs, turn_tx, end: int) -> Place:
+    """The same for any positions, among `end` of which a query sees those up to its own."""
+    row_b1 = torch.arange(len(position_bs), device=turn_tx.device)[:, None]
+    future = position_bs[..., None, None] < torch.arange(end, device=turn_tx.device)
+    turn = turn_tx[position_bs][:, :, None]
+    return Place((row_b1, position_bs), end, turn, future, False)
 
 
 def turned(x_bshr, turn_bs1x):
@@ -248,6 +254,20 @@ class Layer:
         return self.times("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
 
 
+class MTPLayer(Layer):
+    """An MTP module likewise: h^k from the pair (embedding of the token k later, h^{k−1})."""
+
+    def __init__(self, mtp: MTP, *args):
+        super().__init__(mtp.block, *args)
+        self.mtp = mtp
+
+    def __call__(self, pair, at: Place):
+        embed_bsd, h_bsd = pair
+        mtp = self.mtp
+        both = torch.cat((normed(embed_bsd, mtp.enorm), normed(h_bsd, mtp.hnorm)), dim=-1)
+        return mtp.norm(super().__call__(mtp.eh_proj(both), at))
+
+
 GROUP, GRAIN = 4, 128  # layers compiled as one; a compiled step is for a multiple of so many places
 
 
@@ -258,12 +278,17 @@ def through(layers: list[Layer], x_bsd, at: Place):
     return x_bsd
 
 
+def anywhere(layers: list[Layer], x_bsd, position_bs, turn_tx):
+    """`through`, the same program for all positions: every place of the cache is attended to."""
+    return through(layers, x_bsd, spread(position_bs, turn_tx, len(turn_tx)))
+
+
 @cache
 def compiled():
-    """`through` as one fused program; compiled when first called, for each new shape."""
+    """`anywhere` as one fused program; compiled when first called, for each new shape."""
     torch._dynamo.config.recompile_limit = 64  # kinds of groups × shapes
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
-    return torch.compile(through, options={"cpp_wrapper": True})
+    return torch.compile(anywhere, options={"cpp_wrapper": True})
 
 
 LAID_OUT: WeakKeyDictionary = WeakKeyDictionary()  # model → (state of its weights, tables)
@@ -289,9 +314,12 @@ class Decoder:
     def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
         self.model, self.n_main, w = model, model.config.n_layers, model.embed.weight
         self.compiled, max_len = compiled, -(-max_len // GRAIN) * GRAIN if compiled else max_len
-        blocks = [*model.layers.values(), *(m.block for m in model.mtp.values())]
         tables, self.head_dw = laid_out(model)
-        self.layers = [Layer(x, t, batch, max_len) for x, t in zip(blocks, tables)]
+        modules = [*model.layers.values(), *model.mtp.values()]
+        self.layers = [
+            (Layer if isinstance(x, Block) else MTPLayer)(x, t, batch, max_len)
+            for x, t in zip(modules, tables)
+        ]
         self.turn_tx = torch.complex(
             *rope_table(model.config, torch.arange(max_len, device=w.device))
         )
@@ -300,19 +328,21 @@ class Decoder:
 
     def features(self, at: list[int], s: int):
         """h⁰ of the next s tokens of every row, (b, s, d), normed."""
-        here, step = self.manner(at, s)
-        x_bsd = F.embedding(self.token_bt[here.index], self.model.embed.weight)
-        for first in range(0, self.n_main, GROUP):
-            x_bsd = step(self.layers[first : min(first + GROUP, self.n_main)], x_bsd, here)
-        h_bsd = self.model.norm(x_bsd)
-        self.h_btd[here.index] = h_bsd
+        here = spot(at, s, self.token_bt.device)
+        x_bsd = F.embedding(self.token_bt[here], self.model.embed.weight)
+        h_bsd = self.model.norm(self.run(self.layers[: self.n_main], x_bsd, at, s))
+        self.h_btd[here] = h_bsd
         return h_bsd
 
-    def manner(self, at: list[int], s: int):
-        """Where s tokens go, and the way through layers: the compiled one for few tokens."""
-        if self.compiled and len(at) * s <= FEW and max(at) > 0:
-            return place(at, s, self.turn_tx, fixed=True), compiled()
-        return place(at, s, self.turn_tx), through
+    def run(self, layers: list[Layer], x, at: list[int], s: int):
+        """x of the next s tokens through layers, a few tokens behind others perhaps compiled."""
+        if not self.compiled or len(at) * s > FEW or max(at) == 0:
+            return through(layers, x, place(at, s, self.turn_tx))
+        start_b1 = torch.tensor(at, device=self.turn_tx.device)[:, None]
+        position_bs = start_b1 + torch.arange(s, device=start_b1.device)
+        for first in range(0, len(layers), GROUP):
+            x = compiled()(layers[first : first + GROUP], x, position_bs, self.turn_tx)
+        return x
 
     def logits(self, h):
         """Scores of every word, (…, w)."""
@@ -320,11 +350,10 @@ class Decoder:
 
     def ahead(self, k: int, h_bsd, at: list[int]):
         """eq. 21–22: h^k from h^{k−1} of the positions behind `at` and the tokens k later."""
-        mtp, (here, step) = self.model.mtp[str(k - 1)], self.manner(at, h_bsd.shape[1])
-        token_bs = self.token_bt[spot([n + k for n in at], h_bsd.shape[1], h_bsd.device)]
+        s = h_bsd.shape[1]
+        token_bs = self.token_bt[spot([n + k for n in at], s, h_bsd.device)]
         embed_bsd = F.embedding(token_bs, self.model.embed.weight)
-        pair = torch.cat((mtp.enorm(embed_bsd), mtp.hnorm(h_bsd)), dim=-1)
-        return mtp.norm(step([self.layers[self.n_main + k - 1]], mtp.eh_proj(pair), here))
+        return self.run([self.layers[self.n_main + k - 1]], (embed_bsd, h_bsd), at, s)
 
 
 # ── Drafts that never change the text ──
