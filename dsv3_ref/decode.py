@@ -85,7 +85,7 @@ def spread(position_bs, turn_tx, end: int) -> Place:
     """The same for any positions, among `end` of which a query sees those up to its own."""
     row_b1 = torch.arange(len(position_bs), device=turn_tx.device)[:, None]
     future = position_bs[..., None, None] < torch.arange(end, device=turn_tx.device)
-    turn = turn_tx[position_bs][:, :, None]
+    turn = turn_tx[position_bs[..., None]]
     return Place((row_b1, position_bs), end, turn, future, False)
 
 

@@ -181,7 +181,7 @@ def spread(position_bs, turn_tx, end: int) -> Place:
     """The same for any positions, among `end` of which a query sees those up to its own."""
     row_b1 = torch.arange(len(position_bs), device=turn_tx.device)[:, None]
     future = position_bs[..., None, None] < torch.arange(end, device=turn_tx.device)
-    turn = turn_tx[position_bs][:, :, None]
+    turn = turn_tx[position_bs[..., None]]
     return Place((row_b1, position_bs), end, turn, future, False)
 
 
@@ -831,12 +831,13 @@ for name, run in found["speculation"].items():
           f"draft {r['draft']:.2f}" for way, r in run.items()))  # fmt: skip
 
 # %% [markdown]
-# The draft gets cheaper with depth, 0.88 of a plain step at 2 layers and 0.12 at 16, but *reading two
+# The draft gets cheaper with depth, 0.87 of a plain step at 2 layers and 0.12 at 16, but *reading two
 # tokens* does not: it costs 1.3 to 1.4 steps, uncompiled, because the second token chooses other
 # experts, whose weights must be read too. With one row that is the price of sparsity; a server
 # with hundreds of rows reads every expert anyway. (The acceptances are of models that hardly know
-# English and repeat themselves.) Compiled, measured speed falls 10 to 24 % short of the formula:
-# the plain step has become so fast that a draft's own small operations, not compiled, count.
+# English and repeat themselves.) Uncompiled, speed is within 5 % of the formula. Compiled, the small
+# models fall short of it by a quarter: their plain step has become so fast that the few operations
+# around a draft, which are not compiled, count.
 
 # %% [markdown]
 # ## Play: temperature
