@@ -729,7 +729,8 @@ full, state32 = twenty_steps(lambda m: adamw(m, r, torch.float32))
 half, state16 = twenty_steps(lambda m: adamw(m, r))
 torch.testing.assert_close(full, twenty_steps(theirs)[0], rtol=1e-6, atol=1e-7)
 torch.testing.assert_close(full, by_equation(torch.float32), rtol=1e-6, atol=1e-7)
-torch.testing.assert_close(half, by_equation(torch.bfloat16), rtol=1e-5, atol=1e-6)
+one_ulp = r.lr * 2**-7  # a moment between two bf16 numbers may be rounded to either
+torch.testing.assert_close(half, by_equation(torch.bfloat16), rtol=1e-5, atol=one_ulp)
 both = {"fp32 moments": state32, "bf16 moments": state16,
         "bf16 moments and weights": twenty_steps(lambda m: adamw(m, r), torch.bfloat16)[1]}  # fmt: skip
 for name, optimizer in both.items():
