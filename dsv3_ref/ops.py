@@ -10,6 +10,8 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # ── The seam ──
 
@@ -82,6 +84,96 @@ def table() -> str:
     return "\n".join(rows)
 
 
+# ── Forget, and compute again ──
+
+
+class Rerun:
+    """fn(*args), to be run again when the backward pass asks; args may be results of others."""
+
+    def __init__(self, fn, args, keep):
+        device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
+        self.cast = {"dtype": torch.get_autocast_dtype(device), "device_type": device}
+        self.cast["enabled"] = torch.is_autocast_enabled(device)
+        self.fn, self.args, self.made = fn, [keep(x) for x in args], ()
+        self.users = self.asked = 0
+
+    def result(self, i: int):
+        """Result i; the results stay until as many have asked as have saved one."""
+        if not self.made:
+            with torch.enable_grad(), torch.autocast(**self.cast):
+                self.made = several(self.fn(*map(fetch, self.args)))
+        y, self.asked = self.made[i].detach(), (self.asked + 1) % self.users
+        self.made = self.made if self.asked else ()
+        return y
+
+
+def several(y) -> tuple:
+    """One result or many, as a tuple."""
+    return y if isinstance(y, tuple) else (y,)
+
+
+def fetch(x):
+    """What `Keeper.keep` took in."""
+    return x[0].result(x[1]).as_strided(*x[2]) if isinstance(x, tuple) else x
+
+
+class Keeper:
+    """Takes what a forward pass saves; `bytes` counts it, without the given weights."""
+
+    def __init__(self, recompute: bool, weights=()):
+        self.recompute, self.reruns, self.kept = recompute, {}, {}
+        self.weights = {w.untyped_storage()._cdata for w in weights}
+
+    def keep(self, x):
+        """x, or if it is a result of `again`: the rerun that makes it, and where it lies there."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        memory = x.untyped_storage()
+        if found := self.reruns.get(memory._cdata):
+            found[0].users += 1
+            return *found[:2], (x.shape, x.stride(), x.storage_offset())
+        self.kept[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        return x
+
+    def again(self, fn, args):
+        rerun = Rerun(fn, args, self.keep)
+        results = several(y := fn(*args))
+        for i, memory in enumerate(r.untyped_storage() for r in results):
+            self.reruns[memory._cdata] = rerun, i, StorageWeakRef(memory)
+        return y
+
+    @property
+    def bytes(self) -> int:
+        """Held now for the backward pass."""
+        live = {k: n for k, (ref, n) in self.kept.items() if not ref.expired()}
+        return sum(n for k, n in live.items() if k not in self.weights)
+
+
+KEEPER: Keeper | None = None
+
+
+@contextmanager
+def keeping(recompute: bool, weights=()):
+    """A forward pass whose saved tensors are counted and, if so wanted, computed again (§3.2.3)."""
+    global KEEPER
+    before, KEEPER = KEEPER, Keeper(recompute, weights)
+    try:
+        with saved_tensors_hooks(KEEPER.keep, fetch):
+            yield KEEPER
+    finally:
+        KEEPER = before
+
+
+def again(fn, *args):
+    """fn(*args); in a `keeping(recompute=True)` block whoever needs the results makes them again.
+
+    What `fn` saves for itself is kept: an RMSNorm's input, not its output.
+    """
+    if KEEPER is None or not KEEPER.recompute or not torch.is_grad_enabled():
+        return fn(*args)
+    return KEEPER.again(fn, args)
+
+
 # ── RMSNorm ──
 
 
@@ -133,7 +225,13 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return again(self.narrow, x, self.weight)
+
+    def narrow(self, x, weight):
+        """In the dtype of the matrix products that follow: one copy for all of them."""
+        y, device = rms_norm(x, weight, self.eps), x.device.type
+        narrow = torch.is_autocast_enabled(device)
+        return y.to(torch.get_autocast_dtype(device)) if narrow else y
 
 
 # ── Linear: the one place where matrix products pass ──
@@ -194,7 +292,7 @@ class MLP(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x):
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(again(swiglu, self.w1(x), self.w3(x)))
 
 
 # ── Cross-entropy straight from the hidden state ──

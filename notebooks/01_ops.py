@@ -34,6 +34,8 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # %%
 import math
@@ -187,6 +189,129 @@ def table() -> str:
 
 
 # %% [markdown]
+# ## Forget, and compute again
+# A training step needs most of its memory for what the forward pass keeps for the backward pass.
+# The report keeps no output of RMSNorm, of SwiGLU or of MLA's up-projections (§3.2.3, §3.3.3):
+# each costs little to compute and much to keep. So write the call `again(f, x)`: it is
+#
+# $$y = f(x),\quad\text{and whoever saves } y \text{ for its gradient saves } (f, x) \text{ instead.}$$
+#
+# $x$ may itself be such a result; then a chain is computed again from its start. A step that opens
+# no `keeping(recompute=True)` block is not changed at all. PyTorch lets us in through
+# *saved-tensor hooks*: every tensor that is saved passes through `keep`, every one that is used
+# again through `fetch`. Results are known by their memory, not by their values, so a view (a
+# transpose, one head's part) is recognised too, and the weak reference makes sure that a number in
+# the table is never the address of something else by now.
+
+
+# %%
+#| export
+class Rerun:
+    """fn(*args), to be run again when the backward pass asks; args may be results of others."""
+
+    def __init__(self, fn, args, keep):
+        device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
+        self.cast = {"dtype": torch.get_autocast_dtype(device), "device_type": device}
+        self.cast["enabled"] = torch.is_autocast_enabled(device)
+        self.fn, self.args, self.made = fn, [keep(x) for x in args], ()
+        self.users = self.asked = 0
+
+    def result(self, i: int):
+        """Result i; the results stay until as many have asked as have saved one."""
+        if not self.made:
+            with torch.enable_grad(), torch.autocast(**self.cast):
+                self.made = several(self.fn(*map(fetch, self.args)))
+        y, self.asked = self.made[i].detach(), (self.asked + 1) % self.users
+        self.made = self.made if self.asked else ()
+        return y
+
+
+def several(y) -> tuple:
+    """One result or many, as a tuple."""
+    return y if isinstance(y, tuple) else (y,)
+
+
+def fetch(x):
+    """What `Keeper.keep` took in."""
+    return x[0].result(x[1]).as_strided(*x[2]) if isinstance(x, tuple) else x
+
+
+# %%
+#| export
+class Keeper:
+    """Takes what a forward pass saves; `bytes` counts it, without the given weights."""
+
+    def __init__(self, recompute: bool, weights=()):
+        self.recompute, self.reruns, self.kept = recompute, {}, {}
+        self.weights = {w.untyped_storage()._cdata for w in weights}
+
+    def keep(self, x):
+        """x, or if it is a result of `again`: the rerun that makes it, and where it lies there."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        memory = x.untyped_storage()
+        if found := self.reruns.get(memory._cdata):
+            found[0].users += 1
+            return *found[:2], (x.shape, x.stride(), x.storage_offset())
+        self.kept[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        return x
+
+    def again(self, fn, args):
+        rerun = Rerun(fn, args, self.keep)
+        results = several(y := fn(*args))
+        for i, memory in enumerate(r.untyped_storage() for r in results):
+            self.reruns[memory._cdata] = rerun, i, StorageWeakRef(memory)
+        return y
+
+    @property
+    def bytes(self) -> int:
+        """Held now for the backward pass."""
+        live = {k: n for k, (ref, n) in self.kept.items() if not ref.expired()}
+        return sum(n for k, n in live.items() if k not in self.weights)
+
+
+KEEPER: Keeper | None = None
+
+
+@contextmanager
+def keeping(recompute: bool, weights=()):
+    """A forward pass whose saved tensors are counted and, if so wanted, computed again (§3.2.3)."""
+    global KEEPER
+    before, KEEPER = KEEPER, Keeper(recompute, weights)
+    try:
+        with saved_tensors_hooks(KEEPER.keep, fetch):
+            yield KEEPER
+    finally:
+        KEEPER = before
+
+
+def again(fn, *args):
+    """fn(*args); in a `keeping(recompute=True)` block whoever needs the results makes them again.
+
+    What `fn` saves for itself is kept: an RMSNorm's input, not its output.
+    """
+    if KEEPER is None or not KEEPER.recompute or not torch.is_grad_enabled():
+        return fn(*args)
+    return KEEPER.again(fn, args)
+
+
+# %%
+# A chain of two. The gradient of cos needs sin(x), which is computed again; that of sin needs x.
+x = torch.linspace(-1, 1, 5, requires_grad=True)
+calls = []
+noted = lambda x: calls.append("sin") or x.sin()
+for recompute in (False, True):
+    with keeping(recompute) as keeper:
+        y = again(torch.cos, again(noted, x))
+    kept = keeper.bytes // x.element_size()
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    print(
+        f"recompute={recompute!s:5}  numbers kept: {kept:2}  times sin was computed: {len(calls)}"
+    )
+    assert torch.equal(grad, (-x.sin().sin() * x.cos()).detach())
+assert calls == ["sin"] * 3 and kept == 5  # x itself
+
+# %% [markdown]
 # ## RMSNorm
 # Activations drift in size as layers add up. RMSNorm divides each token's vector by its *root mean
 # square* and lets the model choose a scale for each coordinate:
@@ -259,7 +384,13 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return again(self.narrow, x, self.weight)
+
+    def narrow(self, x, weight):
+        """In the dtype of the matrix products that follow: one copy for all of them."""
+        y, device = rms_norm(x, weight, self.eps), x.device.type
+        narrow = torch.is_autocast_enabled(device)
+        return y.to(torch.get_autocast_dtype(device)) if narrow else y
 
 
 # %%
@@ -386,7 +517,7 @@ class MLP(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x):
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(again(swiglu, self.w1(x), self.w3(x)))
 
 
 # %%
@@ -543,20 +674,16 @@ print(f"{'its hidden states, bf16':26}{4096 * V3.dim * 2 / 1e9:6.2f} GB")
 assert round(sequence * 4 / 1e9, 2) == 2.12
 
 # %% [markdown]
-# ## Experiment: forget and compute again
-# Training keeps, from the forward pass, whatever the backward pass will need. §3.2.3 and §3.3.3
-# say: do not keep the outputs of RMSNorm and SwiGLU, compute them again. Take one feed-forward
-# network with its norm. Step by step, torch keeps for each token $x$, $\hat x$ and $y$ of the norm,
-# then gate, up, silu(gate) and their product. Our norm and SwiGLU with gradients by hand keep only
-# their inputs, but the matrices behind them still keep the outputs. Two *recipes* instead of these
-# leave
+# ## Experiment: what is kept, counted
+# Take one feed-forward network with its norm. Step by step, torch keeps for each token $x$,
+# $\hat x$ and $y$ of the norm, then gate, up, silu(gate) and their product. Our norm and SwiGLU with
+# gradients by hand keep only their inputs, but the matrices behind them still keep the outputs.
+# With `again` these are computed once more instead:
 #
 # $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{by hand}} \;\to\;
 # \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers a token}$$
 #
-# (the 1 is $1/\rho$). Is the gradient still the same? torch tells us what it keeps, through
-# `saved_tensors_hooks`, and lets us hand it a recipe instead. "Step by step" is a backend like any
-# other.
+# (the 1 is $1/\rho$). Is the gradient still the same? "Step by step" is a backend like any other.
 
 
 # %%
@@ -572,26 +699,11 @@ def _(gate, up):
 
 def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
     """(gradient of x, numbers a token kept for it) of Σ MLP(norm(x))²."""
-    weights = {p.data_ptr() for p in [*norm.parameters(), *mlp.parameters()]}
-    kept, recipe = {}, {}
-
-    def pack(t):
-        if t.data_ptr() in recipe:
-            return recipe[t.data_ptr()]
-        kept.update({} if t.data_ptr() in weights else {t.data_ptr(): t.numel() / len(x_nd)})
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t() if callable(t) else t):
-        y_nd = norm(x_nd)
-        if recompute:
-            recipe[y_nd.data_ptr()] = lambda: norm(x_nd).detach()
-        gate_nf, up_nf = mlp.w1(y_nd), mlp.w3(y_nd)
-        z_nf = swiglu(gate_nf, up_nf)
-        if recompute:
-            recipe[z_nf.data_ptr()] = lambda: swiglu(gate_nf, up_nf).detach()
-        out_nd = mlp.w2(z_nf)
+    with keeping(recompute, [*norm.parameters(), *mlp.parameters()]) as keeper:
+        out_nd = mlp(norm(x_nd))
+    numbers = keeper.bytes // x_nd.element_size() // len(x_nd)
     (grad_nd,) = torch.autograd.grad(out_nd, x_nd, 2 * out_nd.detach())
-    return grad_nd, sum(kept.values())
+    return grad_nd, numbers
 
 
 # %%

@@ -87,7 +87,7 @@ from einops import einsum, rearrange
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op, widened
+from dsv3_ref.ops import Linear, RMSNorm, again, impl, linear, op, widened
 from dsv3_ref.rope import rotate, softmax_scale
 
 # %% [markdown]
@@ -131,9 +131,7 @@ class BlockAttention(torch.autograd.Function):
     """Causal attention, 64 queries at a time: keys in their future are not touched."""
 
     @staticmethod
-    def forward(ctx, q_bshx, k_bthx, v_bthv, scale):
-        ctx.scale, ctx.h = scale, q_bshx.shape[2]
-        q, k, v = (rearrange(x, "b s h x -> (b h) s x") for x in (scale * q_bshx, k_bthx, v_bthv))
+    def forward(ctx, q, k, v):
         p, o = [], []
         for rows, end in blocks(q.shape[1], k.shape[1]):
             score = widened(q[:, rows] @ k[:, :end].mT)
@@ -143,13 +141,12 @@ class BlockAttention(torch.autograd.Function):
             o.append(p[-1] @ v[:, :end])
         o = torch.cat(o, 1)
         ctx.save_for_backward(q, k, v, o, *p)
-        return rearrange(o, "(b h) s v -> b s h v", h=ctx.h)
+        return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_bshv):
+    def backward(ctx, g):
         q, k, v, o, *p = ctx.saved_tensors
-        g = rearrange(g_bshv, "b s h v -> (b h) s v").to(v.dtype)
         delta = (g * o).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (rows, end), p_st in zip(blocks(q.shape[1], k.shape[1]), p):
@@ -158,15 +155,21 @@ class BlockAttention(torch.autograd.Function):
             ds_st = dp_st.sub_(delta[:, rows]).mul_(p_st)
             dq[:, rows] = ds_st @ k[:, :end]
             dk[:, :end].baddbmm_(ds_st.mT, q[:, rows])
-        grads = (dq.mul_(ctx.scale), dk, dv)
-        return *(rearrange(x, "(b h) s x -> b s h x", h=ctx.h) for x in grads), None
+        return dq, dk, dv
+
+
+def by_heads(x_bshx, scale: float = 1.0):
+    """Every head of every row on its own: scale·x as (b·h, s, x)."""
+    return rearrange(x_bshx if scale == 1 else scale * x_bshx, "b s h x -> (b h) s x")
 
 
 @op
 def attention(q_bshx, k_bthx, v_bthv, scale: float):
     """Causal attention, o = softmax(scale·q·kᵀ) v; x = i + r, the queries are the last s of t."""
     if q_bshx.device.type == "cpu":
-        return BlockAttention.apply(q_bshx, k_bthx, v_bthv, scale)
+        q, k, v = again(by_heads, q_bshx, scale), again(by_heads, k_bthx), again(by_heads, v_bthv)
+        o = BlockAttention.apply(q, k, v)
+        return rearrange(o, "(b h) s v -> b s h v", h=q_bshx.shape[2])
     s, t = q_bshx.shape[1], k_bthx.shape[1]
     mask = None if s in (1, t) else causal_mask(s, t, q_bshx.device)
     q, k, v = (x.transpose(1, 2) for x in (q_bshx, k_bthx, v_bthv))
@@ -213,16 +216,25 @@ print("3 queries, 5 positions:\n", causal_mask(3, 5).int().numpy())
 
 # %%
 #| export
+def join(x_bshi, x_bshr):
+    """A head's dims without position beside those with: [x; x^R]."""
+    return torch.cat((x_bshi, x_bshr), -1)
+
+
+def keys_values(c_btc, k_btr, wkv_b, h: int, i: int):
+    """eq. 2, 4, 5: k = [W^UK c; k^R] and v = W^UV c of every head."""
+    kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
+    k_bthi, v_bthv = kv_bthx.split([i, kv_bthx.shape[-1] - i], dim=-1)
+    return join(k_bthi, k_btr[:, :, None].expand(-1, -1, h, -1)), v_bthv
+
+
 def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
     """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
 
     wkv_b: (h·(i + v), c), the keys' rows before the values' in each head.
     """
-    h, i = q_bshi.shape[2:]
-    kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
-    k_bthi, v_bthv = kv_bthx.split([i, kv_bthx.shape[-1] - i], dim=-1)
-    k_bthr = k_btr[:, :, None].expand(-1, -1, h, -1)  # the same for every head
-    q_bshx, k_bthx = torch.cat((q_bshi, q_bshr), -1), torch.cat((k_bthi, k_bthr), -1)
+    q_bshx = again(join, q_bshi, q_bshr)
+    k_bthx, v_bthv = again(keys_values, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
     return attention(q_bshx, k_bthx, v_bthv, scale)
 
 
@@ -406,9 +418,14 @@ class MLA(nn.Module):
 
     def queries(self, x_bsd, rope):
         """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
+        if not self.config.q_lora_rank:
+            return self.heads(self.wq, x_bsd, *rope)
+        return again(self.heads, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope)
+
+    def heads(self, up, x_bsx, *rope):
+        """The up-projection and its split into heads."""
         c = self.config
-        q = self.wq_b(self.q_norm(self.wq_a(x_bsd))) if c.q_lora_rank else self.wq(x_bsd)
-        q = rearrange(q, "b s (h x) -> b s h x", h=c.n_heads)
+        q = rearrange(up(x_bsx), "b s (h x) -> b s h x", h=c.n_heads)
         q_bshi, q_bshr = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         return q_bshi, rotate(q_bshr, *rope)
 
@@ -417,7 +434,7 @@ class MLA(nn.Module):
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         k_bsr = rotate(k_bsr[:, :, None], *rope)[:, :, 0]
-        return torch.cat((self.kv_norm(c_bsc), k_bsr), dim=-1)
+        return again(join, self.kv_norm(c_bsc), k_bsr)
 
     def expanded(self, *inputs):
         """Keys and values of every head: training, prefill."""

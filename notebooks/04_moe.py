@@ -76,7 +76,7 @@ from einops import einsum, rearrange
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import MLP, impl, op, swiglu
+from dsv3_ref.ops import MLP, again, impl, op, swiglu
 
 # %% [markdown]
 # ## The gate
@@ -400,7 +400,7 @@ class Experts(nn.Module):
 
     def forward(self, x_md, count_e):
         gate, up = grouped_linear(x_md, self.w1, count_e), grouped_linear(x_md, self.w3, count_e)
-        return grouped_linear(swiglu(gate, up), self.w2, count_e)
+        return grouped_linear(again(swiglu, gate, up), self.w2, count_e)
 
 
 # %%

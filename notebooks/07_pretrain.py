@@ -778,6 +778,54 @@ weight = 0.9 ** torch.arange(29.0, -1, -1)
 torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 
 # %% [markdown]
+# ### What a step need not keep
+# Whatever a gradient will need waits in memory from the forward to the backward pass. V3 lets go of
+# the outputs of RMSNorm, MLA's up-projections and SwiGLU, and computes them again (§3.2.3, §3.3.3):
+# `keeping(recompute=True)` of [chapter 01](01_ops.ipynb), `dsv3 train --recompute`. A token and
+# layer needs
+#
+# $$\underbrace{2d + q + c}_{\text{norms}} + \underbrace{2h(i+r) + hv}_{\text{up-projections}}
+# + \underbrace{(k + 1) f}_{\text{SwiGLU of an MoE}}\quad\text{numbers fewer.}$$
+#
+# Counted below, with the MTP module's layer (rows one token shorter) and the states that it norms.
+
+
+# %%
+from dsv3_ref.config import Config
+from dsv3_ref.ops import keeping
+
+
+def spared(c: Config, moe: bool = True) -> dict[str, int]:
+    """Numbers a token that one layer need not keep."""
+    heads = 2 * c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim) + c.n_heads * c.v_head_dim
+    experts = (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim
+    return {
+        "norms": 2 * c.dim + c.q_lora_rank + c.kv_lora_rank,
+        "MLA's up-projections": heads,
+        "SwiGLU": experts if moe else c.inter_dim,
+    }
+
+
+kept, gradients = {}, {}
+c, (b, s) = TINY, (4, 128)
+model, tokens_bs = Transformer(c), torch.randint(c.vocab_size, (b, s + 1))
+for recompute in (False, True):
+    with keeping(recompute, model.parameters()) as keeper:
+        total = losses(model, tokens_bs).total(0.3, 1e-4)
+    kept[recompute] = keeper.bytes
+    gradients[recompute] = torch.autograd.grad(total, list(model.parameters()))
+tables = 4 * (2 * s - 1) * c.qk_rope_head_dim  # cosines and sines now wait too
+dense, moe = (sum(spared(c, moe).values()) for moe in (False, True))
+layers = b * s * (c.n_dense_layers * dense + (c.n_layers - c.n_dense_layers) * moe)
+computed = 4 * (layers + b * (s - 1) * moe + b * s * c.dim) - tables
+assert kept[False] - kept[True] == computed  # to the byte
+assert all(torch.equal(x, y) for x, y in zip(gradients[False], gradients[True]))  # bit for bit
+print(f"kept for the backward pass: {kept[False] / 1e6:.1f} MB, with recomputation "
+      f"{kept[True] / 1e6:.1f} MB; counted by the formula: {computed / 1e6:.1f} MB less")  # fmt: skip
+for what, numbers in spared(V3).items():
+    print(f"V3, an MoE layer: {what:22}{2 * numbers / 1e3:6.1f} kB a token in bf16")
+
+# %% [markdown]
 # ## One step
 # A batch of 15,360 sequences fits no device at once. It arrives as **micro-batches** whose
 # gradients add up, each weighed by its share of the rows, $n_j/n$; every loss is a mean over its
@@ -786,18 +834,16 @@ torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 # $$\nabla\mathcal{L} = \sum_j \frac{n_j}{n}\,\nabla\mathcal{L}_j,\qquad
 # \nabla\mathcal{L} \leftarrow \nabla\mathcal{L}\cdot\min\!\left(1, \frac{1}{\lVert\nabla\mathcal{L}\rVert}\right)$$
 #
-# then AdamW, then the biases. Some steps must not be taken at all, and a rule that is stated before
-# the run is better than a hand on the switch. A step is **skipped** if its loss or its gradient's
+# then AdamW, then the biases. Some steps must not be taken at all. A step is **skipped** if its loss or its gradient's
 # norm is no finite number, or if the norm is a *spike*: with $\tilde n$ the median norm of the last
 # 50 steps that were taken,
 #
 # $$\lVert\nabla\mathcal{L}\rVert > 10\,\tilde n$$
 #
-# A median does not mind a few outliers, and only steps that were taken enter it, so a spike cannot
-# raise its own limit. Skipping leaves weights, moments and biases as they were and passes over the
-# batch. After three skipped steps in succession it is not the batch: `dsv3 train` then goes back to
-# its newest checkpoint and passes over the batches since (the rule of PaLM). The report needed no
-# rollback (§1), and states no rule; the numbers are ours.
+# Only steps that were taken enter the median, so a spike cannot raise its own limit. Skipping leaves
+# weights, moments and biases as they were and passes over the batch. After three skipped steps in
+# succession `dsv3 train` goes back to its newest checkpoint and passes over the batches since (the
+# rule of PaLM). The report needed no rollback (§1); the numbers are ours.
 
 
 # %%

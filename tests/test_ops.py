@@ -223,3 +223,77 @@ def test_table_shows_who_is_active():
     assert rows["linear"] == ["torch"]
     with ops.use("naive"):
         assert any(line.split() == ["linear", "none", "torch"] for line in ops.table().splitlines())
+
+
+# ── Kept, or computed again ──
+
+
+def chain(x, w):
+    """Norm, product, SwiGLU, product: Σ of squares."""
+    y = ops.again(ops.rms_norm, x, torch.ones(x.shape[-1], dtype=x.dtype), 1e-6)
+    z = ops.again(ops.swiglu, ops.linear(y, w), ops.linear(y[:, :], 2 * w))
+    return ops.linear(z, w.T).square().sum()
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
+def test_recomputing_changes_no_bit_of_a_gradient(cast):
+    x, w = torch.randn(9, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
+    kept, grads = [], []
+    for recompute in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            with ops.keeping(recompute, [w]) as keeper:
+                loss = chain(x, w)
+            kept.append(keeper.bytes)
+        grads.append(torch.autograd.grad(loss, (x, w)))  # outside of the autocast block
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert kept[1] < kept[0]
+
+
+def test_results_are_made_once_for_all_who_need_them_and_then_let_go():
+    made = []
+    double = lambda x: made.append(1) or (2 * x, 3 * x)
+    x = torch.randn(5, requires_grad=True)
+    with ops.keeping(True):
+        a, b = ops.again(double, x)
+        y = a.sin().sum() + a.cos().sum() + b.view(1, 5).sin().sum()
+    for n in (2, 3):  # the forward pass, then once for each backward pass
+        (grad,) = torch.autograd.grad(y, x, retain_graph=True)
+        want = 2 * (2 * x).cos() - 2 * (2 * x).sin() + 3 * (3 * x).cos()
+        assert torch.allclose(grad, want)
+        assert len(made) == n
+
+
+def test_an_address_that_is_used_again_is_not_taken_for_a_result():
+    x = torch.randn(1000, requires_grad=True)
+    with ops.keeping(True):
+        ops.again(torch.sin, x)  # freed at once; what comes next may lie where it lay
+        others = [(x + i).exp() for i in range(20)]
+        y = sum(o.square().sum() for o in others)
+    (grad,) = torch.autograd.grad(y, x)
+    assert torch.allclose(grad, sum(2 * (2 * (x + i)).exp() for i in range(20)), rtol=1e-4)
+
+
+def test_outside_of_a_block_again_is_a_plain_call():
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(ZeroDivisionError), ops.keeping(True):
+        _ = 1 / 0
+    assert ops.KEEPER is None
+    with torch.no_grad(), ops.keeping(True) as keeper:
+        assert torch.equal(ops.again(torch.sin, x), x.sin())
+    assert keeper.bytes == 0
+
+
+@pytest.mark.parametrize("n", [1, 511, 513])
+def test_the_chunked_loss_under_autocast(n):
+    h_nd, head_wd = torch.randn(n, 64, requires_grad=True), torch.randn(300, 64, requires_grad=True)
+    target_n = torch.arange(n) * 7 % 300
+    exact = ops.IMPLS["linear_cross_entropy"]["naive"](h_nd, head_wd, target_n)
+    want = torch.autograd.grad(exact, (h_nd, head_wd))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.linear_cross_entropy(h_nd, head_wd, target_n)
+    got = torch.autograd.grad(loss, (h_nd, head_wd))
+    assert loss.dtype == torch.float32  # the sum over a batch is no sum in bf16
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    for g, w in zip(got, want):
+        assert g.dtype == torch.float32
+        assert error(g, w) < 0.02

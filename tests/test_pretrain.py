@@ -1,7 +1,9 @@
 """Data, schedule and step of pre-training against the report's numbers and plain loops."""
 
 import random
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from dsv3_ref import optim, pretrain
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import balance_loss
+from dsv3_ref.ops import keeping
 from dsv3_ref.optim import (
     AdamW,
     Recipe,
@@ -396,3 +399,19 @@ def test_the_average_is_weighted_by_age(steps, decay, n):
     weight = torch.tensor([decay ** (steps - 1 - s) for s in range(steps)])
     want = (weight[:, None] * path).sum(0) / weight.sum()
     torch.testing.assert_close(mean, want, rtol=1e-4, atol=1e-5)
+
+
+# ── Recomputation ──
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 12])
+def test_a_step_that_recomputes_is_the_same_step(micro, q_lora_rank):
+    start = Transformer(replace(micro, q_lora_rank=q_lora_rank))
+    tokens_bs, after = rows(micro, 3), []
+    for recompute in (False, True):
+        model = deepcopy(start)
+        with keeping(True) if recompute else nullcontext():
+            stats = step(model, tokens_bs.split(2))
+        after.append([stats.total, *(p.detach() for p in model.state_dict().values())])
+    assert after[0][0] == after[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(after[0][1:], after[1][1:]))

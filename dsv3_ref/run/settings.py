@@ -58,6 +58,9 @@ class Train:
     """decay of an average of the weights, validated beside them, for example 0.99; 0: none"""
     micro_batch: int = 0
     """rows in one forward pass; 0: the whole batch"""
+    recompute: bool = False
+    """keep no outputs of norms, MLA's up-projections and SwiGLU for the backward pass: the same
+    losses, bit for bit, in less memory (§3.2.3)"""
     save_every: int = 0
     """steps between checkpoints with validation; 0: a tenth of the run"""
     keep: int = 3
@@ -139,7 +142,8 @@ def parse(argv: list[str]) -> Train:
 
 
 MAY_CHANGE = {
-    "out", "resume", "device", "micro_batch", "save_every", "keep", "val_rows", "tensorboard"
+    "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep", "val_rows",
+    "tensorboard",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import max_vio
-from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.ops import keeping, linear_cross_entropy
 from dsv3_ref.optim import adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
 from dsv3_ref.pretrain import train_step
 from dsv3_ref.run import resume, settings
@@ -91,7 +91,7 @@ class Trainer:
         lr, gamma, weight = lr_at(r, self.step, done), gamma_at(r, done), mtp_weight_at(r, done)
         micro = tokens_bs.split(self.args.micro_batch or len(tokens_bs))
         try:
-            with self.autocast():
+            with self.autocast(), keeping(True) if self.args.recompute else nullcontext():
                 limit = self.guard.limit
                 s = train_step(self.model, self.optimizer, micro, r, lr, gamma, weight, limit)
         except torch.OutOfMemoryError:
