@@ -89,6 +89,16 @@ def _(q_bshx, k_bthx, v_bthv, scale):
     return einsum(p_bhst.to(v_bthv.dtype), v_bthv, "b h s t, b t h v -> b s h v")
 
 
+@op
+def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
+    """`attention` inside each of b sequences laid end to end; the b-th ends before row end_b."""
+    out = [v_nhv[:0]]
+    for start, end in zip([0, *end_b.tolist()], end_b.tolist()):
+        rows = [x[None, start:end] for x in (q_nhx, k_nhx, v_nhv)]
+        out += [attention(*rows, scale)[0]] if end > start else []
+    return torch.cat(out)
+
+
 # ── Expanded: keys and values from the latent ──
 
 
@@ -163,6 +173,20 @@ class LayerCache:
         self.kv_btx[:, self.length : end] = kv_bsx
         self.length = end
         return self.kv_btx[:, :end]
+
+
+@op
+def paged_attention(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
+    """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of length_b.
+
+    q_bshx: [q^C; q^R], x = c + r. page_pyx: pages of y positions. table_bp: int32, row b's pages.
+    """
+    out = []
+    for q_shx, table_p, length in zip(q_bshx, table_bp, length_b.tolist()):
+        kv_btx = page_pyx[table_p].flatten(0, 1)[None, :length]
+        q_bshc, q_bshr = q_shx[None].tensor_split([c], dim=-1)
+        out.append(latent_attention(q_bshc, q_bshr, kv_btx[..., :c], kv_btx[..., c:], scale))
+    return torch.cat(out)
 
 
 # ── The layer ──

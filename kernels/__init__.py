@@ -1,1 +1,1 @@
-"""Triton kernels, registered with `dsv3_ref.ops.impl(name, "triton")`."""
+"""Triton kernels, registered with `dsv3_ref.ops.impl(name, "triton")` when this is imported."""

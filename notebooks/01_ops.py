@@ -30,6 +30,7 @@
 import os
 from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -149,10 +150,18 @@ def impl(name: str, backend: str):
 # %%
 #| export
 ACTIVE = tuple(os.environ.get("DSV3_BACKEND", "torch").split(","))  # in order of preference
+HOMES = {"triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8"}  # imported when first asked for
+
+
+def registered(backends) -> None:
+    """Import what registers these backends: only the kernels need triton."""
+    for home in filter(None, map(HOMES.get, backends)):
+        import_module(home)
 
 
 def chosen(name: str):
     """The implementation of op `name` under the active backends; raises if none has it."""
+    registered(ACTIVE)
     for backend in ACTIVE:
         if backend in IMPLS[name]:
             return IMPLS[name][backend]
@@ -166,6 +175,7 @@ def chosen(name: str):
 def use(*backends: str):
     """Run a block under these backends, in order of preference: `with use("naive", "torch")`."""
     global ACTIVE
+    registered(backends)
     known = {b for impls in IMPLS.values() for b in impls}
     if unknown := set(backends) - known:
         raise ValueError(
@@ -180,6 +190,7 @@ def use(*backends: str):
 
 def table() -> str:
     """One line an op: the active implementation, then the others."""
+    registered(ACTIVE)
     rows = []
     for name, impls in sorted(IMPLS.items()):
         active = next((b for b in ACTIVE if b in impls), "none")

@@ -201,6 +201,31 @@ assert torch.allclose(attention(q, k, v, 0.2)[:, :5], want[:, :5], atol=1e-6)
 print("3 queries, 5 positions:\n", causal_mask(3, 5).int().numpy())
 
 # %% [markdown]
+# *Several sequences end to end*, of any lengths, are one long batch without padding. Each is blind to
+# the others; only the rows where one ends are told.
+
+
+# %%
+#| export
+@op
+def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
+    """`attention` inside each of b sequences laid end to end; the b-th ends before row end_b."""
+    out = [v_nhv[:0]]
+    for start, end in zip([0, *end_b.tolist()], end_b.tolist()):
+        rows = [x[None, start:end] for x in (q_nhx, k_nhx, v_nhv)]
+        out += [attention(*rows, scale)[0]] if end > start else []
+    return torch.cat(out)
+
+
+# %%
+q, k, v = torch.randn(10, 4, 24), torch.randn(10, 4, 24), torch.randn(10, 4, 16)
+end_b = torch.tensor([4, 4, 10])  # the second is empty
+packed = packed_attention(q, k, v, end_b, 0.2)
+assert torch.allclose(packed[4:], attention(q[None, 4:], k[None, 4:], v[None, 4:], 0.2)[0])
+v[:4] += 1  # what the first sequence says does not reach the third
+assert torch.equal(packed_attention(q, k, v, end_b, 0.2)[4:], packed[4:])
+
+# %% [markdown]
 # ## Expanded: keys and values from the latent
 # From the latent $c_t$ (512) and the rotary key $k^R_t$ (64), every head $h$ makes its own
 #
@@ -378,6 +403,38 @@ try:
     raise AssertionError("a full cache must refuse")
 except ValueError as e:
     print(e)
+
+# %% [markdown]
+# *Pages.* A server holds thousands of conversations that grow and end. It cuts the cache into pages
+# of, say, 64 positions and gives each conversation a list of page numbers, so no memory is reserved
+# for what may never be said.
+
+
+# %%
+#| export
+@op
+def paged_attention(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
+    """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of length_b.
+
+    q_bshx: [q^C; q^R], x = c + r. page_pyx: pages of y positions. table_bp: int32, row b's pages.
+    """
+    out = []
+    for q_shx, table_p, length in zip(q_bshx, table_bp, length_b.tolist()):
+        kv_btx = page_pyx[table_p].flatten(0, 1)[None, :length]
+        q_bshc, q_bshr = q_shx[None].tensor_split([c], dim=-1)
+        out.append(latent_attention(q_bshc, q_bshr, kv_btx[..., :c], kv_btx[..., c:], scale))
+    return torch.cat(out)
+
+
+# %%
+page_pyx, q_bshx = torch.randn(5, 4, C + R), torch.randn(2, 1, H, C + R)
+table_bp, length_b = torch.tensor([[3, 0, 1], [4, 2, 2]], dtype=torch.int32), torch.tensor([9, 4])
+o = paged_attention(q_bshx, page_pyx, table_bp, length_b, C, 0.2)
+kv = torch.cat((page_pyx[3], page_pyx[0], page_pyx[1]))[None, :9]  # the first row's nine positions
+whole = latent_attention(q_bshx[:1, ..., :C], q_bshx[:1, ..., C:], kv[..., :C], kv[..., C:], 0.2)
+assert torch.allclose(o[:1], whole)
+page_pyx[1, 1:] = torch.nan  # page 1 is only begun: what lies behind position 9 is never read
+assert paged_attention(q_bshx, page_pyx, table_bp, length_b, C, 0.2).isfinite().all()
 
 # %% [markdown]
 # ## The layer

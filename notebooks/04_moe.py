@@ -104,15 +104,22 @@ class Route(NamedTuple):
     affinity_bse: torch.Tensor  # of all experts, without bias; carries the gradient
 
 
+@op
+def choose(score_bse, k: int, n_groups: int, n_limited: int, best: int):
+    """The k experts of highest score, best first, in the open groups: int64, (b, s, k)."""
+    if n_groups > 1:
+        score_bse = limit_groups(score_bse, n_groups, n_limited, best)
+    return score_bse.topk(k, dim=-1).indices
+
+
 def route(logit_bse, bias_e, c: Config) -> Route:
     """eq. 12–16: choose k experts by affinity + bias, weigh them by the affinity alone."""
     sigmoid = c.score_func == "sigmoid"
     affinity_bse = logit_bse.sigmoid() if sigmoid else logit_bse.softmax(-1)
     score_bse = affinity_bse if bias_e is None else affinity_bse + bias_e
-    if c.n_expert_groups > 1:
-        best = min(2 if sigmoid else 1, c.n_routed_experts // c.n_expert_groups)
-        score_bse = limit_groups(score_bse, c.n_expert_groups, c.n_limited_groups, best)
-    expert_bsk = score_bse.topk(c.n_activated_experts, dim=-1).indices
+    best = min(2 if sigmoid else 1, c.n_routed_experts // c.n_expert_groups)
+    groups = c.n_expert_groups, c.n_limited_groups, best
+    expert_bsk = choose(score_bse, c.n_activated_experts, *groups)
     weight_bsk = affinity_bse.gather(-1, expert_bsk)
     if sigmoid:
         weight_bsk = weight_bsk / (weight_bsk.sum(-1, keepdim=True) + 1e-20)
@@ -160,7 +167,7 @@ print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum
 #| export
 def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
     """−∞ outside the groups with the largest sum of their `best` highest scores (§2.1.2)."""
-    score_bsgx = rearrange(score_bse, "b s (g x) -> b s g x", g=n_groups)
+    score_bsgx = rearrange(score_bse, "... (g x) -> ... g x", g=n_groups)
     group_bsg = score_bsgx.topk(best, dim=-1).values.sum(-1)
     chosen = group_bsg.topk(n_limited, dim=-1).indices
     shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)

@@ -65,6 +65,31 @@ def latent_attention(size, randn):
     return randn(b, s, h, c), randn(b, s, h, r), randn(b, t, c), randn(b, t, r), (c + r) ** -0.5
 
 
+def packed_attention(size, randn):
+    h, x, v = size(1, 4), size(), size()
+    end_b = torch.tensor([size(0, 12) for _ in range(size(1, 4))]).cumsum(0)
+    n = int(end_b[-1])
+    return randn(n, h, x), randn(n, h, x), randn(n, h, v), end_b, x**-0.5
+
+
+def paged_attention(size, randn):
+    b, s, h, c, r, y = size(1, 3), size(1, 3), size(1, 4), size(), size(), size(1, 8)
+    pages = size(1, 5)
+    table_bp = torch.stack([torch.randperm(pages + 2)[:pages] for _ in range(b)]).int()
+    length_b = torch.tensor([max(s, size(1, pages * y)) for _ in range(b)]).clamp(max=pages * y)
+    s = min(s, pages * y)
+    q = randn(b, s, h, c + r)
+    return q, randn(pages + 2, y, c + r), table_bp, length_b, c, (c + r) ** -0.5
+
+
+def choose(size, randn):
+    groups, each = size(1, 4), size(1, 8)
+    limited = size(1, groups)
+    k = size(1, limited * each)
+    score = torch.rand(size(), size(), groups * each)
+    return score, k, groups, limited, min(2, each)
+
+
 def grouped_linear(size, randn):
     i, o = 8 * size(1, 5), 8 * size(1, 5)  # the fast product wants rows of 16 bytes
     count_e = torch.tensor([size(0, 9) for _ in range(size(1, 6))])
@@ -97,6 +122,9 @@ CASES = [
     rotate,
     attention,
     latent_attention,
+    packed_attention,
+    paged_attention,
+    choose,
 ]
 CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
 PAIRS = [(n, b) for n, impls in ops.IMPLS.items() for b in impls if b != "torch"]
