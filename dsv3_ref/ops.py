@@ -249,20 +249,20 @@ class RMSNorm(nn.Module):
 
 
 @op
-def linear(x, weight_oi):
-    """Multiply the last axis: y_…o = Σ_i x_…i W_oi."""
+def linear(x, weight_oi, keep: str = "e4m3"):
+    """Multiply the last axis: y_…o = Σ_i x_…i W_oi; `keep`: the form in which FP8 keeps x (§3.3.3)."""
     return F.linear(x, weight_oi)
 
 
 class Linear(nn.Module):
     """A matrix without bias, stored (out, in) as in the released weights."""
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in: int, n_out: int, keep: str = "e4m3"):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.weight, self.keep = nn.Parameter(torch.empty(n_out, n_in)), keep
 
     def forward(self, x):
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.keep)
 
 
 # ── SwiGLU ──
@@ -294,6 +294,12 @@ def _(gate, up):
     return gate / (1 + torch.exp(-gate)) * up
 
 
+@op
+def swiglu_linear(gate, up, weight_oi):
+    """SwiGLU and the matrix behind it, one op, since neither needs to keep what lies between."""
+    return linear(again(swiglu, gate, up), weight_oi)
+
+
 class MLP(nn.Module):
     """Dense feed-forward network: y = W₂ (silu(W₁ x) · W₃ x), d → f → d."""
 
@@ -303,7 +309,7 @@ class MLP(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x):
-        return self.w2(again(swiglu, self.w1(x), self.w3(x)))
+        return swiglu_linear(self.w1(x), self.w3(x), self.w2.weight)
 
 
 # ── Cross-entropy straight from the hidden state ──

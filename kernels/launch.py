@@ -4,6 +4,27 @@ from dataclasses import dataclass, field
 
 import torch
 
+BF16, FP32 = torch.bfloat16, torch.float32
+FLOATS = (FP32, BF16)
+
+
+def octave(n: int) -> int:
+    """Key of autotuning for a number of rows: n < 16, 256, 4096, … share a choice."""
+    return (n.bit_length() + 3) // 4
+
+
+def rows(x):
+    """(…, d) as (n, d) with a last stride of 1: a view where strides allow it, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def multiprocessors(x, interpreted: int = 2) -> int:
+    """Of the GPU that holds x; in the interpreter a few, so that there is work to share."""
+    if not x.is_cuda:
+        return interpreted
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
 
 def require(name: str, x: torch.Tensor, shape=None, dtypes=None, contiguous: bool = True) -> None:
     """Raise a `ValueError` that names the tensor unless it can be given to a kernel.

@@ -471,7 +471,7 @@ class MLA(nn.Module):
         self.wkv_a = Linear(c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
         self.kv_norm = RMSNorm(c.kv_lora_rank, c.norm_eps)
         self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim)
+        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim, keep="e5m6")
 
     def queries(self, x_bsd, rope):
         """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""

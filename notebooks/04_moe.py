@@ -396,6 +396,12 @@ def _(x_mi, weight_eoi, count_e):
     return torch.cat([F.linear(x, w) for x, w in zip(rows, weight_eoi)])
 
 
+@op
+def grouped_swiglu_linear(gate_mf, up_mf, weight_eoi, count_e):
+    """SwiGLU and every row's own matrix behind it, one op as in `swiglu_linear`."""
+    return grouped_linear(again(swiglu, gate_mf, up_mf), weight_eoi, count_e)
+
+
 class Experts(nn.Module):
     """All routed experts of a layer; rows arrive sorted by expert, (m, d) → (m, d)."""
 
@@ -407,7 +413,7 @@ class Experts(nn.Module):
 
     def forward(self, x_md, count_e):
         gate, up = grouped_linear(x_md, self.w1, count_e), grouped_linear(x_md, self.w3, count_e)
-        return grouped_linear(again(swiglu, gate, up), self.w2, count_e)
+        return grouped_swiglu_linear(gate, up, self.w2, count_e)
 
 
 # %%

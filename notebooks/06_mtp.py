@@ -48,7 +48,7 @@ from torch import nn
 from dsv3_ref.config import Config
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import Route
-from dsv3_ref.ops import Linear, RMSNorm, linear_cross_entropy
+from dsv3_ref.ops import RMSNorm, linear_cross_entropy
 from dsv3_ref.rope import rope_table
 
 # %%
@@ -100,7 +100,7 @@ class MTP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.enorm, self.hnorm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
-        self.eh_proj = Linear(2 * c.dim, c.dim)
+        self.eh_proj = nn.Linear(2 * c.dim, c.dim, bias=False)  # bf16 in the released weights
         self.block = Block(c, c.n_layers)  # an index past the dense layers: always MoE
         self.norm = RMSNorm(c.dim, c.norm_eps)
 

@@ -41,14 +41,14 @@ HOLES = 384  # held-out documents with a hole
 class Ablate:
     """Compare variants of one part of the model on equal data, and keep what came out."""
 
-    name: Annotated[Literal["balance", "mtp", "mla", "fim"], tyro.conf.Positional]
+    name: Annotated[Literal["balance", "mtp", "mla", "fim", "fp8"], tyro.conf.Positional]
     seeds: int = 3
     """runs of each variant, seeds 0, 1, …; a seed gives all variants the same data"""
     steps: int = 300
     out: Path = Path("runs")
     """folder of ablate_NAME.json; a run that the file holds already is not repeated"""
     config: str = ""
-    """a .json file with another model than the built-in one of 1.7M parameters"""
+    """another model than the built-in one of 1.7M parameters: a size, or a .json file"""
     data: tuple[str, ...] = ("sotu=0.5", "stdlib=0.5")
     """sources with weights, as for dsv3 train"""
 
@@ -61,6 +61,7 @@ class Variant:
     recipe: Recipe
     kv_heads: int = 0  # of a GQA in place of MLA
     fim_rate: float = 0.0
+    precision: str = "fp32"
 
 
 # ── What is compared ──
@@ -119,8 +120,14 @@ def fim_variants(c: Config, r: Recipe) -> dict[str, Variant]:
     return {f"rate {rate:g}": Variant(c, r, fim_rate=rate) for rate in (0.0, 0.1)}
 
 
+def fp8_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+    """High precision, and all products of linear layers in FP8 (§3.3)."""
+    return {p: Variant(c, r, precision=p) for p in ("fp32", "fp8")}
+
+
 VARIANTS = {
-    "balance": balance_variants, "mtp": mtp_variants, "mla": mla_variants, "fim": fim_variants
+    "balance": balance_variants, "mtp": mtp_variants, "mla": mla_variants, "fim": fim_variants,
+    "fp8": fp8_variants,
 }  # fmt: skip
 
 
@@ -231,7 +238,8 @@ def middle_score(t: Trainer, example) -> tuple[float, int, int] | None:
 
 
 MEASURES: dict[str, Callable] = {
-    "balance": expert_vio, "mtp": acceptance, "mla": lambda t, batches: {}, "fim": infilling
+    "balance": expert_vio, "mtp": acceptance, "mla": lambda t, batches: {}, "fim": infilling,
+    "fp8": lambda t, batches: {},
 }  # fmt: skip
 COURSE = {"vio_global", "vio_sequence", "accepted"}  # what is measured while training too
 
@@ -254,7 +262,7 @@ def rounded(x):
 def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
     """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
     train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
-                  device="cpu", moments="fp32")  # fmt: skip
+                  device="cpu", moments="fp32", precision=v.precision)  # fmt: skip
     settings.check(train)
     t = Trainer(train, args.out)
     if v.kv_heads:
@@ -293,18 +301,18 @@ def point(args: Ablate, t: Trainer, recent: list[float]) -> dict:
 
 def one_run(args: Ablate, name: str, v: Variant, seed: int) -> dict:
     """Train a variant and measure it: an entry of `runs`."""
-    start, t, recent, curve = time.perf_counter(), trainer_of(args, v, seed), [], []
+    start, t, losses, curve = time.perf_counter(), trainer_of(args, v, seed), [], []
     every = max(1, len(t.plan) // 10)
     while t.step < len(t.plan):
-        recent.append(t.one_step()["loss"])
+        losses.append(t.one_step()["loss"])
         if t.step % every == 0:
-            curve.append(point(args, t, recent))
-            recent = []
+            curve.append(point(args, t, losses[-every:]))
     by_source = losses_on(t, FINAL)
     return {
         "variant": name, "seed": seed, "val_loss": sum(by_source.values()) / len(by_source),
         "val_loss_by_source": by_source, **MEASURES[args.name](t, FINAL),
         "seconds": round(time.perf_counter() - start, 1), "curve": curve,
+        **({"losses": [round(x, 5) for x in losses]} if args.name == "fp8" else {}),
     }  # fmt: skip
 
 
@@ -316,6 +324,7 @@ def described(v: Variant) -> dict:
     return {
         "params": parameters(v), "cache_bytes": count(v.model).cache_bytes,
         "kv_heads": v.kv_heads, "fim_rate": v.fim_rate,
+        **({"precision": v.precision} if v.precision != "fp32" else {}),
         "model": {k: x for k, x in asdict(v.model).items() if x != getattr(TINY, k)},
         "recipe": {k: x for k, x in asdict(v.recipe).items() if x != getattr(RECIPES["tiny"], k)},
     }  # fmt: skip

@@ -50,8 +50,10 @@ class Train:
     fim_rate: float = 0.1
     """share of documents rearranged for fill-in-the-middle"""
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients"""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """auto: fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients. fp8: all three
+    products of every linear layer in FP8 (§3.3): Triton kernels on CUDA, on CPU the same numbers
+    by emulation"""
     moments: Literal["bf16", "fp32"] = "bf16"
     """how AdamW stores its moments; the report: bf16 (§3.3.2)"""
     ema: float = 0.0

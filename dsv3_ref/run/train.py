@@ -5,17 +5,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from dsv3_ref import ops
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import max_vio
-from dsv3_ref.ops import keeping, linear_cross_entropy
+from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
 from dsv3_ref.pretrain import train_step
 from dsv3_ref.run import resume, settings
@@ -79,10 +80,17 @@ class Trainer:
         """Fraction of the run's tokens seen so far."""
         return sum(self.plan[: self.step]) / sum(self.plan)
 
-    def autocast(self):
-        wanted = self.args.precision
-        bf16 = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+    @contextmanager
+    def arithmetic(self):
+        """How products are computed: bf16 by autocast, FP8 by a backend before the active ones."""
+        wanted, on_gpu = self.args.precision, self.device.type == "cuda"
+        bf16 = wanted == "bf16" or (on_gpu and wanted != "fp32")
+        backends = ("triton", "torch") if on_gpu else ops.ACTIVE
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=bf16))
+            if wanted == "fp8":
+                stack.enter_context(ops.use("fp8", *backends))
+            yield
 
     def one_step(self) -> dict:
         """Train one step; the row for metrics.jsonl."""
@@ -91,7 +99,7 @@ class Trainer:
         lr, gamma, weight = lr_at(r, self.step, done), gamma_at(r, done), mtp_weight_at(r, done)
         micro = tokens_bs.split(self.args.micro_batch or len(tokens_bs))
         try:
-            with self.autocast(), keeping(True) if self.args.recompute else nullcontext():
+            with self.arithmetic(), ops.keeping(True) if self.args.recompute else nullcontext():
                 limit = self.guard.limit
                 s = train_step(self.model, self.optimizer, micro, r, lr, gamma, weight, limit)
         except torch.OutOfMemoryError:
@@ -154,7 +162,7 @@ class Trainer:
         nll = n_bytes = n_tokens = 0
         for window_bs in self.val[name][:batches]:
             x_bs, y_bs = window_bs[:, :-1].to(self.device), window_bs[:, 1:].to(self.device)
-            with self.autocast():
+            with self.arithmetic():
                 h_n = self.model.features(x_bs)[0].flatten(0, 1)
                 nll += linear_cross_entropy(h_n, self.model.head.weight, y_bs.flatten()).item()
             n_bytes += self.bytes[window_bs[:, 1:]].sum().item()

@@ -1,0 +1,354 @@
+"""Absorbed MLA for decoding: attention over a latent cache, split evenly over the GPU.
+
+Every head reads the same 576 numbers a key, 512 of which are the value too, so a program takes a
+block of (query, head) rows through a stretch of keys and each key comes from memory once. Work is
+counted in units of 64 keys and dealt to the programs in equal shares, whatever the lengths: a
+program may end one sequence and begin the next. Pieces of a sequence meet in a second kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+import dsv3_ref.mla  # noqa: F401  defines the ops
+from dsv3_ref.kernels.launch import FLOATS, Compile, multiprocessors, require
+from dsv3_ref.ops import impl
+
+INTS = (torch.int32, torch.int64)
+LOG2_E = 1.4426950408889634
+UNIT = tl.constexpr(64)  # keys that are dealt out together
+LEAST = tl.constexpr(2)  # units a program: below that, merging costs more than it spreads
+
+
+# ── Who does what ──
+
+
+@triton.jit
+def shares(length_ptr, b, n_parts, BLOCK_B: tl.constexpr):
+    """Units of each sequence, and how many equal parts there are: total = parts · each + more."""
+    at = tl.arange(0, BLOCK_B)
+    unit_b = tl.cdiv(tl.load(length_ptr + at, mask=at < b, other=0).to(tl.int32), UNIT)
+    total = tl.sum(unit_b, 0)
+    parts = tl.maximum(tl.minimum(n_parts, tl.cdiv(total, LEAST)), 1)
+    return unit_b, parts, total // parts, total % parts
+
+
+@triton.jit
+def begin_of(part, each, more):
+    """First unit of a part; one more unit for each of the first `more` parts."""
+    return part * each + tl.minimum(part, more)
+
+
+@triton.jit
+def part_of(unit, each, more):
+    """The part that a unit lies in."""
+    large = more * (each + 1)
+    small = more + (unit - large) // tl.maximum(each, 1)
+    return tl.where(unit < large, unit // (each + 1), small)
+
+
+# ── Attention of a block of rows over a stretch of keys ──
+
+
+@triton.jit
+def columns(rows, col, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Mask of a tile: rows, and the real columns where a block is wider than they are."""
+    mask = rows[:, None]
+    if SIZE != BLOCK:
+        mask = mask & (col < SIZE)[None, :]
+    return mask
+
+
+@triton.jit
+def zero_given(x):
+    """0, for x ≥ 0, which the compiler does not know: what this is added to is computed after x."""
+    return (x < 0).to(tl.int32)
+
+
+@triton.jit
+def queries(ptr, row, h, stride_s, stride_h, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of (query, head) rows of one sequence, of any strides but the last."""
+    col = tl.arange(0, BLOCK)
+    at = (row // h).to(tl.int64) * stride_s + (row % h).to(tl.int64) * stride_h
+    return tl.load(ptr + at[:, None] + col[None, :], columns(row >= 0, col, SIZE, BLOCK), 0)
+
+
+@triton.jit
+def step(s, c, top, sums, acc, PRECISION: tl.constexpr):
+    """Online softmax over one tile: o ← o · 2^(top − top') + 2^(s − top') c."""
+    BLOCK_M: tl.constexpr = s.shape[0]
+    above = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - above[:, None])
+    shrink = tl.exp2(top - above)
+    # two sums, one for each warpgroup, which so need not exchange them before the end
+    half = tl.sum(tl.reshape(p, (BLOCK_M, 2, s.shape[1] // 2)), 2)
+    sums = sums * shrink[:, None] + half
+    acc = tl.dot(p.to(c.dtype), c, acc * shrink[:, None], input_precision=PRECISION)
+    return above, sums, acc
+
+
+@triton.jit
+def scan(
+    q_c, q_r, c_ptr, r_ptr, table, scale, low, high, length, seen, page_c, page_r,
+    PAGE: tl.constexpr, KEY_C: tl.constexpr, KEY_R: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Keys low to high of one sequence: each row's top score, Σ 2^(s − top) and Σ 2^(s − top) c.
+
+    Both branches serve the compiler too. Behind `start < most` it has the next tile's loads under
+    way before the products of this one, and not after them. And of two products in a chain it puts
+    all warps along the rows, of which 64 occupy half, so that each score is computed twice; with
+    `start + BLOCK_T <= fewest` in between it sees no chain.
+    """
+    near, col_c, col_r = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    fewest, most = tl.min(seen, 0), tl.max(seen, 0)
+    top = tl.full((BLOCK_M,), -1e30, tl.float32)
+    sums = tl.zeros((BLOCK_M, 2), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    page = tl.load(table + (low // PAGE if PAGE else 0))
+    for start in tl.range(low, high, BLOCK_T, num_stages=STAGES, disable_licm=True):
+        real = near < length - start  # a slot never written may hold anything, even NaN
+        if PAGE % BLOCK_T == 0:  # the tile lies in one page, looked up a tile ahead
+            at_c = page.to(tl.int64) * page_c + (start % PAGE if PAGE else start) * KEY_C
+            at_r = page.to(tl.int64) * page_r + (start % PAGE if PAGE else start) * KEY_R
+            at_c += near * KEY_C
+            at_r += near * KEY_R
+            if PAGE:
+                page = tl.load(table + tl.minimum(start + BLOCK_T, length - 1) // PAGE)
+        else:
+            key = start + near
+            pages = tl.load(table + key // PAGE, mask=real, other=0).to(tl.int64)
+            at_c = pages * page_c + (key % PAGE) * KEY_C
+            at_r = pages * page_r + (key % PAGE) * KEY_R
+        c = tl.load(c_ptr + at_c[:, None] + col_c[None, :], columns(real, col_c, C, BLOCK_C), 0)
+        r = tl.load(r_ptr + at_r[:, None] + col_r[None, :], columns(real, col_r, R, BLOCK_R), 0)
+        if start < most:
+            s = tl.dot(q_c, c.T, input_precision=PRECISION) * scale
+            if start + BLOCK_T <= fewest:
+                s += tl.dot(q_r, r.T, input_precision=PRECISION) * scale
+            else:
+                s += tl.dot(q_r, r.T, input_precision=PRECISION) * scale
+                s = tl.where(near[None, :] < (seen - start)[:, None], s, -float("inf"))
+            top, sums, acc = step(s, c, top, sums, acc, PRECISION)
+    return top, tl.sum(sums, 1), acc
+
+
+def config(m: int, t: int, stages: int, warps: int):
+    return triton.Config({"BLOCK_M": m, "BLOCK_T": t, "STAGES": stages}, num_warps=warps)
+
+
+def fitting(configs, args, PAGE, **_):
+    """fp32 needs the smallest blocks; where tiles cross pages, each of its keys has an address."""
+    fp32 = args["c_ptr"].dtype == torch.float32
+    keys = {16} if fp32 else {32} if PAGE % 64 else {32, 64}
+    return [c for c in configs if c.kwargs["BLOCK_T"] in keys]
+
+
+@triton.autotune(
+    [config(64, 64, 2, 8), config(64, 32, 3, 8), config(16, 16, 1, 8)],
+    key=["rows", "PAGE", "C", "R"],
+    prune_configs_by={"early_config_prune": fitting},
+)
+@triton.jit
+def _attend_kernel(
+    q_c_ptr, q_r_ptr, c_ptr, r_ptr, table_ptr, length_ptr, o_ptr, piece_ptr, lse_ptr,
+    scale, b, rows, h, stride_table, page_c, page_r, qc_b, qc_s, qc_h, qr_b, qr_s, qr_h,
+    PAGE: tl.constexpr, KEY_C: tl.constexpr, KEY_R: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of rows, one part of all keys: o = softmax(scale·(q^C·c + q^R·k)) c."""
+    part = tl.program_id(1)
+    unit_b, parts, each, more = shares(length_ptr, b, tl.num_programs(1), BLOCK_B)
+    if part >= parts:
+        return
+    begin, end = begin_of(part, each, more), begin_of(part + 1, each, more)
+    stop_b, todo = tl.cumsum(unit_b, 0), end - begin
+    # its sequences, and the empty ones behind them
+    first = tl.where(part == 0, 0, tl.sum((stop_b <= begin).to(tl.int32), 0))
+    last = tl.sum((stop_b <= end).to(tl.int32), 0) - 1
+    last = tl.minimum(tl.maximum(last, tl.sum((stop_b < end).to(tl.int32), 0)), b - 1)
+    skip = begin - tl.sum(tl.where(stop_b <= begin, unit_b, 0), 0)  # units of the first
+    # addresses made before they are needed (`disable_licm`, `zero_given`) would fill the registers
+    for i in tl.range(first, last + 1, disable_licm=True):
+        length = tl.load(length_ptr + i).to(tl.int32)
+        low = skip * UNIT
+        high = tl.minimum(low + todo * UNIT, length)
+        row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = tl.minimum(row + zero_given(length), rows - 1)
+        at_b = tl.cast(i, tl.int64)
+        q_c = queries(q_c_ptr + at_b * qc_b, row, h, qc_s, qc_h, C, BLOCK_C)
+        q_r = queries(q_r_ptr + at_b * qr_b, row, h, qr_s, qr_h, R, BLOCK_R)
+        seen = length - (rows - 1 - row) // h  # the last queries of a sequence see most
+        top, total, acc = scan(
+            q_c, q_r, c_ptr, r_ptr, table_ptr + at_b * stride_table, scale, low, high, length, seen,
+            page_c, page_r, PAGE, KEY_C, KEY_R, C, R, BLOCK_C, BLOCK_R, PRECISION,
+            BLOCK_M, BLOCK_T, STAGES,
+        )  # fmt: skip
+        acc = acc / tl.where(total > 0, total, 1)[:, None]
+        col_c = tl.arange(0, BLOCK_C)
+        out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) + zero_given(tl.max(total, 0))
+        mask = columns(out < rows, col_c, C, BLOCK_C)
+        if (low == 0) & (high == length):
+            at = (at_b * rows + out)[:, None] * C + col_c[None, :]
+            tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), mask)
+        else:
+            slot = (2 * part + (low == 0).to(tl.int32)).to(tl.int64) * rows + out
+            tl.store(piece_ptr + slot[:, None] * C + col_c[None, :], acc, mask)
+            tl.store(lse_ptr + slot, top + tl.log2(tl.maximum(total, 1e-30)), out < rows)
+        todo -= tl.cdiv(high - low, UNIT)
+        skip = 0
+
+
+# ── Pieces of a sequence meet ──
+
+
+@triton.autotune(
+    [triton.Config({"ROWS": r, "GROUP": g}, num_warps=4) for r, g in ((1, 16), (4, 4), (8, 2))],
+    key=["C", "BLOCK_B", "n_parts"],
+)
+@triton.jit
+def _merge_kernel(
+    piece_ptr, lse_ptr, length_ptr, o_ptr, b, rows, n_parts,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A sequence that parts p share, where the second begins: o = Σ 2^lse_p o_p / Σ 2^lse_p."""
+    part = tl.program_id(1) + 1
+    unit_b, parts, each, more = shares(length_ptr, b, n_parts, BLOCK_B)
+    cut, stop_b = begin_of(part, each, more), tl.cumsum(unit_b, 0)
+    i = tl.sum((stop_b <= cut).to(tl.int32), 0)  # the sequence here
+    start = tl.sum(tl.where(stop_b <= cut, unit_b, 0), 0)
+    first = part_of(start, each, more)
+    if (part >= parts) | (start == cut) | (part != first + 1):
+        return
+    last = part_of(tl.min(tl.where(stop_b > cut, stop_b, 2147483647), 0) - 1, each, more)
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_C)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    total, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for p in range(first, last + 1, GROUP):
+        near = p + tl.arange(0, GROUP)
+        slot = (2 * near + (near == first).to(tl.int32)).to(tl.int64)
+        at = slot[:, None] * rows + row[None, :]
+        mask = (near <= last)[:, None] & (row < rows)[None, :]
+        lse = tl.load(lse_ptr + at, mask=mask, other=-float("inf"))
+        mask = mask[:, :, None] & (col < C)[None, None, :]
+        o = tl.load(piece_ptr + at[:, :, None] * C + col[None, None, :], mask=mask, other=0)
+        above = tl.maximum(top, tl.max(lse, 0))
+        weight, shrink = tl.exp2(lse - above[None, :]), tl.exp2(top - above)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink[:, None] + tl.sum(o * weight[:, :, None], 0)
+        top = above
+    acc = acc / tl.where(total > 0, total, 1)[:, None]
+    at = (i.to(tl.int64) * rows + row)[:, None] * C + col[None, :]
+    tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), columns(row < rows, col, C, BLOCK_C))
+
+
+# ── Ops ──
+
+
+def attend(q_bshc, q_bshr, c_pyc, r_pyr, table_bp, length_b, scale: float):
+    """Launch both kernels: (b, s, h, c). Whatever the lengths, which nobody waits for."""
+    (b, s, h, c), r, rows = q_bshc.shape, q_bshr.shape[-1], q_bshc.shape[1] * q_bshc.shape[2]
+    n_parts = max(1, multiprocessors(q_bshc, 4) // triton.cdiv(rows, 64))
+    o_bshc = q_bshc.new_empty(b, s, h, c)
+    piece_xc = q_bshc.new_empty(2 * n_parts * rows, c, dtype=torch.float32)
+    lse_x = piece_xc.new_empty(2 * n_parts * rows)
+    block_b = max(16, triton.next_power_of_2(b))
+    block_c, block_r = (max(16, triton.next_power_of_2(x)) for x in (c, r))
+    _attend_kernel[lambda m: (triton.cdiv(rows, m["BLOCK_M"]), n_parts)](
+        q_bshc, q_bshr, c_pyc, r_pyr, table_bp, length_b, o_bshc, piece_xc, lse_x,
+        scale * LOG2_E, b, rows, h, table_bp.stride(0), c_pyc.stride(0), r_pyr.stride(0),
+        *q_bshc.stride()[:3], *q_bshr.stride()[:3],
+        PAGE=c_pyc.shape[1] if table_bp.shape[1] > 1 else 0,
+        KEY_C=c_pyc.stride(1), KEY_R=r_pyr.stride(1), C=c, R=r, BLOCK_C=block_c, BLOCK_R=block_r,
+        BLOCK_B=block_b, PRECISION="ieee" if q_bshc.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    if n_parts > 1:
+        grid = lambda m: (triton.cdiv(rows, m["ROWS"]), n_parts - 1)
+        args = piece_xc, lse_x, length_b, o_bshc, b, rows, n_parts
+        _merge_kernel[grid](*args, C=c, BLOCK_C=block_c, BLOCK_B=block_b)
+    return o_bshc
+
+
+def cast(*tensors) -> tuple:
+    """In the dtype of autocast, where that is on, as products of torch are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+class Decode(torch.autograd.Function):
+    """`attend`, and a sentence for who asks for its gradient."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return attend(*args)
+
+    @staticmethod
+    def backward(ctx, g):
+        raise NotImplementedError(
+            "attention in the latent has no gradient in the triton backend: it is for decoding; "
+            "train with MLA.absorb = False, or under use('torch')"
+        )
+
+
+@impl("paged_attention", "triton")
+def paged_attention(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
+    """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of length_b.
+
+    q_bshx: [q^C; q^R], x = c + r. page_pyx: pages of y positions. table_bp: int32, row b's pages.
+    A row of length 0 gives 0. Lengths and pages are trusted: looking would make the GPU wait.
+    """
+    q_bshx, page_pyx = cast(q_bshx, page_pyx)
+    b, x = len(q_bshx), q_bshx.shape[-1]
+    require("q_bshx", q_bshx, (None,) * 4, FLOATS, contiguous=False)
+    require("page_pyx", page_pyx, (None, None, x), (q_bshx.dtype,), contiguous=False)
+    require("table_bp", table_bp, (b, None), (torch.int32,), contiguous=False)
+    require("length_b", length_b, (b,), INTS)
+    if not 0 < c < x:
+        raise ValueError(f"c must lie between 0 and the {x} of q_bshx, not be {c}")
+    halves = *q_bshx.tensor_split([c], -1), *page_pyx.tensor_split([c], -1)
+    return Decode.apply(*halves, table_bp, length_b, scale)
+
+
+@impl("latent_attention", "triton")
+def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
+    """Causal attention with the latent as key and value: o = softmax(scale·(q·c + q·k)) c."""
+    q_bshc, q_bshr, c_btc, k_btr = cast(q_bshc, q_bshr, c_btc, k_btr)
+    require("q_bshc", q_bshc, (None,) * 4, FLOATS, contiguous=False)
+    (b, s, h, c), same = q_bshc.shape, (q_bshc.dtype,)
+    require("c_btc", c_btc, (b, None, c), same, contiguous=False)
+    require("k_btr", k_btr, (b, c_btc.shape[1], None), same, contiguous=False)
+    require("q_bshr", q_bshr, (b, s, h, k_btr.shape[2]), same, contiguous=False)
+    row_b = torch.arange(b, dtype=torch.int32, device=q_bshc.device)  # each is one page
+    length_b = torch.full_like(row_b, c_btc.shape[1])
+    return Decode.apply(q_bshc, q_bshr, c_btc, k_btr, row_b[:, None], length_b, scale)
+
+
+# ── For the compiler: V3's shapes ──
+
+BF16, FP32, INT = torch.bfloat16, torch.float32, torch.int32
+
+
+def case(name: str, dtype=BF16, h: int = 128, page: int = 64, s: int = 1):
+    strides = 64, 64 * 576, 64 * 576, s * h * 576, h * 576, 576, s * h * 576, h * 576, 576
+    pointers = dtype, dtype, dtype, dtype, INT, INT, dtype, FP32, FP32
+    sizes = {"C": 512, "R": 64, "BLOCK_C": 512, "BLOCK_R": 64, "BLOCK_B": 128}
+    sizes |= {"PAGE": page, "KEY_C": 576, "KEY_R": 576}
+    sizes["PRECISION"] = "ieee" if dtype == FP32 else "tf32"
+    args = *pointers, 0.1, 128, s * h, h, *strides
+    return Compile(name, _attend_kernel, args, sizes, "bf16" if dtype == BF16 else "")
+
+
+MERGE = {"C": 512, "BLOCK_C": 512, "BLOCK_B": 128}
+COMPILE = [
+    Compile("merge", _merge_kernel, (FP32, FP32, INT, BF16, 128, 128, 66), MERGE),
+    case("attend"),
+    case("attend_page_48", page=48),
+    case("attend_whole", page=0),
+    case("attend_draft", h=32, s=2),
+    case("attend_fp32", FP32),
+]

@@ -1,0 +1,277 @@
+"""The gate's choice of experts, and the rows' way to them and back."""
+
+import torch
+import triton
+import triton.language as tl
+
+import dsv3_ref.moe  # noqa: F401  defines the ops
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, octave, require, rows
+from dsv3_ref.kernels.norm import config
+from dsv3_ref.ops import impl
+
+INT64 = torch.int64
+
+# ── The gate ──
+
+
+LEAST = tl.constexpr(-(2**31))  # the key of what is taken or shut: below that of −∞
+
+
+@triton.jit
+def order_key(x):
+    """fp32 as int32 of the same order, above LEAST: negative numbers have 31 bits flipped."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST + 1)  # of a NaN even
+
+
+@triton.jit
+def key_value(key):
+    """The number that has this key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def highest(key, index, axis: tl.constexpr):
+    """Largest key along an axis, and the first index that has it: two reductions of one number."""
+    top = tl.max(key, axis=axis, keep_dims=True)
+    return top, tl.min(tl.where(key == top, index, 2**31 - 1), axis=axis, keep_dims=True)
+
+
+@triton.autotune([config(1, 1), config(1, 2), config(1, 4)], key=["octave"])
+@triton.jit
+def _choose_kernel(
+    score_ptr, expert_ptr, n, octave,
+    E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, LIMITED: tl.constexpr, BEST: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The best experts of the best groups, one warp a few tokens: top-k of the open scores.
+
+    Scores are compared as integers, so that −∞ or a NaN is neither chosen twice nor from a shut
+    group.
+    """
+    EACH: tl.constexpr = E // G
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    group, member = tl.arange(0, BLOCK_G)[None, :, None], tl.arange(0, BLOCK_X)[None, None, :]
+    real = (group < G) & (member < EACH)
+    at = row.to(tl.int64)[:, None, None] * E + group * EACH + member
+    score = tl.load(score_ptr + at, mask=(row < n)[:, None, None] & real, other=0)
+    key = tl.where(real, order_key(score), LEAST)
+
+    if LIMITED < G:
+        left, total = key, tl.zeros((TILE, BLOCK_G, 1), tl.float32)
+        for _ in tl.static_range(BEST):
+            top, first = highest(left, member, 2)
+            total += key_value(top)
+            left = tl.where(member == first, LEAST, left)
+        left = tl.where(group < G, order_key(total), LEAST)
+        shut = tl.full((TILE, BLOCK_G, 1), 1, tl.int1)
+        for _ in tl.static_range(LIMITED):
+            top, first = highest(left, group, 1)
+            left, shut = tl.where(group == first, LEAST, left), shut & (group != first)
+        key = tl.where(shut, LEAST, key)
+
+    key = key.reshape(TILE, BLOCK_G * BLOCK_X)
+    column, k = tl.arange(0, BLOCK_G * BLOCK_X)[None, :], tl.arange(0, BLOCK_K)[None, :]
+    chosen = tl.zeros((TILE, BLOCK_K), tl.int32)
+    for i in tl.static_range(K):
+        top, first = highest(key, column, 1)
+        chosen = tl.where(k == i, first // BLOCK_X * EACH + first % BLOCK_X, chosen)
+        key = tl.where(column == first, LEAST, key)
+    at = row.to(tl.int64)[:, None] * K + k
+    tl.store(expert_ptr + at, chosen.to(tl.int64), mask=(row < n)[:, None] & (k < K))
+
+
+@impl("choose", "triton")
+def choose(score_bse, k: int, n_groups: int, n_limited: int, best: int):
+    """The k experts of highest score, best first, in the open groups: int64, (…, k).
+
+    Equal scores: the lower index first, where torch's top-k promises no order.
+    """
+    require("score_bse", score_bse, dtypes=(FP32,))
+    e = score_bse.shape[-1]
+    if e % n_groups:
+        raise ValueError(f"score_bse has {e} experts, which make no {n_groups} equal groups")
+    each = e // n_groups
+    most = {"n_limited": (n_limited, n_groups), "best": (best, each), "k": (k, n_limited * each)}
+    for name, (got, limit) in most.items():
+        if not 1 <= got <= limit:
+            raise ValueError(
+                f"{name} must be from 1 to {limit}, not {got}: score_bse has {e} experts"
+            )
+    expert_bsk = score_bse.new_empty(*score_bse.shape[:-1], k, dtype=INT64)
+    n = score_bse.numel() // e
+    sizes = {"E": e, "K": k, "G": n_groups, "LIMITED": n_limited, "BEST": best}
+    for name, size in (("G", n_groups), ("X", each), ("K", k)):
+        sizes[f"BLOCK_{name}"] = triton.next_power_of_2(size)
+    grid = lambda m: (triton.cdiv(n, m["TILE"]),)
+    _choose_kernel[grid](score_bse, expert_bsk, n, octave(n), **sizes)
+    return expert_bsk
+
+
+# ── Out to the experts ──
+
+
+def one_row(n: int, d: int):
+    """Grid of programs that each take TILE columns of one row, neighbours in the same row."""
+    return lambda m: (n * triton.cdiv(d, m["TILE"]),)
+
+
+ROW = [config(4, 1024), config(4, 2048), config(8, 2048), config(8, 4096)]
+
+
+@triton.jit
+def piece(d, TILE: tl.constexpr):
+    """Row of a program of `one_row`, its columns and their mask."""
+    across = tl.cdiv(d, TILE)
+    col = tl.program_id(0) % across * TILE + tl.arange(0, TILE)
+    return (tl.program_id(0) // across).to(tl.int64), col, col < d
+
+
+@triton.autotune(ROW, key=["d", "octave"])
+@triton.jit
+def _scatter_kernel(
+    x_ptr, place_ptr, y_ptr, d, stride, octave,
+    K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Read a row once, write it to its K places: y_place(n,k) = x_n."""
+    n, col, mask = piece(d, TILE)
+    x = tl.load(x_ptr + n * stride + col, mask=mask)
+    for k in tl.static_range(K):
+        place = tl.load(place_ptr + n * K + k)
+        tl.store(y_ptr + place * d + col, x, mask=mask)
+
+
+@triton.autotune(ROW, key=["d", "octave"])
+@triton.jit
+def _gather_kernel(
+    y_ptr, place_ptr, weight_ptr, out_ptr, d, stride, octave,
+    K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sum a token's K rows, weighted if there are weights: o_n = Σ_k w_nk y_place(n,k)."""
+    n, col, mask = piece(d, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    for k in tl.static_range(K):
+        place = tl.load(place_ptr + n * K + k)
+        y = tl.load(y_ptr + place * stride + col, mask=mask, other=0).to(tl.float32)
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + n * K + k).to(tl.float32)
+        total += y
+    tl.store(out_ptr + n * d + col, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def gather(y_md, place_nk, weight_nk=None):
+    """One launch of `_gather_kernel`, (m, d) → (n, d)."""
+    y_md = rows(y_md)
+    (n, k), d = place_nk.shape, y_md.shape[1]
+    out_nd = y_md.new_empty(n, d)
+    args = y_md, place_nk, weight_nk, out_nd, d, y_md.stride(0), octave(n)
+    _gather_kernel[one_row(n, d)](*args, K=k)
+    return out_nd
+
+
+class Permute(torch.autograd.Function):
+    """Each token to its k rows; the gradient sums the k rows again, so that none needs atomics."""
+
+    @staticmethod
+    def forward(ctx, x_nd, place_nk):
+        ctx.save_for_backward(place_nk)
+        (n, k), d = place_nk.shape, x_nd.shape[1]
+        x_nd = rows(x_nd)
+        y_md = x_nd.new_empty(n * k, d)
+        args = x_nd, place_nk, y_md, d, x_nd.stride(0), octave(n)
+        _scatter_kernel[one_row(n, d)](*args, K=k)
+        return y_md
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_md):
+        return gather(g_md, *ctx.saved_tensors), None
+
+
+def require_order(order_m, place_nk, n: int):
+    """`sort_rows` made them: place is the inverse of order, so a kernel reads only place."""
+    require("place_nk", place_nk, (n, None), (INT64,))
+    require("order_m", order_m, (place_nk.numel(),), (INT64,))
+
+
+@impl("permute", "triton")
+def permute(x_nd, order_m, place_nk):
+    """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
+    require("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
+    require_order(order_m, place_nk, len(x_nd))
+    return Permute.apply(x_nd, place_nk)
+
+
+# ── And back ──
+
+
+@triton.autotune(
+    [config(w, d, STAGES=s) for w, d, s in ((4, 512, 1), (8, 1024, 1), (4, 512, 2), (8, 1024, 3))],
+    key=["d", "octave"],
+)
+@triton.jit
+def _combine_backward_kernel(
+    g_ptr, y_ptr, weight_ptr, place_ptr, dy_ptr, dweight_ptr, d, stride, octave,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A token's K rows, each read and written once: dy_place = w g_n, dw_nk = y_place · g_n."""
+    n, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
+    place = tl.load(place_ptr + n * K + k, mask=k < K, other=0)
+    weight = tl.load(weight_ptr + n * K + k, mask=k < K, other=0).to(tl.float32)
+    dot = tl.zeros((BLOCK_K, TILE), tl.float32)
+    for start in tl.range(0, d, TILE, num_stages=STAGES):
+        col = start + tl.arange(0, TILE)
+        g = tl.load(g_ptr + n * stride + col, mask=col < d, other=0).to(tl.float32)[None, :]
+        at, mask = place[:, None] * d + col[None, :], (k < K)[:, None] & (col < d)[None, :]
+        dot += tl.load(y_ptr + at, mask=mask, other=0).to(tl.float32) * g
+        tl.store(dy_ptr + at, (weight[:, None] * g).to(dy_ptr.dtype.element_ty), mask=mask)
+    dweight = tl.sum(dot, axis=1).to(dweight_ptr.dtype.element_ty)
+    tl.store(dweight_ptr + n * K + k, dweight, mask=k < K)
+
+
+class Combine(torch.autograd.Function):
+    """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
+
+    @staticmethod
+    def forward(ctx, y_md, weight_nk, place_nk):
+        ctx.save_for_backward(y_md, weight_nk, place_nk)
+        return gather(y_md, place_nk, weight_nk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_nd):
+        y_md, weight_nk, place_nk = ctx.saved_tensors
+        g_nd, (n, k), d = rows(g_nd), place_nk.shape, y_md.shape[1]
+        dy_md, dweight_nk = torch.empty_like(y_md), torch.empty_like(weight_nk)
+        args = g_nd, y_md, weight_nk, place_nk, dy_md, dweight_nk, d, g_nd.stride(0), octave(n)
+        _combine_backward_kernel[n,](*args, K=k, BLOCK_K=triton.next_power_of_2(k))
+        return dy_md, dweight_nk, None
+
+
+@impl("combine", "triton")
+def combine(y_md, weight_nk, order_m, place_nk):
+    """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
+    require("weight_nk", weight_nk, (None, None), FLOATS)
+    require_order(order_m, place_nk, len(weight_nk))
+    require("place_nk", place_nk, weight_nk.shape)
+    require("y_md", y_md, (len(order_m), None), FLOATS)
+    return Combine.apply(y_md, weight_nk, place_nk)
+
+
+# ── For the compiler: V3's shapes ──
+
+N, D, K = 4096, 7168, 8
+GATE = {"E": 256, "K": K, "G": 8, "LIMITED": 4, "BEST": 2}
+GATE |= {"BLOCK_G": 8, "BLOCK_X": 32, "BLOCK_K": K}
+COMPILE = [
+    Compile("choose", _choose_kernel, (FP32, INT64, N, 4), GATE),
+    Compile("permute", _scatter_kernel, (BF16, INT64, BF16, D, D, 4), {"K": K}),
+    Compile("permute_backward", _gather_kernel, (BF16, INT64, None, BF16, D, D, 4), {"K": K}),
+    Compile("combine", _gather_kernel, (BF16, INT64, BF16, BF16, D, D, 4), {"K": K}),
+    Compile(
+        "combine_backward",
+        _combine_backward_kernel,
+        (BF16, BF16, BF16, INT64, BF16, BF16, D, D, 4),
+        {"K": K, "BLOCK_K": K},
+    ),
+]

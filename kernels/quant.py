@@ -1,0 +1,444 @@
+"""Quantisers: codes of eight bits and their scales, with one read and one write of memory each."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv3_ref import fp8  # noqa: F401  defines the ops
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, require, rows
+from dsv3_ref.ops import impl
+
+E4M3, INT32 = torch.float8_e4m3fn, torch.int32
+COUNTS = (torch.int64, INT32)
+WIDEST = 16384  # a row is normalised whole, in registers
+
+
+# ── One number: its scale, its code ──
+
+
+@triton.jit
+def bits(x):
+    """The 32 bits of an fp32 number."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def number(b):
+    """The fp32 number of 32 bits."""
+    return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def over_448(x):
+    """x / 448 = x / 7 / 64 to the last bit: 7 · high is exact, so that one rounding is left."""
+    high = number(bits(tl.minimum(x, 3.4028234663852886e38) * (1 / 7)) & -16)
+    return (high + (x - 7 * high) * (1 / 7)) * (1 / 64)
+
+
+@triton.jit
+def scale_of(amax, POW2: tl.constexpr):
+    """s = amax / 448, rounded up to a power of two if so wanted."""
+    s = over_448(tl.maximum(amax, 1e-30))
+    if POW2:
+        s = number((bits(s) + 0x7FFFFF) & 0x7F800000)
+    return s
+
+
+@triton.jit
+def quotient_bf16(x, s):
+    """x / s for bf16 x and s = amax/448 of bf16 amax: exact wherever the code depends on it.
+
+    1/s = high + low, high of 16 bits: x · high is exact, and so is every step up to low. A true
+    division takes a dozen instructions a number and would bind before memory does; this takes two.
+    """
+    inverse = 1.0 / s
+    high = number(bits(inverse) - 4 & -256)  # below 1/s, so that low > 0 and x = −0 gives −0
+    s0 = number(bits(s) & -65536)  # s = s0 + s1 + s2, eight bits each
+    rest = s - s0
+    s1 = number(bits(rest) & -65536)
+    low = (((1.0 - high * s0) - high * s1) - high * (rest - s1)) * inverse
+    return x * high + x * low
+
+
+@triton.jit
+def encode(x, s, POW2: tl.constexpr, NARROW: tl.constexpr):
+    """q = E4M3(x / s), nearest, at most ±448; NARROW: x are bf16 numbers, and so was the amax."""
+    if POW2:
+        q = x * number(0x7F000000 - bits(s))  # 1/s, exactly
+    elif NARROW:
+        q = quotient_bf16(x, s)
+    else:
+        q = tl.div_rn(x, s)
+    return q.to(tl.float8e4nv)
+
+
+# ── Tiles of 1 × 128 ──
+
+
+def tiles(k: int) -> int:
+    return triton.cdiv(k, 128)
+
+
+def codes_of(x):
+    """Room for the codes of x, and for a scale of each of its tiles of 1 × 128."""
+    s = x.new_empty((*x.shape[:-1], tiles(x.shape[-1])), dtype=FP32)
+    return torch.empty(x.shape, dtype=E4M3, device=x.device), s
+
+
+def config(warps: int, **meta):
+    return triton.Config(meta, num_warps=warps)
+
+
+TILES = [config(4, BLOCK_N=16), config(4, BLOCK_N=32), config(8, BLOCK_N=64)]
+
+
+@triton.jit
+def tile_of(n, k, BLOCK_N: tl.constexpr):
+    """This program's tiles: their numbers, rows, columns and mask."""
+    kz = tl.cdiv(k, 128)
+    t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = (t % kz * 128)[:, None] + tl.arange(0, 128)[None, :]
+    return t, (t // kz).to(tl.int64)[:, None], col, (t < n * kz)[:, None] & (col < k)
+
+
+@triton.jit
+def put_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, POW2: tl.constexpr, NARROW: tl.constexpr):
+    """Scales and codes of tiles that lie in registers."""
+    s = scale_of(tl.max(tl.abs(y), 1), POW2)
+    tl.store(q_ptr + row * k + col, encode(y, s[:, None], POW2, NARROW), mask=mask)
+    tl.store(s_ptr + t, s, mask=t < n * tl.cdiv(k, 128))
+
+
+@triton.autotune(TILES, key=["k"])
+@triton.jit
+def _act_quant_kernel(x_ptr, q_ptr, s_ptr, n, k, stride, POW2: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles in the order of memory: s = max|x| / 448, q = E4M3(x / s)."""
+    t, row, col, mask = tile_of(n, k, BLOCK_N)
+    x = tl.load(x_ptr + row * stride + col, mask=mask, other=0.0)
+    narrow: tl.constexpr = x.dtype == tl.bfloat16
+    put_tiles(q_ptr, s_ptr, x.to(tl.float32), t, row, col, mask, n, k, POW2, narrow)
+
+
+@impl("act_quant", "triton")
+def act_quant(x, pow2: bool = False):
+    """Tiles of 1 × 128 on the last axis: codes like x, and one scale a tile, fp32 (§3.3.2)."""
+    require("x", x, dtypes=FLOATS, contiguous=False)
+    q, s = codes_of(x)
+    if x.numel():
+        x_nk = rows(x)
+        grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
+        _act_quant_kernel[grid](x_nk, q, s, *x_nk.shape, x_nk.stride(0), pow2)
+    return q, s
+
+
+# ── Blocks of 128 × 128 ──
+
+
+@triton.autotune([config(8), config(16)], key=["o", "i"])
+@triton.jit
+def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, POW2: tl.constexpr):
+    """A block held in registers: s = max|w| / 448, q = E4M3(w / s)."""
+    block = tl.program_id(0)
+    oz, iz = tl.cdiv(o, 128), tl.cdiv(i, 128)
+    row = block // iz % oz * 128 + tl.arange(0, 128)
+    col = block % iz * 128 + tl.arange(0, 128)
+    first = (block // (oz * iz)).to(tl.int64) * o * i
+    at = first + row.to(tl.int64)[:, None] * i + col[None, :]
+    mask = (row < o)[:, None] & (col < i)[None, :]
+    w = tl.load(w_ptr + at, mask=mask, other=0.0)
+    narrow: tl.constexpr = w.dtype == tl.bfloat16
+    w = w.to(tl.float32)
+    s = scale_of(tl.max(tl.max(tl.abs(w), 1), 0), POW2)
+    tl.store(q_ptr + at, encode(w, s, POW2, narrow), mask=mask)
+    tl.store(s_ptr + block, s)
+
+
+@impl("weight_quant", "triton")
+def weight_quant(w, pow2: bool = False):
+    """Blocks of 128 × 128 of (…, o, i): codes like w, scales (…, ⌈o/128⌉, ⌈i/128⌉) (§3.3.2)."""
+    require("w", w, dtypes=FLOATS)
+    *lead, o, i = w.shape
+    q = torch.empty(w.shape, dtype=E4M3, device=w.device)
+    s = w.new_empty((*lead, tiles(o), tiles(i)), dtype=FP32)
+    if s.numel():
+        _weight_quant_kernel[s.numel(),](w, q, s, o, i, pow2)
+    return q, s
+
+
+# ── Which expert's rows a tile of 128 holds ──
+
+
+@triton.jit
+def _tile_map_kernel(count_ptr, map_ptr, end_ptr, e, n_z, BLOCK_E: tl.constexpr):
+    """Tile z of expert E: first row, end of E's rows, E; end_E = Σ_{j ≤ E} ⌈count_j / 128⌉."""
+    i = tl.arange(0, BLOCK_E)
+    count = tl.load(count_ptr + i, mask=i < e, other=0).to(tl.int32)
+    n_tiles = (count + 127) // 128
+    row, end = tl.cumsum(count, 0), tl.cumsum(n_tiles, 0)
+    z = tl.program_id(0) * 32 + tl.arange(0, 32)
+    mine = (z[:, None] >= (end - n_tiles)[None, :]) & (z[:, None] < end[None, :])
+    first = tl.sum(tl.where(mine, (row - count - (end - n_tiles) * 128)[None, :], 0), 1) + z * 128
+    tl.store(map_ptr + z, first, mask=z < n_z)
+    tl.store(map_ptr + n_z + z, tl.sum(tl.where(mine, row[None, :], 0), 1), mask=z < n_z)
+    tl.store(map_ptr + 2 * n_z + z, tl.sum(tl.where(mine, i[None, :], 0), 1), mask=z < n_z)
+    tl.store(end_ptr + i, end, mask=(i < e) & (tl.program_id(0) == 0))
+
+
+def tile_map(count_e, m: int):
+    """For m rows sorted by expert, without waiting for the counts: map (3, Z), ends (e,), int32.
+
+    map: of each tile of 128 rows its first row, the end of its expert's rows, the expert; a tile
+    that nobody uses ends at 0. ends: one past each expert's last tile. Z = ⌊m/128⌋ + e.
+    """
+    require("count_e", count_e, (None,), COUNTS)
+    e, n_z = len(count_e), m // 128 + len(count_e)
+    map_xz = torch.empty(3, n_z, dtype=INT32, device=count_e.device)
+    end_e = torch.empty(e, dtype=INT32, device=count_e.device)
+    grid = (triton.cdiv(n_z, 32),)
+    _tile_map_kernel[grid](count_e, map_xz, end_e, e, n_z, BLOCK_E=triton.next_power_of_2(e))
+    return map_xz, end_e
+
+
+# ── Tiles of 128 × 1, transposed ──
+
+COLUMNS = [config(4, BLOCK_K=64), config(8, BLOCK_K=64), config(8, BLOCK_K=128)]
+
+
+@triton.jit
+def rows_of(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
+    """The 128 rows of tile z, and which of them there are."""
+    if GROUPED:
+        first, end = tl.load(map_ptr + z), tl.load(map_ptr + n_z + z)
+    else:
+        first, end = z * 128, m
+    row = first + tl.arange(0, 128)
+    return row.to(tl.int64), row < end, first < end
+
+
+@triton.jit
+def put_columns(q_ptr, s_ptr, y, z, col, used, k, n_z, NARROW: tl.constexpr, POW2: tl.constexpr):
+    """Scales and codes of 128 rows along them: q of (k, 128·Z), s of (k, Z); 1 where none is."""
+    s = tl.where(used, scale_of(tl.max(tl.abs(y), 0), POW2), 1.0)
+    q = encode(y, s[None, :], POW2, NARROW).trans()
+    at = col.to(tl.int64) * n_z + z
+    tl.store(q_ptr + (at * 128)[:, None] + tl.arange(0, 128)[None, :], q, mask=(col < k)[:, None])
+    tl.store(s_ptr + at, s, mask=col < k)
+
+
+@triton.autotune(COLUMNS, key=["k"])
+@triton.jit
+def _col_quant_kernel(
+    x_ptr, x_s_ptr, map_ptr, q_ptr, s_ptr, m, k, stride, n_z,
+    GROUPED: tl.constexpr, CODES: tl.constexpr, POW2: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """128 rows by BLOCK_K columns: s_k = max_m |x_mk| / 448, q_km = E4M3(x_mk / s_k)."""
+    nk = tl.cdiv(k, BLOCK_K)
+    z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
+    row, there, used = rows_of(map_ptr, z, m, n_z, GROUPED)
+    mask = there[:, None] & (col < k)[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
+    narrow: tl.constexpr = x.dtype == tl.bfloat16
+    x = x.to(tl.float32)
+    if CODES:  # of one tile of 1 × 128 in each row, for BLOCK_K divides 128
+        at = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
+        x *= tl.load(x_s_ptr + at, mask=there, other=0.0)[:, None]
+    put_columns(q_ptr, s_ptr, x, z, col, used, k, n_z, narrow, POW2)
+
+
+def columns_of(m: int, k: int, count_e, like):
+    """Map, codes (k, 128·Z) and scales (k, Z) of m rows along the tokens."""
+    map_xz = None if count_e is None else tile_map(count_e, m)[0]
+    n_z = m // 128 + (1 if count_e is None else len(count_e))
+    q = torch.empty(k, n_z * 128, dtype=E4M3, device=like.device)
+    return map_xz, q, torch.empty(k, n_z, dtype=FP32, device=like.device)
+
+
+def columns(x_mk, x_s, count_e, pow2):
+    """`col_quant` of numbers, or of codes with their scales."""
+    m, k = x_mk.shape
+    map_xz, q, s = columns_of(m, k, count_e, x_mk)
+    if q.numel():
+        grid = lambda meta: (s.shape[1] * triton.cdiv(k, meta["BLOCK_K"]),)
+        args = x_mk, x_s, map_xz, q, s, m, k, x_mk.stride(0), s.shape[1]
+        _col_quant_kernel[grid](*args, map_xz is not None, x_s is not None, pow2)
+    return q, s
+
+
+@impl("col_quant", "triton")
+def col_quant(x_mk, count_e=None, pow2: bool = False):
+    """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad."""
+    require("x_mk", x_mk, (None, None), FLOATS, contiguous=False)
+    return columns(x_mk, None, count_e, pow2)
+
+
+def require_codes(name: str, q, s, shape) -> None:
+    """Codes in tiles of 1 × 128, and a scale for each of them."""
+    require(name, q, shape, (E4M3,))
+    require(f"scales of {name}", s, (*q.shape[:-1], tiles(q.shape[-1])), (FP32,))
+
+
+@impl("retile", "triton")
+def retile(q, s, count_e=None, pow2: bool = False):
+    """From tiles of 1 × 128 to tiles of 128 × 1 of the same values, as `col_quant` lays them."""
+    require_codes("q", q, s, (None, None))
+    return columns(q, s, count_e, pow2)
+
+
+# ── Norm and SwiGLU with their tiles ──
+
+
+@triton.jit
+def _rms_norm_quant_kernel(
+    x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, k, stride, eps,
+    POW2: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """A row in tiles: y = x / √(mean(x²) + ε) · weight, s = max|y| / 448, q = E4M3(y / s)."""
+    n, z = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_Z)
+    col = z[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + n * stride + col, mask=col < k, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + col, mask=col < k, other=0.0).to(tl.float32)
+    square = tl.sum(tl.sum(x * x, 1), 0)
+    y = x * tl.div_rn(1.0, tl.sqrt_rn(square / k + eps)) * weight
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + n * k + col, y, mask=col < k)
+    narrow: tl.constexpr = y.dtype == tl.bfloat16
+    y, kz = y.to(tl.float32), tl.cdiv(k, 128)
+    s = scale_of(tl.max(tl.abs(y), 1), POW2)
+    tl.store(q_ptr + n * k + col, encode(y, s[:, None], POW2, narrow), mask=col < k)
+    tl.store(s_ptr + n * kz + z, s, mask=z < kz)
+
+
+@impl("rms_norm_quant", "triton")
+def rms_norm_quant(x, weight, eps: float, pow2: bool = False):
+    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales)."""
+    require("x", x, dtypes=FLOATS, contiguous=False)
+    require("weight", weight, (x.shape[-1],), FLOATS)
+    if x.shape[-1] > WIDEST:
+        raise ValueError(f"x must have rows of at most {WIDEST:,} numbers, not {x.shape[-1]:,}")
+    y, (q, s) = torch.empty(x.shape, dtype=x.dtype, device=x.device), codes_of(x)
+    if x.numel():
+        x_nk, block_z = rows(x), triton.next_power_of_2(s.shape[-1])
+        args = x_nk, weight, y, q, s, x_nk.shape[1], x_nk.stride(0), eps, pow2
+        warps = min(max(block_z // 8, 1), 16)
+        _rms_norm_quant_kernel[len(x_nk),](*args, BLOCK_Z=block_z, num_warps=warps)
+    return y, q, s
+
+
+@triton.jit
+def sigmoid(x):
+    """σ(x) = 1 / (1 + exp(−x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def rounded(x, like):
+    """x as a number of `like`'s type, still in fp32."""
+    return x.to(like.dtype).to(tl.float32)
+
+
+@triton.autotune(TILES, key=["k"])
+@triton.jit
+def _swiglu_quant_kernel(
+    gate_ptr, up_ptr, q_ptr, s_ptr, n, k, gate_stride, up_stride,
+    POW2: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tiles of y = gate · σ(gate) · up: s = max|y| / 448, q = E4M3(y / s)."""
+    t, row, col, mask = tile_of(n, k, BLOCK_N)
+    gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0)
+    up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    y = rounded(rounded(wide * sigmoid(wide), gate) * up, gate)
+    narrow: tl.constexpr = gate.dtype == tl.bfloat16
+    put_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, POW2, narrow)
+
+
+@impl("swiglu_quant", "triton")
+def swiglu_quant(gate, up, pow2: bool = False):
+    """The tiles of swiglu(gate, up), without the thing itself."""
+    require("gate", gate, dtypes=FLOATS, contiguous=False)
+    require("up", up, gate.shape, (gate.dtype,), contiguous=False)
+    q, s = codes_of(gate)
+    if gate.numel():
+        gate, up = rows(gate), rows(up)
+        grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
+        args = gate, up, q, s, *gate.shape, gate.stride(0), up.stride(0), pow2
+        _swiglu_quant_kernel[grid](*args)
+    return q, s
+
+
+@triton.autotune([config(4, BLOCK_K=32), config(8, BLOCK_K=64)], key=["k"])
+@triton.jit
+def _swiglu_quant_backward_kernel(
+    g_ptr, gate_ptr, gate_s_ptr, up_ptr, up_s_ptr, map_ptr, dgate_ptr, dup_ptr, q_ptr, s_ptr,
+    m, k, stride, n_z, GROUPED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """With σ of gate: dgate = g·up·σ·(1 + gate·(1 − σ)), dup = g·gate·σ; y again, by columns."""
+    nk = tl.cdiv(k, BLOCK_K)
+    z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
+    row, there, used = rows_of(map_ptr, z, m, n_z, GROUPED)
+    mask, at = there[:, None] & (col < k)[None, :], row[:, None] * k + col[None, :]
+    at_s = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
+    gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    gate *= tl.load(gate_s_ptr + at_s, mask=there, other=0.0)[:, None]
+    up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    up *= tl.load(up_s_ptr + at_s, mask=there, other=0.0)[:, None]
+    g = tl.load(g_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
+    gate, up, wide = rounded(gate, g), rounded(up, g), g.to(tl.float32)
+    sigma = sigmoid(gate)
+    dgate = rounded(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
+    h = rounded(gate * sigma, g)
+    tl.store(dgate_ptr + at, dgate.to(g.dtype), mask=mask)
+    tl.store(dup_ptr + at, (h * wide).to(g.dtype), mask=mask)
+    narrow: tl.constexpr = g.dtype == tl.bfloat16
+    put_columns(q_ptr, s_ptr, rounded(h * up, g), z, col, used, k, n_z, narrow, False)
+
+
+@impl("swiglu_quant_backward", "triton")
+def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, count_e=None):
+    """From codes of gate and up: their gradients, and swiglu's output in tiles of 128 × 1."""
+    require("g", g, (None, None), FLOATS, contiguous=False)
+    require_codes("gate_q", gate_q, gate_s, g.shape)
+    require_codes("up_q", up_q, up_s, g.shape)
+    (m, k), dgate = g.shape, torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    dup, (map_xz, q, s) = torch.empty_like(dgate), columns_of(m, k, count_e, g)
+    if q.numel():
+        n_z, codes = s.shape[1], (gate_q, gate_s, up_q, up_s)
+        grid = lambda meta: (n_z * triton.cdiv(k, meta["BLOCK_K"]),)
+        args = g, *codes, map_xz, dgate, dup, q, s, m, k, g.stride(0), n_z
+        _swiglu_quant_backward_kernel[grid](*args, map_xz is not None)
+    return dgate, dup, q, s
+
+
+# ── For the ahead-of-time compiler: 4096 rows, experts of 2048 × 7168 ──
+
+OUT = E4M3, FP32
+COMPILE = [
+    Compile("tile_map", _tile_map_kernel, (torch.int64, INT32, INT32, 256, 288), {"BLOCK_E": 256})
+]
+for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
+    for kind, meta in (("", {"POW2": False}), ("_pow2", {"POW2": True})):
+        norm = dtype, FP32, dtype, *OUT, 7168, 7168, 1e-6
+        row = meta | {"BLOCK_Z": 64, "num_warps": 8}
+        COMPILE += [
+            Compile(
+                f"act_quant_{name}{kind}", _act_quant_kernel, (dtype, *OUT, 4096, 7168, 7168), meta
+            ),
+            Compile(
+                f"weight_quant_{name}{kind}", _weight_quant_kernel, (dtype, *OUT, 2048, 7168), meta
+            ),
+            Compile(f"rms_norm_quant_{name}{kind}", _rms_norm_quant_kernel, norm, row),
+        ]
+for kind, meta in (("", {"POW2": False}), ("_pow2", {"POW2": True})):
+    gate_up = BF16, BF16, *OUT, 4096, 2048, 2048, 2048
+    COMPILE.append(Compile(f"swiglu_quant{kind}", _swiglu_quant_kernel, gate_up, meta))
+    for kind_m, m in (("", None), ("_grouped", INT32)):
+        args = FP32, m, *OUT, 4096, 7168, 7168, 40
+        numbers, codes = ({"GROUPED": m is not None, "CODES": c} | meta for c in (False, True))
+        COMPILE += [
+            Compile(f"col_quant{kind_m}{kind}", _col_quant_kernel, (BF16, *args), numbers),
+            Compile(f"retile{kind_m}{kind}", _col_quant_kernel, (E4M3, *args), codes),
+        ]
+for kind_m, m in (("", None), ("_grouped", INT32)):
+    args = BF16, *OUT, *OUT, m, BF16, BF16, *OUT, 4096, 2048, 2048, 40
+    name = f"swiglu_quant_backward{kind_m}"
+    COMPILE.append(Compile(name, _swiglu_quant_backward_kernel, args, {"GROUPED": m is not None}))

@@ -1,0 +1,287 @@
+"""The FP8 recipe against plain loops: tiles, blocks, promoted sums, and what training sees."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_ref import fp8, ops
+from dsv3_ref.config import TINY
+from dsv3_ref.model import Transformer
+from dsv3_ref.optim import Recipe, adamw
+from dsv3_ref.pretrain import losses, train_step
+
+SIZES = st.integers(1, 300)
+COUNTS = st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129]), min_size=1, max_size=4)
+
+
+def spread(*shape):
+    """Random numbers over many orders of magnitude, with zeros."""
+    x = torch.randn(shape) * 10.0 ** torch.randint(-12, 5, shape)
+    return x * (torch.rand(shape) > 0.1)
+
+
+def one_scale(x, pow2: bool) -> float:
+    s = x.abs().max().clamp(min=1e-30) / 448
+    return (2.0 ** s.double().log2().ceil()).float() if pow2 else s
+
+
+# ── Tiles and blocks ──
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@given(n=st.integers(1, 4), k=SIZES)
+def test_tiles_are_coded_one_by_one(pow2, n, k):
+    x = spread(n, k)
+    q, s = fp8.act_quant(x, pow2)
+    assert q.shape == x.shape
+    assert s.shape == (n, -(-k // 128))
+    for row, col in ((r, c) for r in range(n) for c in range(s.shape[1])):
+        tile = x[row, 128 * col : 128 * col + 128]
+        assert s[row, col] == one_scale(tile, pow2)
+        want = (tile / s[row, col]).clamp(-448, 448).to(fp8.E4M3)
+        assert torch.equal(q[row, 128 * col : 128 * col + 128].float(), want.float())
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@given(o=SIZES, i=SIZES)
+def test_blocks_are_coded_one_by_one(pow2, o, i):
+    w = spread(2, o, i)
+    q, s = fp8.weight_quant(w, pow2)
+    assert s.shape == (2, -(-o // 128), -(-i // 128))
+    for y, z in ((y, z) for y in range(s.shape[1]) for z in range(s.shape[2])):
+        at = slice(128 * y, 128 * y + 128), slice(128 * z, 128 * z + 128)
+        assert s[1, y, z] == one_scale(w[1][at], pow2)
+        want = (w[1][at] / s[1, y, z]).to(fp8.E4M3).float() * s[1, y, z]
+        assert torch.equal(fp8.weight_dequant(q, s)[1][at], want)
+
+
+def test_the_transpose_of_a_weight_needs_no_new_codes():
+    w = torch.randn(300, 200)
+    q, s = fp8.weight_quant(w)
+    turned, turned_s = fp8.weight_quant(w.T)
+    assert torch.equal(turned.float(), q.T.float())
+    assert torch.equal(turned_s, s.T)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-30, 1e30, 3e38])
+def test_extremes_stay_finite(value):
+    x = torch.full((1, 128), value)
+    q, s = fp8.act_quant(x)
+    assert q.float().isfinite().all()
+    assert s.isfinite().all()
+    if value >= 1e-30:
+        assert torch.allclose(fp8.act_dequant(q, s), x, rtol=0.04)
+
+
+def test_scales_of_a_wrong_shape_are_refused():
+    q, s = fp8.weight_quant(torch.randn(576, 128))
+    with pytest.raises(
+        ValueError, match=r"a weight of 576×128 needs scales \(5, 1\), not \(4, 1\)"
+    ):
+        fp8.weight_dequant(q, s[:4])
+
+
+# ── Along the tokens ──
+
+
+def grouped(x_mk, count_e, pow2=False):
+    """`col_quant` by a loop: every expert's rows in tiles of their own, transposed."""
+    parts, scales = [], []
+    for rows in x_mk.split(count_e.tolist()):
+        for tile in rows.split(128) if len(rows) else ():
+            q, s = fp8.act_quant(tile.T.contiguous(), pow2)
+            parts.append(torch.nn.functional.pad(q.float(), (0, 128 - len(tile))))
+            scales.append(s)
+    return torch.cat(parts, 1), torch.cat(scales, 1)
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@given(counts=COUNTS.filter(sum), k=st.integers(1, 40))
+def test_columns_are_coded_group_by_group(pow2, counts, k):
+    count_e = torch.tensor(counts)
+    x = spread(sum(counts), k)
+    q, s = fp8.col_quant(x, count_e, pow2)
+    want, want_s = grouped(x, count_e, pow2)
+    used = want_s.shape[1]
+    assert s.shape[1] == sum(counts) // 128 + len(counts)
+    assert torch.equal(q.float()[:, : 128 * used], want)
+    assert torch.equal(s[:, :used], want_s)
+    assert (q.float()[:, 128 * used :] == 0).all()
+    assert (s[:, used:] == 1).all()
+
+
+def test_re_tiling_by_powers_of_two_rounds_only_what_falls_off_the_lower_end():
+    x = torch.randn(200, 130)
+    for pow2, least, most in ((True, 0.0, 1e-6), (False, 0.01, 0.04)):
+        once = fp8.act_dequant(*fp8.act_quant(x, pow2))
+        twice = fp8.act_dequant(*fp8.retile(*fp8.act_quant(x, pow2), None, pow2))[:, :200].T
+        assert least <= (twice - once).norm() / x.norm() <= most
+
+
+@given(k=SIZES)
+def test_twelve_bits_round_trip(k):
+    x = spread(3, k)
+    packed, s = fp8.e5m6_quant(x)
+    assert packed.shape == (3, -(-k // 128), 192)
+    assert packed.dtype == torch.uint8
+    back = fp8.e5m6_dequant(packed, s, k)
+    unit = s.repeat_interleave(128, 1)[:, :k]
+    assert ((back - x).abs() <= torch.maximum(x.abs() * 2**-7, unit * 2**-21)).all()
+    assert torch.equal(s, 2 ** s.log2().round())
+
+
+# ── Products ──
+
+
+@given(m=st.integers(0, 20), n=SIZES, k=SIZES)
+def test_a_product_is_that_of_the_decoded_matrices(m, n, k):
+    a, b = torch.randn(m, k), torch.randn(n, k)
+    qa, sa = fp8.act_quant(a)
+    wide = fp8.act_dequant(qa, sa).double()
+    for q, s, decode in (
+        (*fp8.weight_quant(b), fp8.weight_dequant),
+        (*fp8.act_quant(b), fp8.act_dequant),
+    ):
+        got, want = fp8.fp8_gemm(qa, sa, q, s), wide @ decode(q, s).double().T
+        assert got.dtype == torch.float32
+        assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+@given(counts=COUNTS, n=st.integers(1, 140), k=st.integers(1, 140))
+def test_experts_are_products_of_their_own(counts, n, k):
+    count_e, m = torch.tensor(counts), sum(counts)
+    x, g, w = torch.randn(m, k), torch.randn(m, n), torch.randn(len(counts), n, k)
+    a, b = fp8.act_quant(x), fp8.weight_quant(w)
+    y = fp8.fp8_grouped_gemm(*a, *b, count_e)
+    dw = fp8.fp8_grouped_wgrad(*fp8.col_quant(g, count_e), *fp8.col_quant(x, count_e), count_e)
+    start = 0
+    for e, rows in enumerate(counts):
+        part = slice(start, start + rows)
+        want = fp8.act_dequant(a[0][part], a[1][part]) @ fp8.weight_dequant(b[0][e], b[1][e]).T
+        assert torch.allclose(y[part], want, rtol=1e-4, atol=1e-4)
+        alone = [fp8.act_dequant(*fp8.col_quant(t[part]))[:, :rows] for t in (g, x)]
+        assert torch.allclose(dw[e], alone[0] @ alone[1].T, rtol=1e-3, atol=1e-3)
+        start += rows
+
+
+# ── The recipe as a backend ──
+
+
+def both(layer, *inputs):
+    """Output and gradients with high precision and with FP8."""
+    found = []
+    for backends in (("torch",), ("fp8", "torch")):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with ops.use(*backends):
+            y = layer(*leaves)
+            grads = torch.autograd.grad(y, [*leaves, *layer.parameters()], torch.cos(y.detach()))
+        found.append([y, *grads])
+    return found
+
+
+@pytest.mark.parametrize("keep", ["e4m3", "e5m6"])
+@pytest.mark.parametrize("shape", [(1,), (2, 70), (129,)])
+def test_a_layer_in_fp8_is_near_and_not_equal(keep, shape):
+    layer = ops.Linear(576, 200, keep)
+    torch.nn.init.normal_(layer.weight, std=576**-0.5)
+    for wide, narrow in zip(*both(layer, torch.randn(*shape, 576))):
+        assert narrow.shape == wide.shape
+        assert narrow.dtype == torch.float32
+        assert 1e-3 < (narrow - wide).norm() / wide.norm() < 0.08
+
+
+def test_dgrad_and_wgrad_are_their_equations():
+    layer, x, g = (
+        ops.Linear(200, 130),
+        torch.randn(70, 200, requires_grad=True),
+        torch.randn(70, 130),
+    )
+    torch.nn.init.normal_(layer.weight)
+    with ops.use("fp8", "torch"):
+        dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), g)
+    w = fp8.weight_dequant(*fp8.weight_quant(layer.weight.detach()))
+    assert torch.allclose(dx, fp8.act_dequant(*fp8.act_quant(g)) @ w, rtol=1e-4, atol=1e-3)
+    columns = lambda t: fp8.act_dequant(*t)[:, :70]
+    kept = fp8.act_quant(x.detach())
+    want = columns(fp8.col_quant(g)) @ columns(fp8.retile(*kept)).T
+    assert torch.allclose(dw, want, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_kept_after_swiglu_are_codes():
+    mlp = ops.MLP(256, 512)
+    for p in mlp.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    for wide, narrow in zip(*both(mlp, torch.randn(40, 256))):
+        assert 1e-3 < (narrow - wide).norm() / wide.norm() < 0.12
+    kept = {}
+    for name in ("torch", "fp8"):
+        x = torch.randn(40, 256, requires_grad=True)
+        with ops.use(*dict.fromkeys((name, "torch"))), ops.keeping(False) as keeper:
+            y = mlp(x)
+        kept[name] = keeper.bytes
+        del y
+    codes = 40 * (256 + 2 * 512) * (1 + 4 / 128)  # x, gate and up, with scales
+    weights = sum(t.nbytes for p in mlp.parameters() for t in fp8.weight_quant(p))
+    assert kept["fp8"] == codes + weights
+    assert kept["torch"] > 3 * codes
+
+
+def test_a_tensor_that_changed_is_coded_again():
+    x = torch.randn(4, 128)
+    first = fp8.codes(x)
+    assert fp8.codes(x)[0] is first[0]
+    x += 1
+    assert torch.equal(fp8.codes(x)[0].float(), fp8.act_quant(x)[0].float())
+
+
+def mini(micro):
+    return replace(micro, dim=64, inter_dim=72, moe_inter_dim=32, q_lora_rank=32, kv_lora_rank=40)
+
+
+def test_training_sees_the_weights_of_the_last_step(micro):
+    """Fused optimizers change weights without counting their version up."""
+    model, r = Transformer(mini(micro)), Recipe()
+    optimizer, tokens_bs = adamw(model, r), torch.randint(micro.vocab_size, (3, 9))
+    with ops.use("fp8", "torch"):
+        for _ in range(3):
+            train_step(model, optimizer, [tokens_bs], r, 1e-2, 0.1, 0.3)
+            with torch.no_grad():
+                now, fresh = (losses(m, tokens_bs).main for m in (model, deepcopy(model)))
+            assert now == fresh
+
+
+def test_recomputation_changes_no_bit_in_fp8_either(micro):
+    start, tokens_bs, after = Transformer(mini(micro)), torch.randint(micro.vocab_size, (3, 9)), []
+    for recompute in (False, True):
+        model = deepcopy(start)
+        with ops.use("fp8", "torch"), ops.keeping(recompute):
+            losses(model, tokens_bs).total(0.3, 1e-4).backward()
+        after.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*after))
+
+
+def test_thirty_steps_in_fp8_follow_those_in_fp32():
+    c = replace(
+        TINY, vocab_size=64, n_layers=2, dim=64, inter_dim=128, moe_inter_dim=32, n_mtp_layers=0,
+        n_routed_experts=4, n_activated_experts=2, n_expert_groups=2, n_limited_groups=1,
+    )  # fmt: skip
+    start, r, curves = Transformer(c), Recipe(), []
+    text = torch.arange(4000) ** 2 % 61  # squares: something to learn
+    for backends in (("torch",), ("fp8", "torch")):
+        model = deepcopy(start)
+        optimizer, draw = adamw(model, r), torch.Generator().manual_seed(0)
+        curve = []
+        for _ in range(30):
+            at = torch.randint(3900, (4,), generator=draw)
+            rows = torch.stack([text[i : i + 65] for i in at])
+            with ops.use(*backends):
+                curve.append(train_step(model, optimizer, [rows], r, 3e-3, 1e-2, 0.3).loss)
+        curves.append(torch.tensor(curve))
+    wide, narrow = curves
+    assert wide[-5:].mean() < 0.8 * wide[:5].mean()  # it learns
+    assert not torch.equal(wide, narrow)
+    assert ((narrow - wide).abs() / wide).mean() < 0.02

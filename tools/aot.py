@@ -1,0 +1,305 @@
+"""Compile every Triton kernel for GPUs that are not there, and read the machine code.
+
+    python tools/aot.py                       every kernel of dsv3_ref.kernels, for every target
+    python tools/aot.py act_quant             kernels whose name contains this
+    python tools/aot.py --module quant        the kernels of kernels/quant.py; a path works too
+    python tools/aot.py --target sm_90a       one target; --jobs 4 uses so many processes
+    python tools/aot.py --json kernels.json   also keep the table
+
+What is compiled: each case of a module's `COMPILE` list (see `kernels/launch.py`), in each of its
+autotuner's configs. A fake driver stands for the GPU; assembler and disassembler come with Triton.
+Exit status 1, with a sentence for each, if a kernel does not compile, spills registers, needs more
+shared or tensor memory than there is, or lacks the tensor-core instruction that its case demands.
+Triton's cache, keyed by source, options and compiler, makes a second run quick.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from multiprocessing import connection, get_context
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.cache import get_cache_manager, triton_key
+from triton.runtime.jit import MockTensor
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {"sm_90a": 90, "sm_100a": 100}
+TENSOR_CORES = {
+    "sm_90a": {"fp8": "QGMMA", "bf16": "HGMMA"},
+    "sm_100a": {"fp8": "UTCQMMA", "bf16": "UTCHMMA"},
+}
+SPILLS = ("STL", "LDL")  # stores to and loads from a thread's local memory
+COUNTED = (*SPILLS, "QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA", "HMMA", "UTMALDG")
+MAX_SHARED = 232_448  # bytes a block: 227 KiB
+MAX_TENSOR_MEMORY = 512  # columns
+
+
+class AbsentGPU:
+    """Driver of a GPU that is not there: enough to compile for it."""
+
+    def __init__(self, target: str):
+        self.target = gpu(target)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def gpu(target: str) -> GPUTarget:
+    return GPUTarget("cuda", TARGETS[target], 32)
+
+
+# ── What to compile ──
+
+
+def load(name: str):
+    """The module of kernels called `name`, or at the path `name`."""
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        return importlib.import_module(f"dsv3_ref.kernels.{path.stem}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def every_module() -> list[str]:
+    package = importlib.import_module("dsv3_ref.kernels")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def mock(arg):
+    """Dtypes become pointers, inside tuples too; the rest is passed as it is."""
+    if not isinstance(arg, tuple):
+        return MockTensor.wrap_dtype(arg)
+    return type(arg)(*map(mock, arg)) if hasattr(arg, "_fields") else tuple(map(mock, arg))
+
+
+def configs(case, args) -> list:
+    """The autotuner's configs, less those that it would prune; [None] without an autotuner."""
+    if not isinstance(case.kernel, Autotuner):
+        return [None]
+    case.kernel.nargs = dict(zip(case.kernel.arg_names, args))
+    return case.kernel.prune_configs(dict(case.meta))
+
+
+def jobs(modules, only: list[str], targets: list[str]) -> list[dict]:
+    """One entry for each case, config and target."""
+    found = []
+    for target in targets:
+        triton.runtime.driver.set_active(AbsentGPU(target))
+        for module in modules:
+            for case in getattr(module, "COMPILE", ()):
+                if only and not any(part in case.name for part in only):
+                    continue
+                args = tuple(map(mock, case.args))
+                common = {"module": module.__name__.split(".")[-1], "case": case, "target": target}
+                found += [common | {"args": args, "config": c} for c in configs(case, args)]
+    return found
+
+
+# ── Compile one ──
+
+
+def compile_one(job: dict):
+    """Compiled kernel of a job; nothing is launched."""
+    case, config = job["case"], job["config"]
+    triton.runtime.driver.set_active(AbsentGPU(job["target"]))
+    if config is None:
+        return case.kernel.warmup(*job["args"], grid=(1,), **case.meta)
+    meta = case.meta | config.all_kwargs()
+    if config.pre_hook:  # sets the block shapes of tensor descriptors
+        config.pre_hook(dict(zip(case.kernel.arg_names, job["args"])) | meta)
+    return case.kernel.fn.warmup(*job["args"], grid=(1,), **meta)
+
+
+def tool(name: str, *args: str) -> str:
+    return subprocess.run([BIN / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: bytes) -> dict:
+    """Registers and instruction counts of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name)
+    seen = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", sass))
+    registers = max(map(int, re.findall(r"REG:(\d+)", usage)))  # over its functions
+    return {"registers": registers} | {op: seen[op] for op in COUNTED}
+
+
+def read(kernel) -> dict:
+    """Registers, memory and instruction counts of a compiled kernel, kept in Triton's cache."""
+    cubin, name = kernel.asm["cubin"], "sass.json"
+    cache = get_cache_manager(hashlib.sha256(cubin + repr(COUNTED).encode()).hexdigest())
+    if path := cache.get_file(name):
+        found = json.loads(Path(path).read_text())
+    else:
+        found = disassemble(cubin)
+        cache.put(json.dumps(found), name, binary=False)
+    tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
+    return found | {"shared": kernel.metadata.shared, "tensor_memory": tensor_memory}
+
+
+def first_error(error: Exception | None, log: str) -> str:
+    """One line that says why the compiler gave up: its own first complaint, the exception."""
+    said = [line.strip() for line in log.splitlines() if "error:" in line][:1]
+    text = f"{type(error).__name__}: {error}" if error else "it crashed"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " · ".join(dict.fromkeys([*said, lines[0], lines[-1]]))[:600]
+
+
+def child(job: dict, pipe, log):
+    """Body of a job's process, so that a crash of the compiler takes nothing else along."""
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    start = time.perf_counter()
+    try:
+        found = read(compile_one(job))
+    except Exception as error:  # whatever it is, it is this kernel's result
+        sys.stderr.flush()
+        found = {"error": first_error(error, content(log))}
+    pipe.send(found | {"seconds": round(time.perf_counter() - start, 2)})
+
+
+def content(log) -> str:
+    log.seek(0)
+    return log.read().decode(errors="replace")
+
+
+# ── Compile all ──
+
+
+def start(job: dict) -> dict:
+    fork = get_context("fork")  # inherits torch, Triton and the kernels: milliseconds
+    ours, theirs = fork.Pipe(duplex=False)
+    log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `finish`
+    process = fork.Process(target=child, args=(job, theirs, log), daemon=True)
+    process.start()
+    theirs.close()  # so that its death ends the pipe
+    return {"job": job, "pipe": ours, "log": log, "process": process}
+
+
+def finish(running: dict) -> dict:
+    """Row of the table for a job that has ended, by its own will or not."""
+    try:
+        found = running["pipe"].recv()
+    except EOFError:
+        found = {"error": first_error(None, content(running["log"]))}
+    running["process"].join()
+    running["log"].close()
+    job = running["job"]
+    row = {"module": job["module"], "kernel": job["case"].name, "target": job["target"]}
+    row |= {"config": describe(job["config"])} | found
+    return row | {"violations": violations(row, job["case"].tensor_cores)}
+
+
+def compile_all(todo: list[dict], n: int) -> list[dict]:
+    """Rows in the order of the jobs, made by `n` processes at a time."""
+    rows, running, waiting = {}, {}, list(enumerate(todo))[::-1]
+    while waiting or running:
+        while waiting and len(running) < n:
+            i, job = waiting.pop()
+            one = start(job)
+            running[one["pipe"]] = i, one
+        for pipe in connection.wait(list(running)):
+            i, one = running.pop(pipe)
+            rows[i] = finish(one)
+    return [rows[i] for i in range(len(todo))]
+
+
+# ── Judge and print ──
+
+
+def describe(config) -> str:
+    """`BLOCK_N=64 warps=8 stages=4`, or '' without an autotuner."""
+    if config is None:
+        return ""
+    renamed = {"num_warps": "warps", "num_stages": "stages", "num_ctas": "ctas"}
+    shown = {k: v for k, v in config.all_kwargs().items() if (k, v) != ("num_ctas", 1)}
+    return " ".join(f"{renamed.get(k, k)}={v}" for k, v in shown.items())
+
+
+def violations(row: dict, tensor_cores: str) -> list[str]:
+    """What is wrong with a kernel, in words."""
+    if "error" in row:
+        return [f"compiler failed: {row['error']}"]
+    bad = []
+    if row["STL"] or row["LDL"]:
+        bad.append(f"spills registers: {row['STL']} stores (STL), {row['LDL']} loads (LDL)")
+    if row["shared"] > MAX_SHARED:
+        bad.append(f"needs {row['shared']:,} bytes of shared memory; there are {MAX_SHARED:,}")
+    if row["tensor_memory"] > MAX_TENSOR_MEMORY:  # then the assembler leaves no code to judge
+        have = f"there are {MAX_TENSOR_MEMORY}"
+        bad.append(f"needs {row['tensor_memory']} columns of tensor memory; {have}")
+    elif tensor_cores and not row[want := TENSOR_CORES[row["target"]][tensor_cores]]:
+        bad.append(f"has no {want}: its {tensor_cores} products miss the tensor cores")
+    return bad
+
+
+def table(rows: list[dict]) -> str:
+    names = ["module", "kernel", "config", "target", "registers", "shared", *COUNTED, "seconds"]
+    lines = [[str(row.get(name, "-")) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *lines)]
+    align = [str.ljust] * 4 + [str.rjust] * (len(names) - 4)
+    return "\n".join(
+        "  ".join(a(cell, w) for a, cell, w in zip(align, line, widths)) for line in [names, *lines]
+    )
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", nargs="*", help="only kernels whose name contains one of these")
+    parser.add_argument("--module", action="append", help="of kernels/, or a path; repeatable")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the table")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = options()
+    if triton.knobs.runtime.interpret:  # kernels are then defined for the interpreter
+        sys.exit("TRITON_INTERPRET is set; unset it to compile")
+    targets = args.target or list(TARGETS)
+    triton_key()  # hashes the compiler: once, before the processes
+    for target in targets:
+        make_backend(gpu(target)).hash()
+    todo = jobs([load(name) for name in args.module or every_module()], args.name, targets)
+    if not todo:
+        sys.exit("no COMPILE list has such a kernel")
+    rows = compile_all(todo, args.jobs)
+    print(table(rows))
+    if args.json:
+        found = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    bad = [(row, what) for row in rows for what in row["violations"]]
+    for row, what in bad:
+        where = " ".join(filter(None, [row["target"], row["config"]]))
+        print(f"{row['module']}.{row['kernel']} ({where}): {what}")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
