@@ -1,17 +1,20 @@
 # Every target makes what it needs: .venv first, then the packages, once.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-full lab export book bench clean
+.PHONY: help train test test-full lab export book bench bench-gpu aot clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make test       the short tests (minutes)   make test-full   all of them (up to an hour)"
 	@echo "make bench      speed and memory beside transformers, as a table and runs/bench.json"
+	@echo "make bench-gpu  every Triton kernel on this NVIDIA GPU, against its yardsticks and limits"
+	@echo "make aot        compile every kernel for Hopper and Blackwell, no GPU needed: registers, spills, memory"
 	@echo "make export     notebooks -> dsv3_ref/*.py  make book        execute and store the notebooks"
 
 train: .venv/core
@@ -28,6 +31,12 @@ test-full: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/dsv3 bench $(ARGS)
+
+bench-gpu: .venv/dev
+	$(BIN)/python -m dsv3_ref.kernels.bench $(ARGS)
+
+aot: .venv/dev
+	$(BIN)/python tools/aot.py $(ARGS)
 
 export: .venv/dev
 	$(BIN)/python tools/export.py
@@ -49,6 +58,8 @@ clean:
 	elif $(BIN)/pip install --dry-run --disable-pip-version-check "$(TORCH)" 2>/dev/null | grep -q "nvidia-"; \
 	then $(PIP) "$(TORCH)" --index-url $(CPU_INDEX); \
 	else $(PIP) "$(TORCH)"; fi
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then \
+	$(PIP) "$(TRITON)"; fi  # a CPU build of torch brings none
 	@touch $@
 
 .venv/core: .venv/torch pyproject.toml

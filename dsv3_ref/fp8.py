@@ -78,9 +78,10 @@ def fp8_gemm(a, a_s, b, b_s, dtype=torch.float32):
     """
     b_s = b_s if len(b_s) == len(b) else b_s.repeat_interleave(TILE, 0)[: len(b)]
     c_mn = torch.zeros(len(a), len(b), device=a.device)
-    for z in range(a_s.shape[1]):
-        of_z = slice(z * TILE, (z + 1) * TILE)
-        c_mn += (a[:, of_z].float() @ b[:, of_z].float().T) * a_s[:, z, None] * b_s[:, z]
+    with torch.autocast(a.device.type, enabled=False):  # it would multiply in bf16
+        for z in range(a_s.shape[1]):
+            of_z = slice(z * TILE, (z + 1) * TILE)
+            c_mn += (a[:, of_z].float() @ b[:, of_z].float().T) * a_s[:, z, None] * b_s[:, z]
     return c_mn.to(dtype)
 
 

@@ -36,7 +36,6 @@ from dsv3_ref import moe  # noqa: F401  registers the ops of experts
 from dsv3_ref.ops import IMPLS, impl, op
 
 # %%
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,9 +201,10 @@ def fp8_gemm(a, a_s, b, b_s, dtype=torch.float32):
     """
     b_s = b_s if len(b_s) == len(b) else b_s.repeat_interleave(TILE, 0)[: len(b)]
     c_mn = torch.zeros(len(a), len(b), device=a.device)
-    for z in range(a_s.shape[1]):
-        of_z = slice(z * TILE, (z + 1) * TILE)
-        c_mn += (a[:, of_z].float() @ b[:, of_z].float().T) * a_s[:, z, None] * b_s[:, z]
+    with torch.autocast(a.device.type, enabled=False):  # it would multiply in bf16
+        for z in range(a_s.shape[1]):
+            of_z = slice(z * TILE, (z + 1) * TILE)
+            c_mn += (a[:, of_z].float() @ b[:, of_z].float().T) * a_s[:, z, None] * b_s[:, z]
     return c_mn.to(dtype)
 
 
@@ -641,8 +641,9 @@ assert outlier_error(1e6, 64 * 1024) > 0.9 and outlier_error(1e6, 128) < 0.06
 # Weights get blocks; could activations' gradients? The report tried: a 16B model diverged (App. B.2).
 # The reason it suspects can be looked at in small. Gradients differ from token to token by orders of
 # magnitude: a model is sure of most words and surprised by a few. In a block of 128 tokens, the
-# surprised one sets the scale. We train a small model for a few dozen steps, take the gradient that
-# arrives at an expert layer's inputs, and ask for each *token* how much of it survives.
+# surprised one sets the scale. To have such contrast after seconds, we let a small model learn one
+# page by heart, make a few misprints in it, take the gradient that arrives at an expert layer's
+# inputs, and ask for each *token* how much of it survives.
 
 # %%
 from dsv3_ref.model import Transformer
@@ -650,17 +651,19 @@ from dsv3_ref.optim import RECIPES, adamw
 from dsv3_ref.pretrain import losses, train_step
 from dsv3_ref.run.data import sotu_files
 
-text = torch.tensor(list(Path(sotu_files()[0]).read_bytes()[:60_000]))  # bytes as tokens
+text = torch.tensor(list(Path(sotu_files()[0]).read_bytes()[:1000]))  # bytes as tokens
 small = replace(TINY, vocab_size=256, n_layers=2, n_mtp_layers=0, max_seq_len=256)
 model = Transformer(small)
 optimizer = adamw(model, RECIPES["tiny"])
-for _ in range(10 if os.environ.get("DSV3_SHORT") else 60):
-    starts = torch.randint(len(text) - 257, (4,))
-    rows = torch.stack([text[i : i + 257] for i in starts])
+for _ in range(100):
+    starts = torch.randint(len(text) - 129, (8,))
+    rows = torch.stack([text[i : i + 129] for i in starts])
     train_step(model, optimizer, [rows], RECIPES["tiny"], 4e-3, 1e-2, 0.0)
+rows = torch.stack([text[i : i + 129] for i in range(0, 800, 100)])
+rows = torch.where(torch.rand(rows.shape) < 0.02, torch.randint(97, 123, rows.shape), rows)
 caught = []
 handle = model.layers["1"].ffn_norm.register_full_backward_hook(lambda m, i, o: caught.append(o[0]))
-losses(model, torch.stack([text[i : i + 257] for i in range(0, 4 * 1500, 1500)])).main.backward()
+losses(model, rows).main.backward()
 handle.remove()
 g_nd = caught[0].flatten(0, 1).detach()
 
@@ -677,10 +680,10 @@ sizes = g_nd.norm(dim=1)
 fig, (left, right) = figure(1, 2, width=9, height=3)
 left.hist(sizes.log10().numpy(), bins=40, color=GREY)
 left.set(xlabel="log₁₀ of a token's gradient", ylabel="tokens")
-left.set_title(f"Largest over median: {sizes.max() / sizes.median():.0f}")
+left.set_title(f"Largest over median: {sizes.max() / sizes.median():,.0f}")
 for rows, look, colour in ((1, "-", BLUE), (128, "--", ORANGE)):
     label = f"{'tiles' if rows == 1 else 'blocks'} of {rows} × 128"
-    right.plot(100 * lost(g_nd, rows), look, color=colour, label=label)
+    right.plot(100 * lost(g_nd, rows).numpy(), look, color=colour, label=label)
 right.set(xlabel="tokens, sorted", ylabel="gradient lost, %", yscale="log")
 right.set_title("Blocks cost the quiet tokens most")
 right.legend()
@@ -688,10 +691,11 @@ show(fig)
 tile, block = lost(g_nd, 1), lost(g_nd, 128)
 print(f"median token: {tile.median():.1%} lost with tiles, {block.median():.1%} with blocks; "
       f"worst: {tile.max():.1%} and {block.max():.1%}")  # fmt: skip
-assert block.max() > 1.5 * tile.max()
+assert block.max() > 3 * tile.max()
 
 # %% [markdown]
-# This shows the mechanism, not the divergence: that took 300 billion tokens. Note the direction of the
+# This shows the mechanism, exaggerated, and not the divergence: that took 300 billion tokens. E4M3's own
+# exponent forgives a factor of some ten thousand; beyond it, a token is lost. Note the direction of the
 # harm. Noise on average is harmless to a model, but here the *same kind of token*, the easy one, is
 # always the one that is rounded away.
 
@@ -819,8 +823,10 @@ def check_dequant(fn) -> bool:
 
 
 def check_lost(fn) -> bool:
-    good = abs(fn(14) - 2**-13) < 1e-9 and abs(fn(23) - 2**-22) < 1e-12
-    return attempt(lambda: good, "the sum is 1; what is the largest number that is cut to zero?")
+    return attempt(
+        lambda: all(fn(n) == 2.0 ** (1 - n) for n in (8, 14, 23)),
+        "the sum is 1: what is its last bit worth?",
+    )
 
 
 # %% [markdown]

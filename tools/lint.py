@@ -12,7 +12,6 @@ from pathlib import Path
 import jupytext
 
 ROOT = Path(__file__).resolve().parent.parent
-EARLY = {"09_fp8"}  # chapters that may be short for now
 SECTIONS = ["Why", "Paper|report", "Experiment", "Play", "Exercises", "Scale"]
 WORDS = range(900, 2601)
 EXERCISES = range(3, 6)
@@ -100,7 +99,7 @@ def bad_exercises(cells) -> list[str]:
 def chapter(path: Path) -> list[str]:
     """What is wrong with the structure of a chapter."""
     cells = jupytext.read(path).cells
-    bad = bad_title(path.stem, cells) + ([] if path.stem in EARLY else bad_length(cells))
+    bad = bad_title(path.stem, cells) + bad_length(cells)
     for rule in (unexplained, bad_sections, bad_exercises, bad_code):
         bad += rule(cells)
     return bad
