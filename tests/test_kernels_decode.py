@@ -94,7 +94,7 @@ def test_paged_attention_equals_the_reference(case, dtype):
 )
 def test_any_lengths_on_any_number_of_multiprocessors(lengths, parts, int32):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "multiprocessors", lambda x: parts)
+        patch.setattr(decode, "multiprocessors", lambda *_: parts)
         args = list(arguments(lengths, torch.float32, h=1, c=16))
         args[3] = args[3].int() if int32 else args[3]
         got, want = paged(*args), exact(paged_torch, *args)
@@ -109,7 +109,7 @@ def test_a_long_sequence_is_shared_and_merged(parts, monkeypatch):
     monkeypatch.setattr(
         decode, "_merge_kernel", type("Spy", (), {"__getitem__": lambda _, g: spy(g)})()
     )
-    monkeypatch.setattr(decode, "multiprocessors", lambda x: parts)
+    monkeypatch.setattr(decode, "multiprocessors", lambda *_: parts)
     args = arguments([2500, 30], torch.float32, h=12)  # 20 pieces: two turns of the loop
     args[1].mul_(30)  # scores of some hundred: without the maximum nothing would survive
     assert error(paged(*args), exact(paged_torch, *args)) < 1e-4
