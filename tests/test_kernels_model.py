@@ -1,0 +1,34 @@
+"""A whole model on the kernels: losses and gradients of one step, in high precision and in FP8."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
+import pytest
+import torch
+
+from dsv3_ref import ops
+from dsv3_ref.model import Transformer
+from dsv3_ref.pretrain import losses
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("recipe, bound", [((), 1e-4), (("fp8",), 2e-2)], ids=["fp32", "fp8"])
+def test_a_step_on_kernels_is_the_step_of_the_references(micro, recipe, bound):
+    c = replace(micro, n_layers=2, n_mtp_layers=1, dim=32, inter_dim=48, moe_inter_dim=16)
+    start = Transformer(c).to(DEVICE)
+    tokens_bs = torch.randint(c.vocab_size, (2, 12), device=DEVICE)
+    found = []
+    for backends in (("torch",), ("triton", "torch")):
+        model = deepcopy(start)
+        with ops.use(*recipe, *backends):
+            parts = losses(model, tokens_bs)
+            parts.total(0.3, 1e-4).backward()
+        chosen = [r.expert_bsk for r in parts.routes]
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((parts.main.item(), chosen, grads))
+    (want, routes, grad), (got, same, grad_got) = found
+    assert all(torch.equal(a.sort().values, b.sort().values) for a, b in zip(routes, same))
+    assert got == pytest.approx(want, rel=bound)
+    assert (grad_got - grad).norm() < bound * grad.norm()
