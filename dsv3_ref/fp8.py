@@ -48,7 +48,7 @@ def act_dequant(q, s):
 
 @op
 def weight_quant(w, pow2: bool = False):
-    """Blocks of 128 × 128 of (…, o, i): codes like w, scales (…, ⌈o/128⌉, ⌈i/128⌉), fp32 (§3.3.2)."""
+    """Blocks of 128 × 128 of (…, o, i): codes, and fp32 scales (…, ⌈o/128⌉, ⌈i/128⌉), §3.3.2."""
     o, i = w.shape[-2:]
     padded = F.pad(w.float(), (0, -i % TILE, 0, -o % TILE))
     blocks = rearrange(padded, "... (y a) (z b) -> ... y z a b", a=TILE, b=TILE)
@@ -205,7 +205,7 @@ def product_dtype(x):
 
 
 def multiply(a, b, count_e, dtype):
-    """Fprop and Dgrad: rows a times weight b, both (codes, scales); with counts, expert by expert."""
+    """Fprop, Dgrad: rows a times weight b, both (codes, scales); with counts, by expert."""
     if count_e is None:
         return fp8_gemm(*a, *b, dtype)
     return fp8_grouped_gemm(*a, *b, count_e, dtype)
@@ -248,7 +248,7 @@ class FP8Linear(torch.autograd.Function):
 
 
 class FP8Down(torch.autograd.Function):
-    """swiglu(gate, up) Wᵀ; of gate and up only codes are kept, the output is made again (§3.3.3)."""
+    """swiglu(gate, up) Wᵀ; codes of gate and up are kept, the output is made again (§3.3.3)."""
 
     @staticmethod
     def forward(ctx, gate, up, weight, count_e):

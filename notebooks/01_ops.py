@@ -450,7 +450,7 @@ print("size of each token's gradient:", *[f"{v:.2f}" for v in grad_nd.norm(dim=-
 #| export
 @op
 def linear(x, weight_oi, keep: str = "e4m3"):
-    """Multiply the last axis: y_…o = Σ_i x_…i W_oi; `keep`: the form in which FP8 keeps x (§3.3.3)."""
+    """Multiply the last axis: y_…o = Σ_i x_…i W_oi. keep: how FP8 stores x for Wgrad (§3.3.3)."""
     return F.linear(x, weight_oi)
 
 

@@ -27,11 +27,12 @@ from dsv3_ref.viz import ablation, figure
 
 NAMES = list(ablate.VARIANTS)
 POINT = {
-    "balance": {"vio_global", "vio_sequence"}, "mtp": {"accepted"}, "mla": set(), "fim": set()
+    "balance": {"vio_global", "vio_sequence"}, "mtp": {"accepted"}, "mla": set(), "fim": set(),
+    "fp8": set(),
 }  # fmt: skip
 MEASURED = {
     "balance": {"vio_global", "vio_sequence", "load"}, "mtp": {"accepted", "accepted_chain"},
-    "mla": set(),
+    "mla": set(), "fp8": {"losses"},
     "fim": {"psm_nats", "psm_accuracy", "left_nats", "left_accuracy", "middle_tokens"},
 }  # fmt: skip
 
@@ -210,6 +211,7 @@ def test_only_what_is_compared_differs():
     varied = {
         "balance": {"gamma", "alpha", "balance_over"}, "mtp": {"n_mtp_layers"},
         "mla": {"kv_lora_rank", "qk_rope_head_dim", "inter_dim", "kv_heads"}, "fim": {"fim_rate"},
+        "fp8": {"precision"},
     }  # fmt: skip
     for name, allowed in varied.items():
         flat = [asdict(v) for v in variants(name).values()]

@@ -50,7 +50,7 @@ def said(home, tmp_path, capsys):
         (["--model.n-headz", "3"], "Perhaps you meant: --model.n-heads INT"),
         (["--step", "3"], "Unrecognized options: --step"),
         (["--seed", "x"], "Error parsing --seed: invalid literal for int()"),
-        (["--precision", "fp8"], "--precision"),
+        (["--precision", "fp4"], "--precision"),
         (["--model.n-heads", "0"], "n_heads must be a whole number of at least 1, not 0"),
         (["--model.n-expert-groups", "3"], "n_routed_experts (4) must be a multiple of"),
         (["--model.n-activated-experts", "5"], "n_activated_experts (5) must fit into"),

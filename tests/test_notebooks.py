@@ -262,12 +262,6 @@ def test_a_wrong_exercise_is_found(small, old, new, complaint):
         assert solve(jupytext.read(path).cells, run_script(path)) == [complaint]
 
 
-def test_an_early_chapter_may_be_short(small, monkeypatch):
-    path = small("WORDS", "some words")
-    monkeypatch.setattr(lint, "EARLY", {"77_small"})
-    assert lint.chapter(path) == []
-
-
 @pytest.mark.notebook
 def test_a_second_build_changes_no_byte(small, capsys):
     path = small("", "")
