@@ -257,6 +257,8 @@ fig, ax = figure(width=7, height=3)
 for (name, gap), look, colour in zip(gaps.items(), ("o-", "s--", "D:"), (ORANGE, GREY, BLUE)):
     ax.plot(lengths, [100 * g for g in gap], look, color=colour, label=f"promoted {name}")
 ax.set(xscale="log", yscale="log", xlabel="length K of the sum", ylabel="largest error, %")
+ax.set_xticks(lengths, lengths)
+ax.set_xticks([], minor=True)
 ax.set_title("In 14 bits a long sum loses what it adds; 128 at a time it does not")
 ax.legend()
 show(fig)
@@ -718,10 +720,10 @@ fig, (left, right) = figure(1, 2, width=9, height=3.2)
 for seed, look in zip(seeds, ("-", "--", ":")):
     wide, narrow = curves["fp32", seed], curves["fp8", seed]
     steps = range(WINDOW, WINDOW + len(wide))
-    left.plot(steps, wide, look, color=GREY, label="fp32" if seed == 0 else None)
+    left.plot(steps, wide, look, lw=4, alpha=0.5, color=GREY, label="fp32" if seed == 0 else None)
     left.plot(steps, narrow, look, color=ORANGE, label="fp8" if seed == 0 else None)
     gap = 100 * (narrow / wide - 1)
-    right.plot(steps, gap, look, color=BLUE, label=f"seed {seed}")
+    right.plot(steps, gap, look, color=BLUE)
     print(f"seed {seed}: mean gap {gap.mean():+.3f} %, largest {gap.abs().max():.3f} %, "
           f"last {gap[-1]:+.3f} %")  # fmt: skip
     assert gap.abs().max() < 0.25
@@ -732,7 +734,7 @@ left.set_title("The curves lie on each other")
 left.legend()
 right.set(xlabel="step", ylabel="FP8 against fp32, %")
 right.set_title("The report's bound is the dotted line")
-right.legend()
+right.set_ylim(-0.3, 0.3)
 show(fig)
 
 # %% [markdown]

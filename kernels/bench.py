@@ -1,0 +1,932 @@
+"""Every kernel on this GPU: its time beside the card's limit, a yardstick and the project's goals.
+
+    python -m dsv3_ref.kernels.bench                     test the kernels, then time all of them
+    python -m dsv3_ref.kernels.bench --dry-run           list the cases; needs no GPU
+    python -m dsv3_ref.kernels.bench --only fp8 wgrad    cases whose name contains one of these
+
+The median of interleaved rounds, timed by CUDA events with a cold L2. The limit is the larger of
+two floors: bytes (inputs once, outputs once) over the rate of a copy, FLOPs over that of cuBLAS,
+both measured here; FP8 may do twice the bf16 rate. A case that fails is a row, and exit status 1.
+"""
+
+import argparse
+import gc
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dsv3_ref import fp8, mla, moe, ops
+from dsv3_ref.config import V3
+from dsv3_ref.kernels.launch import BF16, FP32
+from dsv3_ref.ops import use
+from dsv3_ref.rope import rotate, softmax_scale
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS, TORCH = ("triton", "torch"), ("torch",)
+FLUSH = 256 * 2**20  # bytes, several times an L2
+WARM_UP = 3
+SCALE = softmax_scale(V3)
+
+
+# ── A case, a goal, a row ──
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At least so much of a measure(row, rows by name, limits)."""
+
+    text: str
+    least: float
+    measure: Callable
+
+
+@dataclass(frozen=True)
+class Case:
+    """make() allocates on torch's default device: a kernel's call, and its yardsticks by name.
+
+    Both are called again and again and need no arguments.
+    """
+
+    kind: str  # an op, and perhaps a word about it
+    sizes: dict
+    make: Callable
+    bytes: float  # each input read once, each output written once
+    flops: float = 0
+    peak: str = "bf16"  # the tensor cores' rate that bounds it
+    goals: tuple[Goal, ...] = ()
+    memory: float = 0  # bytes it needs at least, where that may be too much
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.kind, *(f"{k}={v}" for k, v in self.sizes.items())])
+
+
+@dataclass
+class Row:
+    """What came of a case: ms, or why there is none; a yardstick's value is ms or a reason."""
+
+    name: str
+    bytes: float
+    flops: float
+    peak: str
+    note: str = ""
+    ms: float | None = None
+    yardsticks: dict = field(default_factory=dict)
+    skipped: str = ""
+    error: str = ""
+    fatal: bool = False  # the process lost its GPU
+
+    @classmethod
+    def of(cls, case: Case, **rest):
+        return cls(case.name, case.bytes, case.flops, case.peak, case.note, **rest)
+
+
+# ── Rates ──
+
+
+def tflops(row, *_) -> float:
+    return row.flops / row.ms / 1e9
+
+
+def gbps(row) -> float:
+    return row.bytes / row.ms / 1e6
+
+
+def of_copy(row, rows, limits) -> float:
+    return gbps(row) / limits["copy"]
+
+
+def times(yardstick: str):
+    """How many times as fast as a yardstick."""
+    return lambda row, rows, limits: row.yardsticks[yardstick] / row.ms
+
+
+def of_case(name: str):
+    """Share of another case's TFLOP/s."""
+    return lambda row, rows, limits: tflops(row) / tflops(rows[name])
+
+
+def limit(row, limits) -> tuple[str, float]:
+    """What binds, and its floor in ms: max(bytes / copy, FLOPs / peak)."""
+    floors = {"copy": row.bytes / limits["copy"] / 1e6}
+    floors[row.peak] = row.flops / limits[row.peak] / 1e9
+    name = max(floors, key=floors.get)
+    return name, floors[name]
+
+
+COPY = (Goal("of copy", 0.85, of_copy),)
+
+
+# ── Calls ──
+
+
+def randn(*shape, dtype=BF16, grad: bool = False):
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+leaf = partial(randn, grad=True)
+
+
+def under(backends, fn):
+    """fn, called under these backends."""
+
+    def run():
+        with use(*backends):
+            return fn()
+
+    return run
+
+
+def beside_torch(fn):
+    """The call, and as yardstick the same of the torch reference."""
+    return fn, {"torch": under(TORCH, fn)}
+
+
+def gradient(forward, inputs):
+    """The backward pass of forward(*inputs), as often as one likes; the first call runs forward."""
+    made = []
+
+    def run():
+        if not made:
+            y = forward(*inputs)
+            made.extend((y, torch.randn_like(y)))
+        return torch.autograd.grad(made[0], inputs, made[1], retain_graph=True)
+
+    return run
+
+
+def gradient_beside_torch(forward, *inputs):
+    return gradient(forward, inputs), {"torch": under(TORCH, gradient(forward, inputs))}
+
+
+def tiles(n: int) -> int:
+    return math.ceil(n / 128)
+
+
+def padded(m: int, e: int = 1) -> int:
+    """Tiles of 128 rows that `col_quant` makes of m rows."""
+    return m // 128 + e
+
+
+def counts(e: int, m: int, skewed: bool = False):
+    """Rows of each of e experts, m in all: even, or falling as 1/rank and shuffled."""
+    share = 1 / torch.arange(1, e + 1, dtype=torch.float64) if skewed else torch.ones(e)
+    count_e = (m * share / share.sum()).floor().long()
+    count_e[: m - int(count_e.sum())] += 1
+    return count_e[torch.randperm(e, generator=torch.Generator(count_e.device).manual_seed(0))]
+
+
+# ── Products ──
+
+
+def row_wise(x, w):
+    """torch._scaled_mm with a scale a row of x and a scale a row of w."""
+    (x_q, x_s), (w_q, w_s) = (
+        (fp8.encode(t.float(), s), s)
+        for t in (x, w)
+        for s in [t.float().abs().amax(1, keepdim=True) / fp8.TOP]
+    )
+    return lambda: torch._scaled_mm(x_q, w_q.T, scale_a=x_s, scale_b=w_s.T, out_dtype=BF16)
+
+
+def dense(m: int, n: int, k: int, goals=()) -> Case:
+    """Fprop of a linear layer."""
+
+    def make():
+        x, w = randn(m, k), randn(n, k)
+        codes = *fp8.act_quant(x), *fp8.weight_quant(w)
+        yardsticks = {"cuBLAS bf16": lambda: x @ w.T, "scaled_mm": row_wise(x, w)}
+        return lambda: fp8.fp8_gemm(*codes, BF16), yardsticks
+
+    moved = m * k + n * k + 2 * m * n + 4 * tiles(k) * (m + tiles(n))
+    return Case("fp8_gemm", {"m": m, "n": n, "k": k}, make, moved, 2 * m * n * k, "fp8", goals)
+
+
+def dense_wgrad(m: int, n: int, k: int) -> Case:
+    def make():
+        g, x = randn(m, n), randn(m, k)
+        codes = *fp8.col_quant(g), *fp8.col_quant(x)
+        return lambda: fp8.fp8_gemm(*codes), {"cuBLAS bf16": lambda: g.T @ x}
+
+    moved = padded(m) * 132 * (n + k) + 4 * n * k
+    sizes = {"m": m, "n": n, "k": k}
+    return Case("fp8_gemm wgrad", sizes, make, moved, 2 * m * n * k, "fp8")
+
+
+def grouped_sizes(e: int, m: int, n: int, k: int, skewed: bool) -> dict:
+    return {"e": e, "m": m, "n": n, "k": k, "rows": "skewed" if skewed else "even"}
+
+
+def grouped_fp8(e: int, m: int, n: int, k: int, skewed: bool, goals=()) -> Case:
+    def make():
+        x, w, count_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
+        codes = *fp8.act_quant(x), *fp8.weight_quant(w), count_e
+        product = lambda: moe.grouped_linear(x, w, count_e)
+        yardsticks = {"bf16 torch": under(TORCH, product), "bf16 triton": product}
+        return lambda: fp8.fp8_grouped_gemm(*codes, BF16), yardsticks
+
+    moved = m * k + e * n * k + 2 * m * n + 4 * tiles(k) * (m + e * tiles(n))
+    sizes = grouped_sizes(e, m, n, k, skewed)
+    return Case("fp8_grouped_gemm", sizes, make, moved, 2 * m * n * k, "fp8", goals)
+
+
+def grouped_bf16(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
+    def make():
+        x, w, count_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
+        return beside_torch(lambda: moe.grouped_linear(x, w, count_e))
+
+    moved = 2 * (m * k + e * n * k + m * n)
+    sizes = grouped_sizes(e, m, n, k, skewed)
+    return Case("grouped_linear", sizes, make, moved, 2 * m * n * k)
+
+
+def grouped_bf16_backward(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
+    """Dgrad and Wgrad."""
+
+    def make():
+        count_e = counts(e, m, skewed)
+        forward = lambda x, w: moe.grouped_linear(x, w, count_e)
+        return gradient_beside_torch(forward, leaf(m, k), leaf(e, n, k))
+
+    moved = 2 * (m * n + 2 * (e * n * k + m * k))
+    sizes = grouped_sizes(e, m, n, k, skewed)
+    return Case("grouped_linear backward", sizes, make, moved, 4 * m * n * k)
+
+
+def grouped_wgrad(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
+    def make():
+        g, x, count_e = randn(m, n), randn(m, k), counts(e, m, skewed)
+        codes = *fp8.col_quant(g, count_e), *fp8.col_quant(x, count_e), count_e
+        end_e = count_e.cumsum(0).to(torch.int32)
+        yardsticks = {"bf16 torch": lambda: F.grouped_mm(g.T, x, offs=end_e)}
+        return lambda: fp8.fp8_grouped_wgrad(*codes), yardsticks
+
+    moved = padded(m, e) * 132 * (n + k) + 4 * e * n * k
+    sizes = grouped_sizes(e, m, n, k, skewed)
+    return Case("fp8_grouped_wgrad", sizes, make, moved, 2 * m * n * k, "fp8")
+
+
+# ── Quantisers ──
+
+
+def act_quant(m: int, k: int) -> Case:
+    def make():
+        x = randn(m, k)
+        return beside_torch(lambda: fp8.act_quant(x))
+
+    moved = 3 * m * k + 4 * m * tiles(k)
+    return Case("act_quant", {"m": m, "k": k}, make, moved, goals=COPY)
+
+
+def weight_quant(o: int, i: int, dtype) -> Case:
+    def make():
+        w = randn(o, i, dtype=dtype)
+        return beside_torch(lambda: fp8.weight_quant(w))
+
+    moved = (dtype.itemsize + 1) * o * i + 4 * tiles(o) * tiles(i)
+    sizes = {"o": o, "i": i, "from": str(dtype).removeprefix("torch.")}
+    return Case("weight_quant", sizes, make, moved, goals=COPY)
+
+
+def col_quant(e: int, m: int, k: int) -> Case:
+    def make():
+        x, count_e = randn(m, k), counts(e, m, e > 1) if e > 1 else None
+        return beside_torch(lambda: fp8.col_quant(x, count_e))
+
+    moved = 2 * m * k + padded(m, e) * 132 * k
+    return Case("col_quant", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
+
+
+def retile(e: int, m: int, k: int) -> Case:
+    def make():
+        codes, count_e = fp8.act_quant(randn(m, k)), counts(e, m, e > 1) if e > 1 else None
+        return beside_torch(lambda: fp8.retile(*codes, count_e))
+
+    moved = m * k + 4 * m * tiles(k) + padded(m, e) * 132 * k
+    return Case("retile", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
+
+
+# ── Norm, SwiGLU, RoPE ──
+
+
+def rms_norm(n: int, d: int) -> list[Case]:
+    """Forward, backward, and with its tiles."""
+
+    def forward():
+        x, weight = randn(n, d), randn(d, dtype=FP32)
+        return beside_torch(lambda: ops.rms_norm(x, weight, V3.norm_eps))
+
+    def backward():
+        norm = lambda x, weight: ops.rms_norm(x, weight, V3.norm_eps)
+        return gradient_beside_torch(norm, leaf(n, d), leaf(d, dtype=FP32))
+
+    def quant():
+        x, weight = randn(n, d), randn(d, dtype=FP32)
+        return beside_torch(lambda: fp8.rms_norm_quant(x, weight, V3.norm_eps))
+
+    sizes = {"n": n, "d": d}
+    return [
+        Case("rms_norm", sizes, forward, 4 * n * d + 4 * d, goals=COPY),
+        Case("rms_norm backward", sizes, backward, 6 * n * d + 8 * d, goals=COPY),
+        Case("rms_norm_quant", sizes, quant, 5 * n * d + 4 * n * tiles(d) + 4 * d, goals=COPY),
+    ]
+
+
+def swiglu(m: int, f: int) -> list[Case]:
+    def forward():
+        gate, up = randn(m, f), randn(m, f)
+        return beside_torch(lambda: ops.swiglu(gate, up))
+
+    def backward():
+        return gradient_beside_torch(ops.swiglu, leaf(m, f), leaf(m, f))
+
+    def quant():
+        gate, up = randn(m, f), randn(m, f)
+        return beside_torch(lambda: fp8.swiglu_quant(gate, up))
+
+    sizes = {"m": m, "f": f}
+    return [
+        Case("swiglu", sizes, forward, 6 * m * f),
+        Case("swiglu backward", sizes, backward, 10 * m * f),
+        Case("swiglu_quant", sizes, quant, 5 * m * f + 4 * m * tiles(f), goals=COPY),
+    ]
+
+
+def swiglu_quant_backward(e: int, m: int, f: int) -> Case:
+    def make():
+        g, count_e = randn(m, f), counts(e, m, e > 1) if e > 1 else None
+        codes = *fp8.act_quant(randn(m, f)), *fp8.act_quant(randn(m, f))
+        return beside_torch(lambda: fp8.swiglu_quant_backward(g, *codes, count_e))
+
+    moved = 8 * m * f + 8 * m * tiles(f) + padded(m, e) * 132 * f
+    return Case("swiglu_quant_backward", {"e": e, "m": m, "f": f}, make, moved, goals=COPY)
+
+
+def rotation(s: int, h: int) -> Case:
+    """The last r of i + r dims of each head."""
+    i, r = V3.qk_nope_head_dim, V3.qk_rope_head_dim
+
+    def make():
+        x_bshr, angle = randn(1, s, h, i + r)[..., i:], torch.rand(s, r // 2)
+        cos, sin = angle.cos(), angle.sin()
+        return beside_torch(lambda: rotate(x_bshr, cos, sin))
+
+    return Case("rotate", {"s": s, "h": h, "r": r}, make, 4 * s * h * r + 4 * s * r)
+
+
+# ── The gate, to the experts and back ──
+
+
+def choose(n: int, e: int, k: int) -> Case:
+    groups = V3.n_expert_groups, V3.n_limited_groups, 2
+
+    def make():
+        score_ne = torch.rand(n, e)
+        return beside_torch(lambda: moe.choose(score_ne, k, *groups))
+
+    return Case("choose", {"n": n, "e": e, "k": k}, make, 4 * n * e + 8 * n * k)
+
+
+def rows_of(n: int, e: int, k: int):
+    """Random experts of n tokens, as `permute` and `combine` want them."""
+    return moe.sort_rows(torch.rand(n, e).topk(k).indices)
+
+
+def permute(n: int, d: int, e: int, k: int) -> list[Case]:
+    def forward():
+        x, places = randn(n, d), rows_of(n, e, k)
+        return beside_torch(lambda: moe.permute(x, *places))
+
+    def backward():
+        places = rows_of(n, e, k)
+        return gradient_beside_torch(lambda x: moe.permute(x, *places), leaf(n, d))
+
+    sizes, moved = {"n": n, "d": d, "k": k}, 2 * n * d * (1 + k) + 8 * n * k
+    return [
+        Case("permute", sizes, forward, moved, goals=COPY),
+        Case("permute backward", sizes, backward, moved, goals=COPY),
+    ]
+
+
+def combine(n: int, d: int, e: int, k: int) -> list[Case]:
+    def forward():
+        y, weight, places = randn(n * k, d), randn(n, k), rows_of(n, e, k)
+        return beside_torch(lambda: moe.combine(y, weight, *places))
+
+    def backward():
+        places = rows_of(n, e, k)
+        back = lambda y, weight: moe.combine(y, weight, *places)
+        return gradient_beside_torch(back, leaf(n * k, d), leaf(n, k))
+
+    sizes, moved = {"n": n, "d": d, "k": k}, 2 * n * d * (1 + k) + 10 * n * k
+    return [
+        Case("combine", sizes, forward, moved),
+        Case("combine backward", sizes, backward, moved + 2 * n * k * d + 2 * n * k),
+    ]
+
+
+# ── Attention ──
+
+
+def sdpa(backend, q, k, v):
+    with sdpa_kernel(backend):
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, is_causal=True, scale=SCALE)
+
+
+def sdpa_calls(call, q, k, v):
+    """Yardsticks of causal attention; flash wants values as wide as keys: padded beforehand."""
+    wide = F.pad(v.detach(), (0, q.shape[-1] - v.shape[-1])).requires_grad_(v.requires_grad)
+    return {
+        "SDPA flash": call(partial(sdpa, SDPBackend.FLASH_ATTENTION), (q, k, wide)),
+        "SDPA cuDNN": call(partial(sdpa, SDPBackend.CUDNN_ATTENTION), (q, k, v)),
+    }
+
+
+def attention(s: int, h: int, goals=((), ())) -> list[Case]:
+    """Forward and backward of one sequence; a query sees half of the keys on average."""
+    x, v = V3.qk_nope_head_dim + V3.qk_rope_head_dim, V3.v_head_dim
+    of_model = lambda *qkv: mla.attention(*qkv, SCALE)
+
+    def made(call, make):
+        qkv = make(1, s, h, x), make(1, s, h, x), make(1, s, h, v)
+        return call(of_model, qkv), sdpa_calls(call, *qkv)
+
+    def backward():
+        return made(gradient, leaf)
+
+    def forward():
+        return made(lambda fn, qkv: lambda: fn(*qkv), randn)
+
+    sizes, pairs, item = {"s": s, "h": h, "dims": f"{x}/{v}"}, h * s * s / 2, 2 * s * h
+    return [
+        Case("attention", sizes, forward, 2 * item * (x + v), 2 * pairs * (x + v), goals=goals[0]),
+        Case(
+            "attention backward", sizes, backward, 4 * item * (x + v), 2 * pairs * (3 * x + 2 * v),
+            goals=goals[1],
+        ),
+    ]  # fmt: skip
+
+
+def packed_attention(b: int, s: int, h: int) -> Case:
+    """b sequences of s tokens laid end to end."""
+    x, v = V3.qk_nope_head_dim + V3.qk_rope_head_dim, V3.v_head_dim
+
+    def make():
+        qkv, end_b = [randn(b * s, h, y) for y in (x, x, v)], torch.arange(s, b * s + 1, s)
+        return beside_torch(lambda: mla.packed_attention(*qkv, end_b, SCALE))
+
+    flops = b * h * s * s * (x + v)
+    return Case("packed_attention", {"b": b, "s": s, "h": h}, make, 4 * b * s * h * (x + v), flops)
+
+
+def decode_costs(b: int, t: int, h: int) -> tuple[int, int]:
+    """Bytes and FLOPs of one query a row over t positions: keys and values are one latent."""
+    c, x = V3.kv_lora_rank, V3.kv_lora_rank + V3.qk_rope_head_dim
+    return 2 * b * t * x + 2 * b * h * (x + c), 2 * b * h * t * (x + c)
+
+
+def paged(b: int, t: int, h: int, goals=(), page: int = 64) -> Case:
+    """One new token for each of b rows that have t behind them."""
+    c, x = V3.kv_lora_rank, V3.kv_lora_rank + V3.qk_rope_head_dim
+    moved, flops = decode_costs(b, t, h)
+
+    def make():
+        pages = math.ceil(t / page)
+        q_bshx, page_pyx = randn(b, 1, h, x), randn(b * pages, page, x)
+        table_bp = torch.randperm(b * pages).view(b, pages).to(torch.int32)
+        args = q_bshx, page_pyx, table_bp, torch.full((b,), t), c, SCALE
+        return beside_torch(lambda: mla.paged_attention(*args))
+
+    sizes = {"b": b, "t": t, "h": h}
+    return Case("paged_attention", sizes, make, moved, flops, goals=goals, memory=1.2 * moved)
+
+
+def latent(b: int, t: int, h: int) -> Case:
+    c, r = V3.kv_lora_rank, V3.qk_rope_head_dim
+
+    def make():
+        q, kv = (randn(b, 1, h, c), randn(b, 1, h, r)), randn(b, t, c + r).split([c, r], -1)
+        return beside_torch(lambda: mla.latent_attention(*q, *kv, SCALE))
+
+    return Case("latent_attention", {"b": b, "t": t, "h": h}, make, *decode_costs(b, t, h))
+
+
+# ── The loss, a layer ──
+
+
+def liger(h, w, target):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda: torch.autograd.grad(loss(w, h, target), (h, w))
+
+
+def cross_entropy(n: int, d: int, w: int) -> Case:
+    """Loss and both gradients."""
+
+    def make():
+        h_nd, head_wd, target_n = leaf(n, d), leaf(w, d), torch.randint(w, (n,))
+        loss = lambda: ops.linear_cross_entropy(h_nd, head_wd, target_n)
+        fn, yardsticks = beside_torch(lambda: torch.autograd.grad(loss(), (h_nd, head_wd)))
+        if find_spec("liger_kernel"):
+            yardsticks["Liger"] = liger(h_nd, head_wd, target_n)
+        return fn, yardsticks
+
+    sizes, moved = {"n": n, "d": d, "w": w}, 4 * (n * d + w * d)
+    return Case("linear_cross_entropy", sizes, make, moved, 6 * n * d * w)
+
+
+def step(layer, x, g):
+    """All gradients of a layer; x as a new tensor, or FP8 would find its codes of the last step."""
+    with torch.autocast(x.device.type, BF16):
+        y = layer(x.view_as(x))[0]
+    return torch.autograd.grad(y, [x, *layer.parameters()], g)
+
+
+def moe_step(b: int, s: int, e: int, d: int, f: int) -> Case:
+    """Forward and backward of an MoE layer in FP8, fp32 weights; beside it in bf16."""
+    c = replace(V3, n_routed_experts=e, dim=d, moe_inter_dim=f)
+
+    def make():
+        layer, x = moe.MoE(c), leaf(b, s, d)
+        for p in layer.parameters():
+            torch.nn.init.normal_(p, std=c.init_std)
+        run, kernels = partial(step, layer, x, randn(b, s, d)), KERNELS
+        yardsticks = {"bf16 triton": under(kernels, run), "bf16 torch": under(TORCH, run)}
+        return under(("fp8", *kernels), run), yardsticks
+
+    active = (c.n_activated_experts + c.n_shared_experts) * 3 * d * f + e * d
+    weights = (e + c.n_shared_experts) * 3 * d * f + e * d
+    return Case(
+        "moe_step", {"b": b, "s": s, "e": e, "d": d, "f": f}, make, 8 * weights + 8 * b * s * d,
+        6 * b * s * active, "fp8", (Goal("× bf16", 1.0, times("bf16 triton")),),
+        note=f"{e} routed experts instead of {V3.n_routed_experts}",
+    )  # fmt: skip
+
+
+# ── All cases, at the shapes of the report ──
+
+LINEARS = (  # (n, k): wkv_a with wq_a, wq_b, wkv_b, wo, an expert's w1 with w3, w2, a dense layer's
+    (2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048),
+    (36864, 7168), (7168, 18432),
+)  # fmt: skip
+EXPERTS = ((4096, 7168), (7168, 2048))
+HEADLINE = (Goal("TFLOP/s", 1000, tflops), Goal("× cuBLAS bf16", 1.4, times("cuBLAS bf16")))
+PREFILL = (Goal("TFLOP/s", 550, tflops),), (Goal("TFLOP/s", 400, tflops),)
+DECODE = (Goal("of copy", 0.8, of_copy),)
+TOKENS = 4096
+
+
+def products(z) -> list[Case]:
+    """256 experts with 128 rows each are bound by their weights; 8 with 4096 rows are not."""
+    m, out = z(TOKENS), []
+    for n, k in LINEARS:
+        goals = HEADLINE if (n, k) == (7168, 16384) else ()
+        out += [dense(m, z(n), z(k), goals), dense_wgrad(m, z(n), z(k))]
+    for n, k in EXPERTS:
+        goal = Goal("of dense", 0.9, of_case(dense(m, z(n), z(k)).name))
+        for e, skewed in ((8, False), (256, False), (256, True)):
+            args = z(e, 4), 8 * m, z(n), z(k), skewed
+            out.append(grouped_fp8(*args, goals=(goal,) if e == 8 else ()))
+            out += [f(*args) for f in (grouped_wgrad, grouped_bf16, grouped_bf16_backward)]
+    return out
+
+
+def streams(z) -> list[Case]:
+    """Whatever moves bytes."""
+    n, d, e, k = z(TOKENS), z(V3.dim), V3.n_routed_experts, V3.n_activated_experts
+    f, wide, m = z(V3.moe_inter_dim), z(V3.inter_dim), 8 * z(TOKENS)
+    return [
+        *(act_quant(*x) for x in ((n, d), (n, z(16384)), (m, d), (m, f))),
+        *(weight_quant(d, z(16384), dtype) for dtype in (FP32, BF16)),
+        *(fn(*x) for fn in (col_quant, retile) for x in ((1, n, d), (e, m, d), (e, m, f))),
+        *(case for x in ((n, d), (n, z(V3.q_lora_rank)), (m, d)) for case in rms_norm(*x)),
+        *(case for x in ((n, wide), (m, f)) for case in swiglu(*x)),
+        *(swiglu_quant_backward(*x) for x in ((1, n, wide), (e, m, f))),
+        rotation(n, z(V3.n_heads)),
+        *(choose(x, e, k) for x in (n, m)),
+        *permute(n, d, e, k), *combine(n, d, e, k),
+    ]  # fmt: skip
+
+
+def sequences(z) -> list[Case]:
+    h, thousand = z(V3.n_heads), z(1024)
+    out = [
+        case
+        for s in (1, 2, 4, 8, 16)
+        for case in attention(s * thousand, h, PREFILL if s in (4, 16) else ((), ()))
+    ]
+    out += [packed_attention(4, 4 * thousand, h), latent(z(32), 4 * thousand, h)]
+    for heads in (V3.n_heads, V3.n_heads // 4):  # all of them, or one of four tensor-parallel ranks
+        for b, t in ((b, t) for b in (1, 32, 128) for t in (1, 4, 16, 128)):
+            goals = DECODE if (b, t) == (128, 4) else ()
+            out.append(paged(z(b), t * thousand, z(heads), goals))
+    return out
+
+
+def cases(shrink: int = 1) -> list[Case]:
+    """Every case; `shrink` divides tokens, widths and heads, so that a CPU may try them."""
+    z = lambda n, least=1: max(n // shrink, min(n, least))
+    layer = cross_entropy(z(TOKENS), z(V3.dim), z(V3.vocab_size))
+    whole = moe_step(4, z(TOKENS), z(32, 16), z(V3.dim), z(V3.moe_inter_dim))
+    return [*products(z), *streams(z), *sequences(z), layer, whole]
+
+
+# ── The clock ──
+
+
+def medians(calls: dict, rounds: int) -> dict[str, float]:
+    """Median ms of each call, taking turns.
+
+    Before each one L2 is filled four times: that makes it cold, and gives Python a head start, so
+    that launching is not measured.
+    """
+    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    events = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(4):
+                flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(start.elapsed_time(end) for start, end in pairs)
+        for name, pairs in events.items()
+    }
+
+
+def sentence(e: Exception) -> str:
+    """The first line of an error, with its type."""
+    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+
+
+def warm(yardsticks: dict) -> tuple[dict, dict]:
+    """Those that run, and the reasons of those that do not."""
+    good, reasons = {}, {}
+    for name, call in yardsticks.items():
+        try:
+            for _ in range(WARM_UP):
+                call()
+            good[name] = call
+        except Exception as e:
+            reasons[name] = sentence(e)
+    return good, reasons
+
+
+def made(case: Case, device: str):
+    """The calls of a case, on this device, under the kernels' backends."""
+    with torch.device(device), use(*KERNELS):
+        fn, yardsticks = case.make()
+    return under(KERNELS, fn), {name: under(KERNELS, y) for name, y in yardsticks.items()}
+
+
+def timed(case: Case, rounds: int) -> Row:
+    free = torch.cuda.mem_get_info()[0]
+    if case.memory > free:
+        return Row.of(case, skipped=f"needs {case.memory / 1e9:.1f} GB, {free / 1e9:.1f} are free")
+    fn, yardsticks = made(case, "cuda")
+    for _ in range(WARM_UP):
+        fn()
+    good, reasons = warm(yardsticks)
+    torch.cuda.synchronize()
+    found = medians({"": fn, **good}, rounds)
+    return Row.of(case, ms=found.pop(""), yardsticks=found | reasons)
+
+
+def attempted(case: Case, rounds: int) -> Row:
+    """`timed`, or the error of it; memory is given back."""
+    try:
+        row = timed(case, rounds)
+    except Exception as e:
+        row = Row.of(case, error=sentence(e))
+    try:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception:
+        row.fatal = True
+    return row
+
+
+def card(rounds: int) -> dict:
+    """What this GPU is, and its limits: GB/s of a copy, read and written; TFLOP/s of cuBLAS."""
+    n = 8192
+    with torch.device("cuda"):
+        x, y, a, b = randn(2**29), randn(2**29), randn(n, n), randn(n, n)
+    calls = {"copy": lambda: y.copy_(x), "bf16": lambda: a @ b}
+    warm(calls)
+    ms = medians(calls, rounds)
+    peak = 2 * n**3 / ms["bf16"] / 1e9
+    limits = {"copy": 4 * x.numel() / ms["copy"] / 1e6, "bf16": peak, "fp8": 2 * peak}
+    return {"device": torch.cuda.get_device_name(), "driver": driver(), "limits": limits}
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+    except OSError:
+        return "unknown"
+
+
+# ── A process that may die ──
+
+
+def serve(pipe) -> None:
+    """Answer with the card, or with the row of a case that is asked for by name."""
+    by_name = {case.name: case for case in cases()}
+    while True:
+        name, rounds = pipe.recv()
+        pipe.send(attempted(by_name[name], rounds) if name else card(rounds))
+
+
+class Worker:
+    """A process with the GPU: a fault of the device, or a kernel that hangs, costs no more."""
+
+    def __init__(self, target=serve):
+        self.pipe, theirs = get_context("spawn").Pipe()
+        self.process = get_context("spawn").Process(target=target, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, name: str, rounds: int, seconds: float):
+        """The answer; raises TimeoutError or, if the process died, RuntimeError."""
+        try:
+            self.pipe.send((name, rounds))
+            if not self.pipe.poll(seconds):
+                raise TimeoutError(f"no answer within {seconds:g} s")
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise RuntimeError(f"the process ended with {self.process.exitcode}") from None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def run_all(chosen: list[Case], args, worker=Worker) -> tuple[dict, list[Row]]:
+    """The card and every case's row; a worker that was lost is replaced."""
+    current, rows = worker(), []
+    found = current.ask("", args.rounds, args.seconds)
+    for case in chosen:
+        try:
+            row = current.ask(case.name, args.rounds, args.seconds)
+        except (TimeoutError, RuntimeError) as e:
+            row = Row.of(case, error=sentence(e), fatal=True)
+        rows.append(row)
+        print(line(row, found["limits"]), flush=True)
+        if row.fatal:
+            current.end()
+            current = worker()
+    current.end()
+    return found, rows
+
+
+# ── The report ──
+
+HEAD = f"{'case':58}{'ms':>9}{'achieved':>15}{'of limit':>15}  yardstick: ms, ours is × as fast"
+
+
+def line(row: Row, limits: dict) -> str:
+    """One row of the table."""
+    head, note = f"{row.name:58}", f"  ({row.note})" if row.note else ""
+    if row.error or row.skipped:
+        return head + (f"failed: {row.error}" if row.error else f"skipped: {row.skipped}")
+    bound, floor = limit(row, limits)
+    rate = f"{gbps(row):.0f} GB/s" if bound == "copy" else f"{tflops(row):.0f} TFLOP/s"
+    others = [
+        f"{name}: {y}" if isinstance(y, str) else f"{name}: {y:.3f}, ×{y / row.ms:.2f}"
+        for name, y in row.yardsticks.items()
+    ]
+    share = f"{floor / row.ms:.0%} {bound}"
+    return f"{head}{row.ms:9.3f}{rate:>15}{share:>15}  {'; '.join(others)}{note}"
+
+
+def judged(chosen: list[Case], rows: list[Row], limits: dict) -> list[dict]:
+    """Every goal of these cases beside what was measured."""
+    by_name, out = {row.name: row for row in rows}, []
+    for case, goal in ((c, g) for c in chosen for g in c.goals):
+        try:
+            value = goal.measure(by_name[case.name], by_name, limits)
+        except (KeyError, TypeError):  # filtered out, failed or skipped, here or in its yardstick
+            value = None
+        verdict = "not measured" if value is None else "reached"
+        verdict = "missed" if value is not None and value < goal.least else verdict
+        found = {"measure": goal.text, "goal": goal.least, "measured": value, "verdict": verdict}
+        out.append({"case": case.name, **found})
+    return out
+
+
+def goal_line(g: dict) -> str:
+    value = "–" if g["measured"] is None else f"{g['measured']:.4g}"
+    return f"{g['case']:58}{g['measure']:>15}{value:>9} of {g['goal']:<6g}{g['verdict']}"
+
+
+def plan(chosen: list[Case]) -> str:
+    """The cases, with nothing measured."""
+    head = f"{'case':58}{'GB':>10}{'TFLOP':>10}{'peak':>6}  goals"
+    goals = lambda c: ", ".join(f"{g.least:g} {g.text}" for g in c.goals)
+    return "\n".join(
+        [head]
+        + [
+            f"{c.name:58}{c.bytes / 1e9:10.4f}{c.flops / 1e12:10.4f}{c.peak:>6}  {goals(c)}"
+            f"{c.note and f' ({c.note})'}".rstrip()
+            for c in chosen
+        ]
+    )
+
+
+def rates(row: Row, limits: dict) -> dict:
+    """A row for JSON, with what follows from it."""
+    out = {name: value for name, value in asdict(row).items() if value not in ("", False)}
+    if row.ms:
+        bound, floor = limit(row, limits)
+        out |= {"tflops": tflops(row), "gbps": gbps(row), "bound": bound, "share": floor / row.ms}
+    return out
+
+
+def write(path: Path, found: dict, rows: list[Row], goals: list[dict], tests: str) -> None:
+    report = {
+        **found, "torch": torch.__version__, "triton": triton.__version__,
+        "command": shlex.join(["python", "-m", "dsv3_ref.kernels.bench", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "tests": tests,
+        "rows": [rates(row, found["limits"]) for row in rows], "goals": goals,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+# ── The command ──
+
+
+def test_command() -> list[str]:
+    """pytest over the kernels' tests; what needs the suite's own fixtures needs hypothesis too."""
+    files = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_kernels_*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x"]
+    if find_spec("hypothesis"):
+        return [*command, *files]
+    plain = [f for f in files if "hypothesis" not in (text := (ROOT / f).read_text())
+             and "micro" not in text]  # fmt: skip
+    return [*command, "--noconftest", *plain]
+
+
+def parsed(argv):
+    parser = argparse.ArgumentParser(prog="python -m dsv3_ref.kernels.bench")
+    parser.add_argument("--dry-run", action="store_true", help="list the cases; needs no GPU")
+    parser.add_argument("--skip-tests", action="store_true", help="time kernels that are untested")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases that contain one of these")
+    parser.add_argument("--rounds", type=int, default=25, help="that the median is taken of")
+    parser.add_argument("--seconds", type=float, default=900, help="that a case may take")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu.json"))
+    args = parser.parse_args(argv)
+    args.cases = [c for c in cases() if not args.only or any(x in c.name for x in args.only)]
+    if not args.cases:
+        parser.error(f"no case has {' or '.join(args.only)} in its name: see --dry-run")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parsed(argv)
+    if args.dry_run:
+        print(plan(args.cases))
+        return 0
+    if not torch.cuda.is_available():
+        print(
+            "There is no CUDA GPU here to time kernels on; --dry-run lists them.", file=sys.stderr
+        )
+        return 2
+    if not args.skip_tests and subprocess.run(test_command(), cwd=ROOT).returncode:
+        print("The kernels fail their tests; --skip-tests times them anyway.", file=sys.stderr)
+        return 1
+    print(HEAD)
+    found, rows = run_all(args.cases, args)
+    goals = judged(args.cases, rows, found["limits"])
+    print("\n".join(["", "goals", *map(goal_line, goals), "", json.dumps(found)]))
+    write(args.out, found, rows, goals, "skipped" if args.skip_tests else "passed")
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
