@@ -82,8 +82,9 @@ def page(tmp_path):
         context.close()
 
 
-def test_a_slider_redraws_its_figure(lab, page, tmp_path):
-    page.goto(f"{lab}/lab/tree/notebooks/09_fp8.ipynb?reset")
+@pytest.mark.parametrize("chapter", ["09_fp8", "10_triton"])
+def test_a_slider_redraws_its_figure(lab, page, tmp_path, chapter):
+    page.goto(f"{lab}/lab/tree/notebooks/{chapter}.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     page.evaluate(RUN_ALL)
     page.evaluate(TO_SLIDERS)  # cells out of sight are not in the page
