@@ -682,9 +682,13 @@ def medians(calls: dict, rounds: int) -> dict[str, float]:
     }
 
 
-def sentence(e: Exception) -> str:
-    """The first line of an error, with its type."""
-    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+def whole(e: Exception) -> str:
+    """An error with its type: a compiler's says first where, and last what."""
+    return f"{type(e).__name__}: {str(e).strip()}"
+
+
+def sentence(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def warm(yardsticks: dict) -> tuple[dict, dict]:
@@ -696,7 +700,7 @@ def warm(yardsticks: dict) -> tuple[dict, dict]:
                 call()
             good[name] = call
         except Exception as e:
-            reasons[name] = sentence(e)
+            reasons[name] = sentence(whole(e))
     return good, reasons
 
 
@@ -725,7 +729,7 @@ def attempted(case: Case, rounds: int) -> Row:
     try:
         row = timed(case, rounds)
     except Exception as e:
-        row = Row.of(case, error=sentence(e))
+        row = Row.of(case, error=whole(e))
     try:
         gc.collect()
         torch.cuda.synchronize()
@@ -800,7 +804,7 @@ def run_all(chosen: list[Case], args, worker=Worker) -> tuple[dict, list[Row]]:
         try:
             row = current.ask(case.name, args.rounds, args.seconds)
         except (TimeoutError, RuntimeError) as e:
-            row = Row.of(case, error=sentence(e), fatal=True)
+            row = Row.of(case, error=whole(e), fatal=True)
         rows.append(row)
         print(line(row, found["limits"]), flush=True)
         if row.fatal:
@@ -819,7 +823,7 @@ def line(row: Row, limits: dict) -> str:
     """One row of the table."""
     head, note = f"{row.name:58}", f"  ({row.note})" if row.note else ""
     if row.error or row.skipped:
-        return head + (f"failed: {row.error}" if row.error else f"skipped: {row.skipped}")
+        return head + (f"failed: {sentence(row.error)}" if row.error else f"skipped: {row.skipped}")
     bound, floor = limit(row, limits)
     rate = f"{gbps(row):.0f} GB/s" if bound == "copy" else f"{tflops(row):.0f} TFLOP/s"
     others = [
