@@ -9,7 +9,7 @@ from einops import rearrange
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
-from dsv3_ref.ops import IMPLS, impl, op
+from dsv3_ref.ops import IMPLS, impl, op, product_dtype
 
 # ── Tiles of 1 × 128 ──
 
@@ -196,12 +196,6 @@ def codes(x):
         found = act_quant(x.detach().contiguous())
         CODES[x] = x._version, *found
     return found
-
-
-def product_dtype(x):
-    """What a product returns: the autocast dtype, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def multiply(a, b, count_e, dtype):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
-from dsv3_ref.kernels.launch import FLOATS, Compile, multiprocessors, require
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, multiprocessors, require
 from dsv3_ref.ops import impl
 
 INTS = (torch.int32, torch.int64)
@@ -330,7 +330,7 @@ def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
 
 # ── For the compiler: V3's shapes ──
 
-BF16, FP32, INT = torch.bfloat16, torch.float32, torch.int32
+INT = torch.int32
 
 
 def case(name: str, dtype=BF16, h: int = 128, page: int = 64, s: int = 1):

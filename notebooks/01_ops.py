@@ -29,7 +29,7 @@
 #| export
 import os
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 
 import torch
@@ -153,7 +153,8 @@ ACTIVE = tuple(os.environ.get("DSV3_BACKEND", "torch").split(","))  # in order o
 HOMES = {"triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8"}  # imported when first asked for
 
 
-def registered(backends) -> None:
+@cache  # `chosen` asks at every call
+def registered(backends: tuple[str, ...]) -> None:
     """Import what registers these backends: only the kernels need triton."""
     for home in filter(None, map(HOMES.get, backends)):
         import_module(home)
@@ -352,6 +353,12 @@ def widened(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x):
+    """What a matrix product of x returns: the autocast dtype, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class Normalise(torch.autograd.Function):
     """RMSNorm with its gradient by hand: keeps x and 1/ρ, not the steps between (§3.2.3)."""
 
@@ -399,9 +406,7 @@ class RMSNorm(nn.Module):
 
     def narrow(self, x, weight):
         """In the dtype of the matrix products that follow: one copy for all of them."""
-        y, device = rms_norm(x, weight, self.eps), x.device.type
-        narrow = torch.is_autocast_enabled(device)
-        return y.to(torch.get_autocast_dtype(device)) if narrow else y
+        return rms_norm(x, weight, self.eps).to(product_dtype(x))
 
 
 # %%
