@@ -162,10 +162,10 @@ def e5m6_dequant(packed, s, k: int):
 
 
 @op
-def rms_norm_quant(x, weight, eps: float, pow2: bool = False):
-    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales)."""
-    y = IMPLS["rms_norm"]["torch"](x, weight, eps)
-    return y, *act_quant(y, pow2)
+def rms_norm_quant(x, weight, eps: float, dtype=None, pow2: bool = False):
+    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
+    y = IMPLS["rms_norm"]["torch"](x, weight, eps, dtype)
+    return y, *act_quant(y.detach(), pow2)
 
 
 @op
@@ -261,6 +261,13 @@ class FP8Down(torch.autograd.Function):
         gate_up = [t.flatten(0, -2) for t in gate_up]
         dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.count_e)
         return dgate.view(shape), dup.view(shape), wgrad(g_mo, h, ctx.count_e), None
+
+
+@impl("rms_norm", "fp8")
+def _(x, weight, eps, dtype=None):
+    y, q, s = rms_norm_quant(x, weight, eps, dtype)
+    CODES[y] = y._version, q, s  # for the matrices that read y
+    return y
 
 
 @impl("linear", "fp8")

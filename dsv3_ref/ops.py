@@ -204,11 +204,11 @@ class Normalise(torch.autograd.Function):
     """RMSNorm with its gradient by hand: keeps x and 1/ρ, not the steps between (§3.2.3)."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, dtype):
         wide = widened(x)
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        return (wide * inverse).mul_(weight).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,36 +218,37 @@ class Normalise(torch.autograd.Function):
         dweight = (g * unit).sum_to_size(weight.shape)
         a = g * weight
         along = (a * unit).mean(-1, keepdim=True)
-        return a.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype), dweight.to(weight.dtype), None
+        dx = a.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype)
+        return dx, dweight.to(weight.dtype), None, None
 
 
 @op
-def rms_norm(x, weight, eps: float):
-    """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
+def rms_norm(x, weight, eps: float, dtype=None):
+    """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight.
+
+    dtype: of y, by default that of x; rounded once.
+    """
     if torch.is_grad_enabled():
-        return Normalise.apply(x, weight, eps)
-    return F.rms_norm(widened(x), weight.shape, weight, eps).to(x.dtype)
+        return Normalise.apply(x, weight, eps, dtype or x.dtype)
+    return F.rms_norm(widened(x), weight.shape, weight, eps).to(dtype or x.dtype)
 
 
 @impl("rms_norm", "naive")
-def _(x, weight, eps):
+def _(x, weight, eps, dtype=None):
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight
+    return y.to(dtype or x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """A learned scale after `rms_norm`; shape in = shape out."""
+    """A learned scale after `rms_norm`, in the dtype of the products that follow; shape of x."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return again(self.narrow, x, self.weight)
-
-    def narrow(self, x, weight):
-        """In the dtype of the matrix products that follow: one copy for all of them."""
-        return rms_norm(x, weight, self.eps).to(product_dtype(x))
+        return again(rms_norm, x, self.weight, self.eps, product_dtype(x))
 
 
 # ── Linear: the one place where matrix products pass ──

@@ -100,10 +100,10 @@ class Normalise(torch.autograd.Function):
     """RMSNorm that keeps x and 1/ρ; rows of x may be a slice of wider ones."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, dtype):
         x_nd = rows(x)
         n, d = x_nd.shape
-        y, inverse_n = x.new_empty(x.shape), x.new_empty(n, dtype=FP32)
+        y, inverse_n = x.new_empty(x.shape, dtype=dtype), x.new_empty(n, dtype=FP32)
         sms, block_d = multiprocessors(x), triton.next_power_of_2(d)
         tiles = lambda m: triton.cdiv(n, max(m["TILE"] // block_d, 1))
         grid = lambda m: (min(tiles(m), sms * m["PER_SM"]),)
@@ -115,25 +115,36 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, weight, inverse_n = ctx.saved_tensors
-        g_nd, x_nd = rows(g), rows(x)
-        n, d = x_nd.shape
-        dx, sms = x.new_empty(x.shape), multiprocessors(x)  # registers allow one program on each
-        partial_xd = x.new_empty(sms, d, dtype=FP32)
-        strides = g_nd.stride(0), x_nd.stride(0)
-        args = g_nd, x_nd, weight, inverse_n, dx, partial_xd, n, d, *strides, octave(n)
-        _rms_norm_backward_kernel[sms,](*args, BLOCK_D=triton.next_power_of_2(d))
-        return dx, partial_xd.sum(0).to(weight.dtype), None
+        return *rms_norm_backward(g, *ctx.saved_tensors), None, None
 
 
-@impl("rms_norm", "triton")
-def rms_norm(x, weight, eps: float):
-    """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
+def rms_norm_backward(g, x, weight, inverse_n):
+    """∂L/∂x and ∂L/∂weight from the gradient of y and 1/ρ of every row."""
+    g_nd, x_nd = rows(g), rows(x)
+    n, d = x_nd.shape
+    dx, sms = x.new_empty(x.shape), multiprocessors(x)  # registers allow one program on each
+    partial_xd = x.new_empty(sms, d, dtype=FP32)
+    strides = g_nd.stride(0), x_nd.stride(0)
+    args = g_nd, x_nd, weight, inverse_n, dx, partial_xd, n, d, *strides, octave(n)
+    _rms_norm_backward_kernel[sms,](*args, BLOCK_D=triton.next_power_of_2(d))
+    return dx, partial_xd.sum(0).to(weight.dtype)
+
+
+def require_norm(x, weight, dtype) -> None:
+    """What `rms_norm` and its form with tiles can read and write."""
     require("x", x, dtypes=FLOATS, contiguous=False)
     require("weight", weight, (x.shape[-1],), FLOATS)
     if x.shape[-1] > WIDEST:
         raise ValueError(f"x must have a last axis of at most {WIDEST}, not {x.shape[-1]}")
-    return Normalise.apply(x, weight, eps)
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {str(dtype)[6:]}")
+
+
+@impl("rms_norm", "triton")
+def rms_norm(x, weight, eps: float, dtype=None):
+    """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
+    require_norm(x, weight, dtype)
+    return Normalise.apply(x, weight, eps, dtype or x.dtype)
 
 
 # ── SwiGLU ──

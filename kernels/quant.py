@@ -6,11 +6,11 @@ import triton.language as tl
 
 from dsv3_ref import fp8  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, require, rows
+from dsv3_ref.kernels.norm import require_norm, rms_norm_backward
 from dsv3_ref.ops import impl
 
 E4M3, INT32 = torch.float8_e4m3fn, torch.int32
 COUNTS = (torch.int64, INT32)
-WIDEST = 16384  # a row is normalised whole, in registers
 
 
 # ── One number: its scale, its code ──
@@ -289,7 +289,7 @@ def retile(q, s, count_e=None, pow2: bool = False):
 
 @triton.jit
 def _rms_norm_quant_kernel(
-    x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, k, stride, eps,
+    x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, inverse_ptr, k, stride, eps,
     POW2: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
     """A row in tiles: y = x / √(mean(x²) + ε) · weight, s = max|y| / 448, q = E4M3(y / s)."""
@@ -298,8 +298,9 @@ def _rms_norm_quant_kernel(
     x = tl.load(x_ptr + n * stride + col, mask=col < k, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + col, mask=col < k, other=0.0).to(tl.float32)
     square = tl.sum(tl.sum(x * x, 1), 0)
-    y = x * tl.div_rn(1.0, tl.sqrt_rn(square / k + eps)) * weight
-    y = y.to(y_ptr.dtype.element_ty)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(square / k + eps))
+    y = (x * inverse * weight).to(y_ptr.dtype.element_ty)
+    tl.store(inverse_ptr + n, inverse)
     tl.store(y_ptr + n * k + col, y, mask=col < k)
     narrow: tl.constexpr = y.dtype == tl.bfloat16
     y, kz = y.to(tl.float32), tl.cdiv(k, 128)
@@ -308,20 +309,32 @@ def _rms_norm_quant_kernel(
     tl.store(s_ptr + n * kz + z, s, mask=z < kz)
 
 
+class NormaliseQuant(torch.autograd.Function):
+    """RMSNorm with the tiles of its output; the backward pass is that of RMSNorm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype, pow2):
+        x_nk, y, (q, s) = rows(x), x.new_empty(x.shape, dtype=dtype), codes_of(x)
+        inverse_n, block_z = x.new_empty(len(x_nk), dtype=FP32), triton.next_power_of_2(s.shape[-1])
+        if x.numel():
+            args = x_nk, weight, y, q, s, inverse_n, x_nk.shape[1], x_nk.stride(0), eps, pow2
+            warps = min(max(block_z // 8, 1), 16)
+            _rms_norm_quant_kernel[len(x_nk),](*args, BLOCK_Z=block_z, num_warps=warps)
+        ctx.save_for_backward(x, weight, inverse_n)
+        ctx.mark_non_differentiable(q, s)
+        return y, q, s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, *_):
+        return *rms_norm_backward(g, *ctx.saved_tensors), None, None, None
+
+
 @impl("rms_norm_quant", "triton")
-def rms_norm_quant(x, weight, eps: float, pow2: bool = False):
-    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales)."""
-    require("x", x, dtypes=FLOATS, contiguous=False)
-    require("weight", weight, (x.shape[-1],), FLOATS)
-    if x.shape[-1] > WIDEST:
-        raise ValueError(f"x must have rows of at most {WIDEST:,} numbers, not {x.shape[-1]:,}")
-    y, (q, s) = torch.empty(x.shape, dtype=x.dtype, device=x.device), codes_of(x)
-    if x.numel():
-        x_nk, block_z = rows(x), triton.next_power_of_2(s.shape[-1])
-        args = x_nk, weight, y, q, s, x_nk.shape[1], x_nk.stride(0), eps, pow2
-        warps = min(max(block_z // 8, 1), 16)
-        _rms_norm_quant_kernel[len(x_nk),](*args, BLOCK_Z=block_z, num_warps=warps)
-    return y, q, s
+def rms_norm_quant(x, weight, eps: float, dtype=None, pow2: bool = False):
+    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
+    require_norm(x, weight, dtype)
+    return NormaliseQuant.apply(x, weight, eps, dtype or x.dtype, pow2)
 
 
 @triton.jit
@@ -417,7 +430,7 @@ COMPILE = [
 ]
 for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
     for kind, meta in (("", {"POW2": False}), ("_pow2", {"POW2": True})):
-        norm = dtype, FP32, dtype, *OUT, 7168, 7168, 1e-6
+        norm = dtype, FP32, dtype, *OUT, FP32, 7168, 7168, 1e-6
         row = meta | {"BLOCK_Z": 64, "num_warps": 8}
         COMPILE += [
             Compile(

@@ -419,10 +419,10 @@ print(f"rms error: E5M6 {(back - x_nk).norm() / x_nk.norm():.2%} in 12 bits, "
 # %%
 #| export
 @op
-def rms_norm_quant(x, weight, eps: float, pow2: bool = False):
-    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales)."""
-    y = IMPLS["rms_norm"]["torch"](x, weight, eps)
-    return y, *act_quant(y, pow2)
+def rms_norm_quant(x, weight, eps: float, dtype=None, pow2: bool = False):
+    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
+    y = IMPLS["rms_norm"]["torch"](x, weight, eps, dtype)
+    return y, *act_quant(y.detach(), pow2)
 
 
 @op
@@ -558,6 +558,13 @@ class FP8Down(torch.autograd.Function):
 
 # %%
 #| export
+@impl("rms_norm", "fp8")
+def _(x, weight, eps, dtype=None):
+    y, q, s = rms_norm_quant(x, weight, eps, dtype)
+    CODES[y] = y._version, q, s  # for the matrices that read y
+    return y
+
+
 @impl("linear", "fp8")
 def _(x, weight_oi, keep="e4m3"):
     if keep == "e5m6":  # its codes shift by powers of two, so that re-tiling stays exact

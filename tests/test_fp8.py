@@ -238,6 +238,25 @@ def test_a_tensor_that_changed_is_coded_again():
     assert torch.equal(fp8.codes(x)[0].float(), fp8.act_quant(x)[0].float())
 
 
+@pytest.mark.parametrize("precise", [True, False], ids=["fp32", "autocast"])
+def test_matrices_read_the_codes_that_the_norm_made(precise, monkeypatch):
+    norm, w1, w3 = ops.RMSNorm(128, 1e-6), ops.Linear(128, 64), ops.Linear(128, 64)
+    for w in (w1.weight, w3.weight):
+        torch.nn.init.normal_(w)
+    x = torch.randn(2, 5, 128)
+    made = []
+    quant = fp8.IMPLS["act_quant"]["torch"]
+    monkeypatch.setitem(
+        fp8.IMPLS["act_quant"], "torch", lambda x, *more: made.append(x) or quant(x, *more)
+    )
+    with ops.use("fp8", "torch"), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+        y = norm(x)
+        w1(y), w3(y)
+    (seen,) = made  # once for both, of what the products read
+    assert y.dtype == seen.dtype == (torch.float32 if precise else torch.bfloat16)
+    assert torch.equal(seen, y)
+
+
 def mini(micro):
     return replace(micro, dim=64, inter_dim=72, moe_inter_dim=32, q_lora_rank=32, kv_lora_rank=40)
 

@@ -174,12 +174,23 @@ def test_rms_norm_quant(shape, dtype):
     x, weight = torch.randn(shape), torch.rand(shape[-1]) + 0.5
     x, weight = x.to(DEVICE, dtype), weight.to(DEVICE)
     for pow2 in (False, True):
-        y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, pow2)
+        y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, None, pow2)
         same(codes, IMPLS["act_quant"]["torch"](y, pow2))  # of the rounded y
         if y.numel():
             want = IMPLS["rms_norm"]["naive"](x.double(), weight.double(), 1e-6)
             assert error(y, want) < 2 * ROUNDING[dtype]
         assert y.dtype == dtype and y.shape == x.shape
+
+
+def test_rms_norm_quant_narrows_once_and_has_the_gradient_of_rms_norm():
+    x, weight, g = torch.randn(5, 576), torch.rand(576) + 0.5, torch.randn(5, 576).bfloat16()
+    x, weight = (t.to(DEVICE).requires_grad_() for t in (x, weight))
+    y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, torch.bfloat16)
+    plain = IMPLS["rms_norm"]["triton"](x, weight, 1e-6, torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and error(y, plain) < 2**-9  # 1/ρ may be a bit apart
+    same(codes, IMPLS["act_quant"]["torch"](y.detach()))
+    for got, want in zip(*(torch.autograd.grad(t, (x, weight), g.to(DEVICE)) for t in (y, plain))):
+        assert got.dtype == torch.float32 and error(got, want) < 2**-20
 
 
 def nearly(got, want, dtype) -> None:
@@ -225,7 +236,7 @@ def refused() -> list:
     """(op, arguments, sentence)."""
     half, x = torch.zeros(4, 128, dtype=torch.float16), torch.zeros(4, 128)
     q, s = x.to(torch.float8_e4m3fn), torch.ones(4, 1)
-    wide = torch.zeros(1, quant.WIDEST + 1)
+    wide = torch.zeros(1, 8193)
     dtypes = "float32 or bfloat16, not float16"
     return [
         ("act_quant", (half,), f"x must be {dtypes}"),
@@ -237,7 +248,8 @@ def refused() -> list:
         ("retile", (x, s), "q must be float8_e4m3fn, not float32"),
         ("retile", (q, s[:3]), "scales of q must have shape (4, 1), not (3, 1)"),
         ("rms_norm_quant", (x, x[0, :5], 1e-6), "weight must have shape (128), not (5,)"),
-        ("rms_norm_quant", (wide, wide[0], 1e-6), "x must have rows of at most 16,384 numbers"),
+        ("rms_norm_quant", (wide, wide[0], 1e-6), "x must have a last axis of at most 8192"),
+        ("rms_norm_quant", (x, x[0], 1e-6, torch.float16), "dtype must be float32 or bfloat16"),
         ("swiglu_quant", (x, x[:2]), "up must have shape (4, 128), not (2, 128)"),
         ("swiglu_quant", (x, x.bfloat16()), "up must be float32, not bfloat16"),
         ("swiglu_quant_backward", (x, q, s, q[:2], s), "up_q must have shape (4, 128)"),
