@@ -6,12 +6,13 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-full lab export book bench bench-gpu aot clean
+.PHONY: help train test test-full test-slurm lab export book bench bench-gpu aot clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make test       the short tests (minutes)   make test-full   all of them (up to an hour)"
+	@echo "make test-slurm the cluster launchers on a real Slurm of two nodes, started on this machine"
 	@echo "make bench      speed and memory beside transformers, as a table and runs/bench.json"
 	@echo "make bench-gpu  every Triton kernel on this NVIDIA GPU, against its yardsticks and limits"
 	@echo "make aot        compile every kernel for Hopper and Blackwell, no GPU needed: registers, spills, memory"
@@ -28,6 +29,10 @@ test: .venv/dev
 
 test-full: .venv/dev
 	$(BIN)/python -m pytest --full
+
+test-slurm: .venv/dev
+	@tests/slurm_local.sh install || true  # it says why; the tests are then skipped
+	DSV3_SLURM=1 $(BIN)/python -m pytest tests/test_slurm.py -rs
 
 bench: .venv/dev
 	$(BIN)/dsv3 bench $(ARGS)

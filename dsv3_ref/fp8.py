@@ -9,7 +9,7 @@ from einops import rearrange
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
-from dsv3_ref.ops import IMPLS, impl, op, product_dtype
+from dsv3_ref.ops import IMPLS, impl, later, op, product_dtype
 
 # ── Tiles of 1 × 128 ──
 
@@ -223,6 +223,7 @@ class FP8Linear(torch.autograd.Function):
     def forward(ctx, x, weight, q, s, count_e, keep):
         w = weight_quant(weight)
         ctx.keep, ctx.count_e, ctx.k, ctx.dtype = keep, count_e, x.shape[-1], x.dtype
+        ctx.weight = weight  # to be handed its gradient
         ctx.save_for_backward(*(e5m6_quant(x) if keep == "e5m6" else (q, s)), *w)
         y = multiply((q.flatten(0, -2), s.flatten(0, -2)), w, count_e, product_dtype(x))
         return y.view(*x.shape[:-1], -1)
@@ -238,7 +239,8 @@ class FP8Linear(torch.autograd.Function):
         else:
             x = retile(kept.flatten(0, -2), s.flatten(0, -2), count_e)
         dx = dgrad(g_mo, w, count_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
-        return dx, wgrad(g_mo, x, count_e), None, None, None, None
+        dw = later(ctx.weight, lambda: wgrad(g_mo, x, count_e))
+        return dx, dw, None, None, None, None
 
 
 class FP8Down(torch.autograd.Function):
@@ -246,7 +248,7 @@ class FP8Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, weight, count_e):
-        ctx.count_e, w = count_e, weight_quant(weight)
+        ctx.count_e, ctx.weight, w = count_e, weight, weight_quant(weight)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
         h = [t.flatten(0, -2) for t in swiglu_quant(gate, up)]
@@ -260,7 +262,8 @@ class FP8Down(torch.autograd.Function):
         dh_mf = dgrad(g_mo, (w, w_s), ctx.count_e, g.dtype)
         gate_up = [t.flatten(0, -2) for t in gate_up]
         dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.count_e)
-        return dgate.view(shape), dup.view(shape), wgrad(g_mo, h, ctx.count_e), None
+        dw = later(ctx.weight, lambda: wgrad(g_mo, h, ctx.count_e))
+        return dgate.view(shape), dup.view(shape), dw, None
 
 
 @impl("rms_norm", "fp8")

@@ -231,16 +231,14 @@ class MoE(nn.Module):
         self.experts = Experts(c.n_routed_experts, c.dim, c.moe_inter_dim)
         self.shared_experts = MLP(c.dim, c.n_shared_experts * c.moe_inter_dim)
 
-    def exchange(self, x_md, count_e, experts):
-        """Where rows travel to the ranks that hold their experts; on one device they are here."""
-        return experts(x_md, count_e)
+    def routed(self, x_nd, weight_nk, expert_nk):
+        """Σ_k w_nk·expert_nk(x_n); on one device every expert is here."""
+        order_m, place_nk = sort_rows(expert_nk)
+        count_e = expert_load(expert_nk, self.config.n_routed_experts)
+        y_md = self.experts(permute(x_nd, order_m, place_nk), count_e)
+        return combine(y_md, weight_nk.to(y_md.dtype), order_m, place_nk)
 
     def forward(self, x_bsd) -> tuple[torch.Tensor, Route]:
         r = self.gate(x_bsd)
-        order_m, place_nk = sort_rows(r.expert_bsk.flatten(0, 1))
-        count_e = expert_load(r.expert_bsk, self.config.n_routed_experts)
-        x_md = permute(x_bsd.flatten(0, 1), order_m, place_nk)
-        y_md = self.exchange(x_md, count_e, self.experts)
-        weight_nk = r.weight_bsk.flatten(0, 1).to(y_md.dtype)
-        y_nd = combine(y_md, weight_nk, order_m, place_nk)
-        return y_nd.view_as(x_bsd) + self.shared_experts(x_bsd), r
+        tokens = (t.flatten(0, 1) for t in (x_bsd, r.weight_bsk, r.expert_bsk))
+        return self.routed(*tokens).view_as(x_bsd) + self.shared_experts(x_bsd), r

@@ -260,6 +260,27 @@ def linear(x, weight_oi, keep: str = "e4m3"):
     return F.linear(x, weight_oi)
 
 
+LATER: list | None = None  # while a pipeline splits the backward pass: the Wgrads it puts off
+
+
+def later(weight, wgrad):
+    """∂L/∂weight = wgrad(): now; or None, and when a schedule says so (chapter 12)."""
+    if LATER is None:
+        return wgrad()
+    return LATER.append((weight, wgrad))
+
+
+@contextmanager
+def putting_off():
+    """A block in which `later` puts off; yields the list of (weight, wgrad)."""
+    global LATER
+    before, LATER = LATER, []
+    try:
+        yield LATER
+    finally:
+        LATER = before
+
+
 class Linear(nn.Module):
     """A matrix without bias, stored (out, in) as in the released weights."""
 

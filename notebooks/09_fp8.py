@@ -33,7 +33,7 @@ from einops import rearrange
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
-from dsv3_ref.ops import IMPLS, impl, op, product_dtype
+from dsv3_ref.ops import IMPLS, impl, later, op, product_dtype
 
 # %%
 from dataclasses import replace
@@ -509,6 +509,7 @@ class FP8Linear(torch.autograd.Function):
     def forward(ctx, x, weight, q, s, count_e, keep):
         w = weight_quant(weight)
         ctx.keep, ctx.count_e, ctx.k, ctx.dtype = keep, count_e, x.shape[-1], x.dtype
+        ctx.weight = weight  # to be handed its gradient
         ctx.save_for_backward(*(e5m6_quant(x) if keep == "e5m6" else (q, s)), *w)
         y = multiply((q.flatten(0, -2), s.flatten(0, -2)), w, count_e, product_dtype(x))
         return y.view(*x.shape[:-1], -1)
@@ -524,7 +525,8 @@ class FP8Linear(torch.autograd.Function):
         else:
             x = retile(kept.flatten(0, -2), s.flatten(0, -2), count_e)
         dx = dgrad(g_mo, w, count_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
-        return dx, wgrad(g_mo, x, count_e), None, None, None, None
+        dw = later(ctx.weight, lambda: wgrad(g_mo, x, count_e))
+        return dx, dw, None, None, None, None
 
 
 class FP8Down(torch.autograd.Function):
@@ -532,7 +534,7 @@ class FP8Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, weight, count_e):
-        ctx.count_e, w = count_e, weight_quant(weight)
+        ctx.count_e, ctx.weight, w = count_e, weight, weight_quant(weight)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
         h = [t.flatten(0, -2) for t in swiglu_quant(gate, up)]
@@ -546,7 +548,8 @@ class FP8Down(torch.autograd.Function):
         dh_mf = dgrad(g_mo, (w, w_s), ctx.count_e, g.dtype)
         gate_up = [t.flatten(0, -2) for t in gate_up]
         dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.count_e)
-        return dgate.view(shape), dup.view(shape), wgrad(g_mo, h, ctx.count_e), None
+        dw = later(ctx.weight, lambda: wgrad(g_mo, h, ctx.count_e))
+        return dgate.view(shape), dup.view(shape), dw, None
 
 
 # %% [markdown]
@@ -706,9 +709,10 @@ assert block.max() > 3 * tile.max()
 # ## Experiment: a thousand steps in FP8
 # `dsv3 train --precision fp8` against the same seed in fp32: the tiny model, its recipe, 2,048 tokens a
 # step. The two see the same rows in the same order, so their losses can be subtracted step by step; a
-# moving average over 50 steps takes the noise out. (One seed: emulation on a CPU takes twice the time.)
+# moving average over 50 steps takes some of the noise out. How much is left, a third run tells: fp32 again,
+# each batch in two halves. In exact arithmetic it is the same run; only its sums are rounded otherwise.
 #
-#     dsv3 ablate fp8 --config tiny --steps 1000 --seeds 1 --data sotu=0.9 stdlib=0.1 --out notebooks/results
+#     dsv3 ablate fp8 --config tiny --steps 1000 --seeds 2 --data sotu=0.9 stdlib=0.1 --out notebooks/results
 
 # %%
 from dsv3_ref.viz.ablation import results
@@ -717,26 +721,38 @@ found, WINDOW = results("fp8"), 50
 smooth = lambda x: torch.tensor(x).unfold(0, WINDOW, 1).mean(-1)
 curves = {(r["variant"], r["seed"]): smooth(r["losses"]) for r in found["runs"]}
 seeds = sorted({seed for _, seed in curves})
+mean = {v: torch.stack([curves[v, s] for s in seeds]).mean(0) for v, _ in curves}
+steps = range(WINDOW, WINDOW + len(mean["fp8"]))
 fig, (left, right) = figure(1, 2, width=9, height=3.2)
-for seed, look in zip(seeds, ("-", "--", ":")):
-    wide, narrow = curves["fp32", seed], curves["fp8", seed]
-    steps = range(WINDOW, WINDOW + len(wide))
-    left.plot(steps, wide, look, lw=4, alpha=0.5, color=GREY, label="fp32" if seed == 0 else None)
-    left.plot(steps, narrow, look, color=ORANGE, label="fp8" if seed == 0 else None)
-    gap = 100 * (narrow / wide - 1)
-    right.plot(steps, gap, look, color=BLUE)
-    print(f"seed {seed}: mean gap {gap.mean():+.3f} %, largest {gap.abs().max():.3f} %, "
-          f"last {gap[-1]:+.3f} %")  # fmt: skip
+left.plot(steps, mean["fp32"], lw=4, alpha=0.5, color=GREY, label="fp32")
+left.plot(steps, mean["fp8"], color=ORANGE, label="fp8")
+for v, color in (("fp32 halves", BLUE), ("fp8", ORANGE)):
+    for seed in seeds:
+        gap = 100 * (curves[v, seed] / curves["fp32", seed] - 1)
+        right.plot(steps, gap, color=color, lw=1, alpha=0.4)
+        print(
+            f"{v:11}, seed {seed}: {gap.min():+.2f} … {gap.max():+.2f} %, mean {gap.mean():+.2f} %"
+        )
+    gap = 100 * (mean[v] / mean["fp32"] - 1)
+    right.plot(steps, gap, color=color, lw=2, label=f"{v}, mean of the seeds")
+    print(f"{v:11}, both:   {gap.min():+.2f} … {gap.max():+.2f} %, mean {gap.mean():+.2f} %")
     assert gap.abs().max() < 0.25
 for edge in (-0.25, 0.25):
     right.axhline(edge, color=GREY, ls=":")
 left.set(xlabel="step", ylabel="training loss, nats")
 left.set_title("The curves lie on each other")
 left.legend()
-right.set(xlabel="step", ylabel="FP8 against fp32, %")
+right.set(xlabel="step", ylabel="against fp32, %")
 right.set_title("The report's bound is the dotted line")
-right.set_ylim(-0.3, 0.3)
+right.legend()
 show(fig)
+
+# %% [markdown]
+# In the mean of the seeds FP8 stays within the report's bound. In a single seed it need not: seed 1 is 0.3 %
+# *worse* where the loss falls steeply and later half a percent *better*, which is no merit of eight bits.
+# Rounding alone moves fp32 by up to 0.28 %: experts are chosen by a comparison, so the smallest difference
+# sends some token elsewhere, and from then on the two are different runs. The report averages over batches
+# ten thousand times as large.
 
 # %% [markdown]
 # ## Experiment: bytes kept

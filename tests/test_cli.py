@@ -126,7 +126,9 @@ def test_a_full_disk_before_the_first_step(home, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("argv", [[], ["trian"], ["--tiny"]])
 def test_no_such_command(argv, capsys):
     assert main(argv) == 2
-    assert capsys.readouterr().out.startswith("usage: dsv3 {train,generate,chat,bench,ablate}")
+    assert capsys.readouterr().out.startswith(
+        "usage: dsv3 {train,generate,chat,bench,ablate,preflight}"
+    )
 
 
 # ── Nothing to resume, or not so ──

@@ -116,6 +116,16 @@ def test_a_long_sequence_is_shared_and_merged(parts, monkeypatch):
     assert len(launched) == (parts > 1)
 
 
+@pytest.mark.parametrize("i", range(len(decode._merge_kernel.configs)))
+def test_parts_are_merged_in_groups_of_any_size(i, monkeypatch):
+    """In every config: with 8 parts or more, later groups rescale what the first ones summed."""
+    monkeypatch.setattr(decode._merge_kernel, "configs", decode._merge_kernel.configs[i : i + 1])
+    monkeypatch.setattr(decode, "multiprocessors", lambda *_: 40)
+    q_bshx, page_pyx, *rest = arguments([2600], torch.float32)
+    args = 4 * q_bshx, page_pyx, *rest  # parts of very different weight
+    assert close(paged(*args), exact(paged_torch, *args), torch.float32)
+
+
 @pytest.mark.parametrize("lengths", [[70, 3], [130, 257]])
 def test_a_query_sees_no_key_behind_it(lengths):
     q_bshx, page_pyx, table_bp, length_b, c, scale = arguments(lengths, torch.float32, s=3)

@@ -299,10 +299,10 @@ def test_tokens_do_not_see_one_another(micro):
     assert torch.allclose(y_bsd, alone, atol=1e-5)
 
 
-def test_the_exchange_is_handed_sorted_rows_and_their_counts(micro):
-    """What expert parallelism replaces: rows sorted by expert, one count an expert."""
+def test_the_experts_are_handed_sorted_rows_and_their_counts(micro):
+    """What a rank that holds experts computes: rows sorted by expert, one count an expert."""
     moe, seen = layer(micro).float(), {}
-    moe.exchange = lambda x_md, count_e, experts: seen.update(x=x_md, count=count_e) or x_md * 0
+    moe.experts.forward = lambda x_md, count_e: seen.update(x=x_md, count=count_e) or x_md * 0
     x_bsd = torch.randn(2, 5, micro.dim)
     y_bsd, r = moe(x_bsd)
     assert torch.equal(y_bsd, moe.shared_experts(x_bsd))

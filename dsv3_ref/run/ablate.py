@@ -62,6 +62,7 @@ class Variant:
     kv_heads: int = 0  # of a GQA in place of MLA
     fim_rate: float = 0.0
     precision: str = "fp32"
+    micro_batch: int = 0
 
 
 # ── What is compared ──
@@ -121,8 +122,9 @@ def fim_variants(c: Config, r: Recipe) -> dict[str, Variant]:
 
 
 def fp8_variants(c: Config, r: Recipe) -> dict[str, Variant]:
-    """High precision, and all products of linear layers in FP8 (§3.3)."""
-    return {p: Variant(c, r, precision=p) for p in ("fp32", "fp8")}
+    """High precision; the same, its sums rounded otherwise; all linear layers in FP8 (§3.3)."""
+    halves = Variant(c, r, micro_batch=r.batch // 2)  # in exact arithmetic the same run
+    return {"fp32": Variant(c, r), "fp32 halves": halves, "fp8": Variant(c, r, precision="fp8")}
 
 
 VARIANTS = {
@@ -262,7 +264,8 @@ def rounded(x):
 def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
     """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
     train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
-                  device="cpu", moments="fp32", precision=v.precision)  # fmt: skip
+                  device="cpu", moments="fp32", precision=v.precision,
+                  micro_batch=v.micro_batch)  # fmt: skip
     settings.check(train)
     t = Trainer(train, args.out)
     if v.kv_heads:
@@ -325,6 +328,7 @@ def described(v: Variant) -> dict:
         "params": parameters(v), "cache_bytes": count(v.model).cache_bytes,
         "kv_heads": v.kv_heads, "fim_rate": v.fim_rate,
         **({"precision": v.precision} if v.precision != "fp32" else {}),
+        **({"micro_batch": v.micro_batch} if v.micro_batch else {}),
         "model": {k: x for k, x in asdict(v.model).items() if x != getattr(TINY, k)},
         "recipe": {k: x for k, x in asdict(v.recipe).items() if x != getattr(RECIPES["tiny"], k)},
     }  # fmt: skip

@@ -51,7 +51,19 @@ def ablate(argv: list[str]) -> None:
     ablate.run(ablate.parse(argv), shlex.join(["dsv3", "ablate", *argv]))
 
 
-COMMANDS = {"train": train, "generate": generate, "chat": chat, "bench": bench, "ablate": ablate}
+def preflight(argv: list[str]) -> None:
+    """dsv3 preflight: which nodes of a job are fit to train."""
+    import tyro
+
+    from dsv3_ref.run.preflight import Preflight, preflight
+
+    preflight(tyro.cli(Preflight, prog="dsv3 preflight", args=argv))
+
+
+COMMANDS = {
+    "train": train, "generate": generate, "chat": chat, "bench": bench, "ablate": ablate,
+    "preflight": preflight,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -82,7 +82,9 @@ class Train:
 def check(args: Train) -> None:
     """Raise a `UserError` for settings that cannot be trained with."""
     r, c = args.recipe, args.model
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     rules = [
+        (ranks == 1, f"dsv3 train runs on one rank yet, not on {ranks}: start one process"),
         (r.steps >= 1, "--steps must be at least 1"),
         (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
         (
@@ -196,7 +198,8 @@ def claim(args: Train) -> Iterator[Path]:
             free = lock(handle)
             if args.resume and not free:
                 raise UserError(f"another process is training in {folder}")
-            taken = {p.name for p in folder.iterdir()} - {"run.part"}  # the trace of an early kill
+            # the trace of an early kill; where a launcher writes before the run begins
+            taken = {p.name for p in folder.iterdir()} - {"run.part", "logs"}
             if free and (args.resume or not taken):
                 yield folder
                 return

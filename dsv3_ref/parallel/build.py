@@ -1,0 +1,124 @@
+"""What a rank holds: its stages' layers, its share of the experts, with one device's first weights.
+
+Order of construction: on meta → cut the stages → shard the experts → draw the weights.
+"""
+
+import re
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dsv3_ref.config import Config, UserError
+from dsv3_ref.model import Transformer
+
+# ── Stages ──
+
+
+def layers_of(n_layers: int, stages: int, stage: int) -> range:
+    """The layers of a stage: as even as can be, the last stages, which have more to do, fewer."""
+    share, more = divmod(n_layers, stages)
+    start = stage * share + min(stage, more)
+    return range(start, start + share + (stage < more))
+
+
+def stages_of(name: str, n_layers: int, stages: int, n_mtp_layers: int) -> tuple[int, ...]:
+    """The stages that need a parameter; MTP lies in the last one, and so needs the embedding."""
+    if place := re.match(r"layers\.(\d+)\.", name):
+        i = int(place[1])
+        return tuple(s for s in range(stages) if i in layers_of(n_layers, stages, s))
+    if name.startswith("embed."):
+        return tuple(sorted({0, stages - 1} if n_mtp_layers else {0}))
+    return (stages - 1,)
+
+
+def holders(name: str, c: Config, held: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The pp ranks that hold a parameter; held: the stages of every pp rank."""
+    stages = 1 + max(s for of_rank in held for s in of_rank)
+    needs = set(stages_of(name, c.n_layers, stages, c.n_mtp_layers))
+    return tuple(p for p, of_rank in enumerate(held) if needs & set(of_rank))
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is divided among an expert group."""
+    return ".experts." in name
+
+
+# ── First weights ──
+
+
+class Starts(TorchDispatchMode):
+    """Where in the stream of random numbers each parameter on meta would begin.
+
+    The numbers are drawn and dropped, so that the stream is that of a model built in memory.
+    """
+
+    FILL = {
+        op.default
+        for op in map(torch.ops.aten.__getattr__, ("normal_", "uniform_", "fill_", "zero_"))
+        if hasattr(op, "default")
+    } | {torch.ops.aten.fill_.Scalar}
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.of = device, WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in self.FILL or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        self.of[args[0]] = state(self.device), func, args[1:]
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            func(torch.empty(args[0].shape, dtype=args[0].dtype, device=self.device), *args[1:])
+        return args[0]
+
+    def draw(self, p: torch.Tensor) -> torch.Tensor:
+        """The numbers that p would have begun with."""
+        before, func, args = self.of[p]
+        set_state(self.device, before)
+        return func(torch.empty(p.shape, dtype=p.dtype, device=self.device), *args)
+
+
+def state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_state(device: torch.device, value: torch.Tensor) -> None:
+    torch.cuda.set_rng_state(value, device) if device.type == "cuda" else torch.set_rng_state(value)
+
+
+# ── The rank's model ──
+
+
+def built(c: Config, mesh, held: tuple[int, ...], stages: int, seed: int) -> Transformer:
+    """What this rank holds of `Transformer(c)` after `torch.manual_seed(seed)`, bit for bit."""
+    if c.n_routed_experts % mesh.ep:
+        raise UserError(f"--ep {mesh.ep} does not divide {c.n_routed_experts} routed experts")
+    torch.manual_seed(seed)
+    with Starts(mesh.device) as starts, torch.device("meta"):
+        model = Transformer(c)
+    cut(model, c, held, stages)
+    after = state(mesh.device)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        value = starts.draw(t)
+        put(model, name, value.chunk(mesh.ep)[mesh.e].clone() if is_expert(name) else value)
+    set_state(mesh.device, after)
+    return model
+
+
+def cut(model: Transformer, c: Config, held: tuple[int, ...], stages: int) -> None:
+    """Drop what none of the held stages needs; what stays keeps its name."""
+    for name, module in dict(model.named_children()).items():
+        for key in [*module] if isinstance(module, nn.ModuleDict) else [None]:
+            full = f"{name}." + (f"{key}." if key else "")
+            if not set(stages_of(full, c.n_layers, stages, c.n_mtp_layers)) & set(held):
+                (module.pop(key) if key else setattr(model, name, None))
+
+
+def put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """A parameter or buffer with these values, by its name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        value = nn.Parameter(value)
+    setattr(module, leaf, value)

@@ -1,0 +1,189 @@
+"""Tokens to the ranks that hold their experts, and back: all-to-all in one hop or two (§3.2.2).
+
+A hop sends a token once to every destination that holds any of its experts. With two hops the
+first goes across nodes, once per token and node, the second to the ranks inside the node.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from dsv3_ref.config import Config
+from dsv3_ref.expert_parallel import addressed, local_experts, send_list, weighed
+from dsv3_ref.fp8 import act_dequant, act_quant
+
+
+@dataclass
+class Traffic:
+    """What went over the links of a group, and how long this rank stood waiting for it."""
+
+    bytes: Counter = field(default_factory=Counter)  # sent by this rank, by link
+    under_way: float = 0.0  # seconds from the start of every exchange to its end
+    exposed: float = 0.0  # seconds of these in which this rank could only wait
+
+    @property
+    def hidden(self) -> float:
+        """Share of the exchanges' time that lay behind computation."""
+        return 1 - self.exposed / self.under_way if self.under_way else 1.0
+
+
+@dataclass
+class Hop:
+    """One level of the exchange: a group, and how many experts lie behind each of its members."""
+
+    group: dist.ProcessGroup
+    experts: int  # behind one member
+    links: list[str]  # what lies between this rank and each member: "self", "inside", "across"
+    traffic: Traffic
+
+    @property
+    def size(self) -> int:
+        return len(self.links)
+
+    def swap(self, rows: torch.Tensor, send: list[int], receive: list[int]):
+        """Rows to every member, `send[i]` to the i-th; yields once while they travel."""
+        out, start = rows.new_empty(sum(receive), *rows.shape[1:]), time.perf_counter()
+        work = dist.all_to_all_single(
+            out, rows.contiguous(), receive, send, group=self.group, async_op=True
+        )
+        for link, n in zip(self.links, send):
+            self.traffic.bytes[link] += n * rows[:1].nbytes
+        yield
+        asked = time.perf_counter()
+        work.wait()
+        self.traffic.exposed += time.perf_counter() - asked
+        self.traffic.under_way += time.perf_counter() - start
+        return out
+
+
+def hops(c: Config, mesh, per_node: int, traffic: Traffic) -> list[Hop]:
+    """One hop over the expert group; or two, if it spans nodes of `per_node` of its ranks."""
+    share, nodes = c.n_routed_experts // mesh.ep, mesh.ep // per_node if per_node else 1
+    link = lambda e: "self" if e == mesh.e else "inside" if same(e, mesh.e, per_node) else "across"
+    if nodes == 1:
+        return [Hop(mesh.ep_group, share, [link(e) for e in range(mesh.ep)], traffic)]
+    across, inside = mesh.node_groups(per_node)
+    first = mesh.e % per_node, mesh.e - mesh.e % per_node
+    return [
+        Hop(
+            across, share * per_node, [link(first[0] + n * per_node) for n in range(nodes)], traffic
+        ),
+        Hop(inside, share, [link(first[1] + i) for i in range(per_node)], traffic),
+    ]
+
+
+def same(a: int, b: int, per_node: int) -> bool:
+    """Whether two ranks of an expert group share a node; without nodes all do."""
+    return not per_node or a // per_node == b // per_node
+
+
+# ── Many tensors, one message ──
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own: only that can be viewed as another dtype, whatever its shape."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def as_bytes(*tensors: torch.Tensor) -> torch.Tensor:
+    """Rows of several tensors side by side, (m, bytes): one message, and no dtype is refused."""
+    return torch.cat([plain(t).flatten(1).view(torch.uint8) for t in tensors], 1)
+
+
+def from_bytes(rows: torch.Tensor, *like: torch.Tensor) -> list[torch.Tensor]:
+    """The reverse of `as_bytes`, with the dtypes and widths of `like`."""
+    widths = [t.shape[1:].numel() * t.element_size() for t in like]
+    parts = [plain(x).view(t.dtype) for x, t in zip(rows.split(widths, 1), like)]
+    return [x.view(len(x), *t.shape[1:]) for x, t in zip(parts, like)]
+
+
+class Leg:
+    """One hop of one micro-batch's tokens: rows (m, d) out, and the same rows back."""
+
+    def __init__(self, hop: Hop, send: list[int], receive: list[int], fp8: bool):
+        self.hop, self.send, self.receive, self.fp8 = hop, send, receive, fp8
+
+    def out(self, x_md, *more):
+        """To the destinations: (rows, codes of the first of them if they went as FP8).
+
+        FP8 with power-of-two scales, as the report dispatches (§3.2.2, §3.3.3).
+        """
+        codes = act_quant(x_md.contiguous(), True) if self.fp8 else (x_md,)
+        rows = yield from self.hop.swap(as_bytes(*codes, *more), self.send, self.receive)
+        rows = from_bytes(rows, *codes, *more)
+        if not self.fp8:
+            return rows, None
+        return [act_dequant(*rows[:2]).to(x_md.dtype), *rows[2:]], rows[:2]
+
+    def back(self, y_md, *more):
+        """To where the rows came from, in bf16 or wider."""
+        rows = yield from self.hop.swap(as_bytes(y_md, *more), self.receive, self.send)
+        return from_bytes(rows, y_md, *more)
+
+
+class Dispatch:
+    """Transfer: tokens, their weights and experts to the destinations; gradients come back."""
+
+    def __init__(self, leg: Leg, expert_mk):
+        self.leg, self.expert_mk = leg, expert_mk
+
+    def forward(self, x_md, weight_mk):
+        rows, self.codes = yield from self.leg.out(x_md, weight_mk, self.expert_mk)
+        *self.arrived, self.expert_mk = rows
+        return tuple(self.arrived)
+
+    def backward(self, *gs):
+        gs = [torch.zeros_like(a) if g is None else g for g, a in zip(gs, self.arrived)]
+        return (yield from self.leg.back(*gs))
+
+
+class Return:
+    """Transfer: results to where the tokens came from; their gradients travel as tokens do."""
+
+    def __init__(self, leg: Leg):
+        self.leg = leg
+
+    def forward(self, y_md):
+        self.like = y_md
+        return tuple((yield from self.leg.back(y_md)))
+
+    def backward(self, g_md):
+        g_md = (
+            self.like.new_zeros(sum(self.leg.send), *self.like.shape[1:]) if g_md is None else g_md
+        )
+        return (yield from self.leg.out(g_md))[0]
+
+
+class Exchange:
+    """Takes `MoE.routed`'s place: the way of a micro-batch's tokens through all hops, on a tape."""
+
+    def __init__(self, hops: list[Hop], fp8: bool = False):
+        self.hops, self.fp8 = hops, fp8
+
+    def routed(self, tape, experts, x_nd, weight_nk, expert_nk):
+        """Σ_k w_nk·expert_nk(x_n) over experts on many ranks; a generator."""
+        return self.level(tape, experts, x_nd, weight_nk, expert_nk, None, self.hops)
+
+    def level(self, tape, experts, x_nd, weight_nk, expert_nk, codes, hops):
+        """Hop by hop, then the experts that are here."""
+        if not hops:
+            here = lambda x_nd, weight_nk: local_experts(experts, x_nd, weight_nk, expert_nk, codes)
+            return tape.run(here, x_nd, weight_nk)
+        hop, *rest = hops
+        token_m, dest_m, count = send_list(expert_nk, hop.experts, hop.size)
+        theirs = torch.empty_like(count)
+        dist.all_to_all_single(theirs, count, group=hop.group)
+        leg = Leg(hop, count.tolist(), theirs.tolist(), self.fp8)
+        expert_mk = addressed(expert_nk[token_m], dest_m, hop.experts)
+        rows = lambda x_nd, weight_nk: (x_nd[token_m], weighed(weight_nk[token_m], expert_mk))
+        dispatch = Dispatch(leg, expert_mk)
+        sent = yield from tape.send(dispatch, *tape.run(rows, x_nd, weight_nk))
+        arrived = *sent, dispatch.expert_mk, dispatch.codes
+        y_md = yield from self.level(tape, experts, *arrived, rest)
+        (y_md,) = yield from tape.send(Return(leg), y_md)
+        n = len(x_nd)
+        gather = lambda y_md: y_md.new_zeros(n, y_md.shape[1]).index_add(0, token_m, y_md)
+        return tape.run(gather, y_md)

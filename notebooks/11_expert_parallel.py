@@ -1,0 +1,745 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 11 · Expert parallelism: tokens travel, experts stay
+
+# %% [markdown]
+# ## Why
+# The routed experts of one layer of V3 weigh 22.5 GB in bf16, those of a pipeline stage of four layers
+# **90 GB**, and a GPU has 80 for everything. So 64 GPUs in 8 nodes share each layer: four experts a GPU. A
+# token's eight experts then live on up to eight other GPUs, and its hidden state has to go there and come
+# back, in 58 layers, forward and backward. Between nodes there is InfiniBand (IB) with 50 GB/s a GPU, inside a
+# node NVLink with 160. This chapter is about sending as little as possible over the slower one.
+
+# %%
+from dataclasses import replace
+
+import torch
+
+from dsv3_ref.config import V3
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+
+layer = 2 * V3.n_routed_experts * 3 * V3.dim * V3.moe_inter_dim / 1e9  # GB in bf16
+held = {"58 layers": 58 * layer, "a stage of 4 layers": 4 * layer,
+        "a stage, on one of 64 GPUs": 4 * layer / 64}  # fmt: skip
+assert held["a stage of 4 layers"] > 80 > held["a stage, on one of 64 GPUs"]
+fig, ax = figure(1, 1, 8, 1.9)
+bars = ax.barh(list(held), list(held.values()), color=[GREY, BLUE, GREEN])
+ax.bar_label(bars, [f"{x:,.1f} GB" for x in held.values()], padding=4)
+ax.axvline(80, color=ORANGE, ls="--", label="memory of a GPU")
+ax.set(xscale="log", xlim=(0.8, 9000), xlabel="GB of routed experts, bf16 (logarithmic axis)",
+       title="One stage's experts already overflow a GPU")  # fmt: skip
+ax.invert_yaxis()
+ax.legend(loc="lower right")
+show(fig)
+
+# %% [markdown]
+# ## Paper
+# - 16-way pipeline, **64-way expert parallelism over 8 nodes**, and no tensor parallelism in training (§3.2).
+# - A token visits at most **4 nodes**. It crosses IB to the GPU at its own place in the other node, and is
+#   handed on by NVLink at once to the GPUs that hold its experts. NVLink is 160/50 = 3.2 times as fast, so a
+#   token can use **3.2 experts a node** on average at no extra cost: 4 · 3.2 ≈ 13, where V3 chooses 8 (§2.1.2,
+#   §3.2.2).
+# - Tokens go out in **FP8 with power-of-two scales**, results come back in bf16 (§3.3.3).
+# - Balance is over the **global batch**: the loads of all ranks are summed (§2.1.2).
+#
+# Attention, gate and shared expert need no exchange: every GPU has them and runs them on its own tokens. Only
+# `MoE.routed` of [chapter 04](04_moe.ipynb) changes its place. This chapter exports what is *computed* there,
+# who gets what, for one rank; the processes, groups and bytes are plain Python in `dsv3_ref/parallel/exchange.py`.
+#
+# Axes: `n` tokens of a rank, `k` chosen experts, `m` rows that travel, `i` members of a group of ranks.
+
+# %%
+#| export
+import torch
+
+from dsv3_ref.fp8 import CODES
+
+# %% [markdown]
+# ## Who gets a token
+# Member $i$ of a group holds experts $i p, \dots, (i+1)p - 1$, $p$ for `per`. Token $n$ chose the experts
+# $e_{n1} \dots e_{nk}$, so it goes to the *set*
+#
+# $$D_n = \{\lfloor e_{nj} / p \rfloor : j = 1 \dots k\}, \qquad \text{rows: } \{(n, i) : i \in D_n\}, \qquad
+# (n, k) \to (m),\ (m),\ (\text{size}).$$
+#
+# A set, not a list: two experts behind one door cost one trip. An all-to-all wants the rows for member 0 first,
+# then those for member 1, and how many for each; hence a table of booleans, transposed, read row by row.
+# Expert −1 means "none": its door is one more column that is cut off. We shall need that in a moment.
+
+
+# %%
+#| export
+def send_list(expert_nk, per: int, size: int):
+    """Rows a rank sends, sorted by destination: tokens (m,), destinations (m,), counts (size,).
+
+    Member i of `size` holds experts i·per … (i+1)·per − 1; a token goes once to each member that
+    holds any of its k experts; −1 is no expert.
+    """
+    dest_nk = torch.where(expert_nk < 0, size, expert_nk // per)
+    goes_ni = torch.zeros(len(expert_nk), size + 1, dtype=torch.bool, device=expert_nk.device)
+    goes_ni = goes_ni.scatter_(1, dest_nk.long(), True)[:, :size]
+    dest_m, token_m = goes_ni.T.nonzero(as_tuple=True)
+    return token_m, dest_m, goes_ni.sum(0)
+
+
+# %%
+def slow_send_list(expert_nk, per: int, size: int):
+    """The same by its words: for every member, the tokens that have an expert there."""
+    tokens = [[n for n, chosen in enumerate(expert_nk.tolist())
+               if any(e >= 0 and e // per == i for e in chosen)] for i in range(size)]  # fmt: skip
+    rows = [(n, i) for i, of_member in enumerate(tokens) for n in of_member]
+    return rows, [len(of_member) for of_member in tokens]
+
+
+torch.manual_seed(0)
+EXPERTS = torch.rand(40, 32).argsort(1)[:, :6]  # 40 tokens choose 6 of 32 experts
+EXPERTS[torch.rand(40, 6) < 0.2] = -1
+token_m, dest_m, count_i = send_list(EXPERTS, per=4, size=8)
+rows, counts = slow_send_list(EXPERTS, per=4, size=8)
+assert list(zip(token_m.tolist(), dest_m.tolist())) == rows and count_i.tolist() == counts
+assert sum(send_list(torch.full((3, 2), -1), 4, 8)[2]) == 0  # no expert: stay at home
+print(f"{(EXPERTS >= 0).sum()} choices, {len(token_m)} rows: the others share a trip")
+for n in range(3):
+    print(f"token {n}: experts {EXPERTS[n].tolist()} → members {dest_m[token_m == n].tolist()}")
+
+# %% [markdown]
+# ## What travels with it
+# A destination numbers its experts from 0 and must do nothing for those that are elsewhere:
+#
+# $$e'_{mj} = \begin{cases} e_{n_m j} - p\,i_m & \text{if } 0 \le e_{n_m j} - p\,i_m < p\\ -1 & \text{otherwise}\end{cases}
+# \qquad w'_{mj} = w_{n_m j}\,\mathbb 1[e'_{mj} \ge 0]$$
+#
+# Each row carries $k$ numbers and $k$ weights; −1 is the same −1 as above, so a destination may be a *node*,
+# which asks the same question again about its GPUs. Setting weights to 0 looks idle, since nobody reads
+# them. It makes the way back right: each choice's gradient comes from the one member that has that expert.
+
+
+# %%
+#| export
+def addressed(expert_mk, dest_m, per: int):
+    """A row's experts as its destination numbers them, int32; −1 for those that are elsewhere."""
+    local_mk = expert_mk - per * dest_m[:, None]
+    return torch.where((local_mk >= 0) & (local_mk < per), local_mk, -1).int()
+
+
+def weighed(weight_mk, expert_mk):
+    """The weights of the experts that are there, 0 for the others."""
+    return torch.where(expert_mk >= 0, weight_mk, 0)
+
+
+# %%
+local_mk = addressed(EXPERTS[token_m], dest_m, per=4)
+assert local_mk.min() == -1 and local_mk.max() == 3
+back_mk = torch.where(local_mk >= 0, local_mk + 4 * dest_m[:, None], -1)
+found_nk = torch.zeros_like(EXPERTS).index_add(0, token_m, back_mk + 1) - 1
+assert torch.equal(found_nk, EXPERTS)  # all members together: every choice, once
+weight_mk = torch.rand(40, 6)[token_m].requires_grad_()
+weighed(weight_mk, local_mk).sum().backward()
+assert torch.equal(weight_mk.grad.bool(), local_mk >= 0)  # a gradient where the expert is
+print(f"experts {EXPERTS[token_m[5]].tolist()} → at member {dest_m[5]}: {local_mk[5].tolist()}")
+
+# %% [markdown]
+# ## At the destination
+# Rows have arrived from everywhere, each with one to $k$ experts that are here. The rank sorts them as
+# `MoE.routed` does, but without those that are −1, and adds up what belongs to one row *before* it goes back:
+#
+# $$y_m = \sum_{j:\, e'_{mj} \ge 0} w'_{mj}\,\text{expert}_{e'_{mj}}(x_m), \qquad o_n = \sum_{m:\, n_m = n} y_m.$$
+#
+# The first sum is here, the second where the token came from. So the way back is as cheap as the way out: one
+# row a destination, not one an expert. Experts −1 get the largest key, so sorting puts them at the end.
+
+
+# %%
+#| export
+def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
+    """Σ_k w_nk·expert_nk(x_n) over the experts that are here: (n, d); −1 is none of them.
+
+    codes: (q, s), the FP8 codes as which x_nd arrived; products in FP8 then take them as they are.
+    """
+    e, k = len(experts.w1), expert_nk.shape[1]
+    key_m = torch.where(expert_nk < 0, e, expert_nk).flatten()
+    count_e = key_m.bincount(minlength=e + 1)[:e]
+    order_m = key_m.argsort(stable=True)[: count_e.sum()]
+    token_m = order_m // k
+    x_md = x_nd[token_m]
+    if codes is not None:
+        CODES[x_md] = x_md._version, *(t[token_m] for t in codes)
+    y_md = experts(x_md, count_e)
+    y_md = y_md * weight_nk.flatten()[order_m, None].to(y_md.dtype)
+    return y_md.new_zeros(x_nd.shape).index_add(0, token_m, y_md)
+
+
+# %%
+from dsv3_ref.moe import Experts
+
+share = Experts(4, 64, 32)  # what one rank holds
+for p in share.parameters():
+    torch.nn.init.normal_(p, std=0.2)
+x_nd, w_nk = torch.randn(len(token_m), 64), torch.rand(len(token_m), 6)
+mine = dest_m == 2  # the rows that arrive at member 2
+y_nd = local_experts(share, x_nd[mine], w_nk[mine], local_mk[mine])
+for n, (x, w, chosen) in enumerate(zip(x_nd[mine], w_nk[mine], local_mk[mine].tolist())):
+    slow = sum(w_j * (share.w2[e] @ (torch.nn.functional.silu(share.w1[e] @ x) * (share.w3[e] @ x)))
+               for w_j, e in zip(w, chosen) if e >= 0)  # fmt: skip
+    assert torch.allclose(y_nd[n], slow, atol=1e-4)
+assert local_experts(share, x_nd[:0], w_nk[:0], local_mk[:0]).shape == (0, 64)  # nobody came
+assert (local_experts(share, x_nd, w_nk, torch.full_like(local_mk, -1)) == 0).all()
+print(f"{mine.sum()} rows arrived, {(local_mk[mine] >= 0).sum()} rows computed")
+
+# %% [markdown]
+# ## A cluster in one process
+# Now all ranks together. Here a rank is an entry in a list and the network is `swap`: what rank $a$ has for rank
+# $b$ lands at rank $b$, sorted by sender. Everything else is what a rank really does, in this order: list, send
+# rows, weights and numbers, compute or send on, send back, add up. The counts go first; the same `swap` carries
+# them, and they are what a rank needs in order to send back.
+#
+# `hops` is a list of (groups of ranks, experts behind a member). With none left, the experts are here.
+#
+# The check after it: eight ranks with four experts each, unequal numbers of tokens, one rank without any, against
+# `MoE.routed` on one device: results, and gradients of tokens, of weights and of the experts.
+
+
+# %%
+def swap(parcels, groups):
+    """parcels[rank][i] goes to the i-th member of the rank's group; what each rank then holds."""
+    arrived = [None] * len(parcels)
+    for group in groups:
+        for i, rank in enumerate(group):
+            arrived[rank] = torch.cat([parcels[sender][i] for sender in group])
+    return arrived
+
+
+def exchange(experts, x, weight, expert, hops):
+    """Σ_k w·expert(x) for lists with an entry a rank, through all hops and back."""
+    if not hops:
+        return [local_experts(*rank) for rank in zip(experts, x, weight, expert)]
+    (groups, per), *rest = hops
+    token, dest, count = zip(*(send_list(e_nk, per, len(groups[0])) for e_nk in expert))
+    theirs = swap([count_i.split(1) for count_i in count], groups)
+    there = lambda rows: swap([r.split(c.tolist()) for r, c in zip(rows, count)], groups)
+    asked = [addressed(e_nk[m], to_m, per) for e_nk, m, to_m in zip(expert, token, dest)]
+    x_rows = [x_nd[m] for x_nd, m in zip(x, token)]
+    w_rows = [weighed(w_nk[m], asked_mk) for w_nk, m, asked_mk in zip(weight, token, asked)]
+    y = exchange(experts, there(x_rows), there(w_rows), there(asked), rest)
+    back = swap([y_md.split(c.tolist()) for y_md, c in zip(y, theirs)], groups)
+    return [torch.zeros_like(x_nd).index_add(0, m, y_md) for x_nd, m, y_md in zip(x, token, back)]
+
+
+# %%
+from dsv3_ref.moe import MoE, route
+
+SHAPE = replace(V3, dim=64, moe_inter_dim=32, n_routed_experts=32, n_activated_experts=6,
+                n_expert_groups=4, n_limited_groups=2)  # fmt: skip
+moe = MoE(SHAPE)
+for p in moe.parameters():
+    torch.nn.init.normal_(p, std=0.2)
+SIZES = [5, 12, 0, 7, 9, 1, 16, 3]  # tokens a rank
+x_nd = torch.randn(sum(SIZES), 64)
+r = route(torch.randn(1, len(x_nd), 32), None, SHAPE)
+w_nk, e_nk = r.weight_bsk[0], r.expert_bsk[0]
+dy_nd = torch.randn_like(x_nd)
+
+
+def share_of(experts, i: int, per: int):
+    """What rank i holds: experts i·per … (i+1)·per − 1, with their weights."""
+    mine = Experts(per, 64, 32)
+    for p, whole in zip(mine.parameters(), experts.parameters()):
+        p.data = whole.detach()[i * per : (i + 1) * per].clone()
+    return mine
+
+
+def results(experts, run):
+    """y = run(x, w), and the gradients of x, the weights and the experts' matrices."""
+    x, w = x_nd.clone().requires_grad_(), w_nk.clone().requires_grad_()
+    for part in experts:
+        part.zero_grad()
+    y = run(x, w)
+    y.backward(dy_nd)
+    matrices = zip(*(part.parameters() for part in experts))
+    return [y.detach(), x.grad, w.grad, *(torch.cat([p.grad for p in ps]) for ps in matrices)]
+
+
+shares = [share_of(moe.experts, i, 4) for i in range(8)]
+alone = results([moe.experts], lambda x, w: moe.routed(x, w, e_nk))
+
+
+def compare(name: str, hops):
+    """Eight ranks against one device."""
+    on_ranks = lambda x, w: exchange(shares, *(t.split(SIZES) for t in (x, w, e_nk)), hops)
+    spread = results(shares, lambda x, w: torch.cat(on_ranks(x, w)))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(spread, alone))
+    worst = max((a - b).abs().max().item() for a, b in zip(spread, alone))
+    print(f"{name}: y, dx, dw, dw1, dw2, dw3 differ by {worst:.0e} at most")
+
+
+compare("one hop", [([range(8)], 4)])
+
+# %% [markdown]
+# Real processes do the same with `all_to_all_single`: `Exchange` in `dsv3_ref/parallel/exchange.py` calls these
+# four functions, cuts autograd where a message travels, and lets another micro-batch compute meanwhile
+# (chapter 12). `tests/test_parallel.py` runs it on processes that talk by gloo.
+#
+# ## Two hops
+# One hop sends a token up to eight times over the slow link, perhaps four times into one node. Instead, let the
+# *node* be the member of a first exchange: groups are the GPUs at the same place $i$ of every node, and
+# a member stands for all experts of its node. The second exchange is inside each node. Nothing new is needed,
+#
+# $$\text{exchange}(\text{ranks}) = \text{exchange}(\text{nodes}) \circ \text{exchange}(\text{GPUs of a node}),$$
+#
+# since a row arrives with its experts renumbered and −1 for others, just as a fresh list of choices. And
+# the way back adds up inside the node first, so that one row a node crosses IB there too.
+
+# %%
+NODES = [[2 * n, 2 * n + 1] for n in range(4)]  # four nodes of two ranks
+ACROSS = [[2 * n + i for n in range(4)] for i in range(2)]
+compare("two hops", [(ACROSS, 8), (NODES, 4)])
+
+# %% [markdown]
+# Which link does each row take? `journeys` gives, for each hop, the tokens, where each row starts and
+# where it lands; from that, copies over IB (other node) and NVLink (same node, other GPU) are counted. As a
+# yardstick, *naive* is a copy for every chosen expert, as a plain `permute` over GPUs would send.
+
+
+# %%
+def journeys(expert_nk, home_n, per: int, per_node: int, way: str):
+    """(token, from rank, to rank) of all rows, a triple of (m,) for every hop."""
+    n_experts, k = V3.n_routed_experts, expert_nk.shape[1]
+    if way == "naive":
+        token_m = torch.arange(len(expert_nk)).repeat_interleave(k)
+        return [(token_m, home_n[token_m], expert_nk.flatten() // per)]
+    if way == "one hop":
+        token_m, rank_m, _ = send_list(expert_nk, per, n_experts // per)
+        return [(token_m, home_n[token_m], rank_m)]
+    behind = per * per_node
+    token_m, node_m, _ = send_list(expert_nk, behind, n_experts // behind)
+    landed_m = node_m * per_node + home_n[token_m] % per_node  # same place, other node
+    row_m, place_m, _ = send_list(addressed(expert_nk[token_m], node_m, behind), per, per_node)
+    return [(token_m, home_n[token_m], landed_m),
+            (token_m[row_m], landed_m[row_m], node_m[row_m] * per_node + place_m)]  # fmt: skip
+
+
+def copies(hops, per_node: int, n: int) -> tuple[float, float]:
+    """Copies of a token over IB and over NVLink, mean of n tokens."""
+    ib = sum((a // per_node != b // per_node).sum().item() for _, a, b in hops)
+    nvlink = sum(((a // per_node == b // per_node) & (a != b)).sum().item() for _, a, b in hops)
+    return ib / n, nvlink / n
+
+
+def choices(limit: int = 4, k: int = 8, skew: float = 0.0, n: int = 8192):
+    """V3's gate on random affinities, experts of unequal popularity: (n, k)."""
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, n, 256, generator=g) + skew * torch.randn(256, generator=g)
+    return route(
+        logits, None, replace(V3, n_limited_groups=limit, n_activated_experts=k)
+    ).expert_bsk[0]
+
+
+WAYS = ("naive", "one hop", "two hops")
+home_n = torch.arange(8192) % 64
+chosen = choices()
+for way in WAYS:
+    ib, nvlink = copies(journeys(chosen, home_n, 4, 8, way), 8, 8192)
+    print(f"{way:9}{ib:6.2f} copies a token over IB, {nvlink:5.2f} over NVLink")
+ends = [journeys(chosen, home_n, 4, 8, way)[-1] for way in ("one hop", "two hops")]
+pairs = [set(zip(token_m.tolist(), rank_m.tolist())) for token_m, _, rank_m in ends]
+assert pairs[0] == pairs[1]  # one hop and two end at the same GPUs
+by_hand = [{e // 32 for e in row} - {h // 8} for row, h in zip(chosen.tolist(), home_n.tolist())]
+ib, _ = copies(journeys(chosen, home_n, 4, 8, "two hops"), 8, 8192)
+assert ib == sum(map(len, by_hand)) / 8192 and max(map(len, by_hand)) <= 4
+
+# %% [markdown]
+# ## FP8 out, bf16 back
+# The experts' first product wants FP8 codes anyway ([chapter 09](09_fp8.ipynb)), so the codes travel: a byte a
+# number and four for the scale of each 128. What returns is a sum of large and small parts and keeps sixteen
+# bits; in the backward pass likewise, the gradient of the result travels as codes and that of the input in bf16.
+#
+# $$\text{out: } d + 4\lceil d/128\rceil + 8k \text{ bytes a row}, \qquad \text{back: } 2d$$
+#
+# Why *powers of two* for scales? Not for the sake of a second hop: a tile's largest number has a code of its own, so a
+# bf16 row that is decoded and coded again keeps its values under either rule. Two other things are at stake. A code has four significant
+# bits and a power of two only moves the exponent, so code times scale *is* a bf16 number, while
+# $\max/448$ rounds once more. And Wgrad wants the same rows in tiles along the other axis (chapter 09): with
+# powers of two on both sides nothing is rounded on the way there. (`FP8Linear` leaves that second gain: it turns
+# all E4M3 tiles alike, by $\max/448$.)
+#
+# At the destination the products must *take* the codes, not decode the rows and code them again by their own
+# rule. That is `local_experts`' last argument: it notes the gathered codes where the FP8 products look.
+
+# %%
+from dsv3_ref.fp8 import act_dequant, act_quant, retile
+from dsv3_ref.ops import use
+
+x_nd = (torch.randn(128, 1024) * torch.logspace(-1, 1, 128)[:, None]).bfloat16()
+lost = {}
+for pow2 in (False, True):
+    wide_nd = act_dequant(*act_quant(x_nd, pow2))
+    once_nd = wide_nd.bfloat16()
+    assert torch.equal(act_dequant(*act_quant(once_nd, pow2)).bfloat16(), once_nd)  # a second hop
+    turned_nd = act_dequant(*retile(*act_quant(x_nd, pow2), None, pow2))[:, :128].T
+    lost[pow2] = [((t - wide_nd).norm() / wide_nd.norm()).item() for t in (once_nd, turned_nd)]
+    print(f"powers of two: {pow2!s:5}  lost by decoding to bf16 {lost[pow2][0]:.2%}, "
+          f"by turning the tiles {lost[pow2][1]:.3%}")  # fmt: skip
+assert lost[True][0] == 0 and lost[True][1] < 1e-3 * lost[False][1]
+
+# %%
+wide = Experts(4, 256, 128)
+for p in wide.parameters():
+    torch.nn.init.normal_(p, std=0.06)
+x_nd, w_nk = torch.randn(200, 256), torch.rand(200, 2)
+e_nk = torch.randint(-1, 4, (200, 2))
+sent = act_quant(x_nd, True)
+came_nd = act_dequant(*sent).bfloat16().float()  # as the other side sees it
+with torch.no_grad():
+    exact = local_experts(wide, x_nd, w_nk, e_nk)
+    with use("fp8", "torch"):
+        taken = local_experts(wide, came_nd, w_nk, e_nk, sent)
+        again = local_experts(wide, came_nd, w_nk, e_nk)
+error = {name: ((y - exact).norm() / exact.norm()).item()
+         for name, y in (("codes taken over", taken), ("coded again", again))}  # fmt: skip
+print("error of the experts' output:", *[f"{name} {e:.2%};" for name, e in error.items()])
+assert 0 < error["codes taken over"] < error["coded again"]
+
+OUT, BACK = V3.dim + 4 * -(-V3.dim // 128) + 8 * V3.n_activated_experts, 2 * V3.dim
+print(f"bytes a row at V3: out {OUT:,} (in bf16 {2 * V3.dim + 64:,}), back {BACK:,}")
+
+# %% [markdown]
+# ## Balance over all ranks
+# The bias of chapter 04 moves by the load of the *global* batch: ranks count their own tokens and sum the
+# counts, 256 whole numbers a layer, before the update. If each rank used its own count, their biases would
+# part, and with them the models. The sequence-wise loss needs no exchange: it is a mean over sequences, and a
+# sequence lies on one rank. So it does not change with the mesh; a batch-wise one would.
+#
+# $$c_i = \sum_{\text{ranks } r} c_i^{(r)}, \qquad \mathcal L_{\text{Bal}} = \frac1R \sum_r \mathcal L_{\text{Bal}}^{(r)}$$
+
+# %%
+from dsv3_ref.moe import balance_loss, expert_load, update_bias
+
+batch = route(torch.randn(8, 64, 32) + torch.randn(8, 1, 32), None, SHAPE)  # 8 sequences on 4 ranks
+of_rank = [type(batch)(*parts) for parts in zip(*(t.chunk(4) for t in batch))]
+loads = [expert_load(r.expert_bsk, 32) for r in of_rank]
+assert torch.equal(sum(loads), expert_load(batch.expert_bsk, 32))
+biases = [torch.zeros(32) for _ in loads]
+for bias_e, load_e in zip(biases, loads):
+    update_bias(bias_e, load_e, 0.001)
+parted = (torch.stack(biases) != biases[0]).any(0).sum().item()
+print(f"own loads instead of the sum: {parted} of 32 biases differ between ranks after one step")
+assert parted > 0
+for over in ("sequence", "batch"):
+    whole, mean = balance_loss(batch, over), sum(balance_loss(r, over) for r in of_rank) / 4
+    print(f"{over:8} loss: {whole:.4f} on one rank, {mean:.4f} as the mean of four")
+    assert torch.allclose(whole, mean) == (over == "sequence")
+
+# %% [markdown]
+# ## Experiment: what each idea saves
+# 8,192 tokens on 64 GPUs with V3's gate: dispatch in FP8, time on a link = bytes / bandwidth, both links at
+# work at the same time. The affinities are random, and experts unequally popular (a normal offset, 0.5 on the
+# scale of the logits); how a trained gate differs from that is not measured here.
+
+# %%
+IB, NVLINK = 50e9, 160e9  # bytes a second of one GPU (§3.2.2)
+
+
+def times(limit: int, way: str, k: int = 8, skew: float = 0.5, per_node: int = 8):
+    """Nanoseconds a token keeps IB and NVLink busy on its way out."""
+    hops = journeys(choices(limit, k, skew), home_n, 4, per_node, way)
+    ib, nvlink = copies(hops, per_node, 8192)
+    return 1e9 * ib * OUT / IB, 1e9 * nvlink * OUT / NVLINK
+
+
+cases = [(limit, way) for limit in (8, 4) for way in WAYS]
+found = {case: times(*case) for case in cases}
+for (limit, way), (ib, nvlink) in found.items():
+    print(f"M = {limit}  {way:9} IB {ib * IB / 1e12:5.1f} kB {ib:5.0f} ns   "
+          f"NVLink {nvlink * NVLINK / 1e12:5.1f} kB {nvlink:5.0f} ns")  # fmt: skip
+fig, ax = figure(1, 1, 8, 3.2)
+at = torch.arange(6) + torch.tensor([0, 0, 0, 0.6, 0.6, 0.6])
+ax.bar(at - 0.2, [t[0] for t in found.values()], 0.38, color=ORANGE, label="InfiniBand, 50 GB/s")
+ax.bar(
+    at + 0.2, [t[1] for t in found.values()], 0.38, color=BLUE, hatch="//", label="NVLink, 160 GB/s"
+)
+ax.set_xticks(at, [way for _, way in cases])
+for x, text in ((1, "no limit"), (4.6, "at most 4 nodes (V3)")):
+    ax.text(x, -0.2, text, ha="center", transform=ax.get_xaxis_transform(), color=GREY)
+ax.set(ylabel="ns a token, dispatch", ylim=(0, 1350))
+ax.set_title("Two hops and four nodes halve the time on the slow link")
+ax.legend(loc="upper right", ncols=2)
+show(fig)
+assert found[4, "two hops"][0] < 0.52 * found[8, "naive"][0]
+assert found[4, "two hops"][1] < found[4, "two hops"][0]  # NVLink hides behind IB
+
+# %% [markdown]
+# Sharing trips per GPU saves little: of four experts on a GPU, two are rarely chosen together. Sharing them per
+# node saves nearly a third of IB's time even without a limit, and the limit a quarter of the rest. The handing on
+# has moved to NVLink, which needs less time for it than IB and so costs nothing.
+#
+# **3.2 experts a node.** While IB brings one token to a node, NVLink can hand on 160/50 = 3.2 copies. Vary
+# how many nodes are allowed (left) and how many experts are chosen (right): which link ends last?
+
+# %%
+limits, widths = range(1, 9), range(4, 25, 2)
+by_limit = [times(limit, "two hops") for limit in limits]
+by_width = [times(4, "two hops", k) for k in widths]
+fig, axes = figure(1, 2, 9, 3.2)
+for ax, xs, ts, name in ((axes[0], limits, by_limit, "nodes allowed, M (8 experts)"),
+                         (axes[1], widths, by_width, "experts chosen (M = 4)")):  # fmt: skip
+    ax.plot(xs, [t[0] for t in ts], "o-", color=ORANGE, label="InfiniBand")
+    ax.plot(xs, [t[1] for t in ts], "s--", color=BLUE, label="NVLink")
+    ax.axvline({1: 4, 4: 8}[xs[0]], color=GREY, lw=1)
+    ax.annotate(
+        "V3", ({1: 4, 4: 8}[xs[0]], 5), xytext=(4, 0), textcoords="offset points", color=GREY
+    )
+    ax.set(xlabel=name, ylabel="ns a token, dispatch", ylim=(0, None))
+    ax.legend(loc="lower right")
+free = 4 * NVLINK / IB
+axes[1].axvline(free, color=GREEN, ls=":")
+axes[1].annotate(f"4 · 3.2 = {free:.1f}", (free, 200), xytext=(4, 0), textcoords="offset points",
+                 color=GREEN)  # fmt: skip
+axes[1].set_xticks(widths[::2])
+axes[0].set_title("IB sets the time from three nodes on")
+axes[1].set_title("More experts would be free")
+show(fig)
+crossing = next(k for k, (ib, nvlink) in zip(widths, by_width) if nvlink > ib)
+print(f"NVLink becomes the slower one between {crossing - 2} and {crossing} experts")
+assert all(nvlink < ib for k, (ib, nvlink) in zip(widths, by_width) if k <= free)
+
+# %% [markdown]
+# The report's 12.8 is on the safe side: some experts share a GPU, and an eighth of the copies end at the very GPU
+# where IB put them down, so two or three experts more would still be free. To the left, below three nodes,
+# tokens crowd and NVLink would be the slower one.
+#
+# ## Play
+# 24 tokens of one GPU (rank 3), one a row, and all 64 GPUs, with lines between nodes. A pale cell is a GPU
+# that gets a token only to hand it on. Allow fewer nodes, or change the size of a node: the gate's eight
+# *groups* stay as they are, so with small nodes a group is several of them, and the promise "four" is broken.
+
+# %%
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+KINDS = {"no token": "white", "at home": GREY, "over IB": ORANGE, "over IB, only handed on": "#F6DDA6",
+         "over NVLink": BLUE}  # fmt: skip
+
+
+def draw_journeys(limit: int = 4, per_node: int = 8):
+    """Which GPU gets which of 24 tokens of rank 3, and over which link it came."""
+    chosen, home = choices(limit, n=24), torch.full((24,), 3)
+    first, second = journeys(chosen, home, 4, per_node, "two hops")
+    kind = torch.zeros(24, 64)
+    for token, a, b in zip(*(t.tolist() for t in first)):
+        kind[token, b] = 0 if b == a else 3
+    for token, a, b in zip(*(t.tolist() for t in second)):
+        kind[token, b] = 4 if b != a else (1 if b == 3 else 2)
+    fig, ax = figure(1, 1, 9, 3.9)
+    ax.imshow(kind, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=4, aspect="auto",
+              interpolation="nearest")  # fmt: skip
+    for node in range(1, 64 // per_node):
+        ax.axvline(node * per_node - 0.5, color=GREY, lw=0.8)
+    ib, nvlink = copies((first, second), per_node, 24)
+    ax.set(
+        title=f"{ib:.1f} copies a token over IB, {nvlink:.1f} over NVLink",
+        xlabel="GPU",
+        ylabel="token",
+    )
+    patches = [
+        Patch(facecolor=c, edgecolor=GREY, label=name) for name, c in list(KINDS.items())[1:]
+    ]
+    ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
+    show(fig)
+
+
+draw_journeys(4)
+draw_journeys(8)
+play(draw_journeys, limit=(1, 8, 1), per_node=[8, 2, 4, 16, 32])
+
+# %% [markdown]
+# ## Exercises
+# Fill in a function and run its cell; the checkers come first.
+#
+# **1 · Compute.** A token visits $v$ other nodes. How many bytes does one layer's *forward* pass put on IB for
+# it, out in FP8 with fp32 scales and back in bf16? (Leave aside the numbers and weights of its experts.)
+
+
+# %%
+@checker
+def check_bytes(fn):
+    """a byte a number and 4 bytes for each 128 of them (the last may be short) out; 2 a number back."""
+    assert fn(128, 1) == 128 + 4 + 256 and fn(576, 2) == 2 * (576 + 20 + 1152)
+    assert fn(V3.dim, 4) == 4 * (OUT - 64 + BACK)
+
+
+@checker
+def check_worst(fn):
+    """all tokens of all ranks may want experts of one rank, and a token that does comes once."""
+    for ranks, tokens, k in ((8, 16, 6), (4, 5, 1)):
+        everybody = torch.zeros(tokens, k, dtype=torch.int64) + torch.arange(k) % 4
+        rows = sum(send_list(everybody, 4, ranks)[2][0].item() for _ in range(ranks))
+        assert fn(ranks, tokens, k) == rows
+
+
+@checker
+def check_jam(fn):
+    """NVLink needs more than 3.2 copies for each one over IB: few nodes, many GPUs in each."""
+    expert_k = torch.as_tensor(fn())
+    assert expert_k.unique().numel() == 8 and set(expert_k.tolist()) <= set(range(256))
+    hops = journeys(expert_k[None], torch.tensor([0]), 4, 8, "two hops")
+    ib, nvlink = copies(hops, 8, 1)
+    assert ib > 0 and nvlink / NVLINK > ib / IB
+
+
+@checker
+def check_spare(fn):
+    """count the tokens that chose `hot`, and send every second of them to the spare one."""
+    expert_nk = choices(n=300, skew=1.0)
+    hot = expert_load(expert_nk, 256).argmax().item()
+    before, after = (expert_load(e, 257) for e in (expert_nk, fn(expert_nk.clone(), hot, 256)))
+    assert after[hot] + after[256] == before[hot] and abs(after[hot] - after[256]) <= 1
+    before[[hot, 256]] = after[[hot, 256]] = 0
+    assert torch.equal(before, after)
+
+
+# %%
+def my_bytes(dim: int, nodes: int) -> int:
+    return ...
+
+
+check_bytes(my_bytes)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_bytes(dim, nodes):
+#     return nodes * (dim + 4 * -(-dim // 128) + 2 * dim)
+# ```
+#
+# Two thirds of it is the way back. The backward pass sends the same again.
+# </details>
+#
+# **2 · Predict.** No token is dropped. For how many arriving rows must a rank be ready in the worst case, if
+# each of `ranks` sends the trips of `tokens` tokens with `k` experts each?
+
+
+# %%
+def my_worst(ranks: int, tokens: int, k: int) -> int:
+    return ...
+
+
+check_worst(my_worst)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# $k$ does not matter. At V3's 64 ranks and 4096 tokens that is 262,144 rows of 7 kB: 1.9 GB, where a ninth is
+# usual. One either reserves the worst case, or asks for the counts first, as we do, and waits for them.
+#
+# ```python
+# def my_worst(ranks, tokens, k):
+#     return ranks * tokens
+# ```
+# </details>
+#
+# **3 · Break.** The token is on GPU 0 (node 0). Choose eight of 256 experts such that NVLink, not IB, sets the
+# time. (Expert $e$ is on GPU $\lfloor e/4\rfloor$, 32 in a node.)
+
+
+# %%
+def my_jam() -> list[int]:
+    return ...
+
+
+check_jam(my_jam)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# All in one other node, each on another GPU: one copy over IB, seven handed on. The gate does not forbid
+# that; it is rare, and what counts is the sum over all tokens.
+#
+# ```python
+# def my_jam():
+#     return [32 + 4 * gpu for gpu in range(8)]
+# ```
+# </details>
+#
+# **4 · Extend.** When serving, hot experts get a *redundant* copy on another GPU (§3.4.1). Let every second
+# token that chose expert `hot` go to the copy, whose number is `spare`.
+
+
+# %%
+def my_spare(expert_nk, hot: int, spare: int):
+    return ...
+
+
+check_spare(my_spare)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The weights and the results are the same; only `send_list` sees another number. Training has no copies: their
+# gradients would have to be summed, and the bias does the work.
+#
+# ```python
+# def my_spare(expert_nk, hot, spare):
+#     places = (expert_nk == hot).nonzero()[::2]
+#     expert_nk[places[:, 0], places[:, 1]] = spare
+#     return expert_nk
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# A micro-batch of one sequence, 4096 tokens a GPU, on H800s. How long do the links work, and how long the
+# tensor cores?
+
+# %%
+T, TOKENS = 4096, 4096 * 64
+ib, nvlink = copies(journeys(choices(4, skew=0.5), home_n, 4, 8, "two hops"), 8, 8192)
+travel = {}
+for name, rows in (("dispatch", OUT), ("combine", BACK)):
+    travel[name] = T * max(ib * rows / IB, nvlink * rows / NVLINK) * 1e3
+    print(f"{name:9}{ib * rows / 1e3:5.0f} kB a token over IB, {nvlink * rows / 1e3:5.0f} over NVLink; "
+          f"{T * ib * rows / 1e6:4.0f} MB a GPU and layer: {travel[name]:.1f} ms")  # fmt: skip
+bytes_all = 58 * 2 * ib * (OUT + BACK)
+print(f"58 layers, forward and backward: {bytes_all / 1e6:.0f} MB over IB for each token")
+
+c = V3
+linear = c.dim * (c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim)
+linear += c.n_heads * (c.q_lora_rank * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+                       + c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim) + c.dim * c.v_head_dim)  # fmt: skip
+linear += 3 * c.dim * c.moe_inter_dim * (c.n_activated_experts + c.n_shared_experts)
+attention = c.n_heads * T / 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+compute = 1e3 * 2 * T * (linear / 1979e12 + attention / 989e12)  # ms at the peaks
+print(f"computing the layer forward: {compute:.1f} ms at the peak, {2 * compute:.1f} ms at half of it; "
+      f"travelling: {sum(travel.values()):.1f} ms")  # fmt: skip
+rows = TOKENS * V3.n_activated_experts / V3.n_routed_experts
+print(f"rows an expert: {rows:,.0f} from 64 GPUs; alone a GPU would have {rows / 64:,.0f}")
+assert 0.5 < sum(travel.values()) / (2 * compute) < 2
+
+# %% [markdown]
+# **InfiniBand binds**, and it is no small matter: travelling takes about as long as computing, the ratio of
+# about 1 : 1 that the report names as its reason for DualPipe (§3.2.1). Nothing in this chapter can
+# lower it much further; it has to be *hidden*. Chapter 12 runs two micro-batches at once, one computing while the
+# other travels.
+#
+# - **Links and cores.** The report gives 20 of 132 multiprocessors to the exchange, in 10 channels of
+#   three kinds of warps: sending over IB, handing on to NVLink, receiving (§3.2.2). `all_to_all_single` has the
+#   two hops one after the other; DeepEP's kernels overlap them row by row and report 153/158 GB/s
+#   inside a node and 51/50 GB/s at 64 ranks. They would take `Exchange`'s place; this repository does not
+#   depend on them.
+# - **Arithmetic.** Each expert sees rows from 64 GPUs, enough to be bound by arithmetic (chapter 04).
+# - **Place.** An expert group is 64 neighbouring ranks, so it spans as few nodes as can be; the pipeline's
+#   messages, far smaller, cross the rest (`dsv3_ref/parallel/mesh.py`).
+# - **Serving** goes further: 32-way for prefill, 320-way for decoding, one expert a GPU and hot ones twice
+#   (§3.4). The rows are few then, and latency binds instead of bandwidth.

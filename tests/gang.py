@@ -1,0 +1,72 @@
+"""Processes that stay: each runs functions as a rank of a fresh gloo group, world after world."""
+
+import os
+import traceback
+from multiprocessing import get_context
+from tempfile import TemporaryDirectory
+
+WORLD = 8
+
+
+def member(pipe) -> None:
+    """A process's life: (function, arguments, rank, world, address) in, its result out."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    for fn, args, rank, world, address in iter(pipe.recv, None):
+        try:
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+            pipe.send((True, fn(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class Gang:
+    """Up to WORLD processes, started when first needed."""
+
+    def __init__(self):
+        self.spawn, self.folder, self.n, self.members = (
+            get_context("spawn"),
+            TemporaryDirectory(),
+            0,
+            [],
+        )
+
+    def grow(self, world: int) -> None:
+        while len(self.members) < world:
+            ours, theirs = self.spawn.Pipe()
+            process = self.spawn.Process(target=member, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.members.append((process, ours))
+
+    def run(self, world: int, fn, *args, seconds: float = 120.0) -> list:
+        """fn(*args) on every rank of a world; the results by rank. One that fails fails all."""
+        self.grow(world)
+        self.n += 1
+        address = f"file://{self.folder.name}/{self.n}"
+        for rank, (_, pipe) in enumerate(self.members[:world]):
+            pipe.send((fn, args, rank, world, address))
+        answers = [self.answer(pipe, seconds) for _, pipe in self.members[:world]]
+        wrong = [f"rank {rank} of {world}:\n{v}" for rank, (ok, v) in enumerate(answers) if not ok]
+        if wrong:
+            self.stop()
+            raise AssertionError("\n".join(wrong))
+        return [value for _, value in answers]
+
+    def answer(self, pipe, seconds: float):
+        """(whether it went well, result or traceback)."""
+        try:
+            return pipe.recv() if pipe.poll(seconds) else (False, f"no answer for {seconds} s")
+        except EOFError:
+            return False, "the process died"
+
+    def stop(self) -> None:
+        for process, _ in self.members:
+            process.kill()
+        self.members = []

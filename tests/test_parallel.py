@@ -1,0 +1,239 @@
+"""Ranks as real processes: a rank's part of the model, and the exchange of tokens, over gloo."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gang import Gang
+
+from dsv3_ref.config import TINY, V3, UserError
+from dsv3_ref.model import Transformer
+from dsv3_ref.moe import MoE
+from dsv3_ref.parallel.build import built, holders, layers_of
+from dsv3_ref.parallel.exchange import Exchange, Traffic, as_bytes, from_bytes, hops
+from dsv3_ref.parallel.mesh import Mesh, sizes
+from dsv3_ref.parallel.tape import Tape, drain, interleave
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def gang():
+    made = Gang()
+    yield made
+    made.stop()
+
+
+# ── The mesh ──
+
+
+def test_dp_is_what_is_left_of_the_world():
+    assert sizes(2048, 16, 64) == (16, 2, 64)  # V3
+    assert sizes(8, 2, 2, 2) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("world, pp, ep, dp", [(8, 3, 1, None), (8, 2, 2, 1), (4, 1, 8, None)])
+def test_ranks_that_do_not_fill_the_world_are_refused(world, pp, ep, dp):
+    with pytest.raises(UserError, match=f"ranks are not the {world} there are"):
+        sizes(world, pp, ep, dp)
+
+
+def places():
+    mesh = Mesh(2, 2, 2, CPU)
+    mesh.form([(0,), (0, 1)])
+    mine = torch.tensor([1.0])
+    members = {}
+    for key, group in mesh.reduced.items():
+        seen = mine.clone()
+        torch.distributed.all_reduce(seen, group=group)
+        members[key] = int(seen)
+    return (mesh.p, mesh.d, mesh.e, mesh.data), members
+
+
+def test_groups_sum_dense_parameters_over_dp_and_ep_and_experts_over_dp(gang):
+    answers = gang.run(8, places)
+    want = [(p, d, e, 2 * d + e) for p in (0, 1) for d in (0, 1) for e in (0, 1)]
+    assert [place for place, _ in answers] == want
+    for (p, *_), members in answers:
+        alone = {((0,), False): 4, ((0,), True): 2} if p == 0 else {}
+        assert members == alone | {((0, 1), False): 8, ((0, 1), True): 4}
+
+
+# ── What a rank holds ──
+
+
+@pytest.mark.parametrize("n, stages", [(61, 16), (4, 4), (5, 2), (61, 1)])
+def test_stages_share_all_layers_in_order(n, stages):
+    parts = [layers_of(n, stages, s) for s in range(stages)]
+    assert [i for part in parts for i in part] == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_embedding_is_held_where_tokens_enter_and_where_mtp_is():
+    line, bent = [(0,), (1,), (2,)], [(0, 3), (1, 2), (2, 1), (3, 0)]
+    assert holders("embed.weight", TINY, line) == (0, 2)
+    assert holders("embed.weight", replace(TINY, n_mtp_layers=0), line) == (0,)
+    assert holders("embed.weight", TINY, bent) == holders("head.weight", TINY, bent) == (0, 3)
+    assert holders("layers.1.attn.wo.weight", TINY, bent) == (1, 2)
+
+
+def part(p: int, stages: int):
+    mesh = Mesh(1, 1, 2, CPU)
+    mine = built(TINY, mesh, (p,), stages, seed=3)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    whole = dict(Transformer(TINY).state_dict())
+    same = [
+        torch.equal(t, whole[n].chunk(2)[mesh.e] if ".experts." in n else whole[n])
+        for n, t in mine.state_dict().items()
+    ]
+    return all(same), sorted(mine.state_dict()), torch.equal(after, torch.rand(1)), sorted(whole)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_rank_begins_with_the_weights_of_one_device_bit_for_bit(stages, gang):
+    held = set()
+    for stage in range(stages):
+        for same, names, goes_on, whole in gang.run(2, part, stage, stages):
+            assert same and goes_on  # nor has the stream of random numbers moved
+            assert set(names) <= set(whole) and (stages == 1 or len(names) < len(whole))
+            held |= set(names)
+    assert held == set(whole)
+
+
+# ── The tape ──
+
+
+def test_a_tape_of_pieces_has_the_gradients_of_autograd():
+    w = torch.randn(3, 3, requires_grad=True)
+    x = torch.randn(4, 3)
+    tape, log = Tape(), []
+
+    class Pause:
+        def forward(self, a):
+            log.append("forward")
+            yield
+            return (a,)
+
+        def backward(self, g):
+            log.append("backward")
+            yield
+            return [g]
+
+    def run():
+        a = tape.run(lambda x: x @ w, x)
+        (b,) = yield from tape.send(Pause(), a)
+        c, d = tape.run(lambda a, b: (a * b, b.sum()), a, b)  # a has two readers
+        return c, d
+
+    c, d = drain(run())
+    tape.owes(c, torch.ones_like(c))
+    tape.owes(d, torch.tensor(2.0))
+    drain(tape.backward())
+    want_x = x.clone().requires_grad_()
+    a = want_x @ w
+    dx, dw = torch.autograd.grad((a * a).sum() + 2 * a.sum(), (want_x, w))
+    assert torch.allclose(tape.owed(x), dx) and torch.allclose(w.grad, dw)
+    assert log == ["forward", "backward"]
+
+
+def test_generators_take_turns():
+    log = []
+
+    def steps(name, n):
+        for i in range(n):
+            log.append((name, i))
+            yield
+        return name
+
+    assert interleave(steps("f", 2), steps("b", 3)) == ["f", "b"]
+    assert log == [("f", 0), ("b", 0), ("f", 1), ("b", 1), ("b", 2)]
+
+
+# ── The exchange ──
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_tensors_side_by_side_come_apart_again(rows):
+    tensors = [
+        torch.randn(rows, 3), torch.randn(rows, 2).to(torch.float8_e4m3fn),
+        torch.randint(9, (rows, 4)), torch.randn(rows, 1).bfloat16(),
+    ]  # fmt: skip
+    for got, want in zip(from_bytes(as_bytes(*tensors), *tensors), tensors):
+        assert got.dtype == want.dtype and torch.equal(got.float(), want.float())
+
+
+def relative(got, want) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def exchanged(world: int, per_node: int, fp8: bool):
+    """Relative errors of output and gradients beside `MoE.routed`, and the bytes by link."""
+    c = replace(V3, dim=128, moe_inter_dim=128, n_routed_experts=16, n_activated_experts=4,
+                n_expert_groups=4, n_limited_groups=2)  # fmt: skip
+    torch.manual_seed(0)
+    moe, mesh = MoE(c), Mesh(1, 1, world, CPU)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    torch.manual_seed(5 + mesh.e)
+    n = 0 if mesh.e == 1 else 7 + mesh.e  # one rank has no tokens
+    x_nd = torch.randn(n, c.dim)
+    r = moe.gate(x_nd[None])
+    weight_nk, expert_nk = r.weight_bsk[0].detach(), r.expert_bsk[0]
+    leaves = [t.clone().requires_grad_() for t in (x_nd, weight_nk)]
+    y_nd = moe.routed(*leaves, expert_nk)
+    g_nd = torch.randn_like(y_nd)
+    y_nd.backward(g_nd)
+    experts, want = moe.experts, {}
+    for name in ("w1", "w2", "w3"):
+        w = getattr(experts, name)
+        want[name] = mesh.sum(w.grad).chunk(world)[mesh.e]
+        setattr(experts, name, torch.nn.Parameter(w.detach().chunk(world)[mesh.e].clone()))
+    tape, traffic = Tape(), Traffic()
+    exchange = Exchange(hops(c, mesh, per_node, traffic), fp8)
+    got = drain(exchange.routed(tape, experts, x_nd, weight_nk, expert_nk))
+    tape.owes(got, g_nd)
+    drain(tape.backward())
+    errors = {name: relative(getattr(experts, name).grad, w) for name, w in want.items()}
+    if n:
+        dx, dw = tape.owed(x_nd), tape.owed(weight_nk)
+        errors |= {"y": relative(got, y_nd), "dx": relative(dx, leaves[0].grad)}
+        errors["dw"] = relative(dw, leaves[1].grad)
+    return errors, dict(traffic.bytes)
+
+
+@pytest.mark.parametrize("world, per_node", [(2, 0), (4, 0), (4, 2), (8, 4)])
+def test_experts_on_many_ranks_are_the_experts_on_one(world, per_node, gang):
+    for errors, _ in gang.run(world, exchanged, world, per_node, False):
+        assert max(errors.values()) < 1e-6, errors
+
+
+def test_dispatch_in_fp8_loses_a_rounding_and_halves_no_gradient(gang):
+    for errors, _ in gang.run(4, exchanged, 4, 2, True):
+        assert 0.005 < max(errors.values()) < 0.08, errors
+
+
+def test_a_second_hop_takes_bytes_off_the_links_between_nodes(gang):
+    one = gang.run(8, exchanged, 8, 0, False)
+    two = gang.run(8, exchanged, 8, 4, False)
+    assert all("across" not in links for _, links in one)  # without nodes all are neighbours
+    row, k = 128 * 4, 4 * 4  # bytes of a token's numbers, and of one number for each choice
+    there_and_back = (row + k + k) + row  # with weights and experts, and the result
+    backward = row + (row + k)  # its gradient, and those of token and weights
+    across = sum(links["across"] for _, links in two)
+    tokens = sum(0 if e == 1 else 7 + e for e in range(8))
+    sent, rest = divmod(across, there_and_back + backward)
+    assert not rest and 0 < sent <= tokens  # once a token and node, of which there are two
+
+
+def test_experts_that_no_group_size_divides_are_refused(gang):
+    (message,) = set(gang.run(3, refusal))
+    assert message == "--ep 3 does not divide 16 routed experts"
+
+
+def refusal() -> str:
+    try:
+        built(TINY, Mesh(1, 1, 3, CPU), (0,), 1, 0)
+    except UserError as e:
+        return str(e)
+    return "not refused"

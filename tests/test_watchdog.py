@@ -1,0 +1,196 @@
+"""A hang is noticed, and the rank that holds the others up is named with its operation."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import pairwise
+
+import pytest
+
+from dsv3_ref.parallel import watchdog
+from dsv3_ref.parallel.watchdog import HUNG, doing, late, verdict, watch
+
+RANK = """
+import os, re, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from dsv3_ref.parallel.watchdog import doing, watch
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+with watch(Path(sys.argv[1]), rank, 2, 2.0):
+    for step in range(6):
+        with doing(f"load batch, step {step}"):
+            if (rank, step) == (1, 3):
+                misfortune()
+        with doing(f"all-reduce, step {step}", dist.group.WORLD):
+            dist.all_reduce(torch.ones(1))
+    dist.barrier()
+dist.destroy_process_group()
+print("finished")
+"""
+
+
+def start(folder, misfortune: str) -> list[subprocess.Popen]:
+    """Two processes that reduce six times; one meets with misfortune before the fourth."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = f"def misfortune():\n    {misfortune}\n{textwrap.dedent(RANK)}"
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            env=env | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+# ── Two processes over gloo ──
+
+
+def test_nothing_is_said_when_all_goes_well(tmp_path):
+    for p in start(tmp_path, "pass"):
+        out, err = p.communicate(timeout=60)
+        assert (p.returncode, out, err) == (0, "finished\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_sleeps_is_named_with_its_operation(tmp_path):
+    """By whichever rank is the first to notice; both leave their stacks and a bad exit code."""
+    ranks = start(tmp_path, "time.sleep(1000)")
+    said = [p.communicate(timeout=60)[1] for p in ranks]
+    assert [p.returncode for p in ranks] == [HUNG, HUNG]
+    assert "hang: held up by rank 1 sits in 'load batch, step 3' for " in "".join(said)
+    assert "rank 0 sits in 'all-reduce, step 3' for " in said[0]
+    stacks = [(tmp_path / f"hang-rank{r}.txt").read_text() for r in range(2)]
+    assert "in all_reduce" in stacks[0]
+    assert "in misfortune" in stacks[1]
+
+
+def test_a_stopped_process_is_named_by_the_other(tmp_path):
+    """Its last word tells where it was. Rank 0 serves the store, so rank 1 is the one to stop."""
+    ranks = start(tmp_path, "os.kill(os.getpid(), 19)")
+    try:
+        err = ranks[0].communicate(timeout=60)[1]
+        assert ranks[0].returncode == HUNG
+        assert "hang: held up by rank 1 does not answer for " in err
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+
+
+def test_a_process_that_never_lets_go_of_pythons_lock_ends_too(tmp_path):
+    """Its own thread cannot run: the stack comes from C, after twice the time."""
+    ranks = start(tmp_path, "time.sleep(0.5); re.match('(a+)+b', 'a' * 60)")
+    said = [p.communicate(timeout=60)[1] for p in ranks]
+    assert ranks[0].returncode == HUNG
+    assert ranks[1].returncode not in (0, None)
+    assert "held up by rank 1 does not answer for " in said[0]
+    assert "it was in 'load batch, step 3'" in said[0]
+    assert "in misfortune" in (tmp_path / "hang-rank1.txt").read_text()
+
+
+# ── Who is late ──
+
+
+def states(*what) -> dict[int, dict]:
+    """(operation, ranks waited for) of rank 0, 1, …; all told at second 100."""
+    row = {"since": 40.0, "told": 100.0}
+    return {r: row | {"operation": o, "waits_for": w} for r, (o, w) in enumerate(what)}
+
+
+@pytest.mark.parametrize(
+    ("what", "guilty"),
+    [
+        ([("reduce", [0, 1, 2]), ("reduce", [0, 1, 2]), ("load", [])], [2]),
+        # a chain over two groups: 0 waits for 1's activations, 1 for the experts of 2
+        ([("0-1", [0, 1]), ("dispatch", [1, 2]), ("save", [])], [2]),
+        ([("load", [])], [0]),
+        ([("reduce", [0, 1]), ("reduce", [0, 1])], []),  # the network
+        ([("a", [0, 1]), ("b", [0, 1])], []),  # each waits for the other
+        ([("load", []), ("load", []), ("reduce", [0, 1, 2])], [0, 1]),
+    ],
+)
+def test_the_late_are_those_that_wait_for_nobody(what, guilty):
+    assert late(states(*what), 10) == guilty
+
+
+def test_a_silent_rank_is_to_blame():
+    told = states(("reduce", [0, 1, 2]), ("load", []), ("load", []))
+    told[1]["told"], told[2] = 50.0, None
+    assert late(told, 10) == [1, 2]
+    assert verdict(told, 10).splitlines()[0] == (
+        "hang: held up by rank 1 does not answer for 50 s; it was in 'load'; "
+        "rank 2 has never said a word"
+    )
+
+
+def test_all_in_one_operation_is_nobodys_fault():
+    text = verdict(states(("reduce", [0, 1]), ("reduce", [0, 1])), 10)
+    assert text.splitlines() == [
+        "hang: held up by no rank alone",
+        "rank 0 sits in 'reduce' for 60 s, waiting for ranks [0, 1]",
+        "rank 1 sits in 'reduce' for 60 s, waiting for ranks [0, 1]",
+    ]
+
+
+# ── In this process ──
+
+
+def test_operations_nest_and_each_change_is_progress():
+    seen = []
+    see = lambda: seen.append((watchdog.now()["operation"], watchdog._since))
+    with doing("step 3"):
+        see()
+        with doing("reduce", [0, 1]):
+            assert watchdog.now()["waits_for"] == [0, 1]
+            see()
+        see()
+    see()
+    assert [name for name, _ in seen] == ["step 3", "reduce", "step 3", "between operations"]
+    assert all(a < b for (_, a), (_, b) in pairwise(seen))
+
+
+def test_a_state_tells_how_long_it_has_lasted():
+    with doing("load"):
+        time.sleep(0.2)
+        state = watchdog.now()
+    assert 0.2 <= state["told"] - state["since"] < 2
+
+
+def test_an_operation_is_left_by_an_error():
+    with pytest.raises(ValueError, match="bad"), doing("step 3"):
+        raise ValueError("bad")
+    assert watchdog.now()["operation"] == "between operations"
+
+
+def test_one_process_alone_needs_no_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with watch(tmp_path / "logs", 0, 1, 0.5):
+        for _ in range(10):
+            with doing("a tenth of a second"):
+                time.sleep(0.1)
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_the_report_of_an_earlier_start_is_kept(tmp_path):
+    """A launcher starts the run again in the same folder."""
+    (tmp_path / "hang-rank0.txt").write_text("hang: before\n")
+    with watch(tmp_path, 0, 1, 60):
+        pass
+    assert (tmp_path / "hang-rank0.txt").read_text() == "hang: before\n"
+
+
+def test_naming_an_operation_is_cheap():
+    began = time.perf_counter()
+    for _ in range(10_000):
+        with doing("dispatch, layer 3"):
+            pass
+    assert (time.perf_counter() - began) / 10_000 < 50e-6
