@@ -227,7 +227,7 @@ def test_only_what_is_compared_differs():
     varied = {
         "balance": {"gamma", "alpha", "balance_over"}, "mtp": {"n_mtp_layers"},
         "mla": {"kv_lora_rank", "qk_rope_head_dim", "inter_dim", "kv_heads"}, "fim": {"fim_rate"},
-        "fp8": {"precision"},
+        "fp8": {"precision", "micro_batch"},
     }  # fmt: skip
     for name, allowed in varied.items():
         flat = [asdict(v) for v in variants(name).values()]
