@@ -46,7 +46,9 @@ def impl(name: str, backend: str):
 # ── The switch ──
 
 ACTIVE = tuple(os.environ.get("DSV3_BACKEND", "torch").split(","))  # in order of preference
-HOMES = {"triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8"}  # imported when first asked for
+HOMES = {  # imported when first asked for
+    "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8", "split": "dsv3_ref.dualpipe",
+}  # fmt: skip
 
 
 @cache  # `chosen` asks at every call

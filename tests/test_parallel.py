@@ -6,13 +6,17 @@ import pytest
 import torch
 from gang import Gang
 
+from dsv3_ref import ops
 from dsv3_ref.config import TINY, V3, UserError
-from dsv3_ref.model import Transformer
+from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
+from dsv3_ref.optim import RECIPES, adamw
 from dsv3_ref.parallel.build import built, holders, layers_of
+from dsv3_ref.parallel.cluster import Cluster
 from dsv3_ref.parallel.exchange import Exchange, Traffic, as_bytes, from_bytes, hops
 from dsv3_ref.parallel.mesh import Mesh, sizes
 from dsv3_ref.parallel.tape import Tape, drain, interleave
+from dsv3_ref.pretrain import train_step
 
 CPU = torch.device("cpu")
 
@@ -237,3 +241,111 @@ def refusal() -> str:
     except UserError as e:
         return str(e)
     return "not refused"
+
+
+# ── A step over all ranks, beside one process ──
+
+MICRO = replace(
+    TINY, vocab_size=64, dim=32, inter_dim=64, moe_inter_dim=16, n_layers=8, q_lora_rank=16,
+    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_mtp_layers=2,
+)  # fmt: skip
+
+
+def trained(shape, name: str, zero: bool, per_node: int):
+    """Relative errors of every gradient, and of three steps' numbers, beside `train_step`."""
+    c, r = MICRO, replace(RECIPES["tiny"], alpha=0.01, clip=1e9)
+    mesh = Mesh(*shape, CPU)
+    cluster = Cluster(c, r, mesh, name, seed=1, zero=zero, per_node=per_node)
+    torch.manual_seed(1)
+    whole = Transformer(c)
+    optimizer, rows = adamw(whole, r), torch.randint(0, 64, (7, 17))
+    grads, stats = {}, []
+    see = lambda *_: grads.update({n: p.grad.clone() for n, p in whole.named_parameters()})
+    hook = optimizer.register_step_pre_hook(see)
+    want = train_step(whole, optimizer, [rows], r, 0.0, 1e-2, 0.3)
+    hook.remove()
+    with ops.use("split", "torch"):
+        got = cluster.train_step(rows, r, 0.0, 1e-2, 0.3)
+        errors = {}
+        for bucket in cluster.zero.buckets:
+            flat = bucket.whole(bucket.own.grad)
+            for n in bucket.names:
+                g = grads[n].chunk(mesh.ep)[mesh.e] if ".experts." in n else grads[n]
+                errors[n] = relative(bucket.view(flat, n), g) if g.norm() else 0.0
+        stats.append((got, want))
+        for _ in range(2):
+            rows = torch.randint(0, 64, (5, 17))
+            want = train_step(whole, optimizer, [rows], r, 1e-3, 1e-2, 0.3)
+            stats.append((cluster.train_step(rows, r, 1e-3, 1e-2, 0.3), want))
+    same = all(torch.equal(a.load_le.long(), b.load_le.long()) for a, b in stats)
+    gates = moe_layers(whole)
+    same &= all(
+        torch.equal(m.gate.bias, gates[n].gate.bias) for n, m in moe_layers(cluster.model).items()
+    )
+    numbers = lambda s: torch.tensor([s.loss, s.total, s.grad_norm, *s.mtp])
+    apart = max((numbers(a) / numbers(b) - 1).abs().max().item() for a, b in stats)
+    return errors, same, apart, sorted(errors)
+
+
+SHAPES = [
+    ((1, 2, 2), "1f1b", True, 0), ((2, 1, 2), "1f1b", False, 0), ((4, 1, 2), "1f1b", True, 0),
+    ((2, 2, 2), "zb1p", True, 0), ((2, 1, 4), "zb1p", False, 2), ((2, 2, 1), "dualpipe", True, 0),
+    ((4, 1, 2), "dualpipe", True, 0), ((2, 1, 4), "dualpipe", False, 2),
+    ((2, 1, 1), "dualpipev", True, 0), ((4, 1, 2), "dualpipev", True, 0),
+    ((2, 1, 4), "dualpipev", False, 0), ((4, 2, 1), "gpipe", True, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "name", "zero", "per_node"), SHAPES, ids=str)
+def test_a_step_on_any_mesh_is_the_step_of_one_process(shape, name, zero, per_node, gang):
+    world, held = shape[0] * shape[1] * shape[2], set()
+    for errors, same, apart, names in gang.run(world, trained, shape, name, zero, per_node):
+        assert max(errors.values()) < 2e-6, max(errors.items(), key=lambda e: e[1])
+        assert same and apart < 1e-5
+        held |= set(names)
+    assert held == {n for n, _ in Transformer(MICRO).named_parameters()}
+
+
+def measured(name: str, micro: int):
+    """What a pass leaves to wait for, and how many pairs it ran."""
+    mesh = Mesh(2, 1, 2, CPU)
+    cluster = Cluster(MICRO, RECIPES["tiny"], mesh, name)
+    with ops.use("split", "torch"):
+        cluster.train_step(torch.randint(0, 64, (2 * micro, 33)), RECIPES["tiny"], 1e-3, 0.0, 0.3)
+    t = cluster.traffic
+    return t.under_way, t.exposed, t.hidden
+
+
+def test_pairs_take_turns_so_that_exchanges_lie_behind_computation(gang):
+    share = {}
+    for name in ("1f1b", "dualpipe"):
+        found = gang.run(4, measured, name, 8)
+        assert all(0 < exposed <= under_way for under_way, exposed, _ in found)
+        share[name] = sum(hidden for *_, hidden in found) / len(found)
+    assert share["dualpipe"] > share["1f1b"]
+
+
+def sums(balance_over: str) -> str:
+    cluster = Cluster(MICRO, RECIPES["tiny"], Mesh(1, 1, 1, CPU))
+    try:
+        r = replace(RECIPES["tiny"], balance_over=balance_over)
+        cluster.train_step(torch.randint(0, 64, (2, 17)), r, 0.0, 0.0, 0.3)
+    except UserError as e:
+        return str(e)
+    return "not refused"
+
+
+def test_a_loss_over_the_batch_is_refused(gang):
+    assert "over sequences only" in gang.run(1, sums, "batch")[0]
+
+
+def too_deep() -> str:
+    try:
+        Cluster(replace(MICRO, n_layers=3), RECIPES["tiny"], Mesh(2, 1, 1, CPU), "dualpipev")
+    except UserError as e:
+        return str(e)
+    return "not refused"
+
+
+def test_more_stages_than_layers_are_refused(gang):
+    assert set(gang.run(2, too_deep)) == {"3 layers cannot be cut into 4 stages"}

@@ -1,0 +1,135 @@
+"""A stage: the forward pass of some layers, in pieces that a `Tape` can play backwards."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from dsv3_ref.config import Config
+from dsv3_ref.model import Transformer
+from dsv3_ref.moe import MoE, balance_loss, expert_load
+from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.parallel.build import layers_of
+from dsv3_ref.rope import rope_table
+
+
+@dataclass
+class Weights:
+    """What each part of the loss counts (eq. 17, 25); the micro-batch is `share` of the batch."""
+
+    share: float
+    mtp: float = 0.0  # λ / D
+    alpha: float = 0.0
+
+
+@dataclass
+class Seen:
+    """Parts of the loss, each times its micro-batch's share, and loads by layer; of one step."""
+
+    main: float | torch.Tensor = 0.0
+    mtp: dict[int, torch.Tensor] = field(default_factory=dict)
+    balance: float | torch.Tensor = 0.0
+    load: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def count(self, place: str, expert, n_experts: int) -> None:
+        """Tokens each expert of a layer received."""
+        self.load[place] = self.load.get(place, 0) + expert_load(expert, n_experts)
+
+
+class Stage:
+    """Layers of one stage over the model of a rank; what losses and gates say goes to `seen`."""
+
+    def __init__(self, model: Transformer, c: Config, stage: int, stages: int, exchange):
+        self.model, self.config, self.exchange = model, c, exchange
+        self.layers = layers_of(c.n_layers, stages, stage)
+        self.first, self.last = stage == 0, stage == stages - 1
+
+    def forward(self, tape, x_bsd, tokens_bs, weights: Weights, seen: Seen):
+        """From tokens or the stage before to the stage after, or to the losses; a generator."""
+        tokens_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
+        rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
+        if self.first:
+            x_bsd = tape.run(self.model.embed, tokens_bs)
+        for i in self.layers:
+            block = self.model.layers[str(i)]
+            x_bsd = yield from self.block(tape, f"layers.{i}", block, x_bsd, rope, weights, seen)
+        if self.last:
+            yield from self.losses(tape, x_bsd, tokens_bs, y_bs, weights, seen)
+        return x_bsd
+
+    def rope(self, s: int, device):
+        return rope_table(self.config, torch.arange(s, device=device))
+
+    def block(self, tape, place: str, block, x_bsd, rope, weights, seen):
+        """`Block.forward`: one piece, or pieces around the exchange of tokens."""
+        if not isinstance(block.ffn, MoE):
+            return tape.run(lambda x_bsd: block(x_bsd, rope)[0], x_bsd)
+        if self.exchange is None:
+            x_bsd, balance, expert = tape.run(lambda x_bsd: whole(block, x_bsd, rope), x_bsd)
+        else:
+            x_bsd, *tokens, balance, expert = tape.run(lambda x: gated(block, x, rope), x_bsd)
+            y_nd = yield from self.exchange.routed(tape, block.ffn.experts, *tokens, expert)
+            shared = lambda x_bsd, x_nd, y_nd: joined(block, x_bsd, x_nd, y_nd)
+            x_bsd = tape.run(shared, x_bsd, tokens[0], y_nd)
+        if tape.training:
+            tape.owes(balance, torch.full_like(balance, weights.alpha * weights.share))
+        seen.balance = seen.balance + balance * weights.share
+        seen.count(place + ".ffn", expert, self.config.n_routed_experts)
+        return x_bsd
+
+    def losses(self, tape, x_bsd, tokens_bs, y_bs, weights, seen):
+        """`losses` of chapter 07: the main one, then a module deeper at a time (eq. 21–25)."""
+        h_bsd = tape.run(self.model.norm, x_bsd)
+        seen.main = seen.main + self.loss(tape, h_bsd, y_bs, tokens_bs, weights.share)
+        for k, module in enumerate(self.model.mtp.values() if tape.training else (), start=1):
+            s = tokens_bs.shape[1] - k
+            pair = partial(self.pair, module, tokens_bs[:, k:])
+            x_bsd, rope = tape.run(pair, h_bsd), self.rope(s, tokens_bs.device)
+            place = f"mtp.{k - 1}.block"
+            x_bsd = yield from self.block(tape, place, module.block, x_bsd, rope, weights, seen)
+            h_bsd = tape.run(module.norm, x_bsd)
+            value = self.loss(tape, h_bsd, y_bs[:, k:], tokens_bs, weights.share, weights.mtp)
+            seen.mtp[k] = seen.mtp.get(k, 0) + value
+
+    def pair(self, module, ahead_bs, h_bsd):
+        """eq. 21: M [norm(Emb(t)); norm(h)] at the positions that have a token ahead."""
+        e_bsd, h_bsd = self.model.embed(ahead_bs), h_bsd[:, : ahead_bs.shape[1]]
+        return module.eh_proj(torch.cat((module.enorm(e_bsd), module.hnorm(h_bsd)), dim=-1))
+
+    def loss(self, tape, h_bsd, y_bs, tokens_bs, share: float, weight: float = 1.0):
+        """share · cross-entropy in nats a token, of which the batch's loss holds `weight`."""
+        n, head = max(1, tokens_bs.numel()), self.model.head.weight
+        nll = lambda h_bsd: linear_cross_entropy(h_bsd.flatten(0, 1), head, y_bs.flatten()) / n
+        value = tape.run(nll, h_bsd)
+        if tape.training:
+            tape.owes(value, torch.full_like(value, weight * share))
+        return value * share
+
+
+# ── Pieces of a block with experts ──
+
+
+def evenness(r):
+    """`balance_loss`, 0 for no rows."""
+    return balance_loss(r) if len(r.expert_bsk) else r.affinity_bse.sum()
+
+
+def whole(block, x_bsd, rope):
+    """All of it, where all experts are here."""
+    x_bsd, r = block(x_bsd, rope)
+    return x_bsd, evenness(r), r.expert_bsk
+
+
+def gated(block, x_bsd, rope):
+    """Attention and gate: (x, tokens for the experts, their weights, balance loss, experts)."""
+    x_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)
+    u_bsd = block.ffn_norm(x_bsd)
+    r = block.ffn.gate(u_bsd)
+    tokens = u_bsd.flatten(0, 1), r.weight_bsk.flatten(0, 1)
+    return x_bsd, *tokens, evenness(r), r.expert_bsk.flatten(0, 1)
+
+
+def joined(block, x_bsd, u_nd, y_nd):
+    """x + (routed experts + shared ones)."""
+    u_bsd = u_nd.view(x_bsd.shape)
+    return x_bsd + (y_nd.view(x_bsd.shape) + block.ffn.shared_experts(u_bsd))

@@ -1,0 +1,111 @@
+"""ZeRO-1: every rank of a group updates its slice of the parameters that the group shares (§3.2).
+
+Parameters and gradients of a bucket lie in one flat tensor each; the gradient is summed and cut
+by a reduce-scatter, AdamW moves the slice, an all-gather brings the others back.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsv3_ref.optim import AdamW, Recipe
+from dsv3_ref.parallel.build import holders, is_expert
+
+
+class Bucket:
+    """Parameters that are reduced over one group, end to end in one flat tensor."""
+
+    def __init__(self, named: dict[str, nn.Parameter], group, sharded: bool):
+        self.names, self.group, self.sharded = list(named), group, sharded
+        self.size = dist.get_world_size(group)
+        n, first = sum(p.numel() for p in named.values()), next(iter(named.values()))
+        self.flat = first.new_zeros(-(-n // self.size) * self.size)
+        self.grad, self.at, end = torch.zeros_like(self.flat), {}, 0
+        for name, p in named.items():
+            self.at[name] = end, p.shape
+            self.view(self.flat, name).copy_(p.detach())
+            p.data, p.grad = self.view(self.flat, name), self.view(self.grad, name)
+            end += p.numel()
+        self.own = nn.Parameter(self.slice(self.flat))
+
+    def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
+        """A parameter's place in a flat tensor."""
+        start, shape = self.at[name]
+        return flat[start : start + shape.numel()].view(shape)
+
+    def slice(self, flat: torch.Tensor) -> torch.Tensor:
+        """What this rank updates."""
+        return flat.chunk(self.size)[dist.get_rank(self.group)] if self.sharded else flat
+
+    def reduce(self):
+        """Start to sum the gradient over the group; returns what to wait for."""
+        if not self.sharded:
+            self.own.grad = self.grad
+            return dist.all_reduce(self.grad, group=self.group, async_op=True)
+        self.own.grad = torch.empty_like(self.own)
+        return dist.reduce_scatter_tensor(self.own.grad, self.grad, group=self.group, async_op=True)
+
+    def gather(self):
+        """Start to bring the other slices; returns what to wait for."""
+        if self.sharded:
+            mine = self.own.detach().clone()
+            return dist.all_gather_into_tensor(self.flat, mine, group=self.group, async_op=True)
+        return None
+
+    def whole(self, own: torch.Tensor) -> torch.Tensor:
+        """A flat tensor of the whole bucket from every rank's slice of it."""
+        if not self.sharded:
+            return own
+        flat = own.new_empty(self.flat.shape)
+        dist.all_gather_into_tensor(flat, own.contiguous(), group=self.group)
+        return flat
+
+
+class Zero:
+    """AdamW over the slices of all buckets; `own` parameters are its masters."""
+
+    def __init__(self, model, c, mesh, held, r: Recipe, moments, sharded: bool = True):
+        self.mesh = mesh
+        named: dict[tuple, dict[str, nn.Parameter]] = defaultdict(dict)
+        for name, p in model.named_parameters():
+            key = holders(name, c, held), is_expert(name)
+            named[*key, p.ndim > 1][name] = p
+        self.buckets = [
+            Bucket(params, mesh.reduced[ps, expert], sharded)
+            for (ps, expert, _), params in sorted(named.items())
+        ]
+        decays = [matrix for _, _, matrix in sorted(named)]
+        groups = [
+            {"params": [b.own], "weight_decay": r.weight_decay * matrix}
+            for b, matrix in zip(self.buckets, decays)
+        ]
+        self.adamw = AdamW(groups, r.lr, (r.beta1, r.beta2), moments)
+
+    def reduce(self, clip: float) -> float:
+        """Sum the gradients over their groups and clip them all; their norm before."""
+        for work in [b.reduce() for b in self.buckets]:
+            work.wait()
+        squares = sum(
+            b.own.grad.double().square().sum() / (1 if b.sharded else b.size) for b in self.buckets
+        )
+        norm = math.sqrt(self.mesh.sum(squares).item())
+        scale = min(1.0, clip / (norm + 1e-6))
+        for b in self.buckets:
+            b.own.grad.mul_(scale)
+        return norm
+
+    def step(self, lr: float) -> None:
+        """Move the slices, and bring the others."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for work in [b.gather() for b in self.buckets]:
+            if work:
+                work.wait()
+
+    def zero_grad(self) -> None:
+        for b in self.buckets:
+            b.grad.zero_()

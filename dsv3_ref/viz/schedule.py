@@ -1,0 +1,35 @@
+"""A pipeline schedule as a picture: time to the right, a row a rank."""
+
+from matplotlib.patches import Patch, Rectangle
+
+from dsv3_ref.viz.style import GREEN, ORANGE, figure
+
+COLOURS = {"F": "#56A0D8", "B": GREEN, "I": "#7CCBB2", "W": ORANGE}
+NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
+
+
+def draw(spans, title: str, first=(), width: float = 10.0):
+    """Timeline of `simulate`; micro-batches in `first` are pale. A pair is cut in the middle."""
+    ranks = 1 + max(span.rank for span in spans)
+    end = max(span.end for span in spans)
+    fig, ax = figure(1, 1, width, 0.9 + 0.3 * ranks)
+    small = 0.42 * width * 72 / end  # points that a unit of time has for its number
+    for span in spans:
+        height = 0.9 / len(span.step)
+        for i, op in enumerate(span.step):
+            at = span.start, span.rank - 0.45 + i * height
+            pale = 0.5 if op.micro in first else 1.0
+            ax.add_patch(Rectangle(at, span.end - span.start, height, facecolor=COLOURS[op.kind],
+                                   alpha=pale, edgecolor="white", lw=0.6))  # fmt: skip
+            if small > 3:
+                ax.text(at[0] + (span.end - span.start) / 2, at[1] + height / 2, str(op.micro),
+                        ha="center", va="center", fontsize=min(8, small, 15 * height))  # fmt: skip
+    ax.set(xlim=(0, end), ylim=(ranks - 0.5, -0.5), xlabel="time", ylabel="rank", title=title)
+    ax.set_yticks(range(ranks))
+    kinds = [k for k in COLOURS if any(op.kind == k for span in spans for op in span.step)]
+    handles = [Patch(color=COLOURS[k], label=NAMES[k]) for k in kinds]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.42 / (0.9 + 0.3 * ranks)
+              * 2), ncols=len(kinds))  # fmt: skip
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    return fig

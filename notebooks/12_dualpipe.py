@@ -1,0 +1,677 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 12 · DualPipe: a pipeline without gaps
+
+# %% [markdown]
+# ## Why
+# 61 layers do not fit one GPU, so V3 cuts them into 16 **stages** and sends micro-batches through like
+# cars along a belt. Two things are lost. While the first car travels to the last station, the others stand idle:
+# the **bubble**. And in every layer the tokens travel to their experts and back, which takes about as long as
+# computing does ([chapter 11](11_expert_parallel.ipynb)): **half of the time** nothing is computed at all.
+# DualPipe answers both with one idea: run the belt from both ends at once.
+
+# %%
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+
+fig, ax = figure(1, 1, 8, 1.7)
+for y, parts in enumerate(
+    [[("compute", 1, BLUE), ("travel", 1, GREY)] * 2, [("compute", 1, BLUE)] * 2]
+):
+    left = 0
+    for name, size, color in parts:
+        ax.barh(y, size, left=left, color=color, edgecolor="white")
+        ax.text(left + size / 2, y, name, ha="center", va="center", color="white")
+        left += size
+ax.barh(1, 2, left=0, height=0.25, color=GREY, align="edge")
+ax.set_yticks([0, 1], ["one after the other", "one behind the other"])
+ax.set(title="Two micro-batches: what travels can hide behind what computes", xlabel="time")
+ax.invert_yaxis()
+show(fig)
+
+# %% [markdown]
+# ## Paper
+# What the report claims (§3.2.1, Table 2; PP stages; F forward, B whole backward, W its part for weights, F&B a
+# forward and a backward that overlap):
+#
+# | schedule | bubble | parameters | activations |
+# |---|---|---|---|
+# | 1F1B | (PP − 1)(F + B) | 1× | PP |
+# | ZB1P | (PP − 1)(F + B − 2W) | 1× | PP |
+# | DualPipe | (PP/2 − 1)(F&B + B − 3W) | 2× | PP + 1 |
+#
+# - Micro-batches enter at **both ends**; a rank holds two stages, one for each way.
+# - A forward chunk of one way and a backward chunk of the other run as a pair: attention, dispatch, MLP, combine of
+#   both take turns, so that communication is fully hidden.
+# - The backward pass is cut in two, as in zero-bubble pipelines: for inputs, which others wait for, and for weights.
+
+# %% [markdown]
+# ## A schedule is data
+# An operation is a *kind* at a *stage* for a *micro-batch*: $\text{F}$, or $\text{B}$, or $\text{B}$ in two halves,
+# first $\text{I}$ then $\text{W}$. A **step** is one operation, or two that overlap. A schedule is a list of steps for
+# each rank, and nothing else: it is drawn and simulated below, and executed by `dsv3_ref/parallel/pipeline.py`.
+
+
+# %%
+#| export
+from collections import Counter
+from typing import NamedTuple
+
+from dsv3_ref.config import UserError
+
+
+class Op(NamedTuple):
+    """What is done with a micro-batch in a stage: F; B, or its halves I (inputs), W (weights)."""
+
+    kind: str
+    stage: int
+    micro: int
+
+
+def gpipe(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+    """All forward, then all backward."""
+    return [(Op(kind, r, i),) for kind in "FB" for i in range(m)]
+
+
+def one_f_one_b(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+    """1F1B: as many forward as there are ranks behind, then one backward after each forward."""
+    warm = min(pp - 1 - r, m)
+    steps = [(Op("F", r, i),) for i in range(warm)]
+    for i in range(m):
+        steps += [(Op("F", r, warm + i),)] if warm + i < m else []
+        steps += [(Op("B", r, i),)]
+    return steps
+
+
+# %%
+print("1F1B, the third of 4 ranks:", *["".join(map(str, op)) for (op,) in one_f_one_b(4, 2, 5)])
+assert all(Counter(op for (op,) in one_f_one_b(4, r, 5)) == Counter(op for (op,) in gpipe(4, r, 5))
+           for r in range(4))  # fmt: skip
+
+# %% [markdown]
+# ## Two halves of a backward pass
+# $$\frac{\partial L}{\partial X} = \frac{\partial L}{\partial Y}\,W \quad(\text{I}),\qquad
+# \frac{\partial L}{\partial W} = \Big(\frac{\partial L}{\partial Y}\Big)^{\!\top} X \quad(\text{W})$$
+#
+# The stage before waits for the first; **nobody** waits for the second, until the optimizer does. So W can fill
+# gaps. A linear layer's backward pass hands its second half to `later` ([chapter 01](01_ops.ipynb)), which computes it
+# at once unless a schedule puts it off. The backend `split` gives the plain products this form; the FP8 ones have it.
+
+
+# %%
+#| export
+import torch
+import torch.nn.functional as F
+
+from dsv3_ref import moe  # noqa: F401  registers the ops of experts
+from dsv3_ref.ops import impl, later, product_dtype
+
+
+class SplitLinear(torch.autograd.Function):
+    """y = x Wᵀ; dX = dY·W at once, dW = dYᵀ·X when the schedule says W."""
+
+    @staticmethod
+    def forward(ctx, x, weight_oi):
+        ctx.weight, ctx.dtype = weight_oi, x.dtype
+        x = x.to(product_dtype(x))
+        ctx.save_for_backward(x)
+        return F.linear(x, weight_oi.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        wgrad = lambda: (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        return (g @ weight.to(g.dtype)).to(ctx.dtype), later(weight, wgrad)
+
+
+class SplitGroupedLinear(torch.autograd.Function):
+    """`SplitLinear` of every expert's rows."""
+
+    @staticmethod
+    def forward(ctx, x_mi, weight_eoi, count_e):
+        ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype
+        x_mi, end_e = x_mi.to(product_dtype(x_mi)), count_e.cumsum(0).to(torch.int32)
+        ctx.save_for_backward(x_mi, end_e)
+        return F.grouped_mm(x_mi, weight_eoi.to(x_mi.dtype).mT, offs=end_e)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_mo):
+        (x_mi, end_e), weight, g_mo = ctx.saved_tensors, ctx.weight, g_mo.contiguous()
+        wgrad = lambda: F.grouped_mm(g_mo.T, x_mi, offs=end_e).to(weight.dtype)
+        dx_mi = F.grouped_mm(g_mo, weight.to(g_mo.dtype), offs=end_e)
+        return dx_mi.to(ctx.dtype), later(weight, wgrad), None
+
+
+@impl("linear", "split")
+def _(x, weight_oi, keep="e4m3"):
+    return SplitLinear.apply(x, weight_oi)
+
+
+@impl("grouped_linear", "split")
+def _(x_mi, weight_eoi, count_e):
+    return SplitGroupedLinear.apply(x_mi, weight_eoi, count_e)
+
+
+# %%
+from dsv3_ref.ops import MLP, putting_off, use
+
+torch.manual_seed(0)
+mlp, x = MLP(16, 32), torch.randn(5, 16, requires_grad=True)
+for p in mlp.parameters():
+    torch.nn.init.normal_(p, std=0.3)
+want = torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()])
+with use("split", "torch"):
+    y = mlp(x).square().sum()
+    with putting_off() as todo:
+        y.backward()
+assert torch.allclose(x.grad, want[0], atol=1e-5) and all(p.grad is None for p in mlp.parameters())
+print(f"after I: the input has its gradient, {len(todo)} weights wait")
+with torch.no_grad():
+    made = {weight: wgrad() for weight, wgrad in todo}
+assert all(torch.allclose(made[p], w, atol=1e-5) for p, w in zip(mlp.parameters(), want[1:]))
+
+# %% [markdown]
+# ## ZB1P
+# 1F1B with the backward pass in halves. Rank $r$ puts each W off by $r$ micro-batches: the later a rank stands, the
+# sooner its I is needed upstream. What has piled up at the end fills the gap in which 1F1B would wait.
+
+
+# %%
+#| export
+def zb1p(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+    """1F1B with I in the place of B, and each W r micro-batches later."""
+    steps = []
+    for (op,) in one_f_one_b(pp, r, m):
+        if op.kind == "F":
+            steps += [(op,)]
+        else:
+            steps += [(Op("I", r, op.micro),)]
+            steps += [(Op("W", r, op.micro - r),)] if op.micro >= r else []
+    return steps + [(Op("W", r, i),) for i in range(max(0, m - r), m)]
+
+
+# %% [markdown]
+# ## Both ways at once
+# A rank sees two streams: **way 0** enters at its own end, **way 1** at the far end. Let $n$ ranks stand between an
+# end and the turning point, this one the $i$-th of them, with $c$ micro-batches a way. Eight phases:
+#
+# 1. $2(n-i-1)$ forwards of way 0, until way 1 arrives; 2. $i+1$ times a forward of each;
+# 3. $n-i-1$ times I of way 1, its W and a forward of way 1: gaps filled by W;
+# 4. $c-2n+i+1$ times the **pairs** F0&B1 and F1&B0: here nearly all the work is done;
+# 5. $n-i-1$ times B1, then F1&B0; 6. $i+1$ times B1 and B0, the second half of them only I;
+# 7. $n-i-1$ times a W put off, then I of way 0; 8. the last $i+1$ W.
+#
+# In phase 4 the rank at the turning point does its first pair one after the other: its B1 needs its own F1.
+
+
+# %%
+#| export
+def two_ways(n: int, i: int, c: int) -> list[tuple[tuple[str, int], ...]]:
+    """Steps of (kind, way) of the i-th of n ranks with c ≥ 2n micro-batches a way (§3.2.1)."""
+    f0, f1, b0, b1, i0, i1, w = (
+        ("F", 0), ("F", 1), ("B", 0), ("B", 1), ("I", 0), ("I", 1), ("W", 0)
+    )  # fmt: skip
+    before, pairs = n - i - 1, [(f0, b1), (f1, b0)] * (c - 2 * n + i + 1)
+    steps = [(f0,)] * (2 * before) + [(f0,), (f1,)] * (i + 1) + [(i1,), (w,), (f1,)] * before
+    steps += [(f0,), (b1,), *pairs[1:]] if i == n - 1 else pairs
+    steps += [(b1,), (f1, b0)] * before
+    last = [(b1,), (b0,)] * (i + 1)
+    steps += last[: i + 1] + [(("I", way),) for ((_, way),) in last[i + 1 :]]
+    return steps + [(w,), (i0,)] * before + [(w,)] * (i + 1)
+
+
+def numbered(steps, place) -> list[tuple[Op, ...]]:
+    """Ways become stages: the k-th F (or B) of a way is at place(way, k); W take I's in order."""
+    done, put_off, out = Counter(), [], []
+    for step in steps:
+        ops = []
+        for kind, way in step:
+            count = "F" if kind == "F" else "B", way
+            at = put_off.pop(0) if kind == "W" else place(way, done[count])
+            done[count] += kind != "W"
+            put_off += [at] if kind == "I" else []
+            ops.append(Op(kind, *at))
+        out.append(tuple(ops))
+    return out
+
+
+# %% [markdown]
+# **DualPipe** folds PP ranks at the middle: rank $r$ holds stages $r$ and $PP-1-r$, and half of the micro-batches enter
+# at each end. **DualPipeV** bends one belt into a V instead: PP/2 ranks, all micro-batches go down way 0 and come back as
+# way 1. Same list, half the ranks. Both need at least two micro-batches a stage.
+
+
+# %%
+#| export
+def dualpipe(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+    """Two ways through PP ranks: half of the micro-batches enter at rank 0, half at the last."""
+
+    def place(way, k):
+        from_rank_0 = (way == 0) == (r < pp // 2)
+        return (r, k) if from_rank_0 else (pp - 1 - r, m // 2 + k)
+
+    return numbered(two_ways(pp // 2, min(r, pp - 1 - r), m // 2), place)
+
+
+def dualpipe_v(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+    """There and back: 2·PP stages on PP ranks, way 1 is the second half of the model."""
+    place = lambda way, k: (2 * pp - 1 - r, k) if way else (r, k)
+    return numbered(two_ways(pp, r, m), place)
+
+
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe,
+             "dualpipev": dualpipe_v}  # fmt: skip
+
+
+def micros(name: str, pp: int, n: int = 1) -> int:
+    """The least number of micro-batches, n or more, that a schedule can do."""
+    return max(n, 2 * pp) + (name == "dualpipe" and n > 2 * pp and n % 2) if "dual" in name else n
+
+
+def schedule(name: str, pp: int, m: int) -> list[list[tuple[Op, ...]]]:
+    """The steps of every rank, m micro-batches in all."""
+    if name not in SCHEDULES:
+        raise UserError(f"no schedule {name!r}: there are {', '.join(SCHEDULES)}")
+    if name == "dualpipe" and pp % 2:
+        raise UserError(f"dualpipe needs an even number of ranks, not {pp}")
+    if m < 1 or micros(name, pp, m) != m:
+        even = "an even number of " if name == "dualpipe" else ""
+        raise UserError(f"{name} needs {even}micro-batches, at least {micros(name, pp)}, not {m}")
+    return [SCHEDULES[name](pp, r, m) for r in range(pp)]
+
+
+def held(name: str, pp: int) -> list[tuple[int, ...]]:
+    """The stages of every rank."""
+    stages = {"dualpipe": pp, "dualpipev": 2 * pp}.get(name)
+    return [(r, stages - 1 - r) if stages else (r,) for r in range(pp)]
+
+
+def home(name: str, pp: int, m: int, stage: int, micro: int) -> int:
+    """The rank that does a stage for a micro-batch."""
+    if name == "dualpipe" and micro >= m // 2:
+        return pp - 1 - stage
+    return min(stage, 2 * pp - 1 - stage) if name == "dualpipev" else stage
+
+
+# %%
+steps = schedule("dualpipe", 4, 8)
+print("rank 0 of 4:", *["&".join("".join(map(str, op)) for op in step) for step in steps[0]])
+assert all(home("dualpipe", 4, 8, op.stage, op.micro) == r
+           for r, mine in enumerate(steps) for step in mine for op in step)  # fmt: skip
+
+# %% [markdown]
+# ## When does each step run?
+# An operation needs others first: F the stage before, B (or I) its own F and the stage behind, W its I. A step begins
+# when its rank is free and everything it needs has ended:
+#
+# $$	ext{start} = \maxig(	ext{free}_r,\ \max_{q\,\in\,	ext{needs}} 	ext{end}_qig).$$
+#
+# If no rank can begin, the lists **deadlock**; `simulate` says where. Communication: every F and every backward pass
+# carries $x$ of all-to-all. Alone it adds to the time; a pair hides it, as long as both fit behind the computation:
+# $\max(	ext{F\&B}, 2x)$. Messages between stages are small and counted as free.
+
+
+# %%
+#| export
+class Times(NamedTuple):
+    """How long things take, in any unit; I is B − W."""
+
+    f: float = 1.0
+    b: float = 2.0  # the whole backward pass
+    w: float = 1.0
+    pair: float = 3.0  # F&B, what they compute
+    comm: float = 0.0  # all-to-alls of one F, or of one B
+
+    def of(self, step: tuple[Op, ...]) -> float:
+        """Of a step; W has nothing to send."""
+        if len(step) == 2:
+            return max(self.pair, 2 * self.comm)
+        kinds = {"F": self.f + self.comm, "B": self.b + self.comm, "W": self.w}
+        return kinds.get(step[0].kind, self.b - self.w + self.comm)
+
+
+PLAIN = Times()
+
+
+class Span(NamedTuple):
+    """A step in time."""
+
+    rank: int
+    start: float
+    end: float
+    step: tuple[Op, ...]
+
+
+def result(op: Op) -> Op:
+    """What others wait for: an I gives to the stage before what a B would."""
+    return op._replace(kind="B") if op.kind == "I" else op
+
+
+def needs(op: Op, last: int) -> list[Op]:
+    """Results that must be there first."""
+    if op.kind == "W":
+        return [op._replace(kind="B")]
+    if op.kind == "F":
+        return [Op("F", op.stage - 1, op.micro)] if op.stage else []
+    behind = [Op("B", op.stage + 1, op.micro)] if op.stage < last else []
+    return [Op("F", op.stage, op.micro), *behind]
+
+
+def simulate(steps: list[list[tuple[Op, ...]]], times: Times = PLAIN) -> list[Span]:
+    """Every step in time; raises if the ranks wait for one another for ever."""
+    last = max(op.stage for mine in steps for step in mine for op in step)
+    end, spans, free, at = {}, [], [0.0] * len(steps), [0] * len(steps)
+    ready = lambda step: [end.get(q) for op in step for q in needs(op, last)]
+    moved = True
+    while moved:
+        moved = False
+        for r, mine in enumerate(steps):
+            while at[r] < len(mine) and None not in (waits := ready(mine[at[r]])):
+                step, start = mine[at[r]], max([free[r], *waits])
+                free[r], at[r], moved = start + times.of(step), at[r] + 1, True
+                end |= {result(op): free[r] for op in step}
+                spans.append(Span(r, start, free[r], step))
+    for r, mine in enumerate(steps):
+        if at[r] < len(mine):
+            raise ValueError(f"deadlock: rank {r} waits before {mine[at[r]]} for ever")
+    return spans
+
+
+def check(steps: list[list[tuple[Op, ...]]], where: list[tuple[int, ...]], m: int) -> None:
+    """Raise a sentence unless every stage does F, then B or I and W, once for each micro-batch."""
+    seen = Counter(op for mine in steps for step in mine for op in step)
+    for r, mine in enumerate(steps):
+        for op in (op for step in mine for op in step):
+            if op.stage not in where[r]:
+                raise ValueError(f"rank {r} does {op}, but holds stages {where[r]}")
+    for op, n in seen.items():
+        if n > 1:
+            raise ValueError(f"{op} is done {n} times")
+    for stage in range(1 + max(s for stages in where for s in stages)):
+        for micro in range(m):
+            done = {kind for kind in "FBIW" if Op(kind, stage, micro) in seen}
+            if done not in ({"F", "B"}, {"F", "I", "W"}):
+                raise ValueError(f"stage {stage} does {sorted(done)} for micro-batch {micro}")
+    simulate(steps)
+
+
+# %%
+from dsv3_ref.viz.schedule import draw
+
+for name, pp, m in (("1f1b", 4, 8), ("zb1p", 4, 8), ("dualpipe", 4, 8)):
+    steps = schedule(name, pp, m)
+    check(steps, held(name, pp), m)
+    show(
+        draw(
+            simulate(steps),
+            f"{name}, {m} micro-batches",
+            range(m // 2, m) if "dual" in name else (),
+        )
+    )
+
+# %% [markdown]
+# Below: both ways meet in the middle (pale: those that entered at rank 3). Green over blue is a pair.
+# Now faults. An exchange of two steps that makes two ranks wait on one another, a lost W, a W before its I:
+
+# %%
+steps = schedule("zb1p", 2, 4)
+for what, fault in {
+    "lost": lambda mine: mine[:-1],
+    "twice": lambda mine: [*mine, mine[0]],
+    "backwards": lambda mine: mine[::-1],
+}.items():
+    try:
+        check([fault(steps[0]), steps[1]], held("zb1p", 2), 4)
+        raise AssertionError("not noticed")
+    except ValueError as e:
+        print(f"{what:10}", e)
+
+# %% [markdown]
+# ## The report's table
+# The bubble of a schedule is the time until the last rank is done, less what a rank computes. Activations live from F
+# until the end of the backward pass, W included.
+
+
+# %%
+#| export
+def bubble(spans: list[Span], m: int, stages_a_rank: int, times: Times = PLAIN) -> float:
+    """Time in which a rank has nothing to do: the end, less F + B of m micro-batches in a stage."""
+    return max(span.end for span in spans) - m * stages_a_rank * (
+        times.f + times.b + 2 * times.comm
+    )
+
+
+def activations(steps: list[list[tuple[Op, ...]]]) -> list[int]:
+    """Of each rank, the most micro-batches in flight: begun by F, not yet through B or W."""
+    out = []
+    for mine in steps:
+        live, most = 0, 0
+        for step in mine:
+            live += sum(op.kind == "F" for op in step)
+            most = max(most, live)
+            live -= sum(op.kind in "BW" for op in step)
+        out.append(most)
+    return out
+
+
+FORMULA = {
+    "1f1b": lambda pp, t: (pp - 1) * (t.f + t.b),
+    "zb1p": lambda pp, t: (pp - 1) * (t.f + t.b - 2 * t.w),
+    "dualpipe": lambda pp, t: (pp / 2 - 1) * (t.pair + t.b - 3 * t.w),
+}
+
+
+# %%
+def measured(name: str, stages: int, m: int, t: Times = PLAIN):
+    """(bubble, stages a rank, activations) of PP stages."""
+    pp = stages // 2 if name == "dualpipev" else stages
+    steps, each = schedule(name, pp, m), len(held(name, pp)[0])
+    busy = 2 if name == "dualpipev" else 1  # dualpipe does each of its two stages for half of them
+    return bubble(simulate(steps, t), m, busy, t), each, max(activations(steps))
+
+
+print("PP   schedule   bubble = formula   parameters   activations")
+for pp in (2, 4, 8, 16):
+    for name in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
+        found, formula = (
+            measured(name, pp, 2 * pp + 4),
+            FORMULA[name.removesuffix("v")](pp, Times()),
+        )
+        print(f"{pp:2}   {name:10} {found[0]:6g} = {formula:<6g}    {found[1]:8}× {found[2]:12}")
+        assert found == (formula, 1 + ("dual" in name), pp + ("dual" in name))
+
+# %% [markdown]
+# Exact, where F = W = B/2 and F&B = F + B. Elsewhere the formulas are approximations: they count the gaps of the ideal
+# picture, and with other ratios steps no longer fit into each other. With overlap that gains nothing (F&B = F + B) but
+# a slower W, the table and the simulation part:
+
+# %%
+print("PP = 8            formula   simulated")
+for t in (
+    Times(),
+    Times(1, 2.2, 1.1, 3.2),
+    Times(1, 2, 0.8, 3),
+    Times(1, 2, 1, 2.6),
+    Times(1, 2.5, 1, 3.5),
+):
+    for name in ("zb1p", "dualpipe"):
+        found = measured(name, 8, 20, t)[0]
+        print(
+            f"{name:9}F={t.f:g} B={t.b:g} W={t.w:g} F&B={t.pair:g}: {FORMULA[name](8, t):6.2f} {found:8.2f}"
+        )
+assert any(abs(measured("dualpipe", 8, 20, t)[0] - FORMULA["dualpipe"](8, t)) > 0.1
+           for t in (Times(1, 2.2, 1.1, 3.2), Times(1, 2, 1, 2.6)))  # fmt: skip
+
+# %% [markdown]
+# (When F&B is *less* than F + B the simulation goes below the formula, even below zero: the bubble is measured
+# against work that the pairs do faster.)
+#
+# ## Experiment: what if communication takes x of computation?
+# The all-to-alls of a forward pass take $x$ times its computation. V3 sits near $x = 1$. How much longer does a step
+# take than its computation alone?
+
+# %%
+share = [i / 8 for i in range(17)]
+fig, ax = figure(1, 1, 8, 3.2)
+for name, color in zip(("1f1b", "zb1p", "dualpipe"), (GREY, GREEN, ORANGE)):
+    over = []
+    for x in share:
+        spans = simulate(schedule(name, 16, 120), Times(comm=x))
+        over.append(max(s.end for s in spans) / (120 * 3))
+    ax.plot(share, over, color=color, label=name)
+    print(f"{name:9} x = 0: {over[0]:.2f}, x = 1: {over[8]:.2f} times the computation")
+ax.set(xlabel="x: communication of a forward pass / its computation", ylabel="time / computation",
+       title="16 stages, 120 micro-batches: pairs hide what travels")  # fmt: skip
+ax.set_ylim(0.9)
+ax.legend()
+show(fig)
+
+# %% [markdown]
+# Until $2x$ exceeds what a pair computes (x = 1.5) DualPipe pays only at both ends, where steps are not paired. The
+# others pay in full.
+
+# %% [markdown]
+# ## Play
+# Choose a schedule; watch where it idles and how communication stretches what is not paired.
+
+
+# %%
+def look(name="dualpipe", pp=8, m=20, x=0.0):
+    """A timeline, and its cost in the title."""
+    m = micros(name, pp, m)
+    spans = simulate(schedule(name, pp, m), Times(comm=x))
+    end, work = max(s.end for s in spans), m * 3 * (2 if name == "dualpipev" else 1)
+    late = range(m // 2, m) if name == "dualpipe" else ()
+    show(
+        draw(
+            spans,
+            f"{name}: {end:g} units, of which {work} are computation ({work / end:.0%})",
+            late,
+        )
+    )
+
+
+look()
+play(look, name=list(SCHEDULES)[::-1], pp=(2, 16, 2), m=(4, 40, 2), x=(0.0, 2.0, 0.25))
+
+# %% [markdown]
+# ## Exercises
+# Fill in a function and run its cell; the checkers come first.
+#
+# **1 · Compute.** With PP stages and m micro-batches, what share of its time does a rank of 1F1B idle?
+
+
+# %%
+@checker
+def check_idle(fn):
+    """The bubble is (PP − 1)(F + B), the work m(F + B)."""
+    for pp, m in ((4, 8), (16, 120)):
+        spans = simulate(schedule("1f1b", pp, m))
+        assert abs(fn(pp, m) - bubble(spans, m, 1) / max(s.end for s in spans)) < 1e-9
+
+
+@checker
+def check_least(fn):
+    """Try numbers of micro-batches until the share of the bubble is small enough."""
+    assert fn(8, 0.05) == 40
+
+
+@checker
+def check_first_idle(fn):
+    """Until the first micro-batch arrives, rank r waits for r forward passes."""
+    starts = {
+        r: min(s.start for s in simulate(schedule("gpipe", 6, 6)) if s.rank == r) for r in range(6)
+    }
+    assert all(fn(r, 1.0) == starts[r] for r in range(6))
+
+
+# %%
+def my_idle(pp: int, m: int) -> float:
+    return ...
+
+
+check_idle(my_idle)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_idle(pp, m):
+#     return (pp - 1) / (m + pp - 1)
+# ```
+# </details>
+#
+# **2 · Predict.** What is the least even number of micro-batches (at least 2 PP) with which the bubble of DualPipe is
+# at most `share` of the computation, at the standard times?
+
+
+# %%
+def my_least(pp: int, share: float) -> int:
+    return ...
+
+
+check_least(my_least)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The bubble is PP − 2, the computation 3m.
+#
+# ```python
+# def my_least(pp, share):
+#     m = 2 * pp
+#     while (pp - 2) / (3 * m) > share:
+#         m += 2
+#     return m
+# ```
+# </details>
+#
+# **3 · Extend.** When does rank r of GPipe begin, if a forward pass takes f?
+
+
+# %%
+def my_first_idle(r: int, f: float) -> float:
+    return ...
+
+
+check_first_idle(my_first_idle)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_first_idle(r, f):
+#     return r * f
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# V3: PP 16, and 2 × 64 pipelines beside each other. A batch of 15,360 sequences gives each pipeline 120 micro-batches
+# of one sequence.
+
+# %%
+m = 15_360 // (2 * 64)
+for name in ("1f1b", "zb1p", "dualpipe"):
+    lost = measured(name, 16, m)[0] / (3 * m)
+    print(f"{name:9} {m} micro-batches: bubble {lost:6.1%} of the computation")
+assert measured("dualpipe", 16, m)[0] / (3 * m) < 0.04
+
+# %% [markdown]
+# The bubble is 4 % with DualPipe and 12.5 % with 1F1B, a gain worth having; hiding the exchange of tokens is worth far
+# more, nearly a factor of two. The price is that every parameter is held twice along the pipeline, which matters little
+# when 64-way expert parallelism has made most of them 64 times smaller, and one more micro-batch of activations.
+# `dsv3_ref/parallel/` executes these lists over real ranks: the pipeline axis of the mesh takes over from here.
