@@ -423,8 +423,8 @@ for name, pp, m in (("1f1b", 4, 8), ("zb1p", 4, 8), ("dualpipe", 4, 8)):
     )
 
 # %% [markdown]
-# Below: both ways meet in the middle (pale: those that entered at rank 3). Green over blue is a pair.
-# Now faults. An exchange of two steps that makes two ranks wait on one another, a lost W, a W before its I:
+# In the last picture both ways meet in the middle (pale: those that entered at rank 3); forward over backward
+# is a pair. Now faults: a W that is lost, a step that is done twice, a list that runs backwards.
 
 # %%
 steps = schedule("zb1p", 2, 4)

@@ -4,7 +4,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from dsv3_ref.viz.style import GREEN, ORANGE, figure
 
-COLOURS = {"F": "#56A0D8", "B": GREEN, "I": "#7CCBB2", "W": ORANGE}
+COLOURS = {"F": "#56A0D8", "B": GREEN, "I": "#CC79A7", "W": ORANGE}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 
 
