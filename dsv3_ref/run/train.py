@@ -18,7 +18,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import max_vio
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
-from dsv3_ref.pretrain import train_step
+from dsv3_ref.pretrain import StepStats, train_step
 from dsv3_ref.run import resume, settings
 from dsv3_ref.run.data import (
     VAL_BATCH,
@@ -41,25 +41,37 @@ class Trainer:
     """One run: model, optimizer and data, and where they stand."""
 
     def __init__(self, args: Train, folder: Path):
-        self.args, self.folder, r = args, folder, args.recipe
-        self.device = pick_device(args.device)
-        self.sources = open_sources(args.data, args.seed, args.streaming)
-        self.tokenizer = self.find_tokenizer()
-        torch.manual_seed(args.seed)
-        self.model = Transformer(args.model).to(self.device)
-        moments = torch.bfloat16 if args.moments == "bf16" else torch.float32
-        self.optimizer = adamw(self.model, r, moments)
-        self.ema = Ema(self.model, self.optimizer, args.ema) if args.ema else None
-        self.rows = Rows(self.sources, self.tokenizer, r.seq_len + 1, args.seed, args.fim_rate)
-        self.plan = batch_plan(r, r.steps)
+        self.args, self.folder = args, folder
+        self.plan = batch_plan(args.recipe, args.recipe.steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.guard = Guard(args.spike, args.spike_window, args.patience)
         self.rolled_from: int | None = None  # for the next row
         self.asked: list[int] = []  # signals that ask for an early end
+        self.device = self.pick_device()
+        self.open_data()
+        torch.manual_seed(args.seed)
+        self.build()
+
+    def pick_device(self) -> torch.device:
+        return pick_device(self.args.device)
+
+    def open_data(self) -> None:
+        """Sources, tokenizer, training rows and held-out windows."""
+        args, r = self.args, self.args.recipe
+        self.sources = open_sources(args.data, args.seed, args.streaming)
+        self.tokenizer = self.find_tokenizer()
+        self.rows = Rows(self.sources, self.tokenizer, r.seq_len + 1, args.seed, args.fim_rate)
         self.bytes = torch.tensor(byte_lengths(self.tokenizer))
         self.val = {
             s.name: val_windows(s.val_texts, self.tokenizer, r.seq_len) for s in self.sources
         }
+
+    def build(self) -> None:
+        """The model with its first weights, and what changes them."""
+        moments = torch.bfloat16 if self.args.moments == "bf16" else torch.float32
+        self.model = Transformer(self.args.model).to(self.device)
+        self.optimizer = adamw(self.model, self.args.recipe, moments)
+        self.ema = Ema(self.model, self.optimizer, self.args.ema) if self.args.ema else None
 
     def find_tokenizer(self):
         """--tokenizer, else one trained on this data; it must fit the embedding."""
@@ -95,15 +107,14 @@ class Trainer:
     def one_step(self) -> dict:
         """Train one step; the row for metrics.jsonl."""
         r, start, done = self.args.recipe, time.perf_counter(), self.done
-        tokens_bs = self.rows.take(self.plan[self.step]).to(self.device)
+        tokens_bs = self.batch(self.plan[self.step])
         lr, gamma, weight = lr_at(r, self.step, done), gamma_at(r, done), mtp_weight_at(r, done)
-        micro = tokens_bs.split(self.args.micro_batch or len(tokens_bs))
         try:
             with self.arithmetic(), ops.keeping(True) if self.args.recompute else nullcontext():
-                limit = self.guard.limit
-                s = train_step(self.model, self.optimizer, micro, r, lr, gamma, weight, limit)
+                s = self.compute(tokens_bs, r, lr, gamma, weight, self.guard.limit)
         except torch.OutOfMemoryError:
-            hint = f"--micro-batch {max(1, len(micro[0]) // 2)} computes fewer rows at a time"
+            rows = self.args.micro_batch or len(tokens_bs)
+            hint = f"--micro-batch {max(1, rows // 2)} computes fewer rows at a time"
             raise UserError(f"{self.device} is out of memory: {hint}") from None
         self.step += 1
         if self.ema and not s.skipped:
@@ -116,6 +127,15 @@ class Trainer:
             "lr": lr, "gamma": gamma, "mtp_weight": weight, "batch": len(tokens_bs),
             "tok_s": trained / seconds, "seconds": self.seconds,
         }  # fmt: skip
+
+    def batch(self, n: int) -> torch.Tensor:
+        """The next n rows of T + 1 tokens."""
+        return self.rows.take(n).to(self.device)
+
+    def compute(self, tokens_bs, *settings) -> StepStats:
+        """`train_step` on a batch."""
+        micro = tokens_bs.split(self.args.micro_batch or len(tokens_bs))
+        return train_step(self.model, self.optimizer, micro, *settings)
 
     def give_up(self, name: str, value: float, more: str = "") -> None:
         """Stop the run: weights that give such a number are of no use."""
@@ -139,7 +159,7 @@ class Trainer:
     def row(self, s) -> dict:
         """The measured part of a metrics row."""
         share_le = s.load_le / s.load_le.sum(-1, keepdim=True)
-        biases = [m.gate.bias for m in moe_layers(self.model).values()]
+        biases = self.biases()
         rolled_from, self.rolled_from = self.rolled_from, None
         return {
             "loss": known(s.loss),
@@ -156,17 +176,24 @@ class Trainer:
             "bias": [[] if b is None else [round(x, 6) for x in b.tolist()] for b in biases],
         }
 
+    def biases(self) -> list:
+        """Of the gates of all MoE layers."""
+        return [m.gate.bias for m in moe_layers(self.model).values()]
+
+    def nll(self, rows_bs) -> float:
+        """Σ −log p of the tokens of rows of T + 1, in nats."""
+        h_n = self.model.features(rows_bs[:, :-1])[0].flatten(0, 1)
+        return linear_cross_entropy(h_n, self.model.head.weight, rows_bs[:, 1:].flatten()).item()
+
     @torch.no_grad()
     def evaluate(self, name: str, batches: int | None = None) -> tuple[float, float]:
         """Held-out documents of a source: nats a token, bits a byte."""
         nll = n_bytes = n_tokens = 0
         for window_bs in self.val[name][:batches]:
-            x_bs, y_bs = window_bs[:, :-1].to(self.device), window_bs[:, 1:].to(self.device)
             with self.arithmetic():
-                h_n = self.model.features(x_bs)[0].flatten(0, 1)
-                nll += linear_cross_entropy(h_n, self.model.head.weight, y_bs.flatten()).item()
+                nll += self.nll(window_bs.to(self.device))
             n_bytes += self.bytes[window_bs[:, 1:]].sum().item()
-            n_tokens += y_bs.numel()
+            n_tokens += window_bs[:, 1:].numel()
         return nll / n_tokens, nll / math.log(2) / max(1, n_bytes)
 
     def validate(self, row: dict) -> None:
@@ -194,10 +221,19 @@ class Trainer:
             if due:
                 self.validate(row)
             yield row  # written before the checkpoint that follows it
-            if due or self.asked:
-                resume.save(self, row["val_loss"])
-            if self.asked:
+            leave = self.leaves()
+            if due or leave:
+                self.save(row["val_loss"])
+            if leave:
                 return
+
+    def leaves(self) -> bool:
+        """Whether a signal asks for an early end."""
+        return bool(self.asked)
+
+    def save(self, val_loss: float | None) -> None:
+        """A checkpoint of all that a run is."""
+        resume.save(self, val_loss)
 
     def samples(self) -> list[dict]:
         """Continuations of the first words of held-out documents."""
