@@ -28,17 +28,8 @@ def last_good(run: Path) -> str:
 def save(trainer, val_loss: float | None) -> None:
     """Write all that a run is as one directory, its rows on disk before it; drop old ones."""
     checkpoint.sync(trainer.folder / "metrics.jsonl")
-    data, tensors = trainer.rows.state()
-    state = {
-        "step": trainer.step,
-        "tokens": trainer.tokens,
-        "seconds": trainer.seconds,
-        "val_loss": val_loss,  # None: a signal asked for this checkpoint, the plan did not
-        "guard": trainer.guard.state(),
-        "data": data,
-    }
-    tensors = {f"data.{k}": v for k, v in tensors.items()}
-    tensors |= optimizer_tensors(trainer.optimizer) | random_tensors()
+    state, tensors = standing(trainer, val_loss)
+    tensors |= optimizer_tensors(trainer.optimizer)
     tensors |= trainer.ema.tensors() if trainer.ema else {}
     config, weights = asdict(trainer.args.model), trainer.model.state_dict()
     try:
@@ -50,6 +41,20 @@ def save(trainer, val_loss: float | None) -> None:
     except UserError as e:
         raise UserError(f"{e}. {last_good(trainer.folder)}") from e
     prune(trainer.folder, trainer.args.keep)
+
+
+def standing(trainer, val_loss: float | None) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Where a run stands, but for the model: values for JSON, and tensors."""
+    data, tensors = trainer.rows.state()
+    state = {
+        "step": trainer.step,
+        "tokens": trainer.tokens,
+        "seconds": trainer.seconds,
+        "val_loss": val_loss,  # None: a signal asked for this checkpoint, the plan did not
+        "guard": trainer.guard.state(),
+        "data": data,
+    }
+    return state, {f"data.{k}": v for k, v in tensors.items()} | random_tensors()
 
 
 def prune(run: Path, keep: int) -> None:
@@ -90,7 +95,7 @@ def restore(trainer) -> None:
 def read(trainer, folder: Path, data: bool = True) -> None:
     """`restore_from`, but a damaged checkpoint is a user's business."""
     try:
-        restore_from(trainer, folder, data)
+        trainer.load(folder, data)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError) as e:
         earlier = [f for f in checkpoint.steps(trainer.folder) if number(f) < number(folder)]
         raise UserError(
@@ -113,14 +118,11 @@ def rollback_point(run: Path) -> Path | None:
     return None
 
 
-def go_back(trainer, to: Path) -> None:
-    """Back to a checkpoint in everything but the data; those after it are of no use."""
-    for folder in checkpoint.steps(trainer.folder):
+def drop_after(run: Path, to: Path) -> None:
+    """Remove the checkpoints after the one that a run goes back to."""
+    for folder in checkpoint.steps(run):
         if number(folder) > number(to):
             checkpoint.remove(folder)
-    seconds = trainer.seconds
-    read(trainer, to, data=False)
-    trainer.seconds, trainer.guard.rolled_to = seconds, trainer.step
 
 
 def restore_from(trainer, folder: Path, data: bool = True) -> None:
@@ -132,8 +134,13 @@ def restore_from(trainer, folder: Path, data: bool = True) -> None:
     restore_optimizer(trainer.optimizer, part(tensors, "optimizer."))
     if trainer.ema:
         trainer.ema.restore(tensors)
+    stand(trainer, state, tensors, data)
+
+
+def stand(trainer, state: dict, tensors: dict, data: bool) -> None:
+    """The reverse of `standing`."""
     trainer.guard.restore(state["guard"])
-    if data:
+    if data and trainer.rows:
         trainer.rows.restore(state["data"], part(tensors, "data."))
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():

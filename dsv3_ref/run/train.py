@@ -146,13 +146,13 @@ class Trainer:
 
     def roll_back(self) -> None:
         """Go back to the newest good checkpoint, past the data since; a second time is the end."""
-        to = resume.rollback_point(self.folder)
+        to = self.rollback_point()
         if to is None or resume.number(to) == self.guard.rolled_to:
             s, more = self.last, f", and {self.guard.bad} steps in succession were skipped"
             loss = s.skipped == "nan" and not math.isfinite(s.total)
             self.give_up(*(("loss", s.total) if loss else ("gradient", s.grad_norm)), more)
         self.rolled_from = self.step
-        resume.go_back(self, to)
+        self.go_back(to)
         tqdm.write(f"{self.guard.patience} steps skipped: back from step {self.rolled_from} "
                    f"to {self.step}, past the data between", sys.stderr)  # fmt: skip
 
@@ -234,6 +234,21 @@ class Trainer:
     def save(self, val_loss: float | None) -> None:
         """A checkpoint of all that a run is."""
         resume.save(self, val_loss)
+
+    def load(self, folder: Path, data: bool = True) -> None:
+        """The reverse of `save`."""
+        resume.restore_from(self, folder, data)
+
+    def rollback_point(self) -> Path | None:
+        """The newest good checkpoint."""
+        return resume.rollback_point(self.folder)
+
+    def go_back(self, to: Path) -> None:
+        """To a checkpoint, in everything but the data."""
+        resume.drop_after(self.folder, to)
+        seconds = self.seconds
+        resume.read(self, to, data=False)
+        self.seconds, self.guard.rolled_to = seconds, self.step
 
     def samples(self) -> list[dict]:
         """Continuations of the first words of held-out documents."""
