@@ -35,6 +35,7 @@ class Cluster:
             whole = Transformer(c)
         mesh.form(holders(name, c, held) for name, _ in whole.named_parameters())
         self.moe_names = list(moe_layers(whole))
+        self.params = sum(p.numel() for p in whole.parameters())
         self.model = built(c, mesh, held[mesh.p], stages, seed)
         self.traffic = Traffic()
         exchange = Exchange(hops(c, mesh, per_node, self.traffic), fp8) if mesh.ep > 1 else None
@@ -100,6 +101,16 @@ class Cluster:
         for name, moe in moe_layers(self.model).items():
             if moe.gate.bias is not None:
                 update_bias(moe.gate.bias, load_le[self.moe_names.index(name)], gamma)
+
+    def biases(self) -> list:
+        """Of the gates of all MoE layers, wherever they are."""
+        if self.config.score_func != "sigmoid":
+            return [None] * len(self.moe_names)
+        shape = len(self.moe_names), self.config.n_routed_experts
+        bias_le = torch.full(shape, -torch.inf, device=self.mesh.device)
+        for name, moe in moe_layers(self.model).items():
+            bias_le[self.moe_names.index(name)] = moe.gate.bias
+        return list(self.mesh.largest(bias_le))
 
     @torch.no_grad()
     def nll(self, rows_bs: torch.Tensor) -> float:

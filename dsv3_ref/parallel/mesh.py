@@ -89,17 +89,16 @@ class Mesh:
         dist.all_reduce(x)
         return x
 
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, in place."""
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
     def from_first(self, x: torch.Tensor | None, shape=None, dtype=None) -> torch.Tensor:
         """What rank 0 has, everywhere."""
         x = torch.empty(shape, dtype=dtype, device=self.device) if x is None else x.to(self.device)
         dist.broadcast(x, 0)
         return x
-
-    def tell(self, value=None):
-        """A small Python value from rank 0 to all."""
-        box = [value]
-        dist.broadcast_object_list(box, 0, device=self.device)
-        return box[0]
 
 
 def under_torchrun() -> bool:

@@ -106,6 +106,23 @@ class Zero:
             if work:
                 work.wait()
 
+    def moments(self, b: Bucket) -> dict[str, torch.Tensor]:
+        """AdamW's of this rank's slice of a bucket."""
+        s = self.adamw.state[b.own] = self.adamw.state[b.own] or self.adamw.begin(b.own)
+        return {k: s[k] for k in ("exp_avg", "exp_avg_sq")}
+
+    @property
+    def taken(self) -> int:
+        """Steps that the moments have seen."""
+        self.moments(self.buckets[0])
+        return int(self.adamw.state[self.buckets[0].own]["step"])
+
+    @taken.setter
+    def taken(self, n: int) -> None:
+        for b in self.buckets:
+            self.moments(b)
+            self.adamw.state[b.own]["step"].fill_(n)
+
     def zero_grad(self) -> None:
         for b in self.buckets:
             b.grad.zero_()

@@ -24,6 +24,7 @@ from dsv3_ref.fp8 import weight_dequant
 from dsv3_ref.model import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARDED = ".metadata"  # in what several ranks wrote
 SHARD = 5_000_000_000  # bytes of a file before another one starts
 SCALE = "_scale_inv"  # what an FP8 weight's scales are called, after its own name
 
@@ -255,6 +256,10 @@ def load(directory, device=None, dtype: torch.dtype | None = None) -> Transforme
 
     Gate biases stay fp32. Raises `UserError` for everything that is wrong with the directory.
     """
+    if (sharded := find(directory) / SHARDED).is_file():
+        from dsv3_ref.parallel.checkpoint import whole  # which imports this module
+
+        return whole(sharded.parent).to(device, dtype)
     source = Checkpoint(directory)
     state = {name: source.read(name, device, dtype) for name in source.want}
     source.model.load_state_dict(state, assign=True)

@@ -12,7 +12,10 @@ def train(argv: list[str]) -> None:
     from dsv3_ref.run.settings import parse
 
     args = parse(argv)
-    from dsv3_ref.run.train import run  # after --help: it takes seconds to import
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from dsv3_ref.parallel.trainer import run
+    else:
+        from dsv3_ref.run.train import run  # after --help: it takes seconds to import
 
     run(args, shlex.join(["dsv3", "train", *argv]))
 

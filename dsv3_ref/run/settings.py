@@ -75,6 +75,21 @@ class Train:
     """steps that the median is taken over"""
     patience: int = 3
     """skipped steps in succession before going back to the newest checkpoint, past their data"""
+    pp: int = 1
+    """pipeline stages' ranks; with torchrun or srun: pp × dp × ep processes (V3: 16, 2, 64)"""
+    ep: int = 1
+    """ranks that share the experts of a layer"""
+    dp: int = 0
+    """copies of all that, which read different rows; 0: as many as there are ranks left"""
+    schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
+    """order of the pipeline's steps; dualpipe is the report's, dualpipev holds 2·pp stages"""
+    zero: bool = True
+    """ZeRO-1: each rank keeps the moments of its slice only"""
+    ep_node: int = 0
+    """ranks of an expert group in one node: tokens go across nodes once, then inside (two hops);
+    0: one hop"""
+    dispatch: Literal["auto", "wide", "fp8"] = "auto"
+    """how tokens travel to experts; auto: as FP8 codes with --precision fp8 (§3.2.2)"""
     tensorboard: bool = False
     """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
 
@@ -84,7 +99,6 @@ def check(args: Train) -> None:
     r, c = args.recipe, args.model
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     rules = [
-        (ranks == 1, f"dsv3 train runs on one rank yet, not on {ranks}: start one process"),
         (r.steps >= 1, "--steps must be at least 1"),
         (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
         (
@@ -106,6 +120,9 @@ def check(args: Train) -> None:
         (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
         (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
         (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
+        (args.pp * max(1, args.dp) * args.ep <= ranks, needed(args, ranks)),
+        (min(args.pp, args.ep) >= 1, "--pp and --ep must be at least 1"),
+        (min(args.dp, args.ep_node) >= 0, "--dp and --ep-node must be at least 0"),
         (0 <= args.ema < 1, "--ema must be from 0 to below 1"),
         (args.spike == 0 or args.spike > 1, "--spike must be above 1, or 0 for no limit"),
         (
@@ -119,6 +136,15 @@ def check(args: Train) -> None:
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
+
+
+def needed(args: Train, ranks: int) -> str:
+    """How to start as many processes as a mesh has ranks."""
+    n = args.pp * max(1, args.dp) * args.ep
+    return (
+        f"--pp {args.pp} × --dp {max(1, args.dp)} × --ep {args.ep} are {n} ranks, not {ranks}: "
+        f"torchrun --nproc-per-node {n} -m dsv3_ref.run.cli train …"
+    )
 
 
 def option(name: str) -> str:
@@ -147,7 +173,7 @@ def parse(argv: list[str]) -> Train:
 
 MAY_CHANGE = {
     "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep", "val_rows",
-    "tensorboard",
+    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_node",
 }  # fmt: skip
 
 

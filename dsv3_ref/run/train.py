@@ -59,6 +59,7 @@ class Trainer:
         """Sources, tokenizer, training rows and held-out windows."""
         args, r = self.args, self.args.recipe
         self.sources = open_sources(args.data, args.seed, args.streaming)
+        self.names = [s.name for s in self.sources]
         self.tokenizer = self.find_tokenizer()
         self.rows = Rows(self.sources, self.tokenizer, r.seq_len + 1, args.seed, args.fim_rate)
         self.bytes = torch.tensor(byte_lengths(self.tokenizer))
@@ -86,6 +87,16 @@ class Trainer:
                 f"raise --model.vocab-size to {size(t)}"
             )
         return t
+
+    @property
+    def params(self) -> int:
+        """Of the whole model."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def where(self) -> str:
+        """What trains it."""
+        return str(self.device)
 
     @property
     def done(self) -> float:
@@ -199,12 +210,12 @@ class Trainer:
     def validate(self, row: dict) -> None:
         """Add to a row how well the first source is predicted, by all its windows at the end."""
         batches = None if self.step == len(self.plan) else -(-self.args.val_rows // VAL_BATCH)
-        row["val_loss"], row["val_bpb"] = self.evaluate(self.sources[0].name, batches)
+        row["val_loss"], row["val_bpb"] = self.evaluate(self.names[0], batches)
         if not math.isfinite(row["val_loss"]):
             self.give_up("validation loss", row["val_loss"])
         if self.ema:
             with self.ema.applied():
-                row["val_loss_ema"] = known(self.evaluate(self.sources[0].name, batches)[0])
+                row["val_loss_ema"] = known(self.evaluate(self.names[0], batches)[0])
 
     def train(self) -> Iterator[dict]:
         """All remaining steps: a row each, with validation and a checkpoint every `save_every`.
@@ -238,6 +249,10 @@ class Trainer:
     def load(self, folder: Path, data: bool = True) -> None:
         """The reverse of `save`."""
         resume.restore_from(self, folder, data)
+
+    def restore(self) -> None:
+        """To the newest checkpoint, if there is one."""
+        resume.restore(self)
 
     def rollback_point(self) -> Path | None:
         """The newest good checkpoint."""
@@ -275,13 +290,16 @@ class Trainer:
         counts = [seen[i] for i in range(size(self.tokenizer))]
         return baselines("".join(first.val_texts), counts, encode(first.val_texts))
 
+    def other_sources(self) -> dict[str, float]:
+        """Bits a byte of held-out documents of all sources but the first."""
+        return {name: self.evaluate(name, 16)[1] for name in self.names[1:]}
+
     def summary(self, row: dict) -> dict:
         """What summary.json holds."""
         return {
             "val_loss": row["val_loss"],
             "val_bpb": row["val_bpb"],
-            "val_bpb_by_source": {self.sources[0].name: row["val_bpb"]}
-            | {s.name: self.evaluate(s.name, 16)[1] for s in self.sources[1:]},
+            "val_bpb_by_source": {self.names[0]: row["val_bpb"]} | self.other_sources(),
             "baselines": self.baselines(),
             "seconds": self.seconds,
             "tokens": self.tokens,
@@ -348,17 +366,17 @@ def run(args: Train, command: str | None = None) -> Path:
     return folder
 
 
-def start(args: Train, folder: Path, command: str | None) -> Trainer:
+def start(args: Train, folder: Path, command: str | None, make=Trainer) -> Trainer:
     """A trainer at step 0 or at its newest checkpoint; a mistake leaves no new run behind."""
     if not args.resume:
         write_json(folder / "run.json", settings.describe(args, command))
     try:
-        trainer = Trainer(args, folder)
+        trainer = make(args, folder)
     except UserError:
         if not args.resume:
             (folder / "run.json").unlink()
         raise
-    resume.restore(trainer)
+    trainer.restore()
     save_tokenizer(trainer.tokenizer, folder / "tokenizer.json")
     return trainer
 
@@ -383,10 +401,12 @@ def work(trainer: Trainer) -> None:
 
 def say_start(trainer: Trainer) -> None:
     """Two lines: what is trained on what, and where it goes."""
-    n = sum(p.numel() for p in trainer.model.parameters())
-    names = " and ".join(s.name for s in trainer.sources)
+    names = " and ".join(trainer.names)
     tokens = sum(trainer.plan) * trainer.args.recipe.seq_len
-    print(f"{trainer.args.config}: {n / 1e6:.1f}M parameters (MTP included) on {trainer.device}")
+    print(
+        f"{trainer.args.config}: {trainer.params / 1e6:.1f}M parameters (MTP included) "
+        f"on {trainer.where}"
+    )
     print(f"{len(trainer.plan)} steps, {tokens:,} tokens of {names} → {trainer.folder}")
     if trainer.step:
         print(f"going on after step {trainer.step}")
@@ -399,7 +419,7 @@ def finish(trainer: Trainer, row: dict) -> None:
     write_json(trainer.folder / "summary.json", trainer.summary(row))
     report = write_report(trainer.folder)
     bits = f"{row['val_bpb']:.3f} bits per byte"
-    print(f"{bits} on unseen {trainer.sources[0].name} documents; open {report}")
+    print(f"{bits} on unseen {trainer.names[0]} documents; open {report}")
 
 
 if __name__ == "__main__":

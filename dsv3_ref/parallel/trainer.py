@@ -1,0 +1,197 @@
+"""`dsv3 train` on several ranks: the run of one process, its parts replaced by the cluster's."""
+
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from dsv3_ref import ops
+from dsv3_ref.config import UserError
+from dsv3_ref.parallel import checkpoint as sharded
+from dsv3_ref.parallel.cluster import Cluster
+from dsv3_ref.parallel.mesh import Mesh, joined, sizes
+from dsv3_ref.pretrain import StepStats
+from dsv3_ref.run import checkpoint, resume, settings
+from dsv3_ref.run.ema import Ema
+from dsv3_ref.run.guard import LEAVE, signals
+from dsv3_ref.run.machine import keep_memory
+from dsv3_ref.run.settings import Train
+from dsv3_ref.run.train import Trainer, start, work
+
+
+class ClusterTrainer(Trainer):
+    """A rank's part of a run. Rank 0 reads the data for all, and writes what is not sharded."""
+
+    def __init__(self, args: Train, folder: Path, device: torch.device):
+        self.mesh = Mesh(*sizes(dist.get_world_size(), args.pp, args.ep, args.dp or None), device)
+        super().__init__(args, folder)
+
+    @property
+    def params(self) -> int:
+        return self.cluster.params
+
+    @property
+    def where(self) -> str:
+        m = self.mesh
+        return f"{m.world} ranks (pp {m.pp} × dp {m.dp} × ep {m.ep}) on {self.device.type}"
+
+    @property
+    def first(self) -> bool:
+        return self.mesh.rank == 0
+
+    def pick_device(self) -> torch.device:
+        return self.mesh.device
+
+    def open_data(self) -> None:
+        self.rows, read = None, super().open_data
+        told = from_first(lambda: read() or (self.names, self.val, self.bytes))
+        self.names, self.val, self.bytes = told
+
+    def build(self) -> None:
+        a = self.args
+        moments = torch.bfloat16 if a.moments == "bf16" else torch.float32
+        fp8 = a.dispatch == "fp8" or (a.dispatch == "auto" and a.precision == "fp8")
+        self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
+                               a.micro_batch, a.ep_node, fp8)  # fmt: skip
+        self.model, self.writer = self.cluster.model, sharded.Writer()
+        self.ema = Ema(self.model, self.cluster.zero.adamw, a.ema) if a.ema else None
+
+    @contextmanager
+    def arithmetic(self):
+        """As one process computes, with backward passes that can be split."""
+        with super().arithmetic(), ops.use(*split(ops.ACTIVE)):
+            yield
+
+    def batch(self, n: int) -> torch.Tensor:
+        shape = n, self.args.recipe.seq_len + 1
+        return self.mesh.from_first(self.rows.take(n) if self.first else None, shape, torch.int64)
+
+    def compute(self, tokens_bs, *settings) -> StepStats:
+        return self.cluster.train_step(tokens_bs, *settings)
+
+    def nll(self, rows_bs) -> float:
+        return self.cluster.nll(rows_bs)
+
+    def biases(self) -> list:
+        return list(self.cluster.biases())
+
+    def leaves(self) -> bool:
+        """Whether any rank was asked to: then all leave after the same step."""
+        asked = int(self.mesh.largest(torch.tensor(max(self.asked, default=0), device=self.device)))
+        if asked and not self.asked:
+            self.asked.append(asked)
+        return bool(asked)
+
+    def samples(self) -> list[dict]:
+        """By rank 0, from the checkpoint just written."""
+        mine, self.model = self.model, checkpoint.load(self.folder).to(self.device)
+        try:
+            return super().samples()
+        finally:
+            self.model = mine
+
+    # ── Checkpoints ──
+
+    def save(self, val_loss: float | None) -> None:
+        small = state = None
+        if self.first:
+            checkpoint.sync(self.folder / "metrics.jsonl")
+            state, small = resume.standing(self, val_loss)
+            state["taken"] = self.cluster.zero.taken
+        folder = self.folder / "checkpoints" / f"step_{self.step:07}"
+        if self.ema:
+            self.ema.wait()
+            state = state and state | {"ema_t": self.ema.t}
+        self.writer.start(self.cluster, folder, small, state, self.ema)
+        if self.step == len(self.plan) or self.asked:
+            self.settle()
+
+    def settle(self) -> None:
+        """Until the last checkpoint is complete; then the old ones go."""
+        self.writer.wait()
+        if self.first and checkpoint.steps(self.folder):
+            resume.prune(self.folder, self.args.keep)
+
+    def load(self, folder: Path, data: bool = True) -> None:
+        if self.ema:
+            self.ema.wait()
+        sharded.read(self.cluster, folder, self.ema)
+        state = checkpoint.read_json(folder / resume.STATE)
+        self.cluster.zero.taken = state["taken"]
+        if self.ema:
+            self.ema.t = state["ema_t"]
+        resume.stand(self, state, load_file(folder / resume.TENSORS), data)
+
+    def restore(self) -> None:
+        if self.first:
+            checkpoint.sweep(self.folder / "checkpoints")
+        dist.barrier()
+        if found := checkpoint.steps(self.folder):
+            resume.read(self, found[-1])
+
+    def rollback_point(self) -> Path | None:
+        self.settle()
+        return from_first(lambda: (resume.rollback_point(self.folder),))[0]
+
+    def go_back(self, to: Path) -> None:
+        if self.first:
+            resume.drop_after(self.folder, to)
+        dist.barrier()
+        seconds = self.seconds
+        resume.read(self, to, data=False)
+        self.seconds, self.guard.rolled_to = seconds, self.step
+
+
+def split(backends: tuple[str, ...]) -> tuple[str, ...]:
+    """The backends with `split` before the plain products."""
+    if "torch" not in backends:
+        raise UserError(f"on several ranks DSV3_BACKEND needs torch behind {','.join(backends)}")
+    i = backends.index("torch")
+    return *backends[:i], "split", *backends[i:]
+
+
+# ── From start to report ──
+
+
+def from_first(make):
+    """make() on rank 0, its result on all; if rank 0 gives up, so does everyone."""
+    box = [None]
+    try:
+        box = [make()] if dist.get_rank() == 0 else box
+    finally:
+        dist.broadcast_object_list(box, 0)
+    if box[0] is None:
+        raise SystemExit(2)  # rank 0 has said why
+    return box[0]
+
+
+def run(args: Train, command: str | None = None) -> Path:
+    """`dsv3 train` as one of the ranks that torchrun or srun has started."""
+    settings.check(args)
+    keep_memory()
+    with joined(args.device) as device, ExitStack() as stack:
+        folder = from_first(lambda: stack.enter_context(settings.claim(args)))
+        asked = stack.enter_context(signals())
+        make = lambda args, folder: ClusterTrainer(args, folder, device)
+        if dist.get_rank() == 0:
+            trainer = start(args, folder, command, make)
+            trainer.asked = asked
+            work(trainer)
+        else:
+            trainer = make(args, folder)
+            trainer.restore()
+            trainer.asked = asked
+            follow(trainer)
+        dist.barrier()
+    return folder
+
+
+def follow(trainer: ClusterTrainer) -> None:
+    """What the other ranks do while rank 0 works."""
+    for _ in trainer.train():
+        pass
+    if trainer.step < len(trainer.plan):
+        raise SystemExit(LEAVE[trainer.asked[-1]])
+    trainer.other_sources()  # for rank 0's summary
