@@ -133,3 +133,19 @@ def test_a_mistake_is_said_once_and_ends_all_ranks(home):
 )
 def test_ranks_that_were_not_started_are_missed(more, sentence, home):
     assert all(sentence in text for text in ended(started(home, home / "few", *more), 2))
+
+
+def test_a_rank_that_hangs_is_named(home):
+    run = home / "hung"
+    processes = started(home, run, 2, "--ep", "2", "--steps", "3000", "--hang-timeout", "5")
+    while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 3:
+        time.sleep(0.05)
+        assert all(p.poll() is None for p in processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    try:
+        said = processes[0].communicate(timeout=60)[0]
+    finally:
+        processes[1].kill()
+    assert processes[0].returncode == 70
+    assert "hang: held up by rank 1 does not answer" in said
+    assert "trainer.py" in (run / "logs" / "hang-rank0.txt").read_text()  # with its stack

@@ -160,7 +160,7 @@ def same_as_whole(run, whole) -> bool:
 
 
 DEADLY = {
-    "before there is a model": ("dsv3_ref.run.train.Trainer", 1),
+    "before there is a model": ("dsv3_ref.run.train.Transformer", 1),
     "writing the first checkpoint": ("dsv3_ref.run.resume.save_file", 1),
     "before the second has its name": ("dsv3_ref.run.checkpoint.publish", 2),
     "before old ones are dropped": ("dsv3_ref.run.resume.prune", 2),

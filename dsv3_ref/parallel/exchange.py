@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dsv3_ref.config import Config
 from dsv3_ref.expert_parallel import addressed, local_experts, send_list, weighed
 from dsv3_ref.fp8 import act_dequant, act_quant
+from dsv3_ref.parallel.watchdog import doing
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Hop:
     experts: int  # behind one member
     links: list[str]  # what lies between this rank and each member: "self", "inside", "across"
     traffic: Traffic
+    n: int = 0  # exchanges waited for so far: all members wait in the same order
 
     @property
     def size(self) -> int:
@@ -52,8 +54,9 @@ class Hop:
         for link, n in zip(self.links, send):
             self.traffic.bytes[link] += n * rows[:1].nbytes
         yield
-        asked = time.perf_counter()
-        work.wait()
+        asked, self.n = time.perf_counter(), self.n + 1
+        with doing(f"exchange of tokens, number {self.n}", self.group):
+            work.wait()
         self.traffic.exposed += time.perf_counter() - asked
         self.traffic.under_way += time.perf_counter() - start
         return out

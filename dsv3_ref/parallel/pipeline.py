@@ -9,6 +9,7 @@ from dsv3_ref import ops
 from dsv3_ref.dualpipe import Op, home, micros, schedule
 from dsv3_ref.parallel.stage import Seen, Stage, Weights
 from dsv3_ref.parallel.tape import Tape, drain, interleave
+from dsv3_ref.parallel.watchdog import doing
 
 # ── Messages ──
 
@@ -70,7 +71,9 @@ class Post:
         if key not in self.asked:
             return self.empty(key)
         work, x = self.asked.pop(key)
-        work.wait()
+        src = self.at(key._replace(stage=key.stage + (1 if key.kind == "B" else -1)))
+        with doing(f"message for {key.kind} of stage {key.stage}", [self.mesh.rank_of(src)]):
+            work.wait()
         return x
 
     def close(self) -> None:

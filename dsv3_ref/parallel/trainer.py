@@ -12,6 +12,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.parallel import checkpoint as sharded
 from dsv3_ref.parallel.cluster import Cluster
 from dsv3_ref.parallel.mesh import Mesh, joined, sizes
+from dsv3_ref.parallel.watchdog import doing, watch
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.run import checkpoint, resume, settings
 from dsv3_ref.run.ema import Ema
@@ -66,7 +67,9 @@ class ClusterTrainer(Trainer):
 
     def batch(self, n: int) -> torch.Tensor:
         shape = n, self.args.recipe.seq_len + 1
-        return self.mesh.from_first(self.rows.take(n) if self.first else None, shape, torch.int64)
+        rows_bs = self.rows.take(n) if self.first else None
+        with doing(f"rows of step {self.step + 1}", range(self.mesh.world)):
+            return self.mesh.from_first(rows_bs, shape, torch.int64)
 
     def compute(self, tokens_bs, *settings) -> StepStats:
         return self.cluster.train_step(tokens_bs, *settings)
@@ -174,6 +177,8 @@ def run(args: Train, command: str | None = None) -> Path:
     with joined(args.device) as device, ExitStack() as stack:
         folder = from_first(lambda: stack.enter_context(settings.claim(args)))
         asked = stack.enter_context(signals())
+        here = dist.get_rank(), dist.get_world_size()
+        stack.enter_context(watch(folder / "logs", *here, args.hang_timeout))
         make = lambda args, folder: ClusterTrainer(args, folder, device)
         if dist.get_rank() == 0:
             trainer = start(args, folder, command, make)
@@ -184,7 +189,7 @@ def run(args: Train, command: str | None = None) -> Path:
             trainer.restore()
             trainer.asked = asked
             follow(trainer)
-        dist.barrier()
+        dist.barrier()  # nobody leaves, and takes the store along, while others work
     return folder
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from dsv3_ref.optim import AdamW, Recipe
 from dsv3_ref.parallel.build import holders, is_expert
+from dsv3_ref.parallel.watchdog import doing
 
 
 class Bucket:
@@ -86,8 +87,9 @@ class Zero:
 
     def reduce(self, clip: float) -> float:
         """Sum the gradients over their groups and clip them all; their norm before."""
-        for work in [b.reduce() for b in self.buckets]:
-            work.wait()
+        with doing(f"sum of gradients, step {self.taken}", range(self.mesh.world)):
+            for work in [b.reduce() for b in self.buckets]:
+                work.wait()
         squares = sum(
             b.own.grad.double().square().sum() / (1 if b.sharded else b.size) for b in self.buckets
         )

@@ -90,6 +90,8 @@ class Train:
     0: one hop"""
     dispatch: Literal["auto", "wide", "fp8"] = "auto"
     """how tokens travel to experts; auto: as FP8 codes with --precision fp8 (§3.2.2)"""
+    hang_timeout: float = 600.0
+    """seconds that one operation of a rank may take, before all end and say which rank is late"""
     tensorboard: bool = False
     """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
 
@@ -122,6 +124,7 @@ def check(args: Train) -> None:
         (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
         (args.pp * max(1, args.dp) * args.ep <= ranks, needed(args, ranks)),
         (min(args.pp, args.ep) >= 1, "--pp and --ep must be at least 1"),
+        (args.hang_timeout > 0, "--hang-timeout must be above 0"),
         (min(args.dp, args.ep_node) >= 0, "--dp and --ep-node must be at least 0"),
         (0 <= args.ema < 1, "--ema must be from 0 to below 1"),
         (args.spike == 0 or args.spike > 1, "--spike must be above 1, or 0 for no limit"),
@@ -173,7 +176,7 @@ def parse(argv: list[str]) -> Train:
 
 MAY_CHANGE = {
     "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep", "val_rows",
-    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_node",
+    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_node", "hang_timeout",
 }  # fmt: skip
 
 
