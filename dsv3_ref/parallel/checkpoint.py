@@ -5,6 +5,7 @@ on which rank held it. Moments are put together from their slices first.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from dsv3_ref.config import from_dict
+from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import is_expert
 from dsv3_ref.run.checkpoint import CONFIG, TMP, publish, sibling, staging
@@ -69,36 +70,39 @@ def put(places: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> No
 
 
 class Writer:
-    """Writes in the background; a checkpoint appears under its name when it is whole."""
+    """Writes in the background; a checkpoint appears under its name once it is whole."""
 
     def __init__(self):
-        self.group, self.writing = dist.new_group(backend="gloo"), None
+        self.group, self.thread, self.writing = (
+            dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
+        )  # fmt: skip
 
-    def start(self, cluster, folder: Path, small: dict[str, torch.Tensor] | None, state, ema=None):
-        """Copy, and go on; `small` and `state` are what rank 0 adds."""
+    def start(self, cluster, folder: Path, extra, ema=None) -> None:
+        """Copy, and go on; extra: what rank 0 adds, (values for JSON, tensors), elsewhere None."""
         self.wait()
-        part = sibling(folder, TMP)
-        if small is not None:
+        if extra:
             staging(folder)
         dist.barrier(self.group)
-        future = dcp.async_save(
-            tensors_of(cluster, ema), checkpoint_id=part, process_group=self.group
-        )
-        self.writing = future, part, folder, small, state, cluster.config
+        copies, part = tensors_of(cluster, ema), sibling(folder, TMP)
+        saved = dcp.async_save(copies, checkpoint_id=part, process_group=self.group)
+        self.writing = self.thread.submit(self.finish, saved, folder, extra, cluster.config)
 
-    def wait(self) -> None:
-        """Until the checkpoint under way is on disk and has its name."""
-        if not self.writing:
-            return
-        future, part, folder, small, state, c = self.writing
-        future.result()
-        if small is not None:
+    def finish(self, saved, folder: Path, extra, c: Config) -> None:
+        """In the thread: rank 0's part ends after all others', and then it gives the name."""
+        saved.result()
+        if extra:
+            part, (state, tensors) = sibling(folder, TMP), extra
             (part / CONFIG).write_text(json.dumps(asdict(c), indent=2) + "\n")
-            save_file(small, part / TENSORS)
+            save_file(tensors, part / TENSORS)
             (part / STATE).write_text(json.dumps(state))
             publish(part, folder)
-        dist.barrier(self.group)
-        self.writing = None
+
+    def wait(self) -> None:
+        """Until the checkpoint under way has its name, on all ranks."""
+        if self.writing:
+            self.writing.result()
+            dist.barrier(self.group)
+            self.writing = None
 
 
 def read(cluster, folder: Path, ema=None) -> None:

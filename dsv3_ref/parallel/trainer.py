@@ -98,16 +98,18 @@ class ClusterTrainer(Trainer):
     # ── Checkpoints ──
 
     def save(self, val_loss: float | None) -> None:
-        small = state = None
-        if self.first:
-            checkpoint.sync(self.folder / "metrics.jsonl")
-            state, small = resume.standing(self, val_loss)
-            state["taken"] = self.cluster.zero.taken
-        folder = self.folder / "checkpoints" / f"step_{self.step:07}"
+        """Start to write; the rows before it are on disk first. The last one is waited for."""
+        extra = None
         if self.ema:
             self.ema.wait()
-            state = state and state | {"ema_t": self.ema.t}
-        self.writer.start(self.cluster, folder, small, state, self.ema)
+        if self.first:
+            checkpoint.sync(self.folder / "metrics.jsonl")
+            state, tensors = resume.standing(self, val_loss)
+            state |= {"taken": self.cluster.zero.taken, "ema_t": self.ema.t if self.ema else 0}
+            extra = state, tensors
+        self.settle()
+        folder = self.folder / "checkpoints" / f"step_{self.step:07}"
+        self.writer.start(self.cluster, folder, extra, self.ema)
         if self.step == len(self.plan) or self.asked:
             self.settle()
 
