@@ -99,7 +99,6 @@ class Train:
 def check(args: Train) -> None:
     """Raise a `UserError` for settings that cannot be trained with."""
     r, c = args.recipe, args.model
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     rules = [
         (r.steps >= 1, "--steps must be at least 1"),
         (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
@@ -122,10 +121,6 @@ def check(args: Train) -> None:
         (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
         (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
         (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
-        (args.pp * max(1, args.dp) * args.ep <= ranks, needed(args, ranks)),
-        (min(args.pp, args.ep) >= 1, "--pp and --ep must be at least 1"),
-        (args.hang_timeout > 0, "--hang-timeout must be above 0"),
-        (min(args.dp, args.ep_node) >= 0, "--dp and --ep-node must be at least 0"),
         (0 <= args.ema < 1, "--ema must be from 0 to below 1"),
         (args.spike == 0 or args.spike > 1, "--spike must be above 1, or 0 for no limit"),
         (
@@ -136,18 +131,25 @@ def check(args: Train) -> None:
     ]
     numbers = {k: v for k, v in asdict(r).items() if not isinstance(v, str)}
     rules += [(math.isfinite(v), f"{option(k)} must be a number") for k, v in numbers.items()]
+    rules += mesh_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
 
 
-def needed(args: Train, ranks: int) -> str:
-    """How to start as many processes as a mesh has ranks."""
-    n = args.pp * max(1, args.dp) * args.ep
-    return (
-        f"--pp {args.pp} × --dp {max(1, args.dp)} × --ep {args.ep} are {n} ranks, not {ranks}: "
-        f"torchrun --nproc-per-node {n} -m dsv3_ref.run.cli train …"
+def mesh_rules(args: Train, ranks: int) -> list[tuple[bool, str]]:
+    """What a mesh must satisfy, with as many processes as a launcher has started."""
+    pp, dp, ep = args.pp, max(1, args.dp), args.ep
+    missing = (
+        f"--pp {pp} × --dp {dp} × --ep {ep} are {pp * dp * ep} ranks, not {ranks}: "
+        f"torchrun --nproc-per-node {pp * dp * ep} -m dsv3_ref.run.cli train …"
     )
+    return [
+        (min(pp, ep) >= 1, "--pp and --ep must be at least 1"),
+        (min(args.dp, args.ep_node) >= 0, "--dp and --ep-node must be at least 0"),
+        (args.hang_timeout > 0, "--hang-timeout must be above 0"),
+        (pp * dp * ep <= ranks, missing),
+    ]
 
 
 def option(name: str) -> str:
