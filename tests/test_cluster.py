@@ -87,6 +87,8 @@ def test_four_ranks_train_what_one_trains(one, home):
     said = ended(started(home, run, 4, "--pp", "2", "--ep", "2", "--schedule", "dualpipe"))
     near(metrics(run), metrics(one))
     assert [row["loss"] for row in metrics(run)][0] == pytest.approx(metrics(one)[0]["loss"], 1e-6)
+    for row in metrics(run):
+        assert 0 < row["exchange_hidden"] < 1 and row["exchange_bytes"]["inside"] > 0
     assert "4 ranks (pp 2 × dp 1 × ep 2)" in said[0] and (run / "report.html").is_file()
     ours, theirs = load(steps(run)[0]), load(steps(one)[0])  # step 10, still close
     for (name, p), q in zip(ours.state_dict().items(), theirs.state_dict().values()):

@@ -22,6 +22,7 @@ LAB = ROOT / "tests" / "slurm_local.sh"
 STEPS, EVERY = 300, 100
 PLAN = f"--steps {STEPS} --seq-len 32 --batch 4 --warmup-steps 2 --save-every {EVERY}".split()
 MINUTES = 3  # that a job may take, with its restarts
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 pytestmark = pytest.mark.skipif(not os.environ.get("DSV3_SLURM"), reason="make test-slurm")
 
@@ -80,9 +81,9 @@ class Job:
 
     def end(self) -> str:
         """Wait for it; the state it ended in."""
-        lasting = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"}
-        self.wait(lambda: self.field("JobState") not in lasting, "the end")
-        return self.field("JobState")
+        states = []  # read once: a living job is briefly SIGNALING or PREEMPTED, and RUNNING again
+        self.wait(lambda: states.append(self.field("JobState")) or states[-1] in ENDED, "the end")
+        return states[-1]
 
     def reach(self, step: int) -> None:
         path = self.run / "metrics.jsonl"

@@ -10,7 +10,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_bias
 from dsv3_ref.optim import Recipe, skip_reason
 from dsv3_ref.parallel.build import built, holders
-from dsv3_ref.parallel.exchange import Exchange, Traffic, hops
+from dsv3_ref.parallel.exchange import LINKS, Exchange, Traffic, hops
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.stage import Weights
@@ -67,6 +67,7 @@ class Cluster:
         micros, shares = self.micros(tokens_bs)
         weights = [Weights(share, mtp_weight / max(1, depth), r.alpha) for share in shares]
         self.zero.zero_grad()
+        self.traffic.clear()
         seen = self.pipeline.run(micros, weights)
         main, balance, *mtp = self.summed(seen.main, seen.balance, *map(seen.mtp.get, self.depths))
         total = main + mtp_weight / max(1, depth) * sum(mtp) + r.alpha * balance
@@ -101,6 +102,16 @@ class Cluster:
         for name, moe in moe_layers(self.model).items():
             if moe.gate.bias is not None:
                 update_bias(moe.gate.bias, load_le[self.moe_names.index(name)], gamma)
+
+    def exchanged(self) -> dict:
+        """Of the last step, over all ranks: bytes by link, and the share of time hidden."""
+        if self.mesh.ep == 1:
+            return {}
+        t = self.traffic
+        sent = [t.bytes[link] for link in LINKS]
+        *sent, under_way, exposed = self.summed(*sent, t.under_way, t.exposed)
+        total = Traffic(dict(zip(LINKS, map(int, sent))), under_way, exposed)
+        return {"exchange_bytes": total.bytes, "exchange_hidden": total.hidden}
 
     def biases(self) -> list:
         """Of the gates of all MoE layers, wherever they are."""

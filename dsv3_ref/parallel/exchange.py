@@ -25,10 +25,18 @@ class Traffic:
     under_way: float = 0.0  # seconds from the start of every exchange to its end
     exposed: float = 0.0  # seconds of these in which this rank could only wait
 
+    def clear(self) -> None:
+        """Begin to count anew."""
+        self.bytes.clear()
+        self.under_way = self.exposed = 0.0
+
     @property
     def hidden(self) -> float:
         """Share of the exchanges' time that lay behind computation."""
         return 1 - self.exposed / self.under_way if self.under_way else 1.0
+
+
+LINKS = ("self", "inside", "across")
 
 
 @dataclass

@@ -74,6 +74,9 @@ class ClusterTrainer(Trainer):
     def compute(self, tokens_bs, *settings) -> StepStats:
         return self.cluster.train_step(tokens_bs, *settings)
 
+    def row(self, s: StepStats) -> dict:
+        return super().row(s) | self.cluster.exchanged()
+
     def nll(self, rows_bs) -> float:
         return self.cluster.nll(rows_bs)
 
