@@ -677,6 +677,7 @@ class AdamW(torch.optim.Optimizer):
             stored[1].copy_(v_x)
         if master is not None:
             p.copy_(master)
+        torch.autograd.graph.increment_version(p)  # the fused update does not count itself
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but every tensor keeps its dtype."""

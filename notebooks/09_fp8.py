@@ -30,7 +30,7 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
 from dsv3_ref.ops import IMPLS, impl, later, op, product_dtype
@@ -463,10 +463,11 @@ assert (act_dequant(q, s)[:, :5].T - y).norm() < 0.08 * y.norm()
 # \end{aligned}$$
 #
 # The weight that the optimizer sees stays fp32 (the *master*), and so does its gradient. The codes of
-# $x$ are remembered for as long as $x$ lives, since two matrices read it. Those of a weight are made
-# anew each time. *A trap that we fell into:* remembering these too, by the tensor's version number. Fused
-# optimizers change weights without counting the version up; the model then trained on its first
-# weights, learned a little all the same, through embedding and norms, and was 10 % off.
+# $x$ are remembered for as long as $x$ lives, since two matrices read it. Those of a weight live as long
+# as a forward pass that waits for its backward pass: a pipeline has 17 of them, and one copy of the codes.
+# *A trap that we fell into:* trusting the tensor's version number. Fused optimizers change weights
+# without counting it up; the model then trained on its first weights, learned a little all the same,
+# through embedding and norms, and was 10 % off. Our optimizer counts now.
 
 # %%
 #| export
@@ -479,6 +480,19 @@ def codes(x):
     if version != x._version:
         found = act_quant(x.detach().contiguous())
         CODES[x] = x._version, *found
+    return found
+
+
+WEIGHTS = WeakTensorKeyDictionary()  # weight → (version, its codes, its scales), both held weakly
+
+
+def weight_codes(weight):
+    """weight_quant(weight), once for all forward passes that still wait for their backward."""
+    version, *held = WEIGHTS.get(weight, (-1,))
+    found = [t for held_weakly in held if (t := held_weakly()) is not None]
+    if version != weight._version or len(found) < 2:
+        found = weight_quant(weight)
+        WEIGHTS[weight] = weight._version, *map(TensorWeakRef, found)
     return found
 
 
@@ -507,7 +521,7 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, q, s, count_e, keep):
-        w = weight_quant(weight)
+        w = weight_codes(weight)
         ctx.keep, ctx.count_e, ctx.k, ctx.dtype = keep, count_e, x.shape[-1], x.dtype
         ctx.weight = weight  # to be handed its gradient
         ctx.save_for_backward(*(e5m6_quant(x) if keep == "e5m6" else (q, s)), *w)
@@ -534,7 +548,7 @@ class FP8Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, weight, count_e):
-        ctx.count_e, ctx.weight, w = count_e, weight, weight_quant(weight)
+        ctx.count_e, ctx.weight, w = count_e, weight, weight_codes(weight)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
         h = [t.flatten(0, -2) for t in swiglu_quant(gate, up)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsv3_ref import fp8, ops
 from dsv3_ref.config import TINY
 from dsv3_ref.model import Transformer
-from dsv3_ref.optim import Recipe, adamw
+from dsv3_ref.optim import AdamW, Recipe, adamw
 from dsv3_ref.pretrain import losses, train_step
 
 SIZES = st.integers(1, 300)
@@ -236,6 +236,27 @@ def test_a_tensor_that_changed_is_coded_again():
     assert fp8.codes(x)[0] is first[0]
     x += 1
     assert torch.equal(fp8.codes(x)[0].float(), fp8.act_quant(x)[0].float())
+
+
+def test_forward_passes_that_wait_share_the_codes_of_a_weight(monkeypatch):
+    """In a pipeline many wait; when none does, or after a step, the weight is coded again."""
+    made, quant = [], fp8.weight_quant
+    monkeypatch.setattr(fp8, "weight_quant", lambda w: made.append(w) or quant(w))
+    layer, x = ops.Linear(256, 128), torch.randn(8, 256)
+    torch.nn.init.normal_(layer.weight)
+    optimizer = AdamW([{"params": [layer.weight], "weight_decay": 0.0}], 0.1, (0.9, 0.95))
+    with ops.use("fp8", "torch"):
+        first, second = layer(x).sum(), layer(x).sum()
+        assert len(made) == 1
+        first.backward()
+        optimizer.step()  # while the second still waits
+        third = layer(x).sum()
+        assert len(made) == 2 and third != second
+        second.backward()
+        third.backward()
+        del first, second, third
+        layer(x)
+        assert len(made) == 3
 
 
 @pytest.mark.parametrize("precise", [True, False], ids=["fp32", "autocast"])

@@ -111,6 +111,16 @@ def from_bytes(rows: torch.Tensor, *like: torch.Tensor) -> list[torch.Tensor]:
     return [x.view(len(x), *t.shape[1:]) for x, t in zip(parts, like)]
 
 
+def nothing(x: torch.Tensor) -> torch.Tensor:
+    """No rows of the width, dtype and device of x."""
+    return x.new_empty(0, *x.shape[1:])
+
+
+def zeros(like: torch.Tensor, n: int) -> torch.Tensor:
+    """The gradient of n rows that nobody used."""
+    return like.new_zeros(n, *like.shape[1:])
+
+
 class Leg:
     """One hop of one micro-batch's tokens: rows (m, d) out, and the same rows back."""
 
@@ -143,11 +153,17 @@ class Dispatch:
 
     def forward(self, x_md, weight_mk):
         rows, self.codes = yield from self.leg.out(x_md, weight_mk, self.expert_mk)
-        *self.arrived, self.expert_mk = rows
-        return tuple(self.arrived)
+        *arrived, self.expert_mk = rows
+        self.like = [nothing(a) for a in arrived]
+        return tuple(arrived)
+
+    def unpack(self):
+        """Experts of the rows that arrived, and the rows' codes; the tape keeps neither."""
+        unpacked, self.expert_mk, self.codes = (self.expert_mk, self.codes), None, None
+        return unpacked
 
     def backward(self, *gs):
-        gs = [torch.zeros_like(a) if g is None else g for g, a in zip(gs, self.arrived)]
+        gs = [zeros(a, sum(self.leg.receive)) if g is None else g for g, a in zip(gs, self.like)]
         return (yield from self.leg.back(*gs))
 
 
@@ -158,13 +174,11 @@ class Return:
         self.leg = leg
 
     def forward(self, y_md):
-        self.like = y_md
+        self.like = nothing(y_md)
         return tuple((yield from self.leg.back(y_md)))
 
     def backward(self, g_md):
-        g_md = (
-            self.like.new_zeros(sum(self.leg.send), *self.like.shape[1:]) if g_md is None else g_md
-        )
+        g_md = zeros(self.like, sum(self.leg.send)) if g_md is None else g_md
         return (yield from self.leg.out(g_md))[0]
 
 
@@ -192,7 +206,7 @@ class Exchange:
         rows = lambda x_nd, weight_nk: (x_nd[token_m], weighed(weight_nk[token_m], expert_mk))
         dispatch = Dispatch(leg, expert_mk)
         sent = yield from tape.send(dispatch, *tape.run(rows, x_nd, weight_nk))
-        arrived = *sent, dispatch.expert_mk, dispatch.codes
+        arrived = *sent, *dispatch.unpack()
         y_md = yield from self.level(tape, experts, *arrived, rest)
         (y_md,) = yield from tape.send(Return(leg), y_md)
         n = len(x_nd)

@@ -124,7 +124,7 @@ class Pass:
     def __init__(self, pipeline: Pipeline, micros, weights, post: Post, training: bool):
         self.pipeline, self.micros, self.weights, self.post = pipeline, micros, weights, post
         self.training, self.seen = training, Seen()
-        self.open: dict[tuple[int, int], tuple] = {}  # (stage, micro): tape, input, output
+        self.open: dict[tuple[int, int], tuple] = {}  # (stage, micro): tape, two marks
         self.later: dict[tuple[int, int], list] = {}  # and the Wgrads put off
 
     def expect(self, ops_: tuple[Op, ...]) -> None:
@@ -149,7 +149,7 @@ class Pass:
         args = self.micros[op.micro], self.weights[op.micro], self.seen
         y = yield from stage.forward(tape, x, *args)
         if self.training:
-            self.open[op.stage, op.micro] = tape, x, y
+            self.open[op.stage, op.micro] = tape, x if x is None else tape.mark(x), tape.mark(y)
         return y
 
     def backward(self, op: Op):

@@ -3,11 +3,15 @@
 A piece is an ordinary autograd graph, cut off at its inputs. Between pieces lie transfers. The tape
 plays both backwards. Forward and backward are generators that yield wherever something is under
 way: whoever runs them may compute something else before asking for the next piece (§3.2.1).
+Of inputs and results of a piece only that stays in memory which its graph saves.
 """
 
 from collections.abc import Generator
+from itertools import count
 
 import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref.ops import several
 
@@ -17,58 +21,88 @@ class Tape:
 
     def __init__(self, training: bool = True):
         self.training, self.records, self.grads = training, [], {}
+        self.marks, self.fresh = WeakTensorKeyDictionary(), count()
+
+    def mark(self, x: torch.Tensor) -> int:
+        """What stands for a tensor of this tape, so that it need not be kept."""
+        if x not in self.marks:
+            self.marks[x] = next(self.fresh)
+        return self.marks[x]
 
     def run(self, fn, *xs):
         """fn(*xs) as a piece of its own; results are cut off from it."""
         if not self.training:
             with torch.no_grad():
                 return fn(*xs)
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
+        piece = Piece(len(xs))
         with torch.enable_grad():
-            made = fn(*leaves)
-        ys = several(made)
-        outs = tuple(y.detach() for y in ys)
-        self.records.append((Piece(leaves, ys), xs, outs))
+            made = fn(*(piece.enter(i, x) for i, x in enumerate(xs)))
+        piece.ends = [get_gradient_edge(y) if y.requires_grad else None for y in several(made)]
+        outs = tuple(y.detach() for y in several(made))
+        self.record(piece, xs, outs)
         return outs if isinstance(made, tuple) else outs[0]
 
     def send(self, transfer, *xs) -> Generator:
         """transfer.forward(*xs), which yields while it is under way; returns its results."""
         outs = yield from transfer.forward(*xs)
         if self.training:
-            self.records.append((transfer, xs, outs))
+            self.record(transfer, xs, outs)
         return outs
 
-    def owes(self, out: torch.Tensor, grad) -> None:
-        """∂L/∂out, or a part of it."""
-        before = self.grads.get(id(out))
-        self.grads[id(out)] = grad if before is None else before + grad
+    def record(self, part, xs, outs) -> None:
+        self.records.append((part, [*map(self.mark, xs)], [*map(self.mark, outs)]))
+
+    def owes(self, out: torch.Tensor | int, grad) -> None:
+        """∂L/∂out, or a part of it; out: a tensor or its mark."""
+        out = out if isinstance(out, int) else self.mark(out)
+        self.grads[out] = self.grads[out] + grad if out in self.grads else grad
 
     def backward(self) -> Generator:
         """From what the results owe to parameters' gradients, and to what the inputs owe."""
         while self.records:
-            record, xs, outs = self.records.pop()
-            gs = [self.grads.pop(id(out), None) for out in outs]
-            for x, g in zip(xs, (yield from record.backward(*gs))):
+            part, xs, outs = self.records.pop()
+            gs = [self.grads.pop(out, None) for out in outs]
+            for x, g in zip(xs, (yield from part.backward(*gs))):
                 if g is not None:
                     self.owes(x, g)
 
-    def owed(self, x: torch.Tensor):
-        """∂L/∂x of an input, once the backward pass is over."""
-        return self.grads.pop(id(x), None)
+    def owed(self, x: torch.Tensor | int):
+        """∂L/∂x of an input, once the backward pass is over; x: a tensor or its mark."""
+        return self.grads.pop(x if isinstance(x, int) else self.mark(x), None)
+
+
+class Enter(torch.autograd.Function):
+    """y = x, and ∂L/∂y goes to `caught[i]`; a leaf would do the same and hold x in memory."""
+
+    @staticmethod
+    def forward(ctx, door, x, caught, i):
+        ctx.caught, ctx.i = caught, i
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.caught[ctx.i] = g
+        return None, None, None, None
 
 
 class Piece:
-    """Results with their graph, and the leaves where it was cut."""
+    """A graph by its ends, and the gradients caught where it was cut."""
 
-    def __init__(self, leaves, ys):
-        self.leaves, self.ys = leaves, ys
+    def __init__(self, n: int):
+        self.caught, self.ends = [None] * n, []
+
+    def enter(self, i: int, x: torch.Tensor):
+        """x as the i-th input; only floating-point numbers have a gradient."""
+        if not x.is_floating_point():
+            return x
+        return Enter.apply(torch.empty(0, requires_grad=True), x, self.caught, i)
 
     def backward(self, *gs) -> Generator:
-        """Gradients of the leaves; nothing to wait for."""
-        known = [(y, g) for y, g in zip(self.ys, gs) if g is not None and y.requires_grad]
+        """Gradients of the inputs; nothing to wait for."""
+        known = [(end, g) for end, g in zip(self.ends, gs) if end and g is not None]
         if known:
             torch.autograd.backward(*zip(*known))
-        return [leaf.grad for leaf in self.leaves]
+        return self.caught
         yield  # a generator, as a transfer's backward is
 
 

@@ -21,7 +21,7 @@ class Bucket:
 
     def __init__(self, named: dict[str, nn.Parameter], group, sharded: bool):
         self.names, self.group, self.sharded = list(named), group, sharded
-        self.size = dist.get_world_size(group)
+        self.size, self.params = dist.get_world_size(group), list(named.values())
         n, first = sum(p.numel() for p in named.values()), next(iter(named.values()))
         self.flat = first.new_zeros(-(-n // self.size) * self.size)
         self.grad, self.at, end = torch.zeros_like(self.flat), {}, 0
@@ -107,6 +107,7 @@ class Zero:
         for work in [b.gather() for b in self.buckets]:
             if work:
                 work.wait()
+        torch.autograd.graph.increment_version([p for b in self.buckets for p in b.params])
 
     def moments(self, b: Bucket) -> dict[str, torch.Tensor]:
         """AdamW's of this rank's slice of a bucket."""
