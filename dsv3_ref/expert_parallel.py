@@ -40,6 +40,20 @@ def weighed(weight_mk, expert_mk):
 # ── At the destination ──
 
 
+class SumRows(torch.autograd.Function):
+    """o_n = Σ y_m over the rows m of token n; keeps no rows."""
+
+    @staticmethod
+    def forward(ctx, y_md, token_m, n):
+        ctx.save_for_backward(token_m)
+        return y_md.new_zeros(n, y_md.shape[1]).index_add_(0, token_m, y_md)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_nd):
+        return g_nd[ctx.saved_tensors[0]], None, None
+
+
 def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     """Σ_k w_nk·expert_nk(x_n) over the experts that are here: (n, d); −1 is none of them.
 
@@ -53,6 +67,5 @@ def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     x_md = x_nd[token_m]
     if codes is not None:
         CODES[x_md] = x_md._version, *(t[token_m] for t in codes)
-    y_md = experts(x_md, count_e)
-    y_md = y_md * weight_nk.flatten()[order_m, None].to(y_md.dtype)
-    return y_md.new_zeros(x_nd.shape).index_add(0, token_m, y_md)
+    y_md = experts(x_md, count_e, weight_nk.flatten()[order_m])
+    return SumRows.apply(y_md, token_m, len(x_nd))

@@ -241,7 +241,7 @@ class Gate(nn.Module):
 
     def forward(self, x_bsd) -> Route:
         with torch.autocast(x_bsd.device.type, enabled=False):
-            logit_bse = F.linear(x_bsd.float(), self.weight.float())
+            logit_bse = F.linear(again(torch.Tensor.float, x_bsd), self.weight.float())
         return route(logit_bse, self.bias, self.config)
 
 
@@ -411,8 +411,9 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
 
-    def forward(self, x_md, count_e):
+    def forward(self, x_md, count_e, weight_m=None):
         gate, up = grouped_linear(x_md, self.w1, count_e), grouped_linear(x_md, self.w3, count_e)
+        up = up if weight_m is None else up * weight_m[:, None].to(up.dtype)
         return grouped_swiglu_linear(gate, up, self.w2, count_e)
 
 

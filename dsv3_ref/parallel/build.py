@@ -12,31 +12,23 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.model import Transformer
+from dsv3_ref.scale import stages
 
 # ── Stages ──
 
 
-def layers_of(n_layers: int, stages: int, stage: int) -> range:
-    """The layers of a stage: as even as can be, the last stages, which have more to do, fewer."""
-    share, more = divmod(n_layers, stages)
-    start = stage * share + min(stage, more)
-    return range(start, start + share + (stage < more))
-
-
-def stages_of(name: str, n_layers: int, stages: int, n_mtp_layers: int) -> tuple[int, ...]:
-    """The stages that need a parameter; MTP lies in the last one, and so needs the embedding."""
+def stages_of(name: str, c: Config, n: int) -> tuple[int, ...]:
+    """Which of n stages need a parameter; MTP lies in the last one, and so needs the embedding."""
     if place := re.match(r"layers\.(\d+)\.", name):
-        i = int(place[1])
-        return tuple(s for s in range(stages) if i in layers_of(n_layers, stages, s))
+        return tuple(s for s, layers in enumerate(stages(c, n)) if int(place[1]) in layers)
     if name.startswith("embed."):
-        return tuple(sorted({0, stages - 1} if n_mtp_layers else {0}))
-    return (stages - 1,)
+        return tuple(sorted({0, n - 1} if c.n_mtp_layers else {0}))
+    return (n - 1,)
 
 
 def holders(name: str, c: Config, held: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The pp ranks that hold a parameter; held: the stages of every pp rank."""
-    stages = 1 + max(s for of_rank in held for s in of_rank)
-    needs = set(stages_of(name, c.n_layers, stages, c.n_mtp_layers))
+    needs = set(stages_of(name, c, 1 + max(s for of_rank in held for s in of_rank)))
     return tuple(p for p, of_rank in enumerate(held) if needs & set(of_rank))
 
 
@@ -90,14 +82,14 @@ def set_state(device: torch.device, value: torch.Tensor) -> None:
 # ── The rank's model ──
 
 
-def built(c: Config, mesh, held: tuple[int, ...], stages: int, seed: int) -> Transformer:
+def built(c: Config, mesh, held: tuple[int, ...], n: int, seed: int) -> Transformer:
     """What this rank holds of `Transformer(c)` after `torch.manual_seed(seed)`, bit for bit."""
     if c.n_routed_experts % mesh.ep:
         raise UserError(f"--ep {mesh.ep} does not divide {c.n_routed_experts} routed experts")
     torch.manual_seed(seed)
     with Starts(mesh.device) as starts, torch.device("meta"):
         model = Transformer(c)
-    cut(model, c, held, stages)
+    cut(model, c, held, n)
     after = state(mesh.device)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         value = starts.draw(t)
@@ -106,12 +98,12 @@ def built(c: Config, mesh, held: tuple[int, ...], stages: int, seed: int) -> Tra
     return model
 
 
-def cut(model: Transformer, c: Config, held: tuple[int, ...], stages: int) -> None:
+def cut(model: Transformer, c: Config, held: tuple[int, ...], n: int) -> None:
     """Drop what none of the held stages needs; what stays keeps its name."""
     for name, module in dict(model.named_children()).items():
         for key in [*module] if isinstance(module, nn.ModuleDict) else [None]:
             full = f"{name}." + (f"{key}." if key else "")
-            if not set(stages_of(full, c.n_layers, stages, c.n_mtp_layers)) & set(held):
+            if not set(stages_of(full, c, n)) & set(held):
                 (module.pop(key) if key else setattr(model, name, None))
 
 

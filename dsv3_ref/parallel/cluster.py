@@ -10,6 +10,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_bias
 from dsv3_ref.optim import Recipe, skip_reason
 from dsv3_ref.parallel.build import built, holders
+from dsv3_ref.parallel.deepep import DeepEP
 from dsv3_ref.parallel.exchange import LINKS, Exchange, Traffic, hops
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
@@ -24,7 +25,7 @@ class Cluster:
     def __init__(
         self, c: Config, r: Recipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
         moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, per_node: int = 0,
-        fp8: bool = False,
+        fp8: bool = False, deepep: bool = False,
     ):  # fmt: skip
         self.config, self.mesh, self.micro_batch = c, mesh, micro_batch
         held = stages_held(schedule, mesh.pp)
@@ -38,7 +39,10 @@ class Cluster:
         self.params = sum(p.numel() for p in whole.parameters())
         self.model = built(c, mesh, held[mesh.p], stages, seed)
         self.traffic = Traffic()
-        exchange = Exchange(hops(c, mesh, per_node, self.traffic), fp8) if mesh.ep > 1 else None
+        self.counts = mesh.ep > 1 and not deepep  # what DeepEP carries, only DeepEP knows
+        exchange = Exchange(hops(c, mesh, per_node, self.traffic), fp8) if self.counts else None
+        if mesh.ep > 1 and deepep:
+            exchange = DeepEP(c, mesh.ep_group, fp8)
         self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange)
         self.zero = Zero(self.model, c, mesh, held, r, moments, zero)
 
@@ -105,7 +109,7 @@ class Cluster:
 
     def exchanged(self) -> dict:
         """Of the last step, over all ranks: bytes by link, and the share of time hidden."""
-        if self.mesh.ep == 1:
+        if not self.counts:
             return {}
         t = self.traffic
         sent = [t.bytes[link] for link in LINKS]

@@ -9,8 +9,8 @@ from dsv3_ref.config import Config
 from dsv3_ref.model import Transformer
 from dsv3_ref.moe import MoE, balance_loss, expert_load
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.parallel.build import layers_of
 from dsv3_ref.rope import rope_table
+from dsv3_ref.scale import stages
 
 
 @dataclass
@@ -39,10 +39,10 @@ class Seen:
 class Stage:
     """Layers of one stage over the model of a rank; what losses and gates say goes to `seen`."""
 
-    def __init__(self, model: Transformer, c: Config, stage: int, stages: int, exchange):
+    def __init__(self, model: Transformer, c: Config, stage: int, n: int, exchange):
         self.model, self.config, self.exchange = model, c, exchange
-        self.layers = layers_of(c.n_layers, stages, stage)
-        self.first, self.last = stage == 0, stage == stages - 1
+        self.layers = stages(c, n)[stage]
+        self.first, self.last = stage == 0, stage == n - 1
 
     def forward(self, tape, x_bsd, tokens_bs, weights: Weights, seen: Seen):
         """From tokens or the stage before to the stage after, or to the losses; a generator."""
