@@ -105,7 +105,7 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     q, kv, r, f = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.moe_inter_dim
     out = {"residual stream": 2 * (4 * d + 4)}
     out["latents"] = (2 * q + 4 + codes(q, True)) * (q > 0)
-    out["latents"] += 2 * (kv + r) + 4 + 2 * r + codes(kv, True)
+    out["latents"] += 2 * (kv + r) + 4 + 2 * r + codes(kv, True) + 8 * r  # turns of q and k
     out["input of attention"] = codes(d, True)
     out["output of attention"] = 2 * hv + 4 * h
     if fp8:

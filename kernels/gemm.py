@@ -8,7 +8,7 @@ from triton.runtime import driver
 from dsv3_ref import fp8, moe  # noqa: F401  define the ops
 from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, multiprocessors, octave, require
 from dsv3_ref.kernels.quant import E4M3, INT32, tile_map, tiles
-from dsv3_ref.ops import impl
+from dsv3_ref.ops import impl, later, product_dtype
 
 # ── Which configs are tried ──
 
@@ -370,35 +370,33 @@ def grouped_wgrad(g_mo, x_mi, map_xz, end_e):
 
 
 class GroupedLinear(torch.autograd.Function):
-    """y_m = W_e(m) x_m and its gradients, without waiting for the counts."""
+    """y_m = W_e(m) x_m and its gradients, without waiting for the counts; dW when `later` says."""
 
     @staticmethod
     def forward(ctx, x_mi, weight_eoi, count_e):
-        maps = tile_map(count_e, len(x_mi))
-        ctx.save_for_backward(x_mi, weight_eoi, *maps)
-        return grouped_gemm(x_mi, weight_eoi, *maps, transposed=False)
+        ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype  # the parameter itself, not a narrow copy
+        x_mi, maps = x_mi.to(product_dtype(x_mi)), tile_map(count_e, len(x_mi))
+        ctx.save_for_backward(x_mi, *maps)
+        return grouped_gemm(x_mi, weight_eoi.to(x_mi.dtype), *maps, transposed=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_mo):
-        (x_mi, weight_eoi, *maps), g_mo = ctx.saved_tensors, g_mo.contiguous()
+        (x_mi, *maps), weight, g_mo = ctx.saved_tensors, ctx.weight, g_mo.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = grouped_gemm(g_mo, weight_eoi, *maps, transposed=True)
+            dx = grouped_gemm(g_mo, weight.to(g_mo.dtype), *maps, transposed=True).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dw = grouped_wgrad(g_mo, x_mi, *maps)
+            dw = later(weight, lambda: grouped_wgrad(g_mo, x_mi, *maps).to(weight.dtype))
         return dx, dw, None
 
 
 @impl("grouped_linear", "triton")
 def grouped_linear(x_mi, weight_eoi, count_e):
     """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; count_e sums to m."""
-    if torch.is_autocast_enabled(x_mi.device.type):
-        dtype = torch.get_autocast_dtype(x_mi.device.type)
-        x_mi, weight_eoi = x_mi.to(dtype), weight_eoi.to(dtype)
     require("x_mi", x_mi, (None, None), FLOATS)
-    shape = len(count_e), None, x_mi.shape[1]
-    require("weight_eoi", weight_eoi, shape, (x_mi.dtype,))
+    like = FLOATS if torch.is_autocast_enabled(x_mi.device.type) else (x_mi.dtype,)
+    require("weight_eoi", weight_eoi, (len(count_e), None, x_mi.shape[1]), like)
     return GroupedLinear.apply(x_mi, weight_eoi, count_e)
 
 

@@ -271,6 +271,7 @@ class Keeper:
         return x
 
     def again(self, fn, args):
+        self.reruns = {k: r for k, r in self.reruns.items() if not r[2].expired()}
         rerun = Rerun(fn, args, self.keep)
         results = several(y := fn(*args))
         for i, memory in enumerate(r.untyped_storage() for r in results):

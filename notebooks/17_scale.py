@@ -240,7 +240,7 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     q, kv, r, f = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.moe_inter_dim
     out = {"residual stream": 2 * (4 * d + 4)}
     out["latents"] = (2 * q + 4 + codes(q, True)) * (q > 0)
-    out["latents"] += 2 * (kv + r) + 4 + 2 * r + codes(kv, True)
+    out["latents"] += 2 * (kv + r) + 4 + 2 * r + codes(kv, True) + 8 * r  # turns of q and k
     out["input of attention"] = codes(d, True)
     out["output of attention"] = 2 * hv + 4 * h
     if fp8:
@@ -273,7 +273,7 @@ ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(q, k, v))
 
 
 def held(c: Config, n: int, fp8: bool) -> int:
-    """Bytes that autograd holds after the first layer of a stage has seen n tokens."""
+    """Bytes that autograd holds after the first stage, of one layer, has seen n tokens."""
     stage = Stage(Transformer(c), c, 0, 2, Exchange([]))
     backends, tape = ("lean", "fp8", "torch") if fp8 else ("lean", "torch"), Tape()
     tokens_bs = torch.randint(c.vocab_size, (1, n + 1))
@@ -284,15 +284,13 @@ def held(c: Config, n: int, fp8: bool) -> int:
 
 
 SHAPE = replace(
-    TINY, n_layers=2, n_mtp_layers=0, dim=256, inter_dim=384, q_lora_rank=200, kv_lora_rank=160
+    TINY, n_layers=1, n_mtp_layers=0, dim=256, inter_dim=384, q_lora_rank=200, kv_lora_rank=160
 )
 for dense in (True, False):
     for fp8 in (True, False):
         c = replace(SHAPE, n_dense_layers=int(dense))
         found = (held(c, 192, fp8) - held(c, 128, fp8)) / 64  # codes of weights cancel
-        rope = (
-            8 + c.qk_rope_head_dim * 12
-        )  # token numbers; cosines and sines, the same for all layers
+        rope = 8 + 4 * c.qk_rope_head_dim  # token numbers; cosines and sines, once for all layers
         formula = sum(kept(c, dense, fp8).values()) + rope
         print(
             f"{'dense' if dense else 'MoE':6}{'FP8' if fp8 else 'bf16':5}{found:9,.0f} bytes a token counted, {formula:9,.0f} by formula"

@@ -5,7 +5,7 @@ import pytest
 import torch
 import triton
 
-from dsv3_ref import fp8
+from dsv3_ref import fp8, ops
 from dsv3_ref.kernels import gemm
 from dsv3_ref.ops import IMPLS
 
@@ -219,6 +219,23 @@ def test_grouped_linear_as_the_reference_has_it_under_autocast():
     assert [t.dtype for t in got] == [t.dtype for t in want] == [torch.bfloat16, *FLOATS[:1] * 2]
     for a, b in zip(got, want):
         assert error(a, b) < 8 * ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
+def test_the_gradient_of_a_weight_waits_until_a_schedule_asks(cast):
+    count_e = torch.tensor([3, 0, 8], device=DEVICE)
+    x, w, g = (torch.randn(s, device=DEVICE) for s in ((11, 16), (3, 24, 16), (11, 24)))
+    x.requires_grad_(), w.requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
+        _, *want = grouped("triton", x, w, count_e, g)
+        y = IMPLS["grouped_linear"]["triton"](x, w, count_e)
+    with ops.putting_off() as todo:
+        y.backward(g.to(y.dtype))
+    assert torch.equal(x.grad, want[0]) and w.grad is None
+    ((weight, wgrad),) = todo
+    assert weight is w  # the parameter, whose .grad a pipeline adds to
+    dw = wgrad()
+    assert dw.dtype == w.dtype and torch.equal(dw, want[1])
 
 
 def test_a_gradient_without_strides_and_one_that_nobody_wants():

@@ -23,7 +23,7 @@ def buffer_class():
         from deep_ep import Buffer
     except ImportError as e:
         raise UserError(
-            f"--dispatch deepep cannot import deep_ep ({e}): build it for these GPUs with "
+            f"--exchange deepep cannot import deep_ep ({e}): build it for these GPUs with "
             "`python setup.py install` in a clone of https://github.com/deepseek-ai/DeepEP"
         ) from e
     return Buffer
@@ -35,7 +35,7 @@ def buffer_for(group, dim: int):
     try:
         configs = buffer.get_dispatch_config(n), buffer.get_combine_config(n)
     except AssertionError as e:
-        raise UserError(f"--dispatch deepep has no settings for --ep {n}: {e}") from e
+        raise UserError(f"--exchange deepep has no settings for --ep {n}: {e}") from e
     inside = max(c.get_nvl_buffer_size_hint(2 * dim, n) for c in configs)
     across = max(c.get_rdma_buffer_size_hint(2 * dim, n) for c in configs) if n > NODE else 0
     return buffer(group, inside, across)
@@ -113,9 +113,7 @@ class DeepEP:
     def back(self, y_md, handle, weight_mk=None):
         """Rows to where they came from, added up there: rows of y's dtype, and weights likewise."""
         sent = y_md.bfloat16().contiguous()
-        y_nd, weight_nk, event = self.buffer.combine(
-            sent, handle, topk_weights=weight_mk, async_finish=True
-        )
+        y_nd, weight_nk, event = self.buffer.combine(sent, handle, weight_mk, async_finish=True)
         yield
         event.current_stream_wait()
         return y_nd.to(y_md.dtype), weight_nk

@@ -55,7 +55,7 @@ class ClusterTrainer(Trainer):
         moments = torch.bfloat16 if a.moments == "bf16" else torch.float32
         fp8 = a.dispatch == "fp8" or (a.dispatch == "auto" and a.precision == "fp8")
         self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
-                               a.micro_batch, a.ep_node, fp8)  # fmt: skip
+                               a.micro_batch, a.ep_node, fp8, a.exchange == "deepep")  # fmt: skip
         self.model, self.writer = self.cluster.model, sharded.Writer()
         self.ema = Ema(self.model, self.cluster.zero.adamw, a.ema) if a.ema else None
 

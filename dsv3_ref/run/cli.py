@@ -63,9 +63,18 @@ def preflight(argv: list[str]) -> None:
     preflight(tyro.cli(Preflight, prog="dsv3 preflight", args=argv))
 
 
+def plan(argv: list[str]) -> None:
+    """dsv3 plan: what a cluster would hold, send and cost."""
+    import tyro
+
+    from dsv3_ref.run.plan import Plan, plan
+
+    plan(tyro.cli(Plan, prog="dsv3 plan", args=argv))
+
+
 COMMANDS = {
     "train": train, "generate": generate, "chat": chat, "bench": bench, "ablate": ablate,
-    "preflight": preflight,
+    "preflight": preflight, "plan": plan,
 }  # fmt: skip
 
 

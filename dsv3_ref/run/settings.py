@@ -90,6 +90,8 @@ class Train:
     0: one hop"""
     dispatch: Literal["auto", "wide", "fp8"] = "auto"
     """how tokens travel to experts; auto: as FP8 codes with --precision fp8 (§3.2.2)"""
+    exchange: Literal["all-to-all", "deepep"] = "all-to-all"
+    """who carries tokens: torch.distributed, or DeepEP's kernels where they are installed"""
     hang_timeout: float = 600.0
     """seconds that one operation of a rank may take, before all end and say which rank is late"""
     tensorboard: bool = False
@@ -178,7 +180,8 @@ def parse(argv: list[str]) -> Train:
 
 MAY_CHANGE = {
     "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep", "val_rows",
-    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_node", "hang_timeout",
+    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_node", "exchange",
+    "hang_timeout",
 }  # fmt: skip
 
 

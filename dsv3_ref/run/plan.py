@@ -1,0 +1,288 @@
+"""`dsv3 plan`: what a cluster would hold, send and cost, before anybody rents it (chapter 17)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from dsv3_ref.config import Config, UserError, named
+from dsv3_ref.dualpipe import Op, Span, held, micros, schedule, simulate
+from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.build import holders, is_expert
+from dsv3_ref.scale import (
+    Machine,
+    StageTimes,
+    attention_flops,
+    gpu_hours,
+    kept,
+    products,
+    row_bytes,
+    stage_seconds,
+    stages,
+    trips,
+)
+
+REPORT = 180e3  # GPU hours per trillion tokens (§1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory, messages, time and cost of training on a cluster; by default the report's V3."""
+
+    config: str = "v3"
+    """size: tiny, small, v2_lite, v3, or a .json file"""
+    pp: int = 16
+    ep: int = 64
+    dp: int = 2
+    schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipe"
+    seq_len: int = 4096
+    batch: int = 15_360
+    """sequences in a step, over all ranks; a micro-batch is one sequence"""
+    precision: Literal["fp8", "bf16"] = "fp8"
+    zero: bool = True
+    """ZeRO-1: each rank keeps the moments of its slice only"""
+    ep_node: int = 8
+    """ranks of an expert group in one node"""
+    machine: Machine = Machine()
+    """what a GPU reaches, and costs"""
+    out: Path | None = None
+    """where to put a picture (.png, .svg, .pdf)"""
+
+
+class Rank(NamedTuple):
+    """Bytes on one GPU of a pipeline rank, by kind; and of its host."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    codes: int  # of weights in FP8, while a step runs
+    activations: int
+    host: int  # the average of the weights
+
+    @property
+    def gpu(self) -> int:
+        return sum(self) - self.host
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `dsv3 plan` says."""
+
+    plan: Plan
+    model: Config
+    ranks: list[Rank]  # of every pp rank
+    in_flight: list[int]  # micro-batches
+    sent: dict[str, int]  # bytes a step and GPU, of the rank that sends most
+    flops: float  # of a step, all GPUs
+    spans: list[Span]
+    tail: float  # seconds after the pipeline: gradients and weights over the network
+
+    @property
+    def seconds(self) -> float:
+        return max(span.end for span in self.spans) + self.tail
+
+    @property
+    def gpus(self) -> int:
+        return self.plan.pp * self.plan.ep * self.plan.dp
+
+    @property
+    def hours(self) -> float:
+        """GPU hours per trillion tokens."""
+        return gpu_hours(self.seconds, self.gpus, self.plan.batch * self.plan.seq_len)
+
+
+# ── Memory ──
+
+
+def stages_in(p: Plan) -> int:
+    """Of the whole pipeline."""
+    return 1 + max(s for of_rank in held(p.schedule, p.pp) for s in of_rank)
+
+
+def numbers_of(p: Plan, c: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
+    """Of every pp rank: {(ranks that sum the gradient, under FP8): numbers}; and its stages.
+
+    From the model on the meta device, cut as the cluster trainer cuts it.
+    """
+    with torch.device("meta"):
+        model = Transformer(c)
+    where, out = held(p.schedule, p.pp), [{} for _ in range(p.pp)]
+    for name, w in model.named_parameters():
+        ranks, expert = holders(name, c, where), is_expert(name)
+        size = len(ranks) * p.dp * (1 if expert else p.ep)
+        in_block = name.startswith("layers.") or ".block." in name
+        key = size, in_block and w.ndim > 1 and ".gate." not in name
+        for rank in ranks:
+            out[rank][key] = out[rank].get(key, 0) + w.numel() // (p.ep if expert else 1)
+    return out, where
+
+
+def stage_bytes(p: Plan, c: Config) -> list[int]:
+    """What one micro-batch holds in each stage; head losses keep both of their gradients."""
+    block = [sum(kept(c, dense, p.precision == "fp8").values()) for dense in (False, True)]
+    out = [
+        p.seq_len * sum(block[i < c.n_dense_layers] for i in layers)
+        for layers in stages(c, stages_in(p))
+    ]
+    heads = (1 + c.n_mtp_layers) * (4 * c.vocab_size * c.dim + 2 * p.seq_len * c.dim)
+    mtp = block[False] + (4 + 2 + 4 + 2) * c.dim  # embedding, h, both for the projection, result
+    out[-1] += heads + p.seq_len * (4 * c.dim + c.n_mtp_layers * mtp)
+    return [round(x) for x in out]
+
+
+def most(mine: list[tuple[Op, ...]], size: list[int]) -> tuple[int, int]:
+    """A rank's largest sum of what its micro-batches hold, and how many there were then."""
+    live, best = [], (0, 0)
+    for step in mine:
+        live += [op.stage for op in step if op.kind == "F"]
+        best = max(best, (sum(size[s] for s in live), len(live)))
+        for op in step:
+            if op.kind in "BW":
+                live.remove(op.stage)
+    return best
+
+
+def rank_bytes(p: Plan, numbers: dict, activations: int) -> Rank:
+    """fp32 parameters are their own masters; fp32 gradients; bf16 moments; codes with scales."""
+    total = sum(numbers.values())
+    slices = sum(n / (size if p.zero else 1) for (size, _), n in numbers.items())
+    eight = sum(n for (_, eight), n in numbers.items() if eight)
+    codes = eight * (1 + 4 / 128**2) if p.precision == "fp8" else 2 * eight
+    gradients = 4 * total + 4 * slices * p.zero
+    return Rank(
+        4 * total, round(gradients), round(4 * slices), round(codes), activations, 4 * total
+    )
+
+
+# ── Messages, operations, time ──
+
+
+def messages(p: Plan, c: Config, numbers: list[dict], where) -> dict[str, int]:
+    """Bytes that a GPU sends in a step, by link; of the rank with the most, for each link."""
+    m = p.batch // (p.dp * p.ep)
+    cut, (out, back) = stages(c, stages_in(p)), row_bytes(c, p.precision == "fp8")
+    of_stage = [sum(i >= c.n_dense_layers for i in layers) for layers in cut]  # with experts
+    of_stage[-1] += c.n_mtp_layers
+    share = 0.5 if p.schedule == "dualpipe" else 1.0  # a stage's micro-batches on one of two ranks
+    blocks = max(share * sum(of_stage[s] for s in mine) for mine in where)
+    rows = [t * m * p.seq_len * blocks * 2 for t in trips(c, p.ep, p.ep_node)]
+    gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in numbers)
+    return {
+        "experts, across nodes": round(rows[0] * (out + back)),
+        "experts, inside nodes": round(rows[1] * (out + back)),
+        "pipeline": round(share * 2 * len(where[0]) * m * p.seq_len * 4 * c.dim * (p.pp > 1)),
+        "gradients and weights": round(2 * gradients),
+    }
+
+
+def operations(p: Plan, c: Config) -> float:
+    """Of a step, forward and backward, without what is computed again."""
+    forward, backward = attention_flops(c, p.seq_len)
+    token = 0.0
+    for i in [*range(c.n_layers), *[c.n_layers] * c.n_mtp_layers]:
+        token += 3 * sum(x.flops for x in products(c, i < c.n_dense_layers).values())
+        token += forward + backward
+    token += 6 * c.dim * ((1 + c.n_mtp_layers) * c.vocab_size + 2 * c.n_mtp_layers * c.dim)
+    return token * p.batch * p.seq_len
+
+
+def estimate(p: Plan) -> Estimate:
+    """All of it."""
+    c = named(p.config)
+    check(p, c)
+    numbers, where = numbers_of(p, c)
+    m = micros(p.schedule, p.pp, p.batch // (p.dp * p.ep))
+    steps, size = schedule(p.schedule, p.pp, m), stage_bytes(p, c)
+    peaks = [most(mine, size) for mine in steps]
+    ranks = [rank_bytes(p, of, peak) for of, (peak, _) in zip(numbers, peaks)]
+    moves = trips(c, p.ep, p.ep_node)
+    times = StageTimes(stage_seconds(c, p.machine, stages(c, stages_in(p)), p.seq_len, moves))
+    sent = messages(p, c, numbers, where)
+    tail = sent["gradients and weights"] / p.machine.ib
+    return Estimate(
+        p, c, ranks, [count for _, count in peaks], sent, operations(p, c),
+        simulate(steps, times), tail,
+    )  # fmt: skip
+
+
+def check(p: Plan, c: Config) -> None:
+    """Raise a `UserError` for a cluster that cannot be."""
+    if min(p.pp, p.ep, p.dp, p.seq_len, p.batch, p.ep_node) < 1:
+        raise UserError("every size must be at least 1")
+    pipes, n = p.dp * p.ep, stages_in(p)
+    full = p.ep <= p.ep_node or p.ep % p.ep_node == 0
+    rules = [
+        (n <= c.n_layers, f"{c.n_layers} layers cannot be cut into {n} stages"),
+        (c.n_routed_experts % p.ep == 0, f"--ep must divide {c.n_routed_experts} routed experts"),
+        (full, f"--ep {p.ep} ranks do not fill nodes of --ep-node {p.ep_node}"),
+        (p.batch % pipes == 0, f"--batch must be a multiple of --dp × --ep = {pipes}"),
+        (p.schedule != "dualpipe" or p.pp % 2 == 0, "dualpipe needs an even --pp"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+# ── Said and drawn ──
+
+
+def table(e: Estimate) -> str:
+    """Memory by rank, in GB."""
+    head = [f.replace("host", "host: average") for f in Rank._fields]
+    lines = ["rank  " + "  ".join(f"{name:>11}" for name in [*head[:-1], "GPU", head[-1]])]
+    for i, rank in enumerate(e.ranks):
+        row = [*rank[:-1], rank.gpu, rank.host]
+        lines.append(f"{i:4}  " + "  ".join(f"{x / 1e9:11.2f}" for x in row))
+    return "\n".join(lines)
+
+
+def say(e: Estimate) -> str:
+    """Everything in words."""
+    p, m = e.plan, e.plan.machine
+    top = max(rank.gpu for rank in e.ranks)
+    fits = "fits" if top <= m.memory else "does NOT fit"
+    tokens, ideal = p.batch * p.seq_len, e.flops / e.gpus / e.seconds
+    sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
+    return f"""\
+{p.config} on {e.gpus:,} GPUs: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, {p.precision}, \
+batch {p.batch:,} × {p.seq_len:,} tokens
+GB on each GPU of a pipeline rank, everything recomputed that may be:
+{table(e)}
+at most {max(e.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}
+
+sent by a GPU in a step (the rank that sends most):
+{sent}
+
+a step: {e.flops:.3g} FLOPs; {e.seconds:.2f} s, of which {e.tail:.2f} s after the pipeline
+{tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {ideal / 1e12:.0f} TFLOP/s a GPU
+{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars / 1e3:,.0f}K \
+(the report: {REPORT / 1e3:.0f}K, ${REPORT * m.dollars / 1e3:,.0f}K)"""
+
+
+def picture(e: Estimate):
+    """Memory of every pipeline rank, by kind."""
+    from dsv3_ref.viz import COLOURS, figure
+
+    fig, ax = figure(1, 1, 9, 3.6)
+    bottom = [0.0] * len(e.ranks)
+    for name, color in zip(Rank._fields[:-1], COLOURS):
+        heights = [getattr(rank, name) / 1e9 for rank in e.ranks]
+        ax.bar(range(len(heights)), heights, bottom=bottom, color=color, label=name)
+        bottom = [b + h for b, h in zip(bottom, heights)]
+    ax.axhline(e.plan.machine.memory / 1e9, color="black", ls="--", lw=1, label="memory")
+    ax.set(xlabel="pipeline rank", ylabel="GB on each of its GPUs", xticks=range(len(bottom)))
+    ax.set_title(
+        f"{e.plan.config} on {e.gpus:,} GPUs: {e.hours / 1e3:,.0f}K hours a trillion tokens"
+    )
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    return fig
+
+
+def plan(p: Plan) -> None:
+    """Print it, and draw it where --out says."""
+    e = estimate(p)
+    print(say(e))
+    if p.out:
+        picture(e).savefig(p.out)
+        print(p.out)
