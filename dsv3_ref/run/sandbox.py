@@ -1,0 +1,305 @@
+"""Where code that a model wrote runs: bubblewrap, limits, no network, and a verdict from outside.
+
+Expected answers never enter the sandbox and our process compares: whatever a program reads,
+patches or prints, the most it can forge is the right answer, and that is what was asked for.
+"""
+
+import json
+import math
+import os
+import platform
+import random
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv3_ref.config import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use; `cpu`, `memory` and `files` are what each of its processes may."""
+
+    seconds: float = 10.0  # by the clock
+    cpu: int = 5  # seconds
+    memory: int = 512 << 20  # bytes of addresses
+    processes: int = 8  # threads count
+    files: int = 64  # open at once
+    output: int = 1 << 20  # bytes of each stream and of each file
+    disk: int = 16 << 20  # bytes of /tmp, which is memory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended and what it left behind."""
+
+    status: str  # ok, error, or the limit that ended it: time, memory, output
+    code: int  # of exit; 128 + signal
+    output: str
+    errors: str
+    value: str  # JSON of what a called function returned
+    seconds: float  # with those that the sandbox takes
+
+
+LIMITS, KILLED = Limits(), 128 + signal.SIGKILL
+MISSING = (
+    "code that a model wrote runs only in bubblewrap, and there is no bwrap: "
+    "apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
+)
+UNABLE = (
+    "bubblewrap could not start Python ({}): it needs version 0.8 and user namespaces (sysctl "
+    "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0), or root with "
+    "CAP_SYS_ADMIN"
+)
+
+# ── What the kernel refuses ──
+
+MACHINES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}  # AUDIT_ARCH_… of linux/audit.h
+REFUSED = {  # calls that lead past namespaces or limits, with their numbers on MACHINES
+    "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117), "bpf": (321, 280),
+    "process_vm_writev": (311, 271), "add_key": (248, 217), "request_key": (249, 218),
+    "keyctl": (250, 219), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425), "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
+}  # fmt: skip
+SOCKET, CLONE, CLONE3 = (41, 198), (56, 220), 435
+NAMESPACES = 0x7E02_0000  # every CLONE_NEW… bit
+LOAD, EQUAL, AT_LEAST, ANY_BIT, ANSWER = 0x20, 0x15, 0x35, 0x45, 0x06  # operations of BPF
+ANSWERS = (0x7FFF_0000, 0x8000_0000, 0x5_0001, 0x5_0026)  # yes, die, EPERM, ENOSYS
+
+
+def refusals() -> bytes:
+    """A seccomp filter: none of REFUSED, no new namespaces, sockets only of AF_UNIX.
+
+    A step is (operation, steps to skip if it holds, if it does not, value).
+    """
+    if (machine := platform.machine()) not in MACHINES:
+        raise UserError(f"the sandbox knows {' and '.join(MACHINES)}, not {machine}")
+    here = list(MACHINES).index(machine)
+    allow, kill, refuse, lack = ((ANSWER, 0, 0, value) for value in ANSWERS)
+    architecture, number, argument = ((LOAD, 0, 0, at) for at in (4, 0, 16))
+    steps = [architecture, (EQUAL, 1, 0, MACHINES[machine]), kill]
+    steps += [number, (AT_LEAST, 0, 1, 0x4000_0000), refuse]  # x86_64's second table of calls
+    steps += [step for name in REFUSED for step in ((EQUAL, 0, 1, REFUSED[name][here]), refuse)]
+    steps += [(EQUAL, 0, 1, CLONE3), lack]  # its flags are out of sight; libc then takes clone
+    steps += [(EQUAL, 0, 4, SOCKET[here]), argument, (EQUAL, 0, 1, 1), allow, refuse]
+    steps += [(EQUAL, 0, 3, CLONE[here]), argument, (ANY_BIT, 0, 1, NAMESPACES), refuse, allow]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)
+
+
+# ── What a program sees ──
+
+# Runs in the program's own interpreter; `{began}` is closed before the program could touch it.
+BEGIN = """
+import os, site
+os.write({began}, b"+")
+os.close({began})
+site.setquit()
+with open("/main.py", "rb") as source:
+    __file__, code = source.name, compile(source.read(), source.name, "exec")
+del os, site, source
+exec(globals().pop("code"))
+"""
+CALL = f"""
+__import__("sys").modules["main"] = __import__("sys").modules[__name__]; __name__ = "main"
+{BEGIN}
+__import__("os").write({{value}}, __import__("json").dumps({{function}}(
+    *__import__("json").load(__import__("io").open("/args.json")))).encode())
+"""
+
+
+def nobody() -> int | None:
+    """A user id to become: the kernel counts processes by user, root's not at all. None: cannot."""
+    start, _, count = map(int, Path("/proc/self/uid_map").read_text().split()[-3:])
+    end = min(start + count, 1 << 31)
+    ids = range(max(1, end // 2), end)
+    return random.SystemRandom().choice(ids) if os.geteuid() == 0 and ids else None
+
+
+def view(user: int | None, disk: int) -> list[str]:
+    """Namespaces of its own, the system's programs and Python to read, a small /tmp to write."""
+    spaces = ["ipc", "pid", "net", "uts", "cgroup-try", *(["user"] if user is None else [])]
+    shown = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix]
+    parents = ["/etc", *reversed(Path(sys.base_prefix).parents)]
+    return [
+        *(f"--unshare-{space}" for space in spaces), "--hostname", "sandbox", "--new-session",
+        "--die-with-parent", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp",
+        "--setenv", "PYTHONHASHSEED", "0",  # equal programs end equally
+        "--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp", "--chdir", "/tmp",
+        *(word for path in parents for word in ("--perms", "755", "--dir", str(path))),
+        *(word for path in shown for word in ("--ro-bind-try", path, path)),
+        "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
+    ]  # fmt: skip
+
+
+def python(user: int | None, limits: Limits) -> list[str]:
+    """The interpreter as nobody, within limits, first to go when the machine runs out of memory."""
+    drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    most = {
+        "as": limits.memory,
+        "cpu": f"{limits.cpu}:{limits.cpu + 1}",  # SIGXCPU, then SIGKILL
+        "nproc": limits.processes + (user is None),  # bwrap's own counts too
+        "nofile": limits.files,
+        "fsize": limits.output,
+        "core": 1,  # byte; 0 would still call the host's crash handler
+    }
+    bound = ["prlimit", *(f"--{name}={value}" for name, value in most.items())]
+    interpreter = [os.path.realpath(sys.executable), "-S", "-c"]
+    return ["choom", "-n1000", "--", *(drop if user else []), *bound, *interpreter]
+
+
+# ── A program runs ──
+
+
+def in_memory(stack: ExitStack, text: str | bytes = "") -> int:
+    """A file without a name: limits on file sizes bound what is written there, as to no pipe."""
+    fd = os.memfd_create("sandbox")
+    stack.callback(os.close, fd)
+    os.write(fd, text if isinstance(text, bytes) else text.encode(errors="replace"))
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def launch(stack: ExitStack, script: str, texts: dict[str, str], stdin: str, limits: Limits):
+    """Start a script beside these files: (bwrap, what it tells, descriptors of what comes out)."""
+    if not (bwrap := shutil.which("bwrap")):
+        raise UserError(MISSING)
+    user, rules, (info, tell) = nobody(), in_memory(stack, refusals()), os.pipe()
+    ends = {name: in_memory(stack) for name in ("output", "errors", "value", "began")}
+    files = {path: in_memory(stack, text) for path, text in texts.items()}
+    command = [bwrap, *view(user, limits.disk), "--info-fd", tell, "--seccomp", rules]
+    command += [word for path, fd in files.items() for word in ("--file", fd, path)]
+    command += ["--remount-ro", "/", "--", *python(user, limits), script.format(**ends)]
+    with open(info) as told:
+        with open(tell, "w"):
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                env={},  # a program could read that of bwrap
+                stdin=in_memory(stack, stdin),
+                stdout=ends["output"],
+                stderr=ends["errors"],
+                pass_fds=[tell, rules, *files.values(), ends["value"], ends["began"]],
+            )
+            stack.callback(process.kill)
+        return process, told.read(), ends
+
+
+def finish(process: subprocess.Popen, info: str, seconds: float) -> int:
+    """Wait until nothing of the sandbox lives, as its first process ends last; the exit code."""
+    with suppress(ValueError, ProcessLookupError):  # bwrap failed, or all is over
+        first = os.pidfd_open(json.loads(info)["child-pid"])
+        ended = select.poll()
+        ended.register(first, select.POLLIN)
+        if not ended.poll(1000 * seconds):
+            signal.pidfd_send_signal(first, signal.SIGKILL)
+            ended.poll()
+        os.close(first)
+    return process.wait()
+
+
+def status(code: int, full: bool, errors: str, seconds: float, limits: Limits) -> str:
+    """Which limit ended a program, if one did; a label, no verdict."""
+    if full:
+        return "output"
+    if code == 128 + signal.SIGXCPU:
+        return "time"
+    if code == KILLED:  # by us, by the second limit on CPU, or by a machine without memory
+        return "time" if seconds > min(limits.seconds, limits.cpu) else "memory"
+    if code and "MemoryError" in errors[-100:]:
+        return "memory"
+    return "error" if code else "ok"
+
+
+def execute(script: str, texts: dict[str, str], stdin: str, limits: Limits) -> Outcome:
+    """Run a script beside these files until nothing of it lives."""
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        process, info, ends = launch(stack, script, texts, stdin, limits)
+        code = finish(process, info, limits.seconds)
+        seconds = time.perf_counter() - start
+        found = [os.pread(fd, limits.output, 0) for fd in ends.values()]
+    full = max(map(len, found)) == limits.output
+    output, errors, value, began = (data.decode(errors="replace") for data in found)
+    if not began:
+        raise UserError(UNABLE.format(errors.strip().rpartition("\n")[2] or f"exit code {code}"))
+    label = status(code, full, errors, seconds, limits)
+    return Outcome(label, code, output, errors, value, seconds)
+
+
+def run(program: str, stdin: str = "", limits: Limits = LIMITS) -> Outcome:
+    """Run a program that may use Python's standard library on this input."""
+    return execute(BEGIN, {"/main.py": program}, stdin, limits)
+
+
+def call(program: str, function: str, args: Iterable, limits: Limits = LIMITS) -> Outcome:
+    """Call a program's `name` or `Solution().name` with JSON values; its value is JSON."""
+    texts = {"/main.py": program, "/args.json": json.dumps(list(args))}
+    return execute(CALL.replace("{function}", function), texts, "", limits)
+
+
+def together(work: Callable, *jobs: Iterable, workers: int | None = None) -> list:
+    """`list(map(work, *jobs))`, as many at a time as there are cores."""
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(work, *jobs))
+
+
+# ── Verdicts ──
+
+
+@dataclass(frozen=True)
+class Prints:
+    """A test case: reading this, a program prints that; spaces that end a line do not count."""
+
+    stdin: str
+    expected: str
+
+    def holds(self, program: str, limits: Limits = LIMITS) -> bool:
+        done = run(program, self.stdin, limits)
+        return done.status == "ok" and lines(done.output) == lines(self.expected)
+
+
+@dataclass(frozen=True)
+class Returns:
+    """A test case: `name` or `Solution().name`, called with these, returns that; JSON values."""
+
+    function: str
+    args: tuple
+    expected: object
+
+    def holds(self, program: str, limits: Limits = LIMITS) -> bool:
+        expected = json.loads(json.dumps(self.expected))  # tuples and keys as JSON has them
+        done = call(program, self.function, self.args, limits)
+        try:
+            return done.status == "ok" and equal(json.loads(done.value), expected)
+        except (ValueError, RecursionError, OverflowError):  # no JSON, or JSON made to hurt
+            return False
+
+
+def lines(text: str) -> list[str]:
+    """Lines without the spaces that end them; empty ones at the end are none."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def equal(a, b) -> bool:
+    """Equality of JSON values, of floats within 1e-6."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in b)
+    if isinstance(a, float | int) and isinstance(b, float | int) and float in (type(a), type(b)):
+        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) or (a != a and b != b)
+    return a == b
+
+
+def passes(program: str, cases: Iterable[Prints | Returns], limits: Limits = LIMITS) -> int:
+    """How many of the cases hold, each in a sandbox of its own."""
+    return sum(case.holds(program, limits) for case in cases)
