@@ -1,0 +1,538 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 16 · GRPO: a group is its own critic
+
+# %% [markdown]
+# ## Why
+# A pre-trained model has seen answers; nobody has told it which of *its own* answers are right. Reinforcement learning
+# does: sample, score, make the better ones likelier. "Better than what?" is the whole difficulty. PPO trains a second
+# network, as large as the policy, that predicts the score: for V3 another **671 billion** parameters. GRPO asks the
+# same question $G$ times and takes the mean score of the group. The critic is gone, and half of the memory with it.
+#
+# How much does that mean buy? Here is the spread of the gradient's scale for a question that is solved nine times
+# in ten, with and without it.
+
+# %%
+import torch
+
+from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+
+torch.manual_seed(0)
+rewards = (torch.rand(4000, 16) < 0.9).float()
+fig, ax = figure(1, 1, 8, 2.2)
+for name, factor, color in (
+    ("reward", rewards, GREY),
+    ("reward − mean of its group", rewards - rewards.mean(1, keepdim=True), GREEN),
+):
+    spread = factor.square().mean().item()
+    ax.bar(name, spread, color=color, width=0.5)
+    ax.text(name, spread + 0.02, f"{spread:.2f}", ha="center")
+ax.set(
+    ylabel="mean square",
+    ylim=(0, 1.05),
+    title="What multiplies ∇ log π: the baseline removes what all answers share",
+)
+show(fig)
+
+# %% [markdown]
+# ## Paper
+# §5.2.2, and DeepSeekMath, where GRPO was born:
+#
+# - For a question $q$ sample $o_1 \dots o_G$ from the old policy; reward $r_i$; **advantage**
+#   $A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}(r)$ (eq. 28).
+# - Maximise $\frac1G\sum_i \min(\rho_i A_i,\ \mathrm{clip}(\rho_i, 1-\varepsilon, 1+\varepsilon) A_i) - \beta\,\mathbb D_{KL}$ with $\rho_i = \pi_\theta(o_i|q) / \pi_{old}(o_i|q)$ (eq. 26).
+# - $\mathbb D_{KL} = \frac{\pi_{ref}}{\pi_\theta} - \log\frac{\pi_{ref}}{\pi_\theta} - 1$ (eq. 27), against the model that RL began with.
+# - $\varepsilon$, $\beta$ and $G$ are not published. Prompts: code, mathematics, writing, role-play, question answering.
+#
+# The report's eq. 26 has **one ratio for a whole answer**, DeepSeekMath's eq. 3 **one for each token**, averaged over the
+# answer. The released practice of others is the second. We write both, and the variants that came later.
+#
+# Axes: `b` answers, all groups one after another; `s` tokens of an answer, padded; `n` tokens; `w` words.
+
+# %%
+#| export
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dsv3_ref.config import UserError
+from dsv3_ref.ops import ROWS, widened
+
+# %% [markdown]
+# ## Advantage
+# $$A_i = \frac{r_i - \mathrm{mean}(r_{1..G})}{\mathrm{std}(r_{1..G}) + \epsilon}\qquad (b) \to (b)$$
+#
+# Three details part the code bases. *Which std?* Unbiased ($G - 1$), as `torch.std`. *Which* $\epsilon$? $10^{-4}$ in
+# TRL, $10^{-6}$ elsewhere: it matters only where all answers but one agree. *Divide at all?* Dividing makes easy
+# and hard questions, whose groups spread little, weigh as much as even ones; Dr. GRPO leaves it out.
+
+
+# %%
+#| export
+def advantages(reward_b, group: int, scale: str = "group", std_eps: float = 1e-4):
+    """eq. 28: how much better each answer is than its group of `group` answers in succession, (b,).
+
+    scale: divide by the std of the "group" or of the "batch", or by "none".
+    """
+    if group < 2 or len(reward_b) % group:
+        raise UserError(f"{len(reward_b)} rewards are no groups of {group} (at least 2)")
+    reward_xg = reward_b.view(-1, group)
+    better_xg = reward_xg - reward_xg.mean(1, keepdim=True)
+    stds = {"group": lambda: reward_xg.std(1, keepdim=True), "batch": reward_b.std}
+    if scale != "none":
+        better_xg = better_xg / (stds[scale]() + std_eps)
+    return better_xg.flatten()
+
+
+# %%
+r = torch.tensor([0.0, 0, 0, 1, 1, 1, 1, 1, 0.2, 0.2, 0.2, 0.2])
+a = advantages(r, 4)
+for group, of in zip(r.view(-1, 4).tolist(), a.view(-1, 4).tolist()):
+    print("rewards", [f"{x:.1f}" for x in group], "→ advantages", [f"{x:+.2f}" for x in of])
+assert a.view(-1, 4).sum(1).abs().max() < 1e-5  # what one gains, others lose
+assert torch.allclose(
+    advantages(5 * r + 3, 4), a, atol=2e-3
+)  # neither unit nor zero of rewards matters
+assert (a[4:] == 0).all()  # a group that agrees teaches nothing
+
+# %% [markdown]
+# A group that agrees has no gradient: questions that are too easy or too hard cost samples and teach nothing. Hence
+# curricula, and later "dynamic sampling".
+#
+# ## Log-probabilities
+# Everything below needs $\log \pi(o_t)$ of the tokens of an answer, under three models. Logits of V3 for
+# 16 answers of 4,096 tokens would be 34 GB; as in [chapter 01](01_ops.ipynb) only a few hundred rows exist at a
+# time, and the backward pass makes them again. The entropy $-\sum_w p_w \log p_w$ falls out on the way: it tells
+# whether the policy still explores.
+#
+# $$\ell_n = z_{n,y_n} - \log\sum_w e^{z_{nw}},\qquad z = h W^\top / \tau \qquad (n,d)\times(w,d) \to (n)$$
+
+
+# %%
+#| export
+def token_logp(h_nd, head_wd, y_n, temperature: float = 1.0):
+    """log p of given tokens, and each place's entropy: both (n,), in nats; in chunks."""
+
+    def some(h_nd, y_n):
+        logp_nw = widened(F.linear(h_nd, head_wd) / temperature).log_softmax(-1)
+        return logp_nw.gather(1, y_n[:, None])[:, 0], -(logp_nw.exp() * logp_nw).sum(-1)
+
+    parts = zip(h_nd.split(ROWS), y_n.split(ROWS))
+    return tuple(map(torch.cat, zip(*(checkpoint(some, *p, use_reentrant=False) for p in parts))))
+
+
+def answer_mask(tokens_bs, end: int):
+    """True up to and including each answer's first `end` token; what follows is padding."""
+    ended_bs = (tokens_bs == end).long().cumsum(1) - (tokens_bs == end).long()
+    return ended_bs == 0
+
+
+# %%
+h_nd, head_wd = torch.randn(700, 16, dtype=torch.double), torch.randn(50, 16, dtype=torch.double)
+y_n = torch.randint(50, (700,))
+leaf = h_nd.clone().requires_grad_()
+logp_n, entropy_n = token_logp(leaf, head_wd, y_n, 0.7)
+p_nw = (h_nd @ head_wd.T / 0.7).softmax(-1)
+assert torch.allclose(logp_n, p_nw[range(700), y_n].log())
+assert torch.allclose(entropy_n, torch.distributions.Categorical(p_nw).entropy())
+logp_n.sum().backward()
+by_hand = (torch.nn.functional.one_hot(y_n, 50) - p_nw) @ head_wd / 0.7
+assert torch.allclose(leaf.grad, by_hand)
+print(answer_mask(torch.tensor([[5, 6, 1, 9], [1, 1, 7, 7], [4, 4, 4, 4]]), end=1).int())
+
+# %% [markdown]
+# ## How far from where we began?
+# The exact KL sums over all answers there are. From samples of $\pi_\theta$ three estimates are usual, with
+# $\Delta = \log\pi_{ref} - \log\pi_\theta$:
+#
+# $$k_1 = -\Delta,\qquad k_2 = \tfrac12\Delta^2,\qquad k_3 = e^{\Delta} - \Delta - 1 \ge 0$$
+#
+# $k_1$ has the right mean but is negative half of the time; $k_2$ is never negative but biased; $k_3$ is
+# $k_1$ plus $e^\Delta - 1$, whose mean is 0: right mean, never negative, and it spreads little while the models are close.
+
+
+# %%
+#| export
+def k3(logp, ref_logp):
+    """eq. 27: KL(π ‖ π_ref) from samples of π: e^Δ − Δ − 1, Δ = log π_ref − log π, elementwise."""
+    d = ref_logp - logp
+    return d.exp() - d - 1
+
+
+# %%
+fig, axes = figure(1, 2, 8.6, 2.5)
+for ax, far in zip(axes, (0.1, 1.0)):
+    logits, shift = torch.randn(2, 40, dtype=torch.double)
+    policy = torch.distributions.Categorical(logits=logits)
+    ref = torch.distributions.Categorical(logits=logits + far * shift)
+    true = torch.distributions.kl_divergence(policy, ref).item()
+    x = policy.sample((100_000,))
+    d = ref.log_prob(x) - policy.log_prob(x)
+    estimates = {"k1": -d, "k2": d.square() / 2, "k3": k3(policy.log_prob(x), ref.log_prob(x))}
+    for i, k in enumerate(estimates.values()):
+        ax.errorbar(i, k.mean() / true, k.std() / true, fmt="o", color=COLOURS[i], capsize=4)
+    ax.axhline(1, color=GREY, lw=1)
+    ax.set(xticks=range(3), xticklabels=estimates, title=f"KL = {true:.3f}", xlim=(-0.5, 2.5))
+    assert estimates["k3"].min() >= 0 and abs(estimates["k3"].mean() / true - 1) < 0.03
+    assert estimates["k3"].std() < estimates["k1"].std()
+axes[0].set_ylabel("estimate / KL, ± std")
+show(fig)
+
+# %% [markdown]
+# ## The objective
+# With the ratio $\rho = \pi_\theta/\pi_{old}$, the gain of a token (or of an answer) is
+#
+# $$g = \min\big(\rho A,\ \mathrm{clip}(\rho,\,1-\varepsilon,\,1+\varepsilon')\,A\big)$$
+#
+# At $\rho = 1$ its gradient is $A\,\nabla\log\pi$, the plain policy gradient. Once a good answer has become
+# $1 + \varepsilon'$ times as likely, or a bad one $1 - \varepsilon$ times, there is nothing more to gain *from these samples*.
+# In the other direction the clip does nothing: a mistake may always be undone. The loss averages $\beta\,k_3 - g$, and here
+# the variants differ (mask $m$, lengths $|o_i|$):
+#
+# | kind | average | why |
+# |---|---|---|
+# | `sequence` | $\frac1b\sum_i$, one ratio an answer | the report's eq. 26 |
+# | `grpo` | $\frac1b\sum_i\frac1{\lvert o_i\rvert}\sum_t$ | DeepSeekMath's eq. 3 |
+# | `bnpo` | $\sum_{it} / \sum_i \lvert o_i\rvert$ | all tokens of the micro-batch alike |
+# | `dapo` | the same over the *global* batch | long wrong answers pay for every token |
+# | `dr_grpo` | $\sum_{it} / (b\cdot\text{longest allowed})$ | no reward for being short or long |
+
+
+# %%
+#| export
+class Objective(NamedTuple):
+    """The loss, and what its curves need: means over tokens (or answers), without gradient."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor  # nats
+    clipped: torch.Tensor  # share that the clip silenced
+    ratio: torch.Tensor
+
+
+def whole(logp_bs, mask_bs):
+    """log p of whole answers, (b, 1)."""
+    return (logp_bs * mask_bs).sum(1, keepdim=True)
+
+
+def averaged(x_bs, mask_bs, kind: str, size: float | None):
+    """One number from the masked x of all tokens; `size` as in `grpo_loss`."""
+    if kind in ("grpo", "sequence"):
+        return (x_bs.sum(1) / mask_bs.sum(1).clamp(min=1)).mean()
+    total = {"bnpo": None, "dapo": size, "dr_grpo": len(x_bs) * (size or x_bs.shape[1])}[kind]
+    return x_bs.sum() / (total or mask_bs.sum().clamp(min=1))
+
+
+def grpo_loss(
+    logp_bs, old_logp_bs, ref_logp_bs, advantage_b, mask_bs, eps=0.2, beta: float = 0.0,
+    kind: str = "grpo", size: float | None = None,
+) -> Objective:  # fmt: skip
+    """eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged by `kind`: see the table of chapter 16.
+
+    eps: one number, or (below, above). size: dapo's tokens in the global batch, dr_grpo's longest
+    answer; by default those of this one. Without beta, ref_logp_bs may be None.
+    """
+    low, high = eps if isinstance(eps, tuple) else (eps, eps)
+    inside = lambda x_bs: torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold anything
+    logp_bs, old_logp_bs, ref_logp_bs = (
+        inside(x_bs) if x_bs is not None else None for x_bs in (logp_bs, old_logp_bs, ref_logp_bs)
+    )
+    mask_bs = mask_bs.to(logp_bs.dtype)
+    if kind == "sequence":
+        logp_bs, old_logp_bs = whole(logp_bs, mask_bs), whole(old_logp_bs, mask_bs)
+        ref_logp_bs = None if ref_logp_bs is None else whole(ref_logp_bs, mask_bs)
+        mask_bs = torch.ones_like(logp_bs)
+    ratio_bs, a_b1 = (logp_bs - old_logp_bs).exp(), advantage_b[:, None]
+    free_bs, held_bs = ratio_bs * a_b1, ratio_bs.clamp(1 - low, 1 + high) * a_b1
+    kl_bs = k3(logp_bs, ref_logp_bs) if beta else torch.zeros_like(logp_bs)
+    loss = averaged((beta * kl_bs - torch.minimum(free_bs, held_bs)) * mask_bs, mask_bs, kind, size)
+    mean = lambda x_bs: ((x_bs * mask_bs).sum() / mask_bs.sum().clamp(min=1)).detach()
+    return Objective(loss, mean(kl_bs), mean((held_bs < free_bs).float()), mean(ratio_bs))
+
+
+# %%
+def slow(logp, old, ref, a, mask, eps, beta, kind, size):
+    """The same, an answer and a token at a time, from the equations."""
+    answers = []
+    for i in range(len(a)):
+        tokens = [t for t in range(logp.shape[1]) if mask[i, t]]
+        ways = [[sum(x[i, t] for t in tokens) for x in (logp, old, ref)]] if kind == "sequence" else \
+               [[x[i, t] for x in (logp, old, ref)] for t in tokens]  # fmt: skip
+        terms = []
+        for new, was, began in ways:
+            rho, d = (new - was).exp(), began - new
+            terms.append(
+                beta * (d.exp() - d - 1) - min(rho * a[i], min(max(rho, 1 - eps), 1 + eps) * a[i])
+            )
+        answers.append(terms)
+    n = sum(map(len, answers))
+    if kind in ("grpo", "sequence"):
+        return sum(sum(terms) / len(terms) for terms in answers) / len(a)
+    return sum(map(sum, answers)) / {"bnpo": n, "dapo": size, "dr_grpo": len(a) * size}[kind]
+
+
+def example(b=6, s=5):
+    """Log-probabilities under three models, advantages, and answers of 1 to s tokens."""
+    logp = -torch.rand(b, s, dtype=torch.double).mul(3)
+    old, ref = (logp + 0.3 * torch.randn(b, s, dtype=torch.double) for _ in range(2))
+    mask = torch.arange(s) < torch.randint(1, s + 1, (b, 1))
+    return logp.requires_grad_(), old, ref, torch.randn(b, dtype=torch.double), mask
+
+
+for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "sequence"):
+    inputs = example()
+    got, want = grpo_loss(*inputs, 0.2, 0.04, kind, 40), slow(*inputs, 0.2, 0.04, kind, 40)
+    grads = [torch.autograd.grad(x, inputs[0])[0] for x in (got.loss, want)]
+    assert torch.allclose(got.loss, want, atol=1e-12) and torch.allclose(*grads, atol=1e-12)
+    print(f"{kind:9} loss {got.loss:+.4f}, KL {got.kl:.4f}, {got.clipped:.0%} clipped")
+
+# %% [markdown]
+# What the clip does, as a picture: gain over ratio, for a good and a bad answer. Where a curve is flat there is no gradient.
+
+# %%
+fig, ax = figure(1, 1, 8, 2.6)
+rho = torch.linspace(0.5, 1.6, 200, dtype=torch.double)
+for a, color, name in ((1.0, GREEN, "A = +1"), (-1.0, ORANGE, "A = −1")):
+    x = rho.log()[:, None].requires_grad_()
+    total = (
+        -grpo_loss(
+            x, torch.zeros_like(x), None, torch.full((200,), a), torch.ones_like(x), (0.2, 0.3)
+        ).loss
+        * 200
+    )
+    slope = torch.autograd.grad(total, x)[0][:, 0]
+    gain = torch.minimum(rho * a, rho.clamp(0.8, 1.3) * a)
+    ax.plot(rho, gain, color=color, label=name)
+    flat = rho > 1.3 if a > 0 else rho < 0.8
+    assert torch.equal(slope == 0, flat)
+ax.axvspan(0.8, 1.3, color=GREY, alpha=0.12)
+ax.set(
+    xlabel="ρ = π/π_old",
+    ylabel="gain",
+    title="clip at 0.8 and 1.3: silent only where the change has gone far enough",
+)
+ax.legend()
+show(fig)
+
+# %% [markdown]
+# ## Experiment: does the group matter?
+# A policy small enough to see: for each of 24 questions it writes four letters of eight, independently, from a table of
+# logits. Right is one word a question; a letter in its place earns a quarter. 300 steps, 4 questions × 8
+# answers a step, five seeds, and two controls:
+#
+# - *no baseline*: the reward itself in the place of $A$;
+# - *random reward*: a coin. If this improved, our measure would be broken.
+
+
+# %%
+QUESTIONS, LETTERS, PLACES = 24, 8, 4
+
+
+def train(
+    baseline="group", reward="true", beta=0.0, kind="grpo", group=8, lr=0.15, steps=300, seed=0
+):
+    """Share of right letters and KL per letter, step by step, of a table policy."""
+    g = torch.Generator().manual_seed(seed)
+    word_qs = torch.randint(LETTERS, (QUESTIONS, PLACES), generator=g)
+    table_qsw = torch.zeros(QUESTIONS, PLACES, LETTERS, requires_grad=True)
+    optimizer, right, far = torch.optim.Adam([table_qsw], lr), [], []
+    for _ in range(steps):
+        q_b = torch.randint(QUESTIONS, (4,), generator=g).repeat_interleave(group)
+        logp_bsw = table_qsw[q_b].log_softmax(-1)
+        y_bs = torch.multinomial(logp_bsw.detach().exp().flatten(0, 1), 1, generator=g).view(
+            -1, PLACES
+        )
+        logp_bs = logp_bsw.gather(-1, y_bs[..., None])[..., 0]
+        r_b = (y_bs == word_qs[q_b]).float().mean(1)
+        if reward == "random":
+            r_b = (torch.rand(len(r_b), generator=g) < 0.5).float()
+        a_b = advantages(r_b, group) if baseline == "group" else r_b
+        ref_bs = torch.full_like(logp_bs, -torch.tensor(float(LETTERS)).log())
+        out = grpo_loss(
+            logp_bs, logp_bs.detach(), ref_bs, a_b, torch.ones_like(logp_bs), 0.2, beta, kind
+        )
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        p_qs = table_qsw.detach().softmax(-1).gather(-1, word_qs[..., None])
+        right.append(p_qs.mean().item())
+        far.append(k3(logp_bs, ref_bs).mean().item())
+    return torch.tensor(right), torch.tensor(far)
+
+
+RUNS = {
+    "GRPO": {},
+    "no baseline": {"baseline": "none"},
+    "random reward": {"reward": "random"},
+    "GRPO, β = 0.3": {"beta": 0.3},
+}
+curves = {name: [train(**how, seed=seed) for seed in range(5)] for name, how in RUNS.items()}
+fig, axes = figure(1, 2, 8.6, 3)
+for (name, runs), color in zip(curves.items(), (GREEN, GREY, ORANGE, BLUE)):
+    for ax, of_all in zip(axes, zip(*runs)):
+        mean = torch.stack(of_all).mean(0)
+        ax.plot(mean, color=color, label=name)
+axes[0].set(xlabel="step", ylabel="chance of the right letter", title="What is learned")
+axes[1].set(xlabel="step", ylabel="k₃ a letter", title="How far from the start")
+axes[0].legend(fontsize=8)
+show(fig)
+end = {
+    name: torch.stack([right[-20:].mean() for right, _ in runs]) for name, runs in curves.items()
+}
+for name, x in end.items():
+    print(f"{name:15} right letters at the end {x.mean():5.1%} ± {x.std():.1%}")
+assert end["GRPO"].mean() > end["no baseline"].mean() + 0.02 and end["random reward"].mean() < 0.2
+assert end["GRPO, β = 0.3"].mean() < end["GRPO"].mean()
+
+# %% [markdown]
+# Five seeds a curve. The group learns fastest; without it all answers are pushed up, the right ones only harder; a
+# coin teaches nothing; β holds the policy back near its start, which is its purpose and its price.
+#
+# ## Play: one group
+# Eight answers, their rewards, what remains of them as advantages. Raise the number of right ones from 0 to 8:
+# a single right answer among wrong ones shouts, one wrong among right ones is shouted at, unanimity is silent.
+
+
+# %%
+def one_group(right: int = 2, scale="group", partial: float = 0.0):
+    """Rewards and advantages of a group of eight."""
+    r = torch.full((8,), partial)
+    r[:right] = 1.0
+    r_b = torch.cat((r, torch.tensor([0.0, 1, 0, 1, 0, 1, 0, 1])))  # a second group, for "batch"
+    a = advantages(r_b, 8, scale)[:8]
+    fig, ax = figure(1, 1, 7, 2.4)
+    ax.bar(range(8), r, color=GREY, width=0.4, label="reward")
+    ax.bar(
+        [i + 0.4 for i in range(8)],
+        a,
+        color=[GREEN if x > 0 else ORANGE for x in a],
+        width=0.4,
+        label="advantage",
+    )
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set(
+        xlabel="answer",
+        ylim=(-2.8, 2.8),
+        title=f"{right} of 8 right, divided by the std of: {scale}",
+    )
+    ax.legend(loc="upper right", ncols=2)
+    show(fig)
+
+
+one_group()
+play(one_group, right=(0, 8, 1), scale=["group", "batch", "none"], partial=(0.0, 0.9, 0.1))
+
+# %% [markdown]
+# ## Exercises
+# **1 · Compute.** In a group of $G$ answers one is right (reward 1), the rest wrong (0). What is the right one's advantage, without $\epsilon$?
+
+
+# %%
+@checker
+def check_lonely(fn):
+    """mean 1/G; the unbiased variance of one 1 among zeros is 1/G."""
+    for g in (4, 16):
+        r = torch.zeros(g, dtype=torch.double)
+        r[0] = 1
+        assert abs(fn(g) - advantages(r, g, std_eps=0.0)[0].item()) < 1e-9
+
+
+@checker
+def check_silent(fn):
+    """All right or all wrong: p^G + (1 − p)^G."""
+    assert all(
+        abs(fn(p, g) - (p**g + (1 - p) ** g)) < 1e-9 for p in (0.1, 0.5, 0.95) for g in (2, 16)
+    )
+
+
+@checker
+def check_short(fn):
+    """Under grpo a token of an answer weighs 1/|o|, under dr_grpo the same in every answer."""
+    assert all(abs(fn(kind) - want) < 1e-9 for kind, want in (("grpo", 10.0), ("dr_grpo", 1.0)))
+
+
+def my_lonely(g: int) -> float:
+    return ...
+
+
+check_lonely(my_lonely)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_lonely(g):
+#     return (1 - 1 / g) * g**0.5
+# ```
+# </details>
+#
+# **2 · Predict.** A question is solved with chance $p$. How often is a group of $G$ answers silent?
+
+
+# %%
+def my_silent(p: float, g: int) -> float:
+    return ...
+
+
+check_silent(my_silent)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_silent(p, g):
+#     return p**g + (1 - p) ** g
+# ```
+# </details>
+#
+# **3 · Break.** Two wrong answers have the same advantage; one has 20 tokens, one 200. How many times as hard is each *token* of
+# the short one pushed down, under a kind?
+
+
+# %%
+def my_short(kind: str) -> float:
+    return ...
+
+
+check_short(my_short)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_short(kind):
+#     return {"grpo": 10.0, "dr_grpo": 1.0}[kind]  # hence grpo's long wrong answers
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# A step of V3 with 32 questions × 16 answers × 4,096 tokens: 2.1M tokens are *written*, then read by the old policy, the reference and
+# the new policy. Writing dominates, one token after another; the three reads are plain forward passes, in batches.
+# A fourth model, PPO's critic, would be trained too: its weights, gradients and moments are what GRPO saves.
+
+# %%
+from dsv3_ref.config import V3, count
+
+tokens = 32 * 16 * 4096
+critic = count(V3).total * (4 + 4 + 4)  # fp32 weights and gradients, two bf16 moments
+print(
+    f"{tokens / 1e6:.1f}M tokens; logits of them all {tokens * V3.vocab_size * 4 / 1e12:.1f} TB, {512 * V3.vocab_size * 4 / 1e6:.0f} MB at a time"
+)
+print(f"a critic as large as the policy: {critic / 1e12:.1f} TB more")
+
+# %% [markdown]
+# The biases of the gates are best left as they are: the loads of a few hundred problems say nothing about balance.
