@@ -92,6 +92,18 @@ def _(q_bshx, k_bthx, v_bthv, scale):
 @op
 def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
     """`attention` inside each of b sequences laid end to end; the b-th ends before row end_b."""
+    length_b = end_b.diff(prepend=end_b.new_zeros(1)).long()
+    row_n = torch.arange(len(length_b), device=end_b.device).repeat_interleave(length_b)
+    at_n = torch.arange(len(row_n), device=end_b.device) - (end_b - length_b)[row_n]
+    empty = len(length_b), max([1, *length_b.tolist()])
+    apart = (
+        x.new_zeros(*empty, *x.shape[1:]).index_put((row_n, at_n), x) for x in (q_nhx, k_nhx, v_nhv)
+    )
+    return attention(*apart, scale)[row_n, at_n]
+
+
+@impl("packed_attention", "naive")
+def _(q_nhx, k_nhx, v_nhv, end_b, scale):
     out = [v_nhv[:0]]
     for start, end in zip([0, *end_b.tolist()], end_b.tolist()):
         rows = [x[None, start:end] for x in (q_nhx, k_nhx, v_nhv)]
@@ -114,14 +126,17 @@ def keys_values(c_btc, k_btr, wkv_b, h: int, i: int):
     return join(k_bthi, k_btr[:, :, None].expand(-1, -1, h, -1)), v_bthv
 
 
-def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
+def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, end_m=None):
     """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
 
-    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head.
+    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. end_m: where each of m
+    samples ends that lie end to end in one row (b = 1).
     """
     q_bshx = again(join, q_bshi, q_bshr)
     k_bthx, v_bthv = again(keys_values, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
-    return attention(q_bshx, k_bthx, v_bthv, scale)
+    if end_m is None:
+        return attention(q_bshx, k_bthx, v_bthv, scale)
+    return packed_attention(q_bshx[0], k_bthx[0], v_bthv[0], end_m, scale)[None]
 
 
 # ── Absorbed: attention inside the latent ──
@@ -215,32 +230,34 @@ class MLA(nn.Module):
     def queries(self, x_bsd, rope):
         """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
         if not self.config.q_lora_rank:
-            return self.heads(self.wq, x_bsd, *rope)
-        return again(self.heads, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope)
+            return self.heads(self.wq, x_bsd, *rope[:2])
+        return again(self.heads, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
 
-    def heads(self, up, x_bsx, *rope):
+    def heads(self, up, x_bsx, cos, sin):
         """The up-projection and its split into heads."""
         c = self.config
         q = rearrange(up(x_bsx), "b s (h x) -> b s h x", h=c.n_heads)
         q_bshi, q_bshr = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        return q_bshi, rotate(q_bshr, *rope)
+        return q_bshi, rotate(q_bshr, cos, sin)
 
     def latent(self, x_bsd, rope):
         """eq. 1 and 3: what is remembered, RMSNorm(W^DKV x) beside the turned key W^KR x."""
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        k_bsr = rotate(k_bsr[:, :, None], *rope)[:, :, 0]
+        k_bsr = rotate(k_bsr[:, :, None], *rope[:2])[:, :, 0]
         return again(join, self.kv_norm(c_bsc), k_bsr)
 
-    def expanded(self, *inputs):
+    def expanded(self, q_bshi, q_bshr, c_btc, k_btr, end_m=None):
         """Keys and values of every head: training, prefill."""
-        return expanded(*inputs, self.wkv_b.weight, softmax_scale(self.config))
+        weight, scale = self.wkv_b.weight, softmax_scale(self.config)
+        return expanded(q_bshi, q_bshr, c_btc, k_btr, weight, scale, end_m)
 
     def absorbed(self, *inputs):
         """Inside the latent: decoding."""
         return absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
 
     def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+        """rope: (cos, sin) of the positions, or (cos, sin, end_m) of packed samples."""
         c = self.config
         q_bshi, q_bshr = self.queries(x_bsd, rope)
         kv = self.latent(x_bsd, rope)
@@ -248,7 +265,8 @@ class MLA(nn.Module):
         c_btc, k_btr = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         decoding = cache is not None and x_bsd.shape[1] == 1
         absorb = decoding if self.absorb is None else self.absorb
-        o_bshv = (self.absorbed if absorb else self.expanded)(q_bshi, q_bshr, c_btc, k_btr)
+        attend = self.absorbed if absorb else self.expanded
+        o_bshv = attend(q_bshi, q_bshr, c_btc, k_btr, *rope[2:])
         return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))  # eq. 11
 
 

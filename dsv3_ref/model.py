@@ -10,7 +10,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.mla import MLA, LayerCache
 from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import packed_table, rope_table
 
 # ── One block ──
 
@@ -64,12 +64,16 @@ class Transformer(nn.Module):
         init_weights(self, c.init_std)
         nn.init.normal_(self.embed.weight, std=c.embed_std)
 
-    def features(self, tokens_bs, cache: Cache | None = None) -> tuple[torch.Tensor, list[Route]]:
-        """Normed hidden states (b, s, d) and the route of every MoE layer."""
-        start = cache.length if cache else 0
-        rope = rope_table(
-            self.config, torch.arange(tokens_bs.shape[1], device=tokens_bs.device) + start
-        )
+    def features(
+        self, tokens_bs, cache: Cache | None = None, ends=None
+    ) -> tuple[torch.Tensor, list[Route]]:
+        """Normed hidden states (b, s, d) and the route of every MoE layer.
+
+        ends: where each sample ends if many lie end to end in one row (b = 1), int32.
+        """
+        start, s = cache.length if cache else 0, tokens_bs.shape[1]
+        at = torch.arange(start, start + s, device=tokens_bs.device)
+        rope = rope_table(self.config, at) if ends is None else packed_table(self.config, ends)
         x_bsd, routes = self.embed(tokens_bs), []
         for i, block in enumerate(self.layers.values()):
             x_bsd, r = block(x_bsd, rope, cache[i] if cache else None)

@@ -80,3 +80,10 @@ def rope_table(c: Config, position_s):
     """Rotations of positions: (cos, sin), each (s, r/2), float32."""
     angle = position_s[:, None].double() * yarn_freqs(c).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
+
+
+def packed_table(c: Config, end_m):
+    """(cos, sin, end_m) of m samples end to end: positions begin anew in each."""
+    length_m = end_m.diff(prepend=end_m.new_zeros(1))
+    start_n = (end_m - length_m).repeat_interleave(length_m)
+    return *rope_table(c, torch.arange(len(start_n), device=end_m.device) - start_n), end_m

@@ -365,7 +365,7 @@ for n in (4096, 163_840):
 # ## The table
 # A model needs cos and sin of its positions once for all layers. Positions are multiplied in fp64: at
 # 163,840 an fp32 angle is off by nearly 0.01 radians, and in bf16, whose 8 bits cannot even count to
-# 257, it would be noise.
+# 257, it would be noise. Where short samples fill a row together (fine-tuning), each counts from 0.
 
 
 # %%
@@ -374,6 +374,13 @@ def rope_table(c: Config, position_s):
     """Rotations of positions: (cos, sin), each (s, r/2), float32."""
     angle = position_s[:, None].double() * yarn_freqs(c).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
+
+
+def packed_table(c: Config, end_m):
+    """(cos, sin, end_m) of m samples end to end: positions begin anew in each."""
+    length_m = end_m.diff(prepend=end_m.new_zeros(1))
+    start_n = (end_m - length_m).repeat_interleave(length_m)
+    return *rope_table(c, torch.arange(len(start_n), device=end_m.device) - start_n), end_m
 
 
 # %%
@@ -386,6 +393,8 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"largest error of cos in {dtype}: {(angle_sj.float().cos() - cos_sj).abs().max():.0e}")
 whole, late = rope_table(V3, torch.arange(10)), rope_table(V3, torch.arange(7, 10))
 assert torch.equal(whole[0][7:], late[0])  # decoding continues where prefill stopped
+cos, sin, _ = packed_table(V3, torch.tensor([4, 10]))
+assert torch.equal(cos, torch.cat((whole[0][:4], whole[0][:6])))
 
 # %% [markdown]
 # ## A trap: when is YaRN on?

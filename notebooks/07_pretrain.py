@@ -883,14 +883,19 @@ class StepStats(NamedTuple):
 
 
 def train_step(
-    model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float, limit=math.inf
-):
-    """One step over micro-batches (rows of T + 1 tokens): gradients, clip, AdamW, then biases."""
-    sums, rows = None, sum(len(x) for x in micro_batches)
-    load_le = 0
-    for tokens_bs in micro_batches:
-        share = len(tokens_bs) / rows
-        parts = losses(model, tokens_bs, r.balance_over)
+    model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float, limit=math.inf,
+    parts_of=None, weigh=len,
+):  # fmt: skip
+    """One step over micro-batches (rows of T + 1 tokens): gradients, clip, AdamW, then biases.
+
+    Later chapters bring other losses, `parts_of`, and how much a micro-batch counts, `weigh`.
+    """
+    weights, sums, load_le = [weigh(x) for x in micro_batches], None, 0
+    for tokens_bs, weight in zip(micro_batches, weights):
+        if not weight:
+            continue
+        share = weight / sum(weights)
+        parts = (parts_of or losses)(model, tokens_bs, r.balance_over)
         total = parts.total(mtp_weight, r.alpha) * share
         total.backward()
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()

@@ -25,8 +25,12 @@
 # in ten, with and without it.
 
 # %%
+from dataclasses import replace
+
 import torch
 
+from dsv3_ref.config import TINY
+from dsv3_ref.decode import generate
 from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
@@ -63,6 +67,7 @@ show(fig)
 
 # %%
 #| export
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -70,7 +75,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dsv3_ref.config import UserError
+from dsv3_ref.decode import Decoder, draw
+from dsv3_ref.model import Transformer
 from dsv3_ref.ops import ROWS, widened
+from dsv3_ref.optim import Recipe
 
 # %% [markdown]
 # ## Advantage
@@ -153,6 +161,72 @@ logp_n.sum().backward()
 by_hand = (torch.nn.functional.one_hot(y_n, 50) - p_nw) @ head_wd / 0.7
 assert torch.allclose(leaf.grad, by_hand)
 print(answer_mask(torch.tensor([[5, 6, 1, 9], [1, 1, 7, 7], [4, 4, 4, 4]]), end=1).int())
+
+# %% [markdown]
+# ## Rollouts
+# Sampling is most of the cost, so it deserves its own loop. The prompt is read **once** and its cache (the latents of
+# [chapter 03](03_mla.ipynb), not keys and values) is then repeated for the $G$ answers; a row that has ended leaves the batch, so that
+# late steps are cheap. The $\log \pi$ of each token drawn is noted on the way: the trainer will compute it again, and the two must agree.
+
+
+# %%
+#| export
+@torch.inference_mode()
+def rollouts(
+    model: Transformer, prompts: list[list[int]], group: int, max_new: int, end: int,
+    temperature: float = 1.0, generator: torch.Generator | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
+    """`group` answers to each prompt in succession, up to and with `end`, and log π of each token.
+
+    At temperature 0 the likeliest tokens, whose log π is that of temperature 1.
+    """
+    d = Decoder(model, len(prompts), max(map(len, prompts)) + max_new)
+    for row_t, prompt in zip(d.token_bt, prompts):
+        row_t[: len(prompt)] = torch.tensor(prompt)
+    n = [len(p) for p in prompts]
+    h_bsd = d.features([0] * len(n), max(n))
+    logit_bw = d.logits(h_bsd[range(len(n)), [x - 1 for x in n]]).repeat_interleave(group, 0)
+    n, live = [x for x in n for _ in range(group)], list(range(group * len(n)))
+    narrow(d, torch.arange(len(prompts), device=d.token_bt.device).repeat_interleave(group))
+    said, logp = [[] for _ in n], [[] for _ in n]
+    for left in reversed(range(max_new)):
+        logp_bw = (logit_bw / (temperature or 1.0)).log_softmax(-1)
+        y_b = draw(logp_bw.exp(), generator) if temperature else logp_bw.argmax(-1)
+        new = y_b.tolist()
+        for row, token, p in zip(live, new, logp_bw.gather(1, y_b[:, None])[:, 0].tolist()):
+            said[row].append(token)
+            logp[row].append(p)
+        going = [i for i, token in enumerate(new) if token != end]
+        if not (going and left):
+            break
+        d.token_bt[range(len(n)), n] = y_b
+        live, n = [live[i] for i in going], [n[i] for i in going]
+        narrow(d, torch.tensor(going, device=y_b.device))
+        logit_bw = d.logits(d.features(n, 1))[:, 0]
+        n = [x + 1 for x in n]
+    return said, logp
+
+
+def narrow(d: Decoder, row_b) -> None:
+    """Keep these rows of a decoder's caches, some perhaps several times."""
+    for layer in d.layers[: d.n_main]:
+        layer.kv_btx = layer.kv_btx[row_b]
+    d.token_bt, d.h_btd = d.token_bt[row_b], d.h_btd[row_b]
+
+
+# %%
+model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
+prompts, END = [[1, 2, 3], [4, 5, 6, 7, 8], [9]], 63
+said, logp = rollouts(model, prompts, 8, 30, END, generator=torch.Generator().manual_seed(0))
+for i, (answer, logp_s) in enumerate(zip(said, logp)):
+    prompt = prompts[i // 8]
+    h_sd = model.features(torch.tensor([prompt + answer[:-1]]))[0][0, len(prompt) - 1 :]
+    again_s, _ = token_logp(h_sd, model.head.weight, torch.tensor(answer))
+    torch.testing.assert_close(again_s, torch.tensor(logp_s), atol=1e-4, rtol=0)
+    assert END not in answer[:-1] and (answer[-1] == END or len(answer) == 30)
+print("lengths of 24 answers:", [len(answer) for answer in said])
+greedy = rollouts(model, prompts, 1, 10, END, temperature=0)[0]
+assert greedy[1] == generate(model, torch.tensor([prompts[1]]), 10)[0, 5:].tolist()
 
 # %% [markdown]
 # ## How far from where we began?
@@ -261,6 +335,19 @@ def grpo_loss(
     loss = averaged((beta * kl_bs - torch.minimum(free_bs, held_bs)) * mask_bs, mask_bs, kind, size)
     mean = lambda x_bs: ((x_bs * mask_bs).sum() / mask_bs.sum().clamp(min=1)).detach()
     return Objective(loss, mean(kl_bs), mean((held_bs < free_bs).float()), mean(ratio_bs))
+
+
+RECIPES = {
+    "v3": replace(  # the report publishes none of these
+        Recipe(), steps=1000, seq_len=16_384, lr=1e-6, lr_end=1e-6, warmup_steps=10, decay_at=0.0,
+        end_at=1.0, last_at=1.1, batch_start=32, batch=32, gamma=0.0, mtp_weight=0.0,
+        mtp_weight_end=0.0, alpha=0.0, weight_decay=0.0,
+    ),
+}  # fmt: skip
+RECIPES["tiny"] = replace(
+    RECIPES["v3"], steps=60, seq_len=4096, lr=3e-4, lr_end=3e-5, warmup_steps=5, batch_start=16,
+    batch=16,
+)  # fmt: skip
 
 
 # %%

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dsv3_ref import ops
 from dsv3_ref.config import Config
-from dsv3_ref.mla import MLA, LayerCache, causal_mask
-from dsv3_ref.rope import rope_table, softmax_scale
+from dsv3_ref.mla import MLA, LayerCache, causal_mask, packed_attention
+from dsv3_ref.rope import packed_table, rope_table, softmax_scale
 
 fixture_is_constant = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 shapes = st.fixed_dictionaries(
@@ -162,3 +162,22 @@ def test_attention_never_looks_ahead(micro):
     mla(x_bsd, rope)[:, 4].sum().backward()
     assert (x_bsd.grad[:, 5:] == 0).all()
     assert (x_bsd.grad[:, :5] != 0).all()
+
+
+@pytest.mark.parametrize("end_b", [[], [0, 0]], ids=str)
+def test_nothing_packed(end_b):
+    q = torch.randn(0, 2, 6, requires_grad=True)
+    o = packed_attention(q, q, q[..., :4], torch.tensor(end_b, dtype=torch.int32), 1.0)
+    assert o.shape == (0, 2, 4)
+    o.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_packed_samples_are_as_if_alone(micro, exact):
+    """Whatever their lengths, an empty one included, and whatever the others say."""
+    mla, lengths = layer(micro), [5, 0, 1, 9]
+    parts = [torch.randn(1, n, micro.dim).double() for n in lengths]
+    end_m = torch.tensor(lengths).cumsum(0).int()
+    got = mla(torch.cat(parts, 1), packed_table(micro, end_m))
+    alone = [mla(x, rope_table(micro, torch.arange(x.shape[1]))) for x in parts if x.shape[1]]
+    torch.testing.assert_close(got, torch.cat(alone, 1), atol=1e-12, rtol=0)

@@ -72,7 +72,7 @@ def latent_attention(size, randn):
 
 def packed_attention(size, randn):
     h, x, v = size(1, 4), size(), size()
-    end_b = torch.tensor([size(0, 12) for _ in range(size(1, 4))]).cumsum(0)
+    end_b = torch.tensor([*(size(0, 12) for _ in range(size(0, 3))), size(1, 12)]).cumsum(0)
     n = int(end_b[-1])
     return randn(n, h, x), randn(n, h, x), randn(n, h, v), end_b, x**-0.5
 

@@ -92,10 +92,14 @@ def built(c: Config, mesh, held: tuple[int, ...], n: int, seed: int) -> Transfor
     cut(model, c, held, n)
     after = state(mesh.device)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        value = starts.draw(t)
-        put(model, name, value.chunk(mesh.ep)[mesh.e].clone() if is_expert(name) else value)
+        put(model, name, share(mesh, name, starts.draw(t)))
     set_state(mesh.device, after)
     return model
+
+
+def share(mesh, name: str, x: torch.Tensor) -> torch.Tensor:
+    """What this rank keeps of a tensor: its experts, or all."""
+    return x.chunk(mesh.ep)[mesh.e].clone() if is_expert(name) else x
 
 
 def cut(model: Transformer, c: Config, held: tuple[int, ...], n: int) -> None:

@@ -17,6 +17,7 @@ from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.stage import Weights
 from dsv3_ref.parallel.zero import Zero
 from dsv3_ref.pretrain import StepStats
+from dsv3_ref.sft import Marks, answers
 
 
 class Cluster:
@@ -25,9 +26,9 @@ class Cluster:
     def __init__(
         self, c: Config, r: Recipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
         moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, per_node: int = 0,
-        fp8: bool = False, deepep: bool = False,
+        fp8: bool = False, deepep: bool = False, marks: Marks | None = None,
     ):  # fmt: skip
-        self.config, self.mesh, self.micro_batch = c, mesh, micro_batch
+        self.config, self.mesh, self.micro_batch, self.marks = c, mesh, micro_batch, marks
         held = stages_held(schedule, mesh.pp)
         stages = 1 + max(s for of_rank in held for s in of_rank)
         if stages > c.n_layers:
@@ -43,7 +44,7 @@ class Cluster:
         exchange = Exchange(hops(c, mesh, per_node, self.traffic), fp8) if self.counts else None
         if mesh.ep > 1 and deepep:
             exchange = DeepEP(c, mesh.ep_group, fp8)
-        self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange)
+        self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange, marks)
         self.zero = Zero(self.model, c, mesh, held, r, moments, zero)
 
     # ── Rows ──
@@ -57,7 +58,11 @@ class Cluster:
         size = self.micro_batch or (of_pipe if self.mesh.pp == 1 else 1)
         n = self.pipeline.micros(-(-of_pipe // size))
         mine = tokens_bs.tensor_split(self.mesh.n_data)[self.mesh.data].tensor_split(n)
-        return list(mine), [len(m) / len(tokens_bs) for m in mine]
+        return list(mine), [self.weigh(m) / self.weigh(tokens_bs) for m in mine]
+
+    def weigh(self, tokens_bs) -> int:
+        """What rows count in a mean over the batch: themselves, or the tokens of answers."""
+        return len(tokens_bs) if self.marks is None else answers(tokens_bs, self.marks)
 
     # ── A step ──
 
@@ -132,4 +137,5 @@ class Cluster:
         """Σ of the main loss over rows of T + 1 tokens, in nats a token, times the rows."""
         micros, shares = self.micros(rows_bs)
         seen = self.pipeline.run(micros, list(map(Weights, shares)), training=False)
-        return self.summed(seen.main)[0] * rows_bs[:, 1:].numel()
+        n = rows_bs[:, 1:].numel() if self.marks is None else self.weigh(rows_bs)
+        return self.summed(seen.main)[0] * n

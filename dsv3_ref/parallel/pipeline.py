@@ -88,10 +88,11 @@ class Post:
 class Pipeline:
     """The stages of a rank, and how a batch goes through all of them."""
 
-    def __init__(self, model, c, mesh, name: str, held: list[tuple[int, ...]], exchange=None):
+    def __init__(self, model, c, mesh, name: str, held: list[tuple[int, ...]], exchange=None,
+                 marks=None):  # fmt: skip
         self.mesh, self.name, self.config = mesh, name, c
         self.last = max(s for of_rank in held for s in of_rank)
-        self.stages = {s: Stage(model, c, s, self.last + 1, exchange) for s in held[mesh.p]}
+        self.stages = {s: Stage(model, c, s, self.last + 1, exchange, marks) for s in held[mesh.p]}
         self.dtype = next(model.parameters()).dtype
 
     def micros(self, n: int) -> int:
@@ -107,8 +108,9 @@ class Pipeline:
             only = lambda step: tuple(op for op in step if op.kind == "F")
             steps = [[kept for step in mine if (kept := only(step))] for mine in steps]
         at = lambda op: home(self.name, self.mesh.pp, len(micros), op.stage, op.micro)
+        first = min(self.stages)
         orders = messages(steps, self.last, at, [len(m) for m in micros])
-        shape = lambda m: (len(micros[m]), micros[m].shape[1] - 1, self.config.dim)
+        shape = lambda m: (*self.stages[first].read(micros[m]).shape, self.config.dim)
         one = Pass(self, micros, weights, Post(self.mesh, orders, at, shape, self.dtype), training)
         mine = steps[self.mesh.p]
         for step, following in zip(mine, [*mine[1:], ()]):

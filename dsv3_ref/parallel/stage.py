@@ -9,8 +9,9 @@ from dsv3_ref.config import Config
 from dsv3_ref.model import Transformer
 from dsv3_ref.moe import MoE, balance_loss, expert_load
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import packed_table, rope_table
 from dsv3_ref.scale import stages
+from dsv3_ref.sft import ends, said
 
 
 @dataclass
@@ -37,25 +38,36 @@ class Seen:
 
 
 class Stage:
-    """Layers of one stage over the model of a rank; what losses and gates say goes to `seen`."""
+    """Layers of one stage over the model of a rank; what losses and gates say goes to `seen`.
 
-    def __init__(self, model: Transformer, c: Config, stage: int, n: int, exchange):
-        self.model, self.config, self.exchange = model, c, exchange
+    With `marks`, rows are packed conversations: one long row for the model, a loss on answers only.
+    """
+
+    def __init__(self, model: Transformer, c: Config, stage: int, n: int, exchange, marks=None):
+        self.model, self.config, self.exchange, self.marks = model, c, exchange, marks
         self.layers = stages(c, n)[stage]
         self.first, self.last = stage == 0, stage == n - 1
 
     def forward(self, tape, x_bsd, tokens_bs, weights: Weights, seen: Seen):
         """From tokens or the stage before to the stage after, or to the losses; a generator."""
-        tokens_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
+        rows_bs, tokens_bs, y_bs = tokens_bs, self.read(tokens_bs), tokens_bs[:, 1:]
         rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
+        if self.marks:
+            rope = packed_table(self.config, ends(rows_bs[:, :-1], self.marks))
         if self.first:
             x_bsd = tape.run(self.model.embed, tokens_bs)
         for i in self.layers:
             block = self.model.layers[str(i)]
             x_bsd = yield from self.block(tape, f"layers.{i}", block, x_bsd, rope, weights, seen)
-        if self.last:
+        if self.last and self.marks:
+            self.answers(tape, x_bsd, rows_bs, weights, seen)
+        elif self.last:
             yield from self.losses(tape, x_bsd, tokens_bs, y_bs, weights, seen)
         return x_bsd
+
+    def read(self, tokens_bs):
+        """What the model reads of rows of T + 1 tokens."""
+        return tokens_bs[:, :-1].reshape(1, -1) if self.marks else tokens_bs[:, :-1]
 
     def rope(self, s: int, device):
         return rope_table(self.config, torch.arange(s, device=device))
@@ -77,10 +89,18 @@ class Stage:
         seen.count(place + ".ffn", expert, self.config.n_routed_experts)
         return x_bsd
 
+    def answers(self, tape, x_1nd, rows_bs, weights, seen):
+        """`answer_losses` of chapter 14."""
+        said_n = said(rows_bs, self.marks)[:, 1:].flatten()
+        y_n, n = rows_bs[:, 1:].flatten()[said_n], max(1, int(said_n.sum()))
+        h_nd = tape.run(lambda x_1nd: self.model.norm(x_1nd)[0][said_n], x_1nd)
+        seen.main = seen.main + self.loss(tape, h_nd, y_n, n, weights.share)
+
     def losses(self, tape, x_bsd, tokens_bs, y_bs, weights, seen):
         """`losses` of chapter 07: the main one, then a module deeper at a time (eq. 21–25)."""
         h_bsd = tape.run(self.model.norm, x_bsd)
-        seen.main = seen.main + self.loss(tape, h_bsd, y_bs, tokens_bs, weights.share)
+        n = max(1, tokens_bs.numel())
+        seen.main = seen.main + self.loss(tape, h_bsd, y_bs, n, weights.share)
         for k, module in enumerate(self.model.mtp.values() if tape.training else (), start=1):
             s = tokens_bs.shape[1] - k
             pair = partial(self.pair, module, tokens_bs[:, k:])
@@ -88,7 +108,7 @@ class Stage:
             place = f"mtp.{k - 1}.block"
             x_bsd = yield from self.block(tape, place, module.block, x_bsd, rope, weights, seen)
             h_bsd = tape.run(module.norm, x_bsd)
-            value = self.loss(tape, h_bsd, y_bs[:, k:], tokens_bs, weights.share, weights.mtp)
+            value = self.loss(tape, h_bsd, y_bs[:, k:], n, weights.share, weights.mtp)
             seen.mtp[k] = seen.mtp.get(k, 0) + value
 
     def pair(self, module, ahead_bs, h_bsd):
@@ -96,11 +116,11 @@ class Stage:
         e_bsd, h_bsd = self.model.embed(ahead_bs), h_bsd[:, : ahead_bs.shape[1]]
         return module.eh_proj(torch.cat((module.enorm(e_bsd), module.hnorm(h_bsd)), dim=-1))
 
-    def loss(self, tape, h_bsd, y_bs, tokens_bs, share: float, weight: float = 1.0):
-        """share · cross-entropy in nats a token, of which the batch's loss holds `weight`."""
-        n, head = max(1, tokens_bs.numel()), self.model.head.weight
-        nll = lambda h_bsd: linear_cross_entropy(h_bsd.flatten(0, 1), head, y_bs.flatten()) / n
-        value = tape.run(nll, h_bsd)
+    def loss(self, tape, h, y, n: int, share: float, weight: float = 1.0):
+        """share · Σ cross-entropy / n in nats, of which the batch's loss holds `weight`."""
+        head, target_n = self.model.head.weight, y.flatten()
+        nll = lambda h: linear_cross_entropy(h.flatten(0, -2), head, target_n) / n
+        value = tape.run(nll, h)
         if tape.training:
             tape.owes(value, torch.full_like(value, weight * share))
         return value * share

@@ -1,6 +1,7 @@
-"""`dsv3 train` on several ranks: the run of one process, its parts replaced by the cluster's."""
+"""A run on several ranks: that of one process, its parts replaced by the cluster's."""
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from dsv3_ref import ops
 from dsv3_ref.config import UserError
 from dsv3_ref.parallel import checkpoint as sharded
+from dsv3_ref.parallel.build import share
 from dsv3_ref.parallel.cluster import Cluster
 from dsv3_ref.parallel.mesh import Mesh, joined, sizes
 from dsv3_ref.parallel.watchdog import doing, watch
@@ -22,8 +24,11 @@ from dsv3_ref.run.settings import Train
 from dsv3_ref.run.train import Trainer, start, work
 
 
-class ClusterTrainer(Trainer):
-    """A rank's part of a run. Rank 0 reads the data for all, and writes what is not sharded."""
+class Ranks:
+    """A rank's part of a run, before a `Trainer` in the order of bases.
+
+    Rank 0 reads the data for all, and writes what is not sharded.
+    """
 
     def __init__(self, args: Train, folder: Path, device: torch.device):
         self.mesh = Mesh(*sizes(dist.get_world_size(), args.pp, args.ep, args.dp or None), device)
@@ -47,15 +52,19 @@ class ClusterTrainer(Trainer):
 
     def open_data(self) -> None:
         self.rows, read = None, super().open_data
-        told = from_first(lambda: read() or (self.names, self.val, self.bytes))
-        self.names, self.val, self.bytes = told
+        told = lambda: read() or tuple(getattr(self, name) for name in self.KNOWN)
+        for name, value in zip(self.KNOWN, from_first(told)):
+            setattr(self, name, value)
 
     def build(self) -> None:
         a = self.args
         moments = torch.bfloat16 if a.moments == "bf16" else torch.float32
         fp8 = a.dispatch == "fp8" or (a.dispatch == "auto" and a.precision == "fp8")
         self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
-                               a.micro_batch, a.ep_node, fp8, a.exchange == "deepep")  # fmt: skip
+                               a.micro_batch, a.ep_node, fp8, a.exchange == "deepep",
+                               self.marks)  # fmt: skip
+        if self.fresh:
+            checkpoint.fill(self.cluster.model, a.init, partial(share, self.mesh))
         self.model, self.writer = self.cluster.model, sharded.Writer()
         self.ema = Ema(self.model, self.cluster.zero.adamw, a.ema) if a.ema else None
 
@@ -175,8 +184,8 @@ def from_first(make):
     return box[0]
 
 
-def run(args: Train, command: str | None = None) -> Path:
-    """`dsv3 train` as one of the ranks that torchrun or srun has started."""
+def run(args: Train, command: str | None = None, trainer_of=Trainer) -> Path:
+    """A run as one of the ranks that torchrun or srun has started."""
     settings.check(args)
     keep_memory()
     with joined(args.device) as device, ExitStack() as stack:
@@ -184,7 +193,8 @@ def run(args: Train, command: str | None = None) -> Path:
         asked = stack.enter_context(signals())
         here = dist.get_rank(), dist.get_world_size()
         stack.enter_context(watch(folder / "logs", *here, args.hang_timeout))
-        make = lambda args, folder: ClusterTrainer(args, folder, device)
+        kind = type("ClusterTrainer", (Ranks, trainer_of), {})
+        make = lambda args, folder: kind(args, folder, device)
         if dist.get_rank() == 0:
             trainer = start(args, folder, command, make)
             trainer.asked = asked
@@ -198,7 +208,7 @@ def run(args: Train, command: str | None = None) -> Path:
     return folder
 
 
-def follow(trainer: ClusterTrainer) -> None:
+def follow(trainer) -> None:
     """What the other ranks do while rank 0 works."""
     for _ in trainer.train():
         pass

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -266,6 +266,31 @@ def load(directory, device=None, dtype: torch.dtype | None = None) -> Transforme
     return source.model
 
 
+def config_of(directory) -> Config:
+    """The config of a directory, ours or Hugging Face's, whole or sharded."""
+    if (sharded := find(directory) / SHARDED).is_file():
+        return from_dict(read_json(sharded.parent / CONFIG))
+    return Checkpoint(directory).config
+
+
+def reader(directory) -> Callable[[str], torch.Tensor]:
+    """Our name of a tensor → the tensor, read when asked for."""
+    if (find(directory) / SHARDED).is_file():
+        return load(directory).state_dict().__getitem__
+    return Checkpoint(directory).read
+
+
+@torch.no_grad()
+def fill(model: Transformer, directory, part=lambda name, x: x) -> None:
+    """Weights of a directory into a model of any dtype; `part` takes from each what is held."""
+    read = reader(directory)
+    for name, x in model.state_dict().items():
+        try:
+            x.copy_(part(name, read(name)))
+        except (KeyError, RuntimeError):
+            raise UserError(f"{directory} does not fit this model: {name}") from None
+
+
 class Checkpoint:
     """A directory opened and checked against its config; tensors are read when asked for."""
 
@@ -477,6 +502,12 @@ def find(directory) -> Path:
     if path.name and (aside := sibling(path, OLD)).is_dir():
         return aside
     raise UserError(f"there is no directory {path}")
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The folder with tokenizer.json: the path itself, or the run that a checkpoint is in."""
+    places = [path, *path.resolve().parents[:2]]
+    return next((p for p in places if (p / "tokenizer.json").is_file()), path)
 
 
 @contextmanager

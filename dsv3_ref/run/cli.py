@@ -12,12 +12,38 @@ def train(argv: list[str]) -> None:
     from dsv3_ref.run.settings import parse
 
     args = parse(argv)
+    runner()(args, shlex.join(["dsv3", "train", *argv]))
+
+
+def sft(argv: list[str]) -> None:
+    """dsv3 sft: fine-tune on conversations."""
+    from dsv3_ref.run.sft import Sft, SftTrainer
+
+    tune(Sft, SftTrainer, argv)
+
+
+def rl(argv: list[str]) -> None:
+    """dsv3 rl: GRPO on tasks."""
+    from dsv3_ref.run.rl import Rl, RlTrainer
+
+    tune(Rl, RlTrainer, argv)
+
+
+def tune(kind, trainer, argv: list[str]) -> None:
+    """A run that starts from a model."""
+    from dsv3_ref.run.settings import parse
+
+    args = parse(argv, kind)
+    runner()(args, shlex.join(["dsv3", kind.COMMAND, *argv]), trainer)
+
+
+def runner():
+    """What runs a `Trainer`: this process, or it and its fellow ranks."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from dsv3_ref.parallel.trainer import run
     else:
         from dsv3_ref.run.train import run  # after --help: it takes seconds to import
-
-    run(args, shlex.join(["dsv3", "train", *argv]))
+    return run
 
 
 def generate(argv: list[str]) -> None:
@@ -73,8 +99,8 @@ def plan(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": train, "generate": generate, "chat": chat, "bench": bench, "ablate": ablate,
-    "preflight": preflight, "plan": plan,
+    "train": train, "sft": sft, "rl": rl, "generate": generate, "chat": chat, "bench": bench,
+    "ablate": ablate, "preflight": preflight, "plan": plan,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Text in, rows of tokens out: sources, validation split, FIM, packing, shuffling; resumable."""
 
 import hashlib
+import json
 import math
 import os
 import random
@@ -95,8 +96,42 @@ def read_files(name: str, kind: str, paths: list[str], streaming: bool, document
     return load(name, kind, data_files=paths, streaming=streaming, **how)
 
 
-def load(name: str, path: str, **kwargs):
-    """`datasets.load_dataset`, cut down to the column `text`."""
+def open_rows(name: str, column: str) -> Iterator:
+    """Rows of .jsonl or .parquet files, of a folder of them, or of a name on the hub.
+
+    A line that is no JSON comes as the text it is, for the reader to refuse by its number.
+    """
+    path = Path(name)
+    if not path.exists():
+        if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise UserError(f"no data at {name!r}: give a .jsonl or .parquet file, or owner/name")
+        return iter(load(name, name, column))
+    kind, paths = folder_files(path) if path.is_dir() else (SUFFIXES.get(path.suffix), [name])
+    if kind == "json":
+        return (as_json(line) for p in paths for line in read_lines(p))
+    if kind == "parquet":
+        return iter(load(name, kind, column, data_files=paths))
+    raise UserError(f"{name} is not .jsonl or .parquet, which rows with {column!r} need")
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a UTF-8 file that are not empty."""
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def as_json(line: str):
+    """What a line says, or the line."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def load(name: str, path: str, column: str = "text", **kwargs):
+    """`datasets.load_dataset`, cut down to one column."""
     import datasets  # a second to import
 
     datasets.disable_progress_bars()
@@ -105,9 +140,9 @@ def load(name: str, path: str, **kwargs):
     with reading(name):
         data = datasets.load_dataset(path, split="train", **kwargs)
         columns = data.column_names or list(next(iter(data), {}))
-    if "text" not in columns:
-        raise UserError(f"{name} has no column 'text', only {', '.join(columns)}")
-    return data.select_columns(["text"])
+    if column not in columns:
+        raise UserError(f"{name} has no column {column!r}, only {', '.join(columns)}")
+    return data.select_columns([column])
 
 
 @contextmanager

@@ -14,11 +14,15 @@ from torch._inductor.exc import InvalidCxxCompiler
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import Choice, stream
 from dsv3_ref.model import Transformer
-from dsv3_ref.run.checkpoint import load
-from dsv3_ref.run.tokenizer import BOS, EOS, read_tokenizer
+from dsv3_ref.run.checkpoint import load, tokenizer_folder
+from dsv3_ref.run.tokenizer import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    USER,
+    read_tokenizer,
+)
 from dsv3_ref.run.train import pick_device
-
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 
 
 @dataclass(frozen=True)
@@ -171,12 +175,6 @@ def check(args: Options) -> None:
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
-
-
-def tokenizer_folder(path: Path) -> Path:
-    """The folder with tokenizer.json: the path itself, or the run that a checkpoint is in."""
-    places = [path, *path.resolve().parents[:2]]
-    return next((p for p in places if (p / "tokenizer.json").is_file()), path)
 
 
 # ── The commands ──

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ import tyro
 from dsv3_ref.config import Config, UserError, from_dict, named
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, Recipe
-from dsv3_ref.run.checkpoint import read_json
+from dsv3_ref.run.checkpoint import config_of, read_json, tokenizer_folder
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Train:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: str = "tiny"
     """size: tiny, small, v2_lite, v3, or a .json file with the fields of --model"""
+    init: Path | None = None
+    """start from the weights, shape and tokenizer of a run, a checkpoint, or a Hugging Face
+    directory"""
     seed: int = 0
     out: Path | None = None
     """folder of the run; default runs/<config>. If it holds a run, -2, -3 … is added"""
@@ -97,20 +100,31 @@ class Train:
     tensorboard: bool = False
     """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
 
+    COMMAND: ClassVar[str] = "train"
+    RECIPES: ClassVar[dict[str, Recipe]] = RECIPES
+    OTHERWISE: ClassVar[str] = "tiny"  # the recipe of configs that have none
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """What must hold for this command alone."""
+        r, c = self.recipe, self.model
+        return [
+            (r.steps >= 1, "--steps must be at least 1"),
+            (len(self.data) > 0, "--data needs at least one source"),
+            (
+                r.seq_len > c.n_mtp_layers,
+                f"--seq-len must exceed the {c.n_mtp_layers} tokens that MTP looks ahead",
+            ),
+        ]
+
 
 def check(args: Train) -> None:
     """Raise a `UserError` for settings that cannot be trained with."""
     r, c = args.recipe, args.model
     rules = [
-        (r.steps >= 1, "--steps must be at least 1"),
         (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
         (
             r.seq_len <= c.max_seq_len,
             f"--seq-len {r.seq_len} is longer than --model.max-seq-len {c.max_seq_len}",
-        ),
-        (
-            r.seq_len > c.n_mtp_layers,
-            f"--seq-len must exceed the {c.n_mtp_layers} tokens that MTP looks ahead",
         ),
         (
             c.dim % 8 == 0 and c.moe_inter_dim % 8 == 0,
@@ -129,7 +143,7 @@ def check(args: Train) -> None:
             min(args.spike_window, args.patience) >= 1,
             "--spike-window and --patience must be at least 1",
         ),
-        (len(args.data) > 0, "--data needs at least one source"),
+        *args.rules(),
     ]
     numbers = {k: v for k, v in asdict(r).items() if not isinstance(v, str)}
     rules += [(math.isfinite(v), f"{option(k)} must be a number") for k, v in numbers.items()]
@@ -162,20 +176,29 @@ def option(name: str) -> str:
 # ── From the command line ──
 
 
-def parse(argv: list[str]) -> Train:
-    """--config, or with --resume the run, gives the defaults; other options change one field."""
-    first = argparse.ArgumentParser(prog="dsv3 train", add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default="tiny")
-    first.add_argument("--out", type=Path)
+def parse(argv: list[str], kind: type[Train] = Train) -> Train:
+    """--config, --init or (with --resume) the run gives the defaults; options change one field."""
+    prog = f"dsv3 {kind.COMMAND}"
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    for name in ("--config", "--init", "--out"):
+        first.add_argument(name)
     first.add_argument("--resume", action="store_true")
     known = first.parse_known_args(argv)[0]
+    config = known.config or (size_of(Path(known.init)) if known.init else "tiny")
     if known.resume:
-        default = saved(known.out or last_folder(known.config))
+        default = saved(Path(known.out) if known.out else last_folder(kind, config), kind)
     else:
-        recipe = RECIPES.get(known.config, RECIPES["tiny"])
-        default = Train(model=named(known.config), recipe=recipe, config=known.config)
-    args = tyro.cli(Train, prog="dsv3 train", default=default, args=argv)
+        recipe = kind.RECIPES.get(config, kind.RECIPES[kind.OTHERWISE])
+        model = config_of(known.init) if known.init else named(config)
+        default = kind(model=model, recipe=recipe, config=config)
+    args = tyro.cli(kind, prog=prog, default=default, args=argv)
     return resumed(args, default) if known.resume else args
+
+
+def size_of(init: Path) -> str:
+    """The name of the config that a run was started with; v3 for what is no run of ours."""
+    run = tokenizer_folder(init) / "run.json"
+    return read_json(run)["settings"]["config"] if run.is_file() else "v3"
 
 
 MAY_CHANGE = {
@@ -208,22 +231,23 @@ def flat(args: Train) -> dict:
 # ── The folder of a run ──
 
 
-def folders(config: str, out: Path | None = None) -> Iterator[Path]:
-    """Where a run may go: --out, or runs/<config>, then the same with -2, -3 …"""
-    base = out or Path("runs") / Path(config).stem
+def folders(kind: type[Train], config: str, out: Path | None = None) -> Iterator[Path]:
+    """Where a run may go: --out, or runs/<config>[-<command>], then the same with -2, -3 …"""
+    suffix = "" if kind.COMMAND == "train" else f"-{kind.COMMAND}"
+    base = out or Path("runs") / (Path(config).stem + suffix)
     yield base
     yield from (base.with_name(f"{base.name}-{i}") for i in count(2))
 
 
-def last_folder(config: str) -> Path:
+def last_folder(kind: type[Train], config: str) -> Path:
     """The newest of runs/<config>, runs/<config>-2, …"""
-    return [next(folders(config)), *takewhile(Path.exists, folders(config))][-1]
+    return [next(folders(kind, config)), *takewhile(Path.exists, folders(kind, config))][-1]
 
 
 @contextmanager
 def claim(args: Train) -> Iterator[Path]:
     """The folder of this run, kept from other processes until the end of the `with`."""
-    for folder in [args.out] if args.resume else folders(args.config, args.out):
+    for folder in [args.out] if args.resume else folders(type(args), args.config, args.out):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is a file; a run is a folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -290,7 +314,7 @@ def commit() -> str | None:
         return None
 
 
-def saved(folder: Path) -> Train:
+def saved(folder: Path, kind: type[Train] = Train) -> Train:
     """The settings of the run to resume."""
     path = folder / "run.json"
     if not path.is_file():
@@ -299,7 +323,7 @@ def saved(folder: Path) -> Train:
         s = read_json(path)["settings"]
         s |= {"model": from_dict(s["model"]), "recipe": Recipe(**s["recipe"])}
         s |= {"data": tuple(s["data"]), "out": folder, "resume": True}
-        s["tokenizer"] = s["tokenizer"] and Path(s["tokenizer"])
-        return Train(**s)
+        s |= {name: s[name] and Path(s[name]) for name in ("tokenizer", "init")}
+        return kind(**s)
     except (UserError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged, or of another version: {e}") from None

@@ -7,10 +7,12 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_ref.config import UserError
+from dsv3_ref.sft import Marks
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
-SPECIAL = [BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"]
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+SPECIAL = [BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "<|EOT|>"]
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
 WORDS = (
@@ -69,6 +71,14 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     if missing:
         raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
     return as_text(t)
+
+
+def marks_of(t: Tokenizer) -> Marks:
+    """The special tokens of conversations."""
+    found = {s: t.token_to_id(s) for s in (BOS, EOS, PAD, USER, ASSISTANT)}
+    if lacking := [s for s, i in found.items() if i is None]:
+        raise UserError(f"the tokenizer lacks {' and '.join(lacking)}")
+    return Marks(*found.values())
 
 
 def save_tokenizer(t: Tokenizer, path: Path) -> None:

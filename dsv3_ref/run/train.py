@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dsv3_ref import ops
+from dsv3_ref import ops, pretrain
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import max_vio
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
-from dsv3_ref.pretrain import StepStats, train_step
-from dsv3_ref.run import resume, settings
+from dsv3_ref.pretrain import Losses, StepStats, train_step
+from dsv3_ref.run import checkpoint, resume, settings
 from dsv3_ref.run.data import (
     VAL_BATCH,
     Rows,
@@ -32,7 +32,14 @@ from dsv3_ref.run.ema import Ema
 from dsv3_ref.run.guard import LEAVE, Guard, signals
 from dsv3_ref.run.machine import keep_memory
 from dsv3_ref.run.settings import Train, write_json
-from dsv3_ref.run.tokenizer import BOS, byte_lengths, read_tokenizer, save_tokenizer, size
+from dsv3_ref.sft import Marks
+from dsv3_ref.run.tokenizer import (
+    BOS,
+    byte_lengths,
+    read_tokenizer,
+    save_tokenizer,
+    size,
+)
 
 # ── The run ──
 
@@ -40,9 +47,11 @@ from dsv3_ref.run.tokenizer import BOS, byte_lengths, read_tokenizer, save_token
 class Trainer:
     """One run: model, optimizer and data, and where they stand."""
 
+    KNOWN = ("names", "val", "bytes", "plan", "marks")  # of the data, on every rank
+    marks: Marks | None = None  # of conversations
+
     def __init__(self, args: Train, folder: Path):
         self.args, self.folder = args, folder
-        self.plan = batch_plan(args.recipe, args.recipe.steps)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.guard = Guard(args.spike, args.spike_window, args.patience)
         self.rolled_from: int | None = None  # for the next row
@@ -56,8 +65,9 @@ class Trainer:
         return pick_device(self.args.device)
 
     def open_data(self) -> None:
-        """Sources, tokenizer, training rows and held-out windows."""
+        """Sources, tokenizer, training rows, held-out windows, and how many rows each step has."""
         args, r = self.args, self.args.recipe
+        self.plan = batch_plan(r, r.steps)
         self.sources = open_sources(args.data, args.seed, args.streaming)
         self.names = [s.name for s in self.sources]
         self.tokenizer = self.find_tokenizer()
@@ -71,16 +81,23 @@ class Trainer:
         """The model with its first weights, and what changes them."""
         moments = torch.bfloat16 if self.args.moments == "bf16" else torch.float32
         self.model = Transformer(self.args.model).to(self.device)
+        if self.fresh:
+            checkpoint.fill(self.model, self.args.init)
         self.optimizer = adamw(self.model, self.args.recipe, moments)
         self.ema = Ema(self.model, self.optimizer, self.args.ema) if self.args.ema else None
 
+    @property
+    def fresh(self) -> bool:
+        """Whether weights come from --init: it has some, and this run has no checkpoint yet."""
+        return self.args.init is not None and not checkpoint.steps(self.folder)
+
     def find_tokenizer(self):
-        """--tokenizer, else one trained on this data; it must fit the embedding."""
+        """--tokenizer, that of --init, or one trained on this data; it must fit the embedding."""
         room = self.args.model.vocab_size
-        if self.args.tokenizer:
-            t = read_tokenizer(self.args.tokenizer)
-        else:
-            t = tokenizer_for(self.sources, room, tqdm.write)
+        given = self.args.tokenizer or (
+            self.args.init and checkpoint.tokenizer_folder(self.args.init)
+        )
+        t = read_tokenizer(given) if given else tokenizer_for(self.sources, room, tqdm.write)
         if size(t) > room:
             raise UserError(
                 f"the tokenizer has {size(t)} tokens, the model only {room}: "
@@ -118,13 +135,13 @@ class Trainer:
     def one_step(self) -> dict:
         """Train one step; the row for metrics.jsonl."""
         r, start, done = self.args.recipe, time.perf_counter(), self.done
-        tokens_bs = self.batch(self.plan[self.step])
+        batch = self.batch(self.plan[self.step])
         lr, gamma, weight = lr_at(r, self.step, done), gamma_at(r, done), mtp_weight_at(r, done)
         try:
             with self.arithmetic(), ops.keeping(True) if self.args.recompute else nullcontext():
-                s = self.compute(tokens_bs, r, lr, gamma, weight, self.guard.limit)
+                s = self.compute(batch, r, lr, gamma, weight, self.guard.limit)
         except torch.OutOfMemoryError:
-            rows = self.args.micro_batch or len(tokens_bs)
+            rows = self.args.micro_batch or len(batch)
             hint = f"--micro-batch {max(1, rows // 2)} computes fewer rows at a time"
             raise UserError(f"{self.device} is out of memory: {hint}") from None
         self.step += 1
@@ -132,10 +149,10 @@ class Trainer:
             self.ema.update()
         self.guard.note(s)
         self.last = s
-        trained, seconds = tokens_bs.shape[0] * r.seq_len, time.perf_counter() - start
+        trained, seconds = self.trained(batch), time.perf_counter() - start
         self.tokens, self.seconds = self.tokens + trained, self.seconds + seconds
         return {"step": self.step, "tokens": self.tokens} | self.row(s) | {
-            "lr": lr, "gamma": gamma, "mtp_weight": weight, "batch": len(tokens_bs),
+            "lr": lr, "gamma": gamma, "mtp_weight": weight, "batch": len(batch),
             "tok_s": trained / seconds, "seconds": self.seconds,
         }  # fmt: skip
 
@@ -143,10 +160,22 @@ class Trainer:
         """The next n rows of T + 1 tokens."""
         return self.rows.take(n).to(self.device)
 
+    def trained(self, tokens_bs) -> int:
+        """Tokens of a batch."""
+        return tokens_bs[:, 1:].numel()
+
     def compute(self, tokens_bs, *settings) -> StepStats:
         """`train_step` on a batch."""
         micro = tokens_bs.split(self.args.micro_batch or len(tokens_bs))
-        return train_step(self.model, self.optimizer, micro, *settings)
+        return train_step(self.model, self.optimizer, micro, *settings, self.losses, self.weigh)
+
+    def losses(self, model: Transformer, tokens_bs, balance_over: str) -> Losses:
+        """Those of chapter 07."""
+        return pretrain.losses(model, tokens_bs, balance_over)
+
+    def weigh(self, tokens_bs) -> int:
+        """How much these rows count in a mean over a batch."""
+        return len(tokens_bs)
 
     def give_up(self, name: str, value: float, more: str = "") -> None:
         """Stop the run: weights that give such a number are of no use."""
@@ -191,6 +220,10 @@ class Trainer:
         """Of the gates of all MoE layers."""
         return [m.gate.bias for m in moe_layers(self.model).values()]
 
+    def counted(self, rows_bs):
+        """The predicted tokens of rows that a loss counts."""
+        return rows_bs[:, 1:]
+
     def nll(self, rows_bs) -> float:
         """Σ −log p of the tokens of rows of T + 1, in nats."""
         h_n = self.model.features(rows_bs[:, :-1])[0].flatten(0, 1)
@@ -203,8 +236,9 @@ class Trainer:
         for window_bs in self.val[name][:batches]:
             with self.arithmetic():
                 nll += self.nll(window_bs.to(self.device))
-            n_bytes += self.bytes[window_bs[:, 1:]].sum().item()
-            n_tokens += window_bs[:, 1:].numel()
+            counted = self.counted(window_bs)
+            n_bytes += self.bytes[counted].sum().item()
+            n_tokens += counted.numel()
         return nll / n_tokens, nll / math.log(2) / max(1, n_bytes)
 
     def validate(self, row: dict) -> None:
@@ -294,6 +328,15 @@ class Trainer:
         """Bits a byte of held-out documents of all sources but the first."""
         return {name: self.evaluate(name, 16)[1] for name in self.names[1:]}
 
+    def goal(self) -> str:
+        """What will be trained on."""
+        tokens = sum(self.plan) * self.args.recipe.seq_len
+        return f"{tokens:,} tokens of {' and '.join(self.names)}"
+
+    def verdict(self, row: dict) -> str:
+        """The result in a sentence."""
+        return f"{row['val_bpb']:.3f} bits per byte on unseen {self.names[0]} documents"
+
     def summary(self, row: dict) -> dict:
         """What summary.json holds."""
         return {
@@ -349,24 +392,25 @@ def tensorboard(args: Train, folder: Path, step: int):
 # ── From start to report ──
 
 
-def run(args: Train, command: str | None = None) -> Path:
+def run(args: Train, command: str | None = None, make=Trainer) -> Path:
     """Train (or go on training) and write the report; returns the folder of the run."""
     settings.check(args)
     keep_memory()
     with settings.claim(args) as folder, signals() as asked:
         try:
-            trainer = start(args, folder, command)
+            trainer = start(args, folder, command, make)
             trainer.asked = asked
             work(trainer)
         except OSError as e:
             raise UserError(f"could not go on: {e}. {resume.last_good(folder)}") from e
         except (KeyboardInterrupt, SystemExit):
-            print(f"\nstopped; go on with: dsv3 train --resume --out {folder}", file=sys.stderr)
+            print(f"\nstopped; go on with: dsv3 {args.COMMAND} --resume --out {folder}",
+                  file=sys.stderr)  # fmt: skip
             raise
     return folder
 
 
-def start(args: Train, folder: Path, command: str | None, make=Trainer) -> Trainer:
+def start(args: Train, folder: Path, command: str | None, make) -> Trainer:
     """A trainer at step 0 or at its newest checkpoint; a mistake leaves no new run behind."""
     if not args.resume:
         write_json(folder / "run.json", settings.describe(args, command))
@@ -401,13 +445,11 @@ def work(trainer: Trainer) -> None:
 
 def say_start(trainer: Trainer) -> None:
     """Two lines: what is trained on what, and where it goes."""
-    names = " and ".join(trainer.names)
-    tokens = sum(trainer.plan) * trainer.args.recipe.seq_len
     print(
         f"{trainer.args.config}: {trainer.params / 1e6:.1f}M parameters (MTP included) "
         f"on {trainer.where}"
     )
-    print(f"{len(trainer.plan)} steps, {tokens:,} tokens of {names} → {trainer.folder}")
+    print(f"{len(trainer.plan)} steps, {trainer.goal()} → {trainer.folder}")
     if trainer.step:
         print(f"going on after step {trainer.step}")
 
@@ -418,8 +460,7 @@ def finish(trainer: Trainer, row: dict) -> None:
 
     write_json(trainer.folder / "summary.json", trainer.summary(row))
     report = write_report(trainer.folder)
-    bits = f"{row['val_bpb']:.3f} bits per byte"
-    print(f"{bits} on unseen {trainer.names[0]} documents; open {report}")
+    print(f"{trainer.verdict(row)}; open {report}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,378 @@
+"""`dsv3 rl`: GRPO on tasks (chapter 16)."""
+
+import math
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean as mean
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+
+from dsv3_ref import grpo
+from dsv3_ref.grpo import advantages, grpo_loss, rollouts, token_logp
+from dsv3_ref.optim import Recipe, batch_plan
+from dsv3_ref.pretrain import Losses, StepStats, train_step
+from dsv3_ref.run import checkpoint
+from dsv3_ref.run.settings import Train, write_json
+from dsv3_ref.run.tasks import TASKS, Problem, messages, named
+from dsv3_ref.run.tokenizer import marks_of
+from dsv3_ref.run.train import Trainer
+from dsv3_ref.sft import chat, ends, said
+
+BEFORE = "before.json"  # how a run did on held-out problems before its first step
+
+
+@dataclass(frozen=True)
+class Rl(Train):
+    """Improve a model by its own answers: GRPO.
+
+    --batch is how many questions a step asks, --seq-len how many tokens are learnt from at a time,
+    --gamma above 0 lets gate biases follow the load. Held-out problems are answered before the
+    first step and at every checkpoint.
+    """
+
+    tasks: tuple[str, ...] = ("sums",)
+    """what to practise, with weights: sums=0.7 counting spelling writing role-play questions"""
+    reward: Path | None = None
+    """a reward model (of dsv3 reward) that scores tasks without a right answer"""
+    group: int = 16
+    """answers to each question"""
+    max_new_tokens: int = 48
+    """an answer that is longer counts 0"""
+    temperature: float = 1.0
+    system: str = ""
+    """system prompt before each question"""
+    objective: Literal["grpo", "bnpo", "dapo", "dr_grpo", "sequence"] = "grpo"
+    """how the loss is averaged; sequence: one ratio an answer, the report's eq. 26"""
+    scale: Literal["group", "batch", "none"] = "group"
+    """whose standard deviation advantages are divided by"""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.001
+    """weight of the KL to the model that the run began with; 0: that model is not kept"""
+    updates: int = 1
+    """optimizer steps from one set of answers, each from its part of the questions"""
+    max_kl: float = 1.0
+    """a mean KL above this (nats a token) ends the run"""
+    control: Literal["none", "random-reward", "no-baseline"] = "none"
+    """experiments that should not work: a coin as reward; the reward as advantage"""
+    data: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
+    streaming: Annotated[bool, tyro.conf.Suppress] = False
+
+    COMMAND: ClassVar[str] = "rl"
+    RECIPES: ClassVar[dict[str, Recipe]] = grpo.RECIPES
+    OTHERWISE: ClassVar[str] = "v3"
+
+    def rules(self) -> list[tuple[bool, str]]:
+        is_open = [name for name in named(self.tasks) if TASKS[name].open]
+        return [
+            (self.init is not None, "--init is missing: the fine-tuned model to start from"),
+            (self.recipe.steps >= 1, "--steps must be at least 1"),
+            (self.group >= 2, "--group must be at least 2: answers are compared"),
+            (self.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
+            (0 < self.temperature < math.inf, "--temperature must be above 0"),
+            (0 <= self.clip_low < 1, "--clip-low must be from 0 to below 1"),
+            (self.clip_high >= 0, "--clip-high must be at least 0"),
+            (0 <= self.beta < math.inf, "--beta must be at least 0"),
+            (self.max_kl > 0, "--max-kl must be above 0"),
+            (1 <= self.updates <= self.recipe.batch, "--updates: from 1 to --batch"),
+            (
+                self.reward is not None or not is_open,
+                f"{', '.join(is_open)}: no answer is right, so --reward must name a reward model",
+            ),
+        ]
+
+
+# ── Questions ──
+
+
+class Questions:
+    """Problems drawn at random: first the task by weight, then one of its own."""
+
+    def __init__(self, weights: dict[str, float], seed: int):
+        self.weights, self.seed, self.drawn = weights, seed, 0
+
+    def take(self, n: int) -> list[Problem]:
+        """The next n."""
+        return [self.next() for _ in range(n)]
+
+    def next(self) -> Problem:
+        rng = random.Random(f"{self.seed} {self.drawn}")
+        self.drawn += 1
+        name = rng.choices(list(self.weights), list(self.weights.values()))[0]
+        return rng.choice(TASKS[name].problems[0])
+
+    def state(self) -> tuple[dict, dict]:
+        """How many were drawn; each has a stream of random numbers of its own."""
+        return {"drawn": self.drawn}, {}
+
+    def restore(self, small: dict, _: dict) -> None:
+        self.drawn = small["drawn"]
+
+
+# ── Answers ──
+
+
+@dataclass
+class Answer:
+    """One of a group's answers, and what is known of it."""
+
+    problem: Problem
+    prompt: list[int]
+    tokens: list[int]
+    logp: list[float]  # as it was written
+    text: str
+    reward: float
+    advantage: float = 0.0
+    old: torch.Tensor | None = None  # log π before the first of several updates
+
+
+def in_lots(answers: list[Answer], tokens: int) -> list[list[Answer]]:
+    """Answers in succession, cut where a lot would exceed so many tokens."""
+    lots, held = [[]], 0
+    for a in answers:
+        n = len(a.prompt) + len(a.tokens)
+        if lots[-1] and held + n > tokens:
+            lots, held = [*lots, []], 0
+        lots[-1].append(a)
+        held += n
+    return lots
+
+
+class Scorer:
+    """Rewards: a task's own rule, or a model's opinion where nothing is right."""
+
+    def __init__(self, args: Rl, marks, say):
+        self.end, self.say, self.failed, self.model = marks.eos, say, set(), None
+        if args.reward:
+            from dsv3_ref.run.reward import load_reward
+
+            self.model = load_reward(args.reward)
+
+    def __call__(self, answers: list[Answer]) -> None:
+        """Fill in the rewards: 0 for an answer without an end, or whose scorer fails."""
+        whole = [a for a in answers if a.tokens[-1] == self.end]
+        opinions = [a for a in whole if TASKS[a.problem.domain].open]
+        for a in whole:
+            if not TASKS[a.problem.domain].open:
+                a.reward = self.rule(a)
+        if opinions:
+            rewards = self.model.score([a.prompt + a.tokens for a in opinions])
+            for a, reward in zip(opinions, rewards.sigmoid().tolist()):
+                a.reward = reward
+
+    def rule(self, a: Answer) -> float:
+        """What the task says; the first failure of each kind is told."""
+        try:
+            return TASKS[a.problem.domain].score(a.text, a.problem)
+        except Exception as e:  # whatever a scorer stumbles over, training goes on
+            if (kind := (a.problem.domain, type(e).__name__)) not in self.failed:
+                self.failed.add(kind)
+                self.say(f"the scorer of {kind[0]} failed and counts 0: {kind[1]}: {e}")
+            return 0.0
+
+
+# ── The run ──
+
+
+class RlTrainer(Trainer):
+    """A run whose rows are its own answers."""
+
+    def open_data(self) -> None:
+        """Questions, and how many each step asks."""
+        args = self.args
+        self.weights = named(args.tasks)
+        self.names, self.sources, self.val = list(self.weights), [], {}
+        self.tokenizer = self.find_tokenizer()
+        self.marks = marks_of(self.tokenizer)
+        self.rows = Questions(self.weights, args.seed)
+        self.plan = batch_plan(args.recipe, args.recipe.steps)
+        self.score = Scorer(args, self.marks, lambda text: print(text, file=sys.stderr))
+
+    def build(self) -> None:
+        """The model, and the one it began as."""
+        super().build()
+        self.reference = None
+        if self.args.beta:
+            self.reference = checkpoint.load(self.args.init, dtype=torch.float32).to(self.device)
+            self.reference.requires_grad_(False)
+        if self.fresh:
+            write_json(self.folder / BEFORE, self.held_out())
+
+    def prompt(self, problem: Problem) -> list[int]:
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
+        return chat(messages(problem.question, system=self.args.system), encode, self.marks)
+
+    def ask(self, problems: list[Problem], group: int, temperature: float) -> list[Answer]:
+        """A group of scored answers to each."""
+        prompts = [self.prompt(p) for p in problems]
+        with self.arithmetic():
+            found = rollouts(
+                self.model, prompts, group, self.args.max_new_tokens, self.marks.eos, temperature
+            )
+        answers = [
+            Answer(problems[i // group], prompts[i // group], tokens, logp,
+                   self.tokenizer.decode(tokens), 0.0)
+            for i, (tokens, logp) in enumerate(zip(*found))
+        ]  # fmt: skip
+        self.score(answers)
+        return answers
+
+    def batch(self, n: int) -> list[Answer]:
+        """Groups of answers to the next n questions, with their advantages."""
+        args, start = self.args, time.perf_counter()
+        answers = self.ask(self.rows.take(n), args.group, args.temperature)
+        reward_b = torch.tensor([a.reward for a in answers])
+        if args.control == "random-reward":
+            reward_b = (torch.rand(len(answers)) < 0.5).float()
+        if args.control != "no-baseline":
+            reward_b = advantages(reward_b, args.group, args.scale)
+        for a, advantage in zip(answers, reward_b.tolist()):
+            a.advantage = advantage
+        self.answers, self.asking = answers, time.perf_counter() - start
+        return answers
+
+    def trained(self, answers: list[Answer]) -> int:
+        return sum(len(a.tokens) for a in answers)
+
+    def compute(self, answers: list[Answer], *settings) -> StepStats:
+        """Optimizer steps, each from its part of the groups."""
+        args, self.seen = self.args, defaultdict(float)
+        parts = [[] for _ in range(args.updates)]
+        for i, a in enumerate(answers):
+            parts[i // args.group % args.updates].append(a)
+        if args.updates > 1:
+            self.remember(answers)
+        stats = [self.update(part, *settings) for part in parts]
+        self.seen = {k: v / max(1.0, self.seen["tokens"]) for k, v in self.seen.items()}
+        if not self.seen.get("kl", 0.0) <= args.max_kl:
+            self.give_up("KL to the first model", self.seen["kl"])
+        worst = next((s for s in stats if s.skipped), stats[-1])
+        loss = sum(s.loss for s in stats) / len(stats)
+        return worst._replace(loss=loss, load_le=sum(s.load_le for s in stats))
+
+    def update(self, answers: list[Answer], *settings) -> StepStats:
+        """One optimizer step. Answers that neither gain nor lose are not computed, but counted."""
+        self.total = len(answers), sum(len(a.tokens) for a in answers)
+        live = [a for a in answers if a.advantage or self.args.beta] or answers[:1]
+        self.live = len(live)
+        lots = in_lots(live, self.args.recipe.seq_len)
+        return train_step(self.model, self.optimizer, lots, *settings, self.losses, len)
+
+    @torch.no_grad()
+    def remember(self, answers: list[Answer]) -> None:
+        """log π of all answers before the first of several updates."""
+        for lot in in_lots(answers, self.args.recipe.seq_len):
+            logp_n = self.logp(self.model, lot)[0]
+            for a, logp in zip(lot, logp_n.split([len(a.tokens) for a in lot])):
+                a.old = logp
+
+    def logp(self, model, lot: list[Answer]):
+        """(log π, entropy) of all tokens of a lot's answers, one after another, and the routes."""
+        flat = [token for a in lot for token in a.prompt + a.tokens]
+        line_1n = torch.tensor([flat], device=self.device)
+        said_n = said(line_1n, self.marks)[0, 1:]
+        x_1n = line_1n[:, :-1]
+        h_1nd, routes = model.features(x_1n, ends=ends(x_1n, self.marks))
+        h_nd, y_n = h_1nd[0][said_n], line_1n[0, 1:][said_n]
+        return *token_logp(h_nd, model.head.weight, y_n, self.args.temperature), routes
+
+    def losses(self, model, lot: list[Answer], _) -> Losses:
+        """`grpo_loss` of a lot, as its part of the mean over all answers."""
+        args, lengths = self.args, [len(a.tokens) for a in lot]
+        rows = lambda x_n: pad_sequence(x_n.split(lengths), batch_first=True)
+        logp_n, entropy_n, routes = self.logp(model, lot)
+        written_n = torch.tensor([p for a in lot for p in a.logp], device=self.device)
+        old_n = logp_n.detach() if lot[0].old is None else torch.cat([a.old for a in lot])
+        ref_n = None
+        if self.reference:
+            with torch.no_grad():
+                ref_n = self.logp(self.reference, lot)[0]
+        advantage_b = torch.tensor([a.advantage for a in lot], device=self.device)
+        mask_bs = rows(torch.ones_like(logp_n))
+        size = {"dapo": self.total[1] * len(lot) / self.live, "dr_grpo": args.max_new_tokens}
+        out = grpo_loss(
+            rows(logp_n), rows(old_n), None if ref_n is None else rows(ref_n), advantage_b,
+            mask_bs, (args.clip_low, args.clip_high), args.beta, args.objective,
+            size.get(args.objective),
+        )  # fmt: skip
+        n = len(logp_n)
+        self.note(n, kl=out.kl, clipped=out.clipped, entropy=entropy_n.mean(),
+                  mismatch=(logp_n - written_n).abs().mean())  # fmt: skip
+        part = 1.0 if args.objective == "dapo" else self.live / self.total[0]
+        return Losses(out.loss * part, [], out.loss.new_zeros(()), routes)
+
+    def note(self, n: int, **means) -> None:
+        """Means over n tokens, to be averaged over the step."""
+        self.seen["tokens"] += n
+        for name, value in means.items():
+            self.seen[name] += n * float(value)
+
+    def row(self, s: StepStats) -> dict:
+        """Of pre-training's row all but the biases, and what GRPO is watched by."""
+        row, answers, by = super().row(s), self.answers, defaultdict(list)
+        for a in answers:
+            by[a.problem.domain].append(a.reward)
+        groups = [answers[i : i + self.args.group] for i in range(0, len(answers), self.args.group)]
+        a = answers[0]
+        row |= {k: self.seen.get(k) for k in ("kl", "clipped", "entropy", "mismatch")} | {
+            "reward": mean(a.reward for a in answers),
+            "reward_by": {name: mean(rewards) for name, rewards in by.items()},
+            "length": mean(len(a.tokens) for a in answers),
+            "silent": mean(float(not any(a.advantage for a in group)) for group in groups),
+            "asking": self.asking,
+            "example": {"prompt": a.problem.question, "text": a.text, "reward": a.reward},
+        }
+        return {k: v for k, v in row.items() if k != "bias"}
+
+    # ── How good is it? ──
+
+    def held_out(self) -> dict[str, dict[str, float]]:
+        """For each task: mean reward of the likeliest answer and of one drawn, and its length."""
+        out, before = {}, torch.get_rng_state()
+        torch.manual_seed(0)
+        for name in self.names:
+            problems = TASKS[name].problems[1]
+            likeliest, drawn = (self.ask(problems, 1, t) for t in (0.0, 1.0))
+            out[name] = {
+                "greedy": mean(a.reward for a in likeliest),
+                "sampled": mean(a.reward for a in drawn),
+                "length": mean(len(a.tokens) for a in drawn),
+            }
+        torch.set_rng_state(before)
+        return out
+
+    def validate(self, row: dict) -> None:
+        row["held_out"] = self.held_out()
+        row["val_loss"] = 1 - row["held_out"][self.names[0]]["greedy"]
+
+    def samples(self) -> list[dict]:
+        """The likeliest answers to held-out questions."""
+        problems = [p for name in self.names for p in TASKS[name].problems[1][:3]]
+        return [
+            {"prompt": a.problem.question, "text": a.text, "temperature": 0.0}
+            for a in self.ask(problems, 1, 0.0)
+        ]
+
+    def summary(self, row: dict) -> dict:
+        before = checkpoint.read_json(self.folder / BEFORE)
+        return {
+            "val_loss": row["val_loss"], "seconds": self.seconds, "tokens": self.tokens,
+            "before": before, "after": row["held_out"], "samples": self.samples(),
+        }  # fmt: skip
+
+    def goal(self) -> str:
+        args = self.args
+        return f"{args.recipe.batch} questions × {args.group} answers of {', '.join(self.names)}"
+
+    def verdict(self, row: dict) -> str:
+        before, name = checkpoint.read_json(self.folder / BEFORE), self.names[0]
+        was, now = (x[name]["greedy"] for x in (before, row["held_out"]))
+        return f"{name}: {was:.1%} right before, {now:.1%} after, on held-out problems"

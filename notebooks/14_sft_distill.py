@@ -1,0 +1,288 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 14 · Fine-tuning: a voice, and two ways to answer
+
+# %% [markdown]
+# ## Why
+# A pre-trained model continues texts. Asked a question, it may well write three more questions. Fine-tuning
+# shows it conversations and lets it learn **one side** of them. The data are precious: V3 read 14.8 trillion tokens and
+# was then shown 1.5 million conversations. Two things would waste them. Conversations are of every length, and rows padded to the
+# longest one compute mostly padding; and a loss on everything would teach the model to ask as users do.
+
+# %%
+import random
+
+import torch
+
+from dsv3_ref.viz import BLUE, figure, show
+
+torch.manual_seed(0)
+rng = random.Random(0)
+lengths = [min(4096, int(rng.lognormvariate(5.8, 1.1)) + 20) for _ in range(512)]
+batches = [lengths[i : i + 16] for i in range(0, 512, 16)]
+padded = sum(max(batch) * len(batch) for batch in batches)
+fig, ax = figure(1, 1, 8, 2.3)
+ax.hist(lengths, bins=60, color=BLUE)
+ax.set(
+    xlabel="tokens of a conversation",
+    ylabel="conversations",
+    title=f"padded in batches of 16: {sum(lengths) / padded:.0%} of what is computed is text",
+)
+show(fig)
+
+# %% [markdown]
+# ## Paper
+# §5.1, §5.4.1:
+#
+# - 1.5 million conversations of many domains, two epochs, learning rate by a cosine from $5\cdot10^{-6}$ to $10^{-6}$.
+# - A row is **packed** from several samples, which are **masked from each other**.
+# - Reasoning is distilled. R1, a model trained to reason at length, is right more often and says too much. For each domain
+#   an **expert model** is made by SFT and RL, from two forms of each instance: ⟨problem, original response⟩ and ⟨system prompt,
+#   problem, R1 response⟩; the system prompt asks for reflection and verification. RL then mixes both patterns, *even where no system
+#   prompt is given*.
+# - The expert's answers are filtered by **rejection sampling**, and the final model learns from what remains.
+# - Price and gain, on V2.5: MATH-500 74.6 → 83.2, mean length 769 → 1510 tokens.
+#
+# Axes: `b` rows, `s` positions, `n` all of them, `m` samples, `w` words.
+
+# %%
+#| export sft
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dsv3_ref.config import UserError
+from dsv3_ref.model import Transformer
+from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.optim import Recipe
+from dsv3_ref.pretrain import Losses
+
+# %% [markdown]
+# ## A conversation as tokens
+# Five special tokens carry the form; everything else is text:
+#
+# `<｜begin▁of▁sentence｜>`system`<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`…
+#
+# A conversation that ends with a question gets the mark behind which the model speaks. Text is encoded so that it
+# can never contain a mark: a user who *types* `<｜Assistant｜>` sends twelve plain characters, and cannot put words into the model's mouth.
+
+
+# %%
+#| export sft
+class Marks(NamedTuple):
+    """The special tokens of a conversation."""
+
+    bos: int
+    eos: int
+    pad: int
+    user: int
+    assistant: int
+
+
+def chat(messages: Sequence[dict], encode: Callable[[str], list[int]], marks: Marks) -> list[int]:
+    """Tokens of [system], then user and assistant in turn; behind a question, the mark to answer.
+
+    messages: {"role": "system" | "user" | "assistant", "content": text}.
+    """
+    turns = list(messages)
+    tokens = [marks.bos, *(encode(turns.pop(0)["content"]) if role(turns, 0) == "system" else [])]
+    for i, turn in enumerate(turns):
+        if role(turns, i) != ("user", "assistant")[i % 2]:
+            raise UserError(f"turn {i + 1} is by {role(turns, i)!r}: user and assistant alternate")
+        text = encode(turn["content"])
+        tokens += [marks.assistant, *text, marks.eos] if i % 2 else [marks.user, *text]
+    if not turns:
+        raise UserError("a conversation needs a question")
+    return tokens + [marks.assistant] * (len(turns) % 2)
+
+
+def role(turns: Sequence[dict], i: int) -> str | None:
+    """Who speaks; raises for what is no turn."""
+    turn = turns[i] if i < len(turns) else {}
+    if not isinstance(turn, dict) or (turn and not isinstance(turn.get("content"), str)):
+        raise UserError(f"turn {i + 1} is not a role with a text")
+    return turn.get("role")
+
+
+# %%
+WORDS = "⌂ ∎ · USER: MODEL: be brief how many legs has a cat ? four and bird two".split()
+MARKS = Marks(*range(5))
+encode = lambda text: [WORDS.index(word) for word in text.split()]
+spell = lambda tokens: " ".join(WORDS[t] for t in tokens)
+talk = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "how many legs has a cat ?"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": "and a bird ?"},
+]
+print(spell(chat(talk, encode, MARKS)))
+print(spell(chat([*talk, {"role": "assistant", "content": "two"}], encode, MARKS)))
+assert chat(talk, encode, MARKS)[-1] == MARKS.assistant
+for wrong in ([], talk[2:], [talk[1], talk[3]], [{"role": "user"}]):
+    try:
+        chat(wrong, encode, MARKS)
+        raise AssertionError("accepted")
+    except UserError as e:
+        print("refused:", e)
+
+# %% [markdown]
+# ## Who speaks?
+# Since no text can forge a mark, a row of tokens describes itself: the model speaks from behind its mark up to and **including** the
+# end, which it must learn to say. With $a_s$ the place of the last such mark *before* $s$ and $o_s$ that of the last other mark,
+#
+# $$\mathrm{said}_s = [\,a_s > o_s\,]\qquad (b,s) \to (b,s)$$
+#
+# and samples begin at each begin mark. No mask has to be stored, shuffled, sent to another rank or kept in step with its tokens.
+
+
+# %%
+#| export sft
+def said(tokens_bs, marks: Marks):
+    """True for what the model says: all behind an assistant's mark, the end included, (b, s)."""
+    at_s = torch.arange(1, tokens_bs.shape[1] + 1, device=tokens_bs.device)
+    other = torch.tensor([marks.bos, marks.eos, marks.user], device=tokens_bs.device)
+    last = lambda is_bs: torch.where(is_bs, at_s, 0).cummax(1)[0]
+    opened_bs = last(tokens_bs == marks.assistant) > last(torch.isin(tokens_bs, other))
+    return F.pad(opened_bs[:, :-1], (1, 0))
+
+
+def ends(tokens_bs, marks: Marks):
+    """Where each sample ends if all rows are laid end to end: int32 (m,), the last is b·s."""
+    begins_bs = tokens_bs == marks.bos
+    begins_bs[:, :1] = True  # whatever a row begins with
+    begin_m = begins_bs.flatten().nonzero()[:, 0]
+    last = begin_m.new_full((min(1, len(begin_m)),), tokens_bs.numel())
+    return torch.cat((begin_m[1:], last)).int()
+
+
+# %%
+row = chat([*talk, {"role": "assistant", "content": "two"}], encode, MARKS) + chat(
+    talk[1:3], encode, MARKS
+)
+row_1s = torch.tensor([row])
+print(" ".join(f"[{WORDS[t]}]" if on else WORDS[t] for t, on in zip(row, said(row_1s, MARKS)[0])))
+print("samples end before", ends(row_1s, MARKS).tolist())
+assert spell(row_1s[said(row_1s, MARKS)]) == "four ∎ two ∎ four ∎"
+
+# %% [markdown]
+# ## Packing
+# Whole samples, none cut, into rows of one length: bin packing. *First fit, longest first* is a few lines and wastes little.
+# What is left of a row is padding behind the last sample, which causality hides.
+
+
+# %%
+#| export sft
+def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[list[int]]:
+    """Rows of `length` tokens, each filled with whole samples: first fit, longest first."""
+    rows: list[list[int]] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        if len(sample) > length:
+            raise UserError(f"a sample of {len(sample)} tokens does not fit a row of {length}")
+        row = next((r for r in rows if len(r) + len(sample) <= length), None)
+        if row is None:
+            rows.append(row := [])
+        row += sample
+    return [row + [pad] * (length - len(row)) for row in rows]
+
+
+# %%
+samples = [[MARKS.bos] + [5] * (n - 1) for n in lengths]
+rows = pack_samples(samples, 4096, MARKS.pad)
+tokens = torch.tensor(rows)
+assert sum(map(len, samples)) == (tokens != MARKS.pad).sum()
+assert (tokens == MARKS.bos).sum() == len(samples)
+print(f"{len(samples)} conversations in {len(rows)} rows, {sum(lengths) / tokens.numel():.1%} text")
+
+# %% [markdown]
+# **Invisible to each other.** Samples in one row share a row and nothing else: positions restart (`packed_table`, chapter 02), attention ends at their
+# borders (`packed_attention`, chapter 03), and everything else in the model works token by token. So it can be tested: change one
+# sample, and the states of the others must not move (but for the last digit: an expert that now serves other tokens too adds up its products in
+# other blocks).
+
+# %%
+from dsv3_ref.config import TINY
+from dsv3_ref.model import Transformer
+
+model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
+parts = [torch.randint(5, 64, (n,)) for n in (7, 12, 4)]
+for part in parts:
+    part[0] = MARKS.bos
+changed = [parts[0], torch.cat((parts[1][:1], torch.randint(5, 64, (11,)))), parts[2]]
+with torch.no_grad():
+    before, after = (
+        model.features(x, ends=ends(x, MARKS))[0][0]
+        for x in (torch.cat(p)[None] for p in (parts, changed))
+    )
+    alone = torch.cat([model.features(part[None])[0][0] for part in parts])
+others = torch.cat((torch.arange(7), torch.arange(19, 23)))
+torch.testing.assert_close(before[others], after[others], atol=1e-5, rtol=0)
+assert (before - after)[7 + 1 : 19].abs().amax(1).min() > 0.01  # every token of the changed one
+torch.testing.assert_close(before, alone, atol=1e-5, rtol=0)
+print(f"the others' states moved by {(before - after)[others].abs().max():.0e}")
+
+# %% [markdown]
+# ## The loss
+# $$L = -\frac{1}{N}\sum_{n\,:\,\mathrm{said}_{n+1}} \log p(t_{n+1} \mid t_{\le n}),\qquad N = \sum_n \mathrm{said}_{n+1}$$
+#
+# $N$ is counted over the **global batch**. Averaging each micro-batch by its own $N$ would let a token of a short answer weigh more when it happens
+# to lie among other short ones. The hidden states of unsaid tokens are dropped *before* the head: at V3's vocabulary that is the larger half of the cost.
+# Gate biases rest (the loads of a few topics say nothing about balance), and so do the MTP modules; their drafts stay correct, if accepted less often.
+
+
+# %%
+#| export sft
+def answers(tokens_bs, marks: Marks) -> int:
+    """N: how many predicted tokens of rows of T + 1 the model is meant to say."""
+    return int(said(tokens_bs, marks)[:, 1:].sum())
+
+
+def answer_losses(model: Transformer, tokens_bs, marks: Marks) -> Losses:
+    """Cross-entropy of what the model says in packed rows of T + 1 tokens: Σ / N."""
+    x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
+    said_n = said(tokens_bs, marks)[:, 1:].flatten()
+    h_1nd, routes = model.features(x_bs.reshape(1, -1), ends=ends(x_bs, marks))
+    nll = linear_cross_entropy(h_1nd[0][said_n], model.head.weight, y_n[said_n])
+    return Losses(nll / said_n.sum(), [], nll.new_zeros(()), routes)
+
+
+RECIPES = {
+    "v3": replace(  # §5.1; batch and the rest are our choice
+        Recipe(), steps=0, lr=5e-6, lr_end=1e-6, warmup_steps=0, decay_at=0.0, end_at=1.0,
+        last_at=1.1, batch_start=512, batch=512, gamma=0.0, mtp_weight=0.0, mtp_weight_end=0.0,
+        alpha=0.0, weight_decay=0.0,
+    ),
+}  # fmt: skip
+RECIPES["tiny"] = replace(
+    RECIPES["v3"], seq_len=256, lr=3e-3, lr_end=6e-4, warmup_steps=10, batch_start=6, batch=6
+)
+
+# %%
+full = [*talk, {"role": "assistant", "content": "two"}]
+rows = pack_samples(
+    [chat(talk[1:3], encode, MARKS)] * 3 + [chat(full, encode, MARKS)] * 2, 60, MARKS.pad
+)
+tokens_bs = torch.tensor(rows)
+got = answer_losses(model, tokens_bs, MARKS)
+want = []
+for sample in [chat(talk[1:3], encode, MARKS)] * 3 + [chat(full, encode, MARKS)] * 2:
+    logp = model(torch.tensor([sample[:-1]]))[0].log_softmax(-1)
+    speaks = said(torch.tensor([sample]), MARKS)[0]
+    want += [-logp[i - 1, t] for i, t in enumerate(sample) if speaks[i]]
+torch.testing.assert_close(got.main, torch.stack(want).mean())
+assert answers(tokens_bs, MARKS) == len(want)
+print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f} nats each")
