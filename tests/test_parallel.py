@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations, pairwise, product
-from math import prod
+from math import inf, prod
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from dsv3_ref.parallel.exchange import Exchange, Traffic, as_bytes, from_bytes, 
 from dsv3_ref.parallel.mesh import Mesh, sizes
 from dsv3_ref.parallel.tape import Tape, drain, interleave
 from dsv3_ref.pretrain import train_step
+from dsv3_ref.sft import Marks, answer_losses, answers, pack_samples
 
 CPU = torch.device("cpu")
 
@@ -290,27 +291,47 @@ def computing_in(dtype):
             torch.set_default_dtype(torch.float32)
 
 
-def trained(shape, name: str, zero: bool, per_node: int, dtype):
+MARKS = Marks(*range(5))
+
+
+def talks(n: int) -> torch.Tensor:
+    """n rows of 17 tokens, packed with conversations of 7 to 17, some without an answer's end."""
+    samples = []
+    for i in range(3 * n):
+        words = torch.randint(5, 64, (2 + i % 9,)).tolist()
+        cut = 1 + i % (len(words) - 1)
+        asked, said = words[:cut], words[cut:]
+        samples.append([MARKS.bos, MARKS.user, *asked, MARKS.assistant, *said, MARKS.eos])
+    return torch.tensor(pack_samples(samples, 17, MARKS.pad)[:n])
+
+
+def trained(shape, name: str, zero: bool, per_node: int, dtype, marks=None):
     """`compared`, all of it in fp32 or in fp64."""
     with computing_in(dtype):
-        return compared(shape, name, zero, per_node, dtype)
+        return compared(shape, name, zero, per_node, dtype, marks)
 
 
-def compared(shape, name: str, zero: bool, per_node: int, dtype):
+def compared(shape, name: str, zero: bool, per_node: int, dtype, marks):
     """Relative errors of every gradient, and of three steps' numbers, beside `train_step`."""
-    c, r = MICRO, replace(RECIPES["tiny"], alpha=0.01, clip=1e9)
+    c, r = MICRO, replace(RECIPES["tiny"], alpha=0.0 if marks else 0.01, clip=1e9)
+    draw, weight = (
+        talks if marks else lambda n: torch.randint(0, 64, (n, 17)),
+        0.0 if marks else 0.3,
+    )
+    how = (lambda m, x, _: answer_losses(m, x, marks), lambda x: answers(x, marks)) if marks else ()
     mesh, moments = Mesh(*shape, CPU), torch.bfloat16 if dtype == torch.float32 else dtype
-    cluster = Cluster(c, r, mesh, name, 1, moments, zero, per_node=per_node)
+    cluster = Cluster(c, r, mesh, name, 1, moments, zero, per_node=per_node, marks=marks)
     torch.manual_seed(1)
     whole = Transformer(c)
-    optimizer, rows = adamw(whole, r, moments), torch.randint(0, 64, (7, 17))
+    optimizer, rows = adamw(whole, r, moments), draw(7)
     grads, stats = {}, []
-    see = lambda *_: grads.update({n: p.grad.clone() for n, p in whole.named_parameters()})
+    zeros = lambda p: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    see = lambda *_: grads.update({n: zeros(p) for n, p in whole.named_parameters()})
     hook = optimizer.register_step_pre_hook(see)
-    want = train_step(whole, optimizer, [rows], r, 0.0, 1e-2, 0.3)
+    want = train_step(whole, optimizer, [rows], r, 0.0, 1e-2, weight, inf, *how)
     hook.remove()
     with ops.use("split", "torch"):
-        got = cluster.train_step(rows, r, 0.0, 1e-2, 0.3)
+        got = cluster.train_step(rows, r, 0.0, 1e-2, weight)
         errors = {}
         for bucket in cluster.zero.buckets:
             flat = bucket.whole(bucket.own.grad)
@@ -319,15 +340,17 @@ def compared(shape, name: str, zero: bool, per_node: int, dtype):
                 errors[n] = relative(bucket.view(flat, n), g) if g.norm() else 0.0
         stats.append((got, want))
         for _ in range(2):
-            rows = torch.randint(0, 64, (5, 17))
-            want = train_step(whole, optimizer, [rows], r, 1e-3, 1e-2, 0.3)
-            stats.append((cluster.train_step(rows, r, 1e-3, 1e-2, 0.3), want))
-    same = all(torch.equal(a.load_le.long(), b.load_le.long()) for a, b in stats)
+            rows = draw(5)
+            want = train_step(whole, optimizer, [rows], r, 1e-3, 1e-2, weight, inf, *how)
+            stats.append((cluster.train_step(rows, r, 1e-3, 1e-2, weight), want))
+    main = len(stats[0][1].load_le)  # MTP modules rest where only answers are learnt
+    same = all(torch.equal(a.load_le.long()[:main], b.load_le.long()) for a, b in stats)
     gates = moe_layers(whole)
     same &= all(
         torch.equal(m.gate.bias, gates[n].gate.bias) for n, m in moe_layers(cluster.model).items()
     )
-    numbers = lambda s: torch.tensor([s.loss, s.total, s.grad_norm, *s.mtp], dtype=dtype)
+    mtp = len(stats[0][1].mtp)
+    numbers = lambda s: torch.tensor([s.loss, s.total, s.grad_norm, *s.mtp[:mtp]], dtype=dtype)
     apart = max((numbers(a) / numbers(b) - 1).abs().max().item() for a, b in stats)
     return errors, same, apart, sorted(errors)
 
@@ -352,10 +375,10 @@ GRID = [  # two hops for ep 4
 CASE = "shape", "name", "zero", "per_node"
 
 
-def check_a_step(gang, dtype, gradient: float, number: float, shape, *setting):
+def check_a_step(gang, dtype, gradient: float, number: float, shape, *setting, marks=None):
     """Every parameter's gradient, loads, biases and the numbers of three steps."""
     held = set()
-    for errors, same, apart, names in gang.run(prod(shape), trained, shape, *setting, dtype):
+    for errors, same, apart, names in gang.run(prod(shape), trained, shape, *setting, dtype, marks):
         assert max(errors.values()) < gradient, max(errors.items(), key=lambda e: e[1])
         assert same and apart < number
         held |= set(names)
@@ -371,6 +394,19 @@ def test_a_step_on_any_mesh_is_the_step_of_one_process(shape, name, zero, per_no
 @pytest.mark.parametrize(CASE, GRID, ids=str)
 def test_in_fp64_nothing_is_left_of_what_the_order_of_sums_does(shape, name, zero, per_node, gang):
     check_a_step(gang, torch.float64, 1e-13, 1e-13, shape, name, zero, per_node)
+
+
+PACKED = [
+    ((1, 2, 2), "1f1b", True, 0), ((2, 1, 2), "dualpipe", True, 0), ((2, 2, 1), "zb1p", False, 0),
+    ((2, 1, 4), "dualpipev", True, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(CASE, PACKED, ids=str)
+def test_so_is_a_step_on_packed_conversations(shape, name, zero, per_node, gang):
+    """Samples blind to each other, the mean over all answers' tokens, on every mesh."""
+    setting = shape, name, zero, per_node
+    check_a_step(gang, torch.float64, 1e-13, 1e-13, *setting, marks=MARKS)
 
 
 def measured(name: str, micro: int):

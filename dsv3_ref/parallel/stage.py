@@ -131,7 +131,7 @@ class Stage:
 
 def evenness(r):
     """`balance_loss`, 0 for no rows."""
-    return balance_loss(r) if len(r.expert_bsk) else r.affinity_bse.sum()
+    return balance_loss(r) if r.expert_bsk.numel() else r.affinity_bse.sum()
 
 
 def whole(block, x_bsd, rope):

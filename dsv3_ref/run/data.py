@@ -115,9 +115,9 @@ def open_rows(name: str, column: str) -> Iterator:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a UTF-8 file that are not empty."""
+    """The lines of a UTF-8 file."""
     try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+        return Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -72,6 +73,8 @@ def read(name: str, encode, marks: Marks, room: int, say=print) -> list[list[int
     """The conversations of a source; bad rows are reported by number and left out."""
     found, bad = [], 0
     for number, row in enumerate(data.open_rows(name, "messages"), start=1):
+        if row == "":  # a blank line
+            continue
         try:
             found.append(conversation(row, encode, marks, room))
         except UserError as e:
@@ -112,7 +115,7 @@ class Packed:
 
     def take(self, n: int) -> torch.Tensor:
         """n rows, (n, length), int64."""
-        return torch.tensor([row for row, _ in zip(self, range(n))])
+        return torch.tensor(list(islice(self, n)))
 
     def state(self) -> tuple[dict, dict]:
         """Where the stream stands."""
