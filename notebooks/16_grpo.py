@@ -339,13 +339,13 @@ def grpo_loss(
 
 RECIPES = {
     "v3": replace(  # the report publishes none of these
-        Recipe(), steps=1000, seq_len=16_384, lr=1e-6, lr_end=1e-6, warmup_steps=10, decay_at=0.0,
+        Recipe(), steps=1000, lr=1e-6, lr_end=1e-6, warmup_steps=10, decay_at=0.0,
         end_at=1.0, last_at=1.1, batch_start=32, batch=32, gamma=0.0, mtp_weight=0.0,
         mtp_weight_end=0.0, alpha=0.0, weight_decay=0.0,
     ),
 }  # fmt: skip
 RECIPES["tiny"] = replace(
-    RECIPES["v3"], steps=60, seq_len=4096, lr=3e-4, lr_end=3e-5, warmup_steps=5, batch_start=16,
+    RECIPES["v3"], steps=60, seq_len=256, lr=3e-4, lr_end=3e-5, warmup_steps=5, batch_start=16,
     batch=16,
 )  # fmt: skip
 

@@ -22,6 +22,13 @@ def sft(argv: list[str]) -> None:
     tune(Sft, SftTrainer, argv)
 
 
+def reward(argv: list[str]) -> None:
+    """dsv3 reward: a reward model from pairs of answers."""
+    from dsv3_ref.run.reward import Reward, RewardTrainer
+
+    tune(Reward, RewardTrainer, argv)
+
+
 def rl(argv: list[str]) -> None:
     """dsv3 rl: GRPO on tasks."""
     from dsv3_ref.run.rl import Rl, RlTrainer
@@ -99,8 +106,8 @@ def plan(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": train, "sft": sft, "rl": rl, "generate": generate, "chat": chat, "bench": bench,
-    "ablate": ablate, "preflight": preflight, "plan": plan,
+    "train": train, "sft": sft, "reward": reward, "rl": rl, "generate": generate, "chat": chat,
+    "bench": bench, "ablate": ablate, "preflight": preflight, "plan": plan,
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def read_files(name: str, kind: str, paths: list[str], streaming: bool, document
     return load(name, kind, data_files=paths, streaming=streaming, **how)
 
 
-def open_rows(name: str, column: str) -> Iterator:
+def open_rows(name: str) -> Iterator:
     """Rows of .jsonl or .parquet files, of a folder of them, or of a name on the hub.
 
     A line that is no JSON comes as the text it is, for the reader to refuse by its number.
@@ -105,13 +105,13 @@ def open_rows(name: str, column: str) -> Iterator:
     if not path.exists():
         if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise UserError(f"no data at {name!r}: give a .jsonl or .parquet file, or owner/name")
-        return iter(load(name, name, column))
+        return iter(load(name, name, None))
     kind, paths = folder_files(path) if path.is_dir() else (SUFFIXES.get(path.suffix), [name])
     if kind == "json":
         return (as_json(line) for p in paths for line in read_lines(p))
     if kind == "parquet":
-        return iter(load(name, kind, column, data_files=paths))
-    raise UserError(f"{name} is not .jsonl or .parquet, which rows with {column!r} need")
+        return iter(load(name, kind, None, data_files=paths))
+    raise UserError(f"{name} is not .jsonl or .parquet")
 
 
 def read_lines(path: str) -> list[str]:
@@ -130,8 +130,8 @@ def as_json(line: str):
         return line
 
 
-def load(name: str, path: str, column: str = "text", **kwargs):
-    """`datasets.load_dataset`, cut down to one column."""
+def load(name: str, path: str, column: str | None = "text", **kwargs):
+    """`datasets.load_dataset`, cut down to one column unless None."""
     import datasets  # a second to import
 
     datasets.disable_progress_bars()
@@ -140,6 +140,8 @@ def load(name: str, path: str, column: str = "text", **kwargs):
     with reading(name):
         data = datasets.load_dataset(path, split="train", **kwargs)
         columns = data.column_names or list(next(iter(data), {}))
+    if column is None:
+        return data
     if column not in columns:
         raise UserError(f"{name} has no column {column!r}, only {', '.join(columns)}")
     return data.select_columns([column])

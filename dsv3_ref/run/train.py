@@ -167,6 +167,10 @@ class Trainer:
     def compute(self, tokens_bs, *settings) -> StepStats:
         """`train_step` on a batch."""
         micro = tokens_bs.split(self.args.micro_batch or len(tokens_bs))
+        return self.step_on(micro, *settings)
+
+    def step_on(self, micro, *settings) -> StepStats:
+        """`train_step` over micro-batches."""
         return train_step(self.model, self.optimizer, micro, *settings, self.losses, self.weigh)
 
     def losses(self, model: Transformer, tokens_bs, balance_over: str) -> Losses:

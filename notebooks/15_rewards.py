@@ -1,0 +1,340 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 15 · Rewards: who says what is good?
+
+# %% [markdown]
+# ## Why
+# Reinforcement learning finds whatever its reward pays for, wanted or not. A rule that cannot be fooled is best, where one
+# exists: a sum is right or wrong, a program passes its tests or does not. Most questions have no such rule, so a *model* must
+# judge, and a model can be fooled. The report's answer is to let the judge **think before it scores**.
+#
+# Below: a policy writes $n$ answers to a sum, and the one that a reward model likes best is kept. One model scores at
+# once; the other first works the sum out. Both were taught on the same pairs, in which right answers usually also *sounded* sure.
+
+# %%
+import json
+from pathlib import Path
+
+import torch
+
+from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+
+torch.manual_seed(0)
+RESULTS = json.loads(Path("results/rewards.json").read_text())
+
+# %% [markdown]
+# ## Paper
+# §5.2.1, §5.4.2:
+#
+# - **Rule-based** reward wherever a rule can check: mathematics with a final answer in a given format (in a box), code against
+#   test cases. "Robust against manipulation or exploitation."
+# - **Model-based** otherwise: free-form answers are compared with a ground truth if there is one; without (creative writing), question
+#   and answer alone are judged. The model is trained from the SFT checkpoint, on preference data that hold *not only the reward, but the chain of thought
+#   that leads to it*, against reward hacking.
+# - **Self-reward**: with a constitution, votes of V3 itself judge open questions. RewardBench 87.0; the majority of six votes 89.6.
+#
+# Axes: `m` samples in one packed row of `n` tokens; `d` model; `k` votes.
+
+# %%
+#| export
+import math
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dsv3_ref.model import Transformer
+from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.pretrain import Losses
+from dsv3_ref.sft import Marks, ends, said
+
+# %% [markdown]
+# ## A rule: the box
+# "Give the final answer in a box" makes a free text checkable. The rule must not be generous. *Two* boxes are no answer: a
+# policy would soon box every number that it can think of. A box inside braces counts its braces.
+#
+# $$r = [\text{exactly one box}] \cdot [\text{its content equals the truth}]$$
+
+
+# %%
+#| export
+def boxed(text: str) -> str | None:
+    """The content of the only \\boxed{…} of a text; None if there is none, several, or no end."""
+    found = [m.end() for m in re.finditer(r"\\boxed\{", text)]
+    if len(found) != 1:
+        return None
+    depth = 1
+    for i, c in enumerate(text[found[0] :], start=found[0]):
+        depth += {"{": 1, "}": -1}.get(c, 0)
+        if not depth:
+            return text[found[0] : i].strip()
+    return None
+
+
+def well_formed(text: str) -> bool:
+    """Whether a text is `<think>…</think>` once, and behind it an answer with one box."""
+    parts = re.fullmatch(r"<think>(.*?)</think>(.*)", text.strip(), re.DOTALL)
+    marks = len(re.findall(r"</?think>", text))
+    return parts is not None and marks == 2 and boxed(parts[2]) is not None
+
+
+# %%
+assert boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+assert boxed(r"\boxed{1} or \boxed{2}") is None and boxed(r"\boxed{1") is None
+assert well_formed(r"<think>1+1=2</think>\boxed{2}") and not well_formed(
+    r"<think>\boxed{2}</think>"
+)
+assert not well_formed(r"<think>a</think><think>b</think>\boxed{2}")
+
+# %% [markdown]
+# *Equal* is not the same string: $\frac12$, 0.5 and 2/4 are one answer. `math-verify` knows; but it can be made to compute
+# $9^{9^{9}}$, so it runs in a process of its own that is killed when it takes too long (`dsv3_ref.run.maths`).
+
+# %%
+import time
+
+from dsv3_ref.run import maths
+
+for given, truth in ((r"\frac{1}{2}", "0.5"), ("x+1", "1+x"), ("(1, 2)", "(1,2)"), ("3", "4")):
+    print(f"{given:>12} = {truth:<6}", maths.equal(given, truth))
+maths.verifier().seconds, start = 1.0, time.perf_counter()
+assert not maths.equal("9^{9^{9^{9}}}", "7")
+print(f"{'9^9^9^9':>12} = 7      refused after {time.perf_counter() - start:.1f} s")
+
+# %% [markdown]
+# **Code** is judged by running it. That code was written by a model which is *rewarded for passing*, so it will do whatever passes, and it
+# runs on our machine. `dsv3_ref.run.sandbox` starts it in [bubblewrap](https://github.com/containers/bubblewrap) as a user that is nobody, without network, with limits on
+# time, memory, processes, files and output. Expected results stay outside, where the comparison is made.
+
+# %%
+import shutil
+
+from dsv3_ref.run import sandbox
+
+GOOD = "def double(x):\n    return 2 * x"
+CHEAT = "class All:\n    def __eq__(self, other):\n        return True\ndef double(x):\n    return All()"
+LOOP = "def double(x):\n    while True:\n        pass"
+cases = [sandbox.Returns("double", (n,), 2 * n) for n in (1, 7)]
+if shutil.which("bwrap"):
+    quick = sandbox.Limits(seconds=3.0, cpu=1)
+    for name, program in {"good": GOOD, "equal to everything": CHEAT, "endless": LOOP}.items():
+        print(f"{name:>20}: {sandbox.passes(program, cases, quick)} of {len(cases)} cases")
+    assert sandbox.passes(GOOD, cases) == 2 and sandbox.passes(CHEAT, cases) == 0
+else:
+    print("no bubblewrap here, so no code runs:", sandbox.MISSING)
+
+# %% [markdown]
+# ## A model: where is its score?
+# A reward model is a language model with one more output. It needs no new matrix: the output head has a row for every token, also for
+# the padding token that nobody ever says. Its logit behind the end of an answer, a linear map of the last hidden state like any reward head, is the reward:
+#
+# $$r = h_{\mathrm{end}} \cdot W^{\mathrm{out}}_{\mathrm{pad}}\qquad (n,d) \to (m)$$
+#
+# So a reward model is a checkpoint like all others: it trains on any mesh, exports to Hugging Face, and can still *write*, which it must.
+
+
+# %%
+#| export
+def reward_scores(h_nd, head_wd, end_m, marks: Marks):
+    """Reward of each of m samples end to end, read behind its last token: (m,), fp32."""
+    return (h_nd[end_m.long() - 1] @ head_wd[marks.pad]).float()
+
+
+# %% [markdown]
+# **Pairs.** People (or rules) say which of two answers is better, not by how much. Bradley and Terry: if each has a strength $r$,
+# the chance that the first is preferred is a logistic function of the difference, and its log-likelihood is the loss:
+#
+# $$P(a \succ b) = \sigma(r_a - r_b),\qquad L = -\log \sigma(r_a - r_b),\qquad \frac{\partial L}{\partial r_a} = -\big(1 - P(a \succ b)\big)$$
+#
+# A pair that is already told apart has no gradient; nothing fixes the zero of $r$, and GRPO does not ask for it.
+
+
+# %%
+#| export
+def bradley_terry(reward_m):
+    """(−log σ(r_chosen − r_rejected), whether it agrees) of pairs in succession, each (m/2,)."""
+    chosen, rejected = reward_m.view(-1, 2).unbind(1)
+    return -F.logsigmoid(chosen - rejected), chosen > rejected
+
+
+# %%
+r_m = torch.tensor([2.0, 0.0, -1.0, 1.0], requires_grad=True)
+loss, agrees = bradley_terry(r_m)
+loss.sum().backward()
+p = torch.sigmoid(torch.tensor([2.0, -2.0]))
+assert torch.allclose(r_m.grad.view(2, 2)[:, 0], -(1 - p)) and agrees.tolist() == [True, False]
+assert torch.allclose(bradley_terry(r_m + 5)[0], loss)  # only differences count
+print(
+    "loss",
+    [f"{x:.2f}" for x in loss.tolist()],
+    "gradient",
+    [f"{x:+.2f}" for x in r_m.grad.tolist()],
+)
+
+# %% [markdown]
+# ## The chain of thought that leads to the reward
+# The judge speaks *before* it scores. In the tokens of [chapter 14](14_sft_distill.ipynb) this is one more turn:
+#
+# `…<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`judge`<｜Assistant｜>`judgement`<｜end▁of▁sentence｜>` $\to r$
+#
+# If a ground truth exists it stands in the judge's turn. Training has two losses: Bradley–Terry behind the end, and the ordinary
+# cross-entropy on the *judgement* (never on the answer: half of the answers are bad).
+#
+# $$L = -\log\sigma(r_a - r_b) + \lambda\, L_{\mathrm{judgement}}$$
+
+
+# %%
+#| export
+JUDGE = "Is this right? Work it out."
+
+
+def judge(truth: str = "") -> str:
+    """The turn that asks for a judgement, with the right answer if there is one."""
+    return f"{JUDGE} It should be {truth}." if truth else JUDGE
+
+
+def judgement(tokens_1n, marks: Marks):
+    """True for what a judge says: the second answer of each sample and all later ones, (1, n)."""
+    end_m = ends(tokens_1n, marks)
+    length_m = end_m.diff(prepend=end_m.new_zeros(1)).long()
+    count_n = (tokens_1n[0] == marks.assistant).long().cumsum(0)
+    before_m = F.pad(count_n[end_m.long() - 1], (1, 0))[:-1]
+    answer_n = count_n - before_m.repeat_interleave(length_m)
+    return said(tokens_1n, marks) & (answer_n >= 2)
+
+
+class Preference(NamedTuple):
+    """What a row of pairs says about a reward model."""
+
+    losses: Losses
+    reward_m: torch.Tensor
+
+
+def preference_losses(model: Transformer, tokens_1n, marks: Marks, weight: float) -> Preference:
+    """Bradley–Terry over pairs in succession + λ·cross-entropy of judgements, nats."""
+    end_m = ends(tokens_1n, marks)
+    h_1nd, routes = model.features(tokens_1n, ends=end_m)
+    reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, marks)
+    loss = bradley_terry(reward_m)[0].mean()
+    says_n = judgement(tokens_1n, marks)[0, 1:]
+    if weight and says_n.any():
+        h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
+        loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(y_n)
+    return Preference(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
+
+
+# %%
+from dataclasses import replace
+
+from dsv3_ref.config import TINY
+
+MARKS = Marks(*range(5))
+bos, eos, _, user, assistant = MARKS
+right = [bos, user, 10, 11, assistant, 21, eos, user, 9, assistant, 30, 31, eos]
+wrong = [bos, user, 10, 11, assistant, 22, 23, eos, user, 9, assistant, 30, 32, eos]
+pair_1n = torch.tensor([right + wrong])
+spoken = pair_1n[judgement(pair_1n, MARKS)].tolist()
+assert spoken == [30, 31, eos, 30, 32, eos]
+model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
+for sample in (right, wrong):  # a score belongs to its sample alone
+    h_1sd = model.features(torch.tensor([sample]))[0]
+    alone = reward_scores(h_1sd[0], model.head.weight, torch.tensor([len(sample)]), MARKS)
+    print(f"scored alone {alone.item():+.4f}")
+both = preference_losses(model, pair_1n, MARKS, 0.0)
+print("in a pair   ", [f"{x:+.4f}" for x in both.reward_m.tolist()])
+assert abs(both.reward_m[1] - alone).item() < 1e-4
+both.losses.main.backward()
+assert model.head.weight.grad[MARKS.pad].norm() > 0  # the row that nobody speaks learns to score
+
+# %% [markdown]
+# ## Calibration
+# Does $\sigma(r_a - r_b) = 0.8$ mean right in 80 % of cases? Sort pairs by what the model claims, and count. A model may agree often and still claim
+# too much; an RL step trusts what it claims.
+
+
+# %%
+#| export
+def calibration(claim_n, right_n, bins: int = 5):
+    """Of pairs by the claimed P(a ≻ b): mean claim, share right and number in each bin, (bins, 3).
+
+    Each pair counts from the side that the model prefers, so claims lie between ½ and 1.
+    """
+    sure_n = torch.maximum(claim_n, 1 - claim_n)
+    hit_n = torch.where(claim_n >= 0.5, right_n.float(), 1 - right_n.float())
+    bin_n = ((sure_n - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    rows = []
+    for i in range(bins):
+        here = bin_n == i
+        n = int(here.sum())
+        mean = lambda x_n, here=here, n=n: x_n[here].mean().item() if n else math.nan
+        rows.append([mean(sure_n), mean(hit_n), n])
+    return torch.tensor(rows)
+
+
+# %%
+claim_n = torch.rand(20_000)
+honest = calibration(claim_n, torch.rand(20_000) < claim_n)
+boaster = calibration(torch.sigmoid(3 * torch.logit(claim_n)), torch.rand(20_000) < claim_n)
+assert (honest[:, 0] - honest[:, 1]).abs().max() < 0.03 and (boaster[:, 0] - boaster[:, 1])[
+    -1
+] > 0.05
+for name, table in (("honest", honest), ("boaster", boaster)):
+    print(name, [f"claims {c:.2f}, right {r:.2f}" for c, r, _ in table.tolist()])
+
+# %% [markdown]
+# ## Votes
+# Where no truth exists, the model itself votes. A constitution, a few sentences, says what counts; the model is asked $k$ times, at a temperature, and the share of
+# yes is the reward. If votes were independent and each right with $p > \frac12$, the majority would be right more often (Condorcet):
+#
+# $$P_k = \sum_{j > k/2} \binom{k}{j} p^j (1-p)^{k-j} \;+\; \tfrac12 \binom{k}{k/2} p^{k/2}(1-p)^{k/2}\,[k\ \text{even}]$$
+#
+# They are not independent: it is the same model each time, and where it errs it errs again.
+
+
+# %%
+#| export
+CONSTITUTION = (
+    "An answer is good if it is true, keeps to the question, and says no more than needed."
+)
+
+
+def condorcet(p: float, k: int) -> float:
+    """Chance that a majority of k independent votes, each right with p, is right; ties count ½."""
+    chance = [math.comb(k, j) * p**j * (1 - p) ** (k - j) for j in range(k + 1)]
+    return sum(x * (1.0 if 2 * j > k else 0.5 * (2 * j == k)) for j, x in enumerate(chance))
+
+
+def votes(yes_nk, k: int):
+    """Share of yes among the first k votes of each answer, (n,): the self-reward."""
+    return yes_nk[:, :k].float().mean(1)
+
+
+def vote_agreement(yes_nk, good_n, k: int) -> float:
+    """How often the majority of k votes says what is true; a tie is half right."""
+    share_n = votes(yes_nk, k)
+    right_n = torch.where(share_n == 0.5, 0.5, ((share_n > 0.5) == good_n).float())
+    return right_n.mean().item()
+
+
+# %%
+for p in (0.45, 0.7, 0.9):
+    good_n = torch.rand(20_000) < 0.5
+    yes_nk = torch.where(torch.rand(20_000, 9) < p, good_n[:, None], ~good_n[:, None])
+    for k in (1, 2, 6, 9):
+        assert abs(vote_agreement(yes_nk, good_n, k) - condorcet(p, k)) < 0.015
+    print(
+        f"a vote is right with {p:.0%}: of 1, 6, 9 votes {[f'{condorcet(p, k):.0%}' for k in (1, 6, 9)]}"
+    )
