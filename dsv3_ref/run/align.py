@@ -1,0 +1,200 @@
+"""`dsv3 align`: from a pre-trained model to fine-tuning, a reward model and GRPO, on two cores.
+
+Every stage is a command of its own, printed before it runs; one that is finished is not run again.
+"""
+
+import json
+import os
+import random
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from dsv3_ref.config import UserError
+from dsv3_ref.run import checkpoint, cli
+from dsv3_ref.run.rl import BEFORE
+from dsv3_ref.run.settings import commit, write_json
+from dsv3_ref.run.tasks import TASKS, messages, two_forms
+
+SUMS, REST, DIRECT = 3797, 300, {"sums": 600, "counting": 100, "spelling": 100}
+LEAK = 0.05  # of worked answers are shown without the system prompt
+OPEN = 150  # conversations of each open domain
+MIXTURE = "sums=0.7 counting=0.06 spelling=0.06 writing=0.06 role-play=0.06 questions=0.06".split()
+CONTROLS = ("random-reward", "no-baseline")
+
+
+@dataclass(frozen=True)
+class Align:
+    """Teach a pre-trained model to answer, then improve it by its own answers."""
+
+    init: Path = Path("runs/tiny")
+    """a run of dsv3 train; it is trained first if it is not there"""
+    out: Path = Path("runs/align")
+    seeds: int = 1
+    """how many times, with other random numbers"""
+    controls: bool = False
+    """also the runs that should not work: a coin as reward, no baseline"""
+    steps: int = 60
+    """of GRPO"""
+    epochs: int = 6
+    """of fine-tuning"""
+
+
+# ── Data ──
+
+
+def conversations(seed: int) -> list[dict]:
+    """Two forms of every problem, and open questions with a president's answer."""
+    rng, rows = random.Random(seed), []
+    for name, direct in DIRECT.items():
+        problems = TASKS[name].problems[0]
+        for p in problems[: SUMS if name == "sums" else REST]:
+            worked = two_forms(p)[1]
+            rows.append(worked[1:] if rng.random() < LEAK else worked)
+        rows += [two_forms(p)[0] for p in rng.sample(problems, direct)]
+    for task in (task for task in TASKS.values() if task.open):
+        rows += [messages(p.question, p.answer) for p in task.problems[0][:OPEN]]
+    rng.shuffle(rows)
+    return [{"messages": row} for row in rows]
+
+
+def pairs(seed: int) -> list[dict]:
+    """A president's sentence beside one that is off the point, out of order, or stuck."""
+    rng, rows = random.Random(seed), []
+    for task in (task for task in TASKS.values() if task.open):
+        problems = task.problems[0][OPEN : 4 * OPEN]
+        for p, other in zip(problems, [*problems[1:], problems[0]]):
+            words = p.answer.split()
+            stuck = words[: rng.randint(2, 5)]
+            worse = [other.answer, " ".join(rng.sample(words, len(words))), " ".join(5 * stuck)]
+            rows.append({"prompt": messages(p.question), "chosen": p.answer,
+                         "rejected": rng.choice(worse)})  # fmt: skip
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+# ── Stages ──
+
+
+def stage(out: Path, *words) -> Path:
+    """Run a command into a folder, or go on with it, unless it is finished."""
+    if (out / "summary.json").is_file():
+        return out
+    words = [str(word) for word in words]
+    words = [words[0], "--resume"] if (out / "run.json").is_file() else words
+    argv = [*words, "--out", str(out)]
+    print("\n$ " + shlex.join(["dsv3", *argv]), flush=True)
+    if code := cli.main(argv):
+        raise SystemExit(code)
+    return out
+
+
+def align(args: Align) -> None:
+    """All seeds, then the table."""
+    if min(args.seeds, args.steps, args.epochs) < 1:
+        raise UserError("--seeds, --steps and --epochs must be at least 1")
+    if not checkpoint.steps(args.init):
+        stage(args.init, "train", "--config", "tiny")
+    runs = {}
+    for seed in range(args.seeds):
+        folder = args.out / str(seed)
+        runs[f"GRPO, seed {seed}"] = after_sft(args, folder, seed)
+        for control in CONTROLS if args.controls else ():
+            runs[f"{control}, seed {seed}"] = grpo(args, folder, seed, control)
+    write_json(args.out / "align.json", result(args, runs))
+    print("\n" + table(runs))
+
+
+def after_sft(args: Align, folder: Path, seed: int) -> Path:
+    """One seed's stages up to GRPO."""
+    data = write(folder / "sft.jsonl", conversations(seed))
+    sft = stage(folder / "sft", "sft", "--init", args.init, "--data", data, "--seed", seed,
+                "--epochs", args.epochs)  # fmt: skip
+    data = write(folder / "pairs.jsonl", pairs(seed))
+    stage(folder / "reward", "reward", "--init", sft, "--data", data, "--seed", seed)
+    return grpo(args, folder, seed)
+
+
+def grpo(args: Align, folder: Path, seed: int, control: str = "none") -> Path:
+    """GRPO on the mixture, or a control of it."""
+    name = "rl" if control == "none" else f"rl-{control}"
+    return stage(folder / name, "rl", "--init", folder / "sft", "--reward", folder / "reward",
+                 "--seed", seed, "--steps", args.steps, "--tasks", *MIXTURE,
+                 "--control", control)  # fmt: skip
+
+
+# ── Results ──
+
+
+def curve(run: Path) -> list[dict]:
+    """What a run's figure needs of its rows."""
+    keep = (
+        "step",
+        "reward",
+        "reward_by",
+        "held_out",
+        "kl",
+        "drift",
+        "entropy",
+        "length",
+        "seconds",
+    )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [rounded({k: row[k] for k in keep if row.get(k) is not None}) for row in rows]
+
+
+def rounded(x):
+    """Four digits of every float in there."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [rounded(v) for v in x]
+    return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+def result(args: Align, runs: dict[str, Path]) -> dict:
+    """Enough for the chapters: before, after and the curves of every run."""
+    return {
+        "command": shlex.join(["dsv3", "align", *sys.argv[2:]]),
+        "commit": commit(),
+        "cores": os.cpu_count(),
+        "runs": {
+            name: {
+                "before": checkpoint.read_json(run / BEFORE),
+                "after": checkpoint.read_json(run / "summary.json")["after"],
+                "samples": checkpoint.read_json(run / "summary.json")["samples"],
+                "curve": curve(run),
+            }
+            for name, run in runs.items()
+        },
+    }
+
+
+def table(runs: dict[str, Path]) -> str:
+    """Right on held-out sums, before and after, as Markdown; kinds with several seeds averaged."""
+    kinds: dict[str, list[Path]] = {}
+    for name, run in runs.items():
+        kinds.setdefault(name.partition(",")[0], []).append(run)
+    lines = ["| held-out sums | likeliest answer, before | after | drawn, before | after |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for kind, of_kind in kinds.items():
+        cells = []
+        for how in ("greedy", "sampled"):
+            for file, key in ((BEFORE, None), ("summary.json", "after")):
+                found = [checkpoint.read_json(run / file) for run in of_kind]
+                cells.append(spread([(f[key] if key else f)["sums"][how] for f in found]))
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and ± standard deviation of several."""
+    more = f" ± {stdev(values):.1%}" if len(values) > 1 else ""
+    return f"{fmean(values):.1%}{more}"

@@ -1,0 +1,216 @@
+"""Rewards: boxes, equal answers, scores of packed samples, pairs, calibration, votes."""
+
+import itertools
+import math
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_ref.model import Transformer
+from dsv3_ref.rewards import (
+    boxed,
+    bradley_terry,
+    calibration,
+    condorcet,
+    judgement,
+    preference_losses,
+    reward_scores,
+    vote_agreement,
+    well_formed,
+)
+from dsv3_ref.run import maths
+from dsv3_ref.sft import Marks
+
+MARKS = Marks(*range(5))
+
+# ── Rules ──
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"\boxed{7}", "7"),
+        (r"so \boxed{ 1/2 }.", "1/2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{}", ""),
+        (r"\boxed{1} or \boxed{2}", None),
+        (r"\boxed{\boxed{1}}", None),
+        (r"\boxed{1", None),
+        ("boxed{1}", None),
+        ("", None),
+    ],
+)
+def test_a_box(text, content):
+    assert boxed(text) == content
+
+
+@given(st.text(alphabet="\\boxed{} 1", max_size=60))
+def test_any_text_has_one_box_or_none(text):
+    found = boxed(text)
+    if found is not None:
+        assert text.count("\\boxed{") == 1 and found in text
+        assert found.count("{") == found.count("}")
+
+
+@pytest.mark.parametrize(
+    "text, well",
+    [
+        (r"<think>1</think>\boxed{1}", True),
+        ("<think>two\nlines</think>\nso \\boxed{1}.", True),
+        (r"\boxed{1}", False),
+        (r"<think>\boxed{1}</think>", False),
+        (r"<think>a</think><think>b</think>\boxed{1}", False),
+        (r"say <think>a</think>\boxed{1}", False),
+        (r"<think>a</think>\boxed{1} or \boxed{2}", False),
+    ],
+)
+def test_the_form(text, well):
+    assert well_formed(text) is well
+
+
+# ── Equal answers ──
+
+
+@pytest.mark.parametrize(
+    "given, truth, same",
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        ("x + 1", "1 + x", True),
+        ("-3", "-3", True),
+        ("3", "-3", False),
+        ("", "7", False),
+        ("nothing", "7", False),
+    ],
+)
+def test_answers_are_equal_by_value(given, truth, same):
+    assert maths.equal(given, truth) is same
+
+
+def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_judged():
+    verify = maths.Verifier(seconds=1.0)
+    assert verify("1/2", "0.5")
+    first, start = verify.process.pid, time.perf_counter()
+    assert not verify("9^{9^{9^{9}}}", "7")
+    assert time.perf_counter() - start < 5
+    assert verify("1/2", "0.5") and verify.process.pid != first
+    verify.stop()
+
+
+def test_a_dead_process_is_replaced():
+    verify = maths.Verifier()
+    assert verify("2/4", "0.5")
+    verify.process.kill()
+    verify.process.wait()
+    assert verify("2/4", "0.5")
+    verify.stop()
+
+
+def test_off_the_main_thread_too():
+    found = []
+    work = threading.Thread(target=lambda: found.append(maths.equal(r"\sqrt{4}", "2")))
+    work.start()
+    work.join()
+    assert found == [True]
+
+
+# ── Scores ──
+
+
+def sample(answer: int, said: list[int]) -> list[int]:
+    bos, eos, _, user, assistant = MARKS
+    return [bos, user, 9, assistant, 10 + answer, eos, user, 8, assistant, *said, eos]
+
+
+def test_a_score_is_its_samples_alone_and_a_product_with_one_row(micro):
+    model, parts = Transformer(micro), [sample(1, [20, 21]), sample(2, [22]), sample(3, [])]
+    line = torch.tensor([[t for part in parts for t in part]])
+    end_m = torch.tensor([len(p) for p in parts]).cumsum(0).int()
+    h_1nd = model.features(line, ends=end_m)[0]
+    got = reward_scores(h_1nd[0], model.head.weight, end_m, MARKS)
+    for part, reward in zip(parts, got):
+        want = model(torch.tensor([part]))[0, -1, MARKS.pad]
+        torch.testing.assert_close(reward, want, atol=1e-4, rtol=1e-4)
+
+
+def test_only_judgements_are_learnt_by_heart(micro):
+    line = torch.tensor([sample(1, [20, 21]) + sample(2, [22]) + sample(1, [20])[:6]])
+    assert line[judgement(line, MARKS)].tolist() == [20, 21, 1, 22, 1]
+
+
+@given(st.lists(st.tuples(st.floats(-8, 8), st.floats(-8, 8)), min_size=1, max_size=6))
+def test_bradley_terry_is_the_log_likelihood(pairs):
+    reward_m = torch.tensor(pairs, dtype=torch.double).flatten()
+    loss, agrees = bradley_terry(reward_m)
+    for (a, b), x, agree in zip(pairs, loss, agrees):
+        assert x.item() == pytest.approx(math.log(1 + math.exp(b - a)), rel=1e-9)
+        assert bool(agree) == (a > b)
+
+
+def test_the_loss_of_pairs_is_both_of_its_parts(micro):
+    model, weight = Transformer(micro), 0.3
+    good, bad = sample(1, [20, 21]), sample(2, [22])
+    line = torch.tensor([good + bad])
+    found = preference_losses(model, line, MARKS, weight)
+    logp = [model(torch.tensor([s]))[0].log_softmax(-1) for s in (good, bad)]
+    spoken = [-p[i - 1, s[i]] for p, s in zip(logp, (good, bad)) for i in range(9, len(s))]
+    want = bradley_terry(found.reward_m)[0].mean() + weight * torch.stack(spoken).mean()
+    torch.testing.assert_close(found.losses.main, want, atol=1e-5, rtol=1e-5)
+    without = preference_losses(model, line, MARKS, 0.0).losses.main
+    torch.testing.assert_close(without, bradley_terry(found.reward_m)[0].mean())
+
+
+def test_training_on_pairs_tells_them_apart(micro):
+    model = Transformer(micro)
+    line = torch.tensor([sample(1, [20]) + sample(2, [21])])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        preference_losses(model, line, MARKS, 0.0).losses.main.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert preference_losses(model, line, MARKS, 0.0).losses.main < 0.1
+
+
+# ── Calibration ──
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=50))
+def test_calibration_counts_each_pair_once(pairs):
+    claim_n = torch.tensor([p for p, _ in pairs])
+    table = calibration(claim_n, torch.tensor([r for _, r in pairs]), 4)
+    assert table[:, 2].sum() == len(pairs)
+    for i, (claim, right, n) in enumerate(table.tolist()):
+        if n:
+            assert 0.5 + i / 8 - 1e-6 <= claim <= 0.5 + (i + 1) / 8 + 1e-6
+            assert 0 <= right <= 1
+
+
+def test_a_pair_counts_from_the_side_that_is_preferred():
+    table = calibration(torch.tensor([0.1, 0.9]), torch.tensor([False, True]), 1)
+    assert table[0].tolist() == pytest.approx([0.9, 1.0, 2.0])
+
+
+# ── Votes ──
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.8])
+def test_condorcet_by_enumeration(p, k):
+    total = 0.0
+    for votes in itertools.product([0, 1], repeat=k):
+        chance = math.prod(p if v else 1 - p for v in votes)
+        total += chance * {True: 1.0, False: 0.0}[2 * sum(votes) > k]
+        total += chance * 0.5 * (2 * sum(votes) == k)
+    assert condorcet(p, k) == pytest.approx(total)
+
+
+def test_votes_agree_with_the_truth_or_not():
+    yes_nk = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    good_n = torch.tensor([True, False, True])
+    assert vote_agreement(yes_nk, good_n, 3) == pytest.approx(2 / 3)
+    assert vote_agreement(yes_nk, good_n, 1) == 1.0
+    assert vote_agreement(yes_nk, good_n, 2) == pytest.approx((1 + 1 + 0.5) / 3)

@@ -1,0 +1,307 @@
+"""`dsv3 rl`: rollouts beside the model, updates beside autograd by hand, bad scorers, runs."""
+
+import json
+from dataclasses import replace
+
+import miniruns
+import pytest
+import torch
+from miniruns import metrics, options, results
+
+from dsv3_ref.config import UserError
+from dsv3_ref.grpo import advantages, grpo_loss, rollouts
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.run import cli, settings, tasks
+from dsv3_ref.run.checkpoint import load
+from dsv3_ref.run.rl import Answer, Questions, Rl, RlTrainer
+from dsv3_ref.run.tasks import TASKS, Problem, messages, named, two_forms
+
+# ── Rollouts ──
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_rollouts_are_the_models_own(micro, temperature):
+    """log π is what the model says of these tokens, and at temperature 0 they are its likeliest."""
+    model, prompts = Transformer(micro), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    said, logp = rollouts(model, prompts, 3, 12, 7, temperature)
+    assert len(said) == len(logp) == 9
+    for i, (answer, logp_s) in enumerate(zip(said, logp)):
+        prompt = prompts[i // 3]
+        logit_sw = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        want_sw = (logit_sw / (temperature or 1)).log_softmax(-1)
+        want = want_sw.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logp_s), want, atol=1e-4, rtol=0)
+        assert 7 not in answer[:-1] and (len(answer) == 12 or answer[-1] == 7)
+        if not temperature:
+            assert answer == logit_sw.argmax(-1).tolist()
+
+
+def test_answers_of_a_group_differ_and_a_seed_repeats_them(micro):
+    model = Transformer(micro)
+    draw = lambda: rollouts(model, [[1, 2]], 6, 8, 7, 1.0, torch.Generator().manual_seed(3))[0]
+    first = draw()
+    assert first == draw() and len({tuple(a) for a in first}) > 1
+
+
+def test_a_first_token_that_ends_ends(micro):
+    model = Transformer(micro)
+    with torch.no_grad():
+        model.norm.weight.zero_()  # every word is as likely: the first of them at temperature 0
+    assert rollouts(model, [[1], [2]], 2, 5, 0, 0.0)[0] == [[0]] * 4
+
+
+# ── Tasks ──
+
+CLOSED = [task for task in TASKS.values() if not task.open]
+
+
+@pytest.mark.parametrize("task", CLOSED, ids=lambda t: t.name)
+def test_worked_answers_are_right_and_near_ones_are_not(task):
+    practised, held = task.problems
+    assert len(held) == 200 and not {p.question for p in held} & {p.question for p in practised}
+    for p in held[:30]:
+        for form in two_forms(p):
+            assert task.score(form[-1]["content"], p) == 1.0
+        assert task.score(f"\\boxed{{{p.answer}0}}", p) == 0.0
+        assert task.score(f"\\boxed{{{p.answer}}} \\boxed{{{p.answer}}}", p) == 0.0
+        assert task.score(p.answer, p) == 0.0
+
+
+def test_steps_of_a_sum():
+    assert tasks.add_up("…problem: 4 - 1 - 7 =") == "4-1=3;3-7=-4"
+    assert tasks.add_up("…problem: 0 + 9 + 9 =") == "0+9=9;9+9=18"
+
+
+def test_letters():
+    assert tasks.count_letters('the letter "n" appear in the text: "none"?') == "n1 o n2 e"
+    assert tasks.spell("Spell this word backward (example: sun -> nus): hay") == "h a y;y a h"
+
+
+def test_open_questions_speak_of_what_is_answered():
+    for task in (task for task in TASKS.values() if task.open):
+        practised, held = task.problems
+        assert len(practised) > 1000 and len(held) == 200
+        for p in held[:30]:
+            assert p.question.rstrip(".?").rsplit(" ", 1)[1] in p.answer
+
+
+@pytest.mark.parametrize(
+    "spec, why", [("sum", "no task 'sum'"), ("sums=x", "not a number"), ("sums=0", "above 0")]
+)
+def test_no_such_task(spec, why):
+    with pytest.raises(UserError, match=why):
+        named((spec,))
+
+
+# ── Runs ──
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model that has learnt to end its answers, and tasks that like them short."""
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        patch = pytest.MonkeyPatch()
+        patch.setattr("dsv3_ref.run.report.write_report", miniruns.no_report)
+        patch.setitem(TASKS, "short", Short("short"))
+        patch.setitem(TASKS, "bad", Short("bad"))
+        assert cli.main(options(folder, folder / "first")) == 0
+        turns = lambda i: messages(f"say {i % 12}", "ab" * (1 + i % 3))
+        rows = [json.dumps({"messages": turns(i)}) for i in range(60)]
+        (folder / "talks.jsonl").write_text("\n".join(rows))
+        argv = ["sft", "--init", folder / "first", "--data", folder / "talks.jsonl", "--out",
+                folder / "base", *"--seq-len 63 --batch 4 --batch-start 4 --lr 5e-3".split(),
+                *"--epochs 8 --warmup-steps 1".split()]  # fmt: skip
+        assert cli.main([str(x) for x in argv]) == 0
+        yield folder
+        patch.undo()
+
+
+class Short:
+    """Right is what is short; the task called bad cannot tell."""
+
+    open = False
+
+    def __init__(self, name):
+        self.name = name
+        made = [Problem(name, f"say {i}", str(i)) for i in range(12)]
+        self.problems = made[2:], made[:2]
+
+    def score(self, text, problem):
+        if self.name == "bad":
+            raise RuntimeError("no idea")
+        return float(len(text) < 4)
+
+
+def rl(home, out, *more) -> int:
+    fixed = ["rl", "--init", home / "base", "--out", out, "--tasks", "short"]
+    fixed += "--seq-len 32 --batch 3 --batch-start 3 --group 4 --max-new-tokens 6".split()
+    fixed += "--steps 4 --save-every 2 --lr 1e-3 --warmup-steps 1 --temperature 1.5".split()
+    return cli.main([str(x) for x in [*fixed, *more]])
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    assert rl(home, home / "rl") == 0
+    return home / "rl"
+
+
+def test_a_row_says_what_grpo_is_watched_by(run):
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert 0 <= row["reward"] <= 1 and row["reward_by"] == {"short": row["reward"]}
+        assert row["entropy"] > 0 and row["length"] <= 6 and 0 <= row["silent"] <= 1
+        assert row["mismatch"] < 1e-5
+        assert (row.get("held_out") is None) == (row["step"] % 2 == 1)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and rows[-1]["kl"] > 0
+    assert json.loads((run / "before.json").read_text())["short"].keys() == {
+        "greedy", "sampled", "length",
+    }  # fmt: skip
+
+
+def test_gate_biases_rest_or_follow(home, run, tmp_path):
+    assert rl(home, tmp_path / "gamma", "--gamma", "0.01") == 0
+    bias = lambda folder: [m.gate.bias for m in moe_layers(load(folder)).values()]
+    began, rest, moved = bias(home / "base"), bias(run), bias(tmp_path / "gamma")
+    assert all(map(torch.equal, began, rest))
+    assert not torch.equal(began[0], moved[0])
+
+
+def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
+    real = RlTrainer.one_step
+
+    def stopping(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RlTrainer, "one_step", stopping)
+        assert rl(home, tmp_path / "half") == 130
+    assert cli.main(["rl", "--resume", "--out", str(tmp_path / "half")]) == 0
+    clock = {"asking", "seconds", "tok_s"}
+    timeless = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
+    assert timeless(metrics(tmp_path / "half")) == timeless(metrics(run))
+    assert results(tmp_path / "half")[3] == results(run)[3]  # the last checkpoint's bytes
+
+
+def trainer(home, folder, *more) -> RlTrainer:
+    argv = ["--init", home / "base", "--tasks", "short", "--group", 2, "--seq-len", 32, *more]
+    folder.mkdir(exist_ok=True)
+    return RlTrainer(settings.parse([str(x) for x in argv], Rl), folder)
+
+
+def answers(t: RlTrainer) -> list[Answer]:
+    """Two groups, in which the model says its own marks too."""
+    bos, eos, pad, user, assistant = t.marks
+    said = [[20, 21, eos], [22, bos, 23, 24, eos], [assistant, user, eos], [25, 26, 27, pad, 28]]
+    out = []
+    for i, tokens in enumerate(said):
+        prompt = [bos, user, 30 + i // 2, assistant]
+        logp = [-1.0] * len(tokens)
+        out.append(Answer(TASKS["short"].problems[0][i // 2], prompt, tokens, logp, "", 0.0))
+    for a, x in zip(out, advantages(torch.tensor([1.0, 0.0, 0.3, 0.9]), 2).tolist()):
+        a.advantage = x
+    return out
+
+
+def by_hand(model, t: RlTrainer, found: list[Answer]):
+    """The loss of all answers at once, each alone in its row."""
+    longest = max(len(a.tokens) for a in found)
+    logp_bs = torch.zeros(len(found), longest)
+    for i, a in enumerate(found):
+        logp = model(torch.tensor([a.prompt + a.tokens]))[0].log_softmax(-1)
+        for s, token in enumerate(a.tokens):
+            logp_bs[i, s] = logp[len(a.prompt) - 1 + s, token]
+    mask_bs = torch.arange(longest) < torch.tensor([[len(a.tokens)] for a in found])
+    a_b, args = torch.tensor([a.advantage for a in found]), t.args
+    size = {"dapo": float(mask_bs.sum()), "dr_grpo": args.max_new_tokens}.get(args.objective)
+    old_bs = logp_bs.detach()
+    return grpo_loss(logp_bs, old_bs, old_bs, a_b, mask_bs, 0.2, args.beta, args.objective, size)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "sequence"])
+@pytest.mark.parametrize("lot", [1, 3, 0])
+def test_an_update_is_the_gradient_of_all_answers_at_once(home, tmp_path, kind, lot, monkeypatch):
+    """However they are cut into micro-batches, and whatever tokens they hold."""
+    t = trainer(home, tmp_path / "x", "--objective", kind, "--micro-batch", lot, "--beta", 0.01)
+    found, grads = answers(t), {}
+    see = lambda *_: grads.update({n: p.grad.clone() for n, p in t.model.named_parameters()
+                                   if p.grad is not None})  # fmt: skip
+    t.optimizer.register_step_pre_hook(see)
+    by_hand(t.model, t, found).loss.backward()
+    want = {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
+    t.optimizer.zero_grad()
+    t.compute(found, replace(t.args.recipe, clip=1e9), 0.0, 0.0, 0.0, float("inf"))
+    for name, g in want.items():
+        torch.testing.assert_close(grads[name], g, atol=2e-6, rtol=2e-4)
+
+
+def test_answers_without_advantage_count_but_cost_nothing(home, tmp_path, monkeypatch):
+    t = trainer(home, tmp_path / "x", "--beta", 0)
+    found = answers(t)
+    found[2].advantage = found[3].advantage = 0.0
+    read = []
+    real = t.losses
+    monkeypatch.setattr(t, "losses", lambda m, lot, b: read.append(len(lot)) or real(m, lot, b))
+    want = by_hand(t.model, t, found).loss.item()
+    s = t.compute(found, t.args.recipe, 0.0, 0.0, 0.0, float("inf"))
+    assert read == [2] and s.loss == pytest.approx(want, abs=1e-6)
+
+
+def test_several_updates_clip_against_what_was_written_first(home, tmp_path):
+    t = trainer(home, tmp_path / "x", "--updates", 2, "--beta", 0)
+    found = answers(t)
+    t.compute(found, t.args.recipe, 0.05, 0.0, 0.0, float("inf"))
+    first = {a.old.sum().item() for a in found}
+    assert len(first) == 4 and t.seen["clipped"] > 0
+
+
+def test_a_scorer_that_fails_counts_0_and_is_told_once(home, tmp_path, capsys):
+    assert rl(home, tmp_path / "rl", "--tasks", "bad", "--steps", "2") == 0
+    assert capsys.readouterr().err.count("the scorer of bad failed and counts 0") == 1
+    assert {row["reward"] for row in metrics(tmp_path / "rl")} == {0.0}
+
+
+def test_a_kl_that_explodes_stops_the_run_with_its_last_checkpoint(home, tmp_path, capsys):
+    assert rl(home, tmp_path / "rl", "--max-kl", "1e-9", "--save-every", "1") == 2
+    said = capsys.readouterr().err
+    assert "the KL to the first model became" in said and "step_0000001" in said
+
+
+def test_controls(home, tmp_path):
+    t = trainer(home, tmp_path / "x", "--control", "no-baseline")
+    for a in t.batch(3):
+        assert a.advantage == a.reward
+    t = trainer(home, tmp_path / "x", "--control", "random-reward", "--group", 8)
+    found = t.batch(3)
+    assert len({round(a.advantage, 3) for a in found}) > 1
+    assert any(a.reward != (a.advantage > 0) for a in found)
+
+
+def test_questions_go_on_where_they_stood():
+    draw = Questions({"sums": 2.0, "spelling": 1.0}, 0)
+    first = draw.take(30)
+    assert {p.domain for p in first} == {"sums", "spelling"}
+    other = Questions({"sums": 2.0, "spelling": 1.0}, 0)
+    other.restore({"drawn": 20}, {})
+    assert other.take(10) == first[20:]
+
+
+REFUSED = [
+    ([], "--init is missing"),
+    (["--init", "{base}", "--group", "1"], "--group must be at least 2"),
+    (["--init", "{base}", "--tasks", "writing"], "--reward must name a reward model"),
+    (["--init", "{base}", "--tasks", "riddles"], "no task 'riddles'"),
+    (["--init", "{base}", "--temperature", "0"], "--temperature must be above 0"),
+    (["--init", "{base}", "--updates", "99"], "--updates"),
+    (["--init", "{base}", "--tasks", "short", "--reward", "{base}"], "is no reward model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, why", REFUSED, ids=[why for _, why in REFUSED])
+def test_refusals(argv, why, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [x.format(base=home / "base") for x in argv]
+    assert cli.main(["rl", *argv, "--out", "run", "--seq-len", "32"]) == 2
+    assert why in capsys.readouterr().err
