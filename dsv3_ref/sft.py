@@ -118,3 +118,17 @@ RECIPES = {
 RECIPES["tiny"] = replace(
     RECIPES["v3"], seq_len=256, lr=3e-3, lr_end=6e-4, warmup_steps=10, batch_start=6, batch=6
 )
+
+
+# ── Rejection sampling ──
+
+
+def rejection_sample(answers: Sequence, reward_b: Sequence[float], group: int) -> list:
+    """Of each group of answers in succession the shortest with full reward; None if none has it."""
+    if len(answers) % group:
+        raise UserError(f"{len(answers)} answers are no groups of {group}")
+    out = []
+    for i in range(0, len(answers), group):
+        right = [a for a, r in zip(answers[i : i + group], reward_b[i : i + group]) if r >= 1]
+        out.append(min(right, key=len, default=None))
+    return out

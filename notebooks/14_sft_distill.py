@@ -286,3 +286,34 @@ for sample in [chat(talk[1:3], encode, MARKS)] * 3 + [chat(full, encode, MARKS)]
 torch.testing.assert_close(got.main, torch.stack(want).mean())
 assert answers(tokens_bs, MARKS) == len(want)
 print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f} nats each")
+
+# %% [markdown]
+# ## Rejection sampling
+# An expert that is right four times in five can still *teach* only right answers: ask it $K$ times, keep what the rule rewards, and of that the
+# shortest, since R1's fault was to say too much. With chance $p$ of a right answer, a problem is kept with chance
+#
+# $$1 - (1-p)^K$$
+#
+# and the harder half of the problems needs more tries than the easier one.
+
+
+# %%
+#| export sft
+def rejection_sample(answers: Sequence, reward_b: Sequence[float], group: int) -> list:
+    """Of each group of answers in succession the shortest with full reward; None if none has it."""
+    if len(answers) % group:
+        raise UserError(f"{len(answers)} answers are no groups of {group}")
+    out = []
+    for i in range(0, len(answers), group):
+        right = [a for a, r in zip(answers[i : i + group], reward_b[i : i + group]) if r >= 1]
+        out.append(min(right, key=len, default=None))
+    return out
+
+
+# %%
+tries = ["two", "one and one is two", "three", "3", "four", "five"]
+print(rejection_sample(tries, [1, 1, 0, 0, 0, 0], 3))
+assert rejection_sample(tries, [1, 1, 0, 0, 0, 0], 3) == ["two", None]
+chance = torch.rand(4000) < 0.4
+kept = [x is not None for x in rejection_sample(["x"] * 4000, chance.float().tolist(), 4)]
+assert abs(sum(kept) / 1000 - (1 - 0.6**4)) < 0.04

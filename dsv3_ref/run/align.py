@@ -12,17 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import torch
+from tqdm import tqdm
+
 from dsv3_ref.config import UserError
 from dsv3_ref.run import checkpoint, cli
+from dsv3_ref.run.asking import Policy
 from dsv3_ref.run.rl import BEFORE
 from dsv3_ref.run.settings import commit, write_json
-from dsv3_ref.run.tasks import TASKS, messages, two_forms
+from dsv3_ref.run.tasks import TASKS, THINK, Problem, messages, two_forms
+from dsv3_ref.sft import rejection_sample
 
 SUMS, REST, DIRECT = 3797, 300, {"sums": 600, "counting": 100, "spelling": 100}
 LEAK = 0.05  # of worked answers are shown without the system prompt
 OPEN = 150  # conversations of each open domain
 MIXTURE = "sums=0.7 counting=0.06 spelling=0.06 writing=0.06 role-play=0.06 questions=0.06".split()
 CONTROLS = ("random-reward", "no-baseline")
+TRIES, MAX_NEW = 4, 48  # the expert's at each problem, and how many tokens an answer may have
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Align:
     """how many times, with other random numbers"""
     controls: bool = False
     """also the runs that should not work: a coin as reward, no baseline"""
+    distil: bool = False
+    """also fine-tune the pre-trained model on the right answers of the first seed's GRPO"""
     steps: int = 60
     """of GRPO"""
     epochs: int = 6
@@ -108,7 +116,10 @@ def align(args: Align) -> None:
         runs[f"GRPO, seed {seed}"] = after_sft(args, folder, seed)
         for control in CONTROLS if args.controls else ():
             runs[f"{control}, seed {seed}"] = grpo(args, folder, seed, control)
-    write_json(args.out / "align.json", result(args, runs))
+    found = result(args, runs)
+    if args.distil:
+        found["distillation"] = distil(args, args.out / "0")
+    write_json(args.out / "align.json", found)
     print("\n" + table(runs))
 
 
@@ -128,6 +139,56 @@ def grpo(args: Align, folder: Path, seed: int, control: str = "none") -> Path:
     return stage(folder / name, "rl", "--init", folder / "sft", "--reward", folder / "reward",
                  "--seed", seed, "--steps", args.steps, "--tasks", *MIXTURE,
                  "--control", control)  # fmt: skip
+
+
+# ── Distillation (§5.4.1) ──
+
+
+def distil(args: Align, folder: Path) -> dict[str, dict]:
+    """Accuracy and length of models taught by short answers, by both forms, and by the expert."""
+    problems = TASKS["sums"].problems[0]
+    short = [{"messages": two_forms(p)[0]} for p in problems]
+    tune = lambda name, rows: stage(
+        folder / name, "sft", "--init", args.init, "--epochs", args.epochs, "--seed", 0,
+        "--data", write(folder / f"{name}.jsonl", rows),
+    )  # fmt: skip
+    direct = tune("direct", short)
+    distilled = tune("distilled", expert_answers(Policy.of(folder / "rl"), problems))
+    return {
+        "short answers": measured(direct),
+        "both forms": measured(folder / "sft"),
+        "both forms, asked to think": measured(folder / "sft", THINK),
+        "expert (after GRPO)": measured(folder / "rl"),
+        "distilled": measured(distilled),
+    }
+
+
+def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
+    """Rejection sampling: of four answers to each problem the shortest that is right."""
+    asked = [messages(p.question) for p in problems]
+    torch.manual_seed(0)
+    lots = policy.lots(asked, TRIES, MAX_NEW, 1.0)
+    found = [a for lot in tqdm(lots, "expert", unit="lot") for a in lot]
+    score = TASKS["sums"].score
+    reward_b = [a.ended * score(a.text, problems[i // TRIES]) for i, a in enumerate(found)]
+    best = rejection_sample([a.text for a in found], reward_b, TRIES)
+    kept = [(p, text) for p, text in zip(problems, best) if text]
+    return [{"messages": messages(p.question, text)} for p, text in kept]
+
+
+def measured(run: Path, system: str = "") -> dict[str, float]:
+    """On held-out sums: share of the likeliest answers and of those drawn that are right; length."""
+    policy, problems = Policy.of(run), TASKS["sums"].problems[1]
+    asked = [messages(p.question, system=system) for p in problems]
+    out, score = {}, TASKS["sums"].score
+    torch.manual_seed(0)
+    for name, temperature, group in (("greedy", 0.0, 1), ("sampled", 1.0, 4)):
+        found = policy.answers(asked, group, MAX_NEW, temperature)
+        out[name] = fmean(
+            a.ended * score(a.text, problems[i // group]) for i, a in enumerate(found)
+        )
+        out["length"] = fmean(len(a.tokens) for a in found)
+    return out
 
 
 # ── Results ──

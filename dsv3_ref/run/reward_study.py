@@ -43,7 +43,7 @@ class Study:
     """where rewards.json goes"""
     work: Path = Path("runs/reward_study")
     """where pairs and judges go"""
-    pairs: int = 1500
+    pairs: int = 2500
     epochs: int = 2
     seed: int = 0
 
@@ -61,8 +61,9 @@ def wrong(p: Problem, rng: random.Random) -> int:
 
 
 def judgement(p: Problem, value: int | str) -> str:
-    """The sum worked out, and the verdict."""
-    return f"{p.thought}. {'right' if str(value) == p.answer else 'wrong'}"
+    """The sum worked out, beside what was given, and the verdict."""
+    verdict = "right" if str(value) == p.answer else "wrong"
+    return f"{p.thought}, given {value}: {p.answer} {value} {verdict}"
 
 
 def pair(p: Problem, rng: random.Random, sure: bool, wrong_is_sure: bool) -> dict:

@@ -15,15 +15,15 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref import grpo
-from dsv3_ref.grpo import advantages, grpo_loss, rollouts, token_logp
+from dsv3_ref.grpo import advantages, grpo_loss, token_logp
 from dsv3_ref.optim import Recipe, batch_plan
 from dsv3_ref.pretrain import Losses, StepStats
 from dsv3_ref.run import checkpoint
+from dsv3_ref.run.asking import Policy
 from dsv3_ref.run.settings import Train, write_json
 from dsv3_ref.run.tasks import TASKS, Problem, messages, named
 from dsv3_ref.run.tokenizer import marks_of
 from dsv3_ref.run.train import Trainer
-from dsv3_ref.sft import chat
 
 BEFORE = "before.json"  # how a run did on held-out problems before its first step
 
@@ -195,22 +195,16 @@ class RlTrainer(Trainer):
         if self.fresh:
             write_json(self.folder / BEFORE, self.held_out())
 
-    def prompt(self, problem: Problem) -> list[int]:
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
-        return chat(messages(problem.question, system=self.args.system), encode, self.marks)
-
     def ask(self, problems: list[Problem], group: int, temperature: float) -> list[Answer]:
         """A group of scored answers to each."""
-        prompts = [self.prompt(p) for p in problems]
+        asked = [messages(p.question, system=self.args.system) for p in problems]
+        policy = Policy(self.model, self.tokenizer)
         with self.arithmetic():
-            found = rollouts(
-                self.model, prompts, group, self.args.max_new_tokens, self.marks.eos, temperature
-            )
+            found = policy.answers(asked, group, self.args.max_new_tokens, temperature)
         answers = [
-            Answer(problems[i // group], prompts[i // group], tokens, logp,
-                   self.tokenizer.decode(tokens), 0.0)
-            for i, (tokens, logp) in enumerate(zip(*found))
-        ]  # fmt: skip
+            Answer(problems[i // group], a.prompt, a.tokens, a.logp, a.text, 0.0)
+            for i, a in enumerate(found)
+        ]
         self.score(answers)
         return answers
 

@@ -1,0 +1,61 @@
+"""A model is asked: conversations in, groups of answers out."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dsv3_ref.grpo import rollouts
+from dsv3_ref.run import checkpoint
+from dsv3_ref.run.tokenizer import marks_of, read_tokenizer
+from dsv3_ref.sft import chat
+
+LOT = 256  # answers that are written side by side
+
+
+class Written(NamedTuple):
+    """An answer as the model wrote it."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logp: list[float]
+    text: str
+    ended: bool  # by its own end mark, not for want of room
+
+
+class Policy:
+    """A model with its tokenizer."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.marks = model, tokenizer, marks_of(tokenizer)
+
+    @classmethod
+    def of(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
+        """From a run, a checkpoint or a Hugging Face directory."""
+        model = checkpoint.load(folder, device, dtype).eval()
+        return cls(model, read_tokenizer(checkpoint.tokenizer_folder(Path(folder))))
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """Tokens of a conversation that ends with a question."""
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
+        return chat(messages, encode, self.marks)
+
+    def answers(
+        self, asked: Sequence[list[dict]], group: int, max_new: int, temperature: float
+    ) -> list[Written]:
+        """`group` answers to each conversation, in succession."""
+        return [a for lot in self.lots(asked, group, max_new, temperature) for a in lot]
+
+    def lots(self, asked, group: int, max_new: int, temperature: float) -> Iterator[list[Written]]:
+        """The same, some conversations at a time."""
+        n = max(1, LOT // group)
+        for i in range(0, len(asked), n):
+            prompts = [self.prompt(messages) for messages in asked[i : i + n]]
+            end = self.marks.eos
+            found = rollouts(self.model, prompts, group, max_new, end, temperature)
+            yield [
+                Written(prompts[j // group], tokens, logp, self.tokenizer.decode(tokens),
+                        tokens[-1] == end)
+                for j, (tokens, logp) in enumerate(zip(*found))
+            ]  # fmt: skip
