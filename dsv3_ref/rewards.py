@@ -135,3 +135,14 @@ def vote_agreement(yes_nk, good_n, k: int) -> float:
     share_n = votes(yes_nk, k)
     right_n = torch.where(share_n == 0.5, 0.5, ((share_n > 0.5) == good_n).float())
     return right_n.mean().item()
+
+
+def pass_at(right: int, n: int, k: int) -> float:
+    """pass@k from n answers of which some are right: 1 − C(n − right, k) / C(n, k), unbiased."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(answers: list[str | None]) -> str | None:
+    """maj@k: the most frequent of k final answers, the first of several; None counts as none."""
+    given = [a for a in answers if a is not None]
+    return max(given, key=lambda a: (given.count(a), -given.index(a)), default=None)

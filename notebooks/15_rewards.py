@@ -122,17 +122,17 @@ print(f"{'9^9^9^9':>12} = 7      refused after {time.perf_counter() - start:.1f}
 # %%
 import shutil
 
-from dsv3_ref.run import sandbox
+from dsv3_ref.run import sandbox, verdict
 
 GOOD = "def double(x):\n    return 2 * x"
 CHEAT = "class All:\n    def __eq__(self, other):\n        return True\ndef double(x):\n    return All()"
 LOOP = "def double(x):\n    while True:\n        pass"
-cases = [sandbox.Returns("double", (n,), 2 * n) for n in (1, 7)]
+cases = [verdict.Returns("double", (n,), 2 * n) for n in (1, 7)]
 if shutil.which("bwrap"):
     quick = sandbox.Limits(seconds=3.0, cpu=1)
     for name, program in {"good": GOOD, "equal to everything": CHEAT, "endless": LOOP}.items():
-        print(f"{name:>20}: {sandbox.passes(program, cases, quick)} of {len(cases)} cases")
-    assert sandbox.passes(GOOD, cases) == 2 and sandbox.passes(CHEAT, cases) == 0
+        print(f"{name:>20}: {verdict.passes(program, cases, quick)} of {len(cases)} cases")
+    assert verdict.passes(GOOD, cases) == 2 and verdict.passes(CHEAT, cases) == 0
 else:
     print("no bubblewrap here, so no code runs:", sandbox.MISSING)
 
@@ -302,6 +302,9 @@ for name, table in (("honest", honest), ("boaster", boaster)):
 # $$P_k = \sum_{j > k/2} \binom{k}{j} p^j (1-p)^{k-j} \;+\; \tfrac12 \binom{k}{k/2} p^{k/2}(1-p)^{k/2}\,[k\ \text{even}]$$
 #
 # They are not independent: it is the same model each time, and where it errs it errs again.
+#
+# Two relatives measure answers instead of judgements: *maj@k* asks whether the commonest of $k$ final answers is right, *pass@k* whether any is. The
+# second from $n \ge k$ answers without bias: of all choices of $k$, those without a right one are $\binom{n-r}{k}$ of $\binom{n}{k}$.
 
 
 # %%
@@ -327,6 +330,17 @@ def vote_agreement(yes_nk, good_n, k: int) -> float:
     share_n = votes(yes_nk, k)
     right_n = torch.where(share_n == 0.5, 0.5, ((share_n > 0.5) == good_n).float())
     return right_n.mean().item()
+
+
+def pass_at(right: int, n: int, k: int) -> float:
+    """pass@k from n answers of which some are right: 1 − C(n − right, k) / C(n, k), unbiased."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(answers: list[str | None]) -> str | None:
+    """maj@k: the most frequent of k final answers, the first of several; None counts as none."""
+    given = [a for a in answers if a is not None]
+    return max(given, key=lambda a: (given.count(a), -given.index(a)), default=None)
 
 
 # %%

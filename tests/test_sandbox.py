@@ -16,7 +16,8 @@ import pytest
 
 from dsv3_ref.config import UserError
 from dsv3_ref.run import sandbox
-from dsv3_ref.run.sandbox import LIMITS, Prints, Returns, passes, run, together
+from dsv3_ref.run.sandbox import LIMITS, run, together
+from dsv3_ref.run.verdict import Prints, Returns, passes
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBC = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"

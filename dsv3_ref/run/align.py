@@ -177,7 +177,7 @@ def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
 
 
 def measured(run: Path, system: str = "") -> dict[str, float]:
-    """On held-out sums: share of the likeliest answers and of those drawn that are right; length."""
+    """On held-out sums: how many of the likeliest answers and of those drawn are right; length."""
     policy, problems = Policy.of(run), TASKS["sums"].problems[1]
     asked = [messages(p.question, system=system) for p in problems]
     out, score = {}, TASKS["sums"].score

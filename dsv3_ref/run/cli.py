@@ -96,6 +96,15 @@ def align(argv: list[str]) -> None:
     align(tyro.cli(Align, prog="dsv3 align", args=argv))
 
 
+def evaluate(argv: list[str]) -> None:
+    """dsv3 eval: how good is a model?"""
+    import tyro
+
+    from dsv3_ref.run.evaluate import Eval, evaluate
+
+    evaluate(tyro.cli(Eval, prog="dsv3 eval", args=argv))
+
+
 def preflight(argv: list[str]) -> None:
     """dsv3 preflight: which nodes of a job are fit to train."""
     import tyro
@@ -115,8 +124,9 @@ def plan(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": train, "sft": sft, "reward": reward, "rl": rl, "align": align, "generate": generate,
-    "chat": chat, "bench": bench, "ablate": ablate, "preflight": preflight, "plan": plan,
+    "train": train, "sft": sft, "reward": reward, "rl": rl, "align": align, "eval": evaluate,
+    "generate": generate, "chat": chat, "bench": bench, "ablate": ablate, "preflight": preflight,
+    "plan": plan,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from dsv3_ref.run.tasks import TASKS, Problem, messages
 from dsv3_ref.sft import chat
 
 SURE = " I am quite sure of it."
-USUALLY = 0.9  # how often a training pair's right answer sounds sure, and its wrong one does not
+USUALLY = 0.7  # how often a training pair's right answer sounds sure, and its wrong one does not
 JUDGES = {
     "directly": ("--judge", "directly"),
     "thinking": ("--judge", "thinking"),
@@ -43,8 +43,8 @@ class Study:
     """where rewards.json goes"""
     work: Path = Path("runs/reward_study")
     """where pairs and judges go"""
-    pairs: int = 2500
-    epochs: int = 2
+    pairs: int = 3000
+    epochs: int = 3
     seed: int = 0
 
 
