@@ -41,7 +41,7 @@ class Align:
     seeds: int = 1
     """how many times, with other random numbers"""
     controls: bool = False
-    """also the runs that should not work: a coin as reward, no baseline"""
+    """also two runs of the first seed that should not work: a coin as reward, no baseline"""
     distil: bool = False
     """also fine-tune the pre-trained model on the right answers of the first seed's GRPO"""
     steps: int = 60
@@ -114,7 +114,7 @@ def align(args: Align) -> None:
     for seed in range(args.seeds):
         folder = args.out / str(seed)
         runs[f"GRPO, seed {seed}"] = after_sft(args, folder, seed)
-        for control in CONTROLS if args.controls else ():
+        for control in CONTROLS if args.controls and not seed else ():
             runs[f"{control}, seed {seed}"] = grpo(args, folder, seed, control)
     found = result(args, runs)
     if args.distil:
@@ -138,6 +138,7 @@ def grpo(args: Align, folder: Path, seed: int, control: str = "none") -> Path:
     name = "rl" if control == "none" else f"rl-{control}"
     return stage(folder / name, "rl", "--init", folder / "sft", "--reward", folder / "reward",
                  "--seed", seed, "--steps", args.steps, "--tasks", *MIXTURE,
+                 "--save-every", max(1, args.steps // 4),
                  "--control", control)  # fmt: skip
 
 
