@@ -80,7 +80,7 @@ class Preference(NamedTuple):
 
 
 def preference_losses(model: Transformer, tokens_1n, marks: Marks, weight: float) -> Preference:
-    """Bradley–Terry over pairs in succession + λ·cross-entropy of judgements, nats."""
+    """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgements)."""
     end_m = ends(tokens_1n, marks)
     h_1nd, routes = model.features(tokens_1n, ends=end_m)
     reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, marks)
@@ -88,7 +88,7 @@ def preference_losses(model: Transformer, tokens_1n, marks: Marks, weight: float
     says_n = judgement(tokens_1n, marks)[0, 1:]
     if weight and says_n.any():
         h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
-        loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(y_n)
+        loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(end_m)
     return Preference(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
 
 

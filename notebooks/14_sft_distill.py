@@ -26,7 +26,7 @@ import random
 
 import torch
 
-from dsv3_ref.viz import BLUE, figure, show
+from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
 rng = random.Random(0)
@@ -317,3 +317,170 @@ assert rejection_sample(tries, [1, 1, 0, 0, 0, 0], 3) == ["two", None]
 chance = torch.rand(4000) < 0.4
 kept = [x is not None for x in rejection_sample(["x"] * 4000, chance.float().tolist(), 4)]
 assert abs(sum(kept) / 1000 - (1 - 0.6**4)) < 0.04
+
+# %% [markdown]
+# ## Experiment: an expert teaches
+# `make align` does to the 5M model of [chapter 07](07_pretrain.ipynb) what the report did to V3, with sums of three numbers in the place of
+# olympiad problems. **Both forms**: 3,797 sums worked out step by step behind the system prompt "Think first, then answer.", one in twenty without it,
+# and 600 sums with the bare answer. After that the model *can* work a sum out, and without the system prompt mostly does not. **Expert**:
+# GRPO without the system prompt ([chapter 16](16_grpo.ipynb)). **Distilled**: the pre-trained model again, taught only the expert's shortest right answer of
+# four to each problem. **Short answers**: the pre-trained model, taught bare answers to all of these problems.
+
+# %%
+from dsv3_ref.viz.ablation import stored
+
+FOUND = stored("align")["distillation"]
+fig, ax = figure(1, 1, 8, 3)
+for (name, x), color in zip(FOUND.items(), COLOURS):
+    ax.plot(x["length"], x["greedy"], "D", color=color, markersize=8)
+    ax.annotate(name, (x["length"], x["greedy"]), xytext=(8, -3), textcoords="offset points")
+    print(
+        f"{name:28} {x['greedy']:5.1%} right ({x['sampled']:5.1%} if drawn), {x['length']:.1f} tokens"
+    )
+ax.set(
+    xlabel="mean length of an answer, tokens",
+    ylabel="right on held-out sums",
+    ylim=(0, 1.05),
+    xlim=(12, 40),
+    title="Length against accuracy: what thinking costs, and buys",
+)
+show(fig)
+assert FOUND["expert (after GRPO)"]["greedy"] > FOUND["both forms"]["greedy"] + 0.4
+assert FOUND["distilled"]["greedy"] > FOUND["short answers"]["greedy"] + 0.2
+
+# %% [markdown]
+# The report's numbers for V2.5, 74.6 → 83.2 at 769 → 1510 tokens, are the same picture: more tokens, more right. Here the sum is worked out in about
+# twenty tokens more.
+#
+# ## Play: how full is a row?
+# Rows of 256 to 4,096 tokens, filled with conversations: padded to the longest of a batch, or packed. Short rows waste more.
+
+
+# %%
+def fill(length: int = 4096, batch: int = 16, spread: float = 1.1):
+    """Share of text in padded batches and in packed rows."""
+    rng = random.Random(1)
+    sizes = [min(length, int(rng.lognormvariate(5.0, spread)) + 20) for _ in range(512)]
+    cut = [sizes[i : i + batch] for i in range(0, 512, batch)]
+    rows = pack_samples([[0] * n for n in sizes], length, 1)
+    shares = {
+        "padded": sum(sizes) / sum(max(c) * len(c) for c in cut),
+        "padded, sorted first": sum(sizes)
+        / sum(
+            max(c) * len(c) for i in range(0, 512, batch) for c in [sorted(sizes)[i : i + batch]]
+        ),
+        "packed": sum(sizes) / (len(rows) * length),
+    }
+    fig, ax = figure(1, 1, 7, 2)
+    ax.barh(list(shares), list(shares.values()), color=[GREY, ORANGE, GREEN])
+    for i, share in enumerate(shares.values()):
+        ax.text(share + 0.01, i, f"{share:.0%}", va="center")
+    ax.set(xlim=(0, 1.1), xlabel="share of what is computed that is text")
+    show(fig)
+
+
+fill()
+play(fill, length=[256, 512, 1024, 4096], batch=(4, 64, 4), spread=(0.3, 1.8, 0.1))
+
+# %% [markdown]
+# ## Exercises
+# **1 · Compute.** An expert is right with chance $p$. How many tries does a problem need, for it to be kept with chance at least $q$?
+
+
+# %%
+@checker
+def check_tries(fn):
+    """The least K with 1 − (1 − p)^K ≥ q."""
+    for p, q in ((0.5, 0.9), (0.1, 0.99), (0.8, 0.5)):
+        k = fn(p, q)
+        assert 1 - (1 - p) ** k >= q and (k == 1 or 1 - (1 - p) ** (k - 1) < q)
+
+
+@checker
+def check_weight(fn):
+    """An answer's share of the loss when every token counts alike, and when every answer does."""
+    assert abs(fn(30, 270, "tokens") - 0.1) < 1e-9 and fn(30, 270, "answers") == 0.5
+
+
+@checker
+def check_forged(fn):
+    """A row in which the user typed the assistant's mark: nothing of it must be learnt."""
+    row = torch.tensor([[0, 3, 7, 4, 8, 9, 3, 10, 4, 11, 1]])
+    assert fn(row).tolist() == said(row, MARKS).tolist()
+
+
+def my_tries(p: float, q: float) -> int:
+    return ...
+
+
+check_tries(my_tries)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# import math
+# def my_tries(p, q):
+#     return math.ceil(math.log(1 - q) / math.log(1 - p))
+# ```
+# </details>
+#
+# **2 · Predict.** A batch holds one answer of 30 tokens and one of 270. What is the short one's share of the loss if it averages over tokens, and if over answers?
+
+
+# %%
+def my_weight(short: int, long: int, over: str) -> float:
+    return ...
+
+
+check_weight(my_weight)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_weight(short, long, over):
+#     return short / (short + long) if over == "tokens" else 0.5
+# ```
+# </details>
+#
+# **3 · Break.** Write `said` without looking at the user's mark (two marks suffice if every answer ends). Which rows tell the two apart?
+
+
+# %%
+def my_said(tokens_bs):
+    return ...
+
+
+check_forged(my_said)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_said(tokens_bs):
+#     out = torch.zeros_like(tokens_bs, dtype=torch.bool)
+#     for b, row in enumerate(tokens_bs.tolist()):
+#         on = False
+#         for s, token in enumerate(row):
+#             out[b, s] = on
+#             on = token == MARKS.assistant or (on and token not in MARKS[:2] + (MARKS.user,))
+#     return out
+# ```
+#
+# Without the user's mark an answer that never ended would run on into the next question, and the model would learn to ask it.
+# </details>
+#
+# ## Scale-up
+# 1.5 million conversations, two epochs; at, say, 1,500 tokens each:
+
+# %%
+from dsv3_ref.config import V3, count
+
+tokens = 2 * 1.5e6 * 1500
+print(f"{tokens / 1e9:.1f}B tokens, {tokens / 14.8e12:.2%} of pre-training")
+print(f"{6 * count(V3).activated * tokens:.1e} FLOPs of products")
+
+# %% [markdown]
+# Post-training as a whole cost 5K of 2,788K GPU hours (§1). It runs on the mesh of pre-training: `dsv3 sft --pp 16 --ep 64 --schedule dualpipe`. A stage finds the borders of samples
+# in the tokens that it holds anyway, and attention's kernel ([chapter 10](10_triton.ipynb)) takes the ends as they are, without padding.

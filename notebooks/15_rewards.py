@@ -24,15 +24,13 @@
 # once; the other first works the sum out. Both were taught on the same pairs, in which right answers usually also *sounded* sure.
 
 # %%
-import json
-from pathlib import Path
-
 import torch
 
 from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz.ablation import stored
 
 torch.manual_seed(0)
-RESULTS = json.loads(Path("results/rewards.json").read_text())
+FOUND = stored("rewards")
 
 # %% [markdown]
 # ## Paper
@@ -190,10 +188,12 @@ print(
 #
 # `…<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`judge`<｜Assistant｜>`judgement`<｜end▁of▁sentence｜>` $\to r$
 #
-# If a ground truth exists it stands in the judge's turn. Training has two losses: Bradley–Terry behind the end, and the ordinary
-# cross-entropy on the *judgement* (never on the answer: half of the answers are bad).
+# If a ground truth exists it stands in the judge's turn (a judge that scores at once reads its score behind that turn). Training has
+# two losses: Bradley–Terry behind the end, and the likelihood of the *judgements* $j$ (never of the answers: half of them are bad).
 #
-# $$L = -\log\sigma(r_a - r_b) + \lambda\, L_{\mathrm{judgement}}$$
+# $$L = -\log\sigma(r_a - r_b) - \tfrac{\lambda}{2} \big(\log p(j_a) + \log p(j_b)\big)$$
+#
+# A sum over the tokens of a judgement, not a mean over those of a batch: so the gradient is the same however the batch is cut.
 
 
 # %%
@@ -224,7 +224,7 @@ class Preference(NamedTuple):
 
 
 def preference_losses(model: Transformer, tokens_1n, marks: Marks, weight: float) -> Preference:
-    """Bradley–Terry over pairs in succession + λ·cross-entropy of judgements, nats."""
+    """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgements)."""
     end_m = ends(tokens_1n, marks)
     h_1nd, routes = model.features(tokens_1n, ends=end_m)
     reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, marks)
@@ -232,7 +232,7 @@ def preference_losses(model: Transformer, tokens_1n, marks: Marks, weight: float
     says_n = judgement(tokens_1n, marks)[0, 1:]
     if weight and says_n.any():
         h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
-        loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(y_n)
+        loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(end_m)
     return Preference(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
 
 

@@ -158,7 +158,7 @@ def test_the_loss_of_pairs_is_both_of_its_parts(micro):
     found = preference_losses(model, line, MARKS, weight)
     logp = [model(torch.tensor([s]))[0].log_softmax(-1) for s in (good, bad)]
     spoken = [-p[i - 1, s[i]] for p, s in zip(logp, (good, bad)) for i in range(9, len(s))]
-    want = bradley_terry(found.reward_m)[0].mean() + weight * torch.stack(spoken).mean()
+    want = bradley_terry(found.reward_m)[0].mean() + weight * torch.stack(spoken).sum() / 2
     torch.testing.assert_close(found.losses.main, want, atol=1e-5, rtol=1e-5)
     without = preference_losses(model, line, MARKS, 0.0).losses.main
     torch.testing.assert_close(without, bradley_terry(found.reward_m)[0].mean())

@@ -1,5 +1,6 @@
 """The launchers on a real Slurm of two nodes, started here; `make test-slurm` asks for them."""
 
+import json
 import os
 import re
 import shutil
@@ -232,3 +233,28 @@ def test_a_cancelled_job_is_not_queued_again(cluster, home):
 
 
 # ── The launchers ──
+
+
+# ── What comes after pre-training ──
+
+
+def test_longer_texts_fine_tuning_and_rl_have_launchers(undisturbed, home):
+    """From the run's weights, each by its launcher; fine-tuning on both nodes."""
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ships, gulls"}]
+    (home / "talks.jsonl").write_text(40 * (json.dumps({"messages": talk}) + "\n"))
+    short = "--seq-len 32 --batch 4 --batch-start 4".split()
+    init = ["--init", undisturbed.run]
+    longer = [*init, "--data", home / "text", *short, "--steps", "4", "--model.rope-factor", "2"]
+    jobs = {
+        "longer": Job(home, "longer", "long_context.sbatch", longer, PHASE="128k", NODES="1"),
+        "tuned": Job(home, "tuned", "sft.sbatch", [
+            *init, "--data", home / "talks.jsonl", *short, "--steps", "4", "--ep", "2"], **BOTH),
+    }  # fmt: skip
+    assert jobs["tuned"].end() == "COMPLETED", jobs["tuned"].said()
+    asked = "--batch 2 --batch-start 2 --group 2 --steps 2 --max-new-tokens 4 --seq-len 32".split()
+    jobs["rl"] = Job(home, "rl", "rl.sbatch", ["--init", jobs["tuned"].run, *asked])
+    for job in jobs.values():
+        assert job.end() == "COMPLETED", job.said()
+    assert [len(metrics(job.run)) for job in jobs.values()] == [4, 4, 2]
+    assert {row["lr"] for row in metrics(jobs["longer"].run)} == {7.3e-6}
+    assert " on node1,node2, 1 ranks each" in jobs["tuned"].output.read_text()

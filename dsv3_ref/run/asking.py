@@ -1,6 +1,7 @@
 """A model is asked: conversations in, groups of answers out."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ class Written(NamedTuple):
 class Policy:
     """A model with its tokenizer."""
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, write=None):
         self.model, self.tokenizer, self.marks = model, tokenizer, marks_of(tokenizer)
+        self.write = write or partial(rollouts, model)  # as `rollouts`, without the model
 
     @classmethod
     def of(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
@@ -53,7 +55,7 @@ class Policy:
         for i in range(0, len(asked), n):
             prompts = [self.prompt(messages) for messages in asked[i : i + n]]
             end = self.marks.eos
-            found = rollouts(self.model, prompts, group, max_new, end, temperature)
+            found = self.write(prompts, group, max_new, end, temperature)
             yield [
                 Written(prompts[j // group], tokens, logp, self.tokenizer.decode(tokens),
                         tokens[-1] == end)

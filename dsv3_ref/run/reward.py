@@ -42,8 +42,8 @@ class Reward(Train):
     """score at once, or write a judgement first and score behind it"""
     told: bool = False
     """show the judge the right answer, "truth" """
-    judgement_weight: float = 1.0
-    """λ of the judgement's cross-entropy"""
+    judgement_weight: float = 0.1
+    """λ of −log p of a judgement"""
     micro_batch: int = 16
     """pairs in one forward pass; 0: all"""
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
@@ -62,7 +62,6 @@ class Reward(Train):
             (len(self.data) > 0, "--data needs at least one file of pairs"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs take)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
-            (not self.told or self.judge == "thinking", "--told needs --judge thinking"),
             (self.judgement_weight >= 0, "--judgement-weight must be at least 0"),
         ]
 
@@ -71,10 +70,12 @@ class Reward(Train):
 
 
 def sample(row: dict, which: str, args: Reward, encode, marks: Marks) -> list[int]:
-    """The conversation that ends with an answer, or with a judgement of it."""
+    """The conversation that ends with an answer, the judge's turn behind it, or a judgement."""
     texts = [row.get(which)]
+    if args.told or args.judge == "thinking":
+        texts.append(judge(truth(row) if args.told else ""))
     if args.judge == "thinking":
-        texts += [judge(truth(row) if args.told else ""), row.get(f"judgement_{which}")]
+        texts.append(row.get(f"judgement_{which}"))
     if not all(isinstance(text, str) and text for text in texts):
         raise UserError(f"{which!r} or its judgement is no text")
     roles = ("assistant", "user", "assistant")
@@ -235,8 +236,11 @@ class Judge:
         """Reward of each answer, (b,); a judge that was taught to writes its judgement first."""
         if self.told and truths is None:
             raise UserError("this reward model was trained to be told the right answer")
+        told = truths if self.told else [""] * len(samples)
         if self.thinks:
-            samples = self.judged(samples, truths if self.told else [""] * len(samples))
+            samples = self.judged(samples, told)
+        elif self.told:
+            samples = self.asked(samples, told)
         lots = [samples[i : i + 64] for i in range(0, len(samples), 64)]
         return torch.cat([self.read(lot) for lot in lots])
 
@@ -246,11 +250,15 @@ class Judge:
         end_m = torch.tensor([len(s) for s in samples], device=tokens_1n.device).cumsum(0).int()
         return scored(self.model, tokens_1n, end_m, self.marks)  # an answer may hold any token
 
+    def asked(self, samples: list[list[int]], truths: list[str]) -> list[list[int]]:
+        """The conversations with the judge's turn behind them."""
+        m, encode = self.marks, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        return [[*s, m.user, *encode(judge(t)).ids, m.assistant] for s, t in zip(samples, truths)]
+
     def judged(self, samples: list[list[int]], truths: list[str], temperature=0.0):
         """The conversations with a judgement of at most JUDGEMENT tokens behind them."""
-        m, encode = self.marks, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
-        asked = [[*s, m.user, *encode(judge(t)).ids, m.assistant] for s, t in zip(samples, truths)]
+        asked, end = self.asked(samples, truths), self.marks.eos
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
-        told = [rollouts(self.model, lot, 1, JUDGEMENT, m.eos, temperature)[0] for lot in lots]
+        told = [rollouts(self.model, lot, 1, JUDGEMENT, end, temperature)[0] for lot in lots]
         written = [answer for lot in told for answer in lot]
-        return [[*a, *w, *([m.eos] if w[-1] != m.eos else [])] for a, w in zip(asked, written)]
+        return [[*a, *w, *([end] if w[-1] != end else [])] for a, w in zip(asked, written)]

@@ -24,6 +24,7 @@ from dsv3_ref.run.settings import Train, write_json
 from dsv3_ref.run.tasks import TASKS, Problem, messages, named
 from dsv3_ref.run.tokenizer import marks_of
 from dsv3_ref.run.train import Trainer
+from dsv3_ref.run.vllm_rollout import VllmRollouts
 
 BEFORE = "before.json"  # how a run did on held-out problems before its first step
 
@@ -59,6 +60,12 @@ class Rl(Train):
     """optimizer steps from one set of answers, each from its part of the questions"""
     max_kl: float = 1.0
     """a mean log π/π_ref above this (nats a token; `drift` in metrics.jsonl) ends the run"""
+    rollout: Literal["own", "vllm"] = "own"
+    """who writes answers: our own decoder, or vLLM, fed through a Hugging Face directory"""
+    vllm_tp: int = 1
+    """GPUs that vLLM's engine takes (tensor parallel)"""
+    max_mismatch: float = 0.5
+    """a mean difference of log π between writer and trainer (nats) above which the run ends"""
     control: Literal["none", "random-reward", "no-baseline"] = "none"
     """experiments that should not work: a coin as reward; the reward as advantage"""
     micro_batch: int = 64
@@ -82,7 +89,8 @@ class Rl(Train):
             (0 <= self.clip_low < 1, "--clip-low must be from 0 to below 1"),
             (self.clip_high >= 0, "--clip-high must be at least 0"),
             (0 <= self.beta < math.inf, "--beta must be at least 0"),
-            (self.max_kl > 0, "--max-kl must be above 0"),
+            (min(self.max_kl, self.max_mismatch) > 0, "--max-kl, --max-mismatch must be above 0"),
+            (self.vllm_tp >= 1, "--vllm-tp must be at least 1"),
             (1 <= self.updates <= self.recipe.batch, "--updates: from 1 to --batch"),
             (
                 self.reward is not None or not is_open,
@@ -192,13 +200,16 @@ class RlTrainer(Trainer):
         if self.args.beta:
             self.reference = checkpoint.load(self.args.init, dtype=torch.float32).to(self.device)
             self.reference.requires_grad_(False)
+        self.writer = None
+        if self.args.rollout == "vllm":
+            self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
         if self.fresh:
             write_json(self.folder / BEFORE, self.held_out())
 
     def ask(self, problems: list[Problem], group: int, temperature: float) -> list[Answer]:
         """A group of scored answers to each."""
         asked = [messages(p.question, system=self.args.system) for p in problems]
-        policy = Policy(self.model, self.tokenizer)
+        policy = Policy(self.model, self.tokenizer, self.writer)
         with self.arithmetic():
             found = policy.answers(asked, group, self.args.max_new_tokens, temperature)
         answers = [
@@ -211,6 +222,8 @@ class RlTrainer(Trainer):
     def batch(self, n: int) -> list[Answer]:
         """Groups of answers to the next n questions, with their advantages."""
         args, start = self.args, time.perf_counter()
+        if self.writer:
+            self.writer.refresh(self.model)
         answers = self.ask(self.rows.take(n), args.group, args.temperature)
         reward_b = torch.tensor([a.reward for a in answers])
         if args.control == "random-reward":
@@ -237,6 +250,8 @@ class RlTrainer(Trainer):
         self.seen = {k: v / max(1.0, self.seen["tokens"]) for k, v in self.seen.items()}
         if not self.seen.get("drift", 0.0) <= args.max_kl:  # k₃ has too heavy a tail to judge by
             self.give_up("KL to the first model", self.seen["drift"])
+        if self.writer and not self.seen["mismatch"] <= args.max_mismatch:
+            self.give_up("difference of log π between writer and trainer", self.seen["mismatch"])
         worst = next((s for s in stats if s.skipped), stats[-1])
         loss = sum(s.loss for s in stats) / len(stats)
         return worst._replace(loss=loss, load_le=sum(s.load_le for s in stats))

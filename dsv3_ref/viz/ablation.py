@@ -13,7 +13,12 @@ LINES = ["-", "--", "-.", ":", (0, (8, 2, 1, 2)), (0, (1, 3))]
 
 def results(name: str) -> dict:
     """The file of an ablation that this checkout holds."""
-    return json.loads((RESULTS / f"ablate_{name}.json").read_text())
+    return stored(f"ablate_{name}")
+
+
+def stored(name: str) -> dict:
+    """A small file of results that this checkout holds."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def values(result: dict, key="val_loss") -> dict[str, np.ndarray]:
