@@ -26,7 +26,7 @@
 # %%
 import torch
 
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import stored
 
 torch.manual_seed(0)
@@ -352,3 +352,195 @@ for p in (0.45, 0.7, 0.9):
     print(
         f"a vote is right with {p:.0%}: of 1, 6, 9 votes {[f'{condorcet(p, k):.0%}' for k in (1, 6, 9)]}"
     )
+
+# %% [markdown]
+# ## Experiment: can the judge be fooled?
+# `python -m dsv3_ref.run.reward_study` trains three judges from the fine-tuned 5M model on 3,000 pairs of answers to sums. One answer is right. In seven of ten
+# pairs, by chance, the right one also ends "I am quite sure of it."; in as many the wrong one does not. Judges: **directly** (score at once), **thinking** (work
+# the sum out, write both numbers side by side and a verdict, then score), and **thinking, told** (with the right answer in the judge's turn).
+
+# %%
+judges = FOUND["judges"]
+fig, axes = figure(1, 2, 9, 3)
+kinds = list(next(iter(judges.values()))["agreement"])
+for i, (name, x) in enumerate(judges.items()):
+    at = [k + 0.26 * (i - 1) for k in range(len(kinds))]
+    axes[0].bar(at, list(x["agreement"].values()), width=0.24, color=COLOURS[i], label=name)
+    n = [int(k) for k in x["best of"]]
+    right = [row["right"] for row in x["best of"].values()]
+    axes[1].plot(n, right, "o-", color=COLOURS[i], label=name)
+    print(f"{name:15}", {k: f"{v:.0%}" for k, v in x["agreement"].items()},
+          f"best of {n[-1]}: {right[-1]:.0%} right, {x['best of'][str(n[-1])]['sure']:.0%} sure")  # fmt: skip
+axes[0].axhline(0.5, color=GREY, lw=1)
+axes[0].set(xticks=range(len(kinds)), xticklabels=[k.replace(" sounds", "\nsounds") for k in kinds],
+            ylabel="agreement", ylim=(0, 1.05), title="Held-out pairs, by who sounds sure")  # fmt: skip
+axes[1].set(xscale="log", xticks=n, xticklabels=n, xlabel="answers to choose from", ylim=(0, 1.05),
+            ylabel="the chosen one is right", title="Best of n by reward")  # fmt: skip
+axes[1].legend(fontsize=8)
+show(fig)
+direct, thinking = judges["directly"], judges["thinking"]
+assert thinking["agreement"]["wrong sounds sure"] > direct["agreement"]["wrong sounds sure"] + 0.3
+assert thinking["best of"]["16"]["right"] > direct["best of"]["16"]["right"] + 0.3
+
+# %% [markdown]
+# The judge that scores at once cannot add, so it learnt what it could: to like confidence. The harder a policy searches for its favour (best of 16), the
+# *less* often it is right. This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out cannot be talked to.
+#
+# **A thought alone is no protection.** With the flourish on *nine* of ten right answers the thinking judge wrote "12, given 16: 12 16 **right**": it worked the sum out
+# and then followed the flourish all the same, because ninety percent were to be had without reading its own words. Chains of thought help if the score has to depend on them.
+
+# %%
+fig, axes = figure(1, 2, 9, 2.8)
+for i, (name, x) in enumerate(judges.items()):
+    table = torch.tensor(x["calibration"])
+    table = table[table[:, 2] > 20]
+    axes[0].plot(table[:, 0], table[:, 1], "o-", color=COLOURS[i], label=name)
+axes[0].plot([0.5, 1], [0.5, 1], color=GREY, lw=1)
+axes[0].set(xlabel="claimed P(better)", ylabel="right", title="Calibration", ylim=(0.3, 1.03))
+v = FOUND["votes"]
+ks = range(1, len(v["agreement"]) + 1)
+axes[1].plot(ks, v["independent"], color=GREY, label="independent votes (Condorcet)")
+axes[1].plot(ks, v["agreement"], "o-", color=GREEN, label="votes of one model")
+axes[1].set(
+    xlabel="votes k",
+    ylabel="the majority is right",
+    title=f"One vote is right: {v['one vote']:.0%}",
+)
+for ax in axes:
+    ax.legend(fontsize=8)
+show(fig)
+
+# %% [markdown]
+# Left: above the line a judge is too modest, below it boasts. The direct judge is sure and wrong. Right: nine votes of the thinking judge, at temperature 1, on answers of which half are
+# right. Its errors are errors of arithmetic that it repeats, so its majority gains less than independent votes would.
+#
+# ## Play: how many votes?
+
+
+# %%
+def assembly(p: float = 0.7, k: int = 6, shared: float = 0.3):
+    """Majority of k votes, a share of which only repeat the first."""
+    g = torch.Generator().manual_seed(0)
+    good_n = torch.rand(4000, generator=g) < 0.5
+    own = torch.rand(4000, 15, generator=g) < p
+    repeat = torch.rand(4000, 15, generator=g) < shared
+    hit_nk = torch.where(repeat, own[:, :1], own)
+    yes_nk = torch.where(hit_nk, good_n[:, None], ~good_n[:, None])
+    ks = range(1, 16)
+    fig, ax = figure(1, 1, 7, 2.4)
+    ax.plot(ks, [condorcet(p, j) for j in ks], color=GREY, label="independent")
+    ax.plot(
+        ks,
+        [vote_agreement(yes_nk, good_n, j) for j in ks],
+        color=GREEN,
+        label=f"{shared:.0%} repeat",
+    )
+    ax.axvline(k, color=ORANGE, lw=1)
+    ax.set(
+        xlabel="votes",
+        ylabel="majority is right",
+        ylim=(0.3, 1.02),
+        title=f"a vote is right with {p:.0%}",
+    )
+    ax.legend()
+    show(fig)
+
+
+assembly()
+play(assembly, p=(0.4, 0.95, 0.05), k=(1, 15, 1), shared=(0.0, 1.0, 0.1))
+
+# %% [markdown]
+# ## Exercises
+# **1 · Compute.** A reward model says $r_a = 2$ and $r_b = 0.5$. With which chance is $a$ preferred, and how hard does the pair still pull at $r_a$?
+
+
+# %%
+@checker
+def check_chance(fn):
+    """σ(r_a − r_b), and −(1 − σ(r_a − r_b))."""
+    for a, b in ((2.0, 0.5), (-1.0, 3.0)):
+        p = 1 / (1 + math.exp(b - a))
+        chance, pull = fn(a, b)
+        assert abs(chance - p) < 1e-9 and abs(pull + (1 - p)) < 1e-9
+
+
+@checker
+def check_even(fn):
+    """With two votes a tie is as likely as the two errors that it may save: p again."""
+    assert all(abs(fn(p) - condorcet(p, 2)) < 1e-9 for p in (0.3, 0.6, 0.9))
+
+
+@checker
+def check_cheat(fn):
+    """A text that a generous rule (any box counts) pays and `boxed` does not."""
+    text = fn("7")
+    assert "\\boxed{7}" in text and boxed(text) is None
+
+
+def my_chance(a: float, b: float) -> tuple[float, float]:
+    return ...
+
+
+check_chance(my_chance)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_chance(a, b):
+#     p = 1 / (1 + math.exp(b - a))
+#     return p, -(1 - p)
+# ```
+#
+# 0.82 and −0.18.
+# </details>
+#
+# **2 · Predict.** How often is the majority of *two* independent votes right, if ties are decided by a coin?
+
+
+# %%
+def my_even(p: float) -> float:
+    return ...
+
+
+check_even(my_even)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_even(p):
+#     return p * p + p * (1 - p)  # = p: the second vote is of no use
+# ```
+# </details>
+#
+# **3 · Break.** Suppose a rule paid whenever *any* box holds the truth. Write what a policy would learn to say when it wavers between several numbers, the truth among them.
+
+
+# %%
+def my_cheat(truth: str) -> str:
+    return ...
+
+
+check_cheat(my_cheat)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_cheat(truth):
+#     return "".join(f"\\boxed{{{n}}}" for n in (6, truth, 8))
+# ```
+# </details>
+#
+# ## Scale-up
+# A judge of V3's size that thinks for 500 tokens over each of 512 answers writes a quarter of a million tokens a step: as much as the policy. Rules cost nothing, and cannot be argued with.
+
+# %%
+from dsv3_ref.config import V3, count
+
+answers_, thought = 512, 500
+print(
+    f"{answers_ * thought:,} tokens of judgements a step, {2 * count(V3).activated * answers_ * thought:.1e} FLOPs"
+)
+print(f"the reward itself: one product with a row of {V3.dim:,} numbers an answer")

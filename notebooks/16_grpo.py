@@ -488,6 +488,73 @@ assert end["GRPO, β = 0.3"].mean() < end["GRPO"].mean()
 # Five seeds a curve. The group learns fastest; without it all answers are pushed up, the right ones only harder; a
 # coin teaches nothing; β holds the policy back near its start, which is its purpose and its price.
 #
+# ## Experiment: a model that learns to think
+# Now the real thing: `make align` on the 5M model of [chapter 07](07_pretrain.ipynb), fine-tuned as in [chapter 14](14_sft_distill.ipynb) so that it *can* work
+# sums out but mostly blurts. Each step asks 16 questions 16 times: sums, counting, spelling, and open prompts (writing, role-play, questions), which
+# the reward model of [chapter 15](15_rewards.ipynb) scores. 200 sums are never practised on.
+
+# %%
+from dsv3_ref.viz.ablation import stored
+
+FOUND = stored("align")
+runs = FOUND["runs"]
+KINDS = {"GRPO": GREEN, "no-baseline": GREY, "random-reward": ORANGE}
+fig, axes = figure(1, 2, 9, 3)
+for name, run in runs.items():
+    kind = name.partition(",")[0]
+    held = [(0, run["before"])] + [
+        (c["step"], c["held_out"]) for c in run["curve"] if "held_out" in c
+    ]
+    first = name.endswith("seed 0")
+    at, right = zip(*((step, h["sums"]["greedy"]) for step, h in held))
+    axes[0].plot(at, right, "o-", color=KINDS[kind], ms=4, label=kind if first else None)
+    print(f"{name:22} likeliest answer {right[0]:5.1%} → {right[-1]:5.1%}, drawn "
+          f"{run['before']['sums']['sampled']:5.1%} → {run['after']['sums']['sampled']:5.1%}")  # fmt: skip
+domains = {}
+for c in runs["GRPO, seed 0"]["curve"]:
+    for name, reward in c["reward_by"].items():
+        domains.setdefault(name, []).append((c["step"], reward))
+for (name, points), color in zip(sorted(domains.items()), COLOURS):
+    at, reward = (torch.tensor(x, dtype=torch.double) for x in zip(*points))
+    kept = torch.stack([reward[max(0, i - 3) : i + 4].mean() for i in range(len(reward))])
+    axes[1].plot(at, kept, color=color, label=name)
+axes[0].set(xlabel="step", ylabel="right", ylim=(0, 1), title="200 held-out sums")
+axes[1].set(xlabel="step", ylabel="mean reward", ylim=(0, 1), title="Reward by domain, seed 0")
+for ax in axes:
+    ax.legend(fontsize=7)
+show(fig)
+ends = {n: r["after"]["sums"]["greedy"] for n, r in runs.items()}
+starts = {n: r["before"]["sums"]["greedy"] for n, r in runs.items()}
+of_grpo = [n for n in runs if n.startswith("GRPO")]
+assert all(starts[n] < 0.4 and ends[n] > 0.8 for n in of_grpo)
+assert all(ends[n] < starts[n] + 0.1 for n in runs if n.startswith("random"))
+
+# %% [markdown]
+# In a dozen steps the model discovers that thinking pays, and from then on it thinks. RL did not teach it to add: it chose between two abilities that it had. That is what the report
+# describes for its expert models: RL "learns to incorporate R1 patterns, even without system prompts".
+#
+# The coin teaches nothing, as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 it is plain reinforcement of what was right, and here it gets as far, only later. The
+# table policy above shows what it costs where more is to be learnt.
+
+# %%
+fig, axes = figure(1, 4, 10, 2.3)
+for ax, (key, title) in zip(
+    axes, {"drift": "KL, nats a token", "kl": "the same by k₃", "entropy": "entropy, nats", "length": "tokens an answer"}.items()
+):  # fmt: skip
+    for name in of_grpo:
+        at, x = zip(*((c["step"], c[key]) for c in runs[name]["curve"] if key in c))
+        ax.plot(at, x, color=GREEN, lw=1, alpha=0.8)
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("step")
+show(fig)
+for s in runs["GRPO, seed 0"]["samples"][:3] + runs["GRPO, seed 0"]["samples"][3::3]:
+    print(f"{s['prompt'][-60:]:>60} → {s['text'][:70]}")
+
+# %% [markdown]
+# Two things to see. *$k_3$ has a heavy tail*: one token that has become a thousand times rarer, and is drawn all the same, counts a thousand. A run is therefore stopped by the plain
+# mean of $\log \pi/\pi_{ref}$ (`--max-kl`), not by $k_3$. And *rewards are hacked where they can be*: a 5M model cannot spell (that reward stays 0), counts letters by always
+# saying the commonest count, and what the reward model likes about its open answers is not what you would like.
+#
 # ## Play: one group
 # Eight answers, their rewards, what remains of them as advantages. Raise the number of right ones from 0 to 8:
 # a single right answer among wrong ones shouts, one wrong among right ones is shouted at, unanimity is silent.

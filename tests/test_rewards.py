@@ -101,6 +101,37 @@ def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_judged():
     verify.stop()
 
 
+HOSTILE = {
+    "a tower": "9^{9^{9^{9}}}",
+    "a factorial": "(10^{9})!",
+    "brackets": "(" * 5000 + "1" + ")" * 5000,
+    "a megabyte": "1" * 1_000_000,
+    "roots": r"\sqrt{" * 200 + "2" + "}" * 200,
+    "lines": "1\n[1, 2]\n8",
+    "no character": "\ud800\0",
+    "code": "__import__('os')._exit(0)",
+}
+
+
+def test_nothing_hostile_is_right_hangs_or_spoils_the_next():
+    verify = maths.Verifier(seconds=1.0)
+    for name, text in HOSTILE.items():
+        verify("1", "1.0")  # a process is there
+        start = time.perf_counter()
+        assert not verify(text, "7"), name
+        assert time.perf_counter() - start < 4, name
+        assert verify("1/2", "0.5"), name
+    verify.stop()
+
+
+@pytest.mark.parametrize(
+    "guess",
+    ["7=8", "8=7", "7, 8", "{7, 8}", r"7 \text{ or } 8", r"7 \pm 1", "[7, 8]", r"7 \approx 8"],
+)
+def test_two_guesses_are_not_both_right(guess):
+    assert maths.equal(guess, "7") + maths.equal(guess, "8") <= 1
+
+
 def test_a_dead_process_is_replaced():
     verify = maths.Verifier()
     assert verify("2/4", "0.5")
