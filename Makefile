@@ -2,14 +2,16 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+SEEDS  ?= 1
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-full test-slurm lab export book bench bench-gpu aot clean
+.PHONY: help train align test test-full test-slurm lab export book bench bench-gpu aot clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
+	@echo "make align      then teach it to answer, and improve it by its own answers: SFT, rewards, GRPO"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make test       the short tests (minutes)   make test-full   all of them (up to an hour)"
 	@echo "make test-slurm the cluster launchers on a real Slurm of two nodes, started on this machine"
@@ -20,6 +22,9 @@ help:
 
 train: .venv/core
 	$(BIN)/dsv3 train --config tiny $(ARGS)
+
+align: .venv/rl
+	$(BIN)/dsv3 align --seeds $(SEEDS) $(ARGS)
 
 lab: .venv/lab
 	$(BIN)/jupyter lab notebooks $(ARGS)
@@ -70,6 +75,11 @@ clean:
 .venv/core: .venv/torch pyproject.toml
 	@echo "· installing dsv3_ref"
 	@$(PIP) -e .
+	@touch $@
+
+.venv/rl: .venv/core
+	@echo "· installing problems to practise on"
+	@$(PIP) -e ".[rl]"
 	@touch $@
 
 .venv/lab: .venv/core
