@@ -38,6 +38,12 @@ def well_formed(text: str) -> bool:
     return parts is not None and marks == 2 and boxed(parts[2]) is not None
 
 
+def program(text: str) -> str | None:
+    """The only fenced block of code of a text; None if there is none, or several."""
+    found = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
+    return found[0] if len(found) == 1 else None
+
+
 # ── A model: where is its score? ──
 
 
@@ -117,6 +123,11 @@ def calibration(claim_n, right_n, bins: int = 5):
 CONSTITUTION = (
     "An answer is good if it is true, keeps to the question, and says no more than needed."
 )
+
+
+def ballot(question: str, answer: str) -> str:
+    """The turn in which a model is asked for its vote."""
+    return f"{CONSTITUTION}\nQuestion: {question}\nAnswer: {answer}\nIs it good, yes or no?"
 
 
 def condorcet(p: float, k: int) -> float:

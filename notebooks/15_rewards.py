@@ -89,6 +89,12 @@ def well_formed(text: str) -> bool:
     return parts is not None and marks == 2 and boxed(parts[2]) is not None
 
 
+def program(text: str) -> str | None:
+    """The only fenced block of code of a text; None if there is none, or several."""
+    found = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
+    return found[0] if len(found) == 1 else None
+
+
 # %%
 assert boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
 assert boxed(r"\boxed{1} or \boxed{2}") is None and boxed(r"\boxed{1") is None
@@ -96,6 +102,7 @@ assert well_formed(r"<think>1+1=2</think>\boxed{2}") and not well_formed(
     r"<think>\boxed{2}</think>"
 )
 assert not well_formed(r"<think>a</think><think>b</think>\boxed{2}")
+assert program("So:\n```python\nprint(7)\n```\n") == "print(7)\n" and program("print(7)") is None
 
 # %% [markdown]
 # *Equal* is not the same string: $\frac12$, 0.5 and 2/4 are one answer. `math-verify` knows; but it can be made to compute
@@ -312,6 +319,11 @@ for name, table in (("honest", honest), ("boaster", boaster)):
 CONSTITUTION = (
     "An answer is good if it is true, keeps to the question, and says no more than needed."
 )
+
+
+def ballot(question: str, answer: str) -> str:
+    """The turn in which a model is asked for its vote."""
+    return f"{CONSTITUTION}\nQuestion: {question}\nAnswer: {answer}\nIs it good, yes or no?"
 
 
 def condorcet(p: float, k: int) -> float:

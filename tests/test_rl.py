@@ -8,13 +8,13 @@ import pytest
 import torch
 from miniruns import metrics, options, results
 
-from dsv3_ref.config import UserError
 from dsv3_ref.grpo import advantages, grpo_loss, rollouts
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.run import cli, settings, tasks
+from dsv3_ref.run import cli, settings
+from dsv3_ref.run.asking import Policy
 from dsv3_ref.run.checkpoint import load
 from dsv3_ref.run.rl import Answer, Questions, Rl, RlTrainer
-from dsv3_ref.run.tasks import TASKS, Problem, messages, named, two_forms
+from dsv3_ref.run.tasks import TASKS, Problem, messages
 
 # ── Rollouts ──
 
@@ -48,49 +48,6 @@ def test_a_first_token_that_ends_ends(micro):
     with torch.no_grad():
         model.norm.weight.zero_()  # every word is as likely: the first of them at temperature 0
     assert rollouts(model, [[1], [2]], 2, 5, 0, 0.0)[0] == [[0]] * 4
-
-
-# ── Tasks ──
-
-CLOSED = [task for task in TASKS.values() if not task.open]
-
-
-@pytest.mark.parametrize("task", CLOSED, ids=lambda t: t.name)
-def test_worked_answers_are_right_and_near_ones_are_not(task):
-    practised, held = task.problems
-    assert len(held) == 200 and not {p.question for p in held} & {p.question for p in practised}
-    for p in held[:30]:
-        for form in two_forms(p):
-            assert task.score(form[-1]["content"], p) == 1.0
-        assert task.score(f"\\boxed{{{p.answer}0}}", p) == 0.0
-        assert task.score(f"\\boxed{{{p.answer}}} \\boxed{{{p.answer}}}", p) == 0.0
-        assert task.score(p.answer, p) == 0.0
-
-
-def test_steps_of_a_sum():
-    assert tasks.add_up("…problem: 4 - 1 - 7 =") == "4-1=3;3-7=-4"
-    assert tasks.add_up("…problem: 0 + 9 + 9 =") == "0+9=9;9+9=18"
-
-
-def test_letters():
-    assert tasks.count_letters('the letter "n" appear in the text: "none"?') == "n1 o n2 e"
-    assert tasks.spell("Spell this word backward (example: sun -> nus): hay") == "h a y;y a h"
-
-
-def test_open_questions_speak_of_what_is_answered():
-    for task in (task for task in TASKS.values() if task.open):
-        practised, held = task.problems
-        assert len(practised) > 1000 and len(held) == 200
-        for p in held[:30]:
-            assert p.question.rstrip(".?").rsplit(" ", 1)[1] in p.answer
-
-
-@pytest.mark.parametrize(
-    "spec, why", [("sum", "no task 'sum'"), ("sums=x", "not a number"), ("sums=0", "above 0")]
-)
-def test_no_such_task(spec, why):
-    with pytest.raises(UserError, match=why):
-        named((spec,))
 
 
 # ── Runs ──
@@ -279,6 +236,43 @@ def test_controls(home, tmp_path):
     assert any(a.reward != (a.advantage > 0) for a in found)
 
 
+def test_own_problems_beside_ours(home, tmp_path):
+    """A file of problems with answers; all is told by its name, held-out ones too."""
+    rows = [json.dumps({"question": f"say {i}", "answer": "7"}) for i in range(12)]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
+    assert (
+        rl(home, tmp_path / "rl", "--tasks", "short=0.5", tmp_path / "own.jsonl", "--steps", 2) == 0
+    )
+    names = {"short", str(tmp_path / "own.jsonl")}
+    assert set(metrics(tmp_path / "rl")[-1]["held_out"]) == names
+    assert names >= {name for row in metrics(tmp_path / "rl") for name in row["reward_by"]}
+
+
+def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, monkeypatch):
+    (tmp_path / "open.jsonl").write_text("\n".join(f'{{"question": "say {i}"}}' for i in range(8)))
+    seen = []
+
+    def vote(self, asked, k):
+        seen.append((self.model, len(asked), k))
+        return torch.arange(len(asked) * k).view(-1, k) % 3 == 0
+
+    monkeypatch.setattr(Policy, "votes", vote)
+    t = trainer(home, tmp_path / "x", "--tasks", tmp_path / "open.jsonl", "--votes", 4, "--beta", 0)
+    seen.clear()
+    found = t.batch(3)
+    whole = [a for a in found if a.tokens[-1] == t.marks.eos]
+    assert seen == [(t.reference, len(whole), 4)] and t.reference is not t.model and whole
+    want = [(torch.arange(4 * n, 4 * n + 4) % 3 == 0).float().mean() for n in range(len(whole))]
+    assert [a.reward for a in whole] == want
+
+
+def test_a_vote_is_a_yes(home):
+    policy = Policy.of(home / "base")
+    yes, no = ([*policy.tokenizer.encode(x, add_special_tokens=False).ids] for x in ("Yes", "no"))
+    policy.write = lambda prompts, k, *_: ([yes, no] * len(prompts) * (k // 2), [[0.0]] * k * 2)
+    assert policy.votes([("a", "b"), ("c", "d")], 2).tolist() == [[True, False]] * 2
+
+
 def test_questions_go_on_where_they_stood():
     draw = Questions({"sums": 2.0, "spelling": 1.0}, 0)
     first = draw.take(30)
@@ -292,6 +286,9 @@ REFUSED = [
     ([], "--init is missing"),
     (["--init", "{base}", "--group", "1"], "--group must be at least 2"),
     (["--init", "{base}", "--tasks", "writing"], "--reward must name a reward model"),
+    (["--init", "{base}", "--tasks", "writing", "--votes", "-1"], "--votes must be at least 0"),
+    (["--init", "{base}", "--votes", "2", "--reward", "x"], "--reward or --votes, not both"),
+    (["--init", "{base}", "--tasks", "nowhere.jsonl"], "no data at 'nowhere.jsonl'"),
     (["--init", "{base}", "--tasks", "riddles"], "no task 'riddles'"),
     (["--init", "{base}", "--temperature", "0"], "--temperature must be above 0"),
     (["--init", "{base}", "--updates", "99"], "--updates"),

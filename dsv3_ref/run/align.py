@@ -69,17 +69,21 @@ def conversations(seed: int) -> list[dict]:
 
 
 def pairs(seed: int) -> list[dict]:
-    """A president's sentence beside one that is off the point, out of order, or stuck."""
+    """A president's sentence beside a worse one."""
     rng, rows = random.Random(seed), []
     for task in (task for task in TASKS.values() if task.open):
         problems = task.problems[0][OPEN : 4 * OPEN]
         for p, other in zip(problems, [*problems[1:], problems[0]]):
-            words = p.answer.split()
-            stuck = words[: rng.randint(2, 5)]
-            worse = [other.answer, " ".join(rng.sample(words, len(words))), " ".join(5 * stuck)]
             rows.append({"prompt": messages(p.question), "chosen": p.answer,
-                         "rejected": rng.choice(worse)})  # fmt: skip
+                         "rejected": worse(p.answer, other.answer, rng)})  # fmt: skip
     return rows
+
+
+def worse(answer: str, other: str, rng: random.Random) -> str:
+    """Off the point, out of order, or stuck."""
+    words = answer.split()
+    stuck = words[: rng.randint(2, 5)]
+    return rng.choice([other, " ".join(rng.sample(words, len(words))), " ".join(5 * stuck)])
 
 
 def write(path: Path, rows: list[dict]) -> Path:

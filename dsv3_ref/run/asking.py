@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 
 from dsv3_ref.grpo import rollouts
+from dsv3_ref.rewards import ballot
 from dsv3_ref.run import checkpoint
+from dsv3_ref.run.tasks import messages
 from dsv3_ref.run.tokenizer import marks_of, read_tokenizer
 from dsv3_ref.sft import chat
 
-LOT = 256  # answers that are written side by side
+LOT, VOTE = 256, 4  # answers that are written side by side; tokens of a vote
 
 
 class Written(NamedTuple):
@@ -48,6 +50,11 @@ class Policy:
     ) -> list[Written]:
         """`group` answers to each conversation, in succession."""
         return [a for lot in self.lots(asked, group, max_new, temperature) for a in lot]
+
+    def votes(self, asked: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
+        """Self-reward: k votes on each (question, answer), at temperature 1, (n, k)."""
+        found = self.answers([messages(ballot(*pair)) for pair in asked], k, VOTE, 1.0)
+        return torch.tensor([a.text.lower().startswith("yes") for a in found]).view(-1, k)
 
     def lots(self, asked, group: int, max_new: int, temperature: float) -> Iterator[list[Written]]:
         """The same, some conversations at a time."""

@@ -15,7 +15,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.rewards import boxed, majority, pass_at
 from dsv3_ref.run.asking import Policy, Written
 from dsv3_ref.run.settings import write_json
-from dsv3_ref.run.tasks import TASKS, Problem, messages
+from dsv3_ref.run.tasks import Problem, find, is_ours, messages
 from dsv3_ref.run.train import pick_device
 
 
@@ -23,7 +23,8 @@ from dsv3_ref.run.train import pick_device
 class Eval:
     """Evaluate a model.
 
-    Our tasks (sums, counting, spelling) are answered --samples times each. Other names are tasks of
+    Our tasks (sums, counting, spelling, or .jsonl files of problems as `dsv3 rl` takes them) are
+    answered --samples times each. Other names are tasks of
     lm-eval (pip install 'dsv3-ref[eval]'): `speeches` and `lm-sums` need no network, hellaswag and
     the like do.
     """
@@ -60,7 +61,7 @@ def check(args: Eval) -> None:
         if not holds:
             raise UserError(sentence)
     for name in args.tasks:
-        if name in TASKS and TASKS[name].open:
+        if is_ours(name) and find(name).open:
             raise UserError(f"{name} has no right answers, so there is nothing to count")
 
 
@@ -68,8 +69,8 @@ def evaluate(args: Eval) -> dict[str, dict[str, float]]:
     """Results by task, printed as a table."""
     check(args)
     policy = Policy.of(args.model, pick_device(args.device))
-    ours = [name for name in args.tasks if name in TASKS]
-    theirs = [name for name in args.tasks if name not in TASKS]
+    ours = [name for name in args.tasks if is_ours(name)]
+    theirs = [name for name in args.tasks if not is_ours(name)]
     results = {name: counted(policy, name, args) for name in ours}
     results |= by_lm_eval(policy, theirs, args) if theirs else {}
     for name, found in results.items():
@@ -85,7 +86,7 @@ def evaluate(args: Eval) -> dict[str, dict[str, float]]:
 
 def counted(policy: Policy, name: str, args: Eval) -> dict[str, float]:
     """The likeliest answer, and pass@1, pass@k and maj@k of several drawn."""
-    problems, k = TASKS[name].problems[1][: args.limit or None], args.samples
+    problems, k = find(name).problems[1][: args.limit or None], args.samples
     asked = [messages(p.question, system=args.system) for p in problems]
     torch.manual_seed(args.seed)
     (greedy,) = zip(*groups(policy.answers(asked, 1, args.max_new_tokens, 0.0), 1))
@@ -97,6 +98,7 @@ def counted(policy: Policy, name: str, args: Eval) -> dict[str, float]:
     }
     if k > 1:
         out[f"pass@{k}"] = fmean(pass_at(r, k, k) for r in right)
+    if k > 1 and not problems[0].cases:  # programs have no majority
         out[f"maj@{k}"] = fmean(by_majority(name, p, g) for p, g in zip(problems, drawn))
     return out | {"tokens": fmean(len(a.tokens) for group in drawn for a in group)}
 
@@ -108,13 +110,13 @@ def groups(answers: list[Written], k: int) -> list[list[Written]]:
 
 def is_right(name: str, problem: Problem, answer: Written) -> float:
     """What the task says of an answer that ended."""
-    return TASKS[name].score(answer.text, problem) if answer.ended else 0.0
+    return find(name).score(answer.text, problem) if answer.ended else 0.0
 
 
 def by_majority(name: str, problem: Problem, group: list[Written]) -> float:
     """Whether the commonest boxed answer is right."""
     given = majority([boxed(a.text) if a.ended else None for a in group])
-    return 0.0 if given is None else TASKS[name].score(f"\\boxed{{{given}}}", problem)
+    return 0.0 if given is None else find(name).score(f"\\boxed{{{given}}}", problem)
 
 
 # ── lm-eval's ──

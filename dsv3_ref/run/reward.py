@@ -255,10 +255,10 @@ class Judge:
         m, encode = self.marks, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
         return [[*s, m.user, *encode(judge(t)).ids, m.assistant] for s, t in zip(samples, truths)]
 
-    def judged(self, samples: list[list[int]], truths: list[str], temperature=0.0):
+    def judged(self, samples: list[list[int]], truths: list[str]):
         """The conversations with a judgement of at most JUDGEMENT tokens behind them."""
         asked, end = self.asked(samples, truths), self.marks.eos
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
-        told = [rollouts(self.model, lot, 1, JUDGEMENT, end, temperature)[0] for lot in lots]
+        told = [rollouts(self.model, lot, 1, JUDGEMENT, end, 0.0)[0] for lot in lots]
         written = [answer for lot in told for answer in lot]
         return [[*a, *w, *([end] if w[-1] != end else [])] for a, w in zip(asked, written)]

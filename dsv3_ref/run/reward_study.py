@@ -1,10 +1,10 @@
-"""Can a reward model be fooled? Judges that score at once beside judges that think first.
+"""Can a reward model be fooled? And what are votes worth?
 
     python -m dsv3_ref.run.reward_study --init runs/align/0/sft --out notebooks/results
 
-Sums with one right and one wrong answer; in nine of ten training pairs the right one also sounds
-sure, and the wrong one does not. What does each judge learn, and what does a policy that only wants
-its score make of it?
+Sums with one right and one wrong answer; in most training pairs the right one also sounds sure, and
+the wrong one does not. What do judges learn that score at once, or think first, and what does a
+policy make of it that only wants its score? Then a model that was taught to vote on open answers.
 """
 
 import random
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from dsv3_ref.rewards import bradley_terry, calibration, condorcet, vote_agreement
-from dsv3_ref.run.align import rounded, stage, write
+from dsv3_ref.rewards import ballot, bradley_terry, calibration, condorcet, vote_agreement
+from dsv3_ref.run.align import rounded, stage, worse, write
+from dsv3_ref.run.asking import Policy
 from dsv3_ref.run.reward import Judge
 from dsv3_ref.run.settings import commit, write_json
 from dsv3_ref.run.tasks import TASKS, Problem, messages
@@ -132,19 +133,34 @@ def best_of(opinion: Opinion, held: list[Problem], seed: int) -> dict:
     return out
 
 
-def self_reward(opinion: Opinion, held: list[Problem], seed: int) -> dict:
-    """k votes of a thinking judge on answers of which half are right: agreement, and theory."""
-    rng, j = random.Random(seed), opinion.judge
-    good = [rng.random() < 0.5 for _ in held]
-    samples = [
-        opinion.tokens(p, says(p.answer if g else wrong(p, rng), False)) for p, g in zip(held, good)
+# ── Votes ──
+
+
+def open_answers(held: bool, most: int, seed: int) -> list[tuple[str, str, bool]]:
+    """Open questions, a president's answer or as often a worse one, and whether it is his."""
+    rng, out = random.Random(seed), []
+    for task in (task for task in TASKS.values() if task.open):
+        problems = task.problems[held][:most]
+        for p, other in zip(problems, [*problems[1:], problems[0]]):
+            good = rng.random() < 0.5
+            text = p.answer if good else worse(p.answer, other.answer, rng)
+            out.append((p.question, text, good))
+    return out
+
+
+def self_reward(args: "Study") -> dict:
+    """A model is taught to vote; agreement of its majority on held-out answers, and theory."""
+    taught = [
+        {"messages": messages(ballot(q, a), "yes" if good else "no")}
+        for q, a, good in open_answers(False, 1000, args.seed)
     ]
-    torch.manual_seed(seed)
-    yes_nk = torch.zeros(len(held), VOTES, dtype=torch.bool)
-    for k in range(VOTES):
-        for i, tokens in enumerate(j.judged(samples, [""] * len(samples), temperature=1.0)):
-            yes_nk[i, k] = j.tokenizer.decode(tokens).endswith("right")
-    good_n = torch.tensor(good)
+    data = write(args.work / "ballots.jsonl", taught)
+    voter = stage(args.work / "voter", "sft", "--init", args.init, "--data", data, "--epochs",
+                  args.epochs, "--seed", args.seed, "--lr", 1e-3)  # fmt: skip
+    held = open_answers(True, 200, args.seed)
+    torch.manual_seed(args.seed)
+    yes_nk = Policy.of(voter).votes([(q, a) for q, a, _ in held], VOTES)
+    good_n = torch.tensor([good for *_, good in held])
     p = (yes_nk == good_n[:, None]).float().mean().item()
     ks = range(1, VOTES + 1)
     return {
@@ -175,8 +191,7 @@ def study(args: Study) -> None:
         }
         result["judges"][name] = found
         print(name, found)
-        if name == "thinking":
-            result["votes"] = self_reward(opinion, held, args.seed)
+    result["votes"] = self_reward(args)
     write_json(args.out / "rewards.json", rounded(result))
 
 

@@ -15,13 +15,16 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref import grpo
+from dsv3_ref.config import UserError
 from dsv3_ref.grpo import advantages, grpo_loss, token_logp
 from dsv3_ref.optim import Recipe, batch_plan
 from dsv3_ref.pretrain import Losses, StepStats
+from dsv3_ref.rewards import votes
 from dsv3_ref.run import checkpoint
 from dsv3_ref.run.asking import Policy
+from dsv3_ref.run.sandbox import together
 from dsv3_ref.run.settings import Train, write_json
-from dsv3_ref.run.tasks import TASKS, Problem, messages, named
+from dsv3_ref.run.tasks import Problem, find, messages, named
 from dsv3_ref.run.tokenizer import marks_of
 from dsv3_ref.run.train import Trainer
 from dsv3_ref.run.vllm_rollout import VllmRollouts
@@ -38,9 +41,13 @@ class Rl(Train):
     """
 
     tasks: tuple[str, ...] = ("sums",)
-    """what to practise, with weights: sums=0.7 counting spelling writing role-play questions"""
+    """what to practise, with weights: sums=0.7 counting spelling writing role-play questions; or
+    .jsonl and .parquet files of problems with answers, with test cases for code, or with neither"""
     reward: Path | None = None
     """a reward model (of dsv3 reward) that scores tasks without a right answer"""
+    votes: int = 0
+    """self-reward in its place: the share of yes among so many votes of the model that the run
+    began with"""
     group: int = 16
     """answers to each question"""
     max_new_tokens: int = 48
@@ -79,7 +86,7 @@ class Rl(Train):
     OTHERWISE: ClassVar[str] = "v3"
 
     def rules(self) -> list[tuple[bool, str]]:
-        is_open = [name for name in named(self.tasks) if TASKS[name].open]
+        is_open = [name for name in named(self.tasks) if find(name).open]
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
             (self.recipe.steps >= 1, "--steps must be at least 1"),
@@ -93,9 +100,12 @@ class Rl(Train):
             (self.vllm_tp >= 1, "--vllm-tp must be at least 1"),
             (1 <= self.updates <= self.recipe.batch, "--updates: from 1 to --batch"),
             (
-                self.reward is not None or not is_open,
-                f"{', '.join(is_open)}: no answer is right, so --reward must name a reward model",
+                self.reward is not None or self.votes or not is_open,
+                f"{', '.join(is_open)}: no answer is right, so --reward must name a reward model, "
+                "or --votes say how many",
             ),
+            (self.votes >= 0, "--votes must be at least 0"),
+            (not (self.reward and self.votes), "--reward or --votes, not both"),
         ]
 
 
@@ -116,7 +126,7 @@ class Questions:
         rng = random.Random(f"{self.seed} {self.drawn}")
         self.drawn += 1
         name = rng.choices(list(self.weights), list(self.weights.values()))[0]
-        return rng.choice(TASKS[name].problems[0])
+        return rng.choice(find(name).problems[0])
 
     def state(self) -> tuple[dict, dict]:
         """How many were drawn; each has a stream of random numbers of its own."""
@@ -144,10 +154,11 @@ class Answer:
 
 
 class Scorer:
-    """Rewards: a task's own rule, or a model's opinion where nothing is right."""
+    """Rewards: a task's own rule, or opinions where nothing is right."""
 
-    def __init__(self, args: Rl, marks, say):
-        self.end, self.say, self.failed, self.model = marks.eos, say, set(), None
+    def __init__(self, args: Rl, first: Policy, say):
+        self.end, self.say, self.failed = first.marks.eos, say, set()
+        self.first, self.votes, self.model = first, args.votes, None
         if args.reward:
             from dsv3_ref.run.reward import Judge
 
@@ -156,19 +167,28 @@ class Scorer:
     def __call__(self, answers: list[Answer]) -> None:
         """Fill in the rewards: 0 for an answer without an end, or whose scorer fails."""
         whole = [a for a in answers if a.tokens[-1] == self.end]
-        opinions = [a for a in whole if TASKS[a.problem.domain].open]
-        for a in whole:
-            if not TASKS[a.problem.domain].open:
-                a.reward = self.rule(a)
-        if opinions:
-            rewards = self.model.score([a.prompt + a.tokens for a in opinions])
-            for a, reward in zip(opinions, rewards.sigmoid().tolist()):
-                a.reward = reward
+        opinions = [a for a in whole if find(a.problem.domain).open]
+        ruled = [a for a in whole if not find(a.problem.domain).open]
+        for a, reward in zip(ruled, together(self.rule, ruled)):
+            a.reward = reward
+        for a, reward in zip(opinions, self.opinion(opinions)):
+            a.reward = reward
+
+    def opinion(self, answers: list[Answer]) -> list[float]:
+        """Shares of yes, or a reward model's scores between 0 and 1."""
+        if self.votes and answers:
+            yes_nk = self.first.votes([(a.problem.question, a.text) for a in answers], self.votes)
+            return votes(yes_nk, self.votes).tolist()
+        if answers:
+            return self.model.score([a.prompt + a.tokens for a in answers]).sigmoid().tolist()
+        return []
 
     def rule(self, a: Answer) -> float:
         """What the task says; the first failure of each kind is told."""
         try:
-            return TASKS[a.problem.domain].score(a.text, a.problem)
+            return find(a.problem.domain).score(a.text, a.problem)
+        except UserError:  # what only the user can mend
+            raise
         except Exception as e:  # whatever a scorer stumbles over, training goes on
             if (kind := (a.problem.domain, type(e).__name__)) not in self.failed:
                 self.failed.add(kind)
@@ -191,15 +211,16 @@ class RlTrainer(Trainer):
         self.marks = marks_of(self.tokenizer)
         self.rows = Questions(self.weights, args.seed)
         self.plan = batch_plan(args.recipe, args.recipe.steps)
-        self.score = Scorer(args, self.marks, lambda text: print(text, file=sys.stderr))
 
     def build(self) -> None:
         """The model, and the one it began as."""
         super().build()
         self.reference = None
-        if self.args.beta:
+        if self.args.beta or self.args.votes:
             self.reference = checkpoint.load(self.args.init, dtype=torch.float32).to(self.device)
             self.reference.requires_grad_(False)
+        first = Policy(self.reference, self.tokenizer)
+        self.score = Scorer(self.args, first, lambda text: print(text, file=sys.stderr))
         self.writer = None
         if self.args.rollout == "vllm":
             self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
@@ -298,7 +319,7 @@ class RlTrainer(Trainer):
         written_n = torch.tensor([p for a in lot for p in a.logp], device=self.device)
         old_n = logp_n.detach() if lot[0].old is None else torch.cat([a.old for a in lot])
         ref_n = None
-        if self.reference:
+        if args.beta:
             with torch.no_grad():
                 ref_n = self.logp(self.reference, lot)[0]
         advantage_b = torch.tensor([a.advantage for a in lot], device=self.device)
@@ -345,7 +366,7 @@ class RlTrainer(Trainer):
         out, before = {}, torch.get_rng_state()
         torch.manual_seed(0)
         for name in self.names:
-            problems = TASKS[name].problems[1]
+            problems = find(name).problems[1]
             likeliest, drawn = (self.ask(problems, 1, t) for t in (0.0, 1.0))
             out[name] = {
                 "greedy": mean(a.reward for a in likeliest),
@@ -361,7 +382,7 @@ class RlTrainer(Trainer):
 
     def samples(self) -> list[dict]:
         """The likeliest answers to held-out questions."""
-        problems = [p for name in self.names for p in TASKS[name].problems[1][:3]]
+        problems = [p for name in self.names for p in find(name).problems[1][:3]]
         return [
             {"prompt": a.problem.question, "text": a.text, "temperature": 0.0}
             for a in self.ask(problems, 1, 0.0)

@@ -2,13 +2,15 @@
 
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 from dsv3_ref.config import UserError
-from dsv3_ref.rewards import boxed
-from dsv3_ref.run.data import sotu_files
+from dsv3_ref.rewards import boxed, program
+from dsv3_ref.run import data, maths
+from dsv3_ref.run.verdict import Prints, Returns, passes
 
 HELD = 200  # problems of a task that nobody practises on
 DRAWS = 30_000  # of a generator, of which the distinct ones are kept
@@ -24,6 +26,7 @@ class Problem:
     answer: str
     thought: str = ""
     entry: dict = field(default_factory=dict, compare=False)
+    cases: tuple[Prints | Returns, ...] = ()
 
 
 def messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
@@ -113,7 +116,7 @@ class Speeches:
     def problems(self) -> tuple[list[Problem], list[Problem]]:
         """(to practise on, held out): of every twentieth speech nothing is practised on."""
         held, kept = [], []
-        for i, path in enumerate(sotu_files()):
+        for i, path in enumerate(data.sotu_files()):
             (held if i % 20 == 0 else kept).extend(self.of(path))
         rng = random.Random(self.name)
         return rng.sample(kept, len(kept)), rng.sample(held, min(HELD, len(held)))
@@ -131,6 +134,76 @@ class Speeches:
         ]
 
 
+# ── Tasks of one's own ──
+
+
+class Rows:
+    """Problems of a .jsonl or .parquet file; rows that cannot be used are reported by number.
+
+    Each row is {"question": text} and, all rows alike, an "answer" that the one box must equal, or
+    "cases" that the program must all pass, each {"stdin": text, "expected": text} or {"function":
+    name, "args": list, "expected": value}; or nothing more, for a model's opinion.
+    """
+
+    def __init__(self, name: str, say=lambda text: print(text, file=sys.stderr)):
+        self.name, made = name, []
+        for number, row in enumerate(data.open_rows(name), start=1):
+            if row == "":  # a blank line
+                continue
+            try:
+                made.append(problem_of(name, row))
+            except UserError as e:
+                say(f"{name}, row {number} is left out: {e}")
+        if not made:
+            raise UserError(f"{name} has no problem to practise on")
+        if len({kind(p) for p in made}) > 1:
+            raise UserError(f"{name} mixes rows with answers, with cases or with neither")
+        self.open = kind(made[0]) == "open"
+        passes("", made[0].cases[:1])  # without a sandbox that works it ends here
+        random.Random(0).shuffle(made)
+        held = min(HELD, len(made) // 4)
+        self.problems = made[held:], made[:held] or made
+
+    def score(self, text: str, problem: Problem) -> float:
+        """1 if the answer equals the right one, or its program passes every case; else 0."""
+        if problem.cases:
+            code = program(text)
+            return float(code is not None and passes(code, problem.cases) == len(problem.cases))
+        given = boxed(text)
+        return float(given is not None and maths.equal(given, problem.answer))
+
+
+def problem_of(name: str, row) -> Problem:
+    """A row of a file."""
+    if not isinstance(row, dict) or not is_text(row.get("question")):
+        raise UserError('it has no text as its "question"')
+    answer, cases = row.get("answer"), row.get("cases")
+    if answer is not None and not is_text(answer):
+        raise UserError('its "answer" is no text')
+    if cases is not None and (answer is not None or not isinstance(cases, list) or not cases):
+        raise UserError('its "cases" are no list, or it has an "answer" too')
+    return Problem(name, row["question"], answer or "", cases=tuple(map(case_of, cases or ())))
+
+
+def case_of(case) -> Prints | Returns:
+    """A test case of a row."""
+    match case:
+        case {"function": str(name), "args": list(args), "expected": expected}:
+            return Returns(name, tuple(args), expected)
+        case {"stdin": str(stdin), "expected": str(expected)}:
+            return Prints(stdin, expected)
+    raise UserError("a case is neither stdin and expected nor function, args and expected")
+
+
+def is_text(x) -> bool:
+    return isinstance(x, str) and bool(x.strip())
+
+
+def kind(p: Problem) -> str:
+    """What a row's answers are judged by."""
+    return "cases" if p.cases else "answer" if p.answer else "open"
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -145,13 +218,28 @@ TASKS = {
 }  # fmt: skip
 
 
+FILES = ".jsonl", ".parquet"
+from_file = cache(Rows)
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is a task of this file, or problems in one's own."""
+    return name in TASKS or name.endswith(FILES)
+
+
+def find(name: str):
+    """A task by its name, or the problems of a file."""
+    return TASKS[name] if name in TASKS else from_file(name)
+
+
 def named(specs: tuple[str, ...]) -> dict[str, float]:
     """`sums=0.7` → {"sums": 0.7}; without a weight 1."""
     out = {}
     for spec in specs:
         name, _, weight = spec.partition("=")
-        if name not in TASKS:
-            raise UserError(f"no task {name!r}: there are {', '.join(TASKS)}")
+        if not is_ours(name):
+            there = ", ".join(TASKS)
+            raise UserError(f"no task {name!r}: there are {there}, and .jsonl or .parquet files")
         try:
             out[name] = float(weight or 1)
         except ValueError:
