@@ -548,7 +548,8 @@ for ax, (key, title) in zip(
     ax.set_xlabel("step")
 show(fig)
 for s in runs["GRPO, seed 0"]["samples"][:3] + runs["GRPO, seed 0"]["samples"][3::3]:
-    print(f"{s['prompt'][-60:]:>60} → {s['text'][:70]}")
+    print(s["prompt"][-78:].strip())
+    print(f"  before  {s['before'][:70]}\n  after   {s['text'][:70]}")
 
 # %% [markdown]
 # Two things to see. *$k_3$ has a heavy tail*: one token that has become a thousand times rarer, and is drawn all the same, counts a thousand. A run is therefore stopped by the plain

@@ -111,9 +111,10 @@ def test_a_row_says_what_grpo_is_watched_by(run):
         assert row["mismatch"] < 1e-5
         assert (row.get("held_out") is None) == (row["step"] % 2 == 1)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and rows[-1]["kl"] > 0
-    assert json.loads((run / "before.json").read_text())["short"].keys() == {
-        "greedy", "sampled", "length",
-    }  # fmt: skip
+    began, end = (json.loads((run / x).read_text()) for x in ("before.json", "summary.json"))
+    assert began["held_out"] == end["before"] and end["after"] == rows[-1]["held_out"]
+    assert end["before"]["short"].keys() == {"greedy", "sampled", "length"}
+    assert [s["before"] for s in end["samples"]] == [s["text"] for s in began["samples"]]
 
 
 def test_gate_biases_rest_or_follow(home, run, tmp_path):

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from dsv3_ref.config import UserError
 from dsv3_ref.run import checkpoint, cli
 from dsv3_ref.run.asking import Policy
-from dsv3_ref.run.rl import BEFORE
 from dsv3_ref.run.settings import commit, write_json
 from dsv3_ref.run.tasks import TASKS, THINK, Problem, messages, two_forms
 from dsv3_ref.sft import rejection_sample
@@ -233,11 +232,10 @@ def result(args: Align, runs: dict[str, Path]) -> dict:
         "cores": os.cpu_count(),
         "runs": {
             name: {
-                "before": checkpoint.read_json(run / BEFORE),
-                "after": checkpoint.read_json(run / "summary.json")["after"],
-                "samples": checkpoint.read_json(run / "summary.json")["samples"],
-                "curve": curve(run),
+                key: checkpoint.read_json(run / "summary.json")[key]
+                for key in ("before", "after", "samples")
             }
+            | {"curve": curve(run)}
             for name, run in runs.items()
         },
     }
@@ -253,9 +251,9 @@ def table(runs: dict[str, Path]) -> str:
     for kind, of_kind in kinds.items():
         cells = []
         for how in ("greedy", "sampled"):
-            for file, key in ((BEFORE, None), ("summary.json", "after")):
-                found = [checkpoint.read_json(run / file) for run in of_kind]
-                cells.append(spread([(f[key] if key else f)["sums"][how] for f in found]))
+            for when in ("before", "after"):
+                found = [checkpoint.read_json(run / "summary.json")[when] for run in of_kind]
+                cells.append(spread([x["sums"][how] for x in found]))
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -162,6 +162,8 @@ def sample_section(samples: list[dict]) -> str:
         written = written.removeprefix(prompt)
         if s.get("temperature") is not None:
             out += f'<p class="soft">Temperature {page.text(s["temperature"])}</p>'
+        if "before" in s:
+            written = f"\nbefore: {s['before']}\nafter:  {written}"
         out += f"<pre><mark>{page.text(prompt)}</mark>{page.text(written)}</pre>"
     return out
 

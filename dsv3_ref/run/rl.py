@@ -29,7 +29,7 @@ from dsv3_ref.run.tokenizer import marks_of
 from dsv3_ref.run.train import Trainer
 from dsv3_ref.run.vllm_rollout import VllmRollouts
 
-BEFORE = "before.json"  # how a run did on held-out problems before its first step
+BEFORE = "before.json"  # how a run did before its first step, and what it said
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ class RlTrainer(Trainer):
         if self.args.rollout == "vllm":
             self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
         if self.fresh:
-            write_json(self.folder / BEFORE, self.held_out())
+            began = {"held_out": self.held_out(), "samples": self.samples()}
+            write_json(self.folder / BEFORE, began)
 
     def ask(self, problems: list[Problem], group: int, temperature: float) -> list[Answer]:
         """A group of scored answers to each."""
@@ -389,10 +390,11 @@ class RlTrainer(Trainer):
         ]
 
     def summary(self, row: dict) -> dict:
-        before = checkpoint.read_json(self.folder / BEFORE)
+        began = checkpoint.read_json(self.folder / BEFORE)
+        said = [s | {"before": b["text"]} for s, b in zip(self.samples(), began["samples"])]
         return {
             "val_loss": row["val_loss"], "seconds": self.seconds, "tokens": self.tokens,
-            "before": before, "after": row["held_out"], "samples": self.samples(),
+            "before": began["held_out"], "after": row["held_out"], "samples": said,
         }  # fmt: skip
 
     def goal(self) -> str:
@@ -400,6 +402,6 @@ class RlTrainer(Trainer):
         return f"{args.recipe.batch} questions × {args.group} answers of {', '.join(self.names)}"
 
     def verdict(self, row: dict) -> str:
-        before, name = checkpoint.read_json(self.folder / BEFORE), self.names[0]
+        before, name = checkpoint.read_json(self.folder / BEFORE)["held_out"], self.names[0]
         was, now = (x[name]["greedy"] for x in (before, row["held_out"]))
         return f"{name}: {was:.1%} right before, {now:.1%} after, on held-out problems"
