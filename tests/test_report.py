@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
 import pytest
-from test_viz import fake_rows
+from test_viz import fake_rows, rl_rows
 
 from dsv3_ref.config import UserError
 from dsv3_ref.run import report
@@ -316,6 +316,15 @@ def test_headline_prefers_the_summary():
     assert report.headline(rows, {"val_loss": 1.0})["validation loss"] == "1.000"
     assert report.headline(rows, {})["validation loss"] == f"{rows[-1]['val_loss']:.3f}"
     assert report.headline([], {}) == {}
+
+
+def test_a_run_of_rl_shows_rewards_and_what_was_said_before_and_after(tmp_path, undrawn):
+    samples = [{"prompt": "2 + 2?", "text": "4", "before": f"5 {EVIL}", "temperature": 0.0}]
+    summary = {"before": {"sums": {"greedy": 0.1}}, "samples": samples}
+    html, page = read(make(tmp_path, rl_rows(60), summary=summary))
+    assert {"reward", "watch"} <= {tag.get("id") for tag in page.all("svg")}
+    assert "loss" not in {tag.get("id") for tag in page.all("svg")}
+    assert EVIL not in html and f"before: 5 {EVIL} after: 4".replace("  ", " ") in page.text
 
 
 def test_skipped_steps_are_told_and_drawn(tmp_path, undrawn):

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from dsv3_ref.viz import page, style, training
+from dsv3_ref.viz import page, rl, style, training
 from dsv3_ref.viz.training import read_metrics, series, smooth
 
 LAYERS, EXPERTS = 3, 8
@@ -32,6 +32,20 @@ def fake_rows(steps: int, layers: int = LAYERS, experts: int = EXPERTS) -> list[
             "gamma": 2e-3, "mtp_weight": 0.3, "seconds": 1.7 * step, "load": load_le.tolist(),
             "max_vio": (load_le.max(1) * experts - 1).tolist(), "bias": bias_le.tolist(),
         })  # fmt: skip
+    return rows
+
+
+def rl_rows(steps: int) -> list[dict]:
+    """A GRPO run: two domains, of which a step may ask only one, and some that a step lacks."""
+    rng, rows = np.random.default_rng(1), fake_rows(steps)
+    for row in rows:
+        part = row["step"] / steps
+        by = {"sums": 0.2 + 0.6 * part, "writing": 0.3} if row["step"] % 3 else {"sums": part}
+        held = {name: {"greedy": part, "sampled": part / 2, "length": 20.0} for name in by}
+        del row["bias"]
+        row |= {"reward": np.mean(list(by.values())), "reward_by": by, "drift": part, "kl": part,
+                "entropy": 1 - part, "length": 20 + rng.normal(), "clipped": None, "silent": part,
+                "mismatch": 1e-7, "held_out": held if row["step"] % 20 == 0 else None}  # fmt: skip
     return rows
 
 
@@ -152,6 +166,28 @@ def test_text_stays_inside_and_apart(key):
     boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
     assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1 for b in boxes)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 60])
+@pytest.mark.parametrize("plot", [rl.rewards, rl.watched])
+def test_what_rl_is_watched_by_is_drawn(plot, steps):
+    fig = plot(rl_rows(steps))
+    assert ink(fig) > (20 if steps == 1 else 200)
+    with pytest.raises(ValueError, match="no row has"):
+        plot(fake_rows(3))
+
+
+def test_rewards_have_a_curve_a_domain_and_diamonds_where_problems_were_held_out():
+    ax = rl.rewards(rl_rows(60), {"sums": {"greedy": 0.1}}).axes[0]
+    assert ax.get_legend_handles_labels()[1] == ["sums", "writing"]
+    diamonds = [line.get_xdata() for line in ax.lines if line.get_marker() == "D"]
+    assert [list(x) for x in diamonds] == [[0, 20, 40, 60], [20, 40]]
+    assert ink(rl.rewards([{"step": s, "reward_by": {"sums": 1.0}} for s in range(9)])) > 200
+
+
+def test_only_what_rows_have_gets_a_panel():
+    shown = [ax.get_title() for ax in rl.watched(rl_rows(9)).axes if ax.get_visible()]
+    assert len(shown) == len(rl.WATCHED) - 1 and rl.WATCHED["clipped"][0] not in shown
 
 
 def test_loss_has_a_curve_for_each_part():
