@@ -295,16 +295,15 @@ def calibration(claim_n, right_n, bins: int = 5):
 claim_n = torch.rand(20_000)
 honest = calibration(claim_n, torch.rand(20_000) < claim_n)
 boaster = calibration(torch.sigmoid(3 * torch.logit(claim_n)), torch.rand(20_000) < claim_n)
-assert (honest[:, 0] - honest[:, 1]).abs().max() < 0.03 and (boaster[:, 0] - boaster[:, 1])[
-    -1
-] > 0.05
+assert (honest[:, 0] - honest[:, 1]).abs().max() < 0.03
+assert boaster[-1, 0] - boaster[-1, 1] > 0.05
 for name, table in (("honest", honest), ("boaster", boaster)):
     print(name, [f"claims {c:.2f}, right {r:.2f}" for c, r, _ in table.tolist()])
 
 # %% [markdown]
 # ## Votes
 # Where no truth exists, the model itself votes. A constitution, a few sentences, says what counts; the model is asked $k$ times, at a temperature, and the share of
-# yes is the reward. If votes were independent and each right with $p > \frac12$, the majority would be right more often (Condorcet):
+# yes is the reward (`dsv3 rl --votes`). If votes were independent and each right with $p > \frac12$, the majority would be right more often (Condorcet):
 #
 # $$P_k = \sum_{j > k/2} \binom{k}{j} p^j (1-p)^{k-j} \;+\; \tfrac12 \binom{k}{k/2} p^{k/2}(1-p)^{k/2}\,[k\ \text{even}]$$
 #
@@ -423,8 +422,10 @@ for ax in axes:
 show(fig)
 
 # %% [markdown]
-# Left: above the line a judge is too modest, below it boasts. The direct judge is sure and wrong. Right: nine votes of the thinking judge, at temperature 1, on answers of which half are
-# right. Its errors are errors of arithmetic that it repeats, so its majority gains less than independent votes would.
+# Left: above the line a judge is too modest, below it boasts. The direct judge is sure and wrong.
+#
+# Right: open questions. The 5M model was taught to vote yes on a president's sentence, no on one that is off the point, out of order or stuck, and votes up to nine times on
+# 600 held-out answers. Its votes share a model, and most of their errors: a majority gains far less than independent votes would. In the report, too, six votes gain 2.6 points, not ten.
 #
 # ## Play: how many votes?
 

@@ -533,7 +533,7 @@ assert all(ends[n] < starts[n] + 0.1 for n in runs if n.startswith("random"))
 # In a dozen steps the model discovers that thinking pays, and from then on it thinks. RL did not teach it to add: it chose between two abilities that it had. That is what the report
 # describes for its expert models: RL "learns to incorporate R1 patterns, even without system prompts".
 #
-# The coin teaches nothing, as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 it is plain reinforcement of what was right, and here it gets as far, only later. The
+# The coin teaches nothing (and wears down what was there), as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 it is plain reinforcement of what was right, and here it gets as far, only later. The
 # table policy above shows what it costs where more is to be learnt.
 
 # %%
