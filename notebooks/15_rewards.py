@@ -395,7 +395,8 @@ assert thinking["best of"]["16"]["right"] > direct["best of"]["16"]["right"] + 0
 
 # %% [markdown]
 # The judge that scores at once cannot add, so it learnt what it could: to like confidence. The harder a policy searches for its favour (best of 16), the
-# *less* often it is right. This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out cannot be talked to.
+# *less* often it is right. This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out is hard to talk to, but not
+# deaf: four in five of its favourites sound sure where half would be chance, and from 8 to 16 answers it gains nothing. Told the right answer, it only gains.
 #
 # **A thought alone is no protection.** With the flourish on *nine* of ten right answers the thinking judge wrote "12, given 16: 12 16 **right**": it worked the sum out
 # and then followed the flourish all the same, because ninety percent were to be had without reading its own words. Chains of thought help if the score has to depend on them.

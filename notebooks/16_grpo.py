@@ -520,8 +520,8 @@ for (name, points), color in zip(sorted(domains.items()), COLOURS):
     axes[1].plot(at, kept, color=color, label=name)
 axes[0].set(xlabel="step", ylabel="right", ylim=(0, 1), title="200 held-out sums")
 axes[1].set(xlabel="step", ylabel="mean reward", ylim=(0, 1), title="Reward by domain, seed 0")
-for ax in axes:
-    ax.legend(fontsize=7)
+axes[0].legend(fontsize=7)
+axes[1].legend(fontsize=7, loc="center", bbox_to_anchor=(0.65, 0.4))
 show(fig)
 ends = {n: r["after"]["sums"]["greedy"] for n, r in runs.items()}
 starts = {n: r["before"]["sums"]["greedy"] for n, r in runs.items()}
@@ -533,7 +533,7 @@ assert all(ends[n] < starts[n] + 0.1 for n in runs if n.startswith("random"))
 # In a dozen steps the model discovers that thinking pays, and from then on it thinks. RL did not teach it to add: it chose between two abilities that it had. That is what the report
 # describes for its expert models: RL "learns to incorporate R1 patterns, even without system prompts".
 #
-# The coin teaches nothing (and wears down what was there), as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 it is plain reinforcement of what was right, and here it gets as far, only later. The
+# The coin teaches nothing (and wears down what was there), as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 it is plain reinforcement of what was right, and here it gets nearly as far. The
 # table policy above shows what it costs where more is to be learnt.
 
 # %%
