@@ -114,6 +114,8 @@ def test_every_stage_ran_and_its_curve_is_there(home, aligned):
     assert settings("out/0/rl-no-baseline")["control"] == "no-baseline"
     assert settings("out/1/rl")["seed"] == 1 and settings("out/0/rl")["control"] == "none"
     assert len(aligned["distillation"]) == 5
+    for groups in aligned["groups"].values():
+        assert all(len(group["answers"]) == 8 for group in groups)
 
 
 def test_what_is_finished_is_not_run_again(home, aligned, monkeypatch):

@@ -242,9 +242,24 @@ def rounded(x):
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
+def groups_of(run: Path) -> list[dict]:
+    """Eight answers to each of four held-out sums, with their rewards."""
+    policy, task = Policy.of(run), TASKS["sums"]
+    problems = task.problems[1][:4]
+    torch.manual_seed(0)
+    found = policy.answers([messages(p.question) for p in problems], 8, MAX_NEW, 1.0)
+    told = [{"text": a.text, "reward": a.ended * task.score(a.text, problems[i // 8])}
+            for i, a in enumerate(found)]  # fmt: skip
+    return [
+        {"question": p.question, "answers": told[8 * i : 8 * i + 8]} for i, p in enumerate(problems)
+    ]
+
+
 def result(args: Align, runs: dict[str, Path]) -> dict:
-    """Enough for the chapters: before, after and the curves of every run."""
+    """Enough for the chapters: before, after and the curves of every run, and some groups."""
+    before, after = (groups_of(args.out / "0" / name) for name in ("sft", "rl"))
     return {
+        "groups": {"before": before, "after": after},
         "command": shlex.join(["dsv3", "align", *sys.argv[2:]]),
         "commit": commit(),
         "cores": os.cpu_count(),
