@@ -560,7 +560,7 @@ for s in runs["GRPO, seed 0"]["samples"][:7] + runs["GRPO, seed 0"]["samples"][9
 # said before RL too; behind it the thought has come loose. The rewards of open answers hardly rise (0.057 → 0.066 if drawn), and the texts grow shorter, not better.
 #
 # ## Play: groups, as they were answered
-# Eight answers of the fine-tuned model to one sum, drawn at temperature 1, and what GRPO makes of them. Watch how a single worked answer among wrong guesses
+# Eight answers of the fine-tuned model to one sum, drawn at temperature 1, and what GRPO makes of them. Watch how a right answer among wrong ones
 # is what the step learns from. *After* RL most groups are silent.
 
 
