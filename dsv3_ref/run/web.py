@@ -185,14 +185,22 @@ def visible(turn: Turn) -> Iterator[tuple[int, str]]:
 
 def span(turn: Turn, i: int, text: str) -> str:
     """A token; with its experts once they are known."""
-    kinds = {"accepted": turn.accepted[i], "break": "\n" in text, "silent": not text}
-    kind, name = " ".join(["token", *(k for k, on in kinds.items() if on)]), f"t{turn.number}-{i}"
+    kind, name = "token accepted" if turn.accepted[i] else "token", f"t{turn.number}-{i}"
     if not turn.routes:
-        return f'<span class="{kind}">{escape(text)}</span>'
+        return f'<span class="{kind}">{ink(text, turn.accepted[i])}</span>'
     return (
         f'<span class="{kind}" tabindex="{0 if i == 0 else -1}" aria-describedby="{name}">'
-        f'{escape(text)}<span class="card" role="tooltip" id="{name}">{card(turn, i)}</span></span>'
+        f"{ink(text, turn.accepted[i])}"
+        f'<span class="card" role="tooltip" id="{name}">{card(turn, i)}</span></span>'
     )
+
+
+def ink(text: str, accepted: bool) -> str:
+    """A token's text with signs, which are not copied, for what is not seen."""
+    sign = '<i class="{}"></i>'.format
+    words = text.rstrip("\n")
+    line = escape(words).replace("\n", sign("break") + "\n") or sign("silent") * (not text)
+    return line + sign("yes") * accepted + (sign("break") + "\n") * (len(text) - len(words))
 
 
 def card(turn: Turn, i: int) -> str:
@@ -320,7 +328,8 @@ def heading(title: str, speaker: Speaker) -> str:
         f"<h1>{escape(title)}</h1><p>{sizes}, {c.n_activated_experts} of which read each token; "
         f"{n} MTP module{'s' * (n != 1)}. Point at a token of an answer, or go there with Tab and "
         "the arrow keys, to see its experts and their weights. "
-        '<span class="token accepted">Underlined</span> tokens are accepted drafts.</p>'
+        f'<span class="token accepted">{ink("Underlined", True)}</span> tokens are accepted drafts.'
+        "</p>"
     )
 
 
@@ -384,7 +393,7 @@ def server(app):
     """uvicorn, which came with gradio."""
     import uvicorn
 
-    quiet = {"log_level": "warning", "timeout_graceful_shutdown": 1}
+    quiet = {"log_level": "critical", "timeout_graceful_shutdown": 1}
     return uvicorn.Server(uvicorn.Config(app, ws="none", **quiet))
 
 
@@ -412,18 +421,21 @@ def known(function, options: dict) -> dict:
 # ── How it looks ──
 
 STYLE = """
-#talk { max-height: 68vh; overflow-y: auto; flex-direction: column-reverse; flex-wrap: nowrap; }
+#talk { min-height: 40vh; max-height: 64vh; overflow-y: auto; flex-direction: column-reverse;
+  flex-wrap: nowrap; }
+#talk > * { margin-bottom: auto; flex-shrink: 0; }
 .question { margin: 1rem 0 .4rem auto; width: fit-content; max-width: 80%; padding: .5rem .8rem;
   border-radius: .6rem; background: var(--background-fill-secondary); white-space: pre-wrap;
   border: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
-.answer { --mark: #0b57d0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8; }
-.dark .answer { --mark: #8ab4f8; }
+.answer { --mark: #0b57d0; --bar: #b9d0f5; white-space: pre-wrap; overflow-wrap: anywhere;
+  line-height: 1.8; }
+.dark .answer { --mark: #8ab4f8; --bar: #274b86; }
 .told { color: var(--body-text-color); opacity: .8; font-size: .85rem; }
 .token.accepted { text-decoration: underline 2px; text-underline-offset: 3px; }
-.token.accepted::after { content: "✓"; content: "✓" / "accepted draft"; font-size: .6em;
-  vertical-align: super; }
-.token.break::before { content: "↵"; opacity: .6; }
-.token.silent::before { content: "▫"; opacity: .6; }
+.token .yes::before { content: "✓"; content: "✓" / "accepted draft"; vertical-align: super;
+  font-size: .7em; }
+.token .break::before { content: "↵"; opacity: .6; }
+.token .silent::before { content: "▫"; opacity: .6; }
 .token[tabindex] { cursor: help; border-radius: 2px; }
 .token[tabindex]:hover, .token:focus { outline: 2px solid var(--mark); outline-offset: 1px; }
 .card { display: none; position: fixed; left: 1rem; bottom: 1rem; z-index: 1000; width: max-content;
@@ -434,12 +446,13 @@ STYLE = """
 .answer:has(.token:hover) .token:focus:not(:hover) > .card { display: none; }
 .token:not(:focus) > .card { pointer-events: none; }
 .token.quiet > .card { display: none !important; }
-.card table { border-collapse: separate; border-spacing: 2px; }
-.card th { text-align: left; font-weight: normal; padding-right: .5rem; white-space: nowrap; }
-.card td { padding: 0 .4rem; white-space: nowrap; border-bottom: 1px solid var(--mark);
-  background: linear-gradient(color-mix(in srgb, var(--mark) 30%, transparent) 0 0)
-    no-repeat left / var(--share) 100%; }
-.card i { font-style: normal; font-variant-numeric: tabular-nums; }
+.card table, .card tr { border: 0 !important; }
+.card table { width: auto; margin: .3rem 0 0; border-collapse: separate; border-spacing: 3px; }
+.card th, .card td { padding: 0 .4rem !important; border: 0 !important; white-space: nowrap; }
+.card th { text-align: left; font-weight: normal; }
+.card td { background: linear-gradient(var(--bar) 0 0) no-repeat left / var(--share) 100%,
+  var(--background-fill-secondary); }
+.card i, .token i { font-style: normal; font-variant-numeric: tabular-nums; }
 """
 SCRIPT = """
 const near = token => {  // the card goes below its token, or above where there is no room
