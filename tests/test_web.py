@@ -27,6 +27,8 @@ from miniruns import MINI
 TALK = ["we talk, and <b>talk</b> again: naïve ☕ 漢字, over & over.\n"] * 50
 SETTINGS = (1.0, 0.95, 12, 2, "")  # temperature, top-p, new tokens, drafts, system text
 ATTACK = "<script>hacked = 1</script><img src=x onerror='hacked = 1'>${hacked = 1}{{hacked}}"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # gradio's own
+
 CALLED = []  # where this process connects to, while somebody listens
 
 
@@ -359,6 +361,8 @@ def test_the_page_is_for_this_machine_unless_told(run, more, address, capsys, mo
 def watch(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple):
         CALLED.append(args[1][0])
+    elif event == "socket.getaddrinfo":
+        CALLED.append(args[0])
 
 
 @pytest.fixture(scope="module")
@@ -384,14 +388,32 @@ def test_the_page_forbids_to_fetch_from_elsewhere(address):
     assert not config.get("is_colab") and not config.get("space_id")
 
 
-def client(address):
-    from gradio_client import Client
+class Tab:
+    """A browser tab without a browser; gradio's own client would call Hugging Face."""
 
-    return Client(address, verbose=False)
+    def __init__(self, address: str):
+        self.api, self.hash = f"{address}/gradio_api", f"tab{id(self)}"
+        with urllib.request.urlopen(f"{address}/config") as response:
+            found = json.load(response)["dependencies"]
+        self.number = {d["api_name"]: d["id"] for d in found}
+
+    def post(self, path: str, name: str, *data) -> dict:
+        """Call a function of the page; the first value is the session, which stays there."""
+        body = {"data": [None, *data], "fn_index": self.number[name], "session_hash": self.hash}
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.api}{path}", json.dumps(body).encode(), head)
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+    def ask(self, question: str):
+        """What a new question shows, and the stream of what follows."""
+        shown = self.post("/run/ask", "ask", question)["data"]
+        self.post("/queue/join", "reply", *SETTINGS)
+        return shown, urllib.request.urlopen(f"{self.api}/queue/data?session_hash={self.hash}")
 
 
 def test_two_tabs_do_not_mix_and_take_turns(address, speaker, monkeypatch):
-    tabs, words = [client(address) for _ in range(2)], ["we talk", "over and over"]
+    tabs, words = [Tab(address), Tab(address)], ["we talk", "over and over"]
     expected = [web.page(answered(speaker, question)) for question in words]
     at_once, most, real = [], [], web.write
 
@@ -405,14 +427,27 @@ def test_two_tabs_do_not_mix_and_take_turns(address, speaker, monkeypatch):
 
     monkeypatch.setattr(web, "write", write)
     for again in range(2):
+        streams = []
         for tab, question in zip(tabs, words):
-            tab.predict(question, api_name="/ask")
-        jobs = [tab.submit(*SETTINGS, api_name="/reply") for tab in tabs]
-        pages = [job.result(20) for job in jobs]
+            (box, past, now), stream = tab.ask(question)
+            assert box == "" and past.count('class="question"') == again
+            assert f">{question}</div>" in now and "waiting for the model" in now
+            streams.append(stream)
+        pages = [last(stream) for stream in streams]
         assert again or pages == expected
         for html, question in zip(pages, words):
             assert f">{question}</div>" in html and f'id="t{again}-0"' in html
     assert most == [1] * 4
+
+
+def last(stream) -> str:
+    """The page as it is at the end of a stream of events."""
+    with stream:
+        events = [json.loads(x[6:]) for x in stream if x.startswith(b"data: ")]
+    assert any(e["msg"] == "process_generating" for e in events)
+    (done,) = (e for e in events if e["msg"] == "process_completed")
+    assert done["success"]
+    return done["output"]["data"][0]
 
 
 def test_a_tab_that_goes_away_stops_its_answer(address, monkeypatch):
@@ -429,28 +464,15 @@ def test_a_tab_that_goes_away_stops_its_answer(address, monkeypatch):
             ended.set()
 
     monkeypatch.setattr(web, "write", endless)
-    tab = client(address)
-    tab.predict("we talk", api_name="/ask")
-    config = json.load(urllib.request.urlopen(f"{address}/config"))
-    number = next(d["id"] for d in config["dependencies"] if d["api_name"] == "reply")
-    body = {"data": [None, *SETTINGS], "fn_index": number, "session_hash": tab.session_hash}
-    request = urllib.request.Request(
-        f"{address}/gradio_api/queue/join",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    urllib.request.urlopen(request).close()
-    query = f"{address}/gradio_api/queue/data?session_hash={tab.session_hash}"
-    stream = urllib.request.urlopen(query)
-    assert b"process_starts" in b"".join(stream.readline() for _ in range(5))
+    _, stream = Tab(address).ask("we talk")
     assert wrote.wait(10) and not ended.is_set()
     stream.close()
     assert ended.wait(10)
 
 
 def test_this_process_called_nobody_outside(address):
-    client(address).predict("we talk", api_name="/ask")
-    assert CALLED and set(CALLED) <= {"127.0.0.1", "::1", "localhost"}
+    last(Tab(address).ask("we talk")[1])
+    assert CALLED and set(CALLED) <= {"127.0.0.1", "localhost"}
 
 
 # ── In a browser ──
@@ -488,4 +510,24 @@ def test_a_question_is_answered_and_its_tokens_explained(address, page, tmp_path
     second = page.locator(".answer .token .card").nth(1)
     assert second.is_visible() and "layer 1" in second.inner_text()
     page.screenshot(path=tmp_path / "web.png")
+    stop_and_clear(page)
     assert {urlsplit(url).hostname for url in asked if urlsplit(url).netloc} == {"127.0.0.1"}
+
+
+def stop_and_clear(page):
+    """An answer is cut short and stays; one that is half written is cleared; the next comes."""
+    box = page.get_by_label("question")
+    box.fill("stop this")
+    page.keyboard.press("Enter")
+    page.wait_for_function(GROWING, arg=1)
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_function("document.querySelector('#talk').innerText.includes('; stopped')")
+    assert page.locator(".answer").count() == 2
+    box.fill("clear this")
+    page.keyboard.press("Enter")
+    page.wait_for_function(GROWING, arg=1)
+    page.get_by_role("button", name="Clear").click()
+    box.fill("answer this")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{WHOLE} == 12")
+    assert page.locator(".question").all_inner_texts() == ["answer this"]

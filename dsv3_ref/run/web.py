@@ -18,6 +18,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.run.generate import Chat, Speaker, Text, conversation
 
 PAUSE = 0.05  # seconds between two pictures of an answer that grows
+# what a browser may fetch; gradio 5 asks for a script from a CDN, refused and not missed
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
 Picks = list[tuple[int, float]]  # the experts a layer chose for a token, with their weights
 
@@ -307,7 +308,7 @@ def build(speaker: Speaker):
         at_once = {"queue": False, "show_progress": "hidden"}
         gr.on([box.submit, send.click], ask, [session, box], [box, past, now], **at_once).then(
             partial(reply, speaker), [session, *settings], now, show_progress="hidden",
-            concurrency_limit=1, api_name="reply",
+            concurrency_limit=1, api_name="reply", trigger_mode="multiple",
         )  # fmt: skip
         stop.click(Session.stop, session, **at_once)
         forget.click(clear, session, [past, now], **at_once)
