@@ -153,7 +153,7 @@ def test_every_token_of_a_page_says_what_it_is(speaker):
     assert f"token {turn.tokens[3]}" in card
     for layer, picks in turn.routes[3].items():
         assert f"layer {layer}" in card
-        assert all(f"expert {e} <i>{w:.2f}</i>" in card for e, w in picks)
+        assert all(f"expert {e} {w:.2f}<" in card for e, w in picks)
 
 
 def test_tokens_without_letters_can_be_pointed_at():
@@ -178,7 +178,7 @@ def test_whatever_is_written_is_only_text(speaker):
     turn.pieces, turn.text = [ATTACK] * 12, ATTACK * 12
     turn.names = ['"><script>'] * 12
     page = Page(web.page(turn, said=f"error: {ATTACK}"))
-    assert page.tags == {"div", "span", "i", "b", "br", "table", "tr", "th", "td"} - {"br"}
+    assert page.tags == {"div", "span", "i", "b"}
     assert page.attributes == harmless.attributes
     assert page.attributes <= {"class", "role", "id", "tabindex", "aria-describedby", "style"}
     assert page.text.count(ATTACK) == 14
@@ -204,16 +204,15 @@ def test_halves_of_characters_are_replaced(speaker):
 # ── What a tab remembers ──
 
 
-def test_sessions_do_not_mix(speaker):
+def test_sessions_do_not_mix(speaker, monkeypatch):
+    monkeypatch.setattr(web, "PAUSE", 0)
     one, two = Session(), Session()
     one.ask("we talk")
     two.ask("over & over")
     first, second = (web.answer(speaker, s, *SETTINGS) for s in (one, two))
-    web.PAUSE, pause = 0, web.PAUSE
     turns = [(next(first), next(second)) for _ in range(2)][-1]
     *_, a = first
     *_, b = second
-    web.PAUSE = pause
     assert (a, b) == turns and a is not b
     assert a.text == answered(speaker, "we talk").text
     assert b.text == answered(speaker, "over & over").text

@@ -210,18 +210,18 @@ def card(turn: Turn, i: int) -> str:
     part = ", part of a character" if "\ufffd" in text else ""
     drafted = ", accepted draft" if turn.accepted[i] else ""
     rows = "".join(row(*pair) for pair in turn.routes[i].items())
-    experts = f"<table>{rows}</table>" if rows else "<br>no layer has experts"
-    return f"<b>{text}</b>{part}, token {turn.tokens[i]}{drafted}{experts}"
+    head = f"<b>{text}</b>{part}, token {turn.tokens[i]}{drafted}"
+    return f"<div>{head}</div>{rows or '<div>no layer has experts</div>'}"
 
 
 def row(layer: str, picks: Picks) -> str:
     """A layer's experts and weights, as numbers and as bars."""
     total = sum(weight for _, weight in picks) or 1.0
     cells = [
-        f'<td style="--share:{weight / total:.0%}">expert {expert} <i>{weight:.2f}</i></td>'
-        for expert, weight in picks
+        f'<span class="pick" style="--share:{weight / total:.0%}">expert {e} {weight:.2f}</span> '
+        for e, weight in picks
     ]
-    return f"<tr><th>layer {layer}</th>{''.join(cells)}</tr>"
+    return f'<div class="layer"><span>layer {layer}</span> {"".join(cells)}</div>'
 
 
 def told(turn: Turn) -> str:
@@ -447,13 +447,12 @@ STYLE = """
 .answer:has(.token:hover) .token:focus:not(:hover) > .card { display: none; }
 .token:not(:focus) > .card { pointer-events: none; }
 .token.quiet > .card { display: none !important; }
-.card table, .card tr { border: 0 !important; }
-.card table { width: auto; margin: .3rem 0 0; border-collapse: separate; border-spacing: 3px; }
-.card th, .card td { padding: 0 .4rem !important; border: 0 !important; white-space: nowrap; }
-.card th { text-align: left; font-weight: normal; }
-.card td { background: linear-gradient(var(--bar) 0 0) no-repeat left / var(--share) 100%,
-  var(--background-fill-secondary); }
-.card i, .token i { font-style: normal; font-variant-numeric: tabular-nums; }
+.card .layer { display: flex; flex-wrap: wrap; gap: 3px; margin-top: 3px; }
+.card .layer > * { min-width: 8.6em; padding: 0 .4em; white-space: nowrap; }
+.card .layer > :first-child { min-width: 5em; padding: 0; }
+.card .pick { font-variant-numeric: tabular-nums; background: var(--background-fill-secondary)
+  linear-gradient(var(--bar) 0 0) no-repeat left / var(--share) 100%; }
+.token i { font-style: normal; }
 """
 SCRIPT = """
 const near = token => {  // the card goes below its token, or above where there is no room
