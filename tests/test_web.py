@@ -167,6 +167,8 @@ def test_tokens_without_letters_can_be_pointed_at():
     assert web.escape(EOS) in web.card(turn, 0) and "no layer has experts" in web.card(turn, 0)
     assert "part of a character" in web.card(turn, 1)
     assert r'",\n"' in Page(web.card(turn, 3)).text
+    turn.pieces, turn.text = ["stop", "", "", ""], ""  # cut off at once
+    assert re.findall(r'tabindex="(-?\d)"', web.page(turn)) == ["0", "-1", "-1"]
 
 
 # ── Nothing is forged ──

@@ -168,7 +168,7 @@ def routing(model: Transformer, prompt: list[int], tokens: list[int]) -> list[di
 
 def page(turn: Turn, said: str = "") -> str:
     """A turn as HTML: the question, the answer in tokens, a line about both."""
-    spans = "".join(span(turn, i, text) for i, text in visible(turn))
+    spans = "".join(span(turn, *x, first=n == 0) for n, x in enumerate(visible(turn)))
     return (
         f'<div class="question">{escape(turn.question)}</div><div class="answer">{spans}</div>'
         f'<div class="told" role="status">{escape(said or told(turn))}</div>'
@@ -184,13 +184,13 @@ def visible(turn: Turn) -> Iterator[tuple[int, str]]:
         left = max(0, left - len(piece))
 
 
-def span(turn: Turn, i: int, text: str) -> str:
-    """A token; with its experts once they are known."""
+def span(turn: Turn, i: int, text: str, first: bool) -> str:
+    """A token; with its experts once they are known. Tab stops at the first, arrows go on."""
     kind, name = "token accepted" if turn.accepted[i] else "token", f"t{turn.number}-{i}"
     if not turn.routes:
         return f'<span class="{kind}">{ink(text, turn.accepted[i])}</span>'
     return (
-        f'<span class="{kind}" tabindex="{0 if i == 0 else -1}" aria-describedby="{name}">'
+        f'<span class="{kind}" tabindex="{0 if first else -1}" aria-describedby="{name}">'
         f"{ink(text, turn.accepted[i])}"
         f'<span class="card" role="tooltip" id="{name}">{card(turn, i)}</span></span>'
     )
