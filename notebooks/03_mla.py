@@ -30,7 +30,7 @@ from dataclasses import replace
 
 import torch
 
-from dsv3_ref.config import TINY, V3
+from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, PINK, checker, figure, play, show
 
 KEPT = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
@@ -833,6 +833,39 @@ show(fig)
 # keys pass through two matrices that start from one small σ, and 0.3M tokens are only the beginning
 # of a training. With eight heads there is also little to save: one shared pair costs 0.015 ± 0.011.
 # MLA is made for 128.
+
+# %% [markdown]
+# ## Play: a cache calculator
+# What a cache holds, in GB for all layers: MHA, GQA with eight groups and MQA keep keys and values of $i$ dims for each of their key-value heads, MLA one latent and one turned key for all. V3's numbers are the start;
+# the dashed line is what one H100 has in all.
+
+
+# %%
+def draw_cache(log2_context=15, sequences=32, heads=128, latent=512, rope=64, layers=61, bits=16):
+    """Bytes of the cache under four kinds of attention."""
+    tokens = sequences * 2**log2_context
+    numbers = {"MHA": 2 * heads * 128, "GQA, 8 groups": 2 * 8 * 128, "MQA": 2 * 128,
+               "MLA": latent + rope}  # fmt: skip
+    gb = {name: n * layers * tokens * bits / 8 / 1e9 for name, n in numbers.items()}
+    fig, ax = figure(1, 1, 8, 2.4)
+    ax.barh(list(gb), list(gb.values()), color=[GREY, GREY, GREY, ORANGE])
+    for i, x in enumerate(gb.values()):
+        ax.text(x * 1.25, i, f"{x:,.1f} GB", va="center", backgroundcolor="white")
+    ax.axvline(80, color="black", ls="--", lw=1)
+    ax.set(xscale="log", xlim=(min(gb.values()) / 4, max(gb.values()) * 8), xlabel="GB (log)")
+    ax.set_title(f"{sequences} sequences of {2**log2_context:,} tokens")
+    ax.invert_yaxis()
+    show(fig)
+    return gb
+
+
+gb = draw_cache()
+assert abs(gb["MLA"] / gb["MHA"] - (V3.kv_lora_rank + V3.qk_rope_head_dim) / (2 * 128 * 128)) < 1e-9
+assert gb["MLA"] == count(V3).cache_bytes * 32 * 32_768 / 1e9
+
+# %%
+play(draw_cache, log2_context=(10, 17, 1), sequences=(1, 256, 1), heads=[128, 16, 32, 64],
+     latent=[512, 128, 256, 1024], rope=[64, 32, 128], layers=[61, 27, 4], bits=[16, 8])  # fmt: skip
 
 # %% [markdown]
 # ## Play: when does which form win?

@@ -1017,7 +1017,7 @@ show(loss_curves(metrics))
 # %% [markdown]
 # The MTP curve ends *below* the main one. No miracle: to predict the second token ahead, the module
 # is given the first, so its question is as hard as the main model's and it has one block more to
-# answer it. (Eq. 24 also divides by one position more than have a target.)
+# answer it.
 #
 # The experts balance without a balance loss worth the name: at first a few experts take most
 # tokens, their biases sink, and the load evens out. Near the end $\gamma$ is 0 and the biases stand
@@ -1034,8 +1034,16 @@ assert STEPS < 100 or metrics[-1]["bias"] == metrics[-2]["bias"]  # γ = 0
 assert STEPS < 100 or late < early / 2
 
 # %% [markdown]
-# The circles are the averaged weights ($\beta = 0.95$). At first they lag behind; while the rate
-# is high and the weights jump about, they get ahead; after the decay the two meet.
+# ### Where does a word go?
+# Type a sentence, drag the bias of an expert. White lines part the groups.
+
+# %%
+from dsv3_ref.viz.routing import explore_routing
+
+explore_routing(model, tokenizer, "My fellow Americans, the state of our union is strong.")
+
+# %% [markdown]
+# The circles in the loss curves are the averaged weights ($\beta = 0.95$): behind at first, ahead while the rate is high, level after the decay.
 #
 # ### Rounded moments
 # What did bf16 moments cost? The same run with fp32 moments, and for comparison one whose *data
@@ -1108,19 +1116,26 @@ show(fig)
 
 # %% [markdown]
 # In a larger model, four layers of width 256, we measured 1.79 against 1.68 bits a byte after 200
-# steps of 8 × 128 tokens. So our small configs start with a large embedding. This says nothing
-# about 671B: a long run has time to grow its embedding, and V3's recipe is the one that is known to
-# work there.
+# steps of 8 × 128 tokens. So our small configs start with a large embedding. A long run has time
+# to grow its own.
 
 # %% [markdown]
 # ## What `make train` gives
-# The same loop on all speeches and some source code, with checkpoints, validation and samples, is
-# `dsv3 train --config tiny`. Five minutes on two cores, a million tokens, 1.48 bits a byte on unseen
+# The same loop on all speeches and some source code is `dsv3 train --config tiny`. Five minutes on two cores, a million tokens, 1.48 bits a byte on unseen
 # speeches; it leaves a `report.html` with these plots beside the model.
 #
 # ![Loss of that run](../figures/07_loss.png)
 #
 # ![Load of its experts](../figures/07_load.png)
+
+# %% [markdown]
+# ### Watch
+# The same, 150 steps long, in a process of its own: read on meanwhile. `live.watch("runs/tiny")` follows any, `live.watch("https://…/metrics.jsonl")` one on another machine.
+
+# %%
+from dsv3_ref.viz import live
+
+control = live.train("train --config tiny --steps 150", "runs/lab")
 
 # %% [markdown]
 # ## Play

@@ -797,6 +797,41 @@ print(bytes(context[0]).decode()[-30:], "→", said.decode(errors="replace"))
 assert STEPS < 100 or table[0.0][1][0][0] > 0.4
 
 # %% [markdown]
+# Which guesses are right? A round at a time: green are drafts that the main model would have written itself, and below them stands, struck out, what an
+# MTP module guessed where it was wrong.
+
+# %%
+from dsv3_ref.viz.decoding import draw_trace
+
+
+class Traced(Writer):
+    """A writer that remembers what was guessed."""
+
+    def guess(self, choose):
+        found = super().guess(choose)
+        self.guessed = found[0][0].tolist()
+        return found
+
+
+@torch.inference_mode()
+def trace(drafts: int = 2, temperature: float = 0.0, place: int = 0):
+    choice = Choice(temperature, 1.0, torch.Generator().manual_seed(0))
+    writer, texts = Traced(model, [context[place]], 160, drafts), lambda ids: list(map(chr, ids))
+    rounds = [(texts(writer.first(choice)[0]), 0, None)]
+    while sum(len(r[0]) for r in rounds) < 150:
+        (new,) = writer.round(choice, [True])
+        wrong = texts(writer.guessed[len(new) - 1 : len(new)])
+        rounds.append((texts(new), len(new) - 1, wrong[0] if wrong else None))
+    per_round = sum(len(r[0]) for r in rounds[1:]) / (len(rounds) - 1)
+    show(draw_trace(rounds, 50, f"{per_round:.2f} tokens a round"))
+
+
+trace()
+
+# %%
+play(trace, drafts=(1, 2, 1), temperature=(0.0, 1.5, 0.25), place=(0, 3, 1))
+
+# %% [markdown]
 # A guess is right more often the surer the model is, and the second guess needs the first. Whether
 # that pays depends on the price: here one MTP block is a third of the whole model, so a draft costs
 # almost what it saves. In V3 it is one block beside 61.

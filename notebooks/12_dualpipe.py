@@ -545,11 +545,11 @@ show(fig)
 
 # %% [markdown]
 # ## Play
-# Choose a schedule; watch where it idles and how communication stretches what is not paired.
+# Choose a schedule; watch where it idles and how communication stretches what is not paired. Drag `until` (percent of the step) to go through it: what has not begun is pale.
 
 
 # %%
-def look(name="dualpipe", pp=8, m=20, x=0.0):
+def look(name="dualpipe", pp=8, m=20, x=0.0, until=100):
     """A timeline, and its cost in the title."""
     m = micros(name, pp, m)
     spans = simulate(schedule(name, pp, m), Times(comm=x))
@@ -560,12 +560,14 @@ def look(name="dualpipe", pp=8, m=20, x=0.0):
             spans,
             f"{name}: {end:g} units, of which {work} are computation ({work / end:.0%})",
             late,
+            until=end * until / 100,
         )
     )
 
 
 look()
-play(look, name=list(SCHEDULES)[::-1], pp=(2, 16, 2), m=(4, 40, 2), x=(0.0, 2.0, 0.25))
+play(look, name=list(SCHEDULES)[::-1], pp=(2, 16, 2), m=(4, 40, 2), x=(0.0, 2.0, 0.25),
+     until=(0, 100, 1))  # fmt: skip
 
 # %% [markdown]
 # ## Exercises

@@ -1,6 +1,10 @@
-"""A chapter in JupyterLab in a real browser: it runs, and a slider redraws its figure."""
+"""The chapters in JupyterLab in a real browser: they run, and what can be moved redraws its figure.
+
+Screenshots stay in the folder that pytest names with `--basetemp`, or in its temporary one.
+"""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +21,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+QUICK = {"09_fp8", "12_dualpipe", "16_grpo"}  # for `make test`; the others take minutes together
 RUN_ALL = """async () => {
     const notebook = jupyterapp.shell.currentWidget;
     await notebook.context.ready;
@@ -24,35 +29,53 @@ RUN_ALL = """async () => {
     await notebook.sessionContext.session.kernel.info;
     await jupyterapp.commands.execute("notebook:run-all-cells");
 }"""
-TO_SLIDERS = """async () => {
+FAILED = """() => jupyterapp.shell.currentWidget.content.widgets
+    .flatMap(cell => cell.model.toJSON().outputs ?? [])
+    .filter(output => output.output_type === "error")
+    .map(output => output.ename + ": " + output.evalue)"""
+TO_CELL = """async text => {
     const notebook = jupyterapp.shell.currentWidget.content;
-    const i = notebook.widgets.findIndex(x => /^play\\(/m.test(x.model.sharedModel.getSource()));
+    const i = notebook.widgets.findIndex(x => x.model.sharedModel.getSource().includes(text));
     notebook.activeCellIndex = i;
     await notebook.scrollToItem(i);
 }"""
-REDRAWN = """before => [...document.querySelectorAll(".jp-OutputArea img")]
+PICTURES = "cell => [...cell.querySelectorAll('img')].map(image => image.src)"
+REDRAWN = """before => [...document.querySelectorAll(".jp-Cell.jp-mod-active img")]
     .some(image => !before.includes(image.src))"""
+CONTROLS = "[role=slider], .widget-output-controls select, select, input[type=text]"
 
 pytestmark = [
-    pytest.mark.full,
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
 ]
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """The address of a JupyterLab on a copy of the notebooks."""
-    shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
+def moved_by() -> list:
+    """(chapter, lines of cells whose figures can be moved); most are for `make test-full`."""
+    found = []
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.py")):
+        lines = re.findall(r"^(?:play|explore_routing)\(.*", path.read_text(), re.M)
+        marks = [] if path.stem in QUICK else [pytest.mark.full]
+        found += [pytest.param(path.stem, lines, id=path.stem, marks=marks)] if lines else []
+    return found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab on a copy of the notebooks, which run in their short form."""
+    tmp = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS, tmp / "notebooks", ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(NOTEBOOKS.parent / "figures", tmp / "figures")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--allow-root"]
     command += [f"--port={port}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
-    command += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"]
+    command += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp}"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with (tmp_path / "lab.log").open("w") as log:
+    with (tmp / "lab.log").open("w") as log:
         env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # as a reader has it
+        env |= {"DSV3_SHORT": "1", "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         yield wait_for(f"http://127.0.0.1:{port}", server)
         server.terminate()
@@ -70,30 +93,120 @@ def wait_for(address: str, server) -> str:
     raise TimeoutError(address)
 
 
-@pytest.fixture
-def page(tmp_path):
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as p:
         context = p.chromium.launch_persistent_context(
-            tmp_path / "profile", executable_path=CHROMIUM, args=FLAGS, headless=True,
-            viewport={"width": 1200, "height": 900},
+            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=FLAGS,
+            headless=True, viewport={"width": 1200, "height": 900},
         )  # fmt: skip
-        yield context.pages[0]
+        yield context
         context.close()
 
 
-@pytest.mark.parametrize("chapter", ["09_fp8", "10_triton"])
-def test_a_slider_redraws_its_figure(lab, page, tmp_path, chapter):
+@pytest.fixture
+def page(browser, tmp_path):
+    page = browser.new_page()
+    yield page
+    page.screenshot(path=tmp_path / "page.png")
+    page.evaluate("jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.close()
+
+
+def run(page, lab: str, chapter: str) -> None:
+    """Open a chapter and run all of it; no cell may fail."""
     page.goto(f"{lab}/lab/tree/notebooks/{chapter}.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.set_default_timeout(120_000)
     page.evaluate(RUN_ALL)
-    page.evaluate(TO_SLIDERS)  # cells out of sight are not in the page
-    slider = page.locator(".jp-OutputArea [role=slider]").first
-    slider.wait_for(timeout=60_000)
-    page.wait_for_selector(".widget-output img")
-    before = page.evaluate("[...document.querySelectorAll('.jp-OutputArea img')].map(i => i.src)")
-    assert before
-    slider.focus()
-    page.keyboard.press("ArrowRight")
-    page.wait_for_function(REDRAWN, arg=before, timeout=30_000)
-    page.screenshot(path=tmp_path / "lab.png")
+    assert page.evaluate(FAILED) == []
+
+
+def active(page, line: str):
+    """The cell with this line, in sight: cells out of sight are not in the page."""
+    page.evaluate(TO_CELL, line)
+    return page.locator(".jp-Cell.jp-mod-active")
+
+
+def move(page, control, by: str) -> None:
+    """Another value, by keyboard or by mouse."""
+    kind = control.evaluate("x => x.getAttribute('role') ?? x.tagName")
+    if kind == "SELECT":
+        values = control.evaluate("x => [...x.options].map(o => o.index)")
+        chosen = control.evaluate("x => x.selectedIndex")
+        control.select_option(index=next(i for i in values if i != chosen))
+    elif kind == "INPUT":
+        control.fill("We, the people")
+        page.keyboard.press("Enter")
+    elif by == "keyboard":
+        control.focus()
+        low = control.get_attribute("aria-valuenow") == control.get_attribute("aria-valuemax")
+        page.keyboard.press("ArrowLeft" if low else "ArrowRight")
+    else:
+        box = control.evaluate_handle("x => x.closest('.noUi-target')").as_element().bounding_box()
+        low = float(control.get_attribute("aria-valuenow")) < 0.5 * (
+            float(control.get_attribute("aria-valuemin"))
+            + float(control.get_attribute("aria-valuemax"))
+        )
+        at = box["x"] + (0.8 if low else 0.2) * box["width"], box["y"] + box["height"] / 2
+        page.mouse.click(*at)
+
+
+@pytest.mark.parametrize("chapter, lines", moved_by())
+def test_what_can_be_moved_redraws_its_figure(lab, page, chapter, lines):
+    run(page, lab, chapter)
+    for line in lines:
+        cell = active(page, line)
+        cell.locator(".widget-output img").first.wait_for()
+        controls = cell.locator(CONTROLS)
+        for by, control in zip(("keyboard", "mouse"), (controls.first, controls.last)):
+            before = cell.evaluate(PICTURES)
+            assert before
+            move(page, control, by)
+            page.wait_for_function(REDRAWN, arg=before, timeout=60_000)
+    assert page.evaluate(FAILED) == []
+
+
+def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
+    """The dashboard while a real run writes; the page answers meanwhile."""
+    page.goto(f"{lab}/lab/tree/notebooks/00_tour.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.set_default_timeout(120_000)
+    page.evaluate("""async () => {
+        const notebook = jupyterapp.shell.currentWidget;
+        await notebook.context.ready;
+        await notebook.sessionContext.ready;
+        await notebook.sessionContext.session.kernel.info;
+        await jupyterapp.commands.execute("notebook:insert-cell-above");
+        notebook.content.activeCell.model.sharedModel.setSource(
+            "from dsv3_ref.viz import live\\nc = live.train('train --config tiny --steps 60 '\\n"
+            "'--batch-start 2 --batch 2', 'runs/lab')");
+        await jupyterapp.commands.execute("notebook:run-cell");
+    }""")
+    cell = page.locator(".jp-Cell.jp-mod-active")
+    button = lambda name: cell.get_by_role("button", name=name)
+    status, tab = cell.locator("[role=status]"), cell.locator(".widget-image").first
+    button("start").click()
+    tab.wait_for()
+    steps = lambda: int(re.search(r"step (\d+)", status.inner_text())[1])
+    first, seen = tab.get_attribute("src"), steps()
+    page.wait_for_function(REDRAWN, arg=[first])
+    assert steps() > seen
+    button("pause").click()
+    page.wait_for_timeout(2500)
+    still = steps()
+    page.wait_for_timeout(2500)
+    assert steps() == still
+    cell.get_by_role("tab", name="Experts").click()
+    page.wait_for_function("() => document.querySelectorAll('.widget-image[src^=blob]').length > 1")
+    button("go on").click()
+    button("stop").click()
+    button("resume").wait_for()
+    assert "stopped" in cell.inner_text()
+    button("resume").click()
+    page.wait_for_function("n => +document.querySelector('[role=status]').innerText"
+                           ".match(/step (\\d+)/)[1] > n", arg=still + 2)  # fmt: skip
+    button("stop").click()
+    button("resume").wait_for()
+    assert page.evaluate(FAILED) == []

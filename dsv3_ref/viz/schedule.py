@@ -1,5 +1,7 @@
 """A pipeline schedule as a picture: time to the right, a row a rank."""
 
+import math
+
 from matplotlib.patches import Patch, Rectangle
 
 from dsv3_ref.viz.style import GREEN, ORANGE, figure
@@ -8,8 +10,11 @@ COLOURS = {"F": "#56A0D8", "B": GREEN, "I": "#CC79A7", "W": ORANGE}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 
 
-def draw(spans, title: str, first=(), width: float = 10.0):
-    """Timeline of `simulate`; micro-batches in `first` are pale. A pair is cut in the middle."""
+def draw(spans, title: str, first=(), width: float = 10.0, until: float = math.inf):
+    """Timeline of `simulate`; micro-batches in `first` are pale. A pair is cut in the middle.
+
+    What begins at `until` or later is hardly seen.
+    """
     ranks = 1 + max(span.rank for span in spans)
     end = max(span.end for span in spans)
     fig, ax = figure(1, 1, width, 0.9 + 0.3 * ranks)
@@ -18,12 +23,14 @@ def draw(spans, title: str, first=(), width: float = 10.0):
         height = 0.9 / len(span.step)
         for i, op in enumerate(span.step):
             at = span.start, span.rank - 0.45 + i * height
-            pale = 0.5 if op.micro in first else 1.0
+            pale = (0.5 if op.micro in first else 1.0) * (1 if span.start < until else 0.12)
             ax.add_patch(Rectangle(at, span.end - span.start, height, facecolor=COLOURS[op.kind],
                                    alpha=pale, edgecolor="white", lw=0.6))  # fmt: skip
-            if small > 3:
+            if small > 3 and span.start < until:
                 ax.text(at[0] + (span.end - span.start) / 2, at[1] + height / 2, str(op.micro),
                         ha="center", va="center", fontsize=min(8, small, 15 * height))  # fmt: skip
+    if until < end:
+        ax.axvline(until, color="black", lw=1)
     ax.set(xlim=(0, end), ylim=(ranks - 0.5, -0.5), xlabel="time", ylabel="rank", title=title)
     ax.set_yticks(range(ranks))
     kinds = [k for k in COLOURS if any(op.kind == k for span in spans for op in span.step)]

@@ -1,0 +1,42 @@
+"""Drafts that were accepted and drafts that were not, token by token."""
+
+from matplotlib.patches import Patch, Rectangle
+
+from dsv3_ref.viz.style import GREEN, figure
+
+ACCEPTED, WRONG = "#BFE5D6", "#F8D9B8"  # pale green with a bar below; pale orange, a line through
+
+
+def draw_trace(rounds, width: int = 50, title: str = ""):
+    """Text in lines of `width` tokens; accepted drafts marked, rejected ones in the lane below.
+
+    rounds: (tokens as texts, how many of them were drafts, the draft that was rejected or None).
+    """
+    cells = []
+    for texts, accepted, wrong in rounds:
+        cells += [(text, i < accepted, None) for i, text in enumerate(texts[:-1])]
+        cells.append((texts[-1], len(texts) <= accepted, wrong))
+    lines = -(-len(cells) // width)
+    fig, ax = figure(1, 1, 9.5, 0.62 * lines + 0.9)
+    for i, (text, accepted, wrong) in enumerate(cells):
+        x, y = i % width, 2.4 * (i // width)
+        if accepted:
+            ax.add_patch(Rectangle((x, y - 0.5), 1, 1, facecolor=ACCEPTED))
+            ax.plot([x + 0.1, x + 0.9], [y + 0.44] * 2, color=GREEN, lw=1.6)
+        put(ax, x, y, text)
+        if wrong is not None:
+            ax.add_patch(Rectangle((x, y + 0.5), 1, 1, facecolor=WRONG))
+            ax.plot([x + 0.1, x + 0.9], [y + 1] * 2, color="#B35900", lw=0.9)
+            put(ax, x, y + 1, wrong)
+    ax.set(xlim=(0, width), ylim=(2.4 * lines - 0.7, -0.7), title=title)
+    ax.axis("off")
+    handles = [Patch(color=ACCEPTED, label="draft, accepted"), Patch(color=WRONG, label="rejected")]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8)
+    return fig
+
+
+def put(ax, x: float, y: float, text: str) -> None:
+    """A token in its cell; spaces and line breaks as signs."""
+    sign = {" ": "·", "\n": "⏎"}.get(text, text)
+    ax.text(x + 0.5, y, sign, ha="center", va="center", fontsize=8, family="monospace",
+            parse_math=False)  # fmt: skip
