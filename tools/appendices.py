@@ -318,17 +318,25 @@ def marked(book: Book, kind: str) -> list[tuple[str, str, Place]]:
 # ── Tables of Markdown ──
 
 
+def cells(line: str) -> list[str]:
+    r"""The cells of a table's line; `\|` is no border."""
+    return [x.strip() for x in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+
+
+def is_rule(line: str) -> bool:
+    """Whether a table's line is the one between its head and its body."""
+    return not set(line) - set("|-: ")
+
+
 def rows(text: str, first: str) -> list[dict[str, str]]:
     """The rows of every table whose first column is called `first`, as column → cell."""
     out, columns = [], []
     for line in text.splitlines():
-        cells = [x.strip() for x in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-        if not cells:
-            columns = []
-        elif cells[0] == first:
-            columns = cells
-        elif columns and set(line) - set("|-: "):
-            out.append(dict(zip(columns, cells)))
+        found = cells(line)
+        if not found or found[0] == first:
+            columns = found
+        elif columns and not is_rule(line):
+            out.append(dict(zip(columns, found)))
     return out
 
 
