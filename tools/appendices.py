@@ -223,6 +223,10 @@ class Thing(NamedTuple):
     marks: tuple[tuple[str, ...], ...]  # its decorators: ("op",), ("impl", name, backend)
 
 
+def short(file: str) -> str:
+    return file.removeprefix("dsv3_ref/")
+
+
 class Place(NamedTuple):
     """A line of a file, and the name that is defined there."""
 
@@ -232,7 +236,7 @@ class Place(NamedTuple):
 
     @property
     def link(self) -> str:
-        return f"[`{self.name}`, {self.file}:{self.line}]({self.file}#L{self.line})"
+        return f"[`{self.name}`, {short(self.file)}:{self.line}]({self.file}#L{self.line})"
 
 
 class Module(NamedTuple):
@@ -378,7 +382,7 @@ def anchor(key: str) -> str:
 
 
 def file_link(name: str) -> str:
-    return f"[`{name.removeprefix('dsv3_ref/')}`]({name})"
+    return f"[`{short(name)}`]({name})"
 
 
 def chapter_rows(book: Book) -> list[list[str]]:
@@ -398,9 +402,8 @@ def op_rows(book: Book) -> list[list[str]]:
     for name, _, place in marked(book, "op"):
         made = (Path(place.file).stem, name)
         heads = [c.link(h) for c in book.chapters for h in c.heads if made in h.exports]
-        forms = [
-            f"{b}: [{p.file}:{p.line}]({p.file}#L{p.line})" for op, b, p in impls if op == name
-        ]
+        mine = [(backend, p) for op, backend, p in impls if op == name]
+        forms = [f"{b}: [{short(p.file)}:{p.line}]({p.file}#L{p.line})" for b, p in mine]
         out.append([place.link, joined(heads), joined(forms)])
     return out
 

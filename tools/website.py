@@ -52,6 +52,7 @@ CONFIG = {
     "mathjax3_config": MATHJAX,
     "html_theme": "sphinx_book_theme",
     "html_theme_options": {
+        "navbar_persistent": [],  # the sidebar has a search already
         "use_download_button": False,
         "use_fullscreen_button": False,
         "show_navbar_depth": 1,
@@ -129,9 +130,9 @@ notebooks/glossary
 :caption: The project
 :hidden:
 
-README
-CONTRIBUTING
-LOG
+README <README>
+CONTRIBUTING <CONTRIBUTING>
+LOG <LOG>
 ```
 """
 
