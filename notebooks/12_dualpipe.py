@@ -321,7 +321,7 @@ assert all(home("dualpipe", 4, 8, op.stage, op.micro) == r
 #
 # If no rank can begin, the lists **deadlock**; `simulate` says where. Communication: every F and every backward pass
 # carries $x$ of all-to-all. Alone it adds to the time; a pair hides it, as long as both fit behind the computation:
-# $\max(\text{F\&B}, 2x)$. Messages between stages are small and counted as free.
+# $\max(\text{F}\&\text{B}, 2x)$. Messages between stages are small and counted as free.
 
 
 # %%

@@ -373,7 +373,7 @@ def kernels_of(book: Book, chapter: Chapter) -> list[str]:
     ops = {name for name, _, place in marked(book, "op") if place.file in mine}
     impls = marked(book, "impl")
     found = [place.file for name, backend, place in impls if backend == "triton" and name in ops]
-    return sorted({*found, *chapter.links})
+    return sorted({*found, *chapter.links} & {m.file for m in book.modules})
 
 
 def anchor(key: str) -> str:

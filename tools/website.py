@@ -32,18 +32,22 @@ from sphinx.parsers import Parser
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = (
+    "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile", "README.md", "environment.yml",
+    "pyproject.toml",
+)  # fmt: skip
 FOLDERS = "dsv3_ref", "figures", "kernels", "notebooks", "slurm", "tests", "tools"
-STILL = (
-    "*The figure above is still. In JupyterLab (`make lab`) sliders stand here, and it follows.*"
-)
+STILL = "*Here the figure above stands still. In JupyterLab (`make lab`) sliders move it.*"
 MATHJAX = {"loader": {"load": ["input/tex", "output/svg", "a11y/assistive-mml"]}}
 CONFIG = {
     "project": "dsv3-ref",
+    "author": "",
     "html_title": "dsv3-ref",
     "extensions": ["myst_nb"],
     "source_suffix": {".ipynb": "myst-nb", ".md": "myst-nb", ".py": "python"},
     "suppress_warnings": ["toc.not_included"],  # Python files
     "highlight_language": "text",
+    "smartquotes_action": "qe",  # two hyphens begin an option, not a dash
     "myst_enable_extensions": ["amsmath", "dollarmath"],
     "myst_heading_anchors": 4,
     "nb_execution_mode": "off",
@@ -65,38 +69,7 @@ CONFIG = {
 }
 
 
-# ── The copy that Sphinx reads ──
-
-
-def copy(root: Path, src: Path) -> None:
-    """Files as a reader of the repository sees them; notebooks as .ipynb only."""
-    skip = shutil.ignore_patterns("__pycache__", ".*", "[0-9]*_*.py")
-    for folder in FOLDERS:
-        if (root / folder).is_dir():
-            shutil.copytree(root / folder, src / folder, ignore=skip)
-    for path in root.glob("[!.]*"):
-        if path.is_file():
-            shutil.copy(path, src)
-
-
-def still(path: Path) -> None:
-    """Where a notebook stores that its sliders need a kernel, say where to find them."""
-    nb = nbformat.read(path, 4)
-    for cell in nb.cells:
-        for output in cell.get("outputs", []):
-            if output.get("data", {}).get("text/plain") == SLIDERS:
-                output.data = {"text/markdown": STILL}
-    nbformat.write(nb, path)
-
-
-def front(book: appendices.Book) -> str:
-    """README's title, first paragraph and first figure; the chapters in order; the contents."""
-    title, paragraph = re.match(r"# (.*)\n\n(.*)\n", book.readme).groups()
-    figure = re.search(r"!\[.*?\]\(.*?\)", book.readme)[0]
-    told = [book.told(c)["notebook"].partition(": ")[2] for c in book.chapters]
-    body = [[c.link(), x or "—"] for c, x in zip(book.chapters, told)]
-    contents = "\n".join(f"{c.short} <{c.path}>" for c in book.chapters)
-    return f"""# {title}
+FRONT = """# {title}
 
 {paragraph}
 
@@ -105,7 +78,7 @@ def front(book: appendices.Book) -> str:
 Every chapter has been run; what it printed and drew stands below its code. To change something and
 run it again, or to move its sliders: `make lab`, as the [README](README.md) tells.
 
-{appendices.table("chapter | what it builds", body)}
+{chapters}
 
 Three appendices: [where everything is](where.md), [from the report's section to the line of
 code](report.md), and the [glossary](notebooks/glossary.md), with the Chinese terms.
@@ -123,7 +96,7 @@ code](report.md), and the [glossary](notebooks/glossary.md), with the Chinese te
 
 Where it is <where>
 Report to code <report>
-notebooks/glossary
+Glossary <notebooks/glossary>
 ```
 
 ```{{toctree}}
@@ -135,6 +108,43 @@ CONTRIBUTING <CONTRIBUTING>
 LOG <LOG>
 ```
 """
+
+# ── The copy that Sphinx reads ──
+
+
+def copy(root: Path, src: Path) -> None:
+    """Files as a reader of the repository sees them; notebooks as .ipynb only."""
+    skip = shutil.ignore_patterns("__pycache__", ".*", "[0-9]*_*.py", "[!0-9]*.ipynb")
+    for folder in FOLDERS:
+        if (root / folder).is_dir():
+            shutil.copytree(root / folder, src / folder, ignore=skip)
+    for name in FILES:
+        if (root / name).exists():
+            shutil.copy(root / name, src)
+
+
+def still(path: Path) -> None:
+    """Where a notebook stores that its sliders need a kernel, say where to find them."""
+    nb = nbformat.read(path, 4)
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            if output.get("data", {}).get("text/plain") == SLIDERS:
+                output.data = {"text/markdown": STILL}
+    nbformat.write(nb, path)
+
+
+def front(book: appendices.Book) -> str:
+    """README's title, first paragraph and first figure; the chapters in order; the contents."""
+    title, paragraph = re.match(r"# (.*)\n\n(.*)\n", book.readme).groups()
+    told = [book.told(c)["notebook"].partition(": ")[2] for c in book.chapters]
+    body = [[c.link(), x or "—"] for c, x in zip(book.chapters, told)]
+    return FRONT.format(
+        title=title,
+        paragraph=paragraph,
+        figure=re.search(r"!\[.*?\]\(.*?\)", book.readme)[0],
+        chapters=appendices.table("chapter | what it builds", body),
+        contents="\n".join(f"{c.short} <{c.path}>" for c in book.chapters),
+    )
 
 
 def stage(root: Path, src: Path) -> dict[str, list[str]]:
@@ -269,6 +279,14 @@ def mathjax(static: Path) -> None:
     shutil.copytree(source / "input/tex/extensions", target / "input/tex/extensions")
 
 
+DEAD = {  # what Sphinx calls it, and what leads nowhere
+    r"'myst' cross-reference target not found: '(.*)'": r"\1",
+    r"local id not found in doc '(.*)': '(.*)'": r"\1#\2",
+    r"image file not readable: (\S+)": r"\1",
+    r"download file not readable: (\S+)": r"\1",
+}
+
+
 def sphinx(src: Path, out: Path, names) -> list[str]:
     """Run Sphinx; returns its warnings as sentences."""
     warnings = io.StringIO()
@@ -288,7 +306,8 @@ def sentence(warning: str, src: Path) -> str:
     """A warning of Sphinx, with the cell of the notebook where it names a line."""
     text = re.sub(r"\x1b\[[\d;]*m", "", warning).replace(f"{src}/", "").replace("WARNING: ", "")
     text = re.sub(r"(\.ipynb):(\d+):", lambda m: f"{m[1]}, cell {int(m[2]) // 10000}:", text)
-    text = re.sub(r"'myst' cross-reference target not found: '(.*)'", r"\1 leads nowhere", text)
+    for pattern, target in DEAD.items():
+        text = re.sub(pattern, f"{target} leads nowhere", text)
     return re.sub(r" \[[\w.]+\]$", "", text)
 
 
@@ -302,6 +321,7 @@ def build(root: Path, out: Path) -> list[str]:
         bad = sphinx(src, made, stage(root, src)) or complaints(made)
         if not bad:
             shutil.rmtree(out, ignore_errors=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(made, out)
     return bad
 
@@ -310,6 +330,7 @@ def build(root: Path, out: Path) -> list[str]:
 
 TAG = re.compile(r"<(\w+)(\s[^<>]*)>")
 ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+INSIDE = {x: re.compile(rf"<{x}\b[^>]*>(.*?)</{x}>", re.DOTALL) for x in ("script", "style")}
 OUTSIDE = re.compile(r"(?:https?:)?//", re.IGNORECASE)
 CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')]+)""")
 SCRIPT = re.compile(
@@ -328,24 +349,23 @@ def tags(page: str) -> list[tuple[str, dict[str, str]]]:
 
 def asked(tag: str, attributes: dict[str, str]) -> list[str]:
     """What a browser loads for a tag by itself, without a click."""
-    if tag == "link":
-        names = (
-            ("href",) if attributes.get("rel") not in ("index", "search", "next", "prev") else ()
-        )
-    else:
-        names = ("src", "data", "poster") if tag != "a" else ()
+    if tag == "a" or attributes.get("rel") in ("index", "search", "next", "prev"):
+        return []
+    names = ("href",) if tag in ("link", "image", "use") else ("src", "data", "poster")
     found = [attributes[n] for n in names if n in attributes]
     return found + [x.split()[0] for x in attributes.get("srcset", "").split(",") if x.strip()]
 
 
 def loads(path: Path, text: str) -> list[str]:
     """Addresses outside the site that a built file would have a browser load."""
-    if path.suffix == ".css":
-        return CSS.findall(text)
-    found = [a or b for a, b in SCRIPT.findall(text)]
+    scripts, styles, found = text, text, []
     if path.suffix == ".html":
-        found += CSS.findall(text)
-        found += [x for tag in tags(text) for x in asked(*tag) if OUTSIDE.match(x)]
+        scripts, styles = ("\n".join(INSIDE[x].findall(text)) for x in ("script", "style"))
+        found = [x for tag in tags(text) for x in asked(*tag) if OUTSIDE.match(x)]
+    if path.suffix != ".css":
+        found += [a or b for a, b in SCRIPT.findall(scripts)]
+    if path.suffix != ".js":
+        found += CSS.findall(styles)
     return found
 
 
