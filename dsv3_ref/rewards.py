@@ -69,13 +69,15 @@ def judge(truth: str = "") -> str:
 
 
 def judgement(tokens_1n, marks: Marks):
-    """True for what a judge says: the second answer of each sample and all later ones, (1, n)."""
+    """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
     end_m = ends(tokens_1n, marks)
     length_m = end_m.diff(prepend=end_m.new_zeros(1)).long()
     count_n = (tokens_1n[0] == marks.assistant).long().cumsum(0)
     before_m = F.pad(count_n[end_m.long() - 1], (1, 0))[:-1]
     answer_n = count_n - before_m.repeat_interleave(length_m)
-    return said(tokens_1n, marks) & (answer_n >= 2)
+    last_m = count_n[end_m.long() - 1] - before_m
+    last_n = last_m.repeat_interleave(length_m)
+    return said(tokens_1n, marks) & (answer_n == last_n) & (last_n >= 2)
 
 
 class Preference(NamedTuple):

@@ -16,7 +16,7 @@
 
 # %% [markdown]
 # ## Why
-# A pre-trained model continues texts. Asked a question, it may well write three more questions. Fine-tuning
+# A pre-trained model continues texts. Asked a question, it may well write three more questions. Supervised fine-tuning (SFT)
 # shows it conversations and lets it learn **one side** of them. The data are precious: V3 read 14.8 trillion tokens and
 # was then shown 1.5 million conversations. Two things would waste them. Conversations are of every length, and rows padded to the
 # longest one compute mostly padding; and a loss on everything would teach the model to ask as users do.
@@ -53,7 +53,7 @@ show(fig)
 #   problem, R1 response⟩; the system prompt asks for reflection and verification. RL then mixes both patterns, *even where no system
 #   prompt is given*.
 # - The expert's answers are filtered by **rejection sampling**, and the final model learns from what remains.
-# - Price and gain, on V2.5: MATH-500 74.6 → 83.2, mean length 769 → 1510 tokens.
+# - Price and gain, on V3's predecessor V2.5: MATH-500 74.6 → 83.2, mean length 769 → 1510 tokens.
 #
 # Axes: `b` rows, `s` positions, `n` all of them, `m` samples, `w` words.
 
@@ -74,12 +74,12 @@ from dsv3_ref.pretrain import Losses
 
 # %% [markdown]
 # ## A conversation as tokens
-# Five special tokens carry the form; everything else is text:
+# Four special tokens carry the form, a fifth fills rows; everything else is text:
 #
 # `<｜begin▁of▁sentence｜>`system`<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`…
 #
 # A conversation that ends with a question gets the mark behind which the model speaks. Text is encoded so that it
-# can never contain a mark: a user who *types* `<｜Assistant｜>` sends twelve plain characters, and cannot put words into the model's mouth.
+# can never contain a mark: a user who *types* `<｜Assistant｜>` sends thirteen plain characters, and cannot put words into the model's mouth.
 
 
 # %%
@@ -120,6 +120,7 @@ def role(turns: Sequence[dict], i: int) -> str | None:
 
 
 # %%
+# ⌂ begins, ∎ ends, · fills
 WORDS = "⌂ ∎ · USER: MODEL: be brief how many legs has a cat ? four and bird two".split()
 MARKS = Marks(*range(5))
 encode = lambda text: [WORDS.index(word) for word in text.split()]
@@ -239,9 +240,9 @@ print(f"the others' states moved by {(before - after)[others].abs().max():.0e}")
 # ## The loss
 # $$L = -\frac{1}{N}\sum_{n\,:\,\mathrm{said}_{n+1}} \log p(t_{n+1} \mid t_{\le n}),\qquad N = \sum_n \mathrm{said}_{n+1}$$
 #
-# $N$ is counted over the **global batch**. Averaging each micro-batch by its own $N$ would let a token of a short answer weigh more when it happens
-# to lie among other short ones. The hidden states of unsaid tokens are dropped *before* the head: at V3's vocabulary that is the larger half of the cost.
-# Gate biases rest (the loads of a few topics say nothing about balance), and so do the MTP modules; their drafts stay correct, if accepted less often.
+# ($t_{\le n}$ within its own sample.) $N$ is counted over the **global batch**: averaging each micro-batch by its own $N$ would let a token of a short answer weigh more when it happens
+# to lie among other short ones. So the trainer weighs the mean of each micro-batch by its `answers`. The hidden states of unsaid tokens are dropped *before* the head: no logits, 129,280 numbers each in V3,
+# are made for tokens without a loss. Gate biases are left as they are (the loads of a few topics say nothing about balance), and so are the MTP modules; their drafts stay correct, if accepted less often.
 
 
 # %%
@@ -294,7 +295,7 @@ print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f}
 #
 # $$1 - (1-p)^K$$
 #
-# and the harder half of the problems needs more tries than the easier one.
+# so hard problems are kept less often: distilled data lean to the easy.
 
 
 # %%
@@ -321,8 +322,8 @@ assert abs(sum(kept) / 1000 - (1 - 0.6**4)) < 0.04
 # %% [markdown]
 # ## Experiment: an expert teaches
 # `make align` does to the 5M model of [chapter 07](07_pretrain.ipynb) what the report did to V3, with sums of three numbers in the place of
-# olympiad problems. **Both forms**: 3,797 sums worked out step by step behind the system prompt "Think first, then answer.", one in twenty without it,
-# and 600 sums with the bare answer. After that the model *can* work a sum out, and without the system prompt mostly does not. **Expert**:
+# olympiad problems. **Both forms**: 3,797 sums worked out step by step behind the system prompt "Think first, then answer." (one in twenty of them without it, so that thinking unasked is possible at all),
+# and 600 sums with the bare answer, among counting, spelling and open conversations. After that the model *can* work a sum out, and without the system prompt mostly does not. **Expert**:
 # GRPO without the system prompt ([chapter 16](16_grpo.ipynb)). **Distilled**: the pre-trained model again, taught only the expert's shortest right answer of
 # four to each problem. **Short answers**: the pre-trained model, taught bare answers to all of these problems.
 
@@ -331,29 +332,37 @@ from dsv3_ref.viz.ablation import stored
 
 FOUND = stored("align")["distillation"]
 fig, ax = figure(1, 1, 8, 3)
-for (name, x), color in zip(FOUND.items(), COLOURS):
-    ax.plot(x["length"], x["greedy"], "D", color=color, markersize=8, label=name)
+by_height = sorted(FOUND.items(), key=lambda item: item[1]["greedy"])
+label = 0.0
+for (name, x), color in zip(by_height, COLOURS):
+    label = max(label + 0.11, x["greedy"])  # names must not lie on each other
+    ax.plot(x["length"], x["greedy"], "D", color=color, markersize=8)
+    ax.annotate(
+        name, (x["length"], x["greedy"]), (x["length"] + 0.8, label), va="center", color="black",
+        arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6},
+    )  # fmt: skip
     print(
         f"{name:28} {x['greedy']:5.1%} right ({x['sampled']:5.1%} if drawn), {x['length']:.1f} tokens"
     )
 ax.set(
     xlabel="mean length of an answer, tokens",
     ylabel="right on held-out sums",
-    ylim=(0, 1.05),
-    xlim=(12, 34),
+    ylim=(0, 1.15),
+    xlim=(12, 38),
     title="Length against accuracy: what thinking costs, and buys",
 )
-ax.legend(loc="center", bbox_to_anchor=(0.55, 0.4))
 show(fig)
 assert FOUND["expert (after GRPO)"]["greedy"] > FOUND["both forms"]["greedy"] + 0.4
 assert FOUND["distilled"]["greedy"] > FOUND["short answers"]["greedy"] + 0.2
 
 # %% [markdown]
 # The report's numbers for V2.5, 74.6 → 83.2 at 769 → 1510 tokens, are the same picture: twice the tokens, more right. The distilled model was told no rule and given no system prompt,
-# and thinks. And *both forms* is worse than *short answers* not because it knows less, but because it was shown 600 short answers instead of 3,797: asked to think, it is as good as the rest.
+# and thinks. Without the system prompt *both forms* mostly answers at once, and of short answers it saw 600, not 3,797: likely why it is behind *short answers*. Asked to think it is level with expert and
+# distilled (81–87 %; one seed, 200 sums, ± 2.5 points). "Drawn" are four answers a sum at temperature 1.
 #
 # ## Play: how full is a row?
-# Rows of 256 to 4,096 tokens, filled with conversations: padded to the longest of a batch, or packed. Short rows waste more.
+# Rows of 256 to 4,096 tokens, filled with conversations (longer ones are cut in this toy): padded to the longest of a batch, or packed. Packing fills rows of any length; padding wastes more, the more
+# the lengths differ and the larger the batch is.
 
 
 # %%
@@ -374,7 +383,7 @@ def fill(length: int = 4096, batch: int = 16, spread: float = 1.1):
     fig, ax = figure(1, 1, 7, 2)
     ax.barh(list(shares), list(shares.values()), color=[GREY, ORANGE, GREEN])
     for i, share in enumerate(shares.values()):
-        ax.text(share + 0.01, i, f"{share:.0%}", va="center")
+        ax.text(share + 0.01, i, f"{share:.1%}", va="center")
     ax.set(xlim=(0, 1.1), xlabel="share of what is computed that is text")
     show(fig)
 
@@ -390,23 +399,34 @@ play(fill, length=[256, 512, 1024, 4096], batch=(4, 64, 4), spread=(0.3, 1.8, 0.
 # %%
 @checker
 def check_tries(fn):
-    """The least K with 1 − (1 − p)^K ≥ q."""
-    for p, q in ((0.5, 0.9), (0.1, 0.99), (0.8, 0.5)):
+    """All K tries fail with chance (1 − p)^K: how large may that be? K is a whole number."""
+    for p, q in ((0.5, 0.9), (0.1, 0.99), (0.8, 0.5), (0.5, 0.75)):
         k = fn(p, q)
         assert 1 - (1 - p) ** k >= q and (k == 1 or 1 - (1 - p) ** (k - 1) < q)
 
 
 @checker
 def check_weight(fn):
-    """An answer's share of the loss when every token counts alike, and when every answer does."""
-    assert abs(fn(30, 270, "tokens") - 0.1) < 1e-9 and fn(30, 270, "answers") == 0.5
+    """How many terms of the mean are its own, and how many are there?"""
+    for short, long in ((30, 270), (50, 150)):
+        assert abs(fn(short, long, "tokens") - short / (short + long)) < 1e-9
+        assert fn(short, long, "answers") == 0.5
+
+
+def lazy(tokens_bs):
+    """`said`, but the user's mark ends nothing."""
+    out, on = [], False
+    for token in tokens_bs[0].tolist():
+        out.append(on)
+        on = token == MARKS.assistant or (on and token not in (MARKS.bos, MARKS.eos))
+    return torch.tensor([out])
 
 
 @checker
-def check_forged(fn):
-    """A row in which the user typed the assistant's mark: nothing of it must be learnt."""
-    row = torch.tensor([[0, 3, 7, 4, 8, 9, 3, 10, 4, 11, 1]])
-    assert fn(row).tolist() == said(row, MARKS).tolist()
+def check_apart(fn):
+    """Who never said ∎?"""
+    row = torch.tensor([fn()])
+    assert not torch.equal(said(row, MARKS), lazy(row))
 
 
 def my_tries(p: float, q: float) -> int:
@@ -444,31 +464,25 @@ check_weight(my_weight)
 # ```
 # </details>
 #
-# **3 · Break.** Write `said` without looking at the user's mark (two marks suffice if every answer ends). Which rows tell the two apart?
+# **3 · Break.** `lazy` above does not look at the user's mark: if every answer ends, begin and end suffice. Return a row (a list of tokens) in which it and `said` differ.
 
 
 # %%
-def my_said(tokens_bs):
+def my_row() -> list[int]:
     return ...
 
 
-check_forged(my_said)
+check_apart(my_row)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
 # ```python
-# def my_said(tokens_bs):
-#     out = torch.zeros_like(tokens_bs, dtype=torch.bool)
-#     for b, row in enumerate(tokens_bs.tolist()):
-#         on = False
-#         for s, token in enumerate(row):
-#             out[b, s] = on
-#             on = token == MARKS.assistant or (on and token not in MARKS[:2] + (MARKS.user,))
-#     return out
+# def my_row():
+#     return [MARKS.bos, MARKS.user, 9, MARKS.assistant, 10, MARKS.user, 11, MARKS.assistant, 12]
 # ```
 #
-# Without the user's mark an answer that never ended would run on into the next question, and the model would learn to ask it.
+# An answer that never ended (cut for its length, say) runs on into the next question, and the model would learn to ask it.
 # </details>
 #
 # ## Scale-up

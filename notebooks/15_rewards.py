@@ -18,9 +18,9 @@
 # ## Why
 # Reinforcement learning finds whatever its reward pays for, wanted or not. A rule that cannot be fooled is best, where one
 # exists: a sum is right or wrong, a program passes its tests or does not. Most questions have no such rule, so a *model* must
-# judge, and a model can be fooled. The report's answer is to let the judge **think before it scores**.
+# judge, and a model can be fooled: the *policy* (the model that learns) then raises its reward and not its answers, which is called **reward hacking**. The report's remedy is to let the judge **think before it scores**.
 #
-# Below: a policy writes $n$ answers to a sum, and the one that a reward model likes best is kept. One model scores at
+# Below we look for the best of $n$ answers to a sum, by reward. One judge scores at
 # once; the other first works the sum out. Both were taught on the same pairs, in which right answers usually also *sounded* sure.
 
 # %%
@@ -34,14 +34,14 @@ FOUND = stored("rewards")
 
 # %% [markdown]
 # ## Paper
-# §5.2.1, §5.4.2:
+# §5.2.1, §5.3.4, §5.4.2:
 #
 # - **Rule-based** reward wherever a rule can check: mathematics with a final answer in a given format (in a box), code against
-#   test cases. "Robust against manipulation or exploitation."
+#   test cases. Such a reward is "resistant to manipulation or exploitation"
 # - **Model-based** otherwise: free-form answers are compared with a ground truth if there is one; without (creative writing), question
-#   and answer alone are judged. The model is trained from the SFT checkpoint, on preference data that hold *not only the reward, but the chain of thought
+#   and answer alone are judged. The model is trained from the fine-tuned checkpoint ([chapter 14](14_sft_distill.ipynb)), on preference data that hold *not only the reward, but the chain of thought
 #   that leads to it*, against reward hacking.
-# - **Self-reward**: with a constitution, votes of V3 itself judge open questions. RewardBench 87.0; the majority of six votes 89.6.
+# - **Self-reward**: with a constitution (sentences that say what a good answer is), votes of V3 itself judge open questions. RewardBench 87.0; the majority of six votes 89.6.
 #
 # Axes: `m` samples in one packed row of `n` tokens; `d` model; `k` votes.
 
@@ -135,8 +135,8 @@ LOOP = "def double(x):\n    while True:\n        pass"
 cases = [verdict.Returns("double", (n,), 2 * n) for n in (1, 7)]
 if shutil.which("bwrap"):
     quick = sandbox.Limits(seconds=3.0, cpu=1)
-    for name, program in {"good": GOOD, "equal to everything": CHEAT, "endless": LOOP}.items():
-        print(f"{name:>20}: {verdict.passes(program, cases, quick)} of {len(cases)} cases")
+    for name, code in {"good": GOOD, "equal to everything": CHEAT, "endless": LOOP}.items():
+        print(f"{name:>20}: {verdict.passes(code, cases, quick)} of {len(cases)} cases")
     assert verdict.passes(GOOD, cases) == 2 and verdict.passes(CHEAT, cases) == 0
 else:
     print("no bubblewrap here, so no code runs:", sandbox.MISSING)
@@ -164,7 +164,8 @@ def reward_scores(h_nd, head_wd, end_m, marks: Marks):
 #
 # $$P(a \succ b) = \sigma(r_a - r_b),\qquad L = -\log \sigma(r_a - r_b),\qquad \frac{\partial L}{\partial r_a} = -\big(1 - P(a \succ b)\big)$$
 #
-# A pair that is already told apart has no gradient; nothing fixes the zero of $r$, and GRPO does not ask for it.
+# A pair that is already told apart has no gradient. Nothing fixes the zero of $r$. [GRPO](16_grpo.ipynb) compares answers to one question, which takes any zero out of $r$ itself; we reward $\sigma(r)$, between 0 and 1 like all
+# our rewards, where the zero still sets how steep it is.
 
 
 # %%
@@ -195,8 +196,8 @@ print(
 #
 # `…<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`judge`<｜Assistant｜>`judgement`<｜end▁of▁sentence｜>` $\to r$
 #
-# If a ground truth exists it stands in the judge's turn (a judge that scores at once reads its score behind that turn). Training has
-# two losses: Bradley–Terry behind the end, and the likelihood of the *judgements* $j$ (never of the answers: half of them are bad).
+# If a ground truth exists it stands in the judge's turn (a judge that is told and scores at once is read at the end of that turn). Training has
+# two losses: Bradley–Terry behind the end, and the likelihood of the *judgements* $j$ (never of the answers: half of them are bad), with a weight $\lambda = 0.1$.
 #
 # $$L = -\log\sigma(r_a - r_b) - \tfrac{\lambda}{2} \big(\log p(j_a) + \log p(j_b)\big)$$
 #
@@ -214,13 +215,15 @@ def judge(truth: str = "") -> str:
 
 
 def judgement(tokens_1n, marks: Marks):
-    """True for what a judge says: the second answer of each sample and all later ones, (1, n)."""
+    """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
     end_m = ends(tokens_1n, marks)
     length_m = end_m.diff(prepend=end_m.new_zeros(1)).long()
     count_n = (tokens_1n[0] == marks.assistant).long().cumsum(0)
     before_m = F.pad(count_n[end_m.long() - 1], (1, 0))[:-1]
     answer_n = count_n - before_m.repeat_interleave(length_m)
-    return said(tokens_1n, marks) & (answer_n >= 2)
+    last_m = count_n[end_m.long() - 1] - before_m
+    last_n = last_m.repeat_interleave(length_m)
+    return said(tokens_1n, marks) & (answer_n == last_n) & (last_n >= 2)
 
 
 class Preference(NamedTuple):
@@ -269,7 +272,7 @@ assert model.head.weight.grad[MARKS.pad].norm() > 0  # the row that nobody speak
 # %% [markdown]
 # ## Calibration
 # Does $\sigma(r_a - r_b) = 0.8$ mean right in 80 % of cases? Sort pairs by what the model claims, and count. A model may agree often and still claim
-# too much; an RL step trusts what it claims.
+# too much, and RL takes the size of $r$ at its word.
 
 
 # %%
@@ -309,8 +312,8 @@ for name, table in (("honest", honest), ("boaster", boaster)):
 #
 # They are not independent: it is the same model each time, and where it errs it errs again.
 #
-# Two relatives measure answers instead of judgements: *maj@k* asks whether the commonest of $k$ final answers is right, *pass@k* whether any is. The
-# second from $n \ge k$ answers without bias: of all choices of $k$, those without a right one are $\binom{n-r}{k}$ of $\binom{n}{k}$.
+# Two relatives measure answers instead of judgements: *maj@k* asks whether the commonest of $k$ final answers is right, *pass@k* whether any is. From $n \ge k$ answers,
+# of which $c$ are right, pass@k is estimated without bias as $1 - \binom{n-c}{k} / \binom{n}{k}$: of all choices of $k$, the share that holds a right one.
 
 
 # %%
@@ -363,12 +366,16 @@ for p in (0.45, 0.7, 0.9):
     print(
         f"a vote is right with {p:.0%}: of 1, 6, 9 votes {[f'{condorcet(p, k):.0%}' for k in (1, 6, 9)]}"
     )
+answers = ["7", "5", "7", None, "7", "5"]
+print("maj@6 of", answers, "→", majority(answers), "· two of six right: pass@3", pass_at(2, 6, 3))
+assert majority(answers) == "7" and pass_at(2, 6, 3) == 0.8
 
 # %% [markdown]
 # ## Experiment: can the judge be fooled?
 # `python -m dsv3_ref.run.reward_study` trains three judges from the fine-tuned 5M model on 3,000 pairs of answers to sums. One answer is right. In seven of ten
-# pairs, by chance, the right one also ends "I am quite sure of it."; in as many the wrong one does not. Judges: **directly** (score at once), **thinking** (work
-# the sum out, write both numbers side by side and a verdict, then score), and **thinking, told** (with the right answer in the judge's turn).
+# pairs, by chance, the right one also ends "I am quite sure of it."; independently, the wrong one ends so in three of ten. Judges: **directly** (score at once), **thinking** (work
+# the sum out, write result and given number side by side and a verdict, then score), and **thinking, told** (with the right answer in the judge's turn). The candidates on the right are made up: right with chance 0.3 and,
+# independently, sure with chance ½.
 
 # %%
 judges = FOUND["judges"]
@@ -381,7 +388,11 @@ for i, (name, x) in enumerate(judges.items()):
     right = [row["right"] for row in x["best of"].values()]
     axes[1].plot(n, right, "o-", color=COLOURS[i], label=name)
     print(f"{name:15}", {k: f"{v:.0%}" for k, v in x["agreement"].items()},
-          f"best of {n[-1]}: {right[-1]:.0%} right, {x['best of'][str(n[-1])]['sure']:.0%} sure")  # fmt: skip
+          f"best of {n[-1]}: {right[-1]:.0%} right, {x['best of'][str(n[-1])]['sure']:.0%} sure, "
+          f"reward {x['best of']['1']['reward']:.1f} → {x['best of'][str(n[-1])]['reward']:.1f}")  # fmt: skip
+    for k, share in zip(at, x["agreement"].values()):
+        if share < 0.05:
+            axes[0].text(k, 0.02, f"{share:.0%}", ha="center", color=COLOURS[i])
 axes[0].axhline(0.5, color=GREY, lw=1)
 axes[0].set(xticks=range(len(kinds)), xticklabels=[k.replace(" sounds", "\nsounds") for k in kinds],
             ylabel="agreement", ylim=(0, 1.05), title="Held-out pairs, by who sounds sure")  # fmt: skip
@@ -394,12 +405,12 @@ assert thinking["agreement"]["wrong sounds sure"] > direct["agreement"]["wrong s
 assert thinking["best of"]["16"]["right"] > direct["best of"]["16"]["right"] + 0.3
 
 # %% [markdown]
-# The judge that scores at once cannot add, so it learnt what it could: to like confidence. The harder a policy searches for its favour (best of 16), the
-# *less* often it is right. This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out is hard to talk to, but not
-# deaf: four in five of its favourites sound sure where half would be chance, and from 8 to 16 answers it gains nothing. Told the right answer, it only gains.
+# The judge that scores at once cannot add, so it learnt what it could: to like confidence. The harder one searches for its favour, the higher the reward, and from 8 answers on all favourites sound
+# sure; how often they are right does not rise but falls (36 to 20 %; 200 sums, ± 3 points). This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out is hard to sway, but not
+# immune: four in five of its favourites sound sure where half would be chance, and from 8 to 16 answers it gains nothing. Told the right answer, it is right more often with every doubling.
 #
-# **A thought alone is no protection.** With the flourish on *nine* of ten right answers the thinking judge wrote "12, given 16: 12 16 **right**": it worked the sum out
-# and then followed the flourish all the same, because ninety percent were to be had without reading its own words. Chains of thought help if the score has to depend on them.
+# **A thought alone is no protection.** In an earlier trial (LOG.md) the flourish stood on *nine* of ten right answers, and the thinking judge wrote, of a sum that gives 12 and an answer of 16, "12 16 **right**": it worked the sum out
+# and followed the flourish all the same. There the flourish alone earned 90 % agreement, here 70 %. Chains of thought help if the score has to depend on them.
 
 # %%
 fig, axes = figure(1, 2, 9, 2.8)
@@ -423,10 +434,11 @@ for ax in axes:
 show(fig)
 
 # %% [markdown]
-# Left: above the line a judge is too modest, below it boasts. The direct judge is sure and wrong.
+# Left (bins of more than 20 pairs): below the line a judge boasts. Where one answer sounds sure the direct judge claims 85 %, which is just what training paid (49 of 58 such pairs); in our held-out pairs sounding sure is a coin, and
+# it is right half of the time. Calibration holds for the data it was learnt on, no further. The thinking judges claim nearly 100 % almost always, and are right in 93 % and 98 %.
 #
 # Right: open questions. The 5M model was taught to vote yes on a president's sentence, no on one that is off the point, out of order or stuck, and votes up to nine times on
-# 600 held-out answers. Its votes share a model, and most of their errors: a majority gains far less than independent votes would. In the report, too, six votes gain 2.6 points, not ten.
+# 600 held-out answers. Its votes share a model, and most of their errors: a majority gains far less than independent votes would (grey, from the mean of all votes). In the report, too, six votes gain 2.6 points, not ten.
 #
 # ## Play: how many votes?
 
@@ -471,7 +483,7 @@ play(assembly, p=(0.4, 0.95, 0.05), k=(1, 15, 1), shared=(0.0, 1.0, 0.1))
 # %%
 @checker
 def check_chance(fn):
-    """σ(r_a − r_b), and −(1 − σ(r_a − r_b))."""
+    """Bradley–Terry and its derivative, above; only the difference counts, and the pull is down."""
     for a, b in ((2.0, 0.5), (-1.0, 3.0)):
         p = 1 / (1 + math.exp(b - a))
         chance, pull = fn(a, b)
@@ -480,15 +492,17 @@ def check_chance(fn):
 
 @checker
 def check_even(fn):
-    """With two votes a tie is as likely as the two errors that it may save: p again."""
+    """Which outcomes are ties, how likely are they, and who decides them?"""
     assert all(abs(fn(p) - condorcet(p, 2)) < 1e-9 for p in (0.3, 0.6, 0.9))
 
 
 @checker
 def check_cheat(fn):
-    """A text that a generous rule (any box counts) pays and `boxed` does not."""
-    text = fn("7")
-    assert "\\boxed{7}" in text and boxed(text) is None
+    """It holds the truth in a box, and another number in another."""
+    for truth in ("7", "-3"):
+        text = fn(truth)
+        found = set(re.findall(r"\\boxed\{(.*?)\}", text))
+        assert truth in found and len(found) > 1 and boxed(text) is None
 
 
 def my_chance(a: float, b: float) -> tuple[float, float]:
@@ -548,7 +562,7 @@ check_cheat(my_cheat)
 # </details>
 #
 # ## Scale-up
-# A judge of V3's size that thinks for 500 tokens over each of 512 answers writes a quarter of a million tokens a step: as much as the policy. Rules cost nothing, and cannot be argued with.
+# A judge of V3's size that thinks for 500 tokens over each of 512 answers writes a quarter of a million tokens a step: an eighth of what the policy itself writes in [chapter 16](16_grpo.ipynb). Rules cost nothing, and cannot be argued with.
 
 # %%
 from dsv3_ref.config import V3, count

@@ -21,8 +21,8 @@
 # network, as large as the policy, that predicts the score: for V3 another **671 billion** parameters. GRPO asks the
 # same question $G$ times and takes the mean score of the group. The critic is gone, and half of the memory with it.
 #
-# How much does that mean buy? Here is the spread of the gradient's scale for a question that is solved nine times
-# in ten, with and without it.
+# How much does that mean buy? Here is the mean square of what multiplies the gradient, for a question that is solved nine times
+# in ten, without and with it.
 
 # %%
 from dataclasses import replace
@@ -57,13 +57,13 @@ show(fig)
 # - For a question $q$ sample $o_1 \dots o_G$ from the old policy; reward $r_i$; **advantage**
 #   $A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}(r)$ (eq. 28).
 # - Maximise $\frac1G\sum_i \min(\rho_i A_i,\ \mathrm{clip}(\rho_i, 1-\varepsilon, 1+\varepsilon) A_i) - \beta\,\mathbb D_{KL}$ with $\rho_i = \pi_\theta(o_i|q) / \pi_{old}(o_i|q)$ (eq. 26).
-# - $\mathbb D_{KL} = \frac{\pi_{ref}}{\pi_\theta} - \log\frac{\pi_{ref}}{\pi_\theta} - 1$ (eq. 27), against the model that RL began with.
+# - $\mathbb D_{KL} = \frac{\pi_{ref}}{\pi_\theta} - \log\frac{\pi_{ref}}{\pi_\theta} - 1$ (eq. 27) estimates the Kullback–Leibler divergence, the mean of $\log \pi_\theta/\pi_{ref}$ under $\pi_\theta$, from the model that RL began with.
 # - $\varepsilon$, $\beta$ and $G$ are not published. Prompts: code, mathematics, writing, role-play, question answering.
 #
 # The report's eq. 26 has **one ratio for a whole answer**, DeepSeekMath's eq. 3 **one for each token**, averaged over the
-# answer. The released practice of others is the second. We write both, and the variants that came later.
+# answer. Most released code uses the second. We write both, and the variants that came later.
 #
-# Axes: `b` answers, all groups one after another; `s` tokens of an answer, padded; `n` tokens; `w` words.
+# Axes: `b` answers, all groups one after another (`x` groups of `g`); `s` tokens of an answer, padded; `n` tokens; `d` model; `w` words.
 
 # %%
 #| export
@@ -85,8 +85,8 @@ from dsv3_ref.optim import Recipe
 # $$A_i = \frac{r_i - \mathrm{mean}(r_{1..G})}{\mathrm{std}(r_{1..G}) + \epsilon}\qquad (b) \to (b)$$
 #
 # Three details part the code bases. *Which std?* Unbiased ($G - 1$), as `torch.std`. *Which* $\epsilon$? $10^{-4}$ in
-# TRL, $10^{-6}$ elsewhere: it matters only where all answers but one agree. *Divide at all?* Dividing makes easy
-# and hard questions, whose groups spread little, weigh as much as even ones; Dr. GRPO leaves it out.
+# TRL (Hugging Face's library for this), $10^{-6}$ elsewhere: it matters only where a group's rewards differ by hardly more than $\epsilon$, which a reward model's scores can and rewards of 0 and 1 never do. *Divide at all?* Dividing makes easy
+# and hard questions, whose groups spread little, weigh as much as those answered right half of the time; "Dr. GRPO" (Liu et al., 2025) leaves it out.
 
 
 # %%
@@ -127,7 +127,7 @@ assert (a[4:] == 0).all()  # a group that agrees teaches nothing
 # time, and the backward pass makes them again. The entropy $-\sum_w p_w \log p_w$ falls out on the way: it tells
 # whether the policy still explores.
 #
-# $$\ell_n = z_{n,y_n} - \log\sum_w e^{z_{nw}},\qquad z = h W^\top / \tau \qquad (n,d)\times(w,d) \to (n)$$
+# $$\ell_n = z_{n,y_n} - \log\sum_w e^{z_{nw}},\qquad z = h W^\top / \tau \qquad (n,d)\times(w,d) \to (n,w) \to (n)$$
 
 
 # %%
@@ -272,10 +272,10 @@ show(fig)
 #
 # $$g = \min\big(\rho A,\ \mathrm{clip}(\rho,\,1-\varepsilon,\,1+\varepsilon')\,A\big)$$
 #
-# At $\rho = 1$ its gradient is $A\,\nabla\log\pi$, the plain policy gradient. Once a good answer has become
+# with $\varepsilon$ below and $\varepsilon'$ above (the report: the same). At $\rho = 1$ its gradient is $A\,\nabla\log\pi$, the plain policy gradient. Once a good answer has become
 # $1 + \varepsilon'$ times as likely, or a bad one $1 - \varepsilon$ times, there is nothing more to gain *from these samples*.
 # In the other direction the clip does nothing: a mistake may always be undone. The loss averages $\beta\,k_3 - g$, and here
-# the variants differ (mask $m$, lengths $|o_i|$):
+# the variants differ (lengths $|o_i|$; names as in TRL, after the papers DAPO and Dr. GRPO, both 2025):
 #
 # | kind | average | why |
 # |---|---|---|
@@ -379,14 +379,17 @@ def example(b=6, s=5):
     return logp.requires_grad_(), old, ref, torch.randn(b, dtype=torch.double), mask
 
 
+inputs = example()
 for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "sequence"):
-    inputs = example()
     got, want = grpo_loss(*inputs, 0.2, 0.04, kind, 40), slow(*inputs, 0.2, 0.04, kind, 40)
     grads = [torch.autograd.grad(x, inputs[0])[0] for x in (got.loss, want)]
     assert torch.allclose(got.loss, want, atol=1e-12) and torch.allclose(*grads, atol=1e-12)
     print(f"{kind:9} loss {got.loss:+.4f}, KL {got.kl:.4f}, {got.clipped:.0%} clipped")
 
 # %% [markdown]
+# The four forms by token share ratios, KL and clip and differ in the average alone; `sequence` has one ratio an answer, the product of its tokens'. The biases of the gates are left as they are in RL (`--gamma 0`):
+# the loads of a few hundred problems say nothing about balance.
+#
 # What the clip does, as a picture: gain over ratio, for a good and a bad answer. Where a curve is flat there is no gradient.
 
 # %%
@@ -486,12 +489,12 @@ assert end["GRPO, β = 0.3"].mean() < end["GRPO"].mean()
 
 # %% [markdown]
 # Five seeds a curve. The group learns fastest; without it all answers are pushed up, the right ones only harder; a
-# coin teaches nothing; β holds the policy back near its start, which is its purpose and its price.
+# coin teaches nothing, yet walks nearly as far from the start: distance is no sign of learning. β holds the policy back, which is its purpose and its price.
 #
 # ## Experiment: a model that learns to think
 # Now the real thing: `make align` on the 5M model of [chapter 07](07_pretrain.ipynb), fine-tuned as in [chapter 14](14_sft_distill.ipynb) so that it *can* work
-# sums out but mostly blurts. Each step asks 16 questions 16 times: sums, counting, spelling, and open prompts (writing, role-play, questions), which
-# the reward model of [chapter 15](15_rewards.ipynb) scores. 200 sums are never practised on.
+# sums out but mostly blurts. Each step asks 16 questions 16 times: sums, counting, spelling, and open prompts (writing, role-play, questions). Those are
+# scored by a reward model made as in [chapter 15](15_rewards.ipynb), from pairs of a president's sentence and a spoilt one; the reward is $\sigma(r)$, between 0 and 1. 200 sums are never practised on. Three seeds of GRPO, one of each control.
 
 # %%
 from dsv3_ref.viz.ablation import stored
@@ -519,7 +522,7 @@ for (name, points), color in zip(sorted(domains.items()), COLOURS):
     kept = torch.stack([reward[max(0, i - 3) : i + 4].mean() for i in range(len(reward))])
     axes[1].plot(at, kept, color=color, label=name)
 axes[0].set(xlabel="step", ylabel="right", ylim=(0, 1), title="200 held-out sums")
-axes[1].set(xlabel="step", ylabel="mean reward", ylim=(0, 1), title="Reward by domain, seed 0")
+axes[1].set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1), title="Reward by domain, seed 0")
 axes[0].legend(fontsize=7)
 axes[1].legend(fontsize=7, loc="center", bbox_to_anchor=(0.65, 0.4))
 show(fig)
@@ -530,11 +533,11 @@ assert all(starts[n] < 0.4 and ends[n] > 0.8 for n in of_grpo)
 assert all(ends[n] < starts[n] + 0.1 for n in runs if n.startswith("random"))
 
 # %% [markdown]
-# In a dozen steps the model discovers that thinking pays, and from then on it thinks. RL did not teach it to add: it chose between two abilities that it had. That is what the report
-# describes for its expert models: RL "learns to incorporate R1 patterns, even without system prompts".
+# Within 15 steps the model discovers that thinking pays, and from then on it thinks. RL did not teach it to add: it chose between two abilities that it had. That is what the report
+# describes for its expert models, which after hundreds of steps answer in R1's way "even in the absence of explicit system prompts".
 #
-# The coin teaches nothing (and wears down what was there), as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 it is plain reinforcement of what was right, and here it gets nearly as far. The
-# table policy above shows what it costs where more is to be learnt.
+# The coin teaches nothing (and wears down what was there), as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 no wrong answer is ever pushed up, so little is lost (83.5 %, one seed; GRPO 87 to 93.5 %). The
+# table's quarter rewards push half-right words up too, and there it costs more. And the clip? With one update from each batch $\rho = 1$ throughout, and it is idle; it matters with `--updates` above 1.
 
 # %%
 fig, axes = figure(1, 4, 10, 2.3)
@@ -547,16 +550,45 @@ for ax, (key, title) in zip(
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("step")
 show(fig)
-for s in runs["GRPO, seed 0"]["samples"][:3] + runs["GRPO, seed 0"]["samples"][3::3]:
+for s in runs["GRPO, seed 0"]["samples"][:7] + runs["GRPO, seed 0"]["samples"][9::3]:
     print(s["prompt"][-78:].strip())
     print(f"  before  {s['before'][:70]}\n  after   {s['text'][:70]}")
 
 # %% [markdown]
 # Two things to see. *$k_3$ has a heavy tail*: one token that has become a thousand times rarer, and is drawn all the same, counts a thousand. A run is therefore stopped by the plain
-# mean of $\log \pi/\pi_{ref}$ (`--max-kl`), not by $k_3$. And *rewards are hacked where they can be*: a 5M model cannot spell (that reward stays 0), counts letters by always
-# saying the commonest count, and what the reward model likes about its open answers is not what you would like.
+# mean of $\log \pi/\pi_{ref}$ (`--max-kl`), not by $k_3$. And *not every reward teaches*: spelling is never right, so its groups are silent and it stays at 0. "Always 1" is right for 82 % of the counting questions, which the model
+# said before RL too; behind it the thought has come loose. The rewards of open answers hardly rise (0.057 → 0.066 if drawn), and the texts grow shorter, not better.
 #
-# ## Play: one group
+# ## Play: groups, as they were answered
+# Eight answers of the fine-tuned model to one sum, drawn at temperature 1, and what GRPO makes of them. Watch how a right answer among wrong ones
+# is what the step learns from. *After* RL most groups are silent.
+
+
+# %%
+def answered(question: int = 0, when: str = "before"):
+    """A group's answers, their rewards, their advantages."""
+    found = FOUND["groups"][when][question]
+    r_b = torch.tensor([a["reward"] for a in found["answers"]])
+    a_b = advantages(r_b, len(r_b))
+    fig, ax = figure(1, 1, 9, 2.8)
+    ax.barh(range(len(r_b)), a_b, color=[GREEN if x > 0 else ORANGE for x in a_b], height=0.7)
+    ax.axvline(0, color="black", lw=0.8)
+    for i, (answer, r, a) in enumerate(zip(found["answers"], r_b, a_b)):
+        mark = "✓" if r > 0 else "✗"
+        ax.text(-9.8, i, f"{mark} {answer['text'][:56]}", va="center", fontsize=8, parse_math=False)
+        ax.text(3.0, i, f"{a:+.2f}", va="center", ha="right", fontsize=8)
+    ax.set(yticks=[], xlim=(-10, 3.1), xticks=[-2, 0, 2], xlabel="advantage", ylim=(7.6, -0.6))
+    ax.set_title(f"{found['question'].rpartition(':')[2].strip()}   {when} RL")
+    show(fig)
+
+
+answered()
+
+# %%
+play(answered, question=(0, 3, 1), when=["before", "after"])
+
+# %% [markdown]
+# ## Play: one group, by hand
 # Eight answers, their rewards, what remains of them as advantages. Raise the number of right ones from 0 to 8:
 # a single right answer among wrong ones shouts, one wrong among right ones is shouted at, unanimity is silent.
 
@@ -598,7 +630,7 @@ play(one_group, right=(0, 8, 1), scale=["group", "batch", "none"], partial=(0.0,
 # %%
 @checker
 def check_lonely(fn):
-    """mean 1/G; the unbiased variance of one 1 among zeros is 1/G."""
+    """The mean is 1/G. What is the unbiased variance of one 1 among G − 1 zeros?"""
     for g in (4, 16):
         r = torch.zeros(g, dtype=torch.double)
         r[0] = 1
@@ -607,7 +639,7 @@ def check_lonely(fn):
 
 @checker
 def check_silent(fn):
-    """All right or all wrong: p^G + (1 − p)^G."""
+    """When do all G agree?"""
     assert all(
         abs(fn(p, g) - (p**g + (1 - p) ** g)) < 1e-9 for p in (0.1, 0.5, 0.95) for g in (2, 16)
     )
@@ -615,8 +647,17 @@ def check_silent(fn):
 
 @checker
 def check_short(fn):
-    """Under grpo a token of an answer weighs 1/|o|, under dr_grpo the same in every answer."""
-    assert all(abs(fn(kind) - want) < 1e-9 for kind, want in (("grpo", 10.0), ("dr_grpo", 1.0)))
+    """Which kinds divide by the answer's own length?"""
+    weigh = lambda kind: [
+        -torch.autograd.grad(
+            grpo_loss(x, x.detach(), None, torch.ones(2), mask_bs, kind=kind).loss, x
+        )[0]
+        for x in [torch.zeros(2, 200, requires_grad=True)]
+    ][0]
+    mask_bs = torch.arange(200) < torch.tensor([[20], [200]])
+    for kind in ("grpo", "bnpo", "dapo", "dr_grpo"):
+        short, long = weigh(kind)[:, 0].tolist()
+        assert abs(fn(kind) - short / long) < 1e-3
 
 
 def my_lonely(g: int) -> float:
@@ -653,8 +694,8 @@ check_silent(my_silent)
 # ```
 # </details>
 #
-# **3 · Break.** Two wrong answers have the same advantage; one has 20 tokens, one 200. How many times as hard is each *token* of
-# the short one pushed down, under a kind?
+# **3 · Compute.** Two wrong answers have the same advantage; one has 20 tokens, one 200. How many times as hard is each *token* of
+# the short one pushed down, under `kind` (grpo, bnpo, dapo, dr_grpo)?
 
 
 # %%
@@ -669,14 +710,14 @@ check_short(my_short)
 #
 # ```python
 # def my_short(kind):
-#     return {"grpo": 10.0, "dr_grpo": 1.0}[kind]  # hence grpo's long wrong answers
+#     return 10.0 if kind == "grpo" else 1.0  # hence grpo's long wrong answers
 # ```
 # </details>
 
 # %% [markdown]
 # ## Scale-up
-# A step of V3 with 32 questions × 16 answers × 4,096 tokens: 2.1M tokens are *written*, then read by the old policy, the reference and
-# the new policy. Writing dominates, one token after another; the three reads are plain forward passes, in batches.
+# A step of V3 with 32 questions × 16 answers × 4,096 tokens: 2.1M tokens are *written*, then read by the reference and
+# the new policy (and by the old one, if there are several updates). Writing dominates, one token after another; the reads are plain forward passes, in batches.
 # A fourth model, PPO's critic, would be trained too: its weights, gradients and moments are what GRPO saves.
 
 # %%
@@ -688,6 +729,3 @@ print(
     f"{tokens / 1e6:.1f}M tokens; logits of them all {tokens * V3.vocab_size * 4 / 1e12:.1f} TB, {512 * V3.vocab_size * 4 / 1e6:.0f} MB at a time"
 )
 print(f"a critic as large as the policy: {critic / 1e12:.1f} TB more")
-
-# %% [markdown]
-# The biases of the gates are best left as they are: the loads of a few hundred problems say nothing about balance.

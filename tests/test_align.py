@@ -4,18 +4,20 @@ import copy
 import json
 import random
 import re
+import shutil
 
 import miniruns
 import pytest
 import torch
 
+from dsv3_ref.config import UserError
 from dsv3_ref.rewards import boxed
 from dsv3_ref.run import align, checkpoint, cli, reward_study
 from dsv3_ref.run.asking import Written
 from dsv3_ref.run.tasks import TASKS, THINK, two_forms
 from dsv3_ref.run.tokenizer import read_tokenizer
 
-SIZE = {**miniruns.MINI, "max_seq_len": 256, "original_seq_len": 256}
+SIZE = {**miniruns.MINI, "max_seq_len": 512, "original_seq_len": 512}
 FLAGS = [f"--model.{k.replace('_', '-')}={v}" for k, v in SIZE.items()]
 
 # ── Data ──
@@ -112,11 +114,17 @@ def test_every_stage_ran_and_its_curve_is_there(home, aligned):
     assert settings("out/0/rl-no-baseline")["control"] == "no-baseline"
     assert settings("out/1/rl")["seed"] == 1 and settings("out/0/rl")["control"] == "none"
     assert len(aligned["distillation"]) == 5
+    for groups in aligned["groups"].values():
+        assert all(len(group["answers"]) == 8 for group in groups)
 
 
 def test_what_is_finished_is_not_run_again(home, aligned, monkeypatch):
     monkeypatch.setattr(cli, "main", None)
-    assert align.stage(home / "out/0/sft", "sft") == home / "out/0/sft"
+    words = checkpoint.read_json(home / "out/0/sft/run.json")["command"].split()[1:-2]
+    out = align.Path("out/0/sft")
+    assert align.stage(out, *words) == out
+    with pytest.raises(UserError, match="is of another command"):
+        align.stage(out, *words, "--lr", 1)
 
 
 def test_what_was_interrupted_goes_on(home, tmp_path, monkeypatch):
@@ -124,10 +132,29 @@ def test_what_was_interrupted_goes_on(home, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "main", lambda argv: asked.append(argv) or 0)
     align.stage(tmp_path / "new", "rl", "--steps", 3)
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun/run.json").write_text("{}")
+    command = f"dsv3 rl --steps 3 --out {tmp_path / 'begun'}"
+    (tmp_path / "begun/run.json").write_text(json.dumps({"command": command}))
     align.stage(tmp_path / "begun", "rl", "--steps", 3)
     assert asked[0] == ["rl", "--steps", "3", "--out", str(tmp_path / "new")]
     assert asked[1] == ["rl", "--resume", "--out", str(tmp_path / "begun")]
+
+
+def test_pretraining_is_finished_first_or_left_alone(home, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "main", lambda argv: asked.append(argv) or 0)
+    align.pretrained(home / "base")
+    align.pretrained(home / "out/0/sft")
+    assert asked == []
+    half = tmp_path / "half"
+    shutil.copytree(home / "base", half)
+    (half / "summary.json").unlink()
+    run = checkpoint.read_json(half / "run.json") | {"command": "dsv3 train --config tiny"}
+    (half / "run.json").write_text(json.dumps(run))
+    align.pretrained(half)
+    assert asked == [["train", "--resume", "--out", str(half)]]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError):
+        align.pretrained(tmp_path / "empty")
 
 
 def test_a_stage_that_fails_ends_it_with_its_code(tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def said(home, tmp_path, capsys):
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--data"], "--data needs at least one source"),
-        (["--data", "sotu=much"], "the weight in --data 'sotu=much' is not a number"),
+        (["--data", "sotu=much"], "the weight in 'sotu=much' is not a number"),
         (["--data", "missing.txt"], "no data at 'missing.txt': give a file, a folder, sotu"),
         (["--tokenizer", "missing"], "no tokenizer.json in missing"),
     ],

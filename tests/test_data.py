@@ -212,7 +212,7 @@ def check_mistake(name: str, sentence: str) -> None:
 
 @pytest.mark.parametrize("weight", ["=x", "=0", "=-1", "=nan", "=inf", "="])
 def test_a_weight_that_is_none(weight):
-    with pytest.raises(UserError, match=f"the weight in --data 'sotu{weight}'"):
+    with pytest.raises(UserError, match=f"the weight in 'sotu{weight}'"):
         data.split_spec(f"sotu{weight}")
 
 

@@ -28,7 +28,8 @@ def home(tmp_path_factory):
         patch = pytest.MonkeyPatch()
         patch.setattr("dsv3_ref.run.report.write_report", miniruns.no_report)
         patch.setitem(TASKS, "short", Short("short"))
-        assert cli.main(options(folder, folder / "base")) == 0
+        longer = ["--model.max-seq-len", 128, "--model.original-seq-len", 128]
+        assert cli.main(options(folder, folder / "base", *longer)) == 0
         yield folder
         patch.undo()
 
@@ -110,7 +111,7 @@ def test_a_likeliest_continuation_is_called_so(lm):
 
 
 def test_texts_longer_than_a_window_count_every_token_once(lm):
-    text = "the sea was calm and old; ships, gulls, rain! a light far off. " * 12
+    text = "the sea was calm and old; ships, gulls, rain! a light far off. " * 24
     ids, limit = lm.tok_encode(text), lm.limit
     assert len(ids) > 2 * limit
     (found,) = lm.loglikelihood_rolling(asked((text,)), disable_tqdm=True)

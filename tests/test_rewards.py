@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.rewards import (
     boxed,
@@ -85,6 +86,12 @@ def test_the_form(text, well):
         ("3", "-3", False),
         ("", "7", False),
         ("nothing", "7", False),
+        ("tac", "cat", False),
+        ("cat", "cat", True),
+        ("3cm", "3km", False),
+        ("3  km", "3 km", True),
+        (r"\sin(x)^2", r"\sin(x)\cdot\sin(x)", True),
+        ("AB", "BA", False),
     ],
 )
 def test_answers_are_equal_by_value(given, truth, same):
@@ -141,6 +148,15 @@ def test_a_dead_process_is_replaced():
     verify.stop()
 
 
+def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monkeypatch):
+    slow, real = maths.Verifier(), maths.Verifier.line
+    monkeypatch.setattr(maths.Verifier, "line", lambda self, _: real(self, 0.0))
+    with pytest.raises(UserError, match="pip install"):
+        slow("1", "2")
+    monkeypatch.undo()
+    assert slow("1", "2") is False and slow("1", "1") is True
+
+
 def test_off_the_main_thread_too():
     found = []
     work = threading.Thread(target=lambda: found.append(maths.equal(r"\sqrt{4}", "2")))
@@ -171,6 +187,14 @@ def test_a_score_is_its_samples_alone_and_a_product_with_one_row(micro):
 def test_only_judgements_are_learnt_by_heart(micro):
     line = torch.tensor([sample(1, [20, 21]) + sample(2, [22]) + sample(1, [20])[:6]])
     assert line[judgement(line, MARKS)].tolist() == [20, 21, 1, 22, 1]
+
+
+def test_an_answer_among_several_turns_is_no_judgement():
+    """A prompt that holds an answer already: only the judge's turn, the last, counts."""
+    bos, eos, _, user, assistant = MARKS
+    talk = [bos, user, 9, assistant, 10, eos, user, 11, assistant, 12, eos]
+    line = torch.tensor([talk + [user, 13, assistant, 14, eos]])
+    assert line[judgement(line, MARKS)].tolist() == [14, eos]
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.floats(-8, 8)), min_size=1, max_size=6))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import miniruns
 import pytest
@@ -270,8 +271,33 @@ def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, mon
 def test_a_vote_is_a_yes(home):
     policy = Policy.of(home / "base")
     yes, no = ([*policy.tokenizer.encode(x, add_special_tokens=False).ids] for x in ("Yes", "no"))
+    policy.model = SimpleNamespace(config=SimpleNamespace(max_seq_len=999))
     policy.write = lambda prompts, k, *_: ([yes, no] * len(prompts) * (k // 2), [[0.0]] * k * 2)
     assert policy.votes([("a", "b"), ("c", "d")], 2).tolist() == [[True, False]] * 2
+
+
+def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
+    assert rl(home, tmp_path / "rl", "--max-new-tokens", 60) == 2
+    assert "are more than the 64 that the model reads" in capsys.readouterr().err
+
+
+def test_the_form_is_a_rule_too(home, tmp_path):
+    t = trainer(home, tmp_path / "x", "--form")
+    say = lambda text: Answer(t.rows.take(1)[0], [1], [2, t.marks.eos], [0.0, 0.0], text, 0.0)
+    found = [say("a"), say("<think>a</think>\\boxed{1}")]
+    t.score.say, t.form = print, True
+    before = [t.score.rule(a) for a in found]
+    t.score.form = False
+    assert before == [0.0, 0.0] and [t.score.rule(a) for a in found] == [1.0, 0.0]
+
+
+def test_held_out_problems_leave_random_numbers_alone(home, tmp_path):
+    t = trainer(home, tmp_path / "x")
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    t.held_out()
+    assert torch.equal(torch.rand(3), want)
 
 
 def test_questions_go_on_where_they_stood():
@@ -289,6 +315,8 @@ REFUSED = [
     (["--init", "{base}", "--tasks", "writing"], "--reward must name a reward model"),
     (["--init", "{base}", "--tasks", "writing", "--votes", "-1"], "--votes must be at least 0"),
     (["--init", "{base}", "--votes", "2", "--reward", "x"], "--reward or --votes, not both"),
+    (["--init", "{base}", "--updates", "5", "--batch", "8", "--batch-start", "4"], "--updates"),
+    (["--init", "{base}", "--tasks"], "--tasks needs at least one name"),
     (["--init", "{base}", "--tasks", "nowhere.jsonl"], "no data at 'nowhere.jsonl'"),
     (["--init", "{base}", "--tasks", "riddles"], "no task 'riddles'"),
     (["--init", "{base}", "--temperature", "0"], "--temperature must be above 0"),

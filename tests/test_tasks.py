@@ -82,26 +82,29 @@ def test_answers_in_a_file_are_compared_by_value(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 def test_code_in_an_answer_runs_against_all_cases(tmp_path):
-    task = Rows(file(tmp_path, {"question": "double?", "cases": DOUBLE}))
-    (p,) = task.problems[0]
+    task = Rows(file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)]))
+    p = task.problems[0][0]
     fenced = lambda code: f"Here:\n```python\n{code}\n```\n"
     good = "def double(x):\n    return x + x"
     for text, right in [(fenced(good), 1.0), (good, 0.0), (fenced(good) * 2, 0.0),
                         (fenced("def double(x):\n    return 4"), 0.0)]:  # fmt: skip
         assert task.score(text, p) == right
-    task = Rows(file(tmp_path, {"question": "add?", "cases": ECHO}))
+    task = Rows(file(tmp_path, *[{"question": f"add {i}?", "cases": ECHO} for i in range(4)]))
     assert task.score(fenced("print(sum(map(int, input().split())))"), task.problems[0][0]) == 1.0
 
 
 def test_without_bubblewrap_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="apt-get install bubblewrap"):
-        Rows(file(tmp_path, {"question": "double?", "cases": DOUBLE}))
+        Rows(file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)]))
 
 
 def test_open_rows_need_a_question_only(tmp_path):
-    task = Rows(file(tmp_path, {"question": "why?"}, "", {"question": "how?"}))
-    assert task.open and sorted(p.question for p in task.problems[0]) == ["how?", "why?"]
+    asked = ["why?", "how?", "who?", "when?"]
+    task = Rows(file(tmp_path, *[{"question": q} for q in asked[:2]], "",
+                     *[{"question": q} for q in asked[1:]]))  # fmt: skip
+    practised, held = task.problems
+    assert task.open and sorted(p.question for p in practised + held) == sorted(asked)
 
 
 POISON = {
@@ -122,18 +125,19 @@ POISON = {
 @pytest.mark.parametrize("bad", POISON)
 def test_a_poisoned_row_is_told_by_its_number_and_left_out(bad, tmp_path):
     told = []
-    name = file(tmp_path, {"question": "a", "answer": "1"}, bad, {"question": "b", "answer": "2"})
+    good = [{"question": q, "answer": "1"} for q in "abcd"]
+    name = file(tmp_path, good[0], bad, *good[1:])
     task = Rows(name, told.append)
-    assert len(task.problems[0]) == 2
+    assert sum(map(len, task.problems)) == 4
     assert len(told) == 1 and told[0].startswith(f"{name}, row 2 is left out: ")
     assert POISON[bad] in told[0]
 
 
 def test_files_that_cannot_be_practised_on(tmp_path):
-    with pytest.raises(UserError, match="no problem"):
+    with pytest.raises(UserError, match="has 0 problems: at least 4"):
         Rows(file(tmp_path, "x"), lambda _: None)
     with pytest.raises(UserError, match="mixes rows"):
-        Rows(file(tmp_path, {"question": "a", "answer": "1"}, {"question": "b"}))
+        Rows(file(tmp_path, {"question": "a", "answer": "1"}, *[{"question": q} for q in "bcd"]))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,10 @@ class Params(SimpleNamespace):
     """SamplingParams."""
 
 
+class MLAAttention(SimpleNamespace):
+    """Its module of that name."""
+
+
 class Engine:
     """LLM: a model of its own, read from the directory; it changes by load_weights alone."""
 
@@ -32,9 +36,20 @@ class Engine:
         module, _, name = worker_extension_cls.rpartition(".")
         self.worker = getattr(import_module(module), name)()
         self.model, self.reset = load(model, dtype=torch.float32), 0
+        mla = MLAAttention(process_weights_after_loading=self.absorb)
         self.worker.model_runner = SimpleNamespace(
-            model=SimpleNamespace(load_weights=self.load_weights)
+            model=SimpleNamespace(load_weights=self.load_weights, modules=lambda: [mla]),
+            model_config=SimpleNamespace(dtype=torch.float32),
         )
+        self.absorb(torch.float32)
+
+    def absorb(self, dtype):
+        """The copies that MLA decodes with."""
+        self.absorbed = {
+            name: x.to(dtype, copy=True)
+            for name, x in self.model.state_dict().items()
+            if "wkv_b" in name
+        }
 
     def load_weights(self, pairs):
         """From Hugging Face's names to ours."""
@@ -55,6 +70,7 @@ class Engine:
 
     def generate(self, asked, how, use_tqdm):
         prompts = [a["prompt_token_ids"] for a in asked]
+        self.model.load_state_dict(self.absorbed, strict=False)
         assert how.logprobs == 0 and how.ignore_eos and not how.detokenize
         found = rollouts(self.model, prompts, how.n, how.max_tokens, how.stop_token_ids[0],
                          how.temperature)  # fmt: skip

@@ -96,23 +96,32 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def stage(out: Path, *words) -> Path:
     """Run a command into a folder, or go on with it, unless it is finished."""
+    argv = [*map(str, words), "--out", str(out)]
+    command = shlex.join(["dsv3", *argv])
+    began = command_of(out)
+    if began and began != command:
+        raise UserError(f"{out} is of another command ({began}): give another --out")
     if (out / "summary.json").is_file():
         return out
-    words = [str(word) for word in words]
-    words = [words[0], "--resume"] if (out / "run.json").is_file() else words
-    argv = [*words, "--out", str(out)]
+    if began:
+        argv = [argv[0], "--resume", "--out", str(out)]
     print("\n$ " + shlex.join(["dsv3", *argv]), flush=True)
     if code := cli.main(argv):
         raise SystemExit(code)
     return out
 
 
+def command_of(run: Path) -> str | None:
+    """What a folder's run was started with; None for a folder without one."""
+    about = run / "run.json"
+    return checkpoint.read_json(about)["command"] if about.is_file() else None
+
+
 def align(args: Align) -> None:
     """All seeds, then the table."""
     if min(args.seeds, args.steps, args.epochs) < 1:
         raise UserError("--seeds, --steps and --epochs must be at least 1")
-    if not checkpoint.steps(args.init):
-        stage(args.init, "train", "--config", "tiny")
+    pretrained(args.init)
     runs = {}
     for seed in range(args.seeds):
         folder = args.out / str(seed)
@@ -124,6 +133,15 @@ def align(args: Align) -> None:
         found["distillation"] = distil(args, args.out / "0")
     write_json(args.out / "align.json", found)
     print("\n" + table(runs))
+
+
+def pretrained(init: Path) -> None:
+    """A model to start from: whatever is there (pre-training is finished), or `make train`'s."""
+    if (command_of(init) or "").startswith("dsv3 train ") and not (init / "summary.json").is_file():
+        cli.main(["train", "--resume", "--out", str(init)])
+    elif not init.exists():
+        stage(init, "train", "--config", "tiny")
+    checkpoint.config_of(init)  # raises for what is no model
 
 
 def after_sft(args: Align, folder: Path, seed: int) -> Path:
@@ -224,9 +242,24 @@ def rounded(x):
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
+def groups_of(run: Path) -> list[dict]:
+    """Eight answers to each of four held-out sums, with their rewards."""
+    policy, task = Policy.of(run), TASKS["sums"]
+    problems = task.problems[1][:4]
+    torch.manual_seed(0)
+    found = policy.answers([messages(p.question) for p in problems], 8, MAX_NEW, 1.0)
+    told = [{"text": a.text, "reward": a.ended * task.score(a.text, problems[i // 8])}
+            for i, a in enumerate(found)]  # fmt: skip
+    return [
+        {"question": p.question, "answers": told[8 * i : 8 * i + 8]} for i, p in enumerate(problems)
+    ]
+
+
 def result(args: Align, runs: dict[str, Path]) -> dict:
-    """Enough for the chapters: before, after and the curves of every run."""
+    """Enough for the chapters: before, after and the curves of every run, and some groups."""
+    before, after = (groups_of(args.out / "0" / name) for name in ("sft", "rl"))
     return {
+        "groups": {"before": before, "after": after},
         "command": shlex.join(["dsv3", "align", *sys.argv[2:]]),
         "commit": commit(),
         "cores": os.cpu_count(),

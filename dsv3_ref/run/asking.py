@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from dsv3_ref.config import UserError
 from dsv3_ref.grpo import rollouts
 from dsv3_ref.rewards import ballot
 from dsv3_ref.run import checkpoint
@@ -15,6 +16,16 @@ from dsv3_ref.run.tokenizer import marks_of, read_tokenizer
 from dsv3_ref.sft import chat
 
 LOT, VOTE = 256, 4  # answers that are written side by side; tokens of a vote
+
+
+def has_room(model, prompts: Sequence[list[int]], new: int) -> None:
+    """Raise if a prompt and its answer are more than the model reads."""
+    longest, limit = max(map(len, prompts), default=0), model.config.max_seq_len
+    if longest + new > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and an answer of {new} are more than the {limit} that "
+            "the model reads"
+        )
 
 
 class Written(NamedTuple):
@@ -61,6 +72,7 @@ class Policy:
         n = max(1, LOT // group)
         for i in range(0, len(asked), n):
             prompts = [self.prompt(messages) for messages in asked[i : i + n]]
+            has_room(self.model, prompts, max_new)
             end = self.marks.eos
             found = self.write(prompts, group, max_new, end, temperature)
             yield [

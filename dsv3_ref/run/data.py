@@ -55,9 +55,9 @@ def split_spec(spec: str) -> tuple[str, float]:
     try:
         value = float(weight) if name else 1.0
     except ValueError:
-        raise UserError(f"the weight in --data {spec!r} is not a number") from None
+        raise UserError(f"the weight in {spec!r} is not a number") from None
     if not 0 < value < math.inf:
-        raise UserError(f"the weight in --data {spec!r} must be a number above 0")
+        raise UserError(f"the weight in {spec!r} must be a number above 0")
     return name or spec, value
 
 

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,12 @@ class Chat(Options):
 
     system: str = ""
     """what is said before the first turn"""
+    web: bool = False
+    """in a browser instead: a page with these settings, and the experts behind every token"""
+    host: str = "127.0.0.1"
+    """where the page is served: this machine alone; 0.0.0.0 is the whole network"""
+    port: int = 7860
+    """of the page; 0: a free one"""
 
 
 # ── Text from tokens ──
@@ -107,17 +114,28 @@ class Speaker:
 
     def __init__(self, args: Options):
         check(args)
-        self.args, device = args, pick_device(args.device)
-        self.model: Transformer = load(args.model).to(device).eval()
+        self.device = pick_device(args.device)
+        self.model: Transformer = load(args.model).to(self.device).eval()
         self.tokenizer = read_tokenizer(tokenizer_folder(args.model))
+        self.choose(args)
+        if args.compile:
+            warm_up(self.model, args.draft)
+
+    def choose(self, args: Options) -> None:
+        """From now on, choose tokens so."""
+        check(args)
         if args.draft > len(self.model.mtp):
             raise UserError(
                 f"--draft {args.draft}: this model has {len(self.model.mtp)} MTP modules"
             )
-        generator = torch.Generator(device).manual_seed(args.seed)
-        self.choice = Choice(args.temperature, args.top_p, generator)
-        if args.compile:
-            warm_up(self.model, args.draft)
+        generator = torch.Generator(self.device).manual_seed(args.seed)
+        self.args, self.choice = args, Choice(args.temperature, args.top_p, generator)
+
+    def like(self, args: Options) -> "Speaker":
+        """The same model with other options."""
+        other = copy(self)
+        other.choose(args)
+        return other
 
     def special(self, token: str) -> int:
         """The id of a special token; text never contains one."""
@@ -130,6 +148,14 @@ class Speaker:
         """Tokens of a text; what looks like a special token is spelled as plain characters."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def asked(self, text: str) -> list[int]:
+        """A question as tokens, up to where the answer begins."""
+        return [self.special(USER), *self.encode(text), self.special(ASSISTANT)]
+
+    def answered(self, text: str) -> list[int]:
+        """An answer as it is remembered."""
+        return [*self.encode(text), self.special(EOS)]
+
     def room(self, prompts: list[list[int]]) -> int:
         """Tokens that may be written after the longest prompt."""
         longest, limit = max(map(len, prompts)), self.model.config.max_seq_len
@@ -137,19 +163,26 @@ class Speaker:
             raise UserError(f"the prompt has {longest} tokens, the model reads at most {limit - 1}")
         return min(self.args.max_new_tokens, limit - longest)
 
-    def write(self, prompts: list[list[int]]) -> Iterator[list[str]]:
-        """The next piece of text of every row, round by round."""
-        texts = [Text(self.tokenizer, self.args.stop) for _ in prompts]
+    def rounds(
+        self, prompts: list[list[int]], live: Callable[[], list[bool]]
+    ) -> Iterator[list[list[int]]]:
+        """The new tokens of every row, round by round; `live` says which rows are to go on."""
         ends = {self.special(EOS)}
         options = self.args.draft, self.args.compile
         rounds = stream(self.model, prompts, self.room(prompts), self.choice, ends, *options)
         new = next(rounds, None)
         while new is not None:
-            yield [text.add(tokens) for text, tokens in zip(texts, new)]
+            yield new
             try:
-                new = rounds.send([not text.ended for text in texts])
+                new = rounds.send(live())
             except StopIteration:
                 new = None
+
+    def write(self, prompts: list[list[int]]) -> Iterator[list[str]]:
+        """The next piece of text of every row, round by round."""
+        texts = [Text(self.tokenizer, self.args.stop) for _ in prompts]
+        for new in self.rounds(prompts, lambda: [not text.ended for text in texts]):
+            yield [text.add(tokens) for text, tokens in zip(texts, new)]
         yield [text.rest() for text in texts]
 
 
@@ -199,16 +232,26 @@ def generate(args: Generate) -> None:
 
 
 def chat(args: Chat) -> None:
+    """Talk here, or in a browser."""
+    if args.web:
+        from dsv3_ref.run.web import serve
+
+        serve(args)
+    else:
+        talk(Speaker(args))
+
+
+def talk(speaker: Speaker) -> None:
     """Read a line, answer it, remember both."""
-    speaker, turns = Speaker(args), []
+    turns = []
     while line := read_line():
-        turns.append([speaker.special(USER), *speaker.encode(line), speaker.special(ASSISTANT)])
+        turns.append(speaker.asked(line))
         answer = ""
         for new in speaker.write([conversation(speaker, turns)]):
             answer += new[0]
             print(new[0], end="", flush=True)
         print()
-        turns[-1] += [*speaker.encode(answer), speaker.special(EOS)]
+        turns[-1] += speaker.answered(answer)
 
 
 def read_line() -> str:

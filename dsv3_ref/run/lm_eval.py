@@ -43,6 +43,12 @@ class OurLM(TemplateLM):
         ids = self.policy.tokenizer.encode(string, add_special_tokens=False).ids
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """A conversation in its form; a text as lm-eval joins it."""
+        if isinstance(context, Chat):
+            return self.policy.prompt(context.messages), self.tok_encode(continuation, False)
+        return super()._encode_pair(context, continuation)
+
     @torch.no_grad()
     def scores(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """(log p of a continuation behind its context, whether each token was the likeliest)."""

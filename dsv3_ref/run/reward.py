@@ -15,6 +15,7 @@ from dsv3_ref.optim import Recipe, batch_plan
 from dsv3_ref.pretrain import Losses
 from dsv3_ref.rewards import bradley_terry, calibration, judge, preference_losses, reward_scores
 from dsv3_ref.run import checkpoint, data
+from dsv3_ref.run.asking import has_room
 from dsv3_ref.run.settings import Train
 from dsv3_ref.run.sft import hold_out
 from dsv3_ref.run.tokenizer import marks_of, read_tokenizer
@@ -177,7 +178,8 @@ class RewardTrainer(Trainer):
         return sum(len(tokens) for pair in pairs for tokens in pair)
 
     def losses(self, model, pairs: list[Pair], _) -> Losses:
-        tokens_1n, weight = line(pairs, self.device), self.args.judgement_weight
+        tokens_1n = line(pairs, self.device)
+        weight = self.args.judgement_weight * (self.args.judge == "thinking")
         return preference_losses(model, tokens_1n, self.marks, weight).losses
 
     @torch.no_grad()
@@ -258,6 +260,7 @@ class Judge:
     def judged(self, samples: list[list[int]], truths: list[str]):
         """The conversations with a judgement of at most JUDGEMENT tokens behind them."""
         asked, end = self.asked(samples, truths), self.marks.eos
+        has_room(self.model, asked, JUDGEMENT)
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
         told = [rollouts(self.model, lot, 1, JUDGEMENT, end, 0.0)[0] for lot in lots]
         written = [answer for lot in told for answer in lot]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from dsv3_ref.config import UserError
 from dsv3_ref.rewards import ballot, bradley_terry, calibration, condorcet, vote_agreement
 from dsv3_ref.run.align import rounded, stage, worse, write
 from dsv3_ref.run.asking import Policy
@@ -192,8 +193,12 @@ def study(args: Study) -> None:
         result["judges"][name] = found
         print(name, found)
     result["votes"] = self_reward(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "rewards.json", rounded(result))
 
 
 if __name__ == "__main__":
-    study(tyro.cli(Study, prog="python -m dsv3_ref.run.reward_study"))
+    try:
+        study(tyro.cli(Study, prog="python -m dsv3_ref.run.reward_study"))
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -19,7 +19,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.grpo import advantages, grpo_loss, token_logp
 from dsv3_ref.optim import Recipe, batch_plan
 from dsv3_ref.pretrain import Losses, StepStats
-from dsv3_ref.rewards import votes
+from dsv3_ref.rewards import votes, well_formed
 from dsv3_ref.run import checkpoint
 from dsv3_ref.run.asking import Policy
 from dsv3_ref.run.sandbox import together
@@ -53,6 +53,8 @@ class Rl(Train):
     max_new_tokens: int = 48
     """an answer that is longer counts 0"""
     temperature: float = 1.0
+    form: bool = False
+    """an answer must also be <think>…</think> and behind it one box, or it counts 0"""
     system: str = ""
     """system prompt before each question"""
     objective: Literal["grpo", "bnpo", "dapo", "dr_grpo", "sequence"] = "grpo"
@@ -66,7 +68,8 @@ class Rl(Train):
     updates: int = 1
     """optimizer steps from one set of answers, each from its part of the questions"""
     max_kl: float = 1.0
-    """a mean log π/π_ref above this (nats a token; `drift` in metrics.jsonl) ends the run"""
+    """a mean log π/π_ref above this (nats a token; `drift` in metrics.jsonl) ends the run, if the
+    first model is kept"""
     rollout: Literal["own", "vllm"] = "own"
     """who writes answers: our own decoder, or vLLM, fed through a Hugging Face directory"""
     vllm_tp: int = 1
@@ -98,7 +101,11 @@ class Rl(Train):
             (0 <= self.beta < math.inf, "--beta must be at least 0"),
             (min(self.max_kl, self.max_mismatch) > 0, "--max-kl, --max-mismatch must be above 0"),
             (self.vllm_tp >= 1, "--vllm-tp must be at least 1"),
-            (1 <= self.updates <= self.recipe.batch, "--updates: from 1 to --batch"),
+            (len(self.tasks) > 0, "--tasks needs at least one name"),
+            (
+                1 <= self.updates <= min(self.recipe.batch, self.recipe.batch_start),
+                "--updates: from 1 to --batch and --batch-start",
+            ),
             (
                 self.reward is not None or self.votes or not is_open,
                 f"{', '.join(is_open)}: no answer is right, so --reward must name a reward model, "
@@ -156,13 +163,17 @@ class Answer:
 class Scorer:
     """Rewards: a task's own rule, or opinions where nothing is right."""
 
-    def __init__(self, args: Rl, first: Policy, say):
+    def __init__(self, args: Rl, first: Policy, say, device):
         self.end, self.say, self.failed = first.marks.eos, say, set()
-        self.first, self.votes, self.model = first, args.votes, None
+        self.first, self.votes, self.form, self.model = first, args.votes, args.form, None
         if args.reward:
             from dsv3_ref.run.reward import Judge
 
-            self.model = Judge(args.reward)
+            self.model = Judge(args.reward, device)
+            if self.model.told:
+                raise UserError(f"{args.reward} wants to be told the right answer: there is none")
+            if self.model.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+                raise UserError(f"{args.reward} reads another tokenizer's tokens than {args.init}")
 
     def __call__(self, answers: list[Answer]) -> None:
         """Fill in the rewards: 0 for an answer without an end, or whose scorer fails."""
@@ -185,6 +196,8 @@ class Scorer:
 
     def rule(self, a: Answer) -> float:
         """What the task says; the first failure of each kind is told."""
+        if self.form and not well_formed(a.text):
+            return 0.0
         try:
             return find(a.problem.domain).score(a.text, a.problem)
         except UserError:  # what only the user can mend
@@ -220,8 +233,9 @@ class RlTrainer(Trainer):
             self.reference = checkpoint.load(self.args.init, dtype=torch.float32).to(self.device)
             self.reference.requires_grad_(False)
         first = Policy(self.reference, self.tokenizer)
-        self.score = Scorer(self.args, first, lambda text: print(text, file=sys.stderr))
-        self.writer = None
+        say = lambda text: print(text, file=sys.stderr)
+        self.score = Scorer(self.args, first, say, self.device)
+        self.writer = self.brought = None  # the step whose weights it has
         if self.args.rollout == "vllm":
             self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
         if self.fresh:
@@ -232,20 +246,21 @@ class RlTrainer(Trainer):
         """A group of scored answers to each."""
         asked = [messages(p.question, system=self.args.system) for p in problems]
         policy = Policy(self.model, self.tokenizer, self.writer)
+        if self.writer and self.brought != self.step:
+            self.writer.refresh(self.model)
+            self.brought = self.step
         with self.arithmetic():
             found = policy.answers(asked, group, self.args.max_new_tokens, temperature)
-        answers = [
-            Answer(problems[i // group], a.prompt, a.tokens, a.logp, a.text, 0.0)
-            for i, a in enumerate(found)
-        ]
-        self.score(answers)
+            answers = [
+                Answer(problems[i // group], a.prompt, a.tokens, a.logp, a.text, 0.0)
+                for i, a in enumerate(found)
+            ]
+            self.score(answers)
         return answers
 
     def batch(self, n: int) -> list[Answer]:
         """Groups of answers to the next n questions, with their advantages."""
         args, start = self.args, time.perf_counter()
-        if self.writer:
-            self.writer.refresh(self.model)
         answers = self.ask(self.rows.take(n), args.group, args.temperature)
         reward_b = torch.tensor([a.reward for a in answers])
         if args.control == "random-reward":
@@ -320,7 +335,7 @@ class RlTrainer(Trainer):
         written_n = torch.tensor([p for a in lot for p in a.logp], device=self.device)
         old_n = logp_n.detach() if lot[0].old is None else torch.cat([a.old for a in lot])
         ref_n = None
-        if args.beta:
+        if self.reference:
             with torch.no_grad():
                 ref_n = self.logp(self.reference, lot)[0]
         advantage_b = torch.tensor([a.advantage for a in lot], device=self.device)
@@ -332,8 +347,9 @@ class RlTrainer(Trainer):
             size.get(args.objective),
         )  # fmt: skip
         self.note(len(logp_n), kl=out.kl, clipped=out.clipped, entropy=entropy_n.mean(),
-                  drift=0.0 if ref_n is None else (logp_n - ref_n).mean(),
                   mismatch=(logp_n - written_n).abs().mean())  # fmt: skip
+        if ref_n is not None:
+            self.seen["drift"] += (logp_n - ref_n).sum().item()
         part = 1.0 if args.objective == "dapo" else self.live / self.total[0]
         return Losses(out.loss * part, [], out.loss.new_zeros(()), routes)
 
@@ -364,17 +380,17 @@ class RlTrainer(Trainer):
 
     def held_out(self) -> dict[str, dict[str, float]]:
         """For each task: mean reward of the likeliest answer and of one drawn, and its length."""
-        out, before = {}, torch.get_rng_state()
-        torch.manual_seed(0)
-        for name in self.names:
-            problems = find(name).problems[1]
-            likeliest, drawn = (self.ask(problems, 1, t) for t in (0.0, 1.0))
-            out[name] = {
-                "greedy": mean(a.reward for a in likeliest),
-                "sampled": mean(a.reward for a in drawn),
-                "length": mean(len(a.tokens) for a in drawn),
-            }
-        torch.set_rng_state(before)
+        out = {}
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for name in self.names:
+                problems = find(name).problems[1]
+                likeliest, drawn = (self.ask(problems, 1, t) for t in (0.0, 1.0))
+                out[name] = {
+                    "greedy": mean(a.reward for a in likeliest),
+                    "sampled": mean(a.reward for a in drawn),
+                    "length": mean(len(a.tokens) for a in drawn),
+                }
         return out
 
     def validate(self, row: dict) -> None:
@@ -404,4 +420,5 @@ class RlTrainer(Trainer):
     def verdict(self, row: dict) -> str:
         before, name = checkpoint.read_json(self.folder / BEFORE)["held_out"], self.names[0]
         was, now = (x[name]["greedy"] for x in (before, row["held_out"]))
-        return f"{name}: {was:.1%} right before, {now:.1%} after, on held-out problems"
+        what = "mean reward" if find(name).open else "share right"
+        return f"{name}: {what} {was:.3f} before, {now:.3f} after, on held-out problems"

@@ -154,15 +154,16 @@ class Rows:
                 made.append(problem_of(name, row))
             except UserError as e:
                 say(f"{name}, row {number} is left out: {e}")
-        if not made:
-            raise UserError(f"{name} has no problem to practise on")
+        made = list({p.question: p for p in made}.values())  # none on both sides
+        if len(made) < 4:
+            raise UserError(f"{name} has {len(made)} problems: at least 4, for a quarter is held")
         if len({kind(p) for p in made}) > 1:
             raise UserError(f"{name} mixes rows with answers, with cases or with neither")
         self.open = kind(made[0]) == "open"
         passes("", made[0].cases[:1])  # without a sandbox that works it ends here
         random.Random(0).shuffle(made)
         held = min(HELD, len(made) // 4)
-        self.problems = made[held:], made[:held] or made
+        self.problems = made[held:], made[:held]
 
     def score(self, text: str, problem: Problem) -> float:
         """1 if the answer equals the right one, or its program passes every case; else 0."""
@@ -234,18 +235,11 @@ def find(name: str):
 
 def named(specs: tuple[str, ...]) -> dict[str, float]:
     """`sums=0.7` → {"sums": 0.7}; without a weight 1."""
-    out = {}
-    for spec in specs:
-        name, _, weight = spec.partition("=")
+    out = dict(map(data.split_spec, specs))
+    for name in out:
         if not is_ours(name):
             there = ", ".join(TASKS)
             raise UserError(f"no task {name!r}: there are {there}, and .jsonl or .parquet files")
-        try:
-            out[name] = float(weight or 1)
-        except ValueError:
-            raise UserError(f"the weight in {spec!r} is not a number") from None
-        if not 0 < out[name] < float("inf"):
-            raise UserError(f"the weight in {spec!r} must be a number above 0")
     return out
 
 

@@ -135,13 +135,14 @@ class Trainer:
     def one_step(self) -> dict:
         """Train one step; the row for metrics.jsonl."""
         r, start, done = self.args.recipe, time.perf_counter(), self.done
-        batch = self.batch(self.plan[self.step])
         lr, gamma, weight = lr_at(r, self.step, done), gamma_at(r, done), mtp_weight_at(r, done)
+        batch = None
         try:
+            batch = self.batch(self.plan[self.step])
             with self.arithmetic(), ops.keeping(True) if self.args.recompute else nullcontext():
                 s = self.compute(batch, r, lr, gamma, weight, self.guard.limit)
         except torch.OutOfMemoryError:
-            rows = self.args.micro_batch or len(batch)
+            rows = self.args.micro_batch or len(batch or [0, 0])
             hint = f"--micro-batch {max(1, rows // 2)} computes fewer rows at a time"
             raise UserError(f"{self.device} is out of memory: {hint}") from None
         self.step += 1

@@ -52,6 +52,8 @@ def equal(a, b) -> bool:
         return len(a) == len(b) and all(map(equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in b)
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
     if isinstance(a, float | int) and isinstance(b, float | int) and float in (type(a), type(b)):
         return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) or (a != a and b != b)
     return a == b

@@ -20,8 +20,13 @@ class Refresh:
     def refresh(self, folder: str) -> None:
         from safetensors.torch import load_file  # in the engine's process
 
+        model = self.model_runner.model
         for path in sorted(Path(folder).glob("*.safetensors")):
-            self.model_runner.model.load_weights(load_file(path).items())
+            model.load_weights(load_file(path).items())
+        for module in model.modules():  # MLA decodes with copies of wkv_b, made once
+            renew = getattr(module, "process_weights_after_loading", None)
+            if renew and type(module).__name__.endswith("Attention"):
+                renew(self.model_runner.model_config.dtype)
 
 
 class VllmRollouts:

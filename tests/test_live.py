@@ -1,0 +1,258 @@
+"""Runs that are watched: rows as they come, from here and from afar; a command with buttons."""
+
+import asyncio
+import http.server
+import json
+import os
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import miniruns
+import pytest
+from test_viz import closed, fake_rows, rl_rows  # noqa: F401  a fixture
+
+from dsv3_ref.config import UserError
+from dsv3_ref.viz import live
+from dsv3_ref.viz.live import Command, Control, Dashboard, Tail
+
+
+def text(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+@pytest.fixture(params=["a folder", "a file", "an address", "an address without ranges"])
+def source(request, file):
+    """Every way to name the same rows."""
+    if not request.param.startswith("an address"):
+        yield file.parent if request.param == "a folder" else file
+        return
+    handler = Ranges if request.param == "an address" else Quiet
+    with http.server.HTTPServer(
+        ("127.0.0.1", 0), partial(handler, directory=file.parent)
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+class Ranges(Quiet):
+    """A server that sends what was asked for, and knows when nothing stands there."""
+
+    def do_GET(self):
+        data = Path(self.directory, "metrics.jsonl").read_bytes()
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start < len(data) else 416)
+        body = data[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+# ── Rows ──
+
+
+def test_rows_come_as_they_are_written(source, file):
+    rows, all_ = fake_rows(9), text(fake_rows(9))
+    file.write_text("")
+    tail = Tail(source)
+    assert tail.read() == []
+    for end in range(0, len(all_), 700):
+        file.write_text(all_[:end])
+        assert tail.read() == rows[: all_[:end].count("\n")]
+    file.write_text(all_)
+    assert tail.read() == rows == tail.read()
+
+
+def test_a_run_that_went_back_is_read_again(source, file):
+    rows = fake_rows(9)
+    file.write_text(text(rows))
+    tail = Tail(source)
+    assert len(tail.read()) == 9
+    other = [row | {"loss": 1.0} for row in rows[4:7]]
+    file.write_text(text(rows[:4] + other))
+    assert tail.read() == rows[:4] + other
+    longer = rows[:4] + other + fake_rows(30)[7:]
+    file.write_text(text(longer))
+    assert tail.read() == longer
+
+
+def test_only_what_is_new_is_fetched(file, monkeypatch):
+    asked, real = [], Tail.fetch
+    monkeypatch.setattr(Tail, "fetch", lambda self, start: asked.append(start) or real(self, start))
+    rows = fake_rows(40)
+    file.write_text(text(rows[:30]))
+    tail = Tail(file)
+    tail.read()
+    file.write_text(text(rows))
+    tail.read()
+    assert asked[0] == 0 and asked[1] == len(text(rows[:29])) and len(asked) == 2
+
+
+def test_what_is_no_row_is_left_out(file):
+    file.write_text('{"step": 1}\nnonsense\n[2]\n{"loss": 2}\n{"step": 2}\n')
+    assert Tail(file).read() == [{"step": 1}, {"step": 2}]
+
+
+def test_nothing_there_yet(tmp_path):
+    assert Tail(tmp_path / "no").read() == [] == Tail("http://127.0.0.1:9/no").read()
+    with pytest.raises(UserError, match="no rows of a run"):
+        live.look(tmp_path / "no")
+
+
+# ── The page ──
+
+
+def images(board) -> list[bytes]:
+    return [bytes(child.value) for child in board.tabs.children]
+
+
+def test_a_dashboard_grows_with_its_run(file):
+    board = Dashboard(file)
+    assert "no step yet" in board.line.value and board.titles == []
+    file.write_text(text(fake_rows(20)))
+    board.update("running")
+    assert board.titles == ["Loss", "Experts", "Balance", "Gradient", "Speed"]
+    assert "running · step 20 · loss" in board.line.value
+    first = images(board)
+    assert first[0].startswith(b"\x89PNG") and not any(first[1:])  # only what is looked at
+    board.update()
+    assert images(board) == first
+    file.write_text(text(fake_rows(40)))
+    board.update()
+    assert images(board)[0] != first[0]
+
+
+def test_another_tab_or_layer_is_drawn_when_it_is_looked_at(file):
+    file.write_text(text(fake_rows(20)))
+    board = Dashboard(file)
+    board.tabs.selected_index = 1
+    shown = images(board)[1]
+    assert shown and [value for _, value in board.layer.options] == [0, 1, 2]
+    board.layer.value = 2
+    assert images(board)[1] != shown
+
+
+def test_a_run_of_rl_begins_with_its_reward(file):
+    file.write_text(text(rl_rows(20)))
+    board = Dashboard(file)
+    assert board.titles[:3] == ["Reward", "Watch", "Loss"] and images(board)[0]
+    assert "reward 0." in board.line.value
+
+
+def test_following_ends_with_what_came_last(file):
+    file.write_text(text(fake_rows(3)))
+    board, looks = Dashboard(file), iter([True, False])
+
+    def alive():
+        file.write_text(text(fake_rows(5)))
+        return next(looks)
+
+    asyncio.run(board.follow(lambda: "finished", alive))
+    assert "finished · step 5" in board.line.value
+
+
+def test_in_a_script_it_is_a_figure_or_a_sentence(file, capsys):
+    file.write_text(text(fake_rows(20)))
+    assert live.watch(file) is None
+    assert live.train("train --steps 3", "runs/x") is None
+    assert capsys.readouterr().out == "dsv3 train --steps 3 --out runs/x\n"
+
+
+# ── A command ──
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        yield folder
+
+
+def command(home, out, steps: int) -> Command:
+    _, *words = miniruns.options(home, out)[:-2]
+    words = [w for w in words if w not in ("--out", str(out))]
+    more = ["--steps", str(steps), "--warmup-steps", "2", "--save-every", "1000"]
+    return Command(" ".join(["train", *words, *more]), out)
+
+
+def until(happens, run: Command, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end and run.state != "failed", run.log.read_text()[-2000:]
+        time.sleep(0.05)
+
+
+def steps(folder) -> int:
+    return len(Tail(folder).read())
+
+
+def test_a_run_is_paused_stopped_and_goes_on(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = command(home, tmp_path / "run", 5000)
+    assert run.state == "ready"
+    run.start()
+    until(lambda: steps(run.folder) > 3, run)
+    run.pause()
+    time.sleep(0.3)  # a row may be half way
+    at = steps(run.folder)
+    assert run.state == "paused"
+    time.sleep(0.5)
+    assert steps(run.folder) == at
+    run.go_on()
+    until(lambda: steps(run.folder) > at, run)
+    run.pause()
+    run.stop()  # also from a pause
+    until(lambda: run.state == "stopped", run)
+    assert len(list((run.folder / "checkpoints").iterdir())) == 1
+    at = steps(run.folder)
+    run.start()
+    until(lambda: steps(run.folder) > at, run)
+    run.end()
+    until(lambda: run.state == "stopped", run)
+
+
+def test_a_finished_run_is_not_written_over(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / "summary.json").write_text("{}")
+    assert live.free(tmp_path / "run") == tmp_path / "run-3"
+    assert live.free(tmp_path / "my-run") == tmp_path / "my-run"
+    (tmp_path / "run-3").mkdir()
+    (tmp_path / "run-3" / "mine.txt").write_text("no run, and not to be mixed with one")
+    assert live.free(tmp_path / "run") == tmp_path / "run-4"
+
+
+def test_buttons_fit_the_state_and_a_failure_says_why(home, tmp_path):
+    control = Control(Command("train --steps -1", tmp_path / "run"))
+    able = lambda: [not b.disabled for b in (control.begin, control.pause, control.stop)]
+    assert able() == [True, False, False] and "ready" in control.said.value
+
+    async def click():
+        control.begin.click()
+        assert able() == [False, True, True]
+        await control.task
+
+    asyncio.run(click())
+    assert able() == [True, False, False]
+    assert "failed" in control.said.value and "--steps must be" in control.said.value
+
+
+def test_a_signal_before_the_run_listens_is_an_end_too(tmp_path, monkeypatch):
+    run = Command("train", tmp_path / "run")
+    run.start()
+    os.kill(run.process.pid, live.signal.SIGUSR1)
+    until(lambda: run.state != "running", run)
+    assert run.state == "stopped"
