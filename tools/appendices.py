@@ -300,13 +300,15 @@ def owner(module: Module, line: int) -> Place:
 
 
 def citing(modules: list[Module]) -> dict[str, list[Place]]:
-    """Section or equation → the functions whose docstrings or comments name it."""
-    out: dict[str, list[Place]] = {}
+    """Section or equation → what names it in a docstring or comment, the most particular first."""
+    out: dict[str, list[tuple[int, Place]]] = {}
     for module in modules:
         for i, line in enumerate(module.lines, start=1):
-            for key in cited(line):
-                out.setdefault(key, []).append(owner(module, i))
-    return {key: list(dict.fromkeys(places)) for key, places in out.items()}
+            keys = cited(line)
+            for key in keys:
+                out.setdefault(key, []).append((len(keys), owner(module, i)))
+    near = {key: sorted(found, key=lambda x: x[0]) for key, found in out.items()}
+    return {key: list(dict.fromkeys(place for _, place in found)) for key, found in near.items()}
 
 
 def marked(book: Book, kind: str) -> list[tuple[str, str, Place]]:
