@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help train align test test-full test-slurm lab export book bench bench-gpu aot clean
+.PHONY: help train align test test-full test-slurm lab export book site bench bench-gpu aot clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
@@ -18,7 +18,8 @@ help:
 	@echo "make bench      speed and memory beside transformers, as a table and runs/bench.json"
 	@echo "make bench-gpu  every Triton kernel on this NVIDIA GPU, against its yardsticks and limits"
 	@echo "make aot        compile every kernel for Hopper and Blackwell, no GPU needed: registers, spills, memory"
-	@echo "make export     notebooks -> dsv3_ref/*.py  make book        execute and store the notebooks"
+	@echo "make export     notebooks -> dsv3_ref/*.py  make book        run the notebooks, store them, build the site"
+	@echo "make site       the book to read offline, from the stored notebooks: build/site/index.html"
 
 train: .venv/core
 	$(BIN)/dsv3 train --config tiny $(ARGS)
@@ -54,6 +55,10 @@ export: .venv/dev
 book: .venv/dev
 	$(BIN)/python tools/export.py
 	$(BIN)/python tools/book.py $(CHAPTERS)
+	$(BIN)/python tools/website.py
+
+site: .venv/book
+	$(BIN)/python tools/website.py
 
 clean:
 	rm -rf .venv
@@ -85,6 +90,11 @@ clean:
 .venv/lab: .venv/core
 	@echo "· installing JupyterLab"
 	@$(PIP) -e ".[lab]"
+	@touch $@
+
+.venv/book: .venv/core
+	@echo "· installing Sphinx and MathJax"
+	@$(PIP) -e ".[book]"
 	@touch $@
 
 .venv/dev: .venv/core

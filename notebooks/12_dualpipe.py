@@ -317,11 +317,11 @@ assert all(home("dualpipe", 4, 8, op.stage, op.micro) == r
 # An operation needs others first: F the stage before, B (or I) its own F and the stage behind, W its I. A step begins
 # when its rank is free and everything it needs has ended:
 #
-# $$	ext{start} = \maxig(	ext{free}_r,\ \max_{q\,\in\,	ext{needs}} 	ext{end}_qig).$$
+# $$\text{start} = \max\big(\text{free}_r,\ \max_{q\,\in\,\text{needs}} \text{end}_q\big).$$
 #
 # If no rank can begin, the lists **deadlock**; `simulate` says where. Communication: every F and every backward pass
 # carries $x$ of all-to-all. Alone it adds to the time; a pair hides it, as long as both fit behind the computation:
-# $\max(	ext{F\&B}, 2x)$. Messages between stages are small and counted as free.
+# $\max(\text{F}\&\text{B}, 2x)$. Messages between stages are small and counted as free.
 
 
 # %%

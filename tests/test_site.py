@@ -1,0 +1,375 @@
+"""The book as a site: complete, offline, its links alive, its appendices true to the sources."""
+
+import json
+import re
+import shutil
+import time
+
+import appendices
+import nbformat
+import numpy as np
+import pytest
+import website
+from test_browser import CHROMIUM, page  # noqa: F401  a fixture
+
+ROOT = website.ROOT
+CHAPTERS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated. Check CHANGES for Sphinx")
+every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site of the committed notebooks."""
+    out, start = tmp_path_factory.mktemp("book") / "build" / "site", time.perf_counter()
+    assert website.build(ROOT, out) == []
+    assert time.perf_counter() - start < 90
+    return out
+
+
+@pytest.fixture(scope="module")
+def book():
+    return appendices.read(ROOT)
+
+
+def text(site, name: str) -> str:
+    return (site / name).read_text()
+
+
+# ── The whole site ──
+
+
+def test_every_page_is_there_and_nothing_is_fetched(site):
+    for path in CHAPTERS:
+        assert (site / "notebooks" / f"{path.stem}.html").exists()
+    for name in ("index", "where", "report", "notebooks/glossary", "search", "README"):
+        assert (site / f"{name}.html").exists()
+    assert website.complaints(site) == []
+
+
+def test_the_front_page_has_the_figure_and_the_chapters_in_order(site):
+    front = text(site, "index.html")
+    assert "_images/00_model.svg" in front
+    article = front[front.index("<article") : front.index("</article")]
+    found = re.findall(r'href="notebooks/(\d\w+)\.html"', article)
+    assert list(dict.fromkeys(found)) == [p.stem for p in CHAPTERS]
+    menu = front[front.index("bd-links") : front.index("<article")]
+    assert re.findall(r'href="notebooks/(\d\w+)\.html"', menu) == [p.stem for p in CHAPTERS]
+
+
+@every_chapter
+def test_equations_wait_for_the_local_mathjax(site, path):
+    html = text(site, f"notebooks/{path.stem}.html")
+    cells = nbformat.read(path, 4).cells
+    sources = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    assert html.count('<div class="math') == appendices.FENCE.sub("", sources).count("$$") / 2
+    assert 'src="../_static/mathjax/startup.js' in html
+    assert (site / "_static/mathjax/input/tex.js").exists()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", sources), "a backslash was taken for an escape"
+
+
+@every_chapter
+def test_a_chapter_shows_its_figures_and_no_slider(site, path):
+    html = text(site, f"notebooks/{path.stem}.html")
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    outputs = [out for c in cells for out in c.outputs if "data" in out]
+    assert html.count("<img") >= sum("image/png" in out.data for out in outputs) > 0
+    assert website.SLIDERS not in html
+    assert "sliders move it" in html
+
+
+@every_chapter
+def test_terms_are_linked_once_and_never_in_code_or_headings(site, path):
+    html = text(site, f"notebooks/{path.stem}.html")
+    links = re.findall(r'glossary\.html#(term-[\w-]+)"[^>]*><span class="term"', html)
+    assert len(links) == len(set(links)) >= 5
+    for apart in re.findall(r"<(h\d|pre|code)\b.*?</\1>", html, re.DOTALL):
+        assert 'class="term"' not in apart
+    assert 'class="term"' not in "".join(re.findall(r'<div class="math.*?</div>', html, re.DOTALL))
+
+
+def test_the_search_index_knows_the_chapters_and_not_the_code(site):
+    index = json.loads(text(site, "searchindex.js")[len("Search.setIndex(") : -1])
+    pages = lambda found: [index["docnames"][i] for i in np.atleast_1d(found)]
+    assert "notebooks/04_moe" in pages((index["terms"] | index["titleterms"])["thermostat"])
+    known = {name for found in index["terms"].values() for name in pages(found)}
+    assert {name.split("/")[0] for name in known if "/" in name} == {"notebooks"}
+    assert "混合专家" in json.dumps(index, ensure_ascii=False)
+
+
+# ── The appendices ──
+
+
+def test_where_it_is_names_every_module_kernel_and_chapter(site):
+    html = text(site, "where.html")
+    for path in [*ROOT.glob("dsv3_ref/**/*.py"), *ROOT.glob("kernels/*.py")]:
+        to = path.relative_to(ROOT).with_suffix(".html")
+        assert f'href="{to}"' in html, to
+    for path in CHAPTERS:
+        assert f'href="notebooks/{path.stem}.html"' in html
+
+
+def test_the_report_page_names_real_lines(site):
+    link = r'href="([\w/]+)\.html#L(\d+)">.*?<span class="pre">([^<]+)</span>.*?, ([\w/.]+):(\d+)<'
+    found = re.findall(link, text(site, "report.html"))
+    assert len(found) > 100
+    for file, line, name, _, said in found:
+        assert line == said
+        source = (ROOT / f"{file}.py").read_text().splitlines()[int(line) - 1]
+        last = re.escape(name.split(".")[-1])
+        defined = rf"\s*(def|class) {last}\b|{last}( =|:)" if int(line) > 1 else r'"""'
+        assert re.match(defined, source), (file, line, name, source)
+        assert f'id="L{line}"' in text(site, f"{file}.html")
+
+
+def test_the_kl_estimate_is_found_from_the_report(site):
+    rows = text(site, "report.html").split("<tr")
+    row = next(r for r in rows if "eq. 27" in r)
+    assert "notebooks/16_grpo.html#paper" in row
+    line = re.search(r"dsv3_ref/grpo\.html#L(\d+)", row)[1]
+    assert "def k3(" in (ROOT / "dsv3_ref/grpo.py").read_text().splitlines()[int(line) - 1]
+
+
+def test_a_registered_kernel_stands_beside_its_op(book):
+    rows = {row[0]: row[2] for row in appendices.op_rows(book)}
+    forms = next(forms for op, forms in rows.items() if op.startswith("[`latent_attention`"))
+    assert re.search(r"naive: \[mla\.py:\d+\]", forms)
+    assert re.search(r"triton: \[kernels/decode\.py:\d+\]", forms)
+
+
+def test_the_glossary_gives_each_term_in_two_languages_and_a_place():
+    lines = (ROOT / "notebooks/glossary.md").read_text()
+    rows = appendices.rows(lines, "term")
+    assert len(rows) >= 50
+    for row in rows:
+        assert re.search(r"[\u4e00-\u9fff]", row["中文"]), row
+        assert row["in a sentence"].endswith("."), row
+        assert re.fullmatch(r"\[\d\d · [^\]]+\]\(\d\d_\w+\.ipynb#[^)]+\)", row["introduced in"])
+
+
+# ── Parsers ──
+
+
+@pytest.mark.parametrize(
+    "words, keys",
+    [
+        ("as in §3.2.1, Table 2", ["§3.2.1"]),
+        ("(§4.2, §2)", ["§2", "§4.2"]),
+        ("§2.1.1, eq. 3, 4, 8 and 9).", ["§2.1.1", "eq. 3", "eq. 4", "eq. 8", "eq. 9"]),
+        ("eq. 12–14, one token", ["eq. 12", "eq. 13", "eq. 14"]),
+        ("appendix (App. B.1)", ["App. B.1"]),
+        (r"$$x \tag{21}$$ and \text{(14, 16) choice}", ["eq. 14", "eq. 16", "eq. 21"]),
+        ("DeepSeekMath's eq. 3, figure 2, 3 eq.", []),
+    ],
+)
+def test_citations_are_read(words, keys):
+    assert sorted(appendices.cited(words)) == sorted(keys)
+
+
+def test_the_report_is_in_order_and_equations_follow_their_section():
+    titles = list(appendices.TITLES)
+    numbers = [int(x[4:]) for x in titles if x.startswith("eq.")]
+    assert numbers == list(range(1, 29))
+    assert titles.index("§5.2.2") < titles.index("eq. 26") < titles.index("§5.3")
+    sections = [tuple(map(int, x[1:].split("."))) for x in titles if x.startswith("§")]
+    assert sections == sorted(sections)
+
+
+SOURCE = '''"""A module (§3)."""
+
+LIMIT = 3  # §4.1
+
+
+@op
+def norm(x):
+    """eq. 2"""
+
+
+@impl("norm", "naive")
+def _(x):
+    """eq. 3"""
+
+
+class A:
+    size: int = 1  # §2
+
+    def f(self):
+        def inner():
+            return 1  # eq. 5
+        return inner
+
+
+# ── Later (§5) ──
+def last():
+    pass
+'''
+
+
+def test_a_citation_belongs_to_the_innermost_definition(tmp_path):
+    (tmp_path / "m.py").write_text(SOURCE)
+    module = appendices.read_module(tmp_path, "m.py")
+    assert module.summary == "A module (§3)."
+    found = {k: [(p.name, p.line) for p in v] for k, v in appendices.citing([module]).items()}
+    assert found == {
+        "§3": [("m", 1)],
+        "§4.1": [("LIMIT", 3)],
+        "eq. 2": [("norm", 7)],
+        "eq. 3": [("norm (naive)", 12)],
+        "§2": [("A", 16)],
+        "eq. 5": [("A.f.inner", 20)],
+        "§5": [("last", 26)],
+    }
+
+
+def test_headings_get_the_anchors_of_github():
+    assert appendices.slug("YaRN's ramp", ()) == "yarns-ramp"
+    assert appendices.slug("Tiles of 1 × 128", ()) == "tiles-of-1--128"
+    assert appendices.slug("What `make train` gives", ()) == "what-make-train-gives"
+    assert appendices.slug("Why", ["why", "why-1"]) == "why-2"
+
+
+def test_tables_are_read_by_their_first_column():
+    lines = "| a | b |\n|---|---|\n| 1 | x \\| y |\n\n| c | d |\n|---|---|\n| 3 | 4 |\n"
+    assert appendices.rows(lines, "a") == [{"a": "1", "b": "x \\| y"}]
+    assert appendices.rows(lines, "c") == [{"c": "3", "d": "4"}]
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ("a Mixture of\nexperts and MoE", ["Mixture of\nexperts"]),
+        ("all-to-alls, all to all", ["all-to-alls"]),
+        ("op, stop, ops, op-art, kl, KL", ["op", "KL"]),
+        ("gate biases drop", ["gate biases"]),
+    ],
+)
+def test_the_first_use_of_a_term_is_found(words, found):
+    names = {
+        "mixture of experts": ["mixture of experts", "MoE"], "all-to-all": ["all-to-all"],
+        "op": ["op"], "KL": ["KL"], "balancing": ["balancing", "gate bias"],
+    }  # fmt: skip
+    pieces = website.Terms(names).linked("x", words, set())
+    assert [str(x.astext()) for x in pieces[1::2]] == found
+    assert "".join(x.astext() for x in pieces) == words
+
+
+# ── Faults ──
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A repository with one chapter, and a function that builds it with more text in it."""
+    root = tmp_path / "repository"
+    for folder in ("notebooks", "figures", "dsv3_ref", "kernels", "tests"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "figures/00_model.svg", root / "figures")
+    (root / "README.md").write_text("# small\n\nA book.\n\n![it](figures/00_model.svg)\n")
+    for name in ("CONTRIBUTING", "LOG"):
+        (root / f"{name}.md").write_text(f"# {name}\n")
+    (root / "dsv3_ref/one.py").write_text('"""One."""\n\n\ndef f():\n    """eq. 1"""\n')
+    glossary = "| term | 中文 | what | where |\n|---|---|---|---|\n"
+    row = "| op | 算子 | A function. | [07 · Why](07_x.ipynb#why) |\n"
+    (root / "notebooks/glossary.md").write_text(f"# Glossary\n\n{glossary}{row}")
+
+    def build(*more: str) -> list[str]:
+        head = "# 07 · X: a chapter\n\n## Why\nAn op, [f](../dsv3_ref/one.py#L4). $x$"
+        cells = [nbformat.v4.new_markdown_cell(x) for x in (head, *more)]
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        nbformat.write(notebook, root / "notebooks/07_x.ipynb")
+        return website.build(root, tmp_path / "site")
+
+    return build
+
+
+def test_a_sound_book_has_no_complaint(small, tmp_path):
+    assert (
+        small("see [it](../README.md), [there](https://example.org) ![](../figures/00_model.svg)")
+        == []
+    )
+    assert 'class="term">op<' in text(tmp_path / "site", "notebooks/07_x.html")
+
+
+def test_every_kind_of_dead_link_is_a_sentence(small, tmp_path):
+    targets = "../kernels/no.py", "08_no.ipynb", "07_x.ipynb#no", "../dsv3_ref/one.py#L99", "#no"
+    lines = [f"[x]({target})" for target in targets] + ["![x](../figures/no.svg)"]
+    bad = small(*lines)
+    assert len(bad) == len(lines), "\n".join(bad)
+    words = "kernels/no.py", "08_no.ipynb", "07_x#no", "dsv3_ref/one#L99", "no", "figures/no.svg"
+    for i, word in enumerate(words, start=2):
+        assert any(
+            re.fullmatch(rf"notebooks/07_x.ipynb, cell {i}: \S*{word} leads nowhere", x)
+            for x in bad
+        )
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_dead_link_in_html_is_found_too(small):
+    assert small('<a href="nowhere.html">x</a>') == [
+        "notebooks/07_x.html: nowhere.html leads nowhere"
+    ]
+
+
+def test_a_section_that_the_report_lacks_stops_the_build(small):
+    with pytest.raises(SystemExit, match="07_x.ipynb, 'Why', cites §9.9"):
+        small("as §9.9 says")
+
+
+def test_the_program_says_what_is_wrong_and_fails(small, monkeypatch, capsys):
+    monkeypatch.setattr(website, "build", lambda root, out: ["a leads nowhere"])
+    assert website.main() == 1
+    assert "a leads nowhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, content, bad",
+    [
+        ("a.html", '<script src="https://cdn.x/y.js"></script>', True),
+        ("a.html", '<link rel="stylesheet" href="//fonts.x/y.css" />', True),
+        ("a.html", '<img srcset="https://x.org/a.png 2x" alt="">', True),
+        ("a.html", "<style>@import 'https://x.org/a.css';</style>", True),
+        ("a.html", '<script>fetch("https://x.org/count")</script>', True),
+        ("a.css", "@font-face { src: url(https://fonts.x/a.woff2) }", True),
+        ("a.js", 'var s; s.src = "https://x.org/analytics.js";', True),
+        ("a.js", "load(`https://cdn.jsdelivr.net/npm/x`)", True),
+        ("a.html", '<a href="https://arxiv.org/abs/2412.19437">the report</a>', False),
+        ("a.html", "<pre>fetch(&quot;https://x.org&quot;); url(https://x.org/a)</pre>", False),
+        ("a.js", '// see https://x.org\nvar ns = "http://www.w3.org/2000/svg";', False),
+        ("a.css", "a { background: url(data:image/png;base64,AA) }", False),
+        ("a.html", '<a href="#here">x</a><p id="here">y</p>', False),
+        ("a.html", '<a href="#there">x</a><p id="here">y</p>', True),
+        ("a.html", '<img src="no.png">', True),
+    ],
+)
+def test_what_a_page_would_load_is_seen(tmp_path, name, content, bad):
+    (tmp_path / name).write_text(content)
+    assert bool(website.complaints(tmp_path)) == bad
+
+
+# ── As a reader sees it ──
+
+
+@pytest.mark.full
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_reader_without_network_sees_equations_and_finds_words(site, page, tmp_path):  # noqa: F811
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.context.set_offline(True)
+    for path in CHAPTERS:
+        page.goto((site / f"notebooks/{path.stem}.html").as_uri())
+        page.wait_for_function("window.MathJax?.startup?.promise !== undefined")
+        page.evaluate("MathJax.startup.promise")
+        equations = page.locator("div.math, span.math").count()
+        assert page.locator("mjx-container").count() == equations > 0
+        assert page.locator("[data-mjx-error], [data-mml-node=merror]").count() == 0, path.stem
+    page.screenshot(path=tmp_path / "chapter.png")
+    page.keyboard.press("Control+k")
+    page.keyboard.type("thermostat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search-results a[href*='04_moe']")
+    page.screenshot(path=tmp_path / "search.png")
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in ("index", "where", "report", "notebooks/04_moe", "notebooks/glossary"):
+        page.goto((site / f"{name}.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,0 +1,491 @@
+"""Two appendices of the book, read from the sources: where things are, and the report by section.
+
+A chapter is read as its headings: what is cited under each and what its `#| export` cells define.
+A file is read as its functions: which `@op`s and `@impl`s there are, and what each line cites.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+from export import EXPORT
+
+REPORT = """
+§1 Introduction
+§2 Architecture
+§2.1 Basic architecture
+§2.1.1 Multi-head latent attention
+    eq. 1 the latent of keys and values
+    eq. 2 keys of all heads from the latent
+    eq. 3 the rotary key that all heads share
+    eq. 4 a key: its two parts joined
+    eq. 5 values of all heads from the latent
+    eq. 6 the latent of queries
+    eq. 7 queries of all heads from their latent
+    eq. 8 rotary queries
+    eq. 9 a query: its two parts joined
+    eq. 10 attention
+    eq. 11 the heads' outputs joined
+§2.1.2 DeepSeekMoE with auxiliary-loss-free load balancing
+    eq. 12 shared and chosen experts, added up
+    eq. 13 weights that sum to one
+    eq. 14 the top k by affinity
+    eq. 15 affinity of a token and an expert
+    eq. 16 the top k by affinity plus bias
+    eq. 17 the sequence-wise balance loss
+    eq. 18 share of tokens that chose an expert
+    eq. 19 affinities that sum to one
+    eq. 20 mean affinity of an expert
+§2.2 Multi-token prediction
+    eq. 21 hidden state and next token, brought together
+    eq. 22 one Transformer block for each depth
+    eq. 23 the shared head
+    eq. 24 the loss of a depth
+    eq. 25 the mean over depths
+§3 Infrastructures
+§3.1 Compute clusters
+§3.2 Training framework
+§3.2.1 DualPipe and computation-communication overlap
+§3.2.2 Efficient implementation of cross-node all-to-all communication
+§3.2.3 Extremely memory saving with minimal overhead
+§3.3 FP8 training
+§3.3.1 Mixed precision framework
+§3.3.2 Improved precision from quantization and multiplication
+§3.3.3 Low-precision storage and communication
+§3.4 Inference and deployment
+§3.4.1 Prefilling
+§3.4.2 Decoding
+§3.5 Suggestions on hardware design
+§3.5.1 Communication hardware
+§3.5.2 Compute hardware
+§4 Pre-training
+§4.1 Data construction
+§4.2 Hyper-parameters
+§4.3 Long context extension
+§4.4 Evaluations
+§4.4.1 Evaluation benchmarks
+§4.4.2 Evaluation results
+§4.5 Discussion
+§4.5.1 Ablation studies for multi-token prediction
+§4.5.2 Ablation studies for the auxiliary-loss-free balancing strategy
+§4.5.3 Batch-wise load balance vs. sequence-wise load balance
+§5 Post-training
+§5.1 Supervised fine-tuning
+§5.2 Reinforcement learning
+§5.2.1 Reward model
+§5.2.2 Group relative policy optimization
+    eq. 26 the objective
+    eq. 27 distance from the reference
+    eq. 28 advantage within a group
+§5.3 Evaluations
+§5.3.1 Evaluation settings
+§5.3.2 Standard evaluation
+§5.3.3 Open-ended evaluation
+§5.3.4 DeepSeek-V3 as a generative reward model
+§5.4 Discussion
+§5.4.1 Distillation from DeepSeek-R1
+§5.4.2 Self-rewarding
+§5.4.3 Multi-token prediction evaluation
+§6 Conclusion, limitations, and future directions
+App. A Contributions and acknowledgments
+App. B Ablation studies for low-precision training
+App. B.1 FP8 v.s. BF16 training
+App. B.2 Discussion about block-wise quantization
+App. C Expert specialization patterns of the 16B aux-loss-based and aux-loss-free models
+"""
+TITLES = dict(re.findall(r"(§[\d.]+|(?:App|eq)\. \S+) (.*)", REPORT))  # in the report's order
+
+SECTION = re.compile(r"§(\d(?:\.\d+)*)")
+APPENDIX = re.compile(r"\bApp(?:endix|\.) ([A-C](?:\.\d)?)")
+NUMBERS = r"(\d+(?:(?:–|, | and )\d+)*)"
+EQUATION = re.compile(rf"(?<!DeepSeekMath's )\beq\. {NUMBERS}|\\(?:tag\{{|text\{{\(){NUMBERS}")
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#{1,4} (.+)$", re.MULTILINE)
+
+
+# ── What a text cites ──
+
+
+def numbers(text: str) -> list[int]:
+    """`4, 8 and 10–12` → 4, 8, 10, 11, 12."""
+    ends = [[int(x) for x in part.split("–")] for part in re.split(r", | and ", text)]
+    return [i for part in ends for i in range(part[0], part[-1] + 1)]
+
+
+def cited(text: str) -> list[str]:
+    """Sections, appendices and equations of the report that a text names, once each, sorted."""
+    found = [f"§{x}" for x in SECTION.findall(text)]
+    found += [f"App. {x}" for x in APPENDIX.findall(text)]
+    found += [f"eq. {i}" for x in EQUATION.findall(text) for i in numbers(x[0] or x[1])]
+    order = list(TITLES)
+    return sorted(set(found), key=lambda x: order.index(x) if x in TITLES else len(order))
+
+
+# ── Chapters ──
+
+
+class Head(NamedTuple):
+    """A heading of a chapter: its anchor, what its text cites, (module, name) of its exports."""
+
+    title: str
+    slug: str
+    cites: list[str]
+    exports: list[tuple[str, str]]
+
+
+class Chapter(NamedTuple):
+    path: str  # from the root of the repository
+    title: str
+    heads: list[Head]
+    links: list[str]  # files of kernels/ that its text links to
+
+    @property
+    def short(self) -> str:
+        """`03 · MLA: attention that …` → `03 · MLA`."""
+        return self.title.split(": ")[0]
+
+    def link(self, head: Head | None = None) -> str:
+        if head in (None, self.heads[0]):
+            return f"[{self.short}]({self.path})"
+        return f"[{self.title[:2]} · {head.title}]({self.path}#{head.slug})"
+
+    def modules(self) -> list[str]:
+        return list(dict.fromkeys(f"dsv3_ref/{m}.py" for h in self.heads for m, _ in h.exports))
+
+
+def slug(title: str, taken) -> str:
+    """GitHub's anchor of a heading; the second of two equal ones ends in `-1`."""
+    plain = re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+    again = (f"{plain}-{i}" for i in range(1, 99))
+    return next(x for x in (plain, *again) if x not in taken)
+
+
+def exported(source: str, stem: str) -> list[tuple[str, str]]:
+    """(module, name) of what an `#| export` cell defines; [] for other cells."""
+    if not (mark := EXPORT.match(source)):
+        return []
+    module = mark[1] or re.sub(r"^\d+_", "", stem)
+    return [(module, x.name) for x in things(ast.parse(source[mark.end() :])) if x.top]
+
+
+def read_chapter(root: Path, path: Path) -> Chapter:
+    heads, links = [], []
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type != "markdown":
+            heads[-1].exports.extend(exported(cell.source, path.stem))
+            continue
+        links += re.findall(r"\]\(\.\./(kernels/\w+\.py)", cell.source)
+        before, *parts = HEADING.split(FENCE.sub("", cell.source))
+        if heads:
+            heads[-1].cites.extend(cited(before))
+        for title, text in zip(parts[::2], parts[1::2]):
+            heads.append(Head(title, slug(title, [h.slug for h in heads]), cited(text), []))
+    return Chapter(str(path.relative_to(root)), heads[0].title, heads, links)
+
+
+class Book(NamedTuple):
+    """A repository as the appendices see it."""
+
+    root: Path
+    chapters: list[Chapter]
+    modules: list["Module"]  # the package, what the chapters export first, and the kernels
+    readme: str
+
+    def told(self, chapter: Chapter) -> dict[str, str]:
+        """README's row of a chapter."""
+        found = [r for r in rows(self.readme, "notebook") if f"({chapter.path})" in r["notebook"]]
+        return found[0] if found else {"notebook": "", "report": "", "tests": ""}
+
+
+def read(root: Path) -> Book:
+    chapters = [read_chapter(root, p) for p in sorted(root.glob("notebooks/[0-9]*.ipynb"))]
+    made = [m for c in chapters for m in c.modules()]
+    every = [*root.glob("dsv3_ref/**/*.py"), *root.glob("kernels/*.py")]
+    names = sorted(str(p.relative_to(root)) for p in every)
+    modules = [read_module(root, x) for x in dict.fromkeys([*made, *names])]
+    return Book(root, chapters, modules, (root / "README.md").read_text())
+
+
+# ── Python files ──
+
+
+class Thing(NamedTuple):
+    """A function, a class or a constant of a module: where its name stands and where it ends."""
+
+    name: str
+    first: int
+    line: int
+    last: int
+    top: bool
+    marks: tuple[tuple[str, ...], ...]  # its decorators: ("op",), ("impl", name, backend)
+
+
+def short(file: str) -> str:
+    return file.removeprefix("dsv3_ref/")
+
+
+class Place(NamedTuple):
+    """A line of a file, and the name that is defined there."""
+
+    file: str
+    line: int
+    name: str
+
+    @property
+    def link(self) -> str:
+        return f"[`{self.name}`, {short(self.file)}:{self.line}]({self.file}#L{self.line})"
+
+
+class Module(NamedTuple):
+    file: str  # from the root of the repository
+    lines: list[str]
+    summary: str  # the first paragraph of its docstring
+    start: int  # the last line of its docstring
+    things: list[Thing]
+
+    def places(self, name: str) -> list[Place]:
+        return [Place(self.file, x.line, name) for x in self.things if x.name == name]
+
+
+def mark(decorator) -> tuple[str, ...]:
+    """`@impl("norm", "naive")` → ("impl", "norm", "naive")."""
+    call = decorator if isinstance(decorator, ast.Call) else None
+    name = ast.unparse(call.func if call else decorator)
+    return (name, *(str(getattr(a, "value", "")) for a in (call.args if call else ())))
+
+
+def spoken(node, marks) -> str:
+    """A function's name; `attention (naive)` for a nameless implementation."""
+    impls = [m for m in marks if m[0] == "impl"]
+    return f"{impls[0][1]} ({impls[0][2]})" if node.name == "_" and impls else node.name
+
+
+def things(tree, prefix: str = "") -> list[Thing]:
+    """Functions, classes, methods, and the constants of a module."""
+    out = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            marks = tuple(mark(d) for d in node.decorator_list)
+            name = prefix + spoken(node, marks)
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            out += [Thing(name, first, node.lineno, node.end_lineno, not prefix, marks)]
+            out += things(node, f"{name}.")
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and not prefix:
+            name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            out += [Thing(name, node.lineno, node.lineno, node.end_lineno, True, ())]
+    return out
+
+
+def read_module(root: Path, file: str) -> Module:
+    text = (root / file).read_text()
+    tree = ast.parse(text)
+    said = ast.get_docstring(tree) or ""
+    summary = " ".join(said.split("\n\n")[0].split()).replace("|", r"\|")
+    start = tree.body[0].end_lineno if said else 0
+    return Module(file, text.splitlines(), summary, start, things(tree))
+
+
+def owner(module: Module, line: int) -> Place:
+    """The innermost thing around a line, the next one below it, or the module itself."""
+    inside = [x for x in module.things if x.first <= line <= x.last]
+    below = [x for x in module.things if x.first > line]
+    if line <= module.start or not inside + below:
+        path = Path(module.file)
+        return Place(module.file, 1, path.parent.name if path.stem == "__init__" else path.stem)
+    found = inside[-1] if inside else below[0]
+    return Place(module.file, found.line, found.name)
+
+
+def citing(modules: list[Module]) -> dict[str, list[Place]]:
+    """Section or equation → what names it in a docstring or comment, the most particular first."""
+    out: dict[str, list[tuple[int, Place]]] = {}
+    for module in modules:
+        for i, line in enumerate(module.lines, start=1):
+            keys = cited(line)
+            for key in keys:
+                out.setdefault(key, []).append((len(keys), owner(module, i)))
+    near = {key: sorted(found, key=lambda x: x[0]) for key, found in out.items()}
+    return {key: list(dict.fromkeys(place for _, place in found)) for key, found in near.items()}
+
+
+def marked(book: Book, kind: str) -> list[tuple[str, str, Place]]:
+    """(op, backend, place) of every function under `@op` or `@impl(op, backend)`."""
+    found = [(m, x, mark) for m in book.modules for x in m.things for mark in x.marks]
+    return [
+        (*(mark[1:] or (x.name, "torch")), Place(m.file, x.line, x.name))
+        for m, x, mark in found
+        if mark[0] == kind
+    ]
+
+
+# ── Tables of Markdown ──
+
+
+def cells(line: str) -> list[str]:
+    r"""The cells of a table's line; `\|` is no border."""
+    return [x.strip() for x in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+
+
+def is_rule(line: str) -> bool:
+    """Whether a table's line is the one between its head and its body."""
+    return not set(line) - set("|-: ")
+
+
+def rows(text: str, first: str) -> list[dict[str, str]]:
+    """The rows of every table whose first column is called `first`, as column → cell."""
+    out, columns = [], []
+    for line in text.splitlines():
+        found = cells(line)
+        if not found or found[0] == first:
+            columns = found
+        elif columns and not is_rule(line):
+            out.append(dict(zip(columns, found)))
+    return out
+
+
+def table(columns: str, body: list[list[str]]) -> str:
+    head = columns.split(" | ")
+    return "\n".join(f"| {' | '.join(x)} |" for x in [head, ["---"] * len(head), *body])
+
+
+def joined(links) -> str:
+    return "<br>".join(dict.fromkeys(links)) or "—"
+
+
+# ── Where it is ──
+
+
+def tests(book: Book, cell: str) -> str:
+    """`test_a`, `test_b_*` as links to the files; one that is not there ends the build."""
+    out = []
+    for name in re.findall(r"`(\w+\*?)`", cell):
+        found = sorted(book.root.glob(f"tests/{name}.py"))
+        if not found:
+            sys.exit(f"README.md names tests/{name}.py, which does not exist")
+        out += [f"[`{p.stem}`](tests/{p.name})" for p in found]
+    return joined(out)
+
+
+def kernels_of(book: Book, chapter: Chapter) -> list[str]:
+    """Kernel files that implement ops of the chapter, or to which its text links."""
+    mine = set(chapter.modules())
+    ops = {name for name, _, place in marked(book, "op") if place.file in mine}
+    impls = marked(book, "impl")
+    found = [place.file for name, backend, place in impls if backend == "triton" and name in ops]
+    return sorted({*found, *chapter.links} & {m.file for m in book.modules})
+
+
+def anchor(key: str) -> str:
+    """`§2.1.1` → `report-2-1-1`."""
+    return "report-" + re.sub(r"\W+", "-", key.lower()).strip("-")
+
+
+def file_link(name: str) -> str:
+    return f"[`{short(name)}`]({name})"
+
+
+def chapter_rows(book: Book) -> list[list[str]]:
+    out = []
+    for c in book.chapters:
+        row = book.told(c)
+        report = joined(f"[{x}](report.md#{anchor(x)})" for x in cited(row["report"]))
+        modules = joined(file_link(m) for m in c.modules())
+        kernels = joined(file_link(k) for k in kernels_of(book, c))
+        out.append([c.link(), modules, report, kernels, tests(book, row["tests"])])
+    return out
+
+
+def op_rows(book: Book) -> list[list[str]]:
+    """An op a row: the heading that introduces it, its definition, what implements it."""
+    impls, out = marked(book, "impl"), []
+    for name, _, place in marked(book, "op"):
+        made = (Path(place.file).stem, name)
+        heads = [c.link(h) for c in book.chapters for h in c.heads if made in h.exports]
+        mine = [(backend, p) for op, backend, p in impls if op == name]
+        forms = [f"{b}: [{short(p.file)}:{p.line}]({p.file}#L{p.line})" for b, p in mine]
+        out.append([place.link, joined(heads), joined(forms)])
+    return out
+
+
+def kernel_rows(book: Book) -> list[list[str]]:
+    told = {row["kernels"].strip("`"): row for row in rows(book.readme, "kernels")}
+    impls, out = marked(book, "impl"), []
+    for m in book.modules:
+        if m.file.startswith("kernels/"):
+            row = told.get(Path(m.file).stem, {})
+            ops = joined(f"[`{op}`]({m.file}#L{p.line})" for op, _, p in impls if p.file == m.file)
+            checks = tests(book, row.get("tests", ""))
+            out.append([file_link(m.file), row.get("ops") or m.summary, ops, checks])
+    return out
+
+
+def where(book: Book) -> str:
+    """The page 'Where it is'."""
+    made = {m for c in book.chapters for m in c.modules()}
+    tools = sorted(str(p.relative_to(book.root)) for p in book.root.glob("tools/*.py"))
+    hand = [m for m in book.modules if m.file not in made and not m.file.startswith("kernels/")]
+    hand += [read_module(book.root, file) for file in tools]
+    parts = [
+        "# Where it is",
+        "Every chapter with the module that its `#| export` cells become, the sections of the "
+        "report that it covers, the kernels behind its ops, and its tests.",
+        table("chapter | module | report | kernels | tests", chapter_rows(book)),
+        "## Ops",
+        "An op is a function with several implementations. Its definition is the equation in "
+        "torch; `naive` is the slow obvious form, `triton` the kernel for GPUs.",
+        table("op | introduced in | other forms", op_rows(book)),
+        "## Kernels",
+        table("file | what | ops | tests", kernel_rows(book)),
+        "## Written by hand",
+        table("file | what it is for", [[file_link(m.file), m.summary] for m in hand]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# ── From the report's section to the line of code ──
+
+
+def check(where_cited: str, keys) -> None:
+    for key in keys:
+        if key not in TITLES:
+            sys.exit(f"{where_cited} cites {key}, which the report does not have")
+
+
+def report_rows(book: Book) -> list[list[str]]:
+    """[section or equation, chapters, code] of all that is cited, in the report's order."""
+    code, out = citing(book.modules), []
+    check("the package", code)
+    for c in book.chapters:
+        for h in c.heads:
+            check(f"{c.path}, '{h.title}',", h.cites)
+    for key in TITLES:
+        whole = [c for c in book.chapters if key in cited(book.told(c)["report"])]
+        heads = [c.link(h) for c in book.chapters for h in c.heads if key in h.cites]
+        files = [file_link(m) for c in whole for m in c.modules()]
+        places = [p.link for p in code.get(key, [])]
+        if whole or heads or places:
+            said = [f"**{c.link()}**" for c in whole] + heads
+            out.append([key, joined(said), joined(files + places)])
+    return out
+
+
+def report(book: Book) -> str:
+    """The page 'From the report's section to the line of code'."""
+    parts = [
+        "# From the report's section to the line of code",
+        "Every section and equation of the DeepSeek-V3 technical report (arXiv 2412.19437) that "
+        "this book speaks of, in the report's order. On the left the chapters that are about it, "
+        "in bold, and the places where others touch it; on the right the modules of those chapters "
+        "and every function whose own words name it, by file and line.",
+    ]
+    for key, chapters, code in report_rows(book):
+        if key.startswith("eq."):
+            parts[-1] += f"\n| {key}: {TITLES[key]} | {chapters} | {code} |"
+            continue
+        level = "##" if re.fullmatch(r"§\d|App\. .", key) else "###"
+        parts.append(f"({anchor(key)})=\n{level} {key} {TITLES[key]}")
+        parts.append(table("report | chapters | code", [[key, chapters, code]]))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,412 @@
+"""Make the book a static site in build/site/, from the executed notebooks/NN_name.ipynb.
+
+    python tools/website.py
+
+Sphinx reads a copy of the repository, to which three kinds of pages are added: the front page from
+the README, the appendices of tools/appendices.py, and every Python file with a link for each line.
+Nothing is executed, and nothing is fetched when the site is read. A warning of Sphinx, a link that
+leads nowhere or a page that would ask the network for something ends the build with exit code 1.
+"""
+
+import html
+import io
+import re
+import shutil
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote
+
+import appendices
+import nbformat
+from book import SLIDERS
+from docutils import nodes
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.parsers import Parser
+from sphinx.util.docutils import docutils_namespace, patch_docutils
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = (
+    "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile", "README.md", "environment.yml",
+    "pyproject.toml",
+)  # fmt: skip
+FOLDERS = "dsv3_ref", "figures", "kernels", "notebooks", "slurm", "tests", "tools"
+STILL = "*Here the figure above stands still. In JupyterLab (`make lab`) sliders move it.*"
+MATHJAX = {"loader": {"load": ["input/tex", "output/svg", "a11y/assistive-mml"]}}
+CONFIG = {
+    "project": "dsv3-ref",
+    "author": "",
+    "html_title": "dsv3-ref",
+    "extensions": ["myst_nb"],
+    "source_suffix": {".ipynb": "myst-nb", ".md": "myst-nb", ".py": "python"},
+    "suppress_warnings": ["toc.not_included"],  # Python files
+    "highlight_language": "text",
+    "smartquotes_action": "qe",  # two hyphens begin an option, not a dash
+    "myst_enable_extensions": ["amsmath", "dollarmath"],
+    "myst_heading_anchors": 4,
+    "nb_execution_mode": "off",
+    "nb_ipywidgets_js": {},
+    "mathjax_path": "mathjax/startup.js",
+    "mathjax3_config": MATHJAX,
+    "html_theme": "sphinx_book_theme",
+    "html_theme_options": {
+        "navbar_persistent": [],  # the sidebar has a search already
+        "use_download_button": False,
+        "use_fullscreen_button": False,
+        "show_navbar_depth": 1,
+        "show_toc_level": 2,
+    },
+    "html_context": {"default_mode": "auto"},
+    "html_copy_source": False,
+    "html_show_copyright": False,
+    "html_css_files": ["website.css"],
+}
+
+
+FRONT = """# {title}
+
+{paragraph}
+
+{figure}
+
+Every chapter has been run; what it printed and drew stands below its code. To change something and
+run it again, or to move its sliders: `make lab`, as the [README](README.md) tells.
+
+{chapters}
+
+Three appendices: [where everything is](where.md), [from the report's section to the line of
+code](report.md), and the [glossary](notebooks/glossary.md), with the Chinese terms.
+
+```{{toctree}}
+:caption: Chapters
+:hidden:
+
+{contents}
+```
+
+```{{toctree}}
+:caption: Appendices
+:hidden:
+
+Where it is <where>
+Report to code <report>
+Glossary <notebooks/glossary>
+```
+
+```{{toctree}}
+:caption: The project
+:hidden:
+
+README <README>
+CONTRIBUTING <CONTRIBUTING>
+LOG <LOG>
+```
+"""
+
+# ── The copy that Sphinx reads ──
+
+
+def copy(root: Path, src: Path) -> None:
+    """Files as a reader of the repository sees them; notebooks as .ipynb only."""
+    skip = shutil.ignore_patterns("__pycache__", ".*", "[0-9]*_*.py", "[!0-9]*.ipynb")
+    for folder in FOLDERS:
+        if (root / folder).is_dir():
+            shutil.copytree(root / folder, src / folder, ignore=skip)
+    for name in FILES:
+        if (root / name).exists():
+            shutil.copy(root / name, src)
+
+
+def still(path: Path) -> None:
+    """Where a notebook stores that its sliders need a kernel, say where to find them."""
+    nb = nbformat.read(path, 4)
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            if output.get("data", {}).get("text/plain") == SLIDERS:
+                output.data = {"text/markdown": STILL}
+    nbformat.write(nb, path)
+
+
+def front(book: appendices.Book) -> str:
+    """README's title, first paragraph and first figure; the chapters in order; the contents."""
+    title, paragraph = re.match(r"# (.*)\n\n(.*)\n", book.readme).groups()
+    told = [book.told(c)["notebook"].partition(": ")[2] for c in book.chapters]
+    body = [[c.link(), x or "—"] for c, x in zip(book.chapters, told)]
+    return FRONT.format(
+        title=title,
+        paragraph=paragraph,
+        figure=re.search(r"!\[.*?\]\(.*?\)", book.readme)[0],
+        chapters=appendices.table("chapter | what it builds", body),
+        contents="\n".join(f"{c.short} <{c.path}>" for c in book.chapters),
+    )
+
+
+def stage(root: Path, src: Path) -> dict[str, list[str]]:
+    """Lay out what Sphinx reads; returns the names of each term of the glossary."""
+    book, terms = appendices.read(root), glossary((root / "notebooks/glossary.md").read_text())
+    copy(root, src)
+    for chapter in book.chapters:
+        still(src / chapter.path)
+    (src / "index.md").write_text(front(book))
+    (src / "where.md").write_text(appendices.where(book))
+    (src / "report.md").write_text(appendices.report(book))
+    (src / "notebooks/glossary.md").write_text(terms[0])
+    return terms[1]
+
+
+# ── Glossary ──
+
+
+def glossary(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The page with its tables turned into lists of definitions, and term → all its names."""
+    names, page, entries = {}, [], []
+    for line in [*text.splitlines(), ""]:
+        cells = appendices.cells(line)
+        if not cells:
+            page += ["```{glossary}", *entries, "```"] if entries else []
+            page, entries = [*page, line], []
+        elif cells[0] != "term" and not appendices.is_rule(line):
+            terms, chinese, what, where = cells
+            names[terms.split(", ")[0]] = terms.split(", ")
+            entries += [*terms.split(", "), chinese, f"  {what} *{where}*", ""]
+    return "\n".join(page), names
+
+
+def spelled(name: str) -> str:
+    """A pattern for a name: abbreviations as they are, words in any case, one or many."""
+    words = r"[\s-]+".join(re.escape(x) for x in re.split(r"[ -]", name))
+    return rf"(?i:{words})(?:e?s)?" if name.islower() else rf"{words}s?"
+
+
+class Terms:
+    """Links the first use of each term in a chapter to the glossary; sources stay plain."""
+
+    APART = (
+        nodes.title, nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw,
+        nodes.reference, addnodes.pending_xref, addnodes.download_reference, nodes.comment,
+    )  # fmt: skip
+
+    def __init__(self, names: dict[str, list[str]]):
+        self.names = list(names)
+        ways = [(name, i) for i, every in enumerate(names.values()) for name in every]
+        ways.sort(key=lambda x: -len(x[0]))  # the longest name first
+        parts = (f"(?P<t{i}_{j}>{spelled(name)})" for j, (name, i) in enumerate(ways))
+        self.pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(parts)})(?![\w-])")
+
+    def __call__(self, app, doctree) -> None:
+        if not re.match(r"notebooks/\d", app.env.docname):
+            return
+        seen = set()
+        for node in list(doctree.findall(nodes.Text)):
+            if self.prose(node) and (new := self.linked(app.env.docname, str(node), seen)):
+                node.parent.replace(node, new)
+
+    def prose(self, node) -> bool:
+        while node := node.parent:
+            if isinstance(node, self.APART) or "cell_output" in node.get("classes", []):
+                return False
+        return True
+
+    def linked(self, doc: str, text: str, seen: set) -> list:
+        """The text in pieces, its new terms as references; [] if there is none."""
+        out, end = [], 0
+        for found in self.pattern.finditer(text):
+            term = self.names[int(found.lastgroup[1:].split("_")[0])]
+            if term in seen:
+                continue
+            seen.add(term)
+            inner = nodes.inline("", found[0], classes=["term"])
+            to = {"refdomain": "std", "reftype": "term", "reftarget": term}
+            ref = addnodes.pending_xref("", inner, refdoc=doc, refexplicit=True, refwarn=True, **to)
+            out += [nodes.Text(text[end : found.start()]), ref]
+            end = found.end()
+        return [*out, nodes.Text(text[end:])] if out else []
+
+
+# ── Python files as pages ──
+
+
+class Python(Parser):
+    """A Python file as a page; `file.py#L12` is its twelfth line, as on GitHub."""
+
+    supported = ("python",)
+
+    def parse(self, inputstring, document):
+        env = document.settings.env
+        name = env.docname
+        lines = highlight(inputstring, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
+        body = "".join(self.line(i, x) for i, x in enumerate(lines.splitlines(), start=1))
+        section = nodes.section("", nodes.title("", f"{name}.py"), ids=["top"], names=["top"])
+        section += self.origin(inputstring)
+        raw = f'<div class="highlight source notranslate"><pre>{body}</pre></div>'
+        section += nodes.raw("", raw, format="html")
+        document += section
+        anchors = {f"L{i}": (i, f"L{i}", f"line {i}") for i in range(1, body.count("\n") + 1)}
+        env.metadata[name] |= {"nosearch": "", "orphan": "", "myst_slugs": anchors}
+
+    def line(self, i: int, code: str) -> str:
+        return f'<span id="L{i}"><a href="#L{i}">{i:4}</a> {code}</span>\n'
+
+    def origin(self, text: str) -> list:
+        """Which chapters a generated module comes from."""
+        line = re.search(r"^Generated by .* from (.*); edit", text, re.MULTILINE)
+        stems = re.findall(r"notebooks/(\w+)\.py", line[1] if line else "")
+        out = nodes.paragraph("", "Exported from " if stems else "")
+        for stem in stems:
+            inner = nodes.inline("", f"chapter {stem[:2]}")
+            to = {"refdomain": "std", "reftype": "doc", "reftarget": f"/notebooks/{stem}"}
+            out += [addnodes.pending_xref("", inner, refexplicit=True, refwarn=True, **to)]
+            out += [nodes.Text(", " if stem != stems[-1] else ".")]
+        return [out] if stems else []
+
+
+# ── Building ──
+
+
+def mathjax(static: Path) -> None:
+    """The parts of MathJax 3 that read TeX and draw SVG: no fonts, no menu, no speech rules."""
+    spec = find_spec("sphinx-mathjax-offline")
+    source, target = Path(spec.origin).parent / "static/mathjax", static / "mathjax"
+    for name in ("startup", "core", "output/svg/fonts/tex", *MATHJAX["loader"]["load"]):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"{name}.js", target / f"{name}.js")
+    shutil.copytree(source / "input/tex/extensions", target / "input/tex/extensions")
+
+
+DEAD = {  # what Sphinx calls it, and what leads nowhere
+    r"'myst' cross-reference target not found: '(.*)'": r"\1",
+    r"local id not found in doc '(.*)': '(.*)'": r"\1#\2",
+    r"image file not readable: (\S+)": r"\1",
+    r"download file not readable: (\S+)": r"\1",
+}
+
+
+def sphinx(src: Path, out: Path, names) -> list[str]:
+    """Run Sphinx; returns its warnings as sentences."""
+    warnings = io.StringIO()
+    config = CONFIG | {"html_static_path": [str(src / "_site")]}
+    with patch_docutils(), docutils_namespace():
+        app = Sphinx(
+            src, None, out, src.parent / "doctrees", "html", config,
+            status=None, warning=warnings, freshenv=True,
+        )  # fmt: skip
+        app.add_source_parser(Python)
+        app.connect("doctree-read", Terms(names))
+        app.build(force_all=True)
+    return [sentence(line, src) for line in warnings.getvalue().splitlines() if line.strip()]
+
+
+def sentence(warning: str, src: Path) -> str:
+    """A warning of Sphinx, with the cell of the notebook where it names a line."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", warning).replace(f"{src}/", "").replace("WARNING: ", "")
+    text = re.sub(r"(\.ipynb):(\d+):", lambda m: f"{m[1]}, cell {int(m[2]) // 10000}:", text)
+    for pattern, target in DEAD.items():
+        text = re.sub(pattern, f"{target} leads nowhere", text)
+    return re.sub(r" \[[\w.]+\]$", "", text)
+
+
+def build(root: Path, out: Path) -> list[str]:
+    """Build the site of a repository, unless something is wrong with it: sentences say what."""
+    with TemporaryDirectory() as folder:
+        src, made = Path(folder).resolve() / "source", Path(folder).resolve() / "site"
+        (src / "_site").mkdir(parents=True)
+        shutil.copy(Path(__file__).parent / "website.css", src / "_site")
+        mathjax(src / "_site")
+        bad = sphinx(src, made, stage(root, src)) or complaints(made)
+        if not bad:
+            shutil.rmtree(out, ignore_errors=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(made, out)
+    return bad
+
+
+# ── What was built ──
+
+TAG = re.compile(r"<(\w+)(\s[^<>]*)>")
+ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+INSIDE = {x: re.compile(rf"<{x}\b[^>]*>(.*?)</{x}>", re.DOTALL) for x in ("script", "style")}
+OUTSIDE = re.compile(r"(?:https?:)?//", re.IGNORECASE)
+CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')]+)""")
+SCRIPT = re.compile(
+    r"""(?:fetch\(|import\(|importScripts\(|\bsrc\s*=|\.open\([^)]*?,)\s*["'`](https?://[^"'`]+)"""
+    r"""|["'`](https?://(?:cdn|unpkg|fonts|www\.google)[^"'`]*)"""
+)
+
+
+def tags(page: str) -> list[tuple[str, dict[str, str]]]:
+    """(tag, attributes) of everything on a page that has attributes."""
+    return [
+        (tag.lower(), {k.lower(): html.unescape(a or b) for k, a, b in ATTRIBUTE.findall(rest)})
+        for tag, rest in TAG.findall(page)
+    ]
+
+
+def asked(tag: str, attributes: dict[str, str]) -> list[str]:
+    """What a browser loads for a tag by itself, without a click."""
+    if tag == "a" or attributes.get("rel") in ("index", "search", "next", "prev"):
+        return []
+    names = ("href",) if tag in ("link", "image", "use") else ("src", "data", "poster")
+    found = [attributes[n] for n in names if n in attributes]
+    return found + [x.split()[0] for x in attributes.get("srcset", "").split(",") if x.strip()]
+
+
+def loads(path: Path, text: str) -> list[str]:
+    """Addresses outside the site that a built file would have a browser load."""
+    scripts, styles, found = text, text, []
+    if path.suffix == ".html":
+        scripts, styles = ("\n".join(INSIDE[x].findall(text)) for x in ("script", "style"))
+        found = [x for tag in tags(text) for x in asked(*tag) if OUTSIDE.match(x)]
+    if path.suffix != ".css":
+        found += [a or b for a, b in SCRIPT.findall(scripts)]
+    if path.suffix != ".js":
+        found += CSS.findall(styles)
+    return found
+
+
+def dead(path: Path, found, anchors: dict[Path, set[str]]) -> list[str]:
+    """Links and files of a page that are not there, or lack the anchor."""
+    bad = []
+    for tag, attributes in found:
+        for target in asked(tag, attributes) + [attributes.get("href", "")]:
+            if not target or re.match(r"(?:[a-z]+:|//)", target):
+                continue
+            name, _, anchor = target.partition("#")
+            to = (path.parent / unquote(name.split("?")[0])).resolve() if name else path
+            known = anchors.get(to, {unquote(anchor)})
+            gone = not to.exists() or (anchor and unquote(anchor) not in known)
+            bad += [target] if gone else []
+    return bad
+
+
+def complaints(site: Path) -> list[str]:
+    """Dead links and what would be fetched from elsewhere, a sentence each."""
+    site, bad = site.resolve(), []
+    kinds = [p for kind in ("html", "css", "js") for p in sorted(site.rglob(f"*.{kind}"))]
+    unread = site / "_static"  # a theme leaves templates there
+    texts = {p: p.read_text() for p in kinds if p.suffix != ".html" or unread not in p.parents}
+    pages = {p: tags(text) for p, text in texts.items() if p.suffix == ".html"}
+    anchors = {p: {a["id"] for _, a in found if "id" in a} for p, found in pages.items()}
+    for path, text in texts.items():
+        where = path.relative_to(site)
+        bad += [f"{where}: it would load {x}" for x in loads(path, text)]
+        bad += [f"{where}: {x} leads nowhere" for x in dead(path, pages.get(path, []), anchors)]
+    return list(dict.fromkeys(bad))
+
+
+def main() -> int:
+    start, out = time.perf_counter(), ROOT / "build/site"
+    if bad := build(ROOT, out):
+        print("\n".join(bad))
+        return 1
+    print(f"{out.relative_to(ROOT)}/index.html {time.perf_counter() - start:5.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
