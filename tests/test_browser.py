@@ -40,8 +40,21 @@ TO_CELL = """async text => {
     await notebook.scrollToItem(i);
 }"""
 PICTURES = "cell => [...cell.querySelectorAll('img')].map(image => image.src)"
+NEW_CELL = """async source => {
+    const notebook = jupyterapp.shell.currentWidget;
+    await notebook.context.ready;
+    await notebook.sessionContext.ready;
+    await notebook.sessionContext.session.kernel.info;
+    await jupyterapp.commands.execute("notebook:insert-cell-above");
+    notebook.content.activeCell.model.sharedModel.setSource(source);
+    await jupyterapp.commands.execute("notebook:run-cell");
+}"""
+WATCH = """from dsv3_ref.viz import live
+control = live.train("train --config tiny --steps 400 --batch-start 1 --batch 1 --seq-len 32")
+"""
 REDRAWN = """before => [...document.querySelectorAll(".jp-Cell.jp-mod-active img")]
     .some(image => !before.includes(image.src))"""
+BEYOND = """n => +document.querySelector("[role=status]").innerText.match(/step (\\d+)/)?.[1] > n"""
 CONTROLS = "[role=slider], .widget-output-controls select, select, input[type=text]"
 
 pytestmark = [
@@ -71,6 +84,10 @@ def lab(tmp_path_factory):
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--allow-root"]
     command += [f"--port={port}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
+    settings = tmp / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"fetchNews": "false"}')  # no question over the page
+    command += [f"--LabApp.user_settings_dir={tmp / 'settings'}"]
     command += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp}"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with (tmp / "lab.log").open("w") as log:
@@ -131,6 +148,7 @@ def active(page, line: str):
 
 def move(page, control, by: str) -> None:
     """Another value, by keyboard or by mouse."""
+    control.scroll_into_view_if_needed()
     kind = control.evaluate("x => x.getAttribute('role') ?? x.tagName")
     if kind == "SELECT":
         values = control.evaluate("x => [...x.options].map(o => o.index)")
@@ -173,26 +191,16 @@ def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
     page.goto(f"{lab}/lab/tree/notebooks/00_tour.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     page.set_default_timeout(120_000)
-    page.evaluate("""async () => {
-        const notebook = jupyterapp.shell.currentWidget;
-        await notebook.context.ready;
-        await notebook.sessionContext.ready;
-        await notebook.sessionContext.session.kernel.info;
-        await jupyterapp.commands.execute("notebook:insert-cell-above");
-        notebook.content.activeCell.model.sharedModel.setSource(
-            "from dsv3_ref.viz import live\\nc = live.train('train --config tiny --steps 60 '\\n"
-            "'--batch-start 2 --batch 2', 'runs/lab')");
-        await jupyterapp.commands.execute("notebook:run-cell");
-    }""")
+    page.evaluate(NEW_CELL, WATCH)
     cell = page.locator(".jp-Cell.jp-mod-active")
     button = lambda name: cell.get_by_role("button", name=name)
     status, tab = cell.locator("[role=status]"), cell.locator(".widget-image").first
     button("start").click()
     tab.wait_for()
     steps = lambda: int(re.search(r"step (\d+)", status.inner_text())[1])
-    first, seen = tab.get_attribute("src"), steps()
+    seen, first = steps(), tab.get_attribute("src")
     page.wait_for_function(REDRAWN, arg=[first])
-    assert steps() > seen
+    page.wait_for_function(BEYOND, arg=seen)
     button("pause").click()
     page.wait_for_timeout(2500)
     still = steps()
@@ -205,8 +213,7 @@ def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
     button("resume").wait_for()
     assert "stopped" in cell.inner_text()
     button("resume").click()
-    page.wait_for_function("n => +document.querySelector('[role=status]').innerText"
-                           ".match(/step (\\d+)/)[1] > n", arg=still + 2)  # fmt: skip
+    page.wait_for_function(BEYOND, arg=still + 2)
     button("stop").click()
     button("resume").wait_for()
     assert page.evaluate(FAILED) == []

@@ -242,6 +242,8 @@ class Dashboard:
     def draw(self) -> None:
         """The tab that is looked at."""
         at = self.tabs.selected_index
+        experts = at is not None and self.titles[at : at + 1] == ["Experts"]
+        self.layer.layout.display = None if experts else "none"
         if at is not None and self.seen and at < len(self.titles):
             _, plot = PANELS[self.titles[at]]
             self.tabs.children[at].value = picture(plot(self.seen, self.layer.value or 0))
@@ -262,7 +264,8 @@ class Control:
 
         self.command, self.task = command, None
         self.begin, self.pause, self.stop = (
-            Button(description=text) for text in ("▶ start", "⏸ pause", "⏹ stop")
+            Button(description=text, icon=icon)
+            for text, icon in (("start", "play"), ("pause", "pause"), ("stop", "stop"))
         )
         self.begin.on_click(lambda _: self.started())
         self.pause.on_click(lambda _: self.paused())
@@ -276,8 +279,8 @@ class Control:
         state = self.command.state
         going = state in ("running", "paused")
         self.begin.disabled, self.pause.disabled, self.stop.disabled = going, not going, not going
-        self.begin.description = "▶ resume" if state == "stopped" else "▶ start"
-        self.pause.description = "▶ go on" if state == "paused" else "⏸ pause"
+        self.begin.description = "resume" if state == "stopped" else "start"
+        self.pause.description = "go on" if state == "paused" else "pause"
         words = self.command.last_words() if state == "failed" else str(self.command.folder)
         self.said.value = f"<span>{escape(state)}: {escape(words)}</span>"
         return state
