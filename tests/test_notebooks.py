@@ -1,5 +1,6 @@
 """Every chapter runs, its exercises can be solved, and what is committed is what it gives."""
 
+import copy
 import os
 import re
 import runpy
@@ -66,8 +67,37 @@ def chapter(request):
         yield request.param, run_script(request.param)
 
 
+def spoiled(x):
+    """An answer near the right one: every number moved, every text and list cut, the rest gone."""
+    if isinstance(x, bool):
+        return not x
+    if isinstance(x, torch.Tensor):
+        return ~x if x.dtype == torch.bool else x + 1
+    if isinstance(x, int | float | complex):
+        return x * 1.2 + 1
+    if isinstance(x, str | list):
+        return x[:-1]
+    if isinstance(x, tuple):
+        return tuple(map(spoiled, x))
+    return {k: spoiled(v) for k, v in x.items()} if isinstance(x, dict) else None
+
+
+OPEN = {"check_overflow", "check_apart", "check_cheat"}  # many answers are right: none is not
+
+
+def spoil(check: str, fn):
+    """A function whose answers are spoiled; one that changes its arguments does nothing."""
+
+    def wrong(*args, **kwargs):
+        mine, kept = copy.deepcopy((args, kwargs)), (args, kwargs)
+        out = fn(*mine[0], **mine[1])
+        return None if check in OPEN or out is None else spoiled(fn(*kept[0], **kept[1]))
+
+    return wrong
+
+
 def solve(cells, names: dict) -> list[str]:
-    """What is wrong with the exercises: a start that passes, an answer that does not."""
+    """What is wrong with the exercises: a wrong answer that passes, a right one that does not."""
     bad, solved = [], dict(names)
     for block in lint.answers(cells):
         exec(compile(block, "answer", "exec"), solved)
@@ -76,6 +106,8 @@ def solve(cells, names: dict) -> list[str]:
             bad.append(f"{check} accepts the empty {mine}")
         if names[check](solved[mine]) is not True:
             bad.append(f"{check} rejects the answer's {mine}")
+        if names[check](spoil(check, solved[mine])) is not False:
+            bad.append(f"{check} accepts {mine} spoiled")
     return bad
 
 
