@@ -6,8 +6,12 @@ import warnings
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
-from dsv3_ref.viz import page, rl, style, training
+from dsv3_ref.dualpipe import Times, schedule, simulate
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.viz import decoding, page, rl, routing, style, training
+from dsv3_ref.viz import schedule as timeline
 from dsv3_ref.viz.training import read_metrics, series, smooth
 
 LAYERS, EXPERTS = 3, 8
@@ -300,3 +304,50 @@ def test_text_is_escaped_and_numbers_readable():
     assert page.text(["<i>"]) == "[&quot;&lt;i&gt;&quot;]"
     values = [1234567, 0.00022, 1.0, True, None]
     assert [page.text(v) for v in values] == ["1,234,567", "0.00022", "1", "true", "null"]
+
+
+# ── Explorers ──
+
+
+def test_a_bias_moves_choices_and_is_put_back(micro):
+    model = Transformer(micro)
+    (layer,) = [n for n in moe_layers(model) if not n.startswith("mtp")][:1]
+    gate = moe_layers(model)[layer].gate
+    before, tokens = gate.bias.clone(), list(range(8))
+    plain = routing.routes(model, tokens, layer)
+    far = routing.routes(model, tokens, layer, 1, 5.0)
+    shut = routing.routes(model, tokens, layer, 1, -5.0)
+    assert torch.equal(gate.bias, before) and torch.equal(plain.affinity_bse, far.affinity_bse)
+    assert (far.expert_bsk == 1).any(-1).all() and not (shut.expert_bsk == 1).any()
+
+
+def test_routing_is_drawn_token_by_token(micro):
+    model = Transformer(micro)
+    r = routing.routes(model, [1, 2, 3], next(iter(moe_layers(model))))
+    fig = routing.draw_routing(r, ["a", "$b", "c\n"], 2)
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a", "$b", "c\\n"]
+    at = fig.axes[0].collections[0].get_offsets()
+    assert at[:, 0].tolist() == r.expert_bsk.flatten().tolist()
+    assert sum(bar.get_height() for bar in fig.axes[1].patches) == r.expert_bsk.numel()
+    assert ink(fig) > 200
+
+
+def test_drafts_are_marked_and_rejected_ones_shown():
+    rounds = [("a", 0, None), (list("bc"), 1, "x"), (list("de"), 1, None), (["f"], 0, "\n")]
+    ax = decoding.draw_trace(rounds, 4).axes[0]
+    texts = {
+        (t.get_position()[0] - 0.5, round(t.get_position()[1], 1)): t.get_text() for t in ax.texts
+    }
+    assert [texts[i, 0.0] for i in range(4)] == list("abcd") and texts[2, 1.0] == "x"
+    assert texts[0, 2.4] == "e" and texts[1, 2.4] == "f" and texts[1, 3.4] == "⏎"
+    boxes = [tuple(round(v, 1) for v in box.get_xy()) for box in ax.patches]
+    assert boxes == [(1, -0.5), (2, 0.5), (3, -0.5), (1, 2.9)]  # b and d accepted, x and ⏎ not
+
+
+def test_what_has_not_begun_is_pale():
+    spans = simulate(schedule("1f1b", 2, 4), Times())
+    whole = timeline.draw(spans, "x").axes[0].patches
+    half = timeline.draw(spans, "x", until=4.0).axes[0].patches
+    assert {p.get_alpha() for p in whole} == {1.0}
+    pale = [p.get_alpha() < 0.5 for p in half]
+    assert pale == [p.get_x() >= 4.0 for p in half] and any(pale) and not all(pale)

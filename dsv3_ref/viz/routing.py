@@ -36,19 +36,19 @@ def draw_routing(r: Route, texts: list[str], groups: int = 1, title: str = ""):
     n_tokens, n_experts = r.affinity_bse.shape[1:]
     load_e = expert_load(r.expert_bsk.cpu(), n_experts)
     fig, axes = figure(1, 2, 9.5, max(2.6, 0.24 * n_tokens + 0.9), width_ratios=(3, 2))
-    shown = axes[0].imshow(r.affinity_bse[0].cpu(), aspect="auto", cmap="cividis")
+    shown = axes[0].imshow(r.affinity_bse[0].cpu().numpy(), aspect="auto", cmap="cividis")
     fig.colorbar(shown, ax=axes[0], label="affinity", pad=0.01)
-    row_n = torch.arange(n_tokens).repeat_interleave(r.expert_bsk.shape[2])
-    size_n = 110 * (r.weight_bsk[0] / r.weight_bsk[0].sum(-1, keepdim=True)).flatten().cpu()
-    axes[0].scatter(r.expert_bsk[0].flatten().cpu(), row_n, s=size_n, facecolor="white",
+    row_n = torch.arange(n_tokens).repeat_interleave(r.expert_bsk.shape[2]).tolist()
+    size_n = 110 * (r.weight_bsk[0] / r.weight_bsk[0].sum(-1, keepdim=True)).flatten().tolist()
+    axes[0].scatter(r.expert_bsk[0].flatten().tolist(), row_n, s=size_n, facecolor="white",
                     edgecolor="#D55E00")  # fmt: skip
     for g in range(1, groups):
         axes[0].axvline(g * n_experts / groups - 0.5, color="white", lw=1.5)
     axes[0].set_yticks(range(n_tokens), [repr(text)[1:-1] for text in texts], fontsize=8,
                        parse_math=False)  # fmt: skip
     axes[0].set(title=title or "○ chosen, larger: weighs more", xlabel="expert, by group")
-    axes[1].bar(range(n_experts), load_e, color=BLUE)
-    axes[1].axhline(load_e.float().mean(), color=ORANGE, ls="--")
+    axes[1].bar(range(n_experts), load_e.tolist(), color=BLUE)
+    axes[1].axhline(load_e.float().mean().item(), color=ORANGE, ls="--")
     axes[1].set(title=f"Load, MaxVio {max_vio(load_e):.2f}", xlabel="expert", ylabel="tokens")
     for ax in axes:
         ax.set_xticks(range(0, n_experts, max(1, n_experts // 8)))
