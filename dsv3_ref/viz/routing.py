@@ -39,7 +39,8 @@ def draw_routing(r: Route, texts: list[str], groups: int = 1, title: str = ""):
     shown = axes[0].imshow(r.affinity_bse[0].cpu().numpy(), aspect="auto", cmap="cividis")
     fig.colorbar(shown, ax=axes[0], label="affinity", pad=0.01)
     row_n = torch.arange(n_tokens).repeat_interleave(r.expert_bsk.shape[2]).tolist()
-    size_n = 110 * (r.weight_bsk[0] / r.weight_bsk[0].sum(-1, keepdim=True)).flatten().tolist()
+    share_nk = r.weight_bsk[0] / r.weight_bsk[0].sum(-1, keepdim=True)
+    size_n = (110 * share_nk).flatten().tolist()
     axes[0].scatter(r.expert_bsk[0].flatten().tolist(), row_n, s=size_n, facecolor="white",
                     edgecolor="#D55E00")  # fmt: skip
     for g in range(1, groups):
