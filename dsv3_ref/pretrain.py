@@ -106,11 +106,12 @@ class StepStats(NamedTuple):
 
 def train_step(
     model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float, limit=math.inf,
-    parts_of=None, weigh=len,
+    parts_of=None, weigh=len, together=None,
 ):  # fmt: skip
     """One step over micro-batches (rows of T + 1 tokens): gradients, clip, AdamW, then biases.
 
-    Later chapters bring other losses, `parts_of`, and how much a micro-batch counts, `weigh`.
+    Later chapters bring other losses, `parts_of`, how much a micro-batch counts, `weigh`, and
+    `together`, which brings gradients, sums and loads of several ranks together.
     """
     weights, sums, load_le = [weigh(x) for x in micro_batches], None, 0
     for tokens_bs, weight in zip(micro_batches, weights):
@@ -123,6 +124,8 @@ def train_step(
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()
         sums = values if sums is None else sums + values
         load_le = load_le + expert_loads(parts.routes)
+    if together:
+        sums, load_le = together(model, sums, load_le)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip).item()
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -28,11 +28,15 @@ def home(tmp_path_factory):
 
 
 def started(home, out, world: int, *more) -> list[subprocess.Popen]:
+    """A training run on ranks."""
+    return launched(home, world, options(home, out, *PLAN, *more))
+
+
+def launched(home, world: int, argv: list[str]) -> list[subprocess.Popen]:
     """A process for every rank, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    argv = options(home, out, *PLAN, *more)
     env = os.environ | {
         "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "WORLD_SIZE": str(world), "HF_DATASETS_CACHE": str(home / "hf"),

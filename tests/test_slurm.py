@@ -252,7 +252,7 @@ def test_longer_texts_fine_tuning_and_rl_have_launchers(undisturbed, home):
     }  # fmt: skip
     assert jobs["tuned"].end() == "COMPLETED", jobs["tuned"].said()
     asked = "--batch 2 --batch-start 2 --group 2 --steps 2 --max-new-tokens 4 --seq-len 32".split()
-    jobs["rl"] = Job(home, "rl", "rl.sbatch", ["--init", jobs["tuned"].run, *asked])
+    jobs["rl"] = Job(home, "rl", "rl.sbatch", ["--init", jobs["tuned"].run, *asked], **BOTH)
     for job in jobs.values():
         assert job.end() == "COMPLETED", job.said()
     assert [len(metrics(job.run)) for job in jobs.values()] == [4, 4, 2]

@@ -13,6 +13,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.parallel import checkpoint as sharded
 from dsv3_ref.parallel.build import share
 from dsv3_ref.parallel.cluster import Cluster
+from dsv3_ref.parallel.replicas import Replicas, Several
 from dsv3_ref.parallel.mesh import Mesh, joined, sizes
 from dsv3_ref.parallel.watchdog import doing, watch
 from dsv3_ref.pretrain import StepStats
@@ -24,10 +25,10 @@ from dsv3_ref.run.settings import Train
 from dsv3_ref.run.train import Trainer, start, work
 
 
-class Ranks:
+class Ranks(Several):
     """A rank's part of a run, before a `Trainer` in the order of bases.
 
-    Rank 0 reads the data for all, and writes what is not sharded.
+    Rank 0 reads the data for all.
     """
 
     def __init__(self, args: Train, folder: Path, device: torch.device):
@@ -42,10 +43,6 @@ class Ranks:
     def where(self) -> str:
         m = self.mesh
         return f"{m.world} ranks (pp {m.pp} × dp {m.dp} × ep {m.ep}) on {self.device.type}"
-
-    @property
-    def first(self) -> bool:
-        return self.mesh.rank == 0
 
     def pick_device(self) -> torch.device:
         return self.mesh.device
@@ -92,13 +89,6 @@ class Ranks:
     def biases(self) -> list:
         return list(self.cluster.biases())
 
-    def leaves(self) -> bool:
-        """Whether any rank was asked to: then all leave after the same step."""
-        asked = int(self.mesh.largest(torch.tensor(max(self.asked, default=0), device=self.device)))
-        if asked and not self.asked:
-            self.asked.append(asked)
-        return bool(asked)
-
     def samples(self) -> list[dict]:
         """By rank 0, from the checkpoint just written."""
         mine, self.model = self.model, checkpoint.load(self.folder).to(self.device)
@@ -141,24 +131,9 @@ class Ranks:
             self.ema.t = state["ema_t"]
         resume.stand(self, state, load_file(folder / resume.TENSORS), data)
 
-    def restore(self) -> None:
-        if self.first:
-            checkpoint.sweep(self.folder / "checkpoints")
-        dist.barrier()
-        if found := checkpoint.steps(self.folder):
-            resume.read(self, found[-1])
-
     def rollback_point(self) -> Path | None:
         self.settle()
         return from_first(lambda: (resume.rollback_point(self.folder),))[0]
-
-    def go_back(self, to: Path) -> None:
-        if self.first:
-            resume.drop_after(self.folder, to)
-        dist.barrier()
-        seconds = self.seconds
-        resume.read(self, to, data=False)
-        self.seconds, self.guard.rolled_to = seconds, self.step
 
 
 def split(backends: tuple[str, ...]) -> tuple[str, ...]:
@@ -193,7 +168,8 @@ def run(args: Train, command: str | None = None, trainer_of=Trainer) -> Path:
         asked = stack.enter_context(signals())
         here = dist.get_rank(), dist.get_world_size()
         stack.enter_context(watch(folder / "logs", *here, args.hang_timeout))
-        kind = type("ClusterTrainer", (Ranks, trainer_of), {})
+        part = Ranks if trainer_of.sharded else Replicas
+        kind = type("ClusterTrainer", (part, trainer_of), {})
         make = lambda args, folder: kind(args, folder, device)
         if dist.get_rank() == 0:
             trainer = start(args, folder, command, make)

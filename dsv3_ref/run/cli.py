@@ -40,8 +40,6 @@ def tune(kind, trainer, argv: list[str]) -> None:
     """A run that starts from a model."""
     from dsv3_ref.run.settings import parse
 
-    if kind.COMMAND in ("reward", "rl") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"dsv3 {kind.COMMAND} runs in one process, on one GPU")
     args = parse(argv, kind)
     runner()(args, shlex.join(["dsv3", kind.COMMAND, *argv]), trainer)
 

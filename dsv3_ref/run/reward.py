@@ -60,6 +60,7 @@ class Reward(Train):
     def rules(self) -> list[tuple[bool, str]]:
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
+            (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 reward holds the whole model"),
             (len(self.data) > 0, "--data needs at least one file of pairs"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs take)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
@@ -150,6 +151,8 @@ def line(pairs: list[Pair], device) -> torch.Tensor:
 class RewardTrainer(Trainer):
     """A run on pairs of answers."""
 
+    sharded = False
+
     def open_data(self) -> None:
         """Pairs, some held out, and how many each step reads."""
         args, r = self.args, self.args.recipe
@@ -172,7 +175,10 @@ class RewardTrainer(Trainer):
         return self.step_on(lots, *settings)
 
     def batch(self, n: int) -> list[Pair]:
-        return self.rows.take(n)
+        return self.share(self.rows.take(n))
+
+    def other_sources(self) -> dict[str, float]:
+        return {}
 
     def trained(self, pairs: list[Pair]) -> int:
         return sum(len(tokens) for pair in pairs for tokens in pair)

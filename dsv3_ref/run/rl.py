@@ -111,6 +111,7 @@ class Rl(Train):
                 f"{', '.join(is_open)}: no answer is right, so --reward must name a reward model, "
                 "or --votes say how many",
             ),
+            (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 rl holds the whole model"),
             (self.votes >= 0, "--votes must be at least 0"),
             (not (self.reward and self.votes), "--reward or --votes, not both"),
         ]
@@ -215,9 +216,12 @@ class Scorer:
 class RlTrainer(Trainer):
     """A run whose rows are its own answers."""
 
+    sharded = False
+
     def open_data(self) -> None:
         """Questions, and how many each step asks."""
         args = self.args
+        self.parts = args.updates
         self.weights = named(args.tasks)
         self.names, self.sources, self.val = list(self.weights), [], {}
         self.tokenizer = self.find_tokenizer()
@@ -237,10 +241,13 @@ class RlTrainer(Trainer):
         self.score = Scorer(self.args, first, say, self.device)
         self.writer = self.brought = None  # the step whose weights it has
         if self.args.rollout == "vllm":
+            if len(self.share([0, 1])) < 2:
+                raise UserError("--rollout vllm runs in one process")
             self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
         if self.fresh:
             began = {"held_out": self.held_out(), "samples": self.samples()}
-            write_json(self.folder / BEFORE, began)
+            if self.first:
+                write_json(self.folder / BEFORE, began)
 
     def ask(self, problems: list[Problem], group: int, temperature: float) -> list[Answer]:
         """A group of scored answers to each."""
@@ -261,7 +268,7 @@ class RlTrainer(Trainer):
     def batch(self, n: int) -> list[Answer]:
         """Groups of answers to the next n questions, with their advantages."""
         args, start = self.args, time.perf_counter()
-        answers = self.ask(self.rows.take(n), args.group, args.temperature)
+        answers = self.ask(self.share(self.rows.take(n)), args.group, args.temperature)
         reward_b = torch.tensor([a.reward for a in answers])
         if args.control == "random-reward":
             reward_b = (torch.rand(len(answers)) < 0.5).float()
@@ -269,7 +276,8 @@ class RlTrainer(Trainer):
             reward_b = advantages(reward_b, args.group, args.scale)
         for a, advantage in zip(answers, reward_b.tolist()):
             a.advantage = advantage
-        self.answers, self.asking = answers, time.perf_counter() - start
+        groups = [answers[i : i + args.group] for i in range(0, len(answers), args.group)]
+        self.groups, self.asking = self.gathered(groups), time.perf_counter() - start
         return answers
 
     def trained(self, answers: list[Answer]) -> int:
@@ -284,7 +292,8 @@ class RlTrainer(Trainer):
         if args.updates > 1:
             self.remember(answers)
         stats = [self.update(part, *settings) for part in parts]
-        self.seen = {k: v / max(1.0, self.seen["tokens"]) for k, v in self.seen.items()}
+        seen = self.summed(self.seen)
+        self.seen = {k: v / max(1.0, seen["tokens"]) for k, v in seen.items()}
         if not self.seen.get("drift", 0.0) <= args.max_kl:  # k₃ has too heavy a tail to judge by
             self.give_up("KL to the first model", self.seen["drift"])
         if self.writer and not self.seen["mismatch"] <= args.max_mismatch:
@@ -295,7 +304,8 @@ class RlTrainer(Trainer):
 
     def update(self, answers: list[Answer], *settings) -> StepStats:
         """One optimizer step. Answers that neither gain nor lose are not computed, but counted."""
-        self.total = len(answers), sum(len(a.tokens) for a in answers)
+        counts = self.summed({"tokens": sum(len(a.tokens) for a in answers), "ranks": 1})
+        self.total = len(answers), counts["tokens"] / counts["ranks"]
         live = [a for a in answers if a.advantage or self.args.beta] or answers[:1]
         self.live = len(live)
         return self.step_on(self.lots(live), *settings)
@@ -361,16 +371,16 @@ class RlTrainer(Trainer):
 
     def row(self, s: StepStats) -> dict:
         """Of pre-training's row all but the biases, and what GRPO is watched by."""
-        row, answers, by = super().row(s), self.answers, defaultdict(list)
+        row, by = super().row(s), defaultdict(list)
+        answers = [a for group in self.groups for a in group]
         for a in answers:
             by[a.problem.domain].append(a.reward)
-        groups = [answers[i : i + self.args.group] for i in range(0, len(answers), self.args.group)]
         a = answers[0]
         row |= {k: self.seen.get(k) for k in ("kl", "drift", "clipped", "entropy", "mismatch")} | {
             "reward": mean(a.reward for a in answers),
             "reward_by": {name: mean(rewards) for name, rewards in by.items()},
             "length": mean(len(a.tokens) for a in answers),
-            "silent": mean(float(not any(a.advantage for a in group)) for group in groups),
+            "silent": mean(float(not any(a.advantage for a in group)) for group in self.groups),
             "asking": self.asking,
             "example": {"prompt": a.problem.question, "text": a.text, "reward": a.reward},
         }
@@ -384,8 +394,9 @@ class RlTrainer(Trainer):
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             for name in self.names:
-                problems = find(name).problems[1]
-                likeliest, drawn = (self.ask(problems, 1, t) for t in (0.0, 1.0))
+                problems = self.share(find(name).problems[1])
+                asked = (self.ask(problems, 1, t) for t in (0.0, 1.0))
+                likeliest, drawn = map(self.gathered, asked)
                 out[name] = {
                     "greedy": mean(a.reward for a in likeliest),
                     "sampled": mean(a.reward for a in drawn),
@@ -412,6 +423,9 @@ class RlTrainer(Trainer):
             "val_loss": row["val_loss"], "seconds": self.seconds, "tokens": self.tokens,
             "before": began["held_out"], "after": row["held_out"], "samples": said,
         }  # fmt: skip
+
+    def other_sources(self) -> dict[str, float]:
+        return {}
 
     def goal(self) -> str:
         args = self.args

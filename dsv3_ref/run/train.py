@@ -47,6 +47,10 @@ from dsv3_ref.run.tokenizer import (
 class Trainer:
     """One run: model, optimizer and data, and where they stand."""
 
+    sharded = True  # on several ranks: stages and experts apart, or the whole model on each
+    together = None  # of several ranks: see `train_step`
+    first = True  # among ranks: it writes
+    parts = 1  # optimizer steps from one batch
     KNOWN = ("names", "val", "bytes", "plan", "marks")  # of the data, on every rank
     marks: Marks | None = None  # of conversations
 
@@ -172,7 +176,9 @@ class Trainer:
 
     def step_on(self, micro, *settings) -> StepStats:
         """`train_step` over micro-batches."""
-        return train_step(self.model, self.optimizer, micro, *settings, self.losses, self.weigh)
+        return train_step(
+            self.model, self.optimizer, micro, *settings, self.losses, self.weigh, self.together
+        )
 
     def losses(self, model: Transformer, tokens_bs, balance_over: str) -> Losses:
         """Those of chapter 07."""
@@ -181,6 +187,18 @@ class Trainer:
     def weigh(self, tokens_bs) -> int:
         """How much these rows count in a mean over a batch."""
         return len(tokens_bs)
+
+    def share(self, items: list) -> list:
+        """What this process has to do of something: all of it."""
+        return items
+
+    def gathered(self, items: list) -> list:
+        """The shares of all processes."""
+        return items
+
+    def summed(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over all processes."""
+        return values
 
     def give_up(self, name: str, value: float, more: str = "") -> None:
         """Stop the run: weights that give such a number are of no use."""
