@@ -17,8 +17,8 @@ import tyro
 from tokenizers import Tokenizer
 
 from dsv3_ref.config import UserError
+from dsv3_ref.eplb import layer_loads
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.moe import expert_load
 from dsv3_ref.run import tokenizer as tok
 from dsv3_ref.run.checkpoint import load, tokenizer_folder
 from dsv3_ref.run.data import BUILT_IN
@@ -63,9 +63,7 @@ def window(paths: list[str], t: Tokenizer, rows: int, length: int) -> torch.Tens
 @torch.no_grad()
 def loads(model: Transformer, tokens_bs: torch.Tensor) -> torch.Tensor:
     """Tokens that each expert of each MoE layer of the main model received, (l, e)."""
-    n = model.config.n_routed_experts
-    routed = (model.features(rows)[1] for rows in tokens_bs.split(BATCH))
-    return sum(torch.stack([expert_load(r.expert_bsk, n) for r in routes]) for routes in routed)
+    return sum(layer_loads(model.features(rows)[1]) for rows in tokens_bs.split(BATCH))
 
 
 def course(model: Transformer, t: Tokenizer, source: str, args: Routing) -> torch.Tensor:
