@@ -17,7 +17,7 @@
 # %% [markdown]
 # ## Why
 # The gate's bias ([chapter 04](04_moe.ipynb)) keeps experts evenly busy *over the batches of training*. Users send
-# something else. Below, the model of `make train`, which saw speeches and hardly any program, reads Python's
+# something else. Below, the model of `make train`, nine tenths of whose text was speeches, reads the other tenth: Python's
 # standard library. Its 16 experts live on eight GPUs, two each, and in its last layer one GPU gets **3.3 times** the
 # mean. All GPUs wait for it before the next layer can begin, so seven of eight idle most of the time.
 #
@@ -613,6 +613,7 @@ axes[0].legend(loc="upper right", fontsize=8.5, ncols=2)
 minutes = [10 * x for x in PERIODS]
 axes[1].plot(minutes, [days[x][0].mean() for x in PERIODS], "o-", color=BLUE)
 axes[1].axhline(days[0][0].mean(), color=ORANGE, ls="--", lw=1)
+axes[1].annotate("once", (300, days[0][0].mean()), xytext=(0, -12), textcoords="offset points")
 axes[1].set(xscale="log", title="Balance and copying against age", xlabel="minutes between placements",
             ylabel="slowest / mean, whole day")  # fmt: skip
 axes[1].set_xticks([10, 30, 60, 240, 720], ["10", "30", "60", "240", "720"])
@@ -620,7 +621,8 @@ axes[1].minorticks_off()
 axes[1].tick_params(axis="y", colors=BLUE)
 right = axes[1].twinx()
 right.plot(minutes, [days[x][1] for x in PERIODS], "s--", ms=4, color=GREY)
-right.set(ylabel="experts fetched a day", ylim=(0, None))
+right.set(ylim=(0, None))
+right.set_ylabel("experts fetched a day (squares)", color=GREY)
 right.spines["right"].set_visible(True)
 show(fig)
 print(f"no copies {none.mean():.2f}, placed once {days[0][0].mean():.2f}")
@@ -632,7 +634,7 @@ for every in PERIODS:
 # %% [markdown]
 # A placement made at midnight is worth little at noon (1.36 over the day; 1.61 without copies). Renewed every half hour,
 # 1.11 is left; every ten minutes is no better, for a window here is 4,096 tokens and its noise is copied too. (A real unit
-# sees millions in ten minutes.) And each renewal moves **seven in ten** experts, however little the loads have moved: the
+# sees millions in ten minutes.) And each renewal moves **seven in ten** experts, also when loads differ by noise alone: the
 # algorithm starts from nothing each time. Exercise 3 is about that.
 #
 # ## Play
@@ -792,9 +794,9 @@ check_steady(my_steady)
 # - **The network** hardly notices. Refilling *every* slot of a prefill GPU over InfiniBand takes half a second, once in
 #   ten minutes. It must not happen in the middle of a pass: new weights go beside the old ones, or a layer at a time
 #   between two steps.
-# - **In prefill arithmetic binds**, so time follows the load of a GPU, as counted here. **In decode** an expert meets a few
-#   dozen rows and reading its weights takes most of the time: balance of *rows* matters less there than balance of
-#   arrivals.
+# - **In prefill arithmetic binds**, so time follows the rows of a GPU, as counted here. **In decode** an expert meets usually
+#   no more than 256 rows (§3.4.2), and reading its weights takes longer than using them: one expert a GPU is even before a
+#   row is counted.
 # - **16 of which 9 work**: two copies of everything fit, 41 GB a GPU; then each layer's own loads decide which
 #   copy works, and no window can be out of date.
 #
