@@ -1,0 +1,818 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 19 · Redundant experts: two copies of whoever is busy
+
+# %% [markdown]
+# ## Why
+# The gate's bias ([chapter 04](04_moe.ipynb)) keeps experts evenly busy *over the batches of training*. Users send
+# something else. Below, the model of `make train`, nine tenths of whose text was speeches, reads the other tenth: Python's
+# standard library. Its 16 experts live on eight GPUs, two each, and in its last layer one GPU gets **3.3 times** the
+# mean. All GPUs wait for it before the next layer can begin, so seven of eight idle most of the time.
+#
+# Training cannot mend this: the weights are done. But nothing says that an expert may have only one copy.
+
+# %%
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations, product
+
+import torch
+
+from dsv3_ref.config import V3
+from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz.ablation import stored
+
+recorded = stored("routing")  # windows of 4,096 tokens: tokens of every expert of every layer
+print(recorded["command"])
+LOADS = {name: torch.tensor(x) for name, x in recorded["load"].items()}  # (windows, l, e)
+pairs = {name: x.sum(0).unflatten(-1, (8, 2)).sum(-1).float() for name, x in LOADS.items()}
+share = {name: (x / x.mean(-1, keepdim=True))[2] for name, x in pairs.items()}
+assert 3.2 < share["stdlib"].max() < 3.4 and share["sotu"].max() < 1.3
+fig, ax = figure(1, 1, 8, 2.8)
+for shift, colour, (name, text) in zip(
+    (-0.2, 0.2), (GREY, BLUE), {"sotu": "speeches", "stdlib": "Python source"}.items()
+):
+    ax.bar(torch.arange(8) + shift, share[name], 0.38, color=colour, label=text)
+ax.axhline(1, color=ORANGE, ls="--")
+ax.set(title="One layer's experts on eight GPUs: same model, other text", xlabel="GPU",
+       ylabel="load / mean", xticks=range(8))  # fmt: skip
+ax.legend(loc="upper right")
+show(fig)
+
+# %% [markdown]
+# ## Paper
+# - **Prefill** (§3.4.1): 4 nodes of 8 GPUs share the experts, 8 each. **32 redundant** copies of busy experts are added,
+#   one a GPU: 8 + 1. Who is copied follows from loads counted in service, *about every ten minutes*; then experts are
+#   rearranged **within their node**, so that balance costs no traffic between nodes.
+# - **Decode** (§3.4.2): 40 nodes, 320 GPUs, **one expert each**. 256 hold the routed experts, 64 the redundant ones *and
+#   the shared expert*, which counts as a routed one that every token chooses: nine a token. Renewed likewise, but with
+#   one expert a GPU there is nothing to arrange.
+# - *Being explored* then: 16 experts held by a GPU of which only 9 work in a step, chosen anew at every layer.
+#
+# How copies are chosen and laid out stands not in the report but in a program that DeepSeek published later, *EPLB*
+# (MIT). Here it is built anew, with its signature and, number for number, its results.
+#
+# Axes: `l` layer, `e` expert, `g` group, `a` *physical* expert (a slot in some GPU's memory), `u` the copies of one
+# expert, `o` node, `j` GPU.
+
+# %%
+#| export eplb
+from collections import deque
+
+import torch
+from einops import rearrange
+
+from dsv3_ref.config import UserError
+from dsv3_ref.moe import expert_load
+
+# %% [markdown]
+# ## How many copies
+# Expert $e$ has load $L_e$ and $n_e$ copies that share it. Only the fullest copy matters:
+#
+# $$\min_{n}\ \max_e \frac{L_e}{n_e} \qquad \text{with } n_e \ge 1,\ \textstyle\sum_e n_e = A.$$
+#
+# It has a simple solution: start with one each, and give every further copy to the expert whose copies are fullest
+# *now*. No other gift could lower the maximum. Slots are numbered as they are given: the first `e` are the experts
+# themselves. The loop is over slots, all layers at once; the first of equals wins.
+
+
+# %%
+#| export eplb
+def replicated(load_le, n: int):
+    """n slots: the expert in each (l, a), which copy it is (l, a), copies of each expert (l, e).
+
+    Every slot beyond the first e goes to argmax_e load_e / copies_e.
+    """
+    layers, experts = load_le.shape
+    expert_la = torch.arange(experts).repeat(layers, 1)
+    copy_la, count_le = torch.zeros_like(expert_la), torch.ones_like(expert_la)
+    for _ in range(n - experts):
+        busiest_l1 = (load_le / count_le).argmax(-1, keepdim=True)
+        expert_la = torch.cat([expert_la, busiest_l1], 1)
+        copy_la = torch.cat([copy_la, count_le.gather(1, busiest_l1)], 1)
+        count_le = count_le.scatter_add(1, busiest_l1, torch.ones_like(busiest_l1))
+    return expert_la, copy_la, count_le
+
+
+# %%
+g = torch.Generator().manual_seed(0)
+load_le = torch.randint(1, 100, (50, 4), generator=g).float()
+expert_la, copy_la, count_le = replicated(load_le, 9)
+ways = torch.tensor([n for n in product(range(1, 7), repeat=4) if sum(n) == 9])
+best_l = (load_le[:, None] / ways).amax(-1).amin(-1)  # of all ways to give nine slots to four
+assert torch.equal((load_le / count_le).amax(-1), best_l)
+assert all(Counter(row.tolist()) == Counter(dict(enumerate(n.tolist())))
+           for row, n in zip(expert_la, count_le))  # fmt: skip
+print("loads", load_le[0].int().tolist(), "→ experts of the slots", expert_la[0].tolist())
+
+# %% [markdown]
+# ## Who lives together
+# Slots go to GPUs, $A/J$ to each, no more, no less: memory is reserved for that many.
+#
+# $$\min \max_j \sum_{a \,\in\, j} w_a, \qquad |j| = A / J, \qquad w_a = L_{e(a)} / n_{e(a)}$$
+#
+# *This* has no simple solution, and a good guess will do: heaviest first, each to the lightest GPU that still has room.
+# Where each GPU has room for one, nobody moves, so no weights need be copied for nothing. The same function packs groups
+# into nodes; `n` is how many containers there are.
+
+
+# %%
+#| export eplb
+def packed(weight_lx, n: int):
+    """The container of every item (l, x), and its place there (l, x): x/n items to each of n.
+
+    Heaviest first, to the lightest one with room; of equals the first.
+    """
+    layers, items = weight_lx.shape
+    if items == n:
+        return torch.arange(n).repeat(layers, 1), torch.zeros(layers, n, dtype=torch.long)
+    into_lx = torch.zeros(layers, items, dtype=torch.long)
+    place_lx, filled_lj = torch.zeros_like(into_lx), torch.zeros(layers, n, dtype=torch.long)
+    sum_lj = torch.zeros(layers, n, dtype=weight_lx.dtype)
+    for x_l1 in weight_lx.argsort(dim=-1, descending=True, stable=True).split(1, dim=1):
+        room_lj = sum_lj.masked_fill(filled_lj == items // n, torch.inf)
+        j_l1 = room_lj.argmin(-1, keepdim=True)
+        into_lx.scatter_(1, x_l1, j_l1)
+        place_lx.scatter_(1, x_l1, filled_lj.gather(1, j_l1))
+        filled_lj.scatter_add_(1, j_l1, torch.ones_like(j_l1))
+        sum_lj.scatter_add_(1, j_l1, weight_lx.gather(1, x_l1))
+    return into_lx, place_lx
+
+
+# %%
+def fullest(weight_lx, into_lx, n: int):
+    """The sum of the fullest container, (l,)."""
+    return torch.zeros(len(weight_lx), n).scatter_add(1, into_lx, weight_lx).amax(-1)
+
+
+weight_lx = torch.randint(1, 100, (200, 8), generator=g).float()
+into_lx, place_lx = packed(weight_lx, 2)
+assert (into_lx.sum(-1) == 4).all()
+assert all(sorted(zip(i, p)) == list(product(range(2), range(4)))
+           for i, p in zip(into_lx.tolist(), place_lx.tolist()))  # fmt: skip
+halves = [torch.tensor(x) for x in combinations(range(8), 4)]
+best_l = torch.stack([weight_lx[:, x].sum(-1).maximum(weight_lx.sum(-1) - weight_lx[:, x].sum(-1))
+                      for x in halves]).amin(0)  # fmt: skip
+over_l = fullest(weight_lx, into_lx, 2) / best_l - 1
+assert (over_l >= 0).all() and 0 < over_l.mean() < 0.02
+print(f"above the best of all {len(halves)} ways: {over_l.mean():.1%} on average, "
+      f"{over_l.max():.0%} at worst, not at all in {(over_l == 0).float().mean():.0%}")  # fmt: skip
+
+# %% [markdown]
+# ## Node by node
+# A token visits at most four of eight groups. That limit is worth something only while a group lies *on one node*. So
+# the whole is done in three steps that never tear a group apart:
+#
+# $$\text{groups} \xrightarrow{\ \texttt{packed}\ } \text{nodes}, \qquad
+# \text{experts of a node} \xrightarrow{\ \texttt{replicated}\ } \text{its slots}
+# \xrightarrow{\ \texttt{packed}\ } \text{its GPUs}$$
+#
+# Steps two and three know no nodes: a node of a layer is just one more row, `(l o)`. And where groups cannot be dealt
+# evenly, as on the 40 nodes of a decode unit, the *global* policy is the same with one group on one node. It balances
+# better and lets tokens travel everywhere.
+
+
+# %%
+#| export eplb
+def inverse(perm_lx):
+    """Where each number stands: perm[inverse[x]] = x."""
+    at_lx = torch.arange(perm_lx.shape[1]).expand_as(perm_lx)
+    return torch.empty_like(perm_lx).scatter_(1, perm_lx, at_lx)
+
+
+def node_members(load_le, groups: int, nodes: int):
+    """Experts ordered by node, whole groups packed into nodes: (l, e)."""
+    group_lg = rearrange(load_le, "l (g x) -> l g x", g=groups).sum(-1)
+    node_lg, place_lg = packed(group_lg, nodes)
+    order_lg = inverse(node_lg * (groups // nodes) + place_lg)
+    size = load_le.shape[1] // groups
+    return rearrange(order_lg[..., None] * size + torch.arange(size), "l g x -> l (g x)")
+
+
+def hierarchical(load_le, n: int, groups: int, nodes: int, gpus: int):
+    """Groups to nodes, copies inside nodes, slots to GPUs; results as of `replicated`."""
+    by_node = lambda t: rearrange(t, "l (o x) -> (l o) x", o=nodes)
+    by_layer = lambda t: rearrange(t, "(l o) x -> l (o x)", o=nodes)
+    member_le = node_members(load_le, groups, nodes)
+    load_xe = by_node(load_le.gather(1, member_le))  # x: a node of a layer
+    expert_xa, copy_xa, count_xe = replicated(load_xe, n // nodes)
+    gpu_xa, place_xa = packed((load_xe / count_xe).gather(1, expert_xa), gpus // nodes)
+    slot_xa = inverse(gpu_xa * (n // gpus) + place_xa)
+    expert_xa = by_node(member_le).gather(1, expert_xa.gather(1, slot_xa))
+    count_le = by_layer(count_xe).gather(1, inverse(member_le))
+    return by_layer(expert_xa), by_layer(copy_xa.gather(1, slot_xa)), count_le
+
+
+# %% [markdown]
+# The entry, with EPLB's names and order of arguments. `logical_to_physical_map[l, e, u]` is the slot of copy $u$ of
+# expert $e$, −1 where there are fewer copies. Loads are counted in fp32: sums of equal numbers must stay equal, or the
+# first of equals would be another one.
+
+
+# %%
+#| export eplb
+def rebalance_experts(weight, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int):
+    """A placement by loads (layers, experts), as DeepSeek's EPLB has it (§3.4.1, §3.4.2).
+
+    physical_to_logical_map (layers, num_replicas); logical_to_physical_map (layers, experts, most
+    copies), −1: none; expert_count (layers, experts). Hierarchical if the nodes divide the groups.
+    """
+    layers, experts = weight.shape
+    even = num_groups % num_nodes == 0
+    groups, nodes = (num_groups, num_nodes) if even else (1, 1)
+    rules = [
+        (experts % groups == 0, f"{experts} experts do not form {groups} equal groups"),
+        (num_gpus % nodes == 0, f"{num_gpus} GPUs do not form {nodes} equal nodes"),
+        (
+            num_replicas % num_gpus == 0,
+            f"{num_replicas} slots do not fill {num_gpus} GPUs evenly",
+        ),
+        (num_replicas >= experts, f"{experts} experts do not fit into {num_replicas} slots"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+    expert_la, copy_la, count_le = hierarchical(
+        weight.float().cpu(), num_replicas, groups, nodes, num_gpus
+    )
+    most = count_le.max().item()
+    slots = torch.full((layers, experts * most), -1)
+    slots.scatter_(1, expert_la * most + copy_la, torch.arange(num_replicas).expand(layers, -1))
+    return expert_la, slots.view(layers, experts, most), count_le
+
+
+# %%
+# The example of EPLB's README: two layers, 12 experts in 4 groups, 16 slots on 2 nodes of 4 GPUs.
+EXAMPLE = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+                        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]])  # fmt: skip
+expert_la, slot_leu, count_le = rebalance_experts(EXAMPLE, 16, 4, 2, 8)
+assert expert_la.tolist() == [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+                              [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]  # fmt: skip
+for layer, e in product(range(2), range(12)):  # the two maps say the same
+    slots = slot_leu[layer, e][slot_leu[layer, e] >= 0]
+    assert len(slots) == count_le[layer, e] and (expert_la[layer, slots] == e).all()
+group_ox = expert_la[0].view(2, 8) // 3
+assert not {*group_ox[0].tolist()} & {*group_ox[1].tolist()}  # every group on one node
+for gpu, slots in enumerate(expert_la[0].view(8, 2).tolist()):
+    print(f"node {gpu // 4}, GPU {gpu}: experts {slots}")
+
+# %% [markdown]
+# `tests/test_eplb.py` compares all of it with loops over one layer's slots, written from the description, on hundreds
+# of random cases with many ties. Ties need care: copies of one expert are *always* equal, and the published program
+# sorts without asking for a stable order, so which copy lies where depends there on the version of torch. Ours keeps order.
+#
+# ## What a GPU carries
+# If copies share evenly, GPU $j$ carries $\sum_{a \in j} L_{e(a)}/n_{e(a)}$, and a layer takes as long as its fullest
+# GPU:
+#
+# $$\text{slowest} = \frac{\max_j L_j}{\frac1J \sum_j L_j}, \qquad \text{1 is even; MaxVio of chapter 04 plus 1.}$$
+
+
+# %%
+#| export eplb
+def gpu_load(load_le, expert_la, gpus: int):
+    """Load of every GPU (l, j) if the copies of an expert share its load evenly."""
+    one_la = torch.ones(expert_la.shape, device=load_le.device)
+    count_le = torch.zeros(load_le.shape, device=load_le.device).scatter_add(1, expert_la, one_la)
+    share_la = (load_le / count_le).gather(1, expert_la)
+    return rearrange(share_la, "l (j a) -> l j a", j=gpus).sum(-1)
+
+
+def slowest(load_lj):
+    """max_j / mean_j of each layer (l,): how much longer all wait than if loads were even."""
+    return load_lj.max(-1).values / load_lj.float().mean(-1)
+
+
+# %%
+alone_la = torch.arange(12).repeat(2, 1)  # one copy each, in order, on four GPUs
+before, after = gpu_load(EXAMPLE, alone_la, 4), gpu_load(EXAMPLE, expert_la, 8)
+assert torch.equal(before[0], torch.tensor([262.0, 330.0, 116.0, 325.0]))
+assert torch.allclose(after.sum(-1), EXAMPLE.sum(-1).float())  # nothing is lost
+even_la = rebalance_experts(torch.ones(1, 12), 16, 1, 1, 16)[0]
+print(
+    "before:", [f"{x:.2f}" for x in slowest(before)], "after:", [f"{x:.2f}" for x in slowest(after)]
+)
+worse = slowest(gpu_load(torch.ones(1, 12), even_la, 16)).item()
+print(f"even loads, 16 GPUs for 12 experts: {worse:.2f}")
+
+# %% [markdown]
+# The last line is a warning. Four experts were copied, their GPUs carry half, and the other eight carry what they did:
+# redundancy can only shave peaks.
+#
+# ## Which copy
+# A gate knows experts, not copies. Between the two, the rows of an expert take turns: its $j$-th row goes to copy
+# $j \bmod n_e$,
+#
+# $$a_m = \text{slot}\big[e_m,\ j_m \bmod n_{e_m}\big], \qquad j_m = \#\{m' < m : e_{m'} = e_m\}.$$
+#
+# So copies differ by one row at most, whatever order tokens come in. Physical numbers then take the place of expert
+# numbers everywhere: a GPU holds slots $j p \dots (j+1) p - 1$, which is all that `send_list` of
+# [chapter 11](11_expert_parallel.ipynb) asks for.
+
+
+# %%
+#| export eplb
+def spread(expert_nk, slot_eu, count_e):
+    """The slot of every choice (n, k): an expert's rows take its copies in turn."""
+    expert_m = expert_nk.flatten()
+    order_m = expert_m.argsort(stable=True)
+    load_e = expert_load(expert_nk, len(count_e))
+    turn_m = torch.empty_like(order_m)
+    at_m = torch.arange(len(order_m), device=order_m.device)
+    turn_m[order_m] = at_m - (load_e.cumsum(0) - load_e)[expert_m[order_m]]
+    return slot_eu[expert_m, turn_m % count_e[expert_m]].view_as(expert_nk)
+
+
+def slots_of(expert_a, n_experts: int):
+    """Of one layer, the slots of every expert (e, u; −1: none) and how many (e,), by slot."""
+    count_e = expert_load(expert_a, n_experts)
+    order_a = expert_a.argsort(stable=True)
+    copy_a = torch.arange(len(order_a), device=order_a.device)
+    copy_a = copy_a - (count_e.cumsum(0) - count_e)[expert_a[order_a]]
+    slot_eu = order_a.new_full((n_experts, int(count_e.max())), -1)
+    slot_eu[expert_a[order_a], copy_a] = order_a
+    return slot_eu, count_e
+
+
+# %%
+from dsv3_ref.expert_parallel import addressed, local_experts, send_list
+from dsv3_ref.moe import Experts, MoE, expert_load, route
+
+chosen_nk = torch.rand(500, 12, generator=g).argsort(-1)[:, :3]
+slot_nk = spread(chosen_nk, slot_leu[0], count_le[0])
+assert torch.equal(expert_la[0][slot_nk], chosen_nk)  # always a copy of the expert that was chosen
+rows_a = expert_load(slot_nk, 16)
+even_a = (expert_load(chosen_nk, 12) / count_le[0])[expert_la[0]]
+assert ((rows_a - even_a).abs() < 1).all()
+print("rows of every slot:", rows_a.tolist())
+turns = [[slot_leu[0, e, j % count_le[0, e]].item() for j in range((chosen_nk == e).sum())]
+         for e in range(12)]  # fmt: skip
+assert [slot_nk[chosen_nk == e].tolist() for e in range(12)] == turns
+
+# %% [markdown]
+# ## A model that is running
+# `redundant(moe, physical_to_logical)` in `dsv3_ref/parallel/redundant.py` puts itself in the place of `MoE.routed`: it
+# copies weights into slots, and in each pass spreads the choices and lets the slots compute. The model, its gate and
+# its checkpoint know nothing of it. Called again with another placement, it refills only the slots that change, and
+# says how many. The check: the same outputs before, between two placements and after; and with the slots on eight GPUs
+# of their own.
+
+# %%
+from dsv3_ref.parallel.redundant import plain, redundant
+
+SHAPE = replace(V3, dim=32, moe_inter_dim=16, n_routed_experts=12, n_activated_experts=3,
+                n_expert_groups=4, n_limited_groups=2)  # fmt: skip
+moe = MoE(SHAPE).requires_grad_(False)
+for p in moe.parameters():
+    p.normal_(std=0.3, generator=g)
+x_bsd, names = torch.randn(4, 25, 32, generator=g), list(moe.state_dict())
+alone, r = moe(x_bsd)
+for placement in expert_la:
+    refilled = redundant(moe, placement)
+    error = (moe(x_bsd)[0] - alone).abs().max()
+    assert error < 1e-5 and list(moe.state_dict()) == names
+    print(f"{refilled} slots filled, outputs differ by {error:.0e} at most")
+slot_eu, count_e = slots_of(expert_la[1], 12)
+slot_nk = spread(r.expert_bsk.flatten(0, 1), slot_eu, count_e)
+x_nd, w_nk = x_bsd.flatten(0, 1), r.weight_bsk.flatten(0, 1)
+token_m, gpu_m, rows_j = send_list(slot_nk, per=2, size=8)
+y_nd = torch.zeros_like(x_nd)
+for gpu, slots in enumerate(expert_la[1].view(8, 2)):
+    held, m = Experts(2, 32, 16).requires_grad_(False), token_m[gpu_m == gpu]
+    for p, whole in zip(held.parameters(), moe.experts.parameters()):
+        p.copy_(whole[slots])
+    here_mk = addressed(slot_nk[m], gpu_m[gpu_m == gpu], per=2)
+    y_nd.index_add_(0, m, local_experts(held, x_nd[m], w_nk[m], here_mk))
+assert torch.allclose(y_nd.view_as(x_bsd) + moe.shared_experts(x_bsd), alone, atol=1e-5)
+plain(moe)
+assert torch.equal(moe(x_bsd)[0], alone)
+print("rows that each GPU received:", rows_j.tolist())
+
+# %% [markdown]
+# ## Counting
+# Loads come from the `Route`s that every pass returns, summed over a window of steps. Too short a window is noise, too
+# long a one is the past.
+
+
+# %%
+#| export eplb
+def layer_loads(routes):
+    """Tokens of every expert of every layer in one pass: (l, e)."""
+    return torch.stack([expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes])
+
+
+class Loads:
+    """Loads (l, e) of the last `window` steps."""
+
+    def __init__(self, window: int):
+        self.steps = deque(maxlen=window)
+
+    def add(self, load_le) -> None:
+        self.steps.append(load_le)
+
+    def total(self):
+        return sum(self.steps)
+
+
+# %%
+seen = Loads(window=2)
+for step in range(3):
+    seen.add(step * layer_loads([r, r]))
+assert seen.total().tolist() == [[3 * x for x in expert_load(r.expert_bsk, 12).tolist()]] * 2
+print(seen.total()[0].tolist())
+
+# %% [markdown]
+# ## Experiment: recorded routing
+# Speeches in order of their years, and Python's standard library in order of its files, 24 windows each: `routing.json`
+# holds what the 5M model's gates chose. Eight GPUs in two nodes. The first twelve windows of a source choose a
+# placement, the other twelve measure it, mean of the three layers: first with one copy each as the experts are numbered
+# (0, left end, dotted), then rearranged, then with more slots.
+
+# %%
+GPUS, NODES, GROUPS = 8, 2, 4
+POLICY = {"hierarchical": (GROUPS, NODES), "global": (1, 1)}
+IN_ORDER = torch.arange(16).repeat(3, 1)
+
+
+def waiting(load_xle, expert_la) -> float:
+    """Slowest GPU over the mean, averaged over windows and layers."""
+    return (
+        torch.stack([slowest(gpu_load(load_le, expert_la, GPUS)) for load_le in load_xle])
+        .mean()
+        .item()
+    )
+
+
+def place(load_le, extra: int, policy: str):
+    return rebalance_experts(load_le, 16 + extra, *POLICY[policy], GPUS)[0]
+
+
+EXTRA = range(0, 33, 8)
+TEXTS = {"sotu": "speeches", "stdlib": "source"}
+measured = {(by, on, policy): [waiting(LOADS[on][12:], place(LOADS[by][:12].sum(0), x, policy)) for x in EXTRA]
+            for by, on, policy in product(TEXTS, TEXTS, POLICY)}  # fmt: skip
+unplaced = {on: waiting(LOADS[on][12:], IN_ORDER) for on in TEXTS}
+fig, axes = figure(1, 2, 9, 3.4, sharey=True)
+for ax, same in zip(axes, (True, False)):
+    for (by, on, policy), values in measured.items():
+        if (by == on) == same:
+            ax.plot(EXTRA, values, "o-" if policy == "global" else "s--", ms=4,
+                    color=GREY if on == "sotu" else BLUE, label=f"{TEXTS[on]}, {policy}")  # fmt: skip
+    for on, colour in (("sotu", GREY), ("stdlib", BLUE)):
+        ax.axhline(unplaced[on], color=colour, ls=":", lw=1)
+    ax.set(xlabel="redundant experts (16 experts, 8 GPUs)", xticks=EXTRA)
+    ax.set(ylim=(1, 2.75))
+    ax.legend(fontsize=8.5, ncols=2, loc="upper right")
+axes[0].set(title="Placed by earlier windows of the same text", ylabel="slowest GPU / mean")
+axes[1].set(title="Placed by the other text")
+show(fig)
+for key, values in measured.items():
+    print(*key, [f"{x:.2f}" for x in values])
+for on in TEXTS:
+    line = [f"{policy} {measured[on, on, policy][1]:.2f}" for policy in POLICY]
+    print(f"{TEXTS[on]}: {unplaced[on]:.2f} as numbered; with 8 redundant", ", ".join(line))
+assert measured["stdlib", "stdlib", "global"][1] < 1.25 < 2 < unplaced["stdlib"]
+assert measured["sotu", "stdlib", "global"][1] > 1.5
+
+# %% [markdown]
+# Eight copies make a layer on source nearly twice as fast (2.20 → 1.17; 1.22 with groups kept on nodes), and arranging
+# alone does the larger part of it (1.47). Placed by the *other* text, copies are wasted: with eight of the wrong ones
+# source is where it was (2.20), worse than with none but well arranged (1.66), and speeches lose (1.20 → 1.37).
+# Speeches, for which the bias was trained, have little to gain.
+#
+# ## Experiment: what the hierarchy is for
+# At V3's shape, 256 experts in 8 groups and Zipf's law, load $\propto \text{rank}^{-s}$, in 16 layers of random order.
+# A prefill unit has 32 GPUs in 4 nodes. Left: balance. Right, what it costs: 8,192 tokens pass V3's gate, experts
+# unequally popular as in chapter 11, and we count the nodes a token is sent to.
+
+
+# %%
+def zipf(skew: float, layers: int = 16, experts: int = 256):
+    """Loads ∝ rank^−skew, the ranks shuffled in each layer."""
+    order = torch.rand(layers, experts, generator=torch.Generator().manual_seed(3)).argsort(-1)
+    return (order + 1.0) ** -skew
+
+
+def gate_tokens(seed: int, n: int = 8192):
+    """Choices of V3's gate, random affinities and experts of unequal popularity: (n, k)."""
+    g = torch.Generator().manual_seed(seed)
+    liked = 0.5 * torch.randn(256, generator=torch.Generator().manual_seed(5))
+    return route(torch.randn(1, n, 256, generator=g) + liked, None, V3).expert_bsk[0]
+
+
+def nodes_visited(chosen_nk, placement, nodes: int) -> float:
+    """Mean number of nodes that hold the slots a token is sent to."""
+    expert_la, slot_leu, count_le = placement
+    slot_nk = spread(chosen_nk, slot_leu[0], count_le[0])
+    node_nk = slot_nk // (expert_la.shape[1] // nodes)
+    return torch.nn.functional.one_hot(node_nk, nodes).amax(1).sum(-1).float().mean().item()
+
+
+V3_POLICY = {"hierarchical": lambda nodes: (8, nodes), "global": lambda nodes: (1, 1)}
+MORE = range(0, 161, 32)
+curves = {(s, policy): [slowest(gpu_load(zipf(s), rebalance_experts(zipf(s), 256 + x, *how(4), 32)[0], 32))
+                        .mean().item() for x in MORE]
+          for s in (0.5, 1.0) for policy, how in V3_POLICY.items()}  # fmt: skip
+numbered = {
+    s: slowest(gpu_load(zipf(s), torch.arange(256).repeat(16, 1), 32)).mean() for s in (0.5, 1.0)
+}
+then, now = expert_load(gate_tokens(6), 256)[None], gate_tokens(7)
+visited = {(nodes, policy): nodes_visited(now, rebalance_experts(then, 288 if nodes == 4 else 320, *how(nodes),
+                                                                 8 * nodes), nodes)
+           for nodes in (4, 8) for policy, how in V3_POLICY.items()}  # fmt: skip
+fig, axes = figure(1, 2, 9, 3.4, width_ratios=(3, 2))
+for (s, policy), values in curves.items():
+    axes[0].plot(MORE, values, "o-" if policy == "global" else "s--", ms=4,
+                 color=BLUE if s == 0.5 else ORANGE, label=f"s = {s}, {policy}")  # fmt: skip
+axes[0].axvline(32, color=GREY, lw=1)
+axes[0].annotate("V3", (32, 2.6), xytext=(4, 0), textcoords="offset points", color=GREY)
+axes[0].set(title="Balance, Zipf loads, 32 GPUs", xlabel="redundant experts", xticks=MORE,
+            ylabel="slowest GPU / mean")  # fmt: skip
+axes[0].legend(loc="upper right")
+for shift, policy, colour in ((-0.2, "hierarchical", GREEN), (0.2, "global", GREY)):
+    bars = axes[1].bar(torch.arange(2) + shift, [visited[n, policy] for n in (4, 8)], 0.38, color=colour,
+                       label=policy)  # fmt: skip
+    axes[1].bar_label(bars, fmt="%.2f")
+axes[1].set_xticks(range(2), ["4 nodes", "8 nodes"])
+axes[1].set(title="Traffic: nodes a token visits", ylim=(0, 7.4))
+axes[1].legend(loc="upper left")
+show(fig)
+print("as numbered:", {s: f"{x:.2f}" for s, x in numbered.items()})
+for (s, policy), values in curves.items():
+    print(f"s = {s} {policy:12}", [f"{x:.3f}" for x in values])
+assert visited[8, "hierarchical"] <= 4 < visited[8, "global"]
+
+# %% [markdown]
+# The first 32 copies, one a GPU, do nearly all there is to do. Under $s = 1$ GPUs would wait 5.8 times as long as numbered;
+# rearranging alone hardly helps (5.4), since one expert is more than a GPU can do. With 32 copies 1.38 is left
+# hierarchically, 1.004 globally. Further copies cannot mend the difference: the node that got the busiest group keeps it. In
+# return, tokens visit 3.1 of four nodes instead of 3.6, and of eight nodes never more than four, where the global
+# policy sends them to 5.4.
+#
+# ## Experiment: drift
+# A day in 144 windows of ten minutes: speeches at midnight, source at noon, in between a mixture, made of the recorded
+# loads. A placement, 8 + 16 slots, global, is renewed every so many windows from the loads of those windows, and used
+# for the next ones. What it costs is weights: a slot whose expert its GPU did not hold must be fetched.
+
+
+# %%
+DAY = 144
+noon = (1 - torch.cos(2 * torch.pi * torch.arange(DAY) / DAY)) / 2
+DAY_LOADS = [
+    (1 - p) * LOADS["sotu"][t % 24] + p * LOADS["stdlib"][t % 24] for t, p in enumerate(noon)
+]
+
+
+def arrivals(old_la, new_la, gpus: int) -> int:
+    """Experts that some GPU holds in the new placement and did not in the old one."""
+    boxes = lambda t: t.view(-1, t.shape[1] // gpus).tolist()
+    return sum(len({*new} - {*old}) for old, new in zip(boxes(old_la), boxes(new_la)))
+
+
+def day(every: int):
+    """Slowest / mean of every window, and experts fetched in the day; 0: never renewed."""
+    seen, expert_la, course, fetched = Loads(every or 1), place(DAY_LOADS[0], 8, "global"), [], 0
+    for t, load_le in enumerate(DAY_LOADS):
+        if every and t and t % every == 0:
+            new_la = place(seen.total(), 8, "global")
+            fetched, expert_la = fetched + arrivals(expert_la, new_la, GPUS), new_la
+        course.append(slowest(gpu_load(load_le, expert_la, GPUS)).mean().item())
+        seen.add(load_le)
+    return torch.tensor(course), fetched
+
+
+PERIODS = [1, 2, 3, 6, 12, 24, 48, 72]
+days = {every: day(every) for every in [0, *PERIODS]}
+none = torch.tensor([slowest(gpu_load(x, IN_ORDER, GPUS)).mean() for x in DAY_LOADS])
+fig, axes = figure(1, 2, 9, 3.4, width_ratios=(3, 2))
+hours = torch.arange(DAY) / 6
+axes[0].plot(hours, none, color=GREY, ls=":", label="no copies")
+axes[0].plot(hours, days[0][0], color=ORANGE, ls="--", label="placed at midnight")
+axes[0].plot(hours, days[24][0], color=GREEN, lw=1.2, label="every 4 hours")
+axes[0].plot(hours, days[1][0], color=BLUE, lw=1.2, label="every 10 minutes")
+axes[0].set(
+    title="A day of drifting text",
+    xlabel="hour",
+    ylabel="slowest GPU / mean",
+    ylim=(1, 2.8),
+    xticks=range(0, 25, 6),
+)
+axes[0].legend(loc="upper right", fontsize=8.5, ncols=2)
+minutes = [10 * x for x in PERIODS]
+axes[1].plot(minutes, [days[x][0].mean() for x in PERIODS], "o-", color=BLUE)
+axes[1].axhline(days[0][0].mean(), color=ORANGE, ls="--", lw=1)
+axes[1].annotate("once", (300, days[0][0].mean()), xytext=(0, -12), textcoords="offset points")
+axes[1].set(xscale="log", title="Balance and copying against age", xlabel="minutes between placements",
+            ylabel="slowest / mean, whole day")  # fmt: skip
+axes[1].set_xticks([10, 30, 60, 240, 720], ["10", "30", "60", "240", "720"])
+axes[1].minorticks_off()
+axes[1].tick_params(axis="y", colors=BLUE)
+right = axes[1].twinx()
+right.plot(minutes, [days[x][1] for x in PERIODS], "s--", ms=4, color=GREY)
+right.set(ylim=(0, None))
+right.set_ylabel("experts fetched a day (squares)", color=GREY)
+right.spines["right"].set_visible(True)
+show(fig)
+print(f"no copies {none.mean():.2f}, placed once {days[0][0].mean():.2f}")
+for every in PERIODS:
+    print(
+        f"every {10 * every:3} minutes: {days[every][0].mean():.3f}, {days[every][1]:5} experts fetched"
+    )
+
+# %% [markdown]
+# A placement made at midnight is worth little at noon (1.36 over the day; 1.61 without copies). Renewed every half hour,
+# 1.11 is left; every ten minutes is no better, for a window here is 4,096 tokens and its noise is copied too. (A real unit
+# sees millions in ten minutes.) And each renewal moves **seven in ten** experts, also when loads differ by noise alone: the
+# algorithm starts from nothing each time. Exercise 3 is about that.
+#
+# ## Play
+# 256 experts on GPUs in nodes of eight. Choose how unequal loads are (Zipf's exponent), how many slots each GPU has
+# beyond its experts, how many GPUs there are, and the policy.
+
+
+# %%
+def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: str = "hierarchical"):
+    """One layer's load of every GPU, as numbered and placed, and the copies of the busiest experts."""
+    load_le, nodes = zipf(skew, 1), max(1, gpus // 8)
+    placed = rebalance_experts(load_le, 256 + extra * gpus, *V3_POLICY[policy](nodes), gpus)
+    loads = [gpu_load(load_le, x, gpus)[0] for x in (torch.arange(256)[None], placed[0])]
+    fig, axes = figure(1, 2, 9.5, 3.3, width_ratios=(2, 1))
+    for load_j, colour, name, width in zip(
+        loads, (GREY, BLUE), ("as numbered", "placed"), (0.9, 0.5)
+    ):
+        ratio = slowest(load_j[None]).item()
+        axes[0].bar(
+            range(gpus), load_j / load_j.mean(), width, color=colour, label=f"{name}: {ratio:.2f}"
+        )
+    axes[0].axhline(1, color=ORANGE, ls="--")
+    axes[0].set(
+        title=f"{256 // gpus} + {extra} experts a GPU, {policy}", xlabel="GPU", ylabel="load / mean"
+    )
+    axes[0].legend(title="slowest / mean", fontsize=9)
+    top = load_le[0].argsort(descending=True)[:24]
+    axes[1].bar(
+        range(24), placed[2][0, top], color=[[*COLOURS, "black"][e // 32] for e in top.tolist()]
+    )
+    axes[1].set(
+        title="Copies, busiest first", xlabel="expert (colour: group)", ylabel="copies", xticks=[]
+    )
+    show(fig)
+
+
+draw_placement()
+play(
+    draw_placement, skew=(0.0, 1.6, 0.1), extra=(0, 8, 1), gpus=[32, 8, 16, 64], policy=[*V3_POLICY]
+)
+
+# %% [markdown]
+# ## Exercises
+# Fill in a function and run its cell; the checkers come first.
+#
+# **1 · Compute.** In a decode unit the shared expert is one that every token chooses, beside $k$ of $e$ routed ones that
+# are all equally busy. How many copies does it need at least, so that none of them is busier than a routed expert?
+
+
+# %%
+@checker
+def check_copies(fn):
+    """compare what a routed expert gets of n tokens with what the shared one gets; round the safe way."""
+    assert (fn(256, 8), fn(16, 4), fn(64, 6), fn(160, 6)) == (32, 4, 11, 27)
+
+
+@checker
+def check_greedy(fn):
+    """the best way puts the two heaviest together; make heaviest-first part them."""
+    weight_x = torch.as_tensor(fn()).float()
+    assert weight_x.shape == (6,) and (weight_x >= 0).all() and weight_x.sum() > 0
+    ours = fullest(weight_x[None], packed(weight_x[None], 2)[0], 2).item()
+    triples = [weight_x[list(x)].sum() for x in combinations(range(6), 3)]
+    assert ours > 1.1 * min(max(x, weight_x.sum() - x) for x in triples)
+
+
+@checker
+def check_steady(fn):
+    """each GPU keeps the experts that the new placement gives it; which may stay in their slots?"""
+    g = torch.Generator().manual_seed(0)
+    for gpus, per in ((1, 4), (4, 3), (8, 2), (5, 5)):
+        for _ in range(20):
+            old, new = torch.randint(0, 8, (2, gpus * per), generator=g)
+            mine = torch.as_tensor(fn(old.clone(), new.clone(), gpus))
+            boxes = list(zip(*(t.view(gpus, per).tolist() for t in (old, new, mine))))
+            assert all(sorted(m) == sorted(n) for _, n, m in boxes)
+            kept = sum((Counter(o) & Counter(n)).total() for o, n, _ in boxes)
+            assert (mine == old).sum() == kept
+
+
+# %%
+def my_copies(e: int, k: int) -> int:
+    return ...
+
+
+check_copies(my_copies)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Of $n$ tokens a routed expert gets $nk/e$, the shared one $n$, so $\lceil e/k \rceil$. For V3 that is 32: of the 64
+# extra GPUs, half would suffice for the shared expert, and as many as in prefill are left for redundant ones. (The
+# report does not say how it divides them.)
+#
+# ```python
+# def my_copies(e, k):
+#     return -(-e // k)
+# ```
+# </details>
+#
+# **2 · Break.** Find six weights that `packed` puts into two containers more than a tenth worse than the best way.
+
+
+# %%
+def my_greedy() -> list[float]:
+    return ...
+
+
+check_greedy(my_greedy)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# 3 + 2 + 2 = 7 against 3 + 2 + 0, where 3 + 3 + 0 = 2 + 2 + 2 = 6. With nine slots a GPU there are enough small
+# ones in the end to fill such gaps.
+#
+# ```python
+# def my_greedy():
+#     return [3, 3, 2, 2, 2, 0]
+# ```
+# </details>
+#
+# **3 · Extend.** `rebalance_experts` does not know what was there before. Reorder a new placement of one layer inside
+# each GPU, so that no expert moves to another slot of the GPU it is already on; return it.
+
+
+# %%
+def my_steady(old_a, new_a, gpus: int):
+    return ...
+
+
+check_steady(my_steady)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Who stays, stays put; the others fill the gaps. Balance is untouched, and `redundant` refills fewer slots. One could
+# go on and renumber the GPUs of a node too.
+#
+# ```python
+# def my_steady(old_a, new_a, gpus):
+#     boxes = []
+#     for old, new in zip(old_a.view(gpus, -1).tolist(), new_a.view(gpus, -1).tolist()):
+#         left, box = Counter(new), []
+#         for e in old:
+#             box.append(e if left[e] else None)
+#             left[e] -= left[e] > 0
+#         rest = left.elements()
+#         boxes += [next(rest) if e is None else e for e in box]
+#     return torch.tensor(boxes)
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# - **Memory** pays. An expert is 44 MB in FP8, and each of 58 layers wants its own copies: one more slot a GPU is 2.6 GB.
+# - **The network** hardly notices. Refilling *every* slot of a prefill GPU over InfiniBand takes half a second, once in
+#   ten minutes. It must not happen in the middle of a pass: new weights go beside the old ones, or a layer at a time
+#   between two steps.
+# - **In prefill arithmetic binds**, so time follows the rows of a GPU, as counted here. **In decode** an expert meets usually
+#   no more than 256 rows (§3.4.2), and reading its weights takes longer than using them: one expert a GPU is even before a
+#   row is counted.
+# - **16 of which 9 work**: two copies of everything fit, 41 GB a GPU; then each layer's own loads decide which
+#   copy works, and no window can be out of date.
+#
+# The all-to-all of chapter 11 needs nothing new: physical numbers go in. What is *not* built here is a serving engine
+# that moves weights between real GPUs; `redundant` does it within one process.
+
+# %%
+expert = 3 * V3.dim * V3.moe_inter_dim  # bytes in FP8
+layers = V3.n_layers - V3.n_dense_layers
+for slots in (8, 9, 16):
+    held = slots * layers * expert
+    print(
+        f"{slots:2} slots a GPU: {held / 1e9:5.1f} GB, refilled in {held / 50e9:.2f} s at 50 GB/s"
+    )
+loads_e = torch.tensor([[8 / 256] * 256 + [1.0]])  # a decode unit, the shared expert as the 257th
+expert_la, _, count_le = rebalance_experts(loads_e, 320, 1, 40, 320)
+print(f"decode, even loads: {count_le[0, -1]} copies of the shared expert, "
+      f"slowest / mean {slowest(gpu_load(loads_e, expert_la, 320)).item():.2f}")  # fmt: skip
+assert count_le[0, -1] == 32

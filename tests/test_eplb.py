@@ -1,0 +1,306 @@
+"""Placement of redundant experts against loops written from its description, and on a model."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_ref.config import TINY, UserError
+from dsv3_ref.eplb import (
+    Loads,
+    gpu_load,
+    layer_loads,
+    packed,
+    rebalance_experts,
+    replicated,
+    slots_of,
+    slowest,
+    spread,
+)
+from dsv3_ref.expert_parallel import send_list
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.moe import MoE
+from dsv3_ref.parallel.redundant import plain, redundant
+from dsv3_ref.run import routing
+from dsv3_ref.viz.ablation import RESULTS
+
+# ── The slow form: one layer, one expert, one GPU after the other ──
+
+
+def slow_packed(weights, n: int) -> list[list[int]]:
+    """The items of every container, in the order in which they came."""
+    if len(weights) == n:
+        return [[i] for i in range(n)]
+    boxes, sums = [[] for _ in range(n)], [np.float32(0)] * n
+    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):  # of equals the first
+        roomy = [j for j in range(n) if len(boxes[j]) < len(weights) // n]
+        lightest = min(roomy, key=lambda j: sums[j])
+        boxes[lightest].append(item)
+        sums[lightest] += weights[item]
+    return boxes
+
+
+def slow_slots(loads: dict[int, float], n: int) -> list[tuple[int, int]]:
+    """(expert, which of its copies) of n slots: the busiest copy gets a sister, again and again."""
+    slots, copies = [(e, 0) for e in loads], dict.fromkeys(loads, 1)
+    while len(slots) < n:
+        busiest = max(loads, key=lambda e: loads[e] / np.float32(copies[e]))  # of equals the first
+        slots.append((busiest, copies[busiest]))
+        copies[busiest] += 1
+    return slots
+
+
+def slow_layer(loads: list[int], n: int, groups: int, nodes: int, gpus: int):
+    """(expert, copy) of every slot of one layer, slot by slot."""
+    if groups % nodes:
+        groups, nodes = 1, 1
+    loads, size, out = [np.float32(x) for x in loads], len(loads) // groups, []
+    of_group = [[*range(g * size, (g + 1) * size)] for g in range(groups)]
+    for node in slow_packed(
+        [sum((loads[e] for e in group), np.float32(0)) for group in of_group], nodes
+    ):
+        mine = {e: loads[e] for g in node for e in of_group[g]}
+        slots = slow_slots(mine, n // nodes)
+        copies = Counter(e for e, _ in slots)
+        shares = [mine[e] / np.float32(copies[e]) for e, _ in slots]
+        for gpu in slow_packed(shares, gpus // nodes):
+            out += [slots[i] for i in gpu]
+    return out
+
+
+@st.composite
+def problems(draw):
+    """Loads of some layers with many ties, and a cluster; groups that nodes divide, or do not."""
+    size = lambda low, high: draw(st.integers(low, high))
+    nodes, groups = size(1, 4), size(1, 6)
+    gpus, experts = nodes * size(1, 4), groups * size(1, 6)
+    n = (-(-experts // gpus) + size(0, 3)) * gpus
+    most = draw(st.sampled_from([1, 4, 100, 100_000]))
+    layer = st.lists(st.integers(0, most), min_size=experts, max_size=experts)
+    return draw(st.lists(layer, min_size=1, max_size=3)), n, groups, nodes, gpus
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_placements_are_those_of_the_slow_form(problem):
+    loads, *sizes = problem
+    expert_la, slot_leu, count_le = rebalance_experts(torch.tensor(loads), *sizes)
+    assert slot_leu.shape[2] == count_le.max()
+    for layer, row in enumerate(loads):
+        slots = slow_layer(row, *sizes)
+        assert expert_la[layer].tolist() == [e for e, _ in slots]
+        assert count_le[layer].tolist() == [sum(e == x for x, _ in slots) for e in range(len(row))]
+        found = {(e, u): a for e, of_e in enumerate(slot_leu[layer].tolist())
+                 for u, a in enumerate(of_e) if a >= 0}  # fmt: skip
+        assert found == {slot: a for a, slot in enumerate(slots)}
+
+
+def test_the_published_example():
+    weight = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+                           [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]])  # fmt: skip
+    expert_la, slot_leu, count_le = rebalance_experts(weight, 16, 4, 2, 8)
+    assert expert_la.tolist() == [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+                                  [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]  # fmt: skip
+    assert count_le.tolist() == [
+        [1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1],
+        [1, 2, 1, 1, 1, 2, 2, 1, 2, 1, 1, 1],
+    ]
+    assert sorted(slot_leu[0, 5].tolist()) == [0, 2]
+    assert slot_leu[0, 0].tolist() == [12, -1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems())
+def test_groups_stay_on_one_node_and_copies_are_shared_out_well(problem):
+    loads, n, groups, nodes, gpus = problem
+    load_le = torch.tensor(loads)
+    expert_la, _, count_le = rebalance_experts(load_le, n, groups, nodes, gpus)
+    assert (count_le >= 1).all()
+    assert (count_le.sum(-1) == n).all()
+    size = load_le.shape[1] // groups
+    if groups % nodes == 0:
+        for row in expert_la.view(-1, nodes, n // nodes):
+            of_node = [set((x // size).tolist()) for x in row]
+            assert sum(map(len, of_node)) == groups
+    assert torch.allclose(gpu_load(load_le, expert_la, gpus).sum(-1), load_le.sum(-1).float())
+
+
+def test_ties_take_the_first():
+    assert replicated(torch.ones(1, 3), 5)[0].tolist() == [[0, 1, 2, 0, 1]]
+    assert packed(torch.ones(1, 4), 2)[0].tolist() == [[0, 1, 0, 1]]
+    assert packed(torch.tensor([[1.0, 9, 5]]), 3)[0].tolist() == [[0, 1, 2]]  # nobody moves
+
+
+def test_v3_s_units():
+    """Prefill: 8 + 1 on each of 32 GPUs, groups on nodes; decode: one on each of 320."""
+    load_le = torch.randint(0, 1000, (58, 256), generator=torch.Generator().manual_seed(0))
+    prefill = rebalance_experts(load_le, 288, 8, 4, 32)[0]
+    decode, _, count_le = rebalance_experts(load_le, 320, 8, 40, 320)
+    assert prefill.shape == (58, 288)
+    assert (slowest(gpu_load(load_le, prefill, 32)) < 1.1).all()
+    assert torch.equal(decode[:, :256], torch.arange(256).expand(58, -1))  # nothing to arrange
+    assert (count_le.sum(-1) == 320).all()
+
+
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        ((17, 4, 2, 8), "17 slots do not fill 8 GPUs evenly"),
+        ((8, 4, 2, 8), "12 experts do not fit into 8 slots"),
+        ((16, 8, 2, 8), "12 experts do not form 8 equal groups"),
+        ((15, 4, 2, 5), "5 GPUs do not form 2 equal nodes"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(sizes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        rebalance_experts(torch.ones(1, 12), *sizes)
+
+
+# ── Tokens to copies ──
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_rows_of_an_expert_take_its_copies_in_turn(data):
+    n_experts, k = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 3))
+    expert = st.integers(0, n_experts - 1)
+    chosen = data.draw(st.lists(st.lists(expert, min_size=k, max_size=k), max_size=20))
+    expert_a = [*range(n_experts), *data.draw(st.lists(expert, max_size=8))]
+    slot_eu, count_e = slots_of(torch.tensor(expert_a), n_experts)
+    slot_nk = spread(torch.tensor(chosen, dtype=torch.int64).view(-1, k), slot_eu, count_e)
+    copies = {e: [a for a, x in enumerate(expert_a) if x == e] for e in range(n_experts)}
+    rows = Counter()
+    for token, slots in zip(chosen, slot_nk.tolist()):
+        for e, a in zip(token, slots):
+            assert a == copies[e][rows[e] % len(copies[e])]
+            rows[e] += 1
+    assert [x[x >= 0].tolist() for x in slot_eu] == list(copies.values())
+
+
+# ── A running layer ──
+
+
+SHAPE = replace(TINY, dim=32, moe_inter_dim=24, n_routed_experts=12, n_activated_experts=3)
+
+
+@pytest.fixture
+def moe():
+    g, layer = torch.Generator().manual_seed(0), MoE(SHAPE).requires_grad_(False)
+    for p in layer.parameters():
+        p.normal_(std=0.3, generator=g)
+    return layer
+
+
+def placements(n: int = 3, slots: int = 16):
+    g = torch.Generator().manual_seed(1)
+    loads = torch.randint(0, 100, (n, 12), generator=g)
+    return rebalance_experts(loads, slots, 4, 2, 8)[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 50, 32), (1, 1, 32), (1, 0, 32)])
+def test_copies_change_no_output_and_can_be_changed_between_steps(moe, shape):
+    x_bsd = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    alone, route = moe(x_bsd)
+    state = {k: v.clone() for k, v in moe.state_dict().items()}
+    for expert_a in [*placements(), *placements(2, 24), torch.arange(12)]:
+        redundant(moe, expert_a)
+        y_bsd, r = moe(x_bsd)
+        assert torch.allclose(y_bsd, alone, atol=1e-5)
+        assert torch.equal(r.expert_bsk, route.expert_bsk)
+    assert moe.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in moe.state_dict().items())
+    plain(moe)
+    plain(moe)
+    assert torch.equal(moe(x_bsd)[0], alone)
+
+
+def test_only_slots_that_change_are_filled(moe):
+    one, two, _ = placements()
+    assert redundant(moe, one) == 16
+    slots = moe.routed
+    assert redundant(moe, one) == 0
+    assert redundant(moe, two) == (one != two).sum()
+    assert moe.routed is slots
+    one[:] = 0  # the caller's tensor is not kept
+    assert torch.equal(slots.physical.w1, moe.experts.w1[two])
+
+
+def test_every_gpu_gets_the_rows_of_its_slots(moe):
+    chosen_nk = torch.rand(400, 12).argsort(-1)[:, :3]
+    expert_a = placements()[0]
+    slot_nk = spread(chosen_nk, *slots_of(expert_a, 12))
+    token_m, gpu_m, count_j = send_list(slot_nk, 2, 8)
+    for gpu in range(8):
+        held = set(range(2 * gpu, 2 * gpu + 2))
+        want = [n for n, slots in enumerate(slot_nk.tolist()) if held & set(slots)]
+        assert token_m[gpu_m == gpu].tolist() == want
+    assert count_j.sum() == len(token_m)
+
+
+def test_what_copies_cannot_do_is_said(moe):
+    with pytest.raises(UserError, match="each of its 12 experts at least once"):
+        redundant(moe, torch.zeros(16, dtype=torch.long))
+    redundant(moe, placements()[0])
+    moe.requires_grad_(True)
+    with pytest.raises(UserError, match="do not learn"):
+        moe(torch.randn(1, 2, 32))
+    with torch.no_grad():
+        moe(torch.randn(1, 2, 32))
+
+
+def test_a_whole_model_served_by_its_own_loads():
+    """Routes → loads of a window → a placement for every layer → the same logits."""
+    torch.manual_seed(0)
+    small = replace(TINY, vocab_size=64, n_layers=3, n_mtp_layers=0, max_seq_len=32)
+    model, seen = Transformer(small).eval(), Loads(2)
+    tokens_bs = torch.randint(0, 64, (2, 32))
+    with torch.no_grad():
+        alone = model(tokens_bs)
+        for _ in range(3):
+            routes = model.features(tokens_bs)[1]
+            seen.add(layer_loads(routes))
+            expert_la, *_ = rebalance_experts(seen.total(), 24, 4, 2, 8)
+            for layer, expert_a in zip(moe_layers(model).values(), expert_la):
+                redundant(layer, expert_a)
+            assert torch.allclose(model(tokens_bs), alone, atol=1e-5)
+    assert seen.total().sum(-1).tolist() == [2 * 64 * 4] * 2  # the last two of three steps
+
+
+# ── The record that chapter 19 reads ──
+
+
+def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
+    small = replace(TINY, n_layers=2, max_seq_len=16)
+    torch.manual_seed(0)
+    monkeypatch.setattr(routing, "load", lambda path: Transformer(small))
+
+    class Words:
+        ids = [5, 6, 7] * 200
+
+    class Coder:
+        token_to_id = staticmethod(lambda token: 0)
+        encode = staticmethod(lambda text, add_special_tokens: Words)
+
+    monkeypatch.setattr(routing.tok, "read_tokenizer", lambda path: Coder)
+    args = routing.Routing(out=tmp_path, windows=3, rows=2)
+    found = json.loads(routing.record(args, "this command").read_text())
+    kept = json.loads((RESULTS / "routing.json").read_text())
+    assert found.keys() == kept.keys()
+    assert found["command"] == "this command"
+    for load in found["load"].values():
+        assert torch.tensor(load).sum(-1).tolist() == [[32 * 4]] * 3
+    with pytest.raises(UserError, match="at least 1"):
+        routing.record(replace(args, windows=0), "")
+
+
+def test_the_kept_record_is_whole():
+    kept = json.loads((RESULTS / "routing.json").read_text())
+    for load in kept["load"].values():
+        load_xle = torch.tensor(load)
+        assert load_xle.shape == (24, 3, 16)
+        assert (load_xle.sum(-1) == kept["tokens"] * kept["chosen"]).all()
