@@ -103,7 +103,7 @@ assert 7 <= sum(read + written for _, read, written in found) < 7.05
 # | *L2* | a cache between memory and everybody | 50 MB |
 # | *multiprocessor* | an independent core; a Triton program runs on one of them | 132 |
 # | *shared memory* | a multiprocessor's own fast memory, for tiles that arrive | 227 KiB |
-# | *warp* | 32 threads that execute in step; a program is given 4 or 8 of them | |
+# | *warp* | 32 threads that execute in step; a program is mostly given 4 or 8 of them | |
 # | *register* | where a thread holds what it computes with | 255 a thread at most |
 # | *tensor core* | the part of a multiprocessor that multiplies small matrices | FP8: 1979 TFLOP/s in all |
 #
@@ -120,7 +120,7 @@ assert 7 <= sum(read + written for _, read, written in found) < 7.05
 # - **Recompute what is cheap.** Norm outputs are made again in the backward pass (§3.2.3): easy to
 #   afford once a norm costs two passes.
 # - **Scales inside the product.** Tensor cores keep about 14 bits of a sum. So every 128 elements of
-#   the summed axis K, the partial sum moves to ordinary arithmetic, is multiplied by the scales there,
+#   K, the summed axis, the partial sum moves to ordinary arithmetic, is multiplied by the scales there,
 #   and added in fp32. While one group of warps does that, another keeps the tensor core busy (§3.3.2).
 #   The report would like the scales handled *in* the tensor core (§3.5.2).
 # - **Multiprocessors are a budget.** An H800 has 132; **20** of them move data between experts and
@@ -193,10 +193,10 @@ show(fig)
 
 # %% [markdown]
 # ## A row at a time: RMSNorm
-# $$y_{nd} = x_{nd}\;\Big(\tfrac1D\textstyle\sum_d x_{nd}^2+\epsilon\Big)^{-1/2} w_d,\qquad (n,d)\to(n,d)$$
+# $$y_{nd} = x_{nd}\;\Big(\tfrac1D\textstyle\sum_{d'} x_{nd'}^2+\epsilon\Big)^{-1/2} w_d,\qquad (n,d)\times(d)\to(n,d)$$
 #
-# ($w$ is the learned weight.) A sum over the row needs the row, so one program holds all of it, padded
-# to a power of two: $x$ is read **once** and used twice. V3's 7168 numbers become 8192 lanes, which with
+# Here $w$ is the learned weight and $D$ a row's length. A sum over the row needs the row, so one program
+# holds all of it, padded to a power of two: $x$ is read **once** and used twice. V3's 7168 numbers become 8192 lanes, which with
 # 8 warps are 32 registers in each of 256 threads. Masked lanes read 0 and add nothing, but the mean
 # divides by $D$, not by the lanes. Rows may be slices of wider ones (MLA's latent is), hence the
 # *stride*: how many numbers lie between one row's start and the next.
@@ -236,8 +236,8 @@ print("RMSNorm: equal to torch at ragged widths and on slices")
 #
 # One program makes one tile of $C$, $B_M\times B_N$. It walks along K in steps of $B_K$, each time loads
 # a tile of A and a tile of B, and adds their product to an *accumulator* that never leaves the
-# registers. Of $B_K(B_M+B_N)$ loaded numbers come $2B_MB_NB_K$ operations: **64 operations a number** with
-# tiles of 64 × 64, 128 with tiles of 128. This is the whole reason for tiles.
+# registers. $B_K(B_M+B_N)$ loaded numbers make $2B_MB_NB_K$ operations: **64 operations a number** with
+# tiles of 64 × 64, and 128 with tiles of 128 × 128. This is the whole reason for tiles.
 #
 # Which tile is program $p$'s? Row by row would do. `tile_of` instead takes `GROUP` rows of tiles at a
 # time and walks through them column by column; with `GROUP` = 1 that *is* row by row. The experiment
@@ -301,7 +301,7 @@ print("matrix product: equal to torch at ragged sizes, in both orders")
 
 # %% [markdown]
 # ## The same with scales
-# Chapter 09's product of codes $q$ with scales $s$, where $z$ counts the stretches of 128 along K,
+# [Chapter 09](09_fp8.ipynb)'s product of codes $q$ with scales $s$, where $z$ counts the stretches of 128 along K,
 #
 # $$C_{mn}=\sum_z s^a_{mz}\,s^b_{\lfloor n/128\rfloor z}\sum_{k\in z}q^a_{mk}q^b_{nk},\qquad (m,k)\times(n,k)\to(m,n)$$
 #
@@ -524,7 +524,8 @@ play(
 #     python tools/aot.py --target sm_90a rms_norm fp8_gemm
 #
 # prints a line for every kernel and every *configuration* (block sizes, warps, stages) that its
-# autotuner would time. Some of them, as Triton 3.7.1 gave them for Hopper (H100, H800) on V3's shapes:
+# *autotuner*, which tries them all and keeps the fastest, would time. Some of them, as Triton 3.7.1 gave
+# them for Hopper (H100, H800) on V3's shapes:
 #
 # | kernel | configuration | registers | spills | shared memory | QGMMA |
 # |---|---|---|---|---|---|
@@ -533,21 +534,23 @@ play(
 # | `fp8_gemm` | 128 × 128, 8 warps, 4 stages | 179 | 0 | 131 kB | 4 |
 # | `fp8_gemm` | 128 × 192, 8 warps, 4 stages | 228 | 0 | 164 kB | 8 |
 #
-# - **Registers**, at most 255 a thread. An accumulator of 128 × 128 fp32 numbers is 64 registers a thread
-#   with 8 warps, 128 with 4: add tiles, scales and addresses, and the second is near the limit.
-# - **Spills** (`STL`, `LDL`): what found no register goes to memory, inside the inner loop. The tool
-#   fails on a single one. An early version of ours spilled at 128 × 128 with 4 warps.
+# - **Registers**, at most 255 a thread. 128 × 128 fp32 numbers are 64 registers a thread with 8 warps, 128
+#   with 4, and the FP8 product holds that many *twice*, as `product` and as `acc`. With 8 warps there is
+#   room for scales and addresses beside them; with 4 there is none.
+# - **Spills** (instructions `STL`, `LDL`): what found no register goes to memory, inside the inner loop. The
+#   tool fails on a single one. An early version of ours spilled at 128 × 128 with 4 warps.
 # - **Shared memory**: stages × (tile of A + tile of B), for `fp8_gemm` 4 × 2 × 16 KiB = 131 kB of the
 #   232 kB that there are. *Stages* are tiles under way while an earlier one is multiplied.
-# - **QGMMA** is Hopper's FP8 tensor-core instruction. If a cast to a wider type slips in before
-#   `tl.dot`, it vanishes (`HGMMA`, half the speed), the result stays right, and no test of values
-#   would notice. The tool does. SwiGLU and RMSNorm have none, since nothing there is a matrix.
+# - **QGMMA** is Hopper's FP8 tensor-core instruction; the column says how many the code has. If a cast to
+#   a wider type slips in before `tl.dot`, they vanish (in their place stands `HGMMA`, at half the speed), the
+#   result stays right, and no test of values would notice. The tool does. SwiGLU and RMSNorm have none,
+#   since they multiply no matrices.
 
 # %% [markdown]
 # ## Back through the seam
 # [Chapter 01](01_ops.ipynb) built one switch between equations and kernels. Behind it now stand the real
-# ones. At a kernel's first call, its autotuner times the configurations; the interpreter has nothing to
-# time, so there every one is said to take 0 ms, and the first one wins.
+# ones. At a kernel's first call, its autotuner times the configurations. Times in the interpreter would
+# mean nothing, so there every one is said to take 0 ms, and the first one wins.
 
 # %%
 from triton.runtime.autotuner import Autotuner
@@ -588,7 +591,7 @@ print("norm and MLP, forward and all gradients: equal")
 # ## Exercises
 # Fill in a function and run its cell; the checkers come first.
 #
-# **1 · Compute.** How many bytes do all programs of `matmul` load together? (fp32; a masked lane costs
+# **1 · Compute.** How many bytes do all programs of `matmul` together load for $(m,k)\times(k,n)$? (fp32; a masked lane costs
 # nothing; no cache helps.) Then see what doubling both blocks does.
 
 
@@ -604,38 +607,39 @@ def by_counting(m: int, n: int, k: int, block_m: int, block_n: int) -> int:
 
 @checker
 def check_traffic(fn):
-    """how often is a row of A loaded? once for every column of tiles."""
+    """How many programs load one row of A? And one column of B?"""
     cases = [(88, 150, 96, 16, 32), (128, 128, 64, 128, 128), (1, 300, 7, 16, 16)]
-    assert all(fn(*case) == by_counting(*case) for case in cases)
+    assert all(abs(fn(*case) - by_counting(*case)) < 1e-9 for case in cases)
 
 
 @checker
 def check_owner(fn):
-    """row of tiles times tiles in a row, plus column of tiles."""
+    """In which row and column of tiles is (i, j)? How many tiles come before that one?"""
     for m, n, block_m, block_n in ((88, 150, 16, 32), (33, 64, 32, 16)):
         for pid in range(-(-m // block_m) * -(-n // block_n)):
             rows, cols = touched(pid, m, n, block_m, block_n, 1)
             for i, j in product((rows.start, rows.stop - 1), (cols.start, cols.stop - 1)):
-                assert fn(i, j, n, block_m, block_n) == pid
+                assert abs(fn(i, j, n, block_m, block_n) - pid) < 1e-9
 
 
 @checker
 def check_spoils(fn):
-    """which sizes does the grid cover exactly?"""
+    """Which sizes does the grid cover exactly?"""
     for n, block in ((64, 32), (65, 32), (1, 32), (96, 32), (100, 64), (31, 16), (16, 16)):
         assert bool(fn(n, block)) is spoils(n, block)
 
 
 @checker
 def check_split(fn):
-    """chunk both along k; `matmul` takes views; stack the results."""
+    """A part is an ordinary product: which columns of A belong to which rows of B?"""
     source = torch.Generator().manual_seed(1)
     a, b = torch.randn(5, 150, generator=source), torch.randn(150, 40, generator=source)
     for parts in (1, 2, 4):
         got = fn(a.to(DEVICE), b.to(DEVICE), parts).cpu()
-        want = [x @ y for x, y in zip(a.chunk(parts, 1), b.chunk(parts, 0))]
-        assert got.shape == (parts, 5, 40)
-        assert torch.allclose(got, torch.stack(want), atol=1e-4)
+        assert got.shape == (parts, 5, 40) and torch.allclose(got.sum(0), a @ b, atol=1e-4)
+        taken = fn(a.to(DEVICE), torch.eye(150, device=DEVICE), parts).cpu()[:, 0] != 0
+        assert (taken.sum(0) == 1).all()  # every k is in one part,
+        assert taken.sum(1).max() - taken.sum(1).min() <= parts  # and the parts are alike
 
 
 # %%
@@ -658,7 +662,8 @@ check_traffic(my_traffic)
 # the bytes.
 # </details>
 #
-# **2 · Predict.** In plain order, which program writes element $(i, j)$ of C, a matrix with $n$ columns?
+# **2 · Predict.** In plain order (`GROUP` = 1), which program writes element $(i, j)$ of C, a matrix with $n$
+# columns?
 
 
 # %%
@@ -716,8 +721,8 @@ check_spoils(my_spoils)
 # </details>
 #
 # **4 · Extend.** In decoding, $m$ is small: 5 × 40 outputs are a single tile, and 131 multiprocessors
-# idle. *Split K*: let several launches each sum a part of it. Return the partial products, shape
-# (parts, m, n), by `matmul` on views. (Who adds them up? A second, small kernel: `kernels/decode.py`
+# idle. *Split K*: let several launches each sum a part of it, all parts about equally long. Return the
+# partial products, shape (parts, m, n), by `matmul` on views. (Who adds them up? A second, small kernel: `kernels/decode.py`
 # does that with attention over a long cache.)
 
 
@@ -786,6 +791,8 @@ assert list(binds.values()) == ["memory"] * 2 + ["arithmetic"] * 2 + ["memory"] 
 # ([`kernels/gemm.py`](../kernels/gemm.py), the numbers of [chapter 09](09_fp8.ipynb)). With 32 rows an
 # expert waits for its weights, whatever the kernel: only *more rows an expert* helps, and those come
 # from other GPUs. MLA's decode stands near the knee, since 128 heads share one latent: 242 operations a
-# byte of 295 ([`kernels/decode.py`](../kernels/decode.py)); with two tokens at a time, as drafts allow,
-# arithmetic takes over. However the model is cut over GPUs, a kernel sees one of them. Where rows travel
-# between GPUs, and 20 of 132 multiprocessors are spent on it, is the matter of chapter 11.
+# byte, where the knee is 295 ([`kernels/decode.py`](../kernels/decode.py)); with two tokens at a time, as
+# drafts allow ([chapter 08](08_generate.ipynb)), arithmetic takes over.
+#
+# However the model is cut over GPUs, a kernel sees one of them. How rows travel between GPUs, and why 20 of
+# 132 multiprocessors are spent on that, is the matter of [chapter 11](11_expert_parallel.ipynb).

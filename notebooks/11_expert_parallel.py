@@ -16,11 +16,13 @@
 
 # %% [markdown]
 # ## Why
-# The routed experts of one layer of V3 weigh 22.5 GB in bf16, those of a pipeline stage of four layers
-# **90 GB**, and a GPU has 80 for everything. So 64 GPUs in 8 nodes share each layer: four experts a GPU. A
-# token's eight experts then live on up to eight other GPUs, and its hidden state has to go there and come
-# back, in 58 layers, forward and backward. Between nodes there is InfiniBand (IB) with 50 GB/s a GPU, inside a
-# node NVLink with 160. This chapter is about sending as little as possible over the slower one.
+# The routed experts of one layer of V3 weigh 22.5 GB in bf16. A *pipeline stage*, the four layers or so that
+# a GPU is responsible for ([chapter 12](12_dualpipe.ipynb)), has **90 GB** of them, and a GPU has 80 for
+# everything. So 64 GPUs in 8 nodes (a *node* is a machine with 8 GPUs) share each layer: four experts a GPU. A
+# token's eight experts then live on up to eight other GPUs, and its hidden state has to go there (*dispatch*)
+# and come back (*combine*), in 58 layers, forward and backward. Between nodes there is InfiniBand (IB) with
+# 50 GB/s a GPU, inside a node NVLink with 160. This chapter is about sending as little as possible over the
+# slower one.
 
 # %%
 from dataclasses import replace
@@ -56,9 +58,11 @@ show(fig)
 #
 # Attention, gate and shared expert need no exchange: every GPU has them and runs them on its own tokens. Only
 # `MoE.routed` of [chapter 04](04_moe.ipynb) changes its place. This chapter exports what is *computed* there,
-# who gets what, for one rank; the processes, groups and bytes are plain Python in `dsv3_ref/parallel/exchange.py`.
+# who gets what, for one rank (a process with its GPU); the processes, groups and bytes are plain Python in
+# `dsv3_ref/parallel/exchange.py`.
 #
-# Axes: `n` tokens of a rank, `k` chosen experts, `m` rows that travel, `i` members of a group of ranks.
+# Axes: `n` tokens of a rank, `k` chosen experts, `m` rows that travel, `i` members of a group of ranks, `e`
+# experts, `d` model.
 
 # %%
 #| export
@@ -74,9 +78,10 @@ from dsv3_ref.fp8 import CODES
 # $$D_n = \{\lfloor e_{nj} / p \rfloor : j = 1 \dots k\}, \qquad \text{rows: } \{(n, i) : i \in D_n\}, \qquad
 # (n, k) \to (m),\ (m),\ (\text{size}).$$
 #
-# A set, not a list: two experts behind one door cost one trip. An all-to-all wants the rows for member 0 first,
-# then those for member 1, and how many for each; hence a table of booleans, transposed, read row by row.
-# Expert −1 means "none": its door is one more column that is cut off. We shall need that in a moment.
+# A set, not a list: two experts at one member cost one trip. An *all-to-all*, in which every member sends
+# something to every other, wants the rows for member 0 first, then those for member 1, and how many for each;
+# hence a table of booleans, transposed, read row by row. Expert −1 means "none": it gets a column of its own,
+# which is cut off. We shall need that in a moment.
 
 
 # %%
@@ -116,14 +121,15 @@ for n in range(3):
 
 # %% [markdown]
 # ## What travels with it
-# A destination numbers its experts from 0 and must do nothing for those that are elsewhere:
+# Row $m$ carries token $n_m$ to member $i_m$. There experts are numbered from 0, and those that are elsewhere
+# are none of its business ($\mathbb 1[\cdot]$ is 1 where the condition holds, else 0):
 #
 # $$e'_{mj} = \begin{cases} e_{n_m j} - p\,i_m & \text{if } 0 \le e_{n_m j} - p\,i_m < p\\ -1 & \text{otherwise}\end{cases}
-# \qquad w'_{mj} = w_{n_m j}\,\mathbb 1[e'_{mj} \ge 0]$$
+# \qquad w'_{mj} = w_{n_m j}\,\mathbb 1[e'_{mj} \ge 0], \qquad (m,k)$$
 #
 # Each row carries $k$ numbers and $k$ weights; −1 is the same −1 as above, so a destination may be a *node*,
 # which asks the same question again about its GPUs. Setting weights to 0 looks idle, since nobody reads
-# them. It makes the way back right: each choice's gradient comes from the one member that has that expert.
+# them. It makes the backward pass right: each choice's gradient comes from the one member that has that expert.
 
 
 # %%
@@ -155,12 +161,12 @@ print(f"experts {EXPERTS[token_m[5]].tolist()} → at member {dest_m[5]}: {local
 # Rows have arrived from everywhere, each with one to $k$ experts that are here. The rank sorts them as
 # `MoE.routed` does, but without those that are −1, and adds up what belongs to one row *before* it goes back:
 #
-# $$y_m = \sum_{j:\, e'_{mj} \ge 0} w'_{mj}\,\text{expert}_{e'_{mj}}(x_m), \qquad o_n = \sum_{m:\, n_m = n} y_m.$$
+# $$y_m = \sum_{j:\, e'_{mj} \ge 0} w'_{mj}\,\text{expert}_{e'_{mj}}(x_m), \qquad o_n = \sum_{m:\, n_m = n} y_m, \qquad (m,d) \to (m,d) \to (n,d).$$
 #
 # The first sum is here, the second where the token came from. So the way back is as cheap as the way out: one
 # row a destination, not one an expert. Experts −1 get the largest key, so sorting puts them at the end. Weights
-# multiply the `up` half inside an expert: SwiGLU and $W_2$ are linear in it, and its 2048 numbers a row are kept for
-# the weights' gradient instead of 7168.
+# multiply the `up` half inside an expert: SwiGLU and $W_2$ are linear in it, so the result is the same, and for
+# the weights' gradient an expert keeps 2048 numbers a row instead of its output's 7168.
 
 
 # %%
@@ -304,16 +310,18 @@ compare("one hop", [([range(8)], 4)])
 # %% [markdown]
 # Real processes do the same with `all_to_all_single`: `Exchange` in `dsv3_ref/parallel/exchange.py` calls these
 # four functions, cuts autograd where a message travels, and lets another micro-batch compute meanwhile
-# (chapter 12). `tests/test_parallel.py` runs it on processes that talk by gloo.
+# ([chapter 12](12_dualpipe.ipynb)). `tests/test_parallel.py` runs it on processes that talk by gloo, PyTorch's
+# network library for CPUs.
 #
 # ## Two hops
 # One hop sends a token up to eight times over the slow link, perhaps four times into one node. Instead, let the
 # *node* be the member of a first exchange: groups are the GPUs at the same place $i$ of every node, and
-# a member stands for all experts of its node. The second exchange is inside each node. Nothing new is needed,
+# a member stands for all experts of its node. The second exchange is inside each node. Nothing new is needed:
+# where the first would compute, it runs the second,
 #
-# $$\text{exchange}(\text{ranks}) = \text{exchange}(\text{nodes}) \circ \text{exchange}(\text{GPUs of a node}),$$
+# $$\text{exchange}_{\text{ranks}}\big[\text{experts}\big] = \text{exchange}_{\text{nodes}}\Big[\text{exchange}_{\text{GPUs of a node}}\big[\text{experts}\big]\Big],$$
 #
-# since a row arrives with its experts renumbered and −1 for others, just as a fresh list of choices. And
+# since a row arrives with its experts renumbered and −1 for others, like a fresh list of choices. And
 # the way back adds up inside the node first, so that one row a node crosses IB there too.
 
 # %%
@@ -324,7 +332,7 @@ compare("two hops", [(ACROSS, 8), (NODES, 4)])
 # %% [markdown]
 # Which link does each row take? `journeys` gives, for each hop, the tokens, where each row starts and
 # where it lands; from that, copies over IB (other node) and NVLink (same node, other GPU) are counted. As a
-# yardstick, *naive* is a copy for every chosen expert, as a plain `permute` over GPUs would send.
+# yardstick, *naive* sends a copy for every chosen expert, even if two of them are on one GPU.
 
 
 # %%
@@ -382,6 +390,8 @@ assert ib == sum(map(len, by_hand)) / 8192 and max(map(len, by_hand)) <= 4
 #
 # $$\text{out: } d + 4\lceil d/128\rceil + 8k \text{ bytes a row}, \qquad \text{back: } 2d$$
 #
+# ($8k$: four bytes each for an expert's number and its weight.)
+#
 # Why *powers of two* for scales? Not for the sake of a second hop: a tile's largest number has a code of its own, so a
 # bf16 row that is decoded and coded again keeps its values under either rule. Two other things are at stake. A code has four significant
 # bits and a power of two only moves the exponent, so code times scale *is* a bf16 number, while
@@ -436,7 +446,9 @@ print(f"bytes a row at V3: out {OUT:,} (in bf16 {2 * V3.dim + 64:,}), back {BACK
 # part, and with them the models. The sequence-wise loss needs no exchange: it is a mean over sequences, and a
 # sequence lies on one rank. So it does not change with the mesh; a batch-wise one would.
 #
-# $$c_i = \sum_{\text{ranks } r} c_i^{(r)}, \qquad \mathcal L_{\text{Bal}} = \frac1R \sum_r \mathcal L_{\text{Bal}}^{(r)}$$
+# $$c_e = \sum_{r=1}^R c_e^{(r)}, \qquad \mathcal L_{\text{Bal}} = \frac1R \sum_{r=1}^R \mathcal L_{\text{Bal}}^{(r)}$$
+#
+# ($R$ ranks with equally many sequences; rank $r$ chose expert $e$ for $c_e^{(r)}$ of its tokens.)
 
 # %%
 from dsv3_ref.moe import balance_loss, expert_load, update_bias
@@ -531,13 +543,14 @@ assert all(nvlink < ib for k, (ib, nvlink) in zip(widths, by_width) if k <= free
 
 # %% [markdown]
 # The report's 12.8 is on the safe side: some experts share a GPU, and an eighth of the copies end at the very GPU
-# where IB put them down, so two or three experts more would still be free. To the left, below three nodes,
-# tokens crowd and NVLink would be the slower one.
+# where IB put them down, so about two experts more would still be free. In the left picture, below three
+# nodes, a token's experts crowd in one or two nodes, and NVLink would be the slower one.
 #
 # ## Play
 # 24 tokens of one GPU (rank 3), one a row, and all 64 GPUs, with lines between nodes. A pale cell is a GPU
-# that gets a token only to hand it on. Allow fewer nodes, or change the size of a node: the gate's eight
-# *groups* stay as they are, so with small nodes a group is several of them, and the promise "four" is broken.
+# that gets a token only to hand it on. Below, first four nodes are allowed, then all eight. Allow fewer, or
+# change the size of a node: the gate's limit is on its eight *groups* of 32 experts, which stay as they are.
+# With smaller nodes a group covers several of them, and the promise "four nodes" is broken.
 
 # %%
 from matplotlib.colors import ListedColormap
@@ -563,7 +576,7 @@ def draw_journeys(limit: int = 4, per_node: int = 8):
         ax.axvline(node * per_node - 0.5, color=GREY, lw=0.8)
     ib, nvlink = copies((first, second), per_node, 24)
     ax.set(
-        title=f"{ib:.1f} copies a token over IB, {nvlink:.1f} over NVLink",
+        title=f"At most {limit} of 8 groups: {ib:.1f} copies a token over IB, {nvlink:.1f} over NVLink",
         xlabel="GPU",
         ylabel="token",
     )
@@ -582,30 +595,35 @@ play(draw_journeys, limit=(1, 8, 1), per_node=[8, 2, 4, 16, 32])
 # ## Exercises
 # Fill in a function and run its cell; the checkers come first.
 #
-# **1 · Compute.** A token visits $v$ other nodes. How many bytes does one layer's *forward* pass put on IB for
-# it, out in FP8 with fp32 scales and back in bf16? (Leave aside the numbers and weights of its experts.)
+# **1 · Compute.** A token of `dim` numbers visits `nodes` other nodes. How many bytes does one layer's *forward*
+# pass put on IB for it, out in FP8 with fp32 scales and back in bf16? (Leave aside the numbers and weights of
+# its experts.)
 
 
 # %%
 @checker
 def check_bytes(fn):
-    """a byte a number and 4 bytes for each 128 of them (the last may be short) out; 2 a number back."""
-    assert fn(128, 1) == 128 + 4 + 256 and fn(576, 2) == 2 * (576 + 20 + 1152)
-    assert fn(V3.dim, 4) == 4 * (OUT - 64 + BACK)
+    """How many scales has a row, if the last tile may be short? And what does a bf16 number take?"""
+    for dim, nodes, want in (
+        (128, 1, 128 + 4 + 256),
+        (576, 2, 2 * (576 + 20 + 1152)),
+        (V3.dim, 4, 4 * (OUT - 64 + BACK)),
+    ):
+        assert abs(fn(dim, nodes) - want) < 1e-9
 
 
 @checker
 def check_worst(fn):
-    """all tokens of all ranks may want experts of one rank, and a token that does comes once."""
+    """What is the unluckiest routing? And does a token come twice for two experts of a rank?"""
     for ranks, tokens, k in ((8, 16, 6), (4, 5, 1)):
         everybody = torch.zeros(tokens, k, dtype=torch.int64) + torch.arange(k) % 4
         rows = sum(send_list(everybody, 4, ranks)[2][0].item() for _ in range(ranks))
-        assert fn(ranks, tokens, k) == rows
+        assert abs(fn(ranks, tokens, k) - rows) < 1e-9
 
 
 @checker
 def check_jam(fn):
-    """NVLink needs more than 3.2 copies for each one over IB: few nodes, many GPUs in each."""
+    """While IB brings one copy, NVLink hands on 3.2. How many nodes should the token visit?"""
     expert_k = torch.as_tensor(fn())
     assert expert_k.unique().numel() == 8 and set(expert_k.tolist()) <= set(range(256))
     hops = journeys(expert_k[None], torch.tensor([0]), 4, 8, "two hops")
@@ -615,13 +633,13 @@ def check_jam(fn):
 
 @checker
 def check_spare(fn):
-    """count the tokens that chose `hot`, and send every second of them to the spare one."""
+    """At which places does `hot` stand? Every second of them changes, and nothing else."""
     expert_nk = choices(n=300, skew=1.0)
     hot = expert_load(expert_nk, 256).argmax().item()
-    before, after = (expert_load(e, 257) for e in (expert_nk, fn(expert_nk.clone(), hot, 256)))
-    assert after[hot] + after[256] == before[hot] and abs(after[hot] - after[256]) <= 1
-    before[[hot, 256]] = after[[hot, 256]] = 0
-    assert torch.equal(before, after)
+    out_nk = fn(expert_nk.clone(), hot, 256)
+    assert torch.equal(torch.where(out_nk == 256, hot, out_nk), expert_nk)
+    moved = out_nk[expert_nk == hot] == 256  # of the tokens that chose it, in their order
+    assert (moved[1:] != moved[:-1]).all()
 
 
 # %%
@@ -643,7 +661,7 @@ check_bytes(my_bytes)
 # </details>
 #
 # **2 · Predict.** No token is dropped. For how many arriving rows must a rank be ready in the worst case, if
-# each of `ranks` sends the trips of `tokens` tokens with `k` experts each?
+# each of `ranks` ranks, itself among them, has `tokens` tokens with `k` experts each?
 
 
 # %%
@@ -656,8 +674,8 @@ check_worst(my_worst)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# $k$ does not matter. At V3's 64 ranks and 4096 tokens that is 262,144 rows of 7 kB: 1.9 GB, where a ninth is
-# usual. One either reserves the worst case, or asks for the counts first, as we do, and waits for them.
+# $k$ does not matter. At V3's 64 ranks and 4096 tokens that is 262,144 rows of 7.5 kB: 2.0 GB, where 12 % of it
+# is usual. One either reserves the worst case, or asks for the counts first, as we do, and waits for them.
 #
 # ```python
 # def my_worst(ranks, tokens, k):
@@ -665,8 +683,8 @@ check_worst(my_worst)
 # ```
 # </details>
 #
-# **3 · Break.** The token is on GPU 0 (node 0). Choose eight of 256 experts such that NVLink, not IB, sets the
-# time. (Expert $e$ is on GPU $\lfloor e/4\rfloor$, 32 in a node.)
+# **3 · Break.** The token is on GPU 0 (node 0). Choose eight of 256 experts, at least one of them in another
+# node, such that NVLink, not IB, sets the time. (Expert $e$ is on GPU $\lfloor e/4\rfloor$; a node has 32.)
 
 
 # %%
@@ -688,8 +706,8 @@ check_jam(my_jam)
 # ```
 # </details>
 #
-# **4 · Extend.** When serving, hot experts get a *redundant* copy on another GPU (§3.4.1). Let every second
-# token that chose expert `hot` go to the copy, whose number is `spare`.
+# **4 · Extend.** When serving, *hot* experts, which many tokens choose, get a *redundant* copy on another GPU
+# (§3.4.1). Let every second token that chose expert `hot` go to the copy, whose number is `spare`.
 
 
 # %%
@@ -743,18 +761,19 @@ print(f"rows an expert: {rows:,.0f} from 64 GPUs; alone a GPU would have {rows /
 assert 0.5 < sum(travel.values()) / (2 * compute) < 2
 
 # %% [markdown]
-# **InfiniBand binds**, and it is no small matter: travelling takes about as long as computing, the ratio of
-# about 1 : 1 that the report names as its reason for DualPipe (§3.2.1). Nothing in this chapter can
-# lower it much further; it has to be *hidden*. Chapter 12 runs two micro-batches at once, one computing while the
-# other travels.
+# **InfiniBand binds**, and it is no small matter: if computing reaches half of the peak, travelling takes as
+# long, the ratio of about 1 : 1 that the report names as its reason for DualPipe (§3.2.1). Nothing in this
+# chapter can lower it much further; it has to be *hidden*. [Chapter 12](12_dualpipe.ipynb) runs two
+# micro-batches at once, one computing while the other travels.
 #
 # - **Links and cores.** The report gives 20 of 132 multiprocessors to the exchange, in 10 channels of
 #   three kinds of warps: sending over IB, handing on to NVLink, receiving (§3.2.2). `all_to_all_single` has the
-#   two hops one after the other; DeepEP's kernels overlap them row by row and report 153/158 GB/s
-#   inside a node and 51/50 GB/s at 64 ranks. They would take `Exchange`'s place; this repository does not
-#   depend on them.
-# - **Arithmetic.** Each expert sees rows from 64 GPUs, enough to be bound by arithmetic (chapter 04).
+#   two hops one after the other; DeepEP, DeepSeek's library for this, overlaps them row by row and reports
+#   153 GB/s out and 158 back inside a node, 51 and 50 at 64 ranks. `--exchange deepep` puts it in
+#   `Exchange`'s place (written after its documentation, and not yet run with the library itself).
+# - **Arithmetic.** Each expert sees rows from 64 GPUs, enough to be bound by arithmetic
+#   ([chapter 04](04_moe.ipynb)).
 # - **Place.** An expert group is 64 neighbouring ranks, so it spans as few nodes as can be; the pipeline's
 #   messages, far smaller, cross the rest (`dsv3_ref/parallel/mesh.py`).
-# - **Serving** goes further: 32-way for prefill, 320-way for decoding, one expert a GPU and hot ones twice
-#   (§3.4). The rows are few then, and latency binds instead of bandwidth.
+# - **Serving** goes further: 32-way for reading prompts (*prefill*), 320-way for decoding, with one expert a
+#   GPU and hot ones twice (§3.4). Decoding has few rows, and latency binds instead of bandwidth.
