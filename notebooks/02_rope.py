@@ -16,14 +16,14 @@
 
 # %% [markdown]
 # ## Why
-# Attention compares a query with every key and does not care where they stand: shuffle the keys,
-# and the result is the same. *Rotary position embedding* (RoPE) tells it, by turning each pair of
-# numbers in a query or key like the hand of a clock. V3's clock has **32 hands**, from one that
-# turns every 6 tokens to one that needs 47 thousand.
+# Attention compares a query with every key and does not care where they stand: shuffle the keys
+# together with their values, and the result is the same. *Rotary position embedding* (RoPE) tells it
+# where, by turning each pair of numbers in a query or key like the hand of a clock. V3's clock has
+# **32 hands**, from one that turns every 6 tokens to one that needs 47 thousand.
 #
 # That is also a trap. V3 learnt to read at 4096 tokens, and **9 of the 32 hands** never finished a
-# turn. At 128K they point where the model has never seen them. YaRN slows these hands down and lets
-# the fast ones run.
+# turn. At 128K they point where the model has never seen them. YaRN ("yet another RoPE extension",
+# Peng et al., 2023) slows these hands down and lets the fast ones run.
 
 # %%
 #| export
@@ -63,13 +63,15 @@ show(fig)
 
 # %% [markdown]
 # ## Paper
-# - MLA splits each query and key into a part without position and a **decoupled** part that carries
-#   RoPE (§2.1.1, eq. 3, 4, 8 and 9). The rotary key is 64 numbers, *one for all 128 heads*.
+# - MLA, V3's attention ([chapter 03](03_mla.ipynb)), splits each query and key into a part without
+#   position and a **decoupled** part that carries RoPE (§2.1.1, eq. 3, 4, 8 and 9). The rotary key is 64
+#   numbers, *one for all 128 heads*.
 # - Pre-training reads 4K tokens. Two short phases of 1000 steps then extend the model to 32K and
 #   128K with **YaRN, on the decoupled part only** (the report names the key; its query must turn at
 #   the same pace), with $s = 40$, $\alpha = 1$, $\beta = 32$ and the scaling factor $0.1\ln s + 1$,
-#   the same in both phases (§4.3).
-# - After that, a needle in a haystack of up to 128K tokens is found at every depth (§4.3).
+#   the same in both phases (§4.3). What these four do is explained below.
+# - After that and after fine-tuning, the model finds a *needle in a haystack*, one sentence hidden in
+#   up to 128K tokens of other text, at every depth (§4.3).
 
 # %% [markdown]
 # ## Frequencies
@@ -117,9 +119,10 @@ show(fig)
 # \begin{pmatrix} x_{2j} \\ x_{2j+1} \end{pmatrix} .$$
 #
 # Pairs are **neighbours**, $(x_0, x_1), (x_2, x_3), \dots$: the *interleaved* layout of the released
-# weights. As complex numbers it is one product, $y_j = x_j\,e^{\mathrm{i}t\omega_j}$, read and
-# written once; the matrix as printed is the naive form. Both turn in fp32 and come back in the type of
-# $x$, (b, s, h, r) → (b, s, h, r).
+# weights. With a pair as one complex number, $z_j = x_{2j} + \mathrm{i}\,x_{2j+1}$, it is one product,
+# $z_j\,e^{\mathrm{i}t\omega_j}$, read and written once; the matrix as printed is the naive form. Both turn
+# in fp32 and come back in the type of $x$: (b, s, h, r) → (b, s, h, r), with tables of cos and sin
+# (s, r/2) for all rows and heads.
 
 
 # %%
@@ -183,15 +186,16 @@ print("equal along every diagonal: only t − s matters")
 # %% [markdown]
 # ## Why only a part of each head
 # In MLA the keys of all heads come from one cached latent, $k^C_t = W^{UK} c_t$ (eq. 2), and
-# generation never builds them: $W^{UK}$ moves to the query once (chapter 03). A rotation would
-# stand between:
+# generation never builds them: $W^{UK}$ moves to the query once ([chapter 03](03_mla.ipynb)). A rotation
+# would stand between:
 #
 # $$\underbrace{q \cdot W^{UK} c_t = (W^{UK\top} q)\cdot c_t}_{\text{one query for all } t}
 # \qquad\text{but}\qquad q\cdot R_{t-s} W^{UK} c_t = (W^{UK\top} R_{t-s}^\top\, q)\cdot c_t ,$$
 #
 # a different query for each distance. So V3 keeps most of a head without position (*nope*), and puts
 # position into an extra part: $q^R_t = \text{RoPE}(W^{QR} c^Q_t)$ for each head (eq. 8), $k^R_t =
-# \text{RoPE}(W^{KR} h_t)$ for all heads together (eq. 3). Concatenated (eq. 4, 9), their scores add:
+# \text{RoPE}(W^{KR} h_t)$ for all heads together (eq. 3), where $h_t$ is the hidden state and $c^Q_t$ a
+# latent of the queries. Concatenated (eq. 4, 9), their scores add:
 #
 # $$\text{score}_{st} = q^C_s\cdot k^C_t + q^R_s\cdot k^R_t .$$
 
@@ -257,9 +261,9 @@ assert (wrong_st - right_st).abs().max() > 1
 # %% [markdown]
 # ## YaRN's ramp
 # To read $s$ times farther one could slow every hand by $s$ (*position interpolation*). No angle
-# would be new, but neighbours would differ by a 40th of what the model learnt. YaRN treats each
-# hand by how often it turned within the trained length $L$. Hands with more than $\beta$ turns are
-# left alone: they have seen all angles. Hands with less than $\alpha = 1$ turn are slowed fully.
+# would be new, but with $s = 40$ neighbours would differ by a 40th of what the model learnt. YaRN treats
+# each hand by how often it turned within the trained length $L$. Hands with more than $\beta = 32$ turns
+# are left alone: they have seen all angles. Hands with less than $\alpha = 1$ turn are slowed fully.
 # Between them is a ramp over $j$,
 #
 # $$\rho_j = \text{clamp}\Big(\frac{j - j_\text{low}}{j_\text{high} - j_\text{low}},\,0,\,1\Big),\qquad
@@ -289,7 +293,7 @@ ramp_j = yarn_ramp(64, 10_000.0, 4096, beta_fast=32.0, beta_slow=1.0)
 turns_j = 4096 / turn_j
 assert (ramp_j[turns_j > 32] == 0).all() and (ramp_j[turns_j < 1] == 1).all()
 for j in (0, 10, 11, 16, 22, 23, 31):
-    print(f"pair {j:2}: {turns_j[j]:7.2f} turns in 4096 tokens, slowed by {ramp_j[j]:.0%}")
+    print(f"pair {j:2}: {turns_j[j]:7.2f} turns in 4096 tokens, {ramp_j[j]:4.0%} of the way to ω/s")
 kinds = [int(x.sum()) for x in (ramp_j == 0, (ramp_j > 0) & (ramp_j < 1), ramp_j == 1)]
 print("kept, between, slowed:", *kinds)
 assert kinds == [11, 12, 9]
@@ -327,9 +331,9 @@ for j in (0, 10, 16, 23, 31):
 # %% [markdown]
 # ## A sharper softmax
 # Forty times as many keys also share the softmax, and each irrelevant one takes a little. YaRN
-# multiplies queries and keys by $0.1\,m\ln s + 1$ each, hence scores by its square. It costs
-# nothing if it goes into the softmax scale (eq. 10 divides by $\sqrt{d_h + d_h^R}$, here
-# $\sqrt{i + r}$):
+# multiplies queries and keys by $0.1\,m\ln s + 1$ each, hence scores by its square ($m$ is the config's
+# `mscale`). It costs nothing if it goes into the softmax scale (eq. 10 divides by $\sqrt{d_h + d_h^R}$,
+# here $\sqrt{i + r}$):
 #
 # $$\text{scale} = \frac{(0.1\,m\ln s + 1)^2}{\sqrt{i + r}},\qquad
 # \text{V3: } m = 1,\ s = 40:\quad 1.369^2 = 1.874 .$$
@@ -405,9 +409,10 @@ assert torch.equal(cos, torch.cat((whole[0][:4], whole[0][:6])))
 # already turned, so beyond token 4096 a query with new frequencies $\omega'$ would meet keys that
 # were turned with $\omega$,
 #
-# $$(R'_s q)\cdot(R_t k) = q\cdot R_{t\omega - s\omega'}\,k ,$$
+# $$(R'_s q)\cdot(R_t k) = q\cdot R_s'^\top R_t\,k,\qquad
+# \text{which turns each pair by}\ t\,\omega_j - s\,\omega'_j .$$
 #
-# which is no longer a function of the distance $s - t$. Nothing fails; the text just goes bad.
+# That is no longer a function of the distance $s - t$. Nothing fails; the text just goes bad.
 
 # %%
 at, short = torch.tensor([10, 1000, 4095]), replace(V3, max_seq_len=64)
@@ -433,8 +438,7 @@ assert (by_cache["plain"] - by_cache["plain"][0]).abs().max() > 5
 #
 # Their loss is $-\log$ of the attention on the right token. Then we read up to 1024 tokens with
 # $s = 8$ *without any further training*, in four ways: unchanged; every hand slowed; YaRN's
-# frequencies; and these with the sharper softmax. ($\theta$, $\alpha$ and $\beta$ are the
-# report's.)
+# frequencies; and these with the sharper softmax. ($\theta$, $\alpha$ and $\beta$ are V3's.)
 
 # %%
 R, TRAINED, S, STEPS = 32, 128, 8.0, 300
@@ -504,22 +508,23 @@ for head, (ax, name) in enumerate(
         y = [found[way, n][head] for n in lengths]
         ax.plot(lengths, y, style, color=colour, label=way, markersize=size, markerfacecolor="none")
     ax.axvline(TRAINED, color=GREY, linewidth=1, linestyle=":")
-    ax.set(xscale="log", xlabel="length read (trained: 128)", title=name, ylim=(-0.03, 1.03))
+    ax.set(xscale="log", xlabel="length read (trained: 128)", title=name, ylim=(-0.06, 1.04))
     ax.set_xticks(lengths, [str(n) for n in lengths])
     ax.minorticks_off()
 axes[0].set_ylabel("attention on the right token")
 axes[0].legend(loc="center left", bbox_to_anchor=(0.06, 0.4))
 show(fig)
 for way in WAYS:
-    print(f"{way:14} at 1024: near {found[way, 1024][0]:.1f}, needle {found[way, 1024][1]:.1f}")
+    print(f"{way:14} at 1024: near {found[way, 1024][0]:.2f}, needle {found[way, 1024][1]:.2f}")
 assert found["unchanged", 1024][1] < 0.4 < 0.6 < found["YaRN", 1024][1]  # the needle is lost, found
 assert found["all slowed", 1024][0] < 0.1 < 0.8 < found["YaRN", 1024][0]  # neighbours blur, or not
 assert found["YaRN, sharper", 1024][0] > found["YaRN", 1024][0]
 
 # %% [markdown]
 # Left alone, the slow hands betray the needle head; all slowed, the near head can no longer count to
-# three; YaRN keeps both. Attention is not yet what it was at 128 (the needle competes with eight
-# times as many keys), which is what the report's 2000 steps of further training are for.
+# three; YaRN keeps both. The sharper softmax mends the near head, which YaRN's half-slowed hands had
+# blurred a little, and hardly helps the needle. That one is not yet found as surely as at 128, for it
+# competes with eight times as many keys; the report trains 2000 steps more.
 
 # %% [markdown]
 # ## Play
@@ -547,7 +552,7 @@ def yarn(s: float = 40.0, beta_fast: float = 32.0, beta_slow: float = 1.0, theta
         right.axhline(tokens, color=GREY, linestyle=":", linewidth=1)
         right.text(0, tokens * 1.15, f"{text}: {tokens:,.0f}", color=GREY, fontsize=9)
     right.set(yscale="log", xlabel="pair j", ylabel="tokens a turn (log)")
-    right.set_title(f"softmax sharper by {(0.1 * math.log(s) + 1) ** 2:.2f}")
+    right.set_title(f"softmax scale × {(0.1 * math.log(s) + 1) ** 2:.2f}")
     right.legend(loc="lower right")
     show(fig)
 
@@ -580,11 +585,13 @@ def check_unseen(fn) -> bool:
     """`fn(theta, r, length)` counts the pairs that do not finish a turn within `length` tokens."""
 
     def test():
-        cases = [(1e4, 64, 4096), (1e6, 64, 4096), (1e4, 32, 256), (1e4, 64, 100_000)]
-        lengths = [(2 * math.pi / rope_freqs(r, theta), n, theta, r) for theta, r, n in cases]
-        return all(fn(theta, r, n) == int((turn > n).sum()) for turn, n, theta, r in lengths)
+        for theta, r, n in [(1e4, 64, 4096), (1e6, 64, 4096), (1e4, 32, 256), (1e4, 64, 100_000)]:
+            lap_j = 2 * math.pi / rope_freqs(r, theta)
+            if fn(theta, r, n) - int((lap_j > n).sum()) != 0:
+                return False
+        return True
 
-    return attempt(test, "pair j needs 2π · θ^(2j/r) tokens a turn")
+    return attempt(test, "how many tokens are a full turn of pair j? how many pairs are there?")
 
 
 def check_score(fn) -> bool:
@@ -608,11 +615,9 @@ def check_alias(fn) -> bool:
     def test():
         d = fn()
         off = abs(math.remainder(d, 2 * math.pi))
-        return isinstance(d, int) and 1 <= d <= 4096 and off < 1e-4
+        return d == int(d) and 1 <= d <= 4096 and off < 1e-4
 
-    return attempt(
-        test, "the fastest hand turns 1 radian a token: find d close to a multiple of 2π"
-    )
+    return attempt(test, "d radians must be nearly a whole number of turns: halves do not count")
 
 
 def check_rows(fn) -> bool:
@@ -630,7 +635,7 @@ def check_rows(fn) -> bool:
                 return False
         return True
 
-    return attempt(test, "within each head, even rows first, then odd ones")
+    return attempt(test, "it is P, but of which rows? each head has pairs of its own")
 
 
 # %% [markdown]
@@ -638,7 +643,8 @@ def check_rows(fn) -> bool:
 
 
 # %%
-def my_unseen(theta: float, r: int, length: int) -> int: ...
+def my_unseen(theta: float, r: int, length: int) -> int:
+    return ...
 
 
 check_unseen(my_unseen)
@@ -659,7 +665,8 @@ check_unseen(my_unseen)
 
 
 # %%
-def my_score(angle: float) -> float: ...
+def my_score(angle: float) -> float:
+    return ...
 
 
 check_score(my_score)
@@ -681,7 +688,8 @@ check_score(my_score)
 
 
 # %%
-def my_alias() -> int: ...
+def my_alias() -> int:
+    return ...
 
 
 check_alias(my_alias)
@@ -701,7 +709,8 @@ check_alias(my_alias)
 
 
 # %%
-def my_rows(weight_oi, heads: int): ...
+def my_rows(weight_oi, heads: int):
+    return ...
 
 
 check_rows(my_rows)
@@ -729,7 +738,7 @@ flops = V3.n_layers * heads * pairs * 6  # four products and two sums a pair
 moved = V3.n_layers * heads * V3.qk_rope_head_dim * 2 * 2  # read and written in bf16
 table_bytes = V3.max_seq_len * pairs * 2 * 4
 share = V3.qk_rope_head_dim / (V3.kv_lora_rank + V3.qk_rope_head_dim)
-print(f"operations: {flops / 1e6:.1f} MFLOPs a token, {flops / 73.2e9:.3%} of its products")
+print(f"operations: {flops / 1e6:.1f} MFLOPs a token, {flops / 73.3e9:.3%} of its products")
 print(
     f"traffic: {moved / 1e6:.1f} MB a token, {moved / flops:.1f} bytes an operation: bound by memory"
 )
@@ -747,9 +756,9 @@ assert phases["32K"] == phases["128K"]
 # %% [markdown]
 # RoPE is **bound by memory traffic**: a kernel turns $q^R$ and $k^R$ where they are read or written
 # anyway, inside the attention kernel or just before the cache. It registers as
-# `@impl("rotate", "triton")`. Each rank computes the table for its own positions, so no mesh axis
-# has to know of it.
+# `@impl("rotate", "triton")`. Each GPU computes the table for its own positions, so no division of the
+# work among GPUs has to know of it.
 #
-# The 1,000 steps of both phases read the same number of tokens, and yet the second costs more:
+# The 1,000 steps of either phase read the same number of tokens, and yet the second costs more:
 # attention's own work grows with length ([chapter 00](00_tour.ipynb)). Next:
 # [03 · MLA](03_mla.ipynb), where these 64 numbers meet the latent.

@@ -20,9 +20,10 @@
 # layer, is the **key-value cache**, and on a long conversation the cache outgrows the model. With
 # ordinary multi-head attention (MHA), 128 heads would each keep a key and a value of 128 numbers:
 # 32,768 numbers a token in every layer, **4 MB a token** over 61 layers, 524 GB for one conversation
-# of 128K tokens. Sharing keys and values among groups of heads (GQA) is the usual cure, and it
-# costs quality because heads lose their own view of the past. Multi-head latent attention (MLA)
-# keeps 576 numbers, one fifty-seventh, and every head still has keys and values of its own.
+# of 128K tokens. The usual cure is to share keys and values among groups of heads (*grouped-query
+# attention*, GQA): the heads of a group then see the past through the same keys, which may cost quality.
+# Multi-head latent attention (MLA) keeps 576 numbers, one fifty-seventh, and every head still has keys
+# and values of its own.
 
 # %%
 import os
@@ -76,8 +77,9 @@ draw_cache()
 # | $W^{UQ}$, $W^{QR}$ | `wq_b` | 1536 → 128 · (128 + 64) |
 # | $W^{O}$ | `wo` | 128 · 128 → 7168 |
 #
-# D is *down*, U is *up*. Axes in this chapter: `s` query position, `t` key position, `h` head, `i`
-# head dim without position (128), `r` rope dim (64), `v` value dim (128), `c` latent (512).
+# D is *down*, U is *up*, Q *query*, K *key*, V *value*, R *rotary*. Axes in this chapter: `b` batch, `s`
+# query position, `t` key position, `d` model, `h` head, `i` head dim without position (128), `r` rope dim
+# (64), `v` value dim (128), `c` latent (512), `x` what is joined (mostly $i + r$).
 
 # %%
 #| export
@@ -97,14 +99,18 @@ from dsv3_ref.rope import rotate, softmax_scale
 # $$o_{s} = \sum_{t \le s'} \operatorname{softmax}_t\!\left(\text{scale}\cdot q_s^\top k_t\right) v_t,
 # \qquad s' = s + (T - S)$$
 #
-# with queries $(b, S, h, i{+}r)$ and keys $(b, T, h, i{+}r)$. While decoding, the $S$ queries are the
-# *last* of $T$ positions, hence the offset $T-S$: one query against a long past sees everything, and
-# a mask built as if both began at zero would let it see only the first key. The product is an op (a
-# function with several implementations, chapter 01). On a GPU it is torch's fused attention. On a
-# CPU that would compute the masked half too, so we go in blocks of 64 queries, which meet only the
-# keys they may see. The backward pass needs $\partial L/\partial\,\text{score} = p \odot (\partial p - \delta)$,
-# and the sum $\delta_s = \sum_t p_{st}\,\partial p_{st}$ is $\partial o_s \cdot o_s$: no second pass over
-# the keys, the trick by which FlashAttention fits on a chip. The naive form is the equation as printed.
+# with queries $(b, S, h, i{+}r)$, keys $(b, T, h, i{+}r)$, values $(b, T, h, v)$ and $o$ $(b, S, h, v)$.
+# While decoding, the $S$ queries are the *last* of $T$ positions, hence the offset $T-S$: one query
+# against a long past sees everything, and a mask built as if both began at zero would let it see only
+# the first key. The whole is an op (a function with several implementations,
+# [chapter 01](01_ops.ipynb)). On a GPU it is torch's fused attention. On a CPU that would compute the
+# masked half too, so we go in blocks of 64 queries, which meet only the keys they may see. The naive form
+# is the equation as printed.
+#
+# *Backwards*, with $p$ the softmax's weights and $\partial x$ short for $\partial L/\partial x$: the
+# gradient of the scores is $p \odot (\partial p - \delta)$, and the sum
+# $\delta_s = \sum_t p_{st}\,\partial p_{st}$ equals $\partial o_s \cdot o_s$. So it takes no second pass
+# over the keys, the trick by which FlashAttention fits on a chip.
 
 
 # %%
@@ -192,18 +198,17 @@ for s, t in [(1, 1), (1, 7), (130, 140), (3, 7), (7, 7)]:
     q, k, v = torch.randn(2, s, 4, 24), torch.randn(2, t, 4, 24), torch.randn(2, t, 4, 16)
     want = IMPLS["attention"]["naive"](q, k, v, 0.2)
     assert torch.allclose(attention(q, k, v, 0.2), want, atol=1e-6)
-print(
-    "blocks of 130 queries, 10 positions before them:",
-    [(r.start, r.stop, n) for r, n in blocks(130, 140)],
-)
+print("130 queries after 10 positions, in blocks:")
+for rows, n in blocks(130, 140):
+    print(f"  queries {rows.start} … {rows.stop - 1} meet {n} keys")
 k[:, 5:] += 1  # the future of positions 0 … 4
 assert torch.allclose(attention(q, k, v, 0.2)[:, :5], want[:, :5], atol=1e-6)
-print("3 queries, 5 positions:\n", causal_mask(3, 5).int().numpy())
+print(f"3 queries, 5 positions:\n{causal_mask(3, 5).int().numpy()}")
 
 # %% [markdown]
-# *Several sequences end to end*, of any lengths, are one long batch without padding. Each is blind to
-# the others; only the rows where one ends are told. Here each moves into a row of its own, padded
-# behind, where causality keeps it from seeing the padding; a kernel needs no such copy.
+# *Several sequences end to end*, of any lengths, make one long row without padding. Each must be blind to
+# the others, and all the op is told is where each ends (`end_b`). Here each moves into a row of its own,
+# padded behind, where causality keeps it from seeing the padding; a kernel needs no such copy.
 
 
 # %%
@@ -249,9 +254,10 @@ assert torch.allclose(packed_attention(q, k, v, end_b, 0.2), one_by_one, atol=1e
 # v_{t,h} &= W^{UV}_h c_t && \text{(5)} & q_{s,h} &= [\,q^C_{s,h};\ q^R_{s,h}\,] && \text{(9)}
 # \end{aligned}$$
 #
-# and then attends (eq. 10). $W^{UK}$ and $W^{UV}$ live in one matrix `wkv_b`: for each head first the
-# $i$ key rows, then the $v$ value rows. This is what training and prefill (reading a whole prompt at
-# once) use.
+# and then attends (eq. 10). The superscript $C$ marks what was made from a latent and carries no
+# position, $R$ what is rotary; shapes are $W^{UK}_h$ $(i, c)$ and $W^{UV}_h$ $(v, c)$. Both live in one
+# matrix `wkv_b`: for each head first the $i$ key rows, then the $v$ value rows. This is what training
+# and prefill (reading a whole prompt at once) use.
 
 
 # %%
@@ -313,14 +319,15 @@ print(f"cached a token: {C + R} numbers; made from them for attention: {H * (X +
 # %% [markdown]
 # ## Absorbed: attention inside the latent
 # Making keys and values of all past tokens again, for one new query, would be absurd: 128 × 256
-# numbers from each 512. But matrix products associate, so the matrix can change sides:
+# numbers from each latent of 512. But matrix products associate, so the matrix can change sides:
 #
 # $$q_{s,h}^\top \left(W^{UK}_h c_t\right) = \left(W^{UK\top}_h q_{s,h}\right)^{\!\top} c_t
 # \qquad\qquad
 # \sum_t p_{t}\left(W^{UV}_h c_t\right) = W^{UV}_h \sum_t p_{t}\, c_t$$
 #
-# Left: the query is mapped *into* the latent once, and meets cached latents directly. Right: the
-# values are averaged as latents and mapped out once. No token of the past is touched by a matrix.
+# Here $q$ is $q^C$. Left: the query is mapped *into* the latent once, and meets cached latents
+# directly. Right: the values are averaged as latents and mapped out once. No token of the past is
+# touched by a matrix.
 # Seen this way MLA is attention with a *single* key head, in which key and value are the same cached
 # vector, 512 wide. The core, in shapes $(b,s,h,c)$ against $(b,t,c)$, is an op of its own; on a GPU
 # its kernel reads each latent once for all 128 heads. Both forms are equal in exact arithmetic, so
@@ -370,8 +377,8 @@ assert torch.allclose(*both, atol=1e-12)
 
 # %% [markdown]
 # **Why position travels apart.** Had RoPE turned $k^C$ itself, a rotation would stand between the
-# two matrices: $q_s^\top R_{s-t} W^{UK} c_t$. It depends on the distance $s-t$, so a query would need
-# another mapping into the latent *for every key*. Below: how many directions these mappings span.
+# two matrices: $q_s^\top R_{t-s} W^{UK} c_t$ (chapter 02). It depends on the distance, so a query would
+# need another vector in the latent *for every key*. Below: how many directions these vectors span.
 
 # %%
 from dsv3_ref.rope import rope_table
@@ -381,7 +388,8 @@ query, wk_ic = torch.randn(1, 1, 1, X), wkv_b[:X].float()
 turned_ti = rotate(query.expand(1, T, 1, X), *rope_table(turning, torch.arange(T)))[0, :, 0]
 without, with_rope = query[0, :, 0] @ wk_ic, turned_ti @ wk_ic
 ranks = [torch.linalg.matrix_rank(m).item() for m in (without, with_rope)]
-print(f"latent queries that one query needs for {T} keys: {ranks[0]} without RoPE, {ranks[1]} with")
+print(f"directions in the latent that one query needs for {T} keys:", end=" ")
+print(f"{ranks[0]} without RoPE, {ranks[1]} with")
 assert ranks == [1, T]
 
 # %% [markdown]
@@ -466,7 +474,8 @@ assert paged_attention(q_bshx, page_pyx, table_bp, length_b, C, 0.2).isfinite().
 #
 # `wkv_a` stacks $W^{DKV}$ on $W^{KR}$; `wq_b` interleaves $W^{UQ}$ and $W^{QR}$ head by head. Note what
 # is cached: the latent *after* its norm and the rotary key *after* its turn, so neither is computed
-# again. V2-Lite has no query latent; then a single `wq` makes the queries.
+# again. V2-Lite has no query latent; then a single `wq` makes the queries. (`keep="e5m6"` is a note for
+# FP8, [chapter 09](09_fp8.ipynb).)
 
 
 # %%
@@ -589,9 +598,9 @@ mla.absorb = None
 
 # %% [markdown]
 # ### What MLA replaces
-# To compare fairly we need the others too. In *grouped-query attention* (GQA), $n$ heads of keys and
-# values serve $h$ heads of queries, each its own group of $h/n$; $n = h$ is MHA, $n = 1$ multi-query
-# attention. All dims of queries and keys are turned, and the cache holds $n\,(r + v)$ numbers a token:
+# To compare fairly we need the others too. In GQA, $n$ heads of keys and values serve $H$ heads of
+# queries, each its own group of $H/n$; $n = H$ is MHA, $n = 1$ multi-query attention (MQA). All $r$ dims
+# of queries and keys are turned, and the cache holds $n\,(r + v)$ numbers a token:
 #
 # $$o_{s,h} = \sum_{t \le s} \operatorname{softmax}_t\!\Big(\tfrac{1}{\sqrt r}\, q_{s,h}^\top k_{t,g(h)}\Big) v_{t,g(h)},
 # \qquad g(h) = \lfloor h\,n / H \rfloor$$
@@ -649,9 +658,9 @@ for n in (1, 2, 4):
 # ### The scale after stretching the context
 # `softmax_scale` (chapter 02) is $1/\sqrt{i + r}$ of eq. 10; YaRN, which stretches 4K positions to
 # 160K, multiplies it by $(0.1\ln 40 + 1)^2 = 1.87$. The whole score is multiplied, content and
-# position alike, although RoPE touches only the latter. Why at all: among forty times the keys, a
-# softmax of the same sharpness spreads over forty times as many. The effective number of keys that
-# share the weight is $\exp$ of the entropy.
+# position alike, although RoPE touches only the latter. Why at all? Among forty times the keys, a
+# softmax of the same sharpness spreads over forty times as many. How many share the weight is counted
+# by $\exp$ of the entropy; $\exp(\ln n) = n$ if all have the same. Scores here are random.
 
 # %%
 assert abs(softmax_scale(V3) - 192**-0.5 * (0.1 * torch.log(torch.tensor(40.0)) + 1) ** 2) < 1e-6
@@ -667,7 +676,8 @@ for number, sharpness in [(4096, 1.0), (163_840, 1.0), (163_840, factor)]:
 # A single layer must do two things at once. *Content*: every token carries a key and a value and asks
 # for one earlier key; answer with that key's value. *Position*: name the value two tokens back. The
 # heads' full keys and values are 4 × (24 + 16) = 160 numbers; the latent is given 1, 2, 4 or 8, beside
-# a rotary key of 8. A last run keeps the latent of 8 and silences the rotary key.
+# a rotary key of 8. A last run keeps the latent of 8 and silences the rotary key. Values are one of 24,
+# so a blind guess is right in 4 %.
 
 # %%
 STEPS = 20 if os.environ.get("DSV3_SHORT") else 240
@@ -745,11 +755,13 @@ if STEPS > 100:  # long enough to have learned
     assert final["latent 8, no rotary key"][0] > 0.95 > 2 * final["latent 8, no rotary key"][1]
 
 # %% [markdown]
-# Eight numbers serve what 160 would store, one is far too few, and without the rotary key the layer
-# cannot count back, however well it finds content. Inside the trained layer a head's score is a sum
-# of two terms, $q^C\!\cdot k^C + q^R\!\cdot k^R$, which can be looked at one by one. Heads have divided the
-# work: in one the rotary term, constant along diagonals because it knows nothing but distance, picks
-# out "two back"; in another the content term finds the key that was asked for.
+# A latent of eight (and a rotary key of eight) serves where 160 numbers would be stored, one is far too
+# few, and without the rotary key the layer cannot count back, however well it finds content: 23 % is
+# about what one gets by naming the value seen most often so far. Inside the trained layer a head's score
+# is a sum of two terms, $q^C\!\cdot k^C + q^R\!\cdot k^R$, which can be looked at one by one. Heads have
+# divided the work: two look two back, one finds the key that was asked for. Where a head looks back, the
+# rotary term runs in stripes along the diagonals, since a turn knows only distance; the stripes are
+# uneven because $q^R$ and $k^R$ are still made from what the tokens are.
 
 
 # %%
@@ -793,9 +805,10 @@ show(fig)
 # ### On text: what does a smaller cache cost?
 # `dsv3 ablate mla` trains a model of 1.7M parameters, three layers with eight heads of 16, on
 # speeches and Python source (300 steps of 8 × 128 tokens, three seeds, 16 minutes on one core) with
-# MHA, GQA of 2 and 1 key-value heads, and MLA of the same two cache sizes. GQA and MLA save
-# parameters as well as cache; what they save is given to the dense FFN, so that all have equally
-# many. The file that it wrote lies beside this chapter.
+# MHA, GQA of 2 and 1 key-value heads, and MLA of the same two cache sizes (a latent of 56 or 24, beside
+# a rotary key of 8). GQA and MLA save parameters as well as cache; what they save is given to the dense
+# feed-forward network (FFN), so that all have equally many. `notebooks/results` keeps the file that it
+# wrote; ± is the standard deviation over seeds.
 
 # %%
 from dsv3_ref.viz import ablation
@@ -828,16 +841,17 @@ show(fig)
 # %% [markdown]
 # Not what one hopes for: at equal cache MLA is *behind* GQA, by 0.04 and 0.05 nats and in every seed,
 # and GQA gives up little against MHA. V3's report does not compare them; V2's found MLA ahead of MHA,
-# in models ten thousand times as large. Our gap to MHA is mostly on source code (0.085 ± 0.004,
-# speeches 0.016 ± 0.006). The runs do not tell why: MLA turns 8 dims a head where GQA turns 16, its
-# keys pass through two matrices that start from one small σ, and 0.3M tokens are only the beginning
-# of a training. With eight heads there is also little to save: one shared pair costs 0.015 ± 0.011.
-# MLA is made for 128.
+# in models ten thousand times as large. The gap of MLA 56 to MHA is mostly on source code
+# (0.085 ± 0.004, speeches 0.016 ± 0.006). The runs do not tell why: MLA turns 8 dims a head where GQA
+# turns 16, its keys pass through two matrices that start from one small σ, and 0.3M tokens are only the
+# beginning of a training. With eight heads there is also little to save: one pair shared by all costs
+# 0.015 ± 0.011. MLA is made for 128.
 
 # %% [markdown]
 # ## Play: a cache calculator
-# What a cache holds, in GB for all layers: MHA, GQA with eight groups and MQA keep keys and values of $i$ dims for each of their key-value heads, MLA one latent and one turned key for all. V3's numbers are the start;
-# the dashed line is what one H100 has in all.
+# What a cache takes, in GB for all layers: MHA, GQA with eight groups and MQA keep keys and values of 128
+# dims for each of their key-value heads, MLA one latent and one turned key for all. V3's numbers are the
+# start; the dashed line is all the memory of one H800.
 
 
 # %%
@@ -848,11 +862,10 @@ def draw_cache(log2_context=15, sequences=32, heads=128, latent=512, rope=64, la
                "MLA": latent + rope}  # fmt: skip
     gb = {name: n * layers * tokens * bits / 8 / 1e9 for name, n in numbers.items()}
     fig, ax = figure(1, 1, 8, 2.4)
-    ax.barh(list(gb), list(gb.values()), color=[GREY, GREY, GREY, ORANGE])
-    for i, x in enumerate(gb.values()):
-        ax.text(x * 1.25, i, f"{x:,.1f} GB", va="center", backgroundcolor="white")
+    named = [f"{name}: {x:,.1f} GB" for name, x in gb.items()]
+    ax.barh(named, list(gb.values()), color=[GREY, GREY, GREY, ORANGE])
     ax.axvline(80, color="black", ls="--", lw=1)
-    ax.set(xscale="log", xlim=(min(gb.values()) / 4, max(gb.values()) * 8), xlabel="GB (log)")
+    ax.set(xscale="log", xlim=(min(gb.values()) / 4, max(gb.values()) * 2), xlabel="GB (log)")
     ax.set_title(f"{sequences} sequences of {2**log2_context:,} tokens")
     ax.invert_yaxis()
     show(fig)
@@ -934,36 +947,40 @@ play(draw_flops, log2_context=(10, 17, 1), latent=[512, 64, 128, 256, 1024])
 # %%
 @checker
 def check_groups(fn):
-    """compare the numbers kept, 576 here and 2·128 a group."""
+    """How many numbers a token does MLA keep, and how many does one group of GQA (a key, a value)?"""
     assert abs(fn(V3) - 2.25) < 1e-9
     assert abs(fn(replace(V3, kv_lora_rank=448)) - 2) < 1e-9
 
 
 @checker
 def check_break_even(fn):
-    """set both FLOPs equal with n = s·t and solve for s."""
-    for t in (4096, 131_072):
-        s = fn(V3, t)
-        expand, absorb = attention_flops(V3, s, t)
-        extra = V3.n_heads * s * (s - 1) * (2 * V3.kv_lora_rank - 256)  # the mask's corner
-        assert abs((absorb + extra) / expand - 1) < 1e-6
+    """Set both FLOPs equal; what stands before s·t on either side, what before t and s alone?"""
+    for c in (V3, replace(V3, kv_lora_rank=256)):
+        for t in (4096, 131_072):
+            s = fn(c, t)
+            expand, absorb = attention_flops(c, s, t)
+            extra = c.n_heads * s * (s - 1) * (2 * c.kv_lora_rank - 256)  # the mask's corner
+            assert abs((absorb + extra) / expand - 1) < 1e-6
 
 
 @checker
 def check_forgetful(fn):
-    """right for s = t; for 2 queries after 3 positions it must hide keys that should be seen."""
-    assert torch.equal(fn(6, 6), causal_mask(6, 6))
-    assert fn(2, 5).shape == (2, 5) and (causal_mask(2, 5) & ~fn(2, 5)).any()
+    """Right for s = t; with a past, a query still sees some key, no future one, yet not all before."""
+    assert torch.equal(fn(6, 6).bool(), causal_mask(6, 6))
+    mine, right = fn(2, 5).bool(), causal_mask(2, 5)
+    assert mine.shape == (2, 5) and mine.any(-1).all()
+    assert (right & ~mine).any() and not (mine & ~right).any()
 
 
 @checker
 def check_fold(fn):
-    """the result is (h, d, c): for each head W^O_h W^UV_h."""
+    """Which v columns of wo_dx belong to head h? The result is (h, d, c)."""
     g = torch.Generator().manual_seed(3)
     wv_hvc, wo_dx = torch.randn(3, 4, 5, generator=g), torch.randn(7, 12, generator=g)
     o_hc = torch.randn(3, 5, generator=g)
-    want = wo_dx @ torch.einsum("hvc,hc->hv", wv_hvc, o_hc).flatten()
-    assert torch.allclose(torch.einsum("hdc,hc->d", fn(wv_hvc, wo_dx), o_hc), want, atol=1e-5)
+    want, fold_hdc = wo_dx @ torch.einsum("hvc,hc->hv", wv_hvc, o_hc).flatten(), fn(wv_hvc, wo_dx)
+    assert fold_hdc.shape == (3, 7, 5)
+    assert torch.allclose(torch.einsum("hdc,hc->d", fold_hdc, o_hc), want, atol=1e-5)
 
 
 # %%
@@ -985,7 +1002,7 @@ check_groups(my_groups)
 # </details>
 #
 # **2 · Predict.** At how many new queries do both forms cost the same for a cache of $t$ positions? Take
-# $n = s\,t$ pairs. What does it tend to for $t \to \infty$?
+# $n = s\,t$ pairs, as if nothing were masked. What does it tend to for $t \to \infty$?
 
 
 # %%
@@ -1008,7 +1025,7 @@ check_break_even(my_break_even)
 # </details>
 #
 # **3 · Break.** Write the causal mask that many first versions have: faultless in training, wrong as
-# soon as several tokens are added to a cache. What would one notice?
+# soon as there is a cache. What would one notice, if single tokens are spared because they need no mask?
 
 
 # %%
@@ -1022,7 +1039,7 @@ check_forgetful(my_forgetful_mask)
 # <details><summary>Answer</summary>
 #
 # No error, and a perfect training curve; but reading a prompt in pieces, or checking several drafted
-# tokens at once, gives other text than reading it whole.
+# tokens at once, gives other text than reading everything at once.
 #
 # ```python
 # def my_forgetful_mask(s, t):
@@ -1030,8 +1047,9 @@ check_forgetful(my_forgetful_mask)
 # ```
 # </details>
 #
-# **4 · Extend.** $W^{UV}$ could be absorbed into $W^O$ as well. Fold them: from `wv_hvc` and `wo_dx`, with
-# `x` = h·v, make one matrix $(h, d, c)$. Then count its numbers at V3's shape: would you store it?
+# **4 · Extend.** $W^{UV}$ could be absorbed into $W^O$ as well. Fold them: from `wv_hvc` and `wo_dx`, where
+# $x = h\,v$ counts head by head, make one table $(h, d, c)$. Then count its numbers at V3's shape: would
+# you store it?
 
 
 # %%
@@ -1057,17 +1075,17 @@ check_fold(my_fold)
 # %% [markdown]
 # ## Scale-up
 # At 671B, one layer, decoding one token against each cached latent: 1152 bytes come from memory and
-# meet 128 heads. Whether the memory or the arithmetic of a GPU binds is decided by their ratio.
+# meet 128 heads. Whether the memory or the arithmetic of a GPU binds is decided by operations a byte.
 #
-# - **Decoding** sits just below the ridge: bandwidth binds at one query, arithmetic at two. Hence the two
-#   headlines of DeepSeek's MLA kernel, bytes a second in the one case and FLOPs in the other. Chapter
-#   10's kernel takes the place of `latent_attention`; long caches are split among blocks whose partial
-#   softmaxes are merged.
+# - **Decoding** sits just below the 295 at which an H800 is in balance (chapter 01): bandwidth binds at
+#   one query, arithmetic at two. Hence the two headlines of FlashMLA, DeepSeek's kernel: 3000 GB/s in the
+#   one case and 660 TFLOP/s in the other. The kernel in `kernels/decode.py` takes the place of
+#   `latent_attention`; long caches are split among blocks whose partial softmaxes are merged.
 # - **Training** expands, and keys and values of one token weigh seventy times its latent. The report
 #   keeps the latent and computes the up-projections again in the backward pass (§3.2.3).
-# - **Mesh.** Heads can be divided among GPUs, the latent cannot: each would keep the whole cache. Training
-#   uses no tensor parallelism at all; decoding uses a little (4-way) and spreads *conversations* over 80
-#   data-parallel groups (§3.4). Chapter 18 takes it up.
+# - **Many GPUs.** Heads can be divided among them (*tensor parallelism*), the latent cannot: each would
+#   keep the whole cache. Training does without; decoding uses a little (4-way) and spreads *conversations*
+#   over 80 groups of GPUs (§3.4).
 
 # %%
 bytes_read = 2 * (V3.kv_lora_rank + V3.qk_rope_head_dim)

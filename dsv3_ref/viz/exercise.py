@@ -1,6 +1,11 @@
 """Exercises: a reader's function is tried, and answered with a hint instead of a traceback."""
 
 from collections.abc import Callable
+from functools import wraps
+
+
+class Unfilled(Exception):
+    """The reader's function still returns the `...` that it starts with."""
 
 
 def attempt(test: Callable, hint: str) -> bool:
@@ -11,13 +16,25 @@ def attempt(test: Callable, hint: str) -> bool:
     except AssertionError:
         right = False
     except Exception as e:
-        todo = "llipsis" in str(e)  # the `...` that an exercise starts with
+        todo = isinstance(e, Unfilled) or "'ellipsis'" in str(e)
         print("… not filled in yet" if todo else f"✗ {type(e).__name__}: {e} (hint: {hint})")
         return False
     print("✓ right" if right else f"✗ not yet: {hint}")
     return right
 
 
+def filled(fn: Callable) -> Callable:
+    """The reader's function; it raises while it returns `...`."""
+
+    @wraps(fn)
+    def tried(*args, **kwargs):
+        if (out := fn(*args, **kwargs)) is ...:
+            raise Unfilled
+        return out
+
+    return tried
+
+
 def checker(test: Callable) -> Callable:
     """Make of `test(fn)` a check of the reader's `fn`; its docstring is the hint."""
-    return lambda fn: attempt(lambda: test(fn), test.__doc__)
+    return lambda fn: attempt(lambda: test(filled(fn)), test.__doc__)
