@@ -1,6 +1,6 @@
 """`dsv3 plan`: what a cluster would hold, send and cost, before anybody rents it (chapter 17)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,15 +11,21 @@ from dsv3_ref.dualpipe import Op, Span, held, micros, schedule, simulate
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import holders, is_expert
 from dsv3_ref.scale import (
+    IDEAL,
+    MACHINES,
+    Losses,
     Machine,
     StageTimes,
     attention_flops,
     gpu_hours,
     kept,
+    pair_factor,
     products,
     row_bytes,
     stage_seconds,
     stages,
+    stretched,
+    tail,
     trips,
 )
 
@@ -28,7 +34,10 @@ REPORT = 180e3  # GPU hours per trillion tokens (§1)
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory, messages, time and cost of training on a cluster; by default the report's V3."""
+    """Memory, messages, time and cost of training on a cluster; by default the report's V3.
+
+    Or of a unit that serves: --unit prefill, --unit decode (chapter 20).
+    """
 
     config: str = "v3"
     """size: tiny, small, v2_lite, v3, or a .json file"""
@@ -44,10 +53,23 @@ class Plan:
     """ZeRO-1: each rank keeps the moments of its slice only"""
     ep_node: int = 8
     """ranks of an expert group in one node"""
+    hardware: Literal["h800", "h100", "h200", "b200"] = "h800"
+    """whose rates --machine.* takes where it is not told others"""
     machine: Machine = Machine()
     """what a GPU reaches, and costs"""
+    losses: Losses = Losses()
+    """what a cluster loses beside kernels' tables: our assumptions, each with its source in chapter 17"""
+    unit: Literal["train", "prefill", "decode"] = "train"
+    """decode and prefill: the report's units of 320 and 32 GPUs; only --config, --hardware, --context, --batch count"""
+    context: int = 4096
+    """tokens of a sequence that is served"""
     out: Path | None = None
     """where to put a picture (.png, .svg, .pdf)"""
+
+    def __post_init__(self):
+        default, theirs = Machine(), MACHINES[self.hardware]
+        mine = [b if x == a else x for x, a, b in zip(self.machine, default, theirs)]
+        object.__setattr__(self, "machine", Machine(*mine))
 
 
 class Rank(NamedTuple):
@@ -76,7 +98,7 @@ class Estimate:
     sent: dict[str, int]  # bytes a step and GPU, of the rank that sends most
     flops: float  # of a step, all GPUs
     spans: list[Span]
-    tail: float  # seconds after the pipeline: gradients and weights over the network
+    tail: float  # seconds after the pipeline: gradients and weights over IB, AdamW
 
     @property
     def seconds(self) -> float:
@@ -88,8 +110,9 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """GPU hours per trillion tokens."""
-        return gpu_hours(self.seconds, self.gpus, self.plan.batch * self.plan.seq_len)
+        """GPU hours per trillion tokens, with slow GPUs and failures."""
+        alone = gpu_hours(self.seconds, self.gpus, self.plan.batch * self.plan.seq_len)
+        return alone * stretched(self.plan.losses, self.gpus)
 
 
 # ── Memory ──
@@ -196,14 +219,18 @@ def estimate(p: Plan) -> Estimate:
     steps, size = schedule(p.schedule, p.pp, m), stage_bytes(p, c)
     peaks = [most(mine, size) for mine in steps]
     ranks = [rank_bytes(p, of, peak) for of, (peak, _) in zip(numbers, peaks)]
-    moves = trips(c, p.ep, p.ep_node)
-    times = StageTimes(stage_seconds(c, p.machine, stages(c, stages_in(p)), p.seq_len, moves))
-    sent = messages(p, c, numbers, where)
-    tail = sent["gradients and weights"] / p.machine.ib
     return Estimate(
-        p, c, ranks, [count for _, count in peaks], sent, operations(p, c),
-        simulate(steps, times), tail,
+        p, c, ranks, [count for _, count in peaks], messages(p, c, numbers, where),
+        operations(p, c), simulate(steps, stage_times(p, c)),
+        max(sum(tail(p.machine, of)) for of in numbers),
     )  # fmt: skip
+
+
+def stage_times(p: Plan, c: Config) -> StageTimes:
+    """Seconds of each stage's operations, losses counted."""
+    moves, cut = trips(c, p.ep, p.ep_node), stages(c, stages_in(p))
+    each = stage_seconds(c, p.machine, cut, p.seq_len, moves, p.losses)
+    return StageTimes(each, pair_factor(c, p.machine, p.seq_len, moves, p.losses))
 
 
 def check(p: Plan, c: Config) -> None:
@@ -242,10 +269,12 @@ def say(e: Estimate) -> str:
     p, m = e.plan, e.plan.machine
     top = max(rank.gpu for rank in e.ranks)
     fits = "fits" if top <= m.memory else "does NOT fit"
-    tokens, ideal = p.batch * p.seq_len, e.flops / e.gpus / e.seconds
+    tokens, speed = p.batch * p.seq_len, e.flops / e.gpus / e.seconds
+    best = estimate(replace(p, losses=IDEAL)).hours
+    losses = ", ".join(f"{k} {v:.3g}" for k, v in p.losses._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
     return f"""\
-{p.config} on {e.gpus:,} GPUs: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, {p.precision}, \
+{p.config} on {e.gpus:,} {p.hardware.upper()}: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, {p.precision}, \
 batch {p.batch:,} × {p.seq_len:,} tokens
 GB on each GPU of a pipeline rank, everything recomputed that may be:
 {table(e)}
@@ -255,9 +284,11 @@ sent by a GPU in a step (the rank that sends most):
 {sent}
 
 a step: {e.flops:.3g} FLOPs; {e.seconds:.2f} s, of which {e.tail:.2f} s after the pipeline
-{tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {ideal / 1e12:.0f} TFLOP/s a GPU
-{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars / 1e3:,.0f}K \
-(the report: {REPORT / 1e3:.0f}K, ${REPORT * m.dollars / 1e3:,.0f}K)"""
+{tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {speed / 1e12:.0f} TFLOP/s a GPU
+losses assumed (chapter 17): {losses}
+{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars / 1e3:,.0f}K at \
+${m.dollars:g} an hour; without losses {best / 1e3:,.1f}K \
+(the report, V3 on H800: {REPORT / 1e3:.0f}K, ${REPORT * 2 / 1e3:,.0f}K)"""
 
 
 def picture(e: Estimate):
