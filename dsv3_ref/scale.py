@@ -196,7 +196,7 @@ MACHINES = {name: reached(sheet) for name, sheet in SHEETS.items()}
 
 
 def moved(c: Config, dense: bool) -> dict[str, float]:
-    """Bytes a token that a block's forward pass moves between its products (kernels of chapter 10)."""
+    """Bytes a token that a block's forward pass moves between products (kernels: chapter 10)."""
     d, h, k = c.dim, c.n_heads, c.n_activated_experts
     x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     width = c.inter_dim if dense else (c.n_shared_experts + k) * c.moe_inter_dim
@@ -279,7 +279,7 @@ def around(c: Config, n: float) -> dict[str, Operator]:
 
 
 class Losses(NamedTuple):
-    """What lies between a kernel's table and a month of training; the sources stand in chapter 17."""
+    """What lies between a kernel's table and a month of training; sources: chapter 17."""
 
     shapes: bool = True
     imbalance: float = 1.1

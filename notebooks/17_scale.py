@@ -23,7 +23,6 @@
 # [chapter 12](12_dualpipe.ipynb) put them in order, and compares the sum with the bill.
 
 # %%
-import math
 from dataclasses import replace
 
 import torch
@@ -452,7 +451,7 @@ MACHINES = {name: reached(sheet) for name, sheet in SHEETS.items()}
 # %%
 #| export
 def moved(c: Config, dense: bool) -> dict[str, float]:
-    """Bytes a token that a block's forward pass moves between its products (kernels of chapter 10)."""
+    """Bytes a token that a block's forward pass moves between products (kernels: chapter 10)."""
     d, h, k = c.dim, c.n_heads, c.n_activated_experts
     x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     width = c.inter_dim if dense else (c.n_shared_experts + k) * c.moe_inter_dim
@@ -491,7 +490,7 @@ ax.set(
     ylim=(0, 17),
 )
 ax.set_title("An exchange of 4,096 tokens among 64 GPUs in 8 nodes")
-ax.legend(loc="center right", bbox_to_anchor=(1, 0.62))
+ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 show(fig)
 assert all(a[0] <= b[0] + 1e-9 for a, b in zip(both, both[1:]))
 print(
@@ -605,6 +604,19 @@ assert training["wo"].limit(H800) == "operations" and training["SwiGLU"].limit(H
 
 
 # %%
+def crowds(m, ops: dict[str, Operator]):
+    """(kind, [(number, operations a byte, TFLOP/s)]), neighbours together."""
+    out = []
+    points = [(n, op.flops / op.bytes, op) for n, op in enumerate(ops.values(), start=1)]
+    for number, i, op in sorted(points, key=lambda p: (p[2].kind, p[1])):
+        point = number, i, op.flops / op.seconds(m) / 1e12
+        if out and out[-1][0] == op.kind and i < 1.3 * out[-1][1][-1][1]:
+            out[-1][1].append(point)
+        else:
+            out.append((op.kind, [point]))
+    return out
+
+
 def roof(m, ops: dict[str, Operator], ax) -> None:
     """Operators by number on the roofs of products and of attention."""
     x = [2.0**k for k in range(-2, 14)]
@@ -615,27 +627,24 @@ def roof(m, ops: dict[str, Operator], ax) -> None:
         color=ORANGE,
         label="bf16: attention, head, copies",
     )
-    last = {}
-    for number, (name, op) in enumerate(ops.items(), start=1):
-        i, y = op.flops / op.bytes, op.flops / op.seconds(m) / 1e12
-        crowd = last.get(op.kind, [])
-        level = sum(
-            abs(math.log(i / other)) < 0.3 and abs(math.log(y / v)) < 0.3 for other, v in crowd
-        )
-        last[op.kind] = [*crowd, (i, y)]
-        above = 9 + 11 * level if op.kind == "product" else -9 - 11 * level
-        ax.plot(i, y, "o", ms=4, color=BLUE if op.kind == "product" else ORANGE)
+    for kind, group in crowds(m, ops):
+        names = ("\n" if group[0][1] > 1 else ", ").join(str(number) for number, *_ in group)
+        x, y = group[len(group) // 2][1:]
+        up, left = kind == "product", "center" if x > 1 else "left"
+        color, align = (BLUE, "bottom") if up else (ORANGE, "top")
+        ax.plot([i for _, i, _ in group], [v for *_, v in group], "o", ms=4, color=color)
         ax.annotate(
-            str(number),
-            (i, y),
-            (0, above),
+            names,
+            (x, y),
+            (0, 6 if up else -6),
             textcoords="offset points",
-            ha="center",
-            va="center",
+            ha=left,
+            va=align,
             fontsize=8,
         )
+    for number, name in enumerate(ops, start=1):
         ax.plot([], [], " ", label=f"{number} {name}")
-    ax.set(xlabel="operations a byte", ylabel="TFLOP/s", ylim=(0.3, 6000))
+    ax.set(xlabel="operations a byte", ylabel="TFLOP/s", ylim=(0.3, 20_000))
 
 
 fig, ax = figure(1, 1, 10, 5.4)
@@ -671,7 +680,7 @@ show(fig)
 # %%
 #| export
 class Losses(NamedTuple):
-    """What lies between a kernel's table and a month of training; the sources stand in chapter 17."""
+    """What lies between a kernel's table and a month of training; sources: chapter 17."""
 
     shapes: bool = True
     imbalance: float = 1.1

@@ -8,6 +8,8 @@ import torch
 
 from dsv3_ref.config import Config, UserError, named
 from dsv3_ref.dualpipe import Op, Span, held, micros, schedule, simulate
+from dsv3_ref.inference_scale import Speed, Unit, decode, dollars, prefill, room, units
+from dsv3_ref.inference_scale import held as weights_on
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import holders, is_expert
 from dsv3_ref.scale import (
@@ -58,9 +60,9 @@ class Plan:
     machine: Machine = Machine()
     """what a GPU reaches, and costs"""
     losses: Losses = Losses()
-    """what a cluster loses beside kernels' tables: our assumptions, each with its source in chapter 17"""
+    """what a cluster loses beside kernels' tables (sources: chapter 17)"""
     unit: Literal["train", "prefill", "decode"] = "train"
-    """decode and prefill: the report's units of 320 and 32 GPUs; only --config, --hardware, --context, --batch count"""
+    """prefill, decode: the report's units of 32 and 320 GPUs; --context, --hardware, --config"""
     context: int = 4096
     """tokens of a sequence that is served"""
     out: Path | None = None
@@ -251,6 +253,58 @@ def check(p: Plan, c: Config) -> None:
             raise UserError(sentence)
 
 
+# ── A unit that serves ──
+
+ROWS = 256  # that meet an expert at most, about (§3.4.2)
+
+
+def serve(p: Plan) -> str:
+    """A prefill or decode unit in words: what it holds, how fast it is, what binds (chapter 20)."""
+    c, m = named(p.config), p.machine
+    u = units(c)[p.unit]
+    rules = [
+        (p.context >= 1, "every size must be at least 1"),
+        (c.n_heads % u.tp == 0, f"a unit divides heads by {u.tp}: {c.n_heads} cannot be"),
+        (c.n_routed_experts % 32 == 0 or u.direct, "a prefill unit needs a multiple of 32 experts"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+    chosen = c.n_activated_experts + c.n_shared_experts
+    n = min(room(c, m, u, p.context), round(ROWS * u.tp / chosen))  # rows = n / tp · chosen
+    if u.direct and not n:
+        raise UserError(f"no sequence of {p.context:,} tokens fits beside the weights")
+    s = (
+        decode(c, m, n, p.context, u, p.losses)
+        if u.direct
+        else prefill(c, m, 4096, p.context, u, p.losses)
+    )
+    return said(p, c, u, s, n)
+
+
+def said(p: Plan, c: Config, u: Unit, s: Speed, n: int) -> str:
+    """The lines of `serve`."""
+    kinds = ("attention", "experts and what lies between", "exchange")
+    times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, s))
+    load = f"{n} sequences a group" if u.direct else "4,096 tokens a GPU"
+    reader = f", {1 / s.step:.0f} tokens/s a reader" if u.direct else ""
+    return f"""\
+{p.config}, {p.unit} unit of {u.gpus} {p.hardware.upper()}: TP{u.tp}, {u.gpus // u.tp} groups, \
+{u.held:g} routed experts a GPU, context {p.context:,}
+{scale_of(c, u, p.machine)}
+two micro-batches of {load}; a MoE layer of one:
+{times}
+a step of both {1e3 * s.step:,.1f} ms; {s.rate:,.0f} tokens/s and GPU{reader}; \
+${dollars(p.machine, s.rate):.2f} a million tokens at ${p.machine.dollars:g} an hour"""
+
+
+def scale_of(c: Config, u: Unit, m: Machine) -> str:
+    """What a GPU of the unit holds."""
+    weights = weights_on(c, u)
+    fits = "fit" if weights < 0.9 * m.memory else "do NOT fit"
+    return f"{weights / 1e9:.1f} GB of weights a GPU {fits} {0.9 * m.memory / 1e9:g}"
+
+
 # ── Said and drawn ──
 
 
@@ -274,8 +328,8 @@ def say(e: Estimate) -> str:
     losses = ", ".join(f"{k} {v:.3g}" for k, v in p.losses._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
     return f"""\
-{p.config} on {e.gpus:,} {p.hardware.upper()}: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, {p.precision}, \
-batch {p.batch:,} × {p.seq_len:,} tokens
+{p.config} on {e.gpus:,} {p.hardware.upper()}: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, \
+{p.precision}, batch {p.batch:,} × {p.seq_len:,} tokens
 GB on each GPU of a pipeline rank, everything recomputed that may be:
 {table(e)}
 at most {max(e.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}
@@ -312,8 +366,8 @@ def picture(e: Estimate):
 
 def plan(p: Plan) -> None:
     """Print it, and draw it where --out says."""
-    e = estimate(p)
-    print(say(e))
-    if p.out:
+    e = estimate(p) if p.unit == "train" else None
+    print(say(e) if e else serve(p))
+    if e and p.out:
         picture(e).savefig(p.out)
         print(p.out)
