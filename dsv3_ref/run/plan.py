@@ -1,6 +1,7 @@
 """`dsv3 plan`: what a cluster would hold, send and cost, before anybody rents it (chapter 17)."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -130,16 +131,22 @@ def numbers_of(p: Plan, c: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
 
     From the model on the meta device, cut as the cluster trainer cuts it.
     """
+    return counted(c, p.schedule, p.pp, p.dp, p.ep)
+
+
+@cache
+def counted(c: Config, name: str, pp: int, dp: int, ep: int):
+    """`numbers_of` a schedule and a mesh, once: the model is large even on meta."""
     with torch.device("meta"):
         model = Transformer(c)
-    where, out = held(p.schedule, p.pp), [{} for _ in range(p.pp)]
+    where, out = held(name, pp), [{} for _ in range(pp)]
     for name, w in model.named_parameters():
         ranks, expert = holders(name, c, where), is_expert(name)
-        size = len(ranks) * p.dp * (1 if expert else p.ep)
+        size = len(ranks) * dp * (1 if expert else ep)
         in_block = name.startswith("layers.") or ".block." in name
         key = size, in_block and w.ndim > 1 and ".gate." not in name
         for rank in ranks:
-            out[rank][key] = out[rank].get(key, 0) + w.numel() // (p.ep if expert else 1)
+            out[rank][key] = out[rank].get(key, 0) + w.numel() // (ep if expert else 1)
     return out, where
 
 
