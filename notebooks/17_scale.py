@@ -993,7 +993,7 @@ print(
 )
 
 # %% [markdown]
-# So the sum lies within a tenth of the report, from below, and nothing in it was chosen after seeing that. But look at
+# So the sum lies within a tenth of the report, from below; its assumptions were made before the first sum (knowing the target) and not moved after it. But look at
 # the bars: what we know best (shapes, links, schedule) moves it less than what we guess (how busy the busiest rank is, how much 112 SMs
 # do of what 132 do in a table). Kernels of 2024 were perhaps slower than those of DeepGEMM's first table; that alone could be the rest.
 # The order of exchanges costs nothing here since computation is twice as long as what it hides.
