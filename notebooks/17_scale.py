@@ -1082,11 +1082,11 @@ def what_if(ib: int = 50, limit=4, tflops: int = 1358, sms: int = 20):
         step = max(span.end for span in simulate(schedule(name, PP, 64), times))
         hours.append(gpu_hours(step, 2048, 128 * 64 * 4096) / 1e3)
     fig, ax = figure(1, 1, 7, 1.9)
-    ax.bar_label(ax.barh(names, hours, color=[GREY, GREEN, ORANGE]), fmt="%.0fK", padding=4)
+    ax.bar_label(ax.barh(names, hours, color=[GREY, GREEN, ORANGE]), fmt="%.0f", padding=4)
     ax.axvline(REPORT / 1e3, color="black", ls="--", lw=1)
     ax.set(
         xlim=(0, 420),
-        xlabel="GPU hours a trillion tokens (dashed: the report); 64 micro-batches",
+        xlabel="thousand GPU hours a trillion tokens (dashed: the report); 64 micro-batches",
         title=f"IB {ib} GB/s, {limit} nodes a token, {tflops} TFLOP/s, {sms} SMs for communication",
     )
     show(fig)

@@ -295,10 +295,14 @@ def said(p: Plan, c: Config, u: Unit, s: Speed, n: int) -> str:
     times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, s))
     load = f"{n} sequences a group" if u.direct else "4,096 tokens a GPU"
     reader = f", {1 / s.step:.0f} tokens/s a reader" if u.direct else ""
+    links = f"; direct exchanges at {u.reach:.0%} of IB, {1e6 * u.latency:.0f} µs more a way"
+    loss = p.losses
     return f"""\
 {p.config}, {p.unit} unit of {u.gpus} {p.hardware.upper()}: TP{u.tp}, {u.gpus // u.tp} groups, \
 {u.held:g} routed experts a GPU, context {p.context:,}
 {scale_of(c, u, p.machine)}
+assumed (chapters 17, 20): busiest rank {loss.imbalance:g} × the mean, {1e6 * loss.gap:g} µs between \
+kernels{links if u.direct else ""}
 two micro-batches of {load}; a MoE layer of one:
 {times}
 a step of both {1e3 * s.step:,.1f} ms; {s.rate:,.0f} tokens/s and GPU{reader}; \
