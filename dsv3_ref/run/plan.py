@@ -301,8 +301,8 @@ def said(p: Plan, c: Config, u: Unit, s: Speed, n: int) -> str:
 {p.config}, {p.unit} unit of {u.gpus} {p.hardware.upper()}: TP{u.tp}, {u.gpus // u.tp} groups, \
 {u.held:g} routed experts a GPU, context {p.context:,}
 {scale_of(c, u, p.machine)}
-assumed (chapters 17, 20): busiest rank {loss.imbalance:g} × the mean, {1e6 * loss.gap:g} µs between \
-kernels{links if u.direct else ""}
+assumed (chapters 17, 20): busiest rank {loss.imbalance:g} × the mean, {1e6 * loss.gap:g} µs \
+between kernels{links if u.direct else ""}
 two micro-batches of {load}; a MoE layer of one:
 {times}
 a step of both {1e3 * s.step:,.1f} ms; {s.rate:,.0f} tokens/s and GPU{reader}; \
