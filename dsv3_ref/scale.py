@@ -162,18 +162,149 @@ class Machine(NamedTuple):
     dollars: float = 2.0
 
 
-def moved(c: Config, dense: bool) -> float:
-    """Bytes a token that a block's forward pass moves between its products (kernels of chapter 10).
+class Sheet(NamedTuple):
+    """Dense operations/s in FP8 and bf16; memory, NVLink and IB in bytes/s a direction; bytes."""
 
-    Norms read the fp32 stream and write bf16 and codes; sums, RoPE, SwiGLU, quantisers, rows.
-    """
+    fp8: float
+    bf16: float
+    hbm: float
+    nvlink: float
+    ib: float
+    memory: float
+    sms: int
+
+
+SHEETS = {
+    "h800": Sheet(1979e12, 989e12, 3.35e12, 200e9, 50e9, 80e9, 132),
+    "h100": Sheet(1979e12, 989e12, 3.35e12, 450e9, 50e9, 80e9, 132),
+    "h200": Sheet(1979e12, 989e12, 4.8e12, 450e9, 50e9, 141e9, 132),
+    "b200": Sheet(4500e12, 2250e12, 8e12, 900e9, 50e9, 180e9, 148),
+}
+
+
+def reached(sheet: Sheet) -> Machine:
+    """The same shares of a sheet as an H800 reaches of its own; 20 SMs communicate."""
+    m, share = Machine(), [a / b for a, b in zip(sheet, SHEETS["h800"])]
+    fp8, bf16, hbm, nvlink, ib, memory, _ = share
+    return Machine(
+        m.product * fp8, m.attention * bf16, m.attention_backward * bf16, m.copy * hbm,
+        m.nvlink * nvlink, m.ib * ib, 1 - 20 / sheet.sms, m.memory * memory, m.dollars,
+    )  # fmt: skip
+
+
+MACHINES = {name: reached(sheet) for name, sheet in SHEETS.items()}
+
+
+def moved(c: Config, dense: bool) -> dict[str, float]:
+    """Bytes a token that a block's forward pass moves between products (kernels: chapter 10)."""
     d, h, k = c.dim, c.n_heads, c.n_activated_experts
     x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    out = 2 * 7 * d + 5 * (c.q_lora_rank + c.kv_lora_rank) + 2 * 10 * d
-    out += 2 * 4 * h * x + 3.5 * h * v
     width = c.inter_dim if dense else (c.n_shared_experts + k) * c.moe_inter_dim
-    rows = 0 if dense else k * (3 + 2 + 4 + 2) * d
-    return out + 7 * width + rows
+    return {
+        "norms of attention": (7 + 10) * d + 5 * (c.q_lora_rank + c.kv_lora_rank),
+        "RoPE, codes of heads": 8 * h * x + 3.5 * h * v,
+        "norm of MLP": (7 + 10) * d,
+        "SwiGLU": 7 * width,
+        "permute, combine": 0 if dense else k * (3 + 2 + 4 + 2) * d,
+    }
+
+
+def hops(m: Machine, trips_: tuple[float, float], row: float) -> tuple[float, float]:
+    """Seconds a token of `row` bytes on (IB, NVLink); the exchange lasts as long as the slower."""
+    return trips_[0] * row / m.ib, trips_[1] * row / m.nvlink
+
+
+# ── Every operator under its roof ──
+
+
+class Operator(NamedTuple):
+    """Operations and bytes of one layer on one GPU, and which rate they ask for."""
+
+    flops: float
+    bytes: float
+    kind: str = "product"  # FP8; or bf16 (attention's rate), ib, nvlink
+
+    def times(self, m: Machine) -> dict[str, float]:
+        """Seconds by what might bind."""
+        if self.kind in ("ib", "nvlink"):
+            return {self.kind: self.bytes / getattr(m, self.kind)}
+        rate = m.product if self.kind == "product" else m.attention
+        return {"operations": self.flops / rate, "memory": self.bytes / m.copy}
+
+    def seconds(self, m: Machine) -> float:
+        """What binds decides."""
+        return max(self.times(m).values())
+
+    def limit(self, m: Machine) -> str:
+        """What binds."""
+        return max(self.times(m).items(), key=lambda item: item[1])[0]
+
+
+def core(c: Config, n: float, keys: float, cached: bool) -> Operator:
+    """Attention of n tokens with `keys` keys each; cached: n sequences, a token each, absorbed."""
+    h, x, v, kv = c.n_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
+    r = c.qk_rope_head_dim
+    if cached:
+        return Operator(
+            2 * n * h * keys * (2 * kv + r), 2 * n * (keys * (kv + r) + h * (2 * kv + r)), "bf16"
+        )
+    return Operator(2 * n * h * keys * (x + r + v), 4 * n * h * (x + r + v), "bf16")
+
+
+def operators(c: Config, dense: bool, n: float, keys: float, trips_, held: float, cached=False):
+    """{name: Operator} of a block's forward pass: n tokens, `held` routed experts on the GPU."""
+    out = {"attention": core(c, n, keys, cached)}
+    for name, p in products(c, dense).items():
+        wide = 4 if name == "gate" else 1  # bytes of a weight and of an input
+        weights = p.n_in * p.n_out * (held if name.startswith("routed") else 1)
+        rows = n * p.rows * (wide * p.n_in + 2 * p.n_out)
+        out[name] = Operator(n * p.flops, wide * weights + rows, "bf16" if wide > 1 else "product")
+    out |= {name: Operator(n * b / 2, n * b, "bf16") for name, b in moved(c, dense).items() if b}
+    if not dense:
+        links = zip(("ib", "nvlink"), trips_)
+        out |= {
+            f"all-to-all, {k}": Operator(0, n * t * sum(row_bytes(c)), k) for k, t in links if t
+        }
+    return out
+
+
+def around(c: Config, n: float) -> dict[str, Operator]:
+    """What stands beside the blocks: head (bf16), and MTP's projection of 2 d to d."""
+    d, w = c.dim, c.vocab_size
+    out = {"head": Operator(2 * n * d * w, 2 * d * w + n * (2 * d + 4 * w), "bf16")}
+    return out | {"MTP's projection": Operator(4 * n * d * d, 2 * d * d + n * 4 * d)}
+
+
+# ── What kernels' tables leave out ──
+
+
+class Losses(NamedTuple):
+    """What lies between a kernel's table and a month of training; sources: chapter 17."""
+
+    shapes: bool = True
+    imbalance: float = 1.1
+    order: bool = True
+    stream: int = 4
+    gap: float = 2e-6
+    slowest: float = 1.03
+    failures: float = 419 / (54 * 24 * 16384)  # a GPU and hour
+    lost: float = 0.5  # hours a failure
+
+
+IDEAL = Losses(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
+ATTENTION = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
+BEST, KERNELS = 1358, 12
+TFLOPS = {  # by DeepGEMM, 4,096 rows and more
+    "wq_a": 1058, "wkv_a": 1058, "wq_b": 990, "wkv_b": 590, "shared w1, w3": 1304,
+    "shared w2": 1025, "routed w1, w3": 1288, "routed w2": 1093,
+}  # fmt: skip
+
+
+def product_seconds(table: dict[str, Product], m: Machine, loss: Losses) -> dict[str, float]:
+    """Of each product, a token."""
+    share = {name: TFLOPS.get(name, BEST) / BEST if loss.shapes else 1 for name in table}
+    load = {name: loss.imbalance if name.startswith("routed") else 1 for name in table}
+    return {n: load[n] * p.flops / (m.product * share[n]) for n, p in table.items()}
 
 
 class Seconds(NamedTuple):
@@ -185,22 +316,70 @@ class Seconds(NamedTuple):
     comm: float
 
 
-def seconds(c: Config, m: Machine, dense: bool, s: int, trips_: tuple[float, float]) -> Seconds:
-    """Of a block on one sequence of s tokens, with what is computed again in the backward pass."""
-    table = products(c, dense)
-    matrix = sum(p.flops for p in table.values()) / m.product
-    again = sum(table[n].flops for n in ("wq_b", "wkv_b") if n in table) / m.product
-    forward, backward = attention_flops(c, s)
-    copies = moved(c, dense) / m.copy
-    out, back = row_bytes(c)
-    links = [n * (out + back) / rate for n, rate in zip(trips_, (m.ib, m.nvlink))]
-    per_token = (
-        (matrix + forward / m.attention + copies) / m.sms,
-        (matrix + again + backward / m.attention_backward + 2 * copies) / m.sms,
-        matrix / m.sms,
-        0.0 if dense else max(links),
+def parts(c: Config, m: Machine, dense: bool, s: int, trips_, loss: Losses = IDEAL):
+    """(attention, MLP with its exchange) of a block: `Seconds` on one sequence of s tokens."""
+    each = product_seconds(products(c, dense), m, loss)
+    copies = {name: n_bytes / m.copy for name, n_bytes in moved(c, dense).items()}
+    uneven = sum(copies[n] for n in ("SwiGLU", "permute, combine")) * (
+        1 if dense else loss.imbalance
     )
-    return Seconds(*(s * t for t in per_token))
+    forward, backward = attention_flops(c, s)
+    again = sum(each.get(name, 0) for name in ("wq_b", "wkv_b"))
+    inside = sum(t for name, t in each.items() if name in ATTENTION)
+    between, outside = (
+        copies["norms of attention"] + copies["RoPE, codes of heads"],
+        sum(each.values()) - inside,
+    )
+    uneven += copies["norm of MLP"]
+    scale, gap = s / m.sms, KERNELS * loss.gap
+    one = Seconds(
+        scale * (inside + forward / m.attention + between) + gap,
+        scale * (inside + again + backward / m.attention_backward + 2 * between) + 2 * gap,
+        scale * inside + gap,
+        0.0,
+    )
+    exchange = 0.0 if dense else loss.imbalance * s * max(hops(m, trips_, sum(row_bytes(c))))
+    two = (
+        scale * (outside + uneven) + gap,
+        scale * (outside + 2 * uneven) + 2 * gap,
+        scale * outside + gap,
+    )
+    return one, Seconds(*two, exchange)
+
+
+def seconds(c: Config, m: Machine, dense: bool, s: int, trips_, loss: Losses = IDEAL) -> Seconds:
+    """Of a block on one sequence of s tokens, with what is computed again in the backward pass."""
+    return Seconds(*map(sum, zip(*parts(c, m, dense, s, trips_, loss))))
+
+
+# ── What hides behind what ──
+
+
+def overlapped(a: Seconds, e: Seconds, out: float, back: float, layers: int = 40) -> float:
+    """Seconds a layer of a pair F&B, two clocks in the order of Figure 4 (§3.2.1).
+
+    a: attention, e: MLP; out, back: of one exchange. The first half of the layers warms up.
+    """
+    compute = link = attention_f = combine_b = half = 0.0
+    for layer in range(layers):
+        half = max(compute, link) if layer == layers // 2 else half
+        dispatch_f = max(link, attention_f) + out
+        mlp_b = max(compute, combine_b) + e.i
+        dispatch_b = max(dispatch_f, mlp_b) + back
+        mlp_f = max(mlp_b + e.w, dispatch_f) + e.f
+        combine_f = max(dispatch_b, mlp_f) + back
+        attention_b = max(mlp_f, dispatch_b) + a.i
+        link = combine_b = max(combine_f, attention_b) + out
+        compute = attention_f = max(attention_b + a.w, combine_f) + a.f
+    return (max(compute, link) - half) / (layers - layers // 2)
+
+
+def pair_factor(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
+    """Time of a pair F&B over the longer of its computation and its exchanges; 1 without order."""
+    a, e = parts(c, m, False, s, trips_, loss)
+    (there, back), least = row_bytes(c), max(sum(a[:3]) + sum(e[:3]), 2 * e.comm)
+    way = e.comm / (there + back)
+    return overlapped(a, e, there * way, back * way) / least if loss.order else 1.0
 
 
 # ── Experiment: a step of V3 ──
@@ -209,8 +388,8 @@ def seconds(c: Config, m: Machine, dense: bool, s: int, trips_: tuple[float, flo
 class StageTimes:
     """Seconds of a schedule's steps where stages differ; in the place of chapter 12's `Times`."""
 
-    def __init__(self, stages_: list[Seconds]):
-        self.stages = stages_
+    def __init__(self, stages_: list[Seconds], pair: float = 1.0):
+        self.stages, self.pair = stages_, pair
 
     def compute(self, op: Op) -> float:
         """Of one operation, without its exchange."""
@@ -221,20 +400,57 @@ class StageTimes:
         """A pair hides the exchanges of both; W has none; what is alone waits for its own."""
         compute = sum(map(self.compute, step))
         comm = sum(self.stages[op.stage].comm for op in step if op.kind != "W")
-        return max(compute, comm) if len(step) == 2 else compute + comm
+        return self.pair * max(compute, comm) if len(step) == 2 else compute + comm
 
 
-def stage_seconds(c: Config, m: Machine, cut, s: int, trips_) -> list[Seconds]:
+def stage_seconds(c: Config, m: Machine, cut, s: int, trips_, loss=IDEAL) -> list[Seconds]:
     """Of every stage, for one sequence of s tokens; the last has norms, heads and MTP too."""
-    block = [seconds(c, m, dense, s, trips_) for dense in (False, True)]
+    block = [seconds(c, m, dense, s, trips_, loss) for dense in (False, True)]
     add = lambda parts: Seconds(*map(sum, zip(*parts))) if parts else Seconds(0, 0, 0, 0)
     out = [add([block[i < c.n_dense_layers] for i in layers]) for layers in cut]
     head = (1 + c.n_mtp_layers) * c.vocab_size * c.dim + c.n_mtp_layers * 2 * c.dim**2
     once = 2 * s * head / (m.attention * m.sms)  # in bf16
     out[-1] = add([out[-1], *[block[0]] * c.n_mtp_layers, Seconds(once, once, once, 0)])
-    return out
+    stream = loss.stream * c.dim * s / m.ib if len(cut) > 1 else 0.0
+    return [t._replace(comm=t.comm + stream) for t in out]
+
+
+def tail(m: Machine, numbers: dict[tuple[int, bool], int]) -> tuple[float, float]:
+    """Seconds after the pipeline of a rank: gradients and weights over IB, AdamW over memory.
+
+    numbers: {(ranks that share a slice, under FP8): numbers on the rank}.
+    """
+    sent = sum(8 * n * (size - 1) / size for (size, _), n in numbers.items())
+    adam = sum(20 * n / size + 5 * n * eight for (size, eight), n in numbers.items())
+    return sent / m.ib, adam / m.copy
+
+
+# ── The bill from first principles ──
 
 
 def gpu_hours(step_seconds: float, gpus: int, tokens: int) -> float:
     """GPU hours per trillion tokens of a step of so many tokens."""
     return gpus * step_seconds / 3600 / tokens * 1e12
+
+
+def stretched(loss: Losses, gpus: int) -> float:
+    """Wall time over the time of steps: slowest · (1 + failures · GPUs · lost)."""
+    return loss.slowest * (1 + loss.failures * gpus * loss.lost)
+
+
+# ── How many SMs should talk? ──
+
+
+def lend(m: Machine, n: int, trips_, per_sm: float = 3.35e12 / 132 / 2, sms: int = 132) -> Machine:
+    """The machine with n SMs for communication, each of which copies `per_sm` bytes/s."""
+    ib, nvlink = trips_
+    fed = n * per_sm / (ib + 2 * nvlink)  # rows' bytes a second
+    return m._replace(
+        sms=1 - n / sms, ib=min(m.ib, fed * ib), nvlink=min(m.nvlink, fed * nvlink)
+    )  # fmt: skip
+
+
+def pair_seconds(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
+    """Of F&B, a layer."""
+    t = seconds(c, m, False, s, trips_, loss)
+    return pair_factor(c, m, s, trips_, loss) * max(t.f + t.i + t.w, 2 * t.comm)

@@ -1,6 +1,7 @@
 """`dsv3 plan`: what a cluster would hold, send and cost, before anybody rents it (chapter 17)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -8,18 +9,26 @@ import torch
 
 from dsv3_ref.config import Config, UserError, named
 from dsv3_ref.dualpipe import Op, Span, held, micros, schedule, simulate
+from dsv3_ref.inference_scale import Speed, Unit, decode, dollars, prefill, room, units
+from dsv3_ref.inference_scale import held as weights_on
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import holders, is_expert
 from dsv3_ref.scale import (
+    IDEAL,
+    MACHINES,
+    Losses,
     Machine,
     StageTimes,
     attention_flops,
     gpu_hours,
     kept,
+    pair_factor,
     products,
     row_bytes,
     stage_seconds,
     stages,
+    stretched,
+    tail,
     trips,
 )
 
@@ -28,7 +37,10 @@ REPORT = 180e3  # GPU hours per trillion tokens (§1)
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory, messages, time and cost of training on a cluster; by default the report's V3."""
+    """Memory, messages, time and cost of training on a cluster; by default the report's V3.
+
+    Or of a unit that serves: --unit prefill, --unit decode (chapter 20).
+    """
 
     config: str = "v3"
     """size: tiny, small, v2_lite, v3, or a .json file"""
@@ -44,10 +56,23 @@ class Plan:
     """ZeRO-1: each rank keeps the moments of its slice only"""
     ep_node: int = 8
     """ranks of an expert group in one node"""
+    hardware: Literal["h800", "h100", "h200", "b200"] = "h800"
+    """whose rates --machine.* takes where it is not told others"""
     machine: Machine = Machine()
     """what a GPU reaches, and costs"""
+    losses: Losses = Losses()
+    """what a cluster loses beside kernels' tables (sources: chapter 17)"""
+    unit: Literal["train", "prefill", "decode"] = "train"
+    """prefill, decode: the report's units of 32 and 320 GPUs; --context, --hardware, --config"""
+    context: int = 4096
+    """tokens of a sequence that is served"""
     out: Path | None = None
     """where to put a picture (.png, .svg, .pdf)"""
+
+    def __post_init__(self):
+        default, theirs = Machine(), MACHINES[self.hardware]
+        mine = [b if x == a else x for x, a, b in zip(self.machine, default, theirs)]
+        object.__setattr__(self, "machine", Machine(*mine))
 
 
 class Rank(NamedTuple):
@@ -76,7 +101,7 @@ class Estimate:
     sent: dict[str, int]  # bytes a step and GPU, of the rank that sends most
     flops: float  # of a step, all GPUs
     spans: list[Span]
-    tail: float  # seconds after the pipeline: gradients and weights over the network
+    tail: float  # seconds after the pipeline: gradients and weights over IB, AdamW
 
     @property
     def seconds(self) -> float:
@@ -88,8 +113,9 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """GPU hours per trillion tokens."""
-        return gpu_hours(self.seconds, self.gpus, self.plan.batch * self.plan.seq_len)
+        """GPU hours per trillion tokens, with slow GPUs and failures."""
+        alone = gpu_hours(self.seconds, self.gpus, self.plan.batch * self.plan.seq_len)
+        return alone * stretched(self.plan.losses, self.gpus)
 
 
 # ── Memory ──
@@ -105,16 +131,22 @@ def numbers_of(p: Plan, c: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
 
     From the model on the meta device, cut as the cluster trainer cuts it.
     """
+    return counted(c, p.schedule, p.pp, p.dp, p.ep)
+
+
+@cache
+def counted(c: Config, name: str, pp: int, dp: int, ep: int):
+    """`numbers_of` a schedule and a mesh, once: the model is large even on meta."""
     with torch.device("meta"):
         model = Transformer(c)
-    where, out = held(p.schedule, p.pp), [{} for _ in range(p.pp)]
+    where, out = held(name, pp), [{} for _ in range(pp)]
     for name, w in model.named_parameters():
         ranks, expert = holders(name, c, where), is_expert(name)
-        size = len(ranks) * p.dp * (1 if expert else p.ep)
+        size = len(ranks) * dp * (1 if expert else ep)
         in_block = name.startswith("layers.") or ".block." in name
         key = size, in_block and w.ndim > 1 and ".gate." not in name
         for rank in ranks:
-            out[rank][key] = out[rank].get(key, 0) + w.numel() // (p.ep if expert else 1)
+            out[rank][key] = out[rank].get(key, 0) + w.numel() // (ep if expert else 1)
     return out, where
 
 
@@ -196,14 +228,18 @@ def estimate(p: Plan) -> Estimate:
     steps, size = schedule(p.schedule, p.pp, m), stage_bytes(p, c)
     peaks = [most(mine, size) for mine in steps]
     ranks = [rank_bytes(p, of, peak) for of, (peak, _) in zip(numbers, peaks)]
-    moves = trips(c, p.ep, p.ep_node)
-    times = StageTimes(stage_seconds(c, p.machine, stages(c, stages_in(p)), p.seq_len, moves))
-    sent = messages(p, c, numbers, where)
-    tail = sent["gradients and weights"] / p.machine.ib
     return Estimate(
-        p, c, ranks, [count for _, count in peaks], sent, operations(p, c),
-        simulate(steps, times), tail,
+        p, c, ranks, [count for _, count in peaks], messages(p, c, numbers, where),
+        operations(p, c), simulate(steps, stage_times(p, c)),
+        max(sum(tail(p.machine, of)) for of in numbers),
     )  # fmt: skip
+
+
+def stage_times(p: Plan, c: Config) -> StageTimes:
+    """Seconds of each stage's operations, losses counted."""
+    moves, cut = trips(c, p.ep, p.ep_node), stages(c, stages_in(p))
+    each = stage_seconds(c, p.machine, cut, p.seq_len, moves, p.losses)
+    return StageTimes(each, pair_factor(c, p.machine, p.seq_len, moves, p.losses))
 
 
 def check(p: Plan, c: Config) -> None:
@@ -224,6 +260,62 @@ def check(p: Plan, c: Config) -> None:
             raise UserError(sentence)
 
 
+# ── A unit that serves ──
+
+ROWS = 256  # that meet an expert at most, about (§3.4.2)
+
+
+def serve(p: Plan) -> str:
+    """A prefill or decode unit in words: what it holds, how fast it is, what binds (chapter 20)."""
+    c, m = named(p.config), p.machine
+    u = units(c)[p.unit]
+    rules = [
+        (p.context >= 1, "every size must be at least 1"),
+        (c.n_heads % u.tp == 0, f"a unit divides heads by {u.tp}: {c.n_heads} cannot be"),
+        (c.n_routed_experts % 32 == 0 or u.direct, "a prefill unit needs a multiple of 32 experts"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+    chosen = c.n_activated_experts + c.n_shared_experts
+    n = min(room(c, m, u, p.context), round(ROWS * u.tp / chosen))  # rows = n / tp · chosen
+    if u.direct and not n:
+        raise UserError(f"no sequence of {p.context:,} tokens fits beside the weights")
+    s = (
+        decode(c, m, n, p.context, u, p.losses)
+        if u.direct
+        else prefill(c, m, 4096, p.context, u, p.losses)
+    )
+    return said(p, c, u, s, n)
+
+
+def said(p: Plan, c: Config, u: Unit, s: Speed, n: int) -> str:
+    """The lines of `serve`."""
+    kinds = ("attention", "experts and what lies between", "exchange")
+    times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, s))
+    load = f"{n} sequences a group" if u.direct else "4,096 tokens a GPU"
+    reader = f", {1 / s.step:.0f} tokens/s a reader" if u.direct else ""
+    links = f"; direct exchanges at {u.reach:.0%} of IB, {1e6 * u.latency:.0f} µs more a way"
+    loss = p.losses
+    return f"""\
+{p.config}, {p.unit} unit of {u.gpus} {p.hardware.upper()}: TP{u.tp}, {u.gpus // u.tp} groups, \
+{u.held:g} routed experts a GPU, context {p.context:,}
+{scale_of(c, u, p.machine)}
+assumed (chapters 17, 20): busiest rank {loss.imbalance:g} × the mean, {1e6 * loss.gap:g} µs \
+between kernels{links if u.direct else ""}
+two micro-batches of {load}; a MoE layer of one:
+{times}
+a step of both {1e3 * s.step:,.1f} ms; {s.rate:,.0f} tokens/s and GPU{reader}; \
+${dollars(p.machine, s.rate):.2f} a million tokens at ${p.machine.dollars:g} an hour"""
+
+
+def scale_of(c: Config, u: Unit, m: Machine) -> str:
+    """What a GPU of the unit holds."""
+    weights = weights_on(c, u)
+    fits = "fit" if weights < 0.9 * m.memory else "do NOT fit"
+    return f"{weights / 1e9:.1f} GB of weights a GPU {fits} {0.9 * m.memory / 1e9:g}"
+
+
 # ── Said and drawn ──
 
 
@@ -242,11 +334,13 @@ def say(e: Estimate) -> str:
     p, m = e.plan, e.plan.machine
     top = max(rank.gpu for rank in e.ranks)
     fits = "fits" if top <= m.memory else "does NOT fit"
-    tokens, ideal = p.batch * p.seq_len, e.flops / e.gpus / e.seconds
+    tokens, speed = p.batch * p.seq_len, e.flops / e.gpus / e.seconds
+    best = estimate(replace(p, losses=IDEAL)).hours
+    losses = ", ".join(f"{k} {v:.3g}" for k, v in p.losses._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
     return f"""\
-{p.config} on {e.gpus:,} GPUs: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, {p.precision}, \
-batch {p.batch:,} × {p.seq_len:,} tokens
+{p.config} on {e.gpus:,} {p.hardware.upper()}: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, \
+{p.precision}, batch {p.batch:,} × {p.seq_len:,} tokens
 GB on each GPU of a pipeline rank, everything recomputed that may be:
 {table(e)}
 at most {max(e.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}
@@ -255,9 +349,11 @@ sent by a GPU in a step (the rank that sends most):
 {sent}
 
 a step: {e.flops:.3g} FLOPs; {e.seconds:.2f} s, of which {e.tail:.2f} s after the pipeline
-{tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {ideal / 1e12:.0f} TFLOP/s a GPU
-{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars / 1e3:,.0f}K \
-(the report: {REPORT / 1e3:.0f}K, ${REPORT * m.dollars / 1e3:,.0f}K)"""
+{tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {speed / 1e12:.0f} TFLOP/s a GPU
+losses assumed (chapter 17): {losses}
+{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars / 1e3:,.0f}K at \
+${m.dollars:g} an hour; without losses {best / 1e3:,.1f}K \
+(the report, V3 on H800: {REPORT / 1e3:.0f}K, ${REPORT * 2 / 1e3:,.0f}K)"""
 
 
 def picture(e: Estimate):
@@ -281,8 +377,8 @@ def picture(e: Estimate):
 
 def plan(p: Plan) -> None:
     """Print it, and draw it where --out says."""
-    e = estimate(p)
-    print(say(e))
-    if p.out:
+    e = estimate(p) if p.unit == "train" else None
+    print(say(e) if e else serve(p))
+    if e and p.out:
         picture(e).savefig(p.out)
         print(p.out)

@@ -1,0 +1,583 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 20 · Serving at scale: what a token costs on 32 and on 320 GPUs
+
+# %% [markdown]
+# ## Why
+# Training reads a weight once for thousands of tokens; serving one person reads it again for *every* token. 37B parameters
+# are 13 ms of an H800's memory, \$7 a million tokens, and the GPU computes for a hundredth of that time. Company
+# helps: the report serves prompts from units of 32 GPUs and answers from units of **320**. Why so many? And how fast
+# can they be? Nobody published that for these very units, so we add up operators, as [chapter 17](17_scale.ipynb) did.
+
+# %%
+import math
+from dataclasses import replace
+
+from dsv3_ref.config import V3, Config, count
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+
+alone = 37e9 / (0.85 * 3.35e12)
+print(
+    f"37 GB of codes at 2.85 TB/s: {1e3 * alone:.0f} ms, ${2 / 3600 * alone * 1e6:.1f} a million tokens; "
+    f"{2 * 37e9 / 1.358e15 / alone:.1%} of it computing"
+)
+fig, ax = figure(1, 1, 7, 2.4)
+rows = [2**k for k in range(12)]
+read, work = [1e6 * 44e6 / 2.85e12 for _ in rows], [1e6 * 2 * 44e6 * n / 1.358e15 for n in rows]
+ax.loglog(rows, [max(a, b) for a, b in zip(read, work)], color=BLUE, label="an expert: µs a layer")
+ax.loglog(
+    rows,
+    [max(a, b) / n for a, b, n in zip(read, work, rows)],
+    color=ORANGE,
+    label="… divided by its rows",
+)
+ax.axvline(256, color=GREY, ls=":")
+ax.set(xlabel="rows that meet an expert at once (dotted: 256, the report's size)", ylabel="µs")
+ax.set_title("Company is cheap up to some 240 rows")
+ax.legend(loc="lower left")
+show(fig)
+
+# %% [markdown]
+# ## Paper
+# - Prompts and answers are served apart (§3.4).
+# - **Prefill unit**: 4 nodes, 32 GPUs; attention over 4 GPUs (TP4) with their tokens divided between products (SP), eight such groups
+#   (DP8); experts over 32 (EP32), each GPU with 8 and one redundant; two micro-batches in turns, computation of one behind the exchange of the other (§3.4.1).
+# - **Decode unit**: 40 nodes, 320 GPUs; TP4 with SP, DP80, EP320. Each GPU has *one* expert; 64 of them redundant and
+#   shared ones. The shared expert counts as a routed one that everybody picks: nine a token. Rows go straight to their GPU over IB.
+#   An expert meets at most some 256 rows; attention of one micro-batch hides dispatch, experts and combine of the other (§3.4.2).
+# - The MTP draft writes 1.8 times as many tokens (§5.4.3).
+#
+# *Our assumptions*, beside those of chapter 17 (`Machine`, `Losses`): the projections to the latents run on all four GPUs of
+# a group; 20 SMs talk in prefill and none in decode; direct exchanges reach 40 of 50 GB/s (DeepEP's table at 256 ranks)
+# and take 10 µs more a way; a tenth of the memory stays free.
+
+# %%
+#| export
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from dsv3_ref.config import Config, count
+from dsv3_ref.scale import (
+    ATTENTION,
+    KERNELS,
+    Losses,
+    Machine,
+    around,
+    hops,
+    operators,
+    products,
+    row_bytes,
+    trips,
+)
+
+# %% [markdown]
+# ## Attention over four GPUs
+# Four GPUs share a group's sequences: 32 heads each. Before the heads a GPU collects the tokens of the other three, behind
+# them it adds up and keeps its quarter: $2 \cdot \tfrac34\, n\, d$ numbers by NVLink. The latent cache has no heads, so each of
+# the four holds and reads *all* of it. This is what tensor parallelism costs with MLA.
+
+
+# %%
+#| export
+class Unit(NamedTuple):
+    """GPUs that serve together."""
+
+    gpus: int
+    tp: int  # GPUs that share a group's heads
+    held: float  # experts on a GPU, redundant ones too
+    direct: bool = False  # rows go straight over IB; the shared expert is one of the chosen
+    reach: float = 0.8  # of IB, when direct
+    latency: float = 10e-6  # of a direct exchange, a way
+    node: int = 8
+
+
+def units(c: Config) -> dict[str, Unit]:
+    """As the report's (§3.4): prefill on 32 GPUs; decode on a GPU an expert, and a quarter more."""
+    e = c.n_routed_experts
+    return {"prefill": Unit(32, 4, e / 32 + 1), "decode": Unit(-(-e * 5 // 4), 4, 1, True)}
+
+
+PREFILL, DECODE = units(Config()).values()
+ASSUMED = Losses()
+BETWEEN = ("attention", "RoPE, codes of heads", "norms of attention")
+
+
+def attention(c: Config, m: Machine, u: Unit, n: float, keys: float, cached: bool) -> float:
+    """Seconds of a block's attention for a group's n tokens, on each of its tp GPUs."""
+    mine = replace(c, n_heads=c.n_heads // u.tp)
+    ops = operators(mine, True, n, keys, (0, 0), 0, cached)
+    spent = sum(ops[name].seconds(m) for name in (*ATTENTION, *BETWEEN) if name in ops)
+    return spent - ops["norms of attention"].seconds(m) * (1 - 1 / u.tp)
+
+
+def gather(c: Config, m: Machine, u: Unit, n: float) -> float:
+    """Seconds to collect a group's n tokens before its heads, and to add up behind them (bf16)."""
+    return 2 * (1 - 1 / u.tp) * n * 2 * c.dim / m.nvlink
+
+
+# %%
+H800 = Machine()
+for tp in (1, 2, 4, 8):
+    u = Unit(320, tp, 1)
+    prompt, answer = (
+        attention(V3, H800, u, n, keys, cached) + gather(V3, H800, u, n)
+        for n, keys, cached in ((4096 * tp, 2048, False), (28 * tp, 4096, True))
+    )
+    print(
+        f"TP{tp}: 4,096 tokens a GPU of 4K prompts {1e6 * prompt:6,.0f} µs; "
+        f"28 tokens a GPU, decoding behind 4K, {1e6 * answer:4,.0f} µs"
+    )
+assert (PREFILL.gpus, PREFILL.held, DECODE.gpus, DECODE.held) == (32, 9, 320, 1)
+one, four = (attention(V3, H800, Unit(320, tp, 1), 112, 4096, True) for tp in (1, 4))
+assert four < one < 4 * four  # less than four times as fast
+
+# %% [markdown]
+# ## Experts and the way to them
+# With balanced experts a GPU with $n$ tokens of its own computes as many rows as it sends: $k\,n$, or $(k+1)\,n$ where the
+# shared expert is one of the chosen. The weights of all experts it holds are read whatever the batch. Prefill travels in two hops, decode in one.
+
+
+# %%
+#| export
+def mlp(c: Config, m: Machine, u: Unit, n: float, dense: bool, loss: Losses) -> float:
+    """Seconds of a block's MLP for a GPU's n tokens: gate, experts, and what lies between."""
+    if u.direct and not dense:
+        chosen = c.n_activated_experts + c.n_shared_experts
+        c = replace(c, n_activated_experts=chosen, n_shared_experts=0)
+    ops = operators(c, dense, n, 1, (0, 0), u.held)
+    ops = {name: op for name, op in ops.items() if name not in (*ATTENTION, *BETWEEN) and op.flops}
+    load = lambda name: loss.imbalance if name.startswith(("routed", "permute")) else 1.0
+    return sum(load(name) * op.seconds(m) for name, op in ops.items())
+
+
+def exchange(c: Config, m: Machine, u: Unit, n: float, loss: Losses) -> float:
+    """Seconds there and back for a GPU's n tokens."""
+    if not u.direct:
+        return loss.imbalance * n * max(hops(m, trips(c, u.gpus, u.node), sum(row_bytes(c))))
+    sent = n * (c.n_activated_experts + c.n_shared_experts) * (1 - 1 / u.gpus)
+    return loss.imbalance * sent * sum(row_bytes(c)) / (u.reach * m.ib) + 2 * u.latency
+
+
+# %%
+for n in (7, 28, 56, 112):
+    print(
+        f"{n:4} tokens a GPU, {9 * n:5} rows an expert: experts {1e6 * mlp(V3, H800, DECODE, n, False, Losses()):4.0f} µs, "
+        f"exchange {1e6 * exchange(V3, H800, DECODE, n, Losses()):4.0f} µs"
+    )
+even = Losses()._replace(imbalance=1.0)
+published = 194 + 360  # µs, DeepEP: 128 tokens, 8 of 256 ranks
+summed = 1e6 * exchange(replace(V3, n_shared_experts=0), H800, DECODE, 128, even)
+print(f"128 tokens to 8 experts each: {summed:.0f} µs, DeepEP's table: {published}")
+assert abs(summed / published - 1) < 0.1
+assert mlp(V3, H800, DECODE, 28, False, Losses()) < 2 * mlp(V3, H800, DECODE, 7, False, Losses())
+
+# %% [markdown]
+# ## Tokens a second
+# Two micro-batches in turns. In prefill what computes and what travels change places, so that a layer of both takes
+#
+# $$2\max(t_{\text{attention}} + t_{\text{experts}},\ t_{\text{exchange}}), \qquad\text{in decoding}\quad
+# 2\max(t_{\text{attention}},\ t_{\text{exchange}} + t_{\text{experts}})$$
+#
+# Each half block has twelve kernels with a gap of 2 µs; the three dense layers travel nowhere; decoding ends in the head.
+
+
+# %%
+#| export
+class Speed(NamedTuple):
+    """Seconds of a MoE layer's parts for a micro-batch; of a step of both; tokens/s and GPU."""
+
+    attention: float
+    mlp: float
+    exchange: float
+    step: float
+    rate: float
+
+
+def prefill(
+    c: Config, m: Machine, n: float, prompt: float, u: Unit = PREFILL, loss: Losses = ASSUMED
+):
+    """`Speed` of prompts: n tokens a GPU in each of two micro-batches."""
+    gap, keys = KERNELS * loss.gap, (prompt + 1) / 2
+    a = attention(c, m, u, n * u.tp, keys, False) / m.sms + gather(c, m, u, n * u.tp) + gap
+    dense, e = (mlp(c, m, u, n, is_dense, loss) / m.sms + gap for is_dense in (True, False))
+    x = exchange(c, m, u, n, loss)
+    layers = c.n_dense_layers * (a + dense) + (c.n_layers - c.n_dense_layers) * max(a + e, x)
+    return Speed(a, e, x, 2 * layers, n / layers)
+
+
+def decode(
+    c: Config, m: Machine, b: float, context: float, u: Unit = DECODE, loss: Losses = ASSUMED
+):
+    """`Speed` of answers: b sequences a group in each of two micro-batches, a token each a step."""
+    gap = KERNELS * loss.gap
+    a = attention(c, m, u, b, context, True) + gather(c, m, u, b) + gap
+    dense, e = (mlp(c, m, u, b / u.tp, is_dense, loss) + gap for is_dense in (True, False))
+    x = exchange(c, m, u, b / u.tp, loss)
+    head = around(c, b)["head"]
+    spent = head._replace(flops=head.flops / u.tp, bytes=head.bytes / u.tp).seconds(m)
+    spent += c.n_dense_layers * (a + dense) + (c.n_layers - c.n_dense_layers) * max(a, e + x)
+    return Speed(a, e, x, 2 * spent, b / u.tp / spent)
+
+
+def dollars(m: Machine, rate: float) -> float:
+    """Of a million tokens."""
+    return m.dollars / 3600 / rate * 1e6
+
+
+# %%
+def line(what: str, s: Speed) -> None:
+    print(
+        f"{what:32}{1e6 * s.attention:7,.0f}{1e6 * s.mlp:8,.0f}{1e6 * s.exchange:9,.0f} µs{1e3 * s.step:9,.1f} ms"
+        f"{s.rate:9,.0f} tokens/s and GPU   ${dollars(H800, s.rate):.2f} a million"
+    )
+
+
+print(f"{'':32}{'attn':>7}{'experts':>8}{'exchange':>9}   {'both':>9}")
+for prompt in (1024, 4096, 16_384, 131_072):
+    line(f"prefill, prompts of {prompt:,}", prefill(V3, H800, 4096, prompt))
+for b, context in ((16, 4096), (56, 4096), (112, 4096), (27, 16_384), (3, 131_072)):
+    line(f"decode, {b} × {context:,} a group", decode(V3, H800, b, context))
+best = decode(V3, H800, 112, 4096)
+print(
+    f"a reader of the last but two sees {1 / best.step:.0f} tokens a second, {1.8 / best.step:.0f} with the MTP draft"
+)
+
+# %% [markdown]
+# Prefill is bound by computation, and its exchange fits behind it twice; over a third of its attention is NVLink between the four, long
+# prompts add to the rest. Decoding at 112 × 4K is
+# bound by attention, which reads caches, with the other half close behind; with short contexts that half binds. And the batch is what pays: rows
+# share what an expert's weights cost to read, so seven times the sequences take far less than seven times as long.
+#
+# ## Does it fit?
+# A GPU of a unit holds its heads' share of attention, the dense layers, its quarter of embedding and head, its experts,
+# and the cache of its group, all of it, for both micro-batches:
+
+
+# %%
+#| export
+def wide(precision: str) -> float:
+    """Bytes of a number of a block's matrix: a code and its share of a scale, or bf16."""
+    return 1 + 4 / 128**2 if precision == "fp8" else 2
+
+
+def weights(c: Config, precision: str) -> float:
+    """Bytes of the whole model without MTP: matrices of blocks but the gates in FP8 or bf16."""
+    blocks = [products(c, i < c.n_dense_layers) for i in range(c.n_layers)]
+    times = lambda name: c.n_routed_experts if name.startswith("routed") else 1
+    eight = sum(
+        times(n) * p.n_in * p.n_out for b in blocks for n, p in b.items() if n != "gate"
+    )  # fmt: skip
+    return eight * wide(precision) + 2 * (count(c).total - eight)
+
+
+def held(c: Config, u: Unit, precision: str = "fp8") -> float:
+    """Bytes of weights on a GPU of a unit."""
+    whole = products(c, False)
+    divided = sum(
+        whole[n].n_in * whole[n].n_out for n in ("wq", "wq_b", "wkv_b", "wo") if n in whole
+    )
+    each = divided / u.tp + sum(
+        whole[n].n_in * whole[n].n_out for n in ("wq_a", "wkv_a") if n in whole
+    )
+    expert = 3 * c.dim * c.moe_inter_dim
+    experts = u.held + (0 if u.direct else c.n_shared_experts)
+    matrices = c.n_layers * each + c.n_dense_layers * 3 * c.dim * c.inter_dim
+    matrices += (c.n_layers - c.n_dense_layers) * experts * expert
+    gates = (c.n_layers - c.n_dense_layers) * c.n_routed_experts * c.dim
+    return matrices * wide(precision) + 2 * gates + 2 * 2 * c.vocab_size * c.dim / u.tp
+
+
+def room(c: Config, m: Machine, u: Unit, context: float, precision: str = "fp8") -> int:
+    """Sequences of a micro-batch and group that fit beside the weights, a tenth of memory left."""
+    free = 0.9 * m.memory - held(c, u, precision)
+    return max(0, int(free / (2 * context * count(c).cache_bytes)))
+
+
+def smallest(c: Config, m: Machine, precision: str, tokens: float, node: int = 8) -> int:
+    """GPUs, in whole nodes, that hold all weights and the cache of so many tokens (bf16)."""
+    need = weights(c, precision) + tokens * count(c).cache_bytes
+    return node * math.ceil(need / (0.9 * m.memory * node))
+
+
+# %%
+from dsv3_ref.scale import MACHINES
+
+print(
+    f"all weights: FP8 {weights(V3, 'fp8') / 1e9:,.0f} GB, bf16 {weights(V3, 'bf16') / 1e9:,.0f} GB; a 128K conversation {131_072 * count(V3).cache_bytes / 1e9:.1f} GB"
+)
+for name, u in (("prefill", PREFILL), ("decode", DECODE)):
+    print(
+        f"{name:8} {held(V3, u) / 1e9:5.1f} GB of weights a GPU in FP8, {held(V3, u, 'bf16') / 1e9:5.1f} in bf16"
+    )
+for context in (4096, 16_384, 131_072):
+    n = room(V3, H800, DECODE, context)
+    print(
+        f"decode, {context:7,} tokens of context: {n:4} sequences a micro-batch and group, {n * 9 / 4:4.0f} rows an expert"
+    )
+names, x = [*MACHINES], range(len(MACHINES))
+fig, ax = figure(1, 1, 7, 2.6)
+for dx, precision, color in ((-0.2, "fp8", BLUE), (0.2, "bf16", ORANGE)):
+    need = [smallest(V3, MACHINES[name], precision, 1e6) for name in names]
+    ax.bar_label(ax.bar([i + dx for i in x], need, 0.38, color=color, label=precision), padding=2)
+ax.set(xticks=x, xticklabels=names, ylabel="GPUs, whole nodes", ylim=(0, 30))
+ax.set_title("Least GPUs that hold V3 and the cache of a million tokens")
+ax.legend(loc="upper right")
+show(fig)
+assert smallest(V3, MACHINES["h200"], "fp8", 1e5) == 8 and smallest(V3, H800, "bf16", 0) == 24
+assert room(V3, H800, DECODE, 4096) >= 100  # the report's 256 rows an expert: 113 sequences
+
+# %% [markdown]
+# That is where 320 comes from. One expert a GPU leaves so much memory to the cache that a hundred
+# sequences of 4K fit into a group's micro-batch, which gives each expert the 240 rows at which reading and computing take equally long. Fewer
+# GPUs hold more experts each, with less room for cache, while each expert's weights are read for fewer rows.
+
+# %% [markdown]
+# ## Experiment: how cost grows
+# With the number of experts (chosen ones and their size unchanged), with context, and with the nodes over which a prefill unit is spread:
+
+# %%
+fig, (left, mid, right) = figure(1, 3, 11, 3.2)
+experts = (64, 128, 256, 512, 1024)
+sizes = [replace(V3, n_routed_experts=e) for e in experts]
+fixed = [
+    decode(c, H800, 100, 4096, DECODE._replace(held=e / 256)).rate for c, e in zip(sizes, experts)
+]
+fitting = [
+    decode(c, H800, min(100, room(c, H800, u, 4096)), 4096, u).rate
+    for c, e in zip(sizes, experts)
+    for u in [DECODE._replace(held=e / 256)]
+]
+grown = [
+    decode(c, H800, 100, 4096, DECODE._replace(gpus=e * 5 // 4)).rate
+    for c, e in zip(sizes, experts)
+]
+left.plot(
+    experts, [dollars(H800, r) for r in grown], "o-", color=GREEN, label="one a GPU, more GPUs"
+)
+left.plot(
+    experts, [dollars(H800, r) for r in fixed], "s-", color=BLUE, label="320 GPUs, same batch"
+)
+left.plot(
+    experts, [dollars(H800, r) for r in fitting], "^--", color=ORANGE, label="320 GPUs, what fits"
+)
+left.set(
+    xscale="log",
+    xticks=experts,
+    xticklabels=experts,
+    xlabel="routed experts",
+    ylabel="$ a million tokens",
+    title="Decode: experts",
+    ylim=(0, None),
+)
+left.minorticks_off()
+left.legend(fontsize=8)
+contexts = [2**k for k in range(10, 18)]
+answers = [decode(V3, H800, max(1, min(112, room(V3, H800, DECODE, s))), s).rate for s in contexts]
+prompts = [prefill(V3, H800, 4096, s).rate for s in contexts]
+mid.plot(
+    contexts,
+    [dollars(H800, r) for r in answers],
+    "o-",
+    color=ORANGE,
+    label="decode, as many as fit",
+)
+mid.plot(contexts, [dollars(H800, r) for r in prompts], "s-", color=BLUE, label="prefill")
+mid.set(xscale="log", yscale="log", xlabel="tokens of context", title="Context")
+mid.legend(fontsize=8)
+nodes = (1, 2, 4, 8)
+units_of = [Unit(8 * n, 4, 256 / (8 * n) + 1) for n in nodes]
+speeds = [prefill(V3, H800, 4096, 4096, u) for u in units_of]
+right.plot(nodes, [1e3 * (s.attention + s.mlp) for s in speeds], "k--", lw=1, label="computing")
+for color, ib in ((ORANGE, 25), (BLUE, 50), (GREEN, 100)):
+    m = H800._replace(ib=ib * 1e9)
+    ways = [1e3 * exchange(V3, m, u, 4096, ASSUMED) for u in units_of]
+    right.plot(nodes, ways, "o-", color=color, label=f"exchange, IB {ib}")
+right.set(
+    xlabel="nodes of a prefill unit",
+    ylabel="ms a layer",
+    title="Prefill: nodes",
+    xticks=nodes,
+    ylim=(0, 22),
+)
+right.legend(fontsize=8, loc="upper left")
+show(fig)
+for n, u in zip(nodes, units_of):
+    fits = held(V3, u) < 0.9 * H800.memory
+    print(
+        f"{n} nodes: {u.held:.0f} experts a GPU, {held(V3, u) / 1e9:.0f} GB of weights {'fit' if fits else 'do NOT fit'}, IB {trips(V3, u.gpus, 8)[0]:.2f} crossings a token"
+    )
+assert grown[0] > 0.99 * grown[-1] and fixed[2] >= fixed[3] > fixed[4] >= fitting[4]
+
+# %% [markdown]
+# More experts cost nothing to *compute*. With one a GPU even serving costs the same, so long as there are enough
+# users for a larger unit. On the same GPUs their weights must be read, which hides behind attention up to two a GPU,
+# and stored, which squeezes out the cache. Fewer experts than GPUs do not help: attention binds.
+# Context costs decoding in proportion, twice over: longer reading for fewer sequences.
+# And nodes cost prefill nothing as long as IB keeps pace: one node could not even hold the experts, eight ask for more crossings, and
+# only at half the rate of IB does the exchange outlast what hides it.
+#
+# ### Beside a published number
+# The authors published averages of a day for a *later* layout: 1,850 tokens a second and H800 in decoding (14.8K a node; 18 nodes,
+# no tensor parallelism, two experts a GPU, 4,989 tokens of mean context, 20 to 22 tokens a second for a reader), and 73.7K prompt tokens a second and
+# node of which 56.3 % came from a cache, so about 4,000 computed a GPU. The same functions say for that layout:
+
+# %%
+LATER = Unit(144, 1, 2, True)
+together = 1850 / 21  # sequences on a GPU, from speed and speed a reader
+said = decode(V3, H800, together / 2, 4989, LATER)
+prompts = prefill(V3, H800, 4096, 4989, Unit(32, 1, 9))
+print(
+    f"decode with {together:.0f} sequences a GPU: {said.rate:,.0f} tokens/s, {1 / said.step:.0f} a reader; published 1,850 and 21: {said.rate / 1850:.1f} × as fast"
+)
+print(
+    f"prefill: {prompts.rate:,.0f} tokens/s; published about {73_700 / 8 * (1 - 0.563):,.0f}: {prompts.rate / (73_700 / 8 * (1 - 0.563)):.1f} × as fast"
+)
+assert said.rate > 1850 and prompts.rate > 4000
+
+# %% [markdown]
+# Decoding comes within a tenth, if a step writes one token (whether drafts were counted was not said; the batch is what the two published speeds
+# imply). Prompts are served at half the speed that operators allow: a day has hours with few users, prompts
+# end where they end, caches must be found and sent on. A sum of operators is a bound; what it tells best is what *binds*.
+
+# %% [markdown]
+# ## Play: a unit of your own
+# Sequences a group and micro-batch, context, hardware: where does a decoding layer spend its time, and does it fit?
+
+
+# %%
+def unit(hardware="h800", sequences: int = 100, context=4096, gpus=320):
+    """One decoding layer on a unit; held: 320 experts over its GPUs."""
+    m, u = MACHINES[hardware], DECODE._replace(gpus=gpus, held=320 / gpus)
+    s, most = decode(V3, m, sequences, context, u), room(V3, m, u, context)
+    fig, ax = figure(1, 1, 8, 2)
+    ax.barh(1, 1e6 * s.attention, color=BLUE, label="attention")
+    ax.barh(0, 1e6 * s.exchange, color=ORANGE, label="dispatch, combine")
+    ax.barh(0, 1e6 * s.mlp, left=1e6 * s.exchange, color=GREEN, label="experts")
+    ax.set(
+        yticks=(0, 1),
+        yticklabels=("one micro-batch", "the other"),
+        xlabel="µs a layer",
+        ylim=(-0.6, 1.6),
+    )
+    fits = f"{most} fit" if most >= sequences else f"only {most} FIT"
+    ax.set_title(
+        f"{gpus} {hardware}, {sequences} × {context:,} a group ({fits}): {s.rate:,.0f} tokens/s and GPU, {1 / s.step:.0f} a reader",
+        fontsize=10,
+    )
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    show(fig)
+
+
+unit()
+play(
+    unit,
+    hardware=[*MACHINES],
+    sequences=(4, 200, 4),
+    context=[4096, 1024, 16_384, 65_536, 131_072],
+    gpus=[320, 40, 80, 160],
+)
+
+# %% [markdown]
+# ## Exercises
+# **1 · Compute.** How many rows meet an expert of the decode unit in a micro-batch of `b` sequences a group, if all 320 GPUs share the
+# work evenly?
+
+
+# %%
+@checker
+def check_rows(fn):
+    """How many groups are there, how many experts has a token, and how many GPUs share them?"""
+    assert all(abs(fn(b) - 80 * b * 9 / 320) < 1e-9 for b in (4, 100, 112))
+
+
+@checker
+def check_balance(fn):
+    """An expert's weights are read once; when do its operations last as long as the reading?"""
+    cases = [(1358e12, 2.85e12), (3088e12, 6.8e12), (500e12, 1e12)]
+    assert all(abs(fn(*case) - case[0] / case[1] / 2) < 1e-6 * case[0] / case[1] for case in cases)
+
+
+@checker
+def check_batch(fn):
+    """Which sequences a group may there be? Ask `decode` for the step of each, and `room` how many fit."""
+    for context, ms in ((4096, 40), (16_384, 60), (4096, 5)):
+        most = room(V3, H800, DECODE, context)
+        good = [b for b in range(1, most + 1) if decode(V3, H800, b, context).step <= ms / 1e3]
+        assert abs(fn(context, ms) - max(good, default=0)) < 0.5
+
+
+def my_rows(b: int) -> float:
+    return ...
+
+
+check_rows(my_rows)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_rows(b):
+#     return 80 * b * 9 / 320  # 2.25 b
+# ```
+# </details>
+#
+# **2 · Predict.** From how many rows on is an expert bound by computation, on a GPU with `rate` operations/s and
+# `bandwidth` bytes/s, if only its weights (codes of one byte) count as bytes?
+
+
+# %%
+def my_balance(rate: float, bandwidth: float) -> float:
+    return ...
+
+
+check_balance(my_balance)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_balance(rate, bandwidth):
+#     return rate / bandwidth / 2  # 2 operations a weight and row: 238 rows on an H800
+# ```
+# </details>
+#
+# **3 · Extend.** A reader shall not wait longer than `ms` milliseconds for a step of both micro-batches. How many sequences of
+# `context` tokens may a group's micro-batch have at most, so that they fit (0 if none)?
+
+
+# %%
+def my_batch(context: int, ms: float) -> int:
+    return ...
+
+
+check_batch(my_batch)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_batch(context, ms):
+#     most = room(V3, H800, DECODE, context)
+#     good = [b for b in range(1, most + 1) if decode(V3, H800, b, context).step <= ms / 1e3]
+#     return max(good, default=0)
+# ```
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# `dsv3 plan --unit decode --context 16384 --hardware h200` prints these sums for other configs and GPUs. What runs in such a unit is
+# elsewhere in this book: absorbed attention over pages of cache in chapters 03 and 10, two hops and their
+# send lists in [chapter 11](11_expert_parallel.ipynb), drafts by MTP in [chapter 08](08_generate.ipynb).
