@@ -23,8 +23,8 @@
 #
 # *Multi-token prediction* (MTP) trains the model to say so. DeepSeek-V3 adds one small module,
 # 11.6B parameters next to 671B, that predicts one token further. Training gets a second signal from
-# every position. Generation gets a draft of the second token almost for free, right **85 to 90 %** of the
-# time, which makes decoding 1.8 times as fast (§5.4.3).
+# every position. Generation gets a draft of the second token almost for free, which is accepted **85 to
+# 90 %** of the time and makes decoding 1.8 times as fast (§5.4.3).
 #
 # ![Main model, then two MTP modules; each takes the hidden states below and the next token's embedding](../figures/06_mtp.svg)
 
@@ -62,6 +62,7 @@ from dsv3_ref.config import TINY, V3, count, count_mla, count_moe
 from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, attempt, figure, play, show
 
 SHORT = bool(os.environ.get("DSV3_SHORT"))
+# What is trained below: a vocabulary of 32, two layers of width 64, and two MTP modules.
 TOY = replace(
     TINY, vocab_size=32, dim=64, inter_dim=128, moe_inter_dim=32, n_layers=2, q_lora_rank=0,
     kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8,
@@ -71,10 +72,11 @@ TOY = replace(
 
 # %% [markdown]
 # ## One module
-# Let $h_i^{k-1}$ be the hidden state of position $i$ at depth $k-1$, and $h_i^0$ that of the main
-# model. Depth $k$ normalises it, normalises the embedding of token $t_{i+k}$, sets one beside the
-# other and brings the pair back to width $d$ (eq. 21). One whole Transformer block follows,
-# attention and experts (eq. 22), then the shared head (eq. 23):
+# A row has $T$ tokens, $t_1 \ldots t_T$. Let $h_i^{k-1} \in \mathbb{R}^d$ be the hidden state of position
+# $i$ at depth $k-1$, and $h_i^0$ that of the main model. Depth $k$ normalises it, normalises the
+# embedding of token $t_{i+k}$, sets one beside the other and brings the pair back to width $d$
+# (eq. 21). One whole Transformer block follows, $\mathrm{TRM}_k$ with attention and experts (eq. 22),
+# then the shared head, which gives the probabilities $P$ of the token after (eq. 23):
 #
 # $${h'}_i^{k} = M_k\,[\mathrm{RMSNorm}(h_i^{k-1});\ \mathrm{RMSNorm}(\mathrm{Emb}(t_{i+k}))],
 #   \qquad M_k \in \mathbb{R}^{d\times 2d} \tag{21}$$
@@ -139,15 +141,14 @@ assert apart > 0.3
 
 # %% [markdown]
 # ## The causal chain
-# A row has $T$ tokens. Depth $k$ pairs the first $T-k$ hidden states with the embeddings of tokens
+# Depth $k$ pairs the first $T-k$ hidden states with the embeddings of tokens
 # $1+k$ to $T$: everything shifts by one each time, and each depth is one position shorter.
 #
 # $$h^{k}_{1:T-k} = \mathrm{MTP}_k\big(h^{k-1}_{1:T-k},\ \mathrm{Emb}(t_{1+k:T})\big), \qquad k = 1 \ldots D$$
 #
 # So $h_i^k$ has seen the tokens up to $t_{i+k}$ and predicts $t_{i+k+1}$. Look at that again: for
 # its own target it knows *everything before*, just as the main model would at position $i+k$. What
-# it lacks is not knowledge but depth: the newest $k$ tokens pass through one small block each, not
-# 61.
+# it lacks is not knowledge but depth: the newest $k$ tokens pass through $k$ blocks at most, not 61.
 
 
 # %%
@@ -220,7 +221,7 @@ print("positions 1…5 instead of 0…4: the same hidden states")
 # $$\mathcal{L}_{\mathrm{MTP}}^{k} = -\frac{1}{T}\sum_{i=2+k}^{T+1} \ln P_i^k[t_i] \tag{24}$$
 # $$\mathcal{L}_{\mathrm{MTP}} = \frac{\lambda}{D}\sum_{k=1}^{D}\mathcal{L}_{\mathrm{MTP}}^{k} \tag{25}$$
 #
-# Count the terms of eq. 24: from $2+k$ to $T+1$ there are $T-k$ of them, and the sum is divided by
+# with $P_i^k[t_i]$ the probability that depth $k$ gave to the token that really stands at $i$. Count the terms of eq. 24: from $2+k$ to $T+1$ there are $T-k$ of them, and the sum is divided by
 # $T$. We do what is printed. A depth's loss is therefore smaller than the mean surprise of its
 # targets, by $k/T$: 0.02 % at 4K tokens, but 6 % in this chapter's rows of 32 at depth 2. Eq. 25 is
 # added up where the main loss is, in chapter 07.
@@ -270,10 +271,10 @@ torch.testing.assert_close(torch.stack(fast), torch.tensor(slow), atol=1e-5, rto
 
 # %% [markdown]
 # ## Shared weights, two paths
-# Embedding and head exist once. So the depth-1 loss reaches the embedding table on two ways:
+# Embedding and head exist once. So the depth-1 loss reaches the embedding table in two ways:
 # through $\mathrm{Emb}(t_{i+1})$ directly, and through $h^0$ and the whole main model below it. The
-# second is what makes the main model better: its states must be *useful for planning ahead*. Let us
-# cut each way in turn; the two gradients must add up to the whole.
+# second is how the main model may become better: its states must help to *plan ahead*. Let us take
+# each way alone; the two gradients must add up to the whole (as vectors: their norms need not).
 
 # %%
 table, top = model.embed.weight, model.head.weight
@@ -306,9 +307,9 @@ assert min(direct.norm(), through.norm(), ahead.norm()) > 0.01
 
 # %% [markdown]
 # ## Would the draft be accepted?
-# In *speculative decoding* the module drafts token $i+2$ while the main model settles token $i+1$;
-# the next pass of the main model reads both and thereby says whether the draft was what it would
-# have chosen itself. So the number that counts is agreement, not correctness:
+# In *speculative decoding* the main model settles token $i+1$ and the module drafts token $i+2$; the
+# next pass of the main model reads both and thereby says whether the draft was what it would have
+# chosen itself. So the number that counts is agreement, not correctness:
 #
 # $$a_k = \Pr\big[\arg\max P^k_{i+k+1} = \arg\max P^0_{i+k+1}\big], \qquad \text{tokens a pass} = 1 + a_1$$
 #
@@ -334,9 +335,9 @@ for k, agrees in enumerate(draft_agrees(model, sentence_s[None]), start=1):
 # %% [markdown]
 # ## Experiment: songs with wrong notes
 # A language that a laptop learns in seconds: 24 fixed songs of 4 to 8 notes, each row repeats one
-# of them from a random beat, and one note in ten is replaced by chance. After a few notes the song
-# is clear; the wrong notes cannot be foreseen. We train with $D = 0, 1, 2$, the same data, $\lambda
-# = 0.3$.
+# of them from a random beat, and one note in ten is replaced by a random one. After a few notes the
+# song is clear; the wrong notes cannot be foreseen. We train with $D = 0, 1, 2$ on the same data,
+# $\lambda = 0.3$.
 
 # %%
 STEPS = 30 if SHORT else 140
@@ -380,7 +381,9 @@ trained = {depths: train(depths) for depths in (0, 1, 2)}
 for depths, (_, curve, agree) in trained.items():
     first, last = curve[0], curve[-10:].mean(0)
     said = f"; drafts agree {100 * agree[-1]:.0f} %" if depths else ""
-    print(f"D = {depths}: " + ", ".join(f"{a:.2f} → {b:.2f}" for a, b in zip(first, last)) + said)
+    names = ("main", *(f"depth {k}" for k in range(1, depths + 1)))
+    falls = (f"{name} {a:.2f} → {b:.2f}" for name, a, b in zip(names, first, last))
+    print(f"D = {depths}: {', '.join(falls)}{said}")
     assert (last < (0.9 if SHORT else 0.5) * first).all()
 
 # %%
@@ -413,13 +416,13 @@ right.legend()
 show(fig)
 
 # %% [markdown]
-# What this shows and what it does not. All depths learn, together, and the main loss is not
-# disturbed. The deeper losses even lie *below* the main one: their targets come later in the row,
+# What this shows and what it does not. (The curves are means over targets, the printed losses eq. 24,
+# a little lower.) All depths learn, together, and the main loss is not disturbed. The deeper losses even lie *below* the main one: their targets come later in the row,
 # when the song is clear already, and they have one more block of attention to find it with. That
 # MTP makes the main model *better* cannot be seen on a language of 24 songs. The report sees it on
 # benchmarks, at sizes from 15.7B.
 #
-# Here is the agreement of depth 1 on songs not trained on.
+# Here is the agreement of depth 1 on rows not trained on.
 
 # %%
 fig, ax = figure(width=7, height=3)
@@ -445,7 +448,7 @@ show(fig)
 assert SHORT or all(trained[d][2][-1] > 0.7 for d in (1, 2))
 
 # %% [markdown]
-# That the toy ends near V3's band is an accident of its one wrong note in ten. And here the token
+# That the toy ends in V3's band is an accident of its one wrong note in ten. And here the token
 # that depth 1 is given comes from the text; a decoder gives it the main model's own choice.
 
 # %% [markdown]
@@ -461,13 +464,15 @@ from dsv3_ref.viz import ablation
 found = ablation.results("mtp")
 print(found["command"])
 ablation.table(found, against="D=0")
+losses = ablation.values(found)
+print("D=1 less D=0, seed by seed:", [f"{x:+.3f}" for x in losses["D=1"] - losses["D=0"]])
 CHAINS = {"depth 1, D = 1": ("D=1", 0), "depth 1, D = 2": ("D=2", 0), "both, D = 2": ("D=2", 1)}
 for name, (variant, k) in CHAINS.items():
     runs = [run["accepted_chain"][k] for run in found["runs"] if run["variant"] == variant]
     print(f"{name}: {100 * sum(runs) / len(runs):.1f} % of drafts agree")
 
 fig, axes = figure(1, 2, width=9.5, height=3.2)
-ablation.draw_dots(axes[0], ablation.values(found), "Main loss on held-out text", "nats a token")
+ablation.draw_dots(axes[0], losses, "Main loss on held-out text", "nats a token")
 for k in (0, 1):
     deep = lambda point, k=k: point["accepted"][k] * 100 if len(point["accepted"]) > k else math.nan
     ablation.draw_course(axes[1], found, deep, "Drafts agree with the main model", "%")
@@ -481,7 +486,7 @@ show(fig)
 # At this size MTP is a *cost*: 0.013 ± 0.006 nats of main loss with one module, the same sign in all
 # three seeds. It need not contradict the report, whose gains are on benchmarks at 15.7B and more; a
 # model of 1.7M parameters may simply have no room for a second question. Drafts agree 58 % of the
-# time, far from V3's 85–90 % and still rising. Depth 2 agrees as often as depth 1, for it was given
+# time (the curves, on fewer rows, end at 55 %), far from V3's 85–90 % and still rising. Depth 2 agrees as often as depth 1, for it was given
 # one true token more; both in a row agree 35 % of the time, hardly more than two independent
 # guesses would (0.58² = 34 %).
 
@@ -522,7 +527,7 @@ def draw_speedup(depth: int = 1, acceptance: int = 87):
     ax.set(
         xlabel="acceptance of a draft (%)", ylabel="tokens a second (plain = 1)", ylim=(0.8, 4.5)
     )
-    ax.set_title("One draft at V3's 85–90 % (grey) gives 1.8×, as reported")
+    ax.set_title("Grey: V3's 85–90 %, where one draft gives 1.8×, as reported")
     ax.legend(loc="upper left")
     show(fig)
 
@@ -541,13 +546,14 @@ play(draw_speedup, depth=(1, 4, 1), acceptance=(0, 100, 1))
 
 # %% [markdown]
 # ## Exercises
+# Fill in a function and run its cell; the checks, which come first here, answer with a hint.
 
 
 # %%
 def check_size(fn) -> bool:
     sizes = [V3, TINY, TOY]
     return attempt(lambda: [fn(c) - count(c).mtp for c in sizes] == [0, 0, 0],
-                   "per module: the matrix M, three norms of its own, and a block with its two norms")  # fmt: skip
+                   "what does `MTP` hold besides its block, and does `count_mla` count a block's norms?")  # fmt: skip
 
 
 def check_first_loss(fn) -> bool:
@@ -559,7 +565,7 @@ def check_first_loss(fn) -> bool:
             got = mtp_losses(quiet, mtp_features(quiet, quiet.features(x)[0], x), x, y)
         return all(abs(fn(32, 8, k) - got[k - 1].item()) < 0.02 for k in (1, 2))
 
-    return attempt(test, "T − k targets, but divided by T")
+    return attempt(test, "how many terms has the sum of eq. 24, and what divides it?")
 
 
 def check_reorder(fn) -> bool:
@@ -575,7 +581,7 @@ def check_reorder(fn) -> bool:
 
 
 def check_draft(fn) -> bool:
-    singer, prompt_bs = trained[1][0], sing(torch.Generator().manual_seed(6), rows=8, length=20)
+    singer, prompt_bs = trained[1][0], sing(torch.Generator().manual_seed(6), rows=64, length=20)
 
     def test():
         with torch.no_grad():
@@ -586,9 +592,7 @@ def check_draft(fn) -> bool:
             second_b = singer.head(mtp_features(singer, h_bsd, longer_bs)[0][0][:, -1]).argmax(-1)
         return torch.equal(got_b2, torch.cat((first_b1, second_b[:, None]), dim=1))
 
-    return attempt(
-        test, "depth 1 needs h⁰ of the prompt and the prompt with the new token appended"
-    )
+    return attempt(test, "which token must depth 1 be given at the prompt's last position?")
 
 
 # %% [markdown]
@@ -685,8 +689,8 @@ check_draft(my_draft)
 # ## Scale-up
 # What $D=1$ costs V3 in training, and where it goes.
 #
-# - **FLOPs bind**, as in all of pre-training: one block and one more product with the head,
-#   a few per cent of a step. The head is the larger part of it.
+# - **FLOPs bind**, as in all of pre-training: one block and one more product with the head, 4.4 % of
+#   a step. The head is the larger part of it.
 # - **Memory.** The module is the 62nd layer of the pipeline, with experts sharded like any other's.
 #   Embedding and head are needed at both ends of the model; the report keeps the first and the last
 #   layers on the *same* pipeline rank, so that MTP shares parameters and gradients without sending
