@@ -286,12 +286,13 @@ def test_a_planted_fault_is_found(small, old, new, complaint):
     [
         ("return double(my_one())", "return 3", "check_two rejects the answer's my_two"),
         ("return fn() == 2", "return True", "check_two accepts the empty my_two"),
+        ("return fn() == 2", "return fn() > 1", "check_two accepts my_two spoiled"),
     ],
 )
 def test_a_wrong_exercise_is_found(small, old, new, complaint):
     path = small(old, new)
     with undone():
-        assert solve(jupytext.read(path).cells, run_script(path)) == [complaint]
+        assert complaint in solve(jupytext.read(path).cells, run_script(path))
 
 
 @pytest.mark.notebook
