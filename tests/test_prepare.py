@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,7 @@ import miniruns
 import numpy as np
 import pytest
 import torch
-from gang import Gang
-from miniruns import metrics, no_report, options, prose, results, timeless
+from miniruns import no_report, options, prose, results, timeless
 
 from dsv3_ref.config import UserError
 from dsv3_ref.run import cli, coding, data, dedup, prepare, shards
@@ -40,9 +40,8 @@ def texts_of(name: str, n: int) -> list[str]:
 
 
 def near_twin(text: str) -> str:
-    """A word in forty another: 0.8 of the runs of five words stay."""
-    words = text.split(" ")
-    return " ".join("other" if i % 40 == 39 else word for i, word in enumerate(words)).upper()
+    """In capitals, and another last word."""
+    return text.upper().rpartition(" ")[0] + " other"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def all_kept(home):
 
 @pytest.fixture
 def copy(whole, tmp_path):
-    return Path(subprocess.check_output(["cp", "-rv", whole, tmp_path / "copy"]) and tmp_path / "copy")
+    return shutil.copytree(whole, tmp_path / "copy")
 
 
 # ── What is written ──
@@ -199,7 +198,7 @@ def test_a_killed_command_leaves_no_worker_behind(home, whole, tmp_path):
     args = plan(home, tmp_path / "s", workers=2)
     env = os.environ | {"HF_DATASETS_CACHE": str(home / "hf")}
     slow = "import sys, time; from dsv3_ref.run import cli, prepare; real = prepare.Shard.add; "
-    slow += "prepare.Shard.add = lambda *a: (time.sleep(0.02), real(*a)); "
+    slow += "prepare.Shard.add = lambda *a: (time.sleep(0.01), real(*a)); "
     slow += "__name__ == '__main__' and cli.main(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", slow, *command(args)], env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
@@ -393,7 +392,7 @@ def test_the_table_finds_what_comparing_all_pairs_finds(threshold):
         if like is None:
             near.keep(signature, keys, i)
             kept.append(i)
-    assert wrong <= 2 and len(kept) < 280
+    assert wrong <= 2 and len(kept) < 300
 
 
 def test_without_the_library_a_sentence_says_what_to_install(home, tmp_path, monkeypatch):
@@ -501,35 +500,43 @@ def test_a_run_from_shards_is_the_run_from_text(runs, home):
 def test_a_run_from_shards_goes_on(runs, home, monkeypatch):
     monkeypatch.setattr("dsv3_ref.run.report.write_report", no_report)
     before = results(runs[1])
-    subprocess.check_call(["rm", "-r", runs[1] / "checkpoints" / "step_0000008"])
+    shutil.rmtree(runs[1] / "checkpoints" / "step_0000008")
     assert cli.main(["train", "--resume", "--out", str(runs[1])]) == 0
     assert results(runs[1]) == before
 
 
-def ranks_rows(argv: list[str], out: str, pp: int) -> list:
-    """Rows of three steps, on every rank of a mesh."""
+def rank(home, argvs: list[list[str]], out: Path, number: int) -> None:
+    """Rows of three steps of several runs, on one of two ranks."""
+    import torch.distributed as dist
+
     from dsv3_ref.parallel.trainer import Ranks
     from dsv3_ref.run import settings
     from dsv3_ref.run.train import Trainer
 
-    kind = type("ClusterTrainer", (Ranks, Trainer), {})
-    args = replace(settings.parse(argv), pp=pp, device="cpu")
-    trainer = kind(args, Path(out), torch.device("cpu"))
-    return [trainer.batch(n).tolist() for n in (4, 2, 4)]
+    miniruns.own_caches(home, pytest.MonkeyPatch())
+    torch.set_num_threads(1)
+    kind, found = type("ClusterTrainer", (Ranks, Trainer), {}), []
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=number, world_size=2)
+    for argv in argvs:
+        trainer = kind(settings.parse(argv), out, torch.device("cpu"))
+        found.append([trainer.batch(n).tolist() for n in (4, 2, 4)])
+    (out / f"{number}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
-def test_two_ranks_read_what_one_reads(home, text_shards, runs, tmp_path):
+def test_two_ranks_read_what_one_reads(home, text_shards, tmp_path):
     """From shards and from text, whatever the mesh."""
     alone = rows([str(text_shards)], seed=0, fim_rate=0.1)
     want = [alone.take(n).tolist() for n in (4, 2, 4)]
-    gang = Gang()
-    try:
-        for pp, source in ((1, text_shards), (2, text_shards)):
-            argv = options(home, tmp_path, "--data", source, "--dp", 2 // pp)[1:]
-            assert gang.run(2, ranks_rows, argv, str(tmp_path), pp) == [want, want]
-    finally:
-        gang.stop()
-    assert metrics(runs[0])
+    more = [["--data", text_shards], ["--data", text_shards, "--pp", "2"], ["--ep", "2"]]
+    argvs = [options(home, tmp_path, *x)[1:] for x in more]
+    ranks = [miniruns.FORK.Process(target=rank, args=(home, argvs, tmp_path, n)) for n in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    for number in (0, 1):
+        assert json.loads((tmp_path / f"{number}.json").read_text()) == [want] * 3
 
 
 def test_another_tokenizer_than_that_of_the_shards(home, whole, text_shards, tmp_path, capsys):
@@ -601,9 +608,11 @@ def test_no_folder_of_shards(tmp_path):
         Shards(tmp_path)
 
 
-def test_a_bench_is_measured(tmp_path, capsys):
+def test_a_bench_is_measured(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SHUFFLE_ROWS", 8)
+    monkeypatch.setattr("dsv3_ref.run.data_bench.ROWS", 8)
     out = tmp_path / "b.json"
-    argv = ["data", "bench", "--megabytes", "0.3", "--rounds", "1", "--workers", "1"]
-    assert cli.main([*argv, "--data", "stdlib", "--out", str(out)]) == 0
+    argv = ["data", "bench", "--megabytes", "0.1", "--rounds", "1", "--workers", "1"]
+    assert cli.main([*argv, "--data", str(home / "text"), "--out", str(out)]) == 0
     assert json.loads(out.read_text())["MB_s"].keys() >= {"encode_batch", "prepare"}
     assert tok.BOS not in capsys.readouterr().out

@@ -216,8 +216,9 @@ class Source:
 
     def in_order(self, split: str, start: int) -> Iterator:
         """The documents of a split (train, val) from the `start`-th, unshuffled."""
-        rows = self.kept if split == "train" else self.held
-        yield from self.read(rows.skip(start))
+        rows = (self.kept if split == "train" else self.held).skip(start)
+        batches = rows.iter(256)  # ten times as fast as row by row
+        yield from self.read({"text": text} for batch in batches for text in batch["text"])
 
     def read(self, rows) -> Iterator:
         """The texts of rows; null is an empty one."""
@@ -289,7 +290,7 @@ def shuffled(n: int, seed: list[int], start: int) -> Iterator[int]:
     """0 … n − 1 permuted, from the `start`-th."""
     rng = np.random.default_rng(seed)
     if n <= PERMUTED:
-        yield from rng.permutation(n)[start:].tolist()
+        yield from map(int, rng.permutation(n)[start:])
         return
     keys = rng.integers(1 << 63, size=4).tolist()
     yield from (place(i, n, keys) for i in range(start, n))

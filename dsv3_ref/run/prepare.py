@@ -7,11 +7,10 @@ of them alone. A shard counts once index.json names it; what else a kill leaves 
 import hashlib
 import json
 import os
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
