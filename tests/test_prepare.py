@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import miniruns
 import numpy as np
 import pytest
@@ -61,8 +62,8 @@ def specs(home) -> tuple[str, ...]:
 
 def plan(home, out, **more) -> Prepare:
     """Several shards, in this process."""
-    fixed = {"vocab_size": 400, "shard_tokens": 3000, "workers": 1}
-    return Prepare(out, (specs(home),), **(fixed | more))
+    fixed = {"vocab_size": 400, "shard_tokens": 3000, "workers": 1, "data": (specs(home),)}
+    return Prepare(out, **(fixed | more))
 
 
 def command(args: Prepare) -> list[str]:
@@ -158,6 +159,29 @@ def test_streams_are_shards_too(home, tmp_path):
     assert coded.val_texts == source.val_texts
     want = Counter(text for text in source.documents(0) if text.strip())
     assert Counter(filter(None, map(coded.text, coded.documents(0)))) == want
+
+
+def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypatch):
+    """Without the network: the library is asked for a stream."""
+    monkeypatch.setenv("DSV3_CACHE", str(tmp_path / "cache"))
+    memory = datasets.Dataset.from_dict({"text": texts_of("h", 150)})
+    give = lambda *_, **__: memory.to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    one, two = (plan(home, tmp_path / n, data=(("owner/name",),), shard_tokens=900) for n in "ab")
+    prepare.prepare(one)
+    real, calls = prepare.Writer.end, iter(range(9))
+
+    def stopped(*args):
+        real(*args)
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare.Writer, "end", stopped)
+        prepare.prepare(two)
+    assert len(shards.read_index(two.out)["shards"]) == 4
+    prepare.prepare(two)
+    assert left(two.out) == left(one.out)
 
 
 # ── Killed and started again ──
@@ -355,7 +379,7 @@ def test_a_training_document_like_a_held_out_one_goes(tmp_path):
 
 def test_a_source_of_which_nothing_is_left(tmp_path):
     names = [write_jsonl(tmp_path / f"{n}.jsonl", texts_of("x", 40)) for n in "ab"]
-    args = Prepare(tmp_path / "s", (tuple(names),), vocab_size=400, workers=1)
+    args = Prepare(tmp_path / "s", (tuple(names),), vocab_size=350, workers=1)
     with pytest.raises(UserError, match="all held-out documents of .*b.jsonl are much like earl"):
         prepare.prepare(args)
     blank = write_jsonl(tmp_path / "c.jsonl", [" "] * 40)

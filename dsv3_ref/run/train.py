@@ -147,7 +147,7 @@ class Trainer:
             with self.arithmetic(), ops.keeping(True) if self.args.recompute else nullcontext():
                 s = self.compute(batch, r, lr, gamma, weight, self.guard.limit)
         except torch.OutOfMemoryError:
-            rows = self.args.micro_batch or len(batch or [0, 0])
+            rows = self.args.micro_batch or (2 if batch is None else len(batch))
             hint = f"--micro-batch {max(1, rows // 2)} computes fewer rows at a time"
             raise UserError(f"{self.device} is out of memory: {hint}") from None
         self.step += 1
