@@ -41,7 +41,7 @@ def band_rows(threshold: float) -> int:
 
 
 class Near:
-    """The documents kept so far, about 3 kB each; the first of those that are alike is kept."""
+    """The documents kept so far, about 4 kB each; the first of those that are alike is kept."""
 
     def __init__(self, threshold: float):
         self.threshold, self.rows = threshold, band_rows(threshold)
