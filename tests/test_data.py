@@ -41,7 +41,7 @@ def rows(sources, length=33, seed=0, fim_rate=0.1, **kwargs) -> Rows:
 
 
 def an_epoch(s: Source) -> list[str]:
-    return list(takewhile(lambda _: s.epoch == 0, s.train_texts()))
+    return list(takewhile(lambda _: s.epoch == 0, s.train_documents()))
 
 
 def write_jsonl(path, values) -> str:
@@ -206,7 +206,7 @@ def check_mistake(name: str, sentence: str) -> None:
             sentence = "no text to train on .the first 64 documents are held out for validation"
         with pytest.raises(UserError, match=sentence) as raised:
             (s,) = open_sources([name], 0, streaming)
-            next(s.train_texts() if s.val_texts else None)
+            next(s.train_documents() if s.val_texts else None)
         assert "\n" not in str(raised.value)
 
 
@@ -231,7 +231,7 @@ def test_training_text_may_run_out_where_validation_text_does_not():
     s = source(TEXTS[:40])
     blank = [t if t in s.val_texts else " " for t in TEXTS[:40]]
     with pytest.raises(UserError, match="has no text to train on .a part is held out"):
-        next(source(blank).train_texts())
+        next(source(blank).train_documents())
 
 
 # ── Held out ──
@@ -240,7 +240,7 @@ def test_training_text_may_run_out_where_validation_text_does_not():
 @pytest.mark.parametrize("kind", [source, stream])
 def test_held_out_documents_are_never_trained_on(kind):
     s = kind(TEXTS)
-    trained = Counter(islice(s.train_texts(), 3 * len(TEXTS)))
+    trained = Counter(islice(s.train_documents(), 3 * len(TEXTS)))
     assert len(s.val_texts) == {source: 6, stream: 64}[kind]
     assert not set(trained) & set(s.val_texts)
     assert set(trained) | set(s.val_texts) == set(TEXTS)
@@ -254,7 +254,7 @@ def test_the_split_is_the_same_for_every_seed_and_the_order_is_not():
 
 def test_every_epoch_has_every_document_once_in_another_order():
     s = source(TEXTS)
-    found = [text for text, _ in zip(s.train_texts(), range(2 * 114))]
+    found = [text for text, _ in zip(s.train_documents(), range(2 * 114))]
     assert sorted(found[:114]) == sorted(found[114:])
     assert found[:114] != found[114:]
 
@@ -368,7 +368,7 @@ def test_packed_rows_lose_no_token(monkeypatch):
         r.more()
     packed = [*line(r.buffer), *r.rest]
     s, want = reference.sources[0], []
-    for text in islice(s.train_texts(), 115):
+    for text in islice(s.train_documents(), 115):
         want += reference.encode(text, random.Random(f"{s.seed} {s.epoch} {s.index}"))
     assert packed == want
     assert packed.count(ID[tok.EOS]) == 115
@@ -433,11 +433,11 @@ def test_rows_go_on_where_they_stopped(taken, monkeypatch):
 def test_stopped_after_the_last_document_of_an_epoch(kind):
     s = kind(TEXTS)
     n = len(TEXTS) - len(s.val_texts)
-    list(islice(s.train_texts(), n))
+    list(islice(s.train_documents(), n))
     assert (s.epoch, s.index) == (0, n)
     fresh = kind(TEXTS)
     fresh.index = n
-    assert next(fresh.train_texts()) == next(islice(kind(TEXTS).train_texts(), n, None))
+    assert next(fresh.train_documents()) == next(islice(kind(TEXTS).train_documents(), n, None))
     assert (fresh.epoch, fresh.index) == (1, 1)
 
 

@@ -282,6 +282,8 @@ def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
 
 def passages(data):
     """A dataset's documents in pieces of `PASSAGE` characters."""
+    if not hasattr(data, "map"):
+        raise UserError("dsv3 ablate fim cuts texts into passages: give it text, not shards")
 
     def cut(batch):
         texts = [text or "" for text in batch["text"]]

@@ -96,6 +96,13 @@ def align(argv: list[str]) -> None:
     align(tyro.cli(Align, prog="dsv3 align", args=argv))
 
 
+def data(argv: list[str]) -> None:
+    """dsv3 data: text into shards, and their check."""
+    from dsv3_ref.run.prepare import main
+
+    main(argv)
+
+
 def evaluate(argv: list[str]) -> None:
     """dsv3 eval: how good is a model?"""
     import tyro
@@ -124,9 +131,9 @@ def plan(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": train, "sft": sft, "reward": reward, "rl": rl, "align": align, "eval": evaluate,
-    "generate": generate, "chat": chat, "bench": bench, "ablate": ablate, "preflight": preflight,
-    "plan": plan,
+    "train": train, "data": data, "sft": sft, "reward": reward, "rl": rl, "align": align,
+    "eval": evaluate, "generate": generate, "chat": chat, "bench": bench, "ablate": ablate,
+    "preflight": preflight, "plan": plan,
 }  # fmt: skip
 
 

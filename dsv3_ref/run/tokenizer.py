@@ -3,11 +3,14 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_ref.config import UserError
-from dsv3_ref.sft import Marks
+
+if TYPE_CHECKING:
+    from dsv3_ref.sft import Marks
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
@@ -73,8 +76,10 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return as_text(t)
 
 
-def marks_of(t: Tokenizer) -> Marks:
+def marks_of(t: Tokenizer) -> "Marks":
     """The special tokens of conversations."""
+    from dsv3_ref.sft import Marks  # and with it torch, which the processes of `dsv3 data` spare
+
     found = {s: t.token_to_id(s) for s in (BOS, EOS, PAD, USER, ASSISTANT)}
     if lacking := [s for s, i in found.items() if i is None]:
         raise UserError(f"the tokenizer lacks {' and '.join(lacking)}")

@@ -25,6 +25,7 @@ from dsv3_ref.run.data import (
     Rows,
     first_texts,
     open_sources,
+    shards_tokenizer,
     tokenizer_for,
     val_windows,
 )
@@ -96,12 +97,16 @@ class Trainer:
         return self.args.init is not None and not checkpoint.steps(self.folder)
 
     def find_tokenizer(self):
-        """--tokenizer, that of --init, or one trained on this data; it must fit the embedding."""
+        """--tokenizer, that of --init, of shards, or one trained on this data; it must fit."""
         room = self.args.model.vocab_size
         given = self.args.tokenizer or (
             self.args.init and checkpoint.tokenizer_folder(self.args.init)
         )
-        t = read_tokenizer(given) if given else tokenizer_for(self.sources, room, tqdm.write)
+        own = shards_tokenizer(self.sources)
+        t = read_tokenizer(given) if given else own
+        t = t or tokenizer_for(self.sources, room, tqdm.write)
+        if own and t.to_str() != own.to_str():
+            raise UserError(f"the shards were made with another tokenizer than that of {given}")
         if size(t) > room:
             raise UserError(
                 f"the tokenizer has {size(t)} tokens, the model only {room}: "
@@ -146,7 +151,7 @@ class Trainer:
             with self.arithmetic(), ops.keeping(True) if self.args.recompute else nullcontext():
                 s = self.compute(batch, r, lr, gamma, weight, self.guard.limit)
         except torch.OutOfMemoryError:
-            rows = self.args.micro_batch or len(batch or [0, 0])
+            rows = self.args.micro_batch or (2 if batch is None else len(batch))
             hint = f"--micro-batch {max(1, rows // 2)} computes fewer rows at a time"
             raise UserError(f"{self.device} is out of memory: {hint}") from None
         self.step += 1
