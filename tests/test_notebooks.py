@@ -286,7 +286,7 @@ def test_a_planted_fault_is_found(small, old, new, complaint):
     [
         ("return double(my_one())", "return 3", "check_two rejects the answer's my_two"),
         ("return fn() == 2", "return True", "check_two accepts the empty my_two"),
-        ("return fn() == 2", "return fn() >= 2", "check_two accepts my_two spoiled"),
+        ("return fn() == 2", "return fn() != 3", "check_two accepts my_two spoiled"),
     ],
 )
 def test_a_wrong_exercise_is_found(small, old, new, complaint):
