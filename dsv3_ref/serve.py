@@ -26,7 +26,7 @@ from dsv3_ref.rope import rope_table, softmax_scale
 
 
 def page_keys(tokens: Sequence[int], size: int, before: Sequence[bytes] = ()) -> list[bytes]:
-    """Names of all full pages, key_i = SHA-256(key_{i−1}, tokens of page i); `before`: the first."""
+    """Names of full pages, key_i = SHA-256(key_{i−1}, tokens of page i); `before`: the first."""
     keys = list(before)
     for i in range(len(keys), len(tokens) // size):
         page = array("q", tokens[i * size : (i + 1) * size]).tobytes()

@@ -48,10 +48,15 @@ def filled(lengths: list[int], places: int, continuous: bool) -> list[int]:
 dice = random.Random(0)
 lengths = [1 + int(dice.expovariate(1 / 60)) for _ in range(48)]
 fig, ax = figure(1, 1, 8, 2.4)
-for name, continuous, colour in (("one batch after another", False, ORANGE), ("continuous", True, BLUE)):
+for name, continuous, colour in (
+    ("one batch after another", False, ORANGE),
+    ("continuous", True, BLUE),
+):
     busy = filled(lengths, 8, continuous)
     share = sum(busy) / (8 * len(busy))
-    ax.step(range(len(busy)), busy, color=colour, label=f"{name}: {len(busy)} steps, {share:.0%} full")
+    ax.step(
+        range(len(busy)), busy, color=colour, label=f"{name}: {len(busy)} steps, {share:.0%} full"
+    )
 ax.set(xlabel="step", ylabel="places that work", ylim=(0, 11), title="48 answers, 8 places")
 ax.legend(loc="upper right", ncols=2, fontsize=8)
 show(fig)
@@ -113,7 +118,7 @@ from dsv3_ref.rope import rope_table, softmax_scale
 # %%
 #| export
 def page_keys(tokens: Sequence[int], size: int, before: Sequence[bytes] = ()) -> list[bytes]:
-    """Names of all full pages, key_i = SHA-256(key_{i−1}, tokens of page i); `before`: the first."""
+    """Names of full pages, key_i = SHA-256(key_{i−1}, tokens of page i); `before`: the first."""
     keys = list(before)
     for i in range(len(keys), len(tokens) // size):
         page = array("q", tokens[i * size : (i + 1) * size]).tobytes()
@@ -695,7 +700,9 @@ class Halves(Drafts):
         if row.top >= 0:
             logp_sw = logit_sw[: len(new)].float().log_softmax(-1)
             best = logp_sw.topk(max(1, row.top), -1)
-            pairs = (list(zip(*x))[: row.top] for x in zip(best.indices.tolist(), best.values.tolist()))
+            pairs = (
+                list(zip(*x))[: row.top] for x in zip(best.indices.tolist(), best.values.tolist())
+            )
             row.logp += list(zip(logp_sw[range(len(new)), new].tolist(), pairs))
 
     def pack(self, row: Row, logit_w) -> Parcel:
@@ -821,7 +828,10 @@ common = torch.randint(256, (24,)).tolist()
 for depth in (0, 1, 2):
     engine = Engine(model, n_pages=24, size=4, rows=6, chunk=16, depth=depth)
     more = lambda n: torch.randint(256, (n,)).tolist()
-    rows = [Row((common if i % 2 else []) + more(n), 20) for i, n in enumerate((1, 9, 60, 2, 30, 17, 5, 40))]
+    rows = [
+        Row((common if i % 2 else []) + more(n), 20)
+        for i, n in enumerate((1, 9, 60, 2, 30, 17, 5, 40))
+    ]
     for row in run(engine, rows, apart=2):
         assert len(row.new) == 20 and regret(row) < 1e-4
     assert engine.pages.used == 0 and engine.count["put back"] > 0 and engine.count["hit"] > 0
@@ -841,28 +851,37 @@ assert (goes.ended, stays.ended) == ("cancelled", "length") and regret(stays) < 
 # %% [markdown]
 # And the handover: a second engine, which only reads, packs what it read; the first writes as if it had read it itself.
 
+
 # %%
-for depth in (0, 2):
+def handed_over(depth: int) -> tuple[list[Row], int]:
+    """Three prompts that begin alike, read by one engine and answered by another; bytes sent."""
     writer, reader = (Engine(model, n_pages=64, size=4, chunk=16, depth=depth) for _ in range(2))
-    reader.parcels, here = [], {}
+    reader.parcels, there, sent = [], {}, 0
 
     def send(row: Row) -> bool:
-        there = Row(list(row.tokens), 1, have=row.n)
-        here[there] = row
-        reader.submit(there)
+        copy = Row(list(row.tokens), 1, have=row.n)
+        there[copy] = row
+        reader.submit(copy)
         return True
 
-    writer.send, rows, bytes_sent = send, [Row(common + more(9), 12) for _ in range(3)], 0
-    writer.submit(rows[0])
-    while not all(row.ended for row in rows):
-        writer.step()
-        reader.step()
-        for there, parcel in reader.parcels:
-            writer.arrived.append((here[there], parcel))
-            bytes_sent += parcel.kv_lsx.nbytes
-        if reader.parcels and len(here) < 3:
-            writer.submit(rows[len(here)])
-        reader.parcels.clear()
-    assert all(regret(row) < 1e-4 for row in rows) and writer.count["read"] == 0
-    print(f"{depth} drafts: prompts of {[r.prompt for r in rows]} tokens, {[r.hits for r in rows]} known, "
-          f"{bytes_sent / 1e3:.0f} kB travelled")  # fmt: skip
+    writer.send, rows = send, [Row(common + more(9), 12) for _ in range(3)]
+    for row in rows:
+        writer.submit(row)
+        while row.n == 0 or row.away:
+            writer.step()
+            reader.step()
+            for copy, parcel in reader.parcels:
+                writer.arrived.append((there[copy], parcel))
+                sent += parcel.kv_lsx.nbytes
+            reader.parcels.clear()
+    run(writer, [])
+    assert writer.count["read"] == 0 and all(regret(row) < 1e-4 for row in rows)
+    return rows, sent
+
+
+for depth in (0, 2):
+    rows, sent = handed_over(depth)
+    known = [row.hits for row in rows]
+    print(
+        f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {sent / 1e3:.0f} kB travelled"
+    )
