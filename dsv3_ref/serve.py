@@ -88,7 +88,7 @@ class Pages:
 
     def name(self, page: int, key: bytes) -> None:
         """This page is full; if another of the same name is known, that one stays known."""
-        if key not in self.page:
+        if key not in self.page and page not in self.key:
             self.page[key], self.key[page] = page, key
 
     def forget(self) -> None:
