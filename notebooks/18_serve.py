@@ -885,3 +885,308 @@ for depth in (0, 2):
     print(
         f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {sent / 1e3:.0f} kB travelled"
     )
+
+# %% [markdown]
+# `dsv3 serve` puts a clock, sockets and processes around this: [`dsv3_ref/run/serve.py`](../dsv3_ref/run/serve.py). One thread steps; requests come in and tokens go out between two
+# steps. A client that hangs up is a row that is `gone`. Text becomes tokens by chapter 14's `chat`, where no text can spell a special
+# token. With `--prefill-workers 1` the parcels above travel through a pipe to a second process.
+#
+# ## Experiment: what does a full batch buy?
+# A step reads every weight that any of its rows needs. One row needs 4 experts of 16, sixteen rows almost all of them; from there on another row costs arithmetic only. We let 1 to 32 rows write, and
+# look at tokens a second and at the time of one step, which is what each caller feels.
+
+# %%
+import os
+import time
+
+SHORT = bool(os.environ.get("DSV3_SHORT"))
+wide = replace(TINY, max_seq_len=2048, original_seq_len=2048)
+model = Transformer(wide).eval()
+
+
+def times(engine: Engine, steps: int) -> list[float]:
+    """Seconds of each of the next steps."""
+    out = []
+    for _ in range(steps):
+        clock = time.perf_counter()
+        engine.step()
+        out.append(time.perf_counter() - clock)
+    return out
+
+
+more = lambda n: torch.randint(wide.vocab_size, (n,)).tolist()
+batches, step_ms = [1, 2, 4, 8, 16, 32], []
+for b in batches:
+    engine = Engine(model, n_pages=512)
+    engine.submit(*(Row(more(16), 200) for _ in range(b)))
+    while len(engine.running) < b or not all(map(engine.ready, engine.running)):
+        engine.step()
+    step_ms.append(1e3 * sorted(times(engine, 6 if SHORT else 20))[3 if SHORT else 10])
+fig, (left, right) = figure(1, 2, 8.6, 2.9)
+left.loglog(batches, [1e3 * b / ms for b, ms in zip(batches, step_ms)], "o-", base=2, color=BLUE)
+left.set(xlabel="rows", ylabel="tokens a second, all rows", title="What the server gives")
+right.semilogx(batches, step_ms, "o-", base=2, color=ORANGE)
+right.set(xlabel="rows", ylabel="ms a step", ylim=(0, None), title="What each caller waits for a token")
+for ax in (left, right):
+    ax.set_xticks(batches, batches)
+show(fig)
+print(", ".join(f"{b} rows {1e3 * b / ms:.0f} tokens/s" for b, ms in zip(batches, step_ms)))
+
+# %% [markdown]
+# ## Experiment: a long prompt among short answers
+# Eight rows write when a prompt of 1,500 tokens comes. Read whole, it stops all of them for one very long step. In pieces of 64 tokens everybody writes a little more slowly for a
+# while. The price is paid by the newcomer: each piece looks back at all before it in the latent, and waits for the eight, so its own first token comes later.
+
+# %%
+arrivals = {}
+for chunk in (2048, 64):
+    engine, long = Engine(model, n_pages=256, chunk=chunk), Row(more(1500), 4)
+    engine.submit(*(Row(more(8), 120) for _ in range(8)))
+    before = times(engine, 12)
+    engine.submit(long)
+    during = []
+    while not long.new:
+        during += times(engine, 1)
+    arrivals[chunk] = before, during, times(engine, 8)
+fig, ax = figure(1, 1, 8, 2.9)
+for (chunk, parts), colour in zip(arrivals.items(), (ORANGE, BLUE)):
+    all_ms = [1e3 * x for part in parts for x in part]
+    at = torch.tensor(all_ms).cumsum(0)
+    wait = sum(parts[1])
+    ax.step(at, all_ms, color=colour, label=f"{'whole' if chunk > 1500 else f'pieces of {chunk}'}: first token after {wait:.2f} s")
+ax.set(yscale="log", xlabel="ms", ylabel="ms between two tokens", title="Eight who write while 1,500 tokens are read")
+ax.legend(fontsize=8)
+show(fig)
+worst = {chunk: max(during) for chunk, (_, during, _) in arrivals.items()}
+print({chunk: f"longest wait {1e3 * x:.0f} ms" for chunk, x in worst.items()})
+assert len(arrivals[2048][1]) == 1 and len(arrivals[64][1]) == 24
+
+# %% [markdown]
+# ## Experiment: the same beginning
+# Most talks with a server begin with the same system text. Here 24 requests with a common beginning of 0 to 192 tokens and 20 of their own come one after another. Counted is what had to be read.
+
+# %%
+shared, counts = [0, 48, 96, 144, 192], []
+for n in shared:
+    engine, begin = Engine(model, n_pages=128), more(n)
+    run(engine, [Row(begin + more(20), 4) for _ in range(6 if SHORT else 24)], apart=2)
+    counts.append((engine.count["read"], engine.count["hit"]))
+fig, ax = figure(1, 1, 7, 2.6)
+reads, hits = zip(*counts)
+ax.bar(shared, reads, width=24, color=BLUE, label="read")
+ax.bar(shared, hits, width=24, bottom=reads, color=GREEN, label="found in the cache")
+ax.set(xlabel="tokens that all prompts begin with", ylabel="tokens of prompts", xticks=shared, title="24 requests")
+ax.legend()
+show(fig)
+assert hits[0] == 0 and hits[-1] > 0.7 * (hits[-1] + reads[-1])
+
+# %% [markdown]
+# Pages of 16 tokens are shared whole or not at all, and whoever arrives while the first is still being read finds what is ready so far.
+#
+# ## Experiment: sixty-four clients
+# The model of [chapter 07](07_pretrain.ipynb) behind `dsv3 serve`, and 1 to 64 clients that each stream an answer over HTTP, on two cores that others use too: `python -m dsv3_ref.run.load_test`.
+
+# %%
+from dsv3_ref.viz.ablation import stored
+
+FOUND = stored("serve")
+fig, (left, right) = figure(1, 2, 8.6, 2.9)
+for (name, kind), colour in zip(FOUND["servers"].items(), (BLUE, ORANGE, GREEN)):
+    clients = [r["clients"] for r in kind]
+    left.loglog(clients, [r["tokens_s"] for r in kind], "o-", base=2, color=colour, label=name)
+    right.loglog(clients, [1e3 * r["first"][1] for r in kind], "o-", base=2, color=colour)
+left.set(xlabel="clients", ylabel="tokens a second", title="All clients together")
+right.set(xlabel="clients", ylabel="ms, median", title="Time to the first token")
+for ax in (left, right):
+    ax.set_xticks(clients, clients)
+left.legend(fontsize=7)
+show(fig)
+for name, kind in FOUND["servers"].items():
+    for r in kind:
+        print(f"{name:22} {r['clients']:2} clients: {r['tokens_s']:5.0f} tokens/s, first token "
+              f"{1e3 * r['first'][1]:4.0f} ms, {1e3 * r['each'][1]:.0f} ms a token, "
+              f"{r['lost']} lost")  # fmt: skip
+assert all(r["lost"] == 0 for kind in FOUND["servers"].values() for r in kind)
+
+# %% [markdown]
+# ## Play: who has which page?
+# Ten rows in a pool of 40 pages, step by step. A colour is a row; a page of several rows is dark; grey ones are idle but still known. Watch the common beginning being shared, the last rows
+# wait, and grey pages be taken when nothing else is free.
+
+
+# %%
+def history(rows_at_once: int = 4, alike: int = 24) -> list[list]:
+    """Which rows use each page, after every step."""
+    tiny = Transformer(replace(wide, n_layers=1, n_mtp_layers=0, dim=32)).eval()
+    engine = Engine(tiny, n_pages=40, size=4, rows=rows_at_once, chunk=16)
+    begin, dice, out = more(alike), random.Random(1), []
+    rows = [Row(begin + more(dice.randint(2, 12)), dice.randint(5, 40)) for _ in range(10)]
+    engine.submit(*rows)
+    while engine.running or engine.waiting:
+        engine.step()
+        users = [[i for i, r in enumerate(rows) if p in r.pages] for p in range(40)]
+        out.append([u or (["idle"] if p in engine.pages.idle else []) for p, u in enumerate(users)])
+    return out
+
+
+HISTORIES = {}
+
+
+def pages_at(step: int = 30, rows_at_once: int = 4, alike: int = 24):
+    key = rows_at_once, alike
+    found = HISTORIES[key] = HISTORIES.get(key) or history(*key)
+    now = found[min(step, len(found) - 1)]
+    fig, ax = figure(1, 1, 8, 1.9)
+    for p, users in enumerate(now):
+        colour = "white" if not users else "#D1D5DB" if users == ["idle"] else COLOURS[users[0] % len(COLOURS)]
+        colour = "#1F2937" if len(users) > 1 else colour
+        ax.barh(p // 20, 0.92, left=p % 20, height=0.85, color=colour, edgecolor=GREY, lw=0.6)
+        text = str(len(users)) + "×" if len(users) > 1 else str(users[0]) if users and users != ["idle"] else ""
+        ax.text(p % 20 + 0.46, p // 20, text, ha="center", va="center", fontsize=8, color="white")
+    used = sum(bool(u) and u != ["idle"] for u in now)
+    ax.set(xticks=[], yticks=[], xlim=(-0.2, 20.1), ylim=(1.6, -0.6))
+    ax.set_title(f"after step {min(step, len(found) - 1) + 1} of {len(found)}: {used} of 40 pages in use")
+    show(fig)
+
+
+pages_at()
+
+# %%
+play(pages_at, step=(0, 80, 1), rows_at_once=(1, 10, 1), alike=(0, 40, 8))
+
+# %% [markdown]
+# ## Exercises
+# **1 · Compute.** Rows hold these numbers of tokens. With pages of $y$ positions, how many pages are in use, and which share of their
+# positions is empty? (Small pages waste less and need longer tables.)
+
+
+# %%
+from dsv3_ref.viz import checker
+
+
+@checker
+def check_waste(fn):
+    """Every row rounds up to whole pages on its own."""
+    for lengths, size in (([1, 16, 17], 16), ([5, 9, 2, 33], 4), ([100], 1)):
+        used = sum(-(-n // size) for n in lengths)
+        pages, empty = fn(lengths, size)
+        assert pages == used and abs(empty - (1 - sum(lengths) / (used * size))) < 1e-9
+
+
+@checker
+def check_hits(fn):
+    """At least one token must be left to read: without it there is no logit to go on from."""
+    for prompts in ([[1] * 9, [1] * 9, [1] * 8], [[*range(20)], [*range(13), 99], [99, *range(19)]]):
+        engine = Engine(model, n_pages=64, size=4)
+        for p in prompts:
+            run(engine, [Row(list(p), 1)])
+        assert fn(prompts, 4) == engine.count["hit"]
+
+
+@checker
+def check_forgery(fn):
+    """The second pages must hold the same tokens. What about the first?"""
+    a, b = fn(4)
+    weak = lambda text: [tuple(text[i : i + 4]) for i in range(0, len(text) - 3, 4)]
+    assert weak(a)[1] == weak(b)[1] and page_keys(a, 4)[1] != page_keys(b, 4)[1]
+    at = [model.features(torch.tensor([text[:8]]))[0][0, 4:] for text in (a, b)]
+    assert not torch.allclose(*at, atol=1e-3)  # yet they are not the same to the model
+
+
+def my_waste(lengths: list[int], size: int) -> tuple[int, float]:
+    return ...
+
+
+check_waste(my_waste)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_waste(lengths, size):
+#     pages = sum(-(-n // size) for n in lengths)
+#     return pages, 1 - sum(lengths) / (pages * size)
+# ```
+# </details>
+#
+# **2 · Predict.** Prompts come one after another, each when the one before has ended with a single new token. How many tokens are found, in all?
+
+
+# %%
+def my_hits(prompts: list[list[int]], size: int) -> int:
+    return ...
+
+
+check_hits(my_hits)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_hits(prompts, size):
+#     known, found = set(), 0
+#     for p in prompts:
+#         for end in range(size, len(p), size):
+#             if tuple(p[:end]) not in known:
+#                 break
+#             found += size
+#         known |= {tuple(p[:end]) for end in range(size, len(p) + 1, size)}
+#     return found
+# ```
+# </details>
+#
+# **3 · Break.** Somebody saves a hash and names a page by its own tokens only, without $\text{key}_{i-1}$. Give two prompts (lists of token
+# numbers, at least two pages of `size`) for which this server would answer one from the other's latents.
+
+
+# %%
+def my_forgery(size: int) -> tuple[list[int], list[int]]:
+    return ...
+
+
+check_forgery(my_forgery)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_forgery(size):
+#     return [1] * size + [7] * size, [2] * size + [7] * size
+# ```
+#
+# "The key opens the *left* door" and "the *right* door": equal from the second page on, and one is answered with the other's door.
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# At 671B the parts are the same and the numbers are these.
+
+# %%
+from dsv3_ref.config import V3, count
+
+token = count(V3).cache_bytes
+decode_gpus, memory = 320, 80e9
+weights = 256 * 3 * V3.dim * V3.moe_inter_dim * (V3.n_layers - V3.n_dense_layers) / 256
+print(f"latents of a token {token / 1e3:.0f} kB; a prompt of 4,096: {4096 * token / 1e6:.0f} MB to hand over, "
+      f"{4096 * token / 50e9 * 1e3:.0f} ms at 50 GB/s")  # fmt: skip
+print(f"one expert a GPU and layer, FP8: {weights / 1e9:.1f} GB; attention, embeddings and the rest beside it")
+print(f"a page of 64 tokens {64 * token / 1e6:.1f} MB; 40 GB of cache hold {40e9 / (64 * token):,.0f} pages, "
+      f"{40e9 / token / 1e3:.0f}k tokens")  # fmt: skip
+
+# %% [markdown]
+# *Prefill* is limited by arithmetic: whole chunks, expanded attention, tensor parallelism within a node. *Decoding* is limited by memory: the absorbed form
+# over pages ([kernel](../kernels/decode.py)), experts one a GPU, tokens travel by all-to-all (chapter 11). The latents go over InfiniBand, layer by layer while the next is computed; ours wait for the whole prompt. Redundant experts
+# are a new placement between two steps, the seam `between_steps`.
+#
+# This server is made to be read, and served small models on a CPU only. For V3 itself export to Hugging Face's layout and let vLLM or SGLang serve it:
+#
+# ```
+# .venv/bin/python -c "from dsv3_ref import load, save_hf; save_hf(load('runs/v3'), 'export')"
+# vllm serve export --tensor-parallel-size 8 --enable-expert-parallel \
+#   --speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'
+# python -m sglang.launch_server --model-path export --tp 8 \
+#   --speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
+# ```
+#
+# Eight H200 hold it in FP8. Both have the ideas of this chapter under the same names: paged attention, prefix caching (SGLang: RadixAttention), chunked prefill, prefill and decode
+# apart. The official client talks to either as it does to ours.
