@@ -570,12 +570,13 @@ class Engine(Ledger, Halves):
             fn, forget, future = self.between.popleft()
             try:
                 result = fn(self.paged.model)
-                self.paged.lay_out()
-                if forget:
-                    self.pages.forget()
-                future.set_result(result)
             except Exception as e:
                 future.set_exception(e)
+            else:
+                future.set_result(result)
+            self.paged.lay_out()  # also after half of a change
+            if forget:
+                self.pages.forget()
 
     def step(self) -> list[tuple[Row, list[int]]]:
         """One step; rows with their new tokens, none for rows that were cancelled."""

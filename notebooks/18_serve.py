@@ -25,10 +25,11 @@
 # %%
 import random
 
+import matplotlib.pyplot as plt
 import torch
 
 from dsv3_ref.config import TINY
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
 
@@ -770,12 +771,13 @@ class Engine(Ledger, Halves):
             fn, forget, future = self.between.popleft()
             try:
                 result = fn(self.paged.model)
-                self.paged.lay_out()
-                if forget:
-                    self.pages.forget()
-                future.set_result(result)
             except Exception as e:
                 future.set_exception(e)
+            else:
+                future.set_result(result)
+            self.paged.lay_out()  # also after half of a change
+            if forget:
+                self.pages.forget()
 
     def step(self) -> list[tuple[Row, list[int]]]:
         """One step; rows with their new tokens, none for rows that were cancelled."""
@@ -997,6 +999,7 @@ assert hits[0] == 0 and hits[-1] > 0.7 * (hits[-1] + reads[-1])
 
 # %% [markdown]
 # Pages of 16 tokens are shared whole or not at all, and whoever arrives while the first is still being read finds what is ready so far.
+# One thing leaks all the same: a prompt that is answered faster than it should be tells that *somebody* has sent its beginning before. Services for strangers keep their prefixes apart.
 #
 # ## Experiment: sixty-four clients
 # The model of [chapter 07](07_pretrain.ipynb) behind `dsv3 serve`, and 1 to 64 clients that each stream an answer over HTTP, on two cores that others use too: `python -m dsv3_ref.run.load_test`.
@@ -1051,31 +1054,30 @@ def history(rows_at_once: int = 4, alike: int = 24) -> list[list]:
 
 
 HISTORIES = {}
+TEN = plt.get_cmap("tab10").colors
+IDLE = ["idle"]
+
+
+def look(users: list) -> tuple:
+    """Colour and text of a page."""
+    if users in ([], IDLE):
+        return ("#E5E7EB" if users else "white"), ""
+    return ("#1F2937", f"{len(users)}×") if len(users) > 1 else (TEN[users[0]], users[0])
 
 
 def pages_at(step: int = 30, rows_at_once: int = 4, alike: int = 24):
     key = rows_at_once, alike
     found = HISTORIES[key] = HISTORIES.get(key) or history(*key)
-    now = found[min(step, len(found) - 1)]
+    step = min(step, len(found) - 1)
     fig, ax = figure(1, 1, 8, 1.9)
-    for p, users in enumerate(now):
-        colour = "white" if not users else "#D1D5DB" if users == ["idle"] else COLOURS[users[0] % 6]
-        colour = "#1F2937" if len(users) > 1 else colour
+    for p, users in enumerate(found[step]):
+        colour, text = look(users)
         ax.barh(p // 20, 0.92, left=p % 20, height=0.85, color=colour, edgecolor=GREY, lw=0.6)
-        text = (
-            str(len(users)) + "×"
-            if len(users) > 1
-            else str(users[0])
-            if users and users != ["idle"]
-            else ""
-        )
         ax.text(p % 20 + 0.46, p // 20, text, ha="center", va="center", fontsize=8, color="white")
-    used = sum(bool(u) and u != ["idle"] for u in now)
+    used = sum(users not in ([], IDLE) for users in found[step])
     ax.set(xticks=[], yticks=[], xlim=(-0.2, 20.1), ylim=(1.6, -0.6))
     ax.spines[:].set_visible(False)
-    ax.set_title(
-        f"after step {min(step, len(found) - 1) + 1} of {len(found)}: {used} of 40 pages in use"
-    )
+    ax.set_title(f"after step {step + 1} of {len(found)}: {used} of 40 pages in use")
     show(fig)
 
 

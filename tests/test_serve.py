@@ -27,7 +27,8 @@ from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.run import cli, serve
 from dsv3_ref.run.checkpoint import save
-from dsv3_ref.run.serve import Histogram, Serve, Service, from_bytes, to_bytes
+from dsv3_ref.run.prefill import from_bytes, to_bytes
+from dsv3_ref.run.serve import Histogram, Serve, Service
 from dsv3_ref.run.tokenizer import ASSISTANT, BOS, EOS, SPECIAL, USER, save_tokenizer
 from dsv3_ref.run.tokenizer import train_tokenizer as train
 from dsv3_ref.run.web import listen

@@ -11,8 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,24 +22,18 @@ from dsv3_ref.decode import Choice
 from dsv3_ref.run.asking import Policy
 from dsv3_ref.run.checkpoint import load, tokenizer_folder
 from dsv3_ref.run.generate import Text
+from dsv3_ref.run.prefill import Reader, hand_out
+from dsv3_ref.run.protocol import (
+    Ask, Refused, choice_of, complaint, flag, form, is_tokens, known, likeliest, number, spoken, stops,
+)  # fmt: skip
 from dsv3_ref.run.tokenizer import read_tokenizer
 from dsv3_ref.run.train import pick_device
 from dsv3_ref.run.web import listen, loopback
-from dsv3_ref.serve import Engine, Full, Parcel, Row
+from dsv3_ref.serve import Engine, Full, Row
 
 MISSING = "dsv3 serve needs FastAPI and uvicorn: pip install -e '.[serve]'"
 BODY = 4 << 20  # bytes of a request, at most
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-CONTROLS = {
-    "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-    "seed", "n", "stop", "stream", "stream_options", "logprobs", "top_logprobs",
-}  # fmt: skip
-NOTHING = {  # what may be sent because it asks for nothing; other values are refused by name
-    "echo": [False], "best_of": [1], "suffix": ["", None], "frequency_penalty": [0, None],
-    "presence_penalty": [0, None], "logit_bias": [{}, None], "tools": [[], None],
-    "tool_choice": ["none", "auto", None], "response_format": [{"type": "text"}, None],
-}  # fmt: skip
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +152,7 @@ class Desk(threading.Thread):
         self.wake.set()
 
     def between_steps(self, fn, forget: bool = False):
-        """Run fn(model) when no step is running; a future of its result."""
+        """Run fn(model) when no step is running, in this process; a future of its result."""
         future = self.engine.between_steps(fn, forget)
         self.wake.set()
         return future
@@ -214,212 +207,6 @@ def spread(told) -> None:
     """Each to its own sink; on the event loop."""
     for call, *rest in told:
         call.sink.put_nowait((call, *rest))
-
-
-# ── Processes that read ──
-
-
-def to_bytes(job: int, parcel: Parcel) -> bytes:
-    """A parcel as a line of JSON and raw numbers."""
-    tensors = [parcel.kv_lsx, parcel.h_sd, parcel.logit_w]
-    raw = [x.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes() for x in tensors]
-    kinds = [[str(x.dtype)[6:], list(x.shape), len(r)] for x, r in zip(tensors, raw)]
-    head = {"job": job, "start": parcel.start, "mtp": parcel.mtp, "tensors": kinds}
-    return json.dumps(head).encode() + b"\n" + b"".join(raw)
-
-
-def from_bytes(data: bytes, device) -> tuple[int, Parcel]:
-    """What `to_bytes` made, on a device."""
-    line, _, raw = data.partition(b"\n")
-    head, tensors, at = json.loads(line), [], 0
-    for kind, shape, size in head["tensors"]:
-        dtype, part = getattr(torch, kind), bytearray(raw[at : at + size])
-        flat = torch.frombuffer(part, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-        tensors.append(flat.view(shape).to(device))
-        at += size
-    return head["job"], Parcel(head["start"], tensors[0], head["mtp"], *tensors[1:])
-
-
-def read_prompts(pipe, args: Serve, threads: int) -> None:
-    """The life of a prefill process: prompts in, latents out, until the pipe closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the decode process says when it is over
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    model = load(args.model).to(pick_device(args.device)).eval()
-    engine, jobs = engine_of(model, replace(args, max_queue=1 << 30)), {}
-    engine.parcels = []
-    pipe.send_bytes(b"ready")
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            while pipe.poll(0 if engine.running or engine.waiting else None):
-                told = json.loads(pipe.recv_bytes())
-                if "tokens" in told:
-                    jobs[told["job"]] = row = Row(told["tokens"], 1, have=told["have"])
-                    engine.submit(row)
-                elif told["job"] in jobs:
-                    jobs[told["job"]].gone = True
-            engine.step()
-            names = {row: job for job, row in jobs.items()}
-            for row, parcel in engine.parcels:
-                pipe.send_bytes(to_bytes(names[row], parcel))
-            engine.parcels.clear()
-            jobs = {job: row for job, row in jobs.items() if not row.ended}
-
-
-class Reader:
-    """A prefill process, seen from the one that decodes."""
-
-    def __init__(self, args: Serve, desk: Desk, threads: int):
-        spawn = get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.desk, self.rows, self.jobs, self.alive = desk, {}, 0, True
-        work = theirs, args, threads
-        self.process = spawn.Process(target=read_prompts, args=work, daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ready(self) -> None:
-        """Wait until its model is loaded, then listen."""
-        try:
-            self.pipe.recv_bytes()
-        except EOFError:
-            raise UserError("a prefill process did not start; what it said is above") from None
-        threading.Thread(target=self.listen, daemon=True).start()
-
-    def send(self, row: Row) -> None:
-        self.jobs += 1
-        self.rows[self.jobs] = row
-        self.tell({"job": self.jobs, "tokens": row.tokens, "have": row.n})
-
-    def forget(self, row: Row) -> None:
-        """A row has ended; if it is still being read, no longer."""
-        for job in [job for job, r in list(self.rows.items()) if r is row]:
-            self.rows.pop(job, None)
-            self.tell({"job": job})
-
-    def tell(self, message: dict) -> None:
-        with suppress(OSError):  # it has died, which `listen` will see
-            self.pipe.send_bytes(json.dumps(message).encode())
-
-    def listen(self) -> None:
-        """Parcels to the engine; if the process dies, its prompts are read here."""
-        with suppress(EOFError, OSError):
-            while True:
-                job, parcel = from_bytes(
-                    self.pipe.recv_bytes(), self.desk.engine.paged.kv[0].device
-                )
-                if row := self.rows.pop(job, None):
-                    self.desk.engine.arrived.append((row, parcel))
-                    self.desk.wake.set()
-        self.alive = False
-        if self.rows and not self.desk.stopped:
-            print("a prefill process died; its prompts are read here", file=sys.stderr)
-        for row in list(self.rows.values()):
-            row.away = False
-        self.rows.clear()
-        self.desk.wake.set()
-
-    def stop(self) -> None:
-        self.alive = False
-        self.process.kill()
-        self.process.join()
-
-
-def hand_out(readers: list[Reader], row: Row) -> bool:
-    """Give a prompt to the process that has the fewest; False if none lives."""
-    alive = [r for r in readers if r.alive]
-    if alive:
-        min(alive, key=lambda r: len(r.rows)).send(row)
-    return bool(alive)
-
-
-# ── What a request asks for ──
-
-
-class Refused(Exception):
-    """A status and a sentence."""
-
-    def __init__(self, status: int, sentence: str):
-        super().__init__(sentence)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request, checked."""
-
-    prompts: list[list[int]]
-    chat: bool
-    n: int
-    max_new: int | None
-    temperature: float
-    top_p: float
-    seed: int
-    stop: tuple[str, ...]
-    stream: bool
-    usage: bool  # of a stream, at its end
-    top: int  # log-probabilities: of so many likeliest tokens too; −1: none
-
-
-def number(body: dict, name: str, default, low, high, kind=int):
-    """A number of the body within its bounds."""
-    x = body.get(name)
-    if x is None:
-        return default
-    good = isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high
-    if not good or (kind is int and x != int(x)):
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} must be {what} from {low} to {high}, not {json.dumps(x)[:40]}")
-    return kind(x)
-
-
-def flag(body: dict, name: str) -> bool:
-    x = body.get(name) or False
-    if not isinstance(x, bool):
-        raise UserError(f"{name} must be true or false")
-    return x
-
-
-def stops(body: dict) -> tuple[str, ...]:
-    """Up to four texts that end an answer."""
-    x = body.get("stop") or []
-    x = [x] if isinstance(x, str) else x
-    if not isinstance(x, list) or len(x) > 4 or not all(isinstance(s, str) and s for s in x):
-        raise UserError("stop must be a text that is not empty, or up to four of them")
-    return tuple(x)
-
-
-def known(body: dict) -> None:
-    """Refuse what would be silently different from what was asked."""
-    for name, value in body.items():
-        if name in NOTHING and value not in NOTHING[name]:
-            raise UserError(f"this server cannot do {name}")
-        if name not in CONTROLS and name not in NOTHING and name not in IGNORED:
-            raise UserError(f"this server knows no {json.dumps(name)[:60]}")
-
-
-def likeliest(body: dict, chat: bool) -> int:
-    """How many likeliest tokens' log-probabilities are asked for beside the chosen one's."""
-    if not chat:
-        return number(body, "logprobs", -1, 0, 5)
-    top = number(body, "top_logprobs", 0, 0, 20)
-    return top if flag(body, "logprobs") else -1
-
-
-def spoken(messages) -> list[dict]:
-    """Messages whose contents may be lists of texts, as some clients send them."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError("messages must be a list of turns")
-    out = []
-    for turn in messages:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if isinstance(content, list):
-            texts = [p.get("text") if isinstance(p, dict) else None for p in content]
-            if not all(isinstance(t, str) for t in texts):
-                raise UserError("a message's content may be text only")
-            turn = turn | {"content": "".join(texts)}
-        out.append(turn)
-    return out
 
 
 # ── The service ──
@@ -589,43 +376,7 @@ class Service:
         return "\n".join(lines) + "\n"
 
 
-def is_tokens(x: list) -> bool:
-    return all(type(t) is int for t in x)
-
-
 # ── HTTP ──
-
-
-def form(service: Service, ask: Ask, name: str) -> dict:
-    """What all objects of an answer have in common."""
-    kind = "chat.completion" if ask.chat else "text_completion"
-    kind += ".chunk" if ask.chat and ask.stream else ""
-    return {"id": name, "object": kind, "created": int(time.time()), "model": service.name}
-
-
-def logprobs(ask: Ask, noted: list[dict]) -> dict | None:
-    """Log-probabilities in the form of either endpoint."""
-    if ask.top < 0:
-        return None
-    if ask.chat:
-        return {"content": noted}
-    best = [{x["token"]: x["logprob"] for x in t["top_logprobs"]} for t in noted]
-    ends = [0]
-    for t in noted:
-        ends.append(ends[-1] + len(t["token"]))
-    return {
-        "tokens": [t["token"] for t in noted], "token_logprobs": [t["logprob"] for t in noted],
-        "top_logprobs": best if ask.top else None, "text_offset": ends[:-1],
-    }  # fmt: skip
-
-
-def choice_of(ask: Ask, index: int, text: str, noted: list[dict], ended: str | None) -> dict:
-    """An answer, whole or a piece of it."""
-    out = {"index": index, "logprobs": logprobs(ask, noted), "finish_reason": ended or None}
-    if not ask.chat:
-        return out | {"text": text}
-    said = {"content": text} if ask.stream else {"role": "assistant", "content": text}
-    return out | {"delta" if ask.stream else "message": said}
 
 
 async def whole(service: Service, ask: Ask, calls: list[Call], head: dict) -> dict:
@@ -657,12 +408,6 @@ async def events(service: Service, ask: Ask, calls: list[Call], head: dict):
     if ask.usage:
         yield line(head | {"choices": [], "usage": service.usage(ask, calls)})
     yield "data: [DONE]\n\n"
-
-
-def complaint(sentence: str, status: int) -> dict:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    kind = "rate_limit_error" if status == 429 else kind
-    return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
 
 
 async def body_of(request) -> dict:
@@ -729,7 +474,8 @@ class Endpoints:
         service = self.service
         ask = service.ask(await body_of(request), chat)
         calls = service.calls(ask)
-        head = form(service, ask, f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}")
+        name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        head = form(ask, name, service.name)
         if ask.stream:
             stream = events(service, ask, calls, head)
             kind = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
