@@ -1029,8 +1029,8 @@ for name, kind in FOUND["servers"].items():
 assert all(r["lost"] == 0 for kind in FOUND["servers"].values() for r in kind)
 
 # %% [markdown]
-# Nothing is lost. From 1 to 16 clients the server writes four times as much, and then its two cores are full: more clients wait longer, that is all. A draft pays only where many rows share a step, against the one-row result of chapter 08: with
-# 64 rows nearly every expert is read anyway, and the second token comes cheap. *Prefill apart* gains **nothing** here: both processes share two cores with each other, with 64 clients and with whatever else ran (the load in the file). What it is for shows
+# Nothing is lost. From 1 to 16 clients the server writes four times as much, and then its two cores are full: more clients wait longer, that is all. In this run a draft pays only where many rows share a step: with
+# 64 rows nearly every expert is read anyway, and the second token comes cheap. At 4 and 16 it costs more than it saves, as in chapter 08. *Prefill apart* gains **nothing** here: both processes share two cores with each other, with 64 clients and with whatever else ran (the load in the file). What it is for shows
 # where each has its own GPUs.
 #
 # ## Play: who has which page?
@@ -1212,15 +1212,18 @@ print(f"a page of 64 tokens {64 * token / 1e6:.1f} MB; 40 GB of cache hold {40e9
 # over pages ([kernel](../kernels/decode.py)), experts one a GPU, tokens travel by all-to-all (chapter 11). The latents go over InfiniBand, layer by layer while the next is computed; ours wait for the whole prompt. Redundant experts
 # are a new placement between two steps, the seam `between_steps`.
 #
-# This server is made to be read, and served small models on a CPU only. For V3 itself export to Hugging Face's layout and let vLLM or SGLang serve it:
+# This server is made to be read, and has served small models on a CPU only. For V3 itself export to Hugging Face's layout and let vLLM or SGLang serve it (their options as documented; **not run here**):
 #
 # ```
-# .venv/bin/python -c "from dsv3_ref import load, save_hf; save_hf(load('runs/v3'), 'export')"
-# vllm serve export --tensor-parallel-size 8 --enable-expert-parallel \
+# .venv/bin/python -c "import torch; from dsv3_ref import load, save_hf
+# save_hf(load('runs/v3', dtype=torch.bfloat16), 'export')"    # 1.3 TB
+# cp runs/v3/tokenizer.json export/
+# vllm serve export --tensor-parallel-size 8 --enable-expert-parallel --quantization fp8 \
 #   --speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'
-# python -m sglang.launch_server --model-path export --tp 8 \
-#   --speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
+# python -m sglang.launch_server --model-path export --tp 8 --quantization fp8 \
+#   --speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 \
+#   --speculative-num-draft-tokens 2
 # ```
 #
-# Eight H200 hold it in FP8. Both have the ideas of this chapter under the same names: paged attention, prefix caching (SGLang: RadixAttention), chunked prefill, prefill and decode
+# Eight H200 (141 GB each) hold it in FP8. Talks need a chat template beside the tokenizer (`--chat-template`), with the marks of chapter 14. Both servers have the ideas of this chapter under the same names: paged attention, prefix caching (SGLang: RadixAttention), chunked prefill, prefill and decode
 # apart. The official client talks to either as it does to ours.

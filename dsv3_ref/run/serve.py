@@ -24,7 +24,8 @@ from dsv3_ref.run.checkpoint import load, tokenizer_folder
 from dsv3_ref.run.generate import Text
 from dsv3_ref.run.prefill import Reader, hand_out
 from dsv3_ref.run.protocol import (
-    Ask, Refused, choice_of, complaint, flag, form, is_tokens, known, likeliest, number, spoken, stops,
+    Ask, Refused, choice_of, complaint, flag, form, is_tokens, known, likeliest, number, spoken,
+    stops,
 )  # fmt: skip
 from dsv3_ref.run.tokenizer import read_tokenizer
 from dsv3_ref.run.train import pick_device
