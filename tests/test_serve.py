@@ -25,7 +25,7 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.decode import Choice, stream
 from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.run import cli, serve
+from dsv3_ref.run import cli, load_test, serve
 from dsv3_ref.run.checkpoint import save
 from dsv3_ref.run.prefill import from_bytes, to_bytes
 from dsv3_ref.run.serve import Histogram, Serve, Service
@@ -751,6 +751,18 @@ def test_prefill_and_decoding_in_two_processes_and_an_end_that_waits(folder, her
             assert [x for x in lines if x][-1] == "data: [DONE]"
         assert process.wait(20) == 0
         assert "tokens written" in process.stderr.read()
+
+
+@pytest.mark.full
+def test_the_load_test_asks_every_server(folder, tmp_path):
+    args = load_test.LoadTest(folder, tmp_path, clients=(1, 3), new=5, words=2, rounds=2)
+    load_test.main(args, "the command")
+    found = json.loads((tmp_path / "serve.json").read_text())
+    assert found["command"] == "the command" and set(found["servers"]) == set(load_test.SERVERS)
+    for rows in found["servers"].values():
+        assert [row["clients"] for row in rows] == [1, 3]
+        assert all(r["lost"] == 0 and 3 <= r["tokens"] <= 15 for r in rows)
+        assert all(len(r["rounds_tokens_s"]) == 2 for r in rows)
 
 
 def test_the_commands_mistakes(folder, capsys):
