@@ -128,7 +128,7 @@ def test_no_such_command(argv, capsys):
     assert main(argv) == 2
     assert capsys.readouterr().out.startswith(
         "usage: dsv3 {train,data,sft,reward,rl,align,eval,"
-        "generate,chat,bench,ablate,preflight,plan}"
+        "generate,chat,serve,bench,ablate,preflight,plan}"
     )
 
 

@@ -71,6 +71,15 @@ def chat(argv: list[str]) -> None:
     chat(tyro.cli(Chat, prog="dsv3 chat", args=argv))
 
 
+def serve(argv: list[str]) -> None:
+    """dsv3 serve: an OpenAI-compatible endpoint."""
+    import tyro
+
+    from dsv3_ref.run.serve import Serve, serve
+
+    serve(tyro.cli(Serve, prog="dsv3 serve", args=argv))
+
+
 def bench(argv: list[str]) -> None:
     """dsv3 bench: speed and memory beside transformers."""
     import tyro
@@ -132,7 +141,8 @@ def plan(argv: list[str]) -> None:
 
 COMMANDS = {
     "train": train, "data": data, "sft": sft, "reward": reward, "rl": rl, "align": align,
-    "eval": evaluate, "generate": generate, "chat": chat, "bench": bench, "ablate": ablate,
+    "eval": evaluate, "generate": generate, "chat": chat, "serve": serve, "bench": bench,
+    "ablate": ablate,
     "preflight": preflight, "plan": plan,
 }  # fmt: skip
 
