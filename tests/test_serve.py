@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 from dsv3_ref import ops
 from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.decode import Choice, stream
+from dsv3_ref.eplb import Loads, rebalance_experts
 from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.moe import expert_load
+from dsv3_ref.parallel.redundant import plain, redundant
 from dsv3_ref.run import cli, load_test, serve
 from dsv3_ref.run.checkpoint import save
 from dsv3_ref.run.prefill import from_bytes, to_bytes
@@ -294,6 +297,39 @@ def test_experts_move_between_two_steps_and_no_request_is_dropped(model, depth):
     failed = e.between_steps(lambda model: 1 / 0)
     run(e, [row := Row([1, 2], 3)])
     assert isinstance(failed.exception(0), ZeroDivisionError) and len(row.new) == 3
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model, depth):
+    """As the report deploys them: placed anew between two steps, by what was just served."""
+    layers, loads, used = list(moe_layers(model).values()), Loads(8), []
+    now = [torch.zeros(moe.config.n_routed_experts) for moe in layers]
+
+    def count(i):
+        def hook(gate, x, r):
+            now[i] += expert_load(r.expert_bsk, len(now[i]))
+
+        return hook
+
+    def renew(model) -> int:
+        loads.add(torch.stack(now) + 1)
+        [x.zero_() for x in now]
+        placed = rebalance_experts(loads.total(), len(now[0]) + 4, 1, 1, 4)[0]
+        used.extend(moe.routed.expert_a for moe in layers if "routed" in vars(moe))
+        return sum(redundant(moe, places) for moe, places in zip(layers, placed))
+
+    hooks = [moe.gate.register_forward_hook(count(i)) for i, moe in enumerate(layers)]
+    e, rows = engine(model, depth=depth), [Row([i + 1] * 19, 10) for i in range(6)]
+    e.submit(*rows)
+    futures = []
+    while e.running or e.waiting:
+        futures.append(e.between_steps(renew))
+        e.step()
+    [hook.remove() for hook in hooks]
+    assert futures[0].result(0) == sum(len(x) + 4 for x in now) and len(futures) > 5
+    assert len({tuple(x.tolist()) for x in used}) > 1  # placements that differ
+    assert all(len(row.new) == 10 and regret(model, row) < 1e-4 for row in rows)
+    [plain(moe) for moe in layers]
 
 
 def test_new_weights_forget_what_old_ones_read(model):
