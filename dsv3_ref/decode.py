@@ -145,7 +145,7 @@ PIECE, KEYS = 1024, 512  # tokens of a prompt read at once, and keys of the cach
 
 
 def by_blocks(q_bshx, blocks: Iterable, t: int, scale: float):
-    """Causal attention of the last s of t positions over (k_byhx, v_byhv) a block at a time: o/z."""
+    """Causal attention of the last s of t positions, over (k_byhx, v_byhv) by blocks: o/z."""
     q_bhsx, seen, s = (scale * q_bshx).transpose(1, 2), 0, q_bshx.shape[1]
     at_s1 = torch.arange(t - s, t, device=q_bshx.device)[:, None]
     top = o = total = torch.tensor(-torch.inf, device=q_bshx.device)
