@@ -331,3 +331,327 @@ def allocated(make) -> int:
         held = make()  # kept until the count ends
     del held
     return sum(e.self_cpu_memory_usage for e in p.key_averages())
+
+
+for name, make, want in (
+    ("MLA", lambda: LayerCache(TINY, 1, 4096), kept(TINY)),
+    ("MHA", lambda: torch.zeros(1, 4096, kept(TINY, TINY.n_heads)), kept(TINY, TINY.n_heads)),
+):
+    got = allocated(make)
+    print(f"{name}: {got / 4096 / 4:.0f} numbers a token allocated, {want} by the formula")
+    assert got == 4 * 4096 * want
+assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
+
+TOKENS = 131_072
+kinds = {"MLA": None, "GQA, 8 heads": 8, "MHA, 128 heads": 128}
+fig, ax = figure(width=8, height=2.2)
+for i, (name, heads) in enumerate(reversed(kinds.items())):
+    size = cache_bytes(V3, TOKENS, heads) / 1e9
+    ax.barh(name, size, color=GREEN if heads is None else COLOURS[i], height=0.6)
+    ax.text(size * 1.08, i, f"{size:,.1f} GB", va="center")
+ax.axvline(80, color=GREY, ls="--", lw=1)
+ax.text(80, 2.55, "an H800: 80 GB", color=GREY, ha="center", fontsize=9)
+ax.set(xscale="log", xlim=(3, 2500), xlabel="cache of one text of 131,072 tokens at V3's shape (GB)")
+show(fig)
+
+# %% [markdown]
+# ## A prompt in pieces
+# Reading is the other half of the memory. Attention over a whole prompt of $t$ tokens holds up to
+# $h\,t^2/2$ probabilities; read in pieces of $p$ tokens that meet the cache in blocks of $k$ keys
+# ([chapter 08](08_generate.ipynb)), it holds $h\,p\,k$. Same hidden states; here is what the allocator
+# says.
+
+
+# %%
+def peak(piece: int, length: int = 1536) -> tuple[int, torch.Tensor]:
+    """The most that reading a prompt takes from the allocator at once, and its last hidden state."""
+    d, held, most = reader(model, 1, length), 0, 0
+    d.piece, d.token_bt[:] = piece, torch.arange(length) % 64
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        h_bsd = d.features([0], length)
+    moves = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for e in sorted(moves, key=lambda e: e.start_ns()):
+        held += e.nbytes()
+        most = max(most, held)
+    return most, h_bsd[0, -1]
+
+
+model = under(model, extended(small))
+pieces, whole = [64, 128, 256, 512, 1024, 1536], peak(1536)
+peaks = {size: peak(size) for size in pieces}
+assert all(torch.allclose(h_d, whole[1], atol=1e-4) for _, h_d in peaks.values())
+fig, ax = figure(width=7, height=2.6)
+ax.plot(pieces, [peaks[x][0] / 2**20 for x in pieces], "o-", color=BLUE)
+ax.set(xscale="log", xlabel="tokens read at once, of a prompt of 1,536", ylabel="peak MiB", ylim=0)
+ax.set_xticks(pieces, pieces)
+ax.minorticks_off()
+ax.set_title("The same hidden states from a fraction of the memory")
+show(fig)
+
+# %% [markdown]
+# ## Experiment: 256, 2,048, 8,192
+# `dsv3 train --config tiny` gives a model that has read a million tokens in rows of 256. One command
+# does all that follows, ten minutes of one core:
+#
+# ```
+# python -m dsv3_ref.run.long_study --init runs/tiny --out notebooks/results
+# ```
+#
+# 1. *Before.* The model learns to copy a key within 256 tokens: 100 steps on rows with needles.
+# 2. `dsv3 extend --phase 32k --needles 0.5`: rows of 2,048, in half of them a needle.
+# 3. `dsv3 extend --phase 128k --needles 0.5`: rows of 8,192.
+#
+# Both phases read the same number of tokens a step, as the report's do; they take 16 steps instead
+# of 1,000, and a rate of $10^{-3}$ where the tiny recipe ends at $1.3\cdot10^{-4}$, for 16 steps of
+# that would move nothing. Each cell below is the probability of the right digit (chance: 0.1), in
+# the mean of eight texts at 256 and 512, of one at 4,096 and 8,192; all text is held out.
+
+# %%
+HEAT = FOUND["needles"]
+names = {
+    "before": "before: trained at 256",
+    "before, YaRN": "the same weights, stretched",
+    "after 2,048": "after phase 1 (2,048)",
+    "after 8,192": "after phase 2 (8,192)",
+}
+fig, axes = figure(1, 4, width=11, height=2.9, sharey=True)
+for ax, (key, title) in zip(axes, names.items()):
+    image = ax.imshow(HEAT[key], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="lower")
+    for (y, x), p in np.ndenumerate(np.array(HEAT[key])):
+        ax.text(x, y, f"{p:.1f}", ha="center", va="center", fontsize=7)
+    ax.set_xticks(range(len(FOUND["lengths"])), FOUND["lengths"], rotation=45, fontsize=8)
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("tokens")
+axes[0].set_yticks(range(len(FOUND["depths"])), [f"{d:.0%}" for d in FOUND["depths"]])
+axes[0].set_ylabel("depth of the needle")
+fig.colorbar(image, ax=axes, label="p(right digit)", shrink=0.9)
+show(fig)
+for key in names:
+    by_length = np.array(HEAT[key]).mean(0)
+    print(f"{key:14}", "  ".join(f"{n:,}: {p:.2f}" for n, p in zip(FOUND["lengths"], by_length)))
+
+# %% [markdown]
+# NEEDLE_TEXT
+
+# %%
+edges, looks = FOUND["edges"], {
+    "plain": (GREY, "--"), "interpolated": (PINK, ":"), "YaRN, untrained": (ORANGE, "-."),
+    "after 2,048": ("#56B4E9", "-"), "after 8,192": (BLUE, "-"),
+}  # fmt: skip
+fig, ax = figure(width=8.5, height=3.2)
+for name, (colour, line) in looks.items():
+    ax.plot(edges[1:], FOUND["loss"][name], line, color=colour, label=name)
+for n in (256, 2048, 8192):
+    ax.axvline(n, color=GREY, lw=0.7, ls=":")
+ax.set(xscale="log", xlabel="position (tokens)", ylabel="bits a byte")
+ax.set_xticks([16, 64, 256, 1024, 2048, 8192], ["16", "64", "256", "1,024", "2,048", "8,192"])
+ax.minorticks_off()
+ax.set_title("Held-out speeches: what the same and the further trained weights make of far places")
+ax.legend(ncol=2, fontsize=9)
+show(fig)
+
+# %% [markdown]
+# LOSS_TEXT
+
+# %% [markdown]
+# ### What it costs
+# The same model (without its MTP module), one thread. Decoding behind a cache *filled* with random
+# latents, for a prompt of 128K would take long to read; a prompt is read to 32K, in pieces.
+# Processor time, the best of twelve steps.
+
+# %%
+decode = {int(n): ms for n, ms in FOUND["decode_ms"].items()}
+prefill = {int(n): s for n, s in FOUND["prefill_s"].items()}
+
+
+def fitted(points: dict[int, float], powers) -> np.ndarray:
+    """Coefficients of Σ a_p·n^p, least squares of relative errors."""
+    n, y = np.array(list(points)), np.array(list(points.values()))
+    return np.linalg.lstsq(np.stack([n**p / y for p in powers], 1), np.ones(len(n)), rcond=None)[0]
+
+
+line, square = fitted(decode, (0.0, 1.0)), fitted(prefill, (1.0, 2.0))
+ns = np.geomspace(1024, TOKENS, 60)
+reach = square @ [TOKENS, TOKENS**2]
+slope = np.polyfit(np.log(list(prefill))[-3:], np.log(list(prefill.values()))[-3:], 1)[0]
+fig, (left, right) = figure(1, 2, width=9, height=3)
+left.plot(list(decode), list(decode.values()), "o", color=BLUE)
+left.plot(ns, line[0] + line[1] * ns, color=BLUE, lw=1)
+left.set(xscale="log", xlabel="tokens in the cache", ylabel="ms a token", ylim=0)
+left.set_title(f"decoding: {line[0]:.1f} ms + {1000 * line[1]:.3f} ms a thousand", fontsize=10)
+right.plot(list(prefill), list(prefill.values()), "o", color=ORANGE)
+right.plot(ns, square @ np.stack([ns, ns**2]), color=ORANGE, lw=1, ls="--")
+right.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="s to read it")
+right.set_title(f"prefill: exponent {slope:.2f} at the end; 128K: {reach / 60:.0f} min", fontsize=10)
+show(fig)
+print("ms a token:", ", ".join(f"{n // 1024}K {ms:.1f}" for n, ms in decode.items()))
+print("s to read: ", ", ".join(f"{n // 1024}K {s:.1f}" for n, s in prefill.items()))
+
+# %% [markdown]
+# COST_TEXT
+
+# %% [markdown]
+# ## Play
+# How long a text fits into how much memory? Bytes a token are a straight line; whose slope you choose.
+
+
+# %%
+def room(memory_gb: int = 40, layers: int = 61, kv_heads: int = 8, latent: int = 512, bits: int = 16):
+    """Tokens that fit into some memory, by MLA, GQA and MHA of V3's head sizes."""
+    c = replace(V3, n_layers=layers, kv_lora_rank=latent)
+    fits = {
+        f"MLA, latent {latent}": kept(c),
+        f"GQA, {kv_heads} heads": kept(c, kv_heads),
+        "MHA, 128 heads": kept(c, 128),
+    }
+    fig, ax = figure(width=8, height=2.3)
+    for i, (name, numbers) in enumerate(fits.items()):
+        tokens = memory_gb * 1e9 / (layers * numbers * bits / 8)
+        ax.barh(name, tokens, color=COLOURS[i], height=0.6)
+        ax.text(tokens * 1.08, i, f"{tokens:,.0f}", va="center")
+    ax.axvline(TOKENS, color=GREY, ls="--", lw=1)
+    ax.set(xscale="log", xlim=(1e3, 3e7), xlabel="tokens (dashed: 128K)")
+    ax.set_title(f"{memory_gb} GB of cache, {layers} layers, {bits} bits a number")
+    show(fig)
+
+
+room()
+play(
+    room,
+    memory_gb=(5, 640, 5),
+    layers=(8, 96, 1),
+    kv_heads=[8, 1, 4, 16, 32],
+    latent=(128, 1024, 64),
+    bits=[16, 8],
+)
+
+# %% [markdown]
+# ## Exercises
+# **1 · Compute.** How many key-value heads may GQA have so that its cache is no larger than MLA's?
+
+
+# %%
+@checker
+def check_heads(fn):
+    """one token and layer is enough to compare; a head keeps its key, i + r wide, and its value"""
+    wide = replace(V3, kv_lora_rank=2048)
+    for c in (V3, wide, TINY, replace(V3, v_head_dim=64)):
+        n = fn(c)
+        assert n * kept(c, 1) <= kept(c) < (n + 1) * kept(c, 1)
+
+
+def my_heads(c: Config) -> int:
+    return ...
+
+
+check_heads(my_heads)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_heads(c):
+#     head = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+#     return (c.kv_lora_rank + c.qk_rope_head_dim) // head
+# ```
+#
+# One, at V3's shape: 576 numbers against 320 a head. Each of the 128 query heads still gets keys of its
+# own out of the latent.
+# </details>
+#
+# **2 · Extend.** Two machines have each attended to half of a long cache. Each knows for its half
+# the output `o` (b, v) of its softmax, and `lse` (b,), the log of the sum of the exponentiated
+# scores. Merge them.
+
+
+# %%
+@checker
+def check_merged(fn):
+    """how much of the whole sum lies in each half? and scores may be in the thousands"""
+    for scale in (1.0, 2000.0):
+        x_bt, v_btv = scale * torch.rand(3, 12), torch.randn(3, 12, 5)
+        halves = [(slice(0, 4)), (slice(4, 12))]
+        o = [(x_bt[:, h].softmax(-1)[:, None] @ v_btv[:, h])[:, 0] for h in halves]
+        lse = [x_bt[:, h].logsumexp(-1) for h in halves]
+        want = (x_bt.softmax(-1)[:, None] @ v_btv)[:, 0]
+        got = fn(o[0], lse[0], o[1], lse[1])
+        assert torch.allclose(got, want, atol=1e-4), got
+
+
+def my_merged(o1_bv, lse1_b, o2_bv, lse2_b):
+    return ...
+
+
+check_merged(my_merged)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_merged(o1_bv, lse1_b, o2_bv, lse2_b):
+#     share_b1 = torch.sigmoid(lse1_b - lse2_b)[:, None]
+#     return share_b1 * o1_bv + (1 - share_b1) * o2_bv
+# ```
+#
+# A softmax of two numbers is a sigmoid of their difference. With this rule a cache may be cut over
+# many GPUs, or over the blocks of one.
+# </details>
+#
+# **3 · Predict.** `seconds` holds what prompts took, tokens → s, and time is $a\,n + b\,n^2$ exactly.
+# From two of them, foretell a third length.
+
+
+# %%
+@checker
+def check_foretold(fn):
+    """divide each time by its length: what is left is a straight line"""
+    for a, b in ((1e-3, 1e-8), (0.0, 2e-9), (5e-4, 0.0)):
+        took = {n: a * n + b * n * n for n in (2048, 8192)}
+        for n in (4096, 131_072):
+            assert math.isclose(fn(took, n), a * n + b * n * n, rel_tol=1e-9)
+
+
+def my_foretold(seconds: dict[int, float], n: int) -> float:
+    return ...
+
+
+check_foretold(my_foretold)
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# ```python
+# def my_foretold(seconds, n):
+#     (n1, t1), (n2, t2) = seconds.items()
+#     b = (t2 / n2 - t1 / n1) / (n2 - n1)
+#     return n * (t1 / n1 + b * (n - n1))
+# ```
+#
+# A straight line on double logarithmic paper, drawn through two short prompts, would promise far too little.
+# </details>
+
+# %% [markdown]
+# ## Scale-up
+# At 671B: what a step of each phase computes, where the two halves of a token's bill meet, and what a
+# text of 128K weighs on a decoding GPU.
+
+# %%
+c, products = V3, 6 * count(V3).activated
+pair = c.n_layers * c.n_heads * 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+for length in (4096, 32_768, 131_072):
+    attention = 3 * pair * length / 2  # a query meets half of its row on average; forward, backward
+    print(f"{length:7,}: {products / 1e9:.0f} GFLOPs a token in matrices, "
+          f"{attention / 1e9:,.0f} in attention ({attention / (attention + products):.0%})")  # fmt: skip
+meet = products / (3 * pair / 2)
+print(f"they meet at rows of {meet:,.0f} tokens")
+ops = sum(r.steps * r.batch * r.seq_len * (products + 1.5 * pair * r.seq_len)
+          for r in longer.values())  # fmt: skip
+rate = 6 * count(V3).activated * 14.8e12 / (2.664e6 * 3600)
+print(f"both phases: {ops:.1e} operations, {ops / rate / 3600 / 1e3:.0f}K GPU hours at the rate of "
+      "pre-training; the report: 119K")  # fmt: skip
+per_gpu = cache_bytes(V3, TOKENS) / 1e9
+print(f"cache of one text of 128K: {per_gpu:.1f} GB; read for each token: "
+      f"{per_gpu / 3350 * 1e3:.1f} ms at 3.35 TB/s")  # fmt: skip
+
+# %% [markdown]
+# SCALE_TEXT
