@@ -41,7 +41,7 @@ def constant(lr: float, steps: int, batch: int) -> Recipe:
 
 RECIPES = {
     "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1e-3, 16, 4)},
-    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1e-3, 16, 1)},
+    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1e-3, 6, 1)},
 }
 
 

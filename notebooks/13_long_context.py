@@ -42,13 +42,12 @@ from dsv3_ref.optim import Recipe
 from dsv3_ref.rope import rope_table
 
 # %%
-import time
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch.profiler import ProfilerActivity, profile
-
-from dsv3_ref.config import TINY, V2_LITE, V3, count
+from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.mla import LayerCache
-from dsv3_ref.rope import softmax_scale, yarn_freqs
+from dsv3_ref.rope import softmax_scale
 from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, PINK, checker, figure, play, show
 from dsv3_ref.viz.ablation import stored
 
@@ -56,7 +55,19 @@ torch.manual_seed(0)
 FOUND = stored("long_context")
 
 # %% [markdown]
-# FIGURE_WHY
+# What happens beyond the length of training: our small model, trained at 256, on text it never saw.
+
+# %%
+edges, beyond = FOUND["edges"][1:], FOUND["loss"]["plain"]
+fig, ax = figure(width=7.5, height=2.6)
+ax.plot(edges, beyond, color=ORANGE)
+ax.axvline(256, color=GREY, ls=":", lw=1)
+ax.text(262, ax.get_ylim()[1], "trained to here", va="top", fontsize=9, color=GREY)
+ax.set(xscale="log", xlabel="position (tokens)", ylabel="bits a byte")
+ax.set_xticks([16, 64, 256, 1024, 8192], ["16", "64", "256", "1,024", "8,192"])
+ax.minorticks_off()
+ax.set_title("Every token helps to predict the next, until the positions are new")
+show(fig)
 
 # %% [markdown]
 # ## Paper
@@ -105,7 +116,7 @@ def constant(lr: float, steps: int, batch: int) -> Recipe:
 
 RECIPES = {
     "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1e-3, 16, 4)},
-    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1e-3, 16, 1)},
+    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1e-3, 6, 1)},
 }
 
 
@@ -325,19 +336,35 @@ def cache_bytes(c: Config, tokens: int, kv_heads: int | None = None, each: int =
 
 
 # %%
-def allocated(make) -> int:
-    """Bytes that a call takes from torch's allocator and keeps."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-        held = make()  # kept until the count ends
-    del held
-    return sum(e.self_cpu_memory_usage for e in p.key_averages())
+class Allocations(TorchDispatchMode):
+    """Follows what tensors hold while a block runs: bytes kept so far, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    @property
+    def held(self) -> int:
+        self.live = {key: x for key, x in self.live.items() if not x[0].expired()}
+        return sum(size for _, size in self.live.values())
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        out = fn(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, self.held)
+        return out
 
 
 for name, make, want in (
     ("MLA", lambda: LayerCache(TINY, 1, 4096), kept(TINY)),
     ("MHA", lambda: torch.zeros(1, 4096, kept(TINY, TINY.n_heads)), kept(TINY, TINY.n_heads)),
 ):
-    got = allocated(make)
+    with Allocations() as tally:
+        held = make()  # a cache is allocated once
+        got = tally.held
     print(f"{name}: {got / 4096 / 4:.0f} numbers a token allocated, {want} by the formula")
     assert got == 4 * 4096 * want
 assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
@@ -351,7 +378,9 @@ for i, (name, heads) in enumerate(reversed(kinds.items())):
     ax.text(size * 1.08, i, f"{size:,.1f} GB", va="center")
 ax.axvline(80, color=GREY, ls="--", lw=1)
 ax.text(80, 2.55, "an H800: 80 GB", color=GREY, ha="center", fontsize=9)
-ax.set(xscale="log", xlim=(3, 2500), xlabel="cache of one text of 131,072 tokens at V3's shape (GB)")
+ax.set(
+    xscale="log", xlim=(3, 2500), xlabel="cache of one text of 131,072 tokens at V3's shape (GB)"
+)
 show(fig)
 
 # %% [markdown]
@@ -364,16 +393,12 @@ show(fig)
 
 # %%
 def peak(piece: int, length: int = 1536) -> tuple[int, torch.Tensor]:
-    """The most that reading a prompt takes from the allocator at once, and its last hidden state."""
-    d, held, most = reader(model, 1, length), 0, 0
+    """The most that reading a prompt holds at once, without the cache; its last hidden state."""
+    d = reader(model, 1, length)
     d.piece, d.token_bt[:] = piece, torch.arange(length) % 64
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+    with torch.inference_mode(), Allocations() as tally:
         h_bsd = d.features([0], length)
-    moves = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for e in sorted(moves, key=lambda e: e.start_ns()):
-        held += e.nbytes()
-        most = max(most, held)
-    return most, h_bsd[0, -1]
+    return tally.peak, h_bsd[0, -1]
 
 
 model = under(model, extended(small))
@@ -482,7 +507,9 @@ left.set_title(f"decoding: {line[0]:.1f} ms + {1000 * line[1]:.3f} ms a thousand
 right.plot(list(prefill), list(prefill.values()), "o", color=ORANGE)
 right.plot(ns, square @ np.stack([ns, ns**2]), color=ORANGE, lw=1, ls="--")
 right.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="s to read it")
-right.set_title(f"prefill: exponent {slope:.2f} at the end; 128K: {reach / 60:.0f} min", fontsize=10)
+right.set_title(
+    f"prefill: exponent {slope:.2f} at the end; 128K: {reach / 60:.0f} min", fontsize=10
+)
 show(fig)
 print("ms a token:", ", ".join(f"{n // 1024}K {ms:.1f}" for n, ms in decode.items()))
 print("s to read: ", ", ".join(f"{n // 1024}K {s:.1f}" for n, s in prefill.items()))
@@ -496,7 +523,9 @@ print("s to read: ", ", ".join(f"{n // 1024}K {s:.1f}" for n, s in prefill.items
 
 
 # %%
-def room(memory_gb: int = 40, layers: int = 61, kv_heads: int = 8, latent: int = 512, bits: int = 16):
+def room(
+    memory_gb: int = 40, layers: int = 61, kv_heads: int = 8, latent: int = 512, bits: int = 16
+):
     """Tokens that fit into some memory, by MLA, GQA and MHA of V3's head sizes."""
     c = replace(V3, n_layers=layers, kv_lora_rank=latent)
     fits = {
