@@ -40,8 +40,8 @@ def constant(lr: float, steps: int, batch: int) -> Recipe:
 
 
 RECIPES = {
-    "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1e-3, 16, 4)},
-    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1e-3, 6, 1)},
+    "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1.3e-4, 16, 4)},
+    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1.3e-4, 6, 1)},
 }
 
 

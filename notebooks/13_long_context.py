@@ -54,19 +54,18 @@ from dsv3_ref.viz.ablation import stored
 torch.manual_seed(0)
 FOUND = stored("long_context")
 
-# %% [markdown]
-# What happens beyond the length of training: our small model, trained at 256, on text it never saw.
-
 # %%
-edges, beyond = FOUND["edges"][1:], FOUND["loss"]["plain"]
-fig, ax = figure(width=7.5, height=2.6)
-ax.plot(edges, beyond, color=ORANGE)
-ax.axvline(256, color=GREY, ls=":", lw=1)
-ax.text(262, ax.get_ylim()[1], "trained to here", va="top", fontsize=9, color=GREY)
-ax.set(xscale="log", xlabel="position (tokens)", ylabel="bits a byte")
-ax.set_xticks([16, 64, 256, 1024, 8192], ["16", "64", "256", "1,024", "8,192"])
-ax.minorticks_off()
-ax.set_title("Every token helps to predict the next, until the positions are new")
+TOKENS, PER_LAYER = 131_072, {"MLA": 512 + 64, "GQA, 8 heads": 8 * 320, "MHA, 128 heads": 128 * 320}
+fig, ax = figure(width=8, height=2.2)
+for i, (name, numbers) in enumerate(reversed(PER_LAYER.items())):
+    size = 61 * TOKENS * numbers * 2 / 1e9  # layers, tokens, bf16
+    ax.barh(name, size, color=GREEN if name == "MLA" else COLOURS[i], height=0.6)
+    ax.text(size * 1.08, i, f"{size:,.1f} GB", va="center")
+ax.axvline(80, color=GREY, ls="--", lw=1)
+ax.text(80, 2.55, "an H800: 80 GB", color=GREY, ha="center", fontsize=9)
+ax.set(
+    xscale="log", xlim=(3, 2500), xlabel="cache of one text of 131,072 tokens at V3's shape (GB)"
+)
 show(fig)
 
 # %% [markdown]
@@ -115,8 +114,8 @@ def constant(lr: float, steps: int, batch: int) -> Recipe:
 
 
 RECIPES = {
-    "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1e-3, 16, 4)},
-    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1e-3, 6, 1)},
+    "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1.3e-4, 16, 4)},
+    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1.3e-4, 6, 1)},
 }
 
 
@@ -369,19 +368,9 @@ for name, make, want in (
     assert got == 4 * 4096 * want
 assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
 
-TOKENS = 131_072
-kinds = {"MLA": None, "GQA, 8 heads": 8, "MHA, 128 heads": 128}
-fig, ax = figure(width=8, height=2.2)
-for i, (name, heads) in enumerate(reversed(kinds.items())):
-    size = cache_bytes(V3, TOKENS, heads) / 1e9
-    ax.barh(name, size, color=GREEN if heads is None else COLOURS[i], height=0.6)
-    ax.text(size * 1.08, i, f"{size:,.1f} GB", va="center")
-ax.axvline(80, color=GREY, ls="--", lw=1)
-ax.text(80, 2.55, "an H800: 80 GB", color=GREY, ha="center", fontsize=9)
-ax.set(
-    xscale="log", xlim=(3, 2500), xlabel="cache of one text of 131,072 tokens at V3's shape (GB)"
-)
-show(fig)
+for name, heads in {"MLA": None, "GQA, 8 heads": 8, "MHA, 128 heads": 128}.items():
+    assert kept(V3, heads) == PER_LAYER[name]
+    print(f"{name:15}{cache_bytes(V3, TOKENS, heads) / 1e9:7.1f} GB for {TOKENS:,} tokens of V3")
 
 # %% [markdown]
 # ## A prompt in pieces
@@ -459,21 +448,24 @@ for key in names:
 # NEEDLE_TEXT
 
 # %%
-edges, looks = FOUND["edges"], {
-    "plain": (GREY, "--"), "interpolated": (PINK, ":"), "YaRN, untrained": (ORANGE, "-."),
-    "after 2,048": ("#56B4E9", "-"), "after 8,192": (BLUE, "-"),
+edges, loss = np.array(FOUND["edges"]), {k: np.array(x) for k, x in FOUND["loss"].items()}
+looks = {
+    "interpolated": (PINK, ":"), "YaRN, untrained": (ORANGE, "-."),
+    "after 2,048": (GREEN, "--"), "after 8,192": (BLUE, "-"),
 }  # fmt: skip
-fig, ax = figure(width=8.5, height=3.2)
+octaves = {n: (edges[1:] > n / 2) & (edges[1:] <= n) for n in (64, 256, 1024, 2048, 4096, 8192)}
+fig, ax = figure(width=8.5, height=3)
 for name, (colour, line) in looks.items():
-    ax.plot(edges[1:], FOUND["loss"][name], line, color=colour, label=name)
-for n in (256, 2048, 8192):
-    ax.axvline(n, color=GREY, lw=0.7, ls=":")
-ax.set(xscale="log", xlabel="position (tokens)", ylabel="bits a byte")
-ax.set_xticks([16, 64, 256, 1024, 2048, 8192], ["16", "64", "256", "1,024", "2,048", "8,192"])
-ax.minorticks_off()
-ax.set_title("Held-out speeches: what the same and the further trained weights make of far places")
+    rise = [100 * (loss[name] / loss["plain"] - 1)[bins].mean() for bins in octaves.values()]
+    ax.plot(range(len(octaves)), rise, line, marker="o", ms=4, color=colour, label=name)
+ax.axhline(0, color=GREY, lw=1)
+ax.set_xticks(range(len(octaves)), [f"{n // 2:,}–{n:,}" for n in octaves])
+ax.set(xlabel="position (tokens)", ylabel="loss against plain (%)")
+ax.set_title("Held-out speeches: the weights of 256 read in two more ways, and the further trained")
 ax.legend(ncol=2, fontsize=9)
 show(fig)
+plain = ", ".join(f"{n:,}: {loss['plain'][bins].mean():.2f}" for n, bins in octaves.items())
+print(f"plain, bits a byte of the octave that ends at {plain}")
 
 # %% [markdown]
 # LOSS_TEXT
@@ -515,7 +507,10 @@ print("ms a token:", ", ".join(f"{n // 1024}K {ms:.1f}" for n, ms in decode.item
 print("s to read: ", ", ".join(f"{n // 1024}K {s:.1f}" for n, s in prefill.items()))
 
 # %% [markdown]
-# COST_TEXT
+# Decoding is a straight line: what does not look at the cache, plus a slope. The cache of 128K tokens
+# weighs 336 MB here, and is read once a token. A prompt costs $a\,n + b\,n^2$, so its exponent on
+# double logarithmic paper creeps from 1 towards 2; extrapolation by the *two* terms, not by the slope.
+# Reading 128K in pieces of 1,024 would also take the time it says, but never more memory than at 2K.
 
 # %% [markdown]
 # ## Play
@@ -683,4 +678,15 @@ print(f"cache of one text of 128K: {per_gpu:.1f} GB; read for each token: "
       f"{per_gpu / 3350 * 1e3:.1f} ms at 3.35 TB/s")  # fmt: skip
 
 # %% [markdown]
-# SCALE_TEXT
+# **Arithmetic** binds training at 128K, and four fifths of it are attention. The estimate of both
+# phases from the rate of pre-training is 84K GPU hours, the report's bill 119K: attention and
+# activations of such rows run less well than experts do (the difference is ours to guess). In
+# decoding the cache is what is read: 2.7 ms a token for *one* text, if one GPU held all layers; in V3's decoding
+# units many GPUs share the texts of a batch.
+#
+# Kernels: prefill is `packed_attention` (no probabilities in memory), decoding `paged_attention`
+# ([chapter 10](10_triton.ipynb)). Mesh: no axis cuts a row here, nor did the report say that one did; 131,072 tokens
+# of activations of one row must fit a pipeline stage, for which `--recompute` exists. On Slurm,
+# `slurm/long_context.sbatch --init …`, then `PHASE=128k`. No GPU has run either.
+#
+# Next: [14 · Fine-tuning](14_sft_distill.ipynb), which reads shorter things.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dsv3_ref import long_context
-from dsv3_ref.config import Config
+from dsv3_ref.config import Config, UserError
 from dsv3_ref.long_context import Needle, extended, needle, plant
 from dsv3_ref.optim import Recipe
 from dsv3_ref.run.data import Rows
@@ -39,8 +39,9 @@ class Extend(Train):
     def opening(cls, model: Config, config: str, argv: list[str]):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--phase")
-        asked = first.parse_known_args(argv)[0].phase
-        phase = asked if asked in long_context.RECIPES else "32k"  # tyro refuses another
+        phase = first.parse_known_args(argv)[0].phase or "32k"
+        if phase not in long_context.RECIPES:
+            raise UserError(f"--phase is 32k or 128k, not {phase}")
         recipe = long_context.recipe(phase, config, model.original_seq_len)
         return cls(model=extended(model), recipe=recipe, config=config, phase=phase)
 

@@ -37,7 +37,7 @@ from dsv3_ref.run.data import open_sources, val_windows
 from dsv3_ref.run.settings import commit, write_json
 from dsv3_ref.run.tokenizer import byte_lengths, read_tokenizer
 
-LENGTHS, DEPTHS = [256, 512, 1024, 2048, 4096, 8192], [0.0, 0.33, 0.67, 1.0]
+LENGTHS, DEPTHS = [256, 512, 1024, 2048, 4096, 8192], [0.0, 0.5, 1.0]
 DECODE, PREFILL = [1024 * 2**i for i in range(8)], [1024 * 2**i for i in range(6)]
 
 
