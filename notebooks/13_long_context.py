@@ -431,9 +431,10 @@ names = {
 }
 fig, axes = figure(1, 4, width=11, height=2.9, sharey=True)
 for ax, (key, title) in zip(axes, names.items()):
-    image = ax.imshow(HEAT[key], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="lower")
+    image = ax.imshow(HEAT[key], vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
     for (y, x), p in np.ndenumerate(np.array(HEAT[key])):
-        ax.text(x, y, f"{p:.1f}", ha="center", va="center", fontsize=7)
+        dark = "white" if p > 0.6 else "black"
+        ax.text(x, y, f"{p:.1f}", ha="center", va="center", fontsize=8, color=dark)
     ax.set_xticks(range(len(FOUND["lengths"])), FOUND["lengths"], rotation=45, fontsize=8)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("tokens")
@@ -508,7 +509,8 @@ slope = np.polyfit(np.log(list(prefill))[-3:], np.log(list(prefill.values()))[-3
 fig, (left, right) = figure(1, 2, width=9, height=3)
 left.plot(list(decode), list(decode.values()), "o", color=BLUE)
 left.plot(ns, line[0] + line[1] * ns, color=BLUE, lw=1)
-left.set(xscale="log", xlabel="tokens in the cache", ylabel="ms a token", ylim=0)
+left.set(xlabel="tokens in the cache", ylabel="ms a token", ylim=0, xlim=0)
+left.set_xticks([0, 32_768, 65_536, 98_304, 131_072], ["0", "32K", "64K", "96K", "128K"])
 left.set_title(f"decoding: {line[0]:.1f} ms + {1000 * line[1]:.3f} ms a thousand", fontsize=10)
 right.plot(list(prefill), list(prefill.values()), "o", color=ORANGE)
 right.plot(ns, square @ np.stack([ns, ns**2]), color=ORANGE, lw=1, ls="--")
