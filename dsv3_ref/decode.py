@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from dsv3_ref.mla import LayerCache, expanded
+from dsv3_ref.mla import LayerCache, expanded, join, keys_values
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
 from dsv3_ref.mtp import MTP
-from dsv3_ref.ops import RMSNorm, swiglu
+from dsv3_ref.ops import RMSNorm, swiglu, widened
 from dsv3_ref.rope import rope_table, softmax_scale
 
 # ── Choosing a token ──
@@ -139,6 +139,29 @@ def visit(x_nd, expert_nk, weight_nk, up_xo, down_xd):
     return rows(down_xd, (start_nk1 * f + counted(f)).view(n, k * f), a_nkf.view(n, k * f))
 
 
+# ── A long prompt in pieces ──
+
+PIECE, KEYS = 1024, 512  # tokens of a prompt read at once, and keys of the cache met at once
+
+
+def by_blocks(q_bshx, blocks: Iterable, t: int, scale: float):
+    """Causal attention of the last s of t positions, over (k_byhx, v_byhv) by blocks: o/z."""
+    q_bhsx, seen, s = (scale * q_bshx).transpose(1, 2), 0, q_bshx.shape[1]
+    at_s1 = torch.arange(t - s, t, device=q_bshx.device)[:, None]
+    top = o = total = torch.tensor(-torch.inf, device=q_bshx.device)
+    for k_byhx, v_byhv in blocks:
+        x_bhsy = widened(q_bhsx @ k_byhx.permute(0, 2, 3, 1))
+        at_y = torch.arange(seen, seen + k_byhx.shape[1], device=q_bshx.device)
+        if seen + len(at_y) > t - s + 1:
+            x_bhsy = x_bhsy.masked_fill_(at_s1 < at_y, -torch.inf)
+        new = torch.maximum(top, x_bhsy.amax(-1, keepdim=True))
+        p_bhsy, shrink = x_bhsy.sub_(new).exp_(), (top - new).exp()
+        part, sum_ = p_bhsy.to(v_byhv.dtype) @ v_byhv.transpose(1, 2), p_bhsy.sum(-1, keepdim=True)
+        o, total = (o * shrink + part, total * shrink + sum_) if seen else (part, sum_)
+        top, seen = new, seen + len(at_y)
+    return (o / total).to(q_bshx.dtype).transpose(1, 2)
+
+
 # ── A lean step ──
 
 
@@ -233,7 +256,7 @@ class Layer:
         return self.kv_btx[:, : at.end]
 
     def attention(self, x_bsd, at: Place):
-        """eq. 1–11: inside the latent, but for a whole prompt on expanded keys and values."""
+        """eq. 1–11: inside the latent, but for a prompt on expanded keys and values."""
         (q_bshi, q_bshr), kv_btx = self.queries(x_bsd, at), self.remember(x_bsd, at)
         c, scale, weight = (
             self.config.kv_lora_rank,
@@ -243,7 +266,12 @@ class Layer:
         if at.fresh:
             o_bshv = expanded(q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], weight, scale)
             return self.times("wo", o_bshv.flatten(2))
-        b, s, h, _ = q_bshi.shape
+        b, s, h, i = q_bshi.shape
+        if s > FEW and isinstance(at.index[1], slice):  # a piece of a prompt
+            parts = (kv.tensor_split([c], dim=-1) for kv in kv_btx.split(KEYS, dim=1))
+            blocks = (keys_values(*part, weight, h, i) for part in parts)
+            o_bshv = by_blocks(join(q_bshi, q_bshr), blocks, at.end, scale)
+            return self.times("wo", o_bshv.flatten(2))
         q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
         q_bsx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), dim=-1).flatten(1, 2)
         score_bst = (q_bsx @ kv_btx.mT).mul_(scale)  # s runs over positions and heads
@@ -311,6 +339,8 @@ def laid_out(model: Transformer) -> tuple[list[Tables | None], torch.Tensor]:
 class Decoder:
     """A model ready to write: layers with caches, the tokens of every row, their hidden states."""
 
+    piece: int = PIECE
+
     def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
         self.model, self.n_main, w = model, model.config.n_layers, model.embed.weight
         self.compiled, max_len = compiled, -(-max_len // GRAIN) * GRAIN if compiled else max_len
@@ -335,7 +365,14 @@ class Decoder:
         return h_bsd
 
     def run(self, layers: list[Layer], x, at: list[int], s: int):
-        """x of the next s tokens through layers, a few tokens behind others perhaps compiled."""
+        """x of the next s tokens through layers: many in pieces, a few perhaps compiled."""
+        if s > self.piece:
+            parts = [v.split(self.piece, dim=1) for v in (x if isinstance(x, tuple) else (x,))]
+            starts = range(0, s, self.piece)
+            pieces = (p if isinstance(x, tuple) else p[0] for p in zip(*parts))
+            each = [self.run(layers, p, [n + i for n in at], min(self.piece, s - i))
+                    for i, p in zip(starts, pieces)]  # fmt: skip
+            return torch.cat(each, dim=1)
         if not self.compiled or len(at) * s > FEW or max(at) == 0:
             return through(layers, x, place(at, s, self.turn_tx))
         start_b1 = torch.tensor(at, device=self.turn_tx.device)[:, None]

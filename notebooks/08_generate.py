@@ -35,11 +35,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from dsv3_ref.mla import LayerCache, expanded
+from dsv3_ref.mla import LayerCache, expanded, join, keys_values
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
 from dsv3_ref.mtp import MTP
-from dsv3_ref.ops import RMSNorm, swiglu
+from dsv3_ref.ops import RMSNorm, swiglu, widened
 from dsv3_ref.rope import rope_table, softmax_scale
 
 # %%
@@ -53,6 +53,7 @@ from pathlib import Path
 from torch import nn
 
 from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.mla import attention
 from dsv3_ref.mtp import mtp_features
 from dsv3_ref.pretrain import losses
 from dsv3_ref.viz import BLUE, GREY, ORANGE, attempt, figure, play, show
@@ -247,6 +248,50 @@ def visit(x_nd, expert_nk, weight_nk, up_xo, down_xd):
 
 
 # %% [markdown]
+# ## A long prompt in pieces
+# Prefill wants many tokens at once, but not *all*: the scores of a prompt of $t$ tokens are $t^2$
+# numbers a head. So a long prompt is read in pieces of 1,024. A piece attends to the cache, whose
+# keys and values are expanded a block at a time, and here a softmax meets a block without knowing
+# the next. It keeps what it has and mends it: with $m$ the largest score so far,
+#
+# $$m' = \max(m, \max_y x_y),\qquad z' = z\,e^{m-m'} + \sum_y e^{x_y-m'},\qquad
+# o' = o\,e^{m-m'} + \sum_y e^{x_y-m'} v_y$$
+#
+# and at the end $o/z$ is attention over all blocks, in the memory of one.
+
+
+# %%
+#| export decode
+PIECE, KEYS = 1024, 512  # tokens of a prompt read at once, and keys of the cache met at once
+
+
+def by_blocks(q_bshx, blocks: Iterable, t: int, scale: float):
+    """Causal attention of the last s of t positions, over (k_byhx, v_byhv) by blocks: o/z."""
+    q_bhsx, seen, s = (scale * q_bshx).transpose(1, 2), 0, q_bshx.shape[1]
+    at_s1 = torch.arange(t - s, t, device=q_bshx.device)[:, None]
+    top = o = total = torch.tensor(-torch.inf, device=q_bshx.device)
+    for k_byhx, v_byhv in blocks:
+        x_bhsy = widened(q_bhsx @ k_byhx.permute(0, 2, 3, 1))
+        at_y = torch.arange(seen, seen + k_byhx.shape[1], device=q_bshx.device)
+        if seen + len(at_y) > t - s + 1:
+            x_bhsy = x_bhsy.masked_fill_(at_s1 < at_y, -torch.inf)
+        new = torch.maximum(top, x_bhsy.amax(-1, keepdim=True))
+        p_bhsy, shrink = x_bhsy.sub_(new).exp_(), (top - new).exp()
+        part, sum_ = p_bhsy.to(v_byhv.dtype) @ v_byhv.transpose(1, 2), p_bhsy.sum(-1, keepdim=True)
+        o, total = (o * shrink + part, total * shrink + sum_) if seen else (part, sum_)
+        top, seen = new, seen + len(at_y)
+    return (o / total).to(q_bshx.dtype).transpose(1, 2)
+
+
+# %%
+q, k, v = (torch.randn(2, n, 3, 8) for n in (5, 17, 17))
+want = attention(q, k, v, 0.3)  # whose queries are the last 5 of 17 as well
+for y in (1, 4, 17):
+    got = by_blocks(q, zip(k.split(y, 1), v.split(y, 1)), 17, 0.3)
+    assert torch.allclose(got, want, atol=1e-6)
+print("blocks of 1, 4 and 17 keys: the same attention")
+
+# %% [markdown]
 # ## A lean step
 # Decoding gets a form of its own: the same weights and equations, laid out as such tables, without
 # what only training needs. A dense FFN is one expert that is always chosen; so are the shared ones.
@@ -345,7 +390,7 @@ class Layer:
         return self.kv_btx[:, : at.end]
 
     def attention(self, x_bsd, at: Place):
-        """eq. 1–11: inside the latent, but for a whole prompt on expanded keys and values."""
+        """eq. 1–11: inside the latent, but for a prompt on expanded keys and values."""
         (q_bshi, q_bshr), kv_btx = self.queries(x_bsd, at), self.remember(x_bsd, at)
         c, scale, weight = (
             self.config.kv_lora_rank,
@@ -355,7 +400,12 @@ class Layer:
         if at.fresh:
             o_bshv = expanded(q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], weight, scale)
             return self.times("wo", o_bshv.flatten(2))
-        b, s, h, _ = q_bshi.shape
+        b, s, h, i = q_bshi.shape
+        if s > FEW and isinstance(at.index[1], slice):  # a piece of a prompt
+            parts = (kv.tensor_split([c], dim=-1) for kv in kv_btx.split(KEYS, dim=1))
+            blocks = (keys_values(*part, weight, h, i) for part in parts)
+            o_bshv = by_blocks(join(q_bshi, q_bshr), blocks, at.end, scale)
+            return self.times("wo", o_bshv.flatten(2))
         q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
         q_bsx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), dim=-1).flatten(1, 2)
         score_bst = (q_bsx @ kv_btx.mT).mul_(scale)  # s runs over positions and heads
@@ -447,6 +497,8 @@ def laid_out(model: Transformer) -> tuple[list[Tables | None], torch.Tensor]:
 class Decoder:
     """A model ready to write: layers with caches, the tokens of every row, their hidden states."""
 
+    piece: int = PIECE
+
     def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
         self.model, self.n_main, w = model, model.config.n_layers, model.embed.weight
         self.compiled, max_len = compiled, -(-max_len // GRAIN) * GRAIN if compiled else max_len
@@ -471,7 +523,14 @@ class Decoder:
         return h_bsd
 
     def run(self, layers: list[Layer], x, at: list[int], s: int):
-        """x of the next s tokens through layers, a few tokens behind others perhaps compiled."""
+        """x of the next s tokens through layers: many in pieces, a few perhaps compiled."""
+        if s > self.piece:
+            parts = [v.split(self.piece, dim=1) for v in (x if isinstance(x, tuple) else (x,))]
+            starts = range(0, s, self.piece)
+            pieces = (p if isinstance(x, tuple) else p[0] for p in zip(*parts))
+            each = [self.run(layers, p, [n + i for n in at], min(self.piece, s - i))
+                    for i, p in zip(starts, pieces)]  # fmt: skip
+            return torch.cat(each, dim=1)
         if not self.compiled or len(at) * s > FEW or max(at) == 0:
             return through(layers, x, place(at, s, self.turn_tx))
         start_b1 = torch.tensor(at, device=self.turn_tx.device)[:, None]
@@ -493,8 +552,9 @@ class Decoder:
 
 
 # %% [markdown]
-# Two checks: on rows of unequal length, and fed in uneven pieces, the decoder must give the hidden
-# states of a plain forward pass; and its MTP chain must be that of chapter 06.
+# Three checks: on rows of unequal length, and fed in uneven pieces, the decoder must give the hidden
+# states of a plain forward pass; so must a prompt that is read in pieces; and its MTP chain must be
+# that of chapter 06.
 
 # %%
 small = replace(TINY, vocab_size=256, n_layers=3, n_mtp_layers=2, init_std=0.06, embed_std=1.0)
@@ -509,6 +569,12 @@ with torch.inference_mode():
         got_bsd = decoder.features([7 + step, 4 + step], 1)
         assert torch.allclose(got_bsd[0, 0], want_bsd[0, 7 + step], atol=1e-4)
         assert torch.allclose(got_bsd[1, 0], want_bsd[1, 4 + step], atol=1e-4)
+    decoder = Decoder(model, 2, 64)
+    decoder.token_bt[:, :60] = torch.randint(256, (2, 60))
+    decoder.piece = 25  # two pieces and a short one
+    pieces_bsd = decoder.features([0, 0], 60)
+    assert torch.allclose(pieces_bsd, model.features(decoder.token_bt[:, :60])[0], atol=1e-4)
+    decoder.token_bt[:, :12] = tokens_bs
     h_bsd = want_bsd
     for k, (chain_bsd, _) in enumerate(mtp_features(model, want_bsd, tokens_bs), start=1):
         h_bsd = decoder.ahead(k, h_bsd[:, : 12 - k], [0, 0])

@@ -127,7 +127,7 @@ def test_a_full_disk_before_the_first_step(home, tmp_path, monkeypatch, capsys):
 def test_no_such_command(argv, capsys):
     assert main(argv) == 2
     assert capsys.readouterr().out.startswith(
-        "usage: dsv3 {train,data,sft,reward,rl,align,eval,"
+        "usage: dsv3 {train,data,extend,sft,reward,rl,align,eval,"
         "generate,chat,serve,bench,ablate,preflight,plan}"
     )
 

@@ -22,6 +22,13 @@ def sft(argv: list[str]) -> None:
     tune(Sft, SftTrainer, argv)
 
 
+def extend(argv: list[str]) -> None:
+    """dsv3 extend: teach a model to read longer texts."""
+    from dsv3_ref.run.extend import Extend, ExtendTrainer
+
+    tune(Extend, ExtendTrainer, argv)
+
+
 def reward(argv: list[str]) -> None:
     """dsv3 reward: a reward model from pairs of answers."""
     from dsv3_ref.run.reward import Reward, RewardTrainer
@@ -140,9 +147,9 @@ def plan(argv: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": train, "data": data, "sft": sft, "reward": reward, "rl": rl, "align": align,
-    "eval": evaluate, "generate": generate, "chat": chat, "serve": serve, "bench": bench,
-    "ablate": ablate,
+    "train": train, "data": data, "extend": extend, "sft": sft, "reward": reward, "rl": rl,
+    "align": align, "eval": evaluate, "generate": generate, "chat": chat, "serve": serve,
+    "bench": bench, "ablate": ablate,
     "preflight": preflight, "plan": plan,
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parq
 VAL_EVERY, VAL_MOST = 20, 1000  # one document in 20 is held out, at most 1000 …
 VAL_STREAM = 64  # … or the first 64 of a stream
 VAL_BATCH = 8  # windows evaluated at a time
-SHUFFLE_ROWS = 2048
+SHUFFLE_ROWS, SHUFFLE_TOKENS = 2048, 1 << 23  # of a buffer; long rows: fewer, at least 32
 PERMUTED = 1 << 24  # documents that a permutation in memory may have
 
 
@@ -433,7 +433,7 @@ class Rows:
 
     def __next__(self) -> np.ndarray:
         """A random row of the buffer, which is kept full."""
-        while len(self.buffer) < SHUFFLE_ROWS:
+        while len(self.buffer) < min(SHUFFLE_ROWS, max(32, SHUFFLE_TOKENS // self.length)):
             self.more()
         i = int(self.rng.integers(len(self.buffer)))
         self.buffer[i], self.buffer[-1] = self.buffer[-1], self.buffer[i]

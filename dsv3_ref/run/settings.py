@@ -105,6 +105,13 @@ class Train:
     RECIPES: ClassVar[dict[str, Recipe]] = RECIPES
     OTHERWISE: ClassVar[str] = "tiny"  # the recipe of configs that have none
 
+    @classmethod
+    def opening(cls, model: Config, config: str, argv: list[str]):
+        """What a new run has before options change it."""
+        return cls(
+            model=model, recipe=cls.RECIPES.get(config, cls.RECIPES[cls.OTHERWISE]), config=config
+        )
+
     def rules(self) -> list[tuple[bool, str]]:
         """What must hold for this command alone."""
         r, c = self.recipe, self.model
@@ -189,9 +196,8 @@ def parse(argv: list[str], kind: type[Train] = Train) -> Train:
     if known.resume:
         default = saved(Path(known.out) if known.out else last_folder(kind, config), kind)
     else:
-        recipe = kind.RECIPES.get(config, kind.RECIPES[kind.OTHERWISE])
         model = config_of(known.init) if known.init else named(config)
-        default = kind(model=model, recipe=recipe, config=config)
+        default = kind.opening(model, config, argv)
     args = tyro.cli(kind, prog=prog, default=default, args=argv)
     return resumed(args, default) if known.resume else args
 
