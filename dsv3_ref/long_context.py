@@ -70,9 +70,6 @@ def reader(model: Transformer, batch: int, length: int, step: float = 1.0) -> De
     return d
 
 
-READINGS = {"plain": (1.0, False), "interpolated": (8.0, False), "YaRN": (1.0, True)}
-
-
 # ── Loss by position ──
 
 

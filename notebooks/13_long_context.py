@@ -167,9 +167,6 @@ def reader(model: Transformer, batch: int, length: int, step: float = 1.0) -> De
     return d
 
 
-READINGS = {"plain": (1.0, False), "interpolated": (8.0, False), "YaRN": (1.0, True)}
-
-
 # %%
 small = replace(TINY, vocab_size=64, n_layers=2)
 model = Transformer(small).eval()
@@ -184,9 +181,7 @@ def last_h(model, step=1.0, at=0):
 
 
 plain_bsd, twice = last_h(model), under(model, replace(small, rope_factor=8.0))
-assert (
-    twice.head.weight is not None and twice.embed.weight.data_ptr() == model.embed.weight.data_ptr()
-)
+assert twice.embed.weight.data_ptr() == model.embed.weight.data_ptr()  # shared
 assert torch.allclose(plain_bsd, model.features(tokens_bs)[0], atol=1e-4)
 for name, other_bsd in (("YaRN", last_h(twice)), ("interpolation", last_h(model, 8.0))):
     change = (other_bsd - plain_bsd).norm() / plain_bsd.norm()
@@ -230,7 +225,8 @@ print("bins of 8,192 places end at", by_thirds_of_octaves(8192)[1:])
 # A sentence with a key is hidden in a text, the text goes on, and at its end the sentence begins
 # again. Who can fill it in has read it. Ours is *The key is 7 7 7 7.*: a digit, so that chance is
 # one in ten, and four times, because a model of 5M parameters must *learn* to copy, and repeats next
-# to each other are what copying starts from (said once, it took three times as long).
+# to each other are what copying starts from (said once, it took ten times as many
+# tokens).
 #
 # With such texts among what it trains on, V3 is not imitated: the report does not say that it had
 # any. A row of text hides one key and says it again at 1 to 32 further places, few of them more often
@@ -526,7 +522,7 @@ print("s to read: ", ", ".join(f"{n // 1024}K {s:.1f}" for n, s in prefill.items
 # Decoding is a straight line: what does not look at the cache, plus a slope. The cache of 128K tokens
 # weighs 336 MB here, and is read once a token. A prompt costs $a\,n + b\,n^2$, so its exponent on
 # double logarithmic paper creeps from 1 towards 2; extrapolation by the *two* terms, not by the slope.
-# Reading 128K in pieces of 1,024 would also take the time it says, but never more memory than at 2K.
+# Those minutes are long, but read in pieces they need hardly more memory than the cache itself.
 
 # %% [markdown]
 # ## Play
