@@ -210,7 +210,8 @@ for dx, sizes, color, name in (
     extra = [0] * 15 + [after / layers[-1]]
     ax.bar([s + dx for s in range(16)], sizes, 0.4, color=color, label=name)
     ax.bar([s + dx for s in range(16)], extra, 0.4, bottom=sizes, color=color, alpha=0.45)
-ax.set(xlabel="stage", ylabel="work in layers", title="Head and MTP are worth four layers (pale)")
+ax.set(xlabel="stage", ylabel="work in layers", xticks=range(16))
+ax.set_title("Head and MTP are worth four layers (pale)")
 ax.legend(loc="upper left", ncols=2)
 show(fig)
 assert max(len(part) for part in cut) == 5 or len(cut[-1]) == 0
@@ -382,7 +383,7 @@ for limit in (8, 4, 2, 1):
 # %% [markdown]
 # ## Seconds
 # Each operation is bound by one rate, operations or bytes. A `Sheet` is what a data sheet promises, a `Machine` what is
-# *reached*, and why we believe it:
+# *reached*; the table says why we believe it:
 #
 # | | H800 | source |
 # |---|---|---|
@@ -891,7 +892,7 @@ for name, color in (("f", BLUE), ("i", GREEN), ("w", ORANGE)):
     )
     bottom = [b + h for b, h in zip(bottom, heights)]
 ax.plot(range(PP), [2e3 * t.comm for t in each], "k_", ms=14, label="exchanges, there and back")
-ax.set(xlabel="stage", ylabel="ms a sequence", title="Sixteen stages of V3")
+ax.set(xlabel="stage", ylabel="ms a sequence", title="Sixteen stages of V3", xticks=range(PP))
 ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.28))
 show(fig)
 
@@ -1228,8 +1229,8 @@ check_idle(my_idle)
 # ```
 # </details>
 #
-# **5 · Predict.** With IB of `ib` bytes/s, to how many nodes (1, 2, 3, 4, 5, 6 or 8) may a token be sent before IB
-# becomes slower than NVLink?
+# **5 · Predict.** With IB of `ib` bytes/s, to how many nodes (1, 2, 3, 4, 5, 6 or 8) may a token be sent at most before IB
+# becomes slower than NVLink? (V3 in training, 64 GPUs in 8 nodes.)
 
 
 # %%

@@ -262,7 +262,7 @@ for b, context in ((16, 4096), (56, 4096), (112, 4096), (27, 16_384), (3, 131_07
     line(f"decode, {b} × {context:,} a group", decode(V3, H800, b, context))
 best = decode(V3, H800, 112, 4096)
 print(
-    f"a reader of the last but two sees {1 / best.step:.0f} tokens a second, {1.8 / best.step:.0f} with the MTP draft"
+    f"at 112 × 4,096 a reader sees {1 / best.step:.0f} tokens a second, {1.8 / best.step:.0f} with the MTP draft"
 )
 
 # %% [markdown]
