@@ -17,8 +17,8 @@
 # %% [markdown]
 # ## Why
 # The report trained for **180 thousand GPU hours per trillion tokens**: 3.7 days on 2,048 H800. Nobody who reads
-# this has those machines, yet most decisions of the report (64-way expert parallelism, four nodes a token,
-# DualPipe, FP8, what to compute again) are about them. They can be checked with a pencil. This chapter
+# this has those machines, yet most decisions of the report (64-way expert parallelism, at most four nodes
+# a token, DualPipe, FP8, what to compute again) are about them. Decisions can be checked with a pencil. This chapter
 # counts operations, bytes kept and bytes sent, turns each into seconds by one rate, lets the simulator of
 # [chapter 12](12_dualpipe.ipynb) put them in order, and compares the sum with the bill.
 
@@ -34,15 +34,16 @@ REPORT = 180e3  # H800 hours per trillion tokens (§1)
 rate = 1e12 / (REPORT * 3600)
 print(f"{rate:,.0f} tokens a second and GPU; {REPORT / 2048 / 24:.1f} days on 2,048 of them")
 print(
-    f"so a GPU has {1e6 / rate:.0f} µs for a token, and a pipeline rank {1e6 / rate * 16:.0f} µs / 16"
+    f"so a token costs {1e6 / rate:.0f} µs of one GPU: {1e6 / rate / 16:.0f} µs in each of 16 pipeline stages"
 )
 
 # %% [markdown]
 # ## Paper
 # - 2,048 H800: 16-way pipeline, 64-way experts over 8 nodes, ZeRO-1, no tensor parallelism (§3.2).
-# - NVLink 160 GB/s, InfiniBand (IB) 50 GB/s a GPU; a token visits at most 4 nodes; 20 of 132 SMs communicate (§3.2.2).
-# - Recomputed: RMSNorm and MLA's up-projections; SwiGLU's output. FP8 for kept inputs, E5M6 after attention (§3.3.3).
-# - Moments in bf16, average of the weights on the CPU (§3.2.3, §3.3.2).
+# - NVLink 160 GB/s, InfiniBand (IB) 50 GB/s a GPU; a token visits at most 4 nodes; 20 of a GPU's 132 multiprocessors
+#   (SMs) do nothing but communicate (§3.2.2).
+# - Recomputed: RMSNorm and MLA's up-projections (§3.2.3), SwiGLU's output. FP8 for kept inputs, E5M6 after attention (§3.3.3).
+# - AdamW's moments in bf16 (§3.3.3), the average of the weights on the CPU (§3.2.3).
 # - 2,664K hours for 14.8T tokens, \$2 an hour (§1).
 #
 # What is *not* published is how 61 layers and the MTP module lie in 16 stages and how fast each kernel ran.
@@ -64,11 +65,12 @@ from dsv3_ref.moe import route
 # %% [markdown]
 # ## Operations
 # A product with a matrix of $o \times i$ costs $2\,o\,i$ operations a row. A token is one row for attention and shared
-# experts, and $k$ rows for the routed ones. Scores and values are apart: causal attention over $s$ tokens meets
-# $(s + 1)/2$ keys on average,
+# experts, and $k$ rows for the $k$ routed experts that it chooses. Scores and weighted values have no matrix and are counted
+# apart. In causal attention over $s$ tokens one token meets $(s + 1)/2$ keys on average; with $h$ heads, queries and keys of
+# $x$ numbers (rotary ones included) and values of $v$ it costs
 #
-# $$\text{FLOPs}_{\text{attention}} = 2\,h\,(i + r + v)\,\tfrac{s+1}{2}\ \text{ forward}, \qquad
-# 2\,h\,(3(i + r) + 2v)\,\tfrac{s+1}{2}\ \text{ backward}$$
+# $$\text{FLOPs}_{\text{attention}} = 2\,h\,(x + v)\,\tfrac{s+1}{2}\ \text{ forward}, \qquad
+# 2\,h\,(3x + 2v)\,\tfrac{s+1}{2}\ \text{ backward}$$
 #
 # since the backward pass makes scores again and has four more products.
 
@@ -156,11 +158,12 @@ print(f"attention at 4K: {attention_flops(V3, 4096)[0] / 1e6:.0f} MFLOPs forward
 # ## Stages of equal work
 # A pipeline is as fast as its slowest stage. The last one has more to do than its layers:
 # the head, and MTP, which is a block, a projection and the head once more. Measured in multiplications this is as much as
-# *four* layers. So we cut where the sum of squared shares is least,
+# *four* layers. With $w_l$ multiplications in layer $l$ of $L$, stage $p$ of $P$ gets the layers from $a_{p-1}$ up to, not
+# including, $a_p$, and the last one ($[p = P]$ is 1 there, 0 elsewhere) also $w_{\text{after}}$. We cut where the sum of squared shares is least,
 #
 # $$\min_{0 = a_0 \le a_1 \dots \le a_P = L}\ \sum_{p} \Big(\sum_{a_{p-1} \le l < a_p} w_l + [p = P]\,w_{\text{after}}\Big)^2$$
 #
-# by trying every cut behind every best beginning (61 · 61 · 16 sums). Only the last stage may be without layers.
+# by trying every last cut behind the best way to cut what lies before it (at most 61 · 61 · 16 sums). Only the last stage may be without layers.
 
 
 # %%
@@ -207,20 +210,21 @@ for dx, sizes, color, name in (
     extra = [0] * 15 + [after / layers[-1]]
     ax.bar([s + dx for s in range(16)], sizes, 0.4, color=color, label=name)
     ax.bar([s + dx for s in range(16)], extra, 0.4, bottom=sizes, color=color, alpha=0.45)
-ax.set(xlabel="stage", ylabel="work in layers", title="Head and MTP are worth four layers (pale)")
+ax.set(xlabel="stage", ylabel="work in layers", xticks=range(16))
+ax.set_title("Head and MTP are worth four layers (pale)")
 ax.legend(loc="upper left", ncols=2)
 show(fig)
 assert max(len(part) for part in cut) == 5 or len(cut[-1]) == 0
 
 # %% [markdown]
 # ## What a micro-batch leaves behind
-# Until its backward pass a micro-batch holds what gradients need. With everything that the report computes again,
+# Until its backward pass a micro-batch holds what gradients need. If all is computed again that the report computes again,
 # this is left of a block (bytes a token; $z(x) = 4\lceil x/128\rceil$ for the scales of a row of $x$ codes):
 #
 # - inputs of the two norms on the residual stream, fp32, and of the latent norms, bf16;
 # - inputs of matrices as FP8 codes, $x + z(x)$; after attention twelve bits, $\tfrac32 x + z(x)$;
-# - attention's output in bf16 and a number a head;
-# - gate and up of SwiGLU as codes, in each of $k$ rows; one of them once more for the weights' gradient;
+# - attention's output in bf16 for attention's own backward pass (the report's takes the twelve bits), and a number a head;
+# - gate and up of SwiGLU as codes, in each of $k$ rows; up once more in bf16, for the gradient of the gate's weights;
 # - the gate's affinities and choices, and where rows came from.
 #
 # `kept` says so, tensor by tensor. Whether it forgets one is for the machine to say: the real stage of the cluster
@@ -317,7 +321,8 @@ ax.set_xlim(0, 1.12 * sum(wide.values()) * times)
 show(fig)
 
 # %% [markdown]
-# Chapter 12's schedule keeps up to PP + 1 = 17 micro-batches of a stage in flight, hence the report's zeal in not keeping things.
+# (Under FP8 attention's output takes more room than in bf16, since we keep it twice.) Chapter 12's schedule has up to
+# PP + 1 = 17 micro-batches of a stage in flight, hence the report's zeal in not keeping things.
 # Only `routed experts` depends on balance: a rank with twice the tokens keeps twice as much.
 #
 # ## What travels
@@ -378,7 +383,7 @@ for limit in (8, 4, 2, 1):
 # %% [markdown]
 # ## Seconds
 # Each operation is bound by one rate, operations or bytes. A `Sheet` is what a data sheet promises, a `Machine` what is
-# *reached*, and why we believe it:
+# *reached*; the table says why we believe it:
 #
 # | | H800 | source |
 # |---|---|---|
@@ -388,7 +393,7 @@ for limit in (8, 4, 2, 1):
 # | NVLink, IB | 153 of 200, 50 GB/s | DeepEP's tables (the report: 160 and 50) |
 # | SMs left | 112 of 132 | §3.2.2 |
 #
-# Other GPUs are given the same *shares* of their own sheets, which is an assumption, and the report's rent, which is none of theirs.
+# Other GPUs are given the same *shares* of their own sheets, which is an assumption, and the report's \$2 an hour, which nobody asks for them.
 
 
 # %%
@@ -656,16 +661,16 @@ show(fig)
 # %% [markdown]
 # Training lies under the flat roof with nearly all its products (wkv_b, with its short sums, is nearest to the slope), and every kernel
 # between products under the slope: hence fused quantisers (chapter 10). Decoding lies under the slope
-# altogether: weights are read for a hundred rows, caches for one query. Since 32 heads share each cached number its attention has 60
+# altogether: weights are read for one or two hundred rows, caches for one query. Since 32 heads share each cached number its attention has 60
 # operations a byte; with all 128 heads on one GPU it would reach the corner. An H200 moves only the slope; a B200 both.
 #
 # ## What kernels' tables leave out
-# A block of training, in seconds. Between a table of kernels and a month on 2,048 GPUs lie losses, each of which we name,
-# `IDEAL` having none:
+# Now a block of training, in seconds. Between a table of kernels and a month on 2,048 GPUs lie losses. Each has a name and
+# can be switched off; `IDEAL` has none:
 #
 # | `Losses` | value | source |
 # |---|---|---|
-# | `shapes` | each product at its own rate | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
+# | `shapes` | each product at the rate of its own shape | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
 # | `imbalance` | busiest rank 1.1 × the mean | our assumption |
 # | `order` | an exchange waits for what it carries | the order of F&B in Figure 4 of §3.2.1, simulated |
 # | `stream` | 4 bytes a number between stages | our trainer; shares IB with the exchange |
@@ -763,14 +768,15 @@ print(f"exchange / computation of a forward pass: {one.comm / one.f:.2f} (the re
 
 # %% [markdown]
 # ## What hides behind what
-# DualPipe lets a forward pass of one micro-batch run beside a backward pass of another. Neither may start before what it
-# needs has come. Two clocks, one for the GPU's computation and one for its links, walk the report's order:
+# DualPipe lets a forward pass (F) of one micro-batch run beside a backward pass (B) of another: a pair F&B. Every piece waits
+# for what it needs. Two clocks, one for the GPU's computation and one for its links, walk the report's order:
 #
 # > compute: MLP(B) · MLP(W) · MLP(F) · attention(B) · attention(W) · attention(F) <br>
 # > links: dispatch(F) · dispatch(B) · combine(F) · combine(B)
 #
-# (the backward pass of a combine carries codes there, that of a dispatch bf16 back). The quotient of the time a layer takes in
-# the steady state to the longer of the two sums is the price of order.
+# (W: the part of B that makes the weights' gradients. A combine's backward pass sends gradients *to* the experts, in FP8 codes;
+# a dispatch's brings them back, in bf16.) The time a layer takes in the steady state, divided by the longer of the two
+# sums, is the price of order.
 
 
 # %%
@@ -821,8 +827,8 @@ for name, m in (
 # %% [markdown]
 # ## Experiment: a step of V3
 # A stage's seconds are those of its layers, and the last one's also those of head and MTP. The simulator takes them
-# stage by stage: a pair F&B lasts as long as its computation or its two exchanges, whichever is more; alone, a step pays
-# for both. A step of training ends with the reduction of gradients (bf16 would do; we send fp32), the optimizer and
+# stage by stage: a pair F&B lasts as long as its computation or its exchanges, whichever is more; a pass that is not paired
+# pays for both in turn. A step of training ends with the reduction of gradients (bf16 would do; we send fp32), the optimizer and
 # the gathering of weights, which nothing hides. First without losses.
 
 
@@ -871,7 +877,7 @@ def tail(m: Machine, numbers: dict[tuple[int, bool], int]) -> tuple[float, float
 # %%
 from dsv3_ref.dualpipe import schedule, simulate
 
-PP, M = 16, 15_360 // (2 * 64)
+PP, M = 16, 15_360 // (2 * 64)  # M: sequences of each of the 128 pipelines
 each = stage_seconds(V3, H800, stages(V3, PP), 4096, trips(V3, 64, 8))
 fig, ax = figure(1, 1, 8, 2.6)
 bottom = [0.0] * PP
@@ -886,7 +892,7 @@ for name, color in (("f", BLUE), ("i", GREEN), ("w", ORANGE)):
     )
     bottom = [b + h for b, h in zip(bottom, heights)]
 ax.plot(range(PP), [2e3 * t.comm for t in each], "k_", ms=14, label="exchanges, there and back")
-ax.set(xlabel="stage", ylabel="ms a sequence", title="Sixteen stages of V3")
+ax.set(xlabel="stage", ylabel="ms a sequence", title="Sixteen stages of V3", xticks=range(PP))
 ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.28))
 show(fig)
 
@@ -903,12 +909,12 @@ print(f"the report: {REPORT / 1e3:.0f}K")
 assert results["dualpipe"] < results["zb1p"] < results["1f1b"]
 
 # %% [markdown]
-# DualPipe takes a quarter off the bill, by hiding what travels. And this sum ends *below* the report's: every
+# DualPipe takes nearly a quarter off the bill of 1F1B, mostly by hiding what travels. And this sum ends *below* the report's: every
 # product at the speed of the largest one, perfect balance, no slow GPU, nothing after the pipeline.
 #
 # ## The bill from first principles
-# Now with every loss named above. `dsv3 plan` does the same sum with the parameters that each rank really holds, so we ask it. What
-# stretches a step and what stops a run are apart:
+# Now with every loss named above. `dsv3 plan` does the same sum with the parameters that each rank really holds, so we ask it. Its
+# step has the first five losses inside; a slow GPU stretches it, and failures (a GPU and hour) cost `lost` hours each:
 #
 # $$\text{hours} = \frac{\text{GPUs}\cdot\text{step}}{\text{tokens}}\cdot\text{slowest}\cdot(1 + \text{failures}\cdot\text{GPUs}\cdot\text{lost})$$
 
@@ -993,9 +999,10 @@ print(
 )
 
 # %% [markdown]
-# So the sum lies within a tenth of the report, from below; its assumptions were made before the first sum (knowing the target) and not moved after it. But look at
-# the bars: what we know best (shapes, links, schedule) moves it less than what we guess (how busy the busiest rank is, how much 112 SMs
-# do of what 132 do in a table). Kernels of 2024 were perhaps slower than those of DeepGEMM's first table; that alone could be the rest.
+# So the sum lies within a tenth of the report, from below. (Its assumptions were made before the first sum, though in knowledge of the
+# target, and not moved after it.) But look at the bars: the longest by far is a guess, how much 112 SMs do of what 132 do in a
+# table, while links and the order of exchanges, which we know, hardly count. Kernels of 2024 were perhaps slower than those of
+# DeepGEMM's first table; a fifth slower, and that alone would be the rest.
 # The order of exchanges costs nothing here since computation is twice as long as what it hides.
 #
 # And in money. The report rents by the hour:
@@ -1016,8 +1023,9 @@ print(
 # %% [markdown]
 # ## How many SMs should talk?
 # Copying rows takes SMs, which then compute nothing: computation grows by $132 / (132 - n)$, and links are fed at $n$ times what one
-# SM copies. How much is that? Each row is sent, forwarded and received, $t_{IB} + 2\,t_{NVLink}$ copies; and if an SM has its
-# 132nd share of the memory's bandwidth, reads and writes counted (our assumption), it copies 12.7 GB/s.
+# SM copies. How much is that? A token's row crosses IB $t_{IB}$ times and NVLink $t_{NVLink}$ times (`trips`). It is copied once to be sent
+# over IB, and for NVLink once by who forwards and once by who receives: $t_{IB} + 2\,t_{NVLink}$ copies. If an SM has a
+# 132nd of the memory's bandwidth, reads and writes counted (our assumption), it copies 12.7 GB/s.
 
 
 # %%
@@ -1061,14 +1069,15 @@ def split(per_sm: float = 12.7, ib: int = 50):
 split()
 
 # %% [markdown]
-# The links are saturated near the report's twenty, which is what the report says of that number; but the sum of a *pair* is
-# shortest below, for computation hides more than the links need, so that slower links cost less than missing SMs. Two things could bring the optimum
-# to 20: exchanges that nothing hides (the pipeline's ends, prefill), and copies slower than a fair share.
+# The links are saturated near the report's twenty, which is what the report says of that number. But a *pair* is fastest
+# with eleven: computation hides more than the links need, so that slower links cost less than missing SMs. Two things could bring the optimum
+# to 20: exchanges that nothing hides (at the pipeline's ends), and copies slower than a fair share.
 # DeepEP's second version needs 4 to 6 SMs where the first took 24, by its authors' word: to the left lies something to be won.
 
 # %% [markdown]
 # ## Play: what if?
-# Slower IB, fewer or more nodes a token, no FP8 speed: what does a trillion tokens cost, and which schedule can take it?
+# Slower IB, fewer or more nodes a token, products no faster than in bf16: what does a trillion tokens cost, and which schedule
+# bears it best?
 
 
 # %%
@@ -1107,7 +1116,7 @@ play(split, per_sm=(4.0, 60.0, 2.0), ib=(10, 100, 10))
 # %%
 @checker
 def check_bytes(fn):
-    """How many experts has a GPU, and how many matrices an expert? What does one number weigh?"""
+    """How many experts does a GPU hold, how many matrices has an expert, how many bytes a number?"""
     assert all(abs(fn(ep) - 4 * (256 // ep) * 3 * 7168 * 2048) < 1 for ep in (64, 256))
 
 
@@ -1119,13 +1128,13 @@ def check_breakeven(fn):
 
 @checker
 def check_kept(fn):
-    """`kept` speaks of one token of one block; how many wait at once? In GB."""
+    """`kept` speaks of one token of one block; how many tokens wait at once?"""
     assert abs(fn() - 17 * 4096 * sum(kept(V3, False).values()) / 1e9) < 0.1
 
 
 @checker
 def check_idle(fn):
-    """How many failures meet a month on so many GPUs, and what does each cost?"""
+    """How many failures interrupt an hour of work, and how long does that hour last in all?"""
     cases = [(2048, 2e-5, 0.5), (16384, 2e-5, 0.5), (1024, 1e-4, 0.25)]
     assert all(
         abs(fn(*case) - case[0] * case[1] * case[2] / (1 + case[0] * case[1] * case[2])) < 1e-9
@@ -1161,7 +1170,7 @@ check_bytes(my_bytes)
 # </details>
 #
 # **2 · Predict.** A row that has crossed IB at `ib` GB/s is handed on inside the node at `nvlink` GB/s. To how many GPUs can it go
-# before NVLink becomes the slower link?
+# before NVLink becomes the slower link? (A mean over many rows: do not round.)
 
 
 # %%
@@ -1180,7 +1189,7 @@ check_breakeven(my_breakeven)
 # ```
 # </details>
 #
-# **3 · Compute.** How many GB does one MoE layer hold for 17 micro-batches of 4,096 tokens?
+# **3 · Compute.** How many GB (of $10^9$ bytes) does one MoE layer hold for 17 micro-batches of 4,096 tokens, with products in FP8?
 
 
 # %%
@@ -1199,8 +1208,8 @@ check_kept(my_kept)
 # ```
 # </details>
 #
-# **4 · Extend.** Of the hours that are paid, which share is lost to failures, at `rate` failures an hour and GPU
-# and `lost` hours each? (An hour lost is paid on top of the hours of work.)
+# **4 · Extend.** One failure stops all `gpus` GPUs for `lost` hours; a GPU fails `rate` times in an hour of work. Which share
+# of the hours that are paid is lost? (Lost hours are paid on top of the hours of work.)
 
 
 # %%
@@ -1220,8 +1229,8 @@ check_idle(my_idle)
 # ```
 # </details>
 #
-# **5 · Predict.** With IB of `ib` bytes/s, to how many nodes (1, 2, 3, 4, 5, 6 or 8) may a token be sent before IB
-# becomes slower than NVLink?
+# **5 · Predict.** With IB of `ib` bytes/s, to how many nodes (1, 2, 3, 4, 5, 6 or 8) may a token be sent at most before IB
+# becomes slower than NVLink? (V3 in training, 64 GPUs in 8 nodes.)
 
 
 # %%

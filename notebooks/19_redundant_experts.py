@@ -17,7 +17,7 @@
 # %% [markdown]
 # ## Why
 # The gate's bias ([chapter 04](04_moe.ipynb)) keeps experts evenly busy *over the batches of training*. Users send
-# something else. Below, the model of `make train`, nine tenths of whose text was speeches, reads the other tenth: Python's
+# something else. Below, the model of `make train`, whose text was nine tenths speeches, reads the other tenth: Python's
 # standard library. Its 16 experts live on eight GPUs, two each, and in its last layer one GPU gets **3.3 times** the
 # mean. All GPUs wait for it before the next layer can begin, so seven of eight idle most of the time.
 #
@@ -53,19 +53,19 @@ show(fig)
 
 # %% [markdown]
 # ## Paper
-# - **Prefill** (§3.4.1): 4 nodes of 8 GPUs share the experts, 8 each. **32 redundant** copies of busy experts are added,
-#   one a GPU: 8 + 1. Who is copied follows from loads counted in service, *about every ten minutes*; then experts are
+# - **Prefill** (§3.4.1): 4 nodes of 8 GPUs share the 256 experts, 8 each. **32 redundant** copies of busy experts are added,
+#   one a GPU: 8 + 1. Which are copied follows from loads counted in service, *about every ten minutes*; then experts are
 #   rearranged **within their node**, so that balance costs no traffic between nodes.
 # - **Decode** (§3.4.2): 40 nodes, 320 GPUs, **one expert each**. 256 hold the routed experts, 64 the redundant ones *and
 #   the shared expert*, which counts as a routed one that every token chooses: nine a token. Renewed likewise, but with
 #   one expert a GPU there is nothing to arrange.
-# - *Being explored* then: 16 experts held by a GPU of which only 9 work in a step, chosen anew at every layer.
+# - *Being explored* then (§3.4.1): a GPU holds more experts, say 16, of which only 9 work in a step, chosen anew at every layer.
 #
-# How copies are chosen and laid out stands not in the report but in a program that DeepSeek published later, *EPLB*
-# (MIT). Here it is built anew, with its signature and, number for number, its results.
+# How copies are chosen and laid out is not in the report but in a program that DeepSeek published later, *EPLB*
+# (expert-parallelism load balancer, MIT licence). Here it is built anew, with its signature and, ties apart, its results.
 #
-# Axes: `l` layer, `e` expert, `g` group, `a` *physical* expert (a slot in some GPU's memory), `u` the copies of one
-# expert, `o` node, `j` GPU.
+# Axes: `l` layer, `e` expert, `g` group of experts, `a` *physical* expert (a slot in some GPU's memory), `u` the copies of one
+# expert, `o` node, `j` GPU, `n` tokens, `k` a token's choices, `m` all choices in a row. $A$ slots and $J$ GPUs in all.
 
 # %%
 #| export eplb
@@ -83,7 +83,7 @@ from dsv3_ref.moe import expert_load
 #
 # $$\min_{n}\ \max_e \frac{L_e}{n_e} \qquad \text{with } n_e \ge 1,\ \textstyle\sum_e n_e = A.$$
 #
-# It has a simple solution: start with one each, and give every further copy to the expert whose copies are fullest
+# It has a simple solution: start with one each, and give every further slot to the expert whose copies are fullest
 # *now*. No other gift could lower the maximum. Slots are numbered as they are given: the first `e` are the experts
 # themselves. The loop is over slots, all layers at once; the first of equals wins.
 
@@ -123,8 +123,9 @@ print("loads", load_le[0].int().tolist(), "→ experts of the slots", expert_la[
 #
 # $$\min \max_j \sum_{a \,\in\, j} w_a, \qquad |j| = A / J, \qquad w_a = L_{e(a)} / n_{e(a)}$$
 #
-# *This* has no simple solution, and a good guess will do: heaviest first, each to the lightest GPU that still has room.
-# Where each GPU has room for one, nobody moves, so no weights need be copied for nothing. The same function packs groups
+# where $e(a)$ is the expert in slot $a$ and $w_a$ that slot's share of its load. *This* has no simple solution, and a good
+# guess will do: heaviest first, each to the lightest GPU that still has room.
+# Where each GPU has room for one slot only, slots stay in order: any order is as good. The same function packs groups
 # into nodes; `n` is how many containers there are.
 
 
@@ -216,7 +217,7 @@ def hierarchical(load_le, n: int, groups: int, nodes: int, gpus: int):
 
 
 # %% [markdown]
-# The entry, with EPLB's names and order of arguments. `logical_to_physical_map[l, e, u]` is the slot of copy $u$ of
+# The entry point, with EPLB's names and order of arguments. `logical_to_physical_map[l, e, u]` is the slot of copy $u$ of
 # expert $e$, −1 where there are fewer copies. Loads are counted in fp32: sums of equal numbers must stay equal, or the
 # first of equals would be another one.
 
@@ -302,23 +303,24 @@ assert torch.equal(before[0], torch.tensor([262.0, 330.0, 116.0, 325.0]))
 assert torch.allclose(after.sum(-1), EXAMPLE.sum(-1).float())  # nothing is lost
 even_la = rebalance_experts(torch.ones(1, 12), 16, 1, 1, 16)[0]
 print(
-    "before:", [f"{x:.2f}" for x in slowest(before)], "after:", [f"{x:.2f}" for x in slowest(after)]
-)
+    "12 experts on 4 GPUs:", [f"{x:.2f}" for x in slowest(before)],
+    "their 16 slots on 8:", [f"{x:.2f}" for x in slowest(after)],
+)  # fmt: skip
 worse = slowest(gpu_load(torch.ones(1, 12), even_la, 16)).item()
 print(f"even loads, 16 GPUs for 12 experts: {worse:.2f}")
 
 # %% [markdown]
-# The last line is a warning. Four experts were copied, their GPUs carry half, and the other eight carry what they did:
-# redundancy can only shave peaks.
+# The last line is a warning. Four experts were copied, and their eight GPUs carry half an expert each; the other eight GPUs
+# carry a whole one as before. Redundancy can only shave peaks.
 #
 # ## Which copy
-# A gate knows experts, not copies. Between the two, the rows of an expert take turns: its $j$-th row goes to copy
-# $j \bmod n_e$,
+# A gate knows experts, not copies. Between the two, the rows of an expert take turns: counted from 0, its row $t$ goes to copy
+# $t \bmod n_e$. All choices of all tokens in one row, choice $m$ being expert $e_m$:
 #
-# $$a_m = \text{slot}\big[e_m,\ j_m \bmod n_{e_m}\big], \qquad j_m = \#\{m' < m : e_{m'} = e_m\}.$$
+# $$a_m = \text{slot}\big[e_m,\ t_m \bmod n_{e_m}\big], \qquad t_m = \#\{m' < m : e_{m'} = e_m\}.$$
 #
 # So copies differ by one row at most, whatever order tokens come in. Physical numbers then take the place of expert
-# numbers everywhere: a GPU holds slots $j p \dots (j+1) p - 1$, which is all that `send_list` of
+# numbers everywhere: with $p = A/J$ slots a GPU, GPU $j$ holds slots $j p \dots (j+1) p - 1$, which is all that `send_list` of
 # [chapter 11](11_expert_parallel.ipynb) asks for.
 
 
@@ -437,8 +439,8 @@ print(seen.total()[0].tolist())
 # ## Experiment: recorded routing
 # Speeches in order of their years, and Python's standard library in order of its files, 24 windows each: `routing.json`
 # holds what the 5M model's gates chose. Eight GPUs in two nodes. The first twelve windows of a source choose a
-# placement, the other twelve measure it, mean of the three layers: first with one copy each as the experts are numbered
-# (0, left end, dotted), then rearranged, then with more slots.
+# placement, the other twelve measure it, mean of the three layers: with one copy each as the experts are numbered
+# (dotted), rearranged but still one each (0, left end), and with more slots.
 
 # %%
 GPUS, NODES, GROUPS = 8, 2, 4
@@ -488,8 +490,9 @@ assert measured["sotu", "stdlib", "global"][1] > 1.5
 
 # %% [markdown]
 # Eight copies make a layer on source nearly twice as fast (2.20 → 1.17; 1.22 with groups kept on nodes), and arranging
-# alone does the larger part of it (1.47). Placed by the *other* text, copies are wasted: with eight of the wrong ones
-# source is where it was (2.20), worse than with none but well arranged (1.66), and speeches lose (1.20 → 1.37).
+# alone does the larger part of it (1.47). Placed by the *other* text, eight copies are wasted: source is where it was
+# (2.20), worse than arranged by the same wrong loads without copies (1.66), and speeches lose (1.20 → 1.37). Source
+# needs 24 extra slots for its 16 experts before wrong copies help (1.55).
 # Speeches, for which the bias was trained, have little to gain.
 #
 # ## Experiment: what the hierarchy is for
@@ -563,8 +566,8 @@ assert visited[8, "hierarchical"] <= 4 < visited[8, "global"]
 #
 # ## Experiment: drift
 # A day in 144 windows of ten minutes: speeches at midnight, source at noon, in between a mixture, made of the recorded
-# loads. A placement, 8 + 16 slots, global, is renewed every so many windows from the loads of those windows, and used
-# for the next ones. What it costs is weights: a slot whose expert its GPU did not hold must be fetched.
+# loads. A placement (16 + 8 slots, global) is renewed every so many windows from the loads of those windows, and used
+# for the next ones. What it costs is weights to be copied: an expert that its new GPU did not hold must be fetched.
 
 
 # %%
@@ -632,9 +635,9 @@ for every in PERIODS:
     )
 
 # %% [markdown]
-# A placement made at midnight is worth little at noon (1.36 over the day; 1.61 without copies). Renewed every half hour,
-# 1.11 is left; every ten minutes is no better, for a window here is 4,096 tokens and its noise is copied too. (A real unit
-# sees millions in ten minutes.) And each renewal moves **seven in ten** experts, also when loads differ by noise alone: the
+# A placement made at midnight is out of date by noon (1.36 over the day; 1.61 without copies). Renewed every half hour,
+# 1.11 is left; every ten minutes is no better, for a window here is 4,096 tokens, and the placement follows its noise too. (A real unit
+# sees millions in ten minutes.) And each renewal fetches **seven in ten** experts, even every ten minutes, when loads hardly change: the
 # algorithm starts from nothing each time. Exercise 3 is about that.
 #
 # ## Play
@@ -687,13 +690,13 @@ play(
 # %%
 @checker
 def check_copies(fn):
-    """compare what a routed expert gets of n tokens with what the shared one gets; round the safe way."""
+    """Of n tokens, how many meet one routed expert, and how many the shared one? Round the safe way."""
     assert (fn(256, 8), fn(16, 4), fn(64, 6), fn(160, 6)) == (32, 4, 11, 27)
 
 
 @checker
 def check_greedy(fn):
-    """the best way puts the two heaviest together; make heaviest-first part them."""
+    """Heaviest first parts the two heaviest. When would they be better off together?"""
     weight_x = torch.as_tensor(fn()).float()
     assert weight_x.shape == (6,) and (weight_x >= 0).all() and weight_x.sum() > 0
     ours = fullest(weight_x[None], packed(weight_x[None], 2)[0], 2).item()
@@ -703,7 +706,7 @@ def check_greedy(fn):
 
 @checker
 def check_steady(fn):
-    """each GPU keeps the experts that the new placement gives it; which may stay in their slots?"""
+    """Each GPU keeps the experts that the new placement gives it; which may stay in their slots?"""
     g = torch.Generator().manual_seed(0)
     for gpus, per in ((1, 4), (4, 3), (8, 2), (5, 5)):
         for _ in range(20):
@@ -757,8 +760,8 @@ check_greedy(my_greedy)
 # ```
 # </details>
 #
-# **3 · Extend.** `rebalance_experts` does not know what was there before. Reorder a new placement of one layer inside
-# each GPU, so that no expert moves to another slot of the GPU it is already on; return it.
+# **3 · Extend.** `rebalance_experts` does not know what was there before. Reorder a new placement of one layer (the expert in
+# each slot, `new_a`) inside each GPU, so that what is on its GPU already (`old_a`) keeps its slot; return it.
 
 
 # %%
@@ -794,10 +797,10 @@ check_steady(my_steady)
 # - **The network** hardly notices. Refilling *every* slot of a prefill GPU over InfiniBand takes half a second, once in
 #   ten minutes. It must not happen in the middle of a pass: new weights go beside the old ones, or a layer at a time
 #   between two steps.
-# - **In prefill arithmetic binds**, so time follows the rows of a GPU, as counted here. **In decode** an expert meets usually
-#   no more than 256 rows (§3.4.2), and reading its weights takes longer than using them: one expert a GPU is even before a
-#   row is counted.
-# - **16 of which 9 work**: two copies of everything fit, 41 GB a GPU; then each layer's own loads decide which
+# - **In prefill arithmetic binds**, so time follows the rows of a GPU, as counted here. **In decode** the report says that an
+#   expert usually meets no more than 256 tokens (§3.4.2), and that reading its weights takes longer than using them. With one
+#   expert on every GPU all then take about the same time, whoever is popular.
+# - **16 of which 9 work**: on 32 GPUs that is two copies of everything, 41 GB a GPU. Each layer's own loads then decide which
 #   copy works, and no window can be out of date.
 #
 # The all-to-all of chapter 11 needs nothing new: physical numbers go in. What is *not* built here is a serving engine

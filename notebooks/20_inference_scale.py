@@ -17,9 +17,10 @@
 # %% [markdown]
 # ## Why
 # Training reads a weight once for thousands of tokens; serving one person reads it again for *every* token. 37B parameters
-# are 13 ms of an H800's memory, \$7 a million tokens, and the GPU computes for a hundredth of that time. Company
-# helps: the report serves prompts from units of 32 GPUs and answers from units of **320**. Why so many? And how fast
-# can they be? Nobody published that for these very units, so we add up operators, as [chapter 17](17_scale.ipynb) did.
+# take 13 ms to read from an H800's memory, which is \$7 a million tokens, and the GPU computes for less than a hundredth of that
+# time. Company helps: the report reads prompts (*prefill*) on units of 32 GPUs and writes answers (*decode*) on units of
+# **320**. Why so many? And how fast can they be? Nobody published that for these very units, so we add up operators, as
+# [chapter 17](17_scale.ipynb) did.
 
 # %%
 import math
@@ -44,7 +45,9 @@ ax.loglog(
     label="… divided by its rows",
 )
 ax.axvline(256, color=GREY, ls=":")
-ax.set(xlabel="rows that meet an expert at once (dotted: 256, the report's size)", ylabel="µs")
+ax.set(
+    xlabel="rows that meet an expert at once (dotted: 256, the report's usual most)", ylabel="µs"
+)
 ax.set_title("Company is cheap up to some 240 rows")
 ax.legend(loc="lower left")
 show(fig)
@@ -52,15 +55,17 @@ show(fig)
 # %% [markdown]
 # ## Paper
 # - Prompts and answers are served apart (§3.4).
-# - **Prefill unit**: 4 nodes, 32 GPUs; attention over 4 GPUs (TP4) with their tokens divided between products (SP), eight such groups
-#   (DP8); experts over 32 (EP32), each GPU with 8 and one redundant; two micro-batches in turns, computation of one behind the exchange of the other (§3.4.1).
+# - **Prefill unit**: 4 nodes, 32 GPUs; attention's heads cut over 4 GPUs (tensor parallelism, TP4) which divide their tokens between the
+#   heads' products (sequence parallelism, SP), eight such groups (DP8); experts over 32 (EP32), each GPU with 8 and one redundant; two
+#   micro-batches in turns, so that computing one hides the exchange (dispatch and combine) of the other (§3.4.1).
 # - **Decode unit**: 40 nodes, 320 GPUs; TP4 with SP, DP80, EP320. Each GPU has *one* expert; 64 of them redundant and
-#   shared ones. The shared expert counts as a routed one that everybody picks: nine a token. Rows go straight to their GPU over IB.
-#   An expert meets at most some 256 rows; attention of one micro-batch hides dispatch, experts and combine of the other (§3.4.2).
+#   shared ones. The shared expert counts as a routed one that everybody picks: nine a token. Rows go straight to their GPU over
+#   InfiniBand (IB). An expert usually meets no more than 256 rows. *Being explored* then: attention of one micro-batch beside dispatch,
+#   experts and combine of another (§3.4.2). We take it as done.
 # - The MTP draft writes 1.8 times as many tokens (§5.4.3).
 #
-# *Our assumptions*, beside those of chapter 17 (`Machine`, `Losses`): the projections to the latents run on all four GPUs of
-# a group; 20 SMs talk in prefill and none in decode; direct exchanges reach 40 of 50 GB/s (DeepEP's table at 256 ranks)
+# *Our assumptions*, beside those of chapter 17 (`Machine`, `Losses`): each of a group's four GPUs makes the latents of all its
+# tokens; 20 SMs communicate in prefill and none in decode; direct exchanges reach 40 of 50 GB/s (DeepEP's table at 256 ranks)
 # and take 10 µs more a way; a tenth of the memory stays free.
 
 # %%
@@ -85,9 +90,10 @@ from dsv3_ref.scale import (
 
 # %% [markdown]
 # ## Attention over four GPUs
-# Four GPUs share a group's sequences: 32 heads each. Before the heads a GPU collects the tokens of the other three, behind
-# them it adds up and keeps its quarter: $2 \cdot \tfrac34\, n\, d$ numbers by NVLink. The latent cache has no heads, so each of
-# the four holds and reads *all* of it. This is what tensor parallelism costs with MLA.
+# Four GPUs share a group's sequences: 32 heads each. Before the heads a GPU collects the tokens of the other three; behind
+# them the four partial outputs are added up, and each keeps its quarter of the tokens. For a group's $n$ tokens of $d$ numbers that is
+# $2 \cdot \tfrac34\, n\, d$ numbers a GPU by NVLink. The latent cache has no heads, so each of the four holds and reads *all* of
+# it. This is what tensor parallelism costs with MLA.
 
 
 # %%
@@ -145,6 +151,9 @@ one, four = (attention(V3, H800, Unit(320, tp, 1), 112, 4096, True) for tp in (1
 assert four < one < 4 * four  # less than four times as fast
 
 # %% [markdown]
+# At the same number of tokens a GPU, then, sharing only costs. What it buys is a shorter wait (the same sequences take less time on four
+# GPUs, if not a quarter) and room, since a GPU holds a quarter of attention's large matrices. A later layout, below, does without.
+#
 # ## Experts and the way to them
 # With balanced experts a GPU with $n$ tokens of its own computes as many rows as it sends: $k\,n$, or $(k+1)\,n$ where the
 # shared expert is one of the chosen. The weights of all experts it holds are read whatever the batch. Prefill travels in two hops, decode in one.
@@ -186,9 +195,10 @@ assert mlp(V3, H800, DECODE, 28, False, Losses()) < 2 * mlp(V3, H800, DECODE, 7,
 
 # %% [markdown]
 # ## Tokens a second
-# Two micro-batches in turns. In prefill what computes and what travels change places, so that a layer of both takes
+# Two micro-batches in turns: while one computes the other travels (prefill), or while one is at attention the other is at its
+# experts (decode). A layer of both takes in prefill
 #
-# $$2\max(t_{\text{attention}} + t_{\text{experts}},\ t_{\text{exchange}}), \qquad\text{in decoding}\quad
+# $$2\max(t_{\text{attention}} + t_{\text{experts}},\ t_{\text{exchange}}), \qquad\text{and in decode}\quad
 # 2\max(t_{\text{attention}},\ t_{\text{exchange}} + t_{\text{experts}})$$
 #
 # Each half block has twelve kernels with a gap of 2 µs; the three dense layers travel nowhere; decoding ends in the head.
@@ -252,14 +262,14 @@ for b, context in ((16, 4096), (56, 4096), (112, 4096), (27, 16_384), (3, 131_07
     line(f"decode, {b} × {context:,} a group", decode(V3, H800, b, context))
 best = decode(V3, H800, 112, 4096)
 print(
-    f"a reader of the last but two sees {1 / best.step:.0f} tokens a second, {1.8 / best.step:.0f} with the MTP draft"
+    f"at 112 × 4,096 a reader sees {1 / best.step:.0f} tokens a second, {1.8 / best.step:.0f} with the MTP draft"
 )
 
 # %% [markdown]
-# Prefill is bound by computation, and its exchange fits behind it twice; over a third of its attention is NVLink between the four, long
-# prompts add to the rest. Decoding at 112 × 4K is
-# bound by attention, which reads caches, with the other half close behind; with short contexts that half binds. And the batch is what pays: rows
-# share what an expert's weights cost to read, so seven times the sequences take far less than seven times as long.
+# Prefill is bound by computation, and its exchange fits behind it twice; at 4K over a third of its attention is NVLink between the four, and
+# longer prompts add to the rest. Decoding at 112 × 4K is bound by attention, which reads caches, with the other half close behind;
+# with sixteen sequences, or with short contexts, that half binds. And the batch is what pays: rows share what an expert's weights
+# cost to read, so seven times the sequences (16 → 112) take less than three times as long.
 #
 # ## Does it fit?
 # A GPU of a unit holds its heads' share of attention, the dense layers, its quarter of embedding and head, its experts,
@@ -333,20 +343,21 @@ for dx, precision, color in ((-0.2, "fp8", BLUE), (0.2, "bf16", ORANGE)):
     need = [smallest(V3, MACHINES[name], precision, 1e6) for name in names]
     ax.bar_label(ax.bar([i + dx for i in x], need, 0.38, color=color, label=precision), padding=2)
 ax.set(xticks=x, xticklabels=names, ylabel="GPUs, whole nodes", ylim=(0, 30))
-ax.set_title("Least GPUs that hold V3 and the cache of a million tokens")
+ax.set_title("Fewest GPUs that hold V3 and the cache of a million tokens")
 ax.legend(loc="upper right")
 show(fig)
 assert smallest(V3, MACHINES["h200"], "fp8", 1e5) == 8 and smallest(V3, H800, "bf16", 0) == 24
 assert room(V3, H800, DECODE, 4096) >= 100  # the report's 256 rows an expert: 113 sequences
 
 # %% [markdown]
-# That is where 320 comes from. One expert a GPU leaves so much memory to the cache that a hundred
-# sequences of 4K fit into a group's micro-batch, which gives each expert the 240 rows at which reading and computing take equally long. Fewer
-# GPUs hold more experts each, with less room for cache, while each expert's weights are read for fewer rows.
+# This is how we understand the number 320. One expert a GPU leaves so much memory to the cache that some 110 sequences of 4K fit into a
+# group's micro-batch (the table's 112 are two too many), which gives each expert the 240 rows at
+# which reading and computing take equally long. Fewer GPUs hold more experts each, with less room for cache, while each
+# expert's weights are read for fewer rows.
 
 # %% [markdown]
 # ## Experiment: how cost grows
-# With the number of experts (chosen ones and their size unchanged), with context, and with the nodes over which a prefill unit is spread:
+# With the number of experts (as many chosen, and as large, as before), with context, and with the nodes over which a prefill unit is spread:
 
 # %%
 fig, (left, mid, right) = figure(1, 3, 11, 3.2)
@@ -395,7 +406,13 @@ mid.plot(
     label="decode, as many as fit",
 )
 mid.plot(contexts, [dollars(H800, r) for r in prompts], "s-", color=BLUE, label="prefill")
-mid.set(xscale="log", yscale="log", xlabel="tokens of context", title="Context")
+mid.set(
+    xscale="log",
+    yscale="log",
+    xlabel="tokens of context",
+    ylabel="$ a million tokens",
+    title="Context",
+)
 mid.legend(fontsize=8)
 nodes = (1, 2, 4, 8)
 units_of = [Unit(8 * n, 4, 256 / (8 * n) + 1) for n in nodes]
@@ -423,16 +440,16 @@ assert grown[0] > 0.99 * grown[-1] and fixed[2] >= fixed[3] > fixed[4] >= fittin
 
 # %% [markdown]
 # More experts cost nothing to *compute*. With one a GPU even serving costs the same, so long as there are enough
-# users for a larger unit. On the same GPUs their weights must be read, which hides behind attention up to two a GPU,
+# users for a larger unit. On the same GPUs their weights must be read, which hides behind attention up to two a GPU (512 experts),
 # and stored, which squeezes out the cache. Fewer experts than GPUs do not help: attention binds.
-# Context costs decoding in proportion, twice over: longer reading for fewer sequences.
+# Beyond 4K context costs decoding in proportion: memory is full, a step reads all of it, and fewer sequences share the step.
 # And nodes cost prefill nothing as long as IB keeps pace: one node could not even hold the experts, eight ask for more crossings, and
-# only at half the rate of IB does the exchange outlast what hides it.
+# only there, with IB at half its rate, does the exchange outlast what hides it.
 #
 # ### Beside a published number
 # The authors published averages of a day for a *later* layout: 1,850 tokens a second and H800 in decoding (14.8K a node; 18 nodes,
-# no tensor parallelism, two experts a GPU, 4,989 tokens of mean context, 20 to 22 tokens a second for a reader), and 73.7K prompt tokens a second and
-# node of which 56.3 % came from a cache, so about 4,000 computed a GPU. The same functions say for that layout:
+# no tensor parallelism, two routed experts a GPU, 4,989 tokens of mean context, 20 to 22 tokens a second for a reader), and 73.7K prompt tokens a second and
+# node in prefill, of which 56.3 % came from a cache, so about 4,000 computed a GPU. The same functions say for that layout:
 
 # %%
 LATER = Unit(144, 1, 2, True)
@@ -448,9 +465,9 @@ print(
 assert said.rate > 1850 and prompts.rate > 4000
 
 # %% [markdown]
-# Decoding comes within a tenth, if a step writes one token (whether drafts were counted was not said; the batch is what the two published speeds
-# imply). Prompts are served at half the speed that operators allow: a day has hours with few users, prompts
-# end where they end, caches must be found and sent on. A sum of operators is a bound; what it tells best is what *binds*.
+# Decoding comes out a ninth faster than published, if a step writes one token (whether drafts were counted was not said; the batch is what the
+# two published speeds imply). Prompts are served at half the speed that operators allow: a day has hours with few users, prompts
+# do not fill batches exactly, caches must be found and sent on. A sum of operators is a bound; what it tells best is what *binds*.
 
 # %% [markdown]
 # ## Play: a unit of your own
@@ -499,13 +516,13 @@ play(
 # %%
 @checker
 def check_rows(fn):
-    """How many groups are there, how many experts has a token, and how many GPUs share them?"""
+    """How many sequences has the whole unit, and how many rows does each of their tokens send?"""
     assert all(abs(fn(b) - 80 * b * 9 / 320) < 1e-9 for b in (4, 100, 112))
 
 
 @checker
 def check_balance(fn):
-    """An expert's weights are read once; when do its operations last as long as the reading?"""
+    """Take one weight: how long to read it once, and how long to use it for n rows?"""
     cases = [(1358e12, 2.85e12), (3088e12, 6.8e12), (500e12, 1e12)]
     assert all(abs(fn(*case) - case[0] / case[1] / 2) < 1e-6 * case[0] / case[1] for case in cases)
 
@@ -513,7 +530,7 @@ def check_balance(fn):
 @checker
 def check_batch(fn):
     """Which sequences a group may there be? Ask `decode` for the step of each, and `room` how many fit."""
-    for context, ms in ((4096, 40), (16_384, 60), (4096, 5)):
+    for context, ms in ((4096, 20), (4096, 40), (16_384, 60), (4096, 5)):
         most = room(V3, H800, DECODE, context)
         good = [b for b in range(1, most + 1) if decode(V3, H800, b, context).step <= ms / 1e3]
         assert abs(fn(context, ms) - max(good, default=0)) < 0.5
@@ -534,8 +551,8 @@ check_rows(my_rows)
 # ```
 # </details>
 #
-# **2 · Predict.** From how many rows on is an expert bound by computation, on a GPU with `rate` operations/s and
-# `bandwidth` bytes/s, if only its weights (codes of one byte) count as bytes?
+# **2 · Predict.** From how many rows on (a fraction, not rounded) is an expert bound by computation, on a GPU with `rate` operations/s
+# and `bandwidth` bytes/s, if only its weights (codes of one byte) count as bytes?
 
 
 # %%
@@ -555,7 +572,7 @@ check_balance(my_balance)
 # </details>
 #
 # **3 · Extend.** A reader shall not wait longer than `ms` milliseconds for a step of both micro-batches. How many sequences of
-# `context` tokens may a group's micro-batch have at most, so that they fit (0 if none)?
+# `context` tokens may a group's micro-batch on the H800 unit have at most, if they must fit too (0 if none)?
 
 
 # %%
