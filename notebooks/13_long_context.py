@@ -694,7 +694,7 @@ print(f"cache of one text of 128K: {per_gpu:.1f} GB; read for each token: "
 
 # %% [markdown]
 # **Arithmetic** binds training at 128K, and four fifths of it are attention. The estimate of both
-# phases from the rate of pre-training is @@K GPU hours, the report's bill 119K. Where the difference lies we can only guess;
+# phases from the rate of pre-training is 75K GPU hours, the report's bill 119K. Where the difference lies we can only guess;
 # perhaps attention and the activations of such rows run less well than experts do. In
 # decoding the cache is what is read: 2.7 ms a token for *one* text, if one GPU held all layers; in V3's decoding
 # units many GPUs share the texts of a batch.
