@@ -925,8 +925,8 @@ play(trace, drafts=(1, 2, 1), temperature=(0.0, 1.5, 0.25), place=(0, 3, 1))
 
 # %% [markdown]
 # A guess is right more often the surer the model is, and the second guess needs the first. Whether
-# that pays depends on the price: here one MTP block is a third of the whole model, so a draft costs
-# almost what it saves. In V3 it is one block beside 61.
+# that pays depends on the price: here one MTP block is as large as a third of the main model, so a draft
+# costs about what it saves, and more when it is often wrong. In V3 it is one block beside 61.
 #
 # ### Deeper models
 # `dsv3 bench --parts speculation` teaches models of 2 to 16 layers for 100 steps each and lets them
