@@ -127,7 +127,7 @@ def page(browser, tmp_path):
     page = browser.new_page()
     yield page
     page.screenshot(path=tmp_path / "page.png")
-    page.evaluate("jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.evaluate("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
     page.close()
 
 

@@ -168,10 +168,17 @@ def results(fn, args: list, dtype=None) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
 
-def error(got, want) -> float:
+def error(got, want, least: float = 0.5) -> float:
     """rms(got − want) / rms(want); cases are of order 1, what is far smaller is cancellation."""
     rms = lambda x: x.double().square().mean().sqrt()
-    return (rms(got - want) / rms(want).clamp(min=0.5)).item() if want.numel() else 0.0
+    return (rms(got - want) / rms(want).clamp(min=least)).item() if want.numel() else 0.0
+
+
+def floor(name: str, i: int) -> float:
+    """How large a result counts at least: more, where larger numbers are subtracted for it."""
+    gradient = i and name.endswith("attention")  # of a softmax: sums of up to 40 terms
+    loss = name == "linear_cross_entropy" and not i  # two logits
+    return 4.0 if gradient or loss else 0.5
 
 
 def test_every_op_has_a_case():
@@ -187,9 +194,9 @@ def test_an_implementation_equals_the_reference(name, backend, dtype, data):
     args = arguments(data, name, dtype)
     want = results(ops.IMPLS[name]["torch"], args, torch.float32)
     got = results(ops.IMPLS[name][backend], args, dtype)
-    for g, w in zip(got, want):
+    for i, (g, w) in enumerate(zip(got, want)):
         assert g.shape == w.shape
-        assert error(g, w) < SLACK[backend] * ROUNDING[dtype]
+        assert error(g, w, floor(name, i)) < SLACK[backend] * ROUNDING[dtype]
 
 
 @given(data=st.data())

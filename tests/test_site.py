@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 import website
-from test_browser import CHROMIUM, page  # noqa: F401  a fixture
+from test_browser import CHROMIUM, browser, page  # noqa: F401  fixtures
 
 ROOT = website.ROOT
 CHAPTERS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))

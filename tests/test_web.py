@@ -478,7 +478,7 @@ def test_this_process_called_nobody_outside(address):
 
 # ── In a browser ──
 
-page = test_browser.page
+browser, page = test_browser.browser, test_browser.page
 WHOLE = "document.querySelectorAll('.answer .token[tabindex]').length"
 GROWING = "n => document.querySelectorAll('.answer .token:not([tabindex])').length > n"
 
