@@ -32,7 +32,7 @@ TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
 register_random(TORCH_RANDOM)
 
 settings.register_profile("short", max_examples=15, deadline=None, derandomize=True)
-settings.register_profile("full", max_examples=200, deadline=None)
+settings.register_profile("full", max_examples=200, deadline=None, derandomize=True)
 
 
 def pytest_addoption(parser):
