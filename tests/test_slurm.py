@@ -251,8 +251,11 @@ def test_longer_texts_fine_tuning_and_rl_have_launchers(undisturbed, home):
             *init, "--data", home / "talks.jsonl", *short, "--steps", "4", "--ep", "2"], **BOTH),
     }  # fmt: skip
     assert jobs["tuned"].end() == "COMPLETED", jobs["tuned"].said()
+    own = [json.dumps({"question": f"say {i}", "answer": str(i)}) for i in range(8)]
+    (home / "own.jsonl").write_text("\n".join(own))
     asked = "--batch 2 --batch-start 2 --group 2 --steps 2 --max-new-tokens 4 --seq-len 32".split()
-    jobs["rl"] = Job(home, "rl", "rl.sbatch", ["--init", jobs["tuned"].run, *asked], **BOTH)
+    asked += ["--init", jobs["tuned"].run, "--tasks", home / "own.jsonl"]
+    jobs["rl"] = Job(home, "rl", "rl.sbatch", asked, **BOTH)
     for job in jobs.values():
         assert job.end() == "COMPLETED", job.said()
     assert [len(metrics(job.run)) for job in jobs.values()] == [4, 4, 2]
