@@ -6,7 +6,7 @@ import math
 import os
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,6 +114,20 @@ def open_rows(name: str) -> Iterator:
     if kind == "parquet":
         return iter(load(name, kind, None, data_files=paths))
     raise UserError(f"{name} is not .jsonl or .parquet")
+
+
+def good_rows(name: str, make: Callable, say: Callable) -> tuple[list, int]:
+    """make(row) of every row, and how many it refused (`UserError`), each told by its number."""
+    found, bad = [], 0
+    for number, row in enumerate(open_rows(name), start=1):
+        if row == "":  # a blank line
+            continue
+        try:
+            found.append(make(row))
+        except UserError as e:
+            bad += 1
+            say(f"{name}, row {number} is left out: {e}")
+    return found, bad
 
 
 def read_lines(path: str) -> list[str]:

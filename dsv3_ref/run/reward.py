@@ -98,18 +98,13 @@ def truth(row: dict) -> str:
 
 def read(name: str, args: Reward, encode, marks: Marks, say=print) -> list[Pair]:
     """The pairs of a source; bad rows are reported by number and left out."""
-    found, bad = [], 0
-    for number, row in enumerate(data.open_rows(name), start=1):
-        if row == "":  # a blank line
-            continue
-        try:
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), list | tuple):
-                raise UserError("it has no list of messages as its prompt")
-            both = (sample(row, which, args, encode, marks) for which in ("chosen", "rejected"))
-            found.append(tuple(both))
-        except UserError as e:
-            bad += 1
-            say(f"{name}, row {number} is left out: {e}")
+
+    def pair(row) -> Pair:
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), list | tuple):
+            raise UserError("it has no list of messages as its prompt")
+        return tuple(sample(row, which, args, encode, marks) for which in ("chosen", "rejected"))
+
+    found, bad = data.good_rows(name, pair, say)
     if not found:
         raise UserError(f"{name} has no pair to learn from ({bad} rows were left out)")
     return found

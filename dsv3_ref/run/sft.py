@@ -71,15 +71,7 @@ def conversation(row, encode, marks: Marks, room: int) -> list[int]:
 
 def read(name: str, encode, marks: Marks, room: int, say=print) -> list[list[int]]:
     """The conversations of a source; bad rows are reported by number and left out."""
-    found, bad = [], 0
-    for number, row in enumerate(data.open_rows(name), start=1):
-        if row == "":  # a blank line
-            continue
-        try:
-            found.append(conversation(row, encode, marks, room))
-        except UserError as e:
-            bad += 1
-            say(f"{name}, row {number} is left out: {e}")
+    found, bad = data.good_rows(name, lambda row: conversation(row, encode, marks, room), say)
     if not found:
         raise UserError(f"{name} has no conversation to learn from ({bad} rows were left out)")
     return found

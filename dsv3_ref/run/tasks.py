@@ -146,14 +146,8 @@ class Rows:
     """
 
     def __init__(self, name: str, say=lambda text: print(text, file=sys.stderr)):
-        self.name, made = name, []
-        for number, row in enumerate(data.open_rows(name), start=1):
-            if row == "":  # a blank line
-                continue
-            try:
-                made.append(problem_of(name, row))
-            except UserError as e:
-                say(f"{name}, row {number} is left out: {e}")
+        self.name = name
+        made, _ = data.good_rows(name, lambda row: problem_of(name, row), say)
         made = list({p.question: p for p in made}.values())  # none on both sides
         if len(made) < 4:
             raise UserError(f"{name} has {len(made)} problems: at least 4, for a quarter is held")
