@@ -23,8 +23,7 @@ class Several:
 
     def leaves(self) -> bool:
         """Whether any rank was asked to: then all leave after the same step."""
-        at = "cpu" if dist.get_backend() == "gloo" else self.device
-        asked = torch.tensor(max(self.asked, default=0), device=at)
+        asked = torch.tensor(max(self.asked, default=0), device=self.device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked and not self.asked:
             self.asked.append(int(asked))
@@ -50,20 +49,20 @@ class Replicas(Several):
     """A rank's part of a run with a model each, before a `Trainer` in the order of bases."""
 
     def __init__(self, args: Train, folder: Path, device: torch.device):
-        self.rank, self.world, self.at = dist.get_rank(), dist.get_world_size(), device
+        self.rank, self.replicas, self.at = dist.get_rank(), dist.get_world_size(), device
         super().__init__(args, folder)
 
     def open_data(self) -> None:
         super().open_data()
-        if any(n % (self.world * self.parts) for n in self.plan):
+        if any(n % (self.replicas * self.parts) for n in self.plan):
             raise UserError(
-                f"{self.world} ranks × {self.parts} updates a step must divide --batch and "
+                f"{self.replicas} ranks × {self.parts} updates a step must divide --batch and "
                 "--batch-start"
             )
 
     @property
     def where(self) -> str:
-        return f"{self.world} ranks with a model each, on {self.at.type}"
+        return f"{self.replicas} ranks with a model each, on {self.device.type}"
 
     def pick_device(self) -> torch.device:
         return self.at
@@ -72,11 +71,11 @@ class Replicas(Several):
 
     def share(self, items: list) -> list:
         """This rank's of a list that all ranks hold."""
-        return items[self.rank :: self.world]
+        return items[self.rank :: self.replicas]
 
     def gathered(self, items: list) -> list:
         """All ranks' shares as one list, in its first order."""
-        shares = [None] * self.world
+        shares = [None] * self.replicas
         dist.all_gather_object(shares, items)
         longest = max(map(len, shares))
         return [mine[i] for i in range(longest) for mine in shares if i < len(mine)]
@@ -84,13 +83,9 @@ class Replicas(Several):
     def summed(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, of the same names."""
         names = sorted(values)
-        total = torch.tensor([values[k] for k in names], dtype=torch.float64, device=self.sums_at)
+        total = torch.tensor([values[k] for k in names], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return dict(zip(names, total.tolist()))
-
-    @property
-    def sums_at(self):
-        return "cpu" if dist.get_backend() == "gloo" else self.at
 
     def trained(self, batch) -> int:
         return int(self.summed({"n": super().trained(batch)})["n"])
@@ -102,15 +97,19 @@ class Replicas(Several):
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
-            p.grad /= self.world
+            p.grad /= self.replicas
         dist.all_reduce(sums)
         dist.all_reduce(load_le)
-        return sums / self.world, load_le
+        return sums / self.replicas, load_le
 
     def one_step(self) -> dict:
         """Random numbers are a rank's own, and those of the step: also of a run that goes on."""
         torch.manual_seed(hash((self.args.seed, self.step, self.rank)))
         return super().one_step()
+
+    def other_sources(self) -> dict[str, float]:
+        """Rank 0's summary needs nobody: all that it tells was gathered before."""
+        return {}
 
     # ── What only one does ──
 

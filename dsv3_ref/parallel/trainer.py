@@ -13,8 +13,8 @@ from dsv3_ref.config import UserError
 from dsv3_ref.parallel import checkpoint as sharded
 from dsv3_ref.parallel.build import share
 from dsv3_ref.parallel.cluster import Cluster
-from dsv3_ref.parallel.replicas import Replicas, Several
 from dsv3_ref.parallel.mesh import Mesh, joined, sizes
+from dsv3_ref.parallel.replicas import Replicas, Several
 from dsv3_ref.parallel.watchdog import doing, watch
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.run import checkpoint, resume, settings

@@ -172,9 +172,6 @@ class RewardTrainer(Trainer):
     def batch(self, n: int) -> list[Pair]:
         return self.share(self.rows.take(n))
 
-    def other_sources(self) -> dict[str, float]:
-        return {}
-
     def trained(self, pairs: list[Pair]) -> int:
         return sum(len(tokens) for pair in pairs for tokens in pair)
 

@@ -241,7 +241,7 @@ class RlTrainer(Trainer):
         self.score = Scorer(self.args, first, say, self.device)
         self.writer = self.brought = None  # the step whose weights it has
         if self.args.rollout == "vllm":
-            if len(self.share([0, 1])) < 2:
+            if self.replicas > 1:
                 raise UserError("--rollout vllm runs in one process")
             self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
         if self.fresh:
@@ -304,8 +304,8 @@ class RlTrainer(Trainer):
 
     def update(self, answers: list[Answer], *settings) -> StepStats:
         """One optimizer step. Answers that neither gain nor lose are not computed, but counted."""
-        counts = self.summed({"tokens": sum(len(a.tokens) for a in answers), "ranks": 1})
-        self.total = len(answers), counts["tokens"] / counts["ranks"]
+        tokens = self.summed({"tokens": sum(len(a.tokens) for a in answers)})["tokens"]
+        self.total = len(answers), tokens / self.replicas
         live = [a for a in answers if a.advantage or self.args.beta] or answers[:1]
         self.live = len(live)
         return self.step_on(self.lots(live), *settings)
@@ -423,9 +423,6 @@ class RlTrainer(Trainer):
             "val_loss": row["val_loss"], "seconds": self.seconds, "tokens": self.tokens,
             "before": began["held_out"], "after": row["held_out"], "samples": said,
         }  # fmt: skip
-
-    def other_sources(self) -> dict[str, float]:
-        return {}
 
     def goal(self) -> str:
         args = self.args

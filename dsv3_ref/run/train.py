@@ -51,6 +51,7 @@ class Trainer:
     sharded = True  # on several ranks: stages and experts apart, or the whole model on each
     together = None  # of several ranks: see `train_step`
     first = True  # among ranks: it writes
+    replicas = 1  # processes that each hold the whole model and share the work
     parts = 1  # optimizer steps from one batch
     KNOWN = ("names", "val", "bytes", "plan", "marks")  # of the data, on every rank
     marks: Marks | None = None  # of conversations
