@@ -172,14 +172,15 @@ def clock(model: Transformer, seed: int) -> dict:
 def study(args: Study) -> None:
     """Train, look, measure, and a small JSON of it all."""
     start, found = time.process_time(), phases(args)
-    rows = lambda k: [checkpoint.read_json(found[k] / "summary.json")]
+    ends = {k: checkpoint.read_json(run / "summary.json") for k, run in found.items()}
     after = checkpoint.load(found["after"])
     one = Transformer(replace(after.config, n_mtp_layers=0))
     one.load_state_dict(after.state_dict(), strict=False)
     result = {
         "command": shlex.join(["python", "-m", "dsv3_ref.run.long_study", *sys.argv[1:]]),
         "commit": commit(), "seed": args.seed,
-        "runs": {k: {x: rows(k)[0][x] for x in ("tokens", "seconds", "val_bpb")} for k in found},
+        "runs": {k: {x: end[x] for x in ("tokens", "seconds", "val_bpb")}
+                 for k, end in ends.items()},
         **reading(args, found), **clock(one, args.seed),
     }  # fmt: skip
     result["cpu_seconds"] = time.process_time() - start  # of what this process did not find done

@@ -7,7 +7,6 @@ comes from its `metrics.jsonl`, here or on another machine.
 import asyncio
 import atexit
 import io
-import json
 import shlex
 import signal
 import subprocess
@@ -23,7 +22,7 @@ import matplotlib.pyplot as plt
 from dsv3_ref.config import UserError
 from dsv3_ref.viz import rl, training
 from dsv3_ref.viz.style import in_notebook, show
-from dsv3_ref.viz.training import has
+from dsv3_ref.viz.training import as_row, has
 
 EVERY = 1.0  # seconds between two looks
 ENDS = {0: "finished", 75: "stopped", 143: "stopped", -signal.SIGUSR1: "stopped"}  # exit codes
@@ -77,15 +76,6 @@ class Tail:
                 return f.read()
         except OSError:  # not there, or not now
             return b""
-
-
-def as_row(line: bytes) -> dict | None:
-    """A row; None for a line that is none."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
 
 
 def fetch(address: str, start: int) -> bytes:

@@ -30,13 +30,20 @@ def read_metrics(path) -> list[dict]:
     lines = Path(path).read_text(errors="replace").splitlines()
     rows = {}
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
+        if (row := as_row(line)) is not None:
             rows[row["step"]] = row
-        except (json.JSONDecodeError, KeyError, TypeError):
-            if line.strip() and number < len(lines):
-                warnings.warn(f"{path}, line {number} is not a row, skipped", stacklevel=2)
+        elif line.strip() and number < len(lines):
+            warnings.warn(f"{path}, line {number} is not a row, skipped", stacklevel=2)
     return [rows[step] for step in sorted(rows)]
+
+
+def as_row(line: str | bytes) -> dict | None:
+    """A row; None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
 
 
 def has(rows: list[dict], key: str) -> bool:
