@@ -38,7 +38,7 @@ test-full: .venv/dev
 
 test-slurm: .venv/dev
 	@tests/slurm_local.sh install || true  # it says why; the tests are then skipped
-	DSV3_SLURM=1 $(BIN)/python -m pytest tests/test_slurm.py -rs
+	DSV3_SLURM=1 $(BIN)/python -m pytest tests/cluster/test_slurm.py -rs
 
 bench: .venv/dev
 	$(BIN)/dsv3 bench $(ARGS)

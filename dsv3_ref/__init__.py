@@ -11,8 +11,8 @@ _HOME = {
     "count": "config",
     "Transformer": "model",
     "generate": "decode",
-    "load": "run.checkpoint",
-    "save_hf": "run.checkpoint",
+    "load": "checkpoints.native",
+    "save_hf": "checkpoints.native",
 }
 __all__ = list(_HOME)
 

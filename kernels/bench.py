@@ -893,7 +893,8 @@ def write(path: Path, found: dict, rows: list[Row], goals: list[dict], tests: st
 
 def test_command() -> list[str]:
     """pytest over the kernels' tests; without hypothesis, over those that can do without it."""
-    files = {str(p.relative_to(ROOT)): p.read_text() for p in ROOT.glob("tests/test_kernels_*.py")}
+    found = ROOT.glob("tests/kernels/test_kernels_*.py")
+    files = {str(p.relative_to(ROOT)): p.read_text() for p in found}
     command = [sys.executable, "-m", "pytest", "-q", "-x"]
     if find_spec("hypothesis"):
         return command + sorted(files)

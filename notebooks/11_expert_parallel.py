@@ -59,7 +59,7 @@ show(fig)
 # Attention, gate and shared expert need no exchange: every GPU has them and runs them on its own tokens. Only
 # `MoE.routed` of [chapter 04](04_moe.ipynb) changes its place. This chapter exports what is *computed* there,
 # who gets what, for one rank (a process with its GPU); the processes, groups and bytes are plain Python in
-# `dsv3_ref/parallel/exchange.py`.
+# `dsv3_ref/parallel/token_dispatcher.py`.
 #
 # Axes: `n` tokens of a rank, `k` chosen experts, `m` rows that travel, `i` members of a group of ranks, `e`
 # experts, `d` model.
@@ -308,9 +308,9 @@ def compare(name: str, hops):
 compare("one hop", [([range(8)], 4)])
 
 # %% [markdown]
-# Real processes do the same with `all_to_all_single`: `Exchange` in `dsv3_ref/parallel/exchange.py` calls these
+# Real processes do the same with `all_to_all_single`: `Exchange` in `dsv3_ref/parallel/token_dispatcher.py` calls these
 # four functions, cuts autograd where a message travels, and lets another micro-batch compute meanwhile
-# ([chapter 12](12_dualpipe.ipynb)). `tests/test_parallel.py` runs it on processes that talk by gloo, PyTorch's
+# ([chapter 12](12_dualpipe.ipynb)). `tests/parallel/test_parallel.py` runs it on processes that talk by gloo, PyTorch's
 # network library for CPUs.
 #
 # ## Two hops

@@ -407,7 +407,7 @@ show(fig)
 # does all that follows, ten minutes of one core:
 #
 # ```
-# python -m dsv3_ref.run.long_study --init runs/tiny --out notebooks/results
+# python -m dsv3_ref.studies.long_context --init runs/tiny --out notebooks/results
 # ```
 #
 # 1. *Before.* The model learns to copy a key within 256 tokens: 100 steps on rows with needles.

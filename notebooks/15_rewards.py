@@ -106,38 +106,39 @@ assert program("So:\n```python\nprint(7)\n```\n") == "print(7)\n" and program("p
 
 # %% [markdown]
 # *Equal* is not the same string: $\frac12$, 0.5 and 2/4 are one answer. `math-verify` knows; but it can be made to compute
-# $9^{9^{9}}$, so it runs in a process of its own that is killed when it takes too long (`dsv3_ref.run.maths`).
+# $9^{9^{9}}$, so it runs in a process of its own that is killed when it takes too long (`dsv3_ref.verifiers.math_verifier`).
 
 # %%
 import time
 
-from dsv3_ref.run import maths
+from dsv3_ref.verifiers import math_verifier
 
 for given, truth in ((r"\frac{1}{2}", "0.5"), ("x+1", "1+x"), ("(1, 2)", "(1,2)"), ("3", "4")):
-    print(f"{given:>12} = {truth:<6}", maths.equal(given, truth))
-maths.verifier().seconds, start = 1.0, time.perf_counter()
-assert not maths.equal("9^{9^{9^{9}}}", "7")
+    print(f"{given:>12} = {truth:<6}", math_verifier.equal(given, truth))
+math_verifier.verifier().seconds, start = 1.0, time.perf_counter()
+assert not math_verifier.equal("9^{9^{9^{9}}}", "7")
 print(f"{'9^9^9^9':>12} = 7      refused after {time.perf_counter() - start:.1f} s")
 
 # %% [markdown]
 # **Code** is judged by running it. That code was written by a model which is *rewarded for passing*, so it will do whatever passes, and it
-# runs on our machine. `dsv3_ref.run.sandbox` starts it in [bubblewrap](https://github.com/containers/bubblewrap) as a user that is nobody, without network, with limits on
+# runs on our machine. `dsv3_ref.verifiers.sandbox` starts it in [bubblewrap](https://github.com/containers/bubblewrap) as a user that is nobody, without network, with limits on
 # time, memory, processes, files and output. Expected results stay outside, where the comparison is made.
 
 # %%
 import shutil
 
-from dsv3_ref.run import sandbox, verdict
+from dsv3_ref.verifiers import sandbox
+from dsv3_ref.verifiers import code_grader
 
 GOOD = "def double(x):\n    return 2 * x"
 CHEAT = "class All:\n    def __eq__(self, other):\n        return True\ndef double(x):\n    return All()"
 LOOP = "def double(x):\n    while True:\n        pass"
-cases = [verdict.Returns("double", (n,), 2 * n) for n in (1, 7)]
+cases = [code_grader.Returns("double", (n,), 2 * n) for n in (1, 7)]
 if shutil.which("bwrap"):
     quick = sandbox.Limits(seconds=3.0, cpu=1)
     for name, code in {"good": GOOD, "equal to everything": CHEAT, "endless": LOOP}.items():
-        print(f"{name:>20}: {verdict.passes(code, cases, quick)} of {len(cases)} cases")
-    assert verdict.passes(GOOD, cases) == 2 and verdict.passes(CHEAT, cases) == 0
+        print(f"{name:>20}: {code_grader.passes(code, cases, quick)} of {len(cases)} cases")
+    assert code_grader.passes(GOOD, cases) == 2 and code_grader.passes(CHEAT, cases) == 0
 else:
     print("no bubblewrap here, so no code runs:", sandbox.MISSING)
 
@@ -372,7 +373,7 @@ assert majority(answers) == "7" and pass_at(2, 6, 3) == 0.8
 
 # %% [markdown]
 # ## Experiment: can the judge be fooled?
-# `python -m dsv3_ref.run.reward_study` trains three judges from the fine-tuned 5M model on 3,000 pairs of answers to sums. One answer is right. In seven of ten
+# `python -m dsv3_ref.studies.reward` trains three judges from the fine-tuned 5M model on 3,000 pairs of answers to sums. One answer is right. In seven of ten
 # pairs, by chance, the right one also ends "I am quite sure of it."; independently, the wrong one ends so in three of ten. Judges: **directly** (score at once), **thinking** (work
 # the sum out, write result and given number side by side and a verdict, then score), and **thinking, told** (with the right answer in the judge's turn). The candidates on the right are made up: right with chance 0.3 and,
 # independently, sure with chance ½.

@@ -259,7 +259,7 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
 
 # %%
 from dsv3_ref import ops
-from dsv3_ref.parallel.exchange import Exchange
+from dsv3_ref.parallel.token_dispatcher import Exchange
 from dsv3_ref.parallel.stage import Seen, Stage, Weights
 from dsv3_ref.parallel.tape import Tape, drain
 
@@ -932,7 +932,7 @@ def stretched(loss: Losses, gpus: int) -> float:
 
 
 # %%
-from dsv3_ref.run.plan import Plan, estimate
+from dsv3_ref.cluster.plan import Plan, estimate
 
 assert gpu_hours(1.0, 2048, 2048 * 1543) == 1e12 / 1543 / 3600
 bill = lambda loss, **more: estimate(Plan(losses=loss, **more)).hours

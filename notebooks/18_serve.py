@@ -892,7 +892,7 @@ for depth in (0, 2):
     )
 
 # %% [markdown]
-# `dsv3 serve` puts a clock, sockets and processes around this: [`dsv3_ref/run/serve.py`](../dsv3_ref/run/serve.py). One thread steps; requests come in and tokens go out between two
+# `dsv3 serve` puts a clock, sockets and processes around this: [`dsv3_ref/serving/api_server.py`](../dsv3_ref/serving/api_server.py). One thread steps; requests come in and tokens go out between two
 # steps. A client that hangs up is a row that is `gone`. Text becomes tokens by chapter 14's `chat`, where no text can spell a special
 # token. With `--prefill-workers 1` the parcels above travel through a pipe to a second process.
 #
@@ -1013,7 +1013,7 @@ assert hits[0] == 0 and hits[-1] > 0.7 * (hits[-1] + reads[-1])
 # One thing leaks all the same: a prompt that is answered faster than it should be tells that *somebody* has sent its beginning before. Services for strangers keep their prefixes apart.
 #
 # ## Experiment: sixty-four clients
-# The model of [chapter 07](07_pretrain.ipynb) behind `dsv3 serve`, and 1 to 64 clients that each stream an answer over HTTP, on two cores that others use too: `python -m dsv3_ref.run.load_test runs/tiny --rounds 5`.
+# The model of [chapter 07](07_pretrain.ipynb) behind `dsv3 serve`, and 1 to 64 clients that each stream an answer over HTTP, on two cores that others use too: `python -m dsv3_ref.studies.load_test runs/tiny --rounds 5`.
 
 # %%
 from dsv3_ref.viz.ablation import stored

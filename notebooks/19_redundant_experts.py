@@ -365,14 +365,14 @@ assert [slot_nk[chosen_nk == e].tolist() for e in range(12)] == turns
 
 # %% [markdown]
 # ## A model that is running
-# `redundant(moe, physical_to_logical)` in `dsv3_ref/parallel/redundant.py` puts itself in the place of `MoE.routed`: it
+# `redundant(moe, physical_to_logical)` in `dsv3_ref/parallel/physical_experts.py` puts itself in the place of `MoE.routed`: it
 # copies weights into slots, and in each pass spreads the choices and lets the slots compute. The model, its gate and
 # its checkpoint know nothing of it. Called again with another placement, it refills only the slots that change, and
 # says how many. The check: the same outputs before, between two placements and after; and with the slots on eight GPUs
 # of their own.
 
 # %%
-from dsv3_ref.parallel.redundant import plain, redundant
+from dsv3_ref.parallel.physical_experts import plain, redundant
 
 SHAPE = replace(V3, dim=32, moe_inter_dim=16, n_routed_experts=12, n_activated_experts=3,
                 n_expert_groups=4, n_limited_groups=2)  # fmt: skip

@@ -25,7 +25,7 @@ submit() {  # the options of dsv3 follow the command, which the launcher knows i
 }
 
 good_nodes() {  # the first NODES of those that the preflight leaves, as srun wants them
-  "$PYTHON" -m dsv3_ref.run.cli preflight --folder "$run" --need "$NODES" --gpus "$GPUS" \
+  "$PYTHON" -m dsv3_ref preflight --folder "$run" --need "$NODES" --gpus "$GPUS" \
     --ranks "$RANKS" $PREFLIGHT | cut -d, -f "-$NODES"
 }
 
@@ -40,7 +40,7 @@ train() {  # a process for every rank; Slurm brings signals to each and exit cod
     --cpus-per-task=$((SLURM_CPUS_ON_NODE / RANKS)) --distribution=block --wait="$STRAGGLE" \
     --output="$logs/rank-%t.txt" \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank \
-    "$PYTHON" -m dsv3_ref.run.cli "$@" --out "$run"
+    "$PYTHON" -m dsv3_ref "$@" --out "$run"
 }
 
 finish() {  # 0: done; 2: a user's mistake; 75, or dead of a signal that asks: preempted

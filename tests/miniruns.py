@@ -93,13 +93,13 @@ def child(home: Path, argv: list[str], threads=1, deadly="", at=1, number=signal
     """Run a command, silently; its `at`-th call of the function `deadly` sends it a signal."""
     import torch
 
-    from dsv3_ref.run import cli
+    from dsv3_ref.cli import main
 
     own_caches(home, pytest.MonkeyPatch())
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = io.StringIO()
     patch = pytest.MonkeyPatch()
-    patch.setattr("dsv3_ref.run.report.write_report", no_report)
+    patch.setattr("dsv3_ref.training.report.write_report", no_report)
     if deadly:
         calls = iter(range(1, 1000))
         real = pkgutil.resolve_name(deadly)
@@ -110,12 +110,13 @@ def child(home: Path, argv: list[str], threads=1, deadly="", at=1, number=signal
             return real(*args, **kwargs)
 
         patch.setattr(deadly, shot)
-    sys.exit(cli.main(argv))
+    sys.exit(main.main(argv))
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # children share cores: they must not spin
 FORK = multiprocessing.get_context("forkserver")  # imports once, then forks a fresh process
-FORK.set_forkserver_preload(["pytest", "datasets", "dsv3_ref.run.train", "dsv3_ref.run.report"])
+PRELOAD = ["pytest", "datasets", "dsv3_ref.training.loop", "dsv3_ref.training.report"]
+FORK.set_forkserver_preload(PRELOAD)
 
 
 def start(*args):

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_ref.config import SIZES, SMALL, TINY, V2_LITE, V3, Config, UserError
+from dsv3_ref.config import SIZES, SMALL, TINY, V2_LITE, V3, Config, UserError, from_dict, named
 from dsv3_ref.config import count as count_of
-from dsv3_ref.config import from_dict, named
 from dsv3_ref.model import Transformer
 
 SHARED = ("embed.", "head.")  # MTP modules own neither

@@ -8,8 +8,21 @@ from hypothesis import strategies as st
 from dsv3_ref import ops
 from dsv3_ref.config import UserError
 from dsv3_ref.dualpipe import (
-    FORMULA, PLAIN, SCHEDULES, Op, Times, activations, bubble, check, held, home, micros, needs,
-    result, schedule, simulate,
+    FORMULA,
+    PLAIN,
+    SCHEDULES,
+    Op,
+    Times,
+    activations,
+    bubble,
+    check,
+    held,
+    home,
+    micros,
+    needs,
+    result,
+    schedule,
+    simulate,
 )  # fmt: skip
 from dsv3_ref.moe import grouped_linear
 

@@ -25,8 +25,8 @@ from dsv3_ref.eplb import (
 from dsv3_ref.expert_parallel import send_list
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
-from dsv3_ref.parallel.redundant import plain, redundant
-from dsv3_ref.run import routing
+from dsv3_ref.parallel.physical_experts import plain, redundant
+from dsv3_ref.studies import expert_load
 from dsv3_ref.viz.ablation import RESULTS
 
 # ── The slow form: one layer, one expert, one GPU after the other ──
@@ -277,7 +277,7 @@ def test_a_whole_model_served_by_its_own_loads():
 def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
     small = replace(TINY, n_layers=2, max_seq_len=16)
     torch.manual_seed(0)
-    monkeypatch.setattr(routing, "load", lambda path: Transformer(small))
+    monkeypatch.setattr(expert_load, "load", lambda path: Transformer(small))
 
     class Words:
         ids = [5, 6, 7] * 200
@@ -286,16 +286,16 @@ def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
         token_to_id = staticmethod(lambda token: 0)
         encode = staticmethod(lambda text, add_special_tokens: Words)
 
-    monkeypatch.setattr(routing.tok, "read_tokenizer", lambda path: Coder)
-    args = routing.Routing(out=tmp_path, windows=3, rows=2)
-    found = json.loads(routing.record(args, "this command").read_text())
+    monkeypatch.setattr(expert_load.tok, "read_tokenizer", lambda path: Coder)
+    args = expert_load.Routing(out=tmp_path, windows=3, rows=2)
+    found = json.loads(expert_load.record(args, "this command").read_text())
     kept = json.loads((RESULTS / "routing.json").read_text())
     assert found.keys() == kept.keys()
     assert found["command"] == "this command"
     for load in found["load"].values():
         assert torch.tensor(load).sum(-1).tolist() == [[32 * 4]] * 3
     with pytest.raises(UserError, match="at least 1"):
-        routing.record(replace(args, windows=0), "")
+        expert_load.record(replace(args, windows=0), "")
 
 
 def test_the_kept_record_is_whole():

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from miniruns import metrics, options, results
 
+from dsv3_ref.checkpoints.native import config_of, load
+from dsv3_ref.cli import main
 from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count
 from dsv3_ref.decode import Decoder, by_blocks, stream
 from dsv3_ref.long_context import (
@@ -32,8 +34,6 @@ from dsv3_ref.long_context import (
 from dsv3_ref.mla import GQA, LayerCache, attention
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import batch_plan, gamma_at, lr_at, mtp_weight_at
-from dsv3_ref.run import cli
-from dsv3_ref.run.checkpoint import config_of, load
 
 # ── The report's numbers (§4.3) ──
 
@@ -201,10 +201,10 @@ def test_bytes_are_those_of_the_caches():
 def home(tmp_path_factory):
     with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
         patch = pytest.MonkeyPatch()
-        patch.setattr("dsv3_ref.run.report.write_report", miniruns.no_report)
-        patch.setattr("dsv3_ref.run.data.SHUFFLE_ROWS", 16)
+        patch.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
+        patch.setattr("dsv3_ref.data.loader.SHUFFLE_ROWS", 16)
         shape = "--model.original-seq-len 16 --model.max-seq-len 32".split()
-        assert cli.main(options(folder, folder / "base", *shape)) == 0
+        assert main.main(options(folder, folder / "base", *shape)) == 0
         yield folder
         patch.undo()
 
@@ -212,7 +212,7 @@ def home(tmp_path_factory):
 def extend(home, out, *more, init="base") -> int:
     fixed = ["extend", "--init", home / init, "--data", home / "text", "--out", out]
     fixed += "--steps 4 --batch 2 --batch-start 2".split()
-    return cli.main([str(x) for x in [*fixed, *more]])
+    return main.main([str(x) for x in [*fixed, *more]])
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_its_first_weights_are_the_others(home, tmp_path):
 
 
 def test_resumed_it_is_the_same_run(home, tmp_path, monkeypatch):
-    from dsv3_ref.run.extend import ExtendTrainer
+    from dsv3_ref.training.extend import ExtendTrainer
 
     real = ExtendTrainer.one_step
 
@@ -262,7 +262,7 @@ def test_resumed_it_is_the_same_run(home, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ExtendTrainer, "one_step", stopping)
         assert extend(home, tmp_path / "run", *more) == 130
-    assert cli.main(["extend", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert main.main(["extend", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert extend(home, tmp_path / "whole", *more) == 0
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 
@@ -282,14 +282,14 @@ REFUSED = [
 def test_refusals(argv, why, home, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = [x.format(base=home / "base") for x in argv]
-    assert cli.main(["extend", *argv, "--data", str(home / "text"), "--out", "run"]) == 2
+    assert main.main(["extend", *argv, "--data", str(home / "text"), "--out", "run"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and why in said
     assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_phase_that_there_is_not(home, capsys):
-    assert cli.main(["extend", "--init", str(home / "base"), "--phase", "64k"]) == 2
+    assert main.main(["extend", "--init", str(home / "base"), "--phase", "64k"]) == 2
     assert capsys.readouterr().err == "error: --phase is 32k or 128k, not 64k\n"
 
 
@@ -299,7 +299,7 @@ def test_a_phase_that_there_is_not(home, capsys):
 def test_stored_results_say_where_they_come_from():
     path = Path(__file__).parents[1] / "notebooks" / "results" / "long_context.json"
     found = json.loads(path.read_text())
-    assert found["command"].startswith("python -m dsv3_ref.run.long_study --init ")
+    assert found["command"].startswith("python -m dsv3_ref.studies.long_context --init ")
     assert len(found["commit"]) == 40 and found["seed"] == 0
     assert found["cpu_seconds"] < 12 * 60  # what was found done not counted
     grid = len(found["depths"]), len(found["lengths"])

@@ -8,10 +8,10 @@ from support import HF, YARN, decode, hf_model, randomise
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from dsv3_ref.checkpoints.native import load, save_hf
 from dsv3_ref.mla import MLA
 from dsv3_ref.model import Transformer
 from dsv3_ref.mtp import mtp_features
-from dsv3_ref.run.checkpoint import load, save_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*holds no MTP layer")
 CASES = {

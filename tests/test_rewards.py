@@ -23,8 +23,8 @@ from dsv3_ref.rewards import (
     vote_agreement,
     well_formed,
 )
-from dsv3_ref.run import maths
 from dsv3_ref.sft import Marks
+from dsv3_ref.verifiers import math_verifier
 
 MARKS = Marks(*range(5))
 
@@ -95,11 +95,11 @@ def test_the_form(text, well):
     ],
 )
 def test_answers_are_equal_by_value(given, truth, same):
-    assert maths.equal(given, truth) is same
+    assert math_verifier.equal(given, truth) is same
 
 
 def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_judged():
-    verify = maths.Verifier(seconds=1.0)
+    verify = math_verifier.Verifier(seconds=1.0)
     assert verify("1/2", "0.5")
     first, start = verify.process.pid, time.perf_counter()
     assert not verify("9^{9^{9^{9}}}", "7")
@@ -121,7 +121,7 @@ HOSTILE = {
 
 
 def test_nothing_hostile_is_right_hangs_or_spoils_the_next():
-    verify = maths.Verifier(seconds=1.0)
+    verify = math_verifier.Verifier(seconds=1.0)
     for name, text in HOSTILE.items():
         verify("1", "1.0")  # a process is there
         start = time.perf_counter()
@@ -136,11 +136,11 @@ def test_nothing_hostile_is_right_hangs_or_spoils_the_next():
     ["7=8", "8=7", "7, 8", "{7, 8}", r"7 \text{ or } 8", r"7 \pm 1", "[7, 8]", r"7 \approx 8"],
 )
 def test_two_guesses_are_not_both_right(guess):
-    assert maths.equal(guess, "7") + maths.equal(guess, "8") <= 1
+    assert math_verifier.equal(guess, "7") + math_verifier.equal(guess, "8") <= 1
 
 
 def test_a_dead_process_is_replaced():
-    verify = maths.Verifier()
+    verify = math_verifier.Verifier()
     assert verify("2/4", "0.5")
     verify.process.kill()
     verify.process.wait()
@@ -149,8 +149,8 @@ def test_a_dead_process_is_replaced():
 
 
 def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monkeypatch):
-    slow, real = maths.Verifier(), maths.Verifier.line
-    monkeypatch.setattr(maths.Verifier, "line", lambda self, _: real(self, 0.0))
+    slow, real = math_verifier.Verifier(), math_verifier.Verifier.line
+    monkeypatch.setattr(math_verifier.Verifier, "line", lambda self, _: real(self, 0.0))
     with pytest.raises(UserError, match="pip install"):
         slow("1", "2")
     monkeypatch.undo()
@@ -159,7 +159,7 @@ def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monk
 
 def test_off_the_main_thread_too():
     found = []
-    work = threading.Thread(target=lambda: found.append(maths.equal(r"\sqrt{4}", "2")))
+    work = threading.Thread(target=lambda: found.append(math_verifier.equal(r"\sqrt{4}", "2")))
     work.start()
     work.join()
     assert found == [True]

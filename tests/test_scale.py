@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from dsv3_ref.cli.main import main
+from dsv3_ref.cluster.plan import REPORT, Plan, estimate
 from dsv3_ref.config import SMALL, V3, count
 from dsv3_ref.inference_scale import (
     DECODE,
@@ -22,8 +24,6 @@ from dsv3_ref.inference_scale import (
     smallest,
     weights,
 )
-from dsv3_ref.run.cli import main
-from dsv3_ref.run.plan import REPORT, Plan, estimate
 from dsv3_ref.scale import (
     IDEAL,
     MACHINES,

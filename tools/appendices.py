@@ -362,10 +362,10 @@ def tests(book: Book, cell: str) -> str:
     """`test_a`, `test_b_*` as links to the files; one that is not there ends the build."""
     out = []
     for name in re.findall(r"`(\w+\*?)`", cell):
-        found = sorted(book.root.glob(f"tests/{name}.py"))
+        found = sorted(book.root.glob(f"tests/**/{name}.py"))
         if not found:
             sys.exit(f"README.md names tests/{name}.py, which does not exist")
-        out += [f"[`{p.stem}`](tests/{p.name})" for p in found]
+        out += [f"[`{p.stem}`]({p.relative_to(book.root)})" for p in found]
     return joined(out)
 
 

@@ -1,14 +1,15 @@
 """Tokens to their experts and back by DeepEP's kernels, over NVLink and RDMA (§3.2.2).
 
 For `deep_ep.Buffer`, of DeepEP 1 or kept by DeepEP 2. Never run against the library itself, which
-wants several GPUs: tests/test_deepep.py holds this side of the protocol against a module made after
-DeepEP's documentation and its own checks. Rows travel in bf16, or to experts in FP8; sums in bf16.
+wants several GPUs: tests/parallel/test_deepep.py holds this side of the protocol against a module
+made after DeepEP's documentation and its own checks. Rows travel in bf16, or to
+experts in FP8; sums in bf16.
 """
 
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.expert_parallel import local_experts
 from dsv3_ref.fp8 import act_dequant, act_quant
-from dsv3_ref.parallel.exchange import nothing, zeros
+from dsv3_ref.parallel.token_dispatcher import nothing, zeros
 from dsv3_ref.parallel.watchdog import doing
 
 NODE = 8  # ranks that DeepEP takes for one node; more of them need RDMA

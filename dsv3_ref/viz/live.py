@@ -117,7 +117,7 @@ class Command:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         again = (self.folder / "run.json").is_file()
         words = [self.words[0], "--resume"] if again else self.words
-        argv = [sys.executable, "-m", "dsv3_ref.run.cli", *words, "--out", str(self.folder)]
+        argv = [sys.executable, "-m", "dsv3_ref", *words, "--out", str(self.folder)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log)
         atexit.register(self.end)

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
-from dsv3_ref.moe import Route, expert_load, max_vio
 from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.moe import Route, expert_load, max_vio
 from dsv3_ref.viz.style import BLUE, GREY, ORANGE, figure, play, show
 
 MOST = 32  # tokens that fit a picture

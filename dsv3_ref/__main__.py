@@ -1,0 +1,6 @@
+"""Run `python -m dsv3_ref COMMAND …`, which is `dsv3 COMMAND …`; torchrun and srun start this."""
+
+from dsv3_ref.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Checkpoints: native, Hugging Face and sharded formats, written atomically."""

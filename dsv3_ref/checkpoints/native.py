@@ -1,0 +1,586 @@
+"""Checkpoints: our own directories and Hugging Face's, read and written as safetensors.
+
+Ours: `config.json` with the fields of `Config`, `model.safetensors` with our names. Theirs: a
+`deepseek_v3` or `deepseek_v2` config, their names, every expert by itself, and MTP layers numbered
+after the last layer. Both may be cut into shards behind an index.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsv3_ref.config import Config, UserError, from_dict
+from dsv3_ref.fp8 import weight_dequant
+from dsv3_ref.model import Transformer
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARDED = ".metadata"  # in what several ranks wrote
+SHARD = 5_000_000_000  # bytes of a file before another one starts
+SCALE = "_scale_inv"  # what an FP8 weight's scales are called, after its own name
+
+# ── Names: ours, Hugging Face's; L a layer (MTP layers come after the last), E each expert ──
+
+NAMES = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "L.attn_norm.weight": "model.layers.L.input_layernorm.weight",
+    "L.attn.wq.weight": "model.layers.L.self_attn.q_proj.weight",
+    "L.attn.wq_a.weight": "model.layers.L.self_attn.q_a_proj.weight",
+    "L.attn.q_norm.weight": "model.layers.L.self_attn.q_a_layernorm.weight",
+    "L.attn.wq_b.weight": "model.layers.L.self_attn.q_b_proj.weight",
+    "L.attn.wkv_a.weight": "model.layers.L.self_attn.kv_a_proj_with_mqa.weight",
+    "L.attn.kv_norm.weight": "model.layers.L.self_attn.kv_a_layernorm.weight",
+    "L.attn.wkv_b.weight": "model.layers.L.self_attn.kv_b_proj.weight",
+    "L.attn.wo.weight": "model.layers.L.self_attn.o_proj.weight",
+    "L.ffn_norm.weight": "model.layers.L.post_attention_layernorm.weight",
+    "L.ffn.w1.weight": "model.layers.L.mlp.gate_proj.weight",
+    "L.ffn.w2.weight": "model.layers.L.mlp.down_proj.weight",
+    "L.ffn.w3.weight": "model.layers.L.mlp.up_proj.weight",
+    "L.ffn.gate.weight": "model.layers.L.mlp.gate.weight",
+    "L.ffn.gate.bias": "model.layers.L.mlp.gate.e_score_correction_bias",
+    "L.ffn.experts.w1": "model.layers.L.mlp.experts.E.gate_proj.weight",
+    "L.ffn.experts.w2": "model.layers.L.mlp.experts.E.down_proj.weight",
+    "L.ffn.experts.w3": "model.layers.L.mlp.experts.E.up_proj.weight",
+    "L.ffn.shared_experts.w1.weight": "model.layers.L.mlp.shared_experts.gate_proj.weight",
+    "L.ffn.shared_experts.w2.weight": "model.layers.L.mlp.shared_experts.down_proj.weight",
+    "L.ffn.shared_experts.w3.weight": "model.layers.L.mlp.shared_experts.up_proj.weight",
+    "L.enorm.weight": "model.layers.L.enorm.weight",
+    "L.hnorm.weight": "model.layers.L.hnorm.weight",
+    "L.eh_proj.weight": "model.layers.L.eh_proj.weight",
+    "L.norm.weight": "model.layers.L.shared_head.norm.weight",
+}
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+IGNORED = re.compile(  # copies of the embedding and head in MTP layers; tables anyone can compute
+    r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight|.*rotary_emb\.inv_freq"
+)
+
+
+def hf_names(name: str, c: Config) -> list[str]:
+    """Where Hugging Face keeps our tensor `name`: one place, or one for each expert."""
+    if not (place := re.match(r"(layers|mtp)\.(\d+)\.(block\.)?", name)):
+        return [NAMES[name]]
+    layer = int(place[2]) + (c.n_layers if place[1] == "mtp" else 0)
+    path = NAMES["L." + name[place.end() :]].replace(".L.", f".{layer}.")
+    experts = range(c.n_routed_experts) if ".E." in path else [0]
+    return [path.replace(".E.", f".{e}.") for e in experts]
+
+
+def is_bias(name: str) -> bool:
+    """True for gate biases, kept in fp32: steps of 0.001 vanish in bf16."""
+    return name.endswith("gate.bias")
+
+
+# ── Config: ours, Hugging Face's ──
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "inter_dim": "intermediate_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace",
+    "n_heads": "num_attention_heads",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
+    "n_activated_experts": "num_experts_per_tok",
+    "n_expert_groups": "n_group",
+    "n_limited_groups": "topk_group",
+    "route_scale": "routed_scaling_factor",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "embed_std": "embedding_initializer_range",  # ours; others ignore it
+}
+YARN = {
+    "rope_factor": "factor",
+    "original_seq_len": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale_all_dim",
+}
+WHEN_NULL = {
+    "q_lora_rank": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "initializer_range": 0.02,
+    "embedding_initializer_range": 0.006,
+    "rms_norm_eps": 1e-6,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 0.0,
+}
+FIXED = {  # values that this model implements, the first also when a config is silent
+    "rope_interleave": (True,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False,),
+    "moe_layer_freq": (1,),
+    "rms_norm_eps": (1e-6,),  # the latents' norms have this one, whatever the config says
+}
+GATES = {
+    "deepseek_v3": {
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True,),
+    },
+    "deepseek_v2": {
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "norm_topk_prob": (False,),
+    },
+}
+FIXED_ROPE = {"truncate": (True,), "partial_rotary_factor": (1.0,)}
+FIXED_FP8 = {"quant_method": ("fp8",), "weight_block_size": ([128, 128],)}
+
+
+def demand(values: dict, allowed: dict) -> None:
+    """Raise for the first field with a value that this model does not implement."""
+    for field, choices in allowed.items():
+        value = values.get(field)
+        if value is not None and value not in choices:
+            raise UserError(f"{field} is {value!r}; supported: {' or '.join(map(repr, choices))}")
+
+
+def pick(values: dict, fields: dict[str, str]) -> dict:
+    """Our fields from theirs; null and absent ones from WHEN_NULL, else an error."""
+    out = {}
+    for ours, theirs in fields.items():
+        value = values.get(theirs)
+        if value is None and theirs not in WHEN_NULL:
+            raise UserError(f"the field {theirs} is missing")
+        if not isinstance(value, int | float | None):
+            raise UserError(f"{theirs} must be a number, not {value!r}")
+        out[ours] = WHEN_NULL[theirs] if value is None else value
+    return out
+
+
+def from_hf(values: dict, n_mtp_layers: int) -> Config:
+    """Our Config from a Hugging Face config.json."""
+    kind = values["model_type"]
+    if kind not in GATES:
+        raise UserError(f"a model of type {kind!r}; supported: {' or '.join(GATES)}")
+    demand(values, FIXED | GATES[kind])
+    demand(values, {"num_key_value_heads": (values.get("num_attention_heads"),)})
+    demand(values.get("quantization_config") or {}, FIXED_FP8)
+    ours = pick(values, FIELDS)
+    if kind == "deepseek_v2" and values.get("topk_method") != "group_limited_greedy":
+        ours |= {"n_expert_groups": 1, "n_limited_groups": 1}
+    score_func = GATES[kind]["scoring_func"][0]
+    return from_dict(ours | rope(values) | {"score_func": score_func, "n_mtp_layers": n_mtp_layers})
+
+
+def rope(values: dict) -> dict:
+    """Our RoPE and YaRN fields from `rope_parameters`, or `rope_theta` and `rope_scaling`."""
+    r = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = r.get("rope_theta") or values.get("rope_theta") or Config.rope_theta
+    kind = r.get("rope_type") or r.get("type") or "default"
+    demand({"rope_type": kind}, {"rope_type": ("default", "yarn")})
+    demand(r, FIXED_ROPE)
+    if kind == "default":
+        length = values.get("max_position_embeddings")
+        return {"rope_theta": theta, "rope_factor": 1.0, "original_seq_len": length}
+    ours = pick(r, YARN)
+    if ours["rope_factor"] > 1 and not plain_rotation(r):
+        raise UserError(
+            f"mscale ({r.get('mscale')}) and mscale_all_dim ({r.get('mscale_all_dim')}) of YaRN "
+            "must be equal and not 0: otherwise cosine and sine are scaled, which is not supported"
+        )
+    return {"rope_theta": theta} | ours
+
+
+def plain_rotation(r: dict) -> bool:
+    """True when YaRN leaves cosine and sine unscaled (attention factor 1)."""
+    if r.get("attention_factor") is not None:
+        return r["attention_factor"] == 1
+    return bool(r.get("mscale")) and r["mscale"] == r.get("mscale_all_dim")
+
+
+def to_hf(c: Config, dtype: torch.dtype) -> dict:
+    """A Hugging Face config.json, in the spelling of the released one."""
+    sigmoid = c.score_func == "sigmoid"
+    kind, name = ("deepseek_v3", "DeepseekV3") if sigmoid else ("deepseek_v2", "DeepseekV2")
+    gate = {field: choices[0] for field, choices in GATES[kind].items()}
+    if not sigmoid and c.n_expert_groups > 1:
+        gate["topk_method"] = "group_limited_greedy"
+    if sigmoid and c.n_expert_groups == c.n_routed_experts:
+        raise UserError("transformers needs two experts in each group: choose fewer groups")
+    values = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()}
+    demand(values, FIXED)
+    yarn = {theirs: getattr(c, ours) for ours, theirs in YARN.items()}
+    return {field: choices[0] for field, choices in FIXED.items()} | {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": kind,
+        **values,
+        **gate,
+        "q_lora_rank": c.q_lora_rank or None,
+        "num_key_value_heads": c.n_heads,
+        "num_nextn_predict_layers": c.n_mtp_layers,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": {"type": "yarn", "mscale": c.mscale, **yarn} if c.rope_factor > 1 else None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+# ── Reading ──
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+def load(directory, device=None, dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a directory, ours or Hugging Face's; `dtype` None: as stored, FP8 expanded.
+
+    Gate biases stay fp32. Raises `UserError` for everything that is wrong with the directory.
+    """
+    if (sharded := find(directory) / SHARDED).is_file():
+        from dsv3_ref.checkpoints.sharded import whole  # which imports this module
+
+        return whole(sharded.parent).to(device, dtype)
+    source = Checkpoint(directory)
+    state = {name: source.read(name, device, dtype) for name in source.want}
+    source.model.load_state_dict(state, assign=True)
+    return source.model
+
+
+def config_of(directory) -> Config:
+    """The config of a directory, ours or Hugging Face's, whole or sharded."""
+    if (sharded := find(directory) / SHARDED).is_file():
+        return from_dict(read_json(sharded.parent / CONFIG))
+    return Checkpoint(directory).config
+
+
+def reader(directory) -> Callable[[str], torch.Tensor]:
+    """Our name of a tensor → the tensor, read when asked for."""
+    if (find(directory) / SHARDED).is_file():
+        return load(directory).state_dict().__getitem__
+    return Checkpoint(directory).read
+
+
+@torch.no_grad()
+def fill(model: Transformer, directory, part=lambda name, x: x) -> None:
+    """Weights of a directory into a model of any dtype; `part` takes from each what is held."""
+    read = reader(directory)
+    for name, x in model.state_dict().items():
+        try:
+            x.copy_(part(name, read(name)))
+        except (KeyError, RuntimeError):
+            raise UserError(f"{directory} does not fit this model: {name}") from None
+
+
+class Checkpoint:
+    """A directory opened and checked against its config; tensors are read when asked for."""
+
+    def __init__(self, directory):
+        self.directory = find(directory)
+        values = read_json(self.directory / CONFIG)
+        self.hf = "model_type" in values
+        self.files = open_files(self.directory)
+        try:
+            n_mtp = self.stored_mtp(values) if self.hf else 0
+            self.config = from_hf(values, n_mtp) if self.hf else from_dict(values)
+        except (UserError, TypeError) as e:
+            raise UserError(f"{self.directory / CONFIG}: {e}") from None
+        with torch.device("meta"):
+            self.model = Transformer(self.config)
+        self.want = self.model.state_dict()
+        self.check()
+
+    def stored_mtp(self, values: dict) -> int:
+        """MTP layers as the config says, or 0 if none is stored: transformers drops them."""
+        layers = {int(m[1]) for m in map(LAYER.match, self.files) if m}
+        stored = sum(i >= values.get("num_hidden_layers", 0) for i in layers)
+        said = values.get("num_nextn_predict_layers", values.get("num_mtp_layers", stored))
+        if said and not stored:
+            warnings.warn(f"{self.directory} holds no MTP layer: loaded without", stacklevel=4)
+        return said if stored else 0
+
+    def parts(self, name: str) -> list[str]:
+        """Stored names of our tensor: itself, or Hugging Face's, one for each expert."""
+        return hf_names(name, self.config) if self.hf else [name]
+
+    def rows(self, tensor) -> list[torch.Tensor]:
+        """What each of the parts fills: the whole, or one expert."""
+        return tensor.unbind() if self.hf and tensor.ndim == 3 else [tensor]
+
+    def check(self) -> None:
+        """Every tensor is there, in its shape, and no other."""
+        want = {p: r for n, t in self.want.items() for p, r in zip(self.parts(n), self.rows(t))}
+        if missing := [name for name in want if name not in self.files]:
+            raise UserError(f"{self.directory} lacks {some(missing)}")
+        scales = {p + SCALE for p in want if self.stored_dtype(p) == torch.float8_e4m3fn}
+        if missing := sorted(scales - set(self.files)):
+            raise UserError(f"{self.directory} holds FP8 weights but lacks {some(missing)}")
+        unknown = [n for n in self.files if n not in want and n.removesuffix(SCALE) not in want]
+        if unknown := [n for n in unknown if not (self.hf and IGNORED.fullmatch(n))]:
+            raise UserError(f"{self.directory} holds what {CONFIG} does not know: {some(unknown)}")
+        for name, row in want.items():
+            self.check_shape(name, tuple(row.shape))
+
+    def check_shape(self, part: str, want: tuple) -> None:
+        """Raise if a stored tensor has not the shape that the config asks for."""
+        shape = tuple(self.files[part].get_slice(part).get_shape())
+        if shape == want:
+            return
+        where = f"{self.directory}: {part}"
+        if part in self.parts("embed.weight") + self.parts("head.weight") and shape[1:] == want[1:]:
+            raise UserError(
+                f"{where} has {shape[0]} rows, but vocab_size in {CONFIG} is {want[0]}: "
+                "weights and vocabulary do not belong together"
+            )
+        raise UserError(f"{where} has shape {shape}, but {CONFIG} asks for {want}")
+
+    def stored_dtype(self, part: str) -> torch.dtype:
+        """The dtype of a stored tensor, if it is one we read."""
+        code = self.files[part].get_slice(part).get_dtype()
+        if code not in DTYPES:
+            raise UserError(f"{part} is stored as {code}; supported: {', '.join(DTYPES)}")
+        return DTYPES[code]
+
+    def target_dtype(self, name: str) -> torch.dtype:
+        """As stored; an FP8 weight takes the embedding's, a gate bias fp32."""
+        dtype = self.stored_dtype(self.parts(name)[0])
+        if dtype == torch.float8_e4m3fn:
+            dtype = self.stored_dtype(self.parts("embed.weight")[0])
+        return torch.float32 if is_bias(name) else dtype
+
+    def read(self, name: str, device=None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One of our tensors in fresh memory, its experts stacked."""
+        dtype = self.target_dtype(name) if dtype is None or is_bias(name) else dtype
+        out = torch.empty(self.want[name].shape, dtype=dtype, device=device)
+        for row, part in zip(self.rows(out), self.parts(name), strict=True):
+            row.copy_(self.read_part(part))
+        return out
+
+    def read_part(self, part: str) -> torch.Tensor:
+        """One stored tensor, FP8 expanded to fp32 by its block scales."""
+        try:
+            tensor = self.files[part].get_tensor(part)
+            if tensor.dtype != torch.float8_e4m3fn:
+                return tensor
+            return weight_dequant(tensor, self.files[part + SCALE].get_tensor(part + SCALE))
+        except (ValueError, SafetensorError) as e:
+            raise UserError(f"{self.directory}: {part}: {e}") from None
+
+
+def some(names: list[str]) -> str:
+    """`a, b, c and 4 more`."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or a `UserError`."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not JSON: {e}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold an object of fields, not a {type(values).__name__}")
+    return values
+
+
+def open_files(directory: Path) -> dict[str, safe_open]:
+    """Tensor name → the open file that holds it."""
+    names = [WEIGHTS]
+    if not (directory / WEIGHTS).is_file():
+        if not (directory / INDEX).is_file():
+            raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}; only these are read")
+        names = sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
+    files = [open_file(directory / name) for name in names]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def open_file(path: Path) -> safe_open:
+    """A safetensors file, mapped and not yet read."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} is named in {INDEX} but is not there: copy it too") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged or cut off ({e}): copy it again") from None
+
+
+# ── Writing ──
+
+
+def save(model: Transformer, directory, shard: int = SHARD) -> None:
+    """Write our own format; the directory appears at once, complete, or stays as it was."""
+    with replacing(directory) as tmp:
+        write(tmp, asdict(model.config), model.state_dict(), shard)
+
+
+def save_hf(model: Transformer, directory, shard: int = SHARD, **fields) -> None:
+    """Write what transformers reads; `fields` go to config.json (`eos_token_id=1`)."""
+    c = model.config
+    config = to_hf(c, model.embed.weight.dtype) | fields
+    tensors = {}
+    for name, t in model.state_dict().items():
+        rows = t.unbind() if t.ndim == 3 else [t.float() if is_bias(name) else t]
+        tensors |= zip(hf_names(name, c), rows, strict=True)
+    with replacing(directory) as tmp:
+        write(tmp, config, tensors, shard)
+
+
+def write(directory: Path, config: dict, tensors: dict[str, torch.Tensor], shard: int) -> None:
+    """config.json and safetensors, with an index if one file would exceed `shard` bytes."""
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    groups = split({name: t.nbytes for name, t in tensors.items()}, shard)
+    where = {}
+    for i, names in enumerate(groups, start=1):
+        file = WEIGHTS if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
+        held = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(held, directory / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        total = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most `limit` bytes (a larger tensor is alone)."""
+    groups, used = [[]], 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
+
+
+# ── All or nothing ──
+
+TMP, OLD = "dsv3-tmp", "dsv3-old"
+
+
+def sibling(directory: Path, mark: str) -> Path:
+    """`runs/x` → `runs/.x.dsv3-tmp`: on the same disk, so that renaming is atomic."""
+    return directory.with_name(f".{directory.name}.{mark}")
+
+
+def steps(run) -> list[Path]:
+    """The checkpoints of a training run, oldest first."""
+    return sorted((Path(run) / "checkpoints").glob("step_*"))
+
+
+def find(directory) -> Path:
+    """The directory to read: of a run the newest checkpoint, of a killed save the one set aside."""
+    path = Path(directory)
+    if found := steps(path):
+        return found[-1]
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{path} is a file; a checkpoint is a directory")
+    if path.name and (aside := sibling(path, OLD)).is_dir():
+        return aside
+    raise UserError(f"there is no directory {path}")
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The folder with tokenizer.json: the path itself, or the run that a checkpoint is in."""
+    places = [path, *path.resolve().parents[:2]]
+    return next((p for p in places if (p / "tokenizer.json").is_file()), path)
+
+
+@contextmanager
+def replacing(directory) -> Iterator[Path]:
+    """`with replacing(d) as tmp`: what is written to tmp becomes d, or d stays as it was."""
+    final = Path(directory).resolve()
+    try:
+        tmp = staging(final)
+        try:
+            yield tmp
+            publish(tmp, final)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"could not write {final} ({e}); what was there is untouched") from e
+
+
+def staging(final: Path) -> Path:
+    """An empty temporary directory beside `final`; drops what a killed run left there."""
+    recover(final)
+    tmp = sibling(final, TMP)
+    if tmp.exists():
+        shutil.rmtree(tmp)
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def publish(tmp: Path, final: Path) -> None:
+    """Make `tmp` the directory `final`, on disk before in name; what `final` was is dropped."""
+    readable = tmp.stat().st_mode & 0o666  # safetensors writes for its owner only
+    for path in [*tmp.rglob("*"), tmp]:
+        if path.is_file():
+            path.chmod(readable)
+        sync(path)
+    recover(final)
+    if final.exists():
+        os.rename(final, sibling(final, OLD))
+    try:
+        os.rename(tmp, final)
+    finally:
+        recover(final)
+    sync(final.parent)
+
+
+def recover(final: Path) -> None:
+    """Drop a directory set aside, or put it back when nothing took its place."""
+    old = sibling(final, OLD)
+    if old.is_dir() and final.exists():
+        shutil.rmtree(old)
+    elif old.is_dir():
+        os.rename(old, final)
+
+
+def remove(directory) -> None:
+    """Drop a directory: killed half way, nothing is left under its name."""
+    tmp = sibling(Path(directory), TMP)
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.rename(directory, tmp)
+    shutil.rmtree(tmp)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(parent) -> None:
+    """Clean up after killed runs: temporary directories go, one set aside gets its name back."""
+    for old in Path(parent).glob(f".*.{OLD}"):
+        recover(old.with_name(old.name[1 : -len(OLD) - 1]))
+    for tmp in Path(parent).glob(f".*.{TMP}"):
+        shutil.rmtree(tmp)

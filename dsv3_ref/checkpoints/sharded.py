@@ -1,0 +1,123 @@
+"""Sharded checkpoints by torch.distributed.checkpoint, which any mesh can load.
+
+Every tensor has its global name, and every expert is a tensor of its own, so that nothing depends
+on which rank held it. Moments are put together from their slices first.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from dsv3_ref.checkpoints.native import CONFIG, TMP, publish, sibling, staging
+from dsv3_ref.config import Config, from_dict
+from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.build import is_expert
+from dsv3_ref.training.resume import STATE, TENSORS
+
+
+def parts(prefix: str, name: str, x: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
+    """A tensor under its global name; experts each under theirs, the first of them is `first`."""
+    if not is_expert(name):
+        return {f"{prefix}{name}": x}
+    return {f"{prefix}{name}.{first + i}": row for i, row in enumerate(x)}
+
+
+def tensors_of(cluster, ema=None) -> dict[str, torch.Tensor]:
+    """Copies of all that this rank can say: parameters, biases, moments, averages; on the CPU."""
+    c, mesh = cluster.config, cluster.mesh
+    first, out = mesh.e * c.n_routed_experts // mesh.ep, {}
+    for name, x in cluster.model.state_dict().items():
+        out |= parts("model.", name, x, first)
+    for bucket in cluster.zero.buckets:
+        for kind, own in cluster.zero.moments(bucket).items():
+            flat = bucket.whole(own)
+            for name in bucket.names:
+                out |= parts(f"{kind}.", name, bucket.view(flat, name), first)
+    for name, x in ema.mean.items() if ema else ():
+        out |= parts("ema.", name, x, first)
+    return {name: x.detach().to("cpu", copy=True) for name, x in out.items()}
+
+
+def put_back(cluster, tensors: dict[str, torch.Tensor], ema=None) -> None:
+    """The reverse of `tensors_of`, from tensors of the names that it gave."""
+    c, mesh = cluster.config, cluster.mesh
+    first = mesh.e * c.n_routed_experts // mesh.ep
+    found = lambda prefix, name, like: put(parts(prefix, name, like, first), tensors)
+    with torch.no_grad():
+        for name, x in cluster.model.state_dict().items():
+            found("model.", name, x)
+        for bucket in cluster.zero.buckets:
+            for kind, own in cluster.zero.moments(bucket).items():
+                flat = torch.zeros_like(bucket.flat, dtype=own.dtype)
+                for name in bucket.names:
+                    found(f"{kind}.", name, bucket.view(flat, name))
+                own.copy_(bucket.slice(flat))
+        for name, x in ema.mean.items() if ema else ():
+            found("ema.", name, x)
+
+
+def put(places: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    """Tensors into the places of the same names."""
+    for name, x in places.items():
+        x.copy_(tensors[name])
+
+
+class Writer:
+    """Writes in the background; a checkpoint appears under its name once it is whole."""
+
+    def __init__(self):
+        self.group, self.thread, self.writing = (
+            dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
+        )  # fmt: skip
+
+    def start(self, cluster, folder: Path, extra, ema=None) -> None:
+        """Copy, and go on; extra: what rank 0 adds, (values for JSON, tensors), elsewhere None."""
+        self.wait()
+        if extra:
+            staging(folder)
+        dist.barrier(self.group)
+        copies, part = tensors_of(cluster, ema), sibling(folder, TMP)
+        saved = dcp.async_save(copies, checkpoint_id=part, process_group=self.group)
+        self.writing = self.thread.submit(self.finish, saved, folder, extra, cluster.config)
+
+    def finish(self, saved, folder: Path, extra, c: Config) -> None:
+        """In the thread: rank 0's part ends after all others', and then it gives the name."""
+        saved.result()
+        if extra:
+            part, (state, tensors) = sibling(folder, TMP), extra
+            (part / CONFIG).write_text(json.dumps(asdict(c), indent=2) + "\n")
+            save_file(tensors, part / TENSORS)
+            (part / STATE).write_text(json.dumps(state))
+            publish(part, folder)
+
+    def wait(self) -> None:
+        """Until the checkpoint under way has its name, on all ranks."""
+        if self.writing:
+            self.writing.result()
+            dist.barrier(self.group)
+            self.writing = None
+
+
+def read(cluster, folder: Path, ema=None) -> None:
+    """What this rank holds, from a checkpoint of any mesh."""
+    tensors = tensors_of(cluster, ema)
+    dcp.load(tensors, checkpoint_id=folder)
+    put_back(cluster, tensors, ema)
+
+
+def whole(folder: Path) -> Transformer:
+    """The model of a sharded checkpoint, read by one process."""
+    with torch.device("meta"):
+        model = Transformer(from_dict(json.loads((folder / CONFIG).read_text())))
+    model, places = model.to_empty(device="cpu"), {}
+    for name, x in model.state_dict().items():
+        places |= parts("model.", name, x, 0)
+    dcp.load(places, storage_reader=FileSystemReader(folder), no_dist=True)
+    return model

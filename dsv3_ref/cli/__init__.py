@@ -1,0 +1,1 @@
+"""Command line: the table of `dsv3` commands."""

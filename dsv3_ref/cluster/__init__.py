@@ -1,0 +1,1 @@
+"""Cluster: plan a run by arithmetic, and check the nodes of a job before it starts."""

@@ -1,0 +1,1 @@
+"""Evaluation: pass@k and maj@k on built-in tasks, and an adapter for lm-eval."""

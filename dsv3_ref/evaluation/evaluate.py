@@ -1,0 +1,162 @@
+"""`dsv3 eval`: how good is a model? pass@k and maj@k on our tasks, anything else by lm-eval."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import tyro
+
+from dsv3_ref.config import UserError
+from dsv3_ref.posttraining.policy import Policy, Written
+from dsv3_ref.posttraining.prompts import Problem, find, is_ours, messages
+from dsv3_ref.rewards import boxed, majority, pass_at
+from dsv3_ref.training.loop import pick_device
+from dsv3_ref.training.settings import write_json
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a model.
+
+    Our tasks (sums, counting, spelling, or .jsonl files of problems as `dsv3 rl` takes them) are
+    answered --samples times each. Other names are tasks of
+    lm-eval (pip install 'dsv3-ref[eval]'): `speeches` and `lm-sums` need no network, hellaswag and
+    the like do.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """a run, one of its checkpoints, or a Hugging Face directory"""
+    tasks: tuple[str, ...] = ("sums",)
+    samples: int = 6
+    """answers to each problem: k of pass@k and maj@k"""
+    temperature: float = 0.7
+    max_new_tokens: int = 48
+    system: str = ""
+    """system prompt before each question"""
+    limit: int = 0
+    """problems of each task; 0: all"""
+    chat: bool = False
+    """put the texts of lm-eval's tasks into DeepSeek-V3's conversation form"""
+    seed: int = 0
+    device: str = "auto"
+    out: Path | None = None
+    """also write the results here, as JSON"""
+
+
+def check(args: Eval) -> None:
+    """Raise a `UserError` for options that cannot be used."""
+    rules = [
+        (len(args.tasks) > 0, "--tasks needs at least one name"),
+        (args.samples >= 1, "--samples must be at least 1"),
+        (args.temperature > 0, "--temperature must be above 0: several answers are compared"),
+        (args.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
+        (args.limit >= 0, "--limit must be at least 0"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+    for name in args.tasks:
+        if is_ours(name) and find(name).open:
+            raise UserError(f"{name} has no right answers, so there is nothing to count")
+
+
+def evaluate(args: Eval) -> dict[str, dict[str, float]]:
+    """Results by task, printed as a table."""
+    check(args)
+    policy = Policy.of(args.model, pick_device(args.device))
+    ours = [name for name in args.tasks if is_ours(name)]
+    theirs = [name for name in args.tasks if not is_ours(name)]
+    results = {name: counted(policy, name, args) for name in ours}
+    results |= by_lm_eval(policy, theirs, args) if theirs else {}
+    for name, found in results.items():
+        print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, {"model": str(args.model), "results": results})
+    return results
+
+
+# ── Our tasks ──
+
+
+def counted(policy: Policy, name: str, args: Eval) -> dict[str, float]:
+    """The likeliest answer, and pass@1, pass@k and maj@k of several drawn."""
+    problems, k = find(name).problems[1][: args.limit or None], args.samples
+    asked = [messages(p.question, system=args.system) for p in problems]
+    torch.manual_seed(args.seed)
+    (greedy,) = zip(*groups(policy.answers(asked, 1, args.max_new_tokens, 0.0), 1))
+    drawn = groups(policy.answers(asked, k, args.max_new_tokens, args.temperature), k)
+    right = [sum(is_right(name, p, a) == 1 for a in group) for p, group in zip(problems, drawn)]
+    out = {
+        "greedy": fmean(is_right(name, p, a) for p, a in zip(problems, greedy)),
+        "pass@1": fmean(pass_at(r, k, 1) for r in right),
+    }
+    if k > 1:
+        out[f"pass@{k}"] = fmean(pass_at(r, k, k) for r in right)
+    if k > 1 and not problems[0].cases:  # programs have no majority
+        out[f"maj@{k}"] = fmean(by_majority(name, p, g) for p, g in zip(problems, drawn))
+    return out | {"tokens": fmean(len(a.tokens) for group in drawn for a in group)}
+
+
+def groups(answers: list[Written], k: int) -> list[list[Written]]:
+    """Answers in succession, k to a problem."""
+    return [answers[i : i + k] for i in range(0, len(answers), k)]
+
+
+def is_right(name: str, problem: Problem, answer: Written) -> float:
+    """What the task says of an answer that ended."""
+    return find(name).score(answer.text, problem) if answer.ended else 0.0
+
+
+def by_majority(name: str, problem: Problem, group: list[Written]) -> float:
+    """Whether the commonest boxed answer is right."""
+    given = majority([boxed(a.text) if a.ended else None for a in group])
+    return 0.0 if given is None else find(name).score(f"\\boxed{{{given}}}", problem)
+
+
+# ── lm-eval's ──
+
+
+def by_lm_eval(policy: Policy, names: list[str], args: Eval) -> dict[str, dict[str, float]]:
+    """Numbers of lm-eval's tasks, `speeches` among them."""
+    try:
+        import lm_eval
+    except ImportError:
+        said = f"{', '.join(names)}: tasks of lm-eval need pip install 'dsv3-ref[eval]'"
+        raise UserError(said) from None
+    from dsv3_ref.evaluation.lm_eval_adapter import OurLM, local
+
+    tasks = [local(name) for name in names]
+    with quiet():
+        try:
+            found = lm_eval.simple_evaluate(
+                OurLM(policy), tasks=tasks, limit=args.limit or None, bootstrap_iters=0,
+                apply_chat_template=args.chat, random_seed=args.seed,
+                numpy_random_seed=args.seed, torch_random_seed=args.seed,
+            )  # fmt: skip
+        except Exception as e:  # no network, no such task: whatever the library calls it
+            raise UserError(f"lm-eval could not run {', '.join(names)}: {e}") from e
+    numbers = lambda row: {
+        key.removesuffix(",none"): value
+        for key, value in row.items()
+        if isinstance(value, float) and "stderr" not in key
+    }
+    return {name: numbers(row) for name, row in found["results"].items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval without its remarks, and without counting downloads of local files."""
+    before = os.environ.get("HF_HUB_DISABLE_TELEMETRY")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_DISABLE_TELEMETRY"]

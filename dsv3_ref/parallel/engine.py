@@ -1,0 +1,141 @@
+"""A training step over all ranks: the same losses on every mesh."""
+
+import math
+
+import torch
+
+from dsv3_ref.config import Config, UserError
+from dsv3_ref.dualpipe import held as stages_held
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.moe import update_bias
+from dsv3_ref.optim import Recipe, skip_reason
+from dsv3_ref.parallel.build import built, holders
+from dsv3_ref.parallel.deepep import DeepEP
+from dsv3_ref.parallel.mesh import Mesh
+from dsv3_ref.parallel.pipeline import Pipeline
+from dsv3_ref.parallel.stage import Weights
+from dsv3_ref.parallel.token_dispatcher import LINKS, Exchange, Traffic, hops
+from dsv3_ref.parallel.zero import Zero
+from dsv3_ref.pretrain import StepStats
+from dsv3_ref.sft import Marks, answers
+
+
+class Cluster:
+    """What a rank needs to train: its part of the model, its optimizer, its pipeline."""
+
+    def __init__(
+        self, c: Config, r: Recipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
+        moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, per_node: int = 0,
+        fp8: bool = False, deepep: bool = False, marks: Marks | None = None,
+    ):  # fmt: skip
+        self.config, self.mesh, self.micro_batch, self.marks = c, mesh, micro_batch, marks
+        held = stages_held(schedule, mesh.pp)
+        stages = 1 + max(s for of_rank in held for s in of_rank)
+        if stages > c.n_layers:
+            raise UserError(f"{c.n_layers} layers cannot be cut into {stages} stages")
+        with torch.device("meta"):
+            whole = Transformer(c)
+        mesh.form(holders(name, c, held) for name, _ in whole.named_parameters())
+        self.moe_names = list(moe_layers(whole))
+        self.params = sum(p.numel() for p in whole.parameters())
+        self.model = built(c, mesh, held[mesh.p], stages, seed)
+        self.traffic = Traffic()
+        self.counts = mesh.ep > 1 and not deepep  # what DeepEP carries, only DeepEP knows
+        exchange = Exchange(hops(c, mesh, per_node, self.traffic), fp8) if self.counts else None
+        if mesh.ep > 1 and deepep:
+            exchange = DeepEP(c, mesh.ep_group, fp8)
+        self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange, marks)
+        self.zero = Zero(self.model, c, mesh, held, r, moments, zero)
+
+    # ── Rows ──
+
+    def micros(self, tokens_bs: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+        """This pipeline's rows in micro-batches, and the share of the batch that each is.
+
+        All pipelines cut alike; where rows run short, a micro-batch is empty.
+        """
+        of_pipe = -(-len(tokens_bs) // self.mesh.n_data)
+        size = self.micro_batch or (of_pipe if self.mesh.pp == 1 else 1)
+        n = self.pipeline.micros(-(-of_pipe // size))
+        mine = tokens_bs.tensor_split(self.mesh.n_data)[self.mesh.data].tensor_split(n)
+        return list(mine), [self.weigh(m) / self.weigh(tokens_bs) for m in mine]
+
+    def weigh(self, tokens_bs) -> int:
+        """What rows count in a mean over the batch: themselves, or the tokens of answers."""
+        return len(tokens_bs) if self.marks is None else answers(tokens_bs, self.marks)
+
+    # ── A step ──
+
+    def train_step(
+        self, tokens_bs, r: Recipe, lr: float, gamma: float, mtp_weight: float, limit=math.inf
+    ) -> StepStats:
+        """`train_step` of chapter 07 on the rows (of T + 1 tokens) of a global batch."""
+        if r.balance_over != "sequence":
+            raise UserError("on several ranks the balance loss is over sequences only")
+        depth = self.config.n_mtp_layers
+        micros, shares = self.micros(tokens_bs)
+        weights = [Weights(share, mtp_weight / max(1, depth), r.alpha) for share in shares]
+        self.zero.zero_grad()
+        self.traffic.clear()
+        seen = self.pipeline.run(micros, weights)
+        main, balance, *mtp = self.summed(seen.main, seen.balance, *map(seen.mtp.get, self.depths))
+        total = main + mtp_weight / max(1, depth) * sum(mtp) + r.alpha * balance
+        load_le, grad_norm = self.loads(seen.load), self.zero.reduce(r.clip)
+        skipped = skip_reason(total, grad_norm, limit)
+        if not skipped:
+            self.zero.step(lr)
+            self.balance(load_le, gamma)
+        return StepStats(main, mtp, total, grad_norm, load_le, skipped)
+
+    @property
+    def depths(self) -> range:
+        return range(1, 1 + self.config.n_mtp_layers)
+
+    def summed(self, *values) -> list[float]:
+        """Over all ranks; each part of a loss was computed by exactly one of them."""
+        values = [float(v) if v is not None else 0.0 for v in values]
+        return self.mesh.sum(
+            torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
+        ).tolist()
+
+    def loads(self, load: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens each expert of each MoE layer received in the global batch, (l, e)."""
+        shape = len(self.moe_names), self.config.n_routed_experts
+        load_le = torch.zeros(shape, dtype=torch.int64, device=self.mesh.device)
+        for name, load_e in load.items():
+            load_le[self.moe_names.index(name)] = load_e
+        return self.mesh.sum(load_le)
+
+    def balance(self, load_le: torch.Tensor, gamma: float) -> None:
+        """Move the biases of the gates that are here by the load of the global batch."""
+        for name, moe in moe_layers(self.model).items():
+            if moe.gate.bias is not None:
+                update_bias(moe.gate.bias, load_le[self.moe_names.index(name)], gamma)
+
+    def exchanged(self) -> dict:
+        """Of the last step, over all ranks: bytes by link, and the share of time hidden."""
+        if not self.counts:
+            return {}
+        t = self.traffic
+        sent = [t.bytes[link] for link in LINKS]
+        *sent, under_way, exposed = self.summed(*sent, t.under_way, t.exposed)
+        total = Traffic(dict(zip(LINKS, map(int, sent))), under_way, exposed)
+        return {"exchange_bytes": total.bytes, "exchange_hidden": total.hidden}
+
+    def biases(self) -> list:
+        """Of the gates of all MoE layers, wherever they are."""
+        if self.config.score_func != "sigmoid":
+            return [None] * len(self.moe_names)
+        shape = len(self.moe_names), self.config.n_routed_experts
+        bias_le = torch.full(shape, -torch.inf, device=self.mesh.device)
+        for name, moe in moe_layers(self.model).items():
+            bias_le[self.moe_names.index(name)] = moe.gate.bias
+        return list(self.mesh.largest(bias_le))
+
+    @torch.no_grad()
+    def nll(self, rows_bs: torch.Tensor) -> float:
+        """Σ of the main loss over rows of T + 1 tokens, in nats a token, times the rows."""
+        micros, shares = self.micros(rows_bs)
+        seen = self.pipeline.run(micros, list(map(Weights, shares)), training=False)
+        n = rows_bs[:, 1:].numel() if self.marks is None else self.weigh(rows_bs)
+        return self.summed(seen.main)[0] * n

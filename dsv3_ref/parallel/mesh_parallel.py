@@ -1,0 +1,194 @@
+"""A run on several ranks: that of one process, its parts replaced by the cluster's."""
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from dsv3_ref import ops
+from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import sharded as sharded
+from dsv3_ref.config import UserError
+from dsv3_ref.parallel.build import share
+from dsv3_ref.parallel.data_parallel import Replicas, Several
+from dsv3_ref.parallel.engine import Cluster
+from dsv3_ref.parallel.mesh import Mesh, joined, sizes
+from dsv3_ref.parallel.watchdog import doing, watch
+from dsv3_ref.pretrain import StepStats
+from dsv3_ref.training import resume, settings
+from dsv3_ref.training.ema import Ema
+from dsv3_ref.training.loop import Trainer, start, work
+from dsv3_ref.training.malloc import keep_memory
+from dsv3_ref.training.settings import Train
+from dsv3_ref.training.spike_guard import LEAVE, signals
+
+
+class Ranks(Several):
+    """A rank's part of a run, before a `Trainer` in the order of bases.
+
+    Rank 0 reads the data for all.
+    """
+
+    def __init__(self, args: Train, folder: Path, device: torch.device):
+        self.mesh = Mesh(*sizes(dist.get_world_size(), args.pp, args.ep, args.dp or None), device)
+        super().__init__(args, folder)
+
+    @property
+    def params(self) -> int:
+        return self.cluster.params
+
+    @property
+    def where(self) -> str:
+        m = self.mesh
+        return f"{m.world} ranks (pp {m.pp} × dp {m.dp} × ep {m.ep}) on {self.device.type}"
+
+    def pick_device(self) -> torch.device:
+        return self.mesh.device
+
+    def open_data(self) -> None:
+        self.rows, read = None, super().open_data
+        told = lambda: read() or tuple(getattr(self, name) for name in self.KNOWN)
+        for name, value in zip(self.KNOWN, from_first(told)):
+            setattr(self, name, value)
+
+    def build(self) -> None:
+        a = self.args
+        moments = torch.bfloat16 if a.moments == "bf16" else torch.float32
+        fp8 = a.dispatch == "fp8" or (a.dispatch == "auto" and a.precision == "fp8")
+        self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
+                               a.micro_batch, a.ep_node, fp8, a.exchange == "deepep",
+                               self.marks)  # fmt: skip
+        if self.fresh:
+            native.fill(self.cluster.model, a.init, partial(share, self.mesh))
+        self.model, self.writer = self.cluster.model, sharded.Writer()
+        self.ema = Ema(self.model, self.cluster.zero.adamw, a.ema) if a.ema else None
+
+    @contextmanager
+    def arithmetic(self):
+        """As one process computes, with backward passes that can be split."""
+        with super().arithmetic(), ops.use(*split(ops.ACTIVE)):
+            yield
+
+    def batch(self, n: int) -> torch.Tensor:
+        shape = n, self.args.recipe.seq_len + 1
+        rows_bs = self.rows.take(n) if self.first else None
+        with doing(f"rows of step {self.step + 1}", range(self.mesh.world)):
+            return self.mesh.from_first(rows_bs, shape, torch.int64)
+
+    def compute(self, tokens_bs, *settings) -> StepStats:
+        return self.cluster.train_step(tokens_bs, *settings)
+
+    def row(self, s: StepStats) -> dict:
+        return super().row(s) | self.cluster.exchanged()
+
+    def nll(self, rows_bs) -> float:
+        return self.cluster.nll(rows_bs)
+
+    def biases(self) -> list:
+        return list(self.cluster.biases())
+
+    def samples(self) -> list[dict]:
+        """By rank 0, from the checkpoint just written."""
+        mine, self.model = self.model, native.load(self.folder).to(self.device)
+        try:
+            return super().samples()
+        finally:
+            self.model = mine
+
+    # ── Checkpoints ──
+
+    def save(self, val_loss: float | None) -> None:
+        """Start to write; the rows before it are on disk first. The last one is waited for."""
+        extra = None
+        if self.ema:
+            self.ema.wait()
+        if self.first:
+            native.sync(self.folder / "metrics.jsonl")
+            state, tensors = resume.standing(self, val_loss)
+            state |= {"taken": self.cluster.zero.taken, "ema_t": self.ema.t if self.ema else 0}
+            extra = state, tensors
+        self.settle()
+        folder = self.folder / "checkpoints" / f"step_{self.step:07}"
+        self.writer.start(self.cluster, folder, extra, self.ema)
+        if self.step == len(self.plan) or self.asked:
+            self.settle()
+
+    def settle(self) -> None:
+        """Until the last checkpoint is complete; then the old ones go."""
+        self.writer.wait()
+        if self.first and native.steps(self.folder):
+            resume.prune(self.folder, self.args.keep)
+
+    def load(self, folder: Path, data: bool = True) -> None:
+        if self.ema:
+            self.ema.wait()
+        sharded.read(self.cluster, folder, self.ema)
+        state = native.read_json(folder / resume.STATE)
+        self.cluster.zero.taken = state["taken"]
+        if self.ema:
+            self.ema.t = state["ema_t"]
+        resume.stand(self, state, load_file(folder / resume.TENSORS), data)
+
+    def rollback_point(self) -> Path | None:
+        self.settle()
+        return from_first(lambda: (resume.rollback_point(self.folder),))[0]
+
+
+def split(backends: tuple[str, ...]) -> tuple[str, ...]:
+    """The backends with `split` before the plain products."""
+    if "torch" not in backends:
+        raise UserError(f"on several ranks DSV3_BACKEND needs torch behind {','.join(backends)}")
+    i = backends.index("torch")
+    return *backends[:i], "split", *backends[i:]
+
+
+# ── From start to report ──
+
+
+def from_first(make):
+    """make() on rank 0, its result on all; if rank 0 gives up, so does everyone."""
+    box = [None]
+    try:
+        box = [make()] if dist.get_rank() == 0 else box
+    finally:
+        dist.broadcast_object_list(box, 0)
+    if box[0] is None:
+        raise SystemExit(2)  # rank 0 has said why
+    return box[0]
+
+
+def run(args: Train, command: str | None = None, trainer_of=Trainer) -> Path:
+    """A run as one of the ranks that torchrun or srun has started."""
+    settings.check(args)
+    keep_memory()
+    with joined(args.device) as device, ExitStack() as stack:
+        folder = from_first(lambda: stack.enter_context(settings.claim(args)))
+        asked = stack.enter_context(signals())
+        here = dist.get_rank(), dist.get_world_size()
+        stack.enter_context(watch(folder / "logs", *here, args.hang_timeout))
+        part = Ranks if trainer_of.sharded else Replicas
+        kind = type("ClusterTrainer", (part, trainer_of), {})
+        make = lambda args, folder: kind(args, folder, device)
+        if dist.get_rank() == 0:
+            trainer = start(args, folder, command, make)
+            trainer.asked = asked
+            work(trainer)
+        else:
+            trainer = make(args, folder)
+            trainer.restore()
+            trainer.asked = asked
+            follow(trainer)
+        dist.barrier()  # nobody leaves, and takes the store along, while others work
+    return folder
+
+
+def follow(trainer) -> None:
+    """What the other ranks do while rank 0 works."""
+    for _ in trainer.train():
+        pass
+    if trainer.step < len(trainer.plan):
+        raise SystemExit(LEAVE[trainer.asked[-1]])
+    trainer.other_sources()  # for rank 0's summary

@@ -1,0 +1,1 @@
+"""Post-training: SFT, reward models, GRPO; policies, rollouts and prompt sets."""

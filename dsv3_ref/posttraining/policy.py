@@ -1,0 +1,82 @@
+"""A model is asked: conversations in, groups of answers out."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dsv3_ref.checkpoints import native
+from dsv3_ref.config import UserError
+from dsv3_ref.data.tokenizer import marks_of, read_tokenizer
+from dsv3_ref.grpo import rollouts
+from dsv3_ref.posttraining.prompts import messages
+from dsv3_ref.rewards import ballot
+from dsv3_ref.sft import chat
+
+LOT, VOTE = 256, 4  # answers that are written side by side; tokens of a vote
+
+
+def has_room(model, prompts: Sequence[list[int]], new: int) -> None:
+    """Raise if a prompt and its answer are more than the model reads."""
+    longest, limit = max(map(len, prompts), default=0), model.config.max_seq_len
+    if longest + new > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and an answer of {new} are more than the {limit} that "
+            "the model reads"
+        )
+
+
+class Written(NamedTuple):
+    """An answer as the model wrote it."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logp: list[float]
+    text: str
+    ended: bool  # by its own end mark, not for want of room
+
+
+class Policy:
+    """A model with its tokenizer."""
+
+    def __init__(self, model, tokenizer, write=None):
+        self.model, self.tokenizer, self.marks = model, tokenizer, marks_of(tokenizer)
+        self.write = write or partial(rollouts, model)  # as `rollouts`, without the model
+
+    @classmethod
+    def of(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
+        """From a run, a checkpoint or a Hugging Face directory."""
+        model = native.load(folder, device, dtype).eval()
+        return cls(model, read_tokenizer(native.tokenizer_folder(Path(folder))))
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """Tokens of a conversation that ends with a question."""
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
+        return chat(messages, encode, self.marks)
+
+    def answers(
+        self, asked: Sequence[list[dict]], group: int, max_new: int, temperature: float
+    ) -> list[Written]:
+        """`group` answers to each conversation, in succession."""
+        return [a for lot in self.lots(asked, group, max_new, temperature) for a in lot]
+
+    def votes(self, asked: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
+        """Self-reward: k votes on each (question, answer), at temperature 1, (n, k)."""
+        found = self.answers([messages(ballot(*pair)) for pair in asked], k, VOTE, 1.0)
+        return torch.tensor([a.text.lower().startswith("yes") for a in found]).view(-1, k)
+
+    def lots(self, asked, group: int, max_new: int, temperature: float) -> Iterator[list[Written]]:
+        """The same, some conversations at a time."""
+        n = max(1, LOT // group)
+        for i in range(0, len(asked), n):
+            prompts = [self.prompt(messages) for messages in asked[i : i + n]]
+            has_room(self.model, prompts, max_new)
+            end = self.marks.eos
+            found = self.write(prompts, group, max_new, end, temperature)
+            yield [
+                Written(prompts[j // group], tokens, logp, self.tokenizer.decode(tokens),
+                        tokens[-1] == end)
+                for j, (tokens, logp) in enumerate(zip(*found))
+            ]  # fmt: skip

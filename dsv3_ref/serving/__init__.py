@@ -1,0 +1,1 @@
+"""Serving: text generation, chat, and an OpenAI-compatible server."""

@@ -1,0 +1,137 @@
+"""Prompts are read in processes of their own; their latents travel once, through a pipe."""
+
+import json
+import signal
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+
+from dsv3_ref.checkpoints.native import load
+from dsv3_ref.config import UserError
+from dsv3_ref.serve import Parcel, Row
+from dsv3_ref.training.loop import pick_device
+
+# ── Parcels ──
+
+
+def to_bytes(job: int, parcel: Parcel) -> bytes:
+    """A parcel as a line of JSON and raw numbers."""
+    tensors = [parcel.kv_lsx, parcel.h_sd, parcel.logit_w]
+    raw = [x.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes() for x in tensors]
+    kinds = [[str(x.dtype)[6:], list(x.shape), len(r)] for x, r in zip(tensors, raw)]
+    head = {"job": job, "start": parcel.start, "mtp": parcel.mtp, "tensors": kinds}
+    return json.dumps(head).encode() + b"\n" + b"".join(raw)
+
+
+def from_bytes(data: bytes, device) -> tuple[int, Parcel]:
+    """What `to_bytes` made, on a device."""
+    line, _, raw = data.partition(b"\n")
+    head, tensors, at = json.loads(line), [], 0
+    for kind, shape, size in head["tensors"]:
+        dtype, part = getattr(torch, kind), bytearray(raw[at : at + size])
+        flat = torch.frombuffer(part, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+        tensors.append(flat.view(shape).to(device))
+        at += size
+    return head["job"], Parcel(head["start"], tensors[0], head["mtp"], *tensors[1:])
+
+
+# ── The process, from within and from without ──
+
+
+def read_prompts(pipe, args, threads: int) -> None:
+    """The life of a prefill process: prompts in, latents out, until the pipe closes."""
+    from dsv3_ref.serving.api_server import engine_of  # which imports this module
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # the decode process says when it is over
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    model = load(args.model).to(pick_device(args.device)).eval()
+    engine, jobs = engine_of(model, replace(args, max_queue=1 << 30)), {}
+    engine.parcels = []
+    pipe.send_bytes(b"ready")
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            while pipe.poll(0 if engine.running or engine.waiting else None):
+                told = json.loads(pipe.recv_bytes())
+                if "tokens" in told:
+                    jobs[told["job"]] = row = Row(told["tokens"], 1, have=told["have"])
+                    engine.submit(row)
+                elif told["job"] in jobs:
+                    jobs[told["job"]].gone = True
+            engine.step()
+            names = {row: job for job, row in jobs.items()}
+            for row, parcel in engine.parcels:
+                pipe.send_bytes(to_bytes(names[row], parcel))
+            engine.parcels.clear()
+            jobs = {job: row for job, row in jobs.items() if not row.ended}
+
+
+class Reader:
+    """A prefill process, seen from the one that decodes."""
+
+    def __init__(self, args, desk, threads: int):
+        spawn = get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.desk, self.rows, self.jobs, self.alive = desk, {}, 0, True
+        work = theirs, args, threads
+        self.process = spawn.Process(target=read_prompts, args=work, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ready(self) -> None:
+        """Wait until its model is loaded, then listen."""
+        try:
+            self.pipe.recv_bytes()
+        except EOFError:
+            raise UserError("a prefill process did not start; what it said is above") from None
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def send(self, row: Row) -> None:
+        self.jobs += 1
+        self.rows[self.jobs] = row
+        self.tell({"job": self.jobs, "tokens": row.tokens, "have": row.n})
+
+    def forget(self, row: Row) -> None:
+        """A row has ended; if it is still being read, no longer."""
+        for job in [job for job, r in list(self.rows.items()) if r is row]:
+            self.rows.pop(job, None)
+            self.tell({"job": job})
+
+    def tell(self, message: dict) -> None:
+        with suppress(OSError):  # it has died, which `listen` will see
+            self.pipe.send_bytes(json.dumps(message).encode())
+
+    def listen(self) -> None:
+        """Parcels to the engine; if the process dies, its prompts are read here."""
+        with suppress(EOFError, OSError):
+            while True:
+                job, parcel = from_bytes(
+                    self.pipe.recv_bytes(), self.desk.engine.paged.kv[0].device
+                )
+                if row := self.rows.pop(job, None):
+                    self.desk.engine.arrived.append((row, parcel))
+                    self.desk.wake.set()
+        self.alive = False
+        if self.rows and not self.desk.stopped:
+            print("a prefill process died; its prompts are read here", file=sys.stderr)
+        for row in list(self.rows.values()):
+            row.away = False
+        self.rows.clear()
+        self.desk.wake.set()
+
+    def stop(self) -> None:
+        self.alive = False
+        self.process.kill()
+        self.process.join()
+
+
+def hand_out(readers: list[Reader], row: Row) -> bool:
+    """Give a prompt to the process that has the fewest; False if none lives."""
+    alive = [r for r in readers if r.alive]
+    if alive:
+        min(alive, key=lambda r: len(r.rows)).send(row)
+    return bool(alive)

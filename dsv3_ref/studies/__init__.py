@@ -1,0 +1,1 @@
+"""Studies: programs that produce the numbers in notebooks/results."""

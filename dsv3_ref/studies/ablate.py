@@ -1,0 +1,391 @@
+"""`dsv3 ablate NAME`: one part of the model changed, all else equal, a few seeds, one JSON."""
+
+import json
+import platform
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from dsv3_ref.checkpoints.native import read_json
+from dsv3_ref.config import TINY, Config, UserError, count, named
+from dsv3_ref.data import tokenizer as tok
+from dsv3_ref.data.loader import Rows, val_windows
+from dsv3_ref.mla import GQA
+from dsv3_ref.model import Transformer, init_weights
+from dsv3_ref.moe import max_vio
+from dsv3_ref.mtp import draft_agrees
+from dsv3_ref.optim import RECIPES, Recipe, adamw
+from dsv3_ref.pretrain import fim
+from dsv3_ref.training import settings
+from dsv3_ref.training.loop import Trainer
+from dsv3_ref.training.settings import Train, commit
+
+BASE = replace(
+    TINY, vocab_size=2048, n_layers=3, inter_dim=384, moe_inter_dim=64, n_heads=8, q_lora_rank=0,
+    kv_lora_rank=56, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_mtp_layers=0,
+    max_seq_len=128, original_seq_len=128,
+)  # fmt: skip
+PROBE, FINAL = 4, 24  # batches of validation windows a source: at every point, at the end
+PASSAGE = 240  # characters of a document of `fim`, so that all its parts fit into a row
+HOLES = 384  # held-out documents with a hole
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Compare variants of one part of the model on equal data, and keep what came out."""
+
+    name: Annotated[Literal["balance", "mtp", "mla", "fim", "fp8"], tyro.conf.Positional]
+    seeds: int = 3
+    """runs of each variant, seeds 0, 1, …; a seed gives all variants the same data"""
+    steps: int = 300
+    out: Path = Path("runs")
+    """folder of ablate_NAME.json; a run that the file holds already is not repeated"""
+    config: str = ""
+    """another model than the built-in one of 1.7M parameters: a size, or a .json file"""
+    data: tuple[str, ...] = ("sotu=0.5", "stdlib=0.5")
+    """sources with weights, as for dsv3 train"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one run differs from the others."""
+
+    model: Config
+    recipe: Recipe
+    kv_heads: int = 0  # of a GQA in place of MLA
+    fim_rate: float = 0.0
+    precision: str = "fp32"
+    micro_batch: int = 0
+
+
+# ── What is compared ──
+
+
+def recipe(c: Config, steps: int) -> Recipe:
+    """That of `tiny`, no ramp of the batch, a row as long as the model reads, no balance loss."""
+    warmup = min(20, steps)
+    return replace(
+        RECIPES["tiny"], steps=steps, seq_len=c.max_seq_len, batch_start=8, warmup_steps=warmup,
+        alpha=0.0,
+    )  # fmt: skip
+
+
+def balance_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+    """Bias alone, a balance loss alone (per sequence, per batch; two α), nothing (§4.5)."""
+    out = {"bias": Variant(c, r)}
+    for over in ("sequence", "batch"):
+        for alpha in (0.01, 0.1):
+            other = replace(r, gamma=0.0, alpha=alpha, balance_over=over)
+            out[f"{over} α={alpha:g}"] = Variant(c, other)
+    return out | {"nothing": Variant(c, replace(r, gamma=0.0))}
+
+
+def mtp_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+    """No, one and two MTP modules beside one and the same main model (§4.5.1)."""
+    return {f"D={d}": Variant(replace(c, n_mtp_layers=d), r) for d in range(3)}
+
+
+def mla_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+    """MHA, GQA with 2 and 1 key-value heads, MLA with their caches; as many parameters as MHA."""
+    whole = Variant(plain(c, c.n_heads), r, c.n_heads)
+    out = {"MHA": whole}
+    for n in (2, 1):
+        latent = 2 * n * c.v_head_dim - c.qk_rope_head_dim
+        out[f"GQA {n}"] = matched(Variant(plain(c, n), r, n), whole)
+        out[f"MLA {latent}"] = matched(Variant(replace(c, kv_lora_rank=latent), r), whole)
+    return out
+
+
+def plain(c: Config, n: int) -> Config:
+    """The config for `GQA(c, n)`: heads as wide as their values, a cache of 2·n of them."""
+    v = c.v_head_dim
+    return replace(c, qk_rope_head_dim=v, kv_lora_rank=2 * n * v - v)
+
+
+def matched(v: Variant, like: Variant) -> Variant:
+    """The variant with its dense FFN widened until it has as many parameters as `like`."""
+    missing = parameters(like) - parameters(v)
+    wider = v.model.inter_dim + 8 * round(missing / (8 * 3 * v.model.dim * v.model.n_dense_layers))
+    return replace(v, model=replace(v.model, inter_dim=wider))
+
+
+def fim_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+    """No document rearranged, and one in ten (§4.1)."""
+    return {f"rate {rate:g}": Variant(c, r, fim_rate=rate) for rate in (0.0, 0.1)}
+
+
+def fp8_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+    """High precision; the same, its sums rounded otherwise; all linear layers in FP8 (§3.3)."""
+    halves = Variant(c, r, micro_batch=r.batch // 2)  # in exact arithmetic the same run
+    return {"fp32": Variant(c, r), "fp32 halves": halves, "fp8": Variant(c, r, precision="fp8")}
+
+
+VARIANTS = {
+    "balance": balance_variants, "mtp": mtp_variants, "mla": mla_variants, "fim": fim_variants,
+    "fp8": fp8_variants,
+}  # fmt: skip
+
+
+# ── The model of a variant ──
+
+
+def build(v: Variant) -> Transformer:
+    return with_heads(Transformer(v.model), v.kv_heads)
+
+
+def with_heads(model: Transformer, kv_heads: int) -> Transformer:
+    """The model with a fresh GQA in every block (0: as it is)."""
+    for block in model.layers.values() if kv_heads else ():
+        block.attn = GQA(model.config, kv_heads)
+        init_weights(block.attn, model.config.init_std)
+    return model
+
+
+def parameters(v: Variant) -> int:
+    """Parameters of the main model: MTP modules not counted."""
+    with torch.device("meta"):
+        model = build(v)
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
+
+
+# ── What is measured ──
+
+
+def expert_vio(t: Trainer, batches: int) -> dict:
+    """MaxVio over all rows together and over single rows; experts' shares of each source."""
+    loads = {name: row_loads(t.model, val[:batches]) for name, val in t.val.items()}
+    load_lbe = torch.cat(list(loads.values()), 1)
+    rows = load_lbe.flatten(0, 1)
+    shares = {name: (x := x_lbe.sum(1).float()) / x.sum(-1, True) for name, x_lbe in loads.items()}
+    return {
+        "vio_global": mean(max_vio(load_e) for load_e in load_lbe.sum(1)),
+        "vio_sequence": mean(max_vio(load_e) for load_e in rows),
+        "load": {name: rounded(share_le.tolist()) for name, share_le in shares.items()},
+    }
+
+
+@torch.no_grad()
+def row_loads(model: Transformer, batches) -> torch.Tensor:
+    """Tokens of each row that each expert of each layer received, (l, b, e)."""
+    found = []
+    for window_bs in batches:
+        routes = model.features(window_bs[:, :-1])[1]
+        chosen = [torch.zeros_like(r.affinity_bse).scatter(-1, r.expert_bsk, 1.0) for r in routes]
+        found.append(torch.stack([x_bse.sum(1) for x_bse in chosen]))
+    return torch.cat(found, 1)
+
+
+@torch.no_grad()
+def acceptance(t: Trainer, batches: int) -> dict:
+    """Shares of drafts that the main model would accept: each depth, and depths 1 … k together."""
+    hits = [torch.zeros(len(t.model.mtp), 0)]
+    for window_bs in (w for val in t.val.values() for w in val[:batches] if len(t.model.mtp)):
+        agrees = draft_agrees(t.model, window_bs[:, :-1])
+        length = window_bs.shape[1] - 1 - len(agrees)  # where every depth has a draft
+        hits.append(torch.stack([x[:, :length] for x in agrees]).flatten(1))
+    hit_kn = torch.cat(hits, 1)
+    chain_kn = hit_kn.cumprod(0)
+    shares = [x.mean(-1).tolist() if len(x) else [] for x in (hit_kn, chain_kn)]
+    return {"accepted": rounded(shares[0]), "accepted_chain": rounded(shares[1])}
+
+
+@torch.no_grad()
+def infilling(t: Trainer, batches: int) -> dict:
+    """Nats a token and share of right tokens of held-out middles: after both sides, and one."""
+    rng, out = random.Random(0), {}
+    texts = [text for s in t.sources for text in random.Random(1).sample(
+        s.val_texts, min(HOLES // len(t.sources), len(s.val_texts)))]  # fmt: skip
+    cuts = [cut for text in texts if (cut := fim(text, rng, 1.0))]
+    for name, prompt in {"psm": psm, "left": left}.items():
+        scored = [middle_score(t, prompt(t.rows, *cut)) for cut in cuts]
+        nats, right, n = (sum(x) for x in zip(*filter(None, scored)))
+        out |= {f"{name}_nats": nats / n, f"{name}_accuracy": right / n, "middle_tokens": n}
+    return rounded(out)
+
+
+def coded(rows: Rows, *pieces: str) -> list[list[int]]:
+    return [e.ids for e in rows.batch(list(pieces))]
+
+
+def psm(rows: Rows, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
+    """What the model reads before the middle when it sees both sides, and the middle."""
+    ids = rows.ids
+    pre, mid, suf = coded(rows, pre, mid, suf)
+    begin = [ids[tok.BOS], ids[tok.FIM_BEGIN], *pre]
+    return [*begin, ids[tok.FIM_HOLE], *suf, ids[tok.FIM_END]], mid
+
+
+def left(rows: Rows, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
+    """The same left to right: the suffix is not seen."""
+    pre, mid = coded(rows, pre, mid)
+    return [rows.ids[tok.BOS], *pre], mid
+
+
+def middle_score(t: Trainer, example) -> tuple[float, int, int] | None:
+    """Nats, right greedy guesses and tokens of a middle; None where it does not fit."""
+    prompt, mid = example
+    if len(prompt) + len(mid) > t.args.recipe.seq_len + 1:
+        return None
+    ids_s, n = torch.tensor([*prompt, *mid]), len(mid)
+    logits_nw = t.model.head(t.model.features(ids_s[None, :-1])[0][0, -n:])
+    nats = F.cross_entropy(logits_nw, ids_s[-n:], reduction="sum").item()
+    return nats, (logits_nw.argmax(-1) == ids_s[-n:]).sum().item(), n
+
+
+MEASURES: dict[str, Callable] = {
+    "balance": expert_vio, "mtp": acceptance, "mla": lambda t, batches: {}, "fim": infilling,
+    "fp8": lambda t, batches: {},
+}  # fmt: skip
+COURSE = {"vio_global", "vio_sequence", "accepted"}  # what is measured while training too
+
+
+def mean(values) -> float:
+    values = list(values)
+    return round(sum(values) / len(values), 4)
+
+
+def rounded(x):
+    """Four digits after the point, in lists and objects too."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 4)
+
+
+# ── One run ──
+
+
+def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
+    """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
+    train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
+                  device="cpu", moments="fp32", precision=v.precision,
+                  micro_batch=v.micro_batch)  # fmt: skip
+    settings.check(train)
+    t = Trainer(train, args.out)
+    if v.kv_heads:
+        with_heads(t.model, v.kv_heads)
+        t.optimizer = adamw(t.model, v.recipe, torch.float32)
+    for s in t.sources if args.name == "fim" else ():
+        s.held, s.kept = passages(s.held), passages(s.kept)
+        del s.val_texts  # of whole documents
+    for s in t.sources:
+        windows = val_windows(s.val_texts, t.tokenizer, v.recipe.seq_len)
+        t.val[s.name] = windows[:: max(1, len(windows) // FINAL)][:FINAL]
+    return t
+
+
+def passages(data):
+    """A dataset's documents in pieces of `PASSAGE` characters."""
+    if not hasattr(data, "map"):
+        raise UserError("dsv3 ablate fim cuts texts into passages: give it text, not shards")
+
+    def cut(batch):
+        texts = [text or "" for text in batch["text"]]
+        return {"text": [x[i : i + PASSAGE] for x in texts for i in range(0, len(x), PASSAGE)]}
+
+    return data.map(cut, batched=True)
+
+
+def losses_on(t: Trainer, batches: int) -> dict[str, float]:
+    """Validation loss of every source, nats a token."""
+    return {name: round(t.evaluate(name, batches)[0], 5) for name in t.val}
+
+
+def point(args: Ablate, t: Trainer, recent: list[float]) -> dict:
+    """A point of the curves: step, training loss since the last point, validation on few rows."""
+    row = {"step": t.step, "loss": mean(recent), "val_loss": mean(losses_on(t, PROBE).values())}
+    found = MEASURES[args.name](t, PROBE) if args.name in ("balance", "mtp") else {}
+    return row | {k: x for k, x in found.items() if k in COURSE}
+
+
+def one_run(args: Ablate, name: str, v: Variant, seed: int) -> dict:
+    """Train a variant and measure it: an entry of `runs`."""
+    start, t, losses, curve = time.perf_counter(), trainer_of(args, v, seed), [], []
+    every = max(1, len(t.plan) // 10)
+    while t.step < len(t.plan):
+        losses.append(t.one_step()["loss"])
+        if t.step % every == 0:
+            curve.append(point(args, t, losses[-every:]))
+    by_source = losses_on(t, FINAL)
+    return {
+        "variant": name, "seed": seed, "val_loss": sum(by_source.values()) / len(by_source),
+        "val_loss_by_source": by_source, **MEASURES[args.name](t, FINAL),
+        "seconds": round(time.perf_counter() - start, 1), "curve": curve,
+        **({"losses": [round(x, 5) for x in losses]} if args.name == "fp8" else {}),
+    }  # fmt: skip
+
+
+# ── All runs, one file ──
+
+
+def described(v: Variant) -> dict:
+    """What a variant is, for the file: differences, parameters, cache."""
+    return {
+        "params": parameters(v), "cache_bytes": count(v.model).cache_bytes,
+        "kv_heads": v.kv_heads, "fim_rate": v.fim_rate,
+        **({"precision": v.precision} if v.precision != "fp32" else {}),
+        **({"micro_batch": v.micro_batch} if v.micro_batch else {}),
+        "model": {k: x for k, x in asdict(v.model).items() if x != getattr(TINY, k)},
+        "recipe": {k: x for k, x in asdict(v.recipe).items() if x != getattr(RECIPES["tiny"], k)},
+    }  # fmt: skip
+
+
+def opened(path: Path, made: dict) -> dict:
+    """The file with the runs it holds so far; raises if they were made otherwise."""
+    if not path.is_file():
+        return made | {"runs": []}
+    old = read_json(path)
+    for key in ("steps", "data", "variants"):
+        if old.get(key) != made[key]:
+            raise UserError(f"{path} was made with other {key}: give another --out, or move it")
+    return old | {k: made[k] for k in ("command", "seeds")}
+
+
+def run(args: Ablate, command: str) -> Path:
+    """Every variant with every seed, seed by seed; the file is whole after each run."""
+    if args.seeds < 1 or args.steps < 1:
+        raise UserError("--seeds and --steps must be at least 1")
+    base = named(args.config) if args.config else BASE
+    variants = VARIANTS[args.name](base, recipe(base, args.steps))
+    path = args.out / f"ablate_{args.name}.json"
+    result = opened(path, {
+        "command": command, "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "threads": torch.get_num_threads(), "steps": args.steps, "data": list(args.data),
+        "seeds": args.seeds, "variants": {k: described(v) for k, v in variants.items()},
+    })  # fmt: skip
+    done = {(r["variant"], r["seed"]) for r in result["runs"]}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed, name in ((s, n) for s in range(args.seeds) for n in variants if (n, s) not in done):
+        result["runs"].append(one_run(args, name, variants[name], seed))
+        write_compact(path, result)
+        say(result["runs"][-1])
+    print(f"{len(result['runs'])} runs in {path}")
+    return path
+
+
+def write_compact(path: Path, result: dict) -> None:
+    """The file, a run a line."""
+    runs = [json.dumps(r, ensure_ascii=False) for r in result["runs"]]
+    head = json.dumps(result | {"runs": []}, ensure_ascii=False, indent=1)
+    part = path.with_suffix(".part")
+    part.write_text(head.replace('"runs": []', '"runs": [\n' + ",\n".join(runs) + "\n]") + "\n")
+    part.replace(path)
+
+
+def say(r: dict) -> None:
+    more = {k: x for k, x in r.items() if isinstance(x, float) and k not in ("val_loss", "seconds")}
+    words = ", ".join(f"{k} {x:.3f}" for k, x in more.items())
+    print(
+        f"seed {r['seed']} {r['variant']:16} {r['val_loss']:.4f} nats a token  {words}", flush=True
+    )
+
+
+def parse(argv: list[str]) -> Ablate:
+    return tyro.cli(Ablate, prog="dsv3 ablate", args=argv)

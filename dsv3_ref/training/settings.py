@@ -1,0 +1,338 @@
+"""The options of `dsv3 train`, what they must satisfy, and the folder that a run claims."""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import tyro
+
+from dsv3_ref.checkpoints.native import config_of, read_json, tokenizer_folder
+from dsv3_ref.config import Config, UserError, from_dict, named
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.optim import RECIPES, Recipe
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a DeepSeek-V3 from text.
+
+    SIGUSR1 (a scheduler's warning) and SIGTERM end a run after its running step, with a
+    checkpoint: exit code 75, which asks to be started again with --resume, and 143.
+    """
+
+    model: Config
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    config: str = "tiny"
+    """size: tiny, small, v2_lite, v3, or a .json file with the fields of --model"""
+    init: Path | None = None
+    """start from the weights, shape and tokenizer of a run, a checkpoint, or a Hugging Face
+    directory"""
+    seed: int = 0
+    out: Path | None = None
+    """folder of the run; default runs/<config>. If it holds a run, -2, -3 … is added"""
+    resume: bool = False
+    """go on from the newest checkpoint of --out (default: the last runs/<config>) with the
+    settings it was started with"""
+    data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
+    """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name, or a
+    folder of shards by `dsv3 data prepare`"""
+    streaming: bool = False
+    """read files as a stream instead of into memory"""
+    tokenizer: Path | None = None
+    """folder with a tokenizer.json; default: train one on the data, once"""
+    fim_rate: float = 0.1
+    """share of documents rearranged for fill-in-the-middle"""
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """auto: fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients. fp8: all three
+    products of every linear layer in FP8 (§3.3): Triton kernels on CUDA, on CPU the same numbers
+    by emulation"""
+    moments: Literal["bf16", "fp32"] = "bf16"
+    """how AdamW stores its moments; the report: bf16 (§3.3.2)"""
+    ema: float = 0.0
+    """decay of an average of the weights, validated beside them, for example 0.99; 0: none"""
+    micro_batch: int = 0
+    """rows in one forward pass; 0: the whole batch"""
+    recompute: bool = False
+    """keep no outputs of norms, MLA's up-projections and SwiGLU for the backward pass: the same
+    losses, bit for bit, in less memory (§3.2.3)"""
+    save_every: int = 0
+    """steps between checkpoints with validation; 0: a tenth of the run"""
+    keep: int = 3
+    """newest checkpoints kept, besides the best"""
+    val_rows: int = 64
+    """validation rows while training; at the end all are used"""
+    spike: float = 10.0
+    """skip a step whose gradient norm exceeds this × the median of recent ones; 0: only NaN"""
+    spike_window: int = 50
+    """steps that the median is taken over"""
+    patience: int = 3
+    """skipped steps in succession before going back to the newest checkpoint, past their data"""
+    pp: int = 1
+    """pipeline stages' ranks; with torchrun or srun: pp × dp × ep processes (V3: 16, 2, 64)"""
+    ep: int = 1
+    """ranks that share the experts of a layer"""
+    dp: int = 0
+    """copies of all that, which read different rows; 0: as many as there are ranks left"""
+    schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
+    """order of the pipeline's steps; dualpipe is the report's, dualpipev holds 2·pp stages"""
+    zero: bool = True
+    """ZeRO-1: each rank keeps the moments of its slice only"""
+    ep_node: int = 0
+    """ranks of an expert group in one node: tokens go across nodes once, then inside (two hops);
+    0: one hop"""
+    dispatch: Literal["auto", "wide", "fp8"] = "auto"
+    """how tokens travel to experts; auto: as FP8 codes with --precision fp8 (§3.2.2)"""
+    exchange: Literal["all-to-all", "deepep"] = "all-to-all"
+    """who carries tokens: torch.distributed, or DeepEP's kernels where they are installed"""
+    hang_timeout: float = 600.0
+    """seconds that one operation of a rank may take, before all end and say which rank is late"""
+    tensorboard: bool = False
+    """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
+
+    COMMAND: ClassVar[str] = "train"
+    RECIPES: ClassVar[dict[str, Recipe]] = RECIPES
+    OTHERWISE: ClassVar[str] = "tiny"  # the recipe of configs that have none
+
+    @classmethod
+    def opening(cls, model: Config, config: str, argv: list[str]):
+        """What a new run has before options change it."""
+        return cls(
+            model=model, recipe=cls.RECIPES.get(config, cls.RECIPES[cls.OTHERWISE]), config=config
+        )
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """What must hold for this command alone."""
+        r, c = self.recipe, self.model
+        return [
+            (r.steps >= 1, "--steps must be at least 1"),
+            (len(self.data) > 0, "--data needs at least one source"),
+            (
+                r.seq_len > c.n_mtp_layers,
+                f"--seq-len must exceed the {c.n_mtp_layers} tokens that MTP looks ahead",
+            ),
+        ]
+
+
+def check(args: Train) -> None:
+    """Raise a `UserError` for settings that cannot be trained with."""
+    r, c = args.recipe, args.model
+    rules = [
+        (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
+        (
+            r.seq_len <= c.max_seq_len,
+            f"--seq-len {r.seq_len} is longer than --model.max-seq-len {c.max_seq_len}",
+        ),
+        (
+            c.dim % 8 == 0 and c.moe_inter_dim % 8 == 0,
+            "--model.dim and --model.moe-inter-dim must be multiples of 8: grouped products "
+            "read rows of 16 bytes",
+        ),
+        (min(r.batch, r.batch_start) >= 1, "--batch and --batch-start must be at least 1"),
+        (0 < r.ramp <= 1, "--ramp must be above 0 and at most 1"),
+        (r.decay_at < r.end_at, "--decay-at must be below --end-at"),
+        (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
+        (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
+        (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
+        (0 <= args.ema < 1, "--ema must be from 0 to below 1"),
+        (args.spike == 0 or args.spike > 1, "--spike must be above 1, or 0 for no limit"),
+        (
+            min(args.spike_window, args.patience) >= 1,
+            "--spike-window and --patience must be at least 1",
+        ),
+        *args.rules(),
+    ]
+    numbers = {k: v for k, v in asdict(r).items() if not isinstance(v, str)}
+    rules += [(math.isfinite(v), f"{option(k)} must be a number") for k, v in numbers.items()]
+    rules += mesh_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+def mesh_rules(args: Train, ranks: int) -> list[tuple[bool, str]]:
+    """What a mesh must satisfy, with as many processes as a launcher has started."""
+    pp, dp, ep = args.pp, max(1, args.dp), args.ep
+    missing = (
+        f"--pp {pp} × --dp {dp} × --ep {ep} are {pp * dp * ep} ranks, not {ranks}: "
+        f"torchrun --nproc-per-node {pp * dp * ep} -m dsv3_ref train …"
+    )
+    return [
+        (min(pp, ep) >= 1, "--pp and --ep must be at least 1"),
+        (min(args.dp, args.ep_node) >= 0, "--dp and --ep-node must be at least 0"),
+        (args.hang_timeout > 0, "--hang-timeout must be above 0"),
+        (pp * dp * ep <= ranks, missing),
+    ]
+
+
+def option(name: str) -> str:
+    """`seq_len` → `--seq-len`."""
+    return "--" + name.replace("_", "-")
+
+
+# ── From the command line ──
+
+
+def parse(argv: list[str], kind: type[Train] = Train) -> Train:
+    """--config, --init or (with --resume) the run gives the defaults; options change one field."""
+    prog = f"dsv3 {kind.COMMAND}"
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    for name in ("--config", "--init", "--out"):
+        first.add_argument(name)
+    first.add_argument("--resume", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    config = known.config or (size_of(Path(known.init)) if known.init else "tiny")
+    if known.resume:
+        default = saved(Path(known.out) if known.out else last_folder(kind, config), kind)
+    else:
+        model = config_of(known.init) if known.init else named(config)
+        default = kind.opening(model, config, argv)
+    args = tyro.cli(kind, prog=prog, default=default, args=argv)
+    return resumed(args, default) if known.resume else args
+
+
+def size_of(init: Path) -> str:
+    """The name of the config that a run was started with; v3 for what is no run of ours."""
+    run = tokenizer_folder(init) / "run.json"
+    return read_json(run)["settings"]["config"] if run.is_file() else "v3"
+
+
+MAY_CHANGE = {
+    "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep", "val_rows",
+    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_node", "exchange",
+    "hang_timeout",
+}  # fmt: skip
+
+
+def resumed(args: Train, before: Train) -> Train:
+    """The settings to go on with; raises if one that shapes the losses was changed."""
+    old, new = flat(before), flat(args)
+    for name in (n for n in old if n not in MAY_CHANGE and old[n] != new[n]):
+        raise UserError(
+            f"{before.out} was started with {option(name)} {old[name]}, not {new[name]}: "
+            "a resumed run keeps its settings"
+        )
+    has_tokenizer = (before.out / "tokenizer.json").is_file()
+    tokenizer = before.out if has_tokenizer else args.tokenizer
+    return replace(args, out=before.out, resume=True, tokenizer=tokenizer)
+
+
+def flat(args: Train) -> dict:
+    """Every option by its name: `lr`, `model.dim`, `seed`."""
+    values = asdict(args)
+    model = {f"model.{k}": v for k, v in values.pop("model").items()}
+    return values | values.pop("recipe") | model
+
+
+# ── The folder of a run ──
+
+
+def folders(kind: type[Train], config: str, out: Path | None = None) -> Iterator[Path]:
+    """Where a run may go: --out, or runs/<config>[-<command>], then the same with -2, -3 …"""
+    suffix = "" if kind.COMMAND == "train" else f"-{kind.COMMAND}"
+    base = out or Path("runs") / (Path(config).stem + suffix)
+    yield base
+    yield from (base.with_name(f"{base.name}-{i}") for i in count(2))
+
+
+def last_folder(kind: type[Train], config: str) -> Path:
+    """The newest of runs/<config>, runs/<config>-2, …"""
+    return [next(folders(kind, config)), *takewhile(Path.exists, folders(kind, config))][-1]
+
+
+@contextmanager
+def claim(args: Train) -> Iterator[Path]:
+    """The folder of this run, kept from other processes until the end of the `with`."""
+    for folder in [args.out] if args.resume else folders(type(args), args.config, args.out):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder} is a file; a run is a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            free = lock(handle)
+            if args.resume and not free:
+                raise UserError(f"another process is training in {folder}")
+            # the trace of an early kill; where a launcher writes before the run begins
+            taken = {p.name for p in folder.iterdir()} - {"run.part", "logs"}
+            if free and (args.resume or not taken):
+                yield folder
+                return
+        finally:
+            os.close(handle)  # unlocks, as does the end of the process, however it comes
+
+
+def lock(handle: int) -> bool:
+    """False if another process holds the folder; a file system without locks is trusted."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+# ── run.json ──
+
+
+def write_json(path: Path, value) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
+
+
+def describe(args: Train, command: str | None) -> dict:
+    """What run.json holds: enough to repeat the run."""
+    with torch.device("meta"):
+        model = Transformer(args.model)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    return {
+        "command": command,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "moe_layers": list(moe_layers(model)),
+        "model": asdict(args.model),
+        "settings": settings,
+        "params": {"trained": sum(p.numel() for p in model.parameters())},
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, if it is one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def saved(folder: Path, kind: type[Train] = Train) -> Train:
+    """The settings of the run to resume."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"nothing to resume: {folder} holds no run.json; start without --resume")
+    try:
+        s = read_json(path)["settings"]
+        s |= {"model": from_dict(s["model"]), "recipe": Recipe(**s["recipe"])}
+        s |= {"out": folder, "resume": True}
+        s |= {name: tuple(value) for name, value in s.items() if isinstance(value, list)}
+        paths = {"tokenizer", "init", "reward"} & set(s)
+        s |= {name: s[name] and Path(s[name]) for name in paths}
+        return kind(**s)
+    except (UserError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged, or of another version: {e}") from None

@@ -1,0 +1,1 @@
+"""Verifiers: check mathematical answers and generated code, in processes that can be killed."""

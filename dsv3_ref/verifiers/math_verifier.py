@@ -1,0 +1,101 @@
+"""Are two mathematical answers equal? math-verify says, in a process that can be killed.
+
+It reads LaTeX, and an expression such as 9^{9^{9}} takes it a lifetime; its own time limits are
+alarms, which only a main thread may set. So it runs as
+`python -m dsv3_ref.verifiers.math_verifier`, a line of JSON in, a line out, with
+limits on its memory, and is replaced when it does not answer.
+"""
+
+import json
+import re
+import resource
+import select
+import subprocess
+import sys
+import threading
+from functools import cache
+
+from dsv3_ref.config import UserError
+
+SECONDS, MEMORY = 5.0, 4 << 30  # for one comparison; bytes of addresses
+READY = "ready"
+# else cat = tac, letters multiplied; names of functions and of LaTeX's commands are no words
+WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za-z]{2,}")
+
+
+class Verifier:
+    """A process that compares, started when first needed and after each that was killed."""
+
+    def __init__(self, seconds: float = SECONDS):
+        self.seconds, self.lock, self.process = seconds, threading.Lock(), None
+
+    def __call__(self, given: str, truth: str) -> bool:
+        """Whether an answer equals the right one; one that takes too long does not."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+            try:
+                self.process.stdin.write(json.dumps([given, truth]).encode() + b"\n")
+                self.process.stdin.flush()
+                return self.line(self.seconds) == "true"
+            except (TimeoutError, BrokenPipeError):
+                self.stop()
+                return False
+
+    def start(self) -> None:
+        """A process that has read its libraries."""
+        command = [sys.executable, "-m", __name__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL)
+        try:
+            ready = self.line(60) == READY
+        except TimeoutError:
+            ready = False
+        if not ready:
+            self.stop()
+            raise UserError("comparing mathematical answers needs: pip install 'dsv3-ref[rl]'")
+
+    def line(self, seconds: float) -> str:
+        """What the process says; '' if it has died."""
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        return self.process.stdout.readline().decode().strip()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process = None
+
+
+@cache
+def verifier() -> Verifier:
+    """One for all."""
+    return Verifier()
+
+
+def equal(given: str, truth: str) -> bool:
+    """Whether two answers in LaTeX or plain notation are the same value; words must be the same."""
+    if " ".join(given.split()) == " ".join(truth.split()):
+        return True
+    return not WORD.search(truth) and verifier()(given, truth)
+
+
+def main() -> None:
+    """Answer each line until there is none."""
+    from math_verify import parse, verify
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    print(READY, flush=True)
+    for line in sys.stdin:
+        try:
+            given, truth = (parse(f"${x}$", parsing_timeout=None) for x in json.loads(line))
+            same = bool(given and truth and verify(truth, given, timeout_seconds=None))
+        except Exception:  # whatever the libraries make of it, it is not equal
+            same = False
+        print(json.dumps(same), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""`dsv3 plan` beside real ranks: what they hold, what they send, how many micro-batches wait."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from gang import Gang
+
+from dsv3_ref import ops
+from dsv3_ref.cli.main import main
+from dsv3_ref.cluster.plan import Plan, estimate, numbers_of
+from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.optim import RECIPES
+from dsv3_ref.parallel.engine import Cluster
+from dsv3_ref.parallel.mesh import Mesh
+from dsv3_ref.parallel.pipeline import Pass
+from dsv3_ref.scale import IDEAL
+
+SMALL = replace(TINY, vocab_size=512, n_layers=5, embed_std=0.02)
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return estimate(Plan())
+
+
+# ── V3 ──
+
+
+def test_every_parameter_of_v3_is_held_as_often_as_the_mesh_says():
+    numbers, where = numbers_of(Plan(), V3)
+    distinct = 0.0
+    for of_rank in numbers:
+        for (size, _), n in of_rank.items():  # experts: holders × dp; dense: holders × dp × ep
+            distinct += n * 64 / (size / 2) if size < 64 else n / (size / 128)
+    biases = 59 * 256  # of the gates, MTP's too: buffers
+    assert distinct == count(V3).total + count(V3).mtp - biases
+    assert where[0] == (0, 15)
+
+
+def test_dualpipe_holds_one_micro_batch_more_than_stages(v3):
+    assert v3.in_flight == [17] * 16
+    assert estimate(Plan(schedule="1f1b")).in_flight == [*range(16, 0, -1)]
+
+
+def test_the_bill_is_that_of_chapter_17_and_what_follows_the_pipeline(v3):
+    best = estimate(replace(v3.plan, losses=IDEAL))  # every kernel at its best: below the report
+    alone = (best.seconds - best.tail) / best.seconds * best.hours
+    assert 137e3 < alone < 140e3 < best.hours < v3.hours < 180e3
+
+
+def test_slower_links_and_less_overlap_cost_more(v3):
+    slow = v3.plan.machine._replace(ib=10e9)
+    assert estimate(replace(v3.plan, machine=slow)).hours > 1.3 * v3.hours
+    assert estimate(replace(v3.plan, schedule="1f1b")).hours > 1.2 * v3.hours
+
+
+def test_without_zero_the_moments_are_everywhere(v3):
+    plain = estimate(replace(v3.plan, zero=False))
+    assert plain.ranks[3].moments == plain.ranks[3].parameters
+    assert v3.ranks[3].moments < 0.2 * plain.ranks[3].moments
+
+
+# ── Real ranks ──
+
+
+class Lean(torch.autograd.Function):
+    """Attention that keeps what kernels keep: inputs, output, a number a head and row."""
+
+    @staticmethod
+    def forward(ctx, scale, *qkv):
+        ctx.scale, o = scale, ops.IMPLS["attention"]["naive"](*qkv, scale)
+        ctx.save_for_backward(*qkv, o, torch.empty(qkv[0].shape[:3]))
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors[:3]]
+            o = ops.IMPLS["attention"]["naive"](*qkv, ctx.scale)
+        return None, *torch.autograd.grad(o, qkv, g)
+
+
+def lived(shape, name: str, batch: int, s: int, per_node: int):
+    """Bytes that a rank held and sent in a real step, and the most that graphs held on the way."""
+    mesh, r = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], clip=1e9)
+    c = Cluster(SMALL, r, mesh, name, moments=torch.bfloat16, per_node=per_node, fp8=True)
+    ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(scale, q, k, v))
+    rows, held, do = torch.randint(SMALL.vocab_size, (batch, s + 1)), [], Pass.do
+    with (
+        ops.use("lean", "fp8", "torch"),
+        torch.autocast("cpu", torch.bfloat16),
+        ops.keeping(True, c.model.parameters()) as keeper,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(Pass, "do", lambda *args: [do(*args), held.append(keeper.bytes)])
+        c.train_step(rows, r, 1e-3, 1e-3, 0.3)
+    of = lambda bytes_: sum(map(bytes_, c.zero.buckets))
+    moments = of(lambda b: sum(m.nbytes for m in c.zero.moments(b).values()))
+    grads = of(lambda b: b.grad.nbytes + b.own.grad.nbytes)
+    found = {"parameters": of(lambda b: b.flat.nbytes), "gradients": grads, "moments": moments}
+    return mesh.p, found, max(held), dict(c.traffic.bytes)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path):
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps(asdict(SMALL)))
+    e = estimate(Plan(str(config), 2, 4, 1, name, seq_len=64, batch=16, ep_node=2))
+    gang = Gang()
+    try:
+        seen = gang.run(8, lived, (2, 1, 4), name, 16, 64, 2)
+    finally:
+        gang.stop()
+    for p, rank in enumerate(e.ranks):
+        for kind in ("parameters", "gradients", "moments"):  # padded to equal slices
+            sizes = {found[kind] for at, found, *_ in seen if at == p}
+            assert sizes.pop() == pytest.approx(getattr(rank, kind), rel=1e-3) and not sizes
+        peak = sum(held for at, _, held, _ in seen if at == p) / 4  # where experts lie, it varies
+        planned = rank.activations + rank.codes
+        assert planned < peak < 1.08 * planned  # the plan leaves out small things: row numbers
+    for link, what in (("across", "experts, across nodes"), ("inside", "experts, inside nodes")):
+        sent = [sum(traffic[link] for p, *_, traffic in seen if p == rank) / 4 for rank in (0, 1)]
+        assert max(sent) == pytest.approx(e.sent[what], rel=0.15), link  # first gates are uneven
+
+
+# ── What a person sees ──
+
+
+def test_v3_is_printed_with_all_its_ranks(v3, capsys, tmp_path):
+    assert main(["plan", "--out", str(tmp_path / "plan.png")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^v3 on 2,048 H800: pp 16 × dp 2 × ep 64, dualpipe, fp8", said, re.M)
+    assert len(re.findall(r"^ +\d+ +[\d.]+ ", said, re.M)) == 16
+    assert "does NOT fit 80" in said and "GPU hours per trillion tokens" in said
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--ep", "48"], "--ep must divide 256 routed experts"),
+        (["--batch", "100"], "--batch must be a multiple of --dp × --ep = 128"),
+        (["--pp", "5"], "dualpipe needs an even --pp"),
+        (["--pp", "64", "--schedule", "1f1b"], "61 layers cannot be cut into 64 stages"),
+        (["--ep-node", "6"], "--ep 64 ranks do not fill nodes of --ep-node 6"),
+        (["--dp", "0"], "every size must be at least 1"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused_in_a_sentence(options, sentence, capsys):
+    assert main(["plan", *options]) == 2
+    assert sentence in capsys.readouterr().err

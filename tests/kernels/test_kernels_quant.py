@@ -1,0 +1,265 @@
+"""The quantising kernels give the bits of their references, wherever arithmetic defines them."""
+
+import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
+import pytest
+import torch
+from dsv3_ref.kernels import quant
+
+from dsv3_ref import fp8
+from dsv3_ref.ops import IMPLS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = torch.float32, torch.bfloat16
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
+COUNTS = {
+    "one": None,
+    "edges": [0, 1, 127, 128, 129, 0],
+    "even": [128, 128],
+    "lonely": [1],
+    "nobody": [0, 0, 0],
+}
+
+by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+by_pow2 = pytest.mark.parametrize("pow2", [False, True], ids=["any", "pow2"])
+by_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+
+
+def drawn(*shape, dtype=torch.float32):
+    """Normal numbers, rows of very different size, some zeros of both signs, a row of zeros."""
+    x = torch.randn(shape)
+    if x.numel() > 1:
+        x *= torch.logspace(-34, 30, len(x)).view(-1, *[1] * (x.ndim - 1))
+        x.view(-1)[::7] = 0.0
+        x.view(-1)[::11] *= -0.0
+        x[len(x) // 2] = 0
+    return x.to(DEVICE, dtype)
+
+
+def expert_counts(counts):
+    return None if counts is None else torch.tensor(counts, device=DEVICE)
+
+
+def bits(x):
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize])
+
+
+def same(got, want) -> None:
+    """Every bit of every result, and the layout."""
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype and g.is_contiguous()
+        assert torch.equal(bits(g), bits(w))
+
+
+def both(name: str, *args):
+    """Results of the kernel and of the reference."""
+    return IMPLS[name]["triton"](*args), IMPLS[name]["torch"](*args)
+
+
+# ── Tiles of 1 × 128 ──
+
+
+@by_dtype
+@by_pow2
+@pytest.mark.parametrize(
+    "shape", [(5, 576), (2, 3, 128), (1, 1), (33, 300), (130,), (0, 64)], ids=str
+)
+def test_act_quant(shape, pow2, dtype):
+    same(*both("act_quant", drawn(*shape, dtype=dtype), pow2))
+
+
+def test_act_quant_divides_every_pair_of_bf16_numbers_rightly():
+    """x / s has a shortcut for bf16; up to powers of two, these are all quotients there are."""
+    amax_n = torch.arange(128, 256).float()
+    step = (torch.arange(128, 256) * torch.arange(-21.0, 1).exp2()[:, None]).flatten()
+    x_nk = step.expand(128, -1)
+    x_nk = torch.where(x_nk > amax_n[:, None], 0, x_nk)
+    x_nzt = torch.nn.functional.pad(x_nk, (0, -x_nk.shape[1] % 127)).unflatten(1, (-1, 127))
+    x_nzt = torch.cat([x_nzt, amax_n[:, None, None].expand(-1, x_nzt.shape[1], 1)], 2)
+    same(*both("act_quant", x_nzt.flatten(1).to(DEVICE, torch.bfloat16)))
+
+
+def test_a_scale_is_the_quotient_by_448_to_the_last_bit():
+    x_nt = torch.zeros(4096, 128)
+    x_nt[:, 5] = torch.rand(4096).exp2() * torch.logspace(-29, 37, 4096)
+    same(*both("act_quant", x_nt.to(DEVICE)))
+
+
+@by_pow2
+def test_numbers_half_way_between_two_codes(pow2):
+    code = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    half = (code[1:] + code[:-1]) / 2
+    s = torch.rand(64, 1) + 0.5
+    x = torch.cat([448 * s, half * s], 1)
+    x = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])
+    x[..., 0] = 448 * s[:, 0]
+    same(*both("act_quant", torch.cat([x, -x], -1).to(DEVICE), pow2))
+
+
+def test_rows_may_be_slices_of_wider_ones():
+    x = drawn(6, 600, dtype=torch.bfloat16)
+    want = IMPLS["act_quant"]["torch"](x[:, 16:400])
+    same(IMPLS["act_quant"]["triton"](x[:, 16:400]), want)
+    same(*both("col_quant", x[:, 16:400]))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@by_dtype
+def test_what_is_not_finite_stays_so(bad, dtype):
+    x = torch.randn(2, 256, device=DEVICE).to(dtype)
+    x[1, 130] = bad
+    for pow2 in (False, True):
+        value = fp8.act_dequant(*IMPLS["act_quant"]["triton"](x, pow2))
+        assert value[0].isfinite().all() and not value[1, 130].isfinite()
+
+
+# ── Blocks of 128 × 128 ──
+
+
+@by_dtype
+@by_pow2
+@pytest.mark.parametrize(
+    "shape", [(130, 257), (128, 128), (3, 72, 576), (1, 1), (2, 0, 5)], ids=str
+)
+def test_weight_quant(shape, pow2, dtype):
+    same(*both("weight_quant", drawn(*shape, dtype=dtype), pow2))
+
+
+# ── Tiles of 128 × 1 ──
+
+
+@by_counts
+def test_the_map_of_tiles(counts):
+    counts = counts or [300]
+    map_xz, end_e = quant.tile_map(expert_counts(counts), sum(counts))
+    want, row, ends = [], 0, []
+    for e, count in enumerate(counts):
+        want += [(row + i, row + count, e) for i in range(0, count, 128)]
+        ends.append(len(want))
+        row += count
+    assert end_e.tolist() == ends
+    assert map_xz.shape == (3, sum(counts) // 128 + len(counts))
+    assert map_xz[:, : len(want)].T.tolist() == [list(t) for t in want]
+    assert not map_xz[1, len(want) :].any()
+
+
+@by_dtype
+@by_counts
+@pytest.mark.parametrize("k", [576, 40])
+def test_col_quant(k, counts, dtype):
+    m = 130 if counts is None else sum(counts)
+    x = drawn(m, k, dtype=dtype) if m else torch.zeros(0, k, device=DEVICE, dtype=dtype)
+    same(*both("col_quant", x, expert_counts(counts), k == 40))
+
+
+@by_pow2
+@by_counts
+def test_retile(counts, pow2):
+    m = 256 if counts is None else sum(counts)
+    q, s = IMPLS["act_quant"]["torch"](torch.randn(m, 200, device=DEVICE) * 100, pow2)
+    same(*both("retile", q, s, expert_counts(counts), pow2))
+
+
+# ── Norm and SwiGLU ──
+
+
+def error(got, want) -> float:
+    """rms(got − want) / rms(want)."""
+    rms = lambda x: x.double().square().mean().sqrt()
+    return (rms(got.double() - want.double()) / rms(want)).item()
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(3, 576), (1, 7168), (2, 2, 100), (5, 1), (0, 128)], ids=str)
+def test_rms_norm_quant(shape, dtype):
+    x, weight = torch.randn(shape), torch.rand(shape[-1]) + 0.5
+    x, weight = x.to(DEVICE, dtype), weight.to(DEVICE)
+    for pow2 in (False, True):
+        y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, None, pow2)
+        same(codes, IMPLS["act_quant"]["torch"](y, pow2))  # of the rounded y
+        if y.numel():
+            want = IMPLS["rms_norm"]["naive"](x.double(), weight.double(), 1e-6)
+            assert error(y, want) < 2 * ROUNDING[dtype]
+        assert y.dtype == dtype and y.shape == x.shape
+
+
+def test_rms_norm_quant_narrows_once_and_has_the_gradient_of_rms_norm():
+    x, weight, g = torch.randn(5, 576), torch.rand(576) + 0.5, torch.randn(5, 576).bfloat16()
+    x, weight = (t.to(DEVICE).requires_grad_() for t in (x, weight))
+    y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, torch.bfloat16)
+    plain = IMPLS["rms_norm"]["triton"](x, weight, 1e-6, torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and error(y, plain) < 2**-9  # 1/ρ may be a bit apart
+    same(codes, IMPLS["act_quant"]["torch"](y.detach()))
+    for got, want in zip(*(torch.autograd.grad(t, (x, weight), g.to(DEVICE)) for t in (y, plain))):
+        assert got.dtype == torch.float32 and error(got, want) < 2**-20
+
+
+def nearly(got, want, dtype) -> None:
+    """Codes and scales of numbers that differ by roundings of exp: few codes off, each by one."""
+    (q, s), (want_q, want_s) = got, want
+    assert q.shape == want_q.shape and s.shape == want_s.shape
+    off = bits(q).short() - bits(want_q).short()
+    assert (off.abs() <= 1).all() and (off != 0).float().mean() < 0.003
+    assert ((s - want_s).abs() <= want_s * 16 * ROUNDING[dtype]).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(5, 576), (2, 3, 128), (1, 40)], ids=str)
+def test_swiglu_quant(shape, dtype):
+    gate, up = (torch.randn(shape, device=DEVICE).mul(4).to(dtype) for _ in "ab")
+    for pow2 in (False, True):
+        nearly(*both("swiglu_quant", gate, up, pow2), dtype)
+    wide = torch.stack([gate, up], -2)  # as one matrix product would leave them
+    same(both("swiglu_quant", *wide.unbind(-2))[0], both("swiglu_quant", gate, up)[0])
+
+
+@by_dtype
+@by_counts
+def test_swiglu_quant_backward(counts, dtype):
+    m, k = 131 if counts is None else sum(counts), 200
+    g = torch.randn(m, k, device=DEVICE).to(dtype)
+    codes = [IMPLS["act_quant"]["torch"](4 * torch.randn(m, k, device=DEVICE)) for _ in "ab"]
+    args = g, *codes[0], *codes[1], expert_counts(counts)
+    got, want = both("swiglu_quant_backward", *args)
+    nearly(got[2:], want[2:], dtype)
+    gate, up = (fp8.act_dequant(*c).to(dtype).double().requires_grad_() for c in codes)
+    exact = torch.autograd.grad(gate * gate.sigmoid() * up, (gate, up), g.double())
+    for d, w in zip(got, exact):
+        assert d.dtype == dtype and d.shape == (m, k)
+        if m:
+            assert error(d, w) < 3 * ROUNDING[dtype]
+
+
+# ── What is refused ──
+
+
+def refused() -> list:
+    """(op, arguments, sentence)."""
+    half, x = torch.zeros(4, 128, dtype=torch.float16), torch.zeros(4, 128)
+    q, s = x.to(torch.float8_e4m3fn), torch.ones(4, 1)
+    wide = torch.zeros(1, 8193)
+    dtypes = "float32 or bfloat16, not float16"
+    return [
+        ("act_quant", (half,), f"x must be {dtypes}"),
+        ("act_quant", (x.T,), "x must have a last stride of 1, not 128"),
+        ("weight_quant", (half,), f"w must be {dtypes}"),
+        ("weight_quant", (torch.zeros(4, 256)[:, :128],), "w must be contiguous"),
+        ("col_quant", (x[None],), "x_mk must have shape (any, any), not (1, 4, 128)"),
+        ("col_quant", (x, torch.ones(2)), "count_e must be int64 or int32, not float32"),
+        ("retile", (x, s), "q must be float8_e4m3fn, not float32"),
+        ("retile", (q, s[:3]), "scales of q must have shape (4, 1), not (3, 1)"),
+        ("rms_norm_quant", (x, x[0, :5], 1e-6), "weight must have shape (128), not (5,)"),
+        ("rms_norm_quant", (wide, wide[0], 1e-6), "x must have a last axis of at most 8192"),
+        ("rms_norm_quant", (x, x[0], 1e-6, torch.float16), "dtype must be float32 or bfloat16"),
+        ("swiglu_quant", (x, x[:2]), "up must have shape (4, 128), not (2, 128)"),
+        ("swiglu_quant", (x, x.bfloat16()), "up must be float32, not bfloat16"),
+        ("swiglu_quant_backward", (x, q, s, q[:2], s), "up_q must have shape (4, 128)"),
+        ("swiglu_quant_backward", (half, q, s, q, s), f"g must be {dtypes}"),
+    ]
+
+
+@pytest.mark.parametrize("name, args, words", refused())
+def test_what_cannot_be_quantised_is_refused(name, args, words):
+    args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
+    with pytest.raises(ValueError) as e:
+        IMPLS[name]["triton"](*args)
+    assert words in str(e.value)

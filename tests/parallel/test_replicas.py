@@ -1,0 +1,164 @@
+"""Reward models and RL on ranks that each hold the whole model: as one process would compute."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import miniruns
+import pytest
+import torch
+from gang import Gang
+from miniruns import metrics, options
+from test_cluster import ended, launched
+
+from dsv3_ref.cli import main
+from dsv3_ref.parallel.data_parallel import Replicas
+from dsv3_ref.posttraining.grpo import Answer, Rl, RlTrainer
+from dsv3_ref.posttraining.prompts import Problem, messages
+from dsv3_ref.training import settings
+
+CLOCK = {"asking", "seconds", "tok_s"}
+
+
+@pytest.fixture(scope="module")
+def gang():
+    found = Gang()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model that boxes digits, problems of which some answers are right, and pairs."""
+    with (
+        miniruns.home(tmp_path_factory.mktemp("home")) as folder,
+        pytest.MonkeyPatch.context() as p,
+    ):
+        p.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
+        assert main.main(options(folder, folder / "first")) == 0
+        talks = [{"messages": messages(f"say {i % 8}", f"\\boxed{{{i % 2}}}")} for i in range(64)]
+        asked = [{"question": f"say {i}", "answer": str(i % 2)} for i in range(8)]
+        pairs = [{"prompt": messages(f"say {i}"), "chosen": "aa", "rejected": "bb" * (1 + i % 3)}
+                 for i in range(40)]  # fmt: skip
+        for name, rows in (("talks", talks), ("own", asked), ("pairs", pairs)):
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        argv = ["sft", "--init", folder / "first", "--data", folder / "talks.jsonl", "--out",
+                folder / "base", *"--seq-len 63 --batch 4 --batch-start 4 --lr 5e-3".split(),
+                *"--epochs 12 --warmup-steps 1".split()]  # fmt: skip
+        assert main.main([str(x) for x in argv]) == 0
+        yield folder
+
+
+def reward(home, out) -> list[str]:
+    words = ["reward", "--init", home / "base", "--data", home / "pairs.jsonl", "--out", out]
+    return [str(x) for x in [*words, *"--seq-len 32 --batch 8 --batch-start 8 --steps 6".split()]]
+
+
+def rl(home, out, *more) -> list[str]:
+    words = ["rl", "--init", home / "base", "--tasks", home / "own.jsonl", "--out", out]
+    words += "--seq-len 32 --batch 4 --batch-start 4 --group 4 --max-new-tokens 12".split()
+    return [str(x) for x in [*words, *"--steps 6 --save-every 3 --temperature 1.3".split(), *more]]
+
+
+# ── Against one process ──
+
+
+def test_a_reward_model_on_two_ranks_is_that_of_one(home, tmp_path):
+    assert main.main(reward(home, tmp_path / "one")) == 0
+    said = ended(launched(home, 2, reward(home, tmp_path / "two")))
+    assert "2 ranks with a model each" in said[0] and "agrees with" in said[0]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert a["tokens"] == b["tokens"] and a["step"] == b["step"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
+    assert two[-1]["agreement"] == one[-1]["agreement"]
+
+
+def written(t: RlTrainer) -> list[Answer]:
+    """Four groups of two answers of unlike lengths, one of them without a difference."""
+    bos, eos, _, user, assistant = t.marks
+    out = []
+    for i in range(8):
+        tokens = [*range(20, 21 + i % 5), eos]
+        a = Answer(Problem("x", f"q{i // 2}", "1"), [bos, user, 30 + i // 2, assistant], tokens,
+                   [-1.0] * len(tokens), "", 0.0)  # fmt: skip
+        a.advantage = (-1.0) ** i * (i // 2) / 2
+        out.append(a)
+    return out
+
+
+def gradients(home: str, folder: str, kind: str, ranks: bool) -> dict[str, torch.Tensor]:
+    """What a step on these answers does, on all of them or on a rank's groups."""
+    argv = rl(Path(home), "unused", "--objective", kind, "--beta", "0.01", "--micro-batch", "3")[1:]
+    del argv[argv.index("--out") : argv.index("--out") + 2]
+    args = settings.parse(argv, Rl)
+    Path(folder).mkdir(exist_ok=True)
+    if ranks:
+        t = type("T", (Replicas, RlTrainer), {})(args, Path(folder), torch.device("cpu"))
+    else:
+        t = RlTrainer(args, Path(folder))
+    groups, grads = [written(t)[i : i + 2] for i in range(0, 8, 2)], {}
+    see = lambda *_: grads.update({n: p.grad.clone() for n, p in t.model.named_parameters()
+                                   if p.grad is not None})  # fmt: skip
+    t.optimizer.register_step_pre_hook(see)
+    mine = [a for group in t.share(groups) for a in group]
+    s = t.compute(mine, replace(args.recipe, clip=1e9), 0.0, 0.0, 0.0, float("inf"))
+    return grads | {"loss": torch.tensor(s.loss), "kl": torch.tensor(t.seen["kl"])}
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "sequence"])
+def test_an_update_of_rl_on_two_ranks_is_that_of_one(home, tmp_path, gang, kind):
+    want = gradients(str(home), str(tmp_path / "one"), kind, False)
+    for got in gang.run(2, gradients, str(home), str(tmp_path / "two"), kind, True):
+        for name, g in want.items():
+            torch.testing.assert_close(got[name], g, atol=2e-6, rtol=3e-4)
+
+
+# ── Whole runs ──
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    ended(launched(home, 2, rl(home, home / "rl")))
+    return home / "rl"
+
+
+def test_rl_on_two_ranks(whole):
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert any(0 < row["reward"] < 1 for row in rows) and rows[-1]["kl"] > 0
+    for row in rows:  # 16 answers of both ranks
+        assert row["reward"] * 16 == pytest.approx(round(row["reward"] * 16))
+        assert row["silent"] * 4 == pytest.approx(round(row["silent"] * 4))
+    end = json.loads((whole / "summary.json").read_text())
+    assert end["after"] == rows[-1]["held_out"] and end["samples"][0]["before"]
+
+
+def test_stopped_by_a_signal_to_one_rank_it_goes_on_as_if_undisturbed(home, whole, tmp_path):
+    running = launched(home, 2, rl(home, tmp_path / "rl"))
+    rows = tmp_path / "rl" / "metrics.jsonl"
+    while not rows.is_file() or not rows.read_text().count("\n"):
+        assert running[0].poll() is None
+        time.sleep(0.02)
+    os.kill(running[1].pid, signal.SIGUSR1)
+    ended(running, 75)
+    ended(launched(home, 2, ["rl", "--resume", "--out", str(tmp_path / "rl")]))
+    timeless = lambda run: [{k: v for k, v in r.items() if k not in CLOCK} for r in metrics(run)]
+    assert timeless(tmp_path / "rl") == timeless(whole)
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        (["--batch", "3", "--batch-start", "3"], "must divide --batch"),
+        (["--pp", "2"], "each rank of dsv3 rl holds the whole model"),
+    ],
+)
+def test_refusals(home, tmp_path, more, why):
+    said = ended(launched(home, 2, rl(home, tmp_path / "rl", *more)), 2)
+    assert any(why in text for text in said)

@@ -1,0 +1,334 @@
+"""`dsv3 rl`: rollouts beside the model, updates beside autograd by hand, bad scorers, runs."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import miniruns
+import pytest
+import torch
+from miniruns import metrics, options, results
+
+from dsv3_ref.checkpoints.native import load
+from dsv3_ref.cli import main
+from dsv3_ref.grpo import advantages, grpo_loss, rollouts
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.posttraining.grpo import Answer, Questions, Rl, RlTrainer
+from dsv3_ref.posttraining.policy import Policy
+from dsv3_ref.posttraining.prompts import TASKS, Problem, messages
+from dsv3_ref.training import settings
+
+# ── Rollouts ──
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_rollouts_are_the_models_own(micro, temperature):
+    """log π is what the model says of these tokens, and at temperature 0 they are its likeliest."""
+    model, prompts = Transformer(micro), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    said, logp = rollouts(model, prompts, 3, 12, 7, temperature)
+    assert len(said) == len(logp) == 9
+    for i, (answer, logp_s) in enumerate(zip(said, logp)):
+        prompt = prompts[i // 3]
+        logit_sw = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        want_sw = (logit_sw / (temperature or 1)).log_softmax(-1)
+        want = want_sw.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logp_s), want, atol=1e-4, rtol=0)
+        assert 7 not in answer[:-1] and (len(answer) == 12 or answer[-1] == 7)
+        if not temperature:
+            assert answer == logit_sw.argmax(-1).tolist()
+
+
+def test_answers_of_a_group_differ_and_a_seed_repeats_them(micro):
+    model = Transformer(micro)
+    draw = lambda: rollouts(model, [[1, 2]], 6, 8, 7, 1.0, torch.Generator().manual_seed(3))[0]
+    first = draw()
+    assert first == draw() and len({tuple(a) for a in first}) > 1
+
+
+def test_a_first_token_that_ends_ends(micro):
+    model = Transformer(micro)
+    with torch.no_grad():
+        model.norm.weight.zero_()  # every word is as likely: the first of them at temperature 0
+    assert rollouts(model, [[1], [2]], 2, 5, 0, 0.0)[0] == [[0]] * 4
+
+
+# ── Runs ──
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model that has learnt to end its answers, and tasks that like them short."""
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        patch = pytest.MonkeyPatch()
+        patch.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
+        patch.setitem(TASKS, "short", Short("short"))
+        patch.setitem(TASKS, "bad", Short("bad"))
+        assert main.main(options(folder, folder / "first")) == 0
+        turns = lambda i: messages(f"say {i % 12}", "ab" * (1 + i % 3))
+        rows = [json.dumps({"messages": turns(i)}) for i in range(60)]
+        (folder / "talks.jsonl").write_text("\n".join(rows))
+        argv = ["sft", "--init", folder / "first", "--data", folder / "talks.jsonl", "--out",
+                folder / "base", *"--seq-len 63 --batch 4 --batch-start 4 --lr 5e-3".split(),
+                *"--epochs 8 --warmup-steps 1".split()]  # fmt: skip
+        assert main.main([str(x) for x in argv]) == 0
+        yield folder
+        patch.undo()
+
+
+class Short:
+    """Right is what is short; the task called bad cannot tell."""
+
+    open = False
+
+    def __init__(self, name):
+        self.name = name
+        made = [Problem(name, f"say {i}", str(i)) for i in range(12)]
+        self.problems = made[2:], made[:2]
+
+    def score(self, text, problem):
+        if self.name == "bad":
+            raise RuntimeError("no idea")
+        return float(len(text) < 4)
+
+
+def rl(home, out, *more) -> int:
+    fixed = ["rl", "--init", home / "base", "--out", out, "--tasks", "short"]
+    fixed += "--seq-len 32 --batch 3 --batch-start 3 --group 4 --max-new-tokens 6".split()
+    fixed += "--steps 4 --save-every 2 --lr 1e-3 --warmup-steps 1 --temperature 1.5".split()
+    return main.main([str(x) for x in [*fixed, *more]])
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    assert rl(home, home / "rl") == 0
+    return home / "rl"
+
+
+def test_a_row_says_what_grpo_is_watched_by(run):
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert 0 <= row["reward"] <= 1 and row["reward_by"] == {"short": row["reward"]}
+        assert row["entropy"] > 0 and row["length"] <= 6 and 0 <= row["silent"] <= 1
+        assert row["mismatch"] < 1e-5
+        assert (row.get("held_out") is None) == (row["step"] % 2 == 1)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and rows[-1]["kl"] > 0
+    began, end = (json.loads((run / x).read_text()) for x in ("before.json", "summary.json"))
+    assert began["held_out"] == end["before"] and end["after"] == rows[-1]["held_out"]
+    assert end["before"]["short"].keys() == {"greedy", "sampled", "length"}
+    assert [s["before"] for s in end["samples"]] == [s["text"] for s in began["samples"]]
+
+
+def test_gate_biases_rest_or_follow(home, run, tmp_path):
+    assert rl(home, tmp_path / "gamma", "--gamma", "0.01") == 0
+    bias = lambda folder: [m.gate.bias for m in moe_layers(load(folder)).values()]
+    began, rest, moved = bias(home / "base"), bias(run), bias(tmp_path / "gamma")
+    assert all(map(torch.equal, began, rest))
+    assert not torch.equal(began[0], moved[0])
+
+
+def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
+    real = RlTrainer.one_step
+
+    def stopping(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RlTrainer, "one_step", stopping)
+        assert rl(home, tmp_path / "half") == 130
+    assert main.main(["rl", "--resume", "--out", str(tmp_path / "half")]) == 0
+    clock = {"asking", "seconds", "tok_s"}
+    timeless = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
+    assert timeless(metrics(tmp_path / "half")) == timeless(metrics(run))
+    assert results(tmp_path / "half")[3] == results(run)[3]  # the last checkpoint's bytes
+
+
+def trainer(home, folder, *more) -> RlTrainer:
+    argv = ["--init", home / "base", "--tasks", "short", "--group", 2, "--seq-len", 32, *more]
+    folder.mkdir(exist_ok=True)
+    return RlTrainer(settings.parse([str(x) for x in argv], Rl), folder)
+
+
+def answers(t: RlTrainer) -> list[Answer]:
+    """Two groups, in which the model says its own marks too."""
+    bos, eos, pad, user, assistant = t.marks
+    said = [[20, 21, eos], [22, bos, 23, 24, eos], [assistant, user, eos], [25, 26, 27, pad, 28]]
+    out = []
+    for i, tokens in enumerate(said):
+        prompt = [bos, user, 30 + i // 2, assistant]
+        logp = [-1.0] * len(tokens)
+        out.append(Answer(TASKS["short"].problems[0][i // 2], prompt, tokens, logp, "", 0.0))
+    for a, x in zip(out, advantages(torch.tensor([1.0, 0.0, 0.3, 0.9]), 2).tolist()):
+        a.advantage = x
+    return out
+
+
+def by_hand(model, t: RlTrainer, found: list[Answer]):
+    """The loss of all answers at once, each alone in its row."""
+    longest = max(len(a.tokens) for a in found)
+    logp_bs = torch.zeros(len(found), longest)
+    for i, a in enumerate(found):
+        logp = model(torch.tensor([a.prompt + a.tokens]))[0].log_softmax(-1)
+        for s, token in enumerate(a.tokens):
+            logp_bs[i, s] = logp[len(a.prompt) - 1 + s, token]
+    mask_bs = torch.arange(longest) < torch.tensor([[len(a.tokens)] for a in found])
+    a_b, args = torch.tensor([a.advantage for a in found]), t.args
+    size = {"dapo": float(mask_bs.sum()), "dr_grpo": args.max_new_tokens}.get(args.objective)
+    old_bs = logp_bs.detach()
+    return grpo_loss(logp_bs, old_bs, old_bs, a_b, mask_bs, 0.2, args.beta, args.objective, size)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "sequence"])
+@pytest.mark.parametrize("lot", [1, 3, 0])
+def test_an_update_is_the_gradient_of_all_answers_at_once(home, tmp_path, kind, lot, monkeypatch):
+    """However they are cut into micro-batches, and whatever tokens they hold."""
+    t = trainer(home, tmp_path / "x", "--objective", kind, "--micro-batch", lot, "--beta", 0.01)
+    found, grads = answers(t), {}
+    see = lambda *_: grads.update({n: p.grad.clone() for n, p in t.model.named_parameters()
+                                   if p.grad is not None})  # fmt: skip
+    t.optimizer.register_step_pre_hook(see)
+    by_hand(t.model, t, found).loss.backward()
+    want = {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
+    t.optimizer.zero_grad()
+    t.compute(found, replace(t.args.recipe, clip=1e9), 0.0, 0.0, 0.0, float("inf"))
+    for name, g in want.items():
+        torch.testing.assert_close(grads[name], g, atol=2e-6, rtol=2e-4)
+
+
+def test_answers_without_advantage_count_but_cost_nothing(home, tmp_path, monkeypatch):
+    t = trainer(home, tmp_path / "x", "--beta", 0)
+    found = answers(t)
+    found[2].advantage = found[3].advantage = 0.0
+    read = []
+    real = t.losses
+    monkeypatch.setattr(t, "losses", lambda m, lot, b: read.append(len(lot)) or real(m, lot, b))
+    want = by_hand(t.model, t, found).loss.item()
+    s = t.compute(found, t.args.recipe, 0.0, 0.0, 0.0, float("inf"))
+    assert read == [2] and s.loss == pytest.approx(want, abs=1e-6)
+
+
+def test_several_updates_clip_against_what_was_written_first(home, tmp_path):
+    t = trainer(home, tmp_path / "x", "--updates", 2, "--beta", 0)
+    found = answers(t)
+    t.compute(found, t.args.recipe, 0.05, 0.0, 0.0, float("inf"))
+    first = {a.old.sum().item() for a in found}
+    assert len(first) == 4 and t.seen["clipped"] > 0
+
+
+def test_a_scorer_that_fails_counts_0_and_is_told_once(home, tmp_path, capsys):
+    assert rl(home, tmp_path / "rl", "--tasks", "bad", "--steps", "2") == 0
+    assert capsys.readouterr().err.count("the scorer of bad failed and counts 0") == 1
+    assert {row["reward"] for row in metrics(tmp_path / "rl")} == {0.0}
+
+
+def test_a_kl_that_explodes_stops_the_run_with_its_last_checkpoint(home, tmp_path, capsys):
+    assert rl(home, tmp_path / "rl", "--max-kl", "1e-9", "--save-every", "1") == 2
+    said = capsys.readouterr().err
+    assert "the KL to the first model became" in said and "step_0000001" in said
+
+
+def test_controls(home, tmp_path):
+    t = trainer(home, tmp_path / "x", "--control", "no-baseline")
+    for a in t.batch(3):
+        assert a.advantage == a.reward
+    t = trainer(home, tmp_path / "x", "--control", "random-reward", "--group", 8)
+    found = t.batch(3)
+    assert len({round(a.advantage, 3) for a in found}) > 1
+    assert any(a.reward != (a.advantage > 0) for a in found)
+
+
+def test_own_problems_beside_ours(home, tmp_path):
+    """A file of problems with answers; all is told by its name, held-out ones too."""
+    rows = [json.dumps({"question": f"say {i}", "answer": "7"}) for i in range(12)]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
+    assert (
+        rl(home, tmp_path / "rl", "--tasks", "short=0.5", tmp_path / "own.jsonl", "--steps", 2) == 0
+    )
+    names = {"short", str(tmp_path / "own.jsonl")}
+    assert set(metrics(tmp_path / "rl")[-1]["held_out"]) == names
+    assert names >= {name for row in metrics(tmp_path / "rl") for name in row["reward_by"]}
+
+
+def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, monkeypatch):
+    (tmp_path / "open.jsonl").write_text("\n".join(f'{{"question": "say {i}"}}' for i in range(8)))
+    seen = []
+
+    def vote(self, asked, k):
+        seen.append((self.model, len(asked), k))
+        return torch.arange(len(asked) * k).view(-1, k) % 3 == 0
+
+    monkeypatch.setattr(Policy, "votes", vote)
+    t = trainer(home, tmp_path / "x", "--tasks", tmp_path / "open.jsonl", "--votes", 4, "--beta", 0)
+    seen.clear()
+    found = t.batch(3)
+    whole = [a for a in found if a.tokens[-1] == t.marks.eos]
+    assert seen == [(t.reference, len(whole), 4)] and t.reference is not t.model and whole
+    want = [(torch.arange(4 * n, 4 * n + 4) % 3 == 0).float().mean() for n in range(len(whole))]
+    assert [a.reward for a in whole] == want
+
+
+def test_a_vote_is_a_yes(home):
+    policy = Policy.of(home / "base")
+    yes, no = ([*policy.tokenizer.encode(x, add_special_tokens=False).ids] for x in ("Yes", "no"))
+    policy.model = SimpleNamespace(config=SimpleNamespace(max_seq_len=999))
+    policy.write = lambda prompts, k, *_: ([yes, no] * len(prompts) * (k // 2), [[0.0]] * k * 2)
+    assert policy.votes([("a", "b"), ("c", "d")], 2).tolist() == [[True, False]] * 2
+
+
+def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
+    assert rl(home, tmp_path / "rl", "--max-new-tokens", 60) == 2
+    assert "are more than the 64 that the model reads" in capsys.readouterr().err
+
+
+def test_the_form_is_a_rule_too(home, tmp_path):
+    t = trainer(home, tmp_path / "x", "--form")
+    say = lambda text: Answer(t.rows.take(1)[0], [1], [2, t.marks.eos], [0.0, 0.0], text, 0.0)
+    found = [say("a"), say("<think>a</think>\\boxed{1}")]
+    t.score.say, t.form = print, True
+    before = [t.score.rule(a) for a in found]
+    t.score.form = False
+    assert before == [0.0, 0.0] and [t.score.rule(a) for a in found] == [1.0, 0.0]
+
+
+def test_held_out_problems_leave_random_numbers_alone(home, tmp_path):
+    t = trainer(home, tmp_path / "x")
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    t.held_out()
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_questions_go_on_where_they_stood():
+    draw = Questions({"sums": 2.0, "spelling": 1.0}, 0)
+    first = draw.take(30)
+    assert {p.domain for p in first} == {"sums", "spelling"}
+    other = Questions({"sums": 2.0, "spelling": 1.0}, 0)
+    other.restore({"drawn": 20}, {})
+    assert other.take(10) == first[20:]
+
+
+REFUSED = [
+    ([], "--init is missing"),
+    (["--init", "{base}", "--group", "1"], "--group must be at least 2"),
+    (["--init", "{base}", "--tasks", "writing"], "--reward must name a reward model"),
+    (["--init", "{base}", "--tasks", "writing", "--votes", "-1"], "--votes must be at least 0"),
+    (["--init", "{base}", "--votes", "2", "--reward", "x"], "--reward or --votes, not both"),
+    (["--init", "{base}", "--updates", "5", "--batch", "8", "--batch-start", "4"], "--updates"),
+    (["--init", "{base}", "--tasks"], "--tasks needs at least one name"),
+    (["--init", "{base}", "--tasks", "nowhere.jsonl"], "no data at 'nowhere.jsonl'"),
+    (["--init", "{base}", "--tasks", "riddles"], "no task 'riddles'"),
+    (["--init", "{base}", "--temperature", "0"], "--temperature must be above 0"),
+    (["--init", "{base}", "--updates", "99"], "--updates"),
+    (["--init", "{base}", "--tasks", "short", "--reward", "{base}"], "is no reward model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, why", REFUSED, ids=[why for _, why in REFUSED])
+def test_refusals(argv, why, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [x.format(base=home / "base") for x in argv]
+    assert main.main(["rl", *argv, "--out", "run", "--seq-len", "32"]) == 2
+    assert why in capsys.readouterr().err

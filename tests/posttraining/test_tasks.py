@@ -1,0 +1,156 @@
+"""Problems: what is right, worked answers, and files of one's own, with poison in them."""
+
+import json
+import shutil
+
+import pytest
+
+from dsv3_ref.config import UserError
+from dsv3_ref.posttraining import prompts
+from dsv3_ref.posttraining.prompts import TASKS, Rows, find, named, two_forms
+from dsv3_ref.rewards import program
+
+# ── Ours ──
+
+CLOSED = [task for task in TASKS.values() if not task.open]
+
+
+@pytest.mark.parametrize("task", CLOSED, ids=lambda t: t.name)
+def test_worked_answers_are_right_and_near_ones_are_not(task):
+    practised, held = task.problems
+    assert len(held) == 200 and not {p.question for p in held} & {p.question for p in practised}
+    for p in held[:30]:
+        for form in two_forms(p):
+            assert task.score(form[-1]["content"], p) == 1.0
+        assert task.score(f"\\boxed{{{p.answer}0}}", p) == 0.0
+        assert task.score(f"\\boxed{{{p.answer}}} \\boxed{{{p.answer}}}", p) == 0.0
+        assert task.score(p.answer, p) == 0.0
+
+
+def test_steps_of_a_sum():
+    assert prompts.add_up("…problem: 4 - 1 - 7 =") == "4-1=3;3-7=-4"
+    assert prompts.add_up("…problem: 0 + 9 + 9 =") == "0+9=9;9+9=18"
+
+
+def test_letters():
+    assert prompts.count_letters('the letter "n" appear in the text: "none"?') == "n1 o n2 e"
+    assert prompts.spell("Spell this word backward (example: sun -> nus): hay") == "h a y;y a h"
+
+
+def test_open_questions_speak_of_what_is_answered():
+    for task in (task for task in TASKS.values() if task.open):
+        practised, held = task.problems
+        assert len(practised) > 1000 and len(held) == 200
+        for p in held[:30]:
+            assert p.question.rstrip(".?").rsplit(" ", 1)[1] in p.answer
+
+
+@pytest.mark.parametrize(
+    "spec, why", [("sum", "no task 'sum'"), ("sums=x", "not a number"), ("sums=0", "above 0")]
+)
+def test_no_such_task(spec, why):
+    with pytest.raises(UserError, match=why):
+        named((spec,))
+
+
+# ── One's own ──
+
+DOUBLE = [
+    {"function": "double", "args": [2], "expected": 4},
+    {"function": "double", "args": [-1], "expected": -2},
+]
+ECHO = [{"stdin": "3 4", "expected": "7"}]
+
+
+def file(folder, *rows) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    return str(folder / "own.jsonl")
+
+
+def test_answers_in_a_file_are_compared_by_value(tmp_path):
+    name = file(tmp_path, *[{"question": f"{i}/2?", "answer": f"{i / 2}"} for i in range(1, 9)])
+    task = find(name)
+    practised, held = task.problems
+    assert (len(practised), len(held), task.open) == (6, 2, False)
+    assert task is find(name) and {p.domain for p in held} == {name}
+    p = next(p for p in practised + held if p.question == "3/2?")
+    for text, right in [(r"\boxed{\frac{3}{2}}", 1.0), (r"\boxed{1.5}", 1.0), ("1.5", 0.0),
+                        (r"\boxed{2}", 0.0), (r"\boxed{1.5}\boxed{1.5}", 0.0)]:  # fmt: skip
+        assert task.score(text, p) == right
+
+
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
+def test_code_in_an_answer_runs_against_all_cases(tmp_path):
+    task = Rows(file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)]))
+    p = task.problems[0][0]
+    fenced = lambda code: f"Here:\n```python\n{code}\n```\n"
+    good = "def double(x):\n    return x + x"
+    for text, right in [(fenced(good), 1.0), (good, 0.0), (fenced(good) * 2, 0.0),
+                        (fenced("def double(x):\n    return 4"), 0.0)]:  # fmt: skip
+        assert task.score(text, p) == right
+    task = Rows(file(tmp_path, *[{"question": f"add {i}?", "cases": ECHO} for i in range(4)]))
+    assert task.score(fenced("print(sum(map(int, input().split())))"), task.problems[0][0]) == 1.0
+
+
+def test_without_bubblewrap_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match="apt-get install bubblewrap"):
+        Rows(file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)]))
+
+
+def test_open_rows_need_a_question_only(tmp_path):
+    asked = ["why?", "how?", "who?", "when?"]
+    task = Rows(file(tmp_path, *[{"question": q} for q in asked[:2]], "",
+                     *[{"question": q} for q in asked[1:]]))  # fmt: skip
+    practised, held = task.problems
+    assert task.open and sorted(p.question for p in practised + held) == sorted(asked)
+
+
+POISON = {
+    "{not json": 'no text as its "question"',
+    "[]": 'no text as its "question"',
+    '{"answer": "7"}': 'no text as its "question"',
+    '{"question": "", "answer": "7"}': 'no text as its "question"',
+    '{"question": "a", "answer": 7}': '"answer" is no text',
+    '{"question": "a", "cases": []}': '"cases" are no list',
+    '{"question": "a", "cases": "x"}': '"cases" are no list',
+    json.dumps({"question": "a", "answer": "7", "cases": ECHO}): 'an "answer" too',
+    '{"question": "a", "cases": [{"stdin": "a"}]}': "a case is neither",
+    '{"question": "a", "cases": [{"function": "f", "args": 1, "expected": 2}]}': "is neither",
+    '{"question": "a", "cases": [7]}': "a case is neither",
+}
+
+
+@pytest.mark.parametrize("bad", POISON)
+def test_a_poisoned_row_is_told_by_its_number_and_left_out(bad, tmp_path):
+    told = []
+    good = [{"question": q, "answer": "1"} for q in "abcd"]
+    name = file(tmp_path, good[0], bad, *good[1:])
+    task = Rows(name, told.append)
+    assert sum(map(len, task.problems)) == 4
+    assert len(told) == 1 and told[0].startswith(f"{name}, row 2 is left out: ")
+    assert POISON[bad] in told[0]
+
+
+def test_files_that_cannot_be_practised_on(tmp_path):
+    with pytest.raises(UserError, match="has 0 problems: at least 4"):
+        Rows(file(tmp_path, "x"), lambda _: None)
+    with pytest.raises(UserError, match="mixes rows"):
+        Rows(file(tmp_path, {"question": "a", "answer": "1"}, *[{"question": q} for q in "bcd"]))
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("```python\nx\n```", "x\n"),
+        ("so\n```\nx\ny\n```\nthere", "x\ny\n"),
+        ("```py\n\n```\n", "\n"),
+        ("```python\nx", None),
+        ("x", None),
+        ("```python\nx\n```\n```python\ny\n```", None),
+        ("```rust\nx\n```", None),
+    ],
+)
+def test_the_only_block_of_code(text, code):
+    assert program(text) == code

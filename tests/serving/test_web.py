@@ -1,0 +1,535 @@
+"""`dsv3 chat --web`: experts of every token, nothing forged, mixed or sent away."""
+
+import json
+import re
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from html.parser import HTMLParser
+from urllib.parse import urlsplit
+
+import pytest
+import test_browser
+import torch
+from miniruns import MINI
+
+from dsv3_ref.checkpoints.native import save
+from dsv3_ref.cli import main
+from dsv3_ref.config import UserError, from_dict
+from dsv3_ref.data.tokenizer import EOS, SPECIAL, save_tokenizer, train_tokenizer
+from dsv3_ref.decode import Writer
+from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.serving import web
+from dsv3_ref.serving.generate import Chat, Speaker, conversation
+from dsv3_ref.serving.web import Session, Turn
+
+TALK = ["we talk, and <b>talk</b> again: naïve ☕ 漢字, over & over.\n"] * 50
+SETTINGS = (1.0, 0.95, 12, 2, "")  # temperature, top-p, new tokens, drafts, system text
+ATTACK = "<script>hacked = 1</script><img src=x onerror='hacked = 1'>${hacked = 1}{{hacked}}"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # gradio's own
+
+CALLED = []  # where this process connects to, while somebody listens
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A random model of three layers, two of them with experts, and two MTP modules."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    torch.manual_seed(0)
+    sizes = {"n_layers": 3, "n_mtp_layers": 2, "max_seq_len": 256, "original_seq_len": 256}
+    save(Transformer(from_dict(MINI | sizes)), folder)
+    save_tokenizer(train_tokenizer(TALK, MINI["vocab_size"]), folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speaker(run):
+    return Speaker(Chat(run, max_new_tokens=12, draft=1))
+
+
+def answered(speaker, question="we talk", session=None, settings=SETTINGS) -> Turn:
+    """A question asked and answered to its end."""
+    session = session or Session()
+    assert session.ask(question)
+    *_, turn = web.answer(speaker, session, *settings)
+    return turn
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page, as a browser reads them."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.text, self.tags, self.attributes, self.hidden = "", set(), set(), 0
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# ── Tokens and their experts ──
+
+
+def test_the_experts_of_a_token_are_those_that_read_it(speaker):
+    """Slow form: the last token of every beginning, each read alone."""
+    turn = answered(speaker)
+    names = [name.split(".")[1] for name in moe_layers(speaker.model) if name.startswith("layers")]
+    assert names == ["1", "2"]
+    for i, token in enumerate(turn.tokens):
+        row = torch.tensor([turn.prompt + turn.tokens[: i + 1]])
+        with torch.no_grad():
+            routes = speaker.model.features(row)[1]
+        assert row[0, -1] == token and list(turn.routes[i]) == names
+        for picks, r in zip(turn.routes[i].values(), routes):
+            assert [expert for expert, _ in picks] == r.expert_bsk[0, -1].tolist()
+            torch.testing.assert_close(
+                torch.tensor([weight for _, weight in picks]), r.weight_bsk[0, -1]
+            )
+
+
+@pytest.mark.parametrize("draft", [0, 1, 2])
+@pytest.mark.parametrize("new", [1, 2, 11, 12, 13])
+def test_marked_are_the_drafts_that_the_model_accepted(speaker, draft, new, monkeypatch):
+    """A whole round is some accepted drafts and one token of the model's own (see `Writer`)."""
+    marks, real = [False], Writer.round
+
+    def spy(writer, *args):
+        (tokens,) = out = real(writer, *args)
+        marks.extend([True] * (len(tokens) - 1) + [False])
+        return out
+
+    monkeypatch.setattr(Writer, "round", spy)
+    turn = answered(speaker, settings=(2.0, 1.0, new, draft, ""))
+    assert turn.accepted == marks[: len(turn.tokens)]
+    assert len(turn.tokens) == len(turn.pieces) <= new
+    assert any(turn.accepted) or draft == 0 or new < 11
+    said = f"{sum(turn.accepted)} of {turn.rounds * draft} drafts accepted in {turn.rounds} rounds"
+    assert (said in web.page(turn)) == (draft > 0)
+    assert web.page(turn).count("token accepted") == sum(turn.accepted)
+    assert web.page(turn).count(", accepted draft") == sum(turn.accepted)
+
+
+def test_a_draft_that_ends_the_answer_is_marked(speaker, monkeypatch):
+    settings, special = (2.0, 1.0, 13, 2, ""), speaker.special
+    whole = answered(speaker, settings=settings)
+    i = whole.accepted.index(True)
+    assert whole.tokens.index(whole.tokens[i]) == i
+    end = {EOS: whole.tokens[i]}
+    monkeypatch.setattr(Speaker, "special", lambda self, s: end.get(s) or special(s))
+    turn = answered(speaker, settings=settings)
+    assert (turn.tokens, turn.accepted) == (whole.tokens[: i + 1], whole.accepted[: i + 1])
+
+
+@pytest.mark.parametrize("stop", [(), ("e",), ("a", "th")])
+def test_the_answer_is_that_of_the_command(speaker, stop):
+    """Text, and the turns that are remembered, with a stop text too."""
+    args = replace(speaker.args, temperature=1.0, draft=2, stop=stop)
+    session, turns = Session(), []
+    for i, question in enumerate(["we talk", "again ☕"]):
+        turn = answered(speaker.like(args), question, session)
+        plain = speaker.like(replace(args, seed=i))
+        turns.append(plain.asked(question))
+        text = "".join(new[0] for new in plain.write([conversation(plain, turns)]))
+        turns[-1] += plain.answered(text)
+        assert turn.text == text == "".join(piece for _, piece in web.visible(turn))
+        assert not any(s in turn.text for s in stop)
+    assert session.turns == turns
+
+
+def test_every_token_of_a_page_says_what_it_is(speaker):
+    turn = answered(speaker)
+    html = web.page(turn)
+    spans = re.findall(r'<span class="token[^>]*>', html)
+    assert len(spans) == len(turn.tokens)
+    assert [re.search(r'tabindex="(-?\d)"', s)[1] for s in spans] == ["0"] + ["-1"] * 11
+    ids = re.findall(r'aria-describedby="([^"]*)"', html)
+    assert ids == re.findall(r'role="tooltip" id="([^"]*)"', html) and len(set(ids)) == 12
+    card = web.card(turn, 3)
+    assert f"token {turn.tokens[3]}" in card
+    for layer, picks in turn.routes[3].items():
+        assert f"layer {layer}" in card
+        assert all(f"expert {e} {w:.2f}<" in card for e, w in picks)
+
+
+def test_tokens_without_letters_can_be_pointed_at():
+    """The end mark, a part of a character, a line break."""
+    turn = Turn("", 0, tokens=[1, 90, 91, 92], pieces=["", "", "☕", ",\n"], text="☕,\n")
+    turn.accepted, turn.names = [False, True, False, True], [EOS, "\ufffd", "\ufffd", ",\n"]
+    turn.routes = [{}] * 4
+    html = web.page(turn)
+    assert html.count('<i class="silent">') == 2
+    assert ',<i class="yes"></i><i class="break"></i>\n' in html
+    assert web.escape(EOS) in web.card(turn, 0) and "no layer has experts" in web.card(turn, 0)
+    assert "part of a character" in web.card(turn, 1)
+    assert r'",\n"' in Page(web.card(turn, 3)).text
+    turn.pieces, turn.text = ["stop", "", "", ""], ""  # cut off at once
+    assert re.findall(r'tabindex="(-?\d)"', web.page(turn)) == ["0", "-1", "-1"]
+
+
+# ── Nothing is forged ──
+
+
+def test_whatever_is_written_is_only_text(speaker):
+    turn = answered(speaker, ATTACK)
+    harmless = Page(web.page(turn))
+    turn.pieces, turn.text = [ATTACK] * 12, ATTACK * 12
+    turn.names = ['"><script>'] * 12
+    page = Page(web.page(turn, said=f"error: {ATTACK}"))
+    assert page.tags == {"div", "span", "i", "b"}
+    assert page.attributes == harmless.attributes
+    assert page.attributes <= {"class", "role", "id", "tabindex", "aria-describedby", "style"}
+    assert page.text.count(ATTACK) == 14
+    assert Page(web.heading(ATTACK, speaker)).tags == {"h1", "p", "span", "i"}
+
+
+def test_no_text_becomes_a_special_token(speaker):
+    words = "".join(SPECIAL)
+    turn = answered(speaker, words, settings=(1.0, 1.0, 1, 0, ""))
+    special = {speaker.special(s) for s in SPECIAL}
+    assert [i for i in turn.prompt if i in special] == [
+        speaker.special(s) for s in (SPECIAL[0], "<｜User｜>", "<｜Assistant｜>")
+    ]
+    system = web.chosen(speaker.args, 1.0, 1.0, 1, 0, "".join(SPECIAL)).system
+    assert not special & set(speaker.encode(system))
+
+
+def test_halves_of_characters_are_replaced(speaker):
+    turn = answered(speaker, "a\ud800b", settings=(1.0, 1.0, 1, 0, "\udfff"))
+    assert turn.question == "a?b" and web.page(turn).encode()
+
+
+# ── What a tab remembers ──
+
+
+def test_sessions_do_not_mix(speaker, monkeypatch):
+    monkeypatch.setattr(web, "PAUSE", 0)
+    one, two = Session(), Session()
+    one.ask("we talk")
+    two.ask("over & over")
+    first, second = (web.answer(speaker, s, *SETTINGS) for s in (one, two))
+    turns = [(next(first), next(second)) for _ in range(2)][-1]
+    *_, a = first
+    *_, b = second
+    assert (a, b) == turns and a is not b
+    assert a.text == answered(speaker, "we talk").text
+    assert b.text == answered(speaker, "over & over").text
+    assert len(one.turns) == len(two.turns) == 1 and one.turns != two.turns
+    assert "over &amp; over" not in one.pages[0]
+
+
+def test_one_question_at_a_time(speaker):
+    session = Session()
+    assert session.ask(" \n") is None and session.turn is None
+    assert session.ask("one") and session.ask("two") is None
+    *_, turn = web.answer(speaker, session, *SETTINGS)
+    assert turn.question == "one" and session.turn is None
+    assert session.ask("two")
+
+
+def test_stop_keeps_what_is_written(speaker, monkeypatch):
+    monkeypatch.setattr(web, "PAUSE", 0)
+    session = Session()
+    session.ask("we talk")
+    pages = web.answer(speaker, session, *SETTINGS)
+    next(pages)
+    session.stop()
+    *_, turn = pages
+    assert 1 <= len(turn.tokens) <= 3 and len(turn.routes) == len(turn.tokens)
+    assert "; stopped" in web.page(turn) and session.pages == [web.page(turn)]
+    assert session.turns == [speaker.asked("we talk") + speaker.answered(turn.text)]
+
+
+def test_a_question_may_be_stopped_or_cleared_while_it_waits(speaker):
+    session = Session()
+    session.ask("we talk")
+    session.stop()
+    (html,) = web.reply(speaker, session, *SETTINGS)
+    assert "stopped" in html and session == Session(asked=1)
+    session.ask("we talk")
+    session.clear()
+    assert len(list(web.reply(speaker, session, *SETTINGS))) == 1  # nothing changes
+    assert session == Session(asked=2)
+
+
+def test_clear_forgets_what_is_being_written(speaker, monkeypatch):
+    monkeypatch.setattr(web, "PAUSE", 0)
+    session = Session()
+    answered(speaker, "we talk", session)
+    session.ask("again")
+    pages = web.answer(speaker, session, *SETTINGS)
+    next(pages)
+    assert web.clear(session) == ("", "")
+    assert session.ask("over"), "a new question need not wait for the old answer's end"
+    assert list(pages) == []
+    assert (session.turns, session.pages, session.turn.question) == ([], [], "over")
+
+
+def test_a_closed_answer_ends_and_is_forgotten(speaker, monkeypatch):
+    monkeypatch.setattr(web, "PAUSE", 0)
+    ended, real = [], Speaker.rounds
+
+    def rounds(*args):
+        try:
+            yield from real(*args)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(Speaker, "rounds", rounds)
+    session = Session()
+    session.ask("we talk")
+    pages = web.reply(speaker, session, *SETTINGS)
+    next(pages)
+    pages.close()
+    assert ended and session == Session(asked=1)
+
+
+def test_the_oldest_turns_are_forgotten_and_it_is_said(speaker):
+    session = Session()
+    for _ in range(3):
+        turn = answered(speaker, "over and over", session, (1.0, 1.0, 120, 0, ""))
+    assert turn.forgotten and f"{turn.forgotten} forgotten" in session.pages[-1]
+    assert len(turn.prompt) + 120 <= 256 and len(session.pages) == 3
+
+
+# ── Mistakes ──
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ((-1.0, 0.9, 9, 0, ""), "--temperature must be at least 0"),
+        ((float("nan"), 0.9, 9, 0, ""), "--temperature must be at least 0"),
+        ((1.0, 0, 9, 0, ""), "--top-p must be above 0"),
+        ((1.0, 0.9, 0, 0, ""), "--max-new-tokens must be at least 1"),
+        ((1.0, 0.9, float("inf"), 0, ""), "drafts are numbers"),
+        ((1.0, 0.9, 9, 3, ""), "this model has 2 MTP modules"),
+        ((None, 0.9, 9, 0, ""), "temperature, top-p, new tokens and drafts are numbers"),
+        ((1.0, 0.9, 9, 0, "again " * 300), "the model reads at most 255"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_the_talk_goes_on(speaker, settings, sentence):
+    session = Session()
+    session.ask("we talk")
+    *_, html = web.reply(speaker, session, *settings)
+    assert sentence in html and session == Session(asked=1)
+    assert answered(speaker, "we talk", session).tokens
+
+
+def test_without_gradio_a_sentence_names_the_command(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main.main(["chat", str(run), "--web"]) == 2
+    assert capsys.readouterr().err == "error: --web needs gradio: pip install 'dsv3-ref[web]'\n"
+
+
+def test_where_it_listens(capsys):
+    with web.listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+        assert free.getsockname()[0] == "127.0.0.1" and port
+        with pytest.raises(UserError, match=f"--port {port} cannot be used: Address already in"):
+            web.listen("127.0.0.1", port)
+    for port in (-1, 65536):
+        with pytest.raises(UserError, match=f"--port must be from 0 to 65535, not {port}"):
+            web.listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="--host 203.0.113.9 --port 0 cannot be used"):
+        web.listen("203.0.113.9", 0)
+
+
+@pytest.mark.parametrize("more, address", [([], "127.0.0.1"), (["--host", "0.0.0.0"], "0.0.0.0")])
+def test_the_page_is_for_this_machine_unless_told(run, more, address, capsys, monkeypatch):
+    bound = []
+
+    class Server:
+        def run(self, sockets):
+            bound.extend(s.getsockname() for s in sockets)
+            sockets[0].close()
+
+    monkeypatch.setattr(web, "server", lambda app: Server())
+    assert main.main(["chat", str(run), "--web", "--port", "0", *more]) == 0
+    out = capsys.readouterr()
+    ((host, port),) = bound
+    assert host == address and out.out == f"http://{host}:{port}\n"
+    assert ("anyone who reaches this machine" in out.err) == bool(more)
+
+
+# ── Over HTTP ──
+
+
+def watch(event, args):
+    if event == "socket.connect" and isinstance(args[1], tuple):
+        CALLED.append(args[1][0])
+    elif event == "socket.getaddrinfo":
+        CALLED.append(args[0])
+
+
+@pytest.fixture(scope="module")
+def address(speaker):
+    """The page, served in a thread."""
+    sys.addaudithook(watch)
+    CALLED.clear()
+    listener = web.listen("127.0.0.1", 0)
+    server = web.server(web.site(speaker))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_the_page_forbids_to_fetch_from_elsewhere(address):
+    with urllib.request.urlopen(address) as response:
+        html, policy = response.read().decode(), response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'") and "http" not in policy
+    config = json.loads(re.search(r"window.gradio_config = (\{.*?\});</script>", html)[1])
+    assert not config["analytics_enabled"] and not config.get("run_history")
+    assert not config.get("is_colab") and not config.get("space_id")
+
+
+class Tab:
+    """A browser tab without a browser; gradio's own client would call Hugging Face."""
+
+    def __init__(self, address: str):
+        self.api, self.hash = f"{address}/gradio_api", f"tab{id(self)}"
+        with urllib.request.urlopen(f"{address}/config") as response:
+            found = json.load(response)["dependencies"]
+        self.number = {d["api_name"]: d["id"] for d in found}
+
+    def post(self, path: str, name: str, *data) -> dict:
+        """Call a function of the page; the first value is the session, which stays there."""
+        body = {"data": [None, *data], "fn_index": self.number[name], "session_hash": self.hash}
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.api}{path}", json.dumps(body).encode(), head)
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+    def ask(self, question: str):
+        """What a new question shows, and the stream of what follows."""
+        shown = self.post("/run/ask", "ask", question)["data"]
+        self.post("/queue/join", "reply", *SETTINGS)
+        return shown, urllib.request.urlopen(f"{self.api}/queue/data?session_hash={self.hash}")
+
+
+def test_two_tabs_do_not_mix_and_take_turns(address, speaker, monkeypatch):
+    tabs, words = [Tab(address), Tab(address)], ["we talk", "over and over"]
+    expected = [web.page(answered(speaker, question)) for question in words]
+    at_once, most, real = [], [], web.write
+
+    def write(*args):
+        at_once.append(1)
+        most.append(len(at_once))
+        for turn in real(*args):
+            time.sleep(0.02)
+            yield turn
+        at_once.pop()
+
+    monkeypatch.setattr(web, "write", write)
+    for again in range(2):
+        streams = []
+        for tab, question in zip(tabs, words):
+            (box, past, now), stream = tab.ask(question)
+            assert box == "" and past.count('class="question"') == again
+            assert f">{question}</div>" in now and "waiting for the model" in now
+            streams.append(stream)
+        pages = [last(stream) for stream in streams]
+        assert again or pages == expected
+        for html, question in zip(pages, words):
+            assert f">{question}</div>" in html and f'id="t{again}-0"' in html
+    assert most == [1] * 4
+
+
+def last(stream) -> str:
+    """The page as it is at the end of a stream of events."""
+    with stream:
+        events = [json.loads(x[6:]) for x in stream if x.startswith(b"data: ")]
+    assert any(e["msg"] == "process_generating" for e in events)
+    (done,) = (e for e in events if e["msg"] == "process_completed")
+    assert done["success"]
+    return done["output"]["data"][0]
+
+
+def test_a_tab_that_goes_away_stops_its_answer(address, monkeypatch):
+    wrote, ended = threading.Event(), threading.Event()
+
+    def endless(speaker, turn):
+        try:
+            while True:
+                turn.tokens, turn.pieces, turn.accepted, turn.text = [5], ["x"], [False], "x"
+                time.sleep(0.05)
+                wrote.set()
+                yield turn
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(web, "write", endless)
+    _, stream = Tab(address).ask("we talk")
+    assert wrote.wait(10) and not ended.is_set()
+    stream.close()
+    assert ended.wait(10)
+
+
+def test_this_process_called_nobody_outside(address):
+    last(Tab(address).ask("we talk")[1])
+    assert CALLED and set(CALLED) <= {"127.0.0.1", "localhost"}
+
+
+# ── In a browser ──
+
+browser, page = test_browser.browser, test_browser.page
+WHOLE = "document.querySelectorAll('.answer .token[tabindex]').length"
+GROWING = "n => document.querySelectorAll('.answer .token:not([tabindex])').length > n"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not test_browser.CHROMIUM, reason="no Chromium on this machine")
+def test_a_question_is_answered_and_its_tokens_explained(address, page, tmp_path, monkeypatch):
+    asked, real = [], web.write
+    slow = lambda *args: (time.sleep(0.15) or turn for turn in real(*args))
+    monkeypatch.setattr(web, "write", slow)
+    page.context.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.get_by_label("question").fill(ATTACK)
+    page.keyboard.press("Enter")
+    page.wait_for_function(GROWING, arg=0)
+    page.wait_for_function(GROWING, arg=2)
+    page.wait_for_function(f"{WHOLE} == 12")
+    assert page.locator(".question").inner_text() == ATTACK
+    assert page.evaluate("window.hacked") is None
+
+    token = page.locator(".answer .token").nth(4)
+    token.hover()
+    card = token.locator(".card")
+    assert card.is_visible() and "layer 2" in card.inner_text()
+    page.keyboard.press("Escape")
+    assert not card.is_visible()
+    page.mouse.move(0, 0)
+    page.locator(".answer .token").first.focus()
+    page.keyboard.press("ArrowRight")
+    second = page.locator(".answer .token .card").nth(1)
+    assert second.is_visible() and "layer 1" in second.inner_text()
+    page.screenshot(path=tmp_path / "web.png")
+    stop_and_clear(page)
+    assert {urlsplit(url).hostname for url in asked if urlsplit(url).netloc} == {"127.0.0.1"}
+
+
+def stop_and_clear(page):
+    """An answer is cut short and stays; one that is half written is cleared; the next comes."""
+    box = page.get_by_label("question")
+    box.fill("stop this")
+    page.keyboard.press("Enter")
+    page.wait_for_function(GROWING, arg=1)
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_function("document.querySelector('#talk').innerText.includes('; stopped')")
+    assert page.locator(".answer").count() == 2
+    box.fill("clear this")
+    page.keyboard.press("Enter")
+    page.wait_for_function(GROWING, arg=1)
+    page.get_by_role("button", name="Clear").click()
+    box.fill("answer this")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{WHOLE} == 12")
+    assert page.locator(".question").all_inner_texts() == ["answer this"]

@@ -1,0 +1,355 @@
+"""`dsv3 ablate`: mistakes are sentences, runs are kept, what is compared differs in one thing."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import miniruns
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from miniruns import MINI
+from test_moe import slow_balance
+
+from dsv3_ref.cli.main import main
+from dsv3_ref.config import TINY
+from dsv3_ref.mla import GQA, LayerCache
+from dsv3_ref.model import Transformer, init_weights
+from dsv3_ref.moe import Route, balance_loss
+from dsv3_ref.mtp import draft_agrees, mtp_features
+from dsv3_ref.optim import RECIPES
+from dsv3_ref.pretrain import losses
+from dsv3_ref.rope import rope_table
+from dsv3_ref.studies import ablate
+from dsv3_ref.viz import ablation, figure
+
+NAMES = list(ablate.VARIANTS)
+POINT = {
+    "balance": {"vio_global", "vio_sequence"}, "mtp": {"accepted"}, "mla": set(), "fim": set(),
+    "fp8": set(),
+}  # fmt: skip
+MEASURED = {
+    "balance": {"vio_global", "vio_sequence", "load"}, "mtp": {"accepted", "accepted_chain"},
+    "mla": set(), "fp8": {"losses"},
+    "fim": {"psm_nats", "psm_accuracy", "left_nats", "left_accuracy", "middle_tokens"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        (folder / "mini.json").write_text(json.dumps(MINI | {"n_mtp_layers": 0, "n_heads": 4}))
+        yield folder
+
+
+def command(home, name: str, *more) -> list[str]:
+    fixed = ["ablate", name, "--config", home / "mini.json", "--data", home / "text"]
+    return [str(x) for x in [*fixed, "--out", home / "results", "--steps", 3, *more]]
+
+
+# ── Mistakes ──
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["nothing"], "invalid choice 'nothing'"),
+        (["fim", "--seeds", "0"], "--seeds and --steps must be at least 1"),
+        (["fim", "--steps", "0"], "--seeds and --steps must be at least 1"),
+        (["fim", "--config", "tinny"], "no config 'tinny': sizes are tiny"),
+        (["fim", "--data", "missing.txt"], "no data at 'missing.txt'"),
+        (["fim", "--rate", "1"], "Unrecognized options: --rate"),
+    ],
+)
+def test_a_mistake_is_a_sentence(argv, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablate", *argv]) == 2
+    said = "".join(capsys.readouterr())
+    assert "Traceback" not in said
+    assert sentence in " ".join(said.replace("│", " ").split())
+    assert not list(tmp_path.glob("**/*.json"))
+
+
+def test_a_file_made_otherwise_is_not_mixed_with(home, tmp_path, capsys):
+    path = tmp_path / "ablate_mtp.json"
+    path.write_text(json.dumps({"steps": 9, "runs": []}))
+    assert main([*command(home, "mtp"), "--out", str(tmp_path)]) == 2
+    assert "was made with other steps: give another --out" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == {"steps": 9, "runs": []}
+
+
+# ── Runs ──
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_are_kept_and_not_repeated(name, home, monkeypatch):
+    monkeypatch.setattr(ablate, "PASSAGE", 60)
+    monkeypatch.setattr(ablate, "HOLES", 6)
+    assert main(command(home, name, "--seeds", 1)) == 0
+    path = home / "results" / f"ablate_{name}.json"
+    first = json.loads(path.read_text())
+    check_result(name, first)
+    monkeypatch.setattr(ablate, "one_run", lambda *a: pytest.fail("repeated"))
+    assert main(command(home, name, "--seeds", 1)) == 0
+    assert json.loads(path.read_text()) == first
+
+
+def test_a_killed_ablation_goes_on_where_it_was(home, tmp_path, monkeypatch):
+    """The runs made after a break are those of an unbroken command."""
+    argv = [*command(home, "mtp", "--seeds", 2), "--out", str(tmp_path)]
+    made, real = [], ablate.one_run
+
+    def limited(*args):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(ablate, "one_run", limited)
+    assert main(argv) == 130
+    path = tmp_path / "ablate_mtp.json"
+    half = json.loads(path.read_text())["runs"]
+    assert [(r["variant"], r["seed"]) for r in half] == [("D=0", 0), ("D=1", 0)]
+    monkeypatch.setattr(ablate, "one_run", real)
+    assert main(argv) == 0
+    whole = json.loads(path.read_text())
+    assert whole["runs"][:2] == half
+    check_result("mtp", whole)
+
+
+def check_result(name: str, result: dict) -> None:
+    """All variants × seeds, every number finite, points and measures complete."""
+    seen = [(r["variant"], r["seed"]) for r in result["runs"]]
+    assert sorted(seen) == sorted(
+        (v, s) for v in result["variants"] for s in range(result["seeds"])
+    )
+    assert {"command", "commit", "versions", "threads", "steps", "data"} <= set(result)
+    assert result["command"].startswith(f"dsv3 ablate {name}")
+    for r in result["runs"]:
+        own = {"variant", "seed", "val_loss", "val_loss_by_source", "seconds", "curve"}
+        assert set(r) == own | MEASURED[name]
+        assert r["val_loss"] == pytest.approx(np.mean(list(r["val_loss_by_source"].values())))
+        every = max(1, result["steps"] // 10)
+        assert [p["step"] for p in r["curve"]] == list(range(every, result["steps"] + 1, every))
+        assert all(set(p) == {"step", "loss", "val_loss"} | POINT[name] for p in r["curve"])
+    assert all(map(math.isfinite, numbers(result["runs"])))
+
+
+def numbers(x) -> list[float]:
+    if isinstance(x, dict | list):
+        return [n for v in (x.values() if isinstance(x, dict) else x) for n in numbers(v)]
+    return [x] if isinstance(x, int | float) else []
+
+
+# ── What the chapters show ──
+
+
+KEPT = sorted(p.stem.removeprefix("ablate_") for p in ablation.RESULTS.glob("ablate_*.json"))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_kept_results_are_complete_and_as_they_say(name):
+    path = ablation.RESULTS / f"ablate_{name}.json"
+    result = ablation.results(name)
+    check_result(name, result)
+    assert path.stat().st_size < 60_000
+    assert result["seeds"] >= (2 if name == "fp8" else 3)  # FP8 by emulation: half an hour a seed
+    argv = result["command"].split()[2:]
+    args = ablate.parse(argv)
+    assert (args.steps, args.seeds, list(args.data)) == tuple(
+        result[k] for k in ("steps", "seeds", "data")
+    )
+    base = ablate.named(args.config) if args.config else ablate.BASE
+    now = ablate.VARIANTS[name](base, ablate.recipe(base, args.steps))
+    assert {k: ablate.described(v) for k, v in now.items()} == result["variants"]
+
+
+def test_the_kept_run_in_fp8_stays_within_a_quarter_of_a_percent():
+    """§3.3, App. B.1: relative to high precision, of the same seed, loss averaged over 50 steps."""
+    runs = {
+        (r["variant"], r["seed"]): np.array(r["losses"]) for r in ablation.results("fp8")["runs"]
+    }
+    seeds = {seed for _, seed in runs}
+    smooth = {k: np.convolve(x, np.ones(50) / 50, "valid") for k, x in runs.items()}
+    for seed in seeds:
+        assert len(runs["fp8", seed]) >= 1000
+        assert not np.array_equal(smooth["fp32", seed], smooth["fp8", seed])
+        assert abs((smooth["fp8", seed] / smooth["fp32", seed] - 1).mean()) < 0.0025
+    wide, narrow = (np.mean([smooth[v, s] for s in seeds], 0) for v in ("fp32", "fp8"))
+    assert np.abs(narrow / wide - 1).max() < 0.0025
+
+
+def test_results_become_numbers_by_seed():
+    runs = [{"variant": v, "seed": s, "x": [s, 10 * s]} for s in (2, 0, 1) for v in "ab"]
+    result = {"variants": {"a": {}, "b": {}}, "runs": runs}
+    found = ablation.values(result, lambda run: run["x"][1])
+    assert {k: x.tolist() for k, x in found.items()} == {"a": [0, 10, 20], "b": [0, 10, 20]}
+    assert ablation.pm(found["a"], 1) == "10.0 ± 10.0"
+
+
+def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
+    curve = lambda s, x: [{"step": n, "x": x and n + s} for n in (1, 2, 3)]
+    runs = [{"variant": v, "seed": s, "val_loss": s + (v == "b"), "curve": curve(s, v == "b")}
+            for s in range(3) for v in "ab"]  # fmt: skip
+    result = {"variants": {"a": {}, "b": {}}, "runs": runs}
+    _, (dots, course) = figure(1, 2)
+    ablation.draw_dots(dots, ablation.values(result), "", "")
+    shown = [line.get_xdata() for line in dots.lines if line.get_marker() == "o"]
+    assert shown == [pytest.approx([0, 1, 2]), pytest.approx([1, 2, 3])]
+    assert [line.get_xdata().tolist() for line in dots.lines[:3]] == [[0, 1], [1, 2], [2, 3]]
+    ablation.draw_course(course, result, lambda point: point["x"] or math.nan, "", "")
+    (line,) = course.lines
+    assert line.get_label() == "b"
+    assert line.get_ydata().tolist() == [2, 3, 4]
+    ablation.table(result, against="a")
+    assert capsys.readouterr().out.splitlines() == [
+        "a  1.000 ± 1.000", "b  2.000 ± 1.000   1.000 ± 0.000 against a"
+    ]  # fmt: skip
+
+
+# ── Equal in all but one thing ──
+
+
+def variants(name: str, steps: int = 5) -> dict:
+    return ablate.VARIANTS[name](ablate.BASE, ablate.recipe(ablate.BASE, steps))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_agree_within_a_percent(name):
+    sizes = [ablate.parameters(v) for v in variants(name).values()]
+    assert max(sizes) < 1.01 * min(sizes)
+    assert name == "mla" or len(set(sizes)) == 1
+
+
+def test_only_what_is_compared_differs():
+    varied = {
+        "balance": {"gamma", "alpha", "balance_over"}, "mtp": {"n_mtp_layers"},
+        "mla": {"kv_lora_rank", "qk_rope_head_dim", "inter_dim", "kv_heads"}, "fim": {"fim_rate"},
+        "fp8": {"precision", "micro_batch"},
+    }  # fmt: skip
+    for name, allowed in varied.items():
+        flat = [asdict(v) for v in variants(name).values()]
+        flat = [x.pop("model") | x.pop("recipe") | x for x in flat]
+        assert {k for k in flat[0] if len({x[k] for x in flat}) > 1} == allowed
+
+
+def test_caches_are_what_they_are_called():
+    """Bytes by `count` are those of a cache of n·(r + v) numbers, which GQA fills exactly."""
+    for name, v in variants("mla").items():
+        c = v.model
+        want = v.kv_heads * 2 * c.v_head_dim or c.kv_lora_rank + c.qk_rope_head_dim
+        assert ablate.described(v)["cache_bytes"] == 2 * c.n_layers * want
+        model, tokens_bs = ablate.build(v), torch.randint(c.vocab_size, (2, 7))
+        cache = LayerCache(c, 2, 7)
+        model.layers["0"].attn(model.embed(tokens_bs), rope_table(c, torch.arange(7)), cache)
+        assert cache.kv_btx.shape[-1] == want and (cache.kv_btx != 0).all(), name
+
+
+def test_a_seed_gives_all_variants_the_same_rows(home, tmp_path):
+    argv = [*command(home, "balance")[1:], "--out", str(tmp_path)]
+    args = ablate.parse(argv)
+    base = ablate.named(args.config)
+    both = [
+        ablate.trainer_of(args, v, 0).rows.take(3)
+        for v in list(ablate.balance_variants(base, ablate.recipe(base, 3)).values())[:2]
+    ]
+    assert torch.equal(*both)
+
+
+# ── Batch-wise balance ──
+
+
+def test_the_batch_wise_loss_is_that_of_one_long_sequence():
+    affinity_bse = torch.rand(3, 5, 6)
+    expert_bsk = torch.rand(3, 5, 6).topk(2).indices
+    r = Route(None, expert_bsk, affinity_bse)
+    f_e = [6 / (2 * 15) * sum((expert_bsk == e).flatten().tolist()) for e in range(6)]
+    p_e = [
+        sum(affinity_bse[b, t, e] / affinity_bse[b, t].sum() for b in range(3) for t in range(5))
+        / 15
+        for e in range(6)
+    ]
+    want = sum(f * p for f, p in zip(f_e, p_e))
+    assert balance_loss(r, "batch").item() == pytest.approx(want.item())
+    assert balance_loss(r).item() == pytest.approx(slow_balance(r))
+    one = Route(None, expert_bsk[:1], affinity_bse[:1])
+    assert torch.equal(balance_loss(one, "batch"), balance_loss(one))
+
+
+def test_rows_of_their_own_experts_cost_only_the_sequence_wise_loss():
+    """Two rows, each content with half of the experts: even as a batch, lopsided as rows."""
+    affinity_bse = torch.tensor([[[0.9, 0.9, 0.1, 0.1]] * 4, [[0.1, 0.1, 0.9, 0.9]] * 4])
+    r = Route(None, affinity_bse.topk(2).indices, affinity_bse)
+    assert balance_loss(r, "batch").item() == pytest.approx(1)
+    assert balance_loss(r).item() == pytest.approx(1.8)
+
+
+def test_the_recipe_chooses_the_loss(micro):
+    torch.manual_seed(0)
+    model, tokens_bs = Transformer(micro), torch.randint(61, (3, 12))
+    parts = {over: losses(model, tokens_bs, over) for over in ("sequence", "batch")}
+    for over, part in parts.items():
+        want = sum(balance_loss(r, over) for r in part.routes)
+        assert torch.equal(part.balance, want)
+    assert not torch.equal(parts["sequence"].balance, parts["batch"].balance)
+    assert RECIPES["v3"].balance_over == "sequence"
+
+
+# ── GQA ──
+
+
+def gqa(c, n: int) -> GQA:
+    layer = GQA(c, n)
+    init_weights(layer, 0.3)
+    return layer.double()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
+    c = replace(TINY, dim=24, qk_rope_head_dim=8, v_head_dim=6, rope_factor=factor)
+    layer, x_bsd, rope = gqa(c, n), torch.randn(2, 9, 24).double(), rope_table(c, torch.arange(9))
+    k, v = layer.wkv(x_bsd).split([n * 8, n * 6], -1)
+    turn = lambda x: naive_turn(x, rope)
+    q, k, v = turn(layer.wq(x_bsd).view(2, 9, 4, 8)), turn(k.view(2, 9, n, 8)), v.view(2, 9, n, 6)
+    k, v = (x.repeat_interleave(4 // n, 2).transpose(1, 2) for x in (k, v))
+    scale = 8**-0.5 * (0.1 * math.log(factor) + 1) ** 2
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, scale=scale)
+    want = layer.wo(o.transpose(1, 2).flatten(2))
+    assert (layer(x_bsd, rope) - want).abs().max() < 1e-10
+
+
+def naive_turn(x_bshr, rope):
+    cos, sin = (x[:, None].double() for x in rope)
+    a, b = x_bshr[..., ::2], x_bshr[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+# ── Drafts ──
+
+
+def test_a_draft_is_held_against_the_main_model_at_its_own_position(micro):
+    torch.manual_seed(0)
+    model, tokens_bs = Transformer(micro), torch.randint(61, (2, 10))
+    h_bsd, _ = model.features(tokens_bs)
+    ahead = mtp_features(model, h_bsd, tokens_bs)
+    for k, found in enumerate(draft_agrees(model, tokens_bs), start=1):
+        assert found.shape == (2, 10 - k)
+        for b in range(2):
+            for i in range(10 - k):
+                guess = (model.head.weight @ ahead[k - 1][0][b, i]).argmax()
+                assert found[b, i] == (guess == (model.head.weight @ h_bsd[b, i + k]).argmax())
+
+
+def test_acceptance_counts_chains(monkeypatch, micro):
+    """Depth 1 right at 3 of 4, depth 2 at 2 of 4, both at 1 of 4."""
+    hits = [torch.tensor([[1, 1, 1, 0, 1]]).bool(), torch.tensor([[1, 0, 0, 1]]).bool()]
+    monkeypatch.setattr(ablate, "draft_agrees", lambda model, tokens_bs: hits)
+
+    class Stub:
+        model, val = SimpleNamespace(mtp="12"), {"x": [torch.zeros(1, 7)]}
+
+    found = ablate.acceptance(Stub(), 1)
+    assert found == {"accepted": [0.75, 0.5], "accepted_chain": [0.75, 0.25]}

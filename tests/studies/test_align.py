@@ -1,0 +1,227 @@
+"""`dsv3 align`: its data, its stages one after another on a model of a second, and its table."""
+
+import copy
+import json
+import random
+import re
+import shutil
+
+import miniruns
+import pytest
+import torch
+
+from dsv3_ref.checkpoints import native
+from dsv3_ref.cli import main
+from dsv3_ref.config import UserError
+from dsv3_ref.data.tokenizer import read_tokenizer
+from dsv3_ref.posttraining.policy import Written
+from dsv3_ref.posttraining.prompts import TASKS, THINK, two_forms
+from dsv3_ref.rewards import boxed
+from dsv3_ref.studies import align, reward
+
+SIZE = {**miniruns.MINI, "max_seq_len": 512, "original_seq_len": 512}
+FLAGS = [f"--model.{k.replace('_', '-')}={v}" for k, v in SIZE.items()]
+
+# ── Data ──
+
+
+def test_conversations_are_two_forms_and_few_leak():
+    rows = [row["messages"] for row in align.conversations(0)]
+    sums = [turns for turns in rows if "arithmetic" in turns[-2]["content"]]
+    worked = [turns for turns in sums if "<think>" in turns[-1]["content"]]
+    leaked = [turns for turns in worked if turns[0]["content"] != THINK]
+    assert len(worked) == align.SUMS and len(sums) - len(worked) == align.DIRECT["sums"]
+    assert 0.03 < len(leaked) / len(worked) < 0.07
+    assert all(turns[0]["role"] == "user" for turns in sums if turns not in worked)
+    assert rows == [row["messages"] for row in align.conversations(0)]
+    assert rows != [row["messages"] for row in align.conversations(1)]
+
+
+def test_nothing_that_is_held_out_is_learnt():
+    learnt = {row["messages"][-2]["content"] for row in align.conversations(0)}
+    learnt |= {row["prompt"][-1]["content"] for row in align.pairs(0)}
+    texts = {row["messages"][-1]["content"] for row in align.conversations(0)}
+    texts |= {row["chosen"] for row in align.pairs(0)}
+    for task in TASKS.values():
+        assert not learnt & {p.question for p in task.problems[1] if not task.open}
+        assert not texts & {p.answer for p in task.problems[1] if task.open}
+
+
+def test_a_worse_answer_is_not_the_answer():
+    rng, good = random.Random(0), "We hold these truths to be self-evident."
+    found = {align.worse(good, "Another.", rng) for _ in range(200)}
+    assert "Another." in found and good not in found
+    stuck = [text for text in found if re.search(r"^(.+) \1 \1 \1 \1$", text)]
+    shuffled = [text for text in found if sorted(text.split()) == sorted(good.split())]
+    assert stuck and shuffled and len(stuck) + len(shuffled) == len(found) - 1
+
+
+def test_open_answers_are_good_or_worse_half_and_half():
+    found = reward.open_answers(True, 200, 0)
+    answers = {p.answer for task in TASKS.values() if task.open for p in task.problems[1]}
+    goods = [good for *_, good in found]
+    assert all(text in answers for _, text, good in found if good) and len(found) == 600
+    assert 0.4 < sum(goods) / len(goods) < 0.6
+
+
+# ── Stages ──
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Small tasks, and a pre-trained model that knows as much as it can."""
+    with (
+        miniruns.home(tmp_path_factory.mktemp("home")) as folder,
+        pytest.MonkeyPatch.context() as p,
+    ):
+        p.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
+        p.chdir(folder)
+        for name, task in list(TASKS.items()):
+            small, (practised, held) = copy.copy(task), task.problems
+            small.problems = practised[:60], held[:3]
+            p.setitem(TASKS, name, small)
+        for name, value in (("SUMS", 60), ("REST", 10), ("OPEN", 12), ("MAX_NEW", 6)):
+            p.setattr(align, name, value)
+        p.setattr(align, "DIRECT", dict.fromkeys(align.DIRECT, 5))
+        argv = ["train", *"--config tiny --data text --out base --steps 4 --seq-len 32".split(),
+                *"--batch 4 --warmup-steps 2".split(), *FLAGS]  # fmt: skip
+        assert main.main(argv) == 0
+        yield folder
+
+
+ALIGN = "align --init base --out out --steps 2 --epochs 1".split()
+
+
+@pytest.fixture(scope="module")
+def aligned(home):
+    """Two seeds with everything there is, and an expert, since a model so small is none."""
+    taught = [{"messages": two_forms(p)[0]} for p in TASKS["sums"].problems[0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "expert_answers", lambda policy, problems: taught)
+        assert main.main([*ALIGN, "--seeds", "2", "--controls", "--distil"]) == 0
+    return json.loads((home / "out/align.json").read_text())
+
+
+def test_every_stage_ran_and_its_curve_is_there(home, aligned):
+    runs = ["GRPO, seed 0", "random-reward, seed 0", "no-baseline, seed 0", "GRPO, seed 1"]
+    assert list(aligned["runs"]) == runs
+    for run in aligned["runs"].values():
+        assert [row["step"] for row in run["curve"]] == [1, 2]
+        assert run["before"].keys() == run["after"].keys() == TASKS.keys() and run["samples"]
+    assert {p.name for p in (home / "out/0").iterdir() if p.is_dir()} == {
+        "sft", "reward", "rl", "rl-random-reward", "rl-no-baseline", "direct", "distilled",
+    }  # fmt: skip
+    assert {p.name for p in (home / "out/1").iterdir() if p.is_dir()} == {"sft", "reward", "rl"}
+    settings = lambda run: native.read_json(home / run / "run.json")["settings"]
+    assert settings("out/0/rl-no-baseline")["control"] == "no-baseline"
+    assert settings("out/1/rl")["seed"] == 1 and settings("out/0/rl")["control"] == "none"
+    assert len(aligned["distillation"]) == 5
+    for groups in aligned["groups"].values():
+        assert all(len(group["answers"]) == 8 for group in groups)
+
+
+def test_what_is_finished_is_not_run_again(home, aligned, monkeypatch):
+    monkeypatch.setattr(main, "main", None)
+    words = native.read_json(home / "out/0/sft/run.json")["command"].split()[1:-2]
+    out = align.Path("out/0/sft")
+    assert align.stage(out, *words) == out
+    with pytest.raises(UserError, match="is of another command"):
+        align.stage(out, *words, "--lr", 1)
+
+
+def test_what_was_interrupted_goes_on(home, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(main, "main", lambda argv: asked.append(argv) or 0)
+    align.stage(tmp_path / "new", "rl", "--steps", 3)
+    (tmp_path / "begun").mkdir()
+    command = f"dsv3 rl --steps 3 --out {tmp_path / 'begun'}"
+    (tmp_path / "begun/run.json").write_text(json.dumps({"command": command}))
+    align.stage(tmp_path / "begun", "rl", "--steps", 3)
+    assert asked[0] == ["rl", "--steps", "3", "--out", str(tmp_path / "new")]
+    assert asked[1] == ["rl", "--resume", "--out", str(tmp_path / "begun")]
+
+
+def test_pretraining_is_finished_first_or_left_alone(home, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(main, "main", lambda argv: asked.append(argv) or 0)
+    align.pretrained(home / "base")
+    align.pretrained(home / "out/0/sft")
+    assert asked == []
+    half = tmp_path / "half"
+    shutil.copytree(home / "base", half)
+    (half / "summary.json").unlink()
+    run = native.read_json(half / "run.json") | {"command": "dsv3 train --config tiny"}
+    (half / "run.json").write_text(json.dumps(run))
+    align.pretrained(half)
+    assert asked == [["train", "--resume", "--out", str(half)]]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError):
+        align.pretrained(tmp_path / "empty")
+
+
+def test_a_stage_that_fails_ends_it_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "main", lambda argv: 75)
+    with pytest.raises(SystemExit, match="75"):
+        align.stage(tmp_path / "new", "rl")
+
+
+def test_the_table_has_means_and_spread(home, aligned):
+    runs = {"GRPO, seed 0": home / "out/0/rl", "GRPO, seed 1": home / "out/1/rl",
+            "no-baseline, seed 0": home / "out/0/rl-no-baseline"}  # fmt: skip
+    *_, both, one = align.table(runs).splitlines()
+    assert both.startswith("| GRPO | ") and both.count("±") == 4 and both.count("|") == 6
+    assert one.startswith("| no-baseline | ") and "±" not in one
+    assert align.spread([0.25, 0.75]) == "50.0% ± 35.4%" and align.spread([0.5]) == "50.0%"
+
+
+def test_only_right_answers_are_taught_and_the_shortest(home):
+    """An expert who says the right answer twice out of four, once at length, and for one never."""
+    problems = TASKS["sums"].problems[0][:3]
+    long, short = (lambda p, i=i: two_forms(p)[i][-1]["content"] for i in (1, 0))
+    wrong = "\\boxed{99}"
+    said = [text for p in problems[:2] for text in (wrong, long(p), short(p), wrong)]
+    said += [wrong] * 4
+
+    class Expert:
+        def lots(self, asked, tries, *_):
+            assert (len(asked), tries) == (3, 4)
+            yield [Written([], [1], [0.0], text, True) for text in said]
+
+    rows = align.expert_answers(Expert(), problems)
+    want = [min(long(p), short(p), key=len) for p in problems[:2]]
+    assert [row["messages"][-1]["content"] for row in rows] == want
+    assert [boxed(text) for text in want] == [p.answer for p in problems[:2]]
+
+
+@pytest.mark.parametrize("more", [["--seeds", "0"], ["--steps", "0"], ["--epochs", "-1"]])
+def test_refusals(more, home, capsys):
+    assert main.main([*ALIGN, *more]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+# ── The study of judges and votes ──
+
+
+def test_a_pair_has_one_right_answer_and_its_judgements():
+    p = TASKS["sums"].problems[0][0]
+    row = reward.pair(p, random.Random(0), True, False)
+    assert boxed(row["chosen"]) == p.answer == row["truth"] != boxed(row["rejected"])
+    assert row["chosen"].endswith(reward.SURE) and reward.SURE not in row["rejected"]
+    assert row["judgement_chosen"].endswith(f"{p.answer} {p.answer} right")
+    assert row["judgement_rejected"].endswith(f"{p.answer} {boxed(row['rejected'])} wrong")
+
+
+def test_the_study_from_end_to_end(home, aligned, monkeypatch):
+    monkeypatch.setattr(reward, "CANDIDATES", 2)
+    monkeypatch.setattr("dsv3_ref.posttraining.reward.JUDGEMENT", 4)
+    reward.study(reward.Study(home / "out/0/sft", home / "study", home / "study", 40, 1))
+    found = json.loads((home / "study/rewards.json").read_text())
+    assert found["judges"].keys() == reward.JUDGES.keys()
+    for judge in found["judges"].values():
+        assert all(0 <= x <= 1 for x in judge["agreement"].values())
+        assert torch.tensor(judge["calibration"]).shape == (5, 3)
+    assert len(found["votes"]["agreement"]) == reward.VOTES
+    told = native.read_json(home / "study/thinking-told/run.json")["settings"]
+    assert told["told"] and told["judge"] == "thinking"
+    words = [read_tokenizer(home / run).get_vocab() for run in ("study/voter", "base")]
+    assert words[0] == words[1]

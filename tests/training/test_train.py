@@ -1,0 +1,627 @@
+"""A run: what it leaves behind, that kill -9 costs nothing, and how it ends when it must."""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+from itertools import count
+
+import miniruns
+import pytest
+import torch
+from miniruns import MINI, STEPS, metrics, no_report, options, results, start
+
+from dsv3_ref import pretrain
+from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints.native import load
+from dsv3_ref.cli import main
+from dsv3_ref.config import UserError
+from dsv3_ref.optim import ema_update
+from dsv3_ref.training import resume, settings
+from dsv3_ref.training.ema import Ema
+from dsv3_ref.training.loop import Trainer
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("dsv3_ref.training.report.write_report", no_report)
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run that nothing disturbed, with its figures."""
+    assert main.main(options(home, home / "whole")) == 0
+    return home / "whole"
+
+
+@pytest.fixture(scope="module")
+def interrupted(home):
+    """A run stopped in step 8, after the checkpoint of step 6."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "one_step", stop_in(8, Trainer.one_step))
+        assert main.main(options(home, home / "interrupted")) == 130
+    return home / "interrupted"
+
+
+@pytest.fixture
+def half(interrupted, tmp_path):
+    """A copy of it to go on with."""
+    return shutil.copytree(interrupted, tmp_path / "half")
+
+
+def stop_in(step: int, one_step, error=KeyboardInterrupt):
+    """`one_step` until it raises in this step."""
+
+    def stopping(trainer):
+        if trainer.step + 1 == step:
+            raise error
+        return one_step(trainer)
+
+    return stopping
+
+
+def go_on(run, *more) -> int:
+    return main.main(["train", "--resume", "--out", str(run), *more])
+
+
+def trainer(home, tmp_path, *more) -> Trainer:
+    """A trainer without a command around it."""
+    return Trainer(settings.parse(options(home, tmp_path, *more)[1:]), tmp_path)
+
+
+# ── What is left behind ──
+
+
+def test_a_row_a_step(whole):
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["tokens"] for row in rows][-1] == 32 * sum(row["batch"] for row in rows)
+    for row in rows:
+        assert len(row["mtp_loss"]) == MINI["n_mtp_layers"]
+        assert len(row["load"]) == len(row["bias"]) == len(row["max_vio"]) == 2  # with MTP's
+        assert all(len(load) == MINI["n_routed_experts"] for load in row["load"])
+        assert all(abs(sum(load) - 1) < 1e-5 for load in row["load"])
+        assert row["grad_norm"] > 0 < row["tok_s"]
+        assert (
+            (row["val_loss"] is None) == (row["val_bpb"] is None) == (row["step"] not in (3, 6, 8))
+        )
+    assert set(rows[0]) >= {"gamma", "mtp_weight", "batch", "seconds", "lr"}
+
+
+def test_the_loss_is_the_main_one_in_nats_and_falls(whole):
+    """At first all tokens are about equally likely; the total adds λ·MTP and α·balance."""
+    first, *_, last = metrics(whole)
+    assert first["loss"] == pytest.approx(torch.tensor(400.0).log().item(), abs=0.3)
+    extra = first["loss_total"] - first["loss"] - first["mtp_weight"] * first["mtp_loss"][0]
+    assert 0 < extra < 0.01
+    assert last["loss"] < first["loss"] - 1
+
+
+def test_max_vio_fits_the_load(whole):
+    row = metrics(whole)[-1]
+    for share, vio in zip(row["load"], row["max_vio"]):
+        assert vio == pytest.approx(max(share) * len(share) - 1, abs=1e-3)
+
+
+def test_the_run_describes_itself(whole, home):
+    run = json.loads((whole / "run.json").read_text())
+    assert run["command"].startswith("dsv3 train --config ")
+    assert run["moe_layers"] == ["layers.1.ffn", "mtp.0.block.ffn"]
+    assert run["settings"]["recipe"]["steps"] == STEPS
+    assert run["params"]["trained"] == sum(p.numel() for p in load(whole).parameters())
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["val_bpb"] == metrics(whole)[-1]["val_bpb"]
+    assert summary["val_bpb"] == summary["val_bpb_by_source"][str(home / "text")]
+    assert summary["baselines"]["gzip"] > 0
+    assert summary["samples"][0]["prompt"].startswith("Number ")
+    assert "bits per byte" in (whole / "report.html").read_text()
+
+
+def test_checkpoints_load_and_so_does_the_run(whole):
+    steps = native.steps(whole)
+    assert [p.name for p in steps] == ["step_0000003", "step_0000006", "step_0000008"]
+    newest, run = load(steps[-1]).state_dict(), load(whole).state_dict()
+    assert all(torch.equal(newest[name], run[name]) for name in newest)
+    assert not torch.equal(load(steps[0]).head.weight, run["head.weight"])
+
+
+def test_a_run_is_never_overwritten(whole, home, quick):
+    before = results(whole)
+    assert main.main(options(home, whole, "--steps", "1", "--seed", "5")) == 0
+    assert results(whole) == before
+    second = whole.with_name("whole-2")
+    assert len(metrics(second)) == 1
+    shutil.rmtree(second)
+
+
+def test_the_seed_decides(whole, home, tmp_path, quick):
+    """The same again is the same, another seed is another model on other rows."""
+    assert main.main(options(home, tmp_path / "again")) == 0
+    assert results(tmp_path / "again") == results(whole)
+    assert main.main(options(home, tmp_path / "other", "--seed", "1", "--steps", "1")) == 0
+    assert metrics(tmp_path / "other")[0]["loss"] != metrics(whole)[0]["loss"]
+
+
+# ── kill -9 ──
+
+
+def same_as_whole(run, whole) -> bool:
+    hidden = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
+    return results(run) == results(whole) and hidden == [] and (run / "report.html").is_file()
+
+
+DEADLY = {
+    "before there is a model": ("dsv3_ref.training.loop.Transformer", 1),
+    "writing the first checkpoint": ("dsv3_ref.training.resume.save_file", 1),
+    "before the second has its name": ("dsv3_ref.checkpoints.native.publish", 2),
+    "before old ones are dropped": ("dsv3_ref.training.resume.prune", 2),
+    "dropping an old one": ("shutil.rmtree", 4),
+    "after the last step": ("dsv3_ref.training.loop.finish", 1),
+}
+
+
+@pytest.mark.parametrize("moment", DEADLY)
+def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, quick):
+    """What a killed run leaves is swept away, and the rest is as if nothing had happened."""
+    run, keep = tmp_path / "run", ["--keep", "1"] if moment.startswith("dropping") else []
+    process = start(home, options(home, run, *keep), 1, *DEADLY[moment])
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (run / "report.html").exists()
+    assert go_on(run) == 0
+    assert same_as_whole(run, whole)
+
+
+def killed_once(home, run, threads: int, seconds: float, number: int) -> bool:
+    """Send a run a signal after this time; finish it. Whether the signal came before the end."""
+    process = start(home, options(home, run), threads)
+    process.join(seconds)
+    if process.is_alive():
+        os.kill(process.pid, number)
+    process.join()
+    begun = ["--resume"] if (run / "run.json").exists() else []  # else the sentence says so too
+    process, cut = start(home, options(home, run, *begun), threads), process.exitcode != 0
+    process.join()
+    assert process.exitcode == 0
+    return cut
+
+
+KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize(
+    ("threads", "kills"),
+    [(1, 3), (2, 1), *(pytest.param(t, 20, marks=pytest.mark.full) for t in (1, 2))],
+)
+def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
+    """Whenever it comes, every later row and the last checkpoint are bit for bit the same."""
+    began, undisturbed = time.monotonic(), tmp_path / "undisturbed"
+    start(home, options(home, undisturbed), threads).join()
+    took, cut = time.monotonic() - began, 0
+    for i in count():
+        seconds, number = random.uniform(0, took), KINDS[cut % len(KINDS)]
+        cut += (early := killed_once(home, tmp_path / str(i), threads, seconds, number))
+        assert same_as_whole(tmp_path / str(i), undisturbed), f"{number} after {seconds} seconds"
+        took = took if early else seconds
+        if cut == kills:
+            return
+
+
+# ── Signals that ask ──
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("at", [1, 6, 8])
+def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp_path, quick):
+    """Also in a step with a planned checkpoint; in the last step the run simply ends."""
+    run = tmp_path / "run"
+    process = start(home, options(home, run), 1, "dsv3_ref.training.loop.train_step", at, number)
+    process.join()
+    assert process.exitcode == (0 if at == STEPS else code)
+    assert resume.number(native.steps(run)[-1]) == len(metrics(run)) == at
+    assert go_on(run) == 0
+    assert same_as_whole(run, whole)
+    kept = [p.name for p in native.steps(run)]
+    assert kept == [p.name for p in native.steps(whole)] or at == 1  # no 1 where 3 follow
+
+
+def test_signals_are_the_callers_again(home, tmp_path, quick):
+    before = [signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)]
+    assert main.main(options(home, tmp_path / "run", "--steps", "1")) == 0
+    assert [signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)] == before
+
+
+# ── Going on ──
+
+
+def test_a_half_written_row_and_stale_folders_are_swept(half, whole, quick):
+    with (half / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 3.1')
+    for name in (".step_0000008.dsv3-tmp", ".step_0000003.dsv3-tmp"):
+        (half / "checkpoints" / name).mkdir()
+    assert len(metrics_lines(half)) == 8
+    assert go_on(half) == 0
+    assert same_as_whole(half, whole)
+
+
+def metrics_lines(run) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def test_the_same_command_with_resume_goes_on(half, home, whole, quick, capsys):
+    assert main.main(options(home, half, "--resume")) == 0
+    assert same_as_whole(half, whole)
+    assert "going on after step 6" in capsys.readouterr().out
+
+
+def test_a_finished_run_only_writes_its_report_again(half, whole, quick, capsys):
+    for _ in range(2):
+        assert go_on(half) == 0
+        assert same_as_whole(half, whole)
+
+
+def test_resume_alone_takes_the_newest_run(home, interrupted, tmp_path, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini", "mini-2"):
+        shutil.copytree(interrupted, tmp_path / "runs" / name)
+    assert main.main(["train", "--resume", "--config", str(home / "mini.json")]) == 0
+    assert not (tmp_path / "runs" / "mini" / "report.html").exists()
+    assert (tmp_path / "runs" / "mini-2" / "report.html").exists()
+
+
+def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses, 9.0), 1.0))
+    more = ["--save-every", "1", "--keep", "2"]
+    assert main.main(options(home, tmp_path / "run", *more)) == 0
+    kept = [resume.number(p) for p in native.steps(tmp_path / "run")]
+    assert kept == [2, 7, 8]
+    assert all(load(p) for p in native.steps(tmp_path / "run"))
+
+
+def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
+    more = ["--save-every", "2", "--keep", "1", "--val-rows", "8"]
+    assert go_on(half, *more) == 0
+    assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
+    assert [resume.number(p) for p in native.steps(half)] == [8]
+
+
+# ── Bad ends ──
+
+
+PATIENT = ["--spike-window", "2", "--patience", "2"]
+FACTORS = {"nan": float("nan"), "spike": 1e4}
+
+
+def batches(home, tmp_path, *steps: int) -> list[torch.Tensor]:
+    """What an undisturbed run reads in these steps."""
+    t = trainer(home, tmp_path)
+    size = lambda step: t.plan[min(step, STEPS) - 1]
+    read = {step: t.rows.take(size(step)) for step in range(1, max(steps) + 1)}
+    return [read[step] for step in steps]
+
+
+def poison(why: str, bad: list[torch.Tensor]):
+    """`losses` whose main part, and gradient, is many times too large for some batches."""
+    real = pretrain.losses
+
+    def poisoned(model, tokens_bs, *args):
+        parts = real(model, tokens_bs, *args)
+        factor = FACTORS[why] if any(torch.equal(tokens_bs, x) for x in bad) else 1.0
+        return parts._replace(main=parts.main * factor)
+
+    return poisoned
+
+
+@pytest.mark.parametrize("why", FACTORS)
+def test_a_bad_step_is_skipped_and_passed_over(why, home, tmp_path, monkeypatch):
+    """Weights, biases and limit stay, the batch and the step are used up, later steps go on."""
+    monkeypatch.setattr(pretrain, "losses", poison(why, batches(home, tmp_path, 4)))
+    t = trainer(home, tmp_path, *PATIENT)
+    rows = []
+    for step in range(1, 7):
+        before = {name: x.clone() for name, x in t.model.state_dict().items()}
+        norms, drawn = list(t.guard.norms), t.rows.rng.bit_generator.state
+        rows.append(t.one_step())
+        same = all(torch.equal(x, before[name]) for name, x in t.model.state_dict().items())
+        assert same == (list(t.guard.norms) == norms) == (step == 4)
+        assert t.rows.rng.bit_generator.state != drawn
+    assert [row["skipped"] for row in rows] == [None] * 3 + [why] + [None] * 2
+    assert rows[3]["grad_norm"] is None or rows[3]["grad_norm"] > 10 * rows[2]["grad_norm"]
+    json.loads(json.dumps(rows, allow_nan=False))
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def ask_to_end():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("death", [interrupt, ask_to_end])
+def test_bad_steps_in_succession_go_back_past_their_data(death, home, tmp_path, monkeypatch, quick):
+    """From step 5 to the checkpoint of step 3; the same with a death before, between or after."""
+    monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 4, 5)))
+    whole = tmp_path / "whole"
+    assert main.main(options(home, whole, *PATIENT)) == 0
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["rolled_back_from"] for row in rows] == [None] * 3 + [5] + [None] * 4
+    assert not any(row["skipped"] for row in rows)
+    for call in (2, 5, 6, 8):
+        dies_in_call(call, death, options(home, tmp_path / str(call), *PATIENT))
+        assert go_on(tmp_path / str(call)) == 0
+        assert results(tmp_path / str(call)) == results(whole), call
+
+
+def dies_in_call(at: int, death, argv) -> None:
+    """A run that meets its death in this step, counted with those that are given up."""
+    real, calls = Trainer.one_step, count(1)
+
+    def one_step(self):
+        if next(calls) == at:
+            death()
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "one_step", one_step)
+        assert main.main(argv) in (130, 143)
+
+
+@pytest.mark.parametrize("why", FACTORS)
+def test_steps_that_stay_bad_stop_the_run(why, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "losses", poison(why, batches(home, tmp_path, *range(4, 20))))
+    assert main.main(options(home, tmp_path / "run", *PATIENT)) == 2
+    said = capsys.readouterr().err
+    assert "back from step 5 to 3" in said
+    assert "became" in said.splitlines()[-1]
+    assert "at step 5, and 2 steps in succession were skipped, so training stopped" in said
+    assert f"last good checkpoint is {tmp_path}/run/checkpoints/step_0000003" in said
+    assert load(tmp_path / "run").head.weight.isfinite().all()
+
+
+def test_a_wild_learning_rate(home, tmp_path, capsys):
+    assert main.main(options(home, tmp_path / "run", "--lr", "1e30")) == 2
+    said = capsys.readouterr().err
+    assert "became" in said
+    assert "A lower --lr usually helps." in said
+
+
+def test_weights_that_validate_to_no_number_are_not_saved(home, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, float("nan")])
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses), 1.0))
+    assert main.main(options(home, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert "the validation loss became nan at step 6" in said
+    assert "step_0000003. A lower" in said
+    assert len(native.steps(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["dsv3_ref.training.resume.save_file", "dsv3_ref.checkpoints.native.write"]
+)
+def test_a_full_disk_leaves_and_names_the_checkpoint_before(name, half, whole, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, full)
+        assert go_on(half) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert f"{half}/checkpoints/step_0000006." in said
+    assert len(native.steps(half)) == 2
+    monkeypatch.setattr("dsv3_ref.training.loop.finish", lambda *_: None)
+    assert go_on(half) == 0
+    assert results(half) == results(whole)
+
+
+def test_a_full_disk_may_also_meet_a_row(half, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(resume.Metrics, "write", full)
+    assert go_on(half) == 2
+    assert f"No space left on device. The last good checkpoint is {half}" in capsys.readouterr().err
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", cut_short),
+        ("training.safetensors", cut_short),
+        ("training.safetensors", lambda path: path.unlink()),
+        ("state.json", cut_short),
+        ("state.json", lambda path: path.write_text("{}")),
+        ("config.json", lambda path: path.unlink()),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
+    file, damage, half, whole, quick, capsys, monkeypatch
+):
+    newest = native.steps(half)[-1]
+    damage(newest / file)
+    assert go_on(half) == 2
+    said = capsys.readouterr().err
+    assert f"the checkpoint {newest} is damaged" in said
+    assert "goes on from step 3" in said
+    shutil.rmtree(newest)
+    if file == "model.safetensors":  # once is enough
+        assert go_on(half) == 0
+        assert same_as_whole(half, whole)
+
+
+@pytest.mark.parametrize("lines", [0, 3, 5.5])
+def test_fewer_rows_than_steps_mean_damage(lines, half, capsys):
+    path = half / "metrics.jsonl"
+    whole_lines = path.read_text().splitlines(keepends=True)
+    cut = "".join(whole_lines[: int(lines)]) + whole_lines[int(lines)][: 30 * (lines % 1 > 0)]
+    path.write_text(cut)
+    assert go_on(half) == 2
+    assert "it lacks the row of step 6" in capsys.readouterr().err
+    assert path.read_text() == cut
+
+
+def test_a_stopped_run_says_how_to_go_on(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "one_step", stop_in(1, None))
+    assert main.main(options(home, tmp_path / "run")) == 130
+    assert f"dsv3 train --resume --out {tmp_path}/run" in capsys.readouterr().err
+
+
+def test_only_one_process_trains_in_a_folder(half, home, capsys, monkeypatch):
+    args = settings.parse(["--resume", "--out", str(half)])
+    with settings.claim(args):
+        assert go_on(half) == 2
+    assert f"another process is training in {half}" in capsys.readouterr().err
+
+
+def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, quick):
+    """The folder that another process holds is left alone, and never shared."""
+    with settings.claim(settings.parse(options(home, tmp_path / "run")[1:])):
+        assert main.main(options(home, tmp_path / "run", "--steps", "1")) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_out_of_memory_names_the_remedy(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dsv3_ref.training.loop.train_step", out_of_memory)
+    assert main.main(options(home, tmp_path / "run", "--batch-start", "4")) == 2
+    assert "cpu is out of memory: --micro-batch 2" in capsys.readouterr().err
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError
+
+
+# ── Precision, parts of a batch, TensorBoard ──
+
+
+def test_micro_batches_change_nothing_but_rounding(home, tmp_path):
+    a, b = (trainer(home, tmp_path, "--batch-start", "4", "--micro-batch", m) for m in "03")
+    for _ in range(3):
+        x, y = a.one_step(), b.one_step()
+        for key in ("loss", "loss_total", "grad_norm"):
+            assert x[key] == pytest.approx(y[key], rel=1e-4)
+        assert x["load"] == y["load"]
+        assert x["bias"] == y["bias"]
+
+
+def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypatch):
+    seen = set()
+    real = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        seen.update((p.dtype, p.grad.dtype) for p in parameters)
+        return real(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    fp32, bf16 = (trainer(home, tmp_path, "--precision", p) for p in ("fp32", "bf16"))
+    x, y = fp32.one_step()["loss"], bf16.one_step()["loss"]
+    assert seen == {(torch.float32, torch.float32)}
+    assert x != y
+    assert x == pytest.approx(y, rel=1e-2)
+    assert bf16.evaluate(bf16.sources[0].name)[0] == pytest.approx(
+        fp32.evaluate(fp32.sources[0].name)[0], rel=1e-2
+    )
+    for t, dtype in ((bf16, torch.bfloat16), (trainer(home, tmp_path, "--moments", "fp32"), None)):
+        t.one_step()
+        kept = {s[k].dtype for s in t.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")}
+        assert kept == {dtype or torch.float32}
+
+
+def test_tensorboard(home, tmp_path, quick):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert main.main(options(home, run, "--tensorboard", "--steps", "2")) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    rows = metrics(run)
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
+    assert {"mtp_loss/1", "val_bpb", "lr", "tok_s"} <= set(events.Tags()["scalars"])
+
+
+def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
+    """Against log-probabilities of one window after the other, written out."""
+    t = trainer(home, tmp_path)
+    name, nll, n = t.sources[0].name, 0.0, 0
+    for batch in t.val[name]:
+        for window in batch:
+            with torch.no_grad():
+                log_p = t.model(window[None, :-1]).log_softmax(-1)[0]
+            nll -= log_p.gather(-1, window[1:, None]).sum().item()
+            n += len(window) - 1
+    n_bytes = len("".join(t.sources[0].val_texts).encode())
+    loss, bpb = t.evaluate(name)
+    assert loss == pytest.approx(nll / n, rel=1e-5)
+    assert bpb == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path):
+    args = settings.parse(options(home, tmp_path, "--tokenizer", whole)[1:])
+    with pytest.raises(UserError, match="the model only 300: raise --model.vocab-size to 3"):
+        Trainer(replace(args, model=replace(args.model, vocab_size=300)), tmp_path)
+
+
+# ── The average of the weights ──
+
+
+EMA = ["--ema", "0.8"]
+
+
+def test_the_average_is_the_obvious_loop(home, tmp_path, monkeypatch):
+    """Bit for bit, though a thread folds it in, slowly, while the next gradients are computed."""
+    fold = Ema.fold
+
+    def slowly(self, *args):
+        time.sleep(0.02)
+        fold(self, *args)
+
+    monkeypatch.setattr(Ema, "fold", slowly)
+    t = trainer(home, tmp_path, *EMA)
+    want = [torch.zeros_like(p) for p in t.model.parameters()]
+    for step in range(1, 5):
+        t.one_step()
+        ema_update(want, [p.detach() for p in t.model.parameters()], 0.8, step)
+    t.ema.wait()
+    assert all(torch.equal(a, b) for a, b in zip(want, t.ema.mean.values()))
+    before = [p.detach().clone() for p in t.model.parameters()]
+    with t.ema.applied():
+        assert all(torch.equal(a, p) for a, p in zip(want, t.model.parameters()))
+    assert all(torch.equal(a, p) for a, p in zip(before, t.model.parameters()))
+
+
+def test_a_skipped_step_does_not_count_in_the_average(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 2)))
+    t = trainer(home, tmp_path, *EMA)
+    assert [t.one_step()["skipped"] for _ in range(3)] == [None, "nan", None]
+    assert t.ema.t == 2
+
+
+def test_an_averaged_run_goes_on_bit_for_bit_and_is_reported(home, tmp_path, whole):
+    """Training itself does not notice the average."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main.main(options(home, a, *EMA)) == 0
+    dies_in_call(5, interrupt, options(home, b, *EMA))
+    assert go_on(b) == 0
+    assert results(a) == results(b)
+    rows = metrics(a)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(whole)]
+    assert [row["step"] for row in rows if row["val_loss_ema"] is not None] == [3, 6, 8]
+    assert "averaged weights" in (a / "report.html").read_text()

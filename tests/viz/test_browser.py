@@ -1,0 +1,219 @@
+"""The chapters in JupyterLab in a real browser: they run, and what can be moved redraws its figure.
+
+Screenshots stay in the folder that pytest names with `--basetemp`, or in its temporary one.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+QUICK = {"09_fp8", "12_dualpipe", "16_grpo"}  # for `make test`; the others take minutes together
+RUN_ALL = """async () => {
+    const notebook = jupyterapp.shell.currentWidget;
+    await notebook.context.ready;
+    await notebook.sessionContext.ready;
+    await notebook.sessionContext.session.kernel.info;
+    await jupyterapp.commands.execute("notebook:run-all-cells");
+}"""
+FAILED = """() => jupyterapp.shell.currentWidget.content.widgets
+    .flatMap(cell => cell.model.toJSON().outputs ?? [])
+    .filter(output => output.output_type === "error")
+    .map(output => output.ename + ": " + output.evalue)"""
+TO_CELL = """async text => {
+    const notebook = jupyterapp.shell.currentWidget.content;
+    const i = notebook.widgets.findIndex(x => x.model.sharedModel.getSource().includes(text));
+    notebook.activeCellIndex = i;
+    await notebook.scrollToItem(i);
+}"""
+PICTURES = "cell => [...cell.querySelectorAll('img')].map(image => image.src)"
+NEW_CELL = """async source => {
+    const notebook = jupyterapp.shell.currentWidget;
+    await notebook.context.ready;
+    await notebook.sessionContext.ready;
+    await notebook.sessionContext.session.kernel.info;
+    await jupyterapp.commands.execute("notebook:insert-cell-above");
+    notebook.content.activeCell.model.sharedModel.setSource(source);
+    await jupyterapp.commands.execute("notebook:run-cell");
+}"""
+WATCH = """from dsv3_ref.viz import live
+control = live.train("train --config tiny --steps 400 --batch-start 1 --batch 1 --seq-len 32")
+"""
+REDRAWN = """before => [...document.querySelectorAll(".jp-Cell.jp-mod-active img")]
+    .some(image => !before.includes(image.src))"""
+BEYOND = """n => +document.querySelector("[role=status]").innerText.match(/step (\\d+)/)?.[1] > n"""
+CONTROLS = "[role=slider], .widget-output-controls select, select, input[type=text]"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
+]
+
+
+def moved_by() -> list:
+    """(chapter, lines of cells whose figures can be moved); most are for `make test-full`."""
+    found = []
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.py")):
+        lines = re.findall(r"^(?:play|explore_routing)\(.*", path.read_text(), re.M)
+        marks = [] if path.stem in QUICK else [pytest.mark.full]
+        found += [pytest.param(path.stem, lines, id=path.stem, marks=marks)] if lines else []
+    return found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab on a copy of the notebooks, which run in their short form."""
+    tmp = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS, tmp / "notebooks", ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(NOTEBOOKS.parent / "figures", tmp / "figures")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--allow-root"]
+    command += [f"--port={port}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
+    settings = tmp / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"fetchNews": "false"}')  # no question over the page
+    command += [f"--LabApp.user_settings_dir={tmp / 'settings'}"]
+    command += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp}"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with (tmp / "lab.log").open("w") as log:
+        env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # as a reader has it
+        env |= {"DSV3_SHORT": "1", "OMP_NUM_THREADS": "1"}
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        yield wait_for(f"http://127.0.0.1:{port}", server)
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for(address: str, server) -> str:
+    for _ in range(300):
+        assert server.poll() is None, "the server ended"
+        try:
+            urllib.request.urlopen(f"{address}/api").close()
+            return address
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(address)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=FLAGS,
+            headless=True, viewport={"width": 1200, "height": 900},
+        )  # fmt: skip
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    page = browser.new_page()
+    yield page
+    page.screenshot(path=tmp_path / "page.png")
+    page.evaluate("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
+    page.close()
+
+
+def run(page, lab: str, chapter: str) -> None:
+    """Open a chapter and run all of it; no cell may fail."""
+    page.goto(f"{lab}/lab/tree/notebooks/{chapter}.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.set_default_timeout(120_000)
+    page.evaluate(RUN_ALL)
+    assert page.evaluate(FAILED) == []
+
+
+def active(page, line: str):
+    """The cell with this line, in sight: cells out of sight are not in the page."""
+    page.evaluate(TO_CELL, line)
+    return page.locator(".jp-Cell.jp-mod-active")
+
+
+def move(page, control, by: str) -> None:
+    """Another value, by keyboard or by mouse."""
+    control.scroll_into_view_if_needed()
+    kind = control.evaluate("x => x.getAttribute('role') ?? x.tagName")
+    if kind == "SELECT":
+        values = control.evaluate("x => [...x.options].map(o => o.index)")
+        chosen = control.evaluate("x => x.selectedIndex")
+        control.select_option(index=next(i for i in values if i != chosen))
+    elif kind == "INPUT":
+        control.fill("We, the people")
+        page.keyboard.press("Enter")
+    elif by == "keyboard":
+        control.focus()
+        low = control.get_attribute("aria-valuenow") == control.get_attribute("aria-valuemax")
+        page.keyboard.press("ArrowLeft" if low else "ArrowRight")
+    else:
+        box = control.evaluate_handle("x => x.closest('.noUi-target')").as_element().bounding_box()
+        low = float(control.get_attribute("aria-valuenow")) < 0.5 * (
+            float(control.get_attribute("aria-valuemin"))
+            + float(control.get_attribute("aria-valuemax"))
+        )
+        at = box["x"] + (0.8 if low else 0.2) * box["width"], box["y"] + box["height"] / 2
+        page.mouse.click(*at)
+
+
+@pytest.mark.parametrize("chapter, lines", moved_by())
+def test_what_can_be_moved_redraws_its_figure(lab, page, chapter, lines):
+    run(page, lab, chapter)
+    for line in lines:
+        cell = active(page, line)
+        cell.locator(".widget-output img").first.wait_for()
+        controls = cell.locator(CONTROLS)
+        for by, control in zip(("keyboard", "mouse"), (controls.first, controls.last)):
+            before = cell.evaluate(PICTURES)
+            assert before
+            move(page, control, by)
+            page.wait_for_function(REDRAWN, arg=before, timeout=60_000)
+    assert page.evaluate(FAILED) == []
+
+
+def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
+    """The dashboard while a real run writes; the page answers meanwhile."""
+    page.goto(f"{lab}/lab/tree/notebooks/00_tour.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.set_default_timeout(120_000)
+    page.evaluate(NEW_CELL, WATCH)
+    cell = page.locator(".jp-Cell.jp-mod-active")
+    button = lambda name: cell.get_by_role("button", name=name)
+    status, tab = cell.locator("[role=status]"), cell.locator(".widget-image").first
+    button("start").click()
+    tab.wait_for()
+    steps = lambda: int(re.search(r"step (\d+)", status.inner_text())[1])
+    seen, first = steps(), tab.get_attribute("src")
+    page.wait_for_function(REDRAWN, arg=[first])
+    page.wait_for_function(BEYOND, arg=seen)
+    button("pause").click()
+    page.wait_for_timeout(2500)
+    still = steps()
+    page.wait_for_timeout(2500)
+    assert steps() == still
+    cell.get_by_role("tab", name="Experts").click()
+    page.wait_for_function("() => document.querySelectorAll('.widget-image[src^=blob]').length > 1")
+    button("go on").click()
+    button("stop").click()
+    button("resume").wait_for()
+    assert "stopped" in cell.inner_text()
+    button("resume").click()
+    page.wait_for_function(BEYOND, arg=still + 2)
+    button("stop").click()
+    button("resume").wait_for()
+    assert page.evaluate(FAILED) == []
