@@ -57,6 +57,11 @@ class UserError(ValueError):
     """A mistake a person can mend: the command line prints the sentence, not a traceback."""
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return ⌈a / b⌉ for whole numbers: how many blocks of b cover a."""
+    return -(-a // b)
+
+
 def check(c: Config) -> None:
     """Raise a `UserError` naming the field for every shape that could not be built."""
     for f in fields(c):

@@ -8,7 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_ref.config import SIZES, SMALL, TINY, V2_LITE, V3, Config, UserError, from_dict, named
+from dsv3_ref.config import (
+    SIZES,
+    SMALL,
+    TINY,
+    V2_LITE,
+    V3,
+    Config,
+    UserError,
+    ceil_div,
+    from_dict,
+    named,
+)
 from dsv3_ref.config import count as count_of
 from dsv3_ref.model import Transformer
 
@@ -145,3 +156,8 @@ def test_a_broken_file_and_an_unknown_size_say_so(tmp_path):
         named(str(path))
     with pytest.raises(UserError, match="no config 'tny'.*nearest: tiny"):
         named("tny")
+
+
+def test_ceil_div_counts_the_blocks_that_cover():
+    assert [ceil_div(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert ceil_div(129_280, 128) == 1010
