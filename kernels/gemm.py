@@ -3,11 +3,11 @@
 import torch
 import triton
 import triton.language as tl
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, multiprocessors, octave, require
+from dsv3_ref.kernels.quant import E4M3, INT32, tile_map, tiles
 from triton.runtime import driver
 
 from dsv3_ref import fp8, moe  # noqa: F401  define the ops
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, multiprocessors, octave, require
-from dsv3_ref.kernels.quant import E4M3, INT32, tile_map, tiles
 from dsv3_ref.ops import impl, later, product_dtype
 
 # ── Which configs are tried ──

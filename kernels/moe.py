@@ -3,10 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-
-import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, octave, require, rows
 from dsv3_ref.kernels.norm import config
+
+import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 INT64 = torch.int64

@@ -3,11 +3,18 @@
 import torch
 import triton
 import triton.language as tl
+from dsv3_ref.kernels.launch import (
+    BF16,
+    FLOATS,
+    FP32,
+    Compile,
+    multiprocessors,
+    octave,
+    require,
+    rows,
+)  # fmt: skip
 
 import dsv3_ref.rope  # noqa: F401  defines the op `rotate`
-from dsv3_ref.kernels.launch import (
-    BF16, FLOATS, FP32, Compile, multiprocessors, octave, require, rows,
-)  # fmt: skip
 from dsv3_ref.ops import impl
 
 WIDEST = 8192  # a row is held whole: in registers, 32 numbers a thread of 8 warps

@@ -3,10 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-
-from dsv3_ref import fp8  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, require, rows
 from dsv3_ref.kernels.norm import require_norm, rms_norm_backward
+
+from dsv3_ref import fp8  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 E4M3, INT32 = torch.float8_e4m3fn, torch.int32

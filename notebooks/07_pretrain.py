@@ -114,7 +114,7 @@ from dsv3_ref.ops import linear_cross_entropy
 
 # %%
 from dsv3_ref.data.loader import Rows, sotu_files
-from dsv3_ref.data.tokenizer import byte_lengths, newline_splits, train_tokenizer, untrained
+from dsv3_ref.data.tokenizer import byte_lengths, newline_splits, train_tokenizer, new_tokenizer
 
 files = sotu_files()
 train_texts = [Path(p).read_text() for p in files[::20]]
@@ -123,7 +123,7 @@ held = "".join(held_texts)
 assert not set(files[::20]) & set(files[4::60])
 
 sentence = "Congress's 1789 budget, $2345678.\n\nThank you!"
-pieces = [sentence[a:b] for _, (a, b) in untrained().pre_tokenizer.pre_tokenize_str(sentence)]
+pieces = [sentence[a:b] for _, (a, b) in new_tokenizer().pre_tokenizer.pre_tokenize_str(sentence)]
 print("pieces:", " ".join(repr(p) for p in pieces))
 assert "".join(pieces) == sentence and ".\n\n" in pieces and "178" in pieces
 

@@ -356,12 +356,12 @@ def shards_tokenizer(sources: list[Source]) -> Tokenizer | None:
 def tokenizer_for(sources: list[Source], vocab_size: int, say=print) -> Tokenizer:
     """Train on up to 12 MB of training text, shared by weight; the second time read the cache."""
     texts = first_texts(sources)
-    digest = hashlib.sha256(f"{vocab_size}{tok.SPECIAL}{tok.untrained().to_str()}".encode())
+    digest = hashlib.sha256(f"{vocab_size}{tok.SPECIAL}{tok.new_tokenizer().to_str()}".encode())
     for text in texts:
         digest.update(f"\0{text}".encode())
     path = cache() / f"bpe-{digest.hexdigest()[:16]}" / "tokenizer.json"
     if path.is_file():
-        return tok.read_tokenizer(path)
+        return tok.load_tokenizer(path)
     megabytes = sum(map(len, texts)) / 1e6
     say(f"training a tokenizer of {vocab_size} tokens on {megabytes:.1f} MB of text")
     t = tok.train_tokenizer(texts, vocab_size)

@@ -86,7 +86,7 @@ def check_options(args: Prepare) -> None:
 def settings_of(args: Prepare) -> dict:
     """All that the bytes of the shards depend on, the files' ages and sizes among it."""
     pairs = [loader.split_spec(s) for s in args.sources]
-    given = args.tokenizer and tok.read_tokenizer(args.tokenizer)
+    given = args.tokenizer and tok.load_tokenizer(args.tokenizer)
     return {
         "data": [list(pair) for pair in pairs],
         "files": [digest_of_files(name) for name, _ in pairs],
@@ -176,15 +176,15 @@ def tokenizer_of(args: Prepare, index: dict, sources: list):
     path = args.out / shards.TOKENIZER
     if index["tokenizer"] is None:
         size = index["settings"]["vocab_size"]
-        t = tok.read_tokenizer(args.tokenizer) if args.tokenizer else None
+        t = tok.load_tokenizer(args.tokenizer) if args.tokenizer else None
         tok.save_tokenizer(t or loader.tokenizer_for(sources, size, tqdm.write), path)
-        size = tok.size(tok.read_tokenizer(path))
+        size = tok.vocab_size(tok.load_tokenizer(path))
         index |= {"tokenizer": shards.sha256(path), "vocab_size": size}
         index["dtype"] = shards.dtype_for(size).str
         write_json(args.out / shards.INDEX, index)
     if not path.is_file() or shards.sha256(path) != index["tokenizer"]:
         raise shards.damaged(path, "it is missing or another")
-    return tok.read_tokenizer(path)
+    return tok.load_tokenizer(path)
 
 
 # ── Shards ──

@@ -134,9 +134,9 @@ class Shards:
     @cached_property
     def tokenizer(self):
         """That of the tokens."""
-        from dsv3_ref.data.tokenizer import read_tokenizer
+        from dsv3_ref.data.tokenizer import load_tokenizer
 
-        return read_tokenizer(self.folder)
+        return load_tokenizer(self.folder)
 
     def documents(self, source: int, split: str) -> Documents:
         """Of one source, to train on or held out."""

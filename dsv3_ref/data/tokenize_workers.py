@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import dedup
-from dsv3_ref.data.tokenizer import as_text
+from dsv3_ref.data.tokenizer import encode_special_as_text
 
 AHEAD = 3  # chunks that wait for each process
 
@@ -85,7 +85,7 @@ def begin(tokenizer: str, dtype: np.dtype, near: bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    MINE.append(Coder(as_text(Tokenizer.from_str(tokenizer)), dtype, near))
+    MINE.append(Coder(encode_special_as_text(Tokenizer.from_str(tokenizer)), dtype, near))
     threading.Thread(target=follow, daemon=True).start()
 
 

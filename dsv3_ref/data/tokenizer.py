@@ -26,7 +26,7 @@ WORDS = (
 )
 
 
-def untrained() -> Tokenizer:
+def new_tokenizer() -> Tokenizer:
     """V3's splitting rules over an empty byte-level BPE."""
     t = Tokenizer(models.BPE())
     split = [pre_tokenizers.Split(Regex(p), "isolated") for p in (DIGITS, CJK, WORDS)]
@@ -44,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise UserError(
             f"vocab_size {vocab_size} is too small: bytes and special tokens need {least}"
         )
-    t = untrained()
+    t = new_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL,
@@ -52,16 +52,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     t.train_from_iterator(texts, trainer)
-    return as_text(t)
+    return encode_special_as_text(t)
 
 
-def as_text(t: Tokenizer) -> Tokenizer:
+def encode_special_as_text(t: Tokenizer) -> Tokenizer:
     """Read special tokens in a text as plain characters: data cannot forge a document's end."""
     t.encode_special_tokens = True
     return t
 
 
-def read_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """A `tokenizer.json` with V3's special tokens."""
     path = directory / "tokenizer.json" if directory.is_dir() else directory
     if not path.is_file():
@@ -73,7 +73,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     missing = [s for s in SPECIAL[:6] if t.token_to_id(s) is None]
     if missing:
         raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
-    return as_text(t)
+    return encode_special_as_text(t)
 
 
 def marks_of(t: Tokenizer) -> "Marks":
@@ -94,14 +94,14 @@ def save_tokenizer(t: Tokenizer, path: Path) -> None:
     part.replace(path)
 
 
-def size(t: Tokenizer) -> int:
+def vocab_size(t: Tokenizer) -> int:
     """Rows that an embedding needs: the highest id + 1, for there may be holes."""
     return max(t.get_vocab().values()) + 1
 
 
 def byte_lengths(t: Tokenizer) -> list[int]:
     """Bytes of text behind each token; special tokens stand for none."""
-    lengths = [0] * size(t)
+    lengths = [0] * vocab_size(t)
     for token, i in t.get_vocab().items():
         lengths[i] = len(token)  # of a byte-level token, whose characters are bytes
     for i, token in t.get_added_tokens_decoder().items():

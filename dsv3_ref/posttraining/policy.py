@@ -9,7 +9,7 @@ import torch
 
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import marks_of, read_tokenizer
+from dsv3_ref.data.tokenizer import load_tokenizer, marks_of
 from dsv3_ref.grpo import rollouts
 from dsv3_ref.posttraining.prompts import messages
 from dsv3_ref.rewards import ballot
@@ -49,7 +49,7 @@ class Policy:
     def of(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
         """From a run, a checkpoint or a Hugging Face directory."""
         model = native.load(folder, device, dtype).eval()
-        return cls(model, read_tokenizer(native.tokenizer_folder(Path(folder))))
+        return cls(model, load_tokenizer(native.tokenizer_folder(Path(folder))))
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Tokens of a conversation that ends with a question."""

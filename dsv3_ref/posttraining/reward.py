@@ -12,7 +12,7 @@ import tyro
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
-from dsv3_ref.data.tokenizer import marks_of, read_tokenizer
+from dsv3_ref.data.tokenizer import load_tokenizer, marks_of
 from dsv3_ref.grpo import rollouts
 from dsv3_ref.optim import Recipe, batch_plan
 from dsv3_ref.posttraining.policy import has_room
@@ -226,7 +226,7 @@ class Judge:
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.model = native.load(folder, device).eval().requires_grad_(False)
         home = native.tokenizer_folder(Path(folder))
-        self.tokenizer = read_tokenizer(home)
+        self.tokenizer = load_tokenizer(home)
         self.marks = marks_of(self.tokenizer)
         settings = native.read_json(home / "run.json")["settings"]
         if "judge" not in settings:

@@ -19,7 +19,7 @@ import tyro
 
 from dsv3_ref.checkpoints.native import load, tokenizer_folder
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import read_tokenizer
+from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.decode import Choice
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.serve import Engine, Full, Row
@@ -230,7 +230,7 @@ class Service:
         check(args)
         self.args, self.born = args, int(time.time())
         model = model or load(args.model).to(pick_device(args.device)).eval()
-        tokenizer = tokenizer or read_tokenizer(tokenizer_folder(args.model))
+        tokenizer = tokenizer or load_tokenizer(tokenizer_folder(args.model))
         self.policy = Policy(model, tokenizer)
         self.tokenizer, self.marks = tokenizer, self.policy.marks
         self.name = args.name or args.model.resolve().name

@@ -19,7 +19,7 @@ from dsv3_ref.data.tokenizer import (
     BOS,
     EOS,
     USER,
-    read_tokenizer,
+    load_tokenizer,
 )
 from dsv3_ref.decode import Choice, stream
 from dsv3_ref.model import Transformer
@@ -116,7 +116,7 @@ class Speaker:
         check(args)
         self.device = pick_device(args.device)
         self.model: Transformer = load(args.model).to(self.device).eval()
-        self.tokenizer = read_tokenizer(tokenizer_folder(args.model))
+        self.tokenizer = load_tokenizer(tokenizer_folder(args.model))
         self.choose(args)
         if args.compile:
             warm_up(self.model, args.draft)

@@ -78,7 +78,7 @@ def course(model: Transformer, t: Tokenizer, source: str, args: Routing) -> torc
 def record(args: Routing, command: str) -> Path:
     """A small JSON: a window a line."""
     check(args)
-    model, t = load(args.model).eval(), tok.read_tokenizer(tokenizer_folder(args.model))
+    model, t = load(args.model).eval(), tok.load_tokenizer(tokenizer_folder(args.model))
     c, names = model.config, [n for n in moe_layers(model) if not n.startswith("mtp")]
     head = {"command": command, "commit": commit(), "layers": names, "groups": c.n_expert_groups,
             "chosen": c.n_activated_experts, "tokens": args.rows * c.max_seq_len}  # fmt: skip

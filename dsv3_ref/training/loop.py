@@ -26,9 +26,9 @@ from dsv3_ref.data.loader import (
 from dsv3_ref.data.tokenizer import (
     BOS,
     byte_lengths,
-    read_tokenizer,
+    load_tokenizer,
     save_tokenizer,
-    size,
+    vocab_size,
 )
 from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer, moe_layers
@@ -103,14 +103,14 @@ class Trainer:
         room = self.args.model.vocab_size
         given = self.args.tokenizer or (self.args.init and native.tokenizer_folder(self.args.init))
         own = shards_tokenizer(self.sources)
-        t = read_tokenizer(given) if given else own
+        t = load_tokenizer(given) if given else own
         t = t or tokenizer_for(self.sources, room, tqdm.write)
         if own and t.to_str() != own.to_str():
             raise UserError(f"the shards were made with another tokenizer than that of {given}")
-        if size(t) > room:
+        if vocab_size(t) > room:
             raise UserError(
-                f"the tokenizer has {size(t)} tokens, the model only {room}: "
-                f"raise --model.vocab-size to {size(t)}"
+                f"the tokenizer has {vocab_size(t)} tokens, the model only {room}: "
+                f"raise --model.vocab-size to {vocab_size(t)}"
             )
         return t
 
@@ -349,7 +349,7 @@ class Trainer:
 
         first = self.sources[0]
         seen = Counter(encode(first_texts([first])))
-        counts = [seen[i] for i in range(size(self.tokenizer))]
+        counts = [seen[i] for i in range(vocab_size(self.tokenizer))]
         return baselines("".join(first.val_texts), counts, encode(first.val_texts))
 
     def other_sources(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from miniruns import metrics, options, results
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import marks_of, read_tokenizer
+from dsv3_ref.data.tokenizer import load_tokenizer, marks_of
 from dsv3_ref.posttraining.sft import Packed, hold_out, read
 from dsv3_ref.sft import Marks, chat, ends, pack_samples, said
 
@@ -231,7 +231,7 @@ def test_a_run_learns_its_answers(home, tuned):
 
 
 def test_epochs_say_how_long(home, tuned):
-    marks = marks_of(t := read_tokenizer(tuned))
+    marks = marks_of(t := load_tokenizer(tuned))
     encode = lambda text: t.encode(text, add_special_tokens=False).ids
     kept, _ = hold_out(read(str(home / "talks.jsonl"), encode, marks, 64))
     assert len(metrics(tuned)) == round(3 * len(Packed(kept, 64, 0, marks.pad).rows) / 2)

@@ -13,7 +13,7 @@ import torch
 from dsv3_ref.checkpoints import native
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import read_tokenizer
+from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.posttraining.policy import Written
 from dsv3_ref.posttraining.prompts import TASKS, THINK, two_forms
 from dsv3_ref.rewards import boxed
@@ -223,5 +223,5 @@ def test_the_study_from_end_to_end(home, aligned, monkeypatch):
     assert len(found["votes"]["agreement"]) == reward.VOTES
     told = native.read_json(home / "study/thinking-told/run.json")["settings"]
     assert told["told"] and told["judge"] == "thinking"
-    words = [read_tokenizer(home / run).get_vocab() for run in ("study/voter", "base")]
+    words = [load_tokenizer(home / run).get_vocab() for run in ("study/voter", "base")]
     assert words[0] == words[1]
