@@ -6,11 +6,11 @@ import numpy as np
 
 from dsv3_ref.config import UserError
 
-NUMBERS, SEED, WORDS = 128, 42, 5  # of a signature; what is compared are runs of five words
-MISSED = 0.01  # share of pairs exactly at the threshold that the bands may overlook
+NUM_PERM, SEED, NGRAM = 128, 42, 5  # of a signature; what is compared are runs of five words
+MAX_MISS_RATE = 0.01  # share of pairs exactly at the threshold that the bands may overlook
 
 
-def rensa():
+def import_rensa():
     """The library, or what to install."""
     try:
         import rensa
@@ -24,60 +24,62 @@ def rensa():
 def shingles(text: str) -> list[str]:
     """All runs of five words, in small letters; of a shorter text the whole."""
     words = text.lower().split()
-    return [" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))]
+    return [" ".join(words[i : i + NGRAM]) for i in range(max(1, len(words) - NGRAM + 1))]
 
 
-def signatures(texts: Iterable[str]) -> np.ndarray:
+def minhash_signatures(texts: Iterable[str]) -> np.ndarray:
     """(documents, 128) uint32; P[two agree at a place] = Jaccard similarity of their shingles."""
     sets = [shingles(text) for text in texts]
-    found = rensa().RMinHash.digests_from_token_sets(sets, NUMBERS, SEED)
-    return np.array(found, np.uint32).reshape(-1, NUMBERS)
+    found = import_rensa().RMinHash.digests_from_token_sets(sets, NUM_PERM, SEED)
+    return np.array(found, np.uint32).reshape(-1, NUM_PERM)
 
 
-def band_rows(threshold: float) -> int:
+def max_rows_per_band(threshold: float) -> int:
     """Most numbers r a band may have: 128/r bands overlook (1 − Jʳ)^(128/r) of pairs at J."""
-    missed = lambda r: (1 - threshold**r) ** (NUMBERS // r)
-    return max((r for r in range(1, 33) if missed(r) <= MISSED), default=1)
+    missed = lambda r: (1 - threshold**r) ** (NUM_PERM // r)
+    return max((r for r in range(1, 33) if missed(r) <= MAX_MISS_RATE), default=1)
 
 
-class Near:
+class MinHashLSH:
     """The documents kept so far, about 4 kB each; the first of those that are alike is kept."""
 
     def __init__(self, threshold: float):
-        self.threshold, self.rows = threshold, band_rows(threshold)
-        self.kept = np.empty((1024, NUMBERS), np.uint32)
+        self.threshold, self.rows_per_band = threshold, max_rows_per_band(threshold)
+        self.signatures = np.empty((1024, NUM_PERM), np.uint32)
         self.owners: list[int] = []  # sources
         self.table: dict[int, list[int]] = {}
 
-    def keys(self, found: np.ndarray) -> list[list[int]]:
+    def band_keys(self, found: np.ndarray) -> list[list[int]]:
         """A number for every band of every signature, other bands other numbers."""
-        bands = NUMBERS // self.rows
-        banded = found[:, : bands * self.rows].reshape(len(found), bands, self.rows)
+        bands = NUM_PERM // self.rows_per_band
+        banded = found[:, : bands * self.rows_per_band].reshape(
+            len(found), bands, self.rows_per_band
+        )
         key = np.arange(1, bands + 1, dtype=np.uint64)[None].repeat(len(found), 0)
-        for i in range(self.rows):
+        for i in range(self.rows_per_band):
             key = (key ^ banded[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
             key ^= key >> np.uint64(29)
         return key.tolist()
 
-    def like(self, signature: np.ndarray, keys: Sequence[int]) -> int | None:
+    def query(self, signature: np.ndarray, keys: Sequence[int]) -> int | None:
         """The source of the first kept document that this one is much like."""
         near = sorted({i for key in keys for i in self.table.get(key, ())})
         if not near:
             return None
-        alike = (self.kept[near] == signature).mean(1) >= self.threshold
+        alike = (self.signatures[near] == signature).mean(1) >= self.threshold
         return self.owners[near[int(alike.argmax())]] if alike.any() else None
 
-    def keep(self, signature: np.ndarray, keys: Sequence[int], source: int) -> None:
+    def insert(self, signature: np.ndarray, keys: Sequence[int], source: int) -> None:
         """Remember a document."""
         n = len(self.owners)
-        if n == len(self.kept):
-            self.kept = np.concatenate([self.kept, np.empty_like(self.kept)])
-        self.kept[n] = signature
+        if n == len(self.signatures):
+            self.signatures = np.concatenate([self.signatures, np.empty_like(self.signatures)])
+        self.signatures[n] = signature
         self.owners.append(source)
         for key in keys:
             self.table.setdefault(key, []).append(n)
 
-    def restore(self, found: np.ndarray, source: int) -> None:
+    def insert_all(self, found: np.ndarray, source: int) -> None:
         """Remember documents that were kept before."""
-        for signature, keys in zip(found, self.keys(found)):
-            self.keep(signature, keys, source)
+        for signature, keys in zip(found, self.band_keys(found)):
+            self.insert(signature, keys, source)

@@ -24,7 +24,7 @@ from dsv3_ref.checkpoints.native import sync
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import loader, shards
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.dedup import Near
+from dsv3_ref.data.dedup import MinHashLSH
 from dsv3_ref.data.tokenize_workers import Coded, Coder, in_order
 from dsv3_ref.training.settings import lock, option, write_json
 
@@ -101,9 +101,9 @@ def settings_of(args: Prepare) -> dict:
 
 def installed() -> bool:
     """Whether near-duplicates can be found; a sentence says what to do if not."""
-    from dsv3_ref.data.dedup import rensa
+    from dsv3_ref.data.dedup import import_rensa
 
-    return bool(rensa())
+    return bool(import_rensa())
 
 
 def digest_of_files(name: str) -> str | None:
@@ -229,7 +229,7 @@ class Shard:
             "name": self.name, "source": self.source, "split": self.split, "end": end,
             "documents": len(self.offsets) - 1, "tokens": self.offsets[-1],
             "bytes": self.offsets[-1] * self.dtype.itemsize, "blank": self.blank,
-            "near": {str(k): n for k, n in sorted(self.like.items())},
+            "near": {str(k): n for k, n in sorted(self.query.items())},
             "text_bytes": self.text_bytes,
             "sha256": {"bin": self.sum.hexdigest(), "npy": shards.sha256(path.with_suffix(".npy"))},
         }  # fmt: skip
@@ -248,14 +248,14 @@ class Writer:
 
     def __init__(self, args: Prepare, index: dict, sources: list, tokenizer):
         self.args, self.index, self.sources = args, index, sources
-        self.near = Near(args.dedup) if args.dedup else None
+        self.near = MinHashLSH(args.dedup) if args.dedup else None
         self.coder = Coder(tokenizer, np.dtype(index["dtype"]), self.near is not None)
         self.sweep()
         for shard in index["shards"]:
             shards.check_lengths(args.out, shard)
             path = args.out / f"{shard['name']}.near"
             if self.near and path.is_file():
-                self.near.restore(np.load(path), shard["source"])
+                self.near.insert_all(np.load(path), shard["source"])
 
     def sweep(self) -> None:
         """Remove what belongs to no shard of the index."""
@@ -318,7 +318,7 @@ class Writer:
 
     def documents(self, shard: Shard, piece: Coded) -> Shard:
         """Add the documents of a chunk, and begin new shards as they fill."""
-        keys = self.near.keys(piece.signatures) if self.near else None
+        keys = self.near.band_keys(piece.signatures) if self.near else None
         ends = np.cumsum(piece.lengths).tolist()
         for j, (start, end) in enumerate(zip([0, *ends], ends)):
             if shard.offsets[-1] >= self.args.shard_tokens:
@@ -334,12 +334,12 @@ class Writer:
 
     def is_new(self, shard: Shard, signature: np.ndarray, keys: list[int]) -> bool:
         """Whether a document is unlike all that were kept before; then it is kept."""
-        like = self.near.like(signature, keys)
+        like = self.near.query(signature, keys)
         if like is not None:
             shard.like[like] += 1
             return False
         shard.signatures.append(signature)
-        self.near.keep(signature, keys, shard.source)
+        self.near.insert(signature, keys, shard.source)
         return True
 
     def refuse_empty(self, source: int, split: str) -> None:

@@ -47,7 +47,7 @@ class Coder(NamedTuple):
             np.concatenate([np.empty(0, self.dtype), *ids]),
             np.array([len(x) for x in ids], np.int64),
             np.array([len(text.encode()) for text in texts], np.int64),
-            dedup.signatures(texts) if self.near else None,
+            dedup.minhash_signatures(texts) if self.near else None,
         )
 
 

@@ -398,7 +398,7 @@ def test_signatures_agree_as_often_as_shingles_do(share):
         cut = int(300 * share)
         a, b = (words[:cut] + [f"{n}{w}" for w in words[cut : (300 + cut) // 2]] for n in "ab")
         sets = [set(dedup.shingles(" ".join(x))) for x in (a, b)]
-        found = dedup.signatures([" ".join(a), " ".join(b)])
+        found = dedup.minhash_signatures([" ".join(a), " ".join(b)])
         near.append((found[0] == found[1]).mean() - len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
     assert abs(np.mean(near)) < 0.015
 
@@ -406,17 +406,17 @@ def test_signatures_agree_as_often_as_shingles_do(share):
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95])
 def test_the_table_finds_what_comparing_all_pairs_finds(threshold):
     rng = np.random.default_rng(0)
-    found = rng.integers(0, 1 << 32, (300, dedup.NUMBERS), np.uint32)
+    found = rng.integers(0, 1 << 32, (300, dedup.NUM_PERM), np.uint32)
     for i in range(100, 300):  # like an earlier one in a random share of places
-        same = rng.random(dedup.NUMBERS) < rng.random()
+        same = rng.random(dedup.NUM_PERM) < rng.random()
         found[i, same] = found[rng.integers(i), same]
-    near, kept, wrong = dedup.Near(threshold), [], 0
-    for i, (signature, keys) in enumerate(zip(found, near.keys(found))):
+    near, kept, wrong = dedup.MinHashLSH(threshold), [], 0
+    for i, (signature, keys) in enumerate(zip(found, near.band_keys(found))):
         alike = [j for j in kept if (found[j] == signature).mean() >= threshold]
-        like = near.like(signature, keys)
+        like = near.query(signature, keys)
         wrong += like != (alike[0] if alike else None)
         if like is None:
-            near.keep(signature, keys, i)
+            near.insert(signature, keys, i)
             kept.append(i)
     assert wrong <= 2 and len(kept) < 300
 
