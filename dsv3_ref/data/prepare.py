@@ -25,7 +25,7 @@ from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import loader, shards
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.dedup import MinHashLSH
-from dsv3_ref.data.tokenize_workers import Coded, Coder, in_order
+from dsv3_ref.data.tokenize_workers import TokenizedChunk, TokenizeWorker, imap_ordered
 from dsv3_ref.training.settings import lock, option, write_json
 
 CHUNK = 1 << 18  # characters that a worker takes at a time, or a long document
@@ -249,7 +249,7 @@ class Writer:
     def __init__(self, args: Prepare, index: dict, sources: list, tokenizer):
         self.args, self.index, self.sources = args, index, sources
         self.near = MinHashLSH(args.dedup) if args.dedup else None
-        self.coder = Coder(tokenizer, np.dtype(index["dtype"]), self.near is not None)
+        self.coder = TokenizeWorker(tokenizer, np.dtype(index["dtype"]), self.near is not None)
         self.sweep()
         for shard in index["shards"]:
             shards.check_lengths(args.out, shard)
@@ -297,7 +297,7 @@ class Writer:
     def write(self, workers: int, bar) -> None:
         """Everything that is left; every part ends a shard."""
         shard, here = None, deque()
-        for piece in in_order(self.chunks(here), self.coder, workers):
+        for piece in imap_ordered(self.chunks(here), self.coder, workers):
             source, split, last = here.popleft()
             shard = self.documents(shard or self.begin(source, split), piece)
             if last:
@@ -316,7 +316,7 @@ class Writer:
         self.index["shards"].append(shard.close(last))
         write_json(self.args.out / shards.INDEX, self.index)
 
-    def documents(self, shard: Shard, piece: Coded) -> Shard:
+    def documents(self, shard: Shard, piece: TokenizedChunk) -> Shard:
         """Add the documents of a chunk, and begin new shards as they fill."""
         keys = self.near.band_keys(piece.signatures) if self.near else None
         ends = np.cumsum(piece.lengths).tolist()

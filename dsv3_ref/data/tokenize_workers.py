@@ -20,10 +20,10 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import dedup
 from dsv3_ref.data.tokenizer import encode_special_as_text
 
-AHEAD = 3  # chunks that wait for each process
+CHUNKS_AHEAD = 3  # chunks that wait for each process
 
 
-class Coded(NamedTuple):
+class TokenizedChunk(NamedTuple):
     """A chunk of documents; a blank one has no tokens."""
 
     tokens: np.ndarray  # one document after another
@@ -32,37 +32,39 @@ class Coded(NamedTuple):
     signatures: np.ndarray | None  # (documents, 128)
 
 
-class Coder(NamedTuple):
+class TokenizeWorker(NamedTuple):
     """What codes a chunk."""
 
     tokenizer: Tokenizer
     dtype: np.dtype
-    near: bool
+    with_signatures: bool
 
-    def __call__(self, texts: list[str]) -> Coded:
+    def __call__(self, texts: list[str]) -> TokenizedChunk:
         texts = [text if text.strip() else "" for text in texts]
         coded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [np.array(e.ids, self.dtype) for e in coded]
-        return Coded(
+        return TokenizedChunk(
             np.concatenate([np.empty(0, self.dtype), *ids]),
             np.array([len(x) for x in ids], np.int64),
             np.array([len(text.encode()) for text in texts], np.int64),
-            dedup.minhash_signatures(texts) if self.near else None,
+            dedup.minhash_signatures(texts) if self.with_signatures else None,
         )
 
 
-def in_order(chunks: Iterable[list[str]], coder: Coder, workers: int) -> Iterator[Coded]:
+def imap_ordered(
+    chunks: Iterable[list[str]], coder: TokenizeWorker, workers: int
+) -> Iterator[TokenizedChunk]:
     """Every chunk coded, in the order of the chunks; one worker is this process."""
     if workers == 1:
         yield from map(coder, chunks)
         return
-    told = coder.tokenizer.to_str(), coder.dtype, coder.near
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), begin, told)
+    told = coder.tokenizer.to_str(), coder.dtype, coder.with_signatures
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), init_worker, told)
     waiting = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(code, chunk))
-            if len(waiting) > AHEAD * workers:
+            waiting.append(pool.submit(tokenize_chunk, chunk))
+            if len(waiting) > CHUNKS_AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -77,23 +79,25 @@ def in_order(chunks: Iterable[list[str]], coder: Coder, workers: int) -> Iterato
 
 # ── Inside a process ──
 
-MINE: list[Coder] = []
+_WORKER: list[TokenizeWorker] = []
 
 
-def begin(tokenizer: str, dtype: np.dtype, near: bool) -> None:
+def init_worker(tokenizer: str, dtype: np.dtype, near: bool) -> None:
     """What a process does first: its own tokenizer, one thread, and an eye on its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    MINE.append(Coder(encode_special_as_text(Tokenizer.from_str(tokenizer)), dtype, near))
-    threading.Thread(target=follow, daemon=True).start()
+    _WORKER.append(
+        TokenizeWorker(encode_special_as_text(Tokenizer.from_str(tokenizer)), dtype, near)
+    )
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def follow() -> None:
+def exit_with_parent() -> None:
     """End with the parent, however it ends."""
     connection.wait([parent_process().sentinel])
     os._exit(1)
 
 
-def code(texts: list[str]) -> Coded:
-    return MINE[0](texts)
+def tokenize_chunk(texts: list[str]) -> TokenizedChunk:
+    return _WORKER[0](texts)

@@ -259,9 +259,9 @@ def test_a_dead_worker_is_a_sentence(whole):
             time.sleep(0.02)
             yield ["two"]
 
-    coder = tokenize_workers.Coder(Shards(whole).tokenizer, np.dtype("<u2"), False)
+    coder = tokenize_workers.TokenizeWorker(Shards(whole).tokenizer, np.dtype("<u2"), False)
     with pytest.raises(UserError, match="a worker was killed.*goes on where it stood"):
-        list(tokenize_workers.in_order(chunks(), coder, 2))
+        list(tokenize_workers.imap_ordered(chunks(), coder, 2))
 
 
 def test_a_finished_folder_is_left_alone(home, copy, capsys):
