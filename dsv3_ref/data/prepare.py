@@ -85,7 +85,7 @@ def check_options(args: Prepare) -> None:
 
 def settings_of(args: Prepare) -> dict:
     """All that the bytes of the shards depend on, the files' ages and sizes among it."""
-    pairs = [loader.split_spec(s) for s in args.sources]
+    pairs = [loader.parse_source_spec(s) for s in args.sources]
     given = args.tokenizer and tok.load_tokenizer(args.tokenizer)
     return {
         "data": [list(pair) for pair in pairs],
@@ -109,10 +109,10 @@ def installed() -> bool:
 def digest_of_files(name: str) -> str | None:
     """Of paths, sizes and times of the files of a source; None for a name on the hub."""
     path, found = Path(name), []
-    if name in loader.BUILT_IN:
-        found = loader.BUILT_IN[name]()
+    if name in loader.BUILTIN_SOURCES:
+        found = loader.BUILTIN_SOURCES[name]()
     elif path.is_dir() and not shards.is_shards(name):
-        found = loader.folder_files(path)[1]
+        found = loader.find_data_files(path)[1]
     elif path.is_file():
         found = [name]
     stats = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in found]
@@ -177,7 +177,7 @@ def tokenizer_of(args: Prepare, index: dict, sources: list):
     if index["tokenizer"] is None:
         size = index["settings"]["vocab_size"]
         t = tok.load_tokenizer(args.tokenizer) if args.tokenizer else None
-        tok.save_tokenizer(t or loader.tokenizer_for(sources, size, tqdm.write), path)
+        tok.save_tokenizer(t or loader.load_or_train_tokenizer(sources, size, tqdm.write), path)
         size = tok.vocab_size(tok.load_tokenizer(path))
         index |= {"tokenizer": shards.sha256(path), "vocab_size": size}
         index["dtype"] = shards.dtype_for(size).str
@@ -284,7 +284,7 @@ class Writer:
         """All texts that are left; `here` learns each piece's part, and whether it is the last."""
         for i, split, taken in self.left():
             chunk, room = [], CHUNK
-            for text in self.sources[i].in_order(split, taken):
+            for text in self.sources[i].iter_split(split, taken):
                 chunk.append(text)
                 room -= len(text)
                 if room <= 0 or len(chunk) == CHUNK_DOCUMENTS:
@@ -348,7 +348,7 @@ class Writer:
         if sum(s["tokens"] for s in own):
             return
         if not any(s["near"] for s in own):
-            raise self.sources[source].nothing(split)
+            raise self.sources[source].no_text_error(split)
         what = "held-out documents" if split == "val" else "training documents"
         raise UserError(
             f"all {what} of {self.sources[source].name} are much like earlier ones: leave this "
@@ -409,7 +409,7 @@ def prepare(args: Prepare, command: str | None = None) -> None:
 
 def opened(args: Prepare) -> list:
     """The sources, which must be text."""
-    for name, _ in map(loader.split_spec, args.sources):
+    for name, _ in map(loader.parse_source_spec, args.sources):
         if shards.is_shards(name):
             raise UserError(f"{name} holds shards already: dsv3 train --data {name}")
     return loader.open_sources(args.sources, 0, args.streaming)

@@ -74,7 +74,7 @@ class Ranks(Several):
 
     def batch(self, n: int) -> torch.Tensor:
         shape = n, self.args.recipe.seq_len + 1
-        rows_bs = self.rows.take(n) if self.first else None
+        rows_bs = self.rows.next_batch(n) if self.first else None
         with doing(f"rows of step {self.step + 1}", range(self.mesh.world)):
             return self.mesh.from_first(rows_bs, shape, torch.int64)
 

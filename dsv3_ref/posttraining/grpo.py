@@ -126,7 +126,7 @@ class Questions:
     def __init__(self, weights: dict[str, float], seed: int):
         self.weights, self.seed, self.drawn = weights, seed, 0
 
-    def take(self, n: int) -> list[Problem]:
+    def next_batch(self, n: int) -> list[Problem]:
         """The next n."""
         return [self.next() for _ in range(n)]
 
@@ -268,7 +268,7 @@ class RlTrainer(Trainer):
     def batch(self, n: int) -> list[Answer]:
         """Groups of answers to the next n questions, with their advantages."""
         args, start = self.args, time.perf_counter()
-        answers = self.ask(self.share(self.rows.take(n)), args.group, args.temperature)
+        answers = self.ask(self.share(self.rows.next_batch(n)), args.group, args.temperature)
         reward_b = torch.tensor([a.reward for a in answers])
         if args.control == "random-reward":
             reward_b = (torch.rand(len(answers)) < 0.5).float()

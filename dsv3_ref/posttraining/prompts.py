@@ -148,7 +148,7 @@ class Rows:
 
     def __init__(self, name: str, say=lambda text: print(text, file=sys.stderr)):
         self.name = name
-        made, _ = loader.good_rows(name, lambda row: problem_of(name, row), say)
+        made, _ = loader.valid_rows(name, lambda row: problem_of(name, row), say)
         made = list({p.question: p for p in made}.values())  # none on both sides
         if len(made) < 4:
             raise UserError(f"{name} has {len(made)} problems: at least 4, for a quarter is held")
@@ -230,7 +230,7 @@ def find(name: str):
 
 def named(specs: tuple[str, ...]) -> dict[str, float]:
     """`sums=0.7` → {"sums": 0.7}; without a weight 1."""
-    out = dict(map(loader.split_spec, specs))
+    out = dict(map(loader.parse_source_spec, specs))
     for name in out:
         if not is_ours(name):
             there = ", ".join(TASKS)

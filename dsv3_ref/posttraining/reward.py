@@ -105,7 +105,7 @@ def read(name: str, args: Reward, encode, marks: Marks, say=print) -> list[Pair]
             raise UserError("it has no list of messages as its prompt")
         return tuple(sample(row, which, args, encode, marks) for which in ("chosen", "rejected"))
 
-    found, bad = loader.good_rows(name, pair, say)
+    found, bad = loader.valid_rows(name, pair, say)
     if not found:
         raise UserError(f"{name} has no pair to learn from ({bad} rows were left out)")
     return found
@@ -117,7 +117,7 @@ class Pairs:
     def __init__(self, pairs: list[Pair], seed: int):
         self.pairs, self.seed, self.drawn = pairs, seed, 0
 
-    def take(self, n: int) -> list[Pair]:
+    def next_batch(self, n: int) -> list[Pair]:
         """The next n pairs."""
         self.drawn += n
         return [self.at(i) for i in range(self.drawn - n, self.drawn)]
@@ -171,7 +171,7 @@ class RewardTrainer(Trainer):
         return self.step_on(lots, *settings)
 
     def batch(self, n: int) -> list[Pair]:
-        return self.share(self.rows.take(n))
+        return self.share(self.rows.next_batch(n))
 
     def trained(self, pairs: list[Pair]) -> int:
         return sum(len(tokens) for pair in pairs for tokens in pair)

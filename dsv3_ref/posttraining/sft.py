@@ -71,7 +71,7 @@ def conversation(row, encode, marks: Marks, room: int) -> list[int]:
 
 def read(name: str, encode, marks: Marks, room: int, say=print) -> list[list[int]]:
     """The conversations of a source; bad rows are reported by number and left out."""
-    found, bad = loader.good_rows(name, lambda row: conversation(row, encode, marks, room), say)
+    found, bad = loader.valid_rows(name, lambda row: conversation(row, encode, marks, room), say)
     if not found:
         raise UserError(f"{name} has no conversation to learn from ({bad} rows were left out)")
     return found
@@ -105,7 +105,7 @@ class Packed:
             self.index += 1
             yield self.rows[self.index - 1]
 
-    def take(self, n: int) -> torch.Tensor:
+    def next_batch(self, n: int) -> torch.Tensor:
         """n rows, (n, length), int64."""
         return torch.tensor(list(islice(self, n)))
 
@@ -180,6 +180,6 @@ def hold_out(samples: list) -> tuple[list, list]:
     """One conversation in 20, at least one and at most 1000, the same for every seed."""
     if len(samples) < 2:
         raise UserError("one conversation is too few: one must be held out for validation")
-    n = min(loader.VAL_MOST, max(1, len(samples) // loader.VAL_EVERY))
+    n = min(loader.VAL_MAX, max(1, len(samples) // loader.VAL_EVERY))
     held = set(np.random.default_rng(0).permutation(len(samples))[:n].tolist())
     return tuple([s for i, s in enumerate(samples) if (i in held) == is_held] for is_held in (0, 1))

@@ -16,7 +16,7 @@ import tyro
 from dsv3_ref.checkpoints.native import read_json
 from dsv3_ref.config import TINY, Config, UserError, count, named
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.loader import Rows, val_windows
+from dsv3_ref.data.loader import PackedDataLoader, val_windows
 from dsv3_ref.mla import GQA
 from dsv3_ref.model import Transformer, init_weights
 from dsv3_ref.moe import max_vio
@@ -210,11 +210,11 @@ def infilling(t: Trainer, batches: int) -> dict:
     return rounded(out)
 
 
-def coded(rows: Rows, *pieces: str) -> list[list[int]]:
-    return [e.ids for e in rows.batch(list(pieces))]
+def coded(rows: PackedDataLoader, *pieces: str) -> list[list[int]]:
+    return [e.ids for e in rows.encode_batch(list(pieces))]
 
 
-def psm(rows: Rows, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
+def psm(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
     """What the model reads before the middle when it sees both sides, and the middle."""
     ids = rows.ids
     pre, mid, suf = coded(rows, pre, mid, suf)
@@ -222,7 +222,7 @@ def psm(rows: Rows, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]
     return [*begin, ids[tok.FIM_HOLE], *suf, ids[tok.FIM_END]], mid
 
 
-def left(rows: Rows, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
+def left(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
     """The same left to right: the suffix is not seen."""
     pre, mid = coded(rows, pre, mid)
     return [rows.ids[tok.BOS], *pre], mid
@@ -272,7 +272,7 @@ def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
         with_heads(t.model, v.kv_heads)
         t.optimizer = adamw(t.model, v.recipe, torch.float32)
     for s in t.sources if args.name == "fim" else ():
-        s.held, s.kept = passages(s.held), passages(s.kept)
+        s.val_data, s.train_data = passages(s.val_data), passages(s.train_data)
         del s.val_texts  # of whole documents
     for s in t.sources:
         windows = val_windows(s.val_texts, t.tokenizer, v.recipe.seq_len)

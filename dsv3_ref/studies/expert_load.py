@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from dsv3_ref.checkpoints.native import load, tokenizer_folder
 from dsv3_ref.config import UserError
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.loader import BUILT_IN
+from dsv3_ref.data.loader import BUILTIN_SOURCES
 from dsv3_ref.eplb import layer_loads
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.training.settings import commit
@@ -68,7 +68,7 @@ def loads(model: Transformer, tokens_bs: torch.Tensor) -> torch.Tensor:
 
 def course(model: Transformer, t: Tokenizer, source: str, args: Routing) -> torch.Tensor:
     """The loads of every window of a source, (windows, l, e)."""
-    paths, c = BUILT_IN[source](), model.config
+    paths, c = BUILTIN_SOURCES[source](), model.config
     cuts = [i * len(paths) // args.windows for i in range(args.windows + 1)]
     parts = (paths[a:b] for a, b in zip(cuts, cuts[1:]))
     size = args.rows, c.max_seq_len
@@ -83,7 +83,7 @@ def record(args: Routing, command: str) -> Path:
     head = {"command": command, "commit": commit(), "layers": names, "groups": c.n_expert_groups,
             "chosen": c.n_activated_experts, "tokens": args.rows * c.max_seq_len}  # fmt: skip
     lines = {}
-    for source in BUILT_IN:
+    for source in BUILTIN_SOURCES:
         load_xle = course(model, t, source, args)
         lines[source] = ",\n".join(json.dumps(load_le.tolist()) for load_le in load_xle)
     found = ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items())

@@ -9,7 +9,7 @@ import torch
 
 from dsv3_ref import long_context
 from dsv3_ref.config import Config, UserError
-from dsv3_ref.data.loader import Rows
+from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.long_context import Needle, extended, needle, plant
 from dsv3_ref.optim import Recipe
 from dsv3_ref.training.loop import Trainer
@@ -63,14 +63,14 @@ class Extend(Train):
 class Planted:
     """Rows, a share of which hide a pass key in their text and ask for it."""
 
-    def __init__(self, rows: Rows, n: Needle, share: float, seed: int):
+    def __init__(self, rows: PackedDataLoader, n: Needle, share: float, seed: int):
         self.rows, self.needle, self.share = rows, n, share
         self.rng = np.random.default_rng([seed, 13])
 
-    def take(self, n: int) -> torch.Tensor:
+    def next_batch(self, n: int) -> torch.Tensor:
         """n rows, (n, length), int64."""
         chosen = self.rng.random(n) < self.share
-        rows = self.rows.take(n).tolist()
+        rows = self.rows.next_batch(n).tolist()
         return torch.tensor(
             [plant(row, self.needle, self.rng) if on else row for row, on in zip(rows, chosen)]
         )

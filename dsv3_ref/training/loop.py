@@ -16,11 +16,11 @@ from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.loader import (
     VAL_BATCH,
-    Rows,
-    first_texts,
+    PackedDataLoader,
+    load_or_train_tokenizer,
     open_sources,
-    shards_tokenizer,
-    tokenizer_for,
+    sample_texts,
+    stored_tokenizer,
     val_windows,
 )
 from dsv3_ref.data.tokenizer import (
@@ -78,7 +78,9 @@ class Trainer:
         self.sources = open_sources(args.data, args.seed, args.streaming)
         self.names = [s.name for s in self.sources]
         self.tokenizer = self.find_tokenizer()
-        self.rows = Rows(self.sources, self.tokenizer, r.seq_len + 1, args.seed, args.fim_rate)
+        self.rows = PackedDataLoader(
+            self.sources, self.tokenizer, r.seq_len + 1, args.seed, args.fim_rate
+        )
         self.bytes = torch.tensor(byte_lengths(self.tokenizer))
         self.val = {
             s.name: val_windows(s.val_texts, self.tokenizer, r.seq_len) for s in self.sources
@@ -102,9 +104,9 @@ class Trainer:
         """--tokenizer, that of --init, of shards, or one trained on this data; it must fit."""
         room = self.args.model.vocab_size
         given = self.args.tokenizer or (self.args.init and native.tokenizer_folder(self.args.init))
-        own = shards_tokenizer(self.sources)
+        own = stored_tokenizer(self.sources)
         t = load_tokenizer(given) if given else own
-        t = t or tokenizer_for(self.sources, room, tqdm.write)
+        t = t or load_or_train_tokenizer(self.sources, room, tqdm.write)
         if own and t.to_str() != own.to_str():
             raise UserError(f"the shards were made with another tokenizer than that of {given}")
         if vocab_size(t) > room:
@@ -168,7 +170,7 @@ class Trainer:
 
     def batch(self, n: int) -> torch.Tensor:
         """The next n rows of T + 1 tokens."""
-        return self.rows.take(n).to(self.device)
+        return self.rows.next_batch(n).to(self.device)
 
     def trained(self, tokens_bs) -> int:
         """Tokens of a batch."""
@@ -348,7 +350,7 @@ class Trainer:
             return [i for e in coded for i in e.ids]
 
         first = self.sources[0]
-        seen = Counter(encode(first_texts([first])))
+        seen = Counter(encode(sample_texts([first])))
         counts = [seen[i] for i in range(vocab_size(self.tokenizer))]
         return baselines("".join(first.val_texts), counts, encode(first.val_texts))
 

@@ -16,7 +16,7 @@ from miniruns import apart, own_caches, prose
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.loader import Rows, Source, open_source, open_sources, val_windows
+from dsv3_ref.data.loader import PackedDataLoader, Source, open_source, open_sources, val_windows
 
 TEXTS = [f"Document {i}. {prose(random.Random(i), 40)}" for i in range(120)]
 TOKENS = tok.train_tokenizer(TEXTS, 350)
@@ -36,8 +36,8 @@ def stream(texts, name="stream", weight=1.0, seed=0) -> Source:
     return Source(name, weight, source(texts).data.to_iterable_dataset(), seed)
 
 
-def rows(sources, length=33, seed=0, fim_rate=0.1, **kwargs) -> Rows:
-    return Rows(sources, TOKENS, length, seed, fim_rate, **kwargs)
+def rows(sources, length=33, seed=0, fim_rate=0.1, **kwargs) -> PackedDataLoader:
+    return PackedDataLoader(sources, TOKENS, length, seed, fim_rate, **kwargs)
 
 
 def an_epoch(s: Source) -> list[str]:
@@ -103,14 +103,14 @@ def test_a_name_on_the_hub_is_streamed(monkeypatch):
     [("sotu", ("sotu", 1.0)), ("a/b=0.5", ("a/b", 0.5)), ("x=y=2", ("x=y", 2.0))],
 )
 def test_weights(spec, pair):
-    assert loader.split_spec(spec) == pair
+    assert loader.parse_source_spec(spec) == pair
 
 
 def test_a_file_may_have_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x=1").mkdir()
-    assert loader.split_spec("x=1") == ("x=1", 1.0)
-    assert loader.split_spec("x=1=3") == ("x=1", 3.0)
+    assert loader.parse_source_spec("x=1") == ("x=1", 1.0)
+    assert loader.parse_source_spec("x=1=3") == ("x=1", 3.0)
 
 
 # ── Mistakes ──
@@ -213,7 +213,7 @@ def check_mistake(name: str, sentence: str) -> None:
 @pytest.mark.parametrize("weight", ["=x", "=0", "=-1", "=nan", "=inf", "="])
 def test_a_weight_that_is_none(weight):
     with pytest.raises(UserError, match=f"the weight in 'sotu{weight}'"):
-        loader.split_spec(f"sotu{weight}")
+        loader.parse_source_spec(f"sotu{weight}")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
@@ -276,23 +276,23 @@ def test_validation_windows_predict_every_token_once():
 
 def test_a_tokenizer_is_trained_once(monkeypatch):
     said = []
-    first = loader.tokenizer_for([source(TEXTS)], 320, said.append)
+    first = loader.load_or_train_tokenizer([source(TEXTS)], 320, said.append)
     monkeypatch.setattr(tok, "train_tokenizer", None)
-    again = loader.tokenizer_for([source(TEXTS, seed=5)], 320, said.append)
+    again = loader.load_or_train_tokenizer([source(TEXTS, seed=5)], 320, said.append)
     assert again.to_str() == first.to_str()
     assert again.decode(again.encode(tok.EOS).ids) == tok.EOS
     assert said == ["training a tokenizer of 320 tokens on 0.0 MB of text"]
     for other in ([source(TEXTS)], 330), ([source(TEXTS[1:])], 320):
         with pytest.raises(TypeError):  # it would be trained
-            loader.tokenizer_for(*other, said.append)
+            loader.load_or_train_tokenizer(*other, said.append)
 
 
 def test_a_tokenizer_learns_from_training_text_alone_by_weight():
     a, b = source(TEXTS, weight=3.0), source([t.upper() for t in TEXTS])
-    found = loader.first_texts([a, b], budget=8000)
+    found = loader.sample_texts([a, b], budget=8000)
     lower, upper = (sum(len(t) for t in found if t.isupper() == x) for x in (False, True))
     assert (lower, upper) == (6000, 2000)
-    everything = loader.first_texts([a])
+    everything = loader.sample_texts([a])
     assert sorted(everything) == sorted(an_epoch(a))
 
 
@@ -354,7 +354,7 @@ def line(taken) -> list[int]:
     return [i for row in taken for i in row.tolist()]
 
 
-def in_order(monkeypatch, r: Rows, n: int):
+def in_order(monkeypatch, r: PackedDataLoader, n: int):
     """The first n rows as packed, unshuffled."""
     monkeypatch.setattr(loader, "SHUFFLE_ROWS", 1)
     return [next(r) for _ in range(n)]
@@ -365,7 +365,7 @@ def test_packed_rows_lose_no_token(monkeypatch):
     monkeypatch.setattr(loader, "SHUFFLE_ROWS", 1)
     r, reference = rows([source(TEXTS)]), rows([source(TEXTS)])
     while r.sources[0].epoch == 0:
-        r.more()
+        r.refill()
     packed = [*line(r.buffer), *r.rest]
     s, want = reference.sources[0], []
     for text in islice(s.train_documents(), 115):
@@ -373,7 +373,7 @@ def test_packed_rows_lose_no_token(monkeypatch):
     assert packed == want
     assert packed.count(ID[tok.EOS]) == 115
     assert {len(row) for row in r.buffer} == {33}
-    assert r.sources[0].drawn == len(want)
+    assert r.sources[0].tokens_drawn == len(want)
 
 
 def test_rows_are_shuffled_and_none_is_lost(monkeypatch):
@@ -381,7 +381,7 @@ def test_rows_are_shuffled_and_none_is_lost(monkeypatch):
     r, packed = rows([source(TEXTS)]), rows([source(TEXTS)])
     taken = [tuple(next(r).tolist()) for _ in range(200)]
     while len(packed.buffer) < 300:
-        packed.more()
+        packed.refill()
     order = [tuple(row.tolist()) for row in packed.buffer]
     seen, held = Counter(taken), Counter(tuple(row.tolist()) for row in r.buffer)
     assert seen + held == Counter(order[: sum((seen + held).values())])
@@ -393,17 +393,17 @@ def test_sources_are_mixed_by_weight_in_tokens():
     long = source([t * 5 for t in TEXTS], "long", 0.2)
     r = rows([source(TEXTS, "a", 0.7), long, stream(TEXTS, "b", 0.1)])
     for _ in range(3000):
-        r.more()
-    total = sum(s.drawn for s in r.sources)
-    assert [s.drawn / total for s in r.sources] == pytest.approx([0.7, 0.2, 0.1], abs=0.005)
+        r.refill()
+    total = sum(s.tokens_drawn for s in r.sources)
+    assert [s.tokens_drawn / total for s in r.sources] == pytest.approx([0.7, 0.2, 0.1], abs=0.005)
 
 
 def test_take():
-    batch = rows([source(TEXTS)]).take(4)
+    batch = rows([source(TEXTS)]).next_batch(4)
     assert batch.shape == (4, 33)
     assert batch.dtype == torch.int64
     assert np.array_equal(batch[0].numpy(), next(rows([source(TEXTS)])))
-    assert not torch.equal(batch, rows([source(TEXTS, seed=1)], seed=1).take(4))
+    assert not torch.equal(batch, rows([source(TEXTS, seed=1)], seed=1).next_batch(4))
 
 
 # ── Stop and go on ──

@@ -25,7 +25,7 @@ from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data import dedup, loader, prepare, shards, tokenize_workers
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.loader import Rows, open_sources
+from dsv3_ref.data.loader import PackedDataLoader, open_sources
 from dsv3_ref.data.prepare import Prepare
 from dsv3_ref.data.shards import Shards
 
@@ -108,7 +108,7 @@ def copy(whole, tmp_path):
 def test_shards_hold_the_documents_in_their_places(all_kept, home, split):
     found, texts = Shards(all_kept), open_sources(specs(home), 0, False)
     for i, source in enumerate(texts):
-        want = list(source.in_order(split, 0))
+        want = list(source.iter_split(split, 0))
         documents = found.documents(i, split)
         assert len(documents) == len(want)
         for tokens, text in zip(documents, want):
@@ -122,7 +122,7 @@ def test_the_index_counts(all_kept, home):
         (source,) = open_sources(specs(home)[i : i + 1], 0, False)
         assert [about["name"], about["weight"]] == [source.name, source.weight]
         for split in prepare.SPLITS:
-            texts = list(source.in_order(split, 0))
+            texts = list(source.iter_split(split, 0))
             full = [text for text in texts if text.strip()]
             assert about[split]["documents"] == len(full)
             assert about[split]["blank"] == len(texts) - len(full)
@@ -430,10 +430,12 @@ def test_without_the_library_a_sentence_says_what_to_install(home, tmp_path, mon
 # ── Rows ──
 
 
-def rows(names, seed=3, fim_rate=0.3) -> Rows:
+def rows(names, seed=3, fim_rate=0.3) -> PackedDataLoader:
     sources = open_sources(names, seed, False)
-    t = loader.shards_tokenizer(sources) or loader.tokenizer_for(sources, 400, lambda _: None)
-    return Rows(sources, t, 33, seed, fim_rate)
+    t = loader.stored_tokenizer(sources) or loader.load_or_train_tokenizer(
+        sources, 400, lambda _: None
+    )
+    return PackedDataLoader(sources, t, 33, seed, fim_rate)
 
 
 @pytest.fixture
@@ -444,14 +446,14 @@ def small_buffer(monkeypatch):
 def test_rows_from_shards_are_those_from_text(home, all_kept, small_buffer):
     """FIM, line breaks, mixture and order, bit for bit, over several epochs."""
     text, coded = rows(specs(home)), rows([str(all_kept)])
-    assert torch.equal(text.take(1500), coded.take(1500))
+    assert torch.equal(text.next_batch(1500), coded.next_batch(1500))
     assert text.state()[0] == coded.state()[0]
     assert min(s.epoch for s in coded.sources) > 1
 
 
 def test_rows_go_on_where_they_stopped_and_read_nothing_again(whole, small_buffer, monkeypatch):
     one = rows([str(whole)])
-    one.take(700)
+    one.next_batch(700)
     small, tensors = json.loads(json.dumps(one.state()[0])), one.state()[1]
     asked, real = [], shards.Documents.__getitem__
     monkeypatch.setattr(
@@ -460,16 +462,16 @@ def test_rows_go_on_where_they_stopped_and_read_nothing_again(whole, small_buffe
     other = rows([str(whole)])
     other.restore(small, tensors)
     assert asked == []
-    assert torch.equal(other.take(5), one.take(5))
+    assert torch.equal(other.next_batch(5), one.next_batch(5))
     assert len(asked) < 30
-    assert torch.equal(other.take(300), one.take(300))
+    assert torch.equal(other.next_batch(300), one.next_batch(300))
 
 
 def test_the_mixture_holds_and_an_epoch_is_every_document_once(whole):
     r = rows([str(whole)])
     for _ in range(4000):
-        r.more()
-    drawn = [s.drawn for s in r.sources]
+        r.refill()
+    drawn = [s.tokens_drawn for s in r.sources]
     assert drawn[0] / sum(drawn) == pytest.approx(0.7, abs=0.005)
     for s, fresh in zip(r.sources, open_sources([str(whole)], 3, False)):
         n = fresh.data.sources[fresh.part]["train"]["documents"]
@@ -487,11 +489,11 @@ def test_weights_of_a_folder_among_others(home, whole):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 257, 1000])
 def test_too_many_documents_for_a_permutation_are_permuted_all_the_same(n, monkeypatch):
-    monkeypatch.setattr(loader, "PERMUTED", 0)
-    a, b = (list(loader.shuffled(n, [0, epoch], 0)) for epoch in (0, 1))
+    monkeypatch.setattr(loader, "MAX_PERMUTATION", 0)
+    a, b = (list(loader.permuted_indices(n, [0, epoch], 0)) for epoch in (0, 1))
     assert sorted(a) == sorted(b) == list(range(n))
     assert n < 5 or a != b and a != sorted(a)
-    assert list(loader.shuffled(n, [0, 0], n // 2)) == a[n // 2 :]
+    assert list(loader.permuted_indices(n, [0, 0], n // 2)) == a[n // 2 :]
     assert n < 1000 or abs(np.corrcoef(a, range(n))[0, 1]) < 0.15
 
 
@@ -553,7 +555,7 @@ def rank(home, argvs: list[list[str]], out: Path, number: int) -> None:
 def test_two_ranks_read_what_one_reads(home, text_shards, tmp_path):
     """From shards and from text, whatever the mesh."""
     alone = rows([str(text_shards)], seed=0, fim_rate=0.1)
-    want = [alone.take(n).tolist() for n in (4, 2, 4)]
+    want = [alone.next_batch(n).tolist() for n in (4, 2, 4)]
     more = [["--data", text_shards], ["--data", text_shards, "--pp", "2"], ["--ep", "2"]]
     argvs = [options(home, tmp_path, *x)[1:] for x in more]
     ranks = [miniruns.FORK.Process(target=rank, args=(home, argvs, tmp_path, n)) for n in (0, 1)]

@@ -139,7 +139,7 @@ def test_parquet_too(tmp_path):
 
 def test_every_pair_once_an_epoch_each_in_another_order():
     pairs = Pairs([([i], [-i]) for i in range(40)], seed=3)
-    epochs = [pairs.take(40) for _ in range(3)]
+    epochs = [pairs.next_batch(40) for _ in range(3)]
     for epoch in epochs:
         assert Counter(x[0] for x, _ in epoch) == Counter(range(40))
     assert epochs[0] != epochs[1] != epochs[2]
@@ -148,9 +148,9 @@ def test_every_pair_once_an_epoch_each_in_another_order():
 def test_pairs_go_on_where_they_stood():
     pairs = [([i], [-i]) for i in range(40)]
     one, other = Pairs(pairs, 0), Pairs(pairs, 0)
-    one.take(53)
+    one.next_batch(53)
     other.restore(*json.loads(json.dumps(one.state())))
-    assert one.take(50) == other.take(50)
+    assert one.next_batch(50) == other.next_batch(50)
 
 
 # ── Runs ──
@@ -248,7 +248,7 @@ def test_an_update_is_the_same_however_a_batch_is_cut(home, tmp_path, kind, lot)
             name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
         })  # fmt: skip
         t.optimizer.register_step_pre_hook(see)
-        t.compute(t.rows.take(4), t.args.recipe, 0.0, 0.0, 0.0, float("inf"))
+        t.compute(t.rows.next_batch(4), t.args.recipe, 0.0, 0.0, 0.0, float("inf"))
     whole, cut = grads
     assert whole.keys() == cut.keys()
     for name, g in whole.items():

@@ -284,7 +284,7 @@ def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
 
 def test_the_form_is_a_rule_too(home, tmp_path):
     t = trainer(home, tmp_path / "x", "--form")
-    say = lambda text: Answer(t.rows.take(1)[0], [1], [2, t.marks.eos], [0.0, 0.0], text, 0.0)
+    say = lambda text: Answer(t.rows.next_batch(1)[0], [1], [2, t.marks.eos], [0.0, 0.0], text, 0.0)
     found = [say("a"), say("<think>a</think>\\boxed{1}")]
     t.score.say, t.form = print, True
     before = [t.score.rule(a) for a in found]
@@ -303,11 +303,11 @@ def test_held_out_problems_leave_random_numbers_alone(home, tmp_path):
 
 def test_questions_go_on_where_they_stood():
     draw = Questions({"sums": 2.0, "spelling": 1.0}, 0)
-    first = draw.take(30)
+    first = draw.next_batch(30)
     assert {p.domain for p in first} == {"sums", "spelling"}
     other = Questions({"sums": 2.0, "spelling": 1.0}, 0)
     other.restore({"drawn": 20}, {})
-    assert other.take(10) == first[20:]
+    assert other.next_batch(10) == first[20:]
 
 
 REFUSED = [

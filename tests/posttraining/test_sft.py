@@ -178,7 +178,7 @@ def stream(seed=0) -> Packed:
 
 def test_every_sample_once_an_epoch_each_in_another_order():
     p = stream()
-    epochs = [p.take(len(p.rows)) for _ in range(3)]
+    epochs = [p.next_batch(len(p.rows)) for _ in range(3)]
     for rows in epochs:
         assert rows.flatten().sort()[0].tolist() == epochs[0].flatten().sort()[0].tolist()
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
@@ -186,9 +186,9 @@ def test_every_sample_once_an_epoch_each_in_another_order():
 
 def test_rows_go_on_where_they_stood():
     p, q = stream(), stream()
-    p.take(len(p.rows) + 3)
+    p.next_batch(len(p.rows) + 3)
     q.restore(*json.loads(json.dumps(p.state())))
-    assert torch.equal(p.take(40), q.take(40))
+    assert torch.equal(p.next_batch(40), q.next_batch(40))
 
 
 # ── Runs ──

@@ -252,7 +252,7 @@ def test_a_seed_gives_all_variants_the_same_rows(home, tmp_path):
     args = ablate.parse(argv)
     base = ablate.named(args.config)
     both = [
-        ablate.trainer_of(args, v, 0).rows.take(3)
+        ablate.trainer_of(args, v, 0).rows.next_batch(3)
         for v in list(ablate.balance_variants(base, ablate.recipe(base, 3)).values())[:2]
     ]
     assert torch.equal(*both)

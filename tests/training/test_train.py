@@ -308,7 +308,7 @@ def batches(home, tmp_path, *steps: int) -> list[torch.Tensor]:
     """What an undisturbed run reads in these steps."""
     t = trainer(home, tmp_path)
     size = lambda step: t.plan[min(step, STEPS) - 1]
-    read = {step: t.rows.take(size(step)) for step in range(1, max(steps) + 1)}
+    read = {step: t.rows.next_batch(size(step)) for step in range(1, max(steps) + 1)}
     return [read[step] for step in steps]
 
 
