@@ -13,58 +13,58 @@ from dsv3_ref.ops import IMPLS, impl, later, op, product_dtype
 
 # ── Tiles of 1 × 128 ──
 
-E4M3, TOP, TILE = torch.float8_e4m3fn, 448.0, 128
-LEAST = (
+E4M3, E4M3_MAX, BLOCK_SIZE = torch.float8_e4m3fn, 448.0, 128
+MIN_AMAX = (
     1e-30  # smallest amax that is believed; gradients may be as small as 1e-10 (§3.3.2 is silent)
 )
 
 
-def scale_of(amax, pow2: bool):
+def amax_to_scale(amax, use_ue8m0: bool):
     """s = amax / 448, rounded up to a power of two if so wanted (by the bits of the exponent)."""
-    s = amax.clamp(min=LEAST) / TOP
-    return ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32) if pow2 else s
+    s = amax.clamp(min=MIN_AMAX) / E4M3_MAX
+    return ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32) if use_ue8m0 else s
 
 
-def encode(x, s):
+def quantize(x, s):
     """Codes of x in units of s: q = E4M3(x / s), nearest, at most ±448."""
-    return (x / s).clamp_(-TOP, TOP).to(E4M3)
+    return (x / s).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 @op
-def act_quant(x, pow2: bool = False):
+def act_quant(x, use_ue8m0: bool = False):
     """Tiles of 1 × 128 on the last axis: codes like x, and one scale a tile, fp32 (§3.3.2)."""
-    x_zt = F.pad(x.float(), (0, -x.shape[-1] % TILE)).unflatten(-1, (-1, TILE))
-    s = scale_of(x_zt.abs().amax(-1), pow2)
-    return encode(x_zt, s[..., None]).flatten(-2)[..., : x.shape[-1]].contiguous(), s
+    x_zt = F.pad(x.float(), (0, -x.shape[-1] % BLOCK_SIZE)).unflatten(-1, (-1, BLOCK_SIZE))
+    s = amax_to_scale(x_zt.abs().amax(-1), use_ue8m0)
+    return quantize(x_zt, s[..., None]).flatten(-2)[..., : x.shape[-1]].contiguous(), s
 
 
 def act_dequant(q, s):
     """fp32 values of codes in tiles: x_k = q_k · s[⌊k/128⌋]."""
-    return q.float() * s.repeat_interleave(TILE, -1)[..., : q.shape[-1]]
+    return q.float() * s.repeat_interleave(BLOCK_SIZE, -1)[..., : q.shape[-1]]
 
 
 # ── Blocks of 128 × 128 ──
 
 
 @op
-def weight_quant(w, pow2: bool = False):
+def weight_quant(w, use_ue8m0: bool = False):
     """Blocks of 128 × 128 of (…, o, i): codes, and fp32 scales (…, ⌈o/128⌉, ⌈i/128⌉), §3.3.2."""
     o, i = w.shape[-2:]
-    padded = F.pad(w.float(), (0, -i % TILE, 0, -o % TILE))
-    blocks = rearrange(padded, "... (y a) (z b) -> ... y z a b", a=TILE, b=TILE)
-    s = scale_of(blocks.abs().amax((-2, -1)), pow2)
-    q = rearrange(encode(blocks, s[..., None, None]), "... y z a b -> ... (y a) (z b)")
+    padded = F.pad(w.float(), (0, -i % BLOCK_SIZE, 0, -o % BLOCK_SIZE))
+    blocks = rearrange(padded, "... (y a) (z b) -> ... y z a b", a=BLOCK_SIZE, b=BLOCK_SIZE)
+    s = amax_to_scale(blocks.abs().amax((-2, -1)), use_ue8m0)
+    q = rearrange(quantize(blocks, s[..., None, None]), "... y z a b -> ... (y a) (z b)")
     return q[..., :o, :i].contiguous(), s
 
 
 def weight_dequant(q, s):
     """fp32 weight from codes and one scale a block: w_oi = q_oi · s[⌊o/128⌋, ⌊i/128⌋] (§3.3.2)."""
     o, i = q.shape[-2:]
-    want = (*q.shape[:-2], -(-o // TILE), -(-i // TILE))
+    want = (*q.shape[:-2], -(-o // BLOCK_SIZE), -(-i // BLOCK_SIZE))
     if tuple(s.shape) != want:
         raise ValueError(f"a weight of {o}×{i} needs scales {want}, not {tuple(s.shape)}")
-    rows = s.float().repeat_interleave(TILE, -2)[..., :o, :]
-    return q.float() * rows.repeat_interleave(TILE, -1)[..., :i]
+    rows = s.float().repeat_interleave(BLOCK_SIZE, -2)[..., :o, :]
+    return q.float() * rows.repeat_interleave(BLOCK_SIZE, -1)[..., :i]
 
 
 # ── The product, and where its sum lives ──
@@ -76,11 +76,11 @@ def fp8_gemm(a, a_s, b, b_s, dtype=torch.float32):
 
     b_s: (⌈n/128⌉, ⌈k/128⌉), the blocks of a weight, or (n, ⌈k/128⌉), tiles like A's (Wgrad).
     """
-    b_s = b_s if len(b_s) == len(b) else b_s.repeat_interleave(TILE, 0)[: len(b)]
+    b_s = b_s if len(b_s) == len(b) else b_s.repeat_interleave(BLOCK_SIZE, 0)[: len(b)]
     c_mn = torch.zeros(len(a), len(b), device=a.device)
     with torch.autocast(a.device.type, enabled=False):  # it would multiply in bf16
         for z in range(a_s.shape[1]):
-            of_z = slice(z * TILE, (z + 1) * TILE)
+            of_z = slice(z * BLOCK_SIZE, (z + 1) * BLOCK_SIZE)
             c_mn += (a[:, of_z].float() @ b[:, of_z].float().T) * a_s[:, z, None] * b_s[:, z]
     return c_mn.to(dtype)
 
@@ -89,26 +89,29 @@ def fp8_gemm(a, a_s, b, b_s, dtype=torch.float32):
 
 
 @op
-def col_quant(x_mk, count_e=None, pow2: bool = False):
+def act_quant_transposed(x_mk, count_e=None, use_ue8m0: bool = False):
     """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad.
 
     The rows of every expert are padded with zeros to whole tiles: Z = ⌊m/128⌋ + experts bounds
     their number, whatever the counts; a tile that nobody uses has scale 1.
     """
     counts = [len(x_mk)] if count_e is None else count_e.tolist()
-    x_xk, end = x_mk.new_zeros((len(x_mk) // TILE + len(counts)) * TILE, x_mk.shape[1]), 0
+    x_xk, end = (
+        x_mk.new_zeros((len(x_mk) // BLOCK_SIZE + len(counts)) * BLOCK_SIZE, x_mk.shape[1]),
+        0,
+    )
     for rows in x_mk.split(counts):
         x_xk[end : end + len(rows)] = rows
-        end += -(-len(rows) // TILE) * TILE
-    q, s = act_quant(x_xk.T.contiguous(), pow2)
-    s[:, end // TILE :] = 1
+        end += -(-len(rows) // BLOCK_SIZE) * BLOCK_SIZE
+    q, s = act_quant(x_xk.T.contiguous(), use_ue8m0)
+    s[:, end // BLOCK_SIZE :] = 1
     return q, s
 
 
 @op
-def retile(q, s, count_e=None, pow2: bool = False):
-    """From tiles of 1 × 128 to tiles of 128 × 1 of the same values, as `col_quant` lays them."""
-    return col_quant(act_dequant(q, s), count_e, pow2)
+def requant_transposed(q, s, count_e=None, use_ue8m0: bool = False):
+    """Requantize tiles of 1 × 128 as tiles of 128 × 1, laid out as by `act_quant_transposed`."""
+    return act_quant_transposed(act_dequant(q, s), count_e, use_ue8m0)
 
 
 @op
@@ -122,29 +125,29 @@ def fp8_grouped_gemm(a, a_s, b, b_s, count_e, dtype=torch.float32):
 @op
 def fp8_grouped_wgrad(g, g_s, x, x_s, count_e):
     """∂L/∂W of every expert, gᵀ x over its rows: (n, 128·Z), (k, 128·Z) → (e, n, k), fp32."""
-    tiles = [-(-c // TILE) for c in count_e.tolist()]
+    tiles = [-(-c // BLOCK_SIZE) for c in count_e.tolist()]
     tiles[-1] = g_s.shape[1] - sum(tiles[:-1])  # those that nobody uses hold zeros
-    codes = (t.split([TILE * n for n in tiles], 1) for t in (g, x))
+    codes = (t.split([BLOCK_SIZE * n for n in tiles], 1) for t in (g, x))
     scales = (t.split(tiles, 1) for t in (g_s, x_s))
     return torch.stack([fp8_gemm(a, a_s, b, b_s) for a, b, a_s, b_s in zip(*codes, *scales)])
 
 
 # ── Twelve bits after attention ──
 
-TOP6 = 65_024.0  # (2 − 2⁻⁶)·2¹⁵
+E5M6_MAX = 65_024.0  # (2 − 2⁻⁶)·2¹⁵
 
 
 def round_e5m6(x):
     """Nearest number with 5 exponent and 6 mantissa bits, ties to even; fp32 in and out."""
     step = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent.clamp(min=-13) - 7)
-    return ((x / step).round() * step).clamp(-TOP6, TOP6)
+    return ((x / step).round() * step).clamp(-E5M6_MAX, E5M6_MAX)
 
 
 def e5m6_quant(x):
     """Tiles of 1 × 128 in 12 bits with power-of-two scales: bytes (…, z, 192), scales (…, z)."""
-    x_zt = F.pad(x.float(), (0, -x.shape[-1] % TILE)).unflatten(-1, (-1, TILE))
+    x_zt = F.pad(x.float(), (0, -x.shape[-1] % BLOCK_SIZE)).unflatten(-1, (-1, BLOCK_SIZE))
     amax = x_zt.abs().amax(-1)
-    s = scale_of(amax * (TOP / TOP6), True)
+    s = amax_to_scale(amax * (E4M3_MAX / E5M6_MAX), True)
     bits = round_e5m6(x_zt / s[..., None]).half().view(torch.int16).int() >> 4 & 0xFFF
     a, b = bits.unflatten(-1, (-1, 2)).unbind(-1)  # two codes fill three bytes
     return torch.stack((a >> 4, (a & 15) << 4 | b >> 8, b & 255), -1).byte().flatten(-2), s
@@ -162,16 +165,16 @@ def e5m6_dequant(packed, s, k: int):
 
 
 @op
-def rms_norm_quant(x, weight, eps: float, dtype=None, pow2: bool = False):
+def rms_norm_quant(x, weight, eps: float, dtype=None, use_ue8m0: bool = False):
     """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
     y = IMPLS["rms_norm"]["torch"](x, weight, eps, dtype)
-    return y, *act_quant(y.detach(), pow2)
+    return y, *act_quant(y.detach(), use_ue8m0)
 
 
 @op
-def swiglu_quant(gate, up, pow2: bool = False):
+def swiglu_quant(gate, up, use_ue8m0: bool = False):
     """The tiles of swiglu(gate, up), without the thing itself."""
-    return act_quant(IMPLS["swiglu"]["torch"](gate, up), pow2)
+    return act_quant(IMPLS["swiglu"]["torch"](gate, up), use_ue8m0)
 
 
 @op
@@ -181,37 +184,41 @@ def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, count_e=None):
         gate = act_dequant(gate_q, gate_s).to(g.dtype).requires_grad_()
         up = act_dequant(up_q, up_s).to(g.dtype).requires_grad_()
         y = IMPLS["swiglu"]["torch"](gate, up)
-    return *torch.autograd.grad(y, (gate, up), g), *col_quant(y.detach(), count_e)
+    return *torch.autograd.grad(y, (gate, up), g), *act_quant_transposed(y.detach(), count_e)
 
 
 # ── Three products of a linear layer ──
 
-CODES = WeakTensorKeyDictionary()  # tensor → (version, codes, scales), for as long as it lives
+QUANT_CACHE = (
+    WeakTensorKeyDictionary()
+)  # tensor → (version, codes, scales), for as long as it lives
 
 
-def codes(x):
+def quantize_cached(x):
     """act_quant(x), remembered while x lives and stays as it is: w₁ and w₃ read one x."""
-    version, *found = CODES.get(x, (-1,))
+    version, *found = QUANT_CACHE.get(x, (-1,))
     if version != x._version:
         found = act_quant(x.detach().contiguous())
-        CODES[x] = x._version, *found
+        QUANT_CACHE[x] = x._version, *found
     return found
 
 
-WEIGHTS = WeakTensorKeyDictionary()  # weight → (version, its codes, its scales), both held weakly
+WEIGHT_CACHE = (
+    WeakTensorKeyDictionary()
+)  # weight → (version, its codes, its scales), both held weakly
 
 
-def weight_codes(weight):
+def quantize_weight_cached(weight):
     """weight_quant(weight), once for all forward passes that still wait for their backward."""
-    version, *held = WEIGHTS.get(weight, (-1,))
+    version, *held = WEIGHT_CACHE.get(weight, (-1,))
     found = [t for held_weakly in held if (t := held_weakly()) is not None]
     if version != weight._version or len(found) < 2:
         found = weight_quant(weight)
-        WEIGHTS[weight] = weight._version, *map(TensorWeakRef, found)
+        WEIGHT_CACHE[weight] = weight._version, *map(TensorWeakRef, found)
     return found
 
 
-def multiply(a, b, count_e, dtype):
+def gemm(a, b, count_e, dtype):
     """Fprop, Dgrad: rows a times weight b, both (codes, scales); with counts, by expert."""
     if count_e is None:
         return fp8_gemm(*a, *b, dtype)
@@ -220,12 +227,12 @@ def multiply(a, b, count_e, dtype):
 
 def dgrad(g_mo, w, count_e, dtype):
     """∂L/∂x = g W: W's codes transposed are W's transpose in codes, blocks and all."""
-    return multiply(act_quant(g_mo), [t.mT.contiguous() for t in w], count_e, dtype)
+    return gemm(act_quant(g_mo), [t.mT.contiguous() for t in w], count_e, dtype)
 
 
 def wgrad(g_mo, x, count_e):
     """∂L/∂W = gᵀ x, both in tiles along the tokens; fp32."""
-    g = col_quant(g_mo, count_e)
+    g = act_quant_transposed(g_mo, count_e)
     return fp8_gemm(*g, *x) if count_e is None else fp8_grouped_wgrad(*g, *x, count_e)
 
 
@@ -234,11 +241,11 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, q, s, count_e, keep):
-        w = weight_codes(weight)
+        w = quantize_weight_cached(weight)
         ctx.keep, ctx.count_e, ctx.k, ctx.dtype = keep, count_e, x.shape[-1], x.dtype
         ctx.weight = weight  # to be handed its gradient
         ctx.save_for_backward(*(e5m6_quant(x) if keep == "e5m6" else (q, s)), *w)
-        y = multiply((q.flatten(0, -2), s.flatten(0, -2)), w, count_e, product_dtype(x))
+        y = gemm((q.flatten(0, -2), s.flatten(0, -2)), w, count_e, product_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -248,24 +255,24 @@ class FP8Linear(torch.autograd.Function):
         g_mo, count_e = g.flatten(0, -2).contiguous(), ctx.count_e
         if ctx.keep == "e5m6":
             x_mk = e5m6_dequant(kept, s, ctx.k).flatten(0, -2)
-            x = col_quant(x_mk.to(ctx.dtype), count_e, True)
+            x = act_quant_transposed(x_mk.to(ctx.dtype), count_e, True)
         else:
-            x = retile(kept.flatten(0, -2), s.flatten(0, -2), count_e)
+            x = requant_transposed(kept.flatten(0, -2), s.flatten(0, -2), count_e)
         dx = dgrad(g_mo, w, count_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
         dw = later(ctx.weight, lambda: wgrad(g_mo, x, count_e))
         return dx, dw, None, None, None, None
 
 
-class FP8Down(torch.autograd.Function):
+class FP8SwiGLULinear(torch.autograd.Function):
     """swiglu(gate, up) Wᵀ; codes of gate and up are kept, the output is made again (§3.3.3)."""
 
     @staticmethod
     def forward(ctx, gate, up, weight, count_e):
-        ctx.count_e, ctx.weight, w = count_e, weight, weight_codes(weight)
+        ctx.count_e, ctx.weight, w = count_e, weight, quantize_weight_cached(weight)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
         h = [t.flatten(0, -2) for t in swiglu_quant(gate, up)]
-        return multiply(h, w, count_e, product_dtype(gate)).view(*gate.shape[:-1], -1)
+        return gemm(h, w, count_e, product_dtype(gate)).view(*gate.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -282,7 +289,7 @@ class FP8Down(torch.autograd.Function):
 @impl("rms_norm", "fp8")
 def _(x, weight, eps, dtype=None):
     y, q, s = rms_norm_quant(x, weight, eps, dtype)
-    CODES[y] = y._version, q, s  # for the matrices that read y
+    QUANT_CACHE[y] = y._version, q, s  # for the matrices that read y
     return y
 
 
@@ -290,19 +297,19 @@ def _(x, weight, eps, dtype=None):
 def _(x, weight_oi, keep="e4m3"):
     if keep == "e5m6":  # its codes shift by powers of two, so that re-tiling stays exact
         return FP8Linear.apply(x, weight_oi, *act_quant(x.detach().contiguous(), True), None, keep)
-    return FP8Linear.apply(x, weight_oi, *codes(x), None, keep)
+    return FP8Linear.apply(x, weight_oi, *quantize_cached(x), None, keep)
 
 
 @impl("grouped_linear", "fp8")
 def _(x_mi, weight_eoi, count_e):
-    return FP8Linear.apply(x_mi, weight_eoi, *codes(x_mi), count_e, "e4m3")
+    return FP8Linear.apply(x_mi, weight_eoi, *quantize_cached(x_mi), count_e, "e4m3")
 
 
 @impl("swiglu_linear", "fp8")
 def _(gate, up, weight_oi):
-    return FP8Down.apply(gate, up, weight_oi, None)
+    return FP8SwiGLULinear.apply(gate, up, weight_oi, None)
 
 
 @impl("grouped_swiglu_linear", "fp8")
 def _(gate_mf, up_mf, weight_eoi, count_e):
-    return FP8Down.apply(gate_mf, up_mf, weight_eoi, count_e)
+    return FP8SwiGLULinear.apply(gate_mf, up_mf, weight_eoi, count_e)

@@ -185,7 +185,7 @@ def tiles(n: int) -> int:
 
 
 def padded(m: int, e: int = 1) -> int:
-    """Tiles of 128 rows that `col_quant` makes of m rows."""
+    """Tiles of 128 rows that `act_quant_transposed` makes of m rows."""
     return m // 128 + e
 
 
@@ -203,9 +203,9 @@ def counts(e: int, m: int, skewed: bool = False):
 def row_wise(x, w):
     """torch._scaled_mm with a scale a row of x and a scale a row of w."""
     (x_q, x_s), (w_q, w_s) = (
-        (fp8.encode(t.float(), s), s)
+        (fp8.quantize(t.float(), s), s)
         for t in (x, w)
-        for s in [t.float().abs().amax(1, keepdim=True) / fp8.TOP]
+        for s in [t.float().abs().amax(1, keepdim=True) / fp8.E4M3_MAX]
     )
     return lambda: torch._scaled_mm(x_q, w_q.T, scale_a=x_s, scale_b=w_s.T, out_dtype=BF16)
 
@@ -226,7 +226,7 @@ def dense(m: int, n: int, k: int, goals=()) -> Case:
 def dense_wgrad(m: int, n: int, k: int) -> Case:
     def make():
         g, x = randn(m, n), randn(m, k)
-        codes = *fp8.col_quant(g), *fp8.col_quant(x)
+        codes = *fp8.act_quant_transposed(g), *fp8.act_quant_transposed(x)
         return lambda: fp8.fp8_gemm(*codes), {"cuBLAS bf16": lambda: g.T @ x}
 
     moved = tiles(m) * 132 * (n + k) + 4 * n * k
@@ -277,7 +277,11 @@ def grouped_bf16_backward(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
 def grouped_wgrad(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     def make():
         g, x, count_e = randn(m, n), randn(m, k), counts(e, m, skewed)
-        codes = *fp8.col_quant(g, count_e), *fp8.col_quant(x, count_e), count_e
+        codes = (
+            *fp8.act_quant_transposed(g, count_e),
+            *fp8.act_quant_transposed(x, count_e),
+            count_e,
+        )
         end_e = count_e.cumsum(0).to(torch.int32)
         yardsticks = {"bf16 torch": lambda: F.grouped_mm(g.T, x, offs=end_e)}
         return lambda: fp8.fp8_grouped_wgrad(*codes), yardsticks
@@ -309,22 +313,22 @@ def weight_quant(o: int, i: int, dtype) -> Case:
     return Case("weight_quant", sizes, make, moved, goals=COPY)
 
 
-def col_quant(e: int, m: int, k: int) -> Case:
+def act_quant_transposed(e: int, m: int, k: int) -> Case:
     def make():
         x, count_e = randn(m, k), counts(e, m, e > 1) if e > 1 else None
-        return beside_torch(lambda: fp8.col_quant(x, count_e))
+        return beside_torch(lambda: fp8.act_quant_transposed(x, count_e))
 
     moved = 2 * m * k + padded(m, e) * 132 * k
-    return Case("col_quant", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
+    return Case("act_quant_transposed", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
 
 
-def retile(e: int, m: int, k: int) -> Case:
+def requant_transposed(e: int, m: int, k: int) -> Case:
     def make():
         codes, count_e = fp8.act_quant(randn(m, k)), counts(e, m, e > 1) if e > 1 else None
-        return beside_torch(lambda: fp8.retile(*codes, count_e))
+        return beside_torch(lambda: fp8.requant_transposed(*codes, count_e))
 
     moved = m * k + 4 * m * tiles(k) + padded(m, e) * 132 * k
-    return Case("retile", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
+    return Case("requant_transposed", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
 
 
 # ── Norm, SwiGLU, RoPE ──
@@ -622,7 +626,7 @@ def streams(z) -> list[Case]:
     return [
         *(act_quant(*x) for x in ((n, d), (n, z(16384)), (m, d), (m, f))),
         *(weight_quant(d, z(16384), dtype) for dtype in (FP32, BF16)),
-        *(fn(*x) for fn in (col_quant, retile) for x in ((1, n, d), (e, m, d), (e, m, f))),
+        *(fn(*x) for fn in (act_quant_transposed, requant_transposed) for x in ((1, n, d), (e, m, d), (e, m, f))),
         *(case for x in ((n, d), (n, z(V3.q_lora_rank)), (m, d)) for case in rms_norm(*x)),
         *(case for x in ((n, wide), (m, f)) for case in swiglu(*x)),
         *(swiglu_quant_backward(*x) for x in ((1, n, wide), (e, m, f))),

@@ -36,10 +36,10 @@ def over_448(x):
 
 
 @triton.jit
-def scale_of(amax, POW2: tl.constexpr):
+def amax_to_scale(amax, USE_UE8M0: tl.constexpr):
     """s = amax / 448, rounded up to a power of two if so wanted."""
     s = over_448(tl.maximum(amax, 1e-30))
-    if POW2:
+    if USE_UE8M0:
         s = number((bits(s) + 0x7FFFFF) & 0x7F800000)
     return s
 
@@ -61,9 +61,9 @@ def quotient_bf16(x, s):
 
 
 @triton.jit
-def encode(x, s, POW2: tl.constexpr, NARROW: tl.constexpr):
+def quantize(x, s, USE_UE8M0: tl.constexpr, NARROW: tl.constexpr):
     """q = E4M3(x / s), nearest, at most ±448; NARROW: x are bf16 numbers, and so was the amax."""
-    if POW2:
+    if USE_UE8M0:
         q = x * number(0x7F000000 - bits(s))  # 1/s, exactly
     elif NARROW:
         q = quotient_bf16(x, s)
@@ -102,32 +102,36 @@ def tile_of(n, k, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def put_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, POW2: tl.constexpr, NARROW: tl.constexpr):
+def put_tiles(
+    q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0: tl.constexpr, NARROW: tl.constexpr
+):
     """Scales and codes of tiles that lie in registers."""
-    s = scale_of(tl.max(tl.abs(y), 1), POW2)
-    tl.store(q_ptr + row * k + col, encode(y, s[:, None], POW2, NARROW), mask=mask)
+    s = amax_to_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
+    tl.store(q_ptr + row * k + col, quantize(y, s[:, None], USE_UE8M0, NARROW), mask=mask)
     tl.store(s_ptr + t, s, mask=t < n * tl.cdiv(k, 128))
 
 
 @triton.autotune(TILES, key=["k"])
 @triton.jit
-def _act_quant_kernel(x_ptr, q_ptr, s_ptr, n, k, stride, POW2: tl.constexpr, BLOCK_N: tl.constexpr):
+def _act_quant_kernel(
+    x_ptr, q_ptr, s_ptr, n, k, stride, USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Tiles in the order of memory: s = max|x| / 448, q = E4M3(x / s)."""
     t, row, col, mask = tile_of(n, k, BLOCK_N)
     x = tl.load(x_ptr + row * stride + col, mask=mask, other=0.0)
     narrow: tl.constexpr = x.dtype == tl.bfloat16
-    put_tiles(q_ptr, s_ptr, x.to(tl.float32), t, row, col, mask, n, k, POW2, narrow)
+    put_tiles(q_ptr, s_ptr, x.to(tl.float32), t, row, col, mask, n, k, USE_UE8M0, narrow)
 
 
 @impl("act_quant", "triton")
-def act_quant(x, pow2: bool = False):
+def act_quant(x, use_ue8m0: bool = False):
     """Tiles of 1 × 128 on the last axis: codes like x, and one scale a tile, fp32 (§3.3.2)."""
     require("x", x, dtypes=FLOATS, contiguous=False)
     q, s = codes_of(x)
     if x.numel():
         x_nk = rows(x)
         grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
-        _act_quant_kernel[grid](x_nk, q, s, *x_nk.shape, x_nk.stride(0), pow2)
+        _act_quant_kernel[grid](x_nk, q, s, *x_nk.shape, x_nk.stride(0), use_ue8m0)
     return q, s
 
 
@@ -136,7 +140,7 @@ def act_quant(x, pow2: bool = False):
 
 @triton.autotune([config(8), config(16)], key=["o", "i"])
 @triton.jit
-def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, POW2: tl.constexpr):
+def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, USE_UE8M0: tl.constexpr):
     """A block held in registers: s = max|w| / 448, q = E4M3(w / s)."""
     block = tl.program_id(0)
     oz, iz = tl.cdiv(o, 128), tl.cdiv(i, 128)
@@ -148,20 +152,20 @@ def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, POW2: tl.constexpr):
     w = tl.load(w_ptr + at, mask=mask, other=0.0)
     narrow: tl.constexpr = w.dtype == tl.bfloat16
     w = w.to(tl.float32)
-    s = scale_of(tl.max(tl.max(tl.abs(w), 1), 0), POW2)
-    tl.store(q_ptr + at, encode(w, s, POW2, narrow), mask=mask)
+    s = amax_to_scale(tl.max(tl.max(tl.abs(w), 1), 0), USE_UE8M0)
+    tl.store(q_ptr + at, quantize(w, s, USE_UE8M0, narrow), mask=mask)
     tl.store(s_ptr + block, s)
 
 
 @impl("weight_quant", "triton")
-def weight_quant(w, pow2: bool = False):
+def weight_quant(w, use_ue8m0: bool = False):
     """Blocks of 128 × 128 of (…, o, i): codes like w, scales (…, ⌈o/128⌉, ⌈i/128⌉) (§3.3.2)."""
     require("w", w, dtypes=FLOATS)
     *lead, o, i = w.shape
     q = torch.empty(w.shape, dtype=E4M3, device=w.device)
     s = w.new_empty((*lead, tiles(o), tiles(i)), dtype=FP32)
     if s.numel():
-        _weight_quant_kernel[s.numel(),](w, q, s, o, i, pow2)
+        _weight_quant_kernel[s.numel(),](w, q, s, o, i, use_ue8m0)
     return q, s
 
 
@@ -216,10 +220,12 @@ def rows_of(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def put_columns(q_ptr, s_ptr, y, z, col, used, k, n_z, NARROW: tl.constexpr, POW2: tl.constexpr):
+def put_columns(
+    q_ptr, s_ptr, y, z, col, used, k, n_z, NARROW: tl.constexpr, USE_UE8M0: tl.constexpr
+):
     """Scales and codes of 128 rows along them: q of (k, 128·Z), s of (k, Z); 1 where none is."""
-    s = tl.where(used, scale_of(tl.max(tl.abs(y), 0), POW2), 1.0)
-    q = encode(y, s[None, :], POW2, NARROW).trans()
+    s = tl.where(used, amax_to_scale(tl.max(tl.abs(y), 0), USE_UE8M0), 1.0)
+    q = quantize(y, s[None, :], USE_UE8M0, NARROW).trans()
     at = col.to(tl.int64) * n_z + z
     tl.store(q_ptr + (at * 128)[:, None] + tl.arange(0, 128)[None, :], q, mask=(col < k)[:, None])
     tl.store(s_ptr + at, s, mask=col < k)
@@ -227,9 +233,9 @@ def put_columns(q_ptr, s_ptr, y, z, col, used, k, n_z, NARROW: tl.constexpr, POW
 
 @triton.autotune(COLUMNS, key=["k"])
 @triton.jit
-def _col_quant_kernel(
+def _act_quant_transposed_kernel(
     x_ptr, x_s_ptr, map_ptr, q_ptr, s_ptr, m, k, stride, n_z,
-    GROUPED: tl.constexpr, CODES: tl.constexpr, POW2: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUPED: tl.constexpr, CODES: tl.constexpr, USE_UE8M0: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """128 rows by BLOCK_K columns: s_k = max_m |x_mk| / 448, q_km = E4M3(x_mk / s_k)."""
     nk = tl.cdiv(k, BLOCK_K)
@@ -242,7 +248,7 @@ def _col_quant_kernel(
     if CODES:  # of one tile of 1 × 128 in each row, for BLOCK_K divides 128
         at = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
         x *= tl.load(x_s_ptr + at, mask=there, other=0.0)[:, None]
-    put_columns(q_ptr, s_ptr, x, z, col, used, k, n_z, narrow, POW2)
+    put_columns(q_ptr, s_ptr, x, z, col, used, k, n_z, narrow, USE_UE8M0)
 
 
 def columns_of(m: int, k: int, count_e, like):
@@ -253,22 +259,22 @@ def columns_of(m: int, k: int, count_e, like):
     return map_xz, q, torch.empty(k, n_z, dtype=FP32, device=like.device)
 
 
-def columns(x_mk, x_s, count_e, pow2):
-    """`col_quant` of numbers, or of codes with their scales."""
+def columns(x_mk, x_s, count_e, use_ue8m0):
+    """`act_quant_transposed` of numbers, or of codes with their scales."""
     m, k = x_mk.shape
     map_xz, q, s = columns_of(m, k, count_e, x_mk)
     if q.numel():
         grid = lambda meta: (s.shape[1] * triton.cdiv(k, meta["BLOCK_K"]),)
         args = x_mk, x_s, map_xz, q, s, m, k, x_mk.stride(0), s.shape[1]
-        _col_quant_kernel[grid](*args, map_xz is not None, x_s is not None, pow2)
+        _act_quant_transposed_kernel[grid](*args, map_xz is not None, x_s is not None, use_ue8m0)
     return q, s
 
 
-@impl("col_quant", "triton")
-def col_quant(x_mk, count_e=None, pow2: bool = False):
+@impl("act_quant_transposed", "triton")
+def act_quant_transposed(x_mk, count_e=None, use_ue8m0: bool = False):
     """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad."""
     require("x_mk", x_mk, (None, None), FLOATS, contiguous=False)
-    return columns(x_mk, None, count_e, pow2)
+    return columns(x_mk, None, count_e, use_ue8m0)
 
 
 def require_codes(name: str, q, s, shape) -> None:
@@ -277,11 +283,11 @@ def require_codes(name: str, q, s, shape) -> None:
     require(f"scales of {name}", s, (*q.shape[:-1], tiles(q.shape[-1])), (FP32,))
 
 
-@impl("retile", "triton")
-def retile(q, s, count_e=None, pow2: bool = False):
-    """From tiles of 1 × 128 to tiles of 128 × 1 of the same values, as `col_quant` lays them."""
+@impl("requant_transposed", "triton")
+def requant_transposed(q, s, count_e=None, use_ue8m0: bool = False):
+    """Requantize tiles of 1 × 128 as tiles of 128 × 1, laid out as by `act_quant_transposed`."""
     require_codes("q", q, s, (None, None))
-    return columns(q, s, count_e, pow2)
+    return columns(q, s, count_e, use_ue8m0)
 
 
 # ── Norm and SwiGLU with their tiles ──
@@ -290,7 +296,7 @@ def retile(q, s, count_e=None, pow2: bool = False):
 @triton.jit
 def _rms_norm_quant_kernel(
     x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, inverse_ptr, k, stride, eps,
-    POW2: tl.constexpr, BLOCK_Z: tl.constexpr,
+    USE_UE8M0: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
     """A row in tiles: y = x / √(mean(x²) + ε) · weight, s = max|y| / 448, q = E4M3(y / s)."""
     n, z = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_Z)
@@ -304,8 +310,8 @@ def _rms_norm_quant_kernel(
     tl.store(y_ptr + n * k + col, y, mask=col < k)
     narrow: tl.constexpr = y.dtype == tl.bfloat16
     y, kz = y.to(tl.float32), tl.cdiv(k, 128)
-    s = scale_of(tl.max(tl.abs(y), 1), POW2)
-    tl.store(q_ptr + n * k + col, encode(y, s[:, None], POW2, narrow), mask=col < k)
+    s = amax_to_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
+    tl.store(q_ptr + n * k + col, quantize(y, s[:, None], USE_UE8M0, narrow), mask=col < k)
     tl.store(s_ptr + n * kz + z, s, mask=z < kz)
 
 
@@ -313,11 +319,11 @@ class NormaliseQuant(torch.autograd.Function):
     """RMSNorm with the tiles of its output; the backward pass is that of RMSNorm."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps, dtype, pow2):
+    def forward(ctx, x, weight, eps, dtype, use_ue8m0):
         x_nk, y, (q, s) = rows(x), x.new_empty(x.shape, dtype=dtype), codes_of(x)
         inverse_n, block_z = x.new_empty(len(x_nk), dtype=FP32), triton.next_power_of_2(s.shape[-1])
         if x.numel():
-            args = x_nk, weight, y, q, s, inverse_n, x_nk.shape[1], x_nk.stride(0), eps, pow2
+            args = x_nk, weight, y, q, s, inverse_n, x_nk.shape[1], x_nk.stride(0), eps, use_ue8m0
             warps = min(max(block_z // 8, 1), 16)
             _rms_norm_quant_kernel[len(x_nk),](*args, BLOCK_Z=block_z, num_warps=warps)
         ctx.save_for_backward(x, weight, inverse_n)
@@ -331,10 +337,10 @@ class NormaliseQuant(torch.autograd.Function):
 
 
 @impl("rms_norm_quant", "triton")
-def rms_norm_quant(x, weight, eps: float, dtype=None, pow2: bool = False):
+def rms_norm_quant(x, weight, eps: float, dtype=None, use_ue8m0: bool = False):
     """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
     require_norm(x, weight, dtype)
-    return NormaliseQuant.apply(x, weight, eps, dtype or x.dtype, pow2)
+    return NormaliseQuant.apply(x, weight, eps, dtype or x.dtype, use_ue8m0)
 
 
 @triton.jit
@@ -353,7 +359,7 @@ def rounded(x, like):
 @triton.jit
 def _swiglu_quant_kernel(
     gate_ptr, up_ptr, q_ptr, s_ptr, n, k, gate_stride, up_stride,
-    POW2: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tiles of y = gate · σ(gate) · up: s = max|y| / 448, q = E4M3(y / s)."""
     t, row, col, mask = tile_of(n, k, BLOCK_N)
@@ -362,11 +368,11 @@ def _swiglu_quant_kernel(
     wide = gate.to(tl.float32)
     y = rounded(rounded(wide * sigmoid(wide), gate) * up, gate)
     narrow: tl.constexpr = gate.dtype == tl.bfloat16
-    put_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, POW2, narrow)
+    put_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0, narrow)
 
 
 @impl("swiglu_quant", "triton")
-def swiglu_quant(gate, up, pow2: bool = False):
+def swiglu_quant(gate, up, use_ue8m0: bool = False):
     """The tiles of swiglu(gate, up), without the thing itself."""
     require("gate", gate, dtypes=FLOATS, contiguous=False)
     require("up", up, gate.shape, (gate.dtype,), contiguous=False)
@@ -374,7 +380,7 @@ def swiglu_quant(gate, up, pow2: bool = False):
     if gate.numel():
         gate, up = rows(gate), rows(up)
         grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
-        args = gate, up, q, s, *gate.shape, gate.stride(0), up.stride(0), pow2
+        args = gate, up, q, s, *gate.shape, gate.stride(0), up.stride(0), use_ue8m0
         _swiglu_quant_kernel[grid](*args)
     return q, s
 
@@ -429,7 +435,7 @@ COMPILE = [
     Compile("tile_map", _tile_map_kernel, (torch.int64, INT32, INT32, 256, 288), {"BLOCK_E": 256})
 ]
 for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
-    for kind, meta in (("", {"POW2": False}), ("_pow2", {"POW2": True})):
+    for kind, meta in (("", {"USE_UE8M0": False}), ("_ue8m0", {"USE_UE8M0": True})):
         norm = dtype, FP32, dtype, *OUT, FP32, 7168, 7168, 1e-6
         row = meta | {"BLOCK_Z": 64, "num_warps": 8}
         COMPILE += [
@@ -441,15 +447,25 @@ for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
             ),
             Compile(f"rms_norm_quant_{name}{kind}", _rms_norm_quant_kernel, norm, row),
         ]
-for kind, meta in (("", {"POW2": False}), ("_pow2", {"POW2": True})):
+for kind, meta in (("", {"USE_UE8M0": False}), ("_ue8m0", {"USE_UE8M0": True})):
     gate_up = BF16, BF16, *OUT, 4096, 2048, 2048, 2048
     COMPILE.append(Compile(f"swiglu_quant{kind}", _swiglu_quant_kernel, gate_up, meta))
     for kind_m, m in (("", None), ("_grouped", INT32)):
         args = FP32, m, *OUT, 4096, 7168, 7168, 40
         numbers, codes = ({"GROUPED": m is not None, "CODES": c} | meta for c in (False, True))
         COMPILE += [
-            Compile(f"col_quant{kind_m}{kind}", _col_quant_kernel, (BF16, *args), numbers),
-            Compile(f"retile{kind_m}{kind}", _col_quant_kernel, (E4M3, *args), codes),
+            Compile(
+                f"act_quant_transposed{kind_m}{kind}",
+                _act_quant_transposed_kernel,
+                (BF16, *args),
+                numbers,
+            ),
+            Compile(
+                f"requant_transposed{kind_m}{kind}",
+                _act_quant_transposed_kernel,
+                (E4M3, *args),
+                codes,
+            ),
         ]
 for kind_m, m in (("", None), ("_grouped", INT32)):
     args = BF16, *OUT, *OUT, m, BF16, BF16, *OUT, 4096, 2048, 2048, 40

@@ -68,7 +68,7 @@ show(fig)
 #| export
 import torch
 
-from dsv3_ref.fp8 import CODES
+from dsv3_ref.fp8 import QUANT_CACHE
 
 # %% [markdown]
 # ## Who gets a token
@@ -197,7 +197,7 @@ def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     token_m = order_m // k
     x_md = x_nd[token_m]
     if codes is not None:
-        CODES[x_md] = x_md._version, *(t[token_m] for t in codes)
+        QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in codes)
     y_md = experts(x_md, count_e, weight_nk.flatten()[order_m])
     return SumRows.apply(y_md, token_m, len(x_nd))
 
@@ -403,19 +403,23 @@ assert ib == sum(map(len, by_hand)) / 8192 and max(map(len, by_hand)) <= 4
 # rule. That is `local_experts`' last argument: it notes the gathered codes where the FP8 products look.
 
 # %%
-from dsv3_ref.fp8 import act_dequant, act_quant, retile
+from dsv3_ref.fp8 import act_dequant, act_quant, requant_transposed
 from dsv3_ref.ops import use
 
 x_nd = (torch.randn(128, 1024) * torch.logspace(-1, 1, 128)[:, None]).bfloat16()
 lost = {}
-for pow2 in (False, True):
-    wide_nd = act_dequant(*act_quant(x_nd, pow2))
+for use_ue8m0 in (False, True):
+    wide_nd = act_dequant(*act_quant(x_nd, use_ue8m0))
     once_nd = wide_nd.bfloat16()
-    assert torch.equal(act_dequant(*act_quant(once_nd, pow2)).bfloat16(), once_nd)  # a second hop
-    turned_nd = act_dequant(*retile(*act_quant(x_nd, pow2), None, pow2))[:, :128].T
-    lost[pow2] = [((t - wide_nd).norm() / wide_nd.norm()).item() for t in (once_nd, turned_nd)]
-    print(f"powers of two: {pow2!s:5}  lost by decoding to bf16 {lost[pow2][0]:.2%}, "
-          f"by turning the tiles {lost[pow2][1]:.3%}")  # fmt: skip
+    assert torch.equal(
+        act_dequant(*act_quant(once_nd, use_ue8m0)).bfloat16(), once_nd
+    )  # a second hop
+    turned_nd = act_dequant(*requant_transposed(*act_quant(x_nd, use_ue8m0), None, use_ue8m0))[
+        :, :128
+    ].T
+    lost[use_ue8m0] = [((t - wide_nd).norm() / wide_nd.norm()).item() for t in (once_nd, turned_nd)]
+    print(f"powers of two: {use_ue8m0!s:5}  lost by decoding to bf16 {lost[use_ue8m0][0]:.2%}, "
+          f"by turning the tiles {lost[use_ue8m0][1]:.3%}")  # fmt: skip
 assert lost[True][0] == 0 and lost[True][1] < 1e-3 * lost[False][1]
 
 # %%

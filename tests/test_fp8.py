@@ -24,37 +24,37 @@ def spread(*shape):
     return x * (torch.rand(shape) > 0.1)
 
 
-def one_scale(x, pow2: bool) -> float:
+def one_scale(x, use_ue8m0: bool) -> float:
     s = x.abs().max().clamp(min=1e-30) / 448
-    return (2.0 ** s.double().log2().ceil()).float() if pow2 else s
+    return (2.0 ** s.double().log2().ceil()).float() if use_ue8m0 else s
 
 
 # ── Tiles and blocks ──
 
 
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("use_ue8m0", [False, True])
 @given(n=st.integers(1, 4), k=SIZES)
-def test_tiles_are_coded_one_by_one(pow2, n, k):
+def test_tiles_are_coded_one_by_one(use_ue8m0, n, k):
     x = spread(n, k)
-    q, s = fp8.act_quant(x, pow2)
+    q, s = fp8.act_quant(x, use_ue8m0)
     assert q.shape == x.shape
     assert s.shape == (n, -(-k // 128))
     for row, col in ((r, c) for r in range(n) for c in range(s.shape[1])):
         tile = x[row, 128 * col : 128 * col + 128]
-        assert s[row, col] == one_scale(tile, pow2)
+        assert s[row, col] == one_scale(tile, use_ue8m0)
         want = (tile / s[row, col]).clamp(-448, 448).to(fp8.E4M3)
         assert torch.equal(q[row, 128 * col : 128 * col + 128].float(), want.float())
 
 
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("use_ue8m0", [False, True])
 @given(o=SIZES, i=SIZES)
-def test_blocks_are_coded_one_by_one(pow2, o, i):
+def test_blocks_are_coded_one_by_one(use_ue8m0, o, i):
     w = spread(2, o, i)
-    q, s = fp8.weight_quant(w, pow2)
+    q, s = fp8.weight_quant(w, use_ue8m0)
     assert s.shape == (2, -(-o // 128), -(-i // 128))
     for y, z in ((y, z) for y in range(s.shape[1]) for z in range(s.shape[2])):
         at = slice(128 * y, 128 * y + 128), slice(128 * z, 128 * z + 128)
-        assert s[1, y, z] == one_scale(w[1][at], pow2)
+        assert s[1, y, z] == one_scale(w[1][at], use_ue8m0)
         want = (w[1][at] / s[1, y, z]).to(fp8.E4M3).float() * s[1, y, z]
         assert torch.equal(fp8.weight_dequant(q, s)[1][at], want)
 
@@ -88,24 +88,24 @@ def test_scales_of_a_wrong_shape_are_refused():
 # ── Along the tokens ──
 
 
-def grouped(x_mk, count_e, pow2=False):
-    """`col_quant` by a loop: every expert's rows in tiles of their own, transposed."""
+def grouped(x_mk, count_e, use_ue8m0=False):
+    """`act_quant_transposed` by a loop: every expert's rows in tiles of their own, transposed."""
     parts, scales = [], []
     for rows in x_mk.split(count_e.tolist()):
         for tile in rows.split(128) if len(rows) else ():
-            q, s = fp8.act_quant(tile.T.contiguous(), pow2)
+            q, s = fp8.act_quant(tile.T.contiguous(), use_ue8m0)
             parts.append(torch.nn.functional.pad(q.float(), (0, 128 - len(tile))))
             scales.append(s)
     return torch.cat(parts, 1), torch.cat(scales, 1)
 
 
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("use_ue8m0", [False, True])
 @given(counts=COUNTS.filter(sum), k=st.integers(1, 40))
-def test_columns_are_coded_group_by_group(pow2, counts, k):
+def test_columns_are_coded_group_by_group(use_ue8m0, counts, k):
     count_e = torch.tensor(counts)
     x = spread(sum(counts), k)
-    q, s = fp8.col_quant(x, count_e, pow2)
-    want, want_s = grouped(x, count_e, pow2)
+    q, s = fp8.act_quant_transposed(x, count_e, use_ue8m0)
+    want, want_s = grouped(x, count_e, use_ue8m0)
     used = want_s.shape[1]
     assert s.shape[1] == sum(counts) // 128 + len(counts)
     assert torch.equal(q.float()[:, : 128 * used], want)
@@ -116,9 +116,11 @@ def test_columns_are_coded_group_by_group(pow2, counts, k):
 
 def test_re_tiling_by_powers_of_two_rounds_only_what_falls_off_the_lower_end():
     x = torch.randn(200, 130)
-    for pow2, least, most in ((True, 0.0, 1e-6), (False, 0.01, 0.04)):
-        once = fp8.act_dequant(*fp8.act_quant(x, pow2))
-        twice = fp8.act_dequant(*fp8.retile(*fp8.act_quant(x, pow2), None, pow2))[:, :200].T
+    for use_ue8m0, least, most in ((True, 0.0, 1e-6), (False, 0.01, 0.04)):
+        once = fp8.act_dequant(*fp8.act_quant(x, use_ue8m0))
+        twice = fp8.act_dequant(
+            *fp8.requant_transposed(*fp8.act_quant(x, use_ue8m0), None, use_ue8m0)
+        )[:, :200].T
         assert least <= (twice - once).norm() / x.norm() <= most
 
 
@@ -158,13 +160,15 @@ def test_experts_are_products_of_their_own(counts, n, k):
     x, g, w = torch.randn(m, k), torch.randn(m, n), torch.randn(len(counts), n, k)
     a, b = fp8.act_quant(x), fp8.weight_quant(w)
     y = fp8.fp8_grouped_gemm(*a, *b, count_e)
-    dw = fp8.fp8_grouped_wgrad(*fp8.col_quant(g, count_e), *fp8.col_quant(x, count_e), count_e)
+    dw = fp8.fp8_grouped_wgrad(
+        *fp8.act_quant_transposed(g, count_e), *fp8.act_quant_transposed(x, count_e), count_e
+    )
     start = 0
     for e, rows in enumerate(counts):
         part = slice(start, start + rows)
         want = fp8.act_dequant(a[0][part], a[1][part]) @ fp8.weight_dequant(b[0][e], b[1][e]).T
         assert torch.allclose(y[part], want, rtol=1e-4, atol=1e-4)
-        alone = [fp8.act_dequant(*fp8.col_quant(t[part]))[:, :rows] for t in (g, x)]
+        alone = [fp8.act_dequant(*fp8.act_quant_transposed(t[part]))[:, :rows] for t in (g, x)]
         assert torch.allclose(dw[e], alone[0] @ alone[1].T, rtol=1e-3, atol=1e-3)
         start += rows
 
@@ -208,7 +212,7 @@ def test_dgrad_and_wgrad_are_their_equations():
     assert torch.allclose(dx, fp8.act_dequant(*fp8.act_quant(g)) @ w, rtol=1e-4, atol=1e-3)
     columns = lambda t: fp8.act_dequant(*t)[:, :70]
     kept = fp8.act_quant(x.detach())
-    want = columns(fp8.col_quant(g)) @ columns(fp8.retile(*kept)).T
+    want = columns(fp8.act_quant_transposed(g)) @ columns(fp8.requant_transposed(*kept)).T
     assert torch.allclose(dw, want, rtol=1e-4, atol=1e-3)
 
 
@@ -233,10 +237,10 @@ def test_what_is_kept_after_swiglu_are_codes():
 
 def test_a_tensor_that_changed_is_coded_again():
     x = torch.randn(4, 128)
-    first = fp8.codes(x)
-    assert fp8.codes(x)[0] is first[0]
+    first = fp8.quantize_cached(x)
+    assert fp8.quantize_cached(x)[0] is first[0]
     x += 1
-    assert torch.equal(fp8.codes(x)[0].float(), fp8.act_quant(x)[0].float())
+    assert torch.equal(fp8.quantize_cached(x)[0].float(), fp8.act_quant(x)[0].float())
 
 
 def test_forward_passes_that_wait_share_the_codes_of_a_weight(monkeypatch):

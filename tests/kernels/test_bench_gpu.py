@@ -82,8 +82,8 @@ def test_only_filters_and_refuses_what_is_no_case(capsys):
         (bench.grouped_wgrad(2, 256, 6, 10, False), 2 * 132 * 16 + 480, 30_720),
         (bench.act_quant(2, 130), 520 + 260 + 16, 0),
         (bench.weight_quant(130, 10, torch.float32), 5200 + 1300 + 8, 0),
-        (bench.col_quant(1, 130, 10), 2600 + 2560 + 80, 0),
-        (bench.retile(3, 130, 10), 1300 + 520 + 10 * (4 * 128 + 16), 0),
+        (bench.act_quant_transposed(1, 130, 10), 2600 + 2560 + 80, 0),
+        (bench.requant_transposed(3, 130, 10), 1300 + 520 + 10 * (4 * 128 + 16), 0),
         (bench.rms_norm(2, 10)[0], 40 + 40 + 40, 0),
         (bench.rms_norm(2, 10)[1], 3 * 40 + 80, 0),
         (bench.rms_norm(2, 10)[2], 40 + 40 + 20 + 8 + 40, 0),
@@ -400,7 +400,7 @@ def test_goals_are_reached_missed_or_not_measured():
 
 def test_every_goal_of_the_project_has_a_case():
     goals = {(c.kind, g.least) for c in CASES.values() for g in c.goals}
-    copies = "act_quant weight_quant col_quant retile rms_norm rms_norm_quant permute".split()
+    copies = "act_quant weight_quant act_quant_transposed requant_transposed rms_norm rms_norm_quant permute".split()
     assert {(kind, 0.85) for kind in copies} <= goals
     assert {
         ("fp8_gemm", 1000), ("fp8_gemm", 1.4), ("fp8_grouped_gemm", 0.9), ("moe_step", 1.0),

@@ -154,7 +154,10 @@ def test_experts_do_not_touch_each_other():
 def test_fp8_grouped_wgrad(counts, n, k):
     m, count_e = sum(counts), torch.tensor(counts, device=DEVICE)
     g, x = torch.randn(m, n, device=DEVICE), torch.randn(m, k, device=DEVICE)
-    args = *IMPLS["col_quant"]["torch"](g, count_e), *IMPLS["col_quant"]["torch"](x, count_e)
+    args = (
+        *IMPLS["act_quant_transposed"]["torch"](g, count_e),
+        *IMPLS["act_quant_transposed"]["torch"](x, count_e),
+    )
     got = IMPLS["fp8_grouped_wgrad"]["triton"](*args, count_e)
     want = IMPLS["fp8_grouped_wgrad"]["torch"](*args, count_e)
     assert got.shape == want.shape and got.dtype == torch.float32
@@ -168,7 +171,9 @@ def test_fp8_grouped_wgrad(counts, n, k):
 def test_every_config_of_the_grouped_wgrad(config, monkeypatch):
     one_config(monkeypatch, "_fp8_wgrad_kernel", config)
     count_e = torch.tensor([200, 0, 100], device=DEVICE)
-    codes = (IMPLS["col_quant"]["torch"](torch.randn(300, n), count_e) for n in (130, 140))
+    codes = (
+        IMPLS["act_quant_transposed"]["torch"](torch.randn(300, n), count_e) for n in (130, 140)
+    )
     args = [t.to(DEVICE) for pair in codes for t in pair]
     got = IMPLS["fp8_grouped_wgrad"]["triton"](*args, count_e)
     assert error(got, IMPLS["fp8_grouped_wgrad"]["torch"](*args, count_e)) < TENSOR_CORES
@@ -272,7 +277,10 @@ def test_the_host_never_reads_the_counts(monkeypatch):
     for name in ("tolist", "item", "__int__", "__index__", "__bool__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, None)
     IMPLS["fp8_grouped_gemm"]["triton"](*a, *b, count_e)
-    columns = *IMPLS["col_quant"]["triton"](g, count_e), *IMPLS["col_quant"]["triton"](x, count_e)
+    columns = (
+        *IMPLS["act_quant_transposed"]["triton"](g, count_e),
+        *IMPLS["act_quant_transposed"]["triton"](x, count_e),
+    )
     IMPLS["fp8_grouped_wgrad"]["triton"](*columns, count_e)
     IMPLS["grouped_linear"]["triton"](x, w, count_e).backward(g)
 

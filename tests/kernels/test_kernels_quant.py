@@ -20,7 +20,7 @@ COUNTS = {
 }
 
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
-by_pow2 = pytest.mark.parametrize("pow2", [False, True], ids=["any", "pow2"])
+by_scale_format = pytest.mark.parametrize("use_ue8m0", [False, True], ids=["any", "ue8m0"])
 by_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 
 
@@ -59,12 +59,12 @@ def both(name: str, *args):
 
 
 @by_dtype
-@by_pow2
+@by_scale_format
 @pytest.mark.parametrize(
     "shape", [(5, 576), (2, 3, 128), (1, 1), (33, 300), (130,), (0, 64)], ids=str
 )
-def test_act_quant(shape, pow2, dtype):
-    same(*both("act_quant", drawn(*shape, dtype=dtype), pow2))
+def test_act_quant(shape, use_ue8m0, dtype):
+    same(*both("act_quant", drawn(*shape, dtype=dtype), use_ue8m0))
 
 
 def test_act_quant_divides_every_pair_of_bf16_numbers_rightly():
@@ -84,22 +84,22 @@ def test_a_scale_is_the_quotient_by_448_to_the_last_bit():
     same(*both("act_quant", x_nt.to(DEVICE)))
 
 
-@by_pow2
-def test_numbers_half_way_between_two_codes(pow2):
+@by_scale_format
+def test_numbers_half_way_between_two_codes(use_ue8m0):
     code = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     half = (code[1:] + code[:-1]) / 2
     s = torch.rand(64, 1) + 0.5
     x = torch.cat([448 * s, half * s], 1)
     x = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])
     x[..., 0] = 448 * s[:, 0]
-    same(*both("act_quant", torch.cat([x, -x], -1).to(DEVICE), pow2))
+    same(*both("act_quant", torch.cat([x, -x], -1).to(DEVICE), use_ue8m0))
 
 
 def test_rows_may_be_slices_of_wider_ones():
     x = drawn(6, 600, dtype=torch.bfloat16)
     want = IMPLS["act_quant"]["torch"](x[:, 16:400])
     same(IMPLS["act_quant"]["triton"](x[:, 16:400]), want)
-    same(*both("col_quant", x[:, 16:400]))
+    same(*both("act_quant_transposed", x[:, 16:400]))
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
@@ -107,8 +107,8 @@ def test_rows_may_be_slices_of_wider_ones():
 def test_what_is_not_finite_stays_so(bad, dtype):
     x = torch.randn(2, 256, device=DEVICE).to(dtype)
     x[1, 130] = bad
-    for pow2 in (False, True):
-        value = fp8.act_dequant(*IMPLS["act_quant"]["triton"](x, pow2))
+    for use_ue8m0 in (False, True):
+        value = fp8.act_dequant(*IMPLS["act_quant"]["triton"](x, use_ue8m0))
         assert value[0].isfinite().all() and not value[1, 130].isfinite()
 
 
@@ -116,12 +116,12 @@ def test_what_is_not_finite_stays_so(bad, dtype):
 
 
 @by_dtype
-@by_pow2
+@by_scale_format
 @pytest.mark.parametrize(
     "shape", [(130, 257), (128, 128), (3, 72, 576), (1, 1), (2, 0, 5)], ids=str
 )
-def test_weight_quant(shape, pow2, dtype):
-    same(*both("weight_quant", drawn(*shape, dtype=dtype), pow2))
+def test_weight_quant(shape, use_ue8m0, dtype):
+    same(*both("weight_quant", drawn(*shape, dtype=dtype), use_ue8m0))
 
 
 # ── Tiles of 128 × 1 ──
@@ -148,15 +148,15 @@ def test_the_map_of_tiles(counts):
 def test_col_quant(k, counts, dtype):
     m = 130 if counts is None else sum(counts)
     x = drawn(m, k, dtype=dtype) if m else torch.zeros(0, k, device=DEVICE, dtype=dtype)
-    same(*both("col_quant", x, expert_counts(counts), k == 40))
+    same(*both("act_quant_transposed", x, expert_counts(counts), k == 40))
 
 
-@by_pow2
+@by_scale_format
 @by_counts
-def test_retile(counts, pow2):
+def test_retile(counts, use_ue8m0):
     m = 256 if counts is None else sum(counts)
-    q, s = IMPLS["act_quant"]["torch"](torch.randn(m, 200, device=DEVICE) * 100, pow2)
-    same(*both("retile", q, s, expert_counts(counts), pow2))
+    q, s = IMPLS["act_quant"]["torch"](torch.randn(m, 200, device=DEVICE) * 100, use_ue8m0)
+    same(*both("requant_transposed", q, s, expert_counts(counts), use_ue8m0))
 
 
 # ── Norm and SwiGLU ──
@@ -173,9 +173,9 @@ def error(got, want) -> float:
 def test_rms_norm_quant(shape, dtype):
     x, weight = torch.randn(shape), torch.rand(shape[-1]) + 0.5
     x, weight = x.to(DEVICE, dtype), weight.to(DEVICE)
-    for pow2 in (False, True):
-        y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, None, pow2)
-        same(codes, IMPLS["act_quant"]["torch"](y, pow2))  # of the rounded y
+    for use_ue8m0 in (False, True):
+        y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, None, use_ue8m0)
+        same(codes, IMPLS["act_quant"]["torch"](y, use_ue8m0))  # of the rounded y
         if y.numel():
             want = IMPLS["rms_norm"]["naive"](x.double(), weight.double(), 1e-6)
             assert error(y, want) < 2 * ROUNDING[dtype]
@@ -206,8 +206,8 @@ def nearly(got, want, dtype) -> None:
 @pytest.mark.parametrize("shape", [(5, 576), (2, 3, 128), (1, 40)], ids=str)
 def test_swiglu_quant(shape, dtype):
     gate, up = (torch.randn(shape, device=DEVICE).mul(4).to(dtype) for _ in "ab")
-    for pow2 in (False, True):
-        nearly(*both("swiglu_quant", gate, up, pow2), dtype)
+    for use_ue8m0 in (False, True):
+        nearly(*both("swiglu_quant", gate, up, use_ue8m0), dtype)
     wide = torch.stack([gate, up], -2)  # as one matrix product would leave them
     same(both("swiglu_quant", *wide.unbind(-2))[0], both("swiglu_quant", gate, up)[0])
 
@@ -243,10 +243,10 @@ def refused() -> list:
         ("act_quant", (x.T,), "x must have a last stride of 1, not 128"),
         ("weight_quant", (half,), f"w must be {dtypes}"),
         ("weight_quant", (torch.zeros(4, 256)[:, :128],), "w must be contiguous"),
-        ("col_quant", (x[None],), "x_mk must have shape (any, any), not (1, 4, 128)"),
-        ("col_quant", (x, torch.ones(2)), "count_e must be int64 or int32, not float32"),
-        ("retile", (x, s), "q must be float8_e4m3fn, not float32"),
-        ("retile", (q, s[:3]), "scales of q must have shape (4, 1), not (3, 1)"),
+        ("act_quant_transposed", (x[None],), "x_mk must have shape (any, any), not (1, 4, 128)"),
+        ("act_quant_transposed", (x, torch.ones(2)), "count_e must be int64 or int32, not float32"),
+        ("requant_transposed", (x, s), "q must be float8_e4m3fn, not float32"),
+        ("requant_transposed", (q, s[:3]), "scales of q must have shape (4, 1), not (3, 1)"),
         ("rms_norm_quant", (x, x[0, :5], 1e-6), "weight must have shape (128), not (5,)"),
         ("rms_norm_quant", (wide, wide[0], 1e-6), "x must have a last axis of at most 8192"),
         ("rms_norm_quant", (x, x[0], 1e-6, torch.float16), "dtype must be float32 or bfloat16"),
