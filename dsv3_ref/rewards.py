@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.pretrain import Losses
-from dsv3_ref.sft import Marks, ends, said
+from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 
 # ── A rule: the box ──
 
@@ -47,9 +47,9 @@ def program(text: str) -> str | None:
 # ── A model: where is its score? ──
 
 
-def reward_scores(h_nd, head_wd, end_m, marks: Marks):
+def reward_scores(h_nd, head_wd, end_m, special_tokens: SpecialTokens):
     """Reward of each of m samples end to end, read behind its last token: (m,), fp32."""
-    return (h_nd[end_m.long() - 1] @ head_wd[marks.pad]).float()
+    return (h_nd[end_m.long() - 1] @ head_wd[special_tokens.pad]).float()
 
 
 def bradley_terry(reward_m):
@@ -68,16 +68,16 @@ def judge(truth: str = "") -> str:
     return f"{JUDGE} It should be {truth}." if truth else JUDGE
 
 
-def judgement(tokens_1n, marks: Marks):
+def judgement(tokens_1n, special_tokens: SpecialTokens):
     """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
-    end_m = ends(tokens_1n, marks)
+    end_m = sample_cu_seqlens(tokens_1n, special_tokens)
     length_m = end_m.diff(prepend=end_m.new_zeros(1)).long()
-    count_n = (tokens_1n[0] == marks.assistant).long().cumsum(0)
+    count_n = (tokens_1n[0] == special_tokens.assistant).long().cumsum(0)
     before_m = F.pad(count_n[end_m.long() - 1], (1, 0))[:-1]
     answer_n = count_n - before_m.repeat_interleave(length_m)
     last_m = count_n[end_m.long() - 1] - before_m
     last_n = last_m.repeat_interleave(length_m)
-    return said(tokens_1n, marks) & (answer_n == last_n) & (last_n >= 2)
+    return assistant_mask(tokens_1n, special_tokens) & (answer_n == last_n) & (last_n >= 2)
 
 
 class Preference(NamedTuple):
@@ -87,13 +87,15 @@ class Preference(NamedTuple):
     reward_m: torch.Tensor
 
 
-def preference_losses(model: Transformer, tokens_1n, marks: Marks, weight: float) -> Preference:
+def preference_losses(
+    model: Transformer, tokens_1n, special_tokens: SpecialTokens, weight: float
+) -> Preference:
     """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgements)."""
-    end_m = ends(tokens_1n, marks)
+    end_m = sample_cu_seqlens(tokens_1n, special_tokens)
     h_1nd, routes = model.features(tokens_1n, ends=end_m)
-    reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, marks)
+    reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
-    says_n = judgement(tokens_1n, marks)[0, 1:]
+    says_n = judgement(tokens_1n, special_tokens)[0, 1:]
     if weight and says_n.any():
         h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
         loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(end_m)

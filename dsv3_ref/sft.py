@@ -19,7 +19,7 @@ from dsv3_ref.pretrain import Losses
 # ── A conversation as tokens ──
 
 
-class Marks(NamedTuple):
+class SpecialTokens(NamedTuple):
     """The special tokens of a conversation."""
 
     bos: int
@@ -29,24 +29,35 @@ class Marks(NamedTuple):
     assistant: int
 
 
-def chat(messages: Sequence[dict], encode: Callable[[str], list[int]], marks: Marks) -> list[int]:
+def render_conversation(
+    messages: Sequence[dict], encode: Callable[[str], list[int]], special_tokens: SpecialTokens
+) -> list[int]:
     """Tokens of [system], then user and assistant in turn; behind a question, the mark to answer.
 
     messages: {"role": "system" | "user" | "assistant", "content": text}.
     """
     turns = list(messages)
-    tokens = [marks.bos, *(encode(turns.pop(0)["content"]) if role(turns, 0) == "system" else [])]
+    tokens = [
+        special_tokens.bos,
+        *(encode(turns.pop(0)["content"]) if turn_role(turns, 0) == "system" else []),
+    ]
     for i, turn in enumerate(turns):
-        if role(turns, i) != ("user", "assistant")[i % 2]:
-            raise UserError(f"turn {i + 1} is by {role(turns, i)!r}: user and assistant alternate")
+        if turn_role(turns, i) != ("user", "assistant")[i % 2]:
+            raise UserError(
+                f"turn {i + 1} is by {turn_role(turns, i)!r}: user and assistant alternate"
+            )
         text = encode(turn["content"])
-        tokens += [marks.assistant, *text, marks.eos] if i % 2 else [marks.user, *text]
+        tokens += (
+            [special_tokens.assistant, *text, special_tokens.eos]
+            if i % 2
+            else [special_tokens.user, *text]
+        )
     if not turns:
         raise UserError("a conversation needs a question")
-    return tokens + [marks.assistant] * (len(turns) % 2)
+    return tokens + [special_tokens.assistant] * (len(turns) % 2)
 
 
-def role(turns: Sequence[dict], i: int) -> str | None:
+def turn_role(turns: Sequence[dict], i: int) -> str | None:
     """Who speaks; raises for what is no turn."""
     turn = turns[i] if i < len(turns) else {}
     if not isinstance(turn, dict) or (turn and not isinstance(turn.get("content"), str)):
@@ -57,18 +68,20 @@ def role(turns: Sequence[dict], i: int) -> str | None:
 # ── Who speaks? ──
 
 
-def said(tokens_bs, marks: Marks):
+def assistant_mask(tokens_bs, special_tokens: SpecialTokens):
     """True for what the model says: all behind an assistant's mark, the end included, (b, s)."""
     at_s = torch.arange(1, tokens_bs.shape[1] + 1, device=tokens_bs.device)
-    other = torch.tensor([marks.bos, marks.eos, marks.user], device=tokens_bs.device)
+    other = torch.tensor(
+        [special_tokens.bos, special_tokens.eos, special_tokens.user], device=tokens_bs.device
+    )
     last = lambda is_bs: torch.where(is_bs, at_s, 0).cummax(1)[0]
-    opened_bs = last(tokens_bs == marks.assistant) > last(torch.isin(tokens_bs, other))
+    opened_bs = last(tokens_bs == special_tokens.assistant) > last(torch.isin(tokens_bs, other))
     return F.pad(opened_bs[:, :-1], (1, 0))
 
 
-def ends(tokens_bs, marks: Marks):
+def sample_cu_seqlens(tokens_bs, special_tokens: SpecialTokens):
     """Where each sample ends if all rows are laid end to end: int32 (m,), the last is b·s."""
-    begins_bs = tokens_bs == marks.bos
+    begins_bs = tokens_bs == special_tokens.bos
     begins_bs[:, :1] = True  # whatever a row begins with
     begin_m = begins_bs.flatten().nonzero()[:, 0]
     last = begin_m.new_full((min(1, len(begin_m)),), tokens_bs.numel())
@@ -94,18 +107,20 @@ def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[li
 # ── The loss ──
 
 
-def answers(tokens_bs, marks: Marks) -> int:
+def num_loss_tokens(tokens_bs, special_tokens: SpecialTokens) -> int:
     """N: how many predicted tokens of rows of T + 1 the model is meant to say."""
-    return int(said(tokens_bs, marks)[:, 1:].sum())
+    return int(assistant_mask(tokens_bs, special_tokens)[:, 1:].sum())
 
 
-def answer_losses(model: Transformer, tokens_bs, marks: Marks) -> Losses:
+def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Losses:
     """Cross-entropy of what the model says in packed rows of T + 1 tokens: Σ / N."""
     x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
-    said_n = said(tokens_bs, marks)[:, 1:].flatten()
-    h_1nd, routes = model.features(x_bs.reshape(1, -1), ends=ends(x_bs, marks))
-    nll = linear_cross_entropy(h_1nd[0][said_n], model.head.weight, y_n[said_n])
-    return Losses(nll / said_n.sum(), [], nll.new_zeros(()), routes)
+    mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
+    h_1nd, routes = model.features(
+        x_bs.reshape(1, -1), ends=sample_cu_seqlens(x_bs, special_tokens)
+    )
+    nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
+    return Losses(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
 
 
 RECIPES = {
@@ -123,12 +138,18 @@ RECIPES["tiny"] = replace(
 # ── Rejection sampling ──
 
 
-def rejection_sample(answers: Sequence, reward_b: Sequence[float], group: int) -> list:
+def rejection_sample(
+    completions: Sequence, reward_b: Sequence[float], num_generations: int
+) -> list:
     """Of each group of answers in succession the shortest with full reward; None if none has it."""
-    if len(answers) % group:
-        raise UserError(f"{len(answers)} answers are no groups of {group}")
+    if len(completions) % num_generations:
+        raise UserError(f"{len(completions)} answers are no groups of {num_generations}")
     out = []
-    for i in range(0, len(answers), group):
-        right = [a for a, r in zip(answers[i : i + group], reward_b[i : i + group]) if r >= 1]
+    for i in range(0, len(completions), num_generations):
+        right = [
+            a
+            for a, r in zip(completions[i : i + num_generations], reward_b[i : i + num_generations])
+            if r >= 1
+        ]
         out.append(min(right, key=len, default=None))
     return out

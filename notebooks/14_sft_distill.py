@@ -84,7 +84,7 @@ from dsv3_ref.pretrain import Losses
 
 # %%
 #| export sft
-class Marks(NamedTuple):
+class SpecialTokens(NamedTuple):
     """The special tokens of a conversation."""
 
     bos: int
@@ -94,24 +94,35 @@ class Marks(NamedTuple):
     assistant: int
 
 
-def chat(messages: Sequence[dict], encode: Callable[[str], list[int]], marks: Marks) -> list[int]:
+def render_conversation(
+    messages: Sequence[dict], encode: Callable[[str], list[int]], special_tokens: SpecialTokens
+) -> list[int]:
     """Tokens of [system], then user and assistant in turn; behind a question, the mark to answer.
 
     messages: {"role": "system" | "user" | "assistant", "content": text}.
     """
     turns = list(messages)
-    tokens = [marks.bos, *(encode(turns.pop(0)["content"]) if role(turns, 0) == "system" else [])]
+    tokens = [
+        special_tokens.bos,
+        *(encode(turns.pop(0)["content"]) if turn_role(turns, 0) == "system" else []),
+    ]
     for i, turn in enumerate(turns):
-        if role(turns, i) != ("user", "assistant")[i % 2]:
-            raise UserError(f"turn {i + 1} is by {role(turns, i)!r}: user and assistant alternate")
+        if turn_role(turns, i) != ("user", "assistant")[i % 2]:
+            raise UserError(
+                f"turn {i + 1} is by {turn_role(turns, i)!r}: user and assistant alternate"
+            )
         text = encode(turn["content"])
-        tokens += [marks.assistant, *text, marks.eos] if i % 2 else [marks.user, *text]
+        tokens += (
+            [special_tokens.assistant, *text, special_tokens.eos]
+            if i % 2
+            else [special_tokens.user, *text]
+        )
     if not turns:
         raise UserError("a conversation needs a question")
-    return tokens + [marks.assistant] * (len(turns) % 2)
+    return tokens + [special_tokens.assistant] * (len(turns) % 2)
 
 
-def role(turns: Sequence[dict], i: int) -> str | None:
+def turn_role(turns: Sequence[dict], i: int) -> str | None:
     """Who speaks; raises for what is no turn."""
     turn = turns[i] if i < len(turns) else {}
     if not isinstance(turn, dict) or (turn and not isinstance(turn.get("content"), str)):
@@ -122,7 +133,7 @@ def role(turns: Sequence[dict], i: int) -> str | None:
 # %%
 # ⌂ begins, ∎ ends, · fills
 WORDS = "⌂ ∎ · USER: MODEL: be brief how many legs has a cat ? four and bird two".split()
-MARKS = Marks(*range(5))
+SPECIAL_TOKENS = SpecialTokens(*range(5))
 encode = lambda text: [WORDS.index(word) for word in text.split()]
 spell = lambda tokens: " ".join(WORDS[t] for t in tokens)
 talk = [
@@ -131,12 +142,18 @@ talk = [
     {"role": "assistant", "content": "four"},
     {"role": "user", "content": "and a bird ?"},
 ]
-print(spell(chat(talk, encode, MARKS)))
-print(spell(chat([*talk, {"role": "assistant", "content": "two"}], encode, MARKS)))
-assert chat(talk, encode, MARKS)[-1] == MARKS.assistant
+print(spell(render_conversation(talk, encode, SPECIAL_TOKENS)))
+print(
+    spell(
+        render_conversation(
+            [*talk, {"role": "assistant", "content": "two"}], encode, SPECIAL_TOKENS
+        )
+    )
+)
+assert render_conversation(talk, encode, SPECIAL_TOKENS)[-1] == SPECIAL_TOKENS.assistant
 for wrong in ([], talk[2:], [talk[1], talk[3]], [{"role": "user"}]):
     try:
-        chat(wrong, encode, MARKS)
+        render_conversation(wrong, encode, SPECIAL_TOKENS)
         raise AssertionError("accepted")
     except UserError as e:
         print("refused:", e)
@@ -146,25 +163,27 @@ for wrong in ([], talk[2:], [talk[1], talk[3]], [{"role": "user"}]):
 # Since no text can forge a mark, a row of tokens describes itself: the model speaks from behind its mark up to and **including** the
 # end, which it must learn to say. With $a_s$ the place of the last such mark *before* $s$ and $o_s$ that of the last other mark,
 #
-# $$\mathrm{said}_s = [\,a_s > o_s\,]\qquad (b,s) \to (b,s)$$
+# $$\mathrm{mask}_s = [\,a_s > o_s\,]\qquad (b,s) \to (b,s)$$
 #
 # and samples begin at each begin mark. No mask has to be stored, shuffled, sent to another rank or kept in step with its tokens.
 
 
 # %%
 #| export sft
-def said(tokens_bs, marks: Marks):
+def assistant_mask(tokens_bs, special_tokens: SpecialTokens):
     """True for what the model says: all behind an assistant's mark, the end included, (b, s)."""
     at_s = torch.arange(1, tokens_bs.shape[1] + 1, device=tokens_bs.device)
-    other = torch.tensor([marks.bos, marks.eos, marks.user], device=tokens_bs.device)
+    other = torch.tensor(
+        [special_tokens.bos, special_tokens.eos, special_tokens.user], device=tokens_bs.device
+    )
     last = lambda is_bs: torch.where(is_bs, at_s, 0).cummax(1)[0]
-    opened_bs = last(tokens_bs == marks.assistant) > last(torch.isin(tokens_bs, other))
+    opened_bs = last(tokens_bs == special_tokens.assistant) > last(torch.isin(tokens_bs, other))
     return F.pad(opened_bs[:, :-1], (1, 0))
 
 
-def ends(tokens_bs, marks: Marks):
+def sample_cu_seqlens(tokens_bs, special_tokens: SpecialTokens):
     """Where each sample ends if all rows are laid end to end: int32 (m,), the last is b·s."""
-    begins_bs = tokens_bs == marks.bos
+    begins_bs = tokens_bs == special_tokens.bos
     begins_bs[:, :1] = True  # whatever a row begins with
     begin_m = begins_bs.flatten().nonzero()[:, 0]
     last = begin_m.new_full((min(1, len(begin_m)),), tokens_bs.numel())
@@ -172,13 +191,18 @@ def ends(tokens_bs, marks: Marks):
 
 
 # %%
-row = chat([*talk, {"role": "assistant", "content": "two"}], encode, MARKS) + chat(
-    talk[1:3], encode, MARKS
-)
+row = render_conversation(
+    [*talk, {"role": "assistant", "content": "two"}], encode, SPECIAL_TOKENS
+) + render_conversation(talk[1:3], encode, SPECIAL_TOKENS)
 row_1s = torch.tensor([row])
-print(" ".join(f"[{WORDS[t]}]" if on else WORDS[t] for t, on in zip(row, said(row_1s, MARKS)[0])))
-print("samples end before", ends(row_1s, MARKS).tolist())
-assert spell(row_1s[said(row_1s, MARKS)]) == "four ∎ two ∎ four ∎"
+print(
+    " ".join(
+        f"[{WORDS[t]}]" if on else WORDS[t]
+        for t, on in zip(row, assistant_mask(row_1s, SPECIAL_TOKENS)[0])
+    )
+)
+print("samples end before", sample_cu_seqlens(row_1s, SPECIAL_TOKENS).tolist())
+assert spell(row_1s[assistant_mask(row_1s, SPECIAL_TOKENS)]) == "four ∎ two ∎ four ∎"
 
 # %% [markdown]
 # ## Packing
@@ -202,11 +226,11 @@ def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[li
 
 
 # %%
-samples = [[MARKS.bos] + [5] * (n - 1) for n in lengths]
-rows = pack_samples(samples, 4096, MARKS.pad)
+samples = [[SPECIAL_TOKENS.bos] + [5] * (n - 1) for n in lengths]
+rows = pack_samples(samples, 4096, SPECIAL_TOKENS.pad)
 tokens = torch.tensor(rows)
-assert sum(map(len, samples)) == (tokens != MARKS.pad).sum()
-assert (tokens == MARKS.bos).sum() == len(samples)
+assert sum(map(len, samples)) == (tokens != SPECIAL_TOKENS.pad).sum()
+assert (tokens == SPECIAL_TOKENS.bos).sum() == len(samples)
 print(f"{len(samples)} conversations in {len(rows)} rows, {sum(lengths) / tokens.numel():.1%} text")
 
 # %% [markdown]
@@ -222,11 +246,11 @@ from dsv3_ref.model import Transformer
 model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
 parts = [torch.randint(5, 64, (n,)) for n in (7, 12, 4)]
 for part in parts:
-    part[0] = MARKS.bos
+    part[0] = SPECIAL_TOKENS.bos
 changed = [parts[0], torch.cat((parts[1][:1], torch.randint(5, 64, (11,)))), parts[2]]
 with torch.no_grad():
     before, after = (
-        model.features(x, ends=ends(x, MARKS))[0][0]
+        model.features(x, ends=sample_cu_seqlens(x, SPECIAL_TOKENS))[0][0]
         for x in (torch.cat(p)[None] for p in (parts, changed))
     )
     alone = torch.cat([model.features(part[None])[0][0] for part in parts])
@@ -238,27 +262,29 @@ print(f"the others' states moved by {(before - after)[others].abs().max():.0e}")
 
 # %% [markdown]
 # ## The loss
-# $$L = -\frac{1}{N}\sum_{n\,:\,\mathrm{said}_{n+1}} \log p(t_{n+1} \mid t_{\le n}),\qquad N = \sum_n \mathrm{said}_{n+1}$$
+# $$L = -\frac{1}{N}\sum_{n\,:\,\mathrm{mask}_{n+1}} \log p(t_{n+1} \mid t_{\le n}),\qquad N = \sum_n \mathrm{mask}_{n+1}$$
 #
 # ($t_{\le n}$ within its own sample.) $N$ is counted over the **global batch**: averaging each micro-batch by its own $N$ would let a token of a short answer weigh more when it happens
-# to lie among other short ones. So the trainer weighs the mean of each micro-batch by its `answers`. The hidden states of unsaid tokens are dropped *before* the head: no logits, 129,280 numbers each in V3,
+# to lie among other short ones. So the trainer weighs the mean of each micro-batch by its `num_loss_tokens`. The hidden states of unsaid tokens are dropped *before* the head: no logits, 129,280 numbers each in V3,
 # are made for tokens without a loss. Gate biases are left as they are (the loads of a few topics say nothing about balance), and so are the MTP modules; their drafts stay correct, if accepted less often.
 
 
 # %%
 #| export sft
-def answers(tokens_bs, marks: Marks) -> int:
+def num_loss_tokens(tokens_bs, special_tokens: SpecialTokens) -> int:
     """N: how many predicted tokens of rows of T + 1 the model is meant to say."""
-    return int(said(tokens_bs, marks)[:, 1:].sum())
+    return int(assistant_mask(tokens_bs, special_tokens)[:, 1:].sum())
 
 
-def answer_losses(model: Transformer, tokens_bs, marks: Marks) -> Losses:
+def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Losses:
     """Cross-entropy of what the model says in packed rows of T + 1 tokens: Σ / N."""
     x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
-    said_n = said(tokens_bs, marks)[:, 1:].flatten()
-    h_1nd, routes = model.features(x_bs.reshape(1, -1), ends=ends(x_bs, marks))
-    nll = linear_cross_entropy(h_1nd[0][said_n], model.head.weight, y_n[said_n])
-    return Losses(nll / said_n.sum(), [], nll.new_zeros(()), routes)
+    mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
+    h_1nd, routes = model.features(
+        x_bs.reshape(1, -1), ends=sample_cu_seqlens(x_bs, special_tokens)
+    )
+    nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
+    return Losses(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
 
 
 RECIPES = {
@@ -275,17 +301,22 @@ RECIPES["tiny"] = replace(
 # %%
 full = [*talk, {"role": "assistant", "content": "two"}]
 rows = pack_samples(
-    [chat(talk[1:3], encode, MARKS)] * 3 + [chat(full, encode, MARKS)] * 2, 60, MARKS.pad
+    [render_conversation(talk[1:3], encode, SPECIAL_TOKENS)] * 3
+    + [render_conversation(full, encode, SPECIAL_TOKENS)] * 2,
+    60,
+    SPECIAL_TOKENS.pad,
 )
 tokens_bs = torch.tensor(rows)
-got = answer_losses(model, tokens_bs, MARKS)
+got = sft_loss(model, tokens_bs, SPECIAL_TOKENS)
 want = []
-for sample in [chat(talk[1:3], encode, MARKS)] * 3 + [chat(full, encode, MARKS)] * 2:
+for sample in [render_conversation(talk[1:3], encode, SPECIAL_TOKENS)] * 3 + [
+    render_conversation(full, encode, SPECIAL_TOKENS)
+] * 2:
     logp = model(torch.tensor([sample[:-1]]))[0].log_softmax(-1)
-    speaks = said(torch.tensor([sample]), MARKS)[0]
+    speaks = assistant_mask(torch.tensor([sample]), SPECIAL_TOKENS)[0]
     want += [-logp[i - 1, t] for i, t in enumerate(sample) if speaks[i]]
 torch.testing.assert_close(got.main, torch.stack(want).mean())
-assert answers(tokens_bs, MARKS) == len(want)
+assert num_loss_tokens(tokens_bs, SPECIAL_TOKENS) == len(want)
 print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f} nats each")
 
 # %% [markdown]
@@ -300,13 +331,19 @@ print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f}
 
 # %%
 #| export sft
-def rejection_sample(answers: Sequence, reward_b: Sequence[float], group: int) -> list:
+def rejection_sample(
+    completions: Sequence, reward_b: Sequence[float], num_generations: int
+) -> list:
     """Of each group of answers in succession the shortest with full reward; None if none has it."""
-    if len(answers) % group:
-        raise UserError(f"{len(answers)} answers are no groups of {group}")
+    if len(completions) % num_generations:
+        raise UserError(f"{len(completions)} answers are no groups of {num_generations}")
     out = []
-    for i in range(0, len(answers), group):
-        right = [a for a, r in zip(answers[i : i + group], reward_b[i : i + group]) if r >= 1]
+    for i in range(0, len(completions), num_generations):
+        right = [
+            a
+            for a, r in zip(completions[i : i + num_generations], reward_b[i : i + num_generations])
+            if r >= 1
+        ]
         out.append(min(right, key=len, default=None))
     return out
 
@@ -414,11 +451,13 @@ def check_weight(fn):
 
 
 def lazy(tokens_bs):
-    """`said`, but the user's mark ends nothing."""
+    """`assistant_mask`, but the user's mark ends nothing."""
     out, on = [], False
     for token in tokens_bs[0].tolist():
         out.append(on)
-        on = token == MARKS.assistant or (on and token not in (MARKS.bos, MARKS.eos))
+        on = token == SPECIAL_TOKENS.assistant or (
+            on and token not in (SPECIAL_TOKENS.bos, SPECIAL_TOKENS.eos)
+        )
     return torch.tensor([out])
 
 
@@ -426,7 +465,7 @@ def lazy(tokens_bs):
 def check_apart(fn):
     """Who never said ∎?"""
     row = torch.tensor([fn()])
-    assert not torch.equal(said(row, MARKS), lazy(row))
+    assert not torch.equal(assistant_mask(row, SPECIAL_TOKENS), lazy(row))
 
 
 def my_tries(p: float, q: float) -> int:
@@ -464,7 +503,7 @@ check_weight(my_weight)
 # ```
 # </details>
 #
-# **3 · Break.** `lazy` above does not look at the user's mark: if every answer ends, begin and end suffice. Return a row (a list of tokens) in which it and `said` differ.
+# **3 · Break.** `lazy` above does not look at the user's mark: if every answer ends, begin and end suffice. Return a row (a list of tokens) in which it and `assistant_mask` differ.
 
 
 # %%

@@ -893,7 +893,7 @@ for depth in (0, 2):
 
 # %% [markdown]
 # `dsv3 serve` puts a clock, sockets and processes around this: [`dsv3_ref/serving/api_server.py`](../dsv3_ref/serving/api_server.py). One thread steps; requests come in and tokens go out between two
-# steps. A client that hangs up is a row that is `gone`. Text becomes tokens by chapter 14's `chat`, where no text can spell a special
+# steps. A client that hangs up is a row that is `gone`. Text becomes tokens by chapter 14's `render_conversation`, where no text can spell a special
 # token. With `--prefill-workers 1` the parcels above travel through a pipe to a second process.
 #
 # ## Experiment: what does a full batch buy?

@@ -23,10 +23,10 @@ from dsv3_ref.rewards import (
     vote_agreement,
     well_formed,
 )
-from dsv3_ref.sft import Marks
+from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.verifiers import math_verifier
 
-MARKS = Marks(*range(5))
+SPECIAL_TOKENS = SpecialTokens(*range(5))
 
 # ── Rules ──
 
@@ -169,7 +169,7 @@ def test_off_the_main_thread_too():
 
 
 def sample(answer: int, said: list[int]) -> list[int]:
-    bos, eos, _, user, assistant = MARKS
+    bos, eos, _, user, assistant = SPECIAL_TOKENS
     return [bos, user, 9, assistant, 10 + answer, eos, user, 8, assistant, *said, eos]
 
 
@@ -178,23 +178,23 @@ def test_a_score_is_its_samples_alone_and_a_product_with_one_row(micro):
     line = torch.tensor([[t for part in parts for t in part]])
     end_m = torch.tensor([len(p) for p in parts]).cumsum(0).int()
     h_1nd = model.features(line, ends=end_m)[0]
-    got = reward_scores(h_1nd[0], model.head.weight, end_m, MARKS)
+    got = reward_scores(h_1nd[0], model.head.weight, end_m, SPECIAL_TOKENS)
     for part, reward in zip(parts, got):
-        want = model(torch.tensor([part]))[0, -1, MARKS.pad]
+        want = model(torch.tensor([part]))[0, -1, SPECIAL_TOKENS.pad]
         torch.testing.assert_close(reward, want, atol=1e-4, rtol=1e-4)
 
 
 def test_only_judgements_are_learnt_by_heart(micro):
     line = torch.tensor([sample(1, [20, 21]) + sample(2, [22]) + sample(1, [20])[:6]])
-    assert line[judgement(line, MARKS)].tolist() == [20, 21, 1, 22, 1]
+    assert line[judgement(line, SPECIAL_TOKENS)].tolist() == [20, 21, 1, 22, 1]
 
 
 def test_an_answer_among_several_turns_is_no_judgement():
     """A prompt that holds an answer already: only the judge's turn, the last, counts."""
-    bos, eos, _, user, assistant = MARKS
+    bos, eos, _, user, assistant = SPECIAL_TOKENS
     talk = [bos, user, 9, assistant, 10, eos, user, 11, assistant, 12, eos]
     line = torch.tensor([talk + [user, 13, assistant, 14, eos]])
-    assert line[judgement(line, MARKS)].tolist() == [14, eos]
+    assert line[judgement(line, SPECIAL_TOKENS)].tolist() == [14, eos]
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.floats(-8, 8)), min_size=1, max_size=6))
@@ -210,12 +210,12 @@ def test_the_loss_of_pairs_is_both_of_its_parts(micro):
     model, weight = Transformer(micro), 0.3
     good, bad = sample(1, [20, 21]), sample(2, [22])
     line = torch.tensor([good + bad])
-    found = preference_losses(model, line, MARKS, weight)
+    found = preference_losses(model, line, SPECIAL_TOKENS, weight)
     logp = [model(torch.tensor([s]))[0].log_softmax(-1) for s in (good, bad)]
     spoken = [-p[i - 1, s[i]] for p, s in zip(logp, (good, bad)) for i in range(9, len(s))]
     want = bradley_terry(found.reward_m)[0].mean() + weight * torch.stack(spoken).sum() / 2
     torch.testing.assert_close(found.losses.main, want, atol=1e-5, rtol=1e-5)
-    without = preference_losses(model, line, MARKS, 0.0).losses.main
+    without = preference_losses(model, line, SPECIAL_TOKENS, 0.0).losses.main
     torch.testing.assert_close(without, bradley_terry(found.reward_m)[0].mean())
 
 
@@ -224,10 +224,10 @@ def test_training_on_pairs_tells_them_apart(micro):
     line = torch.tensor([sample(1, [20]) + sample(2, [21])])
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(30):
-        preference_losses(model, line, MARKS, 0.0).losses.main.backward()
+        preference_losses(model, line, SPECIAL_TOKENS, 0.0).losses.main.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert preference_losses(model, line, MARKS, 0.0).losses.main < 0.1
+    assert preference_losses(model, line, SPECIAL_TOKENS, 0.0).losses.main < 0.1
 
 
 # ── Calibration ──

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from dsv3_ref.config import UserError
 
 if TYPE_CHECKING:
-    from dsv3_ref.sft import Marks
+    from dsv3_ref.sft import SpecialTokens
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
@@ -76,14 +76,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return encode_special_as_text(t)
 
 
-def marks_of(t: Tokenizer) -> "Marks":
+def get_special_tokens(t: Tokenizer) -> "SpecialTokens":
     """The special tokens of conversations."""
-    from dsv3_ref.sft import Marks  # and with it torch, which the processes of `dsv3 data` spare
+    from dsv3_ref.sft import (
+        SpecialTokens,  # and with it torch, which the processes of `dsv3 data` spare
+    )
 
     found = {s: t.token_to_id(s) for s in (BOS, EOS, PAD, USER, ASSISTANT)}
     if lacking := [s for s, i in found.items() if i is None]:
         raise UserError(f"the tokenizer lacks {' and '.join(lacking)}")
-    return Marks(*found.values())
+    return SpecialTokens(*found.values())
 
 
 def save_tokenizer(t: Tokenizer, path: Path) -> None:

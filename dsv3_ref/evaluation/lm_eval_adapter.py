@@ -28,11 +28,11 @@ class OurLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.policy.marks.eos
+        return self.policy.special_tokens.eos
 
     @property
     def prefix_token_id(self) -> int:
-        return self.policy.marks.bos
+        return self.policy.special_tokens.bos
 
     @property
     def tokenizer_name(self) -> str:

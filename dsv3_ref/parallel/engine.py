@@ -17,7 +17,7 @@ from dsv3_ref.parallel.stage import Weights
 from dsv3_ref.parallel.token_dispatcher import LINKS, Exchange, Traffic, hops
 from dsv3_ref.parallel.zero import Zero
 from dsv3_ref.pretrain import StepStats
-from dsv3_ref.sft import Marks, answers
+from dsv3_ref.sft import SpecialTokens, num_loss_tokens
 
 
 class Cluster:
@@ -26,9 +26,14 @@ class Cluster:
     def __init__(
         self, c: Config, r: Recipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
         moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, per_node: int = 0,
-        fp8: bool = False, deepep: bool = False, marks: Marks | None = None,
+        fp8: bool = False, deepep: bool = False, special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
-        self.config, self.mesh, self.micro_batch, self.marks = c, mesh, micro_batch, marks
+        self.config, self.mesh, self.micro_batch, self.special_tokens = (
+            c,
+            mesh,
+            micro_batch,
+            special_tokens,
+        )
         held = stages_held(schedule, mesh.pp)
         stages = 1 + max(s for of_rank in held for s in of_rank)
         if stages > c.n_layers:
@@ -44,7 +49,7 @@ class Cluster:
         exchange = Exchange(hops(c, mesh, per_node, self.traffic), fp8) if self.counts else None
         if mesh.ep > 1 and deepep:
             exchange = DeepEP(c, mesh.ep_group, fp8)
-        self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange, marks)
+        self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange, special_tokens)
         self.zero = Zero(self.model, c, mesh, held, r, moments, zero)
 
     # ── Rows ──
@@ -62,7 +67,11 @@ class Cluster:
 
     def weigh(self, tokens_bs) -> int:
         """What rows count in a mean over the batch: themselves, or the tokens of answers."""
-        return len(tokens_bs) if self.marks is None else answers(tokens_bs, self.marks)
+        return (
+            len(tokens_bs)
+            if self.special_tokens is None
+            else num_loss_tokens(tokens_bs, self.special_tokens)
+        )
 
     # ── A step ──
 
@@ -137,5 +146,5 @@ class Cluster:
         """Σ of the main loss over rows of T + 1 tokens, in nats a token, times the rows."""
         micros, shares = self.micros(rows_bs)
         seen = self.pipeline.run(micros, list(map(Weights, shares)), training=False)
-        n = rows_bs[:, 1:].numel() if self.marks is None else self.weigh(rows_bs)
+        n = rows_bs[:, 1:].numel() if self.special_tokens is None else self.weigh(rows_bs)
         return self.summed(seen.main)[0] * n

@@ -60,7 +60,7 @@ class Ranks(Several):
         fp8 = a.dispatch == "fp8" or (a.dispatch == "auto" and a.precision == "fp8")
         self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
                                a.micro_batch, a.ep_node, fp8, a.exchange == "deepep",
-                               self.marks)  # fmt: skip
+                               self.special_tokens)  # fmt: skip
         if self.fresh:
             native.fill(self.cluster.model, a.init, partial(share, self.mesh))
         self.model, self.writer = self.cluster.model, sharded.Writer()

@@ -89,10 +89,12 @@ class Pipeline:
     """The stages of a rank, and how a batch goes through all of them."""
 
     def __init__(self, model, c, mesh, name: str, held: list[tuple[int, ...]], exchange=None,
-                 marks=None):  # fmt: skip
+                 special_tokens=None):  # fmt: skip
         self.mesh, self.name, self.config = mesh, name, c
         self.last = max(s for of_rank in held for s in of_rank)
-        self.stages = {s: Stage(model, c, s, self.last + 1, exchange, marks) for s in held[mesh.p]}
+        self.stages = {
+            s: Stage(model, c, s, self.last + 1, exchange, special_tokens) for s in held[mesh.p]
+        }
         self.dtype = next(model.parameters()).dtype
 
     def micros(self, n: int) -> int:

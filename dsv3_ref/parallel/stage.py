@@ -11,7 +11,7 @@ from dsv3_ref.moe import MoE, balance_loss, expert_load
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.rope import packed_table, rope_table
 from dsv3_ref.scale import stages
-from dsv3_ref.sft import ends, said
+from dsv3_ref.sft import assistant_mask, sample_cu_seqlens
 
 
 @dataclass
@@ -40,11 +40,18 @@ class Seen:
 class Stage:
     """Layers of one stage over the model of a rank; what losses and gates say goes to `seen`.
 
-    With `marks`, rows are packed conversations: one long row for the model, a loss on answers only.
+    With `special_tokens`, rows are packed conversations: the loss is on answers only.
     """
 
-    def __init__(self, model: Transformer, c: Config, stage: int, n: int, exchange, marks=None):
-        self.model, self.config, self.exchange, self.marks = model, c, exchange, marks
+    def __init__(
+        self, model: Transformer, c: Config, stage: int, n: int, exchange, special_tokens=None
+    ):
+        self.model, self.config, self.exchange, self.special_tokens = (
+            model,
+            c,
+            exchange,
+            special_tokens,
+        )
         self.layers = stages(c, n)[stage]
         self.first, self.last = stage == 0, stage == n - 1
 
@@ -52,14 +59,16 @@ class Stage:
         """From tokens or the stage before to the stage after, or to the losses; a generator."""
         rows_bs, tokens_bs, y_bs = tokens_bs, self.read(tokens_bs), tokens_bs[:, 1:]
         rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
-        if self.marks:
-            rope = packed_table(self.config, ends(rows_bs[:, :-1], self.marks))
+        if self.special_tokens:
+            rope = packed_table(
+                self.config, sample_cu_seqlens(rows_bs[:, :-1], self.special_tokens)
+            )
         if self.first:
             x_bsd = tape.run(self.model.embed, tokens_bs)
         for i in self.layers:
             block = self.model.layers[str(i)]
             x_bsd = yield from self.block(tape, f"layers.{i}", block, x_bsd, rope, weights, seen)
-        if self.last and self.marks:
+        if self.last and self.special_tokens:
             self.answers(tape, x_bsd, rows_bs, weights, seen)
         elif self.last:
             yield from self.losses(tape, x_bsd, tokens_bs, y_bs, weights, seen)
@@ -67,7 +76,7 @@ class Stage:
 
     def read(self, tokens_bs):
         """What the model reads of rows of T + 1 tokens."""
-        return tokens_bs[:, :-1].reshape(1, -1) if self.marks else tokens_bs[:, :-1]
+        return tokens_bs[:, :-1].reshape(1, -1) if self.special_tokens else tokens_bs[:, :-1]
 
     def rope(self, s: int, device):
         return rope_table(self.config, torch.arange(s, device=device))
@@ -90,10 +99,10 @@ class Stage:
         return x_bsd
 
     def answers(self, tape, x_1nd, rows_bs, weights, seen):
-        """`answer_losses` of chapter 14."""
-        said_n = said(rows_bs, self.marks)[:, 1:].flatten()
-        y_n, n = rows_bs[:, 1:].flatten()[said_n], max(1, int(said_n.sum()))
-        h_nd = tape.run(lambda x_1nd: self.model.norm(x_1nd)[0][said_n], x_1nd)
+        """`sft_loss` of chapter 14."""
+        loss_n = assistant_mask(rows_bs, self.special_tokens)[:, 1:].flatten()
+        y_n, n = rows_bs[:, 1:].flatten()[loss_n], max(1, int(loss_n.sum()))
+        h_nd = tape.run(lambda x_1nd: self.model.norm(x_1nd)[0][loss_n], x_1nd)
         seen.main = seen.main + self.loss(tape, h_nd, y_n, n, weights.share)
 
     def losses(self, tape, x_bsd, tokens_bs, y_bs, weights, seen):

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dsv3_ref import grpo
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import marks_of
+from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import advantages, grpo_loss, token_logp
 from dsv3_ref.optim import Recipe, batch_plan
 from dsv3_ref.posttraining.policy import Policy
@@ -165,7 +165,7 @@ class Scorer:
     """Rewards: a task's own rule, or opinions where nothing is right."""
 
     def __init__(self, args: Rl, first: Policy, say, device):
-        self.end, self.say, self.failed = first.marks.eos, say, set()
+        self.end, self.say, self.failed = first.special_tokens.eos, say, set()
         self.first, self.votes, self.form, self.model = first, args.votes, args.form, None
         if args.reward:
             from dsv3_ref.posttraining.reward import Judge
@@ -225,7 +225,7 @@ class RlTrainer(Trainer):
         self.weights = named(args.tasks)
         self.names, self.sources, self.val = list(self.weights), [], {}
         self.tokenizer = self.find_tokenizer()
-        self.marks = marks_of(self.tokenizer)
+        self.special_tokens = get_special_tokens(self.tokenizer)
         self.rows = Questions(self.weights, args.seed)
         self.plan = batch_plan(args.recipe, args.recipe.steps)
 

@@ -9,11 +9,11 @@ import torch
 
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import load_tokenizer, marks_of
+from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import rollouts
 from dsv3_ref.posttraining.prompts import messages
 from dsv3_ref.rewards import ballot
-from dsv3_ref.sft import chat
+from dsv3_ref.sft import render_conversation
 
 LOT, VOTE = 256, 4  # answers that are written side by side; tokens of a vote
 
@@ -42,7 +42,11 @@ class Policy:
     """A model with its tokenizer."""
 
     def __init__(self, model, tokenizer, write=None):
-        self.model, self.tokenizer, self.marks = model, tokenizer, marks_of(tokenizer)
+        self.model, self.tokenizer, self.special_tokens = (
+            model,
+            tokenizer,
+            get_special_tokens(tokenizer),
+        )
         self.write = write or partial(rollouts, model)  # as `rollouts`, without the model
 
     @classmethod
@@ -54,7 +58,7 @@ class Policy:
     def prompt(self, messages: list[dict]) -> list[int]:
         """Tokens of a conversation that ends with a question."""
         encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
-        return chat(messages, encode, self.marks)
+        return render_conversation(messages, encode, self.special_tokens)
 
     def answers(
         self, asked: Sequence[list[dict]], group: int, max_new: int, temperature: float
@@ -73,7 +77,7 @@ class Policy:
         for i in range(0, len(asked), n):
             prompts = [self.prompt(messages) for messages in asked[i : i + n]]
             has_room(self.model, prompts, max_new)
-            end = self.marks.eos
+            end = self.special_tokens.eos
             found = self.write(prompts, group, max_new, end, temperature)
             yield [
                 Written(prompts[j // group], tokens, logp, self.tokenizer.decode(tokens),

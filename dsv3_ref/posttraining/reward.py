@@ -12,14 +12,14 @@ import tyro
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
-from dsv3_ref.data.tokenizer import load_tokenizer, marks_of
+from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import rollouts
 from dsv3_ref.optim import Recipe, batch_plan
 from dsv3_ref.posttraining.policy import has_room
 from dsv3_ref.posttraining.sft import hold_out
 from dsv3_ref.pretrain import Losses
 from dsv3_ref.rewards import bradley_terry, calibration, judge, preference_losses, reward_scores
-from dsv3_ref.sft import RECIPES, Marks, chat, ends
+from dsv3_ref.sft import RECIPES, SpecialTokens, render_conversation, sample_cu_seqlens
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import Train
 
@@ -72,7 +72,7 @@ class Reward(Train):
 # ── Pairs ──
 
 
-def sample(row: dict, which: str, args: Reward, encode, marks: Marks) -> list[int]:
+def sample(row: dict, which: str, args: Reward, encode, special_tokens: SpecialTokens) -> list[int]:
     """The conversation that ends with an answer, the judge's turn behind it, or a judgement."""
     texts = [row.get(which)]
     if args.told or args.judge == "thinking":
@@ -83,7 +83,7 @@ def sample(row: dict, which: str, args: Reward, encode, marks: Marks) -> list[in
         raise UserError(f"{which!r} or its judgement is no text")
     roles = ("assistant", "user", "assistant")
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
-    tokens = chat([*row["prompt"], *turns], encode, marks)
+    tokens = render_conversation([*row["prompt"], *turns], encode, special_tokens)
     room = args.model.max_seq_len
     if len(tokens) > room:
         raise UserError(f"{len(tokens)} tokens, the model reads {room}")
@@ -97,13 +97,15 @@ def truth(row: dict) -> str:
     return row["truth"]
 
 
-def read(name: str, args: Reward, encode, marks: Marks, say=print) -> list[Pair]:
+def read(name: str, args: Reward, encode, special_tokens: SpecialTokens, say=print) -> list[Pair]:
     """The pairs of a source; bad rows are reported by number and left out."""
 
     def pair(row) -> Pair:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), list | tuple):
             raise UserError("it has no list of messages as its prompt")
-        return tuple(sample(row, which, args, encode, marks) for which in ("chosen", "rejected"))
+        return tuple(
+            sample(row, which, args, encode, special_tokens) for which in ("chosen", "rejected")
+        )
 
     found, bad = loader.valid_rows(name, pair, say)
     if not found:
@@ -154,12 +156,12 @@ class RewardTrainer(Trainer):
         args, r = self.args, self.args.recipe
         self.names, self.sources = list(args.data), []
         self.tokenizer = self.find_tokenizer()
-        self.marks = marks_of(self.tokenizer)
+        self.special_tokens = get_special_tokens(self.tokenizer)
         encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
         say = lambda text: print(text, file=sys.stderr)
         kept, self.held = [], []
         for name in args.data:
-            some, held = hold_out(read(name, args, encode, self.marks, say))
+            some, held = hold_out(read(name, args, encode, self.special_tokens, say))
             kept, self.held = kept + some, self.held + held
         self.rows = Pairs(kept, args.seed)
         steps = r.steps or max(1, round(args.epochs * len(kept) / r.batch))
@@ -179,7 +181,7 @@ class RewardTrainer(Trainer):
     def losses(self, model, pairs: list[Pair], _) -> Losses:
         tokens_1n = line(pairs, self.device)
         weight = self.args.judgement_weight * (self.args.judge == "thinking")
-        return preference_losses(model, tokens_1n, self.marks, weight).losses
+        return preference_losses(model, tokens_1n, self.special_tokens, weight).losses
 
     @torch.no_grad()
     def opinions(self) -> torch.Tensor:
@@ -188,7 +190,14 @@ class RewardTrainer(Trainer):
         for i in range(0, len(self.held), 16):
             tokens_1n = line(self.held[i : i + 16], self.device)
             with self.arithmetic():
-                out.append(scored(self.model, tokens_1n, ends(tokens_1n, self.marks), self.marks))
+                out.append(
+                    scored(
+                        self.model,
+                        tokens_1n,
+                        sample_cu_seqlens(tokens_1n, self.special_tokens),
+                        self.special_tokens,
+                    )
+                )
         return torch.cat(out)
 
     def validate(self, row: dict) -> None:
@@ -211,10 +220,10 @@ class RewardTrainer(Trainer):
         return f"agrees with {row['agreement']:.1%} of held-out pairs"
 
 
-def scored(model, tokens_1n, end_m, marks: Marks) -> torch.Tensor:
+def scored(model, tokens_1n, end_m, special_tokens: SpecialTokens) -> torch.Tensor:
     """Rewards of the samples of a packed row, (m,)."""
     h_1nd, _ = model.features(tokens_1n, ends=end_m)
-    return reward_scores(h_1nd[0], model.head.weight, end_m, marks)
+    return reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
 
 
 # ── A judge ──
@@ -227,7 +236,7 @@ class Judge:
         self.model = native.load(folder, device).eval().requires_grad_(False)
         home = native.tokenizer_folder(Path(folder))
         self.tokenizer = load_tokenizer(home)
-        self.marks = marks_of(self.tokenizer)
+        self.special_tokens = get_special_tokens(self.tokenizer)
         settings = native.read_json(home / "run.json")["settings"]
         if "judge" not in settings:
             raise UserError(f"{folder} is no reward model: it was not made by dsv3 reward")
@@ -249,16 +258,21 @@ class Judge:
     def read(self, samples: list[list[int]]) -> torch.Tensor:
         tokens_1n = line([tuple(samples)], self.model.head.weight.device)
         end_m = torch.tensor([len(s) for s in samples], device=tokens_1n.device).cumsum(0).int()
-        return scored(self.model, tokens_1n, end_m, self.marks)  # an answer may hold any token
+        return scored(
+            self.model, tokens_1n, end_m, self.special_tokens
+        )  # an answer may hold any token
 
     def asked(self, samples: list[list[int]], truths: list[str]) -> list[list[int]]:
         """The conversations with the judge's turn behind them."""
-        m, encode = self.marks, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        m, encode = (
+            self.special_tokens,
+            lambda text: self.tokenizer.encode(text, add_special_tokens=False),
+        )
         return [[*s, m.user, *encode(judge(t)).ids, m.assistant] for s, t in zip(samples, truths)]
 
     def judged(self, samples: list[list[int]], truths: list[str]):
         """The conversations with a judgement of at most JUDGEMENT tokens behind them."""
-        asked, end = self.asked(samples, truths), self.marks.eos
+        asked, end = self.asked(samples, truths), self.special_tokens.eos
         has_room(self.model, asked, JUDGEMENT)
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
         told = [rollouts(self.model, lot, 1, JUDGEMENT, end, 0.0)[0] for lot in lots]

@@ -13,10 +13,17 @@ import tyro
 from dsv3_ref import sft
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
-from dsv3_ref.data.tokenizer import EOS, byte_lengths, marks_of
+from dsv3_ref.data.tokenizer import EOS, byte_lengths, get_special_tokens
 from dsv3_ref.decode import Choice, stream
 from dsv3_ref.optim import Recipe, batch_plan
-from dsv3_ref.sft import Marks, answer_losses, answers, chat, pack_samples, said
+from dsv3_ref.sft import (
+    SpecialTokens,
+    assistant_mask,
+    num_loss_tokens,
+    pack_samples,
+    render_conversation,
+    sft_loss,
+)
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import Train
 
@@ -54,13 +61,13 @@ class Sft(Train):
 # ── Conversations ──
 
 
-def conversation(row, encode, marks: Marks, room: int) -> list[int]:
+def conversation(row, encode, special_tokens: SpecialTokens, room: int) -> list[int]:
     """Tokens of a row of data; raises a `UserError` for what cannot be learnt from."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list | tuple):
         raise UserError("it has no list of messages")
-    tokens = chat(messages, encode, marks)
-    if tokens[-1] != marks.eos:
+    tokens = render_conversation(messages, encode, special_tokens)
+    if tokens[-1] != special_tokens.eos:
         raise UserError("the last turn is not the assistant's")
     if not all(m["content"] for m in messages if m["role"] == "assistant"):
         raise UserError("an answer is empty")
@@ -69,9 +76,11 @@ def conversation(row, encode, marks: Marks, room: int) -> list[int]:
     return tokens
 
 
-def read(name: str, encode, marks: Marks, room: int, say=print) -> list[list[int]]:
+def read(name: str, encode, special_tokens: SpecialTokens, room: int, say=print) -> list[list[int]]:
     """The conversations of a source; bad rows are reported by number and left out."""
-    found, bad = loader.valid_rows(name, lambda row: conversation(row, encode, marks, room), say)
+    found, bad = loader.valid_rows(
+        name, lambda row: conversation(row, encode, special_tokens, room), say
+    )
     if not found:
         raise UserError(f"{name} has no conversation to learn from ({bad} rows were left out)")
     return found
@@ -130,40 +139,40 @@ class SftTrainer(Trainer):
         args, r = self.args, self.args.recipe
         self.sources, self.names = [], list(args.data)
         self.tokenizer = self.find_tokenizer()
-        self.marks, self.bytes = (
-            marks_of(self.tokenizer),
+        self.special_tokens, self.bytes = (
+            get_special_tokens(self.tokenizer),
             torch.tensor(byte_lengths(self.tokenizer)),
         )
         encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
         say = lambda text: print(text, file=sys.stderr)
         samples, self.val, self.asked_first = [], {}, []
         for name in args.data:
-            kept, held = hold_out(read(name, encode, self.marks, r.seq_len + 1, say))
+            kept, held = hold_out(read(name, encode, self.special_tokens, r.seq_len + 1, say))
             samples += kept
             self.asked_first += held[:2]
-            rows = torch.tensor(pack_samples(held, r.seq_len + 1, self.marks.pad))
+            rows = torch.tensor(pack_samples(held, r.seq_len + 1, self.special_tokens.pad))
             self.val[name] = list(rows.split(loader.VAL_BATCH))
-        self.rows = Packed(samples, r.seq_len + 1, args.seed, self.marks.pad)
+        self.rows = Packed(samples, r.seq_len + 1, args.seed, self.special_tokens.pad)
         steps = r.steps or max(1, round(args.epochs * len(self.rows.rows) / r.batch))
         self.plan = batch_plan(replace(r, steps=steps), steps)
 
     def losses(self, model, tokens_bs, balance_over: str):
-        return answer_losses(model, tokens_bs, self.marks)
+        return sft_loss(model, tokens_bs, self.special_tokens)
 
     def weigh(self, tokens_bs) -> int:
-        return answers(tokens_bs, self.marks)
+        return num_loss_tokens(tokens_bs, self.special_tokens)
 
     def nll(self, rows_bs) -> float:
         return self.losses(self.model, rows_bs, "").main.item() * self.weigh(rows_bs)
 
     def counted(self, rows_bs):
-        return rows_bs[:, 1:][said(rows_bs, self.marks)[:, 1:]]
+        return rows_bs[:, 1:][assistant_mask(rows_bs, self.special_tokens)[:, 1:]]
 
     def samples(self) -> list[dict]:
         """Answers to held-out questions, beside those that were given."""
         out, generator = [], torch.Generator(self.device).manual_seed(self.args.seed)
         for tokens in self.asked_first:
-            asked = tokens[: len(tokens) - tokens[::-1].index(self.marks.assistant)]
+            asked = tokens[: len(tokens) - tokens[::-1].index(self.special_tokens.assistant)]
             room = max(0, min(160, self.args.model.max_seq_len - len(asked)))
             choice = Choice(0.8, generator=generator)
             rounds = stream(self.model, [asked], room, choice, {self.tokenizer.token_to_id(EOS)})

@@ -232,7 +232,7 @@ class Service:
         model = model or load(args.model).to(pick_device(args.device)).eval()
         tokenizer = tokenizer or load_tokenizer(tokenizer_folder(args.model))
         self.policy = Policy(model, tokenizer)
-        self.tokenizer, self.marks = tokenizer, self.policy.marks
+        self.tokenizer, self.special_tokens = tokenizer, self.policy.special_tokens
         self.name = args.name or args.model.resolve().name
         self.engine, self.requests = engine_of(model, args), Counter()
         self.desk = Desk(self.engine)
@@ -271,7 +271,7 @@ class Service:
         out, w = [], self.engine.paged.model.config.vocab_size
         for prompt in x:
             if isinstance(prompt, str):
-                out.append([self.marks.bos, *self.encode(prompt)])
+                out.append([self.special_tokens.bos, *self.encode(prompt)])
             elif isinstance(prompt, list) and is_tokens(prompt) and all(0 <= t < w for t in prompt):
                 out.append(prompt)
             else:
@@ -310,7 +310,7 @@ class Service:
                     ask.temperature, ask.top_p, torch.Generator(device).manual_seed(seed)
                 )
                 calls.append(
-                    Call(list(prompt), ask.max_new or room, choice, frozenset({self.marks.eos}),
+                    Call(list(prompt), ask.max_new or room, choice, frozenset({self.special_tokens.eos}),
                          ask.top, index=len(calls), sink=sink)
                 )  # fmt: skip
         if self.desk.failed:
@@ -332,7 +332,7 @@ class Service:
                 raise Refused(503, "the engine has failed; see the server's log")
             noted = call.logp[call.told : call.told + len(tokens)]
             call.told += len(tokens)
-            said = [t for t in tokens if t != self.marks.eos]
+            said = [t for t in tokens if t != self.special_tokens.eos]
             piece = text.add(said)
             if text.ended:
                 ended, call.stopped = "stop", True

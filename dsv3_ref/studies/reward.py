@@ -21,7 +21,7 @@ from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, Problem, messages
 from dsv3_ref.posttraining.reward import Judge
 from dsv3_ref.rewards import ballot, bradley_terry, calibration, condorcet, vote_agreement
-from dsv3_ref.sft import chat
+from dsv3_ref.sft import render_conversation
 from dsv3_ref.studies.align import rounded, stage, worse, write
 from dsv3_ref.training.settings import commit, write_json
 
@@ -89,7 +89,7 @@ class Opinion:
 
     def tokens(self, p: Problem, text: str) -> list[int]:
         encode = lambda t: self.judge.tokenizer.encode(t, add_special_tokens=False).ids
-        return chat(messages(p.question, text), encode, self.judge.marks)
+        return render_conversation(messages(p.question, text), encode, self.judge.special_tokens)
 
     def rewards(self, asked: list[tuple[Problem, str]]) -> torch.Tensor:
         """Reward of each answer, (b,)."""

@@ -36,7 +36,7 @@ from dsv3_ref.moe import max_vio
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
 from dsv3_ref.pretrain import Losses, StepStats, train_step
-from dsv3_ref.sft import Marks
+from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.training import resume, settings
 from dsv3_ref.training.ema import Ema
 from dsv3_ref.training.malloc import keep_memory
@@ -54,8 +54,8 @@ class Trainer:
     first = True  # among ranks: it writes
     replicas = 1  # processes that each hold the whole model and share the work
     parts = 1  # optimizer steps from one batch
-    KNOWN = ("names", "val", "bytes", "plan", "marks")  # of the data, on every rank
-    marks: Marks | None = None  # of conversations
+    KNOWN = ("names", "val", "bytes", "plan", "special_tokens")  # of the data, on every rank
+    special_tokens: SpecialTokens | None = None  # of conversations
 
     def __init__(self, args: Train, folder: Path):
         self.args, self.folder = args, folder

@@ -20,7 +20,7 @@ from dsv3_ref.parallel.mesh import Mesh, sizes
 from dsv3_ref.parallel.tape import Tape, drain, interleave
 from dsv3_ref.parallel.token_dispatcher import Exchange, Traffic, as_bytes, from_bytes, hops
 from dsv3_ref.pretrain import train_step
-from dsv3_ref.sft import Marks, answer_losses, answers, pack_samples
+from dsv3_ref.sft import SpecialTokens, num_loss_tokens, pack_samples, sft_loss
 
 CPU = torch.device("cpu")
 
@@ -291,7 +291,7 @@ def computing_in(dtype):
             torch.set_default_dtype(torch.float32)
 
 
-MARKS = Marks(*range(5))
+SPECIAL_TOKENS = SpecialTokens(*range(5))
 
 
 def talks(n: int) -> torch.Tensor:
@@ -301,26 +301,44 @@ def talks(n: int) -> torch.Tensor:
         words = torch.randint(5, 64, (2 + i % 9,)).tolist()
         cut = 1 + i % (len(words) - 1)
         asked, said = words[:cut], words[cut:]
-        samples.append([MARKS.bos, MARKS.user, *asked, MARKS.assistant, *said, MARKS.eos])
-    return torch.tensor(pack_samples(samples, 17, MARKS.pad)[:n])
+        samples.append(
+            [
+                SPECIAL_TOKENS.bos,
+                SPECIAL_TOKENS.user,
+                *asked,
+                SPECIAL_TOKENS.assistant,
+                *said,
+                SPECIAL_TOKENS.eos,
+            ]
+        )
+    return torch.tensor(pack_samples(samples, 17, SPECIAL_TOKENS.pad)[:n])
 
 
-def trained(shape, name: str, zero: bool, per_node: int, dtype, marks=None):
+def trained(shape, name: str, zero: bool, per_node: int, dtype, special_tokens=None):
     """`compared`, all of it in fp32 or in fp64."""
     with computing_in(dtype):
-        return compared(shape, name, zero, per_node, dtype, marks)
+        return compared(shape, name, zero, per_node, dtype, special_tokens)
 
 
-def compared(shape, name: str, zero: bool, per_node: int, dtype, marks):
+def compared(shape, name: str, zero: bool, per_node: int, dtype, special_tokens):
     """Relative errors of every gradient, and of three steps' numbers, beside `train_step`."""
-    c, r = MICRO, replace(RECIPES["tiny"], alpha=0.0 if marks else 0.01, clip=1e9)
+    c, r = MICRO, replace(RECIPES["tiny"], alpha=0.0 if special_tokens else 0.01, clip=1e9)
     draw, weight = (
-        talks if marks else lambda n: torch.randint(0, 64, (n, 17)),
-        0.0 if marks else 0.3,
+        talks if special_tokens else lambda n: torch.randint(0, 64, (n, 17)),
+        0.0 if special_tokens else 0.3,
     )
-    how = (lambda m, x, _: answer_losses(m, x, marks), lambda x: answers(x, marks)) if marks else ()
+    how = (
+        (
+            lambda m, x, _: sft_loss(m, x, special_tokens),
+            lambda x: num_loss_tokens(x, special_tokens),
+        )
+        if special_tokens
+        else ()
+    )
     mesh, moments = Mesh(*shape, CPU), torch.bfloat16 if dtype == torch.float32 else dtype
-    cluster = Cluster(c, r, mesh, name, 1, moments, zero, per_node=per_node, marks=marks)
+    cluster = Cluster(
+        c, r, mesh, name, 1, moments, zero, per_node=per_node, special_tokens=special_tokens
+    )
     torch.manual_seed(1)
     whole = Transformer(c)
     optimizer, rows = adamw(whole, r, moments), draw(7)
@@ -375,10 +393,12 @@ GRID = [  # two hops for ep 4
 CASE = "shape", "name", "zero", "per_node"
 
 
-def check_a_step(gang, dtype, gradient: float, number: float, shape, *setting, marks=None):
+def check_a_step(gang, dtype, gradient: float, number: float, shape, *setting, special_tokens=None):
     """Every parameter's gradient, loads, biases and the numbers of three steps."""
     held = set()
-    for errors, same, apart, names in gang.run(prod(shape), trained, shape, *setting, dtype, marks):
+    for errors, same, apart, names in gang.run(
+        prod(shape), trained, shape, *setting, dtype, special_tokens
+    ):
         assert max(errors.values()) < gradient, max(errors.items(), key=lambda e: e[1])
         assert same and apart < number
         held |= set(names)
@@ -406,7 +426,7 @@ PACKED = [
 def test_so_is_a_step_on_packed_conversations(shape, name, zero, per_node, gang):
     """Samples blind to each other, the mean over all answers' tokens, on every mesh."""
     setting = shape, name, zero, per_node
-    check_a_step(gang, torch.float64, 1e-13, 1e-13, *setting, marks=MARKS)
+    check_a_step(gang, torch.float64, 1e-13, 1e-13, *setting, special_tokens=SPECIAL_TOKENS)
 
 
 def measured(name: str, micro: int):

@@ -81,7 +81,7 @@ def test_a_reward_model_on_two_ranks_is_that_of_one(home, tmp_path):
 
 def written(t: RlTrainer) -> list[Answer]:
     """Four groups of two answers of unlike lengths, one of them without a difference."""
-    bos, eos, _, user, assistant = t.marks
+    bos, eos, _, user, assistant = t.special_tokens
     out = []
     for i in range(8):
         tokens = [*range(20, 21 + i % 5), eos]

@@ -153,7 +153,7 @@ def trainer(home, folder, *more) -> RlTrainer:
 
 def answers(t: RlTrainer) -> list[Answer]:
     """Two groups, in which the model says its own marks too."""
-    bos, eos, pad, user, assistant = t.marks
+    bos, eos, pad, user, assistant = t.special_tokens
     said = [[20, 21, eos], [22, bos, 23, 24, eos], [assistant, user, eos], [25, 26, 27, pad, 28]]
     out = []
     for i, tokens in enumerate(said):
@@ -263,7 +263,7 @@ def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, mon
     t = trainer(home, tmp_path / "x", "--tasks", tmp_path / "open.jsonl", "--votes", 4, "--beta", 0)
     seen.clear()
     found = t.batch(3)
-    whole = [a for a in found if a.tokens[-1] == t.marks.eos]
+    whole = [a for a in found if a.tokens[-1] == t.special_tokens.eos]
     assert seen == [(t.reference, len(whole), 4)] and t.reference is not t.model and whole
     want = [(torch.arange(4 * n, 4 * n + 4) % 3 == 0).float().mean() for n in range(len(whole))]
     assert [a.reward for a in whole] == want
@@ -284,7 +284,9 @@ def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
 
 def test_the_form_is_a_rule_too(home, tmp_path):
     t = trainer(home, tmp_path / "x", "--form")
-    say = lambda text: Answer(t.rows.next_batch(1)[0], [1], [2, t.marks.eos], [0.0, 0.0], text, 0.0)
+    say = lambda text: Answer(
+        t.rows.next_batch(1)[0], [1], [2, t.special_tokens.eos], [0.0, 0.0], text, 0.0
+    )
     found = [say("a"), say("<think>a</think>\\boxed{1}")]
     t.score.say, t.form = print, True
     before = [t.score.rule(a) for a in found]

@@ -12,29 +12,37 @@ from miniruns import metrics, options, results
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import load_tokenizer, marks_of
+from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.posttraining.sft import Packed, hold_out, read
-from dsv3_ref.sft import Marks, chat, ends, pack_samples, said
+from dsv3_ref.sft import (
+    SpecialTokens,
+    assistant_mask,
+    pack_samples,
+    render_conversation,
+    sample_cu_seqlens,
+)
 
-MARKS = Marks(*range(5))
+SPECIAL_TOKENS = SpecialTokens(*range(5))
 texts = st.lists(st.integers(5, 20), max_size=6)
 talks = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
 
 
 def tokens_of(talk, system=()) -> list[int]:
     """A conversation by hand."""
-    out = [MARKS.bos, *system]
+    out = [SPECIAL_TOKENS.bos, *system]
     for asked, answer in talk:
-        out += [MARKS.user, *asked, MARKS.assistant, *answer, MARKS.eos]
+        out += [SPECIAL_TOKENS.user, *asked, SPECIAL_TOKENS.assistant, *answer, SPECIAL_TOKENS.eos]
     return out
 
 
 def spoken(row: list[int]) -> list[bool]:
-    """`said`, a token at a time."""
+    """`assistant_mask`, a token at a time."""
     out, on = [], False
     for token in row:
         out.append(on)
-        on = token == MARKS.assistant or (on and token not in (MARKS.eos, MARKS.bos, MARKS.user))
+        on = token == SPECIAL_TOKENS.assistant or (
+            on and token not in (SPECIAL_TOKENS.eos, SPECIAL_TOKENS.bos, SPECIAL_TOKENS.user)
+        )
     return out
 
 
@@ -49,45 +57,56 @@ def test_a_conversation_is_its_turns_between_marks(talk, system):
     for asked, answer in talk:
         messages += [{"role": "user", "content": spell(asked)}]
         messages += [{"role": "assistant", "content": spell(answer)}]
-    assert chat(messages, encode, MARKS) == tokens_of(talk, system)
-    assert chat(messages[:-1], encode, MARKS) == tokens_of(talk, system)[: -1 - len(talk[-1][1])]
+    assert render_conversation(messages, encode, SPECIAL_TOKENS) == tokens_of(talk, system)
+    assert (
+        render_conversation(messages[:-1], encode, SPECIAL_TOKENS)
+        == tokens_of(talk, system)[: -1 - len(talk[-1][1])]
+    )
 
 
 @given(st.lists(talks, min_size=1, max_size=4))
 def test_who_speaks_and_where_samples_end(rows):
     samples = [tokens_of(talk) for talk in rows]
     line = [token for sample in samples for token in sample]
-    assert said(torch.tensor([line]), MARKS)[0].tolist() == spoken(line)
+    assert assistant_mask(torch.tensor([line]), SPECIAL_TOKENS)[0].tolist() == spoken(line)
     lengths = torch.tensor([len(s) for s in samples])
-    assert ends(torch.tensor([line]), MARKS).tolist() == lengths.cumsum(0).tolist()
-    answers = [t for talk in rows for _, answer in talk for t in (*answer, MARKS.eos)]
-    assert torch.tensor(line)[said(torch.tensor([line]), MARKS)[0]].tolist() == answers
+    assert (
+        sample_cu_seqlens(torch.tensor([line]), SPECIAL_TOKENS).tolist()
+        == lengths.cumsum(0).tolist()
+    )
+    answers = [t for talk in rows for _, answer in talk for t in (*answer, SPECIAL_TOKENS.eos)]
+    assert (
+        torch.tensor(line)[assistant_mask(torch.tensor([line]), SPECIAL_TOKENS)[0]].tolist()
+        == answers
+    )
 
 
 def test_a_row_begins_a_sample_whatever_it_begins_with():
     tokens_bs = torch.tensor([[7, 7, 0, 7], [7, 0, 7, 7]])
-    assert ends(tokens_bs, MARKS).tolist() == [2, 4, 5, 8]
-    assert ends(tokens_bs[:0], MARKS).tolist() == []
+    assert sample_cu_seqlens(tokens_bs, SPECIAL_TOKENS).tolist() == [2, 4, 5, 8]
+    assert sample_cu_seqlens(tokens_bs[:0], SPECIAL_TOKENS).tolist() == []
 
 
 @given(st.lists(st.integers(1, 30), max_size=40))
 def test_packing_keeps_every_sample_whole(lengths):
-    samples = [[MARKS.bos, *[5 + i] * (n - 1)] for i, n in enumerate(lengths)]
-    rows = pack_samples(samples, 30, MARKS.pad)
+    samples = [[SPECIAL_TOKENS.bos, *[5 + i] * (n - 1)] for i, n in enumerate(lengths)]
+    rows = pack_samples(samples, 30, SPECIAL_TOKENS.pad)
     found = []
     for row in rows:
-        assert len(row) == 30 and row[0] == MARKS.bos
-        starts = [i for i, t in enumerate(row) if t == MARKS.bos]
+        assert len(row) == 30 and row[0] == SPECIAL_TOKENS.bos
+        starts = [i for i, t in enumerate(row) if t == SPECIAL_TOKENS.bos]
         pieces = [row[a:b] for a, b in zip(starts, [*starts[1:], 30])]
-        pieces[-1] = [t for t in pieces[-1] if t != MARKS.pad]
+        pieces[-1] = [t for t in pieces[-1] if t != SPECIAL_TOKENS.pad]
         found += pieces
     assert sorted(found) == sorted(samples)
-    assert sum(2 * sum(t != MARKS.pad for t in row) <= 30 for row in rows) <= 1  # else two fit one
+    assert (
+        sum(2 * sum(t != SPECIAL_TOKENS.pad for t in row) <= 30 for row in rows) <= 1
+    )  # else two fit one
 
 
 def test_a_sample_longer_than_a_row_is_refused():
     with pytest.raises(UserError, match="31 tokens does not fit a row of 30"):
-        pack_samples([[5] * 31], 30, MARKS.pad)
+        pack_samples([[5] * 31], 30, SPECIAL_TOKENS.pad)
 
 
 # ── Files ──
@@ -125,7 +144,7 @@ def letters(text: str) -> list[int]:
 def test_a_bad_row_is_reported_by_number_and_left_out(tmp_path):
     rows = [row for bad, _ in POISON for row in (talk("a", "b"), bad)] + [""]
     told = []
-    found = read(written(tmp_path / "x.jsonl", rows), letters, MARKS, 40, told.append)
+    found = read(written(tmp_path / "x.jsonl", rows), letters, SPECIAL_TOKENS, 40, told.append)
     assert len(found) == len(POISON)
     for i, (line, (_, why)) in enumerate(zip(told, POISON)):
         assert f"row {2 * i + 2} is left out" in line and why in line
@@ -134,7 +153,7 @@ def test_a_bad_row_is_reported_by_number_and_left_out(tmp_path):
 def test_nothing_but_bad_rows_is_an_error(tmp_path):
     path = written(tmp_path / "x.jsonl", [bad for bad, _ in POISON])
     with pytest.raises(UserError, match=r"no conversation to learn from \(9 rows were left out\)"):
-        read(path, letters, MARKS, 40, lambda _: None)
+        read(path, letters, SPECIAL_TOKENS, 40, lambda _: None)
 
 
 def test_a_parquet_file_is_read_too(tmp_path):
@@ -146,7 +165,7 @@ def parquet(folder):
 
     rows = datasets.Dataset.from_list([talk("a", "b"), talk("c", "d")])
     rows.to_parquet(str(folder / "x.parquet"))
-    found = read(str(folder / "x.parquet"), letters, MARKS, 40)
+    found = read(str(folder / "x.parquet"), letters, SPECIAL_TOKENS, 40)
     assert found == [tokens_of([(letters(a), letters(b))]) for a, b in ("ab", "cd")]
 
 
@@ -157,7 +176,7 @@ def test_what_holds_no_conversations(name, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(UserError, match=why):
-        read(name, letters, MARKS, 40)
+        read(name, letters, SPECIAL_TOKENS, 40)
 
 
 def test_one_in_twenty_is_held_out():
@@ -172,8 +191,8 @@ def test_one_in_twenty_is_held_out():
 
 
 def stream(seed=0) -> Packed:
-    samples = [[MARKS.bos, *[5 + i] * (i % 9)] for i in range(50)]
-    return Packed(samples, 12, seed, MARKS.pad)
+    samples = [[SPECIAL_TOKENS.bos, *[5 + i] * (i % 9)] for i in range(50)]
+    return Packed(samples, 12, seed, SPECIAL_TOKENS.pad)
 
 
 def test_every_sample_once_an_epoch_each_in_another_order():
@@ -231,10 +250,10 @@ def test_a_run_learns_its_answers(home, tuned):
 
 
 def test_epochs_say_how_long(home, tuned):
-    marks = marks_of(t := load_tokenizer(tuned))
+    special_tokens = get_special_tokens(t := load_tokenizer(tuned))
     encode = lambda text: t.encode(text, add_special_tokens=False).ids
-    kept, _ = hold_out(read(str(home / "talks.jsonl"), encode, marks, 64))
-    assert len(metrics(tuned)) == round(3 * len(Packed(kept, 64, 0, marks.pad).rows) / 2)
+    kept, _ = hold_out(read(str(home / "talks.jsonl"), encode, special_tokens, 64))
+    assert len(metrics(tuned)) == round(3 * len(Packed(kept, 64, 0, special_tokens.pad).rows) / 2)
 
 
 def test_resumed_it_is_the_same_run(home, tuned, tmp_path, monkeypatch):
