@@ -34,7 +34,7 @@ SPLITS = ("val", "train")
 
 
 @dataclass(frozen=True)
-class Prepare:
+class PrepareConfig:
     """Tokenise text into shards, once, for `dsv3 train --data FOLDER`.
 
     Killed at any moment, the same command goes on where it stood and leaves the same bytes.
@@ -63,7 +63,7 @@ class Prepare:
         return tuple(chain(*self.data)) or ("sotu=0.9", "stdlib=0.1")
 
 
-def check_options(args: Prepare) -> None:
+def validate_options(args: PrepareConfig) -> None:
     """Raise a `UserError` for what cannot be."""
     rules = [
         (0 <= args.dedup <= 1, "--dedup is a share from 0 to 1; 0 keeps all"),
@@ -83,30 +83,30 @@ def check_options(args: Prepare) -> None:
 # ── The folder ──
 
 
-def settings_of(args: Prepare) -> dict:
+def index_settings(args: PrepareConfig) -> dict:
     """All that the bytes of the shards depend on, the files' ages and sizes among it."""
     pairs = [loader.parse_source_spec(s) for s in args.sources]
     given = args.tokenizer and tok.load_tokenizer(args.tokenizer)
     return {
         "data": [list(pair) for pair in pairs],
-        "files": [digest_of_files(name) for name, _ in pairs],
+        "files": [hash_source_files(name) for name, _ in pairs],
         "tokenizer": given and hashlib.sha256(given.to_str().encode()).hexdigest(),
         "vocab_size": 0 if given else args.vocab_size or TINY.vocab_size,
         "streaming": args.streaming,
         "dedup": args.dedup,
         "shard_tokens": args.shard_tokens,
-        "rensa": version("rensa") if args.dedup and installed() else None,
+        "rensa": version("rensa") if args.dedup and rensa_available() else None,
     }
 
 
-def installed() -> bool:
+def rensa_available() -> bool:
     """Whether near-duplicates can be found; a sentence says what to do if not."""
     from dsv3_ref.data.dedup import import_rensa
 
     return bool(import_rensa())
 
 
-def digest_of_files(name: str) -> str | None:
+def hash_source_files(name: str) -> str | None:
     """Of paths, sizes and times of the files of a source; None for a name on the hub."""
     path, found = Path(name), []
     if name in loader.BUILTIN_SOURCES:
@@ -119,7 +119,7 @@ def digest_of_files(name: str) -> str | None:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest() if stats else None
 
 
-def same_settings(out: Path, before: dict, now: dict) -> None:
+def check_settings_match(out: Path, before: dict, now: dict) -> None:
     """Raise if this folder was begun with others."""
     for name, new in now.items():
         old, anew = before.get(name), "give another --out"
@@ -129,10 +129,12 @@ def same_settings(out: Path, before: dict, now: dict) -> None:
             raise UserError(f"files of its sources have changed since {out} was begun: {anew}")
         if name in ("tokenizer", "rensa"):
             raise UserError(f"{out} was begun with another {name}: {anew}")
-        raise UserError(f"{out} was begun with {option(name)} {said(old)}, not {said(new)}: {anew}")
+        raise UserError(
+            f"{out} was begun with {option(name)} {format_option(old)}, not {format_option(new)}: {anew}"
+        )
 
 
-def said(value) -> str:
+def format_option(value) -> str:
     """A setting as a user writes it."""
     if isinstance(value, list):
         return " ".join(f"{name}={weight:g}" for name, weight in value)
@@ -140,7 +142,7 @@ def said(value) -> str:
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[None]:
+def lock_dir(out: Path) -> Iterator[None]:
     """The folder, kept from other processes until the end of the `with`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; shards are a folder")
@@ -154,12 +156,12 @@ def claimed(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def begun(args: Prepare, command: str | None) -> dict:
+def load_or_create_index(args: PrepareConfig, command: str | None) -> dict:
     """The index to go on with, or that of a new folder."""
-    now = settings_of(args)
+    now = index_settings(args)
     if shards.is_shards(str(args.out)):
         index = shards.read_index(args.out)
-        same_settings(args.out, index["settings"], now)
+        check_settings_match(args.out, index["settings"], now)
         return index
     if foreign := {p.name for p in args.out.iterdir()} - {"index.part"}:
         raise UserError(f"{args.out} holds other files, such as {min(foreign)}: give another --out")
@@ -171,7 +173,7 @@ def begun(args: Prepare, command: str | None) -> dict:
     return index
 
 
-def tokenizer_of(args: Prepare, index: dict, sources: list):
+def store_tokenizer(args: PrepareConfig, index: dict, sources: list):
     """That of the folder, or the given one, or one trained on the sources; stored beside."""
     path = args.out / shards.TOKENIZER
     if index["tokenizer"] is None:
@@ -179,11 +181,11 @@ def tokenizer_of(args: Prepare, index: dict, sources: list):
         t = tok.load_tokenizer(args.tokenizer) if args.tokenizer else None
         tok.save_tokenizer(t or loader.load_or_train_tokenizer(sources, size, tqdm.write), path)
         size = tok.vocab_size(tok.load_tokenizer(path))
-        index |= {"tokenizer": shards.sha256(path), "vocab_size": size}
+        index |= {"tokenizer": shards.file_sha256(path), "vocab_size": size}
         index["dtype"] = shards.dtype_for(size).str
         write_json(args.out / shards.INDEX, index)
-    if not path.is_file() or shards.sha256(path) != index["tokenizer"]:
-        raise shards.damaged(path, "it is missing or another")
+    if not path.is_file() or shards.file_sha256(path) != index["tokenizer"]:
+        raise shards.damaged_error(path, "it is missing or another")
     return tok.load_tokenizer(path)
 
 
@@ -203,7 +205,9 @@ class Shard:
     signatures: list[np.ndarray] = field(default_factory=list)
     blank: int = 0
     text_bytes: int = 0
-    like: Counter = field(default_factory=Counter)  # left out, by the source of the earlier one
+    near_duplicates: Counter = field(
+        default_factory=Counter
+    )  # left out, by the source of the earlier one
 
     def __post_init__(self):
         self.part = self.folder / f"{self.name}.bin.part"
@@ -221,9 +225,9 @@ class Shard:
         self.file.close()
         sync(self.part)
         path = self.folder / self.name
-        self.save(path.with_suffix(".npy"), np.array(self.offsets, shards.OFFSET))
+        self.save_array(path.with_suffix(".npy"), np.array(self.offsets, shards.OFFSET))
         if self.signatures:
-            self.save(path.with_suffix(".near"), np.stack(self.signatures))
+            self.save_array(path.with_suffix(".near"), np.stack(self.signatures))
         self.part.replace(path.with_suffix(".bin"))
         return {
             "name": self.name, "source": self.source, "split": self.split, "end": end,
@@ -231,10 +235,10 @@ class Shard:
             "bytes": self.offsets[-1] * self.dtype.itemsize, "blank": self.blank,
             "near": {str(k): n for k, n in sorted(self.query.items())},
             "text_bytes": self.text_bytes,
-            "sha256": {"bin": self.sum.hexdigest(), "npy": shards.sha256(path.with_suffix(".npy"))},
+            "sha256": {"bin": self.sum.hexdigest(), "npy": shards.file_sha256(path.with_suffix(".npy"))},
         }  # fmt: skip
 
-    def save(self, path: Path, values: np.ndarray) -> None:
+    def save_array(self, path: Path, values: np.ndarray) -> None:
         """Write numbers whole or not at all."""
         part = path.with_name(path.name + ".part")
         with part.open("wb") as file:
@@ -243,21 +247,21 @@ class Shard:
         part.replace(path)
 
 
-class Writer:
+class ShardWriter:
     """Parts of the sources, one after another, into shards."""
 
-    def __init__(self, args: Prepare, index: dict, sources: list, tokenizer):
+    def __init__(self, args: PrepareConfig, index: dict, sources: list, tokenizer):
         self.args, self.index, self.sources = args, index, sources
         self.near = MinHashLSH(args.dedup) if args.dedup else None
-        self.coder = TokenizeWorker(tokenizer, np.dtype(index["dtype"]), self.near is not None)
-        self.sweep()
+        self.worker = TokenizeWorker(tokenizer, np.dtype(index["dtype"]), self.near is not None)
+        self.remove_stale_files()
         for shard in index["shards"]:
             shards.check_lengths(args.out, shard)
             path = args.out / f"{shard['name']}.near"
             if self.near and path.is_file():
                 self.near.insert_all(np.load(path), shard["source"])
 
-    def sweep(self) -> None:
+    def remove_stale_files(self) -> None:
         """Remove what belongs to no shard of the index."""
         names = {s["name"] for s in self.index["shards"]}
         for path in self.args.out.glob("shard-*"):
@@ -268,21 +272,21 @@ class Writer:
     def parts(self) -> list[tuple[int, str]]:
         return [(i, split) for split in SPLITS for i in range(len(self.sources))]
 
-    def left(self) -> Iterator[tuple[int, str, int]]:
+    def remaining(self) -> Iterator[tuple[int, str, int]]:
         """Parts that are not done, each with the documents already taken."""
         for i, split in self.parts:
-            own = self.of(i, split)
+            own = self.shards_of(i, split)
             if not (own and own[-1]["end"]):
                 yield i, split, sum(s["documents"] for s in own)
 
-    def of(self, source: int, split: str) -> list[dict]:
+    def shards_of(self, source: int, split: str) -> list[dict]:
         """The shards of a part."""
         key = source, split
         return [s for s in self.index["shards"] if (s["source"], s["split"]) == key]
 
     def chunks(self, here: deque) -> Iterator[list[str]]:
         """All texts that are left; `here` learns each piece's part, and whether it is the last."""
-        for i, split, taken in self.left():
+        for i, split, taken in self.remaining():
             chunk, room = [], CHUNK
             for text in self.sources[i].iter_split(split, taken):
                 chunk.append(text)
@@ -297,54 +301,54 @@ class Writer:
     def write(self, workers: int, bar) -> None:
         """Everything that is left; every part ends a shard."""
         shard, here = None, deque()
-        for piece in imap_ordered(self.chunks(here), self.coder, workers):
+        for piece in imap_ordered(self.chunks(here), self.worker, workers):
             source, split, last = here.popleft()
-            shard = self.documents(shard or self.begin(source, split), piece)
+            shard = self.add_documents(shard or self.begin_shard(source, split), piece)
             if last:
-                self.end(shard, True)
-                self.refuse_empty(source, split)
+                self.end_shard(shard, True)
+                self.check_not_empty(source, split)
                 shard = None
             bar.update(int(piece.n_bytes.sum()))
 
-    def begin(self, source: int, split: str) -> Shard:
+    def begin_shard(self, source: int, split: str) -> Shard:
         """The next shard."""
         name = f"shard-{len(self.index['shards']):05}"
-        return Shard(self.args.out, name, source, split, self.coder.dtype)
+        return Shard(self.args.out, name, source, split, self.worker.dtype)
 
-    def end(self, shard: Shard, last: bool) -> None:
+    def end_shard(self, shard: Shard, last: bool) -> None:
         """From here on it counts."""
         self.index["shards"].append(shard.close(last))
         write_json(self.args.out / shards.INDEX, self.index)
 
-    def documents(self, shard: Shard, piece: TokenizedChunk) -> Shard:
+    def add_documents(self, shard: Shard, piece: TokenizedChunk) -> Shard:
         """Add the documents of a chunk, and begin new shards as they fill."""
         keys = self.near.band_keys(piece.signatures) if self.near else None
         ends = np.cumsum(piece.lengths).tolist()
         for j, (start, end) in enumerate(zip([0, *ends], ends)):
             if shard.offsets[-1] >= self.args.shard_tokens:
-                self.end(shard, False)
-                shard = self.begin(shard.source, shard.split)
+                self.end_shard(shard, False)
+                shard = self.begin_shard(shard.source, shard.split)
             keep = end > start
             shard.blank += not keep
             shard.text_bytes += int(piece.n_bytes[j])
             if keep and self.near:
-                keep = self.is_new(shard, piece.signatures[j], keys[j])
+                keep = self.insert_if_new(shard, piece.signatures[j], keys[j])
             shard.add(piece.tokens[start : end if keep else start])
         return shard
 
-    def is_new(self, shard: Shard, signature: np.ndarray, keys: list[int]) -> bool:
+    def insert_if_new(self, shard: Shard, signature: np.ndarray, keys: list[int]) -> bool:
         """Whether a document is unlike all that were kept before; then it is kept."""
         like = self.near.query(signature, keys)
         if like is not None:
-            shard.like[like] += 1
+            shard.near_duplicates[like] += 1
             return False
         shard.signatures.append(signature)
         self.near.insert(signature, keys, shard.source)
         return True
 
-    def refuse_empty(self, source: int, split: str) -> None:
+    def check_not_empty(self, source: int, split: str) -> None:
         """A source needs documents of both kinds."""
-        own = self.of(source, split)
+        own = self.shards_of(source, split)
         if sum(s["tokens"] for s in own):
             return
         if not any(s["near"] for s in own):
@@ -357,16 +361,16 @@ class Writer:
 
     def finish(self) -> None:
         """The index with what each source has; then the signatures go."""
-        about = [self.about(i) for i in range(len(self.sources))]
+        about = [self.describe_source(i) for i in range(len(self.sources))]
         self.index |= {"complete": True, "sources": about}
         write_json(self.args.out / shards.INDEX, self.index)
-        tidy(self.args.out)
+        clean_up(self.args.out)
 
-    def about(self, i: int) -> dict:
+    def describe_source(self, i: int) -> dict:
         """A source in numbers."""
         out = {"name": self.sources[i].name, "weight": self.sources[i].weight}
         for split in SPLITS:
-            own, near = self.of(i, split), Counter()
+            own, near = self.shards_of(i, split), Counter()
             for shard in own:
                 near.update({self.sources[int(k)].name: n for k, n in shard["near"].items()})
             total = {k: sum(s[k] for s in own) for k in ("documents", "tokens", "blank")}
@@ -376,7 +380,7 @@ class Writer:
         return out
 
 
-def tidy(out: Path) -> None:
+def clean_up(out: Path) -> None:
     """Remove what only an unfinished folder needs."""
     for path in chain(out.glob("shard-*.near"), out.glob("*.part")):
         path.unlink()
@@ -385,18 +389,18 @@ def tidy(out: Path) -> None:
 # ── The commands ──
 
 
-def prepare(args: Prepare, command: str | None = None) -> None:
+def prepare_shards(args: PrepareConfig, command: str | None = None) -> None:
     """Make the shards, or what is missing of them."""
-    check_options(args)
-    with claimed(args.out):
-        index = begun(args, command)
+    validate_options(args)
+    with lock_dir(args.out):
+        index = load_or_create_index(args, command)
         if index["complete"]:
             shards.Shards(args.out)
-            tidy(args.out)
+            clean_up(args.out)
             print(f"{args.out} is finished: {summary(index)}")
             return
-        sources = opened(args)
-        writer = Writer(args, index, sources, tokenizer_of(args, index, sources))
+        sources = open_text_sources(args)
+        writer = ShardWriter(args, index, sources, store_tokenizer(args, index, sources))
         done = sum(s["text_bytes"] for s in index["shards"])
         if index["shards"]:
             print(f"going on after {len(index['shards'])} shards")
@@ -404,10 +408,10 @@ def prepare(args: Prepare, command: str | None = None) -> None:
             writer.write(args.workers, bar)
         writer.finish()
     print(f"{args.out}: {summary(index)}")
-    print("\n".join(left_out(index)))
+    print("\n".join(near_duplicate_lines(index)))
 
 
-def opened(args: Prepare) -> list:
+def open_text_sources(args: PrepareConfig) -> list:
     """The sources, which must be text."""
     for name, _ in map(loader.parse_source_spec, args.sources):
         if shards.is_shards(name):
@@ -427,7 +431,7 @@ def summary(index: dict) -> str:
     )
 
 
-def left_out(index: dict) -> list[str]:
+def near_duplicate_lines(index: dict) -> list[str]:
     """How many near-duplicates of what were dropped, a line a source."""
     if not index["settings"]["dedup"]:
         return ["near-duplicates were not looked for"]
@@ -441,22 +445,22 @@ def left_out(index: dict) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckConfig:
     """Compare the length and the checksum of every shard with the index."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """of the shards"""
 
 
-def check(args: Check) -> None:
+def check_shards(args: CheckConfig) -> None:
     """Say that all is whole, or name what is not."""
     found = shards.Shards(args.folder)
-    found.check()
+    found.verify_checksums()
     print(f"{args.folder} is whole: {summary(found.index)}")
 
 
 @dataclass(frozen=True)
-class Bench:
+class DataBenchConfig:
     """Megabytes of text a second into shards, beside plain `tokenizers` on the same text."""
 
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
@@ -465,26 +469,26 @@ class Bench:
     """of text"""
     rounds: int = 5
     """repetitions, interleaved; medians are reported"""
-    workers: int = Prepare.workers
+    workers: int = PrepareConfig.workers
     out: Path = Path("runs/bench-data.json")
 
 
-def bench(args: Bench) -> None:
+def run_data_bench(args: DataBenchConfig) -> None:
     """Measure, print, and write the numbers."""
     from dsv3_ref.studies import data_bench
 
     data_bench.run(args)
 
 
-COMMANDS = {"prepare": Prepare, "check": Check, "bench": Bench}
+COMMANDS = {"prepare": PrepareConfig, "check": CheckConfig, "bench": DataBenchConfig}
 
 
 def main(argv: list[str]) -> None:
-    """`dsv3 data prepare`, `check` or `bench`."""
+    """`dsv3 data prepare_shards`, `check_shards` or `run_data_bench`."""
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
     union = kinds[0] | kinds[1] | kinds[2]
     args = tyro.cli(union, prog="dsv3 data", args=argv)
-    if isinstance(args, Prepare):
-        prepare(args, " ".join(["dsv3", "data", *argv]))
+    if isinstance(args, PrepareConfig):
+        prepare_shards(args, " ".join(["dsv3", "data", *argv]))
     else:
-        {Check: check, Bench: bench}[type(args)](args)
+        {CheckConfig: check_shards, DataBenchConfig: run_data_bench}[type(args)](args)

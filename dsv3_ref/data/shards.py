@@ -59,7 +59,7 @@ def read_index(folder: Path) -> dict:
     return index
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,15 +85,17 @@ class Documents:
     def __getitem__(self, i: int) -> np.ndarray:
         """The tokens of the i-th document, none where it was left out."""
         k = bisect_right(self.ends, i)
-        shard, (offsets, tokens) = self.shards[k], self.mapped(k)
+        shard, (offsets, tokens) = self.shards[k], self.open_shard(k)
         at = i - self.ends[k] + shard["documents"]
         start, end = int(offsets[at]), int(offsets[at + 1])
         found = tokens[start:end]
         if not start <= end <= len(tokens) or (end > start and found.max() >= self.vocab_size):
-            raise damaged(self.folder / f"{shard['name']}.bin", f"document {at} makes no sense")
+            raise damaged_error(
+                self.folder / f"{shard['name']}.bin", f"document {at} makes no sense"
+            )
         return found
 
-    def mapped(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def open_shard(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Offsets and tokens of a shard."""
         if k not in self.maps:
             path = self.folder / self.shards[k]["name"]
@@ -102,7 +104,7 @@ class Documents:
                 empty = self.shards[k]["tokens"] == 0  # which no map can show
                 tokens = np.memmap(path.with_suffix(".bin"), self.dtype, "r") if not empty else []
             except (OSError, ValueError) as e:
-                raise damaged(path, str(e)) from None
+                raise damaged_error(path, str(e)) from None
             self.maps[k] = offsets, np.asarray(tokens, self.dtype)
         return self.maps[k]
 
@@ -123,9 +125,9 @@ class Shards:
         for shard in self.index["shards"]:
             check_lengths(self.folder, shard)
         if not (self.folder / TOKENIZER).is_file():
-            raise damaged(self.folder / TOKENIZER, "it is missing")
-        if sha256(self.folder / TOKENIZER) != self.index["tokenizer"]:
-            raise damaged(self.folder / TOKENIZER, "its checksum is another")
+            raise damaged_error(self.folder / TOKENIZER, "it is missing")
+        if file_sha256(self.folder / TOKENIZER) != self.index["tokenizer"]:
+            raise damaged_error(self.folder / TOKENIZER, "its checksum is another")
 
     @property
     def sources(self) -> list[dict]:
@@ -143,34 +145,34 @@ class Shards:
         own = [s for s in self.index["shards"] if (s["source"], s["split"]) == (source, split)]
         return Documents(self.folder, own, self.index["dtype"], self.index["vocab_size"])
 
-    def check(self) -> None:
+    def verify_checksums(self) -> None:
         """Compare every checksum: reads all there is."""
         for shard in self.index["shards"]:
             for suffix, want in shard["sha256"].items():
                 path = self.folder / f"{shard['name']}.{suffix}"
-                if sha256(path) != want:
-                    raise damaged(path, "its checksum is another")
+                if file_sha256(path) != want:
+                    raise damaged_error(path, "its checksum is another")
 
 
 # ── Damage ──
 
 
-def lengths(shard: dict) -> dict[str, int]:
+def expected_lengths(shard: dict) -> dict[str, int]:
     """Bytes that the files of a shard must have."""
     return {"bin": shard["bytes"], "npy": 128 + (shard["documents"] + 1) * OFFSET.itemsize}
 
 
 def check_lengths(folder: Path, shard: dict) -> None:
     """Raise if a file of a shard is missing or not as long as the index says."""
-    for suffix, want in lengths(shard).items():
+    for suffix, want in expected_lengths(shard).items():
         path = folder / f"{shard['name']}.{suffix}"
         try:
             found = os.stat(path).st_size
         except FileNotFoundError:
-            raise damaged(path, "it is missing") from None
+            raise damaged_error(path, "it is missing") from None
         if found != want:
-            raise damaged(path, f"it has {found:,} bytes, not {want:,}")
+            raise damaged_error(path, f"it has {found:,} bytes, not {want:,}")
 
 
-def damaged(path: Path, why: str) -> UserError:
+def damaged_error(path: Path, why: str) -> UserError:
     return UserError(f"the shard {path} is damaged ({why}): put a whole copy back, or prepare anew")

@@ -16,7 +16,7 @@ from dsv3_ref.training.settings import write_json
 ROWS, LENGTH = 256, 257  # taken from text and from shards
 
 
-def run(args: prepare.Bench) -> None:
+def run(args: prepare.DataBenchConfig) -> None:
     """Measure, print, and write the numbers with their command."""
     with tempfile.TemporaryDirectory() as folder:
         found = measured(args, Path(folder))
@@ -27,7 +27,7 @@ def run(args: prepare.Bench) -> None:
     print(f"all numbers: {args.out}")
 
 
-def measured(args: prepare.Bench, folder: Path) -> dict:
+def measured(args: prepare.DataBenchConfig, folder: Path) -> dict:
     """Medians of interleaved rounds, MB/s and rows/s."""
     texts = some_text(args)
     sources = loader.open_sources(write_texts(texts, folder / "text"), 0, False)
@@ -35,7 +35,7 @@ def measured(args: prepare.Bench, folder: Path) -> dict:
     tok.save_tokenizer(t, folder / "tokenizer.json")
     plain = lambda: t.encode_batch(texts, add_special_tokens=False)
     ids = lambda: [np.array(e.ids, np.uint16) for e in plain()]
-    options = prepare.Prepare(folder / "0", tokenizer=folder, dedup=0.0, workers=args.workers)
+    options = prepare.PrepareConfig(folder / "0", tokenizer=folder, dedup=0.0, workers=args.workers)
     works = {"encode_batch": plain, "encode_batch to arrays": ids}
     for name, threshold in {"prepare": 0.0, "prepare without near-duplicates": 0.8}.items():
         works[name] = lambda x=threshold: written(replace(options, dedup=x), sources, t)
@@ -50,7 +50,7 @@ def measured(args: prepare.Bench, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def some_text(args: prepare.Bench) -> list[str]:
+def some_text(args: prepare.DataBenchConfig) -> list[str]:
     """Training documents of the sources in turn, up to so many megabytes."""
     return loader.sample_texts(loader.open_sources(args.data, 0, False), int(args.megabytes * 1e6))
 
@@ -63,17 +63,19 @@ def write_texts(texts: list[str], folder: Path) -> list[str]:
     return [str(folder)]
 
 
-def written(args: prepare.Prepare, sources: list, t) -> Path:
+def written(args: prepare.PrepareConfig, sources: list, t) -> Path:
     """Shards of sources that are open, from the first process started to the last byte."""
     args = replace(args, out=Path(tempfile.mkdtemp(dir=args.out.parent)))
-    index = prepare.begun(args, None)
-    writer = prepare.Writer(args, index, sources, prepare.tokenizer_of(args, index, sources))
+    index = prepare.load_or_create_index(args, None)
+    writer = prepare.ShardWriter(
+        args, index, sources, prepare.store_tokenizer(args, index, sources)
+    )
     writer.write(args.workers, tqdm(disable=True))
     writer.finish()
     return args.out
 
 
-def rows(args: prepare.Bench, sources: list, folder: Path, t) -> dict[str, float]:
+def rows(args: prepare.DataBenchConfig, sources: list, folder: Path, t) -> dict[str, float]:
     """Rows a second that a run takes, from text and from shards."""
     makers = {"text": sources, "shards": loader.open_sources([str(folder)], 0, False)}
     works = {}

@@ -26,7 +26,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import dedup, loader, prepare, shards, tokenize_workers
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import PackedDataLoader, open_sources
-from dsv3_ref.data.prepare import Prepare
+from dsv3_ref.data.prepare import PrepareConfig
 from dsv3_ref.data.shards import Shards
 
 
@@ -61,13 +61,13 @@ def specs(home) -> tuple[str, ...]:
     return f"{home}/a.jsonl=0.7", f"{home}/b.jsonl=0.3"
 
 
-def plan(home, out, **more) -> Prepare:
+def plan(home, out, **more) -> PrepareConfig:
     """Several shards, in this process."""
     fixed = {"vocab_size": 400, "shard_tokens": 3000, "workers": 1, "data": (specs(home),)}
-    return Prepare(out, **(fixed | more))
+    return PrepareConfig(out, **(fixed | more))
 
 
-def command(args: Prepare) -> list[str]:
+def command(args: PrepareConfig) -> list[str]:
     """The same as a command line."""
     named = {"--out": args.out, "--vocab-size": args.vocab_size, "--workers": args.workers,
              "--shard-tokens": args.shard_tokens, "--dedup": args.dedup}  # fmt: skip
@@ -85,14 +85,14 @@ def left(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(home):
     """Shards that nothing disturbed."""
-    prepare.prepare(plan(home, home / "whole"))
+    prepare.prepare_shards(plan(home, home / "whole"))
     return home / "whole"
 
 
 @pytest.fixture(scope="module")
 def all_kept(home):
     """Shards with the near-duplicates in them."""
-    prepare.prepare(plan(home, home / "all", dedup=0.0))
+    prepare.prepare_shards(plan(home, home / "all", dedup=0.0))
     return home / "all"
 
 
@@ -130,7 +130,7 @@ def test_the_index_counts(all_kept, home):
     for shard in index["shards"][:-1]:
         assert shard["end"] or 3000 <= shard["tokens"] < 3000 + 400
     assert len(index["shards"]) > 6
-    assert index["tokenizer"] == shards.sha256(all_kept / "tokenizer.json")
+    assert index["tokenizer"] == shards.file_sha256(all_kept / "tokenizer.json")
 
 
 def test_held_out_documents_are_in_validation_shards_alone(all_kept, home):
@@ -148,13 +148,13 @@ def test_a_large_vocabulary_takes_four_bytes():
 
 def test_workers_and_chunks_change_nothing(home, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK", 700)
-    prepare.prepare(plan(home, tmp_path / "two", workers=2))
+    prepare.prepare_shards(plan(home, tmp_path / "two", workers=2))
     assert left(tmp_path / "two") == left(whole)
 
 
 def test_streams_are_shards_too(home, tmp_path):
     args = replace(plan(home, tmp_path / "s", streaming=True), data=((specs(home)[0],),))
-    prepare.prepare(args)
+    prepare.prepare_shards(args)
     (coded,) = open_sources([str(args.out)], 0, False)
     (source,) = open_sources(args.sources, 0, True)
     assert coded.val_texts == source.val_texts
@@ -169,8 +169,8 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
     give = lambda *_, **__: memory.to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", give)
     one, two = (plan(home, tmp_path / n, data=(("owner/name",),), shard_tokens=900) for n in "ab")
-    prepare.prepare(one)
-    real, calls = prepare.Writer.end, iter(range(9))
+    prepare.prepare_shards(one)
+    real, calls = prepare.ShardWriter.end, iter(range(9))
 
     def stopped(*args):
         real(*args)
@@ -178,10 +178,10 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.Writer, "end", stopped)
-        prepare.prepare(two)
+        patch.setattr(prepare.ShardWriter, "end", stopped)
+        prepare.prepare_shards(two)
     assert len(shards.read_index(two.out)["shards"]) == 4
-    prepare.prepare(two)
+    prepare.prepare_shards(two)
     assert left(two.out) == left(one.out)
 
 
@@ -198,7 +198,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
         ("dsv3_ref.data.prepare.Shard.add", 180),
         ("dsv3_ref.data.prepare.Shard.save", 7),  # tokens are there, offsets are not
         ("dsv3_ref.data.prepare.write_json", 6),  # a whole shard that does not count yet
-        ("dsv3_ref.data.prepare.tidy", 1),  # finished but for what is swept up
+        ("dsv3_ref.data.prepare.clean_up", 1),  # finished but for what is swept up
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(deadly, at, home, whole, tmp_path):
@@ -206,11 +206,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(deadly, at, home, whol
     process = miniruns.start(home, command(args), 1, deadly, at)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    if deadly != "dsv3_ref.data.prepare.tidy":
+    if deadly != "dsv3_ref.data.prepare.clean_up":
         with pytest.raises(UserError, match="is not finished|no folder of shards"):
             Shards(args.out)
     before = {p.name: p.stat().st_mtime_ns for p in args.out.glob("shard-*.bin")}
-    prepare.prepare(args)
+    prepare.prepare_shards(args)
     assert left(args.out) == left(whole)
     index = json.loads((args.out / "index.json").read_text())
     if "add" in deadly and at > 100:  # what was there is not made again
@@ -239,7 +239,7 @@ def test_a_killed_command_leaves_no_worker_behind(home, whole, tmp_path):
     while any(map(alive, workers)) and time.monotonic() < until:
         time.sleep(0.02)
     assert not any(map(alive, workers))
-    prepare.prepare(replace(args, workers=1))
+    prepare.prepare_shards(replace(args, workers=1))
     assert left(args.out) == left(whole)
 
 
@@ -266,7 +266,7 @@ def test_a_dead_worker_is_a_sentence(whole):
 
 def test_a_finished_folder_is_left_alone(home, copy, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in copy.iterdir()}
-    prepare.prepare(plan(home, copy, workers=3))
+    prepare.prepare_shards(plan(home, copy, workers=3))
     assert f"{copy} is finished: " in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in copy.iterdir()} == before
 
@@ -286,19 +286,19 @@ def test_a_finished_folder_is_left_alone(home, copy, capsys):
 )
 def test_other_settings_are_refused(more, sentence, home, copy):
     with pytest.raises(UserError, match=sentence):
-        prepare.prepare(replace(plan(home, copy), **more))
+        prepare.prepare_shards(replace(plan(home, copy), **more))
 
 
 def test_another_tokenizer_or_other_files_are_refused(home, whole, tmp_path):
     out, text = tmp_path / "s", tmp_path / "text.jsonl"
     write_jsonl(text, texts_of("c", 40))
     args = replace(plan(home, out), data=((str(text),),))
-    prepare.prepare(args)
+    prepare.prepare_shards(args)
     with pytest.raises(UserError, match="was begun with another tokenizer"):
-        prepare.prepare(replace(args, vocab_size=0, tokenizer=whole))
+        prepare.prepare_shards(replace(args, vocab_size=0, tokenizer=whole))
     write_jsonl(text, texts_of("d", 40))
     with pytest.raises(UserError, match="files of its sources have changed since .* was begun"):
-        prepare.prepare(args)
+        prepare.prepare_shards(args)
 
 
 @pytest.mark.parametrize(
@@ -315,19 +315,19 @@ def test_another_tokenizer_or_other_files_are_refused(home, whole, tmp_path):
 def test_mistakes_are_sentences(more, sentence, home, tmp_path, capsys):
     args = replace(plan(home, tmp_path / "s"), **more)
     with pytest.raises(UserError, match=sentence):
-        prepare.prepare(args)
+        prepare.prepare_shards(args)
 
 
 def test_folders_that_are_no_place_for_shards(home, whole, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(UserError, match="holds other files, such as mine.txt"):
-        prepare.prepare(plan(home, tmp_path))
+        prepare.prepare_shards(plan(home, tmp_path))
     with pytest.raises(UserError, match="mine.txt is a file; shards are a folder"):
-        prepare.prepare(plan(home, tmp_path / "mine.txt"))
+        prepare.prepare_shards(plan(home, tmp_path / "mine.txt"))
     with pytest.raises(UserError, match="holds shards already: dsv3 train --data"):
-        prepare.prepare(replace(plan(home, tmp_path / "s"), data=((str(whole),),)))
-    with prepare.claimed(tmp_path / "s"), pytest.raises(UserError, match="another process is"):
-        prepare.prepare(plan(home, tmp_path / "s"))
+        prepare.prepare_shards(replace(plan(home, tmp_path / "s"), data=((str(whole),),)))
+    with prepare.lock_dir(tmp_path / "s"), pytest.raises(UserError, match="another process is"):
+        prepare.prepare_shards(plan(home, tmp_path / "s"))
 
 
 def test_the_commands_are_listed_and_errors_are_exit_code_2(home, copy, capsys):
@@ -361,16 +361,18 @@ def test_planted_near_duplicates_are_dropped_and_told(home, whole, all_kept, cap
     a, b = Shards(whole).sources
     assert b["train"]["near_duplicates_of"] == {a["name"]: 5}
     assert not a["train"]["near_duplicates_of"] and not b["val"]["near_duplicates_of"]
-    print("\n".join(prepare.left_out(Shards(whole).index)))
+    print("\n".join(prepare.near_duplicate_lines(Shards(whole).index)))
     assert f"b.jsonl: 5 near-duplicates left out (5 of {a['name']})" in capsys.readouterr().out
-    assert prepare.left_out(Shards(all_kept).index) == ["near-duplicates were not looked for"]
+    assert prepare.near_duplicate_lines(Shards(all_kept).index) == [
+        "near-duplicates were not looked for"
+    ]
 
 
 def test_a_training_document_like_a_held_out_one_goes(tmp_path):
     """Though it comes first in the file: nothing near the validation text is trained on."""
     plain = [text for text in texts_of("x", 40) if text.strip()]
     name = write_jsonl(tmp_path / "x.jsonl", plain + plain)
-    prepare.prepare(Prepare(tmp_path / "s", ((name,),), vocab_size=400, workers=1))
+    prepare.prepare_shards(PrepareConfig(tmp_path / "s", ((name,),), vocab_size=400, workers=1))
     (s,) = open_sources([str(tmp_path / "s")], 0, False)
     trained = [text for text in map(s.text, s.documents(0)) if text]
     assert sorted(trained + s.val_texts) == sorted(plain)
@@ -381,12 +383,12 @@ def test_a_training_document_like_a_held_out_one_goes(tmp_path):
 
 def test_a_source_of_which_nothing_is_left(tmp_path):
     names = [write_jsonl(tmp_path / f"{n}.jsonl", texts_of("x", 40)) for n in "ab"]
-    args = Prepare(tmp_path / "s", (tuple(names),), vocab_size=350, workers=1)
+    args = PrepareConfig(tmp_path / "s", (tuple(names),), vocab_size=350, workers=1)
     with pytest.raises(UserError, match="all held-out documents of .*b.jsonl are much like earl"):
-        prepare.prepare(args)
+        prepare.prepare_shards(args)
     blank = write_jsonl(tmp_path / "c.jsonl", [" "] * 40)
     with pytest.raises(UserError, match="the held-out documents of .*c.jsonl are empty"):
-        prepare.prepare(replace(args, out=tmp_path / "t", data=((names[0], blank),)))
+        prepare.prepare_shards(replace(args, out=tmp_path / "t", data=((names[0], blank),)))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
@@ -424,7 +426,7 @@ def test_the_table_finds_what_comparing_all_pairs_finds(threshold):
 def test_without_the_library_a_sentence_says_what_to_install(home, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(UserError, match="pip install 'dsv3-ref.data.', or --dedup 0"):
-        prepare.prepare(plan(home, tmp_path / "s"))
+        prepare.prepare_shards(plan(home, tmp_path / "s"))
 
 
 # ── Rows ──
@@ -503,8 +505,8 @@ def test_too_many_documents_for_a_permutation_are_permuted_all_the_same(n, monke
 @pytest.fixture(scope="module")
 def text_shards(home):
     """Of the texts that `miniruns.options` trains on."""
-    args = Prepare(home / "shards", ((str(home / "text"),),), vocab_size=400, workers=1)
-    prepare.prepare(args)
+    args = PrepareConfig(home / "shards", ((str(home / "text"),),), vocab_size=400, workers=1)
+    prepare.prepare_shards(args)
     return args.out
 
 
@@ -630,7 +632,7 @@ def test_a_token_that_does_not_exist_is_named_when_it_is_read(copy):
 
 def test_no_folder_of_shards(tmp_path):
     with pytest.raises(UserError, match="holds no index.json: it is no folder of shards"):
-        prepare.check(prepare.Check(tmp_path))
+        prepare.check_shards(prepare.CheckConfig(tmp_path))
     (tmp_path / "index.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="is of format 9, not 1"):
         Shards(tmp_path)
