@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
 from dsv3_ref.config import UserError
-from dsv3_ref.ops import impl, later, product_dtype
+from dsv3_ref.ops import defer_wgrad, impl, matmul_dtype
 
 # ── A schedule is data ──
 
@@ -48,7 +48,7 @@ class SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_oi):
         ctx.weight, ctx.dtype = weight_oi, x.dtype
-        x = x.to(product_dtype(x))
+        x = x.to(matmul_dtype(x))
         ctx.save_for_backward(x)
         return F.linear(x, weight_oi.to(x.dtype))
 
@@ -57,7 +57,7 @@ class SplitLinear(torch.autograd.Function):
     def backward(ctx, g):
         (x,), weight = ctx.saved_tensors, ctx.weight
         wgrad = lambda: (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
-        return (g @ weight.to(g.dtype)).to(ctx.dtype), later(weight, wgrad)
+        return (g @ weight.to(g.dtype)).to(ctx.dtype), defer_wgrad(weight, wgrad)
 
 
 class SplitGroupedLinear(torch.autograd.Function):
@@ -66,7 +66,7 @@ class SplitGroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_mi, weight_eoi, count_e):
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype
-        x_mi, end_e = x_mi.to(product_dtype(x_mi)), count_e.cumsum(0).to(torch.int32)
+        x_mi, end_e = x_mi.to(matmul_dtype(x_mi)), count_e.cumsum(0).to(torch.int32)
         ctx.save_for_backward(x_mi, end_e)
         return F.grouped_mm(x_mi, weight_eoi.to(x_mi.dtype).mT, offs=end_e)
 
@@ -76,11 +76,11 @@ class SplitGroupedLinear(torch.autograd.Function):
         (x_mi, end_e), weight, g_mo = ctx.saved_tensors, ctx.weight, g_mo.contiguous()
         wgrad = lambda: F.grouped_mm(g_mo.T, x_mi, offs=end_e).to(weight.dtype)
         dx_mi = F.grouped_mm(g_mo, weight.to(g_mo.dtype), offs=end_e)
-        return dx_mi.to(ctx.dtype), later(weight, wgrad), None
+        return dx_mi.to(ctx.dtype), defer_wgrad(weight, wgrad), None
 
 
 @impl("linear", "split")
-def _(x, weight_oi, keep="e4m3"):
+def _(x, weight_oi, saved_input_format="e4m3"):
     return SplitLinear.apply(x, weight_oi)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import Decoder, draw
 from dsv3_ref.model import Transformer
-from dsv3_ref.ops import ROWS, widened
+from dsv3_ref.ops import CE_CHUNK_TOKENS, upcast
 from dsv3_ref.optim import Recipe
 
 # ── Advantage ──
@@ -41,10 +41,10 @@ def token_logp(h_nd, head_wd, y_n, temperature: float = 1.0):
     """log p of given tokens, and each place's entropy: both (n,), in nats; in chunks."""
 
     def some(h_nd, y_n):
-        logp_nw = widened(F.linear(h_nd, head_wd) / temperature).log_softmax(-1)
+        logp_nw = upcast(F.linear(h_nd, head_wd) / temperature).log_softmax(-1)
         return logp_nw.gather(1, y_n[:, None])[:, 0], -(logp_nw.exp() * logp_nw).sum(-1)
 
-    parts = zip(h_nd.split(ROWS), y_n.split(ROWS))
+    parts = zip(h_nd.split(CE_CHUNK_TOKENS), y_n.split(CE_CHUNK_TOKENS))
     return tuple(map(torch.cat, zip(*(checkpoint(some, *p, use_reentrant=False) for p in parts))))
 
 

@@ -9,7 +9,7 @@ from einops import einsum, rearrange
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import Linear, RMSNorm, again, impl, linear, op, widened
+from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op, recompute, upcast
 from dsv3_ref.rope import rotate, softmax_scale
 
 # ── Causal attention ──
@@ -40,7 +40,7 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx, q, k, v):
         p, o = [], []
         for rows, end in blocks(q.shape[1], k.shape[1]):
-            score = widened(q[:, rows] @ k[:, :end].mT)
+            score = upcast(q[:, rows] @ k[:, :end].mT)
             n = score.shape[1]
             score[..., end - n :].masked_fill_(~causal_mask(n, n, q.device), -torch.inf)
             p.append(score.softmax(-1).to(v.dtype))
@@ -73,7 +73,11 @@ def by_heads(x_bshx, scale: float = 1.0):
 def attention(q_bshx, k_bthx, v_bthv, scale: float):
     """Causal attention, o = softmax(scale·q·kᵀ) v; x = i + r, the queries are the last s of t."""
     if q_bshx.device.type == "cpu":
-        q, k, v = again(by_heads, q_bshx, scale), again(by_heads, k_bthx), again(by_heads, v_bthv)
+        q, k, v = (
+            recompute(by_heads, q_bshx, scale),
+            recompute(by_heads, k_bthx),
+            recompute(by_heads, v_bthv),
+        )
         o = BlockAttention.apply(q, k, v)
         return rearrange(o, "(b h) s v -> b s h v", h=q_bshx.shape[2])
     s, t = q_bshx.shape[1], k_bthx.shape[1]
@@ -132,8 +136,8 @@ def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, end_m=None):
     wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. end_m: where each of m
     samples ends that lie end to end in one row (b = 1).
     """
-    q_bshx = again(join, q_bshi, q_bshr)
-    k_bthx, v_bthv = again(keys_values, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
+    q_bshx = recompute(join, q_bshi, q_bshr)
+    k_bthx, v_bthv = recompute(keys_values, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
     if end_m is None:
         return attention(q_bshx, k_bthx, v_bthv, scale)
     return packed_attention(q_bshx[0], k_bthx[0], v_bthv[0], end_m, scale)[None]
@@ -225,13 +229,13 @@ class MLA(nn.Module):
         self.wkv_a = Linear(c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
         self.kv_norm = RMSNorm(c.kv_lora_rank, c.norm_eps)
         self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim, keep="e5m6")
+        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim, saved_input_format="e5m6")
 
     def queries(self, x_bsd, rope):
         """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
         if not self.config.q_lora_rank:
             return self.heads(self.wq, x_bsd, *rope[:2])
-        return again(self.heads, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
+        return recompute(self.heads, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
 
     def heads(self, up, x_bsx, cos, sin):
         """The up-projection and its split into heads."""
@@ -245,7 +249,7 @@ class MLA(nn.Module):
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         k_bsr = rotate(k_bsr[:, :, None], *rope[:2])[:, :, 0]
-        return again(join, self.kv_norm(c_bsc), k_bsr)
+        return recompute(join, self.kv_norm(c_bsc), k_bsr)
 
     def expanded(self, q_bshi, q_bshr, c_btc, k_btr, end_m=None):
         """Keys and values of every head: training, prefill."""

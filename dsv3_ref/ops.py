@@ -26,7 +26,7 @@ def op(reference):
 
     @wraps(reference)
     def call(*args, **kwargs):
-        return chosen(name)(*args, **kwargs)
+        return resolve_impl(name)(*args, **kwargs)
 
     return call
 
@@ -45,54 +45,56 @@ def impl(name: str, backend: str):
 
 # ── The switch ──
 
-ACTIVE = tuple(os.environ.get("DSV3_BACKEND", "torch").split(","))  # in order of preference
-HOMES = {  # imported when first asked for
+ACTIVE_BACKENDS = tuple(
+    os.environ.get("DSV3_BACKEND", "torch").split(",")
+)  # in order of preference
+BACKEND_MODULES = {  # imported when first asked for
     "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8", "split": "dsv3_ref.dualpipe",
 }  # fmt: skip
 
 
-@cache  # `chosen` asks at every call
-def registered(backends: tuple[str, ...]) -> None:
+@cache  # `resolve_impl` asks at every call
+def import_backends(backends: tuple[str, ...]) -> None:
     """Import what registers these backends: only the kernels need triton."""
-    for home in filter(None, map(HOMES.get, backends)):
+    for home in filter(None, map(BACKEND_MODULES.get, backends)):
         import_module(home)
 
 
-def chosen(name: str):
+def resolve_impl(name: str):
     """The implementation of op `name` under the active backends; raises if none has it."""
-    registered(ACTIVE)
-    for backend in ACTIVE:
+    import_backends(ACTIVE_BACKENDS)
+    for backend in ACTIVE_BACKENDS:
         if backend in IMPLS[name]:
             return IMPLS[name][backend]
     raise NotImplementedError(
-        f"op {name!r} has no {' or '.join(ACTIVE)} implementation, only {', '.join(IMPLS[name])}; "
-        f"name a second choice: DSV3_BACKEND={ACTIVE[0]},torch"
+        f"op {name!r} has no {' or '.join(ACTIVE_BACKENDS)} implementation, only {', '.join(IMPLS[name])}; "
+        f"name a second choice: DSV3_BACKEND={ACTIVE_BACKENDS[0]},torch"
     )
 
 
 @contextmanager
 def use(*backends: str):
     """Run a block under these backends, in order of preference: `with use("naive", "torch")`."""
-    global ACTIVE
-    registered(backends)
+    global ACTIVE_BACKENDS
+    import_backends(backends)
     known = {b for impls in IMPLS.values() for b in impls}
     if unknown := set(backends) - known:
         raise ValueError(
             f"no backend {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
         )
-    before, ACTIVE = ACTIVE, backends
+    before, ACTIVE_BACKENDS = ACTIVE_BACKENDS, backends
     try:
         yield
     finally:
-        ACTIVE = before
+        ACTIVE_BACKENDS = before
 
 
-def table() -> str:
+def backend_table() -> str:
     """One line an op: the active implementation, then the others."""
-    registered(ACTIVE)
+    import_backends(ACTIVE_BACKENDS)
     rows = []
     for name, impls in sorted(IMPLS.items()):
-        active = next((b for b in ACTIVE if b in impls), "none")
+        active = next((b for b in ACTIVE_BACKENDS if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
         rows.append(f"{name:22}{active:8}{others}".rstrip())
     return "\n".join(rows)
@@ -101,58 +103,58 @@ def table() -> str:
 # ── Forget, and compute again ──
 
 
-class Rerun:
+class RecomputedOutputs:
     """fn(*args), to be run again when the backward pass asks; args may be results of others."""
 
-    def __init__(self, fn, args, keep):
+    def __init__(self, fn, args, pack):
         device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
         self.cast = {"dtype": torch.get_autocast_dtype(device), "device_type": device}
         self.cast["enabled"] = torch.is_autocast_enabled(device)
-        self.fn, self.args, self.made = fn, [keep(x) for x in args], ()
-        self.users = self.asked = 0
+        self.fn, self.args, self.outputs = fn, [pack(x) for x in args], ()
+        self.num_saved = self.num_read = 0
 
     def result(self, i: int):
         """Result i; the results stay until as many have asked as have saved one."""
-        if not self.made:
+        if not self.outputs:
             with torch.enable_grad(), torch.autocast(**self.cast):
-                self.made = several(self.fn(*map(fetch, self.args)))
-        y, self.asked = self.made[i].detach(), (self.asked + 1) % self.users
-        self.made = self.made if self.asked else ()
+                self.outputs = as_tuple(self.fn(*map(unpack, self.args)))
+        y, self.num_read = self.outputs[i].detach(), (self.num_read + 1) % self.num_saved
+        self.outputs = self.outputs if self.num_read else ()
         return y
 
 
-def several(y) -> tuple:
+def as_tuple(y) -> tuple:
     """One result or many, as a tuple."""
     return y if isinstance(y, tuple) else (y,)
 
 
-def fetch(x):
-    """What `Keeper.keep` took in."""
+def unpack(x):
+    """What `SavedTensors.pack` took in."""
     return x[0].result(x[1]).as_strided(*x[2]) if isinstance(x, tuple) else x
 
 
-class Keeper:
+class SavedTensors:
     """Takes what a forward pass saves; `bytes` counts it, without the given weights."""
 
-    def __init__(self, recompute: bool, weights=()):
-        self.recompute, self.reruns, self.kept = recompute, {}, {}
-        self.weights = {w.untyped_storage()._cdata for w in weights}
+    def __init__(self, recompute: bool, exclude=()):
+        self.enabled, self.reruns, self.storages = recompute, {}, {}
+        self.excluded = {w.untyped_storage()._cdata for w in exclude}
 
-    def keep(self, x):
-        """x, or if it is a result of `again`: the rerun that makes it, and where it lies there."""
+    def pack(self, x):
+        """x, or if it is a result of `recompute`: the rerun that makes it, and where it lies there."""
         if not isinstance(x, torch.Tensor):
             return x
         memory = x.untyped_storage()
         if found := self.reruns.get(memory._cdata):
-            found[0].users += 1
+            found[0].num_saved += 1
             return *found[:2], (x.shape, x.stride(), x.storage_offset())
-        self.kept[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        self.storages[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
         return x
 
-    def again(self, fn, args):
+    def recompute(self, fn, args):
         self.reruns = {k: r for k, r in self.reruns.items() if not r[2].expired()}
-        rerun = Rerun(fn, args, self.keep)
-        results = several(y := fn(*args))
+        rerun = RecomputedOutputs(fn, args, self.pack)
+        results = as_tuple(y := fn(*args))
         for i, memory in enumerate(r.untyped_storage() for r in results):
             self.reruns[memory._cdata] = rerun, i, StorageWeakRef(memory)
         return y
@@ -160,68 +162,68 @@ class Keeper:
     @property
     def bytes(self) -> int:
         """Held now for the backward pass."""
-        live = {k: n for k, (ref, n) in self.kept.items() if not ref.expired()}
-        return sum(n for k, n in live.items() if k not in self.weights)
+        live = {k: n for k, (ref, n) in self.storages.items() if not ref.expired()}
+        return sum(n for k, n in live.items() if k not in self.excluded)
 
 
-KEEPER: Keeper | None = None
+_SAVED_TENSORS: SavedTensors | None = None
 
 
 @contextmanager
-def keeping(recompute: bool, weights=()):
+def saved_tensors(recompute: bool, exclude=()):
     """A forward pass whose saved tensors are counted and, if so wanted, computed again (§3.2.3)."""
-    global KEEPER
-    before, KEEPER = KEEPER, Keeper(recompute, weights)
+    global _SAVED_TENSORS
+    before, _SAVED_TENSORS = _SAVED_TENSORS, SavedTensors(recompute, exclude)
     try:
-        with saved_tensors_hooks(KEEPER.keep, fetch):
-            yield KEEPER
+        with saved_tensors_hooks(_SAVED_TENSORS.pack, unpack):
+            yield _SAVED_TENSORS
     finally:
-        KEEPER = before
+        _SAVED_TENSORS = before
 
 
-def again(fn, *args):
-    """fn(*args); in a `keeping(recompute=True)` block whoever needs the results makes them again.
+def recompute(fn, *args):
+    """fn(*args); in a `saved_tensors(recompute=True)` block whoever needs the results makes them again.
 
     What `fn` saves for itself is kept: an RMSNorm's input, not its output.
     """
-    if KEEPER is None or not KEEPER.recompute or not torch.is_grad_enabled():
+    if _SAVED_TENSORS is None or not _SAVED_TENSORS.enabled or not torch.is_grad_enabled():
         return fn(*args)
-    return KEEPER.again(fn, args)
+    return _SAVED_TENSORS.recompute(fn, args)
 
 
 # ── RMSNorm ──
 
 
-def widened(x):
+def upcast(x):
     """fp32, or fp64 if x is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def product_dtype(x):
+def matmul_dtype(x):
     """What a matrix product of x returns: the autocast dtype, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class Normalise(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """RMSNorm with its gradient by hand: keeps x and 1/ρ, not the steps between (§3.2.3)."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        wide = widened(x)
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(dtype)
+        wide = upcast(x)
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_(weight).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, weight, inverse = ctx.saved_tensors
-        unit, g = widened(x) * inverse, widened(g)
+        x, weight, rstd = ctx.saved_tensors
+        unit, g = upcast(x) * rstd, upcast(g)
         dweight = (g * unit).sum_to_size(weight.shape)
         a = g * weight
         along = (a * unit).mean(-1, keepdim=True)
-        dx = a.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype)
+        dx = a.sub_(unit.mul_(along)).mul_(rstd).to(x.dtype)
         return dx, dweight.to(weight.dtype), None, None
 
 
@@ -232,8 +234,8 @@ def rms_norm(x, weight, eps: float, dtype=None):
     dtype: of y, by default that of x; rounded once.
     """
     if torch.is_grad_enabled():
-        return Normalise.apply(x, weight, eps, dtype or x.dtype)
-    return F.rms_norm(widened(x), weight.shape, weight, eps).to(dtype or x.dtype)
+        return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
+    return F.rms_norm(upcast(x), weight.shape, weight, eps).to(dtype or x.dtype)
 
 
 @impl("rms_norm", "naive")
@@ -251,54 +253,59 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return again(rms_norm, x, self.weight, self.eps, product_dtype(x))
+        return recompute(rms_norm, x, self.weight, self.eps, matmul_dtype(x))
 
 
 # ── Linear: the one place where matrix products pass ──
 
 
 @op
-def linear(x, weight_oi, keep: str = "e4m3"):
-    """Multiply the last axis: y_…o = Σ_i x_…i W_oi. keep: how FP8 stores x for Wgrad (§3.3.3)."""
+def linear(x, weight_oi, saved_input_format: str = "e4m3"):
+    """Multiply the last axis: y_…o = Σ_i x_…i W_oi. saved_input_format: how FP8 stores x for Wgrad (§3.3.3)."""
     return F.linear(x, weight_oi)
 
 
-LATER: list | None = None  # while a pipeline splits the backward pass: the Wgrads it puts off
+DEFERRED_WGRADS: list | None = (
+    None  # while a pipeline splits the backward pass: the Wgrads it puts off
+)
 
 
-def later(weight, wgrad):
+def defer_wgrad(weight, wgrad_fn):
     """∂L/∂weight = wgrad(): now; or None, and when a schedule says so (chapter 12)."""
-    if LATER is None:
-        return wgrad()
-    return LATER.append((weight, wgrad))
+    if DEFERRED_WGRADS is None:
+        return wgrad_fn()
+    return DEFERRED_WGRADS.append((weight, wgrad_fn))
 
 
 @contextmanager
-def putting_off():
-    """A block in which `later` puts off; yields the list of (weight, wgrad)."""
-    global LATER
-    before, LATER = LATER, []
+def deferring_wgrads():
+    """A block in which `defer_wgrad` puts off; yields the list of (weight, wgrad)."""
+    global DEFERRED_WGRADS
+    before, DEFERRED_WGRADS = DEFERRED_WGRADS, []
     try:
-        yield LATER
+        yield DEFERRED_WGRADS
     finally:
-        LATER = before
+        DEFERRED_WGRADS = before
 
 
 class Linear(nn.Module):
     """A matrix without bias, stored (out, in) as in the released weights."""
 
-    def __init__(self, n_in: int, n_out: int, keep: str = "e4m3"):
+    def __init__(self, n_in: int, n_out: int, saved_input_format: str = "e4m3"):
         super().__init__()
-        self.weight, self.keep = nn.Parameter(torch.empty(n_out, n_in)), keep
+        self.weight, self.saved_input_format = (
+            nn.Parameter(torch.empty(n_out, n_in)),
+            saved_input_format,
+        )
 
     def forward(self, x):
-        return linear(x, self.weight, self.keep)
+        return linear(x, self.weight, self.saved_input_format)
 
 
 # ── SwiGLU ──
 
 
-class Switch(torch.autograd.Function):
+class SwiGLUFunction(torch.autograd.Function):
     """SwiGLU that keeps only its two inputs (§3.2.3)."""
 
     @staticmethod
@@ -316,7 +323,7 @@ class Switch(torch.autograd.Function):
 @op
 def swiglu(gate, up):
     """A smooth switch: y = gate · σ(gate) · up."""
-    return Switch.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return SwiGLUFunction.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 @impl("swiglu", "naive")
@@ -327,7 +334,7 @@ def _(gate, up):
 @op
 def swiglu_linear(gate, up, weight_oi):
     """SwiGLU and the matrix behind it, one op, since neither needs to keep what lies between."""
-    return linear(again(swiglu, gate, up), weight_oi)
+    return linear(recompute(swiglu, gate, up), weight_oi)
 
 
 class MLP(nn.Module):
@@ -344,12 +351,12 @@ class MLP(nn.Module):
 
 # ── Cross-entropy straight from the hidden state ──
 
-ROWS = 512  # tokens whose logits exist at a time
+CE_CHUNK_TOKENS = 512  # tokens whose logits exist at a time
 
 
-def surprise_(logit_nw, target_n):
+def cross_entropy_and_grad_(logit_nw, target_n):
     """Σ −log p[target] in nats; the logits become ∂L/∂logit = p − [w = target], in place."""
-    wide_nw, at_n1 = widened(logit_nw), target_n[:, None]
+    wide_nw, at_n1 = upcast(logit_nw), target_n[:, None]
     top_n1 = wide_nw.amax(1, keepdim=True)
     right_n1 = wide_nw.gather(1, at_n1)
     sum_n1 = wide_nw.sub_(top_n1).exp_().sum(1, keepdim=True)
@@ -364,8 +371,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_nd, head_wd, target_n):
         total, dh, dw_wd = 0.0, [], torch.zeros_like(head_wd)
-        for h, target in zip(h_nd.split(ROWS), target_n.split(ROWS)):
-            nll, g_nw = surprise_(F.linear(h, head_wd), target)
+        for h, target in zip(h_nd.split(CE_CHUNK_TOKENS), target_n.split(CE_CHUNK_TOKENS)):
+            nll, g_nw = cross_entropy_and_grad_(F.linear(h, head_wd), target)
             total = total + nll
             if any(ctx.needs_input_grad):
                 dh.append((g_nw @ head_wd).to(h_nd.dtype))

@@ -582,7 +582,7 @@ class Engine(Ledger, Halves):
         """One step; rows with their new tokens, none for rows that were cancelled."""
         self.interlude()
         out = [(row, []) for row in self.sweep()]
-        with torch.inference_mode(), use(*self.forms, *ops.ACTIVE):
+        with torch.inference_mode(), use(*self.forms, *ops.ACTIVE_BACKENDS):
             out += self.unpack()
             self.admit()
             out += self.read()

@@ -8,7 +8,7 @@ from dsv3_ref.kernels.quant import E4M3, INT32, tile_map, tiles
 from triton.runtime import driver
 
 from dsv3_ref import fp8, moe  # noqa: F401  define the ops
-from dsv3_ref.ops import impl, later, product_dtype
+from dsv3_ref.ops import defer_wgrad, impl, matmul_dtype
 
 # ── Which configs are tried ──
 
@@ -370,12 +370,12 @@ def grouped_wgrad(g_mo, x_mi, map_xz, end_e):
 
 
 class GroupedLinear(torch.autograd.Function):
-    """y_m = W_e(m) x_m and its gradients, without waiting for the counts; dW when `later` says."""
+    """y_m = W_e(m) x_m and its gradients, without waiting for the counts; dW when `defer_wgrad` says."""
 
     @staticmethod
     def forward(ctx, x_mi, weight_eoi, count_e):
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype  # the parameter itself, not a narrow copy
-        x_mi, maps = x_mi.to(product_dtype(x_mi)), tile_map(count_e, len(x_mi))
+        x_mi, maps = x_mi.to(matmul_dtype(x_mi)), tile_map(count_e, len(x_mi))
         ctx.save_for_backward(x_mi, *maps)
         return grouped_gemm(x_mi, weight_eoi.to(x_mi.dtype), *maps, transposed=False)
 
@@ -387,7 +387,7 @@ class GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = grouped_gemm(g_mo, weight.to(g_mo.dtype), *maps, transposed=True).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dw = later(weight, lambda: grouped_wgrad(g_mo, x_mi, *maps).to(weight.dtype))
+            dw = defer_wgrad(weight, lambda: grouped_wgrad(g_mo, x_mi, *maps).to(weight.dtype))
         return dx, dw, None
 
 

@@ -24,7 +24,7 @@ LOGITS = 2**28  # at a time: 2048 tokens of a vocabulary of 129,280, in bf16 hal
     restore_value=["logit_ptr"],
 )
 @triton.jit
-def _surprise_kernel(
+def _cross_entropy_kernel(
     logit_ptr, target_ptr, nll_ptr, w, stride, GRADIENT: tl.constexpr, BLOCK_W: tl.constexpr
 ):
     """A token's −log p[target]; with GRADIENT its logits become p − [w = target], in place.
@@ -81,7 +81,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for at in (slice(a, a + rows) for a in range(0, n, rows or 1)):
             logit_nw = F.linear(h[at], head)
             args = logit_nw, target_n[at], nll_n[at], w, logit_nw.stride(0)
-            _surprise_kernel[len(logit_nw),](*args, GRADIENT=need_h or need_head)
+            _cross_entropy_kernel[len(logit_nw),](*args, GRADIENT=need_h or need_head)
             if need_h:
                 torch.mm(logit_nw, head, out=dh_nd[at])
             if need_head:
@@ -124,8 +124,8 @@ def linear_cross_entropy(h_nd, head_wd, target_n):
 
 COMPILE = [
     Compile(
-        f"surprise{name}",
-        _surprise_kernel,
+        f"cross_entropy{name}",
+        _cross_entropy_kernel,
         (dtype, torch.int64, FP32, 129280, 129280),
         {"GRADIENT": gradient},
     )

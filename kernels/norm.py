@@ -46,7 +46,7 @@ def config(warps: int, size: int, **meta):
 )
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, y_ptr, inverse_ptr, n, d, stride, eps, octave,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, stride, eps, octave,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """Rows held whole, the weight held for all of them: y = x / √(mean(x²) + ε) · weight."""
@@ -58,9 +58,9 @@ def _rms_norm_kernel(
         row = block * BLOCK_N + tl.arange(0, BLOCK_N)
         at, mask = tile(x_ptr, row, col, n, d, stride)
         x = tl.load(at, mask=mask, other=0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / d + eps)
-        y = x * inverse[:, None] * weight[None, :]
-        tl.store(inverse_ptr + row, inverse, mask=row < n)
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / d + eps)
+        y = x * rstd[:, None] * weight[None, :]
+        tl.store(rstd_ptr + row, rstd, mask=row < n)
         at, mask = tile(y_ptr, row, col, n, d, d)
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -76,7 +76,7 @@ def _rms_norm_kernel(
 )
 @triton.jit
 def _rms_norm_backward_kernel(
-    g_ptr, x_ptr, weight_ptr, inverse_ptr, dx_ptr, partial_ptr, n, d, g_stride, x_stride, octave,
+    g_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, n, d, g_stride, x_stride, octave,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With u = x/ρ and a = g·weight: dx = (a − u·mean(a·u))/ρ, and Σ_n g·u of a program's rows."""
@@ -91,32 +91,32 @@ def _rms_norm_backward_kernel(
         x = tl.load(at, mask=mask, other=0).to(tl.float32)
         at, mask = tile(g_ptr, row, col, n, d, g_stride)
         g = tl.load(at, mask=mask, other=0).to(tl.float32)
-        inverse = tl.load(inverse_ptr + row, mask=row < n, other=0)[:, None]
-        unit = x * inverse
+        rstd = tl.load(rstd_ptr + row, mask=row < n, other=0)[:, None]
+        unit = x * rstd
         dweight += g * unit
         a = g * weight[None, :]
         along = tl.sum(a * unit, axis=1)[:, None] / d
         at, mask = tile(dx_ptr, row, col, n, d, d)
-        dx = (a - unit * along) * inverse
+        dx = (a - unit * along) * rstd
         tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     at = tl.program_id(0) * d + col
     tl.store(partial_ptr + at, tl.sum(dweight, axis=0), mask=col < d)
 
 
-class Normalise(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """RMSNorm that keeps x and 1/ρ; rows of x may be a slice of wider ones."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
         x_nd = rows(x)
         n, d = x_nd.shape
-        y, inverse_n = x.new_empty(x.shape, dtype=dtype), x.new_empty(n, dtype=FP32)
+        y, rstd_n = x.new_empty(x.shape, dtype=dtype), x.new_empty(n, dtype=FP32)
         sms, block_d = multiprocessors(x), triton.next_power_of_2(d)
         tiles = lambda m: triton.cdiv(n, max(m["TILE"] // block_d, 1))
         grid = lambda m: (min(tiles(m), sms * m["PER_SM"]),)
-        args = x_nd, weight, y, inverse_n, n, d, x_nd.stride(0), eps, octave(n)
+        args = x_nd, weight, y, rstd_n, n, d, x_nd.stride(0), eps, octave(n)
         _rms_norm_kernel[grid](*args, BLOCK_D=block_d)
-        ctx.save_for_backward(x, weight, inverse_n)
+        ctx.save_for_backward(x, weight, rstd_n)
         return y
 
     @staticmethod
@@ -125,14 +125,14 @@ class Normalise(torch.autograd.Function):
         return *rms_norm_backward(g, *ctx.saved_tensors), None, None
 
 
-def rms_norm_backward(g, x, weight, inverse_n):
+def rms_norm_backward(g, x, weight, rstd_n):
     """∂L/∂x and ∂L/∂weight from the gradient of y and 1/ρ of every row."""
     g_nd, x_nd = rows(g), rows(x)
     n, d = x_nd.shape
     dx, sms = x.new_empty(x.shape), multiprocessors(x)  # registers allow one program on each
     partial_xd = x.new_empty(sms, d, dtype=FP32)
     strides = g_nd.stride(0), x_nd.stride(0)
-    args = g_nd, x_nd, weight, inverse_n, dx, partial_xd, n, d, *strides, octave(n)
+    args = g_nd, x_nd, weight, rstd_n, dx, partial_xd, n, d, *strides, octave(n)
     _rms_norm_backward_kernel[sms,](*args, BLOCK_D=triton.next_power_of_2(d))
     return dx, partial_xd.sum(0).to(weight.dtype)
 
@@ -151,7 +151,7 @@ def require_norm(x, weight, dtype) -> None:
 def rms_norm(x, weight, eps: float, dtype=None):
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
     require_norm(x, weight, dtype)
-    return Normalise.apply(x, weight, eps, dtype or x.dtype)
+    return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
 
 
 # ── SwiGLU ──
@@ -215,7 +215,7 @@ def blocks(n: int, f: int):
     return lambda m: (triton.cdiv(n, m["TILE"] // wide(m)) * triton.cdiv(f, wide(m)),)
 
 
-class Switch(torch.autograd.Function):
+class SwiGLUFunction(torch.autograd.Function):
     """SwiGLU that keeps only its two inputs (§3.2.3)."""
 
     @staticmethod
@@ -246,7 +246,7 @@ def swiglu(gate, up):
     """A smooth switch: y = gate · σ(gate) · up."""
     require("gate", gate, dtypes=FLOATS, contiguous=False)
     require("up", up, gate.shape, (gate.dtype,), contiguous=False)
-    return Switch.apply(gate, up)
+    return SwiGLUFunction.apply(gate, up)
 
 
 # ── RoPE ──

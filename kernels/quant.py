@@ -295,7 +295,7 @@ def requant_transposed(q, s, count_e=None, use_ue8m0: bool = False):
 
 @triton.jit
 def _rms_norm_quant_kernel(
-    x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, inverse_ptr, k, stride, eps,
+    x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, rstd_ptr, k, stride, eps,
     USE_UE8M0: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
     """A row in tiles: y = x / √(mean(x²) + ε) · weight, s = max|y| / 448, q = E4M3(y / s)."""
@@ -304,9 +304,9 @@ def _rms_norm_quant_kernel(
     x = tl.load(x_ptr + n * stride + col, mask=col < k, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + col, mask=col < k, other=0.0).to(tl.float32)
     square = tl.sum(tl.sum(x * x, 1), 0)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(square / k + eps))
-    y = (x * inverse * weight).to(y_ptr.dtype.element_ty)
-    tl.store(inverse_ptr + n, inverse)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(square / k + eps))
+    y = (x * rstd * weight).to(y_ptr.dtype.element_ty)
+    tl.store(rstd_ptr + n, rstd)
     tl.store(y_ptr + n * k + col, y, mask=col < k)
     narrow: tl.constexpr = y.dtype == tl.bfloat16
     y, kz = y.to(tl.float32), tl.cdiv(k, 128)
@@ -321,12 +321,12 @@ class NormaliseQuant(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype, use_ue8m0):
         x_nk, y, (q, s) = rows(x), x.new_empty(x.shape, dtype=dtype), codes_of(x)
-        inverse_n, block_z = x.new_empty(len(x_nk), dtype=FP32), triton.next_power_of_2(s.shape[-1])
+        rstd_n, block_z = x.new_empty(len(x_nk), dtype=FP32), triton.next_power_of_2(s.shape[-1])
         if x.numel():
-            args = x_nk, weight, y, q, s, inverse_n, x_nk.shape[1], x_nk.stride(0), eps, use_ue8m0
+            args = x_nk, weight, y, q, s, rstd_n, x_nk.shape[1], x_nk.stride(0), eps, use_ue8m0
             warps = min(max(block_z // 8, 1), 16)
             _rms_norm_quant_kernel[len(x_nk),](*args, BLOCK_Z=block_z, num_warps=warps)
-        ctx.save_for_backward(x, weight, inverse_n)
+        ctx.save_for_backward(x, weight, rstd_n)
         ctx.mark_non_differentiable(q, s)
         return y, q, s
 

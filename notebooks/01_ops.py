@@ -123,7 +123,7 @@ def op(reference):
 
     @wraps(reference)
     def call(*args, **kwargs):
-        return chosen(name)(*args, **kwargs)
+        return resolve_impl(name)(*args, **kwargs)
 
     return call
 
@@ -150,54 +150,56 @@ def impl(name: str, backend: str):
 
 # %%
 #| export
-ACTIVE = tuple(os.environ.get("DSV3_BACKEND", "torch").split(","))  # in order of preference
-HOMES = {  # imported when first asked for
+ACTIVE_BACKENDS = tuple(
+    os.environ.get("DSV3_BACKEND", "torch").split(",")
+)  # in order of preference
+BACKEND_MODULES = {  # imported when first asked for
     "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8", "split": "dsv3_ref.dualpipe",
 }  # fmt: skip
 
 
-@cache  # `chosen` asks at every call
-def registered(backends: tuple[str, ...]) -> None:
+@cache  # `resolve_impl` asks at every call
+def import_backends(backends: tuple[str, ...]) -> None:
     """Import what registers these backends: only the kernels need triton."""
-    for home in filter(None, map(HOMES.get, backends)):
+    for home in filter(None, map(BACKEND_MODULES.get, backends)):
         import_module(home)
 
 
-def chosen(name: str):
+def resolve_impl(name: str):
     """The implementation of op `name` under the active backends; raises if none has it."""
-    registered(ACTIVE)
-    for backend in ACTIVE:
+    import_backends(ACTIVE_BACKENDS)
+    for backend in ACTIVE_BACKENDS:
         if backend in IMPLS[name]:
             return IMPLS[name][backend]
     raise NotImplementedError(
-        f"op {name!r} has no {' or '.join(ACTIVE)} implementation, only {', '.join(IMPLS[name])}; "
-        f"name a second choice: DSV3_BACKEND={ACTIVE[0]},torch"
+        f"op {name!r} has no {' or '.join(ACTIVE_BACKENDS)} implementation, only {', '.join(IMPLS[name])}; "
+        f"name a second choice: DSV3_BACKEND={ACTIVE_BACKENDS[0]},torch"
     )
 
 
 @contextmanager
 def use(*backends: str):
     """Run a block under these backends, in order of preference: `with use("naive", "torch")`."""
-    global ACTIVE
-    registered(backends)
+    global ACTIVE_BACKENDS
+    import_backends(backends)
     known = {b for impls in IMPLS.values() for b in impls}
     if unknown := set(backends) - known:
         raise ValueError(
             f"no backend {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
         )
-    before, ACTIVE = ACTIVE, backends
+    before, ACTIVE_BACKENDS = ACTIVE_BACKENDS, backends
     try:
         yield
     finally:
-        ACTIVE = before
+        ACTIVE_BACKENDS = before
 
 
-def table() -> str:
+def backend_table() -> str:
     """One line an op: the active implementation, then the others."""
-    registered(ACTIVE)
+    import_backends(ACTIVE_BACKENDS)
     rows = []
     for name, impls in sorted(IMPLS.items()):
-        active = next((b for b in ACTIVE if b in impls), "none")
+        active = next((b for b in ACTIVE_BACKENDS if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
         rows.append(f"{name:22}{active:8}{others}".rstrip())
     return "\n".join(rows)
@@ -207,74 +209,74 @@ def table() -> str:
 # ## Forget, and compute again
 # A training step needs most of its memory for what the forward pass keeps for the backward pass.
 # The report keeps no output of RMSNorm, of SwiGLU or of MLA's up-projections (§3.2.3, §3.3.3):
-# each costs little to compute and much to keep. So write the call `again(f, x)`: it is
+# each costs little to compute and much to keep. So write the call `recompute(f, x)`: it is
 #
 # $$y = f(x),\quad\text{and whoever saves } y \text{ for its gradient saves } (f, x) \text{ instead.}$$
 #
 # $x$ may itself be such a result; then a chain is computed again from its start. A step that opens
-# no `keeping(recompute=True)` block is not changed at all. PyTorch lets us in through
-# *saved-tensor hooks*: every tensor that is saved passes through `keep`, every one that is used
-# again through `fetch`. A result is known by the memory in which it lies, not by its values, so a view
+# no `saved_tensors(recompute=True)` block is not changed at all. PyTorch lets us in through
+# *saved-tensor hooks*: every tensor that is saved passes through `pack`, every one that is used
+# again through `unpack`. A result is known by the memory in which it lies, not by its values, so a view
 # of it (a transpose, one head's part) is recognised too. A weak reference notices when that memory has
 # been freed, for then its address may belong to something else.
 
 
 # %%
 #| export
-class Rerun:
+class RecomputedOutputs:
     """fn(*args), to be run again when the backward pass asks; args may be results of others."""
 
-    def __init__(self, fn, args, keep):
+    def __init__(self, fn, args, pack):
         device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
         self.cast = {"dtype": torch.get_autocast_dtype(device), "device_type": device}
         self.cast["enabled"] = torch.is_autocast_enabled(device)
-        self.fn, self.args, self.made = fn, [keep(x) for x in args], ()
-        self.users = self.asked = 0
+        self.fn, self.args, self.outputs = fn, [pack(x) for x in args], ()
+        self.num_saved = self.num_read = 0
 
     def result(self, i: int):
         """Result i; the results stay until as many have asked as have saved one."""
-        if not self.made:
+        if not self.outputs:
             with torch.enable_grad(), torch.autocast(**self.cast):
-                self.made = several(self.fn(*map(fetch, self.args)))
-        y, self.asked = self.made[i].detach(), (self.asked + 1) % self.users
-        self.made = self.made if self.asked else ()
+                self.outputs = as_tuple(self.fn(*map(unpack, self.args)))
+        y, self.num_read = self.outputs[i].detach(), (self.num_read + 1) % self.num_saved
+        self.outputs = self.outputs if self.num_read else ()
         return y
 
 
-def several(y) -> tuple:
+def as_tuple(y) -> tuple:
     """One result or many, as a tuple."""
     return y if isinstance(y, tuple) else (y,)
 
 
-def fetch(x):
-    """What `Keeper.keep` took in."""
+def unpack(x):
+    """What `SavedTensors.pack` took in."""
     return x[0].result(x[1]).as_strided(*x[2]) if isinstance(x, tuple) else x
 
 
 # %%
 #| export
-class Keeper:
+class SavedTensors:
     """Takes what a forward pass saves; `bytes` counts it, without the given weights."""
 
-    def __init__(self, recompute: bool, weights=()):
-        self.recompute, self.reruns, self.kept = recompute, {}, {}
-        self.weights = {w.untyped_storage()._cdata for w in weights}
+    def __init__(self, recompute: bool, exclude=()):
+        self.enabled, self.reruns, self.storages = recompute, {}, {}
+        self.excluded = {w.untyped_storage()._cdata for w in exclude}
 
-    def keep(self, x):
-        """x, or if it is a result of `again`: the rerun that makes it, and where it lies there."""
+    def pack(self, x):
+        """x, or if it is a result of `recompute`: the rerun that makes it, and where it lies there."""
         if not isinstance(x, torch.Tensor):
             return x
         memory = x.untyped_storage()
         if found := self.reruns.get(memory._cdata):
-            found[0].users += 1
+            found[0].num_saved += 1
             return *found[:2], (x.shape, x.stride(), x.storage_offset())
-        self.kept[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        self.storages[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
         return x
 
-    def again(self, fn, args):
+    def recompute(self, fn, args):
         self.reruns = {k: r for k, r in self.reruns.items() if not r[2].expired()}
-        rerun = Rerun(fn, args, self.keep)
-        results = several(y := fn(*args))
+        rerun = RecomputedOutputs(fn, args, self.pack)
+        results = as_tuple(y := fn(*args))
         for i, memory in enumerate(r.untyped_storage() for r in results):
             self.reruns[memory._cdata] = rerun, i, StorageWeakRef(memory)
         return y
@@ -282,50 +284,48 @@ class Keeper:
     @property
     def bytes(self) -> int:
         """Held now for the backward pass."""
-        live = {k: n for k, (ref, n) in self.kept.items() if not ref.expired()}
-        return sum(n for k, n in live.items() if k not in self.weights)
+        live = {k: n for k, (ref, n) in self.storages.items() if not ref.expired()}
+        return sum(n for k, n in live.items() if k not in self.excluded)
 
 
-KEEPER: Keeper | None = None
+_SAVED_TENSORS: SavedTensors | None = None
 
 
 @contextmanager
-def keeping(recompute: bool, weights=()):
+def saved_tensors(recompute: bool, exclude=()):
     """A forward pass whose saved tensors are counted and, if so wanted, computed again (§3.2.3)."""
-    global KEEPER
-    before, KEEPER = KEEPER, Keeper(recompute, weights)
+    global _SAVED_TENSORS
+    before, _SAVED_TENSORS = _SAVED_TENSORS, SavedTensors(recompute, exclude)
     try:
-        with saved_tensors_hooks(KEEPER.keep, fetch):
-            yield KEEPER
+        with saved_tensors_hooks(_SAVED_TENSORS.pack, unpack):
+            yield _SAVED_TENSORS
     finally:
-        KEEPER = before
+        _SAVED_TENSORS = before
 
 
-def again(fn, *args):
-    """fn(*args); in a `keeping(recompute=True)` block whoever needs the results makes them again.
+def recompute(fn, *args):
+    """fn(*args); in a `saved_tensors(recompute=True)` block whoever needs the results makes them again.
 
     What `fn` saves for itself is kept: an RMSNorm's input, not its output.
     """
-    if KEEPER is None or not KEEPER.recompute or not torch.is_grad_enabled():
+    if _SAVED_TENSORS is None or not _SAVED_TENSORS.enabled or not torch.is_grad_enabled():
         return fn(*args)
-    return KEEPER.again(fn, args)
+    return _SAVED_TENSORS.recompute(fn, args)
 
 
 # %%
 # A chain of two. The gradient of cos needs sin(x), which is computed again; that of sin needs x.
 x = torch.linspace(-1, 1, 5, requires_grad=True)
 noted = lambda x: calls.append("sin") or x.sin()
-for recompute in (False, True):
+for enabled in (False, True):
     calls = []
-    with keeping(recompute) as keeper:
-        y = again(torch.cos, again(noted, x))
-    kept = keeper.bytes // x.element_size()
+    with saved_tensors(enabled) as saved:
+        y = recompute(torch.cos, recompute(noted, x))
+    kept = saved.bytes // x.element_size()
     (grad,) = torch.autograd.grad(y.sum(), x)
-    print(
-        f"recompute={recompute!s:5}  numbers kept: {kept:2}  times sin was computed: {len(calls)}"
-    )
+    print(f"recompute={enabled!s:5}  numbers kept: {kept:2}  times sin was computed: {len(calls)}")
     assert torch.equal(grad, (-x.sin().sin() * x.cos()).detach())
-    assert len(calls) == 1 + recompute
+    assert len(calls) == 1 + enabled
 assert kept == 5  # x itself
 
 # %% [markdown]
@@ -353,36 +353,36 @@ assert kept == 5  # x itself
 
 # %%
 #| export
-def widened(x):
+def upcast(x):
     """fp32, or fp64 if x is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def product_dtype(x):
+def matmul_dtype(x):
     """What a matrix product of x returns: the autocast dtype, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class Normalise(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """RMSNorm with its gradient by hand: keeps x and 1/ρ, not the steps between (§3.2.3)."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        wide = widened(x)
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(dtype)
+        wide = upcast(x)
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_(weight).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, weight, inverse = ctx.saved_tensors
-        unit, g = widened(x) * inverse, widened(g)
+        x, weight, rstd = ctx.saved_tensors
+        unit, g = upcast(x) * rstd, upcast(g)
         dweight = (g * unit).sum_to_size(weight.shape)
         a = g * weight
         along = (a * unit).mean(-1, keepdim=True)
-        dx = a.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype)
+        dx = a.sub_(unit.mul_(along)).mul_(rstd).to(x.dtype)
         return dx, dweight.to(weight.dtype), None, None
 
 
@@ -393,8 +393,8 @@ def rms_norm(x, weight, eps: float, dtype=None):
     dtype: of y, by default that of x; rounded once.
     """
     if torch.is_grad_enabled():
-        return Normalise.apply(x, weight, eps, dtype or x.dtype)
-    return F.rms_norm(widened(x), weight.shape, weight, eps).to(dtype or x.dtype)
+        return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
+    return F.rms_norm(upcast(x), weight.shape, weight, eps).to(dtype or x.dtype)
 
 
 @impl("rms_norm", "naive")
@@ -412,7 +412,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return again(rms_norm, x, self.weight, self.eps, product_dtype(x))
+        return recompute(rms_norm, x, self.weight, self.eps, matmul_dtype(x))
 
 
 # %%
@@ -460,48 +460,53 @@ print("size of each token's gradient:", *[f"{v:.2f}" for v in grad_nd.norm(dim=-
 #
 # $$\text{Dgrad: } \frac{\partial L}{\partial x} = g\,W,\qquad \text{Wgrad: } \frac{\partial L}{\partial W} = g^\top x .$$
 #
-# Two hooks for later chapters change nothing here: `keep` says in which format FP8 stores $x$ for Wgrad
-# (chapter 09), and `later` lets a pipeline put Wgrad off (chapter 12).
+# Two hooks for later chapters change nothing here: `saved_input_format` says in which format FP8 stores $x$ for Wgrad
+# (chapter 09), and `defer_wgrad` lets a pipeline put Wgrad off (chapter 12).
 
 
 # %%
 #| export
 @op
-def linear(x, weight_oi, keep: str = "e4m3"):
-    """Multiply the last axis: y_…o = Σ_i x_…i W_oi. keep: how FP8 stores x for Wgrad (§3.3.3)."""
+def linear(x, weight_oi, saved_input_format: str = "e4m3"):
+    """Multiply the last axis: y_…o = Σ_i x_…i W_oi. saved_input_format: how FP8 stores x for Wgrad (§3.3.3)."""
     return F.linear(x, weight_oi)
 
 
-LATER: list | None = None  # while a pipeline splits the backward pass: the Wgrads it puts off
+DEFERRED_WGRADS: list | None = (
+    None  # while a pipeline splits the backward pass: the Wgrads it puts off
+)
 
 
-def later(weight, wgrad):
+def defer_wgrad(weight, wgrad_fn):
     """∂L/∂weight = wgrad(): now; or None, and when a schedule says so (chapter 12)."""
-    if LATER is None:
-        return wgrad()
-    return LATER.append((weight, wgrad))
+    if DEFERRED_WGRADS is None:
+        return wgrad_fn()
+    return DEFERRED_WGRADS.append((weight, wgrad_fn))
 
 
 @contextmanager
-def putting_off():
-    """A block in which `later` puts off; yields the list of (weight, wgrad)."""
-    global LATER
-    before, LATER = LATER, []
+def deferring_wgrads():
+    """A block in which `defer_wgrad` puts off; yields the list of (weight, wgrad)."""
+    global DEFERRED_WGRADS
+    before, DEFERRED_WGRADS = DEFERRED_WGRADS, []
     try:
-        yield LATER
+        yield DEFERRED_WGRADS
     finally:
-        LATER = before
+        DEFERRED_WGRADS = before
 
 
 class Linear(nn.Module):
     """A matrix without bias, stored (out, in) as in the released weights."""
 
-    def __init__(self, n_in: int, n_out: int, keep: str = "e4m3"):
+    def __init__(self, n_in: int, n_out: int, saved_input_format: str = "e4m3"):
         super().__init__()
-        self.weight, self.keep = nn.Parameter(torch.empty(n_out, n_in)), keep
+        self.weight, self.saved_input_format = (
+            nn.Parameter(torch.empty(n_out, n_in)),
+            saved_input_format,
+        )
 
     def forward(self, x):
-        return linear(x, self.weight, self.keep)
+        return linear(x, self.weight, self.saved_input_format)
 
 
 # %%
@@ -533,7 +538,7 @@ for name, t in {"Fprop": y_no, "Dgrad": grad_x_ni, "Wgrad": grad_w_oi}.items():
 
 # %%
 #| export
-class Switch(torch.autograd.Function):
+class SwiGLUFunction(torch.autograd.Function):
     """SwiGLU that keeps only its two inputs (§3.2.3)."""
 
     @staticmethod
@@ -551,7 +556,7 @@ class Switch(torch.autograd.Function):
 @op
 def swiglu(gate, up):
     """A smooth switch: y = gate · σ(gate) · up."""
-    return Switch.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return SwiGLUFunction.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 @impl("swiglu", "naive")
@@ -562,7 +567,7 @@ def _(gate, up):
 @op
 def swiglu_linear(gate, up, weight_oi):
     """SwiGLU and the matrix behind it, one op, since neither needs to keep what lies between."""
-    return linear(again(swiglu, gate, up), weight_oi)
+    return linear(recompute(swiglu, gate, up), weight_oi)
 
 
 class MLP(nn.Module):
@@ -614,7 +619,7 @@ with use("torch"):
     quiet = mlp(x_nd)
 with use("spy", "torch"):
     assert torch.equal(mlp(x_nd), quiet) and heard == [(5, 40)]
-    print(table())
+    print(backend_table())
 del IMPLS["swiglu"]["spy"]
 print("heard:", heard)
 
@@ -635,11 +640,11 @@ def under(*backends: str):
         return mlp(x_nd)
 
 
-before = ACTIVE
+before = ACTIVE_BACKENDS
 print(error(lambda: under("spy")))  # it is gone
 print(error(lambda: under("naive")))  # known, but `linear` has no naive form: no silent fallback
 print(error(lambda: impl("swigloo", "naive")))
-assert before == ACTIVE  # put back, errors or not
+assert before == ACTIVE_BACKENDS  # put back, errors or not
 assert torch.allclose(under("naive", "torch"), quiet, atol=1e-6)
 
 # %% [markdown]
@@ -660,12 +665,12 @@ assert torch.allclose(under("naive", "torch"), quiet, atol=1e-6)
 
 # %%
 #| export
-ROWS = 512  # tokens whose logits exist at a time
+CE_CHUNK_TOKENS = 512  # tokens whose logits exist at a time
 
 
-def surprise_(logit_nw, target_n):
+def cross_entropy_and_grad_(logit_nw, target_n):
     """Σ −log p[target] in nats; the logits become ∂L/∂logit = p − [w = target], in place."""
-    wide_nw, at_n1 = widened(logit_nw), target_n[:, None]
+    wide_nw, at_n1 = upcast(logit_nw), target_n[:, None]
     top_n1 = wide_nw.amax(1, keepdim=True)
     right_n1 = wide_nw.gather(1, at_n1)
     sum_n1 = wide_nw.sub_(top_n1).exp_().sum(1, keepdim=True)
@@ -680,8 +685,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_nd, head_wd, target_n):
         total, dh, dw_wd = 0.0, [], torch.zeros_like(head_wd)
-        for h, target in zip(h_nd.split(ROWS), target_n.split(ROWS)):
-            nll, g_nw = surprise_(F.linear(h, head_wd), target)
+        for h, target in zip(h_nd.split(CE_CHUNK_TOKENS), target_n.split(CE_CHUNK_TOKENS)):
+            nll, g_nw = cross_entropy_and_grad_(F.linear(h, head_wd), target)
             total = total + nll
             if any(ctx.needs_input_grad):
                 dh.append((g_nw @ head_wd).to(h_nd.dtype))
@@ -737,7 +742,7 @@ assert round(sequence * 4 / 1e9, 2) == 2.12
 # Take one feed-forward network with its norm. Step by step, torch keeps for each token $x$,
 # $\hat x$ and $y$ of the norm, then gate, up, silu(gate) and the product that enters $W_2$. Our norm and
 # SwiGLU with gradients by hand keep only their inputs, but the matrices behind them still keep the
-# outputs. With `again` these are computed once more instead:
+# outputs. With `recompute` these are computed once more instead:
 #
 # $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{by hand}} \;\to\;
 # \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers a token}$$
@@ -758,9 +763,9 @@ def _(gate, up):
 
 def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
     """(gradient of x, numbers a token kept for it) of Σ MLP(norm(x))²."""
-    with keeping(recompute, [*norm.parameters(), *mlp.parameters()]) as keeper:
+    with saved_tensors(recompute, [*norm.parameters(), *mlp.parameters()]) as saved:
         out_nd = mlp(norm(x_nd))
-    numbers = keeper.bytes // x_nd.element_size() // len(x_nd)
+    numbers = saved.bytes // x_nd.element_size() // len(x_nd)
     (grad_nd,) = torch.autograd.grad(out_nd, x_nd, 2 * out_nd.detach())
     return grad_nd, numbers
 
@@ -780,9 +785,9 @@ for f in widths:
         nn.init.normal_(p, std=0.1)
     x_nd = torch.randn(10, D, requires_grad=True)
     grads = {}
-    for way, (recompute, backend) in WAYS.items():
+    for way, (enabled, backend) in WAYS.items():
         with use(backend, "torch"):
-            grads[way], n = train_once(norm, mlp, x_nd, recompute)
+            grads[way], n = train_once(norm, mlp, x_nd, enabled)
         kept[way].append(n)
     assert kept["step by step"][-1] >= kept["by hand"][-1] + f == 2 * D + 4 * f + 1
     assert kept["recomputed"][-1] == D + 2 * f + 1

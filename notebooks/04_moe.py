@@ -77,7 +77,7 @@ from einops import einsum, rearrange
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import MLP, again, impl, op, swiglu
+from dsv3_ref.ops import MLP, recompute, impl, op, swiglu
 
 # %% [markdown]
 # ## The gate
@@ -244,7 +244,7 @@ class Gate(nn.Module):
 
     def forward(self, x_bsd) -> Route:
         with torch.autocast(x_bsd.device.type, enabled=False):
-            logit_bse = F.linear(again(torch.Tensor.float, x_bsd), self.weight.float())
+            logit_bse = F.linear(recompute(torch.Tensor.float, x_bsd), self.weight.float())
         return route(logit_bse, self.bias, self.config)
 
 
@@ -406,7 +406,7 @@ def _(x_mi, weight_eoi, count_e):
 @op
 def grouped_swiglu_linear(gate_mf, up_mf, weight_eoi, count_e):
     """SwiGLU and every row's own matrix behind it, one op as in `swiglu_linear`."""
-    return grouped_linear(again(swiglu, gate_mf, up_mf), weight_eoi, count_e)
+    return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, count_e)
 
 
 class Experts(nn.Module):

@@ -787,7 +787,7 @@ torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 # ### What a step need not keep
 # Whatever a gradient will need waits in memory from the forward to the backward pass. V3 lets go of
 # the outputs of RMSNorm, MLA's up-projections and SwiGLU, and computes them again (§3.2.3, §3.3.3):
-# `keeping(recompute=True)` of [chapter 01](01_ops.ipynb), `dsv3 train --recompute`. In the
+# `saved_tensors(recompute=True)` of [chapter 01](01_ops.ipynb), `dsv3 train --recompute`. In the
 # axes' letters (`q`, `c`: the latents) a token and layer needs
 #
 # $$\underbrace{2d + q + c}_{\text{norms}} + \underbrace{2h(i+r) + hv}_{\text{up-projections}}
@@ -798,7 +798,7 @@ torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 
 # %%
 from dsv3_ref.config import Config
-from dsv3_ref.ops import keeping
+from dsv3_ref.ops import saved_tensors
 
 
 def spared(c: Config, moe: bool = True) -> dict[str, int]:
@@ -816,9 +816,9 @@ kept, gradients = {}, {}
 c, (b, s) = TINY, (4, 128)
 model, tokens_bs = Transformer(c), torch.randint(c.vocab_size, (b, s + 1))
 for recompute in (False, True):
-    with keeping(recompute, model.parameters()) as keeper:
+    with saved_tensors(recompute, model.parameters()) as saved:
         total = losses(model, tokens_bs).total(0.3, 1e-4)
-    kept[recompute] = keeper.bytes
+    kept[recompute] = saved.bytes
     gradients[recompute] = torch.autograd.grad(total, list(model.parameters()))
 tables = 4 * (2 * s - 1) * c.qk_rope_head_dim  # cosines and sines now wait too
 dense, moe = (sum(spared(c, moe).values()) for moe in (False, True))

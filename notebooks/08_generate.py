@@ -39,7 +39,7 @@ from dsv3_ref.mla import LayerCache, expanded, join, keys_values
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
 from dsv3_ref.mtp import MTP
-from dsv3_ref.ops import RMSNorm, swiglu, widened
+from dsv3_ref.ops import RMSNorm, swiglu, upcast
 from dsv3_ref.rope import rope_table, softmax_scale
 
 # %%
@@ -281,7 +281,7 @@ def by_blocks(q_bshx, blocks: Iterable, t: int, scale: float):
     at_s1 = torch.arange(t - s, t, device=q_bshx.device)[:, None]
     top = o = total = torch.tensor(-torch.inf, device=q_bshx.device)
     for k_byhx, v_byhv in blocks:
-        x_bhsy = widened(q_bhsx @ k_byhx.permute(0, 2, 3, 1))
+        x_bhsy = upcast(q_bhsx @ k_byhx.permute(0, 2, 3, 1))
         at_y = torch.arange(seen, seen + k_byhx.shape[1], device=q_bshx.device)
         if seen + len(at_y) > t - s + 1:
             x_bhsy = x_bhsy.masked_fill_(at_s1 < at_y, -torch.inf)

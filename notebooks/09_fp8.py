@@ -34,7 +34,7 @@ from einops import rearrange
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
-from dsv3_ref.ops import IMPLS, impl, later, op, product_dtype
+from dsv3_ref.ops import IMPLS, impl, defer_wgrad, op, matmul_dtype
 
 # %%
 from dataclasses import replace
@@ -551,12 +551,17 @@ class FP8Linear(torch.autograd.Function):
     """y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 over a weight of any precision (§3.3.1)."""
 
     @staticmethod
-    def forward(ctx, x, weight, q, s, count_e, keep):
+    def forward(ctx, x, weight, q, s, count_e, saved_input_format):
         w = quantize_weight_cached(weight)
-        ctx.keep, ctx.count_e, ctx.k, ctx.dtype = keep, count_e, x.shape[-1], x.dtype
+        ctx.saved_input_format, ctx.count_e, ctx.k, ctx.dtype = (
+            saved_input_format,
+            count_e,
+            x.shape[-1],
+            x.dtype,
+        )
         ctx.weight = weight  # to be handed its gradient
-        ctx.save_for_backward(*(e5m6_quant(x) if keep == "e5m6" else (q, s)), *w)
-        y = gemm((q.flatten(0, -2), s.flatten(0, -2)), w, count_e, product_dtype(x))
+        ctx.save_for_backward(*(e5m6_quant(x) if saved_input_format == "e5m6" else (q, s)), *w)
+        y = gemm((q.flatten(0, -2), s.flatten(0, -2)), w, count_e, matmul_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -564,13 +569,13 @@ class FP8Linear(torch.autograd.Function):
     def backward(ctx, g):
         kept, s, *w = ctx.saved_tensors
         g_mo, count_e = g.flatten(0, -2).contiguous(), ctx.count_e
-        if ctx.keep == "e5m6":
+        if ctx.saved_input_format == "e5m6":
             x_mk = e5m6_dequant(kept, s, ctx.k).flatten(0, -2)
             x = act_quant_transposed(x_mk.to(ctx.dtype), count_e, True)
         else:
             x = requant_transposed(kept.flatten(0, -2), s.flatten(0, -2), count_e)
         dx = dgrad(g_mo, w, count_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
-        dw = later(ctx.weight, lambda: wgrad(g_mo, x, count_e))
+        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, x, count_e))
         return dx, dw, None, None, None, None
 
 
@@ -583,7 +588,7 @@ class FP8SwiGLULinear(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
         h = [t.flatten(0, -2) for t in swiglu_quant(gate, up)]
-        return gemm(h, w, count_e, product_dtype(gate)).view(*gate.shape[:-1], -1)
+        return gemm(h, w, count_e, matmul_dtype(gate)).view(*gate.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -593,7 +598,7 @@ class FP8SwiGLULinear(torch.autograd.Function):
         dh_mf = dgrad(g_mo, (w, w_s), ctx.count_e, g.dtype)
         gate_up = [t.flatten(0, -2) for t in gate_up]
         dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.count_e)
-        dw = later(ctx.weight, lambda: wgrad(g_mo, h, ctx.count_e))
+        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, h, ctx.count_e))
         return dgate.view(shape), dup.view(shape), dw, None
 
 
@@ -614,10 +619,14 @@ def _(x, weight, eps, dtype=None):
 
 
 @impl("linear", "fp8")
-def _(x, weight_oi, keep="e4m3"):
-    if keep == "e5m6":  # its codes shift by powers of two, so that re-tiling stays exact
-        return FP8Linear.apply(x, weight_oi, *act_quant(x.detach().contiguous(), True), None, keep)
-    return FP8Linear.apply(x, weight_oi, *quantize_cached(x), None, keep)
+def _(x, weight_oi, saved_input_format="e4m3"):
+    if (
+        saved_input_format == "e5m6"
+    ):  # its codes shift by powers of two, so that re-tiling stays exact
+        return FP8Linear.apply(
+            x, weight_oi, *act_quant(x.detach().contiguous(), True), None, saved_input_format
+        )
+    return FP8Linear.apply(x, weight_oi, *quantize_cached(x), None, saved_input_format)
 
 
 @impl("grouped_linear", "fp8")
@@ -636,7 +645,7 @@ def _(gate_mf, up_mf, weight_eoi, count_e):
 
 
 # %%
-from dsv3_ref.ops import Linear, keeping, use
+from dsv3_ref.ops import Linear, saved_tensors, use
 
 layer = Linear(576, 200)
 torch.nn.init.normal_(layer.weight, std=576**-0.5)
@@ -820,7 +829,7 @@ tokens_bs = torch.randint(TINY.vocab_size, (2, 129))
 model = Transformer(replace(TINY, n_mtp_layers=0))
 for backends in (("torch",), ("fp8", "torch")):
     for recompute in (False, True):
-        with use(*backends), keeping(recompute, model.parameters()) as keeper:
+        with use(*backends), saved_tensors(recompute, model.parameters()) as saved:
             total = losses(model, tokens_bs).total(0.0, 0.0)
         matrices = [
             p
@@ -829,7 +838,7 @@ for backends in (("torch",), ("fp8", "torch")):
         ]
         weights = sum(x.nbytes for p in matrices for x in weight_quant(p)) * (len(backends) - 1)
         probabilities = 4 * 2 * TINY.n_layers * TINY.n_heads * (64 * 64 + 64 * 128)
-        mb = (keeper.bytes - probabilities - weights) / 1e6
+        mb = (saved.bytes - probabilities - weights) / 1e6
         kept[f"{'FP8' if len(backends) > 1 else 'fp32'}{', recomputed' if recompute else ''}"] = mb
 for name, mb in kept.items():
     print(f"{name:18}{mb:6.2f} MB")

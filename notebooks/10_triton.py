@@ -574,7 +574,7 @@ def run():
 by_torch = run()
 with ops.use("triton", "torch"):
     by_kernels = run()
-    rows = [row.split() for row in ops.table().splitlines()]
+    rows = [row.split() for row in ops.backend_table().splitlines()]
 for name, active, *others in rows:
     if name in ("linear", "rms_norm", "swiglu"):
         print(f"{name:9} runs on {active:7} (also there: {', '.join(others)})")

@@ -114,7 +114,7 @@ assert all(Counter(op for (op,) in one_f_one_b(4, r, 5)) == Counter(op for (op,)
 # \end{aligned}$$
 #
 # The stage before waits for the first; **nobody** waits for the second, until the optimizer does. So W can fill
-# gaps. A linear layer's backward pass hands its second half to `later` ([chapter 01](01_ops.ipynb)), which computes it
+# gaps. A linear layer's backward pass hands its second half to `defer_wgrad` ([chapter 01](01_ops.ipynb)), which computes it
 # at once unless a schedule puts it off. The backend `split` gives the plain products this form; the FP8 ones have it.
 
 
@@ -124,7 +124,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
-from dsv3_ref.ops import impl, later, product_dtype
+from dsv3_ref.ops import impl, defer_wgrad, matmul_dtype
 
 
 class SplitLinear(torch.autograd.Function):
@@ -133,7 +133,7 @@ class SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_oi):
         ctx.weight, ctx.dtype = weight_oi, x.dtype
-        x = x.to(product_dtype(x))
+        x = x.to(matmul_dtype(x))
         ctx.save_for_backward(x)
         return F.linear(x, weight_oi.to(x.dtype))
 
@@ -142,7 +142,7 @@ class SplitLinear(torch.autograd.Function):
     def backward(ctx, g):
         (x,), weight = ctx.saved_tensors, ctx.weight
         wgrad = lambda: (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
-        return (g @ weight.to(g.dtype)).to(ctx.dtype), later(weight, wgrad)
+        return (g @ weight.to(g.dtype)).to(ctx.dtype), defer_wgrad(weight, wgrad)
 
 
 class SplitGroupedLinear(torch.autograd.Function):
@@ -151,7 +151,7 @@ class SplitGroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_mi, weight_eoi, count_e):
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype
-        x_mi, end_e = x_mi.to(product_dtype(x_mi)), count_e.cumsum(0).to(torch.int32)
+        x_mi, end_e = x_mi.to(matmul_dtype(x_mi)), count_e.cumsum(0).to(torch.int32)
         ctx.save_for_backward(x_mi, end_e)
         return F.grouped_mm(x_mi, weight_eoi.to(x_mi.dtype).mT, offs=end_e)
 
@@ -161,11 +161,11 @@ class SplitGroupedLinear(torch.autograd.Function):
         (x_mi, end_e), weight, g_mo = ctx.saved_tensors, ctx.weight, g_mo.contiguous()
         wgrad = lambda: F.grouped_mm(g_mo.T, x_mi, offs=end_e).to(weight.dtype)
         dx_mi = F.grouped_mm(g_mo, weight.to(g_mo.dtype), offs=end_e)
-        return dx_mi.to(ctx.dtype), later(weight, wgrad), None
+        return dx_mi.to(ctx.dtype), defer_wgrad(weight, wgrad), None
 
 
 @impl("linear", "split")
-def _(x, weight_oi, keep="e4m3"):
+def _(x, weight_oi, saved_input_format="e4m3"):
     return SplitLinear.apply(x, weight_oi)
 
 
@@ -175,7 +175,7 @@ def _(x_mi, weight_eoi, count_e):
 
 
 # %%
-from dsv3_ref.ops import MLP, putting_off, use
+from dsv3_ref.ops import MLP, deferring_wgrads, use
 
 torch.manual_seed(0)
 mlp, x = MLP(16, 32), torch.randn(5, 16, requires_grad=True)
@@ -184,7 +184,7 @@ for p in mlp.parameters():
 want = torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()])
 with use("split", "torch"):
     y = mlp(x).square().sum()
-    with putting_off() as todo:
+    with deferring_wgrads() as todo:
         y.backward()
 assert torch.allclose(x.grad, want[0], atol=1e-5) and all(p.grad is None for p in mlp.parameters())
 print(f"after I: the input has its gradient, {len(todo)} weights wait")

@@ -228,7 +228,7 @@ assert max(len(part) for part in cut) == 5 or len(cut[-1]) == 0
 # - the gate's affinities and choices, and where rows came from.
 #
 # `kept` says so, tensor by tensor. Whether it forgets one is for the machine to say: the real stage of the cluster
-# trainer runs under `ops.keeping`, which counts every tensor that autograd holds.
+# trainer runs under `ops.saved_tensors`, which counts every tensor that autograd holds.
 
 
 # %%
@@ -281,10 +281,10 @@ def held(c: Config, n: int, fp8: bool) -> int:
     stage = Stage(Transformer(c), c, 0, 2, Exchange([]))
     backends, tape = ("lean", "fp8", "torch") if fp8 else ("lean", "torch"), Tape()
     tokens_bs = torch.randint(c.vocab_size, (1, n + 1))
-    with ops.use(*backends), ops.keeping(True, stage.model.parameters()) as keeper:
+    with ops.use(*backends), ops.saved_tensors(True, stage.model.parameters()) as saved:
         with torch.autocast("cpu", torch.bfloat16):
             drain(stage.forward(tape, None, tokens_bs, Weights(1.0), Seen()))
-        return keeper.bytes
+        return saved.bytes
 
 
 SHAPE = replace(

@@ -225,9 +225,9 @@ def test_what_is_kept_after_swiglu_are_codes():
     kept = {}
     for name in ("torch", "fp8"):
         x = torch.randn(40, 256, requires_grad=True)
-        with ops.use(*dict.fromkeys((name, "torch"))), ops.keeping(False) as keeper:
+        with ops.use(*dict.fromkeys((name, "torch"))), ops.saved_tensors(False) as saved:
             y = mlp(x)
-        kept[name] = keeper.bytes
+        kept[name] = saved.bytes
         del y
     codes = 40 * (256 + 2 * 512) * (1 + 4 / 128)  # x, gate and up, with scales
     weights = sum(t.nbytes for p in mlp.parameters() for t in fp8.weight_quant(p))
@@ -303,7 +303,7 @@ def test_recomputation_changes_no_bit_in_fp8_either(micro):
     start, tokens_bs, after = Transformer(mini(micro)), torch.randint(micro.vocab_size, (3, 9)), []
     for recompute in (False, True):
         model = deepcopy(start)
-        with ops.use("fp8", "torch"), ops.keeping(recompute):
+        with ops.use("fp8", "torch"), ops.saved_tensors(recompute):
             losses(model, tokens_bs).total(0.3, 1e-4).backward()
         after.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after))

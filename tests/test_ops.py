@@ -209,16 +209,16 @@ def test_linear_is_the_sum_it_says(data):
 
 
 def test_the_switch_chooses_and_is_put_back():
-    before = ops.ACTIVE
+    before = ops.ACTIVE_BACKENDS
     with ops.use("naive", "torch"):
-        assert ops.chosen("swiglu") is ops.IMPLS["swiglu"]["naive"]
-        assert ops.chosen("linear") is ops.IMPLS["linear"]["torch"]
+        assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["naive"]
+        assert ops.resolve_impl("linear") is ops.IMPLS["linear"]["torch"]
         with ops.use("torch"):
-            assert ops.chosen("swiglu") is ops.IMPLS["swiglu"]["torch"]
-        assert ops.chosen("swiglu") is ops.IMPLS["swiglu"]["naive"]
+            assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["torch"]
+        assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["naive"]
     with pytest.raises(ZeroDivisionError), ops.use("naive"):
         _ = 1 / 0
-    assert before == ops.ACTIVE
+    assert before == ops.ACTIVE_BACKENDS
 
 
 def test_a_call_reaches_the_chosen_implementation(monkeypatch):
@@ -265,12 +265,14 @@ def test_the_environment_never_falls_back():
 
 def test_table_shows_who_is_active():
     with ops.use("naive", "torch"):
-        rows = {line.split()[0]: line.split()[1:] for line in ops.table().splitlines()}
+        rows = {line.split()[0]: line.split()[1:] for line in ops.backend_table().splitlines()}
     assert set(rows) == set(ops.IMPLS)
     assert rows["swiglu"][0] == "naive"
     assert rows["linear"][0] == "torch"
     with ops.use("naive"):
-        assert any(line.split()[:2] == ["linear", "none"] for line in ops.table().splitlines())
+        assert any(
+            line.split()[:2] == ["linear", "none"] for line in ops.backend_table().splitlines()
+        )
 
 
 # ── Kept, or computed again ──
@@ -278,8 +280,8 @@ def test_table_shows_who_is_active():
 
 def chain(x, w):
     """Norm, product, SwiGLU, product: Σ of squares."""
-    y = ops.again(ops.rms_norm, x, torch.ones(x.shape[-1], dtype=x.dtype), 1e-6)
-    z = ops.again(ops.swiglu, ops.linear(y, w), ops.linear(y[:, :], 2 * w))
+    y = ops.recompute(ops.rms_norm, x, torch.ones(x.shape[-1], dtype=x.dtype), 1e-6)
+    z = ops.recompute(ops.swiglu, ops.linear(y, w), ops.linear(y[:, :], 2 * w))
     return ops.linear(z, w.T).square().sum()
 
 
@@ -289,9 +291,9 @@ def test_recomputing_changes_no_bit_of_a_gradient(cast):
     kept, grads = [], []
     for recompute in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            with ops.keeping(recompute, [w]) as keeper:
+            with ops.saved_tensors(recompute, [w]) as saved:
                 loss = chain(x, w)
-            kept.append(keeper.bytes)
+            kept.append(saved.bytes)
         grads.append(torch.autograd.grad(loss, (x, w)))  # outside of the autocast block
     assert all(torch.equal(a, b) for a, b in zip(*grads))
     assert kept[1] < kept[0]
@@ -301,8 +303,8 @@ def test_results_are_made_once_for_all_who_need_them_and_then_let_go():
     made = []
     double = lambda x: made.append(1) or (2 * x, 3 * x)
     x = torch.randn(5, requires_grad=True)
-    with ops.keeping(True):
-        a, b = ops.again(double, x)
+    with ops.saved_tensors(True):
+        a, b = ops.recompute(double, x)
         y = a.sin().sum() + a.cos().sum() + b.view(1, 5).sin().sum()
     for n in (2, 3):  # the forward pass, then once for each backward pass
         (grad,) = torch.autograd.grad(y, x, retain_graph=True)
@@ -313,8 +315,8 @@ def test_results_are_made_once_for_all_who_need_them_and_then_let_go():
 
 def test_an_address_that_is_used_again_is_not_taken_for_a_result():
     x = torch.randn(1000, requires_grad=True)
-    with ops.keeping(True):
-        ops.again(torch.sin, x)  # freed at once; what comes next may lie where it lay
+    with ops.saved_tensors(True):
+        ops.recompute(torch.sin, x)  # freed at once; what comes next may lie where it lay
         others = [(x + i).exp() for i in range(20)]
         y = sum(o.square().sum() for o in others)
     (grad,) = torch.autograd.grad(y, x)
@@ -323,12 +325,12 @@ def test_an_address_that_is_used_again_is_not_taken_for_a_result():
 
 def test_outside_of_a_block_again_is_a_plain_call():
     x = torch.randn(3, requires_grad=True)
-    with pytest.raises(ZeroDivisionError), ops.keeping(True):
+    with pytest.raises(ZeroDivisionError), ops.saved_tensors(True):
         _ = 1 / 0
-    assert ops.KEEPER is None
-    with torch.no_grad(), ops.keeping(True) as keeper:
-        assert torch.equal(ops.again(torch.sin, x), x.sin())
-    assert keeper.bytes == 0
+    assert ops._SAVED_TENSORS is None
+    with torch.no_grad(), ops.saved_tensors(True) as saved:
+        assert torch.equal(ops.recompute(torch.sin, x), x.sin())
+    assert saved.bytes == 0
 
 
 @pytest.mark.parametrize("n", [1, 511, 513])

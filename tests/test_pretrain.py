@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dsv3_ref import optim, pretrain
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import balance_loss
-from dsv3_ref.ops import keeping
+from dsv3_ref.ops import saved_tensors
 from dsv3_ref.optim import (
     AdamW,
     Recipe,
@@ -410,7 +410,7 @@ def test_a_step_that_recomputes_is_the_same_step(micro, q_lora_rank):
     tokens_bs, after = rows(micro, 3), []
     for recompute in (False, True):
         model = deepcopy(start)
-        with keeping(True) if recompute else nullcontext():
+        with saved_tensors(True) if recompute else nullcontext():
             stats = step(model, tokens_bs.split(2))
         after.append([stats.total, *(p.detach() for p in model.state_dict().values())])
     assert after[0][0] == after[1][0]

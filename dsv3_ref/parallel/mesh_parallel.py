@@ -69,7 +69,7 @@ class Ranks(Several):
     @contextmanager
     def arithmetic(self):
         """As one process computes, with backward passes that can be split."""
-        with super().arithmetic(), ops.use(*split(ops.ACTIVE)):
+        with super().arithmetic(), ops.use(*split(ops.ACTIVE_BACKENDS)):
             yield
 
     def batch(self, n: int) -> torch.Tensor:

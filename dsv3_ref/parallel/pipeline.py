@@ -166,7 +166,7 @@ class Pass:
 
     def inputs(self, op: Op):
         """I: a backward pass that puts off the gradients of matrices."""
-        with ops.putting_off() as self.later[op.stage, op.micro]:
+        with ops.deferring_wgrads() as self.later[op.stage, op.micro]:
             return drain(self.backward(op))
         yield
 

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dsv3_ref.ops import several
+from dsv3_ref.ops import as_tuple
 
 
 class Tape:
@@ -37,8 +37,8 @@ class Tape:
         piece = Piece(len(xs))
         with torch.enable_grad():
             made = fn(*(piece.enter(i, x) for i, x in enumerate(xs)))
-        piece.ends = [get_gradient_edge(y) if y.requires_grad else None for y in several(made)]
-        outs = tuple(y.detach() for y in several(made))
+        piece.ends = [get_gradient_edge(y) if y.requires_grad else None for y in as_tuple(made)]
+        outs = tuple(y.detach() for y in as_tuple(made))
         self.record(piece, xs, outs)
         return outs if isinstance(made, tuple) else outs[0]
 

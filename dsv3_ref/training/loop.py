@@ -136,7 +136,7 @@ class Trainer:
         """How products are computed: bf16 by autocast, FP8 by a backend before the active ones."""
         wanted, on_gpu = self.args.precision, self.device.type == "cuda"
         bf16 = wanted == "bf16" or (on_gpu and wanted != "fp32")
-        backends = ("triton", "torch") if on_gpu else ops.ACTIVE
+        backends = ("triton", "torch") if on_gpu else ops.ACTIVE_BACKENDS
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=bf16))
             if wanted == "fp8":
@@ -150,7 +150,10 @@ class Trainer:
         batch = None
         try:
             batch = self.batch(self.plan[self.step])
-            with self.arithmetic(), ops.keeping(True) if self.args.recompute else nullcontext():
+            with (
+                self.arithmetic(),
+                ops.saved_tensors(True) if self.args.recompute else nullcontext(),
+            ):
                 s = self.compute(batch, r, lr, gamma, weight, self.guard.limit)
         except torch.OutOfMemoryError:
             rows = self.args.micro_batch or (2 if batch is None else len(batch))

@@ -92,10 +92,10 @@ def lived(shape, name: str, batch: int, s: int, per_node: int):
     with (
         ops.use("lean", "fp8", "torch"),
         torch.autocast("cpu", torch.bfloat16),
-        ops.keeping(True, c.model.parameters()) as keeper,
+        ops.saved_tensors(True, c.model.parameters()) as saved,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(Pass, "do", lambda *args: [do(*args), held.append(keeper.bytes)])
+        patch.setattr(Pass, "do", lambda *args: [do(*args), held.append(saved.bytes)])
         c.train_step(rows, r, 1e-3, 1e-3, 0.3)
     of = lambda bytes_: sum(map(bytes_, c.zero.buckets))
     moments = of(lambda b: sum(m.nbytes for m in c.zero.moments(b).values()))

@@ -234,7 +234,7 @@ def test_the_gradient_of_a_weight_waits_until_a_schedule_asks(cast):
     with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
         _, *want = grouped("triton", x, w, count_e, g)
         y = IMPLS["grouped_linear"]["triton"](x, w, count_e)
-    with ops.putting_off() as todo:
+    with ops.deferring_wgrads() as todo:
         y.backward(g.to(y.dtype))
     assert torch.equal(x.grad, want[0]) and w.grad is None
     ((weight, wgrad),) = todo

@@ -204,6 +204,6 @@ def test_a_target_outside_of_the_vocabulary_is_never_ignored(target):
 def test_the_kernel_answers_it_with_nan(target):
     logit_nw, nll_n = torch.randn(3, 30, device=DEVICE), torch.empty(3, device=DEVICE)
     target_n = torch.tensor([4, target, 5], device=DEVICE)
-    loss._surprise_kernel[3,](logit_nw, target_n, nll_n, 30, 30, GRADIENT=True)
+    loss._cross_entropy_kernel[3,](logit_nw, target_n, nll_n, 30, 30, GRADIENT=True)
     assert nll_n.isnan().tolist() == [False, True, False]
     assert logit_nw.isnan().all(1).tolist() == [False, True, False]

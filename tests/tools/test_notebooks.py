@@ -39,13 +39,13 @@ def restore_ops(before: dict) -> None:
 def undone():
     """Undo what a chapter changes for everybody: ops it redefines, threads, dtypes, figures."""
     impls = {name: dict(found) for name, found in ops.IMPLS.items()}
-    active, threads, dtype = ops.ACTIVE, torch.get_num_threads(), torch.get_default_dtype()
+    active, threads, dtype = ops.ACTIVE_BACKENDS, torch.get_num_threads(), torch.get_default_dtype()
     environ, grad = dict(os.environ), torch.is_grad_enabled()
     try:
         yield
     finally:
         restore_ops(impls)
-        ops.ACTIVE = active
+        ops.ACTIVE_BACKENDS = active
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
