@@ -49,7 +49,7 @@ ACTIVE_BACKENDS = tuple(
     os.environ.get("DSV3_BACKEND", "torch").split(",")
 )  # in order of preference
 BACKEND_MODULES = {  # imported when first asked for
-    "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8", "split": "dsv3_ref.dualpipe",
+    "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8", "zero_bubble": "dsv3_ref.dualpipe",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dsv3_ref.config import Config
-from dsv3_ref.dualpipe import Op
+from dsv3_ref.dualpipe import Action
 from dsv3_ref.expert_parallel import addressed, send_list
 from dsv3_ref.moe import route
 
@@ -385,18 +385,18 @@ def pair_factor(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
 # ── Experiment: a step of V3 ──
 
 
-class StageTimes:
-    """Seconds of a schedule's steps where stages differ; in the place of chapter 12's `Times`."""
+class StageCosts:
+    """Seconds of a schedule's steps where stages differ, in place of chapter 12's `ActionCosts`."""
 
     def __init__(self, stages_: list[Seconds], pair: float = 1.0):
         self.stages, self.pair = stages_, pair
 
-    def compute(self, op: Op) -> float:
+    def compute(self, op: Action) -> float:
         """Of one operation, without its exchange."""
         t = self.stages[op.stage]
         return {"F": t.f, "I": t.i, "W": t.w, "B": t.i + t.w}[op.kind]
 
-    def of(self, step: tuple[Op, ...]) -> float:
+    def duration(self, step: tuple[Action, ...]) -> float:
         """A pair hides the exchanges of both; W has none; what is alone waits for its own."""
         compute = sum(map(self.compute, step))
         comm = sum(self.stages[op.stage].comm for op in step if op.kind != "W")

@@ -75,26 +75,26 @@ from typing import NamedTuple
 from dsv3_ref.config import UserError
 
 
-class Op(NamedTuple):
+class Action(NamedTuple):
     """What is done with a micro-batch in a stage: F; B, or its halves I (inputs), W (weights)."""
 
     kind: str
     stage: int
-    micro: int
+    microbatch: int
 
 
-def gpipe(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+def gpipe(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
     """All forward, then all backward."""
-    return [(Op(kind, r, i),) for kind in "FB" for i in range(m)]
+    return [(Action(kind, r, i),) for kind in "FB" for i in range(m)]
 
 
-def one_f_one_b(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+def one_f_one_b(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
     """1F1B: as many forward as there are ranks behind, then one backward after each forward."""
     warm = min(pp - 1 - r, m)
-    steps = [(Op("F", r, i),) for i in range(warm)]
+    steps = [(Action("F", r, i),) for i in range(warm)]
     for i in range(m):
-        steps += [(Op("F", r, warm + i),)] if warm + i < m else []
-        steps += [(Op("B", r, i),)]
+        steps += [(Action("F", r, warm + i),)] if warm + i < m else []
+        steps += [(Action("B", r, i),)]
     return steps
 
 
@@ -115,7 +115,7 @@ assert all(Counter(op for (op,) in one_f_one_b(4, r, 5)) == Counter(op for (op,)
 #
 # The stage before waits for the first; **nobody** waits for the second, until the optimizer does. So W can fill
 # gaps. A linear layer's backward pass hands its second half to `defer_wgrad` ([chapter 01](01_ops.ipynb)), which computes it
-# at once unless a schedule puts it off. The backend `split` gives the plain products this form; the FP8 ones have it.
+# at once unless a schedule puts it off. The backend `zero_bubble` gives the plain products this form; the FP8 ones have it.
 
 
 # %%
@@ -127,7 +127,7 @@ from dsv3_ref import moe  # noqa: F401  registers the ops of experts
 from dsv3_ref.ops import impl, defer_wgrad, matmul_dtype
 
 
-class SplitLinear(torch.autograd.Function):
+class ZeroBubbleLinear(torch.autograd.Function):
     """y = x Wᵀ; dX = dY·W at once, dW = dYᵀ·X when the schedule says W."""
 
     @staticmethod
@@ -145,8 +145,8 @@ class SplitLinear(torch.autograd.Function):
         return (g @ weight.to(g.dtype)).to(ctx.dtype), defer_wgrad(weight, wgrad)
 
 
-class SplitGroupedLinear(torch.autograd.Function):
-    """`SplitLinear` of every expert's rows."""
+class ZeroBubbleGroupedLinear(torch.autograd.Function):
+    """`ZeroBubbleLinear` of every expert's rows."""
 
     @staticmethod
     def forward(ctx, x_mi, weight_eoi, count_e):
@@ -164,14 +164,14 @@ class SplitGroupedLinear(torch.autograd.Function):
         return dx_mi.to(ctx.dtype), defer_wgrad(weight, wgrad), None
 
 
-@impl("linear", "split")
+@impl("linear", "zero_bubble")
 def _(x, weight_oi, saved_input_format="e4m3"):
-    return SplitLinear.apply(x, weight_oi)
+    return ZeroBubbleLinear.apply(x, weight_oi)
 
 
-@impl("grouped_linear", "split")
+@impl("grouped_linear", "zero_bubble")
 def _(x_mi, weight_eoi, count_e):
-    return SplitGroupedLinear.apply(x_mi, weight_eoi, count_e)
+    return ZeroBubbleGroupedLinear.apply(x_mi, weight_eoi, count_e)
 
 
 # %%
@@ -182,7 +182,7 @@ mlp, x = MLP(16, 32), torch.randn(5, 16, requires_grad=True)
 for p in mlp.parameters():
     torch.nn.init.normal_(p, std=0.3)
 want = torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()])
-with use("split", "torch"):
+with use("zero_bubble", "torch"):
     y = mlp(x).square().sum()
     with deferring_wgrads() as todo:
         y.backward()
@@ -200,16 +200,16 @@ assert all(torch.allclose(made[p], w, atol=1e-5) for p, w in zip(mlp.parameters(
 
 # %%
 #| export
-def zb1p(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+def zb1p(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
     """1F1B with I in the place of B, and each W r micro-batches later."""
     steps = []
     for (op,) in one_f_one_b(pp, r, m):
         if op.kind == "F":
             steps += [(op,)]
         else:
-            steps += [(Op("I", r, op.micro),)]
-            steps += [(Op("W", r, op.micro - r),)] if op.micro >= r else []
-    return steps + [(Op("W", r, i),) for i in range(max(0, m - r), m)]
+            steps += [(Action("I", r, op.microbatch),)]
+            steps += [(Action("W", r, op.microbatch - r),)] if op.microbatch >= r else []
+    return steps + [(Action("W", r, i),) for i in range(max(0, m - r), m)]
 
 
 # %% [markdown]
@@ -233,7 +233,7 @@ def zb1p(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
 
 # %%
 #| export
-def two_ways(n: int, i: int, c: int) -> list[tuple[tuple[str, int], ...]]:
+def bidirectional_steps(n: int, i: int, c: int) -> list[tuple[tuple[str, int], ...]]:
     """Steps of (kind, way) of the i-th of n ranks with c ≥ 2n micro-batches a way (§3.2.1)."""
     f0, f1, b0, b1, i0, i1, w = (
         ("F", 0), ("F", 1), ("B", 0), ("B", 1), ("I", 0), ("I", 1), ("W", 0)
@@ -247,17 +247,17 @@ def two_ways(n: int, i: int, c: int) -> list[tuple[tuple[str, int], ...]]:
     return steps + [(w,), (i0,)] * before + [(w,)] * (i + 1)
 
 
-def numbered(steps, place) -> list[tuple[Op, ...]]:
+def assign_microbatches(steps, locate) -> list[tuple[Action, ...]]:
     """Ways become stages: the k-th F (or B) of a way is at place(way, k); W take I's in order."""
     done, put_off, out = Counter(), [], []
     for step in steps:
         ops = []
         for kind, way in step:
             count = "F" if kind == "F" else "B", way
-            at = put_off.pop(0) if kind == "W" else place(way, done[count])
+            at = put_off.pop(0) if kind == "W" else locate(way, done[count])
             done[count] += kind != "W"
             put_off += [at] if kind == "I" else []
-            ops.append(Op(kind, *at))
+            ops.append(Action(kind, *at))
         out.append(tuple(ops))
     return out
 
@@ -270,52 +270,54 @@ def numbered(steps, place) -> list[tuple[Op, ...]]:
 
 # %%
 #| export
-def dualpipe(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+def dualpipe(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
     """Two ways through PP ranks: half of the micro-batches enter at rank 0, half at the last."""
 
     def place(way, k):
         from_rank_0 = (way == 0) == (r < pp // 2)
         return (r, k) if from_rank_0 else (pp - 1 - r, m // 2 + k)
 
-    return numbered(two_ways(pp // 2, min(r, pp - 1 - r), m // 2), place)
+    return assign_microbatches(bidirectional_steps(pp // 2, min(r, pp - 1 - r), m // 2), place)
 
 
-def dualpipe_v(pp: int, r: int, m: int) -> list[tuple[Op, ...]]:
+def dualpipe_v(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
     """There and back: 2·PP stages on PP ranks, way 1 is the second half of the model."""
     place = lambda way, k: (2 * pp - 1 - r, k) if way else (r, k)
-    return numbered(two_ways(pp, r, m), place)
+    return assign_microbatches(bidirectional_steps(pp, r, m), place)
 
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe,
              "dualpipev": dualpipe_v}  # fmt: skip
 
 
-def micros(name: str, pp: int, n: int = 1) -> int:
+def min_microbatches(name: str, pp: int, n: int = 1) -> int:
     """The least number of micro-batches, n or more, that a schedule can do."""
     return max(n, 2 * pp) + (name == "dualpipe" and n > 2 * pp and n % 2) if "dual" in name else n
 
 
-def schedule(name: str, pp: int, m: int) -> list[list[tuple[Op, ...]]]:
+def schedule(name: str, pp: int, m: int) -> list[list[tuple[Action, ...]]]:
     """The steps of every rank, m micro-batches in all."""
     if name not in SCHEDULES:
         raise UserError(f"no schedule {name!r}: there are {', '.join(SCHEDULES)}")
     if name == "dualpipe" and pp % 2:
         raise UserError(f"dualpipe needs an even number of ranks, not {pp}")
-    if m < 1 or micros(name, pp, m) != m:
+    if m < 1 or min_microbatches(name, pp, m) != m:
         even = "an even number of " if name == "dualpipe" else ""
-        raise UserError(f"{name} needs {even}micro-batches, at least {micros(name, pp)}, not {m}")
+        raise UserError(
+            f"{name} needs {even}micro-batches, at least {min_microbatches(name, pp)}, not {m}"
+        )
     return [SCHEDULES[name](pp, r, m) for r in range(pp)]
 
 
-def held(name: str, pp: int) -> list[tuple[int, ...]]:
+def stages_by_rank(name: str, pp: int) -> list[tuple[int, ...]]:
     """The stages of every rank."""
     stages = {"dualpipe": pp, "dualpipev": 2 * pp}.get(name)
     return [(r, stages - 1 - r) if stages else (r,) for r in range(pp)]
 
 
-def home(name: str, pp: int, m: int, stage: int, micro: int) -> int:
+def rank_of_stage(name: str, pp: int, m: int, stage: int, microbatch: int) -> int:
     """The rank that does a stage for a micro-batch."""
-    if name == "dualpipe" and micro >= m // 2:
+    if name == "dualpipe" and microbatch >= m // 2:
         return pp - 1 - stage
     return min(stage, 2 * pp - 1 - stage) if name == "dualpipev" else stage
 
@@ -323,7 +325,7 @@ def home(name: str, pp: int, m: int, stage: int, micro: int) -> int:
 # %%
 steps = schedule("dualpipe", 4, 8)
 print("rank 0 of 4:", *["&".join("".join(map(str, op)) for op in step) for step in steps[0]])
-assert all(home("dualpipe", 4, 8, op.stage, op.micro) == r
+assert all(rank_of_stage("dualpipe", 4, 8, op.stage, op.microbatch) == r
            for r, mine in enumerate(steps) for step in mine for op in step)  # fmt: skip
 
 # %% [markdown]
@@ -341,7 +343,7 @@ assert all(home("dualpipe", 4, 8, op.stage, op.micro) == r
 
 # %%
 #| export
-class Times(NamedTuple):
+class ActionCosts(NamedTuple):
     """How long things take, in any unit; I is B − W."""
 
     f: float = 1.0
@@ -350,7 +352,7 @@ class Times(NamedTuple):
     pair: float = 3.0  # F&B, what they compute
     comm: float = 0.0  # all-to-alls of one F, or of one B
 
-    def of(self, step: tuple[Op, ...]) -> float:
+    def duration(self, step: tuple[Action, ...]) -> float:
         """Of a step; W has nothing to send."""
         if len(step) == 2:
             return max(self.pair, 2 * self.comm)
@@ -358,7 +360,7 @@ class Times(NamedTuple):
         return kinds.get(step[0].kind, self.b - self.w + self.comm)
 
 
-PLAIN = Times()
+DEFAULT_COSTS = ActionCosts()
 
 
 class Span(NamedTuple):
@@ -367,37 +369,39 @@ class Span(NamedTuple):
     rank: int
     start: float
     end: float
-    step: tuple[Op, ...]
+    step: tuple[Action, ...]
 
 
-def result(op: Op) -> Op:
+def output_of(op: Action) -> Action:
     """What others wait for: an I gives to the stage before what a B would."""
     return op._replace(kind="B") if op.kind == "I" else op
 
 
-def needs(op: Op, last: int) -> list[Op]:
+def dependencies(op: Action, last: int) -> list[Action]:
     """Results that must be there first."""
     if op.kind == "W":
         return [op._replace(kind="B")]
     if op.kind == "F":
-        return [Op("F", op.stage - 1, op.micro)] if op.stage else []
-    behind = [Op("B", op.stage + 1, op.micro)] if op.stage < last else []
-    return [Op("F", op.stage, op.micro), *behind]
+        return [Action("F", op.stage - 1, op.microbatch)] if op.stage else []
+    behind = [Action("B", op.stage + 1, op.microbatch)] if op.stage < last else []
+    return [Action("F", op.stage, op.microbatch), *behind]
 
 
-def simulate(steps: list[list[tuple[Op, ...]]], times: Times = PLAIN) -> list[Span]:
+def simulate(
+    steps: list[list[tuple[Action, ...]]], costs: ActionCosts = DEFAULT_COSTS
+) -> list[Span]:
     """Every step in time; raises if the ranks wait for one another for ever."""
     last = max(op.stage for mine in steps for step in mine for op in step)
     end, spans, free, at = {}, [], [0.0] * len(steps), [0] * len(steps)
-    ready = lambda step: [end.get(q) for op in step for q in needs(op, last)]
+    ready = lambda step: [end.get(q) for op in step for q in dependencies(op, last)]
     moved = True
     while moved:
         moved = False
         for r, mine in enumerate(steps):
             while at[r] < len(mine) and None not in (waits := ready(mine[at[r]])):
                 step, start = mine[at[r]], max([free[r], *waits])
-                free[r], at[r], moved = start + times.of(step), at[r] + 1, True
-                end |= {result(op): free[r] for op in step}
+                free[r], at[r], moved = start + costs.duration(step), at[r] + 1, True
+                end |= {output_of(op): free[r] for op in step}
                 spans.append(Span(r, start, free[r], step))
     for r, mine in enumerate(steps):
         if at[r] < len(mine):
@@ -405,7 +409,9 @@ def simulate(steps: list[list[tuple[Op, ...]]], times: Times = PLAIN) -> list[Sp
     return spans
 
 
-def check(steps: list[list[tuple[Op, ...]]], where: list[tuple[int, ...]], m: int) -> None:
+def validate_schedule(
+    steps: list[list[tuple[Action, ...]]], where: list[tuple[int, ...]], m: int
+) -> None:
     """Raise a sentence unless every stage does F, then B or I and W, once for each micro-batch."""
     seen = Counter(op for mine in steps for step in mine for op in step)
     for r, mine in enumerate(steps):
@@ -416,10 +422,10 @@ def check(steps: list[list[tuple[Op, ...]]], where: list[tuple[int, ...]], m: in
         if n > 1:
             raise ValueError(f"{op} is done {n} times")
     for stage in range(1 + max(s for stages in where for s in stages)):
-        for micro in range(m):
-            done = {kind for kind in "FBIW" if Op(kind, stage, micro) in seen}
+        for microbatch in range(m):
+            done = {kind for kind in "FBIW" if Action(kind, stage, microbatch) in seen}
             if done not in ({"F", "B"}, {"F", "I", "W"}):
-                raise ValueError(f"stage {stage} does {sorted(done)} for micro-batch {micro}")
+                raise ValueError(f"stage {stage} does {sorted(done)} for micro-batch {microbatch}")
     simulate(steps)
 
 
@@ -428,7 +434,7 @@ from dsv3_ref.viz.schedule import draw
 
 for name, pp, m in (("1f1b", 4, 8), ("zb1p", 4, 8), ("dualpipe", 4, 8)):
     steps = schedule(name, pp, m)
-    check(steps, held(name, pp), m)
+    validate_schedule(steps, stages_by_rank(name, pp), m)
     show(
         draw(
             simulate(steps),
@@ -450,7 +456,7 @@ for what, fault in {
     "backwards": lambda mine: mine[::-1],
 }.items():
     try:
-        check([fault(steps[0]), steps[1]], held("zb1p", 2), 4)
+        validate_schedule([fault(steps[0]), steps[1]], stages_by_rank("zb1p", 2), 4)
         raise AssertionError("not noticed")
     except ValueError as e:
         print(f"{what:10}", e)
@@ -464,14 +470,16 @@ for what, fault in {
 
 # %%
 #| export
-def bubble(spans: list[Span], m: int, stages_a_rank: int, times: Times = PLAIN) -> float:
+def bubble(
+    spans: list[Span], m: int, stages_per_rank: int, costs: ActionCosts = DEFAULT_COSTS
+) -> float:
     """Time in which a rank has nothing to do: the end, less F + B of m micro-batches in a stage."""
-    return max(span.end for span in spans) - m * stages_a_rank * (
-        times.f + times.b + 2 * times.comm
+    return max(span.end for span in spans) - m * stages_per_rank * (
+        costs.f + costs.b + 2 * costs.comm
     )
 
 
-def activations(steps: list[list[tuple[Op, ...]]]) -> list[int]:
+def max_in_flight(steps: list[list[tuple[Action, ...]]]) -> list[int]:
     """Of each rank, the most micro-batches in flight: begun by F, not yet through B or W."""
     out = []
     for mine in steps:
@@ -484,7 +492,7 @@ def activations(steps: list[list[tuple[Op, ...]]]) -> list[int]:
     return out
 
 
-FORMULA = {
+BUBBLE_FORMULAS = {
     "1f1b": lambda pp, t: (pp - 1) * (t.f + t.b),
     "zb1p": lambda pp, t: (pp - 1) * (t.f + t.b - 2 * t.w),
     "dualpipe": lambda pp, t: (pp / 2 - 1) * (t.pair + t.b - 3 * t.w),
@@ -492,12 +500,12 @@ FORMULA = {
 
 
 # %%
-def measured(name: str, stages: int, m: int, t: Times = PLAIN):
+def measured(name: str, stages: int, m: int, t: ActionCosts = DEFAULT_COSTS):
     """(bubble, stages a rank, activations) of PP stages."""
     pp = stages // 2 if name == "dualpipev" else stages
-    steps, each = schedule(name, pp, m), len(held(name, pp)[0])
+    steps, each = schedule(name, pp, m), len(stages_by_rank(name, pp)[0])
     busy = 2 if name == "dualpipev" else 1  # dualpipe does each of its two stages for half of them
-    return bubble(simulate(steps, t), m, busy, t), each, max(activations(steps))
+    return bubble(simulate(steps, t), m, busy, t), each, max(max_in_flight(steps))
 
 
 print("PP   schedule   bubble = formula   parameters   activations")
@@ -505,7 +513,7 @@ for pp in (2, 4, 8, 16):
     for name in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
         found, formula = (
             measured(name, pp, 2 * pp + 4),
-            FORMULA[name.removesuffix("v")](pp, Times()),
+            BUBBLE_FORMULAS[name.removesuffix("v")](pp, ActionCosts()),
         )
         print(f"{pp:2}   {name:10} {found[0]:6g} = {formula:<6g}    {found[1]:8}× {found[2]:12}")
         assert found == (formula, 1 + ("dual" in name), pp + ("dual" in name))
@@ -518,20 +526,20 @@ for pp in (2, 4, 8, 16):
 # %%
 print(f"{'PP = 8':35} formula  simulated")
 for t in (
-    Times(),
-    Times(1, 2.2, 1.1, 3.2),
-    Times(1, 2, 0.8, 3),
-    Times(1, 2, 1, 2.6),
-    Times(1, 2.5, 1, 3.5),
+    ActionCosts(),
+    ActionCosts(1, 2.2, 1.1, 3.2),
+    ActionCosts(1, 2, 0.8, 3),
+    ActionCosts(1, 2, 1, 2.6),
+    ActionCosts(1, 2.5, 1, 3.5),
 ):
     for name in ("zb1p", "dualpipe"):
         found = measured(name, 8, 20, t)[0]
         print(
             f"{name:9} F={t.f:g} B={t.b:<3g} W={t.w:<3g} F&B={t.pair:<3g}:"
-            f"{FORMULA[name](8, t):13.2f} {found:10.2f}"
+            f"{BUBBLE_FORMULAS[name](8, t):13.2f} {found:10.2f}"
         )
-assert any(abs(measured("dualpipe", 8, 20, t)[0] - FORMULA["dualpipe"](8, t)) > 0.1
-           for t in (Times(1, 2.2, 1.1, 3.2), Times(1, 2, 1, 2.6)))  # fmt: skip
+assert any(abs(measured("dualpipe", 8, 20, t)[0] - BUBBLE_FORMULAS["dualpipe"](8, t)) > 0.1
+           for t in (ActionCosts(1, 2.2, 1.1, 3.2), ActionCosts(1, 2, 1, 2.6)))  # fmt: skip
 
 # %% [markdown]
 # (When F&B is *less* than F + B, the simulation goes far below the formula, with more micro-batches even below zero:
@@ -548,7 +556,7 @@ fig, ax = figure(1, 1, 8, 3.2)
 for name, color in zip(("1f1b", "zb1p", "dualpipe"), (GREY, GREEN, ORANGE)):
     over = []
     for x in share:
-        spans = simulate(schedule(name, 16, 120), Times(comm=x))
+        spans = simulate(schedule(name, 16, 120), ActionCosts(comm=x))
         over.append(max(s.end for s in spans) / (120 * 3))
     ax.plot(share, over, color=color, label=name)
     print(f"{name:9} x = 0: {over[0]:.2f}, x = 1: {over[8]:.2f} times the computation")
@@ -571,8 +579,8 @@ show(fig)
 # %%
 def look(name="dualpipe", pp=8, m=20, x=0.0, until=100):
     """A timeline, and its cost in the title."""
-    m = micros(name, pp, m)
-    spans = simulate(schedule(name, pp, m), Times(comm=x))
+    m = min_microbatches(name, pp, m)
+    spans = simulate(schedule(name, pp, m), ActionCosts(comm=x))
     end, work = max(s.end for s in spans), m * 3 * (2 if name == "dualpipev" else 1)
     late = range(m // 2, m) if name == "dualpipe" else ()
     show(
@@ -620,7 +628,7 @@ def check_least(fn):
 def check_first_back(fn):
     """When has the last rank done all its forwards? And how many backwards come before rank r's?"""
     for f, b in ((1.0, 2.0), (0.5, 3.0)):
-        spans = simulate(schedule("gpipe", 6, 9), Times(f=f, b=b))
+        spans = simulate(schedule("gpipe", 6, 9), ActionCosts(f=f, b=b))
         for r in range(6):
             mine = [s.start for s in spans if s.rank == r and s.step[0].kind == "B"]
             assert abs(fn(6, r, 9, f, b) - min(mine)) < 1e-9
@@ -645,7 +653,7 @@ check_idle(my_idle)
 # </details>
 #
 # **2 · Predict.** What is the least even number of micro-batches (at least 2 PP) with which the bubble of DualPipe is
-# at most `share` of the computation, at the times of `PLAIN` (F = W = 1, B = 2, F&B = 3)?
+# at most `share` of the computation, at the times of `DEFAULT_COSTS` (F = W = 1, B = 2, F&B = 3)?
 
 
 # %%

@@ -58,7 +58,7 @@ from typing import NamedTuple
 import torch
 
 from dsv3_ref.config import Config
-from dsv3_ref.dualpipe import Op
+from dsv3_ref.dualpipe import Action
 from dsv3_ref.expert_parallel import addressed, send_list
 from dsv3_ref.moe import route
 
@@ -834,18 +834,18 @@ for name, m in (
 
 # %%
 #| export
-class StageTimes:
-    """Seconds of a schedule's steps where stages differ; in the place of chapter 12's `Times`."""
+class StageCosts:
+    """Seconds of a schedule's steps where stages differ, in place of chapter 12's `ActionCosts`."""
 
     def __init__(self, stages_: list[Seconds], pair: float = 1.0):
         self.stages, self.pair = stages_, pair
 
-    def compute(self, op: Op) -> float:
+    def compute(self, op: Action) -> float:
         """Of one operation, without its exchange."""
         t = self.stages[op.stage]
         return {"F": t.f, "I": t.i, "W": t.w, "B": t.i + t.w}[op.kind]
 
-    def of(self, step: tuple[Op, ...]) -> float:
+    def duration(self, step: tuple[Action, ...]) -> float:
         """A pair hides the exchanges of both; W has none; what is alone waits for its own."""
         compute = sum(map(self.compute, step))
         comm = sum(self.stages[op.stage].comm for op in step if op.kind != "W")
@@ -898,7 +898,7 @@ show(fig)
 
 results = {}
 for name in ("1f1b", "zb1p", "dualpipe"):
-    spans = simulate(schedule(name, PP, M), StageTimes(each))
+    spans = simulate(schedule(name, PP, M), StageCosts(each))
     step = max(span.end for span in spans)
     results[name] = 2048 * step / 3600 / (15_360 * 4096) * 1e12
     busy = sum(t.f + t.i + t.w for t in each) * M / PP
@@ -1085,7 +1085,7 @@ def what_if(ib: int = 50, limit=4, tflops: int = 1358, sms: int = 20):
     """GPU hours per trillion tokens by schedule, other things as above."""
     c = replace(V3, n_limited_groups=limit)
     m = H800._replace(ib=ib * 1e9, product=tflops * 1e12, sms=(132 - sms) / 132)
-    times = StageTimes(stage_seconds(c, m, stages(V3, PP), 4096, trips(c, 64, 8, 1024)))
+    times = StageCosts(stage_seconds(c, m, stages(V3, PP), 4096, trips(c, 64, 8, 1024)))
     names, hours = ("1f1b", "zb1p", "dualpipe"), []
     for name in names:
         step = max(span.end for span in simulate(schedule(name, PP, 64), times))

@@ -8,21 +8,21 @@ from hypothesis import strategies as st
 from dsv3_ref import ops
 from dsv3_ref.config import UserError
 from dsv3_ref.dualpipe import (
-    FORMULA,
-    PLAIN,
+    BUBBLE_FORMULAS,
+    DEFAULT_COSTS,
     SCHEDULES,
-    Op,
-    Times,
-    activations,
+    Action,
+    ActionCosts,
     bubble,
-    check,
-    held,
-    home,
-    micros,
-    needs,
-    result,
+    dependencies,
+    max_in_flight,
+    min_microbatches,
+    output_of,
+    rank_of_stage,
     schedule,
     simulate,
+    stages_by_rank,
+    validate_schedule,
 )  # fmt: skip
 from dsv3_ref.moe import grouped_linear
 
@@ -34,17 +34,17 @@ def plans(draw):
     """(name, pp, m) that a schedule can do."""
     name, pp = draw(st.sampled_from(NAMES)), draw(st.integers(1, 8))
     pp += name == "dualpipe" and pp % 2
-    return name, pp, micros(name, pp, draw(st.integers(1, 24)))
+    return name, pp, min_microbatches(name, pp, draw(st.integers(1, 24)))
 
 
 @given(plans())
 def test_every_operation_once_where_it_is_held_and_none_waits_for_ever(plan):
     name, pp, m = plan
     steps = schedule(name, pp, m)
-    check(steps, held(name, pp), m)
+    validate_schedule(steps, stages_by_rank(name, pp), m)
     for r, mine in enumerate(steps):
         for op in (op for step in mine for op in step):
-            assert home(name, pp, m, op.stage, op.micro) == r
+            assert rank_of_stage(name, pp, m, op.stage, op.microbatch) == r
         pairs = [step for step in mine if len(step) > 1]
         assert all([op.kind for op in step] == ["F", "B"] for step in pairs)
         assert not pairs or "dual" in name
@@ -53,12 +53,12 @@ def test_every_operation_once_where_it_is_held_and_none_waits_for_ever(plan):
 @given(plans(), st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0, 2))
 def test_no_step_begins_before_what_it_needs(plan, f, w, comm):
     name, pp, m = plan
-    spans = simulate(schedule(name, pp, m), Times(f, f + w, w, 2 * f + w, comm))
-    end = {result(op): span.end for span in spans for op in span.step}
+    spans = simulate(schedule(name, pp, m), ActionCosts(f, f + w, w, 2 * f + w, comm))
+    end = {output_of(op): span.end for span in spans for op in span.step}
     last = max(op.stage for op in end)
     by_rank = {}
     for span in spans:
-        assert all(end[q] <= span.start for op in span.step for q in needs(op, last))
+        assert all(end[q] <= span.start for op in span.step for q in dependencies(op, last))
         assert by_rank.get(span.rank, 0) <= span.start
         by_rank[span.rank] = span.end
 
@@ -71,25 +71,30 @@ def test_the_reports_table(name, more, stages):
     v, dual, m = name == "dualpipev", "dual" in name, 2 * stages + more
     pp = stages // 2 if v else stages
     steps = schedule(name, pp, m)
-    assert bubble(simulate(steps), m, 1 + v) == FORMULA[name.removesuffix("v")](stages, PLAIN)
-    assert max(activations(steps)) == stages + dual
-    assert {len(s) for s in held(name, pp)} == {1 + dual}
+    assert bubble(simulate(steps), m, 1 + v) == BUBBLE_FORMULAS[name.removesuffix("v")](
+        stages, DEFAULT_COSTS
+    )
+    assert max(max_in_flight(steps)) == stages + dual
+    assert {len(s) for s in stages_by_rank(name, pp)} == {1 + dual}
 
 
 def test_gpipe_keeps_all_micro_batches():
-    assert activations(schedule("gpipe", 4, 9)) == [9] * 4
+    assert max_in_flight(schedule("gpipe", 4, 9)) == [9] * 4
 
 
 def test_pairs_hide_communication_until_it_is_longer_than_their_computation():
-    step = (Op("F", 0, 0), Op("B", 1, 1))
-    assert Times(comm=1.5).of(step) == 3 and Times(comm=2).of(step) == 4
-    assert Times(comm=1.5).of(step[:1]) == 2.5 and Times(comm=9).of((Op("W", 0, 0),)) == 1
+    step = (Action("F", 0, 0), Action("B", 1, 1))
+    assert ActionCosts(comm=1.5).duration(step) == 3 and ActionCosts(comm=2).duration(step) == 4
+    assert (
+        ActionCosts(comm=1.5).duration(step[:1]) == 2.5
+        and ActionCosts(comm=9).duration((Action("W", 0, 0),)) == 1
+    )
 
 
 def faulty(change) -> str:
     steps = schedule("zb1p", 2, 4)
     with pytest.raises(ValueError) as e:
-        check([change(steps[0]), steps[1]], held("zb1p", 2), 4)
+        validate_schedule([change(steps[0]), steps[1]], stages_by_rank("zb1p", 2), 4)
     return str(e.value)
 
 
@@ -97,17 +102,17 @@ def test_planted_faults_are_named():
     assert faulty(lambda s: s[:-1]) == "stage 0 does ['F', 'I'] for micro-batch 3"
     assert "is done 2 times" in faulty(lambda s: [*s, s[0]])
     assert "deadlock: rank 0 waits" in faulty(lambda s: [s[-1], *s[:-1]])  # W before its I
-    assert "holds stages (0,)" in faulty(lambda s: [(Op("F", 1, 0),), *s])
+    assert "holds stages (0,)" in faulty(lambda s: [(Action("F", 1, 0),), *s])
     first_i = next(i for i, step in enumerate(schedule("zb1p", 2, 4)[0]) if step[0].kind == "I")
     swapped = lambda s: [s[first_i], *s[:first_i], *s[first_i + 1 :]]  # I before its own F
     assert "deadlock" in faulty(swapped)
 
 
 def test_two_ranks_that_wait_for_one_another():
-    f0, f1, b0, b1 = ((Op(k, s, 0),) for k in "FB" for s in (0, 1))
-    check([[f0, b0], [f1, b1]], [(0,), (1,)], 1)
+    f0, f1, b0, b1 = ((Action(k, s, 0),) for k in "FB" for s in (0, 1))
+    validate_schedule([[f0, b0], [f1, b1]], [(0,), (1,)], 1)
     with pytest.raises(ValueError, match="deadlock: rank 0 waits before"):
-        check([[b0, f0], [f1, b1]], [(0,), (1,)], 1)
+        validate_schedule([[b0, f0], [f1, b1]], [(0,), (1,)], 1)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,7 @@ def test_both_halves_of_a_backward_pass_make_the_whole(counts):
     w, g = torch.randn(3, 24, 16, requires_grad=True), torch.randn(sum(counts), 24)
     counts = torch.tensor(counts)
     want = torch.autograd.grad(grouped_linear(x, w, counts), (x, w), g)
-    with ops.use("split", "torch"), ops.deferring_wgrads() as todo:
+    with ops.use("zero_bubble", "torch"), ops.deferring_wgrads() as todo:
         (dx,) = torch.autograd.grad(grouped_linear(x, w, counts), x, g)
     ((weight, wgrad),) = todo
     assert weight is w and torch.allclose(dx, want[0], atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from dsv3_ref.config import Config, UserError, named
-from dsv3_ref.dualpipe import Op, Span, held, micros, schedule, simulate
+from dsv3_ref.dualpipe import Action, Span, min_microbatches, schedule, simulate, stages_by_rank
 from dsv3_ref.inference_scale import Speed, Unit, decode, dollars, prefill, room, units
 from dsv3_ref.inference_scale import held as weights_on
 from dsv3_ref.model import Transformer
@@ -18,7 +18,7 @@ from dsv3_ref.scale import (
     MACHINES,
     Losses,
     Machine,
-    StageTimes,
+    StageCosts,
     attention_flops,
     gpu_hours,
     kept,
@@ -123,7 +123,7 @@ class Estimate:
 
 def stages_in(p: Plan) -> int:
     """Of the whole pipeline."""
-    return 1 + max(s for of_rank in held(p.schedule, p.pp) for s in of_rank)
+    return 1 + max(s for of_rank in stages_by_rank(p.schedule, p.pp) for s in of_rank)
 
 
 def numbers_of(p: Plan, c: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
@@ -139,7 +139,7 @@ def counted(c: Config, name: str, pp: int, dp: int, ep: int):
     """`numbers_of` a schedule and a mesh, once: the model is large even on meta."""
     with torch.device("meta"):
         model = Transformer(c)
-    where, out = held(name, pp), [{} for _ in range(pp)]
+    where, out = stages_by_rank(name, pp), [{} for _ in range(pp)]
     for name, w in model.named_parameters():
         ranks, expert = holders(name, c, where), is_expert(name)
         size = len(ranks) * dp * (1 if expert else ep)
@@ -163,7 +163,7 @@ def stage_bytes(p: Plan, c: Config) -> list[int]:
     return [round(x) for x in out]
 
 
-def most(mine: list[tuple[Op, ...]], size: list[int]) -> tuple[int, int]:
+def most(mine: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
     """A rank's largest sum of what its micro-batches hold, and how many there were then."""
     live, best = [], (0, 0)
     for step in mine:
@@ -224,7 +224,7 @@ def estimate(p: Plan) -> Estimate:
     c = named(p.config)
     check(p, c)
     numbers, where = numbers_of(p, c)
-    m = micros(p.schedule, p.pp, p.batch // (p.dp * p.ep))
+    m = min_microbatches(p.schedule, p.pp, p.batch // (p.dp * p.ep))
     steps, size = schedule(p.schedule, p.pp, m), stage_bytes(p, c)
     peaks = [most(mine, size) for mine in steps]
     ranks = [rank_bytes(p, of, peak) for of, (peak, _) in zip(numbers, peaks)]
@@ -235,11 +235,11 @@ def estimate(p: Plan) -> Estimate:
     )  # fmt: skip
 
 
-def stage_times(p: Plan, c: Config) -> StageTimes:
+def stage_times(p: Plan, c: Config) -> StageCosts:
     """Seconds of each stage's operations, losses counted."""
     moves, cut = trips(c, p.ep, p.ep_node), stages(c, stages_in(p))
     each = stage_seconds(c, p.machine, cut, p.seq_len, moves, p.losses)
-    return StageTimes(each, pair_factor(c, p.machine, p.seq_len, moves, p.losses))
+    return StageCosts(each, pair_factor(c, p.machine, p.seq_len, moves, p.losses))
 
 
 def check(p: Plan, c: Config) -> None:

@@ -5,7 +5,7 @@ import math
 import torch
 
 from dsv3_ref.config import Config, UserError
-from dsv3_ref.dualpipe import held as stages_held
+from dsv3_ref.dualpipe import stages_by_rank as stages_held
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_bias
 from dsv3_ref.optim import Recipe, skip_reason

@@ -138,11 +138,11 @@ class Ranks(Several):
 
 
 def split(backends: tuple[str, ...]) -> tuple[str, ...]:
-    """The backends with `split` before the plain products."""
+    """The backends with `zero_bubble` before the plain products."""
     if "torch" not in backends:
         raise UserError(f"on several ranks DSV3_BACKEND needs torch behind {','.join(backends)}")
     i = backends.index("torch")
-    return *backends[:i], "split", *backends[i:]
+    return *backends[:i], "zero_bubble", *backends[i:]
 
 
 # ── From start to report ──

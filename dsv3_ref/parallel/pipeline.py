@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_ref import ops
-from dsv3_ref.dualpipe import Op, home, micros, schedule
+from dsv3_ref.dualpipe import Action, min_microbatches, rank_of_stage, schedule
 from dsv3_ref.parallel.stage import Seen, Stage, Weights
 from dsv3_ref.parallel.tape import Tape, drain, interleave
 from dsv3_ref.parallel.watchdog import doing
@@ -14,19 +14,19 @@ from dsv3_ref.parallel.watchdog import doing
 # ── Messages ──
 
 
-def target(op: Op, last: int) -> Op | None:
+def target(op: Action, last: int) -> Action | None:
     """What the result of an operation is the input of: F of the next stage, B of the one before."""
     if op.kind == "F":
-        return Op("F", op.stage + 1, op.micro) if op.stage < last else None
-    return Op("B", op.stage - 1, op.micro) if op.kind in "BI" and op.stage > 0 else None
+        return Action("F", op.stage + 1, op.microbatch) if op.stage < last else None
+    return Action("B", op.stage - 1, op.microbatch) if op.kind in "BI" and op.stage > 0 else None
 
 
-def messages(steps: list[list[tuple[Op, ...]]], last: int, at, rows: list[int]) -> dict:
+def messages(steps: list[list[tuple[Action, ...]]], last: int, at, rows: list[int]) -> dict:
     """(from rank, to rank) → inputs in the order in which they are sent; `at(op)`: its rank."""
     out = defaultdict(list)
     for src, mine in enumerate(steps):
         for key in (target(op, last) for step in mine for op in step):
-            if key and at(key) != src and rows[key.micro]:
+            if key and at(key) != src and rows[key.microbatch]:
                 out[src, at(key)].append(key)
     return out
 
@@ -42,7 +42,7 @@ class Post:
         self.coming = {src: list(keys) for (src, dst), keys in orders.items() if dst == mesh.p}
         self.here, self.asked, self.sent = {}, {}, []
 
-    def put(self, key: Op, x: torch.Tensor) -> None:
+    def put(self, key: Action, x: torch.Tensor) -> None:
         """Send it to its rank, or keep it if that is this one."""
         dst = self.at(key)
         if dst == self.mesh.p:
@@ -52,7 +52,7 @@ class Post:
             work = dist.isend(x.contiguous(), self.mesh.rank_of(dst), group=group)
             self.sent.append((work, x))
 
-    def ask(self, key: Op) -> None:
+    def ask(self, key: Action) -> None:
         """Start to receive a message, and those that its sender sends before it."""
         for src, keys in self.coming.items():
             group = self.mesh.up if src < self.mesh.p else self.mesh.down
@@ -60,10 +60,10 @@ class Post:
                 x, first = self.empty(keys[0]), keys.pop(0)
                 self.asked[first] = dist.irecv(x, self.mesh.rank_of(src), group=group), x
 
-    def empty(self, key: Op) -> torch.Tensor:
-        return torch.empty(self.shape_of(key.micro), dtype=self.dtype, device=self.mesh.device)
+    def empty(self, key: Action) -> torch.Tensor:
+        return torch.empty(self.shape_of(key.microbatch), dtype=self.dtype, device=self.mesh.device)
 
-    def get(self, key: Op) -> torch.Tensor:
+    def get(self, key: Action) -> torch.Tensor:
         """Wait for a message; one of no rows is never sent."""
         if key in self.here:
             return self.here.pop(key)
@@ -99,7 +99,7 @@ class Pipeline:
 
     def micros(self, n: int) -> int:
         """The least number of micro-batches, n or more, that the schedule can do."""
-        return micros(self.name, self.mesh.pp, n)
+        return min_microbatches(self.name, self.mesh.pp, n)
 
     def run(
         self, micros: list[torch.Tensor], weights: list[Weights], training: bool = True
@@ -109,7 +109,7 @@ class Pipeline:
         if not training:
             only = lambda step: tuple(op for op in step if op.kind == "F")
             steps = [[kept for step in mine if (kept := only(step))] for mine in steps]
-        at = lambda op: home(self.name, self.mesh.pp, len(micros), op.stage, op.micro)
+        at = lambda op: rank_of_stage(self.name, self.mesh.pp, len(micros), op.stage, op.microbatch)
         first = min(self.stages)
         orders = messages(steps, self.last, at, [len(m) for m in micros])
         shape = lambda m: (*self.stages[first].read(micros[m]).shape, self.config.dim)
@@ -131,14 +131,14 @@ class Pass:
         self.open: dict[tuple[int, int], tuple] = {}  # (stage, micro): tape, two marks
         self.later: dict[tuple[int, int], list] = {}  # and the Wgrads put off
 
-    def expect(self, ops_: tuple[Op, ...]) -> None:
+    def expect(self, ops_: tuple[Action, ...]) -> None:
         """Start to receive what these operations need."""
         for op in ops_:
             enters = op.stage == (0 if op.kind == "F" else self.pipeline.last)
             if op.kind != "W" and not enters:
-                self.post.ask(Op("F" if op.kind == "F" else "B", op.stage, op.micro))
+                self.post.ask(Action("F" if op.kind == "F" else "B", op.stage, op.microbatch))
 
-    def do(self, step: tuple[Op, ...]) -> None:
+    def do(self, step: tuple[Action, ...]) -> None:
         """One operation, or two in turns; then what they made goes on its way."""
         kinds = {"F": self.forward, "B": self.backward, "I": self.inputs, "W": self.matrices}
         made = interleave(*(kinds[op.kind](op) for op in step))
@@ -146,34 +146,38 @@ class Pass:
             if key := target(op, self.pipeline.last):
                 self.post.put(key, x)
 
-    def forward(self, op: Op):
+    def forward(self, op: Action):
         """F: a generator; returns the stage's output."""
         stage, tape = self.pipeline.stages[op.stage], Tape(self.training)
         x = None if stage.first else self.post.get(op)
-        args = self.micros[op.micro], self.weights[op.micro], self.seen
+        args = self.micros[op.microbatch], self.weights[op.microbatch], self.seen
         y = yield from stage.forward(tape, x, *args)
         if self.training:
-            self.open[op.stage, op.micro] = tape, x if x is None else tape.mark(x), tape.mark(y)
+            self.open[op.stage, op.microbatch] = (
+                tape,
+                x if x is None else tape.mark(x),
+                tape.mark(y),
+            )
         return y
 
-    def backward(self, op: Op):
+    def backward(self, op: Action):
         """B: a generator; returns ∂L/∂ of the stage's input."""
-        tape, x, y = self.open.pop((op.stage, op.micro))
+        tape, x, y = self.open.pop((op.stage, op.microbatch))
         if op.stage < self.pipeline.last:
-            tape.owes(y, self.post.get(Op("B", op.stage, op.micro)))
+            tape.owes(y, self.post.get(Action("B", op.stage, op.microbatch)))
         yield from tape.backward()
         return None if x is None else tape.owed(x)
 
-    def inputs(self, op: Op):
+    def inputs(self, op: Action):
         """I: a backward pass that puts off the gradients of matrices."""
-        with ops.deferring_wgrads() as self.later[op.stage, op.micro]:
+        with ops.deferring_wgrads() as self.later[op.stage, op.microbatch]:
             return drain(self.backward(op))
         yield
 
-    def matrices(self, op: Op):
+    def matrices(self, op: Action):
         """W: the gradients put off."""
         with torch.no_grad():
-            for weight, wgrad in self.later.pop((op.stage, op.micro)):
+            for weight, wgrad in self.later.pop((op.stage, op.microbatch)):
                 weight.grad += wgrad()
         return
         yield

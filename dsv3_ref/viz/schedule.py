@@ -23,11 +23,11 @@ def draw(spans, title: str, first=(), width: float = 10.0, until: float = math.i
         height = 0.9 / len(span.step)
         for i, op in enumerate(span.step):
             at = span.start, span.rank - 0.45 + i * height
-            pale = (0.5 if op.micro in first else 1.0) * (1 if span.start < until else 0.12)
+            pale = (0.5 if op.microbatch in first else 1.0) * (1 if span.start < until else 0.12)
             ax.add_patch(Rectangle(at, span.end - span.start, height, facecolor=COLOURS[op.kind],
                                    alpha=pale, edgecolor="white", lw=0.6))  # fmt: skip
             if small > 3 and span.start < until:
-                ax.text(at[0] + (span.end - span.start) / 2, at[1] + height / 2, str(op.micro),
+                ax.text(at[0] + (span.end - span.start) / 2, at[1] + height / 2, str(op.microbatch),
                         ha="center", va="center", fontsize=min(8, small, 15 * height))  # fmt: skip
     if until < end:
         ax.axvline(until, color="black", lw=1)

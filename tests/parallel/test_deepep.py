@@ -302,7 +302,7 @@ def stepped(name: str):
     mesh, found = Mesh(2, 1, 2, CPU), []
     for deepep in (False, True):
         torch.manual_seed(1)
-        with deep_ep() if deepep else nullcontext(), ops.use("split", "torch"):
+        with deep_ep() if deepep else nullcontext(), ops.use("zero_bubble", "torch"):
             cluster = Cluster(MICRO, RECIPES["tiny"], mesh, name, 1, deepep=deepep)
             rows = [torch.randint(0, 64, (6, 17)) for _ in range(3)]
             stats = [cluster.train_step(r, RECIPES["tiny"], 1e-3, 0.0, 0.3) for r in rows]

@@ -348,7 +348,7 @@ def compared(shape, name: str, zero: bool, per_node: int, dtype, special_tokens)
     hook = optimizer.register_step_pre_hook(see)
     want = train_step(whole, optimizer, [rows], r, 0.0, 1e-2, weight, inf, *how)
     hook.remove()
-    with ops.use("split", "torch"):
+    with ops.use("zero_bubble", "torch"):
         got = cluster.train_step(rows, r, 0.0, 1e-2, weight)
         errors = {}
         for bucket in cluster.zero.buckets:
@@ -433,7 +433,7 @@ def measured(name: str, micro: int):
     """What a pass leaves to wait for, and how many pairs it ran."""
     mesh = Mesh(2, 1, 2, CPU)
     cluster = Cluster(MICRO, RECIPES["tiny"], mesh, name)
-    with ops.use("split", "torch"):
+    with ops.use("zero_bubble", "torch"):
         cluster.train_step(torch.randint(0, 64, (2 * micro, 33)), RECIPES["tiny"], 1e-3, 0.0, 0.3)
     t = cluster.traffic
     return t.under_way, t.exposed, t.hidden

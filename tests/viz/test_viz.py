@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_ref.dualpipe import Times, schedule, simulate
+from dsv3_ref.dualpipe import ActionCosts, schedule, simulate
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.viz import decoding, page, rl, routing, style, training
 from dsv3_ref.viz import schedule as timeline
@@ -345,7 +345,7 @@ def test_drafts_are_marked_and_rejected_ones_shown():
 
 
 def test_what_has_not_begun_is_pale():
-    spans = simulate(schedule("1f1b", 2, 4), Times())
+    spans = simulate(schedule("1f1b", 2, 4), ActionCosts())
     whole = timeline.draw(spans, "x").axes[0].patches
     half = timeline.draw(spans, "x", until=4.0).axes[0].patches
     assert {p.get_alpha() for p in whole} == {1.0}
