@@ -14,7 +14,7 @@ from dsv3_ref.moe import expert_load
 # ── How many copies ──
 
 
-def replicated(load_le, n: int):
+def replicate_experts(load_le, n: int):
     """n slots: the expert in each (l, a), which copy it is (l, a), copies of each expert (l, e).
 
     Every slot beyond the first e goes to argmax_e load_e / copies_e.
@@ -33,7 +33,7 @@ def replicated(load_le, n: int):
 # ── Who lives together ──
 
 
-def packed(weight_lx, n: int):
+def balanced_packing(weight_lx, n: int):
     """The container of every item (l, x), and its place there (l, x): x/n items to each of n.
 
     Heaviest first, to the lightest one with room; of equals the first.
@@ -57,32 +57,32 @@ def packed(weight_lx, n: int):
 # ── Node by node ──
 
 
-def inverse(perm_lx):
+def invert_permutation(perm_lx):
     """Where each number stands: perm[inverse[x]] = x."""
     at_lx = torch.arange(perm_lx.shape[1]).expand_as(perm_lx)
     return torch.empty_like(perm_lx).scatter_(1, perm_lx, at_lx)
 
 
-def node_members(load_le, groups: int, nodes: int):
+def order_experts_by_node(load_le, groups: int, nodes: int):
     """Experts ordered by node, whole groups packed into nodes: (l, e)."""
     group_lg = rearrange(load_le, "l (g x) -> l g x", g=groups).sum(-1)
-    node_lg, place_lg = packed(group_lg, nodes)
-    order_lg = inverse(node_lg * (groups // nodes) + place_lg)
+    node_lg, place_lg = balanced_packing(group_lg, nodes)
+    order_lg = invert_permutation(node_lg * (groups // nodes) + place_lg)
     size = load_le.shape[1] // groups
     return rearrange(order_lg[..., None] * size + torch.arange(size), "l g x -> l (g x)")
 
 
-def hierarchical(load_le, n: int, groups: int, nodes: int, gpus: int):
-    """Groups to nodes, copies inside nodes, slots to GPUs; results as of `replicated`."""
+def rebalance_experts_hierarchical(load_le, n: int, groups: int, nodes: int, gpus: int):
+    """Groups to nodes, copies inside nodes, slots to GPUs; results as of `replicate_experts`."""
     by_node = lambda t: rearrange(t, "l (o x) -> (l o) x", o=nodes)
     by_layer = lambda t: rearrange(t, "(l o) x -> l (o x)", o=nodes)
-    member_le = node_members(load_le, groups, nodes)
+    member_le = order_experts_by_node(load_le, groups, nodes)
     load_xe = by_node(load_le.gather(1, member_le))  # x: a node of a layer
-    expert_xa, copy_xa, count_xe = replicated(load_xe, n // nodes)
-    gpu_xa, place_xa = packed((load_xe / count_xe).gather(1, expert_xa), gpus // nodes)
-    slot_xa = inverse(gpu_xa * (n // gpus) + place_xa)
+    expert_xa, copy_xa, count_xe = replicate_experts(load_xe, n // nodes)
+    gpu_xa, place_xa = balanced_packing((load_xe / count_xe).gather(1, expert_xa), gpus // nodes)
+    slot_xa = invert_permutation(gpu_xa * (n // gpus) + place_xa)
     expert_xa = by_node(member_le).gather(1, expert_xa.gather(1, slot_xa))
-    count_le = by_layer(count_xe).gather(1, inverse(member_le))
+    count_le = by_layer(count_xe).gather(1, invert_permutation(member_le))
     return by_layer(expert_xa), by_layer(copy_xa.gather(1, slot_xa)), count_le
 
 
@@ -107,7 +107,7 @@ def rebalance_experts(weight, num_replicas: int, num_groups: int, num_nodes: int
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
-    expert_la, copy_la, count_le = hierarchical(
+    expert_la, copy_la, count_le = rebalance_experts_hierarchical(
         weight.float().cpu(), num_replicas, groups, nodes, num_gpus
     )
     most = count_le.max().item()
@@ -127,7 +127,7 @@ def gpu_load(load_le, expert_la, gpus: int):
     return rearrange(share_la, "l (j a) -> l j a", j=gpus).sum(-1)
 
 
-def slowest(load_lj):
+def load_imbalance(load_lj):
     """max_j / mean_j of each layer (l,): how much longer all wait than if loads were even."""
     return load_lj.max(-1).values / load_lj.float().mean(-1)
 
@@ -135,7 +135,7 @@ def slowest(load_lj):
 # ── Which copy ──
 
 
-def spread(expert_nk, slot_eu, count_e):
+def assign_replicas(expert_nk, slot_eu, count_e):
     """The slot of every choice (n, k): an expert's rows take its copies in turn."""
     expert_m = expert_nk.flatten()
     order_m = expert_m.argsort(stable=True)
@@ -146,7 +146,7 @@ def spread(expert_nk, slot_eu, count_e):
     return slot_eu[expert_m, turn_m % count_e[expert_m]].view_as(expert_nk)
 
 
-def slots_of(expert_a, n_experts: int):
+def logical_to_physical(expert_a, n_experts: int):
     """Of one layer, the slots of every expert (e, u; −1: none) and how many (e,), by slot."""
     count_e = expert_load(expert_a, n_experts)
     order_a = expert_a.argsort(stable=True)
@@ -165,7 +165,7 @@ def layer_loads(routes):
     return torch.stack([expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes])
 
 
-class Loads:
+class ExpertLoadWindow:
     """Loads (l, e) of the last `window` steps."""
 
     def __init__(self, window: int):

@@ -90,7 +90,7 @@ from dsv3_ref.moe import expert_load
 
 # %%
 #| export eplb
-def replicated(load_le, n: int):
+def replicate_experts(load_le, n: int):
     """n slots: the expert in each (l, a), which copy it is (l, a), copies of each expert (l, e).
 
     Every slot beyond the first e goes to argmax_e load_e / copies_e.
@@ -109,7 +109,7 @@ def replicated(load_le, n: int):
 # %%
 g = torch.Generator().manual_seed(0)
 load_le = torch.randint(1, 100, (50, 4), generator=g).float()
-expert_la, copy_la, count_le = replicated(load_le, 9)
+expert_la, copy_la, count_le = replicate_experts(load_le, 9)
 ways = torch.tensor([n for n in product(range(1, 7), repeat=4) if sum(n) == 9])
 best_l = (load_le[:, None] / ways).amax(-1).amin(-1)  # of all ways to give nine slots to four
 assert torch.equal((load_le / count_le).amax(-1), best_l)
@@ -131,7 +131,7 @@ print("loads", load_le[0].int().tolist(), "→ experts of the slots", expert_la[
 
 # %%
 #| export eplb
-def packed(weight_lx, n: int):
+def balanced_packing(weight_lx, n: int):
     """The container of every item (l, x), and its place there (l, x): x/n items to each of n.
 
     Heaviest first, to the lightest one with room; of equals the first.
@@ -159,7 +159,7 @@ def fullest(weight_lx, into_lx, n: int):
 
 
 weight_lx = torch.randint(1, 100, (200, 8), generator=g).float()
-into_lx, place_lx = packed(weight_lx, 2)
+into_lx, place_lx = balanced_packing(weight_lx, 2)
 assert (into_lx.sum(-1) == 4).all()
 assert all(sorted(zip(i, p)) == list(product(range(2), range(4)))
            for i, p in zip(into_lx.tolist(), place_lx.tolist()))  # fmt: skip
@@ -176,9 +176,9 @@ print(f"above the best of all {len(halves)} ways: {over_l.mean():.1%} on average
 # A token visits at most four of eight groups. That limit is worth something only while a group lies *on one node*. So
 # the whole is done in three steps that never tear a group apart:
 #
-# $$\text{groups} \xrightarrow{\ \texttt{packed}\ } \text{nodes}, \qquad
-# \text{experts of a node} \xrightarrow{\ \texttt{replicated}\ } \text{its slots}
-# \xrightarrow{\ \texttt{packed}\ } \text{its GPUs}$$
+# $$\text{groups} \xrightarrow{\ \texttt{balanced\_packing}\ } \text{nodes}, \qquad
+# \text{experts of a node} \xrightarrow{\ \texttt{replicate\_experts}\ } \text{its slots}
+# \xrightarrow{\ \texttt{balanced\_packing}\ } \text{its GPUs}$$
 #
 # Steps two and three know no nodes: a node of a layer is just one more row, `(l o)`. And where groups cannot be dealt
 # evenly, as on the 40 nodes of a decode unit, the *global* policy is the same with one group on one node. It balances
@@ -187,32 +187,32 @@ print(f"above the best of all {len(halves)} ways: {over_l.mean():.1%} on average
 
 # %%
 #| export eplb
-def inverse(perm_lx):
+def invert_permutation(perm_lx):
     """Where each number stands: perm[inverse[x]] = x."""
     at_lx = torch.arange(perm_lx.shape[1]).expand_as(perm_lx)
     return torch.empty_like(perm_lx).scatter_(1, perm_lx, at_lx)
 
 
-def node_members(load_le, groups: int, nodes: int):
+def order_experts_by_node(load_le, groups: int, nodes: int):
     """Experts ordered by node, whole groups packed into nodes: (l, e)."""
     group_lg = rearrange(load_le, "l (g x) -> l g x", g=groups).sum(-1)
-    node_lg, place_lg = packed(group_lg, nodes)
-    order_lg = inverse(node_lg * (groups // nodes) + place_lg)
+    node_lg, place_lg = balanced_packing(group_lg, nodes)
+    order_lg = invert_permutation(node_lg * (groups // nodes) + place_lg)
     size = load_le.shape[1] // groups
     return rearrange(order_lg[..., None] * size + torch.arange(size), "l g x -> l (g x)")
 
 
-def hierarchical(load_le, n: int, groups: int, nodes: int, gpus: int):
-    """Groups to nodes, copies inside nodes, slots to GPUs; results as of `replicated`."""
+def rebalance_experts_hierarchical(load_le, n: int, groups: int, nodes: int, gpus: int):
+    """Groups to nodes, copies inside nodes, slots to GPUs; results as of `replicate_experts`."""
     by_node = lambda t: rearrange(t, "l (o x) -> (l o) x", o=nodes)
     by_layer = lambda t: rearrange(t, "(l o) x -> l (o x)", o=nodes)
-    member_le = node_members(load_le, groups, nodes)
+    member_le = order_experts_by_node(load_le, groups, nodes)
     load_xe = by_node(load_le.gather(1, member_le))  # x: a node of a layer
-    expert_xa, copy_xa, count_xe = replicated(load_xe, n // nodes)
-    gpu_xa, place_xa = packed((load_xe / count_xe).gather(1, expert_xa), gpus // nodes)
-    slot_xa = inverse(gpu_xa * (n // gpus) + place_xa)
+    expert_xa, copy_xa, count_xe = replicate_experts(load_xe, n // nodes)
+    gpu_xa, place_xa = balanced_packing((load_xe / count_xe).gather(1, expert_xa), gpus // nodes)
+    slot_xa = invert_permutation(gpu_xa * (n // gpus) + place_xa)
     expert_xa = by_node(member_le).gather(1, expert_xa.gather(1, slot_xa))
-    count_le = by_layer(count_xe).gather(1, inverse(member_le))
+    count_le = by_layer(count_xe).gather(1, invert_permutation(member_le))
     return by_layer(expert_xa), by_layer(copy_xa.gather(1, slot_xa)), count_le
 
 
@@ -245,7 +245,7 @@ def rebalance_experts(weight, num_replicas: int, num_groups: int, num_nodes: int
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
-    expert_la, copy_la, count_le = hierarchical(
+    expert_la, copy_la, count_le = rebalance_experts_hierarchical(
         weight.float().cpu(), num_replicas, groups, nodes, num_gpus
     )
     most = count_le.max().item()
@@ -291,7 +291,7 @@ def gpu_load(load_le, expert_la, gpus: int):
     return rearrange(share_la, "l (j a) -> l j a", j=gpus).sum(-1)
 
 
-def slowest(load_lj):
+def load_imbalance(load_lj):
     """max_j / mean_j of each layer (l,): how much longer all wait than if loads were even."""
     return load_lj.max(-1).values / load_lj.float().mean(-1)
 
@@ -303,10 +303,10 @@ assert torch.equal(before[0], torch.tensor([262.0, 330.0, 116.0, 325.0]))
 assert torch.allclose(after.sum(-1), EXAMPLE.sum(-1).float())  # nothing is lost
 even_la = rebalance_experts(torch.ones(1, 12), 16, 1, 1, 16)[0]
 print(
-    "12 experts on 4 GPUs:", [f"{x:.2f}" for x in slowest(before)],
-    "their 16 slots on 8:", [f"{x:.2f}" for x in slowest(after)],
+    "12 experts on 4 GPUs:", [f"{x:.2f}" for x in load_imbalance(before)],
+    "their 16 slots on 8:", [f"{x:.2f}" for x in load_imbalance(after)],
 )  # fmt: skip
-worse = slowest(gpu_load(torch.ones(1, 12), even_la, 16)).item()
+worse = load_imbalance(gpu_load(torch.ones(1, 12), even_la, 16)).item()
 print(f"even loads, 16 GPUs for 12 experts: {worse:.2f}")
 
 # %% [markdown]
@@ -326,7 +326,7 @@ print(f"even loads, 16 GPUs for 12 experts: {worse:.2f}")
 
 # %%
 #| export eplb
-def spread(expert_nk, slot_eu, count_e):
+def assign_replicas(expert_nk, slot_eu, count_e):
     """The slot of every choice (n, k): an expert's rows take its copies in turn."""
     expert_m = expert_nk.flatten()
     order_m = expert_m.argsort(stable=True)
@@ -337,7 +337,7 @@ def spread(expert_nk, slot_eu, count_e):
     return slot_eu[expert_m, turn_m % count_e[expert_m]].view_as(expert_nk)
 
 
-def slots_of(expert_a, n_experts: int):
+def logical_to_physical(expert_a, n_experts: int):
     """Of one layer, the slots of every expert (e, u; −1: none) and how many (e,), by slot."""
     count_e = expert_load(expert_a, n_experts)
     order_a = expert_a.argsort(stable=True)
@@ -353,7 +353,7 @@ from dsv3_ref.expert_parallel import addressed, local_experts, send_list
 from dsv3_ref.moe import Experts, MoE, expert_load, route
 
 chosen_nk = torch.rand(500, 12, generator=g).argsort(-1)[:, :3]
-slot_nk = spread(chosen_nk, slot_leu[0], count_le[0])
+slot_nk = assign_replicas(chosen_nk, slot_leu[0], count_le[0])
 assert torch.equal(expert_la[0][slot_nk], chosen_nk)  # always a copy of the expert that was chosen
 rows_a = expert_load(slot_nk, 16)
 even_a = (expert_load(chosen_nk, 12) / count_le[0])[expert_la[0]]
@@ -365,14 +365,14 @@ assert [slot_nk[chosen_nk == e].tolist() for e in range(12)] == turns
 
 # %% [markdown]
 # ## A model that is running
-# `redundant(moe, physical_to_logical)` in `dsv3_ref/parallel/physical_experts.py` puts itself in the place of `MoE.routed`: it
+# `set_expert_placement(moe, physical_to_logical)` in `dsv3_ref/parallel/physical_experts.py` puts itself in the place of `MoE.routed`: it
 # copies weights into slots, and in each pass spreads the choices and lets the slots compute. The model, its gate and
 # its checkpoint know nothing of it. Called again with another placement, it refills only the slots that change, and
 # says how many. The check: the same outputs before, between two placements and after; and with the slots on eight GPUs
 # of their own.
 
 # %%
-from dsv3_ref.parallel.physical_experts import plain, redundant
+from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
 
 SHAPE = replace(V3, dim=32, moe_inter_dim=16, n_routed_experts=12, n_activated_experts=3,
                 n_expert_groups=4, n_limited_groups=2)  # fmt: skip
@@ -382,12 +382,12 @@ for p in moe.parameters():
 x_bsd, names = torch.randn(4, 25, 32, generator=g), list(moe.state_dict())
 alone, r = moe(x_bsd)
 for placement in expert_la:
-    refilled = redundant(moe, placement)
+    refilled = set_expert_placement(moe, placement)
     error = (moe(x_bsd)[0] - alone).abs().max()
     assert error < 1e-5 and list(moe.state_dict()) == names
     print(f"{refilled} slots filled, outputs differ by {error:.0e} at most")
-slot_eu, count_e = slots_of(expert_la[1], 12)
-slot_nk = spread(r.expert_bsk.flatten(0, 1), slot_eu, count_e)
+slot_eu, count_e = logical_to_physical(expert_la[1], 12)
+slot_nk = assign_replicas(r.expert_bsk.flatten(0, 1), slot_eu, count_e)
 x_nd, w_nk = x_bsd.flatten(0, 1), r.weight_bsk.flatten(0, 1)
 token_m, gpu_m, rows_j = send_list(slot_nk, per=2, size=8)
 y_nd = torch.zeros_like(x_nd)
@@ -398,7 +398,7 @@ for gpu, slots in enumerate(expert_la[1].view(8, 2)):
     here_mk = addressed(slot_nk[m], gpu_m[gpu_m == gpu], per=2)
     y_nd.index_add_(0, m, local_experts(held, x_nd[m], w_nk[m], here_mk))
 assert torch.allclose(y_nd.view_as(x_bsd) + moe.shared_experts(x_bsd), alone, atol=1e-5)
-plain(moe)
+clear_expert_placement(moe)
 assert torch.equal(moe(x_bsd)[0], alone)
 print("rows that each GPU received:", rows_j.tolist())
 
@@ -415,7 +415,7 @@ def layer_loads(routes):
     return torch.stack([expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes])
 
 
-class Loads:
+class ExpertLoadWindow:
     """Loads (l, e) of the last `window` steps."""
 
     def __init__(self, window: int):
@@ -429,7 +429,7 @@ class Loads:
 
 
 # %%
-seen = Loads(window=2)
+seen = ExpertLoadWindow(window=2)
 for step in range(3):
     seen.add(step * layer_loads([r, r]))
 assert seen.total().tolist() == [[3 * x for x in expert_load(r.expert_bsk, 12).tolist()]] * 2
@@ -451,7 +451,7 @@ IN_ORDER = torch.arange(16).repeat(3, 1)
 def waiting(load_xle, expert_la) -> float:
     """Slowest GPU over the mean, averaged over windows and layers."""
     return (
-        torch.stack([slowest(gpu_load(load_le, expert_la, GPUS)) for load_le in load_xle])
+        torch.stack([load_imbalance(gpu_load(load_le, expert_la, GPUS)) for load_le in load_xle])
         .mean()
         .item()
     )
@@ -518,18 +518,19 @@ def gate_tokens(seed: int, n: int = 8192):
 def nodes_visited(chosen_nk, placement, nodes: int) -> float:
     """Mean number of nodes that hold the slots a token is sent to."""
     expert_la, slot_leu, count_le = placement
-    slot_nk = spread(chosen_nk, slot_leu[0], count_le[0])
+    slot_nk = assign_replicas(chosen_nk, slot_leu[0], count_le[0])
     node_nk = slot_nk // (expert_la.shape[1] // nodes)
     return torch.nn.functional.one_hot(node_nk, nodes).amax(1).sum(-1).float().mean().item()
 
 
 V3_POLICY = {"hierarchical": lambda nodes: (8, nodes), "global": lambda nodes: (1, 1)}
 MORE = range(0, 161, 32)
-curves = {(s, policy): [slowest(gpu_load(zipf(s), rebalance_experts(zipf(s), 256 + x, *how(4), 32)[0], 32))
+curves = {(s, policy): [load_imbalance(gpu_load(zipf(s), rebalance_experts(zipf(s), 256 + x, *how(4), 32)[0], 32))
                         .mean().item() for x in MORE]
           for s in (0.5, 1.0) for policy, how in V3_POLICY.items()}  # fmt: skip
 numbered = {
-    s: slowest(gpu_load(zipf(s), torch.arange(256).repeat(16, 1), 32)).mean() for s in (0.5, 1.0)
+    s: load_imbalance(gpu_load(zipf(s), torch.arange(256).repeat(16, 1), 32)).mean()
+    for s in (0.5, 1.0)
 }
 then, now = expert_load(gate_tokens(6), 256)[None], gate_tokens(7)
 visited = {(nodes, policy): nodes_visited(now, rebalance_experts(then, 288 if nodes == 4 else 320, *how(nodes),
@@ -586,19 +587,24 @@ def arrivals(old_la, new_la, gpus: int) -> int:
 
 def day(every: int):
     """Slowest / mean of every window, and experts fetched in the day; 0: never renewed."""
-    seen, expert_la, course, fetched = Loads(every or 1), place(DAY_LOADS[0], 8, "global"), [], 0
+    seen, expert_la, course, fetched = (
+        ExpertLoadWindow(every or 1),
+        place(DAY_LOADS[0], 8, "global"),
+        [],
+        0,
+    )
     for t, load_le in enumerate(DAY_LOADS):
         if every and t and t % every == 0:
             new_la = place(seen.total(), 8, "global")
             fetched, expert_la = fetched + arrivals(expert_la, new_la, GPUS), new_la
-        course.append(slowest(gpu_load(load_le, expert_la, GPUS)).mean().item())
+        course.append(load_imbalance(gpu_load(load_le, expert_la, GPUS)).mean().item())
         seen.add(load_le)
     return torch.tensor(course), fetched
 
 
 PERIODS = [1, 2, 3, 6, 12, 24, 48, 72]
 days = {every: day(every) for every in [0, *PERIODS]}
-none = torch.tensor([slowest(gpu_load(x, IN_ORDER, GPUS)).mean() for x in DAY_LOADS])
+none = torch.tensor([load_imbalance(gpu_load(x, IN_ORDER, GPUS)).mean() for x in DAY_LOADS])
 fig, axes = figure(1, 2, 9, 3.4, width_ratios=(3, 2))
 hours = torch.arange(DAY) / 6
 axes[0].plot(hours, none, color=GREY, ls=":", label="no copies")
@@ -655,7 +661,7 @@ def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: st
     for load_j, colour, name, width in zip(
         loads, (GREY, BLUE), ("as numbered", "placed"), (0.9, 0.5)
     ):
-        ratio = slowest(load_j[None]).item()
+        ratio = load_imbalance(load_j[None]).item()
         axes[0].bar(
             range(gpus), load_j / load_j.mean(), width, color=colour, label=f"{name}: {ratio:.2f}"
         )
@@ -699,7 +705,7 @@ def check_greedy(fn):
     """Heaviest first parts the two heaviest. When would they be better off together?"""
     weight_x = torch.as_tensor(fn()).float()
     assert weight_x.shape == (6,) and (weight_x >= 0).all() and weight_x.sum() > 0
-    ours = fullest(weight_x[None], packed(weight_x[None], 2)[0], 2).item()
+    ours = fullest(weight_x[None], balanced_packing(weight_x[None], 2)[0], 2).item()
     triples = [weight_x[list(x)].sum() for x in combinations(range(6), 3)]
     assert ours > 1.1 * min(max(x, weight_x.sum() - x) for x in triples)
 
@@ -738,7 +744,7 @@ check_copies(my_copies)
 # ```
 # </details>
 #
-# **2 · Break.** Find six weights that `packed` puts into two containers more than a tenth worse than the best way.
+# **2 · Break.** Find six weights that `balanced_packing` puts into two containers more than a tenth worse than the best way.
 
 
 # %%
@@ -774,7 +780,7 @@ check_steady(my_steady)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Who stays, stays put; the others fill the gaps. Balance is untouched, and `redundant` refills fewer slots. One could
+# Who stays, stays put; the others fill the gaps. Balance is untouched, and `set_expert_placement` refills fewer slots. One could
 # go on and renumber the GPUs of a node too.
 #
 # ```python
@@ -804,7 +810,7 @@ check_steady(my_steady)
 #   copy works, and no window can be out of date.
 #
 # The all-to-all of chapter 11 needs nothing new: physical numbers go in. What is *not* built here is a serving engine
-# that moves weights between real GPUs; `redundant` does it within one process.
+# that moves weights between real GPUs; `set_expert_placement` does it within one process.
 
 # %%
 expert = 3 * V3.dim * V3.moe_inter_dim  # bytes in FP8
@@ -817,5 +823,5 @@ for slots in (8, 9, 16):
 loads_e = torch.tensor([[8 / 256] * 256 + [1.0]])  # a decode unit, the shared expert as the 257th
 expert_la, _, count_le = rebalance_experts(loads_e, 320, 1, 40, 320)
 print(f"decode, even loads: {count_le[0, -1]} copies of the shared expert, "
-      f"slowest / mean {slowest(gpu_load(loads_e, expert_la, 320)).item():.2f}")  # fmt: skip
+      f"slowest / mean {load_imbalance(gpu_load(loads_e, expert_la, 320)).item():.2f}")  # fmt: skip
 assert count_le[0, -1] == 32

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.eplb import (
-    Loads,
+    ExpertLoadWindow,
+    assign_replicas,
+    balanced_packing,
     gpu_load,
     layer_loads,
-    packed,
+    load_imbalance,
+    logical_to_physical,
     rebalance_experts,
-    replicated,
-    slots_of,
-    slowest,
-    spread,
+    replicate_experts,
 )
 from dsv3_ref.expert_parallel import send_list
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
-from dsv3_ref.parallel.physical_experts import plain, redundant
+from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
 from dsv3_ref.studies import expert_load
 from dsv3_ref.viz.ablation import RESULTS
 
@@ -131,9 +131,11 @@ def test_groups_stay_on_one_node_and_copies_are_shared_out_well(problem):
 
 
 def test_ties_take_the_first():
-    assert replicated(torch.ones(1, 3), 5)[0].tolist() == [[0, 1, 2, 0, 1]]
-    assert packed(torch.ones(1, 4), 2)[0].tolist() == [[0, 1, 0, 1]]
-    assert packed(torch.tensor([[1.0, 9, 5]]), 3)[0].tolist() == [[0, 1, 2]]  # nobody moves
+    assert replicate_experts(torch.ones(1, 3), 5)[0].tolist() == [[0, 1, 2, 0, 1]]
+    assert balanced_packing(torch.ones(1, 4), 2)[0].tolist() == [[0, 1, 0, 1]]
+    assert balanced_packing(torch.tensor([[1.0, 9, 5]]), 3)[0].tolist() == [
+        [0, 1, 2]
+    ]  # nobody moves
 
 
 def test_v3_s_units():
@@ -142,7 +144,7 @@ def test_v3_s_units():
     prefill = rebalance_experts(load_le, 288, 8, 4, 32)[0]
     decode, _, count_le = rebalance_experts(load_le, 320, 8, 40, 320)
     assert prefill.shape == (58, 288)
-    assert (slowest(gpu_load(load_le, prefill, 32)) < 1.1).all()
+    assert (load_imbalance(gpu_load(load_le, prefill, 32)) < 1.1).all()
     assert torch.equal(decode[:, :256], torch.arange(256).expand(58, -1))  # nothing to arrange
     assert (count_le.sum(-1) == 320).all()
 
@@ -171,8 +173,8 @@ def test_rows_of_an_expert_take_its_copies_in_turn(data):
     expert = st.integers(0, n_experts - 1)
     chosen = data.draw(st.lists(st.lists(expert, min_size=k, max_size=k), max_size=20))
     expert_a = [*range(n_experts), *data.draw(st.lists(expert, max_size=8))]
-    slot_eu, count_e = slots_of(torch.tensor(expert_a), n_experts)
-    slot_nk = spread(torch.tensor(chosen, dtype=torch.int64).view(-1, k), slot_eu, count_e)
+    slot_eu, count_e = logical_to_physical(torch.tensor(expert_a), n_experts)
+    slot_nk = assign_replicas(torch.tensor(chosen, dtype=torch.int64).view(-1, k), slot_eu, count_e)
     copies = {e: [a for a, x in enumerate(expert_a) if x == e] for e in range(n_experts)}
     rows = Counter()
     for token, slots in zip(chosen, slot_nk.tolist()):
@@ -208,23 +210,23 @@ def test_copies_change_no_output_and_can_be_changed_between_steps(moe, shape):
     alone, route = moe(x_bsd)
     state = {k: v.clone() for k, v in moe.state_dict().items()}
     for expert_a in [*placements(), *placements(2, 24), torch.arange(12)]:
-        redundant(moe, expert_a)
+        set_expert_placement(moe, expert_a)
         y_bsd, r = moe(x_bsd)
         assert torch.allclose(y_bsd, alone, atol=1e-5)
         assert torch.equal(r.expert_bsk, route.expert_bsk)
     assert moe.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in moe.state_dict().items())
-    plain(moe)
-    plain(moe)
+    clear_expert_placement(moe)
+    clear_expert_placement(moe)
     assert torch.equal(moe(x_bsd)[0], alone)
 
 
 def test_only_slots_that_change_are_filled(moe):
     one, two, _ = placements()
-    assert redundant(moe, one) == 16
+    assert set_expert_placement(moe, one) == 16
     slots = moe.routed
-    assert redundant(moe, one) == 0
-    assert redundant(moe, two) == (one != two).sum()
+    assert set_expert_placement(moe, one) == 0
+    assert set_expert_placement(moe, two) == (one != two).sum()
     assert moe.routed is slots
     one[:] = 0  # the caller's tensor is not kept
     assert torch.equal(slots.physical.w1, moe.experts.w1[two])
@@ -233,7 +235,7 @@ def test_only_slots_that_change_are_filled(moe):
 def test_every_gpu_gets_the_rows_of_its_slots(moe):
     chosen_nk = torch.rand(400, 12).argsort(-1)[:, :3]
     expert_a = placements()[0]
-    slot_nk = spread(chosen_nk, *slots_of(expert_a, 12))
+    slot_nk = assign_replicas(chosen_nk, *logical_to_physical(expert_a, 12))
     token_m, gpu_m, count_j = send_list(slot_nk, 2, 8)
     for gpu in range(8):
         held = set(range(2 * gpu, 2 * gpu + 2))
@@ -244,8 +246,8 @@ def test_every_gpu_gets_the_rows_of_its_slots(moe):
 
 def test_what_copies_cannot_do_is_said(moe):
     with pytest.raises(UserError, match="each of its 12 experts at least once"):
-        redundant(moe, torch.zeros(16, dtype=torch.long))
-    redundant(moe, placements()[0])
+        set_expert_placement(moe, torch.zeros(16, dtype=torch.long))
+    set_expert_placement(moe, placements()[0])
     moe.requires_grad_(True)
     with pytest.raises(UserError, match="do not learn"):
         moe(torch.randn(1, 2, 32))
@@ -257,7 +259,7 @@ def test_a_whole_model_served_by_its_own_loads():
     """Routes → loads of a window → a placement for every layer → the same logits."""
     torch.manual_seed(0)
     small = replace(TINY, vocab_size=64, n_layers=3, n_mtp_layers=0, max_seq_len=32)
-    model, seen = Transformer(small).eval(), Loads(2)
+    model, seen = Transformer(small).eval(), ExpertLoadWindow(2)
     tokens_bs = torch.randint(0, 64, (2, 32))
     with torch.no_grad():
         alone = model(tokens_bs)
@@ -266,7 +268,7 @@ def test_a_whole_model_served_by_its_own_loads():
             seen.add(layer_loads(routes))
             expert_la, *_ = rebalance_experts(seen.total(), 24, 4, 2, 8)
             for layer, expert_a in zip(moe_layers(model).values(), expert_la):
-                redundant(layer, expert_a)
+                set_expert_placement(layer, expert_a)
             assert torch.allclose(model(tokens_bs), alone, atol=1e-5)
     assert seen.total().sum(-1).tolist() == [2 * 64 * 4] * 2  # the last two of three steps
 

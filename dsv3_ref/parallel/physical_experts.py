@@ -7,12 +7,12 @@ slots rank·per … (rank+1)·per − 1, and the exchange takes slots for expert
 import torch
 
 from dsv3_ref.config import UserError
-from dsv3_ref.eplb import slots_of, spread
+from dsv3_ref.eplb import assign_replicas, logical_to_physical
 from dsv3_ref.expert_parallel import local_experts
 from dsv3_ref.moe import Experts, MoE
 
 
-class Redundant:
+class PhysicalExperts:
     """Takes `MoE.routed`'s place; not a module, so a checkpoint never sees the copies."""
 
     def __init__(self, logical: Experts, slots: int):
@@ -23,12 +23,12 @@ class Redundant:
         self.expert_a = torch.full((slots,), -1, device=logical.w1.device)
 
     @torch.no_grad()
-    def place(self, expert_a: torch.Tensor) -> int:
+    def set_placement(self, expert_a: torch.Tensor) -> int:
         """Fill the slots whose expert is another one now; how many."""
         (stale_m,) = torch.where(expert_a != self.expert_a)
         for p, own in zip(self.physical.parameters(), self.logical.parameters()):
             p[stale_m] = own[expert_a[stale_m]]
-        self.slot_eu, self.count_e = slots_of(expert_a, len(self.logical.w1))
+        self.slot_eu, self.count_e = logical_to_physical(expert_a, len(self.logical.w1))
         self.expert_a = expert_a
         return len(stale_m)
 
@@ -36,15 +36,15 @@ class Redundant:
         """Σ_k w_nk·expert_nk(x_n), each choice at one of its expert's copies."""
         if torch.is_grad_enabled() and self.logical.w1.requires_grad:
             raise UserError("redundant experts are copies that do not learn: use torch.no_grad()")
-        slot_nk = spread(expert_nk, self.slot_eu, self.count_e)
+        slot_nk = assign_replicas(expert_nk, self.slot_eu, self.count_e)
         return local_experts(self.physical, x_nd, weight_nk, slot_nk)
 
 
-def redundant(moe: MoE, physical_to_logical) -> int:
+def set_expert_placement(moe: MoE, physical_to_logical) -> int:
     """Let slots with these experts (a,) compute, from now on; how many had to be filled.
 
-    Call it again between two steps with another placement; `plain` undoes it. Slots are made on the
-    experts' device, in their dtype.
+    Call it again between two steps to change the placement; `clear_expert_placement` undoes it.
+    Slots are allocated on the device of the experts and in their dtype.
     """
     n = len(moe.experts.w1)
     expert_a = torch.as_tensor(physical_to_logical, device=moe.experts.w1.device).clone()
@@ -52,12 +52,12 @@ def redundant(moe: MoE, physical_to_logical) -> int:
         raise UserError(f"a placement of one layer names each of its {n} experts at least once")
     slots = vars(moe).get("routed")
     if slots is None or len(slots.expert_a) != len(expert_a):
-        slots = Redundant(moe.experts, len(expert_a))
-    filled = slots.place(expert_a)
+        slots = PhysicalExperts(moe.experts, len(expert_a))
+    filled = slots.set_placement(expert_a)
     moe.routed = slots
     return filled
 
 
-def plain(moe: MoE) -> None:
+def clear_expert_placement(moe: MoE) -> None:
     """The layer's own experts compute again."""
     vars(moe).pop("routed", None)

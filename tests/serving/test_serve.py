@@ -28,11 +28,11 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, SPECIAL, USER, save_tokenizer
 from dsv3_ref.data.tokenizer import train_tokenizer as train
 from dsv3_ref.decode import Choice, stream
-from dsv3_ref.eplb import Loads, rebalance_experts
+from dsv3_ref.eplb import ExpertLoadWindow, rebalance_experts
 from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import expert_load
-from dsv3_ref.parallel.physical_experts import plain, redundant
+from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
 from dsv3_ref.serve import Engine, Full, Pages, Parcel, Row, page_keys
 from dsv3_ref.serving import api_server
 from dsv3_ref.serving.api_server import Histogram, Serve, Service
@@ -304,7 +304,7 @@ def test_experts_move_between_two_steps_and_no_request_is_dropped(model, depth):
 @pytest.mark.parametrize("depth", [0, 1])
 def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model, depth):
     """As the report deploys them: placed anew between two steps, by what was just served."""
-    layers, loads, used = list(moe_layers(model).values()), Loads(8), []
+    layers, loads, used = list(moe_layers(model).values()), ExpertLoadWindow(8), []
     now = [torch.zeros(moe.config.n_routed_experts) for moe in layers]
 
     def count(i):
@@ -318,7 +318,7 @@ def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model,
         [x.zero_() for x in now]
         placed = rebalance_experts(loads.total(), len(now[0]) + 4, 1, 1, 4)[0]
         used.extend(moe.routed.expert_a for moe in layers if "routed" in vars(moe))
-        return sum(redundant(moe, places) for moe, places in zip(layers, placed))
+        return sum(set_expert_placement(moe, places) for moe, places in zip(layers, placed))
 
     hooks = [moe.gate.register_forward_hook(count(i)) for i, moe in enumerate(layers)]
     e, rows = engine(model, depth=depth), [Row([i + 1] * 19, 10) for i in range(6)]
@@ -331,7 +331,7 @@ def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model,
     assert futures[0].result(0) == sum(len(x) + 4 for x in now) and len(futures) > 5
     assert len({tuple(x.tolist()) for x in used}) > 1  # placements that differ
     assert all(len(row.new) == 10 and regret(model, row) < 1e-4 for row in rows)
-    [plain(moe) for moe in layers]
+    [clear_expert_placement(moe) for moe in layers]
 
 
 def test_new_weights_forget_what_old_ones_read(model):
