@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from miniruns import metrics, options, results
 
-from dsv3_ref.checkpoints.native import config_of, load
+from dsv3_ref.checkpoints.native import load, load_checkpoint_config
 from dsv3_ref.cli import main
 from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count
 from dsv3_ref.decode import Decoder, by_blocks, stream
@@ -223,7 +223,7 @@ def longer(home):
 
 
 def test_a_phase_changes_positions_and_nothing_else(home, longer):
-    before, after = config_of(home / "base"), config_of(longer)
+    before, after = load_checkpoint_config(home / "base"), load_checkpoint_config(longer)
     assert (after.rope_factor, after.max_seq_len) == (40, 640)
     assert replace(after, rope_factor=1.0, max_seq_len=32) == before
     settings = json.loads((longer / "run.json").read_text())["settings"]
@@ -235,7 +235,7 @@ def test_a_phase_changes_positions_and_nothing_else(home, longer):
 
 def test_the_second_phase_goes_on_from_the_first(home, longer, tmp_path):
     assert extend(home, tmp_path / "run", "--phase", "128k", "--steps", 1, init="longer") == 0
-    assert config_of(tmp_path / "run") == config_of(longer)
+    assert load_checkpoint_config(tmp_path / "run") == load_checkpoint_config(longer)
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["recipe"]["seq_len"] == 32 * 16 and settings["recipe"]["lr"] == 7.3e-6
     assert metrics(tmp_path / "run")[0]["tokens"] == 2 * 512

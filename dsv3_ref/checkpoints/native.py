@@ -24,13 +24,13 @@ from dsv3_ref.fp8 import weight_dequant
 from dsv3_ref.model import Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-SHARDED = ".metadata"  # in what several ranks wrote
-SHARD = 5_000_000_000  # bytes of a file before another one starts
-SCALE = "_scale_inv"  # what an FP8 weight's scales are called, after its own name
+DCP_METADATA = ".metadata"  # in what several ranks wrote
+SHARD_BYTES = 5_000_000_000  # bytes of a file before another one starts
+SCALE_SUFFIX = "_scale_inv"  # what an FP8 weight's scales are called, after its own name
 
 # ── Names: ours, Hugging Face's; L a layer (MTP layers come after the last), E each expert ──
 
-NAMES = {
+HF_NAMES = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
@@ -66,13 +66,13 @@ IGNORED = re.compile(  # copies of the embedding and head in MTP layers; tables 
 )
 
 
-def hf_names(name: str, c: Config) -> list[str]:
+def hf_names(name: str, config: Config) -> list[str]:
     """Where Hugging Face keeps our tensor `name`: one place, or one for each expert."""
     if not (place := re.match(r"(layers|mtp)\.(\d+)\.(block\.)?", name)):
-        return [NAMES[name]]
-    layer = int(place[2]) + (c.n_layers if place[1] == "mtp" else 0)
-    path = NAMES["L." + name[place.end() :]].replace(".L.", f".{layer}.")
-    experts = range(c.n_routed_experts) if ".E." in path else [0]
+        return [HF_NAMES[name]]
+    layer = int(place[2]) + (config.n_layers if place[1] == "mtp" else 0)
+    path = HF_NAMES["L." + name[place.end() :]].replace(".L.", f".{layer}.")
+    experts = range(config.n_routed_experts) if ".E." in path else [0]
     return [path.replace(".E.", f".{e}.") for e in experts]
 
 
@@ -83,7 +83,7 @@ def is_bias(name: str) -> bool:
 
 # ── Config: ours, Hugging Face's ──
 
-FIELDS = {
+HF_FIELDS = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "inter_dim": "intermediate_size",
@@ -107,14 +107,14 @@ FIELDS = {
     "init_std": "initializer_range",
     "embed_std": "embedding_initializer_range",  # ours; others ignore it
 }
-YARN = {
+HF_YARN_FIELDS = {
     "rope_factor": "factor",
     "original_seq_len": "original_max_position_embeddings",
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "mscale": "mscale_all_dim",
 }
-WHEN_NULL = {
+HF_DEFAULTS = {
     "q_lora_rank": 0,
     "n_group": 1,
     "topk_group": 1,
@@ -125,7 +125,7 @@ WHEN_NULL = {
     "beta_slow": 1.0,
     "mscale_all_dim": 0.0,
 }
-FIXED = {  # values that this model implements, the first also when a config is silent
+SUPPORTED = {  # values that this model implements, the first also when a config is silent
     "rope_interleave": (True,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -134,7 +134,7 @@ FIXED = {  # values that this model implements, the first also when a config is 
     "moe_layer_freq": (1,),
     "rms_norm_eps": (1e-6,),  # the latents' norms have this one, whatever the config says
 }
-GATES = {
+SUPPORTED_GATES = {
     "deepseek_v3": {
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
@@ -146,11 +146,11 @@ GATES = {
         "norm_topk_prob": (False,),
     },
 }
-FIXED_ROPE = {"truncate": (True,), "partial_rotary_factor": (1.0,)}
-FIXED_FP8 = {"quant_method": ("fp8",), "weight_block_size": ([128, 128],)}
+SUPPORTED_ROPE = {"truncate": (True,), "partial_rotary_factor": (1.0,)}
+SUPPORTED_FP8 = {"quant_method": ("fp8",), "weight_block_size": ([128, 128],)}
 
 
-def demand(values: dict, allowed: dict) -> None:
+def require_supported(values: dict, allowed: dict) -> None:
     """Raise for the first field with a value that this model does not implement."""
     for field, choices in allowed.items():
         value = values.get(field)
@@ -158,46 +158,48 @@ def demand(values: dict, allowed: dict) -> None:
             raise UserError(f"{field} is {value!r}; supported: {' or '.join(map(repr, choices))}")
 
 
-def pick(values: dict, fields: dict[str, str]) -> dict:
+def map_fields(values: dict, fields: dict[str, str]) -> dict:
     """Our fields from theirs; null and absent ones from WHEN_NULL, else an error."""
     out = {}
     for ours, theirs in fields.items():
         value = values.get(theirs)
-        if value is None and theirs not in WHEN_NULL:
+        if value is None and theirs not in HF_DEFAULTS:
             raise UserError(f"the field {theirs} is missing")
         if not isinstance(value, int | float | None):
             raise UserError(f"{theirs} must be a number, not {value!r}")
-        out[ours] = WHEN_NULL[theirs] if value is None else value
+        out[ours] = HF_DEFAULTS[theirs] if value is None else value
     return out
 
 
-def from_hf(values: dict, n_mtp_layers: int) -> Config:
+def config_from_hf(values: dict, n_mtp_layers: int) -> Config:
     """Our Config from a Hugging Face config.json."""
     kind = values["model_type"]
-    if kind not in GATES:
-        raise UserError(f"a model of type {kind!r}; supported: {' or '.join(GATES)}")
-    demand(values, FIXED | GATES[kind])
-    demand(values, {"num_key_value_heads": (values.get("num_attention_heads"),)})
-    demand(values.get("quantization_config") or {}, FIXED_FP8)
-    ours = pick(values, FIELDS)
+    if kind not in SUPPORTED_GATES:
+        raise UserError(f"a model of type {kind!r}; supported: {' or '.join(SUPPORTED_GATES)}")
+    require_supported(values, SUPPORTED | SUPPORTED_GATES[kind])
+    require_supported(values, {"num_key_value_heads": (values.get("num_attention_heads"),)})
+    require_supported(values.get("quantization_config") or {}, SUPPORTED_FP8)
+    ours = map_fields(values, HF_FIELDS)
     if kind == "deepseek_v2" and values.get("topk_method") != "group_limited_greedy":
         ours |= {"n_expert_groups": 1, "n_limited_groups": 1}
-    score_func = GATES[kind]["scoring_func"][0]
-    return from_dict(ours | rope(values) | {"score_func": score_func, "n_mtp_layers": n_mtp_layers})
+    score_func = SUPPORTED_GATES[kind]["scoring_func"][0]
+    return from_dict(
+        ours | rope_fields(values) | {"score_func": score_func, "n_mtp_layers": n_mtp_layers}
+    )
 
 
-def rope(values: dict) -> dict:
+def rope_fields(values: dict) -> dict:
     """Our RoPE and YaRN fields from `rope_parameters`, or `rope_theta` and `rope_scaling`."""
     r = values.get("rope_parameters") or values.get("rope_scaling") or {}
     theta = r.get("rope_theta") or values.get("rope_theta") or Config.rope_theta
     kind = r.get("rope_type") or r.get("type") or "default"
-    demand({"rope_type": kind}, {"rope_type": ("default", "yarn")})
-    demand(r, FIXED_ROPE)
+    require_supported({"rope_type": kind}, {"rope_type": ("default", "yarn")})
+    require_supported(r, SUPPORTED_ROPE)
     if kind == "default":
         length = values.get("max_position_embeddings")
         return {"rope_theta": theta, "rope_factor": 1.0, "original_seq_len": length}
-    ours = pick(r, YARN)
-    if ours["rope_factor"] > 1 and not plain_rotation(r):
+    ours = map_fields(r, HF_YARN_FIELDS)
+    if ours["rope_factor"] > 1 and not is_unscaled_rotation(r):
         raise UserError(
             f"mscale ({r.get('mscale')}) and mscale_all_dim ({r.get('mscale_all_dim')}) of YaRN "
             "must be equal and not 0: otherwise cosine and sine are scaled, which is not supported"
@@ -205,35 +207,37 @@ def rope(values: dict) -> dict:
     return {"rope_theta": theta} | ours
 
 
-def plain_rotation(r: dict) -> bool:
+def is_unscaled_rotation(r: dict) -> bool:
     """True when YaRN leaves cosine and sine unscaled (attention factor 1)."""
     if r.get("attention_factor") is not None:
         return r["attention_factor"] == 1
     return bool(r.get("mscale")) and r["mscale"] == r.get("mscale_all_dim")
 
 
-def to_hf(c: Config, dtype: torch.dtype) -> dict:
+def config_to_hf(config: Config, dtype: torch.dtype) -> dict:
     """A Hugging Face config.json, in the spelling of the released one."""
-    sigmoid = c.score_func == "sigmoid"
+    sigmoid = config.score_func == "sigmoid"
     kind, name = ("deepseek_v3", "DeepseekV3") if sigmoid else ("deepseek_v2", "DeepseekV2")
-    gate = {field: choices[0] for field, choices in GATES[kind].items()}
-    if not sigmoid and c.n_expert_groups > 1:
+    gate = {field: choices[0] for field, choices in SUPPORTED_GATES[kind].items()}
+    if not sigmoid and config.n_expert_groups > 1:
         gate["topk_method"] = "group_limited_greedy"
-    if sigmoid and c.n_expert_groups == c.n_routed_experts:
+    if sigmoid and config.n_expert_groups == config.n_routed_experts:
         raise UserError("transformers needs two experts in each group: choose fewer groups")
-    values = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()}
-    demand(values, FIXED)
-    yarn = {theirs: getattr(c, ours) for ours, theirs in YARN.items()}
-    return {field: choices[0] for field, choices in FIXED.items()} | {
+    values = {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
+    require_supported(values, SUPPORTED)
+    yarn = {theirs: getattr(config, ours) for ours, theirs in HF_YARN_FIELDS.items()}
+    return {field: choices[0] for field, choices in SUPPORTED.items()} | {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": kind,
         **values,
         **gate,
-        "q_lora_rank": c.q_lora_rank or None,
-        "num_key_value_heads": c.n_heads,
-        "num_nextn_predict_layers": c.n_mtp_layers,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": {"type": "yarn", "mscale": c.mscale, **yarn} if c.rope_factor > 1 else None,
+        "q_lora_rank": config.q_lora_rank or None,
+        "num_key_value_heads": config.n_heads,
+        "num_nextn_predict_layers": config.n_mtp_layers,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {"type": "yarn", "mscale": config.mscale, **yarn}
+        if config.rope_factor > 1
+        else None,
         "bos_token_id": None,
         "eos_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -256,34 +260,34 @@ def load(directory, device=None, dtype: torch.dtype | None = None) -> Transforme
 
     Gate biases stay fp32. Raises `UserError` for everything that is wrong with the directory.
     """
-    if (sharded := find(directory) / SHARDED).is_file():
+    if (sharded := resolve_checkpoint_dir(directory) / DCP_METADATA).is_file():
         from dsv3_ref.checkpoints.sharded import whole  # which imports this module
 
         return whole(sharded.parent).to(device, dtype)
-    source = Checkpoint(directory)
-    state = {name: source.read(name, device, dtype) for name in source.want}
+    source = CheckpointReader(directory)
+    state = {name: source.read(name, device, dtype) for name in source.expected}
     source.model.load_state_dict(state, assign=True)
     return source.model
 
 
-def config_of(directory) -> Config:
+def load_checkpoint_config(directory) -> Config:
     """The config of a directory, ours or Hugging Face's, whole or sharded."""
-    if (sharded := find(directory) / SHARDED).is_file():
+    if (sharded := resolve_checkpoint_dir(directory) / DCP_METADATA).is_file():
         return from_dict(read_json(sharded.parent / CONFIG))
-    return Checkpoint(directory).config
+    return CheckpointReader(directory).config
 
 
-def reader(directory) -> Callable[[str], torch.Tensor]:
+def open_tensors(directory) -> Callable[[str], torch.Tensor]:
     """Our name of a tensor → the tensor, read when asked for."""
-    if (find(directory) / SHARDED).is_file():
+    if (resolve_checkpoint_dir(directory) / DCP_METADATA).is_file():
         return load(directory).state_dict().__getitem__
-    return Checkpoint(directory).read
+    return CheckpointReader(directory).read
 
 
 @torch.no_grad()
-def fill(model: Transformer, directory, part=lambda name, x: x) -> None:
+def load_into(model: Transformer, directory, part=lambda name, x: x) -> None:
     """Weights of a directory into a model of any dtype; `part` takes from each what is held."""
-    read = reader(directory)
+    read = open_tensors(directory)
     for name, x in model.state_dict().items():
         try:
             x.copy_(part(name, read(name)))
@@ -291,25 +295,25 @@ def fill(model: Transformer, directory, part=lambda name, x: x) -> None:
             raise UserError(f"{directory} does not fit this model: {name}") from None
 
 
-class Checkpoint:
+class CheckpointReader:
     """A directory opened and checked against its config; tensors are read when asked for."""
 
     def __init__(self, directory):
-        self.directory = find(directory)
+        self.directory = resolve_checkpoint_dir(directory)
         values = read_json(self.directory / CONFIG)
         self.hf = "model_type" in values
         self.files = open_files(self.directory)
         try:
-            n_mtp = self.stored_mtp(values) if self.hf else 0
-            self.config = from_hf(values, n_mtp) if self.hf else from_dict(values)
+            n_mtp = self.count_mtp_layers(values) if self.hf else 0
+            self.config = config_from_hf(values, n_mtp) if self.hf else from_dict(values)
         except (UserError, TypeError) as e:
             raise UserError(f"{self.directory / CONFIG}: {e}") from None
         with torch.device("meta"):
             self.model = Transformer(self.config)
-        self.want = self.model.state_dict()
-        self.check()
+        self.expected = self.model.state_dict()
+        self.check_tensors()
 
-    def stored_mtp(self, values: dict) -> int:
+    def count_mtp_layers(self, values: dict) -> int:
         """MTP layers as the config says, or 0 if none is stored: transformers drops them."""
         layers = {int(m[1]) for m in map(LAYER.match, self.files) if m}
         stored = sum(i >= values.get("num_hidden_layers", 0) for i in layers)
@@ -318,25 +322,33 @@ class Checkpoint:
             warnings.warn(f"{self.directory} holds no MTP layer: loaded without", stacklevel=4)
         return said if stored else 0
 
-    def parts(self, name: str) -> list[str]:
+    def stored_names(self, name: str) -> list[str]:
         """Stored names of our tensor: itself, or Hugging Face's, one for each expert."""
         return hf_names(name, self.config) if self.hf else [name]
 
-    def rows(self, tensor) -> list[torch.Tensor]:
+    def expert_slices(self, tensor) -> list[torch.Tensor]:
         """What each of the parts fills: the whole, or one expert."""
         return tensor.unbind() if self.hf and tensor.ndim == 3 else [tensor]
 
-    def check(self) -> None:
+    def check_tensors(self) -> None:
         """Every tensor is there, in its shape, and no other."""
-        want = {p: r for n, t in self.want.items() for p, r in zip(self.parts(n), self.rows(t))}
+        want = {
+            p: r
+            for n, t in self.expected.items()
+            for p, r in zip(self.stored_names(n), self.expert_slices(t))
+        }
         if missing := [name for name in want if name not in self.files]:
-            raise UserError(f"{self.directory} lacks {some(missing)}")
-        scales = {p + SCALE for p in want if self.stored_dtype(p) == torch.float8_e4m3fn}
+            raise UserError(f"{self.directory} lacks {abbreviate(missing)}")
+        scales = {p + SCALE_SUFFIX for p in want if self.stored_dtype(p) == torch.float8_e4m3fn}
         if missing := sorted(scales - set(self.files)):
-            raise UserError(f"{self.directory} holds FP8 weights but lacks {some(missing)}")
-        unknown = [n for n in self.files if n not in want and n.removesuffix(SCALE) not in want]
+            raise UserError(f"{self.directory} holds FP8 weights but lacks {abbreviate(missing)}")
+        unknown = [
+            n for n in self.files if n not in want and n.removesuffix(SCALE_SUFFIX) not in want
+        ]
         if unknown := [n for n in unknown if not (self.hf and IGNORED.fullmatch(n))]:
-            raise UserError(f"{self.directory} holds what {CONFIG} does not know: {some(unknown)}")
+            raise UserError(
+                f"{self.directory} holds what {CONFIG} does not know: {abbreviate(unknown)}"
+            )
         for name, row in want.items():
             self.check_shape(name, tuple(row.shape))
 
@@ -346,7 +358,10 @@ class Checkpoint:
         if shape == want:
             return
         where = f"{self.directory}: {part}"
-        if part in self.parts("embed.weight") + self.parts("head.weight") and shape[1:] == want[1:]:
+        if (
+            part in self.stored_names("embed.weight") + self.stored_names("head.weight")
+            and shape[1:] == want[1:]
+        ):
             raise UserError(
                 f"{where} has {shape[0]} rows, but vocab_size in {CONFIG} is {want[0]}: "
                 "weights and vocabulary do not belong together"
@@ -362,31 +377,33 @@ class Checkpoint:
 
     def target_dtype(self, name: str) -> torch.dtype:
         """As stored; an FP8 weight takes the embedding's, a gate bias fp32."""
-        dtype = self.stored_dtype(self.parts(name)[0])
+        dtype = self.stored_dtype(self.stored_names(name)[0])
         if dtype == torch.float8_e4m3fn:
-            dtype = self.stored_dtype(self.parts("embed.weight")[0])
+            dtype = self.stored_dtype(self.stored_names("embed.weight")[0])
         return torch.float32 if is_bias(name) else dtype
 
     def read(self, name: str, device=None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One of our tensors in fresh memory, its experts stacked."""
         dtype = self.target_dtype(name) if dtype is None or is_bias(name) else dtype
-        out = torch.empty(self.want[name].shape, dtype=dtype, device=device)
-        for row, part in zip(self.rows(out), self.parts(name), strict=True):
-            row.copy_(self.read_part(part))
+        out = torch.empty(self.expected[name].shape, dtype=dtype, device=device)
+        for row, part in zip(self.expert_slices(out), self.stored_names(name), strict=True):
+            row.copy_(self.read_stored(part))
         return out
 
-    def read_part(self, part: str) -> torch.Tensor:
+    def read_stored(self, part: str) -> torch.Tensor:
         """One stored tensor, FP8 expanded to fp32 by its block scales."""
         try:
             tensor = self.files[part].get_tensor(part)
             if tensor.dtype != torch.float8_e4m3fn:
                 return tensor
-            return weight_dequant(tensor, self.files[part + SCALE].get_tensor(part + SCALE))
+            return weight_dequant(
+                tensor, self.files[part + SCALE_SUFFIX].get_tensor(part + SCALE_SUFFIX)
+            )
         except (ValueError, SafetensorError) as e:
             raise UserError(f"{self.directory}: {part}: {e}") from None
 
 
-def some(names: list[str]) -> str:
+def abbreviate(names: list[str]) -> str:
     """`a, b, c and 4 more`."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
@@ -429,28 +446,30 @@ def open_file(path: Path) -> safe_open:
 # ── Writing ──
 
 
-def save(model: Transformer, directory, shard: int = SHARD) -> None:
+def save(model: Transformer, directory, shard_bytes: int = SHARD_BYTES) -> None:
     """Write our own format; the directory appears at once, complete, or stays as it was."""
-    with replacing(directory) as tmp:
-        write(tmp, asdict(model.config), model.state_dict(), shard)
+    with atomic_dir(directory) as tmp:
+        write_safetensors(tmp, asdict(model.config), model.state_dict(), shard_bytes)
 
 
-def save_hf(model: Transformer, directory, shard: int = SHARD, **fields) -> None:
+def save_hf(model: Transformer, directory, shard_bytes: int = SHARD_BYTES, **fields) -> None:
     """Write what transformers reads; `fields` go to config.json (`eos_token_id=1`)."""
     c = model.config
-    config = to_hf(c, model.embed.weight.dtype) | fields
+    config = config_to_hf(c, model.embed.weight.dtype) | fields
     tensors = {}
     for name, t in model.state_dict().items():
         rows = t.unbind() if t.ndim == 3 else [t.float() if is_bias(name) else t]
         tensors |= zip(hf_names(name, c), rows, strict=True)
-    with replacing(directory) as tmp:
-        write(tmp, config, tensors, shard)
+    with atomic_dir(directory) as tmp:
+        write_safetensors(tmp, config, tensors, shard_bytes)
 
 
-def write(directory: Path, config: dict, tensors: dict[str, torch.Tensor], shard: int) -> None:
+def write_safetensors(
+    directory: Path, config: dict, tensors: dict[str, torch.Tensor], shard_bytes: int
+) -> None:
     """config.json and safetensors, with an index if one file would exceed `shard` bytes."""
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    groups = split({name: t.nbytes for name, t in tensors.items()}, shard)
+    groups = group_by_size({name: t.nbytes for name, t in tensors.items()}, shard_bytes)
     where = {}
     for i, names in enumerate(groups, start=1):
         file = WEIGHTS if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
@@ -463,7 +482,7 @@ def write(directory: Path, config: dict, tensors: dict[str, torch.Tensor], shard
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+def group_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into groups of at most `limit` bytes (a larger tensor is alone)."""
     groups, used = [[]], 0
     for name, size in sizes.items():
@@ -480,96 +499,96 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 TMP, OLD = "dsv3-tmp", "dsv3-old"
 
 
-def sibling(directory: Path, mark: str) -> Path:
+def temp_sibling(directory: Path, suffix: str) -> Path:
     """`runs/x` → `runs/.x.dsv3-tmp`: on the same disk, so that renaming is atomic."""
-    return directory.with_name(f".{directory.name}.{mark}")
+    return directory.with_name(f".{directory.name}.{suffix}")
 
 
-def steps(run) -> list[Path]:
+def list_checkpoints(run) -> list[Path]:
     """The checkpoints of a training run, oldest first."""
     return sorted((Path(run) / "checkpoints").glob("step_*"))
 
 
-def find(directory) -> Path:
+def resolve_checkpoint_dir(directory) -> Path:
     """The directory to read: of a run the newest checkpoint, of a killed save the one set aside."""
     path = Path(directory)
-    if found := steps(path):
+    if found := list_checkpoints(path):
         return found[-1]
     if path.is_dir():
         return path
     if path.exists():
         raise UserError(f"{path} is a file; a checkpoint is a directory")
-    if path.name and (aside := sibling(path, OLD)).is_dir():
+    if path.name and (aside := temp_sibling(path, OLD)).is_dir():
         return aside
     raise UserError(f"there is no directory {path}")
 
 
-def tokenizer_folder(path: Path) -> Path:
+def find_tokenizer_dir(path: Path) -> Path:
     """The folder with tokenizer.json: the path itself, or the run that a checkpoint is in."""
     places = [path, *path.resolve().parents[:2]]
     return next((p for p in places if (p / "tokenizer.json").is_file()), path)
 
 
 @contextmanager
-def replacing(directory) -> Iterator[Path]:
-    """`with replacing(d) as tmp`: what is written to tmp becomes d, or d stays as it was."""
+def atomic_dir(directory) -> Iterator[Path]:
+    """`with atomic_dir(d) as tmp`: what is written to tmp becomes d, or d stays as it was."""
     final = Path(directory).resolve()
     try:
-        tmp = staging(final)
+        tmp = make_staging_dir(final)
         try:
             yield tmp
-            publish(tmp, final)
+            publish_dir(tmp, final)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         raise UserError(f"could not write {final} ({e}); what was there is untouched") from e
 
 
-def staging(final: Path) -> Path:
+def make_staging_dir(final: Path) -> Path:
     """An empty temporary directory beside `final`; drops what a killed run left there."""
-    recover(final)
-    tmp = sibling(final, TMP)
+    recover_dir(final)
+    tmp = temp_sibling(final, TMP)
     if tmp.exists():
         shutil.rmtree(tmp)
     tmp.mkdir(parents=True)
     return tmp
 
 
-def publish(tmp: Path, final: Path) -> None:
+def publish_dir(tmp: Path, final: Path) -> None:
     """Make `tmp` the directory `final`, on disk before in name; what `final` was is dropped."""
     readable = tmp.stat().st_mode & 0o666  # safetensors writes for its owner only
     for path in [*tmp.rglob("*"), tmp]:
         if path.is_file():
             path.chmod(readable)
-        sync(path)
-    recover(final)
+        fsync_path(path)
+    recover_dir(final)
     if final.exists():
-        os.rename(final, sibling(final, OLD))
+        os.rename(final, temp_sibling(final, OLD))
     try:
         os.rename(tmp, final)
     finally:
-        recover(final)
-    sync(final.parent)
+        recover_dir(final)
+    fsync_path(final.parent)
 
 
-def recover(final: Path) -> None:
+def recover_dir(final: Path) -> None:
     """Drop a directory set aside, or put it back when nothing took its place."""
-    old = sibling(final, OLD)
+    old = temp_sibling(final, OLD)
     if old.is_dir() and final.exists():
         shutil.rmtree(old)
     elif old.is_dir():
         os.rename(old, final)
 
 
-def remove(directory) -> None:
+def remove_dir(directory) -> None:
     """Drop a directory: killed half way, nothing is left under its name."""
-    tmp = sibling(Path(directory), TMP)
+    tmp = temp_sibling(Path(directory), TMP)
     shutil.rmtree(tmp, ignore_errors=True)
     os.rename(directory, tmp)
     shutil.rmtree(tmp)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Wait until a file or directory is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -578,9 +597,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def sweep(parent) -> None:
+def clean_temp(parent) -> None:
     """Clean up after killed runs: temporary directories go, one set aside gets its name back."""
     for old in Path(parent).glob(f".*.{OLD}"):
-        recover(old.with_name(old.name[1 : -len(OLD) - 1]))
+        recover_dir(old.with_name(old.name[1 : -len(OLD) - 1]))
     for tmp in Path(parent).glob(f".*.{TMP}"):
         shutil.rmtree(tmp)

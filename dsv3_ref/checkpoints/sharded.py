@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from dsv3_ref.checkpoints.native import CONFIG, TMP, publish, sibling, staging
+from dsv3_ref.checkpoints.native import CONFIG, TMP, make_staging_dir, publish_dir, temp_sibling
 from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import is_expert
@@ -81,9 +81,9 @@ class Writer:
         """Copy, and go on; extra: what rank 0 adds, (values for JSON, tensors), elsewhere None."""
         self.wait()
         if extra:
-            staging(folder)
+            make_staging_dir(folder)
         dist.barrier(self.group)
-        copies, part = tensors_of(cluster, ema), sibling(folder, TMP)
+        copies, part = tensors_of(cluster, ema), temp_sibling(folder, TMP)
         saved = dcp.async_save(copies, checkpoint_id=part, process_group=self.group)
         self.writing = self.thread.submit(self.finish, saved, folder, extra, cluster.config)
 
@@ -91,11 +91,11 @@ class Writer:
         """In the thread: rank 0's part ends after all others', and then it gives the name."""
         saved.result()
         if extra:
-            part, (state, tensors) = sibling(folder, TMP), extra
+            part, (state, tensors) = temp_sibling(folder, TMP), extra
             (part / CONFIG).write_text(json.dumps(asdict(c), indent=2) + "\n")
             save_file(tensors, part / TENSORS)
             (part / STATE).write_text(json.dumps(state))
-            publish(part, folder)
+            publish_dir(part, folder)
 
     def wait(self) -> None:
         """Until the checkpoint under way has its name, on all ranks."""

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from dsv3_ref.checkpoints.native import sync
+from dsv3_ref.checkpoints.native import fsync_path
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import loader, shards
 from dsv3_ref.data import tokenizer as tok
@@ -223,7 +223,7 @@ class Shard:
     def close(self, end: bool) -> dict:
         """Bring it to the disk under its name; what the index says of it."""
         self.file.close()
-        sync(self.part)
+        fsync_path(self.part)
         path = self.folder / self.name
         self.save_array(path.with_suffix(".npy"), np.array(self.offsets, shards.OFFSET))
         if self.signatures:
@@ -243,7 +243,7 @@ class Shard:
         part = path.with_name(path.name + ".part")
         with part.open("wb") as file:
             np.save(file, values)
-        sync(part)
+        fsync_path(part)
         part.replace(path)
 
 

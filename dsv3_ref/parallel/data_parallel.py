@@ -32,9 +32,9 @@ class Several:
 
     def restore(self) -> None:
         if self.first:
-            native.sweep(self.folder / "checkpoints")
+            native.clean_temp(self.folder / "checkpoints")
         dist.barrier()
-        if found := native.steps(self.folder):
+        if found := native.list_checkpoints(self.folder):
             resume.read(self, found[-1])
 
     def go_back(self, to: Path) -> None:

@@ -62,7 +62,7 @@ class Ranks(Several):
                                a.micro_batch, a.ep_node, fp8, a.exchange == "deepep",
                                self.special_tokens)  # fmt: skip
         if self.fresh:
-            native.fill(self.cluster.model, a.init, partial(share, self.mesh))
+            native.load_into(self.cluster.model, a.init, partial(share, self.mesh))
         self.model, self.writer = self.cluster.model, sharded.Writer()
         self.ema = Ema(self.model, self.cluster.zero.adamw, a.ema) if a.ema else None
 
@@ -106,7 +106,7 @@ class Ranks(Several):
         if self.ema:
             self.ema.wait()
         if self.first:
-            native.sync(self.folder / "metrics.jsonl")
+            native.fsync_path(self.folder / "metrics.jsonl")
             state, tensors = resume.standing(self, val_loss)
             state |= {"taken": self.cluster.zero.taken, "ema_t": self.ema.t if self.ema else 0}
             extra = state, tensors
@@ -119,7 +119,7 @@ class Ranks(Several):
     def settle(self) -> None:
         """Until the last checkpoint is complete; then the old ones go."""
         self.writer.wait()
-        if self.first and native.steps(self.folder):
+        if self.first and native.list_checkpoints(self.folder):
             resume.prune(self.folder, self.args.keep)
 
     def load(self, folder: Path, data: bool = True) -> None:

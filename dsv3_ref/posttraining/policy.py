@@ -53,7 +53,7 @@ class Policy:
     def of(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
         """From a run, a checkpoint or a Hugging Face directory."""
         model = native.load(folder, device, dtype).eval()
-        return cls(model, load_tokenizer(native.tokenizer_folder(Path(folder))))
+        return cls(model, load_tokenizer(native.find_tokenizer_dir(Path(folder))))
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Tokens of a conversation that ends with a question."""

@@ -234,7 +234,7 @@ class Judge:
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.model = native.load(folder, device).eval().requires_grad_(False)
-        home = native.tokenizer_folder(Path(folder))
+        home = native.find_tokenizer_dir(Path(folder))
         self.tokenizer = load_tokenizer(home)
         self.special_tokens = get_special_tokens(self.tokenizer)
         settings = native.read_json(home / "run.json")["settings"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from dsv3_ref.checkpoints.native import load, tokenizer_folder
+from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.decode import Choice
@@ -230,7 +230,7 @@ class Service:
         check(args)
         self.args, self.born = args, int(time.time())
         model = model or load(args.model).to(pick_device(args.device)).eval()
-        tokenizer = tokenizer or load_tokenizer(tokenizer_folder(args.model))
+        tokenizer = tokenizer or load_tokenizer(find_tokenizer_dir(args.model))
         self.policy = Policy(model, tokenizer)
         self.tokenizer, self.special_tokens = tokenizer, self.policy.special_tokens
         self.name = args.name or args.model.resolve().name

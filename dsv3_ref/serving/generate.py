@@ -12,7 +12,7 @@ import tyro
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InvalidCxxCompiler
 
-from dsv3_ref.checkpoints.native import load, tokenizer_folder
+from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import (
     ASSISTANT,
@@ -116,7 +116,7 @@ class Speaker:
         check(args)
         self.device = pick_device(args.device)
         self.model: Transformer = load(args.model).to(self.device).eval()
-        self.tokenizer = load_tokenizer(tokenizer_folder(args.model))
+        self.tokenizer = load_tokenizer(find_tokenizer_dir(args.model))
         self.choose(args)
         if args.compile:
             warm_up(self.model, args.draft)

@@ -142,7 +142,7 @@ def pretrained(init: Path) -> None:
         main.main(["train", "--resume", "--out", str(init)])
     elif not init.exists():
         stage(init, "train", "--config", "tiny")
-    native.config_of(init)  # raises for what is no model
+    native.load_checkpoint_config(init)  # raises for what is no model
 
 
 def after_sft(args: Align, folder: Path, seed: int) -> Path:

@@ -16,7 +16,7 @@ import torch
 import tyro
 from tokenizers import Tokenizer
 
-from dsv3_ref.checkpoints.native import load, tokenizer_folder
+from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import BUILTIN_SOURCES
@@ -78,7 +78,7 @@ def course(model: Transformer, t: Tokenizer, source: str, args: Routing) -> torc
 def record(args: Routing, command: str) -> Path:
     """A small JSON: a window a line."""
     check(args)
-    model, t = load(args.model).eval(), tok.load_tokenizer(tokenizer_folder(args.model))
+    model, t = load(args.model).eval(), tok.load_tokenizer(find_tokenizer_dir(args.model))
     c, names = model.config, [n for n in moe_layers(model) if not n.startswith("mtp")]
     head = {"command": command, "commit": commit(), "layers": names, "groups": c.n_expert_groups,
             "chosen": c.n_activated_experts, "tokens": args.rows * c.max_seq_len}  # fmt: skip

@@ -91,19 +91,21 @@ class Trainer:
         moments = torch.bfloat16 if self.args.moments == "bf16" else torch.float32
         self.model = Transformer(self.args.model).to(self.device)
         if self.fresh:
-            native.fill(self.model, self.args.init)
+            native.load_into(self.model, self.args.init)
         self.optimizer = adamw(self.model, self.args.recipe, moments)
         self.ema = Ema(self.model, self.optimizer, self.args.ema) if self.args.ema else None
 
     @property
     def fresh(self) -> bool:
         """Whether weights come from --init: it has some, and this run has no checkpoint yet."""
-        return self.args.init is not None and not native.steps(self.folder)
+        return self.args.init is not None and not native.list_checkpoints(self.folder)
 
     def find_tokenizer(self):
         """--tokenizer, that of --init, of shards, or one trained on this data; it must fit."""
         room = self.args.model.vocab_size
-        given = self.args.tokenizer or (self.args.init and native.tokenizer_folder(self.args.init))
+        given = self.args.tokenizer or (
+            self.args.init and native.find_tokenizer_dir(self.args.init)
+        )
         own = stored_tokenizer(self.sources)
         t = load_tokenizer(given) if given else own
         t = t or load_or_train_tokenizer(self.sources, room, tqdm.write)

@@ -16,7 +16,7 @@ STATE, TENSORS = "state.json", "training.safetensors"
 
 def last_good(run: Path) -> str:
     """A sentence that says where the newest checkpoint is."""
-    found = native.steps(run)
+    found = native.list_checkpoints(run)
     return (
         f"The last good checkpoint is {found[-1]}." if found else "No checkpoint was written yet."
     )
@@ -27,15 +27,15 @@ def last_good(run: Path) -> str:
 
 def save(trainer, val_loss: float | None) -> None:
     """Write all that a run is as one directory, its rows on disk before it; drop old ones."""
-    native.sync(trainer.folder / "metrics.jsonl")
+    native.fsync_path(trainer.folder / "metrics.jsonl")
     state, tensors = standing(trainer, val_loss)
     tensors |= optimizer_tensors(trainer.optimizer)
     tensors |= trainer.ema.tensors() if trainer.ema else {}
     config, weights = asdict(trainer.args.model), trainer.model.state_dict()
     try:
         folder = trainer.folder / "checkpoints" / f"step_{trainer.step:07}"
-        with native.replacing(folder) as tmp:
-            native.write(tmp, config, weights, native.SHARD)
+        with native.atomic_dir(folder) as tmp:
+            native.write_safetensors(tmp, config, weights, native.SHARD_BYTES)
             save_file(tensors, tmp / TENSORS)
             (tmp / STATE).write_text(json.dumps(state))
     except UserError as e:
@@ -59,13 +59,13 @@ def standing(trainer, val_loss: float | None) -> tuple[dict, dict[str, torch.Ten
 
 def prune(run: Path, keep: int) -> None:
     """Keep the newest `keep` planned checkpoints, the best of them, and whatever is newest."""
-    found = native.steps(run)
+    found = native.list_checkpoints(run)
     loss = {folder: native.read_json(folder / STATE)["val_loss"] for folder in found}
     planned = [folder for folder in found if loss[folder] is not None]
     kept = {found[-1], *planned[-keep:], *sorted(planned, key=loss.get)[:1]}
     for folder in found:
         if folder not in kept:
-            native.remove(folder)
+            native.remove_dir(folder)
 
 
 def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
@@ -87,8 +87,8 @@ def random_tensors() -> dict[str, torch.Tensor]:
 
 def restore(trainer) -> None:
     """Put a freshly built trainer where the newest checkpoint of its folder was taken."""
-    native.sweep(trainer.folder / "checkpoints")
-    if found := native.steps(trainer.folder):  # else it was killed before the first one
+    native.clean_temp(trainer.folder / "checkpoints")
+    if found := native.list_checkpoints(trainer.folder):  # else it was killed before the first one
         read(trainer, found[-1])
 
 
@@ -97,7 +97,7 @@ def read(trainer, folder: Path, data: bool = True) -> None:
     try:
         trainer.load(folder, data)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError) as e:
-        earlier = [f for f in native.steps(trainer.folder) if number(f) < number(folder)]
+        earlier = [f for f in native.list_checkpoints(trainer.folder) if number(f) < number(folder)]
         raise UserError(
             f"the checkpoint {folder} is damaged ({e}): delete it, and --resume "
             f"goes on from step {number(earlier[-1]) if earlier else 0}"
@@ -111,7 +111,7 @@ def number(folder: Path) -> int:
 
 def rollback_point(run: Path) -> Path | None:
     """The newest planned checkpoint that was not taken among skipped steps."""
-    for folder in reversed(native.steps(run)):
+    for folder in reversed(native.list_checkpoints(run)):
         state = native.read_json(folder / STATE)
         if state["val_loss"] is not None and not state["guard"]["bad"]:
             return folder
@@ -120,9 +120,9 @@ def rollback_point(run: Path) -> Path | None:
 
 def drop_after(run: Path, to: Path) -> None:
     """Remove the checkpoints after the one that a run goes back to."""
-    for folder in native.steps(run):
+    for folder in native.list_checkpoints(run):
         if number(folder) > number(to):
-            native.remove(folder)
+            native.remove_dir(folder)
 
 
 def restore_from(trainer, folder: Path, data: bool = True) -> None:
@@ -184,7 +184,7 @@ class Metrics:
         """Keep the rows up to a step."""
         part, self.step = self.path.with_suffix(".part"), step
         part.write_bytes(b"".join(lines[:step]))
-        native.sync(part)
+        native.fsync_path(part)
         part.replace(self.path)
 
     def __enter__(self):

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import tyro
 
-from dsv3_ref.checkpoints.native import config_of, read_json, tokenizer_folder
+from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config, read_json
 from dsv3_ref.config import Config, UserError, from_dict, named
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, Recipe
@@ -196,7 +196,7 @@ def parse(argv: list[str], kind: type[Train] = Train) -> Train:
     if known.resume:
         default = saved(Path(known.out) if known.out else last_folder(kind, config), kind)
     else:
-        model = config_of(known.init) if known.init else named(config)
+        model = load_checkpoint_config(known.init) if known.init else named(config)
         default = kind.opening(model, config, argv)
     args = tyro.cli(kind, prog=prog, default=default, args=argv)
     return resumed(args, default) if known.resume else args
@@ -204,7 +204,7 @@ def parse(argv: list[str], kind: type[Train] = Train) -> Train:
 
 def size_of(init: Path) -> str:
     """The name of the config that a run was started with; v3 for what is no run of ours."""
-    run = tokenizer_folder(init) / "run.json"
+    run = find_tokenizer_dir(init) / "run.json"
     return read_json(run)["settings"]["config"] if run.is_file() else "v3"
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support import randomise
 
 from dsv3_ref.checkpoints import native
-from dsv3_ref.checkpoints.native import from_hf, hf_names, load, save, save_hf, to_hf
+from dsv3_ref.checkpoints.native import config_from_hf, config_to_hf, hf_names, load, save, save_hf
 from dsv3_ref.config import V2_LITE, V3, UserError
 from dsv3_ref.model import Transformer, moe_layers
 
@@ -38,7 +38,7 @@ def ours(model, tmp_path):
 
 @pytest.fixture
 def theirs(model, tmp_path):
-    save_hf(model, tmp_path / "theirs", shard=60_000)
+    save_hf(model, tmp_path / "theirs", shard_bytes=60_000)
     return tmp_path / "theirs"
 
 
@@ -134,8 +134,8 @@ def shapes(draw):
 def test_any_shape_round_trips(tmp_path_factory, c, shard):
     folder = tmp_path_factory.mktemp("shape")
     model = randomise(Transformer(c))
-    save_hf(model, folder / "theirs", shard=shard)
-    save(model, folder / "ours", shard=shard)
+    save_hf(model, folder / "theirs", shard_bytes=shard)
+    save(model, folder / "ours", shard_bytes=shard)
     assert same(load(folder / "theirs"), model)
     assert same(load(folder / "ours"), model)
     shutil.rmtree(folder)
@@ -193,23 +193,23 @@ RELEASED = {
 
 
 def test_the_released_config_is_v3():
-    assert from_hf(RELEASED, n_mtp_layers=1) == replace(V3, init_std=0.02)
+    assert config_from_hf(RELEASED, n_mtp_layers=1) == replace(V3, init_std=0.02)
 
 
 def test_both_spellings_of_rope():
     old = {k: v for k, v in RELEASED.items() if not k.startswith("rope")}
     yarn = {k: v for k, v in RELEASED["rope_scaling"].items() if k != "type"}
     new = old | {"rope_parameters": yarn | {"rope_type": "yarn", "rope_theta": 10000}}
-    assert from_hf(new, 1) == from_hf(RELEASED, 1)
+    assert config_from_hf(new, 1) == config_from_hf(RELEASED, 1)
     plain = old | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     want = replace(V3, init_std=0.02, rope_factor=1.0, rope_theta=500.0, original_seq_len=163840)
-    assert from_hf(plain, 1) == want
-    assert from_hf(old | {"rope_theta": 500.0, "rope_scaling": None}, 1) == want
+    assert config_from_hf(plain, 1) == want
+    assert config_from_hf(old | {"rope_theta": 500.0, "rope_scaling": None}, 1) == want
 
 
 @pytest.mark.parametrize("c", [V3, V2_LITE], ids=["V3", "V2-Lite"])
 def test_config_there_and_back(c):
-    assert from_hf(to_hf(c, torch.bfloat16), c.n_mtp_layers) == c
+    assert config_from_hf(config_to_hf(c, torch.bfloat16), c.n_mtp_layers) == c
 
 
 REFUSED = {  # field: a value, and what the sentence says
@@ -255,8 +255,8 @@ def test_scaled_rotation_is_refused(change):
     """cos and sin keep their length only when mscale = mscale_all_dim."""
     yarn = RELEASED["rope_scaling"] | change
     with pytest.raises(UserError, match="mscale"):
-        from_hf(RELEASED | {"rope_scaling": yarn}, 1)
-    assert from_hf(RELEASED | {"rope_scaling": yarn | {"attention_factor": 1.0}}, 1)
+        config_from_hf(RELEASED | {"rope_scaling": yarn}, 1)
+    assert config_from_hf(RELEASED | {"rope_scaling": yarn | {"attention_factor": 1.0}}, 1)
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(model, ours, monkeypatch, modu
     with monkeypatch.context() as m:
         m.setattr(module, name, fails(at, FULL)(getattr(module, name)))
         with pytest.raises(UserError, match="No space left on device.*untouched"):
-            save(randomise(Transformer(model.config)), ours, shard=20_000)
+            save(randomise(Transformer(model.config)), ours, shard_bytes=20_000)
     assert same(load(ours), model)
     assert [p.name for p in ours.parent.iterdir()] == ["ours"]
 
@@ -537,23 +537,23 @@ def test_sweep(model, ours):
     (parent / ".x.dsv3-tmp").mkdir()
     (parent / ".config").mkdir()
     ours.rename(parent / ".ours.dsv3-old")
-    native.sweep(parent)
+    native.clean_temp(parent)
     assert sorted(p.name for p in parent.iterdir()) == [".config", "ours"]
     assert same(load(ours), model)
 
 
 def test_remove(ours):
     (ours.parent / ".ours.dsv3-tmp").mkdir()  # from a removal that was killed
-    native.remove(ours)
+    native.remove_dir(ours)
     assert not list(ours.parent.iterdir())
 
 
 def test_other_files_travel_with_the_weights(model, tmp_path):
     """A trainer writes its own files beside the weights; both appear at once."""
-    with native.replacing(tmp_path / "step") as tmp:
+    with native.atomic_dir(tmp_path / "step") as tmp:
         (tmp / "state.json").write_text("{}")
         assert not (tmp_path / "step").exists()
     assert (tmp_path / "step" / "state.json").read_text() == "{}"
-    with pytest.raises(KeyboardInterrupt), native.replacing(tmp_path / "step") as tmp:
+    with pytest.raises(KeyboardInterrupt), native.atomic_dir(tmp_path / "step") as tmp:
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["step"]

@@ -241,7 +241,7 @@ def test_streams_train_too_and_go_on(home, tmp_path, monkeypatch):
     path.write_text("\n\n".join(f.read_text() for f in (home / "text").iterdir()) + "\n\nx y" * 80)
     assert main(options(home, run, "--data", path, "--streaming")) == 0
     before = results(run)
-    shutil.rmtree(native.steps(run)[-1])
+    shutil.rmtree(native.list_checkpoints(run)[-1])
     assert main(["train", "--resume", "--out", str(run)]) == 0
     assert results(run) == before
 

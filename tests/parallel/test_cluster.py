@@ -14,7 +14,7 @@ import pytest
 import torch
 from miniruns import metrics, options, timeless
 
-from dsv3_ref.checkpoints.native import load, save_hf, steps
+from dsv3_ref.checkpoints.native import list_checkpoints, load, save_hf
 
 DEEP = miniruns.MINI | {"n_layers": 4}
 PLAN = "--steps 30 --save-every 10 --batch-start 3 --spike 0 --ema 0.9".split()
@@ -94,7 +94,10 @@ def test_four_ranks_train_what_one_trains(one, home):
     for row in metrics(run):
         assert 0 < row["exchange_hidden"] < 1 and row["exchange_bytes"]["inside"] > 0
     assert "4 ranks (pp 2 × dp 1 × ep 2)" in said[0] and (run / "report.html").is_file()
-    ours, theirs = load(steps(run)[0]), load(steps(one)[0])  # step 10, still close
+    ours, theirs = (
+        load(list_checkpoints(run)[0]),
+        load(list_checkpoints(one)[0]),
+    )  # step 10, still close
     for (name, p), q in zip(ours.state_dict().items(), theirs.state_dict().values()):
         assert p.shape == q.shape and torch.allclose(p, q, atol=5e-3), name
     save_hf(ours, home / "export")
@@ -109,7 +112,7 @@ def test_a_run_goes_on_bit_for_bit_after_a_signal_to_any_rank(two, home):
         assert all(p.poll() is None for p in processes)
     processes[1].send_signal(signal.SIGUSR1)
     ended(processes, 75)
-    assert 4 <= len(metrics(run)) < 30 and len(steps(run))
+    assert 4 <= len(metrics(run)) < 30 and len(list_checkpoints(run))
     ended(started(home, run, 2, "--ep", "2", "--resume"))
     assert list(map(timeless, metrics(run))) == list(map(timeless, metrics(two)))
 
@@ -117,7 +120,7 @@ def test_a_run_goes_on_bit_for_bit_after_a_signal_to_any_rank(two, home):
 def test_a_run_goes_on_upon_another_mesh(two, home):
     run = home / "moved"
     ended(started(home, run, 2, "--ep", "2"))
-    for folder in steps(run)[1:]:
+    for folder in list_checkpoints(run)[1:]:
         shutil.rmtree(folder)
     ended(started(home, run, 2, "--ep", "1", "--pp", "2", "--schedule", "dualpipev", "--resume"))
     near(metrics(run), metrics(two), since=10)

@@ -129,7 +129,7 @@ def test_the_run_describes_itself(whole, home):
 
 
 def test_checkpoints_load_and_so_does_the_run(whole):
-    steps = native.steps(whole)
+    steps = native.list_checkpoints(whole)
     assert [p.name for p in steps] == ["step_0000003", "step_0000006", "step_0000008"]
     newest, run = load(steps[-1]).state_dict(), load(whole).state_dict()
     assert all(torch.equal(newest[name], run[name]) for name in newest)
@@ -164,7 +164,7 @@ def same_as_whole(run, whole) -> bool:
 DEADLY = {
     "before there is a model": ("dsv3_ref.training.loop.Transformer", 1),
     "writing the first checkpoint": ("dsv3_ref.training.resume.save_file", 1),
-    "before the second has its name": ("dsv3_ref.checkpoints.native.publish", 2),
+    "before the second has its name": ("dsv3_ref.checkpoints.native.publish_dir", 2),
     "before old ones are dropped": ("dsv3_ref.training.resume.prune", 2),
     "dropping an old one": ("shutil.rmtree", 4),
     "after the last step": ("dsv3_ref.training.loop.finish", 1),
@@ -229,11 +229,13 @@ def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp
     process = start(home, options(home, run), 1, "dsv3_ref.training.loop.train_step", at, number)
     process.join()
     assert process.exitcode == (0 if at == STEPS else code)
-    assert resume.number(native.steps(run)[-1]) == len(metrics(run)) == at
+    assert resume.number(native.list_checkpoints(run)[-1]) == len(metrics(run)) == at
     assert go_on(run) == 0
     assert same_as_whole(run, whole)
-    kept = [p.name for p in native.steps(run)]
-    assert kept == [p.name for p in native.steps(whole)] or at == 1  # no 1 where 3 follow
+    kept = [p.name for p in native.list_checkpoints(run)]
+    assert (
+        kept == [p.name for p in native.list_checkpoints(whole)] or at == 1
+    )  # no 1 where 3 follow
 
 
 def test_signals_are_the_callers_again(home, tmp_path, quick):
@@ -285,16 +287,16 @@ def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
     monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses, 9.0), 1.0))
     more = ["--save-every", "1", "--keep", "2"]
     assert main.main(options(home, tmp_path / "run", *more)) == 0
-    kept = [resume.number(p) for p in native.steps(tmp_path / "run")]
+    kept = [resume.number(p) for p in native.list_checkpoints(tmp_path / "run")]
     assert kept == [2, 7, 8]
-    assert all(load(p) for p in native.steps(tmp_path / "run"))
+    assert all(load(p) for p in native.list_checkpoints(tmp_path / "run"))
 
 
 def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
     more = ["--save-every", "2", "--keep", "1", "--val-rows", "8"]
     assert go_on(half, *more) == 0
     assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
-    assert [resume.number(p) for p in native.steps(half)] == [8]
+    assert [resume.number(p) for p in native.list_checkpoints(half)] == [8]
 
 
 # ── Bad ends ──
@@ -406,11 +408,11 @@ def test_weights_that_validate_to_no_number_are_not_saved(home, tmp_path, monkey
     said = capsys.readouterr().err
     assert "the validation loss became nan at step 6" in said
     assert "step_0000003. A lower" in said
-    assert len(native.steps(tmp_path / "run")) == 1
+    assert len(native.list_checkpoints(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize(
-    "name", ["dsv3_ref.training.resume.save_file", "dsv3_ref.checkpoints.native.write"]
+    "name", ["dsv3_ref.training.resume.save_file", "dsv3_ref.checkpoints.native.write_safetensors"]
 )
 def test_a_full_disk_leaves_and_names_the_checkpoint_before(name, half, whole, monkeypatch, capsys):
     def full(*_, **__):
@@ -422,7 +424,7 @@ def test_a_full_disk_leaves_and_names_the_checkpoint_before(name, half, whole, m
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert f"{half}/checkpoints/step_0000006." in said
-    assert len(native.steps(half)) == 2
+    assert len(native.list_checkpoints(half)) == 2
     monkeypatch.setattr("dsv3_ref.training.loop.finish", lambda *_: None)
     assert go_on(half) == 0
     assert results(half) == results(whole)
@@ -455,7 +457,7 @@ def cut_short(path):
 def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
     file, damage, half, whole, quick, capsys, monkeypatch
 ):
-    newest = native.steps(half)[-1]
+    newest = native.list_checkpoints(half)[-1]
     damage(newest / file)
     assert go_on(half) == 2
     said = capsys.readouterr().err
