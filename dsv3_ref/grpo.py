@@ -14,7 +14,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.decode import Decoder, draw
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import CE_CHUNK_TOKENS, upcast
-from dsv3_ref.optim import Recipe
+from dsv3_ref.optim import TrainingRecipe
 
 # ── Advantage ──
 
@@ -163,12 +163,13 @@ def grpo_loss(
 
 RECIPES = {
     "v3": replace(  # the report publishes none of these
-        Recipe(), steps=1000, lr=1e-6, lr_end=1e-6, warmup_steps=10, decay_at=0.0,
-        end_at=1.0, last_at=1.1, batch_start=32, batch=32, gamma=0.0, mtp_weight=0.0,
-        mtp_weight_end=0.0, alpha=0.0, weight_decay=0.0,
+        TrainingRecipe(), steps=1000, lr=1e-6, min_lr=1e-6, warmup_steps=10, decay_start=0.0,
+        decay_end=1.0, final_start=1.1, start_batch_size=32, global_batch_size=32,
+        bias_update_rate=0.0, mtp_weight=0.0, mtp_weight_end=0.0, balance_loss_coeff=0.0,
+        weight_decay=0.0,
     ),
 }  # fmt: skip
 RECIPES["tiny"] = replace(
-    RECIPES["v3"], steps=60, seq_len=256, lr=3e-4, lr_end=3e-5, warmup_steps=5, batch_start=16,
-    batch=16,
+    RECIPES["v3"], steps=60, seq_len=256, lr=3e-4, min_lr=3e-5, warmup_steps=5, start_batch_size=16,
+    global_batch_size=16,
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from dsv3_ref.config import Config
 from dsv3_ref.decode import Decoder
 from dsv3_ref.model import Transformer
-from dsv3_ref.optim import Recipe
+from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.rope import rope_table
 
 # ── One stretch for two phases ──
@@ -31,11 +31,11 @@ def extended(c: Config) -> Config:
     return replace(c, rope_factor=s, max_seq_len=max(c.max_seq_len, reach))
 
 
-def constant(lr: float, steps: int, batch: int) -> Recipe:
+def constant(lr: float, steps: int, batch: int) -> TrainingRecipe:
     """Pre-training as it ended, on and on: one rate, γ = 0, λ = 0.1."""
     return replace(
-        Recipe(), steps=steps, lr=lr, lr_end=lr, lr_last=lr, warmup_steps=0, batch=batch,
-        batch_start=batch, gamma=0.0, mtp_weight=0.1,
+        TrainingRecipe(), steps=steps, lr=lr, min_lr=lr, final_lr=lr, warmup_steps=0,
+        global_batch_size=batch, start_batch_size=batch, bias_update_rate=0.0, mtp_weight=0.1,
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ RECIPES = {
 }
 
 
-def recipe(phase: str, size: str, original: int) -> Recipe:
+def recipe(phase: str, size: str, original: int) -> TrainingRecipe:
     """A phase for a config of pre-training length `original`; V3's where a size has none."""
     found = RECIPES[phase].get(size, RECIPES[phase]["v3"])
     return replace(found, seq_len=TIMES[phase] * original)

@@ -15,82 +15,93 @@ import torch
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How V3 was trained (§4.2); every `_at` is a fraction of the run's tokens."""
+class TrainingRecipe:
+    """How V3 was trained (§4.2); `_start`, `_end` and `_frac` are fractions of the tokens."""
 
     steps: int = 242_783  # 14.8T tokens (computed)
     seq_len: int = 4096  # T
     lr: float = 2.2e-4
-    lr_end: float = 2.2e-5
-    lr_last: float = 7.3e-6
+    min_lr: float = 2.2e-5
+    final_lr: float = 7.3e-6
     warmup_steps: int = 2000
-    decay_at: float = 10 / 14.8
-    end_at: float = 14.3 / 14.8
-    last_at: float = 14.633 / 14.8
-    batch_start: int = 3072  # sequences
-    batch: int = 15_360
-    ramp: float = 0.469 / 14.8
-    gamma: float = 1e-3  # bias update speed, 0 after `end_at`
-    mtp_weight: float = 0.3  # λ until `decay_at`, then:
+    decay_start: float = 10 / 14.8
+    decay_end: float = 14.3 / 14.8
+    final_start: float = 14.633 / 14.8
+    start_batch_size: int = 3072  # sequences
+    global_batch_size: int = 15_360
+    batch_rampup_frac: float = 0.469 / 14.8
+    bias_update_rate: float = 1e-3  # bias update speed, 0 after `decay_end`
+    mtp_weight: float = 0.3  # λ until `decay_start`, then:
     mtp_weight_end: float = 0.1
-    alpha: float = 1e-4
-    balance_over: Literal["sequence", "batch"] = "sequence"  # what α's loss evens out
+    balance_loss_coeff: float = 1e-4
+    balance_loss_scope: Literal["sequence", "batch"] = "sequence"  # what α's loss evens out
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
 
 
 RECIPES = {
-    "v3": Recipe(),
+    "v3": TrainingRecipe(),
     "tiny": replace(
-        Recipe(), steps=500, seq_len=256, batch_start=2, batch=8, warmup_steps=20,
-        lr=4e-3, lr_end=4e-4, lr_last=1.3e-4, gamma=1e-2,
+        TrainingRecipe(), steps=500, seq_len=256, start_batch_size=2, global_batch_size=8,
+        warmup_steps=20, lr=4e-3, min_lr=4e-4, final_lr=1.3e-4, bias_update_rate=1e-2,
     ),
     "small": replace(
-        Recipe(), steps=20_000, seq_len=2048, batch_start=32, batch=128, warmup_steps=400,
-        lr=6e-4, lr_end=6e-5, lr_last=2e-5,
+        TrainingRecipe(), steps=20_000, seq_len=2048, start_batch_size=32, global_batch_size=128,
+        warmup_steps=400, lr=6e-4, min_lr=6e-5, final_lr=2e-5,
     ),
     "v2_lite": replace(  # our choice, for its shape; not how V2-Lite was trained
-        Recipe(), steps=100_000, batch_start=512, batch=2304, lr=4.2e-4, lr_end=4.2e-5,
-        lr_last=1.4e-5, mtp_weight=0.0, mtp_weight_end=0.0, alpha=1e-3, gamma=0.0,
+        TrainingRecipe(), steps=100_000, start_batch_size=512, global_batch_size=2304,
+        lr=4.2e-4, min_lr=4.2e-5, final_lr=1.4e-5, mtp_weight=0.0, mtp_weight_end=0.0,
+        balance_loss_coeff=1e-3, bias_update_rate=0.0,
     ),
 }  # fmt: skip
 
 
-def lr_at(r: Recipe, step: int, done: float) -> float:
-    """Warm up over steps; then by fraction of tokens `done`: constant, cosine, constant, lower."""
-    if step < r.warmup_steps:
-        return r.lr * (step + 1) / r.warmup_steps
-    if done >= r.last_at:
-        return r.lr_last
-    through = min(max((done - r.decay_at) / (r.end_at - r.decay_at), 0.0), 1.0)
-    return r.lr_end + (r.lr - r.lr_end) * (1 + math.cos(math.pi * through)) / 2
+def get_lr(recipe: TrainingRecipe, step: int, progress: float) -> float:
+    """Warm up; then, by the fraction of tokens `progress`: constant, cosine, constant, lower."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if progress >= recipe.final_start:
+        return recipe.final_lr
+    through = min(
+        max((progress - recipe.decay_start) / (recipe.decay_end - recipe.decay_start), 0.0), 1.0
+    )
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * through)) / 2
 
 
-def gamma_at(r: Recipe, done: float) -> float:
+def get_bias_update_rate(recipe: TrainingRecipe, progress: float) -> float:
     """Speed of the gate biases: γ until 14.3T of 14.8T tokens, then 0."""
-    return r.gamma if done < r.end_at else 0.0
+    return recipe.bias_update_rate if progress < recipe.decay_end else 0.0
 
 
-def mtp_weight_at(r: Recipe, done: float) -> float:
+def get_mtp_weight(recipe: TrainingRecipe, progress: float) -> float:
     """λ of eq. 25: 0.3 until 10T of 14.8T tokens, then 0.1."""
-    return r.mtp_weight if done < r.decay_at else r.mtp_weight_end
+    return recipe.mtp_weight if progress < recipe.decay_start else recipe.mtp_weight_end
 
 
 # ── The batch grows ──
 
 
-def batch_plan(r: Recipe, steps: int) -> list[int]:
-    """Sequences in each of `steps` steps: linear in tokens over the first `ramp`, then constant."""
-    grow = r.batch - r.batch_start
-    ramp_steps = r.ramp * (math.log(r.batch / r.batch_start) / grow if grow else 1 / r.batch)
-    total = steps / (ramp_steps + (1 - r.ramp) / r.batch)
-    plan, seen = [], 0
+def get_batch_size_schedule(recipe: TrainingRecipe, steps: int) -> list[int]:
+    """Return the sequences of each step: linear in tokens over the ramp, then constant."""
+    grow = recipe.global_batch_size - recipe.start_batch_size
+    ramp_steps = recipe.batch_rampup_frac * (
+        math.log(recipe.global_batch_size / recipe.start_batch_size) / grow
+        if grow
+        else 1 / recipe.global_batch_size
+    )
+    total = steps / (ramp_steps + (1 - recipe.batch_rampup_frac) / recipe.global_batch_size)
+    sizes, seen = [], 0
     for _ in range(steps):
-        plan.append(round(r.batch_start + grow * min(1.0, seen / (r.ramp * total))))
-        seen += plan[-1]
-    return plan
+        sizes.append(
+            round(
+                recipe.start_batch_size + grow * min(1.0, seen / (recipe.batch_rampup_frac * total))
+            )
+        )
+        seen += sizes[-1]
+    return sizes
 
 
 # ── AdamW ──
@@ -103,19 +114,19 @@ def adamw_update(w, g, m, v, t: int, lr: float, betas, decay: float, eps: float 
     return w - lr * (m_hat / (v_hat.sqrt() + eps) + decay * w), m, v
 
 
-CHUNK = 1 << 18  # numbers at a time on a CPU: their fp32 copies stay in its cache
+CPU_CHUNK_NUMEL = 1 << 18  # numbers at a time on a CPU: their fp32 copies stay in its cache
 
 
 class AdamW(torch.optim.Optimizer):
     """`adamw_update` in fp32, moments stored as `moments`, narrow parameters beside a master."""
 
-    def __init__(self, groups, lr: float, betas, moments=torch.bfloat16, eps: float = 1e-8):
+    def __init__(self, groups, lr: float, betas, state_dtype=torch.bfloat16, eps: float = 1e-8):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.moments = moments
+        self.state_dtype = state_dtype
 
-    def begin(self, p) -> dict:
+    def init_state(self, p) -> dict:
         """What is remembered of a parameter, before its first step."""
-        s = {k: torch.zeros_like(p, dtype=self.moments) for k in ("exp_avg", "exp_avg_sq")}
+        s = {k: torch.zeros_like(p, dtype=self.state_dtype) for k in ("exp_avg", "exp_avg_sq")}
         wide = torch.promote_types(p.dtype, torch.float32)
         master = {} if p.dtype == wide else {"master": p.detach().to(wide)}
         return {"step": torch.zeros((), device=p.device), **s, **master}
@@ -124,13 +135,13 @@ class AdamW(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                self.state[p] = self.state[p] or self.begin(p)
+                self.state[p] = self.state[p] or self.init_state(p)
                 self.update(p, group, **self.state[p])
 
     def update(self, p, group: dict, step, exp_avg, exp_avg_sq, master=None):
         """One parameter, a chunk at a time."""
         w, (beta1, beta2), step = p if master is None else master, group["betas"], step.add_(1)
-        size = CHUNK if p.device.type == "cpu" else p.numel()
+        size = CPU_CHUNK_NUMEL if p.device.type == "cpu" else p.numel()
         flat = (x.view(-1).split(size) for x in (w, p.grad.contiguous(), exp_avg, exp_avg_sq))
         for w_x, g_x, *stored in zip(*flat):
             m_x, v_x = (x.to(w.dtype) for x in stored)
@@ -153,14 +164,16 @@ class AdamW(torch.optim.Optimizer):
             self.state[p] = {k: v.to(p.device, copy=True) for k, v in s.items()}
 
 
-def adamw(model: torch.nn.Module, r: Recipe, moments=torch.bfloat16) -> AdamW:
+def build_adamw(
+    model: torch.nn.Module, recipe: TrainingRecipe, state_dtype=torch.bfloat16
+) -> AdamW:
     """AdamW with decay on matrices only: norms keep their scale."""
     params = list(model.parameters())
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": r.weight_decay},
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
     ]
-    return AdamW(groups, r.lr, (r.beta1, r.beta2), moments)
+    return AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), state_dtype)
 
 
 # ── An average of weights ──
@@ -171,14 +184,14 @@ def ema_update(mean: list, weights: list, decay: float, t: int) -> None:
     """θ̄ += (1 − β)/(1 − β^t)·(θ − θ̄) after step t, in place; fp32, one thread (§3.2.3)."""
     share = (1 - decay) / (1 - decay**t)
     for m, w in zip(mean, weights):
-        for m_x, w_x in zip(*(x.view(-1).split(CHUNK // 8) for x in (m, w))):
+        for m_x, w_x in zip(*(x.view(-1).split(CPU_CHUNK_NUMEL // 8) for x in (m, w))):
             m_x.lerp_(w_x.to(m.dtype), share)
 
 
 # ── One step ──
 
 
-def spike_limit(norms: Sequence[float], factor: float, window: int) -> float:
+def get_grad_norm_limit(norms: Sequence[float], factor: float, window: int) -> float:
     """factor · median of the last `window` norms of steps taken; ∞ until there are so many."""
     full = factor and len(norms) >= window
     return factor * statistics.median(list(norms)[-window:]) if full else math.inf

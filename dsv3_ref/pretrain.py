@@ -118,15 +118,15 @@ def train_step(
         if not weight:
             continue
         share = weight / sum(weights)
-        parts = (parts_of or losses)(model, tokens_bs, r.balance_over)
-        total = parts.total(mtp_weight, r.alpha) * share
+        parts = (parts_of or losses)(model, tokens_bs, r.balance_loss_scope)
+        total = parts.total(mtp_weight, r.balance_loss_coeff) * share
         total.backward()
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()
         sums = values if sums is None else sums + values
         load_le = load_le + expert_loads(parts.routes)
     if together:
         sums, load_le = together(model, sums, load_le)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.max_grad_norm).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     main, total, *mtp = sums.tolist()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.optim import Recipe
+from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.pretrain import Losses
 
 # ── A conversation as tokens ──
@@ -125,13 +125,20 @@ def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Lo
 
 RECIPES = {
     "v3": replace(  # §5.1; batch and the rest are our choice
-        Recipe(), steps=0, lr=5e-6, lr_end=1e-6, warmup_steps=0, decay_at=0.0, end_at=1.0,
-        last_at=1.1, batch_start=512, batch=512, gamma=0.0, mtp_weight=0.0, mtp_weight_end=0.0,
-        alpha=0.0, weight_decay=0.0,
+        TrainingRecipe(), steps=0, lr=5e-6, min_lr=1e-6, warmup_steps=0, decay_start=0.0,
+        decay_end=1.0, final_start=1.1, start_batch_size=512, global_batch_size=512,
+        bias_update_rate=0.0, mtp_weight=0.0, mtp_weight_end=0.0, balance_loss_coeff=0.0,
+        weight_decay=0.0,
     ),
 }  # fmt: skip
 RECIPES["tiny"] = replace(
-    RECIPES["v3"], seq_len=256, lr=3e-3, lr_end=6e-4, warmup_steps=10, batch_start=6, batch=6
+    RECIPES["v3"],
+    seq_len=256,
+    lr=3e-3,
+    min_lr=6e-4,
+    warmup_steps=10,
+    start_batch_size=6,
+    global_batch_size=6,
 )
 
 

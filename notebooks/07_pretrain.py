@@ -36,27 +36,34 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from dsv3_ref.config import TINY, V3, count
-from dsv3_ref.optim import RECIPES, Recipe, batch_plan, gamma_at, lr_at, mtp_weight_at
+from dsv3_ref.optim import (
+    RECIPES,
+    TrainingRecipe,
+    get_batch_size_schedule,
+    get_bias_update_rate,
+    get_lr,
+    get_mtp_weight,
+)
 from dsv3_ref.viz import BLUE, GREY, ORANGE, attempt, figure, play, show
 
 
-def course(r: Recipe, points: int = 600) -> dict[str, list[float]]:
+def course(r: TrainingRecipe, points: int = 600) -> dict[str, list[float]]:
     """The schedule at some hundred steps: tokens seen, and the four values in force there."""
-    plan = batch_plan(r, r.steps)
+    plan = get_batch_size_schedule(r, r.steps)
     seen = [0, *accumulate(plan)]
     steps = sorted({round(i * (r.steps - 1) / (points - 1)) for i in range(points)})
     done = [seen[s] / seen[-1] for s in steps]
     return {
         "step": steps,
         "tokens": [seen[s] * r.seq_len for s in steps],
-        "learning rate": [lr_at(r, s, d) for s, d in zip(steps, done)],
+        "learning rate": [get_lr(r, s, d) for s, d in zip(steps, done)],
         "batch (sequences)": [plan[s] for s in steps],
-        "bias speed γ": [gamma_at(r, d) for d in done],
-        "MTP weight λ": [mtp_weight_at(r, d) for d in done],
+        "bias speed γ": [get_bias_update_rate(r, d) for d in done],
+        "MTP weight λ": [get_mtp_weight(r, d) for d in done],
     }
 
 
-def draw_course(axes, r: Recipe, unit: float, name: str) -> None:
+def draw_course(axes, r: TrainingRecipe, unit: float, name: str) -> None:
     """Four panels of a run against tokens, counted in `unit`."""
     c = course(r)
     at = [t / unit for t in c.pop("tokens")]
@@ -472,30 +479,30 @@ import torch
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How V3 was trained (§4.2); every `_at` is a fraction of the run's tokens."""
+class TrainingRecipe:
+    """How V3 was trained (§4.2); `_start`, `_end` and `_frac` are fractions of the tokens."""
 
     steps: int = 242_783  # 14.8T tokens (computed)
     seq_len: int = 4096  # T
     lr: float = 2.2e-4
-    lr_end: float = 2.2e-5
-    lr_last: float = 7.3e-6
+    min_lr: float = 2.2e-5
+    final_lr: float = 7.3e-6
     warmup_steps: int = 2000
-    decay_at: float = 10 / 14.8
-    end_at: float = 14.3 / 14.8
-    last_at: float = 14.633 / 14.8
-    batch_start: int = 3072  # sequences
-    batch: int = 15_360
-    ramp: float = 0.469 / 14.8
-    gamma: float = 1e-3  # bias update speed, 0 after `end_at`
-    mtp_weight: float = 0.3  # λ until `decay_at`, then:
+    decay_start: float = 10 / 14.8
+    decay_end: float = 14.3 / 14.8
+    final_start: float = 14.633 / 14.8
+    start_batch_size: int = 3072  # sequences
+    global_batch_size: int = 15_360
+    batch_rampup_frac: float = 0.469 / 14.8
+    bias_update_rate: float = 1e-3  # bias update speed, 0 after `decay_end`
+    mtp_weight: float = 0.3  # λ until `decay_start`, then:
     mtp_weight_end: float = 0.1
-    alpha: float = 1e-4
-    balance_over: Literal["sequence", "batch"] = "sequence"  # what α's loss evens out
+    balance_loss_coeff: float = 1e-4
+    balance_loss_scope: Literal["sequence", "batch"] = "sequence"  # what α's loss evens out
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
 
 
 # %% [markdown]
@@ -505,57 +512,60 @@ class Recipe:
 # %%
 #| export optim
 RECIPES = {
-    "v3": Recipe(),
+    "v3": TrainingRecipe(),
     "tiny": replace(
-        Recipe(), steps=500, seq_len=256, batch_start=2, batch=8, warmup_steps=20,
-        lr=4e-3, lr_end=4e-4, lr_last=1.3e-4, gamma=1e-2,
+        TrainingRecipe(), steps=500, seq_len=256, start_batch_size=2, global_batch_size=8,
+        warmup_steps=20, lr=4e-3, min_lr=4e-4, final_lr=1.3e-4, bias_update_rate=1e-2,
     ),
     "small": replace(
-        Recipe(), steps=20_000, seq_len=2048, batch_start=32, batch=128, warmup_steps=400,
-        lr=6e-4, lr_end=6e-5, lr_last=2e-5,
+        TrainingRecipe(), steps=20_000, seq_len=2048, start_batch_size=32, global_batch_size=128,
+        warmup_steps=400, lr=6e-4, min_lr=6e-5, final_lr=2e-5,
     ),
     "v2_lite": replace(  # our choice, for its shape; not how V2-Lite was trained
-        Recipe(), steps=100_000, batch_start=512, batch=2304, lr=4.2e-4, lr_end=4.2e-5,
-        lr_last=1.4e-5, mtp_weight=0.0, mtp_weight_end=0.0, alpha=1e-3, gamma=0.0,
+        TrainingRecipe(), steps=100_000, start_batch_size=512, global_batch_size=2304,
+        lr=4.2e-4, min_lr=4.2e-5, final_lr=1.4e-5, mtp_weight=0.0, mtp_weight_end=0.0,
+        balance_loss_coeff=1e-3, bias_update_rate=0.0,
     ),
 }  # fmt: skip
 
 
 # %%
 #| export optim
-def lr_at(r: Recipe, step: int, done: float) -> float:
-    """Warm up over steps; then by fraction of tokens `done`: constant, cosine, constant, lower."""
-    if step < r.warmup_steps:
-        return r.lr * (step + 1) / r.warmup_steps
-    if done >= r.last_at:
-        return r.lr_last
-    through = min(max((done - r.decay_at) / (r.end_at - r.decay_at), 0.0), 1.0)
-    return r.lr_end + (r.lr - r.lr_end) * (1 + math.cos(math.pi * through)) / 2
+def get_lr(recipe: TrainingRecipe, step: int, progress: float) -> float:
+    """Warm up; then, by the fraction of tokens `progress`: constant, cosine, constant, lower."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if progress >= recipe.final_start:
+        return recipe.final_lr
+    through = min(
+        max((progress - recipe.decay_start) / (recipe.decay_end - recipe.decay_start), 0.0), 1.0
+    )
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * through)) / 2
 
 
-def gamma_at(r: Recipe, done: float) -> float:
+def get_bias_update_rate(recipe: TrainingRecipe, progress: float) -> float:
     """Speed of the gate biases: γ until 14.3T of 14.8T tokens, then 0."""
-    return r.gamma if done < r.end_at else 0.0
+    return recipe.bias_update_rate if progress < recipe.decay_end else 0.0
 
 
-def mtp_weight_at(r: Recipe, done: float) -> float:
+def get_mtp_weight(recipe: TrainingRecipe, progress: float) -> float:
     """λ of eq. 25: 0.3 until 10T of 14.8T tokens, then 0.1."""
-    return r.mtp_weight if done < r.decay_at else r.mtp_weight_end
+    return recipe.mtp_weight if progress < recipe.decay_start else recipe.mtp_weight_end
 
 
 # %%
 # The report's numbers at the report's token counts, just before and after every switch.
-r = Recipe()
+r = TrainingRecipe()
 LR = {0.03: 2.2e-4, 9.999: 2.2e-4, 12.15: 1.21e-4, 14.299: 2.2e-5, 14.301: 2.2e-5, 14.632: 2.2e-5,
       14.634: 7.3e-6, 14.799: 7.3e-6}  # fmt: skip
 print(" tokens   lr       γ      λ")
 for trillion, lr in LR.items():
     done = trillion / 14.8
-    values = lr_at(r, 2000, done), gamma_at(r, done), mtp_weight_at(r, done)
+    values = get_lr(r, 2000, done), get_bias_update_rate(r, done), get_mtp_weight(r, done)
     print(f"{trillion:6.3f}T  {values[0]:.2e} {values[1]:.3f}  {values[2]}")
     assert math.isclose(values[0], lr, rel_tol=1e-4)
     assert values[1:] == (1e-3 if trillion < 14.3 else 0.0, 0.3 if trillion < 10 else 0.1)
-warm = [lr_at(r, step, 0.0) for step in (0, 999, 1999, 2000)]
+warm = [get_lr(r, step, 0.0) for step in (0, 999, 1999, 2000)]
 assert all(map(math.isclose, warm, [1.1e-7, 1.1e-4, 2.2e-4, 2.2e-4]))
 
 # %% [markdown]
@@ -569,28 +579,36 @@ assert all(map(math.isclose, warm, [1.1e-7, 1.1e-4, 2.2e-4, 2.2e-4]))
 # \quad\Rightarrow\quad \text{steps of the ramp} = \frac{R}{B_1 - B_0}\,\ln\frac{B_1}{B_0}$$
 #
 # Growth proportional to size is exponential, hence the logarithm. From it follows how many
-# sequences a run of a given number of steps will see, which `batch_plan` must know before the first
-# step.
+# sequences a run of a given number of steps will see, which `get_batch_size_schedule` must know
+# before the first step.
 
 
 # %%
 #| export optim
-def batch_plan(r: Recipe, steps: int) -> list[int]:
-    """Sequences in each of `steps` steps: linear in tokens over the first `ramp`, then constant."""
-    grow = r.batch - r.batch_start
-    ramp_steps = r.ramp * (math.log(r.batch / r.batch_start) / grow if grow else 1 / r.batch)
-    total = steps / (ramp_steps + (1 - r.ramp) / r.batch)
-    plan, seen = [], 0
+def get_batch_size_schedule(recipe: TrainingRecipe, steps: int) -> list[int]:
+    """Return the sequences of each step: linear in tokens over the ramp, then constant."""
+    grow = recipe.global_batch_size - recipe.start_batch_size
+    ramp_steps = recipe.batch_rampup_frac * (
+        math.log(recipe.global_batch_size / recipe.start_batch_size) / grow
+        if grow
+        else 1 / recipe.global_batch_size
+    )
+    total = steps / (ramp_steps + (1 - recipe.batch_rampup_frac) / recipe.global_batch_size)
+    sizes, seen = [], 0
     for _ in range(steps):
-        plan.append(round(r.batch_start + grow * min(1.0, seen / (r.ramp * total))))
-        seen += plan[-1]
-    return plan
+        sizes.append(
+            round(
+                recipe.start_batch_size + grow * min(1.0, seen / (recipe.batch_rampup_frac * total))
+            )
+        )
+        seen += sizes[-1]
+    return sizes
 
 
 # %%
-plan = batch_plan(r, r.steps)
+plan = get_batch_size_schedule(r, r.steps)
 seen = [n * r.seq_len for n in accumulate(plan)]
-full = plan.index(r.batch)  # the first step with the whole batch
+full = plan.index(r.global_batch_size)  # the first step with the whole batch
 print(f"{len(plan):,} steps, {seen[-1] / 1e12:.4f}T tokens; batch {plan[0]:,} → {plan[-1]:,}")
 print(
     f"the ramp: {full:,} steps, {full / len(plan):.1%} of all, for {seen[full] / seen[-1]:.1%} of the tokens"
@@ -643,19 +661,19 @@ def adamw_update(w, g, m, v, t: int, lr: float, betas, decay: float, eps: float 
 
 # %%
 #| export optim
-CHUNK = 1 << 18  # numbers at a time on a CPU: their fp32 copies stay in its cache
+CPU_CHUNK_NUMEL = 1 << 18  # numbers at a time on a CPU: their fp32 copies stay in its cache
 
 
 class AdamW(torch.optim.Optimizer):
     """`adamw_update` in fp32, moments stored as `moments`, narrow parameters beside a master."""
 
-    def __init__(self, groups, lr: float, betas, moments=torch.bfloat16, eps: float = 1e-8):
+    def __init__(self, groups, lr: float, betas, state_dtype=torch.bfloat16, eps: float = 1e-8):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.moments = moments
+        self.state_dtype = state_dtype
 
-    def begin(self, p) -> dict:
+    def init_state(self, p) -> dict:
         """What is remembered of a parameter, before its first step."""
-        s = {k: torch.zeros_like(p, dtype=self.moments) for k in ("exp_avg", "exp_avg_sq")}
+        s = {k: torch.zeros_like(p, dtype=self.state_dtype) for k in ("exp_avg", "exp_avg_sq")}
         wide = torch.promote_types(p.dtype, torch.float32)
         master = {} if p.dtype == wide else {"master": p.detach().to(wide)}
         return {"step": torch.zeros((), device=p.device), **s, **master}
@@ -664,13 +682,13 @@ class AdamW(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                self.state[p] = self.state[p] or self.begin(p)
+                self.state[p] = self.state[p] or self.init_state(p)
                 self.update(p, group, **self.state[p])
 
     def update(self, p, group: dict, step, exp_avg, exp_avg_sq, master=None):
         """One parameter, a chunk at a time."""
         w, (beta1, beta2), step = p if master is None else master, group["betas"], step.add_(1)
-        size = CHUNK if p.device.type == "cpu" else p.numel()
+        size = CPU_CHUNK_NUMEL if p.device.type == "cpu" else p.numel()
         flat = (x.view(-1).split(size) for x in (w, p.grad.contiguous(), exp_avg, exp_avg_sq))
         for w_x, g_x, *stored in zip(*flat):
             m_x, v_x = (x.to(w.dtype) for x in stored)
@@ -693,14 +711,16 @@ class AdamW(torch.optim.Optimizer):
             self.state[p] = {k: v.to(p.device, copy=True) for k, v in s.items()}
 
 
-def adamw(model: torch.nn.Module, r: Recipe, moments=torch.bfloat16) -> AdamW:
+def build_adamw(
+    model: torch.nn.Module, recipe: TrainingRecipe, state_dtype=torch.bfloat16
+) -> AdamW:
     """AdamW with decay on matrices only: norms keep their scale."""
     params = list(model.parameters())
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": r.weight_decay},
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
     ]
-    return AdamW(groups, r.lr, (r.beta1, r.beta2), moments)
+    return AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), state_dtype)
 
 
 # %%
@@ -731,14 +751,14 @@ def by_equation(moments) -> torch.Tensor:
 
 
 theirs = lambda m: torch.optim.AdamW(m.parameters(), r.lr, (0.9, 0.95), weight_decay=0.1)
-full, state32 = twenty_steps(lambda m: adamw(m, r, torch.float32))
-half, state16 = twenty_steps(lambda m: adamw(m, r))
+full, state32 = twenty_steps(lambda m: build_adamw(m, r, torch.float32))
+half, state16 = twenty_steps(lambda m: build_adamw(m, r))
 torch.testing.assert_close(full, twenty_steps(theirs)[0], rtol=1e-6, atol=1e-7)
 torch.testing.assert_close(full, by_equation(torch.float32), rtol=1e-6, atol=1e-7)
 one_ulp = r.lr * 2**-7  # a moment between two bf16 numbers may be rounded to either
 torch.testing.assert_close(half, by_equation(torch.bfloat16), rtol=1e-5, atol=one_ulp)
 both = {"fp32 moments": state32, "bf16 moments": state16,
-        "bf16 moments and weights": twenty_steps(lambda m: adamw(m, r), torch.bfloat16)[1]}  # fmt: skip
+        "bf16 moments and weights": twenty_steps(lambda m: build_adamw(m, r), torch.bfloat16)[1]}  # fmt: skip
 for name, optimizer in both.items():
     stored = sum(x.nbytes for s in optimizer.state.values() for k, x in s.items() if k != "step")
     print(f"{name:25} {stored / 600:.0f} bytes of optimizer state a parameter")
@@ -771,7 +791,7 @@ def ema_update(mean: list, weights: list, decay: float, t: int) -> None:
     """θ̄ += (1 − β)/(1 − β^t)·(θ − θ̄) after step t, in place; fp32, one thread (§3.2.3)."""
     share = (1 - decay) / (1 - decay**t)
     for m, w in zip(mean, weights):
-        for m_x, w_x in zip(*(x.view(-1).split(CHUNK // 8) for x in (m, w))):
+        for m_x, w_x in zip(*(x.view(-1).split(CPU_CHUNK_NUMEL // 8) for x in (m, w))):
             m_x.lerp_(w_x.to(m.dtype), share)
 
 
@@ -857,7 +877,7 @@ import statistics
 from collections.abc import Sequence
 
 
-def spike_limit(norms: Sequence[float], factor: float, window: int) -> float:
+def get_grad_norm_limit(norms: Sequence[float], factor: float, window: int) -> float:
     """factor · median of the last `window` norms of steps taken; ∞ until there are so many."""
     full = factor and len(norms) >= window
     return factor * statistics.median(list(norms)[-window:]) if full else math.inf
@@ -900,15 +920,15 @@ def train_step(
         if not weight:
             continue
         share = weight / sum(weights)
-        parts = (parts_of or losses)(model, tokens_bs, r.balance_over)
-        total = parts.total(mtp_weight, r.alpha) * share
+        parts = (parts_of or losses)(model, tokens_bs, r.balance_loss_scope)
+        total = parts.total(mtp_weight, r.balance_loss_coeff) * share
         total.backward()
         values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()
         sums = values if sums is None else sums + values
         load_le = load_le + expert_loads(parts.routes)
     if together:
         sums, load_le = together(model, sums, load_le)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.max_grad_norm).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     main, total, *mtp = sums.tolist()
@@ -928,7 +948,7 @@ def train_step(
 
 # %%
 torch.manual_seed(2)
-start, clipped = Transformer(MINI), replace(r, clip=0.1)
+start, clipped = Transformer(MINI), replace(r, max_grad_norm=0.1)
 
 
 def change(sizes: list[int]):
@@ -950,12 +970,14 @@ for sizes in ([4, 4], [1, 1, 1, 1, 1, 1, 1, 1], [5, 2, 1]):
     print(f"{str(sizes):26} loss {stats.loss:.4f}, gradient norm {stats.grad_norm:.4f}: same step")
 
 norms = [1.0] * 49 + [30.0]
-assert spike_limit(norms, 10, 50) == 10 and spike_limit(norms[1:], 10, 50) == math.inf
+assert (
+    get_grad_norm_limit(norms, 10, 50) == 10 and get_grad_norm_limit(norms[1:], 10, 50) == math.inf
+)
 broken = deepcopy(start)
 broken.norm.weight.data[0] = torch.nan
 for model, limit, why in ((broken, math.inf, "nan"), (start, whole.grad_norm / 10, "spike")):
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    stats = train_step(model, adamw(model, r), [data_bs[:8]], r, 1.0, 1e-3, 0.3, limit)
+    stats = train_step(model, build_adamw(model, r), [data_bs[:8]], r, 1.0, 1e-3, 0.3, limit)
     assert stats.skipped == why
     for name, x in model.state_dict().items():
         torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
@@ -971,9 +993,9 @@ for model, limit, why in ((broken, math.inf, "nan"), (start, whole.grad_norm / 1
 from dsv3_ref.viz.training import bias_trajectories, load_heatmap, loss_curves
 
 STEPS = 20 if os.environ.get("DSV3_SHORT") else 200
-SHORT_RUN = Recipe(
-    steps=STEPS, seq_len=64, batch_start=2, batch=8, warmup_steps=STEPS // 10, lr=5e-3, lr_end=5e-4,
-    lr_last=1.7e-4, gamma=4e-3,
+SHORT_RUN = TrainingRecipe(
+    steps=STEPS, seq_len=64, start_batch_size=2, global_batch_size=8, warmup_steps=STEPS // 10,
+    lr=5e-3, min_lr=5e-4, final_lr=1.7e-4, bias_update_rate=4e-3,
 )  # fmt: skip
 held_bs = ids_of(tokenizer, held_texts).unfold(0, 65, 64)[::8]  # every eighth window is enough here
 held_bytes = torch.tensor(byte_lengths(tokenizer))[held_bs[:, 1:]].sum().item()
@@ -994,17 +1016,17 @@ def metrics_row(model: Transformer, step: int, s: StepStats) -> dict:
     return {"step": step, "loss": s.loss, "mtp_loss": s.mtp, "load": load_le.tolist(), "bias": bias}
 
 
-def short_run(c, r: Recipe, seed: int = 0, moments=torch.bfloat16):
+def short_run(c, r: TrainingRecipe, seed: int = 0, moments=torch.bfloat16):
     """A whole run: the model and a row of metrics for each step, with an average of the weights."""
     torch.manual_seed(seed)
     model = Transformer(c)
-    optimizer, plan = adamw(model, r, moments), batch_plan(r, r.steps)
+    optimizer, plan = build_adamw(model, r, moments), get_batch_size_schedule(r, r.steps)
     weights, average = list(model.parameters()), deepcopy(model).requires_grad_(False)
     order = torch.randperm(len(data_bs)).split_with_sizes([*plan, len(data_bs) - sum(plan)])
     out, seen = [], 0
     for step, (n, index) in enumerate(zip(plan, order)):
         done, seen = seen / sum(plan), seen + n
-        now = lr_at(r, step, done), gamma_at(r, done), mtp_weight_at(r, done)
+        now = get_lr(r, step, done), get_bias_update_rate(r, done), get_mtp_weight(r, done)
         stats = train_step(model, optimizer, [data_bs[index]], r, *now)
         ema_update(list(average.parameters()), weights, 0.95, step + 1)
         out.append(metrics_row(model, step + 1, stats))
@@ -1015,9 +1037,8 @@ def short_run(c, r: Recipe, seed: int = 0, moments=torch.bfloat16):
 
 
 model, metrics = short_run(MINI, SHORT_RUN)
-print(
-    f"{count(MINI).total + count(MINI).mtp:,} parameters, {sum(batch_plan(SHORT_RUN, STEPS)) * 64:,} tokens"
-)
+tokens = sum(get_batch_size_schedule(SHORT_RUN, STEPS)) * 64
+print(f"{count(MINI).total + count(MINI).mtp:,} parameters, {tokens:,} tokens")
 lead = [row["val_loss"] - row["val_loss_ema"] for row in metrics if "val_loss" in row]
 print("averaged weights ahead by", [f"{x:+.3f}" for x in lead], "nats")
 late = metrics[-STEPS // 5 :]
@@ -1160,8 +1181,8 @@ control = live.train("train --config tiny --steps 150", "runs/lab")
 def explore(steps: int = 2000, warmup: int = 100, ramp: int = 20, decay: int = 68, end: int = 97):
     """Learning rate and batch of V3's recipe against steps; ramp, decay and end in % of tokens."""
     r = replace(
-        Recipe(), steps=steps, warmup_steps=min(warmup, steps), ramp=ramp / 100,
-        decay_at=min(decay, end - 1) / 100, end_at=end / 100, last_at=(end + 100) / 200,
+        TrainingRecipe(), steps=steps, warmup_steps=min(warmup, steps), batch_rampup_frac=ramp / 100,
+        decay_start=min(decay, end - 1) / 100, decay_end=end / 100, final_start=(end + 100) / 200,
     )  # fmt: skip
     c = course(r)
     share = [t / (c["tokens"][-1] or 1) for t in c["tokens"]]
@@ -1175,7 +1196,7 @@ def explore(steps: int = 2000, warmup: int = 100, ramp: int = 20, decay: int = 6
             ax.axvline(at, color=GREY, lw=0.8, ls=":")
             ax.text(at, low * ax.get_ylim()[1], text, rotation=90, ha="right", va="bottom",
                     fontsize=8, color=GREY)  # fmt: skip
-    trained = sum(batch_plan(r, steps)) * r.seq_len
+    trained = sum(get_batch_size_schedule(r, steps)) * r.seq_len
     fig.suptitle(f"{steps:,} steps see {trained / 1e9:,.0f}B tokens at V3's batch")
     show(fig)
 
@@ -1209,12 +1230,15 @@ def check_nats(fn) -> bool:
 
 def check_ramp_steps(fn) -> bool:
     """`fn(r, total)` is the number of steps of the ramp of a run of `total` tokens."""
-    other = replace(r, batch=30_720, ramp=0.1)
+    other = replace(r, global_batch_size=30_720, batch_rampup_frac=0.1)
 
     def test():
         for recipe in (r, other):
-            plan = batch_plan(recipe, 50_000)
-            if abs(fn(recipe, sum(plan) * recipe.seq_len) - plan.index(recipe.batch)) > 5:
+            plan = get_batch_size_schedule(recipe, 50_000)
+            if (
+                abs(fn(recipe, sum(plan) * recipe.seq_len) - plan.index(recipe.global_batch_size))
+                > 5
+            ):
                 return False
         return True
 
@@ -1274,7 +1298,7 @@ check_nats(my_nats)
 
 
 # %%
-def my_ramp_steps(r: Recipe, total: float) -> float:
+def my_ramp_steps(r: TrainingRecipe, total: float) -> float:
     return ...
 
 
@@ -1285,8 +1309,8 @@ check_ramp_steps(my_ramp_steps)
 #
 # ```python
 # def my_ramp_steps(r, total):
-#     sequences = r.ramp * total / r.seq_len
-#     return sequences * math.log(r.batch / r.batch_start) / (r.batch - r.batch_start)
+#     sequences = r.batch_rampup_frac * total / r.seq_len
+#     return sequences * math.log(r.global_batch_size / r.start_batch_size) / (r.global_batch_size - r.start_batch_size)
 # ```
 #
 # About 15,000 for V3.

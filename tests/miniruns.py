@@ -57,7 +57,7 @@ def own_caches(folder: Path, patch) -> None:
 def options(home: Path, out: Path, *more) -> list[str]:
     """The command line of a run of eight steps with a checkpoint after 3, 6 and 8."""
     fixed = ["train", "--config", home / "mini.json", "--data", home / "text", "--out", out]
-    fixed += "--steps 8 --seq-len 32 --batch 4 --warmup-steps 2 --save-every 3".split()
+    fixed += "--steps 8 --seq-len 32 --global-batch-size 4 --warmup-steps 2 --save-every 3".split()
     return [str(x) for x in [*fixed, *more]]
 
 

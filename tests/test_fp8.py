@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsv3_ref import fp8, ops
 from dsv3_ref.config import TINY
 from dsv3_ref.model import Transformer
-from dsv3_ref.optim import AdamW, Recipe, adamw
+from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import losses, train_step
 
 SIZES = st.integers(1, 300)
@@ -289,8 +289,8 @@ def mini(micro):
 
 def test_training_sees_the_weights_of_the_last_step(micro):
     """Fused optimizers change weights without counting their version up."""
-    model, r = Transformer(mini(micro)), Recipe()
-    optimizer, tokens_bs = adamw(model, r), torch.randint(micro.vocab_size, (3, 9))
+    model, r = Transformer(mini(micro)), TrainingRecipe()
+    optimizer, tokens_bs = build_adamw(model, r), torch.randint(micro.vocab_size, (3, 9))
     with ops.use("fp8", "torch"):
         for _ in range(3):
             train_step(model, optimizer, [tokens_bs], r, 1e-2, 0.1, 0.3)
@@ -314,11 +314,11 @@ def test_thirty_steps_in_fp8_follow_those_in_fp32():
         TINY, vocab_size=64, n_layers=2, dim=64, inter_dim=128, moe_inter_dim=32, n_mtp_layers=0,
         n_routed_experts=4, n_activated_experts=2, n_expert_groups=2, n_limited_groups=1,
     )  # fmt: skip
-    start, r, curves = Transformer(c), Recipe(), []
+    start, r, curves = Transformer(c), TrainingRecipe(), []
     text = torch.arange(4000) ** 2 % 61  # squares: something to learn
     for backends in (("torch",), ("fp8", "torch")):
         model = deepcopy(start)
-        optimizer, draw = adamw(model, r), torch.Generator().manual_seed(0)
+        optimizer, draw = build_adamw(model, r), torch.Generator().manual_seed(0)
         curve = []
         for _ in range(30):
             at = torch.randint(3900, (4,), generator=draw)

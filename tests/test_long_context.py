@@ -33,7 +33,7 @@ from dsv3_ref.long_context import (
 )
 from dsv3_ref.mla import GQA, LayerCache, attention
 from dsv3_ref.model import Transformer
-from dsv3_ref.optim import batch_plan, gamma_at, lr_at, mtp_weight_at
+from dsv3_ref.optim import get_batch_size_schedule, get_bias_update_rate, get_lr, get_mtp_weight
 
 # ── The report's numbers (§4.3) ──
 
@@ -42,11 +42,11 @@ from dsv3_ref.optim import batch_plan, gamma_at, lr_at, mtp_weight_at
 def test_a_phase_is_the_reports(phase, length, rows):
     r = recipe(phase, "v3", 4096)
     assert (r.seq_len, r.steps) == (length, 1000)
-    assert set(batch_plan(r, r.steps)) == {rows}
+    assert set(get_batch_size_schedule(r, r.steps)) == {rows}
     for step in (0, 1, 500, 999):
         done = step / 1000
-        assert lr_at(r, step, done) == 7.3e-6 and gamma_at(r, done) == 0
-        assert mtp_weight_at(r, done) == 0.1
+        assert get_lr(r, step, done) == 7.3e-6 and get_bias_update_rate(r, done) == 0
+        assert get_mtp_weight(r, done) == 0.1
 
 
 def test_both_phases_stretch_alike():
@@ -65,7 +65,9 @@ def test_rows_follow_the_length_of_pretraining():
             r = recipe(phase, size, c.original_seq_len)
             assert r.seq_len == times * c.original_seq_len <= extended(c).max_seq_len
     tiny = [recipe(phase, "tiny", 256) for phase in RECIPES]
-    assert tiny[0].batch * tiny[0].seq_len == tiny[1].batch * tiny[1].seq_len
+    assert (
+        tiny[0].global_batch_size * tiny[0].seq_len == tiny[1].global_batch_size * tiny[1].seq_len
+    )
 
 
 # ── Needles ──
@@ -211,13 +213,13 @@ def home(tmp_path_factory):
 
 def extend(home, out, *more, init="base") -> int:
     fixed = ["extend", "--init", home / init, "--data", home / "text", "--out", out]
-    fixed += "--steps 4 --batch 2 --batch-start 2".split()
+    fixed += "--steps 4 --global-batch-size 2 --start-batch-size 2".split()
     return main.main([str(x) for x in [*fixed, *more]])
 
 
 @pytest.fixture(scope="module")
 def longer(home):
-    more = "--needles 0.5 --lr 1e-3 --lr-end 1e-3 --lr-last 1e-3".split()
+    more = "--needles 0.5 --lr 1e-3 --min-lr 1e-3 --final-lr 1e-3".split()
     assert extend(home, home / "longer", *more) == 0
     return home / "longer"
 
@@ -242,7 +244,7 @@ def test_the_second_phase_goes_on_from_the_first(home, longer, tmp_path):
 
 
 def test_its_first_weights_are_the_others(home, tmp_path):
-    still = "--lr 0 --lr-end 0 --lr-last 0 --steps 1".split()
+    still = "--lr 0 --min-lr 0 --final-lr 0 --steps 1".split()
     assert extend(home, tmp_path / "run", *still) == 0
     before, after = load(home / "base"), load(tmp_path / "run")
     assert all(map(torch.equal, before.state_dict().values(), after.state_dict().values()))

@@ -17,18 +17,18 @@ from dsv3_ref.moe import balance_loss
 from dsv3_ref.ops import saved_tensors
 from dsv3_ref.optim import (
     AdamW,
-    Recipe,
-    adamw,
+    TrainingRecipe,
     adamw_update,
-    batch_plan,
+    build_adamw,
     ema_update,
-    gamma_at,
-    lr_at,
-    mtp_weight_at,
+    get_batch_size_schedule,
+    get_bias_update_rate,
+    get_lr,
+    get_mtp_weight,
 )
 from dsv3_ref.pretrain import Losses, expert_loads, fim, losses, pack, train_step
 
-R = Recipe()
+R = TrainingRecipe()
 TOKENS = 14.8  # trillions
 LATE = 10**6  # a step long after the warm-up
 
@@ -92,11 +92,11 @@ def test_packing_leaves_its_arguments_alone():
     ],
 )
 def test_the_learning_rate_of_the_report(trillions, lr):
-    assert lr_at(R, LATE, trillions / TOKENS) == pytest.approx(lr, rel=1e-4)
+    assert get_lr(R, LATE, trillions / TOKENS) == pytest.approx(lr, rel=1e-4)
 
 
 def test_the_learning_rate_warms_up_over_2000_steps():
-    rates = [lr_at(R, step, 0.0) for step in range(2001)]
+    rates = [get_lr(R, step, 0.0) for step in range(2001)]
     assert rates[999] == pytest.approx(1.1e-4)
     assert rates[1999] == rates[2000] == 2.2e-4
     assert all(b - a == pytest.approx(1.1e-7) for a, b in zip(rates[:1999], rates[1:2000]))
@@ -104,17 +104,22 @@ def test_the_learning_rate_warms_up_over_2000_steps():
 
 
 def test_the_cosine_falls_all_the_way():
-    rates = [lr_at(R, LATE, (10 + 4.3 * i / 50) / TOKENS) for i in range(51)]
+    rates = [get_lr(R, LATE, (10 + 4.3 * i / 50) / TOKENS) for i in range(51)]
     assert all(b < a for a, b in zip(rates, rates[1:]))
 
 
 def test_bias_speed_and_mtp_weight_change_when_the_report_says():
-    assert [gamma_at(R, x / TOKENS) for x in (0, 14.299, 14.301, 14.8)] == [1e-3, 1e-3, 0, 0]
-    assert [mtp_weight_at(R, x / TOKENS) for x in (0, 9.999, 10.001, 14.8)] == [0.3, 0.3, 0.1, 0.1]
+    assert [get_bias_update_rate(R, x / TOKENS) for x in (0, 14.299, 14.301, 14.8)] == [
+        1e-3,
+        1e-3,
+        0,
+        0,
+    ]
+    assert [get_mtp_weight(R, x / TOKENS) for x in (0, 9.999, 10.001, 14.8)] == [0.3, 0.3, 0.1, 0.1]
 
 
 def test_the_batch_plan_is_14_8_trillion_tokens():
-    plan = batch_plan(R, R.steps)
+    plan = get_batch_size_schedule(R, R.steps)
     seen = list(accumulate(n * R.seq_len / 1e12 for n in plan))
     assert seen[-1] == pytest.approx(14.8, rel=1e-4)
     assert plan[0] == 3072
@@ -131,7 +136,12 @@ def test_the_batch_plan_is_14_8_trillion_tokens():
     ramp=st.floats(0.01, 0.9),
 )
 def test_a_batch_plan_grows_and_stays(steps, start, grow, ramp):
-    plan = batch_plan(Recipe(batch_start=start, batch=start + grow, ramp=ramp), steps)
+    plan = get_batch_size_schedule(
+        TrainingRecipe(
+            start_batch_size=start, global_batch_size=start + grow, batch_rampup_frac=ramp
+        ),
+        steps,
+    )
     assert len(plan) == steps
     assert all(a <= b for a, b in zip(plan, plan[1:]))
     assert plan[0] == start
@@ -139,7 +149,9 @@ def test_a_batch_plan_grows_and_stays(steps, start, grow, ramp):
 
 
 def test_a_ramp_takes_its_share_of_the_sequences():
-    plan = batch_plan(Recipe(batch_start=10, batch=50, ramp=0.25), 1000)
+    plan = get_batch_size_schedule(
+        TrainingRecipe(start_batch_size=10, global_batch_size=50, batch_rampup_frac=0.25), 1000
+    )
     ramp = sum(n for n in plan if n < 50)
     assert ramp / sum(plan) == pytest.approx(0.25, abs=0.01)
 
@@ -179,8 +191,8 @@ def test_loads_are_counted_for_every_layer(micro):
 
 
 def step(model, micro_batches, lr=1e-2, gamma=0.1, **recipe):
-    r = Recipe(**recipe)
-    return train_step(model, adamw(model, r), micro_batches, r, lr, gamma, 0.3)
+    r = TrainingRecipe(**recipe)
+    return train_step(model, build_adamw(model, r), micro_batches, r, lr, gamma, 0.3)
 
 
 def state(model):
@@ -226,8 +238,8 @@ def test_the_gradient_is_that_of_the_total_loss(micro, monkeypatch):
 
 
 def test_a_step_clips_sets_the_rate_and_clears(micro, monkeypatch):
-    model, r, seen = Transformer(micro), Recipe(clip=0.01), {}
-    optimizer = adamw(model, r)
+    model, r, seen = Transformer(micro), TrainingRecipe(max_grad_norm=0.01), {}
+    optimizer = build_adamw(model, r)
 
     def note():
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
@@ -278,8 +290,8 @@ def test_a_gradient_that_is_no_number_is_skipped_though_the_loss_is_one(micro):
 
 
 def test_steps_learn(micro):
-    model, r, tokens_bs = Transformer(micro), Recipe(), rows(micro, 4)
-    optimizer = adamw(model, r)
+    model, r, tokens_bs = Transformer(micro), TrainingRecipe(), rows(micro, 4)
+    optimizer = build_adamw(model, r)
     stats = [train_step(model, optimizer, [tokens_bs], r, 1e-2, 1e-3, 0.3) for _ in range(30)]
     assert stats[-1].loss < 0.5 * stats[0].loss
     assert all(last < 0.8 * first for first, last in zip(stats[0].mtp, stats[-1].mtp))
@@ -287,7 +299,7 @@ def test_steps_learn(micro):
 
 def test_decay_spares_the_norms(micro):
     model = Transformer(micro)
-    decayed, spared = adamw(model, R).param_groups
+    decayed, spared = build_adamw(model, R).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert decayed["betas"] == spared["betas"] == (0.9, 0.95)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -319,7 +331,7 @@ def ours(params, **more):
 def test_fp32_moments_are_torchs_adamw_after_many_steps():
     a = [torch.nn.Parameter(torch.randn(shape)) for shape in ((600, 500), (7,), (3, 5, 2))]
     b = twin(a)
-    random_steps(ours(a, moments=torch.float32), a, 200)
+    random_steps(ours(a, state_dtype=torch.float32), a, 200)
     random_steps(torch.optim.AdamW(b, 1e-2, (0.9, 0.95), weight_decay=0.1), b, 200)
     for x, y in zip(a, b):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
@@ -340,12 +352,12 @@ def test_adamw_is_the_plain_equation(shape, steps, chunk, moments, weights):
     """
     p = torch.nn.Parameter(torch.randn(shape).to(weights))
     w, m, v = p.detach().float().clone(), torch.zeros(shape), torch.zeros(shape)
-    optimizer = ours([p], moments=moments)
+    optimizer = ours([p], state_dtype=moments)
     near = {"rtol": 2**-7, "atol": 1e-6} if moments == torch.bfloat16 else {}
     for t in range(1, steps + 1):
         p.grad = torch.randn(shape).to(weights)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optim, "CHUNK", chunk)
+            patch.setattr(optim, "CPU_CHUNK_NUMEL", chunk)
             optimizer.step()
         want_w, *want = adamw_update(w, p.grad.float(), m, v, t, 1e-2, (0.9, 0.95), 0.1)
         state = optimizer.state[p]
@@ -383,7 +395,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(weights):
 )
 def test_bytes_of_optimizer_state(moments, weights, size):
     p = torch.nn.Parameter(torch.zeros(10, 100, dtype=weights))
-    optimizer = ours([p], moments=moments)
+    optimizer = ours([p], state_dtype=moments)
     random_steps(optimizer, [p], 1)
     held = sum(x.nbytes for k, x in optimizer.state[p].items() if k != "step")
     assert held == size * p.numel()
@@ -393,7 +405,7 @@ def test_bytes_of_optimizer_state(moments, weights, size):
 def test_the_average_is_weighted_by_age(steps, decay, n):
     path, mean = torch.randn(steps, n), torch.full((n,), 7.0)  # what it starts from is forgotten
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "CHUNK", 80)
+        patch.setattr(optim, "CPU_CHUNK_NUMEL", 80)
         for t, w in enumerate(path, start=1):
             ema_update([mean], [w], decay, t)
     weight = torch.tensor([decay ** (steps - 1 - s) for s in range(steps)])

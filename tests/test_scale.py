@@ -270,7 +270,7 @@ def test_hardware_gives_every_rate_that_was_not_given():
     p = Plan(hardware="h200", machine=Machine(ib=25e9))
     assert p.machine == MACHINES["h200"]._replace(ib=25e9)
     assert Plan().machine == H800
-    assert replace(p, batch=128).machine == p.machine
+    assert replace(p, global_batch_size=128).machine == p.machine
 
 
 def test_units_are_printed(capsys):
@@ -284,7 +284,18 @@ def test_units_are_printed(capsys):
 
 def test_training_names_its_hardware_and_its_losses(capsys):
     argv = ["plan", "--hardware", "b200", "--losses.imbalance", "1.3", "--config", "small"]
-    argv += ["--pp", "2", "--ep", "4", "--dp", "1", "--batch", "64", "--schedule", "1f1b"]
+    argv += [
+        "--pp",
+        "2",
+        "--ep",
+        "4",
+        "--dp",
+        "1",
+        "--global-batch-size",
+        "64",
+        "--schedule",
+        "1f1b",
+    ]
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "small on 8 B200" in said and "imbalance 1.3" in said and "without losses" in said

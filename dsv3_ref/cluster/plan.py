@@ -49,7 +49,7 @@ class Plan:
     dp: int = 2
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipe"
     seq_len: int = 4096
-    batch: int = 15_360
+    global_batch_size: int = 15_360
     """sequences in a step, over all ranks; a micro-batch is one sequence"""
     precision: Literal["fp8", "bf16"] = "fp8"
     zero: bool = True
@@ -114,7 +114,7 @@ class Estimate:
     @property
     def hours(self) -> float:
         """GPU hours per trillion tokens, with slow GPUs and failures."""
-        alone = gpu_hours(self.seconds, self.gpus, self.plan.batch * self.plan.seq_len)
+        alone = gpu_hours(self.seconds, self.gpus, self.plan.global_batch_size * self.plan.seq_len)
         return alone * stretched(self.plan.losses, self.gpus)
 
 
@@ -192,7 +192,7 @@ def rank_bytes(p: Plan, numbers: dict, activations: int) -> Rank:
 
 def messages(p: Plan, c: Config, numbers: list[dict], where) -> dict[str, int]:
     """Bytes that a GPU sends in a step, by link; of the rank with the most, for each link."""
-    m = p.batch // (p.dp * p.ep)
+    m = p.global_batch_size // (p.dp * p.ep)
     cut, (out, back) = stages(c, stages_in(p)), row_bytes(c, p.precision == "fp8")
     of_stage = [sum(i >= c.n_dense_layers for i in layers) for layers in cut]  # with experts
     of_stage[-1] += c.n_mtp_layers
@@ -216,7 +216,7 @@ def operations(p: Plan, c: Config) -> float:
         token += 3 * sum(x.flops for x in products(c, i < c.n_dense_layers).values())
         token += forward + backward
     token += 6 * c.dim * ((1 + c.n_mtp_layers) * c.vocab_size + 2 * c.n_mtp_layers * c.dim)
-    return token * p.batch * p.seq_len
+    return token * p.global_batch_size * p.seq_len
 
 
 def estimate(p: Plan) -> Estimate:
@@ -224,7 +224,7 @@ def estimate(p: Plan) -> Estimate:
     c = named(p.config)
     check(p, c)
     numbers, where = numbers_of(p, c)
-    m = min_microbatches(p.schedule, p.pp, p.batch // (p.dp * p.ep))
+    m = min_microbatches(p.schedule, p.pp, p.global_batch_size // (p.dp * p.ep))
     steps, size = schedule(p.schedule, p.pp, m), stage_bytes(p, c)
     peaks = [most(mine, size) for mine in steps]
     ranks = [rank_bytes(p, of, peak) for of, (peak, _) in zip(numbers, peaks)]
@@ -244,7 +244,7 @@ def stage_times(p: Plan, c: Config) -> StageCosts:
 
 def check(p: Plan, c: Config) -> None:
     """Raise a `UserError` for a cluster that cannot be."""
-    if min(p.pp, p.ep, p.dp, p.seq_len, p.batch, p.ep_node) < 1:
+    if min(p.pp, p.ep, p.dp, p.seq_len, p.global_batch_size, p.ep_node) < 1:
         raise UserError("every size must be at least 1")
     pipes, n = p.dp * p.ep, stages_in(p)
     full = p.ep <= p.ep_node or p.ep % p.ep_node == 0
@@ -252,7 +252,10 @@ def check(p: Plan, c: Config) -> None:
         (n <= c.n_layers, f"{c.n_layers} layers cannot be cut into {n} stages"),
         (c.n_routed_experts % p.ep == 0, f"--ep must divide {c.n_routed_experts} routed experts"),
         (full, f"--ep {p.ep} ranks do not fill nodes of --ep-node {p.ep_node}"),
-        (p.batch % pipes == 0, f"--batch must be a multiple of --dp × --ep = {pipes}"),
+        (
+            p.global_batch_size % pipes == 0,
+            f"--global-batch-size must be a multiple of --dp × --ep = {pipes}",
+        ),
         (p.schedule != "dualpipe" or p.pp % 2 == 0, "dualpipe needs an even --pp"),
     ]
     for holds, sentence in rules:
@@ -334,13 +337,13 @@ def say(e: Estimate) -> str:
     p, m = e.plan, e.plan.machine
     top = max(rank.gpu for rank in e.ranks)
     fits = "fits" if top <= m.memory else "does NOT fit"
-    tokens, speed = p.batch * p.seq_len, e.flops / e.gpus / e.seconds
+    tokens, speed = p.global_batch_size * p.seq_len, e.flops / e.gpus / e.seconds
     best = estimate(replace(p, losses=IDEAL)).hours
     losses = ", ".join(f"{k} {v:.3g}" for k, v in p.losses._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
     return f"""\
 {p.config} on {e.gpus:,} {p.hardware.upper()}: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, \
-{p.precision}, batch {p.batch:,} × {p.seq_len:,} tokens
+{p.precision}, batch {p.global_batch_size:,} × {p.seq_len:,} tokens
 GB on each GPU of a pipeline rank, everything recomputed that may be:
 {table(e)}
 at most {max(e.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}

@@ -57,8 +57,8 @@ class Replicas(Several):
         super().open_data()
         if any(n % (self.replicas * self.parts) for n in self.plan):
             raise UserError(
-                f"{self.replicas} ranks × {self.parts} updates a step must divide --batch and "
-                "--batch-start"
+                f"{self.replicas} ranks × {self.parts} updates a step must divide "
+                "--global-batch-size and --start-batch-size"
             )
 
     @property

@@ -8,7 +8,7 @@ from dsv3_ref.config import Config, UserError
 from dsv3_ref.dualpipe import stages_by_rank as stages_held
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_bias
-from dsv3_ref.optim import Recipe, skip_reason
+from dsv3_ref.optim import TrainingRecipe, skip_reason
 from dsv3_ref.parallel.build import built, holders
 from dsv3_ref.parallel.deepep import DeepEP
 from dsv3_ref.parallel.mesh import Mesh
@@ -24,7 +24,7 @@ class Cluster:
     """What a rank needs to train: its part of the model, its optimizer, its pipeline."""
 
     def __init__(
-        self, c: Config, r: Recipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
+        self, c: Config, r: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
         moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, per_node: int = 0,
         fp8: bool = False, deepep: bool = False, special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
@@ -76,20 +76,28 @@ class Cluster:
     # ── A step ──
 
     def train_step(
-        self, tokens_bs, r: Recipe, lr: float, gamma: float, mtp_weight: float, limit=math.inf
+        self,
+        tokens_bs,
+        r: TrainingRecipe,
+        lr: float,
+        gamma: float,
+        mtp_weight: float,
+        limit=math.inf,
     ) -> StepStats:
         """`train_step` of chapter 07 on the rows (of T + 1 tokens) of a global batch."""
-        if r.balance_over != "sequence":
+        if r.balance_loss_scope != "sequence":
             raise UserError("on several ranks the balance loss is over sequences only")
         depth = self.config.n_mtp_layers
         micros, shares = self.micros(tokens_bs)
-        weights = [Weights(share, mtp_weight / max(1, depth), r.alpha) for share in shares]
+        weights = [
+            Weights(share, mtp_weight / max(1, depth), r.balance_loss_coeff) for share in shares
+        ]
         self.zero.zero_grad()
         self.traffic.clear()
         seen = self.pipeline.run(micros, weights)
         main, balance, *mtp = self.summed(seen.main, seen.balance, *map(seen.mtp.get, self.depths))
-        total = main + mtp_weight / max(1, depth) * sum(mtp) + r.alpha * balance
-        load_le, grad_norm = self.loads(seen.load), self.zero.reduce(r.clip)
+        total = main + mtp_weight / max(1, depth) * sum(mtp) + r.balance_loss_coeff * balance
+        load_le, grad_norm = self.loads(seen.load), self.zero.reduce(r.max_grad_norm)
         skipped = skip_reason(total, grad_norm, limit)
         if not skipped:
             self.zero.step(lr)

@@ -56,7 +56,7 @@ class Ranks(Several):
 
     def build(self) -> None:
         a = self.args
-        moments = torch.bfloat16 if a.moments == "bf16" else torch.float32
+        moments = torch.bfloat16 if a.optimizer_dtype == "bf16" else torch.float32
         fp8 = a.dispatch == "fp8" or (a.dispatch == "auto" and a.precision == "fp8")
         self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
                                a.micro_batch, a.ep_node, fp8, a.exchange == "deepep",

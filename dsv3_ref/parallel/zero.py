@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsv3_ref.optim import AdamW, Recipe
+from dsv3_ref.optim import AdamW, TrainingRecipe
 from dsv3_ref.parallel.build import holders, is_expert
 from dsv3_ref.parallel.watchdog import doing
 
@@ -68,7 +68,7 @@ class Bucket:
 class Zero:
     """AdamW over the slices of all buckets; `own` parameters are its masters."""
 
-    def __init__(self, model, c, mesh, held, r: Recipe, moments, sharded: bool = True):
+    def __init__(self, model, c, mesh, held, r: TrainingRecipe, moments, sharded: bool = True):
         self.mesh = mesh
         named: dict[tuple, dict[str, nn.Parameter]] = defaultdict(dict)
         for name, p in model.named_parameters():
@@ -111,7 +111,7 @@ class Zero:
 
     def moments(self, b: Bucket) -> dict[str, torch.Tensor]:
         """AdamW's of this rank's slice of a bucket."""
-        s = self.adamw.state[b.own] = self.adamw.state[b.own] or self.adamw.begin(b.own)
+        s = self.adamw.state[b.own] = self.adamw.state[b.own] or self.adamw.init_state(b.own)
         return {k: s[k] for k in ("exp_avg", "exp_avg_sq")}
 
     @property

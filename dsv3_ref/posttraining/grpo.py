@@ -19,7 +19,7 @@ from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import advantages, grpo_loss, token_logp
-from dsv3_ref.optim import Recipe, batch_plan
+from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import Problem, find, messages, named
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
@@ -36,7 +36,8 @@ BEFORE = "before.json"  # how a run did before its first step, and what it said
 class Rl(Train):
     """Improve a model by its own answers: GRPO.
 
-    --batch is how many questions a step asks; --gamma above 0 lets gate biases follow the load.
+    --global-batch-size is how many questions a step asks; --bias-update-rate above 0
+    lets gate biases follow the load.
     Held-out problems are answered before the first step and at every checkpoint.
     """
 
@@ -85,7 +86,7 @@ class Rl(Train):
     streaming: Annotated[bool, tyro.conf.Suppress] = False
 
     COMMAND: ClassVar[str] = "rl"
-    RECIPES: ClassVar[dict[str, Recipe]] = grpo.RECIPES
+    RECIPES: ClassVar[dict[str, TrainingRecipe]] = grpo.RECIPES
     OTHERWISE: ClassVar[str] = "v3"
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -103,8 +104,10 @@ class Rl(Train):
             (self.vllm_tp >= 1, "--vllm-tp must be at least 1"),
             (len(self.tasks) > 0, "--tasks needs at least one name"),
             (
-                1 <= self.updates <= min(self.recipe.batch, self.recipe.batch_start),
-                "--updates: from 1 to --batch and --batch-start",
+                1
+                <= self.updates
+                <= min(self.recipe.global_batch_size, self.recipe.start_batch_size),
+                "--updates: from 1 to --global-batch-size and --start-batch-size",
             ),
             (
                 self.reward is not None or self.votes or not is_open,
@@ -227,7 +230,7 @@ class RlTrainer(Trainer):
         self.tokenizer = self.find_tokenizer()
         self.special_tokens = get_special_tokens(self.tokenizer)
         self.rows = Questions(self.weights, args.seed)
-        self.plan = batch_plan(args.recipe, args.recipe.steps)
+        self.plan = get_batch_size_schedule(args.recipe, args.recipe.steps)
 
     def build(self) -> None:
         """The model, and the one it began as."""
@@ -425,8 +428,8 @@ class RlTrainer(Trainer):
         }  # fmt: skip
 
     def goal(self) -> str:
-        args = self.args
-        return f"{args.recipe.batch} questions × {args.group} answers of {', '.join(self.names)}"
+        args, names = self.args, ", ".join(self.names)
+        return f"{args.recipe.global_batch_size} questions × {args.group} answers of {names}"
 
     def verdict(self, row: dict) -> str:
         before, name = native.read_json(self.folder / BEFORE)["held_out"], self.names[0]

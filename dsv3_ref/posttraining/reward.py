@@ -14,7 +14,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import rollouts
-from dsv3_ref.optim import Recipe, batch_plan
+from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import has_room
 from dsv3_ref.posttraining.sft import hold_out
 from dsv3_ref.pretrain import Losses
@@ -33,7 +33,7 @@ class Reward(Train):
 
     A row of data is {"prompt": messages that end with a question, "chosen": text, "rejected":
     text} and, for judges that think or are told, "judgement_chosen", "judgement_rejected", "truth".
-    Rows that cannot be used are reported by number. --batch counts pairs.
+    Rows that cannot be used are reported by number. --global-batch-size counts pairs.
     """
 
     data: tuple[str, ...] = ()
@@ -52,9 +52,11 @@ class Reward(Train):
     streaming: Annotated[bool, tyro.conf.Suppress] = False
 
     COMMAND: ClassVar[str] = "reward"
-    RECIPES: ClassVar[dict[str, Recipe]] = {
-        "v3": replace(RECIPES["v3"], batch_start=256, batch=256),
-        "tiny": replace(RECIPES["tiny"], lr=1e-3, lr_end=1e-4, batch_start=16, batch=16),
+    RECIPES: ClassVar[dict[str, TrainingRecipe]] = {
+        "v3": replace(RECIPES["v3"], start_batch_size=256, global_batch_size=256),
+        "tiny": replace(
+            RECIPES["tiny"], lr=1e-3, min_lr=1e-4, start_batch_size=16, global_batch_size=16
+        ),
     }
     OTHERWISE: ClassVar[str] = "v3"
 
@@ -164,8 +166,8 @@ class RewardTrainer(Trainer):
             some, held = hold_out(read(name, args, encode, self.special_tokens, say))
             kept, self.held = kept + some, self.held + held
         self.rows = Pairs(kept, args.seed)
-        steps = r.steps or max(1, round(args.epochs * len(kept) / r.batch))
-        self.plan = batch_plan(replace(r, steps=steps), steps)
+        steps = r.steps or max(1, round(args.epochs * len(kept) / r.global_batch_size))
+        self.plan = get_batch_size_schedule(replace(r, steps=steps), steps)
 
     def compute(self, pairs: list[Pair], *settings):
         n = self.args.micro_batch or len(pairs)

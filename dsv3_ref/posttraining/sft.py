@@ -15,7 +15,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
 from dsv3_ref.data.tokenizer import EOS, byte_lengths, get_special_tokens
 from dsv3_ref.decode import Choice, stream
-from dsv3_ref.optim import Recipe, batch_plan
+from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.sft import (
     SpecialTokens,
     assistant_mask,
@@ -46,7 +46,7 @@ class Sft(Train):
     streaming: Annotated[bool, tyro.conf.Suppress] = False
 
     COMMAND: ClassVar[str] = "sft"
-    RECIPES: ClassVar[dict[str, Recipe]] = sft.RECIPES
+    RECIPES: ClassVar[dict[str, TrainingRecipe]] = sft.RECIPES
     OTHERWISE: ClassVar[str] = "v3"
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -153,8 +153,8 @@ class SftTrainer(Trainer):
             rows = torch.tensor(pack_samples(held, r.seq_len + 1, self.special_tokens.pad))
             self.val[name] = list(rows.split(loader.VAL_BATCH))
         self.rows = Packed(samples, r.seq_len + 1, args.seed, self.special_tokens.pad)
-        steps = r.steps or max(1, round(args.epochs * len(self.rows.rows) / r.batch))
-        self.plan = batch_plan(replace(r, steps=steps), steps)
+        steps = r.steps or max(1, round(args.epochs * len(self.rows.rows) / r.global_batch_size))
+        self.plan = get_batch_size_schedule(replace(r, steps=steps), steps)
 
     def losses(self, model, tokens_bs, balance_over: str):
         return sft_loss(model, tokens_bs, self.special_tokens)

@@ -21,7 +21,7 @@ from dsv3_ref.mla import GQA
 from dsv3_ref.model import Transformer, init_weights
 from dsv3_ref.moe import max_vio
 from dsv3_ref.mtp import draft_agrees
-from dsv3_ref.optim import RECIPES, Recipe, adamw
+from dsv3_ref.optim import RECIPES, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import fim
 from dsv3_ref.training import settings
 from dsv3_ref.training.loop import Trainer
@@ -58,7 +58,7 @@ class Variant:
     """How one run differs from the others."""
 
     model: Config
-    recipe: Recipe
+    recipe: TrainingRecipe
     kv_heads: int = 0  # of a GQA in place of MLA
     fim_rate: float = 0.0
     precision: str = "fp32"
@@ -68,31 +68,33 @@ class Variant:
 # ── What is compared ──
 
 
-def recipe(c: Config, steps: int) -> Recipe:
+def recipe(c: Config, steps: int) -> TrainingRecipe:
     """That of `tiny`, no ramp of the batch, a row as long as the model reads, no balance loss."""
     warmup = min(20, steps)
     return replace(
-        RECIPES["tiny"], steps=steps, seq_len=c.max_seq_len, batch_start=8, warmup_steps=warmup,
-        alpha=0.0,
+        RECIPES["tiny"], steps=steps, seq_len=c.max_seq_len, start_batch_size=8,
+        warmup_steps=warmup, balance_loss_coeff=0.0,
     )  # fmt: skip
 
 
-def balance_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+def balance_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
     """Bias alone, a balance loss alone (per sequence, per batch; two α), nothing (§4.5)."""
     out = {"bias": Variant(c, r)}
     for over in ("sequence", "batch"):
         for alpha in (0.01, 0.1):
-            other = replace(r, gamma=0.0, alpha=alpha, balance_over=over)
+            other = replace(
+                r, bias_update_rate=0.0, balance_loss_coeff=alpha, balance_loss_scope=over
+            )
             out[f"{over} α={alpha:g}"] = Variant(c, other)
-    return out | {"nothing": Variant(c, replace(r, gamma=0.0))}
+    return out | {"nothing": Variant(c, replace(r, bias_update_rate=0.0))}
 
 
-def mtp_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+def mtp_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
     """No, one and two MTP modules beside one and the same main model (§4.5.1)."""
     return {f"D={d}": Variant(replace(c, n_mtp_layers=d), r) for d in range(3)}
 
 
-def mla_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+def mla_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
     """MHA, GQA with 2 and 1 key-value heads, MLA with their caches; as many parameters as MHA."""
     whole = Variant(plain(c, c.n_heads), r, c.n_heads)
     out = {"MHA": whole}
@@ -116,14 +118,14 @@ def matched(v: Variant, like: Variant) -> Variant:
     return replace(v, model=replace(v.model, inter_dim=wider))
 
 
-def fim_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+def fim_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
     """No document rearranged, and one in ten (§4.1)."""
     return {f"rate {rate:g}": Variant(c, r, fim_rate=rate) for rate in (0.0, 0.1)}
 
 
-def fp8_variants(c: Config, r: Recipe) -> dict[str, Variant]:
+def fp8_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
     """High precision; the same, its sums rounded otherwise; all linear layers in FP8 (§3.3)."""
-    halves = Variant(c, r, micro_batch=r.batch // 2)  # in exact arithmetic the same run
+    halves = Variant(c, r, micro_batch=r.global_batch_size // 2)  # in exact arithmetic the same run
     return {"fp32": Variant(c, r), "fp32 halves": halves, "fp8": Variant(c, r, precision="fp8")}
 
 
@@ -264,13 +266,13 @@ def rounded(x):
 def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
     """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
     train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
-                  device="cpu", moments="fp32", precision=v.precision,
+                  device="cpu", optimizer_dtype="fp32", precision=v.precision,
                   micro_batch=v.micro_batch)  # fmt: skip
     settings.check(train)
     t = Trainer(train, args.out)
     if v.kv_heads:
         with_heads(t.model, v.kv_heads)
-        t.optimizer = adamw(t.model, v.recipe, torch.float32)
+        t.optimizer = build_adamw(t.model, v.recipe, torch.float32)
     for s in t.sources if args.name == "fim" else ():
         s.val_data, s.train_data = passages(s.val_data), passages(s.train_data)
         del s.val_texts  # of whole documents

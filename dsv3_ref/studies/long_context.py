@@ -60,10 +60,11 @@ class Study:
 def phases(args: Study) -> dict[str, Path]:
     """The model that can copy, then after each phase."""
     fixed = "--seed", args.seed, "--val-rows", 2, "--save-every", 10_000
-    rates = "--lr", 4e-3, "--lr-end", 4e-4, "--lr-last", 4e-4, "--warmup-steps", 10
+    rates = "--lr", 4e-3, "--min-lr", 4e-4, "--final-lr", 4e-4, "--warmup-steps", 10
     plain = "--model.rope-factor", 1, "--model.max-seq-len", 256, "--seq-len", 256
     before = stage(args.work / "before", "extend", "--init", args.init, "--needles", 1, "--steps",
-                   100, "--batch", 8, "--batch-start", 8, *plain, *rates, *fixed)  # fmt: skip
+                   100, "--global-batch-size", 8, "--start-batch-size", 8,
+                   *plain, *rates, *fixed)  # fmt: skip
     between = stage(args.work / "32k", "extend", "--init", before, "--phase", "32k",
                     "--needles", 0.5, *fixed)  # fmt: skip
     after = stage(args.work / "128k", "extend", "--init", between, "--phase", "128k",

@@ -11,7 +11,7 @@ from dsv3_ref import long_context
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.long_context import Needle, extended, needle, plant
-from dsv3_ref.optim import Recipe
+from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import Train
 
@@ -32,7 +32,7 @@ class Extend(Train):
     """validation rows of each source"""
 
     COMMAND: ClassVar[str] = "extend"
-    RECIPES: ClassVar[dict[str, Recipe]] = long_context.RECIPES["32k"]
+    RECIPES: ClassVar[dict[str, TrainingRecipe]] = long_context.RECIPES["32k"]
     OTHERWISE: ClassVar[str] = "v3"
 
     @classmethod

@@ -34,7 +34,13 @@ from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import max_vio
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.optim import adamw, batch_plan, gamma_at, lr_at, mtp_weight_at
+from dsv3_ref.optim import (
+    build_adamw,
+    get_batch_size_schedule,
+    get_bias_update_rate,
+    get_lr,
+    get_mtp_weight,
+)
 from dsv3_ref.pretrain import Losses, StepStats, train_step
 from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.training import resume, settings
@@ -74,7 +80,7 @@ class Trainer:
     def open_data(self) -> None:
         """Sources, tokenizer, training rows, held-out windows, and how many rows each step has."""
         args, r = self.args, self.args.recipe
-        self.plan = batch_plan(r, r.steps)
+        self.plan = get_batch_size_schedule(r, r.steps)
         self.sources = open_sources(args.data, args.seed, args.streaming)
         self.names = [s.name for s in self.sources]
         self.tokenizer = self.find_tokenizer()
@@ -88,11 +94,11 @@ class Trainer:
 
     def build(self) -> None:
         """The model with its first weights, and what changes them."""
-        moments = torch.bfloat16 if self.args.moments == "bf16" else torch.float32
+        moments = torch.bfloat16 if self.args.optimizer_dtype == "bf16" else torch.float32
         self.model = Transformer(self.args.model).to(self.device)
         if self.fresh:
             native.load_into(self.model, self.args.init)
-        self.optimizer = adamw(self.model, self.args.recipe, moments)
+        self.optimizer = build_adamw(self.model, self.args.recipe, moments)
         self.ema = Ema(self.model, self.optimizer, self.args.ema) if self.args.ema else None
 
     @property
@@ -148,7 +154,11 @@ class Trainer:
     def one_step(self) -> dict:
         """Train one step; the row for metrics.jsonl."""
         r, start, done = self.args.recipe, time.perf_counter(), self.done
-        lr, gamma, weight = lr_at(r, self.step, done), gamma_at(r, done), mtp_weight_at(r, done)
+        lr, gamma, weight = (
+            get_lr(r, self.step, done),
+            get_bias_update_rate(r, done),
+            get_mtp_weight(r, done),
+        )
         batch = None
         try:
             batch = self.batch(self.plan[self.step])

@@ -20,7 +20,7 @@ import tyro
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config, read_json
 from dsv3_ref.config import Config, UserError, from_dict, named
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.optim import RECIPES, Recipe
+from dsv3_ref.optim import RECIPES, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Train:
     """
 
     model: Config
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    recipe: Annotated[TrainingRecipe, tyro.conf.arg(name="")]
     config: str = "tiny"
     """size: tiny, small, v2_lite, v3, or a .json file with the fields of --model"""
     init: Path | None = None
@@ -58,7 +58,7 @@ class Train:
     """auto: fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients. fp8: all three
     products of every linear layer in FP8 (§3.3): Triton kernels on CUDA, on CPU the same numbers
     by emulation"""
-    moments: Literal["bf16", "fp32"] = "bf16"
+    optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
     """how AdamW stores its moments; the report: bf16 (§3.3.2)"""
     ema: float = 0.0
     """decay of an average of the weights, validated beside them, for example 0.99; 0: none"""
@@ -102,7 +102,7 @@ class Train:
     """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
 
     COMMAND: ClassVar[str] = "train"
-    RECIPES: ClassVar[dict[str, Recipe]] = RECIPES
+    RECIPES: ClassVar[dict[str, TrainingRecipe]] = RECIPES
     OTHERWISE: ClassVar[str] = "tiny"  # the recipe of configs that have none
 
     @classmethod
@@ -139,9 +139,12 @@ def check(args: Train) -> None:
             "--model.dim and --model.moe-inter-dim must be multiples of 8: grouped products "
             "read rows of 16 bytes",
         ),
-        (min(r.batch, r.batch_start) >= 1, "--batch and --batch-start must be at least 1"),
-        (0 < r.ramp <= 1, "--ramp must be above 0 and at most 1"),
-        (r.decay_at < r.end_at, "--decay-at must be below --end-at"),
+        (
+            min(r.global_batch_size, r.start_batch_size) >= 1,
+            "--global-batch-size and --start-batch-size must be at least 1",
+        ),
+        (0 < r.batch_rampup_frac <= 1, "--batch-rampup-frac must be above 0 and at most 1"),
+        (r.decay_start < r.decay_end, "--decay-start must be below --decay-end"),
         (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
         (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
         (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
@@ -328,7 +331,7 @@ def saved(folder: Path, kind: type[Train] = Train) -> Train:
         raise UserError(f"nothing to resume: {folder} holds no run.json; start without --resume")
     try:
         s = read_json(path)["settings"]
-        s |= {"model": from_dict(s["model"]), "recipe": Recipe(**s["recipe"])}
+        s |= {"model": from_dict(s["model"]), "recipe": TrainingRecipe(**s["recipe"])}
         s |= {"out": folder, "resume": True}
         s |= {name: tuple(value) for name, value in s.items() if isinstance(value, list)}
         paths = {"tokenizer", "init", "reward"} & set(s)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dsv3_ref.optim import spike_limit
+from dsv3_ref.optim import get_grad_norm_limit
 from dsv3_ref.pretrain import StepStats
 
 
@@ -21,7 +21,7 @@ class Guard:
     @property
     def limit(self) -> float:
         """The largest norm that the next step may have."""
-        return spike_limit(self.norms, self.factor, self.norms.maxlen)
+        return get_grad_norm_limit(self.norms, self.factor, self.norms.maxlen)
 
     @property
     def lost(self) -> bool:

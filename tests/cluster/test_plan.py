@@ -85,7 +85,7 @@ class Lean(torch.autograd.Function):
 
 def lived(shape, name: str, batch: int, s: int, per_node: int):
     """Bytes that a rank held and sent in a real step, and the most that graphs held on the way."""
-    mesh, r = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], clip=1e9)
+    mesh, r = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], max_grad_norm=1e9)
     c = Cluster(SMALL, r, mesh, name, moments=torch.bfloat16, per_node=per_node, fp8=True)
     ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(scale, q, k, v))
     rows, held, do = torch.randint(SMALL.vocab_size, (batch, s + 1)), [], Pass.do
@@ -108,7 +108,7 @@ def lived(shape, name: str, batch: int, s: int, per_node: int):
 def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path):
     config = tmp_path / "small.json"
     config.write_text(json.dumps(asdict(SMALL)))
-    e = estimate(Plan(str(config), 2, 4, 1, name, seq_len=64, batch=16, ep_node=2))
+    e = estimate(Plan(str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_node=2))
     gang = Gang()
     try:
         seen = gang.run(8, lived, (2, 1, 4), name, 16, 64, 2)
@@ -142,7 +142,10 @@ def test_v3_is_printed_with_all_its_ranks(v3, capsys, tmp_path):
     "options, sentence",
     [
         (["--ep", "48"], "--ep must divide 256 routed experts"),
-        (["--batch", "100"], "--batch must be a multiple of --dp × --ep = 128"),
+        (
+            ["--global-batch-size", "100"],
+            "--global-batch-size must be a multiple of --dp × --ep = 128",
+        ),
         (["--pp", "5"], "dualpipe needs an even --pp"),
         (["--pp", "64", "--schedule", "1f1b"], "61 layers cannot be cut into 64 stages"),
         (["--ep-node", "6"], "--ep 64 ranks do not fill nodes of --ep-node 6"),

@@ -22,7 +22,8 @@ from dsv3_ref.training import resume
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tests" / "slurm_local.sh"
 STEPS, EVERY = 300, 100
-PLAN = f"--steps {STEPS} --seq-len 32 --batch 4 --warmup-steps 2 --save-every {EVERY}".split()
+PLAN = f"--steps {STEPS} --seq-len 32 --save-every {EVERY}".split()
+PLAN += "--global-batch-size 4 --warmup-steps 2".split()
 MINUTES = 3  # that a job may take, with its restarts
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
@@ -243,7 +244,7 @@ def test_longer_texts_fine_tuning_and_rl_have_launchers(undisturbed, home):
     """From the run's weights, each by its launcher; fine-tuning on both nodes."""
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ships, gulls"}]
     (home / "talks.jsonl").write_text(40 * (json.dumps({"messages": talk}) + "\n"))
-    short = "--seq-len 32 --batch 4 --batch-start 4".split()
+    short = "--seq-len 32 --global-batch-size 4 --start-batch-size 4".split()
     init = ["--init", undisturbed.run]
     longer = [*init, "--data", home / "text", *short, "--steps", "4", "--model.rope-factor", "2"]
     jobs = {
@@ -254,7 +255,8 @@ def test_longer_texts_fine_tuning_and_rl_have_launchers(undisturbed, home):
     assert jobs["tuned"].end() == "COMPLETED", jobs["tuned"].said()
     own = [json.dumps({"question": f"say {i}", "answer": str(i)}) for i in range(8)]
     (home / "own.jsonl").write_text("\n".join(own))
-    asked = "--batch 2 --batch-start 2 --group 2 --steps 2 --max-new-tokens 4 --seq-len 32".split()
+    asked = "--global-batch-size 2 --start-batch-size 2".split()
+    asked += "--group 2 --steps 2 --max-new-tokens 4 --seq-len 32".split()
     asked += ["--init", jobs["tuned"].run, "--tasks", home / "own.jsonl"]
     jobs["rl"] = Job(home, "rl", "rl.sbatch", asked, **BOTH)
     for job in jobs.values():

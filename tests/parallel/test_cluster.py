@@ -17,7 +17,7 @@ from miniruns import metrics, options, timeless
 from dsv3_ref.checkpoints.native import list_checkpoints, load, save_hf
 
 DEEP = miniruns.MINI | {"n_layers": 4}
-PLAN = "--steps 30 --save-every 10 --batch-start 3 --spike 0 --ema 0.9".split()
+PLAN = "--steps 30 --save-every 10 --start-batch-size 3 --spike 0 --ema 0.9".split()
 
 
 @pytest.fixture(scope="module")

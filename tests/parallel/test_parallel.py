@@ -13,7 +13,7 @@ from dsv3_ref import ops, scale
 from dsv3_ref.config import TINY, V3, UserError
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
-from dsv3_ref.optim import RECIPES, adamw
+from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.parallel.build import built, holders
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh, sizes
@@ -322,7 +322,12 @@ def trained(shape, name: str, zero: bool, per_node: int, dtype, special_tokens=N
 
 def compared(shape, name: str, zero: bool, per_node: int, dtype, special_tokens):
     """Relative errors of every gradient, and of three steps' numbers, beside `train_step`."""
-    c, r = MICRO, replace(RECIPES["tiny"], alpha=0.0 if special_tokens else 0.01, clip=1e9)
+    c, r = (
+        MICRO,
+        replace(
+            RECIPES["tiny"], balance_loss_coeff=0.0 if special_tokens else 0.01, max_grad_norm=1e9
+        ),
+    )
     draw, weight = (
         talks if special_tokens else lambda n: torch.randint(0, 64, (n, 17)),
         0.0 if special_tokens else 0.3,
@@ -341,7 +346,7 @@ def compared(shape, name: str, zero: bool, per_node: int, dtype, special_tokens)
     )
     torch.manual_seed(1)
     whole = Transformer(c)
-    optimizer, rows = adamw(whole, r, moments), draw(7)
+    optimizer, rows = build_adamw(whole, r, moments), draw(7)
     grads, stats = {}, []
     zeros = lambda p: torch.zeros_like(p) if p.grad is None else p.grad.clone()
     see = lambda *_: grads.update({n: zeros(p) for n, p in whole.named_parameters()})
@@ -451,7 +456,7 @@ def test_pairs_take_turns_so_that_exchanges_lie_behind_computation(gang):
 def sums(balance_over: str) -> str:
     cluster = Cluster(MICRO, RECIPES["tiny"], Mesh(1, 1, 1, CPU))
     try:
-        r = replace(RECIPES["tiny"], balance_over=balance_over)
+        r = replace(RECIPES["tiny"], balance_loss_scope=balance_over)
         cluster.train_step(torch.randint(0, 64, (2, 17)), r, 0.0, 0.0, 0.3)
     except UserError as e:
         return str(e)

@@ -46,20 +46,27 @@ def home(tmp_path_factory):
         for name, rows in (("talks", talks), ("own", asked), ("pairs", pairs)):
             (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         argv = ["sft", "--init", folder / "first", "--data", folder / "talks.jsonl", "--out",
-                folder / "base", *"--seq-len 63 --batch 4 --batch-start 4 --lr 5e-3".split(),
-                *"--epochs 12 --warmup-steps 1".split()]  # fmt: skip
+                folder / "base", *"--seq-len 63 --global-batch-size 4 --start-batch-size 4".split(),
+                *"--lr 5e-3 --epochs 12 --warmup-steps 1".split()]  # fmt: skip
         assert main.main([str(x) for x in argv]) == 0
         yield folder
 
 
 def reward(home, out) -> list[str]:
     words = ["reward", "--init", home / "base", "--data", home / "pairs.jsonl", "--out", out]
-    return [str(x) for x in [*words, *"--seq-len 32 --batch 8 --batch-start 8 --steps 6".split()]]
+    return [
+        str(x)
+        for x in [
+            *words,
+            *"--seq-len 32 --global-batch-size 8 --start-batch-size 8 --steps 6".split(),
+        ]
+    ]
 
 
 def rl(home, out, *more) -> list[str]:
     words = ["rl", "--init", home / "base", "--tasks", home / "own.jsonl", "--out", out]
-    words += "--seq-len 32 --batch 4 --batch-start 4 --group 4 --max-new-tokens 12".split()
+    words += "--seq-len 32 --global-batch-size 4 --start-batch-size 4".split()
+    words += "--group 4 --max-new-tokens 12".split()
     return [str(x) for x in [*words, *"--steps 6 --save-every 3 --temperature 1.3".split(), *more]]
 
 
@@ -107,7 +114,7 @@ def gradients(home: str, folder: str, kind: str, ranks: bool) -> dict[str, torch
                                    if p.grad is not None})  # fmt: skip
     t.optimizer.register_step_pre_hook(see)
     mine = [a for group in t.share(groups) for a in group]
-    s = t.compute(mine, replace(args.recipe, clip=1e9), 0.0, 0.0, 0.0, float("inf"))
+    s = t.compute(mine, replace(args.recipe, max_grad_norm=1e9), 0.0, 0.0, 0.0, float("inf"))
     return grads | {"loss": torch.tensor(s.loss), "kl": torch.tensor(t.seen["kl"])}
 
 
@@ -155,7 +162,10 @@ def test_stopped_by_a_signal_to_one_rank_it_goes_on_as_if_undisturbed(home, whol
 @pytest.mark.parametrize(
     "more, why",
     [
-        (["--batch", "3", "--batch-start", "3"], "must divide --batch"),
+        (
+            ["--global-batch-size", "3", "--start-batch-size", "3"],
+            "must divide --global-batch-size",
+        ),
         (["--pp", "2"], "each rank of dsv3 rl holds the whole model"),
     ],
 )

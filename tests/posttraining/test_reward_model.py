@@ -163,8 +163,10 @@ def test_pairs_go_on_where_they_stood():
 
 def train(home, out, *more) -> int:
     fixed = ["reward", "--init", home / "base", "--data", home / "pairs.jsonl", "--out", out]
-    fixed += "--seq-len 32 --batch 4 --batch-start 4 --warmup-steps 1 --lr 3e-3".split()
-    return main.main([str(x) for x in [*fixed, "--lr-end", "1e-3", *more]])
+    fixed += (
+        "--seq-len 32 --global-batch-size 4 --start-batch-size 4 --warmup-steps 1 --lr 3e-3".split()
+    )
+    return main.main([str(x) for x in [*fixed, "--min-lr", "1e-3", *more]])
 
 
 @pytest.fixture(scope="module")

@@ -68,8 +68,8 @@ def home(tmp_path_factory):
         rows = [json.dumps({"messages": turns(i)}) for i in range(60)]
         (folder / "talks.jsonl").write_text("\n".join(rows))
         argv = ["sft", "--init", folder / "first", "--data", folder / "talks.jsonl", "--out",
-                folder / "base", *"--seq-len 63 --batch 4 --batch-start 4 --lr 5e-3".split(),
-                *"--epochs 8 --warmup-steps 1".split()]  # fmt: skip
+                folder / "base", *"--seq-len 63 --global-batch-size 4 --start-batch-size 4".split(),
+                *"--lr 5e-3 --epochs 8 --warmup-steps 1".split()]  # fmt: skip
         assert main.main([str(x) for x in argv]) == 0
         yield folder
         patch.undo()
@@ -93,7 +93,8 @@ class Short:
 
 def rl(home, out, *more) -> int:
     fixed = ["rl", "--init", home / "base", "--out", out, "--tasks", "short"]
-    fixed += "--seq-len 32 --batch 3 --batch-start 3 --group 4 --max-new-tokens 6".split()
+    fixed += "--seq-len 32 --global-batch-size 3 --start-batch-size 3".split()
+    fixed += "--group 4 --max-new-tokens 6".split()
     fixed += "--steps 4 --save-every 2 --lr 1e-3 --warmup-steps 1 --temperature 1.5".split()
     return main.main([str(x) for x in [*fixed, *more]])
 
@@ -120,7 +121,7 @@ def test_a_row_says_what_grpo_is_watched_by(run):
 
 
 def test_gate_biases_rest_or_follow(home, run, tmp_path):
-    assert rl(home, tmp_path / "gamma", "--gamma", "0.01") == 0
+    assert rl(home, tmp_path / "gamma", "--bias-update-rate", "0.01") == 0
     bias = lambda folder: [m.gate.bias for m in moe_layers(load(folder)).values()]
     began, rest, moved = bias(home / "base"), bias(run), bias(tmp_path / "gamma")
     assert all(map(torch.equal, began, rest))
@@ -192,7 +193,7 @@ def test_an_update_is_the_gradient_of_all_answers_at_once(home, tmp_path, kind, 
     by_hand(t.model, t, found).loss.backward()
     want = {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
     t.optimizer.zero_grad()
-    t.compute(found, replace(t.args.recipe, clip=1e9), 0.0, 0.0, 0.0, float("inf"))
+    t.compute(found, replace(t.args.recipe, max_grad_norm=1e9), 0.0, 0.0, 0.0, float("inf"))
     for name, g in want.items():
         torch.testing.assert_close(grads[name], g, atol=2e-6, rtol=2e-4)
 
@@ -318,7 +319,10 @@ REFUSED = [
     (["--init", "{base}", "--tasks", "writing"], "--reward must name a reward model"),
     (["--init", "{base}", "--tasks", "writing", "--votes", "-1"], "--votes must be at least 0"),
     (["--init", "{base}", "--votes", "2", "--reward", "x"], "--reward or --votes, not both"),
-    (["--init", "{base}", "--updates", "5", "--batch", "8", "--batch-start", "4"], "--updates"),
+    (
+        ["--init", "{base}", *"--updates 5 --global-batch-size 8 --start-batch-size 4".split()],
+        "--updates",
+    ),
     (["--init", "{base}", "--tasks"], "--tasks needs at least one name"),
     (["--init", "{base}", "--tasks", "nowhere.jsonl"], "no data at 'nowhere.jsonl'"),
     (["--init", "{base}", "--tasks", "riddles"], "no task 'riddles'"),

@@ -227,7 +227,8 @@ def home(tmp_path_factory):
 
 def sft(home, out, *more) -> int:
     fixed = ["sft", "--init", home / "base", "--data", home / "talks.jsonl", "--out", out]
-    fixed += "--seq-len 63 --batch 2 --batch-start 2 --warmup-steps 1 --lr 3e-3 --epochs 3".split()
+    fixed += "--seq-len 63 --global-batch-size 2 --start-batch-size 2".split()
+    fixed += "--warmup-steps 1 --lr 3e-3 --epochs 3".split()
     return main.main([str(x) for x in [*fixed, *more]])
 
 
@@ -276,10 +277,10 @@ def test_resumed_it_is_the_same_run(home, tuned, tmp_path, monkeypatch):
 
 def test_a_run_takes_up_where_another_ended(home, tmp_path):
     """`dsv3 train --init`: shape, tokenizer and weights are the other's."""
-    argv = options(home, tmp_path / "on", "--init", home / "base", "--lr", 0, "--lr-end", 0)
+    argv = options(home, tmp_path / "on", "--init", home / "base", "--lr", 0, "--min-lr", 0)
     i = argv.index("--config")
     del argv[i : i + 2]
-    assert main.main([*argv, "--lr-last", "0", "--gamma", "0"]) == 0
+    assert main.main([*argv, "--final-lr", "0", "--bias-update-rate", "0"]) == 0
     before, after = load(home / "base"), load(tmp_path / "on")
     assert all(map(torch.equal, before.state_dict().values(), after.state_dict().values()))
     assert metrics(tmp_path / "on")[0]["loss"] < 0.9 * metrics(home / "base")[0]["loss"]

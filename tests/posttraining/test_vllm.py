@@ -120,7 +120,7 @@ def test_a_run_on_vllm(vllm, home, tmp_path):  # noqa: F811
 
 def test_an_engine_with_old_weights_is_noticed(vllm, home, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(Engine, "deaf", True)
-    argv = ["--rollout", "vllm", "--lr", "0.1", "--lr-end", "0.1", "--max-kl", "100"]
+    argv = ["--rollout", "vllm", "--lr", "0.1", "--min-lr", "0.1", "--max-kl", "100"]
     assert rl(home, tmp_path / "rl", *argv, "--max-mismatch", "0.02") == 2
     assert "difference of log π between writer and trainer became" in capsys.readouterr().err
 

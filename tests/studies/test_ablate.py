@@ -225,7 +225,8 @@ def test_parameters_agree_within_a_percent(name):
 
 def test_only_what_is_compared_differs():
     varied = {
-        "balance": {"gamma", "alpha", "balance_over"}, "mtp": {"n_mtp_layers"},
+        "balance": {"bias_update_rate", "balance_loss_coeff", "balance_loss_scope"},
+        "mtp": {"n_mtp_layers"},
         "mla": {"kv_lora_rank", "qk_rope_head_dim", "inter_dim", "kv_heads"}, "fim": {"fim_rate"},
         "fp8": {"precision", "micro_batch"},
     }  # fmt: skip
@@ -294,7 +295,7 @@ def test_the_recipe_chooses_the_loss(micro):
         want = sum(balance_loss(r, over) for r in part.routes)
         assert torch.equal(part.balance, want)
     assert not torch.equal(parts["sequence"].balance, parts["batch"].balance)
-    assert RECIPES["v3"].balance_over == "sequence"
+    assert RECIPES["v3"].balance_loss_scope == "sequence"
 
 
 # ── GQA ──

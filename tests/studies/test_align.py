@@ -84,7 +84,7 @@ def home(tmp_path_factory):
             p.setattr(align, name, value)
         p.setattr(align, "DIRECT", dict.fromkeys(align.DIRECT, 5))
         argv = ["train", *"--config tiny --data text --out base --steps 4 --seq-len 32".split(),
-                *"--batch 4 --warmup-steps 2".split(), *FLAGS]  # fmt: skip
+                *"--global-batch-size 4 --warmup-steps 2".split(), *FLAGS]  # fmt: skip
         assert main.main(argv) == 0
         yield folder
 

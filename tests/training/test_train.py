@@ -503,7 +503,7 @@ def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, quick):
 
 def test_out_of_memory_names_the_remedy(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dsv3_ref.training.loop.train_step", out_of_memory)
-    assert main.main(options(home, tmp_path / "run", "--batch-start", "4")) == 2
+    assert main.main(options(home, tmp_path / "run", "--start-batch-size", "4")) == 2
     assert "cpu is out of memory: --micro-batch 2" in capsys.readouterr().err
 
 
@@ -515,7 +515,7 @@ def out_of_memory(*_):
 
 
 def test_micro_batches_change_nothing_but_rounding(home, tmp_path):
-    a, b = (trainer(home, tmp_path, "--batch-start", "4", "--micro-batch", m) for m in "03")
+    a, b = (trainer(home, tmp_path, "--start-batch-size", "4", "--micro-batch", m) for m in "03")
     for _ in range(3):
         x, y = a.one_step(), b.one_step()
         for key in ("loss", "loss_total", "grad_norm"):
@@ -542,7 +542,10 @@ def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypat
     assert bf16.evaluate(bf16.sources[0].name)[0] == pytest.approx(
         fp32.evaluate(fp32.sources[0].name)[0], rel=1e-2
     )
-    for t, dtype in ((bf16, torch.bfloat16), (trainer(home, tmp_path, "--moments", "fp32"), None)):
+    for t, dtype in (
+        (bf16, torch.bfloat16),
+        (trainer(home, tmp_path, "--optimizer-dtype", "fp32"), None),
+    ):
         t.one_step()
         kept = {s[k].dtype for s in t.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")}
         assert kept == {dtype or torch.float32}

@@ -50,7 +50,8 @@ NEW_CELL = """async source => {
     await jupyterapp.commands.execute("notebook:run-cell");
 }"""
 WATCH = """from dsv3_ref.viz import live
-control = live.train("train --config tiny --steps 400 --batch-start 1 --batch 1 --seq-len 32")
+size = "--start-batch-size 1 --global-batch-size 1 --seq-len 32"
+control = live.train(f"train --config tiny --steps 400 {size}")
 """
 REDRAWN = """before => [...document.querySelectorAll(".jp-Cell.jp-mod-active img")]
     .some(image => !before.includes(image.src))"""
