@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dsv3_ref.config import UserError
-from dsv3_ref.decode import Decoder, draw
+from dsv3_ref.decode import Decoder, multinomial_sample
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import CE_CHUNK_TOKENS, upcast
 from dsv3_ref.optim import TrainingRecipe
@@ -77,7 +77,7 @@ def rollouts(
     said, logp = [[] for _ in n], [[] for _ in n]
     for left in reversed(range(max_new)):
         logp_bw = (logit_bw / (temperature or 1.0)).log_softmax(-1)
-        y_b = draw(logp_bw.exp(), generator) if temperature else logp_bw.argmax(-1)
+        y_b = multinomial_sample(logp_bw.exp(), generator) if temperature else logp_bw.argmax(-1)
         new = y_b.tolist()
         for row, token, p in zip(live, new, logp_bw.gather(1, y_b[:, None])[:, 0].tolist()):
             said[row].append(token)

@@ -66,7 +66,7 @@ def reader(model: Transformer, batch: int, length: int, step: float = 1.0) -> De
     """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
     d = Decoder(model, batch, length)
     at = torch.arange(length, device=d.token_bt.device) / step
-    d.turn_tx = torch.complex(*rope_table(model.config, at))
+    d.freqs_cis_tx = torch.complex(*rope_table(model.config, at))
     return d
 
 

@@ -107,7 +107,7 @@ assert passes(1000, 1000, True) == 1999 and passes(1000, 1000, False) == 1_499_5
 
 # %%
 #| export decode
-def probabilities(logit_bw, temperature: float, top_p: float = 1.0):
+def logits_to_probs(logit_bw, temperature: float, top_p: float = 1.0):
     """What is drawn from, (b, w): softmax(logit / T) within the nucleus; one-hot at T = 0."""
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be at least 0, not {temperature}; top_p in (0, 1]")
@@ -122,13 +122,13 @@ def probabilities(logit_bw, temperature: float, top_p: float = 1.0):
 
 
 def sample(logit_bw, temperature: float, generator: torch.Generator | None = None, top_p=1.0):
-    """The next token (b,): the likeliest at temperature 0, else drawn from `probabilities`."""
+    """The next token (b,): the likeliest at temperature 0, else drawn from `logits_to_probs`."""
     if temperature == 0:
         return logit_bw.argmax(-1)
-    return draw(probabilities(logit_bw, temperature, top_p), generator)
+    return multinomial_sample(logits_to_probs(logit_bw, temperature, top_p), generator)
 
 
-def draw(p_bw, generator: torch.Generator | None = None):
+def multinomial_sample(p_bw, generator: torch.Generator | None = None):
     """One token from each distribution, (b,); the weights need not sum to 1."""
     return torch.multinomial(p_bw, 1, generator=generator)[:, 0]
 
@@ -143,7 +143,7 @@ for temperature in (0.5, 1.0, 2.0):
     assert (share - exact).abs().max() < 0.015  # four standard errors of a share are 0.014
     print(f"T = {temperature}:", [f"{x:.2f}" for x in share.tolist()])
 assert sample(logit_bw, 0).tolist() == [0]
-assert (probabilities(logit_bw, 1.0, 0.7) > 0).tolist() == [[True, True, False, False]]
+assert (logits_to_probs(logit_bw, 1.0, 0.7) > 0).tolist() == [[True, True, False, False]]
 
 # %% [markdown]
 # ## Rows of unequal length
@@ -156,17 +156,17 @@ assert (probabilities(logit_bw, 1.0, 0.7) > 0).tolist() == [[True, True, False, 
 
 # %%
 #| export decode
-class Place(NamedTuple):
+class DecodePositions(NamedTuple):
     """Where s new tokens of every row go: behind those it holds, whose number may differ."""
 
-    index: tuple  # of the new tokens in a cache (b, t, …)
+    cache_index: tuple  # of the new tokens in a cache (b, t, …)
     end: int  # positions that exist afterwards
-    turn: torch.Tensor  # rotations e^{iω·position}, (b, s, 1, r/2)
-    future: torch.Tensor | None  # keys that a query must not see, (b or none, s, 1, t)
-    fresh: bool  # nothing came before
+    freqs_cis: torch.Tensor  # rotations e^{iω·position}, (b, s, 1, r/2)
+    masked: torch.Tensor | None  # keys that a query must not see, (b or none, s, 1, t)
+    is_first_prefill: bool  # nothing came before
 
 
-def spot(at: list[int], s: int, device=None):
+def cache_index(at: list[int], s: int, device=None):
     """Index of the s positions behind `at` in a cache (b, t, …): a slice where rows are equal."""
     if min(at) == max(at):
         return slice(None), slice(at[0], at[0] + s)
@@ -174,28 +174,34 @@ def spot(at: list[int], s: int, device=None):
     return torch.arange(len(at), device=device)[:, None], position_bs
 
 
-def place(at: list[int], s: int, turn_tx) -> Place:
+def positions_for(at: list[int], s: int, freqs_cis_tx) -> DecodePositions:
     """The next s positions of rows that hold `at` tokens each."""
-    end, (_, here), device = max(at) + s, spot(at, s, turn_tx.device), turn_tx.device
+    end, (_, here), device = (
+        max(at) + s,
+        cache_index(at, s, freqs_cis_tx.device),
+        freqs_cis_tx.device,
+    )
     if isinstance(here, slice):  # the common case, and one token sees all
         key_t = torch.arange(end, device=device)
         future = key_t[here, None, None] < key_t if s > 1 else None
-        return Place((slice(None), here), end, turn_tx[None, here, None], future, end == s)
-    return spread(here, turn_tx, end)
+        return DecodePositions(
+            (slice(None), here), end, freqs_cis_tx[None, here, None], future, end == s
+        )
+    return ragged_positions(here, freqs_cis_tx, end)
 
 
-def spread(position_bs, turn_tx, end: int) -> Place:
+def ragged_positions(position_bs, freqs_cis_tx, end: int) -> DecodePositions:
     """The same for any positions, among `end` of which a query sees those up to its own."""
-    row_b1 = torch.arange(len(position_bs), device=turn_tx.device)[:, None]
-    future = position_bs[..., None, None] < torch.arange(end, device=turn_tx.device)
-    turn = turn_tx[position_bs[..., None]]
-    return Place((row_b1, position_bs), end, turn, future, False)
+    row_b1 = torch.arange(len(position_bs), device=freqs_cis_tx.device)[:, None]
+    future = position_bs[..., None, None] < torch.arange(end, device=freqs_cis_tx.device)
+    turn = freqs_cis_tx[position_bs[..., None]]
+    return DecodePositions((row_b1, position_bs), end, turn, future, False)
 
 
-def turned(x_bshr, turn_bs1x):
+def apply_freqs_cis(x_bshr, freqs_cis_bs1x):
     """Pairs as complex numbers times e^{iω·position}: `rotate` with a position for every row."""
     x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(x * turn_bs1x).flatten(-2).to(x_bshr.dtype)
+    return torch.view_as_real(x * freqs_cis_bs1x).flatten(-2).to(x_bshr.dtype)
 
 
 # %% [markdown]
@@ -214,46 +220,48 @@ def turned(x_bshr, turn_bs1x):
 
 # %%
 #| export decode
-FEW = 16  # tokens for which weighted sums of rows beat sorting by expert
+MAX_TABLE_TOKENS = 16  # tokens for which weighted sums of rows beat sorting by expert
 
 
-def counted(*shape: int):
+def arange_view(*shape: int):
     """0, 1, 2, … in this shape."""
     return torch.arange(math.prod(shape)).view(shape)
 
 
-def rows(table_xo, index_bm, weight_bm):
+def embedding_bag_matmul(table_xo, index_bm, weight_bm):
     """Weighted sums of rows of a table: y_bo = Σ_m weight_bm · table[index_bm]_o."""
-    start_b = counted(len(index_bm)) * index_bm.shape[1]
+    start_b = arange_view(len(index_bm)) * index_bm.shape[1]
     flat = index_bm.flatten(), start_b, False, 0, False, weight_bm.flatten()
     return torch.embedding_bag(table_xo, *flat)[0]
 
 
-def product(x_nd, table_do):
+def small_matmul(x_nd, table_do):
     """x W of very few rows as a weighted sum of the rows of W, in halves so that threads share."""
     n, d = x_nd.shape
-    if n > 2 or d % 2 or not fits(table_do):
+    if n > 2 or d % 2 or not supports_embedding_bag(table_do):
         return x_nd @ table_do
-    index = counted(2, d // 2) if n == 1 else counted(2, d // 2).repeat(n, 1)
-    return rows(table_do, index, x_nd.reshape(2 * n, -1)).view(n, 2, -1).sum(1)
+    index = arange_view(2, d // 2) if n == 1 else arange_view(2, d // 2).repeat(n, 1)
+    return embedding_bag_matmul(table_do, index, x_nd.reshape(2 * n, -1)).view(n, 2, -1).sum(1)
 
 
-def fits(table) -> bool:
+def supports_embedding_bag(table) -> bool:
     """Whether the fast routine reads this table."""
     return table.device.type == "cpu" and table.dtype == torch.float32
 
 
-def visit(x_nd, expert_nk, weight_nk, up_xo, down_xd):
+def moe_small_batch(x_nd, expert_nk, weight_nk, up_xo, down_xd):
     """Σ_k w_k·W₂ swiglu(W₁x, W₃x): both products of all chosen experts, each in one call.
 
     up_xo: rows of all [W₁; W₃]ᵀ, (e·d, 2f); down_xd: rows of all W₂ᵀ, (e·f, d).
     """
     (n, k), d, f = expert_nk.shape, x_nd.shape[1], up_xo.shape[1] // 2
     start_nk1 = expert_nk[..., None]
-    index, x = (start_nk1 * d + counted(d)).view(n * k, d), x_nd.repeat_interleave(k, 0)
-    gate, up = rows(up_xo, index, x).chunk(2, -1)
+    index, x = (start_nk1 * d + arange_view(d)).view(n * k, d), x_nd.repeat_interleave(k, 0)
+    gate, up = embedding_bag_matmul(up_xo, index, x).chunk(2, -1)
     a_nkf = swiglu(gate, up).view(n, k, f) * weight_nk[..., None]
-    return rows(down_xd, (start_nk1 * f + counted(f)).view(n, k * f), a_nkf.view(n, k * f))
+    return embedding_bag_matmul(
+        down_xd, (start_nk1 * f + arange_view(f)).view(n, k * f), a_nkf.view(n, k * f)
+    )
 
 
 # %% [markdown]
@@ -272,10 +280,13 @@ def visit(x_nd, expert_nk, weight_nk, up_xo, down_xd):
 
 # %%
 #| export decode
-PIECE, KEYS = 1024, 512  # tokens of a prompt read at once, and keys of the cache met at once
+PREFILL_CHUNK, KV_BLOCK = (
+    1024,
+    512,
+)  # tokens of a prompt read at once, and keys of the cache met at once
 
 
-def by_blocks(q_bshx, blocks: Iterable, t: int, scale: float):
+def blockwise_attention(q_bshx, blocks: Iterable, t: int, scale: float):
     """Causal attention of the last s of t positions, over (k_byhx, v_byhv) by blocks: o/z."""
     q_bhsx, seen, s = (scale * q_bshx).transpose(1, 2), 0, q_bshx.shape[1]
     at_s1 = torch.arange(t - s, t, device=q_bshx.device)[:, None]
@@ -297,7 +308,7 @@ def by_blocks(q_bshx, blocks: Iterable, t: int, scale: float):
 q, k, v = (torch.randn(2, n, 3, 8) for n in (5, 17, 17))
 want = attention(q, k, v, 0.3)  # whose queries are the last 5 of 17 as well
 for y in (1, 4, 17):
-    got = by_blocks(q, zip(k.split(y, 1), v.split(y, 1)), 17, 0.3)
+    got = blockwise_attention(q, zip(k.split(y, 1), v.split(y, 1)), 17, 0.3)
     assert torch.allclose(got, want, atol=1e-6)
 print("blocks of 1, 4 and 17 keys: the same attention")
 
@@ -309,7 +320,7 @@ print("blocks of 1, 4 and 17 keys: the same attention")
 
 # %%
 #| export decode
-class Tables:
+class DecodeWeights:
     """The weights of one block, transposed and joined for decoding."""
 
     def __init__(self, block: Block):
@@ -331,22 +342,26 @@ class Tables:
 
     def product(self, name: str, x_bsd):
         """x times one of the attention's matrices."""
-        return product(x_bsd.flatten(0, 1), getattr(self, name)).unflatten(0, x_bsd.shape[:2])
+        return small_matmul(x_bsd.flatten(0, 1), getattr(self, name)).unflatten(0, x_bsd.shape[:2])
 
 
 def normed(x_bsd, norm: RMSNorm):
     """RMSNorm of one row as x · (weight / ρ) with ρ a plain number; of several as ever."""
-    if x_bsd.numel() != x_bsd.shape[-1] or not fits(x_bsd) or torch.compiler.is_compiling():
+    if (
+        x_bsd.numel() != x_bsd.shape[-1]
+        or not supports_embedding_bag(x_bsd)
+        or torch.compiler.is_compiling()
+    ):
         return norm(x_bsd)
     x_d = x_bsd.flatten()
     scale = (torch.dot(x_d, x_d).item() / len(x_d) + norm.eps) ** -0.5
     return (x_bsd * norm.weight).mul_(scale)
 
 
-class Layer:
+class DecodeLayer:
     """A block as the decoder sees it: its tables, its cache."""
 
-    def __init__(self, block: Block, tables: Tables | None, batch: int, max_len: int):
+    def __init__(self, block: Block, tables: DecodeWeights | None, batch: int, max_len: int):
         self.block, self.config, self.tables = block, block.attn.config, tables
         weight = block.attn.wkv_b.weight
         self.kv_btx = LayerCache(self.config, batch, max_len, weight.device, weight.dtype).kv_btx
@@ -354,14 +369,14 @@ class Layer:
         i = self.config.qk_nope_head_dim
         self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
 
-    def __call__(self, x_bsd, at: Place):
+    def __call__(self, x_bsd, at: DecodePositions):
         x_bsd = x_bsd + self.attention(normed(x_bsd, self.block.attn_norm), at)
-        return x_bsd + self.feed(normed(x_bsd, self.block.ffn_norm))
+        return x_bsd + self.ffn(normed(x_bsd, self.block.ffn_norm))
 
-    def feed(self, x_bsd):
+    def ffn(self, x_bsd):
         """eq. 12–16, or the dense FFN: few tokens on tables, many as in training."""
         ffn, (b, s, _) = self.block.ffn, x_bsd.shape
-        if self.tables is None or b * s > FEW:
+        if self.tables is None or b * s > MAX_TABLE_TOKENS:
             return ffn(x_bsd)[0] if isinstance(ffn, MoE) else ffn(x_bsd)
         expert_nk = self.tables.always_1k.expand(b * s, -1)
         weight_nk = torch.ones_like(expert_nk, dtype=x_bsd.dtype)
@@ -370,72 +385,72 @@ class Layer:
             expert_nk = torch.cat((r.expert_bsk.flatten(0, 1), expert_nk), dim=1)
             weight_nk = torch.cat((r.weight_bsk.flatten(0, 1), weight_nk), dim=1)
         tables = self.tables.up_xo, self.tables.down_xd
-        return visit(x_bsd.flatten(0, 1), expert_nk, weight_nk, *tables).view_as(x_bsd)
+        return moe_small_batch(x_bsd.flatten(0, 1), expert_nk, weight_nk, *tables).view_as(x_bsd)
 
-    def times(self, name: str, x_bsd):
+    def project(self, name: str, x_bsd):
         """x times a matrix of the attention."""
-        by_table = self.tables is not None and x_bsd.shape[0] * x_bsd.shape[1] <= FEW
+        by_table = self.tables is not None and x_bsd.shape[0] * x_bsd.shape[1] <= MAX_TABLE_TOKENS
         return (
             self.tables.product(name, x_bsd) if by_table else getattr(self.block.attn, name)(x_bsd)
         )
 
-    def queries(self, x_bsd, at: Place):
+    def project_q(self, x_bsd, at: DecodePositions):
         """eq. 6–8: content part (b, s, h, i) and turned part (b, s, h, r)."""
         c, attn = self.config, self.block.attn
         if c.q_lora_rank:
-            q = self.times("wq_b", normed(self.times("wq_a", x_bsd), attn.q_norm))
+            q = self.project("wq_b", normed(self.project("wq_a", x_bsd), attn.q_norm))
         else:
-            q = self.times("wq", x_bsd)
+            q = self.project("wq", x_bsd)
         sizes = [c.qk_nope_head_dim, c.qk_rope_head_dim]
         q_bshi, q_bshr = q.unflatten(-1, (c.n_heads, -1)).split(sizes, dim=-1)
-        return q_bshi, turned(q_bshr, at.turn)
+        return q_bshi, apply_freqs_cis(q_bshr, at.freqs_cis)
 
-    def remember(self, x_bsd, at: Place):
+    def update_kv_cache(self, x_bsd, at: DecodePositions):
         """eq. 1 and 3 into the cache; returns all that is there, latents and turned keys."""
         c, attn = self.config.kv_lora_rank, self.block.attn
-        kv_bsx = self.times("wkv_a", x_bsd)
-        k_bsr = turned(kv_bsx[:, :, None, c:], at.turn)[:, :, 0]
+        kv_bsx = self.project("wkv_a", x_bsd)
+        k_bsr = apply_freqs_cis(kv_bsx[:, :, None, c:], at.freqs_cis)[:, :, 0]
         kv_bsx = torch.cat((normed(kv_bsx[..., :c], attn.kv_norm), k_bsr), dim=-1)
-        self.kv_btx[at.index] = kv_bsx.to(self.kv_btx.dtype)
+        self.kv_btx[at.cache_index] = kv_bsx.to(self.kv_btx.dtype)
         return self.kv_btx[:, : at.end]
 
-    def attention(self, x_bsd, at: Place):
+    def attention(self, x_bsd, at: DecodePositions):
         """eq. 1–11: inside the latent, but for a prompt on expanded keys and values."""
-        (q_bshi, q_bshr), kv_btx = self.queries(x_bsd, at), self.remember(x_bsd, at)
+        (q_bshi, q_bshr), kv_btx = self.project_q(x_bsd, at), self.update_kv_cache(x_bsd, at)
         c, scale, weight = (
             self.config.kv_lora_rank,
             softmax_scale(self.config),
             self.block.attn.wkv_b.weight,
         )
-        if at.fresh:
+        if at.is_first_prefill:
             o_bshv = expanded(q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], weight, scale)
-            return self.times("wo", o_bshv.flatten(2))
+            return self.project("wo", o_bshv.flatten(2))
         b, s, h, i = q_bshi.shape
-        if s > FEW and isinstance(at.index[1], slice):  # a piece of a prompt
-            parts = (kv.tensor_split([c], dim=-1) for kv in kv_btx.split(KEYS, dim=1))
+        if s > MAX_TABLE_TOKENS and isinstance(at.cache_index[1], slice):  # a piece of a prompt
+            parts = (kv.tensor_split([c], dim=-1) for kv in kv_btx.split(KV_BLOCK, dim=1))
             blocks = (keys_values(*part, weight, h, i) for part in parts)
-            o_bshv = by_blocks(join(q_bshi, q_bshr), blocks, at.end, scale)
-            return self.times("wo", o_bshv.flatten(2))
+            o_bshv = blockwise_attention(join(q_bshi, q_bshr), blocks, at.end, scale)
+            return self.project("wo", o_bshv.flatten(2))
         q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
         q_bsx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), dim=-1).flatten(1, 2)
         score_bst = (q_bsx @ kv_btx.mT).mul_(scale)  # s runs over positions and heads
-        if at.future is not None:
-            score_bst.view(b, s, h, -1).masked_fill_(at.future, -torch.inf)
+        if at.masked is not None:
+            score_bst.view(b, s, h, -1).masked_fill_(at.masked, -torch.inf)
         o_bsc = score_bst.softmax(-1) @ kv_btx[..., :c]
         o_hnv = o_bsc.view(b * s, h, c).transpose(0, 1) @ self.wv_hcv
-        return self.times("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
+        return self.project("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
 
 
 # %%
 #| export decode
-class MTPLayer(Layer):
+class MTPDecodeLayer(DecodeLayer):
     """An MTP module likewise: h^k from the pair (embedding of the token k later, h^{k−1})."""
 
     def __init__(self, mtp: MTP, *args):
         super().__init__(mtp.block, *args)
         self.mtp = mtp
 
-    def __call__(self, pair, at: Place):
+    def __call__(self, pair, at: DecodePositions):
         embed_bsd, h_bsd = pair
         mtp = self.mtp
         both = torch.cat((normed(embed_bsd, mtp.enorm), normed(h_bsd, mtp.hnorm)), dim=-1)
@@ -453,27 +468,30 @@ class MTPLayer(Layer):
 
 # %%
 #| export decode
-GROUP, GRAIN = 4, 128  # layers compiled as one; a compiled step is for a multiple of so many places
+LAYERS_PER_GRAPH, LENGTH_MULTIPLE = (
+    4,
+    128,
+)  # layers compiled as one; a compiled step is for a multiple of so many places
 
 
-def through(layers: list[Layer], x_bsd, at: Place):
+def run_layers(layers: list[DecodeLayer], x_bsd, at: DecodePositions):
     """x through several layers."""
     for layer in layers:
         x_bsd = layer(x_bsd, at)
     return x_bsd
 
 
-def anywhere(layers: list[Layer], x_bsd, position_bs, turn_tx):
-    """`through`, the same program for all positions: every place of the cache is attended to."""
-    return through(layers, x_bsd, spread(position_bs, turn_tx, len(turn_tx)))
+def run_layers_ragged(layers: list[DecodeLayer], x_bsd, position_bs, freqs_cis_tx):
+    """`run_layers`, the same program for all positions: every place of the cache is attended to."""
+    return run_layers(layers, x_bsd, ragged_positions(position_bs, freqs_cis_tx, len(freqs_cis_tx)))
 
 
 @cache
 def compiled():
-    """`anywhere` as one fused program; compiled when first called, for each new shape."""
+    """`run_layers_ragged` as one fused program; compiled when first called, for each new shape."""
     torch._dynamo.config.recompile_limit = 64  # kinds of groups × shapes
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
-    return torch.compile(anywhere, options={"cpp_wrapper": True})
+    return torch.compile(run_layers_ragged, options={"cpp_wrapper": True})
 
 
 # %% [markdown]
@@ -485,21 +503,21 @@ def compiled():
 
 # %%
 #| export decode
-LAID_OUT: WeakKeyDictionary = WeakKeyDictionary()  # model → (state of its weights, tables)
+DECODE_WEIGHTS: WeakKeyDictionary = WeakKeyDictionary()  # model → (state of its weights, tables)
 
 
 @torch.no_grad()
-def laid_out(model: Transformer) -> tuple[list[Tables | None], torch.Tensor]:
+def decode_weights(model: Transformer) -> tuple[list[DecodeWeights | None], torch.Tensor]:
     """Tables of every block, MTP modules last, and the head's."""
     weights = list(model.parameters())
     blocks = [*model.layers.values(), *(m.block for m in model.mtp.values())]
-    if not all(fits(w) for w in weights):
+    if not all(supports_embedding_bag(w) for w in weights):
         return [None] * len(blocks), model.head.weight.T
     state = [(w.data_ptr(), w._version) for w in weights]
-    if LAID_OUT.get(model, (None,))[0] != state:
+    if DECODE_WEIGHTS.get(model, (None,))[0] != state:
         head_dw = model.head.weight.T.contiguous()
-        LAID_OUT[model] = state, [Tables(block) for block in blocks], head_dw
-    return LAID_OUT[model][1:]
+        DECODE_WEIGHTS[model] = state, [DecodeWeights(block) for block in blocks], head_dw
+    return DECODE_WEIGHTS[model][1:]
 
 
 # %%
@@ -507,18 +525,21 @@ def laid_out(model: Transformer) -> tuple[list[Tables | None], torch.Tensor]:
 class Decoder:
     """A model ready to write: layers with caches, the tokens of every row, their hidden states."""
 
-    piece: int = PIECE
+    prefill_chunk: int = PREFILL_CHUNK
 
     def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
         self.model, self.n_main, w = model, model.config.n_layers, model.embed.weight
-        self.compiled, max_len = compiled, -(-max_len // GRAIN) * GRAIN if compiled else max_len
-        tables, self.head_dw = laid_out(model)
+        self.compiled, max_len = (
+            compiled,
+            -(-max_len // LENGTH_MULTIPLE) * LENGTH_MULTIPLE if compiled else max_len,
+        )
+        tables, self.head_dw = decode_weights(model)
         modules = [*model.layers.values(), *model.mtp.values()]
         self.layers = [
-            (Layer if isinstance(x, Block) else MTPLayer)(x, t, batch, max_len)
+            (DecodeLayer if isinstance(x, Block) else MTPDecodeLayer)(x, t, batch, max_len)
             for x, t in zip(modules, tables)
         ]
-        self.turn_tx = torch.complex(
+        self.freqs_cis_tx = torch.complex(
             *rope_table(model.config, torch.arange(max_len, device=w.device))
         )
         self.token_bt = torch.zeros(batch, max_len, dtype=torch.int64, device=w.device)
@@ -526,37 +547,41 @@ class Decoder:
 
     def features(self, at: list[int], s: int):
         """h⁰ of the next s tokens of every row, (b, s, d), normed."""
-        here = spot(at, s, self.token_bt.device)
+        here = cache_index(at, s, self.token_bt.device)
         x_bsd = F.embedding(self.token_bt[here], self.model.embed.weight)
         h_bsd = self.model.norm(self.run(self.layers[: self.n_main], x_bsd, at, s))
         self.h_btd[here] = h_bsd
         return h_bsd
 
-    def run(self, layers: list[Layer], x, at: list[int], s: int):
+    def run(self, layers: list[DecodeLayer], x, at: list[int], s: int):
         """x of the next s tokens through layers: many in pieces, a few perhaps compiled."""
-        if s > self.piece:
-            parts = [v.split(self.piece, dim=1) for v in (x if isinstance(x, tuple) else (x,))]
-            starts = range(0, s, self.piece)
+        if s > self.prefill_chunk:
+            parts = [
+                v.split(self.prefill_chunk, dim=1) for v in (x if isinstance(x, tuple) else (x,))
+            ]
+            starts = range(0, s, self.prefill_chunk)
             pieces = (p if isinstance(x, tuple) else p[0] for p in zip(*parts))
-            each = [self.run(layers, p, [n + i for n in at], min(self.piece, s - i))
+            each = [self.run(layers, p, [n + i for n in at], min(self.prefill_chunk, s - i))
                     for i, p in zip(starts, pieces)]  # fmt: skip
             return torch.cat(each, dim=1)
-        if not self.compiled or len(at) * s > FEW or max(at) == 0:
-            return through(layers, x, place(at, s, self.turn_tx))
-        start_b1 = torch.tensor(at, device=self.turn_tx.device)[:, None]
+        if not self.compiled or len(at) * s > MAX_TABLE_TOKENS or max(at) == 0:
+            return run_layers(layers, x, positions_for(at, s, self.freqs_cis_tx))
+        start_b1 = torch.tensor(at, device=self.freqs_cis_tx.device)[:, None]
         position_bs = start_b1 + torch.arange(s, device=start_b1.device)
-        for first in range(0, len(layers), GROUP):
-            x = compiled()(layers[first : first + GROUP], x, position_bs, self.turn_tx)
+        for first in range(0, len(layers), LAYERS_PER_GRAPH):
+            x = compiled()(
+                layers[first : first + LAYERS_PER_GRAPH], x, position_bs, self.freqs_cis_tx
+            )
         return x
 
     def logits(self, h):
         """Scores of every word, (…, w)."""
-        return product(h.flatten(0, -2), self.head_dw).unflatten(0, h.shape[:-1])
+        return small_matmul(h.flatten(0, -2), self.head_dw).unflatten(0, h.shape[:-1])
 
-    def ahead(self, k: int, h_bsd, at: list[int]):
+    def mtp_forward(self, k: int, h_bsd, at: list[int]):
         """eq. 21–22: h^k from h^{k−1} of the positions behind `at` and the tokens k later."""
         s = h_bsd.shape[1]
-        token_bs = self.token_bt[spot([n + k for n in at], s, h_bsd.device)]
+        token_bs = self.token_bt[cache_index([n + k for n in at], s, h_bsd.device)]
         embed_bsd = F.embedding(token_bs, self.model.embed.weight)
         return self.run([self.layers[self.n_main + k - 1]], (embed_bsd, h_bsd), at, s)
 
@@ -581,13 +606,13 @@ with torch.inference_mode():
         assert torch.allclose(got_bsd[1, 0], want_bsd[1, 4 + step], atol=1e-4)
     decoder = Decoder(model, 2, 64)
     decoder.token_bt[:, :60] = torch.randint(256, (2, 60))
-    decoder.piece = 25  # two pieces and a short one
+    decoder.prefill_chunk = 25  # two pieces and a short one
     pieces_bsd = decoder.features([0, 0], 60)
     assert torch.allclose(pieces_bsd, model.features(decoder.token_bt[:, :60])[0], atol=1e-4)
     decoder.token_bt[:, :12] = tokens_bs
     h_bsd = want_bsd
     for k, (chain_bsd, _) in enumerate(mtp_features(model, want_bsd, tokens_bs), start=1):
-        h_bsd = decoder.ahead(k, h_bsd[:, : 12 - k], [0, 0])
+        h_bsd = decoder.mtp_forward(k, h_bsd[:, : 12 - k], [0, 0])
         assert torch.allclose(h_bsd, chain_bsd, atol=1e-4)
 print("rows of 12 and 9 tokens, one rolled back: as in a plain forward pass")
 
@@ -611,7 +636,7 @@ print("rows of 12 and 9 tokens, one rolled back: as in a plain forward pass")
 
 # %%
 #| export decode
-def judge(p_bsw, q_bkw, guess_bk, generator: torch.Generator | None = None):
+def verify_draft(p_bsw, q_bkw, guess_bk, generator: torch.Generator | None = None):
     """Tokens accepted in each row (b,), and the next one (b,), distributed as the main model's.
 
     p_bsw: main model at the s = D + 1 positions; q_bkw: what the D guesses were drawn from.
@@ -623,14 +648,16 @@ def judge(p_bsw, q_bkw, guess_bk, generator: torch.Generator | None = None):
     row_b = torch.arange(len(n_b), device=n_b.device)
     rest_bw = rest_bsw[row_b, n_b]
     nothing = rest_bw.sum(-1, keepdim=True) == 0  # p = q up to rounding
-    return n_b, draw(torch.where(nothing, p_bsw[row_b, n_b], rest_bw), generator)
+    return n_b, multinomial_sample(torch.where(nothing, p_bsw[row_b, n_b], rest_bw), generator)
 
 
 # %%
 p_w, q_w = torch.tensor([0.5, 0.3, 0.15, 0.05]), torch.tensor([0.1, 0.2, 0.3, 0.4])
 g = torch.Generator().manual_seed(0)
-guess_b = draw(q_w.expand(draws, -1), g)
-taken_b, next_b = judge(p_w.expand(draws, 2, 4), q_w.expand(draws, 1, 4), guess_b[:, None], g)
+guess_b = multinomial_sample(q_w.expand(draws, -1), g)
+taken_b, next_b = verify_draft(
+    p_w.expand(draws, 2, 4), q_w.expand(draws, 1, 4), guess_b[:, None], g
+)
 first_b = torch.where(taken_b == 1, guess_b, next_b)
 share_w = first_b.bincount(minlength=4) / draws
 print(f"accepted {taken_b.float().mean():.3f}, Σ min(p, q) = {torch.minimum(p_w, q_w).sum():.3f}")
@@ -649,100 +676,110 @@ assert (share_w - p_w).abs().max() < 0.015
 
 # %%
 #| export decode
-class Writer:
+class SpeculativeDecoder:
     """Continue rows of tokens, with `depth` drafts a round (0: plain decoding)."""
 
     def __init__(
-        self, model: Transformer, prompts: list[list[int]], new: int, depth=0, compiled=False
+        self,
+        model: Transformer,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        num_speculative_tokens=0,
+        compiled=False,
     ):
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("the prompt is empty: give at least the begin-of-sentence token")
-        if not 0 <= depth <= len(model.mtp):
+        if not 0 <= num_speculative_tokens <= len(model.mtp):
             raise ValueError(f"draft must be 0 to {len(model.mtp)}, the model's MTP modules")
-        self.depth, self.n = depth, [len(p) for p in prompts]
-        room = max(self.n) + new + 2 * depth + 1
+        self.num_speculative_tokens, self.lengths = (
+            num_speculative_tokens,
+            [len(p) for p in prompts],
+        )
+        room = max(self.lengths) + max_new_tokens + 2 * num_speculative_tokens + 1
         self.decoder = Decoder(model, len(prompts), room, compiled)
         for row_t, prompt in zip(self.decoder.token_bt, prompts):
             row_t[: len(prompt)] = torch.tensor(prompt)
-        self.read = [0] * len(prompts)  # where the MTP modules go on reading
+        self.mtp_lengths = [0] * len(prompts)  # where the MTP modules go on reading
         self.logit_bw = self.prefill()
 
     def prefill(self):
         """Read the prompts; logits behind the last token of each, (b, w)."""
-        h_bsd = self.decoder.features([0] * len(self.n), max(self.n))
-        return self.decoder.logits(h_bsd[range(len(self.n)), [n - 1 for n in self.n]])
+        h_bsd = self.decoder.features([0] * len(self.lengths), max(self.lengths))
+        return self.decoder.logits(h_bsd[range(len(self.lengths)), [n - 1 for n in self.lengths]])
 
-    def first(self, choose) -> list[list[int]]:
+    def first_token(self, choose) -> list[list[int]]:
         """The token behind each prompt."""
-        token_b = choose.token(self.logit_bw)
-        self.put(token_b, 0)
+        token_b = choose.sample(self.logit_bw)
+        self.write_token(token_b, 0)
         return token_b[:, None].tolist()
 
-    def put(self, token_b, k: int):
+    def write_token(self, token_b, k: int):
         """Write a token k places behind the last one read of every row."""
         token_bt = self.decoder.token_bt
-        token_bt[spot([n + k for n in self.n], 1, token_bt.device)] = token_b[:, None]
+        token_bt[cache_index([n + k for n in self.lengths], 1, token_bt.device)] = token_b[:, None]
 
-    def guess(self, choose):
+    def propose(self, choose):
         """D guesses a row, (b, D), and what each was drawn from, D × (b, w)."""
         d = self.decoder
-        s = max(n - at for n, at in zip(self.n, self.read))
-        h_bsd, out = d.h_btd[spot(self.read, s, d.h_btd.device)], []
-        for k in range(1, self.depth + 1):
-            h_bsd = d.ahead(k, h_bsd, self.read)
-            last = spot([n - 1 - at for n, at in zip(self.n, self.read)], 1, h_bsd.device)
-            out.append(choose.guess(d.logits(h_bsd[last][:, 0])))
-            self.put(out[-1][0], k)
-        self.read = [max(0, n + 1 - self.depth) for n in self.n]
+        s = max(n - at for n, at in zip(self.lengths, self.mtp_lengths))
+        h_bsd, out = d.h_btd[cache_index(self.mtp_lengths, s, d.h_btd.device)], []
+        for k in range(1, self.num_speculative_tokens + 1):
+            h_bsd = d.mtp_forward(k, h_bsd, self.mtp_lengths)
+            last = cache_index(
+                [n - 1 - at for n, at in zip(self.lengths, self.mtp_lengths)], 1, h_bsd.device
+            )
+            out.append(choose.draft(d.logits(h_bsd[last][:, 0])))
+            self.write_token(out[-1][0], k)
+        self.mtp_lengths = [max(0, n + 1 - self.num_speculative_tokens) for n in self.lengths]
         guess, q = zip(*out)
         return torch.stack(guess, 1), q
 
-    def round(self, choose, live: list[bool]) -> list[list[int]]:
+    def step(self, choose, live: list[bool]) -> list[list[int]]:
         """New tokens of every row, 1 to D + 1 of them; rows that are not live stand still."""
         d, guess_bk = self.decoder, None
-        if self.depth:
-            guess_bk, q = self.guess(choose)
-        logit_bsw = d.logits(d.features(self.n, self.depth + 1))
+        if self.num_speculative_tokens:
+            guess_bk, q = self.propose(choose)
+        logit_bsw = d.logits(d.features(self.lengths, self.num_speculative_tokens + 1))
         if guess_bk is None:
-            n_b, token_b = [0] * len(self.n), choose.token(logit_bsw[:, 0])
+            n_b, token_b = [0] * len(self.lengths), choose.sample(logit_bsw[:, 0])
             new = token_b[:, None].tolist()
         else:
-            n_b, token_b = choose.judge(logit_bsw, q, guess_bk)
+            n_b, token_b = choose.verify(logit_bsw, q, guess_bk)
             n_b = n_b.tolist()
             new = [[*g[:n], t] for g, n, t in zip(guess_bk.tolist(), n_b, token_b.tolist())]
-        self.n = [n + (1 + more) * on for n, more, on in zip(self.n, n_b, live)]
-        self.put(token_b, 0)
+        self.lengths = [n + (1 + more) * on for n, more, on in zip(self.lengths, n_b, live)]
+        self.write_token(token_b, 0)
         return [tokens if on else [] for tokens, on in zip(new, live)]
 
 
 # %%
 #| export decode
-class Choice(NamedTuple):
+class SamplingParams(NamedTuple):
     """How tokens are chosen: temperature, nucleus, and the random numbers."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     generator: torch.Generator | None = None
 
-    def token(self, logit_bw):
+    def sample(self, logit_bw):
         """The next token of each row."""
         return sample(logit_bw, self.temperature, self.generator, self.top_p)
 
-    def guess(self, logit_bw):
+    def draft(self, logit_bw):
         """A guess for each row, and the distribution it was drawn from."""
         if self.temperature == 0:
             return logit_bw.argmax(-1), None
-        q_bw = probabilities(logit_bw, self.temperature, self.top_p)
-        return draw(q_bw, self.generator), q_bw
+        q_bw = logits_to_probs(logit_bw, self.temperature, self.top_p)
+        return multinomial_sample(q_bw, self.generator), q_bw
 
-    def judge(self, logit_bsw, q: Sequence, guess_bk):
-        """`judge` by the main model's logits; at temperature 0 what it would have said itself."""
+    def verify(self, logit_bsw, q: Sequence, guess_bk):
+        """`verify_draft` by the main model's logits; at temperature 0 what it would have said itself."""
         if self.temperature == 0:
             said_bs = logit_bsw.argmax(-1)
             n_b = (said_bs[:, :-1] == guess_bk).long().cumprod(1).sum(1)
             return n_b, said_bs.gather(1, n_b[:, None])[:, 0]
-        p_bsw = probabilities(logit_bsw, self.temperature, self.top_p)
-        return judge(p_bsw, torch.stack(q, 1), guess_bk, self.generator)
+        p_bsw = logits_to_probs(logit_bsw, self.temperature, self.top_p)
+        return verify_draft(p_bsw, torch.stack(q, 1), guess_bk, self.generator)
 
 
 @torch.inference_mode()
@@ -750,9 +787,9 @@ def stream(
     model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int,
-    choice: Choice = Choice(),  # noqa: B008  a constant
+    sampling_params: SamplingParams = SamplingParams(),  # noqa: B008  a constant
     stop: Iterable[int] = (),
-    draft: int = 0,
+    num_speculative_tokens: int = 0,
     compiled: bool = False,
 ) -> Iterator[list[list[int]]]:
     """Yield the new tokens of every row, round by round; a row ends with its first stop token.
@@ -763,8 +800,11 @@ def stream(
     """
     if max_new_tokens < 1:
         return
-    writer, stop = Writer(model, prompts, max_new_tokens, draft, compiled), set(stop)
-    room, new = [max_new_tokens] * len(prompts), writer.first(choice)
+    writer, stop = (
+        SpeculativeDecoder(model, prompts, max_new_tokens, num_speculative_tokens, compiled),
+        set(stop),
+    )
+    room, new = [max_new_tokens] * len(prompts), writer.first_token(sampling_params)
     while True:
         for row, tokens in enumerate(new):
             del tokens[room[row] :]
@@ -775,7 +815,7 @@ def stream(
         room = room if wanted is None else [n * bool(on) for n, on in zip(room, wanted)]
         if not any(room):
             return
-        new = writer.round(choice, [n > 0 for n in room])
+        new = writer.step(sampling_params, [n > 0 for n in room])
 
 
 def generate(
@@ -785,12 +825,19 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     top_p: float = 1.0,
-    draft: int = 0,
+    num_speculative_tokens: int = 0,
     compiled: bool = False,
 ):
     """Continue prompts of equal length: (b, s) → (b, s + max_new_tokens)."""
-    texts, choice = tokens_bs.tolist(), Choice(temperature, top_p, generator)
-    for new in stream(model, texts, max_new_tokens, choice, draft=draft, compiled=compiled):
+    texts, choice = tokens_bs.tolist(), SamplingParams(temperature, top_p, generator)
+    for new in stream(
+        model,
+        texts,
+        max_new_tokens,
+        choice,
+        num_speculative_tokens=num_speculative_tokens,
+        compiled=compiled,
+    ):
         for text, tokens in zip(texts, new):
             text += tokens
     return torch.tensor(texts, dtype=torch.int64, device=tokens_bs.device)
@@ -804,7 +851,7 @@ def generate(
 prompts = [torch.randint(0, 256, (n,)).tolist() for n in (9, 4, 13)]
 for depth in (0, 1, 2):
     texts = [list(p) for p in prompts]
-    for new in stream(model, prompts, 12, draft=depth):
+    for new in stream(model, prompts, 12, num_speculative_tokens=depth):
         for row, tokens in zip(texts, new):
             row += tokens
     with torch.no_grad():
@@ -844,10 +891,14 @@ context = [text[-n : -n + 60].tolist() for n in (7000, 5000, 3000, 1000)]
 # %%
 def rounds(depth: int, temperature: float, new: int = 100) -> tuple[list[float], float]:
     """Share of rounds that accepted at least 1, 2, … drafts; and tokens a second, by fast rounds."""
-    counts, seconds, choice = [], [], Choice(temperature, 1.0, torch.Generator().manual_seed(0))
+    counts, seconds, choice = (
+        [],
+        [],
+        SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0)),
+    )
     for prompt in context:
         steps, clock = [], [time.perf_counter()]
-        for step in stream(model, [prompt], new, choice, draft=depth):
+        for step in stream(model, [prompt], new, choice, num_speculative_tokens=depth):
             steps.append(step)
             clock.append(time.perf_counter())
         counts += [len(s[0]) - 1 for s in steps[1:-1]]  # the first has no drafts, the last is cut
@@ -884,7 +935,7 @@ for t in heats:
     print(f"T = {t}: accepted {table[t][2][0][0]:.2f}, then {table[t][2][0][1]:.2f}; "
           f"{table[t][0][1]:.0f} tokens/s plain, {table[t][1][1]:.0f} with one draft, "
           f"{table[t][2][1]:.0f} with two")  # fmt: skip
-said = b"".join(bytes(s[0]) for s in stream(model, [context[0]], 90, draft=1))
+said = b"".join(bytes(s[0]) for s in stream(model, [context[0]], 90, num_speculative_tokens=1))
 print(bytes(context[0]).decode()[-30:], "→", said.decode(errors="replace"))
 assert STEPS < 100 or table[0.0][1][0][0] > 0.4
 
@@ -896,22 +947,22 @@ assert STEPS < 100 or table[0.0][1][0][0] > 0.4
 from dsv3_ref.viz.decoding import draw_trace
 
 
-class Traced(Writer):
+class Traced(SpeculativeDecoder):
     """A writer that remembers what was guessed."""
 
-    def guess(self, choose):
-        found = super().guess(choose)
+    def propose(self, choose):
+        found = super().propose(choose)
         self.guessed = found[0][0].tolist()
         return found
 
 
 @torch.inference_mode()
 def trace(drafts: int = 2, temperature: float = 0.0, place: int = 0):
-    choice = Choice(temperature, 1.0, torch.Generator().manual_seed(0))
+    choice = SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0))
     writer, texts = Traced(model, [context[place]], 160, drafts), lambda ids: list(map(chr, ids))
-    rounds = [(texts(writer.first(choice)[0]), 0, None)]
+    rounds = [(texts(writer.first_token(choice)[0]), 0, None)]
     while sum(len(r[0]) for r in rounds) < 150:
-        (new,) = writer.round(choice, [True])
+        (new,) = writer.step(choice, [True])
         wrong = texts(writer.guessed[len(new) - 1 : len(new)])
         rounds.append((texts(new), len(new) - 1, wrong[0] if wrong else None))
     per_round = sum(len(r[0]) for r in rounds[1:]) / (len(rounds) - 1)

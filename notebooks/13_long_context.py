@@ -167,7 +167,7 @@ def reader(model: Transformer, batch: int, length: int, step: float = 1.0) -> De
     """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
     d = Decoder(model, batch, length)
     at = torch.arange(length, device=d.token_bt.device) / step
-    d.turn_tx = torch.complex(*rope_table(model.config, at))
+    d.freqs_cis_tx = torch.complex(*rope_table(model.config, at))
     return d
 
 
@@ -385,7 +385,7 @@ for name, heads in {"MLA": None, "GQA, 8 heads": 8, "MHA, 128 heads": 128}.items
 def peak(piece: int, length: int = 1536) -> tuple[int, torch.Tensor]:
     """The most that reading a prompt holds at once, without the cache; its last hidden state."""
     d = reader(model, 1, length)
-    d.piece, d.token_bt[:] = piece, torch.arange(length) % 64
+    d.prefill_chunk, d.token_bt[:] = piece, torch.arange(length) % 64
     with torch.inference_mode(), Allocations() as tally:
         h_bsd = d.features([0], length)
     return tally.peak, h_bsd[0, -1]

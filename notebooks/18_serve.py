@@ -91,7 +91,13 @@ import torch.nn.functional as F
 
 from dsv3_ref import ops
 from dsv3_ref.config import UserError
-from dsv3_ref.decode import Choice, Layer, MTPLayer, laid_out, product
+from dsv3_ref.decode import (
+    SamplingParams,
+    DecodeLayer,
+    MTPDecodeLayer,
+    decode_weights,
+    small_matmul,
+)
 from dsv3_ref.mla import expanded, paged_attention
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.ops import impl, use
@@ -237,50 +243,52 @@ def _(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
 class PagedPlace(NamedTuple):
     """Where s positions of every row go: a `Place` of chapter 08, in pages."""
 
-    index: tuple  # (page, slot), both (b, s)
+    cache_index: tuple  # (page, slot), both (b, s)
     end: int
-    turn: torch.Tensor  # rotations, (b, s, 1, r/2)
+    freqs_cis: torch.Tensor  # rotations, (b, s, 1, r/2)
     table_bp: torch.Tensor  # int32
     length_b: torch.Tensor  # positions that exist afterwards
-    fresh: bool  # nothing came before: a prompt's first piece
+    is_first_prefill: bool  # nothing came before: a prompt's first piece
 
 
-def paged_place(tables: list[list[int]], at: list[int], s: int, size: int, spare: int, turn_tx):
+def paged_place(
+    tables: list[list[int]], at: list[int], s: int, size: int, spare: int, freqs_cis_tx
+):
     """The s positions behind `at` in rows with these tables; past its pages a row gets `spare`."""
-    device, end = turn_tx.device, max(at) + s
+    device, end = freqs_cis_tx.device, max(at) + s
     width = -(-end // size)
     table_bp = torch.tensor([[*t[:width], *[spare] * (width - len(t))] for t in tables])
     position_bs = torch.tensor(at)[:, None] + torch.arange(s)
     page_bs, table_bp = table_bp.gather(1, position_bs // size), table_bp.int().to(device)
     index = page_bs.to(device), (position_bs % size).to(device)
-    turn = turn_tx[position_bs.to(device).clamp(max=len(turn_tx) - 1)[..., None]]
+    turn = freqs_cis_tx[position_bs.to(device).clamp(max=len(freqs_cis_tx) - 1)[..., None]]
     return PagedPlace(index, size, turn, table_bp, position_bs[:, -1].to(device) + 1, not any(at))
 
 
 class Paged:
-    """Attention of a `Layer` whose cache is pages: kv_btx is (p, y, x)."""
+    """Attention of a `DecodeLayer` whose cache is pages: kv_btx is (p, y, x)."""
 
     def attention(self, x_bsd, at: PagedPlace):
         """eq. 1–11, a prompt's first piece on expanded keys, all else inside the latent."""
         c, scale, (b, s, _) = self.config.kv_lora_rank, softmax_scale(self.config), x_bsd.shape
-        q_bshi, q_bshr = self.queries(x_bsd, at)
-        self.remember(x_bsd, at)
-        if at.fresh:
-            latent = self.kv_btx[at.index].tensor_split([c], -1)
+        q_bshi, q_bshr = self.project_q(x_bsd, at)
+        self.update_kv_cache(x_bsd, at)
+        if at.is_first_prefill:
+            latent = self.kv_btx[at.cache_index].tensor_split([c], -1)
             o_bshv = expanded(q_bshi, q_bshr, *latent, self.block.attn.wkv_b.weight, scale)
-            return self.times("wo", o_bshv.flatten(2))
+            return self.project("wo", o_bshv.flatten(2))
         q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
         q_bshx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), -1)
         o_bshc = paged_attention(q_bshx, self.kv_btx, at.table_bp, at.length_b, c, scale)
         o_hnv = o_bshc.flatten(0, 1).transpose(0, 1) @ self.wv_hcv
-        return self.times("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
+        return self.project("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
 
 
-class PagedLayer(Paged, Layer):
+class PagedLayer(Paged, DecodeLayer):
     """A block over pages."""
 
 
-class PagedMTP(Paged, MTPLayer):
+class PagedMTP(Paged, MTPDecodeLayer):
     """An MTP module over pages."""
 
 
@@ -301,12 +309,12 @@ class PagedModel:
         n_layers = len(model.layers) + len(model.mtp)
         self.kv = [torch.zeros(shape, device=w.device, dtype=w.dtype) for _ in range(n_layers)]
         position_t = torch.arange(c.max_seq_len, device=w.device)
-        self.turn_tx = torch.complex(*rope_table(c, position_t))
+        self.freqs_cis_tx = torch.complex(*rope_table(c, position_t))
         self.lay_out()
 
     def lay_out(self) -> None:
         """Layers of the weights as they are now, over the same pages."""
-        tables, self.head_dw = laid_out(self.model)
+        tables, self.head_dw = decode_weights(self.model)
         modules, self.layers = [*self.model.layers.values(), *self.model.mtp.values()], []
         for x, table, kv_pyx in zip(modules, tables, self.kv):
             kind = PagedLayer if isinstance(x, Block) else PagedMTP
@@ -320,7 +328,7 @@ class PagedModel:
             x_bsd = layer(x_bsd, at)
         return self.model.norm(x_bsd)
 
-    def ahead(self, k: int, h_bsd, token_bs, at: PagedPlace):
+    def mtp_forward(self, k: int, h_bsd, token_bs, at: PagedPlace):
         """h^k of the same positions from h^{k−1} and the tokens k later (eq. 21–22)."""
         return self.layers[len(self.model.layers) + k - 1]((self.embed(token_bs), h_bsd), at)
 
@@ -330,7 +338,7 @@ class PagedModel:
 
     def logits(self, h):
         """Scores of every word, (…, w)."""
-        return product(h.flatten(0, -2), self.head_dw).unflatten(0, h.shape[:-1])
+        return small_matmul(h.flatten(0, -2), self.head_dw).unflatten(0, h.shape[:-1])
 
 
 # %%
@@ -345,9 +353,9 @@ with torch.inference_mode():
     for backend in ("gathered", "torch"):
         for row, pieces in ((0, (0, 9, 13)), (1, (0, 7))):  # read in pieces
             for a, z in zip(pieces, pieces[1:]):
-                at = paged_place(tables[row : row + 1], [a], z - a, 4, 12, scattered.turn_tx)
+                at = paged_place(tables[row : row + 1], [a], z - a, 4, 12, scattered.freqs_cis_tx)
                 scattered.features(token_bs[row : row + 1, a:z], at)
-        at = paged_place(tables, [13, 7], 3, 4, 12, scattered.turn_tx)  # then side by side
+        at = paged_place(tables, [13, 7], 3, 4, 12, scattered.freqs_cis_tx)  # then side by side
         with use(backend, "torch"):
             got_bsd = scattered.features(torch.stack((token_bs[0, 13:16], token_bs[1, 7:10])), at)
         assert torch.allclose(got_bsd[0], want_bsd[0, 13:16], atol=1e-4)
@@ -374,7 +382,9 @@ class Row:
 
     tokens: list[int]  # the prompt, then what is written
     max_new: int
-    choice: Choice = Choice()  # with its own random numbers, so that neighbours change nothing
+    choice: SamplingParams = (
+        SamplingParams()
+    )  # with its own random numbers, so that neighbours change nothing
     stop: frozenset[int] = frozenset()
     top: int = -1  # likeliest tokens whose log p is noted beside the chosen one's; −1: none
     n: int = 0
@@ -552,7 +562,9 @@ class Drafts:
 
     def place(self, rows: list[Row], at: list[int], s: int) -> PagedPlace:
         tables = [row.pages for row in rows]
-        return paged_place(tables, at, s, self.paged.size, self.paged.spare, self.paged.turn_tx)
+        return paged_place(
+            tables, at, s, self.paged.size, self.paged.spare, self.paged.freqs_cis_tx
+        )
 
     def catch_up(self, row: Row) -> None:
         """The MTP modules read what the main model has read, where the tokens behind are known."""
@@ -562,7 +574,7 @@ class Drafts:
         at, h_bsd = self.place([row], [row.mtp], s), row.h_sd[None, :s]
         for k in range(1, self.depth + 1):
             token_bs = [row.tokens[row.mtp + k : end + k]]
-            h_bsd = self.paged.ahead(k, h_bsd, token_bs, at)
+            h_bsd = self.paged.mtp_forward(k, h_bsd, token_bs, at)
         row.h_sd, row.mtp = row.h_sd[s:], end
 
     def guess(self, rows: list[Row]) -> tuple[list[list[int]], list[list]]:
@@ -574,13 +586,13 @@ class Drafts:
         last_b = [row.n - 1 - row.mtp for row in rows]
         for k in range(1, self.depth + 1):
             texts = [[*r.tokens[r.mtp + k :], *g] for r, g in zip(rows, guesses)]
-            h_bsd = self.paged.ahead(k, h_bsd, [(t + [0] * s)[:s] for t in texts], at)
+            h_bsd = self.paged.mtp_forward(k, h_bsd, [(t + [0] * s)[:s] for t in texts], at)
             logit_bw = self.paged.logits(h_bsd[range(len(rows)), last_b])
             likeliest_b = logit_bw.argmax(-1).tolist()
             for i, row in enumerate(rows):
                 token = likeliest_b[i]
                 if row.choice.temperature:
-                    token_b, q_bw = row.choice.guess(logit_bw[i : i + 1])
+                    token_b, q_bw = row.choice.draft(logit_bw[i : i + 1])
                     token = int(token_b)
                     drawn_from[i].append(q_bw)
                 guesses[i].append(token)
@@ -595,10 +607,10 @@ class Drafts:
                 new.append(said[: n + 1])
             elif guess:
                 guess_bk = torch.tensor([guess], device=logit_bsw.device)
-                n_b, token_b = row.choice.judge(logit_bsw[i : i + 1], drawn_from[i], guess_bk)
+                n_b, token_b = row.choice.verify(logit_bsw[i : i + 1], drawn_from[i], guess_bk)
                 new.append([*guess[: int(n_b)], int(token_b)])
             else:
-                new.append([int(row.choice.token(logit_bsw[i]))])
+                new.append([int(row.choice.sample(logit_bsw[i]))])
         return new
 
     def keep(self, row: Row, h_sd, accepted: int) -> None:
@@ -646,10 +658,10 @@ class Halves(Drafts):
             s = min(left, len(row.tokens) - row.n)
             if self.grow(row, row.n + s):
                 left -= s
-                out += self.piece(row, s)
+                out += self.prefill_chunk(row, s)
         return out
 
-    def piece(self, row: Row, s: int) -> list[tuple[Row, list[int]]]:
+    def prefill_chunk(self, row: Row, s: int) -> list[tuple[Row, list[int]]]:
         """Read s tokens of a prompt; behind the last one, choose the next."""
         at = self.place([row], [row.n], s)
         h_sd = self.paged.features([row.tokens[row.n : row.n + s]], at)[0]
@@ -670,7 +682,7 @@ class Halves(Drafts):
 
     def first(self, row: Row, logit_w) -> list[int]:
         """The token behind a prompt."""
-        new = row.add([int(row.choice.token(logit_w[None]))])
+        new = row.add([int(row.choice.sample(logit_w[None]))])
         self.note(row, new, logit_w[None])
         return new
 

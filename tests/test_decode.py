@@ -8,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_ref.decode import Choice, Decoder, Writer, generate, judge, probabilities, sample, stream
+from dsv3_ref.decode import (
+    Decoder,
+    SamplingParams,
+    SpeculativeDecoder,
+    generate,
+    logits_to_probs,
+    sample,
+    stream,
+    verify_draft,
+)
 from dsv3_ref.model import Transformer
 from dsv3_ref.mtp import mtp_features
 
@@ -110,7 +119,7 @@ def said(model, prompt, row):
 def test_any_lengths_and_drafts_are_the_argmax_of_a_full_forward(micro, lengths, draft, new):
     model = Transformer(micro)
     prompts = [torch.randint(micro.vocab_size, (n,)).tolist() for n in lengths]
-    for prompt, row in zip(prompts, written(model, prompts, new, draft=draft)):
+    for prompt, row in zip(prompts, written(model, prompts, new, num_speculative_tokens=draft)):
         assert len(row) == new
         assert (said(model, prompt, row) < 1e-4).all()
 
@@ -121,7 +130,9 @@ def test_a_compiled_step_writes_the_same(micro):
     model, prompts = Transformer(micro), [[1, 2, 3, 4, 5], [6, 7], [8]]
     for rows in (prompts[:1], prompts):
         for draft in (0, 1):
-            for prompt, row in zip(rows, written(model, rows, 6, draft=draft, compiled=True)):
+            for prompt, row in zip(
+                rows, written(model, rows, 6, num_speculative_tokens=draft, compiled=True)
+            ):
                 assert len(row) == 6
                 assert (said(model, prompt, row) < 1e-4).all()
 
@@ -141,7 +152,7 @@ def test_every_shape_decodes(micro, changes):
     model = Transformer(replace(micro, **changes))
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     for draft in range(len(model.mtp) + 1):
-        for prompt, row in zip(prompts, written(model, prompts, 6, draft=draft)):
+        for prompt, row in zip(prompts, written(model, prompts, 6, num_speculative_tokens=draft)):
             assert (said(model, prompt, row) < 1e-4).all()
 
 
@@ -161,27 +172,29 @@ def test_a_decoder_rolls_back(model, micro):
 @torch.inference_mode()
 def test_guesses_are_those_of_the_mtp_chain(model, micro):
     """Round after round, draft k is the argmax of chapter 06's k-th head on the same text."""
-    writer, choice = Writer(model, [[3, 1, 4, 1, 5]], 30, 2), Choice()
-    writer.first(choice)
+    writer, choice = SpeculativeDecoder(model, [[3, 1, 4, 1, 5]], 30, 2), SamplingParams()
+    writer.first_token(choice)
     for _ in range(8):
-        guess_bk, _ = writer.guess(choice)
-        n = writer.n[0]
+        guess_bk, _ = writer.propose(choice)
+        n = writer.lengths[0]
         text_bs = writer.decoder.token_bt[:, : n + 2].clone()
         text_bs[0, n + 1] = guess_bk[0, 0]
         h_bsd = model.features(text_bs)[0]
         for k, (h, _) in enumerate(mtp_features(model, h_bsd, text_bs), start=1):
             logit_w = model.head(h[0, n - 1])
             assert logit_w.max() - logit_w[guess_bk[0, k - 1]] < 1e-4
-        writer.read = [0]  # `round` guesses again
-        writer.round(choice, [True])
+        writer.mtp_lengths = [0]  # `round` guesses again
+        writer.step(choice, [True])
 
 
 def test_a_stop_token_ends_a_row_and_only_that(model, micro):
     x = [[1, 2, 3], [4, 5, 6, 7]]
     for draft in (0, 2):
-        free = written(model, x, 12, draft=draft)
+        free = written(model, x, 12, num_speculative_tokens=draft)
         stop = free[0][4]
-        for row, whole in zip(written(model, x, 12, draft=draft, stop=[stop]), free):
+        for row, whole in zip(
+            written(model, x, 12, num_speculative_tokens=draft, stop=[stop]), free
+        ):
             end = whole.index(stop) + 1 if stop in whole else len(whole)
             assert row == whole[:end]
 
@@ -196,7 +209,7 @@ def test_a_caller_can_end_a_row(model):
 
 def test_too_many_drafts_are_refused(model):
     with pytest.raises(ValueError, match="draft must be 0 to 2"):
-        next(stream(model, [[1]], 5, draft=3))
+        next(stream(model, [[1]], 5, num_speculative_tokens=3))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -208,7 +221,7 @@ def test_accepted_drafts_have_the_distribution_of_the_model(depth):
     g = torch.Generator().manual_seed(depth)
     guess_bk = torch.multinomial(q_w.expand(n, w), depth, replacement=True, generator=g)
     p, q = p_w.expand(n, depth + 1, w), q_w.expand(n, depth, w)
-    taken_b, next_b = judge(p, q, guess_bk, g)
+    taken_b, next_b = verify_draft(p, q, guess_bk, g)
     accept = torch.minimum(p_w, q_w).sum()
     out = torch.cat((guess_bk, torch.zeros(n, 1, dtype=torch.int64)), 1)
     out[torch.arange(n), taken_b] = next_b
@@ -227,10 +240,12 @@ def test_drafted_text_has_the_distribution_of_plain_text(micro):
     model = Transformer(replace(micro, vocab_size=6))
     counts = []
     for draft in (0, 2):
-        choice = Choice(1.3, 0.9, torch.Generator().manual_seed(draft))
+        choice = SamplingParams(1.3, 0.9, torch.Generator().manual_seed(draft))
         pair = torch.zeros(36)
         for _ in range(20):
-            for row in written(model, [[1, 2]] * 300, 3, choice=choice, draft=draft):
+            for row in written(
+                model, [[1, 2]] * 300, 3, sampling_params=choice, num_speculative_tokens=draft
+            ):
                 pair[row[1] * 6 + row[2]] += 1
         counts.append(pair)
     a, b = counts
@@ -242,6 +257,6 @@ def test_drafted_text_has_the_distribution_of_plain_text(micro):
 def test_top_p_keeps_the_fewest_likeliest():
     logit_w = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.9, 3), (1.0, 4)):
-        p_w = probabilities(logit_w, 1.0, top_p)[0]
+        p_w = logits_to_probs(logit_w, 1.0, top_p)[0]
         assert (p_w > 0).tolist() == [i < kept for i in range(4)]
         torch.testing.assert_close(p_w.sum(), torch.tensor(1.0))

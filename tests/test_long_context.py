@@ -16,7 +16,7 @@ from miniruns import metrics, options, results
 from dsv3_ref.checkpoints.native import load, load_checkpoint_config
 from dsv3_ref.cli import main
 from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count
-from dsv3_ref.decode import Decoder, by_blocks, stream
+from dsv3_ref.decode import Decoder, blockwise_attention, stream
 from dsv3_ref.long_context import (
     RECIPES,
     by_thirds_of_octaves,
@@ -116,7 +116,7 @@ def test_recall_reads_once_what_others_read_again(micro):
 def test_loss_by_position_is_that_of_the_forward_pass(micro):
     model, rows_bs = Transformer(micro), torch.randint(micro.vocab_size, (3, 41))
     d = reader(model, 3, 40)
-    d.piece = 16
+    d.prefill_chunk = 16
     want_bws = model(rows_bs[:, :-1]).transpose(1, 2)
     want_bs = F.cross_entropy(want_bws, rows_bs[:, 1:], reduction="none")
     torch.testing.assert_close(nll_by_position(d, rows_bs), want_bs, atol=1e-4, rtol=1e-4)
@@ -135,7 +135,7 @@ def test_interpolation_is_a_slower_clock(micro):
     """Position t read with step 4 is turned as position t/4."""
     model = Transformer(replace(micro, rope_factor=1.0))
     slow, plain = reader(model, 1, 33, 4.0), reader(model, 1, 9)
-    torch.testing.assert_close(slow.turn_tx[::4], plain.turn_tx)
+    torch.testing.assert_close(slow.freqs_cis_tx[::4], plain.freqs_cis_tx)
 
 
 def test_bins_cover_every_place_once():
@@ -151,17 +151,17 @@ def test_bins_cover_every_place_once():
 def test_blocks_of_keys_are_the_whole(s, before, size):
     t = s + before
     q, k, v = torch.randn(2, s, 3, 8), torch.randn(2, t, 3, 8), torch.randn(2, t, 3, 6)
-    got = by_blocks(q, zip(k.split(size, 1), v.split(size, 1)), t, 0.4)
+    got = blockwise_attention(q, zip(k.split(size, 1), v.split(size, 1)), t, 0.4)
     torch.testing.assert_close(got, attention(q, k, v, 0.4), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("piece", [17, 20, 32, 59, 60])
 @torch.no_grad()
 def test_a_prompt_in_pieces_is_the_whole_prompt(micro, piece, monkeypatch):
-    monkeypatch.setattr("dsv3_ref.decode.KEYS", 13)
+    monkeypatch.setattr("dsv3_ref.decode.KV_BLOCK", 13)
     model, tokens_bs = Transformer(micro), torch.randint(micro.vocab_size, (2, 60))
     d = Decoder(model, 2, 64)
-    d.piece, d.token_bt[:, :60] = piece, tokens_bs
+    d.prefill_chunk, d.token_bt[:, :60] = piece, tokens_bs
     torch.testing.assert_close(
         d.features([0, 0], 60), model.features(tokens_bs)[0], atol=1e-4, rtol=1e-4
     )
@@ -178,10 +178,10 @@ def test_long_prompts_are_continued_as_ever(micro, draft, monkeypatch):
     model = Transformer(micro)
     prompts = [torch.randint(micro.vocab_size, (n,)).tolist() for n in (50, 33)]
     write = lambda: [[*x] for x in zip(*(map(tuple, r) for r in stream(model, prompts, 6,
-                                                                     draft=draft)))]  # fmt: skip
+                                                                     num_speculative_tokens=draft)))]  # fmt: skip
     flat = lambda rows: [[t for part in row for t in part] for row in rows]
     want = flat(write())
-    monkeypatch.setattr(Decoder, "piece", 18)
+    monkeypatch.setattr(Decoder, "prefill_chunk", 18)
     assert flat(write()) == want
 
 

@@ -10,7 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from dsv3_ref.data.loader import open_sources
-from dsv3_ref.decode import Choice, stream
+from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS
 from dsv3_ref.serving.generate import Text
@@ -99,7 +99,9 @@ class OurLM(TemplateLM):
         room = min(how.get("max_gen_toks", 256), self.limit - 1)
         prompt = prompt[-(self.limit - room) :]
         drawn = how.get("do_sample", False) or how.get("temperature", 0) > 0
-        choice = Choice(how.get("temperature", 1.0) if drawn else 0.0, how.get("top_p", 1.0))
+        choice = SamplingParams(
+            how.get("temperature", 1.0) if drawn else 0.0, how.get("top_p", 1.0)
+        )
         out = ""
         for (new,) in stream(self.policy.model, [prompt], room, choice, {end}):
             out += text.add([t for t in new if t != end])

@@ -14,7 +14,7 @@ from dsv3_ref import sft
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
 from dsv3_ref.data.tokenizer import EOS, byte_lengths, get_special_tokens
-from dsv3_ref.decode import Choice, stream
+from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.sft import (
     SpecialTokens,
@@ -174,7 +174,7 @@ class SftTrainer(Trainer):
         for tokens in self.asked_first:
             asked = tokens[: len(tokens) - tokens[::-1].index(self.special_tokens.assistant)]
             room = max(0, min(160, self.args.model.max_seq_len - len(asked)))
-            choice = Choice(0.8, generator=generator)
+            choice = SamplingParams(0.8, generator=generator)
             rounds = stream(self.model, [asked], room, choice, {self.tokenizer.token_to_id(EOS)})
             new = [token for (tokens,) in rounds for token in tokens]
             prompt, text = (self.tokenizer.decode(x) for x in (asked, new))

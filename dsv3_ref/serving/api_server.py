@@ -20,7 +20,7 @@ import tyro
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
-from dsv3_ref.decode import Choice
+from dsv3_ref.decode import SamplingParams
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.serve import Engine, Full, Row
 from dsv3_ref.serving.generate import Text
@@ -301,12 +301,12 @@ class Service:
         """A row for every answer, queued; raises what `submit` raises."""
         if (total := ask.n * len(ask.prompts)) > self.args.max_n:
             raise UserError(f"{total} answers are more than the {self.args.max_n} of one request")
-        sink, calls, device = asyncio.Queue(), [], self.engine.paged.turn_tx.device
+        sink, calls, device = asyncio.Queue(), [], self.engine.paged.freqs_cis_tx.device
         for prompt in ask.prompts:
             room = max(1, min(self.args.max_new_tokens, self.engine.longest - len(prompt)))
             for _ in range(ask.n):
                 seed = (ask.seed + len(calls)) % (1 << 63)
-                choice = Choice(
+                choice = SamplingParams(
                     ask.temperature, ask.top_p, torch.Generator(device).manual_seed(seed)
                 )
                 calls.append(

@@ -21,7 +21,7 @@ from dsv3_ref.data.tokenizer import (
     USER,
     load_tokenizer,
 )
-from dsv3_ref.decode import Choice, stream
+from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.model import Transformer
 from dsv3_ref.training.loop import pick_device
 
@@ -129,7 +129,7 @@ class Speaker:
                 f"--draft {args.draft}: this model has {len(self.model.mtp)} MTP modules"
             )
         generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.args, self.choice = args, Choice(args.temperature, args.top_p, generator)
+        self.args, self.choice = args, SamplingParams(args.temperature, args.top_p, generator)
 
     def like(self, args: Options) -> "Speaker":
         """The same model with other options."""
@@ -190,7 +190,7 @@ def warm_up(model: Transformer, draft: int) -> None:
     """Compile the step for one row, and say how long it took."""
     start = time.perf_counter()
     try:
-        list(stream(model, [[0]], 2 + draft, draft=draft, compiled=True))
+        list(stream(model, [[0]], 2 + draft, num_speculative_tokens=draft, compiled=True))
     except (InvalidCxxCompiler, BackendCompilerFailed) as e:
         raise UserError(f"--compile needs a C++ compiler such as g++ ({e})") from None
     print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -13,7 +13,7 @@ from html import escape
 import torch
 
 from dsv3_ref.config import UserError
-from dsv3_ref.decode import Choice
+from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving.generate import Chat, Speaker, Text, conversation
 
@@ -81,13 +81,13 @@ def clean(text: str) -> str:
 # ── An answer, token by token ──
 
 
-class Watched(Choice):
-    """A `Choice` that remembers how many drafts the last round accepted."""
+class Watched(SamplingParams):
+    """A `SamplingParams` that remembers how many drafts the last round accepted."""
 
     kept = 0
 
-    def judge(self, logit_bsw, q, guess_bk):
-        n_b, token_b = super().judge(logit_bsw, q, guess_bk)
+    def verify(self, logit_bsw, q, guess_bk):
+        n_b, token_b = super().verify(logit_bsw, q, guess_bk)
         self.kept = int(n_b[0])
         return n_b, token_b
 

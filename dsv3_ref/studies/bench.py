@@ -17,7 +17,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 
 from dsv3_ref.config import TINY, Config, UserError
-from dsv3_ref.decode import Choice, Decoder, Writer, generate
+from dsv3_ref.decode import Decoder, SamplingParams, SpeculativeDecoder, generate
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.pretrain import losses
@@ -319,11 +319,15 @@ def speculated(model: Transformer, rows_bs, rounds: int, compiled: bool) -> dict
 
 def written(model: Transformer, prompt: list[int], depth: int, compiled: bool):
     """Seconds for 64 tokens, the prompt already read, and how many each round gave."""
-    writer, choice, lengths = Writer(model, [prompt], NEW, depth, compiled), Choice(), []
-    writer.first(choice)
+    writer, choice, lengths = (
+        SpeculativeDecoder(model, [prompt], NEW, depth, compiled),
+        SamplingParams(),
+        [],
+    )
+    writer.first_token(choice)
     start = time.perf_counter()
     while sum(lengths) < NEW:
-        lengths.append(len(writer.round(choice, [True])[0]))
+        lengths.append(len(writer.step(choice, [True])[0]))
     return (time.perf_counter() - start) * NEW / sum(lengths), lengths
 
 
@@ -335,7 +339,9 @@ def round_costs(model: Transformer, token_t, compiled: bool) -> dict[str, float]
     h_btd, head, at = decoder.h_btd.clone(), decoder.logits, cycle(range(32, len(token_t) - 2))
     plain = lambda t: head(decoder.features([t], 1)).argmax(-1)
     verify = lambda t: head(decoder.features([t], 2)).argmax(-1)
-    draft = lambda t: head(decoder.ahead(1, h_btd[:, t - 1 : t + 1], [t - 1])[:, -1]).argmax(-1)
+    draft = lambda t: head(decoder.mtp_forward(1, h_btd[:, t - 1 : t + 1], [t - 1])[:, -1]).argmax(
+        -1
+    )
     works = {"plain": plain, "verify": verify, "draft": draft}
     works = {name: lambda f=f: f(next(at)) for name, f in works.items()}
     s = interleaved(200, **works)

@@ -27,7 +27,7 @@ from dsv3_ref.cli import main
 from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, SPECIAL, USER, save_tokenizer
 from dsv3_ref.data.tokenizer import train_tokenizer as train
-from dsv3_ref.decode import Choice, stream
+from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.eplb import ExpertLoadWindow, rebalance_experts
 from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
@@ -155,15 +155,15 @@ def test_in_fp64_tokens_are_exactly_those_of_one_stream(micro, exact, depth):
 def test_a_seed_repeats_a_draw_whoever_else_is_there(micro, exact, depth):
     model, draws = Transformer(micro).double().eval(), []
     for others in (0, 4):
-        mine = Row([3, 1, 4], 12, Choice(1.0, 0.9, torch.Generator().manual_seed(7)))
-        heat = Choice(1.0, 1.0, torch.Generator().manual_seed(1))
+        mine = Row([3, 1, 4], 12, SamplingParams(1.0, 0.9, torch.Generator().manual_seed(7)))
+        heat = SamplingParams(1.0, 1.0, torch.Generator().manual_seed(1))
         rows = [Row([i] * (i + 1), 9, heat) for i in range(others)]
         run(engine(model, depth=depth), [*rows, mine], apart=1)
         draws.append(mine.new)
     assert draws[0] == draws[1]
     if not depth:
-        choice = Choice(1.0, 0.9, torch.Generator().manual_seed(7))
-        assert draws[0] == alone(model, [3, 1, 4], 12, choice=choice)
+        choice = SamplingParams(1.0, 0.9, torch.Generator().manual_seed(7))
+        assert draws[0] == alone(model, [3, 1, 4], 12, sampling_params=choice)
 
 
 @pytest.mark.parametrize("depth", [0, 2])

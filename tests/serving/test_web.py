@@ -19,7 +19,7 @@ from dsv3_ref.checkpoints.native import save
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import EOS, SPECIAL, save_tokenizer, train_tokenizer
-from dsv3_ref.decode import Writer
+from dsv3_ref.decode import SpeculativeDecoder
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving import web
 from dsv3_ref.serving.generate import Chat, Speaker, conversation
@@ -96,15 +96,15 @@ def test_the_experts_of_a_token_are_those_that_read_it(speaker):
 @pytest.mark.parametrize("draft", [0, 1, 2])
 @pytest.mark.parametrize("new", [1, 2, 11, 12, 13])
 def test_marked_are_the_drafts_that_the_model_accepted(speaker, draft, new, monkeypatch):
-    """A whole round is some accepted drafts and one token of the model's own (see `Writer`)."""
-    marks, real = [False], Writer.round
+    """A whole round is some accepted drafts and one token of the model's own (see `SpeculativeDecoder`)."""
+    marks, real = [False], SpeculativeDecoder.step
 
     def spy(writer, *args):
         (tokens,) = out = real(writer, *args)
         marks.extend([True] * (len(tokens) - 1) + [False])
         return out
 
-    monkeypatch.setattr(Writer, "round", spy)
+    monkeypatch.setattr(SpeculativeDecoder, "step", spy)
     turn = answered(speaker, settings=(2.0, 1.0, new, draft, ""))
     assert turn.accepted == marks[: len(turn.tokens)]
     assert len(turn.tokens) == len(turn.pieces) <= new
