@@ -18,7 +18,7 @@ from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 # ── A rule: the box ──
 
 
-def boxed(text: str) -> str | None:
+def extract_boxed(text: str) -> str | None:
     """The content of the only \\boxed{…} of a text; None if there is none, several, or no end."""
     found = [m.end() for m in re.finditer(r"\\boxed\{", text)]
     if len(found) != 1:
@@ -31,14 +31,14 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def well_formed(text: str) -> bool:
+def has_think_format(text: str) -> bool:
     """Whether a text is `<think>…</think>` once, and behind it an answer with one box."""
     parts = re.fullmatch(r"<think>(.*?)</think>(.*)", text.strip(), re.DOTALL)
     marks = len(re.findall(r"</?think>", text))
-    return parts is not None and marks == 2 and boxed(parts[2]) is not None
+    return parts is not None and marks == 2 and extract_boxed(parts[2]) is not None
 
 
-def program(text: str) -> str | None:
+def extract_code(text: str) -> str | None:
     """The only fenced block of code of a text; None if there is none, or several."""
     found = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
     return found[0] if len(found) == 1 else None
@@ -60,15 +60,15 @@ def bradley_terry(reward_m):
 
 # ── The chain of thought that leads to the reward ──
 
-JUDGE = "Is this right? Work it out."
+JUDGE_PROMPT = "Is this right? Work it out."
 
 
-def judge(truth: str = "") -> str:
-    """The turn that asks for a judgement, with the right answer if there is one."""
-    return f"{JUDGE} It should be {truth}." if truth else JUDGE
+def judge_prompt(reference: str = "") -> str:
+    """The turn that asks for a judgment, with the right answer if there is one."""
+    return f"{JUDGE_PROMPT} It should be {reference}." if reference else JUDGE_PROMPT
 
 
-def judgement(tokens_1n, special_tokens: SpecialTokens):
+def judgment_mask(tokens_1n, special_tokens: SpecialTokens):
     """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
     end_m = sample_cu_seqlens(tokens_1n, special_tokens)
     length_m = end_m.diff(prepend=end_m.new_zeros(1)).long()
@@ -80,26 +80,28 @@ def judgement(tokens_1n, special_tokens: SpecialTokens):
     return assistant_mask(tokens_1n, special_tokens) & (answer_n == last_n) & (last_n >= 2)
 
 
-class Preference(NamedTuple):
+class PreferenceOutput(NamedTuple):
     """What a row of pairs says about a reward model."""
 
     losses: Losses
     reward_m: torch.Tensor
 
 
-def preference_losses(
-    model: Transformer, tokens_1n, special_tokens: SpecialTokens, weight: float
-) -> Preference:
-    """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgements)."""
+def preference_loss(
+    model: Transformer, tokens_1n, special_tokens: SpecialTokens, judgment_weight: float
+) -> PreferenceOutput:
+    """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgments)."""
     end_m = sample_cu_seqlens(tokens_1n, special_tokens)
     h_1nd, routes = model.features(tokens_1n, ends=end_m)
     reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
-    says_n = judgement(tokens_1n, special_tokens)[0, 1:]
-    if weight and says_n.any():
+    says_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]
+    if judgment_weight and says_n.any():
         h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
-        loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(end_m)
-    return Preference(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
+        loss = loss + judgment_weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(
+            end_m
+        )
+    return PreferenceOutput(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
 
 
 # ── Calibration ──
@@ -129,32 +131,32 @@ CONSTITUTION = (
 )
 
 
-def ballot(question: str, answer: str) -> str:
+def vote_prompt(question: str, answer: str) -> str:
     """The turn in which a model is asked for its vote."""
     return f"{CONSTITUTION}\nQuestion: {question}\nAnswer: {answer}\nIs it good, yes or no?"
 
 
-def condorcet(p: float, k: int) -> float:
+def majority_accuracy(p: float, k: int) -> float:
     """Chance that a majority of k independent votes, each right with p, is right; ties count ½."""
     chance = [math.comb(k, j) * p**j * (1 - p) ** (k - j) for j in range(k + 1)]
     return sum(x * (1.0 if 2 * j > k else 0.5 * (2 * j == k)) for j, x in enumerate(chance))
 
 
-def votes(yes_nk, k: int):
+def vote_reward(yes_nk, k: int):
     """Share of yes among the first k votes of each answer, (n,): the self-reward."""
     return yes_nk[:, :k].float().mean(1)
 
 
-def vote_agreement(yes_nk, good_n, k: int) -> float:
+def majority_agreement(yes_nk, good_n, k: int) -> float:
     """How often the majority of k votes says what is true; a tie is half right."""
-    share_n = votes(yes_nk, k)
+    share_n = vote_reward(yes_nk, k)
     right_n = torch.where(share_n == 0.5, 0.5, ((share_n > 0.5) == good_n).float())
     return right_n.mean().item()
 
 
-def pass_at(right: int, n: int, k: int) -> float:
+def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     """pass@k from n answers of which some are right: 1 − C(n − right, k) / C(n, k), unbiased."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def majority(answers: list[str | None]) -> str | None:

@@ -69,7 +69,7 @@ from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens, assistant_mask
 
 # %%
 #| export
-def boxed(text: str) -> str | None:
+def extract_boxed(text: str) -> str | None:
     """The content of the only \\boxed{…} of a text; None if there is none, several, or no end."""
     found = [m.end() for m in re.finditer(r"\\boxed\{", text)]
     if len(found) != 1:
@@ -82,27 +82,30 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def well_formed(text: str) -> bool:
+def has_think_format(text: str) -> bool:
     """Whether a text is `<think>…</think>` once, and behind it an answer with one box."""
     parts = re.fullmatch(r"<think>(.*?)</think>(.*)", text.strip(), re.DOTALL)
     marks = len(re.findall(r"</?think>", text))
-    return parts is not None and marks == 2 and boxed(parts[2]) is not None
+    return parts is not None and marks == 2 and extract_boxed(parts[2]) is not None
 
 
-def program(text: str) -> str | None:
+def extract_code(text: str) -> str | None:
     """The only fenced block of code of a text; None if there is none, or several."""
     found = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
     return found[0] if len(found) == 1 else None
 
 
 # %%
-assert boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
-assert boxed(r"\boxed{1} or \boxed{2}") is None and boxed(r"\boxed{1") is None
-assert well_formed(r"<think>1+1=2</think>\boxed{2}") and not well_formed(
+assert extract_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+assert extract_boxed(r"\boxed{1} or \boxed{2}") is None and extract_boxed(r"\boxed{1") is None
+assert has_think_format(r"<think>1+1=2</think>\boxed{2}") and not has_think_format(
     r"<think>\boxed{2}</think>"
 )
-assert not well_formed(r"<think>a</think><think>b</think>\boxed{2}")
-assert program("So:\n```python\nprint(7)\n```\n") == "print(7)\n" and program("print(7)") is None
+assert not has_think_format(r"<think>a</think><think>b</think>\boxed{2}")
+assert (
+    extract_code("So:\n```python\nprint(7)\n```\n") == "print(7)\n"
+    and extract_code("print(7)") is None
+)
 
 # %% [markdown]
 # *Equal* is not the same string: $\frac12$, 0.5 and 2/4 are one answer. `math-verify` knows; but it can be made to compute
@@ -195,27 +198,27 @@ print(
 # ## The chain of thought that leads to the reward
 # The judge speaks *before* it scores. In the tokens of [chapter 14](14_sft_distill.ipynb) this is one more turn:
 #
-# `…<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`judge`<｜Assistant｜>`judgement`<｜end▁of▁sentence｜>` $\to r$
+# `…<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`judge`<｜Assistant｜>`judgment`<｜end▁of▁sentence｜>` $\to r$
 #
 # If a ground truth exists it stands in the judge's turn (a judge that is told and scores at once is read at the end of that turn). Training has
-# two losses: Bradley–Terry behind the end, and the likelihood of the *judgements* $j$ (never of the answers: half of them are bad), with a weight $\lambda = 0.1$.
+# two losses: Bradley–Terry behind the end, and the likelihood of the *judgments* $j$ (never of the answers: half of them are bad), with a weight $\lambda = 0.1$.
 #
 # $$L = -\log\sigma(r_a - r_b) - \tfrac{\lambda}{2} \big(\log p(j_a) + \log p(j_b)\big)$$
 #
-# A sum over the tokens of a judgement, not a mean over those of a batch: so the gradient is the same however the batch is cut.
+# A sum over the tokens of a judgment, not a mean over those of a batch: so the gradient is the same however the batch is cut.
 
 
 # %%
 #| export
-JUDGE = "Is this right? Work it out."
+JUDGE_PROMPT = "Is this right? Work it out."
 
 
-def judge(truth: str = "") -> str:
-    """The turn that asks for a judgement, with the right answer if there is one."""
-    return f"{JUDGE} It should be {truth}." if truth else JUDGE
+def judge_prompt(reference: str = "") -> str:
+    """The turn that asks for a judgment, with the right answer if there is one."""
+    return f"{JUDGE_PROMPT} It should be {reference}." if reference else JUDGE_PROMPT
 
 
-def judgement(tokens_1n, special_tokens: SpecialTokens):
+def judgment_mask(tokens_1n, special_tokens: SpecialTokens):
     """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
     end_m = sample_cu_seqlens(tokens_1n, special_tokens)
     length_m = end_m.diff(prepend=end_m.new_zeros(1)).long()
@@ -227,26 +230,28 @@ def judgement(tokens_1n, special_tokens: SpecialTokens):
     return assistant_mask(tokens_1n, special_tokens) & (answer_n == last_n) & (last_n >= 2)
 
 
-class Preference(NamedTuple):
+class PreferenceOutput(NamedTuple):
     """What a row of pairs says about a reward model."""
 
     losses: Losses
     reward_m: torch.Tensor
 
 
-def preference_losses(
-    model: Transformer, tokens_1n, special_tokens: SpecialTokens, weight: float
-) -> Preference:
-    """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgements)."""
+def preference_loss(
+    model: Transformer, tokens_1n, special_tokens: SpecialTokens, judgment_weight: float
+) -> PreferenceOutput:
+    """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgments)."""
     end_m = sample_cu_seqlens(tokens_1n, special_tokens)
     h_1nd, routes = model.features(tokens_1n, ends=end_m)
     reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
-    says_n = judgement(tokens_1n, special_tokens)[0, 1:]
-    if weight and says_n.any():
+    says_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]
+    if judgment_weight and says_n.any():
         h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
-        loss = loss + weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(end_m)
-    return Preference(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
+        loss = loss + judgment_weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(
+            end_m
+        )
+    return PreferenceOutput(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
 
 
 # %%
@@ -259,14 +264,14 @@ bos, eos, _, user, assistant = SPECIAL_TOKENS
 right = [bos, user, 10, 11, assistant, 21, eos, user, 9, assistant, 30, 31, eos]
 wrong = [bos, user, 10, 11, assistant, 22, 23, eos, user, 9, assistant, 30, 32, eos]
 pair_1n = torch.tensor([right + wrong])
-spoken = pair_1n[judgement(pair_1n, SPECIAL_TOKENS)].tolist()
+spoken = pair_1n[judgment_mask(pair_1n, SPECIAL_TOKENS)].tolist()
 assert spoken == [30, 31, eos, 30, 32, eos]
 model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
 for sample in (right, wrong):  # a score belongs to its sample alone
     h_1sd = model.features(torch.tensor([sample]))[0]
     alone = reward_scores(h_1sd[0], model.head.weight, torch.tensor([len(sample)]), SPECIAL_TOKENS)
     print(f"scored alone {alone.item():+.4f}")
-both = preference_losses(model, pair_1n, SPECIAL_TOKENS, 0.0)
+both = preference_loss(model, pair_1n, SPECIAL_TOKENS, 0.0)
 print("in a pair   ", [f"{x:+.4f}" for x in both.reward_m.tolist()])
 assert abs(both.reward_m[1] - alone).item() < 1e-4
 both.losses.main.backward()
@@ -317,7 +322,7 @@ for name, table in (("honest", honest), ("boaster", boaster)):
 #
 # They are not independent: it is the same model each time, and where it errs it errs again.
 #
-# Two relatives measure answers instead of judgements: *maj@k* asks whether the commonest of $k$ final answers is right, *pass@k* whether any is. From $n \ge k$ answers,
+# Two relatives measure answers instead of judgments: *maj@k* asks whether the commonest of $k$ final answers is right, *pass@k* whether any is. From $n \ge k$ answers,
 # of which $c$ are right, pass@k is estimated without bias as $1 - \binom{n-c}{k} / \binom{n}{k}$: of all choices of $k$, the share that holds a right one.
 
 
@@ -328,32 +333,32 @@ CONSTITUTION = (
 )
 
 
-def ballot(question: str, answer: str) -> str:
+def vote_prompt(question: str, answer: str) -> str:
     """The turn in which a model is asked for its vote."""
     return f"{CONSTITUTION}\nQuestion: {question}\nAnswer: {answer}\nIs it good, yes or no?"
 
 
-def condorcet(p: float, k: int) -> float:
+def majority_accuracy(p: float, k: int) -> float:
     """Chance that a majority of k independent votes, each right with p, is right; ties count ½."""
     chance = [math.comb(k, j) * p**j * (1 - p) ** (k - j) for j in range(k + 1)]
     return sum(x * (1.0 if 2 * j > k else 0.5 * (2 * j == k)) for j, x in enumerate(chance))
 
 
-def votes(yes_nk, k: int):
+def vote_reward(yes_nk, k: int):
     """Share of yes among the first k votes of each answer, (n,): the self-reward."""
     return yes_nk[:, :k].float().mean(1)
 
 
-def vote_agreement(yes_nk, good_n, k: int) -> float:
+def majority_agreement(yes_nk, good_n, k: int) -> float:
     """How often the majority of k votes says what is true; a tie is half right."""
-    share_n = votes(yes_nk, k)
+    share_n = vote_reward(yes_nk, k)
     right_n = torch.where(share_n == 0.5, 0.5, ((share_n > 0.5) == good_n).float())
     return right_n.mean().item()
 
 
-def pass_at(right: int, n: int, k: int) -> float:
+def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     """pass@k from n answers of which some are right: 1 − C(n − right, k) / C(n, k), unbiased."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def majority(answers: list[str | None]) -> str | None:
@@ -367,19 +372,19 @@ for p in (0.45, 0.7, 0.9):
     good_n = torch.rand(20_000) < 0.5
     yes_nk = torch.where(torch.rand(20_000, 9) < p, good_n[:, None], ~good_n[:, None])
     for k in (1, 2, 6, 9):
-        assert abs(vote_agreement(yes_nk, good_n, k) - condorcet(p, k)) < 0.015
+        assert abs(majority_agreement(yes_nk, good_n, k) - majority_accuracy(p, k)) < 0.015
     print(
-        f"a vote is right with {p:.0%}: of 1, 6, 9 votes {[f'{condorcet(p, k):.0%}' for k in (1, 6, 9)]}"
+        f"a vote is right with {p:.0%}: of 1, 6, 9 votes {[f'{majority_accuracy(p, k):.0%}' for k in (1, 6, 9)]}"
     )
 answers = ["7", "5", "7", None, "7", "5"]
-print("maj@6 of", answers, "→", majority(answers), "· two of six right: pass@3", pass_at(2, 6, 3))
-assert majority(answers) == "7" and pass_at(2, 6, 3) == 0.8
+print("maj@6 of", answers, "→", majority(answers), "· two of six right: pass@3", pass_at_k(2, 6, 3))
+assert majority(answers) == "7" and pass_at_k(2, 6, 3) == 0.8
 
 # %% [markdown]
 # ## Experiment: can the judge be fooled?
 # `python -m dsv3_ref.studies.reward` trains three judges from the fine-tuned 5M model on 3,000 pairs of answers to sums. One answer is right. In seven of ten
-# pairs, by chance, the right one also ends "I am quite sure of it."; independently, the wrong one ends so in three of ten. Judges: **directly** (score at once), **thinking** (work
-# the sum out, write result and given number side by side and a verdict, then score), and **thinking, told** (with the right answer in the judge's turn). The candidates on the right are made up: right with chance 0.3 and,
+# pairs, by chance, the right one also ends "I am quite sure of it."; independently, the wrong one ends so in three of ten. Judges: **direct** (score at once), **cot** (chain of thought: work
+# the sum out, write result and given number side by side and a verdict, then score), and **cot with reference** (with the right answer in the judge's turn). The candidates on the right are made up: right with chance 0.3 and,
 # independently, sure with chance ½.
 
 # %%
@@ -405,7 +410,7 @@ axes[1].set(xscale="log", xticks=n, xticklabels=n, xlabel="answers to choose fro
             ylabel="the chosen one is right", title="Best of n by reward")  # fmt: skip
 axes[1].legend(fontsize=8)
 show(fig)
-direct, thinking = judges["directly"], judges["thinking"]
+direct, thinking = judges["direct"], judges["cot"]
 assert thinking["agreement"]["wrong sounds sure"] > direct["agreement"]["wrong sounds sure"] + 0.3
 assert thinking["best of"]["16"]["right"] > direct["best of"]["16"]["right"] + 0.3
 
@@ -459,10 +464,10 @@ def assembly(p: float = 0.7, k: int = 6, shared: float = 0.3):
     yes_nk = torch.where(hit_nk, good_n[:, None], ~good_n[:, None])
     ks = range(1, 16)
     fig, ax = figure(1, 1, 7, 2.4)
-    ax.plot(ks, [condorcet(p, j) for j in ks], color=GREY, label="independent")
+    ax.plot(ks, [majority_accuracy(p, j) for j in ks], color=GREY, label="independent")
     ax.plot(
         ks,
-        [vote_agreement(yes_nk, good_n, j) for j in ks],
+        [majority_agreement(yes_nk, good_n, j) for j in ks],
         color=GREEN,
         label=f"{shared:.0%} repeat",
     )
@@ -498,7 +503,7 @@ def check_chance(fn):
 @checker
 def check_even(fn):
     """Which outcomes are ties, how likely are they, and who decides them?"""
-    assert all(abs(fn(p) - condorcet(p, 2)) < 1e-9 for p in (0.3, 0.6, 0.9))
+    assert all(abs(fn(p) - majority_accuracy(p, 2)) < 1e-9 for p in (0.3, 0.6, 0.9))
 
 
 @checker
@@ -507,7 +512,7 @@ def check_cheat(fn):
     for truth in ("7", "-3"):
         text = fn(truth)
         found = set(re.findall(r"\\boxed\{(.*?)\}", text))
-        assert truth in found and len(found) > 1 and boxed(text) is None
+        assert truth in found and len(found) > 1 and extract_boxed(text) is None
 
 
 def my_chance(a: float, b: float) -> tuple[float, float]:
@@ -574,6 +579,6 @@ from dsv3_ref.config import V3, count
 
 answers_, thought = 512, 500
 print(
-    f"{answers_ * thought:,} tokens of judgements a step, {2 * count(V3).activated * answers_ * thought:.1e} FLOPs"
+    f"{answers_ * thought:,} tokens of judgments a step, {2 * count(V3).activated * answers_ * thought:.1e} FLOPs"
 )
 print(f"the reward itself: one product with a row of {V3.dim:,} numbers an answer")

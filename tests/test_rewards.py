@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.rewards import (
-    boxed,
     bradley_terry,
     calibration,
-    condorcet,
-    judgement,
-    preference_losses,
+    extract_boxed,
+    has_think_format,
+    judgment_mask,
+    majority_accuracy,
+    majority_agreement,
+    preference_loss,
     reward_scores,
-    vote_agreement,
-    well_formed,
 )
 from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.verifiers import math_verifier
@@ -47,12 +47,12 @@ SPECIAL_TOKENS = SpecialTokens(*range(5))
     ],
 )
 def test_a_box(text, content):
-    assert boxed(text) == content
+    assert extract_boxed(text) == content
 
 
 @given(st.text(alphabet="\\boxed{} 1", max_size=60))
 def test_any_text_has_one_box_or_none(text):
-    found = boxed(text)
+    found = extract_boxed(text)
     if found is not None:
         assert text.count("\\boxed{") == 1 and found in text
         assert found.count("{") == found.count("}")
@@ -71,7 +71,7 @@ def test_any_text_has_one_box_or_none(text):
     ],
 )
 def test_the_form(text, well):
-    assert well_formed(text) is well
+    assert has_think_format(text) is well
 
 
 # ── Equal answers ──
@@ -184,17 +184,17 @@ def test_a_score_is_its_samples_alone_and_a_product_with_one_row(micro):
         torch.testing.assert_close(reward, want, atol=1e-4, rtol=1e-4)
 
 
-def test_only_judgements_are_learnt_by_heart(micro):
+def test_only_judgments_are_learnt_by_heart(micro):
     line = torch.tensor([sample(1, [20, 21]) + sample(2, [22]) + sample(1, [20])[:6]])
-    assert line[judgement(line, SPECIAL_TOKENS)].tolist() == [20, 21, 1, 22, 1]
+    assert line[judgment_mask(line, SPECIAL_TOKENS)].tolist() == [20, 21, 1, 22, 1]
 
 
-def test_an_answer_among_several_turns_is_no_judgement():
+def test_an_answer_among_several_turns_is_no_judgment():
     """A prompt that holds an answer already: only the judge's turn, the last, counts."""
     bos, eos, _, user, assistant = SPECIAL_TOKENS
     talk = [bos, user, 9, assistant, 10, eos, user, 11, assistant, 12, eos]
     line = torch.tensor([talk + [user, 13, assistant, 14, eos]])
-    assert line[judgement(line, SPECIAL_TOKENS)].tolist() == [14, eos]
+    assert line[judgment_mask(line, SPECIAL_TOKENS)].tolist() == [14, eos]
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.floats(-8, 8)), min_size=1, max_size=6))
@@ -210,12 +210,12 @@ def test_the_loss_of_pairs_is_both_of_its_parts(micro):
     model, weight = Transformer(micro), 0.3
     good, bad = sample(1, [20, 21]), sample(2, [22])
     line = torch.tensor([good + bad])
-    found = preference_losses(model, line, SPECIAL_TOKENS, weight)
+    found = preference_loss(model, line, SPECIAL_TOKENS, weight)
     logp = [model(torch.tensor([s]))[0].log_softmax(-1) for s in (good, bad)]
     spoken = [-p[i - 1, s[i]] for p, s in zip(logp, (good, bad)) for i in range(9, len(s))]
     want = bradley_terry(found.reward_m)[0].mean() + weight * torch.stack(spoken).sum() / 2
     torch.testing.assert_close(found.losses.main, want, atol=1e-5, rtol=1e-5)
-    without = preference_losses(model, line, SPECIAL_TOKENS, 0.0).losses.main
+    without = preference_loss(model, line, SPECIAL_TOKENS, 0.0).losses.main
     torch.testing.assert_close(without, bradley_terry(found.reward_m)[0].mean())
 
 
@@ -224,10 +224,10 @@ def test_training_on_pairs_tells_them_apart(micro):
     line = torch.tensor([sample(1, [20]) + sample(2, [21])])
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(30):
-        preference_losses(model, line, SPECIAL_TOKENS, 0.0).losses.main.backward()
+        preference_loss(model, line, SPECIAL_TOKENS, 0.0).losses.main.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert preference_losses(model, line, SPECIAL_TOKENS, 0.0).losses.main < 0.1
+    assert preference_loss(model, line, SPECIAL_TOKENS, 0.0).losses.main < 0.1
 
 
 # ── Calibration ──
@@ -260,12 +260,12 @@ def test_condorcet_by_enumeration(p, k):
         chance = math.prod(p if v else 1 - p for v in votes)
         total += chance * {True: 1.0, False: 0.0}[2 * sum(votes) > k]
         total += chance * 0.5 * (2 * sum(votes) == k)
-    assert condorcet(p, k) == pytest.approx(total)
+    assert majority_accuracy(p, k) == pytest.approx(total)
 
 
 def test_votes_agree_with_the_truth_or_not():
     yes_nk = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
     good_n = torch.tensor([True, False, True])
-    assert vote_agreement(yes_nk, good_n, 3) == pytest.approx(2 / 3)
-    assert vote_agreement(yes_nk, good_n, 1) == 1.0
-    assert vote_agreement(yes_nk, good_n, 2) == pytest.approx((1 + 1 + 0.5) / 3)
+    assert majority_agreement(yes_nk, good_n, 3) == pytest.approx(2 / 3)
+    assert majority_agreement(yes_nk, good_n, 1) == 1.0
+    assert majority_agreement(yes_nk, good_n, 2) == pytest.approx((1 + 1 + 0.5) / 3)

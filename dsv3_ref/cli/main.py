@@ -31,9 +31,9 @@ def extend(argv: list[str]) -> None:
 
 def reward(argv: list[str]) -> None:
     """dsv3 reward: a reward model from pairs of answers."""
-    from dsv3_ref.posttraining.reward import Reward, RewardTrainer
+    from dsv3_ref.posttraining.reward import RewardConfig, RewardTrainer
 
-    tune(Reward, RewardTrainer, argv)
+    tune(RewardConfig, RewardTrainer, argv)
 
 
 def rl(argv: list[str]) -> None:

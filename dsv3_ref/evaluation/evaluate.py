@@ -14,7 +14,7 @@ import tyro
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy, Written
 from dsv3_ref.posttraining.prompts import Problem, find, is_ours, messages
-from dsv3_ref.rewards import boxed, majority, pass_at
+from dsv3_ref.rewards import extract_boxed, majority, pass_at_k
 from dsv3_ref.training.loop import pick_device
 from dsv3_ref.training.settings import write_json
 
@@ -94,10 +94,10 @@ def counted(policy: Policy, name: str, args: Eval) -> dict[str, float]:
     right = [sum(is_right(name, p, a) == 1 for a in group) for p, group in zip(problems, drawn)]
     out = {
         "greedy": fmean(is_right(name, p, a) for p, a in zip(problems, greedy)),
-        "pass@1": fmean(pass_at(r, k, 1) for r in right),
+        "pass@1": fmean(pass_at_k(r, k, 1) for r in right),
     }
     if k > 1:
-        out[f"pass@{k}"] = fmean(pass_at(r, k, k) for r in right)
+        out[f"pass@{k}"] = fmean(pass_at_k(r, k, k) for r in right)
     if k > 1 and not problems[0].cases:  # programs have no majority
         out[f"maj@{k}"] = fmean(by_majority(name, p, g) for p, g in zip(problems, drawn))
     return out | {"tokens": fmean(len(a.tokens) for group in drawn for a in group)}
@@ -115,7 +115,7 @@ def is_right(name: str, problem: Problem, answer: Written) -> float:
 
 def by_majority(name: str, problem: Problem, group: list[Written]) -> float:
     """Whether the commonest boxed answer is right."""
-    given = majority([boxed(a.text) if a.ended else None for a in group])
+    given = majority([extract_boxed(a.text) if a.ended else None for a in group])
     return 0.0 if given is None else find(name).score(f"\\boxed{{{given}}}", problem)
 
 

@@ -24,7 +24,7 @@ from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import Problem, find, messages, named
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import Losses, StepStats
-from dsv3_ref.rewards import votes, well_formed
+from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import Train, write_json
 from dsv3_ref.verifiers.sandbox import together
@@ -171,10 +171,10 @@ class Scorer:
         self.end, self.say, self.failed = first.special_tokens.eos, say, set()
         self.first, self.votes, self.form, self.model = first, args.votes, args.form, None
         if args.reward:
-            from dsv3_ref.posttraining.reward import Judge
+            from dsv3_ref.posttraining.reward import RewardModel
 
-            self.model = Judge(args.reward, device)
-            if self.model.told:
+            self.model = RewardModel(args.reward, device)
+            if self.model.with_reference:
                 raise UserError(f"{args.reward} wants to be told the right answer: there is none")
             if self.model.tokenizer.get_vocab() != first.tokenizer.get_vocab():
                 raise UserError(f"{args.reward} reads another tokenizer's tokens than {args.init}")
@@ -193,14 +193,14 @@ class Scorer:
         """Shares of yes, or a reward model's scores between 0 and 1."""
         if self.votes and answers:
             yes_nk = self.first.votes([(a.problem.question, a.text) for a in answers], self.votes)
-            return votes(yes_nk, self.votes).tolist()
+            return vote_reward(yes_nk, self.votes).tolist()
         if answers:
             return self.model.score([a.prompt + a.tokens for a in answers]).sigmoid().tolist()
         return []
 
     def rule(self, a: Answer) -> float:
         """What the task says; the first failure of each kind is told."""
-        if self.form and not well_formed(a.text):
+        if self.form and not has_think_format(a.text):
             return 0.0
         try:
             return find(a.problem.domain).score(a.text, a.problem)

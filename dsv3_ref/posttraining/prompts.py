@@ -9,7 +9,7 @@ from functools import cache, cached_property
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
-from dsv3_ref.rewards import boxed, program
+from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import math_verifier
 from dsv3_ref.verifiers.code_grader import Prints, Returns, passes
 
@@ -71,7 +71,7 @@ class Gym:
 
     def score(self, text: str, problem: Problem) -> float:
         """1 if the one boxed answer is right, else 0: nothing for being nearly right."""
-        given = boxed(text)
+        given = extract_boxed(text)
         return float(given is not None and self.data.score_answer(given, problem.entry) == 1.0)
 
 
@@ -163,9 +163,9 @@ class Rows:
     def score(self, text: str, problem: Problem) -> float:
         """1 if the answer equals the right one, or its program passes every case; else 0."""
         if problem.cases:
-            code = program(text)
+            code = extract_code(text)
             return float(code is not None and passes(code, problem.cases) == len(problem.cases))
-        given = boxed(text)
+        given = extract_boxed(text)
         return float(given is not None and math_verifier.equal(given, problem.answer))
 
 

@@ -18,21 +18,27 @@ from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import has_room
 from dsv3_ref.posttraining.sft import hold_out
 from dsv3_ref.pretrain import Losses
-from dsv3_ref.rewards import bradley_terry, calibration, judge, preference_losses, reward_scores
+from dsv3_ref.rewards import (
+    bradley_terry,
+    calibration,
+    judge_prompt,
+    preference_loss,
+    reward_scores,
+)
 from dsv3_ref.sft import RECIPES, SpecialTokens, render_conversation, sample_cu_seqlens
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import Train
 
 Pair = tuple[list[int], list[int]]  # tokens of the better conversation and of the other
-JUDGEMENT = 64  # tokens that a judge may write
+MAX_JUDGMENT_TOKENS = 64  # tokens that a judge may write
 
 
 @dataclass(frozen=True)
-class Reward(Train):
+class RewardConfig(Train):
     """Train a reward model from a fine-tuned model, on pairs of answers.
 
     A row of data is {"prompt": messages that end with a question, "chosen": text, "rejected":
-    text} and, for judges that think or are told, "judgement_chosen", "judgement_rejected", "truth".
+    text} and, for judges that think or are told, "judgment_chosen", "judgment_rejected", "reference".
     Rows that cannot be used are reported by number. --global-batch-size counts pairs.
     """
 
@@ -40,12 +46,12 @@ class Reward(Train):
     """.jsonl or .parquet files, folders of them, or owner/name"""
     epochs: float = 1.0
     """how often each pair is read, unless --steps says how long"""
-    judge: Literal["directly", "thinking"] = "directly"
-    """score at once, or write a judgement first and score behind it"""
-    told: bool = False
-    """show the judge the right answer, "truth" """
-    judgement_weight: float = 0.1
-    """λ of −log p of a judgement"""
+    judge: Literal["direct", "cot"] = "direct"
+    """score at once, or write a judgment first and score behind it"""
+    with_reference: bool = False
+    """show the judge the right answer, "reference" """
+    judgment_weight: float = 0.1
+    """λ of −log p of a judgment"""
     micro_batch: int = 16
     """pairs in one forward pass; 0: all"""
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
@@ -67,22 +73,24 @@ class Reward(Train):
             (len(self.data) > 0, "--data needs at least one file of pairs"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs take)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
-            (self.judgement_weight >= 0, "--judgement-weight must be at least 0"),
+            (self.judgment_weight >= 0, "--judgment-weight must be at least 0"),
         ]
 
 
 # ── Pairs ──
 
 
-def sample(row: dict, which: str, args: Reward, encode, special_tokens: SpecialTokens) -> list[int]:
-    """The conversation that ends with an answer, the judge's turn behind it, or a judgement."""
+def encode_sample(
+    row: dict, which: str, args: RewardConfig, encode, special_tokens: SpecialTokens
+) -> list[int]:
+    """The conversation that ends with an answer, the judge's turn behind it, or a judgment."""
     texts = [row.get(which)]
-    if args.told or args.judge == "thinking":
-        texts.append(judge(truth(row) if args.told else ""))
-    if args.judge == "thinking":
-        texts.append(row.get(f"judgement_{which}"))
+    if args.with_reference or args.judge == "cot":
+        texts.append(judge_prompt(required_reference(row) if args.with_reference else ""))
+    if args.judge == "cot":
+        texts.append(row.get(f"judgment_{which}"))
     if not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"{which!r} or its judgement is no text")
+        raise UserError(f"{which!r} or its judgment is no text")
     roles = ("assistant", "user", "assistant")
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
     tokens = render_conversation([*row["prompt"], *turns], encode, special_tokens)
@@ -92,21 +100,24 @@ def sample(row: dict, which: str, args: Reward, encode, special_tokens: SpecialT
     return tokens
 
 
-def truth(row: dict) -> str:
+def required_reference(row: dict) -> str:
     """The right answer of a row, for a judge that is told."""
-    if not isinstance(row.get("truth"), str):
-        raise UserError("it has no 'truth'")
-    return row["truth"]
+    if not isinstance(row.get("reference"), str):
+        raise UserError("it has no 'reference'")
+    return row["reference"]
 
 
-def read(name: str, args: Reward, encode, special_tokens: SpecialTokens, say=print) -> list[Pair]:
+def read_pairs(
+    name: str, args: RewardConfig, encode, special_tokens: SpecialTokens, say=print
+) -> list[Pair]:
     """The pairs of a source; bad rows are reported by number and left out."""
 
     def pair(row) -> Pair:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), list | tuple):
             raise UserError("it has no list of messages as its prompt")
         return tuple(
-            sample(row, which, args, encode, special_tokens) for which in ("chosen", "rejected")
+            encode_sample(row, which, args, encode, special_tokens)
+            for which in ("chosen", "rejected")
         )
 
     found, bad = loader.valid_rows(name, pair, say)
@@ -115,7 +126,7 @@ def read(name: str, args: Reward, encode, special_tokens: SpecialTokens, say=pri
     return found
 
 
-class Pairs:
+class PairDataset:
     """All pairs once an epoch, each epoch in another order."""
 
     def __init__(self, pairs: list[Pair], seed: int):
@@ -139,7 +150,7 @@ class Pairs:
         self.drawn = small["drawn"]
 
 
-def line(pairs: list[Pair], device) -> torch.Tensor:
+def concat_pairs(pairs: list[Pair], device) -> torch.Tensor:
     """Pairs end to end, (1, n)."""
     flat = [token for pair in pairs for tokens in pair for token in tokens]
     return torch.tensor([flat], device=device)
@@ -163,9 +174,9 @@ class RewardTrainer(Trainer):
         say = lambda text: print(text, file=sys.stderr)
         kept, self.held = [], []
         for name in args.data:
-            some, held = hold_out(read(name, args, encode, self.special_tokens, say))
+            some, held = hold_out(read_pairs(name, args, encode, self.special_tokens, say))
             kept, self.held = kept + some, self.held + held
-        self.rows = Pairs(kept, args.seed)
+        self.rows = PairDataset(kept, args.seed)
         steps = r.steps or max(1, round(args.epochs * len(kept) / r.global_batch_size))
         self.plan = get_batch_size_schedule(replace(r, steps=steps), steps)
 
@@ -181,19 +192,19 @@ class RewardTrainer(Trainer):
         return sum(len(tokens) for pair in pairs for tokens in pair)
 
     def losses(self, model, pairs: list[Pair], _) -> Losses:
-        tokens_1n = line(pairs, self.device)
-        weight = self.args.judgement_weight * (self.args.judge == "thinking")
-        return preference_losses(model, tokens_1n, self.special_tokens, weight).losses
+        tokens_1n = concat_pairs(pairs, self.device)
+        weight = self.args.judgment_weight * (self.args.judge == "cot")
+        return preference_loss(model, tokens_1n, self.special_tokens, weight).losses
 
     @torch.no_grad()
-    def opinions(self) -> torch.Tensor:
-        """Rewards of held-out pairs, with the judgements that the data have, (m,)."""
+    def score_held_out(self) -> torch.Tensor:
+        """Rewards of held-out pairs, with the judgments that the data have, (m,)."""
         out = []
         for i in range(0, len(self.held), 16):
-            tokens_1n = line(self.held[i : i + 16], self.device)
+            tokens_1n = concat_pairs(self.held[i : i + 16], self.device)
             with self.arithmetic():
                 out.append(
-                    scored(
+                    score_packed(
                         self.model,
                         tokens_1n,
                         sample_cu_seqlens(tokens_1n, self.special_tokens),
@@ -203,11 +214,11 @@ class RewardTrainer(Trainer):
         return torch.cat(out)
 
     def validate(self, row: dict) -> None:
-        loss, agrees = bradley_terry(self.opinions())
+        loss, agrees = bradley_terry(self.score_held_out())
         row |= {"val_loss": loss.mean().item(), "agreement": agrees.float().mean().item()}
 
     def summary(self, row: dict) -> dict:
-        chosen, rejected = self.opinions().view(-1, 2).unbind(1)
+        chosen, rejected = self.score_held_out().view(-1, 2).unbind(1)
         claim_n = torch.sigmoid(chosen - rejected)
         table = calibration(claim_n, torch.ones_like(claim_n))
         return {
@@ -222,7 +233,7 @@ class RewardTrainer(Trainer):
         return f"agrees with {row['agreement']:.1%} of held-out pairs"
 
 
-def scored(model, tokens_1n, end_m, special_tokens: SpecialTokens) -> torch.Tensor:
+def score_packed(model, tokens_1n, end_m, special_tokens: SpecialTokens) -> torch.Tensor:
     """Rewards of the samples of a packed row, (m,)."""
     h_1nd, _ = model.features(tokens_1n, ends=end_m)
     return reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
@@ -231,7 +242,7 @@ def scored(model, tokens_1n, end_m, special_tokens: SpecialTokens) -> torch.Tens
 # ── A judge ──
 
 
-class Judge:
+class RewardModel:
     """A reward model at work: conversations that end with an answer in, rewards out."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
@@ -242,41 +253,44 @@ class Judge:
         settings = native.read_json(home / "run.json")["settings"]
         if "judge" not in settings:
             raise UserError(f"{folder} is no reward model: it was not made by dsv3 reward")
-        self.thinks, self.told = settings["judge"] == "thinking", settings["told"]
+        self.uses_cot, self.with_reference = settings["judge"] == "cot", settings["with_reference"]
 
-    def score(self, samples: list[list[int]], truths: list[str] | None = None) -> torch.Tensor:
-        """Reward of each answer, (b,); a judge that was taught to writes its judgement first."""
-        if self.told and truths is None:
+    def score(self, samples: list[list[int]], references: list[str] | None = None) -> torch.Tensor:
+        """Reward of each answer, (b,); a judge that was taught to writes its judgment first."""
+        if self.with_reference and references is None:
             raise UserError("this reward model was trained to be told the right answer")
-        told = truths if self.told else [""] * len(samples)
-        if self.thinks:
-            samples = self.judged(samples, told)
-        elif self.told:
-            samples = self.asked(samples, told)
+        told = references if self.with_reference else [""] * len(samples)
+        if self.uses_cot:
+            samples = self.add_judgments(samples, told)
+        elif self.with_reference:
+            samples = self.add_judge_turns(samples, told)
         lots = [samples[i : i + 64] for i in range(0, len(samples), 64)]
-        return torch.cat([self.read(lot) for lot in lots])
+        return torch.cat([self.score_batch(lot) for lot in lots])
 
     @torch.no_grad()
-    def read(self, samples: list[list[int]]) -> torch.Tensor:
-        tokens_1n = line([tuple(samples)], self.model.head.weight.device)
+    def score_batch(self, samples: list[list[int]]) -> torch.Tensor:
+        tokens_1n = concat_pairs([tuple(samples)], self.model.head.weight.device)
         end_m = torch.tensor([len(s) for s in samples], device=tokens_1n.device).cumsum(0).int()
-        return scored(
+        return score_packed(
             self.model, tokens_1n, end_m, self.special_tokens
         )  # an answer may hold any token
 
-    def asked(self, samples: list[list[int]], truths: list[str]) -> list[list[int]]:
+    def add_judge_turns(self, samples: list[list[int]], references: list[str]) -> list[list[int]]:
         """The conversations with the judge's turn behind them."""
         m, encode = (
             self.special_tokens,
             lambda text: self.tokenizer.encode(text, add_special_tokens=False),
         )
-        return [[*s, m.user, *encode(judge(t)).ids, m.assistant] for s, t in zip(samples, truths)]
+        return [
+            [*s, m.user, *encode(judge_prompt(t)).ids, m.assistant]
+            for s, t in zip(samples, references)
+        ]
 
-    def judged(self, samples: list[list[int]], truths: list[str]):
-        """The conversations with a judgement of at most JUDGEMENT tokens behind them."""
-        asked, end = self.asked(samples, truths), self.special_tokens.eos
-        has_room(self.model, asked, JUDGEMENT)
+    def add_judgments(self, samples: list[list[int]], references: list[str]):
+        """The conversations with a judgment of at most JUDGMENT tokens behind them."""
+        asked, end = self.add_judge_turns(samples, references), self.special_tokens.eos
+        has_room(self.model, asked, MAX_JUDGMENT_TOKENS)
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
-        told = [rollouts(self.model, lot, 1, JUDGEMENT, end, 0.0)[0] for lot in lots]
+        told = [rollouts(self.model, lot, 1, MAX_JUDGMENT_TOKENS, end, 0.0)[0] for lot in lots]
         written = [answer for lot in told for answer in lot]
         return [[*a, *w, *([end] if w[-1] != end else [])] for a, w in zip(asked, written)]

@@ -19,8 +19,14 @@ import tyro
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, Problem, messages
-from dsv3_ref.posttraining.reward import Judge
-from dsv3_ref.rewards import ballot, bradley_terry, calibration, condorcet, vote_agreement
+from dsv3_ref.posttraining.reward import RewardModel
+from dsv3_ref.rewards import (
+    bradley_terry,
+    calibration,
+    majority_accuracy,
+    majority_agreement,
+    vote_prompt,
+)
 from dsv3_ref.sft import render_conversation
 from dsv3_ref.studies.align import rounded, stage, worse, write
 from dsv3_ref.training.settings import commit, write_json
@@ -28,9 +34,9 @@ from dsv3_ref.training.settings import commit, write_json
 SURE = " I am quite sure of it."
 USUALLY = 0.7  # how often a training pair's right answer sounds sure, and its wrong one does not
 JUDGES = {
-    "directly": ("--judge", "directly"),
-    "thinking": ("--judge", "thinking"),
-    "thinking, told": ("--judge", "thinking", "--told"),
+    "direct": ("--judge", "direct"),
+    "cot": ("--judge", "cot"),
+    "cot with reference": ("--judge", "cot", "--with-reference"),
 }
 CANDIDATES, RIGHT, VOTES = 16, 0.3, 9
 
@@ -62,19 +68,19 @@ def wrong(p: Problem, rng: random.Random) -> int:
     return int(p.answer) + rng.choice([-1, 1]) * rng.randint(1, 4)
 
 
-def judgement(p: Problem, value: int | str) -> str:
+def judgment(p: Problem, value: int | str) -> str:
     """The sum worked out, beside what was given, and the verdict."""
     verdict = "right" if str(value) == p.answer else "wrong"
     return f"{p.thought}, given {value}: {p.answer} {value} {verdict}"
 
 
 def pair(p: Problem, rng: random.Random, sure: bool, wrong_is_sure: bool) -> dict:
-    """A right and a wrong answer, each with its judgement."""
+    """A right and a wrong answer, each with its judgment."""
     other = wrong(p, rng)
     return {
-        "prompt": messages(p.question), "truth": p.answer,
-        "chosen": says(p.answer, sure), "judgement_chosen": judgement(p, p.answer),
-        "rejected": says(other, wrong_is_sure), "judgement_rejected": judgement(p, other),
+        "prompt": messages(p.question), "reference": p.answer,
+        "chosen": says(p.answer, sure), "judgment_chosen": judgment(p, p.answer),
+        "rejected": says(other, wrong_is_sure), "judgment_rejected": judgment(p, other),
     }  # fmt: skip
 
 
@@ -85,7 +91,7 @@ class Opinion:
     """A judge, asked about texts."""
 
     def __init__(self, folder: Path):
-        self.judge = Judge(folder)
+        self.judge = RewardModel(folder)
 
     def tokens(self, p: Problem, text: str) -> list[int]:
         encode = lambda t: self.judge.tokenizer.encode(t, add_special_tokens=False).ids
@@ -152,7 +158,7 @@ def open_answers(held: bool, most: int, seed: int) -> list[tuple[str, str, bool]
 def self_reward(args: "Study") -> dict:
     """A model is taught to vote; agreement of its majority on held-out answers, and theory."""
     taught = [
-        {"messages": messages(ballot(q, a), "yes" if good else "no")}
+        {"messages": messages(vote_prompt(q, a), "yes" if good else "no")}
         for q, a, good in open_answers(False, 1000, args.seed)
     ]
     data = write(args.work / "ballots.jsonl", taught)
@@ -166,8 +172,8 @@ def self_reward(args: "Study") -> dict:
     ks = range(1, VOTES + 1)
     return {
         "one vote": p,
-        "agreement": [vote_agreement(yes_nk, good_n, k) for k in ks],
-        "independent": [condorcet(p, k) for k in ks],
+        "agreement": [majority_agreement(yes_nk, good_n, k) for k in ks],
+        "independent": [majority_accuracy(p, k) for k in ks],
     }
 
 
@@ -183,7 +189,7 @@ def study(args: Study) -> None:
     result = {"command": shlex.join(["python", "-m", "dsv3_ref.studies.reward", *sys.argv[1:]]),
               "commit": commit(), "usually": USUALLY, "judges": {}}  # fmt: skip
     for name, options in JUDGES.items():
-        folder = args.work / name.replace(", ", "-")
+        folder = args.work / name.replace(" ", "-")
         stage(folder, "reward", "--init", args.init, "--data", data, "--epochs", args.epochs,
               "--seed", args.seed, *options)  # fmt: skip
         opinion = Opinion(folder)

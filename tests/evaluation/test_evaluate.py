@@ -15,7 +15,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.evaluation.evaluate import Eval, by_majority, evaluate
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, messages
-from dsv3_ref.rewards import majority, pass_at
+from dsv3_ref.rewards import majority, pass_at_k
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'dsv3-ref[eval]'")
 
@@ -50,7 +50,7 @@ def asked(*args):
 def test_pass_at_k_is_the_mean_over_all_choices(n, right):
     for k in range(1, n + 1):
         choices = list(itertools.combinations([i < right for i in range(n)], k))
-        assert pass_at(right, n, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+        assert pass_at_k(right, n, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining import prompts
 from dsv3_ref.posttraining.prompts import TASKS, Rows, find, named, two_forms
-from dsv3_ref.rewards import program
+from dsv3_ref.rewards import extract_code
 
 # ── Ours ──
 
@@ -153,4 +153,4 @@ def test_files_that_cannot_be_practised_on(tmp_path):
     ],
 )
 def test_the_only_block_of_code(text, code):
-    assert program(text) == code
+    assert extract_code(text) == code

@@ -16,7 +16,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.posttraining.policy import Written
 from dsv3_ref.posttraining.prompts import TASKS, THINK, two_forms
-from dsv3_ref.rewards import boxed
+from dsv3_ref.rewards import extract_boxed
 from dsv3_ref.studies import align, reward
 
 SIZE = {**miniruns.MINI, "max_seq_len": 512, "original_seq_len": 512}
@@ -190,7 +190,7 @@ def test_only_right_answers_are_taught_and_the_shortest(home):
     rows = align.expert_answers(Expert(), problems)
     want = [min(long(p), short(p), key=len) for p in problems[:2]]
     assert [row["messages"][-1]["content"] for row in rows] == want
-    assert [boxed(text) for text in want] == [p.answer for p in problems[:2]]
+    assert [extract_boxed(text) for text in want] == [p.answer for p in problems[:2]]
 
 
 @pytest.mark.parametrize("more", [["--seeds", "0"], ["--steps", "0"], ["--epochs", "-1"]])
@@ -202,18 +202,23 @@ def test_refusals(more, home, capsys):
 # ── The study of judges and votes ──
 
 
-def test_a_pair_has_one_right_answer_and_its_judgements():
+def test_a_pair_has_one_right_answer_and_its_judgments():
     p = TASKS["sums"].problems[0][0]
     row = reward.pair(p, random.Random(0), True, False)
-    assert boxed(row["chosen"]) == p.answer == row["truth"] != boxed(row["rejected"])
+    assert (
+        extract_boxed(row["chosen"])
+        == p.answer
+        == row["reference"]
+        != extract_boxed(row["rejected"])
+    )
     assert row["chosen"].endswith(reward.SURE) and reward.SURE not in row["rejected"]
-    assert row["judgement_chosen"].endswith(f"{p.answer} {p.answer} right")
-    assert row["judgement_rejected"].endswith(f"{p.answer} {boxed(row['rejected'])} wrong")
+    assert row["judgment_chosen"].endswith(f"{p.answer} {p.answer} right")
+    assert row["judgment_rejected"].endswith(f"{p.answer} {extract_boxed(row['rejected'])} wrong")
 
 
 def test_the_study_from_end_to_end(home, aligned, monkeypatch):
     monkeypatch.setattr(reward, "CANDIDATES", 2)
-    monkeypatch.setattr("dsv3_ref.posttraining.reward.JUDGEMENT", 4)
+    monkeypatch.setattr("dsv3_ref.posttraining.reward.MAX_JUDGMENT_TOKENS", 4)
     reward.study(reward.Study(home / "out/0/sft", home / "study", home / "study", 40, 1))
     found = json.loads((home / "study/rewards.json").read_text())
     assert found["judges"].keys() == reward.JUDGES.keys()
@@ -221,7 +226,7 @@ def test_the_study_from_end_to_end(home, aligned, monkeypatch):
         assert all(0 <= x <= 1 for x in judge["agreement"].values())
         assert torch.tensor(judge["calibration"]).shape == (5, 3)
     assert len(found["votes"]["agreement"]) == reward.VOTES
-    told = native.read_json(home / "study/thinking-told/run.json")["settings"]
-    assert told["told"] and told["judge"] == "thinking"
+    told = native.read_json(home / "study/cot-with-reference/run.json")["settings"]
+    assert told["with_reference"] and told["judge"] == "cot"
     words = [load_tokenizer(home / run).get_vocab() for run in ("study/voter", "base")]
     assert words[0] == words[1]
