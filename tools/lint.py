@@ -7,9 +7,11 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jupytext
+import style
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ["Why", "Paper|report", "Experiment", "Play", "Exercises", "Scale"]
@@ -149,8 +151,34 @@ def tree() -> dict[str, list[str]]:
     return {name: found for name, found in bad.items() if found}
 
 
-if __name__ == "__main__":
+def sources() -> list[style.Source]:
+    """Return the Python and Markdown files of the repository, for the rules of style."""
+    paths = [p for p in files() if p.suffix in (".py", ".md")]
+    return [style.Source(str(p.relative_to(ROOT)), text(p)) for p in paths]
+
+
+def print_style(prefixes: list[str]) -> int:
+    """Print violations of style in files whose path starts so, then a count per rule."""
+    prefixes = [str(Path(x).resolve().relative_to(ROOT)) for x in prefixes]
+    violations = [
+        v for v in style.check(sources()) if not prefixes or v[0].startswith(tuple(prefixes))
+    ]
+    for path, line, rule, message in violations:
+        print(f"{path}:{line}: [{rule}] {message}")
+    for rule, n in Counter(rule for _, _, rule, _ in violations).most_common():
+        print(f"{n:6} {rule}", file=sys.stderr)
+    return int(bool(violations))
+
+
+def main(argv: list[str]) -> int:
+    """Print what is wrong with the tree; with --style, with the style of the files named."""
+    if argv[:1] == ["--style"]:
+        return print_style(argv[1:])
     complaints = tree()
     for name, found in complaints.items():
         print("\n".join(f"{name}: {x}" for x in found))
-    sys.exit(bool(complaints))
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
