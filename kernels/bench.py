@@ -626,7 +626,8 @@ def streams(z) -> list[Case]:
     return [
         *(act_quant(*x) for x in ((n, d), (n, z(16384)), (m, d), (m, f))),
         *(weight_quant(d, z(16384), dtype) for dtype in (FP32, BF16)),
-        *(fn(*x) for fn in (act_quant_transposed, requant_transposed) for x in ((1, n, d), (e, m, d), (e, m, f))),
+        *(act_quant_transposed(*x) for x in ((1, n, d), (e, m, d), (e, m, f))),
+        *(requant_transposed(*x) for x in ((1, n, d), (e, m, d), (e, m, f))),
         *(case for x in ((n, d), (n, z(V3.q_lora_rank)), (m, d)) for case in rms_norm(*x)),
         *(case for x in ((n, wide), (m, f)) for case in swiglu(*x)),
         *(swiglu_quant_backward(*x) for x in ((1, n, wide), (e, m, f))),

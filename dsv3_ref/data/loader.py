@@ -76,7 +76,8 @@ def open_source(name: str, streaming: bool = False):
         )
     if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"no data at {name!r}: give a file, a folder, {', '.join(BUILTIN_SOURCES)}, or owner/name"
+            f"no data at {name!r}: give a file, a folder, "
+            f"{', '.join(BUILTIN_SOURCES)}, or owner/name"
         )
     return load_hf_dataset(f"{name} (no file here; looked for on the hub)", name, streaming=True)
 

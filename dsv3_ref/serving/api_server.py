@@ -309,10 +309,11 @@ class Service:
                 choice = SamplingParams(
                     ask.temperature, ask.top_p, torch.Generator(device).manual_seed(seed)
                 )
+                eos = frozenset({self.special_tokens.eos})
+                new = ask.max_new or room
                 calls.append(
-                    Call(list(prompt), ask.max_new or room, choice, frozenset({self.special_tokens.eos}),
-                         ask.top, index=len(calls), sink=sink)
-                )  # fmt: skip
+                    Call(list(prompt), new, choice, eos, ask.top, index=len(calls), sink=sink)
+                )
         if self.desk.failed:
             raise Refused(503, "the engine has failed; see the server's log")
         self.desk.submit(calls)
