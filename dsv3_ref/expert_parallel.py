@@ -10,29 +10,31 @@ from dsv3_ref.fp8 import QUANT_CACHE
 # ── Who gets a token ──
 
 
-def send_list(expert_nk, per: int, size: int):
+def dispatch_layout(expert_nk, experts_per_member: int, num_members: int):
     """Rows a rank sends, sorted by destination: tokens (m,), destinations (m,), counts (size,).
 
     Member i of `size` holds experts i·per … (i+1)·per − 1; a token goes once to each member that
     holds any of its k experts; −1 is no expert.
     """
-    dest_nk = torch.where(expert_nk < 0, size, expert_nk // per)
-    goes_ni = torch.zeros(len(expert_nk), size + 1, dtype=torch.bool, device=expert_nk.device)
-    goes_ni = goes_ni.scatter_(1, dest_nk.long(), True)[:, :size]
-    dest_m, token_m = goes_ni.T.nonzero(as_tuple=True)
-    return token_m, dest_m, goes_ni.sum(0)
+    dest_nk = torch.where(expert_nk < 0, num_members, expert_nk // experts_per_member)
+    is_sent_ni = torch.zeros(
+        len(expert_nk), num_members + 1, dtype=torch.bool, device=expert_nk.device
+    )
+    is_sent_ni = is_sent_ni.scatter_(1, dest_nk.long(), True)[:, :num_members]
+    dest_m, token_m = is_sent_ni.T.nonzero(as_tuple=True)
+    return token_m, dest_m, is_sent_ni.sum(0)
 
 
 # ── What travels with it ──
 
 
-def addressed(expert_mk, dest_m, per: int):
+def to_local_expert_ids(expert_mk, dest_m, experts_per_member: int):
     """A row's experts as its destination numbers them, int32; −1 for those that are elsewhere."""
-    local_mk = expert_mk - per * dest_m[:, None]
-    return torch.where((local_mk >= 0) & (local_mk < per), local_mk, -1).int()
+    local_mk = expert_mk - experts_per_member * dest_m[:, None]
+    return torch.where((local_mk >= 0) & (local_mk < experts_per_member), local_mk, -1).int()
 
 
-def weighed(weight_mk, expert_mk):
+def mask_remote_weights(weight_mk, expert_mk):
     """The weights of the experts that are there, 0 for the others."""
     return torch.where(expert_mk >= 0, weight_mk, 0)
 
@@ -40,7 +42,7 @@ def weighed(weight_mk, expert_mk):
 # ── At the destination ──
 
 
-class SumRows(torch.autograd.Function):
+class IndexAdd(torch.autograd.Function):
     """o_n = Σ y_m over the rows m of token n; keeps no rows."""
 
     @staticmethod
@@ -54,7 +56,7 @@ class SumRows(torch.autograd.Function):
         return g_nd[ctx.saved_tensors[0]], None, None
 
 
-def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
+def apply_local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     """Σ_k w_nk·expert_nk(x_n) over the experts that are here: (n, d); −1 is none of them.
 
     codes: (q, s), the FP8 codes as which x_nd arrived; products in FP8 then take them as they are.
@@ -68,4 +70,4 @@ def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     if codes is not None:
         QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in codes)
     y_md = experts(x_md, count_e, weight_nk.flatten()[order_m])
-    return SumRows.apply(y_md, token_m, len(x_nd))
+    return IndexAdd.apply(y_md, token_m, len(x_nd))

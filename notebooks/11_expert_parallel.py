@@ -72,7 +72,7 @@ from dsv3_ref.fp8 import QUANT_CACHE
 
 # %% [markdown]
 # ## Who gets a token
-# Member $i$ of a group holds experts $i p, \dots, (i+1)p - 1$, $p$ for `per`. Token $n$ chose the experts
+# Member $i$ of a group holds experts $i p, \dots, (i+1)p - 1$, $p$ for `experts_per_member`. Token $n$ chose the experts
 # $e_{n1} \dots e_{nk}$, so it goes to the *set*
 #
 # $$D_n = \{\lfloor e_{nj} / p \rfloor : j = 1 \dots k\}, \qquad \text{rows: } \{(n, i) : i \in D_n\}, \qquad
@@ -86,21 +86,23 @@ from dsv3_ref.fp8 import QUANT_CACHE
 
 # %%
 #| export
-def send_list(expert_nk, per: int, size: int):
+def dispatch_layout(expert_nk, experts_per_member: int, num_members: int):
     """Rows a rank sends, sorted by destination: tokens (m,), destinations (m,), counts (size,).
 
     Member i of `size` holds experts i·per … (i+1)·per − 1; a token goes once to each member that
     holds any of its k experts; −1 is no expert.
     """
-    dest_nk = torch.where(expert_nk < 0, size, expert_nk // per)
-    goes_ni = torch.zeros(len(expert_nk), size + 1, dtype=torch.bool, device=expert_nk.device)
-    goes_ni = goes_ni.scatter_(1, dest_nk.long(), True)[:, :size]
-    dest_m, token_m = goes_ni.T.nonzero(as_tuple=True)
-    return token_m, dest_m, goes_ni.sum(0)
+    dest_nk = torch.where(expert_nk < 0, num_members, expert_nk // experts_per_member)
+    is_sent_ni = torch.zeros(
+        len(expert_nk), num_members + 1, dtype=torch.bool, device=expert_nk.device
+    )
+    is_sent_ni = is_sent_ni.scatter_(1, dest_nk.long(), True)[:, :num_members]
+    dest_m, token_m = is_sent_ni.T.nonzero(as_tuple=True)
+    return token_m, dest_m, is_sent_ni.sum(0)
 
 
 # %%
-def slow_send_list(expert_nk, per: int, size: int):
+def slow_dispatch_layout(expert_nk, per: int, size: int):
     """The same by its words: for every member, the tokens that have an expert there."""
     tokens = [[n for n, chosen in enumerate(expert_nk.tolist())
                if any(e >= 0 and e // per == i for e in chosen)] for i in range(size)]  # fmt: skip
@@ -111,10 +113,10 @@ def slow_send_list(expert_nk, per: int, size: int):
 torch.manual_seed(0)
 EXPERTS = torch.rand(40, 32).argsort(1)[:, :6]  # 40 tokens choose 6 of 32 experts
 EXPERTS[torch.rand(40, 6) < 0.2] = -1
-token_m, dest_m, count_i = send_list(EXPERTS, per=4, size=8)
-rows, counts = slow_send_list(EXPERTS, per=4, size=8)
+token_m, dest_m, count_i = dispatch_layout(EXPERTS, experts_per_member=4, num_members=8)
+rows, counts = slow_dispatch_layout(EXPERTS, per=4, size=8)
 assert list(zip(token_m.tolist(), dest_m.tolist())) == rows and count_i.tolist() == counts
-assert sum(send_list(torch.full((3, 2), -1), 4, 8)[2]) == 0  # no expert: stay at home
+assert sum(dispatch_layout(torch.full((3, 2), -1), 4, 8)[2]) == 0  # no expert: stay at home
 print(f"{(EXPERTS >= 0).sum()} choices, {len(token_m)} rows: the others share a trip")
 for n in range(3):
     print(f"token {n}: experts {EXPERTS[n].tolist()} → members {dest_m[token_m == n].tolist()}")
@@ -134,25 +136,25 @@ for n in range(3):
 
 # %%
 #| export
-def addressed(expert_mk, dest_m, per: int):
+def to_local_expert_ids(expert_mk, dest_m, experts_per_member: int):
     """A row's experts as its destination numbers them, int32; −1 for those that are elsewhere."""
-    local_mk = expert_mk - per * dest_m[:, None]
-    return torch.where((local_mk >= 0) & (local_mk < per), local_mk, -1).int()
+    local_mk = expert_mk - experts_per_member * dest_m[:, None]
+    return torch.where((local_mk >= 0) & (local_mk < experts_per_member), local_mk, -1).int()
 
 
-def weighed(weight_mk, expert_mk):
+def mask_remote_weights(weight_mk, expert_mk):
     """The weights of the experts that are there, 0 for the others."""
     return torch.where(expert_mk >= 0, weight_mk, 0)
 
 
 # %%
-local_mk = addressed(EXPERTS[token_m], dest_m, per=4)
+local_mk = to_local_expert_ids(EXPERTS[token_m], dest_m, experts_per_member=4)
 assert local_mk.min() == -1 and local_mk.max() == 3
 back_mk = torch.where(local_mk >= 0, local_mk + 4 * dest_m[:, None], -1)
 found_nk = torch.zeros_like(EXPERTS).index_add(0, token_m, back_mk + 1) - 1
 assert torch.equal(found_nk, EXPERTS)  # all members together: every choice, once
 weight_mk = torch.rand(40, 6)[token_m].requires_grad_()
-weighed(weight_mk, local_mk).sum().backward()
+mask_remote_weights(weight_mk, local_mk).sum().backward()
 assert torch.equal(weight_mk.grad.bool(), local_mk >= 0)  # a gradient where the expert is
 print(f"experts {EXPERTS[token_m[5]].tolist()} → at member {dest_m[5]}: {local_mk[5].tolist()}")
 
@@ -171,7 +173,7 @@ print(f"experts {EXPERTS[token_m[5]].tolist()} → at member {dest_m[5]}: {local
 
 # %%
 #| export
-class SumRows(torch.autograd.Function):
+class IndexAdd(torch.autograd.Function):
     """o_n = Σ y_m over the rows m of token n; keeps no rows."""
 
     @staticmethod
@@ -185,7 +187,7 @@ class SumRows(torch.autograd.Function):
         return g_nd[ctx.saved_tensors[0]], None, None
 
 
-def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
+def apply_local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     """Σ_k w_nk·expert_nk(x_n) over the experts that are here: (n, d); −1 is none of them.
 
     codes: (q, s), the FP8 codes as which x_nd arrived; products in FP8 then take them as they are.
@@ -199,7 +201,7 @@ def local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     if codes is not None:
         QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in codes)
     y_md = experts(x_md, count_e, weight_nk.flatten()[order_m])
-    return SumRows.apply(y_md, token_m, len(x_nd))
+    return IndexAdd.apply(y_md, token_m, len(x_nd))
 
 
 # %%
@@ -210,13 +212,13 @@ for p in share.parameters():
     torch.nn.init.normal_(p, std=0.2)
 x_nd, w_nk = torch.randn(len(token_m), 64), torch.rand(len(token_m), 6)
 mine = dest_m == 2  # the rows that arrive at member 2
-y_nd = local_experts(share, x_nd[mine], w_nk[mine], local_mk[mine])
+y_nd = apply_local_experts(share, x_nd[mine], w_nk[mine], local_mk[mine])
 for n, (x, w, chosen) in enumerate(zip(x_nd[mine], w_nk[mine], local_mk[mine].tolist())):
     slow = sum(w_j * (share.w2[e] @ (torch.nn.functional.silu(share.w1[e] @ x) * (share.w3[e] @ x)))
                for w_j, e in zip(w, chosen) if e >= 0)  # fmt: skip
     assert torch.allclose(y_nd[n], slow, atol=1e-4)
-assert local_experts(share, x_nd[:0], w_nk[:0], local_mk[:0]).shape == (0, 64)  # nobody came
-assert (local_experts(share, x_nd, w_nk, torch.full_like(local_mk, -1)) == 0).all()
+assert apply_local_experts(share, x_nd[:0], w_nk[:0], local_mk[:0]).shape == (0, 64)  # nobody came
+assert (apply_local_experts(share, x_nd, w_nk, torch.full_like(local_mk, -1)) == 0).all()
 print(f"{mine.sum()} rows arrived, {(local_mk[mine] >= 0).sum()} rows computed")
 
 # %% [markdown]
@@ -245,14 +247,16 @@ def swap(parcels, groups):
 def exchange(experts, x, weight, expert, hops):
     """Σ_k w·expert(x) for lists with an entry a rank, through all hops and back."""
     if not hops:
-        return [local_experts(*rank) for rank in zip(experts, x, weight, expert)]
+        return [apply_local_experts(*rank) for rank in zip(experts, x, weight, expert)]
     (groups, per), *rest = hops
-    token, dest, count = zip(*(send_list(e_nk, per, len(groups[0])) for e_nk in expert))
+    token, dest, count = zip(*(dispatch_layout(e_nk, per, len(groups[0])) for e_nk in expert))
     theirs = swap([count_i.split(1) for count_i in count], groups)
     there = lambda rows: swap([r.split(c.tolist()) for r, c in zip(rows, count)], groups)
-    asked = [addressed(e_nk[m], to_m, per) for e_nk, m, to_m in zip(expert, token, dest)]
+    asked = [to_local_expert_ids(e_nk[m], to_m, per) for e_nk, m, to_m in zip(expert, token, dest)]
     x_rows = [x_nd[m] for x_nd, m in zip(x, token)]
-    w_rows = [weighed(w_nk[m], asked_mk) for w_nk, m, asked_mk in zip(weight, token, asked)]
+    w_rows = [
+        mask_remote_weights(w_nk[m], asked_mk) for w_nk, m, asked_mk in zip(weight, token, asked)
+    ]
     y = exchange(experts, there(x_rows), there(w_rows), there(asked), rest)
     back = swap([y_md.split(c.tolist()) for y_md, c in zip(y, theirs)], groups)
     return [torch.zeros_like(x_nd).index_add(0, m, y_md) for x_nd, m, y_md in zip(x, token, back)]
@@ -343,12 +347,14 @@ def journeys(expert_nk, home_n, per: int, per_node: int, way: str):
         token_m = torch.arange(len(expert_nk)).repeat_interleave(k)
         return [(token_m, home_n[token_m], expert_nk.flatten() // per)]
     if way == "one hop":
-        token_m, rank_m, _ = send_list(expert_nk, per, n_experts // per)
+        token_m, rank_m, _ = dispatch_layout(expert_nk, per, n_experts // per)
         return [(token_m, home_n[token_m], rank_m)]
     behind = per * per_node
-    token_m, node_m, _ = send_list(expert_nk, behind, n_experts // behind)
+    token_m, node_m, _ = dispatch_layout(expert_nk, behind, n_experts // behind)
     landed_m = node_m * per_node + home_n[token_m] % per_node  # same place, other node
-    row_m, place_m, _ = send_list(addressed(expert_nk[token_m], node_m, behind), per, per_node)
+    row_m, place_m, _ = dispatch_layout(
+        to_local_expert_ids(expert_nk[token_m], node_m, behind), per, per_node
+    )
     return [(token_m, home_n[token_m], landed_m),
             (token_m[row_m], landed_m[row_m], node_m[row_m] * per_node + place_m)]  # fmt: skip
 
@@ -400,7 +406,7 @@ assert ib == sum(map(len, by_hand)) / 8192 and max(map(len, by_hand)) <= 4
 # all E4M3 tiles alike, by $\max/448$.)
 #
 # At the destination the products must *take* the codes, not decode the rows and code them again by their own
-# rule. That is `local_experts`' last argument: it notes the gathered codes where the FP8 products look.
+# rule. That is `apply_local_experts`' last argument: it notes the gathered codes where the FP8 products look.
 
 # %%
 from dsv3_ref.fp8 import act_dequant, act_quant, requant_transposed
@@ -431,10 +437,10 @@ e_nk = torch.randint(-1, 4, (200, 2))
 sent = act_quant(x_nd, True)
 came_nd = act_dequant(*sent).bfloat16().float()  # as the other side sees it
 with torch.no_grad():
-    exact = local_experts(wide, x_nd, w_nk, e_nk)
+    exact = apply_local_experts(wide, x_nd, w_nk, e_nk)
     with use("fp8", "torch"):
-        taken = local_experts(wide, came_nd, w_nk, e_nk, sent)
-        again = local_experts(wide, came_nd, w_nk, e_nk)
+        taken = apply_local_experts(wide, came_nd, w_nk, e_nk, sent)
+        again = apply_local_experts(wide, came_nd, w_nk, e_nk)
 error = {name: ((y - exact).norm() / exact.norm()).item()
          for name, y in (("codes taken over", taken), ("coded again", again))}  # fmt: skip
 print("error of the experts' output:", *[f"{name} {e:.2%};" for name, e in error.items()])
@@ -621,7 +627,7 @@ def check_worst(fn):
     """What is the unluckiest routing? And does a token come twice for two experts of a rank?"""
     for ranks, tokens, k in ((8, 16, 6), (4, 5, 1)):
         everybody = torch.zeros(tokens, k, dtype=torch.int64) + torch.arange(k) % 4
-        rows = sum(send_list(everybody, 4, ranks)[2][0].item() for _ in range(ranks))
+        rows = sum(dispatch_layout(everybody, 4, ranks)[2][0].item() for _ in range(ranks))
         assert abs(fn(ranks, tokens, k) - rows) < 1e-9
 
 
@@ -724,7 +730,7 @@ check_spare(my_spare)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The weights and the results are the same; only `send_list` sees another number. Training has no copies: their
+# The weights and the results are the same; only `dispatch_layout` sees another number. Training has no copies: their
 # gradients would have to be summed, and the bias does the work.
 #
 # ```python

@@ -59,7 +59,7 @@ import torch
 
 from dsv3_ref.config import Config
 from dsv3_ref.dualpipe import Action
-from dsv3_ref.expert_parallel import addressed, send_list
+from dsv3_ref.expert_parallel import to_local_expert_ids, dispatch_layout
 from dsv3_ref.moe import route
 
 # %% [markdown]
@@ -343,10 +343,10 @@ def trips(c: Config, ep: int, per_node: int, n: int = 4096) -> tuple[float, floa
     per = c.n_routed_experts // ep
     node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
     if ep > per_node:
-        token_m, node_m, _ = send_list(expert_nk, per * per_node, ep // per_node)
+        token_m, node_m, _ = dispatch_layout(expert_nk, per * per_node, ep // per_node)
     ib = (node_m != here_n[token_m] // per_node).sum().item() * (ep > per_node)
-    inside_mk = addressed(expert_nk[token_m], node_m, per * min(ep, per_node))
-    row_m, place_m, _ = send_list(inside_mk, per, min(ep, per_node))
+    inside_mk = to_local_expert_ids(expert_nk[token_m], node_m, per * min(ep, per_node))
+    row_m, place_m, _ = dispatch_layout(inside_mk, per, min(ep, per_node))
     nvlink = (place_m != here_n[token_m[row_m]] % per_node).sum().item()
     return ib / n, nvlink / n
 

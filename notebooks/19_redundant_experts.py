@@ -320,7 +320,7 @@ print(f"even loads, 16 GPUs for 12 experts: {worse:.2f}")
 # $$a_m = \text{slot}\big[e_m,\ t_m \bmod n_{e_m}\big], \qquad t_m = \#\{m' < m : e_{m'} = e_m\}.$$
 #
 # So copies differ by one row at most, whatever order tokens come in. Physical numbers then take the place of expert
-# numbers everywhere: with $p = A/J$ slots a GPU, GPU $j$ holds slots $j p \dots (j+1) p - 1$, which is all that `send_list` of
+# numbers everywhere: with $p = A/J$ slots a GPU, GPU $j$ holds slots $j p \dots (j+1) p - 1$, which is all that `dispatch_layout` of
 # [chapter 11](11_expert_parallel.ipynb) asks for.
 
 
@@ -349,7 +349,7 @@ def logical_to_physical(expert_a, n_experts: int):
 
 
 # %%
-from dsv3_ref.expert_parallel import addressed, local_experts, send_list
+from dsv3_ref.expert_parallel import to_local_expert_ids, apply_local_experts, dispatch_layout
 from dsv3_ref.moe import Experts, MoE, expert_load, route
 
 chosen_nk = torch.rand(500, 12, generator=g).argsort(-1)[:, :3]
@@ -389,14 +389,14 @@ for placement in expert_la:
 slot_eu, count_e = logical_to_physical(expert_la[1], 12)
 slot_nk = assign_replicas(r.expert_bsk.flatten(0, 1), slot_eu, count_e)
 x_nd, w_nk = x_bsd.flatten(0, 1), r.weight_bsk.flatten(0, 1)
-token_m, gpu_m, rows_j = send_list(slot_nk, per=2, size=8)
+token_m, gpu_m, rows_j = dispatch_layout(slot_nk, experts_per_member=2, num_members=8)
 y_nd = torch.zeros_like(x_nd)
 for gpu, slots in enumerate(expert_la[1].view(8, 2)):
     held, m = Experts(2, 32, 16).requires_grad_(False), token_m[gpu_m == gpu]
     for p, whole in zip(held.parameters(), moe.experts.parameters()):
         p.copy_(whole[slots])
-    here_mk = addressed(slot_nk[m], gpu_m[gpu_m == gpu], per=2)
-    y_nd.index_add_(0, m, local_experts(held, x_nd[m], w_nk[m], here_mk))
+    here_mk = to_local_expert_ids(slot_nk[m], gpu_m[gpu_m == gpu], experts_per_member=2)
+    y_nd.index_add_(0, m, apply_local_experts(held, x_nd[m], w_nk[m], here_mk))
 assert torch.allclose(y_nd.view_as(x_bsd) + moe.shared_experts(x_bsd), alone, atol=1e-5)
 clear_expert_placement(moe)
 assert torch.equal(moe(x_bsd)[0], alone)

@@ -22,7 +22,7 @@ from dsv3_ref.eplb import (
     rebalance_experts,
     replicate_experts,
 )
-from dsv3_ref.expert_parallel import send_list
+from dsv3_ref.expert_parallel import dispatch_layout
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
@@ -236,7 +236,7 @@ def test_every_gpu_gets_the_rows_of_its_slots(moe):
     chosen_nk = torch.rand(400, 12).argsort(-1)[:, :3]
     expert_a = placements()[0]
     slot_nk = assign_replicas(chosen_nk, *logical_to_physical(expert_a, 12))
-    token_m, gpu_m, count_j = send_list(slot_nk, 2, 8)
+    token_m, gpu_m, count_j = dispatch_layout(slot_nk, 2, 8)
     for gpu in range(8):
         held = set(range(2 * gpu, 2 * gpu + 2))
         want = [n for n, slots in enumerate(slot_nk.tolist()) if held & set(slots)]

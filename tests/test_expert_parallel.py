@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref import ops
-from dsv3_ref.expert_parallel import addressed, local_experts, send_list, weighed
+from dsv3_ref.expert_parallel import (
+    apply_local_experts,
+    dispatch_layout,
+    mask_remote_weights,
+    to_local_expert_ids,
+)
 from dsv3_ref.fp8 import act_dequant, act_quant
 from dsv3_ref.moe import Experts, MoE
 
@@ -47,7 +52,7 @@ def slow_experts(experts, x_nd, weight_nk, expert_nk):
 @given(choices())
 def test_a_token_goes_once_to_each_member_that_holds_one_of_its_experts(case):
     expert_nk, per, size = case
-    token_m, dest_m, count = send_list(expert_nk, per, size)
+    token_m, dest_m, count = dispatch_layout(expert_nk, per, size)
     want = [(i, n) for i in range(size) for n, chosen in enumerate(expert_nk.tolist())
             if any(e >= 0 and e // per == i for e in chosen)]  # fmt: skip
     assert list(zip(dest_m.tolist(), token_m.tolist())) == want
@@ -57,8 +62,8 @@ def test_a_token_goes_once_to_each_member_that_holds_one_of_its_experts(case):
 @given(choices())
 def test_members_together_are_asked_for_every_choice_once(case):
     expert_nk, per, size = case
-    token_m, dest_m, _ = send_list(expert_nk, per, size)
-    local_mk = addressed(expert_nk[token_m], dest_m, per)
+    token_m, dest_m, _ = dispatch_layout(expert_nk, per, size)
+    local_mk = to_local_expert_ids(expert_nk[token_m], dest_m, per)
     assert local_mk.dtype == torch.int32 and ((local_mk >= -1) & (local_mk < per)).all()
     ranks = zip(token_m.tolist(), dest_m.tolist(), local_mk.tolist())
     asked = Counter((n, j, i * per + e) for n, i, row in ranks for j, e in enumerate(row) if e >= 0)
@@ -73,21 +78,23 @@ def test_two_levels_end_where_one_does(case):
     expert_nk = torch.where(expert_nk % 2 == 0, expert_nk, -1)  # so that whole nodes are empty too
     for n in (i for i in range(1, size + 1) if size % i == 0):
         inside = size // n
-        token_m, node_m, _ = send_list(expert_nk, per * inside, n)
-        rows_mk = addressed(expert_nk[token_m], node_m, per * inside)
-        row_m, place_m, _ = send_list(rows_mk, per, inside)
+        token_m, node_m, _ = dispatch_layout(expert_nk, per * inside, n)
+        rows_mk = to_local_expert_ids(expert_nk[token_m], node_m, per * inside)
+        row_m, place_m, _ = dispatch_layout(rows_mk, per, inside)
         two = zip(token_m[row_m].tolist(), (node_m[row_m] * inside + place_m).tolist())
-        one = send_list(expert_nk, per, size)
+        one = dispatch_layout(expert_nk, per, size)
         assert sorted(two) == sorted(zip(one[0].tolist(), one[1].tolist()))
-        last = addressed(rows_mk[row_m], place_m, per)
-        direct = addressed(expert_nk[token_m[row_m]], node_m[row_m] * inside + place_m, per)
+        last = to_local_expert_ids(rows_mk[row_m], place_m, per)
+        direct = to_local_expert_ids(
+            expert_nk[token_m[row_m]], node_m[row_m] * inside + place_m, per
+        )
         assert torch.equal(last, direct)
 
 
 def test_weights_elsewhere_have_neither_value_nor_gradient():
     weight_mk = torch.rand(4, 3, requires_grad=True)
     expert_mk = torch.tensor([[0, -1, 2], [-1, -1, -1], [1, 1, 1], [3, 0, -1]])
-    there = weighed(weight_mk, expert_mk)
+    there = mask_remote_weights(weight_mk, expert_mk)
     there.sum().backward()
     assert torch.equal(there, weight_mk * (expert_mk >= 0))
     assert torch.equal(weight_mk.grad, (expert_mk >= 0).float())
@@ -104,7 +111,7 @@ def test_local_experts_is_the_loop_in_fp64_forward_and_backward(exact):
     expert_nk[5] = -1  # a row that nobody here wants
     expert_nk[expert_nk == 1] = 2  # an expert without rows
     g_nd, leaves = torch.randn(11, 6).double(), (x_nd, weight_nk, *experts.parameters())
-    both = [fn(experts, x_nd, weight_nk, expert_nk) for fn in (local_experts, slow_experts)]
+    both = [fn(experts, x_nd, weight_nk, expert_nk) for fn in (apply_local_experts, slow_experts)]
     grads = [torch.autograd.grad(y, leaves, g_nd) for y in both]
     for a, b in zip((both[0], *grads[0]), (both[1], *grads[1])):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -115,7 +122,7 @@ def test_local_experts_is_the_loop_in_fp64_forward_and_backward(exact):
 def test_a_rank_to_which_nothing_comes(n):
     experts = filled(Experts(2, 8, 8))
     x_nd = torch.randn(n, 8, requires_grad=True)
-    y_nd = local_experts(experts, x_nd, torch.rand(n, 2), torch.full((n, 2), -1))
+    y_nd = apply_local_experts(experts, x_nd, torch.rand(n, 2), torch.full((n, 2), -1))
     assert y_nd.shape == (n, 8) and (y_nd == 0).all()
     y_nd.backward(torch.ones_like(y_nd))
     assert (experts.w1.grad == 0).all() and (x_nd.grad == 0).all()
@@ -132,7 +139,7 @@ def test_fp8_products_take_the_codes_as_they_came():
     came_nd = act_dequant(*sent)
     with ops.use("fp8", "torch"), torch.no_grad():
         taken, blind, again = (
-            local_experts(experts, x, weight_nk, expert_nk, codes)
+            apply_local_experts(experts, x, weight_nk, expert_nk, codes)
             for x, codes in ((came_nd, sent), (torch.full_like(x_nd, 7), sent), (came_nd, None))
         )
     assert torch.equal(taken, blind) and not torch.equal(taken, again)
@@ -144,7 +151,9 @@ def test_fp8_products_take_the_codes_as_they_came():
 def test_codes_change_nothing_outside_fp8():
     experts, x_nd = filled(Experts(3, 256, 128)), torch.randn(20, 256)
     weight_nk, expert_nk = torch.rand(20, 2), torch.randint(-1, 3, (20, 2))
-    runs = [local_experts(experts, x_nd, weight_nk, expert_nk, c) for c in (None, act_quant(x_nd))]
+    runs = [
+        apply_local_experts(experts, x_nd, weight_nk, expert_nk, c) for c in (None, act_quant(x_nd))
+    ]
     assert torch.equal(*runs)
 
 
@@ -155,11 +164,13 @@ def one_hop(shares, x, weight, expert, per: int):
     """Every rank's rows to every other and back, with a loop over pairs of ranks."""
     out = [torch.zeros_like(x_nd) for x_nd in x]
     for a, (x_nd, weight_nk, expert_nk) in enumerate(zip(x, weight, expert)):
-        token_m, dest_m, _ = send_list(expert_nk, per, len(shares))
+        token_m, dest_m, _ = dispatch_layout(expert_nk, per, len(shares))
         for b, experts in enumerate(shares):
             m = token_m[dest_m == b]
-            local_mk = addressed(expert_nk[m], dest_m[dest_m == b], per)
-            y_md = local_experts(experts, x_nd[m], weighed(weight_nk[m], local_mk), local_mk)
+            local_mk = to_local_expert_ids(expert_nk[m], dest_m[dest_m == b], per)
+            y_md = apply_local_experts(
+                experts, x_nd[m], mask_remote_weights(weight_nk[m], local_mk), local_mk
+            )
             out[a] = out[a].index_add(0, m, y_md)
     return out
 

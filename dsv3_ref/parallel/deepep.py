@@ -7,7 +7,7 @@ experts in FP8; sums in bf16.
 """
 
 from dsv3_ref.config import Config, UserError
-from dsv3_ref.expert_parallel import local_experts
+from dsv3_ref.expert_parallel import apply_local_experts
 from dsv3_ref.fp8 import act_dequant, act_quant
 from dsv3_ref.parallel.token_dispatcher import nothing, zeros
 from dsv3_ref.parallel.watchdog import doing
@@ -97,7 +97,7 @@ class DeepEP:
         dispatch = Dispatch(self, expert_nk)
         sent = yield from tape.send(dispatch, x_nd, weight_nk)
         arrived = dispatch.unpack()
-        here = lambda x_md, weight_mk: local_experts(experts, x_md, weight_mk, *arrived)
+        here = lambda x_md, weight_mk: apply_local_experts(experts, x_md, weight_mk, *arrived)
         y_md = tape.run(here, *sent)
         return (yield from tape.send(Return(self, dispatch.handle), y_md))[0]
 

@@ -8,7 +8,7 @@ import torch
 
 from dsv3_ref.config import UserError
 from dsv3_ref.eplb import assign_replicas, logical_to_physical
-from dsv3_ref.expert_parallel import local_experts
+from dsv3_ref.expert_parallel import apply_local_experts
 from dsv3_ref.moe import Experts, MoE
 
 
@@ -37,7 +37,7 @@ class PhysicalExperts:
         if torch.is_grad_enabled() and self.logical.w1.requires_grad:
             raise UserError("redundant experts are copies that do not learn: use torch.no_grad()")
         slot_nk = assign_replicas(expert_nk, self.slot_eu, self.count_e)
-        return local_experts(self.physical, x_nd, weight_nk, slot_nk)
+        return apply_local_experts(self.physical, x_nd, weight_nk, slot_nk)
 
 
 def set_expert_placement(moe: MoE, physical_to_logical) -> int:

@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 
 from dsv3_ref.config import Config
-from dsv3_ref.expert_parallel import SumRows, addressed, local_experts, send_list, weighed
+from dsv3_ref.expert_parallel import (
+    IndexAdd,
+    apply_local_experts,
+    dispatch_layout,
+    mask_remote_weights,
+    to_local_expert_ids,
+)
 from dsv3_ref.fp8 import act_dequant, act_quant
 from dsv3_ref.parallel.watchdog import doing
 
@@ -195,19 +201,24 @@ class Exchange:
     def level(self, tape, experts, x_nd, weight_nk, expert_nk, codes, hops):
         """Hop by hop, then the experts that are here."""
         if not hops:
-            here = lambda x_nd, weight_nk: local_experts(experts, x_nd, weight_nk, expert_nk, codes)
+            here = lambda x_nd, weight_nk: apply_local_experts(
+                experts, x_nd, weight_nk, expert_nk, codes
+            )
             return tape.run(here, x_nd, weight_nk)
         hop, *rest = hops
-        token_m, dest_m, count = send_list(expert_nk, hop.experts, hop.size)
+        token_m, dest_m, count = dispatch_layout(expert_nk, hop.experts, hop.size)
         theirs = torch.empty_like(count)
         dist.all_to_all_single(theirs, count, group=hop.group)
         leg = Leg(hop, count.tolist(), theirs.tolist(), self.fp8)
-        expert_mk = addressed(expert_nk[token_m], dest_m, hop.experts)
-        rows = lambda x_nd, weight_nk: (x_nd[token_m], weighed(weight_nk[token_m], expert_mk))
+        expert_mk = to_local_expert_ids(expert_nk[token_m], dest_m, hop.experts)
+        rows = lambda x_nd, weight_nk: (
+            x_nd[token_m],
+            mask_remote_weights(weight_nk[token_m], expert_mk),
+        )
         dispatch = Dispatch(leg, expert_mk)
         sent = yield from tape.send(dispatch, *tape.run(rows, x_nd, weight_nk))
         arrived = *sent, *dispatch.unpack()
         y_md = yield from self.level(tape, experts, *arrived, rest)
         (y_md,) = yield from tape.send(Return(leg), y_md)
         n = len(x_nd)
-        return tape.run(lambda y_md: SumRows.apply(y_md, token_m, n), y_md)
+        return tape.run(lambda y_md: IndexAdd.apply(y_md, token_m, n), y_md)
