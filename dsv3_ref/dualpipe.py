@@ -64,9 +64,9 @@ class ZeroBubbleGroupedLinear(torch.autograd.Function):
     """`ZeroBubbleLinear` of every expert's rows."""
 
     @staticmethod
-    def forward(ctx, x_mi, weight_eoi, count_e):
+    def forward(ctx, x_mi, weight_eoi, tokens_per_expert_e):
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype
-        x_mi, end_e = x_mi.to(matmul_dtype(x_mi)), count_e.cumsum(0).to(torch.int32)
+        x_mi, end_e = x_mi.to(matmul_dtype(x_mi)), tokens_per_expert_e.cumsum(0).to(torch.int32)
         ctx.save_for_backward(x_mi, end_e)
         return F.grouped_mm(x_mi, weight_eoi.to(x_mi.dtype).mT, offs=end_e)
 
@@ -85,8 +85,8 @@ def _(x, weight_oi, saved_input_format="e4m3"):
 
 
 @impl("grouped_linear", "zero_bubble")
-def _(x_mi, weight_eoi, count_e):
-    return ZeroBubbleGroupedLinear.apply(x_mi, weight_eoi, count_e)
+def _(x_mi, weight_eoi, tokens_per_expert_e):
+    return ZeroBubbleGroupedLinear.apply(x_mi, weight_eoi, tokens_per_expert_e)
 
 
 # ── ZB1P ──

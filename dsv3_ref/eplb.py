@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 
 from dsv3_ref.config import UserError
-from dsv3_ref.moe import expert_load
+from dsv3_ref.moe import tokens_per_expert
 
 # ── How many copies ──
 
@@ -139,7 +139,7 @@ def assign_replicas(expert_nk, slot_eu, count_e):
     """The slot of every choice (n, k): an expert's rows take its copies in turn."""
     expert_m = expert_nk.flatten()
     order_m = expert_m.argsort(stable=True)
-    load_e = expert_load(expert_nk, len(count_e))
+    load_e = tokens_per_expert(expert_nk, len(count_e))
     turn_m = torch.empty_like(order_m)
     at_m = torch.arange(len(order_m), device=order_m.device)
     turn_m[order_m] = at_m - (load_e.cumsum(0) - load_e)[expert_m[order_m]]
@@ -148,7 +148,7 @@ def assign_replicas(expert_nk, slot_eu, count_e):
 
 def logical_to_physical(expert_a, n_experts: int):
     """Of one layer, the slots of every expert (e, u; −1: none) and how many (e,), by slot."""
-    count_e = expert_load(expert_a, n_experts)
+    count_e = tokens_per_expert(expert_a, n_experts)
     order_a = expert_a.argsort(stable=True)
     copy_a = torch.arange(len(order_a), device=order_a.device)
     copy_a = copy_a - (count_e.cumsum(0) - count_e)[expert_a[order_a]]
@@ -162,7 +162,7 @@ def logical_to_physical(expert_a, n_experts: int):
 
 def layer_loads(routes):
     """Tokens of every expert of every layer in one pass: (l, e)."""
-    return torch.stack([expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes])
+    return torch.stack([tokens_per_expert(r.topk_ids_bsk, r.scores_bse.shape[-1]) for r in routes])
 
 
 class ExpertLoadWindow:

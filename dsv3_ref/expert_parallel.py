@@ -63,11 +63,11 @@ def apply_local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     """
     e, k = len(experts.w1), expert_nk.shape[1]
     key_m = torch.where(expert_nk < 0, e, expert_nk).flatten()
-    count_e = key_m.bincount(minlength=e + 1)[:e]
-    order_m = key_m.argsort(stable=True)[: count_e.sum()]
-    token_m = order_m // k
+    tokens_per_expert_e = key_m.bincount(minlength=e + 1)[:e]
+    sorted_ids_m = key_m.argsort(stable=True)[: tokens_per_expert_e.sum()]
+    token_m = sorted_ids_m // k
     x_md = x_nd[token_m]
     if codes is not None:
         QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in codes)
-    y_md = experts(x_md, count_e, weight_nk.flatten()[order_m])
+    y_md = experts(x_md, tokens_per_expert_e, weight_nk.flatten()[sorted_ids_m])
     return IndexAdd.apply(y_md, token_m, len(x_nd))

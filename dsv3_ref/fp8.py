@@ -89,13 +89,13 @@ def fp8_gemm(a, a_s, b, b_s, dtype=torch.float32):
 
 
 @op
-def act_quant_transposed(x_mk, count_e=None, use_ue8m0: bool = False):
+def act_quant_transposed(x_mk, tokens_per_expert_e=None, use_ue8m0: bool = False):
     """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad.
 
     The rows of every expert are padded with zeros to whole tiles: Z = ⌊m/128⌋ + experts bounds
     their number, whatever the counts; a tile that nobody uses has scale 1.
     """
-    counts = [len(x_mk)] if count_e is None else count_e.tolist()
+    counts = [len(x_mk)] if tokens_per_expert_e is None else tokens_per_expert_e.tolist()
     x_xk, end = (
         x_mk.new_zeros((len(x_mk) // BLOCK_SIZE + len(counts)) * BLOCK_SIZE, x_mk.shape[1]),
         0,
@@ -109,23 +109,23 @@ def act_quant_transposed(x_mk, count_e=None, use_ue8m0: bool = False):
 
 
 @op
-def requant_transposed(q, s, count_e=None, use_ue8m0: bool = False):
+def requant_transposed(q, s, tokens_per_expert_e=None, use_ue8m0: bool = False):
     """Requantize tiles of 1 × 128 as tiles of 128 × 1, laid out as by `act_quant_transposed`."""
-    return act_quant_transposed(act_dequant(q, s), count_e, use_ue8m0)
+    return act_quant_transposed(act_dequant(q, s), tokens_per_expert_e, use_ue8m0)
 
 
 @op
-def fp8_grouped_gemm(a, a_s, b, b_s, count_e, dtype=torch.float32):
+def fp8_grouped_gemm(a, a_s, b, b_s, tokens_per_expert_e, dtype=torch.float32):
     """`fp8_gemm` of every expert's rows with its own weight: (m, k) × (e, n, k) → (m, n)."""
-    counts = count_e.tolist()
+    counts = tokens_per_expert_e.tolist()
     parts = zip(a.split(counts), a_s.split(counts), b, b_s)
     return torch.cat([fp8_gemm(*part, dtype) for part in parts])
 
 
 @op
-def fp8_grouped_wgrad(g, g_s, x, x_s, count_e):
+def fp8_grouped_wgrad(g, g_s, x, x_s, tokens_per_expert_e):
     """∂L/∂W of every expert, gᵀ x over its rows: (n, 128·Z), (k, 128·Z) → (e, n, k), fp32."""
-    tiles = [-(-c // BLOCK_SIZE) for c in count_e.tolist()]
+    tiles = [-(-c // BLOCK_SIZE) for c in tokens_per_expert_e.tolist()]
     tiles[-1] = g_s.shape[1] - sum(tiles[:-1])  # those that nobody uses hold zeros
     codes = (t.split([BLOCK_SIZE * n for n in tiles], 1) for t in (g, x))
     scales = (t.split(tiles, 1) for t in (g_s, x_s))
@@ -178,13 +178,15 @@ def swiglu_quant(gate, up, use_ue8m0: bool = False):
 
 
 @op
-def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, count_e=None):
+def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, tokens_per_expert_e=None):
     """From codes of gate and up: their gradients, and swiglu's output in tiles of 128 × 1."""
     with torch.enable_grad():
         gate = act_dequant(gate_q, gate_s).to(g.dtype).requires_grad_()
         up = act_dequant(up_q, up_s).to(g.dtype).requires_grad_()
         y = IMPLS["swiglu"]["torch"](gate, up)
-    return *torch.autograd.grad(y, (gate, up), g), *act_quant_transposed(y.detach(), count_e)
+    return *torch.autograd.grad(y, (gate, up), g), *act_quant_transposed(
+        y.detach(), tokens_per_expert_e
+    )
 
 
 # ── Three products of a linear layer ──
@@ -218,53 +220,57 @@ def quantize_weight_cached(weight):
     return found
 
 
-def gemm(a, b, count_e, dtype):
+def gemm(a, b, tokens_per_expert_e, dtype):
     """Fprop, Dgrad: rows a times weight b, both (codes, scales); with counts, by expert."""
-    if count_e is None:
+    if tokens_per_expert_e is None:
         return fp8_gemm(*a, *b, dtype)
-    return fp8_grouped_gemm(*a, *b, count_e, dtype)
+    return fp8_grouped_gemm(*a, *b, tokens_per_expert_e, dtype)
 
 
-def dgrad(g_mo, w, count_e, dtype):
+def dgrad(g_mo, w, tokens_per_expert_e, dtype):
     """∂L/∂x = g W: W's codes transposed are W's transpose in codes, blocks and all."""
-    return gemm(act_quant(g_mo), [t.mT.contiguous() for t in w], count_e, dtype)
+    return gemm(act_quant(g_mo), [t.mT.contiguous() for t in w], tokens_per_expert_e, dtype)
 
 
-def wgrad(g_mo, x, count_e):
+def wgrad(g_mo, x, tokens_per_expert_e):
     """∂L/∂W = gᵀ x, both in tiles along the tokens; fp32."""
-    g = act_quant_transposed(g_mo, count_e)
-    return fp8_gemm(*g, *x) if count_e is None else fp8_grouped_wgrad(*g, *x, count_e)
+    g = act_quant_transposed(g_mo, tokens_per_expert_e)
+    return (
+        fp8_gemm(*g, *x)
+        if tokens_per_expert_e is None
+        else fp8_grouped_wgrad(*g, *x, tokens_per_expert_e)
+    )
 
 
 class FP8Linear(torch.autograd.Function):
     """y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 over a weight of any precision (§3.3.1)."""
 
     @staticmethod
-    def forward(ctx, x, weight, q, s, count_e, saved_input_format):
+    def forward(ctx, x, weight, q, s, tokens_per_expert_e, saved_input_format):
         w = quantize_weight_cached(weight)
-        ctx.saved_input_format, ctx.count_e, ctx.k, ctx.dtype = (
+        ctx.saved_input_format, ctx.tokens_per_expert_e, ctx.k, ctx.dtype = (
             saved_input_format,
-            count_e,
+            tokens_per_expert_e,
             x.shape[-1],
             x.dtype,
         )
         ctx.weight = weight  # to be handed its gradient
         ctx.save_for_backward(*(e5m6_quant(x) if saved_input_format == "e5m6" else (q, s)), *w)
-        y = gemm((q.flatten(0, -2), s.flatten(0, -2)), w, count_e, matmul_dtype(x))
+        y = gemm((q.flatten(0, -2), s.flatten(0, -2)), w, tokens_per_expert_e, matmul_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         kept, s, *w = ctx.saved_tensors
-        g_mo, count_e = g.flatten(0, -2).contiguous(), ctx.count_e
+        g_mo, tokens_per_expert_e = g.flatten(0, -2).contiguous(), ctx.tokens_per_expert_e
         if ctx.saved_input_format == "e5m6":
             x_mk = e5m6_dequant(kept, s, ctx.k).flatten(0, -2)
-            x = act_quant_transposed(x_mk.to(ctx.dtype), count_e, True)
+            x = act_quant_transposed(x_mk.to(ctx.dtype), tokens_per_expert_e, True)
         else:
-            x = requant_transposed(kept.flatten(0, -2), s.flatten(0, -2), count_e)
-        dx = dgrad(g_mo, w, count_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
-        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, x, count_e))
+            x = requant_transposed(kept.flatten(0, -2), s.flatten(0, -2), tokens_per_expert_e)
+        dx = dgrad(g_mo, w, tokens_per_expert_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
+        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, x, tokens_per_expert_e))
         return dx, dw, None, None, None, None
 
 
@@ -272,22 +278,26 @@ class FP8SwiGLULinear(torch.autograd.Function):
     """swiglu(gate, up) Wᵀ; codes of gate and up are kept, the output is made again (§3.3.3)."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight, count_e):
-        ctx.count_e, ctx.weight, w = count_e, weight, quantize_weight_cached(weight)
+    def forward(ctx, gate, up, weight, tokens_per_expert_e):
+        ctx.tokens_per_expert_e, ctx.weight, w = (
+            tokens_per_expert_e,
+            weight,
+            quantize_weight_cached(weight),
+        )
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
         h = [t.flatten(0, -2) for t in swiglu_quant(gate, up)]
-        return gemm(h, w, count_e, matmul_dtype(gate)).view(*gate.shape[:-1], -1)
+        return gemm(h, w, tokens_per_expert_e, matmul_dtype(gate)).view(*gate.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         *gate_up, w, w_s = ctx.saved_tensors
         g_mo, shape = g.flatten(0, -2).contiguous(), (*g.shape[:-1], w.shape[-1])
-        dh_mf = dgrad(g_mo, (w, w_s), ctx.count_e, g.dtype)
+        dh_mf = dgrad(g_mo, (w, w_s), ctx.tokens_per_expert_e, g.dtype)
         gate_up = [t.flatten(0, -2) for t in gate_up]
-        dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.count_e)
-        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, h, ctx.count_e))
+        dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.tokens_per_expert_e)
+        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, h, ctx.tokens_per_expert_e))
         return dgate.view(shape), dup.view(shape), dw, None
 
 
@@ -310,8 +320,8 @@ def _(x, weight_oi, saved_input_format="e4m3"):
 
 
 @impl("grouped_linear", "fp8")
-def _(x_mi, weight_eoi, count_e):
-    return FP8Linear.apply(x_mi, weight_eoi, *quantize_cached(x_mi), count_e, "e4m3")
+def _(x_mi, weight_eoi, tokens_per_expert_e):
+    return FP8Linear.apply(x_mi, weight_eoi, *quantize_cached(x_mi), tokens_per_expert_e, "e4m3")
 
 
 @impl("swiglu_linear", "fp8")
@@ -320,5 +330,5 @@ def _(gate, up, weight_oi):
 
 
 @impl("grouped_swiglu_linear", "fp8")
-def _(gate_mf, up_mf, weight_eoi, count_e):
-    return FP8SwiGLULinear.apply(gate_mf, up_mf, weight_eoi, count_e)
+def _(gate_mf, up_mf, weight_eoi, tokens_per_expert_e):
+    return FP8SwiGLULinear.apply(gate_mf, up_mf, weight_eoi, tokens_per_expert_e)

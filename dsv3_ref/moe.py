@@ -19,41 +19,41 @@ from dsv3_ref.ops import MLP, impl, op, recompute, swiglu
 class Route(NamedTuple):
     """What the gate decided for every token."""
 
-    weight_bsk: torch.Tensor  # how much each chosen expert counts
-    expert_bsk: torch.Tensor  # which experts, int64
-    affinity_bse: torch.Tensor  # of all experts, without bias; carries the gradient
+    topk_weights_bsk: torch.Tensor  # how much each chosen expert counts
+    topk_ids_bsk: torch.Tensor  # which experts, int64
+    scores_bse: torch.Tensor  # of all experts, without bias; carries the gradient
 
 
 @op
-def choose(score_bse, k: int, n_groups: int, n_limited: int, best: int):
+def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, group_topk: int):
     """The k experts of highest score, best first, in the open groups: int64, (b, s, k)."""
     if n_groups > 1:
-        score_bse = limit_groups(score_bse, n_groups, n_limited, best)
-    return score_bse.topk(k, dim=-1).indices
+        scores_bse = mask_to_top_groups(scores_bse, n_groups, topk_groups, group_topk)
+    return scores_bse.topk(topk, dim=-1).indices
 
 
 def route(logit_bse, bias_e, c: Config) -> Route:
     """eq. 12–16: choose k experts by affinity + bias, weigh them by the affinity alone."""
     sigmoid = c.score_func == "sigmoid"
-    affinity_bse = logit_bse.sigmoid() if sigmoid else logit_bse.softmax(-1)
-    score_bse = affinity_bse if bias_e is None else affinity_bse + bias_e
-    best = min(2 if sigmoid else 1, c.n_routed_experts // c.n_expert_groups)
-    groups = c.n_expert_groups, c.n_limited_groups, best
-    expert_bsk = choose(score_bse, c.n_activated_experts, *groups)
-    weight_bsk = affinity_bse.gather(-1, expert_bsk)
+    scores_bse = logit_bse.sigmoid() if sigmoid else logit_bse.softmax(-1)
+    biased_bse = scores_bse if bias_e is None else scores_bse + bias_e
+    group_topk = min(2 if sigmoid else 1, c.n_routed_experts // c.n_expert_groups)
+    groups = c.n_expert_groups, c.n_limited_groups, group_topk
+    topk_ids_bsk = group_limited_topk(biased_bse, c.n_activated_experts, *groups)
+    topk_weights_bsk = scores_bse.gather(-1, topk_ids_bsk)
     if sigmoid:
-        weight_bsk = weight_bsk / (weight_bsk.sum(-1, keepdim=True) + 1e-20)
-    return Route(weight_bsk * c.route_scale, expert_bsk, affinity_bse)
+        topk_weights_bsk = topk_weights_bsk / (topk_weights_bsk.sum(-1, keepdim=True) + 1e-20)
+    return Route(topk_weights_bsk * c.route_scale, topk_ids_bsk, scores_bse)
 
 
 # ── Groups ──
 
 
-def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
-    """−∞ outside the groups with the largest sum of their `best` highest scores (§2.1.2)."""
-    score_bsgx = rearrange(score_bse, "... (g x) -> ... g x", g=n_groups)
-    group_bsg = score_bsgx.topk(best, dim=-1).values.sum(-1)
-    chosen = group_bsg.topk(n_limited, dim=-1).indices
+def mask_to_top_groups(scores_bse, n_groups: int, topk_groups: int, group_topk: int):
+    """−∞ outside the groups with the largest sum of their `group_topk` highest scores (§2.1.2)."""
+    score_bsgx = rearrange(scores_bse, "... (g x) -> ... g x", g=n_groups)
+    group_bsg = score_bsgx.topk(group_topk, dim=-1).values.sum(-1)
+    chosen = group_bsg.topk(topk_groups, dim=-1).indices
     shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
     return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
 
@@ -62,7 +62,7 @@ def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
 
 
 class Gate(nn.Module):
-    """Affinity of every token to every expert, in fp32; only `update_bias` moves the bias."""
+    """Affinity of every token to every expert, in fp32; only `update_expert_bias` moves the bias."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -80,9 +80,9 @@ class Gate(nn.Module):
 # ── Balance without a loss ──
 
 
-def expert_load(expert_bsk, n_experts: int):
+def tokens_per_expert(topk_ids, n_experts: int):
     """Tokens each expert received, (e,), int64."""
-    return expert_bsk.flatten().bincount(minlength=n_experts)
+    return topk_ids.flatten().bincount(minlength=n_experts)
 
 
 def max_vio(load_e) -> float:
@@ -91,7 +91,7 @@ def max_vio(load_e) -> float:
 
 
 @torch.no_grad()
-def update_bias(bias_e, load_e, gamma: float) -> None:
+def update_expert_bias(bias_e, load_e, gamma: float) -> None:
     """Lift idle, lower busy experts: b += γ·sign(mean − load), load of the global batch, §2.1.2."""
     load_e = load_e.float()
     bias_e += gamma * (load_e.mean() - load_e).sign()
@@ -107,10 +107,10 @@ def balance_loss(r: Route, over: str = "sequence"):
     """
     if over == "batch":
         r = Route(None, *(x.flatten(0, 1)[None] for x in r[1:]))
-    (_, t, k), e = r.expert_bsk.shape, r.affinity_bse.shape[-1]
-    chosen_bse = torch.zeros_like(r.affinity_bse).scatter(-1, r.expert_bsk, 1.0)
+    (_, t, k), e = r.topk_ids_bsk.shape, r.scores_bse.shape[-1]
+    chosen_bse = torch.zeros_like(r.scores_bse).scatter(-1, r.topk_ids_bsk, 1.0)
     f_be = chosen_bse.sum(1) * e / (k * t)
-    p_be = (r.affinity_bse / r.affinity_bse.sum(-1, keepdim=True)).mean(1)
+    p_be = (r.scores_bse / r.scores_bse.sum(-1, keepdim=True)).mean(1)
     return (f_be * p_be).sum(-1).mean()
 
 
@@ -118,28 +118,28 @@ def balance_loss(r: Route, over: str = "sequence"):
 
 
 @op
-def grouped_linear(x_mi, weight_eoi, count_e):
-    """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; count_e sums to m."""
+def grouped_linear(x_mi, weight_eoi, tokens_per_expert_e):
+    """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; tokens_per_expert_e sums to m."""
     if torch.is_autocast_enabled(x_mi.device.type):
         dtype = torch.get_autocast_dtype(x_mi.device.type)
         x_mi, weight_eoi = x_mi.to(dtype), weight_eoi.to(dtype)
-    end_e = count_e.cumsum(0).to(torch.int32)
+    end_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
     return F.grouped_mm(x_mi, weight_eoi.transpose(1, 2), offs=end_e)
 
 
 @impl("grouped_linear", "naive")
-def _(x_mi, weight_eoi, count_e):
-    rows = x_mi.split(count_e.tolist())
+def _(x_mi, weight_eoi, tokens_per_expert_e):
+    rows = x_mi.split(tokens_per_expert_e.tolist())
     return torch.cat([F.linear(x, w) for x, w in zip(rows, weight_eoi)])
 
 
 @op
-def grouped_swiglu_linear(gate_mf, up_mf, weight_eoi, count_e):
+def grouped_swiglu_linear(gate_mf, up_mf, weight_eoi, tokens_per_expert_e):
     """SwiGLU and every row's own matrix behind it, one op as in `swiglu_linear`."""
-    return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, count_e)
+    return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, tokens_per_expert_e)
 
 
-class Experts(nn.Module):
+class GroupedExperts(nn.Module):
     """All routed experts of a layer; rows arrive sorted by expert, (m, d) → (m, d)."""
 
     def __init__(self, n_experts: int, dim: int, inter_dim: int):
@@ -148,30 +148,33 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
 
-    def forward(self, x_md, count_e, weight_m=None):
-        gate, up = grouped_linear(x_md, self.w1, count_e), grouped_linear(x_md, self.w3, count_e)
+    def forward(self, x_md, tokens_per_expert_e, weight_m=None):
+        gate, up = (
+            grouped_linear(x_md, self.w1, tokens_per_expert_e),
+            grouped_linear(x_md, self.w3, tokens_per_expert_e),
+        )
         up = up if weight_m is None else up * weight_m[:, None].to(up.dtype)
-        return grouped_swiglu_linear(gate, up, self.w2, count_e)
+        return grouped_swiglu_linear(gate, up, self.w2, tokens_per_expert_e)
 
 
 # ── Out to the experts and back ──
 
 
-def sort_rows(expert_nk):
+def sort_by_expert(expert_nk):
     """Rows by expert: order (m,), each row's token·k + choice, and its inverse, place (n, k)."""
-    order_m = expert_nk.flatten().argsort(stable=True)
-    place_m = torch.empty_like(order_m)
-    place_m[order_m] = torch.arange(len(order_m), device=order_m.device)
-    return order_m, place_m.view_as(expert_nk)
+    sorted_ids_m = expert_nk.flatten().argsort(stable=True)
+    place_m = torch.empty_like(sorted_ids_m)
+    place_m[sorted_ids_m] = torch.arange(len(sorted_ids_m), device=sorted_ids_m.device)
+    return sorted_ids_m, place_m.view_as(expert_nk)
 
 
 class Permute(torch.autograd.Function):
     """Each token to its k rows; the gradient sums the k rows again."""
 
     @staticmethod
-    def forward(ctx, x_nd, order_m, place_nk):
-        ctx.save_for_backward(place_nk)
-        return x_nd.index_select(0, order_m // place_nk.shape[1])
+    def forward(ctx, x_nd, sorted_ids_m, row_ids_nk):
+        ctx.save_for_backward(row_ids_nk)
+        return x_nd.index_select(0, sorted_ids_m // row_ids_nk.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -179,44 +182,44 @@ class Permute(torch.autograd.Function):
         return F.embedding_bag(ctx.saved_tensors[0], g_md, mode="sum"), None, None
 
 
-class Combine(torch.autograd.Function):
+class Unpermute(torch.autograd.Function):
     """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
 
     @staticmethod
-    def forward(ctx, y_md, weight_nk, order_m, place_nk):
-        ctx.save_for_backward(y_md, weight_nk, order_m, place_nk)
-        return F.embedding_bag(place_nk, y_md, mode="sum", per_sample_weights=weight_nk)
+    def forward(ctx, y_md, weight_nk, sorted_ids_m, row_ids_nk):
+        ctx.save_for_backward(y_md, weight_nk, sorted_ids_m, row_ids_nk)
+        return F.embedding_bag(row_ids_nk, y_md, mode="sum", per_sample_weights=weight_nk)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_nd):
-        y_md, weight_nk, order_m, place_nk = ctx.saved_tensors
-        g_md = g_nd.index_select(0, order_m // place_nk.shape[1])
+        y_md, weight_nk, sorted_ids_m, row_ids_nk = ctx.saved_tensors
+        g_md = g_nd.index_select(0, sorted_ids_m // row_ids_nk.shape[1])
         dweight_m = (g_md * y_md).sum(-1)
-        g_md *= weight_nk.flatten()[order_m, None]
-        return g_md, dweight_m[place_nk], None, None
+        g_md *= weight_nk.flatten()[sorted_ids_m, None]
+        return g_md, dweight_m[row_ids_nk], None, None
 
 
 @op
-def permute(x_nd, order_m, place_nk):
+def permute(x_nd, sorted_ids_m, row_ids_nk):
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
-    return Permute.apply(x_nd, order_m, place_nk)
+    return Permute.apply(x_nd, sorted_ids_m, row_ids_nk)
 
 
 @impl("permute", "naive")
-def _(x_nd, order_m, place_nk):
-    return x_nd[order_m // place_nk.shape[1]]
+def _(x_nd, sorted_ids_m, row_ids_nk):
+    return x_nd[sorted_ids_m // row_ids_nk.shape[1]]
 
 
 @op
-def combine(y_md, weight_nk, order_m, place_nk):
+def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
     """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
-    return Combine.apply(y_md, weight_nk, order_m, place_nk)
+    return Unpermute.apply(y_md, weight_nk, sorted_ids_m, row_ids_nk)
 
 
-@impl("combine", "naive")
-def _(y_md, weight_nk, order_m, place_nk):
-    return einsum(y_md[place_nk], weight_nk, "n k d, n k -> n d")
+@impl("unpermute", "naive")
+def _(y_md, weight_nk, sorted_ids_m, row_ids_nk):
+    return einsum(y_md[row_ids_nk], weight_nk, "n k d, n k -> n d")
 
 
 # ── The layer ──
@@ -229,17 +232,17 @@ class MoE(nn.Module):
         super().__init__()
         self.config = c
         self.gate = Gate(c)
-        self.experts = Experts(c.n_routed_experts, c.dim, c.moe_inter_dim)
+        self.experts = GroupedExperts(c.n_routed_experts, c.dim, c.moe_inter_dim)
         self.shared_experts = MLP(c.dim, c.n_shared_experts * c.moe_inter_dim)
 
     def routed(self, x_nd, weight_nk, expert_nk):
         """Σ_k w_nk·expert_nk(x_n); on one device every expert is here."""
-        order_m, place_nk = sort_rows(expert_nk)
-        count_e = expert_load(expert_nk, self.config.n_routed_experts)
-        y_md = self.experts(permute(x_nd, order_m, place_nk), count_e)
-        return combine(y_md, weight_nk.to(y_md.dtype), order_m, place_nk)
+        sorted_ids_m, row_ids_nk = sort_by_expert(expert_nk)
+        tokens_per_expert_e = tokens_per_expert(expert_nk, self.config.n_routed_experts)
+        y_md = self.experts(permute(x_nd, sorted_ids_m, row_ids_nk), tokens_per_expert_e)
+        return unpermute(y_md, weight_nk.to(y_md.dtype), sorted_ids_m, row_ids_nk)
 
     def forward(self, x_bsd) -> tuple[torch.Tensor, Route]:
         r = self.gate(x_bsd)
-        tokens = (t.flatten(0, 1) for t in (x_bsd, r.weight_bsk, r.expert_bsk))
+        tokens = (t.flatten(0, 1) for t in (x_bsd, r.topk_weights_bsk, r.topk_ids_bsk))
         return self.routed(*tokens).view_as(x_bsd) + self.shared_experts(x_bsd), r

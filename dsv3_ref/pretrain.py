@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.moe import Route, balance_loss, expert_load, update_bias
+from dsv3_ref.moe import Route, balance_loss, tokens_per_expert, update_expert_bias
 from dsv3_ref.mtp import mtp_features, mtp_losses
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import skip_reason
@@ -82,7 +82,7 @@ def losses(model: Transformer, tokens_bs, balance_over: str = "sequence") -> Los
 
 def expert_loads(routes: list[Route]):
     """Tokens each expert of each MoE layer received, (l, e); (0, 0) where all layers are dense."""
-    loads = [expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes]
+    loads = [tokens_per_expert(r.topk_ids_bsk, r.scores_bse.shape[-1]) for r in routes]
     return torch.stack(loads) if loads else torch.zeros(0, 0)
 
 
@@ -90,7 +90,7 @@ def balance(model: Transformer, load_le, gamma: float) -> None:
     """Move every gate's bias by the load of the whole global batch."""
     for moe, load_e in zip(moe_layers(model).values(), load_le):
         if moe.gate.bias is not None:
-            update_bias(moe.gate.bias, load_e, gamma)
+            update_expert_bias(moe.gate.bias, load_e, gamma)
 
 
 class StepStats(NamedTuple):

@@ -127,7 +127,7 @@ def trips(c: Config, ep: int, per_node: int, n: int = 4096) -> tuple[float, floa
         return 0.0, 0.0
     g = torch.Generator().manual_seed(0)
     logit_bse = torch.randn(1, n, c.n_routed_experts, generator=g)
-    expert_nk, here_n = route(logit_bse, None, c).expert_bsk[0], torch.arange(n) % ep
+    expert_nk, here_n = route(logit_bse, None, c).topk_ids_bsk[0], torch.arange(n) % ep
     per = c.n_routed_experts // ep
     node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
     if ep > per_node:

@@ -192,9 +192,11 @@ def padded(m: int, e: int = 1) -> int:
 def counts(e: int, m: int, skewed: bool = False):
     """Rows of each of e experts, m in all: even, or falling as 1/rank and shuffled."""
     share = 1 / torch.arange(1, e + 1, dtype=torch.float64) if skewed else torch.ones(e)
-    count_e = (m * share / share.sum()).floor().long()
-    count_e[: m - int(count_e.sum())] += 1
-    return count_e[torch.randperm(e, generator=torch.Generator(count_e.device).manual_seed(0))]
+    tokens_per_expert_e = (m * share / share.sum()).floor().long()
+    tokens_per_expert_e[: m - int(tokens_per_expert_e.sum())] += 1
+    return tokens_per_expert_e[
+        torch.randperm(e, generator=torch.Generator(tokens_per_expert_e.device).manual_seed(0))
+    ]
 
 
 # ── Products ──
@@ -240,9 +242,9 @@ def grouped_sizes(e: int, m: int, n: int, k: int, skewed: bool) -> dict:
 
 def grouped_fp8(e: int, m: int, n: int, k: int, skewed: bool, goals=()) -> Case:
     def make():
-        x, w, count_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
-        codes = *fp8.act_quant(x), *fp8.weight_quant(w), count_e
-        product = lambda: moe.grouped_linear(x, w, count_e)
+        x, w, tokens_per_expert_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
+        codes = *fp8.act_quant(x), *fp8.weight_quant(w), tokens_per_expert_e
+        product = lambda: moe.grouped_linear(x, w, tokens_per_expert_e)
         yardsticks = {"bf16 torch": under(TORCH, product), "bf16 triton": product}
         return lambda: fp8.fp8_grouped_gemm(*codes, BF16), yardsticks
 
@@ -253,8 +255,8 @@ def grouped_fp8(e: int, m: int, n: int, k: int, skewed: bool, goals=()) -> Case:
 
 def grouped_bf16(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     def make():
-        x, w, count_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
-        return beside_torch(lambda: moe.grouped_linear(x, w, count_e))
+        x, w, tokens_per_expert_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
+        return beside_torch(lambda: moe.grouped_linear(x, w, tokens_per_expert_e))
 
     moved = 2 * (m * k + e * n * k + m * n)
     sizes = grouped_sizes(e, m, n, k, skewed)
@@ -265,8 +267,8 @@ def grouped_bf16_backward(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     """Dgrad and Wgrad."""
 
     def make():
-        count_e = counts(e, m, skewed)
-        forward = lambda x, w: moe.grouped_linear(x, w, count_e)
+        tokens_per_expert_e = counts(e, m, skewed)
+        forward = lambda x, w: moe.grouped_linear(x, w, tokens_per_expert_e)
         return gradient_beside_torch(forward, leaf(m, k), leaf(e, n, k))
 
     moved = 2 * (m * n + 2 * (e * n * k + m * k))
@@ -276,13 +278,13 @@ def grouped_bf16_backward(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
 
 def grouped_wgrad(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     def make():
-        g, x, count_e = randn(m, n), randn(m, k), counts(e, m, skewed)
+        g, x, tokens_per_expert_e = randn(m, n), randn(m, k), counts(e, m, skewed)
         codes = (
-            *fp8.act_quant_transposed(g, count_e),
-            *fp8.act_quant_transposed(x, count_e),
-            count_e,
+            *fp8.act_quant_transposed(g, tokens_per_expert_e),
+            *fp8.act_quant_transposed(x, tokens_per_expert_e),
+            tokens_per_expert_e,
         )
-        end_e = count_e.cumsum(0).to(torch.int32)
+        end_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
         yardsticks = {"bf16 torch": lambda: F.grouped_mm(g.T, x, offs=end_e)}
         return lambda: fp8.fp8_grouped_wgrad(*codes), yardsticks
 
@@ -315,8 +317,8 @@ def weight_quant(o: int, i: int, dtype) -> Case:
 
 def act_quant_transposed(e: int, m: int, k: int) -> Case:
     def make():
-        x, count_e = randn(m, k), counts(e, m, e > 1) if e > 1 else None
-        return beside_torch(lambda: fp8.act_quant_transposed(x, count_e))
+        x, tokens_per_expert_e = randn(m, k), counts(e, m, e > 1) if e > 1 else None
+        return beside_torch(lambda: fp8.act_quant_transposed(x, tokens_per_expert_e))
 
     moved = 2 * m * k + padded(m, e) * 132 * k
     return Case("act_quant_transposed", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
@@ -324,8 +326,11 @@ def act_quant_transposed(e: int, m: int, k: int) -> Case:
 
 def requant_transposed(e: int, m: int, k: int) -> Case:
     def make():
-        codes, count_e = fp8.act_quant(randn(m, k)), counts(e, m, e > 1) if e > 1 else None
-        return beside_torch(lambda: fp8.requant_transposed(*codes, count_e))
+        codes, tokens_per_expert_e = (
+            fp8.act_quant(randn(m, k)),
+            counts(e, m, e > 1) if e > 1 else None,
+        )
+        return beside_torch(lambda: fp8.requant_transposed(*codes, tokens_per_expert_e))
 
     moved = m * k + 4 * m * tiles(k) + padded(m, e) * 132 * k
     return Case("requant_transposed", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
@@ -379,9 +384,9 @@ def swiglu(m: int, f: int) -> list[Case]:
 
 def swiglu_quant_backward(e: int, m: int, f: int) -> Case:
     def make():
-        g, count_e = randn(m, f), counts(e, m, e > 1) if e > 1 else None
+        g, tokens_per_expert_e = randn(m, f), counts(e, m, e > 1) if e > 1 else None
         codes = *fp8.act_quant(randn(m, f)), *fp8.act_quant(randn(m, f))
-        return beside_torch(lambda: fp8.swiglu_quant_backward(g, *codes, count_e))
+        return beside_torch(lambda: fp8.swiglu_quant_backward(g, *codes, tokens_per_expert_e))
 
     moved = 8 * m * f + 8 * m * tiles(f) + padded(m, e) * 132 * f
     return Case("swiglu_quant_backward", {"e": e, "m": m, "f": f}, make, moved, goals=COPY)
@@ -402,19 +407,19 @@ def rotation(s: int, h: int) -> Case:
 # ── The gate, to the experts and back ──
 
 
-def choose(n: int, e: int, k: int) -> Case:
+def group_limited_topk(n: int, e: int, k: int) -> Case:
     groups = V3.n_expert_groups, V3.n_limited_groups, 2
 
     def make():
         score_ne = torch.rand(n, e)
-        return beside_torch(lambda: moe.choose(score_ne, k, *groups))
+        return beside_torch(lambda: moe.group_limited_topk(score_ne, k, *groups))
 
-    return Case("choose", {"n": n, "e": e, "k": k}, make, 4 * n * e + 8 * n * k)
+    return Case("group_limited_topk", {"n": n, "e": e, "k": k}, make, 4 * n * e + 8 * n * k)
 
 
 def rows_of(n: int, e: int, k: int):
-    """Random experts of n tokens, as `permute` and `combine` want them."""
-    return moe.sort_rows(torch.rand(n, e).topk(k).indices)
+    """Random experts of n tokens, as `permute` and `unpermute` want them."""
+    return moe.sort_by_expert(torch.rand(n, e).topk(k).indices)
 
 
 def permute(n: int, d: int, e: int, k: int) -> list[Case]:
@@ -433,20 +438,20 @@ def permute(n: int, d: int, e: int, k: int) -> list[Case]:
     ]
 
 
-def combine(n: int, d: int, e: int, k: int) -> list[Case]:
+def unpermute(n: int, d: int, e: int, k: int) -> list[Case]:
     def forward():
         y, weight, places = randn(n * k, d), randn(n, k), rows_of(n, e, k)
-        return beside_torch(lambda: moe.combine(y, weight, *places))
+        return beside_torch(lambda: moe.unpermute(y, weight, *places))
 
     def backward():
         places = rows_of(n, e, k)
-        back = lambda y, weight: moe.combine(y, weight, *places)
+        back = lambda y, weight: moe.unpermute(y, weight, *places)
         return gradient_beside_torch(back, leaf(n * k, d), leaf(n, k))
 
     sizes, moved = {"n": n, "d": d, "k": k}, 2 * n * d * (1 + k) + 10 * n * k
     return [
-        Case("combine", sizes, forward, moved),
-        Case("combine backward", sizes, backward, moved + 2 * n * k * d + 2 * n * k),
+        Case("unpermute", sizes, forward, moved),
+        Case("unpermute backward", sizes, backward, moved + 2 * n * k * d + 2 * n * k),
     ]
 
 
@@ -632,8 +637,8 @@ def streams(z) -> list[Case]:
         *(case for x in ((n, wide), (m, f)) for case in swiglu(*x)),
         *(swiglu_quant_backward(*x) for x in ((1, n, wide), (e, m, f))),
         rotation(n, z(V3.n_heads)),
-        *(choose(x, e, k) for x in (n, m)),
-        *permute(n, d, e, k), *combine(n, d, e, k),
+        *(group_limited_topk(x, e, k) for x in (n, m)),
+        *permute(n, d, e, k), *unpermute(n, d, e, k),
     ]  # fmt: skip
 
 

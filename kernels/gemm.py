@@ -185,16 +185,16 @@ def fp8_gemm(a, a_s, b, b_s, dtype=FP32):
 
 
 @impl("fp8_grouped_gemm", "triton")
-def fp8_grouped_gemm(a, a_s, b, b_s, count_e, dtype=FP32):
+def fp8_grouped_gemm(a, a_s, b, b_s, tokens_per_expert_e, dtype=FP32):
     """`fp8_gemm` of every expert's rows with its own weight: (m, k) × (e, n, k) → (m, n)."""
     require("a", a, (None, None), (E4M3,))
-    require("b", b, (len(count_e), None, a.shape[1]), (E4M3,))
+    require("b", b, (len(tokens_per_expert_e), None, a.shape[1]), (E4M3,))
     (m, k), (e, n, _) = a.shape, b.shape
     require_codes("a", a, (m, k), a_s, (m, tiles(k)))
     require_codes("b", b, (e, n, k), b_s, (e, tiles(n), tiles(k)))
     c = torch.empty(m, n, dtype=dtype, device=a.device)
     require("the result", c, dtypes=FLOATS)
-    return by_blocks(a, a_s, b, b_s, c, *tile_map(count_e, m), e)
+    return by_blocks(a, a_s, b, b_s, c, *tile_map(tokens_per_expert_e, m), e)
 
 
 # ── FP8: both sides in tiles of 1 × 128, summed over an expert's rows ──
@@ -253,15 +253,15 @@ def along_rows(g, g_s, x, x_s, c, end_e, e: int):
 
 
 @impl("fp8_grouped_wgrad", "triton")
-def fp8_grouped_wgrad(g, g_s, x, x_s, count_e):
+def fp8_grouped_wgrad(g, g_s, x, x_s, tokens_per_expert_e):
     """∂L/∂W of every expert, gᵀ x over its rows: (n, 128·Z), (k, 128·Z) → (e, n, k), fp32."""
     require("g", g, (None, None), (E4M3,))
-    (n, m), k, e = g.shape, len(x), len(count_e)
+    (n, m), k, e = g.shape, len(x), len(tokens_per_expert_e)
     require_codes("g", g, (n, tiles(m) * 128), g_s, (n, tiles(m)))
     require_codes("x", x, (k, m), x_s, (k, tiles(m)))
     c = torch.empty(e, n, k, dtype=FP32, device=g.device)
     # of m rows only Z is known, ⌊m/128⌋ + e; any m that gives it gives the same ends
-    return along_rows(g, g_s, x, x_s, c, tile_map(count_e, (tiles(m) - e) * 128)[1], e)
+    return along_rows(g, g_s, x, x_s, c, tile_map(tokens_per_expert_e, (tiles(m) - e) * 128)[1], e)
 
 
 # ── bf16 and fp32: rows sorted by expert ──
@@ -373,9 +373,9 @@ class GroupedLinear(torch.autograd.Function):
     """y_m = W_e(m) x_m and its gradients, without waiting for the counts; dW when `defer_wgrad` says."""
 
     @staticmethod
-    def forward(ctx, x_mi, weight_eoi, count_e):
+    def forward(ctx, x_mi, weight_eoi, tokens_per_expert_e):
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype  # the parameter itself, not a narrow copy
-        x_mi, maps = x_mi.to(matmul_dtype(x_mi)), tile_map(count_e, len(x_mi))
+        x_mi, maps = x_mi.to(matmul_dtype(x_mi)), tile_map(tokens_per_expert_e, len(x_mi))
         ctx.save_for_backward(x_mi, *maps)
         return grouped_gemm(x_mi, weight_eoi.to(x_mi.dtype), *maps, transposed=False)
 
@@ -392,12 +392,12 @@ class GroupedLinear(torch.autograd.Function):
 
 
 @impl("grouped_linear", "triton")
-def grouped_linear(x_mi, weight_eoi, count_e):
-    """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; count_e sums to m."""
+def grouped_linear(x_mi, weight_eoi, tokens_per_expert_e):
+    """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; tokens_per_expert_e sums to m."""
     require("x_mi", x_mi, (None, None), FLOATS)
     like = FLOATS if torch.is_autocast_enabled(x_mi.device.type) else (x_mi.dtype,)
-    require("weight_eoi", weight_eoi, (len(count_e), None, x_mi.shape[1]), like)
-    return GroupedLinear.apply(x_mi, weight_eoi, count_e)
+    require("weight_eoi", weight_eoi, (len(tokens_per_expert_e), None, x_mi.shape[1]), like)
+    return GroupedLinear.apply(x_mi, weight_eoi, tokens_per_expert_e)
 
 
 # ── For the ahead-of-time compiler: V3's shapes, 8 experts, 4096 rows ──

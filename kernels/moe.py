@@ -39,7 +39,7 @@ def highest(key, index, axis: tl.constexpr):
 
 @triton.autotune([config(1, 1), config(1, 2), config(1, 4)], key=["octave"])
 @triton.jit
-def _choose_kernel(
+def _group_limited_topk_kernel(
     score_ptr, expert_ptr, n, octave,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, LIMITED: tl.constexpr, BEST: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
@@ -81,31 +81,35 @@ def _choose_kernel(
     tl.store(expert_ptr + at, chosen.to(tl.int64), mask=(row < n)[:, None] & (k < K))
 
 
-@impl("choose", "triton")
-def choose(score_bse, k: int, n_groups: int, n_limited: int, best: int):
+@impl("group_limited_topk", "triton")
+def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, group_topk: int):
     """The k experts of highest score, best first, in the open groups: int64, (…, k).
 
     Equal scores: the lower index first, where torch's top-k promises no order.
     """
-    require("score_bse", score_bse, dtypes=(FP32,))
-    e = score_bse.shape[-1]
+    require("scores_bse", scores_bse, dtypes=(FP32,))
+    e = scores_bse.shape[-1]
     if e % n_groups:
-        raise ValueError(f"score_bse has {e} experts, which make no {n_groups} equal groups")
+        raise ValueError(f"scores_bse has {e} experts, which make no {n_groups} equal groups")
     each = e // n_groups
-    most = {"n_limited": (n_limited, n_groups), "best": (best, each), "k": (k, n_limited * each)}
+    most = {
+        "topk_groups": (topk_groups, n_groups),
+        "group_topk": (group_topk, each),
+        "topk": (topk, topk_groups * each),
+    }
     for name, (got, limit) in most.items():
         if not 1 <= got <= limit:
             raise ValueError(
-                f"{name} must be from 1 to {limit}, not {got}: score_bse has {e} experts"
+                f"{name} must be from 1 to {limit}, not {got}: scores_bse has {e} experts"
             )
-    expert_bsk = score_bse.new_empty(*score_bse.shape[:-1], k, dtype=INT64)
-    n = score_bse.numel() // e
-    sizes = {"E": e, "K": k, "G": n_groups, "LIMITED": n_limited, "BEST": best}
-    for name, size in (("G", n_groups), ("X", each), ("K", k)):
+    topk_ids_bsk = scores_bse.new_empty(*scores_bse.shape[:-1], topk, dtype=INT64)
+    n = scores_bse.numel() // e
+    sizes = {"E": e, "K": topk, "G": n_groups, "LIMITED": topk_groups, "BEST": group_topk}
+    for name, size in (("G", n_groups), ("X", each), ("K", topk)):
         sizes[f"BLOCK_{name}"] = triton.next_power_of_2(size)
     grid = lambda m: (triton.cdiv(n, m["TILE"]),)
-    _choose_kernel[grid](score_bse, expert_bsk, n, octave(n), **sizes)
-    return expert_bsk
+    _group_limited_topk_kernel[grid](scores_bse, topk_ids_bsk, n, octave(n), **sizes)
+    return topk_ids_bsk
 
 
 # ── Out to the experts ──
@@ -159,12 +163,12 @@ def _gather_kernel(
     tl.store(out_ptr + n * d + col, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gather(y_md, place_nk, weight_nk=None):
+def gather(y_md, row_ids_nk, weight_nk=None):
     """One launch of `_gather_kernel`, (m, d) → (n, d)."""
     y_md = rows(y_md)
-    (n, k), d = place_nk.shape, y_md.shape[1]
+    (n, k), d = row_ids_nk.shape, y_md.shape[1]
     out_nd = y_md.new_empty(n, d)
-    args = y_md, place_nk, weight_nk, out_nd, d, y_md.stride(0), octave(n)
+    args = y_md, row_ids_nk, weight_nk, out_nd, d, y_md.stride(0), octave(n)
     _gather_kernel[one_row(n, d)](*args, K=k)
     return out_nd
 
@@ -173,12 +177,12 @@ class Permute(torch.autograd.Function):
     """Each token to its k rows; the gradient sums the k rows again, so that none needs atomics."""
 
     @staticmethod
-    def forward(ctx, x_nd, place_nk):
-        ctx.save_for_backward(place_nk)
-        (n, k), d = place_nk.shape, x_nd.shape[1]
+    def forward(ctx, x_nd, row_ids_nk):
+        ctx.save_for_backward(row_ids_nk)
+        (n, k), d = row_ids_nk.shape, x_nd.shape[1]
         x_nd = rows(x_nd)
         y_md = x_nd.new_empty(n * k, d)
-        args = x_nd, place_nk, y_md, d, x_nd.stride(0), octave(n)
+        args = x_nd, row_ids_nk, y_md, d, x_nd.stride(0), octave(n)
         _scatter_kernel[one_row(n, d)](*args, K=k)
         return y_md
 
@@ -188,18 +192,18 @@ class Permute(torch.autograd.Function):
         return gather(g_md, *ctx.saved_tensors), None
 
 
-def require_order(order_m, place_nk, n: int):
-    """`sort_rows` made them: place is the inverse of order, so a kernel reads only place."""
-    require("place_nk", place_nk, (n, None), (INT64,))
-    require("order_m", order_m, (place_nk.numel(),), (INT64,))
+def require_order(sorted_ids_m, row_ids_nk, n: int):
+    """`sort_by_expert` made them: place is the inverse of order, so a kernel reads only place."""
+    require("row_ids_nk", row_ids_nk, (n, None), (INT64,))
+    require("sorted_ids_m", sorted_ids_m, (row_ids_nk.numel(),), (INT64,))
 
 
 @impl("permute", "triton")
-def permute(x_nd, order_m, place_nk):
+def permute(x_nd, sorted_ids_m, row_ids_nk):
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
     require("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
-    require_order(order_m, place_nk, len(x_nd))
-    return Permute.apply(x_nd, place_nk)
+    require_order(sorted_ids_m, row_ids_nk, len(x_nd))
+    return Permute.apply(x_nd, row_ids_nk)
 
 
 # ── And back ──
@@ -229,33 +233,33 @@ def _combine_backward_kernel(
     tl.store(dweight_ptr + n * K + k, dweight, mask=k < K)
 
 
-class Combine(torch.autograd.Function):
+class Unpermute(torch.autograd.Function):
     """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
 
     @staticmethod
-    def forward(ctx, y_md, weight_nk, place_nk):
-        ctx.save_for_backward(y_md, weight_nk, place_nk)
-        return gather(y_md, place_nk, weight_nk)
+    def forward(ctx, y_md, weight_nk, row_ids_nk):
+        ctx.save_for_backward(y_md, weight_nk, row_ids_nk)
+        return gather(y_md, row_ids_nk, weight_nk)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_nd):
-        y_md, weight_nk, place_nk = ctx.saved_tensors
-        g_nd, (n, k), d = rows(g_nd), place_nk.shape, y_md.shape[1]
+        y_md, weight_nk, row_ids_nk = ctx.saved_tensors
+        g_nd, (n, k), d = rows(g_nd), row_ids_nk.shape, y_md.shape[1]
         dy_md, dweight_nk = torch.empty_like(y_md), torch.empty_like(weight_nk)
-        args = g_nd, y_md, weight_nk, place_nk, dy_md, dweight_nk, d, g_nd.stride(0), octave(n)
+        args = g_nd, y_md, weight_nk, row_ids_nk, dy_md, dweight_nk, d, g_nd.stride(0), octave(n)
         _combine_backward_kernel[n,](*args, K=k, BLOCK_K=triton.next_power_of_2(k))
         return dy_md, dweight_nk, None
 
 
-@impl("combine", "triton")
-def combine(y_md, weight_nk, order_m, place_nk):
+@impl("unpermute", "triton")
+def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
     """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
     require("weight_nk", weight_nk, (None, None), FLOATS)
-    require_order(order_m, place_nk, len(weight_nk))
-    require("place_nk", place_nk, weight_nk.shape)
-    require("y_md", y_md, (len(order_m), None), FLOATS)
-    return Combine.apply(y_md, weight_nk, place_nk)
+    require_order(sorted_ids_m, row_ids_nk, len(weight_nk))
+    require("row_ids_nk", row_ids_nk, weight_nk.shape)
+    require("y_md", y_md, (len(sorted_ids_m), None), FLOATS)
+    return Unpermute.apply(y_md, weight_nk, row_ids_nk)
 
 
 # ── For the compiler: V3's shapes ──
@@ -264,10 +268,10 @@ N, D, K = 4096, 7168, 8
 GATE = {"E": 256, "K": K, "G": 8, "LIMITED": 4, "BEST": 2}
 GATE |= {"BLOCK_G": 8, "BLOCK_X": 32, "BLOCK_K": K}
 COMPILE = [
-    Compile("choose", _choose_kernel, (FP32, INT64, N, 4), GATE),
+    Compile("group_limited_topk", _group_limited_topk_kernel, (FP32, INT64, N, 4), GATE),
     Compile("permute", _scatter_kernel, (BF16, INT64, BF16, D, D, 4), {"K": K}),
     Compile("permute_backward", _gather_kernel, (BF16, INT64, None, BF16, D, D, 4), {"K": K}),
-    Compile("combine", _gather_kernel, (BF16, INT64, BF16, BF16, D, D, 4), {"K": K}),
+    Compile("unpermute", _gather_kernel, (BF16, INT64, BF16, BF16, D, D, 4), {"K": K}),
     Compile(
         "combine_backward",
         _combine_backward_kernel,

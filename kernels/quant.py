@@ -188,18 +188,20 @@ def _tile_map_kernel(count_ptr, map_ptr, end_ptr, e, n_z, BLOCK_E: tl.constexpr)
     tl.store(end_ptr + i, end, mask=(i < e) & (tl.program_id(0) == 0))
 
 
-def tile_map(count_e, m: int):
+def tile_map(tokens_per_expert_e, m: int):
     """For m rows sorted by expert, without waiting for the counts: map (3, Z), ends (e,), int32.
 
     map: of each tile of 128 rows its first row, the end of its expert's rows, the expert; a tile
     that nobody uses ends at 0. ends: one past each expert's last tile. Z = ⌊m/128⌋ + e.
     """
-    require("count_e", count_e, (None,), COUNTS)
-    e, n_z = len(count_e), m // 128 + len(count_e)
-    map_xz = torch.empty(3, n_z, dtype=INT32, device=count_e.device)
-    end_e = torch.empty(e, dtype=INT32, device=count_e.device)
+    require("tokens_per_expert_e", tokens_per_expert_e, (None,), COUNTS)
+    e, n_z = len(tokens_per_expert_e), m // 128 + len(tokens_per_expert_e)
+    map_xz = torch.empty(3, n_z, dtype=INT32, device=tokens_per_expert_e.device)
+    end_e = torch.empty(e, dtype=INT32, device=tokens_per_expert_e.device)
     grid = (triton.cdiv(n_z, 32),)
-    _tile_map_kernel[grid](count_e, map_xz, end_e, e, n_z, BLOCK_E=triton.next_power_of_2(e))
+    _tile_map_kernel[grid](
+        tokens_per_expert_e, map_xz, end_e, e, n_z, BLOCK_E=triton.next_power_of_2(e)
+    )
     return map_xz, end_e
 
 
@@ -251,18 +253,18 @@ def _act_quant_transposed_kernel(
     put_columns(q_ptr, s_ptr, x, z, col, used, k, n_z, narrow, USE_UE8M0)
 
 
-def columns_of(m: int, k: int, count_e, like):
+def columns_of(m: int, k: int, tokens_per_expert_e, like):
     """Map, codes (k, 128·Z) and scales (k, Z) of m rows along the tokens."""
-    map_xz = None if count_e is None else tile_map(count_e, m)[0]
-    n_z = m // 128 + (1 if count_e is None else len(count_e))
+    map_xz = None if tokens_per_expert_e is None else tile_map(tokens_per_expert_e, m)[0]
+    n_z = m // 128 + (1 if tokens_per_expert_e is None else len(tokens_per_expert_e))
     q = torch.empty(k, n_z * 128, dtype=E4M3, device=like.device)
     return map_xz, q, torch.empty(k, n_z, dtype=FP32, device=like.device)
 
 
-def columns(x_mk, x_s, count_e, use_ue8m0):
+def columns(x_mk, x_s, tokens_per_expert_e, use_ue8m0):
     """`act_quant_transposed` of numbers, or of codes with their scales."""
     m, k = x_mk.shape
-    map_xz, q, s = columns_of(m, k, count_e, x_mk)
+    map_xz, q, s = columns_of(m, k, tokens_per_expert_e, x_mk)
     if q.numel():
         grid = lambda meta: (s.shape[1] * triton.cdiv(k, meta["BLOCK_K"]),)
         args = x_mk, x_s, map_xz, q, s, m, k, x_mk.stride(0), s.shape[1]
@@ -271,10 +273,10 @@ def columns(x_mk, x_s, count_e, use_ue8m0):
 
 
 @impl("act_quant_transposed", "triton")
-def act_quant_transposed(x_mk, count_e=None, use_ue8m0: bool = False):
+def act_quant_transposed(x_mk, tokens_per_expert_e=None, use_ue8m0: bool = False):
     """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad."""
     require("x_mk", x_mk, (None, None), FLOATS, contiguous=False)
-    return columns(x_mk, None, count_e, use_ue8m0)
+    return columns(x_mk, None, tokens_per_expert_e, use_ue8m0)
 
 
 def require_codes(name: str, q, s, shape) -> None:
@@ -284,10 +286,10 @@ def require_codes(name: str, q, s, shape) -> None:
 
 
 @impl("requant_transposed", "triton")
-def requant_transposed(q, s, count_e=None, use_ue8m0: bool = False):
+def requant_transposed(q, s, tokens_per_expert_e=None, use_ue8m0: bool = False):
     """Requantize tiles of 1 × 128 as tiles of 128 × 1, laid out as by `act_quant_transposed`."""
     require_codes("q", q, s, (None, None))
-    return columns(q, s, count_e, use_ue8m0)
+    return columns(q, s, tokens_per_expert_e, use_ue8m0)
 
 
 # ── Norm and SwiGLU with their tiles ──
@@ -413,13 +415,13 @@ def _swiglu_quant_backward_kernel(
 
 
 @impl("swiglu_quant_backward", "triton")
-def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, count_e=None):
+def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, tokens_per_expert_e=None):
     """From codes of gate and up: their gradients, and swiglu's output in tiles of 128 × 1."""
     require("g", g, (None, None), FLOATS, contiguous=False)
     require_codes("gate_q", gate_q, gate_s, g.shape)
     require_codes("up_q", up_q, up_s, g.shape)
     (m, k), dgate = g.shape, torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    dup, (map_xz, q, s) = torch.empty_like(dgate), columns_of(m, k, count_e, g)
+    dup, (map_xz, q, s) = torch.empty_like(dgate), columns_of(m, k, tokens_per_expert_e, g)
     if q.numel():
         n_z, codes = s.shape[1], (gate_q, gate_s, up_q, up_s)
         grid = lambda meta: (n_z * triton.cdiv(k, meta["BLOCK_K"]),)

@@ -101,31 +101,31 @@ from dsv3_ref.ops import MLP, recompute, impl, op, swiglu
 class Route(NamedTuple):
     """What the gate decided for every token."""
 
-    weight_bsk: torch.Tensor  # how much each chosen expert counts
-    expert_bsk: torch.Tensor  # which experts, int64
-    affinity_bse: torch.Tensor  # of all experts, without bias; carries the gradient
+    topk_weights_bsk: torch.Tensor  # how much each chosen expert counts
+    topk_ids_bsk: torch.Tensor  # which experts, int64
+    scores_bse: torch.Tensor  # of all experts, without bias; carries the gradient
 
 
 @op
-def choose(score_bse, k: int, n_groups: int, n_limited: int, best: int):
+def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, group_topk: int):
     """The k experts of highest score, best first, in the open groups: int64, (b, s, k)."""
     if n_groups > 1:
-        score_bse = limit_groups(score_bse, n_groups, n_limited, best)
-    return score_bse.topk(k, dim=-1).indices
+        scores_bse = mask_to_top_groups(scores_bse, n_groups, topk_groups, group_topk)
+    return scores_bse.topk(topk, dim=-1).indices
 
 
 def route(logit_bse, bias_e, c: Config) -> Route:
     """eq. 12–16: choose k experts by affinity + bias, weigh them by the affinity alone."""
     sigmoid = c.score_func == "sigmoid"
-    affinity_bse = logit_bse.sigmoid() if sigmoid else logit_bse.softmax(-1)
-    score_bse = affinity_bse if bias_e is None else affinity_bse + bias_e
-    best = min(2 if sigmoid else 1, c.n_routed_experts // c.n_expert_groups)
-    groups = c.n_expert_groups, c.n_limited_groups, best
-    expert_bsk = choose(score_bse, c.n_activated_experts, *groups)
-    weight_bsk = affinity_bse.gather(-1, expert_bsk)
+    scores_bse = logit_bse.sigmoid() if sigmoid else logit_bse.softmax(-1)
+    biased_bse = scores_bse if bias_e is None else scores_bse + bias_e
+    group_topk = min(2 if sigmoid else 1, c.n_routed_experts // c.n_expert_groups)
+    groups = c.n_expert_groups, c.n_limited_groups, group_topk
+    topk_ids_bsk = group_limited_topk(biased_bse, c.n_activated_experts, *groups)
+    topk_weights_bsk = scores_bse.gather(-1, topk_ids_bsk)
     if sigmoid:
-        weight_bsk = weight_bsk / (weight_bsk.sum(-1, keepdim=True) + 1e-20)
-    return Route(weight_bsk * c.route_scale, expert_bsk, affinity_bse)
+        topk_weights_bsk = topk_weights_bsk / (topk_weights_bsk.sum(-1, keepdim=True) + 1e-20)
+    return Route(topk_weights_bsk * c.route_scale, topk_ids_bsk, scores_bse)
 
 
 # %%
@@ -140,14 +140,17 @@ SIXTEEN = replace(V3, dim=64, moe_inter_dim=32, n_routed_experts=16, n_activated
                   n_expert_groups=4, n_limited_groups=2)  # fmt: skip
 free = replace(SIXTEEN, n_expert_groups=1, n_limited_groups=1)  # the same without groups
 r = route(affinity.logit()[None, None], bias, free)
-chosen = r.expert_bsk.flatten()
-assert torch.allclose(r.weight_bsk.sum(), torch.tensor(2.5))
-assert torch.allclose(r.weight_bsk.flatten(), 2.5 * affinity[chosen] / affinity[chosen].sum())
-assert torch.equal(route(affinity.logit()[None, None], bias + 7, free).expert_bsk, r.expert_bsk)
-print("without groups:", dict(zip(chosen.tolist(), [f"{w:.2f}" for w in r.weight_bsk.flatten()])))
+chosen = r.topk_ids_bsk.flatten()
+assert torch.allclose(r.topk_weights_bsk.sum(), torch.tensor(2.5))
+assert torch.allclose(r.topk_weights_bsk.flatten(), 2.5 * affinity[chosen] / affinity[chosen].sum())
+assert torch.equal(route(affinity.logit()[None, None], bias + 7, free).topk_ids_bsk, r.topk_ids_bsk)
+print(
+    "without groups:",
+    dict(zip(chosen.tolist(), [f"{w:.2f}" for w in r.topk_weights_bsk.flatten()])),
+)
 
 logits = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
-old = route(logits, None, V2_LITE).weight_bsk
+old = route(logits, None, V2_LITE).topk_weights_bsk
 assert torch.equal(old, logits.softmax(-1).topk(6).values) and (old.sum(-1) < 1).all()
 print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum(-1).flatten()])
 
@@ -168,29 +171,29 @@ print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum
 
 # %%
 #| export
-def limit_groups(score_bse, n_groups: int, n_limited: int, best: int):
-    """−∞ outside the groups with the largest sum of their `best` highest scores (§2.1.2)."""
-    score_bsgx = rearrange(score_bse, "... (g x) -> ... g x", g=n_groups)
-    group_bsg = score_bsgx.topk(best, dim=-1).values.sum(-1)
-    chosen = group_bsg.topk(n_limited, dim=-1).indices
+def mask_to_top_groups(scores_bse, n_groups: int, topk_groups: int, group_topk: int):
+    """−∞ outside the groups with the largest sum of their `group_topk` highest scores (§2.1.2)."""
+    score_bsgx = rearrange(scores_bse, "... (g x) -> ... g x", g=n_groups)
+    group_bsg = score_bsgx.topk(group_topk, dim=-1).values.sum(-1)
+    chosen = group_bsg.topk(topk_groups, dim=-1).indices
     shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
     return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
 
 
 # %%
 with_groups = route(affinity.logit()[None, None], bias, SIXTEEN)
-assert sorted(with_groups.expert_bsk.flatten().tolist()) == [0, 8, 9, 11]  # as in the figure
+assert sorted(with_groups.topk_ids_bsk.flatten().tolist()) == [0, 8, 9, 11]  # as in the figure
 
 
-def groups_of(expert_bsk, c: Config):
+def groups_of(topk_ids_bsk, c: Config):
     """Which groups each token visits, (b, s, g), bool."""
-    group_bsk = expert_bsk // (c.n_routed_experts // c.n_expert_groups)
+    group_bsk = topk_ids_bsk // (c.n_routed_experts // c.n_expert_groups)
     return F.one_hot(group_bsk, c.n_expert_groups).amax(-2).bool()
 
 
-def strays(score_bse, c: Config, shut: float) -> float:
+def strays(scores_bse, c: Config, shut: float) -> float:
     """Share of tokens that leave their open groups when shut experts get the score `shut`."""
-    masked = limit_groups(score_bse, c.n_expert_groups, c.n_limited_groups, 2)
+    masked = mask_to_top_groups(scores_bse, c.n_expert_groups, c.n_limited_groups, 2)
     chosen = masked.masked_fill(masked.isinf(), shut).topk(c.n_activated_experts).indices
     is_open = rearrange(masked, "b s (g x) -> b s g x", g=c.n_expert_groups).isfinite().any(-1)
     return (groups_of(chosen, c) & ~is_open).any(-1).float().mean().item()
@@ -202,8 +205,8 @@ shifts = torch.linspace(-1, 0, 21)
 stray = {shut: [strays(random_logits.sigmoid() + x, V3, shut) for x in shifts]
          for shut in (0.0, -torch.inf)}  # fmt: skip
 routes = [route(random_logits, None, replace(V3, n_limited_groups=m)) for m in range(1, 9)]
-visited = [groups_of(r.expert_bsk, V3).sum(-1).float().mean().item() for r in routes]
-best = [r.affinity_bse.gather(-1, r.expert_bsk).sum().item() for r in routes]
+visited = [groups_of(r.topk_ids_bsk, V3).sum(-1).float().mean().item() for r in routes]
+best = [r.scores_bse.gather(-1, r.topk_ids_bsk).sum().item() for r in routes]
 assert max(stray[-torch.inf]) == 0 and max(stray[0.0]) == 1
 print(f"groups a token visits: {visited[-1]:.2f} unlimited, {visited[3]:.2f} with M = 4; "
       f"affinity kept: {best[3] / best[-1]:.1%}")  # fmt: skip
@@ -233,7 +236,7 @@ show(fig)
 # %%
 #| export
 class Gate(nn.Module):
-    """Affinity of every token to every expert, in fp32; only `update_bias` moves the bias."""
+    """Affinity of every token to every expert, in fp32; only `update_expert_bias` moves the bias."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -255,11 +258,13 @@ nn.init.normal_(gate.weight, std=512**-0.5, generator=g)
 x = torch.randn(1, 2000, 512, generator=g)
 with torch.autocast("cpu", torch.bfloat16):
     r = gate(x)
-assert r.affinity_bse.dtype == torch.float32 and torch.equal(r.expert_bsk, gate(x).expert_bsk)
+assert r.scores_bse.dtype == torch.float32 and torch.equal(r.topk_ids_bsk, gate(x).topk_ids_bsk)
 coarse = route((x.bfloat16() @ gate.weight.bfloat16().T).float(), gate.bias, gate.config)
-differ = (coarse.expert_bsk.sort(-1).values != r.expert_bsk.sort(-1).values).any(-1).float().mean()
+differ = (
+    (coarse.topk_ids_bsk.sort(-1).values != r.topk_ids_bsk.sort(-1).values).any(-1).float().mean()
+)
 print(f"tokens that a bf16 gate sends elsewhere: {differ:.0%}")
-r.weight_bsk[..., 0].sum().backward()
+r.topk_weights_bsk[..., 0].sum().backward()
 assert gate.weight.grad.abs().sum() > 0 and not gate.bias.requires_grad
 assert [n for n, _ in gate.named_parameters()] == ["weight"] and "bias" in gate.state_dict()
 
@@ -278,9 +283,9 @@ assert [n for n, _ in gate.named_parameters()] == ["weight"] and "bias" in gate.
 
 # %%
 #| export
-def expert_load(expert_bsk, n_experts: int):
+def tokens_per_expert(topk_ids, n_experts: int):
     """Tokens each expert received, (e,), int64."""
-    return expert_bsk.flatten().bincount(minlength=n_experts)
+    return topk_ids.flatten().bincount(minlength=n_experts)
 
 
 def max_vio(load_e) -> float:
@@ -289,20 +294,20 @@ def max_vio(load_e) -> float:
 
 
 @torch.no_grad()
-def update_bias(bias_e, load_e, gamma: float) -> None:
+def update_expert_bias(bias_e, load_e, gamma: float) -> None:
     """Lift idle, lower busy experts: b += γ·sign(mean − load), load of the global batch, §2.1.2."""
     load_e = load_e.float()
     bias_e += gamma * (load_e.mean() - load_e).sign()
 
 
 # %%
-load = expert_load(torch.tensor([[[0, 1], [0, 2], [0, 1]]]), 4)
+load = tokens_per_expert(torch.tensor([[[0, 1], [0, 2], [0, 1]]]), 4)
 b = torch.zeros(4)
-update_bias(b, load, gamma=0.001)
+update_expert_bias(b, load, gamma=0.001)
 assert load.tolist() == [3, 2, 1, 0] and max_vio(load) == 1.0
 assert torch.allclose(b, torch.tensor([-0.001, -0.001, 0.001, 0.001]))
 before = b.clone()
-update_bias(b, torch.tensor([5, 5, 5, 5]), gamma=0.001)
+update_expert_bias(b, torch.tensor([5, 5, 5, 5]), gamma=0.001)
 assert torch.equal(b, before)  # even load: nothing moves
 print("load", load.tolist(), "→ bias", [f"{x:+.3f}" for x in b.tolist()])
 
@@ -330,23 +335,23 @@ def balance_loss(r: Route, over: str = "sequence"):
     """
     if over == "batch":
         r = Route(None, *(x.flatten(0, 1)[None] for x in r[1:]))
-    (_, t, k), e = r.expert_bsk.shape, r.affinity_bse.shape[-1]
-    chosen_bse = torch.zeros_like(r.affinity_bse).scatter(-1, r.expert_bsk, 1.0)
+    (_, t, k), e = r.topk_ids_bsk.shape, r.scores_bse.shape[-1]
+    chosen_bse = torch.zeros_like(r.scores_bse).scatter(-1, r.topk_ids_bsk, 1.0)
     f_be = chosen_bse.sum(1) * e / (k * t)
-    p_be = (r.affinity_bse / r.affinity_bse.sum(-1, keepdim=True)).mean(1)
+    p_be = (r.scores_bse / r.scores_bse.sum(-1, keepdim=True)).mean(1)
     return (f_be * p_be).sum(-1).mean()
 
 
 # %%
-def slow_balance(affinity_bse, chosen) -> float:
+def slow_balance(scores_bse, chosen) -> float:
     """eq. 17–20 as sums: over sequences, experts, tokens; `chosen(b, t)` lists a token's experts."""
-    (n_b, n_t, n_e), total = affinity_bse.shape, 0.0
+    (n_b, n_t, n_e), total = scores_bse.shape, 0.0
     for b in range(n_b):
         for i in range(n_e):
             f = p = 0.0
             for t in range(n_t):
                 f += (i in chosen(b, t)) * n_e / (len(chosen(b, t)) * n_t)  # eq. 18
-                p += (affinity_bse[b, t, i] / affinity_bse[b, t].sum()).item() / n_t  # eq. 19, 20
+                p += (scores_bse[b, t, i] / scores_bse[b, t].sum()).item() / n_t  # eq. 19, 20
             total += f * p  # eq. 17
     return total / n_b
 
@@ -354,12 +359,12 @@ def slow_balance(affinity_bse, chosen) -> float:
 g = torch.Generator().manual_seed(3)
 logits = 2 * torch.randn(3, 10, 16, generator=g)
 r = route(logits, 0.3 * torch.randn(16, generator=g), SIXTEEN)
-used = slow_balance(r.affinity_bse, lambda b, t: r.expert_bsk[b, t].tolist())
-printed = slow_balance(r.affinity_bse, lambda b, t: r.affinity_bse[b, t].topk(4).indices.tolist())
+used = slow_balance(r.scores_bse, lambda b, t: r.topk_ids_bsk[b, t].tolist())
+printed = slow_balance(r.scores_bse, lambda b, t: r.scores_bse[b, t].topk(4).indices.tolist())
 assert abs(balance_loss(r).item() - used) < 1e-6 and abs(used - printed) > 1e-3
 plain = route(logits, None, free)  # no bias, no groups: then both readings are one
 assert abs(balance_loss(plain).item() - slow_balance(
-    plain.affinity_bse, lambda b, t: plain.affinity_bse[b, t].topk(4).indices.tolist())) < 1e-6  # fmt: skip
+    plain.scores_bse, lambda b, t: plain.scores_bse[b, t].topk(4).indices.tolist())) < 1e-6  # fmt: skip
 even = Route(None, torch.arange(16).view(1, 4, 4), torch.full((1, 4, 16), 0.3))
 assert abs(balance_loss(even).item() - 1) < 1e-6
 print(f"experts used: {used:.3f}; top-k of bare affinities: {printed:.3f}; even load: 1")
@@ -388,28 +393,28 @@ print(f"experts used: {used:.3f}; top-k of bare affinities: {printed:.3f}; even 
 # %%
 #| export
 @op
-def grouped_linear(x_mi, weight_eoi, count_e):
-    """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; count_e sums to m."""
+def grouped_linear(x_mi, weight_eoi, tokens_per_expert_e):
+    """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; tokens_per_expert_e sums to m."""
     if torch.is_autocast_enabled(x_mi.device.type):
         dtype = torch.get_autocast_dtype(x_mi.device.type)
         x_mi, weight_eoi = x_mi.to(dtype), weight_eoi.to(dtype)
-    end_e = count_e.cumsum(0).to(torch.int32)
+    end_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
     return F.grouped_mm(x_mi, weight_eoi.transpose(1, 2), offs=end_e)
 
 
 @impl("grouped_linear", "naive")
-def _(x_mi, weight_eoi, count_e):
-    rows = x_mi.split(count_e.tolist())
+def _(x_mi, weight_eoi, tokens_per_expert_e):
+    rows = x_mi.split(tokens_per_expert_e.tolist())
     return torch.cat([F.linear(x, w) for x, w in zip(rows, weight_eoi)])
 
 
 @op
-def grouped_swiglu_linear(gate_mf, up_mf, weight_eoi, count_e):
+def grouped_swiglu_linear(gate_mf, up_mf, weight_eoi, tokens_per_expert_e):
     """SwiGLU and every row's own matrix behind it, one op as in `swiglu_linear`."""
-    return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, count_e)
+    return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, tokens_per_expert_e)
 
 
-class Experts(nn.Module):
+class GroupedExperts(nn.Module):
     """All routed experts of a layer; rows arrive sorted by expert, (m, d) → (m, d)."""
 
     def __init__(self, n_experts: int, dim: int, inter_dim: int):
@@ -418,27 +423,32 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
 
-    def forward(self, x_md, count_e, weight_m=None):
-        gate, up = grouped_linear(x_md, self.w1, count_e), grouped_linear(x_md, self.w3, count_e)
+    def forward(self, x_md, tokens_per_expert_e, weight_m=None):
+        gate, up = (
+            grouped_linear(x_md, self.w1, tokens_per_expert_e),
+            grouped_linear(x_md, self.w3, tokens_per_expert_e),
+        )
         up = up if weight_m is None else up * weight_m[:, None].to(up.dtype)
-        return grouped_swiglu_linear(gate, up, self.w2, count_e)
+        return grouped_swiglu_linear(gate, up, self.w2, tokens_per_expert_e)
 
 
 # %%
 from dsv3_ref.ops import IMPLS
 
 g = torch.Generator().manual_seed(4)
-count_e = torch.tensor([3, 0, 5, 0, 4, 0])  # three experts without work, one of them the last
+tokens_per_expert_e = torch.tensor(
+    [3, 0, 5, 0, 4, 0]
+)  # three experts without work, one of them the last
 x_mi = torch.randn(12, 8, generator=g, requires_grad=True)
 w_eoi = torch.randn(6, 16, 8, generator=g, requires_grad=True)
 dy_mo = torch.randn(12, 16, generator=g)
 results = {}
 for backend in ("torch", "naive"):
-    y = IMPLS["grouped_linear"][backend](x_mi, w_eoi, count_e)
+    y = IMPLS["grouped_linear"][backend](x_mi, w_eoi, tokens_per_expert_e)
     results[backend] = [y, *torch.autograd.grad(y, (x_mi, w_eoi), dy_mo)]
 for fast, slow in zip(*results.values()):
     assert torch.allclose(fast, slow, atol=1e-5)
-idle = results["torch"][2][count_e == 0]
+idle = results["torch"][2][tokens_per_expert_e == 0]
 assert (idle == 0).all()  # no tokens: a gradient of zeros, not of leftovers
 
 
@@ -450,7 +460,7 @@ def outcome(fn) -> str:
         return str(e).splitlines()[0][:72]
 
 
-ends = count_e.cumsum(0)
+ends = tokens_per_expert_e.cumsum(0)
 x, w = x_mi.detach(), w_eoi.detach().transpose(1, 2)
 print("int64 ends  ", outcome(lambda: F.grouped_mm(x, w, offs=ends)))
 print("7 columns   ", outcome(lambda: F.grouped_mm(x[:, :7].clone(), w[:, :7], offs=ends.int())))
@@ -460,11 +470,11 @@ print("no rows     ", outcome(lambda: F.grouped_mm(x[:0], w, offs=0 * ends.int()
 # %% [markdown]
 # ## Out to the experts and back
 # Token $n$ becomes rows $nk, \dots, nk + k - 1$; `order` sorts these by expert, and `place` says for
-# each token and choice where its row went. **Permute** copies a token to its $k$ rows, **combine** brings
+# each token and choice where its row went. **Permute** copies a token to its $k$ rows, **unpermute** brings
 # the experts' answers back, each with its weight:
 #
 # $$\text{permute}(x)_m = x_{\lfloor \text{order}_m/k \rfloor}, \qquad
-# o_n = \text{combine}(y, w)_n = \sum_{j=1}^{k} w_{nj}\, y_{\text{place}_{nj}}$$
+# o_n = \text{unpermute}(y, w)_n = \sum_{j=1}^{k} w_{nj}\, y_{\text{place}_{nj}}$$
 #
 # Each is the other's gradient, if $\partial$ marks the gradient of the loss: that of permute's input is the
 # gradient of its rows, combined with weights 1; $\partial y_m$ is the permuted $\partial o$ times the row's
@@ -476,21 +486,21 @@ print("no rows     ", outcome(lambda: F.grouped_mm(x[:0], w, offs=0 * ends.int()
 
 # %%
 #| export
-def sort_rows(expert_nk):
+def sort_by_expert(expert_nk):
     """Rows by expert: order (m,), each row's token·k + choice, and its inverse, place (n, k)."""
-    order_m = expert_nk.flatten().argsort(stable=True)
-    place_m = torch.empty_like(order_m)
-    place_m[order_m] = torch.arange(len(order_m), device=order_m.device)
-    return order_m, place_m.view_as(expert_nk)
+    sorted_ids_m = expert_nk.flatten().argsort(stable=True)
+    place_m = torch.empty_like(sorted_ids_m)
+    place_m[sorted_ids_m] = torch.arange(len(sorted_ids_m), device=sorted_ids_m.device)
+    return sorted_ids_m, place_m.view_as(expert_nk)
 
 
 class Permute(torch.autograd.Function):
     """Each token to its k rows; the gradient sums the k rows again."""
 
     @staticmethod
-    def forward(ctx, x_nd, order_m, place_nk):
-        ctx.save_for_backward(place_nk)
-        return x_nd.index_select(0, order_m // place_nk.shape[1])
+    def forward(ctx, x_nd, sorted_ids_m, row_ids_nk):
+        ctx.save_for_backward(row_ids_nk)
+        return x_nd.index_select(0, sorted_ids_m // row_ids_nk.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -498,44 +508,44 @@ class Permute(torch.autograd.Function):
         return F.embedding_bag(ctx.saved_tensors[0], g_md, mode="sum"), None, None
 
 
-class Combine(torch.autograd.Function):
+class Unpermute(torch.autograd.Function):
     """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
 
     @staticmethod
-    def forward(ctx, y_md, weight_nk, order_m, place_nk):
-        ctx.save_for_backward(y_md, weight_nk, order_m, place_nk)
-        return F.embedding_bag(place_nk, y_md, mode="sum", per_sample_weights=weight_nk)
+    def forward(ctx, y_md, weight_nk, sorted_ids_m, row_ids_nk):
+        ctx.save_for_backward(y_md, weight_nk, sorted_ids_m, row_ids_nk)
+        return F.embedding_bag(row_ids_nk, y_md, mode="sum", per_sample_weights=weight_nk)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_nd):
-        y_md, weight_nk, order_m, place_nk = ctx.saved_tensors
-        g_md = g_nd.index_select(0, order_m // place_nk.shape[1])
+        y_md, weight_nk, sorted_ids_m, row_ids_nk = ctx.saved_tensors
+        g_md = g_nd.index_select(0, sorted_ids_m // row_ids_nk.shape[1])
         dweight_m = (g_md * y_md).sum(-1)
-        g_md *= weight_nk.flatten()[order_m, None]
-        return g_md, dweight_m[place_nk], None, None
+        g_md *= weight_nk.flatten()[sorted_ids_m, None]
+        return g_md, dweight_m[row_ids_nk], None, None
 
 
 @op
-def permute(x_nd, order_m, place_nk):
+def permute(x_nd, sorted_ids_m, row_ids_nk):
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
-    return Permute.apply(x_nd, order_m, place_nk)
+    return Permute.apply(x_nd, sorted_ids_m, row_ids_nk)
 
 
 @impl("permute", "naive")
-def _(x_nd, order_m, place_nk):
-    return x_nd[order_m // place_nk.shape[1]]
+def _(x_nd, sorted_ids_m, row_ids_nk):
+    return x_nd[sorted_ids_m // row_ids_nk.shape[1]]
 
 
 @op
-def combine(y_md, weight_nk, order_m, place_nk):
+def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
     """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
-    return Combine.apply(y_md, weight_nk, order_m, place_nk)
+    return Unpermute.apply(y_md, weight_nk, sorted_ids_m, row_ids_nk)
 
 
-@impl("combine", "naive")
-def _(y_md, weight_nk, order_m, place_nk):
-    return einsum(y_md[place_nk], weight_nk, "n k d, n k -> n d")
+@impl("unpermute", "naive")
+def _(y_md, weight_nk, sorted_ids_m, row_ids_nk):
+    return einsum(y_md[row_ids_nk], weight_nk, "n k d, n k -> n d")
 
 
 # %%
@@ -543,14 +553,18 @@ g = torch.Generator().manual_seed(5)
 x_nd = torch.randn(5, 3, dtype=torch.float64, generator=g, requires_grad=True)
 y_md = torch.randn(10, 3, dtype=torch.float64, generator=g, requires_grad=True)
 expert_nk = torch.randint(4, (5, 2), generator=g)
-order_m, place_nk = sort_rows(expert_nk)
+sorted_ids_m, row_ids_nk = sort_by_expert(expert_nk)
 weight_nk = torch.rand(5, 2, dtype=torch.float64, generator=g, requires_grad=True)
-assert torch.autograd.gradcheck(lambda x: permute(x, order_m, place_nk), x_nd)
-assert torch.autograd.gradcheck(lambda y, w: combine(y, w, order_m, place_nk), (y_md, weight_nk))
-there_and_back = combine(permute(x_nd, order_m, place_nk), weight_nk, order_m, place_nk)
+assert torch.autograd.gradcheck(lambda x: permute(x, sorted_ids_m, row_ids_nk), x_nd)
+assert torch.autograd.gradcheck(
+    lambda y, w: unpermute(y, w, sorted_ids_m, row_ids_nk), (y_md, weight_nk)
+)
+there_and_back = unpermute(
+    permute(x_nd, sorted_ids_m, row_ids_nk), weight_nk, sorted_ids_m, row_ids_nk
+)
 assert torch.allclose(there_and_back, x_nd * weight_nk.sum(1, keepdim=True))
 before = expert_nk.flatten()
-print("experts of the rows before", before.tolist(), "and after", before[order_m].tolist())
+print("experts of the rows before", before.tolist(), "and after", before[sorted_ids_m].tolist())
 
 # %% [markdown]
 # ## The layer
@@ -574,19 +588,19 @@ class MoE(nn.Module):
         super().__init__()
         self.config = c
         self.gate = Gate(c)
-        self.experts = Experts(c.n_routed_experts, c.dim, c.moe_inter_dim)
+        self.experts = GroupedExperts(c.n_routed_experts, c.dim, c.moe_inter_dim)
         self.shared_experts = MLP(c.dim, c.n_shared_experts * c.moe_inter_dim)
 
     def routed(self, x_nd, weight_nk, expert_nk):
         """Σ_k w_nk·expert_nk(x_n); on one device every expert is here."""
-        order_m, place_nk = sort_rows(expert_nk)
-        count_e = expert_load(expert_nk, self.config.n_routed_experts)
-        y_md = self.experts(permute(x_nd, order_m, place_nk), count_e)
-        return combine(y_md, weight_nk.to(y_md.dtype), order_m, place_nk)
+        sorted_ids_m, row_ids_nk = sort_by_expert(expert_nk)
+        tokens_per_expert_e = tokens_per_expert(expert_nk, self.config.n_routed_experts)
+        y_md = self.experts(permute(x_nd, sorted_ids_m, row_ids_nk), tokens_per_expert_e)
+        return unpermute(y_md, weight_nk.to(y_md.dtype), sorted_ids_m, row_ids_nk)
 
     def forward(self, x_bsd) -> tuple[torch.Tensor, Route]:
         r = self.gate(x_bsd)
-        tokens = (t.flatten(0, 1) for t in (x_bsd, r.weight_bsk, r.expert_bsk))
+        tokens = (t.flatten(0, 1) for t in (x_bsd, r.topk_weights_bsk, r.topk_ids_bsk))
         return self.routed(*tokens).view_as(x_bsd) + self.shared_experts(x_bsd), r
 
 
@@ -604,7 +618,7 @@ def slow_moe(moe: MoE, x_bsd):
     r, e, out = moe.gate(x_bsd), moe.experts, moe.shared_experts(x_bsd)
     for b in range(x_bsd.shape[0]):
         for s in range(x_bsd.shape[1]):
-            for w, i in zip(r.weight_bsk[b, s], r.expert_bsk[b, s].tolist()):
+            for w, i in zip(r.topk_weights_bsk[b, s], r.topk_ids_bsk[b, s].tolist()):
                 x = x_bsd[b, s]
                 out[b, s] += w * (e.w2[i] @ (F.silu(e.w1[i] @ x) * (e.w3[i] @ x)))
     return out
@@ -617,7 +631,7 @@ with torch.no_grad():
         moe.gate.bias[:4] = crowd
         y_bsd, r = moe(x_bsd)
         assert torch.allclose(y_bsd, slow_moe(moe, x_bsd), atol=1e-5)
-        load = expert_load(r.expert_bsk, 16)
+        load = tokens_per_expert(r.topk_ids_bsk, 16)
         assert load.sum() == 2 * 6 * 4  # no token dropped
         print("load", load.tolist(), f"MaxVio {max_vio(load):.2f}")
 
@@ -644,8 +658,8 @@ def simulate(gamma: float):
         mix = COMMON if step < TURN else COMMON.flip(0)
         topic = torch.multinomial(mix, 1024, replacement=True, generator=g)
         x = TOPICS[topic] + 0.7 * torch.randn(1024, 32, generator=g)
-        load = expert_load(route((x @ CENTROIDS.T)[None], bias, STREAM).expert_bsk, 32)
-        update_bias(bias, load, gamma)
+        load = tokens_per_expert(route((x @ CENTROIDS.T)[None], bias, STREAM).topk_ids_bsk, 32)
+        update_expert_bias(bias, load, gamma)
         loads.append(load)
         biases.append(bias.clone())
     return torch.stack(loads), torch.stack(biases)
@@ -727,11 +741,13 @@ def train_moe(over: str = "sequence", alpha: float = 0.0, gamma: float = 0.0):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        update_bias(moe.gate.bias, expert_load(r.expert_bsk, 8), gamma)
+        update_expert_bias(moe.gate.bias, tokens_per_expert(r.topk_ids_bsk, 8), gamma)
     x_bsd, target_bsd, domain = domain_batch(512, torch.Generator().manual_seed(99))
     with torch.no_grad():
         y_bsd, r = moe(x_bsd)
-    choice = torch.stack([expert_load(r.expert_bsk[domain == d], 8) for d in range(6)]).float()
+    choice = torch.stack(
+        [tokens_per_expert(r.topk_ids_bsk[domain == d], 8) for d in range(6)]
+    ).float()
     error = (y_bsd - target_bsd).square().mean().item()
     return error, max_vio(choice.sum(0)), choice / choice.sum(-1, keepdim=True)
 
@@ -846,11 +862,11 @@ def draw_board(**bias):
     """Affinities with the chosen experts marked, and every expert's load; one bias an expert."""
     bias_e = torch.tensor([float(x) for x in bias.values()])
     r = route(BOARD_LOGITS, bias_e, SMALL_MOE)
-    load = expert_load(r.expert_bsk, 8)
+    load = tokens_per_expert(r.topk_ids_bsk, 8)
     fig, axes = figure(1, 2, 9.5, 3.8)
-    fig.colorbar(axes[0].imshow(r.affinity_bse[0], aspect="auto", cmap="cividis", vmin=0, vmax=1),
+    fig.colorbar(axes[0].imshow(r.scores_bse[0], aspect="auto", cmap="cividis", vmin=0, vmax=1),
                  ax=axes[0], label="affinity")  # fmt: skip
-    axes[0].scatter(r.expert_bsk[0].flatten(), torch.arange(24).repeat_interleave(2), s=36,
+    axes[0].scatter(r.topk_ids_bsk[0].flatten(), torch.arange(24).repeat_interleave(2), s=36,
                     facecolor="white", edgecolor="#D55E00")  # fmt: skip
     axes[0].set(title="○ chosen", xlabel="expert", ylabel="token", xticks=range(8))
     axes[1].bar(range(8), load.tolist(), color=BLUE)
@@ -866,7 +882,9 @@ def draw_board(**bias):
 
 ruled = torch.zeros(8)
 for _ in range(300):
-    update_bias(ruled, expert_load(route(BOARD_LOGITS, ruled, SMALL_MOE).expert_bsk, 8), 0.005)
+    update_expert_bias(
+        ruled, tokens_per_expert(route(BOARD_LOGITS, ruled, SMALL_MOE).topk_ids_bsk, 8), 0.005
+    )
 draw_board(**{f"b{e}": 0.0 for e in range(8)})
 draw_board(**{f"b{e}": round(x, 2) for e, x in enumerate(ruled.tolist())})
 play(draw_board, **{f"b{e}": (-0.6, 0.6, 0.02) for e in range(8)})
@@ -892,8 +910,8 @@ def check_visits(fn):
 def check_low(fn):
     """f P is large where traffic meets affinity: must they meet? (A token's k experts are different.)"""
     r = fn()
-    assert r.expert_bsk.shape[:2] == r.affinity_bse.shape[:2] and (r.affinity_bse > 0).all()
-    assert all(len(set(e)) == len(e) for e in r.expert_bsk.flatten(0, 1).tolist())
+    assert r.topk_ids_bsk.shape[:2] == r.scores_bse.shape[:2] and (r.scores_bse > 0).all()
+    assert all(len(set(e)) == len(e) for e in r.topk_ids_bsk.flatten(0, 1).tolist())
     assert balance_loss(r) < 0.1
 
 
@@ -911,14 +929,14 @@ def check_gentle(fn):
         -1, 1, 16
     )
     left = {}
-    for rule in (fn, update_bias):
+    for rule in (fn, update_expert_bias):
         bias, tail = torch.zeros(16), []
         for _ in range(200):
-            load = expert_load(route(logits, bias, free).expert_bsk, 16)
+            load = tokens_per_expert(route(logits, bias, free).topk_ids_bsk, 16)
             rule(bias, load, 0.02)
             tail.append(max_vio(load))
         left[rule] = sum(tail[-50:])
-    assert left[fn] < 0.7 * left[update_bias]
+    assert left[fn] < 0.7 * left[update_expert_bias]
 
 
 # %%

@@ -106,7 +106,7 @@ from typing import NamedTuple
 import torch
 
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.moe import Route, balance_loss, expert_load, update_bias
+from dsv3_ref.moe import Route, balance_loss, tokens_per_expert, update_expert_bias
 from dsv3_ref.mtp import mtp_features, mtp_losses
 from dsv3_ref.ops import linear_cross_entropy
 
@@ -397,13 +397,13 @@ def surprise(h_bsd, target_bs, positions: int) -> torch.Tensor:
 
 def uneven(r: Route) -> torch.Tensor:
     """eq. 17–20 sequence by sequence, expert by expert."""
-    total, (_, t, k) = 0.0, r.expert_bsk.shape
-    e = r.affinity_bse.shape[-1]
-    for expert_sk, affinity_se in zip(r.expert_bsk, r.affinity_bse):
+    total, (_, t, k) = 0.0, r.topk_ids_bsk.shape
+    e = r.scores_bse.shape[-1]
+    for expert_sk, affinity_se in zip(r.topk_ids_bsk, r.scores_bse):
         for i in range(e):
             f = (expert_sk == i).sum() * e / (k * t)
             total += f * (affinity_se[:, i] / affinity_se.sum(-1)).mean()
-    return total / len(r.expert_bsk)
+    return total / len(r.topk_ids_bsk)
 
 
 with torch.no_grad():
@@ -432,7 +432,7 @@ print(f"blind guessing: ln 512 = {math.log(512):.3f}")
 #| export
 def expert_loads(routes: list[Route]):
     """Tokens each expert of each MoE layer received, (l, e); (0, 0) where all layers are dense."""
-    loads = [expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes]
+    loads = [tokens_per_expert(r.topk_ids_bsk, r.scores_bse.shape[-1]) for r in routes]
     return torch.stack(loads) if loads else torch.zeros(0, 0)
 
 
@@ -440,7 +440,7 @@ def balance(model: Transformer, load_le, gamma: float) -> None:
     """Move every gate's bias by the load of the whole global batch."""
     for moe, load_e in zip(moe_layers(model).values(), load_le):
         if moe.gate.bias is not None:
-            update_bias(moe.gate.bias, load_e, gamma)
+            update_expert_bias(moe.gate.bias, load_e, gamma)
 
 
 # %%

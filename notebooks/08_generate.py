@@ -382,8 +382,8 @@ class DecodeLayer:
         weight_nk = torch.ones_like(expert_nk, dtype=x_bsd.dtype)
         if isinstance(ffn, MoE):
             r = ffn.gate(x_bsd)
-            expert_nk = torch.cat((r.expert_bsk.flatten(0, 1), expert_nk), dim=1)
-            weight_nk = torch.cat((r.weight_bsk.flatten(0, 1), weight_nk), dim=1)
+            expert_nk = torch.cat((r.topk_ids_bsk.flatten(0, 1), expert_nk), dim=1)
+            weight_nk = torch.cat((r.topk_weights_bsk.flatten(0, 1), weight_nk), dim=1)
         tables = self.tables.up_xo, self.tables.down_xd
         return moe_small_batch(x_bsd.flatten(0, 1), expert_nk, weight_nk, *tables).view_as(x_bsd)
 

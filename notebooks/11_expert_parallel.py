@@ -194,20 +194,20 @@ def apply_local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     """
     e, k = len(experts.w1), expert_nk.shape[1]
     key_m = torch.where(expert_nk < 0, e, expert_nk).flatten()
-    count_e = key_m.bincount(minlength=e + 1)[:e]
-    order_m = key_m.argsort(stable=True)[: count_e.sum()]
-    token_m = order_m // k
+    tokens_per_expert_e = key_m.bincount(minlength=e + 1)[:e]
+    sorted_ids_m = key_m.argsort(stable=True)[: tokens_per_expert_e.sum()]
+    token_m = sorted_ids_m // k
     x_md = x_nd[token_m]
     if codes is not None:
         QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in codes)
-    y_md = experts(x_md, count_e, weight_nk.flatten()[order_m])
+    y_md = experts(x_md, tokens_per_expert_e, weight_nk.flatten()[sorted_ids_m])
     return IndexAdd.apply(y_md, token_m, len(x_nd))
 
 
 # %%
-from dsv3_ref.moe import Experts
+from dsv3_ref.moe import GroupedExperts
 
-share = Experts(4, 64, 32)  # what one rank holds
+share = GroupedExperts(4, 64, 32)  # what one rank holds
 for p in share.parameters():
     torch.nn.init.normal_(p, std=0.2)
 x_nd, w_nk = torch.randn(len(token_m), 64), torch.rand(len(token_m), 6)
@@ -273,13 +273,13 @@ for p in moe.parameters():
 SIZES = [5, 12, 0, 7, 9, 1, 16, 3]  # tokens a rank
 x_nd = torch.randn(sum(SIZES), 64)
 r = route(torch.randn(1, len(x_nd), 32), None, SHAPE)
-w_nk, e_nk = r.weight_bsk[0], r.expert_bsk[0]
+w_nk, e_nk = r.topk_weights_bsk[0], r.topk_ids_bsk[0]
 dy_nd = torch.randn_like(x_nd)
 
 
 def share_of(experts, i: int, per: int):
     """What rank i holds: experts i·per … (i+1)·per − 1, with their weights."""
-    mine = Experts(per, 64, 32)
+    mine = GroupedExperts(per, 64, 32)
     for p, whole in zip(mine.parameters(), experts.parameters()):
         p.data = whole.detach()[i * per : (i + 1) * per].clone()
     return mine
@@ -372,7 +372,7 @@ def choices(limit: int = 4, k: int = 8, skew: float = 0.0, n: int = 8192):
     logits = torch.randn(1, n, 256, generator=g) + skew * torch.randn(256, generator=g)
     return route(
         logits, None, replace(V3, n_limited_groups=limit, n_activated_experts=k)
-    ).expert_bsk[0]
+    ).topk_ids_bsk[0]
 
 
 WAYS = ("naive", "one hop", "two hops")
@@ -429,7 +429,7 @@ for use_ue8m0 in (False, True):
 assert lost[True][0] == 0 and lost[True][1] < 1e-3 * lost[False][1]
 
 # %%
-wide = Experts(4, 256, 128)
+wide = GroupedExperts(4, 256, 128)
 for p in wide.parameters():
     torch.nn.init.normal_(p, std=0.06)
 x_nd, w_nk = torch.randn(200, 256), torch.rand(200, 2)
@@ -461,15 +461,15 @@ print(f"bytes a row at V3: out {OUT:,} (in bf16 {2 * V3.dim + 64:,}), back {BACK
 # ($R$ ranks with equally many sequences; rank $r$ chose expert $e$ for $c_e^{(r)}$ of its tokens.)
 
 # %%
-from dsv3_ref.moe import balance_loss, expert_load, update_bias
+from dsv3_ref.moe import balance_loss, tokens_per_expert, update_expert_bias
 
 batch = route(torch.randn(8, 64, 32) + torch.randn(8, 1, 32), None, SHAPE)  # 8 sequences on 4 ranks
 of_rank = [type(batch)(*parts) for parts in zip(*(t.chunk(4) for t in batch))]
-loads = [expert_load(r.expert_bsk, 32) for r in of_rank]
-assert torch.equal(sum(loads), expert_load(batch.expert_bsk, 32))
+loads = [tokens_per_expert(r.topk_ids_bsk, 32) for r in of_rank]
+assert torch.equal(sum(loads), tokens_per_expert(batch.topk_ids_bsk, 32))
 biases = [torch.zeros(32) for _ in loads]
 for bias_e, load_e in zip(biases, loads):
-    update_bias(bias_e, load_e, 0.001)
+    update_expert_bias(bias_e, load_e, 0.001)
 parted = (torch.stack(biases) != biases[0]).any(0).sum().item()
 print(f"own loads instead of the sum: {parted} of 32 biases differ between ranks after one step")
 assert parted > 0
@@ -645,7 +645,7 @@ def check_jam(fn):
 def check_spare(fn):
     """At which places does `hot` stand? Every second of them changes, and nothing else."""
     expert_nk = choices(n=300, skew=1.0)
-    hot = expert_load(expert_nk, 256).argmax().item()
+    hot = tokens_per_expert(expert_nk, 256).argmax().item()
     out_nk = fn(expert_nk.clone(), hot, 256)
     assert torch.equal(torch.where(out_nk == 256, hot, out_nk), expert_nk)
     moved = out_nk[expert_nk == hot] == 256  # of the tokens that chose it, in their order

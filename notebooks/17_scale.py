@@ -339,7 +339,7 @@ def trips(c: Config, ep: int, per_node: int, n: int = 4096) -> tuple[float, floa
         return 0.0, 0.0
     g = torch.Generator().manual_seed(0)
     logit_bse = torch.randn(1, n, c.n_routed_experts, generator=g)
-    expert_nk, here_n = route(logit_bse, None, c).expert_bsk[0], torch.arange(n) % ep
+    expert_nk, here_n = route(logit_bse, None, c).topk_ids_bsk[0], torch.arange(n) % ep
     per = c.n_routed_experts // ep
     node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
     if ep > per_node:
@@ -362,7 +362,7 @@ def slow_trips(c: Config):
     """By words: nodes other than mine; then GPUs in each node other than where the row landed."""
     expert_nk = route(
         torch.randn(1, 4096, 256, generator=torch.Generator().manual_seed(0)), None, c
-    ).expert_bsk[0]
+    ).topk_ids_bsk[0]
     ib = nvlink = 0
     for token, chosen in enumerate(expert_nk.tolist()):
         home, gpus = token % 64, {e // 4 for e in chosen}

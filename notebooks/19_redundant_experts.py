@@ -75,7 +75,7 @@ import torch
 from einops import rearrange
 
 from dsv3_ref.config import UserError
-from dsv3_ref.moe import expert_load
+from dsv3_ref.moe import tokens_per_expert
 
 # %% [markdown]
 # ## How many copies
@@ -330,7 +330,7 @@ def assign_replicas(expert_nk, slot_eu, count_e):
     """The slot of every choice (n, k): an expert's rows take its copies in turn."""
     expert_m = expert_nk.flatten()
     order_m = expert_m.argsort(stable=True)
-    load_e = expert_load(expert_nk, len(count_e))
+    load_e = tokens_per_expert(expert_nk, len(count_e))
     turn_m = torch.empty_like(order_m)
     at_m = torch.arange(len(order_m), device=order_m.device)
     turn_m[order_m] = at_m - (load_e.cumsum(0) - load_e)[expert_m[order_m]]
@@ -339,7 +339,7 @@ def assign_replicas(expert_nk, slot_eu, count_e):
 
 def logical_to_physical(expert_a, n_experts: int):
     """Of one layer, the slots of every expert (e, u; −1: none) and how many (e,), by slot."""
-    count_e = expert_load(expert_a, n_experts)
+    count_e = tokens_per_expert(expert_a, n_experts)
     order_a = expert_a.argsort(stable=True)
     copy_a = torch.arange(len(order_a), device=order_a.device)
     copy_a = copy_a - (count_e.cumsum(0) - count_e)[expert_a[order_a]]
@@ -350,13 +350,13 @@ def logical_to_physical(expert_a, n_experts: int):
 
 # %%
 from dsv3_ref.expert_parallel import to_local_expert_ids, apply_local_experts, dispatch_layout
-from dsv3_ref.moe import Experts, MoE, expert_load, route
+from dsv3_ref.moe import GroupedExperts, MoE, tokens_per_expert, route
 
 chosen_nk = torch.rand(500, 12, generator=g).argsort(-1)[:, :3]
 slot_nk = assign_replicas(chosen_nk, slot_leu[0], count_le[0])
 assert torch.equal(expert_la[0][slot_nk], chosen_nk)  # always a copy of the expert that was chosen
-rows_a = expert_load(slot_nk, 16)
-even_a = (expert_load(chosen_nk, 12) / count_le[0])[expert_la[0]]
+rows_a = tokens_per_expert(slot_nk, 16)
+even_a = (tokens_per_expert(chosen_nk, 12) / count_le[0])[expert_la[0]]
 assert ((rows_a - even_a).abs() < 1).all()
 print("rows of every slot:", rows_a.tolist())
 turns = [[slot_leu[0, e, j % count_le[0, e]].item() for j in range((chosen_nk == e).sum())]
@@ -387,12 +387,12 @@ for placement in expert_la:
     assert error < 1e-5 and list(moe.state_dict()) == names
     print(f"{refilled} slots filled, outputs differ by {error:.0e} at most")
 slot_eu, count_e = logical_to_physical(expert_la[1], 12)
-slot_nk = assign_replicas(r.expert_bsk.flatten(0, 1), slot_eu, count_e)
-x_nd, w_nk = x_bsd.flatten(0, 1), r.weight_bsk.flatten(0, 1)
+slot_nk = assign_replicas(r.topk_ids_bsk.flatten(0, 1), slot_eu, count_e)
+x_nd, w_nk = x_bsd.flatten(0, 1), r.topk_weights_bsk.flatten(0, 1)
 token_m, gpu_m, rows_j = dispatch_layout(slot_nk, experts_per_member=2, num_members=8)
 y_nd = torch.zeros_like(x_nd)
 for gpu, slots in enumerate(expert_la[1].view(8, 2)):
-    held, m = Experts(2, 32, 16).requires_grad_(False), token_m[gpu_m == gpu]
+    held, m = GroupedExperts(2, 32, 16).requires_grad_(False), token_m[gpu_m == gpu]
     for p, whole in zip(held.parameters(), moe.experts.parameters()):
         p.copy_(whole[slots])
     here_mk = to_local_expert_ids(slot_nk[m], gpu_m[gpu_m == gpu], experts_per_member=2)
@@ -412,7 +412,7 @@ print("rows that each GPU received:", rows_j.tolist())
 #| export eplb
 def layer_loads(routes):
     """Tokens of every expert of every layer in one pass: (l, e)."""
-    return torch.stack([expert_load(r.expert_bsk, r.affinity_bse.shape[-1]) for r in routes])
+    return torch.stack([tokens_per_expert(r.topk_ids_bsk, r.scores_bse.shape[-1]) for r in routes])
 
 
 class ExpertLoadWindow:
@@ -432,7 +432,9 @@ class ExpertLoadWindow:
 seen = ExpertLoadWindow(window=2)
 for step in range(3):
     seen.add(step * layer_loads([r, r]))
-assert seen.total().tolist() == [[3 * x for x in expert_load(r.expert_bsk, 12).tolist()]] * 2
+assert (
+    seen.total().tolist() == [[3 * x for x in tokens_per_expert(r.topk_ids_bsk, 12).tolist()]] * 2
+)
 print(seen.total()[0].tolist())
 
 # %% [markdown]
@@ -512,7 +514,7 @@ def gate_tokens(seed: int, n: int = 8192):
     """Choices of V3's gate, random affinities and experts of unequal popularity: (n, k)."""
     g = torch.Generator().manual_seed(seed)
     liked = 0.5 * torch.randn(256, generator=torch.Generator().manual_seed(5))
-    return route(torch.randn(1, n, 256, generator=g) + liked, None, V3).expert_bsk[0]
+    return route(torch.randn(1, n, 256, generator=g) + liked, None, V3).topk_ids_bsk[0]
 
 
 def nodes_visited(chosen_nk, placement, nodes: int) -> float:
@@ -532,7 +534,7 @@ numbered = {
     s: load_imbalance(gpu_load(zipf(s), torch.arange(256).repeat(16, 1), 32)).mean()
     for s in (0.5, 1.0)
 }
-then, now = expert_load(gate_tokens(6), 256)[None], gate_tokens(7)
+then, now = tokens_per_expert(gate_tokens(6), 256)[None], gate_tokens(7)
 visited = {(nodes, policy): nodes_visited(now, rebalance_experts(then, 288 if nodes == 4 else 320, *how(nodes),
                                                                  8 * nodes), nodes)
            for nodes in (4, 8) for policy, how in V3_POLICY.items()}  # fmt: skip

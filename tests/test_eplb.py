@@ -213,7 +213,7 @@ def test_copies_change_no_output_and_can_be_changed_between_steps(moe, shape):
         set_expert_placement(moe, expert_a)
         y_bsd, r = moe(x_bsd)
         assert torch.allclose(y_bsd, alone, atol=1e-5)
-        assert torch.equal(r.expert_bsk, route.expert_bsk)
+        assert torch.equal(r.topk_ids_bsk, route.topk_ids_bsk)
     assert moe.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in moe.state_dict().items())
     clear_expert_placement(moe)

@@ -15,7 +15,7 @@ from dsv3_ref.expert_parallel import (
     to_local_expert_ids,
 )
 from dsv3_ref.fp8 import act_dequant, act_quant
-from dsv3_ref.moe import Experts, MoE
+from dsv3_ref.moe import GroupedExperts, MoE
 
 
 @st.composite
@@ -104,7 +104,7 @@ def test_weights_elsewhere_have_neither_value_nor_gradient():
 
 
 def test_local_experts_is_the_loop_in_fp64_forward_and_backward(exact):
-    experts = filled(Experts(3, 6, 5).double())
+    experts = filled(GroupedExperts(3, 6, 5).double())
     x_nd = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     weight_nk = torch.rand(11, 4, dtype=torch.float64, requires_grad=True)
     expert_nk = torch.randint(-1, 3, (11, 4))
@@ -120,7 +120,7 @@ def test_local_experts_is_the_loop_in_fp64_forward_and_backward(exact):
 
 @pytest.mark.parametrize("n", [0, 3])
 def test_a_rank_to_which_nothing_comes(n):
-    experts = filled(Experts(2, 8, 8))
+    experts = filled(GroupedExperts(2, 8, 8))
     x_nd = torch.randn(n, 8, requires_grad=True)
     y_nd = apply_local_experts(experts, x_nd, torch.rand(n, 2), torch.full((n, 2), -1))
     assert y_nd.shape == (n, 8) and (y_nd == 0).all()
@@ -133,7 +133,7 @@ def test_a_rank_to_which_nothing_comes(n):
 
 def test_fp8_products_take_the_codes_as_they_came():
     """With codes given, rows' values are never looked at; without, they are coded anew."""
-    experts, x_nd = filled(Experts(3, 256, 128)), torch.randn(20, 256)
+    experts, x_nd = filled(GroupedExperts(3, 256, 128)), torch.randn(20, 256)
     weight_nk, expert_nk = torch.rand(20, 2), torch.randint(-1, 3, (20, 2))
     sent = act_quant(x_nd, True)
     came_nd = act_dequant(*sent)
@@ -149,7 +149,7 @@ def test_fp8_products_take_the_codes_as_they_came():
 
 
 def test_codes_change_nothing_outside_fp8():
-    experts, x_nd = filled(Experts(3, 256, 128)), torch.randn(20, 256)
+    experts, x_nd = filled(GroupedExperts(3, 256, 128)), torch.randn(20, 256)
     weight_nk, expert_nk = torch.rand(20, 2), torch.randint(-1, 3, (20, 2))
     runs = [
         apply_local_experts(experts, x_nd, weight_nk, expert_nk, c) for c in (None, act_quant(x_nd))
@@ -181,13 +181,13 @@ def test_ranks_together_are_the_layer(exact, micro, ranks):
     whole, per = moe.experts, micro.n_routed_experts // ranks
     shares = []
     for i in range(ranks):
-        shares.append(Experts(per, micro.dim, micro.moe_inter_dim))
+        shares.append(GroupedExperts(per, micro.dim, micro.moe_inter_dim))
         for p, w in zip(shares[-1].parameters(), whole.parameters()):
             p.data = w.detach()[i * per : (i + 1) * per].clone()
     sizes = [7, 0, 12, 1, 5, 3, 2, 4][:ranks]  # rank 1 has no tokens
     x_nd = torch.randn(sum(sizes), micro.dim, dtype=torch.float64, requires_grad=True)
     r = moe.gate(x_nd.detach()[None])
-    w_nk, e_nk = r.weight_bsk[0].detach().requires_grad_(), r.expert_bsk[0]
+    w_nk, e_nk = r.topk_weights_bsk[0].detach().requires_grad_(), r.topk_ids_bsk[0]
     g_nd = torch.randn_like(x_nd)
     alone = moe.routed(x_nd, w_nk, e_nk)
     spread = torch.cat(one_hop(shares, *(t.split(sizes) for t in (x_nd, w_nk, e_nk)), per))

@@ -88,10 +88,10 @@ def test_scales_of_a_wrong_shape_are_refused():
 # ── Along the tokens ──
 
 
-def grouped(x_mk, count_e, use_ue8m0=False):
+def grouped(x_mk, tokens_per_expert_e, use_ue8m0=False):
     """`act_quant_transposed` by a loop: every expert's rows in tiles of their own, transposed."""
     parts, scales = [], []
-    for rows in x_mk.split(count_e.tolist()):
+    for rows in x_mk.split(tokens_per_expert_e.tolist()):
         for tile in rows.split(128) if len(rows) else ():
             q, s = fp8.act_quant(tile.T.contiguous(), use_ue8m0)
             parts.append(torch.nn.functional.pad(q.float(), (0, 128 - len(tile))))
@@ -102,10 +102,10 @@ def grouped(x_mk, count_e, use_ue8m0=False):
 @pytest.mark.parametrize("use_ue8m0", [False, True])
 @given(counts=COUNTS.filter(sum), k=st.integers(1, 40))
 def test_columns_are_coded_group_by_group(use_ue8m0, counts, k):
-    count_e = torch.tensor(counts)
+    tokens_per_expert_e = torch.tensor(counts)
     x = spread(sum(counts), k)
-    q, s = fp8.act_quant_transposed(x, count_e, use_ue8m0)
-    want, want_s = grouped(x, count_e, use_ue8m0)
+    q, s = fp8.act_quant_transposed(x, tokens_per_expert_e, use_ue8m0)
+    want, want_s = grouped(x, tokens_per_expert_e, use_ue8m0)
     used = want_s.shape[1]
     assert s.shape[1] == sum(counts) // 128 + len(counts)
     assert torch.equal(q.float()[:, : 128 * used], want)
@@ -156,12 +156,14 @@ def test_a_product_is_that_of_the_decoded_matrices(m, n, k):
 
 @given(counts=COUNTS, n=st.integers(1, 140), k=st.integers(1, 140))
 def test_experts_are_products_of_their_own(counts, n, k):
-    count_e, m = torch.tensor(counts), sum(counts)
+    tokens_per_expert_e, m = torch.tensor(counts), sum(counts)
     x, g, w = torch.randn(m, k), torch.randn(m, n), torch.randn(len(counts), n, k)
     a, b = fp8.act_quant(x), fp8.weight_quant(w)
-    y = fp8.fp8_grouped_gemm(*a, *b, count_e)
+    y = fp8.fp8_grouped_gemm(*a, *b, tokens_per_expert_e)
     dw = fp8.fp8_grouped_wgrad(
-        *fp8.act_quant_transposed(g, count_e), *fp8.act_quant_transposed(x, count_e), count_e
+        *fp8.act_quant_transposed(g, tokens_per_expert_e),
+        *fp8.act_quant_transposed(x, tokens_per_expert_e),
+        tokens_per_expert_e,
     )
     start = 0
     for e, rows in enumerate(counts):

@@ -60,7 +60,7 @@ def test_features_are_the_normed_states_before_the_head(micro):
     h_bsd, routes = model.features(x_bs)
     assert torch.equal(model.head(h_bsd), model(x_bs))
     assert torch.allclose(h_bsd.square().mean(-1), torch.ones(2, 5), atol=1e-3)
-    assert [r.expert_bsk.shape for r in routes] == [(2, 5, 3)] * 2
+    assert [r.topk_ids_bsk.shape for r in routes] == [(2, 5, 3)] * 2
 
 
 def test_a_block_is_two_residual_steps(micro):
@@ -94,7 +94,7 @@ def test_moe_layers_come_in_the_order_of_routes(micro):
     routes += [r for _, r in mtp_features(model, h_bsd, x_bs)]
     assert len(routes) == len(moe_layers(model)) == 4
     for name, r in zip(moe_layers(model), routes):
-        assert r.expert_bsk is seen[name].expert_bsk
+        assert r.topk_ids_bsk is seen[name].topk_ids_bsk
 
 
 def test_first_weights_are_normal_and_norms_one(micro):

@@ -13,14 +13,14 @@ from dsv3_ref.moe import (
     MoE,
     Route,
     balance_loss,
-    combine,
-    expert_load,
-    limit_groups,
+    mask_to_top_groups,
     max_vio,
     permute,
     route,
-    sort_rows,
-    update_bias,
+    sort_by_expert,
+    tokens_per_expert,
+    unpermute,
+    update_expert_bias,
 )
 
 
@@ -72,27 +72,27 @@ def test_routing_is_what_the_report_says(c, shape, spread):
     r = route(logit_bse, bias_e, c)
     for b in range(shape[0]):
         for s in range(shape[1]):
-            got = dict(zip(r.expert_bsk[b, s].tolist(), r.weight_bsk[b, s].tolist()))
+            got = dict(zip(r.topk_ids_bsk[b, s].tolist(), r.topk_weights_bsk[b, s].tolist()))
             want = slow_route(logit_bse[b, s].tolist(), bias_e.tolist(), c)
             assert got == pytest.approx(want, rel=1e-9)
 
 
 def test_shut_groups_stay_shut_when_every_score_is_negative():
     """A mask of 0.0 would beat all open groups here; the mask is −∞."""
-    score_bse = torch.tensor([[[-1.0, -2.0, -3.0, -4.0, -0.5, -9.0]]])
-    out = limit_groups(score_bse, n_groups=3, n_limited=1, best=2)
+    scores_bse = torch.tensor([[[-1.0, -2.0, -3.0, -4.0, -0.5, -9.0]]])
+    out = mask_to_top_groups(scores_bse, n_groups=3, topk_groups=1, group_topk=2)
     assert out.tolist() == [[[-1.0, -2.0] + [-torch.inf] * 4]]
     c = replace(
         V3, n_routed_experts=6, n_expert_groups=3, n_limited_groups=1, n_activated_experts=2
     )
-    r = route(score_bse, torch.full((6,), -5.0), c)
-    assert sorted(r.expert_bsk.flatten().tolist()) == [0, 1]
+    r = route(scores_bse, torch.full((6,), -5.0), c)
+    assert sorted(r.topk_ids_bsk.flatten().tolist()) == [0, 1]
 
 
 def test_a_group_counts_by_its_two_best():
     """Group 0 has the best expert, group 1 the best pair, group 2 the best sum of all."""
-    score_bse = torch.tensor([[[9.0, 0, 0, 6, 6, 0, 5, 5, 5]]])
-    out = limit_groups(score_bse, n_groups=3, n_limited=1, best=2)
+    scores_bse = torch.tensor([[[9.0, 0, 0, 6, 6, 0, 5, 5, 5]]])
+    out = mask_to_top_groups(scores_bse, n_groups=3, topk_groups=1, group_topk=2)
     assert out.isfinite().flatten().nonzero().flatten().tolist() == [3, 4, 5]
 
 
@@ -102,11 +102,11 @@ def test_bias_chooses_but_never_weighs(micro):
     bias_e = torch.zeros(16).double()
     bias_e[5] = 10.0
     r = route(logit_bse, bias_e, micro)
-    assert (r.expert_bsk == 5).any(-1).all()
-    affinity_bsk = logit_bse.sigmoid().gather(-1, r.expert_bsk)
+    assert (r.topk_ids_bsk == 5).any(-1).all()
+    affinity_bsk = logit_bse.sigmoid().gather(-1, r.topk_ids_bsk)
     want = affinity_bsk / affinity_bsk.sum(-1, keepdim=True) * micro.route_scale
-    assert torch.allclose(r.weight_bsk, want)
-    assert torch.equal(r.affinity_bse, logit_bse.sigmoid())
+    assert torch.allclose(r.topk_weights_bsk, want)
+    assert torch.equal(r.scores_bse, logit_bse.sigmoid())
 
 
 def test_an_equal_bias_changes_nothing(micro):
@@ -120,7 +120,7 @@ def test_an_equal_bias_changes_nothing(micro):
 @given(c=gates())
 def test_sigmoid_weights_sum_to_the_scale_and_softmax_weights_do_not_renormalise(c):
     logit_bse = logits(c, 2, 5)
-    total = route(logit_bse, None, c).weight_bsk.sum(-1)
+    total = route(logit_bse, None, c).topk_weights_bsk.sum(-1)
     if c.score_func == "sigmoid":
         assert torch.allclose(total, torch.full_like(total, c.route_scale))
     else:
@@ -132,7 +132,7 @@ def test_sigmoid_weights_sum_to_the_scale_and_softmax_weights_do_not_renormalise
 def test_the_softmax_gate_of_v2_lite_is_plain_top_6():
     logit_bse = logits(V2_LITE, 2, 5)
     want = logit_bse.softmax(-1).topk(6).values
-    assert torch.allclose(route(logit_bse, None, V2_LITE).weight_bsk, want)
+    assert torch.allclose(route(logit_bse, None, V2_LITE).topk_weights_bsk, want)
     assert Gate(replace(V2_LITE, dim=4)).bias is None
 
 
@@ -143,8 +143,8 @@ def test_the_gate_works_in_fp32_and_its_bias_is_a_buffer(micro):
     want = torch.nn.functional.linear(x_bsd, gate.weight).sigmoid()
     with torch.autocast("cpu", torch.bfloat16):
         r = gate(x_bsd)
-    assert torch.equal(r.affinity_bse, want)
-    r.weight_bsk.square().sum().backward()
+    assert torch.equal(r.scores_bse, want)
+    r.topk_weights_bsk.square().sum().backward()
     assert gate.weight.grad.abs().sum() > 0
     assert [n for n, _ in gate.named_parameters()] == ["weight"]
     assert not gate.bias.requires_grad
@@ -156,33 +156,33 @@ def test_the_gate_works_in_fp32_and_its_bias_is_a_buffer(micro):
 
 def test_bias_moves_by_gamma_towards_the_mean():
     bias_e = torch.tensor([0.0, 1.0, -1.0, 0.5])
-    update_bias(bias_e, torch.tensor([9, 1, 5, 5]), gamma=0.001)
+    update_expert_bias(bias_e, torch.tensor([9, 1, 5, 5]), gamma=0.001)
     assert bias_e.tolist() == pytest.approx([-0.001, 1.001, -1.0, 0.5])
 
 
 def test_bias_alone_evens_out_a_lopsided_gate(micro):
     logit_bse = logits(micro, 8, 64) + torch.linspace(-2, 2, 16)
     bias_e = torch.zeros(16)
-    load = lambda: expert_load(route(logit_bse, bias_e, micro).expert_bsk, 16)
+    load = lambda: tokens_per_expert(route(logit_bse, bias_e, micro).topk_ids_bsk, 16)
     assert max_vio(load()) > 1.0
     for _ in range(300):
-        update_bias(bias_e, load(), gamma=0.01)
+        update_expert_bias(bias_e, load(), gamma=0.01)
     assert max_vio(load()) < 0.15
 
 
 def test_load_counts_every_choice_and_max_vio_the_worst():
-    expert_bsk = torch.tensor([[[0, 2], [2, 3]], [[2, 0], [2, 5]]])
-    load_e = expert_load(expert_bsk, 6)
+    topk_ids_bsk = torch.tensor([[[0, 2], [2, 3]], [[2, 0], [2, 5]]])
+    load_e = tokens_per_expert(topk_ids_bsk, 6)
     assert load_e.tolist() == [2, 0, 4, 1, 0, 1]
     assert max_vio(load_e) == pytest.approx(4 / (8 / 6) - 1)
 
 
 def slow_balance(r: Route) -> float:
     """eq. 17–20 as printed, one sequence after the other."""
-    (b, t, k), e = r.expert_bsk.shape, r.affinity_bse.shape[-1]
+    (b, t, k), e = r.topk_ids_bsk.shape, r.scores_bse.shape[-1]
     total = 0.0
     for row in range(b):
-        chosen, affinity = r.expert_bsk[row].tolist(), r.affinity_bse[row].tolist()
+        chosen, affinity = r.topk_ids_bsk[row].tolist(), r.scores_bse[row].tolist()
         for i in range(e):
             f = e / (k * t) * sum(i in chosen[s] for s in range(t))
             p = sum(affinity[s][i] / sum(affinity[s]) for s in range(t)) / t
@@ -197,9 +197,9 @@ def test_balance_loss_is_equations_17_to_20(c, shape):
 
 
 def test_balance_loss_is_one_when_even_and_e_over_k_when_all_agree():
-    affinity_bse = torch.full((1, 6, 3), 0.3)
+    scores_bse = torch.full((1, 6, 3), 0.3)
     even = torch.arange(6)[None, :, None] % 3
-    assert balance_loss(Route(None, even, affinity_bse)).item() == pytest.approx(1.0)
+    assert balance_loss(Route(None, even, scores_bse)).item() == pytest.approx(1.0)
     sure_bse = torch.tensor([1.0, 0, 0]).expand(1, 6, 3)
     assert balance_loss(Route(None, even * 0, sure_bse)).item() == pytest.approx(3.0)
 
@@ -218,23 +218,23 @@ def test_balance_loss_teaches_the_gate_to_spread():
 
 @given(n=st.integers(1, 6), k=st.integers(1, 4), d=st.integers(1, 3))
 def test_permute_and_combine_have_right_gradients(n, k, d):
-    rows = sort_rows(torch.randint(3, (n, k)))
+    rows = sort_by_expert(torch.randint(3, (n, k)))
     x_nd, y_md, w_nk = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((n, d), (n * k, d), (n, k))
     )
     assert torch.autograd.gradcheck(lambda x: permute(x, *rows), x_nd)
-    assert torch.autograd.gradcheck(lambda y, w: combine(y, w, *rows), (y_md, w_nk))
+    assert torch.autograd.gradcheck(lambda y, w: unpermute(y, w, *rows), (y_md, w_nk))
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 4))
 def test_rows_are_sorted_by_expert_and_come_back(n, k):
     expert_nk, x_nd = torch.randint(3, (n, k)), torch.randn(n, 3)
-    order_m, place_nk = sort_rows(expert_nk)
-    rows_md = permute(x_nd, order_m, place_nk)
-    assert (expert_nk.flatten()[order_m].diff() >= 0).all()
-    assert all(torch.equal(rows_md[j], x_nd[order_m[j] // k]) for j in range(n * k))
-    assert torch.equal(rows_md[place_nk], x_nd[:, None].expand(-1, k, -1))
+    sorted_ids_m, row_ids_nk = sort_by_expert(expert_nk)
+    rows_md = permute(x_nd, sorted_ids_m, row_ids_nk)
+    assert (expert_nk.flatten()[sorted_ids_m].diff() >= 0).all()
+    assert all(torch.equal(rows_md[j], x_nd[sorted_ids_m[j] // k]) for j in range(n * k))
+    assert torch.equal(rows_md[row_ids_nk], x_nd[:, None].expand(-1, k, -1))
 
 
 # ── The layer ──
@@ -256,7 +256,9 @@ def slow_moe(moe: MoE, x_bsd):
     for x in x_bsd.flatten(0, 1):
         chosen = slow_route((moe.gate.weight @ x).tolist(), moe.gate.bias.tolist(), c)
         r = route((moe.gate.weight @ x)[None, None], moe.gate.bias, c)
-        weight = dict(zip(r.expert_bsk.flatten().tolist(), r.weight_bsk.flatten()))  # with gradient
+        weight = dict(
+            zip(r.topk_ids_bsk.flatten().tolist(), r.topk_weights_bsk.flatten())
+        )  # with gradient
         assert weight.keys() == chosen.keys()
         y = ffn(x, shared.w1.weight, shared.w2.weight, shared.w3.weight)
         for i, w in weight.items():
@@ -286,7 +288,7 @@ def test_the_layer_is_a_sum_over_chosen_experts(exact, micro, shape, skew):
     want = with_gradients(moe, lambda x: slow_moe(moe, x), x_bsd)
     for g, w in zip(got, want):
         assert torch.allclose(g, w, rtol=1e-10, atol=1e-12)
-    load_e = expert_load(moe(x_bsd)[1].expert_bsk, 16)
+    load_e = tokens_per_expert(moe(x_bsd)[1].topk_ids_bsk, 16)
     assert load_e.sum() == shape[0] * shape[1] * 3  # no token is dropped
     if skew:
         assert load_e.tolist() == [shape[0] * shape[1]] * 3 + [0] * 13
@@ -302,13 +304,15 @@ def test_tokens_do_not_see_one_another(micro):
 def test_the_experts_are_handed_sorted_rows_and_their_counts(micro):
     """What a rank that holds experts computes: rows sorted by expert, one count an expert."""
     moe, seen = layer(micro).float(), {}
-    moe.experts.forward = lambda x_md, count_e: seen.update(x=x_md, count=count_e) or x_md * 0
+    moe.experts.forward = lambda x_md, tokens_per_expert_e: (
+        seen.update(x=x_md, count=tokens_per_expert_e) or x_md * 0
+    )
     x_bsd = torch.randn(2, 5, micro.dim)
     y_bsd, r = moe(x_bsd)
     assert torch.equal(y_bsd, moe.shared_experts(x_bsd))
     rows = iter(seen["x"])
     for e, count in enumerate(seen["count"].tolist()):
-        tokens = x_bsd[(r.expert_bsk == e).any(-1)]
+        tokens = x_bsd[(r.topk_ids_bsk == e).any(-1)]
         assert len(tokens) == count
         assert all(torch.equal(next(rows), token) for token in tokens)
 

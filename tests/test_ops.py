@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dsv3_ref
 from dsv3_ref import ops
-from dsv3_ref.moe import sort_rows
+from dsv3_ref.moe import sort_by_expert
 
 for path in sorted(Path(dsv3_ref.__file__).parent.glob("*.py")):
     if re.search(r"^@(op|impl)\b", path.read_text(), re.MULTILINE):
@@ -87,7 +87,7 @@ def paged_attention(size, randn):
     return q, randn(pages + 2, y, c + r), table_bp, length_b, c, (c + r) ** -0.5
 
 
-def choose(size, randn):
+def group_limited_topk(size, randn):
     groups, each = size(1, 4), size(1, 8)
     limited = size(1, groups)
     k = size(1, limited * each)
@@ -97,34 +97,38 @@ def choose(size, randn):
 
 def grouped_linear(size, randn):
     i, o = 8 * size(1, 5), 8 * size(1, 5)  # the fast product wants rows of 16 bytes
-    count_e = torch.tensor([size(0, 9) for _ in range(size(1, 6))])
-    return randn(int(count_e.sum()), i), randn(len(count_e), o, i), count_e
+    tokens_per_expert_e = torch.tensor([size(0, 9) for _ in range(size(1, 6))])
+    return (
+        randn(int(tokens_per_expert_e.sum()), i),
+        randn(len(tokens_per_expert_e), o, i),
+        tokens_per_expert_e,
+    )
 
 
 def grouped_swiglu_linear(size, randn):
-    up, weight_eoi, count_e = grouped_linear(size, randn)
-    return 4 * randn(*up.shape), up, weight_eoi, count_e
+    up, weight_eoi, tokens_per_expert_e = grouped_linear(size, randn)
+    return 4 * randn(*up.shape), up, weight_eoi, tokens_per_expert_e
 
 
 def rows(size):
     """Tokens, choices, and rows sorted by random experts."""
     n, k = size(), size(1, 5)
-    return n, k, *sort_rows(torch.randint(4, (n, k)))
+    return n, k, *sort_by_expert(torch.randint(4, (n, k)))
 
 
 def permute(size, randn):
-    n, _, order_m, place_nk = rows(size)
-    return randn(n, size()), order_m, place_nk
+    n, _, sorted_ids_m, row_ids_nk = rows(size)
+    return randn(n, size()), sorted_ids_m, row_ids_nk
 
 
-def combine(size, randn):
-    n, k, order_m, place_nk = rows(size)
-    return randn(n * k, size()), randn(n, k), order_m, place_nk
+def unpermute(size, randn):
+    n, k, sorted_ids_m, row_ids_nk = rows(size)
+    return randn(n * k, size()), randn(n, k), sorted_ids_m, row_ids_nk
 
 
 CASES = [
     permute,
-    combine,
+    unpermute,
     rms_norm,
     linear,
     swiglu,
@@ -136,7 +140,7 @@ CASES = [
     latent_attention,
     packed_attention,
     paged_attention,
-    choose,
+    group_limited_topk,
 ]
 CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
 PAIRS = [(n, b) for n, impls in ops.IMPLS.items() for b in impls if b in SLACK]  # others: elsewhere

@@ -7,7 +7,7 @@ import torch
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.dualpipe import stages_by_rank as stages_held
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.moe import update_bias
+from dsv3_ref.moe import update_expert_bias
 from dsv3_ref.optim import TrainingRecipe, skip_reason
 from dsv3_ref.parallel.build import built, holders
 from dsv3_ref.parallel.deepep import DeepEP
@@ -127,7 +127,7 @@ class Cluster:
         """Move the biases of the gates that are here by the load of the global batch."""
         for name, moe in moe_layers(self.model).items():
             if moe.gate.bias is not None:
-                update_bias(moe.gate.bias, load_le[self.moe_names.index(name)], gamma)
+                update_expert_bias(moe.gate.bias, load_le[self.moe_names.index(name)], gamma)
 
     def exchanged(self) -> dict:
         """Of the last step, over all ranks: bytes by link, and the share of time hidden."""

@@ -9,16 +9,18 @@ import torch
 from dsv3_ref.config import UserError
 from dsv3_ref.eplb import assign_replicas, logical_to_physical
 from dsv3_ref.expert_parallel import apply_local_experts
-from dsv3_ref.moe import Experts, MoE
+from dsv3_ref.moe import GroupedExperts, MoE
 
 
 class PhysicalExperts:
     """Takes `MoE.routed`'s place; not a module, so a checkpoint never sees the copies."""
 
-    def __init__(self, logical: Experts, slots: int):
+    def __init__(self, logical: GroupedExperts, slots: int):
         n, inter_dim, dim = logical.w1.shape
         with torch.device("meta"):
-            physical = Experts(slots, dim, inter_dim).to(logical.w1.dtype).requires_grad_(False)
+            physical = (
+                GroupedExperts(slots, dim, inter_dim).to(logical.w1.dtype).requires_grad_(False)
+            )
         self.logical, self.physical = logical, physical.to_empty(device=logical.w1.device)
         self.expert_a = torch.full((slots,), -1, device=logical.w1.device)
 

@@ -7,7 +7,7 @@ import torch
 
 from dsv3_ref.config import Config
 from dsv3_ref.model import Transformer
-from dsv3_ref.moe import MoE, balance_loss, expert_load
+from dsv3_ref.moe import MoE, balance_loss, tokens_per_expert
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.rope import packed_table, rope_table
 from dsv3_ref.scale import stages
@@ -34,7 +34,7 @@ class Seen:
 
     def count(self, place: str, expert, n_experts: int) -> None:
         """Tokens each expert of a layer received."""
-        self.load[place] = self.load.get(place, 0) + expert_load(expert, n_experts)
+        self.load[place] = self.load.get(place, 0) + tokens_per_expert(expert, n_experts)
 
 
 class Stage:
@@ -140,13 +140,13 @@ class Stage:
 
 def evenness(r):
     """`balance_loss`, 0 for no rows."""
-    return balance_loss(r) if r.expert_bsk.numel() else r.affinity_bse.sum()
+    return balance_loss(r) if r.topk_ids_bsk.numel() else r.scores_bse.sum()
 
 
 def whole(block, x_bsd, rope):
     """All of it, where all experts are here."""
     x_bsd, r = block(x_bsd, rope)
-    return x_bsd, evenness(r), r.expert_bsk
+    return x_bsd, evenness(r), r.topk_ids_bsk
 
 
 def gated(block, x_bsd, rope):
@@ -154,8 +154,8 @@ def gated(block, x_bsd, rope):
     x_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)
     u_bsd = block.ffn_norm(x_bsd)
     r = block.ffn.gate(u_bsd)
-    tokens = u_bsd.flatten(0, 1), r.weight_bsk.flatten(0, 1)
-    return x_bsd, *tokens, evenness(r), r.expert_bsk.flatten(0, 1)
+    tokens = u_bsd.flatten(0, 1), r.topk_weights_bsk.flatten(0, 1)
+    return x_bsd, *tokens, evenness(r), r.topk_ids_bsk.flatten(0, 1)
 
 
 def joined(block, x_bsd, u_nd, y_nd):

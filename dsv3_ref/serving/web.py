@@ -157,7 +157,7 @@ def routing(model: Transformer, prompt: list[int], tokens: list[int]) -> list[di
     layers = [name.split(".")[1] for name in moe_layers(model)]  # as in a checkpoint; MTP last
     found = [{} for _ in tokens]
     for layer, r in zip(layers, routes):
-        pairs = zip(found, r.expert_bsk[0, len(prompt) :], r.weight_bsk[0, len(prompt) :])
+        pairs = zip(found, r.topk_ids_bsk[0, len(prompt) :], r.topk_weights_bsk[0, len(prompt) :])
         for token, expert_k, weight_k in pairs:
             token[layer] = list(zip(expert_k.tolist(), weight_k.tolist()))
     return found

@@ -179,7 +179,7 @@ def row_loads(model: Transformer, batches) -> torch.Tensor:
     found = []
     for window_bs in batches:
         routes = model.features(window_bs[:, :-1])[1]
-        chosen = [torch.zeros_like(r.affinity_bse).scatter(-1, r.expert_bsk, 1.0) for r in routes]
+        chosen = [torch.zeros_like(r.scores_bse).scatter(-1, r.topk_ids_bsk, 1.0) for r in routes]
         found.append(torch.stack([x_bse.sum(1) for x_bse in chosen]))
     return torch.cat(found, 1)
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.moe import Route, expert_load, max_vio
+from dsv3_ref.moe import Route, max_vio, tokens_per_expert
 from dsv3_ref.viz.style import BLUE, GREY, ORANGE, figure, play, show
 
 MOST = 32  # tokens that fit a picture
@@ -33,15 +33,15 @@ def routes(model: Transformer, tokens: list[int], layer: str, expert=0, bias=0.0
 
 def draw_routing(r: Route, texts: list[str], groups: int = 1, title: str = ""):
     """Left: affinities, the chosen experts circled by weight. Right: how many tokens each got."""
-    n_tokens, n_experts = r.affinity_bse.shape[1:]
-    load_e = expert_load(r.expert_bsk.cpu(), n_experts)
+    n_tokens, n_experts = r.scores_bse.shape[1:]
+    load_e = tokens_per_expert(r.topk_ids_bsk.cpu(), n_experts)
     fig, axes = figure(1, 2, 9.5, max(2.6, 0.24 * n_tokens + 0.9), width_ratios=(3, 2))
-    shown = axes[0].imshow(r.affinity_bse[0].cpu().numpy(), aspect="auto", cmap="cividis")
+    shown = axes[0].imshow(r.scores_bse[0].cpu().numpy(), aspect="auto", cmap="cividis")
     fig.colorbar(shown, ax=axes[0], label="affinity", pad=0.01)
-    row_n = torch.arange(n_tokens).repeat_interleave(r.expert_bsk.shape[2]).tolist()
-    share_nk = r.weight_bsk[0] / r.weight_bsk[0].sum(-1, keepdim=True)
+    row_n = torch.arange(n_tokens).repeat_interleave(r.topk_ids_bsk.shape[2]).tolist()
+    share_nk = r.topk_weights_bsk[0] / r.topk_weights_bsk[0].sum(-1, keepdim=True)
     size_n = (110 * share_nk).flatten().tolist()
-    axes[0].scatter(r.expert_bsk[0].flatten().tolist(), row_n, s=size_n, facecolor="white",
+    axes[0].scatter(r.topk_ids_bsk[0].flatten().tolist(), row_n, s=size_n, facecolor="white",
                     edgecolor="#D55E00")  # fmt: skip
     for g in range(1, groups):
         axes[0].axvline(g * n_experts / groups - 0.5, color="white", lw=1.5)

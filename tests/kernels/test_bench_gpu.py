@@ -58,8 +58,8 @@ def test_a_dry_run_shows_bytes_and_work(capsys):
 
 def test_only_filters_and_refuses_what_is_no_case(capsys):
     assert [c.name for c in bench.parsed(["--only", DECODE]).cases] == [DECODE]
-    two = bench.parsed(["--only", "choose", "rotate"]).cases
-    assert {c.kind for c in two} == {"choose", "rotate"}
+    two = bench.parsed(["--only", "group_limited_topk", "rotate"]).cases
+    assert {c.kind for c in two} == {"group_limited_topk", "rotate"}
     with pytest.raises(SystemExit):
         bench.parsed(["--only", "chose"])
     assert "no case has chose in its name" in capsys.readouterr().err
@@ -93,10 +93,10 @@ def test_only_filters_and_refuses_what_is_no_case(capsys):
         # g, two gradients; two codes with 2 scales each; 2 tiles of 10 columns
         (bench.swiglu_quant_backward(1, 130, 10), 2600 + 5200 + 2 * (1300 + 520) + 20 * 132, 0),
         (bench.rotation(3, 2), 2 * (2 * 3 * 2 * 64) + 2 * (4 * 3 * 32), 0),
-        (bench.choose(3, 16, 2), 192 + 48, 0),
+        (bench.group_limited_topk(3, 16, 2), 192 + 48, 0),
         (bench.permute(3, 10, 4, 2)[0], 60 + 120 + 48, 0),
-        (bench.combine(3, 10, 4, 2)[0], 120 + 60 + 12 + 48, 0),
-        (bench.combine(3, 10, 4, 2)[1], 60 + 120 + 120 + 12 + 12 + 48, 0),
+        (bench.unpermute(3, 10, 4, 2)[0], 120 + 60 + 12 + 48, 0),
+        (bench.unpermute(3, 10, 4, 2)[1], 60 + 120 + 120 + 12 + 12 + 48, 0),
         # 2 heads, 8·8/2 pairs: q·k of 192 and p·v of 128, multiply and add
         (bench.attention(8, 2)[0], 2 * 8 * 2 * (192 + 192 + 128 + 128), 2 * 64 * 320),
         (bench.attention(8, 2)[1], 4 * 8 * 2 * (192 + 192 + 128 + 128), 2 * 64 * 832),
@@ -381,7 +381,9 @@ def test_a_line_shows_time_rate_share_and_yardsticks():
 
 
 def test_goals_are_reached_missed_or_not_measured():
-    chosen = [CASES[name] for name in (HEADLINE, DECODE, GROUPED, "choose n=4096 e=256 k=8")]
+    chosen = [
+        CASES[name] for name in (HEADLINE, DECODE, GROUPED, "group_limited_topk n=4096 e=256 k=8")
+    ]
     rows = [
         row(HEADLINE, ms=0.8, yardsticks={"cuBLAS bf16": "it raised"}),
         row(DECODE, ms=0.3),

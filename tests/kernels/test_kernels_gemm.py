@@ -117,8 +117,8 @@ def test_codes_that_start_at_an_odd_address():
 @by_counts
 @pytest.mark.parametrize("n, k", [(72, 576), (200, 130)])
 def test_fp8_grouped_gemm(counts, n, k):
-    m, count_e = sum(counts), torch.tensor(counts, device=DEVICE)
-    args = *rows(m, k), *weight(len(counts), n, k), count_e
+    m, tokens_per_expert_e = sum(counts), torch.tensor(counts, device=DEVICE)
+    args = *rows(m, k), *weight(len(counts), n, k), tokens_per_expert_e
     got, want = (
         IMPLS["fp8_grouped_gemm"]["triton"](*args),
         IMPLS["fp8_grouped_gemm"]["torch"](*args),
@@ -152,17 +152,17 @@ def test_experts_do_not_touch_each_other():
 @by_counts
 @pytest.mark.parametrize("n, k", [(130, 72), (40, 200)])
 def test_fp8_grouped_wgrad(counts, n, k):
-    m, count_e = sum(counts), torch.tensor(counts, device=DEVICE)
+    m, tokens_per_expert_e = sum(counts), torch.tensor(counts, device=DEVICE)
     g, x = torch.randn(m, n, device=DEVICE), torch.randn(m, k, device=DEVICE)
     args = (
-        *IMPLS["act_quant_transposed"]["torch"](g, count_e),
-        *IMPLS["act_quant_transposed"]["torch"](x, count_e),
+        *IMPLS["act_quant_transposed"]["torch"](g, tokens_per_expert_e),
+        *IMPLS["act_quant_transposed"]["torch"](x, tokens_per_expert_e),
     )
-    got = IMPLS["fp8_grouped_wgrad"]["triton"](*args, count_e)
-    want = IMPLS["fp8_grouped_wgrad"]["torch"](*args, count_e)
+    got = IMPLS["fp8_grouped_wgrad"]["triton"](*args, tokens_per_expert_e)
+    want = IMPLS["fp8_grouped_wgrad"]["torch"](*args, tokens_per_expert_e)
     assert got.shape == want.shape and got.dtype == torch.float32
     assert error(got, want) < TENSOR_CORES
-    assert not got[count_e == 0].any()
+    assert not got[tokens_per_expert_e == 0].any()
     parts = zip(g.split(counts), x.split(counts))
     assert not m or error(got, torch.stack([a.T @ b for a, b in parts])) < 0.05  # 4 bits
 
@@ -170,22 +170,25 @@ def test_fp8_grouped_wgrad(counts, n, k):
 @pytest.mark.parametrize("config", suited(gemm.TILED, True))
 def test_every_config_of_the_grouped_wgrad(config, monkeypatch):
     one_config(monkeypatch, "_fp8_wgrad_kernel", config)
-    count_e = torch.tensor([200, 0, 100], device=DEVICE)
+    tokens_per_expert_e = torch.tensor([200, 0, 100], device=DEVICE)
     codes = (
-        IMPLS["act_quant_transposed"]["torch"](torch.randn(300, n), count_e) for n in (130, 140)
+        IMPLS["act_quant_transposed"]["torch"](torch.randn(300, n), tokens_per_expert_e)
+        for n in (130, 140)
     )
     args = [t.to(DEVICE) for pair in codes for t in pair]
-    got = IMPLS["fp8_grouped_wgrad"]["triton"](*args, count_e)
-    assert error(got, IMPLS["fp8_grouped_wgrad"]["torch"](*args, count_e)) < TENSOR_CORES
+    got = IMPLS["fp8_grouped_wgrad"]["triton"](*args, tokens_per_expert_e)
+    assert (
+        error(got, IMPLS["fp8_grouped_wgrad"]["torch"](*args, tokens_per_expert_e)) < TENSOR_CORES
+    )
 
 
 # ── bf16 and fp32, a weight an expert ──
 
 
-def grouped(backend: str, x, w, count_e, g):
+def grouped(backend: str, x, w, tokens_per_expert_e, g):
     """Output and both gradients for an incoming gradient."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    y = IMPLS["grouped_linear"][backend](x, w, count_e)
+    y = IMPLS["grouped_linear"][backend](x, w, tokens_per_expert_e)
     return y, *torch.autograd.grad(y, (x, w), g.to(y.dtype))
 
 
@@ -193,34 +196,36 @@ def grouped(backend: str, x, w, count_e, g):
 @by_counts
 @pytest.mark.parametrize("o, i", [(72, 136), (130, 40), (1, 3)])
 def test_grouped_linear(o, i, counts, dtype):
-    m, e, count_e = sum(counts), len(counts), torch.tensor(counts, device=DEVICE)
+    m, e, tokens_per_expert_e = sum(counts), len(counts), torch.tensor(counts, device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE).to(dtype) for s in ((m, i), (e, o, i), (m, o)))
-    got = grouped("triton", x, w, count_e, g)
-    want = grouped("naive", x.double(), w.double(), count_e, g.double())
+    got = grouped("triton", x, w, tokens_per_expert_e, g)
+    want = grouped("naive", x.double(), w.double(), tokens_per_expert_e, g.double())
     for a, b in zip(got, want):
         assert a.shape == b.shape and a.dtype == dtype
         assert not b.numel() or error(a, b) < 8 * ROUNDING[dtype]
-    assert not got[2][count_e == 0].any()
+    assert not got[2][tokens_per_expert_e == 0].any()
 
 
 def test_every_config_of_the_grouped_linear(monkeypatch):
-    count_e, narrow = torch.tensor([150, 0, 3], device=DEVICE), torch.bfloat16
+    tokens_per_expert_e, narrow = torch.tensor([150, 0, 3], device=DEVICE), torch.bfloat16
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((153, 264), (3, 200, 264), (153, 200)))
     for config in gemm._grouped_gemm_kernel.configs:
         dtype = narrow if config.kwargs["BLOCK_K"] == 64 else torch.float32
         with monkeypatch.context() as patch:
             one_config(patch, "_grouped_gemm_kernel", config)
             one_config(patch, "_grouped_wgrad_kernel", config)
-            got = grouped("triton", x.to(dtype), w.to(dtype), count_e, g)
-        for a, b in zip(got, grouped("naive", x.double(), w.double(), count_e, g)):
+            got = grouped("triton", x.to(dtype), w.to(dtype), tokens_per_expert_e, g)
+        for a, b in zip(got, grouped("naive", x.double(), w.double(), tokens_per_expert_e, g)):
             assert error(a, b) < 8 * ROUNDING[dtype]
 
 
 def test_grouped_linear_as_the_reference_has_it_under_autocast():
-    count_e = torch.tensor([3, 0, 8], device=DEVICE)
+    tokens_per_expert_e = torch.tensor([3, 0, 8], device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((11, 16), (3, 24, 16), (11, 24)))
     with torch.autocast(DEVICE, torch.bfloat16):
-        got, want = (grouped(backend, x, w, count_e, g) for backend in ("triton", "torch"))
+        got, want = (
+            grouped(backend, x, w, tokens_per_expert_e, g) for backend in ("triton", "torch")
+        )
     assert [t.dtype for t in got] == [t.dtype for t in want] == [torch.bfloat16, *FLOATS[:1] * 2]
     for a, b in zip(got, want):
         assert error(a, b) < 8 * ROUNDING[torch.bfloat16]
@@ -228,12 +233,12 @@ def test_grouped_linear_as_the_reference_has_it_under_autocast():
 
 @pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
 def test_the_gradient_of_a_weight_waits_until_a_schedule_asks(cast):
-    count_e = torch.tensor([3, 0, 8], device=DEVICE)
+    tokens_per_expert_e = torch.tensor([3, 0, 8], device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((11, 16), (3, 24, 16), (11, 24)))
     x.requires_grad_(), w.requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
-        _, *want = grouped("triton", x, w, count_e, g)
-        y = IMPLS["grouped_linear"]["triton"](x, w, count_e)
+        _, *want = grouped("triton", x, w, tokens_per_expert_e, g)
+        y = IMPLS["grouped_linear"]["triton"](x, w, tokens_per_expert_e)
     with ops.deferring_wgrads() as todo:
         y.backward(g.to(y.dtype))
     assert torch.equal(x.grad, want[0]) and w.grad is None
@@ -244,30 +249,30 @@ def test_the_gradient_of_a_weight_waits_until_a_schedule_asks(cast):
 
 
 def test_a_gradient_without_strides_and_one_that_nobody_wants():
-    count_e = torch.tensor([5, 4], device=DEVICE)
+    tokens_per_expert_e = torch.tensor([5, 4], device=DEVICE)
     x, w = (
         torch.randn(9, 16, device=DEVICE, requires_grad=True),
         torch.randn(2, 8, 16, device=DEVICE),
     )
-    IMPLS["grouped_linear"]["triton"](x, w, count_e).sum().backward()
+    IMPLS["grouped_linear"]["triton"](x, w, tokens_per_expert_e).sum().backward()
     want = torch.cat([w[0].sum(0).expand(5, -1), w[1].sum(0).expand(4, -1)])
     assert error(x.grad, want) < 8 * ROUNDING[torch.float32]
     w.requires_grad_()
-    IMPLS["grouped_linear"]["triton"](x.detach(), w, count_e).sum().backward()
+    IMPLS["grouped_linear"]["triton"](x.detach(), w, tokens_per_expert_e).sum().backward()
     assert error(w.grad[0], x[:5].sum(0).expand(8, -1)) < 8 * ROUNDING[torch.float32]
 
 
 def test_rows_of_another_expert_do_not_reach_a_gradient():
-    count_e = torch.tensor([3, 4], device=DEVICE)
+    tokens_per_expert_e = torch.tensor([3, 4], device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((7, 16), (2, 8, 16), (7, 8)))
     x[3:], g[3:] = torch.inf, torch.nan
-    y, dx, dw = grouped("triton", x, w, count_e, g)
+    y, dx, dw = grouped("triton", x, w, tokens_per_expert_e, g)
     assert y[:3].isfinite().all() and dx[:3].isfinite().all() and dw[0].isfinite().all()
     assert not dw[1].isfinite().any()
 
 
 def test_the_host_never_reads_the_counts(monkeypatch):
-    count_e = torch.tensor([3, 0, 4], device=DEVICE)
+    tokens_per_expert_e = torch.tensor([3, 0, 4], device=DEVICE)
     a, b, x = (
         rows(7, 128),
         weight(3, 16, 128),
@@ -276,13 +281,13 @@ def test_the_host_never_reads_the_counts(monkeypatch):
     g, w = torch.randn(7, 16, device=DEVICE), torch.randn(3, 16, 128, device=DEVICE)
     for name in ("tolist", "item", "__int__", "__index__", "__bool__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, None)
-    IMPLS["fp8_grouped_gemm"]["triton"](*a, *b, count_e)
+    IMPLS["fp8_grouped_gemm"]["triton"](*a, *b, tokens_per_expert_e)
     columns = (
-        *IMPLS["act_quant_transposed"]["triton"](g, count_e),
-        *IMPLS["act_quant_transposed"]["triton"](x, count_e),
+        *IMPLS["act_quant_transposed"]["triton"](g, tokens_per_expert_e),
+        *IMPLS["act_quant_transposed"]["triton"](x, tokens_per_expert_e),
     )
-    IMPLS["fp8_grouped_wgrad"]["triton"](*columns, count_e)
-    IMPLS["grouped_linear"]["triton"](x, w, count_e).backward(g)
+    IMPLS["fp8_grouped_wgrad"]["triton"](*columns, tokens_per_expert_e)
+    IMPLS["grouped_linear"]["triton"](x, w, tokens_per_expert_e).backward(g)
 
 
 # ── What is refused ──
@@ -291,7 +296,7 @@ def test_the_host_never_reads_the_counts(monkeypatch):
 def refused() -> list:
     """(op, arguments, sentence)."""
     (a, a_s), (b, b_s), x = rows(4, 256), weight(200, 256), torch.zeros(4, 256, device=DEVICE)
-    many, count_e = weight(2, 200, 256), torch.tensor([1, 3], device=DEVICE)
+    many, tokens_per_expert_e = weight(2, 200, 256), torch.tensor([1, 3], device=DEVICE)
     g, g_s = a[:, :128].contiguous(), a_s[:, :1].contiguous()
     half = torch.float16
     return [
@@ -301,15 +306,47 @@ def refused() -> list:
         ("fp8_gemm", (a, a_s, b[:, :128], b_s), "b must have shape (200, 256), not (200, 128)"),
         ("fp8_gemm", (a, a_s, b, b_s[:1]), "b_s must have shape (2, 2), not (1, 2)"),
         ("fp8_gemm", (a, a_s, b, b_s, half), "the result must be float32 or bfloat16, not float16"),
-        ("fp8_grouped_gemm", (a, a_s, *many, count_e[:1]), "b must have shape (1, any, 256)"),
-        ("fp8_grouped_gemm", (a, a_s, *many, count_e.float()), "count_e must be int64 or int32"),
-        ("fp8_grouped_gemm", (a, a_s, many[0], b_s, count_e), "b_s must have shape (2, 2, 2)"),
-        ("fp8_grouped_wgrad", (g, g_s, g[:, :64], g_s, count_e), "x must have shape (4, 128)"),
-        ("fp8_grouped_wgrad", (g, g_s[:1], g, g_s, count_e), "g_s must have shape (4, 1)"),
-        ("grouped_linear", (x.half(), x[None], count_e[:1]), "x_mi must be float32 or bfloat16"),
-        ("grouped_linear", (x.T, x[None], count_e[:1]), "x_mi must be contiguous"),
-        ("grouped_linear", (x, x[None], count_e), "weight_eoi must have shape (2, any, 256)"),
-        ("grouped_linear", (x, x[None].bfloat16(), count_e[:1]), "weight_eoi must be float32"),
+        (
+            "fp8_grouped_gemm",
+            (a, a_s, *many, tokens_per_expert_e[:1]),
+            "b must have shape (1, any, 256)",
+        ),
+        (
+            "fp8_grouped_gemm",
+            (a, a_s, *many, tokens_per_expert_e.float()),
+            "tokens_per_expert_e must be int64 or int32",
+        ),
+        (
+            "fp8_grouped_gemm",
+            (a, a_s, many[0], b_s, tokens_per_expert_e),
+            "b_s must have shape (2, 2, 2)",
+        ),
+        (
+            "fp8_grouped_wgrad",
+            (g, g_s, g[:, :64], g_s, tokens_per_expert_e),
+            "x must have shape (4, 128)",
+        ),
+        (
+            "fp8_grouped_wgrad",
+            (g, g_s[:1], g, g_s, tokens_per_expert_e),
+            "g_s must have shape (4, 1)",
+        ),
+        (
+            "grouped_linear",
+            (x.half(), x[None], tokens_per_expert_e[:1]),
+            "x_mi must be float32 or bfloat16",
+        ),
+        ("grouped_linear", (x.T, x[None], tokens_per_expert_e[:1]), "x_mi must be contiguous"),
+        (
+            "grouped_linear",
+            (x, x[None], tokens_per_expert_e),
+            "weight_eoi must have shape (2, any, 256)",
+        ),
+        (
+            "grouped_linear",
+            (x, x[None].bfloat16(), tokens_per_expert_e[:1]),
+            "weight_eoi must be float32",
+        ),
     ]
 
 

@@ -244,7 +244,11 @@ def refused() -> list:
         ("weight_quant", (half,), f"w must be {dtypes}"),
         ("weight_quant", (torch.zeros(4, 256)[:, :128],), "w must be contiguous"),
         ("act_quant_transposed", (x[None],), "x_mk must have shape (any, any), not (1, 4, 128)"),
-        ("act_quant_transposed", (x, torch.ones(2)), "count_e must be int64 or int32, not float32"),
+        (
+            "act_quant_transposed",
+            (x, torch.ones(2)),
+            "tokens_per_expert_e must be int64 or int32, not float32",
+        ),
         ("requant_transposed", (x, s), "q must be float8_e4m3fn, not float32"),
         ("requant_transposed", (q, s[:3]), "scales of q must have shape (4, 1), not (3, 1)"),
         ("rms_norm_quant", (x, x[0, :5], 1e-6), "weight must have shape (128), not (5,)"),

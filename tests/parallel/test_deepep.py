@@ -214,7 +214,7 @@ def layer(mesh):
     torch.manual_seed(5 + mesh.e)
     x_nd, g_nd = torch.randn(2, 0 if mesh.e == 1 else 7 + mesh.e, WIDE.dim).bfloat16()
     r = moe.gate(x_nd[None])
-    return moe.experts, x_nd, r.weight_bsk[0].detach(), r.expert_bsk[0], g_nd
+    return moe.experts, x_nd, r.topk_weights_bsk[0].detach(), r.topk_ids_bsk[0], g_nd
 
 
 def passes(exchange, experts, x_nd, weight_nk, expert_nk, g_nd) -> dict:

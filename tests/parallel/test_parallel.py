@@ -199,7 +199,7 @@ def exchanged(world: int, per_node: int, fp8: bool):
     n = 0 if mesh.e == 1 else 7 + mesh.e  # one rank has no tokens
     x_nd = torch.randn(n, c.dim)
     r = moe.gate(x_nd[None])
-    weight_nk, expert_nk = r.weight_bsk[0].detach(), r.expert_bsk[0]
+    weight_nk, expert_nk = r.topk_weights_bsk[0].detach(), r.topk_ids_bsk[0]
     leaves = [t.clone().requires_grad_() for t in (x_nd, weight_nk)]
     y_nd = moe.routed(*leaves, expert_nk)
     g_nd = torch.randn_like(y_nd)

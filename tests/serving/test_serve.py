@@ -31,7 +31,7 @@ from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.eplb import ExpertLoadWindow, rebalance_experts
 from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.moe import expert_load
+from dsv3_ref.moe import tokens_per_expert
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
 from dsv3_ref.serve import Engine, Full, Pages, Parcel, Row, page_keys
 from dsv3_ref.serving import api_server
@@ -309,7 +309,7 @@ def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model,
 
     def count(i):
         def hook(gate, x, r):
-            now[i] += expert_load(r.expert_bsk, len(now[i]))
+            now[i] += tokens_per_expert(r.topk_ids_bsk, len(now[i]))
 
         return hook
 

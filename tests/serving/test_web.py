@@ -87,9 +87,9 @@ def test_the_experts_of_a_token_are_those_that_read_it(speaker):
             routes = speaker.model.features(row)[1]
         assert row[0, -1] == token and list(turn.routes[i]) == names
         for picks, r in zip(turn.routes[i].values(), routes):
-            assert [expert for expert, _ in picks] == r.expert_bsk[0, -1].tolist()
+            assert [expert for expert, _ in picks] == r.topk_ids_bsk[0, -1].tolist()
             torch.testing.assert_close(
-                torch.tensor([weight for _, weight in picks]), r.weight_bsk[0, -1]
+                torch.tensor([weight for _, weight in picks]), r.topk_weights_bsk[0, -1]
             )
 
 

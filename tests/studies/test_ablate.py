@@ -263,26 +263,25 @@ def test_a_seed_gives_all_variants_the_same_rows(home, tmp_path):
 
 
 def test_the_batch_wise_loss_is_that_of_one_long_sequence():
-    affinity_bse = torch.rand(3, 5, 6)
-    expert_bsk = torch.rand(3, 5, 6).topk(2).indices
-    r = Route(None, expert_bsk, affinity_bse)
-    f_e = [6 / (2 * 15) * sum((expert_bsk == e).flatten().tolist()) for e in range(6)]
+    scores_bse = torch.rand(3, 5, 6)
+    topk_ids_bsk = torch.rand(3, 5, 6).topk(2).indices
+    r = Route(None, topk_ids_bsk, scores_bse)
+    f_e = [6 / (2 * 15) * sum((topk_ids_bsk == e).flatten().tolist()) for e in range(6)]
     p_e = [
-        sum(affinity_bse[b, t, e] / affinity_bse[b, t].sum() for b in range(3) for t in range(5))
-        / 15
+        sum(scores_bse[b, t, e] / scores_bse[b, t].sum() for b in range(3) for t in range(5)) / 15
         for e in range(6)
     ]
     want = sum(f * p for f, p in zip(f_e, p_e))
     assert balance_loss(r, "batch").item() == pytest.approx(want.item())
     assert balance_loss(r).item() == pytest.approx(slow_balance(r))
-    one = Route(None, expert_bsk[:1], affinity_bse[:1])
+    one = Route(None, topk_ids_bsk[:1], scores_bse[:1])
     assert torch.equal(balance_loss(one, "batch"), balance_loss(one))
 
 
 def test_rows_of_their_own_experts_cost_only_the_sequence_wise_loss():
     """Two rows, each content with half of the experts: even as a batch, lopsided as rows."""
-    affinity_bse = torch.tensor([[[0.9, 0.9, 0.1, 0.1]] * 4, [[0.1, 0.1, 0.9, 0.9]] * 4])
-    r = Route(None, affinity_bse.topk(2).indices, affinity_bse)
+    scores_bse = torch.tensor([[[0.9, 0.9, 0.1, 0.1]] * 4, [[0.1, 0.1, 0.9, 0.9]] * 4])
+    r = Route(None, scores_bse.topk(2).indices, scores_bse)
     assert balance_loss(r, "batch").item() == pytest.approx(1)
     assert balance_loss(r).item() == pytest.approx(1.8)
 

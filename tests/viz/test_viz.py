@@ -317,8 +317,8 @@ def test_a_bias_moves_choices_and_is_put_back(micro):
     plain = routing.routes(model, tokens, layer)
     far = routing.routes(model, tokens, layer, 1, 5.0)
     shut = routing.routes(model, tokens, layer, 1, -5.0)
-    assert torch.equal(gate.bias, before) and torch.equal(plain.affinity_bse, far.affinity_bse)
-    assert (far.expert_bsk == 1).any(-1).all() and not (shut.expert_bsk == 1).any()
+    assert torch.equal(gate.bias, before) and torch.equal(plain.scores_bse, far.scores_bse)
+    assert (far.topk_ids_bsk == 1).any(-1).all() and not (shut.topk_ids_bsk == 1).any()
 
 
 def test_routing_is_drawn_token_by_token(micro):
@@ -327,8 +327,8 @@ def test_routing_is_drawn_token_by_token(micro):
     fig = routing.draw_routing(r, ["a", "$b", "c\n"], 2)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a", "$b", "c\\n"]
     at = fig.axes[0].collections[0].get_offsets()
-    assert at[:, 0].tolist() == r.expert_bsk.flatten().tolist()
-    assert sum(bar.get_height() for bar in fig.axes[1].patches) == r.expert_bsk.numel()
+    assert at[:, 0].tolist() == r.topk_ids_bsk.flatten().tolist()
+    assert sum(bar.get_height() for bar in fig.axes[1].patches) == r.topk_ids_bsk.numel()
     assert ink(fig) > 200
 
 
