@@ -816,20 +816,22 @@ def apart(run) -> float:
     return (speech_le - source_le).abs().sum(-1).mean().item() / 2
 
 
-told_apart = ablation.values(found, apart)
-together, alone = (ablation.values(found, f"vio_{rows}") for rows in ("global", "sequence"))
+difference = ablation.values(found, apart)
+together, alone = (ablation.values(found, f"max_vio_{rows}") for rows in ("global", "sequence"))
 print("\nmeans of three seeds, after the last step")
 for name in found["variants"]:
     print(f"{name:15}  MaxVio together {together[name].mean():.2f}, in a row {alone[name].mean():.2f}; "
-          f"choices that differ {told_apart[name].mean():.0%}")  # fmt: skip
+          f"choices that differ {difference[name].mean():.0%}")  # fmt: skip
 
 fig, axes = figure(2, 2, 9.8, 6.4)
 ablation.draw_dots(axes[0, 0], ablation.values(found), "Held-out loss", "nats a token")
 ablation.draw_dots(
-    axes[0, 1], told_apart, "Sources told apart by experts", "share of choices that differ"
+    axes[0, 1], difference, "Sources told apart by experts", "share of choices that differ"
 )
 for ax, key, title in zip(
-    axes[1], ("vio_global", "vio_sequence"), ("MaxVio, rows together", "MaxVio in a single row")
+    axes[1],
+    ("max_vio_global", "max_vio_sequence"),
+    ("MaxVio, rows together", "MaxVio in a single row"),
 ):
     ablation.draw_course(ax, found, key, title, "max load / mean − 1")
 axes[1, 1].set_ylim(0.3, 2.2)

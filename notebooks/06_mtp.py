@@ -468,13 +468,15 @@ losses = ablation.values(found)
 print("D=1 less D=0, seed by seed:", [f"{x:+.3f}" for x in losses["D=1"] - losses["D=0"]])
 CHAINS = {"depth 1, D = 1": ("D=1", 0), "depth 1, D = 2": ("D=2", 0), "both, D = 2": ("D=2", 1)}
 for name, (variant, k) in CHAINS.items():
-    runs = [run["accepted_chain"][k] for run in found["runs"] if run["variant"] == variant]
+    runs = [run["acceptance_chain"][k] for run in found["runs"] if run["variant"] == variant]
     print(f"{name}: {100 * sum(runs) / len(runs):.1f} % of drafts agree")
 
 fig, axes = figure(1, 2, width=9.5, height=3.2)
 ablation.draw_dots(axes[0], losses, "Main loss on held-out text", "nats a token")
 for k in (0, 1):
-    deep = lambda point, k=k: point["accepted"][k] * 100 if len(point["accepted"]) > k else math.nan
+    deep = lambda point, k=k: (
+        point["acceptance"][k] * 100 if len(point["acceptance"]) > k else math.nan
+    )
     ablation.draw_course(axes[1], found, deep, "Drafts agree with the main model", "%")
 for line, name in zip(axes[1].lines, ("depth 1, D = 1", "depth 1, D = 2", "depth 2, D = 2")):
     line.set_label(name)

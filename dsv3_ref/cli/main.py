@@ -100,7 +100,7 @@ def ablate(argv: list[str]) -> None:
     """dsv3 ablate: one part changed, all else equal, several seeds."""
     from dsv3_ref.studies import ablate
 
-    ablate.run(ablate.parse(argv), shlex.join(["dsv3", "ablate", *argv]))
+    ablate.run_ablation(ablate.parse_options(argv), shlex.join(["dsv3", "ablate", *argv]))
 
 
 def align(argv: list[str]) -> None:

@@ -32,13 +32,16 @@ BASE = replace(
     kv_lora_rank=56, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_mtp_layers=0,
     max_seq_len=128, original_seq_len=128,
 )  # fmt: skip
-PROBE, FINAL = 4, 24  # batches of validation windows a source: at every point, at the end
-PASSAGE = 240  # characters of a document of `fim`, so that all its parts fit into a row
-HOLES = 384  # held-out documents with a hole
+VAL_BATCHES, FINAL_VAL_BATCHES = (
+    4,
+    24,
+)  # batches of validation windows a source: at every point, at the end
+PASSAGE_CHARS = 240  # characters of a document of `fim`, so that all its parts fit into a row
+N_INFILL_DOCUMENTS = 384  # held-out documents with a hole
 
 
 @dataclass(frozen=True)
-class Ablate:
+class AblateConfig:
     """Compare variants of one part of the model on equal data, and keep what came out."""
 
     name: Annotated[Literal["balance", "mtp", "mla", "fim", "fp8"], tyro.conf.Positional]
@@ -68,7 +71,7 @@ class Variant:
 # ── What is compared ──
 
 
-def recipe(c: Config, steps: int) -> TrainingRecipe:
+def ablation_recipe(c: Config, steps: int) -> TrainingRecipe:
     """That of `tiny`, no ramp of the batch, a row as long as the model reads, no balance loss."""
     warmup = min(20, steps)
     return replace(
@@ -96,24 +99,24 @@ def mtp_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
 
 def mla_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
     """MHA, GQA with 2 and 1 key-value heads, MLA with their caches; as many parameters as MHA."""
-    whole = Variant(plain(c, c.n_heads), r, c.n_heads)
+    whole = Variant(gqa_config(c, c.n_heads), r, c.n_heads)
     out = {"MHA": whole}
     for n in (2, 1):
         latent = 2 * n * c.v_head_dim - c.qk_rope_head_dim
-        out[f"GQA {n}"] = matched(Variant(plain(c, n), r, n), whole)
-        out[f"MLA {latent}"] = matched(Variant(replace(c, kv_lora_rank=latent), r), whole)
+        out[f"GQA {n}"] = match_params(Variant(gqa_config(c, n), r, n), whole)
+        out[f"MLA {latent}"] = match_params(Variant(replace(c, kv_lora_rank=latent), r), whole)
     return out
 
 
-def plain(c: Config, n: int) -> Config:
+def gqa_config(c: Config, n: int) -> Config:
     """The config for `GQA(c, n)`: heads as wide as their values, a cache of 2·n of them."""
     v = c.v_head_dim
     return replace(c, qk_rope_head_dim=v, kv_lora_rank=2 * n * v - v)
 
 
-def matched(v: Variant, like: Variant) -> Variant:
+def match_params(v: Variant, like: Variant) -> Variant:
     """The variant with its dense FFN widened until it has as many parameters as `like`."""
-    missing = parameters(like) - parameters(v)
+    missing = count_main_params(like) - count_main_params(v)
     wider = v.model.inter_dim + 8 * round(missing / (8 * 3 * v.model.dim * v.model.n_dense_layers))
     return replace(v, model=replace(v.model, inter_dim=wider))
 
@@ -138,11 +141,11 @@ VARIANTS = {
 # ── The model of a variant ──
 
 
-def build(v: Variant) -> Transformer:
-    return with_heads(Transformer(v.model), v.kv_heads)
+def build_variant(v: Variant) -> Transformer:
+    return replace_attention(Transformer(v.model), v.kv_heads)
 
 
-def with_heads(model: Transformer, kv_heads: int) -> Transformer:
+def replace_attention(model: Transformer, kv_heads: int) -> Transformer:
     """The model with a fresh GQA in every block (0: as it is)."""
     for block in model.layers.values() if kv_heads else ():
         block.attn = GQA(model.config, kv_heads)
@@ -150,31 +153,31 @@ def with_heads(model: Transformer, kv_heads: int) -> Transformer:
     return model
 
 
-def parameters(v: Variant) -> int:
+def count_main_params(v: Variant) -> int:
     """Parameters of the main model: MTP modules not counted."""
     with torch.device("meta"):
-        model = build(v)
+        model = build_variant(v)
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
 
 
 # ── What is measured ──
 
 
-def expert_vio(t: Trainer, batches: int) -> dict:
+def measure_expert_balance(t: Trainer, batches: int) -> dict:
     """MaxVio over all rows together and over single rows; experts' shares of each source."""
-    loads = {name: row_loads(t.model, val[:batches]) for name, val in t.val.items()}
+    loads = {name: expert_load_per_sequence(t.model, val[:batches]) for name, val in t.val.items()}
     load_lbe = torch.cat(list(loads.values()), 1)
     rows = load_lbe.flatten(0, 1)
     shares = {name: (x := x_lbe.sum(1).float()) / x.sum(-1, True) for name, x_lbe in loads.items()}
     return {
-        "vio_global": mean(max_vio(load_e) for load_e in load_lbe.sum(1)),
-        "vio_sequence": mean(max_vio(load_e) for load_e in rows),
-        "load": {name: rounded(share_le.tolist()) for name, share_le in shares.items()},
+        "max_vio_global": rounded_mean(max_vio(load_e) for load_e in load_lbe.sum(1)),
+        "max_vio_sequence": rounded_mean(max_vio(load_e) for load_e in rows),
+        "load": {name: round_floats(share_le.tolist()) for name, share_le in shares.items()},
     }
 
 
 @torch.no_grad()
-def row_loads(model: Transformer, batches) -> torch.Tensor:
+def expert_load_per_sequence(model: Transformer, batches) -> torch.Tensor:
     """Tokens of each row that each expert of each layer received, (l, b, e)."""
     found = []
     for window_bs in batches:
@@ -185,7 +188,7 @@ def row_loads(model: Transformer, batches) -> torch.Tensor:
 
 
 @torch.no_grad()
-def acceptance(t: Trainer, batches: int) -> dict:
+def measure_acceptance(t: Trainer, batches: int) -> dict:
     """Shares of drafts that the main model would accept: each depth, and depths 1 … k together."""
     hits = [torch.zeros(len(t.model.mtp), 0)]
     for window_bs in (w for val in t.val.values() for w in val[:batches] if len(t.model.mtp)):
@@ -195,42 +198,44 @@ def acceptance(t: Trainer, batches: int) -> dict:
     hit_kn = torch.cat(hits, 1)
     chain_kn = hit_kn.cumprod(0)
     shares = [x.mean(-1).tolist() if len(x) else [] for x in (hit_kn, chain_kn)]
-    return {"accepted": rounded(shares[0]), "accepted_chain": rounded(shares[1])}
+    return {"acceptance": round_floats(shares[0]), "acceptance_chain": round_floats(shares[1])}
 
 
 @torch.no_grad()
-def infilling(t: Trainer, batches: int) -> dict:
+def measure_infilling(t: Trainer, batches: int) -> dict:
     """Nats a token and share of right tokens of held-out middles: after both sides, and one."""
     rng, out = random.Random(0), {}
     texts = [text for s in t.sources for text in random.Random(1).sample(
-        s.val_texts, min(HOLES // len(t.sources), len(s.val_texts)))]  # fmt: skip
+        s.val_texts, min(N_INFILL_DOCUMENTS // len(t.sources), len(s.val_texts)))]  # fmt: skip
     cuts = [cut for text in texts if (cut := fim(text, rng, 1.0))]
-    for name, prompt in {"psm": psm, "left": left}.items():
-        scored = [middle_score(t, prompt(t.rows, *cut)) for cut in cuts]
+    for name, prompt in {"psm": psm_prompt, "left": left_to_right_prompt}.items():
+        scored = [score_middle(t, prompt(t.rows, *cut)) for cut in cuts]
         nats, right, n = (sum(x) for x in zip(*filter(None, scored)))
         out |= {f"{name}_nats": nats / n, f"{name}_accuracy": right / n, "middle_tokens": n}
-    return rounded(out)
+    return round_floats(out)
 
 
-def coded(rows: PackedDataLoader, *pieces: str) -> list[list[int]]:
+def encode_pieces(rows: PackedDataLoader, *pieces: str) -> list[list[int]]:
     return [e.ids for e in rows.encode_batch(list(pieces))]
 
 
-def psm(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
+def psm_prompt(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
     """What the model reads before the middle when it sees both sides, and the middle."""
     ids = rows.ids
-    pre, mid, suf = coded(rows, pre, mid, suf)
+    pre, mid, suf = encode_pieces(rows, pre, mid, suf)
     begin = [ids[tok.BOS], ids[tok.FIM_BEGIN], *pre]
     return [*begin, ids[tok.FIM_HOLE], *suf, ids[tok.FIM_END]], mid
 
 
-def left(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
+def left_to_right_prompt(
+    rows: PackedDataLoader, pre: str, mid: str, suf: str
+) -> tuple[list[int], list[int]]:
     """The same left to right: the suffix is not seen."""
-    pre, mid = coded(rows, pre, mid)
+    pre, mid = encode_pieces(rows, pre, mid)
     return [rows.ids[tok.BOS], *pre], mid
 
 
-def middle_score(t: Trainer, example) -> tuple[float, int, int] | None:
+def score_middle(t: Trainer, example) -> tuple[float, int, int] | None:
     """Nats, right greedy guesses and tokens of a middle; None where it does not fit."""
     prompt, mid = example
     if len(prompt) + len(mid) > t.args.recipe.seq_len + 1:
@@ -242,28 +247,32 @@ def middle_score(t: Trainer, example) -> tuple[float, int, int] | None:
 
 
 MEASURES: dict[str, Callable] = {
-    "balance": expert_vio, "mtp": acceptance, "mla": lambda t, batches: {}, "fim": infilling,
+    "balance": measure_expert_balance, "mtp": measure_acceptance, "mla": lambda t, batches: {}, "fim": measure_infilling,
     "fp8": lambda t, batches: {},
 }  # fmt: skip
-COURSE = {"vio_global", "vio_sequence", "accepted"}  # what is measured while training too
+CURVE_KEYS = {
+    "max_vio_global",
+    "max_vio_sequence",
+    "acceptance",
+}  # what is measured while training too
 
 
-def mean(values) -> float:
+def rounded_mean(values) -> float:
     values = list(values)
     return round(sum(values) / len(values), 4)
 
 
-def rounded(x):
+def round_floats(x):
     """Four digits after the point, in lists and objects too."""
     if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 4)
+        return {k: round_floats(v) for k, v in x.items()}
+    return [round_floats(v) for v in x] if isinstance(x, list) else round(x, 4)
 
 
 # ── One run ──
 
 
-def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
+def build_trainer(args: AblateConfig, v: Variant, seed: int) -> Trainer:
     """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
     train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
                   device="cpu", optimizer_dtype="fp32", precision=v.precision,
@@ -271,53 +280,61 @@ def trainer_of(args: Ablate, v: Variant, seed: int) -> Trainer:
     settings.check(train)
     t = Trainer(train, args.out)
     if v.kv_heads:
-        with_heads(t.model, v.kv_heads)
+        replace_attention(t.model, v.kv_heads)
         t.optimizer = build_adamw(t.model, v.recipe, torch.float32)
     for s in t.sources if args.name == "fim" else ():
-        s.val_data, s.train_data = passages(s.val_data), passages(s.train_data)
+        s.val_data, s.train_data = split_passages(s.val_data), split_passages(s.train_data)
         del s.val_texts  # of whole documents
     for s in t.sources:
         windows = val_windows(s.val_texts, t.tokenizer, v.recipe.seq_len)
-        t.val[s.name] = windows[:: max(1, len(windows) // FINAL)][:FINAL]
+        t.val[s.name] = windows[:: max(1, len(windows) // FINAL_VAL_BATCHES)][:FINAL_VAL_BATCHES]
     return t
 
 
-def passages(data):
-    """A dataset's documents in pieces of `PASSAGE` characters."""
+def split_passages(data):
+    """A dataset's documents in pieces of `PASSAGE_CHARS` characters."""
     if not hasattr(data, "map"):
         raise UserError("dsv3 ablate fim cuts texts into passages: give it text, not shards")
 
     def cut(batch):
         texts = [text or "" for text in batch["text"]]
-        return {"text": [x[i : i + PASSAGE] for x in texts for i in range(0, len(x), PASSAGE)]}
+        return {
+            "text": [
+                x[i : i + PASSAGE_CHARS] for x in texts for i in range(0, len(x), PASSAGE_CHARS)
+            ]
+        }
 
     return data.map(cut, batched=True)
 
 
-def losses_on(t: Trainer, batches: int) -> dict[str, float]:
+def val_losses(t: Trainer, batches: int) -> dict[str, float]:
     """Validation loss of every source, nats a token."""
     return {name: round(t.evaluate(name, batches)[0], 5) for name in t.val}
 
 
-def point(args: Ablate, t: Trainer, recent: list[float]) -> dict:
+def curve_point(args: AblateConfig, t: Trainer, recent: list[float]) -> dict:
     """A point of the curves: step, training loss since the last point, validation on few rows."""
-    row = {"step": t.step, "loss": mean(recent), "val_loss": mean(losses_on(t, PROBE).values())}
-    found = MEASURES[args.name](t, PROBE) if args.name in ("balance", "mtp") else {}
-    return row | {k: x for k, x in found.items() if k in COURSE}
+    row = {
+        "step": t.step,
+        "loss": rounded_mean(recent),
+        "val_loss": rounded_mean(val_losses(t, VAL_BATCHES).values()),
+    }
+    found = MEASURES[args.name](t, VAL_BATCHES) if args.name in ("balance", "mtp") else {}
+    return row | {k: x for k, x in found.items() if k in CURVE_KEYS}
 
 
-def one_run(args: Ablate, name: str, v: Variant, seed: int) -> dict:
+def run_variant(args: AblateConfig, name: str, v: Variant, seed: int) -> dict:
     """Train a variant and measure it: an entry of `runs`."""
-    start, t, losses, curve = time.perf_counter(), trainer_of(args, v, seed), [], []
+    start, t, losses, curve = time.perf_counter(), build_trainer(args, v, seed), [], []
     every = max(1, len(t.plan) // 10)
     while t.step < len(t.plan):
         losses.append(t.one_step()["loss"])
         if t.step % every == 0:
-            curve.append(point(args, t, losses[-every:]))
-    by_source = losses_on(t, FINAL)
+            curve.append(curve_point(args, t, losses[-every:]))
+    by_source = val_losses(t, FINAL_VAL_BATCHES)
     return {
         "variant": name, "seed": seed, "val_loss": sum(by_source.values()) / len(by_source),
-        "val_loss_by_source": by_source, **MEASURES[args.name](t, FINAL),
+        "val_loss_by_source": by_source, **MEASURES[args.name](t, FINAL_VAL_BATCHES),
         "seconds": round(time.perf_counter() - start, 1), "curve": curve,
         **({"losses": [round(x, 5) for x in losses]} if args.name == "fp8" else {}),
     }  # fmt: skip
@@ -326,10 +343,10 @@ def one_run(args: Ablate, name: str, v: Variant, seed: int) -> dict:
 # ── All runs, one file ──
 
 
-def described(v: Variant) -> dict:
+def variant_metadata(v: Variant) -> dict:
     """What a variant is, for the file: differences, parameters, cache."""
     return {
-        "params": parameters(v), "cache_bytes": count(v.model).cache_bytes,
+        "params": count_main_params(v), "cache_bytes": count(v.model).cache_bytes,
         "kv_heads": v.kv_heads, "fim_rate": v.fim_rate,
         **({"precision": v.precision} if v.precision != "fp32" else {}),
         **({"micro_batch": v.micro_batch} if v.micro_batch else {}),
@@ -338,7 +355,7 @@ def described(v: Variant) -> dict:
     }  # fmt: skip
 
 
-def opened(path: Path, made: dict) -> dict:
+def load_results(path: Path, made: dict) -> dict:
     """The file with the runs it holds so far; raises if they were made otherwise."""
     if not path.is_file():
         return made | {"runs": []}
@@ -349,25 +366,25 @@ def opened(path: Path, made: dict) -> dict:
     return old | {k: made[k] for k in ("command", "seeds")}
 
 
-def run(args: Ablate, command: str) -> Path:
+def run_ablation(args: AblateConfig, command: str) -> Path:
     """Every variant with every seed, seed by seed; the file is whole after each run."""
     if args.seeds < 1 or args.steps < 1:
         raise UserError("--seeds and --steps must be at least 1")
     base = named(args.config) if args.config else BASE
-    variants = VARIANTS[args.name](base, recipe(base, args.steps))
+    variants = VARIANTS[args.name](base, ablation_recipe(base, args.steps))
     path = args.out / f"ablate_{args.name}.json"
-    result = opened(path, {
+    result = load_results(path, {
         "command": command, "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": torch.get_num_threads(), "steps": args.steps, "data": list(args.data),
-        "seeds": args.seeds, "variants": {k: described(v) for k, v in variants.items()},
+        "seeds": args.seeds, "variants": {k: variant_metadata(v) for k, v in variants.items()},
     })  # fmt: skip
     done = {(r["variant"], r["seed"]) for r in result["runs"]}
     args.out.mkdir(parents=True, exist_ok=True)
     for seed, name in ((s, n) for s in range(args.seeds) for n in variants if (n, s) not in done):
-        result["runs"].append(one_run(args, name, variants[name], seed))
+        result["runs"].append(run_variant(args, name, variants[name], seed))
         write_compact(path, result)
-        say(result["runs"][-1])
+        print_run(result["runs"][-1])
     print(f"{len(result['runs'])} runs in {path}")
     return path
 
@@ -381,7 +398,7 @@ def write_compact(path: Path, result: dict) -> None:
     part.replace(path)
 
 
-def say(r: dict) -> None:
+def print_run(r: dict) -> None:
     more = {k: x for k, x in r.items() if isinstance(x, float) and k not in ("val_loss", "seconds")}
     words = ", ".join(f"{k} {x:.3f}" for k, x in more.items())
     print(
@@ -389,5 +406,5 @@ def say(r: dict) -> None:
     )
 
 
-def parse(argv: list[str]) -> Ablate:
-    return tyro.cli(Ablate, prog="dsv3 ablate", args=argv)
+def parse_options(argv: list[str]) -> AblateConfig:
+    return tyro.cli(AblateConfig, prog="dsv3 ablate", args=argv)

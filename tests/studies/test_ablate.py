@@ -27,11 +27,11 @@ from dsv3_ref.viz import ablation, figure
 
 NAMES = list(ablate.VARIANTS)
 POINT = {
-    "balance": {"vio_global", "vio_sequence"}, "mtp": {"accepted"}, "mla": set(), "fim": set(),
+    "balance": {"max_vio_global", "max_vio_sequence"}, "mtp": {"acceptance"}, "mla": set(), "fim": set(),
     "fp8": set(),
 }  # fmt: skip
 MEASURED = {
-    "balance": {"vio_global", "vio_sequence", "load"}, "mtp": {"accepted", "accepted_chain"},
+    "balance": {"max_vio_global", "max_vio_sequence", "load"}, "mtp": {"acceptance", "acceptance_chain"},
     "mla": set(), "fp8": {"losses"},
     "fim": {"psm_nats", "psm_accuracy", "left_nats", "left_accuracy", "middle_tokens"},
 }  # fmt: skip
@@ -85,13 +85,13 @@ def test_a_file_made_otherwise_is_not_mixed_with(home, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_are_kept_and_not_repeated(name, home, monkeypatch):
-    monkeypatch.setattr(ablate, "PASSAGE", 60)
-    monkeypatch.setattr(ablate, "HOLES", 6)
+    monkeypatch.setattr(ablate, "PASSAGE_CHARS", 60)
+    monkeypatch.setattr(ablate, "N_INFILL_DOCUMENTS", 6)
     assert main(command(home, name, "--seeds", 1)) == 0
     path = home / "results" / f"ablate_{name}.json"
     first = json.loads(path.read_text())
     check_result(name, first)
-    monkeypatch.setattr(ablate, "one_run", lambda *a: pytest.fail("repeated"))
+    monkeypatch.setattr(ablate, "run_variant", lambda *a: pytest.fail("repeated"))
     assert main(command(home, name, "--seeds", 1)) == 0
     assert json.loads(path.read_text()) == first
 
@@ -99,7 +99,7 @@ def test_runs_are_kept_and_not_repeated(name, home, monkeypatch):
 def test_a_killed_ablation_goes_on_where_it_was(home, tmp_path, monkeypatch):
     """The runs made after a break are those of an unbroken command."""
     argv = [*command(home, "mtp", "--seeds", 2), "--out", str(tmp_path)]
-    made, real = [], ablate.one_run
+    made, real = [], ablate.run_variant
 
     def limited(*args):
         if len(made) == 2:
@@ -107,12 +107,12 @@ def test_a_killed_ablation_goes_on_where_it_was(home, tmp_path, monkeypatch):
         made.append(args)
         return real(*args)
 
-    monkeypatch.setattr(ablate, "one_run", limited)
+    monkeypatch.setattr(ablate, "run_variant", limited)
     assert main(argv) == 130
     path = tmp_path / "ablate_mtp.json"
     half = json.loads(path.read_text())["runs"]
     assert [(r["variant"], r["seed"]) for r in half] == [("D=0", 0), ("D=1", 0)]
-    monkeypatch.setattr(ablate, "one_run", real)
+    monkeypatch.setattr(ablate, "run_variant", real)
     assert main(argv) == 0
     whole = json.loads(path.read_text())
     assert whole["runs"][:2] == half
@@ -157,13 +157,13 @@ def test_the_kept_results_are_complete_and_as_they_say(name):
     assert path.stat().st_size < 60_000
     assert result["seeds"] >= (2 if name == "fp8" else 3)  # FP8 by emulation: half an hour a seed
     argv = result["command"].split()[2:]
-    args = ablate.parse(argv)
+    args = ablate.parse_options(argv)
     assert (args.steps, args.seeds, list(args.data)) == tuple(
         result[k] for k in ("steps", "seeds", "data")
     )
     base = ablate.named(args.config) if args.config else ablate.BASE
-    now = ablate.VARIANTS[name](base, ablate.recipe(base, args.steps))
-    assert {k: ablate.described(v) for k, v in now.items()} == result["variants"]
+    now = ablate.VARIANTS[name](base, ablate.ablation_recipe(base, args.steps))
+    assert {k: ablate.variant_metadata(v) for k, v in now.items()} == result["variants"]
 
 
 def test_the_kept_run_in_fp8_stays_within_a_quarter_of_a_percent():
@@ -213,12 +213,12 @@ def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
 
 
 def variants(name: str, steps: int = 5) -> dict:
-    return ablate.VARIANTS[name](ablate.BASE, ablate.recipe(ablate.BASE, steps))
+    return ablate.VARIANTS[name](ablate.BASE, ablate.ablation_recipe(ablate.BASE, steps))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_agree_within_a_percent(name):
-    sizes = [ablate.parameters(v) for v in variants(name).values()]
+    sizes = [ablate.count_main_params(v) for v in variants(name).values()]
     assert max(sizes) < 1.01 * min(sizes)
     assert name == "mla" or len(set(sizes)) == 1
 
@@ -241,8 +241,8 @@ def test_caches_are_what_they_are_called():
     for name, v in variants("mla").items():
         c = v.model
         want = v.kv_heads * 2 * c.v_head_dim or c.kv_lora_rank + c.qk_rope_head_dim
-        assert ablate.described(v)["cache_bytes"] == 2 * c.n_layers * want
-        model, tokens_bs = ablate.build(v), torch.randint(c.vocab_size, (2, 7))
+        assert ablate.variant_metadata(v)["cache_bytes"] == 2 * c.n_layers * want
+        model, tokens_bs = ablate.build_variant(v), torch.randint(c.vocab_size, (2, 7))
         cache = LayerCache(c, 2, 7)
         model.layers["0"].attn(model.embed(tokens_bs), rope_table(c, torch.arange(7)), cache)
         assert cache.kv_btx.shape[-1] == want and (cache.kv_btx != 0).all(), name
@@ -250,11 +250,11 @@ def test_caches_are_what_they_are_called():
 
 def test_a_seed_gives_all_variants_the_same_rows(home, tmp_path):
     argv = [*command(home, "balance")[1:], "--out", str(tmp_path)]
-    args = ablate.parse(argv)
+    args = ablate.parse_options(argv)
     base = ablate.named(args.config)
     both = [
-        ablate.trainer_of(args, v, 0).rows.next_batch(3)
-        for v in list(ablate.balance_variants(base, ablate.recipe(base, 3)).values())[:2]
+        ablate.build_trainer(args, v, 0).rows.next_batch(3)
+        for v in list(ablate.balance_variants(base, ablate.ablation_recipe(base, 3)).values())[:2]
     ]
     assert torch.equal(*both)
 
@@ -351,5 +351,5 @@ def test_acceptance_counts_chains(monkeypatch, micro):
     class Stub:
         model, val = SimpleNamespace(mtp="12"), {"x": [torch.zeros(1, 7)]}
 
-    found = ablate.acceptance(Stub(), 1)
-    assert found == {"accepted": [0.75, 0.5], "accepted_chain": [0.75, 0.25]}
+    found = ablate.measure_acceptance(Stub(), 1)
+    assert found == {"acceptance": [0.75, 0.5], "acceptance_chain": [0.75, 0.25]}
