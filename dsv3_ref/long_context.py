@@ -21,17 +21,20 @@ from dsv3_ref.rope import rope_table
 
 # ── One stretch for two phases ──
 
-STRETCH, TIMES = 40.0, {"32k": 8, "128k": 32}  # YaRN's s; rows, in lengths of pre-training
+ROPE_FACTOR, LENGTH_MULTIPLES = (
+    40.0,
+    {"32k": 8, "128k": 32},
+)  # YaRN's s; rows, in lengths of pre-training
 
 
-def extended(c: Config) -> Config:
+def extend_config(config: Config) -> Config:
     """The config of both phases: s = 40 over the length of pre-training (§4.3)."""
-    s = max(c.rope_factor, STRETCH)
-    reach = int(s * c.original_seq_len)
-    return replace(c, rope_factor=s, max_seq_len=max(c.max_seq_len, reach))
+    factor = max(config.rope_factor, ROPE_FACTOR)
+    max_seq_len = int(factor * config.original_seq_len)
+    return replace(config, rope_factor=factor, max_seq_len=max(config.max_seq_len, max_seq_len))
 
 
-def constant(lr: float, steps: int, batch: int) -> TrainingRecipe:
+def constant_lr_recipe(lr: float, steps: int, batch: int) -> TrainingRecipe:
     """Pre-training as it ended, on and on: one rate, γ = 0, λ = 0.1."""
     return replace(
         TrainingRecipe(), steps=steps, lr=lr, min_lr=lr, final_lr=lr, warmup_steps=0,
@@ -40,51 +43,54 @@ def constant(lr: float, steps: int, batch: int) -> TrainingRecipe:
 
 
 RECIPES = {
-    "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1.3e-4, 16, 4)},
-    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1.3e-4, 6, 1)},
+    "32k": {
+        "v3": constant_lr_recipe(7.3e-6, 1000, 1920),
+        "tiny": constant_lr_recipe(1.3e-4, 16, 4),
+    },
+    "128k": {"v3": constant_lr_recipe(7.3e-6, 1000, 480), "tiny": constant_lr_recipe(1.3e-4, 6, 1)},
 }
 
 
-def recipe(phase: str, size: str, original: int) -> TrainingRecipe:
+def extension_recipe(phase: str, size: str, original_seq_len: int) -> TrainingRecipe:
     """A phase for a config of pre-training length `original`; V3's where a size has none."""
-    found = RECIPES[phase].get(size, RECIPES[phase]["v3"])
-    return replace(found, seq_len=TIMES[phase] * original)
+    recipe = RECIPES[phase].get(size, RECIPES[phase]["v3"])
+    return replace(recipe, seq_len=LENGTH_MULTIPLES[phase] * original_seq_len)
 
 
 # ── Other readings of the same weights ──
 
 
-def under(model: Transformer, c: Config) -> Transformer:
+def with_config(model: Transformer, config: Config) -> Transformer:
     """The same weights, shared, under another config of positions."""
     with torch.device("meta"):
-        other = Transformer(c)
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other.eval()
+        shared = Transformer(config)
+    shared.load_state_dict(model.state_dict(), assign=True)
+    return shared.eval()
 
 
-def reader(model: Transformer, batch: int, length: int, step: float = 1.0) -> Decoder:
+def interpolated_decoder(model: Transformer, batch: int, length: int, step: float = 1.0) -> Decoder:
     """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
-    d = Decoder(model, batch, length)
-    at = torch.arange(length, device=d.token_bt.device) / step
-    d.freqs_cis_tx = torch.complex(*rope_table(model.config, at))
-    return d
+    decoder = Decoder(model, batch, length)
+    position_t = torch.arange(length, device=decoder.token_bt.device) / step
+    decoder.freqs_cis_tx = torch.complex(*rope_table(model.config, position_t))
+    return decoder
 
 
 # ── Loss by position ──
 
 
 @torch.inference_mode()
-def nll_by_position(d: Decoder, tokens_bs):
+def nll_by_position(decoder: Decoder, tokens_bs):
     """−log p of every next token of rows of T + 1, (b, T), nats."""
     b, s = tokens_bs.shape[0], tokens_bs.shape[1] - 1
-    d.token_bt[:, :s] = tokens_bs[:, :-1]
-    parts = zip(d.features([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1))
-    each = [F.cross_entropy(d.logits(h).flatten(0, 1), y.flatten(), reduction="none")
+    decoder.token_bt[:, :s] = tokens_bs[:, :-1]
+    parts = zip(decoder.features([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1))
+    each = [F.cross_entropy(decoder.logits(h).flatten(0, 1), y.flatten(), reduction="none")
             for h, y in parts]  # fmt: skip
     return torch.cat([x.view(b, -1) for x in each], dim=1)
 
 
-def by_thirds_of_octaves(length: int, first: int = 16) -> list[int]:
+def log_spaced_bins(length: int, first: int = 16) -> list[int]:
     """Edges of bins that grow by 2^(1/3), from 0 to `length`."""
     n = math.ceil(3 * math.log2(length / first))
     return [0, *(round(first * (length / first) ** (i / n)) for i in range(n + 1))]
@@ -96,68 +102,76 @@ def by_thirds_of_octaves(length: int, first: int = 16) -> list[int]:
 class Needle(NamedTuple):
     """The sentence that hides a key, in tokens: say, key, end."""
 
-    say: list[int]
+    prefix: list[int]
     keys: list[list[int]]
-    end: list[int]
+    suffix: list[int]
 
     def sentence(self, key: int) -> list[int]:
         """With one of the keys."""
-        return [*self.say, *self.keys[key], *self.end]
+        return [*self.prefix, *self.keys[key], *self.suffix]
 
 
-def needle(encode: Callable[[str], list[int]], times: int = 4) -> Needle:
+def build_needle(encode: Callable[[str], list[int]], repeats: int = 4) -> Needle:
     """`The key is 7 7 7 7.` for the ten digits."""
-    keys = [encode(" ".join([str(i)] * times)) for i in range(10)]
+    keys = [encode(" ".join([str(i)] * repeats)) for i in range(10)]
     return Needle(encode(" The key is "), keys, encode("."))
 
 
-def plant(tokens: list[int], n: Needle, rng: np.random.Generator, most: int = 32) -> list[int]:
+def insert_needle(
+    tokens: list[int], needle: Needle, rng: np.random.Generator, max_places: int = 32
+) -> list[int]:
     """A row of the same length that says one key at 2 … `most` + 1 random places, often few."""
-    size, key = len(n.sentence(0)), int(rng.integers(10))
-    most = min(most, len(tokens) // size - 1)
-    if most < 1:
+    size, key = len(needle.sentence(0)), int(rng.integers(10))
+    max_places = min(max_places, len(tokens) // size - 1)
+    if max_places < 1:
         return tokens
-    times = 1 + round(most ** rng.random())
+    times = 1 + round(max_places ** rng.random())
     hay = tokens[: len(tokens) - times * size]
     cuts = sorted(rng.integers(len(hay) + 1, size=times).tolist())
-    out = []
+    row = []
     for a, b in pairwise([0, *cuts]):
-        out += hay[a:b] + n.sentence(key)
-    return out + hay[cuts[-1] :]
+        row += hay[a:b] + needle.sentence(key)
+    return row + hay[cuts[-1] :]
 
 
 @torch.inference_mode()
-def recall(d: Decoder, hay_bt: list[list[int]], n: Needle, keys: list[int], at: int,
+def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, keys: list[int], position: int,
            lengths: Sequence[int]):  # fmt: skip
     """Probability of each row's key, asked for at these lengths; its needle at place `at`, (b, n).
 
     The text is read once: a question is asked, and then written over by what follows.
     """
-    texts = [hay[:at] + n.sentence(key) + hay[at:] for hay, key in zip(hay_bt, keys)]
-    d.token_bt.copy_(torch.tensor([x[: d.token_bt.shape[1]] for x in texts]))
-    key_b1 = torch.tensor([[n.keys[key][0]] for key in keys], device=d.token_bt.device)
-    read, out, kept_bt = 0, [], d.token_bt.clone()
+    texts = [
+        hay[:position] + needle.sentence(key) + hay[position:] for hay, key in zip(hay_bt, keys)
+    ]
+    decoder.token_bt.copy_(torch.tensor([x[: decoder.token_bt.shape[1]] for x in texts]))
+    key_b1 = torch.tensor([[needle.keys[key][0]] for key in keys], device=decoder.token_bt.device)
+    start, columns, text_bt = 0, [], decoder.token_bt.clone()
     for length in lengths:
-        stop, b = length - len(n.say), len(texts)
-        d.features([read] * b, stop - read)
-        d.token_bt[:, stop:length] = torch.tensor(n.say)
-        p_bw = d.logits(d.features([stop] * b, len(n.say))[:, -1]).softmax(-1)
-        out.append(p_bw.gather(1, key_b1)[:, 0])
-        d.token_bt[:, stop:length] = kept_bt[:, stop:length]
-        read = stop
-    return torch.stack(out, 1)
+        stop, b = length - len(needle.prefix), len(texts)
+        decoder.features([start] * b, stop - start)
+        decoder.token_bt[:, stop:length] = torch.tensor(needle.prefix)
+        p_bw = decoder.logits(decoder.features([stop] * b, len(needle.prefix))[:, -1]).softmax(-1)
+        columns.append(p_bw.gather(1, key_b1)[:, 0])
+        decoder.token_bt[:, stop:length] = text_bt[:, stop:length]
+        start = stop
+    return torch.stack(columns, 1)
 
 
 # ── What a token leaves behind ──
 
 
-def kept(c: Config, kv_heads: int | None = None) -> int:
+def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> int:
     """Numbers a token and layer: c + r of MLA, or n·(i + r + v) of n key-value heads."""
     if kv_heads is None:
-        return c.kv_lora_rank + c.qk_rope_head_dim
-    return kv_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    return kv_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
 
 
-def cache_bytes(c: Config, tokens: int, kv_heads: int | None = None, each: int = 2) -> int:
+def cache_bytes(
+    config: Config, tokens: int, kv_heads: int | None = None, bytes_per_number: int = 2
+) -> int:
     """Bytes of cache of all layers, `each` a number."""
-    return c.n_layers * tokens * kept(c, kv_heads) * each
+    return (
+        config.n_layers * tokens * kv_cache_numbers_per_token(config, kv_heads) * bytes_per_number
+    )

@@ -97,17 +97,20 @@ show(fig)
 
 # %%
 #| export
-STRETCH, TIMES = 40.0, {"32k": 8, "128k": 32}  # YaRN's s; rows, in lengths of pre-training
+ROPE_FACTOR, LENGTH_MULTIPLES = (
+    40.0,
+    {"32k": 8, "128k": 32},
+)  # YaRN's s; rows, in lengths of pre-training
 
 
-def extended(c: Config) -> Config:
+def extend_config(config: Config) -> Config:
     """The config of both phases: s = 40 over the length of pre-training (§4.3)."""
-    s = max(c.rope_factor, STRETCH)
-    reach = int(s * c.original_seq_len)
-    return replace(c, rope_factor=s, max_seq_len=max(c.max_seq_len, reach))
+    factor = max(config.rope_factor, ROPE_FACTOR)
+    max_seq_len = int(factor * config.original_seq_len)
+    return replace(config, rope_factor=factor, max_seq_len=max(config.max_seq_len, max_seq_len))
 
 
-def constant(lr: float, steps: int, batch: int) -> TrainingRecipe:
+def constant_lr_recipe(lr: float, steps: int, batch: int) -> TrainingRecipe:
     """Pre-training as it ended, on and on: one rate, γ = 0, λ = 0.1."""
     return replace(
         TrainingRecipe(), steps=steps, lr=lr, min_lr=lr, final_lr=lr, warmup_steps=0,
@@ -116,19 +119,22 @@ def constant(lr: float, steps: int, batch: int) -> TrainingRecipe:
 
 
 RECIPES = {
-    "32k": {"v3": constant(7.3e-6, 1000, 1920), "tiny": constant(1.3e-4, 16, 4)},
-    "128k": {"v3": constant(7.3e-6, 1000, 480), "tiny": constant(1.3e-4, 6, 1)},
+    "32k": {
+        "v3": constant_lr_recipe(7.3e-6, 1000, 1920),
+        "tiny": constant_lr_recipe(1.3e-4, 16, 4),
+    },
+    "128k": {"v3": constant_lr_recipe(7.3e-6, 1000, 480), "tiny": constant_lr_recipe(1.3e-4, 6, 1)},
 }
 
 
-def recipe(phase: str, size: str, original: int) -> TrainingRecipe:
+def extension_recipe(phase: str, size: str, original_seq_len: int) -> TrainingRecipe:
     """A phase for a config of pre-training length `original`; V3's where a size has none."""
-    found = RECIPES[phase].get(size, RECIPES[phase]["v3"])
-    return replace(found, seq_len=TIMES[phase] * original)
+    recipe = RECIPES[phase].get(size, RECIPES[phase]["v3"])
+    return replace(recipe, seq_len=LENGTH_MULTIPLES[phase] * original_seq_len)
 
 
 # %%
-longer = {phase: recipe(phase, "v3", 4096) for phase in RECIPES}
+longer = {phase: extension_recipe(phase, "v3", 4096) for phase in RECIPES}
 for phase, r in longer.items():
     tokens = r.steps * r.global_batch_size * r.seq_len
     print(f"{phase:>4}: rows of {r.seq_len:,}, {tokens / 1e9:.1f}B tokens, rate {r.lr}")
@@ -137,8 +143,10 @@ assert (
     len({r.global_batch_size * r.seq_len for r in longer.values()}) == 1
 )  # 63M tokens a step, both times
 pretrained = replace(V3, rope_factor=1.0, max_seq_len=4096)
-assert extended(pretrained) == extended(V3) == V3  # the released config: 163,840 = 40 · 4096
-LONG = extended(TINY)
+assert (
+    extend_config(pretrained) == extend_config(V3) == V3
+)  # the released config: 163,840 = 40 · 4096
+LONG = extend_config(TINY)
 print(f"tiny: {TINY.max_seq_len} → {LONG.max_seq_len:,} places, softmax sharper by "
       f"{softmax_scale(LONG) / softmax_scale(TINY):.2f}")  # fmt: skip
 
@@ -155,20 +163,20 @@ print(f"tiny: {TINY.max_seq_len} → {LONG.max_seq_len:,} places, softmax sharpe
 
 # %%
 #| export
-def under(model: Transformer, c: Config) -> Transformer:
+def with_config(model: Transformer, config: Config) -> Transformer:
     """The same weights, shared, under another config of positions."""
     with torch.device("meta"):
-        other = Transformer(c)
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other.eval()
+        shared = Transformer(config)
+    shared.load_state_dict(model.state_dict(), assign=True)
+    return shared.eval()
 
 
-def reader(model: Transformer, batch: int, length: int, step: float = 1.0) -> Decoder:
+def interpolated_decoder(model: Transformer, batch: int, length: int, step: float = 1.0) -> Decoder:
     """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
-    d = Decoder(model, batch, length)
-    at = torch.arange(length, device=d.token_bt.device) / step
-    d.freqs_cis_tx = torch.complex(*rope_table(model.config, at))
-    return d
+    decoder = Decoder(model, batch, length)
+    position_t = torch.arange(length, device=decoder.token_bt.device) / step
+    decoder.freqs_cis_tx = torch.complex(*rope_table(model.config, position_t))
+    return decoder
 
 
 # %%
@@ -178,13 +186,13 @@ tokens_bs = torch.randint(64, (2, 96))
 
 
 def last_h(model, step=1.0, at=0):
-    d = reader(model, 2, 96 + at, step)
+    d = interpolated_decoder(model, 2, 96 + at, step)
     d.token_bt[:, at : 96 + at] = tokens_bs
     with torch.inference_mode():
         return d.features([at, at], 96)
 
 
-plain_bsd, twice = last_h(model), under(model, replace(small, rope_factor=8.0))
+plain_bsd, twice = last_h(model), with_config(model, replace(small, rope_factor=8.0))
 assert twice.embed.weight.data_ptr() == model.embed.weight.data_ptr()  # shared
 assert torch.allclose(plain_bsd, model.features(tokens_bs)[0], atol=1e-4)
 for name, other_bsd in (("YaRN", last_h(twice)), ("interpolation", last_h(model, 8.0))):
@@ -202,17 +210,17 @@ for name, other_bsd in (("YaRN", last_h(twice)), ("interpolation", last_h(model,
 # %%
 #| export
 @torch.inference_mode()
-def nll_by_position(d: Decoder, tokens_bs):
+def nll_by_position(decoder: Decoder, tokens_bs):
     """−log p of every next token of rows of T + 1, (b, T), nats."""
     b, s = tokens_bs.shape[0], tokens_bs.shape[1] - 1
-    d.token_bt[:, :s] = tokens_bs[:, :-1]
-    parts = zip(d.features([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1))
-    each = [F.cross_entropy(d.logits(h).flatten(0, 1), y.flatten(), reduction="none")
+    decoder.token_bt[:, :s] = tokens_bs[:, :-1]
+    parts = zip(decoder.features([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1))
+    each = [F.cross_entropy(decoder.logits(h).flatten(0, 1), y.flatten(), reduction="none")
             for h, y in parts]  # fmt: skip
     return torch.cat([x.view(b, -1) for x in each], dim=1)
 
 
-def by_thirds_of_octaves(length: int, first: int = 16) -> list[int]:
+def log_spaced_bins(length: int, first: int = 16) -> list[int]:
     """Edges of bins that grow by 2^(1/3), from 0 to `length`."""
     n = math.ceil(3 * math.log2(length / first))
     return [0, *(round(first * (length / first) ** (i / n)) for i in range(n + 1))]
@@ -220,10 +228,10 @@ def by_thirds_of_octaves(length: int, first: int = 16) -> list[int]:
 
 # %%
 rows_bs = torch.randint(64, (2, 97))
-nll_bs = nll_by_position(reader(model, 2, 96), rows_bs)
+nll_bs = nll_by_position(interpolated_decoder(model, 2, 96), rows_bs)
 want = F.cross_entropy(model(rows_bs[:, :-1]).flatten(0, 1), rows_bs[:, 1:].flatten())
 assert torch.allclose(nll_bs.mean(), want, atol=1e-5)
-print("bins of 8,192 places end at", by_thirds_of_octaves(8192)[1:])
+print("bins of 8,192 places end at", log_spaced_bins(8192)[1:])
 
 # %% [markdown]
 # ## A needle
@@ -243,73 +251,77 @@ print("bins of 8,192 places end at", by_thirds_of_octaves(8192)[1:])
 class Needle(NamedTuple):
     """The sentence that hides a key, in tokens: say, key, end."""
 
-    say: list[int]
+    prefix: list[int]
     keys: list[list[int]]
-    end: list[int]
+    suffix: list[int]
 
     def sentence(self, key: int) -> list[int]:
         """With one of the keys."""
-        return [*self.say, *self.keys[key], *self.end]
+        return [*self.prefix, *self.keys[key], *self.suffix]
 
 
-def needle(encode: Callable[[str], list[int]], times: int = 4) -> Needle:
+def build_needle(encode: Callable[[str], list[int]], repeats: int = 4) -> Needle:
     """`The key is 7 7 7 7.` for the ten digits."""
-    keys = [encode(" ".join([str(i)] * times)) for i in range(10)]
+    keys = [encode(" ".join([str(i)] * repeats)) for i in range(10)]
     return Needle(encode(" The key is "), keys, encode("."))
 
 
-def plant(tokens: list[int], n: Needle, rng: np.random.Generator, most: int = 32) -> list[int]:
+def insert_needle(
+    tokens: list[int], needle: Needle, rng: np.random.Generator, max_places: int = 32
+) -> list[int]:
     """A row of the same length that says one key at 2 … `most` + 1 random places, often few."""
-    size, key = len(n.sentence(0)), int(rng.integers(10))
-    most = min(most, len(tokens) // size - 1)
-    if most < 1:
+    size, key = len(needle.sentence(0)), int(rng.integers(10))
+    max_places = min(max_places, len(tokens) // size - 1)
+    if max_places < 1:
         return tokens
-    times = 1 + round(most ** rng.random())
+    times = 1 + round(max_places ** rng.random())
     hay = tokens[: len(tokens) - times * size]
     cuts = sorted(rng.integers(len(hay) + 1, size=times).tolist())
-    out = []
+    row = []
     for a, b in pairwise([0, *cuts]):
-        out += hay[a:b] + n.sentence(key)
-    return out + hay[cuts[-1] :]
+        row += hay[a:b] + needle.sentence(key)
+    return row + hay[cuts[-1] :]
 
 
 @torch.inference_mode()
-def recall(d: Decoder, hay_bt: list[list[int]], n: Needle, keys: list[int], at: int,
+def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, keys: list[int], position: int,
            lengths: Sequence[int]):  # fmt: skip
     """Probability of each row's key, asked for at these lengths; its needle at place `at`, (b, n).
 
     The text is read once: a question is asked, and then written over by what follows.
     """
-    texts = [hay[:at] + n.sentence(key) + hay[at:] for hay, key in zip(hay_bt, keys)]
-    d.token_bt.copy_(torch.tensor([x[: d.token_bt.shape[1]] for x in texts]))
-    key_b1 = torch.tensor([[n.keys[key][0]] for key in keys], device=d.token_bt.device)
-    read, out, kept_bt = 0, [], d.token_bt.clone()
+    texts = [
+        hay[:position] + needle.sentence(key) + hay[position:] for hay, key in zip(hay_bt, keys)
+    ]
+    decoder.token_bt.copy_(torch.tensor([x[: decoder.token_bt.shape[1]] for x in texts]))
+    key_b1 = torch.tensor([[needle.keys[key][0]] for key in keys], device=decoder.token_bt.device)
+    start, columns, text_bt = 0, [], decoder.token_bt.clone()
     for length in lengths:
-        stop, b = length - len(n.say), len(texts)
-        d.features([read] * b, stop - read)
-        d.token_bt[:, stop:length] = torch.tensor(n.say)
-        p_bw = d.logits(d.features([stop] * b, len(n.say))[:, -1]).softmax(-1)
-        out.append(p_bw.gather(1, key_b1)[:, 0])
-        d.token_bt[:, stop:length] = kept_bt[:, stop:length]
-        read = stop
-    return torch.stack(out, 1)
+        stop, b = length - len(needle.prefix), len(texts)
+        decoder.features([start] * b, stop - start)
+        decoder.token_bt[:, stop:length] = torch.tensor(needle.prefix)
+        p_bw = decoder.logits(decoder.features([stop] * b, len(needle.prefix))[:, -1]).softmax(-1)
+        columns.append(p_bw.gather(1, key_b1)[:, 0])
+        decoder.token_bt[:, stop:length] = text_bt[:, stop:length]
+        start = stop
+    return torch.stack(columns, 1)
 
 
 # %%
 letters = lambda text: [ord(c) % 64 for c in text]
-n, rng = needle(letters), np.random.default_rng(0)
+n, rng = build_needle(letters), np.random.default_rng(0)
 hay = [63] * 300
-row = plant(hay, n, rng)
-said = [i for i in range(300) if row[i : i + len(n.say)] == n.say]
+row = insert_needle(hay, n, rng)
+said = [i for i in range(300) if row[i : i + len(n.prefix)] == n.prefix]
 print(f"a row of {len(row)} says its key at", said)
 assert len(row) == 300 and len({tuple(row[i : i + len(n.sentence(0))]) for i in said}) == 1
 assert row.count(63) == 300 - len(said) * len(n.sentence(0))
 
 hays, keys = torch.randint(64, (2, 300)).tolist(), [3, 8]
-got_bn = recall(reader(model, 2, 96), hays, n, keys, 10, [50, 96])
+got_bn = needle_recall(interpolated_decoder(model, 2, 96), hays, n, keys, 10, [50, 96])
 for row, (hay, key) in enumerate(zip(hays, keys)):
     for col, length in enumerate((50, 96)):
-        text = [*hay[:10], *n.sentence(key), *hay[10:]][: length - len(n.say)] + n.say
+        text = [*hay[:10], *n.sentence(key), *hay[10:]][: length - len(n.prefix)] + n.prefix
         p_w = model(torch.tensor([text]))[0, -1].softmax(-1)
         assert abs(got_bn[row, col] - p_w[n.keys[key][0]]) < 1e-5
 print("one reading, several questions: as each text read on its own")
@@ -323,16 +335,20 @@ print("one reading, several questions: as each text read on its own")
 
 # %%
 #| export
-def kept(c: Config, kv_heads: int | None = None) -> int:
+def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> int:
     """Numbers a token and layer: c + r of MLA, or n·(i + r + v) of n key-value heads."""
     if kv_heads is None:
-        return c.kv_lora_rank + c.qk_rope_head_dim
-    return kv_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    return kv_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
 
 
-def cache_bytes(c: Config, tokens: int, kv_heads: int | None = None, each: int = 2) -> int:
+def cache_bytes(
+    config: Config, tokens: int, kv_heads: int | None = None, bytes_per_number: int = 2
+) -> int:
     """Bytes of cache of all layers, `each` a number."""
-    return c.n_layers * tokens * kept(c, kv_heads) * each
+    return (
+        config.n_layers * tokens * kv_cache_numbers_per_token(config, kv_heads) * bytes_per_number
+    )
 
 
 # %%
@@ -359,8 +375,12 @@ class Allocations(TorchDispatchMode):
 
 
 for name, make, want in (
-    ("MLA", lambda: LayerCache(TINY, 1, 4096), kept(TINY)),
-    ("MHA", lambda: torch.zeros(1, 4096, kept(TINY, TINY.n_heads)), kept(TINY, TINY.n_heads)),
+    ("MLA", lambda: LayerCache(TINY, 1, 4096), kv_cache_numbers_per_token(TINY)),
+    (
+        "MHA",
+        lambda: torch.zeros(1, 4096, kv_cache_numbers_per_token(TINY, TINY.n_heads)),
+        kv_cache_numbers_per_token(TINY, TINY.n_heads),
+    ),
 ):
     with Allocations() as tally:
         held = make()  # a cache is allocated once
@@ -370,7 +390,7 @@ for name, make, want in (
 assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
 
 for name, heads in {"MLA": None, "GQA, 8 heads": 8, "MHA, 128 heads": 128}.items():
-    assert kept(V3, heads) == PER_LAYER[name]
+    assert kv_cache_numbers_per_token(V3, heads) == PER_LAYER[name]
     print(f"{name:15}{cache_bytes(V3, TOKENS, heads) / 1e9:7.1f} GB for {TOKENS:,} tokens of V3")
 
 # %% [markdown]
@@ -384,14 +404,14 @@ for name, heads in {"MLA": None, "GQA, 8 heads": 8, "MHA, 128 heads": 128}.items
 # %%
 def peak(piece: int, length: int = 1536) -> tuple[int, torch.Tensor]:
     """The most that reading a prompt holds at once, without the cache; its last hidden state."""
-    d = reader(model, 1, length)
+    d = interpolated_decoder(model, 1, length)
     d.prefill_chunk, d.token_bt[:] = piece, torch.arange(length) % 64
     with torch.inference_mode(), Allocations() as tally:
         h_bsd = d.features([0], length)
     return tally.peak, h_bsd[0, -1]
 
 
-model = under(model, extended(small))
+model = with_config(model, extend_config(small))
 pieces, whole = [64, 128, 256, 512, 1024, 1536], peak(1536)
 peaks = {size: peak(size) for size in pieces}
 assert all(torch.allclose(h_d, whole[1], atol=1e-4) for _, h_d in peaks.values())
@@ -541,9 +561,9 @@ def room(
     """Tokens that fit into some memory, by MLA, GQA and MHA of V3's head sizes."""
     c = replace(V3, n_layers=layers, kv_lora_rank=latent)
     fits = {
-        f"MLA, latent {latent}": kept(c),
-        f"GQA, {kv_heads} heads": kept(c, kv_heads),
-        "MHA, 128 heads": kept(c, 128),
+        f"MLA, latent {latent}": kv_cache_numbers_per_token(c),
+        f"GQA, {kv_heads} heads": kv_cache_numbers_per_token(c, kv_heads),
+        "MHA, 128 heads": kv_cache_numbers_per_token(c, 128),
     }
     fig, ax = figure(width=8, height=2.3)
     for i, (name, numbers) in enumerate(reversed(fits.items())):
@@ -578,7 +598,11 @@ def check_heads(fn):
     wide = replace(V3, kv_lora_rank=2048)
     for c in (V3, wide, TINY, replace(V3, v_head_dim=64)):
         n = fn(c)
-        assert n * kept(c, 1) <= kept(c) < (n + 1) * kept(c, 1)
+        assert (
+            n * kv_cache_numbers_per_token(c, 1)
+            <= kv_cache_numbers_per_token(c)
+            < (n + 1) * kv_cache_numbers_per_token(c, 1)
+        )
 
 
 def my_heads(c: Config) -> int:

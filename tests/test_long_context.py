@@ -19,17 +19,17 @@ from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count
 from dsv3_ref.decode import Decoder, blockwise_attention, stream
 from dsv3_ref.long_context import (
     RECIPES,
-    by_thirds_of_octaves,
+    build_needle,
     cache_bytes,
-    extended,
-    kept,
-    needle,
+    extend_config,
+    extension_recipe,
+    insert_needle,
+    interpolated_decoder,
+    kv_cache_numbers_per_token,
+    log_spaced_bins,
+    needle_recall,
     nll_by_position,
-    plant,
-    reader,
-    recall,
-    recipe,
-    under,
+    with_config,
 )
 from dsv3_ref.mla import GQA, LayerCache, attention
 from dsv3_ref.model import Transformer
@@ -40,7 +40,7 @@ from dsv3_ref.optim import get_batch_size_schedule, get_bias_update_rate, get_lr
 
 @pytest.mark.parametrize("phase, length, rows", [("32k", 32_768, 1920), ("128k", 131_072, 480)])
 def test_a_phase_is_the_reports(phase, length, rows):
-    r = recipe(phase, "v3", 4096)
+    r = extension_recipe(phase, "v3", 4096)
     assert (r.seq_len, r.steps) == (length, 1000)
     assert set(get_batch_size_schedule(r, r.steps)) == {rows}
     for step in (0, 1, 500, 999):
@@ -51,20 +51,20 @@ def test_a_phase_is_the_reports(phase, length, rows):
 
 def test_both_phases_stretch_alike():
     before = replace(V3, rope_factor=1.0, max_seq_len=4096)
-    assert extended(before) == V3 and extended(V3) == V3
+    assert extend_config(before) == V3 and extend_config(V3) == V3
     for c in (TINY, SMALL):
-        longer = extended(c)
+        longer = extend_config(c)
         assert (longer.rope_factor, longer.max_seq_len) == (40, 40 * c.original_seq_len)
-        assert extended(longer) == longer
+        assert extend_config(longer) == longer
         assert replace(longer, rope_factor=1.0, max_seq_len=c.max_seq_len) == c
 
 
 def test_rows_follow_the_length_of_pretraining():
     for phase, times in (("32k", 8), ("128k", 32)):
         for size, c in (("tiny", TINY), ("small", SMALL), ("mine.json", V2_LITE)):
-            r = recipe(phase, size, c.original_seq_len)
-            assert r.seq_len == times * c.original_seq_len <= extended(c).max_seq_len
-    tiny = [recipe(phase, "tiny", 256) for phase in RECIPES]
+            r = extension_recipe(phase, size, c.original_seq_len)
+            assert r.seq_len == times * c.original_seq_len <= extend_config(c).max_seq_len
+    tiny = [extension_recipe(phase, "tiny", 256) for phase in RECIPES]
     assert (
         tiny[0].global_batch_size * tiny[0].seq_len == tiny[1].global_batch_size * tiny[1].seq_len
     )
@@ -73,14 +73,14 @@ def test_rows_follow_the_length_of_pretraining():
 # ── Needles ──
 
 LETTERS = lambda text: [ord(c) % 64 for c in text]
-N = needle(LETTERS)
+N = build_needle(LETTERS)
 SIZE = len(N.sentence(0))
 
 
 @given(st.integers(1, 400), st.integers(0, 2**30))
 def test_a_planted_row_keeps_its_length_and_says_one_key(length, seed):
-    row = plant([63] * length, N, np.random.default_rng(seed))
-    said = [row[i : i + SIZE] for i in range(length) if row[i : i + len(N.say)] == N.say]
+    row = insert_needle([63] * length, N, np.random.default_rng(seed))
+    said = [row[i : i + SIZE] for i in range(length) if row[i : i + len(N.prefix)] == N.prefix]
     assert len(row) == length and len({*map(tuple, said)}) <= 1
     assert row.count(63) == length - SIZE * len(said)
     assert (2 <= len(said) <= 33) if length >= 2 * SIZE else not said
@@ -88,9 +88,9 @@ def test_a_planted_row_keeps_its_length_and_says_one_key(length, seed):
 
 def test_keys_and_gaps_vary():
     rng = np.random.default_rng(0)
-    rows = [plant([63] * 2048, N, rng) for _ in range(300)]
-    said = [[i for i in range(2048) if row[i : i + len(N.say)] == N.say] for row in rows]
-    keys = {row[at[0] + len(N.say)] for row, at in zip(rows, said)}
+    rows = [insert_needle([63] * 2048, N, rng) for _ in range(300)]
+    said = [[i for i in range(2048) if row[i : i + len(N.prefix)] == N.prefix] for row in rows]
+    keys = {row[at[0] + len(N.prefix)] for row, at in zip(rows, said)}
     assert len(keys) == 10
     assert sum(len(at) == 2 for at in said) > 30 and max(map(len, said)) > 25
 
@@ -100,11 +100,13 @@ def test_recall_reads_once_what_others_read_again(micro):
     model = Transformer(replace(micro, vocab_size=64))
     hays = torch.randint(64, (2, 90)).tolist()
     for at in (0, 7, 30):
-        got_bn = recall(reader(model, 2, 80), hays, N, [3, 8], at, [60, 61, 80])
+        got_bn = needle_recall(
+            interpolated_decoder(model, 2, 80), hays, N, [3, 8], at, [60, 61, 80]
+        )
         for b, key in enumerate((3, 8)):
             for j, length in enumerate((60, 61, 80)):
                 text = hays[b][:at] + N.sentence(key) + hays[b][at:]
-                text = text[: length - len(N.say)] + N.say
+                text = text[: length - len(N.prefix)] + N.prefix
                 p_w = model(torch.tensor([text]))[0, -1].softmax(-1)
                 assert abs(p_w[N.keys[key][0]] - got_bn[b, j]) < 1e-5
 
@@ -115,7 +117,7 @@ def test_recall_reads_once_what_others_read_again(micro):
 @torch.no_grad()
 def test_loss_by_position_is_that_of_the_forward_pass(micro):
     model, rows_bs = Transformer(micro), torch.randint(micro.vocab_size, (3, 41))
-    d = reader(model, 3, 40)
+    d = interpolated_decoder(model, 3, 40)
     d.prefill_chunk = 16
     want_bws = model(rows_bs[:, :-1]).transpose(1, 2)
     want_bs = F.cross_entropy(want_bws, rows_bs[:, 1:], reduction="none")
@@ -124,7 +126,7 @@ def test_loss_by_position_is_that_of_the_forward_pass(micro):
 
 def test_another_reading_shares_the_weights(micro):
     model = Transformer(micro)
-    other = under(model, replace(micro, rope_factor=8.0))
+    other = with_config(model, replace(micro, rope_factor=8.0))
     for (name, x), y in zip(model.state_dict().items(), other.state_dict().values()):
         assert x.data_ptr() == y.data_ptr(), name
     assert other.config.rope_factor == other.layers["0"].attn.config.rope_factor == 8
@@ -134,13 +136,13 @@ def test_another_reading_shares_the_weights(micro):
 def test_interpolation_is_a_slower_clock(micro):
     """Position t read with step 4 is turned as position t/4."""
     model = Transformer(replace(micro, rope_factor=1.0))
-    slow, plain = reader(model, 1, 33, 4.0), reader(model, 1, 9)
+    slow, plain = interpolated_decoder(model, 1, 33, 4.0), interpolated_decoder(model, 1, 9)
     torch.testing.assert_close(slow.freqs_cis_tx[::4], plain.freqs_cis_tx)
 
 
 def test_bins_cover_every_place_once():
     for length in (64, 100, 8192):
-        edges = by_thirds_of_octaves(length)
+        edges = log_spaced_bins(length)
         assert edges[0] == 0 and edges[-1] == length and edges == sorted(set(edges))
 
 
@@ -191,9 +193,9 @@ def test_long_prompts_are_continued_as_ever(micro, draft, monkeypatch):
 def test_bytes_are_those_of_the_caches():
     assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
     assert cache_bytes(V3, 131_072) == 9_210_691_584
-    assert LayerCache(TINY, 1, 10).kv_btx.numel() == 10 * kept(TINY)
+    assert LayerCache(TINY, 1, 10).kv_btx.numel() == 10 * kv_cache_numbers_per_token(TINY)
     narrow = replace(TINY, qk_nope_head_dim=1)  # GQA turns all of a head: i is nothing to it
-    assert GQA(narrow, 2).wkv.weight.shape[0] == kept(narrow, 2) - 2
+    assert GQA(narrow, 2).wkv.weight.shape[0] == kv_cache_numbers_per_token(narrow, 2) - 2
 
 
 # ── Runs ──

@@ -25,13 +25,13 @@ from dsv3_ref.data.loader import open_sources, val_windows
 from dsv3_ref.data.tokenizer import byte_lengths, load_tokenizer
 from dsv3_ref.decode import Decoder
 from dsv3_ref.long_context import (
-    by_thirds_of_octaves,
-    extended,
-    needle,
+    build_needle,
+    extend_config,
+    interpolated_decoder,
+    log_spaced_bins,
+    needle_recall,
     nll_by_position,
-    reader,
-    recall,
-    under,
+    with_config,
 )
 from dsv3_ref.model import Transformer
 from dsv3_ref.studies.align import rounded, stage
@@ -83,14 +83,14 @@ def haystacks(tokens: list[int], length: int, rows: int) -> list[list[int]]:
 
 def needles(model: Transformer, tokens: list[int], n, seed: int) -> list[list[float]]:
     """Mean probability of the key, by depth and length; 8 texts at 256, one from 2,048 on."""
-    rng, size, out = np.random.default_rng(seed), len(n.sentence(0)) + len(n.say), []
+    rng, size, out = np.random.default_rng(seed), len(n.sentence(0)) + len(n.prefix), []
     for length in LENGTHS:
         rows = min(8, max(1, 2048 // length))
-        d, column = reader(model, rows, length), []
+        d, column = interpolated_decoder(model, rows, length), []
         for depth in DEPTHS:
             hay, keys = haystacks(tokens, length, rows), rng.integers(10, size=rows).tolist()
             at = round(depth * (length - size))
-            column.append(recall(d, hay, n, keys, at, [length]).mean().item())
+            column.append(needle_recall(d, hay, n, keys, at, [length]).mean().item())
         out.append(column)
     return np.array(out).T.tolist()
 
@@ -98,8 +98,8 @@ def needles(model: Transformer, tokens: list[int], n, seed: int) -> list[list[fl
 def course(model: Transformer, rows_bs, n_bytes, step: float = 1.0) -> list[float]:
     """Bits a byte in bins of positions."""
     length = rows_bs.shape[1] - 1
-    nll_bs = nll_by_position(reader(model, len(rows_bs), length, step), rows_bs)
-    bytes_bs, edges = n_bytes[rows_bs[:, 1:]], by_thirds_of_octaves(length)
+    nll_bs = nll_by_position(interpolated_decoder(model, len(rows_bs), length, step), rows_bs)
+    bytes_bs, edges = n_bytes[rows_bs[:, 1:]], log_spaced_bins(length)
     part = lambda x, a, b: x[:, a:b].sum().item()
     return [part(nll_bs, a, b) / math.log(2) / max(1, part(bytes_bs, a, b))
             for a, b in zip(edges, edges[1:])]  # fmt: skip
@@ -109,10 +109,10 @@ def reading(args: Study, found: dict[str, Path]) -> dict:
     """Every model on held-out speeches, as it is and read otherwise."""
     t = load_tokenizer(args.init)
     encode = lambda text: t.encode(text, add_special_tokens=False).ids
-    texts, n = open_sources(["sotu"], 0, False)[0].val_texts, needle(encode)
+    texts, n = open_sources(["sotu"], 0, False)[0].val_texts, build_needle(encode)
     tokens = [i for text in texts for i in encode(text)]
     before, between, after = (native.load(found[k]) for k in ("before", "between", "after"))
-    stretched = under(before, extended(before.config))
+    stretched = with_config(before, extend_config(before.config))
     rows_bs = val_windows(texts, t, LENGTHS[-1])[0][:2]
     n_bytes, loss = torch.tensor(byte_lengths(t)), {}
     for name, model, step in (
@@ -129,7 +129,7 @@ def reading(args: Study, found: dict[str, Path]) -> dict:
                         ("after 2,048", between), ("after 8,192", after)):  # fmt: skip
         heat[name] = needles(model, tokens, n, args.seed)
         print(name, np.array(heat[name]).round(2), flush=True)
-    edges = by_thirds_of_octaves(LENGTHS[-1])
+    edges = log_spaced_bins(LENGTHS[-1])
     return {"lengths": LENGTHS, "depths": DEPTHS, "needles": heat, "edges": edges, "loss": loss,
             "loss_rows": len(rows_bs)}  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from dsv3_ref import long_context
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.data.loader import PackedDataLoader
-from dsv3_ref.long_context import Needle, extended, needle, plant
+from dsv3_ref.long_context import Needle, build_needle, extend_config, insert_needle
 from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import Train
@@ -42,8 +42,8 @@ class Extend(Train):
         phase = first.parse_known_args(argv)[0].phase or "32k"
         if phase not in long_context.RECIPES:
             raise UserError(f"--phase is 32k or 128k, not {phase}")
-        recipe = long_context.recipe(phase, config, model.original_seq_len)
-        return cls(model=extended(model), recipe=recipe, config=config, phase=phase)
+        recipe = long_context.extension_recipe(phase, config, model.original_seq_len)
+        return cls(model=extend_config(model), recipe=recipe, config=config, phase=phase)
 
     def rules(self) -> list[tuple[bool, str]]:
         c, length = self.model, self.recipe.seq_len
@@ -72,7 +72,10 @@ class Planted:
         chosen = self.rng.random(n) < self.share
         rows = self.rows.next_batch(n).tolist()
         return torch.tensor(
-            [plant(row, self.needle, self.rng) if on else row for row, on in zip(rows, chosen)]
+            [
+                insert_needle(row, self.needle, self.rng) if on else row
+                for row, on in zip(rows, chosen)
+            ]
         )
 
     def state(self) -> tuple[dict, dict]:
@@ -97,7 +100,7 @@ class ExtendTrainer(Trainer):
         self.val = {name: cut(batches) for name, batches in self.val.items()}
         if self.args.needles:
             encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
-            found = needle(encode)
+            found = build_needle(encode)
             self.rows = Planted(self.rows, found, self.args.needles, self.args.seed)
 
     def goal(self) -> str:
