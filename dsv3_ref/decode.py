@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from dsv3_ref.mla import LayerCache, expanded, join, keys_values
+from dsv3_ref.mla import LayerKVCache, expanded, join, keys_values
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
 from dsv3_ref.mtp import MTP
@@ -220,7 +220,7 @@ class DecodeLayer:
     def __init__(self, block: Block, tables: DecodeWeights | None, batch: int, max_len: int):
         self.block, self.config, self.tables = block, block.attn.config, tables
         weight = block.attn.wkv_b.weight
-        self.kv_btx = LayerCache(self.config, batch, max_len, weight.device, weight.dtype).kv_btx
+        self.kv_btx = LayerKVCache(self.config, batch, max_len, weight.device, weight.dtype).kv_btx
         w_hxc = weight.unflatten(0, (self.config.n_heads, -1))
         i = self.config.qk_nope_head_dim
         self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
@@ -377,7 +377,7 @@ class Decoder:
         self.token_bt = torch.zeros(batch, max_len, dtype=torch.int64, device=w.device)
         self.h_btd = torch.zeros(batch, max_len, w.shape[1], device=w.device, dtype=w.dtype)
 
-    def features(self, at: list[int], s: int):
+    def hidden_states(self, at: list[int], s: int):
         """h⁰ of the next s tokens of every row, (b, s, d), normed."""
         here = cache_index(at, s, self.token_bt.device)
         x_bsd = F.embedding(self.token_bt[here], self.model.embed.weight)
@@ -467,7 +467,7 @@ class SpeculativeDecoder:
 
     def prefill(self):
         """Read the prompts; logits behind the last token of each, (b, w)."""
-        h_bsd = self.decoder.features([0] * len(self.lengths), max(self.lengths))
+        h_bsd = self.decoder.hidden_states([0] * len(self.lengths), max(self.lengths))
         return self.decoder.logits(h_bsd[range(len(self.lengths)), [n - 1 for n in self.lengths]])
 
     def first_token(self, choose) -> list[list[int]]:
@@ -502,7 +502,7 @@ class SpeculativeDecoder:
         d, guess_bk = self.decoder, None
         if self.num_speculative_tokens:
             guess_bk, q = self.propose(choose)
-        logit_bsw = d.logits(d.features(self.lengths, self.num_speculative_tokens + 1))
+        logit_bsw = d.logits(d.hidden_states(self.lengths, self.num_speculative_tokens + 1))
         if guess_bk is None:
             n_b, token_b = [0] * len(self.lengths), choose.sample(logit_bsw[:, 0])
             new = token_b[:, None].tolist()

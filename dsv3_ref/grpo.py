@@ -70,7 +70,7 @@ def rollouts(
     for row_t, prompt in zip(d.token_bt, prompts):
         row_t[: len(prompt)] = torch.tensor(prompt)
     n = [len(p) for p in prompts]
-    h_bsd = d.features([0] * len(n), max(n))
+    h_bsd = d.hidden_states([0] * len(n), max(n))
     logit_bw = d.logits(h_bsd[range(len(n)), [x - 1 for x in n]]).repeat_interleave(group, 0)
     n, live = [x for x in n for _ in range(group)], list(range(group * len(n)))
     narrow(d, torch.arange(len(prompts), device=d.token_bt.device).repeat_interleave(group))
@@ -88,7 +88,7 @@ def rollouts(
         d.token_bt[range(len(n)), n] = y_b
         live, n = [live[i] for i in going], [n[i] for i in going]
         narrow(d, torch.tensor(going, device=y_b.device))
-        logit_bw = d.logits(d.features(n, 1))[:, 0]
+        logit_bw = d.logits(d.hidden_states(n, 1))[:, 0]
         n = [x + 1 for x in n]
     return said, logp
 

@@ -84,7 +84,9 @@ def nll_by_position(decoder: Decoder, tokens_bs):
     """−log p of every next token of rows of T + 1, (b, T), nats."""
     b, s = tokens_bs.shape[0], tokens_bs.shape[1] - 1
     decoder.token_bt[:, :s] = tokens_bs[:, :-1]
-    parts = zip(decoder.features([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1))
+    parts = zip(
+        decoder.hidden_states([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1)
+    )
     each = [F.cross_entropy(decoder.logits(h).flatten(0, 1), y.flatten(), reduction="none")
             for h, y in parts]  # fmt: skip
     return torch.cat([x.view(b, -1) for x in each], dim=1)
@@ -149,9 +151,11 @@ def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, key
     start, columns, text_bt = 0, [], decoder.token_bt.clone()
     for length in lengths:
         stop, b = length - len(needle.prefix), len(texts)
-        decoder.features([start] * b, stop - start)
+        decoder.hidden_states([start] * b, stop - start)
         decoder.token_bt[:, stop:length] = torch.tensor(needle.prefix)
-        p_bw = decoder.logits(decoder.features([stop] * b, len(needle.prefix))[:, -1]).softmax(-1)
+        p_bw = decoder.logits(decoder.hidden_states([stop] * b, len(needle.prefix))[:, -1]).softmax(
+            -1
+        )
         columns.append(p_bw.gather(1, key_b1)[:, 0])
         decoder.token_bt[:, stop:length] = text_bt[:, stop:length]
         start = stop

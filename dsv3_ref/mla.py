@@ -176,7 +176,7 @@ def absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
 # ── The latent cache ──
 
 
-class LayerCache:
+class LayerKVCache:
     """One layer's memory: per position a latent and a rotary key, (b, t, c + r), allocated once."""
 
     def __init__(self, c: Config, batch: int, max_len: int, device=None, dtype=None):
@@ -260,7 +260,7 @@ class MLA(nn.Module):
         """Inside the latent: decoding."""
         return absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
 
-    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         """rope: (cos, sin) of the positions, or (cos, sin, end_m) of packed samples."""
         c = self.config
         q_bshi, q_bshr = self.queries(x_bsd, rope)
@@ -280,7 +280,7 @@ class MLA(nn.Module):
 class GQA(nn.Module):
     """Attention with n key-value heads for h query heads, all r dims turned: (b, s, d) → (b, s, d).
 
-    n = h is MHA. `cache` is a `LayerCache` of width n·(r + v).
+    n = h is MHA. `cache` is a `LayerKVCache` of width n·(r + v).
     """
 
     def __init__(self, c: Config, n_kv_heads: int):
@@ -292,7 +292,7 @@ class GQA(nn.Module):
         # `softmax_scale` counts i + r dims a head, here there are r
         self.scale = softmax_scale(c) * (1 + c.qk_nope_head_dim / c.qk_rope_head_dim) ** 0.5
 
-    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         c = self.config
         q_bshr = rotate(rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope)
         widths = [self.n * c.qk_rope_head_dim, self.n * c.v_head_dim]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.mla import MLA, LayerCache
+from dsv3_ref.mla import MLA, LayerKVCache
 from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
 from dsv3_ref.rope import packed_table, rope_table
@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = MLP(c.dim, c.inter_dim) if index < c.n_dense_layers else MoE(c)
 
-    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         x_bsd = x_bsd + self.attn(self.attn_norm(x_bsd), rope, cache)
         y = self.ffn(self.ffn_norm(x_bsd))
         y_bsd, r = y if isinstance(y, tuple) else (y, None)
@@ -34,11 +34,11 @@ class Block(nn.Module):
 # ── A cache for every layer ──
 
 
-class Cache(list):
-    """A `LayerCache` for every main layer; its length is the number of positions held."""
+class KVCache(list):
+    """A `LayerKVCache` for every main layer; its length is the number of positions held."""
 
     def __init__(self, c: Config, batch: int, max_len: int, device=None, dtype=None):
-        super().__init__(LayerCache(c, batch, max_len, device, dtype) for _ in range(c.n_layers))
+        super().__init__(LayerKVCache(c, batch, max_len, device, dtype) for _ in range(c.n_layers))
 
     @property
     def length(self) -> int:
@@ -64,8 +64,8 @@ class Transformer(nn.Module):
         init_weights(self, c.init_std)
         nn.init.normal_(self.embed.weight, std=c.embed_std)
 
-    def features(
-        self, tokens_bs, cache: Cache | None = None, ends=None
+    def hidden_states(
+        self, tokens_bs, cache: KVCache | None = None, ends=None
     ) -> tuple[torch.Tensor, list[Route]]:
         """Normed hidden states (b, s, d) and the route of every MoE layer.
 
@@ -80,8 +80,8 @@ class Transformer(nn.Module):
             routes += [r] if r else []
         return self.norm(x_bsd), routes
 
-    def forward(self, tokens_bs, cache: Cache | None = None):
-        return self.head(self.features(tokens_bs, cache)[0])
+    def forward(self, tokens_bs, cache: KVCache | None = None):
+        return self.head(self.hidden_states(tokens_bs, cache)[0])
 
 
 # ── First weights ──

@@ -34,7 +34,7 @@ class MTP(nn.Module):
 # ── The causal chain ──
 
 
-def mtp_features(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tensor, Route]]:
+def mtp_hidden_states(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tensor, Route]]:
     """h^1 … h^D from h^0: the k-th has s − k positions, position i has seen tokens up to i + k."""
     out = []
     for k, module in enumerate(model.mtp.values(), start=1):
@@ -48,10 +48,10 @@ def mtp_features(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tenso
 # ── One loss a depth ──
 
 
-def mtp_losses(model: Transformer, features, tokens_bs, target_bs) -> list[torch.Tensor]:
+def mtp_losses(model: Transformer, hidden_states, tokens_bs, target_bs) -> list[torch.Tensor]:
     """eq. 24: L^k = −1/T Σ log P^k(t_{i+k+1}), T all positions, though T − k have a target."""
     losses = []
-    for k, (h_bsd, _) in enumerate(features, start=1):
+    for k, (h_bsd, _) in enumerate(hidden_states, start=1):
         target_n = target_bs[:, k:].flatten()
         nll = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, target_n)
         losses.append(nll / tokens_bs.numel())
@@ -62,9 +62,9 @@ def mtp_losses(model: Transformer, features, tokens_bs, target_bs) -> list[torch
 
 
 @torch.no_grad()
-def draft_agrees(model: Transformer, tokens_bs) -> list[torch.Tensor]:
+def mtp_draft_matches(model: Transformer, tokens_bs) -> list[torch.Tensor]:
     """Whether depth k at i says what the main model says at i + k: (b, s − k) for each depth."""
-    h_bsd, _ = model.features(tokens_bs)
-    says_bs = model.head(h_bsd).argmax(-1)
-    drafts = (model.head(h).argmax(-1) for h, _ in mtp_features(model, h_bsd, tokens_bs))
-    return [draft_bs == says_bs[:, k:] for k, draft_bs in enumerate(drafts, start=1)]
+    h_bsd, _ = model.hidden_states(tokens_bs)
+    greedy_bs = model.head(h_bsd).argmax(-1)
+    drafts = (model.head(h).argmax(-1) for h, _ in mtp_hidden_states(model, h_bsd, tokens_bs))
+    return [draft_bs == greedy_bs[:, k:] for k, draft_bs in enumerate(drafts, start=1)]

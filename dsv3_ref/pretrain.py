@@ -11,7 +11,7 @@ import torch
 
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import Route, balance_loss, tokens_per_expert, update_expert_bias
-from dsv3_ref.mtp import mtp_features, mtp_losses
+from dsv3_ref.mtp import mtp_hidden_states, mtp_losses
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import skip_reason
 
@@ -69,12 +69,12 @@ class Losses(NamedTuple):
 def losses(model: Transformer, tokens_bs, balance_over: str = "sequence") -> Losses:
     """All losses of rows of T + 1 tokens."""
     x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
-    h_bsd, routes = model.features(x_bs)
+    h_bsd, routes = model.hidden_states(x_bs)
     main = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, y_bs.flatten())
-    ahead = mtp_features(model, h_bsd, x_bs)
-    routes = routes + [r for _, r in ahead]
+    mtp_out = mtp_hidden_states(model, h_bsd, x_bs)
+    routes = routes + [r for _, r in mtp_out]
     balance = sum(balance_loss(r, balance_over) for r in routes)
-    return Losses(main / y_bs.numel(), mtp_losses(model, ahead, x_bs, y_bs), balance, routes)
+    return Losses(main / y_bs.numel(), mtp_losses(model, mtp_out, x_bs, y_bs), balance, routes)
 
 
 # ── Biases follow the load ──

@@ -92,7 +92,7 @@ def preference_loss(
 ) -> PreferenceOutput:
     """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgments)."""
     end_m = sample_cu_seqlens(tokens_1n, special_tokens)
-    h_1nd, routes = model.features(tokens_1n, ends=end_m)
+    h_1nd, routes = model.hidden_states(tokens_1n, ends=end_m)
     reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
     says_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]

@@ -193,7 +193,7 @@ class PagedModel:
             self.layers.append(kind(x, table, 1, 1))
             self.layers[-1].kv_btx = kv_pyx
 
-    def features(self, token_bs, at: PagedPlace):
+    def hidden_states(self, token_bs, at: PagedPlace):
         """h⁰ of these tokens, (b, s, d), normed."""
         x_bsd = self.embed(token_bs)
         for layer in self.layers[: len(self.model.layers)]:
@@ -466,7 +466,7 @@ class Halves(Drafts):
     def prefill_chunk(self, row: Row, s: int) -> list[tuple[Row, list[int]]]:
         """Read s tokens of a prompt; behind the last one, choose the next."""
         at = self.place([row], [row.n], s)
-        h_sd = self.paged.features([row.tokens[row.n : row.n + s]], at)[0]
+        h_sd = self.paged.hidden_states([row.tokens[row.n : row.n + s]], at)[0]
         self.count["read"] += s
         row.n += s
         if self.depth:
@@ -498,7 +498,7 @@ class Halves(Drafts):
         guesses, drawn_from = self.guess(rows) if self.depth else ([[]] * len(rows), [])
         token_bs = [[row.tokens[-1], *guess] for row, guess in zip(rows, guesses)]
         at = self.place(rows, [row.n for row in rows], 1 + self.depth)
-        h_bsd = self.paged.features(token_bs, at)
+        h_bsd = self.paged.hidden_states(token_bs, at)
         logit_bsw = self.paged.logits(h_bsd)
         out = []
         written = self.judge(rows, logit_bsw, guesses, drawn_from)

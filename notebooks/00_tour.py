@@ -425,7 +425,7 @@ assert round(v3.mtp / 1e9, 2) == 11.61 and v3.cache_bytes == 61 * 576 * 2 == 70_
 # no memory. Its parameters and gate biases must add up to the same number.
 
 # %%
-from dsv3_ref.model import Cache, Transformer, moe_layers
+from dsv3_ref.model import KVCache, Transformer, moe_layers
 
 
 def built(c: Config) -> int:
@@ -540,7 +540,7 @@ kept = {
     "MLA": v3.cache_bytes,
     "MQA, 1 head": cache_of_heads(V3, 1),
 }
-cache = Cache(TINY, batch=1, max_len=10, dtype=torch.bfloat16)  # the real one, from chapter 05
+cache = KVCache(TINY, batch=1, max_len=10, dtype=torch.bfloat16)  # the real one, from chapter 05
 held = sum(layer.kv_btx.numel() * layer.kv_btx.element_size() for layer in cache)
 assert held == 10 * count(TINY).cache_bytes
 assert round(kept["MHA, 128 heads"] / kept["MLA"], 1) == 56.9

@@ -404,7 +404,7 @@ assert ranks == [1, T]
 
 # %%
 #| export
-class LayerCache:
+class LayerKVCache:
     """One layer's memory: per position a latent and a rotary key, (b, t, c + r), allocated once."""
 
     def __init__(self, c: Config, batch: int, max_len: int, device=None, dtype=None):
@@ -423,7 +423,7 @@ class LayerCache:
 
 
 # %%
-cache = LayerCache(V3, batch=1, max_len=8, dtype=torch.bfloat16)
+cache = LayerKVCache(V3, batch=1, max_len=8, dtype=torch.bfloat16)
 start = cache.kv_btx.data_ptr()
 seen = [cache.append(torch.randn(1, s, 576)) for s in (3, 1, 4)]
 assert [len(x[0]) for x in seen] == [3, 4, 8] and all(x.data_ptr() == start for x in seen)
@@ -533,7 +533,7 @@ class MLA(nn.Module):
         """Inside the latent: decoding."""
         return absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
 
-    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         """rope: (cos, sin) of the positions, or (cos, sin, end_m) of packed samples."""
         c = self.config
         q_bshi, q_bshr = self.queries(x_bsd, rope)
@@ -586,7 +586,7 @@ assert torch.allclose(q_bshr[0, t, head], turn(w_qr @ c_q, t), atol=1e-5)
 @torch.no_grad()
 def in_pieces(mla, x_bsd, rope, sizes):
     """The layer's output when the sequence arrives on a cache in pieces of these sizes."""
-    cache, out = LayerCache(mla.config, *x_bsd.shape[:2], dtype=x_bsd.dtype), []
+    cache, out = LayerKVCache(mla.config, *x_bsd.shape[:2], dtype=x_bsd.dtype), []
     for piece in x_bsd.split(sizes, dim=1):
         at = slice(cache.length, cache.length + piece.shape[1])
         out.append(mla(piece, [table[at] for table in rope], cache))
@@ -615,7 +615,7 @@ mla.absorb = None
 class GQA(nn.Module):
     """Attention with n key-value heads for h query heads, all r dims turned: (b, s, d) → (b, s, d).
 
-    n = h is MHA. `cache` is a `LayerCache` of width n·(r + v).
+    n = h is MHA. `cache` is a `LayerKVCache` of width n·(r + v).
     """
 
     def __init__(self, c: Config, n_kv_heads: int):
@@ -627,7 +627,7 @@ class GQA(nn.Module):
         # `softmax_scale` counts i + r dims a head, here there are r
         self.scale = softmax_scale(c) * (1 + c.qk_nope_head_dim / c.qk_rope_head_dim) ** 0.5
 
-    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         c = self.config
         q_bshr = rotate(rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope)
         widths = [self.n * c.qk_rope_head_dim, self.n * c.v_head_dim]

@@ -45,7 +45,7 @@ import torch
 from torch import nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.mla import MLA, LayerCache
+from dsv3_ref.mla import MLA, LayerKVCache
 from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
 from dsv3_ref.rope import packed_table, rope_table
@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = MLP(c.dim, c.inter_dim) if index < c.n_dense_layers else MoE(c)
 
-    def forward(self, x_bsd, rope, cache: LayerCache | None = None):
+    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         x_bsd = x_bsd + self.attn(self.attn_norm(x_bsd), rope, cache)
         y = self.ffn(self.ffn_norm(x_bsd))
         y_bsd, r = y if isinstance(y, tuple) else (y, None)
@@ -124,11 +124,11 @@ assert isinstance(Block(TINY, 0).ffn, MLP) and isinstance(Block(TINY, 1).ffn, Mo
 
 # %%
 #| export
-class Cache(list):
-    """A `LayerCache` for every main layer; its length is the number of positions held."""
+class KVCache(list):
+    """A `LayerKVCache` for every main layer; its length is the number of positions held."""
 
     def __init__(self, c: Config, batch: int, max_len: int, device=None, dtype=None):
-        super().__init__(LayerCache(c, batch, max_len, device, dtype) for _ in range(c.n_layers))
+        super().__init__(LayerKVCache(c, batch, max_len, device, dtype) for _ in range(c.n_layers))
 
     @property
     def length(self) -> int:
@@ -137,7 +137,7 @@ class Cache(list):
 
 # %%
 held = [
-    layer.kv_btx for layer in Cache(V3, batch=1, max_len=1, device="meta", dtype=torch.bfloat16)
+    layer.kv_btx for layer in KVCache(V3, batch=1, max_len=1, device="meta", dtype=torch.bfloat16)
 ]
 per_token = sum(kv.numel() * kv.element_size() for kv in held)
 assert per_token == count(V3).cache_bytes == 70_272
@@ -154,7 +154,7 @@ print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_tok
 # Three choices are worth a look before the code. (Its `ends` and `packed_table` wait for chapter 14,
 # where a row holds many conversations.)
 #
-# - **`features` and `forward` are apart.** `features` stops at the normed hidden state. Training
+# - **`hidden_states` and `forward` are apart.** `hidden_states` stops at the normed hidden state. Training
 #   multiplies it with the head inside the loss, chapter 06 hands it on to the MTP module,
 #   generation needs logits of the last position only. At V3's vocabulary, logits of one 4K sequence
 #   in fp32 take 2.1 GB; whoever does not need them should not pay.
@@ -182,8 +182,8 @@ class Transformer(nn.Module):
         init_weights(self, c.init_std)
         nn.init.normal_(self.embed.weight, std=c.embed_std)
 
-    def features(
-        self, tokens_bs, cache: Cache | None = None, ends=None
+    def hidden_states(
+        self, tokens_bs, cache: KVCache | None = None, ends=None
     ) -> tuple[torch.Tensor, list[Route]]:
         """Normed hidden states (b, s, d) and the route of every MoE layer.
 
@@ -198,8 +198,8 @@ class Transformer(nn.Module):
             routes += [r] if r else []
         return self.norm(x_bsd), routes
 
-    def forward(self, tokens_bs, cache: Cache | None = None):
-        return self.head(self.features(tokens_bs, cache)[0])
+    def forward(self, tokens_bs, cache: KVCache | None = None):
+        return self.head(self.hidden_states(tokens_bs, cache)[0])
 
 
 # %% [markdown]
@@ -261,7 +261,7 @@ assert abs(logit_bsw.var().item() / sigma**2 - 1) < 0.02
 # %% [markdown]
 # ## Where everything is
 # Balancing experts, counting their load, sharding them: all of these walk over the MoE layers by
-# name. One function lists them, in the order in which `features` returns their routes.
+# name. One function lists them, in the order in which `hidden_states` returns their routes.
 
 
 # %%
@@ -273,7 +273,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 # %%
 with torch.no_grad():
-    routes = model.features(tokens_bs)[1]
+    routes = model.hidden_states(tokens_bs)[1]
 names = list(moe_layers(model))
 print(names)
 assert names == [f"layers.{i}.ffn" for i in (1, 2, 3)] + ["mtp.0.block.ffn"]
@@ -375,7 +375,7 @@ show(fig)
 # %%
 def in_pieces(model: Transformer, tokens_bs, lengths: list[int]):
     """Logits (b, s, w) of tokens fed piece by piece through a cache."""
-    cache = Cache(model.config, *tokens_bs.shape)
+    cache = KVCache(model.config, *tokens_bs.shape)
     return torch.cat([model(piece, cache) for piece in tokens_bs.split(lengths, dim=1)], dim=1)
 
 
@@ -467,7 +467,7 @@ def stream_rms(model: Transformer, tokens_bs) -> list[float]:
     hooks = [m.register_forward_hook(lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y))
              for m in (model.embed, *model.layers.values())]  # fmt: skip
     with torch.no_grad():
-        model.features(tokens_bs)
+        model.hidden_states(tokens_bs)
     for hook in hooks:
         hook.remove()
     return [x.square().mean().sqrt().item() for x in seen]
@@ -642,7 +642,7 @@ def check_prefill(fn) -> bool:
     ]
 
     def test():
-        cache = Cache(TINY, *tokens_bs.shape)
+        cache = KVCache(TINY, *tokens_bs.shape)
         with torch.no_grad():
             got, pieces, positions = fn(model, tokens_bs, cache, 16), list(fed), sum(read)
             close = torch.allclose(got, model(tokens_bs)[:, -1], atol=1e-4)
@@ -728,7 +728,7 @@ check_parallel(my_parallel)
 
 
 # %%
-def my_prefill(model: Transformer, tokens_bs, cache: Cache, chunk: int):
+def my_prefill(model: Transformer, tokens_bs, cache: KVCache, chunk: int):
     return ...
 
 
@@ -740,7 +740,7 @@ check_prefill(my_prefill)
 # ```python
 # def my_prefill(model, tokens_bs, cache, chunk):
 #     for piece_bs in tokens_bs.split(chunk, dim=1):
-#         h_bsd, _ = model.features(piece_bs, cache)
+#         h_bsd, _ = model.hidden_states(piece_bs, cache)
 #     return model.head(h_bsd[:, -1])
 # ```
 # </details>

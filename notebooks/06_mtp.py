@@ -153,7 +153,7 @@ assert apart > 0.3
 
 # %%
 #| export
-def mtp_features(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tensor, Route]]:
+def mtp_hidden_states(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tensor, Route]]:
     """h^1 … h^D from h^0: the k-th has s − k positions, position i has seen tokens up to i + k."""
     out = []
     for k, module in enumerate(model.mtp.values(), start=1):
@@ -180,8 +180,8 @@ with torch.no_grad():
 def every_depth(tokens_bs) -> list[torch.Tensor]:
     """[h^0, …, h^D] of a model without gradients."""
     with torch.no_grad():
-        h_bsd, _ = model.features(tokens_bs)
-        return [h_bsd] + [h for h, _ in mtp_features(model, h_bsd, tokens_bs)]
+        h_bsd, _ = model.hidden_states(tokens_bs)
+        return [h_bsd] + [h for h, _ in mtp_hidden_states(model, h_bsd, tokens_bs)]
 
 
 fig, axes = figure(1, 3, width=9, height=3.3, sharey=True)
@@ -229,10 +229,10 @@ print("positions 1…5 instead of 0…4: the same hidden states")
 
 # %%
 #| export
-def mtp_losses(model: Transformer, features, tokens_bs, target_bs) -> list[torch.Tensor]:
+def mtp_losses(model: Transformer, hidden_states, tokens_bs, target_bs) -> list[torch.Tensor]:
     """eq. 24: L^k = −1/T Σ log P^k(t_{i+k+1}), T all positions, though T − k have a target."""
     losses = []
-    for k, (h_bsd, _) in enumerate(features, start=1):
+    for k, (h_bsd, _) in enumerate(hidden_states, start=1):
         target_n = target_bs[:, k:].flatten()
         nll = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, target_n)
         losses.append(nll / tokens_bs.numel())
@@ -260,8 +260,8 @@ def loop_losses(model: Transformer, row_bs) -> list[float]:
 
 row_bs = torch.randint(TOY.vocab_size, (3, 13))
 x_bs, y_bs = row_bs[:, :-1], row_bs[:, 1:]
-h0_bsd, _ = model.features(x_bs)
-fast = mtp_losses(model, mtp_features(model, h0_bsd, x_bs), x_bs, y_bs)
+h0_bsd, _ = model.hidden_states(x_bs)
+fast = mtp_losses(model, mtp_hidden_states(model, h0_bsd, x_bs), x_bs, y_bs)
 slow = loop_losses(model, row_bs)
 print(f"blind guessing would be ln w = {math.log(TOY.vocab_size):.4f} a target")
 for k, (a, b) in enumerate(zip(fast, slow), start=1):
@@ -282,7 +282,7 @@ table, top = model.embed.weight, model.head.weight
 
 def depth_one(h_bsd):
     """The depth-1 loss from a given h^0."""
-    return mtp_losses(model, mtp_features(model, h_bsd, x_bs), x_bs, y_bs)[0]
+    return mtp_losses(model, mtp_hidden_states(model, h_bsd, x_bs), x_bs, y_bs)[0]
 
 
 def gradient(loss, weight):
@@ -319,17 +319,17 @@ assert min(direct.norm(), through.norm(), ahead.norm()) > 0.01
 # %%
 #| export
 @torch.no_grad()
-def draft_agrees(model: Transformer, tokens_bs) -> list[torch.Tensor]:
+def mtp_draft_matches(model: Transformer, tokens_bs) -> list[torch.Tensor]:
     """Whether depth k at i says what the main model says at i + k: (b, s − k) for each depth."""
-    h_bsd, _ = model.features(tokens_bs)
-    says_bs = model.head(h_bsd).argmax(-1)
-    drafts = (model.head(h).argmax(-1) for h, _ in mtp_features(model, h_bsd, tokens_bs))
-    return [draft_bs == says_bs[:, k:] for k, draft_bs in enumerate(drafts, start=1)]
+    h_bsd, _ = model.hidden_states(tokens_bs)
+    greedy_bs = model.head(h_bsd).argmax(-1)
+    drafts = (model.head(h).argmax(-1) for h, _ in mtp_hidden_states(model, h_bsd, tokens_bs))
+    return [draft_bs == greedy_bs[:, k:] for k, draft_bs in enumerate(drafts, start=1)]
 
 
 # %%
 says = [model.head(h).argmax(-1)[0].tolist() for h in every_depth(sentence_s[None])]
-for k, agrees in enumerate(draft_agrees(model, sentence_s[None]), start=1):
+for k, agrees in enumerate(mtp_draft_matches(model, sentence_s[None]), start=1):
     assert agrees[0].tolist() == [says[k][i] == says[0][i + k] for i in range(14 - k)]
 
 # %% [markdown]
@@ -364,16 +364,16 @@ def train(depths: int):
     for step in range(STEPS):
         row_bs = sing(data)
         x_bs, y_bs = row_bs[:, :-1], row_bs[:, 1:]
-        h_bsd, _ = model.features(x_bs)
+        h_bsd, _ = model.hidden_states(x_bs)
         main = F.cross_entropy(model.head(h_bsd).flatten(0, 1), y_bs.flatten())
-        ahead = mtp_losses(model, mtp_features(model, h_bsd, x_bs), x_bs, y_bs)
+        depth_losses = mtp_losses(model, mtp_hidden_states(model, h_bsd, x_bs), x_bs, y_bs)
         optimizer.zero_grad()
-        (main + 0.3 / max(1, depths) * sum(ahead)).backward()
+        (main + 0.3 / max(1, depths) * sum(depth_losses)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        curve.append([main.item(), *(a.item() for a in ahead)])
+        curve.append([main.item(), *(a.item() for a in depth_losses)])
         if depths and step % 10 == 9:
-            agree.append(draft_agrees(model, fresh_bs)[0].float().mean().item())
+            agree.append(mtp_draft_matches(model, fresh_bs)[0].float().mean().item())
     return model, torch.tensor(curve), agree
 
 
@@ -564,7 +564,7 @@ def check_first_loss(fn) -> bool:
         x, y = row[:, :-1], row[:, 1:]
         with torch.no_grad():
             quiet = Transformer(replace(TOY, init_std=0.005))
-            got = mtp_losses(quiet, mtp_features(quiet, quiet.features(x)[0], x), x, y)
+            got = mtp_losses(quiet, mtp_hidden_states(quiet, quiet.hidden_states(x)[0], x), x, y)
         return all(abs(fn(32, 8, k) - got[k - 1].item()) < 0.02 for k in (1, 2))
 
     return attempt(test, "how many terms has the sum of eq. 24, and what divides it?")
@@ -588,10 +588,12 @@ def check_draft(fn) -> bool:
     def test():
         with torch.no_grad():
             got_b2 = fn(singer, prompt_bs)
-            h_bsd, _ = singer.features(prompt_bs)
+            h_bsd, _ = singer.hidden_states(prompt_bs)
             first_b1 = singer.head(h_bsd)[:, -1:].argmax(-1)
             longer_bs = torch.cat((prompt_bs, first_b1), dim=1)
-            second_b = singer.head(mtp_features(singer, h_bsd, longer_bs)[0][0][:, -1]).argmax(-1)
+            second_b = singer.head(mtp_hidden_states(singer, h_bsd, longer_bs)[0][0][:, -1]).argmax(
+                -1
+            )
         return torch.equal(got_b2, torch.cat((first_b1, second_b[:, None]), dim=1))
 
     return attempt(test, "which token must depth 1 be given at the prompt's last position?")
@@ -679,10 +681,10 @@ check_draft(my_draft)
 #
 # ```python
 # def my_draft(model, tokens_bs):
-#     h_bsd, _ = model.features(tokens_bs)
+#     h_bsd, _ = model.hidden_states(tokens_bs)
 #     next_b1 = model.head(h_bsd[:, -1:]).argmax(-1)
 #     longer_bs = torch.cat((tokens_bs, next_b1), dim=1)
-#     ahead_bsd, _ = mtp_features(model, h_bsd, longer_bs)[0]
+#     ahead_bsd, _ = mtp_hidden_states(model, h_bsd, longer_bs)[0]
 #     return torch.cat((next_b1, model.head(ahead_bsd[:, -1:]).argmax(-1)), dim=1)
 # ```
 # </details>

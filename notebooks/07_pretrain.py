@@ -107,7 +107,7 @@ import torch
 
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import Route, balance_loss, tokens_per_expert, update_expert_bias
-from dsv3_ref.mtp import mtp_features, mtp_losses
+from dsv3_ref.mtp import mtp_hidden_states, mtp_losses
 from dsv3_ref.ops import linear_cross_entropy
 
 # %% [markdown]
@@ -366,12 +366,12 @@ class Losses(NamedTuple):
 def losses(model: Transformer, tokens_bs, balance_over: str = "sequence") -> Losses:
     """All losses of rows of T + 1 tokens."""
     x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
-    h_bsd, routes = model.features(x_bs)
+    h_bsd, routes = model.hidden_states(x_bs)
     main = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, y_bs.flatten())
-    ahead = mtp_features(model, h_bsd, x_bs)
-    routes = routes + [r for _, r in ahead]
+    mtp_out = mtp_hidden_states(model, h_bsd, x_bs)
+    routes = routes + [r for _, r in mtp_out]
     balance = sum(balance_loss(r, balance_over) for r in routes)
-    return Losses(main / y_bs.numel(), mtp_losses(model, ahead, x_bs, y_bs), balance, routes)
+    return Losses(main / y_bs.numel(), mtp_losses(model, mtp_out, x_bs, y_bs), balance, routes)
 
 
 # %%
@@ -408,8 +408,8 @@ def uneven(r: Route) -> torch.Tensor:
 
 with torch.no_grad():
     parts = losses(model, tokens_bs)
-    h_bsd, routes = model.features(x_bs)
-    ahead = mtp_features(model, h_bsd, x_bs)
+    h_bsd, routes = model.hidden_states(x_bs)
+    ahead = mtp_hidden_states(model, h_bsd, x_bs)
     main = surprise(h_bsd, y_bs, x_bs.numel())
     mtp = [surprise(h, y_bs[:, k:], x_bs.numel()) for k, (h, _) in enumerate(ahead, start=1)]
     even = sum(uneven(r) for r in routes + [r for _, r in ahead])
@@ -1004,7 +1004,7 @@ held_bytes = torch.tensor(byte_lengths(tokenizer))[held_bs[:, 1:]].sum().item()
 @torch.no_grad()
 def held_out(model: Transformer) -> float:
     """Main loss on speeches never trained on, nats a token."""
-    h_bsd, _ = model.features(held_bs[:, :-1])
+    h_bsd, _ = model.hidden_states(held_bs[:, :-1])
     nats = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, held_bs[:, 1:].flatten())
     return nats.item() / held_bs[:, 1:].numel()
 
@@ -1121,7 +1121,7 @@ for std in (0.02, 0.5):
     torch.manual_seed(0)
     fresh = Transformer(c)
     with torch.no_grad():
-        h_bsd, e_bsd = fresh.features(held_bs[:, :-1])[0], fresh.embed(held_bs[:, :-1])
+        h_bsd, e_bsd = fresh.hidden_states(held_bs[:, :-1])[0], fresh.embed(held_bs[:, :-1])
     cosine[std] = F.cosine_similarity(h_bsd, e_bsd, dim=-1).mean().item()
     curves[std] = metrics if c == MINI else short_run(c, SHORT_RUN)[1]
     bits[std] = bits_per_byte(curves[std][-1]["val_loss"], held_bs[:, 1:].numel(), held_bytes)

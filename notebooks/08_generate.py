@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from dsv3_ref.mla import LayerCache, expanded, join, keys_values
+from dsv3_ref.mla import LayerKVCache, expanded, join, keys_values
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
 from dsv3_ref.mtp import MTP
@@ -55,7 +55,7 @@ from torch import nn
 
 from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.mla import attention
-from dsv3_ref.mtp import mtp_features
+from dsv3_ref.mtp import mtp_hidden_states
 from dsv3_ref.pretrain import losses
 from dsv3_ref.viz import BLUE, GREY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import RESULTS
@@ -364,7 +364,7 @@ class DecodeLayer:
     def __init__(self, block: Block, tables: DecodeWeights | None, batch: int, max_len: int):
         self.block, self.config, self.tables = block, block.attn.config, tables
         weight = block.attn.wkv_b.weight
-        self.kv_btx = LayerCache(self.config, batch, max_len, weight.device, weight.dtype).kv_btx
+        self.kv_btx = LayerKVCache(self.config, batch, max_len, weight.device, weight.dtype).kv_btx
         w_hxc = weight.unflatten(0, (self.config.n_heads, -1))
         i = self.config.qk_nope_head_dim
         self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
@@ -545,7 +545,7 @@ class Decoder:
         self.token_bt = torch.zeros(batch, max_len, dtype=torch.int64, device=w.device)
         self.h_btd = torch.zeros(batch, max_len, w.shape[1], device=w.device, dtype=w.dtype)
 
-    def features(self, at: list[int], s: int):
+    def hidden_states(self, at: list[int], s: int):
         """h⁰ of the next s tokens of every row, (b, s, d), normed."""
         here = cache_index(at, s, self.token_bt.device)
         x_bsd = F.embedding(self.token_bt[here], self.model.embed.weight)
@@ -596,22 +596,22 @@ small = replace(TINY, vocab_size=256, n_layers=3, n_mtp_layers=2, init_std=0.06,
 model = Transformer(small)
 with torch.inference_mode():
     tokens_bs = torch.randint(256, (2, 12))
-    want_bsd = model.features(tokens_bs)[0]
+    want_bsd = model.hidden_states(tokens_bs)[0]
     decoder = Decoder(model, 2, 16)
     decoder.token_bt[:, :12] = tokens_bs
-    decoder.features([0, 0], 7)  # the second row's last three will be rolled back
+    decoder.hidden_states([0, 0], 7)  # the second row's last three will be rolled back
     for step in range(5):
-        got_bsd = decoder.features([7 + step, 4 + step], 1)
+        got_bsd = decoder.hidden_states([7 + step, 4 + step], 1)
         assert torch.allclose(got_bsd[0, 0], want_bsd[0, 7 + step], atol=1e-4)
         assert torch.allclose(got_bsd[1, 0], want_bsd[1, 4 + step], atol=1e-4)
     decoder = Decoder(model, 2, 64)
     decoder.token_bt[:, :60] = torch.randint(256, (2, 60))
     decoder.prefill_chunk = 25  # two pieces and a short one
-    pieces_bsd = decoder.features([0, 0], 60)
-    assert torch.allclose(pieces_bsd, model.features(decoder.token_bt[:, :60])[0], atol=1e-4)
+    pieces_bsd = decoder.hidden_states([0, 0], 60)
+    assert torch.allclose(pieces_bsd, model.hidden_states(decoder.token_bt[:, :60])[0], atol=1e-4)
     decoder.token_bt[:, :12] = tokens_bs
     h_bsd = want_bsd
-    for k, (chain_bsd, _) in enumerate(mtp_features(model, want_bsd, tokens_bs), start=1):
+    for k, (chain_bsd, _) in enumerate(mtp_hidden_states(model, want_bsd, tokens_bs), start=1):
         h_bsd = decoder.mtp_forward(k, h_bsd[:, : 12 - k], [0, 0])
         assert torch.allclose(h_bsd, chain_bsd, atol=1e-4)
 print("rows of 12 and 9 tokens, one rolled back: as in a plain forward pass")
@@ -704,7 +704,7 @@ class SpeculativeDecoder:
 
     def prefill(self):
         """Read the prompts; logits behind the last token of each, (b, w)."""
-        h_bsd = self.decoder.features([0] * len(self.lengths), max(self.lengths))
+        h_bsd = self.decoder.hidden_states([0] * len(self.lengths), max(self.lengths))
         return self.decoder.logits(h_bsd[range(len(self.lengths)), [n - 1 for n in self.lengths]])
 
     def first_token(self, choose) -> list[list[int]]:
@@ -739,7 +739,7 @@ class SpeculativeDecoder:
         d, guess_bk = self.decoder, None
         if self.num_speculative_tokens:
             guess_bk, q = self.propose(choose)
-        logit_bsw = d.logits(d.features(self.lengths, self.num_speculative_tokens + 1))
+        logit_bsw = d.logits(d.hidden_states(self.lengths, self.num_speculative_tokens + 1))
         if guess_bk is None:
             n_b, token_b = [0] * len(self.lengths), choose.sample(logit_bsw[:, 0])
             new = token_b[:, None].tolist()

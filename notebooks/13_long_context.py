@@ -46,7 +46,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref.config import TINY, V3, count
-from dsv3_ref.mla import LayerCache
+from dsv3_ref.mla import LayerKVCache
 from dsv3_ref.rope import softmax_scale
 from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, PINK, checker, figure, play, show
 from dsv3_ref.viz.ablation import stored
@@ -189,12 +189,12 @@ def last_h(model, step=1.0, at=0):
     d = interpolated_decoder(model, 2, 96 + at, step)
     d.token_bt[:, at : 96 + at] = tokens_bs
     with torch.inference_mode():
-        return d.features([at, at], 96)
+        return d.hidden_states([at, at], 96)
 
 
 plain_bsd, twice = last_h(model), with_config(model, replace(small, rope_factor=8.0))
 assert twice.embed.weight.data_ptr() == model.embed.weight.data_ptr()  # shared
-assert torch.allclose(plain_bsd, model.features(tokens_bs)[0], atol=1e-4)
+assert torch.allclose(plain_bsd, model.hidden_states(tokens_bs)[0], atol=1e-4)
 for name, other_bsd in (("YaRN", last_h(twice)), ("interpolation", last_h(model, 8.0))):
     change = (other_bsd - plain_bsd).norm() / plain_bsd.norm()
     print(f"8 times by {name}: hidden states change by {change:.0%}")
@@ -214,7 +214,9 @@ def nll_by_position(decoder: Decoder, tokens_bs):
     """−log p of every next token of rows of T + 1, (b, T), nats."""
     b, s = tokens_bs.shape[0], tokens_bs.shape[1] - 1
     decoder.token_bt[:, :s] = tokens_bs[:, :-1]
-    parts = zip(decoder.features([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1))
+    parts = zip(
+        decoder.hidden_states([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1)
+    )
     each = [F.cross_entropy(decoder.logits(h).flatten(0, 1), y.flatten(), reduction="none")
             for h, y in parts]  # fmt: skip
     return torch.cat([x.view(b, -1) for x in each], dim=1)
@@ -298,9 +300,11 @@ def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, key
     start, columns, text_bt = 0, [], decoder.token_bt.clone()
     for length in lengths:
         stop, b = length - len(needle.prefix), len(texts)
-        decoder.features([start] * b, stop - start)
+        decoder.hidden_states([start] * b, stop - start)
         decoder.token_bt[:, stop:length] = torch.tensor(needle.prefix)
-        p_bw = decoder.logits(decoder.features([stop] * b, len(needle.prefix))[:, -1]).softmax(-1)
+        p_bw = decoder.logits(decoder.hidden_states([stop] * b, len(needle.prefix))[:, -1]).softmax(
+            -1
+        )
         columns.append(p_bw.gather(1, key_b1)[:, 0])
         decoder.token_bt[:, stop:length] = text_bt[:, stop:length]
         start = stop
@@ -375,7 +379,7 @@ class Allocations(TorchDispatchMode):
 
 
 for name, make, want in (
-    ("MLA", lambda: LayerCache(TINY, 1, 4096), kv_cache_numbers_per_token(TINY)),
+    ("MLA", lambda: LayerKVCache(TINY, 1, 4096), kv_cache_numbers_per_token(TINY)),
     (
         "MHA",
         lambda: torch.zeros(1, 4096, kv_cache_numbers_per_token(TINY, TINY.n_heads)),
@@ -407,7 +411,7 @@ def peak(piece: int, length: int = 1536) -> tuple[int, torch.Tensor]:
     d = interpolated_decoder(model, 1, length)
     d.prefill_chunk, d.token_bt[:] = piece, torch.arange(length) % 64
     with torch.inference_mode(), Allocations() as tally:
-        h_bsd = d.features([0], length)
+        h_bsd = d.hidden_states([0], length)
     return tally.peak, h_bsd[0, -1]
 
 

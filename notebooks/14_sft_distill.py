@@ -250,10 +250,10 @@ for part in parts:
 changed = [parts[0], torch.cat((parts[1][:1], torch.randint(5, 64, (11,)))), parts[2]]
 with torch.no_grad():
     before, after = (
-        model.features(x, ends=sample_cu_seqlens(x, SPECIAL_TOKENS))[0][0]
+        model.hidden_states(x, ends=sample_cu_seqlens(x, SPECIAL_TOKENS))[0][0]
         for x in (torch.cat(p)[None] for p in (parts, changed))
     )
-    alone = torch.cat([model.features(part[None])[0][0] for part in parts])
+    alone = torch.cat([model.hidden_states(part[None])[0][0] for part in parts])
 others = torch.cat((torch.arange(7), torch.arange(19, 23)))
 torch.testing.assert_close(before[others], after[others], atol=1e-5, rtol=0)
 assert (before - after)[7 + 1 : 19].abs().amax(1).min() > 0.01  # every token of the changed one
@@ -280,7 +280,7 @@ def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Lo
     """Cross-entropy of what the model says in packed rows of T + 1 tokens: Σ / N."""
     x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
-    h_1nd, routes = model.features(
+    h_1nd, routes = model.hidden_states(
         x_bs.reshape(1, -1), ends=sample_cu_seqlens(x_bs, special_tokens)
     )
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])

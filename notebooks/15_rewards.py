@@ -242,7 +242,7 @@ def preference_loss(
 ) -> PreferenceOutput:
     """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgments)."""
     end_m = sample_cu_seqlens(tokens_1n, special_tokens)
-    h_1nd, routes = model.features(tokens_1n, ends=end_m)
+    h_1nd, routes = model.hidden_states(tokens_1n, ends=end_m)
     reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
     says_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]
@@ -268,7 +268,7 @@ spoken = pair_1n[judgment_mask(pair_1n, SPECIAL_TOKENS)].tolist()
 assert spoken == [30, 31, eos, 30, 32, eos]
 model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
 for sample in (right, wrong):  # a score belongs to its sample alone
-    h_1sd = model.features(torch.tensor([sample]))[0]
+    h_1sd = model.hidden_states(torch.tensor([sample]))[0]
     alone = reward_scores(h_1sd[0], model.head.weight, torch.tensor([len(sample)]), SPECIAL_TOKENS)
     print(f"scored alone {alone.item():+.4f}")
 both = preference_loss(model, pair_1n, SPECIAL_TOKENS, 0.0)

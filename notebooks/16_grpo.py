@@ -184,7 +184,7 @@ def rollouts(
     for row_t, prompt in zip(d.token_bt, prompts):
         row_t[: len(prompt)] = torch.tensor(prompt)
     n = [len(p) for p in prompts]
-    h_bsd = d.features([0] * len(n), max(n))
+    h_bsd = d.hidden_states([0] * len(n), max(n))
     logit_bw = d.logits(h_bsd[range(len(n)), [x - 1 for x in n]]).repeat_interleave(group, 0)
     n, live = [x for x in n for _ in range(group)], list(range(group * len(n)))
     narrow(d, torch.arange(len(prompts), device=d.token_bt.device).repeat_interleave(group))
@@ -202,7 +202,7 @@ def rollouts(
         d.token_bt[range(len(n)), n] = y_b
         live, n = [live[i] for i in going], [n[i] for i in going]
         narrow(d, torch.tensor(going, device=y_b.device))
-        logit_bw = d.logits(d.features(n, 1))[:, 0]
+        logit_bw = d.logits(d.hidden_states(n, 1))[:, 0]
         n = [x + 1 for x in n]
     return said, logp
 
@@ -220,7 +220,7 @@ prompts, END = [[1, 2, 3], [4, 5, 6, 7, 8], [9]], 63
 said, logp = rollouts(model, prompts, 8, 30, END, generator=torch.Generator().manual_seed(0))
 for i, (answer, logp_s) in enumerate(zip(said, logp)):
     prompt = prompts[i // 8]
-    h_sd = model.features(torch.tensor([prompt + answer[:-1]]))[0][0, len(prompt) - 1 :]
+    h_sd = model.hidden_states(torch.tensor([prompt + answer[:-1]]))[0][0, len(prompt) - 1 :]
     again_s, _ = token_logp(h_sd, model.head.weight, torch.tensor(answer))
     torch.testing.assert_close(again_s, torch.tensor(logp_s), atol=1e-4, rtol=0)
     assert END not in answer[:-1] and (answer[-1] == END or len(answer) == 30)

@@ -321,7 +321,7 @@ class PagedModel:
             self.layers.append(kind(x, table, 1, 1))
             self.layers[-1].kv_btx = kv_pyx
 
-    def features(self, token_bs, at: PagedPlace):
+    def hidden_states(self, token_bs, at: PagedPlace):
         """h⁰ of these tokens, (b, s, d), normed."""
         x_bsd = self.embed(token_bs)
         for layer in self.layers[: len(self.model.layers)]:
@@ -347,17 +347,19 @@ from dataclasses import replace
 model = Transformer(replace(TINY, vocab_size=256, n_layers=3, n_mtp_layers=2)).eval()
 with torch.inference_mode():
     token_bs = torch.randint(256, (2, 20))
-    want_bsd = model.features(token_bs)[0]
+    want_bsd = model.hidden_states(token_bs)[0]
     scattered = PagedModel(model, 12, 4)
     tables = [[7, 2, 9, 0, 11], [3, 1, 10, 5, 6]]
     for backend in ("gathered", "torch"):
         for row, pieces in ((0, (0, 9, 13)), (1, (0, 7))):  # read in pieces
             for a, z in zip(pieces, pieces[1:]):
                 at = paged_place(tables[row : row + 1], [a], z - a, 4, 12, scattered.freqs_cis_tx)
-                scattered.features(token_bs[row : row + 1, a:z], at)
+                scattered.hidden_states(token_bs[row : row + 1, a:z], at)
         at = paged_place(tables, [13, 7], 3, 4, 12, scattered.freqs_cis_tx)  # then side by side
         with use(backend, "torch"):
-            got_bsd = scattered.features(torch.stack((token_bs[0, 13:16], token_bs[1, 7:10])), at)
+            got_bsd = scattered.hidden_states(
+                torch.stack((token_bs[0, 13:16], token_bs[1, 7:10])), at
+            )
         assert torch.allclose(got_bsd[0], want_bsd[0, 13:16], atol=1e-4)
         assert torch.allclose(got_bsd[1], want_bsd[1, 7:10], atol=1e-4)
 print("rows of 16 and 10 positions in scattered pages: as in a plain forward pass")
@@ -664,7 +666,7 @@ class Halves(Drafts):
     def prefill_chunk(self, row: Row, s: int) -> list[tuple[Row, list[int]]]:
         """Read s tokens of a prompt; behind the last one, choose the next."""
         at = self.place([row], [row.n], s)
-        h_sd = self.paged.features([row.tokens[row.n : row.n + s]], at)[0]
+        h_sd = self.paged.hidden_states([row.tokens[row.n : row.n + s]], at)[0]
         self.count["read"] += s
         row.n += s
         if self.depth:
@@ -696,7 +698,7 @@ class Halves(Drafts):
         guesses, drawn_from = self.guess(rows) if self.depth else ([[]] * len(rows), [])
         token_bs = [[row.tokens[-1], *guess] for row, guess in zip(rows, guesses)]
         at = self.place(rows, [row.n for row in rows], 1 + self.depth)
-        h_bsd = self.paged.features(token_bs, at)
+        h_bsd = self.paged.hidden_states(token_bs, at)
         logit_bsw = self.paged.logits(h_bsd)
         out = []
         written = self.judge(rows, logit_bsw, guesses, drawn_from)
@@ -1155,7 +1157,7 @@ def check_forgery(fn):
         for end in range(4, len(text) + 1, 4):
             known.setdefault(tuple(text[end - 4 : end]), text[:end])
     assert forged, "all pages that it finds are its own"
-    a, b = (model.features(torch.tensor([text]))[0][0, -4:] for text in forged[0])
+    a, b = (model.hidden_states(torch.tensor([text]))[0][0, -4:] for text in forged[0])
     assert not torch.allclose(a, b, atol=1e-3)  # they are not the same to the model
 
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from dsv3_ref.model import Cache, Transformer
+from dsv3_ref.model import KVCache, Transformer
 
 HF = {
     "vocab_size": 96,
@@ -61,6 +61,6 @@ def hf_model(bias_mean: float = 0.0, **changes):
 def decode(model: Transformer, tokens_bs, chunks: list[int]):
     """All logits, computed on the cache in pieces of these lengths, then one by one."""
     b, s = tokens_bs.shape
-    cache = Cache(model.config, b, s)
+    cache = KVCache(model.config, b, s)
     pieces = tokens_bs.split([*chunks, *[1] * (s - sum(chunks))], dim=1)
     return torch.cat([model(piece, cache) for piece in pieces], dim=1)

@@ -19,7 +19,7 @@ from dsv3_ref.decode import (
     verify_draft,
 )
 from dsv3_ref.model import Transformer
-from dsv3_ref.mtp import mtp_features
+from dsv3_ref.mtp import mtp_hidden_states
 
 
 @pytest.fixture
@@ -160,12 +160,14 @@ def test_every_shape_decodes(micro, changes):
 def test_a_decoder_rolls_back(model, micro):
     """Tokens written over rejected ones leave no trace of those."""
     tokens_bs = prompts(micro, 2, 9)
-    want_bsd, d = model.features(tokens_bs)[0], Decoder(model, 2, 12)
+    want_bsd, d = model.hidden_states(tokens_bs)[0], Decoder(model, 2, 12)
     d.token_bt[:, :9] = torch.randint(micro.vocab_size, (2, 9))
     d.token_bt[:, :4] = tokens_bs[:, :4]
-    d.features([0, 0], 9)
+    d.hidden_states([0, 0], 9)
     d.token_bt[:, :9] = tokens_bs
-    got_bsd = torch.cat([d.features([4, 4], 3), d.features([7, 7], 1), d.features([8, 8], 1)], 1)
+    got_bsd = torch.cat(
+        [d.hidden_states([4, 4], 3), d.hidden_states([7, 7], 1), d.hidden_states([8, 8], 1)], 1
+    )
     torch.testing.assert_close(got_bsd, want_bsd[:, 4:], atol=1e-4, rtol=1e-4)
 
 
@@ -179,8 +181,8 @@ def test_guesses_are_those_of_the_mtp_chain(model, micro):
         n = writer.lengths[0]
         text_bs = writer.decoder.token_bt[:, : n + 2].clone()
         text_bs[0, n + 1] = guess_bk[0, 0]
-        h_bsd = model.features(text_bs)[0]
-        for k, (h, _) in enumerate(mtp_features(model, h_bsd, text_bs), start=1):
+        h_bsd = model.hidden_states(text_bs)[0]
+        for k, (h, _) in enumerate(mtp_hidden_states(model, h_bsd, text_bs), start=1):
             logit_w = model.head(h[0, n - 1])
             assert logit_w.max() - logit_w[guess_bk[0, k - 1]] < 1e-4
         writer.mtp_lengths = [0]  # `round` guesses again

@@ -264,7 +264,7 @@ def test_a_whole_model_served_by_its_own_loads():
     with torch.no_grad():
         alone = model(tokens_bs)
         for _ in range(3):
-            routes = model.features(tokens_bs)[1]
+            routes = model.hidden_states(tokens_bs)[1]
             seen.add(layer_loads(routes))
             expert_la, *_ = rebalance_experts(seen.total(), 24, 4, 2, 8)
             for layer, expert_a in zip(moe_layers(model).values(), expert_la):

@@ -31,7 +31,7 @@ from dsv3_ref.long_context import (
     nll_by_position,
     with_config,
 )
-from dsv3_ref.mla import GQA, LayerCache, attention
+from dsv3_ref.mla import GQA, LayerKVCache, attention
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import get_batch_size_schedule, get_bias_update_rate, get_lr, get_mtp_weight
 
@@ -165,11 +165,11 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(micro, piece, monkeypatch):
     d = Decoder(model, 2, 64)
     d.prefill_chunk, d.token_bt[:, :60] = piece, tokens_bs
     torch.testing.assert_close(
-        d.features([0, 0], 60), model.features(tokens_bs)[0], atol=1e-4, rtol=1e-4
+        d.hidden_states([0, 0], 60), model.hidden_states(tokens_bs)[0], atol=1e-4, rtol=1e-4
     )
     whole = Decoder(model, 2, 64)
     whole.token_bt[:, :60] = tokens_bs
-    whole.features([0, 0], 60)
+    whole.hidden_states([0, 0], 60)
     for layer, other in zip(d.layers[:3], whole.layers):
         torch.testing.assert_close(layer.kv_btx, other.kv_btx, atol=1e-4, rtol=1e-4)
 
@@ -193,7 +193,7 @@ def test_long_prompts_are_continued_as_ever(micro, draft, monkeypatch):
 def test_bytes_are_those_of_the_caches():
     assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
     assert cache_bytes(V3, 131_072) == 9_210_691_584
-    assert LayerCache(TINY, 1, 10).kv_btx.numel() == 10 * kv_cache_numbers_per_token(TINY)
+    assert LayerKVCache(TINY, 1, 10).kv_btx.numel() == 10 * kv_cache_numbers_per_token(TINY)
     narrow = replace(TINY, qk_nope_head_dim=1)  # GQA turns all of a head: i is nothing to it
     assert GQA(narrow, 2).wkv.weight.shape[0] == kv_cache_numbers_per_token(narrow, 2) - 2
 

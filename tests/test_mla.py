@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsv3_ref import ops
 from dsv3_ref.config import Config
-from dsv3_ref.mla import MLA, LayerCache, causal_mask, packed_attention
+from dsv3_ref.mla import MLA, LayerKVCache, causal_mask, packed_attention
 from dsv3_ref.rope import packed_table, rope_table, softmax_scale
 
 fixture_is_constant = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,7 +112,7 @@ def test_any_cut_into_chunks_gives_the_whole(exact, micro, cuts, absorb):
     mla, s = layer(micro), sum(cuts)
     x_bsd, rope = inputs(micro, s)
     whole = mla(x_bsd, rope)
-    mla.absorb, cache, got = absorb, LayerCache(micro, 2, s, dtype=torch.float64), []
+    mla.absorb, cache, got = absorb, LayerKVCache(micro, 2, s, dtype=torch.float64), []
     for n in cuts:
         at = slice(cache.length, cache.length + n)
         got.append(mla(x_bsd[:, at], tuple(x[at] for x in rope), cache))
@@ -126,7 +126,7 @@ def test_only_single_token_decoding_absorbs(micro, monkeypatch):
         real = getattr(MLA, form)
         spy = lambda self, *a, real=real, form=form: (seen.append(form), real(self, *a))[1]
         monkeypatch.setattr(MLA, form, spy)
-    mla, cache = layer(micro).float(), LayerCache(micro, 1, 4)
+    mla, cache = layer(micro).float(), LayerKVCache(micro, 1, 4)
     x_bsd = torch.randn(1, 3, micro.dim)
     with torch.no_grad():
         mla(x_bsd, rope_table(micro, torch.arange(3)))
@@ -136,7 +136,7 @@ def test_only_single_token_decoding_absorbs(micro, monkeypatch):
 
 
 def test_a_full_cache_raises_and_keeps_what_it_had(micro):
-    cache = LayerCache(micro, batch=2, max_len=3)
+    cache = LayerKVCache(micro, batch=2, max_len=3)
     cache.append(torch.ones(2, 2, 24))
     before = cache.kv_btx.clone()
     with pytest.raises(ValueError, match="cache holds 3 positions, 4 are needed"):
@@ -147,7 +147,7 @@ def test_a_full_cache_raises_and_keeps_what_it_had(micro):
 
 
 def test_the_cache_of_671b_is_576_numbers_a_token():
-    assert LayerCache(Config(), 1, 1, device="meta").kv_btx.numel() == 576
+    assert LayerKVCache(Config(), 1, 1, device="meta").kv_btx.numel() == 576
 
 
 def test_the_mask_lets_the_last_queries_see_the_past():

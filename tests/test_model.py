@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv3_ref.config import V3
-from dsv3_ref.model import Cache, Transformer, init_weights, moe_layers
+from dsv3_ref.model import KVCache, Transformer, init_weights, moe_layers
 from dsv3_ref.moe import Gate, MoE
 from dsv3_ref.ops import MLP
 
@@ -42,7 +42,7 @@ def test_a_later_token_changes_nothing_before_it(exact, micro):
 @torch.no_grad()
 def test_any_chunks_on_the_cache_give_the_logits_of_the_whole(exact, micro, cuts):
     model, x_bs = biased(Transformer(micro)).double(), tokens(micro, 2, sum(cuts))
-    cache = Cache(micro, 2, sum(cuts), dtype=torch.float64)
+    cache = KVCache(micro, 2, sum(cuts), dtype=torch.float64)
     got = torch.cat([model(x, cache) for x in x_bs.split(cuts, dim=1)], dim=1)
     assert cache.length == sum(cuts)
     assert (got - model(x_bs)).abs().max() < 1e-10
@@ -57,7 +57,7 @@ def test_every_row_is_its_own(micro):
 
 def test_features_are_the_normed_states_before_the_head(micro):
     model, x_bs = Transformer(micro), tokens(micro, 2, 5)
-    h_bsd, routes = model.features(x_bs)
+    h_bsd, routes = model.hidden_states(x_bs)
     assert torch.equal(model.head(h_bsd), model(x_bs))
     assert torch.allclose(h_bsd.square().mean(-1), torch.ones(2, 5), atol=1e-3)
     assert [r.topk_ids_bsk.shape for r in routes] == [(2, 5, 3)] * 2
@@ -84,14 +84,14 @@ def test_first_layers_are_dense_and_mtp_never_is(micro):
 
 def test_moe_layers_come_in_the_order_of_routes(micro):
     """Each gate's own choice is found under its own name: the bias update relies on it."""
-    from dsv3_ref.mtp import mtp_features
+    from dsv3_ref.mtp import mtp_hidden_states
 
     model, x_bs, seen = Transformer(micro), tokens(micro, 2, 9), {}
     for name, moe in moe_layers(model).items():
         hook = lambda _, __, r, name=name: seen.update({name: r})
         moe.gate.register_forward_hook(hook)
-    h_bsd, routes = model.features(x_bs)
-    routes += [r for _, r in mtp_features(model, h_bsd, x_bs)]
+    h_bsd, routes = model.hidden_states(x_bs)
+    routes += [r for _, r in mtp_hidden_states(model, h_bsd, x_bs)]
     assert len(routes) == len(moe_layers(model)) == 4
     for name, r in zip(moe_layers(model), routes):
         assert r.topk_ids_bsk is seen[name].topk_ids_bsk

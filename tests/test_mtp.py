@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3_ref.model import Transformer
-from dsv3_ref.mtp import mtp_features, mtp_losses
+from dsv3_ref.mtp import mtp_hidden_states, mtp_losses
 from dsv3_ref.rope import rope_table
 
 T = 9
@@ -22,7 +22,7 @@ def slow(model: Transformer, row: list[int]):
     Token t_{i+1} is row[i]: the indices of the report count from 1.
     """
     t = {i + 1: token for i, token in enumerate(row)}
-    h = dict(enumerate(model.features(torch.tensor([row[:T]]))[0][0], start=1))
+    h = dict(enumerate(model.hidden_states(torch.tensor([row[:T]]))[0][0], start=1))
     states, losses = [], []
     for k, module in enumerate(model.mtp.values(), start=1):
         last = T - k  # positions 1 … T − k still have token t_{i+k} in the input
@@ -42,8 +42,8 @@ def slow(model: Transformer, row: list[int]):
 def fast(model: Transformer, tokens_bs):
     """The same from the package, for rows of T + 1 tokens."""
     x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
-    features = mtp_features(model, model.features(x_bs)[0], x_bs)
-    return [h_bsd for h_bsd, _ in features], mtp_losses(model, features, x_bs, y_bs)
+    hidden_states = mtp_hidden_states(model, model.hidden_states(x_bs)[0], x_bs)
+    return [h_bsd for h_bsd, _ in hidden_states], mtp_losses(model, hidden_states, x_bs, y_bs)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

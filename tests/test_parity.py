@@ -11,7 +11,7 @@ from transformers.modeling_layers import MtpModel
 from dsv3_ref.checkpoints.native import load, save_hf
 from dsv3_ref.mla import MLA
 from dsv3_ref.model import Transformer
-from dsv3_ref.mtp import mtp_features
+from dsv3_ref.mtp import mtp_hidden_states
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*holds no MTP layer")
 CASES = {
@@ -138,7 +138,7 @@ def mtp_logits(ours, theirs, x):
     """(ours, theirs) for every depth: their positions count from the embedded token."""
     h, draft = theirs.model(x).last_hidden_state, MtpModel.from_pretrained(theirs)
     pairs = []
-    for k, (mine, _) in enumerate(mtp_features(ours, ours.features(x)[0], x), start=1):
+    for k, (mine, _) in enumerate(mtp_hidden_states(ours, ours.hidden_states(x)[0], x), start=1):
         s = x.shape[1] - k
         position = torch.arange(k, k + s)[None]
         h = draft.forward_layer(k - 1, h[:, :s], position, None, input_ids=x[:, k:])

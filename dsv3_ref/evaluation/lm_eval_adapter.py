@@ -56,7 +56,7 @@ class OurLM(TemplateLM):
         x_bs = torch.zeros(len(rows), max(map(len, tokens)) - 1, dtype=torch.int64)
         for x_s, row in zip(x_bs, tokens):
             x_s[: len(row) - 1] = torch.tensor(row[:-1])
-        h_bsd, _ = self.policy.model.features(x_bs.to(self._device))
+        h_bsd, _ = self.policy.model.hidden_states(x_bs.to(self._device))
         out = []
         for h_sd, row, (_, new) in zip(h_bsd, tokens, rows):
             n, y_s = min(len(new), len(row) - 1), torch.tensor(row[1:], device=self._device)

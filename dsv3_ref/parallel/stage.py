@@ -120,9 +120,9 @@ class Stage:
             value = self.loss(tape, h_bsd, y_bs[:, k:], n, weights.share, weights.mtp)
             seen.mtp[k] = seen.mtp.get(k, 0) + value
 
-    def pair(self, module, ahead_bs, h_bsd):
+    def pair(self, module, next_tokens_bs, h_bsd):
         """eq. 21: M [norm(Emb(t)); norm(h)] at the positions that have a token ahead."""
-        e_bsd, h_bsd = self.model.embed(ahead_bs), h_bsd[:, : ahead_bs.shape[1]]
+        e_bsd, h_bsd = self.model.embed(next_tokens_bs), h_bsd[:, : next_tokens_bs.shape[1]]
         return module.eh_proj(torch.cat((module.enorm(e_bsd), module.hnorm(h_bsd)), dim=-1))
 
     def loss(self, tape, h, y, n: int, share: float, weight: float = 1.0):

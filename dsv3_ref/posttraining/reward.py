@@ -235,7 +235,7 @@ class RewardTrainer(Trainer):
 
 def score_packed(model, tokens_1n, end_m, special_tokens: SpecialTokens) -> torch.Tensor:
     """Rewards of the samples of a packed row, (m,)."""
-    h_1nd, _ = model.features(tokens_1n, ends=end_m)
+    h_1nd, _ = model.hidden_states(tokens_1n, ends=end_m)
     return reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
 
 

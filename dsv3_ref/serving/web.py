@@ -153,7 +153,7 @@ def explain(speaker: Speaker, turn: Turn) -> None:
 def routing(model: Transformer, prompt: list[int], tokens: list[int]) -> list[dict[str, Picks]]:
     """The experts that read each token and their weights, by layer: one forward pass."""
     device = model.embed.weight.device
-    routes = model.features(torch.tensor([prompt + tokens], device=device))[1]
+    routes = model.hidden_states(torch.tensor([prompt + tokens], device=device))[1]
     layers = [name.split(".")[1] for name in moe_layers(model)]  # as in a checkpoint; MTP last
     found = [{} for _ in tokens]
     for layer, r in zip(layers, routes):

@@ -20,7 +20,7 @@ from dsv3_ref.data.loader import PackedDataLoader, val_windows
 from dsv3_ref.mla import GQA
 from dsv3_ref.model import Transformer, init_weights
 from dsv3_ref.moe import max_vio
-from dsv3_ref.mtp import draft_agrees
+from dsv3_ref.mtp import mtp_draft_matches
 from dsv3_ref.optim import RECIPES, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import fim
 from dsv3_ref.training import settings
@@ -181,7 +181,7 @@ def expert_load_per_sequence(model: Transformer, batches) -> torch.Tensor:
     """Tokens of each row that each expert of each layer received, (l, b, e)."""
     found = []
     for window_bs in batches:
-        routes = model.features(window_bs[:, :-1])[1]
+        routes = model.hidden_states(window_bs[:, :-1])[1]
         chosen = [torch.zeros_like(r.scores_bse).scatter(-1, r.topk_ids_bsk, 1.0) for r in routes]
         found.append(torch.stack([x_bse.sum(1) for x_bse in chosen]))
     return torch.cat(found, 1)
@@ -192,7 +192,7 @@ def measure_acceptance(t: Trainer, batches: int) -> dict:
     """Shares of drafts that the main model would accept: each depth, and depths 1 … k together."""
     hits = [torch.zeros(len(t.model.mtp), 0)]
     for window_bs in (w for val in t.val.values() for w in val[:batches] if len(t.model.mtp)):
-        agrees = draft_agrees(t.model, window_bs[:, :-1])
+        agrees = mtp_draft_matches(t.model, window_bs[:, :-1])
         length = window_bs.shape[1] - 1 - len(agrees)  # where every depth has a draft
         hits.append(torch.stack([x[:, :length] for x in agrees]).flatten(1))
     hit_kn = torch.cat(hits, 1)
@@ -241,7 +241,7 @@ def score_middle(t: Trainer, example) -> tuple[float, int, int] | None:
     if len(prompt) + len(mid) > t.args.recipe.seq_len + 1:
         return None
     ids_s, n = torch.tensor([*prompt, *mid]), len(mid)
-    logits_nw = t.model.head(t.model.features(ids_s[None, :-1])[0][0, -n:])
+    logits_nw = t.model.head(t.model.hidden_states(ids_s[None, :-1])[0][0, -n:])
     nats = F.cross_entropy(logits_nw, ids_s[-n:], reduction="sum").item()
     return nats, (logits_nw.argmax(-1) == ids_s[-n:]).sum().item(), n
 

@@ -68,7 +68,7 @@ def our_step(model: Transformer, tokens_bs) -> Callable:
     """Forward and backward of the main loss."""
 
     def step():
-        h_bsd, _ = model.features(tokens_bs[:, :-1])
+        h_bsd, _ = model.hidden_states(tokens_bs[:, :-1])
         target_n = tokens_bs[:, 1:].flatten()
         nll = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, target_n)
         (nll / len(target_n)).backward()
@@ -335,10 +335,10 @@ def round_costs(model: Transformer, token_t, compiled: bool) -> dict[str, float]
     """Cost of reading two tokens and of a draft in plain steps, each along a text."""
     decoder = Decoder(model, 1, len(token_t), compiled)
     decoder.token_bt[0, : len(token_t)] = token_t
-    decoder.features([0], len(token_t))
+    decoder.hidden_states([0], len(token_t))
     h_btd, head, at = decoder.h_btd.clone(), decoder.logits, cycle(range(32, len(token_t) - 2))
-    plain = lambda t: head(decoder.features([t], 1)).argmax(-1)
-    verify = lambda t: head(decoder.features([t], 2)).argmax(-1)
+    plain = lambda t: head(decoder.hidden_states([t], 1)).argmax(-1)
+    verify = lambda t: head(decoder.hidden_states([t], 2)).argmax(-1)
     draft = lambda t: head(decoder.mtp_forward(1, h_btd[:, t - 1 : t + 1], [t - 1])[:, -1]).argmax(
         -1
     )

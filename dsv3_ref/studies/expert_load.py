@@ -63,7 +63,7 @@ def window(paths: list[str], t: Tokenizer, rows: int, length: int) -> torch.Tens
 @torch.no_grad()
 def loads(model: Transformer, tokens_bs: torch.Tensor) -> torch.Tensor:
     """Tokens that each expert of each MoE layer of the main model received, (l, e)."""
-    return sum(layer_loads(model.features(rows)[1]) for rows in tokens_bs.split(BATCH))
+    return sum(layer_loads(model.hidden_states(rows)[1]) for rows in tokens_bs.split(BATCH))
 
 
 def course(model: Transformer, t: Tokenizer, source: str, args: Routing) -> torch.Tensor:

@@ -154,13 +154,13 @@ def clock(model: Transformer, seed: int) -> dict:
     d = Decoder(model, 1, DECODE[-1] + 1)
     for layer in d.layers:
         layer.kv_btx.normal_()
-    step = lambda n: d.logits(d.features([n], 1))
+    step = lambda n: d.logits(d.hidden_states([n], 1))
     decode = {n: 1e3 * seconds(partial(step, n), 12) for n in DECODE}
     print("ms a token", decode, flush=True)
     d.token_bt[:] = torch.randint(model.config.vocab_size, d.token_bt.shape)
     prefill, read, start = {}, 0, time.process_time()
     for n in PREFILL:
-        d.features([read] if read else [0], n - read)
+        d.hidden_states([read] if read else [0], n - read)
         prefill[n], read = time.process_time() - start, n
     print("s to read", prefill, flush=True)
     return {"decode_ms": decode, "prefill_s": prefill, "cache_bytes": model.config.n_layers

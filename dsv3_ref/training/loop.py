@@ -271,7 +271,7 @@ class Trainer:
 
     def nll(self, rows_bs) -> float:
         """Σ −log p of the tokens of rows of T + 1, in nats."""
-        h_n = self.model.features(rows_bs[:, :-1])[0].flatten(0, 1)
+        h_n = self.model.hidden_states(rows_bs[:, :-1])[0].flatten(0, 1)
         return linear_cross_entropy(h_n, self.model.head.weight, rows_bs[:, 1:].flatten()).item()
 
     @torch.no_grad()

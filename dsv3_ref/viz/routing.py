@@ -27,7 +27,7 @@ def routes(model: Transformer, tokens: list[int], layer: str, expert=0, bias=0.0
     """What the gate of an MoE layer of the main model decides, one of its biases moved."""
     names = list(moe_layers(model))
     with biased(moe_layers(model)[layer].gate, expert, bias):
-        found = model.features(torch.tensor([tokens], device=model.embed.weight.device))[1]
+        found = model.hidden_states(torch.tensor([tokens], device=model.embed.weight.device))[1]
     return found[names.index(layer)]
 
 

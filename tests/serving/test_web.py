@@ -84,7 +84,7 @@ def test_the_experts_of_a_token_are_those_that_read_it(speaker):
     for i, token in enumerate(turn.tokens):
         row = torch.tensor([turn.prompt + turn.tokens[: i + 1]])
         with torch.no_grad():
-            routes = speaker.model.features(row)[1]
+            routes = speaker.model.hidden_states(row)[1]
         assert row[0, -1] == token and list(turn.routes[i]) == names
         for picks, r in zip(turn.routes[i].values(), routes):
             assert [expert for expert, _ in picks] == r.topk_ids_bsk[0, -1].tolist()

@@ -15,10 +15,10 @@ from test_moe import slow_balance
 
 from dsv3_ref.cli.main import main
 from dsv3_ref.config import TINY
-from dsv3_ref.mla import GQA, LayerCache
+from dsv3_ref.mla import GQA, LayerKVCache
 from dsv3_ref.model import Transformer, init_weights
 from dsv3_ref.moe import Route, balance_loss
-from dsv3_ref.mtp import draft_agrees, mtp_features
+from dsv3_ref.mtp import mtp_draft_matches, mtp_hidden_states
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.pretrain import losses
 from dsv3_ref.rope import rope_table
@@ -243,7 +243,7 @@ def test_caches_are_what_they_are_called():
         want = v.kv_heads * 2 * c.v_head_dim or c.kv_lora_rank + c.qk_rope_head_dim
         assert ablate.variant_metadata(v)["cache_bytes"] == 2 * c.n_layers * want
         model, tokens_bs = ablate.build_variant(v), torch.randint(c.vocab_size, (2, 7))
-        cache = LayerCache(c, 2, 7)
+        cache = LayerKVCache(c, 2, 7)
         model.layers["0"].attn(model.embed(tokens_bs), rope_table(c, torch.arange(7)), cache)
         assert cache.kv_btx.shape[-1] == want and (cache.kv_btx != 0).all(), name
 
@@ -333,20 +333,20 @@ def naive_turn(x_bshr, rope):
 def test_a_draft_is_held_against_the_main_model_at_its_own_position(micro):
     torch.manual_seed(0)
     model, tokens_bs = Transformer(micro), torch.randint(61, (2, 10))
-    h_bsd, _ = model.features(tokens_bs)
-    ahead = mtp_features(model, h_bsd, tokens_bs)
-    for k, found in enumerate(draft_agrees(model, tokens_bs), start=1):
+    h_bsd, _ = model.hidden_states(tokens_bs)
+    mtp_out = mtp_hidden_states(model, h_bsd, tokens_bs)
+    for k, found in enumerate(mtp_draft_matches(model, tokens_bs), start=1):
         assert found.shape == (2, 10 - k)
         for b in range(2):
             for i in range(10 - k):
-                guess = (model.head.weight @ ahead[k - 1][0][b, i]).argmax()
+                guess = (model.head.weight @ mtp_out[k - 1][0][b, i]).argmax()
                 assert found[b, i] == (guess == (model.head.weight @ h_bsd[b, i + k]).argmax())
 
 
 def test_acceptance_counts_chains(monkeypatch, micro):
     """Depth 1 right at 3 of 4, depth 2 at 2 of 4, both at 1 of 4."""
     hits = [torch.tensor([[1, 1, 1, 0, 1]]).bool(), torch.tensor([[1, 0, 0, 1]]).bool()]
-    monkeypatch.setattr(ablate, "draft_agrees", lambda model, tokens_bs: hits)
+    monkeypatch.setattr(ablate, "mtp_draft_matches", lambda model, tokens_bs: hits)
 
     class Stub:
         model, val = SimpleNamespace(mtp="12"), {"x": [torch.zeros(1, 7)]}
