@@ -83,7 +83,7 @@ clean:
 	@touch $@
 
 .venv/rl: .venv/core
-	@echo "· installing problems to practise on"
+	@echo "· installing problems to practice on"
 	@$(PIP) -e ".[rl]"
 	@touch $@
 

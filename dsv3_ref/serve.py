@@ -228,7 +228,7 @@ class Row:
     max_new: int
     choice: SamplingParams = (
         SamplingParams()
-    )  # with its own random numbers, so that neighbours change nothing
+    )  # with its own random numbers, so that neighbors change nothing
     stop: frozenset[int] = frozenset()
     top: int = -1  # likeliest tokens whose log p is noted beside the chosen one's; −1: none
     n: int = 0

@@ -293,7 +293,7 @@ def grouped_wgrad(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     return Case("fp8_grouped_wgrad", sizes, make, moved, 2 * m * n * k, "fp8")
 
 
-# ── Quantisers ──
+# ── Quantizers ──
 
 
 def act_quant(m: int, k: int) -> Case:

@@ -72,7 +72,7 @@ def launch(kernel, programs: int, *args) -> None:
 
 @triton.jit
 def swizzled(tile, tiles_m, tiles_n):
-    """Tile's row and column, eight rows of tiles at a time: neighbours share what L2 holds."""
+    """Tile's row and column, eight rows of tiles at a time: neighbors share what L2 holds."""
     width = 8 * tiles_n
     first = tile // width * 8
     height = tl.minimum(tiles_m - first, 8)

@@ -116,7 +116,7 @@ def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, g
 
 
 def one_row(n: int, d: int):
-    """Grid of programs that each take TILE columns of one row, neighbours in the same row."""
+    """Grid of programs that each take TILE columns of one row, neighbors in the same row."""
     return lambda m: (n * triton.cdiv(d, m["TILE"]),)
 
 

@@ -1,4 +1,4 @@
-"""Quantisers: codes of eight bits and their scales, with one read and one write of memory each."""
+"""Quantizers: codes of eight bits and their scales, with one read and one write of memory each."""
 
 import torch
 import triton

@@ -65,7 +65,7 @@ import tempfile
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsv3_ref.viz import COLOURS, GREY, ORANGE, attempt, figure, play, show
+from dsv3_ref.viz import COLORS, GRAY, ORANGE, attempt, figure, play, show
 
 # %% [markdown]
 # ## The config
@@ -477,14 +477,12 @@ for c in SIZES.values():
 # experts.
 
 # %%
-PAINT = dict(
-    zip(total, [GREY, "#B0B5BD", *COLOURS[:1], COLOURS[4], ORANGE, *COLOURS[2:4], "black"])
-)
+PAINT = dict(zip(total, [GRAY, "#B0B5BD", *COLORS[:1], COLORS[4], ORANGE, *COLORS[2:4], "black"]))
 HATCH = dict(zip(total, ["", "//", "", "..", "", "xx", "", ""]))
 
 
 def stack(ax, y: float, kinds: dict[str, int]) -> None:
-    """One horizontal bar of shares, parts above 6 % labelled inside."""
+    """One horizontal bar of shares, parts above 6 % labeled inside."""
     left, whole = 0.0, sum(kinds.values())
     for kind, n in kinds.items():
         share = 100 * n / whole
@@ -546,7 +544,7 @@ assert held == 10 * count(TINY).cache_bytes
 assert round(kept["MHA, 128 heads"] / kept["MLA"], 1) == 56.9
 
 fig, ax = figure(width=8, height=2.6)
-bars = ax.barh(list(kept), list(kept.values()), color=[GREY, GREY, ORANGE, GREY])
+bars = ax.barh(list(kept), list(kept.values()), color=[GRAY, GRAY, ORANGE, GRAY])
 labels = [f" {n:,} B, {n * 131_072 / 1e9:.1f} GB at 128K" for n in kept.values()]
 ax.bar_label(bars, labels)
 ax.invert_yaxis()
@@ -602,14 +600,14 @@ print(
 # %%
 fig, (left, right) = figure(1, 2, width=8.6, height=3.3)
 t = torch.logspace(0, 2.6, 50)
-left.plot(t, flops(TINY, t) / 1e6, color=GREY, label="formula")
+left.plot(t, flops(TINY, t) / 1e6, color=GRAY, label="formula")
 left.plot(lengths, [x / 1e6 for x in measured], "o", color=ORANGE, label="counted by torch")
 left.set(xscale="log", xlabel="keys a query meets", ylabel="MFLOPs a token, forward")
 left.set_title("tiny: formula and run agree")
 left.legend()
 t = torch.logspace(2, 5.3, 80)
 fixed = flops(V3, 0) / 1e9
-right.axhline(fixed, color=GREY, linestyle="--", label=f"weights alone: {fixed:.1f}")
+right.axhline(fixed, color=GRAY, linestyle="--", label=f"weights alone: {fixed:.1f}")
 right.plot(t, flops(V3, t) / 1e9, label="with attention")
 for mean, text, dx in [(2048, "4K training", -8), (65_536, "128K", -8)]:
     y = flops(V3, mean) / 1e9

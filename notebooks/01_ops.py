@@ -45,7 +45,7 @@ import math
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref.config import V3
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, attempt, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, attempt, figure, play, show
 
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H800: bf16 operations and bytes of memory a second
 
@@ -67,14 +67,14 @@ def roofline(tokens: int = 4096, size: int = 2) -> None:
     """Where each piece lies under the machine's two limits: memory (slope) and arithmetic (flat)."""
     fig, ax = figure(width=8, height=3.6)
     peak, x = PEAK * 2 / size, torch.logspace(-1, 4, 200)  # numbers of half the size: twice as fast
-    ax.plot(x, (x * BANDWIDTH).clamp(max=peak) / 1e12, color=GREY, label="the most an H800 can do")
+    ax.plot(x, (x * BANDWIDTH).clamp(max=peak) / 1e12, color=GRAY, label="the most an H800 can do")
     for (name, (ops, moved)), marker in zip(
         work(tokens, size).items(), ["o11", "s7", "D13", "^9", "v5"]
     ):
         per_byte, look = ops / moved, {"marker": marker[0], "markersize": int(marker[1:])}
         label = f"{name}: {per_byte:,.1f}"
         ax.plot(per_byte, min(per_byte * BANDWIDTH, peak) / 1e12, linestyle="", label=label, **look)
-    ax.axvline(peak / BANDWIDTH, color=GREY, linestyle=":", linewidth=1)
+    ax.axvline(peak / BANDWIDTH, color=GRAY, linestyle=":", linewidth=1)
     ax.set(xscale="log", yscale="log", ylim=(0.2, 4000))
     ax.set(
         xlabel="operations for each byte moved (numbers in the legend)", ylabel="TFLOP/s at best"
@@ -90,7 +90,7 @@ roofline()
 # ## Paper
 # The report has no chapter on these pieces; it presumes them, and says in passing what matters:
 #
-# - a block normalises before attention and before its feed-forward network, and there are **extra
+# - a block normalizes before attention and before its feed-forward network, and there are **extra
 #   RMSNorms on both latents** of MLA (§4.2);
 # - the outputs of **RMSNorm are recomputed** in the backward pass instead of kept (§3.2.3), and so is
 #   the **output of SwiGLU**, from inputs that are kept (§3.3.3);
@@ -217,7 +217,7 @@ def backend_table() -> str:
 # no `saved_tensors(recompute=True)` block is not changed at all. PyTorch lets us in through
 # *saved-tensor hooks*: every tensor that is saved passes through `pack`, every one that is used
 # again through `unpack`. A result is known by the memory in which it lies, not by its values, so a view
-# of it (a transpose, one head's part) is recognised too. A weak reference notices when that memory has
+# of it (a transpose, one head's part) is recognized too. A weak reference notices when that memory has
 # been freed, for then its address may belong to something else.
 
 
@@ -796,8 +796,8 @@ for f in widths:
 del IMPLS["rms_norm"]["steps"], IMPLS["swiglu"]["steps"]
 
 fig, ax = figure(width=8, height=3.2)
-for (way, numbers), style, colour in zip(kept.items(), ["o-", "s--", "D:"], [GREY, BLUE, ORANGE]):
-    ax.plot(widths, numbers, style, color=colour, label=way)
+for (way, numbers), style, color in zip(kept.items(), ["o-", "s--", "D:"], [GRAY, BLUE, ORANGE]):
+    ax.plot(widths, numbers, style, color=color, label=way)
 ax.set(xlabel=f"width f of the network (d = {D})", ylabel="numbers kept a token", ylim=(0, None))
 ax.set_title("Recomputing norm and SwiGLU halves the memory; the gradient is the same")
 ax.legend()
@@ -835,11 +835,11 @@ play(
 fig, ax = figure(width=8, height=3)
 tokens = [2**k for k in range(15)]
 looks = {"expert's W₁": ("-", ORANGE), "head": ("--", BLUE), "SwiGLU": (":", GREEN)}
-for name, (style, colour) in looks.items():
+for name, (style, color) in looks.items():
     ratio = [ops / moved for ops, moved in (work(n)[name] for n in tokens)]
-    ax.plot(tokens, ratio, style, color=colour, label=name)
-ax.axhline(PEAK / BANDWIDTH, color=GREY, linestyle=":", linewidth=1)
-ax.text(1, PEAK / BANDWIDTH * 1.15, "above: bound by arithmetic", color=GREY)
+    ax.plot(tokens, ratio, style, color=color, label=name)
+ax.axhline(PEAK / BANDWIDTH, color=GRAY, linestyle=":", linewidth=1)
+ax.text(1, PEAK / BANDWIDTH * 1.15, "above: bound by arithmetic", color=GRAY)
 ax.set(xscale="log", yscale="log", xlabel="tokens that share the weights")
 ax.set(ylabel="operations a byte")
 ax.set_title("Products need company; SwiGLU stays bound by memory")
@@ -1025,8 +1025,8 @@ print(f"{tokens * 2 * (V3.dim + 2 * V3.inter_dim) / 1e9:.2f} GB")
 assert glu_dims == 61 * 18_432 and moved / ops > 1
 
 # %% [markdown]
-# **Memory traffic** binds these ops, so a kernel gains by joining neighbours: SwiGLU with the FP8
-# quantisation that follows it, RMSNorm with the residual sum before it. Such a kernel registers
+# **Memory traffic** binds these ops, so a kernel gains by joining neighbors: SwiGLU with the FP8
+# quantization that follows it, RMSNorm with the residual sum before it. Such a kernel registers
 # with `@impl("swiglu", "triton")` and changes nothing else. **Memory size** binds the loss: in fp32 one
 # sequence's logits take 36 times as much as its hidden states in bf16, so head and loss stay one op.
 # Several GPUs change none of this: the report trains without tensor parallelism, which would cut

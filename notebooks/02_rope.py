@@ -41,7 +41,7 @@ from einops import einsum
 
 from dsv3_ref.config import TINY, V2_LITE, V3
 from dsv3_ref.ops import use
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, attempt, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, attempt, figure, play, show
 
 
 # %%
@@ -52,8 +52,8 @@ fig, ax = figure(width=8, height=3.2)
 ax.plot(pair_j[~unseen], turn_j[~unseen], "o", color=BLUE, label="turned at least once in training")
 ax.plot(pair_j[unseen], turn_j[unseen], "s", color=ORANGE, label="never finished a turn")
 for length, text in [(4096, "pre-training: 4096 tokens"), (131_072, "use: 131,072 tokens")]:
-    ax.axhline(length, color=GREY, linestyle="--", linewidth=1)
-    ax.text(0, length * 1.2, text, color=GREY)
+    ax.axhline(length, color=GRAY, linestyle="--", linewidth=1)
+    ax.text(0, length * 1.2, text, color=GRAY)
 ax.set(yscale="log", ylim=(4, 500_000), xlabel="pair j of the 32", ylabel="tokens a turn (log)")
 ax.set_title(
     f"{int(unseen.sum())} of 32 hands meet angles in long texts that training never showed"
@@ -80,7 +80,7 @@ show(fig)
 # $$\omega_j = \theta^{-2j/r}\ \text{radians},\qquad \lambda_j = 2\pi/\omega_j\ \text{tokens a turn},
 # \qquad j = 0 \dots r/2 - 1,$$
 #
-# with $\theta = 10{,}000$: a geometric ladder from fast hands, which tell neighbours apart, to slow
+# with $\theta = 10{,}000$: a geometric ladder from fast hands, which tell neighbors apart, to slow
 # ones, which tell the beginning of a text from its end.
 
 
@@ -99,14 +99,14 @@ assert torch.allclose(2 * math.pi / freq_j, turn_j.double())
 fig, ax = figure(width=8, height=2.8)
 position = torch.arange(0, 101)
 for level, (j, style) in enumerate({0: "-", 4: "--", 8: "-.", 16: ":"}.items()):
-    ax.plot(position, (freq_j[j] * position).cos() - 2.5 * level, style, color=COLOURS[level])
+    ax.plot(position, (freq_j[j] * position).cos() - 2.5 * level, style, color=COLORS[level])
     ax.text(
         101, -2.5 * level, f"pair {j}: {2 * math.pi / freq_j[j]:.0f} tokens a turn", va="center"
     )
 ax.set(xlabel="position (tokens)", ylabel="cos of the angle", yticks=[])
 ax.set(xlim=(0, 135), xticks=range(0, 101, 20), ylim=(-9.5, 1.5))
 ax.spines["bottom"].set_bounds(0, 100)
-ax.set_title("Fast hands tell neighbours apart, slow ones keep the long count")
+ax.set_title("Fast hands tell neighbors apart, slow ones keep the long count")
 show(fig)
 
 
@@ -118,7 +118,7 @@ show(fig)
 # \begin{pmatrix} \cos t\omega_j & -\sin t\omega_j \\ \sin t\omega_j & \cos t\omega_j \end{pmatrix}
 # \begin{pmatrix} x_{2j} \\ x_{2j+1} \end{pmatrix} .$$
 #
-# Pairs are **neighbours**, $(x_0, x_1), (x_2, x_3), \dots$: the *interleaved* layout of the released
+# Pairs are **neighbors**, $(x_0, x_1), (x_2, x_3), \dots$: the *interleaved* layout of the released
 # weights. With a pair as one complex number, $z_j = x_{2j} + \mathrm{i}\,x_{2j+1}$, it is one product,
 # $z_j\,e^{\mathrm{i}t\omega_j}$, read and written once; the matrix as printed is the naive form. Both turn
 # in fp32 and come back in the type of $x$: (b, s, h, r) → (b, s, h, r), with tables of cos and sin
@@ -225,7 +225,7 @@ for s, t in [(3, 1), (103, 101)]:
 
 # %% [markdown]
 # ## A trap: two layouts
-# Many code bases pair number $j$ with number $j + r/2$ instead of its neighbour: the *half-split*
+# Many code bases pair number $j$ with number $j + r/2$ instead of its neighbor: the *half-split*
 # layout, `cat(x1·cos − x2·sin, x2·cos + x1·sin)`. Both are the same rotation after the reordering
 #
 # $$P:\ (x_0, x_1, x_2, \dots) \mapsto (x_0, x_2, x_4, \dots,\ x_1, x_3, x_5, \dots),\qquad
@@ -261,7 +261,7 @@ assert (wrong_st - right_st).abs().max() > 1
 # %% [markdown]
 # ## YaRN's ramp
 # To read $s$ times farther one could slow every hand by $s$ (*position interpolation*). No angle
-# would be new, but with $s = 40$ neighbours would differ by a 40th of what the model learnt. YaRN treats
+# would be new, but with $s = 40$ neighbors would differ by a 40th of what the model learnt. YaRN treats
 # each hand by how often it turned within the trained length $L$. Hands with more than $\beta = 32$ turns
 # are left alone: they have seen all angles. Hands with less than $\alpha = 1$ turn are slowed fully.
 # Between them is a ramp over $j$,
@@ -499,15 +499,15 @@ with torch.no_grad():
             found[way, length] = [x.exp().mean().item() for x in pair]
 
 fig, axes = figure(1, 2, width=8.6, height=3.3, sharey=True)
-looks = {"unchanged": ("s--", GREY, 6), "all slowed": ("^:", BLUE, 11), "YaRN": ("o-", ORANGE, 7)}
+looks = {"unchanged": ("s--", GRAY, 6), "all slowed": ("^:", BLUE, 11), "YaRN": ("o-", ORANGE, 7)}
 looks["YaRN, sharper"] = ("D-.", GREEN, 4)
 for head, (ax, name) in enumerate(
     zip(axes, ["three tokens back: lost if all are slowed", "needle: lost if unchanged"])
 ):
-    for way, (style, colour, size) in looks.items():
+    for way, (style, color, size) in looks.items():
         y = [found[way, n][head] for n in lengths]
-        ax.plot(lengths, y, style, color=colour, label=way, markersize=size, markerfacecolor="none")
-    ax.axvline(TRAINED, color=GREY, linewidth=1, linestyle=":")
+        ax.plot(lengths, y, style, color=color, label=way, markersize=size, markerfacecolor="none")
+    ax.axvline(TRAINED, color=GRAY, linewidth=1, linestyle=":")
     ax.set(xscale="log", xlabel="length read (trained: 128)", title=name, ylim=(-0.06, 1.04))
     ax.set_xticks(lengths, [str(n) for n in lengths])
     ax.minorticks_off()
@@ -517,7 +517,7 @@ show(fig)
 for way in WAYS:
     print(f"{way:14} at 1024: near {found[way, 1024][0]:.2f}, needle {found[way, 1024][1]:.2f}")
 assert found["unchanged", 1024][1] < 0.4 < 0.6 < found["YaRN", 1024][1]  # the needle is lost, found
-assert found["all slowed", 1024][0] < 0.1 < 0.8 < found["YaRN", 1024][0]  # neighbours blur, or not
+assert found["all slowed", 1024][0] < 0.1 < 0.8 < found["YaRN", 1024][0]  # neighbors blur, or not
 assert found["YaRN, sharper", 1024][0] > found["YaRN", 1024][0]
 
 # %% [markdown]
@@ -546,11 +546,11 @@ def yarn(s: float = 40.0, beta_fast: float = 32.0, beta_slow: float = 1.0, theta
     left.set_title(
         f"{int((ramp_j == 0).sum())} pairs kept, {int((ramp_j == 1).sum())} slowed fully"
     )
-    right.plot(old_j, "o", color=GREY, markersize=4, label="RoPE")
+    right.plot(old_j, "o", color=GRAY, markersize=4, label="RoPE")
     right.plot(new_j, "D", color=ORANGE, markersize=4, label=f"YaRN, s = {s:g}")
     for tokens, text in [(length, "trained"), (length * s, "s times trained")]:
-        right.axhline(tokens, color=GREY, linestyle=":", linewidth=1)
-        right.text(0, tokens * 1.15, f"{text}: {tokens:,.0f}", color=GREY, fontsize=9)
+        right.axhline(tokens, color=GRAY, linestyle=":", linewidth=1)
+        right.text(0, tokens * 1.15, f"{text}: {tokens:,.0f}", color=GRAY, fontsize=9)
     right.set(yscale="log", xlabel="pair j", ylabel="tokens a turn (log)")
     right.set_title(f"softmax scale × {(0.1 * math.log(s) + 1) ** 2:.2f}")
     right.legend(loc="lower right")

@@ -32,7 +32,7 @@ from dataclasses import replace
 import torch
 
 from dsv3_ref.config import TINY, V3, count
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, PINK, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 
 KEPT = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
 
@@ -41,12 +41,12 @@ def draw_cache():
     """bytes = 2 (bf16) · layers · numbers kept · tokens."""
     fig, ax = figure(1, 1, 8, 3.6)
     length = torch.tensor([2.0**k for k in range(10, 18)])
-    for (name, kept), colour, style in zip(KEPT.items(), (ORANGE, GREEN, BLUE), ("--", "-.", "-")):
-        ax.loglog(length, 2 * V3.n_layers * kept * length / 1e9, style, base=2, color=colour)
+    for (name, kept), color, style in zip(KEPT.items(), (ORANGE, GREEN, BLUE), ("--", "-.", "-")):
+        ax.loglog(length, 2 * V3.n_layers * kept * length / 1e9, style, base=2, color=color)
         ax.annotate(f"{name}: {kept:,}", (length[-1], 2 * V3.n_layers * kept * length[-1] / 1e9),
-                    xytext=(6, -3), textcoords="offset points", color=colour)  # fmt: skip
-    ax.axhline(80, color=GREY, lw=1)
-    ax.annotate("all memory of one H800: 80 GB", (1024, 80), xytext=(6, 4), color=GREY,
+                    xytext=(6, -3), textcoords="offset points", color=color)  # fmt: skip
+    ax.axhline(80, color=GRAY, lw=1)
+    ax.annotate("all memory of one H800: 80 GB", (1024, 80), xytext=(6, 4), color=GRAY,
                 textcoords="offset points")  # fmt: skip
     ax.set(title="Cache of one conversation at V3's depth (numbers a token and layer)",
            xlabel="length (tokens)", ylabel="cache (GB)", xlim=(1024, 2**17 * 3.2))  # fmt: skip
@@ -744,12 +744,12 @@ for name, (content, position) in final.items():
     print(f"{name:24} content {content:4.0%}   position {position:4.0%}")
 
 fig, axes = figure(1, 2, 9, 3.2, sharey=True)
-for (name, (right, _)), colour, style in zip(
-    recalled.items(), (PINK, GREY, ORANGE, BLUE, GREEN), (":", "-.", "--", "-", (0, (8, 2, 1, 2)))
+for (name, (right, _)), color, style in zip(
+    recalled.items(), (PINK, GRAY, ORANGE, BLUE, GREEN), (":", "-.", "--", "-", (0, (8, 2, 1, 2)))
 ):
     for question, ax in enumerate(axes):
         smooth = right[:, question].unfold(0, min(10, STEPS), 1).mean(-1)
-        ax.plot(smooth, color=colour, linestyle=style, label=name)
+        ax.plot(smooth, color=color, linestyle=style, label=name)
 axes[0].set(title="Recall by content", xlabel="step", ylabel="share of right answers")
 axes[1].set(title="Recall by position: two back", xlabel="step")
 axes[1].legend(loc="center right", fontsize=8.5)
@@ -825,17 +825,15 @@ assert max(sizes.values()) < 1.01 * min(sizes.values())
 
 fig, ax = figure(1, 1, 8, 3.4)
 losses = ablation.values(compared)
-for (name, nats), (colour, mark) in zip(
+for (name, nats), (color, mark) in zip(
     losses.items(),
     ((ORANGE, "s"), (GREEN, "^"), (BLUE, "o"), (GREEN, "^"), (BLUE, "o")),
 ):
     kept, nats = compared["variants"][name]["cache_bytes"], nats - losses["MHA"]
     aside = kept * (0.97 if name.startswith("GQA") else 1.03)  # equal caches side by side
-    ax.semilogx([aside] * len(nats), nats, mark, base=2, color=colour, alpha=0.5, mec="none")
-    ax.semilogx(aside, nats.mean(), mark, base=2, color=colour, ms=10, mfc="none", mew=2)
-    ax.annotate(
-        name, (aside, nats.mean()), xytext=(9, -3), textcoords="offset points", color=colour
-    )
+    ax.semilogx([aside] * len(nats), nats, mark, base=2, color=color, alpha=0.5, mec="none")
+    ax.semilogx(aside, nats.mean(), mark, base=2, color=color, ms=10, mfc="none", mew=2)
+    ax.annotate(name, (aside, nats.mean()), xytext=(9, -3), textcoords="offset points", color=color)
 ax.set(title="What a smaller cache costs (dots: seeds; open: their mean)", xlim=(150, 2300),
        xlabel="cache (bytes a token, bf16, three layers)",
        ylabel="loss above MHA, same seed (nats)")  # fmt: skip
@@ -867,7 +865,7 @@ def draw_cache(log2_context=15, sequences=32, heads=128, latent=512, rope=64, la
     gb = {name: n * layers * tokens * bits / 8 / 1e9 for name, n in numbers.items()}
     fig, ax = figure(1, 1, 8, 2.4)
     named = [f"{name}: {x:,.1f} GB" for name, x in gb.items()]
-    ax.barh(named, list(gb.values()), color=[GREY, GREY, GREY, ORANGE])
+    ax.barh(named, list(gb.values()), color=[GRAY, GRAY, GRAY, ORANGE])
     ax.axvline(80, color="black", ls="--", lw=1)
     ax.set(xscale="log", xlim=(min(gb.values()) / 4, max(gb.values()) * 2), xlabel="GB (log)")
     ax.set_title(f"{sequences} sequences of {2**log2_context:,} tokens")
@@ -921,7 +919,7 @@ def draw_flops(log2_context: int = 15, latent: int = 512):
     axes[0].legend()
     axes[0].set(title=f"{t:,} positions, latent of {latent}", ylabel="FLOPs, one layer")
     axes[1].semilogx(s, absorb / expand, base=2, color=BLUE)
-    axes[1].axhline(1, color=GREY, lw=1)
+    axes[1].axhline(1, color=GRAY, lw=1)
     note = "absorbed always cheaper" if even is None else f"break even near {even:.0f} queries"
     axes[1].set(title=note, ylabel="absorbed / expanded", ylim=(0, None))
     for ax in axes:

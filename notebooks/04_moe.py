@@ -21,7 +21,7 @@
 # few for each token. V3's dense layers have a feed-forward width of 18,432. Its MoE layers spend the
 # same: nine experts of width 2048 a token, and 9 × 2048 = 18,432. But the nine come from 257, so a
 # layer *stores* **28.6 times** what it *computes with*. The problem this chapter solves is in the word
-# "picks": a gate left alone has favourites, and while these are overrun, the memory and the GPUs of the
+# "picks": a gate left alone has favorites, and while these are overrun, the memory and the GPUs of the
 # other experts idle.
 
 # %%
@@ -32,7 +32,7 @@ from math import comb
 import torch
 
 from dsv3_ref.config import V2_LITE, V3
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 expert = 3 * V3.dim * V3.moe_inter_dim  # parameters of one: w1, w2, w3
 stored = [3 * V3.dim * V3.inter_dim, (1 + V3.n_routed_experts) * expert]
@@ -93,7 +93,7 @@ from dsv3_ref.ops import MLP, recompute, impl, op, swiglu
 # The bias $b_i$ moves the *choice*, never the *weight*: it steers traffic without telling the model that an
 # expert matters more than it does. Weights are then multiplied by `route_scale` = 2.5, which no equation
 # prints but the released config holds. V2-Lite has the older gate: softmax instead of $\sigma$, no bias, no
-# renormalising, so its weights add up to less than one.
+# renormalizing, so its weights add up to less than one.
 
 
 # %%
@@ -220,15 +220,15 @@ axes[0].legend(loc="center right")
 axes[1].plot(range(1, 9), visited, "o-", color=BLUE, label="groups visited (mean)")
 axes[1].plot(range(1, 9), [8 * x / best[-1] for x in best], "s--", color=GREEN, ms=4,
              label="affinity kept (8 = all)")  # fmt: skip
-axes[1].axvline(4, color=GREY, lw=1)
-axes[1].annotate("V3", (4, 6), xytext=(4, 0), textcoords="offset points", color=GREY)
+axes[1].axvline(4, color=GRAY, lw=1)
+axes[1].annotate("V3", (4, 6), xytext=(4, 0), textcoords="offset points", color=GRAY)
 axes[1].set(title="Limiting the groups", xlabel="groups allowed, M", ylim=(0.5, 8.5))
 axes[1].legend(loc="lower right")
 show(fig)
 
 # %% [markdown]
 # ## The gate's layer
-# Eq. 15 in fp32, whatever precision surrounds it: neighbouring affinities differ by less than bf16 resolves,
+# Eq. 15 in fp32, whatever precision surrounds it: neighboring affinities differ by less than bf16 resolves,
 # and a rounding there sends a token to another expert. The bias is a *buffer*: saved with the weights, seen
 # by no optimizer, reached by no gradient.
 
@@ -681,19 +681,19 @@ for ax, name in zip(axes[0], ("no bias", "γ = 0.001 (V3)")):
     ax.set(title=f"Load of each expert: {name}", xlabel="step", ylabel="expert")
 fig.colorbar(image, ax=axes[0], label="load / mean (3: three or more)")
 biases = simulated["γ = 0.001 (V3)"][1]
-axes[1, 0].plot(biases, color=GREY, lw=0.8, alpha=0.7)
-for extreme, colour, style in (
+axes[1, 0].plot(biases, color=GRAY, lw=0.8, alpha=0.7)
+for extreme, color, style in (
     (biases[-1].argmax(), BLUE, "-"),
     (biases[-1].argmin(), ORANGE, "--"),
 ):
-    axes[1, 0].plot(biases[:, extreme], style, color=colour, label=f"expert {extreme}")
+    axes[1, 0].plot(biases[:, extreme], style, color=color, label=f"expert {extreme}")
 axes[1, 0].set(title="Biases, γ = 0.001", xlabel="step", ylabel="bias", ylim=(-0.2, 0.33))
 axes[1, 0].legend(loc="upper right")
-for (name, values), colour, style in zip(
-    vio.items(), (GREY, ORANGE, BLUE, GREEN), (":", "--", "-", "-.")
+for (name, values), color, style in zip(
+    vio.items(), (GRAY, ORANGE, BLUE, GREEN), (":", "--", "-", "-.")
 ):
     smooth = torch.tensor(values).unfold(0, 10, 1).mean(-1)
-    axes[1, 1].plot(smooth, style, color=colour, label=name)
+    axes[1, 1].plot(smooth, style, color=color, label=name)
 axes[1, 1].set(title="MaxVio (0: even), mean of ten steps", xlabel="step", ylabel="max load / mean − 1",
                ylim=(0, 2.6))  # fmt: skip
 axes[1, 1].legend(fontsize=9, ncols=2, loc="upper right")
@@ -710,7 +710,7 @@ if not SHORT:
 # The report asks what a balancing loss costs (§4.5.3). At 1B parameters its validation losses are 2.258 with a
 # sequence-wise loss, 2.253 with a batch-wise one and 2.253 with the bias. In miniature: six domains, each with a
 # linear map of its own to learn; every *sequence* comes from one domain, so forcing each sequence to use all
-# experts evenly forbids experts to specialise, and balancing the batch does not. Each way is tried at three
+# experts evenly forbids experts to specialize, and balancing the batch does not. Each way is tried at three
 # strengths, weak to strong ($\alpha$ = 0.01, 0.1, 1; $\gamma$ = 0.001, 0.003, 0.01).
 
 # %%
@@ -718,14 +718,14 @@ STEPS = 20 if SHORT else 300
 SMALL_MOE = replace(SIXTEEN, dim=16, n_routed_experts=8, n_activated_experts=2, n_expert_groups=1,
                     n_limited_groups=1, moe_inter_dim=8, route_scale=1.0)  # fmt: skip
 g = torch.Generator().manual_seed(0)
-MAPS, CENTRES = torch.randn(6, 16, 16, generator=g) / 4, torch.randn(6, 16, generator=g)
+MAPS, CENTERS = torch.randn(6, 16, 16, generator=g) / 4, torch.randn(6, 16, generator=g)
 MIX = torch.tensor([8.0, 4, 2, 1, 1, 1])
 
 
 def domain_batch(b: int, g: torch.Generator):
     """Sequences of one domain each: inputs, targets (b, 16, d) and domains (b,)."""
     domain = torch.multinomial(MIX, b, replacement=True, generator=g)
-    x_bsd = CENTRES[domain][:, None] + torch.randn(b, 16, 16, generator=g)
+    x_bsd = CENTERS[domain][:, None] + torch.randn(b, 16, 16, generator=g)
     return x_bsd, x_bsd @ MAPS[domain], domain
 
 
@@ -764,10 +764,10 @@ for name, runs in outcomes.items():
     print(f"{name:20}", "   ".join(f"error {e:.2f} MaxVio {v:.2f}" for e, v, _ in runs))
 
 fig, axes = figure(1, 3, 9.8, 3.8, width_ratios=[1.6, 1, 1])
-for (name, runs), colour, style in zip(
-    outcomes.items(), (ORANGE, GREEN, BLUE, GREY), ("s--", "^-.", "o-", "D")
+for (name, runs), color, style in zip(
+    outcomes.items(), (ORANGE, GREEN, BLUE, GRAY), ("s--", "^-.", "o-", "D")
 ):
-    axes[0].plot([v for _, v, _ in runs], [e for e, _, _ in runs], style, color=colour, label=name)
+    axes[0].plot([v for _, v, _ in runs], [e for e, _, _ in runs], style, color=color, label=name)
 axes[0].set(title="Best is lower left", xlabel="MaxVio", ylabel="test error (mean square)")
 axes[0].legend(fontsize=8.5)
 for ax, (name, run) in zip(axes[1:], (("sequence-wise loss", 2), ("bias", 1))):
@@ -788,7 +788,7 @@ if not SHORT:
     assert max(sequence[1], batch[1], by_bias[1]) < 0.25 and by_bias[0] < batch[0] < sequence[0]
 
 # %% [markdown]
-# All three can balance. The sequence-wise loss pays for it with specialisation (in the middle, at its
+# All three can balance. The sequence-wise loss pays for it with specialization (in the middle, at its
 # strongest: every domain uses every expert) and with an error of 0.65 against 0.37; the batch-wise loss pays
 # half as much or less, and the bias ($\gamma$ = 0.003 on the right) hardly anything. V3 keeps the sequence-wise
 # loss, at $\alpha = 10^{-4}$, only against extremes.
@@ -841,7 +841,7 @@ show(fig)
 # %% [markdown]
 # *Balance* comes out as in the report. Left alone, the busiest expert carries nearly twice its share (MaxVio
 # 0.91); the bias brings that to 0.15, a loss with $\alpha = 0.1$ to 0.10 or 0.11. Within a single row they part:
-# the sequence-wise loss evens out each (0.42), the bias leaves rows their favourites (1.02). And the freedom is
+# the sequence-wise loss evens out each (0.42), the bias leaves rows their favorites (1.02). And the freedom is
 # used: under the bias speeches and code differ in 36 % of their choices, under the sequence-wise loss in 4 to 12 %.
 # (The curves, taken during training on fewer rows, end a little elsewhere.)
 #

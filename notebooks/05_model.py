@@ -61,7 +61,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3_ref.config import SIZES, TINY, V3, count
 from dsv3_ref.ops import use
-from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, attempt, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GRAY, ORANGE, attempt, figure, play, show
 
 _ = torch.manual_seed(0)
 
@@ -316,7 +316,7 @@ assert mtp == count(V3).mtp
 fig, ax = figure(width=8, height=3.8)
 order = sorted((r for r in rows if r != "norms"), key=rows.get)
 y = range(len(order))
-ax.barh([i + 0.2 for i in y], [rows[r] / 1e9 for r in order], 0.38, color=GREY, label="stored")
+ax.barh([i + 0.2 for i in y], [rows[r] / 1e9 for r in order], 0.38, color=GRAY, label="stored")
 ax.barh([i - 0.2 for i in y], [used[r] / 1e9 for r in order], 0.38, color=ORANGE, hatch="///",
         edgecolor="white", label="used by one token")  # fmt: skip
 for i, r in enumerate(order):
@@ -425,7 +425,7 @@ print(f"{len(shapes):,} parameter tensors, {biases} gate biases (58 layers and t
 # %% [markdown]
 # ## Experiment: learn one batch by heart
 # The shortest proof that all parts are joined: a few random tokens, the same every step. Random
-# tokens have nothing to be understood, so the loss can fall only if the model memorises them, and
+# tokens have nothing to be understood, so the loss can fall only if the model memorizes them, and
 # for that the gradient has to reach every part. It starts at the number predicted above.
 #
 # Beside it, a question that a shallow model cannot answer: what becomes of the residual stream in
@@ -475,12 +475,12 @@ def stream_rms(model: Transformer, tokens_bs) -> list[float]:
 
 fig, (left, right) = figure(1, 2, width=9, height=3.2)
 left.plot(curve, color=BLUE)
-left.axhline(predicted, color=GREY, linestyle="--")
+left.axhline(predicted, color=GRAY, linestyle="--")
 left.text(
     STEPS * 0.98,
     predicted - 0.15,
     "predicted at init",
-    color=GREY,
+    color=GRAY,
     ha="right",
     va="top",
     fontsize=9,
@@ -488,12 +488,12 @@ left.text(
 left.set(
     title="One batch, learned by heart", xlabel="step", ylabel="loss (nats a token)", ylim=(0, 9)
 )
-for std, colour, line in ((0.045, COLOURS[2], ":"), (0.028, ORANGE, "--"), (0.014, BLUE, "-")):
+for std, color, line in ((0.045, COLORS[2], ":"), (0.028, ORANGE, "--"), (0.014, BLUE, "-")):
     torch.manual_seed(2)
     deep = replace(TINY, n_layers=61, n_dense_layers=61, n_mtp_layers=0, init_std=std)
     deep = replace(deep, embed_std=std)
     rms = stream_rms(Transformer(deep), batch_bs[:2, :32])
-    right.plot(rms, line, color=colour, label=f"std·√d = {std * deep.dim**0.5:.2f}")
+    right.plot(rms, line, color=color, label=f"std·√d = {std * deep.dim**0.5:.2f}")
     print(f"std·√d = {std * deep.dim**0.5:.2f}: ×{rms[60] / rms[15]:.2f} from block 15 to 60")
     assert 1.5 < rms[60] / rms[15] < 2.6  # √depth from block 15 to 60 would be ×2
 right.set(
@@ -554,14 +554,14 @@ def draw_flops(size: str = "v3", longest: int = 17):
     total = [sum(row.values()) for row in table]
     fig, ax = figure(width=8.6, height=3.6)
     bottom = [0.0] * len(table)
-    for name, colour, hatch in zip(PARTS, COLOURS, HATCH):
+    for name, color, hatch in zip(PARTS, COLORS, HATCH):
         value = [100 * row[name] / t for row, t in zip(table, total)]
         ax.bar(
             range(len(table)),
             value,
             0.75,
             bottom,
-            color=colour,
+            color=color,
             hatch=hatch,
             edgecolor="white",
             label=name,

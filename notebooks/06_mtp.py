@@ -59,7 +59,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 
 from dsv3_ref.config import TINY, V3, count, count_mla, count_moe
-from dsv3_ref.viz import BLUE, COLOURS, GREY, ORANGE, attempt, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GRAY, ORANGE, attempt, figure, play, show
 
 SHORT = bool(os.environ.get("DSV3_SHORT"))
 # What is trained below: a vocabulary of 32, two layers of width 64, and two MTP modules.
@@ -73,7 +73,7 @@ TOY = replace(
 # %% [markdown]
 # ## One module
 # A row has $T$ tokens, $t_1 \ldots t_T$. Let $h_i^{k-1} \in \mathbb{R}^d$ be the hidden state of position
-# $i$ at depth $k-1$, and $h_i^0$ that of the main model. Depth $k$ normalises it, normalises the
+# $i$ at depth $k-1$, and $h_i^0$ that of the main model. Depth $k$ normalizes it, normalizes the
 # embedding of token $t_{i+k}$, sets one beside the other and brings the pair back to width $d$
 # (eq. 21). One whole Transformer block follows, $\mathrm{TRM}_k$ with attention and experts (eq. 22),
 # then the shared head, which gives the probabilities $P$ of the token after (eq. 23):
@@ -389,8 +389,8 @@ for depths, (_, curve, agree) in trained.items():
 # %%
 fig, (left, right) = figure(1, 2, width=9, height=3.4)
 smooth = lambda x: x.unfold(0, 10, 1).mean(-1).numpy()
-for depths, colour, line in ((0, GREY, "-"), (1, BLUE, "--"), (2, ORANGE, ":")):
-    left.plot(smooth(trained[depths][1][:, 0]), line, color=colour, label=f"D = {depths}")
+for depths, color, line in ((0, GRAY, "-"), (1, BLUE, "--"), (2, ORANGE, ":")):
+    left.plot(smooth(trained[depths][1][:, 0]), line, color=color, label=f"D = {depths}")
 left.set(
     title="Main loss: MTP costs it nothing",
     xlabel="step",
@@ -398,12 +398,12 @@ left.set(
     ylim=(0, 3.7),
 )
 left.legend()
-for k, colour, line in ((0, GREY, "-"), (1, BLUE, "--"), (2, ORANGE, ":")):
+for k, color, line in ((0, GRAY, "-"), (1, BLUE, "--"), (2, ORANGE, ":")):
     scale = 32 / (32 - k)  # eq. 24 divides by T; here the mean over targets, to compare depths
     right.plot(
         smooth(trained[2][1][:, k]) * scale,
         line,
-        color=colour,
+        color=color,
         label="main" if k == 0 else f"depth {k}",
     )
 right.set(
@@ -427,15 +427,15 @@ show(fig)
 # %%
 fig, ax = figure(width=7, height=3)
 at = range(10, STEPS + 1, 10)
-for depths, colour, line in ((1, BLUE, "o-"), (2, ORANGE, "s--")):
+for depths, color, line in ((1, BLUE, "o-"), (2, ORANGE, "s--")):
     ax.plot(
         at,
         [100 * a for a in trained[depths][2]],
         line,
-        color=colour,
+        color=color,
         label=f"trained with D = {depths}",
     )
-ax.axhspan(85, 90, color=GREY, alpha=0.25)
+ax.axhspan(85, 90, color=GRAY, alpha=0.25)
 ax.text(10, 92, "V3: 85–90 %", fontsize=9)
 ax.set(
     title="Depth 1 learns to say what the main model will say",
@@ -480,7 +480,7 @@ for k in (0, 1):
     ablation.draw_course(axes[1], found, deep, "Drafts agree with the main model", "%")
 for line, name in zip(axes[1].lines, ("depth 1, D = 1", "depth 1, D = 2", "depth 2, D = 2")):
     line.set_label(name)
-axes[1].lines[-1].set(color=GREY, ls=":")
+axes[1].lines[-1].set(color=GRAY, ls=":")
 axes[1].legend()
 show(fig)
 
@@ -517,19 +517,19 @@ def draw_speedup(depth: int = 1, acceptance: int = 87):
     """Speed-up against acceptance, for 1 to 4 drafts; the chosen depth is drawn thick."""
     fig, ax = figure(width=7.5, height=3.4)
     a = [i / 100 for i in range(101)]
-    for d, colour, line in zip(range(1, 5), COLOURS, ("-", "--", ":", "-.")):
-        ax.plot([100 * x for x in a], [speedup(x, d) for x in a], line, color=colour,
+    for d, color, line in zip(range(1, 5), COLORS, ("-", "--", ":", "-.")):
+        ax.plot([100 * x for x in a], [speedup(x, d) for x in a], line, color=color,
                 linewidth=3 if d == depth else 1.2, label=f"{d} drafted")  # fmt: skip
     there = speedup(acceptance / 100, depth)
     ax.plot(acceptance, there, "ko")
     ax.annotate(
         f"{there:.2f}×", (acceptance, there), (-8, 8), textcoords="offset points", ha="right"
     )
-    ax.axvspan(85, 90, color=GREY, alpha=0.25)
+    ax.axvspan(85, 90, color=GRAY, alpha=0.25)
     ax.set(
         xlabel="acceptance of a draft (%)", ylabel="tokens a second (plain = 1)", ylim=(0.8, 4.5)
     )
-    ax.set_title("Grey: V3's 85–90 %, where one draft gives 1.8×, as reported")
+    ax.set_title("Gray: V3's 85–90 %, where one draft gives 1.8×, as reported")
     ax.legend(loc="upper left")
     show(fig)
 

@@ -44,7 +44,7 @@ from dsv3_ref.optim import (
     get_lr,
     get_mtp_weight,
 )
-from dsv3_ref.viz import BLUE, GREY, ORANGE, attempt, figure, play, show
+from dsv3_ref.viz import BLUE, GRAY, ORANGE, attempt, figure, play, show
 
 
 def course(r: TrainingRecipe, points: int = 600) -> dict[str, list[float]]:
@@ -95,7 +95,7 @@ show(fig)
 #
 # The report adds that the whole run had no irrecoverable loss spike and no rollback (§1).
 #
-# ![Documents are rearranged, tokenised, laid end to end and cut into rows](../figures/07_data.svg)
+# ![Documents are rearranged, tokenized, laid end to end and cut into rows](../figures/07_data.svg)
 
 # %%
 #| export
@@ -113,7 +113,7 @@ from dsv3_ref.ops import linear_cross_entropy
 # %% [markdown]
 # ## Tokens
 # *Byte-level BPE* starts from the 256 bytes, so that nothing is unknown to it, and again and again
-# joins the pair of neighbours that is most frequent in the training text. Pairs may not cross the
+# joins the pair of neighbors that is most frequent in the training text. Pairs may not cross the
 # pieces that a **pre-tokenizer** cuts first: numbers in groups of up to three digits, words with
 # the space before them, and punctuation *with the line breaks after it*. The rules are V3's
 # (`dsv3_ref/data/tokenizer.py`); the tokens we learn here, in a second, from 13 speeches to the
@@ -179,7 +179,7 @@ assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(table))
 #
 # It is done at *document level, before packing*, to one document in ten (§4.1); the loss is the
 # usual one, on every token. The released tokenizer spells the marks `<｜fim▁begin｜>` and so on. We
-# cut between any two characters and tokenise the parts separately, because a cursor does not care
+# cut between any two characters and tokenize the parts separately, because a cursor does not care
 # about tokens either; the report does not say where it cuts.
 
 
@@ -1088,8 +1088,8 @@ late = slice(-STEPS // 5, None)
 mean = {k: sum(row["loss"] for row in rows[late]) / (STEPS // 5) for k, rows in plain.items()}
 apart = {k: [a["loss"] / b["loss"] - 1 for a, b in zip(plain["bf16"], plain[k])] for k in plain}
 fig, ax = figure(width=8, height=2.6)
-for k, name, colour in (("seed", "another seed", GREY), ("fp32", "fp32 moments", BLUE)):
-    ax.plot([100 * x for x in apart[k]], color=colour, label=name, lw=1.2)
+for k, name, color in (("seed", "another seed", GRAY), ("fp32", "fp32 moments", BLUE)):
+    ax.plot([100 * x for x in apart[k]], color=color, label=name, lw=1.2)
 ax.set(xlabel="step", ylabel="loss difference (%)",
        title=f"bf16 moments against fp32: {mean['bf16'] / mean['fp32'] - 1:+.2%} over the last "
              f"fifth (another seed: {mean['bf16'] / mean['seed'] - 1:+.1%})")  # fmt: skip
@@ -1109,8 +1109,8 @@ assert STEPS < 100 or lead[0] < 0 and lead[-2] > 0.01 > abs(lead[-1])
 # that the report has not, `embed_std`. Here is the same run with the embedding drawn at 0.02 and at
 # 0.5.
 #
-# Why could it matter, when every block normalises its input? Because the residual stream itself is
-# not normalised until the end: what blocks add (at first, noise) competes with what the embedding
+# Why could it matter, when every block normalizes its input? Because the residual stream itself is
+# not normalized until the end: what blocks add (at first, noise) competes with what the embedding
 # says. The cosine of the last hidden state with the token's own embedding tells how much of the
 # token arrives at the head before any training.
 
@@ -1132,13 +1132,13 @@ print(f"for comparison, gzip: {gzip:.2f}")
 assert cosine[0.02] < cosine[0.5] and (STEPS < 100 or bits[0.5] < bits[0.02] - 0.02)
 
 fig, ax = figure(width=8, height=3)
-for std, colour, line in ((0.02, ORANGE, "--"), (0.5, BLUE, "-")):
+for std, color, line in ((0.02, ORANGE, "--"), (0.5, BLUE, "-")):
     at = [(row["step"], row["loss"]) for row in curves[std]]
     smooth = torch.tensor([y for _, y in at]).unfold(0, 10, 1).mean(-1)
-    ax.plot([x for x, _ in at][9:], smooth, line, color=colour,
+    ax.plot([x for x, _ in at][9:], smooth, line, color=color,
             label=f"embedding std {std}: {bits[std]:.2f} bits a byte on unseen speeches")  # fmt: skip
-ax.axhline(math.log(512), color=GREY, lw=1)
-ax.text(STEPS, math.log(512), "blind guessing", color=GREY, ha="right", va="bottom", fontsize=9)
+ax.axhline(math.log(512), color=GRAY, lw=1)
+ax.text(STEPS, math.log(512), "blind guessing", color=GRAY, ha="right", va="bottom", fontsize=9)
 ax.set(
     xlabel="step",
     ylabel="training loss (nats a token)",
@@ -1188,14 +1188,14 @@ def explore(steps: int = 2000, warmup: int = 100, ramp: int = 20, decay: int = 6
     share = [t / (c["tokens"][-1] or 1) for t in c["tokens"]]
     fig, axes = figure(1, 2, width=9.5, height=3.2)
     panels = {"learning rate": (BLUE, 0.4), "batch (sequences)": (ORANGE, 0.02)}  # height of words
-    for ax, (key, (colour, low)) in zip(axes, panels.items()):
-        ax.plot(c["step"], c[key], color=colour)
+    for ax, (key, (color, low)) in zip(axes, panels.items()):
+        ax.plot(c["step"], c[key], color=color)
         ax.set(xlabel="step", title=key, ylim=(0, max(c[key]) * 1.18))
         for percent, text in ((ramp, "ramp ends"), (decay, "decay starts"), (end, "decay ends")):
             at = next((s for s, x in zip(c["step"], share) if x >= percent / 100), steps)
-            ax.axvline(at, color=GREY, lw=0.8, ls=":")
+            ax.axvline(at, color=GRAY, lw=0.8, ls=":")
             ax.text(at, low * ax.get_ylim()[1], text, rotation=90, ha="right", va="bottom",
-                    fontsize=8, color=GREY)  # fmt: skip
+                    fontsize=8, color=GRAY)  # fmt: skip
     trained = sum(get_batch_size_schedule(r, steps)) * r.seq_len
     fig.suptitle(f"{steps:,} steps see {trained / 1e9:,.0f}B tokens at V3's batch")
     show(fig)

@@ -57,7 +57,7 @@ from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.mla import attention
 from dsv3_ref.mtp import mtp_hidden_states
 from dsv3_ref.pretrain import losses
-from dsv3_ref.viz import BLUE, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GRAY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import RESULTS
 
 torch.manual_seed(0)
@@ -911,8 +911,8 @@ def rounds(depth: int, temperature: float, new: int = 100) -> tuple[list[float],
 heats = [0.0, 0.5, 1.0]
 table = {t: {d: rounds(d, t) for d in (0, 1, 2)} for t in heats}
 fig, (left, right) = figure(1, 2, width=9, height=3.0)
-for depth, colour, style in ((1, BLUE, "-"), (2, ORANGE, "--")):
-    left.plot(heats, [table[t][2][0][depth - 1] for t in heats], style, marker="o", color=colour,
+for depth, color, style in ((1, BLUE, "-"), (2, ORANGE, "--")):
+    left.plot(heats, [table[t][2][0][depth - 1] for t in heats], style, marker="o", color=color,
               label=f"at least {depth} of 2 drafts")  # fmt: skip
     gain = [table[t][depth][1] / table[t][0][1] for t in heats]
     right.plot(
@@ -920,11 +920,11 @@ for depth, colour, style in ((1, BLUE, "-"), (2, ORANGE, "--")):
         gain,
         style,
         marker="o",
-        color=colour,
+        color=color,
         label=("one draft", "two drafts")[depth - 1] + " a round",
     )
 left.set(ylim=(0, 1), xlabel="temperature", ylabel="share of rounds", title="Accepted")
-right.axhline(1, color=GREY, lw=1)
+right.axhline(1, color=GRAY, lw=1)
 right.set(
     xlabel="temperature", ylabel="speed against plain decoding", title="Three layers gain little"
 )
@@ -998,7 +998,7 @@ for ax, way in zip(ways, ("eager", "compiled")):
     dense = found["speculation"]["16 layers, dense"][way]
     ax.plot(16, dense["speedup"], "s", color=BLUE, mfc="none", label="16 dense layers")
     ax.plot(16, dense["predicted"], "s", color=ORANGE, mfc="none")
-    ax.axhline(1, color=GREY, lw=1)
+    ax.axhline(1, color=GRAY, lw=1)
     ax.set(title=f"One draft a round, {way}", xlabel="layers of the main model")
     ax.set_xticks(depths, depths)
 ways[0].set_ylabel("speed against plain")

@@ -41,7 +41,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsv3_ref.config import TINY, V3, count
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
 code = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -78,7 +78,7 @@ assert finite[finite > 0].min() == 2**-9
 # $$s_{nz} = \frac{\max_{k\in z}|x_{nk}|}{448},\qquad q_{nk} = \text{E4M3}\!\left(\frac{x_{nk}}{s_{n,\lfloor k/128\rfloor}}\right),
 # \qquad (n,k)\to (n,k),\ (n,\lceil k/128\rceil).$$
 #
-# An outlier can now spoil 127 neighbours of one token, and no longer a whole tensor. A last tile may be
+# An outlier can now spoil 127 neighbors of one token, and no longer a whole tensor. A last tile may be
 # short. With `use_ue8m0` the scale is rounded **up** to a power of two, by its bits: dividing by it is then
 # exact. *A trap:* code bases disagree on the smallest $\max$ they believe. With $10^{-4}$ (a common
 # choice) a tile of gradients below $3\cdot10^{-9}$ loses bits, and below $2\cdot10^{-10}$ it is all
@@ -260,8 +260,8 @@ for k in lengths:
         gap = (tensor_core(a_mk, b_nk, promote) - exact).abs() / exact
         gaps[name].append(gap.max().item())
 fig, ax = figure(width=7, height=3)
-for (name, gap), look, colour in zip(gaps.items(), ("o-", "s--", "D:"), (ORANGE, GREY, BLUE)):
-    ax.plot(lengths, [100 * g for g in gap], look, color=colour, label=f"promoted {name}")
+for (name, gap), look, color in zip(gaps.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)):
+    ax.plot(lengths, [100 * g for g in gap], look, color=color, label=f"promoted {name}")
 ax.set(xscale="log", yscale="log", xlabel="length K of the sum", ylabel="largest error, %")
 ax.set_xticks(lengths, lengths)
 ax.set_xticks([], minor=True)
@@ -697,8 +697,8 @@ def outliers(highest: int = 6) -> None:
     sizes = [10.0 ** (e / 2) for e in range(2 * highest + 1)]
     fig, ax = figure(width=7, height=3)
     ways = {"one scale for all": 64 * 1024, "one a row of 1024": 1024, "tiles of 1 × 128": 128}
-    for (name, tile), look, colour in zip(ways.items(), ("o-", "s--", "D:"), (ORANGE, GREY, BLUE)):
-        ax.plot(sizes, [outlier_error(x, tile) for x in sizes], look, color=colour, label=name)
+    for (name, tile), look, color in zip(ways.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)):
+        ax.plot(sizes, [outlier_error(x, tile) for x in sizes], look, color=color, label=name)
     ax.set(xscale="log", yscale="log", xlabel="size of the one outlier (the rest: about 1)")
     ax.set(ylabel="rms error of the rest")
     ax.set_title("A tile confines its outlier; one scale makes everybody pay")
@@ -751,12 +751,12 @@ def lost(g_nd, rows: int):
 
 sizes = g_nd.norm(dim=1)
 fig, (left, right) = figure(1, 2, width=9, height=3)
-left.hist(sizes.log10().numpy(), bins=40, color=GREY)
+left.hist(sizes.log10().numpy(), bins=40, color=GRAY)
 left.set(xlabel="log₁₀ of a token's gradient", ylabel="tokens")
 left.set_title(f"Largest over median: {sizes.max() / sizes.median():,.0f}")
-for rows, look, colour in ((1, "-", BLUE), (128, "--", ORANGE)):
+for rows, look, color in ((1, "-", BLUE), (128, "--", ORANGE)):
     label = f"{'tiles' if rows == 1 else 'blocks'} of {rows} × 128"
-    right.plot(100 * lost(g_nd, rows).sort().values.numpy(), look, color=colour, label=label)
+    right.plot(100 * lost(g_nd, rows).sort().values.numpy(), look, color=color, label=label)
 right.set(xlabel="tokens, sorted by what they lose", ylabel="gradient lost, %", yscale="log")
 right.set_yticks([2, 3, 5, 10, 20, 30], [2, 3, 5, 10, 20, 30])
 right.minorticks_off()
@@ -798,7 +798,7 @@ seeds = sorted({seed for _, seed in curves})
 mean = {v: torch.stack([curves[v, s] for s in seeds]).mean(0) for v, _ in curves}
 steps = range(WINDOW, WINDOW + len(mean["fp8"]))
 fig, (left, right) = figure(1, 2, width=9, height=3.2)
-left.plot(steps, mean["fp32"], lw=4, alpha=0.5, color=GREY, label="fp32")
+left.plot(steps, mean["fp32"], lw=4, alpha=0.5, color=GRAY, label="fp32")
 left.plot(steps, mean["fp8"], color=ORANGE, label="fp8")
 for v, color in (("fp32 halves", BLUE), ("fp8", ORANGE)):
     for seed in seeds:
@@ -812,7 +812,7 @@ for v, color in (("fp32 halves", BLUE), ("fp8", ORANGE)):
     print(f"{v:11}, both:   {gap.min():+.2f} … {gap.max():+.2f} %, mean {gap.mean():+.2f} %")
     assert gap.abs().max() < 0.25
 for edge in (-0.25, 0.25):
-    right.axhline(edge, color=GREY, ls=":")
+    right.axhline(edge, color=GRAY, ls=":")
 left.set(xlabel="step", ylabel="training loss, nats")
 left.set_title("The curves lie on each other")
 left.legend()
@@ -856,7 +856,7 @@ for name, mb in kept.items():
     print(f"{name:18}{mb:6.2f} MB")
 assert kept["FP8, recomputed"] < 0.5 * kept["fp32"]
 fig, ax = figure(width=7, height=1.9)
-ax.barh(list(kept), list(kept.values()), color=[GREY, BLUE, GREEN, ORANGE])
+ax.barh(list(kept), list(kept.values()), color=[GRAY, BLUE, GREEN, ORANGE])
 ax.invert_yaxis()
 ax.set(xlabel="MB kept for the backward pass of 256 tokens")
 ax.set_title("Eight bits and recomputation add up")
@@ -872,7 +872,7 @@ def draw_code(value: float = 0.3):
     bits = f"{near.view(torch.uint8).item():08b}"
     fig, ax = figure(width=7, height=1.8)
     lo, hi = value * 0.6, value * 1.4 + 0.01
-    ax.vlines(finite[(finite > lo) & (finite < hi)].tolist(), 0, 0.6, color=GREY)
+    ax.vlines(finite[(finite > lo) & (finite < hi)].tolist(), 0, 0.6, color=GRAY)
     ax.vlines([value], 0, 1, color=ORANGE, ls="--", label=f"asked for {value:.3f}")
     ax.vlines([near.float().item()], 0, 0.8, color=BLUE, lw=3, label=f"stored {near.float():.4f}")
     ax.set(yticks=[], xlabel="value")
@@ -1044,7 +1044,7 @@ print(
 assert 1.5 < other / one < 2
 
 # %% [markdown]
-# **Arithmetic binds**, and FP8 halves it for nearly nine tenths of the work; the quantisers between the
+# **Arithmetic binds**, and FP8 halves it for nearly nine tenths of the work; the quantizers between the
 # products are bound by **memory** and would eat the gain if each were a pass of its own. `kernels/quant.py`
 # joins them to norm and SwiGLU, `kernels/gemm.py` holds the products (dense, by expert, and Wgrad by
 # expert); how such a kernel is written is told in [chapter 10](10_triton.ipynb). The exchange between

@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref import fp8, ops
 from dsv3_ref.config import V3
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, PINK, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 BANDWIDTH = 3.35e12  # bytes a second of an H100's or H800's memory
@@ -114,7 +114,7 @@ assert 7 <= sum(read + written for _, read, written in found) < 7.05
 # ## What the report says
 # The team wrote its kernels by hand and shaped the algorithm around them. What concerns this chapter:
 #
-# - **Fuse what waits for memory.** On today's hardware, quantising means to fetch 128 bf16 numbers,
+# - **Fuse what waits for memory.** On today's hardware, quantizing means to fetch 128 bf16 numbers,
 #   write their codes back, and fetch them a second time for the product. The report asks chip makers to
 #   join cast and transfer (§3.5.2). A kernel can already join the cast to the step *before* it.
 # - **Recompute what is cheap.** Norm outputs are made again in the backward pass (§3.2.3): easy to
@@ -180,11 +180,11 @@ for n in (1, 255, 256, 257, 1000):  # ragged sizes first
 
 n, BLOCK = 1000, 256
 fig, ax = figure(width=8, height=1.7)
-for pid, colour in zip(range(triton.cdiv(n, BLOCK)), (BLUE, ORANGE, GREEN, PINK)):
+for pid, color in zip(range(triton.cdiv(n, BLOCK)), (BLUE, ORANGE, GREEN, PINK)):
     start, end = pid * BLOCK, (pid + 1) * BLOCK
-    ax.barh(0, min(end, n) - start, left=start, color=colour, alpha=0.6, edgecolor="white")
+    ax.barh(0, min(end, n) - start, left=start, color=color, alpha=0.6, edgecolor="white")
     ax.text((start + min(end, n)) / 2, 0, f"program {pid}", ha="center", va="center", weight="bold")
-ax.barh(0, end - n, left=n, color="white", edgecolor=GREY, hatch="////")
+ax.barh(0, end - n, left=n, color="white", edgecolor=GRAY, hatch="////")
 ax.text(end + 10, 0, f"{end - n} masked lanes", va="center")
 ax.set(yticks=[], xticks=[0, 256, 512, 768, 1000], xlabel="index i", xlim=(0, 1230))
 ax.spines["left"].set_visible(False)
@@ -378,10 +378,10 @@ for group in (1, 2, 4, 8):
 M, N, K = 88, 150, 96  # ragged in M and N
 
 
-def paint(ax, rows: slice, cols: slice, colour: str, alpha: float = 1.0) -> None:
+def paint(ax, rows: slice, cols: slice, color: str, alpha: float = 1.0) -> None:
     """A rectangle over these rows and columns of a matrix."""
     size = cols.stop - cols.start, rows.stop - rows.start
-    look = {"facecolor": colour, "alpha": alpha, "edgecolor": "white"}
+    look = {"facecolor": color, "alpha": alpha, "edgecolor": "white"}
     ax.add_patch(Rectangle((cols.start, rows.start), *size, **look))
 
 
@@ -395,10 +395,10 @@ def draw_owners(ax, pid: int, count: int, blocks: tuple) -> None:
     """C with the number of the program that makes each tile; program pid in green."""
     for p in range(count):
         rows, cols = touched(p, M, N, *blocks)
-        look = (GREEN, 1) if p == pid else (GREY, 0.6 if p < pid else 0.2)
+        look = (GREEN, 1) if p == pid else (GRAY, 0.6 if p < pid else 0.2)
         paint(ax, rows, cols, *look)
-        centre = (cols.start + cols.stop) / 2, (rows.start + rows.stop) / 2
-        ax.text(*centre, p, ha="center", va="center", weight="bold" if p == pid else "normal")
+        center = (cols.start + cols.stop) / 2, (rows.start + rows.stop) / 2
+        ax.text(*center, p, ha="center", va="center", weight="bold" if p == pid else "normal")
 
 
 def draw_tiles(pid=8, step=1, block_m=16, block_n=32, block_k=32, order="grouped by 4"):
@@ -416,8 +416,8 @@ def draw_tiles(pid=8, step=1, block_m=16, block_n=32, block_k=32, order="grouped
     frame(a, "A (m, k)", M, K), frame(b, "B (k, n)", K, N), frame(c, "C (m, n)", M, N)
     note.axis("off")
     text = (f"program {pid} of 0 … {count - 1}, {order}\nstep {step} of 0 … {steps - 1} along K\n\n"
-            "pale: all that it reads\nfull colour: read in this step\ngreen: the tile it makes\n"
-            "dark grey: started before it\nlight grey: starts later")  # fmt: skip
+            "pale: all that it reads\nfull color: read in this step\ngreen: the tile it makes\n"
+            "dark gray: started before it\nlight gray: starts later")  # fmt: skip
     note.text(0, 0.5, text, va="center", transform=note.transAxes)
     show(fig)
 
@@ -462,8 +462,8 @@ def draw_waves(ax, group: int, name: str) -> None:
     picture = torch.zeros(tiles_m, tiles_n)
     for pid in range(3 * SMS):
         picture[place(pid, tiles_m, tiles_n, group)] = 1 + pid // SMS
-    colours = ListedColormap(["#EEEEEE", GREEN, BLUE, ORANGE])
-    ax.imshow(picture, cmap=colours, vmin=0, vmax=3, alpha=0.6, aspect="auto")
+    colors = ListedColormap(["#EEEEEE", GREEN, BLUE, ORANGE])
+    ax.imshow(picture, cmap=colors, vmin=0, vmax=3, alpha=0.6, aspect="auto")
     for wave in range(3):
         row, col = (picture == 1 + wave).nonzero().float().mean(0)
         ax.text(col, row, f"wave {wave}", ha="center", va="center", weight="bold")
@@ -475,7 +475,7 @@ fig, (plain, grouped, ax) = figure(1, 3, width=10, height=3.2)
 draw_waves(plain, 1, "Plain")
 draw_waves(grouped, 8, "Grouped by 8")
 ax.plot(groups, list(mean.values()), "o-", color=BLUE, label="counted, mean of waves")
-ax.plot(groups, [g + SMS / g for g in groups], "--", color=GREY, label="g + 132 / g")
+ax.plot(groups, [g + SMS / g for g in groups], "--", color=GRAY, label="g + 132 / g")
 ax.set(xscale="log", xlabel="rows of tiles in a group, g", ylabel="strips a wave", ylim=(0, 140))
 ax.set_xticks(groups, groups)
 ax.minorticks_off()
@@ -585,7 +585,7 @@ print("norm and MLP, forward and all gradients: equal")
 # %% [markdown]
 # The modules know nothing of it, and neither does the optimizer. Dense products stay with torch
 # (`linear`): a vendor's bf16 product is hard to beat, while FP8 with 128-wide scales is ours to write.
-# One parametrised test for each file of `kernels/` compares every kernel with its reference, forward and
+# One parametrized test for each file of `kernels/` compares every kernel with its reference, forward and
 # backward, at ragged sizes.
 #
 # ## Exercises
@@ -685,7 +685,7 @@ check_owner(my_owner)
 # to the next row's first program.
 # </details>
 #
-# **3 · Break.** `careless_kernel` forgot the mask. For which $n$ does it write over its neighbour's
+# **3 · Break.** `careless_kernel` forgot the mask. For which $n$ does it write over its neighbor's
 # memory? (The check lets it do so, in a buffer with room behind.)
 
 
@@ -751,7 +751,7 @@ check_split(my_split)
 #
 # ## Scale-up
 # What binds V3's kernels on one H100 or H800? The limits: 3.35 TB/s of memory, 1979 TFLOP/s in FP8, 989 in
-# bf16, and 67 for ordinary fp32 arithmetic, which is what norms and quantisers use. Peak over bandwidth is
+# bf16, and 67 for ordinary fp32 arithmetic, which is what norms and quantizers use. Peak over bandwidth is
 # the *knee*: with fewer operations a byte than that, a kernel waits for memory.
 
 # %%
@@ -766,8 +766,8 @@ def fp8_product(m: int, k: int, n: int) -> tuple[int, int, float]:
 
 
 cases = {  # operations, bytes, operations a second
-    "RMSNorm + quantise, 4096 rows": (8 * T * d, T * d * (2 + code), 67e12),
-    "SwiGLU + quantise, 8 · 4096 rows": (9 * 8 * T * f, 8 * T * f * (4 + code), 67e12),
+    "RMSNorm + quantize, 4096 rows": (8 * T * d, T * d * (2 + code), 67e12),
+    "SwiGLU + quantize, 8 · 4096 rows": (9 * 8 * T * f, 8 * T * f * (4 + code), 67e12),
     "W^O in FP8, 4096 rows": fp8_product(T, heads * V3.v_head_dim, d),
     "an expert's W1, 1024 rows": fp8_product(1024, d, f),
     "an expert's W1, 32 rows (decode)": fp8_product(32, d, f),
@@ -785,7 +785,7 @@ for name, (work, moved, peak) in cases.items():
 assert list(binds.values()) == ["memory"] * 2 + ["arithmetic"] * 2 + ["memory"] * 2
 
 # %% [markdown]
-# **Memory** binds norm and quantiser, so they are fused with their neighbours
+# **Memory** binds norm and quantizer, so they are fused with their neighbors
 # ([`kernels/norm.py`](../kernels/norm.py), [`kernels/quant.py`](../kernels/quant.py)). **Arithmetic** binds
 # products of many rows, and the kernel's business is to keep tensor cores fed
 # ([`kernels/gemm.py`](../kernels/gemm.py), the numbers of [chapter 09](09_fp8.ipynb)). With 32 rows an

@@ -30,14 +30,14 @@ from dataclasses import replace
 import torch
 
 from dsv3_ref.config import V3
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 layer = 2 * V3.n_routed_experts * 3 * V3.dim * V3.moe_inter_dim / 1e9  # GB in bf16
 held = {"58 layers": 58 * layer, "a stage of 4 layers": 4 * layer,
         "a stage, on one of 64 GPUs": 4 * layer / 64}  # fmt: skip
 assert held["a stage of 4 layers"] > 80 > held["a stage, on one of 64 GPUs"]
 fig, ax = figure(1, 1, 8, 1.9)
-bars = ax.barh(list(held), list(held.values()), color=[GREY, BLUE, GREEN])
+bars = ax.barh(list(held), list(held.values()), color=[GRAY, BLUE, GREEN])
 ax.bar_label(bars, [f"{x:,.1f} GB" for x in held.values()], padding=4)
 ax.axvline(80, color=ORANGE, ls="--", label="memory of a GPU")
 ax.set(xscale="log", xlim=(0.8, 9000), xlabel="GB of routed experts, bf16 (logarithmic axis)",
@@ -508,7 +508,7 @@ ax.bar(
 )
 ax.set_xticks(at, [way for _, way in cases])
 for x, text in ((1, "no limit"), (4.6, "at most 4 nodes (V3)")):
-    ax.text(x, -0.2, text, ha="center", transform=ax.get_xaxis_transform(), color=GREY)
+    ax.text(x, -0.2, text, ha="center", transform=ax.get_xaxis_transform(), color=GRAY)
 ax.set(ylabel="ns a token, dispatch", ylim=(0, 1350))
 ax.set_title("Two hops and four nodes halve the time on the slow link")
 ax.legend(loc="upper right", ncols=2)
@@ -533,9 +533,9 @@ for ax, xs, ts, name in ((axes[0], limits, by_limit, "nodes allowed, M (8 expert
                          (axes[1], widths, by_width, "experts chosen (M = 4)")):  # fmt: skip
     ax.plot(xs, [t[0] for t in ts], "o-", color=ORANGE, label="InfiniBand")
     ax.plot(xs, [t[1] for t in ts], "s--", color=BLUE, label="NVLink")
-    ax.axvline({1: 4, 4: 8}[xs[0]], color=GREY, lw=1)
+    ax.axvline({1: 4, 4: 8}[xs[0]], color=GRAY, lw=1)
     ax.annotate(
-        "V3", ({1: 4, 4: 8}[xs[0]], 5), xytext=(4, 0), textcoords="offset points", color=GREY
+        "V3", ({1: 4, 4: 8}[xs[0]], 5), xytext=(4, 0), textcoords="offset points", color=GRAY
     )
     ax.set(xlabel=name, ylabel="ns a token, dispatch", ylim=(0, None))
     ax.legend(loc="lower right")
@@ -566,7 +566,7 @@ assert all(nvlink < ib for k, (ib, nvlink) in zip(widths, by_width) if k <= free
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-KINDS = {"no token": "white", "at home": GREY, "over IB": ORANGE, "over IB, only handed on": "#F6DDA6",
+KINDS = {"no token": "white", "at home": GRAY, "over IB": ORANGE, "over IB, only handed on": "#F6DDA6",
          "over NVLink": BLUE}  # fmt: skip
 
 
@@ -583,7 +583,7 @@ def draw_journeys(limit: int = 4, per_node: int = 8):
     ax.imshow(kind, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=4, aspect="auto",
               interpolation="nearest")  # fmt: skip
     for node in range(1, 64 // per_node):
-        ax.axvline(node * per_node - 0.5, color=GREY, lw=0.8)
+        ax.axvline(node * per_node - 0.5, color=GRAY, lw=0.8)
     ib, nvlink = copies((first, second), per_node, 24)
     ax.set(
         title=f"At most {limit} of 8 groups: {ib:.1f} copies a token over IB, {nvlink:.1f} over NVLink",
@@ -591,7 +591,7 @@ def draw_journeys(limit: int = 4, per_node: int = 8):
         ylabel="token",
     )
     patches = [
-        Patch(facecolor=c, edgecolor=GREY, label=name) for name, c in list(KINDS.items())[1:]
+        Patch(facecolor=c, edgecolor=GRAY, label=name) for name, c in list(KINDS.items())[1:]
     ]
     ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)
     show(fig)
@@ -765,13 +765,13 @@ linear += 3 * c.dim * c.moe_inter_dim * (c.n_activated_experts + c.n_shared_expe
 attention = c.n_heads * T / 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
 compute = 1e3 * 2 * T * (linear / 1979e12 + attention / 989e12)  # ms at the peaks
 print(f"computing the layer forward: {compute:.1f} ms at the peak, {2 * compute:.1f} ms at half of it; "
-      f"travelling: {sum(travel.values()):.1f} ms")  # fmt: skip
+      f"traveling: {sum(travel.values()):.1f} ms")  # fmt: skip
 rows = TOKENS * V3.n_activated_experts / V3.n_routed_experts
 print(f"rows an expert: {rows:,.0f} from 64 GPUs; alone a GPU would have {rows / 64:,.0f}")
 assert 0.5 < sum(travel.values()) / (2 * compute) < 2
 
 # %% [markdown]
-# **InfiniBand binds**, and it is no small matter: if computing reaches half of the peak, travelling takes as
+# **InfiniBand binds**, and it is no small matter: if computing reaches half of the peak, traveling takes as
 # long, the ratio of about 1 : 1 that the report names as its reason for DualPipe (§3.2.1). Nothing in this
 # chapter can lower it much further; it has to be *hidden*. [Chapter 12](12_dualpipe.ipynb) runs two
 # micro-batches at once, one computing while the other travels.
@@ -783,7 +783,7 @@ assert 0.5 < sum(travel.values()) / (2 * compute) < 2
 #   `Exchange`'s place (written after its documentation, and not yet run with the library itself).
 # - **Arithmetic.** Each expert sees rows from 64 GPUs, enough to be bound by arithmetic
 #   ([chapter 04](04_moe.ipynb)).
-# - **Place.** An expert group is 64 neighbouring ranks, so it spans as few nodes as can be; the pipeline's
+# - **Place.** An expert group is 64 neighboring ranks, so it spans as few nodes as can be; the pipeline's
 #   messages, far smaller, cross the rest (`dsv3_ref/parallel/mesh.py`).
 # - **Serving** goes further: 32-way for reading prompts (*prefill*), 320-way for decoding, with one expert a
 #   GPU and hot ones twice (§3.4). Decoding has few rows, and latency binds instead of bandwidth.

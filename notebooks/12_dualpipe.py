@@ -24,11 +24,11 @@
 # answers both with one idea: run the belt from both ends at once.
 
 # %%
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 fig, ax = figure(1, 1, 8, 1.9)
-ALONE = [(0, "compute", BLUE), (1, "travel", GREY), (2, "compute", BLUE), (3, "travel", GREY)]
-BOTH = [(0, "compute", BLUE), (1, "travel", GREY)], [(0, "travel", GREY), (1, "compute", BLUE)]
+ALONE = [(0, "compute", BLUE), (1, "travel", GRAY), (2, "compute", BLUE), (3, "travel", GRAY)]
+BOTH = [(0, "compute", BLUE), (1, "travel", GRAY)], [(0, "travel", GRAY), (1, "compute", BLUE)]
 for y, row in ((0, ALONE), (0.9, BOTH[0]), (1.4, BOTH[1])):
     for left, name, color in row:
         ax.barh(y, 1, left=left, height=0.45, color=color, edgecolor="white")
@@ -553,7 +553,7 @@ assert any(abs(measured("dualpipe", 8, 20, t)[0] - BUBBLE_FORMULAS["dualpipe"](8
 # %%
 share = [i / 8 for i in range(17)]
 fig, ax = figure(1, 1, 8, 3.2)
-for name, color in zip(("1f1b", "zb1p", "dualpipe"), (GREY, GREEN, ORANGE)):
+for name, color in zip(("1f1b", "zb1p", "dualpipe"), (GRAY, GREEN, ORANGE)):
     over = []
     for x in share:
         spans = simulate(schedule(name, 16, 120), ActionCosts(comm=x))

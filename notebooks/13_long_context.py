@@ -48,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.mla import LayerKVCache
 from dsv3_ref.rope import softmax_scale
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, PINK, checker, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 from dsv3_ref.viz.ablation import stored
 
 torch.manual_seed(0)
@@ -59,10 +59,10 @@ TOKENS, PER_LAYER = 131_072, {"MLA": 512 + 64, "GQA, 8 heads": 8 * 320, "MHA, 12
 fig, ax = figure(width=8, height=2.2)
 for i, (name, numbers) in enumerate(reversed(PER_LAYER.items())):
     size = 61 * TOKENS * numbers * 2 / 1e9  # layers, tokens, bf16
-    ax.barh(name, size, color=GREEN if name == "MLA" else COLOURS[i], height=0.6)
+    ax.barh(name, size, color=GREEN if name == "MLA" else COLORS[i], height=0.6)
     ax.text(size * 1.08, i, f"{size:,.1f} GB", va="center")
-ax.axvline(80, color=GREY, ls="--", lw=1)
-ax.text(80, 2.55, "an H800: 80 GB", color=GREY, ha="center", fontsize=9)
+ax.axvline(80, color=GRAY, ls="--", lw=1)
+ax.text(80, 2.55, "an H800: 80 GB", color=GRAY, ha="center", fontsize=9)
 ax.set(
     xscale="log", xlim=(5, 1500), xlabel="cache of one text of 131,072 tokens at V3's shape (GB)"
 )
@@ -491,10 +491,10 @@ looks = {
 }  # fmt: skip
 octaves = {n: (edges[1:] > n / 2) & (edges[1:] <= n) for n in (64, 256, 1024, 2048, 4096, 8192)}
 fig, ax = figure(width=8.5, height=3)
-for name, (colour, line) in looks.items():
+for name, (color, line) in looks.items():
     rise = [100 * (loss[name] / loss["plain"] - 1)[bins].mean() for bins in octaves.values()]
-    ax.plot(range(len(octaves)), rise, line, marker="o", ms=4, color=colour, label=name)
-ax.axhline(0, color=GREY, lw=1)
+    ax.plot(range(len(octaves)), rise, line, marker="o", ms=4, color=color, label=name)
+ax.axhline(0, color=GRAY, lw=1)
 ax.set_xticks(range(len(octaves)), [f"{n // 2:,}–{n:,}" for n in octaves])
 ax.set(xlabel="position (tokens)", ylabel="loss against plain (%)")
 ax.set_title("Held-out speeches: weights trained at 256, read in two more ways or trained further")
@@ -572,9 +572,9 @@ def room(
     fig, ax = figure(width=8, height=2.3)
     for i, (name, numbers) in enumerate(reversed(fits.items())):
         tokens = memory_gb * 1e9 / (layers * numbers * bits / 8)
-        ax.barh(name, tokens, color=GREEN if "MLA" in name else COLOURS[i], height=0.6)
+        ax.barh(name, tokens, color=GREEN if "MLA" in name else COLORS[i], height=0.6)
         ax.text(tokens * 1.08, i, f"{tokens:,.0f}", va="center")
-    ax.axvline(TOKENS, color=GREY, ls="--", lw=1)
+    ax.axvline(TOKENS, color=GRAY, ls="--", lw=1)
     ax.set(xscale="log", xlim=(1e3, 3e7), xlabel="tokens (dashed: 128K)")
     ax.set_title(f"{memory_gb} GB of cache, {layers} layers, {bits} bits a number")
     show(fig)

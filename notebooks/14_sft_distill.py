@@ -26,7 +26,7 @@ import random
 
 import torch
 
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
 rng = random.Random(0)
@@ -378,12 +378,12 @@ FOUND = stored("align")["distillation"]
 fig, ax = figure(1, 1, 8, 3)
 by_height = sorted(FOUND.items(), key=lambda item: item[1]["greedy"])
 label = 0.0
-for (name, x), color in zip(by_height, COLOURS):
+for (name, x), color in zip(by_height, COLORS):
     label = max(label + 0.11, x["greedy"])  # names must not lie on each other
     ax.plot(x["length"], x["greedy"], "D", color=color, markersize=8)
     ax.annotate(
         name, (x["length"], x["greedy"]), (x["length"] + 0.8, label), va="center", color="black",
-        arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6},
+        arrowprops={"arrowstyle": "-", "color": GRAY, "lw": 0.6},
     )  # fmt: skip
     print(
         f"{name:28} {x['greedy']:5.1%} right ({x['sampled']:5.1%} if drawn), {x['length']:.1f} tokens"
@@ -425,7 +425,7 @@ def fill(length: int = 4096, batch: int = 16, spread: float = 1.1):
         "packed": sum(sizes) / (len(rows) * length),
     }
     fig, ax = figure(1, 1, 7, 2)
-    ax.barh(list(shares), list(shares.values()), color=[GREY, ORANGE, GREEN])
+    ax.barh(list(shares), list(shares.values()), color=[GRAY, ORANGE, GREEN])
     for i, share in enumerate(shares.values()):
         ax.text(share + 0.01, i, f"{share:.1%}", va="center")
     ax.set(xlim=(0, 1.1), xlabel="share of what is computed that is text")

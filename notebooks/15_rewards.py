@@ -26,7 +26,7 @@
 # %%
 import torch
 
-from dsv3_ref.viz import COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import stored
 
 torch.manual_seed(0)
@@ -393,17 +393,17 @@ fig, axes = figure(1, 2, 9, 3)
 kinds = list(next(iter(judges.values()))["agreement"])
 for i, (name, x) in enumerate(judges.items()):
     at = [k + 0.26 * (i - 1) for k in range(len(kinds))]
-    axes[0].bar(at, list(x["agreement"].values()), width=0.24, color=COLOURS[i], label=name)
+    axes[0].bar(at, list(x["agreement"].values()), width=0.24, color=COLORS[i], label=name)
     n = [int(k) for k in x["best of"]]
     right = [row["right"] for row in x["best of"].values()]
-    axes[1].plot(n, right, "o-", color=COLOURS[i], label=name)
+    axes[1].plot(n, right, "o-", color=COLORS[i], label=name)
     print(f"{name:15}", {k: f"{v:.0%}" for k, v in x["agreement"].items()},
           f"best of {n[-1]}: {right[-1]:.0%} right, {x['best of'][str(n[-1])]['sure']:.0%} sure, "
           f"reward {x['best of']['1']['reward']:.1f} → {x['best of'][str(n[-1])]['reward']:.1f}")  # fmt: skip
     for k, share in zip(at, x["agreement"].values()):
         if share < 0.05:
-            axes[0].text(k, 0.02, f"{share:.0%}", ha="center", color=COLOURS[i])
-axes[0].axhline(0.5, color=GREY, lw=1)
+            axes[0].text(k, 0.02, f"{share:.0%}", ha="center", color=COLORS[i])
+axes[0].axhline(0.5, color=GRAY, lw=1)
 axes[0].set(xticks=range(len(kinds)), xticklabels=[k.replace(" sounds", "\nsounds") for k in kinds],
             ylabel="agreement", ylim=(0, 1.05), title="Held-out pairs, by who sounds sure")  # fmt: skip
 axes[1].set(xscale="log", xticks=n, xticklabels=n, xlabel="answers to choose from", ylim=(0, 1.05),
@@ -415,9 +415,9 @@ assert thinking["agreement"]["wrong sounds sure"] > direct["agreement"]["wrong s
 assert thinking["best of"]["16"]["right"] > direct["best of"]["16"]["right"] + 0.3
 
 # %% [markdown]
-# The judge that scores at once cannot add, so it learnt what it could: to like confidence. The harder one searches for its favour, the higher the reward, and from 8 answers on all favourites sound
+# The judge that scores at once cannot add, so it learnt what it could: to like confidence. The harder one searches for its favor, the higher the reward, and from 8 answers on all favorites sound
 # sure; how often they are right does not rise but falls (36 to 20 %; 200 sums, ± 3 points). This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out is hard to sway, but not
-# immune: four in five of its favourites sound sure where half would be chance, and from 8 to 16 answers it gains nothing. Told the right answer, it is right more often with every doubling.
+# immune: four in five of its favorites sound sure where half would be chance, and from 8 to 16 answers it gains nothing. Told the right answer, it is right more often with every doubling.
 #
 # **A thought alone is no protection.** In an earlier trial (LOG.md) the flourish stood on *nine* of ten right answers, and the thinking judge wrote, of a sum that gives 12 and an answer of 16, "12 16 **right**": it worked the sum out
 # and followed the flourish all the same. There the flourish alone earned 90 % agreement, here 70 %. Chains of thought help if the score has to depend on them.
@@ -427,12 +427,12 @@ fig, axes = figure(1, 2, 9, 2.8)
 for i, (name, x) in enumerate(judges.items()):
     table = torch.tensor(x["calibration"])
     table = table[table[:, 2] > 20]
-    axes[0].plot(table[:, 0], table[:, 1], "o-", color=COLOURS[i], label=name)
-axes[0].plot([0.5, 1], [0.5, 1], color=GREY, lw=1)
+    axes[0].plot(table[:, 0], table[:, 1], "o-", color=COLORS[i], label=name)
+axes[0].plot([0.5, 1], [0.5, 1], color=GRAY, lw=1)
 axes[0].set(xlabel="claimed P(better)", ylabel="right", title="Calibration", ylim=(0.3, 1.03))
 v = FOUND["votes"]
 ks = range(1, len(v["agreement"]) + 1)
-axes[1].plot(ks, v["independent"], color=GREY, label="independent votes (Condorcet)")
+axes[1].plot(ks, v["independent"], color=GRAY, label="independent votes (Condorcet)")
 axes[1].plot(ks, v["agreement"], "o-", color=GREEN, label="votes of one model")
 axes[1].set(
     xlabel="votes k",
@@ -448,7 +448,7 @@ show(fig)
 # it is right half of the time. Calibration holds for the data it was learnt on, no further. The thinking judges claim nearly 100 % almost always, and are right in 93 % and 98 %.
 #
 # Right: open questions. The 5M model was taught to vote yes on a president's sentence, no on one that is off the point, out of order or stuck, and votes up to nine times on
-# 600 held-out answers. Its votes share a model, and most of their errors: a majority gains far less than independent votes would (grey, from the mean of all votes). In the report, too, six votes gain 2.6 points, not ten.
+# 600 held-out answers. Its votes share a model, and most of their errors: a majority gains far less than independent votes would (gray, from the mean of all votes). In the report, too, six votes gain 2.6 points, not ten.
 #
 # ## Play: how many votes?
 
@@ -464,7 +464,7 @@ def assembly(p: float = 0.7, k: int = 6, shared: float = 0.3):
     yes_nk = torch.where(hit_nk, good_n[:, None], ~good_n[:, None])
     ks = range(1, 16)
     fig, ax = figure(1, 1, 7, 2.4)
-    ax.plot(ks, [majority_accuracy(p, j) for j in ks], color=GREY, label="independent")
+    ax.plot(ks, [majority_accuracy(p, j) for j in ks], color=GRAY, label="independent")
     ax.plot(
         ks,
         [majority_agreement(yes_nk, good_n, j) for j in ks],

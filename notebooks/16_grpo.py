@@ -31,13 +31,13 @@ import torch
 
 from dsv3_ref.config import TINY
 from dsv3_ref.decode import generate
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
 rewards = (torch.rand(4000, 16) < 0.9).float()
 fig, ax = figure(1, 1, 8, 2.2)
 for name, factor, color in (
-    ("reward", rewards, GREY),
+    ("reward", rewards, GRAY),
     ("reward − mean of its group", rewards - rewards.mean(1, keepdim=True), GREEN),
 ):
     spread = factor.square().mean().item()
@@ -56,7 +56,7 @@ show(fig)
 #
 # - For a question $q$ sample $o_1 \dots o_G$ from the old policy; reward $r_i$; **advantage**
 #   $A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}(r)$ (eq. 28).
-# - Maximise $\frac1G\sum_i \min(\rho_i A_i,\ \mathrm{clip}(\rho_i, 1-\varepsilon, 1+\varepsilon) A_i) - \beta\,\mathbb D_{KL}$ with $\rho_i = \pi_\theta(o_i|q) / \pi_{old}(o_i|q)$ (eq. 26).
+# - Maximize $\frac1G\sum_i \min(\rho_i A_i,\ \mathrm{clip}(\rho_i, 1-\varepsilon, 1+\varepsilon) A_i) - \beta\,\mathbb D_{KL}$ with $\rho_i = \pi_\theta(o_i|q) / \pi_{old}(o_i|q)$ (eq. 26).
 # - $\mathbb D_{KL} = \frac{\pi_{ref}}{\pi_\theta} - \log\frac{\pi_{ref}}{\pi_\theta} - 1$ (eq. 27) estimates the Kullback–Leibler divergence, the mean of $\log \pi_\theta/\pi_{ref}$ under $\pi_\theta$, from the model that RL began with.
 # - $\varepsilon$, $\beta$ and $G$ are not published. Prompts: code, mathematics, writing, role-play, question answering.
 #
@@ -258,8 +258,8 @@ for ax, far in zip(axes, (0.1, 1.0)):
     d = ref.log_prob(x) - policy.log_prob(x)
     estimates = {"k1": -d, "k2": d.square() / 2, "k3": k3(policy.log_prob(x), ref.log_prob(x))}
     for i, k in enumerate(estimates.values()):
-        ax.errorbar(i, k.mean() / true, k.std() / true, fmt="o", color=COLOURS[i], capsize=4)
-    ax.axhline(1, color=GREY, lw=1)
+        ax.errorbar(i, k.mean() / true, k.std() / true, fmt="o", color=COLORS[i], capsize=4)
+    ax.axhline(1, color=GRAY, lw=1)
     ax.set(xticks=range(3), xticklabels=estimates, title=f"KL = {true:.3f}", xlim=(-0.5, 2.5))
     assert estimates["k3"].min() >= 0 and abs(estimates["k3"].mean() / true - 1) < 0.03
     assert estimates["k3"].std() < estimates["k1"].std()
@@ -409,7 +409,7 @@ for a, color, name in ((1.0, GREEN, "A = +1"), (-1.0, ORANGE, "A = −1")):
     ax.plot(rho, gain, color=color, label=name)
     flat = rho > 1.3 if a > 0 else rho < 0.8
     assert torch.equal(slope == 0, flat)
-ax.axvspan(0.8, 1.3, color=GREY, alpha=0.12)
+ax.axvspan(0.8, 1.3, color=GRAY, alpha=0.12)
 ax.set(
     xlabel="ρ = π/π_old",
     ylabel="gain",
@@ -472,7 +472,7 @@ RUNS = {
 }
 curves = {name: [train(**how, seed=seed) for seed in range(5)] for name, how in RUNS.items()}
 fig, axes = figure(1, 2, 8.6, 3)
-for (name, runs), color in zip(curves.items(), (GREEN, GREY, ORANGE, BLUE)):
+for (name, runs), color in zip(curves.items(), (GREEN, GRAY, ORANGE, BLUE)):
     for ax, of_all in zip(axes, zip(*runs)):
         mean = torch.stack(of_all).mean(0)
         ax.plot(mean, color=color, label=name)
@@ -495,14 +495,14 @@ assert end["GRPO, β = 0.3"].mean() < end["GRPO"].mean()
 # ## Experiment: a model that learns to think
 # Now the real thing: `make align` on the 5M model of [chapter 07](07_pretrain.ipynb), fine-tuned as in [chapter 14](14_sft_distill.ipynb) so that it *can* work
 # sums out but mostly blurts. Each step asks 16 questions 16 times: sums, counting, spelling, and open prompts (writing, role-play, questions). Those are
-# scored by a reward model made as in [chapter 15](15_rewards.ipynb), from pairs of a president's sentence and a spoilt one; the reward is $\sigma(r)$, between 0 and 1. 200 sums are never practised on. Three seeds of GRPO, one of each control.
+# scored by a reward model made as in [chapter 15](15_rewards.ipynb), from pairs of a president's sentence and a spoilt one; the reward is $\sigma(r)$, between 0 and 1. 200 sums are never practiced on. Three seeds of GRPO, one of each control.
 
 # %%
 from dsv3_ref.viz.ablation import stored
 
 FOUND = stored("align")
 runs = FOUND["runs"]
-KINDS = {"GRPO": GREEN, "no-baseline": GREY, "random-reward": ORANGE}
+KINDS = {"GRPO": GREEN, "no-baseline": GRAY, "random-reward": ORANGE}
 fig, axes = figure(1, 2, 9, 3)
 for name, run in runs.items():
     kind = name.partition(",")[0]
@@ -518,7 +518,7 @@ domains = {}
 for c in runs["GRPO, seed 0"]["curve"]:
     for name, reward in c["reward_by"].items():
         domains.setdefault(name, []).append((c["step"], reward))
-for (name, points), color in zip(sorted(domains.items()), COLOURS):
+for (name, points), color in zip(sorted(domains.items()), COLORS):
     at, reward = (torch.tensor(x, dtype=torch.double) for x in zip(*points))
     kept = torch.stack([reward[max(0, i - 3) : i + 4].mean() for i in range(len(reward))])
     axes[1].plot(at, kept, color=color, label=name)
@@ -602,7 +602,7 @@ def one_group(right: int = 2, scale="group", partial: float = 0.0):
     r_b = torch.cat((r, torch.tensor([0.0, 1, 0, 1, 0, 1, 0, 1])))  # a second group, for "batch"
     a = advantages(r_b, 8, scale)[:8]
     fig, ax = figure(1, 1, 7, 2.4)
-    ax.bar(range(8), r, color=GREY, width=0.4, label="reward")
+    ax.bar(range(8), r, color=GRAY, width=0.4, label="reward")
     ax.bar(
         [i + 0.4 for i in range(8)],
         a,

@@ -28,7 +28,7 @@ from dataclasses import replace
 import torch
 
 from dsv3_ref.config import TINY, V3, Config
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 REPORT = 180e3  # H800 hours per trillion tokens (§1)
 rate = 1e12 / (REPORT * 3600)
@@ -204,7 +204,7 @@ assert [i for part in cut for i in part] == list(range(61))
 even = [61 // 16 + (s < 61 % 16) for s in range(16)]
 fig, ax = figure(1, 1, 8, 2.6)
 for dx, sizes, color, name in (
-    (-0.2, even, GREY, "equal layers"),
+    (-0.2, even, GRAY, "equal layers"),
     (0.2, [*map(len, cut)], BLUE, "equal work"),
 ):
     extra = [0] * 15 + [after / layers[-1]]
@@ -307,7 +307,7 @@ wide = kept(V3, dense=False, fp8=False)
 fig, ax = figure(1, 1, 8, 2.4)
 for y, table in enumerate((wide, parts)):
     left = 0
-    for color, (what, size) in zip(COLOURS, table.items()):
+    for color, (what, size) in zip(COLORS, table.items()):
         ax.barh(y, size * times, left=left, color=color, label=what if y else None)
         left += size * times
     ax.text(left + 10, y, f"{left:,.0f} MB", va="center")
@@ -446,7 +446,7 @@ MACHINES = {name: reached(sheet) for name, sheet in SHEETS.items()}
 
 # %% [markdown]
 # Between products lie kernels that only move bytes: norms read the fp32 stream and write bf16 and codes; sums, RoPE,
-# SwiGLU, quantisers; rows sorted by expert and back. And a row that travels does so twice, over IB and then over NVLink;
+# SwiGLU, quantizers; rows sorted by expert and back. And a row that travels does so twice, over IB and then over NVLink;
 # both links work at once, so an exchange lasts as long as the slower one:
 #
 # $$\text{seconds} = \max\left(\frac{\text{IB crossings}\cdot\text{bytes}}{50\ \text{GB/s}},\
@@ -484,7 +484,7 @@ ax.plot(limits, [ib for ib, _ in both], "o-", color=BLUE, label="IB, once a node
 ax.plot(limits, [nvlink for _, nvlink in both], "s-", color=ORANGE, label="NVLink, once a GPU")
 ax.axhline(
     1e3 * 4096 * 8 * 63 / 64 * sum(row_bytes(V3)) / 50e9,
-    color=GREY,
+    color=GRAY,
     ls="--",
     label="IB, one hop: every row",
 )
@@ -610,7 +610,7 @@ assert training["wo"].limit(H800) == "operations" and training["SwiGLU"].limit(H
 
 # %%
 def crowds(m, ops: dict[str, Operator]):
-    """(kind, [(number, operations a byte, TFLOP/s)]), neighbours together."""
+    """(kind, [(number, operations a byte, TFLOP/s)]), neighbors together."""
     out = []
     points = [(n, op.flops / op.bytes, op) for n, op in enumerate(ops.values(), start=1)]
     for number, i, op in sorted(points, key=lambda p: (p[2].kind, p[1])):
@@ -660,7 +660,7 @@ show(fig)
 
 # %% [markdown]
 # Training lies under the flat roof with nearly all its products (wkv_b, with its short sums, is nearest to the slope), and every kernel
-# between products under the slope: hence fused quantisers (chapter 10). Decoding lies under the slope
+# between products under the slope: hence fused quantizers (chapter 10). Decoding lies under the slope
 # altogether: weights are read for one or two hundred rows, caches for one query. Since 32 heads share each cached number its attention has 60
 # operations a byte; with all 128 heads on one GPU it would reach the corner. An H200 moves only the slope; a B200 both.
 #
@@ -1058,7 +1058,7 @@ def split(per_sm: float = 12.7, ib: int = 50):
     ax.plot(n, compute, color=BLUE, label="computation · 132 / (132 − n)")
     ax.plot(n, links, color=ORANGE, label="links")
     ax.plot(n, pair, color="black", lw=1, label="both, in order")
-    ax.axvline(20, color=GREY, ls=":", label="the report: 20")
+    ax.axvline(20, color=GRAY, ls=":", label="the report: 20")
     ax.plot(low, min(pair), "o", color="black", ms=5)
     ax.set(ylim=(0, 3 * min(compute)), xlabel="SMs for communication", ylabel="ms a layer")
     ax.set_title(f"An SM copies {per_sm:g} GB/s, IB {ib} GB/s: best {low} of 132 SMs")
@@ -1091,7 +1091,7 @@ def what_if(ib: int = 50, limit=4, tflops: int = 1358, sms: int = 20):
         step = max(span.end for span in simulate(schedule(name, PP, 64), times))
         hours.append(gpu_hours(step, 2048, 128 * 64 * 4096) / 1e3)
     fig, ax = figure(1, 1, 7, 1.9)
-    ax.bar_label(ax.barh(names, hours, color=[GREY, GREEN, ORANGE]), fmt="%.0f", padding=4)
+    ax.bar_label(ax.barh(names, hours, color=[GRAY, GREEN, ORANGE]), fmt="%.0f", padding=4)
     ax.axvline(REPORT / 1e3, color="black", ls="--", lw=1)
     ax.set(
         xlim=(0, 420),

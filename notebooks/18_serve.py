@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from dsv3_ref.config import TINY
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
 
@@ -49,14 +49,14 @@ def filled(lengths: list[int], places: int, continuous: bool) -> list[int]:
 dice = random.Random(0)
 lengths = [1 + int(dice.expovariate(1 / 60)) for _ in range(48)]
 fig, ax = figure(1, 1, 8, 2.4)
-for name, continuous, colour in (
+for name, continuous, color in (
     ("one batch after another", False, ORANGE),
     ("continuous", True, BLUE),
 ):
     busy = filled(lengths, 8, continuous)
     share = sum(busy) / (8 * len(busy))
     ax.step(
-        range(len(busy)), busy, color=colour, label=f"{name}: {len(busy)} steps, {share:.0%} full"
+        range(len(busy)), busy, color=color, label=f"{name}: {len(busy)} steps, {share:.0%} full"
     )
 ax.set(xlabel="step", ylabel="places that work", ylim=(0, 11), title="48 answers, 8 places")
 ax.legend(loc="upper right", ncols=2, fontsize=8)
@@ -386,7 +386,7 @@ class Row:
     max_new: int
     choice: SamplingParams = (
         SamplingParams()
-    )  # with its own random numbers, so that neighbours change nothing
+    )  # with its own random numbers, so that neighbors change nothing
     stop: frozenset[int] = frozenset()
     top: int = -1  # likeliest tokens whose log p is noted beside the chosen one's; −1: none
     n: int = 0
@@ -902,7 +902,7 @@ for depth in (0, 2):
     rows, sent = handed_over(depth)
     known = [row.hits for row in rows]
     print(
-        f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {sent / 1e3:.0f} kB travelled"
+        f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {sent / 1e3:.0f} kB traveled"
     )
 
 # %% [markdown]
@@ -976,12 +976,12 @@ for chunk in (2048, 64):
         during += times(engine, 1)
     arrivals[chunk] = before, during, times(engine, 8)
 fig, ax = figure(1, 1, 8, 2.9)
-for (chunk, (before, during, after)), colour in zip(arrivals.items(), (ORANGE, BLUE)):
+for (chunk, (before, during, after)), color in zip(arrivals.items(), (ORANGE, BLUE)):
     shown = torch.tensor([*before[-6:], *during, *after]) * 1e3
     end = shown.cumsum(0) - 1e3 * sum(before[-6:])  # the prompt comes at 0
     name = "whole" if chunk > 1500 else f"in pieces of {chunk}"
     label = f"{name}: first token after {sum(during):.2f} s"
-    ax.step(end, shown, where="pre", color=colour, label=label)
+    ax.step(end, shown, where="pre", color=color, label=label)
 ax.set(
     yscale="log",
     xlabel="ms since the prompt came",
@@ -1034,14 +1034,14 @@ from dsv3_ref.viz.ablation import stored
 
 FOUND = stored("serve")
 fig, (left, right) = figure(1, 2, 8.6, 2.9)
-for (name, kind), colour in zip(FOUND["servers"].items(), (BLUE, ORANGE, GREEN)):
+for (name, kind), color in zip(FOUND["servers"].items(), (BLUE, ORANGE, GREEN)):
     clients = [r["clients"] for r in kind]
-    left.loglog(clients, [r["tokens_s"] for r in kind], "-", base=2, color=colour, label=name)
+    left.loglog(clients, [r["tokens_s"] for r in kind], "-", base=2, color=color, label=name)
     for r in kind:
         left.plot(
-            [r["clients"]] * len(r["rounds_tokens_s"]), r["rounds_tokens_s"], ".", color=colour
+            [r["clients"]] * len(r["rounds_tokens_s"]), r["rounds_tokens_s"], ".", color=color
         )
-    right.loglog(clients, [1e3 * r["first"][1] for r in kind], "o-", base=2, color=colour)
+    right.loglog(clients, [1e3 * r["first"][1] for r in kind], "o-", base=2, color=color)
 left.set(xlabel="clients", ylabel="tokens a second", title="All clients together")
 right.set(xlabel="clients", ylabel="ms, median", title="Time to the first token")
 for ax in (left, right):
@@ -1064,8 +1064,8 @@ assert all(r["lost"] == 0 for kind in FOUND["servers"].values() for r in kind)
 # both processes share two cores. From 4 clients on the median is no more tokens a second, and the rounds scatter widely. What it is for shows only where each has its own GPUs.
 #
 # ## Play: who has which page?
-# Ten rows in a pool of 40 pages, step by step. A colour is a row; a page of several rows is dark; grey ones are idle but still known, white ones free. Watch the common beginning being shared, the last rows
-# wait, and grey pages be taken when nothing else is free.
+# Ten rows in a pool of 40 pages, step by step. A color is a row; a page of several rows is dark; gray ones are idle but still known, white ones free. Watch the common beginning being shared, the last rows
+# wait, and gray pages be taken when nothing else is free.
 
 
 # %%
@@ -1089,7 +1089,7 @@ IDLE = ["idle"]
 
 
 def look(users: list) -> tuple:
-    """Colour and text of a page."""
+    """Color and text of a page."""
     if users in ([], IDLE):
         return ("#E5E7EB" if users else "white"), ""
     return ("#1F2937", f"{len(users)}×") if len(users) > 1 else (TEN[users[0]], users[0])
@@ -1101,8 +1101,8 @@ def pages_at(step: int = 30, rows_at_once: int = 4, alike: int = 24):
     step = min(step, len(found) - 1)
     fig, ax = figure(1, 1, 8, 1.9)
     for p, users in enumerate(found[step]):
-        colour, text = look(users)
-        ax.barh(p // 20, 0.92, left=p % 20, height=0.85, color=colour, edgecolor=GREY, lw=0.6)
+        color, text = look(users)
+        ax.barh(p // 20, 0.92, left=p % 20, height=0.85, color=color, edgecolor=GRAY, lw=0.6)
         ax.text(p % 20 + 0.46, p // 20, text, ha="center", va="center", fontsize=8, color="white")
     used = sum(users not in ([], IDLE) for users in found[step])
     ax.set(xticks=[], yticks=[], xlim=(-0.2, 20.1), ylim=(1.6, -0.6))

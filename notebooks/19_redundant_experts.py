@@ -31,7 +31,7 @@ from itertools import combinations, product
 import torch
 
 from dsv3_ref.config import V3
-from dsv3_ref.viz import BLUE, COLOURS, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import stored
 
 recorded = stored("routing")  # windows of 4,096 tokens: tokens of every expert of every layer
@@ -41,10 +41,10 @@ pairs = {name: x.sum(0).unflatten(-1, (8, 2)).sum(-1).float() for name, x in LOA
 share = {name: (x / x.mean(-1, keepdim=True))[2] for name, x in pairs.items()}
 assert 3.2 < share["stdlib"].max() < 3.4 and share["sotu"].max() < 1.3
 fig, ax = figure(1, 1, 8, 2.8)
-for shift, colour, (name, text) in zip(
-    (-0.2, 0.2), (GREY, BLUE), {"sotu": "speeches", "stdlib": "Python source"}.items()
+for shift, color, (name, text) in zip(
+    (-0.2, 0.2), (GRAY, BLUE), {"sotu": "speeches", "stdlib": "Python source"}.items()
 ):
-    ax.bar(torch.arange(8) + shift, share[name], 0.38, color=colour, label=text)
+    ax.bar(torch.arange(8) + shift, share[name], 0.38, color=color, label=text)
 ax.axhline(1, color=ORANGE, ls="--")
 ax.set(title="One layer's experts on eight GPUs: same model, other text", xlabel="GPU",
        ylabel="load / mean", xticks=range(8))  # fmt: skip
@@ -62,7 +62,7 @@ show(fig)
 # - *Being explored* then (§3.4.1): a GPU holds more experts, say 16, of which only 9 work in a step, chosen anew at every layer.
 #
 # How copies are chosen and laid out is not in the report but in a program that DeepSeek published later, *EPLB*
-# (expert-parallelism load balancer, MIT licence). Here it is built anew, with its signature and, ties apart, its results.
+# (expert-parallelism load balancer, MIT license). Here it is built anew, with its signature and, ties apart, its results.
 #
 # Axes: `l` layer, `e` expert, `g` group of experts, `a` *physical* expert (a slot in some GPU's memory), `u` the copies of one
 # expert, `o` node, `j` GPU, `n` tokens, `k` a token's choices, `m` all choices in a row. $A$ slots and $J$ GPUs in all.
@@ -473,9 +473,9 @@ for ax, same in zip(axes, (True, False)):
     for (by, on, policy), values in measured.items():
         if (by == on) == same:
             ax.plot(EXTRA, values, "o-" if policy == "global" else "s--", ms=4,
-                    color=GREY if on == "sotu" else BLUE, label=f"{TEXTS[on]}, {policy}")  # fmt: skip
-    for on, colour in (("sotu", GREY), ("stdlib", BLUE)):
-        ax.axhline(unplaced[on], color=colour, ls=":", lw=1)
+                    color=GRAY if on == "sotu" else BLUE, label=f"{TEXTS[on]}, {policy}")  # fmt: skip
+    for on, color in (("sotu", GRAY), ("stdlib", BLUE)):
+        ax.axhline(unplaced[on], color=color, ls=":", lw=1)
     ax.set(xlabel="redundant experts (16 experts, 8 GPUs)", xticks=EXTRA)
     ax.set(ylim=(1, 2.75))
     ax.legend(fontsize=8.5, ncols=2, loc="upper right")
@@ -542,13 +542,13 @@ fig, axes = figure(1, 2, 9, 3.4, width_ratios=(3, 2))
 for (s, policy), values in curves.items():
     axes[0].plot(MORE, values, "o-" if policy == "global" else "s--", ms=4,
                  color=BLUE if s == 0.5 else ORANGE, label=f"s = {s}, {policy}")  # fmt: skip
-axes[0].axvline(32, color=GREY, lw=1)
-axes[0].annotate("V3", (32, 2.6), xytext=(4, 0), textcoords="offset points", color=GREY)
+axes[0].axvline(32, color=GRAY, lw=1)
+axes[0].annotate("V3", (32, 2.6), xytext=(4, 0), textcoords="offset points", color=GRAY)
 axes[0].set(title="Balance, Zipf loads, 32 GPUs", xlabel="redundant experts", xticks=MORE,
             ylabel="slowest GPU / mean")  # fmt: skip
 axes[0].legend(loc="upper right")
-for shift, policy, colour in ((-0.2, "hierarchical", GREEN), (0.2, "global", GREY)):
-    bars = axes[1].bar(torch.arange(2) + shift, [visited[n, policy] for n in (4, 8)], 0.38, color=colour,
+for shift, policy, color in ((-0.2, "hierarchical", GREEN), (0.2, "global", GRAY)):
+    bars = axes[1].bar(torch.arange(2) + shift, [visited[n, policy] for n in (4, 8)], 0.38, color=color,
                        label=policy)  # fmt: skip
     axes[1].bar_label(bars, fmt="%.2f")
 axes[1].set_xticks(range(2), ["4 nodes", "8 nodes"])
@@ -609,7 +609,7 @@ days = {every: day(every) for every in [0, *PERIODS]}
 none = torch.tensor([load_imbalance(gpu_load(x, IN_ORDER, GPUS)).mean() for x in DAY_LOADS])
 fig, axes = figure(1, 2, 9, 3.4, width_ratios=(3, 2))
 hours = torch.arange(DAY) / 6
-axes[0].plot(hours, none, color=GREY, ls=":", label="no copies")
+axes[0].plot(hours, none, color=GRAY, ls=":", label="no copies")
 axes[0].plot(hours, days[0][0], color=ORANGE, ls="--", label="placed at midnight")
 axes[0].plot(hours, days[24][0], color=GREEN, lw=1.2, label="every 4 hours")
 axes[0].plot(hours, days[1][0], color=BLUE, lw=1.2, label="every 10 minutes")
@@ -631,9 +631,9 @@ axes[1].set_xticks([10, 30, 60, 240, 720], ["10", "30", "60", "240", "720"])
 axes[1].minorticks_off()
 axes[1].tick_params(axis="y", colors=BLUE)
 right = axes[1].twinx()
-right.plot(minutes, [days[x][1] for x in PERIODS], "s--", ms=4, color=GREY)
+right.plot(minutes, [days[x][1] for x in PERIODS], "s--", ms=4, color=GRAY)
 right.set(ylim=(0, None))
-right.set_ylabel("experts fetched a day (squares)", color=GREY)
+right.set_ylabel("experts fetched a day (squares)", color=GRAY)
 right.spines["right"].set_visible(True)
 show(fig)
 print(f"no copies {none.mean():.2f}, placed once {days[0][0].mean():.2f}")
@@ -660,12 +660,12 @@ def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: st
     placed = rebalance_experts(load_le, 256 + extra * gpus, *V3_POLICY[policy](nodes), gpus)
     loads = [gpu_load(load_le, x, gpus)[0] for x in (torch.arange(256)[None], placed[0])]
     fig, axes = figure(1, 2, 9.5, 3.3, width_ratios=(2, 1))
-    for load_j, colour, name, width in zip(
-        loads, (GREY, BLUE), ("as numbered", "placed"), (0.9, 0.5)
+    for load_j, color, name, width in zip(
+        loads, (GRAY, BLUE), ("as numbered", "placed"), (0.9, 0.5)
     ):
         ratio = load_imbalance(load_j[None]).item()
         axes[0].bar(
-            range(gpus), load_j / load_j.mean(), width, color=colour, label=f"{name}: {ratio:.2f}"
+            range(gpus), load_j / load_j.mean(), width, color=color, label=f"{name}: {ratio:.2f}"
         )
     axes[0].axhline(1, color=ORANGE, ls="--")
     axes[0].set(
@@ -674,10 +674,10 @@ def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: st
     axes[0].legend(title="slowest / mean", fontsize=9)
     top = load_le[0].argsort(descending=True)[:24]
     axes[1].bar(
-        range(24), placed[2][0, top], color=[[*COLOURS, "black"][e // 32] for e in top.tolist()]
+        range(24), placed[2][0, top], color=[[*COLORS, "black"][e // 32] for e in top.tolist()]
     )
     axes[1].set(
-        title="Copies, busiest first", xlabel="expert (colour: group)", ylabel="copies", xticks=[]
+        title="Copies, busiest first", xlabel="expert (color: group)", ylabel="copies", xticks=[]
     )
     show(fig)
 

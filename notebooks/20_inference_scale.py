@@ -27,7 +27,7 @@ import math
 from dataclasses import replace
 
 from dsv3_ref.config import V3, Config, count
-from dsv3_ref.viz import BLUE, GREEN, GREY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 alone = 37e9 / (0.85 * 3.35e12)
 print(
@@ -44,7 +44,7 @@ ax.loglog(
     color=ORANGE,
     label="… divided by its rows",
 )
-ax.axvline(256, color=GREY, ls=":")
+ax.axvline(256, color=GRAY, ls=":")
 ax.set(
     xlabel="rows that meet an expert at once (dotted: 256, the report's usual most)", ylabel="µs"
 )

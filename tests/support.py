@@ -40,7 +40,7 @@ YARN = {
 
 
 @torch.no_grad()
-def randomise(model, bias_mean: float = 0.0):
+def randomize(model, bias_mean: float = 0.0):
     """Norms around 1, gate biases around `bias_mean` and wide enough to change choices."""
     for name, t in model.state_dict().items():
         if "bias" in name:
@@ -54,7 +54,7 @@ def randomise(model, bias_mean: float = 0.0):
 
 def hf_model(bias_mean: float = 0.0, **changes):
     """A random transformers model; `changes` are fields of its config."""
-    return randomise(DeepseekV3ForCausalLM(DeepseekV3Config(**HF | changes)), bias_mean)
+    return randomize(DeepseekV3ForCausalLM(DeepseekV3Config(**HF | changes)), bias_mean)
 
 
 @torch.no_grad()

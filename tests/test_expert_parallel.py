@@ -128,7 +128,7 @@ def test_a_rank_to_which_nothing_comes(n):
     assert (experts.w1.grad == 0).all() and (x_nd.grad == 0).all()
 
 
-# ── Codes that have travelled ──
+# ── Codes that have traveled ──
 
 
 def test_fp8_products_take_the_codes_as_they_came():

@@ -118,7 +118,7 @@ def test_an_equal_bias_changes_nothing(micro):
 
 
 @given(c=gates())
-def test_sigmoid_weights_sum_to_the_scale_and_softmax_weights_do_not_renormalise(c):
+def test_sigmoid_weights_sum_to_the_scale_and_softmax_weights_do_not_renormalize(c):
     logit_bse = logits(c, 2, 5)
     total = route(logit_bse, None, c).topk_weights_bsk.sum(-1)
     if c.score_func == "sigmoid":

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import HF, YARN, decode, hf_model, randomise
+from support import HF, YARN, decode, hf_model, randomize
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
@@ -75,7 +75,7 @@ def test_theirs_to_ours(theirs, tmp_path):
 @torch.no_grad()
 def test_ours_to_theirs(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = randomise(load(tmp_path / "theirs"))  # their shape, our weights
+    ours = randomize(load(tmp_path / "theirs"))  # their shape, our weights
     save_hf(ours, tmp_path / "ours")
     x = tokens()
     close(ours(x), read_back(tmp_path / "ours")(x).logits)
@@ -126,11 +126,11 @@ V2_CASES = {
 @pytest.mark.parametrize("changes", V2_CASES.values(), ids=V2_CASES.keys())
 def test_softmax_gate_of_v2(tmp_path, changes):
     config = DeepseekV2Config(**V2 | changes, rope_parameters=YARN)
-    theirs, x = randomise(DeepseekV2ForCausalLM(config)), tokens()
+    theirs, x = randomize(DeepseekV2ForCausalLM(config)), tokens()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
     close(ours(x), theirs(x).logits)
-    save_hf(randomise(ours), tmp_path / "ours")
+    save_hf(randomize(ours), tmp_path / "ours")
     close(ours(x), read_back(tmp_path / "ours", DeepseekV2ForCausalLM)(x).logits)
 
 
@@ -165,7 +165,7 @@ def with_mtp(theirs, depth: int, tmp_path):
     """Our random model of their shape with MTP modules, written for transformers."""
     theirs.save_pretrained(tmp_path / "theirs")
     config = replace(load(tmp_path / "theirs").config, n_mtp_layers=depth)
-    ours = randomise(Transformer(config))
+    ours = randomize(Transformer(config))
     save_hf(ours, tmp_path / "ours")
     return ours
 

@@ -361,11 +361,11 @@ ${m.dollars:g} an hour; without losses {best / 1e3:,.1f}K \
 
 def picture(e: Estimate):
     """Memory of every pipeline rank, by kind."""
-    from dsv3_ref.viz import COLOURS, figure
+    from dsv3_ref.viz import COLORS, figure
 
     fig, ax = figure(1, 1, 9, 3.6)
     bottom = [0.0] * len(e.ranks)
-    for name, color in zip(Rank._fields[:-1], COLOURS):
+    for name, color in zip(Rank._fields[:-1], COLORS):
         heights = [getattr(rank, name) / 1e9 for rank in e.ranks]
         ax.bar(range(len(heights)), heights, bottom=bottom, color=color, label=name)
         bottom = [b + h for b, h in zip(bottom, heights)]

@@ -1,7 +1,7 @@
 """`dsv3 preflight`: which nodes of a job are fit to train, and why the others are not.
 
 First every node alone: GPUs, disk, bandwidth within. Then the good ones together; if that fails or
-is slow, each with both its neighbours in a ring: a node that fails with both is the bad one (and
+is slow, each with both its neighbors in a ring: a node that fails with both is the bad one (and
 takes along a good one that stands between two such).
 """
 
@@ -221,11 +221,11 @@ def examine(nodes: list[str], ask: Ask) -> Words:
     if bad := culprits(good, ask):
         return words | bad
     why = next(word for word in together.values() if not word.startswith("fit: "))
-    raise UserError(f"every pair of neighbours is fine, but not all {len(good)} together: {why}")
+    raise UserError(f"every pair of neighbors is fine, but not all {len(good)} together: {why}")
 
 
 def culprits(nodes: list[str], ask: Ask) -> Words:
-    """Nodes that fail with both neighbours of a ring; no node is in two pairs at once."""
+    """Nodes that fail with both neighbors of a ring; no node is in two pairs at once."""
     n, even = len(nodes), len(nodes) // 2 * 2
     ring = [[nodes[k] for k in sorted((i, (i + 1) % n))] for i in range(n)]
     failed = defaultdict(list)

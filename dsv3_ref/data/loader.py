@@ -284,7 +284,7 @@ class Source:
 
 
 class TokenizedSource(Source):
-    """A source of tokenised documents: `data` is a folder of shards, `part` its place there."""
+    """A source of tokenized documents: `data` is a folder of shards, `part` its place there."""
 
     def __init__(self, data: shards.Shards, part: int, share: float, seed: int):
         self.part, about = part, data.sources[part]
@@ -351,7 +351,7 @@ def open_sources(specs: Sequence[str], seed: int, streaming: bool) -> list[Sourc
 
 
 def stored_tokenizer(sources: list[Source]) -> Tokenizer | None:
-    """The tokenizer of those sources that are tokenised."""
+    """The tokenizer of those sources that are tokenized."""
     found = {s.data.folder: s.data.tokenizer for s in sources if isinstance(s, TokenizedSource)}
     if len({t.to_str() for t in found.values()}) > 1:
         raise UserError(f"{' and '.join(map(str, found))} have different tokenizers")
@@ -420,7 +420,7 @@ class PackedDataLoader:
     def encode(self, document, rng: random.Random) -> list[int]:
         """Tokens of a document between its marks, in PSM order if FIM strikes (§4.1).
 
-        A tokenised document becomes text again only if it will be cut.
+        A tokenized document becomes text again only if it will be cut.
         """
         if not isinstance(document, str) and will_apply_fim(rng, self.fim_rate):
             document = self.tokenizer.decode(document.tolist())
@@ -500,7 +500,7 @@ def will_apply_fim(rng: random.Random, rate: float) -> bool:
 def val_windows(texts: list[str], t: Tokenizer, length: int) -> list[torch.Tensor]:
     """Held-out documents end to end, in batches (≤ VAL_BATCH, ≤ length + 1) of windows.
 
-    Neighbours share a token, so that every token but the very first is predicted exactly once.
+    Neighbors share a token, so that every token but the very first is predicted exactly once.
     """
     bos, eos = t.token_to_id(tok.BOS), t.token_to_id(tok.EOS)
     coded = t.encode_batch_fast(texts, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""`dsv3 data`: text tokenised once, into shards that training reads (format: run/shards.py).
+"""`dsv3 data`: text tokenized once, into shards that training reads (format: run/shards.py).
 
 Documents are taken in one order, held-out ones of every source first, and each shard is a function
 of them alone. A shard counts once index.json names it; what else a kill leaves is made again.
@@ -35,7 +35,7 @@ SPLITS = ("val", "train")
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Tokenise text into shards, once, for `dsv3 train --data FOLDER`.
+    """Tokenize text into shards, once, for `dsv3 train --data FOLDER`.
 
     Killed at any moment, the same command goes on where it stood and leaves the same bytes.
     """
@@ -56,7 +56,7 @@ class PrepareConfig:
     shard_tokens: int = 1 << 26
     """a shard ends with the document that brings it to as many tokens"""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    """processes that tokenise"""
+    """processes that tokenize"""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Tokenised documents on disk, as `dsv3 data prepare` leaves them, read through memory maps.
+"""Tokenized documents on disk, as `dsv3 data prepare` leaves them, read through memory maps.
 
 A folder of shards holds
 

@@ -26,7 +26,7 @@ def sizes(world: int, pp: int, ep: int, dp: int | None = None) -> tuple[int, int
 class Mesh:
     """This rank's place, rank = (p·dp + d)·ep + e, and its groups.
 
-    An expert group is ep neighbours: it spans as few nodes as it can. Every (dp, ep) index reads
+    An expert group is ep neighbors: it spans as few nodes as it can. Every (dp, ep) index reads
     its own rows; `data` counts them, rank (0, 0, 0) reads for all.
     """
 

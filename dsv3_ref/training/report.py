@@ -209,13 +209,13 @@ CAPTIONS = {
     "loss": "Pale: every step; strong: running mean; diamonds: validation. MTP depth k predicts "
     "k tokens further ahead, which is harder.",
     "reward": "Pale: every step's answers; strong: running mean. Diamonds: the likeliest answers "
-    "to problems that are never practised on, before the first step and at every checkpoint.",
+    "to problems that are never practiced on, before the first step and at every checkpoint.",
     "watch": "A KL that runs away, an entropy near 0 or answers that grow without more reward are "
     "the usual ways to go wrong.",
     "load": "A row an expert, a column a time. White: the expert gets its even share of the "
     "tokens; orange: more, blue: less.",
     "bias": "The bias is added to the affinity when experts are chosen, never to their weight: it "
-    "rises for idle experts and sinks for busy ones. Grey: the other experts.",
+    "rises for idle experts and sinks for busy ones. Gray: the other experts.",
     "max_vio": "How far the busiest expert of a layer is above the mean load (running mean).",
     "schedule": "Settings that change during the run, as they were at every step.",
     "grad_norm": "Pale: every step; strong: running mean. Clipping tames most spikes; "

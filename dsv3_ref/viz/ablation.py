@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_ref.viz.style import COLOURS, GREY
+from dsv3_ref.viz.style import COLORS, GRAY
 
 RESULTS = Path(__file__).parents[2] / "notebooks" / "results"  # of a checkout
 LINES = ["-", "--", "-.", ":", (0, (8, 2, 1, 2)), (0, (1, 3))]
@@ -44,14 +44,14 @@ def table(result: dict, against: str, key="val_loss") -> None:
 
 
 def draw_dots(ax, found: dict[str, np.ndarray], title: str, xlabel: str) -> None:
-    """A line a variant, first on top: a dot a seed, a bar at their mean; grey joins a seed's."""
-    ax.plot(np.array(list(found.values())), range(len(found)), color=GREY, alpha=0.4, lw=0.8)
-    for y, (value_n, colour) in enumerate(zip(found.values(), COLOURS)):
-        ax.plot(value_n, [y] * len(value_n), "o", color=colour, alpha=0.6, ms=5)
-        ax.plot(value_n.mean(), y, "|", color=colour, ms=18, mew=2.5)
+    """A line a variant, first on top: a dot a seed, a bar at their mean; gray joins a seed's."""
+    ax.plot(np.array(list(found.values())), range(len(found)), color=GRAY, alpha=0.4, lw=0.8)
+    for y, (value_n, color) in enumerate(zip(found.values(), COLORS)):
+        ax.plot(value_n, [y] * len(value_n), "o", color=color, alpha=0.6, ms=5)
+        ax.plot(value_n.mean(), y, "|", color=color, ms=18, mew=2.5)
     ax.set_yticks(range(len(found)), list(found))
     ax.set(title=title, xlabel=xlabel, ylim=(len(found) - 0.5, -0.5))
-    ax.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
+    ax.grid(axis="x", color=GRAY, alpha=0.25, linewidth=0.6)
     ax.locator_params(axis="x", nbins=5)
 
 
@@ -67,6 +67,6 @@ def draw_course(ax, result: dict, key, title: str, ylabel: str) -> None:
         value_rn = np.array([[read(point) for point in curve] for curve in curves], dtype=float)
         if np.isnan(value_rn).all():
             continue
-        ax.plot(step_n, value_rn.mean(0), ls=LINES[i], color=COLOURS[i], label=name)
-        ax.fill_between(step_n, value_rn.min(0), value_rn.max(0), color=COLOURS[i], alpha=0.15)
+        ax.plot(step_n, value_rn.mean(0), ls=LINES[i], color=COLORS[i], label=name)
+        ax.fill_between(step_n, value_rn.min(0), value_rn.max(0), color=COLORS[i], alpha=0.15)
     ax.set(title=title, xlabel="step", ylabel=ylabel)

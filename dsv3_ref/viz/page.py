@@ -69,7 +69,7 @@ def titles(fig) -> str:
 
 
 def svg(fig, name: str, alt: str) -> str:
-    """A figure as inline SVG that takes the page's ink colour; `name` keeps its ids its own."""
+    """A figure as inline SVG that takes the page's ink color; `name` keeps its ids its own."""
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

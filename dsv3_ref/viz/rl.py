@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dsv3_ref.viz.style import COLOURS, GREY, figure
+from dsv3_ref.viz.style import COLORS, GRAY, figure
 from dsv3_ref.viz.training import LINES, draw_smoothed, finish, has, series
 
 WATCHED = {  # key of a row → (title, unit)
@@ -24,15 +24,15 @@ def rewards(rows: list[dict], before: dict | None = None):
     fig, ax = figure(height=3.2)
     for i, name in enumerate(names):
         seen = [(r["step"], r["reward_by"][name]) for r in rows if name in (r["reward_by"] or {})]
-        colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-        draw_smoothed(ax, *map(np.array, zip(*seen)), name, colour, line)
+        color, line = COLORS[i % len(COLORS)], LINES[i % len(LINES)]
+        draw_smoothed(ax, *map(np.array, zip(*seen)), name, color, line)
         held = [(0, before[name])] if name in (before or {}) else []
         held += [
             (r["step"], r["held_out"][name]) for r in rows if name in (r.get("held_out") or {})
         ]
         if held:
             at, value = zip(*((step, h["greedy"]) for step, h in held))
-            ax.plot(at, value, "D", color=colour, markersize=5, zorder=3)
+            ax.plot(at, value, "D", color=color, markersize=5, zorder=3)
     ax.set_ylim(-0.02, 1.02)
     finish(ax, "Reward; diamonds: held-out problems, likeliest answer", "mean reward", legend=True)
     return fig
@@ -46,11 +46,11 @@ def watched(rows: list[dict]):
     n = -(-len(keys) // 2)
     fig, axes = figure(n, 2, 8, 2.2 * n, squeeze=False)
     for ax, key in zip(axes.flat, keys):
-        draw_smoothed(ax, *series(rows, key), "", COLOURS[0])
+        draw_smoothed(ax, *series(rows, key), "", COLORS[0])
         finish(ax, *WATCHED[key])
     for ax in axes.flat[len(keys) :]:
         ax.set_visible(False)
     for ax in axes.flat:
         ax.title.set_size(10)
-        ax.tick_params(colors=GREY)
+        ax.tick_params(colors=GRAY)
     return fig

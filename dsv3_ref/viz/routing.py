@@ -6,7 +6,7 @@ import torch
 
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import Route, max_vio, tokens_per_expert
-from dsv3_ref.viz.style import BLUE, GREY, ORANGE, figure, play, show
+from dsv3_ref.viz.style import BLUE, GRAY, ORANGE, figure, play, show
 
 MOST = 32  # tokens that fit a picture
 
@@ -53,7 +53,7 @@ def draw_routing(r: Route, texts: list[str], groups: int = 1, title: str = ""):
     axes[1].set(title=f"Load, MaxVio {max_vio(load_e):.2f}", xlabel="expert", ylabel="tokens")
     for ax in axes:
         ax.set_xticks(range(0, n_experts, max(1, n_experts // 8)))
-        ax.tick_params(colors=GREY, labelcolor="black")
+        ax.tick_params(colors=GRAY, labelcolor="black")
     return fig
 
 

@@ -6,7 +6,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from dsv3_ref.viz.style import GREEN, ORANGE, figure
 
-COLOURS = {"F": "#56A0D8", "B": GREEN, "I": "#CC79A7", "W": ORANGE}
+COLORS = {"F": "#56A0D8", "B": GREEN, "I": "#CC79A7", "W": ORANGE}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 
 
@@ -24,7 +24,7 @@ def draw(spans, title: str, first=(), width: float = 10.0, until: float = math.i
         for i, op in enumerate(span.step):
             at = span.start, span.rank - 0.45 + i * height
             pale = (0.5 if op.microbatch in first else 1.0) * (1 if span.start < until else 0.12)
-            ax.add_patch(Rectangle(at, span.end - span.start, height, facecolor=COLOURS[op.kind],
+            ax.add_patch(Rectangle(at, span.end - span.start, height, facecolor=COLORS[op.kind],
                                    alpha=pale, edgecolor="white", lw=0.6))  # fmt: skip
             if small > 3 and span.start < until:
                 ax.text(at[0] + (span.end - span.start) / 2, at[1] + height / 2, str(op.microbatch),
@@ -33,8 +33,8 @@ def draw(spans, title: str, first=(), width: float = 10.0, until: float = math.i
         ax.axvline(until, color="black", lw=1)
     ax.set(xlim=(0, end), ylim=(ranks - 0.5, -0.5), xlabel="time", ylabel="rank", title=title)
     ax.set_yticks(range(ranks))
-    kinds = [k for k in COLOURS if any(op.kind == k for span in spans for op in span.step)]
-    handles = [Patch(color=COLOURS[k], label=NAMES[k]) for k in kinds]
+    kinds = [k for k in COLORS if any(op.kind == k for span in spans for op in span.step)]
+    handles = [Patch(color=COLORS[k], label=NAMES[k]) for k in kinds]
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.42 / (0.9 + 0.3 * ranks)
               * 2), ncols=len(kinds))  # fmt: skip
     for side in ("left", "bottom"):

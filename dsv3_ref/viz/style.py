@@ -1,15 +1,15 @@
-"""One look for every figure: a palette that colour-blind readers can tell apart, thin axes."""
+"""One look for every figure: a palette that color-blind readers can tell apart, thin axes."""
 
 import sys
 
 import matplotlib.pyplot as plt
 
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#6B7280"
-COLOURS = [BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#D55E00", GREY]
+BLUE, ORANGE, GREEN, PINK, GRAY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#6B7280"
+COLORS = [BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#D55E00", GRAY]
 STYLE = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.prop_cycle": plt.cycler(color=COLORS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 11,

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-from dsv3_ref.viz.style import BLUE, COLOURS, GREY, ORANGE, figure
+from dsv3_ref.viz.style import BLUE, COLORS, GRAY, ORANGE, figure
 
-LINES = ["-", "--", "-.", ":"]  # beside colour, so that prints and every eye tell lines apart
+LINES = ["-", "--", "-.", ":"]  # beside color, so that prints and every eye tell lines apart
 UNEVEN = LinearSegmentedColormap.from_list("uneven", [BLUE, "#FFFFFF", "#D55E00"])
 MANY = 8  # lines that can still be told apart
 
@@ -89,18 +89,18 @@ def last(rows: list[dict], key: str) -> float:
 # ── Parts of plots ──
 
 
-def draw_smoothed(ax, step_n, value_n, label: str, colour: str, line: str = "-") -> None:
+def draw_smoothed(ax, step_n, value_n, label: str, color: str, line: str = "-") -> None:
     """Every value in the background, its running mean on top."""
     dot = "o" if len(step_n) == 1 else None  # a single point makes no line
     many = len(step_n) > 3000
-    ax.plot(step_n, value_n, color=colour, alpha=0.3, linewidth=0.8, rasterized=many)
-    ax.plot(step_n, smooth(value_n), line, color=colour, label=label, marker=dot, rasterized=many)
+    ax.plot(step_n, value_n, color=color, alpha=0.3, linewidth=0.8, rasterized=many)
+    ax.plot(step_n, smooth(value_n), line, color=color, label=label, marker=dot, rasterized=many)
 
 
 def finish(ax, title: str, ylabel: str, legend: bool = False) -> None:
     """Title, labels and light horizontal lines, the same on every plot against steps."""
     ax.set(title=title, xlabel="step", ylabel=ylabel)
-    ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+    ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.6)
     ax.xaxis.get_major_locator().set_params(integer=True)
     if legend:
         ax.legend(loc="best", ncols=2)
@@ -123,7 +123,7 @@ def peak_and_end(value_n) -> tuple[float, float]:
 
 
 def bins(value_ne, most: int = 200):
-    """At most `most` rows, each the mean of neighbours: no screen shows more."""
+    """At most `most` rows, each the mean of neighbors: no screen shows more."""
     parts = np.array_split(value_ne, min(most, len(value_ne)))
     return np.stack([part.mean(0) for part in parts])
 
@@ -151,12 +151,12 @@ def loss_curves(rows: list[dict]):
         drawn.append(value)
     if has(rows, "val_loss_ema"):
         at, value = series(rows, "val_loss_ema")
-        ax.plot(at, value, "o", mfc="none", color=GREY, label="validation, averaged weights")
+        ax.plot(at, value, "o", mfc="none", color=GRAY, label="validation, averaged weights")
         drawn.append(value)
     if has(rows, "mtp_loss"):
         step, mtp = series(rows, "mtp_loss")
-        for k, colour in zip(range(mtp.shape[1]), [COLOURS[2], COLOURS[3], GREY] * mtp.shape[1]):
-            draw_smoothed(ax, step, mtp[:, k], f"MTP, depth {k + 1}", colour, LINES[1 + k % 3])
+        for k, color in zip(range(mtp.shape[1]), [COLORS[2], COLORS[3], GRAY] * mtp.shape[1]):
+            draw_smoothed(ax, step, mtp[:, k], f"MTP, depth {k + 1}", color, LINES[1 + k % 3])
             drawn.append(mtp[:, k])
     clip_view(ax, np.concatenate(drawn))
     finish(ax, title, "nats a token", legend=True)
@@ -169,7 +169,7 @@ def loss_curves(rows: list[dict]):
 def load_heatmap(rows: list[dict], layer: int = 0, name: str = ""):
     """Load of every expert of one MoE layer over time: its share of the tokens times E, 1 = even.
 
-    Rows count as evenly spaced in steps. Colours are on a log scale from a quarter to four times.
+    Rows count as evenly spaced in steps. Colors are on a log scale from a quarter to four times.
     """
     step, load_nle = series(rows, "load")
     even_ne = load_nle[:, layer] * load_nle.shape[2]  # × E
@@ -216,12 +216,12 @@ def bias_trajectories(rows: list[dict], names=None):
 
 
 def draw_biases(ax, step_n, bias_ne, rasterized: bool) -> None:
-    """One thin line an expert; the most lifted and the most held down thick and labelled."""
+    """One thin line an expert; the most lifted and the most held down thick and labeled."""
     dot = "o" if len(step_n) == 1 else None
-    ax.plot(step_n, bias_ne, color=GREY, alpha=0.5, linewidth=0.8, rasterized=rasterized)
+    ax.plot(step_n, bias_ne, color=GRAY, alpha=0.5, linewidth=0.8, rasterized=rasterized)
     extremes = [(int(bias_ne[-1].argmax()), BLUE, "-"), (int(bias_ne[-1].argmin()), ORANGE, "--")]
-    for e, colour, line in extremes:
-        ax.plot(step_n, bias_ne[:, e], line, color=colour, marker=dot, label=f"expert {e}")
+    for e, color, line in extremes:
+        ax.plot(step_n, bias_ne[:, e], line, color=color, marker=dot, label=f"expert {e}")
     ax.legend(
         loc="upper left",
         ncols=2,
@@ -243,8 +243,8 @@ def max_vio(rows: list[dict], names=None):
     else:
         for i, name in enumerate(layer_names(vio_nl.shape[1], names)):
             line, dot = LINES[i % len(LINES)], "o" if len(step) == 1 else None
-            colour = COLOURS[i % len(COLOURS)]
-            ax.plot(step, smooth(vio_nl[:, i]), line, color=colour, label=name, marker=dot)
+            color = COLORS[i % len(COLORS)]
+            ax.plot(step, smooth(vio_nl[:, i]), line, color=color, label=name, marker=dot)
     ax.set_ylim(bottom=0)
     peak, now = peak_and_end(vio_nl.mean(1))
     title = f"MaxVio, mean over layers: up to {peak:.2f}, {now:.2f} at the end (0 = even)"
@@ -322,8 +322,8 @@ def bits_per_byte(value: dict[str, float], ours: str = "this model"):
     """Bits needed for a byte of the same text, a bar each, the best on top; `ours` stands out."""
     order = sorted(value, key=value.get, reverse=True)
     fig, ax = figure(height=0.9 + 0.42 * len(order))
-    colour = [BLUE if name == ours else "#A9B2BD" for name in order]
-    bars = ax.barh(order, [value[name] for name in order], color=colour, height=0.65)
+    color = [BLUE if name == ours else "#A9B2BD" for name in order]
+    bars = ax.barh(order, [value[name] for name in order], color=color, height=0.65)
     ax.bar_label(bars, fmt="%.3f", padding=4)
     for label in ax.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() == ours else "normal")

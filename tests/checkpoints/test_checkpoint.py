@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support import randomise
+from support import randomize
 
 from dsv3_ref.checkpoints import native
 from dsv3_ref.checkpoints.native import config_from_hf, config_to_hf, hf_names, load, save, save_hf
@@ -27,7 +27,7 @@ FP8 = torch.float8_e4m3fn
 
 @pytest.fixture
 def model(micro):
-    return randomise(Transformer(micro))
+    return randomize(Transformer(micro))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def shapes(draw):
 @given(c=shapes(), shard=st.integers(1, 3000))
 def test_any_shape_round_trips(tmp_path_factory, c, shard):
     folder = tmp_path_factory.mktemp("shape")
-    model = randomise(Transformer(c))
+    model = randomize(Transformer(c))
     save_hf(model, folder / "theirs", shard_bytes=shard)
     save(model, folder / "ours", shard_bytes=shard)
     assert same(load(folder / "theirs"), model)
@@ -278,7 +278,7 @@ def blocks(shape: tuple[int, int]):
             yield slice(o, o + 128), slice(i, i + 128), (o // 128, i // 128)
 
 
-def quantise(w):
+def quantize(w):
     """(codes, scales, what they stand for), block by block."""
     scale = torch.empty(-(-w.shape[0] // 128), -(-w.shape[1] // 128))
     q, meant = torch.empty(w.shape, dtype=FP8), torch.empty(w.shape)
@@ -297,13 +297,13 @@ def fp8(micro, tmp_path):
         n_layers=2, n_mtp_layers=1, n_routed_experts=4, n_activated_experts=2, n_expert_groups=2,
         n_limited_groups=1,
     )  # fmt: skip
-    save_hf(randomise(Transformer(c)), tmp_path / "fp8")
+    save_hf(randomize(Transformer(c)), tmp_path / "fp8")
     stored, want = {}, {}
     for name, t in tensors(tmp_path / "fp8").items():
         high = t.ndim < 2 or "mlp.gate.weight" in name or "embed" in name or "lm_head" in name
         stored[name] = want[name] = t if high else None
         if not high:
-            stored[name], stored[name + "_scale_inv"], want[name] = quantise(t)
+            stored[name], stored[name + "_scale_inv"], want[name] = quantize(t)
             assert (want[name] - t).abs().max() < t.abs().max() / 16
     rewrite(tmp_path / "fp8", stored)
     return tmp_path / "fp8", want
@@ -486,7 +486,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(model, ours, monkeypatch, modu
     with monkeypatch.context() as m:
         m.setattr(module, name, fails(at, FULL)(getattr(module, name)))
         with pytest.raises(UserError, match="No space left on device.*untouched"):
-            save(randomise(Transformer(model.config)), ours, shard_bytes=20_000)
+            save(randomize(Transformer(model.config)), ours, shard_bytes=20_000)
     assert same(load(ours), model)
     assert [p.name for p in ours.parent.iterdir()] == ["ours"]
 
@@ -525,7 +525,7 @@ def test_kill_9(model, ours, when):
     assert done.returncode == -signal.SIGKILL
     assert same(load(ours), model)
     assert len(list(ours.parent.iterdir())) > 1  # it left something behind
-    other = randomise(Transformer(model.config))
+    other = randomize(Transformer(model.config))
     save(other, ours)
     assert same(load(ours), other)
     assert [p.name for p in ours.parent.iterdir()] == ["ours"]

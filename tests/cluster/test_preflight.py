@@ -200,7 +200,7 @@ def test_a_network_that_fails_with_good_pairs_is_told():
         word = "unfit: hang" if stage == "net" and len(nodes) > 2 else "fit: fine"
         return dict.fromkeys(nodes, word)
 
-    with pytest.raises(preflight.UserError, match="every pair of neighbours is fine.* hang"):
+    with pytest.raises(preflight.UserError, match="every pair of neighbors is fine.* hang"):
         examine(names(4), ask)
 
 

@@ -52,7 +52,7 @@ def gemm(a_ptr, bias_ptr, c_ptr, shape, k, UPCAST: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def normalise(x_ptr, N: tl.constexpr):
+def normalize(x_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, N))
     tl.store(x_ptr + tl.arange(0, N), x / tl.sum(x))
 
@@ -82,10 +82,10 @@ COMPILE = [
     Compile("good", gemm, FP8, {"UPCAST": False}, "fp8"),
     Compile("good_bf16", gemm, HALF, {"UPCAST": False}, "bf16"),
     Compile("upcast", gemm, FP8, {"UPCAST": True}, "fp8"),
-    Compile("spilling", normalise, (FP32,), {"N": 16384, "num_warps": 1}),
+    Compile("spilling", normalize, (FP32,), {"N": 16384, "num_warps": 1}),
     Compile("deep", gemm.fn, HALF, DEEP, "bf16"),
     Compile("broad", three_products, (BF16, FP32, 4096), {"N": 256, "num_warps": 8}, "bf16"),
-    Compile("wrong", normalise, (FP32,), {"N": 100}),
+    Compile("wrong", normalize, (FP32,), {"N": 100}),
     Compile("crash", Crash(), ()),
 ]
 """

@@ -173,7 +173,7 @@ def test_a_backward_case_runs_backward_only():
     assert torch.equal(first, second)
 
 
-def test_the_step_quantises_its_input_each_time(monkeypatch):
+def test_the_step_quantizes_its_input_each_time(monkeypatch):
     monkeypatch.setattr(bench, "KERNELS", ("torch",))
     case = SMALL[next(name for name in SMALL if name.startswith("moe_step"))]
     fn, _ = bench.made(case, "cpu")

@@ -138,7 +138,7 @@ def test_bf16_to_fp32():
 
 
 def test_fp32_to_bf16():
-    """Every bf16 value, every tie between two of them, and the neighbours of both."""
+    """Every bf16 value, every tie between two of them, and the neighbors of both."""
     bits = torch.arange(1 << 16, device=DEVICE) << 16
     steps = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], device=DEVICE)
     x = (bits[:, None] + steps).flatten().to(torch.uint32).view(torch.float32)
@@ -158,7 +158,7 @@ def nearest_e4m3(x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_to_e4m3(dtype):
-    """Every code, every tie, their neighbours, what saturates, infinities, NaN, random values."""
+    """Every code, every tie, their neighbors, what saturates, infinities, NaN, random values."""
     value = every_e4m3().cpu()[:127].double()
     tie = (value[1:] + value[:-1]) / 2
     edges = torch.cat([value, tie, tie * (1 + 2**-20), tie * (1 - 2**-20), value * (1 - 2**-20)])

@@ -42,7 +42,7 @@ def weight(*shape):
     return IMPLS["weight_quant"]["torch"](w * (torch.rand(shape[-2], 1, device=DEVICE) + 0.1))
 
 
-def dequantised(q, s):
+def dequantized(q, s):
     """fp64 values of codes in tiles of 1 × 128, or in blocks."""
     as_tiles = s.shape[:-1] == q.shape[:-1]
     return (fp8.act_dequant if as_tiles else fp8.weight_dequant)(q, s).double()
@@ -82,7 +82,7 @@ def test_fp8_gemm(shape, dtype):
         assert got.shape == (m, n) and got.dtype == dtype
         if got.numel():
             want = IMPLS["fp8_gemm"]["torch"](*a, *b)
-            exact = dequantised(*a) @ dequantised(*b).T
+            exact = dequantized(*a) @ dequantized(*b).T
             assert error(got, want) < max(TENSOR_CORES, ROUNDING[dtype])
             assert error(got, exact) < max(TENSOR_CORES, ROUNDING[dtype])
 
@@ -92,7 +92,7 @@ def test_every_config_of_the_product_with_blocks(config, monkeypatch):
     one_config(monkeypatch, "_fp8_gemm_kernel", config)
     a, b = rows(150, 256), weight(450, 256)  # 192 + 192 + 66 columns
     got = IMPLS["fp8_gemm"]["triton"](*a, *b)
-    assert error(got, dequantised(*a) @ dequantised(*b).T) < TENSOR_CORES
+    assert error(got, dequantized(*a) @ dequantized(*b).T) < TENSOR_CORES
 
 
 @pytest.mark.parametrize("config", suited(gemm.TILED, False))
@@ -100,7 +100,7 @@ def test_every_config_of_the_product_with_tiles(config, monkeypatch):
     one_config(monkeypatch, "_fp8_wgrad_kernel", config)
     a, b = rows(150, 256), rows(200, 256)
     got = IMPLS["fp8_gemm"]["triton"](*a, *b)
-    assert error(got, dequantised(*a) @ dequantised(*b).T) < TENSOR_CORES
+    assert error(got, dequantized(*a) @ dequantized(*b).T) < TENSOR_CORES
 
 
 def test_codes_that_start_at_an_odd_address():
@@ -108,7 +108,7 @@ def test_codes_that_start_at_an_odd_address():
     odd = torch.empty(9 * 128 + 1, dtype=torch.uint8, device=DEVICE)[1:].view(fp8.E4M3).view(9, 128)
     odd.copy_(a[0])
     got = IMPLS["fp8_gemm"]["triton"](odd, a[1], *b)
-    assert error(got, dequantised(*a) @ dequantised(*b).T) < TENSOR_CORES
+    assert error(got, dequantized(*a) @ dequantized(*b).T) < TENSOR_CORES
 
 
 # ── FP8, a weight an expert ──
@@ -135,7 +135,7 @@ def test_every_config_of_the_grouped_product(config, monkeypatch):
     counts, n = [130, 0, 200], 210
     a, b = rows(330, 128), weight(3, n, 128)
     got = IMPLS["fp8_grouped_gemm"]["triton"](*a, *b, torch.tensor(counts, device=DEVICE))
-    values = zip(dequantised(*a).split(counts), dequantised(*b))
+    values = zip(dequantized(*a).split(counts), dequantized(*b))
     assert error(got, torch.cat([x @ w.T for x, w in values])) < TENSOR_CORES
 
 

@@ -64,7 +64,7 @@ def test_choose_of_any_sizes_with_ties(data):
 
 
 @gates
-def test_choose_of_neighbouring_floats(e, how):
+def test_choose_of_neighboring_floats(e, how):
     """Scores one unit in the last place apart, across zero: subnormal and negative ones too."""
     k, groups, limited, _ = how
     step = torch.stack([torch.randperm(e) for _ in range(5)]).int() - e // 2

@@ -1,4 +1,4 @@
-"""The quantising kernels give the bits of their references, wherever arithmetic defines them."""
+"""The quantizing kernels give the bits of their references, wherever arithmetic defines them."""
 
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
@@ -262,7 +262,7 @@ def refused() -> list:
 
 
 @pytest.mark.parametrize("name, args, words", refused())
-def test_what_cannot_be_quantised_is_refused(name, args, words):
+def test_what_cannot_be_quantized_is_refused(name, args, words):
     args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
     with pytest.raises(ValueError) as e:
         IMPLS[name]["triton"](*args)

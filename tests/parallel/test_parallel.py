@@ -236,7 +236,7 @@ def test_dispatch_in_fp8_loses_a_rounding_and_halves_no_gradient(gang):
 def test_a_second_hop_takes_bytes_off_the_links_between_nodes(gang):
     one = gang.run(8, exchanged, 8, 0, False)
     two = gang.run(8, exchanged, 8, 4, False)
-    assert all("across" not in links for _, links in one)  # without nodes all are neighbours
+    assert all("across" not in links for _, links in one)  # without nodes all are neighbors
     row, k = 128 * 4, 4 * 4  # bytes of a token's numbers, and of one number for each choice
     there_and_back = (row + k + k) + row  # with weights and experts, and the result
     backward = row + (row + k)  # its gradient, and those of token and weights

@@ -17,8 +17,8 @@ CLOSED = [task for task in TASKS.values() if not task.open]
 
 @pytest.mark.parametrize("task", CLOSED, ids=lambda t: t.name)
 def test_worked_answers_are_right_and_near_ones_are_not(task):
-    practised, held = task.problems
-    assert len(held) == 200 and not {p.question for p in held} & {p.question for p in practised}
+    practiced, held = task.problems
+    assert len(held) == 200 and not {p.question for p in held} & {p.question for p in practiced}
     for p in held[:30]:
         for form in two_forms(p):
             assert task.score(form[-1]["content"], p) == 1.0
@@ -39,8 +39,8 @@ def test_letters():
 
 def test_open_questions_speak_of_what_is_answered():
     for task in (task for task in TASKS.values() if task.open):
-        practised, held = task.problems
-        assert len(practised) > 1000 and len(held) == 200
+        practiced, held = task.problems
+        assert len(practiced) > 1000 and len(held) == 200
         for p in held[:30]:
             assert p.question.rstrip(".?").rsplit(" ", 1)[1] in p.answer
 
@@ -71,10 +71,10 @@ def file(folder, *rows) -> str:
 def test_answers_in_a_file_are_compared_by_value(tmp_path):
     name = file(tmp_path, *[{"question": f"{i}/2?", "answer": f"{i / 2}"} for i in range(1, 9)])
     task = find(name)
-    practised, held = task.problems
-    assert (len(practised), len(held), task.open) == (6, 2, False)
+    practiced, held = task.problems
+    assert (len(practiced), len(held), task.open) == (6, 2, False)
     assert task is find(name) and {p.domain for p in held} == {name}
-    p = next(p for p in practised + held if p.question == "3/2?")
+    p = next(p for p in practiced + held if p.question == "3/2?")
     for text, right in [(r"\boxed{\frac{3}{2}}", 1.0), (r"\boxed{1.5}", 1.0), ("1.5", 0.0),
                         (r"\boxed{2}", 0.0), (r"\boxed{1.5}\boxed{1.5}", 0.0)]:  # fmt: skip
         assert task.score(text, p) == right
@@ -103,8 +103,8 @@ def test_open_rows_need_a_question_only(tmp_path):
     asked = ["why?", "how?", "who?", "when?"]
     task = Rows(file(tmp_path, *[{"question": q} for q in asked[:2]], "",
                      *[{"question": q} for q in asked[1:]]))  # fmt: skip
-    practised, held = task.problems
-    assert task.open and sorted(p.question for p in practised + held) == sorted(asked)
+    practiced, held = task.problems
+    assert task.open and sorted(p.question for p in practiced + held) == sorted(asked)
 
 
 POISON = {
@@ -133,7 +133,7 @@ def test_a_poisoned_row_is_told_by_its_number_and_left_out(bad, tmp_path):
     assert POISON[bad] in told[0]
 
 
-def test_files_that_cannot_be_practised_on(tmp_path):
+def test_files_that_cannot_be_practiced_on(tmp_path):
     with pytest.raises(UserError, match="has 0 problems: at least 4"):
         Rows(file(tmp_path, "x"), lambda _: None)
     with pytest.raises(UserError, match="mixes rows"):

@@ -607,7 +607,7 @@ def test_text_cannot_forge_a_special_token(here):
         ({"prompt": [[400]]}, "token numbers below 400"),
         ({"prompt": []}, "prompt must be a text"),
         ({"echo": True}, "this server cannot do echo"),
-        ({"colour": 1}, 'this server knows no "colour"'),
+        ({"color": 1}, 'this server knows no "color"'),
         ({"prompt": "\ud800"}, "not JSON in UTF-8"),
     ],
     ids=str,

@@ -77,8 +77,8 @@ def home(tmp_path_factory):
         p.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
         p.chdir(folder)
         for name, task in list(TASKS.items()):
-            small, (practised, held) = copy.copy(task), task.problems
-            small.problems = practised[:60], held[:3]
+            small, (practiced, held) = copy.copy(task), task.problems
+            small.problems = practiced[:60], held[:3]
             p.setitem(TASKS, name, small)
         for name, value in (("SUMS", 60), ("REST", 10), ("OPEN", 12), ("MAX_NEW", 6)):
             p.setattr(align, name, value)

@@ -139,25 +139,25 @@ def test_it_reads_on_phones_in_the_dark_and_on_paper(whole):
     assert page.all("html") == [{"lang": "en"}]
 
 
-def test_no_colour_of_the_dark_page_is_lost_in_it(whole):
+def test_no_color_of_the_dark_page_is_lost_in_it(whole):
     ink = re.search(r"prefers-color-scheme: dark\) \{(.*?)\} \}", whole[0], re.S)[1]
     light = re.search(r":root \{(.*?)\}", whole[0], re.S)[1]
     for css in (light, ink):
-        colour = dict(re.findall(r"--(\w+): #(\w{6})", css))
+        color = dict(re.findall(r"--(\w+): #(\w{6})", css))
         for name in ("ink", "soft", "link"):
-            assert contrast(colour[name], colour["back"]) > 4.5
-            assert contrast(colour[name], colour["card"]) > 4.5
-        assert contrast(colour["ink"], colour["mark"]) > 4.5
+            assert contrast(color[name], color["back"]) > 4.5
+            assert contrast(color[name], color["card"]) > 4.5
+        assert contrast(color["ink"], color["mark"]) > 4.5
 
 
 def contrast(a: str, b: str) -> float:
-    """WCAG 2 contrast of two colours: (L₁ + 0.05) / (L₂ + 0.05)."""
+    """WCAG 2 contrast of two colors: (L₁ + 0.05) / (L₂ + 0.05)."""
     low, high = sorted(luminance(c) for c in (a, b))
     return (high + 0.05) / (low + 0.05)
 
 
-def luminance(colour: str) -> float:
-    rgb = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+def luminance(color: str) -> float:
+    rgb = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     lin = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
     return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2]
 

@@ -419,7 +419,7 @@ while children < 100 and not full:
         children += 1
     except BlockingIOError:
         full = True
-time.sleep(0.3)  # beside its neighbour
+time.sleep(0.3)  # beside its neighbor
 print(json.dumps([children, full]))
 """
 
