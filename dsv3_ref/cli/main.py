@@ -91,9 +91,9 @@ def bench(argv: list[str]) -> None:
     """dsv3 bench: speed and memory beside transformers."""
     import tyro
 
-    from dsv3_ref.studies.bench import Bench, bench
+    from dsv3_ref.studies.bench import BenchConfig, run_bench
 
-    bench(tyro.cli(Bench, prog="dsv3 bench", args=argv))
+    run_bench(tyro.cli(BenchConfig, prog="dsv3 bench", args=argv))
 
 
 def ablate(argv: list[str]) -> None:

@@ -477,7 +477,7 @@ def run_data_bench(args: DataBenchConfig) -> None:
     """Measure, print, and write the numbers."""
     from dsv3_ref.studies import data_bench
 
-    data_bench.run(args)
+    data_bench.run_data_bench(args)
 
 
 COMMANDS = {"prepare": PrepareConfig, "check": CheckConfig, "bench": DataBenchConfig}

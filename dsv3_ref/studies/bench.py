@@ -34,7 +34,7 @@ Part = Literal["train", "decode", "memory", "scaling", "speculation"]
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchConfig:
     """Measure our model beside transformers.DeepseekV3ForCausalLM: same shape, same threads."""
 
     parts: tuple[Part, ...] = ("train", "decode", "memory", "scaling")
@@ -49,7 +49,7 @@ class Bench:
 # ── The two models ──
 
 
-def theirs(c: Config):
+def hf_model(c: Config):
     """transformers' model of the same shape, with its fastest attention and experts on CPU."""
     try:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -64,7 +64,7 @@ def theirs(c: Config):
     return model
 
 
-def our_step(model: Transformer, tokens_bs) -> Callable:
+def make_step(model: Transformer, tokens_bs) -> Callable:
     """Forward and backward of the main loss."""
 
     def step():
@@ -77,7 +77,7 @@ def our_step(model: Transformer, tokens_bs) -> Callable:
     return step
 
 
-def their_step(model, tokens_bs) -> Callable:
+def make_hf_step(model, tokens_bs) -> Callable:
     """The same with theirs, whose loss shifts the labels itself."""
 
     def step():
@@ -90,7 +90,7 @@ def their_step(model, tokens_bs) -> Callable:
 # ── Timing ──
 
 
-def interleaved(rounds: int, **works: Callable) -> dict[str, float]:
+def time_interleaved(rounds: int, **works: Callable) -> dict[str, float]:
     """Median seconds of each, called in turn after one call to warm up."""
     seconds = {name: [] for name in works}
     for work in works.values():
@@ -103,7 +103,7 @@ def interleaved(rounds: int, **works: Callable) -> dict[str, float]:
     return {name: median(s) for name, s in seconds.items()}
 
 
-def products(c: Config, n: int) -> list[tuple[int, int, int, int]]:
+def list_gemms(c: Config, n: int) -> list[tuple[int, int, int, int]]:
     """(count, n, in, out) of every matrix product of a forward pass over n tokens, heads apart."""
     heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     heads_kv = c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
@@ -122,16 +122,16 @@ def products(c: Config, n: int) -> list[tuple[int, int, int, int]]:
     return [*out, (1, n, c.dim, c.vocab_size)]
 
 
-def alone(c: Config, n: int) -> dict:
+def time_gemms(c: Config, n: int) -> dict:
     """Seconds of the model's matrix products timed one by one, forward and two backward."""
     total = flops = 0.0
-    for count, rows, a, b in products(c, n):
+    for count, rows, a, b in list_gemms(c, n):
         x, w, g = torch.randn(rows, a), torch.randn(b, a), torch.randn(rows, b)
         out = [torch.empty(rows, b), torch.empty(rows, a), torch.empty(b, a)]
         works = [(x, w.T), (g, w), (g.T, x)]
         for (left, right), to in zip(works, out):
             one = lambda left=left, right=right, to=to: torch.mm(left, right, out=to)
-            total += count * interleaved(7, one=one)["one"]
+            total += count * time_interleaved(7, one=one)["one"]
         flops += count * 6 * rows * a * b
     return {"seconds": total, "gflop": flops / 1e9, "gflop_s": flops / total / 1e9}
 
@@ -139,25 +139,25 @@ def alone(c: Config, n: int) -> dict:
 # ── The parts ──
 
 
-def train(args: Bench) -> dict:
+def train(args: BenchConfig) -> dict:
     """Forward and backward of 8 × 256 tokens."""
     torch.manual_seed(0)
     tokens_bs = torch.randint(SHAPE.vocab_size, (BATCH, LENGTH + 1))
-    works = {"ours": our_step(Transformer(SHAPE), tokens_bs),
-             "theirs": their_step(theirs(SHAPE), tokens_bs)}  # fmt: skip
-    seconds = interleaved(args.rounds, **works)
+    works = {"ours": make_step(Transformer(SHAPE), tokens_bs),
+             "transformers": make_hf_step(hf_model(SHAPE), tokens_bs)}  # fmt: skip
+    seconds = time_interleaved(args.rounds, **works)
     rates = {name: BATCH * LENGTH / s for name, s in seconds.items()}
-    return {"seconds": seconds, "tokens_s": rates, "ratio": seconds["theirs"] / seconds["ours"],
-            "products": alone(SHAPE, BATCH * LENGTH)}  # fmt: skip
+    return {"seconds": seconds, "tokens_s": rates, "ratio": seconds["transformers"] / seconds["ours"],
+            "gemms": time_gemms(SHAPE, BATCH * LENGTH)}  # fmt: skip
 
 
-def bandwidth() -> float:
+def measure_bandwidth() -> float:
     """Bytes a second at which a product reads a matrix that no cache holds."""
     w, x = torch.randn(32_768, 1024), torch.randn(1024)
-    return w.numel() * 4 / interleaved(5, read=lambda: torch.mv(w, x))["read"]
+    return w.numel() * 4 / time_interleaved(5, read=lambda: torch.mv(w, x))["read"]
 
 
-def read_bytes(c: Config, batch: int) -> float:
+def decode_weight_bytes(c: Config, batch: int) -> float:
     """Weights that a decoding step must read, if every token chose its experts at random."""
     expert = 3 * c.dim * c.moe_inter_dim
     asleep = (1 - c.n_activated_experts / c.n_routed_experts) ** batch
@@ -167,30 +167,30 @@ def read_bytes(c: Config, batch: int) -> float:
 
 
 @torch.no_grad()
-def decode(args: Bench) -> dict:
+def decode(args: BenchConfig) -> dict:
     """Greedy decoding of 64 tokens behind 32, alone and eight at a time; ours compiled as well."""
     torch.manual_seed(0)
     torch._inductor.config.force_disable_caches = True  # compiled anew, as for a new model
-    ours, other, out = Transformer(SHAPE), theirs(SHAPE).eval(), {"bytes_s": bandwidth()}
+    ours, other, out = Transformer(SHAPE), hf_model(SHAPE).eval(), {"bytes_s": measure_bandwidth()}
     fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     for batch in (1, 8):
         prompt_bs = torch.randint(SHAPE.vocab_size, (batch, 32))
         start = time.perf_counter()
         generate(ours, prompt_bs, 2, compiled=True)
         compile_s = time.perf_counter() - start
-        seconds = interleaved(
+        seconds = time_interleaved(
             args.rounds,
             ours=lambda x=prompt_bs: generate(ours, x, NEW),
             compiled=lambda x=prompt_bs: generate(ours, x, NEW, compiled=True),
-            theirs=lambda x=prompt_bs: other.generate(x, **fixed),
+            transformers=lambda x=prompt_bs: other.generate(x, **fixed),
         )
         out[f"batch {batch}"] = {
             "tokens_s": {name: batch * NEW / s for name, s in seconds.items()},
-            "ratio": seconds["theirs"] / seconds["ours"],
-            "ratio compiled": seconds["theirs"] / seconds["compiled"],
+            "ratio": seconds["transformers"] / seconds["ours"],
+            "ratio compiled": seconds["transformers"] / seconds["compiled"],
             "compile_s": compile_s,
             "step_ms": {name: 1e3 * s / NEW for name, s in seconds.items()},
-            "weights_ms": 1e3 * read_bytes(SHAPE, batch) / out["bytes_s"],
+            "weights_ms": 1e3 * decode_weight_bytes(SHAPE, batch) / out["bytes_s"],
         }
     return out
 
@@ -200,17 +200,17 @@ def peak_bytes(work: Callable) -> int:
     work()
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")
-    before = kib(status.read_text(), "VmRSS")
+    before = read_proc_kib(status.read_text(), "VmRSS")
     work()
-    return 1024 * (kib(status.read_text(), "VmHWM") - before)
+    return 1024 * (read_proc_kib(status.read_text(), "VmHWM") - before)
 
 
-def kib(text: str, name: str) -> int:
+def read_proc_kib(text: str, name: str) -> int:
     """A line of /proc/self/status, in KiB."""
     return int(text.split(f"{name}:")[1].split()[0])
 
 
-def memory(args: Bench) -> dict:
+def memory(args: BenchConfig) -> dict:
     """Peak bytes of a training step, and of the loss alone at V3's vocabulary."""
     torch.manual_seed(0)
     tokens_bs = torch.randint(SHAPE.vocab_size, (BATCH, LENGTH + 1))
@@ -220,19 +220,19 @@ def memory(args: Bench) -> dict:
     target_n = torch.randint(w, (n,))
     return {
         "step": {
-            "ours": peak_bytes(our_step(Transformer(SHAPE), tokens_bs)),
-            "theirs": peak_bytes(their_step(theirs(SHAPE), tokens_bs)),
+            "ours": peak_bytes(make_step(Transformer(SHAPE), tokens_bs)),
+            "transformers": peak_bytes(make_hf_step(hf_model(SHAPE), tokens_bs)),
         },
         "loss of 129,280 words": {
             "ours": peak_bytes(lambda: linear_cross_entropy(h_nd, head_wd, target_n).backward()),
-            "theirs": peak_bytes(
+            "transformers": peak_bytes(
                 lambda: F.cross_entropy((h_nd @ head_wd.T).float(), target_n).backward()
             ),
         },
     }
 
 
-def scaling(args: Bench) -> dict:
+def scaling(args: BenchConfig) -> dict:
     """Microseconds a token of a training step as one size grows, and the fitted exponent."""
     grown = {
         "length": [(x, SHAPE, (2048 // x if x < 2048 else 1, x)) for x in (128, 256, 512, 1024)],
@@ -246,13 +246,13 @@ def scaling(args: Bench) -> dict:
         torch.manual_seed(0)
         times = {}
         for x, c, (b, s) in cases:
-            step = our_step(Transformer(c), torch.randint(c.vocab_size, (b, s + 1)))
-            times[x] = 1e6 * interleaved(max(3, args.rounds // 2), one=step)["one"] / (b * s)
-        out[name] = {"us_a_token": times, "exponent": exponent(times)}
+            step = make_step(Transformer(c), torch.randint(c.vocab_size, (b, s + 1)))
+            times[x] = 1e6 * time_interleaved(max(3, args.rounds // 2), one=step)["one"] / (b * s)
+        out[name] = {"us_per_token": times, "exponent": fit_exponent(times)}
     return out
 
 
-def exponent(times: dict[int, float]) -> float:
+def fit_exponent(times: dict[int, float]) -> float:
     """Slope of log time over log size, least squares."""
     x = torch.tensor(list(times), dtype=torch.float64).log()
     y = torch.tensor(list(times.values()), dtype=torch.float64).log()
@@ -262,22 +262,22 @@ def exponent(times: dict[int, float]) -> float:
 # ── Speculation on trained models ──
 
 
-def speculation(args: Bench) -> dict:
+def speculation(args: BenchConfig) -> dict:
     """Acceptance, costs and speed-up of one draft against depth, with experts and all dense."""
     out = {}
     for layers, dense in ((2, 1), (4, 1), (8, 1), (16, 1), (16, 16)):
         c = replace(TINY, n_layers=layers, n_dense_layers=dense, n_mtp_layers=1)
-        model, rows_bs = taught(c, steps=100)
+        model, rows_bs = train_briefly(c, steps=100)
         name = f"{layers} layers" + ", dense" * (dense == layers)
         out[name] = {
             way: speculated(model, rows_bs, args.rounds, way == "compiled")
             for way in ("eager", "compiled")
         }
-        print("\n".join(lines(name, out[name])), flush=True)
+        print("\n".join(format_result(name, out[name])), flush=True)
     return out
 
 
-def taught(c: Config, steps: int):
+def train_briefly(c: Config, steps: int):
     """A model after some steps on State of the Union addresses, and held-out rows."""
     from dsv3_ref.data.loader import PackedDataLoader, load_or_train_tokenizer, open_sources
     from dsv3_ref.optim import RECIPES, build_adamw
@@ -344,7 +344,7 @@ def round_costs(model: Transformer, token_t, compiled: bool) -> dict[str, float]
     )
     works = {"plain": plain, "verify": verify, "draft": draft}
     works = {name: lambda f=f: f(next(at)) for name, f in works.items()}
-    s = interleaved(200, **works)
+    s = time_interleaved(200, **works)
     return {"plain_ms": 1e3 * s["plain"], "verify": s["verify"] / s["plain"],
             "draft": s["draft"] / s["plain"]}  # fmt: skip
 
@@ -355,33 +355,33 @@ def round_costs(model: Transformer, token_t, compiled: bool) -> dict[str, float]
 PARTS = {f.__name__: f for f in (train, decode, memory, scaling, speculation)}
 
 
-def bench(args: Bench) -> None:
+def run_bench(args: BenchConfig) -> None:
     """Measure every part in a process of its own; print a table, write a JSON file."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"command": " ".join(["dsv3", *sys.argv[1:]]), "machine": machine(args)}
+    found = {"command": " ".join(["dsv3", *sys.argv[1:]]), "machine": describe_machine(args)}
     found |= {"shape": asdict(SHAPE), "tokens": [BATCH, LENGTH]}
     for part in args.parts:
         kept = (False, True) if part == "train" else (False,)
         for keep in kept:
-            name = f"{part}, memory kept" if keep and len(kept) > 1 else part
-            found[name] = measured(args, part, keep)
-            print("\n".join(lines(name, found[name])), flush=True)
+            name = f"{part}, malloc tuned" if keep and len(kept) > 1 else part
+            found[name] = run_part_in_subprocess(args, part, keep)
+            print("\n".join(format_result(name, found[name])), flush=True)
     write_json(args.out, found)
     print(f"all numbers: {args.out}")
 
 
-def measured(args: Bench, part: str, keep: bool) -> dict:
+def run_part_in_subprocess(args: BenchConfig, part: str, keep: bool) -> dict:
     """The result of a part in a fresh process, with or without `keep_memory`."""
     out = args.out.with_suffix(f".{part}")
-    code = f"from dsv3_ref.studies.bench import Bench, Path, inside; inside({part!r}, {keep}, "
-    code += f"Bench(rounds={args.rounds}, threads={args.threads}, out=Path({str(out)!r})))"
+    code = f"from dsv3_ref.studies.bench import BenchConfig, Path, run_part; run_part({part!r}, {keep}, "
+    code += f"BenchConfig(rounds={args.rounds}, threads={args.threads}, out=Path({str(out)!r})))"
     subprocess.run([sys.executable, "-c", code], check=True)
     result = json.loads(out.read_text())
     out.unlink()
     return result
 
 
-def inside(part: str, keep: bool, args: Bench) -> None:
+def run_part(part: str, keep: bool, args: BenchConfig) -> None:
     """Measure one part in this process."""
     if keep:
         keep_memory()
@@ -390,32 +390,32 @@ def inside(part: str, keep: bool, args: Bench) -> None:
     write_json(args.out, PARTS[part](args))
 
 
-def machine(args: Bench) -> dict:
+def describe_machine(args: BenchConfig) -> dict:
     """What the numbers were measured on."""
     threads = args.threads or torch.get_num_threads()
-    return {"processor": processor(), "threads": threads, "torch": torch.__version__,
-            "transformers": theirs_version(), "system": platform.platform()}  # fmt: skip
+    return {"processor": processor_name(), "threads": threads, "torch": torch.__version__,
+            "transformers": transformers_version(), "system": platform.platform()}  # fmt: skip
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name, where Linux tells."""
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
-def theirs_version() -> str:
+def transformers_version() -> str:
     from importlib.metadata import version
 
     return version("transformers")
 
 
-def lines(name: str, result: dict, indent: str = "") -> list[str]:
+def format_result(name: str, result: dict, indent: str = "") -> list[str]:
     """A nested result as lines of a table."""
     out = [f"{indent}{name}"]
     for key, value in result.items():
         if isinstance(value, dict):
-            out += lines(key, value, indent + "  ")
+            out += format_result(key, value, indent + "  ")
         else:
             out.append(f"{indent}  {key:18}{value:,.4g}")
     return out

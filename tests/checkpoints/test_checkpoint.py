@@ -514,7 +514,7 @@ def call(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 setattr(module, name, call)
-checkpoint.save(model, sys.argv[1], shard=20_000)
+checkpoint.save(model, sys.argv[1], shard_bytes=20_000)
 """
 
 
