@@ -19,25 +19,25 @@ from dsv3_ref.optim import TrainingRecipe
 # ── Advantage ──
 
 
-def advantages(reward_b, group: int, scale: str = "group", std_eps: float = 1e-4):
+def advantages(reward_b, num_generations: int, scale_rewards: str = "group", std_eps: float = 1e-4):
     """eq. 28: how much better each answer is than its group of `group` answers in succession, (b,).
 
     scale: divide by the std of the "group" or of the "batch", or by "none".
     """
-    if group < 2 or len(reward_b) % group:
-        raise UserError(f"{len(reward_b)} rewards are no groups of {group} (at least 2)")
-    reward_xg = reward_b.view(-1, group)
+    if num_generations < 2 or len(reward_b) % num_generations:
+        raise UserError(f"{len(reward_b)} rewards are no groups of {num_generations} (at least 2)")
+    reward_xg = reward_b.view(-1, num_generations)
     better_xg = reward_xg - reward_xg.mean(1, keepdim=True)
     stds = {"group": lambda: reward_xg.std(1, keepdim=True), "batch": reward_b.std}
-    if scale != "none":
-        better_xg = better_xg / (stds[scale]() + std_eps)
+    if scale_rewards != "none":
+        better_xg = better_xg / (stds[scale_rewards]() + std_eps)
     return better_xg.flatten()
 
 
 # ── Log-probabilities ──
 
 
-def token_logp(h_nd, head_wd, y_n, temperature: float = 1.0):
+def token_logprobs(h_nd, head_wd, y_n, temperature: float = 1.0):
     """log p of given tokens, and each place's entropy: both (n,), in nats; in chunks."""
 
     def some(h_nd, y_n):
@@ -48,9 +48,9 @@ def token_logp(h_nd, head_wd, y_n, temperature: float = 1.0):
     return tuple(map(torch.cat, zip(*(checkpoint(some, *p, use_reentrant=False) for p in parts))))
 
 
-def answer_mask(tokens_bs, end: int):
+def completion_mask(tokens_bs, eos_id: int):
     """True up to and including each answer's first `end` token; what follows is padding."""
-    ended_bs = (tokens_bs == end).long().cumsum(1) - (tokens_bs == end).long()
+    ended_bs = (tokens_bs == eos_id).long().cumsum(1) - (tokens_bs == eos_id).long()
     return ended_bs == 0
 
 
@@ -58,107 +58,131 @@ def answer_mask(tokens_bs, end: int):
 
 
 @torch.inference_mode()
-def rollouts(
-    model: Transformer, prompts: list[list[int]], group: int, max_new: int, end: int,
+def generate_rollouts(
+    model: Transformer, prompts: list[list[int]], num_generations: int, max_new_tokens: int, eos_id: int,
     temperature: float = 1.0, generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """`group` answers to each prompt in succession, up to and with `end`, and log π of each token.
 
     At temperature 0 the likeliest tokens, whose log π is that of temperature 1.
     """
-    d = Decoder(model, len(prompts), max(map(len, prompts)) + max_new)
-    for row_t, prompt in zip(d.token_bt, prompts):
+    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    for row_t, prompt in zip(decoder.token_bt, prompts):
         row_t[: len(prompt)] = torch.tensor(prompt)
-    n = [len(p) for p in prompts]
-    h_bsd = d.hidden_states([0] * len(n), max(n))
-    logit_bw = d.logits(h_bsd[range(len(n)), [x - 1 for x in n]]).repeat_interleave(group, 0)
-    n, live = [x for x in n for _ in range(group)], list(range(group * len(n)))
-    narrow(d, torch.arange(len(prompts), device=d.token_bt.device).repeat_interleave(group))
-    said, logp = [[] for _ in n], [[] for _ in n]
-    for left in reversed(range(max_new)):
+    lengths = [len(p) for p in prompts]
+    h_bsd = decoder.hidden_states([0] * len(lengths), max(lengths))
+    logit_bw = decoder.logits(
+        h_bsd[range(len(lengths)), [x - 1 for x in lengths]]
+    ).repeat_interleave(num_generations, 0)
+    lengths, active = (
+        [x for x in lengths for _ in range(num_generations)],
+        list(range(num_generations * len(lengths))),
+    )
+    reorder_cache(
+        decoder,
+        torch.arange(len(prompts), device=decoder.token_bt.device).repeat_interleave(
+            num_generations
+        ),
+    )
+    completions, logprobs = [[] for _ in lengths], [[] for _ in lengths]
+    for left in reversed(range(max_new_tokens)):
         logp_bw = (logit_bw / (temperature or 1.0)).log_softmax(-1)
         y_b = multinomial_sample(logp_bw.exp(), generator) if temperature else logp_bw.argmax(-1)
-        new = y_b.tolist()
-        for row, token, p in zip(live, new, logp_bw.gather(1, y_b[:, None])[:, 0].tolist()):
-            said[row].append(token)
-            logp[row].append(p)
-        going = [i for i, token in enumerate(new) if token != end]
-        if not (going and left):
+        next_tokens = y_b.tolist()
+        for row, token, p in zip(
+            active, next_tokens, logp_bw.gather(1, y_b[:, None])[:, 0].tolist()
+        ):
+            completions[row].append(token)
+            logprobs[row].append(p)
+        unfinished = [i for i, token in enumerate(next_tokens) if token != eos_id]
+        if not (unfinished and left):
             break
-        d.token_bt[range(len(n)), n] = y_b
-        live, n = [live[i] for i in going], [n[i] for i in going]
-        narrow(d, torch.tensor(going, device=y_b.device))
-        logit_bw = d.logits(d.hidden_states(n, 1))[:, 0]
-        n = [x + 1 for x in n]
-    return said, logp
+        decoder.token_bt[range(len(lengths)), lengths] = y_b
+        active, lengths = [active[i] for i in unfinished], [lengths[i] for i in unfinished]
+        reorder_cache(decoder, torch.tensor(unfinished, device=y_b.device))
+        logit_bw = decoder.logits(decoder.hidden_states(lengths, 1))[:, 0]
+        lengths = [x + 1 for x in lengths]
+    return completions, logprobs
 
 
-def narrow(d: Decoder, row_b) -> None:
+def reorder_cache(decoder: Decoder, row_b) -> None:
     """Keep these rows of a decoder's caches, some perhaps several times."""
-    for layer in d.layers[: d.n_main]:
+    for layer in decoder.layers[: decoder.n_main]:
         layer.kv_btx = layer.kv_btx[row_b]
-    d.token_bt, d.h_btd = d.token_bt[row_b], d.h_btd[row_b]
+    decoder.token_bt, decoder.h_btd = decoder.token_bt[row_b], decoder.h_btd[row_b]
 
 
 # ── How far from where we began? ──
 
 
-def k3(logp, ref_logp):
+def kl_k3(logp, ref_logp):
     """eq. 27: KL(π ‖ π_ref) from samples of π: e^Δ − Δ − 1, Δ = log π_ref − log π, elementwise."""
-    d = ref_logp - logp
-    return d.exp() - d - 1
+    delta = ref_logp - logp
+    return delta.exp() - delta - 1
 
 
 # ── The objective ──
 
 
-class Objective(NamedTuple):
+class GRPOOutput(NamedTuple):
     """The loss, and what its curves need: means over tokens (or answers), without gradient."""
 
     loss: torch.Tensor
     kl: torch.Tensor  # nats
-    clipped: torch.Tensor  # share that the clip silenced
-    ratio: torch.Tensor
+    clip_ratio: torch.Tensor  # share that the clip silenced
+    importance_ratio: torch.Tensor
 
 
-def whole(logp_bs, mask_bs):
+def sequence_logprob(logp_bs, mask_bs):
     """log p of whole answers, (b, 1)."""
     return (logp_bs * mask_bs).sum(1, keepdim=True)
 
 
-def averaged(x_bs, mask_bs, kind: str, size: float | None):
+def aggregate_loss(x_bs, mask_bs, loss_type: str, normalizer: float | None):
     """One number from the masked x of all tokens; `size` as in `grpo_loss`."""
-    if kind in ("grpo", "sequence"):
+    if loss_type in ("grpo", "sequence"):
         return (x_bs.sum(1) / mask_bs.sum(1).clamp(min=1)).mean()
-    total = {"bnpo": None, "dapo": size, "dr_grpo": len(x_bs) * (size or x_bs.shape[1])}[kind]
+    total = {
+        "bnpo": None,
+        "dapo": normalizer,
+        "dr_grpo": len(x_bs) * (normalizer or x_bs.shape[1]),
+    }[loss_type]
     return x_bs.sum() / (total or mask_bs.sum().clamp(min=1))
 
 
 def grpo_loss(
-    logp_bs, old_logp_bs, ref_logp_bs, advantage_b, mask_bs, eps=0.2, beta: float = 0.0,
-    kind: str = "grpo", size: float | None = None,
-) -> Objective:  # fmt: skip
+    logp_bs, old_logp_bs, ref_logp_bs, advantage_b, mask_bs, epsilon=0.2, beta: float = 0.0,
+    loss_type: str = "grpo", normalizer: float | None = None,
+) -> GRPOOutput:  # fmt: skip
     """eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged by `kind`: see the table of chapter 16.
 
     eps: one number, or (below, above). size: dapo's tokens in the global batch, dr_grpo's longest
     answer; by default those of this one. Without beta, ref_logp_bs may be None.
     """
-    low, high = eps if isinstance(eps, tuple) else (eps, eps)
-    inside = lambda x_bs: torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold anything
+    low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
+    masked = lambda x_bs: torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold anything
     logp_bs, old_logp_bs, ref_logp_bs = (
-        inside(x_bs) if x_bs is not None else None for x_bs in (logp_bs, old_logp_bs, ref_logp_bs)
+        masked(x_bs) if x_bs is not None else None for x_bs in (logp_bs, old_logp_bs, ref_logp_bs)
     )
     mask_bs = mask_bs.to(logp_bs.dtype)
-    if kind == "sequence":
-        logp_bs, old_logp_bs = whole(logp_bs, mask_bs), whole(old_logp_bs, mask_bs)
-        ref_logp_bs = None if ref_logp_bs is None else whole(ref_logp_bs, mask_bs)
+    if loss_type == "sequence":
+        logp_bs, old_logp_bs = (
+            sequence_logprob(logp_bs, mask_bs),
+            sequence_logprob(old_logp_bs, mask_bs),
+        )
+        ref_logp_bs = None if ref_logp_bs is None else sequence_logprob(ref_logp_bs, mask_bs)
         mask_bs = torch.ones_like(logp_bs)
     ratio_bs, a_b1 = (logp_bs - old_logp_bs).exp(), advantage_b[:, None]
-    free_bs, held_bs = ratio_bs * a_b1, ratio_bs.clamp(1 - low, 1 + high) * a_b1
-    kl_bs = k3(logp_bs, ref_logp_bs) if beta else torch.zeros_like(logp_bs)
-    loss = averaged((beta * kl_bs - torch.minimum(free_bs, held_bs)) * mask_bs, mask_bs, kind, size)
+    gain_bs, clipped_bs = ratio_bs * a_b1, ratio_bs.clamp(1 - low, 1 + high) * a_b1
+    kl_bs = kl_k3(logp_bs, ref_logp_bs) if beta else torch.zeros_like(logp_bs)
+    loss = aggregate_loss(
+        (beta * kl_bs - torch.minimum(gain_bs, clipped_bs)) * mask_bs,
+        mask_bs,
+        loss_type,
+        normalizer,
+    )
     mean = lambda x_bs: ((x_bs * mask_bs).sum() / mask_bs.sum().clamp(min=1)).detach()
-    return Objective(loss, mean(kl_bs), mean((held_bs < free_bs).float()), mean(ratio_bs))
+    return GRPOOutput(loss, mean(kl_bs), mean((clipped_bs < gain_bs).float()), mean(ratio_bs))
 
 
 RECIPES = {

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref.config import UserError
-from dsv3_ref.grpo import advantages, answer_mask, grpo_loss, k3, token_logp
+from dsv3_ref.grpo import advantages, completion_mask, grpo_loss, kl_k3, token_logprobs
 
 KINDS = ["grpo", "bnpo", "dapo", "dr_grpo", "sequence"]
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 10_000))
@@ -75,7 +75,9 @@ def test_losses_and_gradients_are_trls(kind, beta, eps):
         want, metrics = trl_loss(kind, logp, old, ref, a, mask, eps, beta, 50)
         assert abs(got.loss - want) < 1e-10
         assert (gradient(got.loss, logp) - gradient(want, logp)).abs().max() < 1e-10
-        assert got.clipped.item() == pytest.approx(metrics["clip_ratio/region_mean"][0], abs=1e-7)
+        assert got.clip_ratio.item() == pytest.approx(
+            metrics["clip_ratio/region_mean"][0], abs=1e-7
+        )
         if beta:
             assert got.kl.item() == pytest.approx(metrics["kl"][0], abs=1e-12)
 
@@ -121,7 +123,7 @@ def test_an_answer_of_one_token_is_a_sequence(shape):
 @given(SHAPES)
 def test_where_nothing_has_moved_the_gradient_is_that_of_the_policy(shape):
     logp, _, _, a, mask = batch(*shape)
-    got = gradient(grpo_loss(logp, logp.detach(), None, a, mask, kind="bnpo").loss, logp)
+    got = gradient(grpo_loss(logp, logp.detach(), None, a, mask, loss_type="bnpo").loss, logp)
     want = gradient(-(a[:, None] * logp * mask).sum() / mask.sum(), logp)
     assert torch.allclose(got, want, atol=1e-14)
 
@@ -135,7 +137,7 @@ def test_only_what_has_gone_far_enough_is_silent(a, moved, silent):
     out = grpo_loss(
         logp, logp.detach() - moved, None, torch.tensor([a]), torch.ones(1, 1), (0.2, 0.3)
     )
-    assert (gradient(out.loss, logp) == 0) == silent == bool(out.clipped)
+    assert (gradient(out.loss, logp) == 0) == silent == bool(out.clip_ratio)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,7 +207,7 @@ def test_what_is_no_group_is_refused(n, group):
 @given(st.floats(-5, 5), st.floats(-5, 5))
 def test_k3_is_never_negative(a, b):
     a, b = torch.tensor([a, b], dtype=torch.double)
-    assert k3(a, b) >= 0 and k3(a, a) == 0
+    assert kl_k3(a, b) >= 0 and kl_k3(a, a) == 0
 
 
 @pytest.mark.parametrize("n", [0, 1, 513, 1100])
@@ -214,7 +216,7 @@ def test_chunks_of_logits_are_all_logits(n):
     h = torch.randn(n, 6, dtype=torch.double, requires_grad=True)
     w = torch.randn(11, 6, dtype=torch.double, requires_grad=True)
     y, t = torch.randint(11, (n,)), 0.6
-    logp, entropy = token_logp(h, w, y, t)
+    logp, entropy = token_logprobs(h, w, y, t)
     all_logp = (h @ w.T / t).log_softmax(-1)
     want = all_logp.gather(1, y[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(-1)
     assert torch.allclose(logp, want[0]) and torch.allclose(entropy, want[1])
@@ -227,7 +229,7 @@ def test_chunks_of_logits_are_all_logits(n):
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_a_mask_ends_with_the_first_end(rows):
-    got = answer_mask(torch.tensor(rows), end=0)
+    got = completion_mask(torch.tensor(rows), eos_id=0)
     for row, mask in zip(rows, got.tolist()):
         n = row.index(0) + 1 if 0 in row else len(row)
         assert mask == [True] * n + [False] * (len(row) - n)

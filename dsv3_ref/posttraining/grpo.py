@@ -18,7 +18,7 @@ from dsv3_ref import grpo
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens
-from dsv3_ref.grpo import advantages, grpo_loss, token_logp
+from dsv3_ref.grpo import advantages, grpo_loss, token_logprobs
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import Problem, find, messages, named
@@ -338,7 +338,7 @@ class RlTrainer(Trainer):
         end_m = torch.tensor([len(row) for row in rows], device=self.device).cumsum(0).int()
         h_1nd, routes = model.hidden_states(line_1n, ends=end_m)
         h_nd, y_n = h_1nd[0, :-1][said_n], line_1n[0, 1:][said_n]
-        return *token_logp(h_nd, model.head.weight, y_n, self.args.temperature), routes
+        return *token_logprobs(h_nd, model.head.weight, y_n, self.args.temperature), routes
 
     def losses(self, model, lot: list[Answer], _) -> Losses:
         """`grpo_loss` of a lot, as its part of the mean over all answers."""
@@ -359,7 +359,7 @@ class RlTrainer(Trainer):
             mask_bs, (args.clip_low, args.clip_high), args.beta, args.objective,
             size.get(args.objective),
         )  # fmt: skip
-        self.note(len(logp_n), kl=out.kl, clipped=out.clipped, entropy=entropy_n.mean(),
+        self.note(len(logp_n), kl=out.kl, clipped=out.clip_ratio, entropy=entropy_n.mean(),
                   mismatch=(logp_n - written_n).abs().mean())  # fmt: skip
         if ref_n is not None:
             self.seen["drift"] += (logp_n - ref_n).sum().item()

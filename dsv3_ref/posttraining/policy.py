@@ -10,7 +10,7 @@ import torch
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
-from dsv3_ref.grpo import rollouts
+from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.posttraining.prompts import messages
 from dsv3_ref.rewards import vote_prompt
 from dsv3_ref.sft import render_conversation
@@ -47,7 +47,9 @@ class Policy:
             tokenizer,
             get_special_tokens(tokenizer),
         )
-        self.write = write or partial(rollouts, model)  # as `rollouts`, without the model
+        self.write = write or partial(
+            generate_rollouts, model
+        )  # as `generate_rollouts`, without the model
 
     @classmethod
     def of(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":

@@ -13,7 +13,7 @@ from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
-from dsv3_ref.grpo import rollouts
+from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import has_room
 from dsv3_ref.posttraining.sft import hold_out
@@ -291,6 +291,8 @@ class RewardModel:
         asked, end = self.add_judge_turns(samples, references), self.special_tokens.eos
         has_room(self.model, asked, MAX_JUDGMENT_TOKENS)
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
-        told = [rollouts(self.model, lot, 1, MAX_JUDGMENT_TOKENS, end, 0.0)[0] for lot in lots]
+        told = [
+            generate_rollouts(self.model, lot, 1, MAX_JUDGMENT_TOKENS, end, 0.0)[0] for lot in lots
+        ]
         written = [answer for lot in told for answer in lot]
         return [[*a, *w, *([end] if w[-1] != end else [])] for a, w in zip(asked, written)]

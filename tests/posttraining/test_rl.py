@@ -11,7 +11,7 @@ from miniruns import metrics, options, results
 
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
-from dsv3_ref.grpo import advantages, grpo_loss, rollouts
+from dsv3_ref.grpo import advantages, generate_rollouts, grpo_loss
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.posttraining.grpo import Answer, Questions, Rl, RlTrainer
 from dsv3_ref.posttraining.policy import Policy
@@ -25,7 +25,7 @@ from dsv3_ref.training import settings
 def test_rollouts_are_the_models_own(micro, temperature):
     """log π is what the model says of these tokens, and at temperature 0 they are its likeliest."""
     model, prompts = Transformer(micro), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    said, logp = rollouts(model, prompts, 3, 12, 7, temperature)
+    said, logp = generate_rollouts(model, prompts, 3, 12, 7, temperature)
     assert len(said) == len(logp) == 9
     for i, (answer, logp_s) in enumerate(zip(said, logp)):
         prompt = prompts[i // 3]
@@ -40,7 +40,9 @@ def test_rollouts_are_the_models_own(micro, temperature):
 
 def test_answers_of_a_group_differ_and_a_seed_repeats_them(micro):
     model = Transformer(micro)
-    draw = lambda: rollouts(model, [[1, 2]], 6, 8, 7, 1.0, torch.Generator().manual_seed(3))[0]
+    draw = lambda: generate_rollouts(
+        model, [[1, 2]], 6, 8, 7, 1.0, torch.Generator().manual_seed(3)
+    )[0]
     first = draw()
     assert first == draw() and len({tuple(a) for a in first}) > 1
 
@@ -49,7 +51,7 @@ def test_a_first_token_that_ends_ends(micro):
     model = Transformer(micro)
     with torch.no_grad():
         model.norm.weight.zero_()  # every word is as likely: the first of them at temperature 0
-    assert rollouts(model, [[1], [2]], 2, 5, 0, 0.0)[0] == [[0]] * 4
+    assert generate_rollouts(model, [[1], [2]], 2, 5, 0, 0.0)[0] == [[0]] * 4
 
 
 # ── Runs ──

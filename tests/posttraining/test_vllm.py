@@ -12,7 +12,7 @@ from test_rl import home, rl  # noqa: F401  a fixture
 
 from dsv3_ref.checkpoints.native import hf_names, load
 from dsv3_ref.config import UserError
-from dsv3_ref.grpo import rollouts
+from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 
@@ -72,7 +72,7 @@ class Engine:
         prompts = [a["prompt_token_ids"] for a in asked]
         self.model.load_state_dict(self.absorbed, strict=False)
         assert how.logprobs == 0 and how.ignore_eos and not how.detokenize
-        found = rollouts(self.model, prompts, how.n, how.max_tokens, how.stop_token_ids[0],
+        found = generate_rollouts(self.model, prompts, how.n, how.max_tokens, how.stop_token_ids[0],
                          how.temperature)  # fmt: skip
         rows = [
             SimpleNamespace(token_ids=tuple(tokens), logprobs=[
@@ -96,7 +96,7 @@ def test_answers_and_log_probabilities_come_through(vllm, micro, tmp_path):
     torch.manual_seed(0)
     got = write([[1, 2], [3]], 3, 6, 7, 1.0)
     torch.manual_seed(0)
-    assert got == rollouts(model, [[1, 2], [3]], 3, 6, 7, 1.0)
+    assert got == generate_rollouts(model, [[1, 2], [3]], 3, 6, 7, 1.0)
 
 
 def test_the_engine_follows_the_model(vllm, micro, tmp_path):
@@ -108,7 +108,9 @@ def test_the_engine_follows_the_model(vllm, micro, tmp_path):
     before = write([[1, 2]], 1, 6, 7, 0.0)
     write.refresh(model)
     assert write.engine.reset == 1
-    assert write([[1, 2]], 1, 6, 7, 0.0) == rollouts(model, [[1, 2]], 1, 6, 7, 0.0) != before
+    assert (
+        write([[1, 2]], 1, 6, 7, 0.0) == generate_rollouts(model, [[1, 2]], 1, 6, 7, 0.0) != before
+    )
     files = list((tmp_path / "hf").glob("*.safetensors"))
     assert any("experts" in name for path in files for name in load_file(path))
 
