@@ -817,14 +817,14 @@ show(fig)
 # %%
 from dsv3_ref.viz import ablation
 
-compared = ablation.results("mla")
+compared = ablation.load_ablation("mla")
 print(compared["command"])
-ablation.table(compared, against="MHA")
+ablation.print_table(compared, against="MHA")
 sizes = {name: v["params"] for name, v in compared["variants"].items()}
 assert max(sizes.values()) < 1.01 * min(sizes.values())
 
 fig, ax = figure(1, 1, 8, 3.4)
-losses = ablation.values(compared)
+losses = ablation.values_by_variant(compared)
 for (name, nats), (color, mark) in zip(
     losses.items(),
     ((ORANGE, "s"), (GREEN, "^"), (BLUE, "o"), (GREEN, "^"), (BLUE, "o")),

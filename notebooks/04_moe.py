@@ -805,9 +805,9 @@ if not SHORT:
 # %%
 from dsv3_ref.viz import ablation
 
-found = ablation.results("balance")
+found = ablation.load_ablation("balance")
 print(found["command"], f"({sum(run['seconds'] for run in found['runs']) / 60:.0f} minutes)")
-ablation.table(found, against="bias")
+ablation.print_table(found, against="bias")
 
 
 def apart(run) -> float:
@@ -816,16 +816,18 @@ def apart(run) -> float:
     return (speech_le - source_le).abs().sum(-1).mean().item() / 2
 
 
-difference = ablation.values(found, apart)
-together, alone = (ablation.values(found, f"max_vio_{rows}") for rows in ("global", "sequence"))
+difference = ablation.values_by_variant(found, apart)
+together, alone = (
+    ablation.values_by_variant(found, f"max_vio_{rows}") for rows in ("global", "sequence")
+)
 print("\nmeans of three seeds, after the last step")
 for name in found["variants"]:
     print(f"{name:15}  MaxVio together {together[name].mean():.2f}, in a row {alone[name].mean():.2f}; "
           f"choices that differ {difference[name].mean():.0%}")  # fmt: skip
 
 fig, axes = figure(2, 2, 9.8, 6.4)
-ablation.draw_dots(axes[0, 0], ablation.values(found), "Held-out loss", "nats a token")
-ablation.draw_dots(
+ablation.plot_dots(axes[0, 0], ablation.values_by_variant(found), "Held-out loss", "nats a token")
+ablation.plot_dots(
     axes[0, 1], difference, "Sources told apart by experts", "share of choices that differ"
 )
 for ax, key, title in zip(
@@ -833,7 +835,7 @@ for ax, key, title in zip(
     ("max_vio_global", "max_vio_sequence"),
     ("MaxVio, rows together", "MaxVio in a single row"),
 ):
-    ablation.draw_course(ax, found, key, title, "max load / mean − 1")
+    ablation.plot_curves(ax, found, key, title, "max load / mean − 1")
 axes[1, 1].set_ylim(0.3, 2.2)
 axes[1, 1].legend(fontsize=8.5, ncols=2, loc="upper right")
 show(fig)

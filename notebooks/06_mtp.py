@@ -461,10 +461,10 @@ assert SHORT or all(trained[d][2][-1] > 0.7 for d in (1, 2))
 # %%
 from dsv3_ref.viz import ablation
 
-found = ablation.results("mtp")
+found = ablation.load_ablation("mtp")
 print(found["command"])
-ablation.table(found, against="D=0")
-losses = ablation.values(found)
+ablation.print_table(found, against="D=0")
+losses = ablation.values_by_variant(found)
 print("D=1 less D=0, seed by seed:", [f"{x:+.3f}" for x in losses["D=1"] - losses["D=0"]])
 CHAINS = {"depth 1, D = 1": ("D=1", 0), "depth 1, D = 2": ("D=2", 0), "both, D = 2": ("D=2", 1)}
 for name, (variant, k) in CHAINS.items():
@@ -472,12 +472,12 @@ for name, (variant, k) in CHAINS.items():
     print(f"{name}: {100 * sum(runs) / len(runs):.1f} % of drafts agree")
 
 fig, axes = figure(1, 2, width=9.5, height=3.2)
-ablation.draw_dots(axes[0], losses, "Main loss on held-out text", "nats a token")
+ablation.plot_dots(axes[0], losses, "Main loss on held-out text", "nats a token")
 for k in (0, 1):
     deep = lambda point, k=k: (
         point["acceptance"][k] * 100 if len(point["acceptance"]) > k else math.nan
     )
-    ablation.draw_course(axes[1], found, deep, "Drafts agree with the main model", "%")
+    ablation.plot_curves(axes[1], found, deep, "Drafts agree with the main model", "%")
 for line, name in zip(axes[1].lines, ("depth 1, D = 1", "depth 1, D = 2", "depth 2, D = 2")):
     line.set_label(name)
 axes[1].lines[-1].set(color=GRAY, ls=":")

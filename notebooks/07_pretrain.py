@@ -222,22 +222,24 @@ assert tokenizer.decode(ids, skip_special_tokens=False) == (
 # %%
 from dsv3_ref.viz import ablation
 
-found = ablation.results("fim")
+found = ablation.load_ablation("fim")
 print(found["command"])
-ablation.table(found, against="rate 0")
-middles = {f"{name}, {words}": ablation.values(found, f"{key}_nats")[name]
+ablation.print_table(found, against="rate 0")
+middles = {f"{name}, {words}": ablation.values_by_variant(found, f"{key}_nats")[name]
            for name in found["variants"] for key, words in (("left", "prefix"), ("psm", "both"))}  # fmt: skip
 for name, nats in middles.items():
     variant, seen = name.split(", ")
-    right = ablation.values(found, f"{'psm' if seen == 'both' else 'left'}_accuracy")[variant]
-    print(f"{name:16} {ablation.pm(nats)} nats a token, {100 * right.mean():.1f} % right")
+    right = ablation.values_by_variant(found, f"{'psm' if seen == 'both' else 'left'}_accuracy")[
+        variant
+    ]
+    print(f"{name:16} {ablation.mean_std(nats)} nats a token, {100 * right.mean():.1f} % right")
 for rate in found["variants"]:
     harm = middles[f"{rate}, both"] - middles[f"{rate}, prefix"]
-    print(f"{rate}: seeing both sides adds {ablation.pm(harm)} nats")
+    print(f"{rate}: seeing both sides adds {ablation.mean_std(harm)} nats")
 
 fig, axes = figure(1, 2, width=9.5, height=2.8, width_ratios=[1, 1.3])
-ablation.draw_dots(axes[0], ablation.values(found), "Left to right", "nats a token")
-ablation.draw_dots(axes[1], middles, "The middle, given …", "nats a token")
+ablation.plot_dots(axes[0], ablation.values_by_variant(found), "Left to right", "nats a token")
+ablation.plot_dots(axes[1], middles, "The middle, given …", "nats a token")
 show(fig)
 
 # %% [markdown]

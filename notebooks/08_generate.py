@@ -58,7 +58,7 @@ from dsv3_ref.mla import attention
 from dsv3_ref.mtp import mtp_hidden_states
 from dsv3_ref.pretrain import losses
 from dsv3_ref.viz import BLUE, GRAY, ORANGE, checker, figure, play, show
-from dsv3_ref.viz.ablation import RESULTS
+from dsv3_ref.viz.ablation import RESULTS_DIR
 
 torch.manual_seed(0)
 
@@ -985,7 +985,7 @@ play(trace, drafts=(1, 2, 1), temperature=(0.0, 1.5, 0.25), place=(0, 3, 1))
 # with the acceptance and the two costs of each model, measured one by one.
 
 # %%
-found = json.loads((RESULTS / "bench.json").read_text())
+found = json.loads((RESULTS_DIR / "bench.json").read_text())
 fig, ways = figure(1, 2, width=9, height=3.0, sharey=True)
 for ax, way in zip(ways, ("eager", "compiled")):
     names = [name for name in found["speculation"] if "dense" not in name]

@@ -789,9 +789,9 @@ assert block.max() > 3 * tile.max() and quiet > 0.5
 #     dsv3 ablate fp8 --config tiny --steps 1000 --seeds 2 --data sotu=0.9 stdlib=0.1 --out notebooks/results
 
 # %%
-from dsv3_ref.viz.ablation import results
+from dsv3_ref.viz.ablation import load_ablation
 
-found, WINDOW = results("fp8"), 50
+found, WINDOW = load_ablation("fp8"), 50
 smooth = lambda x: torch.tensor(x).unfold(0, WINDOW, 1).mean(-1)
 curves = {(r["variant"], r["seed"]): smooth(r["losses"]) for r in found["runs"]}
 seeds = sorted({seed for _, seed in curves})

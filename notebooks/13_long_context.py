@@ -49,10 +49,10 @@ from dsv3_ref.config import TINY, V3, count
 from dsv3_ref.mla import LayerKVCache
 from dsv3_ref.rope import softmax_scale
 from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
-from dsv3_ref.viz.ablation import stored
+from dsv3_ref.viz.ablation import load_result
 
 torch.manual_seed(0)
-FOUND = stored("long_context")
+FOUND = load_result("long_context")
 
 # %%
 TOKENS, PER_LAYER = 131_072, {"MLA": 512 + 64, "GQA, 8 heads": 8 * 320, "MHA, 128 heads": 128 * 320}

@@ -372,9 +372,9 @@ assert abs(sum(kept) / 1000 - (1 - 0.6**4)) < 0.04
 # four to each problem. **Short answers**: the pre-trained model, taught bare answers to all of these problems.
 
 # %%
-from dsv3_ref.viz.ablation import stored
+from dsv3_ref.viz.ablation import load_result
 
-FOUND = stored("align")["distillation"]
+FOUND = load_result("align")["distillation"]
 fig, ax = figure(1, 1, 8, 3)
 by_height = sorted(FOUND.items(), key=lambda item: item[1]["greedy"])
 label = 0.0

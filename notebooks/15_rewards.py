@@ -27,10 +27,10 @@
 import torch
 
 from dsv3_ref.viz import COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
-from dsv3_ref.viz.ablation import stored
+from dsv3_ref.viz.ablation import load_result
 
 torch.manual_seed(0)
-FOUND = stored("rewards")
+FOUND = load_result("rewards")
 
 # %% [markdown]
 # ## Paper

@@ -524,9 +524,9 @@ assert end["GRPO, β = 0.3"].mean() < end["GRPO"].mean()
 # scored by a reward model made as in [chapter 15](15_rewards.ipynb), from pairs of a president's sentence and a spoilt one; the reward is $\sigma(r)$, between 0 and 1. 200 sums are never practiced on. Three seeds of GRPO, one of each control.
 
 # %%
-from dsv3_ref.viz.ablation import stored
+from dsv3_ref.viz.ablation import load_result
 
-FOUND = stored("align")
+FOUND = load_result("align")
 runs = FOUND["runs"]
 KINDS = {"GRPO": GREEN, "no-baseline": GRAY, "random-reward": ORANGE}
 fig, axes = figure(1, 2, 9, 3)

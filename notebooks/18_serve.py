@@ -1030,9 +1030,9 @@ assert hits[0] == 0 and hits[-1] > 0.7 * (hits[-1] + reads[-1])
 # The model of [chapter 07](07_pretrain.ipynb) behind `dsv3 serve`, and 1 to 64 clients that each stream an answer over HTTP, on two cores that others use too: `python -m dsv3_ref.studies.load_test runs/tiny --rounds 5`.
 
 # %%
-from dsv3_ref.viz.ablation import stored
+from dsv3_ref.viz.ablation import load_result
 
-FOUND = stored("serve")
+FOUND = load_result("serve")
 fig, (left, right) = figure(1, 2, 8.6, 2.9)
 for (name, kind), color in zip(FOUND["servers"].items(), (BLUE, ORANGE, GREEN)):
     clients = [r["clients"] for r in kind]

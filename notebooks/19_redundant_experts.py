@@ -32,9 +32,9 @@ import torch
 
 from dsv3_ref.config import V3
 from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
-from dsv3_ref.viz.ablation import stored
+from dsv3_ref.viz.ablation import load_result
 
-recorded = stored("routing")  # windows of 4,096 tokens: tokens of every expert of every layer
+recorded = load_result("routing")  # windows of 4,096 tokens: tokens of every expert of every layer
 print(recorded["command"])
 LOADS = {name: torch.tensor(x) for name, x in recorded["load"].items()}  # (windows, l, e)
 pairs = {name: x.sum(0).unflatten(-1, (8, 2)).sum(-1).float() for name, x in LOADS.items()}

@@ -27,7 +27,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
 from dsv3_ref.studies import expert_load
-from dsv3_ref.viz.ablation import RESULTS
+from dsv3_ref.viz.ablation import RESULTS_DIR
 
 # ── The slow form: one layer, one expert, one GPU after the other ──
 
@@ -291,7 +291,7 @@ def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
     monkeypatch.setattr(expert_load.tok, "read_tokenizer", lambda path: Coder)
     args = expert_load.Routing(out=tmp_path, windows=3, rows=2)
     found = json.loads(expert_load.record(args, "this command").read_text())
-    kept = json.loads((RESULTS / "routing.json").read_text())
+    kept = json.loads((RESULTS_DIR / "routing.json").read_text())
     assert found.keys() == kept.keys()
     assert found["command"] == "this command"
     for load in found["load"].values():
@@ -301,7 +301,7 @@ def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
 
 
 def test_the_kept_record_is_whole():
-    kept = json.loads((RESULTS / "routing.json").read_text())
+    kept = json.loads((RESULTS_DIR / "routing.json").read_text())
     for load in kept["load"].values():
         load_xle = torch.tensor(load)
         assert load_xle.shape == (24, 3, 16)

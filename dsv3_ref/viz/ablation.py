@@ -7,21 +7,21 @@ import numpy as np
 
 from dsv3_ref.viz.style import COLORS, GRAY
 
-RESULTS = Path(__file__).parents[2] / "notebooks" / "results"  # of a checkout
+RESULTS_DIR = Path(__file__).parents[2] / "notebooks" / "results"  # of a checkout
 LINES = ["-", "--", "-.", ":", (0, (8, 2, 1, 2)), (0, (1, 3))]
 
 
-def results(name: str) -> dict:
+def load_ablation(name: str) -> dict:
     """The file of an ablation that this checkout holds."""
-    return stored(f"ablate_{name}")
+    return load_result(f"ablate_{name}")
 
 
-def stored(name: str) -> dict:
+def load_result(name: str) -> dict:
     """A small file of results that this checkout holds."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS_DIR / f"{name}.json").read_text())
 
 
-def values(result: dict, key="val_loss") -> dict[str, np.ndarray]:
+def values_by_variant(result: dict, key="val_loss") -> dict[str, np.ndarray]:
     """Variant → a value of each seed, by seed; `key` names it or makes it from a run."""
     read = key if callable(key) else lambda run: run[key]
     runs = sorted(result["runs"], key=lambda run: run["seed"])
@@ -29,21 +29,23 @@ def values(result: dict, key="val_loss") -> dict[str, np.ndarray]:
     return {v: np.array(x, dtype=float) for v, x in found.items()}
 
 
-def pm(value_n, digits: int = 3) -> str:
+def mean_std(value_n, digits: int = 3) -> str:
     """`2.253 ± 0.004`: mean and standard deviation over seeds."""
     return f"{np.mean(value_n):.{digits}f} ± {np.std(value_n, ddof=1):.{digits}f}"
 
 
-def table(result: dict, against: str, key="val_loss") -> None:
+def print_table(result: dict, against: str, key="val_loss") -> None:
     """Print a line a variant: its value, and its differences to another on the same seeds."""
-    found = values(result, key)
+    found = values_by_variant(result, key)
     width = max(map(len, found))
     for name, value_n in found.items():
-        gap = "" if name == against else f"   {pm(value_n - found[against])} against {against}"
-        print(f"{name:{width}}  {pm(value_n)}{gap}")
+        gap = (
+            "" if name == against else f"   {mean_std(value_n - found[against])} against {against}"
+        )
+        print(f"{name:{width}}  {mean_std(value_n)}{gap}")
 
 
-def draw_dots(ax, found: dict[str, np.ndarray], title: str, xlabel: str) -> None:
+def plot_dots(ax, found: dict[str, np.ndarray], title: str, xlabel: str) -> None:
     """A line a variant, first on top: a dot a seed, a bar at their mean; gray joins a seed's."""
     ax.plot(np.array(list(found.values())), range(len(found)), color=GRAY, alpha=0.4, lw=0.8)
     for y, (value_n, color) in enumerate(zip(found.values(), COLORS)):
@@ -55,7 +57,7 @@ def draw_dots(ax, found: dict[str, np.ndarray], title: str, xlabel: str) -> None
     ax.locator_params(axis="x", nbins=5)
 
 
-def draw_course(ax, result: dict, key, title: str, ylabel: str) -> None:
+def plot_curves(ax, result: dict, key, title: str, ylabel: str) -> None:
     """A curve a variant over steps: the mean, and a band from the lowest to the highest seed.
 
     `key` names a number of a point of the curves, or makes it from a point.

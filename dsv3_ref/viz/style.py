@@ -57,10 +57,10 @@ def play(draw, **controls) -> None:
 
         interact(draw, **controls)
     else:
-        draw(**{name: first(control) for name, control in controls.items()})
+        draw(**{name: default_value(control) for name, control in controls.items()})
 
 
-def first(control):
+def default_value(control):
     """A starting value for a control, as `interact` would choose it."""
     if hasattr(control, "value"):
         return control.value

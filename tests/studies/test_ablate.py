@@ -146,13 +146,13 @@ def numbers(x) -> list[float]:
 # ── What the chapters show ──
 
 
-KEPT = sorted(p.stem.removeprefix("ablate_") for p in ablation.RESULTS.glob("ablate_*.json"))
+KEPT = sorted(p.stem.removeprefix("ablate_") for p in ablation.RESULTS_DIR.glob("ablate_*.json"))
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_the_kept_results_are_complete_and_as_they_say(name):
-    path = ablation.RESULTS / f"ablate_{name}.json"
-    result = ablation.results(name)
+    path = ablation.RESULTS_DIR / f"ablate_{name}.json"
+    result = ablation.load_ablation(name)
     check_result(name, result)
     assert path.stat().st_size < 60_000
     assert result["seeds"] >= (2 if name == "fp8" else 3)  # FP8 by emulation: half an hour a seed
@@ -169,7 +169,8 @@ def test_the_kept_results_are_complete_and_as_they_say(name):
 def test_the_kept_run_in_fp8_stays_within_a_quarter_of_a_percent():
     """§3.3, App. B.1: relative to high precision, of the same seed, loss averaged over 50 steps."""
     runs = {
-        (r["variant"], r["seed"]): np.array(r["losses"]) for r in ablation.results("fp8")["runs"]
+        (r["variant"], r["seed"]): np.array(r["losses"])
+        for r in ablation.load_ablation("fp8")["runs"]
     }
     seeds = {seed for _, seed in runs}
     smooth = {k: np.convolve(x, np.ones(50) / 50, "valid") for k, x in runs.items()}
@@ -184,9 +185,9 @@ def test_the_kept_run_in_fp8_stays_within_a_quarter_of_a_percent():
 def test_results_become_numbers_by_seed():
     runs = [{"variant": v, "seed": s, "x": [s, 10 * s]} for s in (2, 0, 1) for v in "ab"]
     result = {"variants": {"a": {}, "b": {}}, "runs": runs}
-    found = ablation.values(result, lambda run: run["x"][1])
+    found = ablation.values_by_variant(result, lambda run: run["x"][1])
     assert {k: x.tolist() for k, x in found.items()} == {"a": [0, 10, 20], "b": [0, 10, 20]}
-    assert ablation.pm(found["a"], 1) == "10.0 ± 10.0"
+    assert ablation.mean_std(found["a"], 1) == "10.0 ± 10.0"
 
 
 def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
@@ -195,15 +196,15 @@ def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
             for s in range(3) for v in "ab"]  # fmt: skip
     result = {"variants": {"a": {}, "b": {}}, "runs": runs}
     _, (dots, course) = figure(1, 2)
-    ablation.draw_dots(dots, ablation.values(result), "", "")
+    ablation.plot_dots(dots, ablation.values_by_variant(result), "", "")
     shown = [line.get_xdata() for line in dots.lines if line.get_marker() == "o"]
     assert shown == [pytest.approx([0, 1, 2]), pytest.approx([1, 2, 3])]
     assert [line.get_xdata().tolist() for line in dots.lines[:3]] == [[0, 1], [1, 2], [2, 3]]
-    ablation.draw_course(course, result, lambda point: point["x"] or math.nan, "", "")
+    ablation.plot_curves(course, result, lambda point: point["x"] or math.nan, "", "")
     (line,) = course.lines
     assert line.get_label() == "b"
     assert line.get_ydata().tolist() == [2, 3, 4]
-    ablation.table(result, against="a")
+    ablation.print_table(result, against="a")
     assert capsys.readouterr().out.splitlines() == [
         "a  1.000 ± 1.000", "b  2.000 ± 1.000   1.000 ± 0.000 against a"
     ]  # fmt: skip
