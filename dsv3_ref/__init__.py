@@ -8,7 +8,7 @@ _HOME = {
     "SMALL": "config",
     "V2_LITE": "config",
     "V3": "config",
-    "count": "config",
+    "count_params": "config",
     "Transformer": "model",
     "generate": "decode",
     "load": "checkpoints.native",

@@ -47,7 +47,7 @@ class Config:
     embed_std: float = 0.006  # of the embedding, not a field of the report
 
     def __post_init__(self):
-        check(self)
+        validate_config(self)
 
 
 # ── What must divide what ──
@@ -62,7 +62,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def check(c: Config) -> None:
+def validate_config(c: Config) -> None:
     """Raise a `UserError` naming the field for every shape that could not be built."""
     for f in fields(c):
         value, least = getattr(c, f.name), 0 if f.name in MAY_BE_ZERO else 1
@@ -117,7 +117,7 @@ TINY = replace(
     n_limited_groups=2, max_seq_len=256, original_seq_len=256, rope_factor=1.0, init_std=0.06,
     embed_std=1.0,
 )  # fmt: skip
-SIZES = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
+CONFIGS = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
 
 
 # ── Reading a config from a file ──
@@ -133,26 +133,26 @@ def from_dict(values: dict) -> Config:
     return Config(**values)
 
 
-def named(name: str) -> Config:
+def load_config(name: str) -> Config:
     """The config of a size (`tiny`) or of a JSON file (`my.json`)."""
-    if name in SIZES:
-        return SIZES[name]
+    if name in CONFIGS:
+        return CONFIGS[name]
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         try:
             return from_dict(json.loads(path.read_text()))
         except json.JSONDecodeError as e:
             raise UserError(f"{path} is not JSON: {e}") from None
-    near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"no config {name!r}: sizes are {', '.join(SIZES)} (nearest: {near}), or a .json file"
+        f"no config {name!r}: sizes are {', '.join(CONFIGS)} (nearest: {near}), or a .json file"
     )
 
 
 # ── Counting attention ──
 
 
-def count_mla(c: Config) -> int:
+def count_mla_params(c: Config) -> int:
     """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
     heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     q = c.q_lora_rank * (c.dim + 1 + heads_q) if c.q_lora_rank else c.dim * heads_q
@@ -164,34 +164,34 @@ def count_mla(c: Config) -> int:
 # ── Counting experts ──
 
 
-def count_moe(c: Config, experts: int) -> int:
+def count_moe_params(c: Config, n_experts: int) -> int:
     """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
     gate = c.n_routed_experts * (c.dim + (c.score_func == "sigmoid"))
-    return gate + (experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
+    return gate + (n_experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
 
 
 # ── Counting parameters and cache ──
 
 
 @dataclass(frozen=True)
-class Count:
+class ParamCount:
     """Numbers of parameters, and bytes of cache a token."""
 
     total: int  # main model, gate biases included, MTP excluded
     activated: int  # touched by one token, both embeddings counted
-    activated_one_embedding: int  # the same without the input embedding (one row is read)
+    activated_without_input_embedding: int  # the same without the input embedding (one row is read)
     mtp: int  # unique to the MTP modules: embedding and head are shared
     cache_bytes: int  # latent cache of all main layers, bf16
 
 
-def count(c: Config) -> Count:
+def count_params(c: Config) -> ParamCount:
     """Count a config by arithmetic alone: V3's total is 671,026,419,200."""
-    attn = count_mla(c) + 2 * c.dim  # with the block's two norms
+    attn = count_mla_params(c) + 2 * c.dim  # with the block's two norms
     dense = c.n_dense_layers * 3 * c.dim * c.inter_dim
     n_moe, embed = c.n_layers - c.n_dense_layers, c.vocab_size * c.dim
     rest = c.n_layers * attn + dense + 2 * embed + c.dim
-    total = rest + n_moe * count_moe(c, c.n_routed_experts)
-    active = rest + n_moe * count_moe(c, c.n_activated_experts)
-    mtp = 2 * c.dim * c.dim + 3 * c.dim + attn + count_moe(c, c.n_routed_experts)
+    total = rest + n_moe * count_moe_params(c, c.n_routed_experts)
+    active = rest + n_moe * count_moe_params(c, c.n_activated_experts)
+    mtp = 2 * c.dim * c.dim + 3 * c.dim + attn + count_moe_params(c, c.n_routed_experts)
     cache = 2 * c.n_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
-    return Count(total, active, active - embed, c.n_mtp_layers * mtp, cache)
+    return ParamCount(total, active, active - embed, c.n_mtp_layers * mtp, cache)

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from dsv3_ref.config import Config, count
+from dsv3_ref.config import Config, count_params
 from dsv3_ref.scale import (
     ATTENTION,
     KERNELS,
@@ -141,7 +141,7 @@ def weights(c: Config, precision: str) -> float:
     eight = sum(
         times(n) * p.n_in * p.n_out for b in blocks for n, p in b.items() if n != "gate"
     )  # fmt: skip
-    return eight * wide(precision) + 2 * (count(c).total - eight)
+    return eight * wide(precision) + 2 * (count_params(c).total - eight)
 
 
 def held(c: Config, u: Unit, precision: str = "fp8") -> float:
@@ -164,10 +164,10 @@ def held(c: Config, u: Unit, precision: str = "fp8") -> float:
 def room(c: Config, m: Machine, u: Unit, context: float, precision: str = "fp8") -> int:
     """Sequences of a micro-batch and group that fit beside the weights, a tenth of memory left."""
     free = 0.9 * m.memory - held(c, u, precision)
-    return max(0, int(free / (2 * context * count(c).cache_bytes)))
+    return max(0, int(free / (2 * context * count_params(c).cache_bytes)))
 
 
 def smallest(c: Config, m: Machine, precision: str, tokens: float, node: int = 8) -> int:
     """GPUs, in whole nodes, that hold all weights and the cache of so many tokens (bf16)."""
-    need = weights(c, precision) + tokens * count(c).cache_bytes
+    need = weights(c, precision) + tokens * count_params(c).cache_bytes
     return node * math.ceil(need / (0.9 * m.memory * node))

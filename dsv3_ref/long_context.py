@@ -17,7 +17,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.decode import Decoder
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import rope_cos_sin
 
 # ── One stretch for two phases ──
 
@@ -72,7 +72,7 @@ def interpolated_decoder(model: Transformer, batch: int, length: int, step: floa
     """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
     decoder = Decoder(model, batch, length)
     position_t = torch.arange(length, device=decoder.token_bt.device) / step
-    decoder.freqs_cis_tx = torch.complex(*rope_table(model.config, position_t))
+    decoder.freqs_cis_tx = torch.complex(*rope_cos_sin(model.config, position_t))
     return decoder
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dsv3_ref.config import Config
 from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op, recompute, upcast
-from dsv3_ref.rope import rotate, softmax_scale
+from dsv3_ref.rope import apply_rotary_emb, softmax_scale
 
 # ── Causal attention ──
 
@@ -27,7 +27,7 @@ def causal_softmax(score_bhst, scale: float):
     return wide_bhst.masked_fill(~mask_st, -torch.inf).softmax(-1)
 
 
-def blocks(s: int, t: int, size: int = 64) -> list[tuple[slice, int]]:
+def causal_query_blocks(s: int, t: int, size: int = 64) -> list[tuple[slice, int]]:
     """Blocks of queries, and how many keys the last query of each may see."""
     ends = [min(a + size, s) for a in range(0, s, size)]
     return [(slice(e - (e - 1) % size - 1, e), e + t - s) for e in ends]
@@ -39,7 +39,7 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         p, o = [], []
-        for rows, end in blocks(q.shape[1], k.shape[1]):
+        for rows, end in causal_query_blocks(q.shape[1], k.shape[1]):
             score = upcast(q[:, rows] @ k[:, :end].mT)
             n = score.shape[1]
             score[..., end - n :].masked_fill_(~causal_mask(n, n, q.device), -torch.inf)
@@ -55,7 +55,7 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, o, *p = ctx.saved_tensors
         delta = (g * o).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, end), p_st in zip(blocks(q.shape[1], k.shape[1]), p):
+        for (rows, end), p_st in zip(causal_query_blocks(q.shape[1], k.shape[1]), p):
             dv[:, :end].baddbmm_(p_st.mT, g[:, rows])
             dp_st = g[:, rows] @ v[:, :end].mT
             ds_st = dp_st.sub_(delta[:, rows]).mul_(p_st)
@@ -64,7 +64,7 @@ class BlockAttention(torch.autograd.Function):
         return dq, dk, dv
 
 
-def by_heads(x_bshx, scale: float = 1.0):
+def to_batched_heads(x_bshx, scale: float = 1.0):
     """Every head of every row on its own: scale·x as (b·h, s, x)."""
     return rearrange(x_bshx if scale == 1 else scale * x_bshx, "b s h x -> (b h) s x")
 
@@ -74,9 +74,9 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
     """Causal attention, o = softmax(scale·q·kᵀ) v; x = i + r, the queries are the last s of t."""
     if q_bshx.device.type == "cpu":
         q, k, v = (
-            recompute(by_heads, q_bshx, scale),
-            recompute(by_heads, k_bthx),
-            recompute(by_heads, v_bthv),
+            recompute(to_batched_heads, q_bshx, scale),
+            recompute(to_batched_heads, k_bthx),
+            recompute(to_batched_heads, v_bthv),
         )
         o = BlockAttention.apply(q, k, v)
         return rearrange(o, "(b h) s v -> b s h v", h=q_bshx.shape[2])
@@ -94,11 +94,11 @@ def _(q_bshx, k_bthx, v_bthv, scale):
 
 
 @op
-def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
-    """`attention` inside each of b sequences laid end to end; the b-th ends before row end_b."""
-    length_b = end_b.diff(prepend=end_b.new_zeros(1)).long()
-    row_n = torch.arange(len(length_b), device=end_b.device).repeat_interleave(length_b)
-    at_n = torch.arange(len(row_n), device=end_b.device) - (end_b - length_b)[row_n]
+def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
+    """`attention` inside each of b sequences laid end to end; the b-th ends before row cu_seqlens."""
+    length_b = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1)).long()
+    row_n = torch.arange(len(length_b), device=cu_seqlens.device).repeat_interleave(length_b)
+    at_n = torch.arange(len(row_n), device=cu_seqlens.device) - (cu_seqlens - length_b)[row_n]
     empty = len(length_b), max([1, *length_b.tolist()])
     apart = (
         x.new_zeros(*empty, *x.shape[1:]).index_put((row_n, at_n), x) for x in (q_nhx, k_nhx, v_nhv)
@@ -106,10 +106,10 @@ def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
     return attention(*apart, scale)[row_n, at_n]
 
 
-@impl("packed_attention", "naive")
-def _(q_nhx, k_nhx, v_nhv, end_b, scale):
+@impl("varlen_attention", "naive")
+def _(q_nhx, k_nhx, v_nhv, cu_seqlens, scale):
     out = [v_nhv[:0]]
-    for start, end in zip([0, *end_b.tolist()], end_b.tolist()):
+    for start, end in zip([0, *cu_seqlens.tolist()], cu_seqlens.tolist()):
         rows = [x[None, start:end] for x in (q_nhx, k_nhx, v_nhv)]
         out += [attention(*rows, scale)[0]] if end > start else []
     return torch.cat(out)
@@ -118,29 +118,29 @@ def _(q_nhx, k_nhx, v_nhv, end_b, scale):
 # ── Expanded: keys and values from the latent ──
 
 
-def join(x_bshi, x_bshr):
+def concat_nope_rope(x_bshi, x_bshr):
     """A head's dims without position beside those with: [x; x^R]."""
     return torch.cat((x_bshi, x_bshr), -1)
 
 
-def keys_values(c_btc, k_btr, wkv_b, h: int, i: int):
+def up_project_kv(c_btc, k_btr, wkv_b, h: int, i: int):
     """eq. 2, 4, 5: k = [W^UK c; k^R] and v = W^UV c of every head."""
     kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
     k_bthi, v_bthv = kv_bthx.split([i, kv_bthx.shape[-1] - i], dim=-1)
-    return join(k_bthi, k_btr[:, :, None].expand(-1, -1, h, -1)), v_bthv
+    return concat_nope_rope(k_bthi, k_btr[:, :, None].expand(-1, -1, h, -1)), v_bthv
 
 
-def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, end_m=None):
+def attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, cu_seqlens=None):
     """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
 
-    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. end_m: where each of m
+    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. cu_seqlens: where each of m
     samples ends that lie end to end in one row (b = 1).
     """
-    q_bshx = recompute(join, q_bshi, q_bshr)
-    k_bthx, v_bthv = recompute(keys_values, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
-    if end_m is None:
+    q_bshx = recompute(concat_nope_rope, q_bshi, q_bshr)
+    k_bthx, v_bthv = recompute(up_project_kv, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
+    if cu_seqlens is None:
         return attention(q_bshx, k_bthx, v_bthv, scale)
-    return packed_attention(q_bshx[0], k_bthx[0], v_bthv[0], end_m, scale)[None]
+    return varlen_attention(q_bshx[0], k_bthx[0], v_bthv[0], cu_seqlens, scale)[None]
 
 
 # ── Absorbed: attention inside the latent ──
@@ -163,8 +163,8 @@ def _(q_bshc, q_bshr, c_btc, k_btr, scale):
     return attention(q_bshx, k_bthx, v_bthc, scale)
 
 
-def absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
-    """`expanded` without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
+def attend_absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
+    """`attend_expanded` without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
     h, i = q_bshi.shape[2:]
     w_hxc = rearrange(wkv_b, "(h x) c -> h x c", h=h)
     wk_hic, wv_hvc = w_hxc.tensor_split([i], dim=1)
@@ -195,14 +195,14 @@ class LayerKVCache:
 
 
 @op
-def paged_attention(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
+def paged_attention(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: float):
     """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of length_b.
 
-    q_bshx: [q^C; q^R], x = c + r. page_pyx: pages of y positions. table_bp: int32, row b's pages.
+    q_bshx: [q^C; q^R], x = c + r. kv_cache_pyx: pages of y positions. block_table_bp: int32, row b's pages.
     """
     out = []
-    for q_shx, table_p, length in zip(q_bshx, table_bp, length_b.tolist()):
-        kv_btx = page_pyx[table_p].flatten(0, 1)[None, :length]
+    for q_shx, table_p, length in zip(q_bshx, block_table_bp, cache_seqlens_b.tolist()):
+        kv_btx = kv_cache_pyx[table_p].flatten(0, 1)[None, :length]
         q_bshc, q_bshr = q_shx[None].tensor_split([c], dim=-1)
         out.append(latent_attention(q_bshc, q_bshr, kv_btx[..., :c], kv_btx[..., c:], scale))
     return torch.cat(out)
@@ -231,40 +231,40 @@ class MLA(nn.Module):
         self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.wo = Linear(c.n_heads * c.v_head_dim, c.dim, saved_input_format="e5m6")
 
-    def queries(self, x_bsd, rope):
+    def project_q(self, x_bsd, rope):
         """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
         if not self.config.q_lora_rank:
-            return self.heads(self.wq, x_bsd, *rope[:2])
-        return recompute(self.heads, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
+            return self.up_project_q(self.wq, x_bsd, *rope[:2])
+        return recompute(self.up_project_q, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
 
-    def heads(self, up, x_bsx, cos, sin):
+    def up_project_q(self, up, x_bsx, cos, sin):
         """The up-projection and its split into heads."""
         c = self.config
         q = rearrange(up(x_bsx), "b s (h x) -> b s h x", h=c.n_heads)
         q_bshi, q_bshr = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        return q_bshi, rotate(q_bshr, cos, sin)
+        return q_bshi, apply_rotary_emb(q_bshr, cos, sin)
 
-    def latent(self, x_bsd, rope):
+    def down_project_kv(self, x_bsd, rope):
         """eq. 1 and 3: what is remembered, RMSNorm(W^DKV x) beside the turned key W^KR x."""
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        k_bsr = rotate(k_bsr[:, :, None], *rope[:2])[:, :, 0]
-        return recompute(join, self.kv_norm(c_bsc), k_bsr)
+        k_bsr = apply_rotary_emb(k_bsr[:, :, None], *rope[:2])[:, :, 0]
+        return recompute(concat_nope_rope, self.kv_norm(c_bsc), k_bsr)
 
-    def expanded(self, q_bshi, q_bshr, c_btc, k_btr, end_m=None):
+    def expanded(self, q_bshi, q_bshr, c_btc, k_btr, cu_seqlens=None):
         """Keys and values of every head: training, prefill."""
         weight, scale = self.wkv_b.weight, softmax_scale(self.config)
-        return expanded(q_bshi, q_bshr, c_btc, k_btr, weight, scale, end_m)
+        return attend_expanded(q_bshi, q_bshr, c_btc, k_btr, weight, scale, cu_seqlens)
 
     def absorbed(self, *inputs):
         """Inside the latent: decoding."""
-        return absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
+        return attend_absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
 
     def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
-        """rope: (cos, sin) of the positions, or (cos, sin, end_m) of packed samples."""
+        """rope: (cos, sin) of the positions, or (cos, sin, cu_seqlens) of packed samples."""
         c = self.config
-        q_bshi, q_bshr = self.queries(x_bsd, rope)
-        kv = self.latent(x_bsd, rope)
+        q_bshi, q_bshr = self.project_q(x_bsd, rope)
+        kv = self.down_project_kv(x_bsd, rope)
         kv = kv if cache is None else cache.append(kv)
         c_btc, k_btr = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         decoding = cache is not None and x_bsd.shape[1] == 1
@@ -294,10 +294,14 @@ class GQA(nn.Module):
 
     def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         c = self.config
-        q_bshr = rotate(rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope)
+        q_bshr = apply_rotary_emb(
+            rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope
+        )
         widths = [self.n * c.qk_rope_head_dim, self.n * c.v_head_dim]
         k_bsx, v_bsx = self.wkv(x_bsd).split(widths, dim=-1)
-        k_bsx = rotate(rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n), *rope).flatten(2)
+        k_bsx = apply_rotary_emb(rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n), *rope).flatten(
+            2
+        )
         kv_btx = torch.cat((k_bsx, v_bsx), dim=-1)
         kv_btx = kv_btx if cache is None else cache.append(kv_btx)
         k_bthr, v_bthv = (

@@ -10,7 +10,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.mla import MLA, LayerKVCache
 from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
-from dsv3_ref.rope import packed_table, rope_table
+from dsv3_ref.rope import rope_cos_sin, rope_cos_sin_varlen
 
 # ── One block ──
 
@@ -65,15 +65,19 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=c.embed_std)
 
     def hidden_states(
-        self, tokens_bs, cache: KVCache | None = None, ends=None
+        self, tokens_bs, cache: KVCache | None = None, cu_seqlens=None
     ) -> tuple[torch.Tensor, list[Route]]:
         """Normed hidden states (b, s, d) and the route of every MoE layer.
 
-        ends: where each sample ends if many lie end to end in one row (b = 1), int32.
+        cu_seqlens: where each sample ends if many lie end to end in one row (b = 1), int32.
         """
         start, s = cache.length if cache else 0, tokens_bs.shape[1]
         at = torch.arange(start, start + s, device=tokens_bs.device)
-        rope = rope_table(self.config, at) if ends is None else packed_table(self.config, ends)
+        rope = (
+            rope_cos_sin(self.config, at)
+            if cu_seqlens is None
+            else rope_cos_sin_varlen(self.config, cu_seqlens)
+        )
         x_bsd, routes = self.embed(tokens_bs), []
         for i, block in enumerate(self.layers.values()):
             x_bsd, r = block(x_bsd, rope, cache[i] if cache else None)

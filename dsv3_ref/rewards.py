@@ -47,9 +47,9 @@ def extract_code(text: str) -> str | None:
 # ── A model: where is its score? ──
 
 
-def reward_scores(h_nd, head_wd, end_m, special_tokens: SpecialTokens):
+def reward_scores(h_nd, head_wd, cu_seqlens, special_tokens: SpecialTokens):
     """Reward of each of m samples end to end, read behind its last token: (m,), fp32."""
-    return (h_nd[end_m.long() - 1] @ head_wd[special_tokens.pad]).float()
+    return (h_nd[cu_seqlens.long() - 1] @ head_wd[special_tokens.pad]).float()
 
 
 def bradley_terry(reward_m):
@@ -70,12 +70,12 @@ def judge_prompt(reference: str = "") -> str:
 
 def judgment_mask(tokens_1n, special_tokens: SpecialTokens):
     """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
-    end_m = sample_cu_seqlens(tokens_1n, special_tokens)
-    length_m = end_m.diff(prepend=end_m.new_zeros(1)).long()
+    cu_seqlens = sample_cu_seqlens(tokens_1n, special_tokens)
+    length_m = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1)).long()
     count_n = (tokens_1n[0] == special_tokens.assistant).long().cumsum(0)
-    before_m = F.pad(count_n[end_m.long() - 1], (1, 0))[:-1]
+    before_m = F.pad(count_n[cu_seqlens.long() - 1], (1, 0))[:-1]
     answer_n = count_n - before_m.repeat_interleave(length_m)
-    last_m = count_n[end_m.long() - 1] - before_m
+    last_m = count_n[cu_seqlens.long() - 1] - before_m
     last_n = last_m.repeat_interleave(length_m)
     return assistant_mask(tokens_1n, special_tokens) & (answer_n == last_n) & (last_n >= 2)
 
@@ -91,15 +91,15 @@ def preference_loss(
     model: Transformer, tokens_1n, special_tokens: SpecialTokens, judgment_weight: float
 ) -> PreferenceOutput:
     """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgments)."""
-    end_m = sample_cu_seqlens(tokens_1n, special_tokens)
-    h_1nd, routes = model.hidden_states(tokens_1n, ends=end_m)
-    reward_m = reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
+    cu_seqlens = sample_cu_seqlens(tokens_1n, special_tokens)
+    h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
+    reward_m = reward_scores(h_1nd[0], model.head.weight, cu_seqlens, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
     says_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]
     if judgment_weight and says_n.any():
         h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
         loss = loss + judgment_weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(
-            end_m
+            cu_seqlens
         )
     return PreferenceOutput(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
 

@@ -22,14 +22,14 @@ def rope_freqs(rope_dim: int, theta: float):
 
 
 @op
-def rotate(x_bshr, cos, sin):
+def apply_rotary_emb(x_bshr, cos, sin):
     """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
     x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
     turned = x * torch.complex(cos, sin)[:, None]  # the same for every head
     return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
 
 
-@impl("rotate", "naive")
+@impl("apply_rotary_emb", "naive")
 def _(x_bshr, cos, sin):
     x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -43,11 +43,11 @@ def _(x_bshr, cos, sin):
 def yarn_ramp(rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float):
     """Share of interpolation a pair: 0 if it turns > β_fast times in `length`, 1 if < β_slow."""
 
-    def pair(turns):  # the (fractional) pair that turns so often within `length`
-        return rope_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def correction_dim(num_rotations):  # the (fractional) pair that turns so often within `length`
+        return rope_dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair(beta_fast)), 0)
-    high = min(math.ceil(pair(beta_slow)), rope_dim - 1)
+    low = max(math.floor(correction_dim(beta_fast)), 0)
+    high = min(math.ceil(correction_dim(beta_slow)), rope_dim - 1)
     j = torch.arange(rope_dim // 2, dtype=torch.float64)
     return ((j - low) / max(high - low, 0.001)).clamp(0, 1)
 
@@ -76,14 +76,16 @@ def softmax_scale(c: Config) -> float:
 # ── The table ──
 
 
-def rope_table(c: Config, position_s):
+def rope_cos_sin(c: Config, position_s):
     """Rotations of positions: (cos, sin), each (s, r/2), float32."""
     angle = position_s[:, None].double() * yarn_freqs(c).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
 
 
-def packed_table(c: Config, end_m):
-    """(cos, sin, end_m) of m samples end to end: positions begin anew in each."""
-    length_m = end_m.diff(prepend=end_m.new_zeros(1))
-    start_n = (end_m - length_m).repeat_interleave(length_m)
-    return *rope_table(c, torch.arange(len(start_n), device=end_m.device) - start_n), end_m
+def rope_cos_sin_varlen(c: Config, cu_seqlens):
+    """(cos, sin, cu_seqlens) of m samples end to end: positions begin anew in each."""
+    length_m = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1))
+    start_n = (cu_seqlens - length_m).repeat_interleave(length_m)
+    return *rope_cos_sin(
+        c, torch.arange(len(start_n), device=cu_seqlens.device) - start_n
+    ), cu_seqlens

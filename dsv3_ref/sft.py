@@ -117,7 +117,7 @@ def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Lo
     x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
     h_1nd, routes = model.hidden_states(
-        x_bs.reshape(1, -1), ends=sample_cu_seqlens(x_bs, special_tokens)
+        x_bs.reshape(1, -1), cu_seqlens=sample_cu_seqlens(x_bs, special_tokens)
     )
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
     return Losses(nll / mask_n.sum(), [], nll.new_zeros(()), routes)

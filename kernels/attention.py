@@ -1,7 +1,7 @@
 """MLA's attention where every head has its keys and values: training, prefill; packed or not.
 
 One set of kernels for both forms, over rows laid end to end. Sequences have equal lengths, s
-queries of t keys, or end before the rows `end_b`. A head's 192 dims are taken as 128 + 64: two
+queries of t keys, or end before the rows `cu_seqlens`. A head's 192 dims are taken as 128 + 64: two
 products add up to the score, where one would be padded to 256.
 """
 
@@ -58,16 +58,16 @@ def put(ptr, x, head, row, left, col: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def place(end_b_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
+def place(cu_seqlens_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
     """This program's number within its sequence, programs of that, ends of its queries and keys.
 
     `shared` rows of a sequence are shared out, BLOCK a program. Packed, there are more programs
-    than needed, so that nobody has to read end_b before the launch: for those the count is 0.
+    than needed, so that nobody has to read cu_seqlens before the launch: for those the count is 0.
     Last, a gap: a query's numbers (lse, δ) lie so many columns after its row, so that a sequence's
     begin at a multiple of 16 bytes, where descriptors may fetch from.
     """
     i = tl.program_id(0)
-    if end_b_ptr is None:
+    if cu_seqlens_ptr is None:
         count = tl.cdiv(shared, BLOCK)
         seq = i // count
         q_start, k_start = seq * s, seq * t
@@ -75,8 +75,10 @@ def place(end_b_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr
         i = i % count
     else:
         each = tl.arange(0, BLOCK_B)
-        end = tl.load(end_b_ptr + each, mask=each < b, other=0).to(tl.int32)
-        start = tl.load(end_b_ptr + each - 1, mask=(each > 0) & (each < b), other=0).to(tl.int32)
+        end = tl.load(cu_seqlens_ptr + each, mask=each < b, other=0).to(tl.int32)
+        start = tl.load(cu_seqlens_ptr + each - 1, mask=(each > 0) & (each < b), other=0).to(
+            tl.int32
+        )
         counts = tl.cdiv(end - start, BLOCK)
         last = tl.cumsum(counts, 0)
         mine = (last - counts <= i) & (i < last)
@@ -132,7 +134,7 @@ def tuned(*configs):
 @triton.jit
 def _attention_kernel(
     q0_held, q1_held, k0_desc, k1_desc, v_desc, o_ptr, lse_ptr, stride,
-    end_b_ptr, b, s, t, scale, octave,
+    cu_seqlens_ptr, b, s, t, scale, octave,
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +142,9 @@ def _attention_kernel(
 
     Saves log2 Σ 2^(scale·q·k) of every query in lse, `stride` apart by head.
     """
-    i, count, q_start, q_end, k_start, k_end, gap = place(end_b_ptr, b, s, t, s, BLOCK_M, BLOCK_B)
+    i, count, q_start, q_end, k_start, k_end, gap = place(
+        cu_seqlens_ptr, b, s, t, s, BLOCK_M, BLOCK_B
+    )
     if count == 0:
         return
     head, row = tl.program_id(1), q_start + (count - 1 - i) * BLOCK_M  # longest first
@@ -184,12 +188,14 @@ def _attention_kernel(
 @triton.jit
 def _attention_dq_kernel(
     q0_held, q1_held, k0_desc, k1_desc, v_desc, g_desc, o_desc, dq_ptr, lse_ptr, delta_ptr,
-    stride, end_b_ptr, b, s, t, scale, octave,
+    stride, cu_seqlens_ptr, b, s, t, scale, octave,
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq = scale·Σ p(g·v − δ) k over keys, p = 2^(scale·q·k − lse); saves δ = g·o as lse is."""
-    i, count, q_start, q_end, k_start, k_end, gap = place(end_b_ptr, b, s, t, s, BLOCK_M, BLOCK_B)
+    i, count, q_start, q_end, k_start, k_end, gap = place(
+        cu_seqlens_ptr, b, s, t, s, BLOCK_M, BLOCK_B
+    )
     if count == 0:
         return
     head, row = tl.program_id(1), q_start + (count - 1 - i) * BLOCK_M
@@ -236,12 +242,14 @@ def _attention_dq_kernel(
 @triton.jit
 def _attention_dkdv_kernel(
     q0_desc, q1_desc, k0_desc, k1_desc, v_desc, g_desc, lse_desc, delta_desc, dk_ptr, dv_ptr,
-    end_b_ptr, b, s, t, scale, octave,
+    cu_seqlens_ptr, b, s, t, scale, octave,
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dv = Σ pg and dk = scale·Σ p(g·v − δ) q over queries; scores lie transposed, keys down."""
-    i, count, q_start, q_end, k_start, k_end, gap = place(end_b_ptr, b, s, t, t, BLOCK_N, BLOCK_B)
+    i, count, q_start, q_end, k_start, k_end, gap = place(
+        cu_seqlens_ptr, b, s, t, t, BLOCK_N, BLOCK_B
+    )
     if count == 0:
         return
     head, col = tl.program_id(1), k_start + i * BLOCK_N  # longest first
@@ -327,18 +335,25 @@ def sizes(x: int, v: int) -> dict:
     return dict(zip(names, (x, *halves(x), v, max(16, triton.next_power_of_2(v)))))
 
 
-def sequences(q_nhx, k_nhx, end_b, b: int, scale: float) -> dict:
+def sequences(q_nhx, k_nhx, cu_seqlens, b: int, scale: float) -> dict:
     """Where the kernels find b sequences, and the scale in powers of 2."""
     s, t = len(q_nhx) // b, len(k_nhx) // b
-    size = 0 if end_b is None else triton.next_power_of_2(b)
-    lengths = {"end_b_ptr": end_b, "BLOCK_B": size, "b": b, "s": s, "t": t, "octave": octave(s)}
+    size = 0 if cu_seqlens is None else triton.next_power_of_2(b)
+    lengths = {
+        "cu_seqlens_ptr": cu_seqlens,
+        "BLOCK_B": size,
+        "b": b,
+        "s": s,
+        "t": t,
+        "octave": octave(s),
+    }
     return lengths | {"scale": scale / LN2.value}
 
 
-def grid(x_nhx, block: str, end_b, b: int):
+def grid(x_nhx, block: str, cu_seqlens, b: int):
     """Blocks of the sequences' rows by heads: packed ones need n / block + b at most."""
     n, h = x_nhx.shape[:2]
-    if end_b is None:
+    if cu_seqlens is None:
         return lambda m: (b * triton.cdiv(n // b, m[block]), h)
     return lambda m: (n // m[block] + b, h)
 
@@ -347,17 +362,17 @@ class Attention(torch.autograd.Function):
     """o = softmax(scale·q·kᵀ) v within each of b sequences; (n, h, x), (m, h, x), (m, h, v)."""
 
     @staticmethod
-    def forward(ctx, q_nhx, k_mhx, v_mhv, end_b, b, scale):
+    def forward(ctx, q_nhx, k_mhx, v_mhv, cu_seqlens, b, scale):
         o_nhv, lse_hn = v_mhv.new_empty(*q_nhx.shape[:2], v_mhv.shape[2]), numbers(q_nhx, b)
-        ctx.save_for_backward(q_nhx, k_mhx, v_mhv, o_nhv, lse_hn, end_b)
+        ctx.save_for_backward(q_nhx, k_mhx, v_mhv, o_nhv, lse_hn, cu_seqlens)
         ctx.b, ctx.scale = b, scale
         if not len(q_nhx):
             return o_nhv
-        where = sequences(q_nhx, k_mhx, end_b, b, scale)
+        where = sequences(q_nhx, k_mhx, cu_seqlens, b, scale)
         size = sizes(q_nhx.shape[2], v_mhv.shape[2])
         q, k, v = map(reachable, (q_nhx, k_mhx, v_mhv))
         parts = size["X0"], size["X1"]
-        _attention_kernel[grid(q, "BLOCK_M", end_b, b)](
+        _attention_kernel[grid(q, "BLOCK_M", cu_seqlens, b)](
             *boxes(q, *parts, held=True), *boxes(k, *parts), *boxes(v, size["BLOCK_V"]),
             o_nhv, lse_hn, lse_hn.stride(0), **where, **size,
         )  # fmt: skip
@@ -366,19 +381,19 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_nhv):
-        *leaves, o_nhv, lse_hn, end_b = ctx.saved_tensors
+        *leaves, o_nhv, lse_hn, cu_seqlens = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in leaves)
         if not len(dq):
             return dq, dk, dv, None, None, None
         b, delta_hn = ctx.b, torch.zeros_like(lse_hn)
-        rest = sequences(dq, dk, end_b, b, ctx.scale) | sizes(dq.shape[2], dv.shape[2])
+        rest = sequences(dq, dk, cu_seqlens, b, ctx.scale) | sizes(dq.shape[2], dv.shape[2])
         q, k, v, o, g = map(reachable, (*leaves, o_nhv, g_nhv))
         parts, width = (rest["X0"], rest["X1"]), rest["BLOCK_V"]
-        _attention_dq_kernel[grid(q, "BLOCK_M", end_b, b)](
+        _attention_dq_kernel[grid(q, "BLOCK_M", cu_seqlens, b)](
             *boxes(q, *parts, held=True), *boxes(k, *parts), *boxes(v, width), *boxes(g, width),
             *boxes(o, width), dq, lse_hn, delta_hn, lse_hn.stride(0), **rest,
         )  # fmt: skip
-        _attention_dkdv_kernel[grid(k, "BLOCK_N", end_b, b)](
+        _attention_dkdv_kernel[grid(k, "BLOCK_N", cu_seqlens, b)](
             *boxes(q, *parts), *boxes(k, *parts), *boxes(v, width), *boxes(g, width),
             descriptor(lse_hn, 1, 1), descriptor(delta_hn, 1, 1), dk, dv, **rest,
         )  # fmt: skip
@@ -413,18 +428,18 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
     return o.unflatten(0, (b, s))
 
 
-@impl("packed_attention", "triton")
-def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
-    """`attention` inside each of b sequences laid end to end; the b-th ends before row end_b.
+@impl("varlen_attention", "triton")
+def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
+    """`attention` inside each of b sequences laid end to end; the b-th ends before row cu_seqlens.
 
-    The last one ends at n. That is not checked: end_b stays on its device.
+    The last one ends at n. That is not checked: cu_seqlens stays on its device.
     """
     n, h, x = q_nhx.shape if q_nhx.ndim == 3 else (None,) * 3
     check(scale, q_nhx=(q_nhx, (n, h, x)), k_nhx=(k_nhx, (n, h, x)), v_nhv=(v_nhv, (n, h, None)))
-    require("end_b", end_b, (None,), (torch.int64, torch.int32))
-    if not len(end_b):
-        raise ValueError("end_b must have a sequence at least")
-    return Attention.apply(q_nhx, k_nhx, v_nhv, end_b, len(end_b), scale)
+    require("cu_seqlens", cu_seqlens, (None,), (torch.int64, torch.int32))
+    if not len(cu_seqlens):
+        raise ValueError("cu_seqlens must have a sequence at least")
+    return Attention.apply(q_nhx, k_nhx, v_nhv, cu_seqlens, len(cu_seqlens), scale)
 
 
 # ── For the ahead-of-time compiler: V3, 4,096 tokens in one sequence or packed ──

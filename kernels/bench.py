@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsv3_ref import fp8, mla, moe, ops
 from dsv3_ref.config import V3
 from dsv3_ref.ops import use
-from dsv3_ref.rope import rotate, softmax_scale
+from dsv3_ref.rope import apply_rotary_emb, softmax_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, TORCH = ("triton", "torch"), ("torch",)
@@ -399,9 +399,9 @@ def rotation(s: int, h: int) -> Case:
     def make():
         x_bshr, angle = randn(1, s, h, i + r)[..., i:], torch.rand(s, r // 2)
         cos, sin = angle.cos(), angle.sin()
-        return beside_torch(lambda: rotate(x_bshr, cos, sin))
+        return beside_torch(lambda: apply_rotary_emb(x_bshr, cos, sin))
 
-    return Case("rotate", {"s": s, "h": h, "r": r}, make, 4 * s * h * r + 4 * s * r)
+    return Case("apply_rotary_emb", {"s": s, "h": h, "r": r}, make, 4 * s * h * r + 4 * s * r)
 
 
 # ── The gate, to the experts and back ──
@@ -498,16 +498,16 @@ def attention(s: int, h: int, goals=((), ())) -> list[Case]:
     ]  # fmt: skip
 
 
-def packed_attention(b: int, s: int, h: int) -> Case:
+def varlen_attention(b: int, s: int, h: int) -> Case:
     """b sequences of s tokens laid end to end."""
     x, v = V3.qk_nope_head_dim + V3.qk_rope_head_dim, V3.v_head_dim
 
     def make():
-        qkv, end_b = [randn(b * s, h, y) for y in (x, x, v)], torch.arange(s, b * s + 1, s)
-        return beside_torch(lambda: mla.packed_attention(*qkv, end_b, SCALE))
+        qkv, cu_seqlens = [randn(b * s, h, y) for y in (x, x, v)], torch.arange(s, b * s + 1, s)
+        return beside_torch(lambda: mla.varlen_attention(*qkv, cu_seqlens, SCALE))
 
     flops = b * h * s * s * (x + v)
-    return Case("packed_attention", {"b": b, "s": s, "h": h}, make, 4 * b * s * h * (x + v), flops)
+    return Case("varlen_attention", {"b": b, "s": s, "h": h}, make, 4 * b * s * h * (x + v), flops)
 
 
 def decode_costs(b: int, t: int, h: int) -> tuple[int, int]:
@@ -523,9 +523,9 @@ def paged(b: int, t: int, h: int, goals=(), page: int = 64) -> Case:
 
     def make():
         pages = math.ceil(t / page)
-        q_bshx, page_pyx = randn(b, 1, h, x), randn(b * pages, page, x)
-        table_bp = torch.randperm(b * pages).view(b, pages).to(torch.int32)
-        args = q_bshx, page_pyx, table_bp, torch.full((b,), t), c, SCALE
+        q_bshx, kv_cache_pyx = randn(b, 1, h, x), randn(b * pages, page, x)
+        block_table_bp = torch.randperm(b * pages).view(b, pages).to(torch.int32)
+        args = q_bshx, kv_cache_pyx, block_table_bp, torch.full((b,), t), c, SCALE
         return beside_torch(lambda: mla.paged_attention(*args))
 
     sizes = {"b": b, "t": t, "h": h}
@@ -649,7 +649,7 @@ def sequences(z) -> list[Case]:
         for s in (1, 2, 4, 8, 16)
         for case in attention(s * thousand, h, PREFILL if s in (4, 16) else ((), ()))
     ]
-    out += [packed_attention(4, 4 * thousand, h), latent(z(32), 4 * thousand, h)]
+    out += [varlen_attention(4, 4 * thousand, h), latent(z(32), 4 * thousand, h)]
     for heads in (V3.n_heads, V3.n_heads // 4):  # all of them, or one of four tensor-parallel ranks
         for b, t in ((b, t) for b in (1, 32, 128) for t in (1, 4, 16, 128)):
             goals = DECODE if (b, t) == (128, 4) else ()

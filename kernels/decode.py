@@ -248,7 +248,7 @@ def _merge_kernel(
 # ── Ops ──
 
 
-def attend(q_bshc, q_bshr, c_pyc, r_pyr, table_bp, length_b, scale: float):
+def attend(q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, scale: float):
     """Launch both kernels: (b, s, h, c). Whatever the lengths, which nobody waits for."""
     (b, s, h, c), r, rows = q_bshc.shape, q_bshr.shape[-1], q_bshc.shape[1] * q_bshc.shape[2]
     n_parts = max(1, multiprocessors(q_bshc, 4) // triton.cdiv(rows, 64))
@@ -258,16 +258,16 @@ def attend(q_bshc, q_bshr, c_pyc, r_pyr, table_bp, length_b, scale: float):
     block_b = max(16, triton.next_power_of_2(b))
     block_c, block_r = (max(16, triton.next_power_of_2(x)) for x in (c, r))
     _attend_kernel[lambda m: (triton.cdiv(rows, m["BLOCK_M"]), n_parts)](
-        q_bshc, q_bshr, c_pyc, r_pyr, table_bp, length_b, o_bshc, piece_xc, lse_x,
-        scale * LOG2_E, b, rows, h, table_bp.stride(0), c_pyc.stride(0), r_pyr.stride(0),
+        q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, o_bshc, piece_xc, lse_x,
+        scale * LOG2_E, b, rows, h, block_table_bp.stride(0), c_pyc.stride(0), r_pyr.stride(0),
         *q_bshc.stride()[:3], *q_bshr.stride()[:3],
-        PAGE=c_pyc.shape[1] if table_bp.shape[1] > 1 else 0,
+        PAGE=c_pyc.shape[1] if block_table_bp.shape[1] > 1 else 0,
         KEY_C=c_pyc.stride(1), KEY_R=r_pyr.stride(1), C=c, R=r, BLOCK_C=block_c, BLOCK_R=block_r,
         BLOCK_B=block_b, PRECISION="ieee" if q_bshc.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     if n_parts > 1:
         grid = lambda m: (triton.cdiv(rows, m["ROWS"]), n_parts - 1)
-        args = piece_xc, lse_x, length_b, o_bshc, b, rows, n_parts
+        args = piece_xc, lse_x, cache_seqlens_b, o_bshc, b, rows, n_parts
         _merge_kernel[grid](*args, C=c, BLOCK_C=block_c, BLOCK_B=block_b)
     return o_bshc
 
@@ -296,22 +296,22 @@ class Decode(torch.autograd.Function):
 
 
 @impl("paged_attention", "triton")
-def paged_attention(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
-    """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of length_b.
+def paged_attention(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: float):
+    """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of cache_seqlens_b.
 
-    q_bshx: [q^C; q^R], x = c + r. page_pyx: pages of y positions. table_bp: int32, row b's pages.
+    q_bshx: [q^C; q^R], x = c + r. kv_cache_pyx: pages of y positions. block_table_bp: int32, row b's pages.
     A row of length 0 gives 0. Lengths and pages are trusted: looking would make the GPU wait.
     """
-    q_bshx, page_pyx = cast(q_bshx, page_pyx)
+    q_bshx, kv_cache_pyx = cast(q_bshx, kv_cache_pyx)
     b, x = len(q_bshx), q_bshx.shape[-1]
     require("q_bshx", q_bshx, (None,) * 4, FLOATS, contiguous=False)
-    require("page_pyx", page_pyx, (None, None, x), (q_bshx.dtype,), contiguous=False)
-    require("table_bp", table_bp, (b, None), (torch.int32,), contiguous=False)
-    require("length_b", length_b, (b,), INTS)
+    require("kv_cache_pyx", kv_cache_pyx, (None, None, x), (q_bshx.dtype,), contiguous=False)
+    require("block_table_bp", block_table_bp, (b, None), (torch.int32,), contiguous=False)
+    require("cache_seqlens_b", cache_seqlens_b, (b,), INTS)
     if not 0 < c < x:
         raise ValueError(f"c must lie between 0 and the {x} of q_bshx, not be {c}")
-    halves = *q_bshx.tensor_split([c], -1), *page_pyx.tensor_split([c], -1)
-    return Decode.apply(*halves, table_bp, length_b, scale)
+    halves = *q_bshx.tensor_split([c], -1), *kv_cache_pyx.tensor_split([c], -1)
+    return Decode.apply(*halves, block_table_bp, cache_seqlens_b, scale)
 
 
 @impl("latent_attention", "triton")
@@ -324,8 +324,8 @@ def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
     require("k_btr", k_btr, (b, c_btc.shape[1], None), same, contiguous=False)
     require("q_bshr", q_bshr, (b, s, h, k_btr.shape[2]), same, contiguous=False)
     row_b = torch.arange(b, dtype=torch.int32, device=q_bshc.device)  # each is one page
-    length_b = torch.full_like(row_b, c_btc.shape[1])
-    return Decode.apply(q_bshc, q_bshr, c_btc, k_btr, row_b[:, None], length_b, scale)
+    cache_seqlens_b = torch.full_like(row_b, c_btc.shape[1])
+    return Decode.apply(q_bshc, q_bshr, c_btc, k_btr, row_b[:, None], cache_seqlens_b, scale)
 
 
 # ── For the compiler: V3's shapes ──

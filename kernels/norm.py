@@ -14,7 +14,7 @@ from dsv3_ref.kernels.launch import (
     rows,
 )  # fmt: skip
 
-import dsv3_ref.rope  # noqa: F401  defines the op `rotate`
+import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
 from dsv3_ref.ops import impl
 
 WIDEST = 8192  # a row is held whole: in registers, 32 numbers a thread of 8 warps
@@ -284,7 +284,7 @@ def _rotate_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def turn(x_bshr, cos, sin, back: bool):
+def rotate_pairs(x_bshr, cos, sin, back: bool):
     """One launch of `_rotate_kernel`; the result is contiguous."""
     x = x_bshr if x_bshr.stride(-1) == 1 else x_bshr.contiguous()
     y, (b, s, h, r) = x.new_empty(x.shape), x.shape
@@ -297,22 +297,22 @@ def turn(x_bshr, cos, sin, back: bool):
     return y
 
 
-class Rotate(torch.autograd.Function):
+class RotaryEmbFunction(torch.autograd.Function):
     """A rotation; its gradient turns back."""
 
     @staticmethod
     def forward(ctx, x_bshr, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return turn(x_bshr, cos, sin, back=False)
+        return rotate_pairs(x_bshr, cos, sin, back=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_bshr):
-        return turn(g_bshr, *ctx.saved_tensors, back=True), None, None
+        return rotate_pairs(g_bshr, *ctx.saved_tensors, back=True), None, None
 
 
-@impl("rotate", "triton")
-def rotate(x_bshr, cos, sin):
+@impl("apply_rotary_emb", "triton")
+def apply_rotary_emb(x_bshr, cos, sin):
     """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
     require("x_bshr", x_bshr, (None,) * 4, FLOATS, contiguous=False)
     if x_bshr.shape[-1] % 2:
@@ -320,7 +320,7 @@ def rotate(x_bshr, cos, sin):
     table = x_bshr.shape[1], x_bshr.shape[3] // 2
     require("cos", cos, table, (FP32,))
     require("sin", sin, table, (FP32,))
-    return Rotate.apply(x_bshr, cos, sin)
+    return RotaryEmbFunction.apply(x_bshr, cos, sin)
 
 
 # ── For the compiler: V3's shapes ──
@@ -362,7 +362,7 @@ COMPILE = [
         {"BLOCK_F": F},
     ),
     Compile(
-        "rotate",
+        "apply_rotary_emb",
         _rotate_kernel,
         (BF16, FP32, FP32, BF16, N, H, 64, N * H * 192, H * 192, 192, 4),
         {"BACK": False, "BLOCK_H": H, "BLOCK_R": 64},

@@ -119,7 +119,7 @@ class Config:
     embed_std: float = 0.006  # of the embedding, not a field of the report
 
     def __post_init__(self):
-        check(self)
+        validate_config(self)
 
 
 # %% [markdown]
@@ -143,7 +143,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def check(c: Config) -> None:
+def validate_config(c: Config) -> None:
     """Raise a `UserError` naming the field for every shape that could not be built."""
     for f in fields(c):
         value, least = getattr(c, f.name), 0 if f.name in MAY_BE_ZERO else 1
@@ -236,17 +236,17 @@ TINY = replace(
     n_limited_groups=2, max_seq_len=256, original_seq_len=256, rope_factor=1.0, init_std=0.06,
     embed_std=1.0,
 )  # fmt: skip
-SIZES = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
+CONFIGS = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
 
 
 # %%
 # Every field in which they differ; of the mechanisms TINY lacks YaRN alone (rope_factor 1).
-print(f"{'':22}" + "".join(f"{size:>10}" for size in SIZES))
+print(f"{'':22}" + "".join(f"{size:>10}" for size in CONFIGS))
 for f in fields(Config):
-    row = [getattr(c, f.name) for c in SIZES.values()]
+    row = [getattr(c, f.name) for c in CONFIGS.values()]
     if len(set(row)) > 1:
         print(f"{f.name:22}" + "".join(f"{x:>10}" for x in row))
-assert len(set(SIZES.values())) == 4
+assert len(set(CONFIGS.values())) == 4
 assert TINY.n_expert_groups > TINY.n_limited_groups > 1 and TINY.n_shared_experts > 0
 assert 0 < TINY.n_dense_layers < TINY.n_layers and TINY.q_lora_rank > 0 and TINY.n_mtp_layers > 0
 
@@ -269,19 +269,19 @@ def from_dict(values: dict) -> Config:
     return Config(**values)
 
 
-def named(name: str) -> Config:
+def load_config(name: str) -> Config:
     """The config of a size (`tiny`) or of a JSON file (`my.json`)."""
-    if name in SIZES:
-        return SIZES[name]
+    if name in CONFIGS:
+        return CONFIGS[name]
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         try:
             return from_dict(json.loads(path.read_text()))
         except json.JSONDecodeError as e:
             raise UserError(f"{path} is not JSON: {e}") from None
-    near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"no config {name!r}: sizes are {', '.join(SIZES)} (nearest: {near}), or a .json file"
+        f"no config {name!r}: sizes are {', '.join(CONFIGS)} (nearest: {near}), or a .json file"
     )
 
 
@@ -290,15 +290,15 @@ def named(name: str) -> Config:
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "mine.json"
     file.write_text(json.dumps({"n_layers": 4, "n_dense_layers": 1}))
-    assert named(str(file)) == replace(V3, n_layers=4, n_dense_layers=1)
+    assert load_config(str(file)) == replace(V3, n_layers=4, n_dense_layers=1)
     file.write_text('{"n_layers": 4')
-    assert "is not JSON" in complaint(lambda: named(str(file)))
+    assert "is not JSON" in complaint(lambda: load_config(str(file)))
 
 print(complaint(lambda: from_dict({"n_expert": 8})))
 print(complaint(lambda: from_dict({"kv_lora_rnk": 512})))
-print(complaint(lambda: named("tinny")))
+print(complaint(lambda: load_config("tinny")))
 assert "did you mean 'kv_lora_rank'?" in complaint(lambda: from_dict({"kv_lora_rnk": 512}))
-assert "nearest: tiny" in complaint(lambda: named("tinny"))
+assert "nearest: tiny" in complaint(lambda: load_config("tinny"))
 
 
 # %% [markdown]
@@ -317,7 +317,7 @@ assert "nearest: tiny" in complaint(lambda: named("tinny"))
 
 # %%
 #| export config
-def count_mla(c: Config) -> int:
+def count_mla_params(c: Config) -> int:
     """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
     heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     q = c.q_lora_rank * (c.dim + 1 + heads_q) if c.q_lora_rank else c.dim * heads_q
@@ -335,7 +335,7 @@ shapes = {
 sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
 for name, n in sizes.items():
     print(f"{name:8}{str(shapes[name]):>16}{n:>14,}")
-assert sum(sizes.values()) == count_mla(V3) == 187_107_328
+assert sum(sizes.values()) == count_mla_params(V3) == 187_107_328
 
 
 # %% [markdown]
@@ -351,14 +351,17 @@ assert sum(sizes.values()) == count_mla(V3) == 187_107_328
 
 # %%
 #| export config
-def count_moe(c: Config, experts: int) -> int:
+def count_moe_params(c: Config, n_experts: int) -> int:
     """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
     gate = c.n_routed_experts * (c.dim + (c.score_func == "sigmoid"))
-    return gate + (experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
+    return gate + (n_experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
 
 
 # %%
-whole, used = count_moe(V3, V3.n_routed_experts), count_moe(V3, V3.n_activated_experts)
+whole, used = (
+    count_moe_params(V3, V3.n_routed_experts),
+    count_moe_params(V3, V3.n_activated_experts),
+)
 print(f"one MoE layer: {whole / 1e9:.2f}B parameters, {used / 1e9:.2f}B used by a token")
 print(f"one dense FFN: {3 * V3.dim * V3.inter_dim / 1e9:.2f}B, all used")
 # the dense FFN is as wide as the nine experts that a token meets: 9 · 2048 = 18,432
@@ -384,39 +387,42 @@ assert 3 * V3.dim * V3.inter_dim == used - V3.n_routed_experts * (V3.dim + 1)
 # %%
 #| export config
 @dataclass(frozen=True)
-class Count:
+class ParamCount:
     """Numbers of parameters, and bytes of cache a token."""
 
     total: int  # main model, gate biases included, MTP excluded
     activated: int  # touched by one token, both embeddings counted
-    activated_one_embedding: int  # the same without the input embedding (one row is read)
+    activated_without_input_embedding: int  # the same without the input embedding (one row is read)
     mtp: int  # unique to the MTP modules: embedding and head are shared
     cache_bytes: int  # latent cache of all main layers, bf16
 
 
-def count(c: Config) -> Count:
+def count_params(c: Config) -> ParamCount:
     """Count a config by arithmetic alone: V3's total is 671,026,419,200."""
-    attn = count_mla(c) + 2 * c.dim  # with the block's two norms
+    attn = count_mla_params(c) + 2 * c.dim  # with the block's two norms
     dense = c.n_dense_layers * 3 * c.dim * c.inter_dim
     n_moe, embed = c.n_layers - c.n_dense_layers, c.vocab_size * c.dim
     rest = c.n_layers * attn + dense + 2 * embed + c.dim
-    total = rest + n_moe * count_moe(c, c.n_routed_experts)
-    active = rest + n_moe * count_moe(c, c.n_activated_experts)
-    mtp = 2 * c.dim * c.dim + 3 * c.dim + attn + count_moe(c, c.n_routed_experts)
+    total = rest + n_moe * count_moe_params(c, c.n_routed_experts)
+    active = rest + n_moe * count_moe_params(c, c.n_activated_experts)
+    mtp = 2 * c.dim * c.dim + 3 * c.dim + attn + count_moe_params(c, c.n_routed_experts)
     cache = 2 * c.n_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
-    return Count(total, active, active - embed, c.n_mtp_layers * mtp, cache)
+    return ParamCount(total, active, active - embed, c.n_mtp_layers * mtp, cache)
 
 
 # %%
 # The report's numbers. The weight notes print 11.5B for MTP; its tensors add up to 11.61B.
-for size, c in SIZES.items():
-    n = count(c)
+for size, c in CONFIGS.items():
+    n = count_params(c)
     print(f"{size:8} total {n.total:>15,}  activated {n.activated / 1e9:7.3f}B or"
-          f" {n.activated_one_embedding / 1e9:7.3f}B  MTP {n.mtp / 1e9:6.3f}B"
+          f" {n.activated_without_input_embedding / 1e9:7.3f}B  MTP {n.mtp / 1e9:6.3f}B"
           f"  cache {n.cache_bytes:>6,} B")  # fmt: skip
-v3 = count(V3)
+v3 = count_params(V3)
 assert v3.total == 671_026_419_200
-assert round(v3.activated / 1e9, 2) == 37.55 and round(v3.activated_one_embedding / 1e9, 1) == 36.6
+assert (
+    round(v3.activated / 1e9, 2) == 37.55
+    and round(v3.activated_without_input_embedding / 1e9, 1) == 36.6
+)
 assert round(v3.mtp / 1e9, 2) == 11.61 and v3.cache_bytes == 61 * 576 * 2 == 70_272
 
 # %% [markdown]
@@ -436,8 +442,8 @@ def built(c: Config) -> int:
     return sum(t.numel() for t in [*model.parameters(), *biases])
 
 
-for size, c in SIZES.items():
-    assert built(c) == count(c).total + count(c).mtp, size
+for size, c in CONFIGS.items():
+    assert built(c) == count_params(c).total + count_params(c).mtp, size
     print(f"{size:8} {built(c):>15,} in the modules, MTP included: equal")
 
 # %% [markdown]
@@ -448,13 +454,13 @@ for size, c in SIZES.items():
 
 # %%
 def parts(c: Config, experts: int) -> dict[str, int]:
-    """Parameters by kind; the values sum to `count(c).total` for experts = e."""
+    """Parameters by kind; the values sum to `count_params(c).total` for experts = e."""
     n_moe, expert = c.n_layers - c.n_dense_layers, 3 * c.dim * c.moe_inter_dim
     latent_norms = c.q_lora_rank + c.kv_lora_rank
     return {
         "embedding": c.vocab_size * c.dim,
         "head": c.vocab_size * c.dim,
-        "attention": c.n_layers * (count_mla(c) - latent_norms),
+        "attention": c.n_layers * (count_mla_params(c) - latent_norms),
         "dense FFN": c.n_dense_layers * 3 * c.dim * c.inter_dim,
         "routed experts": n_moe * experts * expert,
         "shared experts": n_moe * c.n_shared_experts * expert,
@@ -467,9 +473,9 @@ total, token = parts(V3, V3.n_routed_experts), parts(V3, V3.n_activated_experts)
 for kind in total:
     share, used = total[kind] / v3.total, token[kind] / v3.activated
     print(f"{kind:16}{total[kind]:>16,}{share:>9.3%} of all{used:>9.3%} of a token's")
-for c in SIZES.values():
-    assert sum(parts(c, c.n_routed_experts).values()) == count(c).total
-    assert sum(parts(c, c.n_activated_experts).values()) == count(c).activated
+for c in CONFIGS.values():
+    assert sum(parts(c, c.n_routed_experts).values()) == count_params(c).total
+    assert sum(parts(c, c.n_activated_experts).values()) == count_params(c).activated
 
 # %% [markdown]
 # Routed experts are 97 % of the model but only 54 % of what a token uses. The price of *holding* a
@@ -502,8 +508,8 @@ def short(n: float) -> str:
 
 fig, ax = figure(width=8, height=4.6)
 rows = []
-for i, (size, c) in enumerate(SIZES.items()):
-    n = count(c)
+for i, (size, c) in enumerate(CONFIGS.items()):
+    n = count_params(c)
     stack(ax, 3 * i, parts(c, c.n_routed_experts))
     stack(ax, 3 * i + 1, parts(c, c.n_activated_experts))
     rows += [(3 * i, f"{size}: all {short(n.total)}"), (3 * i + 1, f"a token {short(n.activated)}")]
@@ -540,7 +546,7 @@ kept = {
 }
 cache = KVCache(TINY, batch=1, max_len=10, dtype=torch.bfloat16)  # the real one, from chapter 05
 held = sum(layer.kv_btx.numel() * layer.kv_btx.element_size() for layer in cache)
-assert held == 10 * count(TINY).cache_bytes
+assert held == 10 * count_params(TINY).cache_bytes
 assert round(kept["MHA, 128 heads"] / kept["MLA"], 1) == 56.9
 
 fig, ax = figure(width=8, height=2.6)
@@ -654,7 +660,7 @@ def books(
         ax.text(0.5, 0.5, f"not a model: {e}", ha="center", wrap=True)
         ax.axis("off")
         return show(fig)
-    n = count(c)
+    n = count_params(c)
     stack(ax, 0, parts(c, c.n_routed_experts))
     stack(ax, 1, parts(c, c.n_activated_experts))
     ax.set_yticks([0, 1], [f"all {short(n.total)}", f"a token {short(n.activated)}"])
@@ -695,7 +701,7 @@ books(n_routed_experts=512, n_activated_experts=16, moe_inter_dim=1024)
 # %%
 def check_cache(fn) -> bool:
     """`fn(c, tokens)` is the size of the latent cache in bytes."""
-    want = [(c, t, count(c).cache_bytes * t) for c in SIZES.values() for t in (1, 131_072)]
+    want = [(c, t, count_params(c).cache_bytes * t) for c in CONFIGS.values() for t in (1, 131_072)]
     hint = "what does one layer remember of one token (two things), and how large is a bf16 number?"
     return attempt(lambda: all(abs(fn(c, t) - n) < 0.5 for c, t, n in want), hint)
 
@@ -708,7 +714,7 @@ def check_split(fn) -> bool:
             e, k, f = 2 * c.n_routed_experts, 2 * c.n_activated_experts, c.moe_inter_dim // 2
             split = {"n_routed_experts": e, "n_activated_experts": k, "moe_inter_dim": f}
             halves = replace(c, **split, n_shared_experts=2 * c.n_shared_experts)
-            if abs(fn(c) - (count(halves).total - count(c).total)) > 0.5:
+            if abs(fn(c) - (count_params(halves).total - count_params(c).total)) > 0.5:
                 return False
         return True
 
@@ -725,7 +731,7 @@ def check_design(fn) -> bool:
     """`fn()` is a Config of 6.5–7.5B parameters, under 1.2B a token, under 20 kB of cache a token."""
 
     def test():
-        n = count(fn())
+        n = count_params(fn())
         print(f"{n.total / 1e9:.2f}B, {n.activated / 1e9:.2f}B a token, cache {n.cache_bytes} B")
         return 6.5e9 <= n.total <= 7.5e9 and n.activated < 1.2e9 and n.cache_bytes < 20_000
 
@@ -830,7 +836,7 @@ check_design(my_design)
 # causal query of a 4K sequence meets 2048 keys on average.
 
 # %%
-mtp = 2 * (2 * V3.dim**2 + count_mla(V3) + count_moe(V3, 8) + V3.vocab_size * V3.dim)
+mtp = 2 * (2 * V3.dim**2 + count_mla_params(V3) + count_moe_params(V3, 8) + V3.vocab_size * V3.dim)
 mtp += 2 * V3.n_heads * (128 + 64 + 128) * 2048
 train = 3 * (flops(V3, 2048) + mtp)
 rate = 1e12 * train / (180e3 * 3600)

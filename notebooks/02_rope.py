@@ -128,14 +128,14 @@ show(fig)
 # %%
 #| export
 @op
-def rotate(x_bshr, cos, sin):
+def apply_rotary_emb(x_bshr, cos, sin):
     """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
     x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
     turned = x * torch.complex(cos, sin)[:, None]  # the same for every head
     return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
 
 
-@impl("rotate", "naive")
+@impl("apply_rotary_emb", "naive")
 def _(x_bshr, cos, sin):
     x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -159,8 +159,8 @@ def angles(freq_j, position_s):
 
 
 def turn(x_sr, position_s, freq_j):
-    """`rotate` for one head of one row: (s, r) → (s, r)."""
-    return rotate(x_sr[None, :, None], *angles(freq_j, position_s))[0, :, 0]
+    """`apply_rotary_emb` for one head of one row: (s, r) → (s, r)."""
+    return apply_rotary_emb(x_sr[None, :, None], *angles(freq_j, position_s))[0, :, 0]
 
 
 torch.manual_seed(0)
@@ -168,8 +168,8 @@ freq_j, position_s = rope_freqs(8, 10_000.0), torch.arange(5)
 x_bshr = torch.randn(2, 5, 3, 8)
 cos, sin = angles(freq_j, position_s)
 with use("naive", "torch"):
-    naive_bshr = rotate(x_bshr, cos, sin)
-assert torch.allclose(rotate(x_bshr, cos, sin), naive_bshr, atol=1e-6)
+    naive_bshr = apply_rotary_emb(x_bshr, cos, sin)
+assert torch.allclose(apply_rotary_emb(x_bshr, cos, sin), naive_bshr, atol=1e-6)
 assert torch.allclose(naive_bshr.norm(dim=-1), x_bshr.norm(dim=-1))  # lengths stay
 x_sr = torch.randn(5, 8)
 twice = turn(turn(x_sr, position_s, freq_j), position_s + 7, freq_j)
@@ -279,11 +279,11 @@ assert (wrong_st - right_st).abs().max() > 1
 def yarn_ramp(rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float):
     """Share of interpolation a pair: 0 if it turns > β_fast times in `length`, 1 if < β_slow."""
 
-    def pair(turns):  # the (fractional) pair that turns so often within `length`
-        return rope_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def correction_dim(num_rotations):  # the (fractional) pair that turns so often within `length`
+        return rope_dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair(beta_fast)), 0)
-    high = min(math.ceil(pair(beta_slow)), rope_dim - 1)
+    low = max(math.floor(correction_dim(beta_fast)), 0)
+    high = min(math.ceil(correction_dim(beta_slow)), rope_dim - 1)
     j = torch.arange(rope_dim // 2, dtype=torch.float64)
     return ((j - low) / max(high - low, 0.001)).clamp(0, 1)
 
@@ -374,30 +374,32 @@ for n in (4096, 163_840):
 
 # %%
 #| export
-def rope_table(c: Config, position_s):
+def rope_cos_sin(c: Config, position_s):
     """Rotations of positions: (cos, sin), each (s, r/2), float32."""
     angle = position_s[:, None].double() * yarn_freqs(c).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
 
 
-def packed_table(c: Config, end_m):
-    """(cos, sin, end_m) of m samples end to end: positions begin anew in each."""
-    length_m = end_m.diff(prepend=end_m.new_zeros(1))
-    start_n = (end_m - length_m).repeat_interleave(length_m)
-    return *rope_table(c, torch.arange(len(start_n), device=end_m.device) - start_n), end_m
+def rope_cos_sin_varlen(c: Config, cu_seqlens):
+    """(cos, sin, cu_seqlens) of m samples end to end: positions begin anew in each."""
+    length_m = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1))
+    start_n = (cu_seqlens - length_m).repeat_interleave(length_m)
+    return *rope_cos_sin(
+        c, torch.arange(len(start_n), device=cu_seqlens.device) - start_n
+    ), cu_seqlens
 
 
 # %%
 position_s = torch.arange(163_840 - 64, 163_840)
-cos_sj, sin_sj = rope_table(V3, position_s)
+cos_sj, sin_sj = rope_cos_sin(V3, position_s)
 assert cos_sj.shape == (64, 32) and cos_sj.dtype == torch.float32
 assert torch.allclose(cos_sj.square() + sin_sj.square(), torch.ones(64, 32))
 for dtype in (torch.float32, torch.bfloat16):
     angle_sj = position_s.to(dtype)[:, None] * yarn_freqs(V3).to(dtype)
     print(f"largest error of cos in {dtype}: {(angle_sj.float().cos() - cos_sj).abs().max():.0e}")
-whole, late = rope_table(V3, torch.arange(10)), rope_table(V3, torch.arange(7, 10))
+whole, late = rope_cos_sin(V3, torch.arange(10)), rope_cos_sin(V3, torch.arange(7, 10))
 assert torch.equal(whole[0][7:], late[0])  # decoding continues where prefill stopped
-cos, sin, _ = packed_table(V3, torch.tensor([4, 10]))
+cos, sin, _ = rope_cos_sin_varlen(V3, torch.tensor([4, 10]))
 assert torch.equal(cos, torch.cat((whole[0][:4], whole[0][:6])))
 
 # %% [markdown]
@@ -416,8 +418,8 @@ assert torch.equal(cos, torch.cat((whole[0][:4], whole[0][:6])))
 
 # %%
 at, short = torch.tensor([10, 1000, 4095]), replace(V3, max_seq_len=64)
-assert torch.equal(rope_table(short, at)[0], rope_table(V3, at)[0])  # no length is asked for
-assert not torch.allclose(rope_table(V3, at)[0], angles(before_j, at)[0], atol=1e-2)
+assert torch.equal(rope_cos_sin(short, at)[0], rope_cos_sin(V3, at)[0])  # no length is asked for
+assert not torch.allclose(rope_cos_sin(V3, at)[0], angles(before_j, at)[0], atol=1e-2)
 x_sr = torch.randn(64, generator=torch.Generator().manual_seed(0)).expand(3, 64)
 q_sr, cached = turn(x_sr, at, after_j), {"same": after_j, "plain": before_j}
 by_cache = {name: (q_sr * turn(x_sr, at - 5, f)).sum(-1) for name, f in cached.items()}
@@ -456,8 +458,8 @@ WAYS = {
 def log_attention(q_bnr, k_btr, position_n, right_bn, freq_j, sharp):
     """log of the causal attention of queries at `position_n` on their right tokens, (b, n)."""
     position_t = torch.arange(k_btr.shape[1])
-    q_bnr = rotate(q_bnr[:, :, None], *angles(freq_j, position_n))[:, :, 0]
-    k_btr = rotate(k_btr[:, :, None], *angles(freq_j, position_t))[:, :, 0]
+    q_bnr = apply_rotary_emb(q_bnr[:, :, None], *angles(freq_j, position_n))[:, :, 0]
+    k_btr = apply_rotary_emb(k_btr[:, :, None], *angles(freq_j, position_t))[:, :, 0]
     score_bnt = einsum(q_bnr, k_btr, "b n r, b t r -> b n t") * sharp / math.sqrt(R)
     score_bnt = score_bnt.masked_fill(position_t > position_n[:, None], -torch.inf)
     return score_bnt.log_softmax(-1).gather(2, right_bn[..., None])[..., 0]
@@ -756,7 +758,7 @@ assert phases["32K"] == phases["128K"]
 # %% [markdown]
 # RoPE is **bound by memory traffic**: a kernel turns $q^R$ and $k^R$ where they are read or written
 # anyway, inside the attention kernel or just before the cache. It registers as
-# `@impl("rotate", "triton")`. Each GPU computes the table for its own positions, so no division of the
+# `@impl("apply_rotary_emb", "triton")`. Each GPU computes the table for its own positions, so no division of the
 # work among GPUs has to know of it.
 #
 # The 1,000 steps of either phase read the same number of tokens, and yet the second costs more:

@@ -31,7 +31,7 @@ from dataclasses import replace
 
 import torch
 
-from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 
 KEPT = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
@@ -90,7 +90,7 @@ from torch import nn
 
 from dsv3_ref.config import Config
 from dsv3_ref.ops import Linear, RMSNorm, recompute, impl, linear, op, upcast
-from dsv3_ref.rope import rotate, softmax_scale
+from dsv3_ref.rope import apply_rotary_emb, softmax_scale
 
 # %% [markdown]
 # ## Causal attention
@@ -127,7 +127,7 @@ def causal_softmax(score_bhst, scale: float):
     return wide_bhst.masked_fill(~mask_st, -torch.inf).softmax(-1)
 
 
-def blocks(s: int, t: int, size: int = 64) -> list[tuple[slice, int]]:
+def causal_query_blocks(s: int, t: int, size: int = 64) -> list[tuple[slice, int]]:
     """Blocks of queries, and how many keys the last query of each may see."""
     ends = [min(a + size, s) for a in range(0, s, size)]
     return [(slice(e - (e - 1) % size - 1, e), e + t - s) for e in ends]
@@ -139,7 +139,7 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         p, o = [], []
-        for rows, end in blocks(q.shape[1], k.shape[1]):
+        for rows, end in causal_query_blocks(q.shape[1], k.shape[1]):
             score = upcast(q[:, rows] @ k[:, :end].mT)
             n = score.shape[1]
             score[..., end - n :].masked_fill_(~causal_mask(n, n, q.device), -torch.inf)
@@ -155,7 +155,7 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, o, *p = ctx.saved_tensors
         delta = (g * o).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, end), p_st in zip(blocks(q.shape[1], k.shape[1]), p):
+        for (rows, end), p_st in zip(causal_query_blocks(q.shape[1], k.shape[1]), p):
             dv[:, :end].baddbmm_(p_st.mT, g[:, rows])
             dp_st = g[:, rows] @ v[:, :end].mT
             ds_st = dp_st.sub_(delta[:, rows]).mul_(p_st)
@@ -164,7 +164,7 @@ class BlockAttention(torch.autograd.Function):
         return dq, dk, dv
 
 
-def by_heads(x_bshx, scale: float = 1.0):
+def to_batched_heads(x_bshx, scale: float = 1.0):
     """Every head of every row on its own: scale·x as (b·h, s, x)."""
     return rearrange(x_bshx if scale == 1 else scale * x_bshx, "b s h x -> (b h) s x")
 
@@ -174,9 +174,9 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
     """Causal attention, o = softmax(scale·q·kᵀ) v; x = i + r, the queries are the last s of t."""
     if q_bshx.device.type == "cpu":
         q, k, v = (
-            recompute(by_heads, q_bshx, scale),
-            recompute(by_heads, k_bthx),
-            recompute(by_heads, v_bthv),
+            recompute(to_batched_heads, q_bshx, scale),
+            recompute(to_batched_heads, k_bthx),
+            recompute(to_batched_heads, v_bthv),
         )
         o = BlockAttention.apply(q, k, v)
         return rearrange(o, "(b h) s v -> b s h v", h=q_bshx.shape[2])
@@ -203,7 +203,7 @@ for s, t in [(1, 1), (1, 7), (130, 140), (3, 7), (7, 7)]:
     want = IMPLS["attention"]["naive"](q, k, v, 0.2)
     assert torch.allclose(attention(q, k, v, 0.2), want, atol=1e-6)
 print("130 queries after 10 positions, in blocks:")
-for rows, n in blocks(130, 140):
+for rows, n in causal_query_blocks(130, 140):
     print(f"  queries {rows.start} … {rows.stop - 1} meet {n} keys")
 k[:, 5:] += 1  # the future of positions 0 … 4
 assert torch.allclose(attention(q, k, v, 0.2)[:, :5], want[:, :5], atol=1e-6)
@@ -211,18 +211,18 @@ print(f"3 queries, 5 positions:\n{causal_mask(3, 5).int().numpy()}")
 
 # %% [markdown]
 # *Several sequences end to end*, of any lengths, make one long row without padding. Each must be blind to
-# the others, and all the op is told is where each ends (`end_b`). Here each moves into a row of its own,
+# the others, and all the op is told is where each ends (`cu_seqlens`). Here each moves into a row of its own,
 # padded behind, where causality keeps it from seeing the padding; a kernel needs no such copy.
 
 
 # %%
 #| export
 @op
-def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
-    """`attention` inside each of b sequences laid end to end; the b-th ends before row end_b."""
-    length_b = end_b.diff(prepend=end_b.new_zeros(1)).long()
-    row_n = torch.arange(len(length_b), device=end_b.device).repeat_interleave(length_b)
-    at_n = torch.arange(len(row_n), device=end_b.device) - (end_b - length_b)[row_n]
+def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
+    """`attention` inside each of b sequences laid end to end; the b-th ends before row cu_seqlens."""
+    length_b = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1)).long()
+    row_n = torch.arange(len(length_b), device=cu_seqlens.device).repeat_interleave(length_b)
+    at_n = torch.arange(len(row_n), device=cu_seqlens.device) - (cu_seqlens - length_b)[row_n]
     empty = len(length_b), max([1, *length_b.tolist()])
     apart = (
         x.new_zeros(*empty, *x.shape[1:]).index_put((row_n, at_n), x) for x in (q_nhx, k_nhx, v_nhv)
@@ -230,10 +230,10 @@ def packed_attention(q_nhx, k_nhx, v_nhv, end_b, scale: float):
     return attention(*apart, scale)[row_n, at_n]
 
 
-@impl("packed_attention", "naive")
-def _(q_nhx, k_nhx, v_nhv, end_b, scale):
+@impl("varlen_attention", "naive")
+def _(q_nhx, k_nhx, v_nhv, cu_seqlens, scale):
     out = [v_nhv[:0]]
-    for start, end in zip([0, *end_b.tolist()], end_b.tolist()):
+    for start, end in zip([0, *cu_seqlens.tolist()], cu_seqlens.tolist()):
         rows = [x[None, start:end] for x in (q_nhx, k_nhx, v_nhv)]
         out += [attention(*rows, scale)[0]] if end > start else []
     return torch.cat(out)
@@ -241,13 +241,13 @@ def _(q_nhx, k_nhx, v_nhv, end_b, scale):
 
 # %%
 q, k, v = torch.randn(10, 4, 24), torch.randn(10, 4, 24), torch.randn(10, 4, 16)
-end_b = torch.tensor([4, 4, 10])  # the second is empty
-packed = packed_attention(q, k, v, end_b, 0.2)
+cu_seqlens = torch.tensor([4, 4, 10])  # the second is empty
+packed = varlen_attention(q, k, v, cu_seqlens, 0.2)
 assert torch.allclose(packed[4:], attention(q[None, 4:], k[None, 4:], v[None, 4:], 0.2)[0])
 v[:4] += 1  # what the first sequence says does not reach the third
-assert torch.equal(packed_attention(q, k, v, end_b, 0.2)[4:], packed[4:])
-one_by_one = IMPLS["packed_attention"]["naive"](q, k, v, end_b, 0.2)
-assert torch.allclose(packed_attention(q, k, v, end_b, 0.2), one_by_one, atol=1e-6)
+assert torch.equal(varlen_attention(q, k, v, cu_seqlens, 0.2)[4:], packed[4:])
+one_by_one = IMPLS["varlen_attention"]["naive"](q, k, v, cu_seqlens, 0.2)
+assert torch.allclose(varlen_attention(q, k, v, cu_seqlens, 0.2), one_by_one, atol=1e-6)
 
 # %% [markdown]
 # ## Expanded: keys and values from the latent
@@ -266,29 +266,29 @@ assert torch.allclose(packed_attention(q, k, v, end_b, 0.2), one_by_one, atol=1e
 
 # %%
 #| export
-def join(x_bshi, x_bshr):
+def concat_nope_rope(x_bshi, x_bshr):
     """A head's dims without position beside those with: [x; x^R]."""
     return torch.cat((x_bshi, x_bshr), -1)
 
 
-def keys_values(c_btc, k_btr, wkv_b, h: int, i: int):
+def up_project_kv(c_btc, k_btr, wkv_b, h: int, i: int):
     """eq. 2, 4, 5: k = [W^UK c; k^R] and v = W^UV c of every head."""
     kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
     k_bthi, v_bthv = kv_bthx.split([i, kv_bthx.shape[-1] - i], dim=-1)
-    return join(k_bthi, k_btr[:, :, None].expand(-1, -1, h, -1)), v_bthv
+    return concat_nope_rope(k_bthi, k_btr[:, :, None].expand(-1, -1, h, -1)), v_bthv
 
 
-def expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, end_m=None):
+def attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, cu_seqlens=None):
     """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
 
-    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. end_m: where each of m
+    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. cu_seqlens: where each of m
     samples ends that lie end to end in one row (b = 1).
     """
-    q_bshx = recompute(join, q_bshi, q_bshr)
-    k_bthx, v_bthv = recompute(keys_values, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
-    if end_m is None:
+    q_bshx = recompute(concat_nope_rope, q_bshi, q_bshr)
+    k_bthx, v_bthv = recompute(up_project_kv, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
+    if cu_seqlens is None:
         return attention(q_bshx, k_bthx, v_bthv, scale)
-    return packed_attention(q_bshx[0], k_bthx[0], v_bthv[0], end_m, scale)[None]
+    return varlen_attention(q_bshx[0], k_bthx[0], v_bthv[0], cu_seqlens, scale)[None]
 
 
 # %%
@@ -317,7 +317,7 @@ def by_head(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale):
 
 
 inputs = random_inputs(torch.float64)
-assert torch.allclose(expanded(*inputs, 0.2), by_head(*inputs, 0.2), atol=1e-12)
+assert torch.allclose(attend_expanded(*inputs, 0.2), by_head(*inputs, 0.2), atol=1e-12)
 print(f"cached a token: {C + R} numbers; made from them for attention: {H * (X + R + V)}")
 
 # %% [markdown]
@@ -357,8 +357,8 @@ def _(q_bshc, q_bshr, c_btc, k_btr, scale):
     return attention(q_bshx, k_bthx, v_bthc, scale)
 
 
-def absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
-    """`expanded` without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
+def attend_absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
+    """`attend_expanded` without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
     h, i = q_bshi.shape[2:]
     w_hxc = rearrange(wkv_b, "(h x) c -> h x c", h=h)
     wk_hic, wv_hvc = w_hxc.tensor_split([i], dim=1)
@@ -370,8 +370,8 @@ def absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
 # %%
 for dtype, tolerance in [(torch.float32, 1e-5), (torch.float64, 1e-13)]:
     inputs = random_inputs(dtype)
-    want = expanded(*inputs, 0.2)
-    error = ((absorbed(*inputs, 0.2) - want).norm() / want.norm()).item()
+    want = attend_expanded(*inputs, 0.2)
+    error = ((attend_absorbed(*inputs, 0.2) - want).norm() / want.norm()).item()
     assert error < tolerance, error
     print(f"{dtype}: relative difference below {tolerance:g}")
 q_bshi, q_bshr, c_btc, k_btr, wkv_b = inputs
@@ -385,11 +385,13 @@ assert torch.allclose(*both, atol=1e-12)
 # need another vector in the latent *for every key*. Below: how many directions these vectors span.
 
 # %%
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import rope_cos_sin
 
 turning = replace(TINY, qk_rope_head_dim=X)
 query, wk_ic = torch.randn(1, 1, 1, X), wkv_b[:X].float()
-turned_ti = rotate(query.expand(1, T, 1, X), *rope_table(turning, torch.arange(T)))[0, :, 0]
+turned_ti = apply_rotary_emb(query.expand(1, T, 1, X), *rope_cos_sin(turning, torch.arange(T)))[
+    0, :, 0
+]
 without, with_rope = query[0, :, 0] @ wk_ic, turned_ti @ wk_ic
 ranks = [torch.linalg.matrix_rank(m).item() for m in (without, with_rope)]
 print(f"directions in the latent that one query needs for {T} keys:", end=" ")
@@ -443,28 +445,33 @@ except ValueError as e:
 # %%
 #| export
 @op
-def paged_attention(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
+def paged_attention(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: float):
     """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of length_b.
 
-    q_bshx: [q^C; q^R], x = c + r. page_pyx: pages of y positions. table_bp: int32, row b's pages.
+    q_bshx: [q^C; q^R], x = c + r. kv_cache_pyx: pages of y positions. block_table_bp: int32, row b's pages.
     """
     out = []
-    for q_shx, table_p, length in zip(q_bshx, table_bp, length_b.tolist()):
-        kv_btx = page_pyx[table_p].flatten(0, 1)[None, :length]
+    for q_shx, table_p, length in zip(q_bshx, block_table_bp, cache_seqlens_b.tolist()):
+        kv_btx = kv_cache_pyx[table_p].flatten(0, 1)[None, :length]
         q_bshc, q_bshr = q_shx[None].tensor_split([c], dim=-1)
         out.append(latent_attention(q_bshc, q_bshr, kv_btx[..., :c], kv_btx[..., c:], scale))
     return torch.cat(out)
 
 
 # %%
-page_pyx, q_bshx = torch.randn(5, 4, C + R), torch.randn(2, 1, H, C + R)
-table_bp, length_b = torch.tensor([[3, 0, 1], [4, 2, 2]], dtype=torch.int32), torch.tensor([9, 4])
-o = paged_attention(q_bshx, page_pyx, table_bp, length_b, C, 0.2)
-kv = torch.cat((page_pyx[3], page_pyx[0], page_pyx[1]))[None, :9]  # the first row's nine positions
+kv_cache_pyx, q_bshx = torch.randn(5, 4, C + R), torch.randn(2, 1, H, C + R)
+block_table_bp, length_b = (
+    torch.tensor([[3, 0, 1], [4, 2, 2]], dtype=torch.int32),
+    torch.tensor([9, 4]),
+)
+o = paged_attention(q_bshx, kv_cache_pyx, block_table_bp, length_b, C, 0.2)
+kv = torch.cat((kv_cache_pyx[3], kv_cache_pyx[0], kv_cache_pyx[1]))[
+    None, :9
+]  # the first row's nine positions
 whole = latent_attention(q_bshx[:1, ..., :C], q_bshx[:1, ..., C:], kv[..., :C], kv[..., C:], 0.2)
 assert torch.allclose(o[:1], whole)
-page_pyx[1, 1:] = torch.nan  # page 1 is only begun: what lies behind position 9 is never read
-assert paged_attention(q_bshx, page_pyx, table_bp, length_b, C, 0.2).isfinite().all()
+kv_cache_pyx[1, 1:] = torch.nan  # page 1 is only begun: what lies behind position 9 is never read
+assert paged_attention(q_bshx, kv_cache_pyx, block_table_bp, length_b, C, 0.2).isfinite().all()
 
 # %% [markdown]
 # ## The layer
@@ -504,40 +511,40 @@ class MLA(nn.Module):
         self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.wo = Linear(c.n_heads * c.v_head_dim, c.dim, saved_input_format="e5m6")
 
-    def queries(self, x_bsd, rope):
+    def project_q(self, x_bsd, rope):
         """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
         if not self.config.q_lora_rank:
-            return self.heads(self.wq, x_bsd, *rope[:2])
-        return recompute(self.heads, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
+            return self.up_project_q(self.wq, x_bsd, *rope[:2])
+        return recompute(self.up_project_q, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
 
-    def heads(self, up, x_bsx, cos, sin):
+    def up_project_q(self, up, x_bsx, cos, sin):
         """The up-projection and its split into heads."""
         c = self.config
         q = rearrange(up(x_bsx), "b s (h x) -> b s h x", h=c.n_heads)
         q_bshi, q_bshr = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        return q_bshi, rotate(q_bshr, cos, sin)
+        return q_bshi, apply_rotary_emb(q_bshr, cos, sin)
 
-    def latent(self, x_bsd, rope):
+    def down_project_kv(self, x_bsd, rope):
         """eq. 1 and 3: what is remembered, RMSNorm(W^DKV x) beside the turned key W^KR x."""
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        k_bsr = rotate(k_bsr[:, :, None], *rope[:2])[:, :, 0]
-        return recompute(join, self.kv_norm(c_bsc), k_bsr)
+        k_bsr = apply_rotary_emb(k_bsr[:, :, None], *rope[:2])[:, :, 0]
+        return recompute(concat_nope_rope, self.kv_norm(c_bsc), k_bsr)
 
-    def expanded(self, q_bshi, q_bshr, c_btc, k_btr, end_m=None):
+    def expanded(self, q_bshi, q_bshr, c_btc, k_btr, cu_seqlens=None):
         """Keys and values of every head: training, prefill."""
         weight, scale = self.wkv_b.weight, softmax_scale(self.config)
-        return expanded(q_bshi, q_bshr, c_btc, k_btr, weight, scale, end_m)
+        return attend_expanded(q_bshi, q_bshr, c_btc, k_btr, weight, scale, cu_seqlens)
 
     def absorbed(self, *inputs):
         """Inside the latent: decoding."""
-        return absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
+        return attend_absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
 
     def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
-        """rope: (cos, sin) of the positions, or (cos, sin, end_m) of packed samples."""
+        """rope: (cos, sin) of the positions, or (cos, sin, cu_seqlens) of packed samples."""
         c = self.config
-        q_bshi, q_bshr = self.queries(x_bsd, rope)
-        kv = self.latent(x_bsd, rope)
+        q_bshi, q_bshr = self.project_q(x_bsd, rope)
+        kv = self.down_project_kv(x_bsd, rope)
         kv = kv if cache is None else cache.append(kv)
         c_btc, k_btr = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         decoding = cache is not None and x_bsd.shape[1] == 1
@@ -564,20 +571,22 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 c, length = TINY, 12
-mla, rope = filled(MLA(c)), rope_table(c, torch.arange(length))
+mla, rope = filled(MLA(c)), rope_cos_sin(c, torch.arange(length))
 x_bsd = torch.randn(2, length, c.dim, generator=torch.Generator().manual_seed(2))
 norm = lambda y: y / (y.square().mean() + c.norm_eps).sqrt()
-turn = lambda y, t: rotate(y[None, None, None], *(table[t : t + 1] for table in rope))[0, 0, 0]
+turn = lambda y, t: apply_rotary_emb(y[None, None, None], *(table[t : t + 1] for table in rope))[
+    0, 0, 0
+]
 
 x_d, t, head = x_bsd[0, 5], 5, 2
 w_dkv, w_kr = mla.wkv_a.weight.split([c.kv_lora_rank, c.qk_rope_head_dim])
 w_uq, w_qr = mla.wq_b.weight.view(c.n_heads, -1, c.q_lora_rank)[head].tensor_split(
     [c.qk_nope_head_dim]
 )
-kept = mla.latent(x_bsd, rope)[0, t]
+kept = mla.down_project_kv(x_bsd, rope)[0, t]
 assert torch.allclose(kept, torch.cat((norm(w_dkv @ x_d), turn(w_kr @ x_d, t))), atol=1e-5)
 c_q = norm(mla.wq_a.weight @ x_d)
-q_bshi, q_bshr = mla.queries(x_bsd, rope)
+q_bshi, q_bshr = mla.project_q(x_bsd, rope)
 assert torch.allclose(q_bshi[0, t, head], w_uq @ c_q, atol=1e-5)
 assert torch.allclose(q_bshr[0, t, head], turn(w_qr @ c_q, t), atol=1e-5)
 
@@ -629,10 +638,14 @@ class GQA(nn.Module):
 
     def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
         c = self.config
-        q_bshr = rotate(rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope)
+        q_bshr = apply_rotary_emb(
+            rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope
+        )
         widths = [self.n * c.qk_rope_head_dim, self.n * c.v_head_dim]
         k_bsx, v_bsx = self.wkv(x_bsd).split(widths, dim=-1)
-        k_bsx = rotate(rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n), *rope).flatten(2)
+        k_bsx = apply_rotary_emb(rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n), *rope).flatten(
+            2
+        )
         kv_btx = torch.cat((k_bsx, v_bsx), dim=-1)
         kv_btx = kv_btx if cache is None else cache.append(kv_btx)
         k_bthr, v_bthv = (
@@ -648,10 +661,10 @@ class GQA(nn.Module):
 wide = replace(TINY, qk_rope_head_dim=32, rope_factor=1.0)
 for n in (1, 2, 4):
     c = replace(wide, kv_lora_rank=n * (32 + wide.v_head_dim) - 32)  # so that the cache is as wide
-    gqa, rope = filled(GQA(c, n)), rope_table(c, torch.arange(length))
+    gqa, rope = filled(GQA(c, n)), rope_cos_sin(c, torch.arange(length))
     k_bsnr, v_bsnv = gqa.wkv(x_bsd).view(2, length, 2, n, 32).unbind(2)
-    q_bshr = rotate(gqa.wq(x_bsd).view(2, length, 4, 32), *rope)
-    q, k, v = (x.transpose(1, 2) for x in (q_bshr, rotate(k_bsnr, *rope), v_bsnv))
+    q_bshr = apply_rotary_emb(gqa.wq(x_bsd).view(2, length, 4, 32), *rope)
+    q, k, v = (x.transpose(1, 2) for x in (q_bshr, apply_rotary_emb(k_bsnr, *rope), v_bsnv))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     want = gqa.wo(o.transpose(1, 2).flatten(2))
     assert torch.allclose(gqa(x_bsd, rope), want, atol=1e-5)
@@ -705,7 +718,7 @@ class Recall(nn.Module):
         super().__init__()
         c = replace(TINY, dim=D, n_heads=4, q_lora_rank=0, kv_lora_rank=latent,
                     qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, rope_theta=100.0)  # fmt: skip
-        self.rope = rope_table(c, torch.arange(WORDS))
+        self.rope = rope_cos_sin(c, torch.arange(WORDS))
         self.embed, self.mla = nn.Embedding(3 * WORDS, D), filled(MLA(c))
         self.head = nn.Linear(D, 2 * WORDS)
 
@@ -774,8 +787,10 @@ def score_parts(model: Recall, tokens):
     """Scaled scores (h, s, t) of one sequence: content term and rotary term."""
     mla, c = model.mla, model.mla.config
     x_bsd = model.embedded(tokens)
-    q_bshi, q_bshr = mla.queries(x_bsd, model.rope)
-    c_btc, k_btr = mla.latent(x_bsd, model.rope).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    q_bshi, q_bshr = mla.project_q(x_bsd, model.rope)
+    c_btc, k_btr = mla.down_project_kv(x_bsd, model.rope).split(
+        [c.kv_lora_rank, c.qk_rope_head_dim], -1
+    )
     wk_hic = rearrange(mla.wkv_b.weight, "(h x) c -> h x c", h=c.n_heads)[:, : c.qk_nope_head_dim]
     content = einsum(q_bshi, wk_hic, c_btc, "b s h i, h i c, b t c -> b h s t")
     position = einsum(q_bshr, k_btr, "b s h r, b t r -> b h s t")
@@ -876,7 +891,7 @@ def draw_cache(log2_context=15, sequences=32, heads=128, latent=512, rope=64, la
 
 gb = draw_cache()
 assert abs(gb["MLA"] / gb["MHA"] - (V3.kv_lora_rank + V3.qk_rope_head_dim) / (2 * 128 * 128)) < 1e-9
-assert gb["MLA"] == count(V3).cache_bytes * 32 * 32_768 / 1e9
+assert gb["MLA"] == count_params(V3).cache_bytes * 32 * 32_768 / 1e9
 
 # %%
 play(draw_cache, log2_context=(10, 17, 1), sequences=(1, 256, 1), heads=[128, 16, 32, 64],

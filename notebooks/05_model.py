@@ -48,7 +48,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.mla import MLA, LayerKVCache
 from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
-from dsv3_ref.rope import packed_table, rope_table
+from dsv3_ref.rope import rope_cos_sin_varlen, rope_cos_sin
 
 # %%
 import math
@@ -59,7 +59,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsv3_ref.config import SIZES, TINY, V3, count
+from dsv3_ref.config import CONFIGS, TINY, V3, count_params
 from dsv3_ref.ops import use
 from dsv3_ref.viz import BLUE, COLORS, GRAY, ORANGE, attempt, figure, play, show
 
@@ -106,7 +106,7 @@ block = Block(TINY, index=0)
 for p in block.parameters():
     if p.ndim > 1:
         nn.init.normal_(p, std=0.02)
-x_bsd, rope = torch.randn(2, 10, TINY.dim), rope_table(TINY, torch.arange(10))
+x_bsd, rope = torch.randn(2, 10, TINY.dim), rope_cos_sin(TINY, torch.arange(10))
 added, added_large = (block.attn(block.attn_norm(a * x_bsd), rope) for a in (1, 1000))
 torch.testing.assert_close(added, added_large, atol=1e-6, rtol=1e-4)
 for a, y in ((1, added), (1000, added_large)):
@@ -140,7 +140,7 @@ held = [
     layer.kv_btx for layer in KVCache(V3, batch=1, max_len=1, device="meta", dtype=torch.bfloat16)
 ]
 per_token = sum(kv.numel() * kv.element_size() for kv in held)
-assert per_token == count(V3).cache_bytes == 70_272
+assert per_token == count_params(V3).cache_bytes == 70_272
 print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_token:,} bytes a token")
 
 # %% [markdown]
@@ -151,7 +151,7 @@ print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_tok
 #   \mathrm{logit} = W^{\mathrm{out}}\,\mathrm{RMSNorm}(h_{L}), \qquad
 #   W^{\mathrm{out}} \in \mathbb{R}^{w\times d}$$
 #
-# Three choices are worth a look before the code. (Its `ends` and `packed_table` wait for chapter 14,
+# Three choices are worth a look before the code. (Its `cu_seqlens` and `rope_cos_sin_varlen` wait for chapter 14,
 # where a row holds many conversations.)
 #
 # - **`hidden_states` and `forward` are apart.** `hidden_states` stops at the normed hidden state. Training
@@ -183,15 +183,19 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=c.embed_std)
 
     def hidden_states(
-        self, tokens_bs, cache: KVCache | None = None, ends=None
+        self, tokens_bs, cache: KVCache | None = None, cu_seqlens=None
     ) -> tuple[torch.Tensor, list[Route]]:
         """Normed hidden states (b, s, d) and the route of every MoE layer.
 
-        ends: where each sample ends if many lie end to end in one row (b = 1), int32.
+        cu_seqlens: where each sample ends if many lie end to end in one row (b = 1), int32.
         """
         start, s = cache.length if cache else 0, tokens_bs.shape[1]
         at = torch.arange(start, start + s, device=tokens_bs.device)
-        rope = rope_table(self.config, at) if ends is None else packed_table(self.config, ends)
+        rope = (
+            rope_cos_sin(self.config, at)
+            if cu_seqlens is None
+            else rope_cos_sin_varlen(self.config, cu_seqlens)
+        )
         x_bsd, routes = self.embed(tokens_bs), []
         for i, block in enumerate(self.layers.values()):
             x_bsd, r = block(x_bsd, rope, cache[i] if cache else None)
@@ -308,9 +312,9 @@ used = {row: int(n * share) if row == "routed experts" else n for row, n in rows
 for row in sorted(rows, key=rows.get, reverse=True):
     print(f"{row:18}{rows[row]:>17,}  used by a token {used[row]:>15,}")
 print(f"{'all':18}{sum(rows.values()):>17,}  used by a token {sum(used.values()):>15,}")
-assert sum(rows.values()) == count(V3).total == 671_026_419_200
-assert sum(used.values()) == count(V3).activated == 37_552_297_472
-assert mtp == count(V3).mtp
+assert sum(rows.values()) == count_params(V3).total == 671_026_419_200
+assert sum(used.values()) == count_params(V3).activated == 37_552_297_472
+assert mtp == count_params(V3).mtp
 
 # %%
 fig, ax = figure(width=8, height=3.8)
@@ -550,7 +554,7 @@ HATCH = ["", "///", "", "...", "", "\\\\\\", "xx"]
 def draw_flops(size: str = "v3", longest: int = 17):
     """Share of a token's forward FLOPs by part, for contexts of 2^10 … 2^longest tokens."""
     lengths = range(10, longest + 1)
-    table = [flops(SIZES[size], keys=2**n / 2) for n in lengths]
+    table = [flops(CONFIGS[size], keys=2**n / 2) for n in lengths]
     total = [sum(row.values()) for row in table]
     fig, ax = figure(width=8.6, height=3.6)
     bottom = [0.0] * len(table)
@@ -582,7 +586,7 @@ draw_flops()
 # over that half. Does the same happen to the smaller sizes, and where?
 
 # %%
-play(draw_flops, size=list(SIZES)[::-1], longest=(11, 20, 1))
+play(draw_flops, size=list(CONFIGS)[::-1], longest=(11, 20, 1))
 
 # %% [markdown]
 # ## Exercises
@@ -591,7 +595,7 @@ play(draw_flops, size=list(SIZES)[::-1], longest=(11, 20, 1))
 
 # %%
 def check_share(fn) -> bool:
-    truth = {V3: 653_908_770_816 / 671_026_419_200, TINY: 2_359_296 / count(TINY).total}
+    truth = {V3: 653_908_770_816 / 671_026_419_200, TINY: 2_359_296 / count_params(TINY).total}
     return attempt(lambda: all(math.isclose(fn(c), t, rel_tol=1e-9) for c, t in truth.items()),
                    "how many layers have experts, and how many matrices has one?")  # fmt: skip
 
@@ -619,7 +623,7 @@ def check_first_loss(fn) -> bool:
 
 def check_parallel(fn) -> bool:
     x = torch.randn(2, 6, TINY.dim)
-    rope = rope_table(TINY, torch.arange(6))
+    rope = rope_cos_sin(TINY, torch.arange(6))
 
     def test():
         for i in ("0", "1"):  # dense, and with experts
@@ -760,7 +764,7 @@ check_prefill(my_prefill)
 #   stages (chapter 12). Neither changes a line of this chapter.
 
 # %%
-n = count(V3).total
+n = count_params(V3).total
 forward = sum(flops(V3, keys=4096 / 2).values())
 spent = 3 * forward * 14.8e12  # backward costs two forwards; 14.8T tokens
 rate = spent / (2664e3 * 3600)

@@ -49,7 +49,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import Route
 from dsv3_ref.ops import RMSNorm, linear_cross_entropy
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import rope_cos_sin
 
 # %%
 import math
@@ -58,7 +58,7 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 
-from dsv3_ref.config import TINY, V3, count, count_mla, count_moe
+from dsv3_ref.config import TINY, V3, count_params, count_mla_params, count_moe_params
 from dsv3_ref.viz import BLUE, COLORS, GRAY, ORANGE, attempt, figure, play, show
 
 SHORT = bool(os.environ.get("DSV3_SHORT"))
@@ -117,7 +117,7 @@ with torch.device("meta"):
     released = MTP(V3)
 n = sum(t.numel() for t in [*released.parameters(), *released.buffers()])
 print(f"one module of V3: {n / 1e9:.2f}B parameters of its own; embedding and head are borrowed")
-assert n == count(V3).mtp == 11_610_068_224
+assert n == count_params(V3).mtp == 11_610_068_224
 
 torch.manual_seed(0)
 model = Transformer(TOY)
@@ -125,7 +125,7 @@ module = model.mtp["0"]
 h_bsd, embed_bsd, rope = (
     torch.randn(1, 5, 64),
     torch.randn(1, 5, 64),
-    rope_table(TOY, torch.arange(5)),
+    rope_cos_sin(TOY, torch.arange(5)),
 )
 left_half = module.eh_proj.weight.detach()[:, :64]  # columns that meet the embedding
 want = (
@@ -158,7 +158,7 @@ def mtp_hidden_states(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.
     out = []
     for k, module in enumerate(model.mtp.values(), start=1):
         s = tokens_bs.shape[1] - k
-        rope = rope_table(model.config, torch.arange(s, device=tokens_bs.device))
+        rope = rope_cos_sin(model.config, torch.arange(s, device=tokens_bs.device))
         h_bsd, r = module(h_bsd[:, :s], model.embed(tokens_bs[:, k:]), rope)
         out.append((h_bsd, r))
     return out
@@ -209,7 +209,7 @@ show(fig)
 
 # %%
 with torch.no_grad():
-    shifted = module(h_bsd, embed_bsd, rope_table(TOY, torch.arange(5) + 1))[0]
+    shifted = module(h_bsd, embed_bsd, rope_cos_sin(TOY, torch.arange(5) + 1))[0]
 torch.testing.assert_close(shifted, same, atol=1e-5, rtol=1e-4)
 print("positions 1…5 instead of 0…4: the same hidden states")
 
@@ -503,9 +503,12 @@ show(fig)
 
 # %%
 module_reads = (
-    2 * V3.dim**2 + count_mla(V3) + count_moe(V3, V3.n_activated_experts) + V3.vocab_size * V3.dim
+    2 * V3.dim**2
+    + count_mla_params(V3)
+    + count_moe_params(V3, V3.n_activated_experts)
+    + V3.vocab_size * V3.dim
 )
-cost = module_reads / count(V3).activated_one_embedding
+cost = module_reads / count_params(V3).activated_without_input_embedding
 
 
 def speedup(a: float, depth: int, cost: float = cost) -> float:
@@ -554,7 +557,7 @@ play(draw_speedup, depth=(1, 4, 1), acceptance=(0, 100, 1))
 # %%
 def check_size(fn) -> bool:
     sizes = [V3, TINY, TOY]
-    return attempt(lambda: [fn(c) - count(c).mtp for c in sizes] == [0, 0, 0],
+    return attempt(lambda: [fn(c) - count_params(c).mtp for c in sizes] == [0, 0, 0],
                    "what does `MTP` hold besides its block, and does `count_mla` count a block's norms?")  # fmt: skip
 
 
@@ -600,8 +603,8 @@ def check_draft(fn) -> bool:
 
 
 # %% [markdown]
-# **1 · Compute.** The number of parameters that MTP adds to a config, by arithmetic. `count_mla`
-# and `count_moe` of chapter 00 may help; `count(c).mtp` is what you are to find.
+# **1 · Compute.** The number of parameters that MTP adds to a config, by arithmetic. `count_mla_params`
+# and `count_moe_params` of chapter 00 may help; `count_params(c).mtp` is what you are to find.
 
 
 # %%
@@ -703,13 +706,15 @@ check_draft(my_draft)
 #   one. A kernel that never stores the logits saves twice.
 
 # %%
-matrices = count(V3).activated_one_embedding
+matrices = count_params(V3).activated_without_input_embedding
 logits = 4096 * V3.vocab_size * 4
 print(f"one token: {2 * module_reads / 1e9:.1f} GFLOPs more on {2 * matrices / 1e9:.1f},", end=" ")
 print(f"{100 * module_reads / matrices:.1f} % (attention scores aside)")
 print(f"of that the head: {100 * V3.vocab_size * V3.dim / module_reads:.0f} %")
-share = 100 * count(V3).mtp / count(V3).total
-print(f"weights: {2 * count(V3).mtp / 1e9:.1f} GB in bf16, {share:.2f} % of the main model")
+share = 100 * count_params(V3).mtp / count_params(V3).total
+print(f"weights: {2 * count_params(V3).mtp / 1e9:.1f} GB in bf16, {share:.2f} % of the main model")
 print(f"fp32 logits of a second 4K sequence, if they were stored: {logits / 1e9:.1f} GB")
-print(f"latent cache: one layer more, {count(V3).cache_bytes // V3.n_layers:,} bytes a token")
+print(
+    f"latent cache: one layer more, {count_params(V3).cache_bytes // V3.n_layers:,} bytes a token"
+)
 assert 0.04 < module_reads / matrices < 0.05

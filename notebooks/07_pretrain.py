@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.optim import (
     RECIPES,
     TrainingRecipe,
@@ -1040,7 +1040,7 @@ def short_run(c, r: TrainingRecipe, seed: int = 0, moments=torch.bfloat16):
 
 model, metrics = short_run(MINI, SHORT_RUN)
 tokens = sum(get_batch_size_schedule(SHORT_RUN, STEPS)) * 64
-print(f"{count(MINI).total + count(MINI).mtp:,} parameters, {tokens:,} tokens")
+print(f"{count_params(MINI).total + count_params(MINI).mtp:,} parameters, {tokens:,} tokens")
 lead = [row["val_loss"] - row["val_loss_ema"] for row in metrics if "val_loss" in row]
 print("averaged weights ahead by", [f"{x:+.3f}" for x in lead], "nats")
 late = metrics[-STEPS // 5 :]
@@ -1375,7 +1375,7 @@ check_restore(my_restore)
 # And which limit binds?
 
 # %%
-N, D, HOURS, GPUS = count(V3).activated, 14.8e12, 2.664e6, 2048
+N, D, HOURS, GPUS = count_params(V3).activated, 14.8e12, 2.664e6, 2048
 operations, seconds = 6 * N * D, HOURS * 3600 / GPUS
 rate, each = D / seconds, D / seconds / GPUS
 flops = operations / seconds / GPUS
@@ -1395,7 +1395,7 @@ assert 3.3e24 < operations < 3.4e24 and 1500 < each < 1600
 hops = 58 * V3.n_limited_groups * V3.dim * (1 + 2) * 2
 print(f"between nodes: up to {each * hops / 1e9:.0f} GB/s a GPU of 50")
 experts = 58 * V3.n_routed_experts * 3 * V3.dim * V3.moe_inter_dim
-shard = experts / (16 * 64) + (count(V3).total - experts) / 16
+shard = experts / (16 * 64) + (count_params(V3).total - experts) / 16
 print(f"gradients: about {shard / 1e9:.1f}B parameters a GPU; fp32 out, bf16 back, "
       f"{shard * 6 / 50e9:.1f} s of a step of {step:.0f} s")  # fmt: skip
 print(f"reading: {rate * 4 / 1e6:.0f} MB of token ids a second, {4 * D / 1e12:.0f} TB in all")

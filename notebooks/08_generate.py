@@ -35,12 +35,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from dsv3_ref.mla import LayerKVCache, expanded, join, keys_values
+from dsv3_ref.mla import LayerKVCache, attend_expanded, concat_nope_rope, up_project_kv
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import MoE
 from dsv3_ref.mtp import MTP
 from dsv3_ref.ops import RMSNorm, swiglu, upcast
-from dsv3_ref.rope import rope_table, softmax_scale
+from dsv3_ref.rope import rope_cos_sin, softmax_scale
 
 # %%
 import argparse
@@ -53,7 +53,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.mla import attention
 from dsv3_ref.mtp import mtp_hidden_states
 from dsv3_ref.pretrain import losses
@@ -199,7 +199,7 @@ def ragged_positions(position_bs, freqs_cis_tx, end: int) -> DecodePositions:
 
 
 def apply_freqs_cis(x_bshr, freqs_cis_bs1x):
-    """Pairs as complex numbers times e^{iω·position}: `rotate` with a position for every row."""
+    """Pairs as complex numbers times e^{iω·position}: `apply_rotary_emb` with a position for every row."""
     x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(x * freqs_cis_bs1x).flatten(-2).to(x_bshr.dtype)
 
@@ -423,13 +423,15 @@ class DecodeLayer:
             self.block.attn.wkv_b.weight,
         )
         if at.is_first_prefill:
-            o_bshv = expanded(q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], weight, scale)
+            o_bshv = attend_expanded(
+                q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], weight, scale
+            )
             return self.project("wo", o_bshv.flatten(2))
         b, s, h, i = q_bshi.shape
         if s > MAX_TABLE_TOKENS and isinstance(at.cache_index[1], slice):  # a piece of a prompt
             parts = (kv.tensor_split([c], dim=-1) for kv in kv_btx.split(KV_BLOCK, dim=1))
-            blocks = (keys_values(*part, weight, h, i) for part in parts)
-            o_bshv = blockwise_attention(join(q_bshi, q_bshr), blocks, at.end, scale)
+            blocks = (up_project_kv(*part, weight, h, i) for part in parts)
+            o_bshv = blockwise_attention(concat_nope_rope(q_bshi, q_bshr), blocks, at.end, scale)
             return self.project("wo", o_bshv.flatten(2))
         q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
         q_bsx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), dim=-1).flatten(1, 2)
@@ -540,7 +542,7 @@ class Decoder:
             for x, t in zip(modules, tables)
         ]
         self.freqs_cis_tx = torch.complex(
-            *rope_table(model.config, torch.arange(max_len, device=w.device))
+            *rope_cos_sin(model.config, torch.arange(max_len, device=w.device))
         )
         self.token_bt = torch.zeros(batch, max_len, dtype=torch.int64, device=w.device)
         self.h_btd = torch.zeros(batch, max_len, w.shape[1], device=w.device, dtype=w.dtype)
@@ -1054,7 +1056,7 @@ def check_cache(fn):
     """What does a token leave behind in each layer (chapter 03), and how wide is a bf16 number?"""
     for c in (V3, TINY, replace(V3, n_layers=27, kv_lora_rank=256)):
         for batch, length in ((32, 4096), (1, 100)):
-            assert fn(c, batch, length) == count(c).cache_bytes * length * batch
+            assert fn(c, batch, length) == count_params(c).cache_bytes * length * batch
 
 
 @checker
@@ -1156,9 +1158,9 @@ expert = 3 * V3.dim * V3.moe_inter_dim  # bytes of one expert in FP8
 experts = (V3.n_layers - V3.n_dense_layers) * V3.n_routed_experts * expert
 for batch in (1, 32):
     asleep = (1 - V3.n_activated_experts / V3.n_routed_experts) ** batch  # if routing were random
-    weights = count(V3).total - V3.vocab_size * V3.dim - experts * asleep
+    weights = count_params(V3).total - V3.vocab_size * V3.dim - experts * asleep
     for length in (1_000, 100_000):
-        cache = batch * length * count(V3).cache_bytes
+        cache = batch * length * count_params(V3).cache_bytes
         ms = (weights + cache) / 3.35e12 * 1e3
         print(f"batch {batch:2}, context {length:7,}: weights {weights / 1e9:3.0f} GB "
               f"({1 - asleep:4.0%} of the experts), cache {cache / 1e9:5.1f} GB: {ms:3.0f} ms a step")  # fmt: skip

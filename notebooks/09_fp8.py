@@ -40,7 +40,7 @@ from dsv3_ref.ops import IMPLS, impl, defer_wgrad, op, matmul_dtype
 from dataclasses import replace
 from pathlib import Path
 
-from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
@@ -1024,9 +1024,9 @@ check_lost(my_lost)
 
 # %%
 bf16 = 2 * V3.vocab_size * V3.dim + 58 * V3.n_routed_experts * V3.dim
-codes_n = count(V3).total - bf16
+codes_n = count_params(V3).total - bf16
 print(f"weights: FP8 codes {codes_n / 1e9:.0f} GB + scales {codes_n / 128**2 * 4 / 1e9:.2f} GB + "
-      f"bf16 parts {2 * bf16 / 1e9:.1f} GB; all in bf16: {2 * count(V3).total / 1e9:.0f} GB")  # fmt: skip
+      f"bf16 parts {2 * bf16 / 1e9:.1f} GB; all in bf16: {2 * count_params(V3).total / 1e9:.0f} GB")  # fmt: skip
 c = V3
 linear = c.dim * (c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim)
 linear += c.n_heads * (c.q_lora_rank * (c.qk_nope_head_dim + c.qk_rope_head_dim)

@@ -39,13 +39,13 @@ from dsv3_ref.config import Config
 from dsv3_ref.decode import Decoder
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import rope_cos_sin
 
 # %%
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.mla import LayerKVCache
 from dsv3_ref.rope import softmax_scale
 from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
@@ -175,7 +175,7 @@ def interpolated_decoder(model: Transformer, batch: int, length: int, step: floa
     """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
     decoder = Decoder(model, batch, length)
     position_t = torch.arange(length, device=decoder.token_bt.device) / step
-    decoder.freqs_cis_tx = torch.complex(*rope_table(model.config, position_t))
+    decoder.freqs_cis_tx = torch.complex(*rope_cos_sin(model.config, position_t))
     return decoder
 
 
@@ -391,7 +391,7 @@ for name, make, want in (
         got = tally.held
     print(f"{name}: {got / 4096 / 4:.0f} numbers a token allocated, {want} by the formula")
     assert got == 4 * 4096 * want
-assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
+assert cache_bytes(V3, 1) == count_params(V3).cache_bytes == 70_272
 
 for name, heads in {"MLA": None, "GQA, 8 heads": 8, "MHA, 128 heads": 128}.items():
     assert kv_cache_numbers_per_token(V3, heads) == PER_LAYER[name]
@@ -705,7 +705,10 @@ check_foretold(my_foretold)
 # text of 128K weighs on a decoding GPU.
 
 # %%
-c, products = V3, 6 * count(V3).activated_one_embedding  # main model; one embedding is looked up
+c, products = (
+    V3,
+    6 * count_params(V3).activated_without_input_embedding,
+)  # main model; one embedding is looked up
 pair = c.n_layers * c.n_heads * 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
 for length in (4096, 32_768, 131_072):
     attention = 3 * pair * length / 2  # a query meets half of its row on average; forward, backward
@@ -729,7 +732,7 @@ print(f"cache of one text of 128K: {per_gpu:.1f} GB; read for each token: "
 # decoding the cache is what is read: 2.7 ms a token for *one* text, if one GPU held all layers; in V3's decoding
 # units many GPUs share the texts of a batch.
 #
-# Kernels: prefill is `packed_attention` (no probabilities in memory), decoding `paged_attention`
+# Kernels: prefill is `varlen_attention` (no probabilities in memory), decoding `paged_attention`
 # ([chapter 10](10_triton.ipynb)). On many GPUs no two share a row here, nor did the report say that any did; the activations of a
 # row's 131,072 tokens must fit into one pipeline stage, for which `--recompute` exists. On Slurm,
 # `slurm/long_context.sbatch --init …`, then `PHASE=128k`. No GPU has run either.

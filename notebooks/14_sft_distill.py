@@ -234,8 +234,8 @@ assert (tokens == SPECIAL_TOKENS.bos).sum() == len(samples)
 print(f"{len(samples)} conversations in {len(rows)} rows, {sum(lengths) / tokens.numel():.1%} text")
 
 # %% [markdown]
-# **Invisible to each other.** Samples in one row share a row and nothing else: positions restart (`packed_table`, chapter 02), attention ends at their
-# borders (`packed_attention`, chapter 03), and everything else in the model works token by token. So it can be tested: change one
+# **Invisible to each other.** Samples in one row share a row and nothing else: positions restart (`rope_cos_sin_varlen`, chapter 02), attention ends at their
+# borders (`varlen_attention`, chapter 03), and everything else in the model works token by token. So it can be tested: change one
 # sample, and the states of the others must not move (but for the last digit: an expert that now serves other tokens too adds up its products in
 # other blocks).
 
@@ -250,7 +250,7 @@ for part in parts:
 changed = [parts[0], torch.cat((parts[1][:1], torch.randint(5, 64, (11,)))), parts[2]]
 with torch.no_grad():
     before, after = (
-        model.hidden_states(x, ends=sample_cu_seqlens(x, SPECIAL_TOKENS))[0][0]
+        model.hidden_states(x, cu_seqlens=sample_cu_seqlens(x, SPECIAL_TOKENS))[0][0]
         for x in (torch.cat(p)[None] for p in (parts, changed))
     )
     alone = torch.cat([model.hidden_states(part[None])[0][0] for part in parts])
@@ -281,7 +281,7 @@ def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Lo
     x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
     h_1nd, routes = model.hidden_states(
-        x_bs.reshape(1, -1), ends=sample_cu_seqlens(x_bs, special_tokens)
+        x_bs.reshape(1, -1), cu_seqlens=sample_cu_seqlens(x_bs, special_tokens)
     )
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
     return Losses(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
@@ -535,11 +535,11 @@ check_apart(my_row)
 # 1.5 million conversations, two epochs; at, say, 1,500 tokens each:
 
 # %%
-from dsv3_ref.config import V3, count
+from dsv3_ref.config import V3, count_params
 
 tokens = 2 * 1.5e6 * 1500
 print(f"{tokens / 1e9:.1f}B tokens, {tokens / 14.8e12:.2%} of pre-training")
-print(f"{6 * count(V3).activated * tokens:.1e} FLOPs of products")
+print(f"{6 * count_params(V3).activated * tokens:.1e} FLOPs of products")
 
 # %% [markdown]
 # Post-training as a whole cost 5K of 2,788K GPU hours (§1). It runs on the mesh of pre-training: `dsv3 sft --pp 16 --ep 64 --schedule dualpipe`. A stage finds the borders of samples

@@ -748,10 +748,10 @@ check_short(my_short)
 # A fourth model, PPO's critic, would be trained too: its weights, gradients and moments are what GRPO saves.
 
 # %%
-from dsv3_ref.config import V3, count
+from dsv3_ref.config import V3, count_params
 
 tokens = 32 * 16 * 4096
-critic = count(V3).total * (4 + 4 + 4)  # fp32 weights and gradients, two bf16 moments
+critic = count_params(V3).total * (4 + 4 + 4)  # fp32 weights and gradients, two bf16 moments
 print(
     f"{tokens / 1e6:.1f}M tokens; logits of them all {tokens * V3.vocab_size * 4 / 1e12:.1f} TB, {512 * V3.vocab_size * 4 / 1e6:.0f} MB at a time"
 )

@@ -98,10 +98,10 @@ from dsv3_ref.decode import (
     decode_weights,
     small_matmul,
 )
-from dsv3_ref.mla import expanded, paged_attention
+from dsv3_ref.mla import attend_expanded, paged_attention
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.ops import impl, use
-from dsv3_ref.rope import rope_table, softmax_scale
+from dsv3_ref.rope import rope_cos_sin, softmax_scale
 
 # %% [markdown]
 # ## Pages
@@ -229,13 +229,15 @@ print("6 pages: 3 used, 2 of them shared, idle, found again, at last overwritten
 # %%
 #| export
 @impl("paged_attention", "gathered")
-def _(q_bshx, page_pyx, table_bp, length_b, c: int, scale: float):
+def _(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: float):
     """All rows at once: a copy of every page in use, what lies in the future masked."""
-    kv_btx = page_pyx[table_bp].flatten(1, 2)
+    kv_btx = kv_cache_pyx[block_table_bp].flatten(1, 2)
     b, s, h, _ = q_bshx.shape
     score_bst = (q_bshx.flatten(1, 2) @ kv_btx.mT).mul_(scale)  # s: positions and heads
-    seen_bs = length_b[:, None] - s + 1 + torch.arange(s, device=length_b.device)
-    future = seen_bs[..., None, None] <= torch.arange(kv_btx.shape[1], device=length_b.device)
+    seen_bs = cache_seqlens_b[:, None] - s + 1 + torch.arange(s, device=cache_seqlens_b.device)
+    future = seen_bs[..., None, None] <= torch.arange(
+        kv_btx.shape[1], device=cache_seqlens_b.device
+    )
     score_bst.view(b, s, h, -1).masked_fill_(future, -torch.inf)
     return (score_bst.softmax(-1) @ kv_btx[..., :c]).view(b, s, h, c)
 
@@ -246,8 +248,8 @@ class PagedPlace(NamedTuple):
     cache_index: tuple  # (page, slot), both (b, s)
     end: int
     freqs_cis: torch.Tensor  # rotations, (b, s, 1, r/2)
-    table_bp: torch.Tensor  # int32
-    length_b: torch.Tensor  # positions that exist afterwards
+    block_table_bp: torch.Tensor  # int32
+    cache_seqlens_b: torch.Tensor  # positions that exist afterwards
     is_first_prefill: bool  # nothing came before: a prompt's first piece
 
 
@@ -257,12 +259,17 @@ def paged_place(
     """The s positions behind `at` in rows with these tables; past its pages a row gets `spare`."""
     device, end = freqs_cis_tx.device, max(at) + s
     width = -(-end // size)
-    table_bp = torch.tensor([[*t[:width], *[spare] * (width - len(t))] for t in tables])
+    block_table_bp = torch.tensor([[*t[:width], *[spare] * (width - len(t))] for t in tables])
     position_bs = torch.tensor(at)[:, None] + torch.arange(s)
-    page_bs, table_bp = table_bp.gather(1, position_bs // size), table_bp.int().to(device)
+    page_bs, block_table_bp = (
+        block_table_bp.gather(1, position_bs // size),
+        block_table_bp.int().to(device),
+    )
     index = page_bs.to(device), (position_bs % size).to(device)
     turn = freqs_cis_tx[position_bs.to(device).clamp(max=len(freqs_cis_tx) - 1)[..., None]]
-    return PagedPlace(index, size, turn, table_bp, position_bs[:, -1].to(device) + 1, not any(at))
+    return PagedPlace(
+        index, size, turn, block_table_bp, position_bs[:, -1].to(device) + 1, not any(at)
+    )
 
 
 class Paged:
@@ -275,11 +282,13 @@ class Paged:
         self.update_kv_cache(x_bsd, at)
         if at.is_first_prefill:
             latent = self.kv_btx[at.cache_index].tensor_split([c], -1)
-            o_bshv = expanded(q_bshi, q_bshr, *latent, self.block.attn.wkv_b.weight, scale)
+            o_bshv = attend_expanded(q_bshi, q_bshr, *latent, self.block.attn.wkv_b.weight, scale)
             return self.project("wo", o_bshv.flatten(2))
         q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
         q_bshx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), -1)
-        o_bshc = paged_attention(q_bshx, self.kv_btx, at.table_bp, at.length_b, c, scale)
+        o_bshc = paged_attention(
+            q_bshx, self.kv_btx, at.block_table_bp, at.cache_seqlens_b, c, scale
+        )
         o_hnv = o_bshc.flatten(0, 1).transpose(0, 1) @ self.wv_hcv
         return self.project("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
 
@@ -309,7 +318,7 @@ class PagedModel:
         n_layers = len(model.layers) + len(model.mtp)
         self.kv = [torch.zeros(shape, device=w.device, dtype=w.dtype) for _ in range(n_layers)]
         position_t = torch.arange(c.max_seq_len, device=w.device)
-        self.freqs_cis_tx = torch.complex(*rope_table(c, position_t))
+        self.freqs_cis_tx = torch.complex(*rope_cos_sin(c, position_t))
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -1231,9 +1240,9 @@ check_forgery(my_forgery)
 # At 671B the parts are the same and the numbers are these.
 
 # %%
-from dsv3_ref.config import V3, count
+from dsv3_ref.config import V3, count_params
 
-token = count(V3).cache_bytes
+token = count_params(V3).cache_bytes
 weights = 3 * V3.dim * V3.moe_inter_dim * (V3.n_layers - V3.n_dense_layers)  # a byte each
 print(f"latents of a token {token / 1e3:.0f} kB; a prompt of 4,096: {4096 * token / 1e6:.0f} MB to hand over, "
       f"{4096 * token / 50e9 * 1e3:.0f} ms at 50 GB/s")  # fmt: skip

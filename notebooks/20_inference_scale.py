@@ -26,7 +26,7 @@
 import math
 from dataclasses import replace
 
-from dsv3_ref.config import V3, Config, count
+from dsv3_ref.config import V3, Config, count_params
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 alone = 37e9 / (0.85 * 3.35e12)
@@ -74,7 +74,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from dsv3_ref.config import Config, count
+from dsv3_ref.config import Config, count_params
 from dsv3_ref.scale import (
     ATTENTION,
     KERNELS,
@@ -290,7 +290,7 @@ def weights(c: Config, precision: str) -> float:
     eight = sum(
         times(n) * p.n_in * p.n_out for b in blocks for n, p in b.items() if n != "gate"
     )  # fmt: skip
-    return eight * wide(precision) + 2 * (count(c).total - eight)
+    return eight * wide(precision) + 2 * (count_params(c).total - eight)
 
 
 def held(c: Config, u: Unit, precision: str = "fp8") -> float:
@@ -313,12 +313,12 @@ def held(c: Config, u: Unit, precision: str = "fp8") -> float:
 def room(c: Config, m: Machine, u: Unit, context: float, precision: str = "fp8") -> int:
     """Sequences of a micro-batch and group that fit beside the weights, a tenth of memory left."""
     free = 0.9 * m.memory - held(c, u, precision)
-    return max(0, int(free / (2 * context * count(c).cache_bytes)))
+    return max(0, int(free / (2 * context * count_params(c).cache_bytes)))
 
 
 def smallest(c: Config, m: Machine, precision: str, tokens: float, node: int = 8) -> int:
     """GPUs, in whole nodes, that hold all weights and the cache of so many tokens (bf16)."""
-    need = weights(c, precision) + tokens * count(c).cache_bytes
+    need = weights(c, precision) + tokens * count_params(c).cache_bytes
     return node * math.ceil(need / (0.9 * m.memory * node))
 
 
@@ -326,7 +326,7 @@ def smallest(c: Config, m: Machine, precision: str, tokens: float, node: int = 8
 from dsv3_ref.scale import MACHINES
 
 print(
-    f"all weights: FP8 {weights(V3, 'fp8') / 1e9:,.0f} GB, bf16 {weights(V3, 'bf16') / 1e9:,.0f} GB; a 128K conversation {131_072 * count(V3).cache_bytes / 1e9:.1f} GB"
+    f"all weights: FP8 {weights(V3, 'fp8') / 1e9:,.0f} GB, bf16 {weights(V3, 'bf16') / 1e9:,.0f} GB; a 128K conversation {131_072 * count_params(V3).cache_bytes / 1e9:.1f} GB"
 )
 for name, u in (("prefill", PREFILL), ("decode", DECODE)):
     print(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref.config import (
-    SIZES,
+    CONFIGS,
     SMALL,
     TINY,
     V2_LITE,
@@ -18,9 +18,9 @@ from dsv3_ref.config import (
     UserError,
     ceil_div,
     from_dict,
-    named,
+    load_config,
 )
-from dsv3_ref.config import count as count_of
+from dsv3_ref.config import count_params as count_of
 from dsv3_ref.model import Transformer
 
 SHARED = ("embed.", "head.")  # MTP modules own neither
@@ -68,12 +68,12 @@ def check_count(c: Config):
     assert n.mtp == sum(v for k, v in sizes.items() if k.startswith("mtp."))
     idle = (c.n_routed_experts - c.n_activated_experts) * 3 * c.dim * c.moe_inter_dim
     assert n.activated == n.total - idle * (c.n_layers - c.n_dense_layers)
-    assert n.activated - n.activated_one_embedding == sizes["embed.weight"]
+    assert n.activated - n.activated_without_input_embedding == sizes["embed.weight"]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_count_is_the_module(name):
-    check_count(SIZES[name])
+    check_count(CONFIGS[name])
 
 
 @given(configs())
@@ -84,7 +84,9 @@ def test_count_is_the_module_for_any_shape(c):
 def test_671b_has_the_numbers_of_the_report():
     n = count_of(V3)
     assert n.total == 671_026_419_200
-    assert f"{n.activated / 1e9:.2f} {n.activated_one_embedding / 1e9:.1f}" == "37.55 36.6"
+    assert (
+        f"{n.activated / 1e9:.2f} {n.activated_without_input_embedding / 1e9:.1f}" == "37.55 36.6"
+    )
     assert f"{n.mtp / 1e9:.2f}" == "11.61"
     assert n.cache_bytes == 70_272
 
@@ -145,17 +147,17 @@ def test_an_unknown_field_names_the_nearest():
 def test_a_file_is_read_as_written(tmp_path):
     path = tmp_path / "my.json"
     path.write_text(json.dumps(asdict(V2_LITE)))
-    assert named(str(path)) == V2_LITE
-    assert named("v2_lite") is V2_LITE
+    assert load_config(str(path)) == V2_LITE
+    assert load_config("v2_lite") is V2_LITE
 
 
 def test_a_broken_file_and_an_unknown_size_say_so(tmp_path):
     path = tmp_path / "my.json"
     path.write_text("{dim: 3}")
     with pytest.raises(UserError, match="is not JSON"):
-        named(str(path))
+        load_config(str(path))
     with pytest.raises(UserError, match="no config 'tny'.*nearest: tiny"):
-        named("tny")
+        load_config("tny")
 
 
 def test_ceil_div_counts_the_blocks_that_cover():

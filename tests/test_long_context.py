@@ -15,7 +15,7 @@ from miniruns import metrics, options, results
 
 from dsv3_ref.checkpoints.native import load, load_checkpoint_config
 from dsv3_ref.cli import main
-from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count
+from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count_params
 from dsv3_ref.decode import Decoder, blockwise_attention, stream
 from dsv3_ref.long_context import (
     RECIPES,
@@ -191,7 +191,7 @@ def test_long_prompts_are_continued_as_ever(micro, draft, monkeypatch):
 
 
 def test_bytes_are_those_of_the_caches():
-    assert cache_bytes(V3, 1) == count(V3).cache_bytes == 70_272
+    assert cache_bytes(V3, 1) == count_params(V3).cache_bytes == 70_272
     assert cache_bytes(V3, 131_072) == 9_210_691_584
     assert LayerKVCache(TINY, 1, 10).kv_btx.numel() == 10 * kv_cache_numbers_per_token(TINY)
     narrow = replace(TINY, qk_nope_head_dim=1)  # GQA turns all of a head: i is nothing to it

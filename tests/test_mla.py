@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dsv3_ref import ops
 from dsv3_ref.config import Config
-from dsv3_ref.mla import MLA, LayerKVCache, causal_mask, packed_attention
-from dsv3_ref.rope import packed_table, rope_table, softmax_scale
+from dsv3_ref.mla import MLA, LayerKVCache, causal_mask, varlen_attention
+from dsv3_ref.rope import rope_cos_sin, rope_cos_sin_varlen, softmax_scale
 
 fixture_is_constant = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 shapes = st.fixed_dictionaries(
@@ -37,7 +37,7 @@ def layer(c: Config) -> MLA:
 
 
 def inputs(c: Config, s: int, b: int = 2):
-    return torch.randn(b, s, c.dim).double(), rope_table(c, torch.arange(s))
+    return torch.randn(b, s, c.dim).double(), rope_cos_sin(c, torch.arange(s))
 
 
 def run(mla: MLA, x_bsd, rope, absorb: bool):
@@ -56,7 +56,7 @@ def by_hand(mla: MLA, x_sd, rope):
     """eq. 1–11, one position, one head, one key at a time: (s, d) → (s, d)."""
     c, w = mla.config, {n: p.detach() for n, p in mla.named_parameters()}
     norm = lambda x, name: x / (x.square().mean() + c.norm_eps).sqrt() * w[f"{name}.weight"]
-    turn = lambda x, at: ops.IMPLS["rotate"]["torch"](
+    turn = lambda x, at: ops.IMPLS["apply_rotary_emb"]["torch"](
         x[None, None, None], *(r[at, None] for r in rope)
     )
     r, i, v = c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim
@@ -129,9 +129,9 @@ def test_only_single_token_decoding_absorbs(micro, monkeypatch):
     mla, cache = layer(micro).float(), LayerKVCache(micro, 1, 4)
     x_bsd = torch.randn(1, 3, micro.dim)
     with torch.no_grad():
-        mla(x_bsd, rope_table(micro, torch.arange(3)))
-        mla(x_bsd, rope_table(micro, torch.arange(3)), cache)
-        mla(x_bsd[:, :1], rope_table(micro, torch.arange(1) + 3), cache)
+        mla(x_bsd, rope_cos_sin(micro, torch.arange(3)))
+        mla(x_bsd, rope_cos_sin(micro, torch.arange(3)), cache)
+        mla(x_bsd[:, :1], rope_cos_sin(micro, torch.arange(1) + 3), cache)
     assert seen == ["expanded", "expanded", "absorbed"]
 
 
@@ -164,10 +164,10 @@ def test_attention_never_looks_ahead(micro):
     assert (x_bsd.grad[:, :5] != 0).all()
 
 
-@pytest.mark.parametrize("end_b", [[], [0, 0]], ids=str)
-def test_nothing_packed(end_b):
+@pytest.mark.parametrize("cu_seqlens", [[], [0, 0]], ids=str)
+def test_nothing_packed(cu_seqlens):
     q = torch.randn(0, 2, 6, requires_grad=True)
-    o = packed_attention(q, q, q[..., :4], torch.tensor(end_b, dtype=torch.int32), 1.0)
+    o = varlen_attention(q, q, q[..., :4], torch.tensor(cu_seqlens, dtype=torch.int32), 1.0)
     assert o.shape == (0, 2, 4)
     o.sum().backward()
     assert q.grad.shape == q.shape
@@ -177,7 +177,7 @@ def test_packed_samples_are_as_if_alone(micro, exact):
     """Whatever their lengths, an empty one included, and whatever the others say."""
     mla, lengths = layer(micro), [5, 0, 1, 9]
     parts = [torch.randn(1, n, micro.dim).double() for n in lengths]
-    end_m = torch.tensor(lengths).cumsum(0).int()
-    got = mla(torch.cat(parts, 1), packed_table(micro, end_m))
-    alone = [mla(x, rope_table(micro, torch.arange(x.shape[1]))) for x in parts if x.shape[1]]
+    cu_seqlens = torch.tensor(lengths).cumsum(0).int()
+    got = mla(torch.cat(parts, 1), rope_cos_sin_varlen(micro, cu_seqlens))
+    alone = [mla(x, rope_cos_sin(micro, torch.arange(x.shape[1]))) for x in parts if x.shape[1]]
     torch.testing.assert_close(got, torch.cat(alone, 1), atol=1e-12, rtol=0)

@@ -52,7 +52,7 @@ def linear_cross_entropy(size, randn):
     return randn(n, d), randn(w, d), torch.arange(n) * 7 % w
 
 
-def rotate(size, randn):
+def apply_rotary_emb(size, randn):
     b, s, h, pairs = size(1, 3), size(), size(1, 5), size(1, 9)
     angle = randn(s, pairs).detach().float() * 10
     return randn(b, s, h, 2 * pairs), angle.cos(), angle.sin()
@@ -70,21 +70,23 @@ def latent_attention(size, randn):
     return randn(b, s, h, c), randn(b, s, h, r), randn(b, t, c), randn(b, t, r), (c + r) ** -0.5
 
 
-def packed_attention(size, randn):
+def varlen_attention(size, randn):
     h, x, v = size(1, 4), size(), size()
-    end_b = torch.tensor([*(size(0, 12) for _ in range(size(0, 3))), size(1, 12)]).cumsum(0)
-    n = int(end_b[-1])
-    return randn(n, h, x), randn(n, h, x), randn(n, h, v), end_b, x**-0.5
+    cu_seqlens = torch.tensor([*(size(0, 12) for _ in range(size(0, 3))), size(1, 12)]).cumsum(0)
+    n = int(cu_seqlens[-1])
+    return randn(n, h, x), randn(n, h, x), randn(n, h, v), cu_seqlens, x**-0.5
 
 
 def paged_attention(size, randn):
     b, s, h, c, r, y = size(1, 3), size(1, 3), size(1, 4), size(), size(), size(1, 8)
     pages = size(1, 5)
-    table_bp = torch.stack([torch.randperm(pages + 2)[:pages] for _ in range(b)]).int()
-    length_b = torch.tensor([max(s, size(1, pages * y)) for _ in range(b)]).clamp(max=pages * y)
+    block_table_bp = torch.stack([torch.randperm(pages + 2)[:pages] for _ in range(b)]).int()
+    cache_seqlens_b = torch.tensor([max(s, size(1, pages * y)) for _ in range(b)]).clamp(
+        max=pages * y
+    )
     s = min(s, pages * y)
     q = randn(b, s, h, c + r)
-    return q, randn(pages + 2, y, c + r), table_bp, length_b, c, (c + r) ** -0.5
+    return q, randn(pages + 2, y, c + r), block_table_bp, cache_seqlens_b, c, (c + r) ** -0.5
 
 
 def group_limited_topk(size, randn):
@@ -135,10 +137,10 @@ CASES = [
     swiglu_linear,
     grouped_swiglu_linear,
     linear_cross_entropy,
-    rotate,
+    apply_rotary_emb,
     attention,
     latent_attention,
-    packed_attention,
+    varlen_attention,
     paged_attention,
     group_limited_topk,
 ]

@@ -176,9 +176,9 @@ def sample(answer: int, said: list[int]) -> list[int]:
 def test_a_score_is_its_samples_alone_and_a_product_with_one_row(micro):
     model, parts = Transformer(micro), [sample(1, [20, 21]), sample(2, [22]), sample(3, [])]
     line = torch.tensor([[t for part in parts for t in part]])
-    end_m = torch.tensor([len(p) for p in parts]).cumsum(0).int()
-    h_1nd = model.hidden_states(line, ends=end_m)[0]
-    got = reward_scores(h_1nd[0], model.head.weight, end_m, SPECIAL_TOKENS)
+    cu_seqlens = torch.tensor([len(p) for p in parts]).cumsum(0).int()
+    h_1nd = model.hidden_states(line, cu_seqlens=cu_seqlens)[0]
+    got = reward_scores(h_1nd[0], model.head.weight, cu_seqlens, SPECIAL_TOKENS)
     for part, reward in zip(parts, got):
         want = model(torch.tensor([part]))[0, -1, SPECIAL_TOKENS.pad]
         torch.testing.assert_close(reward, want, atol=1e-4, rtol=1e-4)

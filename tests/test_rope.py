@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref.config import V2_LITE, V3
-from dsv3_ref.rope import rope_freqs, rope_table, rotate, softmax_scale, yarn_freqs, yarn_ramp
+from dsv3_ref.rope import (
+    apply_rotary_emb,
+    rope_cos_sin,
+    rope_freqs,
+    softmax_scale,
+    yarn_freqs,
+    yarn_ramp,
+)
 
 PLAIN = replace(V3, rope_factor=1.0)
 position = st.integers(0, 4000)
@@ -17,7 +24,7 @@ position = st.integers(0, 4000)
 
 def turned(x_r, at: int, c=PLAIN):
     """One vector rotated to position `at`."""
-    return rotate(x_r[None, None, None], *rope_table(c, torch.tensor([at])))[0, 0, 0]
+    return apply_rotary_emb(x_r[None, None, None], *rope_cos_sin(c, torch.tensor([at])))[0, 0, 0]
 
 
 def test_frequencies_fall_from_one():
@@ -49,20 +56,20 @@ def test_a_product_depends_on_distance_alone(m, n, shift):
 
 def test_a_far_position_is_exact_to_fp32():
     """Angles are formed in fp64: at 131,072 an fp32 product would be off by 0.004 rad."""
-    cos, sin = rope_table(PLAIN, torch.tensor([131_071]))
+    cos, sin = rope_cos_sin(PLAIN, torch.tensor([131_071]))
     angles = [131_071 * 10_000 ** (-2 * j / 64) for j in range(32)]
     assert cos[0].tolist() == pytest.approx([math.cos(a) for a in angles], abs=1e-7)
     assert sin[0].tolist() == pytest.approx([math.sin(a) for a in angles], abs=1e-7)
 
 
 def test_positions_may_start_anywhere():
-    whole, part = rope_table(V3, torch.arange(8)), rope_table(V3, torch.arange(5) + 3)
+    whole, part = rope_cos_sin(V3, torch.arange(8)), rope_cos_sin(V3, torch.arange(5) + 3)
     assert all(torch.equal(w[3:], p) for w, p in zip(whole, part))
 
 
 def test_every_head_turns_alike_and_bf16_stays_bf16():
     x = torch.randn(1, 5, 1, 64).bfloat16()
-    y = rotate(x.expand(2, 5, 3, 64), *rope_table(V3, torch.arange(5)))
+    y = apply_rotary_emb(x.expand(2, 5, 3, 64), *rope_cos_sin(V3, torch.arange(5)))
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, y[:1, :, :1].expand_as(y))
 

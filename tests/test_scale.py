@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_ref.cli.main import main
 from dsv3_ref.cluster.plan import REPORT, Plan, estimate
-from dsv3_ref.config import SMALL, V3, count
+from dsv3_ref.config import SMALL, V3, count_params
 from dsv3_ref.inference_scale import (
     DECODE,
     PREFILL,
@@ -169,7 +169,7 @@ def test_operators_have_the_operations_of_the_products(dense):
 def test_absorbed_attention_reads_each_cached_number_once_for_all_heads():
     op = core(V3, 10, 4096, True)
     assert op.flops == 2 * 10 * 128 * 4096 * (512 + 512 + 64)
-    cache = 10 * 4096 * count(V3).cache_bytes / 61
+    cache = 10 * 4096 * count_params(V3).cache_bytes / 61
     assert cache < op.bytes < 1.15 * cache
     quarter = core(replace(V3, n_heads=32), 10, 4096, True)
     assert quarter.limit(H800) == "memory" and op.limit(H800) == "operations"
@@ -196,7 +196,7 @@ def test_the_units_are_those_of_the_report():
 
 
 def test_weights_are_counted_to_the_last_number():
-    assert weights(V3, "bf16") == 2 * count(V3).total
+    assert weights(V3, "bf16") == 2 * count_params(V3).total
     assert 670e9 < weights(V3, "fp8") < 676e9
     whole = held(V3, Unit(1, 1, 256), "bf16")  # norms and gate biases apart
     assert whole == pytest.approx(weights(V3, "bf16"), rel=1e-5)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dsv3_ref.config import Config, UserError, named
+from dsv3_ref.config import Config, UserError, load_config
 from dsv3_ref.dualpipe import Action, Span, min_microbatches, schedule, simulate, stages_by_rank
 from dsv3_ref.inference_scale import Speed, Unit, decode, dollars, prefill, room, units
 from dsv3_ref.inference_scale import held as weights_on
@@ -221,7 +221,7 @@ def operations(p: Plan, c: Config) -> float:
 
 def estimate(p: Plan) -> Estimate:
     """All of it."""
-    c = named(p.config)
+    c = load_config(p.config)
     check(p, c)
     numbers, where = numbers_of(p, c)
     m = min_microbatches(p.schedule, p.pp, p.global_batch_size // (p.dp * p.ep))
@@ -270,7 +270,7 @@ ROWS = 256  # that meet an expert at most, about (§3.4.2)
 
 def serve(p: Plan) -> str:
     """A prefill or decode unit in words: what it holds, how fast it is, what binds (chapter 20)."""
-    c, m = named(p.config), p.machine
+    c, m = load_config(p.config), p.machine
     u = units(c)[p.unit]
     rules = [
         (p.context >= 1, "every size must be at least 1"),

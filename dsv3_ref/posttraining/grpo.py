@@ -335,8 +335,8 @@ class RlTrainer(Trainer):
         line_1n = torch.tensor([[token for row in rows for token in row]], device=self.device)
         wrote = [i >= len(a.prompt) for a, row in zip(lot, rows) for i in range(len(row))]
         said_n = torch.tensor(wrote, device=self.device)[1:]
-        end_m = torch.tensor([len(row) for row in rows], device=self.device).cumsum(0).int()
-        h_1nd, routes = model.hidden_states(line_1n, ends=end_m)
+        cu_seqlens = torch.tensor([len(row) for row in rows], device=self.device).cumsum(0).int()
+        h_1nd, routes = model.hidden_states(line_1n, cu_seqlens=cu_seqlens)
         h_nd, y_n = h_1nd[0, :-1][said_n], line_1n[0, 1:][said_n]
         return *token_logprobs(h_nd, model.head.weight, y_n, self.args.temperature), routes
 

@@ -233,10 +233,10 @@ class RewardTrainer(Trainer):
         return f"agrees with {row['agreement']:.1%} of held-out pairs"
 
 
-def score_packed(model, tokens_1n, end_m, special_tokens: SpecialTokens) -> torch.Tensor:
+def score_packed(model, tokens_1n, cu_seqlens, special_tokens: SpecialTokens) -> torch.Tensor:
     """Rewards of the samples of a packed row, (m,)."""
-    h_1nd, _ = model.hidden_states(tokens_1n, ends=end_m)
-    return reward_scores(h_1nd[0], model.head.weight, end_m, special_tokens)
+    h_1nd, _ = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
+    return reward_scores(h_1nd[0], model.head.weight, cu_seqlens, special_tokens)
 
 
 # ── A judge ──
@@ -270,9 +270,11 @@ class RewardModel:
     @torch.no_grad()
     def score_batch(self, samples: list[list[int]]) -> torch.Tensor:
         tokens_1n = concat_pairs([tuple(samples)], self.model.head.weight.device)
-        end_m = torch.tensor([len(s) for s in samples], device=tokens_1n.device).cumsum(0).int()
+        cu_seqlens = (
+            torch.tensor([len(s) for s in samples], device=tokens_1n.device).cumsum(0).int()
+        )
         return score_packed(
-            self.model, tokens_1n, end_m, self.special_tokens
+            self.model, tokens_1n, cu_seqlens, self.special_tokens
         )  # an answer may hold any token
 
     def add_judge_turns(self, samples: list[list[int]], references: list[str]) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import tyro
 
 from dsv3_ref.checkpoints.native import read_json
-from dsv3_ref.config import TINY, Config, UserError, count, named
+from dsv3_ref.config import TINY, Config, UserError, count_params, load_config
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import PackedDataLoader, val_windows
 from dsv3_ref.mla import GQA
@@ -346,7 +346,7 @@ def run_variant(args: AblateConfig, name: str, v: Variant, seed: int) -> dict:
 def variant_metadata(v: Variant) -> dict:
     """What a variant is, for the file: differences, parameters, cache."""
     return {
-        "params": count_main_params(v), "cache_bytes": count(v.model).cache_bytes,
+        "params": count_main_params(v), "cache_bytes": count_params(v.model).cache_bytes,
         "kv_heads": v.kv_heads, "fim_rate": v.fim_rate,
         **({"precision": v.precision} if v.precision != "fp32" else {}),
         **({"micro_batch": v.micro_batch} if v.micro_batch else {}),
@@ -370,7 +370,7 @@ def run_ablation(args: AblateConfig, command: str) -> Path:
     """Every variant with every seed, seed by seed; the file is whole after each run."""
     if args.seeds < 1 or args.steps < 1:
         raise UserError("--seeds and --steps must be at least 1")
-    base = named(args.config) if args.config else BASE
+    base = load_config(args.config) if args.config else BASE
     variants = VARIANTS[args.name](base, ablation_recipe(base, args.steps))
     path = args.out / f"ablate_{args.name}.json"
     result = load_results(path, {

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config, read_json
-from dsv3_ref.config import Config, UserError, from_dict, named
+from dsv3_ref.config import Config, UserError, from_dict, load_config
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
 
@@ -199,7 +199,7 @@ def parse(argv: list[str], kind: type[Train] = Train) -> Train:
     if known.resume:
         default = saved(Path(known.out) if known.out else last_folder(kind, config), kind)
     else:
-        model = load_checkpoint_config(known.init) if known.init else named(config)
+        model = load_checkpoint_config(known.init) if known.init else load_config(config)
         default = kind.opening(model, config, argv)
     args = tyro.cli(kind, prog=prog, default=default, args=argv)
     return resumed(args, default) if known.resume else args

@@ -11,7 +11,7 @@ from gang import Gang
 from dsv3_ref import ops
 from dsv3_ref.cli.main import main
 from dsv3_ref.cluster.plan import Plan, estimate, numbers_of
-from dsv3_ref.config import TINY, V3, count
+from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh
@@ -36,7 +36,7 @@ def test_every_parameter_of_v3_is_held_as_often_as_the_mesh_says():
         for (size, _), n in of_rank.items():  # experts: holders × dp; dense: holders × dp × ep
             distinct += n * 64 / (size / 2) if size < 64 else n / (size / 128)
     biases = 59 * 256  # of the gates, MTP's too: buffers
-    assert distinct == count(V3).total + count(V3).mtp - biases
+    assert distinct == count_params(V3).total + count_params(V3).mtp - biases
     assert where[0] == (0, 15)
 
 

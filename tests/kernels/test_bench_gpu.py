@@ -58,8 +58,8 @@ def test_a_dry_run_shows_bytes_and_work(capsys):
 
 def test_only_filters_and_refuses_what_is_no_case(capsys):
     assert [c.name for c in bench.parsed(["--only", DECODE]).cases] == [DECODE]
-    two = bench.parsed(["--only", "group_limited_topk", "rotate"]).cases
-    assert {c.kind for c in two} == {"group_limited_topk", "rotate"}
+    two = bench.parsed(["--only", "group_limited_topk", "apply_rotary_emb"]).cases
+    assert {c.kind for c in two} == {"group_limited_topk", "apply_rotary_emb"}
     with pytest.raises(SystemExit):
         bench.parsed(["--only", "chose"])
     assert "no case has chose in its name" in capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_only_filters_and_refuses_what_is_no_case(capsys):
         # 2 heads, 8·8/2 pairs: q·k of 192 and p·v of 128, multiply and add
         (bench.attention(8, 2)[0], 2 * 8 * 2 * (192 + 192 + 128 + 128), 2 * 64 * 320),
         (bench.attention(8, 2)[1], 4 * 8 * 2 * (192 + 192 + 128 + 128), 2 * 64 * 832),
-        (bench.packed_attention(3, 8, 2), 3 * 2 * 16 * 640, 3 * 2 * 64 * 320),
+        (bench.varlen_attention(3, 8, 2), 3 * 2 * 16 * 640, 3 * 2 * 64 * 320),
         # 576 numbers a position; queries of 576 and outputs of 512 for 2 heads
         (bench.paged(3, 5, 2), 2 * (3 * 5 * 576 + 3 * 2 * 1088), 2 * 3 * 2 * 5 * 1088),
         (bench.latent(3, 5, 2), 2 * (3 * 5 * 576 + 3 * 2 * 1088), 2 * 3 * 2 * 5 * 1088),

@@ -173,20 +173,20 @@ PACKS = [[5], [1], [1, 1, 1], [0, 7, 0, 0, 33, 0], [33, 33, 1], [18, 1, 0, 70, 2
 @both
 @pytest.mark.parametrize("lengths", PACKS, ids=str)
 def test_packed_attention(lengths, dtype):
-    inputs, g, end_b = pack(lengths, 2, 24, 12, dtype)
-    check("packed_attention", inputs, g, end_b, 0.2)
+    inputs, g, cu_seqlens = pack(lengths, 2, 24, 12, dtype)
+    check("varlen_attention", inputs, g, cu_seqlens, 0.2)
 
 
 def test_packed_attention_of_v3():
-    inputs, g, end_b = pack([20, 45], 1, 192, 128, torch.bfloat16)
-    check("packed_attention", inputs, g, end_b.int(), 192**-0.5)
+    inputs, g, cu_seqlens = pack([20, 45], 1, 192, 128, torch.bfloat16)
+    check("varlen_attention", inputs, g, cu_seqlens.int(), 192**-0.5)
 
 
 def test_a_pack_is_its_samples():
     """Bit for bit, so that no sample sees another."""
     lengths = [21, 0, 40, 1, 18]
-    inputs, g, end_b = pack(lengths, 2, 20, 12)
-    got = triton("packed_attention", inputs, g, end_b, 0.2)
+    inputs, g, cu_seqlens = pack(lengths, 2, 20, 12)
+    got = triton("varlen_attention", inputs, g, cu_seqlens, 0.2)
     parts = [[y[None] for y in x.split(lengths)] for x in (*inputs, g)]
     alone = [triton("attention", one[:3], one[3], 0.2) for one in zip(*parts) if one[3].numel()]
     for x, ys in zip(got, zip(*alone)):
@@ -194,14 +194,14 @@ def test_a_pack_is_its_samples():
 
 
 def test_nothing_packed():
-    inputs, g, end_b = pack([0, 0], 2, 16, 8)
-    got = triton("packed_attention", inputs, g, end_b, 0.2)
+    inputs, g, cu_seqlens = pack([0, 0], 2, 16, 8)
+    got = triton("varlen_attention", inputs, g, cu_seqlens, 0.2)
     assert [x.shape for x in got] == [g.shape, *(x.shape for x in inputs)]
 
 
 def test_the_ends_are_not_read_by_the_host(monkeypatch):
-    inputs, g, end_b = pack([5, 12], 1, 16, 8)
-    want = triton("packed_attention", inputs, g, end_b, 0.2)  # autotuned here
+    inputs, g, cu_seqlens = pack([5, 12], 1, 16, 8)
+    want = triton("varlen_attention", inputs, g, cu_seqlens, 0.2)  # autotuned here
 
     def refuse(*_):
         raise AssertionError("the host waits for the GPU")
@@ -210,7 +210,7 @@ def test_the_ends_are_not_read_by_the_host(monkeypatch):
         own = ("cpu", "numpy") if DEVICE == "cpu" else ()  # the interpreter needs them
         for name in {"item", "tolist", "__int__", "__index__", "__bool__", "cpu", "numpy"} - {*own}:
             patch.setattr(torch.Tensor, name, refuse)
-        got = triton("packed_attention", inputs, g, end_b, 0.2)
+        got = triton("varlen_attention", inputs, g, cu_seqlens, 0.2)
     assert all(map(torch.equal, got, want))
 
 
@@ -244,13 +244,13 @@ def test_attention_refuses(name, value, words):
 
 
 def test_packed_attention_refuses():
-    (q, k, v), _, end_b = pack([2, 3], 2, 8, 4)
-    packed = ops.IMPLS["packed_attention"]["triton"]
-    with pytest.raises(ValueError, match="end_b must be int64 or int32, not float32"):
-        packed(q, k, v, end_b.float(), 0.3)
-    with pytest.raises(ValueError, match="end_b must have a sequence at least"):
-        packed(q, k, v, end_b[:0], 0.3)
+    (q, k, v), _, cu_seqlens = pack([2, 3], 2, 8, 4)
+    packed = ops.IMPLS["varlen_attention"]["triton"]
+    with pytest.raises(ValueError, match="cu_seqlens must be int64 or int32, not float32"):
+        packed(q, k, v, cu_seqlens.float(), 0.3)
+    with pytest.raises(ValueError, match="cu_seqlens must have a sequence at least"):
+        packed(q, k, v, cu_seqlens[:0], 0.3)
     with pytest.raises(ValueError, match=r"k_nhx must have shape \(5, 2, 8\), not \(4, 2, 8\)"):
-        packed(q, k[1:], v, end_b, 0.3)
+        packed(q, k[1:], v, cu_seqlens, 0.3)
     with pytest.raises(ValueError, match="v_nhv must be float32, not bfloat16"):
-        packed(q, k, v.bfloat16(), end_b, 0.3)
+        packed(q, k, v.bfloat16(), cu_seqlens, 0.3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsv3_ref import ops
 from dsv3_ref.mla import MLA
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import rope_cos_sin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # relative, of one number
@@ -24,23 +24,23 @@ def cache(lengths: list[int], y: int, width: int):
     """Pages in random order and the table to them; NaN in every slot that no length reaches."""
     p = max(1, max(-(-n // y) for n in lengths))
     order = torch.randperm(len(lengths) * p + 1)
-    nowhere, table_bp = order[0], order[1:].view(-1, p).int()
-    page_pyx = torch.full((len(order), y, width), torch.nan)
-    for n, table_p in zip(lengths, table_bp):
+    nowhere, block_table_bp = order[0], order[1:].view(-1, p).int()
+    kv_cache_pyx = torch.full((len(order), y, width), torch.nan)
+    for n, table_p in zip(lengths, block_table_bp):
         rows = torch.full((p * y, width), torch.nan)
         rows[:n] = torch.randn(n, width)
-        page_pyx[table_p.long()] = rows.view(p, y, width)
+        kv_cache_pyx[table_p.long()] = rows.view(p, y, width)
         table_p[-(-n // y) :] = nowhere
-    return page_pyx, table_bp
+    return kv_cache_pyx, block_table_bp
 
 
 def arguments(lengths, dtype, s=1, h=2, c=32, r=16, y=64) -> tuple:
-    page_pyx, table_bp = cache(lengths, y, c + r)
-    q_bshx, page_pyx = (
-        x.to(DEVICE, dtype) for x in (torch.randn(len(lengths), s, h, c + r), page_pyx)
+    kv_cache_pyx, block_table_bp = cache(lengths, y, c + r)
+    q_bshx, kv_cache_pyx = (
+        x.to(DEVICE, dtype) for x in (torch.randn(len(lengths), s, h, c + r), kv_cache_pyx)
     )
-    length_b = torch.tensor(lengths, device=DEVICE)
-    return q_bshx, page_pyx, table_bp.to(DEVICE), length_b, c, (c + r) ** -0.5
+    cache_seqlens_b = torch.tensor(lengths, device=DEVICE)
+    return q_bshx, kv_cache_pyx, block_table_bp.to(DEVICE), cache_seqlens_b, c, (c + r) ** -0.5
 
 
 def error(got, want) -> float:
@@ -121,18 +121,20 @@ def test_parts_are_merged_in_groups_of_any_size(i, monkeypatch):
     """In every config: with 8 parts or more, later groups rescale what the first ones summed."""
     monkeypatch.setattr(decode._merge_kernel, "configs", decode._merge_kernel.configs[i : i + 1])
     monkeypatch.setattr(decode, "multiprocessors", lambda *_: 40)
-    q_bshx, page_pyx, *rest = arguments([2600], torch.float32)
-    args = 4 * q_bshx, page_pyx, *rest  # parts of very different weight
+    q_bshx, kv_cache_pyx, *rest = arguments([2600], torch.float32)
+    args = 4 * q_bshx, kv_cache_pyx, *rest  # parts of very different weight
     assert close(paged(*args), exact(paged_torch, *args), torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [[70, 3], [130, 257]])
 def test_a_query_sees_no_key_behind_it(lengths):
-    q_bshx, page_pyx, table_bp, length_b, c, scale = arguments(lengths, torch.float32, s=3)
-    together = paged(q_bshx, page_pyx, table_bp, length_b, c, scale)
+    q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c, scale = arguments(
+        lengths, torch.float32, s=3
+    )
+    together = paged(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c, scale)
     for back in range(3):
         q = q_bshx[:, 2 - back, None]
-        alone = paged(q, page_pyx, table_bp, length_b - back, c, scale)
+        alone = paged(q, kv_cache_pyx, block_table_bp, cache_seqlens_b - back, c, scale)
         assert close(together[:, 2 - back, None], alone, torch.float32)
 
 
@@ -164,7 +166,7 @@ def test_the_layer_decodes_with_it(micro):
     for p in mla.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0)
     mla.absorb, x_bsd = True, torch.randn(2, 9, micro.dim, device=DEVICE)
-    rope = tuple(x.to(DEVICE) for x in rope_table(micro, torch.arange(9)))
+    rope = tuple(x.to(DEVICE) for x in rope_cos_sin(micro, torch.arange(9)))
     with torch.no_grad():
         want = mla(x_bsd, rope)
         with ops.use("triton", "torch"):
@@ -193,12 +195,12 @@ def test_the_gradient_is_refused_in_words():
 REFUSED = {
     "q_bshx must be float32 or bfloat16, not float64": (0, lambda x: x.double()),
     "q_bshx must have a last stride of 1": (0, lambda x: x.mT.contiguous().mT),
-    "page_pyx must be float32, not bfloat16": (1, lambda x: x.bfloat16()),
-    "page_pyx must have shape .any, any, 48., not": (1, lambda x: x[..., :40]),
-    "table_bp must be int32, not int64": (2, lambda x: x.long()),
-    "table_bp must have shape .2, any., not": (2, lambda x: x[:1]),
-    "length_b must be int32 or int64, not float32": (3, lambda x: x.float()),
-    "length_b must have shape .2., not": (3, lambda x: x[:1]),
+    "kv_cache_pyx must be float32, not bfloat16": (1, lambda x: x.bfloat16()),
+    "kv_cache_pyx must have shape .any, any, 48., not": (1, lambda x: x[..., :40]),
+    "block_table_bp must be int32, not int64": (2, lambda x: x.long()),
+    "block_table_bp must have shape .2, any., not": (2, lambda x: x[:1]),
+    "cache_seqlens_b must be int32 or int64, not float32": (3, lambda x: x.float()),
+    "cache_seqlens_b must have shape .2., not": (3, lambda x: x[:1]),
     "c must lie between 0 and the 48 of q_bshx": (4, lambda x: 48),
 }
 

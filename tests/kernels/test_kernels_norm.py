@@ -139,8 +139,8 @@ def table(s: int, pairs: int):
 def check_rotate(x, g=None):
     """Against the reference in fp32: it has no fp64."""
     more, g = table(x.shape[1], x.shape[3] // 2), torch.randn_like(x) if g is None else g
-    got = results(norm.rotate, [x], g, **more)
-    want = results(ops.IMPLS["rotate"]["torch"], [x.float()], g.float(), **more)
+    got = results(norm.apply_rotary_emb, [x], g, **more)
+    want = results(ops.IMPLS["apply_rotary_emb"]["torch"], [x.float()], g.float(), **more)
     for a, b in zip(got, want):
         assert a.shape == b.shape and a.dtype == x.dtype
         assert error(a, b) < BOUND[x.dtype]
@@ -169,12 +169,12 @@ def test_rotate_one_vector_to_every_position():
 
 def test_the_gradient_turns_back():
     x, more = randn(2, 5, 3, 16), table(5, 8)
-    y, back = results(norm.rotate, [x], norm.rotate(x, **more), **more)
+    y, back = results(norm.apply_rotary_emb, [x], norm.apply_rotary_emb(x, **more), **more)
     assert torch.allclose(back, x, atol=1e-6) and not torch.allclose(y, x, atol=0.1)
 
 
 def test_rotate_nothing():
-    y, dx = results(norm.rotate, [randn(2, 0, 3, 8)], randn(2, 0, 3, 8), **table(0, 4))
+    y, dx = results(norm.apply_rotary_emb, [randn(2, 0, 3, 8)], randn(2, 0, 3, 8), **table(0, 4))
     assert y.shape == dx.shape == (2, 0, 3, 8)
 
 
@@ -183,13 +183,13 @@ def test_rotate_nothing():
 
 def test_the_switch_reaches_the_kernels(monkeypatch):
     heard, x = [], randn(3, 8)
-    for name in ("rms_norm", "swiglu", "rotate"):
+    for name in ("rms_norm", "swiglu", "apply_rotary_emb"):
         monkeypatch.setitem(ops.IMPLS[name], "triton", lambda *a, name=name: heard.append(name))
     with ops.use("triton", "torch"):
         ops.rms_norm(x, x[0], 1e-6)
         ops.swiglu(x, x)
-        rope.rotate(x[None, :, None], x[:, :4], x[:, :4])
-    assert heard == ["rms_norm", "swiglu", "rotate"]
+        rope.apply_rotary_emb(x[None, :, None], x[:, :4], x[:, :4])
+    assert heard == ["rms_norm", "swiglu", "apply_rotary_emb"]
 
 
 def refused(words: str, fn, *args):
@@ -218,13 +218,17 @@ def test_swiglu_refuses():
 
 def test_rotate_refuses():
     x, (cos, sin) = randn(1, 3, 2, 8), table(3, 4).values()
-    refused("^x_bshr must have shape", norm.rotate, x[0], cos, sin)
-    refused("^x_bshr must have an even last axis, not 7", norm.rotate, x[..., :7], cos, sin)
-    refused("^x_bshr must be float32 or bfloat16", norm.rotate, x.double(), cos, sin)
-    refused("^x_bshr must have a last stride of 1", norm.rotate, x.transpose(2, 3), cos, sin)
-    refused("^cos must be float32, not bfloat16", norm.rotate, x, cos.bfloat16(), sin)
-    refused(r"^cos must have shape \(3, 4\), not \(4, 3\)", norm.rotate, x, cos.T, sin)
-    refused("^sin must be contiguous", norm.rotate, x, cos, sin.T.contiguous().T)
+    refused("^x_bshr must have shape", norm.apply_rotary_emb, x[0], cos, sin)
+    refused(
+        "^x_bshr must have an even last axis, not 7", norm.apply_rotary_emb, x[..., :7], cos, sin
+    )
+    refused("^x_bshr must be float32 or bfloat16", norm.apply_rotary_emb, x.double(), cos, sin)
+    refused(
+        "^x_bshr must have a last stride of 1", norm.apply_rotary_emb, x.transpose(2, 3), cos, sin
+    )
+    refused("^cos must be float32, not bfloat16", norm.apply_rotary_emb, x, cos.bfloat16(), sin)
+    refused(r"^cos must have shape \(3, 4\), not \(4, 3\)", norm.apply_rotary_emb, x, cos.T, sin)
+    refused("^sin must be contiguous", norm.apply_rotary_emb, x, cos, sin.T.contiguous().T)
 
 
 def test_a_layer_of_the_model_learns_the_same(micro):

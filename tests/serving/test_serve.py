@@ -116,9 +116,9 @@ def test_a_key_depends_on_all_tokens_up_to_its_end():
 
 
 def test_the_gathered_form_is_the_op(micro):
-    q_bshx, page_pyx = torch.randn(3, 2, 3, 24), torch.randn(9, 4, 24)
-    table_bp = torch.randint(9, (3, 5), dtype=torch.int32)
-    args = q_bshx, page_pyx, table_bp, torch.tensor([2, 17, 20]), 20, 0.3
+    q_bshx, kv_cache_pyx = torch.randn(3, 2, 3, 24), torch.randn(9, 4, 24)
+    block_table_bp = torch.randint(9, (3, 5), dtype=torch.int32)
+    args = q_bshx, kv_cache_pyx, block_table_bp, torch.tensor([2, 17, 20]), 20, 0.3
     with ops.use("gathered", "torch"):
         got = paged_attention(*args)
     torch.testing.assert_close(got, paged_attention(*args), atol=1e-5, rtol=1e-5)

@@ -21,7 +21,7 @@ from dsv3_ref.moe import Route, balance_loss
 from dsv3_ref.mtp import mtp_draft_matches, mtp_hidden_states
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.pretrain import losses
-from dsv3_ref.rope import rope_table
+from dsv3_ref.rope import rope_cos_sin
 from dsv3_ref.studies import ablate
 from dsv3_ref.viz import ablation, figure
 
@@ -245,7 +245,7 @@ def test_caches_are_what_they_are_called():
         assert ablate.variant_metadata(v)["cache_bytes"] == 2 * c.n_layers * want
         model, tokens_bs = ablate.build_variant(v), torch.randint(c.vocab_size, (2, 7))
         cache = LayerKVCache(c, 2, 7)
-        model.layers["0"].attn(model.embed(tokens_bs), rope_table(c, torch.arange(7)), cache)
+        model.layers["0"].attn(model.embed(tokens_bs), rope_cos_sin(c, torch.arange(7)), cache)
         assert cache.kv_btx.shape[-1] == want and (cache.kv_btx != 0).all(), name
 
 
@@ -311,7 +311,7 @@ def gqa(c, n: int) -> GQA:
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
     c = replace(TINY, dim=24, qk_rope_head_dim=8, v_head_dim=6, rope_factor=factor)
-    layer, x_bsd, rope = gqa(c, n), torch.randn(2, 9, 24).double(), rope_table(c, torch.arange(9))
+    layer, x_bsd, rope = gqa(c, n), torch.randn(2, 9, 24).double(), rope_cos_sin(c, torch.arange(9))
     k, v = layer.wkv(x_bsd).split([n * 8, n * 6], -1)
     turn = lambda x: naive_turn(x, rope)
     q, k, v = turn(layer.wq(x_bsd).view(2, 9, 4, 8)), turn(k.view(2, 9, n, 8)), v.view(2, 9, n, 6)

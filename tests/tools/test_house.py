@@ -111,7 +111,9 @@ def test_the_package_comes_without_torch_and_at_once():
 
 
 def test_a_name_of_the_package_is_found_when_it_is_used():
-    out = run(sys.executable, "-c", "import dsv3_ref; print(dsv3_ref.count(dsv3_ref.TINY).total)")
+    out = run(
+        sys.executable, "-c", "import dsv3_ref; print(dsv3_ref.count_params(dsv3_ref.TINY).total)"
+    )
     assert int(out) > 1e6
 
 
