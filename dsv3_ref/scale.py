@@ -121,7 +121,7 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
 # ── What travels ──
 
 
-def trips(c: Config, ep: int, per_node: int, n: int = 4096) -> tuple[float, float]:
+def trips(c: Config, ep: int, ranks_per_node: int, n: int = 4096) -> tuple[float, float]:
     """Copies of a token that cross (IB, NVLink) in two hops, mean of n tokens evenly routed."""
     if ep == 1:
         return 0.0, 0.0
@@ -130,12 +130,12 @@ def trips(c: Config, ep: int, per_node: int, n: int = 4096) -> tuple[float, floa
     expert_nk, here_n = route(logit_bse, None, c).topk_ids_bsk[0], torch.arange(n) % ep
     per = c.n_routed_experts // ep
     node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
-    if ep > per_node:
-        token_m, node_m, _ = dispatch_layout(expert_nk, per * per_node, ep // per_node)
-    ib = (node_m != here_n[token_m] // per_node).sum().item() * (ep > per_node)
-    inside_mk = to_local_expert_ids(expert_nk[token_m], node_m, per * min(ep, per_node))
-    row_m, place_m, _ = dispatch_layout(inside_mk, per, min(ep, per_node))
-    nvlink = (place_m != here_n[token_m[row_m]] % per_node).sum().item()
+    if ep > ranks_per_node:
+        token_m, node_m, _ = dispatch_layout(expert_nk, per * ranks_per_node, ep // ranks_per_node)
+    ib = (node_m != here_n[token_m] // ranks_per_node).sum().item() * (ep > ranks_per_node)
+    inside_mk = to_local_expert_ids(expert_nk[token_m], node_m, per * min(ep, ranks_per_node))
+    row_m, place_m, _ = dispatch_layout(inside_mk, per, min(ep, ranks_per_node))
+    nvlink = (place_m != here_n[token_m[row_m]] % ranks_per_node).sum().item()
     return ib / n, nvlink / n
 
 

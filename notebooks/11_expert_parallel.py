@@ -312,7 +312,7 @@ def compare(name: str, hops):
 compare("one hop", [([range(8)], 4)])
 
 # %% [markdown]
-# Real processes do the same with `all_to_all_single`: `Exchange` in `dsv3_ref/parallel/token_dispatcher.py` calls these
+# Real processes do the same with `all_to_all_single`: `AllToAllDispatcher` in `dsv3_ref/parallel/token_dispatcher.py` calls these
 # four functions, cuts autograd where a message travels, and lets another micro-batch compute meanwhile
 # ([chapter 12](12_dualpipe.ipynb)). `tests/parallel/test_parallel.py` runs it on processes that talk by gloo, PyTorch's
 # network library for CPUs.
@@ -340,7 +340,7 @@ compare("two hops", [(ACROSS, 8), (NODES, 4)])
 
 
 # %%
-def journeys(expert_nk, home_n, per: int, per_node: int, way: str):
+def journeys(expert_nk, home_n, per: int, ranks_per_node: int, way: str):
     """(token, from rank, to rank) of all rows, a triple of (m,) for every hop."""
     n_experts, k = V3.n_routed_experts, expert_nk.shape[1]
     if way == "naive":
@@ -349,20 +349,22 @@ def journeys(expert_nk, home_n, per: int, per_node: int, way: str):
     if way == "one hop":
         token_m, rank_m, _ = dispatch_layout(expert_nk, per, n_experts // per)
         return [(token_m, home_n[token_m], rank_m)]
-    behind = per * per_node
+    behind = per * ranks_per_node
     token_m, node_m, _ = dispatch_layout(expert_nk, behind, n_experts // behind)
-    landed_m = node_m * per_node + home_n[token_m] % per_node  # same place, other node
+    landed_m = node_m * ranks_per_node + home_n[token_m] % ranks_per_node  # same place, other node
     row_m, place_m, _ = dispatch_layout(
-        to_local_expert_ids(expert_nk[token_m], node_m, behind), per, per_node
+        to_local_expert_ids(expert_nk[token_m], node_m, behind), per, ranks_per_node
     )
     return [(token_m, home_n[token_m], landed_m),
-            (token_m[row_m], landed_m[row_m], node_m[row_m] * per_node + place_m)]  # fmt: skip
+            (token_m[row_m], landed_m[row_m], node_m[row_m] * ranks_per_node + place_m)]  # fmt: skip
 
 
-def copies(hops, per_node: int, n: int) -> tuple[float, float]:
+def copies(hops, ranks_per_node: int, n: int) -> tuple[float, float]:
     """Copies of a token over IB and over NVLink, mean of n tokens."""
-    ib = sum((a // per_node != b // per_node).sum().item() for _, a, b in hops)
-    nvlink = sum(((a // per_node == b // per_node) & (a != b)).sum().item() for _, a, b in hops)
+    ib = sum((a // ranks_per_node != b // ranks_per_node).sum().item() for _, a, b in hops)
+    nvlink = sum(
+        ((a // ranks_per_node == b // ranks_per_node) & (a != b)).sum().item() for _, a, b in hops
+    )
     return ib / n, nvlink / n
 
 
@@ -488,10 +490,10 @@ for over in ("sequence", "batch"):
 IB, NVLINK = 50e9, 160e9  # bytes a second of one GPU (§3.2.2)
 
 
-def times(limit: int, way: str, k: int = 8, skew: float = 0.5, per_node: int = 8):
+def times(limit: int, way: str, k: int = 8, skew: float = 0.5, ranks_per_node: int = 8):
     """Nanoseconds a token keeps IB and NVLink busy on its way out."""
-    hops = journeys(choices(limit, k, skew), home_n, 4, per_node, way)
-    ib, nvlink = copies(hops, per_node, 8192)
+    hops = journeys(choices(limit, k, skew), home_n, 4, ranks_per_node, way)
+    ib, nvlink = copies(hops, ranks_per_node, 8192)
     return 1e9 * ib * OUT / IB, 1e9 * nvlink * OUT / NVLINK
 
 
@@ -570,10 +572,10 @@ KINDS = {"no token": "white", "at home": GRAY, "over IB": ORANGE, "over IB, only
          "over NVLink": BLUE}  # fmt: skip
 
 
-def draw_journeys(limit: int = 4, per_node: int = 8):
+def draw_journeys(limit: int = 4, ranks_per_node: int = 8):
     """Which GPU gets which of 24 tokens of rank 3, and over which link it came."""
     chosen, home = choices(limit, n=24), torch.full((24,), 3)
-    first, second = journeys(chosen, home, 4, per_node, "two hops")
+    first, second = journeys(chosen, home, 4, ranks_per_node, "two hops")
     kind = torch.zeros(24, 64)
     for token, a, b in zip(*(t.tolist() for t in first)):
         kind[token, b] = 0 if b == a else 3
@@ -582,9 +584,9 @@ def draw_journeys(limit: int = 4, per_node: int = 8):
     fig, ax = figure(1, 1, 9, 3.9)
     ax.imshow(kind, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=4, aspect="auto",
               interpolation="nearest")  # fmt: skip
-    for node in range(1, 64 // per_node):
-        ax.axvline(node * per_node - 0.5, color=GRAY, lw=0.8)
-    ib, nvlink = copies((first, second), per_node, 24)
+    for node in range(1, 64 // ranks_per_node):
+        ax.axvline(node * ranks_per_node - 0.5, color=GRAY, lw=0.8)
+    ib, nvlink = copies((first, second), ranks_per_node, 24)
     ax.set(
         title=f"At most {limit} of 8 groups: {ib:.1f} copies a token over IB, {nvlink:.1f} over NVLink",
         xlabel="GPU",
@@ -599,7 +601,7 @@ def draw_journeys(limit: int = 4, per_node: int = 8):
 
 draw_journeys(4)
 draw_journeys(8)
-play(draw_journeys, limit=(1, 8, 1), per_node=[8, 2, 4, 16, 32])
+play(draw_journeys, limit=(1, 8, 1), ranks_per_node=[8, 2, 4, 16, 32])
 
 # %% [markdown]
 # ## Exercises
@@ -779,8 +781,8 @@ assert 0.5 < sum(travel.values()) / (2 * compute) < 2
 # - **Links and cores.** The report gives 20 of 132 multiprocessors to the exchange, in 10 channels of
 #   three kinds of warps: sending over IB, handing on to NVLink, receiving (§3.2.2). `all_to_all_single` has the
 #   two hops one after the other; DeepEP, DeepSeek's library for this, overlaps them row by row and reports
-#   153 GB/s out and 158 back inside a node, 51 and 50 at 64 ranks. `--exchange deepep` puts it in
-#   `Exchange`'s place (written after its documentation, and not yet run with the library itself).
+#   153 GB/s out and 158 back inside a node, 51 and 50 at 64 ranks. `--token-dispatcher deepep` puts it in
+#   `AllToAllDispatcher`'s place (written after its documentation, and not yet run with the library itself).
 # - **Arithmetic.** Each expert sees rows from 64 GPUs, enough to be bound by arithmetic
 #   ([chapter 04](04_moe.ipynb)).
 # - **Place.** An expert group is 64 neighboring ranks, so it spans as few nodes as can be; the pipeline's

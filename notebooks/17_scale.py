@@ -259,7 +259,7 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
 
 # %%
 from dsv3_ref import ops
-from dsv3_ref.parallel.token_dispatcher import Exchange
+from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
 from dsv3_ref.parallel.stage import Seen, Stage, Weights
 from dsv3_ref.parallel.tape import Tape, drain
 
@@ -278,7 +278,7 @@ ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(q, k, v))
 
 def held(c: Config, n: int, fp8: bool) -> int:
     """Bytes that autograd holds after the first stage, of one layer, has seen n tokens."""
-    stage = Stage(Transformer(c), c, 0, 2, Exchange([]))
+    stage = Stage(Transformer(c), c, 0, 2, AllToAllDispatcher([]))
     backends, tape = ("lean", "fp8", "torch") if fp8 else ("lean", "torch"), Tape()
     tokens_bs = torch.randint(c.vocab_size, (1, n + 1))
     with ops.use(*backends), ops.saved_tensors(True, stage.model.parameters()) as saved:
@@ -333,7 +333,7 @@ show(fig)
 
 # %%
 #| export
-def trips(c: Config, ep: int, per_node: int, n: int = 4096) -> tuple[float, float]:
+def trips(c: Config, ep: int, ranks_per_node: int, n: int = 4096) -> tuple[float, float]:
     """Copies of a token that cross (IB, NVLink) in two hops, mean of n tokens evenly routed."""
     if ep == 1:
         return 0.0, 0.0
@@ -342,12 +342,12 @@ def trips(c: Config, ep: int, per_node: int, n: int = 4096) -> tuple[float, floa
     expert_nk, here_n = route(logit_bse, None, c).topk_ids_bsk[0], torch.arange(n) % ep
     per = c.n_routed_experts // ep
     node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
-    if ep > per_node:
-        token_m, node_m, _ = dispatch_layout(expert_nk, per * per_node, ep // per_node)
-    ib = (node_m != here_n[token_m] // per_node).sum().item() * (ep > per_node)
-    inside_mk = to_local_expert_ids(expert_nk[token_m], node_m, per * min(ep, per_node))
-    row_m, place_m, _ = dispatch_layout(inside_mk, per, min(ep, per_node))
-    nvlink = (place_m != here_n[token_m[row_m]] % per_node).sum().item()
+    if ep > ranks_per_node:
+        token_m, node_m, _ = dispatch_layout(expert_nk, per * ranks_per_node, ep // ranks_per_node)
+    ib = (node_m != here_n[token_m] // ranks_per_node).sum().item() * (ep > ranks_per_node)
+    inside_mk = to_local_expert_ids(expert_nk[token_m], node_m, per * min(ep, ranks_per_node))
+    row_m, place_m, _ = dispatch_layout(inside_mk, per, min(ep, ranks_per_node))
+    nvlink = (place_m != here_n[token_m[row_m]] % ranks_per_node).sum().item()
     return ib / n, nvlink / n
 
 

@@ -54,7 +54,7 @@ class Plan:
     precision: Literal["fp8", "bf16"] = "fp8"
     zero: bool = True
     """ZeRO-1: each rank keeps the moments of its slice only"""
-    ep_node: int = 8
+    ep_ranks_per_node: int = 8
     """ranks of an expert group in one node"""
     hardware: Literal["h800", "h100", "h200", "b200"] = "h800"
     """whose rates --machine.* takes where it is not told others"""
@@ -198,7 +198,7 @@ def messages(p: Plan, c: Config, numbers: list[dict], where) -> dict[str, int]:
     of_stage[-1] += c.n_mtp_layers
     share = 0.5 if p.schedule == "dualpipe" else 1.0  # a stage's micro-batches on one of two ranks
     blocks = max(share * sum(of_stage[s] for s in mine) for mine in where)
-    rows = [t * m * p.seq_len * blocks * 2 for t in trips(c, p.ep, p.ep_node)]
+    rows = [t * m * p.seq_len * blocks * 2 for t in trips(c, p.ep, p.ep_ranks_per_node)]
     gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in numbers)
     return {
         "experts, across nodes": round(rows[0] * (out + back)),
@@ -237,21 +237,21 @@ def estimate(p: Plan) -> Estimate:
 
 def stage_times(p: Plan, c: Config) -> StageCosts:
     """Seconds of each stage's operations, losses counted."""
-    moves, cut = trips(c, p.ep, p.ep_node), stages(c, stages_in(p))
+    moves, cut = trips(c, p.ep, p.ep_ranks_per_node), stages(c, stages_in(p))
     each = stage_seconds(c, p.machine, cut, p.seq_len, moves, p.losses)
     return StageCosts(each, pair_factor(c, p.machine, p.seq_len, moves, p.losses))
 
 
 def check(p: Plan, c: Config) -> None:
     """Raise a `UserError` for a cluster that cannot be."""
-    if min(p.pp, p.ep, p.dp, p.seq_len, p.global_batch_size, p.ep_node) < 1:
+    if min(p.pp, p.ep, p.dp, p.seq_len, p.global_batch_size, p.ep_ranks_per_node) < 1:
         raise UserError("every size must be at least 1")
     pipes, n = p.dp * p.ep, stages_in(p)
-    full = p.ep <= p.ep_node or p.ep % p.ep_node == 0
+    full = p.ep <= p.ep_ranks_per_node or p.ep % p.ep_ranks_per_node == 0
     rules = [
         (n <= c.n_layers, f"{c.n_layers} layers cannot be cut into {n} stages"),
         (c.n_routed_experts % p.ep == 0, f"--ep must divide {c.n_routed_experts} routed experts"),
-        (full, f"--ep {p.ep} ranks do not fill nodes of --ep-node {p.ep_node}"),
+        (full, f"--ep {p.ep} ranks do not fill nodes of --ep-ranks-per-node {p.ep_ranks_per_node}"),
         (
             p.global_batch_size % pipes == 0,
             f"--global-batch-size must be a multiple of --dp × --ep = {pipes}",

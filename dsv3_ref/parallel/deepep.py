@@ -9,40 +9,42 @@ experts in FP8; sums in bf16.
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.expert_parallel import apply_local_experts
 from dsv3_ref.fp8 import act_dequant, act_quant
-from dsv3_ref.parallel.token_dispatcher import nothing, zeros
+from dsv3_ref.parallel.token_dispatcher import empty_rows, zero_rows
 from dsv3_ref.parallel.watchdog import doing
 
-NODE = 8  # ranks that DeepEP takes for one node; more of them need RDMA
-LAYOUT = (  # what `get_dispatch_layout` returns before its event, as `dispatch` names it
+RANKS_PER_NODE = 8  # ranks that DeepEP takes for one node; more of them need RDMA
+LAYOUT_ARGUMENTS = (  # what `get_dispatch_layout` returns before its event, as `dispatch` names it
     "num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank",
 )  # fmt: skip
 
 
-def buffer_class():
+def import_buffer_class():
     """`deep_ep.Buffer`, if there is one."""
     try:
         from deep_ep import Buffer
     except ImportError as e:
         raise UserError(
-            f"--exchange deepep cannot import deep_ep ({e}): build it for these GPUs with "
+            f"--token-dispatcher deepep cannot import deep_ep ({e}): build it for these GPUs with "
             "`python setup.py install` in a clone of https://github.com/deepseek-ai/DeepEP"
         ) from e
     return Buffer
 
 
-def buffer_for(group, dim: int):
+def create_buffer(group, dim: int):
     """Memory for rows of `dim` numbers in bf16, as much as the library's own settings ask for."""
-    buffer, n = buffer_class(), group.size()
+    buffer, n = import_buffer_class(), group.size()
     try:
         configs = buffer.get_dispatch_config(n), buffer.get_combine_config(n)
     except AssertionError as e:
-        raise UserError(f"--exchange deepep has no settings for --ep {n}: {e}") from e
+        raise UserError(f"--token-dispatcher deepep has no settings for --ep {n}: {e}") from e
     inside = max(c.get_nvl_buffer_size_hint(2 * dim, n) for c in configs)
-    across = max(c.get_rdma_buffer_size_hint(2 * dim, n) for c in configs) if n > NODE else 0
+    across = (
+        max(c.get_rdma_buffer_size_hint(2 * dim, n) for c in configs) if n > RANKS_PER_NODE else 0
+    )
     return buffer(group, inside, across)
 
 
-class Dispatch:
+class DeepEPDispatch:
     """Transfer: tokens, their weights and experts to the experts' ranks; gradients are combined."""
 
     def __init__(self, deepep, expert_nk):
@@ -51,11 +53,13 @@ class Dispatch:
     def forward(self, x_nd, weight_nk):
         expert_nk, self.expert_nk = self.expert_nk.long().contiguous(), None
         weight_nk, buffer = weight_nk.float().contiguous(), self.deepep.buffer
-        layout = zip(LAYOUT, buffer.get_dispatch_layout(expert_nk, self.deepep.n_experts))
+        layout = zip(LAYOUT_ARGUMENTS, buffer.get_dispatch_layout(expert_nk, self.deepep.n_experts))
         how = {"topk_idx": expert_nk, "topk_weights": weight_nk, **dict(layout)}
-        x_md, codes, expert_mk, weight_mk, _, self.handle = yield from self.deepep.out(x_nd, **how)
+        x_md, codes, expert_mk, weight_mk, _, self.handle = yield from self.deepep.dispatch(
+            x_nd, **how
+        )
         self.arrived, self.m = (expert_mk, codes), len(x_md)
-        self.like = nothing(x_md), nothing(weight_mk)
+        self.like = empty_rows(x_md), empty_rows(weight_mk)
         return x_md, weight_mk
 
     def unpack(self):
@@ -64,44 +68,44 @@ class Dispatch:
         return arrived
 
     def backward(self, *gs):
-        g_md, dw_mk = (zeros(a, self.m) if g is None else g for g, a in zip(gs, self.like))
-        return (yield from self.deepep.back(g_md, self.handle, dw_mk.contiguous()))
+        g_md, dw_mk = (zero_rows(a, self.m) if g is None else g for g, a in zip(gs, self.like))
+        return (yield from self.deepep.combine(g_md, self.handle, dw_mk.contiguous()))
 
 
-class Return:
+class DeepEPCombine:
     """Transfer: results to where the tokens came from, added up; gradients travel as tokens do."""
 
     def __init__(self, deepep, handle):
         self.deepep, self.handle = deepep, handle
 
     def forward(self, y_md):
-        y_nd, _ = yield from self.deepep.back(y_md, self.handle)
-        self.like, self.n = nothing(y_nd), len(y_nd)
+        y_nd, _ = yield from self.deepep.combine(y_md, self.handle)
+        self.like, self.n = empty_rows(y_nd), len(y_nd)
         return (y_nd,)
 
     def backward(self, g_nd):
-        g_nd = zeros(self.like, self.n) if g_nd is None else g_nd
-        g_md, *_ = yield from self.deepep.out(g_nd, handle=self.handle)
+        g_nd = zero_rows(self.like, self.n) if g_nd is None else g_nd
+        g_md, *_ = yield from self.deepep.dispatch(g_nd, handle=self.handle)
         return (g_md,)
 
 
-class DeepEP:
-    """Takes `Exchange`'s place: the way of a micro-batch's tokens through DeepEP, on a tape."""
+class DeepEPDispatcher:
+    """Takes `AllToAllDispatcher`'s place: the way of a micro-batch's tokens through DeepEP, on a tape."""
 
     def __init__(self, c: Config, group, fp8: bool = False):
         self.n_experts, self.group, self.fp8 = c.n_routed_experts, group, fp8
-        self.buffer = buffer_for(group, c.dim)
+        self.buffer = create_buffer(group, c.dim)
 
-    def routed(self, tape, experts, x_nd, weight_nk, expert_nk):
+    def apply_experts(self, tape, experts, x_nd, weight_nk, expert_nk):
         """Σ_k w_nk·expert_nk(x_n) over experts on many ranks; a generator."""
-        dispatch = Dispatch(self, expert_nk)
+        dispatch = DeepEPDispatch(self, expert_nk)
         sent = yield from tape.send(dispatch, x_nd, weight_nk)
         arrived = dispatch.unpack()
         here = lambda x_md, weight_mk: apply_local_experts(experts, x_md, weight_mk, *arrived)
         y_md = tape.run(here, *sent)
-        return (yield from tape.send(Return(self, dispatch.handle), y_md))[0]
+        return (yield from tape.send(DeepEPCombine(self, dispatch.handle), y_md))[0]
 
-    def out(self, x_nd, **how):
+    def dispatch(self, x_nd, **how):
         """Rows to other ranks: (rows of x's dtype, their FP8 codes or None, what else arrived)."""
         sent = act_quant(x_nd.contiguous(), True) if self.fp8 else x_nd.bfloat16().contiguous()
         with doing("dispatch of tokens", self.group):  # waits until all have told how many come
@@ -111,7 +115,7 @@ class DeepEP:
         x_md, codes = (act_dequant(*got), got) if self.fp8 else (got, None)
         return x_md.to(x_nd.dtype), codes, *more
 
-    def back(self, y_md, handle, weight_mk=None):
+    def combine(self, y_md, handle, weight_mk=None):
         """Rows to where they came from, added up there: rows of y's dtype, and weights likewise."""
         sent = y_md.bfloat16().contiguous()
         y_nd, weight_nk, event = self.buffer.combine(sent, handle, weight_mk, async_finish=True)

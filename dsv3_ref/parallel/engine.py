@@ -10,11 +10,11 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_expert_bias
 from dsv3_ref.optim import TrainingRecipe, skip_reason
 from dsv3_ref.parallel.build import built, holders
-from dsv3_ref.parallel.deepep import DeepEP
+from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.stage import Weights
-from dsv3_ref.parallel.token_dispatcher import LINKS, Exchange, Traffic, hops
+from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
 from dsv3_ref.parallel.zero import Zero
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.sft import SpecialTokens, num_loss_tokens
@@ -25,7 +25,7 @@ class Cluster:
 
     def __init__(
         self, c: Config, r: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
-        moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, per_node: int = 0,
+        moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, ranks_per_node: int = 0,
         fp8: bool = False, deepep: bool = False, special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
         self.config, self.mesh, self.micro_batch, self.special_tokens = (
@@ -46,9 +46,13 @@ class Cluster:
         self.model = built(c, mesh, held[mesh.p], stages, seed)
         self.traffic = Traffic()
         self.counts = mesh.ep > 1 and not deepep  # what DeepEP carries, only DeepEP knows
-        exchange = Exchange(hops(c, mesh, per_node, self.traffic), fp8) if self.counts else None
+        exchange = (
+            AllToAllDispatcher(dispatch_levels(c, mesh, ranks_per_node, self.traffic), fp8)
+            if self.counts
+            else None
+        )
         if mesh.ep > 1 and deepep:
-            exchange = DeepEP(c, mesh.ep_group, fp8)
+            exchange = DeepEPDispatcher(c, mesh.ep_group, fp8)
         self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange, special_tokens)
         self.zero = Zero(self.model, c, mesh, held, r, moments, zero)
 
@@ -135,9 +139,9 @@ class Cluster:
             return {}
         t = self.traffic
         sent = [t.bytes[link] for link in LINKS]
-        *sent, under_way, exposed = self.summed(*sent, t.under_way, t.exposed)
+        *sent, under_way, exposed = self.summed(*sent, t.in_flight_s, t.exposed_s)
         total = Traffic(dict(zip(LINKS, map(int, sent))), under_way, exposed)
-        return {"exchange_bytes": total.bytes, "exchange_hidden": total.hidden}
+        return {"all_to_all_bytes": total.bytes, "all_to_all_hidden": total.hidden}
 
     def biases(self) -> list:
         """Of the gates of all MoE layers, wherever they are."""

@@ -68,15 +68,19 @@ class Mesh:
                     if self.rank in ranks:
                         self.reduced[ps, expert] = group
 
-    def node_groups(self, per_node: int):
+    def node_groups(self, ranks_per_node: int):
         """Of this rank: the group across nodes at its place, and the one inside its node."""
-        if self.ep % per_node:
-            raise UserError(f"an expert group of {self.ep} ranks has no nodes of {per_node}")
-        nodes, mine = self.ep // per_node, [None, None]
+        if self.ep % ranks_per_node:
+            raise UserError(f"an expert group of {self.ep} ranks has no nodes of {ranks_per_node}")
+        nodes, mine = self.ep // ranks_per_node, [None, None]
         for p in range(self.pp):
             for d in range(self.dp):
-                across = [[n * per_node + i for n in range(nodes)] for i in range(per_node)]
-                inside = [[n * per_node + i for i in range(per_node)] for n in range(nodes)]
+                across = [
+                    [n * ranks_per_node + i for n in range(nodes)] for i in range(ranks_per_node)
+                ]
+                inside = [
+                    [n * ranks_per_node + i for i in range(ranks_per_node)] for n in range(nodes)
+                ]
                 for kind, sets in enumerate((across, inside)):
                     for es in sets:
                         ranks = [self.rank_of(p, d, e) for e in es]

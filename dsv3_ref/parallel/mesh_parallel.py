@@ -57,9 +57,9 @@ class Ranks(Several):
     def build(self) -> None:
         a = self.args
         moments = torch.bfloat16 if a.optimizer_dtype == "bf16" else torch.float32
-        fp8 = a.dispatch == "fp8" or (a.dispatch == "auto" and a.precision == "fp8")
+        fp8 = a.dispatch_dtype == "fp8" or (a.dispatch_dtype == "auto" and a.precision == "fp8")
         self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
-                               a.micro_batch, a.ep_node, fp8, a.exchange == "deepep",
+                               a.micro_batch, a.ep_ranks_per_node, fp8, a.token_dispatcher == "deepep",
                                self.special_tokens)  # fmt: skip
         if self.fresh:
             native.load_into(self.cluster.model, a.init, partial(share, self.mesh))

@@ -46,7 +46,7 @@ class Stage:
     def __init__(
         self, model: Transformer, c: Config, stage: int, n: int, exchange, special_tokens=None
     ):
-        self.model, self.config, self.exchange, self.special_tokens = (
+        self.model, self.config, self.token_dispatcher, self.special_tokens = (
             model,
             c,
             exchange,
@@ -85,11 +85,13 @@ class Stage:
         """`Block.forward`: one piece, or pieces around the exchange of tokens."""
         if not isinstance(block.ffn, MoE):
             return tape.run(lambda x_bsd: block(x_bsd, rope)[0], x_bsd)
-        if self.exchange is None:
+        if self.token_dispatcher is None:
             x_bsd, balance, expert = tape.run(lambda x_bsd: whole(block, x_bsd, rope), x_bsd)
         else:
             x_bsd, *tokens, balance, expert = tape.run(lambda x: gated(block, x, rope), x_bsd)
-            y_nd = yield from self.exchange.routed(tape, block.ffn.experts, *tokens, expert)
+            y_nd = yield from self.token_dispatcher.apply_experts(
+                tape, block.ffn.experts, *tokens, expert
+            )
             shared = lambda x_bsd, x_nd, y_nd: joined(block, x_bsd, x_nd, y_nd)
             x_bsd = tape.run(shared, x_bsd, tokens[0], y_nd)
         if tape.training:

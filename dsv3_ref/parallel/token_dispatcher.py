@@ -28,30 +28,32 @@ class Traffic:
     """What went over the links of a group, and how long this rank stood waiting for it."""
 
     bytes: Counter = field(default_factory=Counter)  # sent by this rank, by link
-    under_way: float = 0.0  # seconds from the start of every exchange to its end
-    exposed: float = 0.0  # seconds of these in which this rank could only wait
+    in_flight_s: float = 0.0  # seconds from the start of every exchange to its end
+    exposed_s: float = 0.0  # seconds of these in which this rank could only wait
 
     def clear(self) -> None:
         """Begin to count anew."""
         self.bytes.clear()
-        self.under_way = self.exposed = 0.0
+        self.in_flight_s = self.exposed_s = 0.0
 
     @property
     def hidden(self) -> float:
         """Share of the exchanges' time that lay behind computation."""
-        return 1 - self.exposed / self.under_way if self.under_way else 1.0
+        return 1 - self.exposed_s / self.in_flight_s if self.in_flight_s else 1.0
 
 
-LINKS = ("self", "inside", "across")
+LINKS = ("local", "intranode", "internode")
 
 
 @dataclass
-class Hop:
+class DispatchLevel:
     """One level of the exchange: a group, and how many experts lie behind each of its members."""
 
     group: dist.ProcessGroup
-    experts: int  # behind one member
-    links: list[str]  # what lies between this rank and each member: "self", "inside", "across"
+    experts_per_member: int  # behind one member
+    links: list[
+        str
+    ]  # what lies between this rank and each member: "local", "intranode", "internode"
     traffic: Traffic
     n: int = 0  # exchanges waited for so far: all members wait in the same order
 
@@ -59,7 +61,7 @@ class Hop:
     def size(self) -> int:
         return len(self.links)
 
-    def swap(self, rows: torch.Tensor, send: list[int], receive: list[int]):
+    def all_to_all(self, rows: torch.Tensor, send: list[int], receive: list[int]):
         """Rows to every member, `send[i]` to the i-th; yields once while they travel."""
         out, start = rows.new_empty(sum(receive), *rows.shape[1:]), time.perf_counter()
         work = dist.all_to_all_single(
@@ -71,96 +73,105 @@ class Hop:
         asked, self.n = time.perf_counter(), self.n + 1
         with doing(f"exchange of tokens, number {self.n}", self.group):
             work.wait()
-        self.traffic.exposed += time.perf_counter() - asked
-        self.traffic.under_way += time.perf_counter() - start
+        self.traffic.exposed_s += time.perf_counter() - asked
+        self.traffic.in_flight_s += time.perf_counter() - start
         return out
 
 
-def hops(c: Config, mesh, per_node: int, traffic: Traffic) -> list[Hop]:
-    """One hop over the expert group; or two, if it spans nodes of `per_node` of its ranks."""
-    share, nodes = c.n_routed_experts // mesh.ep, mesh.ep // per_node if per_node else 1
-    link = lambda e: "self" if e == mesh.e else "inside" if same(e, mesh.e, per_node) else "across"
+def dispatch_levels(c: Config, mesh, ranks_per_node: int, traffic: Traffic) -> list[DispatchLevel]:
+    """One hop over the expert group; or two, if it spans nodes of `ranks_per_node` of its ranks."""
+    share, nodes = c.n_routed_experts // mesh.ep, mesh.ep // ranks_per_node if ranks_per_node else 1
+    link = lambda e: (
+        "local"
+        if e == mesh.e
+        else "intranode"
+        if on_same_node(e, mesh.e, ranks_per_node)
+        else "internode"
+    )
     if nodes == 1:
-        return [Hop(mesh.ep_group, share, [link(e) for e in range(mesh.ep)], traffic)]
-    across, inside = mesh.node_groups(per_node)
-    first = mesh.e % per_node, mesh.e - mesh.e % per_node
+        return [DispatchLevel(mesh.ep_group, share, [link(e) for e in range(mesh.ep)], traffic)]
+    across, inside = mesh.node_groups(ranks_per_node)
+    first = mesh.e % ranks_per_node, mesh.e - mesh.e % ranks_per_node
     return [
-        Hop(
-            across, share * per_node, [link(first[0] + n * per_node) for n in range(nodes)], traffic
+        DispatchLevel(
+            across,
+            share * ranks_per_node,
+            [link(first[0] + n * ranks_per_node) for n in range(nodes)],
+            traffic,
         ),
-        Hop(inside, share, [link(first[1] + i) for i in range(per_node)], traffic),
+        DispatchLevel(inside, share, [link(first[1] + i) for i in range(ranks_per_node)], traffic),
     ]
 
 
-def same(a: int, b: int, per_node: int) -> bool:
+def on_same_node(a: int, b: int, ranks_per_node: int) -> bool:
     """Whether two ranks of an expert group share a node; without nodes all do."""
-    return not per_node or a // per_node == b // per_node
+    return not ranks_per_node or a // ranks_per_node == b // ranks_per_node
 
 
 # ── Many tensors, one message ──
 
 
-def plain(x: torch.Tensor) -> torch.Tensor:
+def contiguous_copy(x: torch.Tensor) -> torch.Tensor:
     """A copy in memory of its own: only that can be viewed as another dtype, whatever its shape."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def as_bytes(*tensors: torch.Tensor) -> torch.Tensor:
+def pack_bytes(*tensors: torch.Tensor) -> torch.Tensor:
     """Rows of several tensors side by side, (m, bytes): one message, and no dtype is refused."""
-    return torch.cat([plain(t).flatten(1).view(torch.uint8) for t in tensors], 1)
+    return torch.cat([contiguous_copy(t).flatten(1).view(torch.uint8) for t in tensors], 1)
 
 
-def from_bytes(rows: torch.Tensor, *like: torch.Tensor) -> list[torch.Tensor]:
-    """The reverse of `as_bytes`, with the dtypes and widths of `like`."""
+def unpack_bytes(rows: torch.Tensor, *like: torch.Tensor) -> list[torch.Tensor]:
+    """The reverse of `pack_bytes`, with the dtypes and widths of `like`."""
     widths = [t.shape[1:].numel() * t.element_size() for t in like]
-    parts = [plain(x).view(t.dtype) for x, t in zip(rows.split(widths, 1), like)]
+    parts = [contiguous_copy(x).view(t.dtype) for x, t in zip(rows.split(widths, 1), like)]
     return [x.view(len(x), *t.shape[1:]) for x, t in zip(parts, like)]
 
 
-def nothing(x: torch.Tensor) -> torch.Tensor:
+def empty_rows(x: torch.Tensor) -> torch.Tensor:
     """No rows of the width, dtype and device of x."""
     return x.new_empty(0, *x.shape[1:])
 
 
-def zeros(like: torch.Tensor, n: int) -> torch.Tensor:
+def zero_rows(like: torch.Tensor, n: int) -> torch.Tensor:
     """The gradient of n rows that nobody used."""
     return like.new_zeros(n, *like.shape[1:])
 
 
-class Leg:
+class LevelPlan:
     """One hop of one micro-batch's tokens: rows (m, d) out, and the same rows back."""
 
-    def __init__(self, hop: Hop, send: list[int], receive: list[int], fp8: bool):
+    def __init__(self, hop: DispatchLevel, send: list[int], receive: list[int], fp8: bool):
         self.hop, self.send, self.receive, self.fp8 = hop, send, receive, fp8
 
-    def out(self, x_md, *more):
+    def dispatch(self, x_md, *more):
         """To the destinations: (rows, codes of the first of them if they went as FP8).
 
         FP8 with power-of-two scales, as the report dispatches (§3.2.2, §3.3.3).
         """
         codes = act_quant(x_md.contiguous(), True) if self.fp8 else (x_md,)
-        rows = yield from self.hop.swap(as_bytes(*codes, *more), self.send, self.receive)
-        rows = from_bytes(rows, *codes, *more)
+        rows = yield from self.hop.all_to_all(pack_bytes(*codes, *more), self.send, self.receive)
+        rows = unpack_bytes(rows, *codes, *more)
         if not self.fp8:
             return rows, None
         return [act_dequant(*rows[:2]).to(x_md.dtype), *rows[2:]], rows[:2]
 
-    def back(self, y_md, *more):
+    def combine(self, y_md, *more):
         """To where the rows came from, in bf16 or wider."""
-        rows = yield from self.hop.swap(as_bytes(y_md, *more), self.receive, self.send)
-        return from_bytes(rows, y_md, *more)
+        rows = yield from self.hop.all_to_all(pack_bytes(y_md, *more), self.receive, self.send)
+        return unpack_bytes(rows, y_md, *more)
 
 
 class Dispatch:
     """Transfer: tokens, their weights and experts to the destinations; gradients come back."""
 
-    def __init__(self, leg: Leg, expert_mk):
+    def __init__(self, leg: LevelPlan, expert_mk):
         self.leg, self.expert_mk = leg, expert_mk
 
     def forward(self, x_md, weight_mk):
-        rows, self.codes = yield from self.leg.out(x_md, weight_mk, self.expert_mk)
+        rows, self.codes = yield from self.leg.dispatch(x_md, weight_mk, self.expert_mk)
         *arrived, self.expert_mk = rows
-        self.like = [nothing(a) for a in arrived]
+        self.like = [empty_rows(a) for a in arrived]
         return tuple(arrived)
 
     def unpack(self):
@@ -169,48 +180,50 @@ class Dispatch:
         return unpacked
 
     def backward(self, *gs):
-        gs = [zeros(a, sum(self.leg.receive)) if g is None else g for g, a in zip(gs, self.like)]
-        return (yield from self.leg.back(*gs))
+        gs = [
+            zero_rows(a, sum(self.leg.receive)) if g is None else g for g, a in zip(gs, self.like)
+        ]
+        return (yield from self.leg.combine(*gs))
 
 
-class Return:
+class Combine:
     """Transfer: results to where the tokens came from; their gradients travel as tokens do."""
 
-    def __init__(self, leg: Leg):
+    def __init__(self, leg: LevelPlan):
         self.leg = leg
 
     def forward(self, y_md):
-        self.like = nothing(y_md)
-        return tuple((yield from self.leg.back(y_md)))
+        self.like = empty_rows(y_md)
+        return tuple((yield from self.leg.combine(y_md)))
 
     def backward(self, g_md):
-        g_md = zeros(self.like, sum(self.leg.send)) if g_md is None else g_md
-        return (yield from self.leg.out(g_md))[0]
+        g_md = zero_rows(self.like, sum(self.leg.send)) if g_md is None else g_md
+        return (yield from self.leg.dispatch(g_md))[0]
 
 
-class Exchange:
+class AllToAllDispatcher:
     """Takes `MoE.routed`'s place: the way of a micro-batch's tokens through all hops, on a tape."""
 
-    def __init__(self, hops: list[Hop], fp8: bool = False):
-        self.hops, self.fp8 = hops, fp8
+    def __init__(self, levels: list[DispatchLevel], fp8: bool = False):
+        self.levels, self.fp8 = levels, fp8
 
-    def routed(self, tape, experts, x_nd, weight_nk, expert_nk):
+    def apply_experts(self, tape, experts, x_nd, weight_nk, expert_nk):
         """Σ_k w_nk·expert_nk(x_n) over experts on many ranks; a generator."""
-        return self.level(tape, experts, x_nd, weight_nk, expert_nk, None, self.hops)
+        return self.apply_levels(tape, experts, x_nd, weight_nk, expert_nk, None, self.levels)
 
-    def level(self, tape, experts, x_nd, weight_nk, expert_nk, codes, hops):
+    def apply_levels(self, tape, experts, x_nd, weight_nk, expert_nk, codes, levels):
         """Hop by hop, then the experts that are here."""
-        if not hops:
+        if not levels:
             here = lambda x_nd, weight_nk: apply_local_experts(
                 experts, x_nd, weight_nk, expert_nk, codes
             )
             return tape.run(here, x_nd, weight_nk)
-        hop, *rest = hops
-        token_m, dest_m, count = dispatch_layout(expert_nk, hop.experts, hop.size)
+        hop, *rest = levels
+        token_m, dest_m, count = dispatch_layout(expert_nk, hop.experts_per_member, hop.size)
         theirs = torch.empty_like(count)
         dist.all_to_all_single(theirs, count, group=hop.group)
-        leg = Leg(hop, count.tolist(), theirs.tolist(), self.fp8)
-        expert_mk = to_local_expert_ids(expert_nk[token_m], dest_m, hop.experts)
+        leg = LevelPlan(hop, count.tolist(), theirs.tolist(), self.fp8)
+        expert_mk = to_local_expert_ids(expert_nk[token_m], dest_m, hop.experts_per_member)
         rows = lambda x_nd, weight_nk: (
             x_nd[token_m],
             mask_remote_weights(weight_nk[token_m], expert_mk),
@@ -218,7 +231,7 @@ class Exchange:
         dispatch = Dispatch(leg, expert_mk)
         sent = yield from tape.send(dispatch, *tape.run(rows, x_nd, weight_nk))
         arrived = *sent, *dispatch.unpack()
-        y_md = yield from self.level(tape, experts, *arrived, rest)
-        (y_md,) = yield from tape.send(Return(leg), y_md)
+        y_md = yield from self.apply_levels(tape, experts, *arrived, rest)
+        (y_md,) = yield from tape.send(Combine(leg), y_md)
         n = len(x_nd)
         return tape.run(lambda y_md: IndexAdd.apply(y_md, token_m, n), y_md)

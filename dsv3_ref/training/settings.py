@@ -89,12 +89,12 @@ class Train:
     """order of the pipeline's steps; dualpipe is the report's, dualpipev holds 2·pp stages"""
     zero: bool = True
     """ZeRO-1: each rank keeps the moments of its slice only"""
-    ep_node: int = 0
+    ep_ranks_per_node: int = 0
     """ranks of an expert group in one node: tokens go across nodes once, then inside (two hops);
     0: one hop"""
-    dispatch: Literal["auto", "wide", "fp8"] = "auto"
+    dispatch_dtype: Literal["auto", "unquantized", "fp8"] = "auto"
     """how tokens travel to experts; auto: as FP8 codes with --precision fp8 (§3.2.2)"""
-    exchange: Literal["all-to-all", "deepep"] = "all-to-all"
+    token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """who carries tokens: torch.distributed, or DeepEP's kernels where they are installed"""
     hang_timeout: float = 600.0
     """seconds that one operation of a rank may take, before all end and say which rank is late"""
@@ -173,7 +173,10 @@ def mesh_rules(args: Train, ranks: int) -> list[tuple[bool, str]]:
     )
     return [
         (min(pp, ep) >= 1, "--pp and --ep must be at least 1"),
-        (min(args.dp, args.ep_node) >= 0, "--dp and --ep-node must be at least 0"),
+        (
+            min(args.dp, args.ep_ranks_per_node) >= 0,
+            "--dp and --ep-ranks-per-node must be at least 0",
+        ),
         (args.hang_timeout > 0, "--hang-timeout must be above 0"),
         (pp * dp * ep <= ranks, missing),
     ]
@@ -213,7 +216,7 @@ def size_of(init: Path) -> str:
 
 MAY_CHANGE = {
     "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep", "val_rows",
-    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_node", "exchange",
+    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_ranks_per_node", "token_dispatcher",
     "hang_timeout",
 }  # fmt: skip
 

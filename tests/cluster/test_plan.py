@@ -83,10 +83,12 @@ class Lean(torch.autograd.Function):
         return None, *torch.autograd.grad(o, qkv, g)
 
 
-def lived(shape, name: str, batch: int, s: int, per_node: int):
+def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
     """Bytes that a rank held and sent in a real step, and the most that graphs held on the way."""
     mesh, r = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], max_grad_norm=1e9)
-    c = Cluster(SMALL, r, mesh, name, moments=torch.bfloat16, per_node=per_node, fp8=True)
+    c = Cluster(
+        SMALL, r, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True
+    )
     ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(scale, q, k, v))
     rows, held, do = torch.randint(SMALL.vocab_size, (batch, s + 1)), [], Pass.do
     with (
@@ -108,7 +110,9 @@ def lived(shape, name: str, batch: int, s: int, per_node: int):
 def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path):
     config = tmp_path / "small.json"
     config.write_text(json.dumps(asdict(SMALL)))
-    e = estimate(Plan(str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_node=2))
+    e = estimate(
+        Plan(str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2)
+    )
     gang = Gang()
     try:
         seen = gang.run(8, lived, (2, 1, 4), name, 16, 64, 2)
@@ -121,7 +125,10 @@ def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path):
         peak = sum(held for at, _, held, _ in seen if at == p) / 4  # where experts lie, it varies
         planned = rank.activations + rank.codes
         assert planned < peak < 1.08 * planned  # the plan leaves out small things: row numbers
-    for link, what in (("across", "experts, across nodes"), ("inside", "experts, inside nodes")):
+    for link, what in (
+        ("internode", "experts, across nodes"),
+        ("intranode", "experts, inside nodes"),
+    ):
         sent = [sum(traffic[link] for p, *_, traffic in seen if p == rank) / 4 for rank in (0, 1)]
         assert max(sent) == pytest.approx(e.sent[what], rel=0.15), link  # first gates are uneven
 
@@ -148,7 +155,7 @@ def test_v3_is_printed_with_all_its_ranks(v3, capsys, tmp_path):
         ),
         (["--pp", "5"], "dualpipe needs an even --pp"),
         (["--pp", "64", "--schedule", "1f1b"], "61 layers cannot be cut into 64 stages"),
-        (["--ep-node", "6"], "--ep 64 ranks do not fill nodes of --ep-node 6"),
+        (["--ep-ranks-per-node", "6"], "--ep 64 ranks do not fill nodes of --ep-ranks-per-node 6"),
         (["--dp", "0"], "every size must be at least 1"),
     ],
 )

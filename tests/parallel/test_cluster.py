@@ -92,7 +92,7 @@ def test_four_ranks_train_what_one_trains(one, home):
     near(metrics(run), metrics(one))
     assert [row["loss"] for row in metrics(run)][0] == pytest.approx(metrics(one)[0]["loss"], 1e-6)
     for row in metrics(run):
-        assert 0 < row["exchange_hidden"] < 1 and row["exchange_bytes"]["inside"] > 0
+        assert 0 < row["all_to_all_hidden"] < 1 and row["all_to_all_bytes"]["intranode"] > 0
     assert "4 ranks (pp 2 × dp 1 × ep 2)" in said[0] and (run / "report.html").is_file()
     ours, theirs = (
         load(list_checkpoints(run)[0]),

@@ -19,11 +19,11 @@ from dsv3_ref import ops
 from dsv3_ref.config import V3, UserError
 from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.parallel.deepep import DeepEP
+from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.tape import Tape, drain
-from dsv3_ref.parallel.token_dispatcher import Exchange, Traffic, hops
+from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher, Traffic, dispatch_levels
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def layer(mesh):
 def passes(exchange, experts, x_nd, weight_nk, expert_nk, g_nd) -> dict:
     """Output and gradients, and how often either pass let others go on."""
     tape, experts.w1.grad, experts.w2.grad, experts.w3.grad = Tape(), None, None, None
-    y_nd, pauses = counted(exchange.routed(tape, experts, x_nd, weight_nk, expert_nk))
+    y_nd, pauses = counted(exchange.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
     tape.owes(y_nd, g_nd)
     _, more = counted(tape.backward())
     found = {"y": y_nd, "dx": tape.owed(x_nd), "dweight": tape.owed(weight_nk)}
@@ -244,8 +244,8 @@ def both(world: int, fp8: bool, backends: tuple):
     mesh = Mesh(1, 1, world, CPU)
     with ops.use(*backends), torch.autocast("cpu", torch.bfloat16), deep_ep() as calls:
         args = layer(mesh)
-        want = passes(Exchange(hops(WIDE, mesh, 0, Traffic()), fp8), *args)
-        got = passes(DeepEP(WIDE, mesh.ep_group, fp8), *args)
+        want = passes(AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic()), fp8), *args)
+        got = passes(DeepEPDispatcher(WIDE, mesh.ep_group, fp8), *args)
     return got, want, list(calls)
 
 
@@ -269,9 +269,9 @@ def narrowed():
     experts, x_nd, weight_nk, expert_nk, g_nd = layer(mesh)
     x_nd, g_nd = (t + 0.01 * torch.randn(t.shape) for t in (x_nd, g_nd))
     args = experts, x_nd, weight_nk, expert_nk, g_nd
-    want = passes(Exchange(hops(WIDE, mesh, 0, Traffic())), *args)
+    want = passes(AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic())), *args)
     with deep_ep():
-        got = passes(DeepEP(WIDE, mesh.ep_group), *args)
+        got = passes(DeepEPDispatcher(WIDE, mesh.ep_group), *args)
     names = ("y", "dx", "dweight", "w1", "w2", "w3") if len(x_nd) else ("w1", "w2", "w3")
     return {got[n].dtype for n in names}, max(relative(got[n], want[n]) for n in names)
 
@@ -285,8 +285,11 @@ def without_training():
     mesh = Mesh(1, 1, 2, CPU)
     experts, *tokens, _ = layer(mesh)
     with torch.autocast("cpu", torch.bfloat16), deep_ep():
-        exchanges = DeepEP(WIDE, mesh.ep_group), Exchange(hops(WIDE, mesh, 0, Traffic()))
-        return [drain(e.routed(Tape(False), experts, *tokens)).float() for e in exchanges]
+        exchanges = (
+            DeepEPDispatcher(WIDE, mesh.ep_group),
+            AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic())),
+        )
+        return [drain(e.apply_experts(Tape(False), experts, *tokens)).float() for e in exchanges]
 
 
 def test_a_forward_pass_alone(gang):
@@ -323,7 +326,7 @@ def test_a_cluster_trains_through_it(name, gang):
 
 def sentence() -> str:
     try:
-        DeepEP(WIDE, Mesh(1, 1, 3, CPU).ep_group)
+        DeepEPDispatcher(WIDE, Mesh(1, 1, 3, CPU).ep_group)
     except UserError as e:
         return str(e)
     return "not refused"
@@ -343,7 +346,7 @@ def missing() -> str:
 def test_a_group_it_has_no_settings_for_is_refused(gang):
     (said,) = set(gang.run(3, of_three))
     assert said == (
-        "--exchange deepep has no settings for --ep 3: Unsupported number of EP ranks: 3"
+        "--token-dispatcher deepep has no settings for --ep 3: Unsupported number of EP ranks: 3"
     )
 
 

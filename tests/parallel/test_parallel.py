@@ -18,7 +18,13 @@ from dsv3_ref.parallel.build import built, holders
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh, sizes
 from dsv3_ref.parallel.tape import Tape, drain, interleave
-from dsv3_ref.parallel.token_dispatcher import Exchange, Traffic, as_bytes, from_bytes, hops
+from dsv3_ref.parallel.token_dispatcher import (
+    AllToAllDispatcher,
+    Traffic,
+    dispatch_levels,
+    pack_bytes,
+    unpack_bytes,
+)
 from dsv3_ref.pretrain import train_step
 from dsv3_ref.sft import SpecialTokens, num_loss_tokens, pack_samples, sft_loss
 
@@ -179,7 +185,7 @@ def test_tensors_side_by_side_come_apart_again(rows):
         torch.randn(rows, 3), torch.randn(rows, 2).to(torch.float8_e4m3fn),
         torch.randint(9, (rows, 4)), torch.randn(rows, 1).bfloat16(),
     ]  # fmt: skip
-    for got, want in zip(from_bytes(as_bytes(*tensors), *tensors), tensors):
+    for got, want in zip(unpack_bytes(pack_bytes(*tensors), *tensors), tensors):
         assert got.dtype == want.dtype and torch.equal(got.float(), want.float())
 
 
@@ -187,7 +193,7 @@ def relative(got, want) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
-def exchanged(world: int, per_node: int, fp8: bool):
+def exchanged(world: int, ranks_per_node: int, fp8: bool):
     """Relative errors of output and gradients beside `MoE.routed`, and the bytes by link."""
     c = replace(V3, dim=128, moe_inter_dim=128, n_routed_experts=16, n_activated_experts=4,
                 n_expert_groups=4, n_limited_groups=2)  # fmt: skip
@@ -210,8 +216,8 @@ def exchanged(world: int, per_node: int, fp8: bool):
         want[name] = mesh.sum(w.grad).chunk(world)[mesh.e]
         setattr(experts, name, torch.nn.Parameter(w.detach().chunk(world)[mesh.e].clone()))
     tape, traffic = Tape(), Traffic()
-    exchange = Exchange(hops(c, mesh, per_node, traffic), fp8)
-    got = drain(exchange.routed(tape, experts, x_nd, weight_nk, expert_nk))
+    exchange = AllToAllDispatcher(dispatch_levels(c, mesh, ranks_per_node, traffic), fp8)
+    got = drain(exchange.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
     tape.owes(got, g_nd)
     drain(tape.backward())
     errors = {name: relative(getattr(experts, name).grad, w) for name, w in want.items()}
@@ -222,9 +228,9 @@ def exchanged(world: int, per_node: int, fp8: bool):
     return errors, dict(traffic.bytes)
 
 
-@pytest.mark.parametrize("world, per_node", [(2, 0), (4, 0), (4, 2), (8, 4)])
-def test_experts_on_many_ranks_are_the_experts_on_one(world, per_node, gang):
-    for errors, _ in gang.run(world, exchanged, world, per_node, False):
+@pytest.mark.parametrize("world, ranks_per_node", [(2, 0), (4, 0), (4, 2), (8, 4)])
+def test_experts_on_many_ranks_are_the_experts_on_one(world, ranks_per_node, gang):
+    for errors, _ in gang.run(world, exchanged, world, ranks_per_node, False):
         assert max(errors.values()) < 1e-6, errors
 
 
@@ -236,11 +242,11 @@ def test_dispatch_in_fp8_loses_a_rounding_and_halves_no_gradient(gang):
 def test_a_second_hop_takes_bytes_off_the_links_between_nodes(gang):
     one = gang.run(8, exchanged, 8, 0, False)
     two = gang.run(8, exchanged, 8, 4, False)
-    assert all("across" not in links for _, links in one)  # without nodes all are neighbors
+    assert all("internode" not in links for _, links in one)  # without nodes all are neighbors
     row, k = 128 * 4, 4 * 4  # bytes of a token's numbers, and of one number for each choice
     there_and_back = (row + k + k) + row  # with weights and experts, and the result
     backward = row + (row + k)  # its gradient, and those of token and weights
-    across = sum(links["across"] for _, links in two)
+    across = sum(links["internode"] for _, links in two)
     tokens = sum(0 if e == 1 else 7 + e for e in range(8))
     sent, rest = divmod(across, there_and_back + backward)
     assert not rest and 0 < sent <= tokens  # once a token and node, of which there are two
@@ -314,13 +320,13 @@ def talks(n: int) -> torch.Tensor:
     return torch.tensor(pack_samples(samples, 17, SPECIAL_TOKENS.pad)[:n])
 
 
-def trained(shape, name: str, zero: bool, per_node: int, dtype, special_tokens=None):
+def trained(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_tokens=None):
     """`compared`, all of it in fp32 or in fp64."""
     with computing_in(dtype):
-        return compared(shape, name, zero, per_node, dtype, special_tokens)
+        return compared(shape, name, zero, ranks_per_node, dtype, special_tokens)
 
 
-def compared(shape, name: str, zero: bool, per_node: int, dtype, special_tokens):
+def compared(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_tokens):
     """Relative errors of every gradient, and of three steps' numbers, beside `train_step`."""
     c, r = (
         MICRO,
@@ -342,7 +348,15 @@ def compared(shape, name: str, zero: bool, per_node: int, dtype, special_tokens)
     )
     mesh, moments = Mesh(*shape, CPU), torch.bfloat16 if dtype == torch.float32 else dtype
     cluster = Cluster(
-        c, r, mesh, name, 1, moments, zero, per_node=per_node, special_tokens=special_tokens
+        c,
+        r,
+        mesh,
+        name,
+        1,
+        moments,
+        zero,
+        ranks_per_node=ranks_per_node,
+        special_tokens=special_tokens,
     )
     torch.manual_seed(1)
     whole = Transformer(c)
@@ -395,7 +409,7 @@ GRID = [  # two hops for ep 4
     )
     for name, ep, zero in product(SCHEDULES, (1, 2, 4), (True, False))
 ]  # fmt: skip
-CASE = "shape", "name", "zero", "per_node"
+CASE = "shape", "name", "zero", "ranks_per_node"
 
 
 def check_a_step(gang, dtype, gradient: float, number: float, shape, *setting, special_tokens=None):
@@ -411,14 +425,16 @@ def check_a_step(gang, dtype, gradient: float, number: float, shape, *setting, s
 
 
 @pytest.mark.parametrize(CASE, SHAPES, ids=str)
-def test_a_step_on_any_mesh_is_the_step_of_one_process(shape, name, zero, per_node, gang):
+def test_a_step_on_any_mesh_is_the_step_of_one_process(shape, name, zero, ranks_per_node, gang):
     """Sums have another order: up to 6e-7, in norms of latents; one process is 7e-7 off fp64."""
-    check_a_step(gang, torch.float32, 1e-6, 1e-6, shape, name, zero, per_node)
+    check_a_step(gang, torch.float32, 1e-6, 1e-6, shape, name, zero, ranks_per_node)
 
 
 @pytest.mark.parametrize(CASE, GRID, ids=str)
-def test_in_fp64_nothing_is_left_of_what_the_order_of_sums_does(shape, name, zero, per_node, gang):
-    check_a_step(gang, torch.float64, 1e-13, 1e-13, shape, name, zero, per_node)
+def test_in_fp64_nothing_is_left_of_what_the_order_of_sums_does(
+    shape, name, zero, ranks_per_node, gang
+):
+    check_a_step(gang, torch.float64, 1e-13, 1e-13, shape, name, zero, ranks_per_node)
 
 
 PACKED = [
@@ -428,9 +444,9 @@ PACKED = [
 
 
 @pytest.mark.parametrize(CASE, PACKED, ids=str)
-def test_so_is_a_step_on_packed_conversations(shape, name, zero, per_node, gang):
+def test_so_is_a_step_on_packed_conversations(shape, name, zero, ranks_per_node, gang):
     """Samples blind to each other, the mean over all answers' tokens, on every mesh."""
-    setting = shape, name, zero, per_node
+    setting = shape, name, zero, ranks_per_node
     check_a_step(gang, torch.float64, 1e-13, 1e-13, *setting, special_tokens=SPECIAL_TOKENS)
 
 
@@ -441,7 +457,7 @@ def measured(name: str, micro: int):
     with ops.use("zero_bubble", "torch"):
         cluster.train_step(torch.randint(0, 64, (2 * micro, 33)), RECIPES["tiny"], 1e-3, 0.0, 0.3)
     t = cluster.traffic
-    return t.under_way, t.exposed, t.hidden
+    return t.in_flight_s, t.exposed_s, t.hidden
 
 
 def test_pairs_take_turns_so_that_exchanges_lie_behind_computation(gang):
