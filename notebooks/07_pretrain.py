@@ -1015,7 +1015,13 @@ def metrics_row(model: Transformer, step: int, s: StepStats) -> dict:
     """One line of `metrics.jsonl`, as far as the plots below read it."""
     load_le = s.load_le / s.load_le.sum(-1, keepdim=True)
     bias = [m.gate.bias.tolist() for m in moe_layers(model).values()]
-    return {"step": step, "loss": s.loss, "mtp_loss": s.mtp, "load": load_le.tolist(), "bias": bias}
+    return {
+        "step": step,
+        "loss": s.loss,
+        "mtp_loss": s.mtp,
+        "expert_load": load_le.tolist(),
+        "expert_bias": bias,
+    }
 
 
 def short_run(c, r: TrainingRecipe, seed: int = 0, moments=torch.bfloat16):
@@ -1063,10 +1069,10 @@ show(loss_curves(metrics))
 layers = list(moe_layers(model))
 show(load_heatmap(metrics, 0, layers[0]))
 show(bias_trajectories(metrics, layers))
-vio = [max(row["load"][0]) * MINI.n_routed_experts - 1 for row in metrics]
+vio = [max(row["expert_load"][0]) * MINI.n_routed_experts - 1 for row in metrics]
 early, late = (sum(x) / len(x) for x in (vio[: STEPS // 5], vio[-STEPS // 5 :]))
 print(f"busiest expert above its share: {early:.0%} in the first fifth, {late:.0%} in the last")
-assert STEPS < 100 or metrics[-1]["bias"] == metrics[-2]["bias"]  # γ = 0
+assert STEPS < 100 or metrics[-1]["expert_bias"] == metrics[-2]["expert_bias"]  # γ = 0
 assert STEPS < 100 or late < early / 2
 
 # %% [markdown]

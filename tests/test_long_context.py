@@ -233,7 +233,9 @@ def test_a_phase_changes_positions_and_nothing_else(home, longer):
     settings = json.loads((longer / "run.json").read_text())["settings"]
     assert settings["recipe"]["seq_len"] == 8 * 16 and settings["phase"] == "32k"
     rows = metrics(longer)
-    assert {row["lr"] for row in rows} == {1e-3} and {row["gamma"] for row in rows} == {0}
+    assert {row["lr"] for row in rows} == {1e-3} and {row["bias_update_rate"] for row in rows} == {
+        0
+    }
     assert load(longer).config == after
 
 

@@ -9,24 +9,24 @@ from dsv3_ref.config import UserError
 
 def train(argv: list[str]) -> None:
     """dsv3 train: from text to a checkpoint and a report."""
-    from dsv3_ref.training.settings import parse
+    from dsv3_ref.training.settings import parse_args
 
-    args = parse(argv)
+    args = parse_args(argv)
     runner()(args, shlex.join(["dsv3", "train", *argv]))
 
 
 def sft(argv: list[str]) -> None:
     """dsv3 sft: fine-tune on conversations."""
-    from dsv3_ref.posttraining.sft import Sft, SftTrainer
+    from dsv3_ref.posttraining.sft import SFTConfig, SftTrainer
 
-    tune(Sft, SftTrainer, argv)
+    tune(SFTConfig, SftTrainer, argv)
 
 
 def extend(argv: list[str]) -> None:
     """dsv3 extend: teach a model to read longer texts."""
-    from dsv3_ref.training.extend import Extend, ExtendTrainer
+    from dsv3_ref.training.extend import ExtendConfig, ExtendTrainer
 
-    tune(Extend, ExtendTrainer, argv)
+    tune(ExtendConfig, ExtendTrainer, argv)
 
 
 def reward(argv: list[str]) -> None:
@@ -38,16 +38,16 @@ def reward(argv: list[str]) -> None:
 
 def rl(argv: list[str]) -> None:
     """dsv3 rl: GRPO on tasks."""
-    from dsv3_ref.posttraining.grpo import Rl, RlTrainer
+    from dsv3_ref.posttraining.grpo import GRPOConfig, RlTrainer
 
-    tune(Rl, RlTrainer, argv)
+    tune(GRPOConfig, RlTrainer, argv)
 
 
 def tune(kind, trainer, argv: list[str]) -> None:
     """A run that starts from a model."""
-    from dsv3_ref.training.settings import parse
+    from dsv3_ref.training.settings import parse_args
 
-    args = parse(argv, kind)
+    args = parse_args(argv, kind)
     runner()(args, shlex.join(["dsv3", kind.COMMAND, *argv]), trainer)
 
 

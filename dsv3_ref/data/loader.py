@@ -466,7 +466,7 @@ class PackedDataLoader:
         """n rows, (n, length), int64."""
         return torch.from_numpy(np.stack([next(self) for _ in range(n)])).long()
 
-    def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
+    def state_dict(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """Where the stream stands: small values for JSON, the buffered tokens as tensors."""
         small = {
             "sources": [[s.epoch, s.index, s.tokens_drawn] for s in self.sources],
@@ -476,7 +476,7 @@ class PackedDataLoader:
         rest = torch.tensor(self.remainder, dtype=torch.int32)
         return small, {"buffer": torch.from_numpy(buffer), "rest": rest}
 
-    def restore(self, small: dict, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, small: dict, tensors: dict[str, torch.Tensor]) -> None:
         """Go on exactly where `state` was taken."""
         for source, (epoch, index, drawn) in zip(self.sources, small["sources"]):
             source.epoch, source.index, source.tokens_drawn = epoch, index, drawn

@@ -26,7 +26,7 @@ from dsv3_ref.data import loader, shards
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.dedup import MinHashLSH
 from dsv3_ref.data.tokenize_workers import TokenizedChunk, TokenizeWorker, imap_ordered
-from dsv3_ref.training.settings import lock, option, write_json
+from dsv3_ref.training.settings import option_flag, try_lock, write_json
 
 CHUNK = 1 << 18  # characters that a worker takes at a time, or a long document
 CHUNK_DOCUMENTS = 1024
@@ -130,7 +130,7 @@ def check_settings_match(out: Path, before: dict, now: dict) -> None:
         if name in ("tokenizer", "rensa"):
             raise UserError(f"{out} was begun with another {name}: {anew}")
         raise UserError(
-            f"{out} was begun with {option(name)} {format_option(old)}, not {format_option(new)}: {anew}"
+            f"{out} was begun with {option_flag(name)} {format_option(old)}, not {format_option(new)}: {anew}"
         )
 
 
@@ -149,7 +149,7 @@ def lock_dir(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
     try:
-        if not lock(handle):
+        if not try_lock(handle):
             raise UserError(f"another process is preparing {out}")
         yield
     finally:

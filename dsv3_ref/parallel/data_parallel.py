@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.training import resume
-from dsv3_ref.training.settings import Train
+from dsv3_ref.training.settings import TrainConfig
 
 
 class Several:
@@ -43,13 +43,13 @@ class Several:
         dist.barrier()
         seconds = self.seconds
         resume.read(self, to, data=False)
-        self.seconds, self.guard.rolled_to = seconds, self.step
+        self.seconds, self.spike_guard.last_rollback = seconds, self.step
 
 
 class Replicas(Several):
     """A rank's part of a run with a model each, before a `Trainer` in the order of bases."""
 
-    def __init__(self, args: Train, folder: Path, device: torch.device):
+    def __init__(self, args: TrainConfig, folder: Path, device: torch.device):
         self.rank, self.replicas, self.at = dist.get_rank(), dist.get_world_size(), device
         super().__init__(args, folder)
 

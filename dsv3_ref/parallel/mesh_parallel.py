@@ -19,11 +19,11 @@ from dsv3_ref.parallel.mesh import Mesh, joined, sizes
 from dsv3_ref.parallel.watchdog import doing, watch
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training import resume, settings
-from dsv3_ref.training.ema import Ema
+from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.loop import Trainer, start, work
-from dsv3_ref.training.malloc import keep_memory
-from dsv3_ref.training.settings import Train
-from dsv3_ref.training.spike_guard import LEAVE, signals
+from dsv3_ref.training.malloc import tune_malloc
+from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.spike_guard import EXIT_CODES, catch_signals
 
 
 class Ranks(Several):
@@ -32,7 +32,7 @@ class Ranks(Several):
     Rank 0 reads the data for all.
     """
 
-    def __init__(self, args: Train, folder: Path, device: torch.device):
+    def __init__(self, args: TrainConfig, folder: Path, device: torch.device):
         self.mesh = Mesh(*sizes(dist.get_world_size(), args.pp, args.ep, args.dp or None), device)
         super().__init__(args, folder)
 
@@ -64,7 +64,7 @@ class Ranks(Several):
         if self.fresh:
             native.load_into(self.cluster.model, a.init, partial(share, self.mesh))
         self.model, self.writer = self.cluster.model, sharded.Writer()
-        self.ema = Ema(self.model, self.cluster.zero.adamw, a.ema) if a.ema else None
+        self.ema = EMA(self.model, self.cluster.zero.adamw, a.ema_decay) if a.ema_decay else None
 
     @contextmanager
     def arithmetic(self):
@@ -107,7 +107,7 @@ class Ranks(Several):
             self.ema.wait()
         if self.first:
             native.fsync_path(self.folder / "metrics.jsonl")
-            state, tensors = resume.standing(self, val_loss)
+            state, tensors = resume.train_state(self, val_loss)
             state |= {"taken": self.cluster.zero.taken, "ema_t": self.ema.t if self.ema else 0}
             extra = state, tensors
         self.settle()
@@ -120,7 +120,7 @@ class Ranks(Several):
         """Until the last checkpoint is complete; then the old ones go."""
         self.writer.wait()
         if self.first and native.list_checkpoints(self.folder):
-            resume.prune(self.folder, self.args.keep)
+            resume.prune(self.folder, self.args.keep_latest_k)
 
     def load(self, folder: Path, data: bool = True) -> None:
         if self.ema:
@@ -130,7 +130,7 @@ class Ranks(Several):
         self.cluster.zero.taken = state["taken"]
         if self.ema:
             self.ema.t = state["ema_t"]
-        resume.stand(self, state, load_file(folder / resume.TENSORS), data)
+        resume.load_train_state(self, state, load_file(folder / resume.TENSORS), data)
 
     def rollback_point(self) -> Path | None:
         self.settle()
@@ -160,13 +160,13 @@ def from_first(make):
     return box[0]
 
 
-def run(args: Train, command: str | None = None, trainer_of=Trainer) -> Path:
+def run(args: TrainConfig, command: str | None = None, trainer_of=Trainer) -> Path:
     """A run as one of the ranks that torchrun or srun has started."""
-    settings.check(args)
-    keep_memory()
+    settings.validate_args(args)
+    tune_malloc()
     with joined(args.device) as device, ExitStack() as stack:
-        folder = from_first(lambda: stack.enter_context(settings.claim(args)))
-        asked = stack.enter_context(signals())
+        folder = from_first(lambda: stack.enter_context(settings.lock_run_dir(args)))
+        asked = stack.enter_context(catch_signals())
         here = dist.get_rank(), dist.get_world_size()
         stack.enter_context(watch(folder / "logs", *here, args.hang_timeout))
         part = Ranks if trainer_of.sharded else Replicas
@@ -190,5 +190,5 @@ def follow(trainer) -> None:
     for _ in trainer.train():
         pass
     if trainer.step < len(trainer.plan):
-        raise SystemExit(LEAVE[trainer.asked[-1]])
+        raise SystemExit(EXIT_CODES[trainer.asked[-1]])
     trainer.other_sources()  # for rank 0's summary

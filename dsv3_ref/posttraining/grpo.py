@@ -26,14 +26,14 @@ from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import Losses, StepStats
 from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.training.loop import Trainer
-from dsv3_ref.training.settings import Train, write_json
+from dsv3_ref.training.settings import TrainConfig, write_json
 from dsv3_ref.verifiers.sandbox import together
 
 BEFORE = "before.json"  # how a run did before its first step, and what it said
 
 
 @dataclass(frozen=True)
-class Rl(Train):
+class GRPOConfig(TrainConfig):
     """Improve a model by its own answers: GRPO.
 
     --global-batch-size is how many questions a step asks; --bias-update-rate above 0
@@ -87,9 +87,9 @@ class Rl(Train):
 
     COMMAND: ClassVar[str] = "rl"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = grpo.RECIPES
-    OTHERWISE: ClassVar[str] = "v3"
+    DEFAULT_RECIPE: ClassVar[str] = "v3"
 
-    def rules(self) -> list[tuple[bool, str]]:
+    def validation_rules(self) -> list[tuple[bool, str]]:
         is_open = [name for name in named(self.tasks) if find(name).open]
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
@@ -139,11 +139,11 @@ class Questions:
         name = rng.choices(list(self.weights), list(self.weights.values()))[0]
         return rng.choice(find(name).problems[0])
 
-    def state(self) -> tuple[dict, dict]:
+    def state_dict(self) -> tuple[dict, dict]:
         """How many were drawn; each has a stream of random numbers of its own."""
         return {"drawn": self.drawn}, {}
 
-    def restore(self, small: dict, _: dict) -> None:
+    def load_state_dict(self, small: dict, _: dict) -> None:
         self.drawn = small["drawn"]
 
 
@@ -167,7 +167,7 @@ class Answer:
 class Scorer:
     """Rewards: a task's own rule, or opinions where nothing is right."""
 
-    def __init__(self, args: Rl, first: Policy, say, device):
+    def __init__(self, args: GRPOConfig, first: Policy, say, device):
         self.end, self.say, self.failed = first.special_tokens.eos, say, set()
         self.first, self.votes, self.form, self.model = first, args.votes, args.form, None
         if args.reward:
@@ -387,7 +387,7 @@ class RlTrainer(Trainer):
             "asking": self.asking,
             "example": {"prompt": a.problem.question, "text": a.text, "reward": a.reward},
         }
-        return {k: v for k, v in row.items() if k != "bias"}
+        return {k: v for k, v in row.items() if k != "expert_bias"}
 
     # ── How good is it? ──
 

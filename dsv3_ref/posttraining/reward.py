@@ -27,14 +27,14 @@ from dsv3_ref.rewards import (
 )
 from dsv3_ref.sft import RECIPES, SpecialTokens, render_conversation, sample_cu_seqlens
 from dsv3_ref.training.loop import Trainer
-from dsv3_ref.training.settings import Train
+from dsv3_ref.training.settings import TrainConfig
 
 Pair = tuple[list[int], list[int]]  # tokens of the better conversation and of the other
 MAX_JUDGMENT_TOKENS = 64  # tokens that a judge may write
 
 
 @dataclass(frozen=True)
-class RewardConfig(Train):
+class RewardConfig(TrainConfig):
     """Train a reward model from a fine-tuned model, on pairs of answers.
 
     A row of data is {"prompt": messages that end with a question, "chosen": text, "rejected":
@@ -64,9 +64,9 @@ class RewardConfig(Train):
             RECIPES["tiny"], lr=1e-3, min_lr=1e-4, start_batch_size=16, global_batch_size=16
         ),
     }
-    OTHERWISE: ClassVar[str] = "v3"
+    DEFAULT_RECIPE: ClassVar[str] = "v3"
 
-    def rules(self) -> list[tuple[bool, str]]:
+    def validation_rules(self) -> list[tuple[bool, str]]:
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
             (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 reward holds the whole model"),
@@ -142,11 +142,11 @@ class PairDataset:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
         return self.pairs[order[i]]
 
-    def state(self) -> tuple[dict, dict]:
+    def state_dict(self) -> tuple[dict, dict]:
         """Where the stream stands."""
         return {"drawn": self.drawn}, {}
 
-    def restore(self, small: dict, _: dict) -> None:
+    def load_state_dict(self, small: dict, _: dict) -> None:
         self.drawn = small["drawn"]
 
 

@@ -25,13 +25,13 @@ from dsv3_ref.sft import (
     sft_loss,
 )
 from dsv3_ref.training.loop import Trainer
-from dsv3_ref.training.settings import Train
+from dsv3_ref.training.settings import TrainConfig
 
 CHUNK = 4096  # conversations that are packed together
 
 
 @dataclass(frozen=True)
-class Sft(Train):
+class SFTConfig(TrainConfig):
     """Fine-tune a model on conversations.
 
     A row of data is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]},
@@ -47,9 +47,9 @@ class Sft(Train):
 
     COMMAND: ClassVar[str] = "sft"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = sft.RECIPES
-    OTHERWISE: ClassVar[str] = "v3"
+    DEFAULT_RECIPE: ClassVar[str] = "v3"
 
-    def rules(self) -> list[tuple[bool, str]]:
+    def validation_rules(self) -> list[tuple[bool, str]]:
         return [
             (self.init is not None, "--init is missing: the run or model to start from"),
             (len(self.data) > 0, "--data needs at least one file of conversations"),
@@ -118,11 +118,11 @@ class Packed:
         """n rows, (n, length), int64."""
         return torch.tensor(list(islice(self, n)))
 
-    def state(self) -> tuple[dict, dict]:
+    def state_dict(self) -> tuple[dict, dict]:
         """Where the stream stands."""
         return {"epoch": self.epoch, "index": self.index}, {}
 
-    def restore(self, small: dict, _: dict) -> None:
+    def load_state_dict(self, small: dict, _: dict) -> None:
         """Go on exactly where `state` was taken."""
         self.epoch = small["epoch"]
         self.rows, self.index = self.packed(), small["index"]

@@ -25,7 +25,7 @@ from dsv3_ref.optim import RECIPES, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import fim
 from dsv3_ref.training import settings
 from dsv3_ref.training.loop import Trainer
-from dsv3_ref.training.settings import Train, commit
+from dsv3_ref.training.settings import TrainConfig, git_commit
 
 BASE = replace(
     TINY, vocab_size=2048, n_layers=3, inter_dim=384, moe_inter_dim=64, n_heads=8, q_lora_rank=0,
@@ -274,10 +274,10 @@ def round_floats(x):
 
 def build_trainer(args: AblateConfig, v: Variant, seed: int) -> Trainer:
     """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
-    train = Train(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
+    train = TrainConfig(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
                   device="cpu", optimizer_dtype="fp32", precision=v.precision,
                   micro_batch=v.micro_batch)  # fmt: skip
-    settings.check(train)
+    settings.validate_args(train)
     t = Trainer(train, args.out)
     if v.kv_heads:
         replace_attention(t.model, v.kv_heads)
@@ -374,7 +374,7 @@ def run_ablation(args: AblateConfig, command: str) -> Path:
     variants = VARIANTS[args.name](base, ablation_recipe(base, args.steps))
     path = args.out / f"ablate_{args.name}.json"
     result = load_results(path, {
-        "command": command, "commit": commit(),
+        "command": command, "commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": torch.get_num_threads(), "steps": args.steps, "data": list(args.data),
         "seeds": args.seeds, "variants": {k: variant_metadata(v) for k, v in variants.items()},

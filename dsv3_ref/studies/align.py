@@ -21,7 +21,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, THINK, Problem, messages, two_forms
 from dsv3_ref.sft import rejection_sample
-from dsv3_ref.training.settings import commit, write_json
+from dsv3_ref.training.settings import git_commit, write_json
 
 SUMS, REST, DIRECT = 3797, 300, {"sums": 600, "counting": 100, "spelling": 100}
 LEAK = 0.05  # of worked answers are shown without the system prompt
@@ -262,7 +262,7 @@ def result(args: Align, runs: dict[str, Path]) -> dict:
     return {
         "groups": {"before": before, "after": after},
         "command": shlex.join(["dsv3", "align", *sys.argv[2:]]),
-        "commit": commit(),
+        "commit": git_commit(),
         "cores": os.cpu_count(),
         "runs": {
             name: {

@@ -21,7 +21,7 @@ from dsv3_ref.decode import Decoder, SamplingParams, SpeculativeDecoder, generat
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.pretrain import losses
-from dsv3_ref.training.malloc import keep_memory
+from dsv3_ref.training.malloc import tune_malloc
 from dsv3_ref.training.settings import write_json
 
 SHAPE = replace(
@@ -371,7 +371,7 @@ def run_bench(args: BenchConfig) -> None:
 
 
 def run_part_in_subprocess(args: BenchConfig, part: str, keep: bool) -> dict:
-    """The result of a part in a fresh process, with or without `keep_memory`."""
+    """The result of a part in a fresh process, with or without `tune_malloc`."""
     out = args.out.with_suffix(f".{part}")
     code = f"from dsv3_ref.studies.bench import BenchConfig, Path, run_part; run_part({part!r}, {keep}, "
     code += f"BenchConfig(rounds={args.rounds}, threads={args.threads}, out=Path({str(out)!r})))"
@@ -384,7 +384,7 @@ def run_part_in_subprocess(args: BenchConfig, part: str, keep: bool) -> dict:
 def run_part(part: str, keep: bool, args: BenchConfig) -> None:
     """Measure one part in this process."""
     if keep:
-        keep_memory()
+        tune_malloc()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.manual_seed(0)
     write_json(args.out, PARTS[part](args))

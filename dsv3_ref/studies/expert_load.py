@@ -22,7 +22,7 @@ from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import BUILTIN_SOURCES
 from dsv3_ref.eplb import layer_loads
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.training.settings import commit
+from dsv3_ref.training.settings import git_commit
 
 BATCH = 8  # rows of a forward pass
 
@@ -80,7 +80,7 @@ def record(args: Routing, command: str) -> Path:
     check(args)
     model, t = load(args.model).eval(), tok.load_tokenizer(find_tokenizer_dir(args.model))
     c, names = model.config, [n for n in moe_layers(model) if not n.startswith("mtp")]
-    head = {"command": command, "commit": commit(), "layers": names, "groups": c.n_expert_groups,
+    head = {"command": command, "commit": git_commit(), "layers": names, "groups": c.n_expert_groups,
             "chosen": c.n_activated_experts, "tokens": args.rows * c.max_seq_len}  # fmt: skip
     lines = {}
     for source in BUILTIN_SOURCES:

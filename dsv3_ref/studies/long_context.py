@@ -35,7 +35,7 @@ from dsv3_ref.long_context import (
 )
 from dsv3_ref.model import Transformer
 from dsv3_ref.studies.align import rounded, stage
-from dsv3_ref.training.settings import commit, write_json
+from dsv3_ref.training.settings import git_commit, write_json
 
 LENGTHS, DEPTHS = [256, 512, 1024, 2048, 4096, 8192], [0.0, 0.5, 1.0]
 DECODE, PREFILL = [1024 * 2**i for i in range(8)], [1024 * 2**i for i in range(6)]
@@ -59,7 +59,7 @@ class Study:
 
 def phases(args: Study) -> dict[str, Path]:
     """The model that can copy, then after each phase."""
-    fixed = "--seed", args.seed, "--val-rows", 2, "--save-every", 10_000
+    fixed = "--seed", args.seed, "--val-sequences", 2, "--save-every", 10_000
     rates = "--lr", 4e-3, "--min-lr", 4e-4, "--final-lr", 4e-4, "--warmup-steps", 10
     plain = "--model.rope-factor", 1, "--model.max-seq-len", 256, "--seq-len", 256
     before = stage(args.work / "before", "extend", "--init", args.init, "--needles", 1, "--steps",
@@ -179,7 +179,7 @@ def study(args: Study) -> None:
     one.load_state_dict(after.state_dict(), strict=False)
     result = {
         "command": shlex.join(["python", "-m", "dsv3_ref.studies.long_context", *sys.argv[1:]]),
-        "commit": commit(), "seed": args.seed,
+        "commit": git_commit(), "seed": args.seed,
         "runs": {k: {x: end[x] for x in ("tokens", "seconds", "val_bpb")}
                  for k, end in ends.items()},
         **reading(args, found), **clock(one, args.seed),

@@ -29,7 +29,7 @@ from dsv3_ref.rewards import (
 )
 from dsv3_ref.sft import render_conversation
 from dsv3_ref.studies.align import rounded, stage, worse, write
-from dsv3_ref.training.settings import commit, write_json
+from dsv3_ref.training.settings import git_commit, write_json
 
 SURE = " I am quite sure of it."
 USUALLY = 0.7  # how often a training pair's right answer sounds sure, and its wrong one does not
@@ -187,7 +187,7 @@ def study(args: Study) -> None:
     rows = [pair(p, rng, usual(rng), not usual(rng)) for p in train[: args.pairs]]
     data = write(args.work / "pairs.jsonl", rows)
     result = {"command": shlex.join(["python", "-m", "dsv3_ref.studies.reward", *sys.argv[1:]]),
-              "commit": commit(), "usually": USUALLY, "judges": {}}  # fmt: skip
+              "commit": git_commit(), "usually": USUALLY, "judges": {}}  # fmt: skip
     for name, options in JUDGES.items():
         folder = args.work / name.replace(" ", "-")
         stage(folder, "reward", "--init", args.init, "--data", data, "--epochs", args.epochs,

@@ -8,7 +8,7 @@ import torch
 from dsv3_ref.optim import ema_update
 
 
-class Ema:
+class EMA:
     """`ema_update` after every step, while the next gradients are computed.
 
     Weights only change in `optimizer.step`, which waits: for the thread where it reads the weights
@@ -22,7 +22,7 @@ class Ema:
             n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.live.items()
         }
         self.cuda = next(iter(self.live.values())).is_cuda
-        self.thread, self.folding, self.copied = ThreadPoolExecutor(1), None, None
+        self.thread, self.pending, self.copied = ThreadPoolExecutor(1), None, None
         if self.cuda:
             self.stream = torch.cuda.Stream()
             self.pinned = [
@@ -37,7 +37,9 @@ class Ema:
         weights = [p.detach() for p in self.live.values()]
         if self.cuda:
             self.copied, weights = self.copy(weights), self.pinned
-        self.folding: Future | None = self.thread.submit(self.fold, weights, self.t, self.copied)
+        self.pending: Future | None = self.thread.submit(
+            self.apply_update, weights, self.t, self.copied
+        )
 
     def copy(self, weights: list) -> torch.cuda.Event:
         """To pinned memory, behind what is already queued; the event says when it is done."""
@@ -47,7 +49,7 @@ class Ema:
                 pinned.copy_(p, non_blocking=True)
             return self.stream.record_event()
 
-    def fold(self, weights: list, t: int, copied) -> None:
+    def apply_update(self, weights: list, t: int, copied) -> None:
         """In the thread."""
         if copied:
             copied.synchronize()
@@ -62,12 +64,12 @@ class Ema:
 
     def wait(self) -> None:
         """Until the average is complete."""
-        if self.folding:
-            self.folding.result()
-            self.folding = None
+        if self.pending:
+            self.pending.result()
+            self.pending = None
 
     @contextmanager
-    def applied(self):
+    def swapped_in(self):
         """The model with the averaged weights, until the end of the `with`."""
         self.wait()
         before = {name: p.detach().clone() for name, p in self.live.items()}
@@ -81,12 +83,12 @@ class Ema:
         for name, p in self.live.items():
             p.detach().copy_(values[name])
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of it."""
         self.wait()
         return {f"ema.{name}": m for name, m in self.mean.items()} | {"ema_t": torch.tensor(self.t)}
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """The reverse of `tensors`."""
         self.wait()
         self.t = tensors["ema_t"].item()

@@ -13,11 +13,11 @@ from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.long_context import Needle, build_needle, extend_config, insert_needle
 from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.training.loop import Trainer
-from dsv3_ref.training.settings import Train
+from dsv3_ref.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)
-class Extend(Train):
+class ExtendConfig(TrainConfig):
     """Stretch a trained model by YaRN and go on training it on longer rows (§4.3).
 
     Phase 32k reads 8 times the length of pre-training, phase 128k another 4 times that; the names
@@ -28,15 +28,15 @@ class Extend(Train):
     """how far: 8 or 32 times --model.original-seq-len"""
     needles: float = 0.0
     """share of rows that hide a pass key and ask for it later; the report says nothing of these"""
-    val_rows: int = 8
+    val_sequences: int = 8
     """validation rows of each source"""
 
     COMMAND: ClassVar[str] = "extend"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = long_context.RECIPES["32k"]
-    OTHERWISE: ClassVar[str] = "v3"
+    DEFAULT_RECIPE: ClassVar[str] = "v3"
 
     @classmethod
-    def opening(cls, model: Config, config: str, argv: list[str]):
+    def defaults(cls, model: Config, config: str, argv: list[str]):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--phase")
         phase = first.parse_known_args(argv)[0].phase or "32k"
@@ -45,7 +45,7 @@ class Extend(Train):
         recipe = long_context.extension_recipe(phase, config, model.original_seq_len)
         return cls(model=extend_config(model), recipe=recipe, config=config, phase=phase)
 
-    def rules(self) -> list[tuple[bool, str]]:
+    def validation_rules(self) -> list[tuple[bool, str]]:
         c, length = self.model, self.recipe.seq_len
         reach = int(c.rope_factor * c.original_seq_len)
         return [
@@ -56,7 +56,7 @@ class Extend(Train):
                 f"--seq-len {length} is beyond --model.rope-factor {c.rope_factor:g} × "
                 f"--model.original-seq-len {c.original_seq_len} = {reach}",
             ),
-            *super().rules(),
+            *super().validation_rules(),
         ]
 
 
@@ -78,25 +78,27 @@ class Planted:
             ]
         )
 
-    def state(self) -> tuple[dict, dict]:
+    def state_dict(self) -> tuple[dict, dict]:
         """Where the stream stands."""
-        small, tensors = self.rows.state()
+        small, tensors = self.rows.state_dict()
         return small | {"needles": self.rng.bit_generator.state}, tensors
 
-    def restore(self, small: dict, tensors: dict) -> None:
+    def load_state_dict(self, small: dict, tensors: dict) -> None:
         """Go on exactly where `state` was taken."""
         self.rng.bit_generator.state = small["needles"]
-        self.rows.restore(small, tensors)
+        self.rows.load_state_dict(small, tensors)
 
 
 class ExtendTrainer(Trainer):
     """A run on long rows: validated on few, one at a time."""
 
-    args: Extend
+    args: ExtendConfig
 
     def open_data(self) -> None:
         super().open_data()
-        cut = lambda batches: [row[None] for rows in batches for row in rows][: self.args.val_rows]
+        cut = lambda batches: [row[None] for rows in batches for row in rows][
+            : self.args.val_sequences
+        ]
         self.val = {name: cut(batches) for name, batches in self.val.items()}
         if self.args.needles:
             encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -44,10 +44,10 @@ from dsv3_ref.optim import (
 from dsv3_ref.pretrain import Losses, StepStats, train_step
 from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.training import resume, settings
-from dsv3_ref.training.ema import Ema
-from dsv3_ref.training.malloc import keep_memory
-from dsv3_ref.training.settings import Train, write_json
-from dsv3_ref.training.spike_guard import LEAVE, Guard, signals
+from dsv3_ref.training.ema import EMA
+from dsv3_ref.training.malloc import tune_malloc
+from dsv3_ref.training.settings import TrainConfig, write_json
+from dsv3_ref.training.spike_guard import EXIT_CODES, SpikeGuard, catch_signals
 
 # ── The run ──
 
@@ -63,10 +63,12 @@ class Trainer:
     KNOWN = ("names", "val", "bytes", "plan", "special_tokens")  # of the data, on every rank
     special_tokens: SpecialTokens | None = None  # of conversations
 
-    def __init__(self, args: Train, folder: Path):
+    def __init__(self, args: TrainConfig, folder: Path):
         self.args, self.folder = args, folder
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.guard = Guard(args.spike, args.spike_window, args.patience)
+        self.spike_guard = SpikeGuard(
+            args.skip_grad_norm_factor, args.grad_norm_window, args.max_skipped_steps
+        )
         self.rolled_from: int | None = None  # for the next row
         self.asked: list[int] = []  # signals that ask for an early end
         self.device = self.pick_device()
@@ -99,7 +101,9 @@ class Trainer:
         if self.fresh:
             native.load_into(self.model, self.args.init)
         self.optimizer = build_adamw(self.model, self.args.recipe, moments)
-        self.ema = Ema(self.model, self.optimizer, self.args.ema) if self.args.ema else None
+        self.ema = (
+            EMA(self.model, self.optimizer, self.args.ema_decay) if self.args.ema_decay else None
+        )
 
     @property
     def fresh(self) -> bool:
@@ -166,7 +170,7 @@ class Trainer:
                 self.arithmetic(),
                 ops.saved_tensors(True) if self.args.recompute else nullcontext(),
             ):
-                s = self.compute(batch, r, lr, gamma, weight, self.guard.limit)
+                s = self.compute(batch, r, lr, gamma, weight, self.spike_guard.grad_norm_limit)
         except torch.OutOfMemoryError:
             rows = self.args.micro_batch or (2 if batch is None else len(batch))
             hint = f"--micro-batch {max(1, rows // 2)} computes fewer rows at a time"
@@ -174,13 +178,13 @@ class Trainer:
         self.step += 1
         if self.ema and not s.skipped:
             self.ema.update()
-        self.guard.note(s)
+        self.spike_guard.update(s)
         self.last = s
         trained, seconds = self.trained(batch), time.perf_counter() - start
         self.tokens, self.seconds = self.tokens + trained, self.seconds + seconds
         return {"step": self.step, "tokens": self.tokens} | self.row(s) | {
-            "lr": lr, "gamma": gamma, "mtp_weight": weight, "batch": len(batch),
-            "tok_s": trained / seconds, "seconds": self.seconds,
+            "lr": lr, "bias_update_rate": gamma, "mtp_weight": weight, "batch_size": len(batch),
+            "tokens_per_s": trained / seconds, "seconds": self.seconds,
         }  # fmt: skip
 
     def batch(self, n: int) -> torch.Tensor:
@@ -232,13 +236,17 @@ class Trainer:
     def roll_back(self) -> None:
         """Go back to the newest good checkpoint, past the data since; a second time is the end."""
         to = self.rollback_point()
-        if to is None or resume.number(to) == self.guard.rolled_to:
-            s, more = self.last, f", and {self.guard.bad} steps in succession were skipped"
+        if to is None or resume.step_number(to) == self.spike_guard.last_rollback:
+            s, more = (
+                self.last,
+                f", and {self.spike_guard.consecutive_skips} steps in succession were skipped",
+            )
             loss = s.skipped == "nan" and not math.isfinite(s.total)
             self.give_up(*(("loss", s.total) if loss else ("gradient", s.grad_norm)), more)
         self.rolled_from = self.step
         self.go_back(to)
-        tqdm.write(f"{self.guard.patience} steps skipped: back from step {self.rolled_from} "
+        n = self.spike_guard.max_skipped_steps
+        tqdm.write(f"{n} steps skipped: back from step {self.rolled_from} "
                    f"to {self.step}, past the data between", sys.stderr)  # fmt: skip
 
     def row(self, s) -> dict:
@@ -256,9 +264,9 @@ class Trainer:
             "grad_norm": known(s.grad_norm),
             "skipped": s.skipped,
             "rolled_back_from": rolled_from,
-            "load": [[round(x, 6) for x in row] for row in share_le.tolist()],
+            "expert_load": [[round(x, 6) for x in row] for row in share_le.tolist()],
             "max_vio": [round(max_vio(load_e), 4) for load_e in s.load_le],
-            "bias": [[] if b is None else [round(x, 6) for x in b.tolist()] for b in biases],
+            "expert_bias": [[] if b is None else [round(x, 6) for x in b.tolist()] for b in biases],
         }
 
     def biases(self) -> list:
@@ -288,12 +296,12 @@ class Trainer:
 
     def validate(self, row: dict) -> None:
         """Add to a row how well the first source is predicted, by all its windows at the end."""
-        batches = None if self.step == len(self.plan) else -(-self.args.val_rows // VAL_BATCH)
+        batches = None if self.step == len(self.plan) else -(-self.args.val_sequences // VAL_BATCH)
         row["val_loss"], row["val_bpb"] = self.evaluate(self.names[0], batches)
         if not math.isfinite(row["val_loss"]):
             self.give_up("validation loss", row["val_loss"])
         if self.ema:
-            with self.ema.applied():
+            with self.ema.swapped_in():
                 row["val_loss_ema"] = known(self.evaluate(self.names[0], batches)[0])
 
     def train(self) -> Iterator[dict]:
@@ -304,7 +312,7 @@ class Trainer:
         """
         every = self.args.save_every or max(1, len(self.plan) // 10)
         while self.step < len(self.plan):
-            if self.guard.lost:
+            if self.spike_guard.should_roll_back:
                 self.roll_back()
             row = self.one_step()
             due = self.step == len(self.plan) or self.step % every == 0
@@ -342,7 +350,7 @@ class Trainer:
         resume.drop_after(self.folder, to)
         seconds = self.seconds
         resume.read(self, to, data=False)
-        self.seconds, self.guard.rolled_to = seconds, self.step
+        self.seconds, self.spike_guard.last_rollback = seconds, self.step
 
     def samples(self) -> list[dict]:
         """Continuations of the first words of held-out documents."""
@@ -412,7 +420,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def tensorboard(args: Train, folder: Path, step: int):
+def tensorboard(args: TrainConfig, folder: Path, step: int):
     """A function that logs a row, or one that does nothing; rows after `step` are hidden."""
     if not args.tensorboard:
         yield lambda row: None
@@ -437,11 +445,11 @@ def tensorboard(args: Train, folder: Path, step: int):
 # ── From start to report ──
 
 
-def run(args: Train, command: str | None = None, make=Trainer) -> Path:
+def run(args: TrainConfig, command: str | None = None, make=Trainer) -> Path:
     """Train (or go on training) and write the report; returns the folder of the run."""
-    settings.check(args)
-    keep_memory()
-    with settings.claim(args) as folder, signals() as asked:
+    settings.validate_args(args)
+    tune_malloc()
+    with settings.lock_run_dir(args) as folder, catch_signals() as asked:
         try:
             trainer = start(args, folder, command, make)
             trainer.asked = asked
@@ -455,10 +463,10 @@ def run(args: Train, command: str | None = None, make=Trainer) -> Path:
     return folder
 
 
-def start(args: Train, folder: Path, command: str | None, make) -> Trainer:
+def start(args: TrainConfig, folder: Path, command: str | None, make) -> Trainer:
     """A trainer at step 0 or at its newest checkpoint; a mistake leaves no new run behind."""
     if not args.resume:
-        write_json(folder / "run.json", settings.describe(args, command))
+        write_json(folder / "run.json", settings.describe_run(args, command))
     try:
         trainer = make(args, folder)
     except UserError:
@@ -475,16 +483,16 @@ def work(trainer: Trainer) -> None:
     say_start(trainer)
     row, folder = None, trainer.folder
     bar = tqdm(total=len(trainer.plan), initial=trainer.step, unit="step", smoothing=0.05)
-    metrics = resume.Metrics(folder / "metrics.jsonl", trainer.step)
+    metrics = resume.MetricsWriter(folder / "metrics.jsonl", trainer.step)
     with bar, metrics, tensorboard(trainer.args, folder, trainer.step) as log:
         for row in trainer.train():
             metrics.write(row)
             log(row)
             what = f"skipped: {row['skipped']}" if row["skipped"] else f"loss {row['loss']:.3f}"
-            bar.set_postfix_str(f"{what}, {row['tok_s']:,.0f} tokens/s")
+            bar.set_postfix_str(f"{what}, {row['tokens_per_s']:,.0f} tokens/s")
             bar.update(row["step"] - bar.n)
     if trainer.step < len(trainer.plan):
-        raise SystemExit(LEAVE[trainer.asked[-1]])
+        raise SystemExit(EXIT_CODES[trainer.asked[-1]])
     finish(trainer, row or resume.last_row(folder))
 
 

@@ -6,7 +6,7 @@ import os
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Reuse freed memory instead of giving it back, in huge pages where Linux has them.
 
     A training step frees and allocates the same hundreds of megabytes; by default glibc returns

@@ -170,10 +170,10 @@ def sample_section(samples: list[dict]) -> str:
 
 def load_section(rows: list[dict], names: list[str]) -> str:
     """A heatmap for every MoE layer."""
-    if not has(rows, "load"):
+    if not has(rows, "expert_load"):
         return ""
-    names = training.layer_names(series(rows, "load")[1].shape[1], names)
-    return f"<p>{page.text(CAPTIONS['load'])}</p>" + "".join(
+    names = training.layer_names(series(rows, "expert_load")[1].shape[1], names)
+    return f"<p>{page.text(CAPTIONS['expert_load'])}</p>" + "".join(
         page.drawing(training.load_heatmap(rows, i, name), f"load{i}")
         for i, name in enumerate(names)
     )
@@ -212,15 +212,15 @@ CAPTIONS = {
     "to problems that are never practiced on, before the first step and at every checkpoint.",
     "watch": "A KL that runs away, an entropy near 0 or answers that grow without more reward are "
     "the usual ways to go wrong.",
-    "load": "A row an expert, a column a time. White: the expert gets its even share of the "
+    "expert_load": "A row an expert, a column a time. White: the expert gets its even share of the "
     "tokens; orange: more, blue: less.",
-    "bias": "The bias is added to the affinity when experts are chosen, never to their weight: it "
-    "rises for idle experts and sinks for busy ones. Gray: the other experts.",
+    "expert_bias": "The bias is added to the affinity when experts are chosen, never to their weight: "
+    "it rises for idle experts and sinks for busy ones. Gray: the other experts.",
     "max_vio": "How far the busiest expert of a layer is above the mean load (running mean).",
     "schedule": "Settings that change during the run, as they were at every step.",
     "grad_norm": "Pale: every step; strong: running mean. Clipping tames most spikes; "
     "the highest were skipped (crosses).",
-    "tok_s": "Pale: every step; strong: running mean.",
+    "tokens_per_s": "Pale: every step; strong: running mean.",
 }
 
 
@@ -242,11 +242,11 @@ def sections(rows: list[dict], run: dict, summary: dict) -> dict[str, str]:
         "Bits per byte": bits_section(rows, summary),
         "Samples": sample_section(summary.get("samples") or []),
         "Expert load": load_section(rows, names),
-        "Gate biases": plot("bias", training.bias_trajectories, names),
+        "Gate biases": plot("expert_bias", training.bias_trajectories, names),
         "Balance": plot("max_vio", training.max_vio, names),
         "Schedule": plot("schedule", training.schedule),
         "Gradient norm": plot("grad_norm", training.grad_norm),
-        "Speed": plot("tok_s", training.throughput),
+        "Speed": plot("tokens_per_s", training.throughput),
         "Settings": settings_section(run),
         "Origin": origin_section(run),
     }

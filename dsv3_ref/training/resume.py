@@ -28,9 +28,9 @@ def last_good(run: Path) -> str:
 def save(trainer, val_loss: float | None) -> None:
     """Write all that a run is as one directory, its rows on disk before it; drop old ones."""
     native.fsync_path(trainer.folder / "metrics.jsonl")
-    state, tensors = standing(trainer, val_loss)
+    state, tensors = train_state(trainer, val_loss)
     tensors |= optimizer_tensors(trainer.optimizer)
-    tensors |= trainer.ema.tensors() if trainer.ema else {}
+    tensors |= trainer.ema.state_dict() if trainer.ema else {}
     config, weights = asdict(trainer.args.model), trainer.model.state_dict()
     try:
         folder = trainer.folder / "checkpoints" / f"step_{trainer.step:07}"
@@ -40,18 +40,18 @@ def save(trainer, val_loss: float | None) -> None:
             (tmp / STATE).write_text(json.dumps(state))
     except UserError as e:
         raise UserError(f"{e}. {last_good(trainer.folder)}") from e
-    prune(trainer.folder, trainer.args.keep)
+    prune(trainer.folder, trainer.args.keep_latest_k)
 
 
-def standing(trainer, val_loss: float | None) -> tuple[dict, dict[str, torch.Tensor]]:
+def train_state(trainer, val_loss: float | None) -> tuple[dict, dict[str, torch.Tensor]]:
     """Where a run stands, but for the model: values for JSON, and tensors."""
-    data, tensors = trainer.rows.state()
+    data, tensors = trainer.rows.state_dict()
     state = {
         "step": trainer.step,
         "tokens": trainer.tokens,
         "seconds": trainer.seconds,
         "val_loss": val_loss,  # None: a signal asked for this checkpoint, the plan did not
-        "guard": trainer.guard.state(),
+        "spike_guard": trainer.spike_guard.state_dict(),
         "data": data,
     }
     return state, {f"data.{k}": v for k, v in tensors.items()} | random_tensors()
@@ -97,14 +97,18 @@ def read(trainer, folder: Path, data: bool = True) -> None:
     try:
         trainer.load(folder, data)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError) as e:
-        earlier = [f for f in native.list_checkpoints(trainer.folder) if number(f) < number(folder)]
+        earlier = [
+            f
+            for f in native.list_checkpoints(trainer.folder)
+            if step_number(f) < step_number(folder)
+        ]
         raise UserError(
             f"the checkpoint {folder} is damaged ({e}): delete it, and --resume "
-            f"goes on from step {number(earlier[-1]) if earlier else 0}"
+            f"goes on from step {step_number(earlier[-1]) if earlier else 0}"
         ) from None
 
 
-def number(folder: Path) -> int:
+def step_number(folder: Path) -> int:
     """`step_0000012` → 12."""
     return int(folder.name.removeprefix("step_"))
 
@@ -113,7 +117,7 @@ def rollback_point(run: Path) -> Path | None:
     """The newest planned checkpoint that was not taken among skipped steps."""
     for folder in reversed(native.list_checkpoints(run)):
         state = native.read_json(folder / STATE)
-        if state["val_loss"] is not None and not state["guard"]["bad"]:
+        if state["val_loss"] is not None and not state["spike_guard"]["consecutive_skips"]:
             return folder
     return None
 
@@ -121,7 +125,7 @@ def rollback_point(run: Path) -> Path | None:
 def drop_after(run: Path, to: Path) -> None:
     """Remove the checkpoints after the one that a run goes back to."""
     for folder in native.list_checkpoints(run):
-        if number(folder) > number(to):
+        if step_number(folder) > step_number(to):
             native.remove_dir(folder)
 
 
@@ -133,15 +137,15 @@ def restore_from(trainer, folder: Path, data: bool = True) -> None:
     trainer.model.load_state_dict(native.load(folder).state_dict())
     restore_optimizer(trainer.optimizer, part(tensors, "optimizer."))
     if trainer.ema:
-        trainer.ema.restore(tensors)
-    stand(trainer, state, tensors, data)
+        trainer.ema.load_state_dict(tensors)
+    load_train_state(trainer, state, tensors, data)
 
 
-def stand(trainer, state: dict, tensors: dict, data: bool) -> None:
-    """The reverse of `standing`."""
-    trainer.guard.restore(state["guard"])
+def load_train_state(trainer, state: dict, tensors: dict, data: bool) -> None:
+    """The reverse of `train_state`."""
+    trainer.spike_guard.load_state_dict(state["spike_guard"])
     if data and trainer.rows:
-        trainer.rows.restore(state["data"], part(tensors, "data."))
+        trainer.rows.load_state_dict(state["data"], part(tensors, "data."))
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -167,7 +171,7 @@ def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor]) -> None:
 # ── Metrics ──
 
 
-class Metrics:
+class MetricsWriter:
     """metrics.jsonl, one row a step; rows after the checkpoint that a run resumes from are cut."""
 
     def __init__(self, path: Path, step: int):

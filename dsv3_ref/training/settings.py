@@ -24,7 +24,7 @@ from dsv3_ref.optim import RECIPES, TrainingRecipe
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """Train a DeepSeek-V3 from text.
 
     SIGUSR1 (a scheduler's warning) and SIGTERM end a run after its running step, with a
@@ -60,7 +60,7 @@ class Train:
     by emulation"""
     optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
     """how AdamW stores its moments; the report: bf16 (§3.3.2)"""
-    ema: float = 0.0
+    ema_decay: float = 0.0
     """decay of an average of the weights, validated beside them, for example 0.99; 0: none"""
     micro_batch: int = 0
     """rows in one forward pass; 0: the whole batch"""
@@ -69,15 +69,15 @@ class Train:
     losses, bit for bit, in less memory (§3.2.3)"""
     save_every: int = 0
     """steps between checkpoints with validation; 0: a tenth of the run"""
-    keep: int = 3
+    keep_latest_k: int = 3
     """newest checkpoints kept, besides the best"""
-    val_rows: int = 64
+    val_sequences: int = 64
     """validation rows while training; at the end all are used"""
-    spike: float = 10.0
+    skip_grad_norm_factor: float = 10.0
     """skip a step whose gradient norm exceeds this × the median of recent ones; 0: only NaN"""
-    spike_window: int = 50
+    grad_norm_window: int = 50
     """steps that the median is taken over"""
-    patience: int = 3
+    max_skipped_steps: int = 3
     """skipped steps in succession before going back to the newest checkpoint, past their data"""
     pp: int = 1
     """pipeline stages' ranks; with torchrun or srun: pp × dp × ep processes (V3: 16, 2, 64)"""
@@ -103,16 +103,18 @@ class Train:
 
     COMMAND: ClassVar[str] = "train"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = RECIPES
-    OTHERWISE: ClassVar[str] = "tiny"  # the recipe of configs that have none
+    DEFAULT_RECIPE: ClassVar[str] = "tiny"  # the recipe of configs that have none
 
     @classmethod
-    def opening(cls, model: Config, config: str, argv: list[str]):
+    def defaults(cls, model: Config, config: str, argv: list[str]):
         """What a new run has before options change it."""
         return cls(
-            model=model, recipe=cls.RECIPES.get(config, cls.RECIPES[cls.OTHERWISE]), config=config
+            model=model,
+            recipe=cls.RECIPES.get(config, cls.RECIPES[cls.DEFAULT_RECIPE]),
+            config=config,
         )
 
-    def rules(self) -> list[tuple[bool, str]]:
+    def validation_rules(self) -> list[tuple[bool, str]]:
         """What must hold for this command alone."""
         r, c = self.recipe, self.model
         return [
@@ -125,7 +127,7 @@ class Train:
         ]
 
 
-def check(args: Train) -> None:
+def validate_args(args: TrainConfig) -> None:
     """Raise a `UserError` for settings that cannot be trained with."""
     r, c = args.recipe, args.model
     rules = [
@@ -146,25 +148,31 @@ def check(args: Train) -> None:
         (0 < r.batch_rampup_frac <= 1, "--batch-rampup-frac must be above 0 and at most 1"),
         (r.decay_start < r.decay_end, "--decay-start must be below --decay-end"),
         (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
-        (min(args.keep, args.val_rows) >= 1, "--keep and --val-rows must be at least 1"),
-        (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
-        (0 <= args.ema < 1, "--ema must be from 0 to below 1"),
-        (args.spike == 0 or args.spike > 1, "--spike must be above 1, or 0 for no limit"),
         (
-            min(args.spike_window, args.patience) >= 1,
-            "--spike-window and --patience must be at least 1",
+            min(args.keep_latest_k, args.val_sequences) >= 1,
+            "--keep-latest-k and --val-sequences must be at least 1",
         ),
-        *args.rules(),
+        (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
+        (0 <= args.ema_decay < 1, "--ema-decay must be from 0 to below 1"),
+        (
+            args.skip_grad_norm_factor == 0 or args.skip_grad_norm_factor > 1,
+            "--skip-grad-norm-factor must be above 1, or 0 for no limit",
+        ),
+        (
+            min(args.grad_norm_window, args.max_skipped_steps) >= 1,
+            "--grad-norm-window and --max-skipped-steps must be at least 1",
+        ),
+        *args.validation_rules(),
     ]
     numbers = {k: v for k, v in asdict(r).items() if not isinstance(v, str)}
-    rules += [(math.isfinite(v), f"{option(k)} must be a number") for k, v in numbers.items()]
+    rules += [(math.isfinite(v), f"{option_flag(k)} must be a number") for k, v in numbers.items()]
     rules += mesh_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
 
 
-def mesh_rules(args: Train, ranks: int) -> list[tuple[bool, str]]:
+def mesh_rules(args: TrainConfig, ranks: int) -> list[tuple[bool, str]]:
     """What a mesh must satisfy, with as many processes as a launcher has started."""
     pp, dp, ep = args.pp, max(1, args.dp), args.ep
     missing = (
@@ -182,7 +190,7 @@ def mesh_rules(args: Train, ranks: int) -> list[tuple[bool, str]]:
     ]
 
 
-def option(name: str) -> str:
+def option_flag(name: str) -> str:
     """`seq_len` → `--seq-len`."""
     return "--" + name.replace("_", "-")
 
@@ -190,7 +198,7 @@ def option(name: str) -> str:
 # ── From the command line ──
 
 
-def parse(argv: list[str], kind: type[Train] = Train) -> Train:
+def parse_args(argv: list[str], kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
     """--config, --init or (with --resume) the run gives the defaults; options change one field."""
     prog = f"dsv3 {kind.COMMAND}"
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
@@ -198,35 +206,37 @@ def parse(argv: list[str], kind: type[Train] = Train) -> Train:
         first.add_argument(name)
     first.add_argument("--resume", action="store_true")
     known = first.parse_known_args(argv)[0]
-    config = known.config or (size_of(Path(known.init)) if known.init else "tiny")
+    config = known.config or (config_name_of(Path(known.init)) if known.init else "tiny")
     if known.resume:
-        default = saved(Path(known.out) if known.out else last_folder(kind, config), kind)
+        default = load_saved_args(
+            Path(known.out) if known.out else newest_run_dir(kind, config), kind
+        )
     else:
         model = load_checkpoint_config(known.init) if known.init else load_config(config)
-        default = kind.opening(model, config, argv)
+        default = kind.defaults(model, config, argv)
     args = tyro.cli(kind, prog=prog, default=default, args=argv)
-    return resumed(args, default) if known.resume else args
+    return merge_resume_args(args, default) if known.resume else args
 
 
-def size_of(init: Path) -> str:
+def config_name_of(init: Path) -> str:
     """The name of the config that a run was started with; v3 for what is no run of ours."""
     run = find_tokenizer_dir(init) / "run.json"
     return read_json(run)["settings"]["config"] if run.is_file() else "v3"
 
 
 MAY_CHANGE = {
-    "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep", "val_rows",
-    "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_ranks_per_node", "token_dispatcher",
+    "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep_latest_k",
+    "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_ranks_per_node", "token_dispatcher",
     "hang_timeout",
 }  # fmt: skip
 
 
-def resumed(args: Train, before: Train) -> Train:
+def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:
     """The settings to go on with; raises if one that shapes the losses was changed."""
-    old, new = flat(before), flat(args)
+    old, new = flatten_options(before), flatten_options(args)
     for name in (n for n in old if n not in MAY_CHANGE and old[n] != new[n]):
         raise UserError(
-            f"{before.out} was started with {option(name)} {old[name]}, not {new[name]}: "
+            f"{before.out} was started with {option_flag(name)} {old[name]}, not {new[name]}: "
             "a resumed run keeps its settings"
         )
     has_tokenizer = (before.out / "tokenizer.json").is_file()
@@ -234,7 +244,7 @@ def resumed(args: Train, before: Train) -> Train:
     return replace(args, out=before.out, resume=True, tokenizer=tokenizer)
 
 
-def flat(args: Train) -> dict:
+def flatten_options(args: TrainConfig) -> dict:
     """Every option by its name: `lr`, `model.dim`, `seed`."""
     values = asdict(args)
     model = {f"model.{k}": v for k, v in values.pop("model").items()}
@@ -244,7 +254,9 @@ def flat(args: Train) -> dict:
 # ── The folder of a run ──
 
 
-def folders(kind: type[Train], config: str, out: Path | None = None) -> Iterator[Path]:
+def candidate_run_dirs(
+    kind: type[TrainConfig], config: str, out: Path | None = None
+) -> Iterator[Path]:
     """Where a run may go: --out, or runs/<config>[-<command>], then the same with -2, -3 …"""
     suffix = "" if kind.COMMAND == "train" else f"-{kind.COMMAND}"
     base = out or Path("runs") / (Path(config).stem + suffix)
@@ -252,21 +264,26 @@ def folders(kind: type[Train], config: str, out: Path | None = None) -> Iterator
     yield from (base.with_name(f"{base.name}-{i}") for i in count(2))
 
 
-def last_folder(kind: type[Train], config: str) -> Path:
+def newest_run_dir(kind: type[TrainConfig], config: str) -> Path:
     """The newest of runs/<config>, runs/<config>-2, …"""
-    return [next(folders(kind, config)), *takewhile(Path.exists, folders(kind, config))][-1]
+    return [
+        next(candidate_run_dirs(kind, config)),
+        *takewhile(Path.exists, candidate_run_dirs(kind, config)),
+    ][-1]
 
 
 @contextmanager
-def claim(args: Train) -> Iterator[Path]:
+def lock_run_dir(args: TrainConfig) -> Iterator[Path]:
     """The folder of this run, kept from other processes until the end of the `with`."""
-    for folder in [args.out] if args.resume else folders(type(args), args.config, args.out):
+    for folder in (
+        [args.out] if args.resume else candidate_run_dirs(type(args), args.config, args.out)
+    ):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is a file; a run is a folder")
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
-            free = lock(handle)
+            free = try_lock(handle)
             if args.resume and not free:
                 raise UserError(f"another process is training in {folder}")
             # the trace of an early kill; where a launcher writes before the run begins
@@ -278,7 +295,7 @@ def claim(args: Train) -> Iterator[Path]:
             os.close(handle)  # unlocks, as does the end of the process, however it comes
 
 
-def lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     """False if another process holds the folder; a file system without locks is trusted."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -299,14 +316,14 @@ def write_json(path: Path, value) -> None:
     part.replace(path)
 
 
-def describe(args: Train, command: str | None) -> dict:
+def describe_run(args: TrainConfig, command: str | None) -> dict:
     """What run.json holds: enough to repeat the run."""
     with torch.device("meta"):
         model = Transformer(args.model)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     return {
         "command": command,
-        "commit": commit(),
+        "commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "moe_layers": list(moe_layers(model)),
         "model": asdict(args.model),
@@ -315,7 +332,7 @@ def describe(args: Train, command: str | None) -> dict:
     }
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this checkout, if it is one."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
@@ -327,7 +344,7 @@ def commit() -> str | None:
         return None
 
 
-def saved(folder: Path, kind: type[Train] = Train) -> Train:
+def load_saved_args(folder: Path, kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
     """The settings of the run to resume."""
     path = folder / "run.json"
     if not path.is_file():

@@ -30,10 +30,10 @@ PANELS = {  # title → (key that a row must have, figure of (rows, layer))
     "Reward": ("reward", lambda rows, _: rl.rewards(rows)),
     "Watch": ("drift", lambda rows, _: rl.watched(rows)),
     "Loss": ("loss", lambda rows, _: training.loss_curves(rows)),
-    "Experts": ("load", lambda rows, layer: training.load_heatmap(rows, layer)),
+    "Experts": ("expert_load", lambda rows, layer: training.load_heatmap(rows, layer)),
     "Balance": ("max_vio", lambda rows, _: training.max_vio(rows)),
     "Gradient": ("grad_norm", lambda rows, _: training.grad_norm(rows)),
-    "Speed": ("tok_s", lambda rows, _: training.throughput(rows)),
+    "Speed": ("tokens_per_s", lambda rows, _: training.throughput(rows)),
 }
 
 
@@ -185,7 +185,7 @@ def status(rows: list[dict]) -> str:
         return "no step yet"
     row, parts = rows[-1], [f"step {rows[-1]['step']:,}"]
     for key, form in (("loss", "loss {:.3f}"), ("reward", "reward {:.2f}"),
-                      ("tok_s", "{:,.0f} tokens/s")):  # fmt: skip
+                      ("tokens_per_s", "{:,.0f} tokens/s")):  # fmt: skip
         if row.get(key) is not None:
             parts.append(form.format(row[key]))
     return " · ".join(parts)
@@ -225,7 +225,7 @@ class Dashboard:
             self.tabs.children = [Image() for _ in titles]
             self.tabs.titles = titles
             self.tabs.selected_index = 0 if titles else None
-        layers = len(next((row["load"] for row in self.seen if row.get("load")), []))
+        layers = len(next((row["expert_load"] for row in self.seen if row.get("expert_load")), []))
         if layers and len(self.layer.options) != layers:
             self.layer.options = [(f"MoE layer {i}", i) for i in range(layers)]
 

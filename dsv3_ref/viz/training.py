@@ -171,7 +171,7 @@ def load_heatmap(rows: list[dict], layer: int = 0, name: str = ""):
 
     Rows count as evenly spaced in steps. Colors are on a log scale from a quarter to four times.
     """
-    step, load_nle = series(rows, "load")
+    step, load_nle = series(rows, "expert_load")
     even_ne = load_nle[:, layer] * load_nle.shape[2]  # × E
     fig, ax = figure(height=2.9)
     half = (step[-1] - step[0]) / max(1, len(step) - 1) / 2 or 0.5
@@ -194,7 +194,7 @@ def load_heatmap(rows: list[dict], layer: int = 0, name: str = ""):
 
 def bias_trajectories(rows: list[dict], names=None):
     """Gate bias of every expert against steps, a panel a MoE layer, the two extremes named."""
-    step, bias_nle = series(rows, "bias")
+    step, bias_nle = series(rows, "expert_bias")
     layers, experts = bias_nle.shape[1:]
     cols = min(2, layers)
     fig, axes = figure(
@@ -256,8 +256,8 @@ def max_vio(rows: list[dict], names=None):
 
 SCHEDULES = {
     "lr": ("Learning rate", "learning rate"),
-    "batch": ("Batch", "sequences a step"),
-    "gamma": ("Bias speed γ", "γ"),
+    "batch_size": ("Batch", "sequences a step"),
+    "bias_update_rate": ("Bias speed γ", "γ"),
     "mtp_weight": ("MTP weight λ", "λ"),
 }
 
@@ -289,7 +289,7 @@ def course(value_n) -> str:
 
 def throughput(rows: list[dict]):
     """Tokens a second against steps."""
-    step, value = series(rows, "tok_s")
+    step, value = series(rows, "tokens_per_s")
     fig, ax = figure(height=2.6)
     draw_smoothed(ax, step, value, "", BLUE)
     ax.set_ylim(0, 1.15 * np.nanmax(value))

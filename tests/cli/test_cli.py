@@ -71,11 +71,17 @@ def said(home, tmp_path, capsys):
         (["--balance-loss-scope", "rows"], "invalid choice 'rows'"),
         (["--decay-start", "1"], "--decay-start must be below --decay-end"),
         (["--fim-rate", "1.5"], "--fim-rate is a share from 0 to 1"),
-        (["--keep", "0"], "--keep and --val-rows must be at least 1"),
+        (["--keep-latest-k", "0"], "--keep-latest-k and --val-sequences must be at least 1"),
         (["--micro-batch", "-1"], "--micro-batch and --save-every from 0"),
-        (["--ema", "1"], "--ema must be from 0 to below 1"),
-        (["--spike", "0.5"], "--spike must be above 1, or 0 for no limit"),
-        (["--patience", "0"], "--spike-window and --patience must be at least 1"),
+        (["--ema-decay", "1"], "--ema-decay must be from 0 to below 1"),
+        (
+            ["--skip-grad-norm-factor", "0.5"],
+            "--skip-grad-norm-factor must be above 1, or 0 for no limit",
+        ),
+        (
+            ["--max-skipped-steps", "0"],
+            "--grad-norm-window and --max-skipped-steps must be at least 1",
+        ),
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--data"], "--data needs at least one source"),
@@ -201,17 +207,17 @@ def test_data_that_is_gone(home, tmp_path, one_step, capsys):
 
 
 def test_sizes_give_the_defaults():
-    assert settings.parse([]).model == TINY
-    args = settings.parse(["--config", "v3", "--steps", "5", "--model.n-layers", "4"])
+    assert settings.parse_args([]).model == TINY
+    args = settings.parse_args(["--config", "v3", "--steps", "5", "--model.n-layers", "4"])
     assert args.recipe.steps == 5
     assert args.recipe.lr == RECIPES["v3"].lr
     assert args.model.n_layers == 4
     assert args.model.dim == V3.dim
-    assert settings.parse(["--config=small"]).config == "small"
+    assert settings.parse_args(["--config=small"]).config == "small"
 
 
 def test_a_json_file_gives_the_defaults(home):
-    args = settings.parse(["--config", str(home / "mini.json"), "--model.dim", "32"])
+    args = settings.parse_args(["--config", str(home / "mini.json"), "--model.dim", "32"])
     assert args.model.dim == 32
     assert args.model.vocab_size == 400
     assert args.recipe == RECIPES["tiny"]
@@ -254,7 +260,7 @@ def test_a_model_of_dense_layers_alone(home, tmp_path):
     run = tmp_path / "run"
     more = ["--model.n-dense-layers", "2", "--model.n-mtp-layers", "0", "--steps", "2"]
     assert main(options(home, run, *more)) == 0
-    assert [r["load"] for r in metrics(run)] == [[], []]
+    assert [r["expert_load"] for r in metrics(run)] == [[], []]
     assert (run / "report.html").is_file()
 
 

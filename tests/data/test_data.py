@@ -420,13 +420,13 @@ def test_rows_go_on_where_they_stopped(taken, monkeypatch):
     whole = rows(mix())
     for _ in range(taken):
         next(whole)
-    small, tensors = whole.state()
+    small, tensors = whole.state_dict()
     other = rows(mix(), seed=9)
     next(other)  # even if it has been used
-    other.restore(json.loads(json.dumps(small)), tensors)
+    other.load_state_dict(json.loads(json.dumps(small)), tensors)
     for _ in range(300):
         assert np.array_equal(next(other), next(whole))
-    assert other.state()[0] == whole.state()[0]
+    assert other.state_dict()[0] == whole.state_dict()[0]
 
 
 @pytest.mark.parametrize("kind", [source, stream])
@@ -446,6 +446,6 @@ def test_a_state_is_small(monkeypatch):
     monkeypatch.setattr(loader, "SHUFFLE_ROWS", 50)
     r = rows(mix())
     next(r)
-    small, tensors = r.state()
+    small, tensors = r.state_dict()
     assert len(json.dumps(small)) < 1000
     assert len(tensors["buffer"]) == len(r.buffer) < 50 + 20

@@ -449,20 +449,20 @@ def test_rows_from_shards_are_those_from_text(home, all_kept, small_buffer):
     """FIM, line breaks, mixture and order, bit for bit, over several epochs."""
     text, coded = rows(specs(home)), rows([str(all_kept)])
     assert torch.equal(text.next_batch(1500), coded.next_batch(1500))
-    assert text.state()[0] == coded.state()[0]
+    assert text.state_dict()[0] == coded.state_dict()[0]
     assert min(s.epoch for s in coded.sources) > 1
 
 
 def test_rows_go_on_where_they_stopped_and_read_nothing_again(whole, small_buffer, monkeypatch):
     one = rows([str(whole)])
     one.next_batch(700)
-    small, tensors = json.loads(json.dumps(one.state()[0])), one.state()[1]
+    small, tensors = json.loads(json.dumps(one.state_dict()[0])), one.state_dict()[1]
     asked, real = [], shards.Documents.__getitem__
     monkeypatch.setattr(
         shards.Documents, "__getitem__", lambda self, i: asked.append(i) or real(self, i)
     )
     other = rows([str(whole)])
-    other.restore(small, tensors)
+    other.load_state_dict(small, tensors)
     assert asked == []
     assert torch.equal(other.next_batch(5), one.next_batch(5))
     assert len(asked) < 30
@@ -548,7 +548,7 @@ def rank(home, argvs: list[list[str]], out: Path, number: int) -> None:
     kind, found = type("ClusterTrainer", (Ranks, Trainer), {}), []
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=number, world_size=2)
     for argv in argvs:
-        trainer = kind(settings.parse(argv), out, torch.device("cpu"))
+        trainer = kind(settings.parse_args(argv), out, torch.device("cpu"))
         found.append([trainer.batch(n).tolist() for n in (4, 2, 4)])
     (out / f"{number}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

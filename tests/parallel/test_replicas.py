@@ -16,11 +16,11 @@ from test_cluster import ended, launched
 
 from dsv3_ref.cli import main
 from dsv3_ref.parallel.data_parallel import Replicas
-from dsv3_ref.posttraining.grpo import Answer, Rl, RlTrainer
+from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, RlTrainer
 from dsv3_ref.posttraining.prompts import Problem, messages
 from dsv3_ref.training import settings
 
-CLOCK = {"asking", "seconds", "tok_s"}
+CLOCK = {"asking", "seconds", "tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def gradients(home: str, folder: str, kind: str, ranks: bool) -> dict[str, torch
     """What a step on these answers does, on all of them or on a rank's groups."""
     argv = rl(Path(home), "unused", "--objective", kind, "--beta", "0.01", "--micro-batch", "3")[1:]
     del argv[argv.index("--out") : argv.index("--out") + 2]
-    args = settings.parse(argv, Rl)
+    args = settings.parse_args(argv, GRPOConfig)
     Path(folder).mkdir(exist_ok=True)
     if ranks:
         t = type("T", (Replicas, RlTrainer), {})(args, Path(folder), torch.device("cpu"))

@@ -165,7 +165,7 @@ def test_pairs_go_on_where_they_stood():
     pairs = [([i], [-i]) for i in range(40)]
     one, other = PairDataset(pairs, 0), PairDataset(pairs, 0)
     one.next_batch(53)
-    other.restore(*json.loads(json.dumps(one.state())))
+    other.load_state_dict(*json.loads(json.dumps(one.state_dict())))
     assert one.next_batch(50) == other.next_batch(50)
 
 
@@ -251,7 +251,9 @@ def test_resumed_it_is_the_same_run(home, tmp_path, monkeypatch):
 def trainer(home, out, *more) -> RewardTrainer:
     """The run, not yet begun."""
     argv = ["--init", home / "base", "--data", home / "pairs.jsonl", "--out", out, *more]
-    return RewardTrainer(settings.parse([*map(str, argv), "--seq-len", "32"], RewardConfig), out)
+    return RewardTrainer(
+        settings.parse_args([*map(str, argv), "--seq-len", "32"], RewardConfig), out
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

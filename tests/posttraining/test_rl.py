@@ -13,7 +13,7 @@ from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.grpo import advantages, generate_rollouts, grpo_loss
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.posttraining.grpo import Answer, Questions, Rl, RlTrainer
+from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, Questions, RlTrainer
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, Problem, messages
 from dsv3_ref.training import settings
@@ -142,7 +142,7 @@ def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
         patch.setattr(RlTrainer, "one_step", stopping)
         assert rl(home, tmp_path / "half") == 130
     assert main.main(["rl", "--resume", "--out", str(tmp_path / "half")]) == 0
-    clock = {"asking", "seconds", "tok_s"}
+    clock = {"asking", "seconds", "tokens_per_s"}
     timeless = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
     assert timeless(metrics(tmp_path / "half")) == timeless(metrics(run))
     assert results(tmp_path / "half")[3] == results(run)[3]  # the last checkpoint's bytes
@@ -151,7 +151,7 @@ def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
 def trainer(home, folder, *more) -> RlTrainer:
     argv = ["--init", home / "base", "--tasks", "short", "--group", 2, "--seq-len", 32, *more]
     folder.mkdir(exist_ok=True)
-    return RlTrainer(settings.parse([str(x) for x in argv], Rl), folder)
+    return RlTrainer(settings.parse_args([str(x) for x in argv], GRPOConfig), folder)
 
 
 def answers(t: RlTrainer) -> list[Answer]:
@@ -311,7 +311,7 @@ def test_questions_go_on_where_they_stood():
     first = draw.next_batch(30)
     assert {p.domain for p in first} == {"sums", "spelling"}
     other = Questions({"sums": 2.0, "spelling": 1.0}, 0)
-    other.restore({"drawn": 20}, {})
+    other.load_state_dict({"drawn": 20}, {})
     assert other.next_batch(10) == first[20:]
 
 

@@ -206,7 +206,7 @@ def test_every_sample_once_an_epoch_each_in_another_order():
 def test_rows_go_on_where_they_stood():
     p, q = stream(), stream()
     p.next_batch(len(p.rows) + 3)
-    q.restore(*json.loads(json.dumps(p.state())))
+    q.load_state_dict(*json.loads(json.dumps(p.state_dict())))
     assert torch.equal(p.next_batch(40), q.next_batch(40))
 
 
@@ -241,7 +241,7 @@ def tuned(home):
 def test_a_run_learns_its_answers(home, tuned):
     rows = metrics(tuned)
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["val_loss"] < rows[0]["loss"]
-    assert rows[0]["mtp_loss"] == [] and rows[0]["gamma"] == 0
+    assert rows[0]["mtp_loss"] == [] and rows[0]["bias_update_rate"] == 0
     before, after = load(home / "base"), load(tuned)
     for (name, x), y in zip(before.state_dict().items(), after.state_dict().values()):
         rests = name.startswith("mtp") or name.endswith("bias")

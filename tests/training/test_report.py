@@ -232,7 +232,14 @@ def test_metrics_alone_are_enough(tmp_path, undrawn):
 @pytest.mark.parametrize("key", [k for k in fake_rows(1)[0] if k != "step"])
 def test_any_key_may_be_absent(tmp_path, undrawn, key):
     rows = [{k: v for k, v in row.items() if k != key} for row in fake_rows(21)]
-    lost = {"load": 3, "loss": 1, "bias": 1, "max_vio": 1, "grad_norm": 1, "tok_s": 1}
+    lost = {
+        "expert_load": 3,
+        "loss": 1,
+        "expert_bias": 1,
+        "max_vio": 1,
+        "grad_norm": 1,
+        "tokens_per_s": 1,
+    }
     assert len(read(make(tmp_path / "x", rows))[1].all("svg")) == 10 - lost.get(key, 0)
 
 
@@ -254,7 +261,7 @@ def test_any_part_of_the_run_may_be_absent(tmp_path, undrawn, key):
 
 
 def test_a_gate_without_biases(tmp_path, undrawn):
-    rows = [row | {"bias": [[], [], []]} for row in fake_rows(5)]
+    rows = [row | {"expert_bias": [[], [], []]} for row in fake_rows(5)]
     assert "Gate biases" not in read(make(tmp_path / "x", rows))[1].text
 
 

@@ -23,7 +23,7 @@ from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.optim import ema_update
 from dsv3_ref.training import resume, settings
-from dsv3_ref.training.ema import Ema
+from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.loop import Trainer
 
 
@@ -77,7 +77,7 @@ def go_on(run, *more) -> int:
 
 def trainer(home, tmp_path, *more) -> Trainer:
     """A trainer without a command around it."""
-    return Trainer(settings.parse(options(home, tmp_path, *more)[1:]), tmp_path)
+    return Trainer(settings.parse_args(options(home, tmp_path, *more)[1:]), tmp_path)
 
 
 # ── What is left behind ──
@@ -86,17 +86,19 @@ def trainer(home, tmp_path, *more) -> Trainer:
 def test_a_row_a_step(whole):
     rows = metrics(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["tokens"] for row in rows][-1] == 32 * sum(row["batch"] for row in rows)
+    assert [row["tokens"] for row in rows][-1] == 32 * sum(row["batch_size"] for row in rows)
     for row in rows:
         assert len(row["mtp_loss"]) == MINI["n_mtp_layers"]
-        assert len(row["load"]) == len(row["bias"]) == len(row["max_vio"]) == 2  # with MTP's
-        assert all(len(load) == MINI["n_routed_experts"] for load in row["load"])
-        assert all(abs(sum(load) - 1) < 1e-5 for load in row["load"])
-        assert row["grad_norm"] > 0 < row["tok_s"]
+        assert (
+            len(row["expert_load"]) == len(row["expert_bias"]) == len(row["max_vio"]) == 2
+        )  # with MTP's
+        assert all(len(load) == MINI["n_routed_experts"] for load in row["expert_load"])
+        assert all(abs(sum(load) - 1) < 1e-5 for load in row["expert_load"])
+        assert row["grad_norm"] > 0 < row["tokens_per_s"]
         assert (
             (row["val_loss"] is None) == (row["val_bpb"] is None) == (row["step"] not in (3, 6, 8))
         )
-    assert set(rows[0]) >= {"gamma", "mtp_weight", "batch", "seconds", "lr"}
+    assert set(rows[0]) >= {"bias_update_rate", "mtp_weight", "batch_size", "seconds", "lr"}
 
 
 def test_the_loss_is_the_main_one_in_nats_and_falls(whole):
@@ -110,7 +112,7 @@ def test_the_loss_is_the_main_one_in_nats_and_falls(whole):
 
 def test_max_vio_fits_the_load(whole):
     row = metrics(whole)[-1]
-    for share, vio in zip(row["load"], row["max_vio"]):
+    for share, vio in zip(row["expert_load"], row["max_vio"]):
         assert vio == pytest.approx(max(share) * len(share) - 1, abs=1e-3)
 
 
@@ -174,7 +176,7 @@ DEADLY = {
 @pytest.mark.parametrize("moment", DEADLY)
 def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, quick):
     """What a killed run leaves is swept away, and the rest is as if nothing had happened."""
-    run, keep = tmp_path / "run", ["--keep", "1"] if moment.startswith("dropping") else []
+    run, keep = tmp_path / "run", ["--keep-latest-k", "1"] if moment.startswith("dropping") else []
     process = start(home, options(home, run, *keep), 1, *DEADLY[moment])
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -229,7 +231,7 @@ def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp
     process = start(home, options(home, run), 1, "dsv3_ref.training.loop.train_step", at, number)
     process.join()
     assert process.exitcode == (0 if at == STEPS else code)
-    assert resume.number(native.list_checkpoints(run)[-1]) == len(metrics(run)) == at
+    assert resume.step_number(native.list_checkpoints(run)[-1]) == len(metrics(run)) == at
     assert go_on(run) == 0
     assert same_as_whole(run, whole)
     kept = [p.name for p in native.list_checkpoints(run)]
@@ -285,24 +287,24 @@ def test_resume_alone_takes_the_newest_run(home, interrupted, tmp_path, monkeypa
 def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses, 9.0), 1.0))
-    more = ["--save-every", "1", "--keep", "2"]
+    more = ["--save-every", "1", "--keep-latest-k", "2"]
     assert main.main(options(home, tmp_path / "run", *more)) == 0
-    kept = [resume.number(p) for p in native.list_checkpoints(tmp_path / "run")]
+    kept = [resume.step_number(p) for p in native.list_checkpoints(tmp_path / "run")]
     assert kept == [2, 7, 8]
     assert all(load(p) for p in native.list_checkpoints(tmp_path / "run"))
 
 
 def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
-    more = ["--save-every", "2", "--keep", "1", "--val-rows", "8"]
+    more = ["--save-every", "2", "--keep-latest-k", "1", "--val-sequences", "8"]
     assert go_on(half, *more) == 0
     assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
-    assert [resume.number(p) for p in native.list_checkpoints(half)] == [8]
+    assert [resume.step_number(p) for p in native.list_checkpoints(half)] == [8]
 
 
 # ── Bad ends ──
 
 
-PATIENT = ["--spike-window", "2", "--patience", "2"]
+PATIENT = ["--grad-norm-window", "2", "--max-skipped-steps", "2"]
 FACTORS = {"nan": float("nan"), "spike": 1e4}
 
 
@@ -334,10 +336,10 @@ def test_a_bad_step_is_skipped_and_passed_over(why, home, tmp_path, monkeypatch)
     rows = []
     for step in range(1, 7):
         before = {name: x.clone() for name, x in t.model.state_dict().items()}
-        norms, drawn = list(t.guard.norms), t.rows.rng.bit_generator.state
+        norms, drawn = list(t.spike_guard.norms), t.rows.rng.bit_generator.state
         rows.append(t.one_step())
         same = all(torch.equal(x, before[name]) for name, x in t.model.state_dict().items())
-        assert same == (list(t.guard.norms) == norms) == (step == 4)
+        assert same == (list(t.spike_guard.norms) == norms) == (step == 4)
         assert t.rows.rng.bit_generator.state != drawn
     assert [row["skipped"] for row in rows] == [None] * 3 + [why] + [None] * 2
     assert rows[3]["grad_norm"] is None or rows[3]["grad_norm"] > 10 * rows[2]["grad_norm"]
@@ -434,7 +436,7 @@ def test_a_full_disk_may_also_meet_a_row(half, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(resume.Metrics, "write", full)
+    monkeypatch.setattr(resume.MetricsWriter, "write", full)
     assert go_on(half) == 2
     assert f"No space left on device. The last good checkpoint is {half}" in capsys.readouterr().err
 
@@ -487,15 +489,15 @@ def test_a_stopped_run_says_how_to_go_on(home, tmp_path, monkeypatch, capsys):
 
 
 def test_only_one_process_trains_in_a_folder(half, home, capsys, monkeypatch):
-    args = settings.parse(["--resume", "--out", str(half)])
-    with settings.claim(args):
+    args = settings.parse_args(["--resume", "--out", str(half)])
+    with settings.lock_run_dir(args):
         assert go_on(half) == 2
     assert f"another process is training in {half}" in capsys.readouterr().err
 
 
 def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, quick):
     """The folder that another process holds is left alone, and never shared."""
-    with settings.claim(settings.parse(options(home, tmp_path / "run")[1:])):
+    with settings.lock_run_dir(settings.parse_args(options(home, tmp_path / "run")[1:])):
         assert main.main(options(home, tmp_path / "run", "--steps", "1")) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
     assert not list((tmp_path / "run").iterdir())
@@ -520,8 +522,8 @@ def test_micro_batches_change_nothing_but_rounding(home, tmp_path):
         x, y = a.one_step(), b.one_step()
         for key in ("loss", "loss_total", "grad_norm"):
             assert x[key] == pytest.approx(y[key], rel=1e-4)
-        assert x["load"] == y["load"]
-        assert x["bias"] == y["bias"]
+        assert x["expert_load"] == y["expert_load"]
+        assert x["expert_bias"] == y["expert_bias"]
 
 
 def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypatch):
@@ -559,7 +561,7 @@ def test_tensorboard(home, tmp_path, quick):
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     rows = metrics(run)
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
-    assert {"mtp_loss/1", "val_bpb", "lr", "tok_s"} <= set(events.Tags()["scalars"])
+    assert {"mtp_loss/1", "val_bpb", "lr", "tokens_per_s"} <= set(events.Tags()["scalars"])
 
 
 def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
@@ -579,7 +581,7 @@ def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
 
 
 def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path):
-    args = settings.parse(options(home, tmp_path, "--tokenizer", whole)[1:])
+    args = settings.parse_args(options(home, tmp_path, "--tokenizer", whole)[1:])
     with pytest.raises(UserError, match="the model only 300: raise --model.vocab-size to 3"):
         Trainer(replace(args, model=replace(args.model, vocab_size=300)), tmp_path)
 
@@ -587,19 +589,19 @@ def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path):
 # ── The average of the weights ──
 
 
-EMA = ["--ema", "0.8"]
+EMA_OPTIONS = ["--ema-decay", "0.8"]
 
 
 def test_the_average_is_the_obvious_loop(home, tmp_path, monkeypatch):
     """Bit for bit, though a thread folds it in, slowly, while the next gradients are computed."""
-    fold = Ema.fold
+    fold = EMA.apply_update
 
     def slowly(self, *args):
         time.sleep(0.02)
         fold(self, *args)
 
-    monkeypatch.setattr(Ema, "fold", slowly)
-    t = trainer(home, tmp_path, *EMA)
+    monkeypatch.setattr(EMA, "apply_update", slowly)
+    t = trainer(home, tmp_path, *EMA_OPTIONS)
     want = [torch.zeros_like(p) for p in t.model.parameters()]
     for step in range(1, 5):
         t.one_step()
@@ -607,14 +609,14 @@ def test_the_average_is_the_obvious_loop(home, tmp_path, monkeypatch):
     t.ema.wait()
     assert all(torch.equal(a, b) for a, b in zip(want, t.ema.mean.values()))
     before = [p.detach().clone() for p in t.model.parameters()]
-    with t.ema.applied():
+    with t.ema.swapped_in():
         assert all(torch.equal(a, p) for a, p in zip(want, t.model.parameters()))
     assert all(torch.equal(a, p) for a, p in zip(before, t.model.parameters()))
 
 
 def test_a_skipped_step_does_not_count_in_the_average(home, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 2)))
-    t = trainer(home, tmp_path, *EMA)
+    t = trainer(home, tmp_path, *EMA_OPTIONS)
     assert [t.one_step()["skipped"] for _ in range(3)] == [None, "nan", None]
     assert t.ema.t == 2
 
@@ -622,8 +624,8 @@ def test_a_skipped_step_does_not_count_in_the_average(home, tmp_path, monkeypatc
 def test_an_averaged_run_goes_on_bit_for_bit_and_is_reported(home, tmp_path, whole):
     """Training itself does not notice the average."""
     a, b = tmp_path / "a", tmp_path / "b"
-    assert main.main(options(home, a, *EMA)) == 0
-    dies_in_call(5, interrupt, options(home, b, *EMA))
+    assert main.main(options(home, a, *EMA_OPTIONS)) == 0
+    dies_in_call(5, interrupt, options(home, b, *EMA_OPTIONS))
     assert go_on(b) == 0
     assert results(a) == results(b)
     rows = metrics(a)

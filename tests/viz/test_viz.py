@@ -32,9 +32,10 @@ def fake_rows(steps: int, layers: int = LAYERS, experts: int = EXPERTS) -> list[
             "step": step, "tokens": 4096 * step, "loss": loss, "loss_total": 1.3 * loss,
             "mtp_loss": [loss + 0.5, loss + 0.8], "val_loss": loss + 0.1 if due else None,
             "val_bpb": loss / 3 if due else None, "lr": 1e-3 * min(1, step / 10),
-            "grad_norm": rng.lognormal(), "tok_s": 2400.0, "batch": 8 + 8 * (step > 20),
-            "gamma": 2e-3, "mtp_weight": 0.3, "seconds": 1.7 * step, "load": load_le.tolist(),
-            "max_vio": (load_le.max(1) * experts - 1).tolist(), "bias": bias_le.tolist(),
+            "grad_norm": rng.lognormal(), "tokens_per_s": 2400.0, "batch_size": 8 + 8 * (step > 20),
+            "bias_update_rate": 2e-3, "mtp_weight": 0.3, "seconds": 1.7 * step,
+            "expert_load": load_le.tolist(),
+            "max_vio": (load_le.max(1) * experts - 1).tolist(), "expert_bias": bias_le.tolist(),
         })  # fmt: skip
     return rows
 
@@ -46,7 +47,7 @@ def rl_rows(steps: int) -> list[dict]:
         part = row["step"] / steps
         by = {"sums": 0.2 + 0.6 * part, "writing": 0.3} if row["step"] % 3 else {"sums": part}
         held = {name: {"greedy": part, "sampled": part / 2, "length": 20.0} for name in by}
-        del row["bias"]
+        del row["expert_bias"]
         row |= {"reward": np.mean(list(by.values())), "reward_by": by, "drift": part, "kl": part,
                 "entropy": 1 - part, "length": 20 + rng.normal(), "clipped": None, "silent": part,
                 "mismatch": 1e-7, "held_out": held if row["step"] % 20 == 0 else None}  # fmt: skip
@@ -55,11 +56,11 @@ def rl_rows(steps: int) -> list[dict]:
 
 PLOTS = {
     "loss": training.loss_curves,
-    "load": training.load_heatmap,
-    "bias": training.bias_trajectories,
+    "expert_load": training.load_heatmap,
+    "expert_bias": training.bias_trajectories,
     "max_vio": training.max_vio,
     "lr": training.schedule,
-    "tok_s": training.throughput,
+    "tokens_per_s": training.throughput,
     "grad_norm": training.grad_norm,
 }
 
@@ -115,10 +116,10 @@ def test_a_resumed_run_counts_a_repeated_step_once(tmp_path):
 
 
 def test_nothing_counts_as_nothing():
-    rows = [{"step": 1, "mtp_loss": [], "bias": [[], []], "val_loss": None, "loss": 0.0}]
-    assert [k for k in ("mtp_loss", "bias", "val_loss", "lr", "loss") if training.has(rows, k)] == [
-        "loss"
-    ]
+    rows = [{"step": 1, "mtp_loss": [], "expert_bias": [[], []], "val_loss": None, "loss": 0.0}]
+    assert [
+        k for k in ("mtp_loss", "expert_bias", "val_loss", "lr", "loss") if training.has(rows, k)
+    ] == ["loss"]
 
 
 # ── Smoothing ──
@@ -210,12 +211,12 @@ def test_heatmap_is_load_times_experts():
     rows = fake_rows(50)
     shown = training.load_heatmap(rows, layer=1).axes[0].images[0].get_array()
     assert shown.shape == (EXPERTS, 50)
-    assert np.allclose(shown.T, np.array([r["load"][1] for r in rows]) * EXPERTS)
+    assert np.allclose(shown.T, np.array([r["expert_load"][1] for r in rows]) * EXPERTS)
 
 
 def test_even_load_is_white_and_a_dead_expert_is_not():
     even, dead = [1 / 4] * 4, [0.0, 1 / 3, 1 / 3, 1 / 3]
-    rows = [{"step": s, "load": [even, dead]} for s in range(9)]
+    rows = [{"step": s, "expert_load": [even, dead]} for s in range(9)]
     images = [training.load_heatmap(rows, i).axes[0].images[0] for i in range(2)]
     even_rgba, dead_rgba = (i.to_rgba(i.get_array()) for i in images)
     assert np.allclose(even_rgba, 1, atol=0.01)
@@ -223,14 +224,14 @@ def test_even_load_is_white_and_a_dead_expert_is_not():
 
 
 def test_a_long_run_is_averaged_not_thinned():
-    rows = [{"step": s, "load": [[s % 2, 1 - s % 2]]} for s in range(1000)]
+    rows = [{"step": s, "expert_load": [[s % 2, 1 - s % 2]]} for s in range(1000)]
     shown = training.load_heatmap(rows).axes[0].images[0].get_array()
     assert shown.shape[1] <= 200
     assert np.allclose(shown.mean(1), 1, atol=0.01) and shown.max() < 1.3
 
 
 def test_bias_names_the_extremes():
-    rows = [{"step": s, "bias": [[0.0, 0.01 * s, -0.02 * s, 0.005 * s]]} for s in range(10)]
+    rows = [{"step": s, "expert_bias": [[0.0, 0.01 * s, -0.02 * s, 0.005 * s]]} for s in range(10)]
     (ax,) = training.bias_trajectories(rows, ["layers.1.ffn"]).axes
     assert ax.get_legend_handles_labels()[1] == ["expert 1", "expert 2"]
     assert ax.get_title() == "layers.1.ffn: biases −0.180 to +0.090"
