@@ -366,7 +366,7 @@ def test_packed_rows_lose_no_token(monkeypatch):
     r, reference = rows([source(TEXTS)]), rows([source(TEXTS)])
     while r.sources[0].epoch == 0:
         r.refill()
-    packed = [*line(r.buffer), *r.rest]
+    packed = [*line(r.buffer), *r.remainder]
     s, want = reference.sources[0], []
     for text in islice(s.train_documents(), 115):
         want += reference.encode(text, random.Random(f"{s.seed} {s.epoch} {s.index}"))

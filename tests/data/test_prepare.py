@@ -137,7 +137,7 @@ def test_held_out_documents_are_in_validation_shards_alone(all_kept, home):
     """As training from the texts splits them."""
     for source, coded in zip(*(open_sources(x, 0, False) for x in (specs(home), [str(all_kept)]))):
         assert coded.val_texts == source.val_texts
-        trained = {coded.text(document) for document in coded.documents(seed=0)}
+        trained = {coded.to_text(document) for document in coded.documents(seed=0)}
         assert not trained & set(coded.val_texts)
         assert trained | {""} == {t if t.strip() else "" for t in source.documents(seed=0)} | {""}
 
