@@ -168,7 +168,7 @@ def exported(source: str, stem: str) -> list[tuple[str, str]]:
     if not (mark := EXPORT.match(source)):
         return []
     module = mark[1] or re.sub(r"^\d+_", "", stem)
-    return [(module, x.name) for x in things(ast.parse(source[mark.end() :])) if x.top]
+    return [(module, x.name) for x in definitions(ast.parse(source[mark.end() :])) if x.top]
 
 
 def read_chapter(root: Path, path: Path) -> Chapter:
@@ -194,7 +194,7 @@ class Book(NamedTuple):
     modules: list["Module"]  # the package, what the chapters export first, and the kernels
     readme: str
 
-    def told(self, chapter: Chapter) -> dict[str, str]:
+    def readme_row(self, chapter: Chapter) -> dict[str, str]:
         """README's row of a chapter."""
         found = [r for r in rows(self.readme, "notebook") if f"({chapter.path})" in r["notebook"]]
         return found[0] if found else {"notebook": "", "report": "", "tests": ""}
@@ -212,7 +212,7 @@ def read(root: Path) -> Book:
 # ── Python files ──
 
 
-class Thing(NamedTuple):
+class Definition(NamedTuple):
     """A function, a class or a constant of a module: where its name stands and where it ends."""
 
     name: str
@@ -244,10 +244,10 @@ class Module(NamedTuple):
     lines: list[str]
     summary: str  # the first paragraph of its docstring
     start: int  # the last line of its docstring
-    things: list[Thing]
+    definitions: list[Definition]
 
     def places(self, name: str) -> list[Place]:
-        return [Place(self.file, x.line, name) for x in self.things if x.name == name]
+        return [Place(self.file, x.line, name) for x in self.definitions if x.name == name]
 
 
 def mark(decorator) -> tuple[str, ...]:
@@ -257,25 +257,25 @@ def mark(decorator) -> tuple[str, ...]:
     return (name, *(str(getattr(a, "value", "")) for a in (call.args if call else ())))
 
 
-def spoken(node, marks) -> str:
+def qualified_name(node, marks) -> str:
     """A function's name; `attention (naive)` for a nameless implementation."""
     impls = [m for m in marks if m[0] == "impl"]
     return f"{impls[0][1]} ({impls[0][2]})" if node.name == "_" and impls else node.name
 
 
-def things(tree, prefix: str = "") -> list[Thing]:
+def definitions(tree, prefix: str = "") -> list[Definition]:
     """Functions, classes, methods, and the constants of a module."""
     out = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             marks = tuple(mark(d) for d in node.decorator_list)
-            name = prefix + spoken(node, marks)
+            name = prefix + qualified_name(node, marks)
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            out += [Thing(name, first, node.lineno, node.end_lineno, not prefix, marks)]
-            out += things(node, f"{name}.")
+            out += [Definition(name, first, node.lineno, node.end_lineno, not prefix, marks)]
+            out += definitions(node, f"{name}.")
         elif isinstance(node, ast.Assign | ast.AnnAssign) and not prefix:
             name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-            out += [Thing(name, node.lineno, node.lineno, node.end_lineno, True, ())]
+            out += [Definition(name, node.lineno, node.lineno, node.end_lineno, True, ())]
     return out
 
 
@@ -285,13 +285,13 @@ def read_module(root: Path, file: str) -> Module:
     said = ast.get_docstring(tree) or ""
     summary = " ".join(said.split("\n\n")[0].split()).replace("|", r"\|")
     start = tree.body[0].end_lineno if said else 0
-    return Module(file, text.splitlines(), summary, start, things(tree))
+    return Module(file, text.splitlines(), summary, start, definitions(tree))
 
 
 def owner(module: Module, line: int) -> Place:
     """The innermost thing around a line, the next one below it, or the module itself."""
-    inside = [x for x in module.things if x.first <= line <= x.last]
-    below = [x for x in module.things if x.first > line]
+    inside = [x for x in module.definitions if x.first <= line <= x.last]
+    below = [x for x in module.definitions if x.first > line]
     if line <= module.start or not inside + below:
         path = Path(module.file)
         return Place(module.file, 1, path.parent.name if path.stem == "__init__" else path.stem)
@@ -313,7 +313,7 @@ def citing(modules: list[Module]) -> dict[str, list[Place]]:
 
 def marked(book: Book, kind: str) -> list[tuple[str, str, Place]]:
     """(op, backend, place) of every function under `@op` or `@impl(op, backend)`."""
-    found = [(m, x, mark) for m in book.modules for x in m.things for mark in x.marks]
+    found = [(m, x, mark) for m in book.modules for x in m.definitions for mark in x.marks]
     return [
         (*(mark[1:] or (x.name, "torch")), Place(m.file, x.line, x.name))
         for m, x, mark in found
@@ -390,7 +390,7 @@ def file_link(name: str) -> str:
 def chapter_rows(book: Book) -> list[list[str]]:
     out = []
     for c in book.chapters:
-        row = book.told(c)
+        row = book.readme_row(c)
         report = joined(f"[{x}](report.md#{anchor(x)})" for x in cited(row["report"]))
         modules = joined(file_link(m) for m in c.modules())
         kernels = joined(file_link(k) for k in kernels_of(book, c))
@@ -462,7 +462,7 @@ def report_rows(book: Book) -> list[list[str]]:
         for h in c.heads:
             check(f"{c.path}, '{h.title}',", h.cites)
     for key in TITLES:
-        whole = [c for c in book.chapters if key in cited(book.told(c)["report"])]
+        whole = [c for c in book.chapters if key in cited(book.readme_row(c)["report"])]
         heads = [c.link(h) for c in book.chapters for h in c.heads if key in h.cites]
         files = [file_link(m) for c in whole for m in c.modules()]
         places = [p.link for p in code.get(key, [])]

@@ -57,23 +57,25 @@ def cell_ids(cells) -> list[str]:
     return ids
 
 
-def steady(text: str | list) -> str:
+def strip_addresses(text: str | list) -> str:
     """Text without addresses of objects."""
     return ADDRESS.sub("", text if isinstance(text, str) else "".join(text))
 
 
-def tidy_output(output):
+def normalize_output(output):
     """An output without what differs from run to run; a widget becomes a line of text."""
     if output.output_type == "stream":
-        output.text = steady(output.text)
+        output.text = strip_addresses(output.text)
     if "data" in output:
         if WIDGET in output.data:
             return nbformat.v4.new_output("display_data", {"text/plain": SLIDERS})
-        output.data.update({k: steady(v) for k, v in output.data.items() if k.startswith("text/")})
+        output.data.update(
+            {k: strip_addresses(v) for k, v in output.data.items() if k.startswith("text/")}
+        )
     return output
 
 
-def tidy(nb):
+def normalize_notebook(nb):
     """The notebook with ids, metadata and outputs that depend on its cells alone."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
@@ -81,7 +83,7 @@ def tidy(nb):
     for cell, name in zip(nb.cells, cell_ids(nb.cells)):
         cell["id"] = name
         if cell.cell_type == "code":
-            cell.outputs = [tidy_output(x) for x in cell.outputs]
+            cell.outputs = [normalize_output(x) for x in cell.outputs]
     return nb
 
 
@@ -118,7 +120,7 @@ def execute(path: Path):
     with TemporaryDirectory() as sockets:  # files: two books at once may draw the same TCP ports
         kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
         client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ | KERNEL)
-    return tidy(nb)
+    return normalize_notebook(nb)
 
 
 def build(path: Path) -> bool:

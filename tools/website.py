@@ -136,7 +136,7 @@ def still(path: Path) -> None:
 def front(book: appendices.Book) -> str:
     """README's title, first paragraph and first figure; the chapters in order; the contents."""
     title, paragraph = re.match(r"# (.*)\n\n(.*)\n", book.readme).groups()
-    told = [book.told(c)["notebook"].partition(": ")[2] for c in book.chapters]
+    told = [book.readme_row(c)["notebook"].partition(": ")[2] for c in book.chapters]
     body = [[c.link(), x or "—"] for c, x in zip(book.chapters, told)]
     return FRONT.format(
         title=title,

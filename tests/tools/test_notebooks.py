@@ -144,7 +144,7 @@ def test_modules_are_what_the_notebooks_export(capsys):
 def test_the_pair_was_built_by_the_book(path):
     nb = nbformat.read(path.with_suffix(".ipynb"), 4)
     built = nbformat.writes(nb)
-    assert built == nbformat.writes(book.tidy(nb)), "run make book"
+    assert built == nbformat.writes(book.normalize_notebook(nb)), "run make book"
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
