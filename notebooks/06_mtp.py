@@ -558,7 +558,7 @@ play(draw_speedup, depth=(1, 4, 1), acceptance=(0, 100, 1))
 def check_size(fn) -> bool:
     sizes = [V3, TINY, TOY]
     return attempt(lambda: [fn(c) - count_params(c).mtp for c in sizes] == [0, 0, 0],
-                   "what does `MTP` hold besides its block, and does `count_mla` count a block's norms?")  # fmt: skip
+                   "what does `MTP` hold besides its block, and does `count_mla_params` count a block's norms?")  # fmt: skip
 
 
 def check_first_loss(fn) -> bool:
@@ -619,7 +619,7 @@ check_size(my_size)
 #
 # ```python
 # def my_size(c):
-#     block = count_mla(c) + 2 * c.dim + count_moe(c, c.n_routed_experts)
+#     block = count_mla_params(c) + 2 * c.dim + count_moe_params(c, c.n_routed_experts)
 #     return c.n_mtp_layers * (2 * c.dim * c.dim + 3 * c.dim + block)
 # ```
 # 11.61B for V3, nearly all of it the 256 experts.

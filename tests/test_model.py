@@ -55,7 +55,7 @@ def test_every_row_is_its_own(micro):
     assert torch.allclose(model(x_bs), alone, atol=1e-5)
 
 
-def test_features_are_the_normed_states_before_the_head(micro):
+def test_hidden_states_are_the_normed_states_before_the_head(micro):
     model, x_bs = Transformer(micro), tokens(micro, 2, 5)
     h_bsd, routes = model.hidden_states(x_bs)
     assert torch.equal(model.head(h_bsd), model(x_bs))

@@ -259,7 +259,9 @@ def run_with_backend(value: str, code: str):
 
 
 def test_the_environment_chooses():
-    done = run_with_backend("naive,torch", "print(chosen('swiglu') is IMPLS['swiglu']['naive'])")
+    done = run_with_backend(
+        "naive,torch", "print(resolve_impl('swiglu') is IMPLS['swiglu']['naive'])"
+    )
     assert done.stdout == "True\n", done.stderr
 
 

@@ -172,12 +172,12 @@ PACKS = [[5], [1], [1, 1, 1], [0, 7, 0, 0, 33, 0], [33, 33, 1], [18, 1, 0, 70, 2
 
 @both
 @pytest.mark.parametrize("lengths", PACKS, ids=str)
-def test_packed_attention(lengths, dtype):
+def test_varlen_attention(lengths, dtype):
     inputs, g, cu_seqlens = pack(lengths, 2, 24, 12, dtype)
     check("varlen_attention", inputs, g, cu_seqlens, 0.2)
 
 
-def test_packed_attention_of_v3():
+def test_varlen_attention_of_v3():
     inputs, g, cu_seqlens = pack([20, 45], 1, 192, 128, torch.bfloat16)
     check("varlen_attention", inputs, g, cu_seqlens.int(), 192**-0.5)
 
@@ -243,7 +243,7 @@ def test_attention_refuses(name, value, words):
         ops.IMPLS["attention"]["triton"](*bad(name, value))
 
 
-def test_packed_attention_refuses():
+def test_varlen_attention_refuses():
     (q, k, v), _, cu_seqlens = pack([2, 3], 2, 8, 4)
     packed = ops.IMPLS["varlen_attention"]["triton"]
     with pytest.raises(ValueError, match="cu_seqlens must be int64 or int32, not float32"):
