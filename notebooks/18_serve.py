@@ -124,93 +124,105 @@ from dsv3_ref.rope import rope_cos_sin, softmax_scale
 
 # %%
 #| export
-def page_keys(tokens: Sequence[int], size: int, before: Sequence[bytes] = ()) -> list[bytes]:
+def hash_blocks(
+    tokens: Sequence[int], block_size: int, prefix_hashes: Sequence[bytes] = ()
+) -> list[bytes]:
     """Names of full pages, key_i = SHA-256(key_{i−1}, tokens of page i); `before`: the first."""
-    keys = list(before)
-    for i in range(len(keys), len(tokens) // size):
-        page = array("q", tokens[i * size : (i + 1) * size]).tobytes()
+    keys = list(prefix_hashes)
+    for i in range(len(keys), len(tokens) // block_size):
+        page = array("q", tokens[i * block_size : (i + 1) * block_size]).tobytes()
         keys.append(hashlib.sha256((keys[-1] if keys else b"") + page).digest())
     return keys
 
 
-class Pages:
+class BlockPool:
     """Which pages are in use by how many, which are idle but known by name, which are free."""
 
-    def __init__(self, n: int, size: int):
-        self.n, self.size, self.free, self.uses = n, size, list(range(n))[::-1], [0] * n
-        self.key: dict[int, bytes] = {}  # page → its name
-        self.page: dict[bytes, int] = {}
-        self.idle: OrderedDict[int, None] = OrderedDict()  # the longest idle first
+    def __init__(self, num_blocks: int, block_size: int):
+        self.num_blocks, self.block_size, self.free_blocks, self.ref_cnt = (
+            num_blocks,
+            block_size,
+            list(range(num_blocks))[::-1],
+            [0] * num_blocks,
+        )
+        self.block_hash: dict[int, bytes] = {}  # page → its name
+        self.cached_blocks: dict[bytes, int] = {}
+        self.evictable: OrderedDict[int, None] = OrderedDict()  # the longest idle first
 
     @property
-    def room(self) -> int:
+    def num_free(self) -> int:
         """Pages that could be taken."""
-        return len(self.free) + len(self.idle)
+        return len(self.free_blocks) + len(self.evictable)
 
     @property
-    def used(self) -> int:
+    def num_used(self) -> int:
         """Pages that somebody uses."""
-        return self.n - self.room
+        return self.num_blocks - self.num_free
 
-    def take(self) -> int | None:
+    def allocate(self) -> int | None:
         """A page to write in, if need be the longest idle one; None if all are in use."""
-        if not self.room:
+        if not self.num_free:
             return None
-        if not self.free:
-            page, _ = self.idle.popitem(last=False)
-            self.free.append(page)
-            del self.page[self.key.pop(page)]
-        page = self.free.pop()
-        self.uses[page] = 1
+        if not self.free_blocks:
+            page, _ = self.evictable.popitem(last=False)
+            self.free_blocks.append(page)
+            del self.cached_blocks[self.block_hash.pop(page)]
+        page = self.free_blocks.pop()
+        self.ref_cnt[page] = 1
         return page
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
+    def get_cached_blocks(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest known beginning, from now on used once more."""
         found = []
         for key in keys:
-            if (page := self.page.get(key)) is None:
+            if (page := self.cached_blocks.get(key)) is None:
                 break
-            self.idle.pop(page, None)
-            self.uses[page] += 1
+            self.evictable.pop(page, None)
+            self.ref_cnt[page] += 1
             found.append(page)
         return found
 
-    def give(self, pages: Sequence[int]) -> None:
+    def free(self, pages: Sequence[int]) -> None:
         """Use these no longer."""
         for page in reversed(pages):
-            self.uses[page] -= 1
-            if not self.uses[page]:
-                if page in self.key:
-                    self.idle[page] = None
+            self.ref_cnt[page] -= 1
+            if not self.ref_cnt[page]:
+                if page in self.block_hash:
+                    self.evictable[page] = None
                 else:
-                    self.free.append(page)
+                    self.free_blocks.append(page)
 
-    def name(self, page: int, key: bytes) -> None:
+    def cache_block(self, page: int, key: bytes) -> None:
         """This page is full; if another of the same name is known, that one stays known."""
-        if key not in self.page and page not in self.key:
-            self.page[key], self.key[page] = page, key
+        if key not in self.cached_blocks and page not in self.block_hash:
+            self.cached_blocks[key], self.block_hash[page] = page, key
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """No page is known any more (the weights have changed)."""
-        self.free += self.idle
-        for known in (self.idle, self.key, self.page):
+        self.free_blocks += self.evictable
+        for known in (self.evictable, self.block_hash, self.cached_blocks):
             known.clear()
 
 
 # %%
-pages = Pages(6, 4)
-first = [pages.take() for _ in range(3)]
-keys = page_keys(range(10), 4)  # two full pages and a half
+pages = BlockPool(6, 4)
+first = [pages.allocate() for _ in range(3)]
+keys = hash_blocks(range(10), 4)  # two full pages and a half
 for page, key in zip(first, keys):
-    pages.name(page, key)
-again = pages.find(page_keys([*range(8), 77, 78, 79, 80], 4))  # the third page differs
-assert again == first[:2] and pages.uses[first[0]] == 2
-pages.give(first)
-pages.give(again)
-assert pages.room == 6 and list(pages.idle) == [first[1], first[0]]  # the end of the chain first
-taken = [pages.take() for _ in range(5)]
-assert pages.find(keys) == [first[0]]  # its successor was overwritten
-assert pages.take() is None and page_keys([5, *range(1, 8)], 4)[1] != keys[1]
+    pages.cache_block(page, key)
+again = pages.get_cached_blocks(
+    hash_blocks([*range(8), 77, 78, 79, 80], 4)
+)  # the third page differs
+assert again == first[:2] and pages.ref_cnt[first[0]] == 2
+pages.free(first)
+pages.free(again)
+assert pages.num_free == 6 and list(pages.evictable) == [
+    first[1],
+    first[0],
+]  # the end of the chain first
+taken = [pages.allocate() for _ in range(5)]
+assert pages.get_cached_blocks(keys) == [first[0]]  # its successor was overwritten
+assert pages.allocate() is None and hash_blocks([5, *range(1, 8)], 4)[1] != keys[1]
 print("6 pages: 3 used, 2 of them shared, idle, found again, at last overwritten")
 
 # %% [markdown]
@@ -242,7 +254,7 @@ def _(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: floa
     return (score_bst.softmax(-1) @ kv_btx[..., :c]).view(b, s, h, c)
 
 
-class PagedPlace(NamedTuple):
+class PagedPositions(NamedTuple):
     """Where s positions of every row go: a `Place` of chapter 08, in pages."""
 
     cache_index: tuple  # (page, slot), both (b, s)
@@ -253,7 +265,7 @@ class PagedPlace(NamedTuple):
     is_first_prefill: bool  # nothing came before: a prompt's first piece
 
 
-def paged_place(
+def paged_positions_for(
     tables: list[list[int]], at: list[int], s: int, size: int, spare: int, freqs_cis_tx
 ):
     """The s positions behind `at` in rows with these tables; past its pages a row gets `spare`."""
@@ -267,7 +279,7 @@ def paged_place(
     )
     index = page_bs.to(device), (position_bs % size).to(device)
     turn = freqs_cis_tx[position_bs.to(device).clamp(max=len(freqs_cis_tx) - 1)[..., None]]
-    return PagedPlace(
+    return PagedPositions(
         index, size, turn, block_table_bp, position_bs[:, -1].to(device) + 1, not any(at)
     )
 
@@ -275,7 +287,7 @@ def paged_place(
 class Paged:
     """Attention of a `DecodeLayer` whose cache is pages: kv_btx is (p, y, x)."""
 
-    def attention(self, x_bsd, at: PagedPlace):
+    def attention(self, x_bsd, at: PagedPositions):
         """eq. 1–11, a prompt's first piece on expanded keys, all else inside the latent."""
         c, scale, (b, s, _) = self.config.kv_lora_rank, softmax_scale(self.config), x_bsd.shape
         q_bshi, q_bshr = self.project_q(x_bsd, at)
@@ -311,33 +323,35 @@ class PagedMTP(Paged, MTPDecodeLayer):
 class PagedModel:
     """A model's layers over one pool of pages, of which the last takes padding."""
 
-    def __init__(self, model: Transformer, n_pages: int, size: int):
-        self.model, self.size, self.spare = model, size, n_pages
+    def __init__(self, model: Transformer, num_blocks: int, block_size: int):
+        self.model, self.block_size, self.padding_block = model, block_size, num_blocks
         c, w = model.config, model.embed.weight
-        shape = n_pages + 1, size, c.kv_lora_rank + c.qk_rope_head_dim
+        shape = num_blocks + 1, block_size, c.kv_lora_rank + c.qk_rope_head_dim
         n_layers = len(model.layers) + len(model.mtp)
-        self.kv = [torch.zeros(shape, device=w.device, dtype=w.dtype) for _ in range(n_layers)]
+        self.kv_caches = [
+            torch.zeros(shape, device=w.device, dtype=w.dtype) for _ in range(n_layers)
+        ]
         position_t = torch.arange(c.max_seq_len, device=w.device)
         self.freqs_cis_tx = torch.complex(*rope_cos_sin(c, position_t))
-        self.lay_out()
+        self.build_layers()
 
-    def lay_out(self) -> None:
+    def build_layers(self) -> None:
         """Layers of the weights as they are now, over the same pages."""
         tables, self.head_dw = decode_weights(self.model)
         modules, self.layers = [*self.model.layers.values(), *self.model.mtp.values()], []
-        for x, table, kv_pyx in zip(modules, tables, self.kv):
+        for x, table, kv_pyx in zip(modules, tables, self.kv_caches):
             kind = PagedLayer if isinstance(x, Block) else PagedMTP
             self.layers.append(kind(x, table, 1, 1))
             self.layers[-1].kv_btx = kv_pyx
 
-    def hidden_states(self, token_bs, at: PagedPlace):
+    def hidden_states(self, token_bs, at: PagedPositions):
         """h⁰ of these tokens, (b, s, d), normed."""
         x_bsd = self.embed(token_bs)
         for layer in self.layers[: len(self.model.layers)]:
             x_bsd = layer(x_bsd, at)
         return self.model.norm(x_bsd)
 
-    def mtp_forward(self, k: int, h_bsd, token_bs, at: PagedPlace):
+    def mtp_forward(self, k: int, h_bsd, token_bs, at: PagedPositions):
         """h^k of the same positions from h^{k−1} and the tokens k later (eq. 21–22)."""
         return self.layers[len(self.model.layers) + k - 1]((self.embed(token_bs), h_bsd), at)
 
@@ -362,9 +376,13 @@ with torch.inference_mode():
     for backend in ("gathered", "torch"):
         for row, pieces in ((0, (0, 9, 13)), (1, (0, 7))):  # read in pieces
             for a, z in zip(pieces, pieces[1:]):
-                at = paged_place(tables[row : row + 1], [a], z - a, 4, 12, scattered.freqs_cis_tx)
+                at = paged_positions_for(
+                    tables[row : row + 1], [a], z - a, 4, 12, scattered.freqs_cis_tx
+                )
                 scattered.hidden_states(token_bs[row : row + 1, a:z], at)
-        at = paged_place(tables, [13, 7], 3, 4, 12, scattered.freqs_cis_tx)  # then side by side
+        at = paged_positions_for(
+            tables, [13, 7], 3, 4, 12, scattered.freqs_cis_tx
+        )  # then side by side
         with use(backend, "torch"):
             got_bsd = scattered.hidden_states(
                 torch.stack((token_bs[0, 13:16], token_bs[1, 7:10])), at
@@ -383,51 +401,55 @@ print("rows of 16 and 10 positions in scattered pages: as in a plain forward pas
 
 # %%
 #| export
-class Full(Exception):
+class QueueFull(Exception):
     """The queue has no room for another row."""
 
 
 @dataclass(eq=False)
-class Row:
+class Request:
     """One request: its tokens, how many of them are read, and where their latents lie."""
 
     tokens: list[int]  # the prompt, then what is written
-    max_new: int
-    choice: SamplingParams = (
+    max_tokens: int
+    sampling_params: SamplingParams = (
         SamplingParams()
     )  # with its own random numbers, so that neighbors change nothing
-    stop: frozenset[int] = frozenset()
-    top: int = -1  # likeliest tokens whose log p is noted beside the chosen one's; −1: none
-    n: int = 0
-    mtp: int = 0  # positions read by the MTP modules
+    stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int = (
+        -1
+    )  # likeliest tokens whose log p is noted beside the chosen one's; −1: none
+    num_computed_tokens: int = 0
+    num_mtp_computed_tokens: int = 0  # positions read by the MTP modules
     h_sd: torch.Tensor | None = None  # of positions mtp … n − 1
-    pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    named: int = 0  # pages whose name is known to all
-    hits: int = 0  # positions of the prompt that another had read
-    away: bool = False  # its prompt is being read elsewhere
-    have: int = 0  # for whom it is read: positions that are there already
-    gone: bool = False  # nobody waits for it any more
-    ended: str = ""  # why: stop, length, cancelled
-    logp: list = field(default_factory=list)  # of each written token, if `top` is not −1
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_cached_blocks: int = 0  # pages whose name is known to all
+    num_cached_tokens: int = 0  # positions of the prompt that another had read
+    remote_prefill: bool = False  # its prompt is being read elsewhere
+    num_present_tokens: int = 0  # for whom it is read: positions that are there already
+    aborted: bool = False  # nobody waits for it any more
+    finish_reason: str = ""  # stop, length, abort, prefilled, error
+    logprobs: list = field(
+        default_factory=list
+    )  # of each written token, if `num_logprobs` is not −1
 
     def __post_init__(self):
-        self.prompt = len(self.tokens)
+        self.num_prompt_tokens = len(self.tokens)
 
     @property
-    def new(self) -> list[int]:
+    def output_tokens(self) -> list[int]:
         """What is written."""
-        return self.tokens[self.prompt :]
+        return self.tokens[self.num_prompt_tokens :]
 
-    def add(self, tokens: list[int]) -> list[int]:
+    def append_tokens(self, tokens: list[int]) -> list[int]:
         """Append tokens up to the first that ends the row; what was appended."""
         for i, token in enumerate(tokens):
             self.tokens.append(token)
-            if token in self.stop:
-                self.ended = "stop"
-            elif len(self.tokens) - self.prompt == self.max_new:
-                self.ended = "length"
-            if self.ended:
+            if token in self.stop_token_ids:
+                self.finish_reason = "stop"
+            elif len(self.tokens) - self.num_prompt_tokens == self.max_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason:
                 return tokens[: i + 1]
         return tokens
 
@@ -446,110 +468,161 @@ class Row:
 
 # %%
 #| export
-class Ledger:
+class Scheduler:
     """Rows that wait, rows that are in, and who has which page; no model in sight."""
 
-    def __init__(self, n_pages: int, size: int, rows: int, queue: int, depth: int, longest: int):
-        self.pages, self.size, self.rows, self.queue = Pages(n_pages, size), size, rows, queue
-        self.depth, self.longest = depth, min(longest, n_pages * size - depth)
-        self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []  # the oldest first
-        self.count: Counter = Counter()
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_queue: int,
+        num_speculative_tokens: int,
+        max_model_len: int,
+    ):
+        self.block_pool, self.block_size, self.max_num_seqs, self.max_queue = (
+            BlockPool(num_blocks, block_size),
+            block_size,
+            max_num_seqs,
+            max_queue,
+        )
+        self.num_speculative_tokens, self.max_model_len = (
+            num_speculative_tokens,
+            min(max_model_len, num_blocks * block_size - num_speculative_tokens),
+        )
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # the oldest first
+        self.counters: Counter = Counter()
 
-    def submit(self, *rows: Row) -> None:
-        """Queue rows, all or none; raises `Full`, or a `UserError` for what can never end."""
+    def submit(self, *rows: Request) -> None:
+        """Queue rows, all or none; raises `QueueFull`, or a `UserError` for what can never end."""
         for row in rows:
-            if not row.tokens or row.max_new < 1:
+            if not row.tokens or row.max_tokens < 1:
                 raise UserError("a prompt needs at least one token, and so does an answer")
-            if row.prompt + row.max_new > self.longest:
+            if row.num_prompt_tokens + row.max_tokens > self.max_model_len:
                 raise UserError(
-                    f"a prompt of {row.prompt} tokens and an answer of {row.max_new} are more than "
-                    f"the {self.longest} that this server holds"
+                    f"a prompt of {row.num_prompt_tokens} tokens and an answer of {row.max_tokens} are more than "
+                    f"the {self.max_model_len} that this server holds"
                 )
-        if len(self.waiting) + len(rows) > self.queue:
-            raise Full
+        if len(self.waiting) + len(rows) > self.max_queue:
+            raise QueueFull
         self.waiting.extend(rows)
 
-    def lacking(self, row: Row) -> int:
+    def num_blocks_needed(self, row: Request) -> int:
         """Pages that a row still needs before it can write."""
-        return -(-(len(row.tokens) + 1 + self.depth) // self.size) - len(row.pages)
+        return -(-(len(row.tokens) + 1 + self.num_speculative_tokens) // self.block_size) - len(
+            row.block_ids
+        )
 
-    def admit(self) -> None:
+    def schedule_waiting(self) -> None:
         """Rows come in, in order, while there are places and pages that nobody counts on."""
-        while self.waiting and len(self.running) < self.rows:
-            promised = sum(max(0, self.lacking(row)) for row in self.running)
-            need = promised + self.lacking(self.waiting[0])
-            if self.running and need > self.pages.room:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            promised = sum(max(0, self.num_blocks_needed(row)) for row in self.running)
+            need = promised + self.num_blocks_needed(self.waiting[0])
+            if self.running and need > self.block_pool.num_free:
                 return
             self.running.append(self.waiting.popleft())
 
-    def look_up(self, row: Row) -> None:
+    def match_prefix(self, row: Request) -> None:
         """Begin with the pages that are known; at least one token is left to read."""
-        row.keys = page_keys(row.tokens[:-1], self.size, row.keys)
-        row.pages = self.pages.find(row.keys[: (len(row.tokens) - 1) // self.size])
-        row.n = row.mtp = len(row.pages) * self.size
-        row.named, row.hits = len(row.pages), min(row.n, row.prompt)
-        self.count["hit"] += row.n
+        row.block_hashes = hash_blocks(row.tokens[:-1], self.block_size, row.block_hashes)
+        row.block_ids = self.block_pool.get_cached_blocks(
+            row.block_hashes[: (len(row.tokens) - 1) // self.block_size]
+        )
+        row.num_computed_tokens = row.num_mtp_computed_tokens = len(row.block_ids) * self.block_size
+        row.num_cached_blocks, row.num_cached_tokens = (
+            len(row.block_ids),
+            min(row.num_computed_tokens, row.num_prompt_tokens),
+        )
+        self.counters["prefix_cache_hits"] += row.num_computed_tokens
 
-    def grow(self, row: Row, n: int) -> bool:
+    def allocate_slots(self, row: Request, n: int) -> bool:
         """Pages for n positions of a row, the youngest row's if need be; False: not now."""
-        while len(row.pages) * self.size < n:
-            if (page := self.pages.take()) is not None:
-                row.pages.append(page)
+        while len(row.block_ids) * self.block_size < n:
+            if (page := self.block_pool.allocate()) is not None:
+                row.block_ids.append(page)
                 continue
-            victim = next((r for r in reversed(self.running) if r.pages and not r.away), row)
-            if victim is row and any(r.away for r in self.running):
+            victim = next(
+                (r for r in reversed(self.running) if r.block_ids and not r.remote_prefill), row
+            )
+            if victim is row and any(r.remote_prefill for r in self.running):
                 return False
-            self.put_back(victim)
+            self.preempt(victim)
             if victim is row:
                 return False
         return True
 
-    def put_back(self, row: Row) -> None:
+    def preempt(self, row: Request) -> None:
         """To the front of the queue, unread."""
         self.running.remove(row)
-        self.release(row)
+        self.free(row)
         self.waiting.appendleft(row)
-        self.count["put back"] += 1
+        self.counters["preemptions"] += 1
 
-    def release(self, row: Row) -> None:
+    def free(self, row: Request) -> None:
         """A row without pages is unread."""
-        self.pages.give(row.pages)
-        row.pages, row.named, row.n, row.mtp, row.h_sd = [], 0, 0, 0, None
+        self.block_pool.free(row.block_ids)
+        (
+            row.block_ids,
+            row.num_cached_blocks,
+            row.num_computed_tokens,
+            row.num_mtp_computed_tokens,
+            row.h_sd,
+        ) = [], 0, 0, 0, None
 
-    def publish(self, row: Row) -> None:
+    def cache_full_blocks(self, row: Request) -> None:
         """Name the pages that are full, also with what the MTP modules have read."""
-        full = (min(row.n, row.mtp) if self.depth else row.n) // self.size
-        if full > row.named:
-            row.keys = page_keys(row.tokens[: full * self.size], self.size, row.keys)
-            for i in range(row.named, full):
-                self.pages.name(row.pages[i], row.keys[i])
-            row.named = full
+        full = (
+            min(row.num_computed_tokens, row.num_mtp_computed_tokens)
+            if self.num_speculative_tokens
+            else row.num_computed_tokens
+        ) // self.block_size
+        if full > row.num_cached_blocks:
+            row.block_hashes = hash_blocks(
+                row.tokens[: full * self.block_size], self.block_size, row.block_hashes
+            )
+            for i in range(row.num_cached_blocks, full):
+                self.block_pool.cache_block(row.block_ids[i], row.block_hashes[i])
+            row.num_cached_blocks = full
 
-    def sweep(self) -> list[Row]:
+    def drop_aborted(self) -> list[Request]:
         """Rows that nobody waits for leave, from wherever they are; their pages are free."""
-        gone = [r for r in [*self.running, *self.waiting] if r.gone]
+        gone = [r for r in [*self.running, *self.waiting] if r.aborted]
         for row in gone:
-            row.ended = "cancelled"
+            row.finish_reason = "abort"
             (self.running if row in self.running else self.waiting).remove(row)
-            self.release(row)
+            self.free(row)
         return gone
 
 
 # %%
-ledger = Ledger(n_pages=4, size=4, rows=3, queue=3, depth=0, longest=16)
-old, young = Row([1] * 6, 8), Row([2] * 6, 8)
+ledger = Scheduler(
+    num_blocks=4,
+    block_size=4,
+    max_num_seqs=3,
+    max_queue=3,
+    num_speculative_tokens=0,
+    max_model_len=16,
+)
+old, young = Request([1] * 6, 8), Request([2] * 6, 8)
 ledger.submit(old, young)
-ledger.admit()
-assert ledger.grow(old, 7) and ledger.grow(young, 7) and ledger.pages.room == 0
-assert ledger.grow(old, 9) and not young.pages and ledger.waiting[0] is young
-for row, sentence in ((Row([1] * 9, 8), "more than the 16"), (Row([], 1), "at least one token")):
+ledger.schedule_waiting()
+assert (
+    ledger.allocate_slots(old, 7)
+    and ledger.allocate_slots(young, 7)
+    and ledger.block_pool.num_free == 0
+)
+assert ledger.allocate_slots(old, 9) and not young.block_ids and ledger.waiting[0] is young
+for row, sentence in (
+    (Request([1] * 9, 8), "more than the 16"),
+    (Request([], 1), "at least one token"),
+):
     try:
         ledger.submit(row)
     except UserError as e:
         assert sentence in str(e)
-young.gone = True
-assert ledger.sweep() == [young] and not ledger.waiting
+young.aborted = True
+assert ledger.drop_aborted() == [young] and not ledger.waiting
 print("4 pages, two rows of up to 14 tokens: the younger gave way to the older")
 
 # %% [markdown]
@@ -569,83 +642,95 @@ class Drafts:
     """How an engine guesses, judges, and lets the MTP modules catch up."""
 
     paged: PagedModel
-    depth: int
+    num_speculative_tokens: int
 
-    def place(self, rows: list[Row], at: list[int], s: int) -> PagedPlace:
-        tables = [row.pages for row in rows]
-        return paged_place(
-            tables, at, s, self.paged.size, self.paged.spare, self.paged.freqs_cis_tx
+    def place(self, rows: list[Request], at: list[int], s: int) -> PagedPositions:
+        tables = [row.block_ids for row in rows]
+        return paged_positions_for(
+            tables, at, s, self.paged.block_size, self.paged.padding_block, self.paged.freqs_cis_tx
         )
 
-    def catch_up(self, row: Row) -> None:
+    def catch_up(self, row: Request) -> None:
         """The MTP modules read what the main model has read, where the tokens behind are known."""
-        end = min(row.n, len(row.tokens) - self.depth)
-        if (s := end - row.mtp) <= 0:
+        end = min(row.num_computed_tokens, len(row.tokens) - self.num_speculative_tokens)
+        if (s := end - row.num_mtp_computed_tokens) <= 0:
             return
-        at, h_bsd = self.place([row], [row.mtp], s), row.h_sd[None, :s]
-        for k in range(1, self.depth + 1):
-            token_bs = [row.tokens[row.mtp + k : end + k]]
+        at, h_bsd = self.place([row], [row.num_mtp_computed_tokens], s), row.h_sd[None, :s]
+        for k in range(1, self.num_speculative_tokens + 1):
+            token_bs = [row.tokens[row.num_mtp_computed_tokens + k : end + k]]
             h_bsd = self.paged.mtp_forward(k, h_bsd, token_bs, at)
-        row.h_sd, row.mtp = row.h_sd[s:], end
+        row.h_sd, row.num_mtp_computed_tokens = row.h_sd[s:], end
 
-    def guess(self, rows: list[Row]) -> tuple[list[list[int]], list[list]]:
+    def propose(self, rows: list[Request]) -> tuple[list[list[int]], list[list]]:
         """D guesses for every row, and the distributions that drawn ones came from."""
         guesses, drawn_from = [[] for _ in rows], [[] for _ in rows]
-        s = max(row.n - row.mtp for row in rows)
-        at = self.place(rows, [row.mtp for row in rows], s)
+        s = max(row.num_computed_tokens - row.num_mtp_computed_tokens for row in rows)
+        at = self.place(rows, [row.num_mtp_computed_tokens for row in rows], s)
         h_bsd = torch.stack([F.pad(row.h_sd, (0, 0, 0, s - len(row.h_sd))) for row in rows])
-        last_b = [row.n - 1 - row.mtp for row in rows]
-        for k in range(1, self.depth + 1):
-            texts = [[*r.tokens[r.mtp + k :], *g] for r, g in zip(rows, guesses)]
+        last_b = [row.num_computed_tokens - 1 - row.num_mtp_computed_tokens for row in rows]
+        for k in range(1, self.num_speculative_tokens + 1):
+            texts = [
+                [*r.tokens[r.num_mtp_computed_tokens + k :], *g] for r, g in zip(rows, guesses)
+            ]
             h_bsd = self.paged.mtp_forward(k, h_bsd, [(t + [0] * s)[:s] for t in texts], at)
             logit_bw = self.paged.logits(h_bsd[range(len(rows)), last_b])
             likeliest_b = logit_bw.argmax(-1).tolist()
             for i, row in enumerate(rows):
                 token = likeliest_b[i]
-                if row.choice.temperature:
-                    token_b, q_bw = row.choice.draft(logit_bw[i : i + 1])
+                if row.sampling_params.temperature:
+                    token_b, q_bw = row.sampling_params.draft(logit_bw[i : i + 1])
                     token = int(token_b)
                     drawn_from[i].append(q_bw)
                 guesses[i].append(token)
         return guesses, drawn_from
 
-    def judge(self, rows: list[Row], logit_bsw, guesses, drawn_from) -> list[list[int]]:
+    def verify(self, rows: list[Request], logit_bsw, guesses, drawn_from) -> list[list[int]]:
         """What each row writes: accepted guesses and one token more."""
         said_bs, new = logit_bsw.argmax(-1).tolist(), []
         for i, (row, said, guess) in enumerate(zip(rows, said_bs, guesses)):
-            if not row.choice.temperature:
+            if not row.sampling_params.temperature:
                 n = next((k for k, g in enumerate(guess) if g != said[k]), len(guess))
                 new.append(said[: n + 1])
             elif guess:
                 guess_bk = torch.tensor([guess], device=logit_bsw.device)
-                n_b, token_b = row.choice.verify(logit_bsw[i : i + 1], drawn_from[i], guess_bk)
+                n_b, token_b = row.sampling_params.verify(
+                    logit_bsw[i : i + 1], drawn_from[i], guess_bk
+                )
                 new.append([*guess[: int(n_b)], int(token_b)])
             else:
-                new.append([int(row.choice.sample(logit_bsw[i]))])
+                new.append([int(row.sampling_params.sample(logit_bsw[i]))])
         return new
 
-    def keep(self, row: Row, h_sd, accepted: int) -> None:
+    def advance(self, row: Request, h_sd, accepted: int) -> None:
         """n and mtp move on, as in chapter 08; hidden states in between wait."""
-        n, mtp = row.n + 1 + accepted, max(row.mtp, row.n + 1 - self.depth)
-        if self.depth:
-            row.h_sd = torch.cat((row.h_sd, h_sd))[mtp - row.mtp : n - row.mtp]
-        row.n, row.mtp = n, mtp
+        n, mtp = (
+            row.num_computed_tokens + 1 + accepted,
+            max(
+                row.num_mtp_computed_tokens,
+                row.num_computed_tokens + 1 - self.num_speculative_tokens,
+            ),
+        )
+        if self.num_speculative_tokens:
+            row.h_sd = torch.cat((row.h_sd, h_sd))[
+                mtp - row.num_mtp_computed_tokens : n - row.num_mtp_computed_tokens
+            ]
+        row.num_computed_tokens, row.num_mtp_computed_tokens = n, mtp
 
 
 # %% [markdown]
 # ## Reading and writing
-# These are the two halves of a step. A prompt may also be read by *another process*, as in the report: `send` gives a row away, and a `Parcel` with its latents comes back. At
+# These are the two halves of a step. A prompt may also be read by *another process*, as in the report: `send` gives a row away, and a `KVTransfer` with its latents comes back. At
 # full size these are $L\,(c + r)$ numbers a token, 70 kB, which travel once; pages that are here already are not sent.
 
 
 # %%
 #| export
-class Parcel(NamedTuple):
+class KVTransfer(NamedTuple):
     """A prompt that was read elsewhere: latents of positions start … n − 1 in all layers."""
 
     start: int
     kv_lsx: torch.Tensor
-    mtp: int
+    num_mtp_computed_tokens: int
     h_sd: torch.Tensor  # hidden states of positions mtp … n − 1; without drafts none
     logit_w: torch.Tensor  # behind the last token
 
@@ -653,176 +738,222 @@ class Parcel(NamedTuple):
 class Halves(Drafts):
     """The two halves of a step: `read` prompts, `write` answers."""
 
-    def read(self) -> list[tuple[Row, list[int]]]:
+    def prefill_step(self) -> list[tuple[Request, list[int]]]:
         """At most `chunk` tokens of the oldest unread prompts; first tokens of those that end."""
-        left, out = self.chunk, []
-        for row in [r for r in self.running if not (r.away or r.ended or self.ready(r))]:
+        left, out = self.prefill_chunk, []
+        for row in [
+            r
+            for r in self.running
+            if not (r.remote_prefill or r.finish_reason or self.is_decoding(r))
+        ]:
             if not (left and row in self.running):
                 continue
-            if not row.pages:
-                self.look_up(row)
-            if self.send and len(row.tokens) - row.n > 1:
-                if self.grow(row, len(row.tokens)):
-                    row.away = self.send(row)
-                if row.away or row not in self.running:
+            if not row.block_ids:
+                self.match_prefix(row)
+            if self.send_to_prefill and len(row.tokens) - row.num_computed_tokens > 1:
+                if self.allocate_slots(row, len(row.tokens)):
+                    row.remote_prefill = self.send_to_prefill(row)
+                if row.remote_prefill or row not in self.running:
                     continue
-            s = min(left, len(row.tokens) - row.n)
-            if self.grow(row, row.n + s):
+            s = min(left, len(row.tokens) - row.num_computed_tokens)
+            if self.allocate_slots(row, row.num_computed_tokens + s):
                 left -= s
-                out += self.prefill_chunk(row, s)
+                out += self.prefill_request(row, s)
         return out
 
-    def prefill_chunk(self, row: Row, s: int) -> list[tuple[Row, list[int]]]:
+    def prefill_request(self, row: Request, s: int) -> list[tuple[Request, list[int]]]:
         """Read s tokens of a prompt; behind the last one, choose the next."""
-        at = self.place([row], [row.n], s)
-        h_sd = self.paged.hidden_states([row.tokens[row.n : row.n + s]], at)[0]
-        self.count["read"] += s
-        row.n += s
-        if self.depth:
+        at = self.place([row], [row.num_computed_tokens], s)
+        h_sd = self.paged.hidden_states(
+            [row.tokens[row.num_computed_tokens : row.num_computed_tokens + s]], at
+        )[0]
+        self.counters["prompt_tokens"] += s
+        row.num_computed_tokens += s
+        if self.num_speculative_tokens:
             row.h_sd = h_sd if row.h_sd is None else torch.cat((row.h_sd, h_sd))
             self.catch_up(row)
-        self.publish(row)
-        if row.n < len(row.tokens):
+        self.cache_full_blocks(row)
+        if row.num_computed_tokens < len(row.tokens):
             return []
         logit_w = self.paged.logits(h_sd[-1:])[0]
-        if self.parcels is None:
-            return [(row, self.first(row, logit_w))]
-        self.parcels.append((row, self.pack(row, logit_w)))
-        row.ended = "read"
+        if self.outgoing_transfers is None:
+            return [(row, self.append_first_token(row, logit_w))]
+        self.outgoing_transfers.append((row, self.export_kv(row, logit_w)))
+        row.finish_reason = "prefilled"
         return []
 
-    def first(self, row: Row, logit_w) -> list[int]:
+    def append_first_token(self, row: Request, logit_w) -> list[int]:
         """The token behind a prompt."""
-        new = row.add([int(row.choice.sample(logit_w[None]))])
-        self.note(row, new, logit_w[None])
+        new = row.append_tokens([int(row.sampling_params.sample(logit_w[None]))])
+        self.record_logprobs(row, new, logit_w[None])
         return new
 
-    def write(self) -> list[tuple[Row, list[int]]]:
+    def decode_step(self) -> list[tuple[Request, list[int]]]:
         """One round of every row that is ready: D + 1 tokens read, 1 to D + 1 written."""
-        rows = [r for r in self.running if self.ready(r)]
-        rows = [r for r in rows if r in self.running and self.grow(r, r.n + 1 + self.depth)]
+        rows = [r for r in self.running if self.is_decoding(r)]
+        rows = [
+            r
+            for r in rows
+            if r in self.running
+            and self.allocate_slots(r, r.num_computed_tokens + 1 + self.num_speculative_tokens)
+        ]
         rows = [r for r in rows if r in self.running]  # a later one's need may have put it back
         if not rows:
             return []
-        guesses, drawn_from = self.guess(rows) if self.depth else ([[]] * len(rows), [])
+        guesses, drawn_from = (
+            self.propose(rows) if self.num_speculative_tokens else ([[]] * len(rows), [])
+        )
         token_bs = [[row.tokens[-1], *guess] for row, guess in zip(rows, guesses)]
-        at = self.place(rows, [row.n for row in rows], 1 + self.depth)
+        at = self.place(
+            rows, [row.num_computed_tokens for row in rows], 1 + self.num_speculative_tokens
+        )
         h_bsd = self.paged.hidden_states(token_bs, at)
         logit_bsw = self.paged.logits(h_bsd)
         out = []
-        written = self.judge(rows, logit_bsw, guesses, drawn_from)
+        written = self.verify(rows, logit_bsw, guesses, drawn_from)
         for row, h_sd, logit_sw, new in zip(rows, h_bsd, logit_bsw, written):
-            self.keep(row, h_sd, len(new) - 1)
-            self.count.update(guessed=self.depth, accepted=len(new) - 1)
-            out.append((row, new := row.add(new)))
-            row.n = min(row.n, len(row.tokens) - 1)  # an end inside accepted drafts
-            self.note(row, new, logit_sw)
-            self.publish(row)
+            self.advance(row, h_sd, len(new) - 1)
+            self.counters.update(
+                draft_tokens=self.num_speculative_tokens, accepted_tokens=len(new) - 1
+            )
+            out.append((row, new := row.append_tokens(new)))
+            row.num_computed_tokens = min(
+                row.num_computed_tokens, len(row.tokens) - 1
+            )  # an end inside accepted drafts
+            self.record_logprobs(row, new, logit_sw)
+            self.cache_full_blocks(row)
         return out
 
-    def note(self, row: Row, new: list[int], logit_sw) -> None:
+    def record_logprobs(self, row: Request, new: list[int], logit_sw) -> None:
         """Count; and log p of what was written, where somebody asked."""
-        self.count["written"] += len(new)
-        if row.top >= 0:
+        self.counters["generation_tokens"] += len(new)
+        if row.num_logprobs >= 0:
             logp_sw = logit_sw[: len(new)].float().log_softmax(-1)
-            best = logp_sw.topk(max(1, row.top), -1)
+            best = logp_sw.topk(max(1, row.num_logprobs), -1)
             pairs = (
-                list(zip(*x))[: row.top] for x in zip(best.indices.tolist(), best.values.tolist())
+                list(zip(*x))[: row.num_logprobs]
+                for x in zip(best.indices.tolist(), best.values.tolist())
             )
-            row.logp += list(zip(logp_sw[range(len(new)), new].tolist(), pairs))
+            row.logprobs += list(zip(logp_sw[range(len(new)), new].tolist(), pairs))
 
-    def pack(self, row: Row, logit_w) -> Parcel:
+    def export_kv(self, row: Request, logit_w) -> KVTransfer:
         """What the writing process needs of a prompt."""
-        start = min(row.have, row.n)
-        position_s = torch.arange(start, row.n)
-        page_s = torch.tensor(row.pages)[position_s // self.size]
-        kv_lsx = torch.stack([kv_pyx[page_s, position_s % self.size] for kv_pyx in self.paged.kv])
-        h_sd = row.h_sd if self.depth else kv_lsx.new_empty(0, 0)
-        return Parcel(start, kv_lsx, row.mtp, h_sd, logit_w)
+        start = min(row.num_present_tokens, row.num_computed_tokens)
+        position_s = torch.arange(start, row.num_computed_tokens)
+        page_s = torch.tensor(row.block_ids)[position_s // self.block_size]
+        kv_lsx = torch.stack(
+            [kv_pyx[page_s, position_s % self.block_size] for kv_pyx in self.paged.kv_caches]
+        )
+        h_sd = row.h_sd if self.num_speculative_tokens else kv_lsx.new_empty(0, 0)
+        return KVTransfer(start, kv_lsx, row.num_mtp_computed_tokens, h_sd, logit_w)
 
-    def unpack(self) -> list[tuple[Row, list[int]]]:
+    def import_kv(self) -> list[tuple[Request, list[int]]]:
         """Write what has arrived into the pages that wait for it; the first tokens."""
         out = []
-        while self.arrived:
-            row, parcel = self.arrived.popleft()
-            if row.ended or not row.away:
+        while self.incoming_transfers:
+            row, parcel = self.incoming_transfers.popleft()
+            if row.finish_reason or not row.remote_prefill:
                 continue
             position_s = torch.arange(parcel.start, len(row.tokens))
-            page_s = torch.tensor(row.pages)[position_s // self.size]
-            for kv_pyx, kv_sx in zip(self.paged.kv, parcel.kv_lsx):
-                kv_pyx[page_s, position_s % self.size] = kv_sx.to(kv_pyx)
-            held = row.mtp  # positions here already are not written again
-            row.away, row.n, row.mtp = False, len(row.tokens), max(held, parcel.mtp)
-            if self.depth:
-                row.h_sd = parcel.h_sd[row.mtp - parcel.mtp :].to(self.paged.kv[0])
-            self.publish(row)
-            out.append((row, self.first(row, parcel.logit_w)))
+            page_s = torch.tensor(row.block_ids)[position_s // self.block_size]
+            for kv_pyx, kv_sx in zip(self.paged.kv_caches, parcel.kv_lsx):
+                kv_pyx[page_s, position_s % self.block_size] = kv_sx.to(kv_pyx)
+            held = row.num_mtp_computed_tokens  # positions here already are not written again
+            row.remote_prefill, row.num_computed_tokens, row.num_mtp_computed_tokens = (
+                False,
+                len(row.tokens),
+                max(held, parcel.num_mtp_computed_tokens),
+            )
+            if self.num_speculative_tokens:
+                row.h_sd = parcel.h_sd[
+                    row.num_mtp_computed_tokens - parcel.num_mtp_computed_tokens :
+                ].to(self.paged.kv_caches[0])
+            self.cache_full_blocks(row)
+            out.append((row, self.append_first_token(row, parcel.logit_w)))
         return out
 
 
 # %% [markdown]
 # ## The engine
-# Now the whole step is short. One more opening: `between_steps(fn)` runs `fn(model)` when no step is running, for a server that
+# Now the whole step is short. One more opening: `call_between_steps(fn)` runs `fn(model)` when no step is running, for a server that
 # moves its experts to where the load is (§3.4.1). Live rows go on.
 
 
 # %%
 #| export
-class Engine(Ledger, Halves):
+class Engine(Scheduler, Halves):
     """Continuous batching of many rows over one model; one thread calls `step` again and again."""
 
     def __init__(
-        self, model: Transformer, n_pages: int = 512, size: int = 16, rows: int = 64,
-        chunk: int = 128, queue: int = 256, depth: int = 0,
+        self, model: Transformer, num_blocks: int = 512, block_size: int = 16, max_num_seqs: int = 64,
+        prefill_chunk: int = 128, max_queue: int = 256, num_speculative_tokens: int = 0,
     ):  # fmt: skip
-        if not 0 <= depth <= len(model.mtp):
+        if not 0 <= num_speculative_tokens <= len(model.mtp):
             raise UserError(f"draft must be 0 to {len(model.mtp)}, the model's MTP modules")
-        super().__init__(n_pages, size, rows, queue, depth, model.config.max_seq_len)
-        self.paged, self.chunk = PagedModel(model, n_pages, size), chunk
-        self.forms = ("gathered",) if self.paged.kv[0].device.type == "cpu" else ()
-        self.between: deque = deque()
-        self.arrived: deque[tuple[Row, Parcel]] = deque()
-        self.send: Callable[[Row], bool] | None = None  # gives a prompt to another process
-        self.parcels: list | None = None  # in that process: rows that are read, not written
+        super().__init__(
+            num_blocks,
+            block_size,
+            max_num_seqs,
+            max_queue,
+            num_speculative_tokens,
+            model.config.max_seq_len,
+        )
+        self.paged, self.prefill_chunk = PagedModel(model, num_blocks, block_size), prefill_chunk
+        self.backends = ("gathered",) if self.paged.kv_caches[0].device.type == "cpu" else ()
+        self.pending_callbacks: deque = deque()
+        self.incoming_transfers: deque[tuple[Request, KVTransfer]] = deque()
+        self.send_to_prefill: Callable[[Request], bool] | None = (
+            None  # gives a prompt to another process
+        )
+        self.outgoing_transfers: list | None = (
+            None  # in that process: rows that are read, not written
+        )
 
-    def between_steps(self, fn: Callable, forget: bool = False) -> Future:
+    def call_between_steps(self, fn: Callable, reset_prefix_cache: bool = False) -> Future:
         """Run fn(model) before the next step; `forget` if it changes what the model computes."""
-        self.between.append((fn, forget, future := Future()))
+        self.pending_callbacks.append((fn, reset_prefix_cache, future := Future()))
         return future
 
-    def interlude(self) -> None:
+    def run_pending_callbacks(self) -> None:
         """What was asked to run between two steps."""
-        while self.between:
-            fn, forget, future = self.between.popleft()
+        while self.pending_callbacks:
+            fn, forget, future = self.pending_callbacks.popleft()
             try:
                 result = fn(self.paged.model)
             except Exception as e:
                 future.set_exception(e)
             else:
                 future.set_result(result)
-            self.paged.lay_out()  # also after half of a change
+            self.paged.build_layers()  # also after half of a change
             if forget:
-                self.pages.forget()
+                self.block_pool.reset_prefix_cache()
 
-    def step(self) -> list[tuple[Row, list[int]]]:
+    def step(self) -> list[tuple[Request, list[int]]]:
         """One step; rows with their new tokens, none for rows that were cancelled."""
-        self.interlude()
-        out = [(row, []) for row in self.sweep()]
-        with torch.inference_mode(), use(*self.forms, *ops.ACTIVE_BACKENDS):
-            out += self.unpack()
-            self.admit()
-            out += self.read()
-            out += self.write()
-        for row in [r for r in self.running if r.ended]:
+        self.run_pending_callbacks()
+        out = [(row, []) for row in self.drop_aborted()]
+        with torch.inference_mode(), use(*self.backends, *ops.ACTIVE_BACKENDS):
+            out += self.import_kv()
+            self.schedule_waiting()
+            out += self.prefill_step()
+            out += self.decode_step()
+        for row in [r for r in self.running if r.finish_reason]:
             self.running.remove(row)
-            self.release(row)
-        self.count["steps"] += 1
+            self.free(row)
+        self.counters["steps"] += 1
         return out
 
-    def ready(self, row: Row) -> bool:
+    def is_decoding(self, row: Request) -> bool:
         """Whether only the last token is unread (and MTP, if it is to draft, has something)."""
-        fit = len(row.tokens) - row.n == 1 and (not self.depth or row.mtp < row.n)
-        return fit and not row.away and not row.ended and (self.parcels is None)
+        fit = len(row.tokens) - row.num_computed_tokens == 1 and (
+            not self.num_speculative_tokens or row.num_mtp_computed_tokens < row.num_computed_tokens
+        )
+        return (
+            fit
+            and not row.remote_prefill
+            and not row.finish_reason
+            and (self.outgoing_transfers is None)
+        )
 
 
 # %% [markdown]
@@ -834,13 +965,17 @@ class Engine(Ledger, Halves):
 
 # %%
 @torch.no_grad()
-def regret(row: Row) -> float:
+def regret(row: Request) -> float:
     """How far the worst token that was written is below the best logit of a full forward pass."""
-    logit_sw = model(torch.tensor([row.tokens]))[0, row.prompt - 1 : -1]
-    return (logit_sw.amax(-1) - logit_sw[range(len(row.new)), row.new]).max().item()
+    logit_sw = model(torch.tensor([row.tokens]))[0, row.num_prompt_tokens - 1 : -1]
+    return (
+        (logit_sw.amax(-1) - logit_sw[range(len(row.output_tokens)), row.output_tokens])
+        .max()
+        .item()
+    )
 
 
-def run(engine: Engine, rows: Sequence[Row], apart: int = 0) -> list[Row]:
+def run(engine: Engine, rows: Sequence[Request], apart: int = 0) -> list[Request]:
     """Steps until all rows have ended; a row comes every `apart` steps."""
     todo = deque(rows)
     while todo or engine.running or engine.waiting:
@@ -854,62 +989,76 @@ def run(engine: Engine, rows: Sequence[Row], apart: int = 0) -> list[Row]:
 
 common = torch.randint(256, (24,)).tolist()
 for depth in (0, 1, 2):
-    engine = Engine(model, n_pages=24, size=4, rows=6, chunk=16, depth=depth)
+    engine = Engine(
+        model,
+        num_blocks=24,
+        block_size=4,
+        max_num_seqs=6,
+        prefill_chunk=16,
+        num_speculative_tokens=depth,
+    )
     more = lambda n: torch.randint(256, (n,)).tolist()
     rows = [
-        Row((common if i % 2 else []) + more(n), 20)
+        Request((common if i % 2 else []) + more(n), 20)
         for i, n in enumerate((1, 9, 60, 2, 30, 17, 5, 40))
     ]
     for row in run(engine, rows, apart=2):
-        assert len(row.new) == 20 and regret(row) < 1e-4
-    assert engine.pages.used == 0 and engine.count["put back"] > 0 and engine.count["hit"] > 0
-    print(f"{depth} drafts: {engine.count['steps']} steps, {engine.count['put back']} times put back, "
-          f"{engine.count['hit']} positions found, {engine.count['read']} read in prompts")  # fmt: skip
+        assert len(row.output_tokens) == 20 and regret(row) < 1e-4
+    assert (
+        engine.block_pool.num_used == 0
+        and engine.counters["preemptions"] > 0
+        and engine.counters["prefix_cache_hits"] > 0
+    )
+    print(f"{depth} drafts: {engine.counters['steps']} steps, {engine.counters['preemptions']} times put back, "
+          f"{engine.counters['prefix_cache_hits']} positions found, {engine.counters['prompt_tokens']} read in prompts")  # fmt: skip
 
-engine = Engine(model, n_pages=64, size=4, chunk=16)
-goes, stays = Row(more(9), 30), Row(more(9), 30)
+engine = Engine(model, num_blocks=64, block_size=4, prefill_chunk=16)
+goes, stays = Request(more(9), 30), Request(more(9), 30)
 engine.submit(goes, stays)
 for _ in range(5):
     engine.step()
-goes.gone = True
-engine.between_steps(lambda model: model.head.weight.data.mul_(1.0))
+goes.aborted = True
+engine.call_between_steps(lambda model: model.head.weight.data.mul_(1.0))
 run(engine, [])
-assert (goes.ended, stays.ended) == ("cancelled", "length") and regret(stays) < 1e-4
+assert (goes.finish_reason, stays.finish_reason) == ("abort", "length") and regret(stays) < 1e-4
 
 # %% [markdown]
 # And the handover: a second engine, which only reads, packs what it read; the first writes as if it had read it itself.
 
 
 # %%
-def handed_over(depth: int) -> tuple[list[Row], int]:
+def handed_over(depth: int) -> tuple[list[Request], int]:
     """Three prompts that begin alike, read by one engine and answered by another; bytes sent."""
-    writer, reader = (Engine(model, n_pages=64, size=4, chunk=16, depth=depth) for _ in range(2))
-    reader.parcels, there, sent = [], {}, 0
+    writer, reader = (
+        Engine(model, num_blocks=64, block_size=4, prefill_chunk=16, num_speculative_tokens=depth)
+        for _ in range(2)
+    )
+    reader.outgoing_transfers, there, sent = [], {}, 0
 
-    def send(row: Row) -> bool:
-        copy = Row(list(row.tokens), 1, have=row.n)
+    def send(row: Request) -> bool:
+        copy = Request(list(row.tokens), 1, num_present_tokens=row.num_computed_tokens)
         there[copy] = row
         reader.submit(copy)
         return True
 
-    writer.send, rows = send, [Row(common + more(9), 12) for _ in range(3)]
+    writer.send_to_prefill, rows = send, [Request(common + more(9), 12) for _ in range(3)]
     for row in rows:
         writer.submit(row)
-        while row.n == 0 or row.away:
+        while row.num_computed_tokens == 0 or row.remote_prefill:
             writer.step()
             reader.step()
-            for copy, parcel in reader.parcels:
-                writer.arrived.append((there[copy], parcel))
+            for copy, parcel in reader.outgoing_transfers:
+                writer.incoming_transfers.append((there[copy], parcel))
                 sent += parcel.kv_lsx.nbytes
-            reader.parcels.clear()
+            reader.outgoing_transfers.clear()
     run(writer, [])
-    assert writer.count["read"] == 0 and all(regret(row) < 1e-4 for row in rows)
+    assert writer.counters["prompt_tokens"] == 0 and all(regret(row) < 1e-4 for row in rows)
     return rows, sent
 
 
 for depth in (0, 2):
     rows, sent = handed_over(depth)
-    known = [row.hits for row in rows]
+    known = [row.num_cached_tokens for row in rows]
     print(
         f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {sent / 1e3:.0f} kB traveled"
     )
@@ -945,9 +1094,9 @@ def times(engine: Engine, steps: int) -> list[float]:
 more = lambda n: torch.randint(wide.vocab_size, (n,)).tolist()
 batches, step_ms = [1, 2, 4, 8, 16, 32], []
 for b in batches:
-    engine = Engine(model, n_pages=512)
-    engine.submit(*(Row(more(16), 200) for _ in range(b)))
-    while len(engine.running) < b or not all(map(engine.ready, engine.running)):
+    engine = Engine(model, num_blocks=512)
+    engine.submit(*(Request(more(16), 200) for _ in range(b)))
+    while len(engine.running) < b or not all(map(engine.is_decoding, engine.running)):
         engine.step()
     step_ms.append(1e3 * sorted(times(engine, 6 if SHORT else 20))[1])  # others use these cores too
 fig, (left, right) = figure(1, 2, 8.6, 2.9)
@@ -976,12 +1125,12 @@ print(
 # %%
 arrivals = {}
 for chunk in (2048, 64):
-    engine, long = Engine(model, n_pages=256, chunk=chunk), Row(more(1500), 4)
-    engine.submit(*(Row(more(8), 120) for _ in range(8)))
+    engine, long = Engine(model, num_blocks=256, prefill_chunk=chunk), Request(more(1500), 4)
+    engine.submit(*(Request(more(8), 120) for _ in range(8)))
     before = times(engine, 12)
     engine.submit(long)
     during = []
-    while not long.new:
+    while not long.output_tokens:
         during += times(engine, 1)
     arrivals[chunk] = before, during, times(engine, 8)
 fig, ax = figure(1, 1, 8, 2.9)
@@ -1014,9 +1163,9 @@ assert len(arrivals[2048][1]) == 1 and len(arrivals[64][1]) == 24
 # %%
 shared, counts = [0, 48, 96, 144, 192], []
 for n in shared:
-    engine, begin = Engine(model, n_pages=128), more(n)
-    run(engine, [Row(begin + more(20), 4) for _ in range(6 if SHORT else 24)], apart=2)
-    counts.append((engine.count["read"], engine.count["hit"]))
+    engine, begin = Engine(model, num_blocks=128), more(n)
+    run(engine, [Request(begin + more(20), 4) for _ in range(6 if SHORT else 24)], apart=2)
+    counts.append((engine.counters["prompt_tokens"], engine.counters["prefix_cache_hits"]))
 fig, ax = figure(1, 1, 7, 2.6)
 reads, hits = zip(*counts)
 ax.bar(shared, reads, width=24, color=BLUE, label="read")
@@ -1081,14 +1230,19 @@ assert all(r["lost"] == 0 for kind in FOUND["servers"].values() for r in kind)
 def history(rows_at_once: int = 4, alike: int = 24) -> list[list]:
     """Which rows use each page, after every step."""
     tiny = Transformer(replace(wide, n_layers=1, n_mtp_layers=0, dim=32)).eval()
-    engine = Engine(tiny, n_pages=40, size=4, rows=rows_at_once, chunk=16)
+    engine = Engine(tiny, num_blocks=40, block_size=4, max_num_seqs=rows_at_once, prefill_chunk=16)
     begin, dice, out = more(alike), random.Random(1), []
-    rows = [Row(begin + more(dice.randint(2, 12)), dice.randint(5, 40)) for _ in range(10)]
+    rows = [Request(begin + more(dice.randint(2, 12)), dice.randint(5, 40)) for _ in range(10)]
     engine.submit(*rows)
     while engine.running or engine.waiting:
         engine.step()
-        users = [[i for i, r in enumerate(rows) if p in r.pages] for p in range(40)]
-        out.append([u or (["idle"] if p in engine.pages.idle else []) for p, u in enumerate(users)])
+        users = [[i for i, r in enumerate(rows) if p in r.block_ids] for p in range(40)]
+        out.append(
+            [
+                u or (["idle"] if p in engine.block_pool.evictable else [])
+                for p, u in enumerate(users)
+            ]
+        )
     return out
 
 
@@ -1148,10 +1302,10 @@ def check_hits(fn):
         [[1] * 9, [1] * 9, [1] * 8],
         [[*range(20)], [*range(13), 99], [99, *range(19)]],
     ):
-        engine = Engine(model, n_pages=64, size=4)
+        engine = Engine(model, num_blocks=64, block_size=4)
         for p in prompts:
-            run(engine, [Row(list(p), 1)])
-        assert fn(prompts, 4) == engine.count["hit"]
+            run(engine, [Request(list(p), 1)])
+        assert fn(prompts, 4) == engine.counters["prefix_cache_hits"]
 
 
 @checker
@@ -1255,7 +1409,7 @@ print(f"a page of 64 tokens {64 * token / 1e6:.1f} MB; 40 GB of cache hold {40e9
 # %% [markdown]
 # *Prefill* is limited by arithmetic: whole chunks, expanded attention, tensor parallelism within a node. *Decoding* is limited by memory: the absorbed form
 # over pages ([kernel](../kernels/decode.py)), one expert a GPU, tokens that travel by all-to-all (chapter 11). The latents could go over InfiniBand layer by layer, while the next layer is computed; ours wait for the whole prompt. Redundant experts
-# are a new placement between two steps, the seam `between_steps`.
+# are a new placement between two steps, the seam `call_between_steps`.
 #
 # This server is made to be read, and has served small models on a CPU only. For V3 itself export to Hugging Face's layout and let vLLM or SGLang serve it (their options as documented; **not run here**):
 #

@@ -22,7 +22,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.serve import Engine, Full, Row
+from dsv3_ref.serve import Engine, QueueFull, Request
 from dsv3_ref.serving.generate import Text
 from dsv3_ref.serving.prefill import Reader, hand_out
 from dsv3_ref.serving.protocol import (
@@ -126,7 +126,7 @@ class Histogram:
 
 
 @dataclass(eq=False)
-class Call(Row):
+class Call(Request):
     """A row that somebody waits for."""
 
     index: int = 0  # among the answers of its request
@@ -159,20 +159,20 @@ class Desk(threading.Thread):
     def leave(self, calls: list[Call]) -> None:
         """Nobody waits for these any more; whatever they hold is freed before the next step."""
         for call in calls:
-            call.gone = True
+            call.aborted = True
         self.wake.set()
 
-    def between_steps(self, fn, forget: bool = False):
+    def call_between_steps(self, fn, forget: bool = False):
         """Run fn(model) when no step is running, in this process; a future of its result."""
-        future = self.engine.between_steps(fn, forget)
+        future = self.engine.call_between_steps(fn, forget)
         self.wake.set()
         return future
 
     def busy(self) -> bool:
         """Whether a step would do something."""
         e = self.engine
-        alive = any(not row.away or row.gone for row in e.running)
-        return bool(e.waiting or e.between or e.arrived or alive)
+        alive = any(not row.remote_prefill or row.aborted for row in e.running)
+        return bool(e.waiting or e.pending_callbacks or e.incoming_transfers or alive)
 
     def run(self) -> None:
         while not self.stopped:
@@ -186,10 +186,10 @@ class Desk(threading.Thread):
                 self.failed = self.stopped = True
                 out = [(row, []) for row in [*self.engine.running, *self.engine.waiting]]
                 for row, _ in out:
-                    row.ended = "failed"
+                    row.finish_reason = "failed"
             self.deliver(out)
 
-    def deliver(self, out: list[tuple[Row, list[int]]]) -> None:
+    def deliver(self, out: list[tuple[Request, list[int]]]) -> None:
         """Note the times, and hand new tokens over, all of a step at once."""
         now, told = time.monotonic(), []
         for call, tokens in out:
@@ -198,11 +198,11 @@ class Desk(threading.Thread):
                 for _ in tokens if call.last else tokens[1:]:
                     self.each.add((now - (call.last or now)) / len(tokens))
                 call.last = now
-            if call.ended:
-                self.ended["stop" if call.stopped else call.ended] += 1
+            if call.finish_reason:
+                self.ended["stop" if call.stopped else call.finish_reason] += 1
                 for reader in self.readers:
                     reader.forget(call)
-            told.append((call, tokens, call.ended))
+            told.append((call, tokens, call.finish_reason))
         if told:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
                 self.loop.call_soon_threadsafe(spread, told)
@@ -246,7 +246,7 @@ class Service:
             torch.set_num_threads(threads)
             for reader in readers:
                 reader.ready()
-            self.engine.send = lambda row: hand_out(readers, row)
+            self.engine.send_to_prefill = lambda row: hand_out(readers, row)
         self.desk.start()
         return self
 
@@ -286,7 +286,7 @@ class Service:
             raise Refused(404, f"there is no model {str(body['model'])[:80]!r}, only {self.name!r}")
         known(body)
         options = body.get("stream_options") or {}
-        most = self.engine.longest
+        most = self.engine.max_model_len
         long = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
         seed = secrets.randbits(62) if self.args.seed is None else self.args.seed
         return Ask(
@@ -303,16 +303,24 @@ class Service:
             raise UserError(f"{total} answers are more than the {self.args.max_n} of one request")
         sink, calls, device = asyncio.Queue(), [], self.engine.paged.freqs_cis_tx.device
         for prompt in ask.prompts:
-            room = max(1, min(self.args.max_new_tokens, self.engine.longest - len(prompt)))
+            room = max(1, min(self.args.max_new_tokens, self.engine.max_model_len - len(prompt)))
             for _ in range(ask.n):
                 seed = (ask.seed + len(calls)) % (1 << 63)
                 choice = SamplingParams(
                     ask.temperature, ask.top_p, torch.Generator(device).manual_seed(seed)
                 )
                 eos = frozenset({self.special_tokens.eos})
-                new = ask.max_new or room
+                new = ask.max_tokens or room
                 calls.append(
-                    Call(list(prompt), new, choice, eos, ask.top, index=len(calls), sink=sink)
+                    Call(
+                        list(prompt),
+                        new,
+                        choice,
+                        eos,
+                        ask.num_logprobs,
+                        index=len(calls),
+                        sink=sink,
+                    )
                 )
         if self.desk.failed:
             raise Refused(503, "the engine has failed; see the server's log")
@@ -329,9 +337,9 @@ class Service:
             call, tokens, ended = await sink.get()
             if (text := texts.get(call)) is None:  # its stop text came in the step before
                 continue
-            if ended in ("failed", "cancelled"):
+            if ended in ("failed", "abort"):
                 raise Refused(503, "the engine has failed; see the server's log")
-            noted = call.logp[call.told : call.told + len(tokens)]
+            noted = call.logprobs[call.told : call.told + len(tokens)]
             call.told += len(tokens)
             said = [t for t in tokens if t != self.special_tokens.eos]
             piece = text.add(said)
@@ -355,7 +363,7 @@ class Service:
 
     def usage(self, ask: Ask, calls: list[Call]) -> dict:
         read, said = sum(map(len, ask.prompts)), sum(call.told for call in calls)
-        hits = sum(call.hits for call in calls[:: ask.n])
+        hits = sum(call.num_cached_tokens for call in calls[:: ask.n])
         return {
             "prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said,
             "prompt_tokens_details": {"cached_tokens": hits},
@@ -365,15 +373,15 @@ class Service:
         """What Prometheus reads."""
         e, lines = self.engine, []
         gauges = {
-            "running": len(e.running), "queue": len(e.waiting), "pages": e.pages.n,
-            "pages_used": e.pages.used, "pages_idle": len(e.pages.idle),
+            "running": len(e.running), "queue": len(e.waiting), "pages": e.block_pool.num_blocks,
+            "pages_used": e.block_pool.num_used, "pages_idle": len(e.block_pool.evictable),
             "prefill_workers": sum(r.alive for r in self.desk.readers),
         }  # fmt: skip
         counters = {
-            "prompt_tokens_read": e.count["read"], "prefix_hit_tokens": e.count["hit"],
-            "tokens_written": e.count["written"], "steps": e.count["steps"],
-            "rows_put_back": e.count["put back"], "drafts": e.count["guessed"],
-            "drafts_accepted": e.count["accepted"],
+            "prompt_tokens_read": e.counters["prompt_tokens"], "prefix_hit_tokens": e.counters["prefix_cache_hits"],
+            "tokens_written": e.counters["generation_tokens"], "steps": e.counters["steps"],
+            "rows_put_back": e.counters["preemptions"], "drafts": e.counters["draft_tokens"],
+            "drafts_accepted": e.counters["accepted_tokens"],
         }  # fmt: skip
         for kind, found, end in (("gauge", gauges, ""), ("counter", counters, "_total")):
             for name, value in found.items():
@@ -412,7 +420,7 @@ async def events(service: Service, ask: Ask, calls: list[Call], head: dict):
             yield line(head | {"choices": [start]})
     try:
         async for call, piece, noted, ended in service.told(ask, calls):
-            if piece or ended or (noted and ask.top >= 0):
+            if piece or ended or (noted and ask.num_logprobs >= 0):
                 yield line(head | {"choices": [choice_of(ask, call.index, piece, noted, ended)]})
     except Refused as e:
         yield line(complaint(str(e), e.status))
@@ -474,7 +482,7 @@ class Endpoints:
             response = await self.written(request, chat)
         except UserError as e:
             response = self.refusal(400, str(e))
-        except Full:
+        except QueueFull:
             sentence = "all places are taken, and so are those in the queue; come again"
             response = self.refusal(429, sentence, {"Retry-After": "1"})
         except Refused as e:
@@ -601,5 +609,8 @@ def serve(args: Serve) -> None:
         host, port = f"[{args.host}]" if ":" in args.host else args.host, listener.getsockname()[1]
         print(f"http://{host}:{port}/v1 serves {service.name}", flush=True)
         server(site(service), args.grace).run(sockets=[listener])
-    count = service.engine.count
-    print(f"{count['written']} tokens written, {count['read']} read", file=sys.stderr)
+    count = service.engine.counters
+    print(
+        f"{count['generation_tokens']} tokens written, {count['prompt_tokens']} read",
+        file=sys.stderr,
+    )

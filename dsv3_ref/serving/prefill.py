@@ -12,22 +12,27 @@ import torch
 
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.config import UserError
-from dsv3_ref.serve import Parcel, Row
+from dsv3_ref.serve import KVTransfer, Request
 from dsv3_ref.training.loop import pick_device
 
 # ── Parcels ──
 
 
-def to_bytes(job: int, parcel: Parcel) -> bytes:
+def to_bytes(job: int, parcel: KVTransfer) -> bytes:
     """A parcel as a line of JSON and raw numbers."""
     tensors = [parcel.kv_lsx, parcel.h_sd, parcel.logit_w]
     raw = [x.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes() for x in tensors]
     kinds = [[str(x.dtype)[6:], list(x.shape), len(r)] for x, r in zip(tensors, raw)]
-    head = {"job": job, "start": parcel.start, "mtp": parcel.mtp, "tensors": kinds}
+    head = {
+        "job": job,
+        "start": parcel.start,
+        "mtp": parcel.num_mtp_computed_tokens,
+        "tensors": kinds,
+    }
     return json.dumps(head).encode() + b"\n" + b"".join(raw)
 
 
-def from_bytes(data: bytes, device) -> tuple[int, Parcel]:
+def from_bytes(data: bytes, device) -> tuple[int, KVTransfer]:
     """What `to_bytes` made, on a device."""
     line, _, raw = data.partition(b"\n")
     head, tensors, at = json.loads(line), [], 0
@@ -36,7 +41,7 @@ def from_bytes(data: bytes, device) -> tuple[int, Parcel]:
         flat = torch.frombuffer(part, dtype=dtype) if size else torch.empty(0, dtype=dtype)
         tensors.append(flat.view(shape).to(device))
         at += size
-    return head["job"], Parcel(head["start"], tensors[0], head["mtp"], *tensors[1:])
+    return head["job"], KVTransfer(head["start"], tensors[0], head["mtp"], *tensors[1:])
 
 
 # ── The process, from within and from without ──
@@ -51,23 +56,25 @@ def read_prompts(pipe, args, threads: int) -> None:
     torch.set_num_threads(threads)
     model = load(args.model).to(pick_device(args.device)).eval()
     engine, jobs = engine_of(model, replace(args, max_queue=1 << 30)), {}
-    engine.parcels = []
+    engine.outgoing_transfers = []
     pipe.send_bytes(b"ready")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             while pipe.poll(0 if engine.running or engine.waiting else None):
                 told = json.loads(pipe.recv_bytes())
                 if "tokens" in told:
-                    jobs[told["job"]] = row = Row(told["tokens"], 1, have=told["have"])
+                    jobs[told["job"]] = row = Request(
+                        told["tokens"], 1, num_present_tokens=told["have"]
+                    )
                     engine.submit(row)
                 elif told["job"] in jobs:
-                    jobs[told["job"]].gone = True
+                    jobs[told["job"]].aborted = True
             engine.step()
             names = {row: job for job, row in jobs.items()}
-            for row, parcel in engine.parcels:
+            for row, parcel in engine.outgoing_transfers:
                 pipe.send_bytes(to_bytes(names[row], parcel))
-            engine.parcels.clear()
-            jobs = {job: row for job, row in jobs.items() if not row.ended}
+            engine.outgoing_transfers.clear()
+            jobs = {job: row for job, row in jobs.items() if not row.finish_reason}
 
 
 class Reader:
@@ -90,12 +97,12 @@ class Reader:
             raise UserError("a prefill process did not start; what it said is above") from None
         threading.Thread(target=self.listen, daemon=True).start()
 
-    def send(self, row: Row) -> None:
+    def send(self, row: Request) -> None:
         self.jobs += 1
         self.rows[self.jobs] = row
-        self.tell({"job": self.jobs, "tokens": row.tokens, "have": row.n})
+        self.tell({"job": self.jobs, "tokens": row.tokens, "have": row.num_computed_tokens})
 
-    def forget(self, row: Row) -> None:
+    def forget(self, row: Request) -> None:
         """A row has ended; if it is still being read, no longer."""
         for job in [job for job, r in list(self.rows.items()) if r is row]:
             self.rows.pop(job, None)
@@ -110,16 +117,16 @@ class Reader:
         with suppress(EOFError, OSError):
             while True:
                 job, parcel = from_bytes(
-                    self.pipe.recv_bytes(), self.desk.engine.paged.kv[0].device
+                    self.pipe.recv_bytes(), self.desk.engine.paged.kv_caches[0].device
                 )
                 if row := self.rows.pop(job, None):
-                    self.desk.engine.arrived.append((row, parcel))
+                    self.desk.engine.incoming_transfers.append((row, parcel))
                     self.desk.wake.set()
         self.alive = False
         if self.rows and not self.desk.stopped:
             print("a prefill process died; its prompts are read here", file=sys.stderr)
         for row in list(self.rows.values()):
-            row.away = False
+            row.remote_prefill = False
         self.rows.clear()
         self.desk.wake.set()
 
@@ -129,7 +136,7 @@ class Reader:
         self.process.join()
 
 
-def hand_out(readers: list[Reader], row: Row) -> bool:
+def hand_out(readers: list[Reader], row: Request) -> bool:
     """Give a prompt to the process that has the fewest; False if none lives."""
     alive = [r for r in readers if r.alive]
     if alive:

@@ -36,14 +36,14 @@ class Ask:
     prompts: list[list[int]]
     chat: bool
     n: int
-    max_new: int | None
+    max_tokens: int | None
     temperature: float
     top_p: float
     seed: int
     stop: tuple[str, ...]
     stream: bool
     usage: bool  # of a stream, at its end
-    top: int  # log-probabilities: of so many likeliest tokens too; −1: none
+    num_logprobs: int  # log-probabilities: of so many likeliest tokens too; −1: none
 
 
 def number(body: dict, name: str, default, low, high, kind=int):
@@ -123,7 +123,7 @@ def form(ask: Ask, name: str, model: str) -> dict:
 
 def logprobs(ask: Ask, noted: list[dict]) -> dict | None:
     """Log-probabilities in the form of either endpoint."""
-    if ask.top < 0:
+    if ask.num_logprobs < 0:
         return None
     if ask.chat:
         return {"content": noted}
@@ -133,7 +133,7 @@ def logprobs(ask: Ask, noted: list[dict]) -> dict | None:
         ends.append(ends[-1] + len(t["token"]))
     return {
         "tokens": [t["token"] for t in noted], "token_logprobs": [t["logprob"] for t in noted],
-        "top_logprobs": best if ask.top else None, "text_offset": ends[:-1],
+        "top_logprobs": best if ask.num_logprobs else None, "text_offset": ends[:-1],
     }  # fmt: skip
 
 

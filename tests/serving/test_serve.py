@@ -33,7 +33,7 @@ from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import tokens_per_expert
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
-from dsv3_ref.serve import Engine, Full, Pages, Parcel, Row, page_keys
+from dsv3_ref.serve import BlockPool, Engine, KVTransfer, QueueFull, Request, hash_blocks
 from dsv3_ref.serving import api_server
 from dsv3_ref.serving.api_server import Histogram, Serve, Service
 from dsv3_ref.serving.prefill import from_bytes, to_bytes
@@ -51,10 +51,13 @@ def model(micro):
 
 def engine(model, **options) -> Engine:
     """Small pages and pieces, so that borders are everywhere."""
-    return Engine(model, **({"n_pages": 64, "size": 4, "chunk": 6, "rows": 5} | options))
+    return Engine(
+        model,
+        **({"num_blocks": 64, "block_size": 4, "prefill_chunk": 6, "max_num_seqs": 5} | options),
+    )
 
 
-def run(e: Engine, rows, apart: int = 0) -> list[Row]:
+def run(e: Engine, rows, apart: int = 0) -> list[Request]:
     """Steps until all rows have ended; one comes every `apart` steps, or all at once."""
     todo, rows = list(rows), list(rows)
     while todo or e.running or e.waiting:
@@ -67,10 +70,14 @@ def run(e: Engine, rows, apart: int = 0) -> list[Row]:
 
 
 @torch.no_grad()
-def regret(model, row: Row) -> float:
+def regret(model, row: Request) -> float:
     """How far the worst token written is below the best logit of a full forward pass."""
-    logit_sw = model(torch.tensor([row.tokens]))[0, row.prompt - 1 : -1]
-    return (logit_sw.amax(-1) - logit_sw[range(len(row.new)), row.new]).max().item()
+    logit_sw = model(torch.tensor([row.tokens]))[0, row.num_prompt_tokens - 1 : -1]
+    return (
+        (logit_sw.amax(-1) - logit_sw[range(len(row.output_tokens)), row.output_tokens])
+        .max()
+        .item()
+    )
 
 
 def alone(model, prompt: list[int], new: int, **options) -> list[int]:
@@ -84,35 +91,35 @@ def alone(model, prompt: list[int], new: int, **options) -> list[int]:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=80))
 def test_every_page_is_in_one_state_and_never_given_twice(acts):
     """Random takes, finds, names and gives, against plain counting."""
-    pages, held = Pages(7, 2), []
+    pages, held = BlockPool(7, 2), []
     for act, x in acts:
-        if act == 0 and (page := pages.take()) is not None:
+        if act == 0 and (page := pages.allocate()) is not None:
             assert not any(page in row for row in held)
             held.append([page])
         elif act == 1 and held:
-            held.append(pages.find([b"%d" % x, b"%d" % (x + 1)]))
+            held.append(pages.get_cached_blocks([b"%d" % x, b"%d" % (x + 1)]))
         elif act == 2 and held and held[x % len(held)]:
-            pages.name(held[x % len(held)][0], b"%d" % x)
+            pages.cache_block(held[x % len(held)][0], b"%d" % x)
         elif act == 3 and held:
-            pages.give(held.pop(x % len(held)))
+            pages.free(held.pop(x % len(held)))
         uses = [sum(row.count(p) for row in held) for p in range(7)]
-        assert pages.uses == uses
-        assert pages.used == sum(n > 0 for n in uses)
-        assert sorted([*pages.free, *pages.idle, *(p for p in range(7) if uses[p])]) == list(
-            range(7)
-        )
-        assert {v: k for k, v in pages.key.items()} == pages.page
+        assert pages.ref_cnt == uses
+        assert pages.num_used == sum(n > 0 for n in uses)
+        assert sorted(
+            [*pages.free_blocks, *pages.evictable, *(p for p in range(7) if uses[p])]
+        ) == list(range(7))
+        assert {v: k for k, v in pages.block_hash.items()} == pages.cached_blocks
 
 
 def test_a_key_depends_on_all_tokens_up_to_its_end():
     text = list(range(12))
-    keys = page_keys(text, 4)
-    assert len(keys) == 3 and page_keys(text[:11], 4) == keys[:2]
-    assert page_keys(text, 4, keys[:1]) == keys
+    keys = hash_blocks(text, 4)
+    assert len(keys) == 3 and hash_blocks(text[:11], 4) == keys[:2]
+    assert hash_blocks(text, 4, keys[:1]) == keys
     for i in range(12):
-        other = page_keys([*text[:i], 99, *text[i + 1 :]], 4)
+        other = hash_blocks([*text[:i], 99, *text[i + 1 :]], 4)
         assert [a == b for a, b in zip(keys, other)] == [k < i // 4 for k in range(3)]
-    assert page_keys([1, 2], 1)[1] != page_keys([2, 1], 1)[1] != page_keys([12], 1)[0]
+    assert hash_blocks([1, 2], 1)[1] != hash_blocks([2, 1], 1)[1] != hash_blocks([12], 1)[0]
 
 
 def test_the_gathered_form_is_the_op(micro):
@@ -136,30 +143,36 @@ def test_any_rows_write_what_a_full_forward_pass_would(
 ):
     model, common = Transformer(micro).eval(), torch.randint(61, (30,)).tolist()
     prompts = [common[:n] if alike else torch.randint(61, (n,)).tolist() for n in lengths]
-    e = engine(model, n_pages=11, chunk=chunk, depth=depth)  # 44 positions for up to 7 × 39
-    for row in run(e, [Row(p, new) for p in prompts], apart):
-        assert len(row.new) == new and row.ended == "length"
+    e = engine(
+        model, num_blocks=11, prefill_chunk=chunk, num_speculative_tokens=depth
+    )  # 44 positions for up to 7 × 39
+    for row in run(e, [Request(p, new) for p in prompts], apart):
+        assert len(row.output_tokens) == new and row.finish_reason == "length"
         assert regret(model, row) < 1e-4
-    assert e.pages.used == 0
+    assert e.block_pool.num_used == 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_in_fp64_tokens_are_exactly_those_of_one_stream(micro, exact, depth):
     model = Transformer(micro).double().eval()
     prompts = [torch.randint(61, (n,)).tolist() for n in (1, 5, 17, 9, 30)]
-    rows = run(engine(model, depth=depth), [Row(list(p), 15) for p in prompts], apart=1)
-    assert [row.new for row in rows] == [alone(model, p, 15) for p in prompts]
+    rows = run(
+        engine(model, num_speculative_tokens=depth),
+        [Request(list(p), 15) for p in prompts],
+        apart=1,
+    )
+    assert [row.output_tokens for row in rows] == [alone(model, p, 15) for p in prompts]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_seed_repeats_a_draw_whoever_else_is_there(micro, exact, depth):
     model, draws = Transformer(micro).double().eval(), []
     for others in (0, 4):
-        mine = Row([3, 1, 4], 12, SamplingParams(1.0, 0.9, torch.Generator().manual_seed(7)))
+        mine = Request([3, 1, 4], 12, SamplingParams(1.0, 0.9, torch.Generator().manual_seed(7)))
         heat = SamplingParams(1.0, 1.0, torch.Generator().manual_seed(1))
-        rows = [Row([i] * (i + 1), 9, heat) for i in range(others)]
-        run(engine(model, depth=depth), [*rows, mine], apart=1)
-        draws.append(mine.new)
+        rows = [Request([i] * (i + 1), 9, heat) for i in range(others)]
+        run(engine(model, num_speculative_tokens=depth), [*rows, mine], apart=1)
+        draws.append(mine.output_tokens)
     assert draws[0] == draws[1]
     if not depth:
         choice = SamplingParams(1.0, 0.9, torch.Generator().manual_seed(7))
@@ -169,12 +182,17 @@ def test_a_seed_repeats_a_draw_whoever_else_is_there(micro, exact, depth):
 @pytest.mark.parametrize("depth", [0, 2])
 def test_logits_are_those_of_a_full_forward_pass(model, depth):
     """By the log-probabilities that a row notes: of the token, and of the likeliest three."""
-    rows = run(engine(model, depth=depth), [Row([1] * n, 12, top=3) for n in (2, 9, 23)])
+    rows = run(
+        engine(model, num_speculative_tokens=depth),
+        [Request([1] * n, 12, num_logprobs=3) for n in (2, 9, 23)],
+    )
     for row in rows:
         with torch.no_grad():
-            logp_sw = model(torch.tensor([row.tokens]))[0, row.prompt - 1 : -1].log_softmax(-1)
-        assert len(row.logp) == 12
-        for (x, best), token, logp_w in zip(row.logp, row.new, logp_sw):
+            logp_sw = model(torch.tensor([row.tokens]))[
+                0, row.num_prompt_tokens - 1 : -1
+            ].log_softmax(-1)
+        assert len(row.logprobs) == 12
+        for (x, best), token, logp_w in zip(row.logprobs, row.output_tokens, logp_sw):
             assert abs(x - logp_w[token]) < 1e-4
             top = logp_w.topk(3)
             torch.testing.assert_close(
@@ -184,15 +202,20 @@ def test_logits_are_those_of_a_full_forward_pass(model, depth):
 
 @pytest.mark.parametrize("depth", [0, 2])
 def test_a_stop_token_ends_a_row(model, depth):
-    free = run(engine(model, depth=depth), [Row([1, 2, 3], 20)])[0].new
-    row = run(engine(model, depth=depth), [Row([1, 2, 3], 20, stop=frozenset({free[6]}))])[0]
-    assert row.new == free[: free.index(free[6]) + 1] and row.ended == "stop"
+    free = run(engine(model, num_speculative_tokens=depth), [Request([1, 2, 3], 20)])[
+        0
+    ].output_tokens
+    row = run(
+        engine(model, num_speculative_tokens=depth),
+        [Request([1, 2, 3], 20, stop_token_ids=frozenset({free[6]}))],
+    )[0]
+    assert row.output_tokens == free[: free.index(free[6]) + 1] and row.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("changes", [{"q_lora_rank": 0}, {"n_shared_experts": 0}], ids=str)
 def test_every_shape_serves(micro, changes):
     model = Transformer(replace(micro, **changes)).eval()
-    for row in run(engine(model, depth=1), [Row([5] * n, 8) for n in (1, 12)]):
+    for row in run(engine(model, num_speculative_tokens=1), [Request([5] * n, 8) for n in (1, 12)]):
         assert regret(model, row) < 1e-4
 
 
@@ -200,75 +223,79 @@ def test_every_shape_serves(micro, changes):
 
 
 def test_a_long_prompt_stalls_nobody(model):
-    e = engine(model, n_pages=64, chunk=5)
-    short, long = Row([1, 2, 3], 30), Row([4] * 40, 3)
+    e = engine(model, num_blocks=64, prefill_chunk=5)
+    short, long = Request([1, 2, 3], 30), Request([4] * 40, 3)
     e.submit(short)
     e.step()
     e.submit(long)
-    while not long.new:
-        before, read = len(short.new), e.count["read"]
+    while not long.output_tokens:
+        before, read = len(short.output_tokens), e.counters["prompt_tokens"]
         e.step()
-        assert len(short.new) == before + 1 and e.count["read"] - read <= 5
-    assert len(short.new) >= 8
+        assert len(short.output_tokens) == before + 1 and e.counters["prompt_tokens"] - read <= 5
+    assert len(short.output_tokens) >= 8
 
 
 def test_what_was_read_is_not_read_again(model):
     e, common = engine(model), list(range(20))
-    run(e, [Row([*common, 50], 3)])
-    read = e.count["read"]
-    (row,) = run(e, [Row([*common, 51, 52], 3)])
-    assert row.hits == 20 and e.count["read"] == read + 2
-    (other,) = run(e, [Row([60, *common[1:]], 3)])
-    assert other.hits == 0
-    rows = run(e, [Row([7] * 17, 3) for _ in range(4)])  # all at once: the first reads for all
-    assert [row.hits for row in rows] == [0, 16, 16, 16]
-    talk = run(e, [Row(rows[0].tokens + [8, 9], 3)])[0]  # what was written is known too
-    assert talk.hits == 16 and regret(model, talk) < 1e-4
+    run(e, [Request([*common, 50], 3)])
+    read = e.counters["prompt_tokens"]
+    (row,) = run(e, [Request([*common, 51, 52], 3)])
+    assert row.num_cached_tokens == 20 and e.counters["prompt_tokens"] == read + 2
+    (other,) = run(e, [Request([60, *common[1:]], 3)])
+    assert other.num_cached_tokens == 0
+    rows = run(e, [Request([7] * 17, 3) for _ in range(4)])  # all at once: the first reads for all
+    assert [row.num_cached_tokens for row in rows] == [0, 16, 16, 16]
+    talk = run(e, [Request(rows[0].tokens + [8, 9], 3)])[0]  # what was written is known too
+    assert talk.num_cached_tokens == 16 and regret(model, talk) < 1e-4
 
 
 def test_too_few_pages_put_the_youngest_back_and_the_oldest_ends_first(model):
-    e = engine(model, n_pages=10)
-    rows = [Row([i + 1] * 6, 20) for i in range(4)]
+    e = engine(model, num_blocks=10)
+    rows = [Request([i + 1] * 6, 20) for i in range(4)]
     e.submit(*rows)
     order = []
     while e.running or e.waiting:
-        order += [row for row, _ in e.step() if row.ended]
-        assert e.pages.used <= 10
-    assert order == rows and e.count["put back"] > 0
+        order += [row for row, _ in e.step() if row.finish_reason]
+        assert e.block_pool.num_used <= 10
+    assert order == rows and e.counters["preemptions"] > 0
     assert all(regret(model, row) < 1e-4 for row in rows)
 
 
 def test_what_can_never_end_is_refused_and_a_full_queue_says_so(model):
-    e = engine(model, n_pages=8, queue=2)
+    e = engine(model, num_blocks=8, max_queue=2)
     for row, sentence in (
-        (Row([1] * 30, 3), "a prompt of 30 tokens and an answer of 3 are more than the 32"),
-        (Row([], 3), "at least one token"),
-        (Row([1], 0), "so does an answer"),
+        (Request([1] * 30, 3), "a prompt of 30 tokens and an answer of 3 are more than the 32"),
+        (Request([], 3), "at least one token"),
+        (Request([1], 0), "so does an answer"),
     ):
         with pytest.raises(UserError, match=sentence):
             e.submit(row)
-    e.submit(Row([1], 2))
-    with pytest.raises(Full):
-        e.submit(Row([1], 2), Row([1], 2))
+    e.submit(Request([1], 2))
+    with pytest.raises(QueueFull):
+        e.submit(Request([1], 2), Request([1], 2))
     assert len(e.waiting) == 1
     with pytest.raises(UserError, match="draft must be 0 to 2"):
-        engine(model, depth=3)
+        engine(model, num_speculative_tokens=3)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("steps", [0, 1, 3, 9])
 def test_who_leaves_frees_what_they_held(model, depth, steps):
     """In the queue, half read, writing: the others never notice."""
-    e = engine(model, rows=2, depth=depth)
-    stays, goes, queued = Row([1] * 9, 12), Row([2] * 16, 20), Row([3] * 9, 5)
+    e = engine(model, max_num_seqs=2, num_speculative_tokens=depth)
+    stays, goes, queued = Request([1] * 9, 12), Request([2] * 16, 20), Request([3] * 9, 5)
     e.submit(goes, stays, queued)
     for _ in range(steps):
         e.step()
-    goes.gone = queued.gone = True
-    left = {row for row, new in e.step() if row.gone and not new}
-    assert left == {goes, queued} and goes.ended == "cancelled" and not goes.pages
+    goes.aborted = queued.aborted = True
+    left = {row for row, new in e.step() if row.aborted and not new}
+    assert left == {goes, queued} and goes.finish_reason == "abort" and not goes.block_ids
     run(e, [])
-    assert e.pages.used == 0 and len(stays.new) == 12 and regret(model, stays) < 1e-4
+    assert (
+        e.block_pool.num_used == 0
+        and len(stays.output_tokens) == 12
+        and regret(model, stays) < 1e-4
+    )
 
 
 # ── Between two steps ──
@@ -288,17 +315,20 @@ def shuffled(model) -> str:
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_experts_move_between_two_steps_and_no_request_is_dropped(model, depth):
-    e, rows = engine(model, depth=depth), [Row([i + 1] * (4 * i + 3), 14) for i in range(4)]
+    e, rows = (
+        engine(model, num_speculative_tokens=depth),
+        [Request([i + 1] * (4 * i + 3), 14) for i in range(4)],
+    )
     e.submit(*rows)
     futures = []
     while e.running or e.waiting:
-        futures.append(e.between_steps(shuffled))
+        futures.append(e.call_between_steps(shuffled))
         e.step()
     assert all(f.result(0) == "moved" for f in futures)
-    assert all(len(row.new) == 14 and regret(model, row) < 1e-4 for row in rows)
-    failed = e.between_steps(lambda model: 1 / 0)
-    run(e, [row := Row([1, 2], 3)])
-    assert isinstance(failed.exception(0), ZeroDivisionError) and len(row.new) == 3
+    assert all(len(row.output_tokens) == 14 and regret(model, row) < 1e-4 for row in rows)
+    failed = e.call_between_steps(lambda model: 1 / 0)
+    run(e, [row := Request([1, 2], 3)])
+    assert isinstance(failed.exception(0), ZeroDivisionError) and len(row.output_tokens) == 3
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -321,25 +351,30 @@ def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model,
         return sum(set_expert_placement(moe, places) for moe, places in zip(layers, placed))
 
     hooks = [moe.gate.register_forward_hook(count(i)) for i, moe in enumerate(layers)]
-    e, rows = engine(model, depth=depth), [Row([i + 1] * 19, 10) for i in range(6)]
+    e, rows = (
+        engine(model, num_speculative_tokens=depth),
+        [Request([i + 1] * 19, 10) for i in range(6)],
+    )
     e.submit(*rows)
     futures = []
     while e.running or e.waiting:
-        futures.append(e.between_steps(renew))
+        futures.append(e.call_between_steps(renew))
         e.step()
     [hook.remove() for hook in hooks]
     assert futures[0].result(0) == sum(len(x) + 4 for x in now) and len(futures) > 5
     assert len({tuple(x.tolist()) for x in used}) > 1  # placements that differ
-    assert all(len(row.new) == 10 and regret(model, row) < 1e-4 for row in rows)
+    assert all(len(row.output_tokens) == 10 and regret(model, row) < 1e-4 for row in rows)
     [clear_expert_placement(moe) for moe in layers]
 
 
 def test_new_weights_forget_what_old_ones_read(model):
     e = engine(model)
-    run(e, [Row([5] * 17, 2)])
-    e.between_steps(lambda m: m.layers["0"].attn.wkv_a.weight.data.mul_(1.5), forget=True)
-    (row,) = run(e, [Row([5] * 17, 6)])
-    assert row.hits == 0 and regret(model, row) < 1e-4
+    run(e, [Request([5] * 17, 2)])
+    e.call_between_steps(
+        lambda m: m.layers["0"].attn.wkv_a.weight.data.mul_(1.5), reset_prefix_cache=True
+    )
+    (row,) = run(e, [Request([5] * 17, 6)])
+    assert row.num_cached_tokens == 0 and regret(model, row) < 1e-4
 
 
 # ── Prompts that are read elsewhere ──
@@ -347,31 +382,38 @@ def test_new_weights_forget_what_old_ones_read(model):
 
 def pair(model, depth: int, **options):
     """An engine that writes, one that reads for it, and what carries parcels as bytes."""
-    writer, reader, there = engine(model, depth=depth, **options), engine(model, depth=depth), {}
-    reader.parcels = []
+    writer, reader, there = (
+        engine(model, num_speculative_tokens=depth, **options),
+        engine(model, num_speculative_tokens=depth),
+        {},
+    )
+    reader.outgoing_transfers = []
 
-    def send(row: Row) -> bool:
-        copy = Row(list(row.tokens), 1, have=row.n)
+    def send(row: Request) -> bool:
+        copy = Request(list(row.tokens), 1, num_present_tokens=row.num_computed_tokens)
         there[copy] = row
         reader.submit(copy)
         return True
 
-    def carry() -> list[Parcel]:
+    def carry() -> list[KVTransfer]:
         reader.step()
-        found = [(there[copy], from_bytes(to_bytes(3, p), "cpu")[1]) for copy, p in reader.parcels]
-        reader.parcels.clear()
-        writer.arrived.extend(found)
+        found = [
+            (there[copy], from_bytes(to_bytes(3, p), "cpu")[1])
+            for copy, p in reader.outgoing_transfers
+        ]
+        reader.outgoing_transfers.clear()
+        writer.incoming_transfers.extend(found)
         return [parcel for _, parcel in found]
 
-    writer.send = send
+    writer.send_to_prefill = send
     return writer, carry
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_prompt_read_elsewhere_is_answered_as_if_read_here(model, depth):
-    writer, carry = pair(model, depth, n_pages=20)
+    writer, carry = pair(model, depth, num_blocks=20)
     common = torch.randint(61, (18,)).tolist()
-    rows = [Row(common + [i] * (5 * i), 10) for i in range(5)] + [Row([9], 4)]
+    rows = [Request(common + [i] * (5 * i), 10) for i in range(5)] + [Request([9], 4)]
     parcels = []
     for row in rows:
         writer.submit(row)
@@ -383,32 +425,34 @@ def test_a_prompt_read_elsewhere_is_answered_as_if_read_here(model, depth):
         parcels += carry()
     for row in rows:
         assert regret(model, row) < 1e-4
-    assert writer.pages.used == 0
+    assert writer.block_pool.num_used == 0
     if depth == 0:
-        assert writer.count["read"] == 0
+        assert writer.counters["prompt_tokens"] == 0
         assert parcels[1].start == 16 and parcels[1].kv_lsx.shape == (5, 7, 24)
 
 
 def test_who_leaves_while_their_prompt_is_read_elsewhere(model):
     writer, carry = pair(model, 0)
-    row = Row([1] * 30, 5)
+    row = Request([1] * 30, 5)
     writer.submit(row)
     writer.step()
-    assert row.away and writer.pages.used == 8
-    row.gone = True
+    assert row.remote_prefill and writer.block_pool.num_used == 8
+    row.aborted = True
     writer.step()
     for _ in range(6):
         carry()
     writer.step()
-    assert row.ended == "cancelled" and not row.new and writer.pages.used == 0
+    assert (
+        row.finish_reason == "abort" and not row.output_tokens and writer.block_pool.num_used == 0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_parcel_travels_as_bytes(dtype):
-    parcel = Parcel(8, torch.randn(3, 5, 24).to(dtype), 12, torch.randn(0, 4).to(dtype),
+    parcel = KVTransfer(8, torch.randn(3, 5, 24).to(dtype), 12, torch.randn(0, 4).to(dtype),
                     torch.randn(61))  # fmt: skip
     job, got = from_bytes(to_bytes(7, parcel), "cpu")
-    assert job == 7 and (got.start, got.mtp) == (8, 12)
+    assert job == 7 and (got.start, got.num_mtp_computed_tokens) == (8, 12)
     for a, b in zip((got.kv_lsx, got.h_sd, got.logit_w), (parcel.kv_lsx, *parcel[3:])):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
@@ -457,7 +501,7 @@ def client(here):
 def quiet(service, seconds: float = 5) -> bool:
     """Whether soon no row is left and no page in use."""
     end, e = time.monotonic() + seconds, service.engine
-    while e.running or e.waiting or e.pages.used:
+    while e.running or e.waiting or e.block_pool.num_used:
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
@@ -675,17 +719,17 @@ def slow(here, monkeypatch):
 def test_a_client_that_goes_away_frees_its_pages(slow, streaming):
     address, service = slow
     body = {"prompt": "we talk", "max_tokens": 240, "temperature": 0, "stream": streaming}
-    written = service.engine.count["written"]
+    written = service.engine.counters["generation_tokens"]
     if streaming:
         with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
             next(answer.iter_lines())
-            assert service.engine.pages.used > 0
+            assert service.engine.block_pool.num_used > 0
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/completions", json=body, timeout=0.3)
     assert quiet(service, 2)
-    assert service.engine.count["written"] - written < 200
-    assert service.desk.ended["cancelled"] > 0
+    assert service.engine.counters["generation_tokens"] - written < 200
+    assert service.desk.ended["abort"] > 0
 
 
 def test_a_full_queue_says_come_again(folder):
@@ -704,7 +748,7 @@ def test_a_full_queue_says_come_again(folder):
 
 def test_a_step_that_fails_is_told_to_all(folder, capsys):
     with served(folder) as (address, service):
-        service.engine.write = lambda: 1 / 0
+        service.engine.decode_step = lambda: 1 / 0
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "we"})
         assert answer.status_code == 503
         assert httpx.get(f"{address}/health").status_code == 503
@@ -718,7 +762,7 @@ def test_experts_move_while_clients_write(here, client):
     text, futures = "", []
     for piece in client.completions.create(**ask, stream=True):
         text += piece.choices[0].text
-        futures.append(here[1].desk.between_steps(shuffled))
+        futures.append(here[1].desk.call_between_steps(shuffled))
     assert text == want and all(f.result(5) == "moved" for f in futures)
 
 
@@ -756,7 +800,7 @@ def test_sixty_four_streams_lose_and_mix_nothing(folder):
             assert quiet(service)
             used.append(memory())
         assert service.desk.ended["length"] + service.desk.ended["stop"] == 128
-        assert service.engine.count["put back"] > 0 and used[1] - used[0] < 40
+        assert service.engine.counters["preemptions"] > 0 and used[1] - used[0] < 40
 
 
 # ── As a command, in processes of its own ──
