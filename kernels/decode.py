@@ -9,39 +9,41 @@ program may end one sequence and begin the next. Pieces of a sequence meet in a 
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, multiprocessors, require
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor, num_sms
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 INTS = (torch.int32, torch.int64)
 LOG2_E = 1.4426950408889634
-UNIT = tl.constexpr(64)  # keys that are dealt out together
-LEAST = tl.constexpr(2)  # units a program: below that, merging costs more than it spreads
+KEYS_PER_UNIT = tl.constexpr(64)  # keys that are dealt out together
+MIN_UNITS_PER_SPLIT = tl.constexpr(
+    2
+)  # units a program: below that, merging costs more than it spreads
 
 
 # ── Who does what ──
 
 
 @triton.jit
-def shares(length_ptr, b, n_parts, BLOCK_B: tl.constexpr):
-    """Units of each sequence, and how many equal parts there are: total = parts · each + more."""
+def split_work(length_ptr, b, max_splits, BLOCK_B: tl.constexpr):
+    """Units of each sequence, and how many equal splits there are: total = n_splits · each + more."""
     at = tl.arange(0, BLOCK_B)
-    unit_b = tl.cdiv(tl.load(length_ptr + at, mask=at < b, other=0).to(tl.int32), UNIT)
+    unit_b = tl.cdiv(tl.load(length_ptr + at, mask=at < b, other=0).to(tl.int32), KEYS_PER_UNIT)
     total = tl.sum(unit_b, 0)
-    parts = tl.maximum(tl.minimum(n_parts, tl.cdiv(total, LEAST)), 1)
-    return unit_b, parts, total // parts, total % parts
+    n_splits = tl.maximum(tl.minimum(max_splits, tl.cdiv(total, MIN_UNITS_PER_SPLIT)), 1)
+    return unit_b, n_splits, total // n_splits, total % n_splits
 
 
 @triton.jit
-def begin_of(part, each, more):
-    """First unit of a part; one more unit for each of the first `more` parts."""
-    return part * each + tl.minimum(part, more)
+def split_begin(split, each, more):
+    """First unit of a split; one more unit for each of the first `more` splits."""
+    return split * each + tl.minimum(split, more)
 
 
 @triton.jit
-def part_of(unit, each, more):
-    """The part that a unit lies in."""
+def split_of_unit(unit, each, more):
+    """The split that a unit lies in."""
     large = more * (each + 1)
     small = more + (unit - large) // tl.maximum(each, 1)
     return tl.where(unit < large, unit // (each + 1), small)
@@ -51,7 +53,7 @@ def part_of(unit, each, more):
 
 
 @triton.jit
-def columns(rows, col, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def tile_mask(rows, col, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Mask of a tile: rows, and the real columns where a block is wider than they are."""
     mask = rows[:, None]
     if SIZE != BLOCK:
@@ -60,41 +62,41 @@ def columns(rows, col, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def zero_given(x):
+def zero_after(x):
     """0, for x ≥ 0, which the compiler does not know: what this is added to is computed after x."""
     return (x < 0).to(tl.int32)
 
 
 @triton.jit
-def queries(ptr, row, h, stride_s, stride_h, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def load_queries(ptr, row, h, stride_s, stride_h, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """A block of (query, head) rows of one sequence, of any strides but the last."""
     col = tl.arange(0, BLOCK)
     at = (row // h).to(tl.int64) * stride_s + (row % h).to(tl.int64) * stride_h
-    return tl.load(ptr + at[:, None] + col[None, :], columns(row >= 0, col, SIZE, BLOCK), 0)
+    return tl.load(ptr + at[:, None] + col[None, :], tile_mask(row >= 0, col, SIZE, BLOCK), 0)
 
 
 @triton.jit
-def step(s, c, top, sums, acc, PRECISION: tl.constexpr):
-    """Online softmax over one tile: o ← o · 2^(top − top') + 2^(s − top') c."""
+def online_softmax_step(s, c, m_i, sums, acc, PRECISION: tl.constexpr):
+    """Online softmax over one tile: o ← o · 2^(m_i − m_i') + 2^(s − m_i') c."""
     BLOCK_M: tl.constexpr = s.shape[0]
-    above = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - above[:, None])
-    shrink = tl.exp2(top - above)
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    p = tl.exp2(s - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
     # two sums, one for each warpgroup, which so need not exchange them before the end
     half = tl.sum(tl.reshape(p, (BLOCK_M, 2, s.shape[1] // 2)), 2)
-    sums = sums * shrink[:, None] + half
-    acc = tl.dot(p.to(c.dtype), c, acc * shrink[:, None], input_precision=PRECISION)
-    return above, sums, acc
+    sums = sums * alpha[:, None] + half
+    acc = tl.dot(p.to(c.dtype), c, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, sums, acc
 
 
 @triton.jit
-def scan(
+def attend_range(
     q_c, q_r, c_ptr, r_ptr, table, scale, low, high, length, seen, page_c, page_r,
     PAGE: tl.constexpr, KEY_C: tl.constexpr, KEY_R: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys low to high of one sequence: each row's top score, Σ 2^(s − top) and Σ 2^(s − top) c.
+    """Keys low to high of one sequence: each row's top score, Σ 2^(s − m_i) and Σ 2^(s − m_i) c.
 
     Both branches serve the compiler too. Behind `start < most` it has the next tile's loads under
     way before the products of this one, and not after them. And of two products in a chain it puts
@@ -103,7 +105,7 @@ def scan(
     """
     near, col_c, col_r = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
     fewest, most = tl.min(seen, 0), tl.max(seen, 0)
-    top = tl.full((BLOCK_M,), -1e30, tl.float32)
+    m_i = tl.full((BLOCK_M,), -1e30, tl.float32)
     sums = tl.zeros((BLOCK_M, 2), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     page = tl.load(table + (low // PAGE if PAGE else 0))
@@ -121,8 +123,8 @@ def scan(
             pages = tl.load(table + key // PAGE, mask=real, other=0).to(tl.int64)
             at_c = pages * page_c + (key % PAGE) * KEY_C
             at_r = pages * page_r + (key % PAGE) * KEY_R
-        c = tl.load(c_ptr + at_c[:, None] + col_c[None, :], columns(real, col_c, C, BLOCK_C), 0)
-        r = tl.load(r_ptr + at_r[:, None] + col_r[None, :], columns(real, col_r, R, BLOCK_R), 0)
+        c = tl.load(c_ptr + at_c[:, None] + col_c[None, :], tile_mask(real, col_c, C, BLOCK_C), 0)
+        r = tl.load(r_ptr + at_r[:, None] + col_r[None, :], tile_mask(real, col_r, R, BLOCK_R), 0)
         if start < most:
             s = tl.dot(q_c, c.T, input_precision=PRECISION) * scale
             if start + BLOCK_T <= fewest:
@@ -130,15 +132,15 @@ def scan(
             else:
                 s += tl.dot(q_r, r.T, input_precision=PRECISION) * scale
                 s = tl.where(near[None, :] < (seen - start)[:, None], s, -float("inf"))
-            top, sums, acc = step(s, c, top, sums, acc, PRECISION)
-    return top, tl.sum(sums, 1), acc
+            m_i, sums, acc = online_softmax_step(s, c, m_i, sums, acc, PRECISION)
+    return m_i, tl.sum(sums, 1), acc
 
 
-def config(m: int, t: int, stages: int, warps: int):
+def decode_config(m: int, t: int, stages: int, warps: int):
     return triton.Config({"BLOCK_M": m, "BLOCK_T": t, "STAGES": stages}, num_warps=warps)
 
 
-def fitting(configs, args, PAGE, **_):
+def prune_decode_configs(configs, args, PAGE, **_):
     """fp32 needs the smallest blocks; where tiles cross pages, each of its keys has an address."""
     fp32 = args["c_ptr"].dtype == torch.float32
     keys = {16} if fp32 else {32} if PAGE % 64 else {32, 64}
@@ -146,58 +148,58 @@ def fitting(configs, args, PAGE, **_):
 
 
 @triton.autotune(
-    [config(64, 64, 2, 8), config(64, 32, 3, 8), config(16, 16, 1, 8)],
+    [decode_config(64, 64, 2, 8), decode_config(64, 32, 3, 8), decode_config(16, 16, 1, 8)],
     key=["rows", "PAGE", "C", "R"],
-    prune_configs_by={"early_config_prune": fitting},
+    prune_configs_by={"early_config_prune": prune_decode_configs},
 )
 @triton.jit
-def _attend_kernel(
-    q_c_ptr, q_r_ptr, c_ptr, r_ptr, table_ptr, length_ptr, o_ptr, piece_ptr, lse_ptr,
+def _mla_decode_split_kv_kernel(
+    q_c_ptr, q_r_ptr, c_ptr, r_ptr, table_ptr, length_ptr, o_ptr, partial_o_ptr, lse_ptr,
     scale, b, rows, h, stride_table, page_c, page_r, qc_b, qc_s, qc_h, qr_b, qr_s, qr_h,
     PAGE: tl.constexpr, KEY_C: tl.constexpr, KEY_R: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows, one part of all keys: o = softmax(scale·(q^C·c + q^R·k)) c."""
-    part = tl.program_id(1)
-    unit_b, parts, each, more = shares(length_ptr, b, tl.num_programs(1), BLOCK_B)
-    if part >= parts:
+    """A block of rows, one split of all keys: o = softmax(scale·(q^C·c + q^R·k)) c."""
+    split = tl.program_id(1)
+    unit_b, n_splits, each, more = split_work(length_ptr, b, tl.num_programs(1), BLOCK_B)
+    if split >= n_splits:
         return
-    begin, end = begin_of(part, each, more), begin_of(part + 1, each, more)
+    begin, end = split_begin(split, each, more), split_begin(split + 1, each, more)
     stop_b, todo = tl.cumsum(unit_b, 0), end - begin
     # its sequences, and the empty ones behind them
-    first = tl.where(part == 0, 0, tl.sum((stop_b <= begin).to(tl.int32), 0))
+    first = tl.where(split == 0, 0, tl.sum((stop_b <= begin).to(tl.int32), 0))
     last = tl.sum((stop_b <= end).to(tl.int32), 0) - 1
     last = tl.minimum(tl.maximum(last, tl.sum((stop_b < end).to(tl.int32), 0)), b - 1)
     skip = begin - tl.sum(tl.where(stop_b <= begin, unit_b, 0), 0)  # units of the first
-    # addresses made before they are needed (`disable_licm`, `zero_given`) would fill the registers
+    # addresses made before they are needed (`disable_licm`, `zero_after`) would fill the registers
     for i in tl.range(first, last + 1, disable_licm=True):
         length = tl.load(length_ptr + i).to(tl.int32)
-        low = skip * UNIT
-        high = tl.minimum(low + todo * UNIT, length)
+        low = skip * KEYS_PER_UNIT
+        high = tl.minimum(low + todo * KEYS_PER_UNIT, length)
         row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = tl.minimum(row + zero_given(length), rows - 1)
+        row = tl.minimum(row + zero_after(length), rows - 1)
         at_b = tl.cast(i, tl.int64)
-        q_c = queries(q_c_ptr + at_b * qc_b, row, h, qc_s, qc_h, C, BLOCK_C)
-        q_r = queries(q_r_ptr + at_b * qr_b, row, h, qr_s, qr_h, R, BLOCK_R)
+        q_c = load_queries(q_c_ptr + at_b * qc_b, row, h, qc_s, qc_h, C, BLOCK_C)
+        q_r = load_queries(q_r_ptr + at_b * qr_b, row, h, qr_s, qr_h, R, BLOCK_R)
         seen = length - (rows - 1 - row) // h  # the last queries of a sequence see most
-        top, total, acc = scan(
+        m_i, total, acc = attend_range(
             q_c, q_r, c_ptr, r_ptr, table_ptr + at_b * stride_table, scale, low, high, length, seen,
             page_c, page_r, PAGE, KEY_C, KEY_R, C, R, BLOCK_C, BLOCK_R, PRECISION,
             BLOCK_M, BLOCK_T, STAGES,
         )  # fmt: skip
         acc = acc / tl.where(total > 0, total, 1)[:, None]
         col_c = tl.arange(0, BLOCK_C)
-        out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) + zero_given(tl.max(total, 0))
-        mask = columns(out < rows, col_c, C, BLOCK_C)
+        out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) + zero_after(tl.max(total, 0))
+        mask = tile_mask(out < rows, col_c, C, BLOCK_C)
         if (low == 0) & (high == length):
             at = (at_b * rows + out)[:, None] * C + col_c[None, :]
             tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), mask)
         else:
-            slot = (2 * part + (low == 0).to(tl.int32)).to(tl.int64) * rows + out
-            tl.store(piece_ptr + slot[:, None] * C + col_c[None, :], acc, mask)
-            tl.store(lse_ptr + slot, top + tl.log2(tl.maximum(total, 1e-30)), out < rows)
-        todo -= tl.cdiv(high - low, UNIT)
+            slot = (2 * split + (low == 0).to(tl.int32)).to(tl.int64) * rows + out
+            tl.store(partial_o_ptr + slot[:, None] * C + col_c[None, :], acc, mask)
+            tl.store(lse_ptr + slot, m_i + tl.log2(tl.maximum(total, 1e-30)), out < rows)
+        todo -= tl.cdiv(high - low, KEYS_PER_UNIT)
         skip = 0
 
 
@@ -206,26 +208,26 @@ def _attend_kernel(
 
 @triton.autotune(
     [triton.Config({"ROWS": r, "GROUP": g}, num_warps=4) for r, g in ((1, 16), (4, 4), (8, 2))],
-    key=["C", "BLOCK_B", "n_parts"],
+    key=["C", "BLOCK_B", "max_splits"],
 )
 @triton.jit
-def _merge_kernel(
-    piece_ptr, lse_ptr, length_ptr, o_ptr, b, rows, n_parts,
+def _combine_splits_kernel(
+    partial_o_ptr, lse_ptr, length_ptr, o_ptr, b, rows, max_splits,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A sequence that parts p share, where the second begins: o = Σ 2^lse_p o_p / Σ 2^lse_p."""
-    part = tl.program_id(1) + 1
-    unit_b, parts, each, more = shares(length_ptr, b, n_parts, BLOCK_B)
-    cut, stop_b = begin_of(part, each, more), tl.cumsum(unit_b, 0)
+    """A sequence that splits p share, where the second begins: o = Σ 2^lse_p o_p / Σ 2^lse_p."""
+    split = tl.program_id(1) + 1
+    unit_b, n_splits, each, more = split_work(length_ptr, b, max_splits, BLOCK_B)
+    cut, stop_b = split_begin(split, each, more), tl.cumsum(unit_b, 0)
     i = tl.sum((stop_b <= cut).to(tl.int32), 0)  # the sequence here
     start = tl.sum(tl.where(stop_b <= cut, unit_b, 0), 0)
-    first = part_of(start, each, more)
-    if (part >= parts) | (start == cut) | (part != first + 1):
+    first = split_of_unit(start, each, more)
+    if (split >= n_splits) | (start == cut) | (split != first + 1):
         return
-    last = part_of(tl.min(tl.where(stop_b > cut, stop_b, 2147483647), 0) - 1, each, more)
+    last = split_of_unit(tl.min(tl.where(stop_b > cut, stop_b, 2147483647), 0) - 1, each, more)
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_C)
-    top = tl.full((ROWS,), -1e30, tl.float32)
+    m_i = tl.full((ROWS,), -1e30, tl.float32)
     total, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_C), tl.float32)
     for p in range(first, last + 1, GROUP):
         near = p + tl.arange(0, GROUP)
@@ -234,45 +236,45 @@ def _merge_kernel(
         mask = (near <= last)[:, None] & (row < rows)[None, :]
         lse = tl.load(lse_ptr + at, mask=mask, other=-float("inf"))
         mask = mask[:, :, None] & (col < C)[None, None, :]
-        o = tl.load(piece_ptr + at[:, :, None] * C + col[None, None, :], mask=mask, other=0)
-        above = tl.maximum(top, tl.max(lse, 0))
-        weight, shrink = tl.exp2(lse - above[None, :]), tl.exp2(top - above)
-        total = total * shrink + tl.sum(weight, 0)
-        acc = acc * shrink[:, None] + tl.sum(o * weight[:, :, None], 0)
-        top = above
+        o = tl.load(partial_o_ptr + at[:, :, None] * C + col[None, None, :], mask=mask, other=0)
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        weight, alpha = tl.exp2(lse - m_new[None, :]), tl.exp2(m_i - m_new)
+        total = total * alpha + tl.sum(weight, 0)
+        acc = acc * alpha[:, None] + tl.sum(o * weight[:, :, None], 0)
+        m_i = m_new
     acc = acc / tl.where(total > 0, total, 1)[:, None]
     at = (i.to(tl.int64) * rows + row)[:, None] * C + col[None, :]
-    tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), columns(row < rows, col, C, BLOCK_C))
+    tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), tile_mask(row < rows, col, C, BLOCK_C))
 
 
 # ── Ops ──
 
 
-def attend(q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, scale: float):
+def mla_decode(q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, scale: float):
     """Launch both kernels: (b, s, h, c). Whatever the lengths, which nobody waits for."""
     (b, s, h, c), r, rows = q_bshc.shape, q_bshr.shape[-1], q_bshc.shape[1] * q_bshc.shape[2]
-    n_parts = max(1, multiprocessors(q_bshc, 4) // triton.cdiv(rows, 64))
+    max_splits = max(1, num_sms(q_bshc, 4) // triton.cdiv(rows, 64))
     o_bshc = q_bshc.new_empty(b, s, h, c)
-    piece_xc = q_bshc.new_empty(2 * n_parts * rows, c, dtype=torch.float32)
-    lse_x = piece_xc.new_empty(2 * n_parts * rows)
+    partial_o_xc = q_bshc.new_empty(2 * max_splits * rows, c, dtype=torch.float32)
+    lse_x = partial_o_xc.new_empty(2 * max_splits * rows)
     block_b = max(16, triton.next_power_of_2(b))
     block_c, block_r = (max(16, triton.next_power_of_2(x)) for x in (c, r))
-    _attend_kernel[lambda m: (triton.cdiv(rows, m["BLOCK_M"]), n_parts)](
-        q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, o_bshc, piece_xc, lse_x,
+    _mla_decode_split_kv_kernel[lambda m: (triton.cdiv(rows, m["BLOCK_M"]), max_splits)](
+        q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, o_bshc, partial_o_xc, lse_x,
         scale * LOG2_E, b, rows, h, block_table_bp.stride(0), c_pyc.stride(0), r_pyr.stride(0),
         *q_bshc.stride()[:3], *q_bshr.stride()[:3],
         PAGE=c_pyc.shape[1] if block_table_bp.shape[1] > 1 else 0,
         KEY_C=c_pyc.stride(1), KEY_R=r_pyr.stride(1), C=c, R=r, BLOCK_C=block_c, BLOCK_R=block_r,
         BLOCK_B=block_b, PRECISION="ieee" if q_bshc.dtype == torch.float32 else "tf32",
     )  # fmt: skip
-    if n_parts > 1:
-        grid = lambda m: (triton.cdiv(rows, m["ROWS"]), n_parts - 1)
-        args = piece_xc, lse_x, cache_seqlens_b, o_bshc, b, rows, n_parts
-        _merge_kernel[grid](*args, C=c, BLOCK_C=block_c, BLOCK_B=block_b)
+    if max_splits > 1:
+        grid = lambda m: (triton.cdiv(rows, m["ROWS"]), max_splits - 1)
+        args = partial_o_xc, lse_x, cache_seqlens_b, o_bshc, b, rows, max_splits
+        _combine_splits_kernel[grid](*args, C=c, BLOCK_C=block_c, BLOCK_B=block_b)
     return o_bshc
 
 
-def cast(*tensors) -> tuple:
+def apply_autocast(*tensors) -> tuple:
     """In the dtype of autocast, where that is on, as products of torch are."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -280,12 +282,12 @@ def cast(*tensors) -> tuple:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-class Decode(torch.autograd.Function):
-    """`attend`, and a sentence for who asks for its gradient."""
+class MLADecode(torch.autograd.Function):
+    """`mla_decode`, and a sentence for who asks for its gradient."""
 
     @staticmethod
     def forward(ctx, *args):
-        return attend(*args)
+        return mla_decode(*args)
 
     @staticmethod
     def backward(ctx, g):
@@ -302,30 +304,30 @@ def paged_attention(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: in
     q_bshx: [q^C; q^R], x = c + r. kv_cache_pyx: pages of y positions. block_table_bp: int32, row b's pages.
     A row of length 0 gives 0. Lengths and pages are trusted: looking would make the GPU wait.
     """
-    q_bshx, kv_cache_pyx = cast(q_bshx, kv_cache_pyx)
+    q_bshx, kv_cache_pyx = apply_autocast(q_bshx, kv_cache_pyx)
     b, x = len(q_bshx), q_bshx.shape[-1]
-    require("q_bshx", q_bshx, (None,) * 4, FLOATS, contiguous=False)
-    require("kv_cache_pyx", kv_cache_pyx, (None, None, x), (q_bshx.dtype,), contiguous=False)
-    require("block_table_bp", block_table_bp, (b, None), (torch.int32,), contiguous=False)
-    require("cache_seqlens_b", cache_seqlens_b, (b,), INTS)
+    check_tensor("q_bshx", q_bshx, (None,) * 4, FLOATS, contiguous=False)
+    check_tensor("kv_cache_pyx", kv_cache_pyx, (None, None, x), (q_bshx.dtype,), contiguous=False)
+    check_tensor("block_table_bp", block_table_bp, (b, None), (torch.int32,), contiguous=False)
+    check_tensor("cache_seqlens_b", cache_seqlens_b, (b,), INTS)
     if not 0 < c < x:
         raise ValueError(f"c must lie between 0 and the {x} of q_bshx, not be {c}")
     halves = *q_bshx.tensor_split([c], -1), *kv_cache_pyx.tensor_split([c], -1)
-    return Decode.apply(*halves, block_table_bp, cache_seqlens_b, scale)
+    return MLADecode.apply(*halves, block_table_bp, cache_seqlens_b, scale)
 
 
 @impl("latent_attention", "triton")
 def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
     """Causal attention with the latent as key and value: o = softmax(scale·(q·c + q·k)) c."""
-    q_bshc, q_bshr, c_btc, k_btr = cast(q_bshc, q_bshr, c_btc, k_btr)
-    require("q_bshc", q_bshc, (None,) * 4, FLOATS, contiguous=False)
+    q_bshc, q_bshr, c_btc, k_btr = apply_autocast(q_bshc, q_bshr, c_btc, k_btr)
+    check_tensor("q_bshc", q_bshc, (None,) * 4, FLOATS, contiguous=False)
     (b, s, h, c), same = q_bshc.shape, (q_bshc.dtype,)
-    require("c_btc", c_btc, (b, None, c), same, contiguous=False)
-    require("k_btr", k_btr, (b, c_btc.shape[1], None), same, contiguous=False)
-    require("q_bshr", q_bshr, (b, s, h, k_btr.shape[2]), same, contiguous=False)
+    check_tensor("c_btc", c_btc, (b, None, c), same, contiguous=False)
+    check_tensor("k_btr", k_btr, (b, c_btc.shape[1], None), same, contiguous=False)
+    check_tensor("q_bshr", q_bshr, (b, s, h, k_btr.shape[2]), same, contiguous=False)
     row_b = torch.arange(b, dtype=torch.int32, device=q_bshc.device)  # each is one page
     cache_seqlens_b = torch.full_like(row_b, c_btc.shape[1])
-    return Decode.apply(q_bshc, q_bshr, c_btc, k_btr, row_b[:, None], cache_seqlens_b, scale)
+    return MLADecode.apply(q_bshc, q_bshr, c_btc, k_btr, row_b[:, None], cache_seqlens_b, scale)
 
 
 # ── For the compiler: V3's shapes ──
@@ -333,22 +335,22 @@ def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
 INT = torch.int32
 
 
-def case(name: str, dtype=BF16, h: int = 128, page: int = 64, s: int = 1):
+def aot_case(name: str, dtype=BF16, h: int = 128, page: int = 64, s: int = 1):
     strides = 64, 64 * 576, 64 * 576, s * h * 576, h * 576, 576, s * h * 576, h * 576, 576
     pointers = dtype, dtype, dtype, dtype, INT, INT, dtype, FP32, FP32
     sizes = {"C": 512, "R": 64, "BLOCK_C": 512, "BLOCK_R": 64, "BLOCK_B": 128}
     sizes |= {"PAGE": page, "KEY_C": 576, "KEY_R": 576}
     sizes["PRECISION"] = "ieee" if dtype == FP32 else "tf32"
     args = *pointers, 0.1, 128, s * h, h, *strides
-    return Compile(name, _attend_kernel, args, sizes, "bf16" if dtype == BF16 else "")
+    return AOTCase(name, _mla_decode_split_kv_kernel, args, sizes, "bf16" if dtype == BF16 else "")
 
 
-MERGE = {"C": 512, "BLOCK_C": 512, "BLOCK_B": 128}
-COMPILE = [
-    Compile("merge", _merge_kernel, (FP32, FP32, INT, BF16, 128, 128, 66), MERGE),
-    case("attend"),
-    case("attend_page_48", page=48),
-    case("attend_whole", page=0),
-    case("attend_draft", h=32, s=2),
-    case("attend_fp32", FP32),
+COMBINE_META = {"C": 512, "BLOCK_C": 512, "BLOCK_B": 128}
+AOT_CASES = [
+    AOTCase("merge", _combine_splits_kernel, (FP32, FP32, INT, BF16, 128, 128, 66), COMBINE_META),
+    aot_case("attend"),
+    aot_case("attend_page_48", page=48),
+    aot_case("attend_whole", page=0),
+    aot_case("attend_draft", h=32, s=2),
+    aot_case("attend_fp32", FP32),
 ]

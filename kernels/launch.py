@@ -8,25 +8,27 @@ BF16, FP32 = torch.bfloat16, torch.float32
 FLOATS = (FP32, BF16)
 
 
-def octave(n: int) -> int:
+def autotune_bucket(n: int) -> int:
     """Key of autotuning for a number of rows: n < 16, 256, 4096, … share a choice."""
     return (n.bit_length() + 3) // 4
 
 
-def rows(x):
+def as_rows(x):
     """(…, d) as (n, d) with a last stride of 1: a view where strides allow it, else a copy."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def multiprocessors(x, interpreted: int = 2) -> int:
+def num_sms(x, interpreted: int = 2) -> int:
     """Of the GPU that holds x; in the interpreter a few, so that there is work to share."""
     if not x.is_cuda:
         return interpreted
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def require(name: str, x: torch.Tensor, shape=None, dtypes=None, contiguous: bool = True) -> None:
+def check_tensor(
+    name: str, x: torch.Tensor, shape=None, dtypes=None, contiguous: bool = True
+) -> None:
     """Raise a `ValueError` that names the tensor unless it can be given to a kernel.
 
     shape: lengths, with None for any; contiguous False asks only for a last stride of 1.
@@ -46,7 +48,7 @@ def require(name: str, x: torch.Tensor, shape=None, dtypes=None, contiguous: boo
 
 
 @dataclass(frozen=True)
-class Compile:
+class AOTCase:
     """A kernel as the ahead-of-time compiler sees it; a dtype stands for an aligned pointer."""
 
     name: str

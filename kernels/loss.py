@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, require
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor
 
 from dsv3_ref.ops import impl
 
-LOGITS = 2**28  # at a time: 2048 tokens of a vocabulary of 129,280, in bf16 half a gigabyte
+MAX_LOGITS = 2**28  # at a time: 2048 tokens of a vocabulary of 129,280, in bf16 half a gigabyte
 
 
 # ── Logits to gradient ──
@@ -37,22 +37,22 @@ def _cross_entropy_kernel(
     known = (target >= 0) & (target < w)
     right = tl.load(logit_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     col = tl.arange(0, BLOCK_W)
-    top, sum_w = -1e30, tl.zeros((BLOCK_W,), tl.float32)
+    m_i, sum_w = -1e30, tl.zeros((BLOCK_W,), tl.float32)
     for start in range(0, w, BLOCK_W):
         x = tl.load(logit_ptr + start + col, mask=start + col < w, other=-float("inf"))
         x = x.to(tl.float32)
-        above = tl.maximum(top, tl.max(x, 0))
-        sum_w = sum_w * tl.exp(top - above) + tl.exp(x - above)
-        top = above
+        m_new = tl.maximum(m_i, tl.max(x, 0))
+        sum_w = sum_w * tl.exp(m_i - m_new) + tl.exp(x - m_new)
+        m_i = m_new
     total = tl.sum(sum_w, 0)
-    tl.store(nll_ptr + token, tl.log(total) + (top - right))
+    tl.store(nll_ptr + token, tl.log(total) + (m_i - right))
     if GRADIENT:
         inverse = tl.where(known, 1 / total, float("nan"))
         blocks = tl.cdiv(w, BLOCK_W)
         for i in range(blocks):
             at = (blocks - 1 - i) * BLOCK_W + col
             x = tl.load(logit_ptr + at, mask=at < w, other=-float("inf")).to(tl.float32)
-            p = tl.exp(x - top) * inverse - (at == target).to(tl.float32)
+            p = tl.exp(x - m_i) * inverse - (at == target).to(tl.float32)
             tl.store(logit_ptr + at, p.to(logit_ptr.dtype.element_ty), mask=at < w)
 
 
@@ -68,7 +68,7 @@ def add_product_(sum_wd, g_nw, h_nd) -> None:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one pass; of the logits LOGITS exist at a time."""
+    """Loss and both gradients in one pass; of the logits MAX_LOGITS exist at a time."""
 
     @staticmethod
     def forward(ctx, h_nd, head_wd, target_n, dtype, gradient):
@@ -77,7 +77,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dh_nd = torch.empty_like(h) if need_h else None
         dw_wd = torch.zeros_like(head, dtype=FP32) if need_head else None
         nll_n = h.new_empty(n := len(h), dtype=FP32)
-        rows = -(-n // max(1, -(-n // max(1, LOGITS // w))))  # in chunks of equal length
+        rows = -(-n // max(1, -(-n // max(1, MAX_LOGITS // w))))  # in chunks of equal length
         for at in (slice(a, a + rows) for a in range(0, n, rows or 1)):
             logit_nw = F.linear(h[at], head)
             args = logit_nw, target_n[at], nll_n[at], w, logit_nw.stride(0)
@@ -107,11 +107,11 @@ def linear_cross_entropy(h_nd, head_wd, target_n):
     device = h_nd.device.type
     cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else h_nd.dtype
-    require("h_nd", h_nd, (None, None), FLOATS, contiguous=False)
+    check_tensor("h_nd", h_nd, (None, None), FLOATS, contiguous=False)
     like = FLOATS if cast else (h_nd.dtype,)
-    require("head_wd", head_wd, (None, h_nd.shape[1]), like, contiguous=False)
+    check_tensor("head_wd", head_wd, (None, h_nd.shape[1]), like, contiguous=False)
     target_n = target_n.contiguous()
-    require("target_n", target_n, (len(h_nd),), (torch.int64, torch.int32))
+    check_tensor("target_n", target_n, (len(h_nd),), (torch.int64, torch.int32))
     w = len(head_wd)
     if device == "cpu" and ((target_n < 0) | (target_n >= w)).any():
         raise ValueError(f"target_n must lie within the vocabulary of {w}")
@@ -122,8 +122,8 @@ def linear_cross_entropy(h_nd, head_wd, target_n):
 
 # ── For the compiler: V3's shapes ──
 
-COMPILE = [
-    Compile(
+AOT_CASES = [
+    AOTCase(
         f"cross_entropy{name}",
         _cross_entropy_kernel,
         (dtype, torch.int64, FP32, 129280, 129280),

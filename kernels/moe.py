@@ -3,8 +3,16 @@
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, octave, require, rows
-from dsv3_ref.kernels.norm import config
+from dsv3_ref.kernels.launch import (
+    BF16,
+    FLOATS,
+    FP32,
+    AOTCase,
+    as_rows,
+    autotune_bucket,
+    check_tensor,
+)
+from dsv3_ref.kernels.norm import tile_config
 
 import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
@@ -14,33 +22,33 @@ INT64 = torch.int64
 # ── The gate ──
 
 
-LEAST = tl.constexpr(-(2**31))  # the key of what is taken or shut: below that of −∞
+MASKED_KEY = tl.constexpr(-(2**31))  # the key of what is taken or shut: below that of −∞
 
 
 @triton.jit
-def order_key(x):
+def sortable_key(x):
     """fp32 as int32 of the same order, above LEAST: negative numbers have 31 bits flipped."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST + 1)  # of a NaN even
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), MASKED_KEY + 1)  # of a NaN even
 
 
 @triton.jit
-def key_value(key):
+def key_to_float(key):
     """The number that has this key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def highest(key, index, axis: tl.constexpr):
+def masked_argmax(key, index, axis: tl.constexpr):
     """Largest key along an axis, and the first index that has it: two reductions of one number."""
     top = tl.max(key, axis=axis, keep_dims=True)
     return top, tl.min(tl.where(key == top, index, 2**31 - 1), axis=axis, keep_dims=True)
 
 
-@triton.autotune([config(1, 1), config(1, 2), config(1, 4)], key=["octave"])
+@triton.autotune([tile_config(1, 1), tile_config(1, 2), tile_config(1, 4)], key=["bucket"])
 @triton.jit
 def _group_limited_topk_kernel(
-    score_ptr, expert_ptr, n, octave,
+    score_ptr, expert_ptr, n, bucket,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, LIMITED: tl.constexpr, BEST: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -55,28 +63,28 @@ def _group_limited_topk_kernel(
     real = (group < G) & (member < EACH)
     at = row.to(tl.int64)[:, None, None] * E + group * EACH + member
     score = tl.load(score_ptr + at, mask=(row < n)[:, None, None] & real, other=0)
-    key = tl.where(real, order_key(score), LEAST)
+    key = tl.where(real, sortable_key(score), MASKED_KEY)
 
     if LIMITED < G:
         left, total = key, tl.zeros((TILE, BLOCK_G, 1), tl.float32)
         for _ in tl.static_range(BEST):
-            top, first = highest(left, member, 2)
-            total += key_value(top)
-            left = tl.where(member == first, LEAST, left)
-        left = tl.where(group < G, order_key(total), LEAST)
+            top, first = masked_argmax(left, member, 2)
+            total += key_to_float(top)
+            left = tl.where(member == first, MASKED_KEY, left)
+        left = tl.where(group < G, sortable_key(total), MASKED_KEY)
         shut = tl.full((TILE, BLOCK_G, 1), 1, tl.int1)
         for _ in tl.static_range(LIMITED):
-            top, first = highest(left, group, 1)
-            left, shut = tl.where(group == first, LEAST, left), shut & (group != first)
-        key = tl.where(shut, LEAST, key)
+            top, first = masked_argmax(left, group, 1)
+            left, shut = tl.where(group == first, MASKED_KEY, left), shut & (group != first)
+        key = tl.where(shut, MASKED_KEY, key)
 
     key = key.reshape(TILE, BLOCK_G * BLOCK_X)
     column, k = tl.arange(0, BLOCK_G * BLOCK_X)[None, :], tl.arange(0, BLOCK_K)[None, :]
     chosen = tl.zeros((TILE, BLOCK_K), tl.int32)
     for i in tl.static_range(K):
-        top, first = highest(key, column, 1)
+        top, first = masked_argmax(key, column, 1)
         chosen = tl.where(k == i, first // BLOCK_X * EACH + first % BLOCK_X, chosen)
-        key = tl.where(column == first, LEAST, key)
+        key = tl.where(column == first, MASKED_KEY, key)
     at = row.to(tl.int64)[:, None] * K + k
     tl.store(expert_ptr + at, chosen.to(tl.int64), mask=(row < n)[:, None] & (k < K))
 
@@ -87,7 +95,7 @@ def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, g
 
     Equal scores: the lower index first, where torch's top-k promises no order.
     """
-    require("scores_bse", scores_bse, dtypes=(FP32,))
+    check_tensor("scores_bse", scores_bse, dtypes=(FP32,))
     e = scores_bse.shape[-1]
     if e % n_groups:
         raise ValueError(f"scores_bse has {e} experts, which make no {n_groups} equal groups")
@@ -108,51 +116,56 @@ def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, g
     for name, size in (("G", n_groups), ("X", each), ("K", topk)):
         sizes[f"BLOCK_{name}"] = triton.next_power_of_2(size)
     grid = lambda m: (triton.cdiv(n, m["TILE"]),)
-    _group_limited_topk_kernel[grid](scores_bse, topk_ids_bsk, n, octave(n), **sizes)
+    _group_limited_topk_kernel[grid](scores_bse, topk_ids_bsk, n, autotune_bucket(n), **sizes)
     return topk_ids_bsk
 
 
 # ── Out to the experts ──
 
 
-def one_row(n: int, d: int):
+def row_tile_grid(n: int, d: int):
     """Grid of programs that each take TILE columns of one row, neighbors in the same row."""
     return lambda m: (n * triton.cdiv(d, m["TILE"]),)
 
 
-ROW = [config(4, 1024), config(4, 2048), config(8, 2048), config(8, 4096)]
+ROW_CONFIGS = [
+    tile_config(4, 1024),
+    tile_config(4, 2048),
+    tile_config(8, 2048),
+    tile_config(8, 4096),
+]
 
 
 @triton.jit
-def piece(d, TILE: tl.constexpr):
-    """Row of a program of `one_row`, its columns and their mask."""
+def row_tile(d, TILE: tl.constexpr):
+    """Row of a program of `row_tile_grid`, its columns and their mask."""
     across = tl.cdiv(d, TILE)
     col = tl.program_id(0) % across * TILE + tl.arange(0, TILE)
     return (tl.program_id(0) // across).to(tl.int64), col, col < d
 
 
-@triton.autotune(ROW, key=["d", "octave"])
+@triton.autotune(ROW_CONFIGS, key=["d", "bucket"])
 @triton.jit
-def _scatter_kernel(
-    x_ptr, place_ptr, y_ptr, d, stride, octave,
+def _permute_kernel(
+    x_ptr, place_ptr, y_ptr, d, stride, bucket,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Read a row once, write it to its K places: y_place(n,k) = x_n."""
-    n, col, mask = piece(d, TILE)
+    n, col, mask = row_tile(d, TILE)
     x = tl.load(x_ptr + n * stride + col, mask=mask)
     for k in tl.static_range(K):
         place = tl.load(place_ptr + n * K + k)
         tl.store(y_ptr + place * d + col, x, mask=mask)
 
 
-@triton.autotune(ROW, key=["d", "octave"])
+@triton.autotune(ROW_CONFIGS, key=["d", "bucket"])
 @triton.jit
-def _gather_kernel(
-    y_ptr, place_ptr, weight_ptr, out_ptr, d, stride, octave,
+def _unpermute_kernel(
+    y_ptr, place_ptr, weight_ptr, out_ptr, d, stride, bucket,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sum a token's K rows, weighted if there are weights: o_n = Σ_k w_nk y_place(n,k)."""
-    n, col, mask = piece(d, TILE)
+    n, col, mask = row_tile(d, TILE)
     total = tl.zeros((TILE,), tl.float32)
     for k in tl.static_range(K):
         place = tl.load(place_ptr + n * K + k)
@@ -163,13 +176,13 @@ def _gather_kernel(
     tl.store(out_ptr + n * d + col, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gather(y_md, row_ids_nk, weight_nk=None):
-    """One launch of `_gather_kernel`, (m, d) → (n, d)."""
-    y_md = rows(y_md)
+def sum_rows(y_md, row_ids_nk, weight_nk=None):
+    """One launch of `_unpermute_kernel`, (m, d) → (n, d)."""
+    y_md = as_rows(y_md)
     (n, k), d = row_ids_nk.shape, y_md.shape[1]
     out_nd = y_md.new_empty(n, d)
-    args = y_md, row_ids_nk, weight_nk, out_nd, d, y_md.stride(0), octave(n)
-    _gather_kernel[one_row(n, d)](*args, K=k)
+    args = y_md, row_ids_nk, weight_nk, out_nd, d, y_md.stride(0), autotune_bucket(n)
+    _unpermute_kernel[row_tile_grid(n, d)](*args, K=k)
     return out_nd
 
 
@@ -180,29 +193,29 @@ class Permute(torch.autograd.Function):
     def forward(ctx, x_nd, row_ids_nk):
         ctx.save_for_backward(row_ids_nk)
         (n, k), d = row_ids_nk.shape, x_nd.shape[1]
-        x_nd = rows(x_nd)
+        x_nd = as_rows(x_nd)
         y_md = x_nd.new_empty(n * k, d)
-        args = x_nd, row_ids_nk, y_md, d, x_nd.stride(0), octave(n)
-        _scatter_kernel[one_row(n, d)](*args, K=k)
+        args = x_nd, row_ids_nk, y_md, d, x_nd.stride(0), autotune_bucket(n)
+        _permute_kernel[row_tile_grid(n, d)](*args, K=k)
         return y_md
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_md):
-        return gather(g_md, *ctx.saved_tensors), None
+        return sum_rows(g_md, *ctx.saved_tensors), None
 
 
-def require_order(sorted_ids_m, row_ids_nk, n: int):
+def check_permutation(sorted_ids_m, row_ids_nk, n: int):
     """`sort_by_expert` made them: place is the inverse of order, so a kernel reads only place."""
-    require("row_ids_nk", row_ids_nk, (n, None), (INT64,))
-    require("sorted_ids_m", sorted_ids_m, (row_ids_nk.numel(),), (INT64,))
+    check_tensor("row_ids_nk", row_ids_nk, (n, None), (INT64,))
+    check_tensor("sorted_ids_m", sorted_ids_m, (row_ids_nk.numel(),), (INT64,))
 
 
 @impl("permute", "triton")
 def permute(x_nd, sorted_ids_m, row_ids_nk):
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
-    require("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
-    require_order(sorted_ids_m, row_ids_nk, len(x_nd))
+    check_tensor("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
+    check_permutation(sorted_ids_m, row_ids_nk, len(x_nd))
     return Permute.apply(x_nd, row_ids_nk)
 
 
@@ -210,12 +223,15 @@ def permute(x_nd, sorted_ids_m, row_ids_nk):
 
 
 @triton.autotune(
-    [config(w, d, STAGES=s) for w, d, s in ((4, 512, 1), (8, 1024, 1), (4, 512, 2), (8, 1024, 3))],
-    key=["d", "octave"],
+    [
+        tile_config(w, d, STAGES=s)
+        for w, d, s in ((4, 512, 1), (8, 1024, 1), (4, 512, 2), (8, 1024, 3))
+    ],
+    key=["d", "bucket"],
 )
 @triton.jit
-def _combine_backward_kernel(
-    g_ptr, y_ptr, weight_ptr, place_ptr, dy_ptr, dweight_ptr, d, stride, octave,
+def _unpermute_backward_kernel(
+    g_ptr, y_ptr, weight_ptr, place_ptr, dy_ptr, dweight_ptr, d, stride, bucket,
     K: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A token's K rows, each read and written once: dy_place = w g_n, dw_nk = y_place · g_n."""
@@ -239,26 +255,36 @@ class Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_md, weight_nk, row_ids_nk):
         ctx.save_for_backward(y_md, weight_nk, row_ids_nk)
-        return gather(y_md, row_ids_nk, weight_nk)
+        return sum_rows(y_md, row_ids_nk, weight_nk)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_nd):
         y_md, weight_nk, row_ids_nk = ctx.saved_tensors
-        g_nd, (n, k), d = rows(g_nd), row_ids_nk.shape, y_md.shape[1]
+        g_nd, (n, k), d = as_rows(g_nd), row_ids_nk.shape, y_md.shape[1]
         dy_md, dweight_nk = torch.empty_like(y_md), torch.empty_like(weight_nk)
-        args = g_nd, y_md, weight_nk, row_ids_nk, dy_md, dweight_nk, d, g_nd.stride(0), octave(n)
-        _combine_backward_kernel[n,](*args, K=k, BLOCK_K=triton.next_power_of_2(k))
+        args = (
+            g_nd,
+            y_md,
+            weight_nk,
+            row_ids_nk,
+            dy_md,
+            dweight_nk,
+            d,
+            g_nd.stride(0),
+            autotune_bucket(n),
+        )
+        _unpermute_backward_kernel[n,](*args, K=k, BLOCK_K=triton.next_power_of_2(k))
         return dy_md, dweight_nk, None
 
 
 @impl("unpermute", "triton")
 def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
     """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
-    require("weight_nk", weight_nk, (None, None), FLOATS)
-    require_order(sorted_ids_m, row_ids_nk, len(weight_nk))
-    require("row_ids_nk", row_ids_nk, weight_nk.shape)
-    require("y_md", y_md, (len(sorted_ids_m), None), FLOATS)
+    check_tensor("weight_nk", weight_nk, (None, None), FLOATS)
+    check_permutation(sorted_ids_m, row_ids_nk, len(weight_nk))
+    check_tensor("row_ids_nk", row_ids_nk, weight_nk.shape)
+    check_tensor("y_md", y_md, (len(sorted_ids_m), None), FLOATS)
     return Unpermute.apply(y_md, weight_nk, row_ids_nk)
 
 
@@ -267,14 +293,14 @@ def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
 N, D, K = 4096, 7168, 8
 GATE = {"E": 256, "K": K, "G": 8, "LIMITED": 4, "BEST": 2}
 GATE |= {"BLOCK_G": 8, "BLOCK_X": 32, "BLOCK_K": K}
-COMPILE = [
-    Compile("group_limited_topk", _group_limited_topk_kernel, (FP32, INT64, N, 4), GATE),
-    Compile("permute", _scatter_kernel, (BF16, INT64, BF16, D, D, 4), {"K": K}),
-    Compile("permute_backward", _gather_kernel, (BF16, INT64, None, BF16, D, D, 4), {"K": K}),
-    Compile("unpermute", _gather_kernel, (BF16, INT64, BF16, BF16, D, D, 4), {"K": K}),
-    Compile(
+AOT_CASES = [
+    AOTCase("group_limited_topk", _group_limited_topk_kernel, (FP32, INT64, N, 4), GATE),
+    AOTCase("permute", _permute_kernel, (BF16, INT64, BF16, D, D, 4), {"K": K}),
+    AOTCase("permute_backward", _unpermute_kernel, (BF16, INT64, None, BF16, D, D, 4), {"K": K}),
+    AOTCase("unpermute", _unpermute_kernel, (BF16, INT64, BF16, BF16, D, D, 4), {"K": K}),
+    AOTCase(
         "combine_backward",
-        _combine_backward_kernel,
+        _unpermute_backward_kernel,
         (BF16, BF16, BF16, INT64, BF16, BF16, D, D, 4),
         {"K": K, "BLOCK_K": K},
     ),

@@ -7,46 +7,46 @@ from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
     FP32,
-    Compile,
-    multiprocessors,
-    octave,
-    require,
-    rows,
+    AOTCase,
+    as_rows,
+    autotune_bucket,
+    check_tensor,
+    num_sms,
 )  # fmt: skip
 
 import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
 from dsv3_ref.ops import impl
 
-WIDEST = 8192  # a row is held whole: in registers, 32 numbers a thread of 8 warps
+MAX_ROW_SIZE = 8192  # a row is held whole: in registers, 32 numbers a thread of 8 warps
 
 
 # ── RMSNorm ──
 
 
 @triton.jit
-def tile(ptr, row, col, n, d, stride):
+def tile_ptrs(ptr, row, col, n, d, stride):
     """Pointers and mask of a block of rows: ptr + row·stride + col."""
     at = row.to(tl.int64)[:, None] * stride + col[None, :]
     return ptr + at, (row < n)[:, None] & (col < d)[None, :]
 
 
-def config(warps: int, size: int, **meta):
+def tile_config(warps: int, size: int, **meta):
     """size: numbers in a tile, of one tensor."""
     return triton.Config({"TILE": size} | meta, num_warps=warps)
 
 
 @triton.autotune(
     [  # STAGES: tiles in flight, from 2 by cp.async; PER_SM: programs a multiprocessor
-        config(8, 8192, STAGES=1, PER_SM=8),
-        config(4, 4096, STAGES=1, PER_SM=16),
-        config(8, 8192, STAGES=2, PER_SM=4),
-        config(16, 8192, STAGES=3, PER_SM=2),
+        tile_config(8, 8192, STAGES=1, PER_SM=8),
+        tile_config(4, 4096, STAGES=1, PER_SM=16),
+        tile_config(8, 8192, STAGES=2, PER_SM=4),
+        tile_config(16, 8192, STAGES=3, PER_SM=2),
     ],
-    key=["d", "octave"],
+    key=["d", "bucket"],
 )
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, stride, eps, octave,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, stride, eps, bucket,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """Rows held whole, the weight held for all of them: y = x / √(mean(x²) + ε) · weight."""
@@ -56,27 +56,27 @@ def _rms_norm_kernel(
     step = tl.num_programs(0)
     for block in tl.range(tl.program_id(0), tl.cdiv(n, BLOCK_N), step, num_stages=STAGES):
         row = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        at, mask = tile(x_ptr, row, col, n, d, stride)
+        at, mask = tile_ptrs(x_ptr, row, col, n, d, stride)
         x = tl.load(at, mask=mask, other=0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1) / d + eps)
         y = x * rstd[:, None] * weight[None, :]
         tl.store(rstd_ptr + row, rstd, mask=row < n)
-        at, mask = tile(y_ptr, row, col, n, d, d)
+        at, mask = tile_ptrs(y_ptr, row, col, n, d, d)
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.autotune(
     [
-        config(16, 8192, STAGES=2),
-        config(16, 8192, STAGES=3),
-        config(8, 8192, STAGES=3),
-        config(8, 4096, STAGES=2),
+        tile_config(16, 8192, STAGES=2),
+        tile_config(16, 8192, STAGES=3),
+        tile_config(8, 8192, STAGES=3),
+        tile_config(8, 4096, STAGES=2),
     ],
-    key=["d", "octave"],
+    key=["d", "bucket"],
 )
 @triton.jit
 def _rms_norm_backward_kernel(
-    g_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, n, d, g_stride, x_stride, octave,
+    g_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, n, d, g_stride, x_stride, bucket,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With u = x/ρ and a = g·weight: dx = (a − u·mean(a·u))/ρ, and Σ_n g·u of a program's rows."""
@@ -87,16 +87,16 @@ def _rms_norm_backward_kernel(
     step = tl.num_programs(0)
     for block in tl.range(tl.program_id(0), tl.cdiv(n, BLOCK_N), step, num_stages=STAGES):
         row = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        at, mask = tile(x_ptr, row, col, n, d, x_stride)
+        at, mask = tile_ptrs(x_ptr, row, col, n, d, x_stride)
         x = tl.load(at, mask=mask, other=0).to(tl.float32)
-        at, mask = tile(g_ptr, row, col, n, d, g_stride)
+        at, mask = tile_ptrs(g_ptr, row, col, n, d, g_stride)
         g = tl.load(at, mask=mask, other=0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < n, other=0)[:, None]
         unit = x * rstd
         dweight += g * unit
         a = g * weight[None, :]
         along = tl.sum(a * unit, axis=1)[:, None] / d
-        at, mask = tile(dx_ptr, row, col, n, d, d)
+        at, mask = tile_ptrs(dx_ptr, row, col, n, d, d)
         dx = (a - unit * along) * rstd
         tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     at = tl.program_id(0) * d + col
@@ -108,13 +108,13 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        x_nd = rows(x)
+        x_nd = as_rows(x)
         n, d = x_nd.shape
         y, rstd_n = x.new_empty(x.shape, dtype=dtype), x.new_empty(n, dtype=FP32)
-        sms, block_d = multiprocessors(x), triton.next_power_of_2(d)
+        sms, block_d = num_sms(x), triton.next_power_of_2(d)
         tiles = lambda m: triton.cdiv(n, max(m["TILE"] // block_d, 1))
         grid = lambda m: (min(tiles(m), sms * m["PER_SM"]),)
-        args = x_nd, weight, y, rstd_n, n, d, x_nd.stride(0), eps, octave(n)
+        args = x_nd, weight, y, rstd_n, n, d, x_nd.stride(0), eps, autotune_bucket(n)
         _rms_norm_kernel[grid](*args, BLOCK_D=block_d)
         ctx.save_for_backward(x, weight, rstd_n)
         return y
@@ -127,22 +127,22 @@ class RMSNormFunction(torch.autograd.Function):
 
 def rms_norm_backward(g, x, weight, rstd_n):
     """∂L/∂x and ∂L/∂weight from the gradient of y and 1/ρ of every row."""
-    g_nd, x_nd = rows(g), rows(x)
+    g_nd, x_nd = as_rows(g), as_rows(x)
     n, d = x_nd.shape
-    dx, sms = x.new_empty(x.shape), multiprocessors(x)  # registers allow one program on each
+    dx, sms = x.new_empty(x.shape), num_sms(x)  # registers allow one program on each
     partial_xd = x.new_empty(sms, d, dtype=FP32)
     strides = g_nd.stride(0), x_nd.stride(0)
-    args = g_nd, x_nd, weight, rstd_n, dx, partial_xd, n, d, *strides, octave(n)
+    args = g_nd, x_nd, weight, rstd_n, dx, partial_xd, n, d, *strides, autotune_bucket(n)
     _rms_norm_backward_kernel[sms,](*args, BLOCK_D=triton.next_power_of_2(d))
     return dx, partial_xd.sum(0).to(weight.dtype)
 
 
-def require_norm(x, weight, dtype) -> None:
+def check_norm_inputs(x, weight, dtype) -> None:
     """What `rms_norm` and its form with tiles can read and write."""
-    require("x", x, dtypes=FLOATS, contiguous=False)
-    require("weight", weight, (x.shape[-1],), FLOATS)
-    if x.shape[-1] > WIDEST:
-        raise ValueError(f"x must have a last axis of at most {WIDEST}, not {x.shape[-1]}")
+    check_tensor("x", x, dtypes=FLOATS, contiguous=False)
+    check_tensor("weight", weight, (x.shape[-1],), FLOATS)
+    if x.shape[-1] > MAX_ROW_SIZE:
+        raise ValueError(f"x must have a last axis of at most {MAX_ROW_SIZE}, not {x.shape[-1]}")
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype must be float32 or bfloat16, not {str(dtype)[6:]}")
 
@@ -150,18 +150,18 @@ def require_norm(x, weight, dtype) -> None:
 @impl("rms_norm", "triton")
 def rms_norm(x, weight, eps: float, dtype=None):
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
-    require_norm(x, weight, dtype)
+    check_norm_inputs(x, weight, dtype)
     return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
 
 
 # ── SwiGLU ──
 
 
-SWIGLU = [config(4, 1024), config(4, 2048), config(8, 4096)]
+SWIGLU_CONFIGS = [tile_config(4, 1024), tile_config(4, 2048), tile_config(8, 4096)]
 
 
 @triton.jit
-def block_of(n, f, BLOCK_F: tl.constexpr, TILE: tl.constexpr):
+def swiglu_tile(n, f, BLOCK_F: tl.constexpr, TILE: tl.constexpr):
     """Rows and columns of a program's tile of (n, f): columns first, then rows."""
     WIDE: tl.constexpr = BLOCK_F if BLOCK_F < TILE else TILE
     across = tl.cdiv(f, WIDE)
@@ -170,47 +170,47 @@ def block_of(n, f, BLOCK_F: tl.constexpr, TILE: tl.constexpr):
     return row, pid % across * WIDE + tl.arange(0, WIDE)
 
 
-@triton.autotune(SWIGLU, key=["f", "octave"])
+@triton.autotune(SWIGLU_CONFIGS, key=["f", "bucket"])
 @triton.jit
 def _swiglu_kernel(
-    gate_ptr, up_ptr, y_ptr, n, f, gate_stride, up_stride, octave,
+    gate_ptr, up_ptr, y_ptr, n, f, gate_stride, up_stride, bucket,
     BLOCK_F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A smooth switch: y = gate · σ(gate) · up."""
-    row, col = block_of(n, f, BLOCK_F, TILE)
-    at, mask = tile(gate_ptr, row, col, n, f, gate_stride)
+    row, col = swiglu_tile(n, f, BLOCK_F, TILE)
+    at, mask = tile_ptrs(gate_ptr, row, col, n, f, gate_stride)
     gate = tl.load(at, mask=mask, other=0).to(tl.float32)
-    at, mask = tile(up_ptr, row, col, n, f, up_stride)
+    at, mask = tile_ptrs(up_ptr, row, col, n, f, up_stride)
     up = tl.load(at, mask=mask, other=0).to(tl.float32)
-    at, mask = tile(y_ptr, row, col, n, f, f)
+    at, mask = tile_ptrs(y_ptr, row, col, n, f, f)
     tl.store(at, (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.autotune(SWIGLU, key=["f", "octave"])
+@triton.autotune(SWIGLU_CONFIGS, key=["f", "bucket"])
 @triton.jit
 def _swiglu_backward_kernel(
-    g_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, f, g_stride, gate_stride, up_stride, octave,
+    g_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, f, g_stride, gate_stride, up_stride, bucket,
     BLOCK_F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """With h = gate · σ: dup = g · h, dgate = g · up · (σ + h · (1 − σ))."""
-    row, col = block_of(n, f, BLOCK_F, TILE)
-    at, mask = tile(g_ptr, row, col, n, f, g_stride)
+    row, col = swiglu_tile(n, f, BLOCK_F, TILE)
+    at, mask = tile_ptrs(g_ptr, row, col, n, f, g_stride)
     g = tl.load(at, mask=mask, other=0).to(tl.float32)
-    at, mask = tile(gate_ptr, row, col, n, f, gate_stride)
+    at, mask = tile_ptrs(gate_ptr, row, col, n, f, gate_stride)
     gate = tl.load(at, mask=mask, other=0).to(tl.float32)
-    at, mask = tile(up_ptr, row, col, n, f, up_stride)
+    at, mask = tile_ptrs(up_ptr, row, col, n, f, up_stride)
     up = tl.load(at, mask=mask, other=0).to(tl.float32)
     sigma = tl.sigmoid(gate)
     h = gate * sigma
     dgate, dup = g * up * (sigma + h * (1 - sigma)), g * h
-    at, mask = tile(dgate_ptr, row, col, n, f, f)
+    at, mask = tile_ptrs(dgate_ptr, row, col, n, f, f)
     tl.store(at, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    at, mask = tile(dup_ptr, row, col, n, f, f)
+    at, mask = tile_ptrs(dup_ptr, row, col, n, f, f)
     tl.store(at, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def blocks(n: int, f: int):
-    """Grid of `block_of`, from a config's TILE."""
+def swiglu_grid(n: int, f: int):
+    """Grid of `swiglu_tile`, from a config's TILE."""
     wide = lambda m: min(triton.next_power_of_2(f), m["TILE"])
     return lambda m: (triton.cdiv(n, m["TILE"] // wide(m)) * triton.cdiv(f, wide(m)),)
 
@@ -220,11 +220,11 @@ class SwiGLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up):
-        gate_nf, up_nf = rows(gate), rows(up)
+        gate_nf, up_nf = as_rows(gate), as_rows(up)
         n, f = gate_nf.shape
         y = gate.new_empty(gate.shape)
-        args = gate_nf, up_nf, y, n, f, gate_nf.stride(0), up_nf.stride(0), octave(n)
-        _swiglu_kernel[blocks(n, f)](*args, BLOCK_F=triton.next_power_of_2(f))
+        args = gate_nf, up_nf, y, n, f, gate_nf.stride(0), up_nf.stride(0), autotune_bucket(n)
+        _swiglu_kernel[swiglu_grid(n, f)](*args, BLOCK_F=triton.next_power_of_2(f))
         ctx.save_for_backward(gate, up)
         return y
 
@@ -232,30 +232,32 @@ class SwiGLUFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
-        g_nf, gate_nf, up_nf = rows(g), rows(gate), rows(up)
+        g_nf, gate_nf, up_nf = as_rows(g), as_rows(gate), as_rows(up)
         n, f = gate_nf.shape
         dgate, dup = (x.new_empty(x.shape) for x in (gate, up))
         strides = g_nf.stride(0), gate_nf.stride(0), up_nf.stride(0)
-        args = g_nf, gate_nf, up_nf, dgate, dup, n, f, *strides, octave(n)
-        _swiglu_backward_kernel[blocks(n, f)](*args, BLOCK_F=triton.next_power_of_2(f))
+        args = g_nf, gate_nf, up_nf, dgate, dup, n, f, *strides, autotune_bucket(n)
+        _swiglu_backward_kernel[swiglu_grid(n, f)](*args, BLOCK_F=triton.next_power_of_2(f))
         return dgate, dup
 
 
 @impl("swiglu", "triton")
 def swiglu(gate, up):
     """A smooth switch: y = gate · σ(gate) · up."""
-    require("gate", gate, dtypes=FLOATS, contiguous=False)
-    require("up", up, gate.shape, (gate.dtype,), contiguous=False)
+    check_tensor("gate", gate, dtypes=FLOATS, contiguous=False)
+    check_tensor("up", up, gate.shape, (gate.dtype,), contiguous=False)
     return SwiGLUFunction.apply(gate, up)
 
 
 # ── RoPE ──
 
 
-@triton.autotune([config(4, 32), config(4, 64), config(8, 128)], key=["h", "r", "octave"])
+@triton.autotune(
+    [tile_config(4, 32), tile_config(4, 64), tile_config(8, 128)], key=["h", "r", "bucket"]
+)
 @triton.jit
 def _rotate_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, s, h, r, stride_b, stride_s, stride_h, octave,
+    x_ptr, cos_ptr, sin_ptr, y_ptr, s, h, r, stride_b, stride_s, stride_h, bucket,
     BACK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Turn interleaved pairs, BACK by minus the angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
@@ -273,9 +275,9 @@ def _rotate_kernel(
     mask = (at_s < s)[:, None, None] & (head < h)[None, :, None] & (col < r)[None, None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     x0, x1 = tl.split(x.reshape(SPAN, HEADS, BLOCK_R // 2, 2))
-    at, angle = tile(cos_ptr, at_s, pair, s, r // 2, r // 2)
+    at, angle = tile_ptrs(cos_ptr, at_s, pair, s, r // 2, r // 2)
     cos = tl.load(at, mask=angle, other=0)[:, None, :]
-    at, angle = tile(sin_ptr, at_s, pair, s, r // 2, r // 2)
+    at, angle = tile_ptrs(sin_ptr, at_s, pair, s, r // 2, r // 2)
     sin = tl.load(at, mask=angle, other=0)[:, None, :]
     if BACK:
         sin = -sin
@@ -292,7 +294,7 @@ def rotate_pairs(x_bshr, cos, sin, back: bool):
     heads = lambda m: min(block_h, m["TILE"])
     spans = lambda m: triton.cdiv(s, m["TILE"] // heads(m))
     grid = lambda m: (b * spans(m) * triton.cdiv(h, heads(m)),)
-    args = x, cos, sin, y, s, h, r, *x.stride()[:3], octave(b * s)
+    args = x, cos, sin, y, s, h, r, *x.stride()[:3], autotune_bucket(b * s)
     _rotate_kernel[grid](*args, BACK=back, BLOCK_H=block_h, BLOCK_R=block_r)
     return y
 
@@ -314,60 +316,62 @@ class RotaryEmbFunction(torch.autograd.Function):
 @impl("apply_rotary_emb", "triton")
 def apply_rotary_emb(x_bshr, cos, sin):
     """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
-    require("x_bshr", x_bshr, (None,) * 4, FLOATS, contiguous=False)
+    check_tensor("x_bshr", x_bshr, (None,) * 4, FLOATS, contiguous=False)
     if x_bshr.shape[-1] % 2:
         raise ValueError(f"x_bshr must have an even last axis, not {x_bshr.shape[-1]}")
     table = x_bshr.shape[1], x_bshr.shape[3] // 2
-    require("cos", cos, table, (FP32,))
-    require("sin", sin, table, (FP32,))
+    check_tensor("cos", cos, table, (FP32,))
+    check_tensor("sin", sin, table, (FP32,))
     return RotaryEmbFunction.apply(x_bshr, cos, sin)
 
 
 # ── For the compiler: V3's shapes ──
 
 N, D, F, H = 4096, 7168, 2048, 128
-NORM = {"BLOCK_D": 8192}
-COMPILE = [
-    Compile("rms_norm", _rms_norm_kernel, (BF16, BF16, BF16, FP32, N, D, D, 1e-6, 4), NORM),
-    Compile("rms_norm_fp32", _rms_norm_kernel, (FP32, FP32, FP32, FP32, N, D, D, 1e-6, 4), NORM),
-    Compile(
+NORM_META = {"BLOCK_D": 8192}
+AOT_CASES = [
+    AOTCase("rms_norm", _rms_norm_kernel, (BF16, BF16, BF16, FP32, N, D, D, 1e-6, 4), NORM_META),
+    AOTCase(
+        "rms_norm_fp32", _rms_norm_kernel, (FP32, FP32, FP32, FP32, N, D, D, 1e-6, 4), NORM_META
+    ),
+    AOTCase(
         "rms_norm_latent",
         _rms_norm_kernel,
         (BF16, FP32, BF16, FP32, N, 512, 576, 1e-6, 4),
         {"BLOCK_D": 512},
     ),
-    Compile(
+    AOTCase(
         "rms_norm_backward",
         _rms_norm_backward_kernel,
         (BF16, BF16, BF16, FP32, BF16, FP32, N, D, D, D, 4),
-        NORM,
+        NORM_META,
     ),
-    Compile(
+    AOTCase(
         "rms_norm_backward_fp32",
         _rms_norm_backward_kernel,
         (FP32, FP32, FP32, FP32, FP32, FP32, N, D, D, D, 4),
-        NORM,
+        NORM_META,
     ),
-    Compile(
+    AOTCase(
         "rms_norm_backward_latent",
         _rms_norm_backward_kernel,
         (BF16, BF16, FP32, FP32, BF16, FP32, N, 512, 576, 576, 4),
         {"BLOCK_D": 512},
     ),
-    Compile("swiglu", _swiglu_kernel, (BF16, BF16, BF16, 8 * N, F, F, F, 4), {"BLOCK_F": F}),
-    Compile(
+    AOTCase("swiglu", _swiglu_kernel, (BF16, BF16, BF16, 8 * N, F, F, F, 4), {"BLOCK_F": F}),
+    AOTCase(
         "swiglu_backward",
         _swiglu_backward_kernel,
         (BF16, BF16, BF16, BF16, BF16, 8 * N, F, F, F, F, 4),
         {"BLOCK_F": F},
     ),
-    Compile(
+    AOTCase(
         "apply_rotary_emb",
         _rotate_kernel,
         (BF16, FP32, FP32, BF16, N, H, 64, N * H * 192, H * 192, 192, 4),
         {"BACK": False, "BLOCK_H": H, "BLOCK_R": 64},
     ),
-    Compile(
+    AOTCase(
         "rotate_key",
         _rotate_kernel,
         (BF16, FP32, FP32, BF16, N, 1, 64, N * 576, 576, 576, 4),

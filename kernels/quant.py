@@ -3,8 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, Compile, require, rows
-from dsv3_ref.kernels.norm import require_norm, rms_norm_backward
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, as_rows, check_tensor
+from dsv3_ref.kernels.norm import check_norm_inputs, rms_norm_backward
 
 from dsv3_ref import fp8  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
@@ -17,56 +17,58 @@ COUNTS = (torch.int64, INT32)
 
 
 @triton.jit
-def bits(x):
+def float_bits(x):
     """The 32 bits of an fp32 number."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def number(b):
+def float_from_bits(b):
     """The fp32 number of 32 bits."""
     return b.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def over_448(x):
+def div_448(x):
     """x / 448 = x / 7 / 64 to the last bit: 7 · high is exact, so that one rounding is left."""
-    high = number(bits(tl.minimum(x, 3.4028234663852886e38) * (1 / 7)) & -16)
+    high = float_from_bits(float_bits(tl.minimum(x, 3.4028234663852886e38) * (1 / 7)) & -16)
     return (high + (x - 7 * high) * (1 / 7)) * (1 / 64)
 
 
 @triton.jit
 def amax_to_scale(amax, USE_UE8M0: tl.constexpr):
     """s = amax / 448, rounded up to a power of two if so wanted."""
-    s = over_448(tl.maximum(amax, 1e-30))
+    s = div_448(tl.maximum(amax, 1e-30))
     if USE_UE8M0:
-        s = number((bits(s) + 0x7FFFFF) & 0x7F800000)
+        s = float_from_bits((float_bits(s) + 0x7FFFFF) & 0x7F800000)
     return s
 
 
 @triton.jit
-def quotient_bf16(x, s):
+def exact_div_bf16(x, s):
     """x / s for bf16 x and s = amax/448 of bf16 amax: exact wherever the code depends on it.
 
     1/s = high + low, high of 16 bits: x · high is exact, and so is every step up to low. A true
     division takes a dozen instructions a number and would bind before memory does; this takes two.
     """
     inverse = 1.0 / s
-    high = number(bits(inverse) - 4 & -256)  # below 1/s, so that low > 0 and x = −0 gives −0
-    s0 = number(bits(s) & -65536)  # s = s0 + s1 + s2, eight bits each
+    high = float_from_bits(
+        float_bits(inverse) - 4 & -256
+    )  # below 1/s, so that low > 0 and x = −0 gives −0
+    s0 = float_from_bits(float_bits(s) & -65536)  # s = s0 + s1 + s2, eight bits each
     rest = s - s0
-    s1 = number(bits(rest) & -65536)
+    s1 = float_from_bits(float_bits(rest) & -65536)
     low = (((1.0 - high * s0) - high * s1) - high * (rest - s1)) * inverse
     return x * high + x * low
 
 
 @triton.jit
-def quantize(x, s, USE_UE8M0: tl.constexpr, NARROW: tl.constexpr):
-    """q = E4M3(x / s), nearest, at most ±448; NARROW: x are bf16 numbers, and so was the amax."""
+def quantize(x, s, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr):
+    """q = E4M3(x / s), nearest, at most ±448; IS_BF16: x are bf16 numbers, and so was the amax."""
     if USE_UE8M0:
-        q = x * number(0x7F000000 - bits(s))  # 1/s, exactly
-    elif NARROW:
-        q = quotient_bf16(x, s)
+        q = x * float_from_bits(0x7F000000 - float_bits(s))  # 1/s, exactly
+    elif IS_BF16:
+        q = exact_div_bf16(x, s)
     else:
         q = tl.div_rn(x, s)
     return q.to(tl.float8e4nv)
@@ -75,25 +77,29 @@ def quantize(x, s, USE_UE8M0: tl.constexpr, NARROW: tl.constexpr):
 # ── Tiles of 1 × 128 ──
 
 
-def tiles(k: int) -> int:
+def num_blocks(k: int) -> int:
     return triton.cdiv(k, 128)
 
 
-def codes_of(x):
+def alloc_quantized(x):
     """Room for the codes of x, and for a scale of each of its tiles of 1 × 128."""
-    s = x.new_empty((*x.shape[:-1], tiles(x.shape[-1])), dtype=FP32)
+    s = x.new_empty((*x.shape[:-1], num_blocks(x.shape[-1])), dtype=FP32)
     return torch.empty(x.shape, dtype=E4M3, device=x.device), s
 
 
-def config(warps: int, **meta):
+def quant_config(warps: int, **meta):
     return triton.Config(meta, num_warps=warps)
 
 
-TILES = [config(4, BLOCK_N=16), config(4, BLOCK_N=32), config(8, BLOCK_N=64)]
+TILE_CONFIGS = [
+    quant_config(4, BLOCK_N=16),
+    quant_config(4, BLOCK_N=32),
+    quant_config(8, BLOCK_N=64),
+]
 
 
 @triton.jit
-def tile_of(n, k, BLOCK_N: tl.constexpr):
+def locate_tiles(n, k, BLOCK_N: tl.constexpr):
     """This program's tiles: their numbers, rows, columns and mask."""
     kz = tl.cdiv(k, 128)
     t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,34 +108,34 @@ def tile_of(n, k, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def put_tiles(
-    q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0: tl.constexpr, NARROW: tl.constexpr
+def store_tiles(
+    q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr
 ):
     """Scales and codes of tiles that lie in registers."""
     s = amax_to_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
-    tl.store(q_ptr + row * k + col, quantize(y, s[:, None], USE_UE8M0, NARROW), mask=mask)
+    tl.store(q_ptr + row * k + col, quantize(y, s[:, None], USE_UE8M0, IS_BF16), mask=mask)
     tl.store(s_ptr + t, s, mask=t < n * tl.cdiv(k, 128))
 
 
-@triton.autotune(TILES, key=["k"])
+@triton.autotune(TILE_CONFIGS, key=["k"])
 @triton.jit
 def _act_quant_kernel(
     x_ptr, q_ptr, s_ptr, n, k, stride, USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Tiles in the order of memory: s = max|x| / 448, q = E4M3(x / s)."""
-    t, row, col, mask = tile_of(n, k, BLOCK_N)
+    t, row, col, mask = locate_tiles(n, k, BLOCK_N)
     x = tl.load(x_ptr + row * stride + col, mask=mask, other=0.0)
-    narrow: tl.constexpr = x.dtype == tl.bfloat16
-    put_tiles(q_ptr, s_ptr, x.to(tl.float32), t, row, col, mask, n, k, USE_UE8M0, narrow)
+    is_bf16: tl.constexpr = x.dtype == tl.bfloat16
+    store_tiles(q_ptr, s_ptr, x.to(tl.float32), t, row, col, mask, n, k, USE_UE8M0, is_bf16)
 
 
 @impl("act_quant", "triton")
 def act_quant(x, use_ue8m0: bool = False):
     """Tiles of 1 × 128 on the last axis: codes like x, and one scale a tile, fp32 (§3.3.2)."""
-    require("x", x, dtypes=FLOATS, contiguous=False)
-    q, s = codes_of(x)
+    check_tensor("x", x, dtypes=FLOATS, contiguous=False)
+    q, s = alloc_quantized(x)
     if x.numel():
-        x_nk = rows(x)
+        x_nk = as_rows(x)
         grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
         _act_quant_kernel[grid](x_nk, q, s, *x_nk.shape, x_nk.stride(0), use_ue8m0)
     return q, s
@@ -138,7 +144,7 @@ def act_quant(x, use_ue8m0: bool = False):
 # ── Blocks of 128 × 128 ──
 
 
-@triton.autotune([config(8), config(16)], key=["o", "i"])
+@triton.autotune([quant_config(8), quant_config(16)], key=["o", "i"])
 @triton.jit
 def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, USE_UE8M0: tl.constexpr):
     """A block held in registers: s = max|w| / 448, q = E4M3(w / s)."""
@@ -150,20 +156,20 @@ def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, USE_UE8M0: tl.constexpr):
     at = first + row.to(tl.int64)[:, None] * i + col[None, :]
     mask = (row < o)[:, None] & (col < i)[None, :]
     w = tl.load(w_ptr + at, mask=mask, other=0.0)
-    narrow: tl.constexpr = w.dtype == tl.bfloat16
+    is_bf16: tl.constexpr = w.dtype == tl.bfloat16
     w = w.to(tl.float32)
     s = amax_to_scale(tl.max(tl.max(tl.abs(w), 1), 0), USE_UE8M0)
-    tl.store(q_ptr + at, quantize(w, s, USE_UE8M0, narrow), mask=mask)
+    tl.store(q_ptr + at, quantize(w, s, USE_UE8M0, is_bf16), mask=mask)
     tl.store(s_ptr + block, s)
 
 
 @impl("weight_quant", "triton")
 def weight_quant(w, use_ue8m0: bool = False):
     """Blocks of 128 × 128 of (…, o, i): codes like w, scales (…, ⌈o/128⌉, ⌈i/128⌉) (§3.3.2)."""
-    require("w", w, dtypes=FLOATS)
+    check_tensor("w", w, dtypes=FLOATS)
     *lead, o, i = w.shape
     q = torch.empty(w.shape, dtype=E4M3, device=w.device)
-    s = w.new_empty((*lead, tiles(o), tiles(i)), dtype=FP32)
+    s = w.new_empty((*lead, num_blocks(o), num_blocks(i)), dtype=FP32)
     if s.numel():
         _weight_quant_kernel[s.numel(),](w, q, s, o, i, use_ue8m0)
     return q, s
@@ -194,7 +200,7 @@ def tile_map(tokens_per_expert_e, m: int):
     map: of each tile of 128 rows its first row, the end of its expert's rows, the expert; a tile
     that nobody uses ends at 0. ends: one past each expert's last tile. Z = ⌊m/128⌋ + e.
     """
-    require("tokens_per_expert_e", tokens_per_expert_e, (None,), COUNTS)
+    check_tensor("tokens_per_expert_e", tokens_per_expert_e, (None,), COUNTS)
     e, n_z = len(tokens_per_expert_e), m // 128 + len(tokens_per_expert_e)
     map_xz = torch.empty(3, n_z, dtype=INT32, device=tokens_per_expert_e.device)
     end_e = torch.empty(e, dtype=INT32, device=tokens_per_expert_e.device)
@@ -207,11 +213,15 @@ def tile_map(tokens_per_expert_e, m: int):
 
 # ── Tiles of 128 × 1, transposed ──
 
-COLUMNS = [config(4, BLOCK_K=64), config(8, BLOCK_K=64), config(8, BLOCK_K=128)]
+COLUMN_CONFIGS = [
+    quant_config(4, BLOCK_K=64),
+    quant_config(8, BLOCK_K=64),
+    quant_config(8, BLOCK_K=128),
+]
 
 
 @triton.jit
-def rows_of(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
+def locate_tile_rows(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
     """The 128 rows of tile z, and which of them there are."""
     if GROUPED:
         first, end = tl.load(map_ptr + z), tl.load(map_ptr + n_z + z)
@@ -222,38 +232,38 @@ def rows_of(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def put_columns(
-    q_ptr, s_ptr, y, z, col, used, k, n_z, NARROW: tl.constexpr, USE_UE8M0: tl.constexpr
+def store_columns(
+    q_ptr, s_ptr, y, z, col, used, k, n_z, IS_BF16: tl.constexpr, USE_UE8M0: tl.constexpr
 ):
     """Scales and codes of 128 rows along them: q of (k, 128·Z), s of (k, Z); 1 where none is."""
     s = tl.where(used, amax_to_scale(tl.max(tl.abs(y), 0), USE_UE8M0), 1.0)
-    q = quantize(y, s[None, :], USE_UE8M0, NARROW).trans()
+    q = quantize(y, s[None, :], USE_UE8M0, IS_BF16).trans()
     at = col.to(tl.int64) * n_z + z
     tl.store(q_ptr + (at * 128)[:, None] + tl.arange(0, 128)[None, :], q, mask=(col < k)[:, None])
     tl.store(s_ptr + at, s, mask=col < k)
 
 
-@triton.autotune(COLUMNS, key=["k"])
+@triton.autotune(COLUMN_CONFIGS, key=["k"])
 @triton.jit
 def _act_quant_transposed_kernel(
     x_ptr, x_s_ptr, map_ptr, q_ptr, s_ptr, m, k, stride, n_z,
-    GROUPED: tl.constexpr, CODES: tl.constexpr, USE_UE8M0: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUPED: tl.constexpr, QUANTIZED: tl.constexpr, USE_UE8M0: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """128 rows by BLOCK_K columns: s_k = max_m |x_mk| / 448, q_km = E4M3(x_mk / s_k)."""
     nk = tl.cdiv(k, BLOCK_K)
     z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
-    row, there, used = rows_of(map_ptr, z, m, n_z, GROUPED)
+    row, there, used = locate_tile_rows(map_ptr, z, m, n_z, GROUPED)
     mask = there[:, None] & (col < k)[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
-    narrow: tl.constexpr = x.dtype == tl.bfloat16
+    is_bf16: tl.constexpr = x.dtype == tl.bfloat16
     x = x.to(tl.float32)
-    if CODES:  # of one tile of 1 × 128 in each row, for BLOCK_K divides 128
+    if QUANTIZED:  # of one tile of 1 × 128 in each row, for BLOCK_K divides 128
         at = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
         x *= tl.load(x_s_ptr + at, mask=there, other=0.0)[:, None]
-    put_columns(q_ptr, s_ptr, x, z, col, used, k, n_z, narrow, USE_UE8M0)
+    store_columns(q_ptr, s_ptr, x, z, col, used, k, n_z, is_bf16, USE_UE8M0)
 
 
-def columns_of(m: int, k: int, tokens_per_expert_e, like):
+def alloc_columns(m: int, k: int, tokens_per_expert_e, like):
     """Map, codes (k, 128·Z) and scales (k, Z) of m rows along the tokens."""
     map_xz = None if tokens_per_expert_e is None else tile_map(tokens_per_expert_e, m)[0]
     n_z = m // 128 + (1 if tokens_per_expert_e is None else len(tokens_per_expert_e))
@@ -261,10 +271,10 @@ def columns_of(m: int, k: int, tokens_per_expert_e, like):
     return map_xz, q, torch.empty(k, n_z, dtype=FP32, device=like.device)
 
 
-def columns(x_mk, x_s, tokens_per_expert_e, use_ue8m0):
+def quantize_columns(x_mk, x_s, tokens_per_expert_e, use_ue8m0):
     """`act_quant_transposed` of numbers, or of codes with their scales."""
     m, k = x_mk.shape
-    map_xz, q, s = columns_of(m, k, tokens_per_expert_e, x_mk)
+    map_xz, q, s = alloc_columns(m, k, tokens_per_expert_e, x_mk)
     if q.numel():
         grid = lambda meta: (s.shape[1] * triton.cdiv(k, meta["BLOCK_K"]),)
         args = x_mk, x_s, map_xz, q, s, m, k, x_mk.stride(0), s.shape[1]
@@ -275,21 +285,21 @@ def columns(x_mk, x_s, tokens_per_expert_e, use_ue8m0):
 @impl("act_quant_transposed", "triton")
 def act_quant_transposed(x_mk, tokens_per_expert_e=None, use_ue8m0: bool = False):
     """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad."""
-    require("x_mk", x_mk, (None, None), FLOATS, contiguous=False)
-    return columns(x_mk, None, tokens_per_expert_e, use_ue8m0)
+    check_tensor("x_mk", x_mk, (None, None), FLOATS, contiguous=False)
+    return quantize_columns(x_mk, None, tokens_per_expert_e, use_ue8m0)
 
 
-def require_codes(name: str, q, s, shape) -> None:
+def check_quantized(name: str, q, s, shape) -> None:
     """Codes in tiles of 1 × 128, and a scale for each of them."""
-    require(name, q, shape, (E4M3,))
-    require(f"scales of {name}", s, (*q.shape[:-1], tiles(q.shape[-1])), (FP32,))
+    check_tensor(name, q, shape, (E4M3,))
+    check_tensor(f"scales of {name}", s, (*q.shape[:-1], num_blocks(q.shape[-1])), (FP32,))
 
 
 @impl("requant_transposed", "triton")
 def requant_transposed(q, s, tokens_per_expert_e=None, use_ue8m0: bool = False):
     """Requantize tiles of 1 × 128 as tiles of 128 × 1, laid out as by `act_quant_transposed`."""
-    require_codes("q", q, s, (None, None))
-    return columns(q, s, tokens_per_expert_e, use_ue8m0)
+    check_quantized("q", q, s, (None, None))
+    return quantize_columns(q, s, tokens_per_expert_e, use_ue8m0)
 
 
 # ── Norm and SwiGLU with their tiles ──
@@ -310,19 +320,19 @@ def _rms_norm_quant_kernel(
     y = (x * rstd * weight).to(y_ptr.dtype.element_ty)
     tl.store(rstd_ptr + n, rstd)
     tl.store(y_ptr + n * k + col, y, mask=col < k)
-    narrow: tl.constexpr = y.dtype == tl.bfloat16
+    is_bf16: tl.constexpr = y.dtype == tl.bfloat16
     y, kz = y.to(tl.float32), tl.cdiv(k, 128)
     s = amax_to_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
-    tl.store(q_ptr + n * k + col, quantize(y, s[:, None], USE_UE8M0, narrow), mask=col < k)
+    tl.store(q_ptr + n * k + col, quantize(y, s[:, None], USE_UE8M0, is_bf16), mask=col < k)
     tl.store(s_ptr + n * kz + z, s, mask=z < kz)
 
 
-class NormaliseQuant(torch.autograd.Function):
+class RMSNormQuant(torch.autograd.Function):
     """RMSNorm with the tiles of its output; the backward pass is that of RMSNorm."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype, use_ue8m0):
-        x_nk, y, (q, s) = rows(x), x.new_empty(x.shape, dtype=dtype), codes_of(x)
+        x_nk, y, (q, s) = as_rows(x), x.new_empty(x.shape, dtype=dtype), alloc_quantized(x)
         rstd_n, block_z = x.new_empty(len(x_nk), dtype=FP32), triton.next_power_of_2(s.shape[-1])
         if x.numel():
             args = x_nk, weight, y, q, s, rstd_n, x_nk.shape[1], x_nk.stride(0), eps, use_ue8m0
@@ -341,8 +351,8 @@ class NormaliseQuant(torch.autograd.Function):
 @impl("rms_norm_quant", "triton")
 def rms_norm_quant(x, weight, eps: float, dtype=None, use_ue8m0: bool = False):
     """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
-    require_norm(x, weight, dtype)
-    return NormaliseQuant.apply(x, weight, eps, dtype or x.dtype, use_ue8m0)
+    check_norm_inputs(x, weight, dtype)
+    return RMSNormQuant.apply(x, weight, eps, dtype or x.dtype, use_ue8m0)
 
 
 @triton.jit
@@ -352,42 +362,42 @@ def sigmoid(x):
 
 
 @triton.jit
-def rounded(x, like):
+def round_like(x, like):
     """x as a number of `like`'s type, still in fp32."""
     return x.to(like.dtype).to(tl.float32)
 
 
-@triton.autotune(TILES, key=["k"])
+@triton.autotune(TILE_CONFIGS, key=["k"])
 @triton.jit
 def _swiglu_quant_kernel(
     gate_ptr, up_ptr, q_ptr, s_ptr, n, k, gate_stride, up_stride,
     USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tiles of y = gate · σ(gate) · up: s = max|y| / 448, q = E4M3(y / s)."""
-    t, row, col, mask = tile_of(n, k, BLOCK_N)
+    t, row, col, mask = locate_tiles(n, k, BLOCK_N)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
-    y = rounded(rounded(wide * sigmoid(wide), gate) * up, gate)
-    narrow: tl.constexpr = gate.dtype == tl.bfloat16
-    put_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0, narrow)
+    y = round_like(round_like(wide * sigmoid(wide), gate) * up, gate)
+    is_bf16: tl.constexpr = gate.dtype == tl.bfloat16
+    store_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0, is_bf16)
 
 
 @impl("swiglu_quant", "triton")
 def swiglu_quant(gate, up, use_ue8m0: bool = False):
     """The tiles of swiglu(gate, up), without the thing itself."""
-    require("gate", gate, dtypes=FLOATS, contiguous=False)
-    require("up", up, gate.shape, (gate.dtype,), contiguous=False)
-    q, s = codes_of(gate)
+    check_tensor("gate", gate, dtypes=FLOATS, contiguous=False)
+    check_tensor("up", up, gate.shape, (gate.dtype,), contiguous=False)
+    q, s = alloc_quantized(gate)
     if gate.numel():
-        gate, up = rows(gate), rows(up)
+        gate, up = as_rows(gate), as_rows(up)
         grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
         args = gate, up, q, s, *gate.shape, gate.stride(0), up.stride(0), use_ue8m0
         _swiglu_quant_kernel[grid](*args)
     return q, s
 
 
-@triton.autotune([config(4, BLOCK_K=32), config(8, BLOCK_K=64)], key=["k"])
+@triton.autotune([quant_config(4, BLOCK_K=32), quant_config(8, BLOCK_K=64)], key=["k"])
 @triton.jit
 def _swiglu_quant_backward_kernel(
     g_ptr, gate_ptr, gate_s_ptr, up_ptr, up_s_ptr, map_ptr, dgate_ptr, dup_ptr, q_ptr, s_ptr,
@@ -396,7 +406,7 @@ def _swiglu_quant_backward_kernel(
     """With σ of gate: dgate = g·up·σ·(1 + gate·(1 − σ)), dup = g·gate·σ; y again, by columns."""
     nk = tl.cdiv(k, BLOCK_K)
     z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
-    row, there, used = rows_of(map_ptr, z, m, n_z, GROUPED)
+    row, there, used = locate_tile_rows(map_ptr, z, m, n_z, GROUPED)
     mask, at = there[:, None] & (col < k)[None, :], row[:, None] * k + col[None, :]
     at_s = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
     gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -404,24 +414,24 @@ def _swiglu_quant_backward_kernel(
     up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
     up *= tl.load(up_s_ptr + at_s, mask=there, other=0.0)[:, None]
     g = tl.load(g_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
-    gate, up, wide = rounded(gate, g), rounded(up, g), g.to(tl.float32)
+    gate, up, wide = round_like(gate, g), round_like(up, g), g.to(tl.float32)
     sigma = sigmoid(gate)
-    dgate = rounded(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
-    h = rounded(gate * sigma, g)
+    dgate = round_like(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
+    h = round_like(gate * sigma, g)
     tl.store(dgate_ptr + at, dgate.to(g.dtype), mask=mask)
     tl.store(dup_ptr + at, (h * wide).to(g.dtype), mask=mask)
-    narrow: tl.constexpr = g.dtype == tl.bfloat16
-    put_columns(q_ptr, s_ptr, rounded(h * up, g), z, col, used, k, n_z, narrow, False)
+    is_bf16: tl.constexpr = g.dtype == tl.bfloat16
+    store_columns(q_ptr, s_ptr, round_like(h * up, g), z, col, used, k, n_z, is_bf16, False)
 
 
 @impl("swiglu_quant_backward", "triton")
 def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, tokens_per_expert_e=None):
     """From codes of gate and up: their gradients, and swiglu's output in tiles of 128 × 1."""
-    require("g", g, (None, None), FLOATS, contiguous=False)
-    require_codes("gate_q", gate_q, gate_s, g.shape)
-    require_codes("up_q", up_q, up_s, g.shape)
+    check_tensor("g", g, (None, None), FLOATS, contiguous=False)
+    check_quantized("gate_q", gate_q, gate_s, g.shape)
+    check_quantized("up_q", up_q, up_s, g.shape)
     (m, k), dgate = g.shape, torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    dup, (map_xz, q, s) = torch.empty_like(dgate), columns_of(m, k, tokens_per_expert_e, g)
+    dup, (map_xz, q, s) = torch.empty_like(dgate), alloc_columns(m, k, tokens_per_expert_e, g)
     if q.numel():
         n_z, codes = s.shape[1], (gate_q, gate_s, up_q, up_s)
         grid = lambda meta: (n_z * triton.cdiv(k, meta["BLOCK_K"]),)
@@ -433,36 +443,36 @@ def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, tokens_per_expert_e=Non
 # ── For the ahead-of-time compiler: 4096 rows, experts of 2048 × 7168 ──
 
 OUT = E4M3, FP32
-COMPILE = [
-    Compile("tile_map", _tile_map_kernel, (torch.int64, INT32, INT32, 256, 288), {"BLOCK_E": 256})
+AOT_CASES = [
+    AOTCase("tile_map", _tile_map_kernel, (torch.int64, INT32, INT32, 256, 288), {"BLOCK_E": 256})
 ]
 for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
     for kind, meta in (("", {"USE_UE8M0": False}), ("_ue8m0", {"USE_UE8M0": True})):
         norm = dtype, FP32, dtype, *OUT, FP32, 7168, 7168, 1e-6
         row = meta | {"BLOCK_Z": 64, "num_warps": 8}
-        COMPILE += [
-            Compile(
+        AOT_CASES += [
+            AOTCase(
                 f"act_quant_{name}{kind}", _act_quant_kernel, (dtype, *OUT, 4096, 7168, 7168), meta
             ),
-            Compile(
+            AOTCase(
                 f"weight_quant_{name}{kind}", _weight_quant_kernel, (dtype, *OUT, 2048, 7168), meta
             ),
-            Compile(f"rms_norm_quant_{name}{kind}", _rms_norm_quant_kernel, norm, row),
+            AOTCase(f"rms_norm_quant_{name}{kind}", _rms_norm_quant_kernel, norm, row),
         ]
 for kind, meta in (("", {"USE_UE8M0": False}), ("_ue8m0", {"USE_UE8M0": True})):
     gate_up = BF16, BF16, *OUT, 4096, 2048, 2048, 2048
-    COMPILE.append(Compile(f"swiglu_quant{kind}", _swiglu_quant_kernel, gate_up, meta))
+    AOT_CASES.append(AOTCase(f"swiglu_quant{kind}", _swiglu_quant_kernel, gate_up, meta))
     for kind_m, m in (("", None), ("_grouped", INT32)):
         args = FP32, m, *OUT, 4096, 7168, 7168, 40
-        numbers, codes = ({"GROUPED": m is not None, "CODES": c} | meta for c in (False, True))
-        COMPILE += [
-            Compile(
+        numbers, codes = ({"GROUPED": m is not None, "QUANTIZED": c} | meta for c in (False, True))
+        AOT_CASES += [
+            AOTCase(
                 f"act_quant_transposed{kind_m}{kind}",
                 _act_quant_transposed_kernel,
                 (BF16, *args),
                 numbers,
             ),
-            Compile(
+            AOTCase(
                 f"requant_transposed{kind_m}{kind}",
                 _act_quant_transposed_kernel,
                 (E4M3, *args),
@@ -472,4 +482,4 @@ for kind, meta in (("", {"USE_UE8M0": False}), ("_ue8m0", {"USE_UE8M0": True})):
 for kind_m, m in (("", None), ("_grouped", INT32)):
     args = BF16, *OUT, *OUT, m, BF16, BF16, *OUT, 4096, 2048, 2048, 40
     name = f"swiglu_quant_backward{kind_m}"
-    COMPILE.append(Compile(name, _swiglu_quant_backward_kernel, args, {"GROUPED": m is not None}))
+    AOT_CASES.append(AOTCase(name, _swiglu_quant_backward_kernel, args, {"GROUPED": m is not None}))

@@ -498,7 +498,7 @@ assert strips(0, 1) * strip / BANDWIDTH > multiply > 2 * strips(0, 8) * strip / 
 # and a little more: no slack, and memory sets the pace. In grouped order, fetching needs less than half of
 # the time and hides behind the arithmetic. Not one instruction of the inner loop has changed. (Count
 # and peaks are ideal: real waves drift apart. And the formula fails for small $g$: there a wave wraps
-# round after 56 columns, and no wave can touch more columns than there are.) `swizzled` in
+# round after 56 columns, and no wave can touch more columns than there are.) `grouped_pid` in
 # `kernels/gemm.py` is `tile_of` with 8.
 #
 # ## Play: be the program

@@ -6,7 +6,7 @@
     python tools/aot.py --target sm_90a       one target; --jobs 4 uses so many processes
     python tools/aot.py --json kernels.json   also keep the table
 
-What is compiled: each case of a module's `COMPILE` list (see `kernels/launch.py`), in each of its
+What is compiled: each case of a module's `AOT_CASES` list (see `kernels/launch.py`), in each of its
 autotuner's configs. A fake driver stands for the GPU; assembler and disassembler come with Triton.
 Exit status 1, with a sentence for each, if a kernel does not compile, spills registers, needs more
 shared or tensor memory than there is, or lacks the tensor-core instruction that its case demands.
@@ -109,7 +109,7 @@ def jobs(modules, only: list[str], targets: list[str]) -> list[dict]:
     for target in targets:
         triton.runtime.driver.set_active(AbsentGPU(target))
         for module in modules:
-            for case in getattr(module, "COMPILE", ()):
+            for case in getattr(module, "AOT_CASES", ()):
                 if only and not any(part in case.name for part in only):
                     continue
                 args = tuple(map(mock, case.args))
@@ -288,7 +288,7 @@ def main() -> int:
         make_backend(gpu(target)).hash()
     todo = jobs([load(name) for name in args.module or every_module()], args.name, targets)
     if not todo:
-        sys.exit("no COMPILE list has such a kernel")
+        sys.exit("no AOT_CASES list has such a kernel")
     rows = compile_all(todo, args.jobs)
     print(table(rows))
     if args.json:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILED = [
     path.stem
     for path in sorted((ROOT / "kernels").glob("*.py"))
-    if re.search(r"^COMPILE\b", path.read_text(), re.MULTILINE)
+    if re.search(r"^AOT_CASES\b", path.read_text(), re.MULTILINE)
 ]
 
 PLANTED = """
@@ -25,7 +25,7 @@ import os
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import Compile
+from dsv3_ref.kernels.launch import AOTCase
 
 E4M3, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 
@@ -78,15 +78,15 @@ class Crash:
 
 FP8, HALF = (E4M3, BF16, FP32, (64, 64), 4096), (BF16, None, FP32, (64, 64), 4096)
 DEEP = {"UPCAST": False, "N": 128, "num_stages": 12}
-COMPILE = [
-    Compile("good", gemm, FP8, {"UPCAST": False}, "fp8"),
-    Compile("good_bf16", gemm, HALF, {"UPCAST": False}, "bf16"),
-    Compile("upcast", gemm, FP8, {"UPCAST": True}, "fp8"),
-    Compile("spilling", normalize, (FP32,), {"N": 16384, "num_warps": 1}),
-    Compile("deep", gemm.fn, HALF, DEEP, "bf16"),
-    Compile("broad", three_products, (BF16, FP32, 4096), {"N": 256, "num_warps": 8}, "bf16"),
-    Compile("wrong", normalize, (FP32,), {"N": 100}),
-    Compile("crash", Crash(), ()),
+AOT_CASES = [
+    AOTCase("good", gemm, FP8, {"UPCAST": False}, "fp8"),
+    AOTCase("good_bf16", gemm, HALF, {"UPCAST": False}, "bf16"),
+    AOTCase("upcast", gemm, FP8, {"UPCAST": True}, "fp8"),
+    AOTCase("spilling", normalize, (FP32,), {"N": 16384, "num_warps": 1}),
+    AOTCase("deep", gemm.fn, HALF, DEEP, "bf16"),
+    AOTCase("broad", three_products, (BF16, FP32, 4096), {"N": 256, "num_warps": 8}, "bf16"),
+    AOTCase("wrong", normalize, (FP32,), {"N": 100}),
+    AOTCase("crash", Crash(), ()),
 ]
 """
 FAULTS = [
@@ -168,6 +168,6 @@ def test_cache_follows_the_source(planted):
 
 def test_refusals(planted):
     refused = check(planted[2], "no_such_kernel")
-    assert (refused.returncode, refused.stderr) == (1, "no COMPILE list has such a kernel\n")
+    assert (refused.returncode, refused.stderr) == (1, "no AOT_CASES list has such a kernel\n")
     refused = aot(TRITON_INTERPRET="1")
     assert (refused.returncode, "unset it" in refused.stderr) == (1, True)

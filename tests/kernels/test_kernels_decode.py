@@ -94,7 +94,7 @@ def test_paged_attention_equals_the_reference(case, dtype):
 )
 def test_any_lengths_on_any_number_of_multiprocessors(lengths, parts, int32):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "multiprocessors", lambda *_: parts)
+        patch.setattr(decode, "num_sms", lambda *_: parts)
         args = list(arguments(lengths, torch.float32, h=1, c=16))
         args[3] = args[3].int() if int32 else args[3]
         got, want = paged(*args), exact(paged_torch, *args)
@@ -104,23 +104,25 @@ def test_any_lengths_on_any_number_of_multiprocessors(lengths, parts, int32):
 
 @pytest.mark.parametrize("parts", [1, 2, 40])
 def test_a_long_sequence_is_shared_and_merged(parts, monkeypatch):
-    launched, merge = [], decode._merge_kernel
+    launched, merge = [], decode._combine_splits_kernel
     spy = lambda grid: (launched.append(grid), merge[grid])[1]
     monkeypatch.setattr(
-        decode, "_merge_kernel", type("Spy", (), {"__getitem__": lambda _, g: spy(g)})()
+        decode, "_combine_splits_kernel", type("Spy", (), {"__getitem__": lambda _, g: spy(g)})()
     )
-    monkeypatch.setattr(decode, "multiprocessors", lambda *_: parts)
+    monkeypatch.setattr(decode, "num_sms", lambda *_: parts)
     args = arguments([2500, 30], torch.float32, h=12)  # 20 pieces: two turns of the loop
     args[1].mul_(30)  # scores of some hundred: without the maximum nothing would survive
     assert error(paged(*args), exact(paged_torch, *args)) < 1e-4
     assert len(launched) == (parts > 1)
 
 
-@pytest.mark.parametrize("i", range(len(decode._merge_kernel.configs)))
+@pytest.mark.parametrize("i", range(len(decode._combine_splits_kernel.configs)))
 def test_parts_are_merged_in_groups_of_any_size(i, monkeypatch):
     """In every config: with 8 parts or more, later groups rescale what the first ones summed."""
-    monkeypatch.setattr(decode._merge_kernel, "configs", decode._merge_kernel.configs[i : i + 1])
-    monkeypatch.setattr(decode, "multiprocessors", lambda *_: 40)
+    monkeypatch.setattr(
+        decode._combine_splits_kernel, "configs", decode._combine_splits_kernel.configs[i : i + 1]
+    )
+    monkeypatch.setattr(decode, "num_sms", lambda *_: 40)
     q_bshx, kv_cache_pyx, *rest = arguments([2600], torch.float32)
     args = 4 * q_bshx, kv_cache_pyx, *rest  # parts of very different weight
     assert close(paged(*args), exact(paged_torch, *args), torch.float32)

@@ -56,7 +56,9 @@ def one_config(monkeypatch, name: str, config) -> None:
 
 def suited(configs, grouped: bool) -> list:
     """The configs that this GPU, or the interpreter, would try."""
-    return [pytest.param(c, id=str(c)) for c in configs if gemm.suits(c, {"GROUPED": grouped})]
+    return [
+        pytest.param(c, id=str(c)) for c in configs if gemm.config_fits(c, {"GROUPED": grouped})
+    ]
 
 
 # ── FP8, one weight ──
@@ -87,7 +89,7 @@ def test_fp8_gemm(shape, dtype):
             assert error(got, exact) < max(TENSOR_CORES, ROUNDING[dtype])
 
 
-@pytest.mark.parametrize("config", suited(gemm.BLOCKED, False))
+@pytest.mark.parametrize("config", suited(gemm.BLOCKWISE_CONFIGS, False))
 def test_every_config_of_the_product_with_blocks(config, monkeypatch):
     one_config(monkeypatch, "_fp8_gemm_kernel", config)
     a, b = rows(150, 256), weight(450, 256)  # 192 + 192 + 66 columns
@@ -95,7 +97,7 @@ def test_every_config_of_the_product_with_blocks(config, monkeypatch):
     assert error(got, dequantized(*a) @ dequantized(*b).T) < TENSOR_CORES
 
 
-@pytest.mark.parametrize("config", suited(gemm.TILED, False))
+@pytest.mark.parametrize("config", suited(gemm.WGRAD_CONFIGS, False))
 def test_every_config_of_the_product_with_tiles(config, monkeypatch):
     one_config(monkeypatch, "_fp8_wgrad_kernel", config)
     a, b = rows(150, 256), rows(200, 256)
@@ -129,7 +131,7 @@ def test_fp8_grouped_gemm(counts, n, k):
     assert torch.equal(narrow, got.bfloat16())
 
 
-@pytest.mark.parametrize("config", suited(gemm.BLOCKED, True))
+@pytest.mark.parametrize("config", suited(gemm.BLOCKWISE_CONFIGS, True))
 def test_every_config_of_the_grouped_product(config, monkeypatch):
     one_config(monkeypatch, "_fp8_gemm_kernel", config)
     counts, n = [130, 0, 200], 210
@@ -167,7 +169,7 @@ def test_fp8_grouped_wgrad(counts, n, k):
     assert not m or error(got, torch.stack([a.T @ b for a, b in parts])) < 0.05  # 4 bits
 
 
-@pytest.mark.parametrize("config", suited(gemm.TILED, True))
+@pytest.mark.parametrize("config", suited(gemm.WGRAD_CONFIGS, True))
 def test_every_config_of_the_grouped_wgrad(config, monkeypatch):
     one_config(monkeypatch, "_fp8_wgrad_kernel", config)
     tokens_per_expert_e = torch.tensor([200, 0, 100], device=DEVICE)

@@ -55,12 +55,12 @@ def test_loss_and_gradients_equal_the_reference(n, d, w, scale, dtype):
 @pytest.mark.parametrize("n", [15, 16, 17, 33])
 def test_chunks_change_nothing(n, dtype, monkeypatch):
     args = arguments(n, 24, 100, dtype)
-    monkeypatch.setattr(loss, "LOGITS", 16 * 100 + 99)  # 16 tokens
+    monkeypatch.setattr(loss, "MAX_LOGITS", 16 * 100 + 99)  # 16 tokens
     assert max(errors(args, dtype)) < SLACK[dtype] * ROUNDING[dtype]
 
 
 def test_the_gradient_of_the_head_is_summed_in_fp32(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS", 1)  # a token at a time: 200 sums
+    monkeypatch.setattr(loss, "MAX_LOGITS", 1)  # a token at a time: 200 sums
     h_nd, head_wd, target_n = arguments(200, 8, 3, torch.bfloat16)
     got, want = (
         results(fn, h_nd, head_wd, target_n, dtype)[2]
@@ -130,16 +130,16 @@ def largest(fn, n: int, d: int, w: int) -> int:
 
 def test_all_logits_never_exist(monkeypatch):
     n, d, w = 60, 4, 200
-    monkeypatch.setattr(loss, "LOGITS", 16 * w)
+    monkeypatch.setattr(loss, "MAX_LOGITS", 16 * w)
     naive = ops.IMPLS["linear_cross_entropy"]["naive"]
     assert largest(naive, n, d, w) >= 4 * n * w  # the measure measures
     assert largest(fused, n, d, w) <= 4 * 16 * w
-    monkeypatch.setattr(loss, "LOGITS", 2**28)
+    monkeypatch.setattr(loss, "MAX_LOGITS", 2**28)
     assert largest(fused, n, d, w) == 4 * n * w
 
 
 def test_v3_holds_half_a_gigabyte_of_logits():
-    rows = loss.LOGITS // 129_280
+    rows = loss.MAX_LOGITS // 129_280
     assert rows >= 2048
     assert rows * 129_280 * 2 <= 2**29
 
