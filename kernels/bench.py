@@ -52,7 +52,7 @@ class Goal:
     """At least so much of a measure(row, rows by name, limits)."""
 
     text: str
-    least: float
+    minimum: float
     measure: Callable
 
 
@@ -79,7 +79,7 @@ class Case:
 
 
 @dataclass
-class Row:
+class Timing:
     """What came of a case: ms, or why there is none; a yardstick's value is ms or a reason."""
 
     name: str
@@ -94,7 +94,7 @@ class Row:
     fatal: bool = False  # the process lost its GPU
 
     @classmethod
-    def of(cls, case: Case, **rest):
+    def for_case(cls, case: Case, **rest):
         return cls(case.name, case.bytes, case.flops, case.peak, case.note, **rest)
 
 
@@ -109,21 +109,21 @@ def gbps(row) -> float:
     return row.bytes / row.ms / 1e6
 
 
-def of_copy(row, rows, limits) -> float:
+def fraction_of_copy(row, rows, limits) -> float:
     return gbps(row) / limits["copy"]
 
 
-def times(yardstick: str):
+def speedup_over(yardstick: str):
     """How many times as fast as a yardstick."""
     return lambda row, rows, limits: row.yardsticks[yardstick] / row.ms
 
 
-def of_case(name: str):
+def fraction_of_case(name: str):
     """Share of another case's TFLOP/s."""
     return lambda row, rows, limits: tflops(row) / tflops(rows[name])
 
 
-def limit(row, limits) -> tuple[str, float]:
+def roofline(row, limits) -> tuple[str, float]:
     """What binds, and its floor in ms: max(bytes / copy, FLOPs / peak)."""
     floors = {"copy": row.bytes / limits["copy"] / 1e6}
     floors[row.peak] = row.flops / limits[row.peak] / 1e9
@@ -131,7 +131,7 @@ def limit(row, limits) -> tuple[str, float]:
     return name, floors[name]
 
 
-COPY = (Goal("of copy", 0.85, of_copy),)
+COPY = (Goal("of copy", 0.85, fraction_of_copy),)
 
 
 # ── Calls ──
@@ -144,7 +144,7 @@ def randn(*shape, dtype=BF16, grad: bool = False):
 leaf = partial(randn, grad=True)
 
 
-def under(backends, fn):
+def with_backends(backends, fn):
     """fn, called under these backends."""
 
     def run():
@@ -154,12 +154,12 @@ def under(backends, fn):
     return run
 
 
-def beside_torch(fn):
+def vs_torch(fn):
     """The call, and as yardstick the same of the torch reference."""
-    return fn, {"torch": under(TORCH, fn)}
+    return fn, {"torch": with_backends(TORCH, fn)}
 
 
-def gradient(forward, inputs):
+def backward_call(forward, inputs):
     """The backward pass of forward(*inputs), as often as one likes; the first call runs forward.
 
     The gradient that comes in is the same for a kernel and its yardstick.
@@ -176,20 +176,22 @@ def gradient(forward, inputs):
     return run
 
 
-def gradient_beside_torch(forward, *inputs):
-    return gradient(forward, inputs), {"torch": under(TORCH, gradient(forward, inputs))}
+def backward_vs_torch(forward, *inputs):
+    return backward_call(forward, inputs), {
+        "torch": with_backends(TORCH, backward_call(forward, inputs))
+    }
 
 
-def tiles(n: int) -> int:
+def num_blocks(n: int) -> int:
     return math.ceil(n / 128)
 
 
-def padded(m: int, e: int = 1) -> int:
+def num_padded_tiles(m: int, e: int = 1) -> int:
     """Tiles of 128 rows that `act_quant_transposed` makes of m rows."""
     return m // 128 + e
 
 
-def counts(e: int, m: int, skewed: bool = False):
+def expert_counts(e: int, m: int, skewed: bool = False):
     """Rows of each of e experts, m in all: even, or falling as 1/rank and shuffled."""
     share = 1 / torch.arange(1, e + 1, dtype=torch.float64) if skewed else torch.ones(e)
     tokens_per_expert_e = (m * share / share.sum()).floor().long()
@@ -202,7 +204,7 @@ def counts(e: int, m: int, skewed: bool = False):
 # ── Products ──
 
 
-def row_wise(x, w):
+def scaled_mm_call(x, w):
     """torch._scaled_mm with a scale a row of x and a scale a row of w."""
     (x_q, x_s), (w_q, w_s) = (
         (fp8.quantize(t.float(), s), s)
@@ -218,10 +220,10 @@ def dense(m: int, n: int, k: int, goals=()) -> Case:
     def make():
         x, w = randn(m, k), randn(n, k)
         codes = *fp8.act_quant(x), *fp8.weight_quant(w)
-        yardsticks = {"cuBLAS bf16": lambda: x @ w.T, "scaled_mm": row_wise(x, w)}
+        yardsticks = {"cuBLAS bf16": lambda: x @ w.T, "scaled_mm": scaled_mm_call(x, w)}
         return lambda: fp8.fp8_gemm(*codes, BF16), yardsticks
 
-    moved = m * k + n * k + 2 * m * n + 4 * tiles(k) * (m + tiles(n))
+    moved = m * k + n * k + 2 * m * n + 4 * num_blocks(k) * (m + num_blocks(n))
     return Case("fp8_gemm", {"m": m, "n": n, "k": k}, make, moved, 2 * m * n * k, "fp8", goals)
 
 
@@ -231,7 +233,7 @@ def dense_wgrad(m: int, n: int, k: int) -> Case:
         codes = *fp8.act_quant_transposed(g), *fp8.act_quant_transposed(x)
         return lambda: fp8.fp8_gemm(*codes), {"cuBLAS bf16": lambda: g.T @ x}
 
-    moved = tiles(m) * 132 * (n + k) + 4 * n * k
+    moved = num_blocks(m) * 132 * (n + k) + 4 * n * k
     sizes = {"m": m, "n": n, "k": k}
     return Case("fp8_gemm wgrad", sizes, make, moved, 2 * m * n * k, "fp8")
 
@@ -242,21 +244,21 @@ def grouped_sizes(e: int, m: int, n: int, k: int, skewed: bool) -> dict:
 
 def grouped_fp8(e: int, m: int, n: int, k: int, skewed: bool, goals=()) -> Case:
     def make():
-        x, w, tokens_per_expert_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
+        x, w, tokens_per_expert_e = randn(m, k), randn(e, n, k), expert_counts(e, m, skewed)
         codes = *fp8.act_quant(x), *fp8.weight_quant(w), tokens_per_expert_e
         product = lambda: moe.grouped_linear(x, w, tokens_per_expert_e)
-        yardsticks = {"bf16 torch": under(TORCH, product), "bf16 triton": product}
+        yardsticks = {"bf16 torch": with_backends(TORCH, product), "bf16 triton": product}
         return lambda: fp8.fp8_grouped_gemm(*codes, BF16), yardsticks
 
-    moved = m * k + e * n * k + 2 * m * n + 4 * tiles(k) * (m + e * tiles(n))
+    moved = m * k + e * n * k + 2 * m * n + 4 * num_blocks(k) * (m + e * num_blocks(n))
     sizes = grouped_sizes(e, m, n, k, skewed)
     return Case("fp8_grouped_gemm", sizes, make, moved, 2 * m * n * k, "fp8", goals)
 
 
 def grouped_bf16(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     def make():
-        x, w, tokens_per_expert_e = randn(m, k), randn(e, n, k), counts(e, m, skewed)
-        return beside_torch(lambda: moe.grouped_linear(x, w, tokens_per_expert_e))
+        x, w, tokens_per_expert_e = randn(m, k), randn(e, n, k), expert_counts(e, m, skewed)
+        return vs_torch(lambda: moe.grouped_linear(x, w, tokens_per_expert_e))
 
     moved = 2 * (m * k + e * n * k + m * n)
     sizes = grouped_sizes(e, m, n, k, skewed)
@@ -267,9 +269,9 @@ def grouped_bf16_backward(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     """Dgrad and Wgrad."""
 
     def make():
-        tokens_per_expert_e = counts(e, m, skewed)
+        tokens_per_expert_e = expert_counts(e, m, skewed)
         forward = lambda x, w: moe.grouped_linear(x, w, tokens_per_expert_e)
-        return gradient_beside_torch(forward, leaf(m, k), leaf(e, n, k))
+        return backward_vs_torch(forward, leaf(m, k), leaf(e, n, k))
 
     moved = 2 * (m * n + 2 * (e * n * k + m * k))
     sizes = grouped_sizes(e, m, n, k, skewed)
@@ -278,7 +280,7 @@ def grouped_bf16_backward(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
 
 def grouped_wgrad(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
     def make():
-        g, x, tokens_per_expert_e = randn(m, n), randn(m, k), counts(e, m, skewed)
+        g, x, tokens_per_expert_e = randn(m, n), randn(m, k), expert_counts(e, m, skewed)
         codes = (
             *fp8.act_quant_transposed(g, tokens_per_expert_e),
             *fp8.act_quant_transposed(x, tokens_per_expert_e),
@@ -288,7 +290,7 @@ def grouped_wgrad(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
         yardsticks = {"bf16 torch": lambda: F.grouped_mm(g.T, x, offs=end_e)}
         return lambda: fp8.fp8_grouped_wgrad(*codes), yardsticks
 
-    moved = tiles(m) * 132 * (n + k) + 4 * e * n * k
+    moved = num_blocks(m) * 132 * (n + k) + 4 * e * n * k
     sizes = grouped_sizes(e, m, n, k, skewed)
     return Case("fp8_grouped_wgrad", sizes, make, moved, 2 * m * n * k, "fp8")
 
@@ -299,28 +301,28 @@ def grouped_wgrad(e: int, m: int, n: int, k: int, skewed: bool) -> Case:
 def act_quant(m: int, k: int) -> Case:
     def make():
         x = randn(m, k)
-        return beside_torch(lambda: fp8.act_quant(x))
+        return vs_torch(lambda: fp8.act_quant(x))
 
-    moved = 3 * m * k + 4 * m * tiles(k)
+    moved = 3 * m * k + 4 * m * num_blocks(k)
     return Case("act_quant", {"m": m, "k": k}, make, moved, goals=COPY)
 
 
 def weight_quant(o: int, i: int, dtype) -> Case:
     def make():
         w = randn(o, i, dtype=dtype)
-        return beside_torch(lambda: fp8.weight_quant(w))
+        return vs_torch(lambda: fp8.weight_quant(w))
 
-    moved = (dtype.itemsize + 1) * o * i + 4 * tiles(o) * tiles(i)
+    moved = (dtype.itemsize + 1) * o * i + 4 * num_blocks(o) * num_blocks(i)
     sizes = {"o": o, "i": i, "from": str(dtype).removeprefix("torch.")}
     return Case("weight_quant", sizes, make, moved, goals=COPY)
 
 
 def act_quant_transposed(e: int, m: int, k: int) -> Case:
     def make():
-        x, tokens_per_expert_e = randn(m, k), counts(e, m, e > 1) if e > 1 else None
-        return beside_torch(lambda: fp8.act_quant_transposed(x, tokens_per_expert_e))
+        x, tokens_per_expert_e = randn(m, k), expert_counts(e, m, e > 1) if e > 1 else None
+        return vs_torch(lambda: fp8.act_quant_transposed(x, tokens_per_expert_e))
 
-    moved = 2 * m * k + padded(m, e) * 132 * k
+    moved = 2 * m * k + num_padded_tiles(m, e) * 132 * k
     return Case("act_quant_transposed", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
 
 
@@ -328,11 +330,11 @@ def requant_transposed(e: int, m: int, k: int) -> Case:
     def make():
         codes, tokens_per_expert_e = (
             fp8.act_quant(randn(m, k)),
-            counts(e, m, e > 1) if e > 1 else None,
+            expert_counts(e, m, e > 1) if e > 1 else None,
         )
-        return beside_torch(lambda: fp8.requant_transposed(*codes, tokens_per_expert_e))
+        return vs_torch(lambda: fp8.requant_transposed(*codes, tokens_per_expert_e))
 
-    moved = m * k + 4 * m * tiles(k) + padded(m, e) * 132 * k
+    moved = m * k + 4 * m * num_blocks(k) + num_padded_tiles(m, e) * 132 * k
     return Case("requant_transposed", {"e": e, "m": m, "k": k}, make, moved, goals=COPY)
 
 
@@ -344,51 +346,51 @@ def rms_norm(n: int, d: int) -> list[Case]:
 
     def forward():
         x, weight = randn(n, d), randn(d, dtype=FP32)
-        return beside_torch(lambda: ops.rms_norm(x, weight, V3.norm_eps))
+        return vs_torch(lambda: ops.rms_norm(x, weight, V3.norm_eps))
 
     def backward():
         norm = lambda x, weight: ops.rms_norm(x, weight, V3.norm_eps)
-        return gradient_beside_torch(norm, leaf(n, d), leaf(d, dtype=FP32))
+        return backward_vs_torch(norm, leaf(n, d), leaf(d, dtype=FP32))
 
     def quant():
         x, weight = randn(n, d), randn(d, dtype=FP32)
-        return beside_torch(lambda: fp8.rms_norm_quant(x, weight, V3.norm_eps))
+        return vs_torch(lambda: fp8.rms_norm_quant(x, weight, V3.norm_eps))
 
     sizes = {"n": n, "d": d}
     return [
         Case("rms_norm", sizes, forward, 4 * n * d + 4 * d, goals=COPY),
         Case("rms_norm backward", sizes, backward, 6 * n * d + 8 * d, goals=COPY),
-        Case("rms_norm_quant", sizes, quant, 5 * n * d + 4 * n * tiles(d) + 4 * d, goals=COPY),
+        Case("rms_norm_quant", sizes, quant, 5 * n * d + 4 * n * num_blocks(d) + 4 * d, goals=COPY),
     ]
 
 
 def swiglu(m: int, f: int) -> list[Case]:
     def forward():
         gate, up = randn(m, f), randn(m, f)
-        return beside_torch(lambda: ops.swiglu(gate, up))
+        return vs_torch(lambda: ops.swiglu(gate, up))
 
     def backward():
-        return gradient_beside_torch(ops.swiglu, leaf(m, f), leaf(m, f))
+        return backward_vs_torch(ops.swiglu, leaf(m, f), leaf(m, f))
 
     def quant():
         gate, up = randn(m, f), randn(m, f)
-        return beside_torch(lambda: fp8.swiglu_quant(gate, up))
+        return vs_torch(lambda: fp8.swiglu_quant(gate, up))
 
     sizes = {"m": m, "f": f}
     return [
         Case("swiglu", sizes, forward, 6 * m * f),
         Case("swiglu backward", sizes, backward, 10 * m * f),
-        Case("swiglu_quant", sizes, quant, 5 * m * f + 4 * m * tiles(f), goals=COPY),
+        Case("swiglu_quant", sizes, quant, 5 * m * f + 4 * m * num_blocks(f), goals=COPY),
     ]
 
 
 def swiglu_quant_backward(e: int, m: int, f: int) -> Case:
     def make():
-        g, tokens_per_expert_e = randn(m, f), counts(e, m, e > 1) if e > 1 else None
+        g, tokens_per_expert_e = randn(m, f), expert_counts(e, m, e > 1) if e > 1 else None
         codes = *fp8.act_quant(randn(m, f)), *fp8.act_quant(randn(m, f))
-        return beside_torch(lambda: fp8.swiglu_quant_backward(g, *codes, tokens_per_expert_e))
+        return vs_torch(lambda: fp8.swiglu_quant_backward(g, *codes, tokens_per_expert_e))
 
-    moved = 8 * m * f + 8 * m * tiles(f) + padded(m, e) * 132 * f
+    moved = 8 * m * f + 8 * m * num_blocks(f) + num_padded_tiles(m, e) * 132 * f
     return Case("swiglu_quant_backward", {"e": e, "m": m, "f": f}, make, moved, goals=COPY)
 
 
@@ -399,7 +401,7 @@ def rotation(s: int, h: int) -> Case:
     def make():
         x_bshr, angle = randn(1, s, h, i + r)[..., i:], torch.rand(s, r // 2)
         cos, sin = angle.cos(), angle.sin()
-        return beside_torch(lambda: apply_rotary_emb(x_bshr, cos, sin))
+        return vs_torch(lambda: apply_rotary_emb(x_bshr, cos, sin))
 
     return Case("apply_rotary_emb", {"s": s, "h": h, "r": r}, make, 4 * s * h * r + 4 * s * r)
 
@@ -412,24 +414,24 @@ def group_limited_topk(n: int, e: int, k: int) -> Case:
 
     def make():
         score_ne = torch.rand(n, e)
-        return beside_torch(lambda: moe.group_limited_topk(score_ne, k, *groups))
+        return vs_torch(lambda: moe.group_limited_topk(score_ne, k, *groups))
 
     return Case("group_limited_topk", {"n": n, "e": e, "k": k}, make, 4 * n * e + 8 * n * k)
 
 
-def rows_of(n: int, e: int, k: int):
+def random_permutation(n: int, e: int, k: int):
     """Random experts of n tokens, as `permute` and `unpermute` want them."""
     return moe.sort_by_expert(torch.rand(n, e).topk(k).indices)
 
 
 def permute(n: int, d: int, e: int, k: int) -> list[Case]:
     def forward():
-        x, places = randn(n, d), rows_of(n, e, k)
-        return beside_torch(lambda: moe.permute(x, *places))
+        x, places = randn(n, d), random_permutation(n, e, k)
+        return vs_torch(lambda: moe.permute(x, *places))
 
     def backward():
-        places = rows_of(n, e, k)
-        return gradient_beside_torch(lambda x: moe.permute(x, *places), leaf(n, d))
+        places = random_permutation(n, e, k)
+        return backward_vs_torch(lambda x: moe.permute(x, *places), leaf(n, d))
 
     sizes, moved = {"n": n, "d": d, "k": k}, 2 * n * d * (1 + k) + 8 * n * k
     return [
@@ -440,13 +442,13 @@ def permute(n: int, d: int, e: int, k: int) -> list[Case]:
 
 def unpermute(n: int, d: int, e: int, k: int) -> list[Case]:
     def forward():
-        y, weight, places = randn(n * k, d), randn(n, k), rows_of(n, e, k)
-        return beside_torch(lambda: moe.unpermute(y, weight, *places))
+        y, weight, places = randn(n * k, d), randn(n, k), random_permutation(n, e, k)
+        return vs_torch(lambda: moe.unpermute(y, weight, *places))
 
     def backward():
-        places = rows_of(n, e, k)
+        places = random_permutation(n, e, k)
         back = lambda y, weight: moe.unpermute(y, weight, *places)
-        return gradient_beside_torch(back, leaf(n * k, d), leaf(n, k))
+        return backward_vs_torch(back, leaf(n * k, d), leaf(n, k))
 
     sizes, moved = {"n": n, "d": d, "k": k}, 2 * n * d * (1 + k) + 10 * n * k
     return [
@@ -483,7 +485,7 @@ def attention(s: int, h: int, goals=((), ())) -> list[Case]:
         return call(of_model, qkv), sdpa_calls(call, *qkv)
 
     def backward():
-        return made(gradient, leaf)
+        return made(backward_call, leaf)
 
     def forward():
         return made(lambda fn, qkv: lambda: fn(*qkv), randn)
@@ -504,7 +506,7 @@ def varlen_attention(b: int, s: int, h: int) -> Case:
 
     def make():
         qkv, cu_seqlens = [randn(b * s, h, y) for y in (x, x, v)], torch.arange(s, b * s + 1, s)
-        return beside_torch(lambda: mla.varlen_attention(*qkv, cu_seqlens, SCALE))
+        return vs_torch(lambda: mla.varlen_attention(*qkv, cu_seqlens, SCALE))
 
     flops = b * h * s * s * (x + v)
     return Case("varlen_attention", {"b": b, "s": s, "h": h}, make, 4 * b * s * h * (x + v), flops)
@@ -526,7 +528,7 @@ def paged(b: int, t: int, h: int, goals=(), page: int = 64) -> Case:
         q_bshx, kv_cache_pyx = randn(b, 1, h, x), randn(b * pages, page, x)
         block_table_bp = torch.randperm(b * pages).view(b, pages).to(torch.int32)
         args = q_bshx, kv_cache_pyx, block_table_bp, torch.full((b,), t), c, SCALE
-        return beside_torch(lambda: mla.paged_attention(*args))
+        return vs_torch(lambda: mla.paged_attention(*args))
 
     sizes = {"b": b, "t": t, "h": h}
     return Case("paged_attention", sizes, make, moved, flops, goals=goals, memory=1.2 * moved)
@@ -537,7 +539,7 @@ def latent(b: int, t: int, h: int) -> Case:
 
     def make():
         q, kv = (randn(b, 1, h, c), randn(b, 1, h, r)), randn(b, t, c + r).split([c, r], -1)
-        return beside_torch(lambda: mla.latent_attention(*q, *kv, SCALE))
+        return vs_torch(lambda: mla.latent_attention(*q, *kv, SCALE))
 
     return Case("latent_attention", {"b": b, "t": t, "h": h}, make, *decode_costs(b, t, h))
 
@@ -558,7 +560,7 @@ def cross_entropy(n: int, d: int, w: int) -> Case:
     def make():
         h_nd, head_wd, target_n = leaf(n, d), leaf(w, d), torch.randint(w, (n,))
         loss = lambda: ops.linear_cross_entropy(h_nd, head_wd, target_n)
-        fn, yardsticks = beside_torch(lambda: torch.autograd.grad(loss(), (h_nd, head_wd)))
+        fn, yardsticks = vs_torch(lambda: torch.autograd.grad(loss(), (h_nd, head_wd)))
         if find_spec("liger_kernel"):
             yardsticks["Liger"] = liger(h_nd, head_wd, target_n)
         return fn, yardsticks
@@ -583,8 +585,11 @@ def moe_step(b: int, s: int, e: int, d: int, f: int) -> Case:
         for p in layer.parameters():
             torch.nn.init.normal_(p, std=c.init_std)
         run, kernels = partial(step, layer, x, randn(b, s, d)), KERNELS
-        yardsticks = {"bf16 triton": under(kernels, run), "bf16 torch": under(TORCH, run)}
-        return under(("fp8", *kernels), run), yardsticks
+        yardsticks = {
+            "bf16 triton": with_backends(kernels, run),
+            "bf16 torch": with_backends(TORCH, run),
+        }
+        return with_backends(("fp8", *kernels), run), yardsticks
 
     active = (c.n_activated_experts + c.n_shared_experts) * 3 * d * f + e * d
     weights = (e + c.n_shared_experts) * 3 * d * f + e * d
@@ -602,21 +607,21 @@ LINEARS = (  # (n, k): wkv_a with wq_a, wq_b, wkv_b, wo, an expert's w1 with w3,
     (36864, 7168), (7168, 18432),
 )  # fmt: skip
 EXPERTS = ((4096, 7168), (7168, 2048))
-HEADLINE = (Goal("TFLOP/s", 1000, tflops), Goal("× cuBLAS bf16", 1.4, times("cuBLAS bf16")))
+HEADLINE = (Goal("TFLOP/s", 1000, tflops), Goal("× cuBLAS bf16", 1.4, speedup_over("cuBLAS bf16")))
 PREFILL = (Goal("TFLOP/s", 550, tflops),), (Goal("TFLOP/s", 400, tflops),)
-DECODE = (Goal("of copy", 0.8, of_copy),)
-FASTER = tuple(Goal(f"× {x}", 1.0, times(x)) for x in ("bf16 triton", "bf16 torch"))
+DECODE = (Goal("of copy", 0.8, fraction_of_copy),)
+FASTER = tuple(Goal(f"× {x}", 1.0, speedup_over(x)) for x in ("bf16 triton", "bf16 torch"))
 TOKENS = 4096
 
 
-def products(z) -> list[Case]:
+def matmul_cases(z) -> list[Case]:
     """256 experts with 128 rows each are bound by their weights; 8 with 4096 rows are not."""
     m, out = z(TOKENS), []
     for n, k in LINEARS:
         goals = HEADLINE if (n, k) == (7168, 16384) else ()
         out += [dense(m, z(n), z(k), goals), dense_wgrad(m, z(n), z(k))]
     for n, k in EXPERTS:
-        goal = Goal("of dense", 0.9, of_case(dense(m, z(n), z(k)).name))
+        goal = Goal("of dense", 0.9, fraction_of_case(dense(m, z(n), z(k)).name))
         for e, skewed in ((8, False), (256, False), (256, True)):
             args = z(e, 4), 8 * m, z(n), z(k), skewed
             out.append(grouped_fp8(*args, goals=(goal,) if e == 8 else ()))
@@ -624,7 +629,7 @@ def products(z) -> list[Case]:
     return out
 
 
-def streams(z) -> list[Case]:
+def memory_bound_cases(z) -> list[Case]:
     """Whatever moves bytes."""
     n, d, e, k = z(TOKENS), z(V3.dim), V3.n_routed_experts, V3.n_activated_experts
     f, wide, m = z(V3.moe_inter_dim), z(V3.inter_dim), 8 * z(TOKENS)
@@ -642,7 +647,7 @@ def streams(z) -> list[Case]:
     ]  # fmt: skip
 
 
-def sequences(z) -> list[Case]:
+def attention_cases(z) -> list[Case]:
     h, thousand = z(V3.n_heads), z(1024)
     out = [
         case
@@ -657,18 +662,18 @@ def sequences(z) -> list[Case]:
     return out
 
 
-def cases(shrink: int = 1) -> list[Case]:
+def all_cases(shrink: int = 1) -> list[Case]:
     """Every case; `shrink` divides tokens, widths and heads, so that a CPU may try them."""
     z = lambda n, least=1: max(n // shrink, min(n, least))
     layer = cross_entropy(z(TOKENS), z(V3.dim), z(V3.vocab_size))
     whole = moe_step(4, z(TOKENS), z(32, 16), z(V3.dim), z(V3.moe_inter_dim))
-    return [*products(z), *streams(z), *sequences(z), layer, whole]
+    return [*matmul_cases(z), *memory_bound_cases(z), *attention_cases(z), layer, whole]
 
 
 # ── The clock ──
 
 
-def medians(calls: dict, rounds: int) -> dict[str, float]:
+def time_interleaved(calls: dict, rounds: int) -> dict[str, float]:
     """Median ms of each call, taking turns.
 
     Before each one L2 is filled four times: that makes it cold, and gives Python a head start, so
@@ -692,16 +697,16 @@ def medians(calls: dict, rounds: int) -> dict[str, float]:
     }
 
 
-def whole(e: Exception) -> str:
+def format_error(e: Exception) -> str:
     """An error with its type: a compiler's says first where, and last what."""
     return f"{type(e).__name__}: {str(e).strip()}"
 
 
-def sentence(text: str) -> str:
+def first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
-def warm(yardsticks: dict) -> tuple[dict, dict]:
+def warm_up(yardsticks: dict) -> tuple[dict, dict]:
     """Those that run, and the reasons of those that do not."""
     good, reasons = {}, {}
     for name, call in yardsticks.items():
@@ -710,36 +715,40 @@ def warm(yardsticks: dict) -> tuple[dict, dict]:
                 call()
             good[name] = call
         except Exception as e:
-            reasons[name] = sentence(whole(e))
+            reasons[name] = first_line(format_error(e))
     return good, reasons
 
 
-def made(case: Case, device: str):
+def prepare_calls(case: Case, device: str):
     """The calls of a case, on this device, under the kernels' backends."""
     with torch.device(device), use(*KERNELS):
         fn, yardsticks = case.make()
-    return under(KERNELS, fn), {name: under(KERNELS, y) for name, y in yardsticks.items()}
+    return with_backends(KERNELS, fn), {
+        name: with_backends(KERNELS, y) for name, y in yardsticks.items()
+    }
 
 
-def timed(case: Case, rounds: int) -> Row:
+def time_case(case: Case, rounds: int) -> Timing:
     free = torch.cuda.mem_get_info()[0]
     if case.memory > free:
-        return Row.of(case, skipped=f"needs {case.memory / 1e9:.1f} GB, {free / 1e9:.1f} are free")
-    fn, yardsticks = made(case, "cuda")
+        return Timing.for_case(
+            case, skipped=f"needs {case.memory / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+        )
+    fn, yardsticks = prepare_calls(case, "cuda")
     for _ in range(WARM_UP):
         fn()
-    good, reasons = warm(yardsticks)
+    good, reasons = warm_up(yardsticks)
     torch.cuda.synchronize()
-    found = medians({"": fn, **good}, rounds)
-    return Row.of(case, ms=found.pop(""), yardsticks=found | reasons)
+    found = time_interleaved({"": fn, **good}, rounds)
+    return Timing.for_case(case, ms=found.pop(""), yardsticks=found | reasons)
 
 
-def attempted(case: Case, rounds: int) -> Row:
-    """`timed`, or the error of it; memory is given back."""
+def try_case(case: Case, rounds: int) -> Timing:
+    """`time_case`, or the error of it; memory is given back."""
     try:
-        row = timed(case, rounds)
+        row = time_case(case, rounds)
     except Exception as e:
-        row = Row.of(case, error=whole(e))
+        row = Timing.for_case(case, error=format_error(e))
     try:
         gc.collect()
         torch.cuda.synchronize()
@@ -749,20 +758,20 @@ def attempted(case: Case, rounds: int) -> Row:
     return row
 
 
-def card(rounds: int) -> dict:
+def describe_gpu(rounds: int) -> dict:
     """What this GPU is, and its limits: GB/s of a copy, read and written; TFLOP/s of cuBLAS."""
     n = 8192
     with torch.device("cuda"):
         x, y, a, b = randn(2**29), randn(2**29), randn(n, n), randn(n, n)
     calls = {"copy": lambda: y.copy_(x), "bf16": lambda: a @ b}
-    warm(calls)
-    ms = medians(calls, rounds)
+    warm_up(calls)
+    ms = time_interleaved(calls, rounds)
     peak = 2 * n**3 / ms["bf16"] / 1e9
     limits = {"copy": 4 * x.numel() / ms["copy"] / 1e6, "bf16": peak, "fp8": 2 * peak}
-    return {"device": torch.cuda.get_device_name(), "driver": driver(), "limits": limits}
+    return {"device": torch.cuda.get_device_name(), "driver": driver_version(), "limits": limits}
 
 
-def driver() -> str:
+def driver_version() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
@@ -773,24 +782,24 @@ def driver() -> str:
 # ── A process that may die ──
 
 
-def serve(pipe) -> None:
+def worker_main(pipe) -> None:
     """Answer with the card, or with the row of a case that is asked for by name."""
-    by_name = {case.name: case for case in cases()}
+    by_name = {case.name: case for case in all_cases()}
     while True:
         name, rounds = pipe.recv()
-        pipe.send(attempted(by_name[name], rounds) if name else card(rounds))
+        pipe.send(try_case(by_name[name], rounds) if name else describe_gpu(rounds))
 
 
 class Worker:
     """A process with the GPU: a fault of the device, or a kernel that hangs, costs no more."""
 
-    def __init__(self, target=serve):
+    def __init__(self, target=worker_main):
         self.pipe, theirs = get_context("spawn").Pipe()
         self.process = get_context("spawn").Process(target=target, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 
-    def ask(self, name: str, rounds: int, seconds: float):
+    def request(self, name: str, rounds: int, seconds: float):
         """The answer; raises TimeoutError or, if the process died, RuntimeError."""
         try:
             self.pipe.send((name, rounds))
@@ -801,26 +810,26 @@ class Worker:
             self.process.join()
             raise RuntimeError(f"the process ended with {self.process.exitcode}") from None
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
         self.process.join()
 
 
-def run_all(chosen: list[Case], args, worker=Worker) -> tuple[dict, list[Row]]:
+def run_all(chosen: list[Case], args, worker=Worker) -> tuple[dict, list[Timing]]:
     """The card and every case's row; a worker that was lost is replaced."""
     current, rows = worker(), []
-    found = current.ask("", args.rounds, args.seconds)
+    found = current.request("", args.rounds, args.seconds)
     for case in chosen:
         try:
-            row = current.ask(case.name, args.rounds, args.seconds)
+            row = current.request(case.name, args.rounds, args.seconds)
         except (TimeoutError, RuntimeError) as e:
-            row = Row.of(case, error=whole(e), fatal=True)
+            row = Timing.for_case(case, error=format_error(e), fatal=True)
         rows.append(row)
-        print(line(row, found["limits"]), flush=True)
+        print(format_row(row, found["limits"]), flush=True)
         if row.fatal:
-            current.end()
+            current.kill()
             current = worker()
-    current.end()
+    current.kill()
     return found, rows
 
 
@@ -829,12 +838,14 @@ def run_all(chosen: list[Case], args, worker=Worker) -> tuple[dict, list[Row]]:
 HEAD = f"{'case':58}{'ms':>9}{'achieved':>15}{'of limit':>15}  yardstick: ms, ours is × as fast"
 
 
-def line(row: Row, limits: dict) -> str:
+def format_row(row: Timing, limits: dict) -> str:
     """One row of the table."""
     head, note = f"{row.name:58}", f"  ({row.note})" if row.note else ""
     if row.error or row.skipped:
-        return head + (f"failed: {sentence(row.error)}" if row.error else f"skipped: {row.skipped}")
-    bound, floor = limit(row, limits)
+        return head + (
+            f"failed: {first_line(row.error)}" if row.error else f"skipped: {row.skipped}"
+        )
+    bound, floor = roofline(row, limits)
     rate = f"{gbps(row):.0f} GB/s" if bound == "copy" else f"{tflops(row):.0f} TFLOP/s"
     others = [
         f"{name}: {y}" if isinstance(y, str) else f"{name}: {y:.3f}, ×{y / row.ms:.2f}"
@@ -844,7 +855,7 @@ def line(row: Row, limits: dict) -> str:
     return f"{head}{row.ms:9.3f}{rate:>15}{share:>15}  {'; '.join(others)}{note}"
 
 
-def judged(chosen: list[Case], rows: list[Row], limits: dict) -> list[dict]:
+def judge_goals(chosen: list[Case], rows: list[Timing], limits: dict) -> list[dict]:
     """Every goal of these cases beside what was measured."""
     by_name, out = {row.name: row for row in rows}, []
     for case, goal in ((c, g) for c in chosen for g in c.goals):
@@ -853,21 +864,21 @@ def judged(chosen: list[Case], rows: list[Row], limits: dict) -> list[dict]:
         except (KeyError, TypeError):  # filtered out, failed or skipped, here or in its yardstick
             value = None
         verdict = "not measured" if value is None else "reached"
-        verdict = "missed" if value is not None and value < goal.least else verdict
-        found = {"measure": goal.text, "goal": goal.least, "measured": value, "verdict": verdict}
+        verdict = "missed" if value is not None and value < goal.minimum else verdict
+        found = {"measure": goal.text, "goal": goal.minimum, "measured": value, "verdict": verdict}
         out.append({"case": case.name, **found})
     return out
 
 
-def goal_line(g: dict) -> str:
+def format_goal(g: dict) -> str:
     value = "–" if g["measured"] is None else f"{g['measured']:.4g}"
     return f"{g['case']:58}{g['measure']:>15}{value:>9} of {g['goal']:<6g}{g['verdict']}"
 
 
-def plan(chosen: list[Case]) -> str:
+def format_plan(chosen: list[Case]) -> str:
     """The cases, with nothing measured."""
     head = f"{'case':58}{'GB':>10}{'TFLOP':>10}{'peak':>6}  goals"
-    goals = lambda c: ", ".join(f"{g.least:g} {g.text}" for g in c.goals)
+    goals = lambda c: ", ".join(f"{g.minimum:g} {g.text}" for g in c.goals)
     return "\n".join(
         [head]
         + [
@@ -878,21 +889,23 @@ def plan(chosen: list[Case]) -> str:
     )
 
 
-def rates(row: Row, limits: dict) -> dict:
+def row_to_json(row: Timing, limits: dict) -> dict:
     """A row for JSON, with what follows from it."""
     out = {name: value for name, value in asdict(row).items() if value not in ("", False)}
     if row.ms:
-        bound, floor = limit(row, limits)
+        bound, floor = roofline(row, limits)
         out |= {"tflops": tflops(row), "gbps": gbps(row), "bound": bound, "share": floor / row.ms}
     return out
 
 
-def write(path: Path, found: dict, rows: list[Row], goals: list[dict], tests: str) -> None:
+def write_report(
+    path: Path, found: dict, rows: list[Timing], goals: list[dict], tests: str
+) -> None:
     report = {
         **found, "torch": torch.__version__, "triton": triton.__version__,
         "command": shlex.join(["python", "-m", "dsv3_ref.kernels.bench", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "tests": tests,
-        "rows": [rates(row, found["limits"]) for row in rows], "goals": goals,
+        "rows": [row_to_json(row, found["limits"]) for row in rows], "goals": goals,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -917,7 +930,7 @@ def test_command() -> list[str]:
     return [*command, "--noconftest", *left, *sorted(plain)]
 
 
-def parsed(argv):
+def parse_args(argv):
     parser = argparse.ArgumentParser(prog="python -m dsv3_ref.kernels.bench")
     parser.add_argument("--dry-run", action="store_true", help="list the cases; needs no GPU")
     parser.add_argument("--skip-tests", action="store_true", help="time kernels that are untested")
@@ -926,16 +939,16 @@ def parsed(argv):
     parser.add_argument("--seconds", type=float, default=900, help="that a case may take")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu.json"))
     args = parser.parse_args(argv)
-    args.cases = [c for c in cases() if not args.only or any(x in c.name for x in args.only)]
+    args.cases = [c for c in all_cases() if not args.only or any(x in c.name for x in args.only)]
     if not args.cases:
         parser.error(f"no case has {' or '.join(args.only)} in its name: see --dry-run")
     return args
 
 
 def main(argv=None) -> int:
-    args = parsed(argv)
+    args = parse_args(argv)
     if args.dry_run:
-        print(plan(args.cases))
+        print(format_plan(args.cases))
         return 0
     if not torch.cuda.is_available():
         print("No CUDA GPU is here to time kernels on; --dry-run lists them.", file=sys.stderr)
@@ -945,9 +958,9 @@ def main(argv=None) -> int:
         return 1
     print(HEAD)
     found, rows = run_all(args.cases, args)
-    goals = judged(args.cases, rows, found["limits"])
-    print("\n".join(["", "goals", *map(goal_line, goals), "", json.dumps(found)]))
-    write(args.out, found, rows, goals, "skipped" if args.skip_tests else "passed")
+    goals = judge_goals(args.cases, rows, found["limits"])
+    print("\n".join(["", "goals", *map(format_goal, goals), "", json.dumps(found)]))
+    write_report(args.out, found, rows, goals, "skipped" if args.skip_tests else "passed")
     return int(any(row.error for row in rows))
 
 

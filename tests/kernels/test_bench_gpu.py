@@ -16,14 +16,14 @@ from dsv3_ref.kernels import bench
 from dsv3_ref import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {case.name: case for case in bench.cases(128)}
-CASES = {case.name: case for case in bench.cases()}
+SMALL = {case.name: case for case in bench.all_cases(128)}
+CASES = {case.name: case for case in bench.all_cases()}
 LIMITS = {"copy": 3000.0, "bf16": 700.0, "fp8": 1400.0}
 CARD = {"device": "a card", "driver": "1.2", "limits": LIMITS}
 
 
-def row(name: str, **rest) -> bench.Row:
-    return bench.Row.of(CASES[name], **rest)
+def row(name: str, **rest) -> bench.Timing:
+    return bench.Timing.for_case(CASES[name], **rest)
 
 
 HEADLINE = "fp8_gemm m=4096 n=7168 k=16384"
@@ -35,7 +35,7 @@ DENSE = "fp8_gemm m=4096 n=4096 k=7168"
 
 
 def test_no_two_cases_share_a_name():
-    assert len(CASES) == len(bench.cases())
+    assert len(CASES) == len(bench.all_cases())
     assert len(SMALL) > 60
 
 
@@ -57,11 +57,11 @@ def test_a_dry_run_shows_bytes_and_work(capsys):
 
 
 def test_only_filters_and_refuses_what_is_no_case(capsys):
-    assert [c.name for c in bench.parsed(["--only", DECODE]).cases] == [DECODE]
-    two = bench.parsed(["--only", "group_limited_topk", "apply_rotary_emb"]).cases
+    assert [c.name for c in bench.parse_args(["--only", DECODE]).cases] == [DECODE]
+    two = bench.parse_args(["--only", "group_limited_topk", "apply_rotary_emb"]).cases
     assert {c.kind for c in two} == {"group_limited_topk", "apply_rotary_emb"}
     with pytest.raises(SystemExit):
-        bench.parsed(["--only", "chose"])
+        bench.parse_args(["--only", "chose"])
     assert "no case has chose in its name" in capsys.readouterr().err
 
 
@@ -120,7 +120,7 @@ def test_bytes_and_flops_are_those_counted_by_hand(case, moved, flops):
 
 @pytest.mark.parametrize("e, m", [(8, 32), (256, 32768), (4, 3), (7, 100)])
 def test_counts_add_up(e, m):
-    even, skewed = bench.counts(e, m), bench.counts(e, m, True)
+    even, skewed = bench.expert_counts(e, m), bench.expert_counts(e, m, True)
     assert even.sum() == skewed.sum() == m
     assert even.max() - even.min() <= 1
     assert m < e or skewed.max() > 1.5 * m / e
@@ -136,9 +136,9 @@ def several(x) -> tuple:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_case_can_be_made_and_called(name, monkeypatch):
     monkeypatch.setattr(bench, "KERNELS", ("torch",))
-    fn, yardsticks = bench.made(SMALL[name], "cpu")
+    fn, yardsticks = bench.prepare_calls(SMALL[name], "cpu")
     want = [t.shape for t in several(fn())]
-    good, reasons = bench.warm(yardsticks)
+    good, reasons = bench.warm_up(yardsticks)
     assert set(reasons) <= {"scaled_mm", "SDPA cuDNN"}, reasons  # those want a GPU
     for yardstick, call in good.items():
         assert "SDPA" in yardstick or [t.shape for t in several(call())] == want
@@ -157,8 +157,8 @@ def flat(x, width: int = 0):
 
 @pytest.mark.parametrize("kind", FIRST)
 def test_a_kernel_and_its_yardsticks_do_the_same_work(kind):
-    fn, yardsticks = bench.made(FIRST[kind], DEVICE)
-    got, (good, _) = fn(), bench.warm(yardsticks)
+    fn, yardsticks = bench.prepare_calls(FIRST[kind], DEVICE)
+    got, (good, _) = fn(), bench.warm_up(yardsticks)
     assert good
     for name, call in good.items():
         want = flat(call(), got.shape[-1] if "SDPA" in name else 0)
@@ -167,7 +167,7 @@ def test_a_kernel_and_its_yardsticks_do_the_same_work(kind):
 
 def test_a_backward_case_runs_backward_only():
     x, calls = torch.randn(3, requires_grad=True), []
-    run = bench.gradient(lambda x: calls.append(1) or x * x, (x,))
+    run = bench.backward_call(lambda x: calls.append(1) or x * x, (x,))
     (first,), (second,) = run(), run()
     assert len(calls) == 1
     assert torch.equal(first, second)
@@ -176,7 +176,7 @@ def test_a_backward_case_runs_backward_only():
 def test_the_step_quantizes_its_input_each_time(monkeypatch):
     monkeypatch.setattr(bench, "KERNELS", ("torch",))
     case = SMALL[next(name for name in SMALL if name.startswith("moe_step"))]
-    fn, _ = bench.made(case, "cpu")
+    fn, _ = bench.prepare_calls(case, "cpu")
     seen, act_quant = [], bench.fp8.act_quant
     monkeypatch.setattr(bench.fp8, "act_quant", lambda x, *a: seen.append(x) or act_quant(x, *a))
     fn()
@@ -211,27 +211,27 @@ def no_cuda_calls(monkeypatch):
 
 
 def test_a_failing_case_is_a_row(no_cuda_calls):
-    got = bench.attempted(replace(CASES[DENSE], make=broken), 1)
+    got = bench.try_case(replace(CASES[DENSE], make=broken), 1)
     assert got.ms is None
     assert got.error == "RuntimeError: out of memory\nand a long story"
     assert not got.fatal
-    assert bench.line(got, LIMITS).endswith("failed: RuntimeError: out of memory")
+    assert bench.format_row(got, LIMITS).endswith("failed: RuntimeError: out of memory")
 
 
 def test_a_device_that_is_lost_is_noticed(no_cuda_calls, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    assert bench.attempted(replace(CASES[DENSE], make=broken), 1).fatal
+    assert bench.try_case(replace(CASES[DENSE], make=broken), 1).fatal
 
 
 def test_a_case_too_large_for_the_card_is_skipped(no_cuda_calls):
-    got = bench.attempted(CASES["paged_attention b=128 t=131072 h=32"], 1)
+    got = bench.try_case(CASES["paged_attention b=128 t=131072 h=32"], 1)
     assert got.skipped == "needs 23.2 GB, 1.0 are free"
     assert not got.error
-    assert "skipped: needs" in bench.line(got, LIMITS)
+    assert "skipped: needs" in bench.format_row(got, LIMITS)
 
 
 def test_a_yardstick_that_raises_is_left_out_with_its_reason():
-    good, reasons = bench.warm({"fine": lambda: 1, "bad": broken})
+    good, reasons = bench.warm_up({"fine": lambda: 1, "bad": broken})
     assert list(good) == ["fine"]
     assert reasons == {"bad": "RuntimeError: out of memory"}
 
@@ -257,11 +257,11 @@ class FakeEvent:
 @pytest.fixture
 def fake_clock(no_cuda_calls, monkeypatch):
     """A device whose calls cost what `spend` says, in order."""
-    empty, made = torch.empty, bench.made
+    empty, made = torch.empty, bench.prepare_calls
     monkeypatch.setattr(bench, "FLUSH", 8)
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(bench, "made", lambda case, device: made(case, "cpu"))
+    monkeypatch.setattr(bench, "prepare_calls", lambda case, device: made(case, "cpu"))
 
 
 def spending(name: str, costs: list, log: list):
@@ -275,13 +275,13 @@ def spending(name: str, costs: list, log: list):
 def test_calls_take_turns_and_the_median_counts(fake_clock):
     log = []
     calls = {"a": spending("a", [1, 2, 100], log), "b": spending("b", [5], log)}
-    assert bench.medians(calls, 3) == {"a": 2, "b": 5}
+    assert bench.time_interleaved(calls, 3) == {"a": 2, "b": 5}
     assert log == ["a", "b"] * 3
 
 
 def test_a_case_is_timed_beside_its_yardsticks(fake_clock):
     case = replace(CASES[DENSE], make=lambda: (spending("", [2], []), {"a": broken}))
-    got = bench.timed(case, 3)
+    got = bench.time_case(case, 3)
     assert (got.ms, got.yardsticks) == (2, {"a": "RuntimeError: out of memory"})
 
 
@@ -292,9 +292,9 @@ def test_the_card_is_measured_before_its_cases(fake_clock, monkeypatch):
 
     monkeypatch.setattr(bench, "randn", randn)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(bench, "driver", lambda: "1.2")
-    monkeypatch.setattr(bench, "medians", lambda calls, rounds: {"copy": 1.0, "bf16": 2.0})
-    found = bench.card(3)
+    monkeypatch.setattr(bench, "driver_version", lambda: "1.2")
+    monkeypatch.setattr(bench, "time_interleaved", lambda calls, rounds: {"copy": 1.0, "bf16": 2.0})
+    found = bench.describe_gpu(3)
     assert found["limits"]["copy"] == pytest.approx(2**31 / 1e6)
     assert found["limits"]["bf16"] == pytest.approx(8192**3 / 1e9)
     assert found["limits"]["fp8"] == 2 * found["limits"]["bf16"]
@@ -351,33 +351,33 @@ def moody(pipe):
 
 def test_a_worker_answers_dawdles_and_dies():
     worker = bench.Worker(moody)
-    assert worker.ask("ab", 2, 60) == "abab"
+    assert worker.request("ab", 2, 60) == "abab"
     with pytest.raises(TimeoutError, match="no answer within 0.05 s"):
-        worker.ask("dawdle", 1, 0.05)
+        worker.request("dawdle", 1, 0.05)
     assert worker.pipe.recv() == "dawdle"
     for name in ("die", "ab"):
         with pytest.raises(RuntimeError, match="the process ended with 7"):
-            worker.ask(name, 1, 60)
-    worker.end()
+            worker.request(name, 1, 60)
+    worker.kill()
 
 
 # ── The report ──
 
 
 def test_the_limit_is_the_larger_floor():
-    name, floor = bench.limit(row(HEADLINE), LIMITS)
+    name, floor = bench.roofline(row(HEADLINE), LIMITS)
     assert (name, floor) == ("fp8", pytest.approx(2 * 4096 * 7168 * 16384 / 1400e9))
-    name, floor = bench.limit(row(DECODE), LIMITS)
+    name, floor = bench.roofline(row(DECODE), LIMITS)
     assert (name, floor) == ("copy", pytest.approx(CASES[DECODE].bytes / 3e9))
 
 
 def test_a_line_shows_time_rate_share_and_yardsticks():
     got = row(HEADLINE, ms=0.8, yardsticks={"cuBLAS bf16": 1.4, "scaled_mm": "no such thing"})
-    text = bench.line(got, LIMITS)
+    text = bench.format_row(got, LIMITS)
     assert text.split()[4:] == (
         "0.800 1203 TFLOP/s 86% fp8 cuBLAS bf16: 1.400, ×1.75; scaled_mm: no such thing".split()
     )
-    assert "2559 GB/s" in bench.line(row(DECODE, ms=0.25), LIMITS)
+    assert "2559 GB/s" in bench.format_row(row(DECODE, ms=0.25), LIMITS)
 
 
 def test_goals_are_reached_missed_or_not_measured():
@@ -389,19 +389,19 @@ def test_goals_are_reached_missed_or_not_measured():
         row(DECODE, ms=0.3),
         row(GROUPED, ms=1.7),
     ]
-    verdicts = lambda rows: [g["verdict"] for g in bench.judged(chosen, rows, LIMITS)]
+    verdicts = lambda rows: [g["verdict"] for g in bench.judge_goals(chosen, rows, LIMITS)]
     assert verdicts(rows) == ["reached", "not measured", "missed", "not measured"]
     rows += [row(DENSE, ms=0.2)]
     rows[0].yardsticks["cuBLAS bf16"] = 1.0
     assert verdicts(rows) == ["reached", "missed", "missed", "reached"]
-    found = bench.judged(chosen, rows, LIMITS)
+    found = bench.judge_goals(chosen, rows, LIMITS)
     assert found[2]["measured"] == pytest.approx(CASES[DECODE].bytes / 0.3e-3 / 3e12)
     assert found[3]["measured"] == pytest.approx(8 * 0.2 / 1.7)
-    assert bench.goal_line(found[1]).endswith("× cuBLAS bf16     1.25 of 1.4   missed")
+    assert bench.format_goal(found[1]).endswith("× cuBLAS bf16     1.25 of 1.4   missed")
 
 
 def test_every_goal_of_the_project_has_a_case():
-    goals = {(c.kind, g.least) for c in CASES.values() for g in c.goals}
+    goals = {(c.kind, g.minimum) for c in CASES.values() for g in c.goals}
     copies = "act_quant weight_quant act_quant_transposed requant_transposed".split()
     copies += "rms_norm rms_norm_quant permute".split()
     assert {(kind, 0.85) for kind in copies} <= goals
