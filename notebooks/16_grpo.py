@@ -564,12 +564,12 @@ assert all(ends[n] < starts[n] + 0.1 for n in runs if n.startswith("random"))
 # describes for its expert models, which after hundreds of steps answer in R1's way "even in the absence of explicit system prompts".
 #
 # The coin teaches nothing (and wears down what was there), as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 no wrong answer is ever pushed up, so little is lost (83.5 %, one seed; GRPO 87 to 93.5 %). The
-# table's quarter rewards push half-right words up too, and there it costs more. And the clip? With one update from each batch $\rho = 1$ throughout, and it is idle; it matters with `--updates` above 1.
+# table's quarter rewards push half-right words up too, and there it costs more. And the clip? With one update from each batch $\rho = 1$ throughout, and it is idle; it matters with `--steps-per-generation` above 1.
 
 # %%
 fig, axes = figure(1, 4, 10, 2.3)
 for ax, (key, title) in zip(
-    axes, {"drift": "KL, nats a token", "kl": "the same by k₃", "entropy": "entropy, nats", "length": "tokens an answer"}.items()
+    axes, {"kl_k1": "KL, nats a token", "kl": "the same by k₃", "entropy": "entropy, nats", "length": "tokens an answer"}.items()
 ):  # fmt: skip
     for name in of_grpo:
         at, x = zip(*((c["step"], c[key]) for c in runs[name]["curve"] if key in c))

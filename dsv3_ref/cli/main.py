@@ -107,9 +107,9 @@ def align(argv: list[str]) -> None:
     """dsv3 align: fine-tuning, reward model and GRPO in one go."""
     import tyro
 
-    from dsv3_ref.studies.align import Align, align
+    from dsv3_ref.studies.align import AlignConfig, align
 
-    align(tyro.cli(Align, prog="dsv3 align", args=argv))
+    align(tyro.cli(AlignConfig, prog="dsv3 align", args=argv))
 
 
 def data(argv: list[str]) -> None:

@@ -49,35 +49,35 @@ class GRPOConfig(TrainConfig):
     votes: int = 0
     """self-reward in its place: the share of yes among so many votes of the model that the run
     began with"""
-    group: int = 16
+    num_generations: int = 16
     """answers to each question"""
     max_new_tokens: int = 48
     """an answer that is longer counts 0"""
     temperature: float = 1.0
-    form: bool = False
+    require_think_format: bool = False
     """an answer must also be <think>…</think> and behind it one box, or it counts 0"""
     system: str = ""
     """system prompt before each question"""
-    objective: Literal["grpo", "bnpo", "dapo", "dr_grpo", "sequence"] = "grpo"
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "sequence"] = "grpo"
     """how the loss is averaged; sequence: one ratio an answer, the report's eq. 26"""
-    scale: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     """whose standard deviation advantages are divided by"""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
     beta: float = 0.001
     """weight of the KL to the model that the run began with; 0: that model is not kept"""
-    updates: int = 1
+    steps_per_generation: int = 1
     """optimizer steps from one set of answers, each from its part of the questions"""
     max_kl: float = 1.0
-    """a mean log π/π_ref above this (nats a token; `drift` in metrics.jsonl) ends the run, if the
+    """a mean log π/π_ref above this (nats a token; `kl_k1` in metrics.jsonl) ends the run, if the
     first model is kept"""
-    rollout: Literal["own", "vllm"] = "own"
+    rollout_backend: Literal["native", "vllm"] = "native"
     """who writes answers: our own decoder, or vLLM, fed through a Hugging Face directory"""
     vllm_tp: int = 1
     """GPUs that vLLM's engine takes (tensor parallel)"""
-    max_mismatch: float = 0.5
+    max_sampling_logp_difference: float = 0.5
     """a mean difference of log π between writer and trainer (nats) above which the run ends"""
-    control: Literal["none", "random-reward", "no-baseline"] = "none"
+    negative_control: Literal["none", "random-reward", "no-baseline"] = "none"
     """experiments that should not work: a coin as reward; the reward as advantage"""
     micro_batch: int = 64
     """answers in one forward pass; 0: all"""
@@ -94,20 +94,26 @@ class GRPOConfig(TrainConfig):
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
             (self.recipe.steps >= 1, "--steps must be at least 1"),
-            (self.group >= 2, "--group must be at least 2: answers are compared"),
+            (
+                self.num_generations >= 2,
+                "--num-generations must be at least 2: answers are compared",
+            ),
             (self.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
             (0 < self.temperature < math.inf, "--temperature must be above 0"),
-            (0 <= self.clip_low < 1, "--clip-low must be from 0 to below 1"),
-            (self.clip_high >= 0, "--clip-high must be at least 0"),
+            (0 <= self.epsilon < 1, "--epsilon must be from 0 to below 1"),
+            (self.epsilon_high >= 0, "--epsilon-high must be at least 0"),
             (0 <= self.beta < math.inf, "--beta must be at least 0"),
-            (min(self.max_kl, self.max_mismatch) > 0, "--max-kl, --max-mismatch must be above 0"),
+            (
+                min(self.max_kl, self.max_sampling_logp_difference) > 0,
+                "--max-kl, --max-sampling-logp-difference must be above 0",
+            ),
             (self.vllm_tp >= 1, "--vllm-tp must be at least 1"),
             (len(self.tasks) > 0, "--tasks needs at least one name"),
             (
                 1
-                <= self.updates
+                <= self.steps_per_generation
                 <= min(self.recipe.global_batch_size, self.recipe.start_batch_size),
-                "--updates: from 1 to --global-batch-size and --start-batch-size",
+                "--steps-per-generation: from 1 to --global-batch-size and --start-batch-size",
             ),
             (
                 self.reward is not None or self.votes or not is_open,
@@ -169,7 +175,12 @@ class Scorer:
 
     def __init__(self, args: GRPOConfig, first: Policy, say, device):
         self.end, self.say, self.failed = first.special_tokens.eos, say, set()
-        self.first, self.votes, self.form, self.model = first, args.votes, args.form, None
+        self.first, self.votes, self.require_think_format, self.model = (
+            first,
+            args.votes,
+            args.require_think_format,
+            None,
+        )
         if args.reward:
             from dsv3_ref.posttraining.reward import RewardModel
 
@@ -200,7 +211,7 @@ class Scorer:
 
     def rule(self, a: Answer) -> float:
         """What the task says; the first failure of each kind is told."""
-        if self.form and not has_think_format(a.text):
+        if self.require_think_format and not has_think_format(a.text):
             return 0.0
         try:
             return find(a.problem.domain).score(a.text, a.problem)
@@ -224,7 +235,7 @@ class RlTrainer(Trainer):
     def open_data(self) -> None:
         """Questions, and how many each step asks."""
         args = self.args
-        self.parts = args.updates
+        self.parts = args.steps_per_generation
         self.weights = named(args.tasks)
         self.names, self.sources, self.val = list(self.weights), [], {}
         self.tokenizer = self.find_tokenizer()
@@ -243,9 +254,9 @@ class RlTrainer(Trainer):
         say = lambda text: print(text, file=sys.stderr)
         self.score = Scorer(self.args, first, say, self.device)
         self.writer = self.brought = None  # the step whose weights it has
-        if self.args.rollout == "vllm":
+        if self.args.rollout_backend == "vllm":
             if self.replicas > 1:
-                raise UserError("--rollout vllm runs in one process")
+                raise UserError("--rollout-backend vllm runs in one process")
             self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
         if self.fresh:
             began = {"held_out": self.held_out(), "samples": self.samples()}
@@ -271,16 +282,21 @@ class RlTrainer(Trainer):
     def batch(self, n: int) -> list[Answer]:
         """Groups of answers to the next n questions, with their advantages."""
         args, start = self.args, time.perf_counter()
-        answers = self.ask(self.share(self.rows.next_batch(n)), args.group, args.temperature)
+        answers = self.ask(
+            self.share(self.rows.next_batch(n)), args.num_generations, args.temperature
+        )
         reward_b = torch.tensor([a.reward for a in answers])
-        if args.control == "random-reward":
+        if args.negative_control == "random-reward":
             reward_b = (torch.rand(len(answers)) < 0.5).float()
-        if args.control != "no-baseline":
-            reward_b = advantages(reward_b, args.group, args.scale)
+        if args.negative_control != "no-baseline":
+            reward_b = advantages(reward_b, args.num_generations, args.scale_rewards)
         for a, advantage in zip(answers, reward_b.tolist()):
             a.advantage = advantage
-        groups = [answers[i : i + args.group] for i in range(0, len(answers), args.group)]
-        self.groups, self.asking = self.gathered(groups), time.perf_counter() - start
+        groups = [
+            answers[i : i + args.num_generations]
+            for i in range(0, len(answers), args.num_generations)
+        ]
+        self.groups, self.rollout_seconds = self.gathered(groups), time.perf_counter() - start
         return answers
 
     def trained(self, answers: list[Answer]) -> int:
@@ -289,18 +305,24 @@ class RlTrainer(Trainer):
     def compute(self, answers: list[Answer], *settings) -> StepStats:
         """Optimizer steps, each from its part of the groups."""
         args, self.seen = self.args, defaultdict(float)
-        parts = [[] for _ in range(args.updates)]
+        parts = [[] for _ in range(args.steps_per_generation)]
         for i, a in enumerate(answers):
-            parts[i // args.group % args.updates].append(a)
-        if args.updates > 1:
+            parts[i // args.num_generations % args.steps_per_generation].append(a)
+        if args.steps_per_generation > 1:
             self.remember(answers)
         stats = [self.update(part, *settings) for part in parts]
         seen = self.summed(self.seen)
         self.seen = {k: v / max(1.0, seen["tokens"]) for k, v in seen.items()}
-        if not self.seen.get("drift", 0.0) <= args.max_kl:  # k₃ has too heavy a tail to judge by
-            self.give_up("KL to the first model", self.seen["drift"])
-        if self.writer and not self.seen["mismatch"] <= args.max_mismatch:
-            self.give_up("difference of log π between writer and trainer", self.seen["mismatch"])
+        if not self.seen.get("kl_k1", 0.0) <= args.max_kl:  # k₃ has too heavy a tail to judge by
+            self.give_up("KL to the first model", self.seen["kl_k1"])
+        if (
+            self.writer
+            and not self.seen["sampling_logp_difference"] <= args.max_sampling_logp_difference
+        ):
+            self.give_up(
+                "difference of log π between writer and trainer",
+                self.seen["sampling_logp_difference"],
+            )
         worst = next((s for s in stats if s.skipped), stats[-1])
         loss = sum(s.loss for s in stats) / len(stats)
         return worst._replace(loss=loss, load_le=sum(s.load_le for s in stats))
@@ -356,14 +378,14 @@ class RlTrainer(Trainer):
         size = {"dapo": self.total[1] * len(lot) / self.live, "dr_grpo": args.max_new_tokens}
         out = grpo_loss(
             rows(logp_n), rows(old_n), None if ref_n is None else rows(ref_n), advantage_b,
-            mask_bs, (args.clip_low, args.clip_high), args.beta, args.objective,
-            size.get(args.objective),
+            mask_bs, (args.epsilon, args.epsilon_high), args.beta, args.loss_type,
+            size.get(args.loss_type),
         )  # fmt: skip
-        self.note(len(logp_n), kl=out.kl, clipped=out.clip_ratio, entropy=entropy_n.mean(),
-                  mismatch=(logp_n - written_n).abs().mean())  # fmt: skip
+        self.note(len(logp_n), kl=out.kl, clip_ratio=out.clip_ratio, entropy=entropy_n.mean(),
+                  sampling_logp_difference=(logp_n - written_n).abs().mean())  # fmt: skip
         if ref_n is not None:
-            self.seen["drift"] += (logp_n - ref_n).sum().item()
-        part = 1.0 if args.objective == "dapo" else self.live / self.total[0]
+            self.seen["kl_k1"] += (logp_n - ref_n).sum().item()
+        part = 1.0 if args.loss_type == "dapo" else self.live / self.total[0]
         return Losses(out.loss * part, [], out.loss.new_zeros(()), routes)
 
     def note(self, n: int, **means) -> None:
@@ -379,12 +401,17 @@ class RlTrainer(Trainer):
         for a in answers:
             by[a.problem.domain].append(a.reward)
         a = answers[0]
-        row |= {k: self.seen.get(k) for k in ("kl", "drift", "clipped", "entropy", "mismatch")} | {
+        row |= {
+            k: self.seen.get(k)
+            for k in ("kl", "kl_k1", "clip_ratio", "entropy", "sampling_logp_difference")
+        } | {
             "reward": mean(a.reward for a in answers),
             "reward_by": {name: mean(rewards) for name, rewards in by.items()},
             "length": mean(len(a.tokens) for a in answers),
-            "silent": mean(float(not any(a.advantage for a in group)) for group in self.groups),
-            "asking": self.asking,
+            "frac_reward_zero_std": mean(
+                float(not any(a.advantage for a in group)) for group in self.groups
+            ),
+            "rollout_seconds": self.rollout_seconds,
             "example": {"prompt": a.problem.question, "text": a.text, "reward": a.reward},
         }
         return {k: v for k, v in row.items() if k != "expert_bias"}
@@ -429,7 +456,9 @@ class RlTrainer(Trainer):
 
     def goal(self) -> str:
         args, names = self.args, ", ".join(self.names)
-        return f"{args.recipe.global_batch_size} questions × {args.group} answers of {names}"
+        return (
+            f"{args.recipe.global_batch_size} questions × {args.num_generations} answers of {names}"
+        )
 
     def verdict(self, row: dict) -> str:
         before, name = native.read_json(self.folder / BEFORE)["held_out"], self.names[0]

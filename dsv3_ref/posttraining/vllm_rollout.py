@@ -2,7 +2,8 @@
 
 The model goes to a Hugging Face directory on a disk that the engine's workers see, and each worker
 reads it into its running model. vLLM computes in its own kernels and precision, so the log π that
-it reports is not quite that of the trainer: `mismatch` in metrics.jsonl says by how much.
+it reports is not quite that of the trainer: `sampling_logp_difference` in metrics.jsonl says by
+how much.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from dsv3_ref.checkpoints.native import save_hf
 from dsv3_ref.config import UserError
 
-MISSING = "--rollout vllm needs a machine with vLLM (pip install vllm) and a GPU for it"
+MISSING = "--rollout-backend vllm needs a machine with vLLM (pip install vllm) and a GPU for it"
 
 
 class Refresh:

@@ -32,7 +32,7 @@ TRIES, MAX_NEW = 4, 48  # the expert's at each problem, and how many tokens an a
 
 
 @dataclass(frozen=True)
-class Align:
+class AlignConfig:
     """Teach a pre-trained model to answer, then improve it by its own answers."""
 
     init: Path = Path("runs/tiny")
@@ -40,9 +40,9 @@ class Align:
     out: Path = Path("runs/align")
     seeds: int = 1
     """how many times, with other random numbers"""
-    controls: bool = False
+    negative_controls: bool = False
     """also two runs of the first seed that should not work: a coin as reward, no baseline"""
-    distil: bool = False
+    distill: bool = False
     """also fine-tune the pre-trained model on the right answers of the first seed's GRPO"""
     steps: int = 60
     """of GRPO"""
@@ -118,7 +118,7 @@ def command_of(run: Path) -> str | None:
     return native.read_json(about)["command"] if about.is_file() else None
 
 
-def align(args: Align) -> None:
+def align(args: AlignConfig) -> None:
     """All seeds, then the table."""
     if min(args.seeds, args.steps, args.epochs) < 1:
         raise UserError("--seeds, --steps and --epochs must be at least 1")
@@ -127,11 +127,11 @@ def align(args: Align) -> None:
     for seed in range(args.seeds):
         folder = args.out / str(seed)
         runs[f"GRPO, seed {seed}"] = after_sft(args, folder, seed)
-        for control in CONTROLS if args.controls and not seed else ():
+        for control in CONTROLS if args.negative_controls and not seed else ():
             runs[f"{control}, seed {seed}"] = grpo(args, folder, seed, control)
     found = result(args, runs)
-    if args.distil:
-        found["distillation"] = distil(args, args.out / "0")
+    if args.distill:
+        found["distillation"] = distill(args, args.out / "0")
     write_json(args.out / "align.json", found)
     print("\n" + table(runs))
 
@@ -145,7 +145,7 @@ def pretrained(init: Path) -> None:
     native.load_checkpoint_config(init)  # raises for what is no model
 
 
-def after_sft(args: Align, folder: Path, seed: int) -> Path:
+def after_sft(args: AlignConfig, folder: Path, seed: int) -> Path:
     """One seed's stages up to GRPO."""
     data = write(folder / "sft.jsonl", conversations(seed))
     sft = stage(folder / "sft", "sft", "--init", args.init, "--data", data, "--seed", seed,
@@ -155,19 +155,19 @@ def after_sft(args: Align, folder: Path, seed: int) -> Path:
     return grpo(args, folder, seed)
 
 
-def grpo(args: Align, folder: Path, seed: int, control: str = "none") -> Path:
+def grpo(args: AlignConfig, folder: Path, seed: int, control: str = "none") -> Path:
     """GRPO on the mixture, or a control of it."""
     name = "rl" if control == "none" else f"rl-{control}"
     return stage(folder / name, "rl", "--init", folder / "sft", "--reward", folder / "reward",
                  "--seed", seed, "--steps", args.steps, "--tasks", *MIXTURE,
                  "--save-every", max(1, args.steps // 4),
-                 "--control", control)  # fmt: skip
+                 "--negative-control", control)  # fmt: skip
 
 
 # ── Distillation (§5.4.1) ──
 
 
-def distil(args: Align, folder: Path) -> dict[str, dict]:
+def distill(args: AlignConfig, folder: Path) -> dict[str, dict]:
     """Accuracy and length of models taught by short answers, by both forms, and by the expert."""
     problems = TASKS["sums"].problems[0]
     short = [{"messages": two_forms(p)[0]} for p in problems]
@@ -225,7 +225,7 @@ def curve(run: Path) -> list[dict]:
         "reward_by",
         "held_out",
         "kl",
-        "drift",
+        "kl_k1",
         "entropy",
         "length",
         "seconds",
@@ -256,7 +256,7 @@ def groups_of(run: Path) -> list[dict]:
     ]
 
 
-def result(args: Align, runs: dict[str, Path]) -> dict:
+def result(args: AlignConfig, runs: dict[str, Path]) -> dict:
     """Enough for the chapters: before, after and the curves of every run, and some groups."""
     before, after = (groups_of(args.out / "0" / name) for name in ("sft", "rl"))
     return {

@@ -28,7 +28,7 @@ EVERY = 1.0  # seconds between two looks
 ENDS = {0: "finished", 75: "stopped", 143: "stopped", -signal.SIGUSR1: "stopped"}  # exit codes
 PANELS = {  # title → (key that a row must have, figure of (rows, layer))
     "Reward": ("reward", lambda rows, _: rl.rewards(rows)),
-    "Watch": ("drift", lambda rows, _: rl.watched(rows)),
+    "Watch": ("kl_k1", lambda rows, _: rl.watched(rows)),
     "Loss": ("loss", lambda rows, _: training.loss_curves(rows)),
     "Experts": ("expert_load", lambda rows, layer: training.load_heatmap(rows, layer)),
     "Balance": ("max_vio", lambda rows, _: training.max_vio(rows)),

@@ -6,13 +6,13 @@ from dsv3_ref.viz.style import COLORS, GRAY, figure
 from dsv3_ref.viz.training import LINES, draw_smoothed, finish, has, series
 
 WATCHED = {  # key of a row → (title, unit)
-    "drift": ("KL to the first model: mean log π/π_ref", "nats a token"),
+    "kl_k1": ("KL to the first model: mean log π/π_ref", "nats a token"),
     "kl": ("The same, estimated by k₃", "nats a token"),
     "entropy": ("Entropy of the next token", "nats"),
     "length": ("Length of an answer", "tokens"),
-    "clipped": ("Tokens that the clip silenced", "share"),
-    "silent": ("Groups whose answers agree", "share"),
-    "mismatch": ("|log π| as written − as learnt from", "nats"),
+    "clip_ratio": ("Tokens that the clip silenced", "share"),
+    "frac_reward_zero_std": ("Groups whose answers agree", "share"),
+    "sampling_logp_difference": ("|log π| as written − as learnt from", "nats"),
 }
 
 

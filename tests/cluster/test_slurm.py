@@ -256,7 +256,7 @@ def test_longer_texts_fine_tuning_and_rl_have_launchers(undisturbed, home):
     own = [json.dumps({"question": f"say {i}", "answer": str(i)}) for i in range(8)]
     (home / "own.jsonl").write_text("\n".join(own))
     asked = "--global-batch-size 2 --start-batch-size 2".split()
-    asked += "--group 2 --steps 2 --max-new-tokens 4 --seq-len 32".split()
+    asked += "--num-generations 2 --steps 2 --max-new-tokens 4 --seq-len 32".split()
     asked += ["--init", jobs["tuned"].run, "--tasks", home / "own.jsonl"]
     jobs["rl"] = Job(home, "rl", "rl.sbatch", asked, **BOTH)
     for job in jobs.values():

@@ -20,7 +20,7 @@ from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, RlTrainer
 from dsv3_ref.posttraining.prompts import Problem, messages
 from dsv3_ref.training import settings
 
-CLOCK = {"asking", "seconds", "tokens_per_s"}
+CLOCK = {"rollout_seconds", "seconds", "tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def reward(home, out) -> list[str]:
 def rl(home, out, *more) -> list[str]:
     words = ["rl", "--init", home / "base", "--tasks", home / "own.jsonl", "--out", out]
     words += "--seq-len 32 --global-batch-size 4 --start-batch-size 4".split()
-    words += "--group 4 --max-new-tokens 12".split()
+    words += "--num-generations 4 --max-new-tokens 12".split()
     return [str(x) for x in [*words, *"--steps 6 --save-every 3 --temperature 1.3".split(), *more]]
 
 
@@ -101,7 +101,7 @@ def written(t: RlTrainer) -> list[Answer]:
 
 def gradients(home: str, folder: str, kind: str, ranks: bool) -> dict[str, torch.Tensor]:
     """What a step on these answers does, on all of them or on a rank's groups."""
-    argv = rl(Path(home), "unused", "--objective", kind, "--beta", "0.01", "--micro-batch", "3")[1:]
+    argv = rl(Path(home), "unused", "--loss-type", kind, "--beta", "0.01", "--micro-batch", "3")[1:]
     del argv[argv.index("--out") : argv.index("--out") + 2]
     args = settings.parse_args(argv, GRPOConfig)
     Path(folder).mkdir(exist_ok=True)
@@ -141,7 +141,9 @@ def test_rl_on_two_ranks(whole):
     assert any(0 < row["reward"] < 1 for row in rows) and rows[-1]["kl"] > 0
     for row in rows:  # 16 answers of both ranks
         assert row["reward"] * 16 == pytest.approx(round(row["reward"] * 16))
-        assert row["silent"] * 4 == pytest.approx(round(row["silent"] * 4))
+        assert row["frac_reward_zero_std"] * 4 == pytest.approx(
+            round(row["frac_reward_zero_std"] * 4)
+        )
     end = json.loads((whole / "summary.json").read_text())
     assert end["after"] == rows[-1]["held_out"] and end["samples"][0]["before"]
 

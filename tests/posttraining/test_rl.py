@@ -96,7 +96,7 @@ class Short:
 def rl(home, out, *more) -> int:
     fixed = ["rl", "--init", home / "base", "--out", out, "--tasks", "short"]
     fixed += "--seq-len 32 --global-batch-size 3 --start-batch-size 3".split()
-    fixed += "--group 4 --max-new-tokens 6".split()
+    fixed += "--num-generations 4 --max-new-tokens 6".split()
     fixed += "--steps 4 --save-every 2 --lr 1e-3 --warmup-steps 1 --temperature 1.5".split()
     return main.main([str(x) for x in [*fixed, *more]])
 
@@ -112,8 +112,8 @@ def test_a_row_says_what_grpo_is_watched_by(run):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert 0 <= row["reward"] <= 1 and row["reward_by"] == {"short": row["reward"]}
-        assert row["entropy"] > 0 and row["length"] <= 6 and 0 <= row["silent"] <= 1
-        assert row["mismatch"] < 1e-5
+        assert row["entropy"] > 0 and row["length"] <= 6 and 0 <= row["frac_reward_zero_std"] <= 1
+        assert row["sampling_logp_difference"] < 1e-5
         assert (row.get("held_out") is None) == (row["step"] % 2 == 1)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and rows[-1]["kl"] > 0
     began, end = (json.loads((run / x).read_text()) for x in ("before.json", "summary.json"))
@@ -142,14 +142,24 @@ def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
         patch.setattr(RlTrainer, "one_step", stopping)
         assert rl(home, tmp_path / "half") == 130
     assert main.main(["rl", "--resume", "--out", str(tmp_path / "half")]) == 0
-    clock = {"asking", "seconds", "tokens_per_s"}
+    clock = {"rollout_seconds", "seconds", "tokens_per_s"}
     timeless = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
     assert timeless(metrics(tmp_path / "half")) == timeless(metrics(run))
     assert results(tmp_path / "half")[3] == results(run)[3]  # the last checkpoint's bytes
 
 
 def trainer(home, folder, *more) -> RlTrainer:
-    argv = ["--init", home / "base", "--tasks", "short", "--group", 2, "--seq-len", 32, *more]
+    argv = [
+        "--init",
+        home / "base",
+        "--tasks",
+        "short",
+        "--num-generations",
+        2,
+        "--seq-len",
+        32,
+        *more,
+    ]
     folder.mkdir(exist_ok=True)
     return RlTrainer(settings.parse_args([str(x) for x in argv], GRPOConfig), folder)
 
@@ -178,16 +188,16 @@ def by_hand(model, t: RlTrainer, found: list[Answer]):
             logp_bs[i, s] = logp[len(a.prompt) - 1 + s, token]
     mask_bs = torch.arange(longest) < torch.tensor([[len(a.tokens)] for a in found])
     a_b, args = torch.tensor([a.advantage for a in found]), t.args
-    size = {"dapo": float(mask_bs.sum()), "dr_grpo": args.max_new_tokens}.get(args.objective)
+    size = {"dapo": float(mask_bs.sum()), "dr_grpo": args.max_new_tokens}.get(args.loss_type)
     old_bs = logp_bs.detach()
-    return grpo_loss(logp_bs, old_bs, old_bs, a_b, mask_bs, 0.2, args.beta, args.objective, size)
+    return grpo_loss(logp_bs, old_bs, old_bs, a_b, mask_bs, 0.2, args.beta, args.loss_type, size)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "sequence"])
 @pytest.mark.parametrize("lot", [1, 3, 0])
 def test_an_update_is_the_gradient_of_all_answers_at_once(home, tmp_path, kind, lot, monkeypatch):
     """However they are cut into micro-batches, and whatever tokens they hold."""
-    t = trainer(home, tmp_path / "x", "--objective", kind, "--micro-batch", lot, "--beta", 0.01)
+    t = trainer(home, tmp_path / "x", "--loss-type", kind, "--micro-batch", lot, "--beta", 0.01)
     found, grads = answers(t), {}
     see = lambda *_: grads.update({n: p.grad.clone() for n, p in t.model.named_parameters()
                                    if p.grad is not None})  # fmt: skip
@@ -213,11 +223,11 @@ def test_answers_without_advantage_count_but_cost_nothing(home, tmp_path, monkey
 
 
 def test_several_updates_clip_against_what_was_written_first(home, tmp_path):
-    t = trainer(home, tmp_path / "x", "--updates", 2, "--beta", 0)
+    t = trainer(home, tmp_path / "x", "--steps-per-generation", 2, "--beta", 0)
     found = answers(t)
     t.compute(found, t.args.recipe, 0.05, 0.0, 0.0, float("inf"))
     first = {a.old.sum().item() for a in found}
-    assert len(first) == 4 and t.seen["clipped"] > 0
+    assert len(first) == 4 and t.seen["clip_ratio"] > 0
 
 
 def test_a_scorer_that_fails_counts_0_and_is_told_once(home, tmp_path, capsys):
@@ -233,10 +243,10 @@ def test_a_kl_that_explodes_stops_the_run_with_its_last_checkpoint(home, tmp_pat
 
 
 def test_controls(home, tmp_path):
-    t = trainer(home, tmp_path / "x", "--control", "no-baseline")
+    t = trainer(home, tmp_path / "x", "--negative-control", "no-baseline")
     for a in t.batch(3):
         assert a.advantage == a.reward
-    t = trainer(home, tmp_path / "x", "--control", "random-reward", "--group", 8)
+    t = trainer(home, tmp_path / "x", "--negative-control", "random-reward", "--num-generations", 8)
     found = t.batch(3)
     assert len({round(a.advantage, 3) for a in found}) > 1
     assert any(a.reward != (a.advantage > 0) for a in found)
@@ -286,7 +296,7 @@ def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
 
 
 def test_the_form_is_a_rule_too(home, tmp_path):
-    t = trainer(home, tmp_path / "x", "--form")
+    t = trainer(home, tmp_path / "x", "--require-think-format")
     say = lambda text: Answer(
         t.rows.next_batch(1)[0], [1], [2, t.special_tokens.eos], [0.0, 0.0], text, 0.0
     )
@@ -317,19 +327,19 @@ def test_questions_go_on_where_they_stood():
 
 REFUSED = [
     ([], "--init is missing"),
-    (["--init", "{base}", "--group", "1"], "--group must be at least 2"),
+    (["--init", "{base}", "--num-generations", "1"], "--num-generations must be at least 2"),
     (["--init", "{base}", "--tasks", "writing"], "--reward must name a reward model"),
     (["--init", "{base}", "--tasks", "writing", "--votes", "-1"], "--votes must be at least 0"),
     (["--init", "{base}", "--votes", "2", "--reward", "x"], "--reward or --votes, not both"),
     (
-        ["--init", "{base}", *"--updates 5 --global-batch-size 8 --start-batch-size 4".split()],
-        "--updates",
+        ["--init", "{base}", *"--steps-per-generation 5 --global-batch-size 8 --start-batch-size 4".split()],
+        "--steps-per-generation",
     ),
     (["--init", "{base}", "--tasks"], "--tasks needs at least one name"),
     (["--init", "{base}", "--tasks", "nowhere.jsonl"], "no data at 'nowhere.jsonl'"),
     (["--init", "{base}", "--tasks", "riddles"], "no task 'riddles'"),
     (["--init", "{base}", "--temperature", "0"], "--temperature must be above 0"),
-    (["--init", "{base}", "--updates", "99"], "--updates"),
+    (["--init", "{base}", "--steps-per-generation", "99"], "--steps-per-generation"),
     (["--init", "{base}", "--tasks", "short", "--reward", "{base}"], "is no reward model"),
 ]  # fmt: skip
 

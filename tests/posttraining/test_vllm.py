@@ -116,14 +116,14 @@ def test_the_engine_follows_the_model(vllm, micro, tmp_path):
 
 
 def test_a_run_on_vllm(vllm, home, tmp_path):  # noqa: F811
-    assert rl(home, tmp_path / "rl", "--rollout", "vllm") == 0
-    assert all(row["mismatch"] < 1e-5 for row in metrics(tmp_path / "rl"))
+    assert rl(home, tmp_path / "rl", "--rollout-backend", "vllm") == 0
+    assert all(row["sampling_logp_difference"] < 1e-5 for row in metrics(tmp_path / "rl"))
 
 
 def test_an_engine_with_old_weights_is_noticed(vllm, home, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(Engine, "deaf", True)
-    argv = ["--rollout", "vllm", "--lr", "0.1", "--min-lr", "0.1", "--max-kl", "100"]
-    assert rl(home, tmp_path / "rl", *argv, "--max-mismatch", "0.02") == 2
+    argv = ["--rollout-backend", "vllm", "--lr", "0.1", "--min-lr", "0.1", "--max-kl", "100"]
+    assert rl(home, tmp_path / "rl", *argv, "--max-sampling-logp-difference", "0.02") == 2
     assert "difference of log π between writer and trainer became" in capsys.readouterr().err
 
 

@@ -98,7 +98,7 @@ def aligned(home):
     taught = [{"messages": two_forms(p)[0]} for p in TASKS["sums"].problems[0]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "expert_answers", lambda policy, problems: taught)
-        assert main.main([*ALIGN, "--seeds", "2", "--controls", "--distil"]) == 0
+        assert main.main([*ALIGN, "--seeds", "2", "--negative-controls", "--distill"]) == 0
     return json.loads((home / "out/align.json").read_text())
 
 

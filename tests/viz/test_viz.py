@@ -48,9 +48,9 @@ def rl_rows(steps: int) -> list[dict]:
         by = {"sums": 0.2 + 0.6 * part, "writing": 0.3} if row["step"] % 3 else {"sums": part}
         held = {name: {"greedy": part, "sampled": part / 2, "length": 20.0} for name in by}
         del row["expert_bias"]
-        row |= {"reward": np.mean(list(by.values())), "reward_by": by, "drift": part, "kl": part,
-                "entropy": 1 - part, "length": 20 + rng.normal(), "clipped": None, "silent": part,
-                "mismatch": 1e-7, "held_out": held if row["step"] % 20 == 0 else None}  # fmt: skip
+        row |= {"reward": np.mean(list(by.values())), "reward_by": by, "kl_k1": part, "kl": part,
+                "entropy": 1 - part, "length": 20 + rng.normal(), "clip_ratio": None, "frac_reward_zero_std": part,
+                "sampling_logp_difference": 1e-7, "held_out": held if row["step"] % 20 == 0 else None}  # fmt: skip
     return rows
 
 
@@ -192,7 +192,7 @@ def test_rewards_have_a_curve_a_domain_and_diamonds_where_problems_were_held_out
 
 def test_only_what_rows_have_gets_a_panel():
     shown = [ax.get_title() for ax in rl.watched(rl_rows(9)).axes if ax.get_visible()]
-    assert len(shown) == len(rl.WATCHED) - 1 and rl.WATCHED["clipped"][0] not in shown
+    assert len(shown) == len(rl.WATCHED) - 1 and rl.WATCHED["clip_ratio"][0] not in shown
 
 
 def test_loss_has_a_curve_for_each_part():
