@@ -204,11 +204,7 @@ def untyped(source: Source) -> Iterator[Violation]:
 
 
 MODULES = ("dsv3_ref", "kernels")
-SHARED = {
-    "main",
-    "AOT_CASES",
-    "AOT_CASES",
-}  # entry points; what tools/aot.py reads of a kernel file
+SHARED = {"main", "AOT_CASES"}  # entry points; what tools/aot.py reads of a kernel file
 
 
 def top_names(source: Source) -> Iterator[tuple[str, int]]:
@@ -297,7 +293,7 @@ def docstring(source: Source) -> Iterator[Violation]:
 
 BRITISH = {
     "colour": "color", "grey": "gray", "behaviour": "behavior", "neighbour": "neighbor",
-    "favour": "favor", "honour": "honor", "labelled": "labeled", "modelled": "modeled",
+    "favour": "favor", "honour": "honor", "modelled": "modeled",
     "travelled": "traveled", "travelling": "traveling", "centre": "center", "licence": "license",
     "practise": "practice", "catalogue": "catalog", "defence": "defense",
 }  # fmt: skip
