@@ -233,7 +233,7 @@ class Shard:
             "name": self.name, "source": self.source, "split": self.split, "end": end,
             "documents": len(self.offsets) - 1, "tokens": self.offsets[-1],
             "bytes": self.offsets[-1] * self.dtype.itemsize, "blank": self.blank,
-            "near": {str(k): n for k, n in sorted(self.query.items())},
+            "near": {str(k): n for k, n in sorted(self.near_duplicates.items())},
             "text_bytes": self.text_bytes,
             "sha256": {"bin": self.sum.hexdigest(), "npy": shards.file_sha256(path.with_suffix(".npy"))},
         }  # fmt: skip

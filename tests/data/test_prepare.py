@@ -159,7 +159,7 @@ def test_streams_are_shards_too(home, tmp_path):
     (source,) = open_sources(args.sources, 0, True)
     assert coded.val_texts == source.val_texts
     want = Counter(text for text in source.documents(0) if text.strip())
-    assert Counter(filter(None, map(coded.text, coded.documents(0)))) == want
+    assert Counter(filter(None, map(coded.to_text, coded.documents(0)))) == want
 
 
 def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
     monkeypatch.setattr(datasets, "load_dataset", give)
     one, two = (plan(home, tmp_path / n, data=(("owner/name",),), shard_tokens=900) for n in "ab")
     prepare.prepare_shards(one)
-    real, calls = prepare.ShardWriter.end, iter(range(9))
+    real, calls = prepare.ShardWriter.end_shard, iter(range(9))
 
     def stopped(*args):
         real(*args)
@@ -178,7 +178,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.ShardWriter, "end", stopped)
+        patch.setattr(prepare.ShardWriter, "end_shard", stopped)
         prepare.prepare_shards(two)
     assert len(shards.read_index(two.out)["shards"]) == 4
     prepare.prepare_shards(two)
@@ -196,7 +196,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
         ("dsv3_ref.data.prepare.write_json", 2),  # with a tokenizer nobody knows of
         ("dsv3_ref.data.prepare.Shard.add", 30),
         ("dsv3_ref.data.prepare.Shard.add", 180),
-        ("dsv3_ref.data.prepare.Shard.save", 7),  # tokens are there, offsets are not
+        ("dsv3_ref.data.prepare.Shard.save_array", 7),  # tokens are there, offsets are not
         ("dsv3_ref.data.prepare.write_json", 6),  # a whole shard that does not count yet
         ("dsv3_ref.data.prepare.clean_up", 1),  # finished but for what is swept up
     ],
@@ -350,7 +350,7 @@ def test_the_commands_are_listed_and_errors_are_exit_code_2(home, copy, capsys):
 def test_planted_near_duplicates_are_dropped_and_told(home, whole, all_kept, capsys):
     """Those of b that are like a's; every other document is there."""
     more, fewer = (
-        [Counter(map(s.text, s.documents(0))) for s in open_sources([str(x)], 0, False)]
+        [Counter(map(s.to_text, s.documents(0))) for s in open_sources([str(x)], 0, False)]
         for x in (all_kept, whole)
     )
     twins = {near_twin(text) for text in texts_of("a", 150)[40:140:20] if text.strip()}
@@ -374,7 +374,7 @@ def test_a_training_document_like_a_held_out_one_goes(tmp_path):
     name = write_jsonl(tmp_path / "x.jsonl", plain + plain)
     prepare.prepare_shards(PrepareConfig(tmp_path / "s", ((name,),), vocab_size=400, workers=1))
     (s,) = open_sources([str(tmp_path / "s")], 0, False)
-    trained = [text for text in map(s.text, s.documents(0)) if text]
+    trained = [text for text in map(s.to_text, s.documents(0)) if text]
     assert sorted(trained + s.val_texts) == sorted(plain)
     about = s.data.sources[0]
     dropped = sum(about[k]["near_duplicates_of"].get(name, 0) for k in ("train", "val"))
