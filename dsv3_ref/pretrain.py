@@ -42,9 +42,11 @@ def split_newlines(
 # ── Packing ──
 
 
-def pack(rest: list[int], tokens: list[int], length: int) -> tuple[list[list[int]], list[int]]:
+def pack_documents(
+    leftover: list[int], tokens: list[int], length: int
+) -> tuple[list[list[int]], list[int]]:
     """Lay a document after what is left over and cut rows of `length`; nothing is padded (§4.1)."""
-    line = rest + tokens
+    line = leftover + tokens
     end = len(line) - len(line) % length
     return [line[i : i + length] for i in range(0, end, length)], line[end:]
 
@@ -52,7 +54,7 @@ def pack(rest: list[int], tokens: list[int], length: int) -> tuple[list[list[int
 # ── The loss ──
 
 
-class Losses(NamedTuple):
+class LossOutput(NamedTuple):
     """Parts of the training loss of one micro-batch, and the routes they came from."""
 
     main: torch.Tensor  # nats a token
@@ -60,21 +62,23 @@ class Losses(NamedTuple):
     balance: torch.Tensor  # Σ over MoE layers, without α
     routes: list[Route]
 
-    def total(self, mtp_weight: float, alpha: float):
+    def total(self, mtp_weight: float, balance_loss_coeff: float):
         """main + λ/D·Σ MTP + α·balance (eq. 17, 25)."""
         mtp = mtp_weight / max(1, len(self.mtp)) * sum(self.mtp)
-        return self.main + mtp + alpha * self.balance
+        return self.main + mtp + balance_loss_coeff * self.balance
 
 
-def losses(model: Transformer, tokens_bs, balance_over: str = "sequence") -> Losses:
+def compute_losses(
+    model: Transformer, tokens_bs, balance_loss_scope: str = "sequence"
+) -> LossOutput:
     """All losses of rows of T + 1 tokens."""
     x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
     h_bsd, routes = model.hidden_states(x_bs)
     main = linear_cross_entropy(h_bsd.flatten(0, 1), model.head.weight, y_bs.flatten())
     mtp_out = mtp_hidden_states(model, h_bsd, x_bs)
     routes = routes + [r for _, r in mtp_out]
-    balance = sum(balance_loss(r, balance_over) for r in routes)
-    return Losses(main / y_bs.numel(), mtp_losses(model, mtp_out, x_bs, y_bs), balance, routes)
+    balance = sum(balance_loss(r, balance_loss_scope) for r in routes)
+    return LossOutput(main / y_bs.numel(), mtp_losses(model, mtp_out, x_bs, y_bs), balance, routes)
 
 
 # ── Biases follow the load ──
@@ -105,34 +109,36 @@ class StepStats(NamedTuple):
 
 
 def train_step(
-    model, optimizer, micro_batches, r, lr: float, gamma: float, mtp_weight: float, limit=math.inf,
-    parts_of=None, weigh=len, together=None,
+    model, optimizer, micro_batches, recipe, lr: float, bias_update_rate: float, mtp_weight: float,
+    grad_norm_limit=math.inf, loss_fn=None, loss_weight=len, reduce_fn=None,
 ):  # fmt: skip
-    """One step over micro-batches (rows of T + 1 tokens): gradients, clip, AdamW, then biases.
+    """Take one step over micro-batches of rows of T + 1 tokens: gradients, clip, AdamW, biases.
 
-    Later chapters bring other losses, `parts_of`, how much a micro-batch counts, `weigh`, and
-    `together`, which brings gradients, sums and loads of several ranks together.
+    Later chapters pass another `loss_fn`, a `loss_weight` (how much a micro-batch counts in the
+    mean), and a `reduce_fn` that sums gradients, losses and loads over ranks.
     """
-    weights, sums, load_le = [weigh(x) for x in micro_batches], None, 0
+    weights, sums, load_le = [loss_weight(x) for x in micro_batches], None, 0
     for tokens_bs, weight in zip(micro_batches, weights):
         if not weight:
             continue
-        share = weight / sum(weights)
-        parts = (parts_of or losses)(model, tokens_bs, r.balance_loss_scope)
-        total = parts.total(mtp_weight, r.balance_loss_coeff) * share
+        fraction = weight / sum(weights)
+        parts = (loss_fn or compute_losses)(model, tokens_bs, recipe.balance_loss_scope)
+        total = parts.total(mtp_weight, recipe.balance_loss_coeff) * fraction
         total.backward()
-        values = torch.stack([parts.main * share, total, *(x * share for x in parts.mtp)]).detach()
+        values = torch.stack(
+            [parts.main * fraction, total, *(x * fraction for x in parts.mtp)]
+        ).detach()
         sums = values if sums is None else sums + values
         load_le = load_le + expert_loads(parts.routes)
-    if together:
-        sums, load_le = together(model, sums, load_le)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.max_grad_norm).item()
+    if reduce_fn:
+        sums, load_le = reduce_fn(model, sums, load_le)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     main, total, *mtp = sums.tolist()
-    skipped = skip_reason(total, grad_norm, limit)
+    skipped = skip_reason(total, grad_norm, grad_norm_limit)
     if not skipped:
         optimizer.step()
-        balance(model, load_le, gamma)
+        balance(model, load_le, bias_update_rate)
     optimizer.zero_grad(set_to_none=True)
     return StepStats(main, mtp, total, grad_norm, load_le, skipped)

@@ -14,7 +14,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import TrainingRecipe
-from dsv3_ref.pretrain import Losses
+from dsv3_ref.pretrain import LossOutput
 
 # ── A conversation as tokens ──
 
@@ -112,7 +112,7 @@ def num_loss_tokens(tokens_bs, special_tokens: SpecialTokens) -> int:
     return int(assistant_mask(tokens_bs, special_tokens)[:, 1:].sum())
 
 
-def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Losses:
+def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> LossOutput:
     """Cross-entropy of what the model says in packed rows of T + 1 tokens: Σ / N."""
     x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
@@ -120,7 +120,7 @@ def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> Lo
         x_bs.reshape(1, -1), cu_seqlens=sample_cu_seqlens(x_bs, special_tokens)
     )
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
-    return Losses(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
+    return LossOutput(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
 
 
 RECIPES = {

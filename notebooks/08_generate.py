@@ -56,7 +56,7 @@ from torch import nn
 from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.mla import attention
 from dsv3_ref.mtp import mtp_hidden_states
-from dsv3_ref.pretrain import losses
+from dsv3_ref.pretrain import compute_losses
 from dsv3_ref.viz import BLUE, GRAY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import RESULTS_DIR
 
@@ -880,7 +880,7 @@ optimizer, at = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95)), 
 for step in range(STEPS):
     start = torch.randint(len(text) - 8000, (8,))
     rows_bs = torch.stack([text[a : a + 129] for a in start])
-    parts = losses(model, rows_bs)
+    parts = compute_losses(model, rows_bs)
     parts.total(0.3, 1e-4).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)

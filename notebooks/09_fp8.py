@@ -721,7 +721,7 @@ assert outlier_error(1e6, 64 * 1024) > 0.9 and outlier_error(1e6, 128) < 0.06
 # %%
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import RECIPES, build_adamw
-from dsv3_ref.pretrain import losses, train_step
+from dsv3_ref.pretrain import compute_losses, train_step
 from dsv3_ref.data.loader import sotu_files
 
 text = torch.tensor(list(Path(sotu_files()[0]).read_bytes()[:1000]))  # bytes as tokens
@@ -736,7 +736,7 @@ rows = torch.stack([text[i : i + 129] for i in range(0, 800, 100)])
 rows = torch.where(torch.rand(rows.shape) < 0.02, torch.randint(97, 123, rows.shape), rows)
 caught = []
 handle = model.layers["1"].ffn_norm.register_full_backward_hook(lambda m, i, o: caught.append(o[0]))
-losses(model, rows).main.backward()
+compute_losses(model, rows).main.backward()
 handle.remove()
 g_nd = caught[0].flatten(0, 1).detach()
 
@@ -842,7 +842,7 @@ model = Transformer(replace(TINY, n_mtp_layers=0))
 for backends in (("torch",), ("fp8", "torch")):
     for recompute in (False, True):
         with use(*backends), saved_tensors(recompute, model.parameters()) as saved:
-            total = losses(model, tokens_bs).total(0.0, 0.0)
+            total = compute_losses(model, tokens_bs).total(0.0, 0.0)
         matrices = [
             p
             for n, p in model.named_parameters()

@@ -56,7 +56,7 @@ import torch.nn.functional as F
 
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.pretrain import Losses
+from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens, assistant_mask
 
 # %% [markdown]
@@ -233,7 +233,7 @@ def judgment_mask(tokens_1n, special_tokens: SpecialTokens):
 class PreferenceOutput(NamedTuple):
     """What a row of pairs says about a reward model."""
 
-    losses: Losses
+    losses: LossOutput
     reward_m: torch.Tensor
 
 
@@ -251,7 +251,7 @@ def preference_loss(
         loss = loss + judgment_weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(
             cu_seqlens
         )
-    return PreferenceOutput(Losses(loss, [], loss.new_zeros(()), routes), reward_m)
+    return PreferenceOutput(LossOutput(loss, [], loss.new_zeros(()), routes), reward_m)
 
 
 # %%

@@ -668,7 +668,7 @@ show(fig)
 # Now a block of training, in seconds. Between a table of kernels and a month on 2,048 GPUs lie losses. Each has a name and
 # can be switched off; `IDEAL` has none:
 #
-# | `Losses` | value | source |
+# | `LossOutput` | value | source |
 # |---|---|---|
 # | `shapes` | each product at the rate of its own shape | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
 # | `imbalance` | busiest rank 1.1 × the mean | our assumption |

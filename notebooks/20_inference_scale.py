@@ -64,7 +64,7 @@ show(fig)
 #   experts and combine of another (§3.4.2). We take it as done.
 # - The MTP draft writes 1.8 times as many tokens (§5.4.3).
 #
-# *Our assumptions*, beside those of chapter 17 (`Machine`, `Losses`): each of a group's four GPUs makes the latents of all its
+# *Our assumptions*, beside those of chapter 17 (`Machine`, `LossOutput`): each of a group's four GPUs makes the latents of all its
 # tokens; 20 SMs communicate in prefill and none in decode; direct exchanges reach 40 of 50 GB/s (DeepEP's table at 256 ranks)
 # and take 10 µs more a way; a tenth of the memory stays free.
 

@@ -12,7 +12,7 @@ from dsv3_ref import fp8, ops
 from dsv3_ref.config import TINY
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
-from dsv3_ref.pretrain import losses, train_step
+from dsv3_ref.pretrain import compute_losses, train_step
 
 SIZES = st.integers(1, 300)
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129]), min_size=1, max_size=4)
@@ -297,7 +297,7 @@ def test_training_sees_the_weights_of_the_last_step(micro):
         for _ in range(3):
             train_step(model, optimizer, [tokens_bs], r, 1e-2, 0.1, 0.3)
             with torch.no_grad():
-                now, fresh = (losses(m, tokens_bs).main for m in (model, deepcopy(model)))
+                now, fresh = (compute_losses(m, tokens_bs).main for m in (model, deepcopy(model)))
             assert now == fresh
 
 
@@ -306,7 +306,7 @@ def test_recomputation_changes_no_bit_in_fp8_either(micro):
     for recompute in (False, True):
         model = deepcopy(start)
         with ops.use("fp8", "torch"), ops.saved_tensors(recompute):
-            losses(model, tokens_bs).total(0.3, 1e-4).backward()
+            compute_losses(model, tokens_bs).total(0.3, 1e-4).backward()
         after.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after))
 

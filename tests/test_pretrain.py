@@ -26,7 +26,14 @@ from dsv3_ref.optim import (
     get_lr,
     get_mtp_weight,
 )
-from dsv3_ref.pretrain import Losses, expert_loads, fim, losses, pack, train_step
+from dsv3_ref.pretrain import (
+    LossOutput,
+    compute_losses,
+    expert_loads,
+    fim,
+    pack_documents,
+    train_step,
+)
 
 R = TrainingRecipe()
 TOKENS = 14.8  # trillions
@@ -62,7 +69,7 @@ def test_fim_may_cut_anywhere():
 def test_packing_keeps_every_token_in_order(documents, length):
     rows, rest = [], []
     for tokens in documents:
-        new, rest = pack(rest, tokens, length)
+        new, rest = pack_documents(rest, tokens, length)
         rows += new
     assert all(len(row) == length for row in rows)
     assert len(rest) < length
@@ -71,7 +78,7 @@ def test_packing_keeps_every_token_in_order(documents, length):
 
 def test_packing_leaves_its_arguments_alone():
     rest, tokens = [1, 2], [3, 4, 5]
-    assert pack(rest, tokens, 2) == ([[1, 2], [3, 4]], [5])
+    assert pack_documents(rest, tokens, 2) == ([[1, 2], [3, 4]], [5])
     assert (rest, tokens) == ([1, 2], [3, 4, 5])
 
 
@@ -165,7 +172,7 @@ def rows(micro, b: int, t: int = 8):
 
 def test_the_main_loss_is_the_mean_surprise(exact, micro):
     model, tokens_bs = Transformer(micro).double(), rows(micro, 3)
-    parts, logp = losses(model, tokens_bs), model(tokens_bs[:, :-1]).log_softmax(-1)
+    parts, logp = compute_losses(model, tokens_bs), model(tokens_bs[:, :-1]).log_softmax(-1)
     nll = [-logp[b, s, tokens_bs[b, s + 1]] for b in range(3) for s in range(8)]
     assert parts.main.item() == pytest.approx(sum(nll).item() / 24)
     assert len(parts.mtp) == 2
@@ -175,13 +182,13 @@ def test_the_main_loss_is_the_mean_surprise(exact, micro):
 
 def test_the_total_weighs_its_parts():
     x = torch.tensor
-    parts = Losses(x(1.0), [x(2.0), x(4.0)], x(5.0), [])
+    parts = LossOutput(x(1.0), [x(2.0), x(4.0)], x(5.0), [])
     assert parts.total(0.3, 0.1).item() == pytest.approx(1 + 0.3 / 2 * (2 + 4) + 0.1 * 5)
-    assert Losses(x(1.0), [], x(5.0), []).total(0.3, 0.0).item() == 1.0
+    assert LossOutput(x(1.0), [], x(5.0), []).total(0.3, 0.0).item() == 1.0
 
 
 def test_loads_are_counted_for_every_layer(micro):
-    parts = losses(Transformer(micro), rows(micro, 3))
+    parts = compute_losses(Transformer(micro), rows(micro, 3))
     load_le = expert_loads(parts.routes)
     assert load_le.shape == (4, 16)
     assert load_le.sum(1).tolist() == [3 * 8 * 3, 3 * 8 * 3, 3 * 7 * 3, 3 * 6 * 3]
@@ -230,7 +237,9 @@ def test_micro_batches_of_any_size_are_the_whole_batch(exact, micro, monkeypatch
 
 def test_the_gradient_is_that_of_the_total_loss(micro, monkeypatch):
     model, tokens_bs, seen = Transformer(micro), rows(micro, 3), watch_gradients(monkeypatch)
-    want = torch.autograd.grad(losses(model, tokens_bs).total(0.3, 1e-4), list(model.parameters()))
+    want = torch.autograd.grad(
+        compute_losses(model, tokens_bs).total(0.3, 1e-4), list(model.parameters())
+    )
     stats = step(model, [tokens_bs])
     assert all(torch.equal(g, w) for g, w in zip(seen[0], want))
     norm = torch.stack([g.norm() for g in want]).norm()
@@ -264,14 +273,14 @@ def test_a_step_moves_biases_by_its_whole_load(micro):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_skipped(micro, monkeypatch, poison):
     """One bad micro-batch of two, its gradients fine: nothing moves, and the caller hears of it."""
-    model, calls, real = Transformer(micro), [], losses
+    model, calls, real = Transformer(micro), [], compute_losses
 
     def poisoned(*args):
         parts = real(*args)
         calls.append(1)
         return parts._replace(main=parts.main + (poison if len(calls) == 2 else 0.0))
 
-    monkeypatch.setattr(pretrain, "losses", poisoned)
+    monkeypatch.setattr(pretrain, "compute_losses", poisoned)
     before = state(model)
     stats = step(model, rows(micro, 4).split(2))
     assert not torch.tensor(stats.total).isfinite()

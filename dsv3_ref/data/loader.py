@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from dsv3_ref.config import UserError
 from dsv3_ref.data import shards
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.pretrain import fim, pack, split_newlines
+from dsv3_ref.pretrain import fim, pack_documents, split_newlines
 
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 VAL_EVERY, VAL_MAX = 20, 1000  # one document in 20 is held out, at most 1000 …
@@ -451,7 +451,7 @@ class PackedDataLoader:
         rng = random.Random(f"{source.seed} {source.epoch} {source.index}")
         tokens = self.encode(document, rng)
         source.tokens_drawn += len(tokens)
-        rows, self.remainder = pack(self.remainder, tokens, self.length)
+        rows, self.remainder = pack_documents(self.remainder, tokens, self.length)
         self.buffer += [np.array(row, dtype=np.int32) for row in rows]
 
     def __next__(self) -> np.ndarray:

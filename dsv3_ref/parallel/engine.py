@@ -67,9 +67,9 @@ class Cluster:
         size = self.micro_batch or (of_pipe if self.mesh.pp == 1 else 1)
         n = self.pipeline.micros(-(-of_pipe // size))
         mine = tokens_bs.tensor_split(self.mesh.n_data)[self.mesh.data].tensor_split(n)
-        return list(mine), [self.weigh(m) / self.weigh(tokens_bs) for m in mine]
+        return list(mine), [self.loss_weight(m) / self.loss_weight(tokens_bs) for m in mine]
 
-    def weigh(self, tokens_bs) -> int:
+    def loss_weight(self, tokens_bs) -> int:
         """What rows count in a mean over the batch: themselves, or the tokens of answers."""
         return (
             len(tokens_bs)
@@ -158,5 +158,5 @@ class Cluster:
         """Σ of the main loss over rows of T + 1 tokens, in nats a token, times the rows."""
         micros, shares = self.micros(rows_bs)
         seen = self.pipeline.run(micros, list(map(Weights, shares)), training=False)
-        n = rows_bs[:, 1:].numel() if self.special_tokens is None else self.weigh(rows_bs)
+        n = rows_bs[:, 1:].numel() if self.special_tokens is None else self.loss_weight(rows_bs)
         return self.summed(seen.main)[0] * n

@@ -23,7 +23,7 @@ from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import Problem, find, messages, named
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
-from dsv3_ref.pretrain import Losses, StepStats
+from dsv3_ref.pretrain import LossOutput, StepStats
 from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig, write_json
@@ -362,7 +362,7 @@ class RlTrainer(Trainer):
         h_nd, y_n = h_1nd[0, :-1][said_n], line_1n[0, 1:][said_n]
         return *token_logprobs(h_nd, model.head.weight, y_n, self.args.temperature), routes
 
-    def losses(self, model, lot: list[Answer], _) -> Losses:
+    def losses(self, model, lot: list[Answer], _) -> LossOutput:
         """`grpo_loss` of a lot, as its part of the mean over all answers."""
         args, lengths = self.args, [len(a.tokens) for a in lot]
         rows = lambda x_n: pad_sequence(x_n.split(lengths), batch_first=True)
@@ -386,7 +386,7 @@ class RlTrainer(Trainer):
         if ref_n is not None:
             self.seen["kl_k1"] += (logp_n - ref_n).sum().item()
         part = 1.0 if args.loss_type == "dapo" else self.live / self.total[0]
-        return Losses(out.loss * part, [], out.loss.new_zeros(()), routes)
+        return LossOutput(out.loss * part, [], out.loss.new_zeros(()), routes)
 
     def note(self, n: int, **means) -> None:
         """Means over n tokens, to be averaged over the step."""

@@ -17,7 +17,7 @@ from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import has_room
 from dsv3_ref.posttraining.sft import hold_out
-from dsv3_ref.pretrain import Losses
+from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import (
     bradley_terry,
     calibration,
@@ -191,7 +191,7 @@ class RewardTrainer(Trainer):
     def trained(self, pairs: list[Pair]) -> int:
         return sum(len(tokens) for pair in pairs for tokens in pair)
 
-    def losses(self, model, pairs: list[Pair], _) -> Losses:
+    def losses(self, model, pairs: list[Pair], _) -> LossOutput:
         tokens_1n = concat_pairs(pairs, self.device)
         weight = self.args.judgment_weight * (self.args.judge == "cot")
         return preference_loss(model, tokens_1n, self.special_tokens, weight).losses

@@ -159,11 +159,11 @@ class SftTrainer(Trainer):
     def losses(self, model, tokens_bs, balance_over: str):
         return sft_loss(model, tokens_bs, self.special_tokens)
 
-    def weigh(self, tokens_bs) -> int:
+    def loss_weight(self, tokens_bs) -> int:
         return num_loss_tokens(tokens_bs, self.special_tokens)
 
     def nll(self, rows_bs) -> float:
-        return self.losses(self.model, rows_bs, "").main.item() * self.weigh(rows_bs)
+        return self.losses(self.model, rows_bs, "").main.item() * self.loss_weight(rows_bs)
 
     def counted(self, rows_bs):
         return rows_bs[:, 1:][assistant_mask(rows_bs, self.special_tokens)[:, 1:]]

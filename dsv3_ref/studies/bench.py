@@ -20,7 +20,7 @@ from dsv3_ref.config import TINY, Config, UserError
 from dsv3_ref.decode import Decoder, SamplingParams, SpeculativeDecoder, generate
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.pretrain import losses
+from dsv3_ref.pretrain import compute_losses
 from dsv3_ref.training.malloc import tune_malloc
 from dsv3_ref.training.settings import write_json
 
@@ -291,7 +291,7 @@ def train_briefly(c: Config, steps: int):
         build_adamw(model, RECIPES["tiny"]),
     )
     for step in range(steps):
-        parts = losses(model, rows.next_batch(8))
+        parts = compute_losses(model, rows.next_batch(8))
         parts.total(0.3, 1e-4).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

@@ -41,7 +41,7 @@ from dsv3_ref.optim import (
     get_lr,
     get_mtp_weight,
 )
-from dsv3_ref.pretrain import Losses, StepStats, train_step
+from dsv3_ref.pretrain import LossOutput, StepStats, train_step
 from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.training import resume, settings
 from dsv3_ref.training.ema import EMA
@@ -203,14 +203,20 @@ class Trainer:
     def step_on(self, micro, *settings) -> StepStats:
         """`train_step` over micro-batches."""
         return train_step(
-            self.model, self.optimizer, micro, *settings, self.losses, self.weigh, self.together
+            self.model,
+            self.optimizer,
+            micro,
+            *settings,
+            self.losses,
+            self.loss_weight,
+            self.together,
         )
 
-    def losses(self, model: Transformer, tokens_bs, balance_over: str) -> Losses:
+    def losses(self, model: Transformer, tokens_bs, balance_over: str) -> LossOutput:
         """Those of chapter 07."""
-        return pretrain.losses(model, tokens_bs, balance_over)
+        return pretrain.compute_losses(model, tokens_bs, balance_over)
 
-    def weigh(self, tokens_bs) -> int:
+    def loss_weight(self, tokens_bs) -> int:
         """How much these rows count in a mean over a batch."""
         return len(tokens_bs)
 

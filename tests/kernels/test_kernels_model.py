@@ -9,7 +9,7 @@ import torch
 
 from dsv3_ref import ops
 from dsv3_ref.model import Transformer
-from dsv3_ref.pretrain import losses
+from dsv3_ref.pretrain import compute_losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,7 +23,7 @@ def test_a_step_on_kernels_is_the_step_of_the_references(micro, recipe, bound):
     for backends in (("torch",), ("triton", "torch")):
         model = deepcopy(start)
         with ops.use(*recipe, *backends):
-            parts = losses(model, tokens_bs)
+            parts = compute_losses(model, tokens_bs)
             parts.total(0.3, 1e-4).backward()
         chosen = [r.topk_ids_bsk for r in parts.routes]
         grads = torch.cat([p.grad.flatten() for p in model.parameters()])

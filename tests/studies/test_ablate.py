@@ -20,7 +20,7 @@ from dsv3_ref.model import Transformer, init_weights
 from dsv3_ref.moe import Route, balance_loss
 from dsv3_ref.mtp import mtp_draft_matches, mtp_hidden_states
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.pretrain import losses
+from dsv3_ref.pretrain import compute_losses
 from dsv3_ref.rope import rope_cos_sin
 from dsv3_ref.studies import ablate
 from dsv3_ref.viz import ablation, figure
@@ -290,7 +290,7 @@ def test_rows_of_their_own_experts_cost_only_the_sequence_wise_loss():
 def test_the_recipe_chooses_the_loss(micro):
     torch.manual_seed(0)
     model, tokens_bs = Transformer(micro), torch.randint(61, (3, 12))
-    parts = {over: losses(model, tokens_bs, over) for over in ("sequence", "batch")}
+    parts = {over: compute_losses(model, tokens_bs, over) for over in ("sequence", "batch")}
     for over, part in parts.items():
         want = sum(balance_loss(r, over) for r in part.routes)
         assert torch.equal(part.balance, want)

@@ -318,7 +318,7 @@ def batches(home, tmp_path, *steps: int) -> list[torch.Tensor]:
 
 def poison(why: str, bad: list[torch.Tensor]):
     """`losses` whose main part, and gradient, is many times too large for some batches."""
-    real = pretrain.losses
+    real = pretrain.compute_losses
 
     def poisoned(model, tokens_bs, *args):
         parts = real(model, tokens_bs, *args)
@@ -331,7 +331,7 @@ def poison(why: str, bad: list[torch.Tensor]):
 @pytest.mark.parametrize("why", FACTORS)
 def test_a_bad_step_is_skipped_and_passed_over(why, home, tmp_path, monkeypatch):
     """Weights, biases and limit stay, the batch and the step are used up, later steps go on."""
-    monkeypatch.setattr(pretrain, "losses", poison(why, batches(home, tmp_path, 4)))
+    monkeypatch.setattr(pretrain, "compute_losses", poison(why, batches(home, tmp_path, 4)))
     t = trainer(home, tmp_path, *PATIENT)
     rows = []
     for step in range(1, 7):
@@ -357,7 +357,7 @@ def ask_to_end():
 @pytest.mark.parametrize("death", [interrupt, ask_to_end])
 def test_bad_steps_in_succession_go_back_past_their_data(death, home, tmp_path, monkeypatch, quick):
     """From step 5 to the checkpoint of step 3; the same with a death before, between or after."""
-    monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 4, 5)))
+    monkeypatch.setattr(pretrain, "compute_losses", poison("nan", batches(home, tmp_path, 4, 5)))
     whole = tmp_path / "whole"
     assert main.main(options(home, whole, *PATIENT)) == 0
     rows = metrics(whole)
@@ -386,7 +386,9 @@ def dies_in_call(at: int, death, argv) -> None:
 
 @pytest.mark.parametrize("why", FACTORS)
 def test_steps_that_stay_bad_stop_the_run(why, home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain, "losses", poison(why, batches(home, tmp_path, *range(4, 20))))
+    monkeypatch.setattr(
+        pretrain, "compute_losses", poison(why, batches(home, tmp_path, *range(4, 20)))
+    )
     assert main.main(options(home, tmp_path / "run", *PATIENT)) == 2
     said = capsys.readouterr().err
     assert "back from step 5 to 3" in said
@@ -615,7 +617,7 @@ def test_the_average_is_the_obvious_loop(home, tmp_path, monkeypatch):
 
 
 def test_a_skipped_step_does_not_count_in_the_average(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "losses", poison("nan", batches(home, tmp_path, 2)))
+    monkeypatch.setattr(pretrain, "compute_losses", poison("nan", batches(home, tmp_path, 2)))
     t = trainer(home, tmp_path, *EMA_OPTIONS)
     assert [t.one_step()["skipped"] for _ in range(3)] == [None, "nan", None]
     assert t.ema.t == 2
