@@ -53,7 +53,7 @@ class AbsentGPU:
     """Driver of a GPU that is not there: enough to compile for it."""
 
     def __init__(self, target: str):
-        self.target = gpu(target)
+        self.target = gpu_target(target)
 
     def get_current_target(self):
         return self.target
@@ -65,14 +65,14 @@ class AbsentGPU:
         return 0
 
 
-def gpu(target: str) -> GPUTarget:
+def gpu_target(target: str) -> GPUTarget:
     return GPUTarget("cuda", TARGETS[target], 32)
 
 
 # ── What to compile ──
 
 
-def load(name: str):
+def load_kernel_module(name: str):
     """The module of kernels called `name`, or at the path `name`."""
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
@@ -88,14 +88,14 @@ def every_module() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def mock(arg):
+def mock_arg(arg):
     """Dtypes become pointers, inside tuples too; the rest is passed as it is."""
     if not isinstance(arg, tuple):
         return MockTensor.wrap_dtype(arg)
-    return type(arg)(*map(mock, arg)) if hasattr(arg, "_fields") else tuple(map(mock, arg))
+    return type(arg)(*map(mock_arg, arg)) if hasattr(arg, "_fields") else tuple(map(mock_arg, arg))
 
 
-def configs(case, args) -> list:
+def configs_of(case, args) -> list:
     """The autotuner's configs, less those that it would prune; [None] without an autotuner."""
     if not isinstance(case.kernel, Autotuner):
         return [None]
@@ -103,7 +103,7 @@ def configs(case, args) -> list:
     return case.kernel.prune_configs(dict(case.meta))
 
 
-def jobs(modules, only: list[str], targets: list[str]) -> list[dict]:
+def make_jobs(modules, only: list[str], targets: list[str]) -> list[dict]:
     """One entry for each case, config and target."""
     found = []
     for target in targets:
@@ -112,9 +112,9 @@ def jobs(modules, only: list[str], targets: list[str]) -> list[dict]:
             for case in getattr(module, "AOT_CASES", ()):
                 if only and not any(part in case.name for part in only):
                     continue
-                args = tuple(map(mock, case.args))
+                args = tuple(map(mock_arg, case.args))
                 common = {"module": module.__name__.split(".")[-1], "case": case, "target": target}
-                found += [common | {"args": args, "config": c} for c in configs(case, args)]
+                found += [common | {"args": args, "config": c} for c in configs_of(case, args)]
     return found
 
 
@@ -133,7 +133,7 @@ def compile_one(job: dict):
     return case.kernel.fn.warmup(*job["args"], grid=(1,), **meta)
 
 
-def tool(name: str, *args: str) -> str:
+def run_tool(name: str, *args: str) -> str:
     return subprocess.run([BIN / name, *args], capture_output=True, text=True, check=True).stdout
 
 
@@ -142,14 +142,14 @@ def disassemble(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = tool("cuobjdump", "-res-usage", file.name)
-        sass = tool("nvdisasm", "-c", file.name)
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        sass = run_tool("nvdisasm", "-c", file.name)
     seen = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", sass))
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))  # over its functions
     return {"registers": registers} | {op: seen[op] for op in COUNTED}
 
 
-def read(kernel) -> dict:
+def analyze(kernel) -> dict:
     """Registers, memory and instruction counts of a compiled kernel, kept in Triton's cache."""
     cubin, name = kernel.asm["cubin"], "sass.json"
     cache = get_cache_manager(hashlib.sha256(cubin + repr(COUNTED).encode()).hexdigest())
@@ -170,20 +170,20 @@ def first_error(error: Exception | None, log: str) -> str:
     return " · ".join(dict.fromkeys([*said, lines[0], lines[-1]]))[:600]
 
 
-def child(job: dict, pipe, log):
+def compile_in_child(job: dict, pipe, log):
     """Body of a job's process, so that a crash of the compiler takes nothing else along."""
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     start = time.perf_counter()
     try:
-        found = read(compile_one(job))
+        found = analyze(compile_one(job))
     except Exception as error:  # whatever it is, it is this kernel's result
         sys.stderr.flush()
-        found = {"error": first_error(error, content(log))}
+        found = {"error": first_error(error, read_log(log))}
     pipe.send(found | {"seconds": round(time.perf_counter() - start, 2)})
 
 
-def content(log) -> str:
+def read_log(log) -> str:
     log.seek(0)
     return log.read().decode(errors="replace")
 
@@ -195,7 +195,7 @@ def start(job: dict) -> dict:
     fork = get_context("fork")  # inherits torch, Triton and the kernels: milliseconds
     ours, theirs = fork.Pipe(duplex=False)
     log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `finish`
-    process = fork.Process(target=child, args=(job, theirs, log), daemon=True)
+    process = fork.Process(target=compile_in_child, args=(job, theirs, log), daemon=True)
     process.start()
     theirs.close()  # so that its death ends the pipe
     return {"job": job, "pipe": ours, "log": log, "process": process}
@@ -206,13 +206,13 @@ def finish(running: dict) -> dict:
     try:
         found = running["pipe"].recv()
     except EOFError:
-        found = {"error": first_error(None, content(running["log"]))}
+        found = {"error": first_error(None, read_log(running["log"]))}
     running["process"].join()
     running["log"].close()
     job = running["job"]
     row = {"module": job["module"], "kernel": job["case"].name, "target": job["target"]}
-    row |= {"config": describe(job["config"])} | found
-    return row | {"violations": violations(row, job["case"].tensor_cores)}
+    row |= {"config": format_config(job["config"])} | found
+    return row | {"violations": find_violations(row, job["case"].tensor_cores)}
 
 
 def compile_all(todo: list[dict], n: int) -> list[dict]:
@@ -232,7 +232,7 @@ def compile_all(todo: list[dict], n: int) -> list[dict]:
 # ── Judge and print ──
 
 
-def describe(config) -> str:
+def format_config(config) -> str:
     """`BLOCK_N=64 warps=8 stages=4`, or '' without an autotuner."""
     if config is None:
         return ""
@@ -241,7 +241,7 @@ def describe(config) -> str:
     return " ".join(f"{renamed.get(k, k)}={v}" for k, v in shown.items())
 
 
-def violations(row: dict, tensor_cores: str) -> list[str]:
+def find_violations(row: dict, tensor_cores: str) -> list[str]:
     """What is wrong with a kernel, in words."""
     if "error" in row:
         return [f"compiler failed: {row['error']}"]
@@ -258,7 +258,7 @@ def violations(row: dict, tensor_cores: str) -> list[str]:
     return bad
 
 
-def table(rows: list[dict]) -> str:
+def format_table(rows: list[dict]) -> str:
     names = ["module", "kernel", "config", "target", "registers", "shared", *COUNTED, "seconds"]
     lines = [[str(row.get(name, "-")) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *lines)]
@@ -268,7 +268,7 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def options():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="*", help="only kernels whose name contains one of these")
     parser.add_argument("--module", action="append", help="of kernels/, or a path; repeatable")
@@ -279,18 +279,20 @@ def options():
 
 
 def main() -> int:
-    args = options()
+    args = parse_args()
     if triton.knobs.runtime.interpret:  # kernels are then defined for the interpreter
         sys.exit("TRITON_INTERPRET is set; unset it to compile")
     targets = args.target or list(TARGETS)
     triton_key()  # hashes the compiler: once, before the processes
     for target in targets:
-        make_backend(gpu(target)).hash()
-    todo = jobs([load(name) for name in args.module or every_module()], args.name, targets)
+        make_backend(gpu_target(target)).hash()
+    todo = make_jobs(
+        [load_kernel_module(name) for name in args.module or every_module()], args.name, targets
+    )
     if not todo:
         sys.exit("no AOT_CASES list has such a kernel")
     rows = compile_all(todo, args.jobs)
-    print(table(rows))
+    print(format_table(rows))
     if args.json:
         found = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
