@@ -11,12 +11,18 @@ import yaml
 
 TOP = {
     ".ci",
+    ".github",
     ".gitignore",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
     "LICENSE",
     "LOG.md",
     "Makefile",
     "README.md",
+    "SECURITY.md",
+    "docs",
     "dsv3_ref",
     "environment.yml",
     "figures",
