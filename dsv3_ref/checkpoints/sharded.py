@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from dsv3_ref.checkpoints.native import CONFIG, TMP, make_staging_dir, publish_dir, temp_sibling
+from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, temp_sibling
+from dsv3_ref.checkpoints.native import CONFIG
 from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import is_expert

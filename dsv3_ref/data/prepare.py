@@ -20,13 +20,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from dsv3_ref.checkpoints.native import fsync_path
+from dsv3_ref.checkpoints.atomic import fsync_path, try_lock, write_json
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import loader, shards
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.dedup import MinHashLSH
 from dsv3_ref.data.tokenize_workers import TokenizedChunk, TokenizeWorker, imap_ordered
-from dsv3_ref.training.settings import option_flag, try_lock, write_json
+from dsv3_ref.training.settings import option_flag
 
 CHUNK = 1 << 18  # characters that a worker takes at a time, or a long document
 CHUNK_DOCUMENTS = 1024

@@ -11,12 +11,12 @@ from statistics import fmean
 import torch
 import tyro
 
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy, Written
 from dsv3_ref.posttraining.prompts import Problem, find, is_ours, messages
 from dsv3_ref.rewards import extract_boxed, majority, pass_at_k
 from dsv3_ref.training.loop import pick_device
-from dsv3_ref.training.settings import write_json
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
 from dsv3_ref.training import resume
 from dsv3_ref.training.settings import TrainConfig
@@ -32,7 +32,7 @@ class Several:
 
     def restore(self) -> None:
         if self.first:
-            native.clean_temp(self.folder / "checkpoints")
+            atomic.clean_temp(self.folder / "checkpoints")
         dist.barrier()
         if found := native.list_checkpoints(self.folder):
             resume.read(self, found[-1])

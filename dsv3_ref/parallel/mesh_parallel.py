@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dsv3_ref import ops
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints import sharded as sharded
 from dsv3_ref.config import UserError
 from dsv3_ref.parallel.build import share
@@ -106,7 +106,7 @@ class Ranks(Several):
         if self.ema:
             self.ema.wait()
         if self.first:
-            native.fsync_path(self.folder / "metrics.jsonl")
+            atomic.fsync_path(self.folder / "metrics.jsonl")
             state, tensors = resume.train_state(self, val_loss)
             state |= {"taken": self.cluster.zero.taken, "ema_t": self.ema.t if self.ema else 0}
             extra = state, tensors
@@ -126,7 +126,7 @@ class Ranks(Several):
         if self.ema:
             self.ema.wait()
         sharded.read(self.cluster, folder, self.ema)
-        state = native.read_json(folder / resume.STATE)
+        state = atomic.read_json(folder / resume.STATE)
         self.cluster.zero.taken = state["taken"]
         if self.ema:
             self.ema.t = state["ema_t"]

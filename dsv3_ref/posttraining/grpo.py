@@ -15,7 +15,8 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref import grpo
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import advantages, grpo_loss, token_logprobs
@@ -26,7 +27,7 @@ from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import LossOutput, StepStats
 from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.training.loop import Trainer
-from dsv3_ref.training.settings import TrainConfig, write_json
+from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.verifiers.sandbox import together
 
 BEFORE = "before.json"  # how a run did before its first step, and what it said
@@ -447,7 +448,7 @@ class RlTrainer(Trainer):
         ]
 
     def summary(self, row: dict) -> dict:
-        began = native.read_json(self.folder / BEFORE)
+        began = atomic.read_json(self.folder / BEFORE)
         said = [s | {"before": b["text"]} for s, b in zip(self.samples(), began["samples"])]
         return {
             "val_loss": row["val_loss"], "seconds": self.seconds, "tokens": self.tokens,
@@ -461,7 +462,7 @@ class RlTrainer(Trainer):
         )
 
     def verdict(self, row: dict) -> str:
-        before, name = native.read_json(self.folder / BEFORE)["held_out"], self.names[0]
+        before, name = atomic.read_json(self.folder / BEFORE)["held_out"], self.names[0]
         was, now = (x[name]["greedy"] for x in (before, row["held_out"]))
         what = "mean reward" if find(name).open else "share right"
         return f"{name}: {what} {was:.3f} before, {now:.3f} after, on held-out problems"

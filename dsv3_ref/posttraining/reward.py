@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import tyro
 
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
@@ -250,7 +250,7 @@ class RewardModel:
         home = native.find_tokenizer_dir(Path(folder))
         self.tokenizer = load_tokenizer(home)
         self.special_tokens = get_special_tokens(self.tokenizer)
-        settings = native.read_json(home / "run.json")["settings"]
+        settings = atomic.read_json(home / "run.json")["settings"]
         if "judge" not in settings:
             raise UserError(f"{folder} is no reward model: it was not made by dsv3 reward")
         self.uses_cot, self.with_reference = settings["judge"] == "cot", settings["with_reference"]

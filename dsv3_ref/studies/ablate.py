@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from dsv3_ref.checkpoints.native import read_json
+from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.config import TINY, Config, UserError, count_params, load_config
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import PackedDataLoader, val_windows

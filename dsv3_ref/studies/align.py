@@ -15,13 +15,14 @@ from statistics import fmean, stdev
 import torch
 from tqdm import tqdm
 
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, THINK, Problem, messages, two_forms
 from dsv3_ref.sft import rejection_sample
-from dsv3_ref.training.settings import git_commit, write_json
+from dsv3_ref.training.settings import git_commit
 
 SUMS, REST, DIRECT = 3797, 300, {"sums": 600, "counting": 100, "spelling": 100}
 LEAK = 0.05  # of worked answers are shown without the system prompt
@@ -115,7 +116,7 @@ def stage(out: Path, *words) -> Path:
 def command_of(run: Path) -> str | None:
     """What a folder's run was started with; None for a folder without one."""
     about = run / "run.json"
-    return native.read_json(about)["command"] if about.is_file() else None
+    return atomic.read_json(about)["command"] if about.is_file() else None
 
 
 def align(args: AlignConfig) -> None:
@@ -266,7 +267,7 @@ def result(args: AlignConfig, runs: dict[str, Path]) -> dict:
         "cores": os.cpu_count(),
         "runs": {
             name: {
-                key: native.read_json(run / "summary.json")[key]
+                key: atomic.read_json(run / "summary.json")[key]
                 for key in ("before", "after", "samples")
             }
             | {"curve": curve(run)}
@@ -286,7 +287,7 @@ def table(runs: dict[str, Path]) -> str:
         cells = []
         for how in ("greedy", "sampled"):
             for when in ("before", "after"):
-                found = [native.read_json(run / "summary.json")[when] for run in of_kind]
+                found = [atomic.read_json(run / "summary.json")[when] for run in of_kind]
                 cells.append(spread([x["sums"][how] for x in found]))
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -16,13 +16,13 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import TINY, Config, UserError
 from dsv3_ref.decode import Decoder, SamplingParams, SpeculativeDecoder, generate
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.pretrain import compute_losses
 from dsv3_ref.training.malloc import tune_malloc
-from dsv3_ref.training.settings import write_json
 
 SHAPE = replace(
     TINY, dim=256, inter_dim=640, moe_inter_dim=128, n_layers=4, n_dense_layers=1, n_heads=4,

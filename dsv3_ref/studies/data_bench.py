@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.data import loader, prepare
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.studies.bench import format_result, processor_name, time_interleaved
-from dsv3_ref.training.settings import write_json
 
 ROWS, LENGTH = 256, 257  # taken from text and from shards
 

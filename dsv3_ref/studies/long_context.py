@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import tyro
 
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.loader import open_sources, val_windows
 from dsv3_ref.data.tokenizer import byte_lengths, load_tokenizer
@@ -35,7 +36,7 @@ from dsv3_ref.long_context import (
 )
 from dsv3_ref.model import Transformer
 from dsv3_ref.studies.align import rounded, stage
-from dsv3_ref.training.settings import git_commit, write_json
+from dsv3_ref.training.settings import git_commit
 
 LENGTHS, DEPTHS = [256, 512, 1024, 2048, 4096, 8192], [0.0, 0.5, 1.0]
 DECODE, PREFILL = [1024 * 2**i for i in range(8)], [1024 * 2**i for i in range(6)]
@@ -173,7 +174,7 @@ def clock(model: Transformer, seed: int) -> dict:
 def study(args: Study) -> None:
     """Train, look, measure, and a small JSON of it all."""
     start, found = time.process_time(), phases(args)
-    ends = {k: native.read_json(run / "summary.json") for k, run in found.items()}
+    ends = {k: atomic.read_json(run / "summary.json") for k, run in found.items()}
     after = native.load(found["after"])
     one = Transformer(replace(after.config, n_mtp_layers=0))
     one.load_state_dict(after.state_dict(), strict=False)

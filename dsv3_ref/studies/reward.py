@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, Problem, messages
@@ -29,7 +30,7 @@ from dsv3_ref.rewards import (
 )
 from dsv3_ref.sft import render_conversation
 from dsv3_ref.studies.align import rounded, stage, worse, write
-from dsv3_ref.training.settings import git_commit, write_json
+from dsv3_ref.training.settings import git_commit
 
 SURE = " I am quite sure of it."
 USUALLY = 0.7  # how often a training pair's right answer sounds sure, and its wrong one does not

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dsv3_ref import ops, pretrain
 from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.loader import (
     VAL_BATCH,
@@ -46,7 +47,7 @@ from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.training import resume, settings
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.malloc import tune_malloc
-from dsv3_ref.training.settings import TrainConfig, write_json
+from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.spike_guard import EXIT_CODES, SpikeGuard, catch_signals
 
 # ── The run ──

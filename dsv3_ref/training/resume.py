@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
 
 STATE, TENSORS = "state.json", "training.safetensors"
@@ -27,14 +27,14 @@ def last_good(run: Path) -> str:
 
 def save(trainer, val_loss: float | None) -> None:
     """Write all that a run is as one directory, its rows on disk before it; drop old ones."""
-    native.fsync_path(trainer.folder / "metrics.jsonl")
+    atomic.fsync_path(trainer.folder / "metrics.jsonl")
     state, tensors = train_state(trainer, val_loss)
     tensors |= optimizer_tensors(trainer.optimizer)
     tensors |= trainer.ema.state_dict() if trainer.ema else {}
     config, weights = asdict(trainer.args.model), trainer.model.state_dict()
     try:
         folder = trainer.folder / "checkpoints" / f"step_{trainer.step:07}"
-        with native.atomic_dir(folder) as tmp:
+        with atomic.atomic_dir(folder) as tmp:
             native.write_safetensors(tmp, config, weights, native.SHARD_BYTES)
             save_file(tensors, tmp / TENSORS)
             (tmp / STATE).write_text(json.dumps(state))
@@ -60,12 +60,12 @@ def train_state(trainer, val_loss: float | None) -> tuple[dict, dict[str, torch.
 def prune(run: Path, keep: int) -> None:
     """Keep the newest `keep` planned checkpoints, the best of them, and whatever is newest."""
     found = native.list_checkpoints(run)
-    loss = {folder: native.read_json(folder / STATE)["val_loss"] for folder in found}
+    loss = {folder: atomic.read_json(folder / STATE)["val_loss"] for folder in found}
     planned = [folder for folder in found if loss[folder] is not None]
     kept = {found[-1], *planned[-keep:], *sorted(planned, key=loss.get)[:1]}
     for folder in found:
         if folder not in kept:
-            native.remove_dir(folder)
+            atomic.remove_dir(folder)
 
 
 def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def random_tensors() -> dict[str, torch.Tensor]:
 
 def restore(trainer) -> None:
     """Put a freshly built trainer where the newest checkpoint of its folder was taken."""
-    native.clean_temp(trainer.folder / "checkpoints")
+    atomic.clean_temp(trainer.folder / "checkpoints")
     if found := native.list_checkpoints(trainer.folder):  # else it was killed before the first one
         read(trainer, found[-1])
 
@@ -116,7 +116,7 @@ def step_number(folder: Path) -> int:
 def rollback_point(run: Path) -> Path | None:
     """The newest planned checkpoint that was not taken among skipped steps."""
     for folder in reversed(native.list_checkpoints(run)):
-        state = native.read_json(folder / STATE)
+        state = atomic.read_json(folder / STATE)
         if state["val_loss"] is not None and not state["spike_guard"]["consecutive_skips"]:
             return folder
     return None
@@ -126,12 +126,12 @@ def drop_after(run: Path, to: Path) -> None:
     """Remove the checkpoints after the one that a run goes back to."""
     for folder in native.list_checkpoints(run):
         if step_number(folder) > step_number(to):
-            native.remove_dir(folder)
+            atomic.remove_dir(folder)
 
 
 def restore_from(trainer, folder: Path, data: bool = True) -> None:
     """The reverse of `save`."""
-    state, tensors = native.read_json(folder / STATE), load_file(folder / TENSORS)
+    state, tensors = atomic.read_json(folder / STATE), load_file(folder / TENSORS)
     if trainer.ema:
         trainer.ema.wait()  # it reads the weights
     trainer.model.load_state_dict(native.load(folder).state_dict())
@@ -188,7 +188,7 @@ class MetricsWriter:
         """Keep the rows up to a step."""
         part, self.step = self.path.with_suffix(".part"), step
         part.write_bytes(b"".join(lines[:step]))
-        native.fsync_path(part)
+        atomic.fsync_path(part)
         part.replace(self.path)
 
     def __enter__(self):

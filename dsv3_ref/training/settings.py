@@ -1,8 +1,6 @@
 """The options of `dsv3 train`, what they must satisfy, and the folder that a run claims."""
 
 import argparse
-import fcntl
-import json
 import math
 import os
 import platform
@@ -17,7 +15,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import tyro
 
-from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config, read_json
+from dsv3_ref.checkpoints.atomic import read_json, try_lock
+from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config
 from dsv3_ref.config import Config, UserError, from_dict, load_config
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
@@ -295,25 +294,7 @@ def lock_run_dir(args: TrainConfig) -> Iterator[Path]:
             os.close(handle)  # unlocks, as does the end of the process, however it comes
 
 
-def try_lock(handle: int) -> bool:
-    """False if another process holds the folder; a file system without locks is trusted."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
 # ── run.json ──
-
-
-def write_json(path: Path, value) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(path)
 
 
 def describe_run(args: TrainConfig, command: str | None) -> dict:

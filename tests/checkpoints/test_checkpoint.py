@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support import randomize
 
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints.native import config_from_hf, config_to_hf, hf_names, load, save, save_hf
 from dsv3_ref.config import V2_LITE, V3, UserError
 from dsv3_ref.model import Transformer, moe_layers
@@ -537,23 +537,23 @@ def test_sweep(model, ours):
     (parent / ".x.dsv3-tmp").mkdir()
     (parent / ".config").mkdir()
     ours.rename(parent / ".ours.dsv3-old")
-    native.clean_temp(parent)
+    atomic.clean_temp(parent)
     assert sorted(p.name for p in parent.iterdir()) == [".config", "ours"]
     assert same(load(ours), model)
 
 
 def test_remove(ours):
     (ours.parent / ".ours.dsv3-tmp").mkdir()  # from a removal that was killed
-    native.remove_dir(ours)
+    atomic.remove_dir(ours)
     assert not list(ours.parent.iterdir())
 
 
 def test_other_files_travel_with_the_weights(model, tmp_path):
     """A trainer writes its own files beside the weights; both appear at once."""
-    with native.atomic_dir(tmp_path / "step") as tmp:
+    with atomic.atomic_dir(tmp_path / "step") as tmp:
         (tmp / "state.json").write_text("{}")
         assert not (tmp_path / "step").exists()
     assert (tmp_path / "step" / "state.json").read_text() == "{}"
-    with pytest.raises(KeyboardInterrupt), native.atomic_dir(tmp_path / "step") as tmp:
+    with pytest.raises(KeyboardInterrupt), atomic.atomic_dir(tmp_path / "step") as tmp:
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["step"]

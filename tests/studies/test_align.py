@@ -10,7 +10,7 @@ import miniruns
 import pytest
 import torch
 
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import atomic
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
@@ -112,7 +112,7 @@ def test_every_stage_ran_and_its_curve_is_there(home, aligned):
         "sft", "reward", "rl", "rl-random-reward", "rl-no-baseline", "direct", "distilled",
     }  # fmt: skip
     assert {p.name for p in (home / "out/1").iterdir() if p.is_dir()} == {"sft", "reward", "rl"}
-    settings = lambda run: native.read_json(home / run / "run.json")["settings"]
+    settings = lambda run: atomic.read_json(home / run / "run.json")["settings"]
     assert settings("out/0/rl-no-baseline")["control"] == "no-baseline"
     assert settings("out/1/rl")["seed"] == 1 and settings("out/0/rl")["control"] == "none"
     assert len(aligned["distillation"]) == 5
@@ -122,7 +122,7 @@ def test_every_stage_ran_and_its_curve_is_there(home, aligned):
 
 def test_what_is_finished_is_not_run_again(home, aligned, monkeypatch):
     monkeypatch.setattr(main, "main", None)
-    words = native.read_json(home / "out/0/sft/run.json")["command"].split()[1:-2]
+    words = atomic.read_json(home / "out/0/sft/run.json")["command"].split()[1:-2]
     out = align.Path("out/0/sft")
     assert align.stage(out, *words) == out
     with pytest.raises(UserError, match="is of another command"):
@@ -150,7 +150,7 @@ def test_pretraining_is_finished_first_or_left_alone(home, tmp_path, monkeypatch
     half = tmp_path / "half"
     shutil.copytree(home / "base", half)
     (half / "summary.json").unlink()
-    run = native.read_json(half / "run.json") | {"command": "dsv3 train --config tiny"}
+    run = atomic.read_json(half / "run.json") | {"command": "dsv3 train --config tiny"}
     (half / "run.json").write_text(json.dumps(run))
     align.pretrained(half)
     assert asked == [["train", "--resume", "--out", str(half)]]
@@ -226,7 +226,7 @@ def test_the_study_from_end_to_end(home, aligned, monkeypatch):
         assert all(0 <= x <= 1 for x in judge["agreement"].values())
         assert torch.tensor(judge["calibration"]).shape == (5, 3)
     assert len(found["votes"]["agreement"]) == reward.VOTES
-    told = native.read_json(home / "study/cot-with-reference/run.json")["settings"]
+    told = atomic.read_json(home / "study/cot-with-reference/run.json")["settings"]
     assert told["with_reference"] and told["judge"] == "cot"
     words = [load_tokenizer(home / run).get_vocab() for run in ("study/voter", "base")]
     assert words[0] == words[1]

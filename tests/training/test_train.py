@@ -166,7 +166,7 @@ def same_as_whole(run, whole) -> bool:
 DEADLY = {
     "before there is a model": ("dsv3_ref.training.loop.Transformer", 1),
     "writing the first checkpoint": ("dsv3_ref.training.resume.save_file", 1),
-    "before the second has its name": ("dsv3_ref.checkpoints.native.publish_dir", 2),
+    "before the second has its name": ("dsv3_ref.checkpoints.atomic.publish_dir", 2),
     "before old ones are dropped": ("dsv3_ref.training.resume.prune", 2),
     "dropping an old one": ("shutil.rmtree", 4),
     "after the last step": ("dsv3_ref.training.loop.finish", 1),
