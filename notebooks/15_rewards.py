@@ -117,9 +117,9 @@ import time
 from dsv3_ref.verifiers import math_verifier
 
 for given, truth in ((r"\frac{1}{2}", "0.5"), ("x+1", "1+x"), ("(1, 2)", "(1,2)"), ("3", "4")):
-    print(f"{given:>12} = {truth:<6}", math_verifier.equal(given, truth))
-math_verifier.verifier().seconds, start = 1.0, time.perf_counter()
-assert not math_verifier.equal("9^{9^{9^{9}}}", "7")
+    print(f"{given:>12} = {truth:<6}", math_verifier.answers_equal(given, truth))
+math_verifier.shared_verifier().seconds, start = 1.0, time.perf_counter()
+assert not math_verifier.answers_equal("9^{9^{9^{9}}}", "7")
 print(f"{'9^9^9^9':>12} = 7      refused after {time.perf_counter() - start:.1f} s")
 
 # %% [markdown]
@@ -136,14 +136,16 @@ from dsv3_ref.verifiers import code_grader
 GOOD = "def double(x):\n    return 2 * x"
 CHEAT = "class All:\n    def __eq__(self, other):\n        return True\ndef double(x):\n    return All()"
 LOOP = "def double(x):\n    while True:\n        pass"
-cases = [code_grader.Returns("double", (n,), 2 * n) for n in (1, 7)]
+cases = [code_grader.FunctionCase("double", (n,), 2 * n) for n in (1, 7)]
 if shutil.which("bwrap"):
     quick = sandbox.Limits(seconds=3.0, cpu=1)
     for name, code in {"good": GOOD, "equal to everything": CHEAT, "endless": LOOP}.items():
-        print(f"{name:>20}: {code_grader.passes(code, cases, quick)} of {len(cases)} cases")
-    assert code_grader.passes(GOOD, cases) == 2 and code_grader.passes(CHEAT, cases) == 0
+        print(f"{name:>20}: {code_grader.count_passed(code, cases, quick)} of {len(cases)} cases")
+    assert (
+        code_grader.count_passed(GOOD, cases) == 2 and code_grader.count_passed(CHEAT, cases) == 0
+    )
 else:
-    print("no bubblewrap here, so no code runs:", sandbox.MISSING)
+    print("no bubblewrap here, so no code runs:", sandbox.BWRAP_MISSING)
 
 # %% [markdown]
 # ## A model: where is its score?

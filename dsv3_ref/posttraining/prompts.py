@@ -11,11 +11,11 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import loader
 from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import math_verifier
-from dsv3_ref.verifiers.code_grader import Prints, Returns, passes
+from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
 
-HELD = 200  # problems of a task that nobody practices on
-DRAWS = 30_000  # of a generator, of which the distinct ones are kept
-THINK = "Think first, then answer."  # the system prompt of the reasoning form
+NUM_HELD_OUT = 200  # problems of a task that nobody practices on
+NUM_DRAWS = 30_000  # of a generator, of which the distinct ones are kept
+THINK_PROMPT = "Think first, then answer."  # the system prompt of the reasoning form
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Problem:
     answer: str
     thought: str = ""
     entry: dict = field(default_factory=dict, compare=False)
-    cases: tuple[Prints | Returns, ...] = ()
+    cases: tuple[StdinCase | FunctionCase, ...] = ()
 
 
-def messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
+def build_messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
     """A conversation of one turn."""
     turns = [("system", system), ("user", question), ("assistant", response)]
     return [{"role": role, "content": text} for role, text in turns if text]
@@ -40,14 +40,14 @@ def messages(question: str, response: str | None = None, system: str = "") -> li
 
 
 @dataclass
-class Gym:
+class ReasoningGymTask:
     """A generator of reasoning-gym: distinct problems, the same in every run, some held out."""
 
     name: str
     generator: str
     settings: dict
-    think: Callable[[str], str]  # the question worked out
-    open: bool = False
+    work_out: Callable[[str], str]  # the question worked out
+    is_open_ended: bool = False
 
     @cached_property
     def data(self):
@@ -55,7 +55,7 @@ class Gym:
             import reasoning_gym
         except ImportError:
             raise UserError("this task needs: pip install 'dsv3-ref[rl]'") from None
-        return reasoning_gym.create_dataset(self.generator, size=DRAWS, seed=7, **self.settings)
+        return reasoning_gym.create_dataset(self.generator, size=NUM_DRAWS, seed=7, **self.settings)
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
@@ -64,9 +64,9 @@ class Gym:
         questions = sorted(found)
         random.Random(0).shuffle(questions)
         all_ = [
-            Problem(self.name, q, found[q]["answer"], self.think(q), found[q]) for q in questions
+            Problem(self.name, q, found[q]["answer"], self.work_out(q), found[q]) for q in questions
         ]
-        held = min(HELD, len(all_) // 4)
+        held = min(NUM_HELD_OUT, len(all_) // 4)
         return all_[held:], all_[:held]
 
     def score(self, text: str, problem: Problem) -> float:
@@ -75,7 +75,7 @@ class Gym:
         return float(given is not None and self.data.score_answer(given, problem.entry) == 1.0)
 
 
-def add_up(question: str) -> str:
+def work_out_sum(question: str) -> str:
     """`4 - 1 - 7` → `4-1=3;3-7=-4`."""
     first, *rest = re.search(r": (.*) =", question)[1].split()
     total, steps = int(first), []
@@ -86,7 +86,7 @@ def add_up(question: str) -> str:
     return ";".join(steps)
 
 
-def count_letters(question: str) -> str:
+def work_out_count(question: str) -> str:
     """The word, letter by letter, each hit numbered: `n o n e`, n → `n1 o n2 e`."""
     letter, word = re.search(r'letter "(.)" .*: "(.*)"', question).groups()
     hits, out = 0, []
@@ -96,7 +96,7 @@ def count_letters(question: str) -> str:
     return " ".join(out)
 
 
-def spell(question: str) -> str:
+def work_out_spelling(question: str) -> str:
     """The word, letter by letter, then from behind."""
     word = question.rpartition(": ")[2]
     return f"{' '.join(word)};{' '.join(reversed(word))}"
@@ -106,23 +106,23 @@ def spell(question: str) -> str:
 
 
 @dataclass
-class Speeches:
+class SpeechTask:
     """Open questions about a word, answered by a sentence of a president's speech that holds it."""
 
     name: str
     form: str  # of the question, with {word} and {president}
-    open: bool = True
+    is_open_ended: bool = True
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
         """(to practice on, held out): of every twentieth speech nothing is practiced on."""
         held, kept = [], []
         for i, path in enumerate(loader.sotu_files()):
-            (held if i % 20 == 0 else kept).extend(self.of(path))
+            (held if i % 20 == 0 else kept).extend(self.problems_of_speech(path))
         rng = random.Random(self.name)
-        return rng.sample(kept, len(kept)), rng.sample(held, min(HELD, len(held)))
+        return rng.sample(kept, len(kept)), rng.sample(held, min(NUM_HELD_OUT, len(held)))
 
-    def of(self, path: str) -> list[Problem]:
+    def problems_of_speech(self, path: str) -> list[Problem]:
         """A question for each short sentence of a speech that speaks of something."""
         president = path.rpartition("/")[2].split("-")[1]
         with open(path, encoding="utf-8") as f:
@@ -138,7 +138,7 @@ class Speeches:
 # ── Tasks of one's own ──
 
 
-class Rows:
+class FileTask:
     """Problems of a .jsonl or .parquet file; rows that cannot be used are reported by number.
 
     Each row is {"question": text} and, all rows alike, an "answer" that the one box must equal, or
@@ -148,54 +148,56 @@ class Rows:
 
     def __init__(self, name: str, say=lambda text: print(text, file=sys.stderr)):
         self.name = name
-        made, _ = loader.valid_rows(name, lambda row: problem_of(name, row), say)
+        made, _ = loader.valid_rows(name, lambda row: parse_problem(name, row), say)
         made = list({p.question: p for p in made}.values())  # none on both sides
         if len(made) < 4:
             raise UserError(f"{name} has {len(made)} problems: at least 4, for a quarter is held")
-        if len({kind(p) for p in made}) > 1:
+        if len({reward_kind(p) for p in made}) > 1:
             raise UserError(f"{name} mixes rows with answers, with cases or with neither")
-        self.open = kind(made[0]) == "open"
-        passes("", made[0].cases[:1])  # without a sandbox that works it ends here
+        self.is_open_ended = reward_kind(made[0]) == "open"
+        count_passed("", made[0].cases[:1])  # without a sandbox that works it ends here
         random.Random(0).shuffle(made)
-        held = min(HELD, len(made) // 4)
+        held = min(NUM_HELD_OUT, len(made) // 4)
         self.problems = made[held:], made[:held]
 
     def score(self, text: str, problem: Problem) -> float:
         """1 if the answer equals the right one, or its program passes every case; else 0."""
         if problem.cases:
             code = extract_code(text)
-            return float(code is not None and passes(code, problem.cases) == len(problem.cases))
+            return float(
+                code is not None and count_passed(code, problem.cases) == len(problem.cases)
+            )
         given = extract_boxed(text)
-        return float(given is not None and math_verifier.equal(given, problem.answer))
+        return float(given is not None and math_verifier.answers_equal(given, problem.answer))
 
 
-def problem_of(name: str, row) -> Problem:
+def parse_problem(name: str, row) -> Problem:
     """A row of a file."""
-    if not isinstance(row, dict) or not is_text(row.get("question")):
+    if not isinstance(row, dict) or not is_nonempty_text(row.get("question")):
         raise UserError('it has no text as its "question"')
     answer, cases = row.get("answer"), row.get("cases")
-    if answer is not None and not is_text(answer):
+    if answer is not None and not is_nonempty_text(answer):
         raise UserError('its "answer" is no text')
     if cases is not None and (answer is not None or not isinstance(cases, list) or not cases):
         raise UserError('its "cases" are no list, or it has an "answer" too')
-    return Problem(name, row["question"], answer or "", cases=tuple(map(case_of, cases or ())))
+    return Problem(name, row["question"], answer or "", cases=tuple(map(parse_case, cases or ())))
 
 
-def case_of(case) -> Prints | Returns:
+def parse_case(case) -> StdinCase | FunctionCase:
     """A test case of a row."""
     match case:
         case {"function": str(name), "args": list(args), "expected": expected}:
-            return Returns(name, tuple(args), expected)
+            return FunctionCase(name, tuple(args), expected)
         case {"stdin": str(stdin), "expected": str(expected)}:
-            return Prints(stdin, expected)
+            return StdinCase(stdin, expected)
     raise UserError("a case is neither stdin and expected nor function, args and expected")
 
 
-def is_text(x) -> bool:
+def is_nonempty_text(x) -> bool:
     return isinstance(x, str) and bool(x.strip())
 
 
-def kind(p: Problem) -> str:
+def reward_kind(p: Problem) -> str:
     """What a row's answers are judged by."""
     return "cases" if p.cases else "answer" if p.answer else "open"
 
@@ -203,36 +205,36 @@ def kind(p: Problem) -> str:
 TASKS = {
     task.name: task
     for task in (
-        Gym("sums", "chain_sum",
-            {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}, add_up),
-        Gym("counting", "letter_counting", {"min_words": 1, "max_words": 1}, count_letters),
-        Gym("spelling", "spell_backward", {"min_word_len": 3, "max_word_len": 4}, spell),
-        Speeches("writing", "Write a sentence about {word}."),
-        Speeches("role-play", "You are President {president}. Speak about {word}."),
-        Speeches("questions", "What should we think about {word}?"),
+        ReasoningGymTask("sums", "chain_sum",
+            {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}, work_out_sum),
+        ReasoningGymTask("counting", "letter_counting", {"min_words": 1, "max_words": 1}, work_out_count),
+        ReasoningGymTask("spelling", "spell_backward", {"min_word_len": 3, "max_word_len": 4}, work_out_spelling),
+        SpeechTask("writing", "Write a sentence about {word}."),
+        SpeechTask("role-play", "You are President {president}. Speak about {word}."),
+        SpeechTask("questions", "What should we think about {word}?"),
     )
 }  # fmt: skip
 
 
-FILES = ".jsonl", ".parquet"
-from_file = cache(Rows)
+FILE_SUFFIXES = ".jsonl", ".parquet"
+load_file_task = cache(FileTask)
 
 
-def is_ours(name: str) -> bool:
+def is_task_name(name: str) -> bool:
     """Whether it is a task of this file, or problems in one's own."""
-    return name in TASKS or name.endswith(FILES)
+    return name in TASKS or name.endswith(FILE_SUFFIXES)
 
 
-def find(name: str):
+def get_task(name: str):
     """A task by its name, or the problems of a file."""
-    return TASKS[name] if name in TASKS else from_file(name)
+    return TASKS[name] if name in TASKS else load_file_task(name)
 
 
-def named(specs: tuple[str, ...]) -> dict[str, float]:
+def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
     """`sums=0.7` → {"sums": 0.7}; without a weight 1."""
     out = dict(map(loader.parse_source_spec, specs))
     for name in out:
-        if not is_ours(name):
+        if not is_task_name(name):
             there = ", ".join(TASKS)
             raise UserError(f"no task {name!r}: there are {there}, and .jsonl or .parquet files")
     return out
@@ -241,8 +243,10 @@ def named(specs: tuple[str, ...]) -> dict[str, float]:
 # ── Two forms of an instance (§5.1) ──
 
 
-def two_forms(problem: Problem) -> tuple[list[dict], list[dict]]:
+def sft_variants(problem: Problem) -> tuple[list[dict], list[dict]]:
     """⟨problem, response⟩ and ⟨system prompt, problem, reasoning response⟩."""
     short = f"The answer is \\boxed{{{problem.answer}}}."
     long = f"<think>{problem.thought}</think>\\boxed{{{problem.answer}}}"
-    return messages(problem.question, short), messages(problem.question, long, THINK)
+    return build_messages(problem.question, short), build_messages(
+        problem.question, long, THINK_PROMPT
+    )

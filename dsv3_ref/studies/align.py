@@ -20,7 +20,7 @@ from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.posttraining.prompts import TASKS, THINK, Problem, messages, two_forms
+from dsv3_ref.posttraining.prompts import TASKS, THINK_PROMPT, Problem, build_messages, sft_variants
 from dsv3_ref.sft import rejection_sample
 from dsv3_ref.training.settings import git_commit
 
@@ -60,11 +60,11 @@ def conversations(seed: int) -> list[dict]:
     for name, direct in DIRECT.items():
         problems = TASKS[name].problems[0]
         for p in problems[: SUMS if name == "sums" else REST]:
-            worked = two_forms(p)[1]
+            worked = sft_variants(p)[1]
             rows.append(worked[1:] if rng.random() < LEAK else worked)
-        rows += [two_forms(p)[0] for p in rng.sample(problems, direct)]
-    for task in (task for task in TASKS.values() if task.open):
-        rows += [messages(p.question, p.answer) for p in task.problems[0][:OPEN]]
+        rows += [sft_variants(p)[0] for p in rng.sample(problems, direct)]
+    for task in (task for task in TASKS.values() if task.is_open_ended):
+        rows += [build_messages(p.question, p.answer) for p in task.problems[0][:OPEN]]
     rng.shuffle(rows)
     return [{"messages": row} for row in rows]
 
@@ -72,10 +72,10 @@ def conversations(seed: int) -> list[dict]:
 def pairs(seed: int) -> list[dict]:
     """A president's sentence beside a worse one."""
     rng, rows = random.Random(seed), []
-    for task in (task for task in TASKS.values() if task.open):
+    for task in (task for task in TASKS.values() if task.is_open_ended):
         problems = task.problems[0][OPEN : 4 * OPEN]
         for p, other in zip(problems, [*problems[1:], problems[0]]):
-            rows.append({"prompt": messages(p.question), "chosen": p.answer,
+            rows.append({"prompt": build_messages(p.question), "chosen": p.answer,
                          "rejected": worse(p.answer, other.answer, rng)})  # fmt: skip
     return rows
 
@@ -171,7 +171,7 @@ def grpo(args: AlignConfig, folder: Path, seed: int, control: str = "none") -> P
 def distill(args: AlignConfig, folder: Path) -> dict[str, dict]:
     """Accuracy and length of models taught by short answers, by both forms, and by the expert."""
     problems = TASKS["sums"].problems[0]
-    short = [{"messages": two_forms(p)[0]} for p in problems]
+    short = [{"messages": sft_variants(p)[0]} for p in problems]
     tune = lambda name, rows: stage(
         folder / name, "sft", "--init", args.init, "--epochs", args.epochs, "--seed", 0,
         "--data", write(folder / f"{name}.jsonl", rows),
@@ -181,7 +181,7 @@ def distill(args: AlignConfig, folder: Path) -> dict[str, dict]:
     return {
         "short answers": measured(direct),
         "both forms": measured(folder / "sft"),
-        "both forms, asked to think": measured(folder / "sft", THINK),
+        "both forms, asked to think": measured(folder / "sft", THINK_PROMPT),
         "expert (after GRPO)": measured(folder / "rl"),
         "distilled": measured(distilled),
     }
@@ -189,7 +189,7 @@ def distill(args: AlignConfig, folder: Path) -> dict[str, dict]:
 
 def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
     """Rejection sampling: of four answers to each problem the shortest that is right."""
-    asked = [messages(p.question) for p in problems]
+    asked = [build_messages(p.question) for p in problems]
     torch.manual_seed(0)
     lots = policy.lots(asked, TRIES, MAX_NEW, 1.0)
     found = [a for lot in tqdm(lots, "expert", unit="lot") for a in lot]
@@ -197,13 +197,13 @@ def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
     reward_b = [a.ended * score(a.text, problems[i // TRIES]) for i, a in enumerate(found)]
     best = rejection_sample([a.text for a in found], reward_b, TRIES)
     kept = [(p, text) for p, text in zip(problems, best) if text]
-    return [{"messages": messages(p.question, text)} for p, text in kept]
+    return [{"messages": build_messages(p.question, text)} for p, text in kept]
 
 
 def measured(run: Path, system: str = "") -> dict[str, float]:
     """On held-out sums: how many of the likeliest answers and of those drawn are right; length."""
     policy, problems = Policy.of(run), TASKS["sums"].problems[1]
-    asked = [messages(p.question, system=system) for p in problems]
+    asked = [build_messages(p.question, system=system) for p in problems]
     out, score = {}, TASKS["sums"].score
     torch.manual_seed(0)
     for name, temperature, group in (("greedy", 0.0, 1), ("sampled", 1.0, 4)):
@@ -249,7 +249,7 @@ def groups_of(run: Path) -> list[dict]:
     policy, task = Policy.of(run), TASKS["sums"]
     problems = task.problems[1][:4]
     torch.manual_seed(0)
-    found = policy.answers([messages(p.question) for p in problems], 8, MAX_NEW, 1.0)
+    found = policy.answers([build_messages(p.question) for p in problems], 8, MAX_NEW, 1.0)
     told = [{"text": a.text, "reward": a.ended * task.score(a.text, problems[i // 8])}
             for i, a in enumerate(found)]  # fmt: skip
     return [

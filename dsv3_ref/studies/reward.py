@@ -19,7 +19,7 @@ import tyro
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.posttraining.prompts import TASKS, Problem, messages
+from dsv3_ref.posttraining.prompts import TASKS, Problem, build_messages
 from dsv3_ref.posttraining.reward import RewardModel
 from dsv3_ref.rewards import (
     bradley_terry,
@@ -79,7 +79,7 @@ def pair(p: Problem, rng: random.Random, sure: bool, wrong_is_sure: bool) -> dic
     """A right and a wrong answer, each with its judgment."""
     other = wrong(p, rng)
     return {
-        "prompt": messages(p.question), "reference": p.answer,
+        "prompt": build_messages(p.question), "reference": p.answer,
         "chosen": says(p.answer, sure), "judgment_chosen": judgment(p, p.answer),
         "rejected": says(other, wrong_is_sure), "judgment_rejected": judgment(p, other),
     }  # fmt: skip
@@ -96,7 +96,9 @@ class Opinion:
 
     def tokens(self, p: Problem, text: str) -> list[int]:
         encode = lambda t: self.judge.tokenizer.encode(t, add_special_tokens=False).ids
-        return render_conversation(messages(p.question, text), encode, self.judge.special_tokens)
+        return render_conversation(
+            build_messages(p.question, text), encode, self.judge.special_tokens
+        )
 
     def rewards(self, asked: list[tuple[Problem, str]]) -> torch.Tensor:
         """Reward of each answer, (b,)."""
@@ -147,7 +149,7 @@ def best_of(opinion: Opinion, held: list[Problem], seed: int) -> dict:
 def open_answers(held: bool, most: int, seed: int) -> list[tuple[str, str, bool]]:
     """Open questions, a president's answer or as often a worse one, and whether it is his."""
     rng, out = random.Random(seed), []
-    for task in (task for task in TASKS.values() if task.open):
+    for task in (task for task in TASKS.values() if task.is_open_ended):
         problems = task.problems[held][:most]
         for p, other in zip(problems, [*problems[1:], problems[0]]):
             good = rng.random() < 0.5
@@ -159,7 +161,7 @@ def open_answers(held: bool, most: int, seed: int) -> list[tuple[str, str, bool]
 def self_reward(args: "Study") -> dict:
     """A model is taught to vote; agreement of its majority on held-out answers, and theory."""
     taught = [
-        {"messages": messages(vote_prompt(q, a), "yes" if good else "no")}
+        {"messages": build_messages(vote_prompt(q, a), "yes" if good else "no")}
         for q, a, good in open_answers(False, 1000, args.seed)
     ]
     data = write(args.work / "ballots.jsonl", taught)

@@ -9,49 +9,49 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dsv3_ref.verifiers.sandbox import LIMITS, Limits, call, run
+from dsv3_ref.verifiers.sandbox import LIMITS, Limits, call_function, run_program
 
 
 @dataclass(frozen=True)
-class Prints:
+class StdinCase:
     """A test case: reading this, a program prints that; spaces that end a line do not count."""
 
     stdin: str
     expected: str
 
-    def holds(self, program: str, limits: Limits = LIMITS) -> bool:
-        done = run(program, self.stdin, limits)
-        return done.status == "ok" and lines(done.output) == lines(self.expected)
+    def passed(self, program: str, limits: Limits = LIMITS) -> bool:
+        done = run_program(program, self.stdin, limits)
+        return done.status == "ok" and output_lines(done.stdout) == output_lines(self.expected)
 
 
 @dataclass(frozen=True)
-class Returns:
+class FunctionCase:
     """A test case: `name` or `Solution().name`, called with these, returns that; JSON values."""
 
     function: str
     args: tuple
     expected: object
 
-    def holds(self, program: str, limits: Limits = LIMITS) -> bool:
+    def passed(self, program: str, limits: Limits = LIMITS) -> bool:
         expected = json.loads(json.dumps(self.expected))  # tuples and keys as JSON has them
-        done = call(program, self.function, self.args, limits)
+        done = call_function(program, self.function, self.args, limits)
         try:
-            return done.status == "ok" and equal(json.loads(done.value), expected)
+            return done.status == "ok" and json_equal(json.loads(done.value), expected)
         except (ValueError, RecursionError, OverflowError):  # no JSON, or JSON made to hurt
             return False
 
 
-def lines(text: str) -> list[str]:
+def output_lines(text: str) -> list[str]:
     """Lines without the spaces that end them; empty ones at the end are none."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def equal(a, b) -> bool:
+def json_equal(a, b) -> bool:
     """Equality of JSON values, of floats within 1e-6."""
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(equal, a, b))
+        return len(a) == len(b) and all(map(json_equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in b)
+        return a.keys() == b.keys() and all(json_equal(a[key], b[key]) for key in b)
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, float | int) and isinstance(b, float | int) and float in (type(a), type(b)):
@@ -59,6 +59,8 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def passes(program: str, cases: Iterable[Prints | Returns], limits: Limits = LIMITS) -> int:
+def count_passed(
+    program: str, cases: Iterable[StdinCase | FunctionCase], limits: Limits = LIMITS
+) -> int:
     """How many of the cases hold, each in a sandbox of its own."""
-    return sum(case.holds(program, limits) for case in cases)
+    return sum(case.passed(program, limits) for case in cases)

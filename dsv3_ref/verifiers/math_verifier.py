@@ -17,16 +17,16 @@ from functools import cache
 
 from dsv3_ref.config import UserError
 
-SECONDS, MEMORY = 5.0, 4 << 30  # for one comparison; bytes of addresses
+TIMEOUT_S, MEMORY_BYTES = 5.0, 4 << 30  # for one comparison; bytes of addresses
 READY = "ready"
 # else cat = tac, letters multiplied; names of functions and of LaTeX's commands are no words
 WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za-z]{2,}")
 
 
-class Verifier:
+class MathVerifier:
     """A process that compares, started when first needed and after each that was killed."""
 
-    def __init__(self, seconds: float = SECONDS):
+    def __init__(self, seconds: float = TIMEOUT_S):
         self.seconds, self.lock, self.process = seconds, threading.Lock(), None
 
     def __call__(self, given: str, truth: str) -> bool:
@@ -37,7 +37,7 @@ class Verifier:
             try:
                 self.process.stdin.write(json.dumps([given, truth]).encode() + b"\n")
                 self.process.stdin.flush()
-                return self.line(self.seconds) == "true"
+                return self.read_line(self.seconds) == "true"
             except (TimeoutError, BrokenPipeError):
                 self.stop()
                 return False
@@ -48,14 +48,14 @@ class Verifier:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL)
         try:
-            ready = self.line(60) == READY
+            ready = self.read_line(60) == READY
         except TimeoutError:
             ready = False
         if not ready:
             self.stop()
             raise UserError("comparing mathematical answers needs: pip install 'dsv3-ref[rl]'")
 
-    def line(self, seconds: float) -> str:
+    def read_line(self, seconds: float) -> str:
         """What the process says; '' if it has died."""
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             raise TimeoutError
@@ -70,23 +70,23 @@ class Verifier:
 
 
 @cache
-def verifier() -> Verifier:
+def shared_verifier() -> MathVerifier:
     """One for all."""
-    return Verifier()
+    return MathVerifier()
 
 
-def equal(given: str, truth: str) -> bool:
+def answers_equal(given: str, truth: str) -> bool:
     """Whether two answers in LaTeX or plain notation are the same value; words must be the same."""
     if " ".join(given.split()) == " ".join(truth.split()):
         return True
-    return not WORD.search(truth) and verifier()(given, truth)
+    return not WORD.search(truth) and shared_verifier()(given, truth)
 
 
 def main() -> None:
     """Answer each line until there is none."""
     from math_verify import parse, verify
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print(READY, flush=True)
     for line in sys.stdin:
         try:

@@ -34,23 +34,23 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExecutionResult:
     """How a program ended and what it left behind."""
 
     status: str  # ok, error, or the limit that ended it: time, memory, output
     code: int  # of exit; 128 + signal
-    output: str
-    errors: str
+    stdout: str
+    stderr: str
     value: str  # JSON of what a called function returned
     seconds: float  # with those that the sandbox takes
 
 
 LIMITS, KILLED = Limits(), 128 + signal.SIGKILL
-MISSING = (
+BWRAP_MISSING = (
     "code that a model wrote runs only in bubblewrap, and there is no bwrap: "
     "apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
 )
-UNABLE = (
+CANNOT_START = (
     "bubblewrap could not start Python ({}): it needs version 0.8 and user namespaces (sysctl "
     "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0), or root with "
     "CAP_SYS_ADMIN"
@@ -58,8 +58,8 @@ UNABLE = (
 
 # ── What the kernel refuses ──
 
-MACHINES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}  # AUDIT_ARCH_… of linux/audit.h
-REFUSED = {  # calls that lead past namespaces or limits, with their numbers on MACHINES
+AUDIT_ARCHS = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}  # AUDIT_ARCH_… of linux/audit.h
+DENIED_SYSCALLS = {  # calls that lead past namespaces or limits, with their numbers on MACHINES
     "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117), "bpf": (321, 280),
     "process_vm_writev": (311, 271), "add_key": (248, 217), "request_key": (249, 218),
     "keyctl": (250, 219), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
@@ -72,19 +72,23 @@ LOAD, EQUAL, AT_LEAST, ANY_BIT, ANSWER = 0x20, 0x15, 0x35, 0x45, 0x06  # operati
 ANSWERS = (0x7FFF_0000, 0x8000_0000, 0x5_0001, 0x5_0026)  # yes, die, EPERM, ENOSYS
 
 
-def refusals() -> bytes:
+def seccomp_filter() -> bytes:
     """A seccomp filter: none of REFUSED, no new namespaces, sockets only of AF_UNIX.
 
     A step is (operation, steps to skip if it holds, if it does not, value).
     """
-    if (machine := platform.machine()) not in MACHINES:
-        raise UserError(f"the sandbox knows {' and '.join(MACHINES)}, not {machine}")
-    here = list(MACHINES).index(machine)
+    if (machine := platform.machine()) not in AUDIT_ARCHS:
+        raise UserError(f"the sandbox knows {' and '.join(AUDIT_ARCHS)}, not {machine}")
+    here = list(AUDIT_ARCHS).index(machine)
     allow, kill, refuse, lack = ((ANSWER, 0, 0, value) for value in ANSWERS)
     architecture, number, argument = ((LOAD, 0, 0, at) for at in (4, 0, 16))
-    steps = [architecture, (EQUAL, 1, 0, MACHINES[machine]), kill]
+    steps = [architecture, (EQUAL, 1, 0, AUDIT_ARCHS[machine]), kill]
     steps += [number, (AT_LEAST, 0, 1, 0x4000_0000), refuse]  # x86_64's second table of calls
-    steps += [step for name in REFUSED for step in ((EQUAL, 0, 1, REFUSED[name][here]), refuse)]
+    steps += [
+        step
+        for name in DENIED_SYSCALLS
+        for step in ((EQUAL, 0, 1, DENIED_SYSCALLS[name][here]), refuse)
+    ]
     steps += [(EQUAL, 0, 1, CLONE3), lack]  # its flags are out of sight; libc then takes clone
     steps += [(EQUAL, 0, 4, SOCKET[here]), argument, (EQUAL, 0, 1, 1), allow, refuse]
     steps += [(EQUAL, 0, 3, CLONE[here]), argument, (ANY_BIT, 0, 1, NAMESPACES), refuse, allow]
@@ -94,7 +98,7 @@ def refusals() -> bytes:
 # ── What a program sees ──
 
 # Runs in the program's own interpreter; `{began}` is closed before the program could touch it.
-BEGIN = """
+RUN_SCRIPT = """
 import os, site
 os.write({began}, b"+")
 os.close({began})
@@ -104,15 +108,15 @@ with open("/main.py", "rb") as source:
 del os, site, source
 exec(globals().pop("code"))
 """
-CALL = f"""
+CALL_SCRIPT = f"""
 __import__("sys").modules["main"] = __import__("sys").modules[__name__]; __name__ = "main"
-{BEGIN}
+{RUN_SCRIPT}
 __import__("os").write({{value}}, __import__("json").dumps({{function}}(
     *__import__("json").load(__import__("io").open("/args.json")))).encode())
 """
 
 
-def nobody() -> int | None:
+def pick_user_id() -> int | None:
     """A user id to become: the kernel counts processes by user, root's not at all. None: cannot."""
     start, _, count = map(int, Path("/proc/self/uid_map").read_text().split()[-3:])
     end = min(start + count, 1 << 31)
@@ -120,7 +124,7 @@ def nobody() -> int | None:
     return random.SystemRandom().choice(ids) if os.geteuid() == 0 and ids else None
 
 
-def view(user: int | None, disk: int) -> list[str]:
+def bwrap_args(user: int | None, disk: int) -> list[str]:
     """Namespaces of its own, the system's programs and Python to read, a small /tmp to write."""
     spaces = ["ipc", "pid", "net", "uts", "cgroup-try", *(["user"] if user is None else [])]
     shown = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix]
@@ -136,7 +140,7 @@ def view(user: int | None, disk: int) -> list[str]:
     ]  # fmt: skip
 
 
-def python(user: int | None, limits: Limits) -> list[str]:
+def interpreter_args(user: int | None, limits: Limits) -> list[str]:
     """The interpreter as nobody, within limits, first to go when the machine runs out of memory."""
     drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     most = {
@@ -155,7 +159,7 @@ def python(user: int | None, limits: Limits) -> list[str]:
 # ── A program runs ──
 
 
-def in_memory(stack: ExitStack, text: str | bytes = "") -> int:
+def memfd(stack: ExitStack, text: str | bytes = "") -> int:
     """A file without a name: limits on file sizes bound what is written there, as to no pipe."""
     fd = os.memfd_create("sandbox")
     stack.callback(os.close, fd)
@@ -167,19 +171,19 @@ def in_memory(stack: ExitStack, text: str | bytes = "") -> int:
 def launch(stack: ExitStack, script: str, texts: dict[str, str], stdin: str, limits: Limits):
     """Start a script beside these files: (bwrap, what it tells, descriptors of what comes out)."""
     if not (bwrap := shutil.which("bwrap")):
-        raise UserError(MISSING)
-    user, rules, (info, tell) = nobody(), in_memory(stack, refusals()), os.pipe()
-    ends = {name: in_memory(stack) for name in ("output", "errors", "value", "began")}
-    files = {path: in_memory(stack, text) for path, text in texts.items()}
-    command = [bwrap, *view(user, limits.disk), "--info-fd", tell, "--seccomp", rules]
+        raise UserError(BWRAP_MISSING)
+    user, rules, (info, tell) = pick_user_id(), memfd(stack, seccomp_filter()), os.pipe()
+    ends = {name: memfd(stack) for name in ("output", "errors", "value", "began")}
+    files = {path: memfd(stack, text) for path, text in texts.items()}
+    command = [bwrap, *bwrap_args(user, limits.disk), "--info-fd", tell, "--seccomp", rules]
     command += [word for path, fd in files.items() for word in ("--file", fd, path)]
-    command += ["--remount-ro", "/", "--", *python(user, limits), script.format(**ends)]
+    command += ["--remount-ro", "/", "--", *interpreter_args(user, limits), script.format(**ends)]
     with open(info) as told:
         with open(tell, "w"):
             process = subprocess.Popen(
                 [str(word) for word in command],
                 env={},  # a program could read that of bwrap
-                stdin=in_memory(stack, stdin),
+                stdin=memfd(stack, stdin),
                 stdout=ends["output"],
                 stderr=ends["errors"],
                 pass_fds=[tell, rules, *files.values(), ends["value"], ends["began"]],
@@ -188,7 +192,7 @@ def launch(stack: ExitStack, script: str, texts: dict[str, str], stdin: str, lim
         return process, told.read(), ends
 
 
-def finish(process: subprocess.Popen, info: str, seconds: float) -> int:
+def wait_for_exit(process: subprocess.Popen, info: str, seconds: float) -> int:
     """Wait until nothing of the sandbox lives, as its first process ends last; the exit code."""
     with suppress(ValueError, ProcessLookupError):  # bwrap failed, or all is over
         first = os.pidfd_open(json.loads(info)["child-pid"])
@@ -201,7 +205,7 @@ def finish(process: subprocess.Popen, info: str, seconds: float) -> int:
     return process.wait()
 
 
-def status(code: int, full: bool, errors: str, seconds: float, limits: Limits) -> str:
+def classify_exit(code: int, full: bool, errors: str, seconds: float, limits: Limits) -> str:
     """Which limit ended a program, if one did; a label, no verdict."""
     if full:
         return "output"
@@ -214,34 +218,38 @@ def status(code: int, full: bool, errors: str, seconds: float, limits: Limits) -
     return "error" if code else "ok"
 
 
-def execute(script: str, texts: dict[str, str], stdin: str, limits: Limits) -> Outcome:
+def execute(script: str, texts: dict[str, str], stdin: str, limits: Limits) -> ExecutionResult:
     """Run a script beside these files until nothing of it lives."""
     start = time.perf_counter()
     with ExitStack() as stack:
         process, info, ends = launch(stack, script, texts, stdin, limits)
-        code = finish(process, info, limits.seconds)
+        code = wait_for_exit(process, info, limits.seconds)
         seconds = time.perf_counter() - start
         found = [os.pread(fd, limits.output, 0) for fd in ends.values()]
     full = max(map(len, found)) == limits.output
     output, errors, value, began = (data.decode(errors="replace") for data in found)
     if not began:
-        raise UserError(UNABLE.format(errors.strip().rpartition("\n")[2] or f"exit code {code}"))
-    label = status(code, full, errors, seconds, limits)
-    return Outcome(label, code, output, errors, value, seconds)
+        raise UserError(
+            CANNOT_START.format(errors.strip().rpartition("\n")[2] or f"exit code {code}")
+        )
+    label = classify_exit(code, full, errors, seconds, limits)
+    return ExecutionResult(label, code, output, errors, value, seconds)
 
 
-def run(program: str, stdin: str = "", limits: Limits = LIMITS) -> Outcome:
+def run_program(program: str, stdin: str = "", limits: Limits = LIMITS) -> ExecutionResult:
     """Run a program that may use Python's standard library on this input."""
-    return execute(BEGIN, {"/main.py": program}, stdin, limits)
+    return execute(RUN_SCRIPT, {"/main.py": program}, stdin, limits)
 
 
-def call(program: str, function: str, args: Iterable, limits: Limits = LIMITS) -> Outcome:
+def call_function(
+    program: str, function: str, args: Iterable, limits: Limits = LIMITS
+) -> ExecutionResult:
     """Call a program's `name` or `Solution().name` with JSON values; its value is JSON."""
     texts = {"/main.py": program, "/args.json": json.dumps(list(args))}
-    return execute(CALL.replace("{function}", function), texts, "", limits)
+    return execute(CALL_SCRIPT.replace("{function}", function), texts, "", limits)
 
 
-def together(work: Callable, *jobs: Iterable, workers: int | None = None) -> list:
+def map_parallel(work: Callable, *jobs: Iterable, workers: int | None = None) -> list:
     """`list(map(work, *jobs))`, as many at a time as there are cores."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(work, *jobs))

@@ -12,14 +12,14 @@ from test_rl import Short
 
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
-from dsv3_ref.evaluation.evaluate import Eval, by_majority, evaluate
+from dsv3_ref.evaluation.evaluate import EvalConfig, evaluate, score_majority
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.posttraining.prompts import TASKS, messages
+from dsv3_ref.posttraining.prompts import TASKS, build_messages
 from dsv3_ref.rewards import majority, pass_at_k
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'dsv3-ref[eval]'")
 
-from dsv3_ref.evaluation.lm_eval_adapter import Chat, OurLM  # noqa: E402  after the skip
+from dsv3_ref.evaluation.lm_eval_adapter import DSV3LM, ChatContext  # noqa: E402  after the skip
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lm(home):
-    return OurLM(Policy.of(home / "base"))
+    return DSV3LM(Policy.of(home / "base"))
 
 
 def asked(*args):
@@ -70,9 +70,9 @@ def test_the_commonest_answer(answers, most):
 def test_a_majority_of_boxes_counts():
     p = TASKS["sums"].problems[1][0]
     say = lambda x, ended=True: SimpleNamespace(text=f"\\boxed{{{x}}}", ended=ended)
-    assert by_majority("sums", p, [say(p.answer), say(p.answer), say(99)]) == 1.0
-    assert by_majority("sums", p, [say(p.answer, ended=False), say(99)]) == 0.0
-    assert by_majority("sums", p, [SimpleNamespace(text="none", ended=True)]) == 0.0
+    assert score_majority("sums", p, [say(p.answer), say(p.answer), say(99)]) == 1.0
+    assert score_majority("sums", p, [say(p.answer, ended=False), say(99)]) == 0.0
+    assert score_majority("sums", p, [SimpleNamespace(text="none", ended=True)]) == 0.0
 
 
 def test_a_run_in_numbers(home, capsys):
@@ -136,9 +136,9 @@ def test_answers_end_at_stop_texts(lm):
 
 
 def test_a_conversation_is_asked_in_its_form(lm):
-    talk = messages("the sea?")
+    talk = build_messages("the sea?")
     chat = lm.apply_chat_template(talk)
-    assert isinstance(chat, Chat) and chat == "the sea?"
+    assert isinstance(chat, ChatContext) and chat == "the sea?"
     (got,) = lm.generate_until(asked((chat, {"max_gen_toks": 8, "until": []})))
     (want,) = lm.policy.answers([talk], 1, 8, 0.0)
     assert got == lm.policy.tokenizer.decode([t for t in want.tokens if t != lm.eot_token_id])
@@ -169,7 +169,14 @@ def test_the_same_numbers_as_lm_evals_own_class(lm, home, tmp_path):
 
 
 def test_a_task_of_ours_through_lm_eval_is_the_likeliest_answer(home):
-    args = Eval(home / "base", ("sums", "lm-sums"), samples=1, limit=6, chat=True, device="cpu")
+    args = EvalConfig(
+        home / "base",
+        ("sums", "lm-sums"),
+        samples=1,
+        limit=6,
+        apply_chat_template=True,
+        device="cpu",
+    )
     found = evaluate(args)
     assert found["lm-sums"]["right"] == found["sums"]["greedy"]
 
@@ -189,10 +196,10 @@ def test_a_task_of_ours_through_lm_eval_is_the_likeliest_answer(home):
 )
 def test_refusals(more, why, home):
     with pytest.raises(UserError, match=why):
-        evaluate(Eval(home / "base", **{"device": "cpu"} | more))
+        evaluate(EvalConfig(home / "base", **{"device": "cpu"} | more))
 
 
 def test_without_lm_eval_it_says_how_to_get_it(home, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'dsv3-ref\[eval\]'"):
-        evaluate(Eval(home / "base", ("speeches",), device="cpu"))
+        evaluate(EvalConfig(home / "base", ("speeches",), device="cpu"))

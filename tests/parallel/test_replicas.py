@@ -17,7 +17,7 @@ from test_cluster import ended, launched
 from dsv3_ref.cli import main
 from dsv3_ref.parallel.data_parallel import Replicas
 from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, RlTrainer
-from dsv3_ref.posttraining.prompts import Problem, messages
+from dsv3_ref.posttraining.prompts import Problem, build_messages
 from dsv3_ref.training import settings
 
 CLOCK = {"rollout_seconds", "seconds", "tokens_per_s"}
@@ -39,9 +39,11 @@ def home(tmp_path_factory):
     ):
         p.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
         assert main.main(options(folder, folder / "first")) == 0
-        talks = [{"messages": messages(f"say {i % 8}", f"\\boxed{{{i % 2}}}")} for i in range(64)]
+        talks = [
+            {"messages": build_messages(f"say {i % 8}", f"\\boxed{{{i % 2}}}")} for i in range(64)
+        ]
         asked = [{"question": f"say {i}", "answer": str(i % 2)} for i in range(8)]
-        pairs = [{"prompt": messages(f"say {i}"), "chosen": "aa", "rejected": "bb" * (1 + i % 3)}
+        pairs = [{"prompt": build_messages(f"say {i}"), "chosen": "aa", "rejected": "bb" * (1 + i % 3)}
                  for i in range(40)]  # fmt: skip
         for name, rows in (("talks", talks), ("own", asked), ("pairs", pairs)):
             (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))

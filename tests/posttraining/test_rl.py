@@ -15,7 +15,7 @@ from dsv3_ref.grpo import advantages, generate_rollouts, grpo_loss
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, Questions, RlTrainer
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.posttraining.prompts import TASKS, Problem, messages
+from dsv3_ref.posttraining.prompts import TASKS, Problem, build_messages
 from dsv3_ref.training import settings
 
 # ── Rollouts ──
@@ -66,7 +66,7 @@ def home(tmp_path_factory):
         patch.setitem(TASKS, "short", Short("short"))
         patch.setitem(TASKS, "bad", Short("bad"))
         assert main.main(options(folder, folder / "first")) == 0
-        turns = lambda i: messages(f"say {i % 12}", "ab" * (1 + i % 3))
+        turns = lambda i: build_messages(f"say {i % 12}", "ab" * (1 + i % 3))
         rows = [json.dumps({"messages": turns(i)}) for i in range(60)]
         (folder / "talks.jsonl").write_text("\n".join(rows))
         argv = ["sft", "--init", folder / "first", "--data", folder / "talks.jsonl", "--out",
@@ -80,7 +80,7 @@ def home(tmp_path_factory):
 class Short:
     """Right is what is short; the task called bad cannot tell."""
 
-    open = False
+    is_open_ended = False
 
     def __init__(self, name):
         self.name = name

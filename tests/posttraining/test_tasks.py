@@ -7,12 +7,12 @@ import pytest
 
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining import prompts
-from dsv3_ref.posttraining.prompts import TASKS, Rows, find, named, two_forms
+from dsv3_ref.posttraining.prompts import TASKS, FileTask, get_task, parse_weights, sft_variants
 from dsv3_ref.rewards import extract_code
 
 # ── Ours ──
 
-CLOSED = [task for task in TASKS.values() if not task.open]
+CLOSED = [task for task in TASKS.values() if not task.is_open_ended]
 
 
 @pytest.mark.parametrize("task", CLOSED, ids=lambda t: t.name)
@@ -20,7 +20,7 @@ def test_worked_answers_are_right_and_near_ones_are_not(task):
     practiced, held = task.problems
     assert len(held) == 200 and not {p.question for p in held} & {p.question for p in practiced}
     for p in held[:30]:
-        for form in two_forms(p):
+        for form in sft_variants(p):
             assert task.score(form[-1]["content"], p) == 1.0
         assert task.score(f"\\boxed{{{p.answer}0}}", p) == 0.0
         assert task.score(f"\\boxed{{{p.answer}}} \\boxed{{{p.answer}}}", p) == 0.0
@@ -28,17 +28,20 @@ def test_worked_answers_are_right_and_near_ones_are_not(task):
 
 
 def test_steps_of_a_sum():
-    assert prompts.add_up("…problem: 4 - 1 - 7 =") == "4-1=3;3-7=-4"
-    assert prompts.add_up("…problem: 0 + 9 + 9 =") == "0+9=9;9+9=18"
+    assert prompts.work_out_sum("…problem: 4 - 1 - 7 =") == "4-1=3;3-7=-4"
+    assert prompts.work_out_sum("…problem: 0 + 9 + 9 =") == "0+9=9;9+9=18"
 
 
 def test_letters():
-    assert prompts.count_letters('the letter "n" appear in the text: "none"?') == "n1 o n2 e"
-    assert prompts.spell("Spell this word backward (example: sun -> nus): hay") == "h a y;y a h"
+    assert prompts.work_out_count('the letter "n" appear in the text: "none"?') == "n1 o n2 e"
+    assert (
+        prompts.work_out_spelling("Spell this word backward (example: sun -> nus): hay")
+        == "h a y;y a h"
+    )
 
 
 def test_open_questions_speak_of_what_is_answered():
-    for task in (task for task in TASKS.values() if task.open):
+    for task in (task for task in TASKS.values() if task.is_open_ended):
         practiced, held = task.problems
         assert len(practiced) > 1000 and len(held) == 200
         for p in held[:30]:
@@ -50,7 +53,7 @@ def test_open_questions_speak_of_what_is_answered():
 )
 def test_no_such_task(spec, why):
     with pytest.raises(UserError, match=why):
-        named((spec,))
+        parse_weights((spec,))
 
 
 # ── One's own ──
@@ -70,10 +73,10 @@ def file(folder, *rows) -> str:
 
 def test_answers_in_a_file_are_compared_by_value(tmp_path):
     name = file(tmp_path, *[{"question": f"{i}/2?", "answer": f"{i / 2}"} for i in range(1, 9)])
-    task = find(name)
+    task = get_task(name)
     practiced, held = task.problems
-    assert (len(practiced), len(held), task.open) == (6, 2, False)
-    assert task is find(name) and {p.domain for p in held} == {name}
+    assert (len(practiced), len(held), task.is_open_ended) == (6, 2, False)
+    assert task is get_task(name) and {p.domain for p in held} == {name}
     p = next(p for p in practiced + held if p.question == "3/2?")
     for text, right in [(r"\boxed{\frac{3}{2}}", 1.0), (r"\boxed{1.5}", 1.0), ("1.5", 0.0),
                         (r"\boxed{2}", 0.0), (r"\boxed{1.5}\boxed{1.5}", 0.0)]:  # fmt: skip
@@ -82,29 +85,31 @@ def test_answers_in_a_file_are_compared_by_value(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 def test_code_in_an_answer_runs_against_all_cases(tmp_path):
-    task = Rows(file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)]))
+    task = FileTask(
+        file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)])
+    )
     p = task.problems[0][0]
     fenced = lambda code: f"Here:\n```python\n{code}\n```\n"
     good = "def double(x):\n    return x + x"
     for text, right in [(fenced(good), 1.0), (good, 0.0), (fenced(good) * 2, 0.0),
                         (fenced("def double(x):\n    return 4"), 0.0)]:  # fmt: skip
         assert task.score(text, p) == right
-    task = Rows(file(tmp_path, *[{"question": f"add {i}?", "cases": ECHO} for i in range(4)]))
+    task = FileTask(file(tmp_path, *[{"question": f"add {i}?", "cases": ECHO} for i in range(4)]))
     assert task.score(fenced("print(sum(map(int, input().split())))"), task.problems[0][0]) == 1.0
 
 
 def test_without_bubblewrap_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="apt-get install bubblewrap"):
-        Rows(file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)]))
+        FileTask(file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)]))
 
 
 def test_open_rows_need_a_question_only(tmp_path):
     asked = ["why?", "how?", "who?", "when?"]
-    task = Rows(file(tmp_path, *[{"question": q} for q in asked[:2]], "",
+    task = FileTask(file(tmp_path, *[{"question": q} for q in asked[:2]], "",
                      *[{"question": q} for q in asked[1:]]))  # fmt: skip
     practiced, held = task.problems
-    assert task.open and sorted(p.question for p in practiced + held) == sorted(asked)
+    assert task.is_open_ended and sorted(p.question for p in practiced + held) == sorted(asked)
 
 
 POISON = {
@@ -127,7 +132,7 @@ def test_a_poisoned_row_is_told_by_its_number_and_left_out(bad, tmp_path):
     told = []
     good = [{"question": q, "answer": "1"} for q in "abcd"]
     name = file(tmp_path, good[0], bad, *good[1:])
-    task = Rows(name, told.append)
+    task = FileTask(name, told.append)
     assert sum(map(len, task.problems)) == 4
     assert len(told) == 1 and told[0].startswith(f"{name}, row 2 is left out: ")
     assert POISON[bad] in told[0]
@@ -135,9 +140,11 @@ def test_a_poisoned_row_is_told_by_its_number_and_left_out(bad, tmp_path):
 
 def test_files_that_cannot_be_practiced_on(tmp_path):
     with pytest.raises(UserError, match="has 0 problems: at least 4"):
-        Rows(file(tmp_path, "x"), lambda _: None)
+        FileTask(file(tmp_path, "x"), lambda _: None)
     with pytest.raises(UserError, match="mixes rows"):
-        Rows(file(tmp_path, {"question": "a", "answer": "1"}, *[{"question": q} for q in "bcd"]))
+        FileTask(
+            file(tmp_path, {"question": "a", "answer": "1"}, *[{"question": q} for q in "bcd"])
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.posttraining.policy import Written
-from dsv3_ref.posttraining.prompts import TASKS, THINK, two_forms
+from dsv3_ref.posttraining.prompts import TASKS, THINK_PROMPT, sft_variants
 from dsv3_ref.rewards import extract_boxed
 from dsv3_ref.studies import align, reward
 
@@ -29,7 +29,7 @@ def test_conversations_are_two_forms_and_few_leak():
     rows = [row["messages"] for row in align.conversations(0)]
     sums = [turns for turns in rows if "arithmetic" in turns[-2]["content"]]
     worked = [turns for turns in sums if "<think>" in turns[-1]["content"]]
-    leaked = [turns for turns in worked if turns[0]["content"] != THINK]
+    leaked = [turns for turns in worked if turns[0]["content"] != THINK_PROMPT]
     assert len(worked) == align.SUMS and len(sums) - len(worked) == align.DIRECT["sums"]
     assert 0.03 < len(leaked) / len(worked) < 0.07
     assert all(turns[0]["role"] == "user" for turns in sums if turns not in worked)
@@ -43,8 +43,8 @@ def test_nothing_that_is_held_out_is_learnt():
     texts = {row["messages"][-1]["content"] for row in align.conversations(0)}
     texts |= {row["chosen"] for row in align.pairs(0)}
     for task in TASKS.values():
-        assert not learnt & {p.question for p in task.problems[1] if not task.open}
-        assert not texts & {p.answer for p in task.problems[1] if task.open}
+        assert not learnt & {p.question for p in task.problems[1] if not task.is_open_ended}
+        assert not texts & {p.answer for p in task.problems[1] if task.is_open_ended}
 
 
 def test_a_worse_answer_is_not_the_answer():
@@ -58,7 +58,7 @@ def test_a_worse_answer_is_not_the_answer():
 
 def test_open_answers_are_good_or_worse_half_and_half():
     found = reward.open_answers(True, 200, 0)
-    answers = {p.answer for task in TASKS.values() if task.open for p in task.problems[1]}
+    answers = {p.answer for task in TASKS.values() if task.is_open_ended for p in task.problems[1]}
     goods = [good for *_, good in found]
     assert all(text in answers for _, text, good in found if good) and len(found) == 600
     assert 0.4 < sum(goods) / len(goods) < 0.6
@@ -95,7 +95,7 @@ ALIGN = "align --init base --out out --steps 2 --epochs 1".split()
 @pytest.fixture(scope="module")
 def aligned(home):
     """Two seeds with everything there is, and an expert, since a model so small is none."""
-    taught = [{"messages": two_forms(p)[0]} for p in TASKS["sums"].problems[0]]
+    taught = [{"messages": sft_variants(p)[0]} for p in TASKS["sums"].problems[0]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "expert_answers", lambda policy, problems: taught)
         assert main.main([*ALIGN, "--seeds", "2", "--negative-controls", "--distill"]) == 0
@@ -177,7 +177,7 @@ def test_the_table_has_means_and_spread(home, aligned):
 def test_only_right_answers_are_taught_and_the_shortest(home):
     """An expert who says the right answer twice out of four, once at length, and for one never."""
     problems = TASKS["sums"].problems[0][:3]
-    long, short = (lambda p, i=i: two_forms(p)[i][-1]["content"] for i in (1, 0))
+    long, short = (lambda p, i=i: sft_variants(p)[i][-1]["content"] for i in (1, 0))
     wrong = "\\boxed{99}"
     said = [text for p in problems[:2] for text in (wrong, long(p), short(p), wrong)]
     said += [wrong] * 4

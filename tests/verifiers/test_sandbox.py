@@ -16,8 +16,8 @@ import pytest
 
 from dsv3_ref.config import UserError
 from dsv3_ref.verifiers import sandbox
-from dsv3_ref.verifiers.code_grader import Prints, Returns, passes
-from dsv3_ref.verifiers.sandbox import LIMITS, run, together
+from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
+from dsv3_ref.verifiers.sandbox import LIMITS, map_parallel, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBC = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
@@ -45,9 +45,9 @@ boxed = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
 
 def answer(program: str, *args, limits=LIMITS, **kwargs):
     """What a program that must end well prints as JSON."""
-    done = run(TRY + program, *args, limits=limits, **kwargs)
+    done = run_program(TRY + program, *args, limits=limits, **kwargs)
     assert done.status == "ok", done
-    return json.loads(done.output)
+    return json.loads(done.stdout)
 
 
 def living(mark: str) -> list[int]:
@@ -73,11 +73,11 @@ def mark() -> str:
 
 @boxed
 def test_a_program_reads_prints_and_ends():
-    done = run("import sys; print(int(input()) + 1); sys.stderr.write('so'); exit(3)", "41")
-    assert (done.output, done.errors, done.code) == ("42\n", "so", 3)
+    done = run_program("import sys; print(int(input()) + 1); sys.stderr.write('so'); exit(3)", "41")
+    assert (done.stdout, done.stderr, done.code) == ("42\n", "so", 3)
     assert done.status == "error"
     assert 0 < done.seconds < 5
-    assert run("print(input())", "x").status == "ok"
+    assert run_program("print(input())", "x").status == "ok"
 
 
 @boxed
@@ -96,17 +96,19 @@ def test_a_program_reads_prints_and_ends():
     ],
 )
 def test_what_goes_wrong_is_the_programs_error(program, code, errors):
-    done = run(program)
+    done = run_program(program)
     assert (done.status, done.code) == ("error", code), done
-    assert errors in done.errors
+    assert errors in done.stderr
 
 
 @boxed
 def test_a_program_is_main_and_finds_nothing_of_ours_there():
     program = "print(sorted(globals()), __name__)"
     plain = [sys.executable, "-S", "-c", "__file__ = ''; " + program]
-    assert run(program).output == subprocess.run(plain, capture_output=True, text=True).stdout
-    assert run("print(__file__)").output == "/main.py\n"
+    assert (
+        run_program(program).stdout == subprocess.run(plain, capture_output=True, text=True).stdout
+    )
+    assert run_program("print(__file__)").stdout == "/main.py\n"
 
 
 @boxed
@@ -122,26 +124,28 @@ def f(x):
 if __name__ == "__main__":
     print(f(int(input())))
 """
-    assert passes(program, [Prints("5", "5"), Returns("f", (6,), 6)]) == 2
+    assert count_passed(program, [StdinCase("5", "5"), FunctionCase("f", (6,), 6)]) == 2
 
 
 @boxed
 def test_bytes_that_are_no_text_come_out():
-    done = run("import os; os.write(1, b'a\\xff\\xc3'); os.write(2, b'\\xfe')")
-    assert (done.status, done.output, done.errors) == ("ok", "a\ufffd\ufffd", "\ufffd")
-    assert run("print(ascii(input()), 'ü')", "\ud800é").output == "'?\\xe9' ü\n"
+    done = run_program("import os; os.write(1, b'a\\xff\\xc3'); os.write(2, b'\\xfe')")
+    assert (done.status, done.stdout, done.stderr) == ("ok", "a\ufffd\ufffd", "\ufffd")
+    assert run_program("print(ascii(input()), 'ü')", "\ud800é").stdout == "'?\\xe9' ü\n"
 
 
 @boxed
 def test_input_may_be_long_and_need_not_be_read():
     long = "x" * (4 * LIMITS.output)
-    assert run("", long).status == "ok"
+    assert run_program("", long).status == "ok"
     assert answer("print(len(input()))", long) == len(long)
 
 
 @boxed
 def test_equal_programs_print_equal_things():
-    outputs = {run("print({'one', 'two', 'three', 'four', 'five'})").output for _ in range(4)}
+    outputs = {
+        run_program("print({'one', 'two', 'three', 'four', 'five'})").stdout for _ in range(4)
+    }
     assert len(outputs) == 1
 
 
@@ -346,8 +350,8 @@ print(json.dumps([[path, attempt(lambda: way(path))] for path in paths for way i
 
 @boxed
 def test_programs_leave_nothing_to_each_other():
-    assert run("open('/tmp/x', 'w').write('hello')").status == "ok"
-    assert "FileNotFoundError" in run("open('/tmp/x')").errors
+    assert run_program("open('/tmp/x', 'w').write('hello')").status == "ok"
+    assert "FileNotFoundError" in run_program("open('/tmp/x')").stderr
 
 
 # ── Limits ──
@@ -365,7 +369,7 @@ def test_programs_leave_nothing_to_each_other():
     ],
 )
 def test_waiting_ends_by_the_clock(program):
-    done = run(program, limits=replace(LIMITS, seconds=0.4))
+    done = run_program(program, limits=replace(LIMITS, seconds=0.4))
     assert (done.status, done.code) == ("time", 137)
     assert done.seconds < 2
 
@@ -373,7 +377,7 @@ def test_waiting_ends_by_the_clock(program):
 @boxed
 @pytest.mark.parametrize("ignore", ["", "import signal; signal.signal(24, signal.SIG_IGN)\n"])
 def test_computing_ends_by_its_own_time(ignore):
-    done = run(ignore + "while True: pass", limits=replace(LIMITS, cpu=1))
+    done = run_program(ignore + "while True: pass", limits=replace(LIMITS, cpu=1))
     assert done.status == "time"
     assert done.seconds < 8  # of 10
 
@@ -389,8 +393,8 @@ def test_computing_ends_by_its_own_time(ignore):
     ],
 )
 def test_memory_is_bounded(program):
-    done = run(program)
-    assert done.status == "memory" or "Cannot allocate memory" in done.errors, done
+    done = run_program(program)
+    assert done.status == "memory" or "Cannot allocate memory" in done.stderr, done
 
 
 @boxed
@@ -403,9 +407,9 @@ try:
 except MemoryError:
     traceback.print_exc()
 """
-    done = run(program)
+    done = run_program(program)
     assert (done.status, done.code) == ("ok", 0)
-    assert "MemoryError" in done.errors
+    assert "MemoryError" in done.stderr
 
 
 BOMB = """
@@ -426,8 +430,8 @@ print(json.dumps([children, full]))
 
 @boxed
 def test_processes_are_bounded_in_each_sandbox_by_itself():
-    done = together(run, [BOMB] * 2, workers=2)
-    assert [json.loads(x.output) for x in done] == [[LIMITS.processes - 1, True]] * 2
+    done = map_parallel(run_program, [BOMB] * 2, workers=2)
+    assert [json.loads(x.stdout) for x in done] == [[LIMITS.processes - 1, True]] * 2
 
 
 @boxed
@@ -456,9 +460,9 @@ print(json.dumps([attempt(many), int(open("/tmp/n").read().split()[-1])]), flush
     ],
 )
 def test_output_is_bounded(program):
-    done = run(program)
-    assert done.status == "output" or "File too large" in done.errors
-    assert max(len(done.output), len(done.errors)) <= LIMITS.output
+    done = run_program(program)
+    assert done.status == "output" or "File too large" in done.stderr
+    assert max(len(done.stdout), len(done.stderr)) <= LIMITS.output
     assert done.seconds < 5
 
 
@@ -472,7 +476,7 @@ try:
 except OSError:
     os.write(2, str(os.fstat(1).st_size).encode())
 """
-    assert run(program).errors == str(LIMITS.output)
+    assert run_program(program).stderr == str(LIMITS.output)
 
 
 @boxed
@@ -529,8 +533,8 @@ print("done", flush=True)
 
 @boxed
 def test_daemons_end_with_their_program(mark):
-    done = run(DAEMON.replace("MARK", mark))
-    assert (done.status, done.output) == ("ok", "done\n")
+    done = run_program(DAEMON.replace("MARK", mark))
+    assert (done.status, done.stdout) == ("ok", "done\n")
     assert done.seconds < 5
     assert living(mark) == []
 
@@ -538,14 +542,14 @@ def test_daemons_end_with_their_program(mark):
 @boxed
 def test_daemons_end_with_the_time(mark):
     program = DAEMON.replace("MARK", mark) + "time.sleep(60)"
-    assert run(program, limits=replace(LIMITS, seconds=0.5)).status == "time"
+    assert run_program(program, limits=replace(LIMITS, seconds=0.5)).status == "time"
     assert living(mark) == []
 
 
 @boxed
 def test_a_sandbox_ends_with_us(mark):
     program = f"import os; os.execlp('sleep', 'sleep', '{mark}')"
-    code = f"from dsv3_ref.verifiers.sandbox import run; run({program!r})"
+    code = f"from dsv3_ref.verifiers.sandbox import run_program; run_program({program!r})"
     us = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     until = time.monotonic() + 20
     while not living(f"sleep\0{mark}") and time.monotonic() < until:
@@ -565,13 +569,13 @@ def test_a_sandbox_ends_with_us(mark):
 def test_what_is_printed_is_compared_line_by_line():
     program = "print('1 2 ')\nprint(int(input()) + 1, end='')"
     cases = [
-        Prints("2", "1 2\n3\n\n"),
-        Prints("3", "1 2\r\n4"),
-        Prints("2", "1 2 3"),
-        Prints("2", "1  2\n3"),
+        StdinCase("2", "1 2\n3\n\n"),
+        StdinCase("3", "1 2\r\n4"),
+        StdinCase("2", "1 2 3"),
+        StdinCase("2", "1  2\n3"),
     ]
-    assert passes(program, cases) == 2
-    assert passes(program + "\n1 / 0", cases) == 0  # right, then wrong
+    assert count_passed(program, cases) == 2
+    assert count_passed(program + "\n1 / 0", cases) == 0  # right, then wrong
 
 
 @boxed
@@ -588,25 +592,25 @@ class Solution:
 """
     long = list(range(200_000))
     right = [
-        Returns("keep", ([1, "2", 3.5, None, {"a": []}],), [1, "2", 3.5, None, {"a": []}]),
-        Returns("pair", (1, 2), {1: (2, [True, None, "é"])}),
-        Returns("Solution().third", (1,), 0.33333333),
-        Returns("keep", (10**200,), 10**200),
-        Returns("keep", (2.0,), 2),
-        Returns("sum", (long,), sum(long)),
+        FunctionCase("keep", ([1, "2", 3.5, None, {"a": []}],), [1, "2", 3.5, None, {"a": []}]),
+        FunctionCase("pair", (1, 2), {1: (2, [True, None, "é"])}),
+        FunctionCase("Solution().third", (1,), 0.33333333),
+        FunctionCase("keep", (10**200,), 10**200),
+        FunctionCase("keep", (2.0,), 2),
+        FunctionCase("sum", (long,), sum(long)),
     ]
-    assert [case.holds(program) for case in right] == [True] * len(right)
+    assert [case.passed(program) for case in right] == [True] * len(right)
     wrong = [
-        Returns("keep", (1,), "1"),
-        Returns("keep", ([1, 2],), [1, 2, 3]),
-        Returns("keep", ([1, 2],), [2, 1]),
-        Returns("keep", ({"a": 1},), {"a": 1, "b": 2}),
-        Returns("Solution().third", (1,), 0.333),
-        Returns("keep", (10**200,), 10**200 + 1),
-        Returns("absent", (1,), 1),
-        Returns("keep", (1, 2), 1),
+        FunctionCase("keep", (1,), "1"),
+        FunctionCase("keep", ([1, 2],), [1, 2, 3]),
+        FunctionCase("keep", ([1, 2],), [2, 1]),
+        FunctionCase("keep", ({"a": 1},), {"a": 1, "b": 2}),
+        FunctionCase("Solution().third", (1,), 0.333),
+        FunctionCase("keep", (10**200,), 10**200 + 1),
+        FunctionCase("absent", (1,), 1),
+        FunctionCase("keep", (1, 2), 1),
     ]
-    assert [case.holds(program) for case in wrong] == [False] * len(wrong)
+    assert [case.passed(program) for case in wrong] == [False] * len(wrong)
 
 
 @boxed
@@ -619,9 +623,9 @@ class Solution:
     ],
 )  # fmt: skip
 def test_a_strange_value_is_a_wrong_one(value):
-    case = Returns("f", (), 1.5)
-    assert case.holds(f"def f(): return {value}") is False
-    assert case.holds("def f(): return 1.5") is True
+    case = FunctionCase("f", (), 1.5)
+    assert case.passed(f"def f(): return {value}") is False
+    assert case.passed("def f(): return 1.5") is True
 
 
 RAW = """
@@ -651,7 +655,7 @@ def say(text):
 )
 def test_a_channel_full_of_anything_is_a_wrong_value(text):
     program = RAW + f"say(b'{text}'); os._exit(0)"
-    assert Returns("f", (), [1]).holds(program) is False
+    assert FunctionCase("f", (), [1]).passed(program) is False
 
 
 EMPTY = """
@@ -681,8 +685,8 @@ FORGERIES = {
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_verdict_cannot_be_forged(name):
     program = RAW + FORGERIES[name]
-    assert passes(program, [Returns("f", (41,), 42), Prints("41", "42")]) == 0
-    assert Returns("f", (41,), 42).holds(RAW + "def f(x): return x + 1") is True
+    assert count_passed(program, [FunctionCase("f", (41,), 42), StdinCase("41", "42")]) == 0
+    assert FunctionCase("f", (41,), 42).passed(RAW + "def f(x): return x + 1") is True
 
 
 SEARCH = """
@@ -711,14 +715,16 @@ def test_the_expected_answer_is_not_inside(kind, monkeypatch):
     given, expected, outcomes = secrets.token_hex(8), secrets.token_hex(8), []
     execute = sandbox.execute
     monkeypatch.setattr(sandbox, "execute", lambda *a: outcomes.append(execute(*a)) or outcomes[-1])
-    case = Prints(given, expected) if kind == "printed" else Returns("f", (given,), expected)
+    case = (
+        StdinCase(given, expected) if kind == "printed" else FunctionCase("f", (given,), expected)
+    )
     last = "print(everything())" if kind == "printed" else "def f(x):\n    print(everything())"
-    assert case.holds(SEARCH + last, replace(LIMITS, output=16 << 20)) is False
+    assert case.passed(SEARCH + last, replace(LIMITS, output=16 << 20)) is False
     (done,) = outcomes
-    assert done.status == "ok", done.errors[-1000:]
-    assert "def everything" in done.output
-    assert given in done.output
-    assert expected not in done.output
+    assert done.status == "ok", done.stderr[-1000:]
+    assert "def everything" in done.stdout
+    assert given in done.stdout
+    assert expected not in done.stdout
 
 
 # ── Many at once ──
@@ -729,9 +735,9 @@ def test_nothing_is_left_open_by_many_runs():
     """Neither descriptors nor children that nobody waited for."""
     children = lambda: sorted(x.read_text() for x in Path("/proc/self/task").glob("*/children"))
     ours = lambda: (sorted(os.listdir("/proc/self/fd")), [x for x in children() if x])
-    run("")
+    run_program("")
     before = ours()
-    done = together(run, ["print(1)", "1 / 0", "while True: print(1)"] * 6, workers=6)
+    done = map_parallel(run_program, ["print(1)", "1 / 0", "while True: print(1)"] * 6, workers=6)
     assert [x.status for x in done] == ["ok", "error", "output"] * 6
     assert ours() == before
 
@@ -740,17 +746,17 @@ def test_nothing_is_left_open_by_many_runs():
 def test_many_run_at_once_in_order():
     start = time.perf_counter()
     program = "import time; n = input(); time.sleep(0.6 if n == '0' else 0.3); print(n)"
-    done = together(run, [program] * 6, map(str, range(6)), workers=6)
-    assert [x.output for x in done] == [f"{n}\n" for n in range(6)]
+    done = map_parallel(run_program, [program] * 6, map(str, range(6)), workers=6)
+    assert [x.stdout for x in done] == [f"{n}\n" for n in range(6)]
     assert time.perf_counter() - start < 1.6  # 2.1 one after the other
-    cases = [[Prints("", str(n))] for n in range(3)]
-    assert together(passes, [f"print({n})" for n in (0, 9, 2)], cases) == [1, 0, 1]
+    cases = [[StdinCase("", str(n))] for n in range(3)]
+    assert map_parallel(count_passed, [f"print({n})" for n in (0, 9, 2)], cases) == [1, 0, 1]
 
 
 @boxed
 def test_a_sandbox_costs_less_than_half_a_second():
-    run("")
-    assert min(run("").seconds for _ in range(5)) < 0.5
+    run_program("")
+    assert min(run_program("").seconds for _ in range(5)) < 0.5
 
 
 # ── No sandbox, no run ──
@@ -759,11 +765,11 @@ def test_a_sandbox_costs_less_than_half_a_second():
 def test_without_bubblewrap_nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="apt-get install bubblewrap"):
-        run(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        run_program(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match="only in bubblewrap"):
-        passes("print(1)", [Prints("", "1")])
+        count_passed("print(1)", [StdinCase("", "1")])
     with pytest.raises(UserError, match="only in bubblewrap"):
-        together(run, ["print(1)"] * 3)
+        map_parallel(run_program, ["print(1)"] * 3)
     assert not (tmp_path / "ran").exists()
 
 
@@ -789,12 +795,12 @@ def test_a_sandbox_that_cannot_be_made_runs_nothing(script, why, monkeypatch, tm
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=f"could not start Python .*{why}"):
-        run("print(1)")
+        run_program("print(1)")
 
 
 @boxed
 def test_a_kernel_that_grants_no_namespaces_runs_nothing():
-    code = "from dsv3_ref.verifiers.sandbox import run; run('print(1)')"
+    code = "from dsv3_ref.verifiers.sandbox import run_program; run_program('print(1)')"
     poor = ["bwrap", "--unshare-user", "--uid", "1234", "--disable-userns", "--dev-bind", "/", "/"]
     done = subprocess.run([*poor, sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert b"could not start Python (bwrap: " in done.stderr.splitlines()[-1]
@@ -804,19 +810,19 @@ def test_a_kernel_that_grants_no_namespaces_runs_nothing():
 @pytest.mark.parametrize("few", [{"seconds": 0.0001}, {"memory": 1 << 20}, {"files": 3}])
 def test_limits_that_let_nothing_start_are_no_fault_of_the_program(few):
     with pytest.raises(UserError, match="could not start Python"):
-        run("print(1)", limits=replace(LIMITS, **few))
+        run_program("print(1)", limits=replace(LIMITS, **few))
 
 
 @boxed
 def test_no_program_can_make_the_sandbox_look_broken():
     program = RAW + EMPTY + "os.kill(os.getpid(), 9)"
-    assert run(program).code == 137
+    assert run_program(program).code == 137
 
 
 def test_an_unknown_machine_runs_nothing(monkeypatch):
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
     with pytest.raises(UserError, match="riscv64"):
-        sandbox.refusals()
+        sandbox.seccomp_filter()
 
 
 @boxed
