@@ -33,7 +33,7 @@ def parts(prefix: str, name: str, x: torch.Tensor, first: int) -> dict[str, torc
 def tensors_of(cluster, ema=None) -> dict[str, torch.Tensor]:
     """Copies of all that this rank can say: parameters, biases, moments, averages; on the CPU."""
     c, mesh = cluster.config, cluster.mesh
-    first, out = mesh.e * c.n_routed_experts // mesh.ep, {}
+    first, out = mesh.ep_rank * c.n_routed_experts // mesh.ep, {}
     for name, x in cluster.model.state_dict().items():
         out |= parts("model.", name, x, first)
     for bucket in cluster.zero.buckets:
@@ -49,7 +49,7 @@ def tensors_of(cluster, ema=None) -> dict[str, torch.Tensor]:
 def put_back(cluster, tensors: dict[str, torch.Tensor], ema=None) -> None:
     """The reverse of `tensors_of`, from tensors of the names that it gave."""
     c, mesh = cluster.config, cluster.mesh
-    first = mesh.e * c.n_routed_experts // mesh.ep
+    first = mesh.ep_rank * c.n_routed_experts // mesh.ep
     found = lambda prefix, name, like: put(parts(prefix, name, like, first), tensors)
     with torch.no_grad():
         for name, x in cluster.model.state_dict().items():

@@ -99,7 +99,7 @@ def built(c: Config, mesh, held: tuple[int, ...], n: int, seed: int) -> Transfor
 
 def share(mesh, name: str, x: torch.Tensor) -> torch.Tensor:
     """What this rank keeps of a tensor: its experts, or all."""
-    return x.chunk(mesh.ep)[mesh.e].clone() if is_expert(name) else x
+    return x.chunk(mesh.ep)[mesh.ep_rank].clone() if is_expert(name) else x
 
 
 def cut(model: Transformer, c: Config, held: tuple[int, ...], n: int) -> None:

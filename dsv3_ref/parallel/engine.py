@@ -40,10 +40,10 @@ class Cluster:
             raise UserError(f"{c.n_layers} layers cannot be cut into {stages} stages")
         with torch.device("meta"):
             whole = Transformer(c)
-        mesh.form(holders(name, c, held) for name, _ in whole.named_parameters())
+        mesh.create_reduce_groups(holders(name, c, held) for name, _ in whole.named_parameters())
         self.moe_names = list(moe_layers(whole))
         self.params = sum(p.numel() for p in whole.parameters())
-        self.model = built(c, mesh, held[mesh.p], stages, seed)
+        self.model = built(c, mesh, held[mesh.pp_rank], stages, seed)
         self.traffic = Traffic()
         self.counts = mesh.ep > 1 and not deepep  # what DeepEP carries, only DeepEP knows
         exchange = (
@@ -63,10 +63,10 @@ class Cluster:
 
         All pipelines cut alike; where rows run short, a micro-batch is empty.
         """
-        of_pipe = -(-len(tokens_bs) // self.mesh.n_data)
+        of_pipe = -(-len(tokens_bs) // self.mesh.data_size)
         size = self.micro_batch or (of_pipe if self.mesh.pp == 1 else 1)
         n = self.pipeline.micros(-(-of_pipe // size))
-        mine = tokens_bs.tensor_split(self.mesh.n_data)[self.mesh.data].tensor_split(n)
+        mine = tokens_bs.tensor_split(self.mesh.data_size)[self.mesh.data_rank].tensor_split(n)
         return list(mine), [self.loss_weight(m) / self.loss_weight(tokens_bs) for m in mine]
 
     def loss_weight(self, tokens_bs) -> int:
@@ -115,7 +115,7 @@ class Cluster:
     def summed(self, *values) -> list[float]:
         """Over all ranks; each part of a loss was computed by exactly one of them."""
         values = [float(v) if v is not None else 0.0 for v in values]
-        return self.mesh.sum(
+        return self.mesh.all_reduce_sum(
             torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
         ).tolist()
 
@@ -125,7 +125,7 @@ class Cluster:
         load_le = torch.zeros(shape, dtype=torch.int64, device=self.mesh.device)
         for name, load_e in load.items():
             load_le[self.moe_names.index(name)] = load_e
-        return self.mesh.sum(load_le)
+        return self.mesh.all_reduce_sum(load_le)
 
     def balance(self, load_le: torch.Tensor, gamma: float) -> None:
         """Move the biases of the gates that are here by the load of the global batch."""
@@ -151,7 +151,7 @@ class Cluster:
         bias_le = torch.full(shape, -torch.inf, device=self.mesh.device)
         for name, moe in moe_layers(self.model).items():
             bias_le[self.moe_names.index(name)] = moe.gate.bias
-        return list(self.mesh.largest(bias_le))
+        return list(self.mesh.all_reduce_max(bias_le))
 
     @torch.no_grad()
     def nll(self, rows_bs: torch.Tensor) -> float:

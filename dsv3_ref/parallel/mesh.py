@@ -14,7 +14,9 @@ from dsv3_ref.config import UserError
 AXES = ("pp", "dp", "ep")
 
 
-def sizes(world: int, pp: int, ep: int, dp: int | None = None) -> tuple[int, int, int]:
+def resolve_parallel_dims(
+    world: int, pp: int, ep: int, dp: int | None = None
+) -> tuple[int, int, int]:
     """(pp, dp, ep) with world = pp·dp·ep; dp defaults to what is left. V3: 16, 2, 64."""
     if dp is None:
         dp = max(1, world // (pp * ep))
@@ -33,20 +35,20 @@ class Mesh:
     def __init__(self, pp: int, dp: int, ep: int, device: torch.device):
         self.pp, self.dp, self.ep, self.device = pp, dp, ep, device
         mesh = init_device_mesh(device.type, (pp, dp, ep), mesh_dim_names=AXES)
-        self.p, self.d, self.e = mesh.get_coordinate()
+        self.pp_rank, self.dp_rank, self.ep_rank = mesh.get_coordinate()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.data, self.n_data = self.d * ep + self.e, dp * ep
+        self.data_rank, self.data_size = self.dp_rank * ep + self.ep_rank, dp * ep
         self.ep_group = mesh.get_group("ep")
-        up, down = ([dist.new_group(ranks) for ranks in self.pipes()] for _ in "ud")
-        self.up, self.down = up[self.data], down[self.data]
-        self.reduced: dict[tuple, dist.ProcessGroup] = {}
+        up, down = ([dist.new_group(ranks) for ranks in self.pipeline_ranks()] for _ in "ud")
+        self.up_group, self.down_group = up[self.data_rank], down[self.data_rank]
+        self.reduce_groups: dict[tuple, dist.ProcessGroup] = {}
 
     def rank_of(self, p: int, d: int | None = None, e: int | None = None) -> int:
         """The rank at a place; by default in this rank's own pipeline."""
-        d, e = self.d if d is None else d, self.e if e is None else e
+        d, e = self.dp_rank if d is None else d, self.ep_rank if e is None else e
         return (p * self.dp + d) * self.ep + e
 
-    def pipes(self) -> list[list[int]]:
+    def pipeline_ranks(self) -> list[list[int]]:
         """The ranks of every pipeline, by data index."""
         return [
             [self.rank_of(p, d, e) for p in range(self.pp)]
@@ -54,7 +56,7 @@ class Mesh:
             for e in range(self.ep)
         ]
 
-    def form(self, holders: Iterable[tuple[int, ...]]) -> None:
+    def create_reduce_groups(self, holders: Iterable[tuple[int, ...]]) -> None:
         """Make the groups over which the gradients of what these pp ranks hold are summed.
 
         Dense parameters: over holders × dp × ep. Experts: over holders × dp, for every e its own.
@@ -66,9 +68,9 @@ class Mesh:
                     ranks = [self.rank_of(p, d, e) for p in ps for d in range(self.dp) for e in es]
                     group = dist.new_group(ranks)
                     if self.rank in ranks:
-                        self.reduced[ps, expert] = group
+                        self.reduce_groups[ps, expert] = group
 
-    def node_groups(self, ranks_per_node: int):
+    def create_node_groups(self, ranks_per_node: int):
         """Of this rank: the group across nodes at its place, and the one inside its node."""
         if self.ep % ranks_per_node:
             raise UserError(f"an expert group of {self.ep} ranks has no nodes of {ranks_per_node}")
@@ -88,30 +90,30 @@ class Mesh:
                         mine[kind] = group if self.rank in ranks else mine[kind]
         return mine
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, x: torch.Tensor) -> torch.Tensor:
         """Over all ranks, in place."""
         dist.all_reduce(x)
         return x
 
-    def largest(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
         """Over all ranks, in place."""
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
-    def from_first(self, x: torch.Tensor | None, shape=None, dtype=None) -> torch.Tensor:
+    def broadcast_from_rank0(self, x: torch.Tensor | None, shape=None, dtype=None) -> torch.Tensor:
         """What rank 0 has, everywhere."""
         x = torch.empty(shape, dtype=dtype, device=self.device) if x is None else x.to(self.device)
         dist.broadcast(x, 0)
         return x
 
 
-def under_torchrun() -> bool:
+def is_launched_distributed() -> bool:
     """Whether a launcher has given this process a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
-def joined(name: str = "auto", timeout: float = 600.0):
+def init_distributed(name: str = "auto", timeout: float = 600.0):
     """The process group of torchrun, until the end of the `with`; yields this rank's device."""
     cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"

@@ -15,7 +15,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.parallel.build import share
 from dsv3_ref.parallel.data_parallel import Replicas, Several
 from dsv3_ref.parallel.engine import Cluster
-from dsv3_ref.parallel.mesh import Mesh, joined, sizes
+from dsv3_ref.parallel.mesh import Mesh, init_distributed, resolve_parallel_dims
 from dsv3_ref.parallel.watchdog import doing, watch
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training import resume, settings
@@ -33,7 +33,9 @@ class Ranks(Several):
     """
 
     def __init__(self, args: TrainConfig, folder: Path, device: torch.device):
-        self.mesh = Mesh(*sizes(dist.get_world_size(), args.pp, args.ep, args.dp or None), device)
+        self.mesh = Mesh(
+            *resolve_parallel_dims(dist.get_world_size(), args.pp, args.ep, args.dp or None), device
+        )
         super().__init__(args, folder)
 
     @property
@@ -76,7 +78,7 @@ class Ranks(Several):
         shape = n, self.args.recipe.seq_len + 1
         rows_bs = self.rows.next_batch(n) if self.first else None
         with doing(f"rows of step {self.step + 1}", range(self.mesh.world)):
-            return self.mesh.from_first(rows_bs, shape, torch.int64)
+            return self.mesh.broadcast_from_rank0(rows_bs, shape, torch.int64)
 
     def compute(self, tokens_bs, *settings) -> StepStats:
         return self.cluster.train_step(tokens_bs, *settings)
@@ -164,7 +166,7 @@ def run(args: TrainConfig, command: str | None = None, trainer_of=Trainer) -> Pa
     """A run as one of the ranks that torchrun or srun has started."""
     settings.validate_args(args)
     tune_malloc()
-    with joined(args.device) as device, ExitStack() as stack:
+    with init_distributed(args.device) as device, ExitStack() as stack:
         folder = from_first(lambda: stack.enter_context(settings.lock_run_dir(args)))
         asked = stack.enter_context(catch_signals())
         here = dist.get_rank(), dist.get_world_size()

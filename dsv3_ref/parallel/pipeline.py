@@ -39,23 +39,25 @@ class Post:
 
     def __init__(self, mesh, orders: dict, at, shape_of, dtype):
         self.mesh, self.at, self.shape_of, self.dtype = mesh, at, shape_of, dtype
-        self.coming = {src: list(keys) for (src, dst), keys in orders.items() if dst == mesh.p}
+        self.coming = {
+            src: list(keys) for (src, dst), keys in orders.items() if dst == mesh.pp_rank
+        }
         self.here, self.asked, self.sent = {}, {}, []
 
     def put(self, key: Action, x: torch.Tensor) -> None:
         """Send it to its rank, or keep it if that is this one."""
         dst = self.at(key)
-        if dst == self.mesh.p:
+        if dst == self.mesh.pp_rank:
             self.here[key] = x
         elif x.numel():
-            group = self.mesh.up if dst > self.mesh.p else self.mesh.down
+            group = self.mesh.up_group if dst > self.mesh.pp_rank else self.mesh.down_group
             work = dist.isend(x.contiguous(), self.mesh.rank_of(dst), group=group)
             self.sent.append((work, x))
 
     def ask(self, key: Action) -> None:
         """Start to receive a message, and those that its sender sends before it."""
         for src, keys in self.coming.items():
-            group = self.mesh.up if src < self.mesh.p else self.mesh.down
+            group = self.mesh.up_group if src < self.mesh.pp_rank else self.mesh.down_group
             while key in keys:
                 x, first = self.empty(keys[0]), keys.pop(0)
                 self.asked[first] = dist.irecv(x, self.mesh.rank_of(src), group=group), x
@@ -93,7 +95,8 @@ class Pipeline:
         self.mesh, self.name, self.config = mesh, name, c
         self.last = max(s for of_rank in held for s in of_rank)
         self.stages = {
-            s: Stage(model, c, s, self.last + 1, exchange, special_tokens) for s in held[mesh.p]
+            s: Stage(model, c, s, self.last + 1, exchange, special_tokens)
+            for s in held[mesh.pp_rank]
         }
         self.dtype = next(model.parameters()).dtype
 
@@ -114,7 +117,7 @@ class Pipeline:
         orders = messages(steps, self.last, at, [len(m) for m in micros])
         shape = lambda m: (*self.stages[first].read(micros[m]).shape, self.config.dim)
         one = Pass(self, micros, weights, Post(self.mesh, orders, at, shape, self.dtype), training)
-        mine = steps[self.mesh.p]
+        mine = steps[self.mesh.pp_rank]
         for step, following in zip(mine, [*mine[1:], ()]):
             one.expect(step + following)
             one.do(step)

@@ -83,15 +83,15 @@ def dispatch_levels(c: Config, mesh, ranks_per_node: int, traffic: Traffic) -> l
     share, nodes = c.n_routed_experts // mesh.ep, mesh.ep // ranks_per_node if ranks_per_node else 1
     link = lambda e: (
         "local"
-        if e == mesh.e
+        if e == mesh.ep_rank
         else "intranode"
-        if on_same_node(e, mesh.e, ranks_per_node)
+        if on_same_node(e, mesh.ep_rank, ranks_per_node)
         else "internode"
     )
     if nodes == 1:
         return [DispatchLevel(mesh.ep_group, share, [link(e) for e in range(mesh.ep)], traffic)]
-    across, inside = mesh.node_groups(ranks_per_node)
-    first = mesh.e % ranks_per_node, mesh.e - mesh.e % ranks_per_node
+    across, inside = mesh.create_node_groups(ranks_per_node)
+    first = mesh.ep_rank % ranks_per_node, mesh.ep_rank - mesh.ep_rank % ranks_per_node
     return [
         DispatchLevel(
             across,

@@ -75,7 +75,7 @@ class Zero:
             key = holders(name, c, held), is_expert(name)
             named[*key, p.ndim > 1][name] = p
         self.buckets = [
-            Bucket(params, mesh.reduced[ps, expert], sharded)
+            Bucket(params, mesh.reduce_groups[ps, expert], sharded)
             for (ps, expert, _), params in sorted(named.items())
         ]
         decays = [matrix for _, _, matrix in sorted(named)]
@@ -93,7 +93,7 @@ class Zero:
         squares = sum(
             b.own.grad.double().square().sum() / (1 if b.sharded else b.size) for b in self.buckets
         )
-        norm = math.sqrt(self.mesh.sum(squares).item())
+        norm = math.sqrt(self.mesh.all_reduce_sum(squares).item())
         scale = min(1.0, clip / (norm + 1e-6))
         for b in self.buckets:
             b.own.grad.mul_(scale)

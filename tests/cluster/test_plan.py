@@ -103,7 +103,7 @@ def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
     moments = of(lambda b: sum(m.nbytes for m in c.zero.moments(b).values()))
     grads = of(lambda b: b.grad.nbytes + b.own.grad.nbytes)
     found = {"parameters": of(lambda b: b.flat.nbytes), "gradients": grads, "moments": moments}
-    return mesh.p, found, max(held), dict(c.traffic.bytes)
+    return mesh.pp_rank, found, max(held), dict(c.traffic.bytes)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe"])

@@ -209,10 +209,10 @@ def layer(mesh):
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     for name in ("w1", "w2", "w3"):
-        mine = getattr(moe.experts, name).detach().chunk(mesh.ep)[mesh.e].clone()
+        mine = getattr(moe.experts, name).detach().chunk(mesh.ep)[mesh.ep_rank].clone()
         setattr(moe.experts, name, torch.nn.Parameter(mine))
-    torch.manual_seed(5 + mesh.e)
-    x_nd, g_nd = torch.randn(2, 0 if mesh.e == 1 else 7 + mesh.e, WIDE.dim).bfloat16()
+    torch.manual_seed(5 + mesh.ep_rank)
+    x_nd, g_nd = torch.randn(2, 0 if mesh.ep_rank == 1 else 7 + mesh.ep_rank, WIDE.dim).bfloat16()
     r = moe.gate(x_nd[None])
     return moe.experts, x_nd, r.topk_weights_bsk[0].detach(), r.topk_ids_bsk[0], g_nd
 

@@ -16,7 +16,7 @@ from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.parallel.build import built, holders
 from dsv3_ref.parallel.engine import Cluster
-from dsv3_ref.parallel.mesh import Mesh, sizes
+from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.tape import Tape, drain, interleave
 from dsv3_ref.parallel.token_dispatcher import (
     AllToAllDispatcher,
@@ -42,26 +42,26 @@ def gang():
 
 
 def test_dp_is_what_is_left_of_the_world():
-    assert sizes(2048, 16, 64) == (16, 2, 64)  # V3
-    assert sizes(8, 2, 2, 2) == (2, 2, 2)
+    assert resolve_parallel_dims(2048, 16, 64) == (16, 2, 64)  # V3
+    assert resolve_parallel_dims(8, 2, 2, 2) == (2, 2, 2)
 
 
 @pytest.mark.parametrize("world, pp, ep, dp", [(8, 3, 1, None), (8, 2, 2, 1), (4, 1, 8, None)])
 def test_ranks_that_do_not_fill_the_world_are_refused(world, pp, ep, dp):
     with pytest.raises(UserError, match=f"ranks are not the {world} there are"):
-        sizes(world, pp, ep, dp)
+        resolve_parallel_dims(world, pp, ep, dp)
 
 
 def places():
     mesh = Mesh(2, 2, 2, CPU)
-    mesh.form([(0,), (0, 1)])
+    mesh.create_reduce_groups([(0,), (0, 1)])
     mine = torch.tensor([1.0])
     members = {}
-    for key, group in mesh.reduced.items():
+    for key, group in mesh.reduce_groups.items():
         seen = mine.clone()
         torch.distributed.all_reduce(seen, group=group)
         members[key] = int(seen)
-    return (mesh.p, mesh.d, mesh.e, mesh.data), members
+    return (mesh.pp_rank, mesh.dp_rank, mesh.ep_rank, mesh.data_rank), members
 
 
 def test_groups_sum_dense_parameters_over_dp_and_ep_and_experts_over_dp(gang):
@@ -110,7 +110,7 @@ def part(p: int, stages: int):
     torch.manual_seed(3)
     whole = dict(Transformer(TINY).state_dict())
     same = [
-        torch.equal(t, whole[n].chunk(2)[mesh.e] if ".experts." in n else whole[n])
+        torch.equal(t, whole[n].chunk(2)[mesh.ep_rank] if ".experts." in n else whole[n])
         for n, t in mine.state_dict().items()
     ]
     return all(same), sorted(mine.state_dict()), torch.equal(after, torch.rand(1)), sorted(whole)
@@ -201,8 +201,8 @@ def exchanged(world: int, ranks_per_node: int, fp8: bool):
     moe, mesh = MoE(c), Mesh(1, 1, world, CPU)
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-    torch.manual_seed(5 + mesh.e)
-    n = 0 if mesh.e == 1 else 7 + mesh.e  # one rank has no tokens
+    torch.manual_seed(5 + mesh.ep_rank)
+    n = 0 if mesh.ep_rank == 1 else 7 + mesh.ep_rank  # one rank has no tokens
     x_nd = torch.randn(n, c.dim)
     r = moe.gate(x_nd[None])
     weight_nk, expert_nk = r.topk_weights_bsk[0].detach(), r.topk_ids_bsk[0]
@@ -213,8 +213,8 @@ def exchanged(world: int, ranks_per_node: int, fp8: bool):
     experts, want = moe.experts, {}
     for name in ("w1", "w2", "w3"):
         w = getattr(experts, name)
-        want[name] = mesh.sum(w.grad).chunk(world)[mesh.e]
-        setattr(experts, name, torch.nn.Parameter(w.detach().chunk(world)[mesh.e].clone()))
+        want[name] = mesh.all_reduce_sum(w.grad).chunk(world)[mesh.ep_rank]
+        setattr(experts, name, torch.nn.Parameter(w.detach().chunk(world)[mesh.ep_rank].clone()))
     tape, traffic = Tape(), Traffic()
     exchange = AllToAllDispatcher(dispatch_levels(c, mesh, ranks_per_node, traffic), fp8)
     got = drain(exchange.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
@@ -373,7 +373,7 @@ def compared(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_t
         for bucket in cluster.zero.buckets:
             flat = bucket.whole(bucket.own.grad)
             for n in bucket.names:
-                g = grads[n].chunk(mesh.ep)[mesh.e] if ".experts." in n else grads[n]
+                g = grads[n].chunk(mesh.ep)[mesh.ep_rank] if ".experts." in n else grads[n]
                 errors[n] = relative(bucket.view(flat, n), g) if g.norm() else 0.0
         stats.append((got, want))
         for _ in range(2):
