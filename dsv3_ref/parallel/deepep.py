@@ -99,11 +99,11 @@ class DeepEPDispatcher:
     def apply_experts(self, tape, experts, x_nd, weight_nk, expert_nk):
         """Σ_k w_nk·expert_nk(x_n) over experts on many ranks; a generator."""
         dispatch = DeepEPDispatch(self, expert_nk)
-        sent = yield from tape.send(dispatch, x_nd, weight_nk)
+        sent = yield from tape.run_comm(dispatch, x_nd, weight_nk)
         arrived = dispatch.unpack()
         here = lambda x_md, weight_mk: apply_local_experts(experts, x_md, weight_mk, *arrived)
         y_md = tape.run(here, *sent)
-        return (yield from tape.send(DeepEPCombine(self, dispatch.handle), y_md))[0]
+        return (yield from tape.run_comm(DeepEPCombine(self, dispatch.handle), y_md))[0]
 
     def dispatch(self, x_nd, **how):
         """Rows to other ranks: (rows of x's dtype, their FP8 codes or None, what else arrived)."""

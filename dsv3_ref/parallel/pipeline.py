@@ -8,7 +8,7 @@ import torch.distributed as dist
 from dsv3_ref import ops
 from dsv3_ref.dualpipe import Action, min_microbatches, rank_of_stage, schedule
 from dsv3_ref.parallel.stage import Seen, Stage, Weights
-from dsv3_ref.parallel.tape import Tape, drain, interleave
+from dsv3_ref.parallel.tape import Tape, interleave, run_to_completion
 from dsv3_ref.parallel.watchdog import doing
 
 # ── Messages ──
@@ -158,8 +158,8 @@ class Pass:
         if self.training:
             self.open[op.stage, op.microbatch] = (
                 tape,
-                x if x is None else tape.mark(x),
-                tape.mark(y),
+                x if x is None else tape.id_of(x),
+                tape.id_of(y),
             )
         return y
 
@@ -167,14 +167,14 @@ class Pass:
         """B: a generator; returns ∂L/∂ of the stage's input."""
         tape, x, y = self.open.pop((op.stage, op.microbatch))
         if op.stage < self.pipeline.last:
-            tape.owes(y, self.post.get(Action("B", op.stage, op.microbatch)))
+            tape.add_grad(y, self.post.get(Action("B", op.stage, op.microbatch)))
         yield from tape.backward()
-        return None if x is None else tape.owed(x)
+        return None if x is None else tape.pop_grad(x)
 
     def inputs(self, op: Action):
         """I: a backward pass that puts off the gradients of matrices."""
         with ops.deferring_wgrads() as self.later[op.stage, op.microbatch]:
-            return drain(self.backward(op))
+            return run_to_completion(self.backward(op))
         yield
 
     def matrices(self, op: Action):

@@ -95,7 +95,7 @@ class Stage:
             shared = lambda x_bsd, x_nd, y_nd: joined(block, x_bsd, x_nd, y_nd)
             x_bsd = tape.run(shared, x_bsd, tokens[0], y_nd)
         if tape.training:
-            tape.owes(balance, torch.full_like(balance, weights.alpha * weights.share))
+            tape.add_grad(balance, torch.full_like(balance, weights.alpha * weights.share))
         seen.balance = seen.balance + balance * weights.share
         seen.count(place + ".ffn", expert, self.config.n_routed_experts)
         return x_bsd
@@ -133,7 +133,7 @@ class Stage:
         nll = lambda h: linear_cross_entropy(h.flatten(0, -2), head, target_n) / n
         value = tape.run(nll, h)
         if tape.training:
-            tape.owes(value, torch.full_like(value, weight * share))
+            tape.add_grad(value, torch.full_like(value, weight * share))
         return value * share
 
 

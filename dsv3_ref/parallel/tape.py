@@ -21,20 +21,20 @@ class Tape:
 
     def __init__(self, training: bool = True):
         self.training, self.records, self.grads = training, [], {}
-        self.marks, self.fresh = WeakTensorKeyDictionary(), count()
+        self.ids, self.next_id = WeakTensorKeyDictionary(), count()
 
-    def mark(self, x: torch.Tensor) -> int:
+    def id_of(self, x: torch.Tensor) -> int:
         """What stands for a tensor of this tape, so that it need not be kept."""
-        if x not in self.marks:
-            self.marks[x] = next(self.fresh)
-        return self.marks[x]
+        if x not in self.ids:
+            self.ids[x] = next(self.next_id)
+        return self.ids[x]
 
     def run(self, fn, *xs):
         """fn(*xs) as a piece of its own; results are cut off from it."""
         if not self.training:
             with torch.no_grad():
                 return fn(*xs)
-        piece = Piece(len(xs))
+        piece = GraphSegment(len(xs))
         with torch.enable_grad():
             made = fn(*(piece.enter(i, x) for i, x in enumerate(xs)))
         piece.ends = [get_gradient_edge(y) if y.requires_grad else None for y in as_tuple(made)]
@@ -42,7 +42,7 @@ class Tape:
         self.record(piece, xs, outs)
         return outs if isinstance(made, tuple) else outs[0]
 
-    def send(self, transfer, *xs) -> Generator:
+    def run_comm(self, transfer, *xs) -> Generator:
         """transfer.forward(*xs), which yields while it is under way; returns its results."""
         outs = yield from transfer.forward(*xs)
         if self.training:
@@ -50,11 +50,11 @@ class Tape:
         return outs
 
     def record(self, part, xs, outs) -> None:
-        self.records.append((part, [*map(self.mark, xs)], [*map(self.mark, outs)]))
+        self.records.append((part, [*map(self.id_of, xs)], [*map(self.id_of, outs)]))
 
-    def owes(self, out: torch.Tensor | int, grad) -> None:
+    def add_grad(self, out: torch.Tensor | int, grad) -> None:
         """∂L/∂out, or a part of it; out: a tensor or its mark."""
-        out = out if isinstance(out, int) else self.mark(out)
+        out = out if isinstance(out, int) else self.id_of(out)
         self.grads[out] = self.grads[out] + grad if out in self.grads else grad
 
     def backward(self) -> Generator:
@@ -64,14 +64,14 @@ class Tape:
             gs = [self.grads.pop(out, None) for out in outs]
             for x, g in zip(xs, (yield from part.backward(*gs))):
                 if g is not None:
-                    self.owes(x, g)
+                    self.add_grad(x, g)
 
-    def owed(self, x: torch.Tensor | int):
+    def pop_grad(self, x: torch.Tensor | int):
         """∂L/∂x of an input, once the backward pass is over; x: a tensor or its mark."""
-        return self.grads.pop(x if isinstance(x, int) else self.mark(x), None)
+        return self.grads.pop(x if isinstance(x, int) else self.id_of(x), None)
 
 
-class Enter(torch.autograd.Function):
+class GradCapture(torch.autograd.Function):
     """y = x, and ∂L/∂y goes to `caught[i]`; a leaf would do the same and hold x in memory."""
 
     @staticmethod
@@ -85,7 +85,7 @@ class Enter(torch.autograd.Function):
         return None, None, None, None
 
 
-class Piece:
+class GraphSegment:
     """A graph by its ends, and the gradients caught where it was cut."""
 
     def __init__(self, n: int):
@@ -95,7 +95,7 @@ class Piece:
         """x as the i-th input; only floating-point numbers have a gradient."""
         if not x.is_floating_point():
             return x
-        return Enter.apply(torch.empty(0, requires_grad=True), x, self.caught, i)
+        return GradCapture.apply(torch.empty(0, requires_grad=True), x, self.caught, i)
 
     def backward(self, *gs) -> Generator:
         """Gradients of the inputs; nothing to wait for."""
@@ -106,7 +106,7 @@ class Piece:
         yield  # a generator, as a transfer's backward is
 
 
-def drain(steps: Generator):
+def run_to_completion(steps: Generator):
     """Run a generator to its end, waiting wherever it would."""
     try:
         while True:

@@ -229,9 +229,9 @@ class AllToAllDispatcher:
             mask_remote_weights(weight_nk[token_m], expert_mk),
         )
         dispatch = Dispatch(leg, expert_mk)
-        sent = yield from tape.send(dispatch, *tape.run(rows, x_nd, weight_nk))
+        sent = yield from tape.run_comm(dispatch, *tape.run(rows, x_nd, weight_nk))
         arrived = *sent, *dispatch.unpack()
         y_md = yield from self.apply_levels(tape, experts, *arrived, rest)
-        (y_md,) = yield from tape.send(Combine(leg), y_md)
+        (y_md,) = yield from tape.run_comm(Combine(leg), y_md)
         n = len(x_nd)
         return tape.run(lambda y_md: IndexAdd.apply(y_md, token_m, n), y_md)

@@ -22,7 +22,7 @@ from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh
-from dsv3_ref.parallel.tape import Tape, drain
+from dsv3_ref.parallel.tape import Tape, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher, Traffic, dispatch_levels
 
 
@@ -221,9 +221,9 @@ def passes(exchange, experts, x_nd, weight_nk, expert_nk, g_nd) -> dict:
     """Output and gradients, and how often either pass let others go on."""
     tape, experts.w1.grad, experts.w2.grad, experts.w3.grad = Tape(), None, None, None
     y_nd, pauses = counted(exchange.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
-    tape.owes(y_nd, g_nd)
+    tape.add_grad(y_nd, g_nd)
     _, more = counted(tape.backward())
-    found = {"y": y_nd, "dx": tape.owed(x_nd), "dweight": tape.owed(weight_nk)}
+    found = {"y": y_nd, "dx": tape.pop_grad(x_nd), "dweight": tape.pop_grad(weight_nk)}
     found |= {name: getattr(experts, name).grad for name in ("w1", "w2", "w3")}
     return found | {"pauses": (pauses, more)}
 
@@ -289,7 +289,10 @@ def without_training():
             DeepEPDispatcher(WIDE, mesh.ep_group),
             AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic())),
         )
-        return [drain(e.apply_experts(Tape(False), experts, *tokens)).float() for e in exchanges]
+        return [
+            run_to_completion(e.apply_experts(Tape(False), experts, *tokens)).float()
+            for e in exchanges
+        ]
 
 
 def test_a_forward_pass_alone(gang):

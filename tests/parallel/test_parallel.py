@@ -17,7 +17,7 @@ from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.parallel.build import built, holders
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
-from dsv3_ref.parallel.tape import Tape, drain, interleave
+from dsv3_ref.parallel.tape import Tape, interleave, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import (
     AllToAllDispatcher,
     Traffic,
@@ -148,18 +148,18 @@ def test_a_tape_of_pieces_has_the_gradients_of_autograd():
 
     def run():
         a = tape.run(lambda x: x @ w, x)
-        (b,) = yield from tape.send(Pause(), a)
+        (b,) = yield from tape.run_comm(Pause(), a)
         c, d = tape.run(lambda a, b: (a * b, b.sum()), a, b)  # a has two readers
         return c, d
 
-    c, d = drain(run())
-    tape.owes(c, torch.ones_like(c))
-    tape.owes(d, torch.tensor(2.0))
-    drain(tape.backward())
+    c, d = run_to_completion(run())
+    tape.add_grad(c, torch.ones_like(c))
+    tape.add_grad(d, torch.tensor(2.0))
+    run_to_completion(tape.backward())
     want_x = x.clone().requires_grad_()
     a = want_x @ w
     dx, dw = torch.autograd.grad((a * a).sum() + 2 * a.sum(), (want_x, w))
-    assert torch.allclose(tape.owed(x), dx) and torch.allclose(w.grad, dw)
+    assert torch.allclose(tape.pop_grad(x), dx) and torch.allclose(w.grad, dw)
     assert log == ["forward", "backward"]
 
 
@@ -217,12 +217,12 @@ def exchanged(world: int, ranks_per_node: int, fp8: bool):
         setattr(experts, name, torch.nn.Parameter(w.detach().chunk(world)[mesh.ep_rank].clone()))
     tape, traffic = Tape(), Traffic()
     exchange = AllToAllDispatcher(dispatch_levels(c, mesh, ranks_per_node, traffic), fp8)
-    got = drain(exchange.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
-    tape.owes(got, g_nd)
-    drain(tape.backward())
+    got = run_to_completion(exchange.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
+    tape.add_grad(got, g_nd)
+    run_to_completion(tape.backward())
     errors = {name: relative(getattr(experts, name).grad, w) for name, w in want.items()}
     if n:
-        dx, dw = tape.owed(x_nd), tape.owed(weight_nk)
+        dx, dw = tape.pop_grad(x_nd), tape.pop_grad(weight_nk)
         errors |= {"y": relative(got, y_nd), "dx": relative(dx, leaves[0].grad)}
         errors["dw"] = relative(dw, leaves[1].grad)
     return errors, dict(traffic.bytes)
