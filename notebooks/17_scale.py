@@ -260,7 +260,7 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
 # %%
 from dsv3_ref import ops
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
-from dsv3_ref.parallel.stage import Seen, Stage, Weights
+from dsv3_ref.parallel.stage import LossStats, Stage, LossWeights
 from dsv3_ref.parallel.tape import Tape, run_to_completion
 
 
@@ -283,7 +283,7 @@ def held(c: Config, n: int, fp8: bool) -> int:
     tokens_bs = torch.randint(c.vocab_size, (1, n + 1))
     with ops.use(*backends), ops.saved_tensors(True, stage.model.parameters()) as saved:
         with torch.autocast("cpu", torch.bfloat16):
-            run_to_completion(stage.forward(tape, None, tokens_bs, Weights(1.0), Seen()))
+            run_to_completion(stage.forward(tape, None, tokens_bs, LossWeights(1.0), LossStats()))
         return saved.bytes
 
 

@@ -13,7 +13,7 @@ from dsv3_ref.parallel.build import built, holders
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
-from dsv3_ref.parallel.stage import Weights
+from dsv3_ref.parallel.stage import LossWeights
 from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
 from dsv3_ref.parallel.zero import Zero
 from dsv3_ref.pretrain import StepStats
@@ -65,7 +65,7 @@ class Cluster:
         """
         of_pipe = -(-len(tokens_bs) // self.mesh.data_size)
         size = self.micro_batch or (of_pipe if self.mesh.pp == 1 else 1)
-        n = self.pipeline.micros(-(-of_pipe // size))
+        n = self.pipeline.min_microbatches(-(-of_pipe // size))
         mine = tokens_bs.tensor_split(self.mesh.data_size)[self.mesh.data_rank].tensor_split(n)
         return list(mine), [self.loss_weight(m) / self.loss_weight(tokens_bs) for m in mine]
 
@@ -94,14 +94,14 @@ class Cluster:
         depth = self.config.n_mtp_layers
         micros, shares = self.micros(tokens_bs)
         weights = [
-            Weights(share, mtp_weight / max(1, depth), r.balance_loss_coeff) for share in shares
+            LossWeights(share, mtp_weight / max(1, depth), r.balance_loss_coeff) for share in shares
         ]
         self.zero.zero_grad()
         self.traffic.clear()
         seen = self.pipeline.run(micros, weights)
         main, balance, *mtp = self.summed(seen.main, seen.balance, *map(seen.mtp.get, self.depths))
         total = main + mtp_weight / max(1, depth) * sum(mtp) + r.balance_loss_coeff * balance
-        load_le, grad_norm = self.loads(seen.load), self.zero.reduce(r.max_grad_norm)
+        load_le, grad_norm = self.loads(seen.tokens_per_expert), self.zero.reduce(r.max_grad_norm)
         skipped = skip_reason(total, grad_norm, limit)
         if not skipped:
             self.zero.step(lr)
@@ -157,6 +157,6 @@ class Cluster:
     def nll(self, rows_bs: torch.Tensor) -> float:
         """Σ of the main loss over rows of T + 1 tokens, in nats a token, times the rows."""
         micros, shares = self.micros(rows_bs)
-        seen = self.pipeline.run(micros, list(map(Weights, shares)), training=False)
+        seen = self.pipeline.run(micros, list(map(LossWeights, shares)), training=False)
         n = rows_bs[:, 1:].numel() if self.special_tokens is None else self.loss_weight(rows_bs)
         return self.summed(seen.main)[0] * n

@@ -15,7 +15,7 @@ from dsv3_ref.sft import assistant_mask, sample_cu_seqlens
 
 
 @dataclass
-class Weights:
+class LossWeights:
     """What each part of the loss counts (eq. 17, 25); the micro-batch is `share` of the batch."""
 
     share: float
@@ -24,17 +24,19 @@ class Weights:
 
 
 @dataclass
-class Seen:
+class LossStats:
     """Parts of the loss, each times its micro-batch's share, and loads by layer; of one step."""
 
     main: float | torch.Tensor = 0.0
     mtp: dict[int, torch.Tensor] = field(default_factory=dict)
     balance: float | torch.Tensor = 0.0
-    load: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens_per_expert: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def count(self, place: str, expert, n_experts: int) -> None:
+    def add_expert_load(self, place: str, expert, n_experts: int) -> None:
         """Tokens each expert of a layer received."""
-        self.load[place] = self.load.get(place, 0) + tokens_per_expert(expert, n_experts)
+        self.tokens_per_expert[place] = self.tokens_per_expert.get(place, 0) + tokens_per_expert(
+            expert, n_experts
+        )
 
 
 class Stage:
@@ -44,20 +46,26 @@ class Stage:
     """
 
     def __init__(
-        self, model: Transformer, c: Config, stage: int, n: int, exchange, special_tokens=None
+        self,
+        model: Transformer,
+        c: Config,
+        stage: int,
+        n: int,
+        token_dispatcher,
+        special_tokens=None,
     ):
         self.model, self.config, self.token_dispatcher, self.special_tokens = (
             model,
             c,
-            exchange,
+            token_dispatcher,
             special_tokens,
         )
         self.layers = stages(c, n)[stage]
         self.first, self.last = stage == 0, stage == n - 1
 
-    def forward(self, tape, x_bsd, tokens_bs, weights: Weights, seen: Seen):
+    def forward(self, tape, x_bsd, tokens_bs, weights: LossWeights, seen: LossStats):
         """From tokens or the stage before to the stage after, or to the losses; a generator."""
-        rows_bs, tokens_bs, y_bs = tokens_bs, self.read(tokens_bs), tokens_bs[:, 1:]
+        rows_bs, tokens_bs, y_bs = tokens_bs, self.model_input(tokens_bs), tokens_bs[:, 1:]
         rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
         if self.special_tokens:
             rope = rope_cos_sin_varlen(
@@ -74,7 +82,7 @@ class Stage:
             yield from self.losses(tape, x_bsd, tokens_bs, y_bs, weights, seen)
         return x_bsd
 
-    def read(self, tokens_bs):
+    def model_input(self, tokens_bs):
         """What the model reads of rows of T + 1 tokens."""
         return tokens_bs[:, :-1].reshape(1, -1) if self.special_tokens else tokens_bs[:, :-1]
 
@@ -86,18 +94,22 @@ class Stage:
         if not isinstance(block.ffn, MoE):
             return tape.run(lambda x_bsd: block(x_bsd, rope)[0], x_bsd)
         if self.token_dispatcher is None:
-            x_bsd, balance, expert = tape.run(lambda x_bsd: whole(block, x_bsd, rope), x_bsd)
+            x_bsd, balance, expert = tape.run(
+                lambda x_bsd: block_forward(block, x_bsd, rope), x_bsd
+            )
         else:
-            x_bsd, *tokens, balance, expert = tape.run(lambda x: gated(block, x, rope), x_bsd)
+            x_bsd, *tokens, balance, expert = tape.run(
+                lambda x: attention_and_gate(block, x, rope), x_bsd
+            )
             y_nd = yield from self.token_dispatcher.apply_experts(
                 tape, block.ffn.experts, *tokens, expert
             )
-            shared = lambda x_bsd, x_nd, y_nd: joined(block, x_bsd, x_nd, y_nd)
+            shared = lambda x_bsd, x_nd, y_nd: add_expert_outputs(block, x_bsd, x_nd, y_nd)
             x_bsd = tape.run(shared, x_bsd, tokens[0], y_nd)
         if tape.training:
             tape.add_grad(balance, torch.full_like(balance, weights.alpha * weights.share))
         seen.balance = seen.balance + balance * weights.share
-        seen.count(place + ".ffn", expert, self.config.n_routed_experts)
+        seen.add_expert_load(place + ".ffn", expert, self.config.n_routed_experts)
         return x_bsd
 
     def answers(self, tape, x_1nd, rows_bs, weights, seen):
@@ -140,27 +152,27 @@ class Stage:
 # ── Pieces of a block with experts ──
 
 
-def evenness(r):
+def balance_loss_or_zero(r):
     """`balance_loss`, 0 for no rows."""
     return balance_loss(r) if r.topk_ids_bsk.numel() else r.scores_bse.sum()
 
 
-def whole(block, x_bsd, rope):
+def block_forward(block, x_bsd, rope):
     """All of it, where all experts are here."""
     x_bsd, r = block(x_bsd, rope)
-    return x_bsd, evenness(r), r.topk_ids_bsk
+    return x_bsd, balance_loss_or_zero(r), r.topk_ids_bsk
 
 
-def gated(block, x_bsd, rope):
+def attention_and_gate(block, x_bsd, rope):
     """Attention and gate: (x, tokens for the experts, their weights, balance loss, experts)."""
     x_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)
     u_bsd = block.ffn_norm(x_bsd)
     r = block.ffn.gate(u_bsd)
     tokens = u_bsd.flatten(0, 1), r.topk_weights_bsk.flatten(0, 1)
-    return x_bsd, *tokens, evenness(r), r.topk_ids_bsk.flatten(0, 1)
+    return x_bsd, *tokens, balance_loss_or_zero(r), r.topk_ids_bsk.flatten(0, 1)
 
 
-def joined(block, x_bsd, u_nd, y_nd):
+def add_expert_outputs(block, x_bsd, u_nd, y_nd):
     """x + (routed experts + shared ones)."""
     u_bsd = u_nd.view(x_bsd.shape)
     return x_bsd + (y_nd.view(x_bsd.shape) + block.ffn.shared_experts(u_bsd))

@@ -15,7 +15,7 @@ from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh
-from dsv3_ref.parallel.pipeline import Pass
+from dsv3_ref.parallel.pipeline import PipelineRun
 from dsv3_ref.scale import IDEAL
 
 SMALL = replace(TINY, vocab_size=512, n_layers=5, embed_std=0.02)
@@ -90,14 +90,14 @@ def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
         SMALL, r, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True
     )
     ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(scale, q, k, v))
-    rows, held, do = torch.randint(SMALL.vocab_size, (batch, s + 1)), [], Pass.do
+    rows, held, do = torch.randint(SMALL.vocab_size, (batch, s + 1)), [], PipelineRun.run_step
     with (
         ops.use("lean", "fp8", "torch"),
         torch.autocast("cpu", torch.bfloat16),
         ops.saved_tensors(True, c.model.parameters()) as saved,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(Pass, "do", lambda *args: [do(*args), held.append(saved.bytes)])
+        patch.setattr(PipelineRun, "run_step", lambda *args: [do(*args), held.append(saved.bytes)])
         c.train_step(rows, r, 1e-3, 1e-3, 0.3)
     of = lambda bytes_: sum(map(bytes_, c.zero.buckets))
     moments = of(lambda b: sum(m.nbytes for m in c.zero.moments(b).values()))
