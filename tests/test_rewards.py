@@ -149,8 +149,8 @@ def test_a_dead_process_is_replaced():
 
 
 def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monkeypatch):
-    slow, real = math_verifier.MathVerifier(), math_verifier.MathVerifier.line
-    monkeypatch.setattr(math_verifier.MathVerifier, "line", lambda self, _: real(self, 0.0))
+    slow, real = math_verifier.MathVerifier(), math_verifier.MathVerifier.read_line
+    monkeypatch.setattr(math_verifier.MathVerifier, "read_line", lambda self, _: real(self, 0.0))
     with pytest.raises(UserError, match="pip install"):
         slow("1", "2")
     monkeypatch.undo()
