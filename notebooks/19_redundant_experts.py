@@ -34,9 +34,11 @@ from dsv3_ref.config import V3
 from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import load_result
 
-recorded = load_result("routing")  # windows of 4,096 tokens: tokens of every expert of every layer
+recorded = load_result("expert_load")  # windows of 4,096 tokens: tokens per expert of every layer
 print(recorded["command"])
-LOADS = {name: torch.tensor(x) for name, x in recorded["load"].items()}  # (windows, l, e)
+LOADS = {
+    name: torch.tensor(x) for name, x in recorded["tokens_per_expert"].items()
+}  # (windows, l, e)
 pairs = {name: x.sum(0).unflatten(-1, (8, 2)).sum(-1).float() for name, x in LOADS.items()}
 share = {name: (x / x.mean(-1, keepdim=True))[2] for name, x in pairs.items()}
 assert 3.2 < share["stdlib"].max() < 3.4 and share["sotu"].max() < 1.3
@@ -54,15 +56,16 @@ show(fig)
 # %% [markdown]
 # ## Paper
 # - **Prefill** (§3.4.1): 4 nodes of 8 GPUs share the 256 experts, 8 each. **32 redundant** copies of busy experts are added,
-#   one a GPU: 8 + 1. Which are copied follows from loads counted in service, *about every ten minutes*; then experts are
+#   one per GPU: 8 + 1. Which are copied follows from loads counted in service, *about every ten minutes*; then experts are
 #   rearranged **within their node**, so that balance costs no traffic between nodes.
 # - **Decode** (§3.4.2): 40 nodes, 320 GPUs, **one expert each**. 256 hold the routed experts, 64 the redundant ones *and
-#   the shared expert*, which counts as a routed one that every token chooses: nine a token. Renewed likewise, but with
-#   one expert a GPU there is nothing to arrange.
-# - *Being explored* then (§3.4.1): a GPU holds more experts, say 16, of which only 9 work in a step, chosen anew at every layer.
+#   the shared expert*, which counts as a routed one that every token chooses: nine per token. Renewed likewise, but with
+#   one expert per GPU there is nothing to arrange.
+# - *Being explored* then (§3.4.1): a GPU holds more experts, say 16, of which only 9 work in a step, chosen at every layer.
 #
 # How copies are chosen and laid out is not in the report but in a program that DeepSeek published later, *EPLB*
-# (expert-parallelism load balancer, MIT license). Here it is built anew, with its signature and, ties apart, its results.
+# (expert-parallelism load balancer, MIT license). This chapter writes it from its description, with its signature and, ties
+# apart, its results.
 #
 # Axes: `l` layer, `e` expert, `g` group of experts, `a` *physical* expert (a slot in some GPU's memory), `u` the copies of one
 # expert, `o` node, `j` GPU, `n` tokens, `k` a token's choices, `m` all choices in a row. $A$ slots and $J$ GPUs in all.
@@ -70,9 +73,11 @@ show(fig)
 # %%
 #| export eplb
 from collections import deque
+from functools import reduce
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from dsv3_ref.config import UserError
 from dsv3_ref.moe import tokens_per_expert
@@ -90,15 +95,16 @@ from dsv3_ref.moe import tokens_per_expert
 
 # %%
 #| export eplb
-def replicate_experts(load_le, n: int):
-    """n slots: the expert in each (l, a), which copy it is (l, a), copies of each expert (l, e).
+def replicate_experts(load_le: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give every expert a slot, and each further slot to argmax_e load_e / copies_e (§3.4.1).
 
-    Every slot beyond the first e goes to argmax_e load_e / copies_e.
+    Returns the expert in each slot (l, a), which of its copies that slot is (l, a), and the number
+    of copies of each expert (l, e). Of equals the first wins.
     """
     layers, experts = load_le.shape
     expert_la = torch.arange(experts).repeat(layers, 1)
-    copy_la, count_le = torch.zeros_like(expert_la), torch.ones_like(expert_la)
-    for _ in range(n - experts):
+    copy_la, count_le = torch.zeros_like(expert_la), torch.ones(load_le.shape, dtype=torch.long)
+    for _ in range(num_slots - experts):
         busiest_l1 = (load_le / count_le).argmax(-1, keepdim=True)
         expert_la = torch.cat([expert_la, busiest_l1], 1)
         copy_la = torch.cat([copy_la, count_le.gather(1, busiest_l1)], 1)
@@ -126,47 +132,49 @@ print("loads", load_le[0].int().tolist(), "→ experts of the slots", expert_la[
 # where $e(a)$ is the expert in slot $a$ and $w_a$ that slot's share of its load. *This* has no simple solution, and a good
 # guess will do: heaviest first, each to the lightest GPU that still has room.
 # Where each GPU has room for one slot only, slots stay in order: any order is as good. The same function packs groups
-# into nodes; `n` is how many containers there are.
+# into nodes, so it speaks of `num_packs` packs.
 
 
 # %%
 #| export eplb
-def balanced_packing(weight_lx, n: int):
-    """The container of every item (l, x), and its place there (l, x): x/n items to each of n.
+def balanced_packing(weight_lx: Tensor, num_packs: int) -> tuple[Tensor, Tensor]:
+    """Pack x items into packs of x / num_packs each: heaviest item first, into the lightest pack
+    that has room; of equals the first.
 
-    Heaviest first, to the lightest one with room; of equals the first.
+    Returns the pack of every item (l, x) and the item's rank inside that pack (l, x).
     """
     layers, items = weight_lx.shape
-    if items == n:
-        return torch.arange(n).repeat(layers, 1), torch.zeros(layers, n, dtype=torch.long)
-    into_lx = torch.zeros(layers, items, dtype=torch.long)
-    place_lx, filled_lj = torch.zeros_like(into_lx), torch.zeros(layers, n, dtype=torch.long)
-    sum_lj = torch.zeros(layers, n, dtype=weight_lx.dtype)
-    for x_l1 in weight_lx.argsort(dim=-1, descending=True, stable=True).split(1, dim=1):
-        room_lj = sum_lj.masked_fill(filled_lj == items // n, torch.inf)
-        j_l1 = room_lj.argmin(-1, keepdim=True)
-        into_lx.scatter_(1, x_l1, j_l1)
-        place_lx.scatter_(1, x_l1, filled_lj.gather(1, j_l1))
-        filled_lj.scatter_add_(1, j_l1, torch.ones_like(j_l1))
-        sum_lj.scatter_add_(1, j_l1, weight_lx.gather(1, x_l1))
-    return into_lx, place_lx
+    if items == num_packs:
+        return torch.arange(items).repeat(layers, 1), torch.zeros(layers, items, dtype=torch.long)
+    pack_lx = torch.zeros(layers, items, dtype=torch.long)
+    rank_lx = torch.zeros_like(pack_lx)
+    size_lj = torch.zeros(layers, num_packs, dtype=torch.long)
+    sum_lj = torch.zeros(layers, num_packs, dtype=weight_lx.dtype)
+    for item_l1 in weight_lx.argsort(dim=-1, descending=True, stable=True).split(1, dim=1):
+        open_lj = sum_lj.masked_fill(size_lj == items // num_packs, torch.inf)
+        pack_l1 = open_lj.argmin(-1, keepdim=True)
+        pack_lx.scatter_(1, item_l1, pack_l1)
+        rank_lx.scatter_(1, item_l1, size_lj.gather(1, pack_l1))
+        size_lj.scatter_add_(1, pack_l1, torch.ones_like(pack_l1))
+        sum_lj.scatter_add_(1, pack_l1, weight_lx.gather(1, item_l1))
+    return pack_lx, rank_lx
 
 
 # %%
-def fullest(weight_lx, into_lx, n: int):
-    """The sum of the fullest container, (l,)."""
-    return torch.zeros(len(weight_lx), n).scatter_add(1, into_lx, weight_lx).amax(-1)
+def heaviest_pack(weight_lx, pack_lx, n: int):
+    """Return the sum of the heaviest of n packs in each layer, (l,)."""
+    return torch.zeros(len(weight_lx), n).scatter_add(1, pack_lx, weight_lx).amax(-1)
 
 
 weight_lx = torch.randint(1, 100, (200, 8), generator=g).float()
-into_lx, place_lx = balanced_packing(weight_lx, 2)
-assert (into_lx.sum(-1) == 4).all()
+pack_lx, rank_lx = balanced_packing(weight_lx, 2)
+assert (pack_lx.sum(-1) == 4).all()
 assert all(sorted(zip(i, p)) == list(product(range(2), range(4)))
-           for i, p in zip(into_lx.tolist(), place_lx.tolist()))  # fmt: skip
+           for i, p in zip(pack_lx.tolist(), rank_lx.tolist()))  # fmt: skip
 halves = [torch.tensor(x) for x in combinations(range(8), 4)]
 best_l = torch.stack([weight_lx[:, x].sum(-1).maximum(weight_lx.sum(-1) - weight_lx[:, x].sum(-1))
                       for x in halves]).amin(0)  # fmt: skip
-over_l = fullest(weight_lx, into_lx, 2) / best_l - 1
+over_l = heaviest_pack(weight_lx, pack_lx, 2) / best_l - 1
 assert (over_l >= 0).all() and 0 < over_l.mean() < 0.02
 print(f"above the best of all {len(halves)} ways: {over_l.mean():.1%} on average, "
       f"{over_l.max():.0%} at worst, not at all in {(over_l == 0).float().mean():.0%}")  # fmt: skip
@@ -187,33 +195,48 @@ print(f"above the best of all {len(halves)} ways: {over_l.mean():.1%} on average
 
 # %%
 #| export eplb
-def invert_permutation(perm_lx):
-    """Where each number stands: perm[inverse[x]] = x."""
-    at_lx = torch.arange(perm_lx.shape[1]).expand_as(perm_lx)
-    return torch.empty_like(perm_lx).scatter_(1, perm_lx, at_lx)
+def invert_permutation(perm_lx: Tensor) -> Tensor:
+    """Return the inverse of each row's permutation: perm[inverse[x]] = x."""
+    index_lx = torch.arange(perm_lx.shape[1]).expand_as(perm_lx)
+    return torch.empty_like(perm_lx).scatter_(1, perm_lx, index_lx)
 
 
-def order_experts_by_node(load_le, groups: int, nodes: int):
-    """Experts ordered by node, whole groups packed into nodes: (l, e)."""
+def by_node(x_lx: Tensor, nodes: int) -> Tensor:
+    """Split each layer into its nodes, every one a row: (l, o·x) → (l·o, x)."""
+    return rearrange(x_lx, "l (o x) -> (l o) x", o=nodes)
+
+
+def by_layer(x_ox: Tensor, nodes: int) -> Tensor:
+    """Join the nodes of a layer again: (l·o, x) → (l, o·x)."""
+    return rearrange(x_ox, "(l o) x -> l (o x)", o=nodes)
+
+
+def order_experts_by_node(load_le: Tensor, groups: int, nodes: int) -> Tensor:
+    """Pack whole groups into nodes and return the experts in order of their nodes, (l, e)."""
     group_lg = rearrange(load_le, "l (g x) -> l g x", g=groups).sum(-1)
-    node_lg, place_lg = balanced_packing(group_lg, nodes)
-    order_lg = invert_permutation(node_lg * (groups // nodes) + place_lg)
+    node_lg, rank_lg = balanced_packing(group_lg, nodes)
+    order_lg = invert_permutation(node_lg * (groups // nodes) + rank_lg)
     size = load_le.shape[1] // groups
     return rearrange(order_lg[..., None] * size + torch.arange(size), "l g x -> l (g x)")
 
 
-def rebalance_experts_hierarchical(load_le, n: int, groups: int, nodes: int, gpus: int):
-    """Groups to nodes, copies inside nodes, slots to GPUs; results as of `replicate_experts`."""
-    by_node = lambda t: rearrange(t, "l (o x) -> (l o) x", o=nodes)
-    by_layer = lambda t: rearrange(t, "(l o) x -> l (o x)", o=nodes)
-    member_le = order_experts_by_node(load_le, groups, nodes)
-    load_xe = by_node(load_le.gather(1, member_le))  # x: a node of a layer
-    expert_xa, copy_xa, count_xe = replicate_experts(load_xe, n // nodes)
-    gpu_xa, place_xa = balanced_packing((load_xe / count_xe).gather(1, expert_xa), gpus // nodes)
-    slot_xa = invert_permutation(gpu_xa * (n // gpus) + place_xa)
-    expert_xa = by_node(member_le).gather(1, expert_xa.gather(1, slot_xa))
-    count_le = by_layer(count_xe).gather(1, invert_permutation(member_le))
-    return by_layer(expert_xa), by_layer(copy_xa.gather(1, slot_xa)), count_le
+def rebalance_experts_hierarchical(
+    load_le: Tensor, num_slots: int, groups: int, nodes: int, gpus: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack groups into nodes, copy experts inside nodes, pack slots into GPUs (§3.4.1).
+
+    The results are those of `replicate_experts`, slots in order of their GPUs.
+    """
+    expert_le = order_experts_by_node(load_le, groups, nodes)
+    load_xe = by_node(load_le.gather(1, expert_le), nodes)  # x: a node of a layer
+    expert_xa, copy_xa, count_xe = replicate_experts(load_xe, num_slots // nodes)
+    share_xa = (load_xe / count_xe).gather(1, expert_xa)
+    gpu_xa, rank_xa = balanced_packing(share_xa, gpus // nodes)
+    slot_xa = invert_permutation(gpu_xa * (num_slots // gpus) + rank_xa)
+    expert_xa = by_node(expert_le, nodes).gather(1, expert_xa.gather(1, slot_xa))
+    copy_la = by_layer(copy_xa.gather(1, slot_xa), nodes)
+    count_le = by_layer(count_xe, nodes).gather(1, invert_permutation(expert_le))
+    return by_layer(expert_xa, nodes), copy_la, count_le
 
 
 # %% [markdown]
@@ -224,34 +247,41 @@ def rebalance_experts_hierarchical(load_le, n: int, groups: int, nodes: int, gpu
 
 # %%
 #| export eplb
-def rebalance_experts(weight, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int):
-    """A placement by loads (layers, experts), as DeepSeek's EPLB has it (§3.4.1, §3.4.2).
-
-    physical_to_logical_map (layers, num_replicas); logical_to_physical_map (layers, experts, most
-    copies), −1: none; expert_count (layers, experts). Hierarchical if the nodes divide the groups.
-    """
-    layers, experts = weight.shape
-    even = num_groups % num_nodes == 0
-    groups, nodes = (num_groups, num_nodes) if even else (1, 1)
+def check_cluster(experts: int, num_slots: int, groups: int, nodes: int, gpus: int) -> None:
+    """Raise a `UserError` unless these numbers divide each other and every expert has a slot."""
     rules = [
         (experts % groups == 0, f"{experts} experts do not form {groups} equal groups"),
-        (num_gpus % nodes == 0, f"{num_gpus} GPUs do not form {nodes} equal nodes"),
-        (
-            num_replicas % num_gpus == 0,
-            f"{num_replicas} slots do not fill {num_gpus} GPUs evenly",
-        ),
-        (num_replicas >= experts, f"{experts} experts do not fit into {num_replicas} slots"),
+        (gpus % nodes == 0, f"{gpus} GPUs do not form {nodes} equal nodes"),
+        (num_slots % gpus == 0, f"{num_slots} slots do not fill {gpus} GPUs evenly"),
+        (num_slots >= experts, f"{experts} experts do not fit into {num_slots} slots"),
     ]
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
+
+
+def rebalance_experts(
+    weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Place experts by their loads (layers, experts), as DeepSeek's EPLB does (§3.4.1, §3.4.2).
+
+    Returns physical_to_logical_map (layers, num_replicas), logical_to_physical_map (layers, experts,
+    most copies; −1 where there are fewer) and expert_count (layers, experts). The policy is
+    hierarchical if the nodes divide the groups, else global. Raises `UserError` for numbers that do
+    not divide each other.
+    """
+    layers, experts = weight.shape
+    is_hierarchical = num_groups % num_nodes == 0
+    groups, nodes = (num_groups, num_nodes) if is_hierarchical else (1, 1)
+    check_cluster(experts, num_replicas, groups, nodes, num_gpus)
     expert_la, copy_la, count_le = rebalance_experts_hierarchical(
         weight.float().cpu(), num_replicas, groups, nodes, num_gpus
     )
-    most = count_le.max().item()
-    slots = torch.full((layers, experts * most), -1)
-    slots.scatter_(1, expert_la * most + copy_la, torch.arange(num_replicas).expand(layers, -1))
-    return expert_la, slots.view(layers, experts, most), count_le
+    max_copies = int(count_le.max())
+    slots = torch.full((layers, experts * max_copies), -1)
+    index_la = expert_la * max_copies + copy_la
+    slots.scatter_(1, index_la, torch.arange(num_replicas).expand(layers, -1))
+    return expert_la, slots.view(layers, experts, max_copies), count_le
 
 
 # %%
@@ -278,21 +308,21 @@ for gpu, slots in enumerate(expert_la[0].view(8, 2).tolist()):
 # If copies share evenly, GPU $j$ carries $\sum_{a \in j} L_{e(a)}/n_{e(a)}$, and a layer takes as long as its fullest
 # GPU:
 #
-# $$\text{slowest} = \frac{\max_j L_j}{\frac1J \sum_j L_j}, \qquad \text{1 is even; MaxVio of chapter 04 plus 1.}$$
+# $$\text{load imbalance} = \frac{\max_j L_j}{\frac1J \sum_j L_j}, \qquad \text{1 is even; MaxVio of chapter 04 plus 1.}$$
 
 
 # %%
 #| export eplb
-def gpu_load(load_le, expert_la, gpus: int):
-    """Load of every GPU (l, j) if the copies of an expert share its load evenly."""
+def gpu_load(load_le: Tensor, expert_la: Tensor, gpus: int) -> Tensor:
+    """Return the load of every GPU (l, j) when the copies of an expert share its load evenly."""
     one_la = torch.ones(expert_la.shape, device=load_le.device)
     count_le = torch.zeros(load_le.shape, device=load_le.device).scatter_add(1, expert_la, one_la)
     share_la = (load_le / count_le).gather(1, expert_la)
     return rearrange(share_la, "l (j a) -> l j a", j=gpus).sum(-1)
 
 
-def load_imbalance(load_lj):
-    """max_j / mean_j of each layer (l,): how much longer all wait than if loads were even."""
+def load_imbalance(load_lj: Tensor) -> Tensor:
+    """Return max_j / mean_j of each layer (l,): the time of a layer relative to even loads."""
     return load_lj.max(-1).values / load_lj.float().mean(-1)
 
 
@@ -320,31 +350,39 @@ print(f"even loads, 16 GPUs for 12 experts: {worse:.2f}")
 # $$a_m = \text{slot}\big[e_m,\ t_m \bmod n_{e_m}\big], \qquad t_m = \#\{m' < m : e_{m'} = e_m\}.$$
 #
 # So copies differ by one row at most, whatever order tokens come in. Physical numbers then take the place of expert
-# numbers everywhere: with $p = A/J$ slots a GPU, GPU $j$ holds slots $j p \dots (j+1) p - 1$, which is all that `dispatch_layout` of
+# numbers everywhere: with $p = A/J$ slots per GPU, GPU $j$ holds slots $j p \dots (j+1) p - 1$, which is all that `dispatch_layout` of
 # [chapter 11](11_expert_parallel.ipynb) asks for.
 
 
 # %%
 #| export eplb
-def assign_replicas(expert_nk, slot_eu, count_e):
-    """The slot of every choice (n, k): an expert's rows take its copies in turn."""
-    expert_m = expert_nk.flatten()
+def occurrence_rank(expert_m: Tensor, n_experts: int) -> Tensor:
+    """Count for each entry the earlier entries with the same expert: t_m, (m,)."""
     order_m = expert_m.argsort(stable=True)
-    load_e = tokens_per_expert(expert_nk, len(count_e))
-    turn_m = torch.empty_like(order_m)
-    at_m = torch.arange(len(order_m), device=order_m.device)
-    turn_m[order_m] = at_m - (load_e.cumsum(0) - load_e)[expert_m[order_m]]
+    count_e = tokens_per_expert(expert_m, n_experts)
+    first_e = count_e.cumsum(0) - count_e  # where each expert's entries begin in that order
+    index_m = torch.arange(len(order_m), device=order_m.device)
+    rank_m = torch.empty_like(order_m)
+    rank_m[order_m] = index_m - first_e[expert_m[order_m]]
+    return rank_m
+
+
+def assign_replicas(expert_nk: Tensor, slot_eu: Tensor, count_e: Tensor) -> Tensor:
+    """Return the slot of every choice (n, k); the rows of an expert take its copies in turn."""
+    expert_m = expert_nk.flatten()
+    turn_m = occurrence_rank(expert_m, len(count_e))
     return slot_eu[expert_m, turn_m % count_e[expert_m]].view_as(expert_nk)
 
 
-def logical_to_physical(expert_a, n_experts: int):
-    """Of one layer, the slots of every expert (e, u; −1: none) and how many (e,), by slot."""
+def logical_to_physical(expert_a: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Invert one layer's placement: the slots of every expert (e, u), and their number (e,).
+
+    Slots are in ascending order; −1 stands where an expert has fewer copies than another.
+    """
     count_e = tokens_per_expert(expert_a, n_experts)
-    order_a = expert_a.argsort(stable=True)
-    copy_a = torch.arange(len(order_a), device=order_a.device)
-    copy_a = copy_a - (count_e.cumsum(0) - count_e)[expert_a[order_a]]
-    slot_eu = order_a.new_full((n_experts, int(count_e.max())), -1)
-    slot_eu[expert_a[order_a], copy_a] = order_a
+    slot_eu = expert_a.new_full((n_experts, int(count_e.max())), -1)
+    slot_a = torch.arange(len(expert_a), device=expert_a.device)
+    slot_eu[expert_a, occurrence_rank(expert_a, n_experts)] = slot_a
     return slot_eu, count_e
 
 
@@ -392,11 +430,11 @@ x_nd, w_nk = x_bsd.flatten(0, 1), r.topk_weights_bsk.flatten(0, 1)
 token_m, gpu_m, rows_j = dispatch_layout(slot_nk, experts_per_member=2, num_members=8)
 y_nd = torch.zeros_like(x_nd)
 for gpu, slots in enumerate(expert_la[1].view(8, 2)):
-    held, m = GroupedExperts(2, 32, 16).requires_grad_(False), token_m[gpu_m == gpu]
-    for p, whole in zip(held.parameters(), moe.experts.parameters()):
-        p.copy_(whole[slots])
-    here_mk = to_local_expert_ids(slot_nk[m], gpu_m[gpu_m == gpu], experts_per_member=2)
-    y_nd.index_add_(0, m, apply_local_experts(held, x_nd[m], w_nk[m], here_mk))
+    local, m = GroupedExperts(2, 32, 16).requires_grad_(False), token_m[gpu_m == gpu]
+    for p, all_experts in zip(local.parameters(), moe.experts.parameters()):
+        p.copy_(all_experts[slots])
+    local_mk = to_local_expert_ids(slot_nk[m], gpu_m[gpu_m == gpu], experts_per_member=2)
+    y_nd.index_add_(0, m, apply_local_experts(local, x_nd[m], w_nk[m], local_mk))
 assert torch.allclose(y_nd.view_as(x_bsd) + moe.shared_experts(x_bsd), alone, atol=1e-5)
 clear_expert_placement(moe)
 assert torch.equal(moe(x_bsd)[0], alone)
@@ -410,64 +448,62 @@ print("rows that each GPU received:", rows_j.tolist())
 
 # %%
 #| export eplb
-def layer_loads(routes):
-    """Tokens of every expert of every layer in one pass: (l, e)."""
-    return torch.stack([tokens_per_expert(r.topk_ids_bsk, r.scores_bse.shape[-1]) for r in routes])
-
-
 class ExpertLoadWindow:
-    """Loads (l, e) of the last `window` steps."""
+    """Expert loads (l, e) of the last `window` steps."""
 
     def __init__(self, window: int):
-        self.steps = deque(maxlen=window)
+        self.steps: deque[Tensor] = deque(maxlen=window)
 
-    def add(self, load_le) -> None:
+    def add(self, load_le: Tensor) -> None:
+        """Append the loads of a step; a full window loses its oldest step."""
         self.steps.append(load_le)
 
-    def total(self):
-        return sum(self.steps)
+    def total(self) -> Tensor:
+        """Return the sum over the window, (l, e)."""
+        return reduce(torch.add, self.steps)
 
 
 # %%
-seen = ExpertLoadWindow(window=2)
+from dsv3_ref.pretrain import expert_loads
+
+recent = ExpertLoadWindow(window=2)
 for step in range(3):
-    seen.add(step * layer_loads([r, r]))
-assert (
-    seen.total().tolist() == [[3 * x for x in tokens_per_expert(r.topk_ids_bsk, 12).tolist()]] * 2
-)
-print(seen.total()[0].tolist())
+    recent.add(step * expert_loads([r, r]))
+load_e = tokens_per_expert(r.topk_ids_bsk, 12)
+assert torch.equal(recent.total(), 3 * load_e.expand(2, -1))
+print(recent.total()[0].tolist())
 
 # %% [markdown]
 # ## Experiment: recorded routing
-# Speeches in order of their years, and Python's standard library in order of its files, 24 windows each: `routing.json`
+# Speeches in order of their years, and Python's standard library in order of its files, 24 windows each: `expert_load.json`
 # holds what the 5M model's gates chose. Eight GPUs in two nodes. The first twelve windows of a source choose a
 # placement, the other twelve measure it, mean of the three layers: with one copy each as the experts are numbered
 # (dotted), rearranged but still one each (0, left end), and with more slots.
 
 # %%
-GPUS, NODES, GROUPS = 8, 2, 4
-POLICY = {"hierarchical": (GROUPS, NODES), "global": (1, 1)}
+GPUS = 8
+POLICY = {"hierarchical": (4, 2), "global": (1, 1)}  # groups and nodes
 IN_ORDER = torch.arange(16).repeat(3, 1)
 
 
-def waiting(load_xle, expert_la) -> float:
-    """Slowest GPU over the mean, averaged over windows and layers."""
-    return (
-        torch.stack([load_imbalance(gpu_load(load_le, expert_la, GPUS)) for load_le in load_xle])
-        .mean()
-        .item()
-    )
+def mean_imbalance(load_xle, expert_la, gpus: int = GPUS) -> float:
+    """Return slowest GPU / mean, averaged over windows and layers."""
+    imbalance_xl = [load_imbalance(gpu_load(load_le, expert_la, gpus)) for load_le in load_xle]
+    return torch.stack(imbalance_xl).mean().item()
 
 
 def place(load_le, extra: int, policy: str):
+    """Return the placement (l, a) of 16 experts and `extra` copies, chosen by these loads."""
     return rebalance_experts(load_le, 16 + extra, *POLICY[policy], GPUS)[0]
 
 
 EXTRA = range(0, 33, 8)
 TEXTS = {"sotu": "speeches", "stdlib": "source"}
-measured = {(by, on, policy): [waiting(LOADS[on][12:], place(LOADS[by][:12].sum(0), x, policy)) for x in EXTRA]
-            for by, on, policy in product(TEXTS, TEXTS, POLICY)}  # fmt: skip
-unplaced = {on: waiting(LOADS[on][12:], IN_ORDER) for on in TEXTS}
+measured = {}  # (placed by the loads of, measured on, policy) → one value for each of EXTRA
+for by, on, policy in product(TEXTS, TEXTS, POLICY):
+    placements = [place(LOADS[by][:12].sum(0), extra, policy) for extra in EXTRA]
+    measured[by, on, policy] = [mean_imbalance(LOADS[on][12:], x_la) for x_la in placements]
+unplaced = {on: mean_imbalance(LOADS[on][12:], IN_ORDER) for on in TEXTS}
 fig, axes = figure(1, 2, 9, 3.4, sharey=True)
 for ax, same in zip(axes, (True, False)):
     for (by, on, policy), values in measured.items():
@@ -505,39 +541,47 @@ assert measured["sotu", "stdlib", "global"][1] > 1.5
 
 # %%
 def zipf(skew: float, layers: int = 16, experts: int = 256):
-    """Loads ∝ rank^−skew, the ranks shuffled in each layer."""
+    """Return loads ∝ rank^−skew, the ranks shuffled in each layer: (l, e)."""
     order = torch.rand(layers, experts, generator=torch.Generator().manual_seed(3)).argsort(-1)
     return (order + 1.0) ** -skew
 
 
 def gate_tokens(seed: int, n: int = 8192):
-    """Choices of V3's gate, random affinities and experts of unequal popularity: (n, k)."""
+    """Return choices of V3's gate for random affinities and unequally popular experts: (n, k)."""
     g = torch.Generator().manual_seed(seed)
     liked = 0.5 * torch.randn(256, generator=torch.Generator().manual_seed(5))
     return route(torch.randn(1, n, 256, generator=g) + liked, None, V3).topk_ids_bsk[0]
 
 
 def nodes_visited(chosen_nk, placement, nodes: int) -> float:
-    """Mean number of nodes that hold the slots a token is sent to."""
+    """Return the mean number of nodes that a token is sent to."""
     expert_la, slot_leu, count_le = placement
     slot_nk = assign_replicas(chosen_nk, slot_leu[0], count_le[0])
     node_nk = slot_nk // (expert_la.shape[1] // nodes)
     return torch.nn.functional.one_hot(node_nk, nodes).amax(1).sum(-1).float().mean().item()
 
 
-V3_POLICY = {"hierarchical": lambda nodes: (8, nodes), "global": lambda nodes: (1, 1)}
+def place_v3(load_le, num_slots: int, policy: str, nodes: int):
+    """Return a placement of V3's 256 experts on nodes of eight GPUs."""
+    groups_nodes = (8, nodes) if policy == "hierarchical" else (1, 1)
+    return rebalance_experts(load_le, num_slots, *groups_nodes, 8 * nodes)
+
+
+V3_POLICY = ("hierarchical", "global")
 MORE = range(0, 161, 32)
-curves = {(s, policy): [load_imbalance(gpu_load(zipf(s), rebalance_experts(zipf(s), 256 + x, *how(4), 32)[0], 32))
-                        .mean().item() for x in MORE]
-          for s in (0.5, 1.0) for policy, how in V3_POLICY.items()}  # fmt: skip
-numbered = {
-    s: load_imbalance(gpu_load(zipf(s), torch.arange(256).repeat(16, 1), 32)).mean()
-    for s in (0.5, 1.0)
-}
-then, now = tokens_per_expert(gate_tokens(6), 256)[None], gate_tokens(7)
-visited = {(nodes, policy): nodes_visited(now, rebalance_experts(then, 288 if nodes == 4 else 320, *how(nodes),
-                                                                 8 * nodes), nodes)
-           for nodes in (4, 8) for policy, how in V3_POLICY.items()}  # fmt: skip
+IN_ORDER_V3 = torch.arange(256).repeat(16, 1)
+curves, numbered = {}, {}  # load imbalance: by policy, and as experts are numbered
+visited = {}  # nodes per token
+for s in (0.5, 1.0):
+    numbered[s] = mean_imbalance([zipf(s)], IN_ORDER_V3, 32)
+    for policy in V3_POLICY:
+        placements = [place_v3(zipf(s), 256 + extra, policy, 4)[0] for extra in MORE]
+        curves[s, policy] = [mean_imbalance([zipf(s)], x_la, 32) for x_la in placements]
+earlier_load_le = tokens_per_expert(gate_tokens(6), 256)[None]
+for nodes, num_slots in ((4, 288), (8, 320)):
+    for policy in V3_POLICY:
+        placement = place_v3(earlier_load_le, num_slots, policy, nodes)
+        visited[nodes, policy] = nodes_visited(gate_tokens(7), placement, nodes)
 fig, axes = figure(1, 2, 9, 3.4, width_ratios=(3, 2))
 for (s, policy), values in curves.items():
     axes[0].plot(MORE, values, "o-" if policy == "global" else "s--", ms=4,
@@ -561,7 +605,7 @@ for (s, policy), values in curves.items():
 assert visited[8, "hierarchical"] <= 4 < visited[8, "global"]
 
 # %% [markdown]
-# The first 32 copies, one a GPU, do nearly all there is to do. Under $s = 1$ GPUs would wait 5.8 times as long as numbered;
+# The first 32 copies, one per GPU, do nearly all there is to do. Under $s = 1$ GPUs would wait 5.8 times as long as numbered;
 # rearranging alone hardly helps (5.4), since one expert is more than a GPU can do. With 32 copies 1.38 is left
 # hierarchically, 1.004 globally. Further copies cannot mend the difference: the node that got the busiest group keeps it. In
 # return, tokens visit 3.1 of four nodes instead of 3.6, and of eight nodes never more than four, where the global
@@ -581,32 +625,30 @@ DAY_LOADS = [
 ]
 
 
-def arrivals(old_la, new_la, gpus: int) -> int:
-    """Experts that some GPU holds in the new placement and did not in the old one."""
-    boxes = lambda t: t.view(-1, t.shape[1] // gpus).tolist()
-    return sum(len({*new} - {*old}) for old, new in zip(boxes(old_la), boxes(new_la)))
+def count_fetched(old_la, new_la, gpus: int) -> int:
+    """Count the experts that a GPU holds in the new placement and did not hold in the old one."""
+    old, new = (x_la.view(-1, x_la.shape[1] // gpus).tolist() for x_la in (old_la, new_la))
+    return sum(len({*after} - {*before}) for before, after in zip(old, new))
 
 
-def day(every: int):
-    """Slowest / mean of every window, and experts fetched in the day; 0: never renewed."""
-    seen, expert_la, course, fetched = (
-        ExpertLoadWindow(every or 1),
-        place(DAY_LOADS[0], 8, "global"),
-        [],
-        0,
-    )
+def simulate_day(every: int):
+    """Return slowest / mean of every window and the experts fetched; every = 0: never renewed."""
+    recent = ExpertLoadWindow(every or 1)
+    expert_la = place(DAY_LOADS[0], 8, "global")
+    imbalance, fetched = [], 0
     for t, load_le in enumerate(DAY_LOADS):
         if every and t and t % every == 0:
-            new_la = place(seen.total(), 8, "global")
-            fetched, expert_la = fetched + arrivals(expert_la, new_la, GPUS), new_la
-        course.append(load_imbalance(gpu_load(load_le, expert_la, GPUS)).mean().item())
-        seen.add(load_le)
-    return torch.tensor(course), fetched
+            new_la = place(recent.total(), 8, "global")
+            fetched += count_fetched(expert_la, new_la, GPUS)
+            expert_la = new_la
+        imbalance.append(mean_imbalance([load_le], expert_la))
+        recent.add(load_le)
+    return torch.tensor(imbalance), fetched
 
 
 PERIODS = [1, 2, 3, 6, 12, 24, 48, 72]
-days = {every: day(every) for every in [0, *PERIODS]}
-none = torch.tensor([load_imbalance(gpu_load(x, IN_ORDER, GPUS)).mean() for x in DAY_LOADS])
+days = {every: simulate_day(every) for every in [0, *PERIODS]}
+none = torch.tensor([mean_imbalance([load_le], IN_ORDER) for load_le in DAY_LOADS])
 fig, axes = figure(1, 2, 9, 3.4, width_ratios=(3, 2))
 hours = torch.arange(DAY) / 6
 axes[0].plot(hours, none, color=GRAY, ls=":", label="no copies")
@@ -644,7 +686,7 @@ for every in PERIODS:
 
 # %% [markdown]
 # A placement made at midnight is out of date by noon (1.36 over the day; 1.61 without copies). Renewed every half hour,
-# 1.11 is left; every ten minutes is no better, for a window here is 4,096 tokens, and the placement follows its noise too. (A real unit
+# 1.11 is left; every ten minutes is not better, for a window here is 4,096 tokens, and the placement follows its noise too. (A real unit
 # sees millions in ten minutes.) And each renewal fetches **seven in ten** experts, even every ten minutes, when loads hardly change: the
 # algorithm starts from nothing each time. Exercise 3 is about that.
 #
@@ -655,9 +697,9 @@ for every in PERIODS:
 
 # %%
 def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: str = "hierarchical"):
-    """One layer's load of every GPU, as numbered and placed, and the copies of the busiest experts."""
-    load_le, nodes = zipf(skew, 1), max(1, gpus // 8)
-    placed = rebalance_experts(load_le, 256 + extra * gpus, *V3_POLICY[policy](nodes), gpus)
+    """Draw one layer's load per GPU, as numbered and placed, and the copies of the busiest experts."""
+    load_le = zipf(skew, 1)
+    placed = place_v3(load_le, 256 + extra * gpus, policy, gpus // 8)
     loads = [gpu_load(load_le, x, gpus)[0] for x in (torch.arange(256)[None], placed[0])]
     fig, axes = figure(1, 2, 9.5, 3.3, width_ratios=(2, 1))
     for load_j, color, name, width in zip(
@@ -669,7 +711,9 @@ def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: st
         )
     axes[0].axhline(1, color=ORANGE, ls="--")
     axes[0].set(
-        title=f"{256 // gpus} + {extra} experts a GPU, {policy}", xlabel="GPU", ylabel="load / mean"
+        title=f"{256 // gpus} + {extra} experts per GPU, {policy}",
+        xlabel="GPU",
+        ylabel="load / mean",
     )
     axes[0].legend(title="slowest / mean", fontsize=9)
     top = load_le[0].argsort(descending=True)[:24]
@@ -698,7 +742,7 @@ play(
 # %%
 @checker
 def check_copies(fn):
-    """Of n tokens, how many meet one routed expert, and how many the shared one? Round the safe way."""
+    """How many of n tokens meet one routed expert, and how many the shared one? Round the safe way."""
     assert (fn(256, 8), fn(16, 4), fn(64, 6), fn(160, 6)) == (32, 4, 11, 27)
 
 
@@ -707,7 +751,7 @@ def check_greedy(fn):
     """Heaviest first parts the two heaviest. When would they be better off together?"""
     weight_x = torch.as_tensor(fn()).float()
     assert weight_x.shape == (6,) and (weight_x >= 0).all() and weight_x.sum() > 0
-    ours = fullest(weight_x[None], balanced_packing(weight_x[None], 2)[0], 2).item()
+    ours = heaviest_pack(weight_x[None], balanced_packing(weight_x[None], 2)[0], 2).item()
     triples = [weight_x[list(x)].sum() for x in combinations(range(6), 3)]
     assert ours > 1.1 * min(max(x, weight_x.sum() - x) for x in triples)
 
@@ -722,8 +766,8 @@ def check_steady(fn):
             mine = torch.as_tensor(fn(old.clone(), new.clone(), gpus))
             boxes = list(zip(*(t.view(gpus, per).tolist() for t in (old, new, mine))))
             assert all(sorted(m) == sorted(n) for _, n, m in boxes)
-            kept = sum((Counter(o) & Counter(n)).total() for o, n, _ in boxes)
-            assert (mine == old).sum() == kept
+            num_kept = sum((Counter(o) & Counter(n)).total() for o, n, _ in boxes)
+            assert (mine == old).sum() == num_kept
 
 
 # %%
@@ -742,11 +786,11 @@ check_copies(my_copies)
 #
 # ```python
 # def my_copies(e, k):
-#     return -(-e // k)
+#     return (e + k - 1) // k
 # ```
 # </details>
 #
-# **2 · Break.** Find six weights that `balanced_packing` puts into two containers more than a tenth worse than the best way.
+# **2 · Break.** Find six weights that `balanced_packing` puts into two packs more than a tenth worse than the best way.
 
 
 # %%
@@ -782,8 +826,8 @@ check_steady(my_steady)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Who stays, stays put; the others fill the gaps. Balance is untouched, and `set_expert_placement` refills fewer slots. One could
-# go on and renumber the GPUs of a node too.
+# Experts that stay on their GPU keep their slots; the others fill the gaps. Balance is untouched, and `set_expert_placement`
+# refills fewer slots. The GPUs of a node could be renumbered too.
 #
 # ```python
 # def my_steady(old_a, new_a, gpus):
@@ -801,14 +845,14 @@ check_steady(my_steady)
 
 # %% [markdown]
 # ## Scale-up
-# - **Memory** pays. An expert is 44 MB in FP8, and each of 58 layers wants its own copies: one more slot a GPU is 2.6 GB.
+# - **Memory** pays. An expert is 44 MB in FP8, and each of 58 layers wants its own copies: one more slot per GPU is 2.6 GB.
 # - **The network** hardly notices. Refilling *every* slot of a prefill GPU over InfiniBand takes half a second, once in
 #   ten minutes. It must not happen in the middle of a pass: new weights go beside the old ones, or a layer at a time
 #   between two steps.
 # - **In prefill arithmetic binds**, so time follows the rows of a GPU, as counted here. **In decode** the report says that an
 #   expert usually meets no more than 256 tokens (§3.4.2), and that reading its weights takes longer than using them. With one
 #   expert on every GPU all then take about the same time, whoever is popular.
-# - **16 of which 9 work**: on 32 GPUs that is two copies of everything, 41 GB a GPU. Each layer's own loads then decide which
+# - **16 of which 9 work**: on 32 GPUs that is two copies of everything, 41 GB per GPU. Each layer's own loads then decide which
 #   copy works, and no window can be out of date.
 #
 # The all-to-all of chapter 11 needs nothing new: physical numbers go in. What is *not* built here is a serving engine
@@ -818,9 +862,9 @@ check_steady(my_steady)
 expert = 3 * V3.dim * V3.moe_inter_dim  # bytes in FP8
 layers = V3.n_layers - V3.n_dense_layers
 for slots in (8, 9, 16):
-    held = slots * layers * expert
+    size = slots * layers * expert
     print(
-        f"{slots:2} slots a GPU: {held / 1e9:5.1f} GB, refilled in {held / 50e9:.2f} s at 50 GB/s"
+        f"{slots:2} slots per GPU: {size / 1e9:5.1f} GB, refilled in {size / 50e9:.2f} s at 50 GB/s"
     )
 loads_e = torch.tensor([[8 / 256] * 256 + [1.0]])  # a decode unit, the shared expert as the 257th
 expert_la, _, count_le = rebalance_experts(loads_e, 320, 1, 40, 320)

@@ -16,7 +16,6 @@ from dsv3_ref.eplb import (
     assign_replicas,
     balanced_packing,
     gpu_load,
-    layer_loads,
     load_imbalance,
     logical_to_physical,
     rebalance_experts,
@@ -26,6 +25,7 @@ from dsv3_ref.expert_parallel import dispatch_layout
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
+from dsv3_ref.pretrain import expert_loads
 from dsv3_ref.studies import expert_load
 from dsv3_ref.viz.ablation import RESULTS_DIR
 
@@ -259,18 +259,18 @@ def test_a_whole_model_served_by_its_own_loads():
     """Routes → loads of a window → a placement for every layer → the same logits."""
     torch.manual_seed(0)
     small = replace(TINY, vocab_size=64, n_layers=3, n_mtp_layers=0, max_seq_len=32)
-    model, seen = Transformer(small).eval(), ExpertLoadWindow(2)
+    model, window = Transformer(small).eval(), ExpertLoadWindow(2)
     tokens_bs = torch.randint(0, 64, (2, 32))
     with torch.no_grad():
         alone = model(tokens_bs)
         for _ in range(3):
             routes = model.hidden_states(tokens_bs)[1]
-            seen.add(layer_loads(routes))
-            expert_la, *_ = rebalance_experts(seen.total(), 24, 4, 2, 8)
+            window.add(expert_loads(routes))
+            expert_la, *_ = rebalance_experts(window.total(), 24, 4, 2, 8)
             for layer, expert_a in zip(moe_layers(model).values(), expert_la):
                 set_expert_placement(layer, expert_a)
             assert torch.allclose(model(tokens_bs), alone, atol=1e-5)
-    assert seen.total().sum(-1).tolist() == [2 * 64 * 4] * 2  # the last two of three steps
+    assert window.total().sum(-1).tolist() == [2 * 64 * 4] * 2  # the last two of three steps
 
 
 # ── The record that chapter 19 reads ──
@@ -288,21 +288,23 @@ def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
         token_to_id = staticmethod(lambda token: 0)
         encode = staticmethod(lambda text, add_special_tokens: Words)
 
-    monkeypatch.setattr(expert_load.tok, "read_tokenizer", lambda path: Coder)
-    args = expert_load.Routing(out=tmp_path, windows=3, rows=2)
-    found = json.loads(expert_load.record(args, "this command").read_text())
-    kept = json.loads((RESULTS_DIR / "routing.json").read_text())
-    assert found.keys() == kept.keys()
-    assert found["command"] == "this command"
-    for load in found["load"].values():
+    monkeypatch.setattr(expert_load.tok, "load_tokenizer", lambda path: Coder)
+    args = expert_load.ExpertLoadConfig(out=tmp_path, windows=3, rows=2)
+    recorded = json.loads(expert_load.record_expert_loads(args, "this command").read_text())
+    stored = json.loads((RESULTS_DIR / "expert_load.json").read_text())
+    assert recorded.keys() == stored.keys()
+    assert recorded["command"] == "this command"
+    for load in recorded["tokens_per_expert"].values():
         assert torch.tensor(load).sum(-1).tolist() == [[32 * 4]] * 3
     with pytest.raises(UserError, match="at least 1"):
-        expert_load.record(replace(args, windows=0), "")
+        expert_load.record_expert_loads(replace(args, windows=0), "")
 
 
-def test_the_kept_record_is_whole():
-    kept = json.loads((RESULTS_DIR / "routing.json").read_text())
-    for load in kept["load"].values():
+def test_the_stored_record_is_whole():
+    stored = json.loads((RESULTS_DIR / "expert_load.json").read_text())
+    for load in stored["tokens_per_expert"].values():
         load_xle = torch.tensor(load)
         assert load_xle.shape == (24, 3, 16)
-        assert (load_xle.sum(-1) == kept["tokens"] * kept["chosen"]).all()
+        assert (
+            load_xle.sum(-1) == stored["tokens_per_window"] * stored["n_activated_experts"]
+        ).all()

@@ -1,4 +1,4 @@
-"""What a model's gates choose: loads of its experts, window by window, on speeches and on source.
+"""Record the loads of a model's experts, window by window, on speeches and on Python source.
 
     python -m dsv3_ref.studies.expert_load --model runs/tiny --out notebooks/results
 
@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,83 +21,97 @@ from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import BUILTIN_SOURCES
-from dsv3_ref.eplb import layer_loads
 from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.pretrain import expert_loads
 from dsv3_ref.training.settings import git_commit
 
-BATCH = 8  # rows of a forward pass
+FORWARD_BATCH = 8  # sequences per forward pass
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Record the loads of every expert."""
+class ExpertLoadConfig:
+    """Record how many tokens each expert of each MoE layer receives."""
 
     model: Path = Path("runs/tiny")
-    """a run, or one of its checkpoints"""
+    """the run directory, or one of its checkpoints, whose gates are recorded"""
     out: Path = Path("runs")
-    """where routing.json goes"""
+    """the directory that expert_load.json is written to"""
     windows: int = 24
-    """of each source"""
+    """number of windows per source"""
     rows: int = 16
-    """of a window, each as long as the model reads"""
+    """sequences per window, each as long as the model's context"""
 
 
-def check(args: Routing) -> None:
-    """Raise a `UserError` for options that cannot be used."""
-    if args.windows < 1 or args.rows < 1:
-        raise UserError("--windows and --rows must be at least 1")
+def first_tokens(paths: list[str], tokenizer: Tokenizer, rows: int, length: int) -> torch.Tensor:
+    """Return the first rows·length tokens of these files laid end to end, (rows, length).
 
-
-def window(paths: list[str], t: Tokenizer, rows: int, length: int) -> torch.Tensor:
-    """The first rows·length tokens of these files end to end, (rows, length)."""
-    bos, ids = t.token_to_id(tok.BOS), []
+    Each file begins with BOS. Raises `UserError` if the files hold fewer tokens.
+    """
+    bos, ids = tokenizer.token_to_id(tok.BOS), []
     for path in paths:
         if len(ids) >= rows * length:
             break
         text = Path(path).read_text(encoding="utf-8", errors="ignore")
-        ids += [bos, *t.encode(text, add_special_tokens=False).ids]
+        ids += [bos, *tokenizer.encode(text, add_special_tokens=False).ids]
     if len(ids) < rows * length:
         raise UserError(f"{len(paths)} files hold only {len(ids)} tokens: ask for fewer --windows")
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
 @torch.no_grad()
-def loads(model: Transformer, tokens_bs: torch.Tensor) -> torch.Tensor:
-    """Tokens that each expert of each MoE layer of the main model received, (l, e)."""
-    return sum(layer_loads(model.hidden_states(rows)[1]) for rows in tokens_bs.split(BATCH))
+def count_expert_loads(model: Transformer, tokens_bs: torch.Tensor) -> torch.Tensor:
+    """Count the tokens that each expert of each MoE layer of the main model receives, (l, e)."""
+    loads = [expert_loads(model.hidden_states(rows)[1]) for rows in tokens_bs.split(FORWARD_BATCH)]
+    return torch.stack(loads).sum(0)
 
 
-def course(model: Transformer, t: Tokenizer, source: str, args: Routing) -> torch.Tensor:
-    """The loads of every window of a source, (windows, l, e)."""
-    paths, c = BUILTIN_SOURCES[source](), model.config
+def record_source(
+    model: Transformer, tokenizer: Tokenizer, source: str, args: ExpertLoadConfig
+) -> torch.Tensor:
+    """Return the expert loads of every window of a source, (windows, l, e)."""
+    paths = BUILTIN_SOURCES[source]()
     cuts = [i * len(paths) // args.windows for i in range(args.windows + 1)]
-    parts = (paths[a:b] for a, b in zip(cuts, cuts[1:]))
-    size = args.rows, c.max_seq_len
-    return torch.stack([loads(model, window(part, t, *size)) for part in parts])
+    loads = []
+    for start, end in pairwise(cuts):
+        tokens = first_tokens(paths[start:end], tokenizer, args.rows, model.config.max_seq_len)
+        loads.append(count_expert_loads(model, tokens))
+    return torch.stack(loads)
 
 
-def record(args: Routing, command: str) -> Path:
-    """A small JSON: a window a line."""
-    check(args)
-    model, t = load(args.model).eval(), tok.load_tokenizer(find_tokenizer_dir(args.model))
-    c, names = model.config, [n for n in moe_layers(model) if not n.startswith("mtp")]
-    head = {"command": command, "commit": git_commit(), "layers": names, "groups": c.n_expert_groups,
-            "chosen": c.n_activated_experts, "tokens": args.rows * c.max_seq_len}  # fmt: skip
-    lines = {}
+def record_expert_loads(args: ExpertLoadConfig, command: str) -> Path:
+    """Write expert_load.json, one window per line, and return its path.
+
+    Raises `UserError` for options that cannot be used.
+    """
+    if args.windows < 1 or args.rows < 1:
+        raise UserError("--windows and --rows must be at least 1")
+    model, tokenizer = load(args.model).eval(), tok.load_tokenizer(find_tokenizer_dir(args.model))
+    config = model.config
+    header = {
+        "command": command,
+        "commit": git_commit(),
+        "layers": [name for name in moe_layers(model) if not name.startswith("mtp")],
+        "n_expert_groups": config.n_expert_groups,
+        "n_activated_experts": config.n_activated_experts,
+        "tokens_per_window": args.rows * config.max_seq_len,
+    }
+    sources = []
     for source in BUILTIN_SOURCES:
-        load_xle = course(model, t, source, args)
-        lines[source] = ",\n".join(json.dumps(load_le.tolist()) for load_le in load_xle)
-    found = ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items())
+        load_xle = record_source(model, tokenizer, source, args)
+        lines = ",\n".join(json.dumps(load_le.tolist()) for load_le in load_xle)
+        sources.append(f'"{source}": [\n{lines}\n]')
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "routing.json"
-    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "load": {{\n{found}\n }}\n}}\n')
-    print(f"{args.windows} windows of {len(lines)} sources in {path}")
+    path = args.out / "expert_load.json"
+    head, loads = json.dumps(header, indent=1).removesuffix("\n}"), ",\n".join(sources)
+    path.write_text(f'{head},\n "tokens_per_expert": {{\n{loads}\n }}\n}}\n')
+    print(f"{args.windows} windows of {len(sources)} sources in {path}")
     return path
 
 
 if __name__ == "__main__":
     try:
         prog = ["python", "-m", "dsv3_ref.studies.expert_load"]
-        record(tyro.cli(Routing, prog=shlex.join(prog)), shlex.join([*prog, *sys.argv[1:]]))
-    except UserError as e:
-        sys.exit(f"error: {e}")
+        options = tyro.cli(ExpertLoadConfig, prog=shlex.join(prog))
+        record_expert_loads(options, shlex.join([*prog, *sys.argv[1:]]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

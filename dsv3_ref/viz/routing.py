@@ -1,75 +1,104 @@
-"""Where tokens go: a sentence, its affinities, the experts that were chosen, and their loads."""
+"""Figures of routing: tokens, their affinities, the chosen experts and the load per expert."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer
 
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.moe import Route, max_vio, tokens_per_expert
+from dsv3_ref.moe import Gate, Route, max_vio, tokens_per_expert
 from dsv3_ref.viz.style import BLUE, GRAY, ORANGE, figure, play, show
 
-MOST = 32  # tokens that fit a picture
+MAX_TOKENS = 32  # that fit into a figure
 
 
 @contextmanager
-def biased(gate, expert: int, bias: float):
-    """A gate with one bias moved."""
-    before = gate.bias.clone()
-    gate.bias[expert] += bias
+def shift_bias(gate: Gate, expert: int, offset: float) -> Iterator[None]:
+    """Add an offset to the bias of one expert inside a `with` block."""
+    bias_e: torch.Tensor = gate.get_buffer("bias")
+    before = bias_e.clone()
+    bias_e[expert] += offset
     try:
         yield
     finally:
-        gate.bias.copy_(before)
+        bias_e.copy_(before)
 
 
 @torch.no_grad()
-def routes(model: Transformer, tokens: list[int], layer: str, expert=0, bias=0.0) -> Route:
-    """What the gate of an MoE layer of the main model decides, one of its biases moved."""
-    names = list(moe_layers(model))
-    with biased(moe_layers(model)[layer].gate, expert, bias):
-        found = model.hidden_states(torch.tensor([tokens], device=model.embed.weight.device))[1]
-    return found[names.index(layer)]
+def trace_route(
+    model: Transformer, tokens: Sequence[int], layer: str, expert: int = 0, offset: float = 0.0
+) -> Route:
+    """Return the route of a sequence in one MoE layer, with an offset on one expert's bias."""
+    layers = moe_layers(model)
+    tokens_bs = torch.tensor([list(tokens)], device=model.embed.weight.device)
+    with shift_bias(layers[layer].gate, expert, offset):
+        routes = model.hidden_states(tokens_bs)[1]
+    return routes[list(layers).index(layer)]
 
 
-def draw_routing(r: Route, texts: list[str], groups: int = 1, title: str = ""):
-    """Left: affinities, the chosen experts circled by weight. Right: how many tokens each got."""
-    n_tokens, n_experts = r.scores_bse.shape[1:]
-    load_e = tokens_per_expert(r.topk_ids_bsk.cpu(), n_experts)
+def draw_affinities(ax: Axes, route: Route, texts: Sequence[str], groups: int, title: str) -> None:
+    """Draw affinities (tokens down, experts across), a circle by weight on each chosen expert."""
+    n_tokens, n_experts = route.scores_bse.shape[1:]
+    image = ax.imshow(route.scores_bse[0].cpu().numpy(), aspect="auto", cmap="cividis")
+    ax.figure.colorbar(image, ax=ax, label="affinity", pad=0.01)
+    token_n = torch.arange(n_tokens).repeat_interleave(route.topk_ids_bsk.shape[2]).tolist()
+    share_nk = route.topk_weights_bsk[0] / route.topk_weights_bsk[0].sum(-1, keepdim=True)
+    ax.scatter(
+        route.topk_ids_bsk[0].flatten().tolist(),
+        token_n,
+        s=(110 * share_nk).flatten().tolist(),
+        facecolor="white",
+        edgecolor="#D55E00",
+    )
+    for group in range(1, groups):
+        ax.axvline(group * n_experts / groups - 0.5, color="white", lw=1.5)
+    labels = [repr(text)[1:-1] for text in texts]
+    ax.set_yticks(range(n_tokens), labels, fontsize=8, parse_math=False)
+    ax.set(title=title or "○ chosen, larger: weighs more", xlabel="expert, by group")
+
+
+def draw_loads(ax: Axes, route: Route) -> None:
+    """Draw how many tokens each expert received, and their mean."""
+    n_experts = route.scores_bse.shape[-1]
+    load_e = tokens_per_expert(route.topk_ids_bsk.cpu(), n_experts)
+    ax.bar(range(n_experts), load_e.tolist(), color=BLUE)
+    ax.axhline(load_e.float().mean().item(), color=ORANGE, ls="--")
+    ax.set(title=f"Load, MaxVio {max_vio(load_e):.2f}", xlabel="expert", ylabel="tokens")
+
+
+def draw_routing(route: Route, texts: Sequence[str], groups: int = 1, title: str = "") -> Figure:
+    """Draw a route: affinities and chosen experts on the left, load per expert on the right."""
+    n_tokens, n_experts = route.scores_bse.shape[1:]
     fig, axes = figure(1, 2, 9.5, max(2.6, 0.24 * n_tokens + 0.9), width_ratios=(3, 2))
-    shown = axes[0].imshow(r.scores_bse[0].cpu().numpy(), aspect="auto", cmap="cividis")
-    fig.colorbar(shown, ax=axes[0], label="affinity", pad=0.01)
-    row_n = torch.arange(n_tokens).repeat_interleave(r.topk_ids_bsk.shape[2]).tolist()
-    share_nk = r.topk_weights_bsk[0] / r.topk_weights_bsk[0].sum(-1, keepdim=True)
-    size_n = (110 * share_nk).flatten().tolist()
-    axes[0].scatter(r.topk_ids_bsk[0].flatten().tolist(), row_n, s=size_n, facecolor="white",
-                    edgecolor="#D55E00")  # fmt: skip
-    for g in range(1, groups):
-        axes[0].axvline(g * n_experts / groups - 0.5, color="white", lw=1.5)
-    axes[0].set_yticks(range(n_tokens), [repr(text)[1:-1] for text in texts], fontsize=8,
-                       parse_math=False)  # fmt: skip
-    axes[0].set(title=title or "○ chosen, larger: weighs more", xlabel="expert, by group")
-    axes[1].bar(range(n_experts), load_e.tolist(), color=BLUE)
-    axes[1].axhline(load_e.float().mean().item(), color=ORANGE, ls="--")
-    axes[1].set(title=f"Load, MaxVio {max_vio(load_e):.2f}", xlabel="expert", ylabel="tokens")
+    draw_affinities(axes[0], route, texts, groups, title)
+    draw_loads(axes[1], route)
     for ax in axes:
         ax.set_xticks(range(0, n_experts, max(1, n_experts // 8)))
         ax.tick_params(colors=GRAY, labelcolor="black")
     return fig
 
 
-def explore_routing(model: Transformer, tokenizer, text: str) -> None:
-    """Type a sentence, choose a layer, drag a bias: figures and, in a notebook, their sliders."""
-    c, names = model.config, [n for n in moe_layers(model) if not n.startswith("mtp")]
+def explore_routing(model: Transformer, tokenizer: Tokenizer, text: str) -> None:
+    """Show how a sentence is routed; in a notebook, with controls for text, layer and one bias."""
+    config = model.config
+    names = [name for name in moe_layers(model) if not name.startswith("mtp")]
 
-    def look(text: str = text, layer: str = names[0], expert: int = 0, bias: float = 0.0):
-        ids = tokenizer.encode(text, add_special_tokens=False).ids[:MOST]
+    def draw(text: str = text, layer: str = names[0], expert: int = 0, bias: float = 0.0) -> None:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:MAX_TOKENS]
         if not ids:
             print("type something")
             return
-        r = routes(model, ids, layer, expert, bias)
-        show(draw_routing(r, [tokenizer.decode([i]) for i in ids], c.n_expert_groups))
+        route = trace_route(model, ids, layer, expert, bias)
+        show(draw_routing(route, [tokenizer.decode([i]) for i in ids], config.n_expert_groups))
 
-    look()
+    draw()
     play(
-        look, text=text, layer=names, expert=(0, c.n_routed_experts - 1, 1), bias=(-0.5, 0.5, 0.02)
+        draw,
+        text=text,
+        layer=names,
+        expert=(0, config.n_routed_experts - 1, 1),
+        bias=(-0.5, 0.5, 0.02),
     )

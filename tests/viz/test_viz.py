@@ -315,16 +315,16 @@ def test_a_bias_moves_choices_and_is_put_back(micro):
     (layer,) = [n for n in moe_layers(model) if not n.startswith("mtp")][:1]
     gate = moe_layers(model)[layer].gate
     before, tokens = gate.bias.clone(), list(range(8))
-    plain = routing.routes(model, tokens, layer)
-    far = routing.routes(model, tokens, layer, 1, 5.0)
-    shut = routing.routes(model, tokens, layer, 1, -5.0)
+    plain = routing.trace_route(model, tokens, layer)
+    far = routing.trace_route(model, tokens, layer, 1, 5.0)
+    shut = routing.trace_route(model, tokens, layer, 1, -5.0)
     assert torch.equal(gate.bias, before) and torch.equal(plain.scores_bse, far.scores_bse)
     assert (far.topk_ids_bsk == 1).any(-1).all() and not (shut.topk_ids_bsk == 1).any()
 
 
 def test_routing_is_drawn_token_by_token(micro):
     model = Transformer(micro)
-    r = routing.routes(model, [1, 2, 3], next(iter(moe_layers(model))))
+    r = routing.trace_route(model, [1, 2, 3], next(iter(moe_layers(model))))
     fig = routing.draw_routing(r, ["a", "$b", "c\n"], 2)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a", "$b", "c\\n"]
     at = fig.axes[0].collections[0].get_offsets()
