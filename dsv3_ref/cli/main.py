@@ -64,27 +64,27 @@ def generate(argv: list[str]) -> None:
     """dsv3 generate: continue a text."""
     import tyro
 
-    from dsv3_ref.serving.generate import Generate, generate
+    from dsv3_ref.serving.generate import GenerateConfig, run_generate
 
-    generate(tyro.cli(Generate, prog="dsv3 generate", args=argv))
+    run_generate(tyro.cli(GenerateConfig, prog="dsv3 generate", args=argv))
 
 
 def chat(argv: list[str]) -> None:
     """dsv3 chat: talk to a model."""
     import tyro
 
-    from dsv3_ref.serving.generate import Chat, chat
+    from dsv3_ref.serving.generate import ChatConfig, run_chat
 
-    chat(tyro.cli(Chat, prog="dsv3 chat", args=argv))
+    run_chat(tyro.cli(ChatConfig, prog="dsv3 chat", args=argv))
 
 
 def serve(argv: list[str]) -> None:
     """dsv3 serve: an OpenAI-compatible endpoint."""
     import tyro
 
-    from dsv3_ref.serving.api_server import Serve, serve
+    from dsv3_ref.serving.api_server import ServeConfig, run_server
 
-    serve(tyro.cli(Serve, prog="dsv3 serve", args=argv))
+    run_server(tyro.cli(ServeConfig, prog="dsv3 serve", args=argv))
 
 
 def bench(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ from dsv3_ref.data.loader import open_sources
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS
-from dsv3_ref.serving.generate import Text
+from dsv3_ref.serving.generate import StreamDetokenizer
 
 BATCH = 16  # rows in one forward pass
 
@@ -93,7 +93,9 @@ class DSV3LM(TemplateLM):
 
     def generate_one(self, context: str | list[int], how: dict) -> str:
         until, end = how.get("until") or [], self.eot_token_id
-        text = Text(self.policy.tokenizer, tuple([until] if isinstance(until, str) else until))
+        text = StreamDetokenizer(
+            self.policy.tokenizer, tuple([until] if isinstance(until, str) else until)
+        )
         prompt = self.policy.prompt(context.messages) if isinstance(context, ChatContext) else None
         prompt = prompt or self.tok_encode(context)
         room = min(how.get("max_gen_toks", 256), self.limit - 1)
@@ -104,10 +106,10 @@ class DSV3LM(TemplateLM):
         )
         out = ""
         for (new,) in stream(self.policy.model, [prompt], room, choice, {end}):
-            out += text.add([t for t in new if t != end])
+            out += text.push([t for t in new if t != end])
             if text.ended:
                 break
-        return out + text.rest()
+        return out + text.flush()
 
     def apply_chat_template(
         self, chat_history, add_generation_prompt: bool = True

@@ -23,32 +23,32 @@ from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.serve import Engine, QueueFull, Request
-from dsv3_ref.serving.generate import Text
-from dsv3_ref.serving.prefill import Reader, hand_out
+from dsv3_ref.serving.generate import StreamDetokenizer
+from dsv3_ref.serving.prefill import PrefillWorker, dispatch_prefill
 from dsv3_ref.serving.protocol import (
-    Ask,
-    Refused,
-    choice_of,
-    complaint,
-    flag,
-    form,
-    is_tokens,
-    known,
-    likeliest,
-    number,
-    spoken,
-    stops,
+    CompletionRequest,
+    HTTPError,
+    error_body,
+    flatten_content,
+    is_token_ids,
+    make_choice,
+    parse_flag,
+    parse_logprobs,
+    parse_number,
+    parse_stop,
+    reject_unknown,
+    response_head,
 )  # fmt: skip
-from dsv3_ref.serving.web import listen, loopback
+from dsv3_ref.serving.web import bind_socket, is_loopback
 from dsv3_ref.training.loop import pick_device
 
-MISSING = "dsv3 serve needs FastAPI and uvicorn: pip install -e '.[serve]'"
-BODY = 4 << 20  # bytes of a request, at most
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+INSTALL_HINT = "dsv3 serve needs FastAPI and uvicorn: pip install -e '.[serve]'"
+MAX_BODY_BYTES = 4 << 20  # bytes of a request, at most
+HISTOGRAM_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True)
-class Serve:
+class ServeConfig:
     """Serve a model to any number of OpenAI clients."""
 
     model: tyro.conf.Positional[Path]
@@ -57,21 +57,21 @@ class Serve:
     """this machine alone; 0.0.0.0 is the whole network"""
     port: int = 8000
     """0: a free one"""
-    name: str = ""
+    served_model_name: str = ""
     """what clients call the model; by default the name of its folder"""
-    draft: int = 0
+    num_speculative_tokens: int = 0
     """tokens that MTP modules guess ahead in every row, up to the model's n_mtp_layers"""
-    max_rows: int = 64
+    max_num_seqs: int = 64
     """answers that are written side by side"""
     max_queue: int = 256
     """requests that may wait; the next one is told to come again"""
     max_n: int = 16
     """answers that one request may ask for"""
-    cache_tokens: int = 32768
+    kv_cache_tokens: int = 32768
     """positions that the latent cache holds for all rows together"""
-    page: int = 16
+    block_size: int = 16
     """positions of a page of that cache"""
-    chunk: int = 128
+    prefill_chunk: int = 128
     """tokens of prompts that are read between two tokens of those who write"""
     max_new_tokens: int = 256
     """of an answer, where the request does not say"""
@@ -84,20 +84,37 @@ class Serve:
     device: str = "auto"
 
 
-def check(args: Serve) -> None:
+def validate_serve_config(args: ServeConfig) -> None:
     """Raise a `UserError` for options that cannot be used."""
-    least = {"max_rows": 1, "max_n": 1, "page": 1, "chunk": 1, "max_new_tokens": 1, "max_queue": 1}
-    for name, low in (least | {"draft": 0, "prefill_workers": 0, "grace": 0}).items():
+    least = {
+        "max_num_seqs": 1,
+        "max_n": 1,
+        "block_size": 1,
+        "prefill_chunk": 1,
+        "max_new_tokens": 1,
+        "max_queue": 1,
+    }
+    for name, low in (
+        least | {"num_speculative_tokens": 0, "prefill_workers": 0, "grace": 0}
+    ).items():
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}")
-    if args.cache_tokens < 2 * args.page:
-        raise UserError("--cache-tokens must be at least two pages")
+    if args.kv_cache_tokens < 2 * args.block_size:
+        raise UserError("--kv-cache-tokens must be at least two pages")
 
 
-def engine_of(model, args: Serve) -> Engine:
+def build_engine(model, args: ServeConfig) -> Engine:
     """An engine with these limits."""
-    n_pages = args.cache_tokens // args.page
-    return Engine(model, n_pages, args.page, args.max_rows, args.chunk, args.max_queue, args.draft)
+    n_pages = args.kv_cache_tokens // args.block_size
+    return Engine(
+        model,
+        n_pages,
+        args.block_size,
+        args.max_num_seqs,
+        args.prefill_chunk,
+        args.max_queue,
+        args.num_speculative_tokens,
+    )
 
 
 # ── Numbers for Prometheus ──
@@ -107,15 +124,15 @@ class Histogram:
     """How often a time was at most so long."""
 
     def __init__(self):
-        self.counts, self.sum = [0] * (len(SECONDS) + 1), 0.0
+        self.counts, self.sum = [0] * (len(HISTOGRAM_BOUNDS) + 1), 0.0
 
-    def add(self, seconds: float) -> None:
-        self.counts[sum(seconds > s for s in SECONDS)] += 1
+    def observe(self, seconds: float) -> None:
+        self.counts[sum(seconds > s for s in HISTOGRAM_BOUNDS)] += 1
         self.sum += seconds
 
-    def lines(self, name: str):
+    def exposition(self, name: str):
         total = 0
-        for bound, n in zip([*SECONDS, "+Inf"], self.counts):
+        for bound, n in zip([*HISTOGRAM_BOUNDS, "+Inf"], self.counts):
             total += n
             yield f'{name}_bucket{{le="{bound}"}} {total}'
         yield f"{name}_sum {self.sum:.6f}"
@@ -126,37 +143,37 @@ class Histogram:
 
 
 @dataclass(eq=False)
-class Call(Request):
+class ServedRequest(Request):
     """A row that somebody waits for."""
 
     index: int = 0  # among the answers of its request
     sink: asyncio.Queue | None = None  # (call, new tokens, why it ended or "")
-    born: float = 0.0
-    last: float = 0.0  # when its newest token was written
-    told: int = 0  # tokens that its text is made of
-    stopped: bool = False  # by one of its own stop texts
+    arrival_time: float = 0.0
+    last_token_time: float = 0.0  # when its newest token was written
+    num_delivered: int = 0  # tokens that its text is made of
+    hit_stop_text: bool = False  # by one of its own stop texts
 
 
-class Desk(threading.Thread):
+class EngineThread(threading.Thread):
     """Steps while there is work; rows come in from any thread, tokens go to the event loop."""
 
     def __init__(self, engine: Engine):
         super().__init__(daemon=True)
         self.engine, self.wake, self.stopped, self.failed = engine, threading.Event(), False, False
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.ended: Counter = Counter()
-        self.first, self.each = Histogram(), Histogram()
-        self.readers: list[Reader] = []
+        self.finish_reasons: Counter = Counter()
+        self.time_to_first_token, self.inter_token_latency = Histogram(), Histogram()
+        self.prefill_workers: list[PrefillWorker] = []
 
-    def submit(self, calls: list[Call]) -> None:
+    def submit(self, calls: list[ServedRequest]) -> None:
         """Queue rows, all or none."""
         self.loop = asyncio.get_running_loop()
         for call in calls:
-            call.born = time.monotonic()
+            call.arrival_time = time.monotonic()
         self.engine.submit(*calls)
         self.wake.set()
 
-    def leave(self, calls: list[Call]) -> None:
+    def abort(self, calls: list[ServedRequest]) -> None:
         """Nobody waits for these any more; whatever they hold is freed before the next step."""
         for call in calls:
             call.aborted = True
@@ -194,18 +211,22 @@ class Desk(threading.Thread):
         now, told = time.monotonic(), []
         for call, tokens in out:
             if tokens:
-                self.first.add(now - call.born) if not call.last else None
-                for _ in tokens if call.last else tokens[1:]:
-                    self.each.add((now - (call.last or now)) / len(tokens))
-                call.last = now
+                self.time_to_first_token.observe(
+                    now - call.arrival_time
+                ) if not call.last_token_time else None
+                for _ in tokens if call.last_token_time else tokens[1:]:
+                    self.inter_token_latency.observe(
+                        (now - (call.last_token_time or now)) / len(tokens)
+                    )
+                call.last_token_time = now
             if call.finish_reason:
-                self.ended["stop" if call.stopped else call.finish_reason] += 1
-                for reader in self.readers:
-                    reader.forget(call)
+                self.finish_reasons["stop" if call.hit_stop_text else call.finish_reason] += 1
+                for reader in self.prefill_workers:
+                    reader.cancel(call)
             told.append((call, tokens, call.finish_reason))
         if told:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
-                self.loop.call_soon_threadsafe(spread, told)
+                self.loop.call_soon_threadsafe(deliver_outputs, told)
 
     def stop(self) -> None:
         """After the running step."""
@@ -214,7 +235,7 @@ class Desk(threading.Thread):
         self.join()
 
 
-def spread(told) -> None:
+def deliver_outputs(told) -> None:
     """Each to its own sink; on the event loop."""
     for call, *rest in told:
         call.sink.put_nowait((call, *rest))
@@ -226,33 +247,35 @@ def spread(told) -> None:
 class Service:
     """A model, its engine at work, and the app that clients reach."""
 
-    def __init__(self, args: Serve, model=None, tokenizer=None):
-        check(args)
+    def __init__(self, args: ServeConfig, model=None, tokenizer=None):
+        validate_serve_config(args)
         self.args, self.born = args, int(time.time())
         model = model or load(args.model).to(pick_device(args.device)).eval()
         tokenizer = tokenizer or load_tokenizer(find_tokenizer_dir(args.model))
         self.policy = Policy(model, tokenizer)
         self.tokenizer, self.special_tokens = tokenizer, self.policy.special_tokens
-        self.name = args.name or args.model.resolve().name
-        self.engine, self.requests = engine_of(model, args), Counter()
-        self.desk = Desk(self.engine)
+        self.name = args.served_model_name or args.model.resolve().name
+        self.engine, self.requests = build_engine(model, args), Counter()
+        self.engine_thread = EngineThread(self.engine)
 
     def __enter__(self) -> "Service":
         workers = self.args.prefill_workers
         threads = max(1, torch.get_num_threads() // (1 + workers))
-        readers = self.desk.readers
+        readers = self.engine_thread.prefill_workers
         if workers:
-            readers += [Reader(self.args, self.desk, threads) for _ in range(workers)]
+            readers += [
+                PrefillWorker(self.args, self.engine_thread, threads) for _ in range(workers)
+            ]
             torch.set_num_threads(threads)
             for reader in readers:
-                reader.ready()
-            self.engine.send_to_prefill = lambda row: hand_out(readers, row)
-        self.desk.start()
+                reader.wait_until_ready()
+            self.engine.send_to_prefill = lambda row: dispatch_prefill(readers, row)
+        self.engine_thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.desk.stop()
-        for reader in self.desk.readers:
+        self.engine_thread.stop()
+        for reader in self.engine_thread.prefill_workers:
             reader.stop()
 
     # From a body to rows
@@ -260,44 +283,50 @@ class Service:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def prompts(self, body: dict, chat: bool) -> list[list[int]]:
+    def encode_prompts(self, body: dict, chat: bool) -> list[list[int]]:
         """Tokens of every prompt; text cannot spell a special token."""
         if chat:
-            return [self.policy.prompt(spoken(body.get("messages")))]
+            return [self.policy.prompt(flatten_content(body.get("messages")))]
         x = body.get("prompt", "")
-        x = [x] if isinstance(x, str) or (x and isinstance(x, list) and is_tokens(x)) else x
+        x = [x] if isinstance(x, str) or (x and isinstance(x, list) and is_token_ids(x)) else x
         if not isinstance(x, list) or not x or len(x) > self.args.max_n:
             raise UserError(f"prompt must be a text, or a list of 1 to {self.args.max_n} texts")
         out, w = [], self.engine.paged.model.config.vocab_size
         for prompt in x:
             if isinstance(prompt, str):
                 out.append([self.special_tokens.bos, *self.encode(prompt)])
-            elif isinstance(prompt, list) and is_tokens(prompt) and all(0 <= t < w for t in prompt):
+            elif (
+                isinstance(prompt, list)
+                and is_token_ids(prompt)
+                and all(0 <= t < w for t in prompt)
+            ):
                 out.append(prompt)
             else:
                 raise UserError(f"a prompt is a text or a list of token numbers below {w}")
         return out
 
-    def ask(self, body: dict, chat: bool) -> Ask:
+    def parse_request(self, body: dict, chat: bool) -> CompletionRequest:
         """The request, checked."""
         if not isinstance(body, dict):
             raise UserError("the body must be a JSON object")
         if body.get("model", self.name) != self.name:
-            raise Refused(404, f"there is no model {str(body['model'])[:80]!r}, only {self.name!r}")
-        known(body)
+            raise HTTPError(
+                404, f"there is no model {str(body['model'])[:80]!r}, only {self.name!r}"
+            )
+        reject_unknown(body)
         options = body.get("stream_options") or {}
         most = self.engine.max_model_len
         long = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
         seed = secrets.randbits(62) if self.args.seed is None else self.args.seed
-        return Ask(
-            self.prompts(body, chat), chat, number(body, "n", 1, 1, self.args.max_n),
-            number(body, long, None, 1, most), number(body, "temperature", 1.0, 0, 2, float),
-            number(body, "top_p", 1.0, 1e-6, 1, float),
-            number(body, "seed", seed, -(2**63), 2**63 - 1), stops(body), flag(body, "stream"),
-            isinstance(options, dict) and flag(options, "include_usage"), likeliest(body, chat),
+        return CompletionRequest(
+            self.encode_prompts(body, chat), chat, parse_number(body, "n", 1, 1, self.args.max_n),
+            parse_number(body, long, None, 1, most), parse_number(body, "temperature", 1.0, 0, 2, float),
+            parse_number(body, "top_p", 1.0, 1e-6, 1, float),
+            parse_number(body, "seed", seed, -(2**63), 2**63 - 1), parse_stop(body), parse_flag(body, "stream"),
+            isinstance(options, dict) and parse_flag(options, "include_usage"), parse_logprobs(body, chat),
         )  # fmt: skip
 
-    def calls(self, ask: Ask) -> list[Call]:
+    def submit(self, ask: CompletionRequest) -> list[ServedRequest]:
         """A row for every answer, queued; raises what `submit` raises."""
         if (total := ask.n * len(ask.prompts)) > self.args.max_n:
             raise UserError(f"{total} answers are more than the {self.args.max_n} of one request")
@@ -312,7 +341,7 @@ class Service:
                 eos = frozenset({self.special_tokens.eos})
                 new = ask.max_tokens or room
                 calls.append(
-                    Call(
+                    ServedRequest(
                         list(prompt),
                         new,
                         choice,
@@ -322,37 +351,39 @@ class Service:
                         sink=sink,
                     )
                 )
-        if self.desk.failed:
-            raise Refused(503, "the engine has failed; see the server's log")
-        self.desk.submit(calls)
+        if self.engine_thread.failed:
+            raise HTTPError(503, "the engine has failed; see the server's log")
+        self.engine_thread.submit(calls)
         return calls
 
     # From rows to text
 
-    async def told(self, ask: Ask, calls: list[Call]) -> AsyncIterator[tuple]:
+    async def stream_outputs(
+        self, ask: CompletionRequest, calls: list[ServedRequest]
+    ) -> AsyncIterator[tuple]:
         """(call, text that became certain, log-probabilities, why it ended or "") as they come."""
-        texts = {call: Text(self.tokenizer, ask.stop) for call in calls}
+        texts = {call: StreamDetokenizer(self.tokenizer, ask.stop) for call in calls}
         sink = calls[0].sink
         while texts:
             call, tokens, ended = await sink.get()
             if (text := texts.get(call)) is None:  # its stop text came in the step before
                 continue
             if ended in ("failed", "abort"):
-                raise Refused(503, "the engine has failed; see the server's log")
-            noted = call.logprobs[call.told : call.told + len(tokens)]
-            call.told += len(tokens)
+                raise HTTPError(503, "the engine has failed; see the server's log")
+            noted = call.logprobs[call.num_delivered : call.num_delivered + len(tokens)]
+            call.num_delivered += len(tokens)
             said = [t for t in tokens if t != self.special_tokens.eos]
-            piece = text.add(said)
+            piece = text.push(said)
             if text.ended:
-                ended, call.stopped = "stop", True
-                self.desk.leave([call])
+                ended, call.hit_stop_text = "stop", True
+                self.engine_thread.abort([call])
             elif ended:
-                piece += text.rest()
+                piece += text.flush()
             if ended:
                 del texts[call]
-            yield call, piece, self.noted(said, noted, ask.chat), ended
+            yield call, piece, self.describe_logprobs(said, noted, ask.chat), ended
 
-    def noted(self, tokens: list[int], logp: list, chat: bool) -> list[dict]:
+    def describe_logprobs(self, tokens: list[int], logp: list, chat: bool) -> list[dict]:
         """Log-probabilities of tokens as clients read them."""
         word = lambda t: self.tokenizer.decode([t], skip_special_tokens=False)
         one = lambda t, x: {"token": word(t), "logprob": x, "bytes": list(word(t).encode())}
@@ -361,8 +392,8 @@ class Service:
             for t, (x, best) in zip(tokens, logp)
         ]
 
-    def usage(self, ask: Ask, calls: list[Call]) -> dict:
-        read, said = sum(map(len, ask.prompts)), sum(call.told for call in calls)
+    def usage(self, ask: CompletionRequest, calls: list[ServedRequest]) -> dict:
+        read, said = sum(map(len, ask.prompts)), sum(call.num_delivered for call in calls)
         hits = sum(call.num_cached_tokens for call in calls[:: ask.n])
         return {
             "prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said,
@@ -373,73 +404,83 @@ class Service:
         """What Prometheus reads."""
         e, lines = self.engine, []
         gauges = {
-            "running": len(e.running), "queue": len(e.waiting), "pages": e.block_pool.num_blocks,
-            "pages_used": e.block_pool.num_used, "pages_idle": len(e.block_pool.evictable),
-            "prefill_workers": sum(r.alive for r in self.desk.readers),
+            "num_requests_running": len(e.running), "num_requests_waiting": len(e.waiting), "kv_blocks": e.block_pool.num_blocks,
+            "kv_blocks_used": e.block_pool.num_used, "kv_blocks_evictable": len(e.block_pool.evictable),
+            "prefill_workers": sum(r.alive for r in self.engine_thread.prefill_workers),
         }  # fmt: skip
         counters = {
-            "prompt_tokens_read": e.counters["prompt_tokens"], "prefix_hit_tokens": e.counters["prefix_cache_hits"],
-            "tokens_written": e.counters["generation_tokens"], "steps": e.counters["steps"],
-            "rows_put_back": e.counters["preemptions"], "drafts": e.counters["draft_tokens"],
-            "drafts_accepted": e.counters["accepted_tokens"],
+            "prompt_tokens": e.counters["prompt_tokens"], "prefix_cache_hit_tokens": e.counters["prefix_cache_hits"],
+            "generation_tokens": e.counters["generation_tokens"], "steps": e.counters["steps"],
+            "preemptions": e.counters["preemptions"], "spec_decode_draft_tokens": e.counters["draft_tokens"],
+            "spec_decode_accepted_tokens": e.counters["accepted_tokens"],
         }  # fmt: skip
         for kind, found, end in (("gauge", gauges, ""), ("counter", counters, "_total")):
             for name, value in found.items():
                 lines += [f"# TYPE dsv3_{name}{end} {kind}", f"dsv3_{name}{end} {value}"]
         for name, label, found in (
-            ("requests", "status", self.requests), ("answers", "ended", self.desk.ended)
+            ("requests", "status", self.requests), ("completions", "finish_reason", self.engine_thread.finish_reasons)
         ):  # fmt: skip
             lines.append(f"# TYPE dsv3_{name}_total counter")
             lines += [f'dsv3_{name}_total{{{label}="{k}"}} {n}' for k, n in found.items()]
-        for name, x in (("first_token", self.desk.first), ("each_token", self.desk.each)):
-            lines += [f"# TYPE dsv3_{name}_seconds histogram", *x.lines(f"dsv3_{name}_seconds")]
+        for name, x in (
+            ("time_to_first_token", self.engine_thread.time_to_first_token),
+            ("inter_token_latency", self.engine_thread.inter_token_latency),
+        ):
+            lines += [
+                f"# TYPE dsv3_{name}_seconds histogram",
+                *x.exposition(f"dsv3_{name}_seconds"),
+            ]
         return "\n".join(lines) + "\n"
 
 
 # ── HTTP ──
 
 
-async def whole(service: Service, ask: Ask, calls: list[Call], head: dict) -> dict:
+async def collect_response(
+    service: Service, ask: CompletionRequest, calls: list[ServedRequest], head: dict
+) -> dict:
     """All answers of a request."""
     texts, noted, why = dict.fromkeys(calls, ""), {c: [] for c in calls}, {}
-    async for call, piece, new, ended in service.told(ask, calls):
+    async for call, piece, new, ended in service.stream_outputs(ask, calls):
         texts[call] += piece
         noted[call] += new
         why[call] = ended
-    choices = [choice_of(ask, c.index, texts[c], noted[c], why[c]) for c in calls]
+    choices = [make_choice(ask, c.index, texts[c], noted[c], why[c]) for c in calls]
     return head | {"choices": choices, "usage": service.usage(ask, calls)}
 
 
-async def events(service: Service, ask: Ask, calls: list[Call], head: dict):
+async def sse_events(
+    service: Service, ask: CompletionRequest, calls: list[ServedRequest], head: dict
+):
     """Server-sent events: pieces as they come, the usage if asked for, and [DONE]."""
     line = lambda x: f"data: {json.dumps(x, ensure_ascii=False)}\n\n"
     if ask.chat:
         for call in calls:
-            start = choice_of(ask, call.index, "", [], None)
+            start = make_choice(ask, call.index, "", [], None)
             start["delta"]["role"] = "assistant"
             yield line(head | {"choices": [start]})
     try:
-        async for call, piece, noted, ended in service.told(ask, calls):
+        async for call, piece, noted, ended in service.stream_outputs(ask, calls):
             if piece or ended or (noted and ask.num_logprobs >= 0):
-                yield line(head | {"choices": [choice_of(ask, call.index, piece, noted, ended)]})
-    except Refused as e:
-        yield line(complaint(str(e), e.status))
+                yield line(head | {"choices": [make_choice(ask, call.index, piece, noted, ended)]})
+    except HTTPError as e:
+        yield line(error_body(str(e), e.status))
         return
-    if ask.usage:
+    if ask.include_usage:
         yield line(head | {"choices": [], "usage": service.usage(ask, calls)})
     yield "data: [DONE]\n\n"
 
 
-async def body_of(request) -> dict:
+async def read_json_body(request) -> dict:
     """The JSON of a request. Only pages that may ask this server can send this content type."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(415, "the content type must be application/json")
+        raise HTTPError(415, "the content type must be application/json")
     data = b""
     async for part in request.stream():
         data += part
-        if len(data) > BODY:
-            raise Refused(413, f"the request has more than {BODY} bytes")
+        if len(data) > MAX_BODY_BYTES:
+            raise HTTPError(413, f"the request has more than {MAX_BODY_BYTES} bytes")
     try:
         body = json.loads(data)
         json.dumps(body, ensure_ascii=False).encode()  # halves of characters cannot be encoded
@@ -448,15 +489,15 @@ async def body_of(request) -> dict:
         raise UserError("the body is not JSON in UTF-8") from None
 
 
-async def left(request) -> None:
+async def wait_disconnect(request) -> None:
     """Returns when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def unless_left(request, answer):
+async def cancel_on_disconnect(request, answer):
     """An answer, or None if the client goes away before."""
-    tasks = [asyncio.ensure_future(x) for x in (answer, left(request))]
+    tasks = [asyncio.ensure_future(x) for x in (answer, wait_disconnect(request))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return tasks[0].result() if tasks[0].done() else None
@@ -469,51 +510,51 @@ class Endpoints:
     """What can be asked of a service over HTTP."""
 
     def __init__(self, service: Service):
-        self.service, (_, self.responses) = service, library()
+        self.service, (_, self.responses) = service, import_fastapi()
         model = {"object": "model", "created": service.born, "owned_by": "dsv3"}
         self.model = {"id": service.name} | model
 
-    def refusal(self, status: int, sentence: str, headers: dict | None = None):
-        return self.responses.JSONResponse(complaint(sentence, status), status, headers)
+    def error_response(self, status: int, sentence: str, headers: dict | None = None):
+        return self.responses.JSONResponse(error_body(sentence, status), status, headers)
 
     async def answer(self, request, chat: bool):
         """An answer, whole or as a stream; mistakes become a status and a sentence."""
         try:
-            response = await self.written(request, chat)
+            response = await self.completion(request, chat)
         except UserError as e:
-            response = self.refusal(400, str(e))
+            response = self.error_response(400, str(e))
         except QueueFull:
             sentence = "all places are taken, and so are those in the queue; come again"
-            response = self.refusal(429, sentence, {"Retry-After": "1"})
-        except Refused as e:
-            response = self.refusal(e.status, str(e))
+            response = self.error_response(429, sentence, {"Retry-After": "1"})
+        except HTTPError as e:
+            response = self.error_response(e.status, str(e))
         self.service.requests[response.status_code] += 1
         return response
 
-    async def written(self, request, chat: bool):
+    async def completion(self, request, chat: bool):
         service = self.service
-        ask = service.ask(await body_of(request), chat)
-        calls = service.calls(ask)
+        ask = service.parse_request(await read_json_body(request), chat)
+        calls = service.submit(ask)
         name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        head = form(ask, name, service.name)
+        head = response_head(ask, name, service.name)
         if ask.stream:
-            stream = events(service, ask, calls, head)
+            stream = sse_events(service, ask, calls, head)
             kind = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
             response = self.responses.StreamingResponse(stream, **kind)
-            return leaving(response, lambda: service.desk.leave(calls))
+            return on_close(response, lambda: service.engine_thread.abort(calls))
         try:
-            found = await unless_left(request, whole(service, ask, calls, head))
+            found = await cancel_on_disconnect(request, collect_response(service, ask, calls, head))
             return self.responses.JSONResponse(found, 200 if found else 499)
         finally:
-            service.desk.leave(calls)
+            service.engine_thread.abort(calls)
 
     def health(self):
-        fine = self.service.desk.is_alive() and not self.service.desk.failed
+        fine = self.service.engine_thread.is_alive() and not self.service.engine_thread.failed
         said = {"status": "ok" if fine else "failed"}
         return self.responses.JSONResponse(said, 200 if fine else 503)
 
 
-def leaving(response, goodbye):
+def on_close(response, goodbye):
     """A response that says goodbye when it is sent or when nobody reads it any more."""
 
     class Leaving(type(response)):
@@ -527,9 +568,9 @@ def leaving(response, goodbye):
     return response
 
 
-def site(service: Service):
+def build_app(service: Service):
     """The endpoints as an ASGI app."""
-    fastapi, responses = library()
+    fastapi, responses = import_fastapi()
     app, ends = fastapi.FastAPI(openapi_url=None), Endpoints(service)
     asked = fastapi.Request
 
@@ -547,7 +588,7 @@ def site(service: Service):
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
-        unknown = ends.refusal(404, f"there is no model {name[:80]!r}")
+        unknown = ends.error_response(404, f"there is no model {name[:80]!r}")
         return ends.model if name == service.name else unknown
 
     @app.get("/health")
@@ -562,22 +603,22 @@ def site(service: Service):
     return app
 
 
-def library():
+def import_fastapi():
     """FastAPI and its responses."""
     try:
         import fastapi
         import fastapi.responses
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError(INSTALL_HINT) from None
     return fastapi, fastapi.responses
 
 
-def server(app, grace: float = 30.0):
+def make_api_server(app, grace: float = 30.0):
     """uvicorn; the first signal ends it after the running answers, the second at once."""
     try:
         import uvicorn
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError(INSTALL_HINT) from None
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -598,17 +639,17 @@ def server(app, grace: float = 30.0):
     return Server(uvicorn.Config(app, ws="none", lifespan="off", access_log=False, **options))
 
 
-def serve(args: Serve) -> None:
+def run_server(args: ServeConfig) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    check(args)
-    library()
-    listener = listen(args.host, args.port)
+    validate_serve_config(args)
+    import_fastapi()
+    listener = bind_socket(args.host, args.port)
     with Service(args) as service:
-        if not loopback(args.host):
+        if not is_loopback(args.host):
             print("anyone who reaches this machine can use the model", file=sys.stderr)
         host, port = f"[{args.host}]" if ":" in args.host else args.host, listener.getsockname()[1]
         print(f"http://{host}:{port}/v1 serves {service.name}", flush=True)
-        server(site(service), args.grace).run(sockets=[listener])
+        make_api_server(build_app(service), args.grace).run(sockets=[listener])
     count = service.engine.counters
     print(
         f"{count['generation_tokens']} tokens written, {count['prompt_tokens']} read",

@@ -27,7 +27,7 @@ from dsv3_ref.training.loop import pick_device
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerationOptions:
     """What `generate` and `chat` share."""
 
     model: tyro.conf.Positional[Path]
@@ -39,7 +39,7 @@ class Options:
     """draw from the fewest likeliest tokens that reach this probability together"""
     stop: tuple[str, ...] = ()
     """texts that end an answer (they are not printed)"""
-    draft: int = 0
+    num_speculative_tokens: int = 0
     """tokens that MTP modules guess ahead each round, up to the model's n_mtp_layers"""
     compile: bool = False
     """fuse each layer's step: twice as fast after some 20 seconds of compiling (needs g++)"""
@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Generate(Options):
+class GenerateConfig(GenerationOptions):
     """Continue texts."""
 
     prompt: tuple[str, ...] = ("",)
@@ -56,7 +56,7 @@ class Generate(Options):
 
 
 @dataclass(frozen=True)
-class Chat(Options):
+class ChatConfig(GenerationOptions):
     """Talk to a model, line by line; an empty line or Ctrl-D ends the talk."""
 
     system: str = ""
@@ -72,35 +72,35 @@ class Chat(Options):
 # ── Text from tokens ──
 
 
-class Text:
+class StreamDetokenizer:
     """Tokens in, text out as soon as it is certain: no half character, no half stop string."""
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
-        self.ids, self.said, self.ended = [], 0, False
+        self.ids, self.num_emitted, self.ended = [], 0, False
 
-    def add(self, tokens: list[int]) -> str:
+    def push(self, tokens: list[int]) -> str:
         """The text that has become certain with these tokens."""
         self.ids += tokens
         text = self.tokenizer.decode(self.ids)
         ends = [i for s in self.stop if (i := text.find(s)) >= 0]
         if ends:
             self.ended = True
-            return self.say(text, min(ends))
-        return self.say(text, len(text.rstrip("\ufffd")) - held(text, self.stop))
+            return self.emit(text, min(ends))
+        return self.emit(text, len(text.rstrip("\ufffd")) - partial_stop_length(text, self.stop))
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, when nothing more will come."""
         text = self.tokenizer.decode(self.ids)
-        return "" if self.ended else self.say(text, len(text))
+        return "" if self.ended else self.emit(text, len(text))
 
-    def say(self, text: str, end: int) -> str:
-        new = text[self.said : end]
-        self.said = max(self.said, end)
+    def emit(self, text: str, end: int) -> str:
+        new = text[self.num_emitted : end]
+        self.num_emitted = max(self.num_emitted, end)
         return new
 
 
-def held(text: str, stop: tuple[str, ...]) -> int:
+def partial_stop_length(text: str, stop: tuple[str, ...]) -> int:
     """Characters at the end of a text that may be the beginning of a stop string."""
     sizes = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
     return max(sizes, default=0)
@@ -109,35 +109,38 @@ def held(text: str, stop: tuple[str, ...]) -> int:
 # ── A model with its tokenizer ──
 
 
-class Speaker:
+class TextGenerator:
     """A model, its tokenizer, and how tokens are chosen."""
 
-    def __init__(self, args: Options):
-        check(args)
+    def __init__(self, args: GenerationOptions):
+        validate_options(args)
         self.device = pick_device(args.device)
         self.model: Transformer = load(args.model).to(self.device).eval()
         self.tokenizer = load_tokenizer(find_tokenizer_dir(args.model))
-        self.choose(args)
+        self.set_sampling(args)
         if args.compile:
-            warm_up(self.model, args.draft)
+            warm_up(self.model, args.num_speculative_tokens)
 
-    def choose(self, args: Options) -> None:
+    def set_sampling(self, args: GenerationOptions) -> None:
         """From now on, choose tokens so."""
-        check(args)
-        if args.draft > len(self.model.mtp):
+        validate_options(args)
+        if args.num_speculative_tokens > len(self.model.mtp):
             raise UserError(
-                f"--draft {args.draft}: this model has {len(self.model.mtp)} MTP modules"
+                f"--num-speculative-tokens {args.num_speculative_tokens}: this model has {len(self.model.mtp)} MTP modules"
             )
         generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.args, self.choice = args, SamplingParams(args.temperature, args.top_p, generator)
+        self.args, self.sampling_params = (
+            args,
+            SamplingParams(args.temperature, args.top_p, generator),
+        )
 
-    def like(self, args: Options) -> "Speaker":
+    def with_options(self, args: GenerationOptions) -> "TextGenerator":
         """The same model with other options."""
         other = copy(self)
-        other.choose(args)
+        other.set_sampling(args)
         return other
 
-    def special(self, token: str) -> int:
+    def special_token_id(self, token: str) -> int:
         """The id of a special token; text never contains one."""
         found = self.tokenizer.token_to_id(token)
         if found is None:
@@ -148,28 +151,30 @@ class Speaker:
         """Tokens of a text; what looks like a special token is spelled as plain characters."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def asked(self, text: str) -> list[int]:
+    def encode_user_turn(self, text: str) -> list[int]:
         """A question as tokens, up to where the answer begins."""
-        return [self.special(USER), *self.encode(text), self.special(ASSISTANT)]
+        return [self.special_token_id(USER), *self.encode(text), self.special_token_id(ASSISTANT)]
 
-    def answered(self, text: str) -> list[int]:
+    def encode_assistant_turn(self, text: str) -> list[int]:
         """An answer as it is remembered."""
-        return [*self.encode(text), self.special(EOS)]
+        return [*self.encode(text), self.special_token_id(EOS)]
 
-    def room(self, prompts: list[list[int]]) -> int:
+    def num_new_tokens(self, prompts: list[list[int]]) -> int:
         """Tokens that may be written after the longest prompt."""
         longest, limit = max(map(len, prompts)), self.model.config.max_seq_len
         if longest >= limit:
             raise UserError(f"the prompt has {longest} tokens, the model reads at most {limit - 1}")
         return min(self.args.max_new_tokens, limit - longest)
 
-    def rounds(
+    def iter_steps(
         self, prompts: list[list[int]], live: Callable[[], list[bool]]
     ) -> Iterator[list[list[int]]]:
         """The new tokens of every row, round by round; `live` says which rows are to go on."""
-        ends = {self.special(EOS)}
-        options = self.args.draft, self.args.compile
-        rounds = stream(self.model, prompts, self.room(prompts), self.choice, ends, *options)
+        ends = {self.special_token_id(EOS)}
+        options = self.args.num_speculative_tokens, self.args.compile
+        rounds = stream(
+            self.model, prompts, self.num_new_tokens(prompts), self.sampling_params, ends, *options
+        )
         new = next(rounds, None)
         while new is not None:
             yield new
@@ -178,12 +183,12 @@ class Speaker:
             except StopIteration:
                 new = None
 
-    def write(self, prompts: list[list[int]]) -> Iterator[list[str]]:
+    def iter_text(self, prompts: list[list[int]]) -> Iterator[list[str]]:
         """The next piece of text of every row, round by round."""
-        texts = [Text(self.tokenizer, self.args.stop) for _ in prompts]
-        for new in self.rounds(prompts, lambda: [not text.ended for text in texts]):
-            yield [text.add(tokens) for text, tokens in zip(texts, new)]
-        yield [text.rest() for text in texts]
+        texts = [StreamDetokenizer(self.tokenizer, self.args.stop) for _ in prompts]
+        for new in self.iter_steps(prompts, lambda: [not text.ended for text in texts]):
+            yield [text.push(tokens) for text, tokens in zip(texts, new)]
+        yield [text.flush() for text in texts]
 
 
 def warm_up(model: Transformer, draft: int) -> None:
@@ -196,13 +201,13 @@ def warm_up(model: Transformer, draft: int) -> None:
     print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
-def check(args: Options) -> None:
+def validate_options(args: GenerationOptions) -> None:
     """Raise a `UserError` for options that cannot be used."""
     rules = [
         (args.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
         (args.temperature >= 0, "--temperature must be at least 0"),
         (0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
-        (args.draft >= 0, "--draft must be at least 0"),
+        (args.num_speculative_tokens >= 0, "--num-speculative-tokens must be at least 0"),
         (all(args.stop), "--stop needs a text that is not empty"),
     ]
     for holds, sentence in rules:
@@ -213,15 +218,15 @@ def check(args: Options) -> None:
 # ── The commands ──
 
 
-def generate(args: Generate) -> None:
+def run_generate(args: GenerateConfig) -> None:
     """Print each prompt with its continuation; a single one as it comes."""
-    speaker = Speaker(args)
-    prompts = [[speaker.special(BOS), *speaker.encode(p)] for p in args.prompt]
+    generator = TextGenerator(args)
+    prompts = [[generator.special_token_id(BOS), *generator.encode(p)] for p in args.prompt]
     start, pieces, texts = time.perf_counter(), 0, list(args.prompt)
     alone = len(prompts) == 1
     if alone:
         print(args.prompt[0], end="", flush=True)
-    for new in speaker.write(prompts):
+    for new in generator.iter_text(prompts):
         pieces += 1
         texts = [text + piece for text, piece in zip(texts, new)]
         if alone:
@@ -231,27 +236,27 @@ def generate(args: Generate) -> None:
     print(f"{pieces - 1} rounds in {seconds:.1f} s", file=sys.stderr)
 
 
-def chat(args: Chat) -> None:
+def run_chat(args: ChatConfig) -> None:
     """Talk here, or in a browser."""
     if args.web:
-        from dsv3_ref.serving.web import serve
+        from dsv3_ref.serving.web import serve_web_chat
 
-        serve(args)
+        serve_web_chat(args)
     else:
-        talk(Speaker(args))
+        chat_loop(TextGenerator(args))
 
 
-def talk(speaker: Speaker) -> None:
+def chat_loop(generator: TextGenerator) -> None:
     """Read a line, answer it, remember both."""
     turns = []
     while line := read_line():
-        turns.append(speaker.asked(line))
+        turns.append(generator.encode_user_turn(line))
         answer = ""
-        for new in speaker.write([conversation(speaker, turns)]):
+        for new in generator.iter_text([truncate_history(generator, turns)]):
             answer += new[0]
             print(new[0], end="", flush=True)
         print()
-        turns[-1] += speaker.answered(answer)
+        turns[-1] += generator.encode_assistant_turn(answer)
 
 
 def read_line() -> str:
@@ -262,12 +267,12 @@ def read_line() -> str:
         return ""
 
 
-def conversation(speaker: Speaker, turns: list[list[int]]) -> list[int]:
+def truncate_history(generator: TextGenerator, turns: list[list[int]]) -> list[int]:
     """System text and turns as tokens; the oldest turns go when they no longer fit."""
-    start = [speaker.special(BOS), *speaker.encode(speaker.args.system)]
-    limit = speaker.model.config.max_seq_len
+    start = [generator.special_token_id(BOS), *generator.encode(generator.args.system)]
+    limit = generator.model.config.max_seq_len
     while (
-        len(turns) > 1 and len(start) + sum(map(len, turns)) + speaker.args.max_new_tokens > limit
+        len(turns) > 1 and len(start) + sum(map(len, turns)) + generator.args.max_new_tokens > limit
     ):
         del turns[0]
     return start + [token for turn in turns for token in turn]

@@ -18,7 +18,7 @@ from dsv3_ref.training.loop import pick_device
 # ── Parcels ──
 
 
-def to_bytes(job: int, parcel: KVTransfer) -> bytes:
+def transfer_to_bytes(job: int, parcel: KVTransfer) -> bytes:
     """A parcel as a line of JSON and raw numbers."""
     tensors = [parcel.kv_lsx, parcel.h_sd, parcel.logit_w]
     raw = [x.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes() for x in tensors]
@@ -32,8 +32,8 @@ def to_bytes(job: int, parcel: KVTransfer) -> bytes:
     return json.dumps(head).encode() + b"\n" + b"".join(raw)
 
 
-def from_bytes(data: bytes, device) -> tuple[int, KVTransfer]:
-    """What `to_bytes` made, on a device."""
+def transfer_from_bytes(data: bytes, device) -> tuple[int, KVTransfer]:
+    """What `transfer_to_bytes` made, on a device."""
     line, _, raw = data.partition(b"\n")
     head, tensors, at = json.loads(line), [], 0
     for kind, shape, size in head["tensors"]:
@@ -47,15 +47,15 @@ def from_bytes(data: bytes, device) -> tuple[int, KVTransfer]:
 # ── The process, from within and from without ──
 
 
-def read_prompts(pipe, args, threads: int) -> None:
+def prefill_worker_main(pipe, args, threads: int) -> None:
     """The life of a prefill process: prompts in, latents out, until the pipe closes."""
-    from dsv3_ref.serving.api_server import engine_of  # which imports this module
+    from dsv3_ref.serving.api_server import build_engine  # which imports this module
 
     for number in (signal.SIGINT, signal.SIGTERM):  # the decode process says when it is over
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
     model = load(args.model).to(pick_device(args.device)).eval()
-    engine, jobs = engine_of(model, replace(args, max_queue=1 << 30)), {}
+    engine, jobs = build_engine(model, replace(args, max_queue=1 << 30)), {}
     engine.outgoing_transfers = []
     pipe.send_bytes(b"ready")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -72,24 +72,24 @@ def read_prompts(pipe, args, threads: int) -> None:
             engine.step()
             names = {row: job for job, row in jobs.items()}
             for row, parcel in engine.outgoing_transfers:
-                pipe.send_bytes(to_bytes(names[row], parcel))
+                pipe.send_bytes(transfer_to_bytes(names[row], parcel))
             engine.outgoing_transfers.clear()
             jobs = {job: row for job, row in jobs.items() if not row.finish_reason}
 
 
-class Reader:
+class PrefillWorker:
     """A prefill process, seen from the one that decodes."""
 
     def __init__(self, args, desk, threads: int):
         spawn = get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.desk, self.rows, self.jobs, self.alive = desk, {}, 0, True
+        self.engine_thread, self.rows, self.jobs, self.alive = desk, {}, 0, True
         work = theirs, args, threads
-        self.process = spawn.Process(target=read_prompts, args=work, daemon=True)
+        self.process = spawn.Process(target=prefill_worker_main, args=work, daemon=True)
         self.process.start()
         theirs.close()
 
-    def ready(self) -> None:
+    def wait_until_ready(self) -> None:
         """Wait until its model is loaded, then listen."""
         try:
             self.pipe.recv_bytes()
@@ -97,18 +97,18 @@ class Reader:
             raise UserError("a prefill process did not start; what it said is above") from None
         threading.Thread(target=self.listen, daemon=True).start()
 
-    def send(self, row: Request) -> None:
+    def submit(self, row: Request) -> None:
         self.jobs += 1
         self.rows[self.jobs] = row
-        self.tell({"job": self.jobs, "tokens": row.tokens, "have": row.num_computed_tokens})
+        self.send_message({"job": self.jobs, "tokens": row.tokens, "have": row.num_computed_tokens})
 
-    def forget(self, row: Request) -> None:
+    def cancel(self, row: Request) -> None:
         """A row has ended; if it is still being read, no longer."""
         for job in [job for job, r in list(self.rows.items()) if r is row]:
             self.rows.pop(job, None)
-            self.tell({"job": job})
+            self.send_message({"job": job})
 
-    def tell(self, message: dict) -> None:
+    def send_message(self, message: dict) -> None:
         with suppress(OSError):  # it has died, which `listen` will see
             self.pipe.send_bytes(json.dumps(message).encode())
 
@@ -116,19 +116,19 @@ class Reader:
         """Parcels to the engine; if the process dies, its prompts are read here."""
         with suppress(EOFError, OSError):
             while True:
-                job, parcel = from_bytes(
-                    self.pipe.recv_bytes(), self.desk.engine.paged.kv_caches[0].device
+                job, parcel = transfer_from_bytes(
+                    self.pipe.recv_bytes(), self.engine_thread.engine.paged.kv_caches[0].device
                 )
                 if row := self.rows.pop(job, None):
-                    self.desk.engine.incoming_transfers.append((row, parcel))
-                    self.desk.wake.set()
+                    self.engine_thread.engine.incoming_transfers.append((row, parcel))
+                    self.engine_thread.wake.set()
         self.alive = False
-        if self.rows and not self.desk.stopped:
+        if self.rows and not self.engine_thread.stopped:
             print("a prefill process died; its prompts are read here", file=sys.stderr)
         for row in list(self.rows.values()):
             row.remote_prefill = False
         self.rows.clear()
-        self.desk.wake.set()
+        self.engine_thread.wake.set()
 
     def stop(self) -> None:
         self.alive = False
@@ -136,9 +136,9 @@ class Reader:
         self.process.join()
 
 
-def hand_out(readers: list[Reader], row: Request) -> bool:
+def dispatch_prefill(readers: list[PrefillWorker], row: Request) -> bool:
     """Give a prompt to the process that has the fewest; False if none lives."""
     alive = [r for r in readers if r.alive]
     if alive:
-        min(alive, key=lambda r: len(r.rows)).send(row)
+        min(alive, key=lambda r: len(r.rows)).submit(row)
     return bool(alive)

@@ -6,22 +6,29 @@ from dataclasses import dataclass
 
 from dsv3_ref.config import UserError
 
-CONTROLS = {
+SUPPORTED_FIELDS = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "seed", "n", "stop", "stream", "stream_options", "logprobs", "top_logprobs",
 }  # fmt: skip
-NOTHING = {  # what may be sent because it asks for nothing; other values are refused by name
+NEUTRAL_VALUES = {  # what may be sent because it asks for nothing; other values are refused by name
     "echo": [False], "best_of": [1], "suffix": ["", None], "frequency_penalty": [0, None],
     "presence_penalty": [0, None], "logit_bias": [{}, None], "tools": [[], None],
     "tool_choice": ["none", "auto", None], "response_format": [{"type": "text"}, None],
 }  # fmt: skip
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+IGNORED_FIELDS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+}
 
 
 # ── What a request asks for ──
 
 
-class Refused(Exception):
+class HTTPError(Exception):
     """A status and a sentence."""
 
     def __init__(self, status: int, sentence: str):
@@ -30,7 +37,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Ask:
+class CompletionRequest:
     """A request, checked."""
 
     prompts: list[list[int]]
@@ -42,11 +49,11 @@ class Ask:
     seed: int
     stop: tuple[str, ...]
     stream: bool
-    usage: bool  # of a stream, at its end
+    include_usage: bool  # of a stream, at its end
     num_logprobs: int  # log-probabilities: of so many likeliest tokens too; −1: none
 
 
-def number(body: dict, name: str, default, low, high, kind=int):
+def parse_number(body: dict, name: str, default, low, high, kind=int):
     """A number of the body within its bounds."""
     x = body.get(name)
     if x is None:
@@ -58,14 +65,14 @@ def number(body: dict, name: str, default, low, high, kind=int):
     return kind(x)
 
 
-def flag(body: dict, name: str) -> bool:
+def parse_flag(body: dict, name: str) -> bool:
     x = body.get(name) or False
     if not isinstance(x, bool):
         raise UserError(f"{name} must be true or false")
     return x
 
 
-def stops(body: dict) -> tuple[str, ...]:
+def parse_stop(body: dict) -> tuple[str, ...]:
     """Up to four texts that end an answer."""
     x = body.get("stop") or []
     x = [x] if isinstance(x, str) else x
@@ -74,24 +81,28 @@ def stops(body: dict) -> tuple[str, ...]:
     return tuple(x)
 
 
-def known(body: dict) -> None:
+def reject_unknown(body: dict) -> None:
     """Refuse what would be silently different from what was asked."""
     for name, value in body.items():
-        if name in NOTHING and value not in NOTHING[name]:
+        if name in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[name]:
             raise UserError(f"this server cannot do {name}")
-        if name not in CONTROLS and name not in NOTHING and name not in IGNORED:
+        if (
+            name not in SUPPORTED_FIELDS
+            and name not in NEUTRAL_VALUES
+            and name not in IGNORED_FIELDS
+        ):
             raise UserError(f"this server knows no {json.dumps(name)[:60]}")
 
 
-def likeliest(body: dict, chat: bool) -> int:
+def parse_logprobs(body: dict, chat: bool) -> int:
     """How many likeliest tokens' log-probabilities are asked for beside the chosen one's."""
     if not chat:
-        return number(body, "logprobs", -1, 0, 5)
-    top = number(body, "top_logprobs", 0, 0, 20)
-    return top if flag(body, "logprobs") else -1
+        return parse_number(body, "logprobs", -1, 0, 5)
+    top = parse_number(body, "top_logprobs", 0, 0, 20)
+    return top if parse_flag(body, "logprobs") else -1
 
 
-def spoken(messages) -> list[dict]:
+def flatten_content(messages) -> list[dict]:
     """Messages whose contents may be lists of texts, as some clients send them."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of turns")
@@ -107,21 +118,21 @@ def spoken(messages) -> list[dict]:
     return out
 
 
-def is_tokens(x: list) -> bool:
+def is_token_ids(x: list) -> bool:
     return all(type(t) is int for t in x)
 
 
 # ── The form of an answer ──
 
 
-def form(ask: Ask, name: str, model: str) -> dict:
+def response_head(ask: CompletionRequest, name: str, model: str) -> dict:
     """What all objects of an answer have in common."""
     kind = "chat.completion" if ask.chat else "text_completion"
     kind += ".chunk" if ask.chat and ask.stream else ""
     return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
 
-def logprobs(ask: Ask, noted: list[dict]) -> dict | None:
+def format_logprobs(ask: CompletionRequest, noted: list[dict]) -> dict | None:
     """Log-probabilities in the form of either endpoint."""
     if ask.num_logprobs < 0:
         return None
@@ -137,16 +148,18 @@ def logprobs(ask: Ask, noted: list[dict]) -> dict | None:
     }  # fmt: skip
 
 
-def choice_of(ask: Ask, index: int, text: str, noted: list[dict], ended: str | None) -> dict:
+def make_choice(
+    ask: CompletionRequest, index: int, text: str, noted: list[dict], ended: str | None
+) -> dict:
     """An answer, whole or a piece of it."""
-    out = {"index": index, "logprobs": logprobs(ask, noted), "finish_reason": ended or None}
+    out = {"index": index, "logprobs": format_logprobs(ask, noted), "finish_reason": ended or None}
     if not ask.chat:
         return out | {"text": text}
     said = {"content": text} if ask.stream else {"role": "assistant", "content": text}
     return out | {"delta" if ask.stream else "message": said}
 
 
-def complaint(sentence: str, status: int) -> dict:
+def error_body(sentence: str, status: int) -> dict:
     kind = "invalid_request_error" if status < 500 else "server_error"
     kind = "rate_limit_error" if status == 429 else kind
     return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}

@@ -15,12 +15,14 @@ import torch
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.serving.generate import Chat, Speaker, Text, conversation
+from dsv3_ref.serving.generate import ChatConfig, StreamDetokenizer, TextGenerator, truncate_history
 
-PAUSE = 0.05  # seconds between two pictures of an answer that grows
+FRAME_SECONDS = 0.05  # seconds between two pictures of an answer that grows
 # what a browser may fetch; gradio 5 asks for a script from a CDN, refused and not missed
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
-Picks = list[tuple[int, float]]  # the experts a layer chose for a token, with their weights
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
+)
+ExpertWeights = list[tuple[int, float]]  # the experts a layer chose for a token, with their weights
 
 
 # ── What a tab remembers ──
@@ -32,16 +34,18 @@ class Turn:
 
     question: str
     number: int
-    draft: int = 0
+    num_speculative_tokens: int = 0
     prompt: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text that each token completes
     accepted: list[bool] = field(default_factory=list)  # whether an MTP module had guessed it
     names: list[str] = field(default_factory=list)  # each token by itself, once all are there
-    routes: list[dict[str, Picks]] = field(default_factory=list)  # its experts in every layer
+    routes: list[dict[str, ExpertWeights]] = field(
+        default_factory=list
+    )  # its experts in every layer
     text: str = ""
     rounds: int = 0  # that began with a draft
-    forgotten: int = 0  # oldest turns that no longer fit
+    num_dropped_turns: int = 0  # oldest turns that no longer fit
     stopped: bool = False
 
 
@@ -58,7 +62,7 @@ class Session:
         """A new turn; none for an empty question or while another is being answered."""
         if self.turn or not question.strip():
             return None
-        self.turn = Turn(clean(question.strip()), self.asked)
+        self.turn = Turn(replace_surrogates(question.strip()), self.asked)
         self.asked += 1
         return self.turn
 
@@ -73,7 +77,7 @@ class Session:
         self.turns, self.pages, self.turn = [], [], None
 
 
-def clean(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Text without halves of characters, which a browser can send and UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode()
 
@@ -84,73 +88,81 @@ def clean(text: str) -> str:
 class Watched(SamplingParams):
     """A `SamplingParams` that remembers how many drafts the last round accepted."""
 
-    kept = 0
+    num_accepted = 0
 
     def verify(self, logit_bsw, q, guess_bk):
         n_b, token_b = super().verify(logit_bsw, q, guess_bk)
-        self.kept = int(n_b[0])
+        self.num_accepted = int(n_b[0])
         return n_b, token_b
 
 
-def answer(speaker: Speaker, session: Session, *settings) -> Iterator[Turn]:
+def answer_turn(generator: TextGenerator, session: Session, *settings) -> Iterator[Turn]:
     """Answer what the session asks: its turn as it grows, with routes when it is whole."""
     turn, ours = session.turn, lambda: session.turn is turn  # until somebody clears the session
     try:
         if turn.stopped:  # while it was waiting
             yield turn
             return
-        args = chosen(speaker.args, *settings)
-        speaker = speaker.like(replace(args, seed=args.seed + turn.number))
-        turns = [*session.turns, speaker.asked(turn.question)]
-        turn.prompt, turn.draft = conversation(speaker, turns), args.draft
-        turn.forgotten = len(session.turns) + 1 - len(turns)
-        for grown in paced(write(speaker, turn)):
+        args = apply_settings(generator.args, *settings)
+        generator = generator.with_options(replace(args, seed=args.seed + turn.number))
+        turns = [*session.turns, generator.encode_user_turn(turn.question)]
+        turn.prompt, turn.num_speculative_tokens = (
+            truncate_history(generator, turns),
+            args.num_speculative_tokens,
+        )
+        turn.num_dropped_turns = len(session.turns) + 1 - len(turns)
+        for grown in throttle(generate_turn(generator, turn)):
             if not ours():
                 return
             yield grown
-        explain(speaker, turn)
+        annotate_turn(generator, turn)
         if ours():
-            session.turns = [*turns[:-1], turns[-1] + speaker.answered(turn.text)]
-            session.pages.append(page(turn))
+            session.turns = [*turns[:-1], turns[-1] + generator.encode_assistant_turn(turn.text)]
+            session.pages.append(render_turn(turn))
             yield turn
     finally:  # also when the browser has gone away
         if ours():
             session.turn = None
 
 
-def write(speaker: Speaker, turn: Turn) -> Iterator[Turn]:
+def generate_turn(generator: TextGenerator, turn: Turn) -> Iterator[Turn]:
     """Write an answer into its turn, round by round, until it ends or is stopped."""
-    speaker.choice = Watched(*speaker.choice)
-    text, whole = Text(speaker.tokenizer, speaker.args.stop), Text(speaker.tokenizer)
+    generator.sampling_params = Watched(*generator.sampling_params)
+    text, whole = (
+        StreamDetokenizer(generator.tokenizer, generator.args.stop),
+        StreamDetokenizer(generator.tokenizer),
+    )
     live = lambda: [not (text.ended or turn.stopped)]
-    for (new,) in speaker.rounds([turn.prompt], live):
-        turn.rounds += bool(turn.tokens and turn.draft)
-        turn.accepted += [i < speaker.choice.kept for i in range(len(new))]
-        turn.pieces += [whole.add([token]) for token in new]
+    for (new,) in generator.iter_steps([turn.prompt], live):
+        turn.rounds += bool(turn.tokens and turn.num_speculative_tokens)
+        turn.accepted += [i < generator.sampling_params.num_accepted for i in range(len(new))]
+        turn.pieces += [whole.push([token]) for token in new]
         turn.tokens += new
-        turn.text += text.add(new)
+        turn.text += text.push(new)
         yield turn
-    turn.text += text.rest()
-    turn.pieces[-1] += whole.rest()
+    turn.text += text.flush()
+    turn.pieces[-1] += whole.flush()
 
 
-def paced(turns: Iterable[Turn]) -> Iterator[Turn]:
-    """Some of many pictures, `PAUSE` apart."""
-    last = -PAUSE
+def throttle(turns: Iterable[Turn]) -> Iterator[Turn]:
+    """Some of many pictures, `FRAME_SECONDS` apart."""
+    last = -FRAME_SECONDS
     for turn in turns:
-        if time.monotonic() - last >= PAUSE:
+        if time.monotonic() - last >= FRAME_SECONDS:
             yield turn
             last = time.monotonic()
 
 
-def explain(speaker: Speaker, turn: Turn) -> None:
+def annotate_turn(generator: TextGenerator, turn: Turn) -> None:
     """Add to a turn what can be said about its tokens."""
-    turn.names = [speaker.tokenizer.decode([i], skip_special_tokens=False) for i in turn.tokens]
-    turn.routes = routing(speaker.model, turn.prompt, turn.tokens)
+    turn.names = [generator.tokenizer.decode([i], skip_special_tokens=False) for i in turn.tokens]
+    turn.routes = expert_routes(generator.model, turn.prompt, turn.tokens)
 
 
 @torch.inference_mode()
-def routing(model: Transformer, prompt: list[int], tokens: list[int]) -> list[dict[str, Picks]]:
+def expert_routes(
+    model: Transformer, prompt: list[int], tokens: list[int]
+) -> list[dict[str, ExpertWeights]]:
     """The experts that read each token and their weights, by layer: one forward pass."""
     device = model.embed.weight.device
     routes = model.hidden_states(torch.tensor([prompt + tokens], device=device))[1]
@@ -166,16 +178,18 @@ def routing(model: Transformer, prompt: list[int], tokens: list[int]) -> list[di
 # ── Its page ──
 
 
-def page(turn: Turn, said: str = "") -> str:
+def render_turn(turn: Turn, said: str = "") -> str:
     """A turn as HTML: the question, the answer in tokens, a line about both."""
-    spans = "".join(span(turn, *x, first=n == 0) for n, x in enumerate(visible(turn)))
+    spans = "".join(
+        render_token(turn, *x, first=n == 0) for n, x in enumerate(visible_tokens(turn))
+    )
     return (
         f'<div class="question">{escape(turn.question)}</div><div class="answer">{spans}</div>'
-        f'<div class="told" role="status">{escape(said or told(turn))}</div>'
+        f'<div class="told" role="status">{escape(said or status_line(turn))}</div>'
     )
 
 
-def visible(turn: Turn) -> Iterator[tuple[int, str]]:
+def visible_tokens(turn: Turn) -> Iterator[tuple[int, str]]:
     """Tokens with their texts, up to where the answer ends: a stop text is not shown."""
     left = len(turn.text)
     for i, piece in enumerate(turn.pieces):
@@ -184,19 +198,19 @@ def visible(turn: Turn) -> Iterator[tuple[int, str]]:
         left = max(0, left - len(piece))
 
 
-def span(turn: Turn, i: int, text: str, first: bool) -> str:
+def render_token(turn: Turn, i: int, text: str, first: bool) -> str:
     """A token; with its experts once they are known. Tab stops at the first, arrows go on."""
     kind, name = "token accepted" if turn.accepted[i] else "token", f"t{turn.number}-{i}"
     if not turn.routes:
-        return f'<span class="{kind}">{ink(text, turn.accepted[i])}</span>'
+        return f'<span class="{kind}">{render_text(text, turn.accepted[i])}</span>'
     return (
         f'<span class="{kind}" tabindex="{0 if first else -1}" aria-describedby="{name}">'
-        f"{ink(text, turn.accepted[i])}"
-        f'<span class="card" role="tooltip" id="{name}">{card(turn, i)}</span></span>'
+        f"{render_text(text, turn.accepted[i])}"
+        f'<span class="card" role="tooltip" id="{name}">{render_card(turn, i)}</span></span>'
     )
 
 
-def ink(text: str, accepted: bool) -> str:
+def render_text(text: str, accepted: bool) -> str:
     """A token's text with signs, which are not copied, for what is not seen."""
     sign = '<i class="{}"></i>'.format
     words = text.rstrip("\n")
@@ -204,17 +218,17 @@ def ink(text: str, accepted: bool) -> str:
     return line + sign("yes") * accepted + (sign("break") + "\n") * (len(text) - len(words))
 
 
-def card(turn: Turn, i: int) -> str:
+def render_card(turn: Turn, i: int) -> str:
     """What there is to know about a token: text, id, and the experts of every layer."""
     text = escape(json.dumps(turn.names[i], ensure_ascii=False))
     part = ", part of a character" if "\ufffd" in text else ""
     drafted = ", accepted draft" if turn.accepted[i] else ""
-    rows = "".join(row(*pair) for pair in turn.routes[i].items())
+    rows = "".join(render_layer(*pair) for pair in turn.routes[i].items())
     head = f"<b>{text}</b>{part}, token {turn.tokens[i]}{drafted}"
     return f"<div>{head}</div>{rows or '<div>no layer has experts</div>'}"
 
 
-def row(layer: str, picks: Picks) -> str:
+def render_layer(layer: str, picks: ExpertWeights) -> str:
     """A layer's experts and weights, as numbers and as bars."""
     total = sum(weight for _, weight in picks) or 1.0
     cells = [
@@ -224,61 +238,63 @@ def row(layer: str, picks: Picks) -> str:
     return f'<div class="layer"><span>layer {layer}</span> {"".join(cells)}</div>'
 
 
-def told(turn: Turn) -> str:
+def status_line(turn: Turn) -> str:
     """A line about an answer: how long, how many drafts were right, what was forgotten."""
     if not turn.tokens:
         return "stopped" if turn.stopped else "waiting for the model …"
-    n, drafts = len(turn.tokens), turn.rounds * turn.draft
+    n, drafts = len(turn.tokens), turn.rounds * turn.num_speculative_tokens
     parts = [f"{n} token{'s' * (n != 1)}"]
-    if turn.draft:
+    if turn.num_speculative_tokens:
         parts.append(f"{sum(turn.accepted)} of {drafts} drafts accepted in {turn.rounds} rounds")
     if turn.stopped:
         parts.append("stopped")
-    if turn.forgotten:
-        parts.append(f"no room for the oldest turns, {turn.forgotten} forgotten")
+    if turn.num_dropped_turns:
+        parts.append(f"no room for the oldest turns, {turn.num_dropped_turns} forgotten")
     return "; ".join(parts)
 
 
 # ── What its buttons do ──
 
 
-def ask(session: Session, question: str):
+def submit_question(session: Session, question: str):
     """Show a question at once, though the model may be busy with another tab's."""
     if turn := session.ask(question):
-        return "", "".join(session.pages), page(turn)
-    return [library().skip()] * 3
+        return "", "".join(session.pages), render_turn(turn)
+    return [import_gradio().skip()] * 3
 
 
-def reply(speaker: Speaker, session: Session, *settings) -> Iterator[str]:
+def stream_reply(generator: TextGenerator, session: Session, *settings) -> Iterator[str]:
     """The answer as it grows; a mistake is a sentence in its place."""
     turn = session.turn
     if turn is None:
-        yield library().skip()
+        yield import_gradio().skip()
         return
     try:
-        for turn in answer(speaker, session, *settings):
-            yield page(turn)
+        for turn in answer_turn(generator, session, *settings):
+            yield render_turn(turn)
     except UserError as e:
-        yield page(turn, f"error: {e}")
+        yield render_turn(turn, f"error: {e}")
 
 
-def clear(session: Session) -> tuple[str, str]:
+def clear_session(session: Session) -> tuple[str, str]:
     """An empty conversation."""
     session.clear()
     return "", ""
 
 
-def chosen(args: Chat, temperature, top_p, max_new_tokens, draft, system) -> Chat:
+def apply_settings(
+    args: ChatConfig, temperature, top_p, max_new_tokens, draft, system
+) -> ChatConfig:
     """The settings of the page in place of the command line's."""
     try:
         numbers = {"temperature": float(temperature), "top_p": float(top_p)}
-        counts = {"max_new_tokens": int(max_new_tokens), "draft": int(draft)}
+        counts = {"max_new_tokens": int(max_new_tokens), "num_speculative_tokens": int(draft)}
     except (TypeError, ValueError, OverflowError):
         raise UserError("temperature, top-p, new tokens and drafts are numbers") from None
-    return replace(args, **numbers, **counts, system=clean(str(system or "")))
+    return replace(args, **numbers, **counts, system=replace_surrogates(str(system or "")))
 
 
-def library():
+def import_gradio():
     """gradio, which is an extra."""
     try:
         import gradio
@@ -287,16 +303,18 @@ def library():
     return gradio
 
 
-def build(speaker: Speaker):
+def build_page(generator: TextGenerator):
     """The page: a conversation, a line to write in, settings at the side."""
-    gr, args = library(), speaker.args
-    look = {"head": f"<style>{STYLE}</style><script>{SCRIPT}</script>", "theme": theme()}
+    gr, args = import_gradio(), generator.args
+    look = {"head": f"<style>{STYLE}</style><script>{SCRIPT}</script>", "theme": page_theme()}
     title = f"dsv3 chat · {'/'.join(args.model.parts[-2:])}"
-    with gr.Blocks(analytics_enabled=False, title=title, **known(gr.Blocks, look)) as blocks:
+    with gr.Blocks(
+        analytics_enabled=False, title=title, **supported_options(gr.Blocks, look)
+    ) as blocks:
         session = gr.State(Session())
         with gr.Row():
             with gr.Column(scale=3):
-                gr.HTML(heading(title, speaker))
+                gr.HTML(page_heading(title, generator))
                 with gr.Column(elem_id="talk"), gr.Column():
                     past, now = gr.HTML(), gr.HTML()
                 box = gr.Textbox(label="question", placeholder="Enter sends", autofocus=True)
@@ -304,46 +322,46 @@ def build(speaker: Speaker):
                     send = gr.Button("Send", variant="primary")
                     stop, forget = gr.Button("Stop"), gr.Button("Clear")
             with gr.Column(scale=1, min_width=260):
-                settings = controls(speaker)
+                settings = page_controls(generator)
         at_once = {"queue": False, "show_progress": "hidden"}
-        gr.on([box.submit, send.click], ask, [session, box], [box, past, now], **at_once).then(
-            partial(reply, speaker), [session, *settings], now, show_progress="hidden",
+        gr.on([box.submit, send.click], submit_question, [session, box], [box, past, now], **at_once).then(
+            partial(stream_reply, generator), [session, *settings], now, show_progress="hidden",
             concurrency_limit=1, api_name="reply", trigger_mode="multiple",
         )  # fmt: skip
         stop.click(Session.stop, session, **at_once)
-        forget.click(clear, session, [past, now], **at_once)
+        forget.click(clear_session, session, [past, now], **at_once)
     return blocks, look
 
 
-def theme():
+def page_theme():
     """Fonts that every machine has: nothing is fetched."""
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-    return library().themes.Default(font=font, font_mono=mono)
+    return import_gradio().themes.Default(font=font, font_mono=mono)
 
 
-def heading(title: str, speaker: Speaker) -> str:
+def page_heading(title: str, generator: TextGenerator) -> str:
     """What is talked to, and how to look into it."""
-    c, n = speaker.model.config, len(speaker.model.mtp)
+    c, n = generator.model.config, len(generator.model.mtp)
     sizes = f"{c.n_layers - c.n_dense_layers} layers of {c.n_routed_experts} experts"
     return (
         f"<h1>{escape(title)}</h1><p>{sizes}, {c.n_activated_experts} of which read each token; "
         f"{n} MTP module{'s' * (n != 1)}. Point at a token of an answer, or go there with Tab and "
         "the arrow keys, to see its experts and their weights. "
-        f'<span class="token accepted">{ink("Underlined", True)}</span> tokens are accepted drafts.'
+        f'<span class="token accepted">{render_text("Underlined", True)}</span> tokens are accepted drafts.'
         "</p>"
     )
 
 
-def controls(speaker: Speaker) -> list:
+def page_controls(generator: TextGenerator) -> list:
     """What can be set between two questions; it begins with the command line's options."""
-    gr, args, most = library(), speaker.args, speaker.model.config.max_seq_len - 1
-    drafts, new = len(speaker.model.mtp), min(args.max_new_tokens, most)
+    gr, args, most = import_gradio(), generator.args, generator.model.config.max_seq_len - 1
+    drafts, new = len(generator.model.mtp), min(args.max_new_tokens, most)
     hot, sharp = max(2.0, args.temperature), min(0.01, args.top_p)
     return [
         gr.Slider(0, hot, args.temperature, step=0.01, label="temperature"),
         gr.Slider(sharp, 1, args.top_p, step=0.01, label="top-p"),
         gr.Slider(1, most, new, step=1, label="new tokens at most"),
-        gr.Slider(0, max(drafts, 1), args.draft, step=1, label="MTP drafts a round",
+        gr.Slider(0, max(drafts, 1), args.num_speculative_tokens, step=1, label="MTP drafts a round",
                   interactive=drafts > 0),
         gr.Textbox(args.system, label="system text", lines=3),
     ]  # fmt: skip
@@ -352,18 +370,18 @@ def controls(speaker: Speaker) -> list:
 # ── Serving it ──
 
 
-def serve(args: Chat) -> None:
+def serve_web_chat(args: ChatConfig) -> None:
     """Serve the page until Ctrl-C."""
-    library()
-    listener = listen(args.host, args.port)
-    app, port = site(Speaker(args)), listener.getsockname()[1]
-    if not loopback(args.host):
+    import_gradio()
+    listener = bind_socket(args.host, args.port)
+    app, port = build_web_app(TextGenerator(args)), listener.getsockname()[1]
+    if not is_loopback(args.host):
         print("anyone who reaches this machine can talk to the model", file=sys.stderr)
     print(f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{port}", flush=True)
-    server(app).run(sockets=[listener])
+    make_web_server(app).run(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """An open port, before anything slow happens."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port must be from 0 to 65535, not {port}")
@@ -374,23 +392,27 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port} cannot be used: {e.strerror}") from None
 
 
-def loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def site(speaker: Speaker):
+def build_web_app(generator: TextGenerator):
     """The page as an ASGI app: no share link, no telemetry, no history, no uploads."""
-    gr, (blocks, look) = library(), build(speaker)
+    gr, (blocks, look) = import_gradio(), build_page(generator)
     from fastapi import FastAPI
 
     off = {"run_history": False, "enable_monitoring": False, "mcp_server": False, "pwa": False}
-    options = known(gr.mount_gradio_app, look | off | {"footer_links": [], "max_file_size": 1})
+    options = supported_options(
+        gr.mount_gradio_app, look | off | {"footer_links": [], "max_file_size": 1}
+    )
     app = FastAPI(openapi_url=None)
-    return guarded(gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **options))
+    return with_security_policy(
+        gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **options)
+    )
 
 
-def server(app):
+def make_web_server(app):
     """uvicorn, which came with gradio."""
     import uvicorn
 
@@ -398,13 +420,13 @@ def server(app):
     return uvicorn.Server(uvicorn.Config(app, ws="none", **quiet))
 
 
-def guarded(app):
+def with_security_policy(app):
     """With every response, forbid the browser to fetch anything from elsewhere."""
 
     async def wrapped(scope, receive, send):
         async def with_policy(message):
             if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", POLICY.encode())
+                policy = (b"content-security-policy", CONTENT_SECURITY_POLICY.encode())
                 message = message | {"headers": [*message["headers"], policy]}
             await send(message)
 
@@ -413,7 +435,7 @@ def guarded(app):
     return wrapped
 
 
-def known(function, options: dict) -> dict:
+def supported_options(function, options: dict) -> dict:
     """The options that this version of gradio knows here: they have moved from 5 to 6."""
     names = inspect.signature(function).parameters
     return {k: v for k, v in options.items() if k in names}

@@ -20,29 +20,29 @@ from pathlib import Path
 import tyro
 
 SERVERS = {
-    "one process": [], "one MTP draft": ["--draft", "1"],
+    "one process": [], "one MTP draft": ["--num-speculative-tokens", "1"],
     "prefill apart": ["--prefill-workers", "1"],
 }  # fmt: skip
 WORDS = "the people of our country have asked for peace and work and schools in every state".split()
 
 
 @dataclass(frozen=True)
-class LoadTest:
+class LoadTestConfig:
     """How many clients a server bears."""
 
     model: tyro.conf.Positional[Path]
     out: Path = Path("notebooks/results")
     clients: tuple[int, ...] = (1, 4, 16, 64)
-    new: int = 48
+    max_tokens: int = 48
     """tokens of an answer"""
-    words: int = 40
+    prompt_words: int = 40
     """of a prompt"""
     rounds: int = 3
     """how often each server is asked; the round of median speed counts"""
 
 
 @contextmanager
-def server(model: Path, *more: str):
+def start_server(model: Path, *more: str):
     """(host, port) of a server in processes of its own."""
     argv = [sys.executable, "-m", "dsv3_ref", "serve", str(model), "--port", "0", *more]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
@@ -54,7 +54,7 @@ def server(model: Path, *more: str):
         process.wait()
 
 
-async def client(address, prompt: str, new: int) -> list[tuple[float, int]]:
+async def run_client(address, prompt: str, new: int) -> list[tuple[float, int]]:
     """Stream an answer; for each piece, seconds since the question and its tokens."""
     body = json.dumps({"prompt": prompt, "max_tokens": new, "stream": True, "logprobs": 0}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
@@ -74,12 +74,12 @@ async def client(address, prompt: str, new: int) -> list[tuple[float, int]]:
     return times
 
 
-async def crowd(address, n: int, args: LoadTest) -> dict:
+async def run_clients(address, n: int, args: LoadTestConfig) -> dict:
     """n clients at once: what they got, and when; quartiles of times in seconds."""
     dice = random.Random()  # new prompts each time: none is found in the cache
-    prompts = [" ".join(dice.choices(WORDS, k=args.words)) for _ in range(n)]
+    prompts = [" ".join(dice.choices(WORDS, k=args.prompt_words)) for _ in range(n)]
     start = time.perf_counter()
-    found = await asyncio.gather(*(client(address, p, args.new) for p in prompts))
+    found = await asyncio.gather(*(run_client(address, p, args.max_tokens) for p in prompts))
     seconds = time.perf_counter() - start
     whole = [x for x in found if x]
     tokens = sum(n for x in whole for _, n in x)
@@ -92,7 +92,7 @@ async def crowd(address, n: int, args: LoadTest) -> dict:
     }  # fmt: skip
 
 
-def middle(rounds: list[dict]) -> dict:
+def median_round(rounds: list[dict]) -> dict:
     """The round of median speed, beside the speeds of all."""
     ranked = sorted(rounds, key=lambda r: r["tokens_s"])
     lost = sum(r["lost"] for r in rounds)
@@ -100,27 +100,29 @@ def middle(rounds: list[dict]) -> dict:
     return ranked[len(ranked) // 2] | {"lost": lost, "rounds_tokens_s": speeds}
 
 
-def main(args: LoadTest, command: str) -> None:
+def main(args: LoadTestConfig, command: str) -> None:
     """All servers wait side by side and are asked in turn, so that a noisy minute hits them all."""
     found = {name: {n: [] for n in args.clients} for name in SERVERS}
     with ExitStack() as stack:
-        where = {name: stack.enter_context(server(args.model, *x)) for name, x in SERVERS.items()}
+        where = {
+            name: stack.enter_context(start_server(args.model, *x)) for name, x in SERVERS.items()
+        }
         for address in where.values():
-            asyncio.run(crowd(address, 2, args))  # warm
+            asyncio.run(run_clients(address, 2, args))  # warm
         for _ in range(args.rounds):
             for n in args.clients:
                 for name, address in where.items():
-                    found[name][n].append(asyncio.run(crowd(address, n, args)))
-    servers = {name: [middle(r) for r in of.values()] for name, of in found.items()}
+                    found[name][n].append(asyncio.run(run_clients(address, n, args)))
+    servers = {name: [median_round(r) for r in of.values()] for name, of in found.items()}
     for name, rows in servers.items():
         print(name, *rows, sep="\n  ")
     result = {
         "command": command, "cores": os.cpu_count(), "load": os.getloadavg()[0],
-        "new": args.new, "servers": servers,
+        "new": args.max_tokens, "servers": servers,
     }  # fmt: skip
     (args.out / "serve.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     words = shlex.join(["python", "-m", "dsv3_ref.studies.load_test", *sys.argv[1:]])
-    main(tyro.cli(LoadTest), words)
+    main(tyro.cli(LoadTestConfig), words)

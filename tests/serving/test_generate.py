@@ -13,7 +13,13 @@ from dsv3_ref.cli import main
 from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import SPECIAL, save_tokenizer, train_tokenizer
 from dsv3_ref.model import Transformer
-from dsv3_ref.serving.generate import Chat, Generate, Speaker, Text, conversation
+from dsv3_ref.serving.generate import (
+    ChatConfig,
+    GenerateConfig,
+    StreamDetokenizer,
+    TextGenerator,
+    truncate_history,
+)
 
 TALK = ["we talk, and talk again: naïve ☕ 漢字, over and over.\n"] * 50
 
@@ -36,32 +42,32 @@ def tokenizer():
 @given(st.text(max_size=40), st.lists(st.integers(1, 4), min_size=40, max_size=200))
 def test_text_arrives_whole_however_it_is_cut(tokenizer, words, sizes):
     ids = tokenizer.encode(words, add_special_tokens=False).ids
-    text, got = Text(tokenizer), ""
+    text, got = StreamDetokenizer(tokenizer), ""
     for size in sizes:
         new, ids = ids[:size], ids[size:]
-        piece = text.add(new)
+        piece = text.push(new)
         assert not piece.endswith("\ufffd")
         got += piece
-    got += text.add(ids) + text.rest()
+    got += text.push(ids) + text.flush()
     assert got == tokenizer.decode(tokenizer.encode(words, add_special_tokens=False).ids)
 
 
 @given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4))
 def test_a_stop_string_and_what_follows_is_never_shown(tokenizer, words, stop):
-    text, got = Text(tokenizer, (stop,)), ""
+    text, got = StreamDetokenizer(tokenizer, (stop,)), ""
     for i in tokenizer.encode(words, add_special_tokens=False).ids:
         if not text.ended:
-            got += text.add([i])
-    assert got + text.rest() == words.split(stop)[0]
+            got += text.push([i])
+    assert got + text.flush() == words.split(stop)[0]
     assert text.ended == (stop in words)
 
 
 def test_generate_prints_the_prompt_and_goes_on(run, capsys):
     command = ["generate", str(run), "--prompt", "we talk", "--max-new-tokens", "9"]
-    assert main.main([*command, "--draft", "1"]) == 0
+    assert main.main([*command, "--num-speculative-tokens", "1"]) == 0
     first = capsys.readouterr().out
     assert first.startswith("we talk") and len(first) > len("we talk\n")
-    assert main.main([*command, "--draft", "1"]) == 0
+    assert main.main([*command, "--num-speculative-tokens", "1"]) == 0
     assert capsys.readouterr().out == first
 
 
@@ -71,7 +77,9 @@ def test_greedy_text_is_the_same_alone_in_a_batch_and_with_a_draft(run, capsys):
     for prompt in ("we talk", "again: over and over"):
         main.main([*fixed, "--prompt", prompt])
         alone.append(capsys.readouterr().out.removesuffix("\n"))
-    main.main([*fixed, "--draft", "1", "--prompt", "we talk", "again: over and over"])
+    main.main(
+        [*fixed, "--num-speculative-tokens", "1", "--prompt", "we talk", "again: over and over"]
+    )
     assert capsys.readouterr().out == "\n\n".join(alone) + "\n"
 
 
@@ -80,7 +88,7 @@ def test_greedy_text_is_the_same_alone_in_a_batch_and_with_a_draft(run, capsys):
     [
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--top-p", "0"], "--top-p must be above 0"),
-        (["--draft", "2"], "this model has 1 MTP modules"),
+        (["--num-speculative-tokens", "2"], "this model has 1 MTP modules"),
         (["--stop", ""], "--stop needs a text"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--prompt", "again " * 100], "the model reads at most 63"),
@@ -93,9 +101,9 @@ def test_mistakes_are_one_sentence(run, capsys, options, sentence):
 
 
 def test_no_text_becomes_a_special_token(run):
-    speaker = Speaker(Generate(run))
-    special = {speaker.special(s) for s in SPECIAL}
-    assert not special & set(speaker.encode("".join(SPECIAL)))
+    generator = TextGenerator(GenerateConfig(run))
+    special = {generator.special_token_id(s) for s in SPECIAL}
+    assert not special & set(generator.encode("".join(SPECIAL)))
 
 
 def test_a_chat_keeps_its_turns_apart(run, capsys, monkeypatch):
@@ -105,13 +113,13 @@ def test_a_chat_keeps_its_turns_apart(run, capsys, monkeypatch):
 
 
 def test_a_long_talk_forgets_its_oldest_turns(run):
-    speaker = Speaker(Chat(run, max_new_tokens=10))
+    generator = TextGenerator(ChatConfig(run, max_new_tokens=10))
     turns = [[7] * 20 for _ in range(5)]
-    assert len(conversation(speaker, turns)) <= 64 - 10
+    assert len(truncate_history(generator, turns)) <= 64 - 10
     assert len(turns) == 2
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
     save(Transformer(from_dict(MINI)), tmp_path / "bare")
     with pytest.raises(UserError, match="no tokenizer.json"):
-        Speaker(Generate(tmp_path / "bare"))
+        TextGenerator(GenerateConfig(tmp_path / "bare"))

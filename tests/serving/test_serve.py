@@ -35,9 +35,9 @@ from dsv3_ref.moe import tokens_per_expert
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
 from dsv3_ref.serve import BlockPool, Engine, KVTransfer, QueueFull, Request, hash_blocks
 from dsv3_ref.serving import api_server
-from dsv3_ref.serving.api_server import Histogram, Serve, Service
-from dsv3_ref.serving.prefill import from_bytes, to_bytes
-from dsv3_ref.serving.web import listen
+from dsv3_ref.serving.api_server import Histogram, ServeConfig, Service
+from dsv3_ref.serving.prefill import transfer_from_bytes, transfer_to_bytes
+from dsv3_ref.serving.web import bind_socket
 from dsv3_ref.studies import load_test
 
 TALK = ["we talk, and <b>talk</b> again: naïve ☕ 漢字, over & over.\n"] * 50
@@ -398,7 +398,7 @@ def pair(model, depth: int, **options):
     def carry() -> list[KVTransfer]:
         reader.step()
         found = [
-            (there[copy], from_bytes(to_bytes(3, p), "cpu")[1])
+            (there[copy], transfer_from_bytes(transfer_to_bytes(3, p), "cpu")[1])
             for copy, p in reader.outgoing_transfers
         ]
         reader.outgoing_transfers.clear()
@@ -451,7 +451,7 @@ def test_who_leaves_while_their_prompt_is_read_elsewhere(model):
 def test_a_parcel_travels_as_bytes(dtype):
     parcel = KVTransfer(8, torch.randn(3, 5, 24).to(dtype), 12, torch.randn(0, 4).to(dtype),
                     torch.randn(61))  # fmt: skip
-    job, got = from_bytes(to_bytes(7, parcel), "cpu")
+    job, got = transfer_from_bytes(transfer_to_bytes(7, parcel), "cpu")
     assert job == 7 and (got.start, got.num_mtp_computed_tokens) == (8, 12)
     for a, b in zip((got.kv_lsx, got.h_sd, got.logit_w), (parcel.kv_lsx, *parcel[3:])):
         assert a.dtype == b.dtype and torch.equal(a, b)
@@ -474,9 +474,9 @@ def folder(tmp_path_factory):
 @contextmanager
 def served(folder, **options):
     """(address, service) of a server in a thread."""
-    listener = listen("127.0.0.1", 0)
-    with Service(Serve(folder, **({"seed": 0, "page": 8} | options))) as service:
-        server = api_server.server(api_server.site(service), 5)
+    listener = bind_socket("127.0.0.1", 0)
+    with Service(ServeConfig(folder, **({"seed": 0, "block_size": 8} | options))) as service:
+        server = api_server.make_api_server(api_server.build_app(service), 5)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
@@ -488,7 +488,7 @@ def served(folder, **options):
 
 @pytest.fixture(scope="module")
 def here(folder):
-    with served(folder, draft=1) as found:
+    with served(folder, num_speculative_tokens=1) as found:
         yield found
 
 
@@ -615,10 +615,10 @@ def test_text_cannot_forge_a_special_token(here):
     service, special_tokens = here[1], here[1].special_tokens
     evil = "".join(SPECIAL) + USER + "a" + EOS + ASSISTANT
     special = {service.tokenizer.token_to_id(s) for s in SPECIAL}
-    (tokens,) = service.prompts({"prompt": evil}, False)
+    (tokens,) = service.encode_prompts({"prompt": evil}, False)
     assert tokens[0] == special_tokens.bos and not special & set(tokens[1:])
     talk = [{"role": r, "content": evil} for r in ("system", "user", "assistant", "user")]
-    (tokens,) = service.prompts({"messages": talk}, True)
+    (tokens,) = service.encode_prompts({"messages": talk}, True)
     kept = [t for t in tokens if t in special]
     assert kept == [
         special_tokens.bos,
@@ -669,7 +669,7 @@ def test_other_mistakes(here, client):
     post = lambda data, **h: httpx.post(address, content=data, headers=kind | h)
     assert post("{").status_code == post("[]").status_code == post("[" * 100_000).status_code == 400
     assert post("{}", **{"content-type": "text/plain"}).status_code == 415
-    assert post(b'{"a": "' + b"x" * (api_server.BODY + 1) + b'"}').status_code == 413
+    assert post(b'{"a": "' + b"x" * (api_server.MAX_BODY_BYTES + 1) + b'"}').status_code == 413
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt', only 'model'"):
         client.completions.create(model="gpt", prompt="")
     for talk, sentence in (
@@ -692,17 +692,20 @@ def test_health_and_metrics(here):
     for line in text.strip().splitlines():
         assert re.fullmatch(r'(# TYPE \w+ \w+)|(\w+(\{\w+="[^"]+"\})? [0-9.e+-]+)', line), line
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
-    assert int(found["dsv3_pages"]) == 4096 and int(found["dsv3_drafts_total"]) > 0
-    assert int(found['dsv3_first_token_seconds_bucket{le="+Inf"}']) == int(
-        found["dsv3_first_token_seconds_count"]
+    assert (
+        int(found["dsv3_kv_blocks"]) == 4096
+        and int(found["dsv3_spec_decode_draft_tokens_total"]) > 0
+    )
+    assert int(found['dsv3_time_to_first_token_seconds_bucket{le="+Inf"}']) == int(
+        found["dsv3_time_to_first_token_seconds_count"]
     )
 
 
 def test_a_histogram_counts_up_to_its_bounds():
     h = Histogram()
     for x in (0.001, 0.005, 0.2, 99):
-        h.add(x)
-    lines = list(h.lines("x"))
+        h.observe(x)
+    lines = list(h.exposition("x"))
     assert 'x_bucket{le="0.005"} 2' in lines and 'x_bucket{le="0.25"} 3' in lines
     assert lines[-3:] == ['x_bucket{le="+Inf"} 4', "x_sum 99.206000", "x_count 4"]
 
@@ -729,11 +732,14 @@ def test_a_client_that_goes_away_frees_its_pages(slow, streaming):
             httpx.post(f"{address}/v1/completions", json=body, timeout=0.3)
     assert quiet(service, 2)
     assert service.engine.counters["generation_tokens"] - written < 200
-    assert service.desk.ended["abort"] > 0
+    assert service.engine_thread.finish_reasons["abort"] > 0
 
 
 def test_a_full_queue_says_come_again(folder):
-    with served(folder, max_rows=1, max_queue=1) as (address, service), httpx.Client() as client:
+    with (
+        served(folder, max_num_seqs=1, max_queue=1) as (address, service),
+        httpx.Client() as client,
+    ):
         real, where = service.engine.step, f"{address}/v1/completions"
         service.engine.step = lambda: (time.sleep(0.02), real())[1]
         body = {"prompt": "we", "max_tokens": 250, "stream": True, "seed": 1}
@@ -762,7 +768,7 @@ def test_experts_move_while_clients_write(here, client):
     text, futures = "", []
     for piece in client.completions.create(**ask, stream=True):
         text += piece.choices[0].text
-        futures.append(here[1].desk.call_between_steps(shuffled))
+        futures.append(here[1].engine_thread.call_between_steps(shuffled))
     assert text == want and all(f.result(5) == "moved" for f in futures)
 
 
@@ -792,14 +798,21 @@ async def all_at_once(address: str, asked: list[tuple[str, str]], new: int) -> l
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_sixty_four_streams_lose_and_mix_nothing(folder):
     """Fewer pages than they need together, drafts, prompts in pieces; then the same again."""
-    with served(folder, draft=1, cache_tokens=1024, chunk=16) as (address, service):
+    with served(folder, num_speculative_tokens=1, kv_cache_tokens=1024, prefill_chunk=16) as (
+        address,
+        service,
+    ):
         asked, used = sure(service, 64, 24), []
         for _ in range(2):
             texts = asyncio.run(all_at_once(address, asked, 24))
             assert texts == [want for _, want in asked]
             assert quiet(service)
             used.append(memory())
-        assert service.desk.ended["length"] + service.desk.ended["stop"] == 128
+        assert (
+            service.engine_thread.finish_reasons["length"]
+            + service.engine_thread.finish_reasons["stop"]
+            == 128
+        )
         assert service.engine.counters["preemptions"] > 0 and used[1] - used[0] < 40
 
 
@@ -828,11 +841,14 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_prefill_and_decoding_in_two_processes_and_an_end_that_waits(folder, here):
     asked = sure(here[1], 6, 24)
-    with command(folder, "--prefill-workers", "1", "--draft", "1") as (address, process):
+    with command(folder, "--prefill-workers", "1", "--num-speculative-tokens", "1") as (
+        address,
+        process,
+    ):
         texts = asyncio.run(all_at_once(address, asked[:5], 24))
         assert texts == [want for _, want in asked[:5]]
         found = httpx.get(f"{address}/metrics").text
-        assert "dsv3_prompt_tokens_read_total 0" in found and "prefill_workers 1" in found
+        assert "dsv3_prompt_tokens_total 0" in found and "prefill_workers 1" in found
         for pid in children(process.pid):
             if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
                 os.kill(pid, signal.SIGKILL)
@@ -849,7 +865,9 @@ def test_prefill_and_decoding_in_two_processes_and_an_end_that_waits(folder, her
 
 @pytest.mark.full
 def test_the_load_test_asks_every_server(folder, tmp_path):
-    args = load_test.LoadTest(folder, tmp_path, clients=(1, 3), new=5, words=2, rounds=2)
+    args = load_test.LoadTestConfig(
+        folder, tmp_path, clients=(1, 3), max_tokens=5, words=2, rounds=2
+    )
     load_test.main(args, "the command")
     found = json.loads((tmp_path / "serve.json").read_text())
     assert found["command"] == "the command" and set(found["servers"]) == set(load_test.SERVERS)
@@ -861,9 +879,9 @@ def test_the_load_test_asks_every_server(folder, tmp_path):
 
 def test_the_commands_mistakes(folder, capsys):
     for more, sentence in (
-        (["--draft", "3"], "draft must be 0 to 2"),
-        (["--max-rows", "0"], "--max-rows must be at least 1"),
-        (["--cache-tokens", "8"], "--cache-tokens must be at least two pages"),
+        (["--num-speculative-tokens", "3"], "draft must be 0 to 2"),
+        (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
+        (["--kv-cache-tokens", "8"], "--kv-cache-tokens must be at least two pages"),
         (["--port", "99999"], "--port must be from 0 to 65535"),
     ):
         assert main.main(["serve", str(folder), "--port", "0", *more]) == 2
@@ -880,7 +898,7 @@ def test_it_is_for_this_machine_unless_told(folder, more, address, capsys, monke
             bound.extend(s.getsockname() for s in sockets)
             sockets[0].close()
 
-    monkeypatch.setattr(api_server, "server", lambda *_: Server())
+    monkeypatch.setattr(api_server, "make_api_server", lambda *_: Server())
     assert main.main(["serve", str(folder), "--port", "0", *more]) == 0
     out = capsys.readouterr()
     assert bound[0][0] == address and out.out == f"http://{address}:{bound[0][1]}/v1 serves model\n"

@@ -22,7 +22,7 @@ from dsv3_ref.data.tokenizer import EOS, SPECIAL, save_tokenizer, train_tokenize
 from dsv3_ref.decode import SpeculativeDecoder
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving import web
-from dsv3_ref.serving.generate import Chat, Speaker, conversation
+from dsv3_ref.serving.generate import ChatConfig, TextGenerator, truncate_history
 from dsv3_ref.serving.web import Session, Turn
 
 TALK = ["we talk, and <b>talk</b> again: naïve ☕ 漢字, over & over.\n"] * 50
@@ -45,15 +45,15 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speaker(run):
-    return Speaker(Chat(run, max_new_tokens=12, draft=1))
+def generator(run):
+    return TextGenerator(ChatConfig(run, max_new_tokens=12, num_speculative_tokens=1))
 
 
-def answered(speaker, question="we talk", session=None, settings=SETTINGS) -> Turn:
+def answered(generator, question="we talk", session=None, settings=SETTINGS) -> Turn:
     """A question asked and answered to its end."""
     session = session or Session()
     assert session.ask(question)
-    *_, turn = web.answer(speaker, session, *settings)
+    *_, turn = web.answer_turn(generator, session, *settings)
     return turn
 
 
@@ -76,15 +76,17 @@ class Page(HTMLParser):
 # ── Tokens and their experts ──
 
 
-def test_the_experts_of_a_token_are_those_that_read_it(speaker):
+def test_the_experts_of_a_token_are_those_that_read_it(generator):
     """Slow form: the last token of every beginning, each read alone."""
-    turn = answered(speaker)
-    names = [name.split(".")[1] for name in moe_layers(speaker.model) if name.startswith("layers")]
+    turn = answered(generator)
+    names = [
+        name.split(".")[1] for name in moe_layers(generator.model) if name.startswith("layers")
+    ]
     assert names == ["1", "2"]
     for i, token in enumerate(turn.tokens):
         row = torch.tensor([turn.prompt + turn.tokens[: i + 1]])
         with torch.no_grad():
-            routes = speaker.model.hidden_states(row)[1]
+            routes = generator.model.hidden_states(row)[1]
         assert row[0, -1] == token and list(turn.routes[i]) == names
         for picks, r in zip(turn.routes[i].values(), routes):
             assert [expert for expert, _ in picks] == r.topk_ids_bsk[0, -1].tolist()
@@ -95,7 +97,7 @@ def test_the_experts_of_a_token_are_those_that_read_it(speaker):
 
 @pytest.mark.parametrize("draft", [0, 1, 2])
 @pytest.mark.parametrize("new", [1, 2, 11, 12, 13])
-def test_marked_are_the_drafts_that_the_model_accepted(speaker, draft, new, monkeypatch):
+def test_marked_are_the_drafts_that_the_model_accepted(generator, draft, new, monkeypatch):
     """A whole round is some accepted drafts and one token of the model's own (see `SpeculativeDecoder`)."""
     marks, real = [False], SpeculativeDecoder.step
 
@@ -105,52 +107,52 @@ def test_marked_are_the_drafts_that_the_model_accepted(speaker, draft, new, monk
         return out
 
     monkeypatch.setattr(SpeculativeDecoder, "step", spy)
-    turn = answered(speaker, settings=(2.0, 1.0, new, draft, ""))
+    turn = answered(generator, settings=(2.0, 1.0, new, draft, ""))
     assert turn.accepted == marks[: len(turn.tokens)]
     assert len(turn.tokens) == len(turn.pieces) <= new
     assert any(turn.accepted) or draft == 0 or new < 11
     said = f"{sum(turn.accepted)} of {turn.rounds * draft} drafts accepted in {turn.rounds} rounds"
-    assert (said in web.page(turn)) == (draft > 0)
-    assert web.page(turn).count("token accepted") == sum(turn.accepted)
-    assert web.page(turn).count(", accepted draft") == sum(turn.accepted)
+    assert (said in web.render_turn(turn)) == (draft > 0)
+    assert web.render_turn(turn).count("token accepted") == sum(turn.accepted)
+    assert web.render_turn(turn).count(", accepted draft") == sum(turn.accepted)
 
 
-def test_a_draft_that_ends_the_answer_is_marked(speaker, monkeypatch):
-    settings, special = (2.0, 1.0, 13, 2, ""), speaker.special
-    whole = answered(speaker, settings=settings)
+def test_a_draft_that_ends_the_answer_is_marked(generator, monkeypatch):
+    settings, special = (2.0, 1.0, 13, 2, ""), generator.special_token_id
+    whole = answered(generator, settings=settings)
     i = whole.accepted.index(True)
     assert whole.tokens.index(whole.tokens[i]) == i
     end = {EOS: whole.tokens[i]}
-    monkeypatch.setattr(Speaker, "special", lambda self, s: end.get(s) or special(s))
-    turn = answered(speaker, settings=settings)
+    monkeypatch.setattr(TextGenerator, "special_token_id", lambda self, s: end.get(s) or special(s))
+    turn = answered(generator, settings=settings)
     assert (turn.tokens, turn.accepted) == (whole.tokens[: i + 1], whole.accepted[: i + 1])
 
 
 @pytest.mark.parametrize("stop", [(), ("e",), ("a", "th")])
-def test_the_answer_is_that_of_the_command(speaker, stop):
+def test_the_answer_is_that_of_the_command(generator, stop):
     """Text, and the turns that are remembered, with a stop text too."""
-    args = replace(speaker.args, temperature=1.0, draft=2, stop=stop)
+    args = replace(generator.args, temperature=1.0, num_speculative_tokens=2, stop=stop)
     session, turns = Session(), []
     for i, question in enumerate(["we talk", "again ☕"]):
-        turn = answered(speaker.like(args), question, session)
-        plain = speaker.like(replace(args, seed=i))
-        turns.append(plain.asked(question))
-        text = "".join(new[0] for new in plain.write([conversation(plain, turns)]))
-        turns[-1] += plain.answered(text)
-        assert turn.text == text == "".join(piece for _, piece in web.visible(turn))
+        turn = answered(generator.with_options(args), question, session)
+        plain = generator.with_options(replace(args, seed=i))
+        turns.append(plain.encode_user_turn(question))
+        text = "".join(new[0] for new in plain.iter_text([truncate_history(plain, turns)]))
+        turns[-1] += plain.encode_assistant_turn(text)
+        assert turn.text == text == "".join(piece for _, piece in web.visible_tokens(turn))
         assert not any(s in turn.text for s in stop)
     assert session.turns == turns
 
 
-def test_every_token_of_a_page_says_what_it_is(speaker):
-    turn = answered(speaker)
-    html = web.page(turn)
+def test_every_token_of_a_page_says_what_it_is(generator):
+    turn = answered(generator)
+    html = web.render_turn(turn)
     spans = re.findall(r'<span class="token[^>]*>', html)
     assert len(spans) == len(turn.tokens)
     assert [re.search(r'tabindex="(-?\d)"', s)[1] for s in spans] == ["0"] + ["-1"] * 11
     ids = re.findall(r'aria-describedby="([^"]*)"', html)
     assert ids == re.findall(r'role="tooltip" id="([^"]*)"', html) and len(set(ids)) == 12
-    card = web.card(turn, 3)
+    card = web.render_card(turn, 3)
     assert f"token {turn.tokens[3]}" in card
     for layer, picks in turn.routes[3].items():
         assert f"layer {layer}" in card
@@ -162,117 +164,121 @@ def test_tokens_without_letters_can_be_pointed_at():
     turn = Turn("", 0, tokens=[1, 90, 91, 92], pieces=["", "", "☕", ",\n"], text="☕,\n")
     turn.accepted, turn.names = [False, True, False, True], [EOS, "\ufffd", "\ufffd", ",\n"]
     turn.routes = [{}] * 4
-    html = web.page(turn)
+    html = web.render_turn(turn)
     assert html.count('<i class="silent">') == 2
     assert ',<i class="yes"></i><i class="break"></i>\n' in html
-    assert web.escape(EOS) in web.card(turn, 0) and "no layer has experts" in web.card(turn, 0)
-    assert "part of a character" in web.card(turn, 1)
-    assert r'",\n"' in Page(web.card(turn, 3)).text
+    assert web.escape(EOS) in web.render_card(
+        turn, 0
+    ) and "no layer has experts" in web.render_card(turn, 0)
+    assert "part of a character" in web.render_card(turn, 1)
+    assert r'",\n"' in Page(web.render_card(turn, 3)).text
     turn.pieces, turn.text = ["stop", "", "", ""], ""  # cut off at once
-    assert re.findall(r'tabindex="(-?\d)"', web.page(turn)) == ["0", "-1", "-1"]
+    assert re.findall(r'tabindex="(-?\d)"', web.render_turn(turn)) == ["0", "-1", "-1"]
 
 
 # ── Nothing is forged ──
 
 
-def test_whatever_is_written_is_only_text(speaker):
-    turn = answered(speaker, ATTACK)
-    harmless = Page(web.page(turn))
+def test_whatever_is_written_is_only_text(generator):
+    turn = answered(generator, ATTACK)
+    harmless = Page(web.render_turn(turn))
     turn.pieces, turn.text = [ATTACK] * 12, ATTACK * 12
     turn.names = ['"><script>'] * 12
-    page = Page(web.page(turn, said=f"error: {ATTACK}"))
+    page = Page(web.render_turn(turn, said=f"error: {ATTACK}"))
     assert page.tags == {"div", "span", "i", "b"}
     assert page.attributes == harmless.attributes
     assert page.attributes <= {"class", "role", "id", "tabindex", "aria-describedby", "style"}
     assert page.text.count(ATTACK) == 14
-    assert Page(web.heading(ATTACK, speaker)).tags == {"h1", "p", "span", "i"}
+    assert Page(web.page_heading(ATTACK, generator)).tags == {"h1", "p", "span", "i"}
 
 
-def test_no_text_becomes_a_special_token(speaker):
+def test_no_text_becomes_a_special_token(generator):
     words = "".join(SPECIAL)
-    turn = answered(speaker, words, settings=(1.0, 1.0, 1, 0, ""))
-    special = {speaker.special(s) for s in SPECIAL}
+    turn = answered(generator, words, settings=(1.0, 1.0, 1, 0, ""))
+    special = {generator.special_token_id(s) for s in SPECIAL}
     assert [i for i in turn.prompt if i in special] == [
-        speaker.special(s) for s in (SPECIAL[0], "<｜User｜>", "<｜Assistant｜>")
+        generator.special_token_id(s) for s in (SPECIAL[0], "<｜User｜>", "<｜Assistant｜>")
     ]
-    system = web.chosen(speaker.args, 1.0, 1.0, 1, 0, "".join(SPECIAL)).system
-    assert not special & set(speaker.encode(system))
+    system = web.apply_settings(generator.args, 1.0, 1.0, 1, 0, "".join(SPECIAL)).system
+    assert not special & set(generator.encode(system))
 
 
-def test_halves_of_characters_are_replaced(speaker):
-    turn = answered(speaker, "a\ud800b", settings=(1.0, 1.0, 1, 0, "\udfff"))
-    assert turn.question == "a?b" and web.page(turn).encode()
+def test_halves_of_characters_are_replaced(generator):
+    turn = answered(generator, "a\ud800b", settings=(1.0, 1.0, 1, 0, "\udfff"))
+    assert turn.question == "a?b" and web.render_turn(turn).encode()
 
 
 # ── What a tab remembers ──
 
 
-def test_sessions_do_not_mix(speaker, monkeypatch):
-    monkeypatch.setattr(web, "PAUSE", 0)
+def test_sessions_do_not_mix(generator, monkeypatch):
+    monkeypatch.setattr(web, "FRAME_SECONDS", 0)
     one, two = Session(), Session()
     one.ask("we talk")
     two.ask("over & over")
-    first, second = (web.answer(speaker, s, *SETTINGS) for s in (one, two))
+    first, second = (web.answer_turn(generator, s, *SETTINGS) for s in (one, two))
     turns = [(next(first), next(second)) for _ in range(2)][-1]
     *_, a = first
     *_, b = second
     assert (a, b) == turns and a is not b
-    assert a.text == answered(speaker, "we talk").text
-    assert b.text == answered(speaker, "over & over").text
+    assert a.text == answered(generator, "we talk").text
+    assert b.text == answered(generator, "over & over").text
     assert len(one.turns) == len(two.turns) == 1 and one.turns != two.turns
     assert "over &amp; over" not in one.pages[0]
 
 
-def test_one_question_at_a_time(speaker):
+def test_one_question_at_a_time(generator):
     session = Session()
     assert session.ask(" \n") is None and session.turn is None
     assert session.ask("one") and session.ask("two") is None
-    *_, turn = web.answer(speaker, session, *SETTINGS)
+    *_, turn = web.answer_turn(generator, session, *SETTINGS)
     assert turn.question == "one" and session.turn is None
     assert session.ask("two")
 
 
-def test_stop_keeps_what_is_written(speaker, monkeypatch):
-    monkeypatch.setattr(web, "PAUSE", 0)
+def test_stop_keeps_what_is_written(generator, monkeypatch):
+    monkeypatch.setattr(web, "FRAME_SECONDS", 0)
     session = Session()
     session.ask("we talk")
-    pages = web.answer(speaker, session, *SETTINGS)
+    pages = web.answer_turn(generator, session, *SETTINGS)
     next(pages)
     session.stop()
     *_, turn = pages
     assert 1 <= len(turn.tokens) <= 3 and len(turn.routes) == len(turn.tokens)
-    assert "; stopped" in web.page(turn) and session.pages == [web.page(turn)]
-    assert session.turns == [speaker.asked("we talk") + speaker.answered(turn.text)]
+    assert "; stopped" in web.render_turn(turn) and session.pages == [web.render_turn(turn)]
+    assert session.turns == [
+        generator.encode_user_turn("we talk") + generator.encode_assistant_turn(turn.text)
+    ]
 
 
-def test_a_question_may_be_stopped_or_cleared_while_it_waits(speaker):
+def test_a_question_may_be_stopped_or_cleared_while_it_waits(generator):
     session = Session()
     session.ask("we talk")
     session.stop()
-    (html,) = web.reply(speaker, session, *SETTINGS)
+    (html,) = web.stream_reply(generator, session, *SETTINGS)
     assert "stopped" in html and session == Session(asked=1)
     session.ask("we talk")
     session.clear()
-    assert len(list(web.reply(speaker, session, *SETTINGS))) == 1  # nothing changes
+    assert len(list(web.stream_reply(generator, session, *SETTINGS))) == 1  # nothing changes
     assert session == Session(asked=2)
 
 
-def test_clear_forgets_what_is_being_written(speaker, monkeypatch):
-    monkeypatch.setattr(web, "PAUSE", 0)
+def test_clear_forgets_what_is_being_written(generator, monkeypatch):
+    monkeypatch.setattr(web, "FRAME_SECONDS", 0)
     session = Session()
-    answered(speaker, "we talk", session)
+    answered(generator, "we talk", session)
     session.ask("again")
-    pages = web.answer(speaker, session, *SETTINGS)
+    pages = web.answer_turn(generator, session, *SETTINGS)
     next(pages)
-    assert web.clear(session) == ("", "")
+    assert web.clear_session(session) == ("", "")
     assert session.ask("over"), "a new question need not wait for the old answer's end"
     assert list(pages) == []
     assert (session.turns, session.pages, session.turn.question) == ([], [], "over")
 
 
-def test_a_closed_answer_ends_and_is_forgotten(speaker, monkeypatch):
-    monkeypatch.setattr(web, "PAUSE", 0)
-    ended, real = [], Speaker.rounds
+def test_a_closed_answer_ends_and_is_forgotten(generator, monkeypatch):
+    monkeypatch.setattr(web, "FRAME_SECONDS", 0)
+    ended, real = [], TextGenerator.iter_steps
 
     def rounds(*args):
         try:
@@ -280,20 +286,20 @@ def test_a_closed_answer_ends_and_is_forgotten(speaker, monkeypatch):
         finally:
             ended.append(True)
 
-    monkeypatch.setattr(Speaker, "rounds", rounds)
+    monkeypatch.setattr(TextGenerator, "iter_steps", rounds)
     session = Session()
     session.ask("we talk")
-    pages = web.reply(speaker, session, *SETTINGS)
+    pages = web.stream_reply(generator, session, *SETTINGS)
     next(pages)
     pages.close()
     assert ended and session == Session(asked=1)
 
 
-def test_the_oldest_turns_are_forgotten_and_it_is_said(speaker):
+def test_the_oldest_turns_are_forgotten_and_it_is_said(generator):
     session = Session()
     for _ in range(3):
-        turn = answered(speaker, "over and over", session, (1.0, 1.0, 120, 0, ""))
-    assert turn.forgotten and f"{turn.forgotten} forgotten" in session.pages[-1]
+        turn = answered(generator, "over and over", session, (1.0, 1.0, 120, 0, ""))
+    assert turn.num_dropped_turns and f"{turn.num_dropped_turns} forgotten" in session.pages[-1]
     assert len(turn.prompt) + 120 <= 256 and len(session.pages) == 3
 
 
@@ -313,12 +319,12 @@ def test_the_oldest_turns_are_forgotten_and_it_is_said(speaker):
         ((1.0, 0.9, 9, 0, "again " * 300), "the model reads at most 255"),
     ],
 )
-def test_a_mistake_is_a_sentence_and_the_talk_goes_on(speaker, settings, sentence):
+def test_a_mistake_is_a_sentence_and_the_talk_goes_on(generator, settings, sentence):
     session = Session()
     session.ask("we talk")
-    *_, html = web.reply(speaker, session, *settings)
+    *_, html = web.stream_reply(generator, session, *settings)
     assert sentence in html and session == Session(asked=1)
-    assert answered(speaker, "we talk", session).tokens
+    assert answered(generator, "we talk", session).tokens
 
 
 def test_without_gradio_a_sentence_names_the_command(run, capsys, monkeypatch):
@@ -328,16 +334,16 @@ def test_without_gradio_a_sentence_names_the_command(run, capsys, monkeypatch):
 
 
 def test_where_it_listens(capsys):
-    with web.listen("127.0.0.1", 0) as free:
+    with web.bind_socket("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
         assert free.getsockname()[0] == "127.0.0.1" and port
         with pytest.raises(UserError, match=f"--port {port} cannot be used: Address already in"):
-            web.listen("127.0.0.1", port)
+            web.bind_socket("127.0.0.1", port)
     for port in (-1, 65536):
         with pytest.raises(UserError, match=f"--port must be from 0 to 65535, not {port}"):
-            web.listen("127.0.0.1", port)
+            web.bind_socket("127.0.0.1", port)
     with pytest.raises(UserError, match="--host 203.0.113.9 --port 0 cannot be used"):
-        web.listen("203.0.113.9", 0)
+        web.bind_socket("203.0.113.9", 0)
 
 
 @pytest.mark.parametrize("more, address", [([], "127.0.0.1"), (["--host", "0.0.0.0"], "0.0.0.0")])
@@ -349,7 +355,7 @@ def test_the_page_is_for_this_machine_unless_told(run, more, address, capsys, mo
             bound.extend(s.getsockname() for s in sockets)
             sockets[0].close()
 
-    monkeypatch.setattr(web, "server", lambda app: Server())
+    monkeypatch.setattr(web, "make_web_server", lambda app: Server())
     assert main.main(["chat", str(run), "--web", "--port", "0", *more]) == 0
     out = capsys.readouterr()
     ((host, port),) = bound
@@ -368,12 +374,12 @@ def watch(event, args):
 
 
 @pytest.fixture(scope="module")
-def address(speaker):
+def address(generator):
     """The page, served in a thread."""
     sys.addaudithook(watch)
     CALLED.clear()
-    listener = web.listen("127.0.0.1", 0)
-    server = web.server(web.site(speaker))
+    listener = web.bind_socket("127.0.0.1", 0)
+    server = web.make_web_server(web.build_web_app(generator))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -409,15 +415,15 @@ class Tab:
 
     def ask(self, question: str):
         """What a new question shows, and the stream of what follows."""
-        shown = self.post("/run/ask", "ask", question)["data"]
+        shown = self.post("/run/ask", "submit_question", question)["data"]
         self.post("/queue/join", "reply", *SETTINGS)
         return shown, urllib.request.urlopen(f"{self.api}/queue/data?session_hash={self.hash}")
 
 
-def test_two_tabs_do_not_mix_and_take_turns(address, speaker, monkeypatch):
+def test_two_tabs_do_not_mix_and_take_turns(address, generator, monkeypatch):
     tabs, words = [Tab(address), Tab(address)], ["we talk", "over and over"]
-    expected = [web.page(answered(speaker, question)) for question in words]
-    at_once, most, real = [], [], web.write
+    expected = [web.render_turn(answered(generator, question)) for question in words]
+    at_once, most, real = [], [], web.generate_turn
 
     def write(*args):
         at_once.append(1)
@@ -427,7 +433,7 @@ def test_two_tabs_do_not_mix_and_take_turns(address, speaker, monkeypatch):
             yield turn
         at_once.pop()
 
-    monkeypatch.setattr(web, "write", write)
+    monkeypatch.setattr(web, "generate_turn", write)
     for again in range(2):
         streams = []
         for tab, question in zip(tabs, words):
@@ -455,7 +461,7 @@ def last(stream) -> str:
 def test_a_tab_that_goes_away_stops_its_answer(address, monkeypatch):
     wrote, ended = threading.Event(), threading.Event()
 
-    def endless(speaker, turn):
+    def endless(generator, turn):
         try:
             while True:
                 turn.tokens, turn.pieces, turn.accepted, turn.text = [5], ["x"], [False], "x"
@@ -465,7 +471,7 @@ def test_a_tab_that_goes_away_stops_its_answer(address, monkeypatch):
         finally:
             ended.set()
 
-    monkeypatch.setattr(web, "write", endless)
+    monkeypatch.setattr(web, "generate_turn", endless)
     _, stream = Tab(address).ask("we talk")
     assert wrote.wait(10) and not ended.is_set()
     stream.close()
@@ -487,9 +493,9 @@ GROWING = "n => document.querySelectorAll('.answer .token:not([tabindex])').leng
 @pytest.mark.browser
 @pytest.mark.skipif(not test_browser.CHROMIUM, reason="no Chromium on this machine")
 def test_a_question_is_answered_and_its_tokens_explained(address, page, tmp_path, monkeypatch):
-    asked, real = [], web.write
+    asked, real = [], web.generate_turn
     slow = lambda *args: (time.sleep(0.15) or turn for turn in real(*args))
-    monkeypatch.setattr(web, "write", slow)
+    monkeypatch.setattr(web, "generate_turn", slow)
     page.context.on("request", lambda request: asked.append(request.url))
     page.goto(address)
     page.get_by_label("question").fill(ATTACK)
