@@ -38,7 +38,7 @@ def tensors_of(cluster, ema=None) -> dict[str, torch.Tensor]:
         out |= parts("model.", name, x, first)
     for bucket in cluster.zero.buckets:
         for kind, own in cluster.zero.moments(bucket).items():
-            flat = bucket.whole(own)
+            flat = bucket.all_gather(own)
             for name in bucket.names:
                 out |= parts(f"{kind}.", name, bucket.view(flat, name), first)
     for name, x in ema.mean.items() if ema else ():
@@ -59,7 +59,7 @@ def put_back(cluster, tensors: dict[str, torch.Tensor], ema=None) -> None:
                 flat = torch.zeros_like(bucket.flat, dtype=own.dtype)
                 for name in bucket.names:
                     found(f"{kind}.", name, bucket.view(flat, name))
-                own.copy_(bucket.slice(flat))
+                own.copy_(bucket.shard_of(flat))
         for name, x in ema.mean.items() if ema else ():
             found("ema.", name, x)
 

@@ -12,7 +12,7 @@ from dsv3_ref.dualpipe import Action, Span, min_microbatches, schedule, simulate
 from dsv3_ref.inference_scale import Speed, Unit, decode, dollars, prefill, room, units
 from dsv3_ref.inference_scale import held as weights_on
 from dsv3_ref.model import Transformer
-from dsv3_ref.parallel.build import holders, is_expert
+from dsv3_ref.parallel.build import is_expert, owning_ranks
 from dsv3_ref.scale import (
     IDEAL,
     MACHINES,
@@ -141,7 +141,7 @@ def counted(c: Config, name: str, pp: int, dp: int, ep: int):
         model = Transformer(c)
     where, out = stages_by_rank(name, pp), [{} for _ in range(pp)]
     for name, w in model.named_parameters():
-        ranks, expert = holders(name, c, where), is_expert(name)
+        ranks, expert = owning_ranks(name, c, where), is_expert(name)
         size = len(ranks) * dp * (1 if expert else ep)
         in_block = name.startswith("layers.") or ".block." in name
         key = size, in_block and w.ndim > 1 and ".gate." not in name

@@ -17,7 +17,7 @@ from dsv3_ref.scale import stages
 # ── Stages ──
 
 
-def stages_of(name: str, c: Config, n: int) -> tuple[int, ...]:
+def stages_with_param(name: str, c: Config, n: int) -> tuple[int, ...]:
     """Which of n stages need a parameter; MTP lies in the last one, and so needs the embedding."""
     if place := re.match(r"layers\.(\d+)\.", name):
         return tuple(s for s, layers in enumerate(stages(c, n)) if int(place[1]) in layers)
@@ -26,9 +26,9 @@ def stages_of(name: str, c: Config, n: int) -> tuple[int, ...]:
     return (n - 1,)
 
 
-def holders(name: str, c: Config, held: list[tuple[int, ...]]) -> tuple[int, ...]:
+def owning_ranks(name: str, c: Config, held: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The pp ranks that hold a parameter; held: the stages of every pp rank."""
-    needs = set(stages_of(name, c, 1 + max(s for of_rank in held for s in of_rank)))
+    needs = set(stages_with_param(name, c, 1 + max(s for of_rank in held for s in of_rank)))
     return tuple(p for p, of_rank in enumerate(held) if needs & set(of_rank))
 
 
@@ -40,7 +40,7 @@ def is_expert(name: str) -> bool:
 # ── First weights ──
 
 
-class Starts(TorchDispatchMode):
+class RNGReplay(TorchDispatchMode):
     """Where in the stream of random numbers each parameter on meta would begin.
 
     The numbers are drawn and dropped, so that the stream is that of a model built in memory.
@@ -54,64 +54,64 @@ class Starts(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.of = device, WeakTensorKeyDictionary()
+        self.device, self.starts = device, WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in self.FILL or not args[0].is_meta:
             return func(*args, **(kwargs or {}))
-        self.of[args[0]] = state(self.device), func, args[1:]
+        self.starts[args[0]] = get_rng_state(self.device), func, args[1:]
         if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
             func(torch.empty(args[0].shape, dtype=args[0].dtype, device=self.device), *args[1:])
         return args[0]
 
     def draw(self, p: torch.Tensor) -> torch.Tensor:
         """The numbers that p would have begun with."""
-        before, func, args = self.of[p]
-        set_state(self.device, before)
+        before, func, args = self.starts[p]
+        set_rng_state(self.device, before)
         return func(torch.empty(p.shape, dtype=p.dtype, device=self.device), *args)
 
 
-def state(device: torch.device) -> torch.Tensor:
+def get_rng_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def set_state(device: torch.device, value: torch.Tensor) -> None:
+def set_rng_state(device: torch.device, value: torch.Tensor) -> None:
     torch.cuda.set_rng_state(value, device) if device.type == "cuda" else torch.set_rng_state(value)
 
 
 # ── The rank's model ──
 
 
-def built(c: Config, mesh, held: tuple[int, ...], n: int, seed: int) -> Transformer:
+def build_local_model(c: Config, mesh, held: tuple[int, ...], n: int, seed: int) -> Transformer:
     """What this rank holds of `Transformer(c)` after `torch.manual_seed(seed)`, bit for bit."""
     if c.n_routed_experts % mesh.ep:
         raise UserError(f"--ep {mesh.ep} does not divide {c.n_routed_experts} routed experts")
     torch.manual_seed(seed)
-    with Starts(mesh.device) as starts, torch.device("meta"):
+    with RNGReplay(mesh.device) as starts, torch.device("meta"):
         model = Transformer(c)
-    cut(model, c, held, n)
-    after = state(mesh.device)
+    drop_unused_stages(model, c, held, n)
+    after = get_rng_state(mesh.device)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        put(model, name, share(mesh, name, starts.draw(t)))
-    set_state(mesh.device, after)
+        set_param(model, name, local_experts_of(mesh, name, starts.draw(t)))
+    set_rng_state(mesh.device, after)
     return model
 
 
-def share(mesh, name: str, x: torch.Tensor) -> torch.Tensor:
+def local_experts_of(mesh, name: str, x: torch.Tensor) -> torch.Tensor:
     """What this rank keeps of a tensor: its experts, or all."""
     return x.chunk(mesh.ep)[mesh.ep_rank].clone() if is_expert(name) else x
 
 
-def cut(model: Transformer, c: Config, held: tuple[int, ...], n: int) -> None:
+def drop_unused_stages(model: Transformer, c: Config, held: tuple[int, ...], n: int) -> None:
     """Drop what none of the held stages needs; what stays keeps its name."""
     for name, module in dict(model.named_children()).items():
         for key in [*module] if isinstance(module, nn.ModuleDict) else [None]:
             full = f"{name}." + (f"{key}." if key else "")
-            if not set(stages_of(full, c, n)) & set(held):
+            if not set(stages_with_param(full, c, n)) & set(held):
                 (module.pop(key) if key else setattr(model, name, None))
 
 
-def put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+def set_param(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """A parameter or buffer with these values, by its name."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

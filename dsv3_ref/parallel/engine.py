@@ -9,13 +9,13 @@ from dsv3_ref.dualpipe import stages_by_rank as stages_held
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_expert_bias
 from dsv3_ref.optim import TrainingRecipe, skip_reason
-from dsv3_ref.parallel.build import built, holders
+from dsv3_ref.parallel.build import build_local_model, owning_ranks
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.stage import LossWeights
 from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
-from dsv3_ref.parallel.zero import Zero
+from dsv3_ref.parallel.zero import ZeroOptimizer
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.sft import SpecialTokens, num_loss_tokens
 
@@ -40,10 +40,12 @@ class Cluster:
             raise UserError(f"{c.n_layers} layers cannot be cut into {stages} stages")
         with torch.device("meta"):
             whole = Transformer(c)
-        mesh.create_reduce_groups(holders(name, c, held) for name, _ in whole.named_parameters())
+        mesh.create_reduce_groups(
+            owning_ranks(name, c, held) for name, _ in whole.named_parameters()
+        )
         self.moe_names = list(moe_layers(whole))
         self.params = sum(p.numel() for p in whole.parameters())
-        self.model = built(c, mesh, held[mesh.pp_rank], stages, seed)
+        self.model = build_local_model(c, mesh, held[mesh.pp_rank], stages, seed)
         self.traffic = Traffic()
         self.counts = mesh.ep > 1 and not deepep  # what DeepEP carries, only DeepEP knows
         exchange = (
@@ -54,7 +56,7 @@ class Cluster:
         if mesh.ep > 1 and deepep:
             exchange = DeepEPDispatcher(c, mesh.ep_group, fp8)
         self.pipeline = Pipeline(self.model, c, mesh, schedule, held, exchange, special_tokens)
-        self.zero = Zero(self.model, c, mesh, held, r, moments, zero)
+        self.zero = ZeroOptimizer(self.model, c, mesh, held, r, moments, zero)
 
     # ── Rows ──
 
@@ -101,7 +103,10 @@ class Cluster:
         seen = self.pipeline.run(micros, weights)
         main, balance, *mtp = self.summed(seen.main, seen.balance, *map(seen.mtp.get, self.depths))
         total = main + mtp_weight / max(1, depth) * sum(mtp) + r.balance_loss_coeff * balance
-        load_le, grad_norm = self.loads(seen.tokens_per_expert), self.zero.reduce(r.max_grad_norm)
+        load_le, grad_norm = (
+            self.loads(seen.tokens_per_expert),
+            self.zero.reduce_and_clip_grads(r.max_grad_norm),
+        )
         skipped = skip_reason(total, grad_norm, limit)
         if not skipped:
             self.zero.step(lr)

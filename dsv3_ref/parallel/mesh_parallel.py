@@ -12,7 +12,7 @@ from dsv3_ref import ops
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints import sharded as sharded
 from dsv3_ref.config import UserError
-from dsv3_ref.parallel.build import share
+from dsv3_ref.parallel.build import local_experts_of
 from dsv3_ref.parallel.data_parallel import Replicas, Several
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh, init_distributed, resolve_parallel_dims
@@ -64,7 +64,7 @@ class Ranks(Several):
                                a.micro_batch, a.ep_ranks_per_node, fp8, a.token_dispatcher == "deepep",
                                self.special_tokens)  # fmt: skip
         if self.fresh:
-            native.load_into(self.cluster.model, a.init, partial(share, self.mesh))
+            native.load_into(self.cluster.model, a.init, partial(local_experts_of, self.mesh))
         self.model, self.writer = self.cluster.model, sharded.Writer()
         self.ema = EMA(self.model, self.cluster.zero.adamw, a.ema_decay) if a.ema_decay else None
 
@@ -110,7 +110,10 @@ class Ranks(Several):
         if self.first:
             atomic.fsync_path(self.folder / "metrics.jsonl")
             state, tensors = resume.train_state(self, val_loss)
-            state |= {"taken": self.cluster.zero.taken, "ema_t": self.ema.t if self.ema else 0}
+            state |= {
+                "optimizer_steps": self.cluster.zero.step_count,
+                "ema_t": self.ema.t if self.ema else 0,
+            }
             extra = state, tensors
         self.settle()
         folder = self.folder / "checkpoints" / f"step_{self.step:07}"
@@ -129,7 +132,7 @@ class Ranks(Several):
             self.ema.wait()
         sharded.read(self.cluster, folder, self.ema)
         state = atomic.read_json(folder / resume.STATE)
-        self.cluster.zero.taken = state["taken"]
+        self.cluster.zero.step_count = state["optimizer_steps"]
         if self.ema:
             self.ema.t = state["ema_t"]
         resume.load_train_state(self, state, load_file(folder / resume.TENSORS), data)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dsv3_ref.optim import AdamW, TrainingRecipe
-from dsv3_ref.parallel.build import holders, is_expert
+from dsv3_ref.parallel.build import is_expert, owning_ranks
 from dsv3_ref.parallel.watchdog import doing
 
 
@@ -24,39 +24,41 @@ class Bucket:
         self.size, self.params = dist.get_world_size(group), list(named.values())
         n, first = sum(p.numel() for p in named.values()), next(iter(named.values()))
         self.flat = first.new_zeros(-(-n // self.size) * self.size)
-        self.grad, self.at, end = torch.zeros_like(self.flat), {}, 0
+        self.grad, self.offsets, end = torch.zeros_like(self.flat), {}, 0
         for name, p in named.items():
-            self.at[name] = end, p.shape
+            self.offsets[name] = end, p.shape
             self.view(self.flat, name).copy_(p.detach())
             p.data, p.grad = self.view(self.flat, name), self.view(self.grad, name)
             end += p.numel()
-        self.own = nn.Parameter(self.slice(self.flat))
+        self.shard = nn.Parameter(self.shard_of(self.flat))
 
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """A parameter's place in a flat tensor."""
-        start, shape = self.at[name]
+        start, shape = self.offsets[name]
         return flat[start : start + shape.numel()].view(shape)
 
-    def slice(self, flat: torch.Tensor) -> torch.Tensor:
+    def shard_of(self, flat: torch.Tensor) -> torch.Tensor:
         """What this rank updates."""
         return flat.chunk(self.size)[dist.get_rank(self.group)] if self.sharded else flat
 
-    def reduce(self):
+    def start_reduce(self):
         """Start to sum the gradient over the group; returns what to wait for."""
         if not self.sharded:
-            self.own.grad = self.grad
+            self.shard.grad = self.grad
             return dist.all_reduce(self.grad, group=self.group, async_op=True)
-        self.own.grad = torch.empty_like(self.own)
-        return dist.reduce_scatter_tensor(self.own.grad, self.grad, group=self.group, async_op=True)
+        self.shard.grad = torch.empty_like(self.shard)
+        return dist.reduce_scatter_tensor(
+            self.shard.grad, self.grad, group=self.group, async_op=True
+        )
 
-    def gather(self):
+    def start_all_gather(self):
         """Start to bring the other slices; returns what to wait for."""
         if self.sharded:
-            mine = self.own.detach().clone()
+            mine = self.shard.detach().clone()
             return dist.all_gather_into_tensor(self.flat, mine, group=self.group, async_op=True)
         return None
 
-    def whole(self, own: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, own: torch.Tensor) -> torch.Tensor:
         """A flat tensor of the whole bucket from every rank's slice of it."""
         if not self.sharded:
             return own
@@ -65,14 +67,14 @@ class Bucket:
         return flat
 
 
-class Zero:
+class ZeroOptimizer:
     """AdamW over the slices of all buckets; `own` parameters are its masters."""
 
     def __init__(self, model, c, mesh, held, r: TrainingRecipe, moments, sharded: bool = True):
         self.mesh = mesh
         named: dict[tuple, dict[str, nn.Parameter]] = defaultdict(dict)
         for name, p in model.named_parameters():
-            key = holders(name, c, held), is_expert(name)
+            key = owning_ranks(name, c, held), is_expert(name)
             named[*key, p.ndim > 1][name] = p
         self.buckets = [
             Bucket(params, mesh.reduce_groups[ps, expert], sharded)
@@ -80,23 +82,24 @@ class Zero:
         ]
         decays = [matrix for _, _, matrix in sorted(named)]
         groups = [
-            {"params": [b.own], "weight_decay": r.weight_decay * matrix}
+            {"params": [b.shard], "weight_decay": r.weight_decay * matrix}
             for b, matrix in zip(self.buckets, decays)
         ]
         self.adamw = AdamW(groups, r.lr, (r.beta1, r.beta2), moments)
 
-    def reduce(self, clip: float) -> float:
+    def reduce_and_clip_grads(self, clip: float) -> float:
         """Sum the gradients over their groups and clip them all; their norm before."""
-        with doing(f"sum of gradients, step {self.taken}", range(self.mesh.world)):
-            for work in [b.reduce() for b in self.buckets]:
+        with doing(f"sum of gradients, step {self.step_count}", range(self.mesh.world)):
+            for work in [b.start_reduce() for b in self.buckets]:
                 work.wait()
         squares = sum(
-            b.own.grad.double().square().sum() / (1 if b.sharded else b.size) for b in self.buckets
+            b.shard.grad.double().square().sum() / (1 if b.sharded else b.size)
+            for b in self.buckets
         )
         norm = math.sqrt(self.mesh.all_reduce_sum(squares).item())
         scale = min(1.0, clip / (norm + 1e-6))
         for b in self.buckets:
-            b.own.grad.mul_(scale)
+            b.shard.grad.mul_(scale)
         return norm
 
     def step(self, lr: float) -> None:
@@ -104,27 +107,27 @@ class Zero:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        for work in [b.gather() for b in self.buckets]:
+        for work in [b.start_all_gather() for b in self.buckets]:
             if work:
                 work.wait()
         torch.autograd.graph.increment_version([p for b in self.buckets for p in b.params])
 
     def moments(self, b: Bucket) -> dict[str, torch.Tensor]:
         """AdamW's of this rank's slice of a bucket."""
-        s = self.adamw.state[b.own] = self.adamw.state[b.own] or self.adamw.init_state(b.own)
+        s = self.adamw.state[b.shard] = self.adamw.state[b.shard] or self.adamw.init_state(b.shard)
         return {k: s[k] for k in ("exp_avg", "exp_avg_sq")}
 
     @property
-    def taken(self) -> int:
+    def step_count(self) -> int:
         """Steps that the moments have seen."""
         self.moments(self.buckets[0])
-        return int(self.adamw.state[self.buckets[0].own]["step"])
+        return int(self.adamw.state[self.buckets[0].shard]["step"])
 
-    @taken.setter
-    def taken(self, n: int) -> None:
+    @step_count.setter
+    def step_count(self, n: int) -> None:
         for b in self.buckets:
             self.moments(b)
-            self.adamw.state[b.own]["step"].fill_(n)
+            self.adamw.state[b.shard]["step"].fill_(n)
 
     def zero_grad(self) -> None:
         for b in self.buckets:

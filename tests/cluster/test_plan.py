@@ -101,7 +101,7 @@ def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
         c.train_step(rows, r, 1e-3, 1e-3, 0.3)
     of = lambda bytes_: sum(map(bytes_, c.zero.buckets))
     moments = of(lambda b: sum(m.nbytes for m in c.zero.moments(b).values()))
-    grads = of(lambda b: b.grad.nbytes + b.own.grad.nbytes)
+    grads = of(lambda b: b.grad.nbytes + b.shard.grad.nbytes)
     found = {"parameters": of(lambda b: b.flat.nbytes), "gradients": grads, "moments": moments}
     return mesh.pp_rank, found, max(held), dict(c.traffic.bytes)
 

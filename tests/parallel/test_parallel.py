@@ -14,7 +14,7 @@ from dsv3_ref.config import TINY, V3, UserError
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES, build_adamw
-from dsv3_ref.parallel.build import built, holders
+from dsv3_ref.parallel.build import build_local_model, owning_ranks
 from dsv3_ref.parallel.engine import Cluster
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.tape import Tape, interleave, run_to_completion
@@ -97,15 +97,19 @@ def test_stages_share_all_layers_in_order_and_the_work_evenly(n, stages):
 
 def test_the_embedding_is_held_where_tokens_enter_and_where_mtp_is():
     line, bent = [(0,), (1,), (2,)], [(0, 3), (1, 2), (2, 1), (3, 0)]
-    assert holders("embed.weight", TINY, line) == (0, 2)
-    assert holders("embed.weight", replace(TINY, n_mtp_layers=0), line) == (0,)
-    assert holders("embed.weight", TINY, bent) == holders("head.weight", TINY, bent) == (0, 3)
-    assert holders("layers.2.attn.wo.weight", TINY, bent) == (1, 2)
+    assert owning_ranks("embed.weight", TINY, line) == (0, 2)
+    assert owning_ranks("embed.weight", replace(TINY, n_mtp_layers=0), line) == (0,)
+    assert (
+        owning_ranks("embed.weight", TINY, bent)
+        == owning_ranks("head.weight", TINY, bent)
+        == (0, 3)
+    )
+    assert owning_ranks("layers.2.attn.wo.weight", TINY, bent) == (1, 2)
 
 
 def part(p: int, stages: int):
     mesh = Mesh(1, 1, 2, CPU)
-    mine = built(TINY, mesh, (p,), stages, seed=3)
+    mine = build_local_model(TINY, mesh, (p,), stages, seed=3)
     after = torch.rand(1)
     torch.manual_seed(3)
     whole = dict(Transformer(TINY).state_dict())
@@ -259,7 +263,7 @@ def test_experts_that_no_group_size_divides_are_refused(gang):
 
 def refusal() -> str:
     try:
-        built(TINY, Mesh(1, 1, 3, CPU), (0,), 1, 0)
+        build_local_model(TINY, Mesh(1, 1, 3, CPU), (0,), 1, 0)
     except UserError as e:
         return str(e)
     return "not refused"
@@ -371,7 +375,7 @@ def compared(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_t
         got = cluster.train_step(rows, r, 0.0, 1e-2, weight)
         errors = {}
         for bucket in cluster.zero.buckets:
-            flat = bucket.whole(bucket.own.grad)
+            flat = bucket.all_gather(bucket.shard.grad)
             for n in bucket.names:
                 g = grads[n].chunk(mesh.ep)[mesh.ep_rank] if ".experts." in n else grads[n]
                 errors[n] = relative(bucket.view(flat, n), g) if g.norm() else 0.0
