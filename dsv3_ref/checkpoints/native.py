@@ -259,9 +259,9 @@ def load(directory, device=None, dtype: torch.dtype | None = None) -> Transforme
     Gate biases stay fp32. Raises `UserError` for everything that is wrong with the directory.
     """
     if (sharded := resolve_checkpoint_dir(directory) / DCP_METADATA).is_file():
-        from dsv3_ref.checkpoints.sharded import whole  # which imports this module
+        from dsv3_ref.checkpoints.sharded import consolidate  # which imports this module
 
-        return whole(sharded.parent).to(device, dtype)
+        return consolidate(sharded.parent).to(device, dtype)
     source = CheckpointReader(directory)
     state = {name: source.read(name, device, dtype) for name in source.expected}
     source.model.load_state_dict(state, assign=True)

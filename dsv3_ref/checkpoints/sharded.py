@@ -23,39 +23,39 @@ from dsv3_ref.parallel.build import is_expert
 from dsv3_ref.training.resume import STATE, TENSORS
 
 
-def parts(prefix: str, name: str, x: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
+def global_tensors(prefix: str, name: str, x: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
     """A tensor under its global name; experts each under theirs, the first of them is `first`."""
     if not is_expert(name):
         return {f"{prefix}{name}": x}
     return {f"{prefix}{name}.{first + i}": row for i, row in enumerate(x)}
 
 
-def tensors_of(cluster, ema=None) -> dict[str, torch.Tensor]:
+def local_tensors(engine, ema=None) -> dict[str, torch.Tensor]:
     """Copies of all that this rank can say: parameters, biases, moments, averages; on the CPU."""
-    c, mesh = cluster.config, cluster.mesh
+    c, mesh = engine.config, engine.mesh
     first, out = mesh.ep_rank * c.n_routed_experts // mesh.ep, {}
-    for name, x in cluster.model.state_dict().items():
-        out |= parts("model.", name, x, first)
-    for bucket in cluster.zero.buckets:
-        for kind, own in cluster.zero.moments(bucket).items():
+    for name, x in engine.model.state_dict().items():
+        out |= global_tensors("model.", name, x, first)
+    for bucket in engine.optimizer.buckets:
+        for kind, own in engine.optimizer.moments(bucket).items():
             flat = bucket.all_gather(own)
             for name in bucket.names:
-                out |= parts(f"{kind}.", name, bucket.view(flat, name), first)
+                out |= global_tensors(f"{kind}.", name, bucket.view(flat, name), first)
     for name, x in ema.mean.items() if ema else ():
-        out |= parts("ema.", name, x, first)
+        out |= global_tensors("ema.", name, x, first)
     return {name: x.detach().to("cpu", copy=True) for name, x in out.items()}
 
 
-def put_back(cluster, tensors: dict[str, torch.Tensor], ema=None) -> None:
-    """The reverse of `tensors_of`, from tensors of the names that it gave."""
-    c, mesh = cluster.config, cluster.mesh
+def load_tensors(engine, tensors: dict[str, torch.Tensor], ema=None) -> None:
+    """The reverse of `local_tensors`, from tensors of the names that it gave."""
+    c, mesh = engine.config, engine.mesh
     first = mesh.ep_rank * c.n_routed_experts // mesh.ep
-    found = lambda prefix, name, like: put(parts(prefix, name, like, first), tensors)
+    found = lambda prefix, name, like: copy_into(global_tensors(prefix, name, like, first), tensors)
     with torch.no_grad():
-        for name, x in cluster.model.state_dict().items():
+        for name, x in engine.model.state_dict().items():
             found("model.", name, x)
-        for bucket in cluster.zero.buckets:
-            for kind, own in cluster.zero.moments(bucket).items():
+        for bucket in engine.optimizer.buckets:
+            for kind, own in engine.optimizer.moments(bucket).items():
                 flat = torch.zeros_like(bucket.flat, dtype=own.dtype)
                 for name in bucket.names:
                     found(f"{kind}.", name, bucket.view(flat, name))
@@ -64,13 +64,13 @@ def put_back(cluster, tensors: dict[str, torch.Tensor], ema=None) -> None:
             found("ema.", name, x)
 
 
-def put(places: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+def copy_into(places: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
     """Tensors into the places of the same names."""
     for name, x in places.items():
         x.copy_(tensors[name])
 
 
-class Writer:
+class AsyncCheckpointer:
     """Writes in the background; a checkpoint appears under its name once it is whole."""
 
     def __init__(self):
@@ -78,15 +78,15 @@ class Writer:
             dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
         )  # fmt: skip
 
-    def start(self, cluster, folder: Path, extra, ema=None) -> None:
+    def save(self, engine, folder: Path, extra, ema=None) -> None:
         """Copy, and go on; extra: what rank 0 adds, (values for JSON, tensors), elsewhere None."""
         self.wait()
         if extra:
             make_staging_dir(folder)
         dist.barrier(self.group)
-        copies, part = tensors_of(cluster, ema), temp_sibling(folder, TMP)
+        copies, part = local_tensors(engine, ema), temp_sibling(folder, TMP)
         saved = dcp.async_save(copies, checkpoint_id=part, process_group=self.group)
-        self.writing = self.thread.submit(self.finish, saved, folder, extra, cluster.config)
+        self.writing = self.thread.submit(self.finish, saved, folder, extra, engine.config)
 
     def finish(self, saved, folder: Path, extra, c: Config) -> None:
         """In the thread: rank 0's part ends after all others', and then it gives the name."""
@@ -106,19 +106,19 @@ class Writer:
             self.writing = None
 
 
-def read(cluster, folder: Path, ema=None) -> None:
+def load_sharded(engine, folder: Path, ema=None) -> None:
     """What this rank holds, from a checkpoint of any mesh."""
-    tensors = tensors_of(cluster, ema)
+    tensors = local_tensors(engine, ema)
     dcp.load(tensors, checkpoint_id=folder)
-    put_back(cluster, tensors, ema)
+    load_tensors(engine, tensors, ema)
 
 
-def whole(folder: Path) -> Transformer:
+def consolidate(folder: Path) -> Transformer:
     """The model of a sharded checkpoint, read by one process."""
     with torch.device("meta"):
         model = Transformer(from_dict(json.loads((folder / CONFIG).read_text())))
     model, places = model.to_empty(device="cpu"), {}
     for name, x in model.state_dict().items():
-        places |= parts("model.", name, x, 0)
+        places |= global_tensors("model.", name, x, 0)
     dcp.load(places, storage_reader=FileSystemReader(folder), no_dist=True)
     return model

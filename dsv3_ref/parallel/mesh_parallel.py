@@ -14,7 +14,7 @@ from dsv3_ref.checkpoints import sharded as sharded
 from dsv3_ref.config import UserError
 from dsv3_ref.parallel.build import local_experts_of
 from dsv3_ref.parallel.data_parallel import Replicas, Several
-from dsv3_ref.parallel.engine import Cluster
+from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, init_distributed, resolve_parallel_dims
 from dsv3_ref.parallel.watchdog import doing, watch
 from dsv3_ref.pretrain import StepStats
@@ -40,7 +40,7 @@ class Ranks(Several):
 
     @property
     def params(self) -> int:
-        return self.cluster.params
+        return self.engine.num_params
 
     @property
     def where(self) -> str:
@@ -60,13 +60,15 @@ class Ranks(Several):
         a = self.args
         moments = torch.bfloat16 if a.optimizer_dtype == "bf16" else torch.float32
         fp8 = a.dispatch_dtype == "fp8" or (a.dispatch_dtype == "auto" and a.precision == "fp8")
-        self.cluster = Cluster(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
+        self.engine = ParallelEngine(a.model, a.recipe, self.mesh, a.schedule, a.seed, moments, a.zero,
                                a.micro_batch, a.ep_ranks_per_node, fp8, a.token_dispatcher == "deepep",
                                self.special_tokens)  # fmt: skip
         if self.fresh:
-            native.load_into(self.cluster.model, a.init, partial(local_experts_of, self.mesh))
-        self.model, self.writer = self.cluster.model, sharded.Writer()
-        self.ema = EMA(self.model, self.cluster.zero.adamw, a.ema_decay) if a.ema_decay else None
+            native.load_into(self.engine.model, a.init, partial(local_experts_of, self.mesh))
+        self.model, self.checkpointer = self.engine.model, sharded.AsyncCheckpointer()
+        self.ema = (
+            EMA(self.model, self.engine.optimizer.adamw, a.ema_decay) if a.ema_decay else None
+        )
 
     @contextmanager
     def arithmetic(self):
@@ -81,16 +83,16 @@ class Ranks(Several):
             return self.mesh.broadcast_from_rank0(rows_bs, shape, torch.int64)
 
     def compute(self, tokens_bs, *settings) -> StepStats:
-        return self.cluster.train_step(tokens_bs, *settings)
+        return self.engine.train_step(tokens_bs, *settings)
 
     def row(self, s: StepStats) -> dict:
-        return super().row(s) | self.cluster.exchanged()
+        return super().row(s) | self.engine.comm_stats()
 
     def nll(self, rows_bs) -> float:
-        return self.cluster.nll(rows_bs)
+        return self.engine.sum_nll(rows_bs)
 
     def biases(self) -> list:
-        return list(self.cluster.biases())
+        return list(self.engine.gather_expert_biases())
 
     def samples(self) -> list[dict]:
         """By rank 0, from the checkpoint just written."""
@@ -111,28 +113,28 @@ class Ranks(Several):
             atomic.fsync_path(self.folder / "metrics.jsonl")
             state, tensors = resume.train_state(self, val_loss)
             state |= {
-                "optimizer_steps": self.cluster.zero.step_count,
+                "optimizer_steps": self.engine.optimizer.step_count,
                 "ema_t": self.ema.t if self.ema else 0,
             }
             extra = state, tensors
         self.settle()
         folder = self.folder / "checkpoints" / f"step_{self.step:07}"
-        self.writer.start(self.cluster, folder, extra, self.ema)
+        self.checkpointer.save(self.engine, folder, extra, self.ema)
         if self.step == len(self.plan) or self.asked:
             self.settle()
 
     def settle(self) -> None:
         """Until the last checkpoint is complete; then the old ones go."""
-        self.writer.wait()
+        self.checkpointer.wait()
         if self.first and native.list_checkpoints(self.folder):
             resume.prune(self.folder, self.args.keep_latest_k)
 
     def load(self, folder: Path, data: bool = True) -> None:
         if self.ema:
             self.ema.wait()
-        sharded.read(self.cluster, folder, self.ema)
+        sharded.load_sharded(self.engine, folder, self.ema)
         state = atomic.read_json(folder / resume.STATE)
-        self.cluster.zero.step_count = state["optimizer_steps"]
+        self.engine.optimizer.step_count = state["optimizer_steps"]
         if self.ema:
             self.ema.t = state["ema_t"]
         resume.load_train_state(self, state, load_file(folder / resume.TENSORS), data)

@@ -13,7 +13,7 @@ from dsv3_ref.cli.main import main
 from dsv3_ref.cluster.plan import Plan, estimate, numbers_of
 from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.parallel.engine import Cluster
+from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import PipelineRun
 from dsv3_ref.scale import IDEAL
@@ -86,7 +86,7 @@ class Lean(torch.autograd.Function):
 def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
     """Bytes that a rank held and sent in a real step, and the most that graphs held on the way."""
     mesh, r = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], max_grad_norm=1e9)
-    c = Cluster(
+    c = ParallelEngine(
         SMALL, r, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True
     )
     ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(scale, q, k, v))
@@ -99,8 +99,8 @@ def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
     ):
         patch.setattr(PipelineRun, "run_step", lambda *args: [do(*args), held.append(saved.bytes)])
         c.train_step(rows, r, 1e-3, 1e-3, 0.3)
-    of = lambda bytes_: sum(map(bytes_, c.zero.buckets))
-    moments = of(lambda b: sum(m.nbytes for m in c.zero.moments(b).values()))
+    of = lambda bytes_: sum(map(bytes_, c.optimizer.buckets))
+    moments = of(lambda b: sum(m.nbytes for m in c.optimizer.moments(b).values()))
     grads = of(lambda b: b.grad.nbytes + b.shard.grad.nbytes)
     found = {"parameters": of(lambda b: b.flat.nbytes), "gradients": grads, "moments": moments}
     return mesh.pp_rank, found, max(held), dict(c.traffic.bytes)

@@ -15,7 +15,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.parallel.build import build_local_model, owning_ranks
-from dsv3_ref.parallel.engine import Cluster
+from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.tape import Tape, interleave, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import (
@@ -351,7 +351,7 @@ def compared(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_t
         else ()
     )
     mesh, moments = Mesh(*shape, CPU), torch.bfloat16 if dtype == torch.float32 else dtype
-    cluster = Cluster(
+    engine = ParallelEngine(
         c,
         r,
         mesh,
@@ -372,9 +372,9 @@ def compared(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_t
     want = train_step(whole, optimizer, [rows], r, 0.0, 1e-2, weight, inf, *how)
     hook.remove()
     with ops.use("zero_bubble", "torch"):
-        got = cluster.train_step(rows, r, 0.0, 1e-2, weight)
+        got = engine.train_step(rows, r, 0.0, 1e-2, weight)
         errors = {}
-        for bucket in cluster.zero.buckets:
+        for bucket in engine.optimizer.buckets:
             flat = bucket.all_gather(bucket.shard.grad)
             for n in bucket.names:
                 g = grads[n].chunk(mesh.ep)[mesh.ep_rank] if ".experts." in n else grads[n]
@@ -383,12 +383,12 @@ def compared(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_t
         for _ in range(2):
             rows = draw(5)
             want = train_step(whole, optimizer, [rows], r, 1e-3, 1e-2, weight, inf, *how)
-            stats.append((cluster.train_step(rows, r, 1e-3, 1e-2, weight), want))
+            stats.append((engine.train_step(rows, r, 1e-3, 1e-2, weight), want))
     main = len(stats[0][1].load_le)  # MTP modules rest where only answers are learnt
     same = all(torch.equal(a.load_le.long()[:main], b.load_le.long()) for a, b in stats)
     gates = moe_layers(whole)
     same &= all(
-        torch.equal(m.gate.bias, gates[n].gate.bias) for n, m in moe_layers(cluster.model).items()
+        torch.equal(m.gate.bias, gates[n].gate.bias) for n, m in moe_layers(engine.model).items()
     )
     mtp = len(stats[0][1].mtp)
     numbers = lambda s: torch.tensor([s.loss, s.total, s.grad_norm, *s.mtp[:mtp]], dtype=dtype)
@@ -457,10 +457,10 @@ def test_so_is_a_step_on_packed_conversations(shape, name, zero, ranks_per_node,
 def measured(name: str, micro: int):
     """What a pass leaves to wait for, and how many pairs it ran."""
     mesh = Mesh(2, 1, 2, CPU)
-    cluster = Cluster(MICRO, RECIPES["tiny"], mesh, name)
+    engine = ParallelEngine(MICRO, RECIPES["tiny"], mesh, name)
     with ops.use("zero_bubble", "torch"):
-        cluster.train_step(torch.randint(0, 64, (2 * micro, 33)), RECIPES["tiny"], 1e-3, 0.0, 0.3)
-    t = cluster.traffic
+        engine.train_step(torch.randint(0, 64, (2 * micro, 33)), RECIPES["tiny"], 1e-3, 0.0, 0.3)
+    t = engine.traffic
     return t.in_flight_s, t.exposed_s, t.hidden
 
 
@@ -474,10 +474,10 @@ def test_pairs_take_turns_so_that_exchanges_lie_behind_computation(gang):
 
 
 def sums(balance_over: str) -> str:
-    cluster = Cluster(MICRO, RECIPES["tiny"], Mesh(1, 1, 1, CPU))
+    engine = ParallelEngine(MICRO, RECIPES["tiny"], Mesh(1, 1, 1, CPU))
     try:
         r = replace(RECIPES["tiny"], balance_loss_scope=balance_over)
-        cluster.train_step(torch.randint(0, 64, (2, 17)), r, 0.0, 0.0, 0.3)
+        engine.train_step(torch.randint(0, 64, (2, 17)), r, 0.0, 0.0, 0.3)
     except UserError as e:
         return str(e)
     return "not refused"
@@ -489,7 +489,7 @@ def test_a_loss_over_the_batch_is_refused(gang):
 
 def too_deep() -> str:
     try:
-        Cluster(replace(MICRO, n_layers=3), RECIPES["tiny"], Mesh(2, 1, 1, CPU), "dualpipev")
+        ParallelEngine(replace(MICRO, n_layers=3), RECIPES["tiny"], Mesh(2, 1, 1, CPU), "dualpipev")
     except UserError as e:
         return str(e)
     return "not refused"
