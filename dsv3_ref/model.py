@@ -10,7 +10,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.mla import MLA, LayerKVCache
 from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
-from dsv3_ref.rope import rope_cos_sin, rope_cos_sin_varlen
+from dsv3_ref.rope import Rope
 
 # ── One block ──
 
@@ -69,15 +69,14 @@ class Transformer(nn.Module):
     ) -> tuple[torch.Tensor, list[Route]]:
         """Normed hidden states (b, s, d) and the route of every MoE layer.
 
-        cu_seqlens: where each sample ends if many lie end to end in one row (b = 1), int32.
+        cu_seqlens: 0, then where each sample ends, if many lie end to end in one row (b = 1).
         """
         start, s = cache.length if cache else 0, tokens_bs.shape[1]
         at = torch.arange(start, start + s, device=tokens_bs.device)
-        rope = (
-            rope_cos_sin(self.config, at)
-            if cu_seqlens is None
-            else rope_cos_sin_varlen(self.config, cu_seqlens)
-        )
+        if cu_seqlens is None:
+            rope = Rope.from_positions(self.config, at)
+        else:
+            rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
         x_bsd, routes = self.embed(tokens_bs), []
         for i, block in enumerate(self.layers.values()):
             x_bsd, r = block(x_bsd, rope, cache[i] if cache else None)

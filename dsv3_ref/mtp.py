@@ -10,7 +10,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import Route
 from dsv3_ref.ops import RMSNorm, linear_cross_entropy
-from dsv3_ref.rope import rope_cos_sin
+from dsv3_ref.rope import Rope
 
 # ── One module ──
 
@@ -39,7 +39,7 @@ def mtp_hidden_states(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.
     out = []
     for k, module in enumerate(model.mtp.values(), start=1):
         s = tokens_bs.shape[1] - k
-        rope = rope_cos_sin(model.config, torch.arange(s, device=tokens_bs.device))
+        rope = Rope.from_positions(model.config, torch.arange(s, device=tokens_bs.device))
         h_bsd, r = module(h_bsd[:, :s], model.embed(tokens_bs[:, k:]), rope)
         out.append((h_bsd, r))
     return out

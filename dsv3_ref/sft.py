@@ -80,12 +80,11 @@ def assistant_mask(tokens_bs, special_tokens: SpecialTokens):
 
 
 def sample_cu_seqlens(tokens_bs, special_tokens: SpecialTokens):
-    """Where each sample ends if all rows are laid end to end: int32 (m,), the last is b·s."""
+    """Return 0, then where each sample ends if all rows are laid end to end: (m + 1,), int32."""
     begins_bs = tokens_bs == special_tokens.bos
     begins_bs[:, :1] = True  # whatever a row begins with
     begin_m = begins_bs.flatten().nonzero()[:, 0]
-    last = begin_m.new_full((min(1, len(begin_m)),), tokens_bs.numel())
-    return torch.cat((begin_m[1:], last)).int()
+    return torch.cat((begin_m, begin_m.new_full((1,), tokens_bs.numel()))).int()
 
 
 # ── Packing ──

@@ -1,7 +1,7 @@
 """MLA's attention where every head has its keys and values: training, prefill; packed or not.
 
 One set of kernels for both forms, over rows laid end to end. Sequences have equal lengths, s
-queries of t keys, or end before the rows `cu_seqlens`. A head's 192 dims are taken as 128 + 64: two
+queries of t keys, or lie end to end, with bounds `cu_seqlens`. A head's 192 dims are taken as 128 + 64: two
 products add up to the score, where one would be padded to 256.
 """
 
@@ -10,10 +10,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, autotune_bucket, check_tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, autotune_bucket, check_tensor
 from dsv3_ref.ops import impl
 
 MAX_HEAD_DIM = 256  # dims of a head
@@ -75,10 +75,8 @@ def locate_sequence(cu_seqlens_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_
         i = i % count
     else:
         each = tl.arange(0, BLOCK_B)
-        end = tl.load(cu_seqlens_ptr + each, mask=each < b, other=0).to(tl.int32)
-        start = tl.load(cu_seqlens_ptr + each - 1, mask=(each > 0) & (each < b), other=0).to(
-            tl.int32
-        )
+        start = tl.load(cu_seqlens_ptr + each, mask=each < b, other=0).to(tl.int32)
+        end = tl.load(cu_seqlens_ptr + each + 1, mask=each < b, other=0).to(tl.int32)
         counts = tl.cdiv(end - start, BLOCK)
         last = tl.cumsum(counts, 0)
         mine = (last - counts <= i) & (i < last)
@@ -434,18 +432,18 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
 
 @impl("varlen_attention", "triton")
 def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
-    """`attention` inside each of b sequences laid end to end; the b-th ends before row cu_seqlens.
+    """Compute `attention` inside each of b sequences laid end to end; cu_seqlens: (b + 1,).
 
-    The last one ends at n. That is not checked: cu_seqlens stays on its device.
+    It begins with 0 and ends with n. That is not checked: cu_seqlens stays on its device.
     """
     n, h, x = q_nhx.shape if q_nhx.ndim == 3 else (None,) * 3
     check_attention_inputs(
         scale, q_nhx=(q_nhx, (n, h, x)), k_nhx=(k_nhx, (n, h, x)), v_nhv=(v_nhv, (n, h, None))
     )
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int64, torch.int32))
-    if not len(cu_seqlens):
-        raise ValueError("cu_seqlens must have a sequence at least")
-    return Attention.apply(q_nhx, k_nhx, v_nhv, cu_seqlens, len(cu_seqlens), scale)
+    if len(cu_seqlens) < 2:
+        raise ValueError("cu_seqlens must hold at least one sequence: 0 and where it ends")
+    return Attention.apply(q_nhx, k_nhx, v_nhv, cu_seqlens, len(cu_seqlens) - 1, scale)
 
 
 # ── For the ahead-of-time compiler: V3, 4,096 tokens in one sequence or packed ──

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from dsv3_ref.kernels.launch import BF16, FP32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3_ref import fp8, mla, moe, ops
 from dsv3_ref.config import V3
+from dsv3_ref.kernels.launch import BF16, FP32
 from dsv3_ref.ops import use
 from dsv3_ref.rope import apply_rotary_emb, softmax_scale
 
@@ -505,7 +505,7 @@ def varlen_attention(b: int, s: int, h: int) -> Case:
     x, v = V3.qk_nope_head_dim + V3.qk_rope_head_dim, V3.v_head_dim
 
     def make():
-        qkv, cu_seqlens = [randn(b * s, h, y) for y in (x, x, v)], torch.arange(s, b * s + 1, s)
+        qkv, cu_seqlens = [randn(b * s, h, y) for y in (x, x, v)], torch.arange(0, b * s + 1, s)
         return vs_torch(lambda: mla.varlen_attention(*qkv, cu_seqlens, SCALE))
 
     flops = b * h * s * s * (x + v)

@@ -28,8 +28,12 @@
 # %%
 #| export
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dsv3_ref.config import Config
 from dsv3_ref.ops import impl, op
@@ -380,13 +384,29 @@ def rope_cos_sin(c: Config, position_s):
     return angle.cos().float(), angle.sin().float()
 
 
-def rope_cos_sin_varlen(c: Config, cu_seqlens):
-    """(cos, sin, cu_seqlens) of m samples end to end: positions begin anew in each."""
-    length_m = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1))
-    start_n = (cu_seqlens - length_m).repeat_interleave(length_m)
-    return *rope_cos_sin(
-        c, torch.arange(len(start_n), device=cu_seqlens.device) - start_n
-    ), cu_seqlens
+def to_cu_seqlens(lengths: Sequence[int], device=None) -> Tensor:
+    """Return where m samples laid end to end begin and end: 0, then the sums, (m + 1,) int32."""
+    return F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
+
+
+class Rope(NamedTuple):
+    """Rotations of the tokens that a layer reads, and the bounds of packed samples."""
+
+    cos: Tensor  # (s, r/2), float32
+    sin: Tensor
+    cu_seqlens: Tensor | None = None  # (m + 1,): 0 and where each of m samples ends, if packed
+
+    @classmethod
+    def from_positions(cls, config: Config, position_s: Tensor) -> "Rope":
+        """Compute the rotations of one sample at these positions."""
+        return cls(*rope_cos_sin(config, position_s))
+
+    @classmethod
+    def from_cu_seqlens(cls, config: Config, cu_seqlens: Tensor) -> "Rope":
+        """Compute the rotations of samples laid end to end; positions restart at 0 in each."""
+        start_n = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+        position_n = torch.arange(len(start_n), device=cu_seqlens.device) - start_n
+        return cls(*rope_cos_sin(config, position_n), cu_seqlens)
 
 
 # %%
@@ -399,7 +419,7 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"largest error of cos in {dtype}: {(angle_sj.float().cos() - cos_sj).abs().max():.0e}")
 whole, late = rope_cos_sin(V3, torch.arange(10)), rope_cos_sin(V3, torch.arange(7, 10))
 assert torch.equal(whole[0][7:], late[0])  # decoding continues where prefill stopped
-cos, sin, _ = rope_cos_sin_varlen(V3, torch.tensor([4, 10]))
+cos, sin, _ = Rope.from_cu_seqlens(V3, to_cu_seqlens([4, 6]))
 assert torch.equal(cos, torch.cat((whole[0][:4], whole[0][:6])))
 
 # %% [markdown]

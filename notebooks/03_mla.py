@@ -83,6 +83,8 @@ draw_cache()
 
 # %%
 #| export
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -90,7 +92,7 @@ from torch import nn
 
 from dsv3_ref.config import Config
 from dsv3_ref.ops import Linear, RMSNorm, recompute, impl, linear, op, upcast
-from dsv3_ref.rope import apply_rotary_emb, softmax_scale
+from dsv3_ref.rope import Rope, apply_rotary_emb, softmax_scale
 
 # %% [markdown]
 # ## Causal attention
@@ -211,7 +213,7 @@ print(f"3 queries, 5 positions:\n{causal_mask(3, 5).int().numpy()}")
 
 # %% [markdown]
 # *Several sequences end to end*, of any lengths, make one long row without padding. Each must be blind to
-# the others, and all the op is told is where each ends (`cu_seqlens`). Here each moves into a row of its own,
+# the others, and the op is given where each begins and ends (`cu_seqlens`: 0, then the ends). Here each moves into a row of its own,
 # padded behind, where causality keeps it from seeing the padding; a kernel needs no such copy.
 
 
@@ -219,10 +221,13 @@ print(f"3 queries, 5 positions:\n{causal_mask(3, 5).int().numpy()}")
 #| export
 @op
 def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
-    """`attention` inside each of b sequences laid end to end; the b-th ends before row cu_seqlens."""
-    length_b = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1)).long()
+    """Compute `attention` inside each of b sequences laid end to end.
+
+    cu_seqlens: 0, then where each sequence ends, (b + 1,) int32 or int64.
+    """
+    length_b = cu_seqlens.diff().long()
     row_n = torch.arange(len(length_b), device=cu_seqlens.device).repeat_interleave(length_b)
-    at_n = torch.arange(len(row_n), device=cu_seqlens.device) - (cu_seqlens - length_b)[row_n]
+    at_n = torch.arange(len(row_n), device=cu_seqlens.device) - cu_seqlens[row_n]
     empty = len(length_b), max([1, *length_b.tolist()])
     apart = (
         x.new_zeros(*empty, *x.shape[1:]).index_put((row_n, at_n), x) for x in (q_nhx, k_nhx, v_nhv)
@@ -233,7 +238,7 @@ def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
 @impl("varlen_attention", "naive")
 def _(q_nhx, k_nhx, v_nhv, cu_seqlens, scale):
     out = [v_nhv[:0]]
-    for start, end in zip([0, *cu_seqlens.tolist()], cu_seqlens.tolist()):
+    for start, end in pairwise(cu_seqlens.tolist()):
         rows = [x[None, start:end] for x in (q_nhx, k_nhx, v_nhv)]
         out += [attention(*rows, scale)[0]] if end > start else []
     return torch.cat(out)
@@ -241,7 +246,7 @@ def _(q_nhx, k_nhx, v_nhv, cu_seqlens, scale):
 
 # %%
 q, k, v = torch.randn(10, 4, 24), torch.randn(10, 4, 24), torch.randn(10, 4, 16)
-cu_seqlens = torch.tensor([4, 4, 10])  # the second is empty
+cu_seqlens = torch.tensor([0, 4, 4, 10])  # the second is empty
 packed = varlen_attention(q, k, v, cu_seqlens, 0.2)
 assert torch.allclose(packed[4:], attention(q[None, 4:], k[None, 4:], v[None, 4:], 0.2)[0])
 v[:4] += 1  # what the first sequence says does not reach the third
@@ -281,8 +286,8 @@ def up_project_kv(c_btc, k_btr, wkv_b, h: int, i: int):
 def attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, cu_seqlens=None):
     """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
 
-    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. cu_seqlens: where each of m
-    samples ends that lie end to end in one row (b = 1).
+    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. cu_seqlens: 0, then where
+    each of m samples ends that lie end to end in one row (b = 1).
     """
     q_bshx = recompute(concat_nope_rope, q_bshi, q_bshr)
     k_bthx, v_bthv = recompute(up_project_kv, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
@@ -514,8 +519,9 @@ class MLA(nn.Module):
     def project_q(self, x_bsd, rope):
         """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
         if not self.config.q_lora_rank:
-            return self.up_project_q(self.wq, x_bsd, *rope[:2])
-        return recompute(self.up_project_q, self.wq_b, self.q_norm(self.wq_a(x_bsd)), *rope[:2])
+            return self.up_project_q(self.wq, x_bsd, rope.cos, rope.sin)
+        c_bsq = self.q_norm(self.wq_a(x_bsd))
+        return recompute(self.up_project_q, self.wq_b, c_bsq, rope.cos, rope.sin)
 
     def up_project_q(self, up, x_bsx, cos, sin):
         """The up-projection and its split into heads."""
@@ -528,20 +534,11 @@ class MLA(nn.Module):
         """eq. 1 and 3: what is remembered, RMSNorm(W^DKV x) beside the turned key W^KR x."""
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        k_bsr = apply_rotary_emb(k_bsr[:, :, None], *rope[:2])[:, :, 0]
+        k_bsr = apply_rotary_emb(k_bsr[:, :, None], rope.cos, rope.sin)[:, :, 0]
         return recompute(concat_nope_rope, self.kv_norm(c_bsc), k_bsr)
 
-    def expanded(self, q_bshi, q_bshr, c_btc, k_btr, cu_seqlens=None):
-        """Keys and values of every head: training, prefill."""
-        weight, scale = self.wkv_b.weight, softmax_scale(self.config)
-        return attend_expanded(q_bshi, q_bshr, c_btc, k_btr, weight, scale, cu_seqlens)
-
-    def absorbed(self, *inputs):
-        """Inside the latent: decoding."""
-        return attend_absorbed(*inputs, self.wkv_b.weight, softmax_scale(self.config))
-
-    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
-        """rope: (cos, sin) of the positions, or (cos, sin, cu_seqlens) of packed samples."""
+    def forward(self, x_bsd, rope: Rope, cache: LayerKVCache | None = None):
+        """Attend from each of s positions to the past; with a cache, also to what it holds."""
         c = self.config
         q_bshi, q_bshr = self.project_q(x_bsd, rope)
         kv = self.down_project_kv(x_bsd, rope)
@@ -549,8 +546,8 @@ class MLA(nn.Module):
         c_btc, k_btr = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         decoding = cache is not None and x_bsd.shape[1] == 1
         absorb = decoding if self.absorb is None else self.absorb
-        attend = self.absorbed if absorb else self.expanded
-        o_bshv = attend(q_bshi, q_bshr, c_btc, k_btr, *rope[2:])
+        inputs = q_bshi, q_bshr, c_btc, k_btr, self.wkv_b.weight, softmax_scale(c)
+        o_bshv = attend_absorbed(*inputs) if absorb else attend_expanded(*inputs, rope.cu_seqlens)
         return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))  # eq. 11
 
 
@@ -571,12 +568,12 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 c, length = TINY, 12
-mla, rope = filled(MLA(c)), rope_cos_sin(c, torch.arange(length))
+mla, rope = filled(MLA(c)), Rope.from_positions(c, torch.arange(length))
 x_bsd = torch.randn(2, length, c.dim, generator=torch.Generator().manual_seed(2))
 norm = lambda y: y / (y.square().mean() + c.norm_eps).sqrt()
-turn = lambda y, t: apply_rotary_emb(y[None, None, None], *(table[t : t + 1] for table in rope))[
-    0, 0, 0
-]
+turn = lambda y, t: apply_rotary_emb(
+    y[None, None, None], *(table[t : t + 1] for table in rope[:2])
+)[0, 0, 0]
 
 x_d, t, head = x_bsd[0, 5], 5, 2
 w_dkv, w_kr = mla.wkv_a.weight.split([c.kv_lora_rank, c.qk_rope_head_dim])
@@ -598,7 +595,7 @@ def in_pieces(mla, x_bsd, rope, sizes):
     cache, out = LayerKVCache(mla.config, *x_bsd.shape[:2], dtype=x_bsd.dtype), []
     for piece in x_bsd.split(sizes, dim=1):
         at = slice(cache.length, cache.length + piece.shape[1])
-        out.append(mla(piece, [table[at] for table in rope], cache))
+        out.append(mla(piece, Rope(rope.cos[at], rope.sin[at]), cache))
     return torch.cat(out, dim=1)
 
 
@@ -636,16 +633,15 @@ class GQA(nn.Module):
         # `softmax_scale` counts i + r dims a head, here there are r
         self.scale = softmax_scale(c) * (1 + c.qk_nope_head_dim / c.qk_rope_head_dim) ** 0.5
 
-    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
+    def forward(self, x_bsd, rope: Rope, cache: LayerKVCache | None = None):
         c = self.config
         q_bshr = apply_rotary_emb(
-            rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), *rope
+            rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), rope.cos, rope.sin
         )
         widths = [self.n * c.qk_rope_head_dim, self.n * c.v_head_dim]
         k_bsx, v_bsx = self.wkv(x_bsd).split(widths, dim=-1)
-        k_bsx = apply_rotary_emb(rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n), *rope).flatten(
-            2
-        )
+        k_bsnr = rearrange(k_bsx, "b s (n r) -> b s n r", n=self.n)
+        k_bsx = apply_rotary_emb(k_bsnr, rope.cos, rope.sin).flatten(2)
         kv_btx = torch.cat((k_bsx, v_bsx), dim=-1)
         kv_btx = kv_btx if cache is None else cache.append(kv_btx)
         k_bthr, v_bthv = (
@@ -661,10 +657,10 @@ class GQA(nn.Module):
 wide = replace(TINY, qk_rope_head_dim=32, rope_factor=1.0)
 for n in (1, 2, 4):
     c = replace(wide, kv_lora_rank=n * (32 + wide.v_head_dim) - 32)  # so that the cache is as wide
-    gqa, rope = filled(GQA(c, n)), rope_cos_sin(c, torch.arange(length))
+    gqa, rope = filled(GQA(c, n)), Rope.from_positions(c, torch.arange(length))
     k_bsnr, v_bsnv = gqa.wkv(x_bsd).view(2, length, 2, n, 32).unbind(2)
-    q_bshr = apply_rotary_emb(gqa.wq(x_bsd).view(2, length, 4, 32), *rope)
-    q, k, v = (x.transpose(1, 2) for x in (q_bshr, apply_rotary_emb(k_bsnr, *rope), v_bsnv))
+    q_bshr = apply_rotary_emb(gqa.wq(x_bsd).view(2, length, 4, 32), *rope[:2])
+    q, k, v = (x.transpose(1, 2) for x in (q_bshr, apply_rotary_emb(k_bsnr, *rope[:2]), v_bsnv))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     want = gqa.wo(o.transpose(1, 2).flatten(2))
     assert torch.allclose(gqa(x_bsd, rope), want, atol=1e-5)
@@ -718,7 +714,7 @@ class Recall(nn.Module):
         super().__init__()
         c = replace(TINY, dim=D, n_heads=4, q_lora_rank=0, kv_lora_rank=latent,
                     qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, rope_theta=100.0)  # fmt: skip
-        self.rope = rope_cos_sin(c, torch.arange(WORDS))
+        self.rope = Rope.from_positions(c, torch.arange(WORDS))
         self.embed, self.mla = nn.Embedding(3 * WORDS, D), filled(MLA(c))
         self.head = nn.Linear(D, 2 * WORDS)
 
@@ -735,7 +731,9 @@ def train_recall(latent: int, rotary: bool = True):
     torch.manual_seed(0)
     g, model = torch.Generator().manual_seed(0), Recall(latent)
     if not rotary:
-        model.rope = [0 * table for table in model.rope]  # cos = sin = 0: q^R and k^R vanish
+        model.rope = Rope(
+            *(0 * table for table in model.rope[:2])
+        )  # cos = sin = 0: q^R and k^R vanish
     optimizer, right = torch.optim.Adam(model.parameters(), 1e-2), []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 20) * (1 - step / STEPS)

@@ -48,7 +48,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.mla import MLA, LayerKVCache
 from dsv3_ref.moe import Gate, MoE, Route
 from dsv3_ref.ops import MLP, RMSNorm
-from dsv3_ref.rope import rope_cos_sin_varlen, rope_cos_sin
+from dsv3_ref.rope import Rope
 
 # %%
 import math
@@ -106,7 +106,7 @@ block = Block(TINY, index=0)
 for p in block.parameters():
     if p.ndim > 1:
         nn.init.normal_(p, std=0.02)
-x_bsd, rope = torch.randn(2, 10, TINY.dim), rope_cos_sin(TINY, torch.arange(10))
+x_bsd, rope = torch.randn(2, 10, TINY.dim), Rope.from_positions(TINY, torch.arange(10))
 added, added_large = (block.attn(block.attn_norm(a * x_bsd), rope) for a in (1, 1000))
 torch.testing.assert_close(added, added_large, atol=1e-6, rtol=1e-4)
 for a, y in ((1, added), (1000, added_large)):
@@ -151,7 +151,7 @@ print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_tok
 #   \mathrm{logit} = W^{\mathrm{out}}\,\mathrm{RMSNorm}(h_{L}), \qquad
 #   W^{\mathrm{out}} \in \mathbb{R}^{w\times d}$$
 #
-# Three choices are worth a look before the code. (Its `cu_seqlens` and `rope_cos_sin_varlen` wait for chapter 14,
+# Three choices are worth a look before the code. (Its `cu_seqlens` waits for chapter 14,
 # where a row holds many conversations.)
 #
 # - **`hidden_states` and `forward` are apart.** `hidden_states` stops at the normed hidden state. Training
@@ -187,15 +187,14 @@ class Transformer(nn.Module):
     ) -> tuple[torch.Tensor, list[Route]]:
         """Normed hidden states (b, s, d) and the route of every MoE layer.
 
-        cu_seqlens: where each sample ends if many lie end to end in one row (b = 1), int32.
+        cu_seqlens: 0, then where each sample ends, if many lie end to end in one row (b = 1).
         """
         start, s = cache.length if cache else 0, tokens_bs.shape[1]
         at = torch.arange(start, start + s, device=tokens_bs.device)
-        rope = (
-            rope_cos_sin(self.config, at)
-            if cu_seqlens is None
-            else rope_cos_sin_varlen(self.config, cu_seqlens)
-        )
+        if cu_seqlens is None:
+            rope = Rope.from_positions(self.config, at)
+        else:
+            rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
         x_bsd, routes = self.embed(tokens_bs), []
         for i, block in enumerate(self.layers.values()):
             x_bsd, r = block(x_bsd, rope, cache[i] if cache else None)
@@ -623,7 +622,7 @@ def check_first_loss(fn) -> bool:
 
 def check_parallel(fn) -> bool:
     x = torch.randn(2, 6, TINY.dim)
-    rope = rope_cos_sin(TINY, torch.arange(6))
+    rope = Rope.from_positions(TINY, torch.arange(6))
 
     def test():
         for i in ("0", "1"):  # dense, and with experts

@@ -49,7 +49,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.model import Block, Transformer
 from dsv3_ref.moe import Route
 from dsv3_ref.ops import RMSNorm, linear_cross_entropy
-from dsv3_ref.rope import rope_cos_sin
+from dsv3_ref.rope import Rope
 
 # %%
 import math
@@ -125,7 +125,7 @@ module = model.mtp["0"]
 h_bsd, embed_bsd, rope = (
     torch.randn(1, 5, 64),
     torch.randn(1, 5, 64),
-    rope_cos_sin(TOY, torch.arange(5)),
+    Rope.from_positions(TOY, torch.arange(5)),
 )
 left_half = module.eh_proj.weight.detach()[:, :64]  # columns that meet the embedding
 want = (
@@ -158,7 +158,7 @@ def mtp_hidden_states(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.
     out = []
     for k, module in enumerate(model.mtp.values(), start=1):
         s = tokens_bs.shape[1] - k
-        rope = rope_cos_sin(model.config, torch.arange(s, device=tokens_bs.device))
+        rope = Rope.from_positions(model.config, torch.arange(s, device=tokens_bs.device))
         h_bsd, r = module(h_bsd[:, :s], model.embed(tokens_bs[:, k:]), rope)
         out.append((h_bsd, r))
     return out
@@ -209,7 +209,7 @@ show(fig)
 
 # %%
 with torch.no_grad():
-    shifted = module(h_bsd, embed_bsd, rope_cos_sin(TOY, torch.arange(5) + 1))[0]
+    shifted = module(h_bsd, embed_bsd, Rope.from_positions(TOY, torch.arange(5) + 1))[0]
 torch.testing.assert_close(shifted, same, atol=1e-5, rtol=1e-4)
 print("positions 1…5 instead of 0…4: the same hidden states")
 

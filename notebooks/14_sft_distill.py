@@ -182,12 +182,11 @@ def assistant_mask(tokens_bs, special_tokens: SpecialTokens):
 
 
 def sample_cu_seqlens(tokens_bs, special_tokens: SpecialTokens):
-    """Where each sample ends if all rows are laid end to end: int32 (m,), the last is b·s."""
+    """Return 0, then where each sample ends if all rows are laid end to end: (m + 1,), int32."""
     begins_bs = tokens_bs == special_tokens.bos
     begins_bs[:, :1] = True  # whatever a row begins with
     begin_m = begins_bs.flatten().nonzero()[:, 0]
-    last = begin_m.new_full((min(1, len(begin_m)),), tokens_bs.numel())
-    return torch.cat((begin_m[1:], last)).int()
+    return torch.cat((begin_m, begin_m.new_full((1,), tokens_bs.numel()))).int()
 
 
 # %%
@@ -201,7 +200,7 @@ print(
         for t, on in zip(row, assistant_mask(row_1s, SPECIAL_TOKENS)[0])
     )
 )
-print("samples end before", sample_cu_seqlens(row_1s, SPECIAL_TOKENS).tolist())
+print("bounds of samples", sample_cu_seqlens(row_1s, SPECIAL_TOKENS).tolist())
 assert spell(row_1s[assistant_mask(row_1s, SPECIAL_TOKENS)]) == "four ∎ two ∎ four ∎"
 
 # %% [markdown]
@@ -234,7 +233,7 @@ assert (tokens == SPECIAL_TOKENS.bos).sum() == len(samples)
 print(f"{len(samples)} conversations in {len(rows)} rows, {sum(lengths) / tokens.numel():.1%} text")
 
 # %% [markdown]
-# **Invisible to each other.** Samples in one row share a row and nothing else: positions restart (`rope_cos_sin_varlen`, chapter 02), attention ends at their
+# **Invisible to each other.** Samples in one row share a row and nothing else: positions restart (`Rope.from_cu_seqlens`, chapter 02), attention ends at their
 # borders (`varlen_attention`, chapter 03), and everything else in the model works token by token. So it can be tested: change one
 # sample, and the states of the others must not move (but for the last digit: an expert that now serves other tokens too adds up its products in
 # other blocks).

@@ -161,7 +161,7 @@ else:
 #| export
 def reward_scores(h_nd, head_wd, cu_seqlens, special_tokens: SpecialTokens):
     """Reward of each of m samples end to end, read behind its last token: (m,), fp32."""
-    return (h_nd[cu_seqlens.long() - 1] @ head_wd[special_tokens.pad]).float()
+    return (h_nd[cu_seqlens[1:].long() - 1] @ head_wd[special_tokens.pad]).float()
 
 
 # %% [markdown]
@@ -223,11 +223,11 @@ def judge_prompt(reference: str = "") -> str:
 def judgment_mask(tokens_1n, special_tokens: SpecialTokens):
     """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
     cu_seqlens = sample_cu_seqlens(tokens_1n, special_tokens)
-    length_m = cu_seqlens.diff(prepend=cu_seqlens.new_zeros(1)).long()
+    length_m = cu_seqlens.diff().long()
     count_n = (tokens_1n[0] == special_tokens.assistant).long().cumsum(0)
-    before_m = F.pad(count_n[cu_seqlens.long() - 1], (1, 0))[:-1]
+    before_m = F.pad(count_n, (1, 0))[cu_seqlens[:-1].long()]
     answer_n = count_n - before_m.repeat_interleave(length_m)
-    last_m = count_n[cu_seqlens.long() - 1] - before_m
+    last_m = count_n[cu_seqlens[1:].long() - 1] - before_m
     last_n = last_m.repeat_interleave(length_m)
     return assistant_mask(tokens_1n, special_tokens) & (answer_n == last_n) & (last_n >= 2)
 
@@ -251,7 +251,7 @@ def preference_loss(
     if judgment_weight and says_n.any():
         h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
         loss = loss + judgment_weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(
-            cu_seqlens
+            reward_m
         )
     return PreferenceOutput(LossOutput(loss, [], loss.new_zeros(()), routes), reward_m)
 

@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsv3_ref import mla as chapter
 from dsv3_ref import ops
 from dsv3_ref.config import Config
 from dsv3_ref.mla import MLA, LayerKVCache, causal_mask, varlen_attention
-from dsv3_ref.rope import rope_cos_sin, rope_cos_sin_varlen, softmax_scale
+from dsv3_ref.rope import Rope, softmax_scale, to_cu_seqlens
 
 fixture_is_constant = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 shapes = st.fixed_dictionaries(
@@ -37,7 +38,7 @@ def layer(c: Config) -> MLA:
 
 
 def inputs(c: Config, s: int, b: int = 2):
-    return torch.randn(b, s, c.dim).double(), rope_cos_sin(c, torch.arange(s))
+    return torch.randn(b, s, c.dim).double(), Rope.from_positions(c, torch.arange(s))
 
 
 def run(mla: MLA, x_bsd, rope, absorb: bool):
@@ -57,7 +58,7 @@ def by_hand(mla: MLA, x_sd, rope):
     c, w = mla.config, {n: p.detach() for n, p in mla.named_parameters()}
     norm = lambda x, name: x / (x.square().mean() + c.norm_eps).sqrt() * w[f"{name}.weight"]
     turn = lambda x, at: ops.IMPLS["apply_rotary_emb"]["torch"](
-        x[None, None, None], *(r[at, None] for r in rope)
+        x[None, None, None], *(r[at, None] for r in rope[:2])
     )
     r, i, v = c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim
     latent, key_r, out = [], [], []
@@ -115,7 +116,7 @@ def test_any_cut_into_chunks_gives_the_whole(exact, micro, cuts, absorb):
     mla.absorb, cache, got = absorb, LayerKVCache(micro, 2, s, dtype=torch.float64), []
     for n in cuts:
         at = slice(cache.length, cache.length + n)
-        got.append(mla(x_bsd[:, at], tuple(x[at] for x in rope), cache))
+        got.append(mla(x_bsd[:, at], Rope(*(x[at] for x in rope[:2])), cache))
     assert close([torch.cat(got, 1)], [whole])
     assert cache.length == s
 
@@ -123,15 +124,15 @@ def test_any_cut_into_chunks_gives_the_whole(exact, micro, cuts, absorb):
 def test_only_single_token_decoding_absorbs(micro, monkeypatch):
     seen = []
     for form in ("absorbed", "expanded"):
-        real = getattr(MLA, form)
-        spy = lambda self, *a, real=real, form=form: (seen.append(form), real(self, *a))[1]
-        monkeypatch.setattr(MLA, form, spy)
+        real = getattr(chapter, f"attend_{form}")
+        spy = lambda *a, real=real, form=form: (seen.append(form), real(*a))[1]
+        monkeypatch.setattr(chapter, f"attend_{form}", spy)
     mla, cache = layer(micro).float(), LayerKVCache(micro, 1, 4)
     x_bsd = torch.randn(1, 3, micro.dim)
     with torch.no_grad():
-        mla(x_bsd, rope_cos_sin(micro, torch.arange(3)))
-        mla(x_bsd, rope_cos_sin(micro, torch.arange(3)), cache)
-        mla(x_bsd[:, :1], rope_cos_sin(micro, torch.arange(1) + 3), cache)
+        mla(x_bsd, Rope.from_positions(micro, torch.arange(3)))
+        mla(x_bsd, Rope.from_positions(micro, torch.arange(3)), cache)
+        mla(x_bsd[:, :1], Rope.from_positions(micro, torch.arange(1) + 3), cache)
     assert seen == ["expanded", "expanded", "absorbed"]
 
 
@@ -164,7 +165,7 @@ def test_attention_never_looks_ahead(micro):
     assert (x_bsd.grad[:, :5] != 0).all()
 
 
-@pytest.mark.parametrize("cu_seqlens", [[], [0, 0]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0], [0, 0, 0]], ids=str)
 def test_nothing_packed(cu_seqlens):
     q = torch.randn(0, 2, 6, requires_grad=True)
     o = varlen_attention(q, q, q[..., :4], torch.tensor(cu_seqlens, dtype=torch.int32), 1.0)
@@ -177,7 +178,9 @@ def test_packed_samples_are_as_if_alone(micro, exact):
     """Whatever their lengths, an empty one included, and whatever the others say."""
     mla, lengths = layer(micro), [5, 0, 1, 9]
     parts = [torch.randn(1, n, micro.dim).double() for n in lengths]
-    cu_seqlens = torch.tensor(lengths).cumsum(0).int()
-    got = mla(torch.cat(parts, 1), rope_cos_sin_varlen(micro, cu_seqlens))
-    alone = [mla(x, rope_cos_sin(micro, torch.arange(x.shape[1]))) for x in parts if x.shape[1]]
+    cu_seqlens = to_cu_seqlens(lengths)
+    got = mla(torch.cat(parts, 1), Rope.from_cu_seqlens(micro, cu_seqlens))
+    alone = [
+        mla(x, Rope.from_positions(micro, torch.arange(x.shape[1]))) for x in parts if x.shape[1]
+    ]
     torch.testing.assert_close(got, torch.cat(alone, 1), atol=1e-12, rtol=0)

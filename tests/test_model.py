@@ -64,10 +64,10 @@ def test_hidden_states_are_the_normed_states_before_the_head(micro):
 
 
 def test_a_block_is_two_residual_steps(micro):
-    from dsv3_ref.rope import rope_cos_sin
+    from dsv3_ref.rope import Rope
 
     block = Transformer(micro).layers["1"]
-    x_bsd, rope = torch.randn(2, 5, micro.dim), rope_cos_sin(micro, torch.arange(5))
+    x_bsd, rope = torch.randn(2, 5, micro.dim), Rope.from_positions(micro, torch.arange(5))
     mid_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)
     want, _ = block.ffn(block.ffn_norm(mid_bsd))
     assert torch.equal(block(x_bsd, rope)[0], mid_bsd + want)

@@ -7,7 +7,7 @@ import torch
 
 from dsv3_ref.model import Transformer
 from dsv3_ref.mtp import mtp_hidden_states, mtp_losses
-from dsv3_ref.rope import rope_cos_sin
+from dsv3_ref.rope import Rope
 
 T = 9
 
@@ -30,7 +30,7 @@ def slow(model: Transformer, row: list[int]):
         for i in range(1, last + 1):
             emb = norm(model.embed.weight[t[i + k]], module.enorm)
             pairs.append(module.eh_proj.weight @ torch.cat((emb, norm(h[i], module.hnorm))))
-        rope = rope_cos_sin(model.config, torch.arange(last))
+        rope = Rope.from_positions(model.config, torch.arange(last))
         out, _ = module.block(torch.stack(pairs)[None], rope)
         h = {i: norm(x, module.norm) for i, x in enumerate(out[0], start=1)}
         logp = {i: (model.head.weight @ x).log_softmax(0) for i, x in h.items()}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import dsv3_ref
 from dsv3_ref import ops
 from dsv3_ref.moe import sort_by_expert
+from dsv3_ref.rope import to_cu_seqlens
 
 for path in sorted(Path(dsv3_ref.__file__).parent.glob("*.py")):
     if re.search(r"^@(op|impl)\b", path.read_text(), re.MULTILINE):
@@ -72,7 +73,7 @@ def latent_attention(size, randn):
 
 def varlen_attention(size, randn):
     h, x, v = size(1, 4), size(), size()
-    cu_seqlens = torch.tensor([*(size(0, 12) for _ in range(size(0, 3))), size(1, 12)]).cumsum(0)
+    cu_seqlens = to_cu_seqlens([*(size(0, 12) for _ in range(size(0, 3))), size(1, 12)]).long()
     n = int(cu_seqlens[-1])
     return randn(n, h, x), randn(n, h, x), randn(n, h, v), cu_seqlens, x**-0.5
 

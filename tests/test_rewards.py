@@ -23,6 +23,7 @@ from dsv3_ref.rewards import (
     preference_loss,
     reward_scores,
 )
+from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.verifiers import math_verifier
 
@@ -178,7 +179,7 @@ def sample(answer: int, said: list[int]) -> list[int]:
 def test_a_score_is_its_samples_alone_and_a_product_with_one_row(micro):
     model, parts = Transformer(micro), [sample(1, [20, 21]), sample(2, [22]), sample(3, [])]
     line = torch.tensor([[t for part in parts for t in part]])
-    cu_seqlens = torch.tensor([len(p) for p in parts]).cumsum(0).int()
+    cu_seqlens = to_cu_seqlens([len(p) for p in parts])
     h_1nd = model.hidden_states(line, cu_seqlens=cu_seqlens)[0]
     got = reward_scores(h_1nd[0], model.head.weight, cu_seqlens, SPECIAL_TOKENS)
     for part, reward in zip(parts, got):

@@ -9,7 +9,7 @@ from dsv3_ref.config import Config
 from dsv3_ref.model import Transformer
 from dsv3_ref.moe import MoE, balance_loss, tokens_per_expert
 from dsv3_ref.ops import linear_cross_entropy
-from dsv3_ref.rope import rope_cos_sin, rope_cos_sin_varlen
+from dsv3_ref.rope import Rope
 from dsv3_ref.scale import stages
 from dsv3_ref.sft import assistant_mask, sample_cu_seqlens
 
@@ -68,7 +68,7 @@ class Stage:
         rows_bs, tokens_bs, y_bs = tokens_bs, self.model_input(tokens_bs), tokens_bs[:, 1:]
         rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
         if self.special_tokens:
-            rope = rope_cos_sin_varlen(
+            rope = Rope.from_cu_seqlens(
                 self.config, sample_cu_seqlens(rows_bs[:, :-1], self.special_tokens)
             )
         if self.first:
@@ -87,7 +87,7 @@ class Stage:
         return tokens_bs[:, :-1].reshape(1, -1) if self.special_tokens else tokens_bs[:, :-1]
 
     def rope(self, s: int, device):
-        return rope_cos_sin(self.config, torch.arange(s, device=device))
+        return Rope.from_positions(self.config, torch.arange(s, device=device))
 
     def block(self, tape, place: str, block, x_bsd, rope, weights, seen):
         """`Block.forward`: one piece, or pieces around the exchange of tokens."""

@@ -26,6 +26,7 @@ from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, par
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import LossOutput, StepStats
 from dsv3_ref.rewards import has_think_format, vote_reward
+from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.verifiers.sandbox import map_parallel
@@ -358,7 +359,7 @@ class RlTrainer(Trainer):
         line_1n = torch.tensor([[token for row in rows for token in row]], device=self.device)
         wrote = [i >= len(a.prompt) for a, row in zip(lot, rows) for i in range(len(row))]
         said_n = torch.tensor(wrote, device=self.device)[1:]
-        cu_seqlens = torch.tensor([len(row) for row in rows], device=self.device).cumsum(0).int()
+        cu_seqlens = to_cu_seqlens([len(row) for row in rows], self.device)
         h_1nd, routes = model.hidden_states(line_1n, cu_seqlens=cu_seqlens)
         h_nd, y_n = h_1nd[0, :-1][said_n], line_1n[0, 1:][said_n]
         return *token_logprobs(h_nd, model.head.weight, y_n, self.args.temperature), routes

@@ -25,6 +25,7 @@ from dsv3_ref.rewards import (
     preference_loss,
     reward_scores,
 )
+from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import RECIPES, SpecialTokens, render_conversation, sample_cu_seqlens
 from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig
@@ -270,9 +271,7 @@ class RewardModel:
     @torch.no_grad()
     def score_batch(self, samples: list[list[int]]) -> torch.Tensor:
         tokens_1n = concat_pairs([tuple(samples)], self.model.head.weight.device)
-        cu_seqlens = (
-            torch.tensor([len(s) for s in samples], device=tokens_1n.device).cumsum(0).int()
-        )
+        cu_seqlens = to_cu_seqlens([len(s) for s in samples], tokens_1n.device)
         return score_packed(
             self.model, tokens_1n, cu_seqlens, self.special_tokens
         )  # an answer may hold any token

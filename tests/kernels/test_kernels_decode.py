@@ -3,13 +3,13 @@
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
-from dsv3_ref.kernels import decode
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref import ops
+from dsv3_ref.kernels import decode
 from dsv3_ref.mla import MLA
-from dsv3_ref.rope import rope_cos_sin
+from dsv3_ref.rope import Rope, rope_cos_sin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # relative, of one number
@@ -168,7 +168,7 @@ def test_the_layer_decodes_with_it(micro):
     for p in mla.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0)
     mla.absorb, x_bsd = True, torch.randn(2, 9, micro.dim, device=DEVICE)
-    rope = tuple(x.to(DEVICE) for x in rope_cos_sin(micro, torch.arange(9)))
+    rope = Rope(*(x.to(DEVICE) for x in rope_cos_sin(micro, torch.arange(9))))
     with torch.no_grad():
         want = mla(x_bsd, rope)
         with ops.use("triton", "torch"):

@@ -70,10 +70,10 @@ def test_who_speaks_and_where_samples_end(rows):
     line = [token for sample in samples for token in sample]
     assert assistant_mask(torch.tensor([line]), SPECIAL_TOKENS)[0].tolist() == spoken(line)
     lengths = torch.tensor([len(s) for s in samples])
-    assert (
-        sample_cu_seqlens(torch.tensor([line]), SPECIAL_TOKENS).tolist()
-        == lengths.cumsum(0).tolist()
-    )
+    assert sample_cu_seqlens(torch.tensor([line]), SPECIAL_TOKENS).tolist() == [
+        0,
+        *lengths.cumsum(0).tolist(),
+    ]
     answers = [t for talk in rows for _, answer in talk for t in (*answer, SPECIAL_TOKENS.eos)]
     assert (
         torch.tensor(line)[assistant_mask(torch.tensor([line]), SPECIAL_TOKENS)[0]].tolist()
@@ -83,8 +83,8 @@ def test_who_speaks_and_where_samples_end(rows):
 
 def test_a_row_begins_a_sample_whatever_it_begins_with():
     tokens_bs = torch.tensor([[7, 7, 0, 7], [7, 0, 7, 7]])
-    assert sample_cu_seqlens(tokens_bs, SPECIAL_TOKENS).tolist() == [2, 4, 5, 8]
-    assert sample_cu_seqlens(tokens_bs[:0], SPECIAL_TOKENS).tolist() == []
+    assert sample_cu_seqlens(tokens_bs, SPECIAL_TOKENS).tolist() == [0, 2, 4, 5, 8]
+    assert sample_cu_seqlens(tokens_bs[:0], SPECIAL_TOKENS).tolist() == [0]
 
 
 @given(st.lists(st.integers(1, 30), max_size=40))

@@ -21,7 +21,7 @@ from dsv3_ref.moe import Route, balance_loss
 from dsv3_ref.mtp import mtp_draft_matches, mtp_hidden_states
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.pretrain import compute_losses
-from dsv3_ref.rope import rope_cos_sin
+from dsv3_ref.rope import Rope
 from dsv3_ref.studies import ablate
 from dsv3_ref.viz import ablation, figure
 
@@ -161,7 +161,7 @@ def test_the_kept_results_are_complete_and_as_they_say(name):
     assert (args.steps, args.seeds, list(args.data)) == tuple(
         result[k] for k in ("steps", "seeds", "data")
     )
-    base = ablate.named(args.config) if args.config else ablate.BASE
+    base = ablate.load_config(args.config) if args.config else ablate.BASE
     now = ablate.VARIANTS[name](base, ablate.ablation_recipe(base, args.steps))
     assert {k: ablate.variant_metadata(v) for k, v in now.items()} == result["variants"]
 
@@ -245,14 +245,16 @@ def test_caches_are_what_they_are_called():
         assert ablate.variant_metadata(v)["cache_bytes"] == 2 * c.n_layers * want
         model, tokens_bs = ablate.build_variant(v), torch.randint(c.vocab_size, (2, 7))
         cache = LayerKVCache(c, 2, 7)
-        model.layers["0"].attn(model.embed(tokens_bs), rope_cos_sin(c, torch.arange(7)), cache)
+        model.layers["0"].attn(
+            model.embed(tokens_bs), Rope.from_positions(c, torch.arange(7)), cache
+        )
         assert cache.kv_btx.shape[-1] == want and (cache.kv_btx != 0).all(), name
 
 
 def test_a_seed_gives_all_variants_the_same_rows(home, tmp_path):
     argv = [*command(home, "balance")[1:], "--out", str(tmp_path)]
     args = ablate.parse_options(argv)
-    base = ablate.named(args.config)
+    base = ablate.load_config(args.config)
     both = [
         ablate.build_trainer(args, v, 0).rows.next_batch(3)
         for v in list(ablate.balance_variants(base, ablate.ablation_recipe(base, 3)).values())[:2]
@@ -311,7 +313,11 @@ def gqa(c, n: int) -> GQA:
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
     c = replace(TINY, dim=24, qk_rope_head_dim=8, v_head_dim=6, rope_factor=factor)
-    layer, x_bsd, rope = gqa(c, n), torch.randn(2, 9, 24).double(), rope_cos_sin(c, torch.arange(9))
+    layer, x_bsd, rope = (
+        gqa(c, n),
+        torch.randn(2, 9, 24).double(),
+        Rope.from_positions(c, torch.arange(9)),
+    )
     k, v = layer.wkv(x_bsd).split([n * 8, n * 6], -1)
     turn = lambda x: naive_turn(x, rope)
     q, k, v = turn(layer.wq(x_bsd).view(2, 9, 4, 8)), turn(k.view(2, 9, n, 8)), v.view(2, 9, n, 6)
@@ -323,7 +329,7 @@ def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
 
 
 def naive_turn(x_bshr, rope):
-    cos, sin = (x[:, None].double() for x in rope)
+    cos, sin = (x[:, None].double() for x in rope[:2])
     a, b = x_bshr[..., ::2], x_bshr[..., 1::2]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
