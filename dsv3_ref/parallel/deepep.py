@@ -10,7 +10,7 @@ from dsv3_ref.config import Config, UserError
 from dsv3_ref.expert_parallel import apply_local_experts
 from dsv3_ref.fp8 import act_dequant, act_quant
 from dsv3_ref.parallel.token_dispatcher import empty_rows, zero_rows
-from dsv3_ref.parallel.watchdog import doing
+from dsv3_ref.parallel.watchdog import track_operation
 
 RANKS_PER_NODE = 8  # ranks that DeepEP takes for one node; more of them need RDMA
 LAYOUT_ARGUMENTS = (  # what `get_dispatch_layout` returns before its event, as `dispatch` names it
@@ -108,7 +108,9 @@ class DeepEPDispatcher:
     def dispatch(self, x_nd, **how):
         """Rows to other ranks: (rows of x's dtype, their FP8 codes or None, what else arrived)."""
         sent = act_quant(x_nd.contiguous(), True) if self.fp8 else x_nd.bfloat16().contiguous()
-        with doing("dispatch of tokens", self.group):  # waits until all have told how many come
+        with track_operation(
+            "dispatch of tokens", self.group
+        ):  # waits until all have told how many come
             got, *more, event = self.buffer.dispatch(sent, **how, async_finish=True)
         yield
         event.current_stream_wait()

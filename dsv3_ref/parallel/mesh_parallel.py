@@ -16,7 +16,7 @@ from dsv3_ref.parallel.build import local_experts_of
 from dsv3_ref.parallel.data_parallel import Replicas, Several
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, init_distributed, resolve_parallel_dims
-from dsv3_ref.parallel.watchdog import doing, watch
+from dsv3_ref.parallel.watchdog import track_operation, watch
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training import resume, settings
 from dsv3_ref.training.ema import EMA
@@ -79,7 +79,7 @@ class Ranks(Several):
     def batch(self, n: int) -> torch.Tensor:
         shape = n, self.args.recipe.seq_len + 1
         rows_bs = self.rows.next_batch(n) if self.first else None
-        with doing(f"rows of step {self.step + 1}", range(self.mesh.world)):
+        with track_operation(f"rows of step {self.step + 1}", range(self.mesh.world)):
             return self.mesh.broadcast_from_rank0(rows_bs, shape, torch.int64)
 
     def compute(self, tokens_bs, *settings) -> StepStats:

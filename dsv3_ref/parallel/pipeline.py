@@ -9,7 +9,7 @@ from dsv3_ref import ops
 from dsv3_ref.dualpipe import Action, min_microbatches, rank_of_stage, schedule
 from dsv3_ref.parallel.stage import LossStats, LossWeights, Stage
 from dsv3_ref.parallel.tape import Tape, interleave, run_to_completion
-from dsv3_ref.parallel.watchdog import doing
+from dsv3_ref.parallel.watchdog import track_operation
 
 # ── Messages ──
 
@@ -74,7 +74,9 @@ class P2PCommunicator:
             return self.empty_message(key)
         work, x = self.pending.pop(key)
         src = self.rank_of_action(key._replace(stage=key.stage + (1 if key.kind == "B" else -1)))
-        with doing(f"message for {key.kind} of stage {key.stage}", [self.mesh.rank_of(src)]):
+        with track_operation(
+            f"message for {key.kind} of stage {key.stage}", [self.mesh.rank_of(src)]
+        ):
             work.wait()
         return x
 

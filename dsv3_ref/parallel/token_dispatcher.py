@@ -20,7 +20,7 @@ from dsv3_ref.expert_parallel import (
     to_local_expert_ids,
 )
 from dsv3_ref.fp8 import act_dequant, act_quant
-from dsv3_ref.parallel.watchdog import doing
+from dsv3_ref.parallel.watchdog import track_operation
 
 
 @dataclass
@@ -71,7 +71,7 @@ class DispatchLevel:
             self.traffic.bytes[link] += n * rows[:1].nbytes
         yield
         asked, self.n = time.perf_counter(), self.n + 1
-        with doing(f"exchange of tokens, number {self.n}", self.group):
+        with track_operation(f"exchange of tokens, number {self.n}", self.group):
             work.wait()
         self.traffic.exposed_s += time.perf_counter() - asked
         self.traffic.in_flight_s += time.perf_counter() - start

@@ -1,9 +1,9 @@
 """Hangs: which rank is stuck in which operation since when, and which rank holds the others up.
 
     with watch(run / "logs", rank, world, seconds=300, store=store):
-        with doing("load batch, step 3"):
+        with track_operation("load batch, step 3"):
             …
-        with doing("all-reduce of gradients, step 3", waits_for=group):
+        with track_operation("all-reduce of gradients, step 3", waits_for=group):
             …
 
 A thread of every rank tells the store at every beat what the main thread does. When the first rank
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-HUNG = 70  # exit code: EX_SOFTWARE, which the launchers answer with another start
-BEAT = 5.0  # seconds between two words of a rank, or a tenth of what an operation may take
-SILENT = 5  # beats without a word: that process is stopped or gone
+EXIT_HANG = 70  # exit code: EX_SOFTWARE, which the launchers answer with another start
+HEARTBEAT_S = 5.0  # seconds between two words of a rank, or a tenth of what an operation may take
+MAX_MISSED_HEARTBEATS = 5  # beats without a word: that process is stopped or gone
 
 _stack: list[tuple[str, object]] = []  # this rank's operations, the outer ones first
 _since = time.monotonic()  # when the innermost one began, or the one within it ended
@@ -35,7 +35,9 @@ _since = time.monotonic()  # when the innermost one began, or the one within it 
 
 
 @contextmanager
-def doing(operation: str, waits_for: dist.ProcessGroup | Iterable[int] = ()) -> Iterator[None]:
+def track_operation(
+    operation: str, waits_for: dist.ProcessGroup | Iterable[int] = ()
+) -> Iterator[None]:
     """Name what happens in the `with`, and the ranks that must do the same for it to end.
 
     Both ends of a transfer give it the same name, as all ranks of a collective do.
@@ -50,48 +52,48 @@ def doing(operation: str, waits_for: dist.ProcessGroup | Iterable[int] = ()) -> 
         _since = time.monotonic()
 
 
-def now() -> dict:
+def current_operation() -> dict:
     """The operation this rank is in, since when, and for whom it waits."""
     operation, group = [("between operations", ()), *_stack][-1]
     known, told = isinstance(group, dist.ProcessGroup), time.time()
     ranks = dist.get_process_group_ranks(group) if known else list(group)
     since = told - (time.monotonic() - _since)
-    return {"operation": operation, "since": since, "waits_for": ranks, "told": told}
+    return {"operation": operation, "since": since, "waits_for": ranks, "reported_at": told}
 
 
 # ── What all of them do ──
 
 
-def missing(rank: int, states: dict[int, dict | None]) -> list[int]:
+def absent_peers(rank: int, states: dict[int, dict | None]) -> list[int]:
     """Those a rank waits for that are not in the operation themselves."""
     mine = states[rank]
     others = (r for r in mine["waits_for"] if r != rank)
     return [r for r in others if not states[r] or states[r]["operation"] != mine["operation"]]
 
 
-def late(states: dict[int, dict | None], silent_after: float) -> list[int]:
+def stragglers(states: dict[int, dict | None], silent_after: float) -> list[int]:
     """Ranks that are silent, else those that others wait for and that wait for nobody."""
-    at = max(s["told"] for s in states.values() if s)
-    silent = [r for r, s in states.items() if not s or at - s["told"] > silent_after]
-    waits = {r: missing(r, states) for r in states if r not in silent}
+    at = max(s["reported_at"] for s in states.values() if s)
+    silent = [r for r, s in states.items() if not s or at - s["reported_at"] > silent_after]
+    waits = {r: absent_peers(r, states) for r in states if r not in silent}
     awaited = {r for ranks in waits.values() for r in ranks}
     alone = [r for r in waits if not states[r]["waits_for"]]
     return silent or sorted(r for r in awaited or alone if not waits[r])
 
 
-def verdict(states: dict[int, dict | None], silent_after: float) -> str:
+def hang_report(states: dict[int, dict | None], silent_after: float) -> str:
     """Who holds the others up, and after it a line for every rank."""
-    at = max(s["told"] for s in states.values() if s)
-    lines = {r: f"rank {r} {told(s, at, silent_after)}" for r, s in states.items()}
-    who = "; ".join(lines[r] for r in late(states, silent_after))
+    at = max(s["reported_at"] for s in states.values() if s)
+    lines = {r: f"rank {r} {describe_rank(s, at, silent_after)}" for r, s in states.items()}
+    who = "; ".join(lines[r] for r in stragglers(states, silent_after))
     return "\n".join([f"hang: held up by {who or 'no rank alone'}", *lines.values()])
 
 
-def told(state: dict | None, at: float, silent_after: float) -> str:
+def describe_rank(state: dict | None, at: float, silent_after: float) -> str:
     """`sits in 'load batch' for 31 s`, or that the process does not answer."""
     if state is None:
         return "has never said a word"
-    if (silence := at - state["told"]) > silent_after:
+    if (silence := at - state["reported_at"]) > silent_after:
         return f"does not answer for {silence:.0f} s; it was in '{state['operation']}'"
     waits = f", waiting for ranks {state['waits_for']}" if state["waits_for"] else ""
     return f"sits in '{state['operation']}' for {at - state['since']:.0f} s{waits}"
@@ -107,26 +109,26 @@ class Watchdog(threading.Thread):
         super().__init__(name="watchdog", daemon=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.rank, self.world = folder / f"hang-rank{rank}.txt", rank, world
-        self.store, self.seconds, self.beat = store, seconds, min(BEAT, seconds / 10)
+        self.store, self.seconds, self.heartbeat_s = store, seconds, min(HEARTBEAT_S, seconds / 10)
         self.ended = threading.Event()
         self.file = self.path.open("a")  # now: later nothing may be sure to work
-        self.tell()
+        self.heartbeat()
 
     def run(self) -> None:
         """Beat until the end of the `with`; from C if Python's lock is never given up."""
-        while not self.ended.wait(self.beat):
+        while not self.ended.wait(self.heartbeat_s):
             faulthandler.dump_traceback_later(2 * self.seconds, exit=True, file=self.file)
             try:
-                self.tell()
+                self.heartbeat()
                 if first := self.stuck():
-                    self.bark(int(first))
+                    self.report_hang(int(first))
             except dist.DistError as e:  # the store is gone with rank 0, which may have finished
                 if self.overdue():
-                    mine = told(now(), time.time(), self.seconds)
-                    self.end(f"hang: rank {self.rank} {mine}; rank 0 is gone ({e})")
+                    mine = describe_rank(current_operation(), time.time(), self.seconds)
+                    self.exit_with(f"hang: rank {self.rank} {mine}; rank 0 is gone ({e})")
 
-    def tell(self) -> None:
-        self.store.set(f"doing/{self.rank}", json.dumps(now()))
+    def heartbeat(self) -> None:
+        self.store.set(f"doing/{self.rank}", json.dumps(current_operation()))
 
     def overdue(self) -> bool:
         return time.monotonic() - _since > self.seconds
@@ -137,25 +139,27 @@ class Watchdog(threading.Thread):
             return self.store.compare_set("hang", "", str(self.rank))
         return self.store.get("hang") if self.store.check(["hang"]) else b""
 
-    def bark(self, first: int) -> None:
+    def report_hang(self, first: int) -> None:
         """The first rank writes the verdict, once all had the time to say where they are."""
-        time.sleep(3 * self.beat)
-        text = f"hang: rank {self.rank} {told(now(), time.time(), self.seconds)}"
+        time.sleep(3 * self.heartbeat_s)
+        text = f"hang: rank {self.rank} {describe_rank(current_operation(), time.time(), self.seconds)}"
         if self.rank == first:
-            states = {r: self.heard(f"doing/{r}") for r in range(self.world)}
-            text = verdict(states, SILENT * self.beat)
-        time.sleep(2 * self.beat)  # nobody leaves, and takes others along, before all have written
-        self.end(text)
+            states = {r: self.read_heartbeat(f"doing/{r}") for r in range(self.world)}
+            text = hang_report(states, MAX_MISSED_HEARTBEATS * self.heartbeat_s)
+        time.sleep(
+            2 * self.heartbeat_s
+        )  # nobody leaves, and takes others along, before all have written
+        self.exit_with(text)
 
-    def heard(self, key: str) -> dict | None:
+    def read_heartbeat(self, key: str) -> dict | None:
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
-    def end(self, text: str) -> None:
+    def exit_with(self, text: str) -> None:
         """The verdict to stderr, and with this rank's stacks to the file; leave."""
         print(text, file=sys.stderr, flush=True)
         print(time.ctime(), text, "Python's stacks:", sep="\n", file=self.file, flush=True)
         faulthandler.dump_traceback(self.file, all_threads=True)
-        os._exit(HUNG)
+        os._exit(EXIT_HANG)
 
     def close(self) -> None:
         """Stop; a file is kept for what an earlier start has written."""
@@ -174,7 +178,9 @@ def watch(
     """Watch this process during the `with`; `seconds` is how long one operation may take."""
     global _since
     _since = time.monotonic()
-    dog = Watchdog(folder, rank, world, seconds, dist.PrefixStore("watchdog", store or connect()))
+    dog = Watchdog(
+        folder, rank, world, seconds, dist.PrefixStore("watchdog", store or connect_store())
+    )
     dog.start()
     try:
         yield
@@ -182,7 +188,7 @@ def watch(
         dog.close()
 
 
-def connect() -> dist.Store:
+def connect_store() -> dist.Store:
     """Where torch.distributed met (env://), by a connection that nobody else waits on."""
     if not dist.is_initialized():
         return dist.HashStore()

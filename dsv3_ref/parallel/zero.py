@@ -13,7 +13,7 @@ from torch import nn
 
 from dsv3_ref.optim import AdamW, TrainingRecipe
 from dsv3_ref.parallel.build import is_expert, owning_ranks
-from dsv3_ref.parallel.watchdog import doing
+from dsv3_ref.parallel.watchdog import track_operation
 
 
 class Bucket:
@@ -89,7 +89,7 @@ class ZeroOptimizer:
 
     def reduce_and_clip_grads(self, clip: float) -> float:
         """Sum the gradients over their groups and clip them all; their norm before."""
-        with doing(f"sum of gradients, step {self.step_count}", range(self.mesh.world)):
+        with track_operation(f"sum of gradients, step {self.step_count}", range(self.mesh.world)):
             for work in [b.start_reduce() for b in self.buckets]:
                 work.wait()
         squares = sum(

@@ -11,21 +11,21 @@ from itertools import pairwise
 import pytest
 
 from dsv3_ref.parallel import watchdog
-from dsv3_ref.parallel.watchdog import HUNG, doing, late, verdict, watch
+from dsv3_ref.parallel.watchdog import EXIT_HANG, hang_report, stragglers, track_operation, watch
 
-RANK = """
+WORKER = """
 import os, re, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from dsv3_ref.parallel.watchdog import doing, watch
+from dsv3_ref.parallel.watchdog import track_operation, watch
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 with watch(Path(sys.argv[1]), rank, 2, 2.0):
     for step in range(6):
-        with doing(f"load batch, step {step}"):
+        with track_operation(f"load batch, step {step}"):
             if (rank, step) == (1, 3):
                 misfortune()
-        with doing(f"all-reduce, step {step}", dist.group.WORLD):
+        with track_operation(f"all-reduce, step {step}", dist.group.WORLD):
             dist.all_reduce(torch.ones(1))
     dist.barrier()
 dist.destroy_process_group()
@@ -38,7 +38,7 @@ def start(folder, misfortune: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = f"def misfortune():\n    {misfortune}\n{textwrap.dedent(RANK)}"
+    code = f"def misfortune():\n    {misfortune}\n{textwrap.dedent(WORKER)}"
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
@@ -66,7 +66,7 @@ def test_a_rank_that_sleeps_is_named_with_its_operation(tmp_path):
     """By whichever rank is the first to notice; both leave their stacks and a bad exit code."""
     ranks = start(tmp_path, "time.sleep(1000)")
     said = [p.communicate(timeout=60)[1] for p in ranks]
-    assert [p.returncode for p in ranks] == [HUNG, HUNG]
+    assert [p.returncode for p in ranks] == [EXIT_HANG, EXIT_HANG]
     assert "hang: held up by rank 1 sits in 'load batch, step 3' for " in "".join(said)
     assert "rank 0 sits in 'all-reduce, step 3' for " in said[0]
     stacks = [(tmp_path / f"hang-rank{r}.txt").read_text() for r in range(2)]
@@ -79,7 +79,7 @@ def test_a_stopped_process_is_named_by_the_other(tmp_path):
     ranks = start(tmp_path, "os.kill(os.getpid(), 19)")
     try:
         err = ranks[0].communicate(timeout=60)[1]
-        assert ranks[0].returncode == HUNG
+        assert ranks[0].returncode == EXIT_HANG
         assert "hang: held up by rank 1 does not answer for " in err
     finally:
         ranks[1].kill()
@@ -90,7 +90,7 @@ def test_a_process_that_never_lets_go_of_pythons_lock_ends_too(tmp_path):
     """Its own thread cannot run: the stack comes from C, after twice the time."""
     ranks = start(tmp_path, "time.sleep(0.5); re.match('(a+)+b', 'a' * 60)")
     said = [p.communicate(timeout=60)[1] for p in ranks]
-    assert ranks[0].returncode == HUNG
+    assert ranks[0].returncode == EXIT_HANG
     assert ranks[1].returncode not in (0, None)
     assert "held up by rank 1 does not answer for " in said[0]
     assert "it was in 'load batch, step 3'" in said[0]
@@ -102,7 +102,7 @@ def test_a_process_that_never_lets_go_of_pythons_lock_ends_too(tmp_path):
 
 def states(*what) -> dict[int, dict]:
     """(operation, ranks waited for) of rank 0, 1, …; all told at second 100."""
-    row = {"since": 40.0, "told": 100.0}
+    row = {"since": 40.0, "reported_at": 100.0}
     return {r: row | {"operation": o, "waits_for": w} for r, (o, w) in enumerate(what)}
 
 
@@ -119,21 +119,21 @@ def states(*what) -> dict[int, dict]:
     ],
 )
 def test_the_late_are_those_that_wait_for_nobody(what, guilty):
-    assert late(states(*what), 10) == guilty
+    assert stragglers(states(*what), 10) == guilty
 
 
 def test_a_silent_rank_is_to_blame():
     told = states(("reduce", [0, 1, 2]), ("load", []), ("load", []))
-    told[1]["told"], told[2] = 50.0, None
-    assert late(told, 10) == [1, 2]
-    assert verdict(told, 10).splitlines()[0] == (
+    told[1]["reported_at"], told[2] = 50.0, None
+    assert stragglers(told, 10) == [1, 2]
+    assert hang_report(told, 10).splitlines()[0] == (
         "hang: held up by rank 1 does not answer for 50 s; it was in 'load'; "
         "rank 2 has never said a word"
     )
 
 
 def test_all_in_one_operation_is_nobodys_fault():
-    text = verdict(states(("reduce", [0, 1]), ("reduce", [0, 1])), 10)
+    text = hang_report(states(("reduce", [0, 1]), ("reduce", [0, 1])), 10)
     assert text.splitlines() == [
         "hang: held up by no rank alone",
         "rank 0 sits in 'reduce' for 60 s, waiting for ranks [0, 1]",
@@ -146,11 +146,11 @@ def test_all_in_one_operation_is_nobodys_fault():
 
 def test_operations_nest_and_each_change_is_progress():
     seen = []
-    see = lambda: seen.append((watchdog.now()["operation"], watchdog._since))
-    with doing("step 3"):
+    see = lambda: seen.append((watchdog.current_operation()["operation"], watchdog._since))
+    with track_operation("step 3"):
         see()
-        with doing("reduce", [0, 1]):
-            assert watchdog.now()["waits_for"] == [0, 1]
+        with track_operation("reduce", [0, 1]):
+            assert watchdog.current_operation()["waits_for"] == [0, 1]
             see()
         see()
     see()
@@ -159,23 +159,23 @@ def test_operations_nest_and_each_change_is_progress():
 
 
 def test_a_state_tells_how_long_it_has_lasted():
-    with doing("load"):
+    with track_operation("load"):
         time.sleep(0.2)
-        state = watchdog.now()
-    assert 0.2 <= state["told"] - state["since"] < 2
+        state = watchdog.current_operation()
+    assert 0.2 <= state["reported_at"] - state["since"] < 2
 
 
 def test_an_operation_is_left_by_an_error():
-    with pytest.raises(ValueError, match="bad"), doing("step 3"):
+    with pytest.raises(ValueError, match="bad"), track_operation("step 3"):
         raise ValueError("bad")
-    assert watchdog.now()["operation"] == "between operations"
+    assert watchdog.current_operation()["operation"] == "between operations"
 
 
 def test_one_process_alone_needs_no_store(tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with watch(tmp_path / "logs", 0, 1, 0.5):
         for _ in range(10):
-            with doing("a tenth of a second"):
+            with track_operation("a tenth of a second"):
                 time.sleep(0.1)
     assert list((tmp_path / "logs").iterdir()) == []
 
@@ -191,6 +191,6 @@ def test_the_report_of_an_earlier_start_is_kept(tmp_path):
 def test_naming_an_operation_is_cheap():
     began = time.perf_counter()
     for _ in range(10_000):
-        with doing("dispatch, layer 3"):
+        with track_operation("dispatch, layer 3"):
             pass
     assert (time.perf_counter() - began) / 10_000 < 50e-6
