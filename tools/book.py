@@ -4,8 +4,8 @@
     python tools/book.py 03 06_mtp  these
 
 A second build of the same sources changes no byte: a cell's id follows from its text, and nothing
-that names a time, a process or an address is kept. Sliders need a running kernel, so a widget
-leaves one line of text.
+that depends on time, process or address is stored. Sliders need a running kernel, so a widget is
+stored as one line of text.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from queue import Empty
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jupytext
 import nbformat
@@ -25,6 +26,7 @@ from jupyter_client import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
 from traitlets import Type
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -38,32 +40,36 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
 
 def find(names: list[str]) -> list[Path]:
-    """Chapters by number, name or file (`03`, `mla`, `03_mla`, `notebooks/03_mla.py`)."""
+    """Return chapters by number, name or file (`03`, `mla`, `03_mla`, `notebooks/03_mla.py`)."""
     every = {p.stem: p for p in sorted(NOTEBOOKS.glob("[0-9]*.py"))}
-    wanted = [Path(name).stem for name in names] or list(every)
-    found = [[s for s in every if name in (s, *s.split("_", 1))] for name in wanted]
-    if missing := [name for name, stems in zip(wanted, found) if not stems]:
+    paths, missing = [], []
+    for name in [Path(name).stem for name in names] or list(every):
+        stems = [stem for stem in every if name in (stem, *stem.split("_", 1))]
+        paths += [every[stem] for stem in stems]
+        missing += [] if stems else [name]
+    if missing:
         sys.exit(f"no chapter {', '.join(missing)}; there are {', '.join(every)}")
-    return [every[stem] for stems in found for stem in stems]
+    return paths
 
 
-def cell_ids(cells) -> list[str]:
-    """An id a cell, from its kind and text; the second of two equal cells ends in `-2`."""
-    seen, ids = Counter(), []
+def cell_ids(cells: list[NotebookNode]) -> list[str]:
+    """Return an id per cell, from its type and text; the second of equal cells ends in `-2`."""
+    repeats: Counter[str] = Counter()
+    ids = []
     for cell in cells:
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
-        seen[digest] += 1
-        ids.append(digest + (f"-{seen[digest]}" if seen[digest] > 1 else ""))
+        repeats[digest] += 1
+        ids.append(digest + (f"-{repeats[digest]}" if repeats[digest] > 1 else ""))
     return ids
 
 
 def strip_addresses(text: str | list) -> str:
-    """Text without addresses of objects."""
+    """Return text without the addresses of objects."""
     return ADDRESS.sub("", text if isinstance(text, str) else "".join(text))
 
 
-def normalize_output(output):
-    """An output without what differs from run to run; a widget becomes a line of text."""
+def normalize_output(output: NotebookNode) -> NotebookNode:
+    """Remove what differs from run to run from an output; a widget becomes a line of text."""
     if output.output_type == "stream":
         output.text = strip_addresses(output.text)
     if "data" in output:
@@ -75,8 +81,8 @@ def normalize_output(output):
     return output
 
 
-def normalize_notebook(nb):
-    """The notebook with ids, metadata and outputs that depend on its cells alone."""
+def normalize_notebook(nb: NotebookNode) -> NotebookNode:
+    """Make ids, metadata and outputs of a notebook depend on its cells alone."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -88,9 +94,10 @@ def normalize_notebook(nb):
 
 
 class Channel(AsyncZMQSocketChannel):
-    """A channel that looks again every second: now and then a socket's wake-up is lost."""
+    """A channel that polls every second, because a socket's wake-up is lost now and then."""
 
-    async def get_msg(self, timeout: float | None = None):
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+        """Return the next message; raise Empty after `timeout` seconds."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             left = end - time.monotonic()
@@ -108,8 +115,8 @@ class Client(AsyncKernelClient):
     iopub_channel_class = Type(Channel)
 
 
-def execute(path: Path):
-    """A chapter run from top to bottom in its own folder; raises at the first failing cell."""
+def execute(path: Path) -> NotebookNode:
+    """Run a chapter from top to bottom in its own folder; raise at the first failing cell."""
     nb = jupytext.read(path)
     folder = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(
@@ -124,7 +131,7 @@ def execute(path: Path):
 
 
 def build(path: Path) -> bool:
-    """Write a chapter's .ipynb and say how long it took; False if a cell failed."""
+    """Write a chapter's .ipynb and print its run time; return False if a cell failed."""
     start = time.perf_counter()
     try:
         nb = execute(path)
@@ -137,6 +144,7 @@ def build(path: Path) -> bool:
 
 
 def main(names: list[str]) -> int:
+    """Build the chapters named, or all of them."""
     failed = [path for path in find(names) if not build(path)]
     return int(bool(failed))
 

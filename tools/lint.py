@@ -1,6 +1,7 @@
-"""House rules that no formatter knows: how a chapter is built, how long a function may be.
+"""Rules of the house that ruff does not know: the form of a chapter, the length of a function.
 
-Run it to see every complaint; the tests demand that there is none.
+Run it to print every complaint; the tests require that there are none. `--style [PATH …]` prints
+violations of the rules in tools/style.py.
 """
 
 import ast
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import jupytext
 import style
+from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ["Why", "Paper|report", "Experiment", "Play", "Exercises", "Scale"]
@@ -27,38 +29,42 @@ CHECK = re.compile(r"^(check_\w+)\((my_\w+)\)", re.MULTILINE)
 # ── Chapters ──
 
 
-def markdown(cells) -> str:
+def markdown(cells: list[NotebookNode]) -> str:
+    """Return the Markdown of a chapter."""
     return "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
 
 
-def code(cells) -> str:
+def code(cells: list[NotebookNode]) -> str:
+    """Return the code of a chapter."""
     return "\n\n".join(c.source for c in cells if c.cell_type == "code")
 
 
-def exported(cell) -> bool:
+def exported(cell: NotebookNode) -> bool:
+    """Return whether a cell goes into the package."""
     return cell.cell_type == "code" and cell.source.startswith("#| export")
 
 
-def answers(cells) -> list[str]:
-    """The Python blocks of the folded answers."""
-    return [block for text in ANSWER.findall(markdown(cells)) for block in PYTHON.findall(text)]
+def answers(cells: list[NotebookNode]) -> list[str]:
+    """Return the Python blocks of the folded answers."""
+    return PYTHON.findall("\n".join(ANSWER.findall(markdown(cells))))
 
 
-def exercises(cells) -> list[tuple[str, str]]:
-    """(checker, function to be filled in), in the order of the calls."""
+def exercises(cells: list[NotebookNode]) -> list[tuple[str, str]]:
+    """Return (checker, function to be filled in) in the order of the calls."""
     return CHECK.findall(code(cells))
 
 
-def bad_title(stem: str, cells) -> list[str]:
-    """The first cell is `# NN · Title`, with the number of the file."""
+def bad_title(stem: str, cells: list[NotebookNode]) -> list[str]:
+    """Check that the first cell is `# NN · Title`, with the number of the file."""
     first = cells[0].source if cells and cells[0].cell_type == "markdown" else ""
     good = re.match(rf"# {stem[:2]} · \S", first)
     return [] if good else [f"the first cell must start with '# {stem[:2]} · Title'"]
 
 
-def unexplained(cells) -> list[str]:
-    """A run of exported cells needs markdown after the run before it."""
-    bad, explained, in_run = [], False, False
+def unexplained(cells: list[NotebookNode]) -> list[str]:
+    """Check that Markdown stands between any two runs of exported cells."""
+    bad: list[str] = []
+    explained = in_run = False
     for i, cell in enumerate(cells):
         if cell.cell_type == "markdown":
             explained = True
@@ -70,28 +76,32 @@ def unexplained(cells) -> list[str]:
     return bad
 
 
-def bad_code(cells) -> list[str]:
-    text, bad = code(cells), []
+def bad_code(cells: list[NotebookNode]) -> list[str]:
+    """Check that a chapter shows a figure and a widget, neither of which blocks a script."""
+    text = code(cells)
+    bad: list[str] = []
     bad += ["plt.show() blocks a script: use show(fig)"] if "plt.show(" in text else []
     bad += [] if "show(" in text else ["no figure: show(fig) is never called"]
     bad += [] if re.search(r"^play\(", text, re.MULTILINE) else ["no widget: play(…) is missing"]
     return bad
 
 
-def bad_sections(cells) -> list[str]:
+def bad_sections(cells: list[NotebookNode]) -> list[str]:
+    """Check that every section of SECTIONS is there."""
     heads = re.findall(r"^##+ (.*)", markdown(cells), re.MULTILINE)
     missing = [s for s in SECTIONS if not any(re.search(s, head) for head in heads)]
     return [f"no section '{s}'" for s in missing]
 
 
-def bad_length(cells) -> list[str]:
-    """Words of prose: neither code blocks nor displayed equations count."""
+def bad_length(cells: list[NotebookNode]) -> list[str]:
+    """Check the number of words, code blocks and displayed equations left out."""
     prose = re.sub(r"```.*?```|\$\$.*?\$\$", "", markdown(cells), flags=re.DOTALL)
     n = len(prose.split())
     return [] if n in WORDS else [f"{n} words, not {WORDS[0]}–{WORDS[-1]}"]
 
 
-def bad_exercises(cells) -> list[str]:
+def bad_exercises(cells: list[NotebookNode]) -> list[str]:
+    """Check the number of exercises, and that each has an answer."""
     pairs, solved = exercises(cells), "\n".join(answers(cells))
     bad = [] if len(pairs) in EXERCISES else [f"{len(pairs)} exercises, not 3–5"]
     bad += [f"no answer defines {my}" for _, my in pairs if f"def {my}(" not in solved]
@@ -99,7 +109,7 @@ def bad_exercises(cells) -> list[str]:
 
 
 def chapter(path: Path) -> list[str]:
-    """What is wrong with the structure of a chapter."""
+    """Return what is wrong with the structure of a chapter."""
     cells = jupytext.read(path).cells
     bad = bad_title(path.stem, cells) + bad_length(cells)
     for rule in (unexplained, bad_sections, bad_exercises, bad_code):
@@ -111,44 +121,43 @@ def chapter(path: Path) -> list[str]:
 
 
 def files() -> list[Path]:
-    """What git tracks or would track."""
+    """Return the files that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [p for name in sorted(set(names.split("\0"))) if name and (p := ROOT / name).is_file()]
 
 
 def long_functions(source: str, cap: int) -> list[str]:
-    """`name: n lines` for every function longer than the cap, nested ones and methods too."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, kinds)]
-    sizes = [(n.name, n.end_lineno - n.lineno + 1) for n in found]
+    """Return a complaint per function longer than the cap, nested ones and methods included."""
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, style.FUNCTIONS)]
+    sizes = [(n.name, (n.end_lineno or n.lineno) - n.lineno + 1) for n in nodes]
     return [f"{name}: {size} lines, the cap is {cap}" for name, size in sizes if size > cap]
 
 
 def private(source: str) -> list[str]:
-    """Lines that name a person's folder or a tracker's number; encoded pictures are skipped."""
+    """Find lines that name a personal folder or an issue number; encoded pictures are skipped."""
     lines = enumerate(source.splitlines(), start=1)
     return [f"line {i}: {m[0]}" for i, x in lines if len(x) < 2000 and (m := PRIVATE.search(x))]
 
 
 def text(path: Path) -> str:
-    """The text of a file; '' if it holds none."""
+    """Return the text of a file, or '' if it is binary."""
     data = path.read_bytes()
     return "" if b"\0" in data else data.decode()
 
 
 def tree() -> dict[str, list[str]]:
-    """File → complaints, for every file."""
+    """Return file → complaints, for every file that has any."""
     bad = {}
     for path in files():
         name = path.relative_to(ROOT)
-        found = private(text(path))
+        complaints = private(text(path))
         if path.suffix == ".py" and name.parts[0] in CAPS:
-            found += long_functions(text(path), CAPS[name.parts[0]])
+            complaints += long_functions(text(path), CAPS[name.parts[0]])
         if path.suffix == ".py" and name.parts[0] == "notebooks":
-            found += chapter(path)
-        bad[str(name)] = found
-    return {name: found for name, found in bad.items() if found}
+            complaints += chapter(path)
+        bad[str(name)] = complaints
+    return {name: complaints for name, complaints in bad.items() if complaints}
 
 
 def sources() -> list[style.Source]:
@@ -174,10 +183,10 @@ def main(argv: list[str]) -> int:
     """Print what is wrong with the tree; with --style, with the style of the files named."""
     if argv[:1] == ["--style"]:
         return print_style(argv[1:])
-    complaints = tree()
-    for name, found in complaints.items():
-        print("\n".join(f"{name}: {x}" for x in found))
-    return int(bool(complaints))
+    bad = tree()
+    for name, complaints in bad.items():
+        print("\n".join(f"{name}: {x}" for x in complaints))
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Source:
         return lines
 
     def is_public_line(self, number: int) -> bool:
-        """True where a definition would belong to the package or the tools."""
+        """Return whether a definition at this line belongs to the package or the tools."""
         return number in self.exported if self.is_chapter else self.top in PACKAGES
 
     @cached_property
@@ -185,7 +185,7 @@ def one_letter(source: Source) -> Iterator[Violation]:
                     yield arg.lineno, f"parameter `{arg.arg}` of {function.name}: write a word"
 
 
-def parameters(function) -> list[ast.arg]:
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
     """Return every parameter but `*args` and `**kwargs`."""
     return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
 
