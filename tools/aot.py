@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that are not there, and read the machine code.
+"""Compile every Triton kernel for GPUs that this machine lacks, and read the machine code.
 
     python tools/aot.py                       every kernel of dsv3_ref.kernels, for every target
     python tools/aot.py act_quant             kernels whose name contains this
@@ -27,15 +27,21 @@ import tempfile
 import time
 from collections import Counter
 from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
 
 import torch
 import triton
+from triton import Config
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.cache import get_cache_manager, triton_key
 from triton.runtime.jit import MockTensor
+
+from dsv3_ref.kernels.launch import AOTCase
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {"sm_90a": 90, "sm_100a": 100}
@@ -45,7 +51,7 @@ TENSOR_CORES = {
 }
 SPILLS = ("STL", "LDL")  # stores to and loads from a thread's local memory
 COUNTED = (*SPILLS, "QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA", "HMMA", "UTMALDG")
-MAX_SHARED = 232_448  # bytes a block: 227 KiB
+MAX_SHARED = 232_448  # bytes per block: 227 KiB
 MAX_TENSOR_MEMORY = 512  # columns
 
 
@@ -55,25 +61,29 @@ class AbsentGPU:
     def __init__(self, target: str):
         self.target = gpu_target(target)
 
-    def get_current_target(self):
+    def get_current_target(self) -> GPUTarget:
+        """Return what to compile for."""
         return self.target
 
-    def get_current_device(self):
+    def get_current_device(self) -> int:
+        """Return the architecture in place of a device."""
         return self.target.arch
 
-    def get_current_stream(self, device=None):
+    def get_current_stream(self, device: int | None = None) -> int:
+        """Return the default stream."""
         return 0
 
 
 def gpu_target(target: str) -> GPUTarget:
+    """Return Triton's description of a GPU such as sm_90a."""
     return GPUTarget("cuda", TARGETS[target], 32)
 
 
 # ── What to compile ──
 
 
-def load_kernel_module(name: str):
-    """The module of kernels called `name`, or at the path `name`."""
+def load_kernel_module(name: str) -> ModuleType:
+    """Import the module of kernels called `name`, or at the path `name`."""
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         return importlib.import_module(f"dsv3_ref.kernels.{path.stem}")
@@ -84,28 +94,29 @@ def load_kernel_module(name: str):
 
 
 def every_module() -> list[str]:
+    """Return the names of the modules of dsv3_ref.kernels."""
     package = importlib.import_module("dsv3_ref.kernels")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def mock_arg(arg):
-    """Dtypes become pointers, inside tuples too; the rest is passed as it is."""
+def mock_arg(arg: Any) -> Any:
+    """Replace dtypes by pointers, inside tuples too, and leave the rest as it is."""
     if not isinstance(arg, tuple):
         return MockTensor.wrap_dtype(arg)
     return type(arg)(*map(mock_arg, arg)) if hasattr(arg, "_fields") else tuple(map(mock_arg, arg))
 
 
-def configs_of(case, args) -> list:
-    """The autotuner's configs, less those that it would prune; [None] without an autotuner."""
+def configs_of(case: AOTCase, args: tuple) -> list:
+    """Return the autotuner's configs that it would not prune; [None] without an autotuner."""
     if not isinstance(case.kernel, Autotuner):
         return [None]
     case.kernel.nargs = dict(zip(case.kernel.arg_names, args))
     return case.kernel.prune_configs(dict(case.meta))
 
 
-def make_jobs(modules, only: list[str], targets: list[str]) -> list[dict]:
-    """One entry for each case, config and target."""
-    found = []
+def make_jobs(modules: list[ModuleType], only: list[str], targets: list[str]) -> list[dict]:
+    """Return a job per case, config and target; `only` keeps cases whose name contains one."""
+    jobs = []
     for target in targets:
         triton.runtime.driver.set_active(AbsentGPU(target))
         for module in modules:
@@ -114,15 +125,15 @@ def make_jobs(modules, only: list[str], targets: list[str]) -> list[dict]:
                     continue
                 args = tuple(map(mock_arg, case.args))
                 common = {"module": module.__name__.split(".")[-1], "case": case, "target": target}
-                found += [common | {"args": args, "config": c} for c in configs_of(case, args)]
-    return found
+                jobs += [common | {"args": args, "config": c} for c in configs_of(case, args)]
+    return jobs
 
 
 # ── Compile one ──
 
 
-def compile_one(job: dict):
-    """Compiled kernel of a job; nothing is launched."""
+def compile_one(job: dict) -> CompiledKernel:
+    """Compile the kernel of a job; nothing is launched."""
     case, config = job["case"], job["config"]
     triton.runtime.driver.set_active(AbsentGPU(job["target"]))
     if config is None:
@@ -134,56 +145,58 @@ def compile_one(job: dict):
 
 
 def run_tool(name: str, *args: str) -> str:
+    """Return what a program that comes with Triton prints."""
     return subprocess.run([BIN / name, *args], capture_output=True, text=True, check=True).stdout
 
 
 def disassemble(cubin: bytes) -> dict:
-    """Registers and instruction counts of machine code."""
+    """Return the registers and instruction counts of machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = run_tool("cuobjdump", "-res-usage", file.name)
         sass = run_tool("nvdisasm", "-c", file.name)
-    seen = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", sass))
+    counts = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", sass))
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))  # over its functions
-    return {"registers": registers} | {op: seen[op] for op in COUNTED}
+    return {"registers": registers} | {op: counts[op] for op in COUNTED}
 
 
-def analyze(kernel) -> dict:
-    """Registers, memory and instruction counts of a compiled kernel, kept in Triton's cache."""
+def analyze(kernel: CompiledKernel) -> dict:
+    """Return registers, memory and instruction counts of a kernel, cached beside it by Triton."""
     cubin, name = kernel.asm["cubin"], "sass.json"
     cache = get_cache_manager(hashlib.sha256(cubin + repr(COUNTED).encode()).hexdigest())
     if path := cache.get_file(name):
-        found = json.loads(Path(path).read_text())
+        counts = json.loads(Path(path).read_text())
     else:
-        found = disassemble(cubin)
-        cache.put(json.dumps(found), name, binary=False)
+        counts = disassemble(cubin)
+        cache.put(json.dumps(counts), name, binary=False)
     tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
-    return found | {"shared": kernel.metadata.shared, "tensor_memory": tensor_memory}
+    return counts | {"shared": kernel.metadata.shared, "tensor_memory": tensor_memory}
 
 
 def first_error(error: Exception | None, log: str) -> str:
-    """One line that says why the compiler gave up: its own first complaint, the exception."""
-    said = [line.strip() for line in log.splitlines() if "error:" in line][:1]
+    """Return one line on why the compiler failed: its own first error, then the exception."""
+    errors = [line.strip() for line in log.splitlines() if "error:" in line][:1]
     text = f"{type(error).__name__}: {error}" if error else "it crashed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " · ".join(dict.fromkeys([*said, lines[0], lines[-1]]))[:600]
+    return " · ".join(dict.fromkeys([*errors, lines[0], lines[-1]]))[:600]
 
 
-def compile_in_child(job: dict, pipe, log):
-    """Body of a job's process, so that a crash of the compiler takes nothing else along."""
+def compile_in_child(job: dict, pipe: Connection, log: BinaryIO) -> None:
+    """Compile a job in a process of its own, so that a crash of the compiler is its result."""
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     start = time.perf_counter()
     try:
-        found = analyze(compile_one(job))
+        result = analyze(compile_one(job))
     except Exception as error:  # whatever it is, it is this kernel's result
         sys.stderr.flush()
-        found = {"error": first_error(error, read_log(log))}
-    pipe.send(found | {"seconds": round(time.perf_counter() - start, 2)})
+        result = {"error": first_error(error, read_log(log))}
+    pipe.send(result | {"seconds": round(time.perf_counter() - start, 2)})
 
 
-def read_log(log) -> str:
+def read_log(log: BinaryIO) -> str:
+    """Return what a process has printed."""
     log.seek(0)
     return log.read().decode(errors="replace")
 
@@ -192,6 +205,7 @@ def read_log(log) -> str:
 
 
 def start(job: dict) -> dict:
+    """Start the process of a job."""
     fork = get_context("fork")  # inherits torch, Triton and the kernels: milliseconds
     ours, theirs = fork.Pipe(duplex=False)
     log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `finish`
@@ -202,22 +216,24 @@ def start(job: dict) -> dict:
 
 
 def finish(running: dict) -> dict:
-    """Row of the table for a job that has ended, by its own will or not."""
+    """Return the row of the table for a job whose process has ended or crashed."""
     try:
-        found = running["pipe"].recv()
+        result = running["pipe"].recv()
     except EOFError:
-        found = {"error": first_error(None, read_log(running["log"]))}
+        result = {"error": first_error(None, read_log(running["log"]))}
     running["process"].join()
     running["log"].close()
     job = running["job"]
     row = {"module": job["module"], "kernel": job["case"].name, "target": job["target"]}
-    row |= {"config": format_config(job["config"])} | found
+    row |= {"config": format_config(job["config"])} | result
     return row | {"violations": find_violations(row, job["case"].tensor_cores)}
 
 
 def compile_all(todo: list[dict], n: int) -> list[dict]:
-    """Rows in the order of the jobs, made by `n` processes at a time."""
-    rows, running, waiting = {}, {}, list(enumerate(todo))[::-1]
+    """Compile with `n` processes at a time; return rows in the order of the jobs."""
+    rows: dict[int, dict] = {}
+    running: dict[Any, tuple[int, dict]] = {}
+    waiting = list(enumerate(todo))[::-1]
     while waiting or running:
         while waiting and len(running) < n:
             i, job = waiting.pop()
@@ -232,8 +248,8 @@ def compile_all(todo: list[dict], n: int) -> list[dict]:
 # ── Judge and print ──
 
 
-def format_config(config) -> str:
-    """`BLOCK_N=64 warps=8 stages=4`, or '' without an autotuner."""
+def format_config(config: Config | None) -> str:
+    """Return a config as `BLOCK_N=64 warps=8 stages=4`, or '' without an autotuner."""
     if config is None:
         return ""
     renamed = {"num_warps": "warps", "num_stages": "stages", "num_ctas": "ctas"}
@@ -242,7 +258,7 @@ def format_config(config) -> str:
 
 
 def find_violations(row: dict, tensor_cores: str) -> list[str]:
-    """What is wrong with a kernel, in words."""
+    """Return a sentence per fault of a kernel."""
     if "error" in row:
         return [f"compiler failed: {row['error']}"]
     bad = []
@@ -259,6 +275,7 @@ def find_violations(row: dict, tensor_cores: str) -> list[str]:
 
 
 def format_table(rows: list[dict]) -> str:
+    """Return the rows as aligned text below a line of names."""
     names = ["module", "kernel", "config", "target", "registers", "shared", *COUNTED, "seconds"]
     lines = [[str(row.get(name, "-")) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *lines)]
@@ -268,7 +285,8 @@ def format_table(rows: list[dict]) -> str:
     )
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="*", help="only kernels whose name contains one of these")
     parser.add_argument("--module", action="append", help="of kernels/, or a path; repeatable")
@@ -279,6 +297,7 @@ def parse_args():
 
 
 def main() -> int:
+    """Compile what the command line names; return 1 if a kernel has a fault."""
     args = parse_args()
     if triton.knobs.runtime.interpret:  # kernels are then defined for the interpreter
         sys.exit("TRITON_INTERPRET is set; unset it to compile")
@@ -294,13 +313,13 @@ def main() -> int:
     rows = compile_all(todo, args.jobs)
     print(format_table(rows))
     if args.json:
-        found = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    bad = [(row, what) for row in rows for what in row["violations"]]
-    for row, what in bad:
+        table = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    for row in rows:
         where = " ".join(filter(None, [row["target"], row["config"]]))
-        print(f"{row['module']}.{row['kernel']} ({where}): {what}")
-    return int(bool(bad))
+        for violation in row["violations"]:
+            print(f"{row['module']}.{row['kernel']} ({where}): {violation}")
+    return int(any(row["violations"] for row in rows))
 
 
 if __name__ == "__main__":

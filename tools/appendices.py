@@ -7,8 +7,10 @@ A file is read as its functions: which `@op`s and `@impl`s there are, and what e
 import ast
 import re
 import sys
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nbformat
 from export import EXPORT
@@ -110,18 +112,22 @@ HEADING = re.compile(r"^#{1,4} (.+)$", re.MULTILINE)
 
 
 def numbers(text: str) -> list[int]:
-    """`4, 8 and 10–12` → 4, 8, 10, 11, 12."""
-    ends = [[int(x) for x in part.split("–")] for part in re.split(r", | and ", text)]
-    return [i for part in ends for i in range(part[0], part[-1] + 1)]
+    """Return the numbers in a text such as `4, 8 and 10–12`, with every range written out."""
+    listed: list[int] = []
+    for part in re.split(r", | and ", text):
+        ends = [int(x) for x in part.split("–")]
+        listed += range(ends[0], ends[-1] + 1)
+    return listed
 
 
 def cited(text: str) -> list[str]:
-    """Sections, appendices and equations of the report that a text names, once each, sorted."""
-    found = [f"§{x}" for x in SECTION.findall(text)]
-    found += [f"App. {x}" for x in APPENDIX.findall(text)]
-    found += [f"eq. {i}" for x in EQUATION.findall(text) for i in numbers(x[0] or x[1])]
+    """Return the sections, appendices and equations that a text names, once each, sorted."""
+    keys = [f"§{x}" for x in SECTION.findall(text)]
+    keys += [f"App. {x}" for x in APPENDIX.findall(text)]
+    for plain, tagged in EQUATION.findall(text):
+        keys += [f"eq. {i}" for i in numbers(plain or tagged)]
     order = list(TITLES)
-    return sorted(set(found), key=lambda x: order.index(x) if x in TITLES else len(order))
+    return sorted(set(keys), key=lambda x: order.index(x) if x in TITLES else len(order))
 
 
 # ── Chapters ──
@@ -137,6 +143,8 @@ class Head(NamedTuple):
 
 
 class Chapter(NamedTuple):
+    """A chapter of the book, read as its headings."""
+
     path: str  # from the root of the repository
     title: str
     heads: list[Head]
@@ -148,23 +156,26 @@ class Chapter(NamedTuple):
         return self.title.split(": ")[0]
 
     def link(self, head: Head | None = None) -> str:
+        """Return a Markdown link to a heading, or to the chapter."""
         if head in (None, self.heads[0]):
             return f"[{self.short}]({self.path})"
         return f"[{self.title[:2]} · {head.title}]({self.path}#{head.slug})"
 
     def modules(self) -> list[str]:
-        return list(dict.fromkeys(f"dsv3_ref/{m}.py" for h in self.heads for m, _ in h.exports))
+        """Return the files that the chapter exports to, in order."""
+        exports = chain.from_iterable(head.exports for head in self.heads)
+        return list(dict.fromkeys(f"dsv3_ref/{module}.py" for module, _ in exports))
 
 
-def slug(title: str, taken) -> str:
-    """GitHub's anchor of a heading; the second of two equal ones ends in `-1`."""
+def slug(title: str, taken: list[str]) -> str:
+    """Return GitHub's anchor of a heading; the second of two equal ones ends in `-1`."""
     plain = re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
     again = (f"{plain}-{i}" for i in range(1, 99))
     return next(x for x in (plain, *again) if x not in taken)
 
 
 def exported(source: str, stem: str) -> list[tuple[str, str]]:
-    """(module, name) of what an `#| export` cell defines; [] for other cells."""
+    """Return (module, name) of what an `#| export` cell defines; [] for other cells."""
     if not (mark := EXPORT.match(source)):
         return []
     module = mark[1] or re.sub(r"^\d+_", "", stem)
@@ -172,7 +183,9 @@ def exported(source: str, stem: str) -> list[tuple[str, str]]:
 
 
 def read_chapter(root: Path, path: Path) -> Chapter:
-    heads, links = [], []
+    """Read an executed chapter."""
+    heads: list[Head] = []
+    links: list[str] = []
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type != "markdown":
             heads[-1].exports.extend(exported(cell.source, path.stem))
@@ -195,17 +208,19 @@ class Book(NamedTuple):
     readme: str
 
     def readme_row(self, chapter: Chapter) -> dict[str, str]:
-        """README's row of a chapter."""
-        found = [r for r in rows(self.readme, "notebook") if f"({chapter.path})" in r["notebook"]]
-        return found[0] if found else {"notebook": "", "report": "", "tests": ""}
+        """Return README's row of a chapter, empty if it has none."""
+        table_rows = rows(self.readme, "notebook")
+        of_chapter = [row for row in table_rows if f"({chapter.path})" in row["notebook"]]
+        return of_chapter[0] if of_chapter else {"notebook": "", "report": "", "tests": ""}
 
 
 def read(root: Path) -> Book:
+    """Read the chapters, modules and README of a repository."""
     chapters = [read_chapter(root, p) for p in sorted(root.glob("notebooks/[0-9]*.ipynb"))]
-    made = [m for c in chapters for m in c.modules()]
+    exported_to = list(chain.from_iterable(c.modules() for c in chapters))
     every = [*root.glob("dsv3_ref/**/*.py"), *root.glob("kernels/*.py")]
     names = sorted(str(p.relative_to(root)) for p in every)
-    modules = [read_module(root, x) for x in dict.fromkeys([*made, *names])]
+    modules = [read_module(root, x) for x in dict.fromkeys([*exported_to, *names])]
     return Book(root, chapters, modules, (root / "README.md").read_text())
 
 
@@ -224,6 +239,7 @@ class Definition(NamedTuple):
 
 
 def short(file: str) -> str:
+    """Return a path as the package sees it."""
     return file.removeprefix("dsv3_ref/")
 
 
@@ -236,10 +252,13 @@ class Place(NamedTuple):
 
     @property
     def link(self) -> str:
+        """A Markdown link to the line."""
         return f"[`{self.name}`, {short(self.file)}:{self.line}]({self.file}#L{self.line})"
 
 
 class Module(NamedTuple):
+    """A Python file, read as its definitions."""
+
     file: str  # from the root of the repository
     lines: list[str]
     summary: str  # the first paragraph of its docstring
@@ -247,111 +266,122 @@ class Module(NamedTuple):
     definitions: list[Definition]
 
     def places(self, name: str) -> list[Place]:
+        """Return where a name is defined."""
         return [Place(self.file, x.line, name) for x in self.definitions if x.name == name]
 
 
-def mark(decorator) -> tuple[str, ...]:
-    """`@impl("norm", "naive")` → ("impl", "norm", "naive")."""
+def mark(decorator: ast.expr) -> tuple[str, ...]:
+    """Return a decorator as words: ("impl", "norm", "naive") for `@impl("norm", "naive")`."""
     call = decorator if isinstance(decorator, ast.Call) else None
     name = ast.unparse(call.func if call else decorator)
     return (name, *(str(getattr(a, "value", "")) for a in (call.args if call else ())))
 
 
-def qualified_name(node, marks) -> str:
-    """A function's name; `attention (naive)` for a nameless implementation."""
+def qualified_name(node: Any, marks: tuple[tuple[str, ...], ...]) -> str:
+    """Return a function's name, or `attention (naive)` for an implementation called `_`."""
     impls = [m for m in marks if m[0] == "impl"]
     return f"{impls[0][1]} ({impls[0][2]})" if node.name == "_" and impls else node.name
 
 
-def definitions(tree, prefix: str = "") -> list[Definition]:
-    """Functions, classes, methods, and the constants of a module."""
-    out = []
+def definitions(
+    tree: ast.Module | ast.FunctionDef | ast.ClassDef, prefix: str = ""
+) -> list[Definition]:
+    """Return the functions, classes, methods and constants of a module."""
+    defined = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             marks = tuple(mark(d) for d in node.decorator_list)
             name = prefix + qualified_name(node, marks)
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            out += [Definition(name, first, node.lineno, node.end_lineno, not prefix, marks)]
-            out += definitions(node, f"{name}.")
+            defined += [Definition(name, first, node.lineno, node.end_lineno, not prefix, marks)]
+            defined += definitions(node, f"{name}.")
         elif isinstance(node, ast.Assign | ast.AnnAssign) and not prefix:
             name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-            out += [Definition(name, node.lineno, node.lineno, node.end_lineno, True, ())]
-    return out
+            defined += [Definition(name, node.lineno, node.lineno, node.end_lineno, True, ())]
+    return defined
 
 
 def read_module(root: Path, file: str) -> Module:
+    """Read a Python file."""
     text = (root / file).read_text()
     tree = ast.parse(text)
-    said = ast.get_docstring(tree) or ""
-    summary = " ".join(said.split("\n\n")[0].split()).replace("|", r"\|")
-    start = tree.body[0].end_lineno if said else 0
+    docstring = ast.get_docstring(tree) or ""
+    summary = " ".join(docstring.split("\n\n")[0].split()).replace("|", r"\|")
+    start = tree.body[0].end_lineno or 0 if docstring else 0
     return Module(file, text.splitlines(), summary, start, definitions(tree))
 
 
 def owner(module: Module, line: int) -> Place:
-    """The innermost thing around a line, the next one below it, or the module itself."""
+    """Return the innermost definition around a line, else the next one, else the module."""
     inside = [x for x in module.definitions if x.first <= line <= x.last]
     below = [x for x in module.definitions if x.first > line]
     if line <= module.start or not inside + below:
         path = Path(module.file)
         return Place(module.file, 1, path.parent.name if path.stem == "__init__" else path.stem)
-    found = inside[-1] if inside else below[0]
-    return Place(module.file, found.line, found.name)
+    nearest = inside[-1] if inside else below[0]
+    return Place(module.file, nearest.line, nearest.name)
 
 
 def citing(modules: list[Module]) -> dict[str, list[Place]]:
-    """Section or equation → what names it in a docstring or comment, the most particular first."""
-    out: dict[str, list[tuple[int, Place]]] = {}
+    """Return section or equation → definitions that cite it, those that cite least else first."""
+    citations: dict[str, list[tuple[int, Place]]] = {}
     for module in modules:
         for i, line in enumerate(module.lines, start=1):
             keys = cited(line)
             for key in keys:
-                out.setdefault(key, []).append((len(keys), owner(module, i)))
-    near = {key: sorted(found, key=lambda x: x[0]) for key, found in out.items()}
-    return {key: list(dict.fromkeys(place for _, place in found)) for key, found in near.items()}
+                citations.setdefault(key, []).append((len(keys), owner(module, i)))
+    ordered = {}
+    for key, places in citations.items():
+        places.sort(key=lambda x: x[0])
+        ordered[key] = list(dict.fromkeys(place for _, place in places))
+    return ordered
 
 
 def marked(book: Book, kind: str) -> list[tuple[str, str, Place]]:
-    """(op, backend, place) of every function under `@op` or `@impl(op, backend)`."""
-    found = [(m, x, mark) for m in book.modules for x in m.definitions for mark in x.marks]
-    return [
-        (*(mark[1:] or (x.name, "torch")), Place(m.file, x.line, x.name))
-        for m, x, mark in found
-        if mark[0] == kind
-    ]
+    """Return (op, backend, place) of every function below `@op` or `@impl(op, backend)`."""
+    places = []
+    for module in book.modules:
+        for x in module.definitions:
+            words = [w for w in x.marks if w[0] == kind]
+            for _, *of in words:
+                op, backend = of or (x.name, "torch")
+                places.append((op, backend, Place(module.file, x.line, x.name)))
+    return places
 
 
 # ── Tables of Markdown ──
 
 
 def cells(line: str) -> list[str]:
-    r"""The cells of a table's line; `\|` is no border."""
+    r"""Return the cells of a table's line; `\|` does not end one."""
     return [x.strip() for x in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
 
 
 def is_rule(line: str) -> bool:
-    """Whether a table's line is the one between its head and its body."""
+    """Return whether a table's line is the one between its head and its body."""
     return not set(line) - set("|-: ")
 
 
 def rows(text: str, first: str) -> list[dict[str, str]]:
-    """The rows of every table whose first column is called `first`, as column → cell."""
-    out, columns = [], []
+    """Return the rows of every table whose first column is called `first`, as column → cell."""
+    body, columns = [], []
     for line in text.splitlines():
-        found = cells(line)
-        if not found or found[0] == first:
-            columns = found
+        row = cells(line)
+        if not row or row[0] == first:
+            columns = row
         elif columns and not is_rule(line):
-            out.append(dict(zip(columns, found)))
-    return out
+            body.append(dict(zip(columns, row)))
+    return body
 
 
 def table(columns: str, body: list[list[str]]) -> str:
+    """Return a table in Markdown; `columns` are separated by ` | `."""
     head = columns.split(" | ")
     return "\n".join(f"| {' | '.join(x)} |" for x in [head, ["---"] * len(head), *body])
 
 
-def joined(links) -> str:
+def joined(links: Iterable[str]) -> str:
+    """Join links as the lines of a cell, each once."""
     return "<br>".join(dict.fromkeys(links)) or "—"
 
 
@@ -359,79 +389,92 @@ def joined(links) -> str:
 
 
 def tests(book: Book, cell: str) -> str:
-    """`test_a`, `test_b_*` as links to the files; one that is not there ends the build."""
-    out = []
+    """Link `test_a`, `test_b_*` to their files; a name without a file ends the build."""
+    links = []
     for name in re.findall(r"`(\w+\*?)`", cell):
-        found = sorted(book.root.glob(f"tests/**/{name}.py"))
-        if not found:
+        paths = sorted(book.root.glob(f"tests/**/{name}.py"))
+        if not paths:
             sys.exit(f"README.md names tests/{name}.py, which does not exist")
-        out += [f"[`{p.stem}`]({p.relative_to(book.root)})" for p in found]
-    return joined(out)
+        links += [f"[`{p.stem}`]({p.relative_to(book.root)})" for p in paths]
+    return joined(links)
 
 
 def kernels_of(book: Book, chapter: Chapter) -> list[str]:
-    """Kernel files that implement ops of the chapter, or to which its text links."""
+    """Return the kernel files that implement ops of the chapter or that its text links to."""
     mine = set(chapter.modules())
     ops = {name for name, _, place in marked(book, "op") if place.file in mine}
     impls = marked(book, "impl")
-    found = [place.file for name, backend, place in impls if backend == "triton" and name in ops]
-    return sorted({*found, *chapter.links} & {m.file for m in book.modules})
+    files = [place.file for name, backend, place in impls if backend == "triton" and name in ops]
+    return sorted({*files, *chapter.links} & {m.file for m in book.modules})
 
 
 def anchor(key: str) -> str:
-    """`§2.1.1` → `report-2-1-1`."""
+    """Return the anchor of a section: `report-2-1-1` for `§2.1.1`."""
     return "report-" + re.sub(r"\W+", "-", key.lower()).strip("-")
 
 
 def file_link(name: str) -> str:
+    """Return a link to a file of the repository."""
     return f"[`{short(name)}`]({name})"
 
 
 def chapter_rows(book: Book) -> list[list[str]]:
-    out = []
+    """Return a row per chapter: modules, sections, kernels and tests."""
+    body = []
     for c in book.chapters:
         row = book.readme_row(c)
         report = joined(f"[{x}](report.md#{anchor(x)})" for x in cited(row["report"]))
         modules = joined(file_link(m) for m in c.modules())
         kernels = joined(file_link(k) for k in kernels_of(book, c))
-        out.append([c.link(), modules, report, kernels, tests(book, row["tests"])])
-    return out
+        body.append([c.link(), modules, report, kernels, tests(book, row["tests"])])
+    return body
 
 
 def op_rows(book: Book) -> list[list[str]]:
-    """An op a row: the heading that introduces it, its definition, what implements it."""
-    impls, out = marked(book, "impl"), []
+    """Return a row per op: its definition, the heading that introduces it, its other forms."""
+    impls, body = marked(book, "impl"), []
     for name, _, place in marked(book, "op"):
-        made = (Path(place.file).stem, name)
-        heads = [c.link(h) for c in book.chapters for h in c.heads if made in h.exports]
+        export = (Path(place.file).stem, name)
+        heads = head_links(book, lambda head: export in head.exports)  # noqa: B023
         mine = [(backend, p) for op, backend, p in impls if op == name]
         forms = [f"{b}: [{short(p.file)}:{p.line}]({p.file}#L{p.line})" for b, p in mine]
-        out.append([place.link, joined(heads), joined(forms)])
-    return out
+        body.append([place.link, joined(heads), joined(forms)])
+    return body
+
+
+def head_links(book: Book, is_wanted: Callable[[Head], bool]) -> list[str]:
+    """Return links to the headings of all chapters for which `is_wanted` holds."""
+    links = []
+    for chapter in book.chapters:
+        links += [chapter.link(head) for head in chapter.heads if is_wanted(head)]
+    return links
 
 
 def kernel_rows(book: Book) -> list[list[str]]:
-    told = {row["kernels"].strip("`"): row for row in rows(book.readme, "kernels")}
-    impls, out = marked(book, "impl"), []
+    """Return a row per kernel file: what it is for, its ops and its tests."""
+    readme_rows = {row["kernels"].strip("`"): row for row in rows(book.readme, "kernels")}
+    impls, body = marked(book, "impl"), []
     for m in book.modules:
         if m.file.startswith("kernels/"):
-            row = told.get(Path(m.file).stem, {})
+            row = readme_rows.get(Path(m.file).stem, {})
             ops = joined(f"[`{op}`]({m.file}#L{p.line})" for op, _, p in impls if p.file == m.file)
             checks = tests(book, row.get("tests", ""))
-            out.append([file_link(m.file), row.get("ops") or m.summary, ops, checks])
-    return out
+            body.append([file_link(m.file), row.get("ops") or m.summary, ops, checks])
+    return body
 
 
 def where(book: Book) -> str:
-    """The page 'Where it is'."""
-    made = {m for c in book.chapters for m in c.modules()}
+    """Return the page 'Where it is'."""
+    exported_to = set(chain.from_iterable(c.modules() for c in book.chapters))
     tools = sorted(str(p.relative_to(book.root)) for p in book.root.glob("tools/*.py"))
-    hand = [m for m in book.modules if m.file not in made and not m.file.startswith("kernels/")]
+    hand = [
+        m for m in book.modules if m.file not in exported_to and not m.file.startswith("kernels/")
+    ]
     hand += [read_module(book.root, file) for file in tools]
     parts = [
         "# Where it is",
         "Every chapter with the module that its `#| export` cells become, the sections of the "
-        "report that it covers, the kernels behind its ops, and its tests.",
+        "report that it covers, the kernels of its ops, and its tests.",
         table("chapter | module | report | kernels | tests", chapter_rows(book)),
         "## Ops",
         "An op is a function with several implementations. Its definition is the equation in "
@@ -448,36 +491,37 @@ def where(book: Book) -> str:
 # ── From the report's section to the line of code ──
 
 
-def check(where_cited: str, keys) -> None:
+def check(where_cited: str, keys: Iterable[str]) -> None:
+    """End the build if the report has no such section or equation."""
     for key in keys:
         if key not in TITLES:
             sys.exit(f"{where_cited} cites {key}, which the report does not have")
 
 
 def report_rows(book: Book) -> list[list[str]]:
-    """[section or equation, chapters, code] of all that is cited, in the report's order."""
-    code, out = citing(book.modules), []
+    """Return [section or equation, chapters, code] of all that is cited, in the report's order."""
+    code, body = citing(book.modules), []
     check("the package", code)
     for c in book.chapters:
         for h in c.heads:
             check(f"{c.path}, '{h.title}',", h.cites)
     for key in TITLES:
         whole = [c for c in book.chapters if key in cited(book.readme_row(c)["report"])]
-        heads = [c.link(h) for c in book.chapters for h in c.heads if key in h.cites]
-        files = [file_link(m) for c in whole for m in c.modules()]
+        heads = head_links(book, lambda head: key in head.cites)  # noqa: B023
+        files = [file_link(m) for m in chain.from_iterable(c.modules() for c in whole)]
         places = [p.link for p in code.get(key, [])]
         if whole or heads or places:
-            said = [f"**{c.link()}**" for c in whole] + heads
-            out.append([key, joined(said), joined(files + places)])
-    return out
+            links = [f"**{c.link()}**" for c in whole] + heads
+            body.append([key, joined(links), joined(files + places)])
+    return body
 
 
 def report(book: Book) -> str:
-    """The page 'From the report's section to the line of code'."""
+    """Return the page 'From the report's section to the line of code'."""
     parts = [
         "# From the report's section to the line of code",
         "Every section and equation of the DeepSeek-V3 technical report (arXiv 2412.19437) that "
-        "this book speaks of, in the report's order. On the left the chapters that are about it, "
+        "this book cites, in the report's order. On the left the chapters that are about it, "
         "in bold, and the places where others touch it; on the right the modules of those chapters "
         "and every function whose own words name it, by file and line.",
     ]

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
@@ -76,7 +77,7 @@ FRONT = """# {title}
 {figure}
 
 Every chapter has been run; what it printed and drew stands below its code. To change something and
-run it again, or to move its sliders: `make lab`, as the [README](README.md) tells.
+run it again, or to move its sliders, use `make lab` (see the [README](README.md)).
 
 {chapters}
 
@@ -113,7 +114,7 @@ LOG <LOG>
 
 
 def copy(root: Path, src: Path) -> None:
-    """Files as a reader of the repository sees them; notebooks as .ipynb only."""
+    """Copy the files of the repository; of notebooks only the .ipynb."""
     skip = shutil.ignore_patterns("__pycache__", ".*", "[0-9]*_*.py", "[!0-9]*.ipynb")
     for folder in FOLDERS:
         if (root / folder).is_dir():
@@ -124,7 +125,7 @@ def copy(root: Path, src: Path) -> None:
 
 
 def still(path: Path) -> None:
-    """Where a notebook stores that its sliders need a kernel, say where to find them."""
+    """Replace the stored line of each widget by one that tells where its sliders can be moved."""
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
         for output in cell.get("outputs", []):
@@ -134,21 +135,24 @@ def still(path: Path) -> None:
 
 
 def front(book: appendices.Book) -> str:
-    """README's title, first paragraph and first figure; the chapters in order; the contents."""
-    title, paragraph = re.match(r"# (.*)\n\n(.*)\n", book.readme).groups()
-    told = [book.readme_row(c)["notebook"].partition(": ")[2] for c in book.chapters]
-    body = [[c.link(), x or "—"] for c, x in zip(book.chapters, told)]
+    """Return the front page: README's title, first paragraph and figure; then the chapters."""
+    start = re.match(r"# (.*)\n\n(.*)\n", book.readme)
+    figure = re.search(r"!\[.*?\]\(.*?\)", book.readme)
+    if not start or not figure:
+        sys.exit("README.md must begin with a title and a paragraph, and show a figure")
+    topics = [book.readme_row(c)["notebook"].partition(": ")[2] for c in book.chapters]
+    body = [[c.link(), topic or "—"] for c, topic in zip(book.chapters, topics)]
     return FRONT.format(
-        title=title,
-        paragraph=paragraph,
-        figure=re.search(r"!\[.*?\]\(.*?\)", book.readme)[0],
+        title=start[1],
+        paragraph=start[2],
+        figure=figure[0],
         chapters=appendices.table("chapter | what it builds", body),
         contents="\n".join(f"{c.short} <{c.path}>" for c in book.chapters),
     )
 
 
 def stage(root: Path, src: Path) -> dict[str, list[str]]:
-    """Lay out what Sphinx reads; returns the names of each term of the glossary."""
+    """Lay out what Sphinx reads; return the names of each term of the glossary."""
     book, terms = appendices.read(root), glossary((root / "notebooks/glossary.md").read_text())
     copy(root, src)
     for chapter in book.chapters:
@@ -164,8 +168,10 @@ def stage(root: Path, src: Path) -> dict[str, list[str]]:
 
 
 def glossary(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The page with its tables turned into lists of definitions, and term → all its names."""
-    names, page, entries = {}, [], []
+    """Return the page with its tables as lists of definitions, and term → all its names."""
+    names: dict[str, list[str]] = {}
+    page: list[str] = []
+    entries: list[str] = []
     for line in [*text.splitlines(), ""]:
         cells = appendices.cells(line)
         if not cells:
@@ -179,13 +185,13 @@ def glossary(text: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def spelled(name: str) -> str:
-    """A pattern for a name: abbreviations as they are, words in any case, one or many."""
+    """Return a pattern for a name: abbreviations as they are, words in any case and number."""
     words = r"[\s-]+".join(re.escape(x) for x in re.split(r"[ -]", name))
     return rf"(?i:{words})(?:e?s)?" if name.islower() else rf"{words}s?"
 
 
 class Terms:
-    """Links the first use of each term in a chapter to the glossary; sources stay plain."""
+    """A pass of Sphinx that links the first use of each term in a chapter to the glossary."""
 
     APART = (
         nodes.title, nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw,
@@ -194,50 +200,55 @@ class Terms:
 
     def __init__(self, names: dict[str, list[str]]):
         self.names = list(names)
-        ways = [(name, i) for i, every in enumerate(names.values()) for name in every]
+        ways: list[tuple[str, int]] = []
+        for i, spellings in enumerate(names.values()):
+            ways += [(name, i) for name in spellings]
         ways.sort(key=lambda x: -len(x[0]))  # the longest name first
         parts = (f"(?P<t{i}_{j}>{spelled(name)})" for j, (name, i) in enumerate(ways))
         self.pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(parts)})(?![\w-])")
 
-    def __call__(self, app, doctree) -> None:
+    def __call__(self, app: Sphinx, doctree: nodes.document) -> None:
         if not re.match(r"notebooks/\d", app.env.docname):
             return
-        seen = set()
+        linked: set[str] = set()
         for node in list(doctree.findall(nodes.Text)):
-            if self.prose(node) and (new := self.linked(app.env.docname, str(node), seen)):
+            if self.is_prose(node) and (new := self.link(app.env.docname, str(node), linked)):
                 node.parent.replace(node, new)
 
-    def prose(self, node) -> bool:
+    def is_prose(self, node: nodes.Node) -> bool:
+        """Return whether a text is neither code, output, equation, heading nor a link."""
         while node := node.parent:
             if isinstance(node, self.APART) or "cell_output" in node.get("classes", []):
                 return False
         return True
 
-    def linked(self, doc: str, text: str, seen: set) -> list:
-        """The text in pieces, its new terms as references; [] if there is none."""
-        out, end = [], 0
-        for found in self.pattern.finditer(text):
-            term = self.names[int(found.lastgroup[1:].split("_")[0])]
-            if term in seen:
+    def link(self, doc: str, text: str, linked: set[str]) -> list[nodes.Node]:
+        """Return the text in pieces with its new terms as references; [] if it has none."""
+        pieces: list[nodes.Node] = []
+        end = 0
+        for use in self.pattern.finditer(text):
+            term = self.names[int((use.lastgroup or "")[1:].split("_")[0])]
+            if term in linked:
                 continue
-            seen.add(term)
-            inner = nodes.inline("", found[0], classes=["term"])
+            linked.add(term)
+            inner = nodes.inline("", use[0], classes=["term"])
             to = {"refdomain": "std", "reftype": "term", "reftarget": term}
             ref = addnodes.pending_xref("", inner, refdoc=doc, refexplicit=True, refwarn=True, **to)
-            out += [nodes.Text(text[end : found.start()]), ref]
-            end = found.end()
-        return [*out, nodes.Text(text[end:])] if out else []
+            pieces += [nodes.Text(text[end : use.start()]), ref]
+            end = use.end()
+        return [*pieces, nodes.Text(text[end:])] if pieces else []
 
 
 # ── Python files as pages ──
 
 
 class Python(Parser):
-    """A Python file as a page; `file.py#L12` is its twelfth line, as on GitHub."""
+    """A parser that makes a page of a Python file; `file.py#L12` is its line 12, as on GitHub."""
 
     supported = ("python",)
 
-    def parse(self, inputstring, document):
+    def parse(self, inputstring: str, document: nodes.document) -> None:
+        """Add the highlighted lines of a file to a page."""
         env = document.settings.env
         name = env.docname
         lines = highlight(inputstring, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
@@ -251,10 +262,11 @@ class Python(Parser):
         env.metadata[name] |= {"nosearch": "", "orphan": "", "myst_slugs": anchors}
 
     def line(self, i: int, code: str) -> str:
+        """Return a line with its number, which links to itself."""
         return f'<span id="L{i}"><a href="#L{i}">{i:4}</a> {code}</span>\n'
 
-    def origin(self, text: str) -> list:
-        """Which chapters a generated module comes from."""
+    def origin(self, text: str) -> list[nodes.Node]:
+        """Return a paragraph that links the chapters of a generated module; [] for others."""
         line = re.search(r"^Generated by .* from (.*); edit", text, re.MULTILINE)
         stems = re.findall(r"notebooks/(\w+)\.py", line[1] if line else "")
         out = nodes.paragraph("", "Exported from " if stems else "")
@@ -270,7 +282,7 @@ class Python(Parser):
 
 
 def mathjax(static: Path) -> None:
-    """The parts of MathJax 3 that read TeX and draw SVG: no fonts, no menu, no speech rules."""
+    """Copy the parts of MathJax 3 that read TeX and draw SVG: no fonts, menu or speech rules."""
     spec = find_spec("sphinx-mathjax-offline")
     source, target = Path(spec.origin).parent / "static/mathjax", static / "mathjax"
     for name in ("startup", "core", "output/svg/fonts/tex", *MATHJAX["loader"]["load"]):
@@ -287,8 +299,8 @@ DEAD = {  # what Sphinx calls it, and what leads nowhere
 }
 
 
-def sphinx(src: Path, out: Path, names) -> list[str]:
-    """Run Sphinx; returns its warnings as sentences."""
+def sphinx(src: Path, out: Path, names: dict[str, list[str]]) -> list[str]:
+    """Run Sphinx; return its warnings as sentences."""
     warnings = io.StringIO()
     config = CONFIG | {"html_static_path": [str(src / "_site")]}
     with patch_docutils(), docutils_namespace():
@@ -303,7 +315,7 @@ def sphinx(src: Path, out: Path, names) -> list[str]:
 
 
 def sentence(warning: str, src: Path) -> str:
-    """A warning of Sphinx, with the cell of the notebook where it names a line."""
+    """Return a warning of Sphinx with the cell of a notebook in place of its line."""
     text = re.sub(r"\x1b\[[\d;]*m", "", warning).replace(f"{src}/", "").replace("WARNING: ", "")
     text = re.sub(r"(\.ipynb):(\d+):", lambda m: f"{m[1]}, cell {int(m[2]) // 10000}:", text)
     for pattern, target in DEAD.items():
@@ -312,17 +324,17 @@ def sentence(warning: str, src: Path) -> str:
 
 
 def build(root: Path, out: Path) -> list[str]:
-    """Build the site of a repository, unless something is wrong with it: sentences say what."""
+    """Build the site of a repository, or return what is wrong with it, a sentence each."""
     with TemporaryDirectory() as folder:
-        src, made = Path(folder).resolve() / "source", Path(folder).resolve() / "site"
+        src, site = Path(folder).resolve() / "source", Path(folder).resolve() / "site"
         (src / "_site").mkdir(parents=True)
         shutil.copy(Path(__file__).parent / "website.css", src / "_site")
         mathjax(src / "_site")
-        bad = sphinx(src, made, stage(root, src)) or complaints(made)
+        bad = sphinx(src, site, stage(root, src)) or complaints(site)
         if not bad:
             shutil.rmtree(out, ignore_errors=True)
             out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(made, out)
+            shutil.move(site, out)
     return bad
 
 
@@ -340,58 +352,63 @@ SCRIPT = re.compile(
 
 
 def tags(page: str) -> list[tuple[str, dict[str, str]]]:
-    """(tag, attributes) of everything on a page that has attributes."""
+    """Return (tag, attributes) of everything on a page that has attributes."""
     return [
         (tag.lower(), {k.lower(): html.unescape(a or b) for k, a, b in ATTRIBUTE.findall(rest)})
         for tag, rest in TAG.findall(page)
     ]
 
 
-def asked(tag: str, attributes: dict[str, str]) -> list[str]:
-    """What a browser loads for a tag by itself, without a click."""
+def loaded_by(tag: str, attributes: dict[str, str]) -> list[str]:
+    """Return the addresses that a browser loads for a tag by itself, without a click."""
     if tag == "a" or attributes.get("rel") in ("index", "search", "next", "prev"):
         return []
     names = ("href",) if tag in ("link", "image", "use") else ("src", "data", "poster")
-    found = [attributes[n] for n in names if n in attributes]
-    return found + [x.split()[0] for x in attributes.get("srcset", "").split(",") if x.strip()]
+    addresses = [attributes[n] for n in names if n in attributes]
+    return addresses + [x.split()[0] for x in attributes.get("srcset", "").split(",") if x.strip()]
 
 
 def loads(path: Path, text: str) -> list[str]:
-    """Addresses outside the site that a built file would have a browser load."""
-    scripts, styles, found = text, text, []
+    """Return the addresses outside the site that a built file would have a browser load."""
+    scripts = styles = text
+    addresses: list[str] = []
     if path.suffix == ".html":
         scripts, styles = ("\n".join(INSIDE[x].findall(text)) for x in ("script", "style"))
-        found = [x for tag in tags(text) for x in asked(*tag) if OUTSIDE.match(x)]
+        every = chain.from_iterable(loaded_by(*tag) for tag in tags(text))
+        addresses += [x for x in every if OUTSIDE.match(x)]
     if path.suffix != ".css":
-        found += [a or b for a, b in SCRIPT.findall(scripts)]
+        addresses += [a or b for a, b in SCRIPT.findall(scripts)]
     if path.suffix != ".js":
-        found += CSS.findall(styles)
-    return found
+        addresses += CSS.findall(styles)
+    return addresses
 
 
-def dead(path: Path, found, anchors: dict[Path, set[str]]) -> list[str]:
-    """Links and files of a page that are not there, or lack the anchor."""
+def dead(
+    path: Path, elements: list[tuple[str, dict[str, str]]], anchors: dict[Path, set[str]]
+) -> list[str]:
+    """Return the links and files of a page that do not exist or lack the anchor."""
     bad = []
-    for tag, attributes in found:
-        for target in asked(tag, attributes) + [attributes.get("href", "")]:
+    for tag, attributes in elements:
+        for target in loaded_by(tag, attributes) + [attributes.get("href", "")]:
             if not target or re.match(r"(?:[a-z]+:|//)", target):
                 continue
             name, _, anchor = target.partition("#")
-            to = (path.parent / unquote(name.split("?")[0])).resolve() if name else path
-            known = anchors.get(to, {unquote(anchor)})
-            gone = not to.exists() or (anchor and unquote(anchor) not in known)
+            file = (path.parent / unquote(name.split("?")[0])).resolve() if name else path
+            known = anchors.get(file, {unquote(anchor)})
+            gone = not file.exists() or (anchor and unquote(anchor) not in known)
             bad += [target] if gone else []
     return bad
 
 
 def complaints(site: Path) -> list[str]:
-    """Dead links and what would be fetched from elsewhere, a sentence each."""
-    site, bad = site.resolve(), []
-    kinds = [p for kind in ("html", "css", "js") for p in sorted(site.rglob(f"*.{kind}"))]
+    """Return a sentence per dead link and per address that a page would fetch from elsewhere."""
+    site = site.resolve()
+    bad: list[str] = []
+    kinds = list(chain.from_iterable(sorted(site.rglob(x)) for x in ("*.html", "*.css", "*.js")))
     unread = site / "_static"  # a theme leaves templates there
     texts = {p: p.read_text() for p in kinds if p.suffix != ".html" or unread not in p.parents}
     pages = {p: tags(text) for p, text in texts.items() if p.suffix == ".html"}
-    anchors = {p: {a["id"] for _, a in found if "id" in a} for p, found in pages.items()}
+    anchors = {p: {a["id"] for _, a in elements if "id" in a} for p, elements in pages.items()}
     for path, text in texts.items():
         where = path.relative_to(site)
         bad += [f"{where}: it would load {x}" for x in loads(path, text)]
@@ -400,6 +417,7 @@ def complaints(site: Path) -> list[str]:
 
 
 def main() -> int:
+    """Build the site; print what is wrong and return 1 if it cannot be built."""
     start, out = time.perf_counter(), ROOT / "build/site"
     if bad := build(ROOT, out):
         print("\n".join(bad))

@@ -127,7 +127,7 @@ def test_the_kl_estimate_is_found_from_the_report(site):
     row = next(r for r in rows if "eq. 27" in r)
     assert "notebooks/16_grpo.html#paper" in row
     line = re.search(r"dsv3_ref/grpo\.html#L(\d+)", row)[1]
-    assert "def k3(" in (ROOT / "dsv3_ref/grpo.py").read_text().splitlines()[int(line) - 1]
+    assert "def kl_k3(" in (ROOT / "dsv3_ref/grpo.py").read_text().splitlines()[int(line) - 1]
 
 
 def test_a_registered_kernel_stands_beside_its_op(book):
@@ -248,7 +248,7 @@ def test_the_first_use_of_a_term_is_found(words, found):
         "mixture of experts": ["mixture of experts", "MoE"], "all-to-all": ["all-to-all"],
         "op": ["op"], "KL": ["KL"], "balancing": ["balancing", "gate bias"],
     }  # fmt: skip
-    pieces = website.Terms(names).linked("x", words, set())
+    pieces = website.Terms(names).link("x", words, set())
     assert [str(x.astext()) for x in pieces[1::2]] == found
     assert "".join(x.astext() for x in pieces) == words
 
