@@ -31,9 +31,11 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
+from dsv3_ref.config import ceil_div
 from dsv3_ref.ops import IMPLS, impl, defer_wgrad, op, matmul_dtype
 
 # %%
@@ -44,8 +46,8 @@ from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
-code = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-finite = code[code.isfinite()]
+every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+finite = every[every.isfinite()]
 fig, ax = figure(width=7, height=1.8)
 ax.vlines(finite[finite > 0].tolist(), 0, 1, color=BLUE, lw=0.8)
 ax.set_xscale("log", base=2)
@@ -66,13 +68,13 @@ assert finite[finite > 0].min() == 2**-9
 #   weight) run in FP8. Embedding, head, gate, norms and attention do not; master weights and gradients
 #   are fp32 (§3.3.1).
 # - Kept for the backward pass: inputs of linear layers in FP8, those of the layer after attention in
-#   **E5M6**, the inputs of SwiGLU in FP8 with the output made again (§3.3.3).
+#   **E5M6**, the inputs of SwiGLU in FP8 with the output recomputed (§3.3.3).
 # - Relative loss error against bf16 **below 0.25 %** over about 1T tokens at two sizes (App. B.1). With
 #   blocks instead of tiles for the activations' gradients, training **diverged** (App. B.2).
 
 # %% [markdown]
 # ## Tiles of 1 × 128
-# The scale $s$ maps a tile's largest value to 448, the largest code $q$ ($z$ numbers the tiles of a row;
+# The scale $s$ maps a tile's largest value to 448, the largest value $q$ ($z$ numbers the tiles of a row;
 # E4M3(·) rounds to the nearest of the 253 numbers):
 #
 # $$s_{nz} = \frac{\max_{k\in z}|x_{nk}|}{448},\qquad q_{nk} = \text{E4M3}\!\left(\frac{x_{nk}}{s_{n,\lfloor k/128\rfloor}}\right),
@@ -80,39 +82,44 @@ assert finite[finite > 0].min() == 2**-9
 #
 # An outlier can now spoil 127 neighbors of one token, and no longer a whole tensor. A last tile may be
 # short. With `use_ue8m0` the scale is rounded **up** to a power of two, by its bits: dividing by it is then
-# exact. *A trap:* code bases disagree on the smallest $\max$ they believe. With $10^{-4}$ (a common
+# exact. *A trap:* code bases disagree on the smallest $\max$ they allow. With $10^{-4}$ (a common
 # choice) a tile of gradients below $3\cdot10^{-9}$ loses bits, and below $2\cdot10^{-10}$ it is all
 # zeros; we take $10^{-30}$.
 
 # %%
 #| export
-E4M3, E4M3_MAX, BLOCK_SIZE = torch.float8_e4m3fn, 448.0, 128
-MIN_AMAX = (
-    1e-30  # smallest amax that is believed; gradients may be as small as 1e-10 (§3.3.2 is silent)
-)
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+BLOCK_SIZE = 128
+# Lower bound on amax, so that scales stay finite. Gradients can be as small as 1e-10, and the
+# report does not give a value.
+MIN_AMAX = 1e-30
+Quantized = tuple[Tensor, Tensor]  # E4M3 values and their fp32 scales
 
 
-def amax_to_scale(amax, use_ue8m0: bool):
-    """s = amax / 448, rounded up to a power of two if so wanted (by the bits of the exponent)."""
+def amax_to_scale(amax: Tensor, use_ue8m0: bool) -> Tensor:
+    """Compute s = amax / 448 in fp32; with use_ue8m0 rounded up to a power of two, by its bits."""
     s = amax.clamp(min=MIN_AMAX) / E4M3_MAX
-    return ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32) if use_ue8m0 else s
+    if use_ue8m0:
+        s = ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return s
 
 
-def quantize(x, s):
-    """Codes of x in units of s: q = E4M3(x / s), nearest, at most ±448."""
+def quantize(x: Tensor, s: Tensor) -> Tensor:
+    """Compute q = E4M3(x / s), rounded to nearest and saturated at ±448."""
     return (x / s).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 @op
-def act_quant(x, use_ue8m0: bool = False):
-    """Tiles of 1 × 128 on the last axis: codes like x, and one scale a tile, fp32 (§3.3.2)."""
+def act_quant(x: Tensor, use_ue8m0: bool = False) -> Quantized:
+    """Quantize (…, k) in tiles of 1 × 128: values like x, scales (…, ⌈k/128⌉) in fp32 (§3.3.2)."""
     x_zt = F.pad(x.float(), (0, -x.shape[-1] % BLOCK_SIZE)).unflatten(-1, (-1, BLOCK_SIZE))
     s = amax_to_scale(x_zt.abs().amax(-1), use_ue8m0)
     return quantize(x_zt, s[..., None]).flatten(-2)[..., : x.shape[-1]].contiguous(), s
 
 
-def act_dequant(q, s):
-    """fp32 values of codes in tiles: x_k = q_k · s[⌊k/128⌋]."""
+def act_dequant(q: Tensor, s: Tensor) -> Tensor:
+    """Dequantize tiles of 1 × 128 to fp32: x_k = q_k · s[⌊k/128⌋]."""
     return q.float() * s.repeat_interleave(BLOCK_SIZE, -1)[..., : q.shape[-1]]
 
 
@@ -138,17 +145,17 @@ print("rms error, relative:", *[f"{(e.norm() / x.norm()):.2%}" for e, x in zip(e
 # ## Blocks of 128 × 128
 # A weight of shape $(o, i)$ gets scales $(\lceil o/128\rceil, \lceil i/128\rceil)$. Blocks, since a
 # weight must be read along $i$ in Fprop and along $o$ in Dgrad, and a square block turned is a square
-# block: the transposed codes *are* the codes of the transpose. The edge is where readers go wrong:
+# block: the quantized weight transposed *is* the quantized transpose. The edge is where readers go wrong:
 # MLA's `wkv_a` has $512 + 64 = 576 = 4.5\cdot128$ rows, and its last scale belongs to half a block.
-# The released files call the scales `weight_scale_inv`; codes are *multiplied* by them all the same.
+# The released files call the scales `weight_scale_inv`; FP8 values are *multiplied* by them all the same.
 # Below, one weight is 50,000 times as large as usual, and only its own block pays.
 
 
 # %%
 #| export
 @op
-def weight_quant(w, use_ue8m0: bool = False):
-    """Blocks of 128 × 128 of (…, o, i): codes, and fp32 scales (…, ⌈o/128⌉, ⌈i/128⌉), §3.3.2."""
+def weight_quant(w: Tensor, use_ue8m0: bool = False) -> Quantized:
+    """Quantize (…, o, i) in blocks of 128 × 128, fp32 scales (…, ⌈o/128⌉, ⌈i/128⌉) (§3.3.2)."""
     o, i = w.shape[-2:]
     padded = F.pad(w.float(), (0, -i % BLOCK_SIZE, 0, -o % BLOCK_SIZE))
     blocks = rearrange(padded, "... (y a) (z b) -> ... y z a b", a=BLOCK_SIZE, b=BLOCK_SIZE)
@@ -157,12 +164,15 @@ def weight_quant(w, use_ue8m0: bool = False):
     return q[..., :o, :i].contiguous(), s
 
 
-def weight_dequant(q, s):
-    """fp32 weight from codes and one scale a block: w_oi = q_oi · s[⌊o/128⌋, ⌊i/128⌋] (§3.3.2)."""
+def weight_dequant(q: Tensor, s: Tensor) -> Tensor:
+    """Dequantize blocks of 128 × 128 to fp32: w_oi = q_oi · s[⌊o/128⌋, ⌊i/128⌋] (§3.3.2).
+
+    Raises `ValueError` if the scales are not of shape (…, ⌈o/128⌉, ⌈i/128⌉).
+    """
     o, i = q.shape[-2:]
-    want = (*q.shape[:-2], -(-o // BLOCK_SIZE), -(-i // BLOCK_SIZE))
-    if tuple(s.shape) != want:
-        raise ValueError(f"a weight of {o}×{i} needs scales {want}, not {tuple(s.shape)}")
+    shape = (*q.shape[:-2], ceil_div(o, BLOCK_SIZE), ceil_div(i, BLOCK_SIZE))
+    if tuple(s.shape) != shape:
+        raise ValueError(f"a weight of {o}×{i} needs scales {shape}, not {tuple(s.shape)}")
     rows = s.float().repeat_interleave(BLOCK_SIZE, -2)[..., :o, :]
     return q.float() * rows.repeat_interleave(BLOCK_SIZE, -1)[..., :i]
 
@@ -192,7 +202,7 @@ except ValueError as e:
 # $$C_{mn} = \sum_z s^a_{mz}\,s^b_{\lfloor n/128\rfloor z}\sum_{k\in z} q^a_{mk}\,q^b_{nk}
 # \qquad (m,k)\times(n,k)\to(m,n)$$
 #
-# The inner sum of 128 code products is the tensor core's; the outer one, with the scales, belongs to
+# The inner sum of 128 products is the tensor core's; the outer one, with the scales, belongs to
 # ordinary fp32 arithmetic (*promotion*). Scales change only every 128 of K, so they are multiplied in just
 # where the sum changes hands. In Wgrad both operands come in tiles, and $s^b$ has a row for every $n$.
 
@@ -200,26 +210,30 @@ except ValueError as e:
 # %%
 #| export
 @op
-def fp8_gemm(a, a_s, b, b_s, dtype=torch.float32):
-    """C = A Bᵀ, (m, k) × (n, k): Σ_z s^a_z s^b_z (A_z · B_zᵀ), promoted to fp32 every 128 of k.
+def fp8_gemm(
+    a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Multiply C = A Bᵀ, (m, k) × (n, k) → (m, n), promoted to fp32 every 128 of k (§3.3.2):
+    C = Σ_z s^a_z s^b_z (A_z · B_zᵀ).
 
     b_s: (⌈n/128⌉, ⌈k/128⌉), the blocks of a weight, or (n, ⌈k/128⌉), tiles like A's (Wgrad).
     """
-    b_s = b_s if len(b_s) == len(b) else b_s.repeat_interleave(BLOCK_SIZE, 0)[: len(b)]
+    if len(b_s) != len(b):
+        b_s = b_s.repeat_interleave(BLOCK_SIZE, 0)[: len(b)]
     c_mn = torch.zeros(len(a), len(b), device=a.device)
     with torch.autocast(a.device.type, enabled=False):  # it would multiply in bf16
         for z in range(a_s.shape[1]):
-            of_z = slice(z * BLOCK_SIZE, (z + 1) * BLOCK_SIZE)
-            c_mn += (a[:, of_z].float() @ b[:, of_z].float().T) * a_s[:, z, None] * b_s[:, z]
+            block = slice(z * BLOCK_SIZE, (z + 1) * BLOCK_SIZE)
+            c_mn += (a[:, block].float() @ b[:, block].float().T) * a_s[:, z, None] * b_s[:, z]
     return c_mn.to(dtype)
 
 
 # %%
 a_mk, b_nk = torch.randn(3, 576), torch.randn(200, 576)  # 576 = 4.5 · 128
 a, b, b_tiles = act_quant(a_mk), weight_quant(b_nk), act_quant(b_nk)
-for b_codes, b_wide in ((b, weight_dequant(*b)), (b_tiles, act_dequant(*b_tiles))):
+for quantized, b_wide in ((b, weight_dequant(*b)), (b_tiles, act_dequant(*b_tiles))):
     want = act_dequant(*a).double() @ b_wide.double().T
-    got = fp8_gemm(*a, *b_codes)
+    got = fp8_gemm(*a, *quantized)
     assert (got - want).norm() < 1e-6 * want.norm()
 off = ((fp8_gemm(*a, *b) - a_mk @ b_nk.T).norm() / (a_mk @ b_nk.T).norm()).item()
 print(f"against the product of the unrounded matrices: {off:.1%}")
@@ -281,7 +295,7 @@ assert gaps["never"][-1] > 5 * gaps["every 128"][-1]
 # ## Along the other axis: from 1 × 128 to 128 × 1
 # Wgrad, $\partial L/\partial W = g^\top x$, sums over **tokens**. Its operands need scales that are
 # constant over 128 tokens: tiles of 128 × 1. The gradient $g$ is still at hand in full; $x$ was kept
-# as codes in tiles of 1 × 128, so it is decoded and encoded once more. That makes two roundings instead
+# in FP8 in tiles of 1 × 128, so it is dequantized and quantized once more. That makes two roundings instead
 # of one, unless both scales are powers of two: then only the exponent shifts, and nothing is rounded but
 # numbers that fall off the lower end. Experts' rows lie end to end; each expert starts a tile of its own.
 
@@ -289,27 +303,30 @@ assert gaps["never"][-1] > 5 * gaps["every 128"][-1]
 # %%
 #| export
 @op
-def act_quant_transposed(x_mk, tokens_per_expert_e=None, use_ue8m0: bool = False):
-    """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad.
+def act_quant_transposed(
+    x_mk: Tensor, tokens_per_expert_e: Tensor | None = None, use_ue8m0: bool = False
+) -> Quantized:
+    """Quantize (m, k) in tiles of 128 × 1, transposed, for Wgrad: values (k, 128·Z), scales (k, Z).
 
-    The rows of every expert are padded with zeros to whole tiles: Z = ⌊m/128⌋ + experts bounds
-    their number, whatever the counts; a tile that nobody uses has scale 1.
+    The rows of every expert are padded with zeros to whole tiles. Z = ⌊m/128⌋ + experts bounds
+    the number of tiles for any counts; unused tiles hold zeros and have scale 1.
     """
     counts = [len(x_mk)] if tokens_per_expert_e is None else tokens_per_expert_e.tolist()
-    x_xk, end = (
-        x_mk.new_zeros((len(x_mk) // BLOCK_SIZE + len(counts)) * BLOCK_SIZE, x_mk.shape[1]),
-        0,
-    )
+    num_tiles = len(x_mk) // BLOCK_SIZE + len(counts)
+    x_xk = x_mk.new_zeros(num_tiles * BLOCK_SIZE, x_mk.shape[1])
+    end = 0
     for rows in x_mk.split(counts):
         x_xk[end : end + len(rows)] = rows
-        end += -(-len(rows) // BLOCK_SIZE) * BLOCK_SIZE
+        end += ceil_div(len(rows), BLOCK_SIZE) * BLOCK_SIZE
     q, s = act_quant(x_xk.T.contiguous(), use_ue8m0)
     s[:, end // BLOCK_SIZE :] = 1
     return q, s
 
 
 @op
-def requant_transposed(q, s, tokens_per_expert_e=None, use_ue8m0: bool = False):
+def requant_transposed(
+    q: Tensor, s: Tensor, tokens_per_expert_e: Tensor | None = None, use_ue8m0: bool = False
+) -> Quantized:
     """Requantize tiles of 1 × 128 as tiles of 128 × 1, laid out as by `act_quant_transposed`."""
     return act_quant_transposed(act_dequant(q, s), tokens_per_expert_e, use_ue8m0)
 
@@ -317,7 +334,7 @@ def requant_transposed(q, s, tokens_per_expert_e=None, use_ue8m0: bool = False):
 # %%
 x_mk, tokens_per_expert_e = torch.randn(300, 64), torch.tensor([0, 1, 129, 170])
 q_kx, s_kz = act_quant_transposed(x_mk, tokens_per_expert_e)
-tiles = [-(-c // BLOCK_SIZE) for c in tokens_per_expert_e.tolist()]  # 0, 1, 2, 2
+tiles = [ceil_div(c, BLOCK_SIZE) for c in tokens_per_expert_e.tolist()]  # 0, 1, 2, 2
 assert (
     q_kx.shape == (64, BLOCK_SIZE * (300 // BLOCK_SIZE + 4)) and (s_kz[:, sum(tiles) :] == 1).all()
 )
@@ -340,21 +357,34 @@ assert again < 1e-4
 # %%
 #| export
 @op
-def fp8_grouped_gemm(a, a_s, b, b_s, tokens_per_expert_e, dtype=torch.float32):
-    """`fp8_gemm` of every expert's rows with its own weight: (m, k) × (e, n, k) → (m, n)."""
+def fp8_grouped_gemm(
+    a: Tensor,
+    a_s: Tensor,
+    b: Tensor,
+    b_s: Tensor,
+    tokens_per_expert_e: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Multiply every expert's rows by its own weight, (m, k) × (e, n, k) → (m, n), each product as
+    in `fp8_gemm`."""
     counts = tokens_per_expert_e.tolist()
     parts = zip(a.split(counts), a_s.split(counts), b, b_s)
     return torch.cat([fp8_gemm(*part, dtype) for part in parts])
 
 
 @op
-def fp8_grouped_wgrad(g, g_s, x, x_s, tokens_per_expert_e):
-    """∂L/∂W of every expert, gᵀ x over its rows: (n, 128·Z), (k, 128·Z) → (e, n, k), fp32."""
-    tiles = [-(-c // BLOCK_SIZE) for c in tokens_per_expert_e.tolist()]
-    tiles[-1] = g_s.shape[1] - sum(tiles[:-1])  # those that nobody uses hold zeros
-    codes = (t.split([BLOCK_SIZE * n for n in tiles], 1) for t in (g, x))
-    scales = (t.split(tiles, 1) for t in (g_s, x_s))
-    return torch.stack([fp8_gemm(a, a_s, b, b_s) for a, b, a_s, b_s in zip(*codes, *scales)])
+def fp8_grouped_wgrad(
+    g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, tokens_per_expert_e: Tensor
+) -> Tensor:
+    """Compute ∂L/∂W = gᵀ x of every expert over its rows, (n, 128·Z), (k, 128·Z) → (e, n, k), fp32.
+
+    Both operands are laid out as by `act_quant_transposed`.
+    """
+    tiles = [ceil_div(count, BLOCK_SIZE) for count in tokens_per_expert_e.tolist()]
+    tiles[-1] = g_s.shape[1] - sum(tiles[:-1])  # unused tiles hold zeros
+    columns = [BLOCK_SIZE * n for n in tiles]
+    parts = zip(g.split(columns, 1), g_s.split(tiles, 1), x.split(columns, 1), x_s.split(tiles, 1))
+    return torch.stack([fp8_gemm(*part) for part in parts])
 
 
 # %%
@@ -388,24 +418,27 @@ assert (dw_enk[0] == 0).all()  # an expert without rows
 E5M6_MAX = 65_024.0  # (2 − 2⁻⁶)·2¹⁵
 
 
-def round_e5m6(x):
-    """Nearest number with 5 exponent and 6 mantissa bits, ties to even; fp32 in and out."""
+def round_e5m6(x: Tensor) -> Tensor:
+    """Round to the nearest number with 5 exponent and 6 mantissa bits, ties to even; fp32 to fp32."""
     step = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent.clamp(min=-13) - 7)
     return ((x / step).round() * step).clamp(-E5M6_MAX, E5M6_MAX)
 
 
-def e5m6_quant(x):
-    """Tiles of 1 × 128 in 12 bits with power-of-two scales: bytes (…, z, 192), scales (…, z)."""
+def e5m6_quant(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize (…, k) in tiles of 1 × 128 to 12 bits with power-of-two scales (§3.3.3).
+
+    Returns bytes (…, z, 192) and scales (…, z).
+    """
     x_zt = F.pad(x.float(), (0, -x.shape[-1] % BLOCK_SIZE)).unflatten(-1, (-1, BLOCK_SIZE))
     amax = x_zt.abs().amax(-1)
     s = amax_to_scale(amax * (E4M3_MAX / E5M6_MAX), True)
     bits = round_e5m6(x_zt / s[..., None]).half().view(torch.int16).int() >> 4 & 0xFFF
-    a, b = bits.unflatten(-1, (-1, 2)).unbind(-1)  # two codes fill three bytes
+    a, b = bits.unflatten(-1, (-1, 2)).unbind(-1)  # two numbers fill three bytes
     return torch.stack((a >> 4, (a & 15) << 4 | b >> 8, b & 255), -1).byte().flatten(-2), s
 
 
-def e5m6_dequant(packed, s, k: int):
-    """fp32 values (…, k) of `e5m6_quant`."""
+def e5m6_dequant(packed: Tensor, s: Tensor, k: int) -> Tensor:
+    """Dequantize the bytes of `e5m6_quant` to fp32, (…, k)."""
     x, y, z = packed.int().unflatten(-1, (-1, 3)).unbind(-1)
     bits = torch.stack((x << 4 | y >> 4, (y & 15) << 8 | z), -1).flatten(-2)
     value_zt = (bits << 4).to(torch.int16).view(torch.float16).float() * s[..., None]
@@ -431,36 +464,54 @@ print(f"rms error: E5M6 {(back - x_nk).norm() / x_nk.norm():.2%} in 12 bits, "
 # %% [markdown]
 # ## Norm and SwiGLU with their tiles
 # Encoding by itself reads a tensor and writes half of it: memory traffic and nothing else. So it rides
-# along with the op before it. SwiGLU's backward pass gets codes of gate and up, and hands back their
-# gradients together with the output, made again and already in Wgrad's tiles. (The reference below
+# along with the op before it. SwiGLU's backward pass gets gate and up in FP8, and returns their
+# gradients together with the output, recomputed and already in Wgrad's tiles. (The reference below
 # states *what* is computed; doing it in one pass is the business of `kernels/quant.py`.)
 
 
 # %%
 #| export
 @op
-def rms_norm_quant(x, weight, eps: float, dtype=None, use_ue8m0: bool = False):
-    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
+def rms_norm_quant(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    use_ue8m0: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize x and quantize the result in one pass: (y, values, scales).
+
+    The gradient flows through y.
+    """
     y = IMPLS["rms_norm"]["torch"](x, weight, eps, dtype)
     return y, *act_quant(y.detach(), use_ue8m0)
 
 
 @op
-def swiglu_quant(gate, up, use_ue8m0: bool = False):
-    """The tiles of swiglu(gate, up), without the thing itself."""
+def swiglu_quant(gate: Tensor, up: Tensor, use_ue8m0: bool = False) -> Quantized:
+    """Quantize swiglu(gate, up) without returning the unquantized result."""
     return act_quant(IMPLS["swiglu"]["torch"](gate, up), use_ue8m0)
 
 
 @op
-def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, tokens_per_expert_e=None):
-    """From codes of gate and up: their gradients, and swiglu's output in tiles of 128 × 1."""
+def swiglu_quant_backward(
+    g: Tensor,
+    gate_q: Tensor,
+    gate_s: Tensor,
+    up_q: Tensor,
+    up_s: Tensor,
+    tokens_per_expert_e: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Recompute SwiGLU from quantized gate and up and backpropagate g (§3.3.3).
+
+    Returns the gradients of gate and up, then swiglu's output in tiles of 128 × 1.
+    """
     with torch.enable_grad():
         gate = act_dequant(gate_q, gate_s).to(g.dtype).requires_grad_()
         up = act_dequant(up_q, up_s).to(g.dtype).requires_grad_()
         y = IMPLS["swiglu"]["torch"](gate, up)
-    return *torch.autograd.grad(y, (gate, up), g), *act_quant_transposed(
-        y.detach(), tokens_per_expert_e
-    )
+    dgate, dup = torch.autograd.grad(y, (gate, up), g)
+    return dgate, dup, *act_quant_transposed(y.detach(), tokens_per_expert_e)
 
 
 # %%
@@ -491,123 +542,128 @@ assert (act_dequant(q, s)[:, :5].T - y).norm() < 0.08 * y.norm()
 # \text{Wgrad}\quad \tfrac{\partial L}{\partial W} &= \hat g_{128\times1}^\top\;\hat{\hat x}_{128\times1} & & (o,m)\times(i,m)\to(o,i)
 # \end{aligned}$$
 #
-# The weight that the optimizer sees stays fp32 (the *master*), and so does its gradient. The codes of
-# $x$ are remembered for as long as $x$ lives, since two matrices read it. Those of a weight live as long
+# The weight that the optimizer sees stays fp32 (the *master*), and so does its gradient. The FP8 form of
+# $x$ is cached for as long as $x$ lives, since two matrices read it. That of a weight lives as long
 # as some forward pass waits for its backward pass: in a pipeline up to 17 do
-# ([chapter 12](12_dualpipe.ipynb)), and all share one copy of the codes.
+# ([chapter 12](12_dualpipe.ipynb)), and all share one copy.
 # *A trap that we fell into:* trusting a tensor's version number, which tells whether it was changed. Fused
-# optimizers change weights without raising it. The model then computed with the codes of its first weights,
+# optimizers change weights without raising it. The model then computed with the cached form of its first weights,
 # learned a little all the same, through embedding, norms and gate, and ended more than a tenth above the
 # loss of fp32; nothing failed, and no curve looked odd. Our optimizers raise the number now.
 
 # %%
 #| export
-QUANT_CACHE = (
-    WeakTensorKeyDictionary()
-)  # tensor → (version, codes, scales), for as long as it lives
+# tensor → (version, values, scales), for as long as the tensor lives
+QUANT_CACHE = WeakTensorKeyDictionary()
+# weight → (version, weak reference to its values, weak reference to its scales)
+WEIGHT_CACHE = WeakTensorKeyDictionary()
 
 
-def quantize_cached(x):
-    """act_quant(x), remembered while x lives and stays as it is: w₁ and w₃ read one x."""
-    version, *found = QUANT_CACHE.get(x, (-1,))
+def quantize_cached(x: Tensor) -> Quantized:
+    """Quantize x, caching the result while x is alive and unmodified: w₁ and w₃ read the same x."""
+    version, *quantized = QUANT_CACHE.get(x, (-1,))
     if version != x._version:
-        found = act_quant(x.detach().contiguous())
-        QUANT_CACHE[x] = x._version, *found
-    return found
+        quantized = act_quant(x.detach().contiguous())
+        QUANT_CACHE[x] = x._version, *quantized
+    q, s = quantized
+    return q, s
 
 
-WEIGHT_CACHE = (
-    WeakTensorKeyDictionary()
-)  # weight → (version, its codes, its scales), both held weakly
+def quantize_weight_cached(weight: Tensor) -> Quantized:
+    """Quantize a weight once for all forward passes whose backward pass is still to come."""
+    version, *references = WEIGHT_CACHE.get(weight, (-1,))
+    quantized = [reference() for reference in references]
+    if version != weight._version or any(t is None for t in quantized):
+        quantized = weight_quant(weight)
+        WEIGHT_CACHE[weight] = weight._version, *map(TensorWeakRef, quantized)
+    q, s = quantized
+    return q, s
 
 
-def quantize_weight_cached(weight):
-    """weight_quant(weight), once for all forward passes that still wait for their backward."""
-    version, *held = WEIGHT_CACHE.get(weight, (-1,))
-    found = [t for held_weakly in held if (t := held_weakly()) is not None]
-    if version != weight._version or len(found) < 2:
-        found = weight_quant(weight)
-        WEIGHT_CACHE[weight] = weight._version, *map(TensorWeakRef, found)
-    return found
-
-
-def gemm(a, b, tokens_per_expert_e, dtype):
-    """Fprop, Dgrad: rows a times weight b, both (codes, scales); with counts, by expert."""
+def gemm(
+    rows: Quantized, weight: Quantized, tokens_per_expert_e: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Multiply rows by a weight (Fprop, Dgrad); with counts by the weight of each row's expert."""
     if tokens_per_expert_e is None:
-        return fp8_gemm(*a, *b, dtype)
-    return fp8_grouped_gemm(*a, *b, tokens_per_expert_e, dtype)
+        return fp8_gemm(*rows, *weight, dtype)
+    return fp8_grouped_gemm(*rows, *weight, tokens_per_expert_e, dtype)
 
 
-def dgrad(g_mo, w, tokens_per_expert_e, dtype):
-    """∂L/∂x = g W: W's codes transposed are W's transpose in codes, blocks and all."""
-    return gemm(act_quant(g_mo), [t.mT.contiguous() for t in w], tokens_per_expert_e, dtype)
+def dgrad(
+    g_mo: Tensor, weight: Quantized, tokens_per_expert_e: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Compute ∂L/∂x = g W; transposed blocks of W are the blocks of its transpose."""
+    w_q, w_s = weight
+    transposed = w_q.mT.contiguous(), w_s.mT.contiguous()
+    return gemm(act_quant(g_mo), transposed, tokens_per_expert_e, dtype)
 
 
-def wgrad(g_mo, x, tokens_per_expert_e):
-    """∂L/∂W = gᵀ x, both in tiles along the tokens; fp32."""
+def wgrad(g_mo: Tensor, x: Quantized, tokens_per_expert_e: Tensor | None) -> Tensor:
+    """Compute ∂L/∂W = gᵀ x in fp32; x is quantized as by `act_quant_transposed`."""
     g = act_quant_transposed(g_mo, tokens_per_expert_e)
-    return (
-        fp8_gemm(*g, *x)
-        if tokens_per_expert_e is None
-        else fp8_grouped_wgrad(*g, *x, tokens_per_expert_e)
-    )
+    if tokens_per_expert_e is None:
+        return fp8_gemm(*g, *x)
+    return fp8_grouped_wgrad(*g, *x, tokens_per_expert_e)
 
 
 # %%
 #| export
 class FP8Linear(torch.autograd.Function):
-    """y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 over a weight of any precision (§3.3.1)."""
+    """A linear layer y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 (§3.3.1).
+
+    The weight may have any precision; its gradient has that precision too.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, q, s, tokens_per_expert_e, saved_input_format):
         w = quantize_weight_cached(weight)
-        ctx.saved_input_format, ctx.tokens_per_expert_e, ctx.k, ctx.dtype = (
-            saved_input_format,
-            tokens_per_expert_e,
-            x.shape[-1],
-            x.dtype,
-        )
-        ctx.weight = weight  # to be handed its gradient
-        ctx.save_for_backward(*(e5m6_quant(x) if saved_input_format == "e5m6" else (q, s)), *w)
-        y = gemm((q.flatten(0, -2), s.flatten(0, -2)), w, tokens_per_expert_e, matmul_dtype(x))
+        saved_x = e5m6_quant(x) if saved_input_format == "e5m6" else (q, s)
+        ctx.save_for_backward(*saved_x, *w)
+        ctx.saved_input_format = saved_input_format
+        ctx.tokens_per_expert_e = tokens_per_expert_e
+        ctx.k, ctx.dtype = x.shape[-1], x.dtype
+        ctx.weight = weight  # the parameter itself, which a deferred gradient is added to
+        rows = q.flatten(0, -2), s.flatten(0, -2)
+        y = gemm(rows, w, tokens_per_expert_e, matmul_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        kept, s, *w = ctx.saved_tensors
-        g_mo, tokens_per_expert_e = g.flatten(0, -2).contiguous(), ctx.tokens_per_expert_e
+        saved_q, saved_s, *w = ctx.saved_tensors
+        g_mo, counts_e = g.flatten(0, -2).contiguous(), ctx.tokens_per_expert_e
         if ctx.saved_input_format == "e5m6":
-            x_mk = e5m6_dequant(kept, s, ctx.k).flatten(0, -2)
-            x = act_quant_transposed(x_mk.to(ctx.dtype), tokens_per_expert_e, True)
+            x_mk = e5m6_dequant(saved_q, saved_s, ctx.k).flatten(0, -2)
+            x = act_quant_transposed(x_mk.to(ctx.dtype), counts_e, True)
         else:
-            x = requant_transposed(kept.flatten(0, -2), s.flatten(0, -2), tokens_per_expert_e)
-        dx = dgrad(g_mo, w, tokens_per_expert_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
-        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, x, tokens_per_expert_e))
+            x = requant_transposed(saved_q.flatten(0, -2), saved_s.flatten(0, -2), counts_e)
+        dx = dgrad(g_mo, w, counts_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
+        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, x, counts_e))
         return dx, dw, None, None, None, None
 
 
 class FP8SwiGLULinear(torch.autograd.Function):
-    """swiglu(gate, up) Wᵀ; codes of gate and up are kept, the output is made again (§3.3.3)."""
+    """A linear layer after SwiGLU, swiglu(gate, up) Wᵀ, in FP8.
+
+    Gate and up are saved in FP8; the backward pass recomputes SwiGLU's output (§3.3.3).
+    """
 
     @staticmethod
     def forward(ctx, gate, up, weight, tokens_per_expert_e):
-        ctx.tokens_per_expert_e, ctx.weight, w = (
-            tokens_per_expert_e,
-            weight,
-            quantize_weight_cached(weight),
-        )
+        w = quantize_weight_cached(weight)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
-        h = [t.flatten(0, -2) for t in swiglu_quant(gate, up)]
+        ctx.tokens_per_expert_e, ctx.weight = tokens_per_expert_e, weight
+        q, s = swiglu_quant(gate, up)
+        h = q.flatten(0, -2), s.flatten(0, -2)
         return gemm(h, w, tokens_per_expert_e, matmul_dtype(gate)).view(*gate.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        *gate_up, w, w_s = ctx.saved_tensors
-        g_mo, shape = g.flatten(0, -2).contiguous(), (*g.shape[:-1], w.shape[-1])
-        dh_mf = dgrad(g_mo, (w, w_s), ctx.tokens_per_expert_e, g.dtype)
+        *gate_up, w_q, w_s = ctx.saved_tensors
+        g_mo, shape = g.flatten(0, -2).contiguous(), (*g.shape[:-1], w_q.shape[-1])
+        dh_mf = dgrad(g_mo, (w_q, w_s), ctx.tokens_per_expert_e, g.dtype)
         gate_up = [t.flatten(0, -2) for t in gate_up]
         dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.tokens_per_expert_e)
         dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, h, ctx.tokens_per_expert_e))
@@ -632,13 +688,11 @@ def _(x, weight, eps, dtype=None):
 
 @impl("linear", "fp8")
 def _(x, weight_oi, saved_input_format="e4m3"):
-    if (
-        saved_input_format == "e5m6"
-    ):  # its codes shift by powers of two, so that re-tiling stays exact
-        return FP8Linear.apply(
-            x, weight_oi, *act_quant(x.detach().contiguous(), True), None, saved_input_format
-        )
-    return FP8Linear.apply(x, weight_oi, *quantize_cached(x), None, saved_input_format)
+    if saved_input_format == "e5m6":  # powers of two, so that requantizing shifts exponents only
+        q, s = act_quant(x.detach().contiguous(), True)
+    else:
+        q, s = quantize_cached(x)
+    return FP8Linear.apply(x, weight_oi, q, s, None, saved_input_format)
 
 
 @impl("grouped_linear", "fp8")
@@ -675,7 +729,7 @@ assert narrow[1].dtype == torch.float32
 
 # %% [markdown]
 # ## Experiment: what one outlier costs
-# The same matrix with one scale for all of it (*tensor-wise*), one a row, and one a tile. When an outlier
+# The same matrix with one scale for all of it (*tensor-wise*), one per row, and one per tile. When an outlier
 # claims 448, whatever is $2^{15}$ times smaller is subnormal and loses bits, and whatever is $2^{19}$ times
 # smaller, less than half of the least number $2^{-9}$, becomes zero.
 
@@ -696,12 +750,12 @@ def outliers(highest: int = 6) -> None:
     """Error against the size of the outlier for three sizes of a group with one scale."""
     sizes = [10.0 ** (e / 2) for e in range(2 * highest + 1)]
     fig, ax = figure(width=7, height=3)
-    ways = {"one scale for all": 64 * 1024, "one a row of 1024": 1024, "tiles of 1 × 128": 128}
+    ways = {"one scale for all": 64 * 1024, "one per row of 1024": 1024, "tiles of 1 × 128": 128}
     for (name, tile), look, color in zip(ways.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)):
         ax.plot(sizes, [outlier_error(x, tile) for x in sizes], look, color=color, label=name)
     ax.set(xscale="log", yscale="log", xlabel="size of the one outlier (the rest: about 1)")
     ax.set(ylabel="rms error of the rest")
-    ax.set_title("A tile confines its outlier; one scale makes everybody pay")
+    ax.set_title("A tile confines its outlier; one scale makes all others pay")
     ax.legend()
     show(fig)
 
@@ -781,9 +835,9 @@ assert block.max() > 3 * tile.max() and quiet > 0.5
 
 # %% [markdown]
 # ## Experiment: a thousand steps in FP8
-# `dsv3 train --precision fp8` against the same seed in fp32: the tiny model, its recipe, 2,048 tokens a
+# `dsv3 train --precision fp8` against the same seed in fp32: the tiny model, its recipe, 2,048 tokens per
 # step. The two see the same rows in the same order, so their losses can be subtracted step by step; a
-# moving average over 50 steps takes some of the noise out. How much is left, a third run tells: fp32 again,
+# moving average over 50 steps takes some of the noise out. A third run shows how much is left: fp32 again,
 # each batch in two halves. In exact arithmetic it is the same run; only its sums are rounded otherwise.
 #
 #     dsv3 ablate fp8 --config tiny --steps 1000 --seeds 2 --data sotu=0.9 stdlib=0.1 --out notebooks/results
@@ -791,9 +845,11 @@ assert block.max() > 3 * tile.max() and quiet > 0.5
 # %%
 from dsv3_ref.viz.ablation import load_ablation
 
-found, WINDOW = load_ablation("fp8"), 50
-smooth = lambda x: torch.tensor(x).unfold(0, WINDOW, 1).mean(-1)
-curves = {(r["variant"], r["seed"]): smooth(r["losses"]) for r in found["runs"]}
+WINDOW = 50  # steps of the moving average
+curves = {}  # (variant, seed) → smoothed losses
+for run in load_ablation("fp8")["runs"]:
+    losses = torch.tensor(run["losses"])
+    curves[run["variant"], run["seed"]] = losses.unfold(0, WINDOW, 1).mean(-1)
 seeds = sorted({seed for _, seed in curves})
 mean = {v: torch.stack([curves[v, s] for s in seeds]).mean(0) for v, _ in curves}
 steps = range(WINDOW, WINDOW + len(mean["fp8"]))
@@ -823,7 +879,7 @@ show(fig)
 
 # %% [markdown]
 # In the mean of the seeds FP8 stays within the report's bound. In a single seed it need not: seed 1 is 0.3 %
-# *worse* where the loss falls steeply and later half a percent *better*, which is no merit of eight bits.
+# *worse* where the loss falls steeply and later half a percent *better*, which is not a merit of eight bits.
 # Rounding alone moves fp32 by up to 0.27 %: experts are chosen by a comparison, so the smallest difference
 # sends some token elsewhere, and from then on the two are different runs. A full batch of V3 is 30,000
 # times as large as ours, and one token weighs as much less in it. (Two further differences: the report
@@ -831,32 +887,36 @@ show(fig)
 
 # %% [markdown]
 # ## Experiment: bytes kept
-# Everything a step keeps for its backward pass, counted as in [chapter 07](07_pretrain.ipynb), in the four
-# combinations. (Left out are attention's probabilities, which a fused kernel would not keep, and the codes
-# of the weights, which all micro-batches share.)
+# Everything that a step keeps for its backward pass, counted as in [chapter 07](07_pretrain.ipynb), in the four
+# combinations. (Left out are attention's probabilities, which a fused kernel would not keep, and the FP8
+# weights, which all micro-batches share.)
+
 
 # %%
-kept = {}
+def saved_megabytes(model, tokens_bs, backends, recompute: bool) -> float:
+    """Return MB saved for the backward pass, without attention's probabilities and FP8 weights."""
+    with use(*backends), saved_tensors(recompute, model.parameters()) as saved:
+        loss = compute_losses(model, tokens_bs).total(0.0, 0.0)
+    assert loss.requires_grad  # its graph holds the saved tensors
+    weight_bytes = 0
+    for name, p in model.named_parameters():
+        if "fp8" in backends and p.ndim > 1 and "layers" in name and "gate" not in name:
+            weight_bytes += sum(x.nbytes for x in weight_quant(p))
+    probabilities = 4 * 2 * TINY.n_layers * TINY.n_heads * (64 * 64 + 64 * 128)
+    return (saved.bytes - probabilities - weight_bytes) / 1e6
+
+
+saved_mb = {}
 tokens_bs = torch.randint(TINY.vocab_size, (2, 129))
 model = Transformer(replace(TINY, n_mtp_layers=0))
-for backends in (("torch",), ("fp8", "torch")):
-    for recompute in (False, True):
-        with use(*backends), saved_tensors(recompute, model.parameters()) as saved:
-            total = compute_losses(model, tokens_bs).total(0.0, 0.0)
-        matrices = [
-            p
-            for n, p in model.named_parameters()
-            if p.ndim > 1 and "layers" in n and "gate" not in n
-        ]
-        weights = sum(x.nbytes for p in matrices for x in weight_quant(p)) * (len(backends) - 1)
-        probabilities = 4 * 2 * TINY.n_layers * TINY.n_heads * (64 * 64 + 64 * 128)
-        mb = (saved.bytes - probabilities - weights) / 1e6
-        kept[f"{'FP8' if len(backends) > 1 else 'fp32'}{', recomputed' if recompute else ''}"] = mb
-for name, mb in kept.items():
+for name, backends in (("fp32", ("torch",)), ("FP8", ("fp8", "torch"))):
+    saved_mb[name] = saved_megabytes(model, tokens_bs, backends, False)
+    saved_mb[f"{name}, recomputed"] = saved_megabytes(model, tokens_bs, backends, True)
+for name, mb in saved_mb.items():
     print(f"{name:18}{mb:6.2f} MB")
-assert kept["FP8, recomputed"] < 0.5 * kept["fp32"]
+assert saved_mb["FP8, recomputed"] < 0.5 * saved_mb["fp32"]
 fig, ax = figure(width=7, height=1.9)
-ax.barh(list(kept), list(kept.values()), color=[GRAY, BLUE, GREEN, ORANGE])
+ax.barh(list(saved_mb), list(saved_mb.values()), color=[GRAY, BLUE, GREEN, ORANGE])
 ax.invert_yaxis()
 ax.set(xlabel="MB kept for the backward pass of 256 tokens")
 ax.set_title("Eight bits and recomputation add up")
@@ -867,7 +927,7 @@ show(fig)
 
 
 # %%
-def draw_code(value: float = 0.3):
+def draw_value(value: float = 0.3):
     near = torch.tensor(value).to(torch.float8_e4m3fn)
     bits = f"{near.view(torch.uint8).item():08b}"
     fig, ax = figure(width=7, height=1.8)
@@ -881,17 +941,17 @@ def draw_code(value: float = 0.3):
     show(fig)
 
 
-draw_code(0.3)
+draw_value(0.3)
 
 # %%
-play(draw_code, value=(0.02, 2.0, 0.01))
+play(draw_value, value=(0.02, 2.0, 0.01))
 
 # %%
 play(outliers, highest=(1, 8, 1))
 
 # %% [markdown]
 # ## Exercises
-# Fill in the function, run the cell, and let the check tell.
+# Fill in the function, and run the cell with its check.
 
 
 # %%
@@ -906,7 +966,7 @@ def check_scales(fn):
 def check_decode(fn):
     """With exponent bits 0 there is no leading 1, and the power of two is that of exponent bits 1."""
     for byte in range(256):
-        assert not code[byte].isfinite() or abs(fn(byte) - code[byte].item()) < 1e-9
+        assert not every[byte].isfinite() or abs(fn(byte) - every[byte].item()) < 1e-9
 
 
 @checker
@@ -945,8 +1005,8 @@ check_scales(my_scales)
 # </details>
 
 # %% [markdown]
-# **2 · Compute.** Turn an E4M3 code (0 … 255) into its value by its bits: sign, 4 exponent bits with
-# bias 7, 3 mantissa bits. (The two codes that are NaN, 127 and 255, are not asked.)
+# **2 · Compute.** Turn an E4M3 byte (0 … 255) into its value by its bits: sign, 4 exponent bits with
+# bias 7, 3 mantissa bits. (The two bytes that are NaN, 127 and 255, are not asked.)
 
 
 # %%
@@ -1024,8 +1084,8 @@ check_lost(my_lost)
 
 # %%
 bf16 = 2 * V3.vocab_size * V3.dim + 58 * V3.n_routed_experts * V3.dim
-codes_n = count_params(V3).total - bf16
-print(f"weights: FP8 codes {codes_n / 1e9:.0f} GB + scales {codes_n / 128**2 * 4 / 1e9:.2f} GB + "
+fp8_bytes = count_params(V3).total - bf16
+print(f"weights: FP8 values {fp8_bytes / 1e9:.0f} GB + scales {fp8_bytes / 128**2 * 4 / 1e9:.2f} GB + "
       f"bf16 parts {2 * bf16 / 1e9:.1f} GB; all in bf16: {2 * count_params(V3).total / 1e9:.0f} GB")  # fmt: skip
 c = V3
 linear = c.dim * (c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim)
@@ -1036,10 +1096,10 @@ attention = c.n_heads * 4096 / 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.
 print(f"an MoE layer at 4K: {linear / (linear + attention):.0%} of the forward products are FP8")
 one, other = attention / 989 + linear / 1979, (attention + linear) / 989
 print(f"at the peaks (bf16 989, FP8 1979 TFLOP/s): {other / one:.2f} × as fast as all in bf16")
-d, f, k = c.dim, c.moe_inter_dim, c.n_activated_experts
+d, k = c.dim, c.n_activated_experts
 dispatch = k * d * (1 + 4 / 128)
 print(
-    f"to the experts: {dispatch / 1e3:.0f} kB a token in FP8 with its scales, {2 * k * d / 1e3:.0f} in bf16"
+    f"to the experts: {dispatch / 1e3:.0f} kB per token in FP8 with its scales, {2 * k * d / 1e3:.0f} in bf16"
 )
 assert 1.5 < other / one < 2
 
@@ -1048,5 +1108,5 @@ assert 1.5 < other / one < 2
 # products are bound by **memory** and would eat the gain if each were a pass of its own. `kernels/quant.py`
 # joins them to norm and SwiGLU, `kernels/gemm.py` holds the products (dense, by expert, and Wgrad by
 # expert); how such a kernel is written is told in [chapter 10](10_triton.ipynb). The exchange between
-# experts sends the codes themselves ([chapter 11](11_expert_parallel.ipynb)), with scales that are powers of
+# experts sends the FP8 values themselves ([chapter 11](11_expert_parallel.ipynb)), with scales that are powers of
 # two. `dsv3_ref.load` calls `weight_dequant` for each FP8 tensor of a released directory.
