@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 SEEDS  ?= 1
+WORKERS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -31,10 +32,10 @@ lab: .venv/lab
 	$(BIN)/jupyter lab notebooks $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-full: .venv/dev
-	$(BIN)/python -m pytest --full
+	$(BIN)/python -m pytest -n $(WORKERS) --full
 
 test-slurm: .venv/dev
 	@tests/slurm_local.sh install || true  # it says why; the tests are then skipped

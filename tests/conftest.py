@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -11,6 +12,15 @@ import pytest
 from hypothesis import register_random, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+# With several workers (pytest -n 2) these start first, so that none of them is left to the end.
+LONGEST = [
+    "kernels/test_aot.py", "tools/test_notebooks.py", "parallel/test_cluster.py",
+    "studies/test_align.py", "serving/test_web.py", "serving/test_serve.py",
+    "parallel/test_parallel.py", "training/test_train.py", "tools/test_contracts.py",
+    "tools/test_site.py",
+]  # fmt: skip
+# Of these every case may go to another worker; the tests of any other file share fixtures.
+DIVISIBLE = re.compile(r"tests/(?:kernels/test_aot|tools/test_notebooks)\.py::")
 sys.path.insert(0, str(ROOT / "tools"))  # tools/ is no package: tests import it by file name
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; subprocesses inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -48,11 +58,43 @@ def is_full(config) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # a worker of xdist
+        items.sort(key=lambda item: start_order(item.nodeid))
     if is_full(config):
         return
     long = [item for item in items if item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
+
+
+# ── Several workers ──
+
+
+def work_unit(nodeid: str) -> str:
+    """What goes to one worker as a whole: a file, or the tests of one chapter or kernel file."""
+    case = re.search(r"\[(\w+)", nodeid) if DIVISIBLE.match(nodeid) else None
+    return f"{nodeid.split('::')[0]}::{case[1]}" if case else nodeid.split("::")[0]
+
+
+def start_order(nodeid: str) -> int:
+    """The place of a test's file in LONGEST."""
+    file = nodeid.split("::")[0].removeprefix("tests/")
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return work_unit(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByUnit(config, log)
+
+
+# ── Fixtures ──
 
 
 @pytest.fixture(autouse=True)
