@@ -120,7 +120,8 @@ from dsv3_ref.ops import linear_cross_entropy
 # United States Congress, every twentieth of the `sotu` package; five others stay unseen.
 
 # %%
-from dsv3_ref.data.loader import PackedDataLoader, sotu_files
+from dsv3_ref.data.files import sotu_files
+from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.data.tokenizer import byte_lengths, newline_splits, train_tokenizer, new_tokenizer
 
 files = sotu_files()

@@ -776,7 +776,7 @@ assert outlier_error(1e6, 64 * 1024) > 0.9 and outlier_error(1e6, 128) < 0.06
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.pretrain import compute_losses, train_step
-from dsv3_ref.data.loader import sotu_files
+from dsv3_ref.data.files import sotu_files
 
 text = torch.tensor(list(Path(sotu_files()[0]).read_bytes()[:1000]))  # bytes as tokens
 small = replace(TINY, vocab_size=256, n_layers=2, n_mtp_layers=0, max_seq_len=256)

@@ -1,17 +1,19 @@
-"""Near-duplicates: MinHash signatures (rensa's), and a table of their bands that finds them."""
+"""Near-duplicates: MinHash signatures (by rensa) and a table of their bands to find them."""
 
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 import numpy as np
 
 from dsv3_ref.config import UserError
 
-NUM_PERM, SEED, NGRAM = 128, 42, 5  # of a signature; what is compared are runs of five words
-MAX_MISS_RATE = 0.01  # share of pairs exactly at the threshold that the bands may overlook
+NUM_PERM, SEED, NGRAM = 128, 42, 5  # of a signature; runs of five words are compared
+MAX_MISS_RATE = 0.01  # fraction of pairs exactly at the threshold that the bands may miss
+FIRST_CAPACITY = 1024  # signatures
 
 
-def import_rensa():
-    """The library, or what to install."""
+def import_rensa() -> ModuleType:
+    """Return the module rensa, or raise a `UserError` that says how to install it."""
     try:
         import rensa
     except ImportError:
@@ -22,55 +24,62 @@ def import_rensa():
 
 
 def shingles(text: str) -> list[str]:
-    """All runs of five words, in small letters; of a shorter text the whole."""
+    """Return all runs of five words in lower case, or the whole of a shorter text."""
     words = text.lower().split()
     return [" ".join(words[i : i + NGRAM]) for i in range(max(1, len(words) - NGRAM + 1))]
 
 
 def minhash_signatures(texts: Iterable[str]) -> np.ndarray:
-    """(documents, 128) uint32; P[two agree at a place] = Jaccard similarity of their shingles."""
+    """Return (documents, 128) uint32; P[two agree at a place] = Jaccard similarity of shingles."""
     sets = [shingles(text) for text in texts]
-    found = import_rensa().RMinHash.digests_from_token_sets(sets, NUM_PERM, SEED)
-    return np.array(found, np.uint32).reshape(-1, NUM_PERM)
+    digests = import_rensa().RMinHash.digests_from_token_sets(sets, NUM_PERM, SEED)
+    return np.array(digests, np.uint32).reshape(-1, NUM_PERM)
+
+
+def miss_rate(threshold: float, rows: int) -> float:
+    """Return (1 − Jʳ)^(128/r): the probability that bands of r rows miss a pair at J."""
+    return (1 - threshold**rows) ** (NUM_PERM // rows)
 
 
 def max_rows_per_band(threshold: float) -> int:
-    """Most numbers r a band may have: 128/r bands overlook (1 − Jʳ)^(128/r) of pairs at J."""
-    missed = lambda r: (1 - threshold**r) ** (NUM_PERM // r)
-    return max((r for r in range(1, 33) if missed(r) <= MAX_MISS_RATE), default=1)
+    """Return the most numbers r a band may have for a miss rate of at most 1 % at the threshold."""
+    allowed = [rows for rows in range(1, 33) if miss_rate(threshold, rows) <= MAX_MISS_RATE]
+    return max(allowed, default=1)
 
 
 class MinHashLSH:
-    """The documents kept so far, about 4 kB each; the first of those that are alike is kept."""
+    """An index of the documents kept so far, about 4 kB each, that finds one like a new document."""
 
     def __init__(self, threshold: float):
         self.threshold, self.rows_per_band = threshold, max_rows_per_band(threshold)
-        self.signatures = np.empty((1024, NUM_PERM), np.uint32)
-        self.owners: list[int] = []  # sources
-        self.table: dict[int, list[int]] = {}
+        self.signatures = np.empty((FIRST_CAPACITY, NUM_PERM), np.uint32)
+        self.owners: list[int] = []  # the source of each document
+        self.table: dict[int, list[int]] = {}  # band key → documents
 
-    def band_keys(self, found: np.ndarray) -> list[list[int]]:
-        """A number for every band of every signature, other bands other numbers."""
+    def band_keys(self, signatures: np.ndarray) -> list[list[int]]:
+        """Return a number per band of every signature; different bands have different numbers."""
         bands = NUM_PERM // self.rows_per_band
-        banded = found[:, : bands * self.rows_per_band].reshape(
-            len(found), bands, self.rows_per_band
-        )
-        key = np.arange(1, bands + 1, dtype=np.uint64)[None].repeat(len(found), 0)
+        numbers = signatures[:, : bands * self.rows_per_band]
+        banded = numbers.reshape(len(signatures), bands, self.rows_per_band)
+        key = np.arange(1, bands + 1, dtype=np.uint64)[None].repeat(len(signatures), 0)
         for i in range(self.rows_per_band):
             key = (key ^ banded[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
             key ^= key >> np.uint64(29)
         return key.tolist()
 
     def query(self, signature: np.ndarray, keys: Sequence[int]) -> int | None:
-        """The source of the first kept document that this one is much like."""
-        near = sorted({i for key in keys for i in self.table.get(key, ())})
-        if not near:
+        """Return the source of the first document that reaches the threshold, None without one."""
+        candidates: set[int] = set()
+        for key in keys:
+            candidates.update(self.table.get(key, ()))
+        if not candidates:
             return None
-        alike = (self.signatures[near] == signature).mean(1) >= self.threshold
-        return self.owners[near[int(alike.argmax())]] if alike.any() else None
+        near = sorted(candidates)
+        similar = (self.signatures[near] == signature).mean(1) >= self.threshold
+        return self.owners[near[int(similar.argmax())]] if similar.any() else None
 
     def insert(self, signature: np.ndarray, keys: Sequence[int], source: int) -> None:
-        """Remember a document."""
+        """Add a document of a source."""
         n = len(self.owners)
         if n == len(self.signatures):
             self.signatures = np.concatenate([self.signatures, np.empty_like(self.signatures)])
@@ -79,7 +88,7 @@ class MinHashLSH:
         for key in keys:
             self.table.setdefault(key, []).append(n)
 
-    def insert_all(self, found: np.ndarray, source: int) -> None:
-        """Remember documents that were kept before."""
-        for signature, keys in zip(found, self.band_keys(found)):
+    def insert_all(self, signatures: np.ndarray, source: int) -> None:
+        """Add documents of a source that an earlier process kept."""
+        for signature, keys in zip(signatures, self.band_keys(signatures)):
             self.insert(signature, keys, source)

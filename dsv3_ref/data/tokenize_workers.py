@@ -1,4 +1,4 @@
-"""The processes of `dsv3 data prepare`: texts go in, tokens and signatures come out, in order.
+"""Worker processes of `dsv3 data prepare`: texts to tokens and signatures, in order.
 
 Nothing here imports torch, so that a process starts at once and stays small.
 """
@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 from typing import NamedTuple
@@ -33,16 +33,17 @@ class TokenizedChunk(NamedTuple):
 
 
 class TokenizeWorker(NamedTuple):
-    """What codes a chunk."""
+    """Tokenizes a chunk and, if asked to, computes MinHash signatures."""
 
     tokenizer: Tokenizer
     dtype: np.dtype
     with_signatures: bool
 
     def __call__(self, texts: list[str]) -> TokenizedChunk:
+        """Return the tokens and signatures of texts; a text of white space counts as empty."""
         texts = [text if text.strip() else "" for text in texts]
-        coded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [np.array(e.ids, self.dtype) for e in coded]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.array(e.ids, self.dtype) for e in encodings]
         return TokenizedChunk(
             np.concatenate([np.empty(0, self.dtype), *ids]),
             np.array([len(x) for x in ids], np.int64),
@@ -52,26 +53,26 @@ class TokenizeWorker(NamedTuple):
 
 
 def imap_ordered(
-    chunks: Iterable[list[str]], coder: TokenizeWorker, workers: int
+    chunks: Iterable[list[str]], worker: TokenizeWorker, workers: int
 ) -> Iterator[TokenizedChunk]:
-    """Every chunk coded, in the order of the chunks; one worker is this process."""
+    """Yield every chunk tokenized, in order; with one worker in this process."""
     if workers == 1:
-        yield from map(coder, chunks)
+        yield from (worker(chunk) for chunk in chunks)
         return
-    told = coder.tokenizer.to_str(), coder.dtype, coder.with_signatures
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), init_worker, told)
-    waiting = deque()
+    init_args = worker.tokenizer.to_str(), worker.dtype, worker.with_signatures
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), init_worker, init_args)
+    pending: deque[Future[TokenizedChunk]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(tokenize_chunk, chunk))
-            if len(waiting) > CHUNKS_AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(tokenize_chunk, chunk))
+            if len(pending) > CHUNKS_AHEAD * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker was killed, perhaps for want of memory: the same command goes on where it "
-            "stood; --workers sets how many there are"
+            "a worker was killed, perhaps for lack of memory: rerun the same command to resume; "
+            "--workers sets the number of processes"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -82,22 +83,24 @@ def imap_ordered(
 _WORKER: list[TokenizeWorker] = []
 
 
-def init_worker(tokenizer: str, dtype: np.dtype, near: bool) -> None:
-    """What a process does first: its own tokenizer, one thread, and an eye on its parent."""
+def init_worker(tokenizer: str, dtype: np.dtype, with_signatures: bool) -> None:
+    """Set up a worker process: its own tokenizer, one thread, and a watch on its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    _WORKER.append(
-        TokenizeWorker(encode_special_as_text(Tokenizer.from_str(tokenizer)), dtype, near)
-    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    own = encode_special_as_text(Tokenizer.from_str(tokenizer))
+    _WORKER.append(TokenizeWorker(own, dtype, with_signatures))
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def exit_with_parent() -> None:
-    """End with the parent, however it ends."""
-    connection.wait([parent_process().sentinel])
+    """Wait for the parent's end, however it comes, and end this process."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
     os._exit(1)
 
 
 def tokenize_chunk(texts: list[str]) -> TokenizedChunk:
+    """Tokenize a chunk with the worker of this process."""
     return _WORKER[0](texts)

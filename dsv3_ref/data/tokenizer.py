@@ -27,93 +27,92 @@ WORDS = (
 
 
 def new_tokenizer() -> Tokenizer:
-    """V3's splitting rules over an empty byte-level BPE."""
-    t = Tokenizer(models.BPE())
+    """Return an untrained byte-level BPE with V3's splitting rules."""
+    tokenizer = Tokenizer(models.BPE())
     split = [pre_tokenizers.Split(Regex(p), "isolated") for p in (DIGITS, CJK, WORDS)]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    t.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
-    t.decoder = decoders.ByteLevel()
-    return t
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn `vocab_size` tokens, the special ones first; the same texts give the same tokens."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(alphabet) + len(SPECIAL)
-    if vocab_size < least:
+    smallest = len(alphabet) + len(SPECIAL)
+    if vocab_size < smallest:
         raise UserError(
-            f"vocab_size {vocab_size} is too small: bytes and special tokens need {least}"
+            f"vocab_size {vocab_size} is too small: bytes and special tokens need {smallest}"
         )
-    t = new_tokenizer()
+    tokenizer = new_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL,
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
-    t.train_from_iterator(texts, trainer)
-    return encode_special_as_text(t)
+    tokenizer.train_from_iterator(texts, trainer)
+    return encode_special_as_text(tokenizer)
 
 
-def encode_special_as_text(t: Tokenizer) -> Tokenizer:
-    """Read special tokens in a text as plain characters: data cannot forge a document's end."""
-    t.encode_special_tokens = True
-    return t
+def encode_special_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Make special tokens in a text plain characters: data cannot forge a document's end."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """A `tokenizer.json` with V3's special tokens."""
+    """Read a `tokenizer.json`, or that of a directory; it must have V3's special tokens."""
     path = directory / "tokenizer.json" if directory.is_dir() else directory
     if not path.is_file():
         raise UserError(f"no tokenizer.json in {directory}")
     try:
-        t = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer: {e}") from None
-    missing = [s for s in SPECIAL[:6] if t.token_to_id(s) is None]
+    missing = [s for s in SPECIAL[:6] if tokenizer.token_to_id(s) is None]
     if missing:
         raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
-    return encode_special_as_text(t)
+    return encode_special_as_text(tokenizer)
 
 
-def get_special_tokens(t: Tokenizer) -> "SpecialTokens":
-    """The special tokens of conversations."""
-    from dsv3_ref.sft import (
-        SpecialTokens,  # and with it torch, which the processes of `dsv3 data` spare
-    )
+def get_special_tokens(tokenizer: Tokenizer) -> "SpecialTokens":
+    """Return the ids of the special tokens of conversations."""
+    from dsv3_ref.sft import SpecialTokens  # needs torch, which `dsv3 data` does not load
 
-    found = {s: t.token_to_id(s) for s in (BOS, EOS, PAD, USER, ASSISTANT)}
-    if lacking := [s for s, i in found.items() if i is None]:
-        raise UserError(f"the tokenizer lacks {' and '.join(lacking)}")
-    return SpecialTokens(*found.values())
+    ids = {s: tokenizer.token_to_id(s) for s in (BOS, EOS, PAD, USER, ASSISTANT)}
+    if missing := [s for s, i in ids.items() if i is None]:
+        raise UserError(f"the tokenizer lacks {' and '.join(missing)}")
+    return SpecialTokens(*(i for i in ids.values() if i is not None))
 
 
-def save_tokenizer(t: Tokenizer, path: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write `tokenizer.json` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(t.to_str(pretty=True), encoding="utf-8")
+    part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     part.replace(path)
 
 
-def vocab_size(t: Tokenizer) -> int:
-    """Rows that an embedding needs: the highest id + 1, for there may be holes."""
-    return max(t.get_vocab().values()) + 1
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """Return the rows that an embedding needs: the highest id + 1, since ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
-def byte_lengths(t: Tokenizer) -> list[int]:
-    """Bytes of text behind each token; special tokens stand for none."""
-    lengths = [0] * vocab_size(t)
-    for token, i in t.get_vocab().items():
-        lengths[i] = len(token)  # of a byte-level token, whose characters are bytes
-    for i, token in t.get_added_tokens_decoder().items():
+def byte_lengths(tokenizer: Tokenizer) -> list[int]:
+    """Return the bytes of text of each token; special tokens stand for none."""
+    lengths = [0] * vocab_size(tokenizer)
+    for text, i in tokenizer.get_vocab().items():
+        lengths[i] = len(text)  # of a byte-level token, whose characters are bytes
+    for i, token in tokenizer.get_added_tokens_decoder().items():
         lengths[i] = 0 if token.special else len(token.content.encode())
     return lengths
 
 
-def newline_splits(t: Tokenizer) -> dict[int, list[int]]:
-    """Tokens that join punctuation to line breaks, each with the two that spell the same (§4.1)."""
-    vocab, newline = t.get_vocab(), "Ċ"  # 'Ċ' is the byte-level sign for a line feed
+def newline_splits(tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """Map each token of punctuation and line breaks to two tokens that spell the same (§4.1)."""
+    vocab = tokenizer.get_vocab()
+    newline = "Ċ"  # the byte-level sign for a line feed
     pairs = {}
     for token, i in vocab.items():
         head = token.rstrip(newline)

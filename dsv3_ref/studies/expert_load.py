@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.loader import BUILTIN_SOURCES
+from dsv3_ref.data.files import BUILTIN_SOURCES
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.pretrain import expert_loads
 from dsv3_ref.training.settings import git_commit

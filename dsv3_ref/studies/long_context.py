@@ -22,7 +22,8 @@ import tyro
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
-from dsv3_ref.data.loader import open_sources, val_windows
+from dsv3_ref.data.loader import val_windows
+from dsv3_ref.data.sources import open_sources
 from dsv3_ref.data.tokenizer import byte_lengths, load_tokenizer
 from dsv3_ref.decode import Decoder
 from dsv3_ref.long_context import (

@@ -19,11 +19,10 @@ from dsv3_ref.data.loader import (
     VAL_BATCH,
     PackedDataLoader,
     load_or_train_tokenizer,
-    open_sources,
     sample_texts,
-    stored_tokenizer,
     val_windows,
 )
+from dsv3_ref.data.sources import open_sources, stored_tokenizer
 from dsv3_ref.data.tokenizer import (
     BOS,
     byte_lengths,

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from miniruns import apart, own_caches, prose
 
 from dsv3_ref.config import UserError
-from dsv3_ref.data import loader
+from dsv3_ref.data import files, loader
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.loader import PackedDataLoader, Source, open_source, open_sources, val_windows
+from dsv3_ref.data.files import open_source
+from dsv3_ref.data.loader import PackedDataLoader, val_windows
+from dsv3_ref.data.sources import Source, TextSource, open_sources
 
 TEXTS = [f"Document {i}. {prose(random.Random(i), 40)}" for i in range(120)]
 TOKENS = tok.train_tokenizer(TEXTS, 350)
@@ -29,11 +31,11 @@ def caches(tmp_path_factory, monkeypatch):
 
 
 def source(texts, name="memory", weight=1.0, seed=0) -> Source:
-    return Source(name, weight, datasets.Dataset.from_dict({"text": list(texts)}), seed)
+    return TextSource(name, weight, datasets.Dataset.from_dict({"text": list(texts)}), seed)
 
 
 def stream(texts, name="stream", weight=1.0, seed=0) -> Source:
-    return Source(name, weight, source(texts).data.to_iterable_dataset(), seed)
+    return TextSource(name, weight, source(texts).data.to_iterable_dataset(), seed)
 
 
 def rows(sources, length=33, seed=0, fim_rate=0.1, **kwargs) -> PackedDataLoader:
@@ -103,14 +105,14 @@ def test_a_name_on_the_hub_is_streamed(monkeypatch):
     [("sotu", ("sotu", 1.0)), ("a/b=0.5", ("a/b", 0.5)), ("x=y=2", ("x=y", 2.0))],
 )
 def test_weights(spec, pair):
-    assert loader.parse_source_spec(spec) == pair
+    assert files.parse_source_spec(spec) == pair
 
 
 def test_a_file_may_have_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x=1").mkdir()
-    assert loader.parse_source_spec("x=1") == ("x=1", 1.0)
-    assert loader.parse_source_spec("x=1=3") == ("x=1", 3.0)
+    assert files.parse_source_spec("x=1") == ("x=1", 1.0)
+    assert files.parse_source_spec("x=1=3") == ("x=1", 3.0)
 
 
 # ── Mistakes ──
@@ -213,7 +215,7 @@ def check_mistake(name: str, sentence: str) -> None:
 @pytest.mark.parametrize("weight", ["=x", "=0", "=-1", "=nan", "=inf", "="])
 def test_a_weight_that_is_none(weight):
     with pytest.raises(UserError, match=f"the weight in 'sotu{weight}'"):
-        loader.parse_source_spec(f"sotu{weight}")
+        files.parse_source_spec(f"sotu{weight}")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):

@@ -23,11 +23,20 @@ from miniruns import no_report, options, prose, results, timeless
 
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
-from dsv3_ref.data import dedup, loader, prepare, shards, tokenize_workers
+from dsv3_ref.data import (
+    dedup,
+    loader,
+    permutation,
+    prepare,
+    shard_writer,
+    shards,
+    tokenize_workers,
+)
 from dsv3_ref.data import tokenizer as tok
-from dsv3_ref.data.loader import PackedDataLoader, open_sources
+from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.data.prepare import PrepareConfig
 from dsv3_ref.data.shards import Shards
+from dsv3_ref.data.sources import open_sources, stored_tokenizer
 
 
 def write_jsonl(path: Path, texts) -> str:
@@ -121,7 +130,7 @@ def test_the_index_counts(all_kept, home):
     for i, about in enumerate(index["sources"]):
         (source,) = open_sources(specs(home)[i : i + 1], 0, False)
         assert [about["name"], about["weight"]] == [source.name, source.weight]
-        for split in prepare.SPLITS:
+        for split in shard_writer.SPLITS:
             texts = list(source.iter_split(split, 0))
             full = [text for text in texts if text.strip()]
             assert about[split]["documents"] == len(full)
@@ -147,7 +156,7 @@ def test_a_large_vocabulary_takes_four_bytes():
 
 
 def test_workers_and_chunks_change_nothing(home, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 700)
+    monkeypatch.setattr(shard_writer, "CHUNK", 700)
     prepare.prepare_shards(plan(home, tmp_path / "two", workers=2))
     assert left(tmp_path / "two") == left(whole)
 
@@ -170,7 +179,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
     monkeypatch.setattr(datasets, "load_dataset", give)
     one, two = (plan(home, tmp_path / n, data=(("owner/name",),), shard_tokens=900) for n in "ab")
     prepare.prepare_shards(one)
-    real, calls = prepare.ShardWriter.end_shard, iter(range(9))
+    real, calls = shard_writer.ShardWriter.end_shard, iter(range(9))
 
     def stopped(*args):
         real(*args)
@@ -178,7 +187,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.ShardWriter, "end_shard", stopped)
+        patch.setattr(shard_writer.ShardWriter, "end_shard", stopped)
         prepare.prepare_shards(two)
     assert len(shards.read_index(two.out)["shards"]) == 4
     prepare.prepare_shards(two)
@@ -194,11 +203,11 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
         ("dsv3_ref.data.prepare.write_json", 1),  # before there is anything
         ("dsv3_ref.data.tokenizer.save_tokenizer", 1),  # with an index that knows of none
         ("dsv3_ref.data.prepare.write_json", 2),  # with a tokenizer nobody knows of
-        ("dsv3_ref.data.prepare.Shard.add", 30),
-        ("dsv3_ref.data.prepare.Shard.add", 180),
-        ("dsv3_ref.data.prepare.Shard.save_array", 7),  # tokens are there, offsets are not
-        ("dsv3_ref.data.prepare.write_json", 6),  # a whole shard that does not count yet
-        ("dsv3_ref.data.prepare.clean_up", 1),  # finished but for what is swept up
+        ("dsv3_ref.data.shard_writer.Shard.add", 30),
+        ("dsv3_ref.data.shard_writer.Shard.add", 180),
+        ("dsv3_ref.data.shard_writer.Shard.save_array", 7),  # tokens are there, offsets are not
+        ("dsv3_ref.data.shard_writer.write_json", 4),  # a whole shard that does not count yet
+        ("dsv3_ref.data.shard_writer.clean_up", 1),  # finished but for what is swept up
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(deadly, at, home, whole, tmp_path):
@@ -206,8 +215,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(deadly, at, home, whol
     process = miniruns.start(home, command(args), 1, deadly, at)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    if deadly != "dsv3_ref.data.prepare.clean_up":
-        with pytest.raises(UserError, match="is not finished|no folder of shards"):
+    if deadly != "dsv3_ref.data.shard_writer.clean_up":
+        with pytest.raises(UserError, match="is not finished|not a folder of shards"):
             Shards(args.out)
     before = {p.name: p.stat().st_mtime_ns for p in args.out.glob("shard-*.bin")}
     prepare.prepare_shards(args)
@@ -223,8 +232,8 @@ def test_a_killed_command_leaves_no_worker_behind(home, whole, tmp_path):
     args = plan(home, tmp_path / "s", workers=2)
     env = os.environ | {"HF_DATASETS_CACHE": str(home / "hf")}
     slow = "import sys, time; from dsv3_ref.cli import main as cli; "
-    slow += "from dsv3_ref.data import prepare; real = prepare.Shard.add; "
-    slow += "prepare.Shard.add = lambda *a: (time.sleep(0.01), real(*a)); "
+    slow += "from dsv3_ref.data.shard_writer import Shard; real = Shard.add; "
+    slow += "Shard.add = lambda *a: (time.sleep(0.01), real(*a)); "
     slow += "__name__ == '__main__' and cli.main(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", slow, *command(args)], env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
@@ -260,7 +269,7 @@ def test_a_dead_worker_is_a_sentence(whole):
             yield ["two"]
 
     coder = tokenize_workers.TokenizeWorker(Shards(whole).tokenizer, np.dtype("<u2"), False)
-    with pytest.raises(UserError, match="a worker was killed.*goes on where it stood"):
+    with pytest.raises(UserError, match="a worker was killed.*rerun the same command to resume"):
         list(tokenize_workers.imap_ordered(chunks(), coder, 2))
 
 
@@ -304,7 +313,7 @@ def test_another_tokenizer_or_other_files_are_refused(home, whole, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"dedup": 1.5}, "--dedup is a share"),
+        ({"dedup": 1.5}, "--dedup is a fraction"),
         ({"workers": 0}, "--workers must be at least 1"),
         ({"shard_tokens": 0}, "--shard-tokens must be"),
         ({"vocab_size": 9}, "vocab_size 9 is too small"),
@@ -332,7 +341,9 @@ def test_folders_that_are_no_place_for_shards(home, whole, tmp_path):
 
 def test_the_commands_are_listed_and_errors_are_exit_code_2(home, copy, capsys):
     assert main.main(["data", "--help"]) == 0
-    assert "{prepare,check,bench}" in capsys.readouterr().out
+    overview = capsys.readouterr().out
+    assert all(f"data {name} " in overview for name in ("prepare", "check", "bench"))
+    assert "train" not in overview.split("Data")[0]
     assert main.main(["data", "prepare", "--help"]) == 0
     assert "--dedup FLOAT" in capsys.readouterr().out
     twice = ["--data", specs(home)[0], "--data", *specs(home)[1:]]
@@ -434,9 +445,7 @@ def test_without_the_library_a_sentence_says_what_to_install(home, tmp_path, mon
 
 def rows(names, seed=3, fim_rate=0.3) -> PackedDataLoader:
     sources = open_sources(names, seed, False)
-    t = loader.stored_tokenizer(sources) or loader.load_or_train_tokenizer(
-        sources, 400, lambda _: None
-    )
+    t = stored_tokenizer(sources) or loader.load_or_train_tokenizer(sources, 400, lambda _: None)
     return PackedDataLoader(sources, t, 33, seed, fim_rate)
 
 
@@ -491,11 +500,11 @@ def test_weights_of_a_folder_among_others(home, whole):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 257, 1000])
 def test_too_many_documents_for_a_permutation_are_permuted_all_the_same(n, monkeypatch):
-    monkeypatch.setattr(loader, "MAX_PERMUTATION", 0)
-    a, b = (list(loader.permuted_indices(n, [0, epoch], 0)) for epoch in (0, 1))
+    monkeypatch.setattr(permutation, "MAX_PERMUTATION", 0)
+    a, b = (list(permutation.permuted_indices(n, [0, epoch], 0)) for epoch in (0, 1))
     assert sorted(a) == sorted(b) == list(range(n))
     assert n < 5 or a != b and a != sorted(a)
-    assert list(loader.permuted_indices(n, [0, 0], n // 2)) == a[n // 2 :]
+    assert list(permutation.permuted_indices(n, [0, 0], n // 2)) == a[n // 2 :]
     assert n < 1000 or abs(np.corrcoef(a, range(n))[0, 1]) < 0.15
 
 
@@ -601,7 +610,7 @@ def flipped(path: Path) -> None:
         ("shard-00001.npy", shorter, "it has .* bytes, not "),
         ("shard-00003.bin", Path.unlink, "it is missing"),
         ("shard-00003.npy", Path.unlink, "it is missing"),
-        ("tokenizer.json", flipped, "its checksum is another"),
+        ("tokenizer.json", flipped, "its checksum differs"),
         ("tokenizer.json", Path.unlink, "it is missing"),
         ("index.json", shorter, "is damaged: "),
     ],
@@ -620,7 +629,7 @@ def test_checksums_find_a_flipped_bit(name, copy, capsys):
     flipped(copy / name)
     assert Shards(copy)
     assert main.main(["data", "check", str(copy)]) == 2
-    assert f"{copy}/{name} is damaged (its checksum is another)" in capsys.readouterr().err
+    assert f"{copy}/{name} is damaged (its checksum differs)" in capsys.readouterr().err
 
 
 def test_a_token_that_does_not_exist_is_named_when_it_is_read(copy):
@@ -631,7 +640,7 @@ def test_a_token_that_does_not_exist_is_named_when_it_is_read(copy):
 
 
 def test_no_folder_of_shards(tmp_path):
-    with pytest.raises(UserError, match="holds no index.json: it is no folder of shards"):
+    with pytest.raises(UserError, match="holds no index.json: it is not a folder of shards"):
         prepare.check_shards(prepare.CheckConfig(tmp_path))
     (tmp_path / "index.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="is of format 9, not 1"):
@@ -640,7 +649,7 @@ def test_no_folder_of_shards(tmp_path):
 
 def test_a_bench_is_measured(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loader, "SHUFFLE_ROWS", 8)
-    monkeypatch.setattr("dsv3_ref.studies.data_bench.ROWS", 8)
+    monkeypatch.setattr("dsv3_ref.studies.data_bench.N_SEQUENCES", 8)
     out = tmp_path / "b.json"
     argv = ["data", "bench", "--megabytes", "0.1", "--rounds", "1", "--workers", "1"]
     assert main.main([*argv, "--data", str(home / "text"), "--out", str(out)]) == 0

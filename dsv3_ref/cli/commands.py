@@ -1,0 +1,116 @@
+"""The table of `dsv3` commands: what each is for, and where its options and its code are."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `dsv3`; the names in modules are imported only when it runs."""
+
+    summary: str  # one sentence for `dsv3 --help`
+    options: str  # the dataclass of its options
+    function: str = ""  # called with the options
+    trainer: str = ""  # or: what a training run does on this process or on all ranks
+    records_command_line: bool = False  # the function stores the command line with its results
+
+
+COMMANDS: dict[str, dict[str, Command]] = {
+    "Data": {
+        "data prepare": Command(
+            "Tokenize text once, into shards that `dsv3 train --data` reads.",
+            "dsv3_ref.data.prepare.PrepareConfig",
+            "dsv3_ref.data.prepare.prepare_shards",
+            records_command_line=True,
+        ),
+        "data check": Command(
+            "Verify the length and the checksum of every shard.",
+            "dsv3_ref.data.prepare.CheckConfig",
+            "dsv3_ref.data.prepare.check_shards",
+        ),
+        "data bench": Command(
+            "Measure how fast text becomes shards and shards become batches.",
+            "dsv3_ref.studies.data_bench.DataBenchConfig",
+            "dsv3_ref.studies.data_bench.run_data_bench",
+        ),
+    },
+    "Training": {
+        "train": Command(
+            "Pre-train a model on text, with checkpoints and a report.",
+            "dsv3_ref.training.settings.TrainConfig",
+            trainer="dsv3_ref.training.loop.Trainer",
+        ),
+        "extend": Command(
+            "Extend the context length of a model with YaRN.",
+            "dsv3_ref.training.extend.ExtendConfig",
+            trainer="dsv3_ref.training.extend.ExtendTrainer",
+        ),
+        "sft": Command(
+            "Fine-tune a model on conversations.",
+            "dsv3_ref.posttraining.sft.SFTConfig",
+            trainer="dsv3_ref.posttraining.sft.SftTrainer",
+        ),
+        "reward": Command(
+            "Train a reward model on pairs of answers.",
+            "dsv3_ref.posttraining.reward.RewardConfig",
+            trainer="dsv3_ref.posttraining.reward.RewardTrainer",
+        ),
+        "rl": Command(
+            "Train a model with GRPO on problems with verifiable or modeled rewards.",
+            "dsv3_ref.posttraining.grpo.GRPOConfig",
+            trainer="dsv3_ref.posttraining.grpo.RlTrainer",
+        ),
+        "align": Command(
+            "Run supervised fine-tuning, a reward model and GRPO one after another.",
+            "dsv3_ref.studies.align.AlignConfig",
+            "dsv3_ref.studies.align.align",
+        ),
+    },
+    "Inference": {
+        "generate": Command(
+            "Continue a text.",
+            "dsv3_ref.serving.generate.GenerateConfig",
+            "dsv3_ref.serving.generate.run_generate",
+        ),
+        "chat": Command(
+            "Chat with a model in the terminal or in a browser.",
+            "dsv3_ref.serving.generate.ChatConfig",
+            "dsv3_ref.serving.generate.run_chat",
+        ),
+        "serve": Command(
+            "Serve a model behind an OpenAI-compatible API.",
+            "dsv3_ref.serving.api_server.ServeConfig",
+            "dsv3_ref.serving.api_server.run_server",
+        ),
+        "eval": Command(
+            "Evaluate a model on lm-eval tasks.",
+            "dsv3_ref.evaluation.evaluate.EvalConfig",
+            "dsv3_ref.evaluation.evaluate.evaluate",
+        ),
+    },
+    "Cluster": {
+        "plan": Command(
+            "Compute the memory, traffic and cost of training on a cluster.",
+            "dsv3_ref.cluster.plan.Plan",
+            "dsv3_ref.cluster.plan.plan",
+        ),
+        "preflight": Command(
+            "Check the nodes of a job and exclude unhealthy ones.",
+            "dsv3_ref.cluster.preflight.Preflight",
+            "dsv3_ref.cluster.preflight.preflight",
+        ),
+    },
+    "Measurements": {
+        "bench": Command(
+            "Measure speed and memory beside transformers.",
+            "dsv3_ref.studies.bench.BenchConfig",
+            "dsv3_ref.studies.bench.run_bench",
+        ),
+        "ablate": Command(
+            "Train variants of one part of the model on equal data and compare them.",
+            "dsv3_ref.studies.ablate.AblateConfig",
+            "dsv3_ref.studies.ablate.run_ablation",
+            records_command_line=True,
+        ),
+    },
+}
+BY_NAME = {name: command for group in COMMANDS.values() for name, command in group.items()}

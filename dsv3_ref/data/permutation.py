@@ -1,0 +1,35 @@
+"""Random orders of documents that can be resumed anywhere, with or without an array in memory."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+MAX_PERMUTATION = 1 << 24  # documents whose permutation is held in memory
+
+
+def permuted_indices(n: int, seed: list[int], start: int) -> Iterator[int]:
+    """Yield a permutation of 0 … n − 1 that `seed` determines, from its `start`-th element."""
+    rng = np.random.default_rng(seed)
+    if n <= MAX_PERMUTATION:
+        yield from map(int, rng.permutation(n)[start:])
+        return
+    keys = rng.integers(1 << 63, size=4).tolist()
+    yield from (feistel_permute(i, n, keys) for i in range(start, n))
+
+
+def feistel_permute(i: int, n: int, keys: list[int]) -> int:
+    """Return where i goes among n: (l, r) → (r, l ⊕ f(r)) per key, repeated until it is below n.
+
+    A Feistel network permutes the numbers of 2b bits whatever f is; it needs no memory.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for key in keys:
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 % (1 << 64)
+            mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 % (1 << 64)
+            left, right = right, left ^ mixed >> 32 & mask
+        i = left << half | right
+        if i < n:
+            return i

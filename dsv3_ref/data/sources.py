@@ -1,0 +1,180 @@
+"""Sources of documents: shuffled by epoch, resumable, with a part held out for validation."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dsv3_ref.config import UserError
+from dsv3_ref.data import shards
+from dsv3_ref.data.files import data_errors, open_source, parse_source_spec
+from dsv3_ref.data.permutation import permuted_indices
+
+VAL_EVERY, VAL_MAX = 20, 1000  # one document in 20 is held out, at most 1000 …
+VAL_STREAM = 64  # … or the first 64 of a stream
+READ_DOCUMENTS = 256  # read at a time where the order is that of the files
+
+Document = str | np.ndarray  # text, or its tokens
+
+
+class Source(ABC):
+    """A stream of documents without end; epoch, index and tokens_drawn are its position.
+
+    `train_data` and `val_data` are sequences of documents, or streams, which have no length.
+    """
+
+    def __init__(self, name: str, weight: float, seed: int):
+        self.name, self.weight, self.seed = name, weight, seed
+        self.epoch = 0
+        self.index = 0  # documents taken in this epoch
+        self.tokens_drawn = 0  # in all epochs
+        self.is_stream = False
+        self.train_data: Any = None
+        self.val_data: Any = None
+
+    @abstractmethod
+    def read(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """Yield the documents of rows of `train_data` or `val_data`."""
+
+    @abstractmethod
+    def to_text(self, document: Any) -> str:
+        """Return the text of a document."""
+
+    def documents(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[Any]:
+        """Yield the training documents of one epoch from the `start`-th, shuffled unless a stream."""
+        if self.is_stream:
+            yield from self.read(self.train_data.skip(start))
+            return
+        order = permuted_indices(len(self.train_data), [seed, epoch], start)
+        yield from self.read(self.train_data[i] for i in order)
+
+    def train_documents(self) -> Iterator[Any]:
+        """Yield training documents without end; `index` counts those of this epoch."""
+        while True:
+            start, is_empty = self.index, True
+            for document in self.documents(self.seed, self.epoch, start):
+                self.index += 1
+                if not is_blank(document):
+                    is_empty = False
+                    yield document
+            if start == 0 and is_empty:
+                raise self.no_text_error("train")
+            self.epoch += 1
+            self.index = 0
+
+    @cached_property
+    def val_texts(self) -> list[str]:
+        """The held-out documents, which are never trained on."""
+        texts = [self.to_text(d) for d in self.read(self.val_data) if not is_blank(d)]
+        if not texts:
+            raise self.no_text_error("val")
+        return texts
+
+    def no_text_error(self, split: str) -> UserError:
+        """Return the error for a split ("train" or "val") without text."""
+        if split == "val":
+            return UserError(f"the held-out documents of {self.name} are empty")
+        part = f"the first {VAL_STREAM} documents are" if self.is_stream else "a part is"
+        return UserError(f"{self.name} has no text to train on ({part} held out for validation)")
+
+
+class TextSource(Source):
+    """A source of texts: a `datasets.Dataset`, or an `IterableDataset`, which is a stream."""
+
+    def __init__(self, name: str, weight: float, data: Any, seed: int):
+        super().__init__(name, weight, seed)
+        self.data = data
+        self.is_stream = not hasattr(data, "__len__")
+        if self.is_stream:
+            self.val_data, self.train_data = data.take(VAL_STREAM), data.skip(VAL_STREAM)
+        else:
+            self.val_data, self.train_data = train_val_split(name, data)
+
+    def read(self, rows: Iterable[Any]) -> Iterator[str]:
+        """Yield the texts of rows; null is an empty text."""
+        with data_errors(self.name):
+            for row in rows:
+                text = row["text"]
+                if not isinstance(text, str | None):
+                    kind = type(text).__name__
+                    raise UserError(f"the column 'text' of {self.name} holds {kind}, not text")
+                yield text or ""
+
+    def iter_split(self, split: str, start: int) -> Iterator[str]:
+        """Yield the documents of a split ("train" or "val") from the `start`-th, unshuffled."""
+        rows = (self.train_data if split == "train" else self.val_data).skip(start)
+        for batch in rows.iter(READ_DOCUMENTS):  # ten times as fast as row by row
+            yield from self.read({"text": text} for text in batch["text"])
+
+    def to_text(self, document: str) -> str:
+        """Return the document, which is its own text."""
+        return document
+
+
+class TokenizedSource(Source):
+    """A source of tokenized documents: the `part`-th of a folder of shards."""
+
+    def __init__(self, data: shards.Shards, part: int, share: float, seed: int):
+        about = data.sources[part]
+        super().__init__(about["name"], about["weight"] * share, seed)
+        self.data, self.part = data, part
+        self.val_data, self.train_data = data.documents(part, "val"), data.documents(part, "train")
+
+    def read(self, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the rows, which are documents."""
+        yield from rows
+
+    def to_text(self, document: np.ndarray) -> str:
+        """Return the text of token ids."""
+        return self.data.tokenizer.decode(document.tolist())
+
+
+def train_val_split(name: str, data: Any) -> tuple[Any, Any]:
+    """Hold out a random twentieth of a dataset, the same for every seed: (validation, training)."""
+    if len(data) < 2:
+        raise UserError(
+            f"{name} is one document, and one must be held out for validation: "
+            "give a folder of files, or a file with blank lines between documents"
+        )
+    order = list(range(len(data)))
+    random.Random(0).shuffle(order)
+    n = min(VAL_MAX, max(1, len(order) // VAL_EVERY))
+    return data.select(order[:n]), data.select(sorted(order[n:]))
+
+
+def is_blank(document: Document) -> bool:
+    """Return whether a document holds nothing to learn from."""
+    return not (document.strip() if isinstance(document, str) else len(document))
+
+
+# ── Opening ──
+
+
+def open_sources(specs: Sequence[str], seed: int, streaming: bool) -> list[Source]:
+    """Return a `Source` for each `name` or `name=weight`; a folder of shards has several."""
+    sources: list[Source] = []
+    for name, weight in map(parse_source_spec, specs):
+        if not shards.is_shards(name):
+            data = open_source(name, streaming)
+            sources.append(TextSource(name, weight, data, seed + 1000 * len(sources)))
+            continue
+        folder = shards.Shards(Path(name))
+        share = weight / sum(s["weight"] for s in folder.sources)
+        for part in range(len(folder.sources)):
+            sources.append(TokenizedSource(folder, part, share, seed + 1000 * len(sources)))
+    return sources
+
+
+def stored_tokenizer(sources: Sequence[Source]) -> Tokenizer | None:
+    """Return the tokenizer of those sources that are tokenized; None if none is."""
+    tokenizers = {
+        s.data.folder: s.data.tokenizer for s in sources if isinstance(s, TokenizedSource)
+    }
+    if len({tokenizer.to_str() for tokenizer in tokenizers.values()}) > 1:
+        raise UserError(f"{' and '.join(map(str, tokenizers))} have different tokenizers")
+    return next(iter(tokenizers.values()), None)
