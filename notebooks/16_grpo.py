@@ -16,8 +16,8 @@
 
 # %% [markdown]
 # ## Why
-# A pre-trained model has seen answers; nobody has told it which of *its own* answers are right. Reinforcement learning
-# does: sample, score, make the better ones likelier. "Better than what?" is the whole difficulty. PPO trains a second
+# A pre-trained model has seen answers, but it has never learned which of *its own* answers are right. Reinforcement
+# learning supplies that: sample, score, make the better ones likelier. "Better than what?" is the whole difficulty. PPO trains a second
 # network, as large as the policy, that predicts the score: for V3 another **671 billion** parameters. GRPO asks the
 # same question $G$ times and takes the mean score of the group. The critic is gone, and half of the memory with it.
 #
@@ -67,17 +67,18 @@ show(fig)
 
 # %%
 #| export
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import Decoder, multinomial_sample
 from dsv3_ref.model import Transformer
-from dsv3_ref.ops import CE_CHUNK_TOKENS, upcast
+from dsv3_ref.ops import upcast
 from dsv3_ref.optim import TrainingRecipe
 
 # %% [markdown]
@@ -91,19 +92,28 @@ from dsv3_ref.optim import TrainingRecipe
 
 # %%
 #| export
-def advantages(reward_b, num_generations: int, scale_rewards: str = "group", std_eps: float = 1e-4):
-    """eq. 28: how much better each answer is than its group of `group` answers in succession, (b,).
+def advantages(
+    reward_b: Tensor, num_generations: int, scale_rewards: str = "group", std_eps: float = 1e-4
+) -> Tensor:
+    """Compute how much better each completion is than the mean of its group (eq. 28), (b,).
 
-    scale: divide by the std of the "group" or of the "batch", or by "none".
+    A group is `num_generations` consecutive rewards. scale_rewards: divide by the standard
+    deviation of the "group" or of the "batch", or "none".
     """
     if num_generations < 2 or len(reward_b) % num_generations:
-        raise UserError(f"{len(reward_b)} rewards are no groups of {num_generations} (at least 2)")
+        raise UserError(
+            f"{len(reward_b)} rewards cannot be cut into groups of {num_generations}: "
+            "num_generations must be at least 2 and divide the number of rewards"
+        )
     reward_xg = reward_b.view(-1, num_generations)
-    better_xg = reward_xg - reward_xg.mean(1, keepdim=True)
-    stds = {"group": lambda: reward_xg.std(1, keepdim=True), "batch": reward_b.std}
-    if scale_rewards != "none":
-        better_xg = better_xg / (stds[scale_rewards]() + std_eps)
-    return better_xg.flatten()
+    advantage_xg = reward_xg - reward_xg.mean(1, keepdim=True)
+    if scale_rewards == "group":
+        advantage_xg = advantage_xg / (reward_xg.std(1, keepdim=True) + std_eps)
+    elif scale_rewards == "batch":
+        advantage_xg = advantage_xg / (reward_b.std() + std_eps)
+    elif scale_rewards != "none":
+        raise UserError(f"scale_rewards is {scale_rewards!r}: use group, batch or none")
+    return advantage_xg.flatten()
 
 
 # %%
@@ -123,30 +133,28 @@ assert (a[4:] == 0).all()  # a group that agrees teaches nothing
 #
 # ## Log-probabilities
 # Everything below needs $\log \pi(o_t)$ of the tokens of an answer, under three models. Logits of V3 for
-# 16 answers of 4,096 tokens would be 34 GB; as in [chapter 01](01_ops.ipynb) only a few hundred rows exist at a
-# time, and the backward pass makes them again. The entropy $-\sum_w p_w \log p_w$ falls out on the way: it tells
-# whether the policy still explores.
+# 16 answers of 4,096 tokens would be 34 GB, so training calls this function on a few hundred tokens at a time and
+# recomputes their logits in the backward pass (`dsv3_ref.posttraining.logprobs`). The entropy
+# $-\sum_w p_w \log p_w$ comes from the same logits: it tells whether the policy still explores.
 #
 # $$\ell_n = z_{n,y_n} - \log\sum_w e^{z_{nw}},\qquad z = h W^\top / \tau \qquad (n,d)\times(w,d) \to (n,w) \to (n)$$
 
 
 # %%
 #| export
-def token_logprobs(h_nd, head_wd, y_n, temperature: float = 1.0):
-    """log p of given tokens, and each place's entropy: both (n,), in nats; in chunks."""
-
-    def some(h_nd, y_n):
-        logp_nw = upcast(F.linear(h_nd, head_wd) / temperature).log_softmax(-1)
-        return logp_nw.gather(1, y_n[:, None])[:, 0], -(logp_nw.exp() * logp_nw).sum(-1)
-
-    parts = zip(h_nd.split(CE_CHUNK_TOKENS), y_n.split(CE_CHUNK_TOKENS))
-    return tuple(map(torch.cat, zip(*(checkpoint(some, *p, use_reentrant=False) for p in parts))))
+def token_logprobs(
+    h_nd: Tensor, head_wd: Tensor, y_n: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Compute log p of the given tokens and the entropy at each position, both (n,), in nats."""
+    logp_nw = upcast(F.linear(h_nd, head_wd) / temperature).log_softmax(-1)
+    entropy_n = -(logp_nw.exp() * logp_nw).sum(-1)
+    return logp_nw.gather(1, y_n[:, None])[:, 0], entropy_n
 
 
-def completion_mask(tokens_bs, eos_id: int):
-    """True up to and including each answer's first `end` token; what follows is padding."""
-    ended_bs = (tokens_bs == eos_id).long().cumsum(1) - (tokens_bs == eos_id).long()
-    return ended_bs == 0
+def completion_mask(tokens_bs: Tensor, eos_id: int) -> Tensor:
+    """Mark each completion up to and including its first `eos_id`; the rest is padding, (b, s)."""
+    is_eos_bs = (tokens_bs == eos_id).long()
+    return is_eos_bs.cumsum(1) - is_eos_bs == 0
 
 
 # %%
@@ -166,79 +174,81 @@ print(completion_mask(torch.tensor([[5, 6, 1, 9], [1, 1, 7, 7], [4, 4, 4, 4]]), 
 # ## Rollouts
 # Sampling is most of the cost, so it deserves its own loop. The prompt is read **once** and its cache (the latents of
 # [chapter 03](03_mla.ipynb), not keys and values) is then repeated for the $G$ answers; a row that has ended leaves the batch, so that
-# late steps are cheap. The $\log \pi$ of each token drawn is noted on the way: the trainer will compute it again, and the two must agree.
+# late steps are cheap. The $\log \pi$ of each sampled token is stored: the trainer computes it again, and the two must agree.
 
 
 # %%
 #| export
-@torch.inference_mode()
-def generate_rollouts(
-    model: Transformer, prompts: list[list[int]], num_generations: int, max_new_tokens: int, eos_id: int,
-    temperature: float = 1.0, generator: torch.Generator | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
-    """`group` answers to each prompt in succession, up to and with `end`, and log π of each token.
-
-    At temperature 0 the likeliest tokens, whose log π is that of temperature 1.
-    """
+def prefill_prompts(
+    model: Transformer, prompts: Sequence[list[int]], num_generations: int, max_new_tokens: int
+) -> tuple[Decoder, Tensor]:
+    """Read each prompt once; return a decoder with `num_generations` rows of each, and logits."""
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     for row_t, prompt in zip(decoder.token_bt, prompts):
         row_t[: len(prompt)] = torch.tensor(prompt)
-    lengths = [len(p) for p in prompts]
-    h_bsd = decoder.hidden_states([0] * len(lengths), max(lengths))
-    logit_bw = decoder.logits(
-        h_bsd[range(len(lengths)), [x - 1 for x in lengths]]
-    ).repeat_interleave(num_generations, 0)
-    lengths, active = (
-        [x for x in lengths for _ in range(num_generations)],
-        list(range(num_generations * len(lengths))),
-    )
-    reorder_cache(
-        decoder,
-        torch.arange(len(prompts), device=decoder.token_bt.device).repeat_interleave(
-            num_generations
-        ),
-    )
-    completions, logprobs = [[] for _ in lengths], [[] for _ in lengths]
-    for left in reversed(range(max_new_tokens)):
+    last = [len(prompt) - 1 for prompt in prompts]
+    h_bsd = decoder.hidden_states([0] * len(prompts), max(last) + 1)
+    logit_bw = decoder.logits(h_bsd[range(len(prompts)), last])
+    row_b = torch.arange(len(prompts), device=decoder.token_bt.device)
+    reorder_cache(decoder, row_b.repeat_interleave(num_generations))
+    return decoder, logit_bw.repeat_interleave(num_generations, 0)
+
+
+@torch.inference_mode()
+def generate_rollouts(
+    model: Transformer, prompts: Sequence[list[int]], num_generations: int, max_new_tokens: int,
+    eos_id: int, temperature: float = 1.0, generator: torch.Generator | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
+    """Sample `num_generations` consecutive completions of each prompt, and log π of each token.
+
+    A completion ends with its first `eos_id` or after `max_new_tokens`. At temperature 0 tokens are
+    the likeliest ones, and their log π is that of temperature 1.
+    """
+    decoder, logit_bw = prefill_prompts(model, prompts, num_generations, max_new_tokens)
+    lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(num_generations).tolist()
+    active = list(range(len(lengths)))  # which completion each row of the decoder writes
+    completions: list[list[int]] = [[] for _ in active]
+    logprobs: list[list[float]] = [[] for _ in active]
+    for tokens_left in reversed(range(max_new_tokens)):
         logp_bw = (logit_bw / (temperature or 1.0)).log_softmax(-1)
         y_b = multinomial_sample(logp_bw.exp(), generator) if temperature else logp_bw.argmax(-1)
-        next_tokens = y_b.tolist()
-        for row, token, p in zip(
-            active, next_tokens, logp_bw.gather(1, y_b[:, None])[:, 0].tolist()
-        ):
-            completions[row].append(token)
-            logprobs[row].append(p)
-        unfinished = [i for i, token in enumerate(next_tokens) if token != eos_id]
-        if not (unfinished and left):
+        logp_b = logp_bw.gather(1, y_b[:, None])[:, 0]
+        for i, token, logp in zip(active, y_b.tolist(), logp_b.tolist()):
+            completions[i].append(token)
+            logprobs[i].append(logp)
+        row_b = (y_b != eos_id).nonzero()[:, 0]  # the others have ended
+        if not (len(row_b) and tokens_left):
             break
         decoder.token_bt[range(len(lengths)), lengths] = y_b
-        active, lengths = [active[i] for i in unfinished], [lengths[i] for i in unfinished]
-        reorder_cache(decoder, torch.tensor(unfinished, device=y_b.device))
+        reorder_cache(decoder, row_b)
+        active = [active[row] for row in row_b.tolist()]
+        lengths = [lengths[row] for row in row_b.tolist()]
         logit_bw = decoder.logits(decoder.hidden_states(lengths, 1))[:, 0]
-        lengths = [x + 1 for x in lengths]
+        lengths = [length + 1 for length in lengths]
     return completions, logprobs
 
 
-def reorder_cache(decoder: Decoder, row_b) -> None:
-    """Keep these rows of a decoder's caches, some perhaps several times."""
+def reorder_cache(decoder: Decoder, row_b: Tensor) -> None:
+    """Replace the rows of a decoder's caches by these, which may repeat or leave out some."""
     for layer in decoder.layers[: decoder.n_main]:
         layer.kv_btx = layer.kv_btx[row_b]
-    decoder.token_bt, decoder.h_btd = decoder.token_bt[row_b], decoder.h_btd[row_b]
+    decoder.token_bt = decoder.token_bt[row_b]
+    decoder.h_btd = decoder.h_btd[row_b]
 
 
 # %%
 model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
 prompts, END = [[1, 2, 3], [4, 5, 6, 7, 8], [9]], 63
-said, logp = generate_rollouts(
+answers, logprobs = generate_rollouts(
     model, prompts, 8, 30, END, generator=torch.Generator().manual_seed(0)
 )
-for i, (answer, logp_s) in enumerate(zip(said, logp)):
+for i, (answer, logp_s) in enumerate(zip(answers, logprobs)):
     prompt = prompts[i // 8]
     h_sd = model.hidden_states(torch.tensor([prompt + answer[:-1]]))[0][0, len(prompt) - 1 :]
     again_s, _ = token_logprobs(h_sd, model.head.weight, torch.tensor(answer))
     torch.testing.assert_close(again_s, torch.tensor(logp_s), atol=1e-4, rtol=0)
     assert END not in answer[:-1] and (answer[-1] == END or len(answer) == 30)
-print("lengths of 24 answers:", [len(answer) for answer in said])
+print("lengths of 24 answers:", [len(answer) for answer in answers])
 greedy = generate_rollouts(model, prompts, 1, 10, END, temperature=0)[0]
 assert greedy[1] == generate(model, torch.tensor([prompts[1]]), 10)[0, 5:].tolist()
 
@@ -255,8 +265,11 @@ assert greedy[1] == generate(model, torch.tensor([prompts[1]]), 10)[0, 5:].tolis
 
 # %%
 #| export
-def kl_k3(logp, ref_logp):
-    """eq. 27: KL(π ‖ π_ref) from samples of π: e^Δ − Δ − 1, Δ = log π_ref − log π, elementwise."""
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Estimate KL(π ‖ π_ref) elementwise (eq. 27): e^Δ − Δ − 1, Δ = log π_ref − log π, in nats.
+
+    The tokens must be samples of π.
+    """
     delta = ref_logp - logp
     return delta.exp() - delta - 1
 
@@ -291,7 +304,7 @@ show(fig)
 # In the other direction the clip does nothing: a mistake may always be undone. The loss averages $\beta\,k_3 - g$, and here
 # the variants differ (lengths $|o_i|$; names as in TRL, after the papers DAPO and Dr. GRPO, both 2025):
 #
-# | kind | average | why |
+# | `loss_type` | average | why |
 # |---|---|---|
 # | `sequence` | $\frac1b\sum_i$, one ratio an answer | the report's eq. 26 |
 # | `grpo` | $\frac1b\sum_i\frac1{\lvert o_i\rvert}\sum_t$ | DeepSeekMath's eq. 3 |
@@ -303,64 +316,67 @@ show(fig)
 # %%
 #| export
 class GRPOOutput(NamedTuple):
-    """The loss, and what its curves need: means over tokens (or answers), without gradient."""
+    """A loss and, without gradient, means over tokens (or completions) to watch it by."""
 
-    loss: torch.Tensor
-    kl: torch.Tensor  # nats
-    clip_ratio: torch.Tensor  # share that the clip silenced
-    importance_ratio: torch.Tensor
-
-
-def sequence_logprob(logp_bs, mask_bs):
-    """log p of whole answers, (b, 1)."""
-    return (logp_bs * mask_bs).sum(1, keepdim=True)
+    loss: Tensor
+    kl: Tensor  # estimated by k₃, in nats
+    clip_ratio: Tensor  # share whose gradient the clip removes
+    importance_ratio: Tensor  # π / π_old
 
 
-def aggregate_loss(x_bs, mask_bs, loss_type: str, normalizer: float | None):
-    """One number from the masked x of all tokens; `size` as in `grpo_loss`."""
+def sequence_logprob(logp_bs: Tensor) -> Tensor:
+    """Sum log p over the tokens of each completion, (b, 1); padding must be 0."""
+    return logp_bs.sum(1, keepdim=True)
+
+
+def aggregate_loss(
+    x_bs: Tensor, mask_bs: Tensor, loss_type: str, normalizer: float | None
+) -> Tensor:
+    """Average masked losses of tokens to one number; `normalizer` as in `grpo_loss`."""
     if loss_type in ("grpo", "sequence"):
         return (x_bs.sum(1) / mask_bs.sum(1).clamp(min=1)).mean()
-    total = {
-        "bnpo": None,
-        "dapo": normalizer,
-        "dr_grpo": len(x_bs) * (normalizer or x_bs.shape[1]),
-    }[loss_type]
-    return x_bs.sum() / (total or mask_bs.sum().clamp(min=1))
+    if loss_type == "dr_grpo":
+        return x_bs.sum() / (len(x_bs) * (normalizer or x_bs.shape[1]))
+    if loss_type not in ("bnpo", "dapo"):
+        raise UserError(f"there is no loss_type {loss_type!r}: use grpo, bnpo, dapo or dr_grpo")
+    is_global = loss_type == "dapo" and normalizer
+    return x_bs.sum() / (normalizer if is_global else mask_bs.sum().clamp(min=1))
 
 
 def grpo_loss(
-    logp_bs, old_logp_bs, ref_logp_bs, advantage_b, mask_bs, epsilon=0.2, beta: float = 0.0,
+    logp_bs: Tensor, old_logp_bs: Tensor, ref_logp_bs: Tensor | None, advantage_b: Tensor,
+    mask_bs: Tensor, epsilon: float | tuple[float, float] = 0.2, beta: float = 0.0,
     loss_type: str = "grpo", normalizer: float | None = None,
 ) -> GRPOOutput:  # fmt: skip
-    """eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged by `kind`: see the table of chapter 16.
+    """Compute eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged as `loss_type` says (chapter 16).
 
-    eps: one number, or (below, above). size: dapo's tokens in the global batch, dr_grpo's longest
-    answer; by default those of this one. Without beta, ref_logp_bs may be None.
+    epsilon: one number, or (below, above). normalizer: for dapo the tokens of the global batch, for
+    dr_grpo the longest completion allowed; by default those of this batch. ref_logp_bs may be None
+    if beta is 0. Values at masked positions are ignored.
     """
-    low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-    masked = lambda x_bs: torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold anything
-    logp_bs, old_logp_bs, ref_logp_bs = (
-        masked(x_bs) if x_bs is not None else None for x_bs in (logp_bs, old_logp_bs, ref_logp_bs)
-    )
-    mask_bs = mask_bs.to(logp_bs.dtype)
-    if loss_type == "sequence":
-        logp_bs, old_logp_bs = (
-            sequence_logprob(logp_bs, mask_bs),
-            sequence_logprob(old_logp_bs, mask_bs),
-        )
-        ref_logp_bs = None if ref_logp_bs is None else sequence_logprob(ref_logp_bs, mask_bs)
-        mask_bs = torch.ones_like(logp_bs)
-    ratio_bs, a_b1 = (logp_bs - old_logp_bs).exp(), advantage_b[:, None]
-    gain_bs, clipped_bs = ratio_bs * a_b1, ratio_bs.clamp(1 - low, 1 + high) * a_b1
-    kl_bs = kl_k3(logp_bs, ref_logp_bs) if beta else torch.zeros_like(logp_bs)
-    loss = aggregate_loss(
-        (beta * kl_bs - torch.minimum(gain_bs, clipped_bs)) * mask_bs,
-        mask_bs,
-        loss_type,
-        normalizer,
-    )
-    mean = lambda x_bs: ((x_bs * mask_bs).sum() / mask_bs.sum().clamp(min=1)).detach()
-    return GRPOOutput(loss, mean(kl_bs), mean((clipped_bs < gain_bs).float()), mean(ratio_bs))
+
+    def unpadded(x_bs: Tensor) -> Tensor:
+        x_bs = torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold anything
+        return sequence_logprob(x_bs) if loss_type == "sequence" else x_bs
+
+    below, above = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
+    ratio_bs = (unpadded(logp_bs) - unpadded(old_logp_bs)).exp()
+    gain_bs = ratio_bs * advantage_b[:, None]
+    clipped_bs = ratio_bs.clamp(1 - below, 1 + above) * advantage_b[:, None]
+    kl_bs = torch.zeros_like(ratio_bs)
+    if beta:
+        kl_bs = kl_k3(unpadded(logp_bs), unpadded(ref_logp_bs))
+    weight_bs = torch.ones_like(ratio_bs)
+    if loss_type != "sequence":
+        weight_bs = mask_bs.to(ratio_bs.dtype)
+    loss_bs = (beta * kl_bs - torch.minimum(gain_bs, clipped_bs)) * weight_bs
+    loss = aggregate_loss(loss_bs, weight_bs, loss_type, normalizer)
+    n = weight_bs.sum().clamp(min=1)
+    means = [
+        ((x_bs * weight_bs).sum() / n).detach()
+        for x_bs in (kl_bs, (clipped_bs < gain_bs).float(), ratio_bs)
+    ]
+    return GRPOOutput(loss, *means)
 
 
 RECIPES = {
@@ -465,7 +481,8 @@ def train(
     g = torch.Generator().manual_seed(seed)
     word_qs = torch.randint(LETTERS, (QUESTIONS, PLACES), generator=g)
     table_qsw = torch.zeros(QUESTIONS, PLACES, LETTERS, requires_grad=True)
-    optimizer, right, far = torch.optim.Adam([table_qsw], lr), [], []
+    optimizer = torch.optim.Adam([table_qsw], lr)
+    right, far = [], []
     for _ in range(steps):
         q_b = torch.randint(QUESTIONS, (4,), generator=g).repeat_interleave(group)
         logp_bsw = table_qsw[q_b].log_softmax(-1)
@@ -516,7 +533,7 @@ assert end["GRPO, β = 0.3"].mean() < end["GRPO"].mean()
 
 # %% [markdown]
 # Five seeds a curve. The group learns fastest; without it all answers are pushed up, the right ones only harder; a
-# coin teaches nothing, yet walks nearly as far from the start: distance is no sign of learning. β holds the policy back, which is its purpose and its price.
+# coin teaches nothing, yet walks nearly as far from the start: distance does not indicate learning. β holds the policy back, which is its purpose and its price.
 #
 # ## Experiment: a model that learns to think
 # Now the real thing: `make align` on the 5M model of [chapter 07](07_pretrain.ipynb), fine-tuned as in [chapter 14](14_sft_distill.ipynb) so that it *can* work
@@ -532,12 +549,12 @@ KINDS = {"GRPO": GREEN, "no-baseline": GRAY, "random-reward": ORANGE}
 fig, axes = figure(1, 2, 9, 3)
 for name, run in runs.items():
     kind = name.partition(",")[0]
-    held = [(0, run["before"])] + [
+    evaluations = [(0, run["before"])] + [
         (c["step"], c["held_out"]) for c in run["curve"] if "held_out" in c
     ]
     first = name.endswith("seed 0")
-    at, right = zip(*((step, h["sums"]["greedy"]) for step, h in held))
-    axes[0].plot(at, right, "o-", color=KINDS[kind], ms=4, label=kind if first else None)
+    steps, right = zip(*((step, scores["sums"]["greedy"]) for step, scores in evaluations))
+    axes[0].plot(steps, right, "o-", color=KINDS[kind], ms=4, label=kind if first else None)
     print(f"{name:22} likeliest answer {right[0]:5.1%} → {right[-1]:5.1%}, drawn "
           f"{run['before']['sums']['sampled']:5.1%} → {run['after']['sums']['sampled']:5.1%}")  # fmt: skip
 domains = {}
@@ -545,9 +562,9 @@ for c in runs["GRPO, seed 0"]["curve"]:
     for name, reward in c["reward_by"].items():
         domains.setdefault(name, []).append((c["step"], reward))
 for (name, points), color in zip(sorted(domains.items()), COLORS):
-    at, reward = (torch.tensor(x, dtype=torch.double) for x in zip(*points))
-    kept = torch.stack([reward[max(0, i - 3) : i + 4].mean() for i in range(len(reward))])
-    axes[1].plot(at, kept, color=color, label=name)
+    steps, reward = (torch.tensor(x, dtype=torch.double) for x in zip(*points))
+    smoothed = torch.stack([reward[max(0, i - 3) : i + 4].mean() for i in range(len(reward))])
+    axes[1].plot(steps, smoothed, color=color, label=name)
 axes[0].set(xlabel="step", ylabel="right", ylim=(0, 1), title="200 held-out sums")
 axes[1].set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1), title="Reward by domain, seed 0")
 axes[0].legend(fontsize=7)
@@ -569,11 +586,11 @@ assert all(ends[n] < starts[n] + 0.1 for n in runs if n.startswith("random"))
 # %%
 fig, axes = figure(1, 4, 10, 2.3)
 for ax, (key, title) in zip(
-    axes, {"kl_k1": "KL, nats a token", "kl": "the same by k₃", "entropy": "entropy, nats", "length": "tokens an answer"}.items()
+    axes, {"kl_k1": "KL, nats per token", "kl": "the same by k₃", "entropy": "entropy, nats", "length": "tokens per answer"}.items()
 ):  # fmt: skip
     for name in of_grpo:
-        at, x = zip(*((c["step"], c[key]) for c in runs[name]["curve"] if key in c))
-        ax.plot(at, x, color=GREEN, lw=1, alpha=0.8)
+        steps, values = zip(*((c["step"], c[key]) for c in runs[name]["curve"] if key in c))
+        ax.plot(steps, values, color=GREEN, lw=1, alpha=0.8)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("step")
 show(fig)
@@ -584,7 +601,7 @@ for s in runs["GRPO, seed 0"]["samples"][:7] + runs["GRPO, seed 0"]["samples"][9
 # %% [markdown]
 # Two things to see. *$k_3$ has a heavy tail*: one token that has become a thousand times rarer, and is drawn all the same, counts a thousand. A run is therefore stopped by the plain
 # mean of $\log \pi/\pi_{ref}$ (`--max-kl`), not by $k_3$. And *not every reward teaches*: spelling is never right, so its groups are silent and it stays at 0. "Always 1" is right for 82 % of the counting questions, which the model
-# said before RL too; behind it the thought has come loose. The rewards of open answers hardly rise (0.057 → 0.066 if drawn), and the texts grow shorter, not better.
+# said before RL too; the thought that precedes it no longer leads to it. The rewards of open answers hardly rise (0.057 → 0.066 if drawn), and the texts grow shorter, not better.
 #
 # ## Play: groups, as they were answered
 # Eight answers of the fine-tuned model to one sum, drawn at temperature 1, and what GRPO makes of them. Watch how a right answer among wrong ones
@@ -594,18 +611,18 @@ for s in runs["GRPO, seed 0"]["samples"][:7] + runs["GRPO, seed 0"]["samples"][9
 # %%
 def answered(question: int = 0, when: str = "before"):
     """A group's answers, their rewards, their advantages."""
-    found = FOUND["groups"][when][question]
-    r_b = torch.tensor([a["reward"] for a in found["answers"]])
+    group = FOUND["groups"][when][question]
+    r_b = torch.tensor([a["reward"] for a in group["answers"]])
     a_b = advantages(r_b, len(r_b))
     fig, ax = figure(1, 1, 9, 2.8)
     ax.barh(range(len(r_b)), a_b, color=[GREEN if x > 0 else ORANGE for x in a_b], height=0.7)
     ax.axvline(0, color="black", lw=0.8)
-    for i, (answer, r, a) in enumerate(zip(found["answers"], r_b, a_b)):
+    for i, (answer, r, a) in enumerate(zip(group["answers"], r_b, a_b)):
         mark = "✓" if r > 0 else "✗"
         ax.text(-9.8, i, f"{mark} {answer['text'][:56]}", va="center", fontsize=8, parse_math=False)
         ax.text(3.0, i, f"{a:+.2f}", va="center", ha="right", fontsize=8)
     ax.set(yticks=[], xlim=(-10, 3.1), xticks=[-2, 0, 2], xlabel="advantage", ylim=(7.6, -0.6))
-    ax.set_title(f"{found['question'].rpartition(':')[2].strip()}   {when} RL")
+    ax.set_title(f"{group['question'].rpartition(':')[2].strip()}   {when} RL")
     show(fig)
 
 
@@ -674,17 +691,15 @@ def check_silent(fn):
 
 @checker
 def check_short(fn):
-    """Which kinds divide by the answer's own length?"""
-    weigh = lambda kind: [
-        -torch.autograd.grad(
-            grpo_loss(x, x.detach(), None, torch.ones(2), mask_bs, loss_type=kind).loss, x
-        )[0]
-        for x in [torch.zeros(2, 200, requires_grad=True)]
-    ][0]
+    """Which loss types divide by the answer's own length?"""
     mask_bs = torch.arange(200) < torch.tensor([[20], [200]])
-    for kind in ("grpo", "bnpo", "dapo", "dr_grpo"):
-        short, long = weigh(kind)[:, 0].tolist()
-        assert abs(fn(kind) - short / long) < 1e-3
+    for loss_type in ("grpo", "bnpo", "dapo", "dr_grpo"):
+        x_bs = torch.zeros(2, 200, requires_grad=True)
+        loss = grpo_loss(
+            x_bs, x_bs.detach(), None, torch.ones(2), mask_bs, loss_type=loss_type
+        ).loss
+        short, long = (-torch.autograd.grad(loss, x_bs)[0][:, 0]).tolist()
+        assert abs(fn(loss_type) - short / long) < 1e-3
 
 
 def my_lonely(g: int) -> float:
@@ -722,11 +737,11 @@ check_silent(my_silent)
 # </details>
 #
 # **3 · Compute.** Two wrong answers have the same advantage; one has 20 tokens, one 200. How many times as hard is each *token* of
-# the short one pushed down, under `kind` (grpo, bnpo, dapo, dr_grpo)?
+# the short one pushed down, under `loss_type` (grpo, bnpo, dapo, dr_grpo)?
 
 
 # %%
-def my_short(kind: str) -> float:
+def my_short(loss_type: str) -> float:
     return ...
 
 
@@ -736,8 +751,8 @@ check_short(my_short)
 # <details><summary>Answer</summary>
 #
 # ```python
-# def my_short(kind):
-#     return 10.0 if kind == "grpo" else 1.0  # hence grpo's long wrong answers
+# def my_short(loss_type):
+#     return 10.0 if loss_type == "grpo" else 1.0  # hence grpo's long wrong answers
 # ```
 # </details>
 

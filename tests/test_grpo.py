@@ -197,7 +197,7 @@ def test_advantages_are_trls():
 
 @pytest.mark.parametrize("n, group", [(7, 2), (4, 1), (4, 0)])
 def test_what_is_no_group_is_refused(n, group):
-    with pytest.raises(UserError, match=f"{n} rewards are no groups of {group}"):
+    with pytest.raises(UserError, match=f"{n} rewards cannot be cut into groups of {group}"):
         advantages(torch.zeros(n), group)
 
 
@@ -211,7 +211,7 @@ def test_k3_is_never_negative(a, b):
 
 
 @pytest.mark.parametrize("n", [0, 1, 513, 1100])
-def test_chunks_of_logits_are_all_logits(n):
+def test_log_probabilities_and_entropies_are_their_definitions(n):
     torch.manual_seed(n)
     h = torch.randn(n, 6, dtype=torch.double, requires_grad=True)
     w = torch.randn(11, 6, dtype=torch.double, requires_grad=True)

@@ -301,9 +301,9 @@ def test_the_form_is_a_rule_too(home, tmp_path):
         t.rows.next_batch(1)[0], [1], [2, t.special_tokens.eos], [0.0, 0.0], text, 0.0
     )
     found = [say("a"), say("<think>a</think>\\boxed{1}")]
-    t.score.say, t.form = print, True
+    t.score.say = print
     before = [t.score.rule(a) for a in found]
-    t.score.form = False
+    t.score.require_think_format = False
     assert before == [0.0, 0.0] and [t.score.rule(a) for a in found] == [1.0, 0.0]
 
 
