@@ -10,10 +10,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, autotune_bucket, check_tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, autotune_bucket, check_tensor
 from dsv3_ref.ops import impl
 
 MAX_HEAD_DIM = 256  # dims of a head

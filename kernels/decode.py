@@ -9,9 +9,9 @@ program may end one sequence and begin the next. Pieces of a sequence meet in a 
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor, num_sms
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor, num_sms
 from dsv3_ref.ops import impl
 
 INTS = (torch.int32, torch.int64)

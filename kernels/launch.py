@@ -1,50 +1,113 @@
-"""What the Python side of all kernels shares: checks that name the tensor, compiler's cases."""
+"""Shared by all kernels on the Python side: checks that name the tensor, configs, AOT cases."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import triton
 
 BF16, FP32 = torch.bfloat16, torch.float32
+E4M3, INT32 = torch.float8_e4m3fn, torch.int32
 FLOATS = (FP32, BF16)
 
 
 def autotune_bucket(n: int) -> int:
-    """Key of autotuning for a number of rows: n < 16, 256, 4096, … share a choice."""
+    """Map a number of rows to its autotuning key: n < 16, 256, 4096, … share a config."""
     return (n.bit_length() + 3) // 4
 
 
-def as_rows(x):
-    """(…, d) as (n, d) with a last stride of 1: a view where strides allow it, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+def num_blocks(k: int) -> int:
+    """Count the scale blocks of 128 along an axis of k numbers."""
+    return triton.cdiv(k, 128)
 
 
-def num_sms(x, interpreted: int = 2) -> int:
-    """Of the GPU that holds x; in the interpreter a few, so that there is work to share."""
+def num_sms(x: torch.Tensor, interpreted: int = 2) -> int:
+    """Count the multiprocessors of x's GPU; in the interpreter a few, so that work is shared."""
     if not x.is_cuda:
         return interpreted
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def check_tensor(
-    name: str, x: torch.Tensor, shape=None, dtypes=None, contiguous: bool = True
-) -> None:
-    """Raise a `ValueError` that names the tensor unless it can be given to a kernel.
+def kernel_config(warps: int, stages: int = 3, **meta) -> triton.Config:
+    """Make a config for the autotuner: `tl.constexpr` arguments, warps and pipeline stages."""
+    return triton.Config(meta, num_warps=warps, num_stages=stages)
 
-    shape: lengths, with None for any; contiguous False asks only for a last stride of 1.
+
+def cdiv_grid(n: int, block: str, factor: int = 1) -> Callable[[dict], tuple[int]]:
+    """Return a grid of factor · ⌈n / meta[block]⌉ programs."""
+    return lambda meta: (factor * triton.cdiv(n, meta[block]),)
+
+
+# ── Layouts ──
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Reshape (…, d) to (n, d) with a last stride of 1: a view where strides allow, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def tma_aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x if TMA can fetch it, with rows that start at multiples of 16 bytes, else a copy.
+
+    The rows of a copy are zero up to the next multiple of 16 bytes.
+    """
+    unit = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
+    if aligned and x.stride(-1) == 1:
+        return x
+    width = x.shape[-1]
+    padded = x.new_zeros(*x.shape[:-1], triton.cdiv(width, unit) * unit)
+    return padded[..., :width].copy_(x)
+
+
+# ── Checks ──
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(
+    name: str,
+    x: torch.Tensor,
+    shape: Sequence[int | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Raise a `ValueError` that names the tensor unless a kernel can take it.
+
+    shape: the lengths, None for any length; contiguous=False asks only for a last stride of 1.
     """
     if dtypes and x.dtype not in dtypes:
-        want = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name} must be {want}, not {str(x.dtype).removeprefix('torch.')}")
-    if shape is not None and (
-        x.ndim != len(shape) or any(w not in (None, n) for w, n in zip(shape, x.shape))
-    ):
-        want = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-        raise ValueError(f"{name} must have shape {want}, not {tuple(x.shape)}")
+        names = " or ".join(map(dtype_name, dtypes))
+        raise ValueError(f"{name} must be {names}, not {dtype_name(x.dtype)}")
+    if shape is not None:
+        fits = x.ndim == len(shape) and all(n in (None, k) for n, k in zip(shape, x.shape))
+        if not fits:
+            lengths = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(f"{name} must have shape ({lengths}), not {tuple(x.shape)}")
     if contiguous and not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, not of strides {x.stride()}")
     if x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name} must have a last stride of 1, not {x.stride(-1)}")
+
+
+def check_quantized(
+    name: str,
+    q: torch.Tensor,
+    shape: Sequence[int | None],
+    s_name: str,
+    s: torch.Tensor,
+    s_shape: Sequence[int | None],
+) -> None:
+    """Raise a `ValueError` unless q are E4M3 values and s their fp32 scales, of these shapes."""
+    check_tensor(name, q, shape, (E4M3,))
+    check_tensor(s_name, s, s_shape, (FP32,))
+
+
+# ── For the ahead-of-time compiler ──
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor
 
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor
 from dsv3_ref.ops import impl
 
 MAX_LOGITS = 2**28  # at a time: 2048 tokens of a vocabulary of 129,280, in bf16 half a gigabyte

@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+
+import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
@@ -13,8 +15,6 @@ from dsv3_ref.kernels.launch import (
     check_tensor,
 )
 from dsv3_ref.kernels.norm import tile_config
-
-import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 INT64 = torch.int64

@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+
+import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
 from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
@@ -13,8 +15,6 @@ from dsv3_ref.kernels.launch import (
     check_tensor,
     num_sms,
 )  # fmt: skip
-
-import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
 from dsv3_ref.ops import impl
 
 MAX_ROW_SIZE = 8192  # a row is held whole: in registers, 32 numbers a thread of 8 warps

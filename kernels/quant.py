@@ -1,43 +1,58 @@
-"""Quantizers: codes of eight bits and their scales, with one read and one write of memory each."""
+"""Quantization to FP8: values and their scales, with one read and one write of memory each."""
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, as_rows, check_tensor
-from dsv3_ref.kernels.norm import check_norm_inputs, rms_norm_backward
+from torch import Tensor
 
 from dsv3_ref import fp8  # noqa: F401  defines the ops
+from dsv3_ref.kernels.launch import (
+    BF16,
+    E4M3,
+    FLOATS,
+    FP32,
+    INT32,
+    AOTCase,
+    as_rows,
+    cdiv_grid,
+    check_quantized,
+    check_tensor,
+    kernel_config,
+    num_blocks,
+)
+from dsv3_ref.kernels.norm import check_norm_inputs, rms_norm_backward
 from dsv3_ref.ops import impl
 
-E4M3, INT32 = torch.float8_e4m3fn, torch.int32
-COUNTS = (torch.int64, INT32)
+COUNT_DTYPES = (torch.int64, INT32)
 
 
-# ── One number: its scale, its code ──
+# ── One number: its scale, its FP8 value ──
 
 
 @triton.jit
 def float_bits(x):
-    """The 32 bits of an fp32 number."""
+    """Return the 32 bits of an fp32 number."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def float_from_bits(b):
-    """The fp32 number of 32 bits."""
+    """Return the fp32 number of these 32 bits."""
     return b.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def div_448(x):
-    """x / 448 = x / 7 / 64 to the last bit: 7 · high is exact, so that one rounding is left."""
+    """Compute x / 448 = x / 7 / 64 to the last bit: 7 · high is exact, so one rounding is left."""
     high = float_from_bits(float_bits(tl.minimum(x, 3.4028234663852886e38) * (1 / 7)) & -16)
     return (high + (x - 7 * high) * (1 / 7)) * (1 / 64)
 
 
 @triton.jit
 def amax_to_scale(amax, USE_UE8M0: tl.constexpr):
-    """s = amax / 448, rounded up to a power of two if so wanted."""
+    """Compute s = amax / 448, with USE_UE8M0 rounded up to a power of two."""
     s = div_448(tl.maximum(amax, 1e-30))
     if USE_UE8M0:
         s = float_from_bits((float_bits(s) + 0x7FFFFF) & 0x7F800000)
@@ -46,10 +61,10 @@ def amax_to_scale(amax, USE_UE8M0: tl.constexpr):
 
 @triton.jit
 def exact_div_bf16(x, s):
-    """x / s for bf16 x and s = amax/448 of bf16 amax: exact wherever the code depends on it.
+    """Compute x / s for bf16 x and s = amax/448 of a bf16 amax, exactly where E4M3(x / s) needs it.
 
     1/s = high + low, high of 16 bits: x · high is exact, and so is every step up to low. A true
-    division takes a dozen instructions a number and would bind before memory does; this takes two.
+    division takes a dozen instructions per number, more than memory bandwidth hides; this takes two.
     """
     inverse = 1.0 / s
     high = float_from_bits(
@@ -64,7 +79,10 @@ def exact_div_bf16(x, s):
 
 @triton.jit
 def quantize(x, s, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr):
-    """q = E4M3(x / s), nearest, at most ±448; IS_BF16: x are bf16 numbers, and so was the amax."""
+    """Compute q = E4M3(x / s), rounded to nearest, at most ±448.
+
+    IS_BF16: x are bf16 numbers, and so was the amax that s comes from.
+    """
     if USE_UE8M0:
         q = x * float_from_bits(0x7F000000 - float_bits(s))  # 1/s, exactly
     elif IS_BF16:
@@ -77,30 +95,22 @@ def quantize(x, s, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr):
 # ── Tiles of 1 × 128 ──
 
 
-def num_blocks(k: int) -> int:
-    return triton.cdiv(k, 128)
-
-
-def alloc_quantized(x):
-    """Room for the codes of x, and for a scale of each of its tiles of 1 × 128."""
+def alloc_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate the FP8 values of x and a scale for each of its tiles of 1 × 128."""
     s = x.new_empty((*x.shape[:-1], num_blocks(x.shape[-1])), dtype=FP32)
     return torch.empty(x.shape, dtype=E4M3, device=x.device), s
 
 
-def quant_config(warps: int, **meta):
-    return triton.Config(meta, num_warps=warps)
-
-
 TILE_CONFIGS = [
-    quant_config(4, BLOCK_N=16),
-    quant_config(4, BLOCK_N=32),
-    quant_config(8, BLOCK_N=64),
+    kernel_config(4, BLOCK_N=16),
+    kernel_config(4, BLOCK_N=32),
+    kernel_config(8, BLOCK_N=64),
 ]
 
 
 @triton.jit
 def locate_tiles(n, k, BLOCK_N: tl.constexpr):
-    """This program's tiles: their numbers, rows, columns and mask."""
+    """Return the tiles of this program: their numbers, rows, columns and mask."""
     kz = tl.cdiv(k, 128)
     t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = (t % kz * 128)[:, None] + tl.arange(0, 128)[None, :]
@@ -111,7 +121,7 @@ def locate_tiles(n, k, BLOCK_N: tl.constexpr):
 def store_tiles(
     q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr
 ):
-    """Scales and codes of tiles that lie in registers."""
+    """Quantize tiles in registers and store their values and scales."""
     s = amax_to_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
     tl.store(q_ptr + row * k + col, quantize(y, s[:, None], USE_UE8M0, IS_BF16), mask=mask)
     tl.store(s_ptr + t, s, mask=t < n * tl.cdiv(k, 128))
@@ -122,7 +132,7 @@ def store_tiles(
 def _act_quant_kernel(
     x_ptr, q_ptr, s_ptr, n, k, stride, USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Tiles in the order of memory: s = max|x| / 448, q = E4M3(x / s)."""
+    """Quantize tiles in the order of memory: s = max|x| / 448, q = E4M3(x / s)."""
     t, row, col, mask = locate_tiles(n, k, BLOCK_N)
     x = tl.load(x_ptr + row * stride + col, mask=mask, other=0.0)
     is_bf16: tl.constexpr = x.dtype == tl.bfloat16
@@ -130,13 +140,13 @@ def _act_quant_kernel(
 
 
 @impl("act_quant", "triton")
-def act_quant(x, use_ue8m0: bool = False):
-    """Tiles of 1 × 128 on the last axis: codes like x, and one scale a tile, fp32 (§3.3.2)."""
+def act_quant(x: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize (…, k) in tiles of 1 × 128: values like x, scales (…, ⌈k/128⌉) in fp32 (§3.3.2)."""
     check_tensor("x", x, dtypes=FLOATS, contiguous=False)
     q, s = alloc_quantized(x)
     if x.numel():
         x_nk = as_rows(x)
-        grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
+        grid = cdiv_grid(s.numel(), "BLOCK_N")
         _act_quant_kernel[grid](x_nk, q, s, *x_nk.shape, x_nk.stride(0), use_ue8m0)
     return q, s
 
@@ -144,28 +154,28 @@ def act_quant(x, use_ue8m0: bool = False):
 # ── Blocks of 128 × 128 ──
 
 
-@triton.autotune([quant_config(8), quant_config(16)], key=["o", "i"])
+@triton.autotune([kernel_config(8), kernel_config(16)], key=["o", "i"])
 @triton.jit
 def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, USE_UE8M0: tl.constexpr):
-    """A block held in registers: s = max|w| / 448, q = E4M3(w / s)."""
+    """Quantize a block held in registers: s = max|w| / 448, q = E4M3(w / s)."""
     block = tl.program_id(0)
     oz, iz = tl.cdiv(o, 128), tl.cdiv(i, 128)
     row = block // iz % oz * 128 + tl.arange(0, 128)
     col = block % iz * 128 + tl.arange(0, 128)
     first = (block // (oz * iz)).to(tl.int64) * o * i
-    at = first + row.to(tl.int64)[:, None] * i + col[None, :]
+    offset = first + row.to(tl.int64)[:, None] * i + col[None, :]
     mask = (row < o)[:, None] & (col < i)[None, :]
-    w = tl.load(w_ptr + at, mask=mask, other=0.0)
+    w = tl.load(w_ptr + offset, mask=mask, other=0.0)
     is_bf16: tl.constexpr = w.dtype == tl.bfloat16
     w = w.to(tl.float32)
     s = amax_to_scale(tl.max(tl.max(tl.abs(w), 1), 0), USE_UE8M0)
-    tl.store(q_ptr + at, quantize(w, s, USE_UE8M0, is_bf16), mask=mask)
+    tl.store(q_ptr + offset, quantize(w, s, USE_UE8M0, is_bf16), mask=mask)
     tl.store(s_ptr + block, s)
 
 
 @impl("weight_quant", "triton")
-def weight_quant(w, use_ue8m0: bool = False):
-    """Blocks of 128 × 128 of (…, o, i): codes like w, scales (…, ⌈o/128⌉, ⌈i/128⌉) (§3.3.2)."""
+def weight_quant(w: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize (…, o, i) in blocks of 128 × 128, fp32 scales (…, ⌈o/128⌉, ⌈i/128⌉) (§3.3.2)."""
     check_tensor("w", w, dtypes=FLOATS)
     *lead, o, i = w.shape
     q = torch.empty(w.shape, dtype=E4M3, device=w.device)
@@ -175,12 +185,12 @@ def weight_quant(w, use_ue8m0: bool = False):
     return q, s
 
 
-# ── Which expert's rows a tile of 128 holds ──
+# ── The expert's rows in each tile of 128 ──
 
 
 @triton.jit
 def _tile_map_kernel(count_ptr, map_ptr, end_ptr, e, n_z, BLOCK_E: tl.constexpr):
-    """Tile z of expert E: first row, end of E's rows, E; end_E = Σ_{j ≤ E} ⌈count_j / 128⌉."""
+    """Store for tile z of expert E: first row, end of E's rows, E; end_E = Σ_{j ≤ E} ⌈count_j/128⌉."""
     i = tl.arange(0, BLOCK_E)
     count = tl.load(count_ptr + i, mask=i < e, other=0).to(tl.int32)
     n_tiles = (count + 127) // 128
@@ -194,13 +204,14 @@ def _tile_map_kernel(count_ptr, map_ptr, end_ptr, e, n_z, BLOCK_E: tl.constexpr)
     tl.store(end_ptr + i, end, mask=(i < e) & (tl.program_id(0) == 0))
 
 
-def tile_map(tokens_per_expert_e, m: int):
-    """For m rows sorted by expert, without waiting for the counts: map (3, Z), ends (e,), int32.
+def tile_map(tokens_per_expert_e: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Map m rows sorted by expert to tiles without a synchronization: (3, Z) and (e,), int32.
 
-    map: of each tile of 128 rows its first row, the end of its expert's rows, the expert; a tile
-    that nobody uses ends at 0. ends: one past each expert's last tile. Z = ⌊m/128⌋ + e.
+    The first tensor holds for each tile of 128 rows its first row, the end of its expert's rows and
+    the expert; an unused tile ends at 0. The second holds the index after each expert's last tile.
+    Z = ⌊m/128⌋ + e bounds the number of tiles for any counts.
     """
-    check_tensor("tokens_per_expert_e", tokens_per_expert_e, (None,), COUNTS)
+    check_tensor("tokens_per_expert_e", tokens_per_expert_e, (None,), COUNT_DTYPES)
     e, n_z = len(tokens_per_expert_e), m // 128 + len(tokens_per_expert_e)
     map_xz = torch.empty(3, n_z, dtype=INT32, device=tokens_per_expert_e.device)
     end_e = torch.empty(e, dtype=INT32, device=tokens_per_expert_e.device)
@@ -214,15 +225,15 @@ def tile_map(tokens_per_expert_e, m: int):
 # ── Tiles of 128 × 1, transposed ──
 
 COLUMN_CONFIGS = [
-    quant_config(4, BLOCK_K=64),
-    quant_config(8, BLOCK_K=64),
-    quant_config(8, BLOCK_K=128),
+    kernel_config(4, BLOCK_K=64),
+    kernel_config(8, BLOCK_K=64),
+    kernel_config(8, BLOCK_K=128),
 ]
 
 
 @triton.jit
 def locate_tile_rows(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
-    """The 128 rows of tile z, and which of them there are."""
+    """Return the 128 rows of tile z, which of them exist, and whether the tile is used."""
     if GROUPED:
         first, end = tl.load(map_ptr + z), tl.load(map_ptr + n_z + z)
     else:
@@ -235,12 +246,12 @@ def locate_tile_rows(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
 def store_columns(
     q_ptr, s_ptr, y, z, col, used, k, n_z, IS_BF16: tl.constexpr, USE_UE8M0: tl.constexpr
 ):
-    """Scales and codes of 128 rows along them: q of (k, 128·Z), s of (k, Z); 1 where none is."""
+    """Quantize 128 rows along the tokens: q (k, 128·Z), s (k, Z), scale 1 in an unused tile."""
     s = tl.where(used, amax_to_scale(tl.max(tl.abs(y), 0), USE_UE8M0), 1.0)
     q = quantize(y, s[None, :], USE_UE8M0, IS_BF16).trans()
-    at = col.to(tl.int64) * n_z + z
-    tl.store(q_ptr + (at * 128)[:, None] + tl.arange(0, 128)[None, :], q, mask=(col < k)[:, None])
-    tl.store(s_ptr + at, s, mask=col < k)
+    tile = col.to(tl.int64) * n_z + z
+    tl.store(q_ptr + (tile * 128)[:, None] + tl.arange(0, 128)[None, :], q, mask=(col < k)[:, None])
+    tl.store(s_ptr + tile, s, mask=col < k)
 
 
 @triton.autotune(COLUMN_CONFIGS, key=["k"])
@@ -249,60 +260,72 @@ def _act_quant_transposed_kernel(
     x_ptr, x_s_ptr, map_ptr, q_ptr, s_ptr, m, k, stride, n_z,
     GROUPED: tl.constexpr, QUANTIZED: tl.constexpr, USE_UE8M0: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """128 rows by BLOCK_K columns: s_k = max_m |x_mk| / 448, q_km = E4M3(x_mk / s_k)."""
+    """Quantize 128 rows × BLOCK_K columns: s_k = max_m |x_mk| / 448, q_km = E4M3(x_mk / s_k)."""
     nk = tl.cdiv(k, BLOCK_K)
     z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
-    row, there, used = locate_tile_rows(map_ptr, z, m, n_z, GROUPED)
-    mask = there[:, None] & (col < k)[None, :]
+    row, exists, used = locate_tile_rows(map_ptr, z, m, n_z, GROUPED)
+    mask = exists[:, None] & (col < k)[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
     is_bf16: tl.constexpr = x.dtype == tl.bfloat16
     x = x.to(tl.float32)
-    if QUANTIZED:  # of one tile of 1 × 128 in each row, for BLOCK_K divides 128
-        at = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
-        x *= tl.load(x_s_ptr + at, mask=there, other=0.0)[:, None]
+    if QUANTIZED:  # one tile of 1 × 128 in each row, since BLOCK_K divides 128
+        offset = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
+        x *= tl.load(x_s_ptr + offset, mask=exists, other=0.0)[:, None]
     store_columns(q_ptr, s_ptr, x, z, col, used, k, n_z, is_bf16, USE_UE8M0)
 
 
-def alloc_columns(m: int, k: int, tokens_per_expert_e, like):
-    """Map, codes (k, 128·Z) and scales (k, Z) of m rows along the tokens."""
-    map_xz = None if tokens_per_expert_e is None else tile_map(tokens_per_expert_e, m)[0]
-    n_z = m // 128 + (1 if tokens_per_expert_e is None else len(tokens_per_expert_e))
+def alloc_columns(
+    m: int, k: int, tokens_per_expert_e: Tensor | None, like: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the tile map, values (k, 128·Z) and scales (k, Z) for m rows along the tokens."""
+    n_z, map_xz = m // 128 + 1, None
+    if tokens_per_expert_e is not None:
+        n_z, map_xz = m // 128 + len(tokens_per_expert_e), tile_map(tokens_per_expert_e, m)[0]
     q = torch.empty(k, n_z * 128, dtype=E4M3, device=like.device)
     return map_xz, q, torch.empty(k, n_z, dtype=FP32, device=like.device)
 
 
-def quantize_columns(x_mk, x_s, tokens_per_expert_e, use_ue8m0):
-    """`act_quant_transposed` of numbers, or of codes with their scales."""
+def quantize_columns(
+    x_mk: Tensor, x_s: Tensor | None, tokens_per_expert_e: Tensor | None, use_ue8m0: bool
+) -> tuple[Tensor, Tensor]:
+    """Run `act_quant_transposed` on numbers or, with scales x_s, on values of FP8."""
     m, k = x_mk.shape
     map_xz, q, s = alloc_columns(m, k, tokens_per_expert_e, x_mk)
     if q.numel():
-        grid = lambda meta: (s.shape[1] * triton.cdiv(k, meta["BLOCK_K"]),)
-        args = x_mk, x_s, map_xz, q, s, m, k, x_mk.stride(0), s.shape[1]
+        n_z = s.shape[1]
+        grid = cdiv_grid(k, "BLOCK_K", n_z)
+        args = x_mk, x_s, map_xz, q, s, m, k, x_mk.stride(0), n_z
         _act_quant_transposed_kernel[grid](*args, map_xz is not None, x_s is not None, use_ue8m0)
     return q, s
 
 
 @impl("act_quant_transposed", "triton")
-def act_quant_transposed(x_mk, tokens_per_expert_e=None, use_ue8m0: bool = False):
-    """Tiles of 128 × 1 along the rows, transposed: codes (k, 128·Z), scales (k, Z), for Wgrad."""
+def act_quant_transposed(
+    x_mk: Tensor, tokens_per_expert_e: Tensor | None = None, use_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantize (m, k) in tiles of 128 × 1, transposed, for Wgrad: values (k, 128·Z), scales (k, Z)."""
     check_tensor("x_mk", x_mk, (None, None), FLOATS, contiguous=False)
     return quantize_columns(x_mk, None, tokens_per_expert_e, use_ue8m0)
 
 
-def check_quantized(name: str, q, s, shape) -> None:
-    """Codes in tiles of 1 × 128, and a scale for each of them."""
-    check_tensor(name, q, shape, (E4M3,))
-    check_tensor(f"scales of {name}", s, (*q.shape[:-1], num_blocks(q.shape[-1])), (FP32,))
+def check_tiles(
+    name: str, q: Tensor, s: Tensor, shape: tuple[int | None, ...] | torch.Size
+) -> None:
+    """Raise a `ValueError` unless q has this shape and s one scale per tile of 1 × 128."""
+    s_shape = (*q.shape[:-1], num_blocks(q.shape[-1]))
+    check_quantized(name, q, shape, f"scales of {name}", s, s_shape)
 
 
 @impl("requant_transposed", "triton")
-def requant_transposed(q, s, tokens_per_expert_e=None, use_ue8m0: bool = False):
+def requant_transposed(
+    q: Tensor, s: Tensor, tokens_per_expert_e: Tensor | None = None, use_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
     """Requantize tiles of 1 × 128 as tiles of 128 × 1, laid out as by `act_quant_transposed`."""
-    check_quantized("q", q, s, (None, None))
+    check_tiles("q", q, s, (None, None))
     return quantize_columns(q, s, tokens_per_expert_e, use_ue8m0)
 
 
-# ── Norm and SwiGLU with their tiles ──
+# ── Norm and SwiGLU, quantized ──
 
 
 @triton.jit
@@ -310,7 +333,10 @@ def _rms_norm_quant_kernel(
     x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, rstd_ptr, k, stride, eps,
     USE_UE8M0: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
-    """A row in tiles: y = x / √(mean(x²) + ε) · weight, s = max|y| / 448, q = E4M3(y / s)."""
+    """Normalize and quantize a row held in tiles of 128.
+
+    y = x / √(mean(x²) + ε) · weight, s = max|y| / 448, q = E4M3(y / s).
+    """
     n, z = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_Z)
     col = z[:, None] * 128 + tl.arange(0, 128)[None, :]
     x = tl.load(x_ptr + n * stride + col, mask=col < k, other=0.0).to(tl.float32)
@@ -328,11 +354,12 @@ def _rms_norm_quant_kernel(
 
 
 class RMSNormQuant(torch.autograd.Function):
-    """RMSNorm with the tiles of its output; the backward pass is that of RMSNorm."""
+    """RMSNorm whose output is quantized too; the backward pass is that of RMSNorm."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype, use_ue8m0):
-        x_nk, y, (q, s) = as_rows(x), x.new_empty(x.shape, dtype=dtype), alloc_quantized(x)
+        x_nk, y = as_rows(x), x.new_empty(x.shape, dtype=dtype)
+        q, s = alloc_quantized(x)
         rstd_n, block_z = x.new_empty(len(x_nk), dtype=FP32), triton.next_power_of_2(s.shape[-1])
         if x.numel():
             args = x_nk, weight, y, q, s, rstd_n, x_nk.shape[1], x_nk.stride(0), eps, use_ue8m0
@@ -349,21 +376,30 @@ class RMSNormQuant(torch.autograd.Function):
 
 
 @impl("rms_norm_quant", "triton")
-def rms_norm_quant(x, weight, eps: float, dtype=None, use_ue8m0: bool = False):
-    """RMSNorm and the tiles of its output, in one pass: (y, codes, scales); y has the gradient."""
+def rms_norm_quant(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    use_ue8m0: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize x and quantize the result in one pass: (y, values, scales).
+
+    The gradient flows through y.
+    """
     check_norm_inputs(x, weight, dtype)
     return RMSNormQuant.apply(x, weight, eps, dtype or x.dtype, use_ue8m0)
 
 
 @triton.jit
 def sigmoid(x):
-    """σ(x) = 1 / (1 + exp(−x))."""
+    """Compute σ(x) = 1 / (1 + exp(−x))."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def round_like(x, like):
-    """x as a number of `like`'s type, still in fp32."""
+    """Round x to the dtype of `like` and return it in fp32."""
     return x.to(like.dtype).to(tl.float32)
 
 
@@ -373,7 +409,7 @@ def _swiglu_quant_kernel(
     gate_ptr, up_ptr, q_ptr, s_ptr, n, k, gate_stride, up_stride,
     USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of y = gate · σ(gate) · up: s = max|y| / 448, q = E4M3(y / s)."""
+    """Quantize tiles of y = gate · σ(gate) · up: s = max|y| / 448, q = E4M3(y / s)."""
     t, row, col, mask = locate_tiles(n, k, BLOCK_N)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
@@ -384,102 +420,116 @@ def _swiglu_quant_kernel(
 
 
 @impl("swiglu_quant", "triton")
-def swiglu_quant(gate, up, use_ue8m0: bool = False):
-    """The tiles of swiglu(gate, up), without the thing itself."""
+def swiglu_quant(gate: Tensor, up: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize swiglu(gate, up) without returning the unquantized result."""
     check_tensor("gate", gate, dtypes=FLOATS, contiguous=False)
     check_tensor("up", up, gate.shape, (gate.dtype,), contiguous=False)
     q, s = alloc_quantized(gate)
     if gate.numel():
         gate, up = as_rows(gate), as_rows(up)
-        grid = lambda meta: (triton.cdiv(s.numel(), meta["BLOCK_N"]),)
         args = gate, up, q, s, *gate.shape, gate.stride(0), up.stride(0), use_ue8m0
-        _swiglu_quant_kernel[grid](*args)
+        _swiglu_quant_kernel[cdiv_grid(s.numel(), "BLOCK_N")](*args)
     return q, s
 
 
-@triton.autotune([quant_config(4, BLOCK_K=32), quant_config(8, BLOCK_K=64)], key=["k"])
+@triton.autotune([kernel_config(4, BLOCK_K=32), kernel_config(8, BLOCK_K=64)], key=["k"])
 @triton.jit
 def _swiglu_quant_backward_kernel(
     g_ptr, gate_ptr, gate_s_ptr, up_ptr, up_s_ptr, map_ptr, dgate_ptr, dup_ptr, q_ptr, s_ptr,
     m, k, stride, n_z, GROUPED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """With σ of gate: dgate = g·up·σ·(1 + gate·(1 − σ)), dup = g·gate·σ; y again, by columns."""
+    """Compute dgate = g·up·σ·(1 + gate·(1 − σ)) and dup = g·gate·σ, with σ of gate.
+
+    Recompute y = gate·σ·up and quantize it along the tokens.
+    """
     nk = tl.cdiv(k, BLOCK_K)
     z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
-    row, there, used = locate_tile_rows(map_ptr, z, m, n_z, GROUPED)
-    mask, at = there[:, None] & (col < k)[None, :], row[:, None] * k + col[None, :]
-    at_s = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
-    gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    gate *= tl.load(gate_s_ptr + at_s, mask=there, other=0.0)[:, None]
-    up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    up *= tl.load(up_s_ptr + at_s, mask=there, other=0.0)[:, None]
+    row, exists, used = locate_tile_rows(map_ptr, z, m, n_z, GROUPED)
+    mask = exists[:, None] & (col < k)[None, :]
+    offset = row[:, None] * k + col[None, :]
+    offset_s = row * tl.cdiv(k, 128) + tl.program_id(0) % nk * BLOCK_K // 128
+    gate = tl.load(gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    gate *= tl.load(gate_s_ptr + offset_s, mask=exists, other=0.0)[:, None]
+    up = tl.load(up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    up *= tl.load(up_s_ptr + offset_s, mask=exists, other=0.0)[:, None]
     g = tl.load(g_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
     gate, up, wide = round_like(gate, g), round_like(up, g), g.to(tl.float32)
     sigma = sigmoid(gate)
     dgate = round_like(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
     h = round_like(gate * sigma, g)
-    tl.store(dgate_ptr + at, dgate.to(g.dtype), mask=mask)
-    tl.store(dup_ptr + at, (h * wide).to(g.dtype), mask=mask)
+    tl.store(dgate_ptr + offset, dgate.to(g.dtype), mask=mask)
+    tl.store(dup_ptr + offset, (h * wide).to(g.dtype), mask=mask)
     is_bf16: tl.constexpr = g.dtype == tl.bfloat16
     store_columns(q_ptr, s_ptr, round_like(h * up, g), z, col, used, k, n_z, is_bf16, False)
 
 
 @impl("swiglu_quant_backward", "triton")
-def swiglu_quant_backward(g, gate_q, gate_s, up_q, up_s, tokens_per_expert_e=None):
-    """From codes of gate and up: their gradients, and swiglu's output in tiles of 128 × 1."""
+def swiglu_quant_backward(
+    g: Tensor,
+    gate_q: Tensor,
+    gate_s: Tensor,
+    up_q: Tensor,
+    up_s: Tensor,
+    tokens_per_expert_e: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Recompute SwiGLU from quantized gate and up and backpropagate g (§3.3.3).
+
+    Returns the gradients of gate and up, then swiglu's output in tiles of 128 × 1.
+    """
     check_tensor("g", g, (None, None), FLOATS, contiguous=False)
-    check_quantized("gate_q", gate_q, gate_s, g.shape)
-    check_quantized("up_q", up_q, up_s, g.shape)
-    (m, k), dgate = g.shape, torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    dup, (map_xz, q, s) = torch.empty_like(dgate), alloc_columns(m, k, tokens_per_expert_e, g)
+    check_tiles("gate_q", gate_q, gate_s, g.shape)
+    check_tiles("up_q", up_q, up_s, g.shape)
+    m, k = g.shape
+    dgate, dup = (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
+    map_xz, q, s = alloc_columns(m, k, tokens_per_expert_e, g)
     if q.numel():
-        n_z, codes = s.shape[1], (gate_q, gate_s, up_q, up_s)
-        grid = lambda meta: (n_z * triton.cdiv(k, meta["BLOCK_K"]),)
-        args = g, *codes, map_xz, dgate, dup, q, s, m, k, g.stride(0), n_z
-        _swiglu_quant_backward_kernel[grid](*args, map_xz is not None)
+        n_z = s.shape[1]
+        inputs = g, gate_q, gate_s, up_q, up_s, map_xz
+        args = *inputs, dgate, dup, q, s, m, k, g.stride(0), n_z
+        _swiglu_quant_backward_kernel[cdiv_grid(k, "BLOCK_K", n_z)](*args, map_xz is not None)
     return dgate, dup, q, s
 
 
 # ── For the ahead-of-time compiler: 4096 rows, experts of 2048 × 7168 ──
 
-OUT = E4M3, FP32
-AOT_CASES = [
-    AOTCase("tile_map", _tile_map_kernel, (torch.int64, INT32, INT32, 256, 288), {"BLOCK_E": 256})
-]
-for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
-    for kind, meta in (("", {"USE_UE8M0": False}), ("_ue8m0", {"USE_UE8M0": True})):
-        norm = dtype, FP32, dtype, *OUT, FP32, 7168, 7168, 1e-6
-        row = meta | {"BLOCK_Z": 64, "num_warps": 8}
-        AOT_CASES += [
-            AOTCase(
-                f"act_quant_{name}{kind}", _act_quant_kernel, (dtype, *OUT, 4096, 7168, 7168), meta
-            ),
-            AOTCase(
-                f"weight_quant_{name}{kind}", _weight_quant_kernel, (dtype, *OUT, 2048, 7168), meta
-            ),
-            AOTCase(f"rms_norm_quant_{name}{kind}", _rms_norm_quant_kernel, norm, row),
-        ]
-for kind, meta in (("", {"USE_UE8M0": False}), ("_ue8m0", {"USE_UE8M0": True})):
-    gate_up = BF16, BF16, *OUT, 4096, 2048, 2048, 2048
-    AOT_CASES.append(AOTCase(f"swiglu_quant{kind}", _swiglu_quant_kernel, gate_up, meta))
-    for kind_m, m in (("", None), ("_grouped", INT32)):
-        args = FP32, m, *OUT, 4096, 7168, 7168, 40
-        numbers, codes = ({"GROUPED": m is not None, "QUANTIZED": c} | meta for c in (False, True))
-        AOT_CASES += [
-            AOTCase(
-                f"act_quant_transposed{kind_m}{kind}",
-                _act_quant_transposed_kernel,
-                (BF16, *args),
-                numbers,
-            ),
-            AOTCase(
-                f"requant_transposed{kind_m}{kind}",
-                _act_quant_transposed_kernel,
-                (E4M3, *args),
-                codes,
-            ),
-        ]
-for kind_m, m in (("", None), ("_grouped", INT32)):
-    args = BF16, *OUT, *OUT, m, BF16, BF16, *OUT, 4096, 2048, 2048, 40
-    name = f"swiglu_quant_backward{kind_m}"
-    AOT_CASES.append(AOTCase(name, _swiglu_quant_backward_kernel, args, {"GROUPED": m is not None}))
+INPUT_DTYPES = {"bf16": BF16, "fp32": FP32}
+SCALE_FORMATS = {"": {"USE_UE8M0": False}, "_ue8m0": {"USE_UE8M0": True}}
+ROW_FORMATS = {"": None, "_grouped": INT32}  # of the tile map
+QUANTIZED_PTRS = E4M3, FP32
+
+
+def forward_cases() -> Iterator[AOTCase]:
+    """Yield the kernels that quantize along a row, for every dtype and scale format."""
+    for suffix, meta in SCALE_FORMATS.items():
+        for name, dtype in INPUT_DTYPES.items():
+            act = dtype, *QUANTIZED_PTRS, 4096, 7168, 7168
+            yield AOTCase(f"act_quant_{name}{suffix}", _act_quant_kernel, act, meta)
+            weight = dtype, *QUANTIZED_PTRS, 2048, 7168
+            yield AOTCase(f"weight_quant_{name}{suffix}", _weight_quant_kernel, weight, meta)
+            norm = dtype, FP32, dtype, *QUANTIZED_PTRS, FP32, 7168, 7168, 1e-6
+            row = meta | {"BLOCK_Z": 64, "num_warps": 8}
+            yield AOTCase(f"rms_norm_quant_{name}{suffix}", _rms_norm_quant_kernel, norm, row)
+        gate_up = BF16, BF16, *QUANTIZED_PTRS, 4096, 2048, 2048, 2048
+        yield AOTCase(f"swiglu_quant{suffix}", _swiglu_quant_kernel, gate_up, meta)
+
+
+def transposed_cases() -> Iterator[AOTCase]:
+    """Yield the kernels that quantize along the tokens, of one weight and by expert."""
+    tile_map_args = torch.int64, INT32, INT32, 256, 288
+    yield AOTCase("tile_map", _tile_map_kernel, tile_map_args, {"BLOCK_E": 256})
+    for rows, map_ptr in ROW_FORMATS.items():
+        grouped = {"GROUPED": map_ptr is not None}
+        args = FP32, map_ptr, *QUANTIZED_PTRS, 4096, 7168, 7168, 40
+        for suffix, scale_format in SCALE_FORMATS.items():
+            for name, dtype in (("act_quant_transposed", BF16), ("requant_transposed", E4M3)):
+                meta = grouped | scale_format | {"QUANTIZED": dtype == E4M3}
+                kernel_args = dtype, *args
+                kernel = _act_quant_transposed_kernel
+                yield AOTCase(f"{name}{rows}{suffix}", kernel, kernel_args, meta)
+        inputs = BF16, *QUANTIZED_PTRS, *QUANTIZED_PTRS, map_ptr
+        args = *inputs, BF16, BF16, *QUANTIZED_PTRS, 4096, 2048, 2048, 40
+        name = f"swiglu_quant_backward{rows}"
+        yield AOTCase(name, _swiglu_quant_backward_kernel, args, grouped)
+
+
+AOT_CASES = [*forward_cases(), *transposed_cases()]

@@ -113,6 +113,15 @@ def test_codes_that_start_at_an_odd_address():
     assert error(got, dequantized(*a) @ dequantized(*b).T) < TENSOR_CORES
 
 
+@pytest.mark.parametrize("n", [1, 8])
+def test_one_row_of_a_wider_matrix_brings_nothing_else(n):
+    """A row of a slice counts as contiguous, whatever lies after it in memory."""
+    (a, a_s), (b, b_s) = rows(1, 48), rows(n, 48)
+    got = IMPLS["fp8_gemm"]["triton"](a[:, :40], a_s, b[:, :40].contiguous(), b_s)
+    want = dequantized(a[:, :40], a_s) @ dequantized(b[:, :40], b_s).T
+    assert error(got, want) < TENSOR_CORES
+
+
 # ── FP8, a weight an expert ──
 
 
