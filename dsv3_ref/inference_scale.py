@@ -9,165 +9,241 @@ from typing import NamedTuple
 
 from dsv3_ref.config import Config, count_params
 from dsv3_ref.scale import (
-    ATTENTION,
-    KERNELS,
-    Losses,
-    Machine,
-    around,
-    hops,
+    ATTENTION_GEMMS,
+    KERNELS_PER_HALF_BLOCK,
+    AchievedRates,
+    Overheads,
+    block_gemms,
+    dispatch_bytes,
+    dispatch_copies,
+    head_operators,
+    link_seconds,
     operators,
-    products,
-    row_bytes,
-    trips,
 )
 
 # ── Attention over four GPUs ──
 
 
-class Unit(NamedTuple):
+class DeploymentUnit(NamedTuple):
     """GPUs that serve together."""
 
     gpus: int
     tp: int  # GPUs that share a group's heads
-    held: float  # experts on a GPU, redundant ones too
-    direct: bool = False  # rows go straight over IB; the shared expert is one of the chosen
-    reach: float = 0.8  # of IB, when direct
-    latency: float = 10e-6  # of a direct exchange, a way
-    node: int = 8
+    experts_per_gpu: float  # experts on a GPU, redundant ones too
+    direct_ib: bool = False  # rows go straight over IB; the shared expert is one of the chosen
+    ib_efficiency: float = 0.8  # of IB, when direct
+    latency_s: float = 10e-6  # of a direct exchange, a way
+    gpus_per_node: int = 8
 
 
-def units(c: Config) -> dict[str, Unit]:
+def deployment_units(config: Config) -> dict[str, DeploymentUnit]:
     """As the report's (§3.4): prefill on 32 GPUs; decode on a GPU an expert, and a quarter more."""
-    e = c.n_routed_experts
-    return {"prefill": Unit(32, 4, e / 32 + 1), "decode": Unit(-(-e * 5 // 4), 4, 1, True)}
+    e = config.n_routed_experts
+    return {
+        "prefill": DeploymentUnit(32, 4, e / 32 + 1),
+        "decode": DeploymentUnit(-(-e * 5 // 4), 4, 1, True),
+    }
 
 
-PREFILL, DECODE = units(Config()).values()
-ASSUMED = Losses()
-BETWEEN = ("attention", "RoPE, codes of heads", "norms of attention")
+PREFILL, DECODE = deployment_units(Config()).values()
+DEFAULT_OVERHEADS = Overheads()
+ATTENTION_OPERATORS = ("attention", "RoPE, codes of heads", "norms of attention")
 
 
-def attention(c: Config, m: Machine, u: Unit, n: float, keys: float, cached: bool) -> float:
+def attention_time(
+    config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float, keys: float, cached: bool
+) -> float:
     """Seconds of a block's attention for a group's n tokens, on each of its tp GPUs."""
-    mine = replace(c, n_heads=c.n_heads // u.tp)
+    mine = replace(config, n_heads=config.n_heads // unit.tp)
     ops = operators(mine, True, n, keys, (0, 0), 0, cached)
-    spent = sum(ops[name].seconds(m) for name in (*ATTENTION, *BETWEEN) if name in ops)
-    return spent - ops["norms of attention"].seconds(m) * (1 - 1 / u.tp)
+    spent = sum(
+        ops[name].seconds(rates) for name in (*ATTENTION_GEMMS, *ATTENTION_OPERATORS) if name in ops
+    )
+    return spent - ops["norms of attention"].seconds(rates) * (1 - 1 / unit.tp)
 
 
-def gather(c: Config, m: Machine, u: Unit, n: float) -> float:
+def tp_gather_time(config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float) -> float:
     """Seconds to collect a group's n tokens before its heads, and to add up behind them (bf16)."""
-    return 2 * (1 - 1 / u.tp) * n * 2 * c.dim / m.nvlink
+    return 2 * (1 - 1 / unit.tp) * n * 2 * config.dim / rates.nvlink
 
 
 # ── Experts and the way to them ──
 
 
-def mlp(c: Config, m: Machine, u: Unit, n: float, dense: bool, loss: Losses) -> float:
+def mlp_time(
+    config: Config,
+    rates: AchievedRates,
+    unit: DeploymentUnit,
+    n: float,
+    dense: bool,
+    overheads: Overheads,
+) -> float:
     """Seconds of a block's MLP for a GPU's n tokens: gate, experts, and what lies between."""
-    if u.direct and not dense:
-        chosen = c.n_activated_experts + c.n_shared_experts
-        c = replace(c, n_activated_experts=chosen, n_shared_experts=0)
-    ops = operators(c, dense, n, 1, (0, 0), u.held)
-    ops = {name: op for name, op in ops.items() if name not in (*ATTENTION, *BETWEEN) and op.flops}
-    load = lambda name: loss.imbalance if name.startswith(("routed", "permute")) else 1.0
-    return sum(load(name) * op.seconds(m) for name, op in ops.items())
+    if unit.direct_ib and not dense:
+        chosen = config.n_activated_experts + config.n_shared_experts
+        config = replace(config, n_activated_experts=chosen, n_shared_experts=0)
+    ops = operators(config, dense, n, 1, (0, 0), unit.experts_per_gpu)
+    ops = {
+        name: op
+        for name, op in ops.items()
+        if name not in (*ATTENTION_GEMMS, *ATTENTION_OPERATORS) and op.flops
+    }
+    load = lambda name: overheads.load_imbalance if name.startswith(("routed", "permute")) else 1.0
+    return sum(load(name) * op.seconds(rates) for name, op in ops.items())
 
 
-def exchange(c: Config, m: Machine, u: Unit, n: float, loss: Losses) -> float:
+def all_to_all_time(
+    config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float, overheads: Overheads
+) -> float:
     """Seconds there and back for a GPU's n tokens."""
-    if not u.direct:
-        return loss.imbalance * n * max(hops(m, trips(c, u.gpus, u.node), sum(row_bytes(c))))
-    sent = n * (c.n_activated_experts + c.n_shared_experts) * (1 - 1 / u.gpus)
-    return loss.imbalance * sent * sum(row_bytes(c)) / (u.reach * m.ib) + 2 * u.latency
+    if not unit.direct_ib:
+        return (
+            overheads.load_imbalance
+            * n
+            * max(
+                link_seconds(
+                    rates,
+                    dispatch_copies(config, unit.gpus, unit.gpus_per_node),
+                    sum(dispatch_bytes(config)),
+                )
+            )
+        )
+    sent = n * (config.n_activated_experts + config.n_shared_experts) * (1 - 1 / unit.gpus)
+    return (
+        overheads.load_imbalance
+        * sent
+        * sum(dispatch_bytes(config))
+        / (unit.ib_efficiency * rates.ib)
+        + 2 * unit.latency_s
+    )
 
 
 # ── Tokens a second ──
 
 
-class Speed(NamedTuple):
+class Throughput(NamedTuple):
     """Seconds of a MoE layer's parts for a micro-batch; of a step of both; tokens/s and GPU."""
 
     attention: float
     mlp: float
-    exchange: float
+    all_to_all: float
     step: float
-    rate: float
+    tokens_per_s: float
 
 
-def prefill(
-    c: Config, m: Machine, n: float, prompt: float, u: Unit = PREFILL, loss: Losses = ASSUMED
+def prefill_throughput(
+    config: Config,
+    rates: AchievedRates,
+    n: float,
+    prompt: float,
+    unit: DeploymentUnit = PREFILL,
+    overheads: Overheads = DEFAULT_OVERHEADS,
 ):
-    """`Speed` of prompts: n tokens a GPU in each of two micro-batches."""
-    gap, keys = KERNELS * loss.gap, (prompt + 1) / 2
-    a = attention(c, m, u, n * u.tp, keys, False) / m.sms + gather(c, m, u, n * u.tp) + gap
-    dense, e = (mlp(c, m, u, n, is_dense, loss) / m.sms + gap for is_dense in (True, False))
-    x = exchange(c, m, u, n, loss)
-    layers = c.n_dense_layers * (a + dense) + (c.n_layers - c.n_dense_layers) * max(a + e, x)
-    return Speed(a, e, x, 2 * layers, n / layers)
+    """`Throughput` of prompts: n tokens a GPU in each of two micro-batches."""
+    gap, keys = KERNELS_PER_HALF_BLOCK * overheads.launch_gap, (prompt + 1) / 2
+    a = (
+        attention_time(config, rates, unit, n * unit.tp, keys, False) / rates.compute_sms
+        + tp_gather_time(config, rates, unit, n * unit.tp)
+        + gap
+    )
+    dense, e = (
+        mlp_time(config, rates, unit, n, is_dense, overheads) / rates.compute_sms + gap
+        for is_dense in (True, False)
+    )
+    x = all_to_all_time(config, rates, unit, n, overheads)
+    layers = config.n_dense_layers * (a + dense) + (config.n_layers - config.n_dense_layers) * max(
+        a + e, x
+    )
+    return Throughput(a, e, x, 2 * layers, n / layers)
 
 
-def decode(
-    c: Config, m: Machine, b: float, context: float, u: Unit = DECODE, loss: Losses = ASSUMED
+def decode_throughput(
+    config: Config,
+    rates: AchievedRates,
+    b: float,
+    context: float,
+    unit: DeploymentUnit = DECODE,
+    overheads: Overheads = DEFAULT_OVERHEADS,
 ):
-    """`Speed` of answers: b sequences a group in each of two micro-batches, a token each a step."""
-    gap = KERNELS * loss.gap
-    a = attention(c, m, u, b, context, True) + gather(c, m, u, b) + gap
-    dense, e = (mlp(c, m, u, b / u.tp, is_dense, loss) + gap for is_dense in (True, False))
-    x = exchange(c, m, u, b / u.tp, loss)
-    head = around(c, b)["head"]
-    spent = head._replace(flops=head.flops / u.tp, bytes=head.bytes / u.tp).seconds(m)
-    spent += c.n_dense_layers * (a + dense) + (c.n_layers - c.n_dense_layers) * max(a, e + x)
-    return Speed(a, e, x, 2 * spent, b / u.tp / spent)
+    """`Throughput` of answers: b sequences a group in each of two micro-batches, a token each a step."""
+    gap = KERNELS_PER_HALF_BLOCK * overheads.launch_gap
+    a = (
+        attention_time(config, rates, unit, b, context, True)
+        + tp_gather_time(config, rates, unit, b)
+        + gap
+    )
+    dense, e = (
+        mlp_time(config, rates, unit, b / unit.tp, is_dense, overheads) + gap
+        for is_dense in (True, False)
+    )
+    x = all_to_all_time(config, rates, unit, b / unit.tp, overheads)
+    head = head_operators(config, b)["head"]
+    spent = head._replace(flops=head.flops / unit.tp, bytes=head.bytes / unit.tp).seconds(rates)
+    spent += config.n_dense_layers * (a + dense) + (config.n_layers - config.n_dense_layers) * max(
+        a, e + x
+    )
+    return Throughput(a, e, x, 2 * spent, b / unit.tp / spent)
 
 
-def dollars(m: Machine, rate: float) -> float:
+def dollars_per_million_tokens(rates: AchievedRates, tokens_per_s: float) -> float:
     """Of a million tokens."""
-    return m.dollars / 3600 / rate * 1e6
+    return rates.dollars_per_hour / 3600 / tokens_per_s * 1e6
 
 
 # ── Does it fit? ──
 
 
-def wide(precision: str) -> float:
+def bytes_per_param(precision: str) -> float:
     """Bytes of a number of a block's matrix: a code and its share of a scale, or bf16."""
     return 1 + 4 / 128**2 if precision == "fp8" else 2
 
 
-def weights(c: Config, precision: str) -> float:
+def model_bytes(config: Config, precision: str) -> float:
     """Bytes of the whole model without MTP: matrices of blocks but the gates in FP8 or bf16."""
-    blocks = [products(c, i < c.n_dense_layers) for i in range(c.n_layers)]
-    times = lambda name: c.n_routed_experts if name.startswith("routed") else 1
+    blocks = [block_gemms(config, i < config.n_dense_layers) for i in range(config.n_layers)]
+    times = lambda name: config.n_routed_experts if name.startswith("routed") else 1
     eight = sum(
         times(n) * p.n_in * p.n_out for b in blocks for n, p in b.items() if n != "gate"
     )  # fmt: skip
-    return eight * wide(precision) + 2 * (count_params(c).total - eight)
+    return eight * bytes_per_param(precision) + 2 * (count_params(config).total - eight)
 
 
-def held(c: Config, u: Unit, precision: str = "fp8") -> float:
+def weight_bytes(config: Config, unit: DeploymentUnit, precision: str = "fp8") -> float:
     """Bytes of weights on a GPU of a unit."""
-    whole = products(c, False)
+    whole = block_gemms(config, False)
     divided = sum(
         whole[n].n_in * whole[n].n_out for n in ("wq", "wq_b", "wkv_b", "wo") if n in whole
     )
-    each = divided / u.tp + sum(
+    each = divided / unit.tp + sum(
         whole[n].n_in * whole[n].n_out for n in ("wq_a", "wkv_a") if n in whole
     )
-    expert = 3 * c.dim * c.moe_inter_dim
-    experts = u.held + (0 if u.direct else c.n_shared_experts)
-    matrices = c.n_layers * each + c.n_dense_layers * 3 * c.dim * c.inter_dim
-    matrices += (c.n_layers - c.n_dense_layers) * experts * expert
-    gates = (c.n_layers - c.n_dense_layers) * c.n_routed_experts * c.dim
-    return matrices * wide(precision) + 2 * gates + 2 * 2 * c.vocab_size * c.dim / u.tp
+    expert = 3 * config.dim * config.moe_inter_dim
+    experts = unit.experts_per_gpu + (0 if unit.direct_ib else config.n_shared_experts)
+    matrices = config.n_layers * each + config.n_dense_layers * 3 * config.dim * config.inter_dim
+    matrices += (config.n_layers - config.n_dense_layers) * experts * expert
+    gates = (config.n_layers - config.n_dense_layers) * config.n_routed_experts * config.dim
+    return (
+        matrices * bytes_per_param(precision)
+        + 2 * gates
+        + 2 * 2 * config.vocab_size * config.dim / unit.tp
+    )
 
 
-def room(c: Config, m: Machine, u: Unit, context: float, precision: str = "fp8") -> int:
+def max_batch(
+    config: Config,
+    rates: AchievedRates,
+    unit: DeploymentUnit,
+    context: float,
+    precision: str = "fp8",
+) -> int:
     """Sequences of a micro-batch and group that fit beside the weights, a tenth of memory left."""
-    free = 0.9 * m.memory - held(c, u, precision)
-    return max(0, int(free / (2 * context * count_params(c).cache_bytes)))
+    free = 0.9 * rates.memory - weight_bytes(config, unit, precision)
+    return max(0, int(free / (2 * context * count_params(config).cache_bytes)))
 
 
-def smallest(c: Config, m: Machine, precision: str, tokens: float, node: int = 8) -> int:
+def min_gpus(
+    config: Config, rates: AchievedRates, precision: str, tokens: float, node: int = 8
+) -> int:
     """GPUs, in whole nodes, that hold all weights and the cache of so many tokens (bf16)."""
-    need = weights(c, precision) + tokens * count_params(c).cache_bytes
-    return node * math.ceil(need / (0.9 * m.memory * node))
+    need = model_bytes(config, precision) + tokens * count_params(config).cache_bytes
+    return node * math.ceil(need / (0.9 * rates.memory * node))

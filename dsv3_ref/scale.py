@@ -17,64 +17,67 @@ from dsv3_ref.moe import route
 # ── Operations ──
 
 
-class Product(NamedTuple):
+class Gemm(NamedTuple):
     """A matrix (n_out, n_in), and how many rows a token has in its product."""
 
     n_in: int
     n_out: int
-    rows: int = 1
+    rows_per_token: int = 1
 
     @property
     def flops(self) -> int:
         """Forward operations a token; Dgrad and Wgrad cost the same again each."""
-        return 2 * self.rows * self.n_in * self.n_out
+        return 2 * self.rows_per_token * self.n_in * self.n_out
 
 
-def products(c: Config, dense: bool) -> dict[str, Product]:
+def block_gemms(config: Config, dense: bool) -> dict[str, Gemm]:
     """Every matrix of a block (chapters 03, 04); w1 and w3 as one."""
-    h, x, v = c.n_heads, c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    q, kv, rope = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim
-    out = {"wq_a": Product(c.dim, q), "wq_b": Product(q, h * x)} if q else {}
-    out |= {} if q else {"wq": Product(c.dim, h * x)}
-    out |= {"wkv_a": Product(c.dim, kv + rope), "wo": Product(h * v, c.dim)}
-    out |= {"wkv_b": Product(kv, h * (c.qk_nope_head_dim + v))}
+    h, x, v = config.n_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    q, kv, rope = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
+    out = {"wq_a": Gemm(config.dim, q), "wq_b": Gemm(q, h * x)} if q else {}
+    out |= {} if q else {"wq": Gemm(config.dim, h * x)}
+    out |= {"wkv_a": Gemm(config.dim, kv + rope), "wo": Gemm(h * v, config.dim)}
+    out |= {"wkv_b": Gemm(kv, h * (config.qk_nope_head_dim + v))}
     if dense:
-        return out | mlp("", c.dim, c.inter_dim)
-    shared, k = mlp("shared ", c.dim, c.n_shared_experts * c.moe_inter_dim), c.n_activated_experts
+        return out | mlp_gemms("", config.dim, config.inter_dim)
+    shared, k = (
+        mlp_gemms("shared ", config.dim, config.n_shared_experts * config.moe_inter_dim),
+        config.n_activated_experts,
+    )
     return (
         out
-        | {"gate": Product(c.dim, c.n_routed_experts)}
+        | {"gate": Gemm(config.dim, config.n_routed_experts)}
         | shared
-        | mlp("routed ", c.dim, c.moe_inter_dim, k)
+        | mlp_gemms("routed ", config.dim, config.moe_inter_dim, k)
     )
 
 
-def mlp(name: str, d: int, f: int, rows: int = 1) -> dict[str, Product]:
+def mlp_gemms(name: str, d: int, f: int, rows: int = 1) -> dict[str, Gemm]:
     """d → f → d."""
-    return {f"{name}w1, w3": Product(d, 2 * f, rows), f"{name}w2": Product(f, d, rows)}
+    return {f"{name}w1, w3": Gemm(d, 2 * f, rows), f"{name}w2": Gemm(f, d, rows)}
 
 
-def attention_flops(c: Config, s: int) -> tuple[float, float]:
+def attention_flops(config: Config, s: int) -> tuple[float, float]:
     """Of causal attention over s tokens, a token and layer: (forward, backward)."""
-    x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    return c.n_heads * (s + 1) * (x + v), c.n_heads * (s + 1) * (3 * x + 2 * v)
+    x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    return config.n_heads * (s + 1) * (x + v), config.n_heads * (s + 1) * (3 * x + 2 * v)
 
 
 # ── Stages of equal work ──
 
 
-def work(c: Config) -> tuple[list[int], int]:
+def layer_costs(config: Config) -> tuple[list[int], int]:
     """Multiplications a token of every layer, and of what follows the last: head, MTP."""
-    block = lambda dense: sum(p.flops // 2 for p in products(c, dense).values())
-    head = c.vocab_size * c.dim
-    after = head + c.n_mtp_layers * (2 * c.dim**2 + block(False) + head)
-    return [block(i < c.n_dense_layers) for i in range(c.n_layers)], after
+    block = lambda dense: sum(p.flops // 2 for p in block_gemms(config, dense).values())
+    head = config.vocab_size * config.dim
+    after = head + config.n_mtp_layers * (2 * config.dim**2 + block(False) + head)
+    return [block(i < config.n_dense_layers) for i in range(config.n_layers)], after
 
 
 @cache
-def stages(c: Config, n: int) -> tuple[range, ...]:
+def partition_layers(config: Config, n: int) -> tuple[range, ...]:
     """The layers of n stages, as equal in work as can be."""
-    layers, after = work(c)
+    layers, after = layer_costs(config)
     total = [0, *accumulate(layers)]
 
     @cache
@@ -87,22 +90,32 @@ def stages(c: Config, n: int) -> tuple[range, ...]:
         options = ((best(k - 1, a), total[end] - total[a] + more) for a in starts)
         return min((squares + share**2, (*ends, end)) for (squares, ends), share in options)
 
-    ends = best(n, c.n_layers)[1]
+    ends = best(n, config.n_layers)[1]
     return tuple(range(a, b) for a, b in zip((0, *ends), ends))
 
 
 # ── What a micro-batch leaves behind ──
 
 
-def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
+def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     """Bytes a token that a block holds for its backward pass (§3.2.3, §3.3.3), rope apart.
 
     With recomputation; products in FP8, or in bf16. Tokens are `k` rows at their experts.
     """
     scales = lambda x: 4 * -(-x // 128)
     codes = lambda x, again=False: x + scales(x) if fp8 else 0 if again else 2 * x
-    h, hv, k, d = c.n_heads, c.n_heads * c.v_head_dim, c.n_activated_experts, c.dim
-    q, kv, r, f = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.moe_inter_dim
+    h, hv, k, d = (
+        config.n_heads,
+        config.n_heads * config.v_head_dim,
+        config.n_activated_experts,
+        config.dim,
+    )
+    q, kv, r, f = (
+        config.q_lora_rank,
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.moe_inter_dim,
+    )
     out = {"residual stream": 2 * (4 * d + 4)}
     out["latents"] = (2 * q + 4 + codes(q, True)) * (q > 0)
     out["latents"] += 2 * (kv + r) + 4 + 2 * r + codes(kv, True) + 8 * r  # turns of q and k
@@ -110,10 +123,10 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     out["output of attention"] = 2 * hv + 4 * h
     if fp8:
         out["output of attention"] += 192 * -(-hv // 128) + scales(hv)
-    width = c.inter_dim if dense else c.n_shared_experts * f
+    width = config.inter_dim if dense else config.n_shared_experts * f
     out["dense or shared MLP"] = codes(d, True) + 2 * codes(width)
     if not dense:
-        out["gate"] = 4 * c.n_routed_experts + 12 * k + 8
+        out["gate"] = 4 * config.n_routed_experts + 12 * k + 8
         out["routed experts"] = k * (codes(d) + 2 * codes(f) + 2 * f + 2 + 16)
     return out
 
@@ -121,14 +134,16 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
 # ── What travels ──
 
 
-def trips(c: Config, ep: int, ranks_per_node: int, n: int = 4096) -> tuple[float, float]:
+def dispatch_copies(
+    config: Config, ep: int, ranks_per_node: int, n: int = 4096
+) -> tuple[float, float]:
     """Copies of a token that cross (IB, NVLink) in two hops, mean of n tokens evenly routed."""
     if ep == 1:
         return 0.0, 0.0
     g = torch.Generator().manual_seed(0)
-    logit_bse = torch.randn(1, n, c.n_routed_experts, generator=g)
-    expert_nk, here_n = route(logit_bse, None, c).topk_ids_bsk[0], torch.arange(n) % ep
-    per = c.n_routed_experts // ep
+    logit_bse = torch.randn(1, n, config.n_routed_experts, generator=g)
+    expert_nk, here_n = route(logit_bse, None, config).topk_ids_bsk[0], torch.arange(n) % ep
+    per = config.n_routed_experts // ep
     node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
     if ep > ranks_per_node:
         token_m, node_m, _ = dispatch_layout(expert_nk, per * ranks_per_node, ep // ranks_per_node)
@@ -139,30 +154,30 @@ def trips(c: Config, ep: int, ranks_per_node: int, n: int = 4096) -> tuple[float
     return ib / n, nvlink / n
 
 
-def row_bytes(c: Config, fp8: bool = True) -> tuple[int, int]:
+def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
     """Of a row (there, back): codes with scales or bf16, with k experts and weights; and bf16."""
-    out = c.dim + 4 * -(-c.dim // 128) if fp8 else 2 * c.dim
-    return out + 8 * c.n_activated_experts, 2 * c.dim
+    out = config.dim + 4 * -(-config.dim // 128) if fp8 else 2 * config.dim
+    return out + 8 * config.n_activated_experts, 2 * config.dim
 
 
 # ── Seconds ──
 
 
-class Machine(NamedTuple):
+class AchievedRates(NamedTuple):
     """What a GPU reaches: operations/s, bytes/s, bytes; an H800, and an hour of it."""
 
-    product: float = 1358e12
+    gemm: float = 1358e12
     attention: float = 0.6 * 989e12
     attention_backward: float = 0.5 * 989e12
-    copy: float = 0.85 * 3.35e12
+    hbm: float = 0.85 * 3.35e12
     nvlink: float = 153e9
     ib: float = 50e9
-    sms: float = 112 / 132  # left beside communication
+    compute_sms: float = 112 / 132  # left beside communication
     memory: float = 80e9
-    dollars: float = 2.0
+    dollars_per_hour: float = 2.0
 
 
-class Sheet(NamedTuple):
+class GPUSpec(NamedTuple):
     """Dense operations/s in FP8 and bf16; memory, NVLink and IB in bytes/s a direction; bytes."""
 
     fp8: float
@@ -174,34 +189,34 @@ class Sheet(NamedTuple):
     sms: int
 
 
-SHEETS = {
-    "h800": Sheet(1979e12, 989e12, 3.35e12, 200e9, 50e9, 80e9, 132),
-    "h100": Sheet(1979e12, 989e12, 3.35e12, 450e9, 50e9, 80e9, 132),
-    "h200": Sheet(1979e12, 989e12, 4.8e12, 450e9, 50e9, 141e9, 132),
-    "b200": Sheet(4500e12, 2250e12, 8e12, 900e9, 50e9, 180e9, 148),
+GPU_SPECS = {
+    "h800": GPUSpec(1979e12, 989e12, 3.35e12, 200e9, 50e9, 80e9, 132),
+    "h100": GPUSpec(1979e12, 989e12, 3.35e12, 450e9, 50e9, 80e9, 132),
+    "h200": GPUSpec(1979e12, 989e12, 4.8e12, 450e9, 50e9, 141e9, 132),
+    "b200": GPUSpec(4500e12, 2250e12, 8e12, 900e9, 50e9, 180e9, 148),
 }
 
 
-def reached(sheet: Sheet) -> Machine:
+def achieved_rates(sheet: GPUSpec) -> AchievedRates:
     """The same shares of a sheet as an H800 reaches of its own; 20 SMs communicate."""
-    m, share = Machine(), [a / b for a, b in zip(sheet, SHEETS["h800"])]
-    fp8, bf16, hbm, nvlink, ib, memory, _ = share
-    return Machine(
-        m.product * fp8, m.attention * bf16, m.attention_backward * bf16, m.copy * hbm,
-        m.nvlink * nvlink, m.ib * ib, 1 - 20 / sheet.sms, m.memory * memory, m.dollars,
+    rates, ratio = AchievedRates(), [a / b for a, b in zip(sheet, GPU_SPECS["h800"])]
+    fp8, bf16, hbm, nvlink, ib, memory, _ = ratio
+    return AchievedRates(
+        rates.gemm * fp8, rates.attention * bf16, rates.attention_backward * bf16, rates.hbm * hbm,
+        rates.nvlink * nvlink, rates.ib * ib, 1 - 20 / sheet.sms, rates.memory * memory, rates.dollars_per_hour,
     )  # fmt: skip
 
 
-MACHINES = {name: reached(sheet) for name, sheet in SHEETS.items()}
+ACHIEVED_RATES = {name: achieved_rates(sheet) for name, sheet in GPU_SPECS.items()}
 
 
-def moved(c: Config, dense: bool) -> dict[str, float]:
+def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
     """Bytes a token that a block's forward pass moves between products (kernels: chapter 10)."""
-    d, h, k = c.dim, c.n_heads, c.n_activated_experts
-    x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    width = c.inter_dim if dense else (c.n_shared_experts + k) * c.moe_inter_dim
+    d, h, k = config.dim, config.n_heads, config.n_activated_experts
+    x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    width = config.inter_dim if dense else (config.n_shared_experts + k) * config.moe_inter_dim
     return {
-        "norms of attention": (7 + 10) * d + 5 * (c.q_lora_rank + c.kv_lora_rank),
+        "norms of attention": (7 + 10) * d + 5 * (config.q_lora_rank + config.kv_lora_rank),
         "RoPE, codes of heads": 8 * h * x + 3.5 * h * v,
         "norm of MLP": (7 + 10) * d,
         "SwiGLU": 7 * width,
@@ -209,9 +224,11 @@ def moved(c: Config, dense: bool) -> dict[str, float]:
     }
 
 
-def hops(m: Machine, trips_: tuple[float, float], row: float) -> tuple[float, float]:
+def link_seconds(
+    rates: AchievedRates, copies: tuple[float, float], row: float
+) -> tuple[float, float]:
     """Seconds a token of `row` bytes on (IB, NVLink); the exchange lasts as long as the slower."""
-    return trips_[0] * row / m.ib, trips_[1] * row / m.nvlink
+    return copies[0] * row / rates.ib, copies[1] * row / rates.nvlink
 
 
 # ── Every operator under its roof ──
@@ -222,28 +239,28 @@ class Operator(NamedTuple):
 
     flops: float
     bytes: float
-    kind: str = "product"  # FP8; or bf16 (attention's rate), ib, nvlink
+    kind: str = "gemm"  # FP8; or bf16 (attention's rate), ib, nvlink
 
-    def times(self, m: Machine) -> dict[str, float]:
+    def times_by_limit(self, rates: AchievedRates) -> dict[str, float]:
         """Seconds by what might bind."""
         if self.kind in ("ib", "nvlink"):
-            return {self.kind: self.bytes / getattr(m, self.kind)}
-        rate = m.product if self.kind == "product" else m.attention
-        return {"operations": self.flops / rate, "memory": self.bytes / m.copy}
+            return {self.kind: self.bytes / getattr(rates, self.kind)}
+        rate = rates.gemm if self.kind == "gemm" else rates.attention
+        return {"operations": self.flops / rate, "memory": self.bytes / rates.hbm}
 
-    def seconds(self, m: Machine) -> float:
+    def seconds(self, rates: AchievedRates) -> float:
         """What binds decides."""
-        return max(self.times(m).values())
+        return max(self.times_by_limit(rates).values())
 
-    def limit(self, m: Machine) -> str:
+    def bottleneck(self, rates: AchievedRates) -> str:
         """What binds."""
-        return max(self.times(m).items(), key=lambda item: item[1])[0]
+        return max(self.times_by_limit(rates).items(), key=lambda item: item[1])[0]
 
 
-def core(c: Config, n: float, keys: float, cached: bool) -> Operator:
+def attention_operator(config: Config, n: float, keys: float, cached: bool) -> Operator:
     """Attention of n tokens with `keys` keys each; cached: n sequences, a token each, absorbed."""
-    h, x, v, kv = c.n_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
-    r = c.qk_rope_head_dim
+    h, x, v, kv = config.n_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
+    r = config.qk_rope_head_dim
     if cached:
         return Operator(
             2 * n * h * keys * (2 * kv + r), 2 * n * (keys * (kv + r) + h * (2 * kv + r)), "bf16"
@@ -251,26 +268,34 @@ def core(c: Config, n: float, keys: float, cached: bool) -> Operator:
     return Operator(2 * n * h * keys * (x + r + v), 4 * n * h * (x + r + v), "bf16")
 
 
-def operators(c: Config, dense: bool, n: float, keys: float, trips_, held: float, cached=False):
+def operators(
+    config: Config, dense: bool, n: float, keys: float, copies, held: float, cached=False
+):
     """{name: Operator} of a block's forward pass: n tokens, `held` routed experts on the GPU."""
-    out = {"attention": core(c, n, keys, cached)}
-    for name, p in products(c, dense).items():
+    out = {"attention": attention_operator(config, n, keys, cached)}
+    for name, p in block_gemms(config, dense).items():
         wide = 4 if name == "gate" else 1  # bytes of a weight and of an input
         weights = p.n_in * p.n_out * (held if name.startswith("routed") else 1)
-        rows = n * p.rows * (wide * p.n_in + 2 * p.n_out)
-        out[name] = Operator(n * p.flops, wide * weights + rows, "bf16" if wide > 1 else "product")
-    out |= {name: Operator(n * b / 2, n * b, "bf16") for name, b in moved(c, dense).items() if b}
+        rows = n * p.rows_per_token * (wide * p.n_in + 2 * p.n_out)
+        out[name] = Operator(n * p.flops, wide * weights + rows, "bf16" if wide > 1 else "gemm")
+    out |= {
+        name: Operator(n * b / 2, n * b, "bf16")
+        for name, b in memory_traffic(config, dense).items()
+        if b
+    }
     if not dense:
-        links = zip(("ib", "nvlink"), trips_)
+        links = zip(("ib", "nvlink"), copies)
         out |= {
-            f"all-to-all, {k}": Operator(0, n * t * sum(row_bytes(c)), k) for k, t in links if t
+            f"all-to-all, {k}": Operator(0, n * t * sum(dispatch_bytes(config)), k)
+            for k, t in links
+            if t
         }
     return out
 
 
-def around(c: Config, n: float) -> dict[str, Operator]:
+def head_operators(config: Config, n: float) -> dict[str, Operator]:
     """What stands beside the blocks: head (bf16), and MTP's projection of 2 d to d."""
-    d, w = c.dim, c.vocab_size
+    d, w = config.dim, config.vocab_size
     out = {"head": Operator(2 * n * d * w, 2 * d * w + n * (2 * d + 4 * w), "bf16")}
     return out | {"MTP's projection": Operator(4 * n * d * d, 2 * d * d + n * 4 * d)}
 
@@ -278,36 +303,41 @@ def around(c: Config, n: float) -> dict[str, Operator]:
 # ── What kernels' tables leave out ──
 
 
-class Losses(NamedTuple):
+class Overheads(NamedTuple):
     """What lies between a kernel's table and a month of training; sources: chapter 17."""
 
-    shapes: bool = True
-    imbalance: float = 1.1
-    order: bool = True
-    stream: int = 4
-    gap: float = 2e-6
-    slowest: float = 1.03
-    failures: float = 419 / (54 * 24 * 16384)  # a GPU and hour
-    lost: float = 0.5  # hours a failure
+    gemm_shapes: bool = True
+    load_imbalance: float = 1.1
+    pair_order: bool = True
+    pp_stream_bytes: int = 4
+    launch_gap: float = 2e-6
+    straggler_factor: float = 1.03
+    failure_rate: float = 419 / (54 * 24 * 16384)  # a GPU and hour
+    hours_lost: float = 0.5  # hours a failure
 
 
-IDEAL = Losses(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
-ATTENTION = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
-BEST, KERNELS = 1358, 12
-TFLOPS = {  # by DeepGEMM, 4,096 rows and more
+NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
+ATTENTION_GEMMS = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
+BEST_TFLOPS, KERNELS_PER_HALF_BLOCK = 1358, 12
+GEMM_TFLOPS = {  # by DeepGEMM, 4,096 rows and more
     "wq_a": 1058, "wkv_a": 1058, "wq_b": 990, "wkv_b": 590, "shared w1, w3": 1304,
     "shared w2": 1025, "routed w1, w3": 1288, "routed w2": 1093,
 }  # fmt: skip
 
 
-def product_seconds(table: dict[str, Product], m: Machine, loss: Losses) -> dict[str, float]:
+def gemm_seconds(
+    table: dict[str, Gemm], rates: AchievedRates, overheads: Overheads
+) -> dict[str, float]:
     """Of each product, a token."""
-    share = {name: TFLOPS.get(name, BEST) / BEST if loss.shapes else 1 for name in table}
-    load = {name: loss.imbalance if name.startswith("routed") else 1 for name in table}
-    return {n: load[n] * p.flops / (m.product * share[n]) for n, p in table.items()}
+    share = {
+        name: GEMM_TFLOPS.get(name, BEST_TFLOPS) / BEST_TFLOPS if overheads.gemm_shapes else 1
+        for name in table
+    }
+    load = {name: overheads.load_imbalance if name.startswith("routed") else 1 for name in table}
+    return {n: load[n] * p.flops / (rates.gemm * share[n]) for n, p in table.items()}
 
 
-class Seconds(NamedTuple):
+class BlockTime(NamedTuple):
     """Of one block and one micro-batch: forward, backward for inputs and for weights, exchange."""
 
     f: float
@@ -316,46 +346,70 @@ class Seconds(NamedTuple):
     comm: float
 
 
-def parts(c: Config, m: Machine, dense: bool, s: int, trips_, loss: Losses = IDEAL):
-    """(attention, MLP with its exchange) of a block: `Seconds` on one sequence of s tokens."""
-    each = product_seconds(products(c, dense), m, loss)
-    copies = {name: n_bytes / m.copy for name, n_bytes in moved(c, dense).items()}
-    uneven = sum(copies[n] for n in ("SwiGLU", "permute, combine")) * (
-        1 if dense else loss.imbalance
+def block_parts(
+    config: Config,
+    rates: AchievedRates,
+    dense: bool,
+    s: int,
+    copies,
+    overheads: Overheads = NO_OVERHEADS,
+):
+    """(attention, MLP with its exchange) of a block: `BlockTime` on one sequence of s tokens."""
+    each = gemm_seconds(block_gemms(config, dense), rates, overheads)
+    traffic_time = {
+        name: n_bytes / rates.hbm for name, n_bytes in memory_traffic(config, dense).items()
+    }
+    uneven = sum(traffic_time[n] for n in ("SwiGLU", "permute, combine")) * (
+        1 if dense else overheads.load_imbalance
     )
-    forward, backward = attention_flops(c, s)
+    forward, backward = attention_flops(config, s)
     again = sum(each.get(name, 0) for name in ("wq_b", "wkv_b"))
-    inside = sum(t for name, t in each.items() if name in ATTENTION)
+    inside = sum(t for name, t in each.items() if name in ATTENTION_GEMMS)
     between, outside = (
-        copies["norms of attention"] + copies["RoPE, codes of heads"],
+        traffic_time["norms of attention"] + traffic_time["RoPE, codes of heads"],
         sum(each.values()) - inside,
     )
-    uneven += copies["norm of MLP"]
-    scale, gap = s / m.sms, KERNELS * loss.gap
-    one = Seconds(
-        scale * (inside + forward / m.attention + between) + gap,
-        scale * (inside + again + backward / m.attention_backward + 2 * between) + 2 * gap,
+    uneven += traffic_time["norm of MLP"]
+    scale, gap = s / rates.compute_sms, KERNELS_PER_HALF_BLOCK * overheads.launch_gap
+    one = BlockTime(
+        scale * (inside + forward / rates.attention + between) + gap,
+        scale * (inside + again + backward / rates.attention_backward + 2 * between) + 2 * gap,
         scale * inside + gap,
         0.0,
     )
-    exchange = 0.0 if dense else loss.imbalance * s * max(hops(m, trips_, sum(row_bytes(c))))
+    exchange = (
+        0.0
+        if dense
+        else overheads.load_imbalance
+        * s
+        * max(link_seconds(rates, copies, sum(dispatch_bytes(config))))
+    )
     two = (
         scale * (outside + uneven) + gap,
         scale * (outside + 2 * uneven) + 2 * gap,
         scale * outside + gap,
     )
-    return one, Seconds(*two, exchange)
+    return one, BlockTime(*two, exchange)
 
 
-def seconds(c: Config, m: Machine, dense: bool, s: int, trips_, loss: Losses = IDEAL) -> Seconds:
+def block_time(
+    config: Config,
+    rates: AchievedRates,
+    dense: bool,
+    s: int,
+    copies,
+    overheads: Overheads = NO_OVERHEADS,
+) -> BlockTime:
     """Of a block on one sequence of s tokens, with what is computed again in the backward pass."""
-    return Seconds(*map(sum, zip(*parts(c, m, dense, s, trips_, loss))))
+    return BlockTime(*map(sum, zip(*block_parts(config, rates, dense, s, copies, overheads))))
 
 
 # ── What hides behind what ──
 
 
-def overlapped(a: Seconds, e: Seconds, out: float, back: float, layers: int = 40) -> float:
+def overlapped_pair_time(
+    a: BlockTime, e: BlockTime, out: float, back: float, layers: int = 40
+) -> float:
     """Seconds a layer of a pair F&B, two clocks in the order of Figure 4 (§3.2.1).
 
     a: attention, e: MLP; out, back: of one exchange. The first half of the layers warms up.
@@ -374,12 +428,16 @@ def overlapped(a: Seconds, e: Seconds, out: float, back: float, layers: int = 40
     return (max(compute, link) - half) / (layers - layers // 2)
 
 
-def pair_factor(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
+def pair_factor(
+    config: Config, rates: AchievedRates, s: int, copies, overheads: Overheads
+) -> float:
     """Time of a pair F&B over the longer of its computation and its exchanges; 1 without order."""
-    a, e = parts(c, m, False, s, trips_, loss)
-    (there, back), least = row_bytes(c), max(sum(a[:3]) + sum(e[:3]), 2 * e.comm)
+    a, e = block_parts(config, rates, False, s, copies, overheads)
+    (there, back), least = dispatch_bytes(config), max(sum(a[:3]) + sum(e[:3]), 2 * e.comm)
     way = e.comm / (there + back)
-    return overlapped(a, e, there * way, back * way) / least if loss.order else 1.0
+    return (
+        overlapped_pair_time(a, e, there * way, back * way) / least if overheads.pair_order else 1.0
+    )
 
 
 # ── Experiment: a step of V3 ──
@@ -388,7 +446,7 @@ def pair_factor(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
 class StageCosts:
     """Seconds of a schedule's steps where stages differ, in place of chapter 12's `ActionCosts`."""
 
-    def __init__(self, stages_: list[Seconds], pair: float = 1.0):
+    def __init__(self, stages_: list[BlockTime], pair: float = 1.0):
         self.stages, self.pair = stages_, pair
 
     def compute(self, op: Action) -> float:
@@ -403,26 +461,30 @@ class StageCosts:
         return self.pair * max(compute, comm) if len(step) == 2 else compute + comm
 
 
-def stage_seconds(c: Config, m: Machine, cut, s: int, trips_, loss=IDEAL) -> list[Seconds]:
+def stage_seconds(
+    config: Config, rates: AchievedRates, cut, s: int, copies, overheads=NO_OVERHEADS
+) -> list[BlockTime]:
     """Of every stage, for one sequence of s tokens; the last has norms, heads and MTP too."""
-    block = [seconds(c, m, dense, s, trips_, loss) for dense in (False, True)]
-    add = lambda parts: Seconds(*map(sum, zip(*parts))) if parts else Seconds(0, 0, 0, 0)
-    out = [add([block[i < c.n_dense_layers] for i in layers]) for layers in cut]
-    head = (1 + c.n_mtp_layers) * c.vocab_size * c.dim + c.n_mtp_layers * 2 * c.dim**2
-    once = 2 * s * head / (m.attention * m.sms)  # in bf16
-    out[-1] = add([out[-1], *[block[0]] * c.n_mtp_layers, Seconds(once, once, once, 0)])
-    stream = loss.stream * c.dim * s / m.ib if len(cut) > 1 else 0.0
+    block = [block_time(config, rates, dense, s, copies, overheads) for dense in (False, True)]
+    add = lambda parts: BlockTime(*map(sum, zip(*parts))) if parts else BlockTime(0, 0, 0, 0)
+    out = [add([block[i < config.n_dense_layers] for i in layers]) for layers in cut]
+    head = (
+        1 + config.n_mtp_layers
+    ) * config.vocab_size * config.dim + config.n_mtp_layers * 2 * config.dim**2
+    once = 2 * s * head / (rates.attention * rates.compute_sms)  # in bf16
+    out[-1] = add([out[-1], *[block[0]] * config.n_mtp_layers, BlockTime(once, once, once, 0)])
+    stream = overheads.pp_stream_bytes * config.dim * s / rates.ib if len(cut) > 1 else 0.0
     return [t._replace(comm=t.comm + stream) for t in out]
 
 
-def tail(m: Machine, numbers: dict[tuple[int, bool], int]) -> tuple[float, float]:
+def step_tail(rates: AchievedRates, numbers: dict[tuple[int, bool], int]) -> tuple[float, float]:
     """Seconds after the pipeline of a rank: gradients and weights over IB, AdamW over memory.
 
     numbers: {(ranks that share a slice, under FP8): numbers on the rank}.
     """
     sent = sum(8 * n * (size - 1) / size for (size, _), n in numbers.items())
     adam = sum(20 * n / size + 5 * n * eight for (size, eight), n in numbers.items())
-    return sent / m.ib, adam / m.copy
+    return sent / rates.ib, adam / rates.hbm
 
 
 # ── The bill from first principles ──
@@ -433,24 +495,28 @@ def gpu_hours(step_seconds: float, gpus: int, tokens: int) -> float:
     return gpus * step_seconds / 3600 / tokens * 1e12
 
 
-def stretched(loss: Losses, gpus: int) -> float:
+def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
     """Wall time over the time of steps: slowest · (1 + failures · GPUs · lost)."""
-    return loss.slowest * (1 + loss.failures * gpus * loss.lost)
+    return overheads.straggler_factor * (1 + overheads.failure_rate * gpus * overheads.hours_lost)
 
 
 # ── How many SMs should talk? ──
 
 
-def lend(m: Machine, n: int, trips_, per_sm: float = 3.35e12 / 132 / 2, sms: int = 132) -> Machine:
+def with_comm_sms(
+    rates: AchievedRates, n: int, copies, per_sm: float = 3.35e12 / 132 / 2, sms: int = 132
+) -> AchievedRates:
     """The machine with n SMs for communication, each of which copies `per_sm` bytes/s."""
-    ib, nvlink = trips_
+    ib, nvlink = copies
     fed = n * per_sm / (ib + 2 * nvlink)  # rows' bytes a second
-    return m._replace(
-        sms=1 - n / sms, ib=min(m.ib, fed * ib), nvlink=min(m.nvlink, fed * nvlink)
+    return rates._replace(
+        compute_sms=1 - n / sms, ib=min(rates.ib, fed * ib), nvlink=min(rates.nvlink, fed * nvlink)
     )  # fmt: skip
 
 
-def pair_seconds(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
+def pair_seconds(
+    config: Config, rates: AchievedRates, s: int, copies, overheads: Overheads
+) -> float:
     """Of F&B, a layer."""
-    t = seconds(c, m, False, s, trips_, loss)
-    return pair_factor(c, m, s, trips_, loss) * max(t.f + t.i + t.w, 2 * t.comm)
+    t = block_time(config, rates, False, s, copies, overheads)
+    return pair_factor(config, rates, s, copies, overheads) * max(t.f + t.i + t.w, 2 * t.comm)

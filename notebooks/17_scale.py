@@ -47,7 +47,7 @@ print(
 # - 2,664K hours for 14.8T tokens, \$2 an hour (§1).
 #
 # What is *not* published is how 61 layers and the MTP module lie in 16 stages and how fast each kernel ran.
-# Where we must assume something, it stands in `Machine`, with its reason, and can be moved.
+# Where we must assume something, it stands in `AchievedRates`, with its reason, and can be moved.
 
 # %%
 #| export
@@ -77,47 +77,50 @@ from dsv3_ref.moe import route
 
 # %%
 #| export
-class Product(NamedTuple):
+class Gemm(NamedTuple):
     """A matrix (n_out, n_in), and how many rows a token has in its product."""
 
     n_in: int
     n_out: int
-    rows: int = 1
+    rows_per_token: int = 1
 
     @property
     def flops(self) -> int:
         """Forward operations a token; Dgrad and Wgrad cost the same again each."""
-        return 2 * self.rows * self.n_in * self.n_out
+        return 2 * self.rows_per_token * self.n_in * self.n_out
 
 
-def products(c: Config, dense: bool) -> dict[str, Product]:
+def block_gemms(config: Config, dense: bool) -> dict[str, Gemm]:
     """Every matrix of a block (chapters 03, 04); w1 and w3 as one."""
-    h, x, v = c.n_heads, c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    q, kv, rope = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim
-    out = {"wq_a": Product(c.dim, q), "wq_b": Product(q, h * x)} if q else {}
-    out |= {} if q else {"wq": Product(c.dim, h * x)}
-    out |= {"wkv_a": Product(c.dim, kv + rope), "wo": Product(h * v, c.dim)}
-    out |= {"wkv_b": Product(kv, h * (c.qk_nope_head_dim + v))}
+    h, x, v = config.n_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    q, kv, rope = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
+    out = {"wq_a": Gemm(config.dim, q), "wq_b": Gemm(q, h * x)} if q else {}
+    out |= {} if q else {"wq": Gemm(config.dim, h * x)}
+    out |= {"wkv_a": Gemm(config.dim, kv + rope), "wo": Gemm(h * v, config.dim)}
+    out |= {"wkv_b": Gemm(kv, h * (config.qk_nope_head_dim + v))}
     if dense:
-        return out | mlp("", c.dim, c.inter_dim)
-    shared, k = mlp("shared ", c.dim, c.n_shared_experts * c.moe_inter_dim), c.n_activated_experts
+        return out | mlp_gemms("", config.dim, config.inter_dim)
+    shared, k = (
+        mlp_gemms("shared ", config.dim, config.n_shared_experts * config.moe_inter_dim),
+        config.n_activated_experts,
+    )
     return (
         out
-        | {"gate": Product(c.dim, c.n_routed_experts)}
+        | {"gate": Gemm(config.dim, config.n_routed_experts)}
         | shared
-        | mlp("routed ", c.dim, c.moe_inter_dim, k)
+        | mlp_gemms("routed ", config.dim, config.moe_inter_dim, k)
     )
 
 
-def mlp(name: str, d: int, f: int, rows: int = 1) -> dict[str, Product]:
+def mlp_gemms(name: str, d: int, f: int, rows: int = 1) -> dict[str, Gemm]:
     """d → f → d."""
-    return {f"{name}w1, w3": Product(d, 2 * f, rows), f"{name}w2": Product(f, d, rows)}
+    return {f"{name}w1, w3": Gemm(d, 2 * f, rows), f"{name}w2": Gemm(f, d, rows)}
 
 
-def attention_flops(c: Config, s: int) -> tuple[float, float]:
+def attention_flops(config: Config, s: int) -> tuple[float, float]:
     """Of causal attention over s tokens, a token and layer: (forward, backward)."""
-    x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    return c.n_heads * (s + 1) * (x + v), c.n_heads * (s + 1) * (3 * x + 2 * v)
+    x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    return config.n_heads * (s + 1) * (x + v), config.n_heads * (s + 1) * (3 * x + 2 * v)
 
 
 # %%
@@ -127,29 +130,31 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.ops import use
 
 
-def counted(c: Config, s: int) -> float:
+def counted(config: Config, s: int) -> float:
     """Forward operations a token by torch's own counter; naive attention computes the full square."""
     with use("naive", "torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        Transformer(c)(torch.zeros(1, s, dtype=torch.long))
+        Transformer(config)(torch.zeros(1, s, dtype=torch.long))
     return counter.get_total_flops() / s
 
 
-def ours(c: Config, s: int) -> float:
-    """The same by `products`, with keys for the full square and the k-fold sum after experts."""
+def ours(config: Config, s: int) -> float:
+    """The same by `block_gemms`, with keys for the full square and the k-fold sum after experts."""
     matrices = sum(
-        p.flops for i in range(c.n_layers) for p in products(c, i < c.n_dense_layers).values()
+        p.flops
+        for i in range(config.n_layers)
+        for p in block_gemms(config, i < config.n_dense_layers).values()
     )
-    square = c.n_layers * attention_flops(c, 2 * s - 1)[0]
-    sums = 2 * (c.n_layers - c.n_dense_layers) * c.n_activated_experts * c.dim
-    return matrices + square + sums + 2 * c.vocab_size * c.dim
+    square = config.n_layers * attention_flops(config, 2 * s - 1)[0]
+    sums = 2 * (config.n_layers - config.n_dense_layers) * config.n_activated_experts * config.dim
+    return matrices + square + sums + 2 * config.vocab_size * config.dim
 
 
 for s in (16, 64):
     assert counted(TINY, s) == ours(TINY, s)  # exactly
-block = products(V3, dense=False)
+block = block_gemms(V3, dense=False)
 for name, p in sorted(block.items(), key=lambda item: -item[1].flops):
     print(
-        f"{name:15}{p.n_out:7} × {p.n_in:<6}{p.rows} row{'s' * (p.rows > 1):1}{p.flops / 1e6:8.0f} MFLOPs a token"
+        f"{name:15}{p.n_out:7} × {p.n_in:<6}{p.rows_per_token} row{'s' * (p.rows_per_token > 1):1}{p.flops / 1e6:8.0f} MFLOPs a token"
     )
 print(f"attention at 4K: {attention_flops(V3, 4096)[0] / 1e6:.0f} MFLOPs forward, "
       f"{attention_flops(V3, 4096)[1] / 1e6:.0f} backward")  # fmt: skip
@@ -168,18 +173,18 @@ print(f"attention at 4K: {attention_flops(V3, 4096)[0] / 1e6:.0f} MFLOPs forward
 
 # %%
 #| export
-def work(c: Config) -> tuple[list[int], int]:
+def layer_costs(config: Config) -> tuple[list[int], int]:
     """Multiplications a token of every layer, and of what follows the last: head, MTP."""
-    block = lambda dense: sum(p.flops // 2 for p in products(c, dense).values())
-    head = c.vocab_size * c.dim
-    after = head + c.n_mtp_layers * (2 * c.dim**2 + block(False) + head)
-    return [block(i < c.n_dense_layers) for i in range(c.n_layers)], after
+    block = lambda dense: sum(p.flops // 2 for p in block_gemms(config, dense).values())
+    head = config.vocab_size * config.dim
+    after = head + config.n_mtp_layers * (2 * config.dim**2 + block(False) + head)
+    return [block(i < config.n_dense_layers) for i in range(config.n_layers)], after
 
 
 @cache
-def stages(c: Config, n: int) -> tuple[range, ...]:
+def partition_layers(config: Config, n: int) -> tuple[range, ...]:
     """The layers of n stages, as equal in work as can be."""
-    layers, after = work(c)
+    layers, after = layer_costs(config)
     total = [0, *accumulate(layers)]
 
     @cache
@@ -192,14 +197,14 @@ def stages(c: Config, n: int) -> tuple[range, ...]:
         options = ((best(k - 1, a), total[end] - total[a] + more) for a in starts)
         return min((squares + share**2, (*ends, end)) for (squares, ends), share in options)
 
-    ends = best(n, c.n_layers)[1]
+    ends = best(n, config.n_layers)[1]
     return tuple(range(a, b) for a, b in zip((0, *ends), ends))
 
 
 # %%
-layers, after = work(V3)
+layers, after = layer_costs(V3)
 print(f"after the last layer: the work of {after / layers[-1]:.2f} layers")
-cut = stages(V3, 16)
+cut = partition_layers(V3, 16)
 assert [i for part in cut for i in part] == list(range(61))
 even = [61 // 16 + (s < 61 % 16) for s in range(16)]
 fig, ax = figure(1, 1, 8, 2.6)
@@ -227,21 +232,31 @@ assert max(len(part) for part in cut) == 5 or len(cut[-1]) == 0
 # - gate and up of SwiGLU as codes, in each of $k$ rows; up once more in bf16, for the gradient of the gate's weights;
 # - the gate's affinities and choices, and where rows came from.
 #
-# `kept` says so, tensor by tensor. Whether it forgets one is for the machine to say: the real stage of the cluster
+# `activation_bytes_per_token` says so, tensor by tensor. Whether it forgets one is for the machine to say: the real stage of the cluster
 # trainer runs under `ops.saved_tensors`, which counts every tensor that autograd holds.
 
 
 # %%
 #| export
-def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
+def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     """Bytes a token that a block holds for its backward pass (§3.2.3, §3.3.3), rope apart.
 
     With recomputation; products in FP8, or in bf16. Tokens are `k` rows at their experts.
     """
     scales = lambda x: 4 * -(-x // 128)
     codes = lambda x, again=False: x + scales(x) if fp8 else 0 if again else 2 * x
-    h, hv, k, d = c.n_heads, c.n_heads * c.v_head_dim, c.n_activated_experts, c.dim
-    q, kv, r, f = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.moe_inter_dim
+    h, hv, k, d = (
+        config.n_heads,
+        config.n_heads * config.v_head_dim,
+        config.n_activated_experts,
+        config.dim,
+    )
+    q, kv, r, f = (
+        config.q_lora_rank,
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.moe_inter_dim,
+    )
     out = {"residual stream": 2 * (4 * d + 4)}
     out["latents"] = (2 * q + 4 + codes(q, True)) * (q > 0)
     out["latents"] += 2 * (kv + r) + 4 + 2 * r + codes(kv, True) + 8 * r  # turns of q and k
@@ -249,10 +264,10 @@ def kept(c: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     out["output of attention"] = 2 * hv + 4 * h
     if fp8:
         out["output of attention"] += 192 * -(-hv // 128) + scales(hv)
-    width = c.inter_dim if dense else c.n_shared_experts * f
+    width = config.inter_dim if dense else config.n_shared_experts * f
     out["dense or shared MLP"] = codes(d, True) + 2 * codes(width)
     if not dense:
-        out["gate"] = 4 * c.n_routed_experts + 12 * k + 8
+        out["gate"] = 4 * config.n_routed_experts + 12 * k + 8
         out["routed experts"] = k * (codes(d) + 2 * codes(f) + 2 * f + 2 + 16)
     return out
 
@@ -276,11 +291,11 @@ class Lean(torch.autograd.Function):
 ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(q, k, v))
 
 
-def held(c: Config, n: int, fp8: bool) -> int:
+def held(config: Config, n: int, fp8: bool) -> int:
     """Bytes that autograd holds after the first stage, of one layer, has seen n tokens."""
-    stage = Stage(Transformer(c), c, 0, 2, AllToAllDispatcher([]))
+    stage = Stage(Transformer(config), config, 0, 2, AllToAllDispatcher([]))
     backends, tape = ("lean", "fp8", "torch") if fp8 else ("lean", "torch"), Tape()
-    tokens_bs = torch.randint(c.vocab_size, (1, n + 1))
+    tokens_bs = torch.randint(config.vocab_size, (1, n + 1))
     with ops.use(*backends), ops.saved_tensors(True, stage.model.parameters()) as saved:
         with torch.autocast("cpu", torch.bfloat16):
             run_to_completion(stage.forward(tape, None, tokens_bs, LossWeights(1.0), LossStats()))
@@ -295,17 +310,17 @@ for dense in (True, False):
         c = replace(SHAPE, n_dense_layers=int(dense))
         found = (held(c, 192, fp8) - held(c, 128, fp8)) / 64  # codes of weights cancel
         rope = 8 + 4 * c.qk_rope_head_dim  # token numbers; cosines and sines, once for all layers
-        formula = sum(kept(c, dense, fp8).values()) + rope
+        formula = sum(activation_bytes_per_token(c, dense, fp8).values()) + rope
         print(
             f"{'dense' if dense else 'MoE':6}{'FP8' if fp8 else 'bf16':5}{found:9,.0f} bytes a token counted, {formula:9,.0f} by formula"
         )
         assert found == formula
 
 # %%
-parts, times = kept(V3, dense=False), 4096 / 1e6
-wide = kept(V3, dense=False, fp8=False)
+block_parts, times = activation_bytes_per_token(V3, dense=False), 4096 / 1e6
+wide = activation_bytes_per_token(V3, dense=False, fp8=False)
 fig, ax = figure(1, 1, 8, 2.4)
-for y, table in enumerate((wide, parts)):
+for y, table in enumerate((wide, block_parts)):
     left = 0
     for color, (what, size) in zip(COLORS, table.items()):
         ax.barh(y, size * times, left=left, color=color, label=what if y else None)
@@ -333,14 +348,16 @@ show(fig)
 
 # %%
 #| export
-def trips(c: Config, ep: int, ranks_per_node: int, n: int = 4096) -> tuple[float, float]:
+def dispatch_copies(
+    config: Config, ep: int, ranks_per_node: int, n: int = 4096
+) -> tuple[float, float]:
     """Copies of a token that cross (IB, NVLink) in two hops, mean of n tokens evenly routed."""
     if ep == 1:
         return 0.0, 0.0
     g = torch.Generator().manual_seed(0)
-    logit_bse = torch.randn(1, n, c.n_routed_experts, generator=g)
-    expert_nk, here_n = route(logit_bse, None, c).topk_ids_bsk[0], torch.arange(n) % ep
-    per = c.n_routed_experts // ep
+    logit_bse = torch.randn(1, n, config.n_routed_experts, generator=g)
+    expert_nk, here_n = route(logit_bse, None, config).topk_ids_bsk[0], torch.arange(n) % ep
+    per = config.n_routed_experts // ep
     node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
     if ep > ranks_per_node:
         token_m, node_m, _ = dispatch_layout(expert_nk, per * ranks_per_node, ep // ranks_per_node)
@@ -351,17 +368,17 @@ def trips(c: Config, ep: int, ranks_per_node: int, n: int = 4096) -> tuple[float
     return ib / n, nvlink / n
 
 
-def row_bytes(c: Config, fp8: bool = True) -> tuple[int, int]:
+def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
     """Of a row (there, back): codes with scales or bf16, with k experts and weights; and bf16."""
-    out = c.dim + 4 * -(-c.dim // 128) if fp8 else 2 * c.dim
-    return out + 8 * c.n_activated_experts, 2 * c.dim
+    out = config.dim + 4 * -(-config.dim // 128) if fp8 else 2 * config.dim
+    return out + 8 * config.n_activated_experts, 2 * config.dim
 
 
 # %%
-def slow_trips(c: Config):
+def slow_trips(config: Config):
     """By words: nodes other than mine; then GPUs in each node other than where the row landed."""
     expert_nk = route(
-        torch.randn(1, 4096, 256, generator=torch.Generator().manual_seed(0)), None, c
+        torch.randn(1, 4096, 256, generator=torch.Generator().manual_seed(0)), None, config
     ).topk_ids_bsk[0]
     ib = nvlink = 0
     for token, chosen in enumerate(expert_nk.tolist()):
@@ -371,18 +388,20 @@ def slow_trips(c: Config):
     return ib, nvlink
 
 
-ib, nvlink = trips(V3, 64, 8)
+ib, nvlink = dispatch_copies(V3, 64, 8)
 print(
-    f"a token crosses IB {ib:.2f} times, NVLink {nvlink:.2f} times; there {row_bytes(V3)[0]:,} bytes, back {row_bytes(V3)[1]:,}"
+    f"a token crosses IB {ib:.2f} times, NVLink {nvlink:.2f} times; there {dispatch_bytes(V3)[0]:,} bytes, back {dispatch_bytes(V3)[1]:,}"
 )
 assert (ib * 4096, nvlink * 4096) == slow_trips(V3) and 3.2 < ib <= 4
 for limit in (8, 4, 2, 1):
     c = replace(V3, n_limited_groups=limit)
-    print(f"at most {limit} nodes: IB {trips(c, 64, 8)[0]:.2f}, NVLink {trips(c, 64, 8)[1]:.2f}")
+    print(
+        f"at most {limit} nodes: IB {dispatch_copies(c, 64, 8)[0]:.2f}, NVLink {dispatch_copies(c, 64, 8)[1]:.2f}"
+    )
 
 # %% [markdown]
 # ## Seconds
-# Each operation is bound by one rate, operations or bytes. A `Sheet` is what a data sheet promises, a `Machine` what is
+# Each operation is bound by one rate, operations or bytes. A `GPUSpec` is what a data sheet promises, a `AchievedRates` what is
 # *reached*; the table says why we believe it:
 #
 # | | H800 | source |
@@ -398,21 +417,21 @@ for limit in (8, 4, 2, 1):
 
 # %%
 #| export
-class Machine(NamedTuple):
+class AchievedRates(NamedTuple):
     """What a GPU reaches: operations/s, bytes/s, bytes; an H800, and an hour of it."""
 
-    product: float = 1358e12
+    gemm: float = 1358e12
     attention: float = 0.6 * 989e12
     attention_backward: float = 0.5 * 989e12
-    copy: float = 0.85 * 3.35e12
+    hbm: float = 0.85 * 3.35e12
     nvlink: float = 153e9
     ib: float = 50e9
-    sms: float = 112 / 132  # left beside communication
+    compute_sms: float = 112 / 132  # left beside communication
     memory: float = 80e9
-    dollars: float = 2.0
+    dollars_per_hour: float = 2.0
 
 
-class Sheet(NamedTuple):
+class GPUSpec(NamedTuple):
     """Dense operations/s in FP8 and bf16; memory, NVLink and IB in bytes/s a direction; bytes."""
 
     fp8: float
@@ -424,25 +443,25 @@ class Sheet(NamedTuple):
     sms: int
 
 
-SHEETS = {
-    "h800": Sheet(1979e12, 989e12, 3.35e12, 200e9, 50e9, 80e9, 132),
-    "h100": Sheet(1979e12, 989e12, 3.35e12, 450e9, 50e9, 80e9, 132),
-    "h200": Sheet(1979e12, 989e12, 4.8e12, 450e9, 50e9, 141e9, 132),
-    "b200": Sheet(4500e12, 2250e12, 8e12, 900e9, 50e9, 180e9, 148),
+GPU_SPECS = {
+    "h800": GPUSpec(1979e12, 989e12, 3.35e12, 200e9, 50e9, 80e9, 132),
+    "h100": GPUSpec(1979e12, 989e12, 3.35e12, 450e9, 50e9, 80e9, 132),
+    "h200": GPUSpec(1979e12, 989e12, 4.8e12, 450e9, 50e9, 141e9, 132),
+    "b200": GPUSpec(4500e12, 2250e12, 8e12, 900e9, 50e9, 180e9, 148),
 }
 
 
-def reached(sheet: Sheet) -> Machine:
+def achieved_rates(sheet: GPUSpec) -> AchievedRates:
     """The same shares of a sheet as an H800 reaches of its own; 20 SMs communicate."""
-    m, share = Machine(), [a / b for a, b in zip(sheet, SHEETS["h800"])]
-    fp8, bf16, hbm, nvlink, ib, memory, _ = share
-    return Machine(
-        m.product * fp8, m.attention * bf16, m.attention_backward * bf16, m.copy * hbm,
-        m.nvlink * nvlink, m.ib * ib, 1 - 20 / sheet.sms, m.memory * memory, m.dollars,
+    rates, ratio = AchievedRates(), [a / b for a, b in zip(sheet, GPU_SPECS["h800"])]
+    fp8, bf16, hbm, nvlink, ib, memory, _ = ratio
+    return AchievedRates(
+        rates.gemm * fp8, rates.attention * bf16, rates.attention_backward * bf16, rates.hbm * hbm,
+        rates.nvlink * nvlink, rates.ib * ib, 1 - 20 / sheet.sms, rates.memory * memory, rates.dollars_per_hour,
     )  # fmt: skip
 
 
-MACHINES = {name: reached(sheet) for name, sheet in SHEETS.items()}
+ACHIEVED_RATES = {name: achieved_rates(sheet) for name, sheet in GPU_SPECS.items()}
 
 # %% [markdown]
 # Between products lie kernels that only move bytes: norms read the fp32 stream and write bf16 and codes; sums, RoPE,
@@ -455,13 +474,13 @@ MACHINES = {name: reached(sheet) for name, sheet in SHEETS.items()}
 
 # %%
 #| export
-def moved(c: Config, dense: bool) -> dict[str, float]:
+def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
     """Bytes a token that a block's forward pass moves between products (kernels: chapter 10)."""
-    d, h, k = c.dim, c.n_heads, c.n_activated_experts
-    x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    width = c.inter_dim if dense else (c.n_shared_experts + k) * c.moe_inter_dim
+    d, h, k = config.dim, config.n_heads, config.n_activated_experts
+    x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    width = config.inter_dim if dense else (config.n_shared_experts + k) * config.moe_inter_dim
     return {
-        "norms of attention": (7 + 10) * d + 5 * (c.q_lora_rank + c.kv_lora_rank),
+        "norms of attention": (7 + 10) * d + 5 * (config.q_lora_rank + config.kv_lora_rank),
         "RoPE, codes of heads": 8 * h * x + 3.5 * h * v,
         "norm of MLP": (7 + 10) * d,
         "SwiGLU": 7 * width,
@@ -469,21 +488,23 @@ def moved(c: Config, dense: bool) -> dict[str, float]:
     }
 
 
-def hops(m: Machine, trips_: tuple[float, float], row: float) -> tuple[float, float]:
+def link_seconds(
+    rates: AchievedRates, copies: tuple[float, float], row: float
+) -> tuple[float, float]:
     """Seconds a token of `row` bytes on (IB, NVLink); the exchange lasts as long as the slower."""
-    return trips_[0] * row / m.ib, trips_[1] * row / m.nvlink
+    return copies[0] * row / rates.ib, copies[1] * row / rates.nvlink
 
 
 # %%
-H800, limits = MACHINES["h800"], (1, 2, 3, 4, 5, 6, 8)
-assert Machine() == H800  # an H800 reaches what an H800 reaches
-many = [trips(replace(V3, n_limited_groups=limit), 64, 8) for limit in limits]
-both = [[1e3 * 4096 * t for t in hops(H800, x, sum(row_bytes(V3)))] for x in many]
+H800, limits = ACHIEVED_RATES["h800"], (1, 2, 3, 4, 5, 6, 8)
+assert AchievedRates() == H800  # an H800 reaches what an H800 reaches
+many = [dispatch_copies(replace(V3, n_limited_groups=limit), 64, 8) for limit in limits]
+both = [[1e3 * 4096 * t for t in link_seconds(H800, x, sum(dispatch_bytes(V3)))] for x in many]
 fig, ax = figure(1, 1, 7, 2.8)
 ax.plot(limits, [ib for ib, _ in both], "o-", color=BLUE, label="IB, once a node")
 ax.plot(limits, [nvlink for _, nvlink in both], "s-", color=ORANGE, label="NVLink, once a GPU")
 ax.axhline(
-    1e3 * 4096 * 8 * 63 / 64 * sum(row_bytes(V3)) / 50e9,
+    1e3 * 4096 * 8 * 63 / 64 * sum(dispatch_bytes(V3)) / 50e9,
     color=GRAY,
     ls="--",
     label="IB, one hop: every row",
@@ -518,28 +539,28 @@ class Operator(NamedTuple):
 
     flops: float
     bytes: float
-    kind: str = "product"  # FP8; or bf16 (attention's rate), ib, nvlink
+    kind: str = "gemm"  # FP8; or bf16 (attention's rate), ib, nvlink
 
-    def times(self, m: Machine) -> dict[str, float]:
+    def times_by_limit(self, rates: AchievedRates) -> dict[str, float]:
         """Seconds by what might bind."""
         if self.kind in ("ib", "nvlink"):
-            return {self.kind: self.bytes / getattr(m, self.kind)}
-        rate = m.product if self.kind == "product" else m.attention
-        return {"operations": self.flops / rate, "memory": self.bytes / m.copy}
+            return {self.kind: self.bytes / getattr(rates, self.kind)}
+        rate = rates.gemm if self.kind == "gemm" else rates.attention
+        return {"operations": self.flops / rate, "memory": self.bytes / rates.hbm}
 
-    def seconds(self, m: Machine) -> float:
+    def seconds(self, rates: AchievedRates) -> float:
         """What binds decides."""
-        return max(self.times(m).values())
+        return max(self.times_by_limit(rates).values())
 
-    def limit(self, m: Machine) -> str:
+    def bottleneck(self, rates: AchievedRates) -> str:
         """What binds."""
-        return max(self.times(m).items(), key=lambda item: item[1])[0]
+        return max(self.times_by_limit(rates).items(), key=lambda item: item[1])[0]
 
 
-def core(c: Config, n: float, keys: float, cached: bool) -> Operator:
+def attention_operator(config: Config, n: float, keys: float, cached: bool) -> Operator:
     """Attention of n tokens with `keys` keys each; cached: n sequences, a token each, absorbed."""
-    h, x, v, kv = c.n_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
-    r = c.qk_rope_head_dim
+    h, x, v, kv = config.n_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
+    r = config.qk_rope_head_dim
     if cached:
         return Operator(
             2 * n * h * keys * (2 * kv + r), 2 * n * (keys * (kv + r) + h * (2 * kv + r)), "bf16"
@@ -547,26 +568,34 @@ def core(c: Config, n: float, keys: float, cached: bool) -> Operator:
     return Operator(2 * n * h * keys * (x + r + v), 4 * n * h * (x + r + v), "bf16")
 
 
-def operators(c: Config, dense: bool, n: float, keys: float, trips_, held: float, cached=False):
+def operators(
+    config: Config, dense: bool, n: float, keys: float, copies, held: float, cached=False
+):
     """{name: Operator} of a block's forward pass: n tokens, `held` routed experts on the GPU."""
-    out = {"attention": core(c, n, keys, cached)}
-    for name, p in products(c, dense).items():
+    out = {"attention": attention_operator(config, n, keys, cached)}
+    for name, p in block_gemms(config, dense).items():
         wide = 4 if name == "gate" else 1  # bytes of a weight and of an input
         weights = p.n_in * p.n_out * (held if name.startswith("routed") else 1)
-        rows = n * p.rows * (wide * p.n_in + 2 * p.n_out)
-        out[name] = Operator(n * p.flops, wide * weights + rows, "bf16" if wide > 1 else "product")
-    out |= {name: Operator(n * b / 2, n * b, "bf16") for name, b in moved(c, dense).items() if b}
+        rows = n * p.rows_per_token * (wide * p.n_in + 2 * p.n_out)
+        out[name] = Operator(n * p.flops, wide * weights + rows, "bf16" if wide > 1 else "gemm")
+    out |= {
+        name: Operator(n * b / 2, n * b, "bf16")
+        for name, b in memory_traffic(config, dense).items()
+        if b
+    }
     if not dense:
-        links = zip(("ib", "nvlink"), trips_)
+        links = zip(("ib", "nvlink"), copies)
         out |= {
-            f"all-to-all, {k}": Operator(0, n * t * sum(row_bytes(c)), k) for k, t in links if t
+            f"all-to-all, {k}": Operator(0, n * t * sum(dispatch_bytes(config)), k)
+            for k, t in links
+            if t
         }
     return out
 
 
-def around(c: Config, n: float) -> dict[str, Operator]:
+def head_operators(config: Config, n: float) -> dict[str, Operator]:
     """What stands beside the blocks: head (bf16), and MTP's projection of 2 d to d."""
-    d, w = c.dim, c.vocab_size
+    d, w = config.dim, config.vocab_size
     out = {"head": Operator(2 * n * d * w, 2 * d * w + n * (2 * d + 4 * w), "bf16")}
     return out | {"MTP's projection": Operator(4 * n * d * d, 2 * d * d + n * 4 * d)}
 
@@ -579,11 +608,11 @@ def around(c: Config, n: float) -> dict[str, Operator]:
 few = replace(V3, n_heads=32)  # attention cut in four
 dense, moe = (
     operators(V3, True, 4096, 2048, (0, 0), 0),
-    operators(V3, False, 4096, 2048, trips(V3, 64, 8), 4),
+    operators(V3, False, 4096, 2048, dispatch_copies(V3, 64, 8), 4),
 )
 wide = {f"dense {n}": op for n, op in dense.items() if n in ("w1, w3", "w2")}
-training = moe | wide | around(V3, 4096)
-prefill = {"attention, 16K prompts": core(V3, 4096, 8192, False)}
+training = moe | wide | head_operators(V3, 4096)
+prefill = {"attention, 16K prompts": attention_operator(V3, 4096, 8192, False)}
 decoding = {
     f"{n}, decode": op
     for n, op in operators(few, False, 112, 4096, (0, 0), 1, cached=True).items()
@@ -591,30 +620,35 @@ decoding = {
 }
 expert = operators(V3, False, 80 * 112 * 9 / 320 / 8, 1, (0, 0), 1)
 decoding |= {f"{n}, decode": expert[n] for n in ("routed w1, w3", "routed w2")}
-decoding |= {"all-to-all, ib, decode": Operator(0, 28 * 9 * sum(row_bytes(V3)), "ib")}
+decoding |= {"all-to-all, ib, decode": Operator(0, 28 * 9 * sum(dispatch_bytes(V3)), "ib")}
 everything = training | prefill | decoding
 print(
-    f"{'':25}{'GFLOPs':>8}{'MB':>8}{'FLOP/B':>8}   {'  '.join(f'{n:>6}' for n in MACHINES)}  µs    binds on h800, b200"
+    f"{'':25}{'GFLOPs':>8}{'MB':>8}{'FLOP/B':>8}   {'  '.join(f'{n:>6}' for n in ACHIEVED_RATES)}  µs    binds on h800, b200"
 )
 for name, op in everything.items():
-    times = "  ".join(f"{1e6 * op.seconds(m):6.0f}" for m in MACHINES.values())
+    times = "  ".join(f"{1e6 * op.seconds(rates):6.0f}" for rates in ACHIEVED_RATES.values())
     print(
         f"{name:25}{op.flops / 1e9:8.1f}{op.bytes / 1e6:8.1f}{op.flops / op.bytes:8.0f}   {times}        "
-        f"{op.limit(H800)}, {op.limit(MACHINES['b200'])}"
+        f"{op.bottleneck(H800)}, {op.bottleneck(ACHIEVED_RATES['b200'])}"
     )
 assert all(
-    op.limit(H800) == "memory" for name, op in decoding.items() if name[:2] in ("wq", "wo", "wk")
+    op.bottleneck(H800) == "memory"
+    for name, op in decoding.items()
+    if name[:2] in ("wq", "wo", "wk")
 )
-assert training["wo"].limit(H800) == "operations" and training["SwiGLU"].limit(H800) == "memory"
+assert (
+    training["wo"].bottleneck(H800) == "operations"
+    and training["SwiGLU"].bottleneck(H800) == "memory"
+)
 
 
 # %%
-def crowds(m, ops: dict[str, Operator]):
+def crowds(rates, ops: dict[str, Operator]):
     """(kind, [(number, operations a byte, TFLOP/s)]), neighbors together."""
     out = []
     points = [(n, op.flops / op.bytes, op) for n, op in enumerate(ops.values(), start=1)]
     for number, i, op in sorted(points, key=lambda p: (p[2].kind, p[1])):
-        point = number, i, op.flops / op.seconds(m) / 1e12
+        point = number, i, op.flops / op.seconds(rates) / 1e12
         if out and out[-1][0] == op.kind and i < 1.3 * out[-1][1][-1][1]:
             out[-1][1].append(point)
         else:
@@ -622,20 +656,22 @@ def crowds(m, ops: dict[str, Operator]):
     return out
 
 
-def roof(m, ops: dict[str, Operator], ax) -> None:
+def roof(rates, ops: dict[str, Operator], ax) -> None:
     """Operators by number on the roofs of products and of attention."""
     x = [2.0**k for k in range(-2, 14)]
-    ax.loglog(x, [min(m.product, i * m.copy) / 1e12 for i in x], color=BLUE, label="FP8 products")
+    ax.loglog(
+        x, [min(rates.gemm, i * rates.hbm) / 1e12 for i in x], color=BLUE, label="FP8 products"
+    )
     ax.loglog(
         x,
-        [min(m.attention, i * m.copy) / 1e12 for i in x],
+        [min(rates.attention, i * rates.hbm) / 1e12 for i in x],
         color=ORANGE,
         label="bf16: attention, head, copies",
     )
-    for kind, group in crowds(m, ops):
+    for kind, group in crowds(rates, ops):
         names = ("\n" if group[0][1] > 1 else ", ").join(str(number) for number, *_ in group)
         x, y = group[len(group) // 2][1:]
-        up, left = kind == "product", "center" if x > 1 else "left"
+        up, left = kind == "gemm", "center" if x > 1 else "left"
         color, align = (BLUE, "bottom") if up else (ORANGE, "top")
         ax.plot([i for _, i, _ in group], [v for *_, v in group], "o", ms=4, color=color)
         ax.annotate(
@@ -666,9 +702,9 @@ show(fig)
 #
 # ## What kernels' tables leave out
 # Now a block of training, in seconds. Between a table of kernels and a month on 2,048 GPUs lie losses. Each has a name and
-# can be switched off; `IDEAL` has none:
+# can be switched off; `NO_OVERHEADS` has none:
 #
-# | `LossOutput` | value | source |
+# | `Overheads` | value | source |
 # |---|---|---|
 # | `shapes` | each product at the rate of its own shape | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
 # | `imbalance` | busiest rank 1.1 × the mean | our assumption |
@@ -684,36 +720,41 @@ show(fig)
 
 # %%
 #| export
-class Losses(NamedTuple):
+class Overheads(NamedTuple):
     """What lies between a kernel's table and a month of training; sources: chapter 17."""
 
-    shapes: bool = True
-    imbalance: float = 1.1
-    order: bool = True
-    stream: int = 4
-    gap: float = 2e-6
-    slowest: float = 1.03
-    failures: float = 419 / (54 * 24 * 16384)  # a GPU and hour
-    lost: float = 0.5  # hours a failure
+    gemm_shapes: bool = True
+    load_imbalance: float = 1.1
+    pair_order: bool = True
+    pp_stream_bytes: int = 4
+    launch_gap: float = 2e-6
+    straggler_factor: float = 1.03
+    failure_rate: float = 419 / (54 * 24 * 16384)  # a GPU and hour
+    hours_lost: float = 0.5  # hours a failure
 
 
-IDEAL = Losses(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
-ATTENTION = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
-BEST, KERNELS = 1358, 12
-TFLOPS = {  # by DeepGEMM, 4,096 rows and more
+NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
+ATTENTION_GEMMS = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
+BEST_TFLOPS, KERNELS_PER_HALF_BLOCK = 1358, 12
+GEMM_TFLOPS = {  # by DeepGEMM, 4,096 rows and more
     "wq_a": 1058, "wkv_a": 1058, "wq_b": 990, "wkv_b": 590, "shared w1, w3": 1304,
     "shared w2": 1025, "routed w1, w3": 1288, "routed w2": 1093,
 }  # fmt: skip
 
 
-def product_seconds(table: dict[str, Product], m: Machine, loss: Losses) -> dict[str, float]:
+def gemm_seconds(
+    table: dict[str, Gemm], rates: AchievedRates, overheads: Overheads
+) -> dict[str, float]:
     """Of each product, a token."""
-    share = {name: TFLOPS.get(name, BEST) / BEST if loss.shapes else 1 for name in table}
-    load = {name: loss.imbalance if name.startswith("routed") else 1 for name in table}
-    return {n: load[n] * p.flops / (m.product * share[n]) for n, p in table.items()}
+    share = {
+        name: GEMM_TFLOPS.get(name, BEST_TFLOPS) / BEST_TFLOPS if overheads.gemm_shapes else 1
+        for name in table
+    }
+    load = {name: overheads.load_imbalance if name.startswith("routed") else 1 for name in table}
+    return {n: load[n] * p.flops / (rates.gemm * share[n]) for n, p in table.items()}
 
 
-class Seconds(NamedTuple):
+class BlockTime(NamedTuple):
     """Of one block and one micro-batch: forward, backward for inputs and for weights, exchange."""
 
     f: float
@@ -722,44 +763,66 @@ class Seconds(NamedTuple):
     comm: float
 
 
-def parts(c: Config, m: Machine, dense: bool, s: int, trips_, loss: Losses = IDEAL):
-    """(attention, MLP with its exchange) of a block: `Seconds` on one sequence of s tokens."""
-    each = product_seconds(products(c, dense), m, loss)
-    copies = {name: n_bytes / m.copy for name, n_bytes in moved(c, dense).items()}
-    uneven = sum(copies[n] for n in ("SwiGLU", "permute, combine")) * (
-        1 if dense else loss.imbalance
+def block_parts(
+    config: Config,
+    rates: AchievedRates,
+    dense: bool,
+    s: int,
+    copies,
+    overheads: Overheads = NO_OVERHEADS,
+):
+    """(attention, MLP with its exchange) of a block: `BlockTime` on one sequence of s tokens."""
+    each = gemm_seconds(block_gemms(config, dense), rates, overheads)
+    traffic_time = {
+        name: n_bytes / rates.hbm for name, n_bytes in memory_traffic(config, dense).items()
+    }
+    uneven = sum(traffic_time[n] for n in ("SwiGLU", "permute, combine")) * (
+        1 if dense else overheads.load_imbalance
     )
-    forward, backward = attention_flops(c, s)
+    forward, backward = attention_flops(config, s)
     again = sum(each.get(name, 0) for name in ("wq_b", "wkv_b"))
-    inside = sum(t for name, t in each.items() if name in ATTENTION)
+    inside = sum(t for name, t in each.items() if name in ATTENTION_GEMMS)
     between, outside = (
-        copies["norms of attention"] + copies["RoPE, codes of heads"],
+        traffic_time["norms of attention"] + traffic_time["RoPE, codes of heads"],
         sum(each.values()) - inside,
     )
-    uneven += copies["norm of MLP"]
-    scale, gap = s / m.sms, KERNELS * loss.gap
-    one = Seconds(
-        scale * (inside + forward / m.attention + between) + gap,
-        scale * (inside + again + backward / m.attention_backward + 2 * between) + 2 * gap,
+    uneven += traffic_time["norm of MLP"]
+    scale, gap = s / rates.compute_sms, KERNELS_PER_HALF_BLOCK * overheads.launch_gap
+    one = BlockTime(
+        scale * (inside + forward / rates.attention + between) + gap,
+        scale * (inside + again + backward / rates.attention_backward + 2 * between) + 2 * gap,
         scale * inside + gap,
         0.0,
     )
-    exchange = 0.0 if dense else loss.imbalance * s * max(hops(m, trips_, sum(row_bytes(c))))
+    exchange = (
+        0.0
+        if dense
+        else overheads.load_imbalance
+        * s
+        * max(link_seconds(rates, copies, sum(dispatch_bytes(config))))
+    )
     two = (
         scale * (outside + uneven) + gap,
         scale * (outside + 2 * uneven) + 2 * gap,
         scale * outside + gap,
     )
-    return one, Seconds(*two, exchange)
+    return one, BlockTime(*two, exchange)
 
 
-def seconds(c: Config, m: Machine, dense: bool, s: int, trips_, loss: Losses = IDEAL) -> Seconds:
+def block_time(
+    config: Config,
+    rates: AchievedRates,
+    dense: bool,
+    s: int,
+    copies,
+    overheads: Overheads = NO_OVERHEADS,
+) -> BlockTime:
     """Of a block on one sequence of s tokens, with what is computed again in the backward pass."""
-    return Seconds(*map(sum, zip(*parts(c, m, dense, s, trips_, loss))))
+    return BlockTime(*map(sum, zip(*block_parts(config, rates, dense, s, copies, overheads))))
 
 
 # %%
-one = seconds(V3, H800, False, 4096, trips(V3, 64, 8))
+one = block_time(V3, H800, False, 4096, dispatch_copies(V3, 64, 8))
 print(
     f"a MoE block, 4,096 tokens: forward {1e3 * one.f:.2f} ms, backward {1e3 * one.i:.2f} + {1e3 * one.w:.2f} ms, "
     f"exchange {1e3 * one.comm:.2f} ms a way"
@@ -781,7 +844,9 @@ print(f"exchange / computation of a forward pass: {one.comm / one.f:.2f} (the re
 
 # %%
 #| export
-def overlapped(a: Seconds, e: Seconds, out: float, back: float, layers: int = 40) -> float:
+def overlapped_pair_time(
+    a: BlockTime, e: BlockTime, out: float, back: float, layers: int = 40
+) -> float:
     """Seconds a layer of a pair F&B, two clocks in the order of Figure 4 (§3.2.1).
 
     a: attention, e: MLP; out, back: of one exchange. The first half of the layers warms up.
@@ -800,28 +865,32 @@ def overlapped(a: Seconds, e: Seconds, out: float, back: float, layers: int = 40
     return (max(compute, link) - half) / (layers - layers // 2)
 
 
-def pair_factor(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
+def pair_factor(
+    config: Config, rates: AchievedRates, s: int, copies, overheads: Overheads
+) -> float:
     """Time of a pair F&B over the longer of its computation and its exchanges; 1 without order."""
-    a, e = parts(c, m, False, s, trips_, loss)
-    (there, back), least = row_bytes(c), max(sum(a[:3]) + sum(e[:3]), 2 * e.comm)
+    a, e = block_parts(config, rates, False, s, copies, overheads)
+    (there, back), least = dispatch_bytes(config), max(sum(a[:3]) + sum(e[:3]), 2 * e.comm)
     way = e.comm / (there + back)
-    return overlapped(a, e, there * way, back * way) / least if loss.order else 1.0
+    return (
+        overlapped_pair_time(a, e, there * way, back * way) / least if overheads.pair_order else 1.0
+    )
 
 
 # %%
-zero = Seconds(0, 0, 0, 0)
-assert abs(overlapped(zero, Seconds(1, 1, 1, 0), 0, 0) - 3) < 1e-9  # nothing travels
-assert abs(overlapped(zero, zero, 1, 1) - 4) < 1e-9  # nothing else to do
-moves = trips(V3, 64, 8)
+zero = BlockTime(0, 0, 0, 0)
+assert abs(overlapped_pair_time(zero, BlockTime(1, 1, 1, 0), 0, 0) - 3) < 1e-9  # nothing travels
+assert abs(overlapped_pair_time(zero, zero, 1, 1) - 4) < 1e-9  # nothing else to do
+moves = dispatch_copies(V3, 64, 8)
 for name, m in (
     ("as it is", H800),
     ("IB at half", H800._replace(ib=25e9)),
     ("IB at a quarter", H800._replace(ib=12.5e9)),
 ):
-    a, e = parts(V3, m, False, 4096, moves, Losses())
+    a, e = block_parts(V3, m, False, 4096, moves, Overheads())
     print(
         f"{name:16}computing {1e3 * (sum(a[:3]) + sum(e[:3])):5.1f} ms, links {2e3 * e.comm:5.1f} ms, "
-        f"order costs {pair_factor(V3, m, 4096, moves, Losses()) - 1:.1%}"
+        f"order costs {pair_factor(V3, m, 4096, moves, Overheads()) - 1:.1%}"
     )
 
 # %% [markdown]
@@ -837,7 +906,7 @@ for name, m in (
 class StageCosts:
     """Seconds of a schedule's steps where stages differ, in place of chapter 12's `ActionCosts`."""
 
-    def __init__(self, stages_: list[Seconds], pair: float = 1.0):
+    def __init__(self, stages_: list[BlockTime], pair: float = 1.0):
         self.stages, self.pair = stages_, pair
 
     def compute(self, op: Action) -> float:
@@ -852,33 +921,37 @@ class StageCosts:
         return self.pair * max(compute, comm) if len(step) == 2 else compute + comm
 
 
-def stage_seconds(c: Config, m: Machine, cut, s: int, trips_, loss=IDEAL) -> list[Seconds]:
+def stage_seconds(
+    config: Config, rates: AchievedRates, cut, s: int, copies, overheads=NO_OVERHEADS
+) -> list[BlockTime]:
     """Of every stage, for one sequence of s tokens; the last has norms, heads and MTP too."""
-    block = [seconds(c, m, dense, s, trips_, loss) for dense in (False, True)]
-    add = lambda parts: Seconds(*map(sum, zip(*parts))) if parts else Seconds(0, 0, 0, 0)
-    out = [add([block[i < c.n_dense_layers] for i in layers]) for layers in cut]
-    head = (1 + c.n_mtp_layers) * c.vocab_size * c.dim + c.n_mtp_layers * 2 * c.dim**2
-    once = 2 * s * head / (m.attention * m.sms)  # in bf16
-    out[-1] = add([out[-1], *[block[0]] * c.n_mtp_layers, Seconds(once, once, once, 0)])
-    stream = loss.stream * c.dim * s / m.ib if len(cut) > 1 else 0.0
+    block = [block_time(config, rates, dense, s, copies, overheads) for dense in (False, True)]
+    add = lambda parts: BlockTime(*map(sum, zip(*parts))) if parts else BlockTime(0, 0, 0, 0)
+    out = [add([block[i < config.n_dense_layers] for i in layers]) for layers in cut]
+    head = (
+        1 + config.n_mtp_layers
+    ) * config.vocab_size * config.dim + config.n_mtp_layers * 2 * config.dim**2
+    once = 2 * s * head / (rates.attention * rates.compute_sms)  # in bf16
+    out[-1] = add([out[-1], *[block[0]] * config.n_mtp_layers, BlockTime(once, once, once, 0)])
+    stream = overheads.pp_stream_bytes * config.dim * s / rates.ib if len(cut) > 1 else 0.0
     return [t._replace(comm=t.comm + stream) for t in out]
 
 
-def tail(m: Machine, numbers: dict[tuple[int, bool], int]) -> tuple[float, float]:
+def step_tail(rates: AchievedRates, numbers: dict[tuple[int, bool], int]) -> tuple[float, float]:
     """Seconds after the pipeline of a rank: gradients and weights over IB, AdamW over memory.
 
     numbers: {(ranks that share a slice, under FP8): numbers on the rank}.
     """
     sent = sum(8 * n * (size - 1) / size for (size, _), n in numbers.items())
     adam = sum(20 * n / size + 5 * n * eight for (size, eight), n in numbers.items())
-    return sent / m.ib, adam / m.copy
+    return sent / rates.ib, adam / rates.hbm
 
 
 # %%
 from dsv3_ref.dualpipe import schedule, simulate
 
 PP, M = 16, 15_360 // (2 * 64)  # M: sequences of each of the 128 pipelines
-each = stage_seconds(V3, H800, stages(V3, PP), 4096, trips(V3, 64, 8))
+each = stage_seconds(V3, H800, partition_layers(V3, PP), 4096, dispatch_copies(V3, 64, 8))
 fig, ax = figure(1, 1, 8, 2.6)
 bottom = [0.0] * PP
 for name, color in (("f", BLUE), ("i", GREEN), ("w", ORANGE)):
@@ -926,40 +999,50 @@ def gpu_hours(step_seconds: float, gpus: int, tokens: int) -> float:
     return gpus * step_seconds / 3600 / tokens * 1e12
 
 
-def stretched(loss: Losses, gpus: int) -> float:
+def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
     """Wall time over the time of steps: slowest · (1 + failures · GPUs · lost)."""
-    return loss.slowest * (1 + loss.failures * gpus * loss.lost)
+    return overheads.straggler_factor * (1 + overheads.failure_rate * gpus * overheads.hours_lost)
 
 
 # %%
 from dsv3_ref.cluster.plan import Plan, estimate
 
 assert gpu_hours(1.0, 2048, 2048 * 1543) == 1e12 / 1543 / 3600
-bill = lambda loss, **more: estimate(Plan(losses=loss, **more)).hours
-honest, best = bill(Losses()), bill(IDEAL)
+bill = lambda overheads, **more: estimate(Plan(losses=overheads, **more)).hours
+honest, best = bill(Overheads()), bill(NO_OVERHEADS)
 print(
     f"no losses {best / 1e3:.1f}K, all of them {honest / 1e3:.1f}K hours a trillion tokens: {honest / REPORT - 1:+.1%} beside the report"
 )
-doubled = Losses(imbalance=1.2, stream=8, gap=4e-6, slowest=1.06, lost=1.0)
+doubled = Overheads(
+    load_imbalance=1.2, pp_stream_bytes=8, launch_gap=4e-6, straggler_factor=1.06, hours_lost=1.0
+)
 less, more = {}, {}
-for field in ("shapes", "imbalance", "order", "stream", "gap", "slowest", "lost"):
-    less[field] = bill(Losses()._replace(**{field: getattr(IDEAL, field)})) - honest
-    more[field] = bill(Losses()._replace(**{field: getattr(doubled, field)})) - honest
+for field in (
+    "gemm_shapes",
+    "load_imbalance",
+    "pair_order",
+    "pp_stream_bytes",
+    "launch_gap",
+    "straggler_factor",
+    "hours_lost",
+):
+    less[field] = bill(Overheads()._replace(**{field: getattr(NO_OVERHEADS, field)})) - honest
+    more[field] = bill(Overheads()._replace(**{field: getattr(doubled, field)})) - honest
     print(
-        f"  {field:10}{getattr(Losses(), field)!s:>6}: without it {less[field] / 1e3:+6.1f}K, twice as bad {more[field] / 1e3:+6.1f}K"
+        f"  {field:10}{getattr(Overheads(), field)!s:>6}: without it {less[field] / 1e3:+6.1f}K, twice as bad {more[field] / 1e3:+6.1f}K"
     )
 rates = {
-    "products ±10 %": "product", "attention ±10 %": "attention", "its backward ±10 %": "attention_backward",
-    "memory ±10 %": "copy", "IB ±10 %": "ib", "SMs left ±10 %": "sms",
+    "products ±10 %": "gemm", "attention ±10 %": "attention", "its backward ±10 %": "attention_backward",
+    "memory ±10 %": "hbm", "IB ±10 %": "ib", "SMs left ±10 %": "compute_sms",
 }  # fmt: skip
 for label, field in rates.items():
     slow, quick = (
-        bill(Losses(), machine=H800._replace(**{field: getattr(H800, field) * x}))
+        bill(Overheads(), machine=H800._replace(**{field: getattr(H800, field) * x}))
         for x in (0.9, 1.1)
     )
     less[label], more[label] = quick - honest, slow - honest
     print(f"  {label:20} faster {less[label] / 1e3:+6.1f}K, slower {more[label] / 1e3:+6.1f}K")
-early = bill(Losses(), batch=9216)
+early = bill(Overheads(), batch=9216)
 print(
     f"  batch 3,072 → 15,360 over the first 469B of 14.8T tokens: {0.469 / 14.8 * (early - honest) / 1e3:+.2f}K (not counted)"
 )
@@ -990,12 +1073,12 @@ show(fig)
 # %%
 gap = REPORT - honest
 print(f"what would close the gap of {gap / 1e3:.1f}K alone, if all went on in straight lines:")
-print(f"  the busiest rank at {1.1 + 0.1 * gap / more['imbalance']:.2f} × the mean")
+print(f"  the busiest rank at {1.1 + 0.1 * gap / more['load_imbalance']:.2f} × the mean")
 print(
     f"  products at {1 - 0.1 * gap / more['products ±10 %']:.0%} of DeepGEMM's rates, or all SMs' work at {1 - 0.1 * gap / more['SMs left ±10 %']:.0%}"
 )
 print(
-    f"  the slowest GPU {1.03 + 0.03 * gap / more['slowest']:.2f} × as slow, or {0.5 + 0.5 * gap / more['lost']:.1f} hours a failure"
+    f"  the slowest GPU {1.03 + 0.03 * gap / more['straggler_factor']:.2f} × as slow, or {0.5 + 0.5 * gap / more['hours_lost']:.1f} hours a failure"
 )
 
 # %% [markdown]
@@ -1023,36 +1106,42 @@ print(
 # %% [markdown]
 # ## How many SMs should talk?
 # Copying rows takes SMs, which then compute nothing: computation grows by $132 / (132 - n)$, and links are fed at $n$ times what one
-# SM copies. How much is that? A token's row crosses IB $t_{IB}$ times and NVLink $t_{NVLink}$ times (`trips`). It is copied once to be sent
+# SM copies. How much is that? A token's row crosses IB $t_{IB}$ times and NVLink $t_{NVLink}$ times (`dispatch_copies`). It is copied once to be sent
 # over IB, and for NVLink once by who forwards and once by who receives: $t_{IB} + 2\,t_{NVLink}$ copies. If an SM has a
 # 132nd of the memory's bandwidth, reads and writes counted (our assumption), it copies 12.7 GB/s.
 
 
 # %%
 #| export
-def lend(m: Machine, n: int, trips_, per_sm: float = 3.35e12 / 132 / 2, sms: int = 132) -> Machine:
+def with_comm_sms(
+    rates: AchievedRates, n: int, copies, per_sm: float = 3.35e12 / 132 / 2, sms: int = 132
+) -> AchievedRates:
     """The machine with n SMs for communication, each of which copies `per_sm` bytes/s."""
-    ib, nvlink = trips_
+    ib, nvlink = copies
     fed = n * per_sm / (ib + 2 * nvlink)  # rows' bytes a second
-    return m._replace(
-        sms=1 - n / sms, ib=min(m.ib, fed * ib), nvlink=min(m.nvlink, fed * nvlink)
+    return rates._replace(
+        compute_sms=1 - n / sms, ib=min(rates.ib, fed * ib), nvlink=min(rates.nvlink, fed * nvlink)
     )  # fmt: skip
 
 
-def pair_seconds(c: Config, m: Machine, s: int, trips_, loss: Losses) -> float:
+def pair_seconds(
+    config: Config, rates: AchievedRates, s: int, copies, overheads: Overheads
+) -> float:
     """Of F&B, a layer."""
-    t = seconds(c, m, False, s, trips_, loss)
-    return pair_factor(c, m, s, trips_, loss) * max(t.f + t.i + t.w, 2 * t.comm)
+    t = block_time(config, rates, False, s, copies, overheads)
+    return pair_factor(config, rates, s, copies, overheads) * max(t.f + t.i + t.w, 2 * t.comm)
 
 
 # %%
 def split(per_sm: float = 12.7, ib: int = 50):
     """Seconds of F&B a layer by the number of SMs that communicate."""
     n = range(2, 61)
-    on = [lend(H800._replace(ib=ib * 1e9), k, moves, per_sm * 1e9) for k in n]
-    pair = [1e3 * pair_seconds(V3, m, 4096, moves, Losses()) for m in on]
-    links = [2e3 * seconds(V3, m, False, 4096, moves, Losses()).comm for m in on]
-    compute = [1e3 * sum(seconds(V3, m, False, 4096, moves, Losses())[:3]) for m in on]
+    on = [with_comm_sms(H800._replace(ib=ib * 1e9), k, moves, per_sm * 1e9) for k in n]
+    pair = [1e3 * pair_seconds(V3, rates, 4096, moves, Overheads()) for rates in on]
+    links = [2e3 * block_time(V3, rates, False, 4096, moves, Overheads()).comm for rates in on]
+    compute = [
+        1e3 * sum(block_time(V3, rates, False, 4096, moves, Overheads())[:3]) for rates in on
+    ]
     low = n[min(range(len(n)), key=pair.__getitem__)]
     fig, ax = figure(1, 1, 7, 2.8)
     ax.plot(n, compute, color=BLUE, label="computation · 132 / (132 − n)")
@@ -1083,9 +1172,13 @@ split()
 # %%
 def what_if(ib: int = 50, limit=4, tflops: int = 1358, sms: int = 20):
     """GPU hours per trillion tokens by schedule, other things as above."""
-    c = replace(V3, n_limited_groups=limit)
-    m = H800._replace(ib=ib * 1e9, product=tflops * 1e12, sms=(132 - sms) / 132)
-    times = StageCosts(stage_seconds(c, m, stages(V3, PP), 4096, trips(c, 64, 8, 1024)))
+    config = replace(V3, n_limited_groups=limit)
+    rates = H800._replace(ib=ib * 1e9, gemm=tflops * 1e12, compute_sms=(132 - sms) / 132)
+    times = StageCosts(
+        stage_seconds(
+            config, rates, partition_layers(V3, PP), 4096, dispatch_copies(config, 64, 8, 1024)
+        )
+    )
     names, hours = ("1f1b", "zb1p", "dualpipe"), []
     for name in names:
         step = max(span.end for span in simulate(schedule(name, PP, 64), times))
@@ -1128,8 +1221,8 @@ def check_breakeven(fn):
 
 @checker
 def check_kept(fn):
-    """`kept` speaks of one token of one block; how many tokens wait at once?"""
-    assert abs(fn() - 17 * 4096 * sum(kept(V3, False).values()) / 1e9) < 0.1
+    """`activation_bytes_per_token` speaks of one token of one block; how many tokens wait at once?"""
+    assert abs(fn() - 17 * 4096 * sum(activation_bytes_per_token(V3, False).values()) / 1e9) < 0.1
 
 
 @checker
@@ -1144,13 +1237,16 @@ def check_idle(fn):
 
 @checker
 def check_nodes(fn):
-    """Try each limit with `trips` and `hops`; which is the slower link in each?"""
+    """Try each limit with `dispatch_copies` and `link_seconds`; which is the slower link in each?"""
     limits = [1, 2, 3, 4, 5, 6, 8]
     slower = lambda ib: [
-        hops(H800._replace(ib=ib), trips(replace(V3, n_limited_groups=m), 64, 8), 1) for m in limits
+        link_seconds(
+            H800._replace(ib=ib), dispatch_copies(replace(V3, n_limited_groups=limit), 64, 8), 1
+        )
+        for limit in limits
     ]
     for ib in (50e9, 100e9):
-        free = max(m for m, (a, b) in zip(limits, slower(ib)) if a <= b)
+        free = max(limit for limit, (a, b) in zip(limits, slower(ib)) if a <= b)
         assert abs(fn(ib) - free) < 0.5
 
 

@@ -64,7 +64,7 @@ show(fig)
 #   experts and combine of another (§3.4.2). We take it as done.
 # - The MTP draft writes 1.8 times as many tokens (§5.4.3).
 #
-# *Our assumptions*, beside those of chapter 17 (`Machine`, `LossOutput`): each of a group's four GPUs makes the latents of all its
+# *Our assumptions*, beside those of chapter 17 (`AchievedRates`, `Overheads`): each of a group's four GPUs makes the latents of all its
 # tokens; 20 SMs communicate in prefill and none in decode; direct exchanges reach 40 of 50 GB/s (DeepEP's table at 256 ranks)
 # and take 10 µs more a way; a tenth of the memory stays free.
 
@@ -76,16 +76,16 @@ from typing import NamedTuple
 
 from dsv3_ref.config import Config, count_params
 from dsv3_ref.scale import (
-    ATTENTION,
-    KERNELS,
-    Losses,
-    Machine,
-    around,
-    hops,
+    ATTENTION_GEMMS,
+    KERNELS_PER_HALF_BLOCK,
+    Overheads,
+    AchievedRates,
+    head_operators,
+    link_seconds,
     operators,
-    products,
-    row_bytes,
-    trips,
+    block_gemms,
+    dispatch_bytes,
+    dispatch_copies,
 )
 
 # %% [markdown]
@@ -98,56 +98,68 @@ from dsv3_ref.scale import (
 
 # %%
 #| export
-class Unit(NamedTuple):
+class DeploymentUnit(NamedTuple):
     """GPUs that serve together."""
 
     gpus: int
     tp: int  # GPUs that share a group's heads
-    held: float  # experts on a GPU, redundant ones too
-    direct: bool = False  # rows go straight over IB; the shared expert is one of the chosen
-    reach: float = 0.8  # of IB, when direct
-    latency: float = 10e-6  # of a direct exchange, a way
-    node: int = 8
+    experts_per_gpu: float  # experts on a GPU, redundant ones too
+    direct_ib: bool = False  # rows go straight over IB; the shared expert is one of the chosen
+    ib_efficiency: float = 0.8  # of IB, when direct
+    latency_s: float = 10e-6  # of a direct exchange, a way
+    gpus_per_node: int = 8
 
 
-def units(c: Config) -> dict[str, Unit]:
+def deployment_units(config: Config) -> dict[str, DeploymentUnit]:
     """As the report's (§3.4): prefill on 32 GPUs; decode on a GPU an expert, and a quarter more."""
-    e = c.n_routed_experts
-    return {"prefill": Unit(32, 4, e / 32 + 1), "decode": Unit(-(-e * 5 // 4), 4, 1, True)}
+    e = config.n_routed_experts
+    return {
+        "prefill": DeploymentUnit(32, 4, e / 32 + 1),
+        "decode": DeploymentUnit(-(-e * 5 // 4), 4, 1, True),
+    }
 
 
-PREFILL, DECODE = units(Config()).values()
-ASSUMED = Losses()
-BETWEEN = ("attention", "RoPE, codes of heads", "norms of attention")
+PREFILL, DECODE = deployment_units(Config()).values()
+DEFAULT_OVERHEADS = Overheads()
+ATTENTION_OPERATORS = ("attention", "RoPE, codes of heads", "norms of attention")
 
 
-def attention(c: Config, m: Machine, u: Unit, n: float, keys: float, cached: bool) -> float:
+def attention_time(
+    config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float, keys: float, cached: bool
+) -> float:
     """Seconds of a block's attention for a group's n tokens, on each of its tp GPUs."""
-    mine = replace(c, n_heads=c.n_heads // u.tp)
+    mine = replace(config, n_heads=config.n_heads // unit.tp)
     ops = operators(mine, True, n, keys, (0, 0), 0, cached)
-    spent = sum(ops[name].seconds(m) for name in (*ATTENTION, *BETWEEN) if name in ops)
-    return spent - ops["norms of attention"].seconds(m) * (1 - 1 / u.tp)
+    spent = sum(
+        ops[name].seconds(rates) for name in (*ATTENTION_GEMMS, *ATTENTION_OPERATORS) if name in ops
+    )
+    return spent - ops["norms of attention"].seconds(rates) * (1 - 1 / unit.tp)
 
 
-def gather(c: Config, m: Machine, u: Unit, n: float) -> float:
+def tp_gather_time(config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float) -> float:
     """Seconds to collect a group's n tokens before its heads, and to add up behind them (bf16)."""
-    return 2 * (1 - 1 / u.tp) * n * 2 * c.dim / m.nvlink
+    return 2 * (1 - 1 / unit.tp) * n * 2 * config.dim / rates.nvlink
 
 
 # %%
-H800 = Machine()
+H800 = AchievedRates()
 for tp in (1, 2, 4, 8):
-    u = Unit(320, tp, 1)
+    u = DeploymentUnit(320, tp, 1)
     prompt, answer = (
-        attention(V3, H800, u, n, keys, cached) + gather(V3, H800, u, n)
+        attention_time(V3, H800, u, n, keys, cached) + tp_gather_time(V3, H800, u, n)
         for n, keys, cached in ((4096 * tp, 2048, False), (28 * tp, 4096, True))
     )
     print(
         f"TP{tp}: 4,096 tokens a GPU of 4K prompts {1e6 * prompt:6,.0f} µs; "
         f"28 tokens a GPU, decoding behind 4K, {1e6 * answer:4,.0f} µs"
     )
-assert (PREFILL.gpus, PREFILL.held, DECODE.gpus, DECODE.held) == (32, 9, 320, 1)
-one, four = (attention(V3, H800, Unit(320, tp, 1), 112, 4096, True) for tp in (1, 4))
+assert (PREFILL.gpus, PREFILL.experts_per_gpu, DECODE.gpus, DECODE.experts_per_gpu) == (
+    32,
+    9,
+    320,
+    1,
+)
+one, four = (attention_time(V3, H800, DeploymentUnit(320, tp, 1), 112, 4096, True) for tp in (1, 4))
 assert four < one < 4 * four  # less than four times as fast
 
 # %% [markdown]
@@ -161,37 +173,68 @@ assert four < one < 4 * four  # less than four times as fast
 
 # %%
 #| export
-def mlp(c: Config, m: Machine, u: Unit, n: float, dense: bool, loss: Losses) -> float:
+def mlp_time(
+    config: Config,
+    rates: AchievedRates,
+    unit: DeploymentUnit,
+    n: float,
+    dense: bool,
+    overheads: Overheads,
+) -> float:
     """Seconds of a block's MLP for a GPU's n tokens: gate, experts, and what lies between."""
-    if u.direct and not dense:
-        chosen = c.n_activated_experts + c.n_shared_experts
-        c = replace(c, n_activated_experts=chosen, n_shared_experts=0)
-    ops = operators(c, dense, n, 1, (0, 0), u.held)
-    ops = {name: op for name, op in ops.items() if name not in (*ATTENTION, *BETWEEN) and op.flops}
-    load = lambda name: loss.imbalance if name.startswith(("routed", "permute")) else 1.0
-    return sum(load(name) * op.seconds(m) for name, op in ops.items())
+    if unit.direct_ib and not dense:
+        chosen = config.n_activated_experts + config.n_shared_experts
+        config = replace(config, n_activated_experts=chosen, n_shared_experts=0)
+    ops = operators(config, dense, n, 1, (0, 0), unit.experts_per_gpu)
+    ops = {
+        name: op
+        for name, op in ops.items()
+        if name not in (*ATTENTION_GEMMS, *ATTENTION_OPERATORS) and op.flops
+    }
+    load = lambda name: overheads.load_imbalance if name.startswith(("routed", "permute")) else 1.0
+    return sum(load(name) * op.seconds(rates) for name, op in ops.items())
 
 
-def exchange(c: Config, m: Machine, u: Unit, n: float, loss: Losses) -> float:
+def all_to_all_time(
+    config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float, overheads: Overheads
+) -> float:
     """Seconds there and back for a GPU's n tokens."""
-    if not u.direct:
-        return loss.imbalance * n * max(hops(m, trips(c, u.gpus, u.node), sum(row_bytes(c))))
-    sent = n * (c.n_activated_experts + c.n_shared_experts) * (1 - 1 / u.gpus)
-    return loss.imbalance * sent * sum(row_bytes(c)) / (u.reach * m.ib) + 2 * u.latency
+    if not unit.direct_ib:
+        return (
+            overheads.load_imbalance
+            * n
+            * max(
+                link_seconds(
+                    rates,
+                    dispatch_copies(config, unit.gpus, unit.gpus_per_node),
+                    sum(dispatch_bytes(config)),
+                )
+            )
+        )
+    sent = n * (config.n_activated_experts + config.n_shared_experts) * (1 - 1 / unit.gpus)
+    return (
+        overheads.load_imbalance
+        * sent
+        * sum(dispatch_bytes(config))
+        / (unit.ib_efficiency * rates.ib)
+        + 2 * unit.latency_s
+    )
 
 
 # %%
 for n in (7, 28, 56, 112):
     print(
-        f"{n:4} tokens a GPU, {9 * n:5} rows an expert: experts {1e6 * mlp(V3, H800, DECODE, n, False, Losses()):4.0f} µs, "
-        f"exchange {1e6 * exchange(V3, H800, DECODE, n, Losses()):4.0f} µs"
+        f"{n:4} tokens a GPU, {9 * n:5} rows an expert: experts {1e6 * mlp_time(V3, H800, DECODE, n, False, Overheads()):4.0f} µs, "
+        f"exchange {1e6 * all_to_all_time(V3, H800, DECODE, n, Overheads()):4.0f} µs"
     )
-even = Losses()._replace(imbalance=1.0)
+even = Overheads()._replace(load_imbalance=1.0)
 published = 194 + 360  # µs, DeepEP: 128 tokens, 8 of 256 ranks
-summed = 1e6 * exchange(replace(V3, n_shared_experts=0), H800, DECODE, 128, even)
+summed = 1e6 * all_to_all_time(replace(V3, n_shared_experts=0), H800, DECODE, 128, even)
 print(f"128 tokens to 8 experts each: {summed:.0f} µs, DeepEP's table: {published}")
 assert abs(summed / published - 1) < 0.1
-assert mlp(V3, H800, DECODE, 28, False, Losses()) < 2 * mlp(V3, H800, DECODE, 7, False, Losses())
+assert mlp_time(V3, H800, DECODE, 28, False, Overheads()) < 2 * mlp_time(
+    V3, H800, DECODE, 7, False, Overheads()
+)
 
 # %% [markdown]
 # ## Tokens a second
@@ -206,61 +249,89 @@ assert mlp(V3, H800, DECODE, 28, False, Losses()) < 2 * mlp(V3, H800, DECODE, 7,
 
 # %%
 #| export
-class Speed(NamedTuple):
+class Throughput(NamedTuple):
     """Seconds of a MoE layer's parts for a micro-batch; of a step of both; tokens/s and GPU."""
 
     attention: float
     mlp: float
-    exchange: float
+    all_to_all: float
     step: float
-    rate: float
+    tokens_per_s: float
 
 
-def prefill(
-    c: Config, m: Machine, n: float, prompt: float, u: Unit = PREFILL, loss: Losses = ASSUMED
+def prefill_throughput(
+    config: Config,
+    rates: AchievedRates,
+    n: float,
+    prompt: float,
+    unit: DeploymentUnit = PREFILL,
+    overheads: Overheads = DEFAULT_OVERHEADS,
 ):
-    """`Speed` of prompts: n tokens a GPU in each of two micro-batches."""
-    gap, keys = KERNELS * loss.gap, (prompt + 1) / 2
-    a = attention(c, m, u, n * u.tp, keys, False) / m.sms + gather(c, m, u, n * u.tp) + gap
-    dense, e = (mlp(c, m, u, n, is_dense, loss) / m.sms + gap for is_dense in (True, False))
-    x = exchange(c, m, u, n, loss)
-    layers = c.n_dense_layers * (a + dense) + (c.n_layers - c.n_dense_layers) * max(a + e, x)
-    return Speed(a, e, x, 2 * layers, n / layers)
+    """`Throughput` of prompts: n tokens a GPU in each of two micro-batches."""
+    gap, keys = KERNELS_PER_HALF_BLOCK * overheads.launch_gap, (prompt + 1) / 2
+    a = (
+        attention_time(config, rates, unit, n * unit.tp, keys, False) / rates.compute_sms
+        + tp_gather_time(config, rates, unit, n * unit.tp)
+        + gap
+    )
+    dense, e = (
+        mlp_time(config, rates, unit, n, is_dense, overheads) / rates.compute_sms + gap
+        for is_dense in (True, False)
+    )
+    x = all_to_all_time(config, rates, unit, n, overheads)
+    layers = config.n_dense_layers * (a + dense) + (config.n_layers - config.n_dense_layers) * max(
+        a + e, x
+    )
+    return Throughput(a, e, x, 2 * layers, n / layers)
 
 
-def decode(
-    c: Config, m: Machine, b: float, context: float, u: Unit = DECODE, loss: Losses = ASSUMED
+def decode_throughput(
+    config: Config,
+    rates: AchievedRates,
+    b: float,
+    context: float,
+    unit: DeploymentUnit = DECODE,
+    overheads: Overheads = DEFAULT_OVERHEADS,
 ):
-    """`Speed` of answers: b sequences a group in each of two micro-batches, a token each a step."""
-    gap = KERNELS * loss.gap
-    a = attention(c, m, u, b, context, True) + gather(c, m, u, b) + gap
-    dense, e = (mlp(c, m, u, b / u.tp, is_dense, loss) + gap for is_dense in (True, False))
-    x = exchange(c, m, u, b / u.tp, loss)
-    head = around(c, b)["head"]
-    spent = head._replace(flops=head.flops / u.tp, bytes=head.bytes / u.tp).seconds(m)
-    spent += c.n_dense_layers * (a + dense) + (c.n_layers - c.n_dense_layers) * max(a, e + x)
-    return Speed(a, e, x, 2 * spent, b / u.tp / spent)
+    """`Throughput` of answers: b sequences a group in each of two micro-batches, a token each a step."""
+    gap = KERNELS_PER_HALF_BLOCK * overheads.launch_gap
+    a = (
+        attention_time(config, rates, unit, b, context, True)
+        + tp_gather_time(config, rates, unit, b)
+        + gap
+    )
+    dense, e = (
+        mlp_time(config, rates, unit, b / unit.tp, is_dense, overheads) + gap
+        for is_dense in (True, False)
+    )
+    x = all_to_all_time(config, rates, unit, b / unit.tp, overheads)
+    head = head_operators(config, b)["head"]
+    spent = head._replace(flops=head.flops / unit.tp, bytes=head.bytes / unit.tp).seconds(rates)
+    spent += config.n_dense_layers * (a + dense) + (config.n_layers - config.n_dense_layers) * max(
+        a, e + x
+    )
+    return Throughput(a, e, x, 2 * spent, b / unit.tp / spent)
 
 
-def dollars(m: Machine, rate: float) -> float:
+def dollars_per_million_tokens(rates: AchievedRates, tokens_per_s: float) -> float:
     """Of a million tokens."""
-    return m.dollars / 3600 / rate * 1e6
+    return rates.dollars_per_hour / 3600 / tokens_per_s * 1e6
 
 
 # %%
-def line(what: str, s: Speed) -> None:
+def line(what: str, s: Throughput) -> None:
     print(
-        f"{what:32}{1e6 * s.attention:7,.0f}{1e6 * s.mlp:8,.0f}{1e6 * s.exchange:9,.0f} µs{1e3 * s.step:9,.1f} ms"
-        f"{s.rate:9,.0f} tokens/s and GPU   ${dollars(H800, s.rate):.2f} a million"
+        f"{what:32}{1e6 * s.attention:7,.0f}{1e6 * s.mlp:8,.0f}{1e6 * s.all_to_all:9,.0f} µs{1e3 * s.step:9,.1f} ms"
+        f"{s.tokens_per_s:9,.0f} tokens/s and GPU   ${dollars_per_million_tokens(H800, s.tokens_per_s):.2f} a million"
     )
 
 
 print(f"{'':32}{'attn':>7}{'experts':>8}{'exchange':>9}   {'both':>9}")
 for prompt in (1024, 4096, 16_384, 131_072):
-    line(f"prefill, prompts of {prompt:,}", prefill(V3, H800, 4096, prompt))
+    line(f"prefill, prompts of {prompt:,}", prefill_throughput(V3, H800, 4096, prompt))
 for b, context in ((16, 4096), (56, 4096), (112, 4096), (27, 16_384), (3, 131_072)):
-    line(f"decode, {b} × {context:,} a group", decode(V3, H800, b, context))
-best = decode(V3, H800, 112, 4096)
+    line(f"decode, {b} × {context:,} a group", decode_throughput(V3, H800, b, context))
+best = decode_throughput(V3, H800, 112, 4096)
 print(
     f"at 112 × 4,096 a reader sees {1 / best.step:.0f} tokens a second, {1.8 / best.step:.0f} with the MTP draft"
 )
@@ -278,76 +349,88 @@ print(
 
 # %%
 #| export
-def wide(precision: str) -> float:
+def bytes_per_param(precision: str) -> float:
     """Bytes of a number of a block's matrix: a code and its share of a scale, or bf16."""
     return 1 + 4 / 128**2 if precision == "fp8" else 2
 
 
-def weights(c: Config, precision: str) -> float:
+def model_bytes(config: Config, precision: str) -> float:
     """Bytes of the whole model without MTP: matrices of blocks but the gates in FP8 or bf16."""
-    blocks = [products(c, i < c.n_dense_layers) for i in range(c.n_layers)]
-    times = lambda name: c.n_routed_experts if name.startswith("routed") else 1
+    blocks = [block_gemms(config, i < config.n_dense_layers) for i in range(config.n_layers)]
+    times = lambda name: config.n_routed_experts if name.startswith("routed") else 1
     eight = sum(
         times(n) * p.n_in * p.n_out for b in blocks for n, p in b.items() if n != "gate"
     )  # fmt: skip
-    return eight * wide(precision) + 2 * (count_params(c).total - eight)
+    return eight * bytes_per_param(precision) + 2 * (count_params(config).total - eight)
 
 
-def held(c: Config, u: Unit, precision: str = "fp8") -> float:
+def weight_bytes(config: Config, unit: DeploymentUnit, precision: str = "fp8") -> float:
     """Bytes of weights on a GPU of a unit."""
-    whole = products(c, False)
+    whole = block_gemms(config, False)
     divided = sum(
         whole[n].n_in * whole[n].n_out for n in ("wq", "wq_b", "wkv_b", "wo") if n in whole
     )
-    each = divided / u.tp + sum(
+    each = divided / unit.tp + sum(
         whole[n].n_in * whole[n].n_out for n in ("wq_a", "wkv_a") if n in whole
     )
-    expert = 3 * c.dim * c.moe_inter_dim
-    experts = u.held + (0 if u.direct else c.n_shared_experts)
-    matrices = c.n_layers * each + c.n_dense_layers * 3 * c.dim * c.inter_dim
-    matrices += (c.n_layers - c.n_dense_layers) * experts * expert
-    gates = (c.n_layers - c.n_dense_layers) * c.n_routed_experts * c.dim
-    return matrices * wide(precision) + 2 * gates + 2 * 2 * c.vocab_size * c.dim / u.tp
+    expert = 3 * config.dim * config.moe_inter_dim
+    experts = unit.experts_per_gpu + (0 if unit.direct_ib else config.n_shared_experts)
+    matrices = config.n_layers * each + config.n_dense_layers * 3 * config.dim * config.inter_dim
+    matrices += (config.n_layers - config.n_dense_layers) * experts * expert
+    gates = (config.n_layers - config.n_dense_layers) * config.n_routed_experts * config.dim
+    return (
+        matrices * bytes_per_param(precision)
+        + 2 * gates
+        + 2 * 2 * config.vocab_size * config.dim / unit.tp
+    )
 
 
-def room(c: Config, m: Machine, u: Unit, context: float, precision: str = "fp8") -> int:
+def max_batch(
+    config: Config,
+    rates: AchievedRates,
+    unit: DeploymentUnit,
+    context: float,
+    precision: str = "fp8",
+) -> int:
     """Sequences of a micro-batch and group that fit beside the weights, a tenth of memory left."""
-    free = 0.9 * m.memory - held(c, u, precision)
-    return max(0, int(free / (2 * context * count_params(c).cache_bytes)))
+    free = 0.9 * rates.memory - weight_bytes(config, unit, precision)
+    return max(0, int(free / (2 * context * count_params(config).cache_bytes)))
 
 
-def smallest(c: Config, m: Machine, precision: str, tokens: float, node: int = 8) -> int:
+def min_gpus(
+    config: Config, rates: AchievedRates, precision: str, tokens: float, node: int = 8
+) -> int:
     """GPUs, in whole nodes, that hold all weights and the cache of so many tokens (bf16)."""
-    need = weights(c, precision) + tokens * count_params(c).cache_bytes
-    return node * math.ceil(need / (0.9 * m.memory * node))
+    need = model_bytes(config, precision) + tokens * count_params(config).cache_bytes
+    return node * math.ceil(need / (0.9 * rates.memory * node))
 
 
 # %%
-from dsv3_ref.scale import MACHINES
+from dsv3_ref.scale import ACHIEVED_RATES
 
 print(
-    f"all weights: FP8 {weights(V3, 'fp8') / 1e9:,.0f} GB, bf16 {weights(V3, 'bf16') / 1e9:,.0f} GB; a 128K conversation {131_072 * count_params(V3).cache_bytes / 1e9:.1f} GB"
+    f"all weights: FP8 {model_bytes(V3, 'fp8') / 1e9:,.0f} GB, bf16 {model_bytes(V3, 'bf16') / 1e9:,.0f} GB; a 128K conversation {131_072 * count_params(V3).cache_bytes / 1e9:.1f} GB"
 )
 for name, u in (("prefill", PREFILL), ("decode", DECODE)):
     print(
-        f"{name:8} {held(V3, u) / 1e9:5.1f} GB of weights a GPU in FP8, {held(V3, u, 'bf16') / 1e9:5.1f} in bf16"
+        f"{name:8} {weight_bytes(V3, u) / 1e9:5.1f} GB of weights a GPU in FP8, {weight_bytes(V3, u, 'bf16') / 1e9:5.1f} in bf16"
     )
 for context in (4096, 16_384, 131_072):
-    n = room(V3, H800, DECODE, context)
+    n = max_batch(V3, H800, DECODE, context)
     print(
         f"decode, {context:7,} tokens of context: {n:4} sequences a micro-batch and group, {n * 9 / 4:4.0f} rows an expert"
     )
-names, x = [*MACHINES], range(len(MACHINES))
+names, x = [*ACHIEVED_RATES], range(len(ACHIEVED_RATES))
 fig, ax = figure(1, 1, 7, 2.6)
 for dx, precision, color in ((-0.2, "fp8", BLUE), (0.2, "bf16", ORANGE)):
-    need = [smallest(V3, MACHINES[name], precision, 1e6) for name in names]
+    need = [min_gpus(V3, ACHIEVED_RATES[name], precision, 1e6) for name in names]
     ax.bar_label(ax.bar([i + dx for i in x], need, 0.38, color=color, label=precision), padding=2)
 ax.set(xticks=x, xticklabels=names, ylabel="GPUs, whole nodes", ylim=(0, 30))
 ax.set_title("Fewest GPUs that hold V3 and the cache of a million tokens")
 ax.legend(loc="upper right")
 show(fig)
-assert smallest(V3, MACHINES["h200"], "fp8", 1e5) == 8 and smallest(V3, H800, "bf16", 0) == 24
-assert room(V3, H800, DECODE, 4096) >= 100  # the report's 256 rows an expert: 113 sequences
+assert min_gpus(V3, ACHIEVED_RATES["h200"], "fp8", 1e5) == 8 and min_gpus(V3, H800, "bf16", 0) == 24
+assert max_batch(V3, H800, DECODE, 4096) >= 100  # the report's 256 rows an expert: 113 sequences
 
 # %% [markdown]
 # This is how we understand the number 320. One expert a GPU leaves so much memory to the cache that some 110 sequences of 4K fit into a
@@ -364,25 +447,42 @@ fig, (left, mid, right) = figure(1, 3, 11, 3.2)
 experts = (64, 128, 256, 512, 1024)
 sizes = [replace(V3, n_routed_experts=e) for e in experts]
 fixed = [
-    decode(c, H800, 100, 4096, DECODE._replace(held=e / 256)).rate for c, e in zip(sizes, experts)
+    decode_throughput(
+        config, H800, 100, 4096, DECODE._replace(experts_per_gpu=e / 256)
+    ).tokens_per_s
+    for config, e in zip(sizes, experts)
 ]
 fitting = [
-    decode(c, H800, min(100, room(c, H800, u, 4096)), 4096, u).rate
-    for c, e in zip(sizes, experts)
-    for u in [DECODE._replace(held=e / 256)]
+    decode_throughput(
+        config, H800, min(100, max_batch(config, H800, unit, 4096)), 4096, unit
+    ).tokens_per_s
+    for config, e in zip(sizes, experts)
+    for unit in [DECODE._replace(experts_per_gpu=e / 256)]
 ]
 grown = [
-    decode(c, H800, 100, 4096, DECODE._replace(gpus=e * 5 // 4)).rate
-    for c, e in zip(sizes, experts)
+    decode_throughput(config, H800, 100, 4096, DECODE._replace(gpus=e * 5 // 4)).tokens_per_s
+    for config, e in zip(sizes, experts)
 ]
 left.plot(
-    experts, [dollars(H800, r) for r in grown], "o-", color=GREEN, label="one a GPU, more GPUs"
+    experts,
+    [dollars_per_million_tokens(H800, r) for r in grown],
+    "o-",
+    color=GREEN,
+    label="one a GPU, more GPUs",
 )
 left.plot(
-    experts, [dollars(H800, r) for r in fixed], "s-", color=BLUE, label="320 GPUs, same batch"
+    experts,
+    [dollars_per_million_tokens(H800, r) for r in fixed],
+    "s-",
+    color=BLUE,
+    label="320 GPUs, same batch",
 )
 left.plot(
-    experts, [dollars(H800, r) for r in fitting], "^--", color=ORANGE, label="320 GPUs, what fits"
+    experts,
+    [dollars_per_million_tokens(H800, r) for r in fitting],
+    "^--",
+    color=ORANGE,
+    label="320 GPUs, what fits",
 )
 left.set(
     xscale="log",
@@ -396,16 +496,25 @@ left.set(
 left.minorticks_off()
 left.legend(fontsize=8)
 contexts = [2**k for k in range(10, 18)]
-answers = [decode(V3, H800, max(1, min(112, room(V3, H800, DECODE, s))), s).rate for s in contexts]
-prompts = [prefill(V3, H800, 4096, s).rate for s in contexts]
+answers = [
+    decode_throughput(V3, H800, max(1, min(112, max_batch(V3, H800, DECODE, s))), s).tokens_per_s
+    for s in contexts
+]
+prompts = [prefill_throughput(V3, H800, 4096, s).tokens_per_s for s in contexts]
 mid.plot(
     contexts,
-    [dollars(H800, r) for r in answers],
+    [dollars_per_million_tokens(H800, r) for r in answers],
     "o-",
     color=ORANGE,
     label="decode, as many as fit",
 )
-mid.plot(contexts, [dollars(H800, r) for r in prompts], "s-", color=BLUE, label="prefill")
+mid.plot(
+    contexts,
+    [dollars_per_million_tokens(H800, r) for r in prompts],
+    "s-",
+    color=BLUE,
+    label="prefill",
+)
 mid.set(
     xscale="log",
     yscale="log",
@@ -415,12 +524,12 @@ mid.set(
 )
 mid.legend(fontsize=8)
 nodes = (1, 2, 4, 8)
-units_of = [Unit(8 * n, 4, 256 / (8 * n) + 1) for n in nodes]
-speeds = [prefill(V3, H800, 4096, 4096, u) for u in units_of]
+units_of = [DeploymentUnit(8 * n, 4, 256 / (8 * n) + 1) for n in nodes]
+speeds = [prefill_throughput(V3, H800, 4096, 4096, unit) for unit in units_of]
 right.plot(nodes, [1e3 * (s.attention + s.mlp) for s in speeds], "k--", lw=1, label="computing")
 for color, ib in ((ORANGE, 25), (BLUE, 50), (GREEN, 100)):
     m = H800._replace(ib=ib * 1e9)
-    ways = [1e3 * exchange(V3, m, u, 4096, ASSUMED) for u in units_of]
+    ways = [1e3 * all_to_all_time(V3, m, unit, 4096, DEFAULT_OVERHEADS) for unit in units_of]
     right.plot(nodes, ways, "o-", color=color, label=f"exchange, IB {ib}")
 right.set(
     xlabel="nodes of a prefill unit",
@@ -432,9 +541,9 @@ right.set(
 right.legend(fontsize=8, loc="upper left")
 show(fig)
 for n, u in zip(nodes, units_of):
-    fits = held(V3, u) < 0.9 * H800.memory
+    fits = weight_bytes(V3, u) < 0.9 * H800.memory
     print(
-        f"{n} nodes: {u.held:.0f} experts a GPU, {held(V3, u) / 1e9:.0f} GB of weights {'fit' if fits else 'do NOT fit'}, IB {trips(V3, u.gpus, 8)[0]:.2f} crossings a token"
+        f"{n} nodes: {u.experts_per_gpu:.0f} experts a GPU, {weight_bytes(V3, u) / 1e9:.0f} GB of weights {'fit' if fits else 'do NOT fit'}, IB {dispatch_copies(V3, u.gpus, 8)[0]:.2f} crossings a token"
     )
 assert grown[0] > 0.99 * grown[-1] and fixed[2] >= fixed[3] > fixed[4] >= fitting[4]
 
@@ -452,17 +561,17 @@ assert grown[0] > 0.99 * grown[-1] and fixed[2] >= fixed[3] > fixed[4] >= fittin
 # node in prefill, of which 56.3 % came from a cache, so about 4,000 computed a GPU. The same functions say for that layout:
 
 # %%
-LATER = Unit(144, 1, 2, True)
+LATER = DeploymentUnit(144, 1, 2, True)
 together = 1850 / 21  # sequences on a GPU, from speed and speed a reader
-said = decode(V3, H800, together / 2, 4989, LATER)
-prompts = prefill(V3, H800, 4096, 4989, Unit(32, 1, 9))
+said = decode_throughput(V3, H800, together / 2, 4989, LATER)
+prompts = prefill_throughput(V3, H800, 4096, 4989, DeploymentUnit(32, 1, 9))
 print(
-    f"decode with {together:.0f} sequences a GPU: {said.rate:,.0f} tokens/s, {1 / said.step:.0f} a reader; published 1,850 and 21: {said.rate / 1850:.1f} × as fast"
+    f"decode with {together:.0f} sequences a GPU: {said.tokens_per_s:,.0f} tokens/s, {1 / said.step:.0f} a reader; published 1,850 and 21: {said.tokens_per_s / 1850:.1f} × as fast"
 )
 print(
-    f"prefill: {prompts.rate:,.0f} tokens/s; published about {73_700 / 8 * (1 - 0.563):,.0f}: {prompts.rate / (73_700 / 8 * (1 - 0.563)):.1f} × as fast"
+    f"prefill: {prompts.tokens_per_s:,.0f} tokens/s; published about {73_700 / 8 * (1 - 0.563):,.0f}: {prompts.tokens_per_s / (73_700 / 8 * (1 - 0.563)):.1f} × as fast"
 )
-assert said.rate > 1850 and prompts.rate > 4000
+assert said.tokens_per_s > 1850 and prompts.tokens_per_s > 4000
 
 # %% [markdown]
 # Decoding comes out a ninth faster than published, if a step writes one token (whether drafts were counted was not said; the batch is what the
@@ -475,14 +584,17 @@ assert said.rate > 1850 and prompts.rate > 4000
 
 
 # %%
-def unit(hardware="h800", sequences: int = 100, context=4096, gpus=320):
+def show_unit(hardware="h800", sequences: int = 100, context=4096, gpus=320):
     """One decoding layer on a unit; held: 320 experts over its GPUs."""
-    m, u = MACHINES[hardware], DECODE._replace(gpus=gpus, held=320 / gpus)
-    s, most = decode(V3, m, sequences, context, u), room(V3, m, u, context)
+    rates, unit = ACHIEVED_RATES[hardware], DECODE._replace(gpus=gpus, experts_per_gpu=320 / gpus)
+    s, most = (
+        decode_throughput(V3, rates, sequences, context, unit),
+        max_batch(V3, rates, unit, context),
+    )
     fig, ax = figure(1, 1, 8, 2)
     ax.barh(1, 1e6 * s.attention, color=BLUE, label="attention")
-    ax.barh(0, 1e6 * s.exchange, color=ORANGE, label="dispatch, combine")
-    ax.barh(0, 1e6 * s.mlp, left=1e6 * s.exchange, color=GREEN, label="experts")
+    ax.barh(0, 1e6 * s.all_to_all, color=ORANGE, label="dispatch, combine")
+    ax.barh(0, 1e6 * s.mlp, left=1e6 * s.all_to_all, color=GREEN, label="experts")
     ax.set(
         yticks=(0, 1),
         yticklabels=("one micro-batch", "the other"),
@@ -491,17 +603,17 @@ def unit(hardware="h800", sequences: int = 100, context=4096, gpus=320):
     )
     fits = f"{most} fit" if most >= sequences else f"only {most} FIT"
     ax.set_title(
-        f"{gpus} {hardware}, {sequences} × {context:,} a group ({fits}): {s.rate:,.0f} tokens/s and GPU, {1 / s.step:.0f} a reader",
+        f"{gpus} {hardware}, {sequences} × {context:,} a group ({fits}): {s.tokens_per_s:,.0f} tokens/s and GPU, {1 / s.step:.0f} a reader",
         fontsize=10,
     )
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     show(fig)
 
 
-unit()
+show_unit()
 play(
-    unit,
-    hardware=[*MACHINES],
+    show_unit,
+    hardware=[*ACHIEVED_RATES],
     sequences=(4, 200, 4),
     context=[4096, 1024, 16_384, 65_536, 131_072],
     gpus=[320, 40, 80, 160],
@@ -529,10 +641,14 @@ def check_balance(fn):
 
 @checker
 def check_batch(fn):
-    """Which sequences a group may there be? Ask `decode` for the step of each, and `room` how many fit."""
+    """Which sequences a group may there be? Ask `decode` for the step of each, and `max_batch` how many fit."""
     for context, ms in ((4096, 20), (4096, 40), (16_384, 60), (4096, 5)):
-        most = room(V3, H800, DECODE, context)
-        good = [b for b in range(1, most + 1) if decode(V3, H800, b, context).step <= ms / 1e3]
+        most = max_batch(V3, H800, DECODE, context)
+        good = [
+            b
+            for b in range(1, most + 1)
+            if decode_throughput(V3, H800, b, context).step <= ms / 1e3
+        ]
         assert abs(fn(context, ms) - max(good, default=0)) < 0.5
 
 

@@ -9,27 +9,35 @@ import torch
 
 from dsv3_ref.config import Config, UserError, load_config
 from dsv3_ref.dualpipe import Action, Span, min_microbatches, schedule, simulate, stages_by_rank
-from dsv3_ref.inference_scale import Speed, Unit, decode, dollars, prefill, room, units
-from dsv3_ref.inference_scale import held as weights_on
+from dsv3_ref.inference_scale import (
+    DeploymentUnit,
+    Throughput,
+    decode_throughput,
+    deployment_units,
+    dollars_per_million_tokens,
+    max_batch,
+    prefill_throughput,
+)
+from dsv3_ref.inference_scale import weight_bytes as weights_on
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import is_expert, owning_ranks
 from dsv3_ref.scale import (
-    IDEAL,
-    MACHINES,
-    Losses,
-    Machine,
+    ACHIEVED_RATES,
+    NO_OVERHEADS,
+    AchievedRates,
+    Overheads,
     StageCosts,
+    activation_bytes_per_token,
     attention_flops,
+    block_gemms,
+    dispatch_bytes,
+    dispatch_copies,
     gpu_hours,
-    kept,
     pair_factor,
-    products,
-    row_bytes,
+    partition_layers,
     stage_seconds,
-    stages,
-    stretched,
-    tail,
-    trips,
+    step_tail,
+    wall_clock_factor,
 )
 
 REPORT = 180e3  # GPU hours per trillion tokens (§1)
@@ -58,9 +66,9 @@ class Plan:
     """ranks of an expert group in one node"""
     hardware: Literal["h800", "h100", "h200", "b200"] = "h800"
     """whose rates --machine.* takes where it is not told others"""
-    machine: Machine = Machine()
+    machine: AchievedRates = AchievedRates()
     """what a GPU reaches, and costs"""
-    losses: Losses = Losses()
+    losses: Overheads = Overheads()
     """what a cluster loses beside kernels' tables (sources: chapter 17)"""
     unit: Literal["train", "prefill", "decode"] = "train"
     """prefill, decode: the report's units of 32 and 320 GPUs; --context, --hardware, --config"""
@@ -70,9 +78,9 @@ class Plan:
     """where to put a picture (.png, .svg, .pdf)"""
 
     def __post_init__(self):
-        default, theirs = Machine(), MACHINES[self.hardware]
+        default, theirs = AchievedRates(), ACHIEVED_RATES[self.hardware]
         mine = [b if x == a else x for x, a, b in zip(self.machine, default, theirs)]
-        object.__setattr__(self, "machine", Machine(*mine))
+        object.__setattr__(self, "machine", AchievedRates(*mine))
 
 
 class Rank(NamedTuple):
@@ -115,7 +123,7 @@ class Estimate:
     def hours(self) -> float:
         """GPU hours per trillion tokens, with slow GPUs and failures."""
         alone = gpu_hours(self.seconds, self.gpus, self.plan.global_batch_size * self.plan.seq_len)
-        return alone * stretched(self.plan.losses, self.gpus)
+        return alone * wall_clock_factor(self.plan.losses, self.gpus)
 
 
 # ── Memory ──
@@ -152,10 +160,13 @@ def counted(c: Config, name: str, pp: int, dp: int, ep: int):
 
 def stage_bytes(p: Plan, c: Config) -> list[int]:
     """What one micro-batch holds in each stage; head losses keep both of their gradients."""
-    block = [sum(kept(c, dense, p.precision == "fp8").values()) for dense in (False, True)]
+    block = [
+        sum(activation_bytes_per_token(c, dense, p.precision == "fp8").values())
+        for dense in (False, True)
+    ]
     out = [
         p.seq_len * sum(block[i < c.n_dense_layers] for i in layers)
-        for layers in stages(c, stages_in(p))
+        for layers in partition_layers(c, stages_in(p))
     ]
     heads = (1 + c.n_mtp_layers) * (4 * c.vocab_size * c.dim + 2 * p.seq_len * c.dim)
     mtp = block[False] + (4 + 2 + 4 + 2) * c.dim  # embedding, h, both for the projection, result
@@ -193,12 +204,12 @@ def rank_bytes(p: Plan, numbers: dict, activations: int) -> Rank:
 def messages(p: Plan, c: Config, numbers: list[dict], where) -> dict[str, int]:
     """Bytes that a GPU sends in a step, by link; of the rank with the most, for each link."""
     m = p.global_batch_size // (p.dp * p.ep)
-    cut, (out, back) = stages(c, stages_in(p)), row_bytes(c, p.precision == "fp8")
+    cut, (out, back) = partition_layers(c, stages_in(p)), dispatch_bytes(c, p.precision == "fp8")
     of_stage = [sum(i >= c.n_dense_layers for i in layers) for layers in cut]  # with experts
     of_stage[-1] += c.n_mtp_layers
     share = 0.5 if p.schedule == "dualpipe" else 1.0  # a stage's micro-batches on one of two ranks
     blocks = max(share * sum(of_stage[s] for s in mine) for mine in where)
-    rows = [t * m * p.seq_len * blocks * 2 for t in trips(c, p.ep, p.ep_ranks_per_node)]
+    rows = [t * m * p.seq_len * blocks * 2 for t in dispatch_copies(c, p.ep, p.ep_ranks_per_node)]
     gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in numbers)
     return {
         "experts, across nodes": round(rows[0] * (out + back)),
@@ -213,7 +224,7 @@ def operations(p: Plan, c: Config) -> float:
     forward, backward = attention_flops(c, p.seq_len)
     token = 0.0
     for i in [*range(c.n_layers), *[c.n_layers] * c.n_mtp_layers]:
-        token += 3 * sum(x.flops for x in products(c, i < c.n_dense_layers).values())
+        token += 3 * sum(x.flops for x in block_gemms(c, i < c.n_dense_layers).values())
         token += forward + backward
     token += 6 * c.dim * ((1 + c.n_mtp_layers) * c.vocab_size + 2 * c.n_mtp_layers * c.dim)
     return token * p.global_batch_size * p.seq_len
@@ -231,13 +242,13 @@ def estimate(p: Plan) -> Estimate:
     return Estimate(
         p, c, ranks, [count for _, count in peaks], messages(p, c, numbers, where),
         operations(p, c), simulate(steps, stage_times(p, c)),
-        max(sum(tail(p.machine, of)) for of in numbers),
+        max(sum(step_tail(p.machine, of)) for of in numbers),
     )  # fmt: skip
 
 
 def stage_times(p: Plan, c: Config) -> StageCosts:
     """Seconds of each stage's operations, losses counted."""
-    moves, cut = trips(c, p.ep, p.ep_ranks_per_node), stages(c, stages_in(p))
+    moves, cut = dispatch_copies(c, p.ep, p.ep_ranks_per_node), partition_layers(c, stages_in(p))
     each = stage_seconds(c, p.machine, cut, p.seq_len, moves, p.losses)
     return StageCosts(each, pair_factor(c, p.machine, p.seq_len, moves, p.losses))
 
@@ -271,48 +282,53 @@ ROWS = 256  # that meet an expert at most, about (§3.4.2)
 def serve(p: Plan) -> str:
     """A prefill or decode unit in words: what it holds, how fast it is, what binds (chapter 20)."""
     c, m = load_config(p.config), p.machine
-    u = units(c)[p.unit]
+    u = deployment_units(c)[p.unit]
     rules = [
         (p.context >= 1, "every size must be at least 1"),
         (c.n_heads % u.tp == 0, f"a unit divides heads by {u.tp}: {c.n_heads} cannot be"),
-        (c.n_routed_experts % 32 == 0 or u.direct, "a prefill unit needs a multiple of 32 experts"),
+        (
+            c.n_routed_experts % 32 == 0 or u.direct_ib,
+            "a prefill unit needs a multiple of 32 experts",
+        ),
     ]
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
     chosen = c.n_activated_experts + c.n_shared_experts
-    n = min(room(c, m, u, p.context), round(ROWS * u.tp / chosen))  # rows = n / tp · chosen
-    if u.direct and not n:
+    n = min(max_batch(c, m, u, p.context), round(ROWS * u.tp / chosen))  # rows = n / tp · chosen
+    if u.direct_ib and not n:
         raise UserError(f"no sequence of {p.context:,} tokens fits beside the weights")
     s = (
-        decode(c, m, n, p.context, u, p.losses)
-        if u.direct
-        else prefill(c, m, 4096, p.context, u, p.losses)
+        decode_throughput(c, m, n, p.context, u, p.losses)
+        if u.direct_ib
+        else prefill_throughput(c, m, 4096, p.context, u, p.losses)
     )
     return said(p, c, u, s, n)
 
 
-def said(p: Plan, c: Config, u: Unit, s: Speed, n: int) -> str:
+def said(p: Plan, c: Config, u: DeploymentUnit, s: Throughput, n: int) -> str:
     """The lines of `serve`."""
     kinds = ("attention", "experts and what lies between", "exchange")
     times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, s))
-    load = f"{n} sequences a group" if u.direct else "4,096 tokens a GPU"
-    reader = f", {1 / s.step:.0f} tokens/s a reader" if u.direct else ""
-    links = f"; direct exchanges at {u.reach:.0%} of IB, {1e6 * u.latency:.0f} µs more a way"
+    load = f"{n} sequences a group" if u.direct_ib else "4,096 tokens a GPU"
+    reader = f", {1 / s.step:.0f} tokens/s a reader" if u.direct_ib else ""
+    links = (
+        f"; direct exchanges at {u.ib_efficiency:.0%} of IB, {1e6 * u.latency_s:.0f} µs more a way"
+    )
     loss = p.losses
     return f"""\
 {p.config}, {p.unit} unit of {u.gpus} {p.hardware.upper()}: TP{u.tp}, {u.gpus // u.tp} groups, \
-{u.held:g} routed experts a GPU, context {p.context:,}
+{u.experts_per_gpu:g} routed experts a GPU, context {p.context:,}
 {scale_of(c, u, p.machine)}
-assumed (chapters 17, 20): busiest rank {loss.imbalance:g} × the mean, {1e6 * loss.gap:g} µs \
-between kernels{links if u.direct else ""}
+assumed (chapters 17, 20): busiest rank {loss.load_imbalance:g} × the mean, {1e6 * loss.launch_gap:g} µs \
+between kernels{links if u.direct_ib else ""}
 two micro-batches of {load}; a MoE layer of one:
 {times}
-a step of both {1e3 * s.step:,.1f} ms; {s.rate:,.0f} tokens/s and GPU{reader}; \
-${dollars(p.machine, s.rate):.2f} a million tokens at ${p.machine.dollars:g} an hour"""
+a step of both {1e3 * s.step:,.1f} ms; {s.tokens_per_s:,.0f} tokens/s and GPU{reader}; \
+${dollars_per_million_tokens(p.machine, s.tokens_per_s):.2f} a million tokens at ${p.machine.dollars_per_hour:g} an hour"""
 
 
-def scale_of(c: Config, u: Unit, m: Machine) -> str:
+def scale_of(c: Config, u: DeploymentUnit, m: AchievedRates) -> str:
     """What a GPU of the unit holds."""
     weights = weights_on(c, u)
     fits = "fit" if weights < 0.9 * m.memory else "do NOT fit"
@@ -338,7 +354,7 @@ def say(e: Estimate) -> str:
     top = max(rank.gpu for rank in e.ranks)
     fits = "fits" if top <= m.memory else "does NOT fit"
     tokens, speed = p.global_batch_size * p.seq_len, e.flops / e.gpus / e.seconds
-    best = estimate(replace(p, losses=IDEAL)).hours
+    best = estimate(replace(p, losses=NO_OVERHEADS)).hours
     losses = ", ".join(f"{k} {v:.3g}" for k, v in p.losses._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
     return f"""\
@@ -354,8 +370,8 @@ sent by a GPU in a step (the rank that sends most):
 a step: {e.flops:.3g} FLOPs; {e.seconds:.2f} s, of which {e.tail:.2f} s after the pipeline
 {tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {speed / 1e12:.0f} TFLOP/s a GPU
 losses assumed (chapter 17): {losses}
-{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars / 1e3:,.0f}K at \
-${m.dollars:g} an hour; without losses {best / 1e3:,.1f}K \
+{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars_per_hour / 1e3:,.0f}K at \
+${m.dollars_per_hour:g} an hour; without losses {best / 1e3:,.1f}K \
 (the report, V3 on H800: {REPORT / 1e3:.0f}K, ${REPORT * 2 / 1e3:,.0f}K)"""
 
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.model import Transformer
-from dsv3_ref.scale import stages
+from dsv3_ref.scale import partition_layers
 
 # ── Stages ──
 
@@ -20,7 +20,9 @@ from dsv3_ref.scale import stages
 def stages_with_param(name: str, c: Config, n: int) -> tuple[int, ...]:
     """Which of n stages need a parameter; MTP lies in the last one, and so needs the embedding."""
     if place := re.match(r"layers\.(\d+)\.", name):
-        return tuple(s for s, layers in enumerate(stages(c, n)) if int(place[1]) in layers)
+        return tuple(
+            s for s, layers in enumerate(partition_layers(c, n)) if int(place[1]) in layers
+        )
     if name.startswith("embed."):
         return tuple(sorted({0, n - 1} if c.n_mtp_layers else {0}))
     return (n - 1,)

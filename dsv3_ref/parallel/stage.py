@@ -10,7 +10,7 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.moe import MoE, balance_loss, tokens_per_expert
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.rope import Rope
-from dsv3_ref.scale import stages
+from dsv3_ref.scale import partition_layers
 from dsv3_ref.sft import assistant_mask, sample_cu_seqlens
 
 
@@ -60,7 +60,7 @@ class Stage:
             token_dispatcher,
             special_tokens,
         )
-        self.layers = stages(c, n)[stage]
+        self.layers = partition_layers(c, n)[stage]
         self.first, self.last = stage == 0, stage == n - 1
 
     def forward(self, tape, x_bsd, tokens_bs, weights: LossWeights, seen: LossStats):

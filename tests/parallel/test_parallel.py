@@ -78,7 +78,7 @@ def test_groups_sum_dense_parameters_over_dp_and_ep_and_experts_over_dp(gang):
 
 def spent(c, ends) -> list[int]:
     """Multiplications of stages whose layers end there."""
-    layers, after = scale.work(c)
+    layers, after = scale.layer_costs(c)
     shares = [sum(layers[a:b]) for a, b in pairwise((0, *ends))]
     return [*shares[:-1], shares[-1] + after]
 
@@ -86,7 +86,7 @@ def spent(c, ends) -> list[int]:
 @pytest.mark.parametrize("n, stages", [(61, 16), (4, 4), (5, 2), (61, 1), (12, 8)])
 def test_stages_share_all_layers_in_order_and_the_work_evenly(n, stages):
     c = replace(V3, n_layers=n)
-    parts = scale.stages(c, stages)
+    parts = scale.partition_layers(c, stages)
     assert [i for part in parts for i in part] == list(range(n)) and len(parts) == stages
     assert all(parts[:-1]), "only the last stage may have no layers: it has the head"
     if n < 61:
