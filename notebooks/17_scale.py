@@ -1005,10 +1005,10 @@ def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
 
 
 # %%
-from dsv3_ref.cluster.plan import Plan, estimate
+from dsv3_ref.cluster.plan import PlanConfig, estimate
 
 assert gpu_hours(1.0, 2048, 2048 * 1543) == 1e12 / 1543 / 3600
-bill = lambda overheads, **more: estimate(Plan(losses=overheads, **more)).hours
+bill = lambda overheads, **more: estimate(PlanConfig(overheads=overheads, **more)).hours
 honest, best = bill(Overheads()), bill(NO_OVERHEADS)
 print(
     f"no losses {best / 1e3:.1f}K, all of them {honest / 1e3:.1f}K hours a trillion tokens: {honest / REPORT - 1:+.1%} beside the report"
@@ -1037,12 +1037,12 @@ rates = {
 }  # fmt: skip
 for label, field in rates.items():
     slow, quick = (
-        bill(Overheads(), machine=H800._replace(**{field: getattr(H800, field) * x}))
+        bill(Overheads(), rates=H800._replace(**{field: getattr(H800, field) * x}))
         for x in (0.9, 1.1)
     )
     less[label], more[label] = quick - honest, slow - honest
     print(f"  {label:20} faster {less[label] / 1e3:+6.1f}K, slower {more[label] / 1e3:+6.1f}K")
-early = bill(Overheads(), batch=9216)
+early = bill(Overheads(), global_batch_size=9216)
 print(
     f"  batch 3,072 → 15,360 over the first 469B of 14.8T tokens: {0.469 / 14.8 * (early - honest) / 1e3:+.2f}K (not counted)"
 )
@@ -1358,7 +1358,7 @@ check_nodes(my_nodes)
 # ```
 # dsv3 plan                                  V3 on 2,048 H800
 # dsv3 plan --hardware h200                  the same on H200
-# dsv3 plan --losses.imbalance 1.3           one assumption moved
+# dsv3 plan --overheads.load-imbalance 1.3           one assumption moved
 # dsv3 plan --unit decode --context 16384    a unit that serves (chapter 20)
 # dsv3 plan --config small --pp 2 --ep 4 --gpus 8 --global-batch-size 64 --seq-len 2048
 # ```

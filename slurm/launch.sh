@@ -25,7 +25,7 @@ submit() {  # the options of dsv3 follow the command, which the launcher knows i
 }
 
 good_nodes() {  # the first NODES of those that the preflight leaves, as srun wants them
-  "$PYTHON" -m dsv3_ref preflight --folder "$run" --need "$NODES" --gpus "$GPUS" \
+  "$PYTHON" -m dsv3_ref preflight --folder "$run" --min-nodes "$NODES" --gpus "$GPUS" \
     --ranks "$RANKS" $PREFLIGHT | cut -d, -f "-$NODES"
 }
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dsv3_ref.cli.main import main
-from dsv3_ref.cluster.plan import REPORT, Plan, estimate
+from dsv3_ref.cluster.plan import REPORT_HOURS, PlanConfig, estimate
 from dsv3_ref.config import SMALL, V3, count_params
 from dsv3_ref.inference_scale import (
     DECODE,
@@ -51,14 +51,14 @@ MOVES = dispatch_copies(V3, 64, 8)
 
 
 def hours(loss=None, **more) -> float:
-    return estimate(Plan(losses=loss or Overheads(), **more)).hours
+    return estimate(PlanConfig(overheads=loss or Overheads(), **more)).hours
 
 
 # ── Training ──
 
 
 def test_the_bill_from_first_principles_is_within_a_tenth_of_the_report():
-    assert abs(hours() / REPORT - 1) < 0.10
+    assert abs(hours() / REPORT_HOURS - 1) < 0.10
     assert 140e3 < hours(NO_OVERHEADS) < 150e3
 
 
@@ -81,7 +81,7 @@ def test_every_loss_costs_something_and_its_absence_never_does(field):
 @pytest.mark.parametrize("field", ["gemm", "attention", "hbm", "ib", "compute_sms"])
 def test_a_faster_machine_costs_fewer_hours(field):
     quick = H800._replace(**{field: 1.1 * getattr(H800, field)})
-    assert hours(machine=quick) < hours()
+    assert hours(rates=quick) < hours()
 
 
 def test_failures_and_the_slowest_gpu_stretch_a_run():
@@ -93,7 +93,7 @@ def test_failures_and_the_slowest_gpu_stretch_a_run():
 
 
 def test_the_report_spent_what_its_table_says():
-    rows = {"pre-training": 14.8 * REPORT, "long context": 119e3, "post-training": 5e3}
+    rows = {"pre-training": 14.8 * REPORT_HOURS, "long context": 119e3, "post-training": 5e3}
     assert rows["pre-training"] == 2664e3 and sum(rows.values()) == 2788e3
     assert [round(2 * h / 1e6, 3) for h in (*rows.values(), sum(rows.values()))] == [
         5.328, 0.238, 0.01, 5.576,
@@ -295,10 +295,10 @@ def test_an_experts_weights_are_read_for_one_row_as_for_many():
 
 
 def test_hardware_gives_every_rate_that_was_not_given():
-    p = Plan(hardware="h200", machine=AchievedRates(ib=25e9))
-    assert p.machine == ACHIEVED_RATES["h200"]._replace(ib=25e9)
-    assert Plan().machine == H800
-    assert replace(p, global_batch_size=128).machine == p.machine
+    p = PlanConfig(hardware="h200", rates=AchievedRates(ib=25e9))
+    assert p.rates == ACHIEVED_RATES["h200"]._replace(ib=25e9)
+    assert PlanConfig().rates == H800
+    assert replace(p, global_batch_size=128).rates == p.rates
 
 
 def test_units_are_printed(capsys):
@@ -311,7 +311,7 @@ def test_units_are_printed(capsys):
 
 
 def test_training_names_its_hardware_and_its_losses(capsys):
-    argv = ["plan", "--hardware", "b200", "--losses.imbalance", "1.3", "--config", "small"]
+    argv = ["plan", "--hardware", "b200", "--overheads.load-imbalance", "1.3", "--config", "small"]
     argv += [
         "--pp",
         "2",
@@ -326,7 +326,9 @@ def test_training_names_its_hardware_and_its_losses(capsys):
     ]
     assert main(argv) == 0
     said = capsys.readouterr().out
-    assert "small on 8 B200" in said and "imbalance 1.3" in said and "without losses" in said
+    assert (
+        "small on 8 B200" in said and "load_imbalance 1.3" in said and "without overheads" in said
+    )
 
 
 @pytest.mark.parametrize(

@@ -90,13 +90,13 @@ COMMANDS: dict[str, dict[str, Command]] = {
     "Cluster": {
         "plan": Command(
             "Compute the memory, traffic and cost of training on a cluster.",
-            "dsv3_ref.cluster.plan.Plan",
-            "dsv3_ref.cluster.plan.plan",
+            "dsv3_ref.cluster.plan.PlanConfig",
+            "dsv3_ref.cluster.plan.print_plan",
         ),
         "preflight": Command(
             "Check the nodes of a job and exclude unhealthy ones.",
-            "dsv3_ref.cluster.preflight.Preflight",
-            "dsv3_ref.cluster.preflight.preflight",
+            "dsv3_ref.cluster.preflight.PreflightConfig",
+            "dsv3_ref.cluster.preflight.run_preflight",
         ),
     },
     "Measurements": {

@@ -1,4 +1,4 @@
-"""`dsv3 plan`: what a cluster would hold, send and cost, before anybody rents it (chapter 17)."""
+"""`dsv3 print_plan`: what a cluster would hold, send and cost, before anybody rents it (chapter 17)."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -40,11 +40,11 @@ from dsv3_ref.scale import (
     wall_clock_factor,
 )
 
-REPORT = 180e3  # GPU hours per trillion tokens (§1)
+REPORT_HOURS = 180e3  # GPU hours per trillion tokens (§1)
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanConfig:
     """Memory, messages, time and cost of training on a cluster; by default the report's V3.
 
     Or of a unit that serves: --unit prefill, --unit decode (chapter 20).
@@ -65,10 +65,10 @@ class Plan:
     ep_ranks_per_node: int = 8
     """ranks of an expert group in one node"""
     hardware: Literal["h800", "h100", "h200", "b200"] = "h800"
-    """whose rates --machine.* takes where it is not told others"""
-    machine: AchievedRates = AchievedRates()
+    """whose rates --rates.* takes where it is not told others"""
+    rates: AchievedRates = AchievedRates()
     """what a GPU reaches, and costs"""
-    losses: Overheads = Overheads()
+    overheads: Overheads = Overheads()
     """what a cluster loses beside kernels' tables (sources: chapter 17)"""
     unit: Literal["train", "prefill", "decode"] = "train"
     """prefill, decode: the report's units of 32 and 320 GPUs; --context, --hardware, --config"""
@@ -79,11 +79,11 @@ class Plan:
 
     def __post_init__(self):
         default, theirs = AchievedRates(), ACHIEVED_RATES[self.hardware]
-        mine = [b if x == a else x for x, a, b in zip(self.machine, default, theirs)]
-        object.__setattr__(self, "machine", AchievedRates(*mine))
+        mine = [b if x == a else x for x, a, b in zip(self.rates, default, theirs)]
+        object.__setattr__(self, "rates", AchievedRates(*mine))
 
 
-class Rank(NamedTuple):
+class RankMemory(NamedTuple):
     """Bytes on one GPU of a pipeline rank, by kind; and of its host."""
 
     parameters: int
@@ -100,11 +100,11 @@ class Rank(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `dsv3 plan` says."""
+    """What `dsv3 print_plan` says."""
 
-    plan: Plan
+    plan: PlanConfig
     model: Config
-    ranks: list[Rank]  # of every pp rank
+    ranks: list[RankMemory]  # of every pp rank
     in_flight: list[int]  # micro-batches
     sent: dict[str, int]  # bytes a step and GPU, of the rank that sends most
     flops: float  # of a step, all GPUs
@@ -123,33 +123,33 @@ class Estimate:
     def hours(self) -> float:
         """GPU hours per trillion tokens, with slow GPUs and failures."""
         alone = gpu_hours(self.seconds, self.gpus, self.plan.global_batch_size * self.plan.seq_len)
-        return alone * wall_clock_factor(self.plan.losses, self.gpus)
+        return alone * wall_clock_factor(self.plan.overheads, self.gpus)
 
 
 # ── Memory ──
 
 
-def stages_in(p: Plan) -> int:
+def num_stages(plan: PlanConfig) -> int:
     """Of the whole pipeline."""
-    return 1 + max(s for of_rank in stages_by_rank(p.schedule, p.pp) for s in of_rank)
+    return 1 + max(s for of_rank in stages_by_rank(plan.schedule, plan.pp) for s in of_rank)
 
 
-def numbers_of(p: Plan, c: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
+def params_by_rank(plan: PlanConfig, config: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
     """Of every pp rank: {(ranks that sum the gradient, under FP8): numbers}; and its stages.
 
     From the model on the meta device, cut as the cluster trainer cuts it.
     """
-    return counted(c, p.schedule, p.pp, p.dp, p.ep)
+    return count_params_by_rank(config, plan.schedule, plan.pp, plan.dp, plan.ep)
 
 
 @cache
-def counted(c: Config, name: str, pp: int, dp: int, ep: int):
-    """`numbers_of` a schedule and a mesh, once: the model is large even on meta."""
+def count_params_by_rank(config: Config, name: str, pp: int, dp: int, ep: int):
+    """`params_by_rank` a schedule and a mesh, once: the model is large even on meta."""
     with torch.device("meta"):
-        model = Transformer(c)
+        model = Transformer(config)
     where, out = stages_by_rank(name, pp), [{} for _ in range(pp)]
     for name, w in model.named_parameters():
-        ranks, expert = owning_ranks(name, c, where), is_expert(name)
+        ranks, expert = owning_ranks(name, config, where), is_expert(name)
         size = len(ranks) * dp * (1 if expert else ep)
         in_block = name.startswith("layers.") or ".block." in name
         key = size, in_block and w.ndim > 1 and ".gate." not in name
@@ -158,23 +158,27 @@ def counted(c: Config, name: str, pp: int, dp: int, ep: int):
     return out, where
 
 
-def stage_bytes(p: Plan, c: Config) -> list[int]:
+def stage_bytes(plan: PlanConfig, config: Config) -> list[int]:
     """What one micro-batch holds in each stage; head losses keep both of their gradients."""
     block = [
-        sum(activation_bytes_per_token(c, dense, p.precision == "fp8").values())
+        sum(activation_bytes_per_token(config, dense, plan.precision == "fp8").values())
         for dense in (False, True)
     ]
     out = [
-        p.seq_len * sum(block[i < c.n_dense_layers] for i in layers)
-        for layers in partition_layers(c, stages_in(p))
+        plan.seq_len * sum(block[i < config.n_dense_layers] for i in layers)
+        for layers in partition_layers(config, num_stages(plan))
     ]
-    heads = (1 + c.n_mtp_layers) * (4 * c.vocab_size * c.dim + 2 * p.seq_len * c.dim)
-    mtp = block[False] + (4 + 2 + 4 + 2) * c.dim  # embedding, h, both for the projection, result
-    out[-1] += heads + p.seq_len * (4 * c.dim + c.n_mtp_layers * mtp)
+    heads = (1 + config.n_mtp_layers) * (
+        4 * config.vocab_size * config.dim + 2 * plan.seq_len * config.dim
+    )
+    mtp = (
+        block[False] + (4 + 2 + 4 + 2) * config.dim
+    )  # embedding, h, both for the projection, result
+    out[-1] += heads + plan.seq_len * (4 * config.dim + config.n_mtp_layers * mtp)
     return [round(x) for x in out]
 
 
-def most(mine: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
+def peak_activations(mine: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
     """A rank's largest sum of what its micro-batches hold, and how many there were then."""
     live, best = [], (0, 0)
     for step in mine:
@@ -186,14 +190,14 @@ def most(mine: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
     return best
 
 
-def rank_bytes(p: Plan, numbers: dict, activations: int) -> Rank:
+def rank_bytes(plan: PlanConfig, numbers: dict, activations: int) -> RankMemory:
     """fp32 parameters are their own masters; fp32 gradients; bf16 moments; codes with scales."""
     total = sum(numbers.values())
-    slices = sum(n / (size if p.zero else 1) for (size, _), n in numbers.items())
+    slices = sum(n / (size if plan.zero else 1) for (size, _), n in numbers.items())
     eight = sum(n for (_, eight), n in numbers.items() if eight)
-    codes = eight * (1 + 4 / 128**2) if p.precision == "fp8" else 2 * eight
-    gradients = 4 * total + 4 * slices * p.zero
-    return Rank(
+    codes = eight * (1 + 4 / 128**2) if plan.precision == "fp8" else 2 * eight
+    gradients = 4 * total + 4 * slices * plan.zero
+    return RankMemory(
         4 * total, round(gradients), round(4 * slices), round(codes), activations, 4 * total
     )
 
@@ -201,73 +205,99 @@ def rank_bytes(p: Plan, numbers: dict, activations: int) -> Rank:
 # ── Messages, operations, time ──
 
 
-def messages(p: Plan, c: Config, numbers: list[dict], where) -> dict[str, int]:
+def bytes_sent(plan: PlanConfig, config: Config, numbers: list[dict], where) -> dict[str, int]:
     """Bytes that a GPU sends in a step, by link; of the rank with the most, for each link."""
-    m = p.global_batch_size // (p.dp * p.ep)
-    cut, (out, back) = partition_layers(c, stages_in(p)), dispatch_bytes(c, p.precision == "fp8")
-    of_stage = [sum(i >= c.n_dense_layers for i in layers) for layers in cut]  # with experts
-    of_stage[-1] += c.n_mtp_layers
-    share = 0.5 if p.schedule == "dualpipe" else 1.0  # a stage's micro-batches on one of two ranks
+    m = plan.global_batch_size // (plan.dp * plan.ep)
+    cut, (out, back) = (
+        partition_layers(config, num_stages(plan)),
+        dispatch_bytes(config, plan.precision == "fp8"),
+    )
+    of_stage = [sum(i >= config.n_dense_layers for i in layers) for layers in cut]  # with experts
+    of_stage[-1] += config.n_mtp_layers
+    share = (
+        0.5 if plan.schedule == "dualpipe" else 1.0
+    )  # a stage's micro-batches on one of two ranks
     blocks = max(share * sum(of_stage[s] for s in mine) for mine in where)
-    rows = [t * m * p.seq_len * blocks * 2 for t in dispatch_copies(c, p.ep, p.ep_ranks_per_node)]
+    rows = [
+        t * m * plan.seq_len * blocks * 2
+        for t in dispatch_copies(config, plan.ep, plan.ep_ranks_per_node)
+    ]
     gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in numbers)
     return {
         "experts, across nodes": round(rows[0] * (out + back)),
         "experts, inside nodes": round(rows[1] * (out + back)),
-        "pipeline": round(share * 2 * len(where[0]) * m * p.seq_len * 4 * c.dim * (p.pp > 1)),
+        "pipeline": round(
+            share * 2 * len(where[0]) * m * plan.seq_len * 4 * config.dim * (plan.pp > 1)
+        ),
         "gradients and weights": round(2 * gradients),
     }
 
 
-def operations(p: Plan, c: Config) -> float:
+def step_flops(plan: PlanConfig, config: Config) -> float:
     """Of a step, forward and backward, without what is computed again."""
-    forward, backward = attention_flops(c, p.seq_len)
+    forward, backward = attention_flops(config, plan.seq_len)
     token = 0.0
-    for i in [*range(c.n_layers), *[c.n_layers] * c.n_mtp_layers]:
-        token += 3 * sum(x.flops for x in block_gemms(c, i < c.n_dense_layers).values())
+    for i in [*range(config.n_layers), *[config.n_layers] * config.n_mtp_layers]:
+        token += 3 * sum(x.flops for x in block_gemms(config, i < config.n_dense_layers).values())
         token += forward + backward
-    token += 6 * c.dim * ((1 + c.n_mtp_layers) * c.vocab_size + 2 * c.n_mtp_layers * c.dim)
-    return token * p.global_batch_size * p.seq_len
+    token += (
+        6
+        * config.dim
+        * ((1 + config.n_mtp_layers) * config.vocab_size + 2 * config.n_mtp_layers * config.dim)
+    )
+    return token * plan.global_batch_size * plan.seq_len
 
 
-def estimate(p: Plan) -> Estimate:
+def estimate(plan: PlanConfig) -> Estimate:
     """All of it."""
-    c = load_config(p.config)
-    check(p, c)
-    numbers, where = numbers_of(p, c)
-    m = min_microbatches(p.schedule, p.pp, p.global_batch_size // (p.dp * p.ep))
-    steps, size = schedule(p.schedule, p.pp, m), stage_bytes(p, c)
-    peaks = [most(mine, size) for mine in steps]
-    ranks = [rank_bytes(p, of, peak) for of, (peak, _) in zip(numbers, peaks)]
+    config = load_config(plan.config)
+    validate_plan(plan, config)
+    numbers, where = params_by_rank(plan, config)
+    m = min_microbatches(plan.schedule, plan.pp, plan.global_batch_size // (plan.dp * plan.ep))
+    steps, size = schedule(plan.schedule, plan.pp, m), stage_bytes(plan, config)
+    peaks = [peak_activations(mine, size) for mine in steps]
+    ranks = [rank_bytes(plan, of, peak) for of, (peak, _) in zip(numbers, peaks)]
     return Estimate(
-        p, c, ranks, [count for _, count in peaks], messages(p, c, numbers, where),
-        operations(p, c), simulate(steps, stage_times(p, c)),
-        max(sum(step_tail(p.machine, of)) for of in numbers),
+        plan, config, ranks, [count for _, count in peaks], bytes_sent(plan, config, numbers, where),
+        step_flops(plan, config), simulate(steps, stage_times(plan, config)),
+        max(sum(step_tail(plan.rates, of)) for of in numbers),
     )  # fmt: skip
 
 
-def stage_times(p: Plan, c: Config) -> StageCosts:
+def stage_times(plan: PlanConfig, config: Config) -> StageCosts:
     """Seconds of each stage's operations, losses counted."""
-    moves, cut = dispatch_copies(c, p.ep, p.ep_ranks_per_node), partition_layers(c, stages_in(p))
-    each = stage_seconds(c, p.machine, cut, p.seq_len, moves, p.losses)
-    return StageCosts(each, pair_factor(c, p.machine, p.seq_len, moves, p.losses))
+    moves, cut = (
+        dispatch_copies(config, plan.ep, plan.ep_ranks_per_node),
+        partition_layers(config, num_stages(plan)),
+    )
+    each = stage_seconds(config, plan.rates, cut, plan.seq_len, moves, plan.overheads)
+    return StageCosts(each, pair_factor(config, plan.rates, plan.seq_len, moves, plan.overheads))
 
 
-def check(p: Plan, c: Config) -> None:
+def validate_plan(plan: PlanConfig, config: Config) -> None:
     """Raise a `UserError` for a cluster that cannot be."""
-    if min(p.pp, p.ep, p.dp, p.seq_len, p.global_batch_size, p.ep_ranks_per_node) < 1:
+    if (
+        min(plan.pp, plan.ep, plan.dp, plan.seq_len, plan.global_batch_size, plan.ep_ranks_per_node)
+        < 1
+    ):
         raise UserError("every size must be at least 1")
-    pipes, n = p.dp * p.ep, stages_in(p)
-    full = p.ep <= p.ep_ranks_per_node or p.ep % p.ep_ranks_per_node == 0
+    pipes, n = plan.dp * plan.ep, num_stages(plan)
+    full = plan.ep <= plan.ep_ranks_per_node or plan.ep % plan.ep_ranks_per_node == 0
     rules = [
-        (n <= c.n_layers, f"{c.n_layers} layers cannot be cut into {n} stages"),
-        (c.n_routed_experts % p.ep == 0, f"--ep must divide {c.n_routed_experts} routed experts"),
-        (full, f"--ep {p.ep} ranks do not fill nodes of --ep-ranks-per-node {p.ep_ranks_per_node}"),
+        (n <= config.n_layers, f"{config.n_layers} layers cannot be cut into {n} stages"),
         (
-            p.global_batch_size % pipes == 0,
+            config.n_routed_experts % plan.ep == 0,
+            f"--ep must divide {config.n_routed_experts} routed experts",
+        ),
+        (
+            full,
+            f"--ep {plan.ep} ranks do not fill nodes of --ep-ranks-per-node {plan.ep_ranks_per_node}",
+        ),
+        (
+            plan.global_batch_size % pipes == 0,
             f"--global-batch-size must be a multiple of --dp × --ep = {pipes}",
         ),
-        (p.schedule != "dualpipe" or p.pp % 2 == 0, "dualpipe needs an even --pp"),
+        (plan.schedule != "dualpipe" or plan.pp % 2 == 0, "dualpipe needs an even --pp"),
     ]
     for holds, sentence in rules:
         if not holds:
@@ -276,61 +306,66 @@ def check(p: Plan, c: Config) -> None:
 
 # ── A unit that serves ──
 
-ROWS = 256  # that meet an expert at most, about (§3.4.2)
+MAX_ROWS_PER_EXPERT = 256  # that meet an expert at most, about (§3.4.2)
 
 
-def serve(p: Plan) -> str:
+def describe_unit(plan: PlanConfig) -> str:
     """A prefill or decode unit in words: what it holds, how fast it is, what binds (chapter 20)."""
-    c, m = load_config(p.config), p.machine
-    u = deployment_units(c)[p.unit]
+    config, m = load_config(plan.config), plan.rates
+    unit = deployment_units(config)[plan.unit]
     rules = [
-        (p.context >= 1, "every size must be at least 1"),
-        (c.n_heads % u.tp == 0, f"a unit divides heads by {u.tp}: {c.n_heads} cannot be"),
+        (plan.context >= 1, "every size must be at least 1"),
         (
-            c.n_routed_experts % 32 == 0 or u.direct_ib,
+            config.n_heads % unit.tp == 0,
+            f"a unit divides heads by {unit.tp}: {config.n_heads} cannot be",
+        ),
+        (
+            config.n_routed_experts % 32 == 0 or unit.direct_ib,
             "a prefill unit needs a multiple of 32 experts",
         ),
     ]
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
-    chosen = c.n_activated_experts + c.n_shared_experts
-    n = min(max_batch(c, m, u, p.context), round(ROWS * u.tp / chosen))  # rows = n / tp · chosen
-    if u.direct_ib and not n:
-        raise UserError(f"no sequence of {p.context:,} tokens fits beside the weights")
+    chosen = config.n_activated_experts + config.n_shared_experts
+    n = min(
+        max_batch(config, m, unit, plan.context), round(MAX_ROWS_PER_EXPERT * unit.tp / chosen)
+    )  # rows = n / tp · chosen
+    if unit.direct_ib and not n:
+        raise UserError(f"no sequence of {plan.context:,} tokens fits beside the weights")
     s = (
-        decode_throughput(c, m, n, p.context, u, p.losses)
-        if u.direct_ib
-        else prefill_throughput(c, m, 4096, p.context, u, p.losses)
+        decode_throughput(config, m, n, plan.context, unit, plan.overheads)
+        if unit.direct_ib
+        else prefill_throughput(config, m, 4096, plan.context, unit, plan.overheads)
     )
-    return said(p, c, u, s, n)
+    return format_unit(plan, config, unit, s, n)
 
 
-def said(p: Plan, c: Config, u: DeploymentUnit, s: Throughput, n: int) -> str:
-    """The lines of `serve`."""
+def format_unit(
+    plan: PlanConfig, config: Config, unit: DeploymentUnit, s: Throughput, n: int
+) -> str:
+    """The lines of `describe_unit`."""
     kinds = ("attention", "experts and what lies between", "exchange")
     times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, s))
-    load = f"{n} sequences a group" if u.direct_ib else "4,096 tokens a GPU"
-    reader = f", {1 / s.step:.0f} tokens/s a reader" if u.direct_ib else ""
-    links = (
-        f"; direct exchanges at {u.ib_efficiency:.0%} of IB, {1e6 * u.latency_s:.0f} µs more a way"
-    )
-    loss = p.losses
+    load = f"{n} sequences a group" if unit.direct_ib else "4,096 tokens a GPU"
+    reader = f", {1 / s.step:.0f} tokens/s a reader" if unit.direct_ib else ""
+    links = f"; direct exchanges at {unit.ib_efficiency:.0%} of IB, {1e6 * unit.latency_s:.0f} µs more a way"
+    loss = plan.overheads
     return f"""\
-{p.config}, {p.unit} unit of {u.gpus} {p.hardware.upper()}: TP{u.tp}, {u.gpus // u.tp} groups, \
-{u.experts_per_gpu:g} routed experts a GPU, context {p.context:,}
-{scale_of(c, u, p.machine)}
+{plan.config}, {plan.unit} unit of {unit.gpus} {plan.hardware.upper()}: TP{unit.tp}, {unit.gpus // unit.tp} groups, \
+{unit.experts_per_gpu:g} routed experts a GPU, context {plan.context:,}
+{format_weights(config, unit, plan.rates)}
 assumed (chapters 17, 20): busiest rank {loss.load_imbalance:g} × the mean, {1e6 * loss.launch_gap:g} µs \
-between kernels{links if u.direct_ib else ""}
+between kernels{links if unit.direct_ib else ""}
 two micro-batches of {load}; a MoE layer of one:
 {times}
 a step of both {1e3 * s.step:,.1f} ms; {s.tokens_per_s:,.0f} tokens/s and GPU{reader}; \
-${dollars_per_million_tokens(p.machine, s.tokens_per_s):.2f} a million tokens at ${p.machine.dollars_per_hour:g} an hour"""
+${dollars_per_million_tokens(plan.rates, s.tokens_per_s):.2f} a million tokens at ${plan.rates.dollars_per_hour:g} an hour"""
 
 
-def scale_of(c: Config, u: DeploymentUnit, m: AchievedRates) -> str:
+def format_weights(config: Config, unit: DeploymentUnit, m: AchievedRates) -> str:
     """What a GPU of the unit holds."""
-    weights = weights_on(c, u)
+    weights = weights_on(config, unit)
     fits = "fit" if weights < 0.9 * m.memory else "do NOT fit"
     return f"{weights / 1e9:.1f} GB of weights a GPU {fits} {0.9 * m.memory / 1e9:g}"
 
@@ -338,9 +373,9 @@ def scale_of(c: Config, u: DeploymentUnit, m: AchievedRates) -> str:
 # ── Said and drawn ──
 
 
-def table(e: Estimate) -> str:
+def format_memory(e: Estimate) -> str:
     """Memory by rank, in GB."""
-    head = [f.replace("host", "host: average") for f in Rank._fields]
+    head = [f.replace("host", "host: average") for f in RankMemory._fields]
     lines = ["rank  " + "  ".join(f"{name:>11}" for name in [*head[:-1], "GPU", head[-1]])]
     for i, rank in enumerate(e.ranks):
         row = [*rank[:-1], rank.gpu, rank.host]
@@ -348,20 +383,20 @@ def table(e: Estimate) -> str:
     return "\n".join(lines)
 
 
-def say(e: Estimate) -> str:
+def format_estimate(e: Estimate) -> str:
     """Everything in words."""
-    p, m = e.plan, e.plan.machine
+    plan, m = e.plan, e.plan.rates
     top = max(rank.gpu for rank in e.ranks)
     fits = "fits" if top <= m.memory else "does NOT fit"
-    tokens, speed = p.global_batch_size * p.seq_len, e.flops / e.gpus / e.seconds
-    best = estimate(replace(p, losses=NO_OVERHEADS)).hours
-    losses = ", ".join(f"{k} {v:.3g}" for k, v in p.losses._asdict().items())
+    tokens, speed = plan.global_batch_size * plan.seq_len, e.flops / e.gpus / e.seconds
+    best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
+    overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
     return f"""\
-{p.config} on {e.gpus:,} {p.hardware.upper()}: pp {p.pp} × dp {p.dp} × ep {p.ep}, {p.schedule}, \
-{p.precision}, batch {p.global_batch_size:,} × {p.seq_len:,} tokens
+{plan.config} on {e.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × dp {plan.dp} × ep {plan.ep}, {plan.schedule}, \
+{plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
 GB on each GPU of a pipeline rank, everything recomputed that may be:
-{table(e)}
+{format_memory(e)}
 at most {max(e.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}
 
 sent by a GPU in a step (the rank that sends most):
@@ -369,23 +404,23 @@ sent by a GPU in a step (the rank that sends most):
 
 a step: {e.flops:.3g} FLOPs; {e.seconds:.2f} s, of which {e.tail:.2f} s after the pipeline
 {tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {speed / 1e12:.0f} TFLOP/s a GPU
-losses assumed (chapter 17): {losses}
+overheads assumed (chapter 17): {overheads}
 {e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars_per_hour / 1e3:,.0f}K at \
-${m.dollars_per_hour:g} an hour; without losses {best / 1e3:,.1f}K \
-(the report, V3 on H800: {REPORT / 1e3:.0f}K, ${REPORT * 2 / 1e3:,.0f}K)"""
+${m.dollars_per_hour:g} an hour; without overheads {best / 1e3:,.1f}K \
+(the report, V3 on H800: {REPORT_HOURS / 1e3:.0f}K, ${REPORT_HOURS * 2 / 1e3:,.0f}K)"""
 
 
-def picture(e: Estimate):
+def plot_memory(e: Estimate):
     """Memory of every pipeline rank, by kind."""
     from dsv3_ref.viz import COLORS, figure
 
     fig, ax = figure(1, 1, 9, 3.6)
     bottom = [0.0] * len(e.ranks)
-    for name, color in zip(Rank._fields[:-1], COLORS):
+    for name, color in zip(RankMemory._fields[:-1], COLORS):
         heights = [getattr(rank, name) / 1e9 for rank in e.ranks]
         ax.bar(range(len(heights)), heights, bottom=bottom, color=color, label=name)
         bottom = [b + h for b, h in zip(bottom, heights)]
-    ax.axhline(e.plan.machine.memory / 1e9, color="black", ls="--", lw=1, label="memory")
+    ax.axhline(e.plan.rates.memory / 1e9, color="black", ls="--", lw=1, label="memory")
     ax.set(xlabel="pipeline rank", ylabel="GB on each of its GPUs", xticks=range(len(bottom)))
     ax.set_title(
         f"{e.plan.config} on {e.gpus:,} GPUs: {e.hours / 1e3:,.0f}K hours a trillion tokens"
@@ -394,10 +429,10 @@ def picture(e: Estimate):
     return fig
 
 
-def plan(p: Plan) -> None:
+def print_plan(plan: PlanConfig) -> None:
     """Print it, and draw it where --out says."""
-    e = estimate(p) if p.unit == "train" else None
-    print(say(e) if e else serve(p))
-    if e and p.out:
-        picture(e).savefig(p.out)
-        print(p.out)
+    e = estimate(plan) if plan.unit == "train" else None
+    print(format_estimate(e) if e else describe_unit(plan))
+    if e and plan.out:
+        plot_memory(e).savefig(plan.out)
+        print(plan.out)

@@ -1,4 +1,4 @@
-"""`dsv3 preflight`: which nodes of a job are fit to train, and why the others are not.
+"""`dsv3 run_preflight`: which nodes of a job are fit to train, and why the others are not.
 
 First every node alone: GPUs, disk, bandwidth within. Then the good ones together; if that fails or
 is slow, each with both its neighbors in a ring: a node that fails with both is the bad one (and
@@ -28,7 +28,7 @@ from dsv3_ref.config import UserError
 
 
 @dataclass(frozen=True)
-class Preflight:
+class PreflightConfig:
     """Check every node of this Slurm job, or this machine; the good ones go to stdout."""
 
     folder: Path = Path("runs")
@@ -37,7 +37,7 @@ class Preflight:
     """GPUs that each node must have; 0: train on CPU, over gloo"""
     ranks: int = 1
     """processes of each node"""
-    need: int = 1
+    min_nodes: int = 1
     """good nodes needed; with fewer the exit code is 2"""
     min_free_gb: float = 1.0
     """free disk"""
@@ -55,20 +55,22 @@ class Preflight:
     """for a stage on a node"""
     stage: Literal["all", "node", "net"] = "all"
     """node: this node alone; net: this node's part among those of the running Slurm step"""
-    meet: str = ""
+    rendezvous: str = ""
     """net: host:port of the first node"""
 
 
-class Unfit(Exception):
+class NodeUnhealthy(Exception):
     """Why a node must not train, in a sentence."""
 
 
 # ── A node alone ──
 
-SMI = ["nvidia-smi", "-q", "-x"]
-ASKED = re.compile(r"gpu_recovery_action (?!None|N/A)")  # what an XID calls for: Reset, Reboot…
-BROKEN = re.compile(r"(pending_\w+|\w+_pending|\w+_failure|sram_threshold_exceeded) Yes")
-LOST = re.compile(r"\w*uncorr\w* [1-9]")  # memory errors since the driver was loaded
+SMI_COMMAND = ["nvidia-smi", "-q", "-x"]
+RECOVERY_ACTION = re.compile(
+    r"gpu_recovery_action (?!None|N/A)"
+)  # what an XID calls for: Reset, Reboot…
+FAULT_FLAG = re.compile(r"(pending_\w+|\w+_pending|\w+_failure|sram_threshold_exceeded) Yes")
+UNCORRECTABLE_ERROR = re.compile(r"\w*uncorr\w* [1-9]")  # memory errors since the driver was loaded
 
 
 def gpu_faults(xml: str) -> list[str]:
@@ -76,43 +78,49 @@ def gpu_faults(xml: str) -> list[str]:
     faults = []
     for i, gpu in enumerate(ElementTree.fromstring(xml).iter("gpu")):
         say = lambda elements: [f"{e.tag} {(e.text or '').strip()}" for e in elements]
-        found = [x for x in say(gpu.iter()) if ASKED.match(x) or BROKEN.match(x)]
-        found += [x for x in say(gpu.iterfind("ecc_errors/volatile/*")) if LOST.match(x)]
+        found = [x for x in say(gpu.iter()) if RECOVERY_ACTION.match(x) or FAULT_FLAG.match(x)]
+        found += [
+            x for x in say(gpu.iterfind("ecc_errors/volatile/*")) if UNCORRECTABLE_ERROR.match(x)
+        ]
         faults += [f"GPU {i}: {fault}" for fault in found]
     return faults
 
 
-def check_gpus(args: Preflight) -> str:
+def check_gpus(args: PreflightConfig) -> str:
     """Torch can be imported; with GPUs the driver answers, none is damaged, none is missing."""
     if args.gpus:
         try:
-            smi = subprocess.run(SMI, capture_output=True, text=True, timeout=60, check=True)
+            smi = subprocess.run(
+                SMI_COMMAND, capture_output=True, text=True, timeout=60, check=True
+            )
         except (OSError, subprocess.SubprocessError) as e:
-            raise Unfit(f"no driver: {e}") from None
+            raise NodeUnhealthy(f"no driver: {e}") from None
         if faults := gpu_faults(smi.stdout):
-            raise Unfit("; ".join(faults))
+            raise NodeUnhealthy("; ".join(faults))
     import torch
 
     if args.gpus and (seen := torch.cuda.device_count()) != args.gpus:
-        raise Unfit(f"torch sees {seen} GPUs, not {args.gpus}")
+        raise NodeUnhealthy(f"torch sees {seen} GPUs, not {args.gpus}")
     return f"{args.gpus} GPUs"
 
 
-def check_disk(args: Preflight) -> str:
+def check_disk(args: PreflightConfig) -> str:
     """Room in the run's folder, and how fast a file is written and read back."""
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
         if (free := disk_usage(args.folder).free / 1e9) < args.min_free_gb:
-            raise Unfit(f"{args.folder} has {free:.1f} GB free, below {args.min_free_gb:g}")
-        speed = min(disk_speed(args.folder))
+            raise NodeUnhealthy(f"{args.folder} has {free:.1f} GB free, below {args.min_free_gb:g}")
+        speed = min(measure_disk(args.folder))
     except OSError as e:
-        raise Unfit(f"disk: {e}") from None
+        raise NodeUnhealthy(f"disk: {e}") from None
     if speed < args.min_disk_mb_s:
-        raise Unfit(f"disk of {args.folder}: {speed:.0f} MB/s, below {args.min_disk_mb_s:g}")
+        raise NodeUnhealthy(
+            f"disk of {args.folder}: {speed:.0f} MB/s, below {args.min_disk_mb_s:g}"
+        )
     return f"{free:.0f} GB free, {speed:.0f} MB/s"
 
 
-def disk_speed(folder: Path, mb: int = 64) -> tuple[float, float]:
+def measure_disk(folder: Path, mb: int = 64) -> tuple[float, float]:
     """MB/s of writing until it is on the disk, and of reading past the page cache."""
     data = os.urandom(mb << 20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as file:
@@ -124,47 +132,59 @@ def disk_speed(folder: Path, mb: int = 64) -> tuple[float, float]:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         if file.read() != data:
-            raise Unfit(f"the disk of {folder} gave back other bytes than were written")
+            raise NodeUnhealthy(f"the disk of {folder} gave back other bytes than were written")
         return mb / (written - began), mb / (time.perf_counter() - written)
 
 
 # ── Bandwidth ──
 
 
-def check_network(args: Preflight, nodes: int, node: int, meet: str, floor: float) -> str:
+def check_network(
+    args: PreflightConfig, nodes: int, node: int, rendezvous: str, floor: float
+) -> str:
     """This node's ranks take part in all-reduce and all-to-all of all ranks; at least `floor`."""
     world, first = nodes * args.ranks, node * args.ranks
     if world == 1:
         return "one rank"
-    calls = [(first + i, world, meet, i if args.gpus else None, args) for i in range(args.ranks)]
+    calls = [
+        (first + i, world, rendezvous, i if args.gpus else None, args) for i in range(args.ranks)
+    ]
     with get_context("spawn").Pool(args.ranks) as pool:  # its end kills those that hang
         try:
-            found = pool.starmap_async(measure, calls, chunksize=1).get(args.timeout_s)
+            found = pool.starmap_async(measure_collectives, calls, chunksize=1).get(args.timeout_s)
         except TimeoutError:
-            raise Unfit(f"all-reduce and all-to-all hang: no end in {args.timeout_s} s") from None
+            raise NodeUnhealthy(
+                f"all-reduce and all-to-all hang: no end in {args.timeout_s} s"
+            ) from None
         except (RuntimeError, ValueError) as e:
-            raise Unfit(f"all-reduce and all-to-all fail: {str(e).splitlines()[0]}") from None
+            raise NodeUnhealthy(
+                f"all-reduce and all-to-all fail: {str(e).splitlines()[0]}"
+            ) from None
     reduce, exchange, _ = map(min, zip(*found))
     for name, speed in (("all-reduce", reduce), ("all-to-all", exchange)):
         if speed < floor:
-            raise Unfit(f"{name} at {speed:.2g} GB/s, below {floor:g}")
+            raise NodeUnhealthy(f"{name} at {speed:.2g} GB/s, below {floor:g}")
     if (skew := found[0][-1]) > args.max_skew_s:
-        raise Unfit(f"its clock is off by {skew:.1f} s")
+        raise NodeUnhealthy(f"its clock is off by {skew:.1f} s")
     return f"all-reduce {reduce:.2g} GB/s, all-to-all {exchange:.2g} GB/s"
 
 
-def measure(rank: int, world: int, meet: str, gpu: int | None, args: Preflight):
+def measure_collectives(
+    rank: int, world: int, rendezvous: str, gpu: int | None, args: PreflightConfig
+):
     """(all-reduce, all-to-all) in GB/s of the bus, and by how many seconds this clock is off."""
     import torch
     import torch.distributed as dist
 
     device, backend = ("cpu", "gloo") if gpu is None else (f"cuda:{gpu}", "nccl")
     wait = timedelta(seconds=args.timeout_s)
-    dist.init_process_group(backend, init_method=meet, rank=rank, world_size=world, timeout=wait)
+    dist.init_process_group(
+        backend, init_method=rendezvous, rank=rank, world_size=world, timeout=wait
+    )
     x_n = torch.ones(args.message_mb * 2**18 // world * world, device=device)
     out_n, share = torch.empty_like(x_n), x_n.nbytes * (world - 1) / world / 1e9
-    reduce = fastest(lambda: dist.all_reduce(x_n, dist.ReduceOp.MAX), device)
-    exchange = fastest(lambda: dist.all_to_all_single(out_n, x_n), device)
+    reduce = fastest_call(lambda: dist.all_reduce(x_n, dist.ReduceOp.MAX), device)
+    exchange = fastest_call(lambda: dist.all_to_all_single(out_n, x_n), device)
     clocks_r = torch.zeros(world, dtype=torch.float64, device=device)
     clocks_r[rank] = time.time()
     dist.all_reduce(clocks_r)
@@ -172,7 +192,7 @@ def measure(rank: int, world: int, meet: str, gpu: int | None, args: Preflight):
     return 2 * share / reduce, share / exchange, abs((clocks_r - clocks_r.median())[rank].item())
 
 
-def fastest(collective: Callable, device: str, times: int = 5) -> float:
+def fastest_call(collective: Callable, device: str, times: int = 5) -> float:
     """Seconds of the best call; the first ones set up connections."""
     import torch
 
@@ -186,45 +206,51 @@ def fastest(collective: Callable, device: str, times: int = 5) -> float:
     return min(seconds)
 
 
-def last_word(args: Preflight) -> str:
-    """`fit: …` with what was measured, or `unfit: …` with the reason."""
+def check_this_node(args: PreflightConfig) -> str:
+    """`healthy_nodes: …` with what was measured, or `unhealthy: …` with the reason."""
     try:
         if args.stage == "net":
             nodes, node = (int(os.environ[f"SLURM_{x}"]) for x in ("STEP_NUM_NODES", "PROCID"))
-            return f"fit: {check_network(args, nodes, node, args.meet, args.min_net_gb_s)}"
+            return (
+                f"healthy: {check_network(args, nodes, node, args.rendezvous, args.min_net_gb_s)}"
+            )
         with tempfile.TemporaryDirectory() as folder:
-            meet, floor = f"file://{folder}/meet", args.min_node_gb_s
-            found = [check_gpus(args), check_disk(args), check_network(args, 1, 0, meet, floor)]
-        return f"fit: {', '.join(found)}"
-    except Unfit as e:
-        return f"unfit: {e}"
+            rendezvous, floor = f"file://{folder}/meet", args.min_node_gb_s
+            found = [
+                check_gpus(args),
+                check_disk(args),
+                check_network(args, 1, 0, rendezvous, floor),
+            ]
+        return f"healthy: {', '.join(found)}"
+    except NodeUnhealthy as e:
+        return f"unhealthy: {e}"
 
 
 # ── All nodes ──
 
-Words = dict[str, str]  # node → what it said last
-Ask = Callable[[str, list[str]], Words]  # of a stage and nodes
+Reports = dict[str, str]  # node → what it said last
+Ask = Callable[[str, list[str]], Reports]  # of a stage and nodes
 
 
-def fit(words: Words) -> list[str]:
-    return [node for node, word in words.items() if word.startswith("fit: ")]
+def healthy_nodes(words: Reports) -> list[str]:
+    return [node for node, word in words.items() if word.startswith("healthy: ")]
 
 
-def examine(nodes: list[str], ask: Ask) -> Words:
+def check_nodes(nodes: list[str], ask: Ask) -> Reports:
     """Every node alone, the good ones together, and if that is not well, pair by pair."""
     words = ask("node", nodes)
-    if len(good := fit(words)) < 2:
+    if len(good := healthy_nodes(words)) < 2:
         return words
     together = ask("net", good)
-    if fit(together) == good:
+    if healthy_nodes(together) == good:
         return words | {node: f"{words[node]}; between nodes {together[node][5:]}" for node in good}
-    if bad := culprits(good, ask):
+    if bad := find_bad_nodes(good, ask):
         return words | bad
-    why = next(word for word in together.values() if not word.startswith("fit: "))
+    why = next(word for word in together.values() if not word.startswith("healthy: "))
     raise UserError(f"every pair of neighbors is fine, but not all {len(good)} together: {why}")
 
 
-def culprits(nodes: list[str], ask: Ask) -> Words:
+def find_bad_nodes(nodes: list[str], ask: Ask) -> Reports:
     """Nodes that fail with both neighbors of a ring; no node is in two pairs at once."""
     n, even = len(nodes), len(nodes) // 2 * 2
     ring = [[nodes[k] for k in sorted((i, (i + 1) % n))] for i in range(n)]
@@ -232,7 +258,7 @@ def culprits(nodes: list[str], ask: Ask) -> Words:
     for pairs in filter(None, (ring[:even:2], ring[1:even:2], ring[even:])):
         with ThreadPoolExecutor(len(pairs)) as pool:
             for pair, words in zip(pairs, pool.map(lambda pair: ask("net", pair), pairs)):
-                for node in set(pair) - set(fit(words)):
+                for node in set(pair) - set(healthy_nodes(words)):
                     failed[node].append(f"{words[node]} (with {' and '.join(set(pair) - {node})})")
     return {node: words[0] for node, words in failed.items() if len(words) == 2}
 
@@ -244,42 +270,44 @@ def scontrol(*what: str) -> str:
 PORTS = count(int(os.environ.get("SLURM_JOB_ID", 0)))
 
 
-def by_srun(args: Preflight, stage: str, nodes: list[str]) -> Words:
+def run_stage(args: PreflightConfig, stage: str, nodes: list[str]) -> Reports:
     """A stage on each of these nodes, as one task of a Slurm step."""
     n, host = len(nodes), re.search(r"NodeAddr=(\S+)", scontrol("node", nodes[0]))[1]
-    meet = f"tcp://{host}:{10000 + next(PORTS) % 10000}"
-    options = asdict(replace(args, stage=stage, meet=meet)).items()
+    rendezvous = f"tcp://{host}:{10000 + next(PORTS) % 10000}"
+    options = asdict(replace(args, stage=stage, rendezvous=rendezvous)).items()
     command = f"timeout {args.timeout_s + 60} srun --label --overlap --cpu-bind=none".split()
     command += f"--kill-on-bad-exit=0 --nodes={n} --ntasks={n} --ntasks-per-node=1".split()
     command += [f"--nodelist={','.join(nodes)}", sys.executable, "-m", "dsv3_ref"]
     command += ["preflight", *(f"--{k.replace('_', '-')}={v}" for k, v in options)]
     said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return last_words(said.stdout.splitlines(), nodes)
+    return parse_reports(said.stdout.splitlines(), nodes)
 
 
-def last_words(lines: list[str], nodes: list[str]) -> Words:
+def parse_reports(lines: list[str], nodes: list[str]) -> Reports:
     """From what `srun --label` wrote; else the last line of a task (its error), or of srun."""
     last: dict[int, str] = {}
     for task, line in (m.groups() for x in lines if (m := re.match(r" *(\d+): (.+)", x))):
-        if not last.get(int(task), "").startswith(("fit: ", "unfit: ")):
+        if not last.get(int(task), "").startswith(("healthy: ", "unhealthy: ")):
             last[int(task)] = line  # libraries may warn after it
     silent = f"no answer ({lines[-1] if lines else 'its time is over'})"
     return {node: last.get(k, silent) for k, node in enumerate(nodes)}  # tasks in nodes' order
 
 
-def preflight(args: Preflight) -> None:
+def run_preflight(args: PreflightConfig) -> None:
     """A line for every node on stderr; the good ones on stdout, as srun's --nodelist wants them."""
     if args.stage != "all":
-        print(last_word(args))
+        print(check_this_node(args))
         return
     if listed := os.environ.get("SLURM_JOB_NODELIST"):
         nodes = scontrol("hostnames", listed).split()
-        words = examine(nodes, lambda stage, nodes: by_srun(args, stage, nodes))
+        words = check_nodes(nodes, lambda stage, nodes: run_stage(args, stage, nodes))
     else:
-        words = {socket.gethostname(): last_word(args)}
+        words = {socket.gethostname(): check_this_node(args)}
     for node, word in words.items():
         print(f"{node}  {word}", file=sys.stderr)
-    good = fit(words)
+    good = healthy_nodes(words)
     print(",".join(good), flush=True)
-    if len(good) < args.need:
-        raise UserError(f"{args.need} good nodes are needed, and {len(good)} of {len(words)} are")
+    if len(good) < args.min_nodes:
+        raise UserError(
+            f"{args.min_nodes} good nodes are needed, and {len(good)} of {len(words)} are"
+        )

@@ -10,7 +10,7 @@ from gang import Gang
 
 from dsv3_ref import ops
 from dsv3_ref.cli.main import main
-from dsv3_ref.cluster.plan import Plan, estimate, numbers_of
+from dsv3_ref.cluster.plan import PlanConfig, estimate, params_by_rank
 from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.engine import ParallelEngine
@@ -23,14 +23,14 @@ SMALL = replace(TINY, vocab_size=512, n_layers=5, embed_std=0.02)
 
 @pytest.fixture(scope="module")
 def v3():
-    return estimate(Plan())
+    return estimate(PlanConfig())
 
 
 # ── V3 ──
 
 
 def test_every_parameter_of_v3_is_held_as_often_as_the_mesh_says():
-    numbers, where = numbers_of(Plan(), V3)
+    numbers, where = params_by_rank(PlanConfig(), V3)
     distinct = 0.0
     for of_rank in numbers:
         for (size, _), n in of_rank.items():  # experts: holders × dp; dense: holders × dp × ep
@@ -42,20 +42,20 @@ def test_every_parameter_of_v3_is_held_as_often_as_the_mesh_says():
 
 def test_dualpipe_holds_one_micro_batch_more_than_stages(v3):
     assert v3.in_flight == [17] * 16
-    assert estimate(Plan(schedule="1f1b")).in_flight == [*range(16, 0, -1)]
+    assert estimate(PlanConfig(schedule="1f1b")).in_flight == [*range(16, 0, -1)]
 
 
 def test_the_bill_is_that_of_chapter_17_and_what_follows_the_pipeline(v3):
     best = estimate(
-        replace(v3.plan, losses=NO_OVERHEADS)
+        replace(v3.plan, overheads=NO_OVERHEADS)
     )  # every kernel at its best: below the report
     alone = (best.seconds - best.tail) / best.seconds * best.hours
     assert 137e3 < alone < 140e3 < best.hours < v3.hours < 180e3
 
 
 def test_slower_links_and_less_overlap_cost_more(v3):
-    slow = v3.plan.machine._replace(ib=10e9)
-    assert estimate(replace(v3.plan, machine=slow)).hours > 1.3 * v3.hours
+    slow = v3.plan.rates._replace(ib=10e9)
+    assert estimate(replace(v3.plan, rates=slow)).hours > 1.3 * v3.hours
     assert estimate(replace(v3.plan, schedule="1f1b")).hours > 1.2 * v3.hours
 
 
@@ -113,7 +113,9 @@ def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path):
     config = tmp_path / "small.json"
     config.write_text(json.dumps(asdict(SMALL)))
     e = estimate(
-        Plan(str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2)
+        PlanConfig(
+            str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
+        )
     )
     gang = Gang()
     try:

@@ -133,7 +133,9 @@ def test_a_job_finishes(undisturbed):
     assert (undisturbed.run / "report.html").is_file()
     said = undisturbed.output.read_text()
     for node in ("node1", "node2"):
-        assert re.search(rf"^{node}  fit: .* MB/s, .*between nodes all-reduce .* GB/s", said, re.M)
+        assert re.search(
+            rf"^{node}  healthy: .* MB/s, .*between nodes all-reduce .* GB/s", said, re.M
+        )
 
 
 def test_a_warned_job_saves_is_queued_again_and_goes_on(undisturbed, home):
@@ -203,7 +205,7 @@ def test_a_bad_node_is_dropped_with_its_reason(cluster, home):
         plant.unlink()
     said = job.output.read_text()
     assert f"node1  ImportError: {reason}\n" in said
-    assert re.search(r"^node2  fit: ", said, re.M)
+    assert re.search(r"^node2  healthy: ", said, re.M)
     assert " on node2, 1 ranks each" in said
     assert curve(job) == curve(alone)
 
@@ -213,7 +215,7 @@ def test_too_few_good_nodes_give_up_in_the_end(cluster, home):
     job = train(home, "hopeless", RETRIES="2", PREFLIGHT="--min-free-gb 1e9", **BOTH)
     assert job.end() == "FAILED"
     said = job.output.read_text()
-    assert re.search(r"^node1  unfit: .* GB free, below 1e\+09$", said, re.M)
+    assert re.search(r"^node1  unhealthy: .* GB free, below 1e\+09$", said, re.M)
     assert "error: 2 good nodes are needed, and 0 of 2 are\n" in said
     assert said.count("the job is queued again") == 1
     assert "exit code 1, and no new checkpoint in 2 starts: giving up" in said
