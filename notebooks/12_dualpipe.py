@@ -51,8 +51,8 @@ show(fig)
 # | ZB1P | (PP − 1)(F + B − 2W) | 1× | PP |
 # | DualPipe | (PP/2 − 1)(F&B + B − 3W) | 2× | PP + 1 |
 #
-# - Micro-batches enter at **both ends**; a rank holds two stages, one for each way.
-# - A forward chunk of one way and a backward chunk of the other run as a pair: attention, dispatch, MLP, combine of
+# - Micro-batches enter at **both ends**; a rank holds two stages, one for each direction.
+# - A forward chunk of one direction and a backward chunk of the other run as a pair: attention, dispatch, MLP, combine of
 #   both take turns, so that communication is fully hidden.
 # - The backward pass is cut in two, as in zero-bubble pipelines: for inputs, which others wait for, and for weights.
 
@@ -70,31 +70,43 @@ show(fig)
 # %%
 #| export
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dsv3_ref.config import UserError
 
 
 class Action(NamedTuple):
-    """What is done with a micro-batch in a stage: F; B, or its halves I (inputs), W (weights)."""
+    """One operation on a micro-batch in a stage.
+
+    Its kind is F (forward), B (backward), or a half of B: I (inputs) or W (weights).
+    """
 
     kind: str
     stage: int
     microbatch: int
 
 
-def gpipe(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
-    """All forward, then all backward."""
-    return [(Action(kind, r, i),) for kind in "FB" for i in range(m)]
+Step = tuple[Action, ...]  # one action, or two that overlap
 
 
-def one_f_one_b(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
-    """1F1B: as many forward as there are ranks behind, then one backward after each forward."""
-    warm = min(pp - 1 - r, m)
-    steps = [(Action("F", r, i),) for i in range(warm)]
+def gpipe(pp: int, r: int, m: int) -> list[Step]:
+    """Return the steps of rank r in GPipe: all forward passes, then all backward passes."""
+    return [(Action("F", r, i),) for i in range(m)] + [(Action("B", r, i),) for i in range(m)]
+
+
+def one_f_one_b(pp: int, r: int, m: int) -> list[Step]:
+    """Return the steps of rank r in 1F1B.
+
+    It starts with one forward pass for each later rank; then each backward pass follows one
+    forward pass.
+    """
+    warmup = min(pp - 1 - r, m)
+    steps = [(Action("F", r, i),) for i in range(warmup)]
     for i in range(m):
-        steps += [(Action("F", r, warm + i),)] if warm + i < m else []
-        steps += [(Action("B", r, i),)]
+        if warmup + i < m:
+            steps.append((Action("F", r, warmup + i),))
+        steps.append((Action("B", r, i),))
     return steps
 
 
@@ -113,7 +125,7 @@ assert all(Counter(op for (op,) in one_f_one_b(4, r, 5)) == Counter(op for (op,)
 # \text{W:}\quad \tfrac{\partial L}{\partial W} &= \big(\tfrac{\partial L}{\partial Y}\big)^{\!\top} X & & (o,n)\times(n,i)\to(o,i)
 # \end{aligned}$$
 #
-# The stage before waits for the first; **nobody** waits for the second, until the optimizer does. So W can fill
+# The previous stage waits for the first; **nothing** waits for the second, until the optimizer step. So W can fill
 # gaps. A linear layer's backward pass hands its second half to `defer_wgrad` ([chapter 01](01_ops.ipynb)), which computes it
 # at once unless a schedule puts it off. The backend `zero_bubble` gives the plain products this form; the FP8 ones have it.
 
@@ -128,7 +140,10 @@ from dsv3_ref.ops import impl, defer_wgrad, matmul_dtype
 
 
 class ZeroBubbleLinear(torch.autograd.Function):
-    """y = x Wᵀ; dX = dY·W at once, dW = dYᵀ·X when the schedule says W."""
+    """A linear layer y = x Wᵀ whose weight gradient can be deferred.
+
+    The backward pass computes dX = dY·W at once, and dW = dYᵀ·X when the schedule says W.
+    """
 
     @staticmethod
     def forward(ctx, x, weight_oi):
@@ -140,26 +155,37 @@ class ZeroBubbleLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        wgrad = lambda: (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
-        return (g @ weight.to(g.dtype)).to(ctx.dtype), defer_wgrad(weight, wgrad)
+        weight = ctx.weight
+        (x,) = ctx.saved_tensors
+
+        def wgrad():
+            return (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+
+        dx = (g @ weight.to(g.dtype)).to(ctx.dtype)
+        return dx, defer_wgrad(weight, wgrad)
 
 
 class ZeroBubbleGroupedLinear(torch.autograd.Function):
-    """`ZeroBubbleLinear` of every expert's rows."""
+    """`ZeroBubbleLinear` for rows that are grouped by expert, each group with its own matrix."""
 
     @staticmethod
     def forward(ctx, x_mi, weight_eoi, tokens_per_expert_e):
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype
-        x_mi, end_e = x_mi.to(matmul_dtype(x_mi)), tokens_per_expert_e.cumsum(0).to(torch.int32)
+        x_mi = x_mi.to(matmul_dtype(x_mi))
+        end_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
         ctx.save_for_backward(x_mi, end_e)
         return F.grouped_mm(x_mi, weight_eoi.to(x_mi.dtype).mT, offs=end_e)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_mo):
-        (x_mi, end_e), weight, g_mo = ctx.saved_tensors, ctx.weight, g_mo.contiguous()
-        wgrad = lambda: F.grouped_mm(g_mo.T, x_mi, offs=end_e).to(weight.dtype)
+        weight = ctx.weight
+        x_mi, end_e = ctx.saved_tensors
+        g_mo = g_mo.contiguous()
+
+        def wgrad():
+            return F.grouped_mm(g_mo.T, x_mi, offs=end_e).to(weight.dtype)
+
         dx_mi = F.grouped_mm(g_mo, weight.to(g_mo.dtype), offs=end_e)
         return dx_mi.to(ctx.dtype), defer_wgrad(weight, wgrad), None
 
@@ -200,25 +226,26 @@ assert all(torch.allclose(made[p], w, atol=1e-5) for p, w in zip(mlp.parameters(
 
 # %%
 #| export
-def zb1p(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
-    """1F1B with I in the place of B, and each W r micro-batches later."""
+def zb1p(pp: int, r: int, m: int) -> list[Step]:
+    """Return the steps of rank r in ZB1P: 1F1B with I instead of B, each W r micro-batches later."""
     steps = []
-    for (op,) in one_f_one_b(pp, r, m):
-        if op.kind == "F":
-            steps += [(op,)]
-        else:
-            steps += [(Action("I", r, op.microbatch),)]
-            steps += [(Action("W", r, op.microbatch - r),)] if op.microbatch >= r else []
+    for (action,) in one_f_one_b(pp, r, m):
+        if action.kind == "F":
+            steps.append((action,))
+            continue
+        steps.append((Action("I", r, action.microbatch),))
+        if action.microbatch >= r:
+            steps.append((Action("W", r, action.microbatch - r),))
     return steps + [(Action("W", r, i),) for i in range(max(0, m - r), m)]
 
 
 # %% [markdown]
 # ## Both ways at once
-# A rank sees two streams: **way 0** enters at its own end, **way 1** at the far end. Let $n$ ranks stand between an
-# end and the turning point, this one the $i$-th of them (from 0), with $c$ micro-batches a way. F0 is a forward of
-# way 0, and so on. Eight phases:
+# A rank sees two streams: **direction 0** enters at its own end, **direction 1** at the far end. Let $n$ ranks stand between an
+# end and the turning point, this one the $i$-th of them (from 0), with $c$ micro-batches per direction. F0 is a forward of
+# direction 0, and so on. Eight phases:
 #
-# 1. $2(n-i-1)$ times F0, until way 1 arrives;
+# 1. $2(n-i-1)$ times F0, until direction 1 arrives;
 # 2. $i+1$ times F0, F1;
 # 3. $n-i-1$ times I1, its W, F1: here W fills gaps;
 # 4. $c-2n+i+1$ times the **pairs** F0&B1, F1&B0: here nearly all the work is done if $c$ is large;
@@ -233,57 +260,87 @@ def zb1p(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
 
 # %%
 #| export
-def bidirectional_steps(n: int, i: int, c: int) -> list[tuple[tuple[str, int], ...]]:
-    """Steps of (kind, way) of the i-th of n ranks with c ≥ 2n micro-batches a way (§3.2.1)."""
-    f0, f1, b0, b1, i0, i1, w = (
-        ("F", 0), ("F", 1), ("B", 0), ("B", 1), ("I", 0), ("I", 1), ("W", 0)
-    )  # fmt: skip
-    before, pairs = n - i - 1, [(f0, b1), (f1, b0)] * (c - 2 * n + i + 1)
-    steps = [(f0,)] * (2 * before) + [(f0,), (f1,)] * (i + 1) + [(i1,), (w,), (f1,)] * before
-    steps += [(f0,), (b1,), *pairs[1:]] if i == n - 1 else pairs
-    steps += [(b1,), (f1, b0)] * before
-    last = [(b1,), (b0,)] * (i + 1)
-    steps += last[: i + 1] + [(("I", way),) for ((_, way),) in last[i + 1 :]]
-    return steps + [(w,), (i0,)] * before + [(w,)] * (i + 1)
+def bidirectional_steps(n: int, i: int, c: int) -> list[tuple[str, ...]]:
+    """Return the steps of the i-th of n ranks between an end and the turning point (§3.2.1).
+
+    c ≥ 2n micro-batches travel in each direction. A name such as F0 is a kind and a direction; W
+    has no direction, it belongs to the oldest I without one.
+    """
+    ahead = n - 1 - i  # ranks between this one and the turning point
+    pairs = [("F0", "B1"), ("F1", "B0")] * (c - 2 * n + i + 1)
+    if ahead == 0:  # at the turning point the first pair does not overlap
+        pairs = [("F0",), ("B1",), *pairs[1:]]
+    backward = [("B1",), ("B0",)] * (i + 1)
+    inputs_only = [("I1",), ("I0",)] * (i + 1)
+    return [
+        *[("F0",)] * (2 * ahead),  # 1
+        *[("F0",), ("F1",)] * (i + 1),  # 2
+        *[("I1",), ("W",), ("F1",)] * ahead,  # 3
+        *pairs,  # 4
+        *[("B1",), ("F1", "B0")] * ahead,  # 5
+        *backward[: i + 1],  # 6, first half
+        *inputs_only[i + 1 :],  # 6, second half
+        *[("W",), ("I0",)] * ahead,  # 7
+        *[("W",)] * (i + 1),  # 8
+    ]
 
 
-def assign_microbatches(steps, locate) -> list[tuple[Action, ...]]:
-    """Ways become stages: the k-th F (or B) of a way is at place(way, k); W take I's in order."""
-    done, put_off, out = Counter(), [], []
-    for step in steps:
-        ops = []
-        for kind, way in step:
-            count = "F" if kind == "F" else "B", way
-            at = put_off.pop(0) if kind == "W" else locate(way, done[count])
-            done[count] += kind != "W"
-            put_off += [at] if kind == "I" else []
-            ops.append(Action(kind, *at))
-        out.append(tuple(ops))
-    return out
+def assign_microbatches(
+    steps: list[tuple[str, ...]], locate: Callable[[int, int], tuple[int, int]]
+) -> list[Step]:
+    """Turn steps of kinds and directions into actions on stages and micro-batches.
+
+    The k-th F of a direction, and its k-th B or I, act on the (stage, micro-batch)
+    locate(direction, k). The W take those of the I in order.
+    """
+    done: Counter[tuple[bool, int]] = Counter()
+    deferred: list[tuple[int, int]] = []
+
+    def to_action(name: str) -> Action:
+        kind = name[0]
+        if kind == "W":
+            return Action(kind, *deferred.pop(0))
+        direction = int(name[1])
+        stage, microbatch = locate(direction, done[kind == "F", direction])
+        done[kind == "F", direction] += 1
+        if kind == "I":
+            deferred.append((stage, microbatch))
+        return Action(kind, stage, microbatch)
+
+    return [tuple(map(to_action, step)) for step in steps]
 
 
 # %% [markdown]
 # **DualPipe** folds PP ranks at the middle: rank $r$ holds stages $r$ and $PP-1-r$, and half of the micro-batches enter
-# at each end. **DualPipeV** bends one belt into a V instead: PP/2 ranks, all micro-batches go down way 0 and come back as
-# way 1. Same list, half the ranks. Both need at least two micro-batches a rank.
+# at each end. **DualPipeV** bends one belt into a V instead: PP/2 ranks, all micro-batches go down in direction 0 and come back in
+# direction 1. Same list, half the ranks. Both need at least two micro-batches a rank.
 
 
 # %%
 #| export
-def dualpipe(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
-    """Two ways through PP ranks: half of the micro-batches enter at rank 0, half at the last."""
+def dualpipe(pp: int, r: int, m: int) -> list[Step]:
+    """Return the steps of rank r in DualPipe.
 
-    def place(way, k):
-        from_rank_0 = (way == 0) == (r < pp // 2)
-        return (r, k) if from_rank_0 else (pp - 1 - r, m // 2 + k)
+    Half of the micro-batches enter at rank 0, the other half at the last rank.
+    """
 
-    return assign_microbatches(bidirectional_steps(pp // 2, min(r, pp - 1 - r), m // 2), place)
+    def locate(direction: int, k: int) -> tuple[int, int]:
+        entered_at_rank_0 = (direction == 0) == (r < pp // 2)
+        return (r, k) if entered_at_rank_0 else (pp - 1 - r, m // 2 + k)
+
+    return assign_microbatches(bidirectional_steps(pp // 2, min(r, pp - 1 - r), m // 2), locate)
 
 
-def dualpipe_v(pp: int, r: int, m: int) -> list[tuple[Action, ...]]:
-    """There and back: 2·PP stages on PP ranks, way 1 is the second half of the model."""
-    place = lambda way, k: (2 * pp - 1 - r, k) if way else (r, k)
-    return assign_microbatches(bidirectional_steps(pp, r, m), place)
+def dualpipe_v(pp: int, r: int, m: int) -> list[Step]:
+    """Return the steps of rank r in DualPipeV: 2·PP stages on PP ranks, there and back.
+
+    Direction 1 is the second half of the model.
+    """
+
+    def locate(direction: int, k: int) -> tuple[int, int]:
+        return (2 * pp - 1 - r if direction else r), k
+
+    return assign_microbatches(bidirectional_steps(pp, r, m), locate)
 
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe,
@@ -291,35 +348,41 @@ SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dual
 
 
 def min_microbatches(name: str, pp: int, n: int = 1) -> int:
-    """The least number of micro-batches, n or more, that a schedule can do."""
-    return max(n, 2 * pp) + (name == "dualpipe" and n > 2 * pp and n % 2) if "dual" in name else n
+    """Return the least number of micro-batches ≥ n that a schedule supports."""
+    if name not in ("dualpipe", "dualpipev"):
+        return n
+    n = max(n, 2 * pp)
+    return n + n % 2 if name == "dualpipe" else n
 
 
-def schedule(name: str, pp: int, m: int) -> list[list[tuple[Action, ...]]]:
-    """The steps of every rank, m micro-batches in all."""
+def schedule(name: str, pp: int, m: int) -> list[list[Step]]:
+    """Return the steps of every rank for m micro-batches in all."""
     if name not in SCHEDULES:
         raise UserError(f"no schedule {name!r}: there are {', '.join(SCHEDULES)}")
     if name == "dualpipe" and pp % 2:
         raise UserError(f"dualpipe needs an even number of ranks, not {pp}")
     if m < 1 or min_microbatches(name, pp, m) != m:
         even = "an even number of " if name == "dualpipe" else ""
-        raise UserError(
-            f"{name} needs {even}micro-batches, at least {min_microbatches(name, pp)}, not {m}"
-        )
+        least = min_microbatches(name, pp)
+        raise UserError(f"{name} needs {even}micro-batches, at least {least}, not {m}")
     return [SCHEDULES[name](pp, r, m) for r in range(pp)]
 
 
 def stages_by_rank(name: str, pp: int) -> list[tuple[int, ...]]:
-    """The stages of every rank."""
-    stages = {"dualpipe": pp, "dualpipev": 2 * pp}.get(name)
-    return [(r, stages - 1 - r) if stages else (r,) for r in range(pp)]
+    """Return the stages that every rank holds."""
+    num_stages = {"dualpipe": pp, "dualpipev": 2 * pp}.get(name)
+    if num_stages is None:
+        return [(r,) for r in range(pp)]
+    return [(r, num_stages - 1 - r) for r in range(pp)]
 
 
 def rank_of_stage(name: str, pp: int, m: int, stage: int, microbatch: int) -> int:
-    """The rank that does a stage for a micro-batch."""
+    """Return the rank that runs a stage for one of m micro-batches."""
     if name == "dualpipe" and microbatch >= m // 2:
         return pp - 1 - stage
-    return min(stage, 2 * pp - 1 - stage) if name == "dualpipev" else stage
+    if name == "dualpipev":
+        return min(stage, 2 * pp - 1 - stage)
+    return stage
 
 
 # %%
@@ -330,8 +393,8 @@ assert all(rank_of_stage("dualpipe", 4, 8, op.stage, op.microbatch) == r
 
 # %% [markdown]
 # ## When does each step run?
-# An operation needs others first: F the F of the stage before, B (or I) its own F and the B (or I) of the stage
-# behind, W its I. A step begins when its rank is free and everything it needs has ended:
+# An action depends on others: F on the F of the previous stage, B (or I) on its own F and the B (or I) of the next
+# stage, W on its I. A step begins when its rank is free and everything it needs has ended:
 #
 # $$\text{start} = \max\big(\text{free}_r,\ \max_{q\,\in\,\text{needs}} \text{end}_q\big).$$
 #
@@ -344,88 +407,117 @@ assert all(rank_of_stage("dualpipe", 4, 8, op.stage, op.microbatch) == r
 # %%
 #| export
 class ActionCosts(NamedTuple):
-    """How long things take, in any unit; I is B − W."""
+    """Durations of actions, in any unit; I takes B − W."""
 
     f: float = 1.0
     b: float = 2.0  # the whole backward pass
     w: float = 1.0
-    pair: float = 3.0  # F&B, what they compute
+    pair: float = 3.0  # F&B, computation only
     comm: float = 0.0  # all-to-alls of one F, or of one B
 
-    def duration(self, step: tuple[Action, ...]) -> float:
-        """Of a step; W has nothing to send."""
+    def duration(self, step: Step) -> float:
+        """Return the duration of a step; a pair hides its communication, W has none."""
         if len(step) == 2:
             return max(self.pair, 2 * self.comm)
-        kinds = {"F": self.f + self.comm, "B": self.b + self.comm, "W": self.w}
-        return kinds.get(step[0].kind, self.b - self.w + self.comm)
+        kind = step[0].kind
+        if kind == "W":
+            return self.w
+        return {"F": self.f, "B": self.b, "I": self.b - self.w}[kind] + self.comm
 
 
 DEFAULT_COSTS = ActionCosts()
 
 
 class Span(NamedTuple):
-    """A step in time."""
+    """A step of a rank, with the times of its start and end."""
 
     rank: int
     start: float
     end: float
-    step: tuple[Action, ...]
+    step: Step
 
 
-def output_of(op: Action) -> Action:
-    """What others wait for: an I gives to the stage before what a B would."""
-    return op._replace(kind="B") if op.kind == "I" else op
+def output_of(action: Action) -> Action:
+    """Return the action whose result others wait for: I yields the input gradient that B would."""
+    return action._replace(kind="B") if action.kind == "I" else action
 
 
-def dependencies(op: Action, last: int) -> list[Action]:
-    """Results that must be there first."""
-    if op.kind == "W":
-        return [op._replace(kind="B")]
-    if op.kind == "F":
-        return [Action("F", op.stage - 1, op.microbatch)] if op.stage else []
-    behind = [Action("B", op.stage + 1, op.microbatch)] if op.stage < last else []
-    return [Action("F", op.stage, op.microbatch), *behind]
+def dependencies(action: Action, last: int) -> list[Action]:
+    """Return the actions that must end before this one starts; `last` is the last stage."""
+    kind, stage, microbatch = action
+    if kind == "W":
+        return [Action("B", stage, microbatch)]
+    if kind == "F":
+        return [Action("F", stage - 1, microbatch)] if stage > 0 else []
+    after = [Action("B", stage + 1, microbatch)] if stage < last else []
+    return [Action("F", stage, microbatch), *after]
 
 
-def simulate(
-    steps: list[list[tuple[Action, ...]]], costs: ActionCosts = DEFAULT_COSTS
-) -> list[Span]:
-    """Every step in time; raises if the ranks wait for one another for ever."""
-    last = max(op.stage for mine in steps for step in mine for op in step)
-    end, spans, free, at = {}, [], [0.0] * len(steps), [0] * len(steps)
-    ready = lambda step: [end.get(q) for op in step for q in dependencies(op, last)]
-    moved = True
-    while moved:
-        moved = False
-        for r, mine in enumerate(steps):
-            while at[r] < len(mine) and None not in (waits := ready(mine[at[r]])):
-                step, start = mine[at[r]], max([free[r], *waits])
-                free[r], at[r], moved = start + costs.duration(step), at[r] + 1, True
-                end |= {output_of(op): free[r] for op in step}
+def iter_actions(steps: list[list[Step]]) -> Iterator[Action]:
+    """Yield the actions of all ranks."""
+    for rank_steps in steps:
+        for step in rank_steps:
+            yield from step
+
+
+def ready_time(step: Step, last: int, end: dict[Action, float]) -> float | None:
+    """Return when all that a step depends on has ended, or None if something has not run yet."""
+    ready = 0.0
+    for action in step:
+        for needed in dependencies(action, last):
+            if needed not in end:
+                return None
+            ready = max(ready, end[needed])
+    return ready
+
+
+def simulate(steps: list[list[Step]], costs: ActionCosts = DEFAULT_COSTS) -> list[Span]:
+    """Return the span of every step; raise ValueError if the ranks deadlock."""
+    last = max(action.stage for action in iter_actions(steps))
+    end: dict[Action, float] = {}
+    spans: list[Span] = []
+    free = [0.0] * len(steps)  # when each rank is free again
+    position = [0] * len(steps)  # each rank's next step
+    progress = True
+    while progress:
+        progress = False
+        for r, rank_steps in enumerate(steps):
+            while position[r] < len(rank_steps):
+                step = rank_steps[position[r]]
+                ready = ready_time(step, last, end)
+                if ready is None:
+                    break
+                start = max(free[r], ready)
+                free[r] = start + costs.duration(step)
+                end.update({output_of(action): free[r] for action in step})
                 spans.append(Span(r, start, free[r], step))
-    for r, mine in enumerate(steps):
-        if at[r] < len(mine):
-            raise ValueError(f"deadlock: rank {r} waits before {mine[at[r]]} for ever")
+                position[r] += 1
+                progress = True
+    for r, rank_steps in enumerate(steps):
+        if position[r] < len(rank_steps):
+            raise ValueError(f"deadlock: rank {r} waits before {rank_steps[position[r]]} for ever")
     return spans
 
 
-def validate_schedule(
-    steps: list[list[tuple[Action, ...]]], where: list[tuple[int, ...]], m: int
-) -> None:
-    """Raise a sentence unless every stage does F, then B or I and W, once for each micro-batch."""
-    seen = Counter(op for mine in steps for step in mine for op in step)
-    for r, mine in enumerate(steps):
-        for op in (op for step in mine for op in step):
-            if op.stage not in where[r]:
-                raise ValueError(f"rank {r} does {op}, but holds stages {where[r]}")
-    for op, n in seen.items():
+def validate_schedule(steps: list[list[Step]], where: list[tuple[int, ...]], m: int) -> None:
+    """Raise ValueError unless a schedule is complete and free of deadlocks.
+
+    Every stage must run F, then B or I and W, exactly once for each of m micro-batches, on a rank
+    that holds it; where: the stages of every rank.
+    """
+    for r, rank_steps in enumerate(steps):
+        for action in iter_actions([rank_steps]):
+            if action.stage not in where[r]:
+                raise ValueError(f"rank {r} does {action}, but holds stages {where[r]}")
+    count = Counter(iter_actions(steps))
+    for action, n in count.items():
         if n > 1:
-            raise ValueError(f"{op} is done {n} times")
-    for stage in range(1 + max(s for stages in where for s in stages)):
+            raise ValueError(f"{action} is done {n} times")
+    for stage in range(1 + max(map(max, where))):
         for microbatch in range(m):
-            done = {kind for kind in "FBIW" if Action(kind, stage, microbatch) in seen}
-            if done not in ({"F", "B"}, {"F", "I", "W"}):
-                raise ValueError(f"stage {stage} does {sorted(done)} for micro-batch {microbatch}")
+            kinds = {kind for kind in "FBIW" if Action(kind, stage, microbatch) in count}
+            if kinds not in ({"F", "B"}, {"F", "I", "W"}):
+                raise ValueError(f"stage {stage} does {sorted(kinds)} for micro-batch {microbatch}")
     simulate(steps)
 
 
@@ -473,23 +565,22 @@ for what, fault in {
 def bubble(
     spans: list[Span], m: int, stages_per_rank: int, costs: ActionCosts = DEFAULT_COSTS
 ) -> float:
-    """Time in which a rank has nothing to do: the end, less F + B of m micro-batches in a stage."""
-    return max(span.end for span in spans) - m * stages_per_rank * (
-        costs.f + costs.b + 2 * costs.comm
-    )
+    """Return the idle time of a rank: the last end, less F + B of m micro-batches per stage."""
+    busy = m * stages_per_rank * (costs.f + costs.b + 2 * costs.comm)
+    return max(span.end for span in spans) - busy
 
 
-def max_in_flight(steps: list[list[tuple[Action, ...]]]) -> list[int]:
-    """Of each rank, the most micro-batches in flight: begun by F, not yet through B or W."""
-    out = []
-    for mine in steps:
-        live, most = 0, 0
-        for step in mine:
-            live += sum(op.kind == "F" for op in step)
-            most = max(most, live)
-            live -= sum(op.kind in "BW" for op in step)
-        out.append(most)
-    return out
+def max_in_flight(steps: list[list[Step]]) -> list[int]:
+    """Return the most micro-batches that each rank has in flight: after F, before the end of B or W."""
+    peaks = []
+    for rank_steps in steps:
+        live, peak = 0, 0
+        for step in rank_steps:
+            live += sum(action.kind == "F" for action in step)
+            peak = max(peak, live)
+            live -= sum(action.kind in "BW" for action in step)
+        peaks.append(peak)
+    return peaks
 
 
 BUBBLE_FORMULAS = {

@@ -13,6 +13,7 @@ from dsv3_ref.dualpipe import (
     SCHEDULES,
     Action,
     ActionCosts,
+    bidirectional_steps,
     bubble,
     dependencies,
     max_in_flight,
@@ -25,6 +26,7 @@ from dsv3_ref.dualpipe import (
     validate_schedule,
 )  # fmt: skip
 from dsv3_ref.moe import grouped_linear
+from dsv3_ref.ops import linear
 
 NAMES = list(SCHEDULES)
 
@@ -48,6 +50,160 @@ def test_every_operation_once_where_it_is_held_and_none_waits_for_ever(plan):
         pairs = [step for step in mine if len(step) > 1]
         assert all([op.kind for op in step] == ["F", "B"] for step in pairs)
         assert not pairs or "dual" in name
+
+
+# ── The published order ──
+
+PUBLISHED = {  # name, ranks, micro-batches: the steps of every rank; F0.1 is F of stage 0, micro-batch 1
+    ("gpipe", 2, 3): [
+        "F0.0 F0.1 F0.2 B0.0 B0.1 B0.2",
+        "F1.0 F1.1 F1.2 B1.0 B1.1 B1.2",
+    ],
+    ("1f1b", 3, 4): [
+        "F0.0 F0.1 F0.2 B0.0 F0.3 B0.1 B0.2 B0.3",
+        "F1.0 F1.1 B1.0 F1.2 B1.1 F1.3 B1.2 B1.3",
+        "F2.0 B2.0 F2.1 B2.1 F2.2 B2.2 F2.3 B2.3",
+    ],
+    ("zb1p", 3, 4): [
+        "F0.0 F0.1 F0.2 I0.0 W0.0 F0.3 I0.1 W0.1 I0.2 W0.2 I0.3 W0.3",
+        "F1.0 F1.1 I1.0 F1.2 I1.1 W1.0 F1.3 I1.2 W1.1 I1.3 W1.2 W1.3",
+        "F2.0 I2.0 F2.1 I2.1 F2.2 I2.2 W2.0 F2.3 I2.3 W2.1 W2.2 W2.3",
+    ],
+    ("dualpipe", 2, 4): [
+        "F0.0 F1.2 F0.1 B1.2 F1.3&B0.0 B1.3 I0.1 W0.1",
+        "F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3",
+    ],
+    ("dualpipe", 4, 8): [
+        "F0.0 F0.1 F0.2 F3.4 I3.4 W3.4 F3.5 F0.3&B3.5 F3.6&B0.0 B3.6 F3.7&B0.1 B3.7 I0.2 "
+        "W0.2 I0.3 W0.3",
+        "F1.0 F2.4 F1.1 F2.5 F1.2 B2.4 F2.6&B1.0 F1.3&B2.5 F2.7&B1.1 B2.6 B1.2 I2.7 I1.3 "
+        "W2.7 W1.3",
+        "F1.4 F2.0 F1.5 F2.1 F1.6 B2.0 F2.2&B1.4 F1.7&B2.1 F2.3&B1.5 B2.2 B1.6 I2.3 I1.7 "
+        "W2.3 W1.7",
+        "F0.4 F0.5 F0.6 F3.0 I3.0 W3.0 F3.1 F0.7&B3.1 F3.2&B0.4 B3.2 F3.3&B0.5 B3.3 I0.6 "
+        "W0.6 I0.7 W0.7",
+    ],
+    ("dualpipe", 4, 10): [
+        "F0.0 F0.1 F0.2 F3.5 I3.5 W3.5 F3.6 F0.3&B3.6 F3.7&B0.0 F0.4&B3.7 F3.8&B0.1 B3.8 "
+        "F3.9&B0.2 B3.9 I0.3 W0.3 I0.4 W0.4",
+        "F1.0 F2.5 F1.1 F2.6 F1.2 B2.5 F2.7&B1.0 F1.3&B2.6 F2.8&B1.1 F1.4&B2.7 F2.9&B1.2 "
+        "B2.8 B1.3 I2.9 I1.4 W2.9 W1.4",
+        "F1.5 F2.0 F1.6 F2.1 F1.7 B2.0 F2.2&B1.5 F1.8&B2.1 F2.3&B1.6 F1.9&B2.2 F2.4&B1.7 "
+        "B2.3 B1.8 I2.4 I1.9 W2.4 W1.9",
+        "F0.5 F0.6 F0.7 F3.0 I3.0 W3.0 F3.1 F0.8&B3.1 F3.2&B0.5 F0.9&B3.2 F3.3&B0.6 B3.3 "
+        "F3.4&B0.7 B3.4 I0.8 W0.8 I0.9 W0.9",
+    ],
+    ("dualpipev", 1, 3): [
+        "F0.0 F1.0 F0.1 B1.0 F1.1&B0.0 F0.2&B1.1 F1.2&B0.1 B1.2 I0.2 W0.2",
+    ],
+    ("dualpipev", 2, 4): [
+        "F0.0 F0.1 F0.2 F3.0 I3.0 W3.0 F3.1 F0.3&B3.1 F3.2&B0.0 B3.2 F3.3&B0.1 B3.3 I0.2 "
+        "W0.2 I0.3 W0.3",
+        "F1.0 F2.0 F1.1 F2.1 F1.2 B2.0 F2.2&B1.0 F1.3&B2.1 F2.3&B1.1 B2.2 B1.2 I2.3 I1.3 "
+        "W2.3 W1.3",
+    ],
+    ("dualpipev", 3, 6): [
+        "F0.0 F0.1 F0.2 F0.3 F0.4 F5.0 I5.0 W5.0 F5.1 I5.1 W5.1 F5.2 F0.5&B5.2 F5.3&B0.0 "
+        "B5.3 F5.4&B0.1 B5.4 F5.5&B0.2 B5.5 I0.3 W0.3 I0.4 W0.4 I0.5 W0.5",
+        "F1.0 F1.1 F1.2 F4.0 F1.3 F4.1 I4.0 W4.0 F4.2 F1.4&B4.1 F4.3&B1.0 F1.5&B4.2 "
+        "F4.4&B1.1 B4.3 F4.5&B1.2 B4.4 B1.3 I4.5 I1.4 W4.5 I1.5 W1.4 W1.5",
+        "F2.0 F3.0 F2.1 F3.1 F2.2 F3.2 F2.3 B3.0 F3.3&B2.0 F2.4&B3.1 F3.4&B2.1 F2.5&B3.2 "
+        "F3.5&B2.2 B3.3 B2.3 B3.4 I2.4 I3.5 I2.5 W2.4 W3.5 W2.5",
+    ],
+}  # fmt: skip
+
+
+def as_text(rank_steps) -> str:
+    return " ".join(
+        "&".join(f"{kind}{stage}.{microbatch}" for kind, stage, microbatch in step)
+        for step in rank_steps
+    )
+
+
+@pytest.mark.parametrize(("name", "pp", "m"), PUBLISHED)
+def test_schedules_are_the_published_ones(name, pp, m):
+    assert [as_text(mine) for mine in schedule(name, pp, m)] == PUBLISHED[name, pp, m]
+
+
+F0, F1, I0, I1, B0, B1, W = "F0", "F1", "I0", "I1", "B0", "B1", "W"
+PHASES = {  # (n ranks to the turning point, micro-batches per direction): phases of rank i, (times, steps)
+    (1, 2): [
+        [(0, [F0]), (1, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]),
+         (0, [B1, "F1&B0"]), (1, [B1, I0]), (0, [W, I0]), (1, [W])],
+    ],
+    (1, 4): [
+        [(0, [F0]), (1, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (2, ["F0&B1", "F1&B0"]),
+         (0, [B1, "F1&B0"]), (1, [B1, I0]), (0, [W, I0]), (1, [W])],
+    ],
+    (2, 5): [
+        [(2, [F0]), (1, [F0, F1]), (1, [I1, W, F1]), (2, ["F0&B1", "F1&B0"]),
+         (1, [B1, "F1&B0"]), (1, [B1, I0]), (1, [W, I0]), (1, [W])],
+        [(0, [F0]), (2, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (2, ["F0&B1", "F1&B0"]),
+         (0, [B1, "F1&B0"]), (1, [B1, B0]), (1, [I1, I0]), (0, [W, I0]), (2, [W])],
+    ],
+    (3, 6): [
+        [(4, [F0]), (1, [F0, F1]), (2, [I1, W, F1]), (1, ["F0&B1", "F1&B0"]),
+         (2, [B1, "F1&B0"]), (1, [B1, I0]), (2, [W, I0]), (1, [W])],
+        [(2, [F0]), (2, [F0, F1]), (1, [I1, W, F1]), (2, ["F0&B1", "F1&B0"]),
+         (1, [B1, "F1&B0"]), (1, [B1, B0]), (1, [I1, I0]), (1, [W, I0]), (2, [W])],
+        [(0, [F0]), (3, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (2, ["F0&B1", "F1&B0"]),
+         (0, [B1, "F1&B0"]), (1, [B1, B0, B1, I0]), (1, [I1, I0]), (0, [W, I0]), (3, [W])],
+    ],
+    (4, 8): [
+        [(6, [F0]), (1, [F0, F1]), (3, [I1, W, F1]), (1, ["F0&B1", "F1&B0"]),
+         (3, [B1, "F1&B0"]), (1, [B1, I0]), (3, [W, I0]), (1, [W])],
+        [(4, [F0]), (2, [F0, F1]), (2, [I1, W, F1]), (2, ["F0&B1", "F1&B0"]),
+         (2, [B1, "F1&B0"]), (1, [B1, B0]), (1, [I1, I0]), (2, [W, I0]), (2, [W])],
+        [(2, [F0]), (3, [F0, F1]), (1, [I1, W, F1]), (3, ["F0&B1", "F1&B0"]),
+         (1, [B1, "F1&B0"]), (1, [B1, B0, B1, I0]), (1, [I1, I0]), (1, [W, I0]), (3, [W])],
+        [(0, [F0]), (4, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (3, ["F0&B1", "F1&B0"]),
+         (0, [B1, "F1&B0"]), (2, [B1, B0]), (2, [I1, I0]), (0, [W, I0]), (4, [W])],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "c"), PHASES)
+def test_dualpipe_has_the_eight_published_phases(n, c):
+    for i, phases in enumerate(PHASES[n, c]):
+        published = [step for times, steps in phases for step in times * steps]
+        assert ["&".join(step) for step in bidirectional_steps(n, i, c)] == published
+
+
+LEAST = {  # (schedule, ranks, wanted): micro-batches
+    ("gpipe", 4, 1): 1, ("1f1b", 4, 3): 3, ("zb1p", 8, 5): 5, ("dualpipe", 4, 1): 8,
+    ("dualpipe", 4, 8): 8, ("dualpipe", 4, 9): 10, ("dualpipe", 4, 10): 10, ("dualpipev", 4, 1): 8,
+    ("dualpipev", 4, 8): 8, ("dualpipev", 4, 9): 9, ("dualpipev", 3, 1): 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEAST)
+def test_the_least_number_of_micro_batches(case):
+    assert min_microbatches(*case) == LEAST[case]
+
+
+def test_the_stages_of_every_rank():
+    assert stages_by_rank("gpipe", 3) == stages_by_rank("1f1b", 3) == [(0,), (1,), (2,)]
+    assert stages_by_rank("zb1p", 2) == [(0,), (1,)]
+    assert stages_by_rank("dualpipe", 4) == [(0, 3), (1, 2), (2, 1), (3, 0)]
+    assert stages_by_rank("dualpipev", 3) == [(0, 5), (1, 4), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "m", "stages", "ranks"),  # ranks: of each stage for the first and the last one
+    [
+        ("1f1b", 3, 4, (0, 1, 2), [(0, 0), (1, 1), (2, 2)]),
+        ("dualpipe", 4, 8, (0, 1, 2, 3), [(0, 3), (1, 2), (2, 1), (3, 0)]),
+        ("dualpipev", 2, 4, (0, 1, 2, 3), [(0, 0), (1, 1), (1, 1), (0, 0)]),
+    ],
+)
+def test_the_rank_of_every_stage(name, pp, m, stages, ranks):
+    assert [
+        (rank_of_stage(name, pp, m, s, 0), rank_of_stage(name, pp, m, s, m - 1)) for s in stages
+    ] == ranks
+
+
+def test_half_of_the_micro_batches_enter_dualpipe_at_the_last_rank():
+    assert [rank_of_stage("dualpipe", 4, 8, 0, i) for i in range(8)] == [0] * 4 + [3] * 4
 
 
 @given(plans(), st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0, 2))
@@ -80,6 +236,59 @@ def test_the_reports_table(name, more, stages):
 
 def test_gpipe_keeps_all_micro_batches():
     assert max_in_flight(schedule("gpipe", 4, 9)) == [9] * 4
+
+
+A = Action
+DEPENDENCIES = {  # of an action in a pipeline whose last stage is 2
+    A("F", 0, 3): [],
+    A("F", 1, 3): [A("F", 0, 3)],
+    A("F", 2, 3): [A("F", 1, 3)],
+    A("B", 2, 3): [A("F", 2, 3)],
+    A("B", 1, 3): [A("F", 1, 3), A("B", 2, 3)],
+    A("I", 0, 3): [A("F", 0, 3), A("B", 1, 3)],
+    A("W", 1, 3): [A("B", 1, 3)],
+}
+
+
+@pytest.mark.parametrize("action", DEPENDENCIES)
+def test_what_an_action_depends_on(action):
+    assert dependencies(action, 2) == DEPENDENCIES[action]
+
+
+def test_i_gives_what_b_would():
+    assert output_of(A("I", 1, 2)) == A("B", 1, 2)
+    assert [output_of(A(kind, 1, 2)).kind for kind in "FBW"] == ["F", "B", "W"]
+
+
+def test_the_durations_of_steps():
+    costs = ActionCosts(f=2.0, b=7.0, w=3.0, pair=8.0, comm=0.5)
+    durations = {kind: costs.duration((A(kind, 0, 0),)) for kind in "FBIW"}
+    assert durations == {"F": 2.5, "B": 7.5, "I": 4.5, "W": 3.0}
+    assert costs.duration((A("F", 0, 0), A("B", 0, 0))) == 8.0
+    assert ActionCosts() == (1.0, 2.0, 1.0, 3.0, 0.0)
+
+
+def test_a_schedule_in_time():
+    """1F1B on two ranks, two micro-batches: (rank, start, end, kind, micro-batch)."""
+    spans = simulate(schedule("1f1b", 2, 2))
+    rows = [(s.rank, s.start, s.end, s.step[0].kind, s.step[0].microbatch) for s in spans]
+    assert sorted(rows) == [
+        (0, 0, 1, "F", 0), (0, 1, 2, "F", 1), (0, 4, 6, "B", 0), (0, 7, 9, "B", 1),
+        (1, 1, 2, "F", 0), (1, 2, 4, "B", 0), (1, 4, 5, "F", 1), (1, 5, 7, "B", 1),
+    ]  # fmt: skip
+    assert bubble(spans, 2, 1) == 3 and bubble(spans, 1, 2) == 3 and bubble(spans, 1, 1) == 6
+    assert bubble(spans, 2, 1, ActionCosts(comm=0.5)) == 1
+
+
+IN_FLIGHT = {
+    ("gpipe", 3, 5): [5, 5, 5], ("1f1b", 4, 8): [4, 3, 2, 1], ("1f1b", 4, 2): [2, 2, 2, 1],
+    ("zb1p", 4, 8): [4, 4, 4, 4], ("dualpipe", 4, 8): [5, 5, 5, 5], ("dualpipev", 2, 4): [5, 5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_FLIGHT)
+def test_micro_batches_in_flight(case):
+    assert max_in_flight(schedule(*case)) == IN_FLIGHT[case]
 
 
 def test_pairs_hide_communication_until_it_is_longer_than_their_computation():
@@ -141,3 +350,20 @@ def test_both_halves_of_a_backward_pass_make_the_whole(counts):
     ((weight, wgrad),) = todo
     assert weight is w and torch.allclose(dx, want[0], atol=1e-5)
     assert torch.allclose(wgrad(), want[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_in_two_halves_is_the_whole(dtype):
+    x = torch.randn(2, 3, 16, dtype=dtype, requires_grad=True)
+    w = torch.randn(24, 16, requires_grad=True)
+    g = torch.randn(2, 3, 24, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        want_y = linear(x, w)
+        want = torch.autograd.grad(want_y, (x, w), g)
+        with ops.use("zero_bubble", "torch"), ops.deferring_wgrads() as todo:
+            y = linear(x, w)
+            (dx,) = torch.autograd.grad(y, x, g)
+    ((weight, wgrad),) = todo
+    assert weight is w and y.dtype == want_y.dtype and torch.allclose(y, want_y)
+    assert dx.dtype == x.dtype and torch.allclose(dx, want[0], atol=1e-5, rtol=1e-2)
+    assert wgrad().dtype == w.dtype and torch.allclose(wgrad(), want[1], atol=1e-4, rtol=1e-2)
