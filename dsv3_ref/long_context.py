@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dsv3_ref.config import Config
 from dsv3_ref.decode import Decoder
@@ -21,21 +22,19 @@ from dsv3_ref.rope import rope_cos_sin
 
 # ── One stretch for two phases ──
 
-ROPE_FACTOR, LENGTH_MULTIPLES = (
-    40.0,
-    {"32k": 8, "128k": 32},
-)  # YaRN's s; rows, in lengths of pre-training
+ROPE_FACTOR = 40.0  # YaRN's s
+LENGTH_MULTIPLES = {"32k": 8, "128k": 32}  # length of rows, in lengths of pre-training
 
 
 def extend_config(config: Config) -> Config:
-    """The config of both phases: s = 40 over the length of pre-training (§4.3)."""
+    """Return the config of both phases: s = 40 over the length of pre-training (§4.3)."""
     factor = max(config.rope_factor, ROPE_FACTOR)
-    max_seq_len = int(factor * config.original_seq_len)
-    return replace(config, rope_factor=factor, max_seq_len=max(config.max_seq_len, max_seq_len))
+    max_seq_len = max(config.max_seq_len, int(factor * config.original_seq_len))
+    return replace(config, rope_factor=factor, max_seq_len=max_seq_len)
 
 
 def constant_lr_recipe(lr: float, steps: int, batch: int) -> TrainingRecipe:
-    """Pre-training as it ended, on and on: one rate, γ = 0, λ = 0.1."""
+    """Return a recipe that continues pre-training as it ended: one rate, γ = 0, λ = 0.1."""
     return replace(
         TrainingRecipe(), steps=steps, lr=lr, min_lr=lr, final_lr=lr, warmup_steps=0,
         global_batch_size=batch, start_batch_size=batch, bias_update_rate=0.0, mtp_weight=0.1,
@@ -52,7 +51,10 @@ RECIPES = {
 
 
 def extension_recipe(phase: str, size: str, original_seq_len: int) -> TrainingRecipe:
-    """A phase for a config of pre-training length `original`; V3's where a size has none."""
+    """Return the recipe of a phase for a config of this size, or V3's if the size has none.
+
+    original_seq_len: the length of rows in pre-training, which the phase multiplies.
+    """
     recipe = RECIPES[phase].get(size, RECIPES[phase]["v3"])
     return replace(recipe, seq_len=LENGTH_MULTIPLES[phase] * original_seq_len)
 
@@ -61,7 +63,7 @@ def extension_recipe(phase: str, size: str, original_seq_len: int) -> TrainingRe
 
 
 def with_config(model: Transformer, config: Config) -> Transformer:
-    """The same weights, shared, under another config of positions."""
+    """Return a model that shares these weights but encodes positions as `config` says."""
     with torch.device("meta"):
         shared = Transformer(config)
     shared.load_state_dict(model.state_dict(), assign=True)
@@ -69,7 +71,10 @@ def with_config(model: Transformer, config: Config) -> Transformer:
 
 
 def interpolated_decoder(model: Transformer, batch: int, length: int, step: float = 1.0) -> Decoder:
-    """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
+    """Build a decoder whose positions advance by 1/`step` per token.
+
+    A step of s is position interpolation; 1 leaves positions as they are.
+    """
     decoder = Decoder(model, batch, length)
     position_t = torch.arange(length, device=decoder.token_bt.device) / step
     decoder.freqs_cis_tx = torch.complex(*rope_cos_sin(model.config, position_t))
@@ -80,20 +85,20 @@ def interpolated_decoder(model: Transformer, batch: int, length: int, step: floa
 
 
 @torch.inference_mode()
-def nll_by_position(decoder: Decoder, tokens_bs):
-    """−log p of every next token of rows of T + 1, (b, T), nats."""
+def nll_by_position(decoder: Decoder, tokens_bs: Tensor) -> Tensor:
+    """Compute −log p of every next token of rows of T + 1 tokens, (b, T), in nats."""
     b, s = tokens_bs.shape[0], tokens_bs.shape[1] - 1
     decoder.token_bt[:, :s] = tokens_bs[:, :-1]
-    parts = zip(
-        decoder.hidden_states([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1)
-    )
-    each = [F.cross_entropy(decoder.logits(h).flatten(0, 1), y.flatten(), reduction="none")
-            for h, y in parts]  # fmt: skip
-    return torch.cat([x.view(b, -1) for x in each], dim=1)
+    h_bsd = decoder.hidden_states([0] * b, s)
+    parts = []
+    for h_chunk, y_bs in zip(h_bsd.split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1)):
+        logit_nw = decoder.logits(h_chunk).flatten(0, 1)
+        parts.append(F.cross_entropy(logit_nw, y_bs.flatten(), reduction="none").view(b, -1))
+    return torch.cat(parts, dim=1)
 
 
 def log_spaced_bins(length: int, first: int = 16) -> list[int]:
-    """Edges of bins that grow by 2^(1/3), from 0 to `length`."""
+    """Return edges of bins from 0 to `length`; from `first` on each is about 2^(1/3) times larger."""
     n = math.ceil(3 * math.log2(length / first))
     return [0, *(round(first * (length / first) ** (i / n)) for i in range(n + 1))]
 
@@ -102,60 +107,68 @@ def log_spaced_bins(length: int, first: int = 16) -> list[int]:
 
 
 class Needle(NamedTuple):
-    """The sentence that hides a key, in tokens: say, key, end."""
+    """A sentence that hides one of ten keys, in tokens."""
 
     prefix: list[int]
     keys: list[list[int]]
     suffix: list[int]
 
     def sentence(self, key: int) -> list[int]:
-        """With one of the keys."""
+        """Return the sentence with key number `key`."""
         return [*self.prefix, *self.keys[key], *self.suffix]
 
 
 def build_needle(encode: Callable[[str], list[int]], repeats: int = 4) -> Needle:
-    """`The key is 7 7 7 7.` for the ten digits."""
-    keys = [encode(" ".join([str(i)] * repeats)) for i in range(10)]
+    """Encode `The key is 7 7 7 7.` for the ten digits."""
+    keys = [encode(" ".join([str(digit)] * repeats)) for digit in range(10)]
     return Needle(encode(" The key is "), keys, encode("."))
 
 
 def insert_needle(
     tokens: list[int], needle: Needle, rng: np.random.Generator, max_places: int = 32
 ) -> list[int]:
-    """A row of the same length that says one key at 2 … `most` + 1 random places, often few."""
-    size, key = len(needle.sentence(0)), int(rng.integers(10))
+    """Insert one key at 2 … `max_places` + 1 random places; few places are likelier than many.
+
+    The row keeps its length: its end makes room. A row too short for two needles is unchanged.
+    """
+    size = len(needle.sentence(0))
+    key = int(rng.integers(10))
     max_places = min(max_places, len(tokens) // size - 1)
     if max_places < 1:
         return tokens
-    times = 1 + round(max_places ** rng.random())
-    hay = tokens[: len(tokens) - times * size]
-    cuts = sorted(rng.integers(len(hay) + 1, size=times).tolist())
+    places = 1 + round(max_places ** rng.random())
+    hay = tokens[: len(tokens) - places * size]
+    cuts = sorted(rng.integers(len(hay) + 1, size=places).tolist())
     row = []
-    for a, b in pairwise([0, *cuts]):
-        row += hay[a:b] + needle.sentence(key)
+    for start, stop in pairwise([0, *cuts]):
+        row += hay[start:stop] + needle.sentence(key)
     return row + hay[cuts[-1] :]
 
 
 @torch.inference_mode()
-def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, keys: list[int], position: int,
-           lengths: Sequence[int]):  # fmt: skip
-    """Probability of each row's key, asked for at these lengths; its needle at place `at`, (b, n).
+def needle_recall(
+    decoder: Decoder, hay_bt: Sequence[list[int]], needle: Needle, keys: Sequence[int],
+    position: int, lengths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Compute the probability of each row's key when it is asked for at each length, (b, n).
 
-    The text is read once: a question is asked, and then written over by what follows.
+    The needle lies at `position` of each row; `lengths` must increase. The text is read once: a
+    question is asked, then overwritten by the text that follows.
     """
+    b, question = len(hay_bt), torch.tensor(needle.prefix)
     texts = [
         hay[:position] + needle.sentence(key) + hay[position:] for hay, key in zip(hay_bt, keys)
     ]
-    decoder.token_bt.copy_(torch.tensor([x[: decoder.token_bt.shape[1]] for x in texts]))
-    key_b1 = torch.tensor([[needle.keys[key][0]] for key in keys], device=decoder.token_bt.device)
-    start, columns, text_bt = 0, [], decoder.token_bt.clone()
+    decoder.token_bt.copy_(torch.tensor([text[: decoder.token_bt.shape[1]] for text in texts]))
+    text_bt = decoder.token_bt.clone()
+    key_b1 = torch.tensor([[needle.keys[key][0]] for key in keys], device=text_bt.device)
+    start, columns = 0, []
     for length in lengths:
-        stop, b = length - len(needle.prefix), len(texts)
+        stop = length - len(question)
         decoder.hidden_states([start] * b, stop - start)
-        decoder.token_bt[:, stop:length] = torch.tensor(needle.prefix)
-        p_bw = decoder.logits(decoder.hidden_states([stop] * b, len(needle.prefix))[:, -1]).softmax(
-            -1
-        )
+        decoder.token_bt[:, stop:length] = question
+        h_bsd = decoder.hidden_states([stop] * b, len(question))
+        p_bw = decoder.logits(h_bsd[:, -1]).softmax(-1)
         columns.append(p_bw.gather(1, key_b1)[:, 0])
         decoder.token_bt[:, stop:length] = text_bt[:, stop:length]
         start = stop
@@ -166,7 +179,7 @@ def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, key
 
 
 def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> int:
-    """Numbers a token and layer: c + r of MLA, or n·(i + r + v) of n key-value heads."""
+    """Return numbers cached per token and layer: c + r (MLA), or n·(i + r + v) for n heads."""
     if kv_heads is None:
         return config.kv_lora_rank + config.qk_rope_head_dim
     return kv_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
@@ -175,7 +188,6 @@ def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> i
 def cache_bytes(
     config: Config, tokens: int, kv_heads: int | None = None, bytes_per_number: int = 2
 ) -> int:
-    """Bytes of cache of all layers, `each` a number."""
-    return (
-        config.n_layers * tokens * kv_cache_numbers_per_token(config, kv_heads) * bytes_per_number
-    )
+    """Return bytes of the cache of all layers for so many tokens; kv_heads as above."""
+    numbers = kv_cache_numbers_per_token(config, kv_heads)
+    return config.n_layers * tokens * numbers * bytes_per_number

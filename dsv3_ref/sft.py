@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
@@ -20,7 +21,7 @@ from dsv3_ref.pretrain import LossOutput
 
 
 class SpecialTokens(NamedTuple):
-    """The special tokens of a conversation."""
+    """The ids of the special tokens of a conversation."""
 
     bos: int
     eos: int
@@ -32,73 +33,85 @@ class SpecialTokens(NamedTuple):
 def render_conversation(
     messages: Sequence[dict], encode: Callable[[str], list[int]], special_tokens: SpecialTokens
 ) -> list[int]:
-    """Tokens of [system], then user and assistant in turn; behind a question, the mark to answer.
+    """Render a conversation as tokens; after a final question follows the assistant token.
 
-    messages: {"role": "system" | "user" | "assistant", "content": text}.
+    messages: an optional system message, then user and assistant in turn, each {"role": …,
+    "content": text}. encode turns text into tokens and must not produce special tokens.
     """
     turns = list(messages)
-    tokens = [
-        special_tokens.bos,
-        *(encode(turns.pop(0)["content"]) if turn_role(turns, 0) == "system" else []),
-    ]
+    tokens = [special_tokens.bos]
+    if turn_role(turns, 0) == "system":
+        tokens += encode(turns.pop(0)["content"])
     for i, turn in enumerate(turns):
-        if turn_role(turns, i) != ("user", "assistant")[i % 2]:
+        role = turn_role(turns, i)
+        if role != ("user", "assistant")[i % 2]:
             raise UserError(
-                f"turn {i + 1} is by {turn_role(turns, i)!r}: user and assistant alternate"
+                f"turn {i + 1} is by {role!r}: user and assistant alternate, the user begins"
             )
         text = encode(turn["content"])
-        tokens += (
-            [special_tokens.assistant, *text, special_tokens.eos]
-            if i % 2
-            else [special_tokens.user, *text]
-        )
+        if role == "user":
+            tokens += [special_tokens.user, *text]
+        else:
+            tokens += [special_tokens.assistant, *text, special_tokens.eos]
     if not turns:
-        raise UserError("a conversation needs a question")
-    return tokens + [special_tokens.assistant] * (len(turns) % 2)
+        raise UserError("a conversation needs a question: add a user message")
+    if turns[-1]["role"] == "user":
+        tokens.append(special_tokens.assistant)
+    return tokens
 
 
 def turn_role(turns: Sequence[dict], i: int) -> str | None:
-    """Who speaks; raises for what is no turn."""
+    """Return the role of turn i, None if there is no such turn; raise if it is malformed."""
     turn = turns[i] if i < len(turns) else {}
     if not isinstance(turn, dict) or (turn and not isinstance(turn.get("content"), str)):
-        raise UserError(f"turn {i + 1} is not a role with a text")
+        raise UserError(f'turn {i + 1} is not a role with a text: write {{"role", "content"}}')
     return turn.get("role")
 
 
 # ── Who speaks? ──
 
 
-def assistant_mask(tokens_bs, special_tokens: SpecialTokens):
-    """True for what the model says: all behind an assistant's mark, the end included, (b, s)."""
-    at_s = torch.arange(1, tokens_bs.shape[1] + 1, device=tokens_bs.device)
-    other = torch.tensor(
-        [special_tokens.bos, special_tokens.eos, special_tokens.user], device=tokens_bs.device
-    )
-    last = lambda is_bs: torch.where(is_bs, at_s, 0).cummax(1)[0]
-    opened_bs = last(tokens_bs == special_tokens.assistant) > last(torch.isin(tokens_bs, other))
-    return F.pad(opened_bs[:, :-1], (1, 0))
+def assistant_mask(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
+    """Mark the tokens that the model must predict: its answers and their eos, (b, s).
+
+    An answer begins after an assistant token.
+    """
+
+    def last_index(is_bs: Tensor) -> Tensor:
+        index_s = torch.arange(1, is_bs.shape[1] + 1, device=is_bs.device)
+        return torch.where(is_bs, index_s, 0).cummax(1)[0]
+
+    others = [special_tokens.bos, special_tokens.eos, special_tokens.user]
+    is_other_bs = torch.isin(tokens_bs, torch.tensor(others, device=tokens_bs.device))
+    is_assistant_bs = tokens_bs == special_tokens.assistant
+    open_bs = last_index(is_assistant_bs) > last_index(is_other_bs)
+    return F.pad(open_bs[:, :-1], (1, 0))
 
 
-def sample_cu_seqlens(tokens_bs, special_tokens: SpecialTokens):
+def sample_cu_seqlens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
     """Return 0, then where each sample ends if all rows are laid end to end: (m + 1,), int32."""
-    begins_bs = tokens_bs == special_tokens.bos
-    begins_bs[:, :1] = True  # whatever a row begins with
-    begin_m = begins_bs.flatten().nonzero()[:, 0]
-    return torch.cat((begin_m, begin_m.new_full((1,), tokens_bs.numel()))).int()
+    is_start_bs = tokens_bs == special_tokens.bos
+    is_start_bs[:, :1] = True  # a row begins with a sample, whatever its first token is
+    start_m = is_start_bs.flatten().nonzero()[:, 0]
+    return torch.cat((start_m, start_m.new_full((1,), tokens_bs.numel()))).int()
 
 
 # ── Packing ──
 
 
 def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[list[int]]:
-    """Rows of `length` tokens, each filled with whole samples: first fit, longest first."""
+    """Pack whole samples into rows of `length` tokens: first fit, longest first."""
     rows: list[list[int]] = []
     for sample in sorted(samples, key=len, reverse=True):
         if len(sample) > length:
-            raise UserError(f"a sample of {len(sample)} tokens does not fit a row of {length}")
-        row = next((r for r in rows if len(r) + len(sample) <= length), None)
+            raise UserError(
+                f"a sample of {len(sample)} tokens does not fit a row of {length}: "
+                "use longer rows or drop the sample"
+            )
+        row = next((row for row in rows if len(row) + len(sample) <= length), None)
         if row is None:
-            rows.append(row := [])
+            row = []
+            rows.append(row)
         row += sample
     return [row + [pad] * (length - len(row)) for row in rows]
 
@@ -106,18 +119,18 @@ def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[li
 # ── The loss ──
 
 
-def num_loss_tokens(tokens_bs, special_tokens: SpecialTokens) -> int:
-    """N: how many predicted tokens of rows of T + 1 the model is meant to say."""
+def num_loss_tokens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> int:
+    """Count N, the predicted tokens of rows of T + 1 that carry the loss."""
     return int(assistant_mask(tokens_bs, special_tokens)[:, 1:].sum())
 
 
-def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> LossOutput:
-    """Cross-entropy of what the model says in packed rows of T + 1 tokens: Σ / N."""
-    x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
+def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialTokens) -> LossOutput:
+    """Compute the cross-entropy of the answers in packed rows of T + 1 tokens: Σ / N."""
+    x_bs = tokens_bs[:, :-1]
+    y_n = tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
-    h_1nd, routes = model.hidden_states(
-        x_bs.reshape(1, -1), cu_seqlens=sample_cu_seqlens(x_bs, special_tokens)
-    )
+    cu_seqlens = sample_cu_seqlens(x_bs, special_tokens)
+    h_1nd, routes = model.hidden_states(x_bs.reshape(1, -1), cu_seqlens=cu_seqlens)
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
     return LossOutput(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
 
@@ -145,17 +158,20 @@ RECIPES["tiny"] = replace(
 
 
 def rejection_sample(
-    completions: Sequence, reward_b: Sequence[float], num_generations: int
-) -> list:
-    """Of each group of answers in succession the shortest with full reward; None if none has it."""
+    completions: Sequence[str], reward_b: Sequence[float], num_generations: int
+) -> list[str | None]:
+    """Keep the shortest completion with full reward of each group; None where none has it.
+
+    A group is `num_generations` consecutive completions; full reward is 1 or more.
+    """
     if len(completions) % num_generations:
-        raise UserError(f"{len(completions)} answers are no groups of {num_generations}")
-    out = []
-    for i in range(0, len(completions), num_generations):
-        right = [
-            a
-            for a, r in zip(completions[i : i + num_generations], reward_b[i : i + num_generations])
-            if r >= 1
-        ]
-        out.append(min(right, key=len, default=None))
-    return out
+        raise UserError(
+            f"{len(completions)} completions cannot be cut into groups of {num_generations}: "
+            "num_generations must divide their number"
+        )
+    accepted = []
+    for start in range(0, len(completions), num_generations):
+        group = range(start, start + num_generations)
+        correct = [completions[i] for i in group if reward_b[i] >= 1]
+        accepted.append(min(correct, key=len, default=None))
+    return accepted

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dsv3_ref.config import Config
 from dsv3_ref.decode import Decoder
@@ -97,21 +98,19 @@ show(fig)
 
 # %%
 #| export
-ROPE_FACTOR, LENGTH_MULTIPLES = (
-    40.0,
-    {"32k": 8, "128k": 32},
-)  # YaRN's s; rows, in lengths of pre-training
+ROPE_FACTOR = 40.0  # YaRN's s
+LENGTH_MULTIPLES = {"32k": 8, "128k": 32}  # length of rows, in lengths of pre-training
 
 
 def extend_config(config: Config) -> Config:
-    """The config of both phases: s = 40 over the length of pre-training (§4.3)."""
+    """Return the config of both phases: s = 40 over the length of pre-training (§4.3)."""
     factor = max(config.rope_factor, ROPE_FACTOR)
-    max_seq_len = int(factor * config.original_seq_len)
-    return replace(config, rope_factor=factor, max_seq_len=max(config.max_seq_len, max_seq_len))
+    max_seq_len = max(config.max_seq_len, int(factor * config.original_seq_len))
+    return replace(config, rope_factor=factor, max_seq_len=max_seq_len)
 
 
 def constant_lr_recipe(lr: float, steps: int, batch: int) -> TrainingRecipe:
-    """Pre-training as it ended, on and on: one rate, γ = 0, λ = 0.1."""
+    """Return a recipe that continues pre-training as it ended: one rate, γ = 0, λ = 0.1."""
     return replace(
         TrainingRecipe(), steps=steps, lr=lr, min_lr=lr, final_lr=lr, warmup_steps=0,
         global_batch_size=batch, start_batch_size=batch, bias_update_rate=0.0, mtp_weight=0.1,
@@ -128,7 +127,10 @@ RECIPES = {
 
 
 def extension_recipe(phase: str, size: str, original_seq_len: int) -> TrainingRecipe:
-    """A phase for a config of pre-training length `original`; V3's where a size has none."""
+    """Return the recipe of a phase for a config of this size, or V3's if the size has none.
+
+    original_seq_len: the length of rows in pre-training, which the phase multiplies.
+    """
     recipe = RECIPES[phase].get(size, RECIPES[phase]["v3"])
     return replace(recipe, seq_len=LENGTH_MULTIPLES[phase] * original_seq_len)
 
@@ -141,7 +143,7 @@ for phase, r in longer.items():
 assert [r.seq_len for r in longer.values()] == [32_768, 131_072]
 assert (
     len({r.global_batch_size * r.seq_len for r in longer.values()}) == 1
-)  # 63M tokens a step, both times
+)  # 63M tokens per step, both times
 pretrained = replace(V3, rope_factor=1.0, max_seq_len=4096)
 assert (
     extend_config(pretrained) == extend_config(V3) == V3
@@ -164,7 +166,7 @@ print(f"tiny: {TINY.max_seq_len} → {LONG.max_seq_len:,} places, softmax sharpe
 # %%
 #| export
 def with_config(model: Transformer, config: Config) -> Transformer:
-    """The same weights, shared, under another config of positions."""
+    """Return a model that shares these weights but encodes positions as `config` says."""
     with torch.device("meta"):
         shared = Transformer(config)
     shared.load_state_dict(model.state_dict(), assign=True)
@@ -172,7 +174,10 @@ def with_config(model: Transformer, config: Config) -> Transformer:
 
 
 def interpolated_decoder(model: Transformer, batch: int, length: int, step: float = 1.0) -> Decoder:
-    """A decoder whose positions advance by 1/`step` a token: `step` s is position interpolation."""
+    """Build a decoder whose positions advance by 1/`step` per token.
+
+    A step of s is position interpolation; 1 leaves positions as they are.
+    """
     decoder = Decoder(model, batch, length)
     position_t = torch.arange(length, device=decoder.token_bt.device) / step
     decoder.freqs_cis_tx = torch.complex(*rope_cos_sin(model.config, position_t))
@@ -210,20 +215,20 @@ for name, other_bsd in (("YaRN", last_h(twice)), ("interpolation", last_h(model,
 # %%
 #| export
 @torch.inference_mode()
-def nll_by_position(decoder: Decoder, tokens_bs):
-    """−log p of every next token of rows of T + 1, (b, T), nats."""
+def nll_by_position(decoder: Decoder, tokens_bs: Tensor) -> Tensor:
+    """Compute −log p of every next token of rows of T + 1 tokens, (b, T), in nats."""
     b, s = tokens_bs.shape[0], tokens_bs.shape[1] - 1
     decoder.token_bt[:, :s] = tokens_bs[:, :-1]
-    parts = zip(
-        decoder.hidden_states([0] * b, s).split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1)
-    )
-    each = [F.cross_entropy(decoder.logits(h).flatten(0, 1), y.flatten(), reduction="none")
-            for h, y in parts]  # fmt: skip
-    return torch.cat([x.view(b, -1) for x in each], dim=1)
+    h_bsd = decoder.hidden_states([0] * b, s)
+    parts = []
+    for h_chunk, y_bs in zip(h_bsd.split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1)):
+        logit_nw = decoder.logits(h_chunk).flatten(0, 1)
+        parts.append(F.cross_entropy(logit_nw, y_bs.flatten(), reduction="none").view(b, -1))
+    return torch.cat(parts, dim=1)
 
 
 def log_spaced_bins(length: int, first: int = 16) -> list[int]:
-    """Edges of bins that grow by 2^(1/3), from 0 to `length`."""
+    """Return edges of bins from 0 to `length`; from `first` on each is about 2^(1/3) times larger."""
     n = math.ceil(3 * math.log2(length / first))
     return [0, *(round(first * (length / first) ** (i / n)) for i in range(n + 1))]
 
@@ -237,8 +242,8 @@ print("bins of 8,192 places end at", log_spaced_bins(8192)[1:])
 
 # %% [markdown]
 # ## A needle
-# A sentence with a key is hidden in a text, the text goes on, and at its end the sentence begins
-# again. Who can fill it in has read it. Ours is *The key is 7 7 7 7.*: a digit, so that chance is
+# A sentence with a key is hidden in a text, the text continues, and at its end the sentence begins
+# again. A model that completes it has read it. Ours is *The key is 7 7 7 7.*: a digit, so that chance is
 # one in ten, and four times, because a model of 5M parameters must *learn* to copy, and repeats next
 # to each other are what copying starts from (said once, it took ten times as many
 # tokens). What counts is the probability of the *first* digit.
@@ -251,60 +256,68 @@ print("bins of 8,192 places end at", log_spaced_bins(8192)[1:])
 # %%
 #| export
 class Needle(NamedTuple):
-    """The sentence that hides a key, in tokens: say, key, end."""
+    """A sentence that hides one of ten keys, in tokens."""
 
     prefix: list[int]
     keys: list[list[int]]
     suffix: list[int]
 
     def sentence(self, key: int) -> list[int]:
-        """With one of the keys."""
+        """Return the sentence with key number `key`."""
         return [*self.prefix, *self.keys[key], *self.suffix]
 
 
 def build_needle(encode: Callable[[str], list[int]], repeats: int = 4) -> Needle:
-    """`The key is 7 7 7 7.` for the ten digits."""
-    keys = [encode(" ".join([str(i)] * repeats)) for i in range(10)]
+    """Encode `The key is 7 7 7 7.` for the ten digits."""
+    keys = [encode(" ".join([str(digit)] * repeats)) for digit in range(10)]
     return Needle(encode(" The key is "), keys, encode("."))
 
 
 def insert_needle(
     tokens: list[int], needle: Needle, rng: np.random.Generator, max_places: int = 32
 ) -> list[int]:
-    """A row of the same length that says one key at 2 … `most` + 1 random places, often few."""
-    size, key = len(needle.sentence(0)), int(rng.integers(10))
+    """Insert one key at 2 … `max_places` + 1 random places; few places are likelier than many.
+
+    The row keeps its length: its end makes room. A row too short for two needles is unchanged.
+    """
+    size = len(needle.sentence(0))
+    key = int(rng.integers(10))
     max_places = min(max_places, len(tokens) // size - 1)
     if max_places < 1:
         return tokens
-    times = 1 + round(max_places ** rng.random())
-    hay = tokens[: len(tokens) - times * size]
-    cuts = sorted(rng.integers(len(hay) + 1, size=times).tolist())
+    places = 1 + round(max_places ** rng.random())
+    hay = tokens[: len(tokens) - places * size]
+    cuts = sorted(rng.integers(len(hay) + 1, size=places).tolist())
     row = []
-    for a, b in pairwise([0, *cuts]):
-        row += hay[a:b] + needle.sentence(key)
+    for start, stop in pairwise([0, *cuts]):
+        row += hay[start:stop] + needle.sentence(key)
     return row + hay[cuts[-1] :]
 
 
 @torch.inference_mode()
-def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, keys: list[int], position: int,
-           lengths: Sequence[int]):  # fmt: skip
-    """Probability of each row's key, asked for at these lengths; its needle at place `at`, (b, n).
+def needle_recall(
+    decoder: Decoder, hay_bt: Sequence[list[int]], needle: Needle, keys: Sequence[int],
+    position: int, lengths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Compute the probability of each row's key when it is asked for at each length, (b, n).
 
-    The text is read once: a question is asked, and then written over by what follows.
+    The needle lies at `position` of each row; `lengths` must increase. The text is read once: a
+    question is asked, then overwritten by the text that follows.
     """
+    b, question = len(hay_bt), torch.tensor(needle.prefix)
     texts = [
         hay[:position] + needle.sentence(key) + hay[position:] for hay, key in zip(hay_bt, keys)
     ]
-    decoder.token_bt.copy_(torch.tensor([x[: decoder.token_bt.shape[1]] for x in texts]))
-    key_b1 = torch.tensor([[needle.keys[key][0]] for key in keys], device=decoder.token_bt.device)
-    start, columns, text_bt = 0, [], decoder.token_bt.clone()
+    decoder.token_bt.copy_(torch.tensor([text[: decoder.token_bt.shape[1]] for text in texts]))
+    text_bt = decoder.token_bt.clone()
+    key_b1 = torch.tensor([[needle.keys[key][0]] for key in keys], device=text_bt.device)
+    start, columns = 0, []
     for length in lengths:
-        stop, b = length - len(needle.prefix), len(texts)
+        stop = length - len(question)
         decoder.hidden_states([start] * b, stop - start)
-        decoder.token_bt[:, stop:length] = torch.tensor(needle.prefix)
-        p_bw = decoder.logits(decoder.hidden_states([stop] * b, len(needle.prefix))[:, -1]).softmax(
-            -1
-        )
+        decoder.token_bt[:, stop:length] = question
+        h_bsd = decoder.hidden_states([stop] * b, len(question))
+        p_bw = decoder.logits(h_bsd[:, -1]).softmax(-1)
         columns.append(p_bw.gather(1, key_b1)[:, 0])
         decoder.token_bt[:, stop:length] = text_bt[:, stop:length]
         start = stop
@@ -312,14 +325,18 @@ def needle_recall(decoder: Decoder, hay_bt: list[list[int]], needle: Needle, key
 
 
 # %%
-letters = lambda text: [ord(c) % 64 for c in text]
+def letters(text: str) -> list[int]:
+    """Encode a text as one token per letter."""
+    return [ord(c) % 64 for c in text]
+
+
 n, rng = build_needle(letters), np.random.default_rng(0)
 hay = [63] * 300
 row = insert_needle(hay, n, rng)
-said = [i for i in range(300) if row[i : i + len(n.prefix)] == n.prefix]
-print(f"a row of {len(row)} says its key at", said)
-assert len(row) == 300 and len({tuple(row[i : i + len(n.sentence(0))]) for i in said}) == 1
-assert row.count(63) == 300 - len(said) * len(n.sentence(0))
+places = [i for i in range(300) if row[i : i + len(n.prefix)] == n.prefix]
+print(f"a row of {len(row)} has its key at", places)
+assert len(row) == 300 and len({tuple(row[i : i + len(n.sentence(0))]) for i in places}) == 1
+assert row.count(63) == 300 - len(places) * len(n.sentence(0))
 
 hays, keys = torch.randint(64, (2, 300)).tolist(), [3, 8]
 got_bn = needle_recall(interpolated_decoder(model, 2, 96), hays, n, keys, 10, [50, 96])
@@ -340,7 +357,7 @@ print("one reading, several questions: as each text read on its own")
 # %%
 #| export
 def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> int:
-    """Numbers a token and layer: c + r of MLA, or n·(i + r + v) of n key-value heads."""
+    """Return numbers cached per token and layer: c + r (MLA), or n·(i + r + v) for n heads."""
     if kv_heads is None:
         return config.kv_lora_rank + config.qk_rope_head_dim
     return kv_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
@@ -349,10 +366,9 @@ def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> i
 def cache_bytes(
     config: Config, tokens: int, kv_heads: int | None = None, bytes_per_number: int = 2
 ) -> int:
-    """Bytes of cache of all layers, `each` a number."""
-    return (
-        config.n_layers * tokens * kv_cache_numbers_per_token(config, kv_heads) * bytes_per_number
-    )
+    """Return bytes of the cache of all layers for so many tokens; kv_heads as above."""
+    numbers = kv_cache_numbers_per_token(config, kv_heads)
+    return config.n_layers * tokens * numbers * bytes_per_number
 
 
 # %%
@@ -387,9 +403,9 @@ for name, make, want in (
     ),
 ):
     with Allocations() as tally:
-        held = make()  # a cache is allocated once
+        cache = make()  # keeps the tensors alive while they are counted
         got = tally.held
-    print(f"{name}: {got / 4096 / 4:.0f} numbers a token allocated, {want} by the formula")
+    print(f"{name}: {got / 4096 / 4:.0f} numbers per token allocated, {want} by the formula")
     assert got == 4 * 4096 * want
 assert cache_bytes(V3, 1) == count_params(V3).cache_bytes == 70_272
 
@@ -440,7 +456,7 @@ show(fig)
 # 2. `dsv3 extend --phase 32k --needles 0.5`: 16 steps of 4 rows of 2,048, a needle in half of them.
 # 3. `dsv3 extend --phase 128k --needles 0.5`: 6 steps of one row of 8,192.
 #
-# As in the report both phases read the same number of tokens a step, at the rate with which
+# As in the report both phases read the same number of tokens per step, at the rate with which
 # pre-training ended ($1.3\cdot10^{-4}$ in the tiny recipe); unlike there they take 16 and 6 steps,
 # not 1,000. Each cell below is the probability of the right digit (chance: 0.1), in the mean of eight
 # texts at 256, four at 512, two at 1,024 and *one* beyond: look at the pattern, not at a cell. Depth is where
@@ -476,7 +492,7 @@ for key in names:
 # never: below 0.1 it does not even expect a digit. **The stretch alone moves this edge out**, without a step of training: 0.44 at 4,096. Even
 # at 256 the key is found more surely than before (0.93), probably because the softmax is sharper by 1.87 and a head
 # that had only half learnt to look now looks. The two phases, at the report's gentle rate and with 22 steps instead
-# of 2,000, change little: better at 1,024, on single texts rather worse at 2,048 and 4,096, and at 8,192 *nobody* finds it. That is
+# of 2,000, change little: better at 1,024, on single texts rather worse at 2,048 and 4,096, and at 8,192 *no model* finds it. That is
 # what we measured; the report's two phases took 126 billion tokens.
 #
 # We also tried a rate of $10^{-3}$, thinking that so few steps at a small one would move nothing.
@@ -501,7 +517,7 @@ ax.set_title("Held-out speeches: weights trained at 256, read in two more ways o
 ax.legend(ncol=2, fontsize=9)
 show(fig)
 plain = ", ".join(f"{n:,}: {loss['plain'][bins].mean():.2f}" for n, bins in octaves.items())
-print(f"plain, bits a byte of the octave that ends at {plain}")
+print(f"plain, bits per byte of the octave that ends at {plain}")
 
 # %% [markdown]
 # The loss tells another story, a quiet one: a model of 5M parameters predicts from the last few words,
@@ -534,7 +550,7 @@ slope = np.polyfit(np.log(list(prefill))[-3:], np.log(list(prefill.values()))[-3
 fig, (left, right) = figure(1, 2, width=9, height=3)
 left.plot(list(decode), list(decode.values()), "o", color=BLUE)
 left.plot(ns, line[0] + line[1] * ns, color=BLUE, lw=1)
-left.set(xlabel="tokens in the cache", ylabel="ms a token", ylim=0, xlim=0)
+left.set(xlabel="tokens in the cache", ylabel="ms per token", ylim=0, xlim=0)
 left.set_xticks([0, 32_768, 65_536, 98_304, 131_072], ["0", "32K", "64K", "96K", "128K"])
 left.set_title(f"decoding: {line[0]:.1f} ms + {1000 * line[1]:.3f} ms a thousand", fontsize=10)
 right.plot(list(prefill), list(prefill.values()), "o", color=ORANGE)
@@ -544,7 +560,7 @@ right.set_title(
     f"prefill: exponent {slope:.2f} at the end; 128K: {reach / 60:.0f} min", fontsize=10
 )
 show(fig)
-print("ms a token:", ", ".join(f"{n // 1024}K {ms:.1f}" for n, ms in decode.items()))
+print("ms per token:", ", ".join(f"{n // 1024}K {ms:.1f}" for n, ms in decode.items()))
 print("s to read: ", ", ".join(f"{n // 1024}K {s:.1f}" for n, s in prefill.items()))
 
 # %% [markdown]
@@ -592,7 +608,7 @@ play(
 
 # %% [markdown]
 # ## Exercises
-# **1 · Compute.** How many key-value heads may GQA have so that its cache is no larger than MLA's?
+# **1 · Compute.** How many key-value heads may GQA have without a larger cache than MLA's?
 
 
 # %%
@@ -729,7 +745,7 @@ print(f"cache of one text of 128K: {per_gpu:.1f} GB; read for each token: "
 # **Arithmetic** binds training at 128K, and four fifths of it are attention. The estimate of both
 # phases from the rate of pre-training is 75K GPU hours, the report's bill 119K. Where the difference lies we can only guess;
 # perhaps attention and the activations of such rows run less well than experts do. In
-# decoding the cache is what is read: 2.7 ms a token for *one* text, if one GPU held all layers; in V3's decoding
+# decoding the cache is what is read: 2.7 ms per token for *one* text, if one GPU held all layers; in V3's decoding
 # units many GPUs share the texts of a batch.
 #
 # Kernels: prefill is `varlen_attention` (no probabilities in memory), decoding `paged_attention`

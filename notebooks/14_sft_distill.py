@@ -65,6 +65,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
@@ -78,14 +79,14 @@ from dsv3_ref.pretrain import LossOutput
 #
 # `<｜begin▁of▁sentence｜>`system`<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`…
 #
-# A conversation that ends with a question gets the mark behind which the model speaks. Text is encoded so that it
-# can never contain a mark: a user who *types* `<｜Assistant｜>` sends thirteen plain characters, and cannot put words into the model's mouth.
+# A conversation that ends with a question is followed by the token after which the model speaks. Text is encoded so that it
+# can never contain a special token: a user who *types* `<｜Assistant｜>` sends thirteen plain characters, and cannot put words into the model's mouth.
 
 
 # %%
 #| export sft
 class SpecialTokens(NamedTuple):
-    """The special tokens of a conversation."""
+    """The ids of the special tokens of a conversation."""
 
     bos: int
     eos: int
@@ -97,36 +98,38 @@ class SpecialTokens(NamedTuple):
 def render_conversation(
     messages: Sequence[dict], encode: Callable[[str], list[int]], special_tokens: SpecialTokens
 ) -> list[int]:
-    """Tokens of [system], then user and assistant in turn; behind a question, the mark to answer.
+    """Render a conversation as tokens; after a final question follows the assistant token.
 
-    messages: {"role": "system" | "user" | "assistant", "content": text}.
+    messages: an optional system message, then user and assistant in turn, each {"role": …,
+    "content": text}. encode turns text into tokens and must not produce special tokens.
     """
     turns = list(messages)
-    tokens = [
-        special_tokens.bos,
-        *(encode(turns.pop(0)["content"]) if turn_role(turns, 0) == "system" else []),
-    ]
+    tokens = [special_tokens.bos]
+    if turn_role(turns, 0) == "system":
+        tokens += encode(turns.pop(0)["content"])
     for i, turn in enumerate(turns):
-        if turn_role(turns, i) != ("user", "assistant")[i % 2]:
+        role = turn_role(turns, i)
+        if role != ("user", "assistant")[i % 2]:
             raise UserError(
-                f"turn {i + 1} is by {turn_role(turns, i)!r}: user and assistant alternate"
+                f"turn {i + 1} is by {role!r}: user and assistant alternate, the user begins"
             )
         text = encode(turn["content"])
-        tokens += (
-            [special_tokens.assistant, *text, special_tokens.eos]
-            if i % 2
-            else [special_tokens.user, *text]
-        )
+        if role == "user":
+            tokens += [special_tokens.user, *text]
+        else:
+            tokens += [special_tokens.assistant, *text, special_tokens.eos]
     if not turns:
-        raise UserError("a conversation needs a question")
-    return tokens + [special_tokens.assistant] * (len(turns) % 2)
+        raise UserError("a conversation needs a question: add a user message")
+    if turns[-1]["role"] == "user":
+        tokens.append(special_tokens.assistant)
+    return tokens
 
 
 def turn_role(turns: Sequence[dict], i: int) -> str | None:
-    """Who speaks; raises for what is no turn."""
+    """Return the role of turn i, None if there is no such turn; raise if it is malformed."""
     turn = turns[i] if i < len(turns) else {}
     if not isinstance(turn, dict) or (turn and not isinstance(turn.get("content"), str)):
-        raise UserError(f"turn {i + 1} is not a role with a text")
+        raise UserError(f'turn {i + 1} is not a role with a text: write {{"role", "content"}}')
     return turn.get("role")
 
 
@@ -134,8 +137,18 @@ def turn_role(turns: Sequence[dict], i: int) -> str | None:
 # ⌂ begins, ∎ ends, · fills
 WORDS = "⌂ ∎ · USER: MODEL: be brief how many legs has a cat ? four and bird two".split()
 SPECIAL_TOKENS = SpecialTokens(*range(5))
-encode = lambda text: [WORDS.index(word) for word in text.split()]
-spell = lambda tokens: " ".join(WORDS[t] for t in tokens)
+
+
+def encode(text: str) -> list[int]:
+    """Encode a text of known words."""
+    return [WORDS.index(word) for word in text.split()]
+
+
+def spell(tokens) -> str:
+    """Decode tokens."""
+    return " ".join(WORDS[t] for t in tokens)
+
+
 talk = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "how many legs has a cat ?"},
@@ -160,33 +173,39 @@ for wrong in ([], talk[2:], [talk[1], talk[3]], [{"role": "user"}]):
 
 # %% [markdown]
 # ## Who speaks?
-# Since no text can forge a mark, a row of tokens describes itself: the model speaks from behind its mark up to and **including** the
-# end, which it must learn to say. With $a_s$ the place of the last such mark *before* $s$ and $o_s$ that of the last other mark,
+# Since no text can produce a special token, a row of tokens describes itself: the model speaks after its token up to and **including** the
+# end, which it must learn to say. With $a_s$ the place of the last assistant token *before* $s$ and $o_s$ that of the last other special token,
 #
 # $$\mathrm{mask}_s = [\,a_s > o_s\,]\qquad (b,s) \to (b,s)$$
 #
-# and samples begin at each begin mark. No mask has to be stored, shuffled, sent to another rank or kept in step with its tokens.
+# and samples begin at each begin token. No mask has to be stored, shuffled, sent to another rank or kept in step with its tokens.
 
 
 # %%
 #| export sft
-def assistant_mask(tokens_bs, special_tokens: SpecialTokens):
-    """True for what the model says: all behind an assistant's mark, the end included, (b, s)."""
-    at_s = torch.arange(1, tokens_bs.shape[1] + 1, device=tokens_bs.device)
-    other = torch.tensor(
-        [special_tokens.bos, special_tokens.eos, special_tokens.user], device=tokens_bs.device
-    )
-    last = lambda is_bs: torch.where(is_bs, at_s, 0).cummax(1)[0]
-    opened_bs = last(tokens_bs == special_tokens.assistant) > last(torch.isin(tokens_bs, other))
-    return F.pad(opened_bs[:, :-1], (1, 0))
+def assistant_mask(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
+    """Mark the tokens that the model must predict: its answers and their eos, (b, s).
+
+    An answer begins after an assistant token.
+    """
+
+    def last_index(is_bs: Tensor) -> Tensor:
+        index_s = torch.arange(1, is_bs.shape[1] + 1, device=is_bs.device)
+        return torch.where(is_bs, index_s, 0).cummax(1)[0]
+
+    others = [special_tokens.bos, special_tokens.eos, special_tokens.user]
+    is_other_bs = torch.isin(tokens_bs, torch.tensor(others, device=tokens_bs.device))
+    is_assistant_bs = tokens_bs == special_tokens.assistant
+    open_bs = last_index(is_assistant_bs) > last_index(is_other_bs)
+    return F.pad(open_bs[:, :-1], (1, 0))
 
 
-def sample_cu_seqlens(tokens_bs, special_tokens: SpecialTokens):
+def sample_cu_seqlens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
     """Return 0, then where each sample ends if all rows are laid end to end: (m + 1,), int32."""
-    begins_bs = tokens_bs == special_tokens.bos
-    begins_bs[:, :1] = True  # whatever a row begins with
-    begin_m = begins_bs.flatten().nonzero()[:, 0]
-    return torch.cat((begin_m, begin_m.new_full((1,), tokens_bs.numel()))).int()
+    is_start_bs = tokens_bs == special_tokens.bos
+    is_start_bs[:, :1] = True  # a row begins with a sample, whatever its first token is
+    start_m = is_start_bs.flatten().nonzero()[:, 0]
+    return torch.cat((start_m, start_m.new_full((1,), tokens_bs.numel()))).int()
 
 
 # %%
@@ -206,20 +225,24 @@ assert spell(row_1s[assistant_mask(row_1s, SPECIAL_TOKENS)]) == "four ∎ two �
 # %% [markdown]
 # ## Packing
 # Whole samples, none cut, into rows of one length: bin packing. *First fit, longest first* is a few lines and wastes little.
-# What is left of a row is padding behind the last sample, which causality hides.
+# What is left of a row is padding after the last sample, which causality hides.
 
 
 # %%
 #| export sft
 def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[list[int]]:
-    """Rows of `length` tokens, each filled with whole samples: first fit, longest first."""
+    """Pack whole samples into rows of `length` tokens: first fit, longest first."""
     rows: list[list[int]] = []
     for sample in sorted(samples, key=len, reverse=True):
         if len(sample) > length:
-            raise UserError(f"a sample of {len(sample)} tokens does not fit a row of {length}")
-        row = next((r for r in rows if len(r) + len(sample) <= length), None)
+            raise UserError(
+                f"a sample of {len(sample)} tokens does not fit a row of {length}: "
+                "use longer rows or drop the sample"
+            )
+        row = next((row for row in rows if len(row) + len(sample) <= length), None)
         if row is None:
-            rows.append(row := [])
+            row = []
+            rows.append(row)
         row += sample
     return [row + [pad] * (length - len(row)) for row in rows]
 
@@ -265,23 +288,23 @@ print(f"the others' states moved by {(before - after)[others].abs().max():.0e}")
 #
 # ($t_{\le n}$ within its own sample.) $N$ is counted over the **global batch**: averaging each micro-batch by its own $N$ would let a token of a short answer weigh more when it happens
 # to lie among other short ones. So the trainer weighs the mean of each micro-batch by its `num_loss_tokens`. The hidden states of unsaid tokens are dropped *before* the head: no logits, 129,280 numbers each in V3,
-# are made for tokens without a loss. Gate biases are left as they are (the loads of a few topics say nothing about balance), and so are the MTP modules; their drafts stay correct, if accepted less often.
+# are computed for tokens without a loss. Gate biases are left as they are (the loads of a few topics say nothing about balance), and so are the MTP modules; their drafts stay correct, if accepted less often.
 
 
 # %%
 #| export sft
-def num_loss_tokens(tokens_bs, special_tokens: SpecialTokens) -> int:
-    """N: how many predicted tokens of rows of T + 1 the model is meant to say."""
+def num_loss_tokens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> int:
+    """Count N, the predicted tokens of rows of T + 1 that carry the loss."""
     return int(assistant_mask(tokens_bs, special_tokens)[:, 1:].sum())
 
 
-def sft_loss(model: Transformer, tokens_bs, special_tokens: SpecialTokens) -> LossOutput:
-    """Cross-entropy of what the model says in packed rows of T + 1 tokens: Σ / N."""
-    x_bs, y_n = tokens_bs[:, :-1], tokens_bs[:, 1:].flatten()
+def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialTokens) -> LossOutput:
+    """Compute the cross-entropy of the answers in packed rows of T + 1 tokens: Σ / N."""
+    x_bs = tokens_bs[:, :-1]
+    y_n = tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
-    h_1nd, routes = model.hidden_states(
-        x_bs.reshape(1, -1), cu_seqlens=sample_cu_seqlens(x_bs, special_tokens)
-    )
+    cu_seqlens = sample_cu_seqlens(x_bs, special_tokens)
+    h_1nd, routes = model.hidden_states(x_bs.reshape(1, -1), cu_seqlens=cu_seqlens)
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
     return LossOutput(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
 
@@ -338,20 +361,23 @@ print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f}
 # %%
 #| export sft
 def rejection_sample(
-    completions: Sequence, reward_b: Sequence[float], num_generations: int
-) -> list:
-    """Of each group of answers in succession the shortest with full reward; None if none has it."""
+    completions: Sequence[str], reward_b: Sequence[float], num_generations: int
+) -> list[str | None]:
+    """Keep the shortest completion with full reward of each group; None where none has it.
+
+    A group is `num_generations` consecutive completions; full reward is 1 or more.
+    """
     if len(completions) % num_generations:
-        raise UserError(f"{len(completions)} answers are no groups of {num_generations}")
-    out = []
-    for i in range(0, len(completions), num_generations):
-        right = [
-            a
-            for a, r in zip(completions[i : i + num_generations], reward_b[i : i + num_generations])
-            if r >= 1
-        ]
-        out.append(min(right, key=len, default=None))
-    return out
+        raise UserError(
+            f"{len(completions)} completions cannot be cut into groups of {num_generations}: "
+            "num_generations must divide their number"
+        )
+    accepted = []
+    for start in range(0, len(completions), num_generations):
+        group = range(start, start + num_generations)
+        correct = [completions[i] for i in group if reward_b[i] >= 1]
+        accepted.append(min(correct, key=len, default=None))
+    return accepted
 
 
 # %%
@@ -359,13 +385,13 @@ tries = ["two", "one and one is two", "three", "3", "four", "five"]
 print(rejection_sample(tries, [1, 1, 0, 0, 0, 0], 3))
 assert rejection_sample(tries, [1, 1, 0, 0, 0, 0], 3) == ["two", None]
 chance = torch.rand(4000) < 0.4
-kept = [x is not None for x in rejection_sample(["x"] * 4000, chance.float().tolist(), 4)]
-assert abs(sum(kept) / 1000 - (1 - 0.6**4)) < 0.04
+accepted = [x is not None for x in rejection_sample(["x"] * 4000, chance.float().tolist(), 4)]
+assert abs(sum(accepted) / 1000 - (1 - 0.6**4)) < 0.04
 
 # %% [markdown]
 # ## Experiment: an expert teaches
 # `make align` does to the 5M model of [chapter 07](07_pretrain.ipynb) what the report did to V3, with sums of three numbers in the place of
-# olympiad problems. **Both forms**: 3,797 sums worked out step by step behind the system prompt "Think first, then answer." (one in twenty of them without it, so that thinking unasked is possible at all),
+# olympiad problems. **Both forms**: 3,797 sums worked out step by step after the system prompt "Think first, then answer." (one in twenty of them without it, so that thinking without being told to is possible at all),
 # and 600 sums with the bare answer, among counting, spelling and open conversations. After that the model *can* work a sum out, and without the system prompt mostly does not. **Expert**:
 # GRPO without the system prompt ([chapter 16](16_grpo.ipynb)). **Distilled**: the pre-trained model again, taught only the expert's shortest right answer of
 # four to each problem. **Short answers**: the pre-trained model, taught bare answers to all of these problems.
@@ -414,13 +440,11 @@ def fill(length: int = 4096, batch: int = 16, spread: float = 1.1):
     rng = random.Random(1)
     sizes = [min(length, int(rng.lognormvariate(5.0, spread)) + 20) for _ in range(512)]
     cut = [sizes[i : i + batch] for i in range(0, 512, batch)]
+    by_length = [sorted(sizes)[i : i + batch] for i in range(0, 512, batch)]
     rows = pack_samples([[0] * n for n in sizes], length, 1)
     shares = {
         "padded": sum(sizes) / sum(max(c) * len(c) for c in cut),
-        "padded, sorted first": sum(sizes)
-        / sum(
-            max(c) * len(c) for i in range(0, 512, batch) for c in [sorted(sizes)[i : i + batch]]
-        ),
+        "padded, sorted first": sum(sizes) / sum(max(c) * len(c) for c in by_length),
         "packed": sum(sizes) / (len(rows) * length),
     }
     fig, ax = figure(1, 1, 7, 2)
@@ -457,7 +481,7 @@ def check_weight(fn):
 
 
 def lazy(tokens_bs):
-    """`assistant_mask`, but the user's mark ends nothing."""
+    """Compute `assistant_mask` without looking at the user token."""
     out, on = [], False
     for token in tokens_bs[0].tolist():
         out.append(on)
@@ -509,7 +533,7 @@ check_weight(my_weight)
 # ```
 # </details>
 #
-# **3 · Break.** `lazy` above does not look at the user's mark: if every answer ends, begin and end suffice. Return a row (a list of tokens) in which it and `assistant_mask` differ.
+# **3 · Break.** `lazy` above does not look at the user token: if every answer ends, begin and end suffice. Return a row (a list of tokens) in which it and `assistant_mask` differ.
 
 
 # %%

@@ -49,10 +49,12 @@ FOUND = load_result("rewards")
 #| export
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
@@ -70,29 +72,29 @@ from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens, assistant_mask
 # %%
 #| export
 def extract_boxed(text: str) -> str | None:
-    """The content of the only \\boxed{…} of a text; None if there is none, several, or no end."""
-    found = [m.end() for m in re.finditer(r"\\boxed\{", text)]
-    if len(found) != 1:
+    """Return the content of the only \\boxed{…} of a text; None for no box, several or no end."""
+    starts = [match.end() for match in re.finditer(r"\\boxed\{", text)]
+    if len(starts) != 1:
         return None
     depth = 1
-    for i, c in enumerate(text[found[0] :], start=found[0]):
-        depth += {"{": 1, "}": -1}.get(c, 0)
-        if not depth:
-            return text[found[0] : i].strip()
+    for i, char in enumerate(text[starts[0] :], start=starts[0]):
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth == 0:
+            return text[starts[0] : i].strip()
     return None
 
 
 def has_think_format(text: str) -> bool:
-    """Whether a text is `<think>…</think>` once, and behind it an answer with one box."""
+    """Return whether a text is one `<think>…</think>`, then an answer with one box."""
     parts = re.fullmatch(r"<think>(.*?)</think>(.*)", text.strip(), re.DOTALL)
-    marks = len(re.findall(r"</?think>", text))
-    return parts is not None and marks == 2 and extract_boxed(parts[2]) is not None
+    num_tags = len(re.findall(r"</?think>", text))
+    return parts is not None and num_tags == 2 and extract_boxed(parts[2]) is not None
 
 
 def extract_code(text: str) -> str | None:
-    """The only fenced block of code of a text; None if there is none, or several."""
-    found = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
-    return found[0] if len(found) == 1 else None
+    """Return the only fenced block of code of a text; None if there is none, or several."""
+    blocks = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
+    return blocks[0] if len(blocks) == 1 else None
 
 
 # %%
@@ -116,15 +118,15 @@ import time
 
 from dsv3_ref.verifiers import math_verifier
 
-for given, truth in ((r"\frac{1}{2}", "0.5"), ("x+1", "1+x"), ("(1, 2)", "(1,2)"), ("3", "4")):
-    print(f"{given:>12} = {truth:<6}", math_verifier.answers_equal(given, truth))
+for answer, truth in ((r"\frac{1}{2}", "0.5"), ("x+1", "1+x"), ("(1, 2)", "(1,2)"), ("3", "4")):
+    print(f"{answer:>12} = {truth:<6}", math_verifier.answers_equal(answer, truth))
 math_verifier.shared_verifier().seconds, start = 1.0, time.perf_counter()
 assert not math_verifier.answers_equal("9^{9^{9^{9}}}", "7")
 print(f"{'9^9^9^9':>12} = 7      refused after {time.perf_counter() - start:.1f} s")
 
 # %% [markdown]
 # **Code** is judged by running it. That code was written by a model which is *rewarded for passing*, so it will do whatever passes, and it
-# runs on our machine. `dsv3_ref.verifiers.sandbox` starts it in [bubblewrap](https://github.com/containers/bubblewrap) as a user that is nobody, without network, with limits on
+# runs on our machine. `dsv3_ref.verifiers.sandbox` starts it in [bubblewrap](https://github.com/containers/bubblewrap) as an unprivileged user, without network, with limits on
 # time, memory, processes, files and output. Expected results stay outside, where the comparison is made.
 
 # %%
@@ -150,7 +152,7 @@ else:
 # %% [markdown]
 # ## A model: where is its score?
 # A reward model is a language model with one more output. It needs no new matrix: the output head has a row for every token, also for
-# the padding token that nobody ever says. Its logit behind the end of an answer, a linear map of the last hidden state like any reward head, is the reward:
+# the padding token, which no text contains. Its logit after the end of an answer, a linear map of the last hidden state like any reward head, is the reward:
 #
 # $$r = h_{\mathrm{end}} \cdot W^{\mathrm{out}}_{\mathrm{pad}}\qquad (n,d) \to (m)$$
 #
@@ -159,9 +161,12 @@ else:
 
 # %%
 #| export
-def reward_scores(h_nd, head_wd, cu_seqlens, special_tokens: SpecialTokens):
-    """Reward of each of m samples end to end, read behind its last token: (m,), fp32."""
-    return (h_nd[cu_seqlens[1:].long() - 1] @ head_wd[special_tokens.pad]).float()
+def reward_scores(
+    h_nd: Tensor, head_wd: Tensor, cu_seqlens: Tensor, special_tokens: SpecialTokens
+) -> Tensor:
+    """Return the reward of each of m packed samples, read at its last token: (m,), fp32."""
+    last_m = cu_seqlens[1:].long() - 1
+    return (h_nd[last_m] @ head_wd[special_tokens.pad]).float()
 
 
 # %% [markdown]
@@ -176,8 +181,11 @@ def reward_scores(h_nd, head_wd, cu_seqlens, special_tokens: SpecialTokens):
 
 # %%
 #| export
-def bradley_terry(reward_m):
-    """(−log σ(r_chosen − r_rejected), whether it agrees) of pairs in succession, each (m/2,)."""
+def bradley_terry(reward_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute −log σ(r_chosen − r_rejected) and whether r_chosen > r_rejected, each (m/2,).
+
+    Rewards alternate: chosen, rejected, chosen, …
+    """
     chosen, rejected = reward_m.view(-1, 2).unbind(1)
     return -F.logsigmoid(chosen - rejected), chosen > rejected
 
@@ -203,7 +211,7 @@ print(
 # `…<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`judge`<｜Assistant｜>`judgment`<｜end▁of▁sentence｜>` $\to r$
 #
 # If a ground truth exists it stands in the judge's turn (a judge that is told and scores at once is read at the end of that turn). Training has
-# two losses: Bradley–Terry behind the end, and the likelihood of the *judgments* $j$ (never of the answers: half of them are bad), with a weight $\lambda = 0.1$.
+# two losses: Bradley–Terry after the end, and the likelihood of the *judgments* $j$ (never of the answers: half of them are bad), with a weight $\lambda = 0.1$.
 #
 # $$L = -\log\sigma(r_a - r_b) - \tfrac{\lambda}{2} \big(\log p(j_a) + \log p(j_b)\big)$$
 #
@@ -216,43 +224,43 @@ JUDGE_PROMPT = "Is this right? Work it out."
 
 
 def judge_prompt(reference: str = "") -> str:
-    """The turn that asks for a judgment, with the right answer if there is one."""
+    """Return the turn that asks for a judgment, with the right answer if one is given."""
     return f"{JUDGE_PROMPT} It should be {reference}." if reference else JUDGE_PROMPT
 
 
-def judgment_mask(tokens_1n, special_tokens: SpecialTokens):
-    """True for what a judge says: the last answer of each sample that holds several, (1, n)."""
-    cu_seqlens = sample_cu_seqlens(tokens_1n, special_tokens)
-    length_m = cu_seqlens.diff().long()
+def judgment_mask(tokens_1n: Tensor, special_tokens: SpecialTokens) -> Tensor:
+    """Mark judgments: the last answer of each sample that holds several answers, (1, n)."""
+    cu_seqlens = sample_cu_seqlens(tokens_1n, special_tokens).long()
+    length_m = cu_seqlens.diff()
     count_n = (tokens_1n[0] == special_tokens.assistant).long().cumsum(0)
-    before_m = F.pad(count_n, (1, 0))[cu_seqlens[:-1].long()]
-    answer_n = count_n - before_m.repeat_interleave(length_m)
-    last_m = count_n[cu_seqlens[1:].long() - 1] - before_m
+    before_m = F.pad(count_n, (1, 0))[cu_seqlens[:-1]]  # answers of earlier samples
+    answer_n = count_n - before_m.repeat_interleave(length_m)  # 1 in a sample's first answer, …
+    last_m = count_n[cu_seqlens[1:] - 1] - before_m
     last_n = last_m.repeat_interleave(length_m)
     return assistant_mask(tokens_1n, special_tokens) & (answer_n == last_n) & (last_n >= 2)
 
 
 class PreferenceOutput(NamedTuple):
-    """What a row of pairs says about a reward model."""
+    """The loss of a packed row of pairs, and the rewards of its samples."""
 
     losses: LossOutput
-    reward_m: torch.Tensor
+    reward_m: Tensor
 
 
 def preference_loss(
-    model: Transformer, tokens_1n, special_tokens: SpecialTokens, judgment_weight: float
+    model: Transformer, tokens_1n: Tensor, special_tokens: SpecialTokens, judgment_weight: float
 ) -> PreferenceOutput:
-    """Mean over pairs in succession: −log σ(r_chosen − r_rejected) − λ/2 log p(judgments)."""
+    """Average −log σ(r_chosen − r_rejected) − λ/2 log p(judgments) over consecutive pairs."""
     cu_seqlens = sample_cu_seqlens(tokens_1n, special_tokens)
     h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
     reward_m = reward_scores(h_1nd[0], model.head.weight, cu_seqlens, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
-    says_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]
-    if judgment_weight and says_n.any():
-        h_nd, y_n = h_1nd[0, :-1][says_n], tokens_1n[0, 1:][says_n]
-        loss = loss + judgment_weight * linear_cross_entropy(h_nd, model.head.weight, y_n) / len(
-            reward_m
-        )
+    mask_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]
+    if judgment_weight and mask_n.any():
+        h_nd = h_1nd[0, :-1][mask_n]
+        y_n = tokens_1n[0, 1:][mask_n]
+        nll = linear_cross_entropy(h_nd, model.head.weight, y_n)
+        loss = loss + judgment_weight * nll / len(reward_m)
     return PreferenceOutput(LossOutput(loss, [], loss.new_zeros(()), routes), reward_m)
 
 
@@ -279,7 +287,7 @@ assert abs(both.reward_m[1] - alone).item() < 1e-4
 both.losses.main.backward()
 assert (
     model.head.weight.grad[SPECIAL_TOKENS.pad].norm() > 0
-)  # the row that nobody speaks learns to score
+)  # the row of the padding token learns to score
 
 # %% [markdown]
 # ## Calibration
@@ -289,20 +297,20 @@ assert (
 
 # %%
 #| export
-def calibration(claim_n, right_n, bins: int = 5):
-    """Of pairs by the claimed P(a ≻ b): mean claim, share right and number in each bin, (bins, 3).
+def calibration(claim_n: Tensor, right_n: Tensor, bins: int = 5) -> Tensor:
+    """Tabulate pairs by claimed P(a ≻ b): mean claim, share right, number of each bin, (bins, 3).
 
-    Each pair counts from the side that the model prefers, so claims lie between ½ and 1.
+    Each pair counts from the side that the model prefers, so claims lie between ½ and 1. The means
+    of an empty bin are NaN.
     """
-    sure_n = torch.maximum(claim_n, 1 - claim_n)
+    confidence_n = torch.maximum(claim_n, 1 - claim_n)
     hit_n = torch.where(claim_n >= 0.5, right_n.float(), 1 - right_n.float())
-    bin_n = ((sure_n - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    bin_n = ((confidence_n - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     rows = []
     for i in range(bins):
-        here = bin_n == i
-        n = int(here.sum())
-        mean = lambda x_n, here=here, n=n: x_n[here].mean().item() if n else math.nan
-        rows.append([mean(sure_n), mean(hit_n), n])
+        in_bin_n = bin_n == i
+        means = confidence_n[in_bin_n].mean().item(), hit_n[in_bin_n].mean().item()
+        rows.append([*means, int(in_bin_n.sum())])
     return torch.tensor(rows)
 
 
@@ -336,37 +344,43 @@ CONSTITUTION = (
 
 
 def vote_prompt(question: str, answer: str) -> str:
-    """The turn in which a model is asked for its vote."""
+    """Return the turn in which a model is asked for its vote."""
     return f"{CONSTITUTION}\nQuestion: {question}\nAnswer: {answer}\nIs it good, yes or no?"
 
 
-def majority_accuracy(p: float, k: int) -> float:
-    """Chance that a majority of k independent votes, each right with p, is right; ties count ½."""
-    chance = [math.comb(k, j) * p**j * (1 - p) ** (k - j) for j in range(k + 1)]
-    return sum(x * (1.0 if 2 * j > k else 0.5 * (2 * j == k)) for j, x in enumerate(chance))
+def majority_accuracy(accuracy: float, k: int) -> float:
+    """Compute how often the majority of k independent votes is right; a tie counts ½."""
+    total = 0.0
+    for j in range(k + 1):  # right votes
+        chance = math.comb(k, j) * accuracy**j * (1 - accuracy) ** (k - j)
+        if 2 * j > k:
+            total += chance
+        elif 2 * j == k:
+            total += chance / 2
+    return total
 
 
-def vote_reward(yes_nk, k: int):
-    """Share of yes among the first k votes of each answer, (n,): the self-reward."""
+def vote_reward(yes_nk: Tensor, k: int) -> Tensor:
+    """Return the share of yes among the first k votes on each answer, (n,): the self-reward."""
     return yes_nk[:, :k].float().mean(1)
 
 
-def majority_agreement(yes_nk, good_n, k: int) -> float:
-    """How often the majority of k votes says what is true; a tie is half right."""
+def majority_agreement(yes_nk: Tensor, good_n: Tensor, k: int) -> float:
+    """Return how often the majority of k votes agrees with the truth; a tie counts ½."""
     share_n = vote_reward(yes_nk, k)
     right_n = torch.where(share_n == 0.5, 0.5, ((share_n > 0.5) == good_n).float())
     return right_n.mean().item()
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
-    """pass@k from n answers of which some are right: 1 − C(n − right, k) / C(n, k), unbiased."""
+    """Estimate pass@k without bias from n samples of which c are correct: 1 − C(n−c, k)/C(n, k)."""
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def majority(answers: list[str | None]) -> str | None:
-    """maj@k: the most frequent of k final answers, the first of several; None counts as none."""
-    given = [a for a in answers if a is not None]
-    return max(given, key=lambda a: (given.count(a), -given.index(a)), default=None)
+def majority(answers: Sequence[str | None]) -> str | None:
+    """Return the most frequent of k final answers (maj@k), the first of several; ignore None."""
+    votes = [answer for answer in answers if answer is not None]
+    return max(votes, key=lambda x: (votes.count(x), -votes.index(x)), default=None)
 
 
 # %%
@@ -421,7 +435,7 @@ assert thinking["best of"]["16"]["right"] > direct["best of"]["16"]["right"] + 0
 # sure; how often they are right does not rise but falls (36 to 20 %; 200 sums, ± 3 points). This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out is hard to sway, but not
 # immune: four in five of its favorites sound sure where half would be chance, and from 8 to 16 answers it gains nothing. Told the right answer, it is right more often with every doubling.
 #
-# **A thought alone is no protection.** In an earlier trial (LOG.md) the flourish stood on *nine* of ten right answers, and the thinking judge wrote, of a sum that gives 12 and an answer of 16, "12 16 **right**": it worked the sum out
+# **A thought alone does not protect.** In an earlier trial (LOG.md) the flourish stood on *nine* of ten right answers, and the thinking judge wrote, of a sum that gives 12 and an answer of 16, "12 16 **right**": it worked the sum out
 # and followed the flourish all the same. There the flourish alone earned 90 % agreement, here 70 %. Chains of thought help if the score has to depend on them.
 
 # %%
@@ -513,8 +527,8 @@ def check_cheat(fn):
     """It holds the truth in a box, and another number in another."""
     for truth in ("7", "-3"):
         text = fn(truth)
-        found = set(re.findall(r"\\boxed\{(.*?)\}", text))
-        assert truth in found and len(found) > 1 and extract_boxed(text) is None
+        boxes = set(re.findall(r"\\boxed\{(.*?)\}", text))
+        assert truth in boxes and len(boxes) > 1 and extract_boxed(text) is None
 
 
 def my_chance(a: float, b: float) -> tuple[float, float]:
@@ -574,13 +588,13 @@ check_cheat(my_cheat)
 # </details>
 #
 # ## Scale-up
-# A judge of V3's size that thinks for 500 tokens over each of 512 answers writes a quarter of a million tokens a step: an eighth of what the policy itself writes in [chapter 16](16_grpo.ipynb). Rules cost nothing, and cannot be argued with.
+# A judge of V3's size that thinks for 500 tokens over each of 512 answers writes a quarter of a million tokens per step: an eighth of what the policy itself writes in [chapter 16](16_grpo.ipynb). Rules cost nothing, and cannot be argued with.
 
 # %%
 from dsv3_ref.config import V3, count_params
 
 answers_, thought = 512, 500
 print(
-    f"{answers_ * thought:,} tokens of judgments a step, {2 * count_params(V3).activated * answers_ * thought:.1e} FLOPs"
+    f"{answers_ * thought:,} tokens of judgments per step, {2 * count_params(V3).activated * answers_ * thought:.1e} FLOPs"
 )
 print(f"the reward itself: one product with a row of {V3.dim:,} numbers an answer")
