@@ -13,7 +13,7 @@ _HOME = {
     "Transformer": "model",
     "generate": "decode",
     "load": "checkpoints.native",
-    "save_hf": "checkpoints.native",
+    "save_hf": "checkpoints.huggingface",
 }
 __all__ = list(_HOME)
 

@@ -394,7 +394,7 @@ with torch.no_grad():
 # %% [markdown]
 # ## Two sets of names
 # Our parameters carry the names of DeepSeek's own inference code. The files on Hugging Face use
-# other names for the same tensors; `dsv3_ref/checkpoints/native.py` translates, in both directions. All
+# other names for the same tensors; `dsv3_ref/checkpoints/huggingface.py` translates, in both directions. All
 # under `model.layers.N.` on their side and `layers.N.` on ours, but for the last two rows:
 #
 # | here | Hugging Face | shape in V3 |

@@ -8,12 +8,13 @@ from support import HF, YARN, decode, hf_model, randomize
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from dsv3_ref.checkpoints.native import load, save_hf
+from dsv3_ref.checkpoints.huggingface import save_hf
+from dsv3_ref.checkpoints.native import load
 from dsv3_ref.mla import MLA
 from dsv3_ref.model import Transformer
 from dsv3_ref.mtp import mtp_hidden_states
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*holds no MTP layer")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no MTP layer")
 CASES = {
     "query latent, 2 of 4 groups": {},
     "no query latent, random bias": {"q_lora_rank": None, "bias_mean": 0.5},

@@ -6,7 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -16,8 +18,8 @@ TMP, OLD = "dsv3-tmp", "dsv3-old"
 
 
 @contextmanager
-def atomic_dir(directory) -> Iterator[Path]:
-    """`with atomic_dir(d) as tmp`: what is written to tmp becomes d, or d stays as it was."""
+def atomic_dir(directory: str | PathLike[str]) -> Iterator[Path]:
+    """Give a temporary directory that becomes `directory` at the end, or leaves it as it was."""
     final = Path(directory).resolve()
     try:
         tmp = make_staging_dir(final)
@@ -31,7 +33,7 @@ def atomic_dir(directory) -> Iterator[Path]:
 
 
 def make_staging_dir(final: Path) -> Path:
-    """An empty temporary directory beside `final`; drops what a killed run left there."""
+    """Return an empty temporary directory beside `final`, without what a killed run left there."""
     recover_dir(final)
     tmp = temp_sibling(final, TMP)
     if tmp.exists():
@@ -41,7 +43,7 @@ def make_staging_dir(final: Path) -> Path:
 
 
 def publish_dir(tmp: Path, final: Path) -> None:
-    """Make `tmp` the directory `final`, on disk before in name; what `final` was is dropped."""
+    """Write `tmp` to disk, then rename it to `final`; the directory that was there is removed."""
     readable = tmp.stat().st_mode & 0o666  # safetensors writes for its owner only
     for path in [*tmp.rglob("*"), tmp]:
         if path.is_file():
@@ -58,7 +60,7 @@ def publish_dir(tmp: Path, final: Path) -> None:
 
 
 def recover_dir(final: Path) -> None:
-    """Drop a directory set aside, or put it back when nothing took its place."""
+    """Remove a directory set aside, or put it back if nothing took its place."""
     old = temp_sibling(final, OLD)
     if old.is_dir() and final.exists():
         shutil.rmtree(old)
@@ -66,16 +68,16 @@ def recover_dir(final: Path) -> None:
         os.rename(old, final)
 
 
-def remove_dir(directory) -> None:
-    """Drop a directory: killed half way, nothing is left under its name."""
+def remove_dir(directory: str | PathLike[str]) -> None:
+    """Remove a directory; if the process is killed half way, nothing is left under its name."""
     tmp = temp_sibling(Path(directory), TMP)
     shutil.rmtree(tmp, ignore_errors=True)
     os.rename(directory, tmp)
     shutil.rmtree(tmp)
 
 
-def clean_temp(parent) -> None:
-    """Clean up after killed runs: temporary directories go, one set aside gets its name back."""
+def clean_temp(parent: str | PathLike[str]) -> None:
+    """Clean up after killed processes: remove temporary directories, restore those set aside."""
     for old in Path(parent).glob(f".*.{OLD}"):
         recover_dir(old.with_name(old.name[1 : -len(OLD) - 1]))
     for tmp in Path(parent).glob(f".*.{TMP}"):
@@ -83,7 +85,7 @@ def clean_temp(parent) -> None:
 
 
 def temp_sibling(directory: Path, suffix: str) -> Path:
-    """`runs/x` → `runs/.x.dsv3-tmp`: on the same disk, so that renaming is atomic."""
+    """Return `runs/.x.dsv3-tmp` for `runs/x`: on the same disk, so that renaming is atomic."""
     return directory.with_name(f".{directory.name}.{suffix}")
 
 
@@ -97,7 +99,10 @@ def fsync_path(path: Path) -> None:
 
 
 def try_lock(handle: int) -> bool:
-    """False if another process holds the folder; a file system without locks is trusted."""
+    """Lock an open folder; return False if another process has.
+
+    A file system without locks is taken as unlocked.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -107,19 +112,19 @@ def try_lock(handle: int) -> bool:
     return True
 
 
-def write_json(path: Path, value) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file beside `path`, then rename it: a reader never sees half a file."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1))
     part.replace(path)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file, or a `UserError`."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint or run, or raise a `UserError`."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+        raise UserError(f"{path.parent} is not a checkpoint: {path.name} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not JSON: {e}") from None
     if not isinstance(values, dict):

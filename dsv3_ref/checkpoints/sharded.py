@@ -16,11 +16,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, temp_sibling
-from dsv3_ref.checkpoints.native import CONFIG
+from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS, is_expert
 from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
-from dsv3_ref.parallel.build import is_expert
-from dsv3_ref.training.resume import STATE, TENSORS
 
 
 def global_tensors(prefix: str, name: str, x: torch.Tensor, first: int) -> dict[str, torch.Tensor]:

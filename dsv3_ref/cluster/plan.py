@@ -20,7 +20,8 @@ from dsv3_ref.inference_scale import (
 )
 from dsv3_ref.inference_scale import weight_bytes as weights_on
 from dsv3_ref.model import Transformer
-from dsv3_ref.parallel.build import is_expert, owning_ranks
+from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.parallel.build import owning_ranks
 from dsv3_ref.scale import (
     ACHIEVED_RATES,
     NO_OVERHEADS,

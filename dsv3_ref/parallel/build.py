@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dsv3_ref.checkpoints.layout import is_expert
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.scale import partition_layers
@@ -32,11 +33,6 @@ def owning_ranks(name: str, c: Config, held: list[tuple[int, ...]]) -> tuple[int
     """The pp ranks that hold a parameter; held: the stages of every pp rank."""
     needs = set(stages_with_param(name, c, 1 + max(s for of_rank in held for s in of_rank)))
     return tuple(p for p, of_rank in enumerate(held) if needs & set(of_rank))
-
-
-def is_expert(name: str) -> bool:
-    """Whether a parameter is divided among an expert group."""
-    return ".experts." in name
 
 
 # ── First weights ──

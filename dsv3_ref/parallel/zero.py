@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dsv3_ref.optim import AdamW, TrainingRecipe
-from dsv3_ref.parallel.build import is_expert, owning_ranks
+from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.parallel.build import owning_ranks
 from dsv3_ref.parallel.watchdog import track_operation
 
 

@@ -9,7 +9,7 @@ how much.
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3_ref.checkpoints.native import save_hf
+from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.config import UserError
 
 MISSING = "--rollout-backend vllm needs a machine with vLLM (pip install vllm) and a GPU for it"

@@ -55,7 +55,7 @@ def hf_model(c: Config):
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
         raise UserError("dsv3 bench needs transformers: pip install 'dsv3-ref[dev]'") from None
-    from dsv3_ref.checkpoints.native import config_to_hf
+    from dsv3_ref.checkpoints.huggingface import config_to_hf
 
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**config_to_hf(c, torch.float32)))
     assert sum(p.numel() for p in model.parameters()) == sum(

@@ -9,9 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dsv3_ref.checkpoints import atomic, native
+from dsv3_ref.checkpoints.layout import STATE, TENSORS
 from dsv3_ref.config import UserError
-
-STATE, TENSORS = "state.json", "training.safetensors"
 
 
 def last_good(run: Path) -> str:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support import randomize
 
-from dsv3_ref.checkpoints import atomic, native
-from dsv3_ref.checkpoints.native import config_from_hf, config_to_hf, hf_names, load, save, save_hf
+from dsv3_ref.checkpoints import atomic, safetensors_files
+from dsv3_ref.checkpoints.huggingface import config_from_hf, config_to_hf, hf_names, save_hf
+from dsv3_ref.checkpoints.native import load, save
 from dsv3_ref.config import V2_LITE, V3, UserError
 from dsv3_ref.model import Transformer, moe_layers
 
@@ -367,7 +368,7 @@ def test_a_promise_of_mtp_that_is_not_kept(model, theirs):
     with pytest.raises(UserError, match="model.layers.4"):
         load(theirs)
     edit_config(theirs, num_nextn_predict_layers=0)
-    with pytest.raises(UserError, match="does not know: model.layers.3"):
+    with pytest.raises(UserError, match="does not call for: model.layers.3"):
         load(theirs)
 
 
@@ -396,7 +397,7 @@ WO = "model.layers.1.self_attn.o_proj.weight"
 EXPERT = "model.layers.1.mlp.experts.3.gate_proj.weight"
 BROKEN = {
     "missing": (shutil.rmtree, "there is no directory .*theirs"),
-    "no config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "no json": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
     "a list": (lambda d: (d / "config.json").write_text("[]"), "not a list"),
     "no index": (lambda d: next(d.glob("*.index.json")).unlink(), "neither model.safetensors nor"),
@@ -417,7 +418,7 @@ BROKEN = {
     ),
     "stray tensor": (
         change_tensor(lambda t: t.update({WO.replace("weight", "bias"): torch.ones(24)})),
-        "does not know: model.layers.1.self_attn.o_proj.bias",
+        "does not call for: model.layers.1.self_attn.o_proj.bias",
     ),
     "vocabulary": (lambda d: edit_config(d, vocab_size=60), "61 rows, but vocab_size .* is 60"),
 }
@@ -474,8 +475,8 @@ FULL = OSError(28, "No space left on device")
 @pytest.mark.parametrize(
     ("module", "name", "at"),
     [
-        (native, "save_file", 0),
-        (native, "save_file", 2),
+        (safetensors_files, "save_file", 0),
+        (safetensors_files, "save_file", 2),
         (os, "fsync", 0),
         (os, "fsync", 3),
         (os, "rename", 0),
@@ -505,16 +506,16 @@ def test_a_real_limit_on_file_size(model, ours):
 
 KILLED = """
 import os, signal, sys
-from dsv3_ref.checkpoints import native as checkpoint
-model = checkpoint.load(sys.argv[1])
-module, name, at = (checkpoint, "save_file", 2) if sys.argv[2] == "write" else (os, "rename", 1)
+from dsv3_ref.checkpoints import native, safetensors_files
+model = native.load(sys.argv[1])
+module, name, at = (safetensors_files, "save_file", 2) if sys.argv[2] == "write" else (os, "rename", 1)
 real, calls = getattr(module, name), iter(range(99))
 def call(*args, **kwargs):
     if next(calls) == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 setattr(module, name, call)
-checkpoint.save(model, sys.argv[1], shard_bytes=20_000)
+native.save(model, sys.argv[1], shard_bytes=20_000)
 """
 
 

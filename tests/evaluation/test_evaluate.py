@@ -151,7 +151,7 @@ def test_the_same_numbers_as_lm_evals_own_class(lm, home, tmp_path):
     from tokenizers.processors import TemplateProcessing
     from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
-    from dsv3_ref.checkpoints.native import save_hf
+    from dsv3_ref.checkpoints.huggingface import save_hf
     from dsv3_ref.data.tokenizer import BOS, EOS
 
     save_hf(lm.policy.model, tmp_path / "hf")

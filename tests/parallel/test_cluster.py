@@ -14,7 +14,8 @@ import pytest
 import torch
 from miniruns import metrics, options, timeless
 
-from dsv3_ref.checkpoints.native import list_checkpoints, load, save_hf
+from dsv3_ref.checkpoints.huggingface import save_hf
+from dsv3_ref.checkpoints.native import list_checkpoints, load
 
 DEEP = miniruns.MINI | {"n_layers": 4}
 PLAN = "--steps 30 --save-every 10 --start-batch-size 3".split()

@@ -10,7 +10,8 @@ from miniruns import metrics
 from safetensors.torch import load_file
 from test_rl import home, rl  # noqa: F401  a fixture
 
-from dsv3_ref.checkpoints.native import hf_names, load
+from dsv3_ref.checkpoints.huggingface import hf_names
+from dsv3_ref.checkpoints.native import load
 from dsv3_ref.config import UserError
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer

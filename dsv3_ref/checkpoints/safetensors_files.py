@@ -1,0 +1,111 @@
+"""Weights as safetensors, in one file or in several behind an index; FP8 weights with scales."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsv3_ref.checkpoints.atomic import read_json
+from dsv3_ref.checkpoints.layout import CONFIG, INDEX, WEIGHTS
+from dsv3_ref.config import UserError
+from dsv3_ref.fp8 import weight_dequant
+
+SHARD_BYTES = 5_000_000_000  # of a file before another one starts
+SCALE_SUFFIX = "_scale_inv"  # an FP8 weight's scales have its name and this suffix
+FP8 = torch.float8_e4m3fn
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+# ── Reading ──
+
+
+class TensorFiles:
+    """The tensors of a directory, by stored name; each is read when it is asked for."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        names = [WEIGHTS]
+        if not (directory / WEIGHTS).is_file():
+            if not (directory / INDEX).is_file():
+                raise UserError(
+                    f"{directory} has neither {WEIGHTS} nor {INDEX}; only these are read"
+                )
+            names = sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
+        self.files: dict[str, Any] = {}
+        for file in [open_file(directory / name) for name in names]:
+            self.files |= dict.fromkeys(file.keys(), file)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a stored tensor."""
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a stored tensor, or raise a `UserError` if it is not supported."""
+        code = self.files[name].get_slice(name).get_dtype()
+        if code not in DTYPES:
+            raise UserError(f"{name} is stored as {code}; supported: {', '.join(DTYPES)}")
+        return DTYPES[code]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a stored tensor; an FP8 weight is multiplied by its block scales, in fp32."""
+        try:
+            tensor = self.files[name].get_tensor(name)
+            if tensor.dtype != FP8:
+                return tensor
+            scales = name + SCALE_SUFFIX
+            return weight_dequant(tensor, self.files[scales].get_tensor(scales))
+        except (ValueError, SafetensorError) as e:
+            raise UserError(f"{self.directory}: {name}: {e}") from None
+
+
+def open_file(path: Path) -> Any:
+    """Map a safetensors file, without reading it yet."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} is named in {INDEX} but is not there: copy it too") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged or cut off ({e}): copy it again") from None
+
+
+# ── Writing ──
+
+
+def write_safetensors(
+    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shard_bytes: int
+) -> None:
+    """Write config.json and safetensors, with an index if one file would exceed `shard_bytes`."""
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    groups = group_by_size({name: t.nbytes for name, t in tensors.items()}, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(groups, start=1):
+        file = WEIGHTS if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
+        group = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(group, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        total = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def group_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Cut names, in order, into groups of at most `limit` bytes; a larger tensor is alone."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
