@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import pkgutil
 import random
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,17 @@ def no_report(folder: Path) -> Path:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run, whose keys docs/metrics.md must describe."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    unknown = {key for row in rows for key in row} - documented_metrics()
+    assert not unknown, f"docs/metrics.md does not describe {unknown}"
+    return rows
+
+
+@cache
+def documented_metrics() -> set[str]:
+    page = Path(__file__).resolve().parent.parent / "docs/metrics.md"
+    return set(re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE))
 
 
 def results(run: Path) -> tuple:

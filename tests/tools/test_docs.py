@@ -40,6 +40,23 @@ def test_every_axis_is_in_the_notation_table():
     assert sum(map(len, used.values())) > 50
 
 
+def test_every_documented_metric_is_written_by_some_command():
+    """The other direction is checked by `miniruns.metrics`, on the runs of all tests."""
+    parts = ("training", "posttraining", "parallel")
+    sources = [
+        p
+        for p in lint.files()
+        if p.relative_to(lint.ROOT).parts[:2] in {("dsv3_ref", x) for x in parts}
+    ]
+    text = "\n".join(map(lint.text, sources))
+    unused = [
+        key
+        for key in columns("docs/metrics.md")
+        if f'"{key}"' not in text and f"{key}=" not in text
+    ]
+    assert unused == []
+
+
 def test_what_runs_elsewhere_runs_what_the_readme_says():
     workflow = yaml.safe_load((lint.ROOT / ".github/workflows/test.yml").read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
