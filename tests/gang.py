@@ -1,15 +1,16 @@
-"""Processes that stay: each runs functions as a rank of a fresh gloo group, world after world."""
+"""A pool of processes that run functions as the ranks of a fresh gloo group, call after call."""
 
 import os
 import traceback
-from multiprocessing import get_context
 from tempfile import TemporaryDirectory
+
+from miniruns import FORK
 
 WORLD = 8
 
 
 def member(pipe) -> None:
-    """A process's life: (function, arguments, rank, world, address) in, its result out."""
+    """Answer every (function, arguments, rank, world, address) with the function's result."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
@@ -30,17 +31,14 @@ class Gang:
     """Up to WORLD processes, started when first needed."""
 
     def __init__(self):
-        self.spawn, self.folder, self.n, self.members = (
-            get_context("spawn"),
-            TemporaryDirectory(),
-            0,
-            [],
-        )
+        self.folder = TemporaryDirectory()
+        self.n = 0
+        self.members = []
 
     def grow(self, world: int) -> None:
         while len(self.members) < world:
-            ours, theirs = self.spawn.Pipe()
-            process = self.spawn.Process(target=member, args=(theirs,), daemon=True)
+            ours, theirs = FORK.Pipe()
+            process = FORK.Process(target=member, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.members.append((process, ours))

@@ -8,7 +8,10 @@ import pkgutil
 import random
 import re
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -127,7 +130,8 @@ def child(home: Path, argv: list[str], threads=1, deadly="", at=1, number=signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # children share cores: they must not spin
 FORK = multiprocessing.get_context("forkserver")  # imports once, then forks a fresh process
-PRELOAD = ["pytest", "datasets", "dsv3_ref.training.loop", "dsv3_ref.training.report"]
+PRELOAD = ["pytest", "hypothesis", "datasets", "torch.distributed", "dsv3_ref.training.loop"]
+PRELOAD += ["dsv3_ref.training.report", "dsv3_ref.parallel.mesh_parallel"]
 FORK.set_forkserver_preload(PRELOAD)
 
 
@@ -136,6 +140,62 @@ def start(*args):
     process = FORK.Process(target=child, args=args)
     process.start()
     return process
+
+
+class Command:
+    """`dsv3 ARGV` in a process of its own, with the part of Popen that tests need."""
+
+    def __init__(self, home: Path, argv: list[str], env: dict[str, str]):
+        self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115
+        self.process = FORK.Process(target=run_command, args=(home, argv, env, self.log.name))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """(what it printed, None), once it has ended."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("dsv3", timeout)
+        return self.log.read(), None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def run_command(home: Path, argv: list[str], env: dict[str, str], log: str) -> None:
+    import torch
+
+    from dsv3_ref.cli import main
+
+    os.environ.update(env)
+    own_caches(home, pytest.MonkeyPatch())
+    torch.set_num_threads(1)
+    out = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(out, number)
+        setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
+    sys.argv = ["dsv3", *argv]
+    main.main()
+
+
+def launch(home: Path, world: int, argv: list[str]) -> list[Command]:
+    """A command on every rank, as a launcher starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [Command(home, argv, env) for env in ranks]
 
 
 def apart(test, home: Path, *args) -> None:

@@ -108,8 +108,15 @@ def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
     return mesh.pp_rank, found, max(held), dict(c.traffic.bytes)
 
 
+@pytest.fixture(scope="module")
+def gang():
+    pool = Gang()
+    yield pool
+    pool.stop()
+
+
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
-def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path):
+def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path, gang):
     config = tmp_path / "small.json"
     config.write_text(json.dumps(asdict(SMALL)))
     e = estimate(
@@ -117,11 +124,7 @@ def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path):
             str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
         )
     )
-    gang = Gang()
-    try:
-        seen = gang.run(8, lived, (2, 1, 4), name, 16, 64, 2)
-    finally:
-        gang.stop()
+    seen = gang.run(8, lived, (2, 1, 4), name, 16, 64, 2)
     for p, rank in enumerate(e.ranks):
         for kind in ("parameters", "gradients", "moments"):  # padded to equal slices
             sizes = {found[kind] for at, found, *_ in seen if at == p}

@@ -1,18 +1,14 @@
 """`dsv3 train` on several ranks: losses of one process, signals, and resuming on another mesh."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import miniruns
 import pytest
 import torch
-from miniruns import metrics, options, timeless
+from miniruns import Command, launch, metrics, options, timeless
 
 from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.checkpoints.native import list_checkpoints, load
@@ -29,30 +25,9 @@ def home(tmp_path_factory):
         yield folder
 
 
-def started(home, out, world: int, *more) -> list[subprocess.Popen]:
+def started(home, out, world: int, *more) -> list[Command]:
     """A training run on ranks."""
-    return launched(home, world, options(home, out, *PLAN, *more))
-
-
-def launched(home, world: int, argv: list[str]) -> list[subprocess.Popen]:
-    """A process for every rank, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "WORLD_SIZE": str(world), "HF_DATASETS_CACHE": str(home / "hf"),
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "dsv3_ref", *argv],
-            env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-        for r in range(world)
-    ]
+    return launch(home, world, options(home, out, *PLAN, *more))
 
 
 def ended(processes, code: int = 0) -> list[str]:
@@ -159,4 +134,4 @@ def test_a_rank_that_hangs_is_named(home):
         processes[1].kill()
     assert processes[0].returncode == 70
     assert "hang: held up by rank 1 does not answer" in said
-    assert "trainer.py" in (run / "logs" / "hang-rank0.txt").read_text()  # with its stack
+    assert "mesh_parallel.py" in (run / "logs" / "hang-rank0.txt").read_text()  # with its stack

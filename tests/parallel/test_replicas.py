@@ -11,8 +11,8 @@ import miniruns
 import pytest
 import torch
 from gang import Gang
-from miniruns import metrics, options
-from test_cluster import ended, launched
+from miniruns import launch, metrics, options
+from test_cluster import ended
 
 from dsv3_ref.cli import main
 from dsv3_ref.parallel.data_parallel import Replicas
@@ -77,7 +77,7 @@ def rl(home, out, *more) -> list[str]:
 
 def test_a_reward_model_on_two_ranks_is_that_of_one(home, tmp_path):
     assert main.main(reward(home, tmp_path / "one")) == 0
-    said = ended(launched(home, 2, reward(home, tmp_path / "two")))
+    said = ended(launch(home, 2, reward(home, tmp_path / "two")))
     assert "2 ranks with a model each" in said[0] and "agrees with" in said[0]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 6
@@ -133,7 +133,7 @@ def test_an_update_of_rl_on_two_ranks_is_that_of_one(home, tmp_path, gang, kind)
 
 @pytest.fixture(scope="module")
 def whole(home):
-    ended(launched(home, 2, rl(home, home / "rl")))
+    ended(launch(home, 2, rl(home, home / "rl")))
     return home / "rl"
 
 
@@ -151,14 +151,14 @@ def test_rl_on_two_ranks(whole):
 
 
 def test_stopped_by_a_signal_to_one_rank_it_goes_on_as_if_undisturbed(home, whole, tmp_path):
-    running = launched(home, 2, rl(home, tmp_path / "rl"))
+    running = launch(home, 2, rl(home, tmp_path / "rl"))
     rows = tmp_path / "rl" / "metrics.jsonl"
     while not rows.is_file() or not rows.read_text().count("\n"):
         assert running[0].poll() is None
         time.sleep(0.02)
     os.kill(running[1].pid, signal.SIGUSR1)
     ended(running, 75)
-    ended(launched(home, 2, ["rl", "--resume", "--out", str(tmp_path / "rl")]))
+    ended(launch(home, 2, ["rl", "--resume", "--out", str(tmp_path / "rl")]))
     timeless = lambda run: [{k: v for k, v in r.items() if k not in CLOCK} for r in metrics(run)]
     assert timeless(tmp_path / "rl") == timeless(whole)
 
@@ -174,5 +174,5 @@ def test_stopped_by_a_signal_to_one_rank_it_goes_on_as_if_undisturbed(home, whol
     ],
 )
 def test_refusals(home, tmp_path, more, why):
-    said = ended(launched(home, 2, rl(home, tmp_path / "rl", *more)), 2)
+    said = ended(launch(home, 2, rl(home, tmp_path / "rl", *more)), 2)
     assert any(why in text for text in said)
