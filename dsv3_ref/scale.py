@@ -166,15 +166,15 @@ def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
 class AchievedRates(NamedTuple):
     """What a GPU reaches: operations/s, bytes/s, bytes; an H800, and an hour of it."""
 
-    gemm: float = 1358e12
-    attention: float = 0.6 * 989e12
-    attention_backward: float = 0.5 * 989e12
-    hbm: float = 0.85 * 3.35e12
-    nvlink: float = 153e9
-    ib: float = 50e9
+    gemm: float = 1358e12  # operations/s of FP8 matrix products
+    attention: float = 0.6 * 989e12  # operations/s of attention, forward
+    attention_backward: float = 0.5 * 989e12  # operations/s of attention, backward
+    hbm: float = 0.85 * 3.35e12  # bytes/s of the GPU's memory
+    nvlink: float = 153e9  # bytes/s between GPUs of a node
+    ib: float = 50e9  # bytes/s between nodes
     compute_sms: float = 112 / 132  # left beside communication
-    memory: float = 80e9
-    dollars_per_hour: float = 2.0
+    memory: float = 80e9  # bytes of a GPU
+    dollars_per_hour: float = 2.0  # price of a GPU hour
 
 
 class GPUSpec(NamedTuple):
@@ -306,12 +306,12 @@ def head_operators(config: Config, n: float) -> dict[str, Operator]:
 class Overheads(NamedTuple):
     """What lies between a kernel's table and a month of training; sources: chapter 17."""
 
-    gemm_shapes: bool = True
-    load_imbalance: float = 1.1
-    pair_order: bool = True
-    pp_stream_bytes: int = 4
-    launch_gap: float = 2e-6
-    straggler_factor: float = 1.03
+    gemm_shapes: bool = True  # matrix products reach what their shape allows
+    load_imbalance: float = 1.1  # tokens of the busiest rank over the mean
+    pair_order: bool = True  # a pair of chunks runs in the order of its dependencies
+    pp_stream_bytes: int = 4  # bytes per number that pipeline stages exchange
+    launch_gap: float = 2e-6  # seconds between two kernels
+    straggler_factor: float = 1.03  # time of the slowest rank over the mean
     failure_rate: float = 419 / (54 * 24 * 16384)  # a GPU and hour
     hours_lost: float = 0.5  # hours a failure
 

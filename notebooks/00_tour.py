@@ -87,35 +87,35 @@ from dsv3_ref.viz import COLORS, GRAY, ORANGE, attempt, figure, play, show
 class Config:
     """Shape of a DeepSeek-V3; the defaults are the 671B model, names are DeepSeek's (§2, §4.2)."""
 
-    vocab_size: int = 129_280
-    dim: int = 7168  # d
+    vocab_size: int = 129_280  # w, rows of the embedding and of the head
+    dim: int = 7168  # d, width of the residual stream
     inter_dim: int = 18_432  # f of a dense layer
     moe_inter_dim: int = 2048  # f of one expert
-    n_layers: int = 61
-    n_dense_layers: int = 3  # the first ones
-    n_heads: int = 128  # h
+    n_layers: int = 61  # Transformer blocks of the main model
+    n_dense_layers: int = 3  # the first ones, without experts
+    n_heads: int = 128  # h, attention heads
     q_lora_rank: int = 1536  # q, 0: queries straight from x
-    kv_lora_rank: int = 512  # c
-    qk_nope_head_dim: int = 128  # i
-    qk_rope_head_dim: int = 64  # r
-    v_head_dim: int = 128  # v
-    n_routed_experts: int = 256  # e
-    n_shared_experts: int = 1
-    n_activated_experts: int = 8  # k
-    n_expert_groups: int = 8  # g
+    kv_lora_rank: int = 512  # c, the latent of keys and values
+    qk_nope_head_dim: int = 128  # i, head dim without position
+    qk_rope_head_dim: int = 64  # r, head dim with RoPE
+    v_head_dim: int = 128  # v, head dim of values
+    n_routed_experts: int = 256  # e, experts of a layer
+    n_shared_experts: int = 1  # experts that every token uses
+    n_activated_experts: int = 8  # k, routed experts per token
+    n_expert_groups: int = 8  # g, groups of routed experts
     n_limited_groups: int = 4  # groups a token may use, M in §2.1.2
     score_func: str = "sigmoid"  # or "softmax" (V2-Lite)
-    route_scale: float = 2.5
+    route_scale: float = 2.5  # factor on the weights of the chosen experts
     n_mtp_layers: int = 1  # D of §2.2
-    max_seq_len: int = 163_840
+    max_seq_len: int = 163_840  # positions that RoPE covers
     original_seq_len: int = 4096  # length before YaRN
-    rope_theta: float = 10_000.0
+    rope_theta: float = 10_000.0  # base of the rotation frequencies
     rope_factor: float = 40.0  # YaRN's s, 1: plain RoPE
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.006
+    beta_fast: float = 32.0  # YaRN keeps frequencies with more rotations than this
+    beta_slow: float = 1.0  # YaRN interpolates frequencies with fewer rotations than this
+    mscale: float = 1.0  # YaRN's factor in the correction of the softmax scale
+    norm_eps: float = 1e-6  # ε of RMSNorm
+    init_std: float = 0.006  # standard deviation of the initial weights
     embed_std: float = 0.006  # of the embedding, not a field of the report
 
     def __post_init__(self):

@@ -491,27 +491,27 @@ import torch
 class TrainingRecipe:
     """How V3 was trained (§4.2); `_start`, `_end` and `_frac` are fractions of the tokens."""
 
-    steps: int = 242_783  # 14.8T tokens (computed)
-    seq_len: int = 4096  # T
-    lr: float = 2.2e-4
-    min_lr: float = 2.2e-5
-    final_lr: float = 7.3e-6
-    warmup_steps: int = 2000
-    decay_start: float = 10 / 14.8
-    decay_end: float = 14.3 / 14.8
-    final_start: float = 14.633 / 14.8
-    start_batch_size: int = 3072  # sequences
-    global_batch_size: int = 15_360
-    batch_rampup_frac: float = 0.469 / 14.8
-    bias_update_rate: float = 1e-3  # bias update speed, 0 after `decay_end`
-    mtp_weight: float = 0.3  # λ until `decay_start`, then:
-    mtp_weight_end: float = 0.1
-    balance_loss_coeff: float = 1e-4
+    steps: int = 242_783  # optimizer steps; the default is 14.8T tokens (computed)
+    seq_len: int = 4096  # T, tokens per sequence
+    lr: float = 2.2e-4  # peak learning rate
+    min_lr: float = 2.2e-5  # learning rate at the end of the cosine
+    final_lr: float = 7.3e-6  # learning rate from `final_start` on
+    warmup_steps: int = 2000  # steps of linear warm-up
+    decay_start: float = 10 / 14.8  # where the cosine begins
+    decay_end: float = 14.3 / 14.8  # where the cosine ends
+    final_start: float = 14.633 / 14.8  # where `final_lr` begins
+    start_batch_size: int = 3072  # sequences of the first step
+    global_batch_size: int = 15_360  # sequences per step after the ramp
+    batch_rampup_frac: float = 0.469 / 14.8  # where the ramp of the batch ends
+    bias_update_rate: float = 1e-3  # γ, 0 after `decay_end`
+    mtp_weight: float = 0.3  # λ until `decay_start`
+    mtp_weight_end: float = 0.1  # λ after `decay_start`
+    balance_loss_coeff: float = 1e-4  # α of the balance loss
     balance_loss_scope: Literal["sequence", "batch"] = "sequence"  # what α's loss evens out
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.1  # of AdamW, for matrices only
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
+    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
 
 
 # %% [markdown]

@@ -54,13 +54,19 @@ class PlanConfig:
     config: str = "v3"
     """size: tiny, small, v2_lite, v3, or a .json file"""
     pp: int = 16
+    """ranks of a pipeline"""
     ep: int = 64
+    """ranks that share the experts of a layer"""
     dp: int = 2
+    """copies of the mesh of pp × ep ranks"""
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipe"
+    """order of the pipeline's steps"""
     seq_len: int = 4096
+    """tokens of a training sequence"""
     global_batch_size: int = 15_360
     """sequences in a step, over all ranks; a micro-batch is one sequence"""
     precision: Literal["fp8", "bf16"] = "fp8"
+    """precision of the linear layers"""
     zero: bool = True
     """ZeRO-1: each rank keeps the moments of its slice only"""
     ep_ranks_per_node: int = 8

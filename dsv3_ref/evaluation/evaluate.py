@@ -32,10 +32,13 @@ class EvalConfig:
     model: tyro.conf.Positional[Path]
     """a run, one of its checkpoints, or a Hugging Face directory"""
     tasks: tuple[str, ...] = ("sums",)
+    """names of tasks, or .jsonl files of problems"""
     samples: int = 6
     """answers to each problem: k of pass@k and maj@k"""
     temperature: float = 0.7
+    """temperature of the sampling; 0: the likeliest token"""
     max_new_tokens: int = 48
+    """tokens of an answer at most"""
     system: str = ""
     """system prompt before each question"""
     limit: int = 0
@@ -43,7 +46,9 @@ class EvalConfig:
     apply_chat_template: bool = False
     """put the texts of lm-eval's tasks into DeepSeek-V3's conversation form"""
     seed: int = 0
+    """seed of the problems and of the sampling"""
     device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one"""
     out: Path | None = None
     """also write the results here, as JSON"""
 

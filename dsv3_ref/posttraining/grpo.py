@@ -56,6 +56,7 @@ class GRPOConfig(TrainConfig):
     max_new_tokens: int = 48
     """an answer that is longer counts 0"""
     temperature: float = 1.0
+    """temperature of the sampling"""
     require_think_format: bool = False
     """an answer must also be <think>…</think> and behind it one box, or it counts 0"""
     system: str = ""
@@ -65,7 +66,9 @@ class GRPOConfig(TrainConfig):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """whose standard deviation advantages are divided by"""
     epsilon: float = 0.2
+    """the ratio of probabilities is clipped below at 1 − this"""
     epsilon_high: float = 0.2
+    """the ratio of probabilities is clipped above at 1 + this"""
     beta: float = 0.001
     """weight of the KL to the model that the run began with; 0: that model is not kept"""
     steps_per_generation: int = 1

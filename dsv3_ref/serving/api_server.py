@@ -82,6 +82,7 @@ class ServeConfig:
     seed: int | None = None
     """of requests that name none; by default each is drawn anew"""
     device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one"""
 
 
 def validate_serve_config(args: ServeConfig) -> None:

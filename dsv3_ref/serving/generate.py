@@ -33,6 +33,7 @@ class GenerationOptions:
     model: tyro.conf.Positional[Path]
     """a run, one of its checkpoints, or a Hugging Face directory"""
     max_new_tokens: int = 200
+    """tokens to write at most"""
     temperature: float = 0.8
     """0: always the likeliest token"""
     top_p: float = 0.95
@@ -44,7 +45,9 @@ class GenerationOptions:
     compile: bool = False
     """fuse each layer's step: twice as fast after some 20 seconds of compiling (needs g++)"""
     seed: int = 0
+    """seed of the sampling"""
     device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one"""
 
 
 @dataclass(frozen=True)

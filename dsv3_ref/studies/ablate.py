@@ -48,6 +48,7 @@ class AblateConfig:
     seeds: int = 3
     """runs of each variant, seeds 0, 1, …; a seed gives all variants the same data"""
     steps: int = 300
+    """optimizer steps of each run"""
     out: Path = Path("runs")
     """folder of ablate_NAME.json; a run that the file holds already is not repeated"""
     config: str = ""

@@ -39,6 +39,7 @@ class AlignConfig:
     init: Path = Path("runs/tiny")
     """a run of dsv3 train; it is trained first if it is not there"""
     out: Path = Path("runs/align")
+    """folder of the runs and of their results"""
     seeds: int = 1
     """how many times, with other random numbers"""
     negative_controls: bool = False

@@ -44,6 +44,7 @@ class BenchConfig:
     threads: int = 0
     """0: what PyTorch chooses"""
     out: Path = Path("runs/bench.json")
+    """JSON file of the results"""
 
 
 # ── The two models ──

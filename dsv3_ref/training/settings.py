@@ -38,6 +38,7 @@ class TrainConfig:
     """start from the weights, shape and tokenizer of a run, a checkpoint, or a Hugging Face
     directory"""
     seed: int = 0
+    """seed of the initial weights and of the order of the data"""
     out: Path | None = None
     """folder of the run; default runs/<config>. If it holds a run, -2, -3 … is added"""
     resume: bool = False
@@ -53,6 +54,7 @@ class TrainConfig:
     fim_rate: float = 0.1
     """share of documents rearranged for fill-in-the-middle"""
     device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """auto: fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients. fp8: all three
     products of every linear layer in FP8 (§3.3): Triton kernels on CUDA, on CPU the same numbers
