@@ -163,3 +163,27 @@ def test_a_broken_file_and_an_unknown_size_say_so(tmp_path):
 def test_ceil_div_counts_the_blocks_that_cover():
     assert [ceil_div(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert ceil_div(129_280, 128) == 1010
+
+
+# ── The report's tables, as data ──
+
+V3_TABLE = {  # §4.2 and the released config.json
+    "vocab_size": 129_280, "dim": 7168, "inter_dim": 18_432, "moe_inter_dim": 2048, "n_layers": 61,
+    "n_dense_layers": 3, "n_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
+    "n_shared_experts": 1, "n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4,
+    "score_func": "sigmoid", "route_scale": 2.5, "n_mtp_layers": 1, "max_seq_len": 163_840,
+    "original_seq_len": 4096, "rope_theta": 10_000.0, "rope_factor": 40.0, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale": 1.0, "norm_eps": 1e-6, "init_std": 0.006, "embed_std": 0.006,
+}  # fmt: skip
+V2_LITE_TABLE = V3_TABLE | {  # the 16B model's released config.json
+    "vocab_size": 102_400, "dim": 2048, "inter_dim": 10_944, "moe_inter_dim": 1408, "n_layers": 27,
+    "n_dense_layers": 1, "n_heads": 16, "q_lora_rank": 0, "n_routed_experts": 64,
+    "n_shared_experts": 2, "n_activated_experts": 6, "n_expert_groups": 1, "n_limited_groups": 1,
+    "score_func": "softmax", "route_scale": 1.0, "mscale": 0.707, "n_mtp_layers": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "table"), [(V3, V3_TABLE), (V2_LITE, V2_LITE_TABLE)])
+def test_every_field_is_that_of_the_released_config(config, table):
+    assert asdict(config) == table

@@ -3,7 +3,7 @@
 import random
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 
 import pytest
@@ -436,3 +436,63 @@ def test_a_step_that_recomputes_is_the_same_step(micro, q_lora_rank):
         after.append([stats.total, *(p.detach() for p in model.state_dict().values())])
     assert after[0][0] == after[1][0]
     assert all(torch.equal(a, b) for a, b in zip(after[0][1:], after[1][1:]))
+
+
+# ── The report's recipe, as data (§4.2) ──
+
+RECIPE_TABLE = {
+    "steps": 242_783, "seq_len": 4096, "lr": 2.2e-4, "min_lr": 2.2e-5, "final_lr": 7.3e-6,
+    "warmup_steps": 2000, "start_batch_size": 3072, "global_batch_size": 15_360,
+    "bias_update_rate": 0.001, "mtp_weight": 0.3, "mtp_weight_end": 0.1,
+    "balance_loss_coeff": 0.0001, "balance_loss_scope": "sequence", "weight_decay": 0.1,
+    "beta1": 0.9, "beta2": 0.95, "max_grad_norm": 1.0,
+}  # fmt: skip
+TRILLIONS = {  # of tokens: where the cosine begins and ends, the last rate, the ramp's end
+    "decay_start": 10.0, "decay_end": 14.3, "final_start": 14.633, "batch_rampup_frac": 0.469,
+}  # fmt: skip
+OWN_RECIPES = {  # what differs from the report's in the sizes that are ours
+    "tiny": {
+        "steps": 500, "seq_len": 256, "start_batch_size": 2, "global_batch_size": 8,
+        "warmup_steps": 20, "lr": 0.004, "min_lr": 0.0004, "final_lr": 0.00013,
+        "bias_update_rate": 0.01,
+    },
+    "small": {
+        "steps": 20_000, "seq_len": 2048, "start_batch_size": 32, "global_batch_size": 128,
+        "warmup_steps": 400, "lr": 0.0006, "min_lr": 0.00006, "final_lr": 0.00002,
+    },
+    "v2_lite": {
+        "steps": 100_000, "start_batch_size": 512, "global_batch_size": 2304, "lr": 0.00042,
+        "min_lr": 0.000042, "final_lr": 0.000014, "mtp_weight": 0.0, "mtp_weight_end": 0.0,
+        "balance_loss_coeff": 0.001, "bias_update_rate": 0.0,
+    },
+    "v3": {},
+}  # fmt: skip
+
+
+def test_every_number_of_the_recipe_is_the_reports():
+    values = asdict(R)
+    fractions = {name: values.pop(name) for name in TRILLIONS}
+    assert values == RECIPE_TABLE
+    assert {k: TOKENS * x for k, x in fractions.items()} == pytest.approx(TRILLIONS, rel=1e-12)
+
+
+def test_the_recipes_of_the_sizes_change_only_these_numbers():
+    assert set(optim.RECIPES) == set(OWN_RECIPES)
+    for name, changes in OWN_RECIPES.items():
+        assert asdict(optim.RECIPES[name]) == asdict(R) | changes
+
+
+def test_fim_cuts_three_characters():
+    assert fim("abc", random.Random(0), 1.0) == ("a", "b", "c")
+
+
+def test_rates_of_chance_exclude_their_bound():
+    """random() may return 0: a rate of 0 never strikes; one equal to the number does not either."""
+
+    class Fixed(random.Random):
+        def random(self) -> float:
+            return 0.0
+
+    assert fim("a text", Fixed(), 0.0) is None
+    assert pretrain.split_newlines([7], {7: [1, 2]}, Fixed(), 0.0) == [7]
+    assert pretrain.split_newlines([7], {7: [1, 2]}, Fixed(), 1e-9) == [1, 2]
