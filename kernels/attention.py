@@ -1,22 +1,32 @@
-"""MLA's attention where every head has its keys and values: training, prefill; packed or not.
+"""MLA's attention with keys and values per head: training and prefill, sequences packed or not.
 
-One set of kernels for both forms, over rows laid end to end. Sequences have equal lengths, s
-queries of t keys, or lie end to end, with bounds `cu_seqlens`. A head's 192 dims are taken as 128 + 64: two
-products add up to the score, where one would be padded to 256.
+One set of kernels for both forms, over rows laid end to end. Sequences either have equal lengths, s
+queries of t keys, or the bounds `cu_seqlens`. A head's 192 dims are taken as 128 + 64: two products
+add up to the score, where a single one would be padded to 256.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, autotune_bucket, check_tensor
+from dsv3_ref.kernels.launch import (
+    BF16,
+    FLOATS,
+    FP32,
+    AOTCase,
+    autotune_bucket,
+    check_tensor,
+    tma_aligned,
+)  # fmt: skip
 from dsv3_ref.ops import impl
 
-MAX_HEAD_DIM = 256  # dims of a head
+MAX_HEAD_DIM = 256
 LN2 = tl.constexpr(math.log(2))
 
 # ── What the kernels share ──
@@ -24,17 +34,17 @@ LN2 = tl.constexpr(math.log(2))
 
 @triton.jit
 def load_tile(desc, head, row, col: tl.constexpr):
-    """Rows of one head, for products to read from shared memory."""
+    """Load rows of one head into shared memory, as an operand of `dot`."""
     box = desc.load([head, row, col])
     return box.reshape(box.shape[1], box.shape[2])
 
 
 @triton.jit
 def load_a_operand(desc, head, row, col: tl.constexpr):
-    """Rows of one head, for products to read from registers.
+    """Load rows of one head into registers, as the left operand of `dot`.
 
-    The compiler leaves a box of (1, rows, dims) in shared memory, where `dot` finds it, but
-    reads out one of (rows, 1, dims). In registers, a left operand of the whole loop leaves more
+    The compiler leaves a box of (1, rows, dims) in shared memory, where `dot` finds it, but loads
+    one of (rows, 1, dims) into registers. A left operand that the whole loop uses then leaves more
     of shared memory's bandwidth to the right ones.
     """
     box = desc.load([row, head, col])
@@ -43,13 +53,13 @@ def load_a_operand(desc, head, row, col: tl.constexpr):
 
 @triton.jit
 def dot(a, b, plus=None):
-    """a·b + plus, summed in fp32; numbers in fp32 are not cut to TF32."""
+    """Compute a·b + plus, summed in fp32; fp32 operands are not cut to TF32."""
     return tl.dot(a, b, plus, input_precision="ieee")
 
 
 @triton.jit
 def store_tile(ptr, x, head, row, left, col: tl.constexpr, WIDTH: tl.constexpr):
-    """Write the first `left` rows of a tile: ptr[row, head, col] = x."""
+    """Store the first `left` rows of a tile: ptr[row, head, col] = x."""
     h = tl.num_programs(1)
     down, right = tl.arange(0, x.shape[0])[:, None], col + tl.arange(0, x.shape[1])[None, :]
     ptr += (row.to(tl.int64) * h + head) * WIDTH
@@ -59,12 +69,13 @@ def store_tile(ptr, x, head, row, left, col: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def locate_sequence(cu_seqlens_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
-    """This program's number within its sequence, programs of that, ends of its queries and keys.
+    """Return this program's number within its sequence, the number of programs of that sequence,
+    the bounds of its queries and of its keys, and a gap.
 
-    `shared` rows of a sequence are shared out, BLOCK a program. Packed, there are more programs
-    than needed, so that nobody has to read cu_seqlens before the launch: for those the count is 0.
-    Last, a gap: a query's numbers (lse, δ) lie so many columns after its row, so that a sequence's
-    begin at a multiple of 16 bytes, where descriptors may fetch from.
+    BLOCK of a sequence's `shared` rows belong to one program. Packed, more programs are launched
+    than needed, so that the host never reads cu_seqlens; for the others the number of programs is 0.
+    The gap: a query's statistics (lse, δ) are stored that many columns after its row, so that those
+    of a sequence begin at a multiple of 16 bytes, where descriptors may fetch from.
     """
     i = tl.program_id(0)
     if cu_seqlens_ptr is None:
@@ -91,31 +102,31 @@ def locate_sequence(cu_seqlens_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_
 # ── Configs ──
 
 
-def set_block_shapes(args):
-    """Before a launch: what a descriptor fetches gets the config's number of rows."""
+def set_block_shapes(args: dict) -> None:
+    """Give the tensor descriptors of a launch the number of rows of its config."""
     for name, desc in args.items():
         if isinstance(desc, TensorDescriptor):
             rows = args["BLOCK_N" if name[0] in "kv" else "BLOCK_M"]
             desc.block_shape[0 if name.endswith("_held") else 1] = rows
 
 
-def attention_config(m: int, n: int, warps: int, stages: int, *archs: int):
-    """m queries by n keys, for GPUs of compute capability 9 and 10 or one of them; none: fp32."""
-    made = triton.Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, pre_hook=set_block_shapes)
-    made.archs = archs
-    return made
+def attention_config(m: int, n: int, warps: int, stages: int, *archs: int) -> triton.Config:
+    """Make a config of m queries by n keys for compute capability 9, 10 or both; without: fp32."""
+    config = triton.Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, pre_hook=set_block_shapes)
+    config.archs = archs
+    return config
 
 
-def prune_configs(configs, args, **_):
-    """The configs of this GPU, those of fp32 for fp32 and in the interpreter."""
-    arch = None
-    if args["v_desc"].base.dtype == BF16 and not triton.knobs.runtime.interpret:
-        arch = 9 if triton.runtime.driver.active.get_current_target().arch < 100 else 10
-    return [c for c in configs if (arch in c.archs if arch else not c.archs)]
+def prune_configs(configs: list[triton.Config], args: dict, **_) -> list[triton.Config]:
+    """Keep the configs of this GPU; those of fp32 for fp32 and in the interpreter."""
+    if args["v_desc"].base.dtype != BF16 or triton.knobs.runtime.interpret:
+        return [config for config in configs if not config.archs]
+    arch = 9 if triton.runtime.driver.active.get_current_target().arch < 100 else 10
+    return [config for config in configs if arch in config.archs]
 
 
-def autotune_attention(*configs):
-    """Autotuned by head dims and length."""
+def autotune_attention(*configs: triton.Config):
+    """Autotune a kernel by head dims and length."""
     prune = {"early_config_prune": prune_configs}
     return triton.autotune(list(configs), key=["X", "V", "bucket"], prune_configs_by=prune)
 
@@ -136,9 +147,9 @@ def _attention_kernel(
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Softmax as the keys come, in powers of 2: o = Σ pv / Σ p, p = 2^(scale·q·k − max).
+    """Compute an online softmax in powers of 2: o = Σ pv / Σ p, p = 2^(scale·q·k − max).
 
-    Saves log2 Σ 2^(scale·q·k) of every query in lse, `stride` apart by head.
+    Stores log2 Σ 2^(scale·q·k) of every query in lse, `stride` apart by head.
     """
     i, count, q_start, q_end, k_start, k_end, gap = locate_sequence(
         cu_seqlens_ptr, b, s, t, s, BLOCK_M, BLOCK_B
@@ -153,13 +164,13 @@ def _attention_kernel(
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    seen = row + k_end - q_end  # the newest key that the first query sees
-    for col in tl.range(k_start, tl.minimum(seen + BLOCK_M, k_end), BLOCK_N):
+    newest = row + k_end - q_end  # the newest key that the first query sees
+    for col in tl.range(k_start, tl.minimum(newest + BLOCK_M, k_end), BLOCK_N):
         score = dot(q0, load_tile(k0_desc, head, col, 0).T)
         if X1:
             score = dot(q1, load_tile(k1_desc, head, col, X0).T, score)
-        if col + BLOCK_N > seen + 1:
-            future = right[None, :] > down[:, None] + (seen - col)
+        if col + BLOCK_N > newest + 1:
+            future = right[None, :] > down[:, None] + (newest - col)
             score = tl.where(future, -float("inf"), score)
         m_new = tl.maximum(m_i, tl.max(score, 1) * scale)
         p = tl.exp2(score * scale - m_new[:, None])
@@ -190,7 +201,10 @@ def _attention_dq_kernel(
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale·Σ p(g·v − δ) k over keys, p = 2^(scale·q·k − lse); saves δ = g·o as lse is."""
+    """Compute dq = scale·Σ p(g·v − δ) k over keys, p = 2^(scale·q·k − lse).
+
+    Stores δ = g·o, laid out as lse.
+    """
     i, count, q_start, q_end, k_start, k_end, gap = locate_sequence(
         cu_seqlens_ptr, b, s, t, s, BLOCK_M, BLOCK_B
     )
@@ -200,23 +214,23 @@ def _attention_dq_kernel(
     down, right = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     g = load_tile(g_desc, head, row, 0)
     delta = tl.sum(load_tile(o_desc, head, row, 0).to(tl.float32) * g.to(tl.float32), 1)
-    at = head.to(tl.int64) * stride + gap + row + down
-    tl.store(delta_ptr + at, delta, mask=row + down < q_end)
-    lse = tl.load(lse_ptr + at, mask=row + down < q_end, other=0.0)
+    offset = head.to(tl.int64) * stride + gap + row + down
+    tl.store(delta_ptr + offset, delta, mask=row + down < q_end)
+    lse = tl.load(lse_ptr + offset, mask=row + down < q_end, other=0.0)
     q0 = load_a_operand(q0_held, head, row, 0)
     dq0 = tl.zeros([BLOCK_M, X0], tl.float32)
     if X1:
         q1 = load_a_operand(q1_held, head, row, X0)
         dq1 = tl.zeros([BLOCK_M, X1], tl.float32)
-    seen = row + k_end - q_end
-    for col in tl.range(k_start, tl.minimum(seen + BLOCK_M, k_end), BLOCK_N):
+    newest = row + k_end - q_end
+    for col in tl.range(k_start, tl.minimum(newest + BLOCK_M, k_end), BLOCK_N):
         k0 = load_tile(k0_desc, head, col, 0)
         score = dot(q0, k0.T)
         if X1:
             k1 = load_tile(k1_desc, head, col, X0)
             score = dot(q1, k1.T, score)
-        if col + BLOCK_N > seen + 1:
-            future = right[None, :] > down[:, None] + (seen - col)
+        if col + BLOCK_N > newest + 1:
+            future = right[None, :] > down[:, None] + (newest - col)
             score = tl.where(future, -float("inf"), score)
         p = tl.exp2(score * scale - lse[:, None])
         dp = dot(g, load_tile(v_desc, head, col, 0).T)
@@ -244,7 +258,10 @@ def _attention_dkdv_kernel(
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dv = Σ pg and dk = scale·Σ p(g·v − δ) q over queries; scores lie transposed, keys down."""
+    """Compute dv = Σ pg and dk = scale·Σ p(g·v − δ) q over queries.
+
+    Scores are transposed: keys down, queries across.
+    """
     i, count, q_start, q_end, k_start, k_end, gap = locate_sequence(
         cu_seqlens_ptr, b, s, t, t, BLOCK_N, BLOCK_B
     )
@@ -292,72 +309,72 @@ def _attention_dkdv_kernel(
 
 
 def split_head_dim(x: int) -> tuple[int, int]:
-    """A head's dims as powers of two, at least 16 as products want; the second may be 0."""
+    """Split x dims into two powers of two, at least 16 as products need; the second may be 0."""
     first = max(16, 1 << x.bit_length() - 1)
     return first, max(16, triton.next_power_of_2(x - first)) if x > first else 0
 
 
-def tma_aligned(x):
-    """x if its rows start at multiples of 16 bytes, as descriptors want, else such a copy."""
-    unit = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
-    if aligned and x.stride(-1) == 1:
-        return x
-    wide = x.new_empty(*x.shape[:-1], triton.cdiv(x.shape[-1], unit) * unit)
-    return wide[..., : x.shape[-1]].copy_(x)
-
-
-def tile_descriptors(x_nhx, *widths: int, held: bool = False) -> list:
-    """Descriptors of boxes of one head's rows, for `load_tile` or `load_a_operand`; None for a width of 0."""
-    x = x_nhx if held else x_nhx.transpose(0, 1)
-    return [tensor_descriptor(x, 1, 1, width) if width else None for width in widths]
-
-
-def tensor_descriptor(x, *block: int):
-    """`set_block_shapes` changes one length of the block before a launch."""
+def tensor_descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    """Describe blocks of x; `set_block_shapes` sets one length of the block before a launch."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
-def row_stats(x_nhx, b: int):
-    """Zeros for a number a row and head in fp32, with the gaps of `locate_sequence`: (h, n + 4b or so).
+def tile_descriptors(x_nhx: Tensor, *widths: int) -> list[TensorDescriptor | None]:
+    """Describe tiles of one head's rows for `load_tile`, one per width; None for a width of 0."""
+    x_hnx = x_nhx.transpose(0, 1)
+    return [tensor_descriptor(x_hnx, 1, 1, width) if width else None for width in widths]
 
-    Zeros, as gaps are read and then masked.
+
+def operand_descriptors(x_nhx: Tensor, *widths: int) -> list[TensorDescriptor | None]:
+    """Describe tiles of one head's rows for `load_a_operand`; None for a width of 0."""
+    return [tensor_descriptor(x_nhx, 1, 1, width) if width else None for width in widths]
+
+
+def row_stats(x_nhx: Tensor, b: int) -> Tensor:
+    """Allocate one fp32 number per row and head, with the gaps of `locate_sequence`: (h, ~n + 4b).
+
+    They are zeros, since gaps are read before they are masked.
     """
     n, h = x_nhx.shape[:2]
     return x_nhx.new_zeros(h, triton.cdiv(n, 4) * 4 + 4 * b, dtype=FP32)
 
 
-def head_dim_args(x: int, v: int) -> dict:
-    """Head dims as the kernels take them."""
-    names = "X", "X0", "X1", "V", "BLOCK_V"
-    return dict(zip(names, (x, *split_head_dim(x), v, max(16, triton.next_power_of_2(v)))))
+def head_dim_args(x: int, v: int) -> dict[str, int]:
+    """Return the head dims as the kernels take them."""
+    x0, x1 = split_head_dim(x)
+    return {"X": x, "X0": x0, "X1": x1, "V": v, "BLOCK_V": max(16, triton.next_power_of_2(v))}
 
 
-def sequence_args(q_nhx, k_nhx, cu_seqlens, b: int, scale: float) -> dict:
-    """Where the kernels find b sequences, and the scale in powers of 2."""
-    s, t = len(q_nhx) // b, len(k_nhx) // b
-    size = 0 if cu_seqlens is None else triton.next_power_of_2(b)
-    lengths = {
+def sequence_args(
+    q_nhx: Tensor, k_nhx: Tensor, cu_seqlens: Tensor | None, b: int, scale: float
+) -> dict:
+    """Return the arguments that locate b sequences, and the scale in powers of 2."""
+    return {
         "cu_seqlens_ptr": cu_seqlens,
-        "BLOCK_B": size,
+        "BLOCK_B": 0 if cu_seqlens is None else triton.next_power_of_2(b),
         "b": b,
-        "s": s,
-        "t": t,
-        "bucket": autotune_bucket(s),
+        "s": len(q_nhx) // b,
+        "t": len(k_nhx) // b,
+        "bucket": autotune_bucket(len(q_nhx) // b),
+        "scale": scale / LN2.value,
     }
-    return lengths | {"scale": scale / LN2.value}
 
 
-def attention_grid(x_nhx, block: str, cu_seqlens, b: int):
-    """Blocks of the sequences' rows by heads: packed ones need n / block + b at most."""
+def attention_grid(
+    x_nhx: Tensor, block: str, cu_seqlens: Tensor | None, b: int
+) -> Callable[[dict], tuple[int, int]]:
+    """Return a grid of blocks by heads; packed sequences need at most n / block + b blocks."""
     n, h = x_nhx.shape[:2]
     if cu_seqlens is None:
-        return lambda m: (b * triton.cdiv(n // b, m[block]), h)
-    return lambda m: (n // m[block] + b, h)
+        return lambda meta: (b * triton.cdiv(n // b, meta[block]), h)
+    return lambda meta: (n // meta[block] + b, h)
 
 
 class Attention(torch.autograd.Function):
-    """o = softmax(scale·q·kᵀ) v within each of b sequences; (n, h, x), (m, h, x), (m, h, v)."""
+    """Causal attention o = softmax(scale·q·kᵀ) v within each of b sequences.
+
+    Queries (n, h, x), keys (m, h, x), values (m, h, v).
+    """
 
     @staticmethod
     def forward(ctx, q_nhx, k_mhx, v_mhv, cu_seqlens, b, scale):
@@ -366,13 +383,13 @@ class Attention(torch.autograd.Function):
         ctx.b, ctx.scale = b, scale
         if not len(q_nhx):
             return o_nhv
-        where = sequence_args(q_nhx, k_mhx, cu_seqlens, b, scale)
-        size = head_dim_args(q_nhx.shape[2], v_mhv.shape[2])
+        dims = head_dim_args(q_nhx.shape[2], v_mhv.shape[2])
+        widths = dims["X0"], dims["X1"]
         q, k, v = map(tma_aligned, (q_nhx, k_mhx, v_mhv))
-        parts = size["X0"], size["X1"]
         _attention_kernel[attention_grid(q, "BLOCK_M", cu_seqlens, b)](
-            *tile_descriptors(q, *parts, held=True), *tile_descriptors(k, *parts), *tile_descriptors(v, size["BLOCK_V"]),
-            o_nhv, lse_hn, lse_hn.stride(0), **where, **size,
+            *operand_descriptors(q, *widths), *tile_descriptors(k, *widths),
+            *tile_descriptors(v, dims["BLOCK_V"]), o_nhv, lse_hn, lse_hn.stride(0),
+            **sequence_args(q_nhx, k_mhx, cu_seqlens, b, scale), **dims,
         )  # fmt: skip
         return o_nhv
 
@@ -384,25 +401,26 @@ class Attention(torch.autograd.Function):
         if not len(dq):
             return dq, dk, dv, None, None, None
         b, delta_hn = ctx.b, torch.zeros_like(lse_hn)
-        rest = sequence_args(dq, dk, cu_seqlens, b, ctx.scale) | head_dim_args(
-            dq.shape[2], dv.shape[2]
-        )
+        dims = head_dim_args(dq.shape[2], dv.shape[2])
+        rest = sequence_args(dq, dk, cu_seqlens, b, ctx.scale) | dims
+        widths, v_width = (dims["X0"], dims["X1"]), dims["BLOCK_V"]
         q, k, v, o, g = map(tma_aligned, (*leaves, o_nhv, g_nhv))
-        parts, width = (rest["X0"], rest["X1"]), rest["BLOCK_V"]
         _attention_dq_kernel[attention_grid(q, "BLOCK_M", cu_seqlens, b)](
-            *tile_descriptors(q, *parts, held=True), *tile_descriptors(k, *parts), *tile_descriptors(v, width), *tile_descriptors(g, width),
-            *tile_descriptors(o, width), dq, lse_hn, delta_hn, lse_hn.stride(0), **rest,
+            *operand_descriptors(q, *widths), *tile_descriptors(k, *widths),
+            *tile_descriptors(v, v_width), *tile_descriptors(g, v_width),
+            *tile_descriptors(o, v_width), dq, lse_hn, delta_hn, lse_hn.stride(0), **rest,
         )  # fmt: skip
         _attention_dkdv_kernel[attention_grid(k, "BLOCK_N", cu_seqlens, b)](
-            *tile_descriptors(q, *parts), *tile_descriptors(k, *parts), *tile_descriptors(v, width), *tile_descriptors(g, width),
+            *tile_descriptors(q, *widths), *tile_descriptors(k, *widths),
+            *tile_descriptors(v, v_width), *tile_descriptors(g, v_width),
             tensor_descriptor(lse_hn, 1, 1), tensor_descriptor(delta_hn, 1, 1), dk, dv, **rest,
         )  # fmt: skip
         return dq, dk, dv, None, None, None
 
 
-def check_attention_inputs(scale: float, **tensors) -> None:
-    """Refuse what the kernels cannot take; tensors: each with its shape, queries first."""
-    dtypes = FLOATS
+def check_attention_inputs(scale: float, **tensors: tuple[Tensor, tuple[int | None, ...]]) -> None:
+    """Raise a `ValueError` for what the kernels cannot take; tensors: (tensor, shape), queries first."""
+    dtypes: tuple[torch.dtype, ...] = FLOATS
     for name, (x, shape) in tensors.items():
         check_tensor(name, x, shape, dtypes, contiguous=False)
         if x.shape[-1] > MAX_HEAD_DIM:
@@ -415,8 +433,11 @@ def check_attention_inputs(scale: float, **tensors) -> None:
 
 
 @impl("attention", "triton")
-def attention(q_bshx, k_bthx, v_bthv, scale: float):
-    """Causal attention, o = softmax(scale·q·kᵀ) v; x = i + r, the queries are the last s of t."""
+def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
+    """Compute causal attention, o = softmax(scale·q·kᵀ) v, (b, s, h, v).
+
+    x = i + r; the queries are the last s of t positions.
+    """
     b, _, h, x = q_bshx.shape if q_bshx.ndim == 4 else (None,) * 4
     t = k_bthx.shape[1] if k_bthx.ndim == 4 else None
     check_attention_inputs(
@@ -424,14 +445,16 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
         v_bthv=(v_bthv, (b, t, h, None)),
     )  # fmt: skip
     s = q_bshx.shape[1]
-    if not 1 <= s <= t:
+    if not 1 <= s <= k_bthx.shape[1]:
         raise ValueError(f"q_bshx must have from 1 to {t} positions, as many as k_bthx, not {s}")
     o = Attention.apply(*(x.flatten(0, 1) for x in (q_bshx, k_bthx, v_bthv)), None, b, scale)
     return o.unflatten(0, (b, s))
 
 
 @impl("varlen_attention", "triton")
-def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
+def varlen_attention(
+    q_nhx: Tensor, k_nhx: Tensor, v_nhv: Tensor, cu_seqlens: Tensor, scale: float
+) -> Tensor:
     """Compute `attention` inside each of b sequences laid end to end; cu_seqlens: (b + 1,).
 
     It begins with 0 and ends with n. That is not checked: cu_seqlens stays on its device.
@@ -449,41 +472,34 @@ def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
 # ── For the ahead-of-time compiler: V3, 4,096 tokens in one sequence or packed ──
 
 
-def v3_operand(width: int):
+def v3_operand(width: int) -> Tensor:
+    """Return rows of V3's 128 heads without memory."""
     return torch.empty(4096, 128, width, dtype=BF16, device="meta")
 
 
 def aot_cases() -> list[AOTCase]:
-    """Each kernel for both forms."""
-    q, v, size = v3_operand(192), v3_operand(128), head_dim_args(192, 128)
-    keys, like_v = (
-        [*tile_descriptors(q, 128, 64), *tile_descriptors(v, 128)],
-        lambda: tile_descriptors(v, 128),
-    )
-    held_q, line = tile_descriptors(q, 128, 64, held=True), tensor_descriptor(row_stats(q, 1), 1, 1)
+    """Return each kernel in both forms."""
+    q, v, dims = v3_operand(192), v3_operand(128), head_dim_args(192, 128)
+    q_operand, q_tile = operand_descriptors(q, 128, 64), tile_descriptors(q, 128, 64)
+    k_tile, stats = tile_descriptors(q, 128, 64), tensor_descriptor(row_stats(q, 1), 1, 1)
+    v_tile, g_tile, o_tile = (tile_descriptors(v, 128) for _ in range(3))
+    forward_args = *q_operand, *k_tile, *v_tile, BF16, FP32, 4096
+    dq_args = *q_operand, *k_tile, *v_tile, *g_tile, *o_tile, BF16, FP32, FP32, 4096
+    dkdv_args = *q_tile, *k_tile, *v_tile, *g_tile, stats, stats, BF16, BF16
     kernels = {
-        "": (_attention_kernel, (*held_q, *keys, BF16, FP32, 4096)),
-        "_dq": (
-            _attention_dq_kernel,
-            (*held_q, *keys, *like_v(), *like_v(), BF16, FP32, FP32, 4096),
-        ),
-        "_dkdv": (
-            _attention_dkdv_kernel,
-            (*tile_descriptors(q, 128, 64), *keys, *like_v(), line, line, BF16, BF16),
-        ),
+        "attention": (_attention_kernel, forward_args),
+        "attention_dq": (_attention_dq_kernel, dq_args),
+        "attention_dkdv": (_attention_dkdv_kernel, dkdv_args),
     }
-    forms = {"": (None, 1, 4096, 4096), "_packed": (torch.int64, 64, 0, 0)}
-    return [
-        AOTCase(
-            f"attention{which}{form}",
-            kernel,
-            (*args, *lengths, 0.1, autotune_bucket(4096)),
-            size | {"BLOCK_B": 64 if form else 0},
-            "bf16",
-        )
-        for which, (kernel, args) in kernels.items()
-        for form, lengths in forms.items()
-    ]
+    equal = "", 0, (None, 1, 4096, 4096)
+    packed = "_packed", 64, (torch.int64, 64, 0, 0)
+    cases = []
+    for name, (kernel, args) in kernels.items():
+        for suffix, block_b, lengths in (equal, packed):
+            all_args = *args, *lengths, 0.1, autotune_bucket(4096)
+            meta = dims | {"BLOCK_B": block_b}
+            cases.append(AOTCase(name + suffix, kernel, all_args, meta, "bf16"))
+    return cases
 
 
 AOT_CASES = aot_cases()

@@ -1,35 +1,46 @@
 """Absorbed MLA for decoding: attention over a latent cache, split evenly over the GPU.
 
-Every head reads the same 576 numbers a key, 512 of which are the value too, so a program takes a
-block of (query, head) rows through a stretch of keys and each key comes from memory once. Work is
-counted in units of 64 keys and dealt to the programs in equal shares, whatever the lengths: a
-program may end one sequence and begin the next. Pieces of a sequence meet in a second kernel.
+Every head reads the same 576 numbers per key, 512 of which are the value too. So a program takes a
+block of (query, head) rows through a range of keys, and each key comes from memory once. Work is
+counted in units of 64 keys and dealt to the programs in equal splits, whatever the lengths: a
+program may end one sequence and begin the next. A second kernel combines the splits of a sequence.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor, num_sms
+from dsv3_ref.kernels.launch import (
+    BF16,
+    FLOATS,
+    FP32,
+    INT32,
+    AOTCase,
+    check_tensor,
+    kernel_config,
+    num_sms,
+)  # fmt: skip
 from dsv3_ref.ops import impl
 
-INTS = (torch.int32, torch.int64)
+LENGTH_DTYPES = (INT32, torch.int64)
 LOG2_E = 1.4426950408889634
 KEYS_PER_UNIT = tl.constexpr(64)  # keys that are dealt out together
-MIN_UNITS_PER_SPLIT = tl.constexpr(
-    2
-)  # units a program: below that, merging costs more than it spreads
+MIN_UNITS_PER_SPLIT = tl.constexpr(2)  # with less, combining costs more than splitting wins
 
 
-# ── Who does what ──
+# ── Splits of the work ──
 
 
 @triton.jit
 def split_work(length_ptr, b, max_splits, BLOCK_B: tl.constexpr):
-    """Units of each sequence, and how many equal splits there are: total = n_splits · each + more."""
-    at = tl.arange(0, BLOCK_B)
-    unit_b = tl.cdiv(tl.load(length_ptr + at, mask=at < b, other=0).to(tl.int32), KEYS_PER_UNIT)
+    """Return the units of each sequence, the number of splits, and their size.
+
+    total = n_splits · each + more; the first `more` splits have each + 1 units.
+    """
+    i = tl.arange(0, BLOCK_B)
+    unit_b = tl.cdiv(tl.load(length_ptr + i, mask=i < b, other=0).to(tl.int32), KEYS_PER_UNIT)
     total = tl.sum(unit_b, 0)
     n_splits = tl.maximum(tl.minimum(max_splits, tl.cdiv(total, MIN_UNITS_PER_SPLIT)), 1)
     return unit_b, n_splits, total // n_splits, total % n_splits
@@ -37,13 +48,13 @@ def split_work(length_ptr, b, max_splits, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def split_begin(split, each, more):
-    """First unit of a split; one more unit for each of the first `more` splits."""
+    """Return the first unit of a split."""
     return split * each + tl.minimum(split, more)
 
 
 @triton.jit
 def split_of_unit(unit, each, more):
-    """The split that a unit lies in."""
+    """Return the split that a unit lies in."""
     large = more * (each + 1)
     small = more + (unit - large) // tl.maximum(each, 1)
     return tl.where(unit < large, unit // (each + 1), small)
@@ -54,7 +65,7 @@ def split_of_unit(unit, each, more):
 
 @triton.jit
 def tile_mask(rows, col, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Mask of a tile: rows, and the real columns where a block is wider than they are."""
+    """Mask a tile by rows and, where the block is wider than SIZE, by columns."""
     mask = rows[:, None]
     if SIZE != BLOCK:
         mask = mask & (col < SIZE)[None, :]
@@ -63,26 +74,26 @@ def tile_mask(rows, col, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def zero_after(x):
-    """0, for x ≥ 0, which the compiler does not know: what this is added to is computed after x."""
+    """Return 0 for x ≥ 0, unknown to the compiler: what it is added to is computed after x."""
     return (x < 0).to(tl.int32)
 
 
 @triton.jit
 def load_queries(ptr, row, h, stride_s, stride_h, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of (query, head) rows of one sequence, of any strides but the last."""
+    """Load a block of (query, head) rows of one sequence; any strides but the last, which is 1."""
     col = tl.arange(0, BLOCK)
-    at = (row // h).to(tl.int64) * stride_s + (row % h).to(tl.int64) * stride_h
-    return tl.load(ptr + at[:, None] + col[None, :], tile_mask(row >= 0, col, SIZE, BLOCK), 0)
+    offset = (row // h).to(tl.int64) * stride_s + (row % h).to(tl.int64) * stride_h
+    return tl.load(ptr + offset[:, None] + col[None, :], tile_mask(row >= 0, col, SIZE, BLOCK), 0)
 
 
 @triton.jit
 def online_softmax_step(s, c, m_i, sums, acc, PRECISION: tl.constexpr):
-    """Online softmax over one tile: o ← o · 2^(m_i − m_i') + 2^(s − m_i') c."""
+    """Update an online softmax by one tile: o ← o · 2^(m_i − m_new) + 2^(s − m_new) c."""
     BLOCK_M: tl.constexpr = s.shape[0]
     m_new = tl.maximum(m_i, tl.max(s, 1))
     p = tl.exp2(s - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
-    # two sums, one for each warpgroup, which so need not exchange them before the end
+    # two sums, one per warpgroup, which then need not exchange them before the end
     half = tl.sum(tl.reshape(p, (BLOCK_M, 2, s.shape[1] // 2)), 2)
     sums = sums * alpha[:, None] + half
     acc = tl.dot(p.to(c.dtype), c, acc * alpha[:, None], input_precision=PRECISION)
@@ -91,20 +102,22 @@ def online_softmax_step(s, c, m_i, sums, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend_range(
-    q_c, q_r, c_ptr, r_ptr, table, scale, low, high, length, seen, page_c, page_r,
+    q_c, q_r, c_ptr, r_ptr, table, scale, low, high, length, visible, page_c, page_r,
     PAGE: tl.constexpr, KEY_C: tl.constexpr, KEY_R: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys low to high of one sequence: each row's top score, Σ 2^(s − m_i) and Σ 2^(s − m_i) c.
+    """Attend to keys low to high of one sequence.
 
-    Both branches serve the compiler too. Behind `start < most` it has the next tile's loads under
-    way before the products of this one, and not after them. And of two products in a chain it puts
-    all warps along the rows, of which 64 occupy half, so that each score is computed twice; with
+    Returns each row's top score m, Σ 2^(s − m) and Σ 2^(s − m) c.
+
+    Both branches also serve the compiler. After `start < most` it issues the next tile's loads
+    before the products of this one, not after them. And of two products in a chain it puts all
+    warps along the rows, of which 64 occupy half, so that each score is computed twice; with
     `start + BLOCK_T <= fewest` in between it sees no chain.
     """
     near, col_c, col_r = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
-    fewest, most = tl.min(seen, 0), tl.max(seen, 0)
+    fewest, most = tl.min(visible, 0), tl.max(visible, 0)
     m_i = tl.full((BLOCK_M,), -1e30, tl.float32)
     sums = tl.zeros((BLOCK_M, 2), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -112,43 +125,52 @@ def attend_range(
     for start in tl.range(low, high, BLOCK_T, num_stages=STAGES, disable_licm=True):
         real = near < length - start  # a slot never written may hold anything, even NaN
         if PAGE % BLOCK_T == 0:  # the tile lies in one page, looked up a tile ahead
-            at_c = page.to(tl.int64) * page_c + (start % PAGE if PAGE else start) * KEY_C
-            at_r = page.to(tl.int64) * page_r + (start % PAGE if PAGE else start) * KEY_R
-            at_c += near * KEY_C
-            at_r += near * KEY_R
+            offset_c = page.to(tl.int64) * page_c + (start % PAGE if PAGE else start) * KEY_C
+            offset_r = page.to(tl.int64) * page_r + (start % PAGE if PAGE else start) * KEY_R
+            offset_c += near * KEY_C
+            offset_r += near * KEY_R
             if PAGE:
                 page = tl.load(table + tl.minimum(start + BLOCK_T, length - 1) // PAGE)
         else:
             key = start + near
             pages = tl.load(table + key // PAGE, mask=real, other=0).to(tl.int64)
-            at_c = pages * page_c + (key % PAGE) * KEY_C
-            at_r = pages * page_r + (key % PAGE) * KEY_R
-        c = tl.load(c_ptr + at_c[:, None] + col_c[None, :], tile_mask(real, col_c, C, BLOCK_C), 0)
-        r = tl.load(r_ptr + at_r[:, None] + col_r[None, :], tile_mask(real, col_r, R, BLOCK_R), 0)
+            offset_c = pages * page_c + (key % PAGE) * KEY_C
+            offset_r = pages * page_r + (key % PAGE) * KEY_R
+        c = tl.load(
+            c_ptr + offset_c[:, None] + col_c[None, :], tile_mask(real, col_c, C, BLOCK_C), 0
+        )
+        r = tl.load(
+            r_ptr + offset_r[:, None] + col_r[None, :], tile_mask(real, col_r, R, BLOCK_R), 0
+        )
         if start < most:
             s = tl.dot(q_c, c.T, input_precision=PRECISION) * scale
             if start + BLOCK_T <= fewest:
                 s += tl.dot(q_r, r.T, input_precision=PRECISION) * scale
             else:
                 s += tl.dot(q_r, r.T, input_precision=PRECISION) * scale
-                s = tl.where(near[None, :] < (seen - start)[:, None], s, -float("inf"))
+                s = tl.where(near[None, :] < (visible - start)[:, None], s, -float("inf"))
             m_i, sums, acc = online_softmax_step(s, c, m_i, sums, acc, PRECISION)
     return m_i, tl.sum(sums, 1), acc
 
 
-def decode_config(m: int, t: int, stages: int, warps: int):
-    return triton.Config({"BLOCK_M": m, "BLOCK_T": t, "STAGES": stages}, num_warps=warps)
+def prune_decode_configs(
+    configs: list[triton.Config], args: dict, PAGE: int, **_
+) -> list[triton.Config]:
+    """Keep the configs of a dtype and page size.
 
-
-def prune_decode_configs(configs, args, PAGE, **_):
-    """fp32 needs the smallest blocks; where tiles cross pages, each of its keys has an address."""
-    fp32 = args["c_ptr"].dtype == torch.float32
-    keys = {16} if fp32 else {32} if PAGE % 64 else {32, 64}
-    return [c for c in configs if c.kwargs["BLOCK_T"] in keys]
+    fp32 needs the smallest blocks; where tiles cross pages, each of a tile's keys has an address.
+    """
+    tensor_core_sizes = {32} if PAGE % 64 else {32, 64}
+    block_sizes = {16} if args["c_ptr"].dtype == FP32 else tensor_core_sizes
+    return [config for config in configs if config.kwargs["BLOCK_T"] in block_sizes]
 
 
 @triton.autotune(
-    [decode_config(64, 64, 2, 8), decode_config(64, 32, 3, 8), decode_config(16, 16, 1, 8)],
+    [
+        kernel_config(8, BLOCK_M=64, BLOCK_T=64, STAGES=2),
+        kernel_config(8, BLOCK_M=64, BLOCK_T=32, STAGES=3),
+        kernel_config(8, BLOCK_M=16, BLOCK_T=16, STAGES=1),
+    ],
     key=["rows", "PAGE", "C", "R"],
     prune_configs_by={"early_config_prune": prune_decode_configs},
 )
@@ -160,14 +182,14 @@ def _mla_decode_split_kv_kernel(
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows, one split of all keys: o = softmax(scale·(q^C·c + q^R·k)) c."""
+    """Attend with a block of rows to one split of all keys: o = softmax(scale·(q^C·c + q^R·k)) c."""
     split = tl.program_id(1)
     unit_b, n_splits, each, more = split_work(length_ptr, b, tl.num_programs(1), BLOCK_B)
     if split >= n_splits:
         return
     begin, end = split_begin(split, each, more), split_begin(split + 1, each, more)
     stop_b, todo = tl.cumsum(unit_b, 0), end - begin
-    # its sequences, and the empty ones behind them
+    # the split's sequences, and the empty ones after them
     first = tl.where(split == 0, 0, tl.sum((stop_b <= begin).to(tl.int32), 0))
     last = tl.sum((stop_b <= end).to(tl.int32), 0) - 1
     last = tl.minimum(tl.maximum(last, tl.sum((stop_b < end).to(tl.int32), 0)), b - 1)
@@ -179,35 +201,35 @@ def _mla_decode_split_kv_kernel(
         high = tl.minimum(low + todo * KEYS_PER_UNIT, length)
         row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         row = tl.minimum(row + zero_after(length), rows - 1)
-        at_b = tl.cast(i, tl.int64)
-        q_c = load_queries(q_c_ptr + at_b * qc_b, row, h, qc_s, qc_h, C, BLOCK_C)
-        q_r = load_queries(q_r_ptr + at_b * qr_b, row, h, qr_s, qr_h, R, BLOCK_R)
-        seen = length - (rows - 1 - row) // h  # the last queries of a sequence see most
+        batch = tl.cast(i, tl.int64)
+        q_c = load_queries(q_c_ptr + batch * qc_b, row, h, qc_s, qc_h, C, BLOCK_C)
+        q_r = load_queries(q_r_ptr + batch * qr_b, row, h, qr_s, qr_h, R, BLOCK_R)
+        visible = length - (rows - 1 - row) // h  # the last query of a sequence sees most keys
         m_i, total, acc = attend_range(
-            q_c, q_r, c_ptr, r_ptr, table_ptr + at_b * stride_table, scale, low, high, length, seen,
+            q_c, q_r, c_ptr, r_ptr, table_ptr + batch * stride_table, scale, low, high, length, visible,
             page_c, page_r, PAGE, KEY_C, KEY_R, C, R, BLOCK_C, BLOCK_R, PRECISION,
             BLOCK_M, BLOCK_T, STAGES,
         )  # fmt: skip
         acc = acc / tl.where(total > 0, total, 1)[:, None]
         col_c = tl.arange(0, BLOCK_C)
-        out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) + zero_after(tl.max(total, 0))
-        mask = tile_mask(out < rows, col_c, C, BLOCK_C)
+        o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) + zero_after(tl.max(total, 0))
+        mask = tile_mask(o_row < rows, col_c, C, BLOCK_C)
         if (low == 0) & (high == length):
-            at = (at_b * rows + out)[:, None] * C + col_c[None, :]
-            tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), mask)
+            offset = (batch * rows + o_row)[:, None] * C + col_c[None, :]
+            tl.store(o_ptr + offset, acc.to(o_ptr.dtype.element_ty), mask)
         else:
-            slot = (2 * split + (low == 0).to(tl.int32)).to(tl.int64) * rows + out
+            slot = (2 * split + (low == 0).to(tl.int32)).to(tl.int64) * rows + o_row
             tl.store(partial_o_ptr + slot[:, None] * C + col_c[None, :], acc, mask)
-            tl.store(lse_ptr + slot, m_i + tl.log2(tl.maximum(total, 1e-30)), out < rows)
+            tl.store(lse_ptr + slot, m_i + tl.log2(tl.maximum(total, 1e-30)), o_row < rows)
         todo -= tl.cdiv(high - low, KEYS_PER_UNIT)
         skip = 0
 
 
-# ── Pieces of a sequence meet ──
+# ── Combining the splits of a sequence ──
 
 
 @triton.autotune(
-    [triton.Config({"ROWS": r, "GROUP": g}, num_warps=4) for r, g in ((1, 16), (4, 4), (8, 2))],
+    [kernel_config(4, ROWS=rows, GROUP=group) for rows, group in ((1, 16), (4, 4), (8, 2))],
     key=["C", "BLOCK_B", "max_splits"],
 )
 @triton.jit
@@ -216,11 +238,11 @@ def _combine_splits_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A sequence that splits p share, where the second begins: o = Σ 2^lse_p o_p / Σ 2^lse_p."""
+    """Combine a sequence's splits p, in the program of the second: o = Σ 2^lse_p o_p / Σ 2^lse_p."""
     split = tl.program_id(1) + 1
     unit_b, n_splits, each, more = split_work(length_ptr, b, max_splits, BLOCK_B)
     cut, stop_b = split_begin(split, each, more), tl.cumsum(unit_b, 0)
-    i = tl.sum((stop_b <= cut).to(tl.int32), 0)  # the sequence here
+    i = tl.sum((stop_b <= cut).to(tl.int32), 0)  # the sequence at the cut
     start = tl.sum(tl.where(stop_b <= cut, unit_b, 0), 0)
     first = split_of_unit(start, each, more)
     if (split >= n_splits) | (start == cut) | (split != first + 1):
@@ -232,50 +254,60 @@ def _combine_splits_kernel(
     for p in range(first, last + 1, GROUP):
         near = p + tl.arange(0, GROUP)
         slot = (2 * near + (near == first).to(tl.int32)).to(tl.int64)
-        at = slot[:, None] * rows + row[None, :]
+        offset = slot[:, None] * rows + row[None, :]
         mask = (near <= last)[:, None] & (row < rows)[None, :]
-        lse = tl.load(lse_ptr + at, mask=mask, other=-float("inf"))
+        lse = tl.load(lse_ptr + offset, mask=mask, other=-float("inf"))
         mask = mask[:, :, None] & (col < C)[None, None, :]
-        o = tl.load(partial_o_ptr + at[:, :, None] * C + col[None, None, :], mask=mask, other=0)
+        o = tl.load(partial_o_ptr + offset[:, :, None] * C + col[None, None, :], mask=mask, other=0)
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         weight, alpha = tl.exp2(lse - m_new[None, :]), tl.exp2(m_i - m_new)
         total = total * alpha + tl.sum(weight, 0)
         acc = acc * alpha[:, None] + tl.sum(o * weight[:, :, None], 0)
         m_i = m_new
     acc = acc / tl.where(total > 0, total, 1)[:, None]
-    at = (i.to(tl.int64) * rows + row)[:, None] * C + col[None, :]
-    tl.store(o_ptr + at, acc.to(o_ptr.dtype.element_ty), tile_mask(row < rows, col, C, BLOCK_C))
+    offset = (i.to(tl.int64) * rows + row)[:, None] * C + col[None, :]
+    tl.store(o_ptr + offset, acc.to(o_ptr.dtype.element_ty), tile_mask(row < rows, col, C, BLOCK_C))
 
 
 # ── Ops ──
 
 
-def mla_decode(q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, scale: float):
-    """Launch both kernels: (b, s, h, c). Whatever the lengths, which nobody waits for."""
-    (b, s, h, c), r, rows = q_bshc.shape, q_bshr.shape[-1], q_bshc.shape[1] * q_bshc.shape[2]
+def mla_decode(
+    q_bshc: Tensor,
+    q_bshr: Tensor,
+    c_pyc: Tensor,
+    r_pyr: Tensor,
+    block_table_bp: Tensor,
+    cache_seqlens_b: Tensor,
+    scale: float,
+) -> Tensor:
+    """Launch both kernels and return (b, s, h, c); the host never reads the lengths."""
+    (b, s, h, c), r = q_bshc.shape, q_bshr.shape[-1]
+    rows = s * h
     max_splits = max(1, num_sms(q_bshc, 4) // triton.cdiv(rows, 64))
     o_bshc = q_bshc.new_empty(b, s, h, c)
-    partial_o_xc = q_bshc.new_empty(2 * max_splits * rows, c, dtype=torch.float32)
+    partial_o_xc = q_bshc.new_empty(2 * max_splits * rows, c, dtype=FP32)
     lse_x = partial_o_xc.new_empty(2 * max_splits * rows)
     block_b = max(16, triton.next_power_of_2(b))
     block_c, block_r = (max(16, triton.next_power_of_2(x)) for x in (c, r))
-    _mla_decode_split_kv_kernel[lambda m: (triton.cdiv(rows, m["BLOCK_M"]), max_splits)](
+    _mla_decode_split_kv_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]), max_splits)](
         q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, o_bshc, partial_o_xc, lse_x,
         scale * LOG2_E, b, rows, h, block_table_bp.stride(0), c_pyc.stride(0), r_pyr.stride(0),
         *q_bshc.stride()[:3], *q_bshr.stride()[:3],
         PAGE=c_pyc.shape[1] if block_table_bp.shape[1] > 1 else 0,
         KEY_C=c_pyc.stride(1), KEY_R=r_pyr.stride(1), C=c, R=r, BLOCK_C=block_c, BLOCK_R=block_r,
-        BLOCK_B=block_b, PRECISION="ieee" if q_bshc.dtype == torch.float32 else "tf32",
+        BLOCK_B=block_b, PRECISION="ieee" if q_bshc.dtype == FP32 else "tf32",
     )  # fmt: skip
     if max_splits > 1:
-        grid = lambda m: (triton.cdiv(rows, m["ROWS"]), max_splits - 1)
         args = partial_o_xc, lse_x, cache_seqlens_b, o_bshc, b, rows, max_splits
-        _combine_splits_kernel[grid](*args, C=c, BLOCK_C=block_c, BLOCK_B=block_b)
+        _combine_splits_kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]), max_splits - 1)](
+            *args, C=c, BLOCK_C=block_c, BLOCK_B=block_b
+        )
     return o_bshc
 
 
-def apply_autocast(*tensors) -> tuple:
-    """In the dtype of autocast, where that is on, as products of torch are."""
+def apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast tensors to the dtype of autocast if it is enabled, as products of torch do."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -283,7 +315,7 @@ def apply_autocast(*tensors) -> tuple:
 
 
 class MLADecode(torch.autograd.Function):
-    """`mla_decode`, and a sentence for who asks for its gradient."""
+    """`mla_decode`, whose backward pass raises an error that names the alternatives."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -298,59 +330,73 @@ class MLADecode(torch.autograd.Function):
 
 
 @impl("paged_attention", "triton")
-def paged_attention(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: float):
-    """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of cache_seqlens_b.
+def paged_attention(
+    q_bshx: Tensor,
+    kv_cache_pyx: Tensor,
+    block_table_bp: Tensor,
+    cache_seqlens_b: Tensor,
+    c: int,
+    scale: float,
+) -> Tensor:
+    """Compute `latent_attention` over a paged cache: (b, s, h, c).
 
-    q_bshx: [q^C; q^R], x = c + r. kv_cache_pyx: pages of y positions. block_table_bp: int32, row b's pages.
-    A row of length 0 gives 0. Lengths and pages are trusted: looking would make the GPU wait.
+    q_bshx: [q^C; q^R], x = c + r; the queries are the last s of cache_seqlens_b. kv_cache_pyx: pages
+    of y positions. block_table_bp: int32, the pages of row b. A row of length 0 gives 0. Lengths and
+    pages are not checked, which would make the host wait for the GPU.
     """
     q_bshx, kv_cache_pyx = apply_autocast(q_bshx, kv_cache_pyx)
     b, x = len(q_bshx), q_bshx.shape[-1]
     check_tensor("q_bshx", q_bshx, (None,) * 4, FLOATS, contiguous=False)
     check_tensor("kv_cache_pyx", kv_cache_pyx, (None, None, x), (q_bshx.dtype,), contiguous=False)
-    check_tensor("block_table_bp", block_table_bp, (b, None), (torch.int32,), contiguous=False)
-    check_tensor("cache_seqlens_b", cache_seqlens_b, (b,), INTS)
+    check_tensor("block_table_bp", block_table_bp, (b, None), (INT32,), contiguous=False)
+    check_tensor("cache_seqlens_b", cache_seqlens_b, (b,), LENGTH_DTYPES)
     if not 0 < c < x:
         raise ValueError(f"c must lie between 0 and the {x} of q_bshx, not be {c}")
-    halves = *q_bshx.tensor_split([c], -1), *kv_cache_pyx.tensor_split([c], -1)
-    return MLADecode.apply(*halves, block_table_bp, cache_seqlens_b, scale)
+    latent_and_rope = *q_bshx.tensor_split([c], -1), *kv_cache_pyx.tensor_split([c], -1)
+    return MLADecode.apply(*latent_and_rope, block_table_bp, cache_seqlens_b, scale)
 
 
 @impl("latent_attention", "triton")
-def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
-    """Causal attention with the latent as key and value: o = softmax(scale·(q·c + q·k)) c."""
+def latent_attention(
+    q_bshc: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, scale: float
+) -> Tensor:
+    """Compute causal attention with the latent as key and value, (b, s, h, c):
+    o = softmax(scale·(q·c + q·k)) c.
+    """
     q_bshc, q_bshr, c_btc, k_btr = apply_autocast(q_bshc, q_bshr, c_btc, k_btr)
     check_tensor("q_bshc", q_bshc, (None,) * 4, FLOATS, contiguous=False)
-    (b, s, h, c), same = q_bshc.shape, (q_bshc.dtype,)
-    check_tensor("c_btc", c_btc, (b, None, c), same, contiguous=False)
-    check_tensor("k_btr", k_btr, (b, c_btc.shape[1], None), same, contiguous=False)
-    check_tensor("q_bshr", q_bshr, (b, s, h, k_btr.shape[2]), same, contiguous=False)
-    row_b = torch.arange(b, dtype=torch.int32, device=q_bshc.device)  # each is one page
-    cache_seqlens_b = torch.full_like(row_b, c_btc.shape[1])
-    return MLADecode.apply(q_bshc, q_bshr, c_btc, k_btr, row_b[:, None], cache_seqlens_b, scale)
+    (b, s, h, c), dtypes = q_bshc.shape, (q_bshc.dtype,)
+    check_tensor("c_btc", c_btc, (b, None, c), dtypes, contiguous=False)
+    check_tensor("k_btr", k_btr, (b, c_btc.shape[1], None), dtypes, contiguous=False)
+    check_tensor("q_bshr", q_bshr, (b, s, h, k_btr.shape[2]), dtypes, contiguous=False)
+    page_b = torch.arange(b, dtype=INT32, device=q_bshc.device)  # every row is one page
+    cache_seqlens_b = torch.full_like(page_b, c_btc.shape[1])
+    return MLADecode.apply(q_bshc, q_bshr, c_btc, k_btr, page_b[:, None], cache_seqlens_b, scale)
 
 
-# ── For the compiler: V3's shapes ──
-
-INT = torch.int32
+# ── For the ahead-of-time compiler: V3's shapes ──
 
 
-def aot_case(name: str, dtype=BF16, h: int = 128, page: int = 64, s: int = 1):
+def aot_case(
+    name: str, dtype: torch.dtype = BF16, h: int = 128, page: int = 64, s: int = 1
+) -> AOTCase:
+    """Make the case of 128 sequences with s queries of h heads each."""
     strides = 64, 64 * 576, 64 * 576, s * h * 576, h * 576, 576, s * h * 576, h * 576, 576
-    pointers = dtype, dtype, dtype, dtype, INT, INT, dtype, FP32, FP32
-    sizes = {"C": 512, "R": 64, "BLOCK_C": 512, "BLOCK_R": 64, "BLOCK_B": 128}
-    sizes |= {"PAGE": page, "KEY_C": 576, "KEY_R": 576}
-    sizes["PRECISION"] = "ieee" if dtype == FP32 else "tf32"
+    pointers = dtype, dtype, dtype, dtype, INT32, INT32, dtype, FP32, FP32
+    meta: dict[str, int | str] = {"C": 512, "R": 64, "BLOCK_C": 512, "BLOCK_R": 64, "BLOCK_B": 128}
+    meta |= {"PAGE": page, "KEY_C": 576, "KEY_R": 576}
+    meta["PRECISION"] = "ieee" if dtype == FP32 else "tf32"
     args = *pointers, 0.1, 128, s * h, h, *strides
-    return AOTCase(name, _mla_decode_split_kv_kernel, args, sizes, "bf16" if dtype == BF16 else "")
+    return AOTCase(name, _mla_decode_split_kv_kernel, args, meta, "bf16" if dtype == BF16 else "")
 
 
+COMBINE_ARGS = FP32, FP32, INT32, BF16, 128, 128, 66
 COMBINE_META = {"C": 512, "BLOCK_C": 512, "BLOCK_B": 128}
 AOT_CASES = [
-    AOTCase("merge", _combine_splits_kernel, (FP32, FP32, INT, BF16, 128, 128, 66), COMBINE_META),
-    aot_case("attend"),
-    aot_case("attend_page_48", page=48),
-    aot_case("attend_whole", page=0),
-    aot_case("attend_draft", h=32, s=2),
-    aot_case("attend_fp32", FP32),
+    AOTCase("combine_splits", _combine_splits_kernel, COMBINE_ARGS, COMBINE_META),
+    aot_case("decode"),
+    aot_case("decode_page_48", page=48),
+    aot_case("decode_one_page", page=0),
+    aot_case("decode_draft", h=32, s=2),
+    aot_case("decode_fp32", FP32),
 ]

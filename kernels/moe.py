@@ -1,8 +1,11 @@
-"""The gate's choice of experts, and the rows' way to them and back."""
+"""Routing: the gate's choice of experts, the permutation of rows to experts and back."""
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import (
@@ -12,9 +15,10 @@ from dsv3_ref.kernels.launch import (
     AOTCase,
     as_rows,
     autotune_bucket,
+    cdiv_grid,
     check_tensor,
-)
-from dsv3_ref.kernels.norm import tile_config
+    kernel_config,
+)  # fmt: skip
 from dsv3_ref.ops import impl
 
 INT64 = torch.int64
@@ -22,61 +26,65 @@ INT64 = torch.int64
 # ── The gate ──
 
 
-MASKED_KEY = tl.constexpr(-(2**31))  # the key of what is taken or shut: below that of −∞
+# The sort key of masked or already selected entries; it sorts below −∞.
+MASKED_KEY = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def sortable_key(x):
-    """fp32 as int32 of the same order, above LEAST: negative numbers have 31 bits flipped."""
+    """Map fp32 to int32 in the same order, above MASKED_KEY: negative numbers flip 31 bits."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), MASKED_KEY + 1)  # of a NaN even
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), MASKED_KEY + 1)  # for a NaN too
 
 
 @triton.jit
 def key_to_float(key):
-    """The number that has this key."""
+    """Return the fp32 number that has this key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def masked_argmax(key, index, axis: tl.constexpr):
-    """Largest key along an axis, and the first index that has it: two reductions of one number."""
+    """Return the largest key along an axis and the first index that has it, by two reductions."""
     top = tl.max(key, axis=axis, keep_dims=True)
     return top, tl.min(tl.where(key == top, index, 2**31 - 1), axis=axis, keep_dims=True)
 
 
-@triton.autotune([tile_config(1, 1), tile_config(1, 2), tile_config(1, 4)], key=["bucket"])
+@triton.autotune(
+    [kernel_config(1, TILE=1), kernel_config(1, TILE=2), kernel_config(1, TILE=4)], key=["bucket"]
+)
 @triton.jit
 def _group_limited_topk_kernel(
     score_ptr, expert_ptr, n, bucket,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, LIMITED: tl.constexpr, BEST: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The best experts of the best groups, one warp a few tokens: top-k of the open scores.
+    """Select the top-k experts of the best groups, one warp for TILE tokens.
 
-    Scores are compared as integers, so that −∞ or a NaN is neither chosen twice nor from a shut
-    group.
+    Scores are compared as integers, so that −∞ or NaN is neither selected twice nor selected from a
+    masked group.
     """
     EACH: tl.constexpr = E // G
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     group, member = tl.arange(0, BLOCK_G)[None, :, None], tl.arange(0, BLOCK_X)[None, None, :]
-    real = (group < G) & (member < EACH)
-    at = row.to(tl.int64)[:, None, None] * E + group * EACH + member
-    score = tl.load(score_ptr + at, mask=(row < n)[:, None, None] & real, other=0)
-    key = tl.where(real, sortable_key(score), MASKED_KEY)
+    exists = (group < G) & (member < EACH)
+    offset = row.to(tl.int64)[:, None, None] * E + group * EACH + member
+    score = tl.load(score_ptr + offset, mask=(row < n)[:, None, None] & exists, other=0)
+    key = tl.where(exists, sortable_key(score), MASKED_KEY)
 
     if LIMITED < G:
-        left, total = key, tl.zeros((TILE, BLOCK_G, 1), tl.float32)
+        remaining, total = key, tl.zeros((TILE, BLOCK_G, 1), tl.float32)
         for _ in tl.static_range(BEST):
-            top, first = masked_argmax(left, member, 2)
+            top, first = masked_argmax(remaining, member, 2)
             total += key_to_float(top)
-            left = tl.where(member == first, MASKED_KEY, left)
-        left = tl.where(group < G, sortable_key(total), MASKED_KEY)
-        shut = tl.full((TILE, BLOCK_G, 1), 1, tl.int1)
+            remaining = tl.where(member == first, MASKED_KEY, remaining)
+        remaining = tl.where(group < G, sortable_key(total), MASKED_KEY)
+        is_masked = tl.full((TILE, BLOCK_G, 1), 1, tl.int1)
         for _ in tl.static_range(LIMITED):
-            top, first = masked_argmax(left, group, 1)
-            left, shut = tl.where(group == first, MASKED_KEY, left), shut & (group != first)
-        key = tl.where(shut, MASKED_KEY, key)
+            top, first = masked_argmax(remaining, group, 1)
+            remaining = tl.where(group == first, MASKED_KEY, remaining)
+            is_masked = is_masked & (group != first)
+        key = tl.where(is_masked, MASKED_KEY, key)
 
     key = key.reshape(TILE, BLOCK_G * BLOCK_X)
     column, k = tl.arange(0, BLOCK_G * BLOCK_X)[None, :], tl.arange(0, BLOCK_K)[None, :]
@@ -85,60 +93,63 @@ def _group_limited_topk_kernel(
         top, first = masked_argmax(key, column, 1)
         chosen = tl.where(k == i, first // BLOCK_X * EACH + first % BLOCK_X, chosen)
         key = tl.where(column == first, MASKED_KEY, key)
-    at = row.to(tl.int64)[:, None] * K + k
-    tl.store(expert_ptr + at, chosen.to(tl.int64), mask=(row < n)[:, None] & (k < K))
+    offset = row.to(tl.int64)[:, None] * K + k
+    tl.store(expert_ptr + offset, chosen.to(tl.int64), mask=(row < n)[:, None] & (k < K))
 
 
 @impl("group_limited_topk", "triton")
-def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, group_topk: int):
-    """The k experts of highest score, best first, in the open groups: int64, (…, k).
+def group_limited_topk(
+    scores_bse: Tensor, topk: int, n_groups: int, topk_groups: int, group_topk: int
+) -> Tensor:
+    """Select the topk experts of highest score in the best groups, best first: int64, (…, topk).
 
-    Equal scores: the lower index first, where torch's top-k promises no order.
+    A group counts by the sum of its group_topk highest scores; topk_groups of them stay. Of equal
+    scores the lower index comes first, where torch's top-k promises no order.
     """
     check_tensor("scores_bse", scores_bse, dtypes=(FP32,))
     e = scores_bse.shape[-1]
     if e % n_groups:
         raise ValueError(f"scores_bse has {e} experts, which make no {n_groups} equal groups")
-    each = e // n_groups
-    most = {
+    group_size = e // n_groups
+    limits = {
         "topk_groups": (topk_groups, n_groups),
-        "group_topk": (group_topk, each),
-        "topk": (topk, topk_groups * each),
+        "group_topk": (group_topk, group_size),
+        "topk": (topk, topk_groups * group_size),
     }
-    for name, (got, limit) in most.items():
-        if not 1 <= got <= limit:
+    for name, (value, limit) in limits.items():
+        if not 1 <= value <= limit:
             raise ValueError(
-                f"{name} must be from 1 to {limit}, not {got}: scores_bse has {e} experts"
+                f"{name} must be from 1 to {limit}, not {value}: scores_bse has {e} experts"
             )
     topk_ids_bsk = scores_bse.new_empty(*scores_bse.shape[:-1], topk, dtype=INT64)
     n = scores_bse.numel() // e
     sizes = {"E": e, "K": topk, "G": n_groups, "LIMITED": topk_groups, "BEST": group_topk}
-    for name, size in (("G", n_groups), ("X", each), ("K", topk)):
+    for name, size in (("G", n_groups), ("X", group_size), ("K", topk)):
         sizes[f"BLOCK_{name}"] = triton.next_power_of_2(size)
-    grid = lambda m: (triton.cdiv(n, m["TILE"]),)
-    _group_limited_topk_kernel[grid](scores_bse, topk_ids_bsk, n, autotune_bucket(n), **sizes)
+    args = scores_bse, topk_ids_bsk, n, autotune_bucket(n)
+    _group_limited_topk_kernel[cdiv_grid(n, "TILE")](*args, **sizes)
     return topk_ids_bsk
 
 
-# ── Out to the experts ──
+# ── To the experts ──
 
 
-def row_tile_grid(n: int, d: int):
-    """Grid of programs that each take TILE columns of one row, neighbors in the same row."""
-    return lambda m: (n * triton.cdiv(d, m["TILE"]),)
+def row_tile_grid(n: int, d: int) -> Callable[[dict], tuple[int]]:
+    """Return a grid of programs that each take TILE columns of one row, rows in order."""
+    return cdiv_grid(d, "TILE", n)
 
 
 ROW_CONFIGS = [
-    tile_config(4, 1024),
-    tile_config(4, 2048),
-    tile_config(8, 2048),
-    tile_config(8, 4096),
+    kernel_config(4, TILE=1024),
+    kernel_config(4, TILE=2048),
+    kernel_config(8, TILE=2048),
+    kernel_config(8, TILE=4096),
 ]
 
 
 @triton.jit
 def row_tile(d, TILE: tl.constexpr):
-    """Row of a program of `row_tile_grid`, its columns and their mask."""
+    """Return the row of a program of `row_tile_grid`, its columns and their mask."""
     across = tl.cdiv(d, TILE)
     col = tl.program_id(0) % across * TILE + tl.arange(0, TILE)
     return (tl.program_id(0) // across).to(tl.int64), col, col < d
@@ -147,47 +158,47 @@ def row_tile(d, TILE: tl.constexpr):
 @triton.autotune(ROW_CONFIGS, key=["d", "bucket"])
 @triton.jit
 def _permute_kernel(
-    x_ptr, place_ptr, y_ptr, d, stride, bucket,
+    x_ptr, row_ids_ptr, y_ptr, d, stride, bucket,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Read a row once, write it to its K places: y_place(n,k) = x_n."""
+    """Read a row once and write it to its K rows: y_row(n,k) = x_n."""
     n, col, mask = row_tile(d, TILE)
     x = tl.load(x_ptr + n * stride + col, mask=mask)
     for k in tl.static_range(K):
-        place = tl.load(place_ptr + n * K + k)
-        tl.store(y_ptr + place * d + col, x, mask=mask)
+        row = tl.load(row_ids_ptr + n * K + k)
+        tl.store(y_ptr + row * d + col, x, mask=mask)
 
 
 @triton.autotune(ROW_CONFIGS, key=["d", "bucket"])
 @triton.jit
 def _unpermute_kernel(
-    y_ptr, place_ptr, weight_ptr, out_ptr, d, stride, bucket,
+    y_ptr, row_ids_ptr, weight_ptr, o_ptr, d, stride, bucket,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sum a token's K rows, weighted if there are weights: o_n = Σ_k w_nk y_place(n,k)."""
+    """Sum a token's K rows, weighted if there are weights: o_n = Σ_k w_nk y_row(n,k)."""
     n, col, mask = row_tile(d, TILE)
     total = tl.zeros((TILE,), tl.float32)
     for k in tl.static_range(K):
-        place = tl.load(place_ptr + n * K + k)
-        y = tl.load(y_ptr + place * stride + col, mask=mask, other=0).to(tl.float32)
+        row = tl.load(row_ids_ptr + n * K + k)
+        y = tl.load(y_ptr + row * stride + col, mask=mask, other=0).to(tl.float32)
         if weight_ptr is not None:
             y *= tl.load(weight_ptr + n * K + k).to(tl.float32)
         total += y
-    tl.store(out_ptr + n * d + col, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(o_ptr + n * d + col, total.to(o_ptr.dtype.element_ty), mask=mask)
 
 
-def sum_rows(y_md, row_ids_nk, weight_nk=None):
-    """One launch of `_unpermute_kernel`, (m, d) → (n, d)."""
+def sum_rows(y_md: Tensor, row_ids_nk: Tensor, weight_nk: Tensor | None = None) -> Tensor:
+    """Launch `_unpermute_kernel`, (m, d) → (n, d)."""
     y_md = as_rows(y_md)
     (n, k), d = row_ids_nk.shape, y_md.shape[1]
-    out_nd = y_md.new_empty(n, d)
-    args = y_md, row_ids_nk, weight_nk, out_nd, d, y_md.stride(0), autotune_bucket(n)
+    o_nd = y_md.new_empty(n, d)
+    args = y_md, row_ids_nk, weight_nk, o_nd, d, y_md.stride(0), autotune_bucket(n)
     _unpermute_kernel[row_tile_grid(n, d)](*args, K=k)
-    return out_nd
+    return o_nd
 
 
 class Permute(torch.autograd.Function):
-    """Each token to its k rows; the gradient sums the k rows again, so that none needs atomics."""
+    """A copy of each token to its k rows; the gradient sums these rows, without atomics."""
 
     @staticmethod
     def forward(ctx, x_nd, row_ids_nk):
@@ -205,14 +216,17 @@ class Permute(torch.autograd.Function):
         return sum_rows(g_md, *ctx.saved_tensors), None
 
 
-def check_permutation(sorted_ids_m, row_ids_nk, n: int):
-    """`sort_by_expert` made them: place is the inverse of order, so a kernel reads only place."""
+def check_permutation(sorted_ids_m: Tensor, row_ids_nk: Tensor, n: int) -> None:
+    """Raise a `ValueError` unless the two have the shapes that `sort_by_expert` gives n tokens.
+
+    row_ids is the inverse of sorted_ids, so the kernels read only row_ids.
+    """
     check_tensor("row_ids_nk", row_ids_nk, (n, None), (INT64,))
     check_tensor("sorted_ids_m", sorted_ids_m, (row_ids_nk.numel(),), (INT64,))
 
 
 @impl("permute", "triton")
-def permute(x_nd, sorted_ids_m, row_ids_nk):
+def permute(x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
     check_tensor("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
     check_permutation(sorted_ids_m, row_ids_nk, len(x_nd))
@@ -224,33 +238,36 @@ def permute(x_nd, sorted_ids_m, row_ids_nk):
 
 @triton.autotune(
     [
-        tile_config(w, d, STAGES=s)
-        for w, d, s in ((4, 512, 1), (8, 1024, 1), (4, 512, 2), (8, 1024, 3))
+        kernel_config(4, TILE=512, STAGES=1),
+        kernel_config(8, TILE=1024, STAGES=1),
+        kernel_config(4, TILE=512, STAGES=2),
+        kernel_config(8, TILE=1024, STAGES=3),
     ],
     key=["d", "bucket"],
 )
 @triton.jit
 def _unpermute_backward_kernel(
-    g_ptr, y_ptr, weight_ptr, place_ptr, dy_ptr, dweight_ptr, d, stride, bucket,
+    g_ptr, y_ptr, weight_ptr, row_ids_ptr, dy_ptr, dweight_ptr, d, stride, bucket,
     K: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A token's K rows, each read and written once: dy_place = w g_n, dw_nk = y_place · g_n."""
+    """Read and write each of a token's K rows once: dy_row = w g_n, dw_nk = y_row · g_n."""
     n, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
-    place = tl.load(place_ptr + n * K + k, mask=k < K, other=0)
+    row = tl.load(row_ids_ptr + n * K + k, mask=k < K, other=0)
     weight = tl.load(weight_ptr + n * K + k, mask=k < K, other=0).to(tl.float32)
     dot = tl.zeros((BLOCK_K, TILE), tl.float32)
     for start in tl.range(0, d, TILE, num_stages=STAGES):
         col = start + tl.arange(0, TILE)
         g = tl.load(g_ptr + n * stride + col, mask=col < d, other=0).to(tl.float32)[None, :]
-        at, mask = place[:, None] * d + col[None, :], (k < K)[:, None] & (col < d)[None, :]
-        dot += tl.load(y_ptr + at, mask=mask, other=0).to(tl.float32) * g
-        tl.store(dy_ptr + at, (weight[:, None] * g).to(dy_ptr.dtype.element_ty), mask=mask)
+        offset = row[:, None] * d + col[None, :]
+        mask = (k < K)[:, None] & (col < d)[None, :]
+        dot += tl.load(y_ptr + offset, mask=mask, other=0).to(tl.float32) * g
+        tl.store(dy_ptr + offset, (weight[:, None] * g).to(dy_ptr.dtype.element_ty), mask=mask)
     dweight = tl.sum(dot, axis=1).to(dweight_ptr.dtype.element_ty)
     tl.store(dweight_ptr + n * K + k, dweight, mask=k < K)
 
 
 class Unpermute(torch.autograd.Function):
-    """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
+    """A weighted sum of each token's k rows."""
 
     @staticmethod
     def forward(ctx, y_md, weight_nk, row_ids_nk):
@@ -261,26 +278,18 @@ class Unpermute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_nd):
         y_md, weight_nk, row_ids_nk = ctx.saved_tensors
-        g_nd, (n, k), d = as_rows(g_nd), row_ids_nk.shape, y_md.shape[1]
+        g_nd = as_rows(g_nd)
+        (n, k), d = row_ids_nk.shape, y_md.shape[1]
         dy_md, dweight_nk = torch.empty_like(y_md), torch.empty_like(weight_nk)
-        args = (
-            g_nd,
-            y_md,
-            weight_nk,
-            row_ids_nk,
-            dy_md,
-            dweight_nk,
-            d,
-            g_nd.stride(0),
-            autotune_bucket(n),
-        )
+        sizes = d, g_nd.stride(0), autotune_bucket(n)
+        args = g_nd, y_md, weight_nk, row_ids_nk, dy_md, dweight_nk, *sizes
         _unpermute_backward_kernel[n,](*args, K=k, BLOCK_K=triton.next_power_of_2(k))
         return dy_md, dweight_nk, None
 
 
 @impl("unpermute", "triton")
-def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
-    """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
+def unpermute(y_md: Tensor, weight_nk: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
+    """Sum each token's rows by weight: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
     check_tensor("weight_nk", weight_nk, (None, None), FLOATS)
     check_permutation(sorted_ids_m, row_ids_nk, len(weight_nk))
     check_tensor("row_ids_nk", row_ids_nk, weight_nk.shape)
@@ -288,20 +297,17 @@ def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
     return Unpermute.apply(y_md, weight_nk, row_ids_nk)
 
 
-# ── For the compiler: V3's shapes ──
+# ── For the ahead-of-time compiler: V3's shapes ──
 
 N, D, K = 4096, 7168, 8
 GATE = {"E": 256, "K": K, "G": 8, "LIMITED": 4, "BEST": 2}
 GATE |= {"BLOCK_G": 8, "BLOCK_X": 32, "BLOCK_K": K}
+TOPK = {"K": K}
+BACKWARD_ARGS = BF16, BF16, BF16, INT64, BF16, BF16, D, D, 4
 AOT_CASES = [
     AOTCase("group_limited_topk", _group_limited_topk_kernel, (FP32, INT64, N, 4), GATE),
-    AOTCase("permute", _permute_kernel, (BF16, INT64, BF16, D, D, 4), {"K": K}),
-    AOTCase("permute_backward", _unpermute_kernel, (BF16, INT64, None, BF16, D, D, 4), {"K": K}),
-    AOTCase("unpermute", _unpermute_kernel, (BF16, INT64, BF16, BF16, D, D, 4), {"K": K}),
-    AOTCase(
-        "combine_backward",
-        _unpermute_backward_kernel,
-        (BF16, BF16, BF16, INT64, BF16, BF16, D, D, 4),
-        {"K": K, "BLOCK_K": K},
-    ),
+    AOTCase("permute", _permute_kernel, (BF16, INT64, BF16, D, D, 4), TOPK),
+    AOTCase("permute_backward", _unpermute_kernel, (BF16, INT64, None, BF16, D, D, 4), TOPK),
+    AOTCase("unpermute", _unpermute_kernel, (BF16, INT64, BF16, BF16, D, D, 4), TOPK),
+    AOTCase("unpermute_backward", _unpermute_backward_kernel, BACKWARD_ARGS, TOPK | {"BLOCK_K": K}),
 ]
