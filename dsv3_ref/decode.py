@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from dsv3_ref.block import MTP, Block
 from dsv3_ref.mla import LayerKVCache, attend_expanded, concat_nope_rope, up_project_kv
-from dsv3_ref.model import Block, Transformer
+from dsv3_ref.model import Transformer
 from dsv3_ref.moe import MoE
-from dsv3_ref.mtp import MTP
 from dsv3_ref.ops import RMSNorm, swiglu, upcast
 from dsv3_ref.rope import rope_cos_sin, softmax_scale
 

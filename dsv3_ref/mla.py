@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from torch import nn
+from torch import Tensor, nn
 
 from dsv3_ref.config import Config
 from dsv3_ref.ops import Linear, RMSNorm, impl, linear, op, recompute, upcast
@@ -17,71 +17,30 @@ from dsv3_ref.rope import Rope, apply_rotary_emb, softmax_scale
 # ── Causal attention ──
 
 
-def causal_mask(s: int, t: int, device=None):
-    """True where query s may see key t; the queries are the last s of t positions."""
+def causal_mask(s: int, t: int, device: torch.device | None = None) -> Tensor:
+    """Return True where query s may see key t; the queries are the last s of t positions."""
     return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
 
 
-def causal_softmax(score_bhst, scale: float):
-    """Attention weights p = softmax(scale·score) over the keys a query may see; fp32 or wider."""
-    wide_bhst = scale * score_bhst.to(torch.promote_types(score_bhst.dtype, torch.float32))
+def causal_softmax(score_bhst: Tensor, scale: float) -> Tensor:
+    """Compute p = softmax(scale·score) over the keys that a query may see; fp32 or wider."""
     mask_st = causal_mask(*score_bhst.shape[-2:], score_bhst.device)
-    return wide_bhst.masked_fill(~mask_st, -torch.inf).softmax(-1)
-
-
-def causal_query_blocks(s: int, t: int, size: int = 64) -> list[tuple[slice, int]]:
-    """Blocks of queries, and how many keys the last query of each may see."""
-    ends = [min(a + size, s) for a in range(0, s, size)]
-    return [(slice(e - (e - 1) % size - 1, e), e + t - s) for e in ends]
-
-
-class BlockAttention(torch.autograd.Function):
-    """Causal attention, 64 queries at a time: keys in their future are not touched."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        p, o = [], []
-        for rows, end in causal_query_blocks(q.shape[1], k.shape[1]):
-            score = upcast(q[:, rows] @ k[:, :end].mT)
-            n = score.shape[1]
-            score[..., end - n :].masked_fill_(~causal_mask(n, n, q.device), -torch.inf)
-            p.append(score.softmax(-1).to(v.dtype))
-            o.append(p[-1] @ v[:, :end])
-        o = torch.cat(o, 1)
-        ctx.save_for_backward(q, k, v, o, *p)
-        return o
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        q, k, v, o, *p = ctx.saved_tensors
-        delta = (g * o).sum(-1, keepdim=True)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, end), p_st in zip(causal_query_blocks(q.shape[1], k.shape[1]), p):
-            dv[:, :end].baddbmm_(p_st.mT, g[:, rows])
-            dp_st = g[:, rows] @ v[:, :end].mT
-            ds_st = dp_st.sub_(delta[:, rows]).mul_(p_st)
-            dq[:, rows] = ds_st @ k[:, :end]
-            dk[:, :end].baddbmm_(ds_st.mT, q[:, rows])
-        return dq, dk, dv
-
-
-def to_batched_heads(x_bshx, scale: float = 1.0):
-    """Every head of every row on its own: scale·x as (b·h, s, x)."""
-    return rearrange(x_bshx if scale == 1 else scale * x_bshx, "b s h x -> (b h) s x")
+    return (scale * upcast(score_bhst)).masked_fill(~mask_st, -torch.inf).softmax(-1)
 
 
 @op
-def attention(q_bshx, k_bthx, v_bthv, scale: float):
-    """Causal attention, o = softmax(scale·q·kᵀ) v; x = i + r, the queries are the last s of t."""
-    if q_bshx.device.type == "cpu":
-        q, k, v = (
-            recompute(to_batched_heads, q_bshx, scale),
-            recompute(to_batched_heads, k_bthx),
-            recompute(to_batched_heads, v_bthv),
-        )
-        o = BlockAttention.apply(q, k, v)
-        return rearrange(o, "(b h) s v -> b s h v", h=q_bshx.shape[2])
+def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
+    """Compute causal attention, o = softmax(scale·q·kᵀ) v; x = i + r.
+
+    The queries are the last s of t positions.
+    """
+    p_bhst = causal_softmax(einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t"), scale)
+    return einsum(p_bhst.to(v_bthv.dtype), v_bthv, "b h s t, b t h v -> b s h v")
+
+
+@impl("attention", "sdpa")
+def attention_sdpa(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
+    """Compute `attention` by torch's fused operator."""
     s, t = q_bshx.shape[1], k_bthx.shape[1]
     mask = None if s in (1, t) else causal_mask(s, t, q_bshx.device)
     q, k, v = (x.transpose(1, 2) for x in (q_bshx, k_bthx, v_bthv))
@@ -89,54 +48,44 @@ def attention(q_bshx, k_bthx, v_bthv, scale: float):
     return o.transpose(1, 2)
 
 
-@impl("attention", "naive")
-def _(q_bshx, k_bthx, v_bthv, scale):
-    p_bhst = causal_softmax(einsum(q_bshx, k_bthx, "b s h x, b t h x -> b h s t"), scale)
-    return einsum(p_bhst.to(v_bthv.dtype), v_bthv, "b h s t, b t h v -> b s h v")
-
-
 @op
-def varlen_attention(q_nhx, k_nhx, v_nhv, cu_seqlens, scale: float):
+def varlen_attention(
+    q_nhx: Tensor, k_nhx: Tensor, v_nhv: Tensor, cu_seqlens: Tensor, scale: float
+) -> Tensor:
     """Compute `attention` inside each of b sequences laid end to end.
 
     cu_seqlens: 0, then where each sequence ends, (b + 1,) int32 or int64.
     """
-    length_b = cu_seqlens.diff().long()
-    row_n = torch.arange(len(length_b), device=cu_seqlens.device).repeat_interleave(length_b)
-    at_n = torch.arange(len(row_n), device=cu_seqlens.device) - cu_seqlens[row_n]
-    empty = len(length_b), max([1, *length_b.tolist()])
-    apart = (
-        x.new_zeros(*empty, *x.shape[1:]).index_put((row_n, at_n), x) for x in (q_nhx, k_nhx, v_nhv)
-    )
-    return attention(*apart, scale)[row_n, at_n]
-
-
-@impl("varlen_attention", "naive")
-def _(q_nhx, k_nhx, v_nhv, cu_seqlens, scale):
-    out = [v_nhv[:0]]
+    outputs = [v_nhv[:0]]
     for start, end in pairwise(cu_seqlens.tolist()):
-        rows = [x[None, start:end] for x in (q_nhx, k_nhx, v_nhv)]
-        out += [attention(*rows, scale)[0]] if end > start else []
-    return torch.cat(out)
+        if end > start:
+            q, k, v = (x[None, start:end] for x in (q_nhx, k_nhx, v_nhv))
+            outputs.append(attention(q, k, v, scale)[0])
+    return torch.cat(outputs)
 
 
 # ── Expanded: keys and values from the latent ──
 
 
-def concat_nope_rope(x_bshi, x_bshr):
-    """A head's dims without position beside those with: [x; x^R]."""
+def concat_nope_rope(x_bshi: Tensor, x_bshr: Tensor) -> Tensor:
+    """Join a head's dims without position to those with: [x; x^R]."""
     return torch.cat((x_bshi, x_bshr), -1)
 
 
-def up_project_kv(c_btc, k_btr, wkv_b, h: int, i: int):
-    """eq. 2, 4, 5: k = [W^UK c; k^R] and v = W^UV c of every head."""
+def up_project_kv(
+    c_btc: Tensor, k_btr: Tensor, wkv_b: Tensor, h: int, i: int
+) -> tuple[Tensor, Tensor]:
+    """Compute k = [W^UK c; k^R] and v = W^UV c of every head (eq. 2, 4, 5)."""
     kv_bthx = rearrange(linear(c_btc, wkv_b), "b t (h x) -> b t h x", h=h)
     k_bthi, v_bthv = kv_bthx.split([i, kv_bthx.shape[-1] - i], dim=-1)
     return concat_nope_rope(k_bthi, k_btr[:, :, None].expand(-1, -1, h, -1)), v_bthv
 
 
-def attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, cu_seqlens=None):
-    """eq. 2, 4, 5, 9, 10: o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v).
+def attend_expanded(
+    q_bshi: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, wkv_b: Tensor, scale: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v); eq. 2, 4, 5, 9, 10.
 
     wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. cu_seqlens: 0, then where
     each of m samples ends that lie end to end in one row (b = 1).
@@ -152,24 +101,20 @@ def attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float, cu_seqlen
 
 
 @op
-def latent_attention(q_bshc, q_bshr, c_btc, k_btr, scale: float):
-    """Causal attention with the latent as key and value: o = softmax(scale·(q·c + q·k)) c."""
+def latent_attention(
+    q_bshc: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, scale: float
+) -> Tensor:
+    """Compute causal attention on latents as keys and values: o = softmax(scale·(q·c + q·k)) c."""
     score_bhst = einsum(q_bshc, c_btc, "b s h c, b t c -> b h s t")
     score_bhst = score_bhst + einsum(q_bshr, k_btr, "b s h r, b t r -> b h s t")
     p_bhst = causal_softmax(score_bhst, scale).to(c_btc.dtype)
     return einsum(p_bhst, c_btc, "b h s t, b t c -> b s h c")
 
 
-@impl("latent_attention", "naive")
-def _(q_bshc, q_bshr, c_btc, k_btr, scale):
-    q_bshx = torch.cat((q_bshc, q_bshr), -1)
-    k_bthx = torch.cat((c_btc, k_btr), -1)[:, :, None].expand(-1, -1, q_bshc.shape[2], -1)
-    v_bthc = c_btc[:, :, None].expand(-1, -1, q_bshc.shape[2], -1)
-    return attention(q_bshx, k_bthx, v_bthc, scale)
-
-
-def attend_absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
-    """`attend_expanded` without expanding: W^UK moves to the query, W^UV to the output (decoding)."""
+def attend_absorbed(
+    q_bshi: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, wkv_b: Tensor, scale: float
+) -> Tensor:
+    """Compute what `attend_expanded` does inside the latent: W^UK in the query, W^UV in the output."""
     h, i = q_bshi.shape[2:]
     w_hxc = rearrange(wkv_b, "(h x) c -> h x c", h=h)
     wk_hic, wv_hvc = w_hxc.tensor_split([i], dim=1)
@@ -182,14 +127,17 @@ def attend_absorbed(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale: float):
 
 
 class LayerKVCache:
-    """One layer's memory: per position a latent and a rotary key, (b, t, c + r), allocated once."""
+    """Cache of one layer: per position a latent and a rotary key, (b, t, c + r), allocated once."""
 
-    def __init__(self, c: Config, batch: int, max_len: int, device=None, dtype=None):
+    def __init__(
+        self, c: Config, batch: int, max_len: int,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         width = c.kv_lora_rank + c.qk_rope_head_dim
         self.kv_btx = torch.zeros(batch, max_len, width, device=device, dtype=dtype)
         self.length = 0
 
-    def append(self, kv_bsx):
+    def append(self, kv_bsx: Tensor) -> Tensor:
         """Write s new positions and return all t positions so far."""
         end = self.length + kv_bsx.shape[1]
         if end > self.kv_btx.shape[1]:
@@ -200,17 +148,21 @@ class LayerKVCache:
 
 
 @op
-def paged_attention(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: float):
-    """`latent_attention` over a paged cache: (b, s, h, c); the queries are the last s of length_b.
+def paged_attention(
+    q_bshx: Tensor, kv_cache_pyx: Tensor, block_table_bp: Tensor, cache_seqlens_b: Tensor,
+    c: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Compute `latent_attention` over a paged cache: (b, s, h, c).
 
-    q_bshx: [q^C; q^R], x = c + r. kv_cache_pyx: pages of y positions. block_table_bp: int32, row b's pages.
+    q_bshx: [q^C; q^R], x = c + r; row b's queries are the last s of cache_seqlens_b positions.
+    kv_cache_pyx: pages of y positions. block_table_bp: the pages of row b, int32.
     """
-    out = []
+    outputs = []
     for q_shx, table_p, length in zip(q_bshx, block_table_bp, cache_seqlens_b.tolist()):
         kv_btx = kv_cache_pyx[table_p].flatten(0, 1)[None, :length]
         q_bshc, q_bshr = q_shx[None].tensor_split([c], dim=-1)
-        out.append(latent_attention(q_bshc, q_bshr, kv_btx[..., :c], kv_btx[..., c:], scale))
-    return torch.cat(out)
+        outputs.append(latent_attention(q_bshc, q_bshr, kv_btx[..., :c], kv_btx[..., c:], scale))
+    return torch.cat(outputs)
 
 
 # ── The layer ──
@@ -236,28 +188,30 @@ class MLA(nn.Module):
         self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.wo = Linear(c.n_heads * c.v_head_dim, c.dim, saved_input_format="e5m6")
 
-    def project_q(self, x_bsd, rope):
-        """eq. 6–8: q = W^UQ RMSNorm(W^DQ x), the last r dims of each head turned."""
+    def project_q(self, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Compute q = W^UQ RMSNorm(W^DQ x), its last r dims of each head rotated (eq. 6–8)."""
         if not self.config.q_lora_rank:
             return self.up_project_q(self.wq, x_bsd, rope.cos, rope.sin)
         c_bsq = self.q_norm(self.wq_a(x_bsd))
         return recompute(self.up_project_q, self.wq_b, c_bsq, rope.cos, rope.sin)
 
-    def up_project_q(self, up, x_bsx, cos, sin):
-        """The up-projection and its split into heads."""
+    def up_project_q(
+        self, up: Linear, x_bsx: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Project up and split into heads, (b, s, h, i) and (b, s, h, r), the latter rotated."""
         c = self.config
         q = rearrange(up(x_bsx), "b s (h x) -> b s h x", h=c.n_heads)
         q_bshi, q_bshr = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         return q_bshi, apply_rotary_emb(q_bshr, cos, sin)
 
-    def down_project_kv(self, x_bsd, rope):
-        """eq. 1 and 3: what is remembered, RMSNorm(W^DKV x) beside the turned key W^KR x."""
+    def down_project_kv(self, x_bsd: Tensor, rope: Rope) -> Tensor:
+        """Compute what is cached: RMSNorm(W^DKV x) and the rotated key W^KR x (eq. 1 and 3)."""
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         k_bsr = apply_rotary_emb(k_bsr[:, :, None], rope.cos, rope.sin)[:, :, 0]
         return recompute(concat_nope_rope, self.kv_norm(c_bsc), k_bsr)
 
-    def forward(self, x_bsd, rope: Rope, cache: LayerKVCache | None = None):
+    def forward(self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None) -> Tensor:
         """Attend from each of s positions to the past; with a cache, also to what it holds."""
         c = self.config
         q_bshi, q_bshr = self.project_q(x_bsd, rope)
@@ -282,14 +236,15 @@ class GQA(nn.Module):
 
     def __init__(self, c: Config, n_kv_heads: int):
         super().__init__()
-        self.config, self.n = c, n_kv_heads
+        self.config = c
+        self.n = n_kv_heads
         self.wq = Linear(c.dim, c.n_heads * c.qk_rope_head_dim)
         self.wkv = Linear(c.dim, n_kv_heads * (c.qk_rope_head_dim + c.v_head_dim))
         self.wo = Linear(c.n_heads * c.v_head_dim, c.dim)
         # `softmax_scale` counts i + r dims a head, here there are r
         self.scale = softmax_scale(c) * (1 + c.qk_nope_head_dim / c.qk_rope_head_dim) ** 0.5
 
-    def forward(self, x_bsd, rope: Rope, cache: LayerKVCache | None = None):
+    def forward(self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None) -> Tensor:
         c = self.config
         q_bshr = apply_rotary_emb(
             rearrange(self.wq(x_bsd), "b s (h r) -> b s h r", h=c.n_heads), rope.cos, rope.sin

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import impl, op
+from dsv3_ref.ops import op
 
 # ── Frequencies ──
 
 
-def rope_freqs(rope_dim: int, theta: float):
-    """Angle a position of each of the r/2 pairs: ω_j = θ^(−2j/r), radians."""
+def rope_freqs(rope_dim: int, theta: float) -> Tensor:
+    """Compute the angle per position of each of the r/2 pairs: ω_j = θ^(−2j/r), radians."""
     return theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
 
 
@@ -26,17 +26,10 @@ def rope_freqs(rope_dim: int, theta: float):
 
 
 @op
-def apply_rotary_emb(x_bshr, cos, sin):
-    """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
-    x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = x * torch.complex(cos, sin)[:, None]  # the same for every head
-    return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
-
-
-@impl("apply_rotary_emb", "naive")
-def _(x_bshr, cos, sin):
+def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
     x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[:, None], sin[:, None]  # the same for every head
     pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
     return pairs.flatten(-2).to(x_bshr.dtype)
 
@@ -44,10 +37,16 @@ def _(x_bshr, cos, sin):
 # ── YaRN's ramp ──
 
 
-def yarn_ramp(rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float):
-    """Share of interpolation a pair: 0 if it turns > β_fast times in `length`, 1 if < β_slow."""
+def yarn_ramp(
+    rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float
+) -> Tensor:
+    """Compute the share of interpolation of each of the r/2 pairs.
 
-    def correction_dim(num_rotations):  # the (fractional) pair that turns so often within `length`
+    0 for pairs that turn more than β_fast times within `length`, 1 for fewer than β_slow.
+    """
+
+    def correction_dim(num_rotations: float) -> float:
+        """Return the (fractional) pair that turns so often within `length`."""
         return rope_dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(correction_dim(beta_fast)), 0)
@@ -59,8 +58,11 @@ def yarn_ramp(rope_dim: int, theta: float, length: int, beta_fast: float, beta_s
 # ── YaRN's frequencies ──
 
 
-def yarn_freqs(c: Config):
-    """Fast pairs keep ω, slow pairs take ω/s, a ramp between: ω' = (1−ρ)ω + ρω/s (§4.3)."""
+def yarn_freqs(c: Config) -> Tensor:
+    """Compute YaRN's angles per position, (r/2,): ω' = (1−ρ)ω + ρω/s (§4.3).
+
+    Fast pairs keep ω, slow pairs take ω/s, with a ramp between.
+    """
     freqs = rope_freqs(c.qk_rope_head_dim, c.rope_theta)
     if c.rope_factor == 1:
         return freqs
@@ -72,7 +74,7 @@ def yarn_freqs(c: Config):
 
 
 def softmax_scale(c: Config) -> float:
-    """1/√(i+r), times YaRN's (0.1·m·ln s + 1)² when s > 1."""
+    """Return 1/√(i+r), times YaRN's (0.1·m·ln s + 1)² when s > 1."""
     scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
     return scale * (0.1 * c.mscale * math.log(c.rope_factor) + 1) ** 2
 
@@ -80,13 +82,13 @@ def softmax_scale(c: Config) -> float:
 # ── The table ──
 
 
-def rope_cos_sin(c: Config, position_s):
-    """Rotations of positions: (cos, sin), each (s, r/2), float32."""
+def rope_cos_sin(c: Config, position_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute cos and sin of the angles of positions, each (s, r/2), float32."""
     angle = position_s[:, None].double() * yarn_freqs(c).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
 
 
-def to_cu_seqlens(lengths: Sequence[int], device=None) -> Tensor:
+def to_cu_seqlens(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Return where m samples laid end to end begin and end: 0, then the sums, (m + 1,) int32."""
     return F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_ref import ops
+from dsv3_ref.block import Block
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import (
     DecodeLayer,
@@ -24,7 +25,7 @@ from dsv3_ref.decode import (
     small_matmul,
 )
 from dsv3_ref.mla import attend_expanded, paged_attention
-from dsv3_ref.model import Block, Transformer
+from dsv3_ref.model import Transformer
 from dsv3_ref.ops import impl, use
 from dsv3_ref.rope import rope_cos_sin, softmax_scale
 

@@ -589,7 +589,7 @@ def counted_flops(model: Transformer, s: int) -> float:
     """The same from torch's counter, on the plain-torch forms that it can see into."""
     from dsv3_ref.ops import use  # chapter 01: chooses the implementation
 
-    with use("naive", "torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with use("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, s, dtype=torch.long))
     return counter.get_total_flops() / s
 
@@ -853,7 +853,7 @@ assert 380e12 < rate < 420e12
 # %% [markdown]
 # Three limits bind, in three places. **Memory** binds the weights: no GPU can hold them, so experts are
 # spread over 64 GPUs and layers over 16 stages of a pipeline (chapters [11](11_expert_parallel.ipynb) and
-# [12](12_dualpipe.ipynb); the one place where experts leave the model is `MoE.routed`,
+# [12](12_dualpipe.ipynb); the one place where experts leave the model is `MoE.token_dispatcher`,
 # [chapter 04](04_moe.ipynb)). **Arithmetic** binds training, which is why the large products run in FP8
 # ([chapter 09](09_fp8.ipynb)): the rate above is a fifth of what FP8 could do at best. **Memory traffic**
 # binds generation, where each new token reads the cache again, and there the latent pays

@@ -24,20 +24,20 @@
 # number once.
 #
 # Readable code and fast code thus look different. This chapter writes the four smallest pieces of
-# DeepSeek-V3 readably, and builds the one switch that lets a fast twin take the place of each.
+# DeepSeek-V3 readably, and builds the one switch that lets a fast form take the place of each.
 
 # %%
 #| export
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, nn
 
 # %%
 import math
@@ -101,40 +101,40 @@ roofline()
 
 # %% [markdown]
 # ## The seam
-# Call a function with several implementations an **op**. It is a torch function with the mark
-# `@op`; that is its *reference*, and defines what is right. Another implementation registers under
-# the same name for a **backend**: `naive` for the plainest form we can write, `triton` for a GPU
-# kernel. A call goes to
+# Call a function with several implementations an **op**. Its *reference* is a torch function with the mark
+# `@op`: the plain form, which defines what is right. Another implementation registers under
+# the same name for a **backend**: `cpu` for tuned torch, `triton` for GPU kernels. A call goes to
 #
 # $$\text{op}(x) = \text{IMPLS}[\text{op}][b^\ast](x),\qquad
 # b^\ast = \text{the first of the active backends that implements it.}$$
 #
-# Nothing that calls an op knows of this. There are no flags in the model, and no `if cuda`.
+# The code that calls an op does not know of this. There are no flags in the model, and no `if cuda`.
 
 # %%
 #| export
-IMPLS: dict[str, dict[str, callable]] = {}  # op name → backend → function
+Impl = Callable[..., Any]
+IMPLS: dict[str, dict[str, Impl]] = {}  # op name → backend → function
 
 
-def op(reference):
+def op(reference: Impl) -> Impl:
     """Mark a torch function as an op: calls go to the first active backend that implements it."""
     name = reference.__name__
-    IMPLS[name] = {"torch": reference}
+    IMPLS.setdefault(name, {})["torch"] = reference
 
     @wraps(reference)
     def call(*args, **kwargs):
-        return resolve_impl(name)(*args, **kwargs)
+        return resolve_impl(name, device_of(args))(*args, **kwargs)
 
     return call
 
 
-def impl(name: str, backend: str):
+def impl(name: str, backend: str) -> Callable[[Impl], Impl]:
     """Register another implementation of op `name`: same signature, same result."""
     if name not in IMPLS:
         raise KeyError(f"no op {name!r}; ops are {', '.join(IMPLS)}")
 
-    def register(fn):
-        IMPLS[name][backend] = fn  # again: replaces it, so an edited cell takes effect
+    def register(fn: Impl) -> Impl:
+        IMPLS[name][backend] = fn  # replaces an earlier one, so that an edited cell takes effect
         return fn
 
     return register
@@ -143,46 +143,60 @@ def impl(name: str, backend: str):
 # %% [markdown]
 # ## The switch
 # The environment variable `DSV3_BACKEND` sets the backends for a run, `with use(…)` for a few
-# lines. Both name them in order of preference: `triton,torch` reads "the kernel where there is one,
+# lines. Both name them in order of preference: `cpu,torch` reads "the tuned form where there is one,
 # else the reference". That *else* must be written down. With `triton` alone, an op without a kernel
-# raises: otherwise a misspelt name would cost a factor of ten and look like success.
+# raises: otherwise a misspelled name would cost a factor of ten and look like success. The default,
+# `auto`, follows the device of the tensors.
 
 
 # %%
 #| export
-ACTIVE_BACKENDS = tuple(
-    os.environ.get("DSV3_BACKEND", "torch").split(",")
-)  # in order of preference
+AUTO_BACKENDS = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}  # what `auto` means
+ACTIVE_BACKENDS = tuple(os.environ.get("DSV3_BACKEND", "auto").split(","))
 BACKEND_MODULES = {  # imported when first asked for
-    "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8", "zero_bubble": "dsv3_ref.dualpipe",
+    "cpu": "dsv3_ref.cpu", "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8",
+    "zero_bubble": "dsv3_ref.dualpipe",
 }  # fmt: skip
 
 
-@cache  # `resolve_impl` asks at every call
-def import_backends(backends: tuple[str, ...]) -> None:
-    """Import what registers these backends: only the kernels need triton."""
-    for home in filter(None, map(BACKEND_MODULES.get, backends)):
-        import_module(home)
+def device_of(args: tuple) -> str:
+    """Return the device type of the first tensor, `cpu` if there is none."""
+    for x in args:
+        if isinstance(x, Tensor):
+            return x.device.type
+    return "cpu"
 
 
-def resolve_impl(name: str):
-    """The implementation of op `name` under the active backends; raises if none has it."""
-    import_backends(ACTIVE_BACKENDS)
-    for backend in ACTIVE_BACKENDS:
+@cache
+def expand_backends(backends: tuple[str, ...], device: str) -> tuple[str, ...]:
+    """Replace `auto` by the backends of a device type and import what registers them."""
+    names: list[str] = []
+    for backend in backends:
+        names += AUTO_BACKENDS.get(device, ("torch",)) if backend == "auto" else (backend,)
+    for name in names:
+        if name in BACKEND_MODULES:
+            import_module(BACKEND_MODULES[name])  # only the kernels need triton
+    return tuple(dict.fromkeys(names))
+
+
+def resolve_impl(name: str, device: str = "cpu") -> Impl:
+    """Return the implementation of op `name` under the active backends; raise if none has it."""
+    backends = expand_backends(ACTIVE_BACKENDS, device)
+    for backend in backends:
         if backend in IMPLS[name]:
             return IMPLS[name][backend]
     raise NotImplementedError(
-        f"op {name!r} has no {' or '.join(ACTIVE_BACKENDS)} implementation, only {', '.join(IMPLS[name])}; "
-        f"name a second choice: DSV3_BACKEND={ACTIVE_BACKENDS[0]},torch"
+        f"op {name!r} has no {' or '.join(backends)} implementation, "
+        f"only {', '.join(IMPLS[name])}; name a second choice: DSV3_BACKEND={backends[0]},torch"
     )
 
 
 @contextmanager
-def use(*backends: str):
-    """Run a block under these backends, in order of preference: `with use("naive", "torch")`."""
+def use(*backends: str) -> Iterator[None]:
+    """Run a block under these backends, in order of preference: `with use("fp8", "auto")`."""
     global ACTIVE_BACKENDS
-    import_backends(backends)
-    known = {b for impls in IMPLS.values() for b in impls}
+    expand_backends(backends, "cpu")
+    known = {"auto"} | {b for impls in IMPLS.values() for b in impls}
     if unknown := set(backends) - known:
         raise ValueError(
             f"no backend {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
@@ -194,12 +208,11 @@ def use(*backends: str):
         ACTIVE_BACKENDS = before
 
 
-def backend_table() -> str:
-    """One line an op: the active implementation, then the others."""
-    import_backends(ACTIVE_BACKENDS)
-    rows = []
+def backend_table(device: str = "cpu") -> str:
+    """Return a line per op: the implementation active on a device type, then the others."""
+    backends, rows = expand_backends(ACTIVE_BACKENDS, device), []
     for name, impls in sorted(IMPLS.items()):
-        active = next((b for b in ACTIVE_BACKENDS if b in impls), "none")
+        active = next((b for b in backends if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
         rows.append(f"{name:22}{active:8}{others}".rstrip())
     return "\n".join(rows)
@@ -209,124 +222,53 @@ def backend_table() -> str:
 # ## Forget, and compute again
 # A training step needs most of its memory for what the forward pass keeps for the backward pass.
 # The report keeps no output of RMSNorm, of SwiGLU or of MLA's up-projections (§3.2.3, §3.3.3):
-# each costs little to compute and much to keep. So write the call `recompute(f, x)`: it is
+# each costs little to compute and much to keep. So the model writes the call `recompute(f, x)`:
 #
-# $$y = f(x),\quad\text{and whoever saves } y \text{ for its gradient saves } (f, x) \text{ instead.}$$
+# $$y = f(x),\quad\text{and whatever saves } y \text{ for its gradient saves } (f, x) \text{ instead.}$$
 #
-# $x$ may itself be such a result; then a chain is computed again from its start. A step that opens
-# no `saved_tensors(recompute=True)` block is not changed at all. PyTorch lets us in through
-# *saved-tensor hooks*: every tensor that is saved passes through `pack`, every one that is used
-# again through `unpack`. A result is known by the memory in which it lies, not by its values, so a view
-# of it (a transpose, one head's part) is recognized too. A weak reference notices when that memory has
-# been freed, for then its address may belong to something else.
+# $x$ may itself be such a result; then a chain is computed again from its start. By itself the call does
+# nothing. A training step that wants it installs a hook: `saved_tensors(recompute=True)` of
+# [dsv3_ref/training/recompute.py](../dsv3_ref/training/recompute.py), written with PyTorch's saved-tensor hooks.
 
 
 # %%
 #| export
-class RecomputedOutputs:
-    """fn(*args), to be run again when the backward pass asks; args may be results of others."""
-
-    def __init__(self, fn, args, pack):
-        device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
-        self.cast = {"dtype": torch.get_autocast_dtype(device), "device_type": device}
-        self.cast["enabled"] = torch.is_autocast_enabled(device)
-        self.fn, self.args, self.outputs = fn, [pack(x) for x in args], ()
-        self.num_saved = self.num_read = 0
-
-    def result(self, i: int):
-        """Result i; the results stay until as many have asked as have saved one."""
-        if not self.outputs:
-            with torch.enable_grad(), torch.autocast(**self.cast):
-                self.outputs = as_tuple(self.fn(*map(unpack, self.args)))
-        y, self.num_read = self.outputs[i].detach(), (self.num_read + 1) % self.num_saved
-        self.outputs = self.outputs if self.num_read else ()
-        return y
+RECOMPUTE_HOOK: Callable[[Impl, tuple], Any] | None = None  # set while a step recomputes
 
 
-def as_tuple(y) -> tuple:
-    """One result or many, as a tuple."""
-    return y if isinstance(y, tuple) else (y,)
-
-
-def unpack(x):
-    """What `SavedTensors.pack` took in."""
-    return x[0].result(x[1]).as_strided(*x[2]) if isinstance(x, tuple) else x
-
-
-# %%
-#| export
-class SavedTensors:
-    """Takes what a forward pass saves; `bytes` counts it, without the given weights."""
-
-    def __init__(self, recompute: bool, exclude=()):
-        self.enabled, self.reruns, self.storages = recompute, {}, {}
-        self.excluded = {w.untyped_storage()._cdata for w in exclude}
-
-    def pack(self, x):
-        """x, or if it is a result of `recompute`: the rerun that makes it, and where it lies there."""
-        if not isinstance(x, torch.Tensor):
-            return x
-        memory = x.untyped_storage()
-        if found := self.reruns.get(memory._cdata):
-            found[0].num_saved += 1
-            return *found[:2], (x.shape, x.stride(), x.storage_offset())
-        self.storages[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
-        return x
-
-    def recompute(self, fn, args):
-        self.reruns = {k: r for k, r in self.reruns.items() if not r[2].expired()}
-        rerun = RecomputedOutputs(fn, args, self.pack)
-        results = as_tuple(y := fn(*args))
-        for i, memory in enumerate(r.untyped_storage() for r in results):
-            self.reruns[memory._cdata] = rerun, i, StorageWeakRef(memory)
-        return y
-
-    @property
-    def bytes(self) -> int:
-        """Held now for the backward pass."""
-        live = {k: n for k, (ref, n) in self.storages.items() if not ref.expired()}
-        return sum(n for k, n in live.items() if k not in self.excluded)
-
-
-_SAVED_TENSORS: SavedTensors | None = None
-
-
-@contextmanager
-def saved_tensors(recompute: bool, exclude=()):
-    """A forward pass whose saved tensors are counted and, if so wanted, computed again (§3.2.3)."""
-    global _SAVED_TENSORS
-    before, _SAVED_TENSORS = _SAVED_TENSORS, SavedTensors(recompute, exclude)
-    try:
-        with saved_tensors_hooks(_SAVED_TENSORS.pack, unpack):
-            yield _SAVED_TENSORS
-    finally:
-        _SAVED_TENSORS = before
-
-
-def recompute(fn, *args):
-    """fn(*args); in a `saved_tensors(recompute=True)` block whoever needs the results makes them again.
+def recompute(fn: Impl, *args: Any) -> Any:
+    """Return fn(*args), which a training step may forget and compute again in its backward pass.
 
     What `fn` saves for itself is kept: an RMSNorm's input, not its output.
     """
-    if _SAVED_TENSORS is None or not _SAVED_TENSORS.enabled or not torch.is_grad_enabled():
-        return fn(*args)
-    return _SAVED_TENSORS.recompute(fn, args)
+    return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK(fn, args)
+
+
+@contextmanager
+def recomputing_with(hook: Callable[[Impl, tuple], Any] | None) -> Iterator[None]:
+    """Let `hook(fn, args)` answer the calls of `recompute` in a block."""
+    global RECOMPUTE_HOOK
+    before, RECOMPUTE_HOOK = RECOMPUTE_HOOK, hook
+    try:
+        yield
+    finally:
+        RECOMPUTE_HOOK = before
 
 
 # %%
-# A chain of two. The gradient of cos needs sin(x), which is computed again; that of sin needs x.
-x = torch.linspace(-1, 1, 5, requires_grad=True)
-noted = lambda x: calls.append("sin") or x.sin()
-for enabled in (False, True):
-    calls = []
-    with saved_tensors(enabled) as saved:
-        y = recompute(torch.cos, recompute(noted, x))
-    kept = saved.bytes // x.element_size()
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    print(f"recompute={enabled!s:5}  numbers kept: {kept:2}  times sin was computed: {len(calls)}")
-    assert torch.equal(grad, (-x.sin().sin() * x.cos()).detach())
-    assert len(calls) == 1 + enabled
-assert kept == 5  # x itself
+calls = []
+
+
+def note(fn, args):
+    """Answer a call of `recompute` like a plain call, and note its function."""
+    calls.append(fn.__name__)
+    return fn(*args)
+
+
+with recomputing_with(note):
+    y = recompute(torch.cos, recompute(torch.sin, torch.ones(2)))
+assert torch.equal(y, torch.ones(2).sin().cos()) and recompute(torch.sin, y).shape == (2,)
+print("the hook saw", calls)
 
 # %% [markdown]
 # ## RMSNorm
@@ -340,92 +282,58 @@ assert kept == 5  # x itself
 # bias. The squares are summed in fp32, whatever the type of $x$: the eight significant bits of bf16 are
 # too few to sum 7168 of them.
 #
-# *Its gradient.* With $\hat x = x/\rho$ and $a = g \odot w$, where $g$ is the gradient that arrives
+# *Its gradient*, which autograd finds by itself. With $\hat x = x/\rho$ and $a = g \odot w$, where $g$ is the gradient that arrives
 # at $y$,
 #
 # $$\frac{\partial L}{\partial x} = \frac{1}{\rho}\left(a - \hat x\,\operatorname{mean}(a\odot\hat x)\right),
 # \qquad \frac{\partial L}{\partial w} = \sum_n g_n \odot \hat x_n .$$
 #
 # The mean takes away the part along $x$, because the length of $x$ changes nothing. And the
-# gradient shrinks as $1/\rho$: large vectors move slowly. We write it down ourselves, because autograd
-# would follow every small step of the formula, keep its result and read it again.
+# gradient shrinks as $1/\rho$: large vectors move slowly. The `cpu` backend writes it down, because autograd
+# follows every small step of the formula, keeps its result and reads it again.
 
 
 # %%
 #| export
-def upcast(x):
-    """fp32, or fp64 if x is that."""
+def upcast(x: Tensor) -> Tensor:
+    """Return x in fp32; fp64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def matmul_dtype(x):
-    """What a matrix product of x returns: the autocast dtype, else that of x."""
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a matrix product of x: that of autocast, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm with its gradient by hand: keeps x and 1/ρ, not the steps between (§3.2.3)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
-        wide = upcast(x)
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, weight, rstd = ctx.saved_tensors
-        unit, g = upcast(x) * rstd, upcast(g)
-        dweight = (g * unit).sum_to_size(weight.shape)
-        a = g * weight
-        along = (a * unit).mean(-1, keepdim=True)
-        dx = a.sub_(unit.mul_(along)).mul_(rstd).to(x.dtype)
-        return dx, dweight.to(weight.dtype), None, None
-
-
 @op
-def rms_norm(x, weight, eps: float, dtype=None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight.
 
     dtype: of y, by default that of x; rounded once.
     """
-    if torch.is_grad_enabled():
-        return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
-    return F.rms_norm(upcast(x), weight.shape, weight, eps).to(dtype or x.dtype)
-
-
-@impl("rms_norm", "naive")
-def _(x, weight, eps, dtype=None):
-    x32 = x.float()
-    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight
+    wide = upcast(x)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
     return y.to(dtype or x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """A learned scale after `rms_norm`, in the dtype of the products that follow; shape of x."""
+    """RMSNorm with a learned scale; returns the dtype of the products that follow, shape of x."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return recompute(rms_norm, x, self.weight, self.eps, matmul_dtype(x))
 
 
 # %%
-def same(name: str, *args, atol: float = 1e-5) -> float:
-    """Largest difference between an op's reference and its naive form; asserts it is small."""
-    gap = (IMPLS[name]["torch"](*args) - IMPLS[name]["naive"](*args)).abs().max().item()
-    assert gap < atol, (name, gap)
-    return gap
-
-
 torch.manual_seed(0)
 x_nd, w_d = torch.randn(3, 64) * torch.tensor([[0.01], [1.0], [100.0]]), torch.rand(64)
-same("rms_norm", x_nd, w_d, 1e-6)
+right = F.rms_norm(x_nd, (64,), w_d, 1e-6)  # torch's own
+assert torch.allclose(rms_norm(x_nd, w_d, 1e-6), right, atol=1e-5)
 y_nd = rms_norm(x_nd, torch.ones(64), 1e-6)
 print("size before:", *[f"{v:.3g}" for v in x_nd.square().mean(-1).sqrt()])
 print("size after: ", *[f"{v:.3g}" for v in y_nd.square().mean(-1).sqrt()])
@@ -435,7 +343,7 @@ assert torch.allclose(rms_norm(8 * x_nd, w_d, 0.0), rms_norm(x_nd, w_d, 0.0))  #
 # The sizes differed by thousands and are now equal. Only the smallest is a little short of 1:
 # beside its mean square, a ten-thousandth, $\epsilon$ still counts.
 #
-# Next the gradient by hand against finite differences, and two of its properties: nothing of it lies
+# Next the gradient against finite differences, and two of its properties: nothing of it lies
 # along $x$, and a factor of 10 in front of $x$ leaves it as it is.
 
 # %%
@@ -467,26 +375,29 @@ print("size of each token's gradient:", *[f"{v:.2f}" for v in grad_nd.norm(dim=-
 # %%
 #| export
 @op
-def linear(x, weight_oi, saved_input_format: str = "e4m3"):
-    """Multiply the last axis: y_…o = Σ_i x_…i W_oi. saved_input_format: how FP8 stores x for Wgrad (§3.3.3)."""
+def linear(x: Tensor, weight_oi: Tensor, saved_input_format: str = "e4m3") -> Tensor:
+    """Multiply the last axis: y_…o = Σ_i x_…i W_oi.
+
+    saved_input_format: how FP8 stores x for Wgrad (§3.3.3).
+    """
     return F.linear(x, weight_oi)
 
 
-DEFERRED_WGRADS: list | None = (
-    None  # while a pipeline splits the backward pass: the Wgrads it puts off
-)
+Wgrad = tuple[Tensor, Callable[[], Tensor]]  # a weight, and the function that computes ∂L/∂weight
+DEFERRED_WGRADS: list[Wgrad] | None = None  # set while a pipeline splits the backward pass
 
 
-def defer_wgrad(weight, wgrad_fn):
-    """∂L/∂weight = wgrad(): now; or None, and when a schedule says so (chapter 12)."""
+def defer_wgrad(weight: Tensor, wgrad_fn: Callable[[], Tensor]) -> Tensor | None:
+    """Compute ∂L/∂weight = wgrad_fn() now; while a schedule defers it, store it, return None."""
     if DEFERRED_WGRADS is None:
         return wgrad_fn()
-    return DEFERRED_WGRADS.append((weight, wgrad_fn))
+    DEFERRED_WGRADS.append((weight, wgrad_fn))
+    return None
 
 
 @contextmanager
-def deferring_wgrads():
-    """A block in which `defer_wgrad` puts off; yields the list of (weight, wgrad)."""
+def deferring_wgrads() -> Iterator[list[Wgrad]]:
+    """Collect the weight gradients of a block; the caller computes them later (chapter 12)."""
     global DEFERRED_WGRADS
     before, DEFERRED_WGRADS = DEFERRED_WGRADS, []
     try:
@@ -500,12 +411,10 @@ class Linear(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, saved_input_format: str = "e4m3"):
         super().__init__()
-        self.weight, self.saved_input_format = (
-            nn.Parameter(torch.empty(n_out, n_in)),
-            saved_input_format,
-        )
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.saved_input_format = saved_input_format
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.saved_input_format)
 
 
@@ -538,35 +447,15 @@ for name, t in {"Fprop": y_no, "Dgrad": grad_x_ni, "Wgrad": grad_w_oi}.items():
 
 # %%
 #| export
-class SwiGLUFunction(torch.autograd.Function):
-    """SwiGLU that keeps only its two inputs (§3.2.3)."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+@op
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Gate one vector by another: y = gate · σ(gate) · up."""
+    return F.silu(gate) * up
 
 
 @op
-def swiglu(gate, up):
-    """A smooth switch: y = gate · σ(gate) · up."""
-    return SwiGLUFunction.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
-
-
-@impl("swiglu", "naive")
-def _(gate, up):
-    return gate / (1 + torch.exp(-gate)) * up
-
-
-@op
-def swiglu_linear(gate, up, weight_oi):
-    """SwiGLU and the matrix behind it, one op, since neither needs to keep what lies between."""
+def swiglu_linear(gate: Tensor, up: Tensor, weight_oi: Tensor) -> Tensor:
+    """Apply SwiGLU and the matrix after it; one op, since neither needs to keep what lies between."""
     return linear(recompute(swiglu, gate, up), weight_oi)
 
 
@@ -578,13 +467,13 @@ class MLP(nn.Module):
         self.w1, self.w3 = Linear(dim, inter_dim), Linear(dim, inter_dim)
         self.w2 = Linear(inter_dim, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return swiglu_linear(self.w1(x), self.w3(x), self.w2.weight)
 
 
 # %%
 gate_n, up_n = torch.linspace(-8, 8, 9, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
-same("swiglu", gate_n, up_n)
+assert torch.allclose(swiglu(gate_n, up_n), gate_n / (1 + torch.exp(-gate_n)) * up_n)
 print("gate", *[f"{v:6.0f}" for v in gate_n])
 print("out ", *[f"{v:6.3f}" for v in swiglu(gate_n, up_n)])
 assert torch.allclose(swiglu(40 * up_n, gate_n), 40 * gate_n)  # open: gate · up
@@ -598,8 +487,8 @@ assert torch.autograd.gradcheck(swiglu, (gate_n, up_n.requires_grad_()))
 
 # %% [markdown]
 # *The seam, live.* Let us listen in on an MLP without touching it: a backend called `spy` notes the
-# shapes it meets and computes the same. `table()` prints a line for each op: its name, the active
-# implementation, the others. Afterwards we remove the spy, and nothing of it is left.
+# shapes it meets and computes the same. `backend_table()` returns a line for each op: its name, the active
+# implementation, the others. Afterwards we remove the spy.
 
 # %%
 heard = []
@@ -608,7 +497,7 @@ heard = []
 @impl("swiglu", "spy")
 def _(gate, up):
     heard.append(tuple(gate.shape))
-    return F.silu(gate) * up
+    return IMPLS["swiglu"]["torch"](gate, up)
 
 
 mlp = MLP(16, 40)
@@ -642,10 +531,12 @@ def under(*backends: str):
 
 before = ACTIVE_BACKENDS
 print(error(lambda: under("spy")))  # it is gone
-print(error(lambda: under("naive")))  # known, but `linear` has no naive form: no silent fallback
-print(error(lambda: impl("swigloo", "naive")))
+IMPLS["swiglu"]["spy"] = IMPLS["swiglu"]["torch"]
+print(error(lambda: under("spy")))  # `linear` has no such form: no silent fallback
+del IMPLS["swiglu"]["spy"]
+print(error(lambda: impl("swigloo", "spy")))
 assert before == ACTIVE_BACKENDS  # put back, errors or not
-assert torch.allclose(under("naive", "torch"), quiet, atol=1e-6)
+assert torch.allclose(under("torch"), quiet)
 
 # %% [markdown]
 # ## Cross-entropy straight from the hidden state
@@ -657,66 +548,26 @@ assert torch.allclose(under("naive", "torch"), quiet, atol=1e-6)
 #
 # in nats (surprise with the natural logarithm). Here $y_n$ is the right next word, $p_{nw}$ the softmax
 # over words, and $[w = y_n]$ is 1 for the right word and 0 for others. Head and loss are *one* op because
-# the scores between them, the **logits** $h_n\cdot W_w$, are the problem. Once a few tokens' logits are
-# there, their gradient $p - [w = y]$ is one subtraction away. So we take 512 tokens at a time, turn their
-# logits into loss and gradient in place, multiply the gradient at once into those of $h$ and $W$, and
-# forget it: nothing of size $n \times w$ ever exists.
+# the scores between them, the **logits** $h_n\cdot W_w$, are the problem: an implementation need not hold all
+# of them. Once a few tokens' logits are there, their gradient $p - [w = y]$ is one subtraction away, so a
+# backend takes 512 tokens at a time and forgets their logits at once. The reference is the formula.
 
 
 # %%
 #| export
-CE_CHUNK_TOKENS = 512  # tokens whose logits exist at a time
-
-
-def cross_entropy_and_grad_(logit_nw, target_n):
-    """Σ −log p[target] in nats; the logits become ∂L/∂logit = p − [w = target], in place."""
-    wide_nw, at_n1 = upcast(logit_nw), target_n[:, None]
-    top_n1 = wide_nw.amax(1, keepdim=True)
-    right_n1 = wide_nw.gather(1, at_n1)
-    sum_n1 = wide_nw.sub_(top_n1).exp_().sum(1, keepdim=True)
-    nll = (sum_n1.log() + top_n1 - right_n1).sum()
-    wide_nw.mul_(sum_n1.reciprocal()).scatter_add_(1, at_n1, -torch.ones_like(right_n1))
-    return nll, wide_nw.to(logit_nw.dtype)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one pass: logits of at most ROWS tokens exist at a time."""
-
-    @staticmethod
-    def forward(ctx, h_nd, head_wd, target_n):
-        total, dh, dw_wd = 0.0, [], torch.zeros_like(head_wd)
-        for h, target in zip(h_nd.split(CE_CHUNK_TOKENS), target_n.split(CE_CHUNK_TOKENS)):
-            nll, g_nw = cross_entropy_and_grad_(F.linear(h, head_wd), target)
-            total = total + nll
-            if any(ctx.needs_input_grad):
-                dh.append((g_nw @ head_wd).to(h_nd.dtype))
-                dw_wd += g_nw.T @ h
-        ctx.save_for_backward(torch.cat(dh) if dh else None, dw_wd)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        dh_nd, dw_wd = ctx.saved_tensors
-        return dh_nd * g, dw_wd * g, None
+CE_CHUNK_TOKENS = 512  # tokens whose logits exist at a time, where memory counts
 
 
 @op
-def linear_cross_entropy(h_nd, head_wd, target_n):
+def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
     """Sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
-    return ChunkedCrossEntropy.apply(h_nd, head_wd, target_n)
-
-
-@impl("linear_cross_entropy", "naive")
-def _(h_nd, head_wd, target_n):
-    logp_nw = (h_nd @ head_wd.T).float().log_softmax(-1)
-    return -logp_nw.gather(1, target_n[:, None]).sum()
+    logit_nw = upcast(F.linear(h_nd, head_wd))
+    return F.cross_entropy(logit_nw, target_n, reduction="sum")
 
 
 # %%
 h_nd = torch.randn(7, 16, requires_grad=True)
 head_wd, target_n = torch.randn(50, 16), torch.arange(7)
-same("linear_cross_entropy", h_nd, head_wd, target_n, atol=1e-4)
 (auto_nd,) = torch.autograd.grad(linear_cross_entropy(h_nd, head_wd, target_n), h_nd)
 p_nw = (h_nd @ head_wd.T).softmax(-1)
 hand_nd = (p_nw - F.one_hot(target_n, 50)) @ head_wd
@@ -738,31 +589,52 @@ print(f"{'its hidden states, bf16':26}{4096 * V3.dim * 2 / 1e9:6.2f} GB")
 assert round(sequence * 4 / 1e9, 2) == 2.12
 
 # %% [markdown]
+# ## In practice: tuned forms behind the same ops
+# [dsv3_ref/cpu](../dsv3_ref/cpu) registers the backend `cpu`. Its RMSNorm and SwiGLU have their gradients by hand and
+# keep only their inputs; its loss takes 512 tokens at a time and turns their logits into loss and gradient in
+# place, so that nothing of size $n \times w$ ever exists. One test holds every backend of every op to its reference,
+# forward and backward. Below, the package's ops, of which this chapter's cells are the source.
+
+# %%
+from dsv3_ref import ops
+
+with ops.use("cpu", "torch"):
+    print("\n".join(ops.backend_table().splitlines()[-4:]))
+    assert torch.allclose(
+        ops.rms_norm(x_nd, w_d := torch.rand(16), 1e-6), rms_norm(x_nd, w_d, 1e-6), atol=1e-6
+    )
+    fast = ops.linear_cross_entropy(h_nd, head_wd, target_n)
+assert torch.allclose(fast, linear_cross_entropy(h_nd, head_wd, target_n), atol=1e-4)
+
+# %% [markdown]
 # ## Experiment: what is kept, counted
 # Take one feed-forward network with its norm. Step by step, torch keeps for each token $x$,
-# $\hat x$ and $y$ of the norm, then gate, up, silu(gate) and the product that enters $W_2$. Our norm and
-# SwiGLU with gradients by hand keep only their inputs, but the matrices behind them still keep the
+# $\hat x$ and $y$ of the norm, then gate, up, silu(gate) and the product that enters $W_2$. Norm and
+# SwiGLU with gradients by hand keep only their inputs, but the matrices after them still keep the
 # outputs. With `recompute` these are computed once more instead:
 #
 # $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{by hand}} \;\to\;
-# \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers a token}$$
+# \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers per token}$$
 #
 # (the 1 is $1/\rho$). Is the gradient still the same? "Step by step" is a backend like any other.
 
-
 # %%
-@impl("rms_norm", "steps")
-def _(x, weight, eps, dtype=None):
+from dsv3_ref.ops import MLP, RMSNorm, use
+from dsv3_ref.training.recompute import saved_tensors
+
+
+@ops.impl("rms_norm", "steps")
+def rms_norm_steps(x, weight, eps, dtype=None):
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-@impl("swiglu", "steps")
-def _(gate, up):
+@ops.impl("swiglu", "steps")
+def swiglu_steps(gate, up):
     return F.silu(gate) * up
 
 
 def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
-    """(gradient of x, numbers a token kept for it) of Σ MLP(norm(x))²."""
+    """Return the gradient of x in Σ MLP(norm(x))², and the numbers kept for it per token."""
     with saved_tensors(recompute, [*norm.parameters(), *mlp.parameters()]) as saved:
         out_nd = mlp(norm(x_nd))
     numbers = saved.bytes // x_nd.element_size() // len(x_nd)
@@ -774,8 +646,8 @@ def train_once(norm: RMSNorm, mlp: MLP, x_nd, recompute: bool):
 D = 64
 WAYS = {
     "step by step": (False, "steps"),
-    "by hand": (False, "torch"),
-    "recomputed": (True, "torch"),
+    "by hand": (False, "cpu"),
+    "recomputed": (True, "cpu"),
 }
 widths = [32, 64, 128, 192, 256]
 kept = {way: [] for way in WAYS}
@@ -793,18 +665,18 @@ for f in widths:
     assert kept["recomputed"][-1] == D + 2 * f + 1
     assert torch.allclose(grads["step by step"], grads["by hand"], atol=1e-5)
     assert torch.equal(grads["by hand"], grads["recomputed"])  # bit for bit
-del IMPLS["rms_norm"]["steps"], IMPLS["swiglu"]["steps"]
+del ops.IMPLS["rms_norm"]["steps"], ops.IMPLS["swiglu"]["steps"]
 
 fig, ax = figure(width=8, height=3.2)
 for (way, numbers), style, color in zip(kept.items(), ["o-", "s--", "D:"], [GRAY, BLUE, ORANGE]):
     ax.plot(widths, numbers, style, color=color, label=way)
-ax.set(xlabel=f"width f of the network (d = {D})", ylabel="numbers kept a token", ylim=(0, None))
+ax.set(xlabel=f"width f of the network (d = {D})", ylabel="numbers kept per token", ylim=(0, None))
 ax.set_title("Recomputing norm and SwiGLU halves the memory; the gradient is the same")
 ax.legend()
 show(fig)
 d, f = V3.dim, V3.inter_dim
 print(
-    f"a dense layer of V3, kB a token in bf16: {2 * (3 * d + 4 * f) / 1e3:.0f} step by step,",
+    f"a dense layer of V3, kB per token in bf16: {2 * (3 * d + 4 * f) / 1e3:.0f} step by step,",
     end=" ",
 )
 print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} by hand, {2 * (d + 2 * f) / 1e3:.0f} recomputed")
@@ -977,8 +849,8 @@ check_overflow(my_overflow)
 #     return torch.full((4,), 300.0, dtype=torch.float16)
 # ```
 #
-# 300² = 90,000 is above 65,504, so it becomes infinite and the result 0. Hence `x.float()` in the
-# naive form.
+# 300² = 90,000 is above 65,504, so it becomes infinite and the result 0. Hence `upcast(x)` in the
+# op.
 # </details>
 #
 # **4 · Extend.** Write the loss (the sum, without gradients) so that logits of at most `rows` tokens

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import impl, op
+from dsv3_ref.ops import op
 
 # %%
 from dataclasses import replace
@@ -90,8 +90,8 @@ show(fig)
 
 # %%
 #| export
-def rope_freqs(rope_dim: int, theta: float):
-    """Angle a position of each of the r/2 pairs: ω_j = θ^(−2j/r), radians."""
+def rope_freqs(rope_dim: int, theta: float) -> Tensor:
+    """Compute the angle per position of each of the r/2 pairs: ω_j = θ^(−2j/r), radians."""
     return theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
 
 
@@ -124,25 +124,18 @@ show(fig)
 #
 # Pairs are **neighbors**, $(x_0, x_1), (x_2, x_3), \dots$: the *interleaved* layout of the released
 # weights. With a pair as one complex number, $z_j = x_{2j} + \mathrm{i}\,x_{2j+1}$, it is one product,
-# $z_j\,e^{\mathrm{i}t\omega_j}$, read and written once; the matrix as printed is the naive form. Both turn
-# in fp32 and come back in the type of $x$: (b, s, h, r) → (b, s, h, r), with tables of cos and sin
+# $z_j\,e^{\mathrm{i}t\omega_j}$, which the [cpu backend](../dsv3_ref/cpu/fused.py) reads and writes once; the
+# reference is the matrix as printed. Both rotate in fp32 and come back in the type of $x$: (b, s, h, r) → (b, s, h, r), with tables of cos and sin
 # (s, r/2) for all rows and heads.
 
 
 # %%
 #| export
 @op
-def apply_rotary_emb(x_bshr, cos, sin):
-    """Turn interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
-    x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = x * torch.complex(cos, sin)[:, None]  # the same for every head
-    return torch.view_as_real(turned).flatten(-2).to(x_bshr.dtype)
-
-
-@impl("apply_rotary_emb", "naive")
-def _(x_bshr, cos, sin):
+def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
     x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[:, None], sin[:, None]  # the same for every head
     pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
     return pairs.flatten(-2).to(x_bshr.dtype)
 
@@ -171,10 +164,11 @@ torch.manual_seed(0)
 freq_j, position_s = rope_freqs(8, 10_000.0), torch.arange(5)
 x_bshr = torch.randn(2, 5, 3, 8)
 cos, sin = angles(freq_j, position_s)
-with use("naive", "torch"):
-    naive_bshr = apply_rotary_emb(x_bshr, cos, sin)
-assert torch.allclose(apply_rotary_emb(x_bshr, cos, sin), naive_bshr, atol=1e-6)
-assert torch.allclose(naive_bshr.norm(dim=-1), x_bshr.norm(dim=-1))  # lengths stay
+with use("torch"):
+    rotated_bshr = apply_rotary_emb(x_bshr, cos, sin)
+z_bshj = torch.view_as_complex(x_bshr.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None]
+assert torch.allclose(torch.view_as_real(z_bshj).flatten(-2), rotated_bshr, atol=1e-6)
+assert torch.allclose(rotated_bshr.norm(dim=-1), x_bshr.norm(dim=-1))  # lengths stay
 x_sr = torch.randn(5, 8)
 twice = turn(turn(x_sr, position_s, freq_j), position_s + 7, freq_j)
 assert torch.allclose(twice, turn(x_sr, 2 * position_s + 7, freq_j), atol=1e-5)  # turns add up
@@ -280,10 +274,16 @@ assert (wrong_st - right_st).abs().max() > 1
 
 # %%
 #| export
-def yarn_ramp(rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float):
-    """Share of interpolation a pair: 0 if it turns > β_fast times in `length`, 1 if < β_slow."""
+def yarn_ramp(
+    rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float
+) -> Tensor:
+    """Compute the share of interpolation of each of the r/2 pairs.
 
-    def correction_dim(num_rotations):  # the (fractional) pair that turns so often within `length`
+    0 for pairs that turn more than β_fast times within `length`, 1 for fewer than β_slow.
+    """
+
+    def correction_dim(num_rotations: float) -> float:
+        """Return the (fractional) pair that turns so often within `length`."""
         return rope_dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(correction_dim(beta_fast)), 0)
@@ -312,8 +312,11 @@ assert kinds == [11, 12, 9]
 
 # %%
 #| export
-def yarn_freqs(c: Config):
-    """Fast pairs keep ω, slow pairs take ω/s, a ramp between: ω' = (1−ρ)ω + ρω/s (§4.3)."""
+def yarn_freqs(c: Config) -> Tensor:
+    """Compute YaRN's angles per position, (r/2,): ω' = (1−ρ)ω + ρω/s (§4.3).
+
+    Fast pairs keep ω, slow pairs take ω/s, with a ramp between.
+    """
     freqs = rope_freqs(c.qk_rope_head_dim, c.rope_theta)
     if c.rope_factor == 1:
         return freqs
@@ -348,7 +351,7 @@ for j in (0, 10, 16, 23, 31):
 # %%
 #| export
 def softmax_scale(c: Config) -> float:
-    """1/√(i+r), times YaRN's (0.1·m·ln s + 1)² when s > 1."""
+    """Return 1/√(i+r), times YaRN's (0.1·m·ln s + 1)² when s > 1."""
     scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
     return scale * (0.1 * c.mscale * math.log(c.rope_factor) + 1) ** 2
 
@@ -378,13 +381,13 @@ for n in (4096, 163_840):
 
 # %%
 #| export
-def rope_cos_sin(c: Config, position_s):
-    """Rotations of positions: (cos, sin), each (s, r/2), float32."""
+def rope_cos_sin(c: Config, position_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute cos and sin of the angles of positions, each (s, r/2), float32."""
     angle = position_s[:, None].double() * yarn_freqs(c).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
 
 
-def to_cu_seqlens(lengths: Sequence[int], device=None) -> Tensor:
+def to_cu_seqlens(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Return where m samples laid end to end begin and end: 0, then the sums, (m + 1,) int32."""
     return F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
 

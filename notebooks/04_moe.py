@@ -69,15 +69,16 @@ print(f"sets of 8 experts out of 256: {comb(256, 8):.1e}")
 
 # %%
 #| export
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from torch import nn
+from torch import Tensor, nn
 
 from dsv3_ref.config import Config
-from dsv3_ref.ops import MLP, recompute, impl, op, swiglu
+from dsv3_ref.ops import MLP, op, recompute, swiglu
 
 # %% [markdown]
 # ## The gate
@@ -99,23 +100,25 @@ from dsv3_ref.ops import MLP, recompute, impl, op, swiglu
 # %%
 #| export
 class Route(NamedTuple):
-    """What the gate decided for every token."""
+    """The gate's decision for every token."""
 
-    topk_weights_bsk: torch.Tensor  # how much each chosen expert counts
-    topk_ids_bsk: torch.Tensor  # which experts, int64
-    scores_bse: torch.Tensor  # of all experts, without bias; carries the gradient
+    topk_weights_bsk: Tensor  # how much each chosen expert counts
+    topk_ids_bsk: Tensor  # which experts, int64
+    scores_bse: Tensor  # affinities to all experts, without bias; they carry the gradient
 
 
 @op
-def group_limited_topk(scores_bse, topk: int, n_groups: int, topk_groups: int, group_topk: int):
-    """The k experts of highest score, best first, in the open groups: int64, (b, s, k)."""
+def group_limited_topk(
+    scores_bse: Tensor, topk: int, n_groups: int, topk_groups: int, group_topk: int
+) -> Tensor:
+    """Choose the k experts of highest score in the open groups, best first: int64, (b, s, k)."""
     if n_groups > 1:
         scores_bse = mask_to_top_groups(scores_bse, n_groups, topk_groups, group_topk)
     return scores_bse.topk(topk, dim=-1).indices
 
 
-def route(logit_bse, bias_e, c: Config) -> Route:
-    """eq. 12–16: choose k experts by affinity + bias, weigh them by the affinity alone."""
+def route(logit_bse: Tensor, bias_e: Tensor | None, c: Config) -> Route:
+    """Choose k experts by affinity + bias and weigh them by the affinity alone (eq. 12–16)."""
     sigmoid = c.score_func == "sigmoid"
     scores_bse = logit_bse.sigmoid() if sigmoid else logit_bse.softmax(-1)
     biased_bse = scores_bse if bias_e is None else scores_bse + bias_e
@@ -171,8 +174,10 @@ print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum
 
 # %%
 #| export
-def mask_to_top_groups(scores_bse, n_groups: int, topk_groups: int, group_topk: int):
-    """−∞ outside the groups with the largest sum of their `group_topk` highest scores (§2.1.2)."""
+def mask_to_top_groups(
+    scores_bse: Tensor, n_groups: int, topk_groups: int, group_topk: int
+) -> Tensor:
+    """Put −∞ outside the groups with the largest sums of their `group_topk` best scores (§2.1.2)."""
     score_bsgx = rearrange(scores_bse, "... (g x) -> ... g x", g=n_groups)
     group_bsg = score_bsgx.topk(group_topk, dim=-1).values.sum(-1)
     chosen = group_bsg.topk(topk_groups, dim=-1).indices
@@ -236,7 +241,7 @@ show(fig)
 # %%
 #| export
 class Gate(nn.Module):
-    """Affinity of every token to every expert, in fp32; only `update_expert_bias` moves the bias."""
+    """The gate: affinities of tokens to experts, in fp32; `update_expert_bias` moves its bias."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -245,7 +250,7 @@ class Gate(nn.Module):
         bias = torch.zeros(c.n_routed_experts) if c.score_func == "sigmoid" else None
         self.register_buffer("bias", bias)
 
-    def forward(self, x_bsd) -> Route:
+    def forward(self, x_bsd: Tensor) -> Route:
         with torch.autocast(x_bsd.device.type, enabled=False):
             logit_bse = F.linear(recompute(torch.Tensor.float, x_bsd), self.weight.float())
         return route(logit_bse, self.bias, self.config)
@@ -283,19 +288,22 @@ assert [n for n, _ in gate.named_parameters()] == ["weight"] and "bias" in gate.
 
 # %%
 #| export
-def tokens_per_expert(topk_ids, n_experts: int):
-    """Tokens each expert received, (e,), int64."""
+def tokens_per_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
+    """Count the tokens that each expert receives, (e,), int64."""
     return topk_ids.flatten().bincount(minlength=n_experts)
 
 
-def max_vio(load_e) -> float:
-    """How far the busiest expert is above the mean: max/mean − 1."""
+def max_vio(load_e: Tensor) -> float:
+    """Measure how far the busiest expert is above the mean: max/mean − 1."""
     return (load_e.max() / load_e.float().mean() - 1).item()
 
 
 @torch.no_grad()
-def update_expert_bias(bias_e, load_e, gamma: float) -> None:
-    """Lift idle, lower busy experts: b += γ·sign(mean − load), load of the global batch, §2.1.2."""
+def update_expert_bias(bias_e: Tensor, load_e: Tensor, gamma: float) -> None:
+    """Raise idle and lower busy experts in place: b += γ·sign(mean − load) (§2.1.2).
+
+    load_e: tokens per expert in the global batch.
+    """
     load_e = load_e.float()
     bias_e += gamma * (load_e.mean() - load_e).sign()
 
@@ -328,10 +336,10 @@ print("load", load.tolist(), "→ bias", [f"{x:+.3f}" for x in b.tolist()])
 
 # %%
 #| export
-def balance_loss(r: Route, over: str = "sequence"):
-    """eq. 17–20 without α: Σ_e f_e·P_e of each sequence, averaged over the batch; 1 when even.
+def balance_loss(r: Route, over: Literal["sequence", "batch"] = "sequence") -> Tensor:
+    """Compute Σ_e f_e·P_e of each sequence, averaged over the batch (eq. 17–20 without α).
 
-    over: "batch" takes all tokens as one sequence (§4.5.3).
+    It is 1 when the load is even. over: "batch" takes all tokens as one sequence (§4.5.3).
     """
     if over == "batch":
         r = Route(None, *(x.flatten(0, 1)[None] for x in r[1:]))
@@ -378,14 +386,15 @@ print(f"experts used: {used:.3f}; top-k of bare affinities: {printed:.3f}; even 
 # $$y_m = W_{e(m)}\,x_m, \qquad x: (m, i),\; W: (e, o, i),\; y: (m, o),\; \textstyle\sum_e \text{count}_e = m$$
 #
 # An expert is a SwiGLU as in [chapter 01](01_ops.ipynb), $W_2(\operatorname{silu}(W_1x)\odot W_3x)$, in three such
-# products (`weight_m` serves the exchange between GPUs, which may weigh rows on the way).
-# `torch.nn.functional.grouped_mm` has sharp edges, all of them met here:
+# products (`weight_m` serves the exchange between GPUs, which may weigh rows on the way). The reference is the
+# loop. *In practice* the [cpu backend](../dsv3_ref/cpu/moe.py) calls `torch.nn.functional.grouped_mm`, which has
+# sharp edges, all of them met here:
 #
 # - offsets are the *ends* of the groups, cumulative and **int32**; an empty expert repeats an end;
 # - rows after the last end are never written and hold whatever was in memory, and an end *past* the rows is
 #   not noticed; hence the rule that counts sum to $m$;
 # - rows must be multiples of **16 bytes**: widths divisible by 4 in fp32, by 8 in bf16; no fp64;
-# - it ignores autocast (the op casts for itself), and its backward refuses a gradient with stride 0, which is
+# - it ignores autocast (the backend casts for itself), and its backward refuses a gradient with stride 0, which is
 #   what `.sum().backward()` sends; in a model the gradients come out of a gather (next section), which never
 #   has it.
 
@@ -393,24 +402,20 @@ print(f"experts used: {used:.3f}; top-k of bare affinities: {printed:.3f}; even 
 # %%
 #| export
 @op
-def grouped_linear(x_mi, weight_eoi, tokens_per_expert_e):
-    """Rows sorted by expert, each times its own matrix: y_m = W_e(m) x_m; tokens_per_expert_e sums to m."""
-    if torch.is_autocast_enabled(x_mi.device.type):
-        dtype = torch.get_autocast_dtype(x_mi.device.type)
-        x_mi, weight_eoi = x_mi.to(dtype), weight_eoi.to(dtype)
-    end_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
-    return F.grouped_mm(x_mi, weight_eoi.transpose(1, 2), offs=end_e)
+def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+    """Multiply rows sorted by expert by their expert's matrix: y_m = W_e(m) x_m.
 
-
-@impl("grouped_linear", "naive")
-def _(x_mi, weight_eoi, tokens_per_expert_e):
+    tokens_per_expert_e: int64, sums to m.
+    """
     rows = x_mi.split(tokens_per_expert_e.tolist())
     return torch.cat([F.linear(x, w) for x, w in zip(rows, weight_eoi)])
 
 
 @op
-def grouped_swiglu_linear(gate_mf, up_mf, weight_eoi, tokens_per_expert_e):
-    """SwiGLU and every row's own matrix behind it, one op as in `swiglu_linear`."""
+def grouped_swiglu_linear(
+    gate_mf: Tensor, up_mf: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
+) -> Tensor:
+    """Apply SwiGLU and each row's own matrix after it; one op, as in `swiglu_linear`."""
     return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, tokens_per_expert_e)
 
 
@@ -423,32 +428,31 @@ class GroupedExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
 
-    def forward(self, x_md, tokens_per_expert_e, weight_m=None):
-        gate, up = (
-            grouped_linear(x_md, self.w1, tokens_per_expert_e),
-            grouped_linear(x_md, self.w3, tokens_per_expert_e),
-        )
+    def forward(
+        self, x_md: Tensor, tokens_per_expert_e: Tensor, weight_m: Tensor | None = None
+    ) -> Tensor:
+        gate = grouped_linear(x_md, self.w1, tokens_per_expert_e)
+        up = grouped_linear(x_md, self.w3, tokens_per_expert_e)
         up = up if weight_m is None else up * weight_m[:, None].to(up.dtype)
         return grouped_swiglu_linear(gate, up, self.w2, tokens_per_expert_e)
 
 
 # %%
-from dsv3_ref.ops import IMPLS
+from dsv3_ref.ops import IMPLS, expand_backends
 
 g = torch.Generator().manual_seed(4)
-tokens_per_expert_e = torch.tensor(
-    [3, 0, 5, 0, 4, 0]
-)  # three experts without work, one of them the last
+tokens_per_expert_e = torch.tensor([3, 0, 5, 0, 4, 0])  # three without work, one of them the last
 x_mi = torch.randn(12, 8, generator=g, requires_grad=True)
 w_eoi = torch.randn(6, 16, 8, generator=g, requires_grad=True)
 dy_mo = torch.randn(12, 16, generator=g)
+expand_backends(("cpu",), "cpu")  # registers it
 results = {}
-for backend in ("torch", "naive"):
+for backend in ("cpu", "torch"):
     y = IMPLS["grouped_linear"][backend](x_mi, w_eoi, tokens_per_expert_e)
     results[backend] = [y, *torch.autograd.grad(y, (x_mi, w_eoi), dy_mo)]
 for fast, slow in zip(*results.values()):
     assert torch.allclose(fast, slow, atol=1e-5)
-idle = results["torch"][2][tokens_per_expert_e == 0]
+idle = results["cpu"][2][tokens_per_expert_e == 0]
 assert (idle == 0).all()  # no tokens: a gradient of zeros, not of leftovers
 
 
@@ -469,82 +473,40 @@ print("no rows     ", outcome(lambda: F.grouped_mm(x[:0], w, offs=0 * ends.int()
 
 # %% [markdown]
 # ## Out to the experts and back
-# Token $n$ becomes rows $nk, \dots, nk + k - 1$; `order` sorts these by expert, and `place` says for
+# Token $n$ becomes rows $nk, \dots, nk + k - 1$; `sorted_ids` lists these by expert, and `row_ids` says for
 # each token and choice where its row went. **Permute** copies a token to its $k$ rows, **unpermute** brings
 # the experts' answers back, each with its weight:
 #
-# $$\text{permute}(x)_m = x_{\lfloor \text{order}_m/k \rfloor}, \qquad
-# o_n = \text{unpermute}(y, w)_n = \sum_{j=1}^{k} w_{nj}\, y_{\text{place}_{nj}}$$
+# $$\text{permute}(x)_m = x_{\lfloor \text{sorted}_m/k \rfloor}, \qquad
+# o_n = \text{unpermute}(y, w)_n = \sum_{j=1}^{k} w_{nj}\, y_{\text{row}_{nj}}$$
 #
 # Each is the other's gradient, if $\partial$ marks the gradient of the loss: that of permute's input is the
 # gradient of its rows, combined with weights 1; $\partial y_m$ is the permuted $\partial o$ times the row's
-# weight, and a weight's own gradient is $\partial w_{nj} = \partial o_n \cdot y_{\text{place}_{nj}}$. Left to autograd, the gradient of a gather is a scatter-*add*: many rows
+# weight, and a weight's own gradient is $\partial w_{nj} = \partial o_n \cdot y_{\text{row}_{nj}}$. Left to autograd, the gradient of a gather is a scatter-*add*: many rows
 # into one place, atomic and in an order that differs from run to run on a GPU. As the permutation is
-# known, a gather and a sum do it, the same bits every time. The sum over rows named by a table has a fused
-# product in torch, made for recommender systems: `embedding_bag`.
+# known, a gather and a sum do it, the same bits every time: so do the backends. The sum over rows named by a table
+# has a fused product in torch, made for recommender systems, which the [cpu backend](../dsv3_ref/cpu/moe.py) uses: `embedding_bag`.
 
 
 # %%
 #| export
-def sort_by_expert(expert_nk):
-    """Rows by expert: order (m,), each row's token·k + choice, and its inverse, place (n, k)."""
-    sorted_ids_m = expert_nk.flatten().argsort(stable=True)
-    place_m = torch.empty_like(sorted_ids_m)
-    place_m[sorted_ids_m] = torch.arange(len(sorted_ids_m), device=sorted_ids_m.device)
-    return sorted_ids_m, place_m.view_as(expert_nk)
-
-
-class Permute(torch.autograd.Function):
-    """Each token to its k rows; the gradient sums the k rows again."""
-
-    @staticmethod
-    def forward(ctx, x_nd, sorted_ids_m, row_ids_nk):
-        ctx.save_for_backward(row_ids_nk)
-        return x_nd.index_select(0, sorted_ids_m // row_ids_nk.shape[1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_md):
-        return F.embedding_bag(ctx.saved_tensors[0], g_md, mode="sum"), None, None
-
-
-class Unpermute(torch.autograd.Function):
-    """Weighted sum of each token's k rows; the gradients are rows · weight and row · gradient."""
-
-    @staticmethod
-    def forward(ctx, y_md, weight_nk, sorted_ids_m, row_ids_nk):
-        ctx.save_for_backward(y_md, weight_nk, sorted_ids_m, row_ids_nk)
-        return F.embedding_bag(row_ids_nk, y_md, mode="sum", per_sample_weights=weight_nk)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_nd):
-        y_md, weight_nk, sorted_ids_m, row_ids_nk = ctx.saved_tensors
-        g_md = g_nd.index_select(0, sorted_ids_m // row_ids_nk.shape[1])
-        dweight_m = (g_md * y_md).sum(-1)
-        g_md *= weight_nk.flatten()[sorted_ids_m, None]
-        return g_md, dweight_m[row_ids_nk], None, None
+def sort_by_expert(topk_ids_nk: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort rows by expert: (m,) token·k + choice of each sorted row, and its inverse, (n, k)."""
+    sorted_ids_m = topk_ids_nk.flatten().argsort(stable=True)
+    row_ids_m = torch.empty_like(sorted_ids_m)
+    row_ids_m[sorted_ids_m] = torch.arange(len(sorted_ids_m), device=sorted_ids_m.device)
+    return sorted_ids_m, row_ids_m.view_as(topk_ids_nk)
 
 
 @op
-def permute(x_nd, sorted_ids_m, row_ids_nk):
+def permute(x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
-    return Permute.apply(x_nd, sorted_ids_m, row_ids_nk)
-
-
-@impl("permute", "naive")
-def _(x_nd, sorted_ids_m, row_ids_nk):
     return x_nd[sorted_ids_m // row_ids_nk.shape[1]]
 
 
 @op
-def unpermute(y_md, weight_nk, sorted_ids_m, row_ids_nk):
-    """Bring the rows back, weighted: o_n = Σ_k w_nk y_place(n,k), (m, d) → (n, d)."""
-    return Unpermute.apply(y_md, weight_nk, sorted_ids_m, row_ids_nk)
-
-
-@impl("unpermute", "naive")
-def _(y_md, weight_nk, sorted_ids_m, row_ids_nk):
+def unpermute(y_md: Tensor, weight_nk: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
+    """Bring the rows back, weighted: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
     return einsum(y_md[row_ids_nk], weight_nk, "n k d, n k -> n d")
 
 
@@ -575,12 +537,15 @@ print("experts of the rows before", before.tolist(), "and after", before[sorted_
 #
 # Sums of SwiGLUs side by side are one wider SwiGLU, so all shared experts are a single MLP. There is no
 # *capacity*: much MoE code gives an expert a fixed number of places and drops the tokens beyond; here an expert
-# takes what comes. `routed` is the seam: with expert parallelism ([chapter 11](11_expert_parallel.ipynb)) tokens
-# travel there to the GPU that holds their expert, and back.
+# takes what comes. `token_dispatcher` is the seam: with expert parallelism ([chapter 11](11_expert_parallel.ipynb))
+# it carries tokens to the GPU that holds their expert, and back. Without one, all experts are here.
 
 
 # %%
 #| export
+TokenDispatcher = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_nd, weights_nk, ids_nk) → y_nd
+
+
 class MoE(nn.Module):
     """Shared experts for all, k routed ones for each token: y = shared(x) + Σ_k w_k·expert_k(x)."""
 
@@ -590,18 +555,20 @@ class MoE(nn.Module):
         self.gate = Gate(c)
         self.experts = GroupedExperts(c.n_routed_experts, c.dim, c.moe_inter_dim)
         self.shared_experts = MLP(c.dim, c.n_shared_experts * c.moe_inter_dim)
+        self.token_dispatcher: TokenDispatcher | None = None  # None: all experts are here
 
-    def routed(self, x_nd, weight_nk, expert_nk):
-        """Σ_k w_nk·expert_nk(x_n); on one device every expert is here."""
-        sorted_ids_m, row_ids_nk = sort_by_expert(expert_nk)
-        tokens_per_expert_e = tokens_per_expert(expert_nk, self.config.n_routed_experts)
+    def forward_routed(self, x_nd: Tensor, topk_weights_nk: Tensor, topk_ids_nk: Tensor) -> Tensor:
+        """Compute Σ_k w_nk·expert_nk(x_n) with this layer's own experts."""
+        sorted_ids_m, row_ids_nk = sort_by_expert(topk_ids_nk)
+        tokens_per_expert_e = tokens_per_expert(topk_ids_nk, self.config.n_routed_experts)
         y_md = self.experts(permute(x_nd, sorted_ids_m, row_ids_nk), tokens_per_expert_e)
-        return unpermute(y_md, weight_nk.to(y_md.dtype), sorted_ids_m, row_ids_nk)
+        return unpermute(y_md, topk_weights_nk.to(y_md.dtype), sorted_ids_m, row_ids_nk)
 
-    def forward(self, x_bsd) -> tuple[torch.Tensor, Route]:
+    def forward(self, x_bsd: Tensor) -> tuple[Tensor, Route]:
         r = self.gate(x_bsd)
         tokens = (t.flatten(0, 1) for t in (x_bsd, r.topk_weights_bsk, r.topk_ids_bsk))
-        return self.routed(*tokens).view_as(x_bsd) + self.shared_experts(x_bsd), r
+        y_nd = (self.token_dispatcher or self.forward_routed)(*tokens)
+        return y_nd.view_as(x_bsd) + self.shared_experts(x_bsd), r
 
 
 # %%

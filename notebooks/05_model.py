@@ -42,12 +42,13 @@
 # %%
 #| export
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dsv3_ref.block import MTP, Block  # below, and chapter 06
 from dsv3_ref.config import Config
-from dsv3_ref.mla import MLA, LayerKVCache
+from dsv3_ref.mla import LayerKVCache
 from dsv3_ref.moe import Gate, MoE, Route
-from dsv3_ref.ops import MLP, RMSNorm
+from dsv3_ref.ops import RMSNorm
 from dsv3_ref.rope import Rope
 
 # %%
@@ -78,21 +79,38 @@ _ = torch.manual_seed(0)
 # appear as the residual connections of figure 2, and as the $u_t +$ of eq. 12.
 #
 # A block returns its output and, if it has experts, the `Route` its gate chose: the balancing of
-# chapter 04 needs it later.
+# chapter 04 needs it later. It goes to a module of its own, `block`, with the MTP module of chapter 06, which is
+# built from it and which the model holds.
 
 
 # %%
-#| export
+#| export block
+from torch import Tensor, nn
+
+from dsv3_ref.config import Config
+from dsv3_ref.mla import MLA, LayerKVCache
+from dsv3_ref.moe import MoE, Route
+from dsv3_ref.ops import MLP, RMSNorm
+from dsv3_ref.rope import Rope
+
+
 class Block(nn.Module):
-    """x + MLA(norm(x)), then x + FFN(norm(x)); the first `n_dense_layers` have a dense FFN."""
+    """One layer: x + MLA(norm(x)), then x + FFN(norm(x)).
+
+    The first `n_dense_layers` have a dense FFN, the others experts.
+    """
 
     def __init__(self, c: Config, index: int):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(c.dim, c.norm_eps), MLA(c)
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = MLA(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = MLP(c.dim, c.inter_dim) if index < c.n_dense_layers else MoE(c)
 
-    def forward(self, x_bsd, rope, cache: LayerKVCache | None = None):
+    def forward(
+        self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
+    ) -> tuple[Tensor, Route | None]:
+        """Return the stream after the layer, and the route if it has experts."""
         x_bsd = x_bsd + self.attn(self.attn_norm(x_bsd), rope, cache)
         y = self.ffn(self.ffn_norm(x_bsd))
         y_bsd, r = y if isinstance(y, tuple) else (y, None)
@@ -125,9 +143,12 @@ assert isinstance(Block(TINY, 0).ffn, MLP) and isinstance(Block(TINY, 1).ffn, Mo
 # %%
 #| export
 class KVCache(list):
-    """A `LayerKVCache` for every main layer; its length is the number of positions held."""
+    """A `LayerKVCache` for every main layer; `length` is the number of positions held."""
 
-    def __init__(self, c: Config, batch: int, max_len: int, device=None, dtype=None):
+    def __init__(
+        self, c: Config, batch: int, max_len: int,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__(LayerKVCache(c, batch, max_len, device, dtype) for _ in range(c.n_layers))
 
     @property
@@ -167,11 +188,9 @@ print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_tok
 # %%
 #| export
 class Transformer(nn.Module):
-    """Tokens (b, s) → logits (b, s, w); with a cache, the tokens continue what it holds."""
+    """DeepSeek-V3: tokens (b, s) → logits (b, s, w); with a cache, the tokens continue it."""
 
     def __init__(self, c: Config):
-        from dsv3_ref.mtp import MTP  # chapter 06 builds its module from this chapter's Block
-
         super().__init__()
         self.config = c
         self.embed = nn.Embedding(c.vocab_size, c.dim)
@@ -183,16 +202,16 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=c.embed_std)
 
     def hidden_states(
-        self, tokens_bs, cache: KVCache | None = None, cu_seqlens=None
-    ) -> tuple[torch.Tensor, list[Route]]:
-        """Normed hidden states (b, s, d) and the route of every MoE layer.
+        self, tokens_bs: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[Route]]:
+        """Compute the normed hidden states (b, s, d) and the route of every MoE layer.
 
         cu_seqlens: 0, then where each sample ends, if many lie end to end in one row (b = 1).
         """
-        start, s = cache.length if cache else 0, tokens_bs.shape[1]
-        at = torch.arange(start, start + s, device=tokens_bs.device)
         if cu_seqlens is None:
-            rope = Rope.from_positions(self.config, at)
+            start = cache.length if cache else 0
+            position_s = torch.arange(start, start + tokens_bs.shape[1], device=tokens_bs.device)
+            rope = Rope.from_positions(self.config, position_s)
         else:
             rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
         x_bsd, routes = self.embed(tokens_bs), []
@@ -201,7 +220,7 @@ class Transformer(nn.Module):
             routes += [r] if r else []
         return self.norm(x_bsd), routes
 
-    def forward(self, tokens_bs, cache: KVCache | None = None):
+    def forward(self, tokens_bs: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.head(self.hidden_states(tokens_bs, cache)[0])
 
 
@@ -225,7 +244,7 @@ class Transformer(nn.Module):
 #| export
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float) -> None:
-    """Every matrix from N(0, std²), norms 1, gate biases 0 (§4.2)."""
+    """Draw every matrix from N(0, std²); norms start at 1, gate biases at 0 (§4.2)."""
     for p in model.parameters():
         if p.ndim > 1:
             p.normal_(0.0, std)
@@ -270,7 +289,7 @@ assert abs(logit_bsw.var().item() / sigma**2 - 1) < 0.02
 # %%
 #| export
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """Every MoE by name, in the order in which routes are returned (MTP modules last)."""
+    """Return every MoE by name, in the order in which routes are returned (MTP modules last)."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
 
 
@@ -539,7 +558,7 @@ def flops(c: Config, keys: float) -> dict[str, float]:
     }
 
 
-with torch.no_grad(), use("naive", "torch"), FlopCounterMode(display=False) as counter:
+with torch.no_grad(), use("torch"), FlopCounterMode(display=False) as counter:
     model(tokens_bs)
 counted, ours = counter.get_total_flops(), sum(flops(TINY, keys=65).values()) * tokens_bs.numel()
 print(f"PyTorch counts {counted:,} FLOPs, we {ours:,}")

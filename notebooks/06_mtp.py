@@ -42,13 +42,14 @@
 
 # %%
 #| export
-import torch
-from torch import nn
+from collections.abc import Iterable
 
-from dsv3_ref.config import Config
-from dsv3_ref.model import Block, Transformer
+import torch
+from torch import Tensor
+
+from dsv3_ref.model import Transformer
 from dsv3_ref.moe import Route
-from dsv3_ref.ops import RMSNorm, linear_cross_entropy
+from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.rope import Rope
 
 # %%
@@ -57,8 +58,10 @@ import os
 from dataclasses import replace
 
 import torch.nn.functional as F
+from torch import nn
 
-from dsv3_ref.config import TINY, V3, count_params, count_mla_params, count_moe_params
+from dsv3_ref.block import Block
+from dsv3_ref.config import TINY, V3, count_mla_params, count_moe_params, count_params
 from dsv3_ref.viz import BLUE, COLORS, GRAY, ORANGE, attempt, figure, play, show
 
 SHORT = bool(os.environ.get("DSV3_SHORT"))
@@ -95,9 +98,19 @@ TOY = replace(
 
 
 # %%
-#| export
+#| export block
+import torch
+from torch import Tensor, nn
+
+from dsv3_ref.config import Config
+from dsv3_ref.mla import LayerKVCache
+from dsv3_ref.moe import Route
+from dsv3_ref.ops import RMSNorm
+from dsv3_ref.rope import Rope
+
+
 class MTP(nn.Module):
-    """eq. 21–22: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])), all (b, s, d)."""
+    """One MTP module: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])) (eq. 21–22)."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -106,7 +119,10 @@ class MTP(nn.Module):
         self.block = Block(c, c.n_layers)  # an index past the dense layers: always MoE
         self.norm = RMSNorm(c.dim, c.norm_eps)
 
-    def forward(self, h_bsd, embed_bsd, rope, cache=None) -> tuple[torch.Tensor, Route]:
+    def forward(
+        self, h_bsd: Tensor, embed_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
+    ) -> tuple[Tensor, Route]:
+        """Return h^k and the route of its experts; all (b, s, d)."""
         pair = torch.cat((self.enorm(embed_bsd), self.hnorm(h_bsd)), dim=-1)
         x_bsd, r = self.block(self.eh_proj(pair), rope, cache)
         return self.norm(x_bsd), r
@@ -153,15 +169,20 @@ assert apart > 0.3
 
 # %%
 #| export
-def mtp_hidden_states(model: Transformer, h_bsd, tokens_bs) -> list[tuple[torch.Tensor, Route]]:
-    """h^1 … h^D from h^0: the k-th has s − k positions, position i has seen tokens up to i + k."""
-    out = []
+def mtp_hidden_states(
+    model: Transformer, h_bsd: Tensor, tokens_bs: Tensor
+) -> list[tuple[Tensor, Route]]:
+    """Compute h^1 … h^D from h^0, each with its route.
+
+    The k-th has s − k positions; position i has seen tokens up to i + k.
+    """
+    depths = []
     for k, module in enumerate(model.mtp.values(), start=1):
         s = tokens_bs.shape[1] - k
         rope = Rope.from_positions(model.config, torch.arange(s, device=tokens_bs.device))
         h_bsd, r = module(h_bsd[:, :s], model.embed(tokens_bs[:, k:]), rope)
-        out.append((h_bsd, r))
-    return out
+        depths.append((h_bsd, r))
+    return depths
 
 
 # %% [markdown]
@@ -229,8 +250,14 @@ print("positions 1…5 instead of 0…4: the same hidden states")
 
 # %%
 #| export
-def mtp_losses(model: Transformer, hidden_states, tokens_bs, target_bs) -> list[torch.Tensor]:
-    """eq. 24: L^k = −1/T Σ log P^k(t_{i+k+1}), T all positions, though T − k have a target."""
+def mtp_losses(
+    model: Transformer, hidden_states: Iterable[tuple[Tensor, Route]], tokens_bs: Tensor,
+    target_bs: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Compute L^k = −1/T Σ log P^k(t_{i+k+1}) of each depth (eq. 24).
+
+    T counts all positions, though T − k have a target.
+    """
     losses = []
     for k, (h_bsd, _) in enumerate(hidden_states, start=1):
         target_n = target_bs[:, k:].flatten()
@@ -319,8 +346,8 @@ assert min(direct.norm(), through.norm(), ahead.norm()) > 0.01
 # %%
 #| export
 @torch.no_grad()
-def mtp_draft_matches(model: Transformer, tokens_bs) -> list[torch.Tensor]:
-    """Whether depth k at i says what the main model says at i + k: (b, s − k) for each depth."""
+def mtp_draft_matches(model: Transformer, tokens_bs: Tensor) -> list[Tensor]:
+    """Return where depth k at i says what the main model says at i + k: (b, s − k) per depth."""
     h_bsd, _ = model.hidden_states(tokens_bs)
     greedy_bs = model.head(h_bsd).argmax(-1)
     drafts = (model.head(h).argmax(-1) for h, _ in mtp_hidden_states(model, h_bsd, tokens_bs))

@@ -827,7 +827,7 @@ torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 
 # %%
 from dsv3_ref.config import Config
-from dsv3_ref.ops import saved_tensors
+from dsv3_ref.training.recompute import saved_tensors
 
 
 def spared(c: Config, moe: bool = True) -> dict[str, int]:

@@ -672,7 +672,7 @@ class FP8SwiGLULinear(torch.autograd.Function):
 
 # %% [markdown]
 # *The seam again.* FP8 is a backend of the four ops through which all matrices pass. `use("fp8",
-# "torch")` emulates it; `use("fp8", "triton", "torch")` runs the same recipe on the kernels, since
+# "torch")` emulates it; `use("fp8", "triton", "auto")` runs the same recipe on the kernels, since
 # what it is made of are ops, too. The model is not touched. Embedding, head, gate and MTP's
 # projection are no `Linear` of chapter 01, so they stay as they are.
 
@@ -711,13 +711,14 @@ def _(gate_mf, up_mf, weight_eoi, tokens_per_expert_e):
 
 
 # %%
-from dsv3_ref.ops import Linear, saved_tensors, use
+from dsv3_ref.ops import Linear, use
+from dsv3_ref.training.recompute import saved_tensors
 
 layer = Linear(576, 200)
 torch.nn.init.normal_(layer.weight, std=576**-0.5)
 x, g = torch.randn(2, 70, 576, requires_grad=True), torch.randn(2, 70, 200)
 wide = torch.autograd.grad(layer(x), (x, layer.weight), g)
-with use("fp8", "torch"):
+with use("fp8", "auto"):
     narrow = torch.autograd.grad(layer(x), (x, layer.weight), g)
 w = weight_dequant(*weight_quant(layer.weight.detach()))
 hand = act_dequant(*act_quant(g)).flatten(0, 1) @ w  # Dgrad by its equation
@@ -909,7 +910,7 @@ def saved_megabytes(model, tokens_bs, backends, recompute: bool) -> float:
 saved_mb = {}
 tokens_bs = torch.randint(TINY.vocab_size, (2, 129))
 model = Transformer(replace(TINY, n_mtp_layers=0))
-for name, backends in (("fp32", ("torch",)), ("FP8", ("fp8", "torch"))):
+for name, backends in (("fp32", ("auto",)), ("FP8", ("fp8", "auto"))):
     saved_mb[name] = saved_megabytes(model, tokens_bs, backends, False)
     saved_mb[f"{name}, recomputed"] = saved_megabytes(model, tokens_bs, backends, True)
 for name, mb in saved_mb.items():

@@ -81,7 +81,7 @@ def draw_passes(ax, y: float, steps) -> None:
 
 x_nd, weight_d = torch.randn(64, 512), torch.ones(512)
 with torch.no_grad(), Traffic() as seen:
-    ops.IMPLS["rms_norm"]["naive"](x_nd, weight_d, 1e-6)  # chapter 01's plainest form
+    ops.IMPLS["rms_norm"]["torch"](x_nd, weight_d, 1e-6)  # chapter 01's plainest form
 found = [(step, read / x_nd.numel(), out / x_nd.numel()) for step, read, out in seen.steps]
 fig, ax = figure(width=7.5, height=2.5)
 draw_passes(ax, 1, found)

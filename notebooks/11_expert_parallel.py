@@ -57,7 +57,7 @@ show(fig)
 # - Balance is over the **global batch**: the loads of all ranks are summed (§2.1.2).
 #
 # Attention, gate and shared expert need no exchange: every GPU has them and runs them on its own tokens. Only
-# `MoE.routed` of [chapter 04](04_moe.ipynb) changes its place. This chapter exports what is *computed* there,
+# the `token_dispatcher` of [chapter 04](04_moe.ipynb) enters. This chapter exports what is *computed* there,
 # who gets what, for one rank (a process with its GPU); the processes, groups and bytes are plain Python in
 # `dsv3_ref/parallel/token_dispatcher.py`.
 #
@@ -161,7 +161,7 @@ print(f"experts {EXPERTS[token_m[5]].tolist()} → at member {dest_m[5]}: {local
 # %% [markdown]
 # ## At the destination
 # Rows have arrived from everywhere, each with one to $k$ experts that are here. The rank sorts them as
-# `MoE.routed` does, but without those that are −1, and adds up what belongs to one row *before* it goes back:
+# `MoE.forward_routed` does, but without those that are −1, and adds up what belongs to one row *before* it goes back:
 #
 # $$y_m = \sum_{j:\, e'_{mj} \ge 0} w'_{mj}\,\text{expert}_{e'_{mj}}(x_m), \qquad o_n = \sum_{m:\, n_m = n} y_m, \qquad (m,d) \to (m,d) \to (n,d).$$
 #
@@ -231,7 +231,7 @@ print(f"{mine.sum()} rows arrived, {(local_mk[mine] >= 0).sum()} rows computed")
 # `hops` is a list of (groups of ranks, experts behind a member). With none left, the experts are here.
 #
 # The check after it: eight ranks with four experts each, unequal numbers of tokens, one rank without any, against
-# `MoE.routed` on one device: results, and gradients of tokens, of weights and of the experts.
+# `MoE.forward_routed` on one device: results, and gradients of tokens, of weights and of the experts.
 
 
 # %%
@@ -297,7 +297,7 @@ def results(experts, run):
 
 
 shares = [share_of(moe.experts, i, 4) for i in range(8)]
-alone = results([moe.experts], lambda x, w: moe.routed(x, w, e_nk))
+alone = results([moe.experts], lambda x, w: moe.forward_routed(x, w, e_nk))
 
 
 def compare(name: str, hops):
@@ -440,7 +440,7 @@ sent = act_quant(x_nd, True)
 came_nd = act_dequant(*sent).bfloat16().float()  # as the other side sees it
 with torch.no_grad():
     exact = apply_local_experts(wide, x_nd, w_nk, e_nk)
-    with use("fp8", "torch"):
+    with use("fp8", "auto"):
         taken = apply_local_experts(wide, came_nd, w_nk, e_nk, sent)
         again = apply_local_experts(wide, came_nd, w_nk, e_nk)
 error = {name: ((y - exact).norm() / exact.norm()).item()

@@ -208,7 +208,7 @@ mlp, x = MLP(16, 32), torch.randn(5, 16, requires_grad=True)
 for p in mlp.parameters():
     torch.nn.init.normal_(p, std=0.3)
 want = torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()])
-with use("zero_bubble", "torch"):
+with use("zero_bubble", "auto"):
     y = mlp(x).square().sum()
     with deferring_wgrads() as todo:
         y.backward()

@@ -132,7 +132,7 @@ from dsv3_ref.ops import use
 
 def counted(config: Config, s: int) -> float:
     """Forward operations a token by torch's own counter; naive attention computes the full square."""
-    with use("naive", "torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with use("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
         Transformer(config)(torch.zeros(1, s, dtype=torch.long))
     return counter.get_total_flops() / s
 
@@ -233,7 +233,7 @@ assert max(len(part) for part in cut) == 5 or len(cut[-1]) == 0
 # - the gate's affinities and choices, and where rows came from.
 #
 # `activation_bytes_per_token` says so, tensor by tensor. Whether it forgets one is for the machine to say: the real stage of the cluster
-# trainer runs under `ops.saved_tensors`, which counts every tensor that autograd holds.
+# trainer runs under `saved_tensors`, which counts every tensor that autograd holds.
 
 
 # %%
@@ -277,6 +277,7 @@ from dsv3_ref import ops
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
 from dsv3_ref.parallel.stage import LossStats, Stage, LossWeights
 from dsv3_ref.parallel.tape import Tape, run_to_completion
+from dsv3_ref.training.recompute import saved_tensors
 
 
 class Lean(torch.autograd.Function):
@@ -294,9 +295,9 @@ ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(q, k, v))
 def held(config: Config, n: int, fp8: bool) -> int:
     """Bytes that autograd holds after the first stage, of one layer, has seen n tokens."""
     stage = Stage(Transformer(config), config, 0, 2, AllToAllDispatcher([]))
-    backends, tape = ("lean", "fp8", "torch") if fp8 else ("lean", "torch"), Tape()
+    backends, tape = ("lean", "fp8", "auto") if fp8 else ("lean", "auto"), Tape()
     tokens_bs = torch.randint(config.vocab_size, (1, n + 1))
-    with ops.use(*backends), ops.saved_tensors(True, stage.model.parameters()) as saved:
+    with ops.use(*backends), saved_tensors(True, stage.model.parameters()) as saved:
         with torch.autocast("cpu", torch.bfloat16):
             run_to_completion(stage.forward(tape, None, tokens_bs, LossWeights(1.0), LossStats()))
         return saved.bytes

@@ -99,7 +99,8 @@ from dsv3_ref.decode import (
     small_matmul,
 )
 from dsv3_ref.mla import attend_expanded, paged_attention
-from dsv3_ref.model import Block, Transformer
+from dsv3_ref.block import Block
+from dsv3_ref.model import Transformer
 from dsv3_ref.ops import impl, use
 from dsv3_ref.rope import rope_cos_sin, softmax_scale
 
@@ -373,7 +374,7 @@ with torch.inference_mode():
     want_bsd = model.hidden_states(token_bs)[0]
     scattered = PagedModel(model, 12, 4)
     tables = [[7, 2, 9, 0, 11], [3, 1, 10, 5, 6]]
-    for backend in ("gathered", "torch"):
+    for backend in ("gathered", "auto"):
         for row, pieces in ((0, (0, 9, 13)), (1, (0, 7))):  # read in pieces
             for a, z in zip(pieces, pieces[1:]):
                 at = paged_positions_for(

@@ -403,7 +403,7 @@ assert [slot_nk[chosen_nk == e].tolist() for e in range(12)] == turns
 
 # %% [markdown]
 # ## A model that is running
-# `set_expert_placement(moe, physical_to_logical)` in `dsv3_ref/parallel/physical_experts.py` puts itself in the place of `MoE.routed`: it
+# `set_expert_placement(moe, physical_to_logical)` in `dsv3_ref/parallel/physical_experts.py` becomes the `token_dispatcher` of a `MoE`: it
 # copies weights into slots, and in each pass spreads the choices and lets the slots compute. The model, its gate and
 # its checkpoint know nothing of it. Called again with another placement, it refills only the slots that change, and
 # says how many. The check: the same outputs before, between two placements and after; and with the slots on eight GPUs

@@ -120,7 +120,7 @@ def micro():
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Run the equations in fp64: `.float()` leaves doubles alone, and naive ops go first.
+    """Run the equations in fp64: `.float()` leaves doubles alone, and ops take their plain form.
 
     The code asks for fp32 where bf16 would be too coarse; here it would be the coarse one. The
     fast grouped product has no fp64.
@@ -130,5 +130,5 @@ def exact(monkeypatch):
     to_float = torch.Tensor.float
     wide = lambda x: x if x.dtype == torch.float64 else to_float(x)
     monkeypatch.setattr(torch.Tensor, "float", wide)
-    with ops.use("naive", "torch"):
+    with ops.use("torch"):
         yield

@@ -224,10 +224,10 @@ def test_copies_change_no_output_and_can_be_changed_between_steps(moe, shape):
 def test_only_slots_that_change_are_filled(moe):
     one, two, _ = placements()
     assert set_expert_placement(moe, one) == 16
-    slots = moe.routed
+    slots = moe.token_dispatcher
     assert set_expert_placement(moe, one) == 0
     assert set_expert_placement(moe, two) == (one != two).sum()
-    assert moe.routed is slots
+    assert moe.token_dispatcher is slots
     one[:] = 0  # the caller's tensor is not kept
     assert torch.equal(slots.physical.w1, moe.experts.w1[two])
 

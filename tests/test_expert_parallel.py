@@ -137,7 +137,7 @@ def test_fp8_products_take_the_codes_as_they_came():
     weight_nk, expert_nk = torch.rand(20, 2), torch.randint(-1, 3, (20, 2))
     sent = act_quant(x_nd, True)
     came_nd = act_dequant(*sent)
-    with ops.use("fp8", "torch"), torch.no_grad():
+    with ops.use("fp8", "auto"), torch.no_grad():
         taken, blind, again = (
             apply_local_experts(experts, x, weight_nk, expert_nk, codes)
             for x, codes in ((came_nd, sent), (torch.full_like(x_nd, 7), sent), (came_nd, None))
@@ -189,7 +189,7 @@ def test_ranks_together_are_the_layer(exact, micro, ranks):
     r = moe.gate(x_nd.detach()[None])
     w_nk, e_nk = r.topk_weights_bsk[0].detach().requires_grad_(), r.topk_ids_bsk[0]
     g_nd = torch.randn_like(x_nd)
-    alone = moe.routed(x_nd, w_nk, e_nk)
+    alone = moe.forward_routed(x_nd, w_nk, e_nk)
     spread = torch.cat(one_hop(shares, *(t.split(sizes) for t in (x_nd, w_nk, e_nk)), per))
     want = torch.autograd.grad(alone, (x_nd, w_nk, *whole.parameters()), g_nd)
     parameters = [p for ps in zip(*(s.parameters() for s in shares)) for p in ps]

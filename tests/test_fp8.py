@@ -13,6 +13,7 @@ from dsv3_ref.config import TINY
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import compute_losses, train_step
+from dsv3_ref.training.recompute import saved_tensors
 
 SIZES = st.integers(1, 300)
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129]), min_size=1, max_size=4)
@@ -181,7 +182,7 @@ def test_experts_are_products_of_their_own(counts, n, k):
 def both(layer, *inputs):
     """Output and gradients with high precision and with FP8."""
     found = []
-    for backends in (("torch",), ("fp8", "torch")):
+    for backends in (("auto",), ("fp8", "auto")):
         leaves = [x.detach().requires_grad_() for x in inputs]
         with ops.use(*backends):
             y = layer(*leaves)
@@ -208,7 +209,7 @@ def test_dgrad_and_wgrad_are_their_equations():
         torch.randn(70, 130),
     )
     torch.nn.init.normal_(layer.weight)
-    with ops.use("fp8", "torch"):
+    with ops.use("fp8", "auto"):
         dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), g)
     w = fp8.weight_dequant(*fp8.weight_quant(layer.weight.detach()))
     assert torch.allclose(dx, fp8.act_dequant(*fp8.act_quant(g)) @ w, rtol=1e-4, atol=1e-3)
@@ -225,16 +226,16 @@ def test_what_is_kept_after_swiglu_are_codes():
     for wide, narrow in zip(*both(mlp, torch.randn(40, 256))):
         assert 1e-3 < (narrow - wide).norm() / wide.norm() < 0.12
     kept = {}
-    for name in ("torch", "fp8"):
+    for name in ("auto", "fp8"):
         x = torch.randn(40, 256, requires_grad=True)
-        with ops.use(*dict.fromkeys((name, "torch"))), ops.saved_tensors(False) as saved:
+        with ops.use(*dict.fromkeys((name, "auto"))), saved_tensors(False) as saved:
             y = mlp(x)
         kept[name] = saved.bytes
         del y
     codes = 40 * (256 + 2 * 512) * (1 + 4 / 128)  # x, gate and up, with scales
     weights = sum(t.nbytes for p in mlp.parameters() for t in fp8.weight_quant(p))
     assert kept["fp8"] == codes + weights
-    assert kept["torch"] > 3 * codes
+    assert kept["auto"] > 3 * codes
 
 
 def test_a_tensor_that_changed_is_coded_again():
@@ -252,7 +253,7 @@ def test_forward_passes_that_wait_share_the_codes_of_a_weight(monkeypatch):
     layer, x = ops.Linear(256, 128), torch.randn(8, 256)
     torch.nn.init.normal_(layer.weight)
     optimizer = AdamW([{"params": [layer.weight], "weight_decay": 0.0}], 0.1, (0.9, 0.95))
-    with ops.use("fp8", "torch"):
+    with ops.use("fp8", "auto"):
         first, second = layer(x).sum(), layer(x).sum()
         assert len(made) == 1
         first.backward()
@@ -277,7 +278,7 @@ def test_matrices_read_the_codes_that_the_norm_made(precise, monkeypatch):
     monkeypatch.setitem(
         fp8.IMPLS["act_quant"], "torch", lambda x, *more: made.append(x) or quant(x, *more)
     )
-    with ops.use("fp8", "torch"), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+    with ops.use("fp8", "auto"), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
         y = norm(x)
         w1(y), w3(y)
     (seen,) = made  # once for both, of what the products read
@@ -293,7 +294,7 @@ def test_training_sees_the_weights_of_the_last_step(micro):
     """Fused optimizers change weights without counting their version up."""
     model, r = Transformer(mini(micro)), TrainingRecipe()
     optimizer, tokens_bs = build_adamw(model, r), torch.randint(micro.vocab_size, (3, 9))
-    with ops.use("fp8", "torch"):
+    with ops.use("fp8", "auto"):
         for _ in range(3):
             train_step(model, optimizer, [tokens_bs], r, 1e-2, 0.1, 0.3)
             with torch.no_grad():
@@ -305,7 +306,7 @@ def test_recomputation_changes_no_bit_in_fp8_either(micro):
     start, tokens_bs, after = Transformer(mini(micro)), torch.randint(micro.vocab_size, (3, 9)), []
     for recompute in (False, True):
         model = deepcopy(start)
-        with ops.use("fp8", "torch"), ops.saved_tensors(recompute):
+        with ops.use("fp8", "auto"), saved_tensors(recompute):
             compute_losses(model, tokens_bs).total(0.3, 1e-4).backward()
         after.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after))
@@ -318,7 +319,7 @@ def test_thirty_steps_in_fp8_follow_those_in_fp32():
     )  # fmt: skip
     start, r, curves = Transformer(c), TrainingRecipe(), []
     text = torch.arange(4000) ** 2 % 61  # squares: something to learn
-    for backends in (("torch",), ("fp8", "torch")):
+    for backends in (("auto",), ("fp8", "auto")):
         model = deepcopy(start)
         optimizer, draw = build_adamw(model, r), torch.Generator().manual_seed(0)
         curve = []

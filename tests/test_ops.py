@@ -16,13 +16,18 @@ import dsv3_ref
 from dsv3_ref import ops
 from dsv3_ref.moe import sort_by_expert
 from dsv3_ref.rope import to_cu_seqlens
+from dsv3_ref.training.recompute import saved_tensors
 
 for path in sorted(Path(dsv3_ref.__file__).parent.glob("*.py")):
     if re.search(r"^@(op|impl)\b", path.read_text(), re.MULTILINE):
         import_module(f"dsv3_ref.{path.stem}")
+import_module("dsv3_ref.cpu")
 
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # relative, of one number
-SLACK = {"naive": 16}  # backend → how many roundings its result may be away, relative 2-norm
+SLACK = {
+    "cpu": 16,
+    "sdpa": 16,
+}  # backend → how many roundings its result may be away, relative 2-norm
 
 
 # ── Arguments of every op: `size(low, high)` draws a length, `randn` fills a tensor ──
@@ -217,13 +222,13 @@ def test_linear_is_the_sum_it_says(data):
 
 def test_the_switch_chooses_and_is_put_back():
     before = ops.ACTIVE_BACKENDS
-    with ops.use("naive", "torch"):
-        assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["naive"]
+    with ops.use("cpu", "torch"):
+        assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["cpu"]
         assert ops.resolve_impl("linear") is ops.IMPLS["linear"]["torch"]
         with ops.use("torch"):
             assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["torch"]
-        assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["naive"]
-    with pytest.raises(ZeroDivisionError), ops.use("naive"):
+        assert ops.resolve_impl("swiglu") is ops.IMPLS["swiglu"]["cpu"]
+    with pytest.raises(ZeroDivisionError), ops.use("cpu"):
         _ = 1 / 0
     assert before == ops.ACTIVE_BACKENDS
 
@@ -235,22 +240,22 @@ def test_a_call_reaches_the_chosen_implementation(monkeypatch):
 
 
 def test_an_unknown_backend_raises():
-    words = "no backend cuda-graph; known: .*naive.*torch"
+    words = "no backend cuda-graph; known: .*cpu.*torch"
     with pytest.raises(ValueError, match=words), ops.use("torch", "cuda-graph"):
         pass
 
 
 def test_nothing_falls_back_in_silence():
     x = torch.randn(3, 4)
-    with ops.use("naive"), pytest.raises(NotImplementedError) as e:
+    with ops.use("cpu"), pytest.raises(NotImplementedError) as e:
         ops.linear(x, x)
-    assert "'linear' has no naive implementation, only torch" in str(e.value)
-    assert "DSV3_BACKEND=naive,torch" in str(e.value)
+    assert "'linear' has no cpu implementation, only torch" in str(e.value)
+    assert "DSV3_BACKEND=cpu,torch" in str(e.value)
 
 
 def test_an_implementation_of_no_op_raises():
     with pytest.raises(KeyError, match="no op 'swigloo'"):
-        ops.impl("swigloo", "naive")
+        ops.impl("swigloo", "cpu")
 
 
 def run_with_backend(value: str, code: str):
@@ -260,9 +265,7 @@ def run_with_backend(value: str, code: str):
 
 
 def test_the_environment_chooses():
-    done = run_with_backend(
-        "naive,torch", "print(resolve_impl('swiglu') is IMPLS['swiglu']['naive'])"
-    )
+    done = run_with_backend("cpu,torch", "print(resolve_impl('swiglu') is IMPLS['swiglu']['cpu'])")
     assert done.stdout == "True\n", done.stderr
 
 
@@ -273,12 +276,12 @@ def test_the_environment_never_falls_back():
 
 
 def test_table_shows_who_is_active():
-    with ops.use("naive", "torch"):
+    with ops.use("cpu", "torch"):
         rows = {line.split()[0]: line.split()[1:] for line in ops.backend_table().splitlines()}
     assert set(rows) == set(ops.IMPLS)
-    assert rows["swiglu"][0] == "naive"
+    assert rows["swiglu"][0] == "cpu"
     assert rows["linear"][0] == "torch"
-    with ops.use("naive"):
+    with ops.use("cpu"):
         assert any(
             line.split()[:2] == ["linear", "none"] for line in ops.backend_table().splitlines()
         )
@@ -300,7 +303,7 @@ def test_recomputing_changes_no_bit_of_a_gradient(cast):
     kept, grads = [], []
     for recompute in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            with ops.saved_tensors(recompute, [w]) as saved:
+            with saved_tensors(recompute, [w]) as saved:
                 loss = chain(x, w)
             kept.append(saved.bytes)
         grads.append(torch.autograd.grad(loss, (x, w)))  # outside of the autocast block
@@ -312,7 +315,7 @@ def test_results_are_made_once_for_all_who_need_them_and_then_let_go():
     made = []
     double = lambda x: made.append(1) or (2 * x, 3 * x)
     x = torch.randn(5, requires_grad=True)
-    with ops.saved_tensors(True):
+    with saved_tensors(True):
         a, b = ops.recompute(double, x)
         y = a.sin().sum() + a.cos().sum() + b.view(1, 5).sin().sum()
     for n in (2, 3):  # the forward pass, then once for each backward pass
@@ -324,7 +327,7 @@ def test_results_are_made_once_for_all_who_need_them_and_then_let_go():
 
 def test_an_address_that_is_used_again_is_not_taken_for_a_result():
     x = torch.randn(1000, requires_grad=True)
-    with ops.saved_tensors(True):
+    with saved_tensors(True):
         ops.recompute(torch.sin, x)  # freed at once; what comes next may lie where it lay
         others = [(x + i).exp() for i in range(20)]
         y = sum(o.square().sum() for o in others)
@@ -334,10 +337,10 @@ def test_an_address_that_is_used_again_is_not_taken_for_a_result():
 
 def test_outside_of_a_block_again_is_a_plain_call():
     x = torch.randn(3, requires_grad=True)
-    with pytest.raises(ZeroDivisionError), ops.saved_tensors(True):
+    with pytest.raises(ZeroDivisionError), saved_tensors(True):
         _ = 1 / 0
-    assert ops._SAVED_TENSORS is None
-    with torch.no_grad(), ops.saved_tensors(True) as saved:
+    assert ops.RECOMPUTE_HOOK is None
+    with torch.no_grad(), saved_tensors(True) as saved:
         assert torch.equal(ops.recompute(torch.sin, x), x.sin())
     assert saved.bytes == 0
 
@@ -346,7 +349,7 @@ def test_outside_of_a_block_again_is_a_plain_call():
 def test_the_chunked_loss_under_autocast(n):
     h_nd, head_wd = torch.randn(n, 64, requires_grad=True), torch.randn(300, 64, requires_grad=True)
     target_n = torch.arange(n) * 7 % 300
-    exact = ops.IMPLS["linear_cross_entropy"]["naive"](h_nd, head_wd, target_n)
+    exact = ops.IMPLS["linear_cross_entropy"]["torch"](h_nd, head_wd, target_n)
     want = torch.autograd.grad(exact, (h_nd, head_wd))
     with torch.autocast("cpu", torch.bfloat16):
         loss = ops.linear_cross_entropy(h_nd, head_wd, target_n)

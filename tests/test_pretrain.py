@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from dsv3_ref import optim, pretrain
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import balance_loss
-from dsv3_ref.ops import saved_tensors
 from dsv3_ref.optim import (
     AdamW,
     TrainingRecipe,
@@ -34,6 +33,7 @@ from dsv3_ref.pretrain import (
     pack_documents,
     train_step,
 )
+from dsv3_ref.training.recompute import saved_tensors
 
 R = TrainingRecipe()
 TOKENS = 14.8  # trillions

@@ -73,8 +73,10 @@ class Ranks(Several):
     @contextmanager
     def arithmetic(self):
         """As one process computes, with backward passes that can be split."""
-        with super().arithmetic(), ops.use(*split(ops.ACTIVE_BACKENDS)):
-            yield
+        with super().arithmetic():
+            backends = ops.expand_backends(ops.ACTIVE_BACKENDS, self.device.type)
+            with ops.use(*split(backends)):
+                yield
 
     def batch(self, n: int) -> torch.Tensor:
         shape = n, self.args.recipe.seq_len + 1
@@ -145,10 +147,10 @@ class Ranks(Several):
 
 
 def split(backends: tuple[str, ...]) -> tuple[str, ...]:
-    """The backends with `zero_bubble` before the plain products."""
+    """Return the backends with `zero_bubble` before those whose products cannot be deferred."""
     if "torch" not in backends:
-        raise UserError(f"on several ranks DSV3_BACKEND needs torch behind {','.join(backends)}")
-    i = backends.index("torch")
+        raise UserError(f"on several ranks DSV3_BACKEND needs torch after {','.join(backends)}")
+    i = min(backends.index(name) for name in ("cpu", "torch") if name in backends)
     return *backends[:i], "zero_bubble", *backends[i:]
 
 

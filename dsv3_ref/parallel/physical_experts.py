@@ -15,7 +15,7 @@ from dsv3_ref.moe import GroupedExperts, MoE
 
 
 class PhysicalExperts:
-    """Slots with copies of a layer's experts, called in place of `MoE.routed`.
+    """Slots with copies of a layer's experts, the `token_dispatcher` of a `MoE`.
 
     It is not a module, so that the copies never enter a checkpoint.
     """
@@ -61,14 +61,14 @@ def set_expert_placement(moe: MoE, physical_to_logical: torch.Tensor | Sequence[
         raise UserError(
             f"a placement of one layer names each of its {n_experts} experts at least once"
         )
-    slots = vars(moe).get("routed")
-    if slots is None or len(slots.expert_a) != len(expert_a):
+    slots = moe.token_dispatcher
+    if not isinstance(slots, PhysicalExperts) or len(slots.expert_a) != len(expert_a):
         slots = PhysicalExperts(moe.experts, len(expert_a))
     num_filled = slots.set_placement(expert_a)
-    moe.routed = slots  # type: ignore[method-assign]
+    moe.token_dispatcher = slots
     return num_filled
 
 
 def clear_expert_placement(moe: MoE) -> None:
     """Let the layer's own experts compute it again."""
-    vars(moe).pop("routed", None)
+    moe.token_dispatcher = None

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dsv3_ref.ops import as_tuple
+from dsv3_ref.training.recompute import as_tuple
 
 
 class Tape:

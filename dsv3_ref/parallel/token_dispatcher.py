@@ -202,7 +202,7 @@ class Combine:
 
 
 class AllToAllDispatcher:
-    """Takes `MoE.routed`'s place: the way of a micro-batch's tokens through all hops, on a tape."""
+    """Dispatch of a micro-batch's tokens to experts of other ranks through all hops, on a tape."""
 
     def __init__(self, levels: list[DispatchLevel], fp8: bool = False):
         self.levels, self.fp8 = levels, fp8

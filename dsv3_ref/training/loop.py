@@ -46,6 +46,7 @@ from dsv3_ref.sft import SpecialTokens
 from dsv3_ref.training import resume, settings
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.malloc import tune_malloc
+from dsv3_ref.training.recompute import saved_tensors
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.spike_guard import EXIT_CODES, SpikeGuard, catch_signals
 
@@ -148,11 +149,10 @@ class Trainer:
         """How products are computed: bf16 by autocast, FP8 by a backend before the active ones."""
         wanted, on_gpu = self.args.precision, self.device.type == "cuda"
         bf16 = wanted == "bf16" or (on_gpu and wanted != "fp32")
-        backends = ("triton", "torch") if on_gpu else ops.ACTIVE_BACKENDS
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=bf16))
             if wanted == "fp8":
-                stack.enter_context(ops.use("fp8", *backends))
+                stack.enter_context(ops.use("fp8", *ops.ACTIVE_BACKENDS))
             yield
 
     def one_step(self) -> dict:
@@ -168,7 +168,7 @@ class Trainer:
             batch = self.batch(self.plan[self.step])
             with (
                 self.arithmetic(),
-                ops.saved_tensors(True) if self.args.recompute else nullcontext(),
+                saved_tensors(True) if self.args.recompute else nullcontext(),
             ):
                 s = self.compute(batch, r, lr, gamma, weight, self.spike_guard.grad_norm_limit)
         except torch.OutOfMemoryError:

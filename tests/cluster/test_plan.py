@@ -17,6 +17,7 @@ from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import PipelineRun
 from dsv3_ref.scale import NO_OVERHEADS
+from dsv3_ref.training.recompute import saved_tensors
 
 SMALL = replace(TINY, vocab_size=512, n_layers=5, embed_std=0.02)
 
@@ -73,7 +74,7 @@ class Lean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scale, *qkv):
-        ctx.scale, o = scale, ops.IMPLS["attention"]["naive"](*qkv, scale)
+        ctx.scale, o = scale, ops.IMPLS["attention"]["torch"](*qkv, scale)
         ctx.save_for_backward(*qkv, o, torch.empty(qkv[0].shape[:3]))
         return o
 
@@ -81,7 +82,7 @@ class Lean(torch.autograd.Function):
     def backward(ctx, g):
         with torch.enable_grad():
             qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors[:3]]
-            o = ops.IMPLS["attention"]["naive"](*qkv, ctx.scale)
+            o = ops.IMPLS["attention"]["torch"](*qkv, ctx.scale)
         return None, *torch.autograd.grad(o, qkv, g)
 
 
@@ -94,9 +95,9 @@ def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
     ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(scale, q, k, v))
     rows, held, do = torch.randint(SMALL.vocab_size, (batch, s + 1)), [], PipelineRun.run_step
     with (
-        ops.use("lean", "fp8", "torch"),
+        ops.use("lean", "fp8", "auto"),
         torch.autocast("cpu", torch.bfloat16),
-        ops.saved_tensors(True, c.model.parameters()) as saved,
+        saved_tensors(True, c.model.parameters()) as saved,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(PipelineRun, "run_step", lambda *args: [do(*args), held.append(saved.bytes)])

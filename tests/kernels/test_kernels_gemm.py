@@ -4,9 +4,9 @@ import interpreter  # noqa: F401  first: makes Triton's interpreter round as a G
 import pytest
 import torch
 import triton
-from dsv3_ref.kernels import gemm
 
 from dsv3_ref import fp8, ops
+from dsv3_ref.kernels import gemm
 from dsv3_ref.ops import IMPLS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,7 +210,7 @@ def test_grouped_linear(o, i, counts, dtype):
     m, e, tokens_per_expert_e = sum(counts), len(counts), torch.tensor(counts, device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE).to(dtype) for s in ((m, i), (e, o, i), (m, o)))
     got = grouped("triton", x, w, tokens_per_expert_e, g)
-    want = grouped("naive", x.double(), w.double(), tokens_per_expert_e, g.double())
+    want = grouped("torch", x.double(), w.double(), tokens_per_expert_e, g.double())
     for a, b in zip(got, want):
         assert a.shape == b.shape and a.dtype == dtype
         assert not b.numel() or error(a, b) < 8 * ROUNDING[dtype]
@@ -226,7 +226,7 @@ def test_every_config_of_the_grouped_linear(monkeypatch):
             one_config(patch, "_grouped_gemm_kernel", config)
             one_config(patch, "_grouped_wgrad_kernel", config)
             got = grouped("triton", x.to(dtype), w.to(dtype), tokens_per_expert_e, g)
-        for a, b in zip(got, grouped("naive", x.double(), w.double(), tokens_per_expert_e, g)):
+        for a, b in zip(got, grouped("torch", x.double(), w.double(), tokens_per_expert_e, g)):
             assert error(a, b) < 8 * ROUNDING[dtype]
 
 

@@ -250,8 +250,8 @@ def both(world: int, fp8: bool, backends: tuple):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("fp8, backends", [(False, ("torch",)), (True, ("torch",)),
-                                           (True, ("fp8", "torch"))], ids=str)  # fmt: skip
+@pytest.mark.parametrize("fp8, backends", [(False, ("auto",)), (True, ("auto",)),
+                                           (True, ("fp8", "auto"))], ids=str)  # fmt: skip
 def test_results_and_gradients_are_those_of_the_exchange(world, fp8, backends, gang):
     for got, want, calls in gang.run(world, both, world, fp8, backends):
         for name in ("dweight", "w1", "w2", "w3"):  # of the same rows in the same order
@@ -308,7 +308,7 @@ def stepped(name: str):
     mesh, found = Mesh(2, 1, 2, CPU), []
     for deepep in (False, True):
         torch.manual_seed(1)
-        with deep_ep() if deepep else nullcontext(), ops.use("zero_bubble", "torch"):
+        with deep_ep() if deepep else nullcontext(), ops.use("zero_bubble", "auto"):
             engine = ParallelEngine(MICRO, RECIPES["tiny"], mesh, name, 1, deepep=deepep)
             rows = [torch.randint(0, 64, (6, 17)) for _ in range(3)]
             stats = [engine.train_step(r, RECIPES["tiny"], 1e-3, 0.0, 0.3) for r in rows]

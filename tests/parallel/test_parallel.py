@@ -198,7 +198,7 @@ def relative(got, want) -> float:
 
 
 def exchanged(world: int, ranks_per_node: int, fp8: bool):
-    """Relative errors of output and gradients beside `MoE.routed`, and the bytes by link."""
+    """Relative errors of output and gradients beside `MoE.forward_routed`, and the bytes by link."""
     c = replace(V3, dim=128, moe_inter_dim=128, n_routed_experts=16, n_activated_experts=4,
                 n_expert_groups=4, n_limited_groups=2)  # fmt: skip
     torch.manual_seed(0)
@@ -211,7 +211,7 @@ def exchanged(world: int, ranks_per_node: int, fp8: bool):
     r = moe.gate(x_nd[None])
     weight_nk, expert_nk = r.topk_weights_bsk[0].detach(), r.topk_ids_bsk[0]
     leaves = [t.clone().requires_grad_() for t in (x_nd, weight_nk)]
-    y_nd = moe.routed(*leaves, expert_nk)
+    y_nd = moe.forward_routed(*leaves, expert_nk)
     g_nd = torch.randn_like(y_nd)
     y_nd.backward(g_nd)
     experts, want = moe.experts, {}
@@ -371,7 +371,7 @@ def compared(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_t
     hook = optimizer.register_step_pre_hook(see)
     want = train_step(whole, optimizer, [rows], r, 0.0, 1e-2, weight, inf, *how)
     hook.remove()
-    with ops.use("zero_bubble", "torch"):
+    with ops.use("zero_bubble", "auto"):
         got = engine.train_step(rows, r, 0.0, 1e-2, weight)
         errors = {}
         for bucket in engine.optimizer.buckets:
@@ -458,7 +458,7 @@ def measured(name: str, micro: int):
     """What a pass leaves to wait for, and how many pairs it ran."""
     mesh = Mesh(2, 1, 2, CPU)
     engine = ParallelEngine(MICRO, RECIPES["tiny"], mesh, name)
-    with ops.use("zero_bubble", "torch"):
+    with ops.use("zero_bubble", "auto"):
         engine.train_step(torch.randint(0, 64, (2 * micro, 33)), RECIPES["tiny"], 1e-3, 0.0, 0.3)
     t = engine.traffic
     return t.in_flight_s, t.exposed_s, t.hidden

@@ -348,7 +348,7 @@ def brand_new():
         assert ops.swiglu(1, 1) == 0
     assert ops.IMPLS["swiglu"] == real
     assert "brand_new" not in ops.IMPLS
-    assert set(ops.IMPLS["attention"]) >= {"torch", "naive"}
+    assert set(ops.IMPLS["attention"]) >= {"torch", "sdpa"}
 
 
 def test_chapters_are_found_by_number_name_or_file():
