@@ -4,6 +4,6 @@ Importing the package registers them; `dsv3_ref.ops` does so by name. Each is he
 reference, forward and backward, by tests/test_ops.py.
 """
 
-from dsv3_ref.cpu import attention, fused, moe
+from dsv3_ref.cpu import attention, fp8, fused, moe
 
-__all__ = ["attention", "fused", "moe"]
+__all__ = ["attention", "fp8", "fused", "moe"]
