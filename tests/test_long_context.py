@@ -34,6 +34,7 @@ from dsv3_ref.long_context import (
 from dsv3_ref.mla import GQA, LayerKVCache, attention
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import get_batch_size_schedule, get_bias_update_rate, get_lr, get_mtp_weight
+from dsv3_ref.training import loop
 
 # ── The report's numbers (§4.3) ──
 
@@ -255,18 +256,16 @@ def test_its_first_weights_are_the_others(home, tmp_path):
 
 
 def test_resumed_it_is_the_same_run(home, tmp_path, monkeypatch):
-    from dsv3_ref.training.extend import ExtendTrainer
+    real = loop.take_step
 
-    real = ExtendTrainer.one_step
-
-    def stopping(self):
-        if self.step == 3:
+    def stopping(run):
+        if run.state.step == 3:
             raise KeyboardInterrupt
-        return real(self)
+        return real(run)
 
     more = "--needles 0.5 --save-every 2".split()
     with monkeypatch.context() as patch:
-        patch.setattr(ExtendTrainer, "one_step", stopping)
+        patch.setattr(loop, "take_step", stopping)
         assert extend(home, tmp_path / "run", *more) == 130
     assert main.main(["extend", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert extend(home, tmp_path / "whole", *more) == 0

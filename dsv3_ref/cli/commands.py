@@ -10,7 +10,7 @@ class Command:
     summary: str  # one sentence for `dsv3 --help`
     options: str  # the dataclass of its options
     function: str = ""  # called with the options
-    trainer: str = ""  # or: what a training run does on this process or on all ranks
+    task: str = ""  # or: the task of a training run, on this process or on all ranks
     records_command_line: bool = False  # the function stores the command line with its results
 
 
@@ -37,27 +37,27 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "train": Command(
             "Pre-train a model on text, with checkpoints and a report.",
             "dsv3_ref.training.settings.TrainConfig",
-            trainer="dsv3_ref.training.loop.Trainer",
+            task="dsv3_ref.training.task.PretrainTask",
         ),
         "extend": Command(
             "Extend the context length of a model with YaRN.",
             "dsv3_ref.training.extend.ExtendConfig",
-            trainer="dsv3_ref.training.extend.ExtendTrainer",
+            task="dsv3_ref.training.extend.ExtendTask",
         ),
         "sft": Command(
             "Fine-tune a model on conversations.",
             "dsv3_ref.posttraining.sft.SFTConfig",
-            trainer="dsv3_ref.posttraining.sft.SftTrainer",
+            task="dsv3_ref.posttraining.sft.SFTTask",
         ),
         "reward": Command(
             "Train a reward model on pairs of answers.",
             "dsv3_ref.posttraining.reward.RewardConfig",
-            trainer="dsv3_ref.posttraining.reward.RewardTrainer",
+            task="dsv3_ref.posttraining.reward.RewardTask",
         ),
         "rl": Command(
             "Train a model with GRPO on problems with verifiable or modeled rewards.",
             "dsv3_ref.posttraining.grpo.GRPOConfig",
-            trainer="dsv3_ref.posttraining.grpo.RlTrainer",
+            task="dsv3_ref.posttraining.grpo.GRPOTask",
         ),
         "align": Command(
             "Run supervised fine-tuning, a reward model and GRPO one after another.",

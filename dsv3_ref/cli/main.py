@@ -52,7 +52,7 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 def run_command(name: str, argv: list[str]) -> None:
     """Parse the options of a command and call what runs it."""
     command, command_line = BY_NAME[name], shlex.join(["dsv3", *name.split(), *argv])
-    if command.trainer:
+    if command.task:
         train(command, argv, command_line)
         return
     import tyro
@@ -66,15 +66,15 @@ def run_command(name: str, argv: list[str]) -> None:
 
 
 def train(command: Command, argv: list[str], command_line: str) -> None:
-    """Run a trainer in this process or, under a launcher, in this one and its fellow ranks."""
+    """Run a training task in this process or, under a launcher, as one of several ranks."""
     from dsv3_ref.training.settings import parse_args
 
-    args = parse_args(argv, load(command.options))
+    config = parse_args(argv, load(command.options))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        runner = load("dsv3_ref.parallel.mesh_parallel.run")
+        run_task = load("dsv3_ref.parallel.launch.run_on_ranks")
     else:
-        runner = load("dsv3_ref.training.loop.run")  # after --help: it takes seconds to import
-    runner(args, command_line, load(command.trainer))
+        run_task = load("dsv3_ref.training.loop.run_in_process")  # takes seconds to import
+    run_task(load(command.task)(config), command_line)
 
 
 def load(place: str) -> Any:

@@ -16,7 +16,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Policy, Written
 from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, is_task_name
 from dsv3_ref.rewards import extract_boxed, majority, pass_at_k
-from dsv3_ref.training.loop import pick_device
+from dsv3_ref.training.strategy import pick_device
 
 
 @dataclass(frozen=True)

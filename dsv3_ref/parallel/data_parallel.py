@@ -1,120 +1,118 @@
-"""Runs on several ranks: what they share, and ranks that each hold the whole model.
+"""Data parallelism: every rank holds the whole model and has a share of the batch.
 
-The latter for reward models and RL, whose losses need whole answers and whose answers are most of
-the work: every rank has its share of the questions, gradients are summed.
+For reward models and RL, whose losses need whole answers and whose generation is most of the
+work. Gradients are averaged over ranks.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
-from dsv3_ref.training import resume
+from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.strategy import SingleProcess
+from dsv3_ref.training.task import Data
 
 
-class Several:
-    """What a run on any ranks does together. Rank 0 writes what is not sharded."""
+def broadcast_object_from_rank0(make: Callable[[], Any]) -> Any:
+    """Return the value of make(), called on rank 0 alone; if it raises, all ranks exit."""
+    box: list[Any] = [None]
+    try:
+        if dist.get_rank() == 0:
+            box = [make()]
+    finally:
+        dist.broadcast_object_list(box, 0)
+    if box[0] is None:
+        raise SystemExit(2)  # rank 0 has printed why
+    return box[0]
+
+
+def any_rank_should_stop(signals: list[int], device: torch.device) -> bool:
+    """Return whether any rank was sent a signal; all then stop after the same step.
+
+    A rank without a signal of its own appends the largest one of the others.
+    """
+    signal = torch.tensor(max(signals, default=0), device=device)
+    dist.all_reduce(signal, dist.ReduceOp.MAX)
+    if signal and not signals:
+        signals.append(int(signal))
+    return bool(signal)
+
+
+class DataParallel(SingleProcess):
+    """A process with the whole model, as `SingleProcess`, on its share of the batch."""
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.rank, self.dp_size = dist.get_rank(), dist.get_world_size()
+        self.is_main = self.rank == 0
 
     @property
-    def first(self) -> bool:
-        return dist.get_rank() == 0
+    def description(self) -> str:
+        return f"{self.dp_size} ranks with a model each, on {self.device.type}"
 
-    def leaves(self) -> bool:
-        """Whether any rank was asked to: then all leave after the same step."""
-        asked = torch.tensor(max(self.asked, default=0), device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if asked and not self.asked:
-            self.asked.append(int(asked))
-        return bool(asked)
-
-    def restore(self) -> None:
-        if self.first:
-            atomic.clean_temp(self.folder / "checkpoints")
-        dist.barrier()
-        if found := native.list_checkpoints(self.folder):
-            resume.read(self, found[-1])
-
-    def go_back(self, to: Path) -> None:
-        if self.first:
-            resume.drop_after(self.folder, to)
-        dist.barrier()
-        seconds = self.seconds
-        resume.read(self, to, data=False)
-        self.seconds, self.spike_guard.last_rollback = seconds, self.step
-
-
-class Replicas(Several):
-    """A rank's part of a run with a model each, before a `Trainer` in the order of bases."""
-
-    def __init__(self, args: TrainConfig, folder: Path, device: torch.device):
-        self.rank, self.replicas, self.at = dist.get_rank(), dist.get_world_size(), device
-        super().__init__(args, folder)
-
-    def open_data(self) -> None:
-        super().open_data()
-        if any(n % (self.replicas * self.parts) for n in self.plan):
+    def build_data(self, build: Callable[[], Data]) -> Data:
+        data = build()
+        if any(n % (self.dp_size * data.minibatches) for n in data.batch_size_schedule):
             raise UserError(
-                f"{self.replicas} ranks × {self.parts} updates a step must divide "
+                f"{self.dp_size} ranks × {data.minibatches} updates a step must divide "
                 "--global-batch-size and --start-batch-size"
             )
+        return data
 
-    @property
-    def where(self) -> str:
-        return f"{self.replicas} ranks with a model each, on {self.device.type}"
+    # ── Parts of a list ──
 
-    def pick_device(self) -> torch.device:
-        return self.at
+    def shard(self, items: list) -> list:
+        return items[self.rank :: self.dp_size]
 
-    # ── Shares ──
+    def all_gather(self, items: list) -> list:
+        shards: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(shards, items)
+        gathered = []
+        for i in range(max(map(len, shards))):
+            gathered += [shard[i] for shard in shards if i < len(shard)]
+        return gathered
 
-    def share(self, items: list) -> list:
-        """This rank's of a list that all ranks hold."""
-        return items[self.rank :: self.replicas]
-
-    def gathered(self, items: list) -> list:
-        """All ranks' shares as one list, in its first order."""
-        shares = [None] * self.replicas
-        dist.all_gather_object(shares, items)
-        longest = max(map(len, shares))
-        return [mine[i] for i in range(longest) for mine in shares if i < len(mine)]
-
-    def summed(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks, of the same names."""
+    def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
         names = sorted(values)
         total = torch.tensor([values[k] for k in names], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return dict(zip(names, total.tolist()))
 
-    def trained(self, batch) -> int:
-        return int(self.summed({"n": super().trained(batch)})["n"])
-
     # ── A step ──
 
-    def together(self, model, sums, load_le) -> tuple:
-        """Gradients and what is told of a step, as one rank would have them: means over ranks."""
+    def begin_step(self, step: int) -> None:
+        """Seed this rank for this step, so that a resumed run draws the same numbers."""
+        torch.manual_seed(hash((self.config.seed, step, self.rank)))
+
+    def reduce_step(self, model: nn.Module, sums: Tensor, load_le: Tensor) -> tuple[Tensor, Tensor]:
+        """Average gradients and losses over ranks and sum the loads, as one rank would have them."""
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
-            p.grad /= self.replicas
+            p.grad /= self.dp_size
         dist.all_reduce(sums)
         dist.all_reduce(load_le)
-        return sums / self.replicas, load_le
+        return sums / self.dp_size, load_le
 
-    def one_step(self) -> dict:
-        """Random numbers are a rank's own, and those of the step: also of a run that goes on."""
-        torch.manual_seed(hash((self.args.seed, self.step, self.rank)))
-        return super().one_step()
+    # ── What ranks do together ──
 
-    def other_sources(self) -> dict[str, float]:
-        """Rank 0's summary needs nobody: all that it tells was gathered before."""
-        return {}
+    def should_stop(self, signals: list[int]) -> bool:
+        return any_rank_should_stop(signals, self.device)
 
-    # ── What only one does ──
-
-    def save(self, val_loss: float | None) -> None:
-        if self.first:
-            super().save(val_loss)
+    def barrier(self) -> None:
         dist.barrier()
+
+    def broadcast(self, make: Callable[[], Any]) -> Any:
+        return broadcast_object_from_rank0(make)
+
+    def save_checkpoint(
+        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None
+    ) -> None:
+        if self.is_main:
+            super().save_checkpoint(folder, values, tensors, ema)

@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref import grpo
@@ -20,18 +20,22 @@ from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import advantages, grpo_loss, token_logprobs
+from dsv3_ref.moe import Route
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, parse_weights
+from dsv3_ref.posttraining.sft import print_to_stderr
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
-from dsv3_ref.pretrain import LossOutput, StepStats
+from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.rope import to_cu_seqlens
-from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.state import Run
+from dsv3_ref.training.task import Data, find_tokenizer
 from dsv3_ref.verifiers.sandbox import map_parallel
 
 BEFORE = "before.json"  # how a run did before its first step, and what it said
+TOKEN_METRICS = "kl", "kl_k1", "clip_ratio", "entropy", "sampling_logp_difference"
 
 
 @dataclass(frozen=True)
@@ -232,241 +236,286 @@ class Scorer:
 # ── The run ──
 
 
-class RlTrainer(Trainer):
-    """A run whose rows are its own answers."""
+class GRPOTask:
+    """GRPO: the model is trained on its own answers, rewarded relative to their group."""
 
-    sharded = False
+    requires_whole_model: ClassVar[bool] = True
+    monitor: ClassVar[str] = "val_reward"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
-    def open_data(self) -> None:
-        """Questions, and how many each step asks."""
-        args = self.args
-        self.parts = args.steps_per_generation
-        self.weights = parse_weights(args.tasks)
-        self.names, self.sources, self.val = list(self.weights), [], {}
-        self.tokenizer = self.find_tokenizer()
-        self.special_tokens = get_special_tokens(self.tokenizer)
-        self.rows = Questions(self.weights, args.seed)
-        self.plan = get_batch_size_schedule(args.recipe, args.recipe.steps)
+    def __init__(self, config: GRPOConfig):
+        self.config = config
+        self.reference: nn.Module | None = None
+        self.vllm: VllmRollouts | None = None
+        self.synced_step: int | None = None  # whose weights vLLM has
+        self.groups: list[list[Answer]] = []  # of all processes, of the last batch
+        self.rollout_seconds = 0.0
+        self.sums: dict[str, float] = defaultdict(float)  # metrics of this batch times tokens
+        self.num_answers = self.num_live = 0  # of this minibatch; with a gradient
+        self.mean_tokens = 0.0  # of this minibatch, per process
 
-    def build(self) -> None:
-        """The model, and the one it began as."""
-        super().build()
-        self.reference = None
-        if self.args.beta or self.args.votes:
-            self.reference = native.load(self.args.init, dtype=torch.float32).to(self.device)
+    def build_data(self) -> Data:
+        """Parse the tasks and decide how many questions each step asks."""
+        config, recipe = self.config, self.config.recipe
+        weights = parse_weights(config.tasks)
+        tokenizer = find_tokenizer(config)
+        return Data(
+            names=list(weights),
+            batch_size_schedule=get_batch_size_schedule(recipe, recipe.steps),
+            val={},
+            special_tokens=get_special_tokens(tokenizer),
+            minibatches=config.steps_per_generation,
+            loader=Questions(weights, config.seed),
+            tokenizer=tokenizer,
+        )
+
+    def prepare(self, run: Run) -> None:
+        """Load the reference model and the scorer; record how the model does before training."""
+        config, strategy = self.config, run.strategy
+        self.device = strategy.device
+        if config.beta or config.votes:
+            self.reference = native.load(config.init, dtype=torch.float32).to(self.device)
             self.reference.requires_grad_(False)
-        first = Policy(self.reference, self.tokenizer)
-        say = lambda text: print(text, file=sys.stderr)
-        self.score = Scorer(self.args, first, say, self.device)
-        self.writer = self.brought = None  # the step whose weights it has
-        if self.args.rollout_backend == "vllm":
-            if self.replicas > 1:
+        first = Policy(self.reference, run.data.tokenizer)
+        self.score = Scorer(config, first, print_to_stderr, self.device)
+        if config.rollout_backend == "vllm":
+            if strategy.dp_size > 1:
                 raise UserError("--rollout-backend vllm runs in one process")
-            self.writer = VllmRollouts(self.model, self.folder / "vllm", self.args.vllm_tp)
-        if self.fresh:
-            began = {"held_out": self.held_out(), "samples": self.samples()}
-            if self.first:
-                write_json(self.folder / BEFORE, began)
+            self.vllm = VllmRollouts(strategy.model, run.run_dir / "vllm", config.vllm_tp)
+        if run.is_new_from_init:
+            before = {"held_out": self.score_held_out(run), "samples": self.answer_samples(run)}
+            if strategy.is_main:
+                write_json(run.run_dir / BEFORE, before)
 
-    def ask(self, problems: list[Problem], group: int, temperature: float) -> list[Answer]:
-        """A group of scored answers to each."""
-        asked = [build_messages(p.question, system=self.args.system) for p in problems]
-        policy = Policy(self.model, self.tokenizer, self.writer)
-        if self.writer and self.brought != self.step:
-            self.writer.refresh(self.model)
-            self.brought = self.step
-        with self.arithmetic():
-            found = policy.answers(asked, group, self.args.max_new_tokens, temperature)
+    # ── Rollouts ──
+
+    def generate_rollouts(
+        self, run: Run, problems: list[Problem], group: int, temperature: float
+    ) -> list[Answer]:
+        """Return a group of scored answers to each problem, one group after another."""
+        model, config = run.strategy.model, self.config
+        prompts = [build_messages(p.question, system=config.system) for p in problems]
+        policy = Policy(model, run.data.tokenizer, self.vllm)
+        if self.vllm and self.synced_step != run.state.step:
+            self.vllm.refresh(model)
+            self.synced_step = run.state.step
+        with run.strategy.precision_context():
+            completions = policy.answers(prompts, group, config.max_new_tokens, temperature)
             answers = [
-                Answer(problems[i // group], a.prompt, a.tokens, a.logp, a.text, 0.0)
-                for i, a in enumerate(found)
+                Answer(problems[i // group], c.prompt, c.tokens, c.logp, c.text, 0.0)
+                for i, c in enumerate(completions)
             ]
             self.score(answers)
         return answers
 
-    def batch(self, n: int) -> list[Answer]:
-        """Groups of answers to the next n questions, with their advantages."""
-        args, start = self.args, time.perf_counter()
-        answers = self.ask(
-            self.share(self.rows.next_batch(n)), args.num_generations, args.temperature
-        )
+    def next_batch(self, run: Run, n: int) -> list[Answer]:
+        """Return this process's answers to the next n questions, with their advantages."""
+        config, start = self.config, time.perf_counter()
+        group = config.num_generations
+        problems = run.strategy.shard(run.data.loader.next_batch(n))
+        answers = self.generate_rollouts(run, problems, group, config.temperature)
         reward_b = torch.tensor([a.reward for a in answers])
-        if args.negative_control == "random-reward":
+        if config.negative_control == "random-reward":
             reward_b = (torch.rand(len(answers)) < 0.5).float()
-        if args.negative_control != "no-baseline":
-            reward_b = advantages(reward_b, args.num_generations, args.scale_rewards)
+        if config.negative_control != "no-baseline":
+            reward_b = advantages(reward_b, group, config.scale_rewards)
         for a, advantage in zip(answers, reward_b.tolist()):
             a.advantage = advantage
-        groups = [
-            answers[i : i + args.num_generations]
-            for i in range(0, len(answers), args.num_generations)
-        ]
-        self.groups, self.rollout_seconds = self.gathered(groups), time.perf_counter() - start
+        groups = [answers[i : i + group] for i in range(0, len(answers), group)]
+        self.groups = run.strategy.all_gather(groups)
+        self.rollout_seconds = time.perf_counter() - start
         return answers
 
-    def trained(self, answers: list[Answer]) -> int:
-        return sum(len(a.tokens) for a in answers)
+    def num_tokens(self, batch: list[Answer]) -> int:
+        return sum(len(a.tokens) for a in batch)
 
-    def compute(self, answers: list[Answer], *settings) -> StepStats:
-        """Optimizer steps, each from its part of the groups."""
-        args, self.seen = self.args, defaultdict(float)
-        parts = [[] for _ in range(args.steps_per_generation)]
-        for i, a in enumerate(answers):
-            parts[i // args.num_generations % args.steps_per_generation].append(a)
-        if args.steps_per_generation > 1:
-            self.remember(answers)
-        stats = [self.update(part, *settings) for part in parts]
-        seen = self.summed(self.seen)
-        self.seen = {k: v / max(1.0, seen["tokens"]) for k, v in seen.items()}
-        if not self.seen.get("kl_k1", 0.0) <= args.max_kl:  # k₃ has too heavy a tail to judge by
-            self.give_up("KL to the first model", self.seen["kl_k1"])
-        if (
-            self.writer
-            and not self.seen["sampling_logp_difference"] <= args.max_sampling_logp_difference
-        ):
-            self.give_up(
-                "difference of log π between writer and trainer",
-                self.seen["sampling_logp_difference"],
-            )
-        worst = next((s for s in stats if s.skipped), stats[-1])
-        loss = sum(s.loss for s in stats) / len(stats)
-        return worst._replace(loss=loss, load_le=sum(s.load_le for s in stats))
+    # ── The loss ──
 
-    def update(self, answers: list[Answer], *settings) -> StepStats:
-        """One optimizer step. Answers that neither gain nor lose are not computed, but counted."""
-        tokens = self.summed({"tokens": sum(len(a.tokens) for a in answers)})["tokens"]
-        self.total = len(answers), tokens / self.replicas
-        live = [a for a in answers if a.advantage or self.args.beta] or answers[:1]
-        self.live = len(live)
-        return self.step_on(self.lots(live), *settings)
+    def minibatches(self, run: Run, batch: list[Answer]) -> list[list[Answer]]:
+        """Deal the groups out to the optimizer steps of this batch."""
+        n = self.config.steps_per_generation
+        self.sums = defaultdict(float)
+        parts: list[list[Answer]] = [[] for _ in range(n)]
+        for i, answer in enumerate(batch):
+            parts[i // self.config.num_generations % n].append(answer)
+        if n > 1:
+            self.compute_old_logprobs(run.strategy.model, batch)
+        return parts
 
-    def lots(self, answers: list[Answer]) -> list[list[Answer]]:
-        """Answers that one forward pass reads."""
-        n = self.args.micro_batch or len(answers)
+    def micro_batches(self, run: Run, batch: list[Answer]) -> list[list[Answer]]:
+        """Split the answers with a gradient; the others are not computed, but counted."""
+        total = run.strategy.all_reduce({"tokens": self.num_tokens(batch)})["tokens"]
+        self.num_answers, self.mean_tokens = len(batch), total / run.strategy.dp_size
+        live = [a for a in batch if a.advantage or self.config.beta] or batch[:1]
+        self.num_live = len(live)
+        return self.split(live)
+
+    def split(self, answers: list[Answer]) -> list[list[Answer]]:
+        """Split answers into parts that one forward pass reads."""
+        n = self.config.micro_batch or len(answers)
         return [answers[i : i + n] for i in range(0, len(answers), n)]
 
     @torch.no_grad()
-    def remember(self, answers: list[Answer]) -> None:
-        """log π of all answers before the first of several updates."""
-        for lot in self.lots(answers):
-            logp_n = self.logp(self.model, lot)[0]
-            for a, logp in zip(lot, logp_n.split([len(a.tokens) for a in lot])):
+    def compute_old_logprobs(self, model: nn.Module, answers: list[Answer]) -> None:
+        """Store log π of all answers before the first of several optimizer steps."""
+        for part in self.split(answers):
+            logp_n = self.logprobs(model, part)[0]
+            for a, logp in zip(part, logp_n.split([len(a.tokens) for a in part])):
                 a.old = logp
 
-    def logp(self, model, lot: list[Answer]):
-        """(log π, entropy) of all tokens of a lot's answers, one after another, and the routes.
+    def logprobs(
+        self, model: nn.Module, answers: list[Answer]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Route]]:
+        """Return log π and entropy of all tokens of the answers end to end, and the routes.
 
-        Places are counted, not read off the marks: a model may say any token, marks too.
+        Positions are counted instead of read off the special tokens, because a model may generate
+        any token, special ones too.
         """
-        rows = [a.prompt + a.tokens for a in lot]
-        line_1n = torch.tensor([[token for row in rows for token in row]], device=self.device)
-        wrote = [i >= len(a.prompt) for a, row in zip(lot, rows) for i in range(len(row))]
-        said_n = torch.tensor(wrote, device=self.device)[1:]
+        rows = [a.prompt + a.tokens for a in answers]
+        tokens_1n = torch.tensor([[token for row in rows for token in row]], device=self.device)
+        generated: list[bool] = []
+        for a in answers:
+            generated += [False] * len(a.prompt) + [True] * len(a.tokens)
+        mask_n = torch.tensor(generated, device=self.device)[1:]
         cu_seqlens = to_cu_seqlens([len(row) for row in rows], self.device)
-        h_1nd, routes = model.hidden_states(line_1n, cu_seqlens=cu_seqlens)
-        h_nd, y_n = h_1nd[0, :-1][said_n], line_1n[0, 1:][said_n]
-        return *token_logprobs(h_nd, model.head.weight, y_n, self.args.temperature), routes
+        h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
+        h_nd, y_n = h_1nd[0, :-1][mask_n], tokens_1n[0, 1:][mask_n]
+        temperature = self.config.temperature
+        logp_n, entropy_n = token_logprobs(h_nd, model.head.weight, y_n, temperature)
+        return logp_n, entropy_n, routes
 
-    def losses(self, model, lot: list[Answer], _) -> LossOutput:
-        """`grpo_loss` of a lot, as its part of the mean over all answers."""
-        args, lengths = self.args, [len(a.tokens) for a in lot]
-        rows = lambda x_n: pad_sequence(x_n.split(lengths), batch_first=True)
-        logp_n, entropy_n, routes = self.logp(model, lot)
-        written_n = torch.tensor([p for a in lot for p in a.logp], device=self.device)
-        old_n = logp_n.detach() if lot[0].old is None else torch.cat([a.old for a in lot])
+    def loss(
+        self, model: nn.Module, micro_batch: list[Answer], balance_loss_scope: str
+    ) -> LossOutput:
+        """Return `grpo_loss` of a micro-batch as its part of the mean over all answers."""
+        config, lengths = self.config, [len(a.tokens) for a in micro_batch]
+
+        def pad(x_n: torch.Tensor) -> torch.Tensor:
+            return pad_sequence(x_n.split(lengths), batch_first=True)
+
+        logp_n, entropy_n, routes = self.logprobs(model, micro_batch)
+        old_n = logp_n.detach()
+        if micro_batch[0].old is not None:
+            old_n = torch.cat([a.old for a in micro_batch])
         ref_n = None
         if self.reference:
             with torch.no_grad():
-                ref_n = self.logp(self.reference, lot)[0]
-        advantage_b = torch.tensor([a.advantage for a in lot], device=self.device)
-        mask_bs = rows(torch.ones_like(logp_n))
-        size = {"dapo": self.total[1] * len(lot) / self.live, "dr_grpo": args.max_new_tokens}
-        out = grpo_loss(
-            rows(logp_n), rows(old_n), None if ref_n is None else rows(ref_n), advantage_b,
-            mask_bs, (args.epsilon, args.epsilon_high), args.beta, args.loss_type,
-            size.get(args.loss_type),
-        )  # fmt: skip
-        self.note(len(logp_n), kl=out.kl, clip_ratio=out.clip_ratio, entropy=entropy_n.mean(),
-                  sampling_logp_difference=(logp_n - written_n).abs().mean())  # fmt: skip
-        if ref_n is not None:
-            self.seen["kl_k1"] += (logp_n - ref_n).sum().item()
-        part = 1.0 if args.loss_type == "dapo" else self.live / self.total[0]
-        return LossOutput(out.loss * part, [], out.loss.new_zeros(()), routes)
-
-    def note(self, n: int, **means) -> None:
-        """Means over n tokens, to be averaged over the step."""
-        self.seen["tokens"] += n
-        for name, value in means.items():
-            self.seen[name] += n * float(torch.as_tensor(value).detach())
-
-    def row(self, s: StepStats) -> dict:
-        """Of pre-training's row all but the biases, and what GRPO is watched by."""
-        row, by = super().row(s), defaultdict(list)
-        answers = [a for group in self.groups for a in group]
-        for a in answers:
-            by[a.problem.domain].append(a.reward)
-        a = answers[0]
-        row |= {
-            k: self.seen.get(k)
-            for k in ("kl", "kl_k1", "clip_ratio", "entropy", "sampling_logp_difference")
-        } | {
-            "reward": mean(a.reward for a in answers),
-            "reward_by": {name: mean(rewards) for name, rewards in by.items()},
-            "length": mean(len(a.tokens) for a in answers),
-            "frac_reward_zero_std": mean(
-                float(not any(a.advantage for a in group)) for group in self.groups
-            ),
-            "rollout_seconds": self.rollout_seconds,
-            "example": {"prompt": a.problem.question, "text": a.text, "reward": a.reward},
+                ref_n = self.logprobs(self.reference, micro_batch)[0]
+        advantage_b = torch.tensor([a.advantage for a in micro_batch], device=self.device)
+        sizes = {
+            "dapo": self.mean_tokens * len(micro_batch) / self.num_live,
+            "dr_grpo": config.max_new_tokens,
         }
-        return {k: v for k, v in row.items() if k != "expert_bias"}
+        output = grpo_loss(
+            pad(logp_n), pad(old_n), None if ref_n is None else pad(ref_n), advantage_b,
+            pad(torch.ones_like(logp_n)), (config.epsilon, config.epsilon_high), config.beta,
+            config.loss_type, sizes.get(config.loss_type),
+        )  # fmt: skip
+        sampled_n = torch.tensor([x for a in micro_batch for x in a.logp], device=self.device)
+        self.accumulate_metrics(
+            len(logp_n), kl=output.kl, clip_ratio=output.clip_ratio, entropy=entropy_n.mean(),
+            sampling_logp_difference=(logp_n - sampled_n).abs().mean(),
+        )  # fmt: skip
+        if ref_n is not None:
+            self.sums["kl_k1"] += (logp_n - ref_n).sum().item()
+        weight = 1.0 if config.loss_type == "dapo" else self.num_live / self.num_answers
+        return LossOutput(output.loss * weight, [], output.loss.new_zeros(()), routes)
 
-    # ── How good is it? ──
+    def loss_weight(self, micro_batch: list[Answer]) -> int:
+        return len(micro_batch)
 
-    def held_out(self) -> dict[str, dict[str, float]]:
-        """For each task: mean reward of the likeliest answer and of one drawn, and its length."""
-        out = {}
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            for name in self.names:
-                problems = self.share(get_task(name).problems[1])
-                asked = (self.ask(problems, 1, t) for t in (0.0, 1.0))
-                likeliest, drawn = map(self.gathered, asked)
-                out[name] = {
-                    "greedy": mean(a.reward for a in likeliest),
-                    "sampled": mean(a.reward for a in drawn),
-                    "length": mean(len(a.tokens) for a in drawn),
-                }
-        return out
+    def accumulate_metrics(self, n: int, **means: torch.Tensor) -> None:
+        """Add means over n tokens to the sums of this batch."""
+        self.sums["tokens"] += n
+        for name, value in means.items():
+            self.sums[name] += n * float(torch.as_tensor(value).detach())
 
-    def validate(self, row: dict) -> None:
-        row["held_out"] = self.held_out()
-        row["val_loss"] = 1 - row["held_out"][self.names[0]]["greedy"]
+    # ── Metrics and validation ──
 
-    def samples(self) -> list[dict]:
-        """The likeliest answers to held-out questions."""
-        problems = [p for name in self.names for p in get_task(name).problems[1][:3]]
-        return [
-            {"prompt": a.problem.question, "text": a.text, "temperature": 0.0}
-            for a in self.ask(problems, 1, 0.0)
-        ]
+    def token_means(self, run: Run) -> dict[str, float]:
+        """Return this batch's metrics averaged over tokens; stop a run that went astray."""
+        config, sums = self.config, run.strategy.all_reduce(self.sums)
+        means = {k: v / max(1.0, sums["tokens"]) for k, v in sums.items()}
+        if not means.get("kl_k1", 0.0) <= config.max_kl:  # k₃ has too heavy a tail to judge by
+            run.abort("KL to the first model", means["kl_k1"])
+        difference = means["sampling_logp_difference"]
+        if self.vllm and not difference <= config.max_sampling_logp_difference:
+            run.abort("difference of log π between writer and trainer", difference)
+        return means
 
-    def summary(self, row: dict) -> dict:
-        began = atomic.read_json(self.folder / BEFORE)
-        said = [s | {"before": b["text"]} for s, b in zip(self.samples(), began["samples"])]
-        return {
-            "val_loss": row["val_loss"], "seconds": self.seconds, "tokens": self.tokens,
-            "before": began["held_out"], "after": row["held_out"], "samples": said,
+    def metrics(self, run: Run, row: dict) -> dict:
+        """Replace the gate biases, which rest, by rewards and what shows a run going wrong."""
+        means = self.token_means(run)
+        answers = [a for group in self.groups for a in group]
+        rewards: dict[str, list[float]] = defaultdict(list)
+        for a in answers:
+            rewards[a.problem.domain].append(a.reward)
+        silent = [float(not any(a.advantage for a in group)) for group in self.groups]
+        example = answers[0]
+        row = {k: v for k, v in row.items() if k != "expert_bias"}
+        return row | {k: means.get(k) for k in TOKEN_METRICS} | {
+            "reward": mean(a.reward for a in answers),
+            "reward_by": {name: mean(values) for name, values in rewards.items()},
+            "length": mean(len(a.tokens) for a in answers),
+            "frac_reward_zero_std": mean(silent),
+            "rollout_seconds": self.rollout_seconds,
+            "example": {
+                "prompt": example.problem.question, "text": example.text,
+                "reward": example.reward,
+            },
         }  # fmt: skip
 
-    def goal(self) -> str:
-        args, names = self.args, ", ".join(self.names)
-        return (
-            f"{args.recipe.global_batch_size} questions × {args.num_generations} answers of {names}"
-        )
+    def score_held_out(self, run: Run) -> dict[str, dict[str, float]]:
+        """Return each task's mean rewards of greedy and of sampled answers, and their length."""
+        results = {}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            for name in run.data.names:
+                problems = run.strategy.shard(get_task(name).problems[1])
+                greedy = self.generate_rollouts(run, problems, 1, 0.0)
+                greedy = run.strategy.all_gather(greedy)
+                sampled = self.generate_rollouts(run, problems, 1, 1.0)
+                sampled = run.strategy.all_gather(sampled)
+                results[name] = {
+                    "greedy": mean(a.reward for a in greedy),
+                    "sampled": mean(a.reward for a in sampled),
+                    "length": mean(len(a.tokens) for a in sampled),
+                }
+        return results
 
-    def verdict(self, row: dict) -> str:
-        before, name = atomic.read_json(self.folder / BEFORE)["held_out"], self.names[0]
-        was, now = (x[name]["greedy"] for x in (before, row["held_out"]))
+    def validate(self, run: Run) -> dict:
+        held_out = self.score_held_out(run)
+        return {"held_out": held_out, "val_reward": held_out[run.data.names[0]]["greedy"]}
+
+    def answer_samples(self, run: Run) -> list[dict]:
+        """Return greedy answers to a few held-out questions of each task."""
+        problems = [p for name in run.data.names for p in get_task(name).problems[1][:3]]
+        return [
+            {"prompt": a.problem.question, "text": a.text, "temperature": 0.0}
+            for a in self.generate_rollouts(run, problems, 1, 0.0)
+        ]
+
+    def summarize(self, run: Run, row: dict) -> dict:
+        before = atomic.read_json(run.run_dir / BEFORE)
+        pairs = zip(self.answer_samples(run), before["samples"])
+        return {
+            "val_reward": row["val_reward"], "seconds": run.state.seconds,
+            "tokens": run.state.tokens, "before": before["held_out"], "after": row["held_out"],
+            "samples": [after | {"before": earlier["text"]} for after, earlier in pairs],
+        }  # fmt: skip
+
+    def summarize_rank(self, run: Run) -> None:
+        """Rank 0 answers the samples alone; what else it reports was gathered before."""
+
+    def describe_data(self, run: Run) -> str:
+        questions = self.config.recipe.global_batch_size
+        names = ", ".join(run.data.names)
+        return f"{questions} questions × {self.config.num_generations} answers of {names}"
+
+    def result_line(self, run: Run, row: dict) -> str:
+        name = run.data.names[0]
+        before = atomic.read_json(run.run_dir / BEFORE)["held_out"][name]["greedy"]
+        after = row["held_out"][name]["greedy"]
         what = "mean reward" if get_task(name).is_open_ended else "share right"
-        return f"{name}: {what} {was:.3f} before, {now:.3f} after, on held-out problems"
+        return f"{name}: {what} {before:.3f} before, {after:.3f} after, on held-out problems"

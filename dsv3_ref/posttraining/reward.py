@@ -1,6 +1,5 @@
 """`dsv3 reward`: a reward model from pairs of answers, and its use as a judge (chapter 15)."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 import tyro
+from torch import nn
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
@@ -16,7 +16,7 @@ from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import has_room
-from dsv3_ref.posttraining.sft import hold_out
+from dsv3_ref.posttraining.sft import hold_out, print_to_stderr
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import (
     bradley_terry,
@@ -27,11 +27,14 @@ from dsv3_ref.rewards import (
 )
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import RECIPES, SpecialTokens, render_conversation, sample_cu_seqlens
-from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.state import Run
+from dsv3_ref.training.task import Data, find_tokenizer
 
 Pair = tuple[list[int], list[int]]  # tokens of the better conversation and of the other
 MAX_JUDGMENT_TOKENS = 64  # tokens that a judge may write
+
+VAL_PAIRS = 16  # held-out pairs that one forward pass scores
 
 
 @dataclass(frozen=True)
@@ -160,77 +163,106 @@ def concat_pairs(pairs: list[Pair], device) -> torch.Tensor:
 # ── The run ──
 
 
-class RewardTrainer(Trainer):
-    """A run on pairs of answers."""
+class RewardTask:
+    """Training a reward model on pairs of answers."""
 
-    sharded = False
+    requires_whole_model: ClassVar[bool] = True
+    monitor: ClassVar[str] = "val_loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
-    def open_data(self) -> None:
-        """Pairs, some held out, and how many each step reads."""
-        args, r = self.args, self.args.recipe
-        self.names, self.sources = list(args.data), []
-        self.tokenizer = self.find_tokenizer()
-        self.special_tokens = get_special_tokens(self.tokenizer)
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
-        say = lambda text: print(text, file=sys.stderr)
-        kept, self.held = [], []
-        for name in args.data:
-            some, held = hold_out(read_pairs(name, args, encode, self.special_tokens, say))
-            kept, self.held = kept + some, self.held + held
-        self.rows = PairDataset(kept, args.seed)
-        steps = r.steps or max(1, round(args.epochs * len(kept) / r.global_batch_size))
-        self.plan = get_batch_size_schedule(replace(r, steps=steps), steps)
+    def __init__(self, config: RewardConfig):
+        self.config = config
+        self.held_out: list[Pair] = []
 
-    def compute(self, pairs: list[Pair], *settings):
-        n = self.args.micro_batch or len(pairs)
-        lots = [pairs[i : i + n] for i in range(0, len(pairs), n)]
-        return self.step_on(lots, *settings)
+    def build_data(self) -> Data:
+        """Read pairs, hold some out, and decide how many each step reads."""
+        config, recipe = self.config, self.config.recipe
+        tokenizer = find_tokenizer(config)
+        self.special_tokens = get_special_tokens(tokenizer)
 
-    def batch(self, n: int) -> list[Pair]:
-        return self.share(self.rows.next_batch(n))
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
 
-    def trained(self, pairs: list[Pair]) -> int:
-        return sum(len(tokens) for pair in pairs for tokens in pair)
+        pairs: list[Pair] = []
+        for name in config.data:
+            train, held_out = hold_out(
+                read_pairs(name, config, encode, self.special_tokens, print_to_stderr)
+            )
+            pairs += train
+            self.held_out += held_out
+        steps = recipe.steps or max(1, round(config.epochs * len(pairs) / recipe.global_batch_size))
+        return Data(
+            names=list(config.data),
+            batch_size_schedule=get_batch_size_schedule(replace(recipe, steps=steps), steps),
+            val={},
+            special_tokens=self.special_tokens,
+            loader=PairDataset(pairs, config.seed),
+            tokenizer=tokenizer,
+        )
 
-    def losses(self, model, pairs: list[Pair], _) -> LossOutput:
-        tokens_1n = concat_pairs(pairs, self.device)
-        weight = self.args.judgment_weight * (self.args.judge == "cot")
+    def prepare(self, run: Run) -> None:
+        self.device = run.strategy.device
+
+    def next_batch(self, run: Run, n: int) -> list[Pair]:
+        return run.strategy.shard(run.data.loader.next_batch(n))
+
+    def minibatches(self, run: Run, batch: list[Pair]) -> list[list[Pair]]:
+        return [batch]
+
+    def micro_batches(self, run: Run, batch: list[Pair]) -> list[list[Pair]]:
+        n = self.config.micro_batch or len(batch)
+        return [batch[i : i + n] for i in range(0, len(batch), n)]
+
+    def loss(
+        self, model: nn.Module, micro_batch: list[Pair], balance_loss_scope: str
+    ) -> LossOutput:
+        tokens_1n = concat_pairs(micro_batch, self.device)
+        weight = self.config.judgment_weight * (self.config.judge == "cot")
         return preference_loss(model, tokens_1n, self.special_tokens, weight).losses
 
+    def loss_weight(self, micro_batch: list[Pair]) -> int:
+        return len(micro_batch)
+
+    def num_tokens(self, batch: list[Pair]) -> int:
+        return sum(len(tokens) for pair in batch for tokens in pair)
+
     @torch.no_grad()
-    def score_held_out(self) -> torch.Tensor:
-        """Rewards of held-out pairs, with the judgments that the data have, (m,)."""
-        out = []
-        for i in range(0, len(self.held), 16):
-            tokens_1n = concat_pairs(self.held[i : i + 16], self.device)
-            with self.arithmetic():
-                out.append(
-                    score_packed(
-                        self.model,
-                        tokens_1n,
-                        sample_cu_seqlens(tokens_1n, self.special_tokens),
-                        self.special_tokens,
-                    )
+    def score_held_out(self, run: Run) -> torch.Tensor:
+        """Return the rewards of held-out pairs, with the judgments of the data, (m,)."""
+        rewards = []
+        for i in range(0, len(self.held_out), VAL_PAIRS):
+            tokens_1n = concat_pairs(self.held_out[i : i + VAL_PAIRS], self.device)
+            cu_seqlens = sample_cu_seqlens(tokens_1n, self.special_tokens)
+            with run.strategy.precision_context():
+                rewards.append(
+                    score_packed(run.strategy.model, tokens_1n, cu_seqlens, self.special_tokens)
                 )
-        return torch.cat(out)
+        return torch.cat(rewards)
 
-    def validate(self, row: dict) -> None:
-        loss, agrees = bradley_terry(self.score_held_out())
-        row |= {"val_loss": loss.mean().item(), "agreement": agrees.float().mean().item()}
+    def metrics(self, run: Run, row: dict) -> dict:
+        return row
 
-    def summary(self, row: dict) -> dict:
-        chosen, rejected = self.score_held_out().view(-1, 2).unbind(1)
-        claim_n = torch.sigmoid(chosen - rejected)
-        table = calibration(claim_n, torch.ones_like(claim_n))
+    def validate(self, run: Run) -> dict:
+        loss, agrees = bradley_terry(self.score_held_out(run))
+        return {"val_loss": loss.mean().item(), "agreement": agrees.float().mean().item()}
+
+    def summarize(self, run: Run, row: dict) -> dict:
+        chosen, rejected = self.score_held_out(run).view(-1, 2).unbind(1)
+        probability_n = torch.sigmoid(chosen - rejected)
+        table = calibration(probability_n, torch.ones_like(probability_n))
         return {
-            "val_loss": row["val_loss"], "agreement": row["agreement"], "seconds": self.seconds,
-            "tokens": self.tokens, "calibration": table.nan_to_num(0.5).tolist(), "samples": [],
+            "val_loss": row["val_loss"], "agreement": row["agreement"],
+            "seconds": run.state.seconds, "tokens": run.state.tokens,
+            "calibration": table.nan_to_num(0.5).tolist(), "samples": [],
         }  # fmt: skip
 
-    def goal(self) -> str:
-        return f"{sum(self.plan):,} pairs of {' and '.join(self.names)}"
+    def summarize_rank(self, run: Run) -> None:
+        """Rank 0 scores the held-out pairs alone."""
 
-    def verdict(self, row: dict) -> str:
+    def describe_data(self, run: Run) -> str:
+        return f"{sum(run.data.batch_size_schedule):,} pairs of {' and '.join(run.data.names)}"
+
+    def result_line(self, run: Run, row: dict) -> str:
         return f"agrees with {row['agreement']:.1%} of held-out pairs"
 
 

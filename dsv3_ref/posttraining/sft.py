@@ -4,18 +4,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 import tyro
+from torch import nn
 
 from dsv3_ref import sft
 from dsv3_ref.config import UserError
-from dsv3_ref.data import files, loader, sources
+from dsv3_ref.data import files, sources
+from dsv3_ref.data.loader import VAL_BATCH
 from dsv3_ref.data.tokenizer import EOS, byte_lengths, get_special_tokens
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
+from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import (
     SpecialTokens,
     assistant_mask,
@@ -24,8 +27,19 @@ from dsv3_ref.sft import (
     render_conversation,
     sft_loss,
 )
-from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.state import Run
+from dsv3_ref.training.task import (
+    SAMPLE_TEMPERATURE,
+    SAMPLE_TOKENS,
+    Data,
+    evaluate_other_sources,
+    find_tokenizer,
+    next_rows,
+    split_rows,
+    summarize_rows,
+    validate_rows,
+)
 
 CHUNK = 4096  # conversations that are packed together
 
@@ -131,58 +145,121 @@ class Packed:
 # ── The run ──
 
 
-class SftTrainer(Trainer):
-    """A run whose rows are packed conversations; what users say carries no loss."""
+class SFTTask:
+    """Fine-tuning on packed conversations; only the assistant's tokens are learned."""
 
-    def open_data(self) -> None:
-        """Conversations, some of them held out, and how many rows each step has."""
-        args, r = self.args, self.args.recipe
-        self.sources, self.names = [], list(args.data)
-        self.tokenizer = self.find_tokenizer()
-        self.special_tokens, self.bytes = (
-            get_special_tokens(self.tokenizer),
-            torch.tensor(byte_lengths(self.tokenizer)),
+    requires_whole_model: ClassVar[bool] = False
+    monitor: ClassVar[str] = "val_loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+
+    def __init__(self, config: SFTConfig):
+        self.config = config
+        self.samples: list[list[int]] = []  # held-out conversations for the summary
+
+    def build_data(self) -> Data:
+        """Read conversations, hold some out, and decide how many rows each step has."""
+        config, recipe = self.config, self.config.recipe
+        length = recipe.seq_len + 1
+        tokenizer = find_tokenizer(config)
+        special_tokens = get_special_tokens(tokenizer)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        train_samples, val = [], {}
+        for name in config.data:
+            samples = read(name, encode, special_tokens, length, print_to_stderr)
+            train, held_out = hold_out(samples)
+            train_samples += train
+            self.samples += held_out[:2]
+            rows = torch.tensor(pack_samples(held_out, length, special_tokens.pad))
+            val[name] = list(rows.split(VAL_BATCH))
+        dataset = Packed(train_samples, length, config.seed, special_tokens.pad)
+        steps = recipe.steps or max(
+            1, round(config.epochs * len(dataset.rows) / recipe.global_batch_size)
         )
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
-        say = lambda text: print(text, file=sys.stderr)
-        samples, self.val, self.asked_first = [], {}, []
-        for name in args.data:
-            kept, held = hold_out(read(name, encode, self.special_tokens, r.seq_len + 1, say))
-            samples += kept
-            self.asked_first += held[:2]
-            rows = torch.tensor(pack_samples(held, r.seq_len + 1, self.special_tokens.pad))
-            self.val[name] = list(rows.split(loader.VAL_BATCH))
-        self.rows = Packed(samples, r.seq_len + 1, args.seed, self.special_tokens.pad)
-        steps = r.steps or max(1, round(args.epochs * len(self.rows.rows) / r.global_batch_size))
-        self.plan = get_batch_size_schedule(replace(r, steps=steps), steps)
+        self.special_tokens = special_tokens
+        return Data(
+            names=list(config.data),
+            batch_size_schedule=get_batch_size_schedule(replace(recipe, steps=steps), steps),
+            val=val,
+            special_tokens=special_tokens,
+            token_bytes=torch.tensor(byte_lengths(tokenizer)),
+            loader=dataset,
+            tokenizer=tokenizer,
+        )
 
-    def losses(self, model, tokens_bs, balance_over: str):
-        return sft_loss(model, tokens_bs, self.special_tokens)
+    def prepare(self, run: Run) -> None:
+        self.special_tokens = run.data.special_tokens  # also on ranks that do not read
 
-    def loss_weight(self, tokens_bs) -> int:
-        return num_loss_tokens(tokens_bs, self.special_tokens)
+    def next_batch(self, run: Run, n: int) -> torch.Tensor:
+        return next_rows(run, n)
 
-    def nll(self, rows_bs) -> float:
-        return self.losses(self.model, rows_bs, "").main.item() * self.loss_weight(rows_bs)
+    def minibatches(self, run: Run, batch: torch.Tensor) -> list[torch.Tensor]:
+        return [batch]
 
-    def counted(self, rows_bs):
+    def micro_batches(self, run: Run, batch: torch.Tensor) -> list[torch.Tensor]:
+        return split_rows(batch, self.config.micro_batch)
+
+    def loss(
+        self, model: nn.Module, micro_batch: torch.Tensor, balance_loss_scope: str
+    ) -> LossOutput:
+        return sft_loss(model, micro_batch, self.special_tokens)
+
+    def loss_weight(self, micro_batch: torch.Tensor) -> int:
+        return num_loss_tokens(micro_batch, self.special_tokens)
+
+    def num_tokens(self, batch: torch.Tensor) -> int:
+        return batch[:, 1:].numel()
+
+    def nll(self, model: nn.Module, rows_bs: torch.Tensor) -> float:
+        mean = sft_loss(model, rows_bs, self.special_tokens).main.item()
+        return mean * self.loss_weight(rows_bs)
+
+    def loss_targets(self, rows_bs: torch.Tensor) -> torch.Tensor:
         return rows_bs[:, 1:][assistant_mask(rows_bs, self.special_tokens)[:, 1:]]
 
-    def samples(self) -> list[dict]:
-        """Answers to held-out questions, beside those that were given."""
-        out, generator = [], torch.Generator(self.device).manual_seed(self.args.seed)
-        for tokens in self.asked_first:
-            asked = tokens[: len(tokens) - tokens[::-1].index(self.special_tokens.assistant)]
-            room = max(0, min(160, self.args.model.max_seq_len - len(asked)))
-            choice = SamplingParams(0.8, generator=generator)
-            rounds = stream(self.model, [asked], room, choice, {self.tokenizer.token_to_id(EOS)})
-            new = [token for (tokens,) in rounds for token in tokens]
-            prompt, text = (self.tokenizer.decode(x) for x in (asked, new))
-            out.append({"prompt": prompt, "text": text, "temperature": 0.8})
-        return out
+    def metrics(self, run: Run, row: dict) -> dict:
+        return row
 
-    def baselines(self) -> dict[str, float]:
-        return {}
+    def validate(self, run: Run) -> dict:
+        return validate_rows(self, run)
+
+    def summarize(self, run: Run, row: dict) -> dict:
+        summary = summarize_rows(self, run, row)
+        return summary | {"baselines": {}, "samples": self.answer_prompts(run)}
+
+    def summarize_rank(self, run: Run) -> None:
+        evaluate_other_sources(self, run)
+
+    def describe_data(self, run: Run) -> str:
+        tokens = sum(run.data.batch_size_schedule) * self.config.recipe.seq_len
+        return f"{tokens:,} tokens of {' and '.join(run.data.names)}"
+
+    def result_line(self, run: Run, row: dict) -> str:
+        return f"{row['val_bpb']:.3f} bits per byte on unseen {run.data.names[0]} documents"
+
+    def answer_prompts(self, run: Run) -> list[dict]:
+        """Return the model's answers to the prompts of held-out conversations."""
+        model, device = run.strategy.load_whole_model(run.run_dir), run.strategy.device
+        generator = torch.Generator(device).manual_seed(self.config.seed)
+        tokenizer, samples = run.data.tokenizer, []
+        for tokens in self.samples:
+            prompt = tokens[: len(tokens) - tokens[::-1].index(self.special_tokens.assistant)]
+            room = max(0, min(SAMPLE_TOKENS, self.config.model.max_seq_len - len(prompt)))
+            params = SamplingParams(SAMPLE_TEMPERATURE, generator=generator)
+            steps = stream(model, [prompt], room, params, {tokenizer.token_to_id(EOS)})
+            completion = [token for (new_tokens,) in steps for token in new_tokens]
+            samples.append({
+                "prompt": tokenizer.decode(prompt), "text": tokenizer.decode(completion),
+                "temperature": SAMPLE_TEMPERATURE,
+            })  # fmt: skip
+        return samples
+
+
+def print_to_stderr(text: str) -> None:
+    """Print a line to standard error."""
+    print(text, file=sys.stderr)
 
 
 def hold_out(samples: list) -> tuple[list, list]:

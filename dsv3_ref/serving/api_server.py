@@ -40,7 +40,7 @@ from dsv3_ref.serving.protocol import (
     response_head,
 )  # fmt: skip
 from dsv3_ref.serving.web import bind_socket, is_loopback
-from dsv3_ref.training.loop import pick_device
+from dsv3_ref.training.strategy import pick_device
 
 INSTALL_HINT = "dsv3 serve needs FastAPI and uvicorn: pip install -e '.[serve]'"
 MAX_BODY_BYTES = 4 << 20  # bytes of a request, at most

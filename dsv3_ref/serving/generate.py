@@ -23,7 +23,7 @@ from dsv3_ref.data.tokenizer import (
 )
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.model import Transformer
-from dsv3_ref.training.loop import pick_device
+from dsv3_ref.training.strategy import pick_device
 
 
 @dataclass(frozen=True)

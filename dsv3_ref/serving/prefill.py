@@ -13,7 +13,7 @@ import torch
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.config import UserError
 from dsv3_ref.serve import KVTransfer, Request
-from dsv3_ref.training.loop import pick_device
+from dsv3_ref.training.strategy import pick_device
 
 # ── Parcels ──
 

@@ -24,8 +24,11 @@ from dsv3_ref.mtp import mtp_draft_matches
 from dsv3_ref.optim import RECIPES, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import fim
 from dsv3_ref.training import settings
-from dsv3_ref.training.loop import Trainer
+from dsv3_ref.training.loop import take_step
 from dsv3_ref.training.settings import TrainConfig, git_commit
+from dsv3_ref.training.state import Run, build_run
+from dsv3_ref.training.strategy import SingleProcess
+from dsv3_ref.training.task import PretrainTask, evaluate
 
 BASE = replace(
     TINY, vocab_size=2048, n_layers=3, inter_dim=384, moe_inter_dim=64, n_heads=8, q_lora_rank=0,
@@ -164,9 +167,12 @@ def count_main_params(v: Variant) -> int:
 # ── What is measured ──
 
 
-def measure_expert_balance(t: Trainer, batches: int) -> dict:
+def measure_expert_balance(run: Run, batches: int) -> dict:
     """MaxVio over all rows together and over single rows; experts' shares of each source."""
-    loads = {name: expert_load_per_sequence(t.model, val[:batches]) for name, val in t.val.items()}
+    loads = {
+        name: expert_load_per_sequence(run.strategy.model, val[:batches])
+        for name, val in run.data.val.items()
+    }
     load_lbe = torch.cat(list(loads.values()), 1)
     rows = load_lbe.flatten(0, 1)
     shares = {name: (x := x_lbe.sum(1).float()) / x.sum(-1, True) for name, x_lbe in loads.items()}
@@ -189,11 +195,13 @@ def expert_load_per_sequence(model: Transformer, batches) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure_acceptance(t: Trainer, batches: int) -> dict:
+def measure_acceptance(run: Run, batches: int) -> dict:
     """Shares of drafts that the main model would accept: each depth, and depths 1 … k together."""
-    hits = [torch.zeros(len(t.model.mtp), 0)]
-    for window_bs in (w for val in t.val.values() for w in val[:batches] if len(t.model.mtp)):
-        agrees = mtp_draft_matches(t.model, window_bs[:, :-1])
+    hits = [torch.zeros(len(run.strategy.model.mtp), 0)]
+    for window_bs in (
+        w for val in run.data.val.values() for w in val[:batches] if len(run.strategy.model.mtp)
+    ):
+        agrees = mtp_draft_matches(run.strategy.model, window_bs[:, :-1])
         length = window_bs.shape[1] - 1 - len(agrees)  # where every depth has a draft
         hits.append(torch.stack([x[:, :length] for x in agrees]).flatten(1))
     hit_kn = torch.cat(hits, 1)
@@ -203,14 +211,14 @@ def measure_acceptance(t: Trainer, batches: int) -> dict:
 
 
 @torch.no_grad()
-def measure_infilling(t: Trainer, batches: int) -> dict:
+def measure_infilling(run: Run, batches: int) -> dict:
     """Nats a token and share of right tokens of held-out middles: after both sides, and one."""
     rng, out = random.Random(0), {}
-    texts = [text for s in t.sources for text in random.Random(1).sample(
-        s.val_texts, min(N_INFILL_DOCUMENTS // len(t.sources), len(s.val_texts)))]  # fmt: skip
+    texts = [text for s in run.data.sources for text in random.Random(1).sample(
+        s.val_texts, min(N_INFILL_DOCUMENTS // len(run.data.sources), len(s.val_texts)))]  # fmt: skip
     cuts = [cut for text in texts if (cut := fim(text, rng, 1.0))]
     for name, prompt in {"psm": psm_prompt, "left": left_to_right_prompt}.items():
-        scored = [score_middle(t, prompt(t.rows, *cut)) for cut in cuts]
+        scored = [score_middle(run, prompt(run.data.loader, *cut)) for cut in cuts]
         nats, right, n = (sum(x) for x in zip(*filter(None, scored)))
         out |= {f"{name}_nats": nats / n, f"{name}_accuracy": right / n, "middle_tokens": n}
     return round_floats(out)
@@ -236,20 +244,22 @@ def left_to_right_prompt(
     return [rows.ids[tok.BOS], *pre], mid
 
 
-def score_middle(t: Trainer, example) -> tuple[float, int, int] | None:
+def score_middle(run: Run, example) -> tuple[float, int, int] | None:
     """Nats, right greedy guesses and tokens of a middle; None where it does not fit."""
     prompt, mid = example
-    if len(prompt) + len(mid) > t.args.recipe.seq_len + 1:
+    if len(prompt) + len(mid) > run.config.recipe.seq_len + 1:
         return None
     ids_s, n = torch.tensor([*prompt, *mid]), len(mid)
-    logits_nw = t.model.head(t.model.hidden_states(ids_s[None, :-1])[0][0, -n:])
+    logits_nw = run.strategy.model.head(
+        run.strategy.model.hidden_states(ids_s[None, :-1])[0][0, -n:]
+    )
     nats = F.cross_entropy(logits_nw, ids_s[-n:], reduction="sum").item()
     return nats, (logits_nw.argmax(-1) == ids_s[-n:]).sum().item(), n
 
 
 MEASURES: dict[str, Callable] = {
-    "balance": measure_expert_balance, "mtp": measure_acceptance, "mla": lambda t, batches: {}, "fim": measure_infilling,
-    "fp8": lambda t, batches: {},
+    "balance": measure_expert_balance, "mtp": measure_acceptance, "mla": lambda run, batches: {}, "fim": measure_infilling,
+    "fp8": lambda run, batches: {},
 }  # fmt: skip
 CURVE_KEYS = {
     "max_vio_global",
@@ -273,23 +283,24 @@ def round_floats(x):
 # ── One run ──
 
 
-def build_trainer(args: AblateConfig, v: Variant, seed: int) -> Trainer:
-    """A trainer of `dsv3 train` with the variant's attention, data and validation windows."""
-    train = TrainConfig(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
+def build_variant_run(args: AblateConfig, v: Variant, seed: int) -> Run:
+    """Build a run of `dsv3 train` with the variant's attention, data and validation windows."""
+    config = TrainConfig(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
                   device="cpu", optimizer_dtype="fp32", precision=v.precision,
                   micro_batch=v.micro_batch)  # fmt: skip
-    settings.validate_args(train)
-    t = Trainer(train, args.out)
+    settings.validate_args(config)
+    run = build_run(PretrainTask(config), SingleProcess(config), args.out)
     if v.kv_heads:
-        replace_attention(t.model, v.kv_heads)
-        t.optimizer = build_adamw(t.model, v.recipe, torch.float32)
-    for s in t.sources if args.name == "fim" else ():
+        replace_attention(run.strategy.model, v.kv_heads)
+        run.strategy.optimizer = build_adamw(run.strategy.model, v.recipe, torch.float32)
+    for s in run.data.sources if args.name == "fim" else ():
         s.val_data, s.train_data = split_passages(s.val_data), split_passages(s.train_data)
         del s.val_texts  # of whole documents
-    for s in t.sources:
-        windows = val_windows(s.val_texts, t.tokenizer, v.recipe.seq_len)
-        t.val[s.name] = windows[:: max(1, len(windows) // FINAL_VAL_BATCHES)][:FINAL_VAL_BATCHES]
-    return t
+    for s in run.data.sources:
+        windows = val_windows(s.val_texts, run.data.tokenizer, v.recipe.seq_len)
+        every = max(1, len(windows) // FINAL_VAL_BATCHES)
+        run.data.val[s.name] = windows[::every][:FINAL_VAL_BATCHES]
+    return run
 
 
 def split_passages(data):
@@ -308,34 +319,35 @@ def split_passages(data):
     return data.map(cut, batched=True)
 
 
-def val_losses(t: Trainer, batches: int) -> dict[str, float]:
+def val_losses(run: Run, batches: int) -> dict[str, float]:
     """Validation loss of every source, nats a token."""
-    return {name: round(t.evaluate(name, batches)[0], 5) for name in t.val}
+    return {name: round(evaluate(run.task, run, name, batches)[0], 5) for name in run.data.val}
 
 
-def curve_point(args: AblateConfig, t: Trainer, recent: list[float]) -> dict:
+def curve_point(args: AblateConfig, run: Run, recent: list[float]) -> dict:
     """A point of the curves: step, training loss since the last point, validation on few rows."""
     row = {
-        "step": t.step,
+        "step": run.state.step,
         "loss": rounded_mean(recent),
-        "val_loss": rounded_mean(val_losses(t, VAL_BATCHES).values()),
+        "val_loss": rounded_mean(val_losses(run, VAL_BATCHES).values()),
     }
-    found = MEASURES[args.name](t, VAL_BATCHES) if args.name in ("balance", "mtp") else {}
+    found = MEASURES[args.name](run, VAL_BATCHES) if args.name in ("balance", "mtp") else {}
     return row | {k: x for k, x in found.items() if k in CURVE_KEYS}
 
 
 def run_variant(args: AblateConfig, name: str, v: Variant, seed: int) -> dict:
     """Train a variant and measure it: an entry of `runs`."""
-    start, t, losses, curve = time.perf_counter(), build_trainer(args, v, seed), [], []
-    every = max(1, len(t.plan) // 10)
-    while t.step < len(t.plan):
-        losses.append(t.one_step()["loss"])
-        if t.step % every == 0:
-            curve.append(curve_point(args, t, losses[-every:]))
-    by_source = val_losses(t, FINAL_VAL_BATCHES)
+    start, run = time.perf_counter(), build_variant_run(args, v, seed)
+    losses, curve = [], []
+    every = max(1, run.num_steps // 10)
+    while run.state.step < run.num_steps:
+        losses.append(take_step(run)["loss"])
+        if run.state.step % every == 0:
+            curve.append(curve_point(args, run, losses[-every:]))
+    by_source = val_losses(run, FINAL_VAL_BATCHES)
     return {
         "variant": name, "seed": seed, "val_loss": sum(by_source.values()) / len(by_source),
-        "val_loss_by_source": by_source, **MEASURES[args.name](t, FINAL_VAL_BATCHES),
+        "val_loss_by_source": by_source, **MEASURES[args.name](run, FINAL_VAL_BATCHES),
         "seconds": round(time.perf_counter() - start, 1), "curve": curve,
         **({"losses": [round(x, 5) for x in losses]} if args.name == "fp8" else {}),
     }  # fmt: skip

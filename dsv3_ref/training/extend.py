@@ -9,11 +9,11 @@ import torch
 
 from dsv3_ref import long_context
 from dsv3_ref.config import Config, UserError
-from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.long_context import Needle, build_needle, extend_config, insert_needle
 from dsv3_ref.optim import TrainingRecipe
-from dsv3_ref.training.loop import Trainer
 from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.state import Run
+from dsv3_ref.training.task import Data, Loader, PretrainTask
 
 
 @dataclass(frozen=True)
@@ -60,51 +60,56 @@ class ExtendConfig(TrainConfig):
         ]
 
 
-class Planted:
-    """Rows, a share of which hide a pass key in their text and ask for it."""
+class NeedleLoader:
+    """Rows of another loader, a fraction of which hide a pass key and ask for it."""
 
-    def __init__(self, rows: PackedDataLoader, n: Needle, share: float, seed: int):
-        self.rows, self.needle, self.share = rows, n, share
+    def __init__(self, loader: Loader, needle: Needle, fraction: float, seed: int):
+        self.loader, self.needle, self.fraction = loader, needle, fraction
         self.rng = np.random.default_rng([seed, 13])
 
     def next_batch(self, n: int) -> torch.Tensor:
-        """n rows, (n, length), int64."""
-        chosen = self.rng.random(n) < self.share
-        rows = self.rows.next_batch(n).tolist()
-        return torch.tensor(
-            [
-                insert_needle(row, self.needle, self.rng) if on else row
-                for row, on in zip(rows, chosen)
-            ]
-        )
+        """Return n rows, (n, length), int64."""
+        has_needle = self.rng.random(n) < self.fraction
+        rows = self.loader.next_batch(n).tolist()
+        for i in range(n):
+            if has_needle[i]:
+                rows[i] = insert_needle(rows[i], self.needle, self.rng)
+        return torch.tensor(rows)
 
-    def state_dict(self) -> tuple[dict, dict]:
-        """Where the stream stands."""
-        small, tensors = self.rows.state_dict()
-        return small | {"needles": self.rng.bit_generator.state}, tensors
+    def state_dict(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Return the position in the stream: values for JSON, and tensors."""
+        values, tensors = self.loader.state_dict()
+        return values | {"needles": self.rng.bit_generator.state}, tensors
 
-    def load_state_dict(self, small: dict, tensors: dict) -> None:
-        """Go on exactly where `state` was taken."""
-        self.rng.bit_generator.state = small["needles"]
-        self.rows.load_state_dict(small, tensors)
+    def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.rng.bit_generator.state = values["needles"]
+        self.loader.load_state_dict(values, tensors)
 
 
-class ExtendTrainer(Trainer):
-    """A run on long rows: validated on few, one at a time."""
+class ExtendTask(PretrainTask):
+    """Pre-training on longer rows, validated on few rows, one at a time."""
 
-    args: ExtendConfig
+    config: ExtendConfig
 
-    def open_data(self) -> None:
-        super().open_data()
-        cut = lambda batches: [row[None] for rows in batches for row in rows][
-            : self.args.val_sequences
-        ]
-        self.val = {name: cut(batches) for name, batches in self.val.items()}
-        if self.args.needles:
-            encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
-            found = build_needle(encode)
-            self.rows = Planted(self.rows, found, self.args.needles, self.args.seed)
+    def build_data(self) -> Data:
+        data = super().build_data()
+        data.val = {name: self.first_rows(batches) for name, batches in data.val.items()}
+        if self.config.needles:
 
-    def goal(self) -> str:
-        c, r = self.args.model, self.args.recipe
-        return f"{super().goal()}, rows {r.seq_len / c.original_seq_len:g} × as long as before"
+            def encode(text: str) -> list[int]:
+                return data.tokenizer.encode(text, add_special_tokens=False).ids
+
+            data.loader = NeedleLoader(
+                data.loader, build_needle(encode), self.config.needles, self.config.seed
+            )
+        return data
+
+    def first_rows(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the first `val_sequences` rows as batches of one row."""
+        rows = [row[None] for batch in batches for row in batch]
+        return rows[: self.config.val_sequences]
+
+    def describe_data(self, run: Run) -> str:
+        ratio = self.config.recipe.seq_len / self.config.model.original_seq_len
+        return f"{super().describe_data(run)}, rows {ratio:g} × as long as before"

@@ -17,7 +17,7 @@ import pytest
 from miniruns import metrics, timeless
 
 from dsv3_ref.checkpoints import native
-from dsv3_ref.training import resume
+from dsv3_ref.training.checkpointer import step_number
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tests" / "slurm_local.sh"
@@ -144,7 +144,7 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(undisturbed, home):
     job.reach(20)
     subprocess.run(["scancel", "--signal=USR1", job.id], check=True)
     job.wait(lambda: job.field("Restarts") == "1", "the restart")
-    saved = resume.step_number(native.list_checkpoints(job.run)[-1])
+    saved = step_number(native.list_checkpoints(job.run)[-1])
     assert saved % EVERY or saved == EVERY
     assert job.end() == "COMPLETED", job.said()
     assert "exit code 75: stopped by request" in job.output.read_text()

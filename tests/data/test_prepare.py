@@ -548,17 +548,20 @@ def rank(home, argvs: list[list[str]], out: Path, number: int) -> None:
     """Rows of three steps of several runs, on one of two ranks."""
     import torch.distributed as dist
 
-    from dsv3_ref.parallel.mesh_parallel import Ranks
+    from dsv3_ref.parallel.mesh_parallel import MeshParallel
     from dsv3_ref.training import settings
-    from dsv3_ref.training.loop import Trainer
+    from dsv3_ref.training.state import build_run
+    from dsv3_ref.training.task import PretrainTask
 
     miniruns.own_caches(home, pytest.MonkeyPatch())
     torch.set_num_threads(1)
-    kind, found = type("ClusterTrainer", (Ranks, Trainer), {}), []
+    found = []
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=number, world_size=2)
     for argv in argvs:
-        trainer = kind(settings.parse_args(argv), out, torch.device("cpu"))
-        found.append([trainer.batch(n).tolist() for n in (4, 2, 4)])
+        config = settings.parse_args(argv)
+        strategy = MeshParallel(config, torch.device("cpu"))
+        run = build_run(PretrainTask(config), strategy, out)
+        found.append([run.task.next_batch(run, n).tolist() for n in (4, 2, 4)])
     (out / f"{number}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

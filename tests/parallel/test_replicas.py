@@ -15,10 +15,12 @@ from miniruns import launch, metrics, options
 from test_cluster import ended
 
 from dsv3_ref.cli import main
-from dsv3_ref.parallel.data_parallel import Replicas
-from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, RlTrainer
+from dsv3_ref.parallel.data_parallel import DataParallel
+from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, GRPOTask
 from dsv3_ref.posttraining.prompts import Problem, build_messages
-from dsv3_ref.training import settings
+from dsv3_ref.training import loop, settings
+from dsv3_ref.training.state import Run, build_run
+from dsv3_ref.training.strategy import SingleProcess, StepHyperparams
 
 CLOCK = {"rollout_seconds", "seconds", "tokens_per_s"}
 
@@ -88,9 +90,9 @@ def test_a_reward_model_on_two_ranks_is_that_of_one(home, tmp_path):
     assert two[-1]["agreement"] == one[-1]["agreement"]
 
 
-def written(t: RlTrainer) -> list[Answer]:
+def written(run: Run) -> list[Answer]:
     """Four groups of two answers of unlike lengths, one of them without a difference."""
-    bos, eos, _, user, assistant = t.special_tokens
+    bos, eos, _, user, assistant = run.data.special_tokens
     out = []
     for i in range(8):
         tokens = [*range(20, 21 + i % 5), eos]
@@ -107,17 +109,20 @@ def gradients(home: str, folder: str, kind: str, ranks: bool) -> dict[str, torch
     del argv[argv.index("--out") : argv.index("--out") + 2]
     args = settings.parse_args(argv, GRPOConfig)
     Path(folder).mkdir(exist_ok=True)
-    if ranks:
-        t = type("T", (Replicas, RlTrainer), {})(args, Path(folder), torch.device("cpu"))
-    else:
-        t = RlTrainer(args, Path(folder))
-    groups, grads = [written(t)[i : i + 2] for i in range(0, 8, 2)], {}
-    see = lambda *_: grads.update({n: p.grad.clone() for n, p in t.model.named_parameters()
+    strategy = DataParallel(args, torch.device("cpu")) if ranks else SingleProcess(args)
+    run = build_run(GRPOTask(args), strategy, Path(folder))
+    groups, grads = [written(run)[i : i + 2] for i in range(0, 8, 2)], {}
+    see = lambda *_: grads.update({n: p.grad.clone() for n, p in run.strategy.model.named_parameters()
                                    if p.grad is not None})  # fmt: skip
-    t.optimizer.register_step_pre_hook(see)
-    mine = [a for group in t.share(groups) for a in group]
-    s = t.compute(mine, replace(args.recipe, max_grad_norm=1e9), 0.0, 0.0, 0.0, float("inf"))
-    return grads | {"loss": torch.tensor(s.loss), "kl": torch.tensor(t.seen["kl"])}
+    run.strategy.optimizer.register_step_pre_hook(see)
+    mine = [a for group in run.strategy.shard(groups) for a in group]
+    recipe = replace(args.recipe, max_grad_norm=1e9)
+    hyperparams = StepHyperparams(recipe, 0.0, 0.0, 0.0, float("inf"))
+    s = loop.train_minibatches(run, mine, hyperparams)
+    return grads | {
+        "loss": torch.tensor(s.loss),
+        "kl": torch.tensor(run.task.token_means(run)["kl"]),
+    }
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "sequence"])

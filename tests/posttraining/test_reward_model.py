@@ -18,14 +18,16 @@ from dsv3_ref.posttraining.reward import (
     PairDataset,
     RewardConfig,
     RewardModel,
-    RewardTrainer,
+    RewardTask,
     encode_sample,
     read_pairs,
 )
 from dsv3_ref.posttraining.sft import hold_out
 from dsv3_ref.rewards import judge_prompt
 from dsv3_ref.sft import SpecialTokens, render_conversation
-from dsv3_ref.training import settings
+from dsv3_ref.training import loop, settings
+from dsv3_ref.training.state import Run, build_run
+from dsv3_ref.training.strategy import SingleProcess, StepHyperparams
 
 SPECIAL_TOKENS = SpecialTokens(*range(5))
 DIRECTLY = RewardConfig(model=TINY, recipe=RewardConfig.RECIPES["tiny"])
@@ -232,28 +234,27 @@ def test_bad_rows_do_not_stop_a_run(home, tmp_path, capsys):
 
 
 def test_resumed_it_is_the_same_run(home, tmp_path, monkeypatch):
-    real = RewardTrainer.one_step
+    real = loop.take_step
 
-    def stopping(self):
-        if self.step == 5:
+    def stopping(run):
+        if run.state.step == 5:
             raise KeyboardInterrupt
-        return real(self)
+        return real(run)
 
     more = ["--steps", "8", "--save-every", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(RewardTrainer, "one_step", stopping)
+        patch.setattr(loop, "take_step", stopping)
         assert train(home, tmp_path / "run", *more) == 130
     assert main.main(["reward", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert train(home, tmp_path / "whole", *more) == 0
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 
 
-def trainer(home, out, *more) -> RewardTrainer:
+def new_run(home, out, *more) -> Run:
     """The run, not yet begun."""
     argv = ["--init", home / "base", "--data", home / "pairs.jsonl", "--out", out, *more]
-    return RewardTrainer(
-        settings.parse_args([*map(str, argv), "--seq-len", "32"], RewardConfig), out
-    )
+    config = settings.parse_args([*map(str, argv), "--seq-len", "32"], RewardConfig)
+    return build_run(RewardTask(config), SingleProcess(config), out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,12 +264,13 @@ def test_an_update_is_the_same_however_a_batch_is_cut(home, tmp_path, kind, lot)
     rows = [row(i, judgment_chosen="aa " * (1 + i), judgment_rejected="b") for i in range(5)]
     data, grads = written(tmp_path / "x.jsonl", rows), []
     for n in (0, lot):
-        t = trainer(home, tmp_path / str(n), "--data", data, "--micro-batch", n, *KINDS[kind])
-        see = lambda *_, model=t.model: grads.append({
+        run = new_run(home, tmp_path / str(n), "--data", data, "--micro-batch", n, *KINDS[kind])
+        see = lambda *_, model=run.strategy.model: grads.append({
             name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
         })  # fmt: skip
-        t.optimizer.register_step_pre_hook(see)
-        t.compute(t.rows.next_batch(4), t.args.recipe, 0.0, 0.0, 0.0, float("inf"))
+        run.strategy.optimizer.register_step_pre_hook(see)
+        hyperparams = StepHyperparams(run.config.recipe, 0.0, 0.0, 0.0, float("inf"))
+        loop.train_minibatches(run, run.data.loader.next_batch(4), hyperparams)
     whole, cut = grads
     assert whole.keys() == cut.keys()
     for name, g in whole.items():

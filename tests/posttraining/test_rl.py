@@ -13,10 +13,12 @@ from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.grpo import advantages, generate_rollouts, grpo_loss
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, Questions, RlTrainer
+from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, GRPOTask, Questions
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, Problem, build_messages
-from dsv3_ref.training import settings
+from dsv3_ref.training import loop, settings
+from dsv3_ref.training.state import Run, build_run
+from dsv3_ref.training.strategy import SingleProcess, StepHyperparams
 
 # ── Rollouts ──
 
@@ -131,15 +133,15 @@ def test_gate_biases_rest_or_follow(home, run, tmp_path):
 
 
 def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
-    real = RlTrainer.one_step
+    real = loop.take_step
 
-    def stopping(self):
-        if self.step == 3:
+    def stopping(run):
+        if run.state.step == 3:
             raise KeyboardInterrupt
-        return real(self)
+        return real(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RlTrainer, "one_step", stopping)
+        patch.setattr(loop, "take_step", stopping)
         assert rl(home, tmp_path / "half") == 130
     assert main.main(["rl", "--resume", "--out", str(tmp_path / "half")]) == 0
     clock = {"rollout_seconds", "seconds", "tokens_per_s"}
@@ -148,7 +150,7 @@ def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
     assert results(tmp_path / "half")[3] == results(run)[3]  # the last checkpoint's bytes
 
 
-def trainer(home, folder, *more) -> RlTrainer:
+def new_run(home, folder, *more) -> Run:
     argv = [
         "--init",
         home / "base",
@@ -161,12 +163,19 @@ def trainer(home, folder, *more) -> RlTrainer:
         *more,
     ]
     folder.mkdir(exist_ok=True)
-    return RlTrainer(settings.parse_args([str(x) for x in argv], GRPOConfig), folder)
+    config = settings.parse_args([str(x) for x in argv], GRPOConfig)
+    return build_run(GRPOTask(config), SingleProcess(config), folder)
 
 
-def answers(t: RlTrainer) -> list[Answer]:
+def train(run: Run, batch: list[Answer], recipe, lr=0.0):
+    """Train on these answers, with gate biases left alone."""
+    hyperparams = StepHyperparams(recipe, lr, 0.0, 0.0, float("inf"))
+    return loop.train_minibatches(run, batch, hyperparams)
+
+
+def answers(run: Run) -> list[Answer]:
     """Two groups, in which the model says its own marks too."""
-    bos, eos, pad, user, assistant = t.special_tokens
+    bos, eos, pad, user, assistant = run.data.special_tokens
     said = [[20, 21, eos], [22, bos, 23, 24, eos], [assistant, user, eos], [25, 26, 27, pad, 28]]
     out = []
     for i, tokens in enumerate(said):
@@ -178,7 +187,7 @@ def answers(t: RlTrainer) -> list[Answer]:
     return out
 
 
-def by_hand(model, t: RlTrainer, found: list[Answer]):
+def by_hand(model, run: Run, found: list[Answer]):
     """The loss of all answers at once, each alone in its row."""
     longest = max(len(a.tokens) for a in found)
     logp_bs = torch.zeros(len(found), longest)
@@ -187,7 +196,7 @@ def by_hand(model, t: RlTrainer, found: list[Answer]):
         for s, token in enumerate(a.tokens):
             logp_bs[i, s] = logp[len(a.prompt) - 1 + s, token]
     mask_bs = torch.arange(longest) < torch.tensor([[len(a.tokens)] for a in found])
-    a_b, args = torch.tensor([a.advantage for a in found]), t.args
+    a_b, args = torch.tensor([a.advantage for a in found]), run.config
     size = {"dapo": float(mask_bs.sum()), "dr_grpo": args.max_new_tokens}.get(args.loss_type)
     old_bs = logp_bs.detach()
     return grpo_loss(logp_bs, old_bs, old_bs, a_b, mask_bs, 0.2, args.beta, args.loss_type, size)
@@ -197,37 +206,41 @@ def by_hand(model, t: RlTrainer, found: list[Answer]):
 @pytest.mark.parametrize("lot", [1, 3, 0])
 def test_an_update_is_the_gradient_of_all_answers_at_once(home, tmp_path, kind, lot, monkeypatch):
     """However they are cut into micro-batches, and whatever tokens they hold."""
-    t = trainer(home, tmp_path / "x", "--loss-type", kind, "--micro-batch", lot, "--beta", 0.01)
-    found, grads = answers(t), {}
-    see = lambda *_: grads.update({n: p.grad.clone() for n, p in t.model.named_parameters()
+    run = new_run(home, tmp_path / "x", "--loss-type", kind, "--micro-batch", lot, "--beta", 0.01)
+    found, grads = answers(run), {}
+    see = lambda *_: grads.update({n: p.grad.clone() for n, p in run.strategy.model.named_parameters()
                                    if p.grad is not None})  # fmt: skip
-    t.optimizer.register_step_pre_hook(see)
-    by_hand(t.model, t, found).loss.backward()
-    want = {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
-    t.optimizer.zero_grad()
-    t.compute(found, replace(t.args.recipe, max_grad_norm=1e9), 0.0, 0.0, 0.0, float("inf"))
+    run.strategy.optimizer.register_step_pre_hook(see)
+    by_hand(run.strategy.model, run, found).loss.backward()
+    want = {
+        n: p.grad.clone() for n, p in run.strategy.model.named_parameters() if p.grad is not None
+    }
+    run.strategy.optimizer.zero_grad()
+    train(run, found, replace(run.config.recipe, max_grad_norm=1e9))
     for name, g in want.items():
         torch.testing.assert_close(grads[name], g, atol=2e-6, rtol=2e-4)
 
 
 def test_answers_without_advantage_count_but_cost_nothing(home, tmp_path, monkeypatch):
-    t = trainer(home, tmp_path / "x", "--beta", 0)
-    found = answers(t)
+    run = new_run(home, tmp_path / "x", "--beta", 0)
+    found = answers(run)
     found[2].advantage = found[3].advantage = 0.0
     read = []
-    real = t.losses
-    monkeypatch.setattr(t, "losses", lambda m, lot, b: read.append(len(lot)) or real(m, lot, b))
-    want = by_hand(t.model, t, found).loss.item()
-    s = t.compute(found, t.args.recipe, 0.0, 0.0, 0.0, float("inf"))
+    real = run.task.loss
+    monkeypatch.setattr(
+        run.task, "loss", lambda m, lot, b: read.append(len(lot)) or real(m, lot, b)
+    )
+    want = by_hand(run.strategy.model, run, found).loss.item()
+    s = train(run, found, run.config.recipe)
     assert read == [2] and s.loss == pytest.approx(want, abs=1e-6)
 
 
 def test_several_updates_clip_against_what_was_written_first(home, tmp_path):
-    t = trainer(home, tmp_path / "x", "--steps-per-generation", 2, "--beta", 0)
-    found = answers(t)
-    t.compute(found, t.args.recipe, 0.05, 0.0, 0.0, float("inf"))
+    run = new_run(home, tmp_path / "x", "--steps-per-generation", 2, "--beta", 0)
+    found = answers(run)
+    train(run, found, run.config.recipe, lr=0.05)
     first = {a.old.sum().item() for a in found}
-    assert len(first) == 4 and t.seen["clip_ratio"] > 0
+    assert len(first) == 4 and run.task.token_means(run)["clip_ratio"] > 0
 
 
 def test_a_scorer_that_fails_counts_0_and_is_told_once(home, tmp_path, capsys):
@@ -243,11 +256,13 @@ def test_a_kl_that_explodes_stops_the_run_with_its_last_checkpoint(home, tmp_pat
 
 
 def test_controls(home, tmp_path):
-    t = trainer(home, tmp_path / "x", "--negative-control", "no-baseline")
-    for a in t.batch(3):
+    run = new_run(home, tmp_path / "x", "--negative-control", "no-baseline")
+    for a in run.task.next_batch(run, 3):
         assert a.advantage == a.reward
-    t = trainer(home, tmp_path / "x", "--negative-control", "random-reward", "--num-generations", 8)
-    found = t.batch(3)
+    run = new_run(
+        home, tmp_path / "x", "--negative-control", "random-reward", "--num-generations", 8
+    )
+    found = run.task.next_batch(run, 3)
     assert len({round(a.advantage, 3) for a in found}) > 1
     assert any(a.reward != (a.advantage > 0) for a in found)
 
@@ -273,11 +288,17 @@ def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, mon
         return torch.arange(len(asked) * k).view(-1, k) % 3 == 0
 
     monkeypatch.setattr(Policy, "votes", vote)
-    t = trainer(home, tmp_path / "x", "--tasks", tmp_path / "open.jsonl", "--votes", 4, "--beta", 0)
+    run = new_run(
+        home, tmp_path / "x", "--tasks", tmp_path / "open.jsonl", "--votes", 4, "--beta", 0
+    )
     seen.clear()
-    found = t.batch(3)
-    whole = [a for a in found if a.tokens[-1] == t.special_tokens.eos]
-    assert seen == [(t.reference, len(whole), 4)] and t.reference is not t.model and whole
+    found = run.task.next_batch(run, 3)
+    whole = [a for a in found if a.tokens[-1] == run.data.special_tokens.eos]
+    assert (
+        seen == [(run.task.reference, len(whole), 4)]
+        and run.task.reference is not run.strategy.model
+        and whole
+    )
     want = [(torch.arange(4 * n, 4 * n + 4) % 3 == 0).float().mean() for n in range(len(whole))]
     assert [a.reward for a in whole] == want
 
@@ -296,23 +317,28 @@ def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
 
 
 def test_the_form_is_a_rule_too(home, tmp_path):
-    t = trainer(home, tmp_path / "x", "--require-think-format")
+    run = new_run(home, tmp_path / "x", "--require-think-format")
     say = lambda text: Answer(
-        t.rows.next_batch(1)[0], [1], [2, t.special_tokens.eos], [0.0, 0.0], text, 0.0
+        run.data.loader.next_batch(1)[0],
+        [1],
+        [2, run.data.special_tokens.eos],
+        [0.0, 0.0],
+        text,
+        0.0,
     )
     found = [say("a"), say("<think>a</think>\\boxed{1}")]
-    t.score.say = print
-    before = [t.score.rule(a) for a in found]
-    t.score.require_think_format = False
-    assert before == [0.0, 0.0] and [t.score.rule(a) for a in found] == [1.0, 0.0]
+    run.task.score.say = print
+    before = [run.task.score.rule(a) for a in found]
+    run.task.score.require_think_format = False
+    assert before == [0.0, 0.0] and [run.task.score.rule(a) for a in found] == [1.0, 0.0]
 
 
 def test_held_out_problems_leave_random_numbers_alone(home, tmp_path):
-    t = trainer(home, tmp_path / "x")
+    run = new_run(home, tmp_path / "x")
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
-    t.held_out()
+    run.task.score_held_out(run)
     assert torch.equal(torch.rand(3), want)
 
 

@@ -21,6 +21,7 @@ from dsv3_ref.sft import (
     render_conversation,
     sample_cu_seqlens,
 )
+from dsv3_ref.training import loop
 
 SPECIAL_TOKENS = SpecialTokens(*range(5))
 texts = st.lists(st.integers(5, 20), max_size=6)
@@ -258,17 +259,15 @@ def test_epochs_say_how_long(home, tuned):
 
 
 def test_resumed_it_is_the_same_run(home, tuned, tmp_path, monkeypatch):
-    from dsv3_ref.posttraining.sft import SftTrainer
+    real = loop.take_step
 
-    real = SftTrainer.one_step
-
-    def stopping(self):
-        if self.step == 5:
+    def stopping(run):
+        if run.state.step == 5:
             raise KeyboardInterrupt
-        return real(self)
+        return real(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SftTrainer, "one_step", stopping)
+        patch.setattr(loop, "take_step", stopping)
         assert sft(home, tmp_path / "run", "--save-every", 2) == 130
     assert main.main(["sft", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert sft(home, tmp_path / "whole", "--save-every", 2) == 0

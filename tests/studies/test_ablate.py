@@ -256,7 +256,7 @@ def test_a_seed_gives_all_variants_the_same_rows(home, tmp_path):
     args = ablate.parse_options(argv)
     base = ablate.load_config(args.config)
     both = [
-        ablate.build_trainer(args, v, 0).rows.next_batch(3)
+        ablate.build_variant_run(args, v, 0).data.loader.next_batch(3)
         for v in list(ablate.balance_variants(base, ablate.ablation_recipe(base, 3)).values())[:2]
     ]
     assert torch.equal(*both)

@@ -22,9 +22,12 @@ from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.optim import ema_update
-from dsv3_ref.training import resume, settings
+from dsv3_ref.training import checkpointer, loop, settings
 from dsv3_ref.training.ema import EMA
-from dsv3_ref.training.loop import Trainer
+from dsv3_ref.training.metrics import MetricsWriter
+from dsv3_ref.training.state import Run, build_run
+from dsv3_ref.training.strategy import SingleProcess
+from dsv3_ref.training.task import PretrainTask, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def whole(home):
 def interrupted(home):
     """A run stopped in step 8, after the checkpoint of step 6."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "one_step", stop_in(8, Trainer.one_step))
+        patch.setattr(loop, "take_step", stop_in(8, loop.take_step))
         assert main.main(options(home, home / "interrupted")) == 130
     return home / "interrupted"
 
@@ -60,13 +63,13 @@ def half(interrupted, tmp_path):
     return shutil.copytree(interrupted, tmp_path / "half")
 
 
-def stop_in(step: int, one_step, error=KeyboardInterrupt):
-    """`one_step` until it raises in this step."""
+def stop_in(step: int, take_step, error=KeyboardInterrupt):
+    """`take_step` until it raises in this step."""
 
-    def stopping(trainer):
-        if trainer.step + 1 == step:
+    def stopping(run):
+        if run.state.step + 1 == step:
             raise error
-        return one_step(trainer)
+        return take_step(run)
 
     return stopping
 
@@ -75,9 +78,10 @@ def go_on(run, *more) -> int:
     return main.main(["train", "--resume", "--out", str(run), *more])
 
 
-def trainer(home, tmp_path, *more) -> Trainer:
-    """A trainer without a command around it."""
-    return Trainer(settings.parse_args(options(home, tmp_path, *more)[1:]), tmp_path)
+def new_run(home, tmp_path, *more) -> Run:
+    """A run without a command around it."""
+    config = settings.parse_args(options(home, tmp_path, *more)[1:])
+    return build_run(PretrainTask(config), SingleProcess(config), tmp_path)
 
 
 # ── What is left behind ──
@@ -164,10 +168,10 @@ def same_as_whole(run, whole) -> bool:
 
 
 DEADLY = {
-    "before there is a model": ("dsv3_ref.training.loop.Transformer", 1),
-    "writing the first checkpoint": ("dsv3_ref.training.resume.save_file", 1),
+    "before there is a model": ("dsv3_ref.training.strategy.Transformer", 1),
+    "writing the first checkpoint": ("dsv3_ref.training.strategy.save_file", 1),
     "before the second has its name": ("dsv3_ref.checkpoints.atomic.publish_dir", 2),
-    "before old ones are dropped": ("dsv3_ref.training.resume.prune", 2),
+    "before old ones are dropped": ("dsv3_ref.training.checkpointer.prune", 2),
     "dropping an old one": ("shutil.rmtree", 4),
     "after the last step": ("dsv3_ref.training.loop.finish", 1),
 }
@@ -228,10 +232,12 @@ def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
 def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp_path, quick):
     """Also in a step with a planned checkpoint; in the last step the run simply ends."""
     run = tmp_path / "run"
-    process = start(home, options(home, run), 1, "dsv3_ref.training.loop.train_step", at, number)
+    process = start(
+        home, options(home, run), 1, "dsv3_ref.training.strategy.train_step", at, number
+    )
     process.join()
     assert process.exitcode == (0 if at == STEPS else code)
-    assert resume.step_number(native.list_checkpoints(run)[-1]) == len(metrics(run)) == at
+    assert checkpointer.step_number(native.list_checkpoints(run)[-1]) == len(metrics(run)) == at
     assert go_on(run) == 0
     assert same_as_whole(run, whole)
     kept = [p.name for p in native.list_checkpoints(run)]
@@ -286,10 +292,10 @@ def test_resume_alone_takes_the_newest_run(home, interrupted, tmp_path, monkeypa
 
 def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses, 9.0), 1.0))
+    monkeypatch.setattr("dsv3_ref.training.task.evaluate", lambda *_: (next(losses, 9.0), 1.0))
     more = ["--save-every", "1", "--keep-latest-k", "2"]
     assert main.main(options(home, tmp_path / "run", *more)) == 0
-    kept = [resume.step_number(p) for p in native.list_checkpoints(tmp_path / "run")]
+    kept = [checkpointer.step_number(p) for p in native.list_checkpoints(tmp_path / "run")]
     assert kept == [2, 7, 8]
     assert all(load(p) for p in native.list_checkpoints(tmp_path / "run"))
 
@@ -298,7 +304,7 @@ def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
     more = ["--save-every", "2", "--keep-latest-k", "1", "--val-sequences", "8"]
     assert go_on(half, *more) == 0
     assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
-    assert [resume.step_number(p) for p in native.list_checkpoints(half)] == [8]
+    assert [checkpointer.step_number(p) for p in native.list_checkpoints(half)] == [8]
 
 
 # ── Bad ends ──
@@ -310,9 +316,9 @@ FACTORS = {"nan": float("nan"), "spike": 1e4}
 
 def batches(home, tmp_path, *steps: int) -> list[torch.Tensor]:
     """What an undisturbed run reads in these steps."""
-    t = trainer(home, tmp_path)
-    size = lambda step: t.plan[min(step, STEPS) - 1]
-    read = {step: t.rows.next_batch(size(step)) for step in range(1, max(steps) + 1)}
+    run = new_run(home, tmp_path)
+    size = lambda step: run.data.batch_size_schedule[min(step, STEPS) - 1]
+    read = {step: run.state.loader.next_batch(size(step)) for step in range(1, max(steps) + 1)}
     return [read[step] for step in steps]
 
 
@@ -332,15 +338,17 @@ def poison(why: str, bad: list[torch.Tensor]):
 def test_a_bad_step_is_skipped_and_passed_over(why, home, tmp_path, monkeypatch):
     """Weights, biases and limit stay, the batch and the step are used up, later steps go on."""
     monkeypatch.setattr(pretrain, "compute_losses", poison(why, batches(home, tmp_path, 4)))
-    t = trainer(home, tmp_path, *PATIENT)
+    run = new_run(home, tmp_path, *PATIENT)
     rows = []
     for step in range(1, 7):
-        before = {name: x.clone() for name, x in t.model.state_dict().items()}
-        norms, drawn = list(t.spike_guard.norms), t.rows.rng.bit_generator.state
-        rows.append(t.one_step())
-        same = all(torch.equal(x, before[name]) for name, x in t.model.state_dict().items())
-        assert same == (list(t.spike_guard.norms) == norms) == (step == 4)
-        assert t.rows.rng.bit_generator.state != drawn
+        before = {name: x.clone() for name, x in run.strategy.model.state_dict().items()}
+        norms, drawn = list(run.state.spike_guard.norms), run.state.loader.rng.bit_generator.state
+        rows.append(loop.take_step(run))
+        same = all(
+            torch.equal(x, before[name]) for name, x in run.strategy.model.state_dict().items()
+        )
+        assert same == (list(run.state.spike_guard.norms) == norms) == (step == 4)
+        assert run.state.loader.rng.bit_generator.state != drawn
     assert [row["skipped"] for row in rows] == [None] * 3 + [why] + [None] * 2
     assert rows[3]["grad_norm"] is None or rows[3]["grad_norm"] > 10 * rows[2]["grad_norm"]
     json.loads(json.dumps(rows, allow_nan=False))
@@ -372,15 +380,15 @@ def test_bad_steps_in_succession_go_back_past_their_data(death, home, tmp_path, 
 
 def dies_in_call(at: int, death, argv) -> None:
     """A run that meets its death in this step, counted with those that are given up."""
-    real, calls = Trainer.one_step, count(1)
+    real, calls = loop.take_step, count(1)
 
-    def one_step(self):
+    def take_step(run):
         if next(calls) == at:
             death()
-        return real(self)
+        return real(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "one_step", one_step)
+        patch.setattr(loop, "take_step", take_step)
         assert main.main(argv) in (130, 143)
 
 
@@ -407,7 +415,7 @@ def test_a_wild_learning_rate(home, tmp_path, capsys):
 
 def test_weights_that_validate_to_no_number_are_not_saved(home, tmp_path, monkeypatch, capsys):
     losses = iter([3.0, float("nan")])
-    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (next(losses), 1.0))
+    monkeypatch.setattr("dsv3_ref.training.task.evaluate", lambda *_: (next(losses), 1.0))
     assert main.main(options(home, tmp_path / "run")) == 2
     said = capsys.readouterr().err
     assert "the validation loss became nan at step 6" in said
@@ -416,7 +424,8 @@ def test_weights_that_validate_to_no_number_are_not_saved(home, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "name", ["dsv3_ref.training.resume.save_file", "dsv3_ref.checkpoints.native.write_safetensors"]
+    "name",
+    ["dsv3_ref.training.strategy.save_file", "dsv3_ref.checkpoints.native.write_safetensors"],
 )
 def test_a_full_disk_leaves_and_names_the_checkpoint_before(name, half, whole, monkeypatch, capsys):
     def full(*_, **__):
@@ -438,7 +447,7 @@ def test_a_full_disk_may_also_meet_a_row(half, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(resume.MetricsWriter, "write", full)
+    monkeypatch.setattr(MetricsWriter, "write", full)
     assert go_on(half) == 2
     assert f"No space left on device. The last good checkpoint is {half}" in capsys.readouterr().err
 
@@ -485,7 +494,7 @@ def test_fewer_rows_than_steps_mean_damage(lines, half, capsys):
 
 
 def test_a_stopped_run_says_how_to_go_on(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Trainer, "one_step", stop_in(1, None))
+    monkeypatch.setattr(loop, "take_step", stop_in(1, None))
     assert main.main(options(home, tmp_path / "run")) == 130
     assert f"dsv3 train --resume --out {tmp_path}/run" in capsys.readouterr().err
 
@@ -506,7 +515,7 @@ def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, quick):
 
 
 def test_out_of_memory_names_the_remedy(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dsv3_ref.training.loop.train_step", out_of_memory)
+    monkeypatch.setattr("dsv3_ref.training.strategy.train_step", out_of_memory)
     assert main.main(options(home, tmp_path / "run", "--start-batch-size", "4")) == 2
     assert "cpu is out of memory: --micro-batch 2" in capsys.readouterr().err
 
@@ -519,9 +528,9 @@ def out_of_memory(*_):
 
 
 def test_micro_batches_change_nothing_but_rounding(home, tmp_path):
-    a, b = (trainer(home, tmp_path, "--start-batch-size", "4", "--micro-batch", m) for m in "03")
+    a, b = (new_run(home, tmp_path, "--start-batch-size", "4", "--micro-batch", m) for m in "03")
     for _ in range(3):
-        x, y = a.one_step(), b.one_step()
+        x, y = loop.take_step(a), loop.take_step(b)
         for key in ("loss", "loss_total", "grad_norm"):
             assert x[key] == pytest.approx(y[key], rel=1e-4)
         assert x["expert_load"] == y["expert_load"]
@@ -538,20 +547,24 @@ def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypat
         return real(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    fp32, bf16 = (trainer(home, tmp_path, "--precision", p) for p in ("fp32", "bf16"))
-    x, y = fp32.one_step()["loss"], bf16.one_step()["loss"]
+    fp32, bf16 = (new_run(home, tmp_path, "--precision", p) for p in ("fp32", "bf16"))
+    x, y = loop.take_step(fp32)["loss"], loop.take_step(bf16)["loss"]
     assert seen == {(torch.float32, torch.float32)}
     assert x != y
     assert x == pytest.approx(y, rel=1e-2)
-    assert bf16.evaluate(bf16.sources[0].name)[0] == pytest.approx(
-        fp32.evaluate(fp32.sources[0].name)[0], rel=1e-2
+    assert evaluate(bf16.task, bf16, bf16.data.sources[0].name)[0] == pytest.approx(
+        evaluate(fp32.task, fp32, fp32.data.sources[0].name)[0], rel=1e-2
     )
-    for t, dtype in (
+    for run, dtype in (
         (bf16, torch.bfloat16),
-        (trainer(home, tmp_path, "--optimizer-dtype", "fp32"), None),
+        (new_run(home, tmp_path, "--optimizer-dtype", "fp32"), None),
     ):
-        t.one_step()
-        kept = {s[k].dtype for s in t.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")}
+        loop.take_step(run)
+        kept = {
+            s[k].dtype
+            for s in run.strategy.optimizer.state.values()
+            for k in ("exp_avg", "exp_avg_sq")
+        }
         assert kept == {dtype or torch.float32}
 
 
@@ -568,16 +581,16 @@ def test_tensorboard(home, tmp_path, quick):
 
 def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
     """Against log-probabilities of one window after the other, written out."""
-    t = trainer(home, tmp_path)
-    name, nll, n = t.sources[0].name, 0.0, 0
-    for batch in t.val[name]:
+    run = new_run(home, tmp_path)
+    name, nll, n = run.data.sources[0].name, 0.0, 0
+    for batch in run.data.val[name]:
         for window in batch:
             with torch.no_grad():
-                log_p = t.model(window[None, :-1]).log_softmax(-1)[0]
+                log_p = run.strategy.model(window[None, :-1]).log_softmax(-1)[0]
             nll -= log_p.gather(-1, window[1:, None]).sum().item()
             n += len(window) - 1
-    n_bytes = len("".join(t.sources[0].val_texts).encode())
-    loss, bpb = t.evaluate(name)
+    n_bytes = len("".join(run.data.sources[0].val_texts).encode())
+    loss, bpb = evaluate(run.task, run, name)
     assert loss == pytest.approx(nll / n, rel=1e-5)
     assert bpb == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-5)
 
@@ -585,7 +598,7 @@ def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
 def test_a_tokenizer_too_large_for_the_model(home, whole, tmp_path):
     args = settings.parse_args(options(home, tmp_path, "--tokenizer", whole)[1:])
     with pytest.raises(UserError, match="the model only 300: raise --model.vocab-size to 3"):
-        Trainer(replace(args, model=replace(args.model, vocab_size=300)), tmp_path)
+        PretrainTask(replace(args, model=replace(args.model, vocab_size=300))).build_data()
 
 
 # ── The average of the weights ──
@@ -603,24 +616,24 @@ def test_the_average_is_the_obvious_loop(home, tmp_path, monkeypatch):
         fold(self, *args)
 
     monkeypatch.setattr(EMA, "apply_update", slowly)
-    t = trainer(home, tmp_path, *EMA_OPTIONS)
-    want = [torch.zeros_like(p) for p in t.model.parameters()]
+    run = new_run(home, tmp_path, *EMA_OPTIONS)
+    want = [torch.zeros_like(p) for p in run.strategy.model.parameters()]
     for step in range(1, 5):
-        t.one_step()
-        ema_update(want, [p.detach() for p in t.model.parameters()], 0.8, step)
-    t.ema.wait()
-    assert all(torch.equal(a, b) for a, b in zip(want, t.ema.mean.values()))
-    before = [p.detach().clone() for p in t.model.parameters()]
-    with t.ema.swapped_in():
-        assert all(torch.equal(a, p) for a, p in zip(want, t.model.parameters()))
-    assert all(torch.equal(a, p) for a, p in zip(before, t.model.parameters()))
+        loop.take_step(run)
+        ema_update(want, [p.detach() for p in run.strategy.model.parameters()], 0.8, step)
+    run.state.ema.wait()
+    assert all(torch.equal(a, b) for a, b in zip(want, run.state.ema.mean.values()))
+    before = [p.detach().clone() for p in run.strategy.model.parameters()]
+    with run.state.ema.swapped_in():
+        assert all(torch.equal(a, p) for a, p in zip(want, run.strategy.model.parameters()))
+    assert all(torch.equal(a, p) for a, p in zip(before, run.strategy.model.parameters()))
 
 
 def test_a_skipped_step_does_not_count_in_the_average(home, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "compute_losses", poison("nan", batches(home, tmp_path, 2)))
-    t = trainer(home, tmp_path, *EMA_OPTIONS)
-    assert [t.one_step()["skipped"] for _ in range(3)] == [None, "nan", None]
-    assert t.ema.t == 2
+    run = new_run(home, tmp_path, *EMA_OPTIONS)
+    assert [loop.take_step(run)["skipped"] for _ in range(3)] == [None, "nan", None]
+    assert run.state.ema.t == 2
 
 
 def test_an_averaged_run_goes_on_bit_for_bit_and_is_reported(home, tmp_path, whole):

@@ -1,0 +1,34 @@
+"""A run on the ranks that torchrun or srun has started."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dsv3_ref.parallel.data_parallel import DataParallel, broadcast_object_from_rank0
+from dsv3_ref.parallel.mesh import init_distributed
+from dsv3_ref.parallel.mesh_parallel import MeshParallel
+from dsv3_ref.parallel.watchdog import watch
+from dsv3_ref.training import settings
+from dsv3_ref.training.loop import train
+from dsv3_ref.training.malloc import tune_malloc
+from dsv3_ref.training.spike_guard import catch_signals
+from dsv3_ref.training.task import Task
+
+
+def run_on_ranks(task: Task, command: str | None = None) -> Path:
+    """Train a task as one of several ranks and return the directory of the run."""
+    config = task.config
+    settings.validate_args(config)
+    tune_malloc()
+    with init_distributed(config.device) as device, ExitStack() as stack:
+        run_dir = broadcast_object_from_rank0(
+            lambda: stack.enter_context(settings.lock_run_dir(config))
+        )
+        signals = stack.enter_context(catch_signals())
+        rank, world = dist.get_rank(), dist.get_world_size()
+        stack.enter_context(watch(run_dir / "logs", rank, world, config.hang_timeout))
+        parallel = DataParallel if task.requires_whole_model else MeshParallel
+        train(task, parallel(config, device), run_dir, command, signals)
+        dist.barrier()  # rank 0 holds the store that all others need
+    return run_dir
