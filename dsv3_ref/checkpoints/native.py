@@ -33,7 +33,7 @@ from dsv3_ref.config import Config, UserError, from_dict
 from dsv3_ref.model import Transformer
 
 AnyPath = str | PathLike[str]
-Part = Callable[[str, torch.Tensor], torch.Tensor]
+TakePart = Callable[[str, torch.Tensor], torch.Tensor]
 
 # ── Loading ──
 
@@ -79,7 +79,7 @@ def whole_tensor(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def load_into(model: Transformer, directory: AnyPath, part: Part = whole_tensor) -> None:
+def load_into(model: Transformer, directory: AnyPath, part: TakePart = whole_tensor) -> None:
     """Copy the weights of a directory into a model of any dtype.
 
     `part(name, tensor)` returns what this model has of each tensor.

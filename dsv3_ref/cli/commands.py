@@ -1,6 +1,7 @@
 """The table of `dsv3` commands: what each is for, and where its options and its code are."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 
 @dataclass(frozen=True)
@@ -113,4 +114,4 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
     },
 }
-BY_NAME = {name: command for group in COMMANDS.values() for name, command in group.items()}
+BY_NAME = dict(chain.from_iterable(group.items() for group in COMMANDS.values()))

@@ -7,7 +7,8 @@ import numpy as np
 
 from dsv3_ref.config import UserError
 
-NUM_PERM, SEED, NGRAM = 128, 42, 5  # of a signature; runs of five words are compared
+NUM_PERM, SEED = 128, 42  # of a signature
+NGRAM = 5  # words of the runs that are compared
 MAX_MISS_RATE = 0.01  # fraction of pairs exactly at the threshold that the bands may miss
 FIRST_CAPACITY = 1024  # signatures
 

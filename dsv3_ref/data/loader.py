@@ -77,7 +77,8 @@ class PackedDataLoader:
         fim_rate: float = 0.1,
         split_rate: float = 0.1,
     ):
-        self.sources, self.tokenizer, self.length = sources, tokenizer, length
+        self.sources, self.tokenizer = sources, tokenizer
+        self.length = length
         self.fim_rate, self.split_rate = fim_rate, split_rate
         self.rng = np.random.default_rng([seed, 7])
         self.documents = [s.train_documents() for s in sources]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +79,7 @@ class CheckConfig:
 
 def prepare_shards(args: PrepareConfig, command: str | None = None) -> None:
     """Write the shards, or what is missing of them; `command` is stored in the index."""
-    validate_options(args)
+    validate_prepare_args(args)
     with lock_dir(args.out):
         index = load_or_create_index(args, command)
         if index["complete"]:
@@ -106,7 +106,7 @@ def check_shards(args: CheckConfig) -> None:
     print(f"{args.folder} is whole: {summary(folder.index)}")
 
 
-def validate_options(args: PrepareConfig) -> None:
+def validate_prepare_args(args: PrepareConfig) -> None:
     """Raise a `UserError` for options that cannot be used."""
     rules = [
         (0 <= args.dedup <= 1, "--dedup is a fraction from 0 to 1; 0 keeps all"),
@@ -263,7 +263,7 @@ def store_tokenizer(
 
 def summary(index: dict[str, Any]) -> str:
     """Return one line: documents, megabytes, tokens and shards."""
-    parts = [source[split] for split in SPLITS for source in index["sources"]]
+    parts = [source[split] for source, split in product(index["sources"], SPLITS)]
     total = {k: sum(p[k] for p in parts) for k in ("documents", "tokens", "text_bytes")}
     return (
         f"{total['documents']:,} documents of {total['text_bytes'] / 1e6:,.1f} MB as "

@@ -23,7 +23,7 @@ from dsv3_ref.data.dedup import MinHashLSH
 from dsv3_ref.data.sources import TextSource
 from dsv3_ref.data.tokenize_workers import TokenizedChunk, TokenizeWorker, imap_ordered
 
-CHUNK = 1 << 18  # characters that a worker takes at a time, or a long document
+CHUNK_CHARS = 1 << 18  # characters that a worker takes at a time, or a long document
 CHUNK_DOCUMENTS = 1024
 SPLITS = ("val", "train")
 
@@ -102,7 +102,8 @@ class ShardWriter:
         tokenizer: Tokenizer,
     ):
         settings = index["settings"]
-        self.folder, self.index, self.sources = folder, index, sources
+        self.folder, self.sources = folder, sources
+        self.index = index
         self.shard_tokens: int = settings["shard_tokens"]
         self.near = MinHashLSH(settings["dedup"]) if settings["dedup"] else None
         self.worker = TokenizeWorker(tokenizer, np.dtype(index["dtype"]), self.near is not None)
@@ -146,14 +147,14 @@ class ShardWriter:
         """
         for i, split, n_written in self.remaining():
             chunk: list[str] = []
-            room = CHUNK
+            room = CHUNK_CHARS
             for text in self.sources[i].iter_split(split, n_written):
                 chunk.append(text)
                 room -= len(text)
                 if room <= 0 or len(chunk) == CHUNK_DOCUMENTS:
                     origins.append((i, split, False))
                     yield chunk
-                    chunk, room = [], CHUNK
+                    chunk, room = [], CHUNK_CHARS
             origins.append((i, split, True))
             yield chunk
 

@@ -31,7 +31,8 @@ from tokenizers import Tokenizer
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
 
-INDEX, TOKENIZER, FORMAT = "index.json", "tokenizer.json", 1
+INDEX, TOKENIZER = "index.json", "tokenizer.json"
+FORMAT = 1
 OFFSET = np.dtype("<u8")
 
 
@@ -75,7 +76,8 @@ class Documents:
     """The documents of one source and split: a sequence of arrays of tokens, mapped from disk."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], dtype: str, vocab_size: int):
-        self.folder, self.shards, self.dtype, self.vocab_size = folder, shards, dtype, vocab_size
+        self.folder, self.shards = folder, shards
+        self.dtype, self.vocab_size = dtype, vocab_size
         self.ends = list(accumulate(s["documents"] for s in shards))
         self.maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

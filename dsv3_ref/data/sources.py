@@ -29,7 +29,8 @@ class Source(ABC):
     """
 
     def __init__(self, name: str, weight: float, seed: int):
-        self.name, self.weight, self.seed = name, weight, seed
+        self.name, self.weight = name, weight
+        self.seed = seed
         self.epoch = 0
         self.index = 0  # documents taken in this epoch
         self.tokens_drawn = 0  # in all epochs

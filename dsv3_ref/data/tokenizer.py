@@ -12,13 +12,15 @@ from dsv3_ref.config import UserError
 if TYPE_CHECKING:
     from dsv3_ref.sft import SpecialTokens
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+FIM_HOLE = "<｜fim▁hole｜>"
+FIM_BEGIN, FIM_END = "<｜fim▁begin｜>", "<｜fim▁end｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL = [BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "<|EOT|>"]
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
-WORDS = (
+WORD_SPLITS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"  # one sign and the letters after it
     "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"  # a word with the space before it
     "| ?[\\p{P}\\p{S}]+[\r\n]*"  # punctuation, line breaks joined on: §4.1
@@ -29,7 +31,7 @@ WORDS = (
 def new_tokenizer() -> Tokenizer:
     """Return an untrained byte-level BPE with V3's splitting rules."""
     tokenizer = Tokenizer(models.BPE())
-    split = [pre_tokenizers.Split(Regex(p), "isolated") for p in (DIGITS, CJK, WORDS)]
+    split = [pre_tokenizers.Split(Regex(p), "isolated") for p in (DIGITS, CJK, WORD_SPLITS)]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,12 +1,15 @@
 """One look for every figure: a palette that color-blind readers can tell apart, thin axes."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, PINK, GRAY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#6B7280"
 COLORS = [BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#D55E00", GRAY]
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
     "axes.prop_cycle": plt.cycler(color=COLORS),
@@ -20,8 +23,10 @@ STYLE = {
 }
 
 
-def figure(rows: int = 1, cols: int = 1, width: float = 8.0, height: float = 3.2, **kwargs):
-    """`plt.subplots` in the house style; width and height of the whole figure in inches.
+def figure(
+    rows: int = 1, cols: int = 1, width: float = 8.0, height: float = 3.2, **kwargs: Any
+) -> tuple[Figure, Any]:
+    """Call `plt.subplots` in one style; width and height of the whole figure are in inches.
 
     The style stays on: matplotlib reads line widths, titles and legends only when they are drawn.
     """
@@ -30,14 +35,14 @@ def figure(rows: int = 1, cols: int = 1, width: float = 8.0, height: float = 3.2
 
 
 def in_notebook() -> bool:
-    """True under a Jupyter kernel, False in a plain script."""
+    """Return whether this is a Jupyter kernel, and not a plain script."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")
 
 
-def show(fig) -> None:
-    """Put a figure under the cell; in a plain script, draw it (so that errors show) and drop it."""
+def show(fig: Figure) -> None:
+    """Put a figure under the cell; in a script draw it, so that errors show, and close it."""
     if in_notebook():
         from IPython.display import display
 
@@ -47,8 +52,8 @@ def show(fig) -> None:
     plt.close(fig)
 
 
-def play(draw, **controls) -> None:
-    """Sliders over `draw(**values)` in a notebook (ipywidgets.interact); one call in a script.
+def play(draw: Callable, **controls: Any) -> None:
+    """Show sliders for `draw(**values)` in a notebook (ipywidgets.interact); call it in a script.
 
     Controls are those of `interact`: (low, high, step), a list of choices, a bool or a widget.
     """
@@ -60,8 +65,8 @@ def play(draw, **controls) -> None:
         draw(**{name: default_value(control) for name, control in controls.items()})
 
 
-def default_value(control):
-    """A starting value for a control, as `interact` would choose it."""
+def default_value(control: Any) -> Any:
+    """Return a starting value for a control, as `interact` would choose it."""
     if hasattr(control, "value"):
         return control.value
     if isinstance(control, tuple):

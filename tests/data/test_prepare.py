@@ -156,7 +156,7 @@ def test_a_large_vocabulary_takes_four_bytes():
 
 
 def test_workers_and_chunks_change_nothing(home, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "CHUNK", 700)
+    monkeypatch.setattr(shard_writer, "CHUNK_CHARS", 700)
     prepare.prepare_shards(plan(home, tmp_path / "two", workers=2))
     assert left(tmp_path / "two") == left(whole)
 
