@@ -34,10 +34,10 @@ from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
-    "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile", "README.md", "environment.yml",
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile", "README.md", "environment.yml",
     "pyproject.toml",
 )  # fmt: skip
-FOLDERS = "dsv3_ref", "figures", "kernels", "notebooks", "slurm", "tests", "tools"
+FOLDERS = "docs", "dsv3_ref", "figures", "kernels", "notebooks", "slurm", "tests", "tools"
 STILL = "*Here the figure above stands still. In JupyterLab (`make lab`) sliders move it.*"
 MATHJAX = {"loader": {"load": ["input/tex", "output/svg", "a11y/assistive-mml"]}}
 CONFIG = {
@@ -106,6 +106,10 @@ Glossary <notebooks/glossary>
 
 README <README>
 CONTRIBUTING <CONTRIBUTING>
+Notation <docs/notation>
+Metrics <docs/metrics>
+Extending <docs/extending>
+CHANGELOG <CHANGELOG>
 LOG <LOG>
 ```
 """
