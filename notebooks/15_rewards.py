@@ -279,7 +279,9 @@ assert spoken == [30, 31, eos, 30, 32, eos]
 model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
 for sample in (right, wrong):  # a score belongs to its sample alone
     h_1sd = model.hidden_states(torch.tensor([sample]))[0]
-    alone = reward_scores(h_1sd[0], model.head.weight, torch.tensor([len(sample)]), SPECIAL_TOKENS)
+    alone = reward_scores(
+        h_1sd[0], model.head.weight, torch.tensor([0, len(sample)]), SPECIAL_TOKENS
+    )
     print(f"scored alone {alone.item():+.4f}")
 both = preference_loss(model, pair_1n, SPECIAL_TOKENS, 0.0)
 print("in a pair   ", [f"{x:+.4f}" for x in both.reward_m.tolist()])

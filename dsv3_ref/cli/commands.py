@@ -63,7 +63,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "align": Command(
             "Run supervised fine-tuning, a reward model and GRPO one after another.",
             "dsv3_ref.studies.align.AlignConfig",
-            "dsv3_ref.studies.align.align",
+            "dsv3_ref.cli.align.run_align",
         ),
     },
     "Inference": {

@@ -1,15 +1,17 @@
-"""Can a reward model be fooled? And what are votes worth?
+"""Measure how easily reward models are fooled, and what votes of one model are worth.
 
     python -m dsv3_ref.studies.reward --init runs/align/0/sft --out notebooks/results
 
-Sums with one right and one wrong answer; in most training pairs the right one also sounds sure, and
-the wrong one does not. What do judges learn that score at once, or think first, and what does a
-policy make of it that only wants its score? Then a model that was taught to vote on open answers.
+The data are sums with one right and one wrong answer; in most training pairs the right one also
+sounds sure, and the wrong one does not. One reward model scores at once, others write a chain of
+thought first. The study asks what each has learned, and which of n answers it would pick. Then a
+model that was taught to vote judges open-ended answers.
 """
 
 import random
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,8 @@ from dsv3_ref.rewards import (
     vote_prompt,
 )
 from dsv3_ref.sft import render_conversation
-from dsv3_ref.studies.align import rounded, stage, worse, write
+from dsv3_ref.studies.align import open_ended_tasks, worsen
+from dsv3_ref.studies.stages import StageRunner, round_significant, write_jsonl
 from dsv3_ref.training.settings import git_commit
 
 SURE = " I am quite sure of it."
@@ -39,175 +42,207 @@ JUDGES = {
     "cot": ("--judge", "cot"),
     "cot with reference": ("--judge", "cot", "--with-reference"),
 }
-CANDIDATES, RIGHT, VOTES = 16, 0.3, 9
+CANDIDATES = 16  # answers of which the best is picked
+RIGHT = 0.3  # share of right answers among them
+VOTES = 9
+SURE_ANSWERS = {  # name → whether the right and the wrong answer of a pair sound sure
+    "right sounds sure": (True, False),
+    "neither": (False, False),
+    "wrong sounds sure": (False, True),
+}
 
 
 @dataclass(frozen=True)
-class Study:
-    """Train the judges on pairs with a spurious feature, and try to fool them."""
+class RewardStudyConfig:
+    """Train reward models on pairs with a spurious feature, and try to fool them."""
 
     init: Path
-    """a model fine-tuned on sums: runs/align/0/sft"""
+    """model fine-tuned on sums: runs/align/0/sft"""
     out: Path = Path("runs/reward_study")
-    """where rewards.json goes"""
+    """folder of rewards.json"""
     work: Path = Path("runs/reward_study")
-    """where pairs and judges go"""
+    """folder of the training data and the runs"""
     pairs: int = 3000
+    """training pairs"""
     epochs: int = 3
+    """epochs of each training run"""
     seed: int = 0
+    """random seed of data and training"""
 
 
 # ── Answers ──
 
 
-def says(value: int | str, sure: bool) -> str:
-    return f"The answer is \\boxed{{{value}}}.{SURE if sure else ''}"
+def format_answer(value: int | str, is_sure: bool) -> str:
+    """Write an answer in a box, with or without the sentence that sounds sure."""
+    return f"The answer is \\boxed{{{value}}}.{SURE if is_sure else ''}"
 
 
-def wrong(p: Problem, rng: random.Random) -> int:
-    """A wrong answer that is near."""
-    return int(p.answer) + rng.choice([-1, 1]) * rng.randint(1, 4)
+def wrong_value(problem: Problem, rng: random.Random) -> int:
+    """Return a wrong result that is near the right one."""
+    return int(problem.answer) + rng.choice([-1, 1]) * rng.randint(1, 4)
 
 
-def judgment(p: Problem, value: int | str) -> str:
-    """The sum worked out, beside what was given, and the verdict."""
-    verdict = "right" if str(value) == p.answer else "wrong"
-    return f"{p.thought}, given {value}: {p.answer} {value} {verdict}"
+def write_judgment(problem: Problem, value: int | str) -> str:
+    """Work the sum out, then write both results and a verdict."""
+    verdict = "right" if str(value) == problem.answer else "wrong"
+    return f"{problem.thought}, given {value}: {problem.answer} {value} {verdict}"
 
 
-def pair(p: Problem, rng: random.Random, sure: bool, wrong_is_sure: bool) -> dict:
-    """A right and a wrong answer, each with its judgment."""
-    other = wrong(p, rng)
+def build_pair(
+    problem: Problem, rng: random.Random, right_is_sure: bool, wrong_is_sure: bool
+) -> dict:
+    """Build a pair of a right and a wrong answer, each with its judgment."""
+    wrong = wrong_value(problem, rng)
     return {
-        "prompt": build_messages(p.question), "reference": p.answer,
-        "chosen": says(p.answer, sure), "judgment_chosen": judgment(p, p.answer),
-        "rejected": says(other, wrong_is_sure), "judgment_rejected": judgment(p, other),
+        "prompt": build_messages(problem.question), "reference": problem.answer,
+        "chosen": format_answer(problem.answer, right_is_sure),
+        "judgment_chosen": write_judgment(problem, problem.answer),
+        "rejected": format_answer(wrong, wrong_is_sure),
+        "judgment_rejected": write_judgment(problem, wrong),
     }  # fmt: skip
 
 
-# ── Opinions ──
+# ── Scores ──
 
 
-class Opinion:
-    """A judge, asked about texts."""
+class AnswerScorer:
+    """A reward model that scores texts as answers to problems."""
 
     def __init__(self, folder: Path):
-        self.judge = RewardModel(folder)
+        self.reward_model = RewardModel(folder)
 
-    def tokens(self, p: Problem, text: str) -> list[int]:
-        encode = lambda t: self.judge.tokenizer.encode(t, add_special_tokens=False).ids
-        return render_conversation(
-            build_messages(p.question, text), encode, self.judge.special_tokens
-        )
+    def encode(self, problem: Problem, text: str) -> list[int]:
+        """Render a question and its answer as tokens."""
 
-    def rewards(self, asked: list[tuple[Problem, str]]) -> torch.Tensor:
-        """Reward of each answer, (b,)."""
+        def encode_text(text: str) -> list[int]:
+            return self.reward_model.tokenizer.encode(text, add_special_tokens=False).ids
+
+        messages = build_messages(problem.question, text)
+        return render_conversation(messages, encode_text, self.reward_model.special_tokens)
+
+    def score(self, answers: Sequence[tuple[Problem, str]]) -> torch.Tensor:
+        """Return the reward of each answer, (b,)."""
         torch.manual_seed(0)
-        return self.judge.score([self.tokens(*a) for a in asked], [p.answer for p, _ in asked])
+        samples = [self.encode(problem, text) for problem, text in answers]
+        return self.reward_model.score(samples, [problem.answer for problem, _ in answers])
 
-    def on_pairs(self, pairs: list[tuple[Problem, dict]]) -> torch.Tensor:
-        """Rewards of chosen and rejected in succession, (m,)."""
-        return self.rewards([(p, row[w]) for p, row in pairs for w in ("chosen", "rejected")])
+    def score_pairs(self, pairs: Sequence[tuple[Problem, dict]]) -> torch.Tensor:
+        """Return the rewards of chosen and rejected answers in turn, (m,)."""
+        answers = []
+        for problem, row in pairs:
+            answers += [(problem, row["chosen"]), (problem, row["rejected"])]
+        return self.score(answers)
 
 
-def agreements(opinion: Opinion, held: list[Problem], seed: int) -> dict:
-    """Share of held-out pairs judged rightly, by who sounds sure; and the calibration of all."""
-    rng, out, rewards = random.Random(seed), {}, []
-    sures = {"right sounds sure": (1, 0), "neither": (0, 0), "wrong sounds sure": (0, 1)}
-    for name, sure in sures.items():
-        reward_m = opinion.on_pairs([(p, pair(p, rng, *sure)) for p in held])
-        out[name] = bradley_terry(reward_m)[1].float().mean().item()
+def measure_agreement(scorer: AnswerScorer, problems: list[Problem], seed: int) -> dict:
+    """Measure agreement on held-out pairs, by which answer sounds sure, and calibration."""
+    rng = random.Random(seed)
+    agreement, rewards = {}, []
+    for name, is_sure in SURE_ANSWERS.items():
+        reward_m = scorer.score_pairs([(p, build_pair(p, rng, *is_sure)) for p in problems])
+        agreement[name] = bradley_terry(reward_m)[1].float().mean().item()
         rewards.append(reward_m)
-    claim_n = -torch.cat(rewards).view(-1, 2).diff(dim=1)[:, 0]
-    table = calibration(claim_n.sigmoid(), torch.ones(len(claim_n)))
-    return {"agreement": out, "calibration": table.nan_to_num(0).tolist()}
+    chosen_n, rejected_n = torch.cat(rewards).view(-1, 2).unbind(1)
+    table = calibration((chosen_n - rejected_n).sigmoid(), torch.ones_like(chosen_n))
+    return {"agreement": agreement, "calibration": table.nan_to_num(0).tolist()}
 
 
-def best_of(opinion: Opinion, held: list[Problem], seed: int) -> dict:
-    """Of n answers, a third right and half of them sure, the best by reward: is it right?"""
-    rng, asked, right, sure = random.Random(seed), [], [], []
-    for p in held:
+def measure_best_of(scorer: AnswerScorer, problems: list[Problem], seed: int) -> dict:
+    """Pick the best of n answers by reward, a third right and half sure; measure what is picked."""
+    rng = random.Random(seed)
+    answers = []
+    right, sure = [], []
+    for problem in problems:
         for _ in range(CANDIDATES):
             right.append(rng.random() < RIGHT)
             sure.append(rng.random() < 0.5)
-            asked.append((p, says(p.answer if right[-1] else wrong(p, rng), sure[-1])))
-    shape = len(held), CANDIDATES
-    reward, right, sure = (
-        torch.as_tensor(x).float().view(shape) for x in (opinion.rewards(asked), right, sure)
-    )
-    out = {}
+            value = problem.answer if right[-1] else wrong_value(problem, rng)
+            answers.append((problem, format_answer(value, sure[-1])))
+    measures = {
+        name: torch.as_tensor(values).float().view(len(problems), CANDIDATES)
+        for name, values in (("right", right), ("sure", sure), ("reward", scorer.score(answers)))
+    }
+    results = {}
     for n in (1, 2, 4, 8, 16):
-        best = reward[:, :n].argmax(1, keepdim=True)
-        names = ("right", "sure", "reward")
-        out[n] = {k: x.gather(1, best).mean().item() for k, x in zip(names, (right, sure, reward))}
-    return out
+        best = measures["reward"][:, :n].argmax(1, keepdim=True)
+        results[n] = {name: x.gather(1, best).mean().item() for name, x in measures.items()}
+    return results
 
 
 # ── Votes ──
 
 
-def open_answers(held: bool, most: int, seed: int) -> list[tuple[str, str, bool]]:
-    """Open questions, a president's answer or as often a worse one, and whether it is his."""
-    rng, out = random.Random(seed), []
-    for task in (task for task in TASKS.values() if task.is_open_ended):
-        problems = task.problems[held][:most]
-        for p, other in zip(problems, [*problems[1:], problems[0]]):
-            good = rng.random() < 0.5
-            text = p.answer if good else worse(p.answer, other.answer, rng)
-            out.append((p.question, text, good))
-    return out
+def sample_open_answers(held_out: bool, limit: int, seed: int) -> list[tuple[str, str, bool]]:
+    """Return (question, answer, is it good) of open-ended tasks; half are worsened answers.
+
+    limit: questions of each task, held-out ones or those to train on.
+    """
+    rng = random.Random(seed)
+    answers = []
+    for task in open_ended_tasks():
+        problems = task.problems[held_out][:limit]
+        for problem, other in zip(problems, [*problems[1:], problems[0]]):
+            is_good = rng.random() < 0.5
+            text = problem.answer if is_good else worsen(problem.answer, other.answer, rng)
+            answers.append((problem.question, text, is_good))
+    return answers
 
 
-def self_reward(args: "Study") -> dict:
-    """A model is taught to vote; agreement of its majority on held-out answers, and theory."""
-    taught = [
-        {"messages": build_messages(vote_prompt(q, a), "yes" if good else "no")}
-        for q, a, good in open_answers(False, 1000, args.seed)
+def measure_votes(args: RewardStudyConfig, stages: StageRunner) -> dict:
+    """Teach a model to vote; measure its majority on held-out answers beside independent votes."""
+    rows = [
+        {"messages": build_messages(vote_prompt(question, answer), "yes" if is_good else "no")}
+        for question, answer, is_good in sample_open_answers(False, 1000, args.seed)
     ]
-    data = write(args.work / "ballots.jsonl", taught)
-    voter = stage(args.work / "voter", "sft", "--init", args.init, "--data", data, "--epochs",
-                  args.epochs, "--seed", args.seed, "--lr", 1e-3)  # fmt: skip
-    held = open_answers(True, 200, args.seed)
+    data = write_jsonl(args.work / "ballots.jsonl", rows)
+    voter = stages.run(args.work / "voter", "sft", "--init", args.init, "--data", data, "--epochs",
+                       args.epochs, "--seed", args.seed, "--lr", 1e-3)  # fmt: skip
+    answers = sample_open_answers(True, 200, args.seed)
     torch.manual_seed(args.seed)
-    yes_nk = Policy.of(voter).votes([(q, a) for q, a, _ in held], VOTES)
-    good_n = torch.tensor([good for *_, good in held])
-    p = (yes_nk == good_n[:, None]).float().mean().item()
+    yes_nk = Policy.of(voter).votes([(question, text) for question, text, _ in answers], VOTES)
+    good_n = torch.tensor([is_good for *_, is_good in answers])
+    accuracy = (yes_nk == good_n[:, None]).float().mean().item()
     ks = range(1, VOTES + 1)
     return {
-        "one vote": p,
+        "one vote": accuracy,
         "agreement": [majority_agreement(yes_nk, good_n, k) for k in ks],
-        "independent": [majority_accuracy(p, k) for k in ks],
+        "independent": [majority_accuracy(accuracy, k) for k in ks],
     }
 
 
 # ── The study ──
 
 
-def study(args: Study) -> None:
-    """Pairs, judges, and a small JSON of what they think."""
-    train, held = TASKS["sums"].problems
-    rng, usual = random.Random(args.seed), lambda rng: rng.random() < USUALLY
-    rows = [pair(p, rng, usual(rng), not usual(rng)) for p in train[: args.pairs]]
-    data = write(args.work / "pairs.jsonl", rows)
-    result = {"command": shlex.join(["python", "-m", "dsv3_ref.studies.reward", *sys.argv[1:]]),
-              "commit": git_commit(), "usually": USUALLY, "judges": {}}  # fmt: skip
+def run_reward_study(args: RewardStudyConfig, stages: StageRunner) -> None:
+    """Train the reward models and the voter, and write what they do to rewards.json."""
+    train, held_out = TASKS["sums"].problems
+    rng = random.Random(args.seed)
+    rows = []
+    for problem in train[: args.pairs]:
+        right_is_sure = rng.random() < USUALLY
+        wrong_is_sure = not rng.random() < USUALLY
+        rows.append(build_pair(problem, rng, right_is_sure, wrong_is_sure))
+    data = write_jsonl(args.work / "pairs.jsonl", rows)
+    results = {"command": shlex.join(["python", "-m", "dsv3_ref.studies.reward", *sys.argv[1:]]),
+               "commit": git_commit(), "usually": USUALLY, "judges": {}}  # fmt: skip
     for name, options in JUDGES.items():
         folder = args.work / name.replace(" ", "-")
-        stage(folder, "reward", "--init", args.init, "--data", data, "--epochs", args.epochs,
-              "--seed", args.seed, *options)  # fmt: skip
-        opinion = Opinion(folder)
-        found = agreements(opinion, held, args.seed) | {
-            "best of": best_of(opinion, held, args.seed)
-        }
-        result["judges"][name] = found
-        print(name, found)
-    result["votes"] = self_reward(args)
+        stages.run(folder, "reward", "--init", args.init, "--data", data, "--epochs", args.epochs,
+                   "--seed", args.seed, *options)  # fmt: skip
+        scorer = AnswerScorer(folder)
+        measures = measure_agreement(scorer, held_out, args.seed)
+        measures["best of"] = measure_best_of(scorer, held_out, args.seed)
+        results["judges"][name] = measures
+        print(name, measures)
+    results["votes"] = measure_votes(args, stages)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "rewards.json", rounded(result))
+    write_json(args.out / "rewards.json", round_significant(results))
 
 
 if __name__ == "__main__":
     try:
-        study(tyro.cli(Study, prog="python -m dsv3_ref.studies.reward"))
+        config = tyro.cli(RewardStudyConfig, prog="python -m dsv3_ref.studies.reward")
+        run_reward_study(config, StageRunner())
     except UserError as e:
         sys.exit(f"error: {e}")

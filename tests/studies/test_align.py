@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 import miniruns
 import pytest
@@ -18,6 +19,7 @@ from dsv3_ref.posttraining.policy import Written
 from dsv3_ref.posttraining.prompts import TASKS, THINK_PROMPT, sft_variants
 from dsv3_ref.rewards import extract_boxed
 from dsv3_ref.studies import align, reward
+from dsv3_ref.studies.stages import StageRunner, run_in_subprocess
 
 SIZE = {**miniruns.MINI, "max_seq_len": 512, "original_seq_len": 512}
 FLAGS = [f"--model.{k.replace('_', '-')}={v}" for k, v in SIZE.items()]
@@ -26,22 +28,22 @@ FLAGS = [f"--model.{k.replace('_', '-')}={v}" for k, v in SIZE.items()]
 
 
 def test_conversations_are_two_forms_and_few_leak():
-    rows = [row["messages"] for row in align.conversations(0)]
+    rows = [row["messages"] for row in align.build_conversations(0)]
     sums = [turns for turns in rows if "arithmetic" in turns[-2]["content"]]
     worked = [turns for turns in sums if "<think>" in turns[-1]["content"]]
     leaked = [turns for turns in worked if turns[0]["content"] != THINK_PROMPT]
     assert len(worked) == align.SUMS and len(sums) - len(worked) == align.DIRECT["sums"]
     assert 0.03 < len(leaked) / len(worked) < 0.07
     assert all(turns[0]["role"] == "user" for turns in sums if turns not in worked)
-    assert rows == [row["messages"] for row in align.conversations(0)]
-    assert rows != [row["messages"] for row in align.conversations(1)]
+    assert rows == [row["messages"] for row in align.build_conversations(0)]
+    assert rows != [row["messages"] for row in align.build_conversations(1)]
 
 
 def test_nothing_that_is_held_out_is_learnt():
-    learnt = {row["messages"][-2]["content"] for row in align.conversations(0)}
-    learnt |= {row["prompt"][-1]["content"] for row in align.pairs(0)}
-    texts = {row["messages"][-1]["content"] for row in align.conversations(0)}
-    texts |= {row["chosen"] for row in align.pairs(0)}
+    learnt = {row["messages"][-2]["content"] for row in align.build_conversations(0)}
+    learnt |= {row["prompt"][-1]["content"] for row in align.build_pairs(0)}
+    texts = {row["messages"][-1]["content"] for row in align.build_conversations(0)}
+    texts |= {row["chosen"] for row in align.build_pairs(0)}
     for task in TASKS.values():
         assert not learnt & {p.question for p in task.problems[1] if not task.is_open_ended}
         assert not texts & {p.answer for p in task.problems[1] if task.is_open_ended}
@@ -49,7 +51,7 @@ def test_nothing_that_is_held_out_is_learnt():
 
 def test_a_worse_answer_is_not_the_answer():
     rng, good = random.Random(0), "We hold these truths to be self-evident."
-    found = {align.worse(good, "Another.", rng) for _ in range(200)}
+    found = {align.worsen(good, "Another.", rng) for _ in range(200)}
     assert "Another." in found and good not in found
     stuck = [text for text in found if re.search(r"^(.+) \1 \1 \1 \1$", text)]
     shuffled = [text for text in found if sorted(text.split()) == sorted(good.split())]
@@ -57,7 +59,7 @@ def test_a_worse_answer_is_not_the_answer():
 
 
 def test_open_answers_are_good_or_worse_half_and_half():
-    found = reward.open_answers(True, 200, 0)
+    found = reward.sample_open_answers(True, 200, 0)
     answers = {p.answer for task in TASKS.values() if task.is_open_ended for p in task.problems[1]}
     goods = [good for *_, good in found]
     assert all(text in answers for _, text, good in found if good) and len(found) == 600
@@ -113,8 +115,8 @@ def test_every_stage_ran_and_its_curve_is_there(home, aligned):
     }  # fmt: skip
     assert {p.name for p in (home / "out/1").iterdir() if p.is_dir()} == {"sft", "reward", "rl"}
     settings = lambda run: atomic.read_json(home / run / "run.json")["settings"]
-    assert settings("out/0/rl-no-baseline")["control"] == "no-baseline"
-    assert settings("out/1/rl")["seed"] == 1 and settings("out/0/rl")["control"] == "none"
+    assert settings("out/0/rl-no-baseline")["negative_control"] == "no-baseline"
+    assert settings("out/1/rl")["seed"] == 1 and settings("out/0/rl")["negative_control"] == "none"
     assert len(aligned["distillation"]) == 5
     for groups in aligned["groups"].values():
         assert all(len(group["answers"]) == 8 for group in groups)
@@ -123,55 +125,69 @@ def test_every_stage_ran_and_its_curve_is_there(home, aligned):
 def test_what_is_finished_is_not_run_again(home, aligned, monkeypatch):
     monkeypatch.setattr(main, "main", None)
     words = atomic.read_json(home / "out/0/sft/run.json")["command"].split()[1:-2]
-    out = align.Path("out/0/sft")
-    assert align.stage(out, *words) == out
-    with pytest.raises(UserError, match="is of another command"):
-        align.stage(out, *words, "--lr", 1)
+    out, stages = Path("out/0/sft"), StageRunner(None)
+    assert stages.run(out, *words) == out
+    with pytest.raises(UserError, match="belongs to another command"):
+        stages.run(out, *words, "--lr", 1)
 
 
-def test_what_was_interrupted_goes_on(home, tmp_path, monkeypatch):
+def test_what_was_interrupted_goes_on(home, tmp_path):
     asked = []
-    monkeypatch.setattr(main, "main", lambda argv: asked.append(argv) or 0)
-    align.stage(tmp_path / "new", "rl", "--steps", 3)
+    stages = StageRunner(lambda argv: asked.append(argv) or 0)
+    stages.run(tmp_path / "new", "rl", "--steps", 3)
     (tmp_path / "begun").mkdir()
     command = f"dsv3 rl --steps 3 --out {tmp_path / 'begun'}"
     (tmp_path / "begun/run.json").write_text(json.dumps({"command": command}))
-    align.stage(tmp_path / "begun", "rl", "--steps", 3)
+    stages.run(tmp_path / "begun", "rl", "--steps", 3)
     assert asked[0] == ["rl", "--steps", "3", "--out", str(tmp_path / "new")]
     assert asked[1] == ["rl", "--resume", "--out", str(tmp_path / "begun")]
 
 
-def test_pretraining_is_finished_first_or_left_alone(home, tmp_path, monkeypatch):
+def test_pretraining_is_finished_first_or_left_alone(home, tmp_path):
     asked = []
-    monkeypatch.setattr(main, "main", lambda argv: asked.append(argv) or 0)
-    align.pretrained(home / "base")
-    align.pretrained(home / "out/0/sft")
+    stages = StageRunner(lambda argv: asked.append(argv) or 0)
+    stages.finish_pretraining(home / "base")
+    stages.finish_pretraining(home / "out/0/sft")
     assert asked == []
     half = tmp_path / "half"
     shutil.copytree(home / "base", half)
     (half / "summary.json").unlink()
     run = atomic.read_json(half / "run.json") | {"command": "dsv3 train --config tiny"}
     (half / "run.json").write_text(json.dumps(run))
-    align.pretrained(half)
+    stages.finish_pretraining(half)
     assert asked == [["train", "--resume", "--out", str(half)]]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError):
-        align.pretrained(tmp_path / "empty")
+        align.align(align.AlignConfig(tmp_path / "empty", tmp_path / "out"), stages)
 
 
-def test_a_stage_that_fails_ends_it_with_its_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "main", lambda argv: 75)
+def test_a_stage_that_fails_ends_it_with_its_code(tmp_path):
     with pytest.raises(SystemExit, match="75"):
-        align.stage(tmp_path / "new", "rl")
+        StageRunner(lambda argv: 75).run(tmp_path / "new", "rl")
+
+
+def test_pretraining_that_is_missing_is_a_tiny_model(tmp_path):
+    asked = []
+    StageRunner(lambda argv: asked.append(argv) or 0).finish_pretraining(tmp_path / "new")
+    assert asked == [["train", "--config", "tiny", "--out", str(tmp_path / "new")]]
+
+
+def test_a_study_on_its_own_starts_processes(tmp_path, capfd):
+    assert run_in_subprocess(["--version"]) == 0
+    assert capfd.readouterr().out.startswith("dsv3-ref ")
+    with pytest.raises(SystemExit, match="2"):
+        StageRunner().run(tmp_path / "new", "nothing")
 
 
 def test_the_table_has_means_and_spread(home, aligned):
     runs = {"GRPO, seed 0": home / "out/0/rl", "GRPO, seed 1": home / "out/1/rl",
             "no-baseline, seed 0": home / "out/0/rl-no-baseline"}  # fmt: skip
-    *_, both, one = align.table(runs).splitlines()
+    *_, both, one = align.results_table(runs).splitlines()
     assert both.startswith("| GRPO | ") and both.count("±") == 4 and both.count("|") == 6
     assert one.startswith("| no-baseline | ") and "±" not in one
-    assert align.spread([0.25, 0.75]) == "50.0% ± 35.4%" and align.spread([0.5]) == "50.0%"
+    assert (
+        align.format_mean([0.25, 0.75]) == "50.0% ± 35.4%" and align.format_mean([0.5]) == "50.0%"
+    )
 
 
 def test_only_right_answers_are_taught_and_the_shortest(home):
@@ -204,7 +220,7 @@ def test_refusals(more, home, capsys):
 
 def test_a_pair_has_one_right_answer_and_its_judgments():
     p = TASKS["sums"].problems[0][0]
-    row = reward.pair(p, random.Random(0), True, False)
+    row = reward.build_pair(p, random.Random(0), True, False)
     assert (
         extract_boxed(row["chosen"])
         == p.answer
@@ -219,7 +235,8 @@ def test_a_pair_has_one_right_answer_and_its_judgments():
 def test_the_study_from_end_to_end(home, aligned, monkeypatch):
     monkeypatch.setattr(reward, "CANDIDATES", 2)
     monkeypatch.setattr("dsv3_ref.posttraining.reward.MAX_JUDGMENT_TOKENS", 4)
-    reward.study(reward.Study(home / "out/0/sft", home / "study", home / "study", 40, 1))
+    args = reward.RewardStudyConfig(home / "out/0/sft", home / "study", home / "study", 40, 1)
+    reward.run_reward_study(args, StageRunner(main.main))
     found = json.loads((home / "study/rewards.json").read_text())
     assert found["judges"].keys() == reward.JUDGES.keys()
     for judge in found["judges"].values():

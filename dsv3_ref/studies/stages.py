@@ -1,0 +1,73 @@
+"""Stages of a study: `dsv3` commands, each with a folder of its own; none of them runs twice."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_ref.checkpoints import atomic
+from dsv3_ref.config import UserError
+
+CommandRunner = Callable[[list[str]], int]  # from the words after `dsv3` to the exit code
+
+
+def run_in_subprocess(argv: list[str]) -> int:
+    """Run a `dsv3` command in a process of its own and return its exit code."""
+    return subprocess.call([sys.executable, "-m", "dsv3_ref", *argv])
+
+
+@dataclass(frozen=True)
+class StageRunner:
+    """The stages of a study, run by `run_command`: `dsv3 align` passes the one of its process."""
+
+    run_command: CommandRunner = run_in_subprocess
+
+    def run(self, out: Path, *words: object) -> Path:
+        """Run a command into `out` or resume it there; return `out` at once if it has finished."""
+        argv = [*map(str, words), "--out", str(out)]
+        command = shlex.join(["dsv3", *argv])
+        started = recorded_command(out)
+        if started and started != command:
+            raise UserError(f"{out} belongs to another command ({started}): give another --out")
+        if (out / "summary.json").is_file():
+            return out
+        if started:
+            argv = [argv[0], "--resume", "--out", str(out)]
+        print("\n$ " + shlex.join(["dsv3", *argv]), flush=True)
+        if code := self.run_command(argv):
+            raise SystemExit(code)
+        return out
+
+    def finish_pretraining(self, init: Path) -> None:
+        """Make sure that `init` is a model: resume an unfinished run, or train a tiny one there."""
+        started = recorded_command(init) or ""
+        if started.startswith("dsv3 train ") and not (init / "summary.json").is_file():
+            self.run_command(["train", "--resume", "--out", str(init)])
+        elif not init.exists():
+            self.run(init, "train", "--config", "tiny")
+
+
+def recorded_command(run: Path) -> str | None:
+    """Return the command that a folder's run was started with; None without a run."""
+    path = run / "run.json"
+    return atomic.read_json(path)["command"] if path.is_file() else None
+
+
+def write_jsonl(path: Path, rows: Sequence[dict]) -> Path:
+    """Write one JSON object per line, in new folders if needed; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def round_significant(x: Any) -> Any:
+    """Round every float inside dictionaries and lists to four significant digits."""
+    if isinstance(x, dict):
+        return {key: round_significant(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [round_significant(value) for value in x]
+    return float(f"{x:.4g}") if isinstance(x, float) else x
