@@ -1,4 +1,4 @@
-"""The average of a model's weights, on the CPU, kept up by a thread of its own (§3.2.3)."""
+"""An average of the model's weights on the CPU, updated by its own thread (§3.2.3)."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from dsv3_ref.optim import ema_update
 
 
 class EMA:
-    """`ema_update` after every step, while the next gradients are computed.
+    """An exponential moving average of parameters, updated while the next gradients are computed.
 
     Weights only change in `optimizer.step`, which waits: for the thread where it reads the weights
     themselves (CPU), for a copy to pinned memory on a stream of its own where it does not (CUDA).
@@ -31,7 +31,7 @@ class EMA:
         optimizer.register_step_pre_hook(lambda *_: self.before_step())
 
     def update(self) -> None:
-        """Start folding in the weights as they are now."""
+        """Start adding the current weights to the average."""
         self.wait()
         self.t += 1
         weights = [p.detach() for p in self.live.values()]
@@ -42,7 +42,7 @@ class EMA:
         )
 
     def copy(self, weights: list) -> torch.cuda.Event:
-        """To pinned memory, behind what is already queued; the event says when it is done."""
+        """Copy weights to pinned memory after the work already queued; return an event for its end."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for pinned, p in zip(self.pinned, weights):
@@ -50,27 +50,27 @@ class EMA:
             return self.stream.record_event()
 
     def apply_update(self, weights: list, t: int, copied) -> None:
-        """In the thread."""
+        """Update the average; runs in the thread."""
         if copied:
             copied.synchronize()
         ema_update(list(self.mean.values()), weights, self.decay, t)
 
     def before_step(self) -> None:
-        """The weights are about to change."""
+        """Wait for readers of the weights, which are about to change."""
         if not self.cuda:
             self.wait()
         elif self.copied:
             torch.cuda.current_stream().wait_event(self.copied)
 
     def wait(self) -> None:
-        """Until the average is complete."""
+        """Wait until the average is complete."""
         if self.pending:
             self.pending.result()
             self.pending = None
 
     @contextmanager
     def swapped_in(self):
-        """The model with the averaged weights, until the end of the `with`."""
+        """Give the model the averaged weights until the `with` ends."""
         self.wait()
         before = {name: p.detach().clone() for name, p in self.live.items()}
         self.put(self.mean)
@@ -84,12 +84,12 @@ class EMA:
             p.detach().copy_(values[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of it."""
+        """Return the average and its step count as tensors of a checkpoint."""
         self.wait()
         return {f"ema.{name}": m for name, m in self.mean.items()} | {"ema_t": torch.tensor(self.t)}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The reverse of `tensors`."""
+        """Continue where `state_dict` was taken."""
         self.wait()
         self.t = tensors["ema_t"].item()
         for name, m in self.mean.items():

@@ -1,4 +1,4 @@
-"""What the allocator of this process should know about training."""
+"""Settings of glibc's allocator for training."""
 
 import ctypes
 import os
@@ -7,10 +7,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 def tune_malloc() -> None:
-    """Reuse freed memory instead of giving it back, in huge pages where Linux has them.
+    """Reuse freed memory instead of returning it to the kernel, in huge pages where Linux has them.
 
     A training step frees and allocates the same hundreds of megabytes; by default glibc returns
-    them each time, and the kernel clears every page anew. Call before the first large tensor.
+    them each time, and the kernel clears every page again. Call before the first large tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for huge pages
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only

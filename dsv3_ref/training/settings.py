@@ -26,8 +26,8 @@ from dsv3_ref.optim import RECIPES, TrainingRecipe
 class TrainConfig:
     """Train a DeepSeek-V3 from text.
 
-    SIGUSR1 (a scheduler's warning) and SIGTERM end a run after its running step, with a
-    checkpoint: exit code 75, which asks to be started again with --resume, and 143.
+    On SIGUSR1 (a scheduler's warning) or SIGTERM the run finishes its step, writes a checkpoint
+    and exits with code 75, which asks to be started again with --resume, or 143.
     """
 
     model: Config
@@ -40,10 +40,10 @@ class TrainConfig:
     seed: int = 0
     """seed of the initial weights and of the order of the data"""
     out: Path | None = None
-    """folder of the run; default runs/<config>. If it holds a run, -2, -3 … is added"""
+    """directory of the run (default: runs/<config>); if it holds a run, -2, -3 … is added"""
     resume: bool = False
-    """go on from the newest checkpoint of --out (default: the last runs/<config>) with the
-    settings it was started with"""
+    """resume from the newest checkpoint of --out (default: the last runs/<config>), with the
+    settings the run was started with"""
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
     """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name, or a
     folder of shards by `dsv3 data prepare`"""
@@ -60,36 +60,37 @@ class TrainConfig:
     products of every linear layer in FP8 (§3.3): Triton kernels on CUDA, on CPU the same numbers
     by emulation"""
     optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
-    """how AdamW stores its moments; the report: bf16 (§3.3.2)"""
+    """dtype in which AdamW stores its moments; the report uses bf16 (§3.3.2)"""
     ema_decay: float = 0.0
-    """decay of an average of the weights, validated beside them, for example 0.99; 0: none"""
+    """decay per step of averaged weights, which are validated too, for example 0.99; 0: none"""
     micro_batch: int = 0
-    """rows in one forward pass; 0: the whole batch"""
+    """sequences in one forward pass; 0: the whole batch"""
     recompute: bool = False
-    """keep no outputs of norms, MLA's up-projections and SwiGLU for the backward pass: the same
+    """recompute the outputs of norms, MLA's up-projections and SwiGLU in the backward pass: the same
     losses, bit for bit, in less memory (§3.2.3)"""
     save_every: int = 0
     """steps between checkpoints with validation; 0: a tenth of the run"""
     keep_latest_k: int = 3
-    """newest checkpoints kept, besides the best"""
+    """number of newest checkpoints kept, besides the best one"""
     val_sequences: int = 64
-    """validation rows while training; at the end all are used"""
+    """validation sequences at each checkpoint; the last one uses all"""
     skip_grad_norm_factor: float = 10.0
     """skip a step whose gradient norm exceeds this × the median of recent ones; 0: only NaN"""
     grad_norm_window: int = 50
-    """steps that the median is taken over"""
+    """number of steps over which that median is taken"""
     max_skipped_steps: int = 3
-    """skipped steps in succession before going back to the newest checkpoint, past their data"""
+    """consecutive skipped steps before rolling back to the newest checkpoint; the skipped data is
+    not replayed"""
     pp: int = 1
-    """pipeline stages' ranks; with torchrun or srun: pp × dp × ep processes (V3: 16, 2, 64)"""
+    """pipeline-parallel degree; launch pp × dp × ep processes with torchrun or srun (V3: 16, 2, 64)"""
     ep: int = 1
-    """ranks that share the experts of a layer"""
+    """expert-parallel degree: ranks that share the experts of a layer"""
     dp: int = 0
-    """copies of all that, which read different rows; 0: as many as there are ranks left"""
+    """data-parallel degree; 0: world size / (pp × ep)"""
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     """order of the pipeline's steps; dualpipe is the report's, dualpipev holds 2·pp stages"""
     zero: bool = True
-    """ZeRO-1: each rank keeps the moments of its slice only"""
+    """ZeRO-1: shard the optimizer's moments over data-parallel ranks"""
     ep_ranks_per_node: int = 0
     """ranks of an expert group in one node: tokens go across nodes once, then inside (two hops);
     0: one hop"""
@@ -98,7 +99,7 @@ class TrainConfig:
     token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """who carries tokens: torch.distributed, or DeepEP's kernels where they are installed"""
     hang_timeout: float = 600.0
-    """seconds that one operation of a rank may take, before all end and say which rank is late"""
+    """seconds that one operation may take before all ranks exit and report the late one"""
     tensorboard: bool = False
     """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
 
@@ -108,7 +109,7 @@ class TrainConfig:
 
     @classmethod
     def defaults(cls, model: Config, config: str, argv: list[str]):
-        """What a new run has before options change it."""
+        """Return the settings of a new run before options change them."""
         return cls(
             model=model,
             recipe=cls.RECIPES.get(config, cls.RECIPES[cls.DEFAULT_RECIPE]),
@@ -116,7 +117,7 @@ class TrainConfig:
         )
 
     def validation_rules(self) -> list[tuple[bool, str]]:
-        """What must hold for this command alone."""
+        """Return the rules of this command: whether each holds, and the error if not."""
         r, c = self.recipe, self.model
         return [
             (r.steps >= 1, "--steps must be at least 1"),
@@ -174,7 +175,7 @@ def validate_args(args: TrainConfig) -> None:
 
 
 def mesh_rules(args: TrainConfig, ranks: int) -> list[tuple[bool, str]]:
-    """What a mesh must satisfy, with as many processes as a launcher has started."""
+    """Return the rules of a mesh on as many processes as a launcher has started."""
     pp, dp, ep = args.pp, max(1, args.dp), args.ep
     missing = (
         f"--pp {pp} × --dp {dp} × --ep {ep} are {pp * dp * ep} ranks, not {ranks}: "
@@ -192,7 +193,7 @@ def mesh_rules(args: TrainConfig, ranks: int) -> list[tuple[bool, str]]:
 
 
 def option_flag(name: str) -> str:
-    """`seq_len` → `--seq-len`."""
+    """Return the flag of an option: `seq_len` → `--seq-len`."""
     return "--" + name.replace("_", "-")
 
 
@@ -200,7 +201,7 @@ def option_flag(name: str) -> str:
 
 
 def parse_args(argv: list[str], kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
-    """--config, --init or (with --resume) the run gives the defaults; options change one field."""
+    """Parse options; --config, --init or, with --resume, the run itself give the defaults."""
     prog = f"dsv3 {kind.COMMAND}"
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     for name in ("--config", "--init", "--out"):
@@ -220,7 +221,7 @@ def parse_args(argv: list[str], kind: type[TrainConfig] = TrainConfig) -> TrainC
 
 
 def config_name_of(init: Path) -> str:
-    """The name of the config that a run was started with; v3 for what is no run of ours."""
+    """Return the name of the config that a run was started with; v3 if it is not a run."""
     run = find_tokenizer_dir(init) / "run.json"
     return read_json(run)["settings"]["config"] if run.is_file() else "v3"
 
@@ -233,7 +234,7 @@ MAY_CHANGE = {
 
 
 def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:
-    """The settings to go on with; raises if one that shapes the losses was changed."""
+    """Return the settings to resume with; raise if one that shapes the losses was changed."""
     old, new = flatten_options(before), flatten_options(args)
     for name in (n for n in old if n not in MAY_CHANGE and old[n] != new[n]):
         raise UserError(
@@ -246,7 +247,7 @@ def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:
 
 
 def flatten_options(args: TrainConfig) -> dict:
-    """Every option by its name: `lr`, `model.dim`, `seed`."""
+    """Return every option by its name: `lr`, `model.dim`, `seed`."""
     values = asdict(args)
     model = {f"model.{k}": v for k, v in values.pop("model").items()}
     return values | values.pop("recipe") | model
@@ -258,7 +259,7 @@ def flatten_options(args: TrainConfig) -> dict:
 def candidate_run_dirs(
     kind: type[TrainConfig], config: str, out: Path | None = None
 ) -> Iterator[Path]:
-    """Where a run may go: --out, or runs/<config>[-<command>], then the same with -2, -3 …"""
+    """Yield where a run may go: --out or runs/<config>[-<command>], then with -2, -3 …"""
     suffix = "" if kind.COMMAND == "train" else f"-{kind.COMMAND}"
     base = out or Path("runs") / (Path(config).stem + suffix)
     yield base
@@ -266,7 +267,7 @@ def candidate_run_dirs(
 
 
 def newest_run_dir(kind: type[TrainConfig], config: str) -> Path:
-    """The newest of runs/<config>, runs/<config>-2, …"""
+    """Return the newest of runs/<config>, runs/<config>-2, …"""
     return [
         next(candidate_run_dirs(kind, config)),
         *takewhile(Path.exists, candidate_run_dirs(kind, config)),
@@ -275,7 +276,7 @@ def newest_run_dir(kind: type[TrainConfig], config: str) -> Path:
 
 @contextmanager
 def lock_run_dir(args: TrainConfig) -> Iterator[Path]:
-    """The folder of this run, kept from other processes until the end of the `with`."""
+    """Create and lock the directory of this run until the `with` ends."""
     for folder in (
         [args.out] if args.resume else candidate_run_dirs(type(args), args.config, args.out)
     ):
@@ -300,7 +301,7 @@ def lock_run_dir(args: TrainConfig) -> Iterator[Path]:
 
 
 def describe_run(args: TrainConfig, command: str | None) -> dict:
-    """What run.json holds: enough to repeat the run."""
+    """Return the contents of run.json: enough to repeat the run."""
     with torch.device("meta"):
         model = Transformer(args.model)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
@@ -316,7 +317,7 @@ def describe_run(args: TrainConfig, command: str | None) -> dict:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, if it is one."""
+    """Return the commit of this checkout, or None outside of one."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -328,7 +329,7 @@ def git_commit() -> str | None:
 
 
 def load_saved_args(folder: Path, kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
-    """The settings of the run to resume."""
+    """Load the settings of the run to resume."""
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"nothing to resume: {folder} holds no run.json; start without --resume")

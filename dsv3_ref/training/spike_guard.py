@@ -1,4 +1,4 @@
-"""What may befall a run: steps that must not count, and signals that end it early."""
+"""Guards of a run: steps that are skipped, and signals that end it early."""
 
 import signal
 import threading
@@ -11,21 +11,22 @@ from dsv3_ref.pretrain import StepStats
 
 
 class SpikeGuard:
-    """Norms of the steps taken, steps skipped in succession, and the last step rolled back to."""
+    """Recent gradient norms, consecutive skipped steps, and the step of the last rollback."""
 
     def __init__(self, factor: float, window: int, max_skipped_steps: int):
         self.factor, self.max_skipped_steps = factor, max_skipped_steps
         self.norms: deque[float] = deque(maxlen=window)
-        self.consecutive_skips, self.last_rollback = 0, None
+        self.consecutive_skips = 0
+        self.last_rollback: int | None = None
 
     @property
     def grad_norm_limit(self) -> float:
-        """The largest norm that the next step may have."""
+        """The largest gradient norm with which the next step is taken."""
         return get_grad_norm_limit(self.norms, self.factor, self.norms.maxlen)
 
     @property
     def should_roll_back(self) -> bool:
-        """Whether it is no longer the batch's fault."""
+        """True after `max_skipped_steps` consecutive skips: no single bad batch is the cause."""
         return self.consecutive_skips >= self.max_skipped_steps
 
     def update(self, stats: StepStats) -> None:
@@ -35,6 +36,7 @@ class SpikeGuard:
             self.norms.append(stats.grad_norm)
 
     def state_dict(self) -> dict:
+        """Return norms and counters as values for JSON."""
         return {
             "norms": list(self.norms),
             "consecutive_skips": self.consecutive_skips,
@@ -42,12 +44,11 @@ class SpikeGuard:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken."""
         self.norms.clear()
         self.norms.extend(state["norms"])
-        self.consecutive_skips, self.last_rollback = (
-            state["consecutive_skips"],
-            state["last_rollback"],
-        )
+        self.consecutive_skips = state["consecutive_skips"]
+        self.last_rollback = state["last_rollback"]
 
 
 EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143}  # exit codes: EX_TEMPFAIL; 128 + SIGTERM
@@ -55,12 +56,16 @@ EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143}  # exit codes: EX_TEMPFAI
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """The signals of LEAVE that have come so far, until the end of the `with`."""
-    came: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # others may not listen
-    before = {s: signal.signal(s, lambda s, _: came.append(s)) for s in EXIT_CODES if main}
+    """Collect the signals of `EXIT_CODES` in the list that it yields, until the `with` ends."""
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        received.append(number)
+
+    is_main = threading.current_thread() is threading.main_thread()  # others may not listen
+    before = {s: signal.signal(s, handle) for s in EXIT_CODES if is_main}
     try:
-        yield came
+        yield received
     finally:
         for s, handler in before.items():
             signal.signal(s, handler or signal.SIG_DFL)
