@@ -90,11 +90,11 @@ def expert_loads(routes: list[Route]):
     return torch.stack(loads) if loads else torch.zeros(0, 0)
 
 
-def balance(model: Transformer, load_le, gamma: float) -> None:
+def update_expert_biases(model: Transformer, load_le, bias_update_rate: float) -> None:
     """Move every gate's bias by the load of the whole global batch."""
     for moe, load_e in zip(moe_layers(model).values(), load_le):
         if moe.gate.bias is not None:
-            update_expert_bias(moe.gate.bias, load_e, gamma)
+            update_expert_bias(moe.gate.bias, load_e, bias_update_rate)
 
 
 class StepStats(NamedTuple):
@@ -139,6 +139,6 @@ def train_step(
     skipped = skip_reason(total, grad_norm, grad_norm_limit)
     if not skipped:
         optimizer.step()
-        balance(model, load_le, bias_update_rate)
+        update_expert_biases(model, load_le, bias_update_rate)
     optimizer.zero_grad(set_to_none=True)
     return StepStats(main, mtp, total, grad_norm, load_le, skipped)

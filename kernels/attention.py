@@ -11,10 +11,6 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-import dsv3_ref.mla  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
@@ -24,6 +20,10 @@ from dsv3_ref.kernels.launch import (
     check_tensor,
     tma_aligned,
 )  # fmt: skip
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import dsv3_ref.mla  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 MAX_HEAD_DIM = 256

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
+from dsv3_ref.kernels.launch import BF16, FP32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3_ref import fp8, mla, moe, ops
 from dsv3_ref.config import V3
-from dsv3_ref.kernels.launch import BF16, FP32
 from dsv3_ref.ops import use
 from dsv3_ref.rope import apply_rotary_emb, softmax_scale
 

@@ -9,9 +9,6 @@ program may end one sequence and begin the next. A second kernel combines the sp
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-import dsv3_ref.mla  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
@@ -22,6 +19,9 @@ from dsv3_ref.kernels.launch import (
     kernel_config,
     num_sms,
 )  # fmt: skip
+from torch import Tensor
+
+import dsv3_ref.mla  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 LENGTH_DTYPES = (INT32, torch.int64)

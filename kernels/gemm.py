@@ -3,10 +3,6 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.runtime import driver
-
-from dsv3_ref import fp8, moe  # noqa: F401  define the ops
 from dsv3_ref.kernels.launch import (
     BF16,
     E4M3,
@@ -24,6 +20,10 @@ from dsv3_ref.kernels.launch import (
     tma_aligned,
 )
 from dsv3_ref.kernels.quant import tile_map
+from torch import Tensor
+from triton.runtime import driver
+
+from dsv3_ref import fp8, moe  # noqa: F401  define the ops
 from dsv3_ref.ops import defer_wgrad, impl, matmul_dtype
 
 # ── Which configs are tried ──

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor, kernel_config
 from torch import Tensor
 
 from dsv3_ref.config import ceil_div
-from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor, kernel_config
 from dsv3_ref.ops import impl
 
 # Logits at a time: 2048 tokens of a vocabulary of 129,280, half a gigabyte in bf16.

@@ -5,9 +5,6 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
@@ -19,6 +16,9 @@ from dsv3_ref.kernels.launch import (
     check_tensor,
     kernel_config,
 )  # fmt: skip
+from torch import Tensor
+
+import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 INT64 = torch.int64

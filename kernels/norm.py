@@ -5,9 +5,6 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
 from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
@@ -20,6 +17,9 @@ from dsv3_ref.kernels.launch import (
     kernel_config,
     num_sms,
 )  # fmt: skip
+from torch import Tensor
+
+import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
 from dsv3_ref.ops import impl
 
 MAX_ROW_SIZE = 8192  # a row is held in registers: 32 numbers per thread of 8 warps

@@ -5,9 +5,6 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from dsv3_ref import fp8  # noqa: F401  defines the ops
 from dsv3_ref.kernels.launch import (
     BF16,
     E4M3,
@@ -23,6 +20,9 @@ from dsv3_ref.kernels.launch import (
     num_blocks,
 )
 from dsv3_ref.kernels.norm import check_norm_inputs, rms_norm_backward
+from torch import Tensor
+
+from dsv3_ref import fp8  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 COUNT_DTYPES = (torch.int64, INT32)

@@ -445,11 +445,11 @@ def expert_loads(routes: list[Route]):
     return torch.stack(loads) if loads else torch.zeros(0, 0)
 
 
-def balance(model: Transformer, load_le, gamma: float) -> None:
+def update_expert_biases(model: Transformer, load_le, bias_update_rate: float) -> None:
     """Move every gate's bias by the load of the whole global batch."""
     for moe, load_e in zip(moe_layers(model).values(), load_le):
         if moe.gate.bias is not None:
-            update_expert_bias(moe.gate.bias, load_e, gamma)
+            update_expert_bias(moe.gate.bias, load_e, bias_update_rate)
 
 
 # %%
@@ -457,7 +457,7 @@ load_le = expert_loads(parts.routes)
 halves = [expert_loads(compute_losses(model, x).routes) for x in tokens_bs.split(2)]
 assert torch.equal(sum(halves), load_le)  # loads of micro-batches add up; their signs would not
 print("load of the first MoE layer:", load_le[0].tolist(), "of", int(load_le[0].sum()))
-balance(model, load_le, gamma=1e-3)
+update_expert_biases(model, load_le, bias_update_rate=1e-3)
 gate = next(iter(moe_layers(model).values())).gate
 print("its biases now, in units of γ:", [round(x) for x in (gate.bias / 1e-3).tolist()])
 assert torch.equal(gate.bias > 0, load_le[0] < load_le[0].float().mean())
@@ -946,7 +946,7 @@ def train_step(
     skipped = skip_reason(total, grad_norm, grad_norm_limit)
     if not skipped:
         optimizer.step()
-        balance(model, load_le, bias_update_rate)
+        update_expert_biases(model, load_le, bias_update_rate)
     optimizer.zero_grad(set_to_none=True)
     return StepStats(main, mtp, total, grad_norm, load_le, skipped)
 

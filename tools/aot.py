@@ -34,14 +34,13 @@ from typing import Any, BinaryIO
 
 import torch
 import triton
+from dsv3_ref.kernels.launch import AOTCase
 from triton import Config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.cache import get_cache_manager, triton_key
 from triton.runtime.jit import MockTensor
-
-from dsv3_ref.kernels.launch import AOTCase
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {"sm_90a": 90, "sm_100a": 100}

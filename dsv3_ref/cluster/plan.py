@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from dsv3_ref.checkpoints.layout import is_expert
 from dsv3_ref.config import Config, UserError, load_config
 from dsv3_ref.dualpipe import Action, Span, min_microbatches, schedule, simulate, stages_by_rank
 from dsv3_ref.inference_scale import (
@@ -20,7 +21,6 @@ from dsv3_ref.inference_scale import (
 )
 from dsv3_ref.inference_scale import weight_bytes as weights_on
 from dsv3_ref.model import Transformer
-from dsv3_ref.checkpoints.layout import is_expert
 from dsv3_ref.parallel.build import owning_ranks
 from dsv3_ref.scale import (
     ACHIEVED_RATES,

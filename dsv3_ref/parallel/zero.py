@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsv3_ref.optim import AdamW, TrainingRecipe
 from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.optim import AdamW, TrainingRecipe
 from dsv3_ref.parallel.build import owning_ranks
 from dsv3_ref.parallel.watchdog import track_operation
 

@@ -138,7 +138,7 @@ class GRPOConfig(TrainConfig):
 # ── Questions ──
 
 
-class Questions:
+class PromptDataset:
     """Problems drawn at random: first the task by weight, then one of its own."""
 
     def __init__(self, weights: dict[str, float], seed: int):
@@ -265,7 +265,7 @@ class GRPOTask:
             val={},
             special_tokens=get_special_tokens(tokenizer),
             minibatches=config.steps_per_generation,
-            loader=Questions(weights, config.seed),
+            loader=PromptDataset(weights, config.seed),
             tokenizer=tokenizer,
         )
 

@@ -16,7 +16,7 @@ from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.policy import has_room
-from dsv3_ref.posttraining.sft import hold_out, print_to_stderr
+from dsv3_ref.posttraining.sft import print_to_stderr, train_val_split
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import (
     bradley_terry,
@@ -185,7 +185,7 @@ class RewardTask:
 
         pairs: list[Pair] = []
         for name in config.data:
-            train, held_out = hold_out(
+            train, held_out = train_val_split(
                 read_pairs(name, config, encode, self.special_tokens, print_to_stderr)
             )
             pairs += train

@@ -100,7 +100,7 @@ def read(name: str, encode, special_tokens: SpecialTokens, room: int, say=print)
     return found
 
 
-class Packed:
+class PackedDataset:
     """Conversations in rows of `length` tokens, all once an epoch, each epoch in another order."""
 
     def __init__(self, samples: list[list[int]], length: int, seed: int, pad: int):
@@ -169,12 +169,12 @@ class SFTTask:
         train_samples, val = [], {}
         for name in config.data:
             samples = read(name, encode, special_tokens, length, print_to_stderr)
-            train, held_out = hold_out(samples)
+            train, held_out = train_val_split(samples)
             train_samples += train
             self.samples += held_out[:2]
             rows = torch.tensor(pack_samples(held_out, length, special_tokens.pad))
             val[name] = list(rows.split(VAL_BATCH))
-        dataset = Packed(train_samples, length, config.seed, special_tokens.pad)
+        dataset = PackedDataset(train_samples, length, config.seed, special_tokens.pad)
         steps = recipe.steps or max(
             1, round(config.epochs * len(dataset.rows) / recipe.global_batch_size)
         )
@@ -262,7 +262,7 @@ def print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def hold_out(samples: list) -> tuple[list, list]:
+def train_val_split(samples: list) -> tuple[list, list]:
     """One conversation in 20, at least one and at most 1000, the same for every seed."""
     if len(samples) < 2:
         raise UserError("one conversation is too few: one must be held out for validation")

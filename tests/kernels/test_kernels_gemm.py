@@ -4,9 +4,9 @@ import interpreter  # noqa: F401  first: makes Triton's interpreter round as a G
 import pytest
 import torch
 import triton
+from dsv3_ref.kernels import gemm
 
 from dsv3_ref import fp8, ops
-from dsv3_ref.kernels import gemm
 from dsv3_ref.ops import IMPLS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

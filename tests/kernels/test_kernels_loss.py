@@ -3,11 +3,11 @@
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
+from dsv3_ref.kernels import loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv3_ref import ops
-from dsv3_ref.kernels import loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # relative, of one number

@@ -3,9 +3,9 @@
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
+from dsv3_ref.kernels import quant
 
 from dsv3_ref import fp8
-from dsv3_ref.kernels import quant
 from dsv3_ref.ops import IMPLS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

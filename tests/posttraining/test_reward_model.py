@@ -22,7 +22,7 @@ from dsv3_ref.posttraining.reward import (
     encode_sample,
     read_pairs,
 )
-from dsv3_ref.posttraining.sft import hold_out
+from dsv3_ref.posttraining.sft import train_val_split
 from dsv3_ref.rewards import judge_prompt
 from dsv3_ref.sft import SpecialTokens, render_conversation
 from dsv3_ref.training import loop, settings
@@ -216,12 +216,12 @@ def test_a_run_learns_which_is_better(home, kind):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert rows[-1]["agreement"] == summary["agreement"] == 1.0
     assert summary["val_loss"] < 0.3
-    held = hold_out(list(range(64)))[1]
+    held = train_val_split(list(range(64)))[1]
     assert sum(n for _, _, n in summary["calibration"]) == len(held)
 
 
 def test_epochs_say_how_long(home):
-    kept, _ = hold_out(list(range(64)))
+    kept, _ = train_val_split(list(range(64)))
     assert len(metrics(home / "direct")) == round(2 * len(kept) / 4)
 
 

@@ -13,7 +13,7 @@ from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.grpo import advantages, generate_rollouts, grpo_loss
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, GRPOTask, Questions
+from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, GRPOTask, PromptDataset
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, Problem, build_messages
 from dsv3_ref.training import loop, settings
@@ -343,10 +343,10 @@ def test_held_out_problems_leave_random_numbers_alone(home, tmp_path):
 
 
 def test_questions_go_on_where_they_stood():
-    draw = Questions({"sums": 2.0, "spelling": 1.0}, 0)
+    draw = PromptDataset({"sums": 2.0, "spelling": 1.0}, 0)
     first = draw.next_batch(30)
     assert {p.domain for p in first} == {"sums", "spelling"}
-    other = Questions({"sums": 2.0, "spelling": 1.0}, 0)
+    other = PromptDataset({"sums": 2.0, "spelling": 1.0}, 0)
     other.load_state_dict({"drawn": 20}, {})
     assert other.next_batch(10) == first[20:]
 

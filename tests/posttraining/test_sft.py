@@ -13,7 +13,7 @@ from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
-from dsv3_ref.posttraining.sft import Packed, hold_out, read
+from dsv3_ref.posttraining.sft import PackedDataset, read, train_val_split
 from dsv3_ref.sft import (
     SpecialTokens,
     assistant_mask,
@@ -181,19 +181,19 @@ def test_what_holds_no_conversations(name, why, tmp_path, monkeypatch):
 
 
 def test_one_in_twenty_is_held_out():
-    kept, held = hold_out(list(range(100)))
+    kept, held = train_val_split(list(range(100)))
     assert len(held) == 5 and sorted(kept + held) == list(range(100))
-    assert hold_out(list(range(100))) == (kept, held)
+    assert train_val_split(list(range(100))) == (kept, held)
     with pytest.raises(UserError, match="one conversation is too few"):
-        hold_out([1])
+        train_val_split([1])
 
 
 # ── Rows ──
 
 
-def stream(seed=0) -> Packed:
+def stream(seed=0) -> PackedDataset:
     samples = [[SPECIAL_TOKENS.bos, *[5 + i] * (i % 9)] for i in range(50)]
-    return Packed(samples, 12, seed, SPECIAL_TOKENS.pad)
+    return PackedDataset(samples, 12, seed, SPECIAL_TOKENS.pad)
 
 
 def test_every_sample_once_an_epoch_each_in_another_order():
@@ -254,8 +254,10 @@ def test_a_run_learns_its_answers(home, tuned):
 def test_epochs_say_how_long(home, tuned):
     special_tokens = get_special_tokens(t := load_tokenizer(tuned))
     encode = lambda text: t.encode(text, add_special_tokens=False).ids
-    kept, _ = hold_out(read(str(home / "talks.jsonl"), encode, special_tokens, 64))
-    assert len(metrics(tuned)) == round(3 * len(Packed(kept, 64, 0, special_tokens.pad).rows) / 2)
+    kept, _ = train_val_split(read(str(home / "talks.jsonl"), encode, special_tokens, 64))
+    assert len(metrics(tuned)) == round(
+        3 * len(PackedDataset(kept, 64, 0, special_tokens.pad).rows) / 2
+    )
 
 
 def test_resumed_it_is_the_same_run(home, tuned, tmp_path, monkeypatch):
