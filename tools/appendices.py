@@ -1,4 +1,4 @@
-"""Two appendices of the book, read from the sources: where things are, and the report by section.
+"""Appendices of the book, read from the sources: where things are, the report by section, the API.
 
 A chapter is read as its headings: what is cited under each and what its `#| export` cells define.
 A file is read as its functions: which `@op`s and `@impl`s there are, and what each line cites.
@@ -532,4 +532,43 @@ def report(book: Book) -> str:
         level = "##" if re.fullmatch(r"§\d|App\. .", key) else "###"
         parts.append(f"({anchor(key)})=\n{level} {key} {TITLES[key]}")
         parts.append(table("report | chapters | code", [[key, chapters, code]]))
+    return "\n\n".join(parts) + "\n"
+
+
+# ── API reference ──
+
+
+def plain(text: str) -> str:
+    """Return text whose characters mean nothing to Markdown, code spans aside."""
+    parts = text.split("`")
+    outside = [re.sub(r"([\\*_\[\]<>$|{}~])", r"\\\1", part) for part in parts[::2]]
+    inside = [part.replace("|", r"\|") for part in parts[1::2]]
+    if len(parts) % 2 == 0:  # a lone backtick
+        return re.sub(r"([\\`*_\[\]<>$|{}~])", r"\\\1", text)
+    spans = [f"`{part}`" for part in inside]
+    return "".join(chain.from_iterable(zip(outside, [*spans, ""])))
+
+
+def api_rows(module: Module) -> list[list[str]]:
+    """Return [link, parameters, first paragraph] of each public function and class of a module."""
+    body = []
+    for node in ast.parse("\n".join(module.lines)).body:
+        is_definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        if not is_definition or node.name.startswith("_"):
+            continue
+        text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+        args = ast.unparse(node.args) if isinstance(node, ast.FunctionDef) else ""
+        link = f"[`{node.name}`]({module.file}#L{node.lineno})"
+        body.append([link, f"`{args}`".replace("|", r"\|") if args else "—", plain(text)])
+    return body
+
+
+def api(book: Book) -> str:
+    """Return the page 'API reference': public functions and classes of every module."""
+    parts = ["# API reference", "Public functions and classes by module, with their parameters."]
+    for module in book.modules:
+        if body := api_rows(module):
+            path = module.file.removesuffix(".py").removesuffix("/__init__")
+            dotted = path.replace("kernels/", "dsv3_ref/kernels/").replace("/", ".")
+            parts += [f"## {dotted}", table("name | parameters | what", body)]
     return "\n\n".join(parts) + "\n"

@@ -81,8 +81,9 @@ run it again, or to move its sliders, use `make lab` (see the [README](README.md
 
 {chapters}
 
-Three appendices: [where everything is](where.md), [from the report's section to the line of
-code](report.md), and the [glossary](notebooks/glossary.md), with the Chinese terms.
+Four appendices: [where everything is](where.md), [from the report's section to the line of
+code](report.md), the [API reference](api.md), and the [glossary](notebooks/glossary.md), with the
+Chinese terms.
 
 ```{{toctree}}
 :caption: Chapters
@@ -97,6 +98,7 @@ code](report.md), and the [glossary](notebooks/glossary.md), with the Chinese te
 
 Where it is <where>
 Report to code <report>
+API reference <api>
 Glossary <notebooks/glossary>
 ```
 
@@ -164,6 +166,7 @@ def stage(root: Path, src: Path) -> dict[str, list[str]]:
     (src / "index.md").write_text(front(book))
     (src / "where.md").write_text(appendices.where(book))
     (src / "report.md").write_text(appendices.report(book))
+    (src / "api.md").write_text(appendices.api(book))
     (src / "notebooks/glossary.md").write_text(terms[0])
     return terms[1]
 

@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 
 import lint
 import pytest
+import style
 import yaml
 
 TOP = {
@@ -33,6 +35,10 @@ TOP = {
     "tests",
     "tools",
 }
+STILL_TO_MEND = {  # rule of tools/style.py → violations left
+    "docstring": 781, "typed": 333, "parallel": 191, "phrase": 188, "local": 142, "lambda": 136,
+    "comprehension": 128, "letter": 126, "name": 88, "ceil": 37,
+}  # fmt: skip
 
 
 def pyproject() -> dict:
@@ -99,6 +105,15 @@ def test_ruff_finds_nothing():
 
 def test_ruff_would_format_nothing():
     run(sys.executable, "-m", "ruff", "format", "--check", "-q")
+
+
+def test_no_file_gains_violations_of_style():
+    """Rules without an entry hold everywhere; the others may only come nearer to that."""
+    violations = style.check(lint.sources())
+    counts = Counter(rule for _, _, rule, _ in violations)
+    more = {rule: n for rule, n in counts.items() if n > STILL_TO_MEND.get(rule, 0)}
+    examples = [v for v in violations if v[2] in more][:20]
+    assert not more, "\n".join(map(str, examples))
 
 
 # ── The package ──

@@ -42,7 +42,7 @@ def text(site, name: str) -> str:
 def test_every_page_is_there_and_nothing_is_fetched(site):
     for path in CHAPTERS:
         assert (site / "notebooks" / f"{path.stem}.html").exists()
-    for name in ("index", "where", "report", "notebooks/glossary", "search", "README"):
+    for name in ("index", "where", "report", "api", "api", "notebooks/glossary", "search", "README"):
         assert (site / f"{name}.html").exists()
     assert website.complaints(site) == []
 
@@ -251,6 +251,14 @@ def test_the_first_use_of_a_term_is_found(words, found):
     pieces = website.Terms(names).link("x", words, set())
     assert [str(x.astext()) for x in pieces[1::2]] == found
     assert "".join(x.astext() for x in pieces) == words
+
+
+def test_the_reference_holds_signatures_and_no_markup():
+    source = 'def f(x: int | None) -> int:\n    """Return a_b, `c|d` and *e*.\n\n    More.\n    """'
+    module = appendices.Module("dsv3_ref/x.py", source.splitlines(), "", 0, [])
+    assert appendices.api_rows(module) == [
+        ["[`f`](dsv3_ref/x.py#L1)", r"`x: int \| None`", r"Return a\_b, `c\|d` and \*e\*."]
+    ]
 
 
 # ── Faults ──
