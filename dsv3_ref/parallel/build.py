@@ -74,7 +74,10 @@ def get_rng_state(device: torch.device) -> torch.Tensor:
 
 
 def set_rng_state(device: torch.device, value: torch.Tensor) -> None:
-    torch.cuda.set_rng_state(value, device) if device.type == "cuda" else torch.set_rng_state(value)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(value, device)
+    else:
+        torch.set_rng_state(value)
 
 
 # ── The rank's model ──
@@ -106,7 +109,10 @@ def drop_unused_stages(model: Transformer, c: Config, held: tuple[int, ...], n: 
         for key in [*module] if isinstance(module, nn.ModuleDict) else [None]:
             full = f"{name}." + (f"{key}." if key else "")
             if not set(stages_with_param(full, c, n)) & set(held):
-                (module.pop(key) if key else setattr(model, name, None))
+                if key:
+                    module.pop(key)
+                else:
+                    setattr(model, name, None)
 
 
 def set_param(model: nn.Module, name: str, value: torch.Tensor) -> None:

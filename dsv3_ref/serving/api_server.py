@@ -212,9 +212,8 @@ class EngineThread(threading.Thread):
         now, told = time.monotonic(), []
         for call, tokens in out:
             if tokens:
-                self.time_to_first_token.observe(
-                    now - call.arrival_time
-                ) if not call.last_token_time else None
+                if not call.last_token_time:
+                    self.time_to_first_token.observe(now - call.arrival_time)
                 for _ in tokens if call.last_token_time else tokens[1:]:
                     self.inter_token_latency.observe(
                         (now - (call.last_token_time or now)) / len(tokens)

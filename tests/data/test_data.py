@@ -75,7 +75,8 @@ def test_a_folder_of_text_is_a_document_a_file(tmp_path):
 def test_tables_with_a_text_column(kind, streaming, tmp_path):
     path = tmp_path / f"a.{kind}"
     table = datasets.Dataset.from_dict({"id": [1, 2, 3], "text": ["é", None, "\n\nc"]})
-    table.to_json(path) if kind == "jsonl" else table.to_parquet(path)
+    write = table.to_json if kind == "jsonl" else table.to_parquet
+    write(path)
     found = open_source(str(path), streaming)
     assert list(found) == [{"text": "é"}, {"text": None}, {"text": "\n\nc"}]
 

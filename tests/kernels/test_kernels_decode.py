@@ -105,10 +105,13 @@ def test_any_lengths_on_any_number_of_multiprocessors(lengths, parts, int32):
 @pytest.mark.parametrize("parts", [1, 2, 40])
 def test_a_long_sequence_is_shared_and_merged(parts, monkeypatch):
     launched, merge = [], decode._combine_splits_kernel
-    spy = lambda grid: (launched.append(grid), merge[grid])[1]
-    monkeypatch.setattr(
-        decode, "_combine_splits_kernel", type("Spy", (), {"__getitem__": lambda _, g: spy(g)})()
-    )
+
+    class Spy:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return merge[grid]
+
+    monkeypatch.setattr(decode, "_combine_splits_kernel", Spy())
     monkeypatch.setattr(decode, "num_sms", lambda *_: parts)
     args = arguments([2500, 30], torch.float32, h=12)  # 20 pieces: two turns of the loop
     args[1].mul_(30)  # scores of some hundred: without the maximum nothing would survive

@@ -42,7 +42,16 @@ def text(site, name: str) -> str:
 def test_every_page_is_there_and_nothing_is_fetched(site):
     for path in CHAPTERS:
         assert (site / "notebooks" / f"{path.stem}.html").exists()
-    for name in ("index", "where", "report", "api", "api", "notebooks/glossary", "search", "README"):
+    for name in (
+        "index",
+        "where",
+        "report",
+        "api",
+        "api",
+        "notebooks/glossary",
+        "search",
+        "README",
+    ):
         assert (site / f"{name}.html").exists()
     assert website.complaints(site) == []
 
