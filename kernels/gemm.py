@@ -424,20 +424,24 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_mi, weight_eoi, tokens_per_expert_e):
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype  # the parameter itself, not a narrow copy
-        x_mi, maps = x_mi.to(matmul_dtype(x_mi)), tile_map(tokens_per_expert_e, len(x_mi))
-        ctx.save_for_backward(x_mi, *maps)
-        return grouped_gemm(x_mi, weight_eoi.to(x_mi.dtype), *maps, transposed=False)
+        x_mi = x_mi.to(matmul_dtype(x_mi))
+        map_xz, end_e = tile_map(tokens_per_expert_e, len(x_mi))
+        ctx.save_for_backward(x_mi, map_xz, end_e)
+        return grouped_gemm(x_mi, weight_eoi.to(x_mi.dtype), map_xz, end_e, transposed=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_mo):
-        x_mi, *maps = ctx.saved_tensors
+        x_mi, map_xz, end_e = ctx.saved_tensors
         weight, g_mo = ctx.weight, g_mo.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = grouped_gemm(g_mo, weight.to(g_mo.dtype), *maps, transposed=True).to(ctx.dtype)
+            dx = grouped_gemm(g_mo, weight.to(g_mo.dtype), map_xz, end_e, transposed=True)
+            dx = dx.to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dw = defer_wgrad(weight, lambda: grouped_wgrad(g_mo, x_mi, *maps).to(weight.dtype))
+            dw = defer_wgrad(
+                weight, lambda: grouped_wgrad(g_mo, x_mi, map_xz, end_e).to(weight.dtype)
+            )
         return dx, dw, None
 
 

@@ -90,9 +90,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logit_nw = F.linear(h[chunk], head)
             args = logit_nw, target_n[chunk], nll_n[chunk], w, logit_nw.stride(0)
             _cross_entropy_kernel[len(logit_nw),](*args, GRADIENT=need_h or need_head)
-            if need_h:
+            if dh_nd is not None:
                 torch.mm(logit_nw, head, out=dh_nd[chunk])
-            if need_head:
+            if dhead_wd is not None:
                 add_product_(dhead_wd, logit_nw, h[chunk])
         grads = (dh_nd, h_nd), (dhead_wd, head_wd)
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in grads))

@@ -329,7 +329,8 @@ class RotaryEmbFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_bshr):
-        return rotate_pairs(g_bshr, *ctx.saved_tensors, inverse=True), None, None
+        cos, sin = ctx.saved_tensors
+        return rotate_pairs(g_bshr, cos, sin, inverse=True), None, None
 
 
 @impl("apply_rotary_emb", "triton")

@@ -527,9 +527,9 @@ def transposed_cases() -> Iterator[AOTCase]:
                 kernel = _act_quant_transposed_kernel
                 yield AOTCase(f"{name}{rows}{suffix}", kernel, kernel_args, meta)
         inputs = BF16, *QUANTIZED_PTRS, *QUANTIZED_PTRS, map_ptr
-        args = *inputs, BF16, BF16, *QUANTIZED_PTRS, 4096, 2048, 2048, 40
+        backward = *inputs, BF16, BF16, *QUANTIZED_PTRS, 4096, 2048, 2048, 40
         name = f"swiglu_quant_backward{rows}"
-        yield AOTCase(name, _swiglu_quant_backward_kernel, args, grouped)
+        yield AOTCase(name, _swiglu_quant_backward_kernel, backward, grouped)
 
 
 AOT_CASES = [*forward_cases(), *transposed_cases()]

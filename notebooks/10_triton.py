@@ -43,18 +43,18 @@ from matplotlib.patches import Patch, Rectangle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref import fp8, ops
-from dsv3_ref.config import V3
+from dsv3_ref.config import V3, ceil_div
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
-BANDWIDTH = 3.35e12  # bytes a second of an H100's or H800's memory
+BANDWIDTH = 3.35e12  # bytes per second of an H100's or H800's memory
 torch.manual_seed(0)
 print("kernels run", "in the interpreter" if DEVICE == "cpu" else "on the GPU")
 
 
 # %%
 class Traffic(TorchDispatchMode):
-    """Notes what every torch step reads and writes: (step, numbers read, numbers written)."""
+    """A record of what every torch step reads and writes: (step, numbers read, numbers written)."""
 
     def __init__(self):
         super().__init__()
@@ -73,18 +73,19 @@ def draw_passes(ax, y: float, steps) -> None:
     for step, read, written in steps:
         ax.barh(y, read, left=left, color=BLUE, edgecolor="white", height=0.6)
         ax.barh(y, written, left=left + read, color=ORANGE, edgecolor="white", height=0.6)
-        if read + written > 0.5:  # the steps on one number a row are too thin for a name
+        if read + written > 0.5:  # the steps on one number per row are too thin for a name
             ax.text(left + (read + written) / 2, y + 0.34, step, ha="center", va="bottom")
         left += read + written
     ax.text(left + 0.1, y, f"{left * 4 * 4096 * V3.dim / BANDWIDTH * 1e6:.0f} µs", va="center")
 
 
 x_nd, weight_d = torch.randn(64, 512), torch.ones(512)
-with torch.no_grad(), Traffic() as seen:
+with torch.no_grad(), Traffic() as traffic:
     ops.IMPLS["rms_norm"]["torch"](x_nd, weight_d, 1e-6)  # chapter 01's plainest form
-found = [(step, read / x_nd.numel(), out / x_nd.numel()) for step, read, out in seen.steps]
+n_x = x_nd.numel()
+passes = [(step, read / n_x, written / n_x) for step, read, written in traffic.steps]
 fig, ax = figure(width=7.5, height=2.5)
-draw_passes(ax, 1, found)
+draw_passes(ax, 1, passes)
 draw_passes(ax, 0, [("all in one", 1, 1)])
 ax.legend(handles=[Patch(color=BLUE, label="read"), Patch(color=ORANGE, label="written")],
           loc="lower right")  # fmt: skip
@@ -93,18 +94,18 @@ ax.set(xlabel="passes over x (times: 4096 tokens of V3 in fp32, at an H100's ban
 ax.set(ylim=(-0.5, 1.8), xlim=(0, 8.2))
 ax.set_title("RMSNorm: seven passes through memory, or two")
 show(fig)
-assert 7 <= sum(read + written for _, read, written in found) < 7.05
+assert 7 <= sum(read + written for _, read, written in passes) < 7.05
 
 # %% [markdown]
 # ## A GPU in seven words
 # | word | what it is | on an H100 or H800 |
 # |---|---|---|
 # | *memory* | where tensors live; far away | 80 GB, 3.35 TB/s |
-# | *L2* | a cache between memory and everybody | 50 MB |
+# | *L2* | a cache between memory and all multiprocessors | 50 MB |
 # | *multiprocessor* | an independent core; a Triton program runs on one of them | 132 |
 # | *shared memory* | a multiprocessor's own fast memory, for tiles that arrive | 227 KiB |
 # | *warp* | 32 threads that execute in step; a program is mostly given 4 or 8 of them | |
-# | *register* | where a thread holds what it computes with | 255 a thread at most |
+# | *register* | where a thread holds what it computes with | 255 per thread at most |
 # | *tensor core* | the part of a multiprocessor that multiplies small matrices | FP8: 1979 TFLOP/s in all |
 #
 # Triton shares a program's numbers out among its threads; we never name a thread. What remains for us
@@ -115,7 +116,7 @@ assert 7 <= sum(read + written for _, read, written in found) < 7.05
 # The team wrote its kernels by hand and shaped the algorithm around them. What concerns this chapter:
 #
 # - **Fuse what waits for memory.** On today's hardware, quantizing means to fetch 128 bf16 numbers,
-#   write their codes back, and fetch them a second time for the product. The report asks chip makers to
+#   write their FP8 values back, and fetch them a second time for the product. The report asks chip makers to
 #   join cast and transfer (§3.5.2). A kernel can already join the cast to the step *before* it.
 # - **Recompute what is cheap.** Norm outputs are made again in the backward pass (§3.2.3): easy to
 #   afford once a norm costs two passes.
@@ -166,7 +167,7 @@ def swiglu(gate, up, block: int = 256):
 # | 3 | which of them exist: the last block hangs over the end |
 # | 4 | one load for the block; a *lane* (a place in it) that is masked reads nothing and gets `other` |
 # | 5 | arithmetic on registers, free beside the loads |
-# | 6 | the only write; masked, or it would hit what lies behind `y` |
+# | 6 | the only write; masked, or it would hit what lies after `y` |
 # | 7 | the grid, a tuple in brackets: ⌈n/B⌉ programs; then the arguments |
 #
 # *A warning.* This notebook stays in fp32. The stock interpreter cuts bf16 off instead of rounding it,
@@ -301,15 +302,15 @@ print("matrix product: equal to torch at ragged sizes, in both orders")
 
 # %% [markdown]
 # ## The same with scales
-# [Chapter 09](09_fp8.ipynb)'s product of codes $q$ with scales $s$, where $z$ counts the stretches of 128 along K,
+# [Chapter 09](09_fp8.ipynb)'s product of FP8 values $q$ with scales $s$, where $z$ counts the stretches of 128 along K,
 #
 # $$C_{mn}=\sum_z s^a_{mz}\,s^b_{\lfloor n/128\rfloor z}\sum_{k\in z}q^a_{mk}q^b_{nk},\qquad (m,k)\times(n,k)\to(m,n)$$
 #
 # has the same loop with $B_K = 128$: one step is one $z$. Compared with the kernel above, *two loads and
 # one line* are new. `product` is the tensor core's own sum, 128 long and no longer; `acc` lives in
 # ordinary fp32 registers. With $B_N = 128$ all columns of a tile share one block of the weight, so its
-# scale is a single number. Here the codes are fp32 numbers that E4M3 could hold, for the interpreter's
-# sake; `fp8_gemm` in `kernels/gemm.py` loads real codes, a byte each, and a tensor core multiplies them.
+# scale is a single number. Here the FP8 values are fp32 numbers that E4M3 could hold, for the interpreter's
+# sake; `fp8_gemm` in `kernels/gemm.py` loads FP8 values, a byte each, and a tensor core multiplies them.
 
 
 # %%
@@ -328,7 +329,7 @@ def scaled_kernel(
         b_at = b_ptr + col[None, :] * k + inner[:, None]
         a = tl.load(a_at, mask=(row < m)[:, None] & (inner < k)[None, :], other=0.0)
         b = tl.load(b_at, mask=(inner < k)[:, None] & (col < n)[None, :], other=0.0)
-        a_s = tl.load(a_s_ptr + row * kz + z, mask=row < m, other=0.0)  # a number a row
+        a_s = tl.load(a_s_ptr + row * kz + z, mask=row < m, other=0.0)  # a number per row
         b_s = tl.load(b_s_ptr + tile_n * kz + z)  # one number
         product = tl.dot(a, b, input_precision="ieee")
         acc += product * (a_s * b_s)[:, None]  # promotion: once every 128 of K
@@ -364,14 +365,14 @@ place = tile_of.fn  # (pid, tiles_m, tiles_n, group) → the tile's row and colu
 
 def touched(pid: int, m: int, n: int, block_m: int, block_n: int, group: int):
     """Rows of A and C, and columns of B and C, that a program touches."""
-    i, j = place(pid, -(-m // block_m), -(-n // block_n), group)
+    i, j = place(pid, ceil_div(m, block_m), ceil_div(n, block_n), group)
     rows = slice(i * block_m, min(m, (i + 1) * block_m))
     return rows, slice(j * block_n, min(n, (j + 1) * block_n))
 
 
 for group in (1, 2, 4, 8):
     tiles = [place(pid, 6, 5, group) for pid in range(6 * 5)]
-    assert sorted(tiles) == [(i, j) for i in range(6) for j in range(5)]
+    assert sorted(tiles) == list(product(range(6), range(5)))
     assert group > 1 or tiles == sorted(tiles)  # groups of one: row by row
 
 # %%
@@ -404,7 +405,7 @@ def draw_owners(ax, pid: int, count: int, blocks: tuple) -> None:
 def draw_tiles(pid=8, step=1, block_m=16, block_n=32, block_k=32, order="grouped by 4"):
     """A left of C, B above it, as in a product by hand: what one program touches."""
     blocks = block_m, block_n, 4 if order.startswith("grouped") else 1
-    count, steps = -(-M // block_m) * -(-N // block_n), -(-K // block_k)
+    count, steps = ceil_div(M, block_m) * ceil_div(N, block_n), ceil_div(K, block_k)
     pid, step = min(pid, count - 1), min(step, steps - 1)
     rows, cols = touched(pid, M, N, *blocks)
     every, inner = slice(0, K), slice(step * block_k, min(K, (step + 1) * block_k))
@@ -430,7 +431,7 @@ draw_tiles()
 # last row of tiles and the last column are the ragged ones.
 #
 # ## Experiment: order is free, and more than halves what is fetched
-# An H800 runs 132 programs of this kind at once, one a multiprocessor: a *wave*. Each reads a *strip* of
+# An H800 runs 132 programs of this kind at once, one per multiprocessor: a *wave*. Each reads a *strip* of
 # A (its rows) and a strip of B (its columns). What several programs ask for at about the same time
 # comes from memory once and then from L2. So count the *different* strips in a wave. In plain order a
 # wave spreads over all of B; in grouped order it is a near-square patch of C. For $t$ tiles in a patch
@@ -440,8 +441,10 @@ draw_tiles()
 # 128. A and B are 184 MB together, too much for L2.
 
 # %%
-SMS, TILE = 132, 128
-m, k, n = 4096, V3.n_heads * V3.v_head_dim, V3.dim
+SMS = 132
+TILE = 128
+m, n = 4096, V3.dim
+k = V3.n_heads * V3.v_head_dim
 tiles_m, tiles_n = m // TILE, n // TILE
 
 
@@ -453,7 +456,7 @@ def strips(wave: int, group: int) -> int:
 
 
 groups = [1, 2, 4, 6, 8, 11, 16, 32]
-waves = -(-tiles_m * tiles_n // SMS)
+waves = ceil_div(tiles_m * tiles_n, SMS)
 mean = {g: sum(strips(w, g) for w in range(waves)) / waves for g in groups}
 
 
@@ -534,7 +537,7 @@ play(
 # | `fp8_gemm` | 128 × 128, 8 warps, 4 stages | 179 | 0 | 131 kB | 4 |
 # | `fp8_gemm` | 128 × 192, 8 warps, 4 stages | 228 | 0 | 164 kB | 8 |
 #
-# - **Registers**, at most 255 a thread. 128 × 128 fp32 numbers are 64 registers a thread with 8 warps, 128
+# - **Registers**, at most 255 per thread. 128 × 128 fp32 numbers are 64 registers per thread with 8 warps, 128
 #   with 4, and the FP8 product holds that many *twice*, as `product` and as `acc`. With 8 warps there is
 #   room for scales and addresses beside them; with 4 there is none.
 # - **Spills** (instructions `STL`, `LDL`): what found no register goes to memory, inside the inner loop. The
@@ -599,7 +602,7 @@ print("norm and MLP, forward and all gradients: equal")
 def by_counting(m: int, n: int, k: int, block_m: int, block_n: int) -> int:
     """Bytes that all programs of `matmul` load, one program after the other."""
     total = 0
-    for pid in range(-(-m // block_m) * -(-n // block_n)):
+    for pid in range(ceil_div(m, block_m) * ceil_div(n, block_n)):
         rows, cols = touched(pid, m, n, block_m, block_n, 1)
         total += 4 * k * (rows.stop - rows.start + cols.stop - cols.start)
     return total
@@ -616,7 +619,7 @@ def check_traffic(fn):
 def check_owner(fn):
     """In which row and column of tiles is (i, j)? How many tiles come before that one?"""
     for m, n, block_m, block_n in ((88, 150, 16, 32), (33, 64, 32, 16)):
-        for pid in range(-(-m // block_m) * -(-n // block_n)):
+        for pid in range(ceil_div(m, block_m) * ceil_div(n, block_n)):
             rows, cols = touched(pid, m, n, block_m, block_n, 1)
             for i, j in product((rows.start, rows.stop - 1), (cols.start, cols.stop - 1)):
                 assert abs(fn(i, j, n, block_m, block_n) - pid) < 1e-9
@@ -654,7 +657,7 @@ check_traffic(my_traffic)
 #
 # ```python
 # def my_traffic(m, n, k, block_m, block_n):
-#     tiles_m, tiles_n = -(-m // block_m), -(-n // block_n)
+#     tiles_m, tiles_n = ceil_div(m, block_m), ceil_div(n, block_n)
 #     return 4 * k * (m * tiles_n + n * tiles_m)
 # ```
 #
@@ -678,7 +681,7 @@ check_owner(my_owner)
 #
 # ```python
 # def my_owner(i, j, n, block_m, block_n):
-#     return i // block_m * -(-n // block_n) + j // block_n
+#     return i // block_m * ceil_div(n, block_n) + j // block_n
 # ```
 #
 # The number of columns of tiles is rounded *up*; with `n // block_n` the ragged last column would belong
@@ -686,7 +689,7 @@ check_owner(my_owner)
 # </details>
 #
 # **3 · Break.** `careless_kernel` forgot the mask. For which $n$ does it write over its neighbor's
-# memory? (The check lets it do so, in a buffer with room behind.)
+# memory? (The check lets it do so, in a buffer with room to spare.)
 
 
 # %%
@@ -697,7 +700,7 @@ def careless_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 def spoils(n: int, block: int) -> bool:
-    """Whether the careless kernel on n numbers writes over what lies behind them."""
+    """Return whether the careless kernel on n numbers writes over what lies after them."""
     x, memory = torch.ones(n + block, device=DEVICE), torch.full((n + block,), -1.0, device=DEVICE)
     careless_kernel[(triton.cdiv(n, block),)](x, memory, BLOCK=block)
     return bool((memory[n:] != -1).any())
@@ -717,7 +720,7 @@ check_spoils(my_spoils)
 #     return n % block != 0
 # ```
 #
-# With a test at $n = 1024$ nobody notices. Hence the house rule: ragged sizes first.
+# A test at $n = 1024$ does not notice. Hence the house rule: ragged sizes first.
 # </details>
 #
 # **4 · Extend.** In decoding, $m$ is small: 5 × 40 outputs are a single tile, and 131 multiprocessors
@@ -752,22 +755,23 @@ check_split(my_split)
 # ## Scale-up
 # What binds V3's kernels on one H100 or H800? The limits: 3.35 TB/s of memory, 1979 TFLOP/s in FP8, 989 in
 # bf16, and 67 for ordinary fp32 arithmetic, which is what norms and quantizers use. Peak over bandwidth is
-# the *knee*: with fewer operations a byte than that, a kernel waits for memory.
+# the *knee*: with fewer operations per byte than that, a kernel waits for memory.
 
 # %%
-T, d, f, heads = 4096, V3.dim, V3.moe_inter_dim, V3.n_heads
+T, heads = 4096, V3.n_heads
+d, f = V3.dim, V3.moe_inter_dim
 latent, rope = V3.kv_lora_rank, V3.qk_rope_head_dim
-code = 1 + 4 / 128  # bytes: a code and its share of a scale
+fp8_bytes = 1 + 4 / 128  # an FP8 value and its share of a scale
 
 
 def fp8_product(m: int, k: int, n: int) -> tuple[int, int, float]:
-    """(m, k) × (k, n) from codes to bf16: operations, bytes, operations a second."""
+    """Count for (m, k) × (k, n) from FP8 to bf16: operations, bytes, operations per second."""
     return 2 * m * k * n, m * k + k * n + 2 * m * n, 1979e12
 
 
-cases = {  # operations, bytes, operations a second
-    "RMSNorm + quantize, 4096 rows": (8 * T * d, T * d * (2 + code), 67e12),
-    "SwiGLU + quantize, 8 · 4096 rows": (9 * 8 * T * f, 8 * T * f * (4 + code), 67e12),
+cases = {  # operations, bytes, operations per second
+    "RMSNorm + quantize, 4096 rows": (8 * T * d, T * d * (2 + fp8_bytes), 67e12),
+    "SwiGLU + quantize, 8 · 4096 rows": (9 * 8 * T * f, 8 * T * f * (4 + fp8_bytes), 67e12),
     "W^O in FP8, 4096 rows": fp8_product(T, heads * V3.v_head_dim, d),
     "an expert's W1, 1024 rows": fp8_product(1024, d, f),
     "an expert's W1, 32 rows (decode)": fp8_product(32, d, f),
@@ -789,8 +793,8 @@ assert list(binds.values()) == ["memory"] * 2 + ["arithmetic"] * 2 + ["memory"] 
 # ([`kernels/norm.py`](../kernels/norm.py), [`kernels/quant.py`](../kernels/quant.py)). **Arithmetic** binds
 # products of many rows, and the kernel's business is to keep tensor cores fed
 # ([`kernels/gemm.py`](../kernels/gemm.py), the numbers of [chapter 09](09_fp8.ipynb)). With 32 rows an
-# expert waits for its weights, whatever the kernel: only *more rows an expert* helps, and those come
-# from other GPUs. MLA's decode stands near the knee, since 128 heads share one latent: 242 operations a
+# expert waits for its weights, whatever the kernel: only *more rows per expert* help, and those come
+# from other GPUs. MLA's decode stands near the knee, since 128 heads share one latent: 242 operations per
 # byte, where the knee is 295 ([`kernels/decode.py`](../kernels/decode.py)); with two tokens at a time, as
 # drafts allow ([chapter 08](08_generate.ipynb)), arithmetic takes over.
 #

@@ -18,6 +18,7 @@ from dsv3_ref.eplb import (
     gpu_load,
     load_imbalance,
     logical_to_physical,
+    occurrence_rank,
     rebalance_experts,
     replicate_experts,
 )
@@ -149,6 +150,29 @@ def test_v3_s_units():
     assert (count_le.sum(-1) == 320).all()
 
 
+def test_loads_of_gpus_and_their_imbalance():
+    load_le = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]])
+    in_order = gpu_load(load_le, torch.arange(12)[None], 4)
+    assert in_order.tolist() == [[262, 330, 116, 325]]
+    expert_la = torch.tensor([[*range(12), 5, 5, 10, 1]])  # three copies of 5, two of 10 and 1
+    shared = gpu_load(load_le, expert_la, 4)
+    assert shared.tolist() == [[90 + 66 + 40 + 61, 104 + 55 + 39 + 4, 73 + 56 + 91.5 + 86,
+                                55 + 55 + 91.5 + 66]]  # fmt: skip
+    assert load_imbalance(torch.tensor([[1, 2, 3], [2, 2, 2]])).tolist() == [1.5, 1.0]
+
+
+def test_as_many_slots_as_experts_is_enough():
+    expert_la, slot_leu, count_le = rebalance_experts(torch.ones(1, 12), 12, 4, 2, 4)
+    assert sorted(expert_la[0].tolist()) == list(range(12))
+    assert slot_leu.shape == (1, 12, 1)
+    assert (count_le == 1).all()
+
+
+def test_occurrences_are_counted_in_order():
+    expert_m = torch.tensor([2, 0, 2, 2, 1, 0])
+    assert occurrence_rank(expert_m, 4).tolist() == [0, 0, 1, 2, 0, 1]
+
+
 @pytest.mark.parametrize(
     "sizes, sentence",
     [
@@ -230,6 +254,15 @@ def test_only_slots_that_change_are_filled(moe):
     assert moe.token_dispatcher is slots
     one[:] = 0  # the caller's tensor is not kept
     assert torch.equal(slots.physical.w1, moe.experts.w1[two])
+
+
+def test_slots_have_the_dtype_of_the_experts(moe):
+    moe.bfloat16()
+    set_expert_placement(moe, placements()[0])
+    assert {p.dtype for p in moe.routed.physical.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in moe.routed.physical.parameters())
+    with pytest.raises(UserError, match="one layer"):
+        set_expert_placement(moe, torch.arange(12)[None])
 
 
 def test_every_gpu_gets_the_rows_of_its_slots(moe):

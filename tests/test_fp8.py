@@ -86,6 +86,16 @@ def test_scales_of_a_wrong_shape_are_refused():
         fp8.weight_dequant(q, s[:4])
 
 
+def test_the_bounds_of_scales_and_values():
+    scale = fp8.amax_to_scale(torch.tensor([0.0, 1e-31, 1e-30, 448.0]), False)
+    assert torch.equal(scale, torch.tensor([1e-30, 1e-30, 1e-30, 448.0]) / 448)
+    ue8m0 = fp8.amax_to_scale(torch.tensor([448.0, 449.0, 896.0]), True)
+    assert ue8m0.tolist() == [1.0, 2.0, 2.0]
+    q = fp8.quantize(torch.tensor([1000.0, -1000.0, 447.0, 3.0]), torch.tensor(2.0))
+    assert q.float().tolist() == [448.0, -448.0, 224.0, 1.5]
+    assert fp8.quantize(torch.tensor([1e4, -1e4]), torch.tensor(1.0)).float().abs().max() == 448
+
+
 # ── Along the tokens ──
 
 
@@ -135,6 +145,28 @@ def test_twelve_bits_round_trip(k):
     unit = s.repeat_interleave(128, 1)[:, :k]
     assert ((back - x).abs() <= torch.maximum(x.abs() * 2**-7, unit * 2**-21)).all()
     assert torch.equal(s, 2 ** s.log2().round())
+
+
+def test_twelve_bits_round_to_the_nearest_number():
+    """E5M6 is fp16 without four bits of its mantissa: every number, every tie, both ends."""
+    half = torch.arange(0, 31 * 1024, 16, dtype=torch.int16).view(torch.float16).float()
+    assert half.max() == fp8.E5M6_MAX == 65_024
+    assert torch.equal(fp8.round_e5m6(half), half)
+    assert torch.equal(fp8.round_e5m6(-half), -half)
+    tie = (half[:-1] + half[1:]) / 2
+    even = torch.where(torch.arange(len(tie)) % 2 == 1, half[1:], half[:-1])
+    assert torch.equal(fp8.round_e5m6(tie), even)
+    assert torch.equal(fp8.round_e5m6(tie * (1 + 2**-20)), half[1:])
+    assert fp8.round_e5m6(torch.tensor([1e9, -1e9])).tolist() == [65_024, -65_024]
+
+
+def test_twelve_bits_use_their_whole_range():
+    x = torch.zeros(3, 128)
+    x[:, 7] = torch.tensor([65_024.0, 65_025.0, 3.0])
+    packed, s = fp8.e5m6_quant(x)
+    assert s[:, 0].tolist() == [1.0, 2.0, 2.0**-14]
+    back = fp8.e5m6_dequant(packed, s, 128)
+    assert back[0, 7] == 65_024 and back[2, 7] == 3 and back.count_nonzero() == 3
 
 
 # ── Products ──
@@ -217,6 +249,42 @@ def test_dgrad_and_wgrad_are_their_equations():
     kept = fp8.act_quant(x.detach())
     want = columns(fp8.act_quant_transposed(g)) @ columns(fp8.requant_transposed(*kept)).T
     assert torch.allclose(dw, want, rtol=1e-4, atol=1e-3)
+
+
+def test_the_input_kept_in_twelve_bits_is_what_wgrad_reads():
+    layer, g = ops.Linear(200, 130, "e5m6"), torch.randn(70, 130)
+    x = torch.randn(70, 200, requires_grad=True)
+    torch.nn.init.normal_(layer.weight)
+    with ops.use("fp8", "torch"), ops.saved_tensors(False) as saved:
+        y = layer(x)
+        saved_bytes = saved.bytes
+        dw = torch.autograd.grad(y, layer.weight, g)[0]
+    wide_x = fp8.act_dequant(*fp8.act_quant(x.detach(), True))  # Fprop reads E4M3
+    w = fp8.weight_dequant(*fp8.weight_quant(layer.weight.detach()))
+    assert torch.allclose(y, wide_x @ w.T, rtol=1e-4, atol=1e-3)
+    weight_bytes = sum(t.nbytes for t in fp8.weight_quant(layer.weight.detach()))
+    assert saved_bytes == 70 * 2 * (192 + 4) + weight_bytes
+    columns = lambda t: fp8.act_dequant(*t)[:, :70]
+    saved_x = fp8.e5m6_dequant(*fp8.e5m6_quant(x.detach()), 200)
+    want = columns(fp8.act_quant_transposed(g))
+    want = want @ columns(fp8.act_quant_transposed(saved_x, None, True)).T
+    assert torch.allclose(dw, want, rtol=1e-4, atol=1e-3)
+    other = columns(fp8.act_quant_transposed(g)) @ columns(fp8.act_quant_transposed(saved_x)).T
+    assert not torch.allclose(dw, other, rtol=1e-4, atol=1e-3)  # scales that are powers of two
+
+
+def test_swiglu_backward_reads_what_was_kept():
+    gate, up, g = torch.randn(3, 5, 200)
+    gate_q, up_q = fp8.act_quant(gate), fp8.act_quant(up)
+    dgate, dup, q, s = fp8.swiglu_quant_backward(g, *gate_q, *up_q)
+    wide_gate, wide_up = fp8.act_dequant(*gate_q), fp8.act_dequant(*up_q)
+    sigma = wide_gate.sigmoid()
+    h = wide_gate * sigma
+    assert torch.allclose(dup, g * h, atol=1e-5)
+    assert torch.allclose(dgate, g * wide_up * (sigma + h * (1 - sigma)), atol=1e-5)
+    want_q, want_s = fp8.act_quant_transposed(h * wide_up)
+    assert torch.allclose(s, want_s, rtol=1e-5)
+    assert (q.float() != want_q.float()).float().mean() < 0.01
 
 
 def test_what_is_kept_after_swiglu_are_codes():
