@@ -13,7 +13,7 @@ import tyro
 
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
-from dsv3_ref.posttraining.policy import Policy, Written
+from dsv3_ref.posttraining.policy import Completion, Policy
 from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, is_task_name
 from dsv3_ref.rewards import extract_boxed, majority, pass_at_k
 from dsv3_ref.training.strategy import pick_device
@@ -73,7 +73,7 @@ def validate_args(args: EvalConfig) -> None:
 def evaluate(args: EvalConfig) -> dict[str, dict[str, float]]:
     """Results by task, printed as a table."""
     validate_args(args)
-    policy = Policy.of(args.model, pick_device(args.device))
+    policy = Policy.from_pretrained(args.model, pick_device(args.device))
     ours = [name for name in args.tasks if is_task_name(name)]
     theirs = [name for name in args.tasks if not is_task_name(name)]
     results = {name: evaluate_task(policy, name, args) for name in ours}
@@ -94,8 +94,8 @@ def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, floa
     problems, k = get_task(name).problems[1][: args.limit or None], args.samples
     asked = [build_messages(p.question, system=args.system) for p in problems]
     torch.manual_seed(args.seed)
-    (greedy,) = zip(*chunked(policy.answers(asked, 1, args.max_new_tokens, 0.0), 1))
-    drawn = chunked(policy.answers(asked, k, args.max_new_tokens, args.temperature), k)
+    (greedy,) = zip(*chunked(policy.generate(asked, 1, args.max_new_tokens, 0.0), 1))
+    drawn = chunked(policy.generate(asked, k, args.max_new_tokens, args.temperature), k)
     right = [
         sum(score_completion(name, p, a) == 1 for a in group) for p, group in zip(problems, drawn)
     ]
@@ -110,17 +110,17 @@ def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, floa
     return out | {"tokens": fmean(len(a.tokens) for group in drawn for a in group)}
 
 
-def chunked(answers: list[Written], k: int) -> list[list[Written]]:
+def chunked(answers: list[Completion], k: int) -> list[list[Completion]]:
     """Answers in succession, k to a problem."""
     return [answers[i : i + k] for i in range(0, len(answers), k)]
 
 
-def score_completion(name: str, problem: Problem, answer: Written) -> float:
+def score_completion(name: str, problem: Problem, answer: Completion) -> float:
     """What the task says of an answer that ended."""
     return get_task(name).score(answer.text, problem) if answer.ended else 0.0
 
 
-def score_majority(name: str, problem: Problem, group: list[Written]) -> float:
+def score_majority(name: str, problem: Problem, group: list[Completion]) -> float:
     """Whether the commonest boxed answer is right."""
     given = majority([extract_boxed(a.text) if a.ended else None for a in group])
     return 0.0 if given is None else get_task(name).score(f"\\boxed{{{given}}}", problem)

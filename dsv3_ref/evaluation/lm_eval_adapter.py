@@ -46,7 +46,7 @@ class DSV3LM(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """A conversation in its form; a text as lm-eval joins it."""
         if isinstance(context, ChatContext):
-            return self.policy.prompt(context.messages), self.tok_encode(continuation, False)
+            return self.policy.encode_prompt(context.messages), self.tok_encode(continuation, False)
         return super()._encode_pair(context, continuation)
 
     @torch.no_grad()
@@ -96,7 +96,11 @@ class DSV3LM(TemplateLM):
         text = StreamDetokenizer(
             self.policy.tokenizer, tuple([until] if isinstance(until, str) else until)
         )
-        prompt = self.policy.prompt(context.messages) if isinstance(context, ChatContext) else None
+        prompt = (
+            self.policy.encode_prompt(context.messages)
+            if isinstance(context, ChatContext)
+            else None
+        )
         prompt = prompt or self.tok_encode(context)
         room = min(how.get("max_gen_toks", 256), self.limit - 1)
         prompt = prompt[-(self.limit - room) :]

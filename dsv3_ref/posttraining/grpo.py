@@ -19,9 +19,10 @@ from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens
-from dsv3_ref.grpo import advantages, grpo_loss, token_logprobs
+from dsv3_ref.grpo import advantages, grpo_loss
 from dsv3_ref.moe import Route
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
+from dsv3_ref.posttraining.logprobs import chunked_logprobs
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, parse_weights
 from dsv3_ref.posttraining.sft import print_to_stderr
@@ -52,7 +53,7 @@ class GRPOConfig(TrainConfig):
     .jsonl and .parquet files of problems with answers, with test cases for code, or with neither"""
     reward: Path | None = None
     """a reward model (of dsv3 reward) that scores tasks without a right answer"""
-    votes: int = 0
+    sample_votes: int = 0
     """self-reward in its place: the share of yes among so many votes of the model that the run
     began with"""
     num_generations: int = 16
@@ -166,7 +167,7 @@ class PromptDataset:
 
 
 @dataclass
-class Answer:
+class Rollout:
     """One of a group's answers, and what is known of it."""
 
     problem: Problem
@@ -179,7 +180,7 @@ class Answer:
     old: torch.Tensor | None = None  # log π before the first of several updates
 
 
-class Scorer:
+class RewardFn:
     """Rewards: a task's own rule, or opinions where nothing is right."""
 
     def __init__(self, args: GRPOConfig, first: Policy, say, device):
@@ -199,26 +200,28 @@ class Scorer:
             if self.model.tokenizer.get_vocab() != first.tokenizer.get_vocab():
                 raise UserError(f"{args.reward} reads another tokenizer's tokens than {args.init}")
 
-    def __call__(self, answers: list[Answer]) -> None:
+    def __call__(self, answers: list[Rollout]) -> None:
         """Fill in the rewards: 0 for an answer without an end, or whose scorer fails."""
         whole = [a for a in answers if a.tokens[-1] == self.end]
         opinions = [a for a in whole if get_task(a.problem.domain).is_open_ended]
         ruled = [a for a in whole if not get_task(a.problem.domain).is_open_ended]
-        for a, reward in zip(ruled, map_parallel(self.rule, ruled)):
+        for a, reward in zip(ruled, map_parallel(self.rule_reward, ruled)):
             a.reward = reward
-        for a, reward in zip(opinions, self.opinion(opinions)):
+        for a, reward in zip(opinions, self.model_reward(opinions)):
             a.reward = reward
 
-    def opinion(self, answers: list[Answer]) -> list[float]:
+    def model_reward(self, answers: list[Rollout]) -> list[float]:
         """Shares of yes, or a reward model's scores between 0 and 1."""
         if self.votes and answers:
-            yes_nk = self.first.votes([(a.problem.question, a.text) for a in answers], self.votes)
+            yes_nk = self.first.sample_votes(
+                [(a.problem.question, a.text) for a in answers], self.votes
+            )
             return vote_reward(yes_nk, self.votes).tolist()
         if answers:
             return self.model.score([a.prompt + a.tokens for a in answers]).sigmoid().tolist()
         return []
 
-    def rule(self, a: Answer) -> float:
+    def rule_reward(self, a: Rollout) -> float:
         """What the task says; the first failure of each kind is told."""
         if self.require_think_format and not has_think_format(a.text):
             return 0.0
@@ -248,7 +251,7 @@ class GRPOTask:
         self.reference: nn.Module | None = None
         self.vllm: VllmRollouts | None = None
         self.synced_step: int | None = None  # whose weights vLLM has
-        self.groups: list[list[Answer]] = []  # of all processes, of the last batch
+        self.groups: list[list[Rollout]] = []  # of all processes, of the last batch
         self.rollout_seconds = 0.0
         self.sums: dict[str, float] = defaultdict(float)  # metrics of this batch times tokens
         self.num_answers = self.num_live = 0  # of this minibatch; with a gradient
@@ -277,7 +280,7 @@ class GRPOTask:
             self.reference = native.load(config.init, dtype=torch.float32).to(self.device)
             self.reference.requires_grad_(False)
         first = Policy(self.reference, run.data.tokenizer)
-        self.score = Scorer(config, first, print_to_stderr, self.device)
+        self.score = RewardFn(config, first, print_to_stderr, self.device)
         if config.rollout_backend == "vllm":
             if strategy.dp_size > 1:
                 raise UserError("--rollout-backend vllm runs in one process")
@@ -291,7 +294,7 @@ class GRPOTask:
 
     def generate_rollouts(
         self, run: Run, problems: list[Problem], group: int, temperature: float
-    ) -> list[Answer]:
+    ) -> list[Rollout]:
         """Return a group of scored answers to each problem, one group after another."""
         model, config = run.strategy.model, self.config
         prompts = [build_messages(p.question, system=config.system) for p in problems]
@@ -300,15 +303,15 @@ class GRPOTask:
             self.vllm.refresh(model)
             self.synced_step = run.state.step
         with run.strategy.precision_context():
-            completions = policy.answers(prompts, group, config.max_new_tokens, temperature)
+            completions = policy.generate(prompts, group, config.max_new_tokens, temperature)
             answers = [
-                Answer(problems[i // group], c.prompt, c.tokens, c.logp, c.text, 0.0)
+                Rollout(problems[i // group], c.prompt, c.tokens, c.logp, c.text, 0.0)
                 for i, c in enumerate(completions)
             ]
             self.score(answers)
         return answers
 
-    def next_batch(self, run: Run, n: int) -> list[Answer]:
+    def next_batch(self, run: Run, n: int) -> list[Rollout]:
         """Return this process's answers to the next n questions, with their advantages."""
         config, start = self.config, time.perf_counter()
         group = config.num_generations
@@ -326,23 +329,23 @@ class GRPOTask:
         self.rollout_seconds = time.perf_counter() - start
         return answers
 
-    def num_tokens(self, batch: list[Answer]) -> int:
+    def num_tokens(self, batch: list[Rollout]) -> int:
         return sum(len(a.tokens) for a in batch)
 
     # ── The loss ──
 
-    def minibatches(self, run: Run, batch: list[Answer]) -> list[list[Answer]]:
+    def minibatches(self, run: Run, batch: list[Rollout]) -> list[list[Rollout]]:
         """Deal the groups out to the optimizer steps of this batch."""
         n = self.config.steps_per_generation
         self.sums = defaultdict(float)
-        parts: list[list[Answer]] = [[] for _ in range(n)]
+        parts: list[list[Rollout]] = [[] for _ in range(n)]
         for i, answer in enumerate(batch):
             parts[i // self.config.num_generations % n].append(answer)
         if n > 1:
             self.compute_old_logprobs(run.strategy.model, batch)
         return parts
 
-    def micro_batches(self, run: Run, batch: list[Answer]) -> list[list[Answer]]:
+    def micro_batches(self, run: Run, batch: list[Rollout]) -> list[list[Rollout]]:
         """Split the answers with a gradient; the others are not computed, but counted."""
         total = run.strategy.all_reduce({"tokens": self.num_tokens(batch)})["tokens"]
         self.num_answers, self.mean_tokens = len(batch), total / run.strategy.dp_size
@@ -350,13 +353,13 @@ class GRPOTask:
         self.num_live = len(live)
         return self.split(live)
 
-    def split(self, answers: list[Answer]) -> list[list[Answer]]:
+    def split(self, answers: list[Rollout]) -> list[list[Rollout]]:
         """Split answers into parts that one forward pass reads."""
         n = self.config.micro_batch or len(answers)
         return [answers[i : i + n] for i in range(0, len(answers), n)]
 
     @torch.no_grad()
-    def compute_old_logprobs(self, model: nn.Module, answers: list[Answer]) -> None:
+    def compute_old_logprobs(self, model: nn.Module, answers: list[Rollout]) -> None:
         """Store log π of all answers before the first of several optimizer steps."""
         for part in self.split(answers):
             logp_n = self.logprobs(model, part)[0]
@@ -364,7 +367,7 @@ class GRPOTask:
                 a.old = logp
 
     def logprobs(
-        self, model: nn.Module, answers: list[Answer]
+        self, model: nn.Module, answers: list[Rollout]
     ) -> tuple[torch.Tensor, torch.Tensor, list[Route]]:
         """Return log π and entropy of all tokens of the answers end to end, and the routes.
 
@@ -381,11 +384,11 @@ class GRPOTask:
         h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
         h_nd, y_n = h_1nd[0, :-1][mask_n], tokens_1n[0, 1:][mask_n]
         temperature = self.config.temperature
-        logp_n, entropy_n = token_logprobs(h_nd, model.head.weight, y_n, temperature)
+        logp_n, entropy_n = chunked_logprobs(h_nd, model.head.weight, y_n, temperature)
         return logp_n, entropy_n, routes
 
     def loss(
-        self, model: nn.Module, micro_batch: list[Answer], balance_loss_scope: str
+        self, model: nn.Module, micro_batch: list[Rollout], balance_loss_scope: str
     ) -> LossOutput:
         """Return `grpo_loss` of a micro-batch as its part of the mean over all answers."""
         config, lengths = self.config, [len(a.tokens) for a in micro_batch]
@@ -421,7 +424,7 @@ class GRPOTask:
         weight = 1.0 if config.loss_type == "dapo" else self.num_live / self.num_answers
         return LossOutput(output.loss * weight, [], output.loss.new_zeros(()), routes)
 
-    def loss_weight(self, micro_batch: list[Answer]) -> int:
+    def loss_weight(self, micro_batch: list[Rollout]) -> int:
         return len(micro_batch)
 
     def accumulate_metrics(self, n: int, **means: torch.Tensor) -> None:

@@ -15,10 +15,13 @@ from dsv3_ref.posttraining.prompts import build_messages
 from dsv3_ref.rewards import vote_prompt
 from dsv3_ref.sft import render_conversation
 
-LOT, VOTE = 256, 4  # answers that are written side by side; tokens of a vote
+BATCH_COMPLETIONS, MAX_VOTE_TOKENS = (
+    256,
+    4,
+)  # answers that are written side by side; tokens of a vote
 
 
-def has_room(model, prompts: Sequence[list[int]], new: int) -> None:
+def check_prompt_length(model, prompts: Sequence[list[int]], new: int) -> None:
     """Raise if a prompt and its answer are more than the model reads."""
     longest, limit = max(map(len, prompts), default=0), model.config.max_seq_len
     if longest + new > limit:
@@ -28,7 +31,7 @@ def has_room(model, prompts: Sequence[list[int]], new: int) -> None:
         )
 
 
-class Written(NamedTuple):
+class Completion(NamedTuple):
     """An answer as the model wrote it."""
 
     prompt: list[int]
@@ -41,48 +44,52 @@ class Written(NamedTuple):
 class Policy:
     """A model with its tokenizer."""
 
-    def __init__(self, model, tokenizer, write=None):
+    def __init__(self, model, tokenizer, rollout_fn=None):
         self.model, self.tokenizer, self.special_tokens = (
             model,
             tokenizer,
             get_special_tokens(tokenizer),
         )
-        self.write = write or partial(
+        self.rollout_fn = rollout_fn or partial(
             generate_rollouts, model
         )  # as `generate_rollouts`, without the model
 
     @classmethod
-    def of(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
+    def from_pretrained(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
         """From a run, a checkpoint or a Hugging Face directory."""
         model = native.load(folder, device, dtype).eval()
         return cls(model, load_tokenizer(native.find_tokenizer_dir(Path(folder))))
 
-    def prompt(self, messages: list[dict]) -> list[int]:
+    def encode_prompt(self, messages: list[dict]) -> list[int]:
         """Tokens of a conversation that ends with a question."""
         encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
         return render_conversation(messages, encode, self.special_tokens)
 
-    def answers(
+    def generate(
         self, asked: Sequence[list[dict]], group: int, max_new: int, temperature: float
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """`group` answers to each conversation, in succession."""
-        return [a for lot in self.lots(asked, group, max_new, temperature) for a in lot]
+        return [a for lot in self.iter_batches(asked, group, max_new, temperature) for a in lot]
 
-    def votes(self, asked: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
+    def sample_votes(self, asked: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
         """Self-reward: k votes on each (question, answer), at temperature 1, (n, k)."""
-        found = self.answers([build_messages(vote_prompt(*pair)) for pair in asked], k, VOTE, 1.0)
+        found = self.generate(
+            [build_messages(vote_prompt(*pair)) for pair in asked], k, MAX_VOTE_TOKENS, 1.0
+        )
         return torch.tensor([a.text.lower().startswith("yes") for a in found]).view(-1, k)
 
-    def lots(self, asked, group: int, max_new: int, temperature: float) -> Iterator[list[Written]]:
+    def iter_batches(
+        self, asked, group: int, max_new: int, temperature: float
+    ) -> Iterator[list[Completion]]:
         """The same, some conversations at a time."""
-        n = max(1, LOT // group)
+        n = max(1, BATCH_COMPLETIONS // group)
         for i in range(0, len(asked), n):
-            prompts = [self.prompt(messages) for messages in asked[i : i + n]]
-            has_room(self.model, prompts, max_new)
+            prompts = [self.encode_prompt(messages) for messages in asked[i : i + n]]
+            check_prompt_length(self.model, prompts, max_new)
             end = self.special_tokens.eos
-            found = self.write(prompts, group, max_new, end, temperature)
+            found = self.rollout_fn(prompts, group, max_new, end, temperature)
             yield [
-                Written(prompts[j // group], tokens, logp, self.tokenizer.decode(tokens),
+                Completion(prompts[j // group], tokens, logp, self.tokenizer.decode(tokens),
                         tokens[-1] == end)
                 for j, (tokens, logp) in enumerate(zip(*found))
             ]  # fmt: skip

@@ -15,7 +15,7 @@ from dsv3_ref.data import files
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
-from dsv3_ref.posttraining.policy import has_room
+from dsv3_ref.posttraining.policy import check_prompt_length
 from dsv3_ref.posttraining.sft import print_to_stderr, train_val_split
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import (
@@ -322,7 +322,7 @@ class RewardModel:
     def add_judgments(self, samples: list[list[int]], references: list[str]):
         """The conversations with a judgment of at most JUDGMENT tokens behind them."""
         asked, end = self.add_judge_turns(samples, references), self.special_tokens.eos
-        has_room(self.model, asked, MAX_JUDGMENT_TOKENS)
+        check_prompt_length(self.model, asked, MAX_JUDGMENT_TOKENS)
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]
         told = [
             generate_rollouts(self.model, lot, 1, MAX_JUDGMENT_TOKENS, end, 0.0)[0] for lot in lots

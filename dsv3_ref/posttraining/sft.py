@@ -75,7 +75,7 @@ class SFTConfig(TrainConfig):
 # ── Conversations ──
 
 
-def conversation(row, encode, special_tokens: SpecialTokens, room: int) -> list[int]:
+def encode_conversation(row, encode, special_tokens: SpecialTokens, room: int) -> list[int]:
     """Tokens of a row of data; raises a `UserError` for what cannot be learnt from."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list | tuple):
@@ -90,10 +90,12 @@ def conversation(row, encode, special_tokens: SpecialTokens, room: int) -> list[
     return tokens
 
 
-def read(name: str, encode, special_tokens: SpecialTokens, room: int, say=print) -> list[list[int]]:
+def read_conversations(
+    name: str, encode, special_tokens: SpecialTokens, room: int, say=print
+) -> list[list[int]]:
     """The conversations of a source; bad rows are reported by number and left out."""
     found, bad = files.valid_rows(
-        name, lambda row: conversation(row, encode, special_tokens, room), say
+        name, lambda row: encode_conversation(row, encode, special_tokens, room), say
     )
     if not found:
         raise UserError(f"{name} has no conversation to learn from ({bad} rows were left out)")
@@ -168,7 +170,7 @@ class SFTTask:
 
         train_samples, val = [], {}
         for name in config.data:
-            samples = read(name, encode, special_tokens, length, print_to_stderr)
+            samples = read_conversations(name, encode, special_tokens, length, print_to_stderr)
             train, held_out = train_val_split(samples)
             train_samples += train
             self.samples += held_out[:2]

@@ -15,10 +15,10 @@ from dsv3_ref.config import UserError
 MISSING = "--rollout-backend vllm needs a machine with vLLM (pip install vllm) and a GPU for it"
 
 
-class Refresh:
+class WeightSyncExtension:
     """What vLLM mixes into its workers: weights of a directory into the running model."""
 
-    def refresh(self, folder: str) -> None:
+    def sync_weights(self, folder: str) -> None:
         from safetensors.torch import load_file  # in the engine's process
 
         model = self.model_runner.model
@@ -44,7 +44,7 @@ class VllmRollouts:
             model=str(folder), skip_tokenizer_init=True, dtype="bfloat16",
             max_model_len=self.c.max_seq_len, tensor_parallel_size=tensor_parallel,
             gpu_memory_utilization=memory, logprobs_mode="processed_logprobs",
-            worker_extension_cls=f"{__name__}.{Refresh.__name__}",
+            worker_extension_cls=f"{__name__}.{WeightSyncExtension.__name__}",
         )  # fmt: skip
 
     def export(self, model) -> None:
@@ -54,7 +54,7 @@ class VllmRollouts:
     def refresh(self, model) -> None:
         """Bring the engine's weights, and nothing that it remembers of the old ones, up to date."""
         self.export(model)
-        self.engine.collective_rpc("refresh", args=(str(self.folder),))
+        self.engine.collective_rpc("sync_weights", args=(str(self.folder),))
         self.engine.reset_prefix_cache()
 
     def __call__(
@@ -68,10 +68,10 @@ class VllmRollouts:
             ignore_eos=True, detokenize=False, logprobs=0,
         )  # fmt: skip
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        found = list(self.answers(self.engine.generate(asked, how, use_tqdm=False)))
+        found = list(self.iter_completions(self.engine.generate(asked, how, use_tqdm=False)))
         return [tokens for tokens, _ in found], [logp for _, logp in found]
 
-    def answers(self, outputs) -> Iterator[tuple[list[int], list[float]]]:
+    def generate(self, outputs) -> Iterator[tuple[list[int], list[float]]]:
         """(tokens, log π) of every answer, in the order of the prompts."""
         for output in outputs:
             for one in output.outputs:

@@ -286,7 +286,7 @@ class Service:
     def encode_prompts(self, body: dict, chat: bool) -> list[list[int]]:
         """Tokens of every prompt; text cannot spell a special token."""
         if chat:
-            return [self.policy.prompt(flatten_content(body.get("messages")))]
+            return [self.policy.encode_prompt(flatten_content(body.get("messages")))]
         x = body.get("prompt", "")
         x = [x] if isinstance(x, str) or (x and isinstance(x, list) and is_token_ids(x)) else x
         if not isinstance(x, list) or not x or len(x) > self.args.max_n:

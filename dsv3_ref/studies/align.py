@@ -169,7 +169,7 @@ def distill(args: AlignConfig, stages: StageRunner, folder: Path) -> dict[str, d
                           "--seed", 0, "--data", data)  # fmt: skip
 
     direct = tune("direct", [{"messages": sft_variants(problem)[0]} for problem in problems])
-    distilled = tune("distilled", expert_answers(Policy.of(folder / "rl"), problems))
+    distilled = tune("distilled", expert_answers(Policy.from_pretrained(folder / "rl"), problems))
     return {
         "short answers": measure_sums(direct),
         "both forms": measure_sums(folder / "sft"),
@@ -184,7 +184,7 @@ def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
     prompts = [build_messages(problem.question) for problem in problems]
     torch.manual_seed(0)
     completions = []
-    for batch in tqdm(policy.lots(prompts, TRIES, MAX_NEW, 1.0), "expert", unit="batch"):
+    for batch in tqdm(policy.iter_batches(prompts, TRIES, MAX_NEW, 1.0), "expert", unit="batch"):
         completions += batch
     rewards = score_sums(completions, problems, TRIES)
     best = rejection_sample([completion.text for completion in completions], rewards, TRIES)
@@ -205,13 +205,13 @@ def score_sums(completions: list, problems: list[Problem], num_generations: int)
 
 def measure_sums(run: Path, system: str = "") -> dict[str, float]:
     """Measure held-out sums: the share right, greedy and sampled, and tokens of sampled answers."""
-    policy = Policy.of(run)
+    policy = Policy.from_pretrained(run)
     problems = TASKS["sums"].problems[1]
     prompts = [build_messages(problem.question, system=system) for problem in problems]
     measures = {}
     torch.manual_seed(0)
     for name, temperature, num_generations in (("greedy", 0.0, 1), ("sampled", 1.0, 4)):
-        completions = policy.answers(prompts, num_generations, MAX_NEW, temperature)
+        completions = policy.generate(prompts, num_generations, MAX_NEW, temperature)
         measures[name] = fmean(score_sums(completions, problems, num_generations))
         measures["length"] = fmean(len(x.tokens) for x in completions)
     return measures
@@ -231,11 +231,11 @@ def read_curve(run: Path) -> list[dict]:
 
 def sample_groups(run: Path) -> list[dict]:
     """Sample eight answers to each of four held-out sums, with their rewards."""
-    policy = Policy.of(run)
+    policy = Policy.from_pretrained(run)
     problems = TASKS["sums"].problems[1][:4]
     torch.manual_seed(0)
     prompts = [build_messages(problem.question) for problem in problems]
-    completions = policy.answers(prompts, 8, MAX_NEW, 1.0)
+    completions = policy.generate(prompts, 8, MAX_NEW, 1.0)
     rewards = score_sums(completions, problems, 8)
     answers = [{"text": x.text, "reward": reward} for x, reward in zip(completions, rewards)]
     return [

@@ -200,7 +200,9 @@ def measure_votes(args: RewardStudyConfig, stages: StageRunner) -> dict:
                        args.epochs, "--seed", args.seed, "--lr", 1e-3)  # fmt: skip
     answers = sample_open_answers(True, 200, args.seed)
     torch.manual_seed(args.seed)
-    yes_nk = Policy.of(voter).votes([(question, text) for question, text, _ in answers], VOTES)
+    yes_nk = Policy.from_pretrained(voter).sample_votes(
+        [(question, text) for question, text, _ in answers], VOTES
+    )
     good_n = torch.tensor([is_good for *_, is_good in answers])
     accuracy = (yes_nk == good_n[:, None]).float().mean().item()
     ks = range(1, VOTES + 1)

@@ -36,7 +36,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lm(home):
-    return DSV3LM(Policy.of(home / "base"))
+    return DSV3LM(Policy.from_pretrained(home / "base"))
 
 
 def asked(*args):
@@ -140,7 +140,7 @@ def test_a_conversation_is_asked_in_its_form(lm):
     chat = lm.apply_chat_template(talk)
     assert isinstance(chat, ChatContext) and chat == "the sea?"
     (got,) = lm.generate_until(asked((chat, {"max_gen_toks": 8, "until": []})))
-    (want,) = lm.policy.answers([talk], 1, 8, 0.0)
+    (want,) = lm.policy.generate([talk], 1, 8, 0.0)
     assert got == lm.policy.tokenizer.decode([t for t in want.tokens if t != lm.eot_token_id])
 
 

@@ -16,7 +16,7 @@ from test_cluster import ended
 
 from dsv3_ref.cli import main
 from dsv3_ref.parallel.data_parallel import DataParallel
-from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, GRPOTask
+from dsv3_ref.posttraining.grpo import GRPOConfig, GRPOTask, Rollout
 from dsv3_ref.posttraining.prompts import Problem, build_messages
 from dsv3_ref.training import loop, settings
 from dsv3_ref.training.state import Run, build_run
@@ -90,13 +90,13 @@ def test_a_reward_model_on_two_ranks_is_that_of_one(home, tmp_path):
     assert two[-1]["agreement"] == one[-1]["agreement"]
 
 
-def written(run: Run) -> list[Answer]:
+def written(run: Run) -> list[Rollout]:
     """Four groups of two answers of unlike lengths, one of them without a difference."""
     bos, eos, _, user, assistant = run.data.special_tokens
     out = []
     for i in range(8):
         tokens = [*range(20, 21 + i % 5), eos]
-        a = Answer(Problem("x", f"q{i // 2}", "1"), [bos, user, 30 + i // 2, assistant], tokens,
+        a = Rollout(Problem("x", f"q{i // 2}", "1"), [bos, user, 30 + i // 2, assistant], tokens,
                    [-1.0] * len(tokens), "", 0.0)  # fmt: skip
         a.advantage = (-1.0) ** i * (i // 2) / 2
         out.append(a)

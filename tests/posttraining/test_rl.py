@@ -13,7 +13,7 @@ from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.grpo import advantages, generate_rollouts, grpo_loss
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.posttraining.grpo import Answer, GRPOConfig, GRPOTask, PromptDataset
+from dsv3_ref.posttraining.grpo import GRPOConfig, GRPOTask, PromptDataset, Rollout
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS, Problem, build_messages
 from dsv3_ref.training import loop, settings
@@ -167,13 +167,13 @@ def new_run(home, folder, *more) -> Run:
     return build_run(GRPOTask(config), SingleProcess(config), folder)
 
 
-def train(run: Run, batch: list[Answer], recipe, lr=0.0):
+def train(run: Run, batch: list[Rollout], recipe, lr=0.0):
     """Train on these answers, with gate biases left alone."""
     hyperparams = StepHyperparams(recipe, lr, 0.0, 0.0, float("inf"))
     return loop.train_minibatches(run, batch, hyperparams)
 
 
-def answers(run: Run) -> list[Answer]:
+def answers(run: Run) -> list[Rollout]:
     """Two groups, in which the model says its own marks too."""
     bos, eos, pad, user, assistant = run.data.special_tokens
     said = [[20, 21, eos], [22, bos, 23, 24, eos], [assistant, user, eos], [25, 26, 27, pad, 28]]
@@ -181,13 +181,13 @@ def answers(run: Run) -> list[Answer]:
     for i, tokens in enumerate(said):
         prompt = [bos, user, 30 + i // 2, assistant]
         logp = [-1.0] * len(tokens)
-        out.append(Answer(TASKS["short"].problems[0][i // 2], prompt, tokens, logp, "", 0.0))
+        out.append(Rollout(TASKS["short"].problems[0][i // 2], prompt, tokens, logp, "", 0.0))
     for a, x in zip(out, advantages(torch.tensor([1.0, 0.0, 0.3, 0.9]), 2).tolist()):
         a.advantage = x
     return out
 
 
-def by_hand(model, run: Run, found: list[Answer]):
+def by_hand(model, run: Run, found: list[Rollout]):
     """The loss of all answers at once, each alone in its row."""
     longest = max(len(a.tokens) for a in found)
     logp_bs = torch.zeros(len(found), longest)
@@ -287,7 +287,7 @@ def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, mon
         seen.append((self.model, len(asked), k))
         return torch.arange(len(asked) * k).view(-1, k) % 3 == 0
 
-    monkeypatch.setattr(Policy, "votes", vote)
+    monkeypatch.setattr(Policy, "sample_votes", vote)
     run = new_run(
         home, tmp_path / "x", "--tasks", tmp_path / "open.jsonl", "--votes", 4, "--beta", 0
     )
@@ -304,11 +304,14 @@ def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, mon
 
 
 def test_a_vote_is_a_yes(home):
-    policy = Policy.of(home / "base")
+    policy = Policy.from_pretrained(home / "base")
     yes, no = ([*policy.tokenizer.encode(x, add_special_tokens=False).ids] for x in ("Yes", "no"))
     policy.model = SimpleNamespace(config=SimpleNamespace(max_seq_len=999))
-    policy.write = lambda prompts, k, *_: ([yes, no] * len(prompts) * (k // 2), [[0.0]] * k * 2)
-    assert policy.votes([("a", "b"), ("c", "d")], 2).tolist() == [[True, False]] * 2
+    policy.rollout_fn = lambda prompts, k, *_: (
+        [yes, no] * len(prompts) * (k // 2),
+        [[0.0]] * k * 2,
+    )
+    assert policy.sample_votes([("a", "b"), ("c", "d")], 2).tolist() == [[True, False]] * 2
 
 
 def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
@@ -318,7 +321,7 @@ def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
 
 def test_the_form_is_a_rule_too(home, tmp_path):
     run = new_run(home, tmp_path / "x", "--require-think-format")
-    say = lambda text: Answer(
+    say = lambda text: Rollout(
         run.data.loader.next_batch(1)[0],
         [1],
         [2, run.data.special_tokens.eos],
@@ -328,9 +331,9 @@ def test_the_form_is_a_rule_too(home, tmp_path):
     )
     found = [say("a"), say("<think>a</think>\\boxed{1}")]
     run.task.score.say = print
-    before = [run.task.score.rule(a) for a in found]
+    before = [run.task.score.rule_reward(a) for a in found]
     run.task.score.require_think_format = False
-    assert before == [0.0, 0.0] and [run.task.score.rule(a) for a in found] == [1.0, 0.0]
+    assert before == [0.0, 0.0] and [run.task.score.rule_reward(a) for a in found] == [1.0, 0.0]
 
 
 def test_held_out_problems_leave_random_numbers_alone(home, tmp_path):

@@ -13,7 +13,7 @@ from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
-from dsv3_ref.posttraining.sft import PackedDataset, read, train_val_split
+from dsv3_ref.posttraining.sft import PackedDataset, read_conversations, train_val_split
 from dsv3_ref.sft import (
     SpecialTokens,
     assistant_mask,
@@ -145,7 +145,9 @@ def letters(text: str) -> list[int]:
 def test_a_bad_row_is_reported_by_number_and_left_out(tmp_path):
     rows = [row for bad, _ in POISON for row in (talk("a", "b"), bad)] + [""]
     told = []
-    found = read(written(tmp_path / "x.jsonl", rows), letters, SPECIAL_TOKENS, 40, told.append)
+    found = read_conversations(
+        written(tmp_path / "x.jsonl", rows), letters, SPECIAL_TOKENS, 40, told.append
+    )
     assert len(found) == len(POISON)
     for i, (line, (_, why)) in enumerate(zip(told, POISON)):
         assert f"row {2 * i + 2} is left out" in line and why in line
@@ -154,7 +156,7 @@ def test_a_bad_row_is_reported_by_number_and_left_out(tmp_path):
 def test_nothing_but_bad_rows_is_an_error(tmp_path):
     path = written(tmp_path / "x.jsonl", [bad for bad, _ in POISON])
     with pytest.raises(UserError, match=r"no conversation to learn from \(9 rows were left out\)"):
-        read(path, letters, SPECIAL_TOKENS, 40, lambda _: None)
+        read_conversations(path, letters, SPECIAL_TOKENS, 40, lambda _: None)
 
 
 def test_a_parquet_file_is_read_too(tmp_path):
@@ -166,7 +168,7 @@ def parquet(folder):
 
     rows = datasets.Dataset.from_list([talk("a", "b"), talk("c", "d")])
     rows.to_parquet(str(folder / "x.parquet"))
-    found = read(str(folder / "x.parquet"), letters, SPECIAL_TOKENS, 40)
+    found = read_conversations(str(folder / "x.parquet"), letters, SPECIAL_TOKENS, 40)
     assert found == [tokens_of([(letters(a), letters(b))]) for a, b in ("ab", "cd")]
 
 
@@ -177,7 +179,7 @@ def test_what_holds_no_conversations(name, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(UserError, match=why):
-        read(name, letters, SPECIAL_TOKENS, 40)
+        read_conversations(name, letters, SPECIAL_TOKENS, 40)
 
 
 def test_one_in_twenty_is_held_out():
@@ -254,7 +256,9 @@ def test_a_run_learns_its_answers(home, tuned):
 def test_epochs_say_how_long(home, tuned):
     special_tokens = get_special_tokens(t := load_tokenizer(tuned))
     encode = lambda text: t.encode(text, add_special_tokens=False).ids
-    kept, _ = train_val_split(read(str(home / "talks.jsonl"), encode, special_tokens, 64))
+    kept, _ = train_val_split(
+        read_conversations(str(home / "talks.jsonl"), encode, special_tokens, 64)
+    )
     assert len(metrics(tuned)) == round(
         3 * len(PackedDataset(kept, 64, 0, special_tokens.pad).rows) / 2
     )

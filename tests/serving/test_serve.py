@@ -549,7 +549,7 @@ def test_a_talk_has_the_form_of_chapter_14(client, here):
     service, talk = here[1], [{"role": "user", "content": "we talk"}]
     ask = {"model": NAME, "messages": talk, "temperature": 0, "max_completion_tokens": 9}
     (choice,) = (done := client.chat.completions.create(**ask)).choices
-    tokens = service.policy.prompt(talk)
+    tokens = service.policy.encode_prompt(talk)
     special_tokens = service.special_tokens
     assert tokens == [
         special_tokens.bos,

@@ -15,7 +15,7 @@ from dsv3_ref.checkpoints import atomic
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
-from dsv3_ref.posttraining.policy import Written
+from dsv3_ref.posttraining.policy import Completion
 from dsv3_ref.posttraining.prompts import TASKS, THINK_PROMPT, sft_variants
 from dsv3_ref.rewards import extract_boxed
 from dsv3_ref.studies import align, reward
@@ -199,9 +199,9 @@ def test_only_right_answers_are_taught_and_the_shortest(home):
     said += [wrong] * 4
 
     class Expert:
-        def lots(self, asked, tries, *_):
+        def iter_batches(self, asked, tries, *_):
             assert (len(asked), tries) == (3, 4)
-            yield [Written([], [1], [0.0], text, True) for text in said]
+            yield [Completion([], [1], [0.0], text, True) for text in said]
 
     rows = align.expert_answers(Expert(), problems)
     want = [min(long(p), short(p), key=len) for p in problems[:2]]
