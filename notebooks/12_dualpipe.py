@@ -71,7 +71,7 @@ show(fig)
 #| export
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from dsv3_ref.config import UserError
 
@@ -92,7 +92,8 @@ Step = tuple[Action, ...]  # one action, or two that overlap
 
 def gpipe(pp: int, r: int, m: int) -> list[Step]:
     """Return the steps of rank r in GPipe: all forward passes, then all backward passes."""
-    return [(Action("F", r, i),) for i in range(m)] + [(Action("B", r, i),) for i in range(m)]
+    forward: list[Step] = [(Action("F", r, i),) for i in range(m)]
+    return forward + [(Action("B", r, i),) for i in range(m)]
 
 
 def one_f_one_b(pp: int, r: int, m: int) -> list[Step]:
@@ -102,7 +103,7 @@ def one_f_one_b(pp: int, r: int, m: int) -> list[Step]:
     forward pass.
     """
     warmup = min(pp - 1 - r, m)
-    steps = [(Action("F", r, i),) for i in range(warmup)]
+    steps: list[Step] = [(Action("F", r, i),) for i in range(warmup)]
     for i in range(m):
         if warmup + i < m:
             steps.append((Action("F", r, warmup + i),))
@@ -228,7 +229,7 @@ assert all(torch.allclose(made[p], w, atol=1e-5) for p, w in zip(mlp.parameters(
 #| export
 def zb1p(pp: int, r: int, m: int) -> list[Step]:
     """Return the steps of rank r in ZB1P: 1F1B with I instead of B, each W r micro-batches later."""
-    steps = []
+    steps: list[Step] = []
     for (action,) in one_f_one_b(pp, r, m):
         if action.kind == "F":
             steps.append((action,))
@@ -428,6 +429,12 @@ class ActionCosts(NamedTuple):
 DEFAULT_COSTS = ActionCosts()
 
 
+class StepCosts(Protocol):
+    """Whatever knows the duration of a step: `ActionCosts`, or costs by stage (chapter 17)."""
+
+    def duration(self, step: Step) -> float: ...
+
+
 class Span(NamedTuple):
     """A step of a rank, with the times of its start and end."""
 
@@ -471,7 +478,7 @@ def ready_time(step: Step, last: int, end: dict[Action, float]) -> float | None:
     return ready
 
 
-def simulate(steps: list[list[Step]], costs: ActionCosts = DEFAULT_COSTS) -> list[Span]:
+def simulate(steps: list[list[Step]], costs: StepCosts = DEFAULT_COSTS) -> list[Span]:
     """Return the span of every step; raise ValueError if the ranks deadlock."""
     last = max(action.stage for action in iter_actions(steps))
     end: dict[Action, float] = {}

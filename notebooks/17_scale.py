@@ -51,14 +51,15 @@ print(
 
 # %%
 #| export
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from dsv3_ref.config import Config
-from dsv3_ref.dualpipe import Action
+from dsv3_ref.config import Config, ceil_div
+from dsv3_ref.dualpipe import Action, Step
 from dsv3_ref.expert_parallel import to_local_expert_ids, dispatch_layout
 from dsv3_ref.moe import route
 
@@ -78,7 +79,7 @@ from dsv3_ref.moe import route
 # %%
 #| export
 class Gemm(NamedTuple):
-    """A matrix (n_out, n_in), and how many rows a token has in its product."""
+    """A matrix product by its matrix (n_out, n_in) and its number of rows per token."""
 
     n_in: int
     n_out: int
@@ -86,39 +87,37 @@ class Gemm(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Forward operations a token; Dgrad and Wgrad cost the same again each."""
+        """Forward FLOPs per token; Dgrad and Wgrad cost as much again each."""
         return 2 * self.rows_per_token * self.n_in * self.n_out
 
 
 def block_gemms(config: Config, dense: bool) -> dict[str, Gemm]:
-    """Every matrix of a block (chapters 03, 04); w1 and w3 as one."""
-    h, x, v = config.n_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    """Return the matrix products of a block (chapters 03, 04) by name, with w1 and w3 as one."""
+    h, v = config.n_heads, config.v_head_dim
+    x = config.qk_nope_head_dim + config.qk_rope_head_dim
     q, kv, rope = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
-    out = {"wq_a": Gemm(config.dim, q), "wq_b": Gemm(q, h * x)} if q else {}
-    out |= {} if q else {"wq": Gemm(config.dim, h * x)}
-    out |= {"wkv_a": Gemm(config.dim, kv + rope), "wo": Gemm(h * v, config.dim)}
-    out |= {"wkv_b": Gemm(kv, h * (config.qk_nope_head_dim + v))}
+    if q:
+        gemms = {"wq_a": Gemm(config.dim, q), "wq_b": Gemm(q, h * x)}
+    else:
+        gemms = {"wq": Gemm(config.dim, h * x)}
+    gemms["wkv_a"] = Gemm(config.dim, kv + rope)
+    gemms["wo"] = Gemm(h * v, config.dim)
+    gemms["wkv_b"] = Gemm(kv, h * (config.qk_nope_head_dim + v))
     if dense:
-        return out | mlp_gemms("", config.dim, config.inter_dim)
-    shared, k = (
-        mlp_gemms("shared ", config.dim, config.n_shared_experts * config.moe_inter_dim),
-        config.n_activated_experts,
-    )
-    return (
-        out
-        | {"gate": Gemm(config.dim, config.n_routed_experts)}
-        | shared
-        | mlp_gemms("routed ", config.dim, config.moe_inter_dim, k)
-    )
+        return gemms | mlp_gemms("", config.dim, config.inter_dim)
+    gemms["gate"] = Gemm(config.dim, config.n_routed_experts)
+    gemms |= mlp_gemms("shared ", config.dim, config.n_shared_experts * config.moe_inter_dim)
+    k = config.n_activated_experts
+    return gemms | mlp_gemms("routed ", config.dim, config.moe_inter_dim, k)
 
 
 def mlp_gemms(name: str, d: int, f: int, rows: int = 1) -> dict[str, Gemm]:
-    """d → f → d."""
+    """Return the products of an MLP d → f → d."""
     return {f"{name}w1, w3": Gemm(d, 2 * f, rows), f"{name}w2": Gemm(f, d, rows)}
 
 
 def attention_flops(config: Config, s: int) -> tuple[float, float]:
-    """Of causal attention over s tokens, a token and layer: (forward, backward)."""
+    """Return the (forward, backward) FLOPs of causal attention over s tokens, per token and layer."""
     x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     return config.n_heads * (s + 1) * (x + v), config.n_heads * (s + 1) * (3 * x + 2 * v)
 
@@ -174,30 +173,37 @@ print(f"attention at 4K: {attention_flops(V3, 4096)[0] / 1e6:.0f} MFLOPs forward
 # %%
 #| export
 def layer_costs(config: Config) -> tuple[list[int], int]:
-    """Multiplications a token of every layer, and of what follows the last: head, MTP."""
-    block = lambda dense: sum(p.flops // 2 for p in block_gemms(config, dense).values())
+    """Return multiplications per token: of every layer, and of what follows the last (head, MTP)."""
+    dense, moe = (
+        sum(gemm.flops // 2 for gemm in block_gemms(config, is_dense).values())
+        for is_dense in (True, False)
+    )
     head = config.vocab_size * config.dim
-    after = head + config.n_mtp_layers * (2 * config.dim**2 + block(False) + head)
-    return [block(i < config.n_dense_layers) for i in range(config.n_layers)], after
+    after = head + config.n_mtp_layers * (2 * config.dim**2 + moe + head)
+    return [dense if i < config.n_dense_layers else moe for i in range(config.n_layers)], after
 
 
 @cache
-def partition_layers(config: Config, n: int) -> tuple[range, ...]:
-    """The layers of n stages, as equal in work as can be."""
+def partition_layers(config: Config, num_stages: int) -> tuple[range, ...]:
+    """Partition the layers into stages whose work is as equal as possible."""
     layers, after = layer_costs(config)
     total = [0, *accumulate(layers)]
 
     @cache
     def best(k: int, end: int) -> tuple[int, tuple[int, ...]]:
-        """Least Σ share² of the first `end` layers in k stages, and where these end."""
+        """Return the least Σ work² of the first `end` layers in k stages, and the stages' ends."""
         if k == 0:
             return (0, ()) if end == 0 else (1 << 200, ())
-        more, least = (after, k - 1) if k == n else (0, k - 1)
-        starts = range(least, end + (k == n and n > 1))
-        options = ((best(k - 1, a), total[end] - total[a] + more) for a in starts)
-        return min((squares + share**2, (*ends, end)) for (squares, ends), share in options)
+        is_last = k == num_stages
+        may_be_empty = is_last and num_stages > 1  # the last stage has the head
+        options = []
+        for start in range(k - 1, end + may_be_empty):
+            squares, ends = best(k - 1, start)
+            work = total[end] - total[start] + (after if is_last else 0)
+            options.append((squares + work**2, (*ends, end)))
+        return min(options)
 
-    ends = best(n, config.n_layers)[1]
+    ends = best(num_stages, config.n_layers)[1]
     return tuple(range(a, b) for a, b in zip((0, *ends), ends))
 
 
@@ -238,38 +244,45 @@ assert max(len(part) for part in cut) == 5 or len(cut[-1]) == 0
 
 # %%
 #| export
-def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
-    """Bytes a token that a block holds for its backward pass (§3.2.3, §3.3.3), rope apart.
+def scale_bytes(width: int) -> int:
+    """Return the bytes of a row's FP8 scales: one in fp32 for every 128 numbers."""
+    return 4 * ceil_div(width, 128)
 
-    With recomputation; products in FP8, or in bf16. Tokens are `k` rows at their experts.
+
+def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
+    """Return the bytes per token that a block saves for its backward pass (§3.2.3, §3.3.3).
+
+    By tensor, without RoPE's tables, with recomputation, with products in FP8 or in bf16. At the
+    experts a token is k rows.
     """
-    scales = lambda x: 4 * -(-x // 128)
-    codes = lambda x, again=False: x + scales(x) if fp8 else 0 if again else 2 * x
-    h, hv, k, d = (
-        config.n_heads,
-        config.n_heads * config.v_head_dim,
-        config.n_activated_experts,
-        config.dim,
-    )
+
+    def saved_bytes(width: int, recomputed: bool = False) -> int:
+        if fp8:
+            return width + scale_bytes(width)
+        return 0 if recomputed else 2 * width
+
+    d, k = config.dim, config.n_activated_experts
+    h, hv = config.n_heads, config.n_heads * config.v_head_dim
     q, kv, r, f = (
-        config.q_lora_rank,
-        config.kv_lora_rank,
-        config.qk_rope_head_dim,
-        config.moe_inter_dim,
-    )
-    out = {"residual stream": 2 * (4 * d + 4)}
-    out["latents"] = (2 * q + 4 + codes(q, True)) * (q > 0)
-    out["latents"] += 2 * (kv + r) + 4 + 2 * r + codes(kv, True) + 8 * r  # turns of q and k
-    out["input of attention"] = codes(d, True)
-    out["output of attention"] = 2 * hv + 4 * h
+        config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.moe_inter_dim
+    )  # fmt: skip
+    latents = 2 * q + 4 + saved_bytes(q, True) if q else 0
+    latents += 2 * (kv + r) + 4 + 2 * r + saved_bytes(kv, True) + 8 * r  # 8 r: rotations of q and k
+    attention_output = 2 * hv + 4 * h
     if fp8:
-        out["output of attention"] += 192 * -(-hv // 128) + scales(hv)
+        attention_output += 192 * ceil_div(hv, 128) + scale_bytes(hv)
     width = config.inter_dim if dense else config.n_shared_experts * f
-    out["dense or shared MLP"] = codes(d, True) + 2 * codes(width)
+    saved = {
+        "residual stream": 2 * (4 * d + 4),
+        "latents": latents,
+        "input of attention": saved_bytes(d, True),
+        "output of attention": attention_output,
+        "dense or shared MLP": saved_bytes(d, True) + 2 * saved_bytes(width),
+    }
     if not dense:
-        out["gate"] = 4 * config.n_routed_experts + 12 * k + 8
-        out["routed experts"] = k * (codes(d) + 2 * codes(f) + 2 * f + 2 + 16)
-    return out
+        saved["gate"] = 4 * config.n_routed_experts + 12 * k + 8
+        saved["routed experts"] = k * (saved_bytes(d) + 2 * saved_bytes(f) + 2 * f + 2 + 16)
+    return saved
 
 
 # %%
@@ -352,27 +365,37 @@ show(fig)
 def dispatch_copies(
     config: Config, ep: int, ranks_per_node: int, n: int = 4096
 ) -> tuple[float, float]:
-    """Copies of a token that cross (IB, NVLink) in two hops, mean of n tokens evenly routed."""
+    """Return how many copies of a token cross (IB, NVLink) in two hops, as the mean of n tokens.
+
+    The tokens are routed evenly.
+    """
     if ep == 1:
         return 0.0, 0.0
     g = torch.Generator().manual_seed(0)
     logit_bse = torch.randn(1, n, config.n_routed_experts, generator=g)
-    expert_nk, here_n = route(logit_bse, None, config).topk_ids_bsk[0], torch.arange(n) % ep
-    per = config.n_routed_experts // ep
-    node_m, token_m = torch.zeros(n, dtype=torch.long), torch.arange(n)
+    expert_nk = route(logit_bse, None, config).topk_ids_bsk[0]
+    rank_n = torch.arange(n) % ep
+    experts_per_rank = config.n_routed_experts // ep
+    token_m, node_m = torch.arange(n), torch.zeros(n, dtype=torch.long)
+    ib = 0
     if ep > ranks_per_node:
-        token_m, node_m, _ = dispatch_layout(expert_nk, per * ranks_per_node, ep // ranks_per_node)
-    ib = (node_m != here_n[token_m] // ranks_per_node).sum().item() * (ep > ranks_per_node)
-    inside_mk = to_local_expert_ids(expert_nk[token_m], node_m, per * min(ep, ranks_per_node))
-    row_m, place_m, _ = dispatch_layout(inside_mk, per, min(ep, ranks_per_node))
-    nvlink = (place_m != here_n[token_m[row_m]] % ranks_per_node).sum().item()
+        per_node, nodes = experts_per_rank * ranks_per_node, ep // ranks_per_node
+        token_m, node_m, _ = dispatch_layout(expert_nk, per_node, nodes)
+        ib = int((node_m != rank_n[token_m] // ranks_per_node).sum())
+    node_size = min(ep, ranks_per_node)
+    local_mk = to_local_expert_ids(expert_nk[token_m], node_m, experts_per_rank * node_size)
+    row_m, place_m, _ = dispatch_layout(local_mk, experts_per_rank, node_size)
+    nvlink = int((place_m != rank_n[token_m[row_m]] % ranks_per_node).sum())
     return ib / n, nvlink / n
 
 
 def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
-    """Of a row (there, back): codes with scales or bf16, with k experts and weights; and bf16."""
-    out = config.dim + 4 * -(-config.dim // 128) if fp8 else 2 * config.dim
-    return out + 8 * config.n_activated_experts, 2 * config.dim
+    """Return the bytes of a row in (dispatch, combine).
+
+    Dispatch sends FP8 with scales, or bf16, and k expert ids and weights; combine sends bf16.
+    """
+    values = config.dim + scale_bytes(config.dim) if fp8 else 2 * config.dim
+    return values + 8 * config.n_activated_experts, 2 * config.dim
 
 
 # %%
@@ -419,7 +442,7 @@ for limit in (8, 4, 2, 1):
 # %%
 #| export
 class AchievedRates(NamedTuple):
-    """What a GPU reaches: operations/s, bytes/s, bytes; an H800, and an hour of it."""
+    """Rates that a GPU achieves, by default an H800, its memory, and the price of an hour."""
 
     gemm: float = 1358e12  # operations/s of FP8 matrix products
     attention: float = 0.6 * 989e12  # operations/s of attention, forward
@@ -433,7 +456,7 @@ class AchievedRates(NamedTuple):
 
 
 class GPUSpec(NamedTuple):
-    """Dense operations/s in FP8 and bf16; memory, NVLink and IB in bytes/s a direction; bytes."""
+    """A data sheet: dense FP8 and bf16 FLOP/s, bytes/s (links: per direction), bytes, SMs."""
 
     fp8: float
     bf16: float
@@ -452,17 +475,18 @@ GPU_SPECS = {
 }
 
 
-def achieved_rates(sheet: GPUSpec) -> AchievedRates:
-    """The same shares of a sheet as an H800 reaches of its own; 20 SMs communicate."""
-    rates, ratio = AchievedRates(), [a / b for a, b in zip(sheet, GPU_SPECS["h800"])]
+def achieved_rates(spec: GPUSpec) -> AchievedRates:
+    """Return a GPU's rates, at the same fractions of its data sheet as an H800; 20 SMs communicate."""
+    h800, ratio = AchievedRates(), [a / b for a, b in zip(spec, GPU_SPECS["h800"])]
     fp8, bf16, hbm, nvlink, ib, memory, _ = ratio
     return AchievedRates(
-        rates.gemm * fp8, rates.attention * bf16, rates.attention_backward * bf16, rates.hbm * hbm,
-        rates.nvlink * nvlink, rates.ib * ib, 1 - 20 / sheet.sms, rates.memory * memory, rates.dollars_per_hour,
+        h800.gemm * fp8, h800.attention * bf16, h800.attention_backward * bf16, h800.hbm * hbm,
+        h800.nvlink * nvlink, h800.ib * ib, 1 - 20 / spec.sms, h800.memory * memory,
+        h800.dollars_per_hour,
     )  # fmt: skip
 
 
-ACHIEVED_RATES = {name: achieved_rates(sheet) for name, sheet in GPU_SPECS.items()}
+ACHIEVED_RATES = {name: achieved_rates(spec) for name, spec in GPU_SPECS.items()}
 
 # %% [markdown]
 # Between products lie kernels that only move bytes: norms read the fp32 stream and write bf16 and codes; sums, RoPE,
@@ -476,7 +500,10 @@ ACHIEVED_RATES = {name: achieved_rates(sheet) for name, sheet in GPU_SPECS.items
 # %%
 #| export
 def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
-    """Bytes a token that a block's forward pass moves between products (kernels: chapter 10)."""
+    """Return the bytes per token that a block's forward pass moves between its products.
+
+    The kernels are those of chapter 10.
+    """
     d, h, k = config.dim, config.n_heads, config.n_activated_experts
     x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     width = config.inter_dim if dense else (config.n_shared_experts + k) * config.moe_inter_dim
@@ -490,10 +517,10 @@ def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
 
 
 def link_seconds(
-    rates: AchievedRates, copies: tuple[float, float], row: float
+    rates: AchievedRates, copies: tuple[float, float], row_bytes: float
 ) -> tuple[float, float]:
-    """Seconds a token of `row` bytes on (IB, NVLink); the exchange lasts as long as the slower."""
-    return copies[0] * row / rates.ib, copies[1] * row / rates.nvlink
+    """Return the seconds per token on (IB, NVLink); an all-to-all takes as long as the slower."""
+    return copies[0] * row_bytes / rates.ib, copies[1] * row_bytes / rates.nvlink
 
 
 # %%
@@ -536,69 +563,74 @@ print(
 # %%
 #| export
 class Operator(NamedTuple):
-    """Operations and bytes of one layer on one GPU, and which rate they ask for."""
+    """The FLOPs and bytes of one operator of a layer on one GPU, and the rate that applies to it."""
 
     flops: float
     bytes: float
     kind: str = "gemm"  # FP8; or bf16 (attention's rate), ib, nvlink
 
     def times_by_limit(self, rates: AchievedRates) -> dict[str, float]:
-        """Seconds by what might bind."""
+        """Return the seconds that each possible limit would allow."""
         if self.kind in ("ib", "nvlink"):
             return {self.kind: self.bytes / getattr(rates, self.kind)}
         rate = rates.gemm if self.kind == "gemm" else rates.attention
         return {"operations": self.flops / rate, "memory": self.bytes / rates.hbm}
 
     def seconds(self, rates: AchievedRates) -> float:
-        """What binds decides."""
+        """Return the time that the bottleneck sets."""
         return max(self.times_by_limit(rates).values())
 
     def bottleneck(self, rates: AchievedRates) -> str:
-        """What binds."""
+        """Return which limit sets the time."""
         return max(self.times_by_limit(rates).items(), key=lambda item: item[1])[0]
 
 
 def attention_operator(config: Config, n: float, keys: float, cached: bool) -> Operator:
-    """Attention of n tokens with `keys` keys each; cached: n sequences, a token each, absorbed."""
+    """Return the attention operator of n tokens with `keys` keys each.
+
+    cached: absorbed attention of n sequences, one token each, over their caches.
+    """
     h, x, v, kv = config.n_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
     r = config.qk_rope_head_dim
     if cached:
-        return Operator(
-            2 * n * h * keys * (2 * kv + r), 2 * n * (keys * (kv + r) + h * (2 * kv + r)), "bf16"
-        )
+        flops = 2 * n * h * keys * (2 * kv + r)
+        return Operator(flops, 2 * n * (keys * (kv + r) + h * (2 * kv + r)), "bf16")
     return Operator(2 * n * h * keys * (x + r + v), 4 * n * h * (x + r + v), "bf16")
 
 
 def operators(
-    config: Config, dense: bool, n: float, keys: float, copies, held: float, cached=False
-):
-    """{name: Operator} of a block's forward pass: n tokens, `held` routed experts on the GPU."""
+    config: Config, dense: bool, n: float, keys: float, copies: tuple[float, float],
+    local_experts: float, cached: bool = False,
+) -> dict[str, Operator]:  # fmt: skip
+    """Return the operators of a block's forward pass over n tokens by name.
+
+    copies: see `dispatch_copies`; local_experts: routed experts on the GPU.
+    """
     out = {"attention": attention_operator(config, n, keys, cached)}
-    for name, p in block_gemms(config, dense).items():
-        wide = 4 if name == "gate" else 1  # bytes of a weight and of an input
-        weights = p.n_in * p.n_out * (held if name.startswith("routed") else 1)
-        rows = n * p.rows_per_token * (wide * p.n_in + 2 * p.n_out)
-        out[name] = Operator(n * p.flops, wide * weights + rows, "bf16" if wide > 1 else "gemm")
-    out |= {
-        name: Operator(n * b / 2, n * b, "bf16")
-        for name, b in memory_traffic(config, dense).items()
-        if b
-    }
+    for name, gemm in block_gemms(config, dense).items():
+        width = 4 if name == "gate" else 1  # bytes of a weight and of an input
+        weights = gemm.n_in * gemm.n_out * (local_experts if name.startswith("routed") else 1)
+        rows = n * gemm.rows_per_token * (width * gemm.n_in + 2 * gemm.n_out)
+        kind = "bf16" if name == "gate" else "gemm"
+        out[name] = Operator(n * gemm.flops, width * weights + rows, kind)
+    for name, moved in memory_traffic(config, dense).items():
+        if moved:
+            out[name] = Operator(n * moved / 2, n * moved, "bf16")
     if not dense:
-        links = zip(("ib", "nvlink"), copies)
-        out |= {
-            f"all-to-all, {k}": Operator(0, n * t * sum(dispatch_bytes(config)), k)
-            for k, t in links
-            if t
-        }
+        for link, crossings in zip(("ib", "nvlink"), copies):
+            if crossings:
+                sent = n * crossings * sum(dispatch_bytes(config))
+                out[f"all-to-all, {link}"] = Operator(0, sent, link)
     return out
 
 
 def head_operators(config: Config, n: float) -> dict[str, Operator]:
-    """What stands beside the blocks: head (bf16), and MTP's projection of 2 d to d."""
+    """Return the operators outside of blocks: the head (bf16), and MTP's projection of 2 d to d."""
     d, w = config.dim, config.vocab_size
-    out = {"head": Operator(2 * n * d * w, 2 * d * w + n * (2 * d + 4 * w), "bf16")}
-    return out | {"MTP's projection": Operator(4 * n * d * d, 2 * d * d + n * 4 * d)}
+    return {
+        "head": Operator(2 * n * d * w, 2 * d * w + n * (2 * d + 4 * w), "bf16"),
+        "MTP's projection": Operator(4 * n * d * d, 2 * d * d + n * 4 * d),
+    }
 
 
 # %% [markdown]
@@ -722,7 +754,7 @@ show(fig)
 # %%
 #| export
 class Overheads(NamedTuple):
-    """What lies between a kernel's table and a month of training; sources: chapter 17."""
+    """Overheads between kernel benchmarks and a month of training; sources in chapter 17."""
 
     gemm_shapes: bool = True  # matrix products reach what their shape allows
     load_imbalance: float = 1.1  # tokens of the busiest rank over the mean
@@ -744,19 +776,21 @@ GEMM_TFLOPS = {  # by DeepGEMM, 4,096 rows and more
 
 
 def gemm_seconds(
-    table: dict[str, Gemm], rates: AchievedRates, overheads: Overheads
+    gemms: dict[str, Gemm], rates: AchievedRates, overheads: Overheads
 ) -> dict[str, float]:
-    """Of each product, a token."""
-    share = {
-        name: GEMM_TFLOPS.get(name, BEST_TFLOPS) / BEST_TFLOPS if overheads.gemm_shapes else 1
-        for name in table
-    }
-    load = {name: overheads.load_imbalance if name.startswith("routed") else 1 for name in table}
-    return {n: load[n] * p.flops / (rates.gemm * share[n]) for n, p in table.items()}
+    """Return the seconds per token of each product."""
+    seconds = {}
+    for name, gemm in gemms.items():
+        speed = rates.gemm
+        if overheads.gemm_shapes:
+            speed *= GEMM_TFLOPS.get(name, BEST_TFLOPS) / BEST_TFLOPS
+        load = overheads.load_imbalance if name.startswith("routed") else 1
+        seconds[name] = load * gemm.flops / speed
+    return seconds
 
 
 class BlockTime(NamedTuple):
-    """Of one block and one micro-batch: forward, backward for inputs and for weights, exchange."""
+    """Seconds of a block on one micro-batch: forward, backward (inputs, weights), all-to-alls."""
 
     f: float
     i: float
@@ -764,62 +798,53 @@ class BlockTime(NamedTuple):
     comm: float
 
 
+def add_times(times: Iterable[BlockTime]) -> BlockTime:
+    """Return the sum of times, field by field."""
+    total = BlockTime(0, 0, 0, 0)
+    for time in times:
+        total = BlockTime(*(a + b for a, b in zip(total, time)))
+    return total
+
+
 def block_parts(
-    config: Config,
-    rates: AchievedRates,
-    dense: bool,
-    s: int,
-    copies,
+    config: Config, rates: AchievedRates, dense: bool, s: int, copies: tuple[float, float],
     overheads: Overheads = NO_OVERHEADS,
-):
-    """(attention, MLP with its exchange) of a block: `BlockTime` on one sequence of s tokens."""
-    each = gemm_seconds(block_gemms(config, dense), rates, overheads)
-    traffic_time = {
-        name: n_bytes / rates.hbm for name, n_bytes in memory_traffic(config, dense).items()
-    }
-    uneven = sum(traffic_time[n] for n in ("SwiGLU", "permute, combine")) * (
-        1 if dense else overheads.load_imbalance
-    )
-    forward, backward = attention_flops(config, s)
-    again = sum(each.get(name, 0) for name in ("wq_b", "wkv_b"))
-    inside = sum(t for name, t in each.items() if name in ATTENTION_GEMMS)
-    between, outside = (
-        traffic_time["norms of attention"] + traffic_time["RoPE, codes of heads"],
-        sum(each.values()) - inside,
-    )
-    uneven += traffic_time["norm of MLP"]
+) -> tuple[BlockTime, BlockTime]:  # fmt: skip
+    """Return the times of a block's attention, and of its MLP with all-to-alls, on s tokens."""
+    gemms = gemm_seconds(block_gemms(config, dense), rates, overheads)
+    traffic = {name: moved / rates.hbm for name, moved in memory_traffic(config, dense).items()}
+    imbalance = 1 if dense else overheads.load_imbalance
     scale, gap = s / rates.compute_sms, KERNELS_PER_HALF_BLOCK * overheads.launch_gap
-    one = BlockTime(
-        scale * (inside + forward / rates.attention + between) + gap,
-        scale * (inside + again + backward / rates.attention_backward + 2 * between) + 2 * gap,
-        scale * inside + gap,
-        0.0,
+
+    products = sum(t for name, t in gemms.items() if name in ATTENTION_GEMMS)
+    recomputed = sum(gemms.get(name, 0) for name in ("wq_b", "wkv_b"))
+    between = traffic["norms of attention"] + traffic["RoPE, codes of heads"]
+    forward, backward = attention_flops(config, s)
+    forward_time = products + forward / rates.attention + between
+    input_time = products + recomputed + backward / rates.attention_backward + 2 * between
+    attention = BlockTime(
+        scale * forward_time + gap, scale * input_time + 2 * gap, scale * products + gap, 0.0
     )
-    exchange = (
-        0.0
-        if dense
-        else overheads.load_imbalance
-        * s
-        * max(link_seconds(rates, copies, sum(dispatch_bytes(config))))
-    )
-    two = (
-        scale * (outside + uneven) + gap,
-        scale * (outside + 2 * uneven) + 2 * gap,
-        scale * outside + gap,
-    )
-    return one, BlockTime(*two, exchange)
+
+    products = sum(gemms.values()) - products
+    between = imbalance * (traffic["SwiGLU"] + traffic["permute, combine"])
+    between += traffic["norm of MLP"]
+    all_to_all = 0.0
+    if not dense:
+        all_to_all = imbalance * s * max(link_seconds(rates, copies, sum(dispatch_bytes(config))))
+    mlp = BlockTime(
+        scale * (products + between) + gap, scale * (products + 2 * between) + 2 * gap,
+        scale * products + gap, all_to_all,
+    )  # fmt: skip
+    return attention, mlp
 
 
 def block_time(
-    config: Config,
-    rates: AchievedRates,
-    dense: bool,
-    s: int,
-    copies,
+    config: Config, rates: AchievedRates, dense: bool, s: int, copies: tuple[float, float],
     overheads: Overheads = NO_OVERHEADS,
-) -> BlockTime:
-    """Of a block on one sequence of s tokens, with what is computed again in the backward pass."""
-    return BlockTime(*map(sum, zip(*block_parts(config, rates, dense, s, copies, overheads))))
+) -> BlockTime:  # fmt: skip
+    """Return the time of a block on one sequence of s tokens, recomputation included."""
+    return add_times(block_parts(config, rates, dense, s, copies, overheads))
 
 
 # %%
@@ -846,36 +871,43 @@ print(f"exchange / computation of a forward pass: {one.comm / one.f:.2f} (the re
 # %%
 #| export
 def overlapped_pair_time(
-    a: BlockTime, e: BlockTime, out: float, back: float, layers: int = 40
+    attention: BlockTime, mlp: BlockTime, dispatch: float, combine: float, layers: int = 40
 ) -> float:
-    """Seconds a layer of a pair F&B, two clocks in the order of Figure 4 (§3.2.1).
+    """Return the seconds per layer of a pair F&B: two clocks in the order of Figure 4 (§3.2.1).
 
-    a: attention, e: MLP; out, back: of one exchange. The first half of the layers warms up.
+    dispatch, combine: seconds of one of them. The first half of the layers is warm-up.
     """
-    compute = link = attention_f = combine_b = half = 0.0
+    compute = link = attention_f = combine_b = warmup = 0.0
     for layer in range(layers):
-        half = max(compute, link) if layer == layers // 2 else half
-        dispatch_f = max(link, attention_f) + out
-        mlp_b = max(compute, combine_b) + e.i
-        dispatch_b = max(dispatch_f, mlp_b) + back
-        mlp_f = max(mlp_b + e.w, dispatch_f) + e.f
-        combine_f = max(dispatch_b, mlp_f) + back
-        attention_b = max(mlp_f, dispatch_b) + a.i
-        link = combine_b = max(combine_f, attention_b) + out
-        compute = attention_f = max(attention_b + a.w, combine_f) + a.f
-    return (max(compute, link) - half) / (layers - layers // 2)
+        if layer == layers // 2:
+            warmup = max(compute, link)
+        dispatch_f = max(link, attention_f) + dispatch
+        mlp_b = max(compute, combine_b) + mlp.i
+        dispatch_b = max(dispatch_f, mlp_b) + combine
+        mlp_f = max(mlp_b + mlp.w, dispatch_f) + mlp.f
+        combine_f = max(dispatch_b, mlp_f) + combine
+        attention_b = max(mlp_f, dispatch_b) + attention.i
+        link = combine_b = max(combine_f, attention_b) + dispatch
+        compute = attention_f = max(attention_b + attention.w, combine_f) + attention.f
+    return (max(compute, link) - warmup) / (layers - layers // 2)
 
 
 def pair_factor(
-    config: Config, rates: AchievedRates, s: int, copies, overheads: Overheads
-) -> float:
-    """Time of a pair F&B over the longer of its computation and its exchanges; 1 without order."""
-    a, e = block_parts(config, rates, False, s, copies, overheads)
-    (there, back), least = dispatch_bytes(config), max(sum(a[:3]) + sum(e[:3]), 2 * e.comm)
-    way = e.comm / (there + back)
-    return (
-        overlapped_pair_time(a, e, there * way, back * way) / least if overheads.pair_order else 1.0
-    )
+    config: Config, rates: AchievedRates, s: int, copies: tuple[float, float],
+    overheads: Overheads,
+) -> float:  # fmt: skip
+    """Return the time of a pair F&B / the longer of its computation and its all-to-alls.
+
+    1 without the overhead `pair_order`.
+    """
+    if not overheads.pair_order:
+        return 1.0
+    attention, mlp = block_parts(config, rates, False, s, copies, overheads)
+    least = max(sum(attention[:3]) + sum(mlp[:3]), 2 * mlp.comm)
+    dispatch, combine = dispatch_bytes(config)
+    per_byte = mlp.comm / (dispatch + combine)
+    pair = overlapped_pair_time(attention, mlp, dispatch * per_byte, combine * per_byte)
+    return pair / least
 
 
 # %%
@@ -905,47 +937,61 @@ for name, m in (
 # %%
 #| export
 class StageCosts:
-    """Seconds of a schedule's steps where stages differ, in place of chapter 12's `ActionCosts`."""
+    """Durations of a schedule's steps where stages differ, in place of `ActionCosts`."""
 
-    def __init__(self, stages_: list[BlockTime], pair: float = 1.0):
-        self.stages, self.pair = stages_, pair
+    def __init__(self, stages: list[BlockTime], pair_factor: float = 1.0):
+        self.stages, self.pair_factor = stages, pair_factor
 
-    def compute(self, op: Action) -> float:
-        """Of one operation, without its exchange."""
-        t = self.stages[op.stage]
-        return {"F": t.f, "I": t.i, "W": t.w, "B": t.i + t.w}[op.kind]
+    def compute(self, action: Action) -> float:
+        """Return the duration of one action without its all-to-alls."""
+        t = self.stages[action.stage]
+        return {"F": t.f, "I": t.i, "W": t.w, "B": t.i + t.w}[action.kind]
 
-    def duration(self, step: tuple[Action, ...]) -> float:
-        """A pair hides the exchanges of both; W has none; what is alone waits for its own."""
+    def duration(self, step: Step) -> float:
+        """Return the duration of a step.
+
+        A pair hides the all-to-alls of both actions, a single action waits for its own; W has none.
+        """
         compute = sum(map(self.compute, step))
-        comm = sum(self.stages[op.stage].comm for op in step if op.kind != "W")
-        return self.pair * max(compute, comm) if len(step) == 2 else compute + comm
+        comm = sum(self.stages[action.stage].comm for action in step if action.kind != "W")
+        if len(step) == 2:
+            return self.pair_factor * max(compute, comm)
+        return compute + comm
 
 
 def stage_seconds(
-    config: Config, rates: AchievedRates, cut, s: int, copies, overheads=NO_OVERHEADS
-) -> list[BlockTime]:
-    """Of every stage, for one sequence of s tokens; the last has norms, heads and MTP too."""
-    block = [block_time(config, rates, dense, s, copies, overheads) for dense in (False, True)]
-    add = lambda parts: BlockTime(*map(sum, zip(*parts))) if parts else BlockTime(0, 0, 0, 0)
-    out = [add([block[i < config.n_dense_layers] for i in layers]) for layers in cut]
-    head = (
-        1 + config.n_mtp_layers
-    ) * config.vocab_size * config.dim + config.n_mtp_layers * 2 * config.dim**2
-    once = 2 * s * head / (rates.attention * rates.compute_sms)  # in bf16
-    out[-1] = add([out[-1], *[block[0]] * config.n_mtp_layers, BlockTime(once, once, once, 0)])
-    stream = overheads.pp_stream_bytes * config.dim * s / rates.ib if len(cut) > 1 else 0.0
-    return [t._replace(comm=t.comm + stream) for t in out]
+    config: Config, rates: AchievedRates, stages: Sequence[range], s: int,
+    copies: tuple[float, float], overheads: Overheads = NO_OVERHEADS,
+) -> list[BlockTime]:  # fmt: skip
+    """Return the times of every stage for one sequence of s tokens.
 
-
-def step_tail(rates: AchievedRates, numbers: dict[tuple[int, bool], int]) -> tuple[float, float]:
-    """Seconds after the pipeline of a rank: gradients and weights over IB, AdamW over memory.
-
-    numbers: {(ranks that share a slice, under FP8): numbers on the rank}.
+    stages: the layers of each; the last one has the heads and MTP too.
     """
-    sent = sum(8 * n * (size - 1) / size for (size, _), n in numbers.items())
-    adam = sum(20 * n / size + 5 * n * eight for (size, eight), n in numbers.items())
-    return sent / rates.ib, adam / rates.hbm
+    moe, dense = (
+        block_time(config, rates, is_dense, s, copies, overheads) for is_dense in (False, True)
+    )
+    times = [
+        add_times(dense if i < config.n_dense_layers else moe for i in part) for part in stages
+    ]
+    head = (1 + config.n_mtp_layers) * config.vocab_size * config.dim
+    head += config.n_mtp_layers * 2 * config.dim**2
+    once = 2 * s * head / (rates.attention * rates.compute_sms)  # in bf16
+    mtp_and_heads = [moe] * config.n_mtp_layers + [BlockTime(once, once, once, 0)]
+    times[-1] = add_times([times[-1], *mtp_and_heads])
+    if len(stages) == 1:
+        return times
+    stream = overheads.pp_stream_bytes * config.dim * s / rates.ib
+    return [t._replace(comm=t.comm + stream) for t in times]
+
+
+def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:
+    """Return the seconds after the pipeline on a rank: (gradients and weights by IB, AdamW).
+
+    params: {(ranks that share a shard, in FP8): parameters on the rank}.
+    """
+    sent = sum(8 * n * (size - 1) / size for (size, _), n in params.items())
+    moved = sum(20 * n / size + 5 * n * in_fp8 for (size, in_fp8), n in params.items())
+    return sent / rates.ib, moved / rates.hbm
 
 
 # %%
@@ -996,12 +1042,12 @@ assert results["dualpipe"] < results["zb1p"] < results["1f1b"]
 # %%
 #| export
 def gpu_hours(step_seconds: float, gpus: int, tokens: int) -> float:
-    """GPU hours per trillion tokens of a step of so many tokens."""
+    """Return the GPU hours per trillion tokens of steps of so many tokens."""
     return gpus * step_seconds / 3600 / tokens * 1e12
 
 
 def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
-    """Wall time over the time of steps: slowest · (1 + failures · GPUs · lost)."""
+    """Return wall-clock time / time of the steps: straggler · (1 + failures · GPUs · hours lost)."""
     return overheads.straggler_factor * (1 + overheads.failure_rate * gpus * overheads.hours_lost)
 
 
@@ -1115,22 +1161,26 @@ print(
 # %%
 #| export
 def with_comm_sms(
-    rates: AchievedRates, n: int, copies, per_sm: float = 3.35e12 / 132 / 2, sms: int = 132
-) -> AchievedRates:
-    """The machine with n SMs for communication, each of which copies `per_sm` bytes/s."""
+    rates: AchievedRates, n: int, copies: tuple[float, float],
+    per_sm: float = 3.35e12 / 132 / 2, sms: int = 132,
+) -> AchievedRates:  # fmt: skip
+    """Return the rates with n SMs for communication, each of which copies `per_sm` bytes/s."""
     ib, nvlink = copies
-    fed = n * per_sm / (ib + 2 * nvlink)  # rows' bytes a second
+    row_rate = n * per_sm / (ib + 2 * nvlink)  # bytes/s of rows
     return rates._replace(
-        compute_sms=1 - n / sms, ib=min(rates.ib, fed * ib), nvlink=min(rates.nvlink, fed * nvlink)
+        compute_sms=1 - n / sms, ib=min(rates.ib, row_rate * ib),
+        nvlink=min(rates.nvlink, row_rate * nvlink),
     )  # fmt: skip
 
 
 def pair_seconds(
-    config: Config, rates: AchievedRates, s: int, copies, overheads: Overheads
-) -> float:
-    """Of F&B, a layer."""
+    config: Config, rates: AchievedRates, s: int, copies: tuple[float, float],
+    overheads: Overheads,
+) -> float:  # fmt: skip
+    """Return the seconds per layer of a pair F&B."""
     t = block_time(config, rates, False, s, copies, overheads)
-    return pair_factor(config, rates, s, copies, overheads) * max(t.f + t.i + t.w, 2 * t.comm)
+    longest = max(t.f + t.i + t.w, 2 * t.comm)
+    return pair_factor(config, rates, s, copies, overheads) * longest
 
 
 # %%

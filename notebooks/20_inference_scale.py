@@ -74,7 +74,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from dsv3_ref.config import Config, count_params
+from dsv3_ref.config import Config, ceil_div, count_params
 from dsv3_ref.scale import (
     ATTENTION_GEMMS,
     KERNELS_PER_HALF_BLOCK,
@@ -99,23 +99,26 @@ from dsv3_ref.scale import (
 # %%
 #| export
 class DeploymentUnit(NamedTuple):
-    """GPUs that serve together."""
+    """GPUs that serve a model together."""
 
     gpus: int
-    tp: int  # GPUs that share a group's heads
-    experts_per_gpu: float  # experts on a GPU, redundant ones too
-    direct_ib: bool = False  # rows go straight over IB; the shared expert is one of the chosen
-    ib_efficiency: float = 0.8  # of IB, when direct
-    latency_s: float = 10e-6  # of a direct exchange, a way
+    tp: int  # GPUs that share the heads of a group's sequences
+    experts_per_gpu: float  # redundant ones included
+    direct_ib: bool = False  # rows go over IB in one hop; the shared expert is one of the chosen
+    ib_efficiency: float = 0.8  # fraction of IB's rate that direct rows achieve
+    latency_s: float = 10e-6  # added to each direction of a direct all-to-all
     gpus_per_node: int = 8
 
 
 def deployment_units(config: Config) -> dict[str, DeploymentUnit]:
-    """As the report's (§3.4): prefill on 32 GPUs; decode on a GPU an expert, and a quarter more."""
+    """Return units like the report's (§3.4).
+
+    Prefill on 32 GPUs; decode on one GPU per expert, and a quarter more.
+    """
     e = config.n_routed_experts
     return {
         "prefill": DeploymentUnit(32, 4, e / 32 + 1),
-        "decode": DeploymentUnit(-(-e * 5 // 4), 4, 1, True),
+        "decode": DeploymentUnit(ceil_div(e * 5, 4), 4, 1, True),
     }
 
 
@@ -127,17 +130,16 @@ ATTENTION_OPERATORS = ("attention", "RoPE, codes of heads", "norms of attention"
 def attention_time(
     config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float, keys: float, cached: bool
 ) -> float:
-    """Seconds of a block's attention for a group's n tokens, on each of its tp GPUs."""
-    mine = replace(config, n_heads=config.n_heads // unit.tp)
-    ops = operators(mine, True, n, keys, (0, 0), 0, cached)
-    spent = sum(
-        ops[name].seconds(rates) for name in (*ATTENTION_GEMMS, *ATTENTION_OPERATORS) if name in ops
-    )
-    return spent - ops["norms of attention"].seconds(rates) * (1 - 1 / unit.tp)
+    """Return the seconds of a block's attention for a group's n tokens, on each of its tp GPUs."""
+    own_heads = replace(config, n_heads=config.n_heads // unit.tp)
+    ops = operators(own_heads, True, n, keys, (0, 0), 0, cached)
+    names = (*ATTENTION_GEMMS, *ATTENTION_OPERATORS)
+    seconds = sum(ops[name].seconds(rates) for name in names if name in ops)
+    return seconds - ops["norms of attention"].seconds(rates) * (1 - 1 / unit.tp)
 
 
 def tp_gather_time(config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float) -> float:
-    """Seconds to collect a group's n tokens before its heads, and to add up behind them (bf16)."""
+    """Return the seconds to gather a group's n tokens before its heads and to sum them after (bf16)."""
     return 2 * (1 - 1 / unit.tp) * n * 2 * config.dim / rates.nvlink
 
 
@@ -174,51 +176,33 @@ assert four < one < 4 * four  # less than four times as fast
 # %%
 #| export
 def mlp_time(
-    config: Config,
-    rates: AchievedRates,
-    unit: DeploymentUnit,
-    n: float,
-    dense: bool,
+    config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float, dense: bool,
     overheads: Overheads,
-) -> float:
-    """Seconds of a block's MLP for a GPU's n tokens: gate, experts, and what lies between."""
+) -> float:  # fmt: skip
+    """Return the seconds of a block's MLP for a GPU's n tokens: gate, experts, memory traffic."""
     if unit.direct_ib and not dense:
         chosen = config.n_activated_experts + config.n_shared_experts
         config = replace(config, n_activated_experts=chosen, n_shared_experts=0)
-    ops = operators(config, dense, n, 1, (0, 0), unit.experts_per_gpu)
-    ops = {
-        name: op
-        for name, op in ops.items()
-        if name not in (*ATTENTION_GEMMS, *ATTENTION_OPERATORS) and op.flops
-    }
-    load = lambda name: overheads.load_imbalance if name.startswith(("routed", "permute")) else 1.0
-    return sum(load(name) * op.seconds(rates) for name, op in ops.items())
+    seconds = 0.0
+    for name, op in operators(config, dense, n, 1, (0, 0), unit.experts_per_gpu).items():
+        if name in ATTENTION_GEMMS or name in ATTENTION_OPERATORS or not op.flops:
+            continue
+        load = overheads.load_imbalance if name.startswith(("routed", "permute")) else 1.0
+        seconds += load * op.seconds(rates)
+    return seconds
 
 
 def all_to_all_time(
     config: Config, rates: AchievedRates, unit: DeploymentUnit, n: float, overheads: Overheads
 ) -> float:
-    """Seconds there and back for a GPU's n tokens."""
+    """Return the seconds of dispatch and combine for a GPU's n tokens."""
+    row_bytes = sum(dispatch_bytes(config))
     if not unit.direct_ib:
-        return (
-            overheads.load_imbalance
-            * n
-            * max(
-                link_seconds(
-                    rates,
-                    dispatch_copies(config, unit.gpus, unit.gpus_per_node),
-                    sum(dispatch_bytes(config)),
-                )
-            )
-        )
-    sent = n * (config.n_activated_experts + config.n_shared_experts) * (1 - 1 / unit.gpus)
-    return (
-        overheads.load_imbalance
-        * sent
-        * sum(dispatch_bytes(config))
-        / (unit.ib_efficiency * rates.ib)
-        + 2 * unit.latency_s
-    )
+        copies = dispatch_copies(config, unit.gpus, unit.gpus_per_node)
+        return overheads.load_imbalance * n * max(link_seconds(rates, copies, row_bytes))
+    rows = n * (config.n_activated_experts + config.n_shared_experts) * (1 - 1 / unit.gpus)
+    sent = overheads.load_imbalance * rows * row_bytes
+    return sent / (unit.ib_efficiency * rates.ib) + 2 * unit.latency_s
 
 
 # %%
@@ -250,7 +234,7 @@ assert mlp_time(V3, H800, DECODE, 28, False, Overheads()) < 2 * mlp_time(
 # %%
 #| export
 class Throughput(NamedTuple):
-    """Seconds of a MoE layer's parts for a micro-batch; of a step of both; tokens/s and GPU."""
+    """Seconds of a MoE layer's parts on a micro-batch, of a step of both, and tokens/s per GPU."""
 
     attention: float
     mlp: float
@@ -260,61 +244,51 @@ class Throughput(NamedTuple):
 
 
 def prefill_throughput(
-    config: Config,
-    rates: AchievedRates,
-    n: float,
-    prompt: float,
-    unit: DeploymentUnit = PREFILL,
+    config: Config, rates: AchievedRates, n: float, prompt: float, unit: DeploymentUnit = PREFILL,
     overheads: Overheads = DEFAULT_OVERHEADS,
-):
-    """`Throughput` of prompts: n tokens a GPU in each of two micro-batches."""
+) -> Throughput:  # fmt: skip
+    """Return the throughput of reading prompts: two micro-batches with n tokens per GPU each."""
     gap, keys = KERNELS_PER_HALF_BLOCK * overheads.launch_gap, (prompt + 1) / 2
-    a = (
-        attention_time(config, rates, unit, n * unit.tp, keys, False) / rates.compute_sms
-        + tp_gather_time(config, rates, unit, n * unit.tp)
-        + gap
-    )
-    dense, e = (
+    attention = attention_time(config, rates, unit, n * unit.tp, keys, False) / rates.compute_sms
+    attention += tp_gather_time(config, rates, unit, n * unit.tp) + gap
+    dense, moe = (
         mlp_time(config, rates, unit, n, is_dense, overheads) / rates.compute_sms + gap
         for is_dense in (True, False)
     )
-    x = all_to_all_time(config, rates, unit, n, overheads)
-    layers = config.n_dense_layers * (a + dense) + (config.n_layers - config.n_dense_layers) * max(
-        a + e, x
-    )
-    return Throughput(a, e, x, 2 * layers, n / layers)
+    all_to_all = all_to_all_time(config, rates, unit, n, overheads)
+    num_moe = config.n_layers - config.n_dense_layers
+    layers = config.n_dense_layers * (attention + dense)
+    layers += num_moe * max(attention + moe, all_to_all)
+    return Throughput(attention, moe, all_to_all, 2 * layers, n / layers)
 
 
 def decode_throughput(
-    config: Config,
-    rates: AchievedRates,
-    b: float,
-    context: float,
-    unit: DeploymentUnit = DECODE,
+    config: Config, rates: AchievedRates, b: float, context: float, unit: DeploymentUnit = DECODE,
     overheads: Overheads = DEFAULT_OVERHEADS,
-):
-    """`Throughput` of answers: b sequences a group in each of two micro-batches, a token each a step."""
+) -> Throughput:  # fmt: skip
+    """Return the throughput of decoding: two micro-batches with b sequences per group each.
+
+    A step decodes one token per sequence.
+    """
     gap = KERNELS_PER_HALF_BLOCK * overheads.launch_gap
-    a = (
-        attention_time(config, rates, unit, b, context, True)
-        + tp_gather_time(config, rates, unit, b)
-        + gap
-    )
-    dense, e = (
+    attention = attention_time(config, rates, unit, b, context, True)
+    attention += tp_gather_time(config, rates, unit, b) + gap
+    dense, moe = (
         mlp_time(config, rates, unit, b / unit.tp, is_dense, overheads) + gap
         for is_dense in (True, False)
     )
-    x = all_to_all_time(config, rates, unit, b / unit.tp, overheads)
+    all_to_all = all_to_all_time(config, rates, unit, b / unit.tp, overheads)
     head = head_operators(config, b)["head"]
-    spent = head._replace(flops=head.flops / unit.tp, bytes=head.bytes / unit.tp).seconds(rates)
-    spent += config.n_dense_layers * (a + dense) + (config.n_layers - config.n_dense_layers) * max(
-        a, e + x
-    )
-    return Throughput(a, e, x, 2 * spent, b / unit.tp / spent)
+    head = head._replace(flops=head.flops / unit.tp, bytes=head.bytes / unit.tp)
+    num_moe = config.n_layers - config.n_dense_layers
+    seconds = head.seconds(rates)
+    seconds += config.n_dense_layers * (attention + dense)
+    seconds += num_moe * max(attention, moe + all_to_all)
+    return Throughput(attention, moe, all_to_all, 2 * seconds, b / unit.tp / seconds)
 
 
 def dollars_per_million_tokens(rates: AchievedRates, tokens_per_s: float) -> float:
-    """Of a million tokens."""
+    """Return the price of a million tokens at so many tokens/s per GPU."""
     return rates.dollars_per_hour / 3600 / tokens_per_s * 1e6
 
 
@@ -350,59 +324,59 @@ print(
 # %%
 #| export
 def bytes_per_param(precision: str) -> float:
-    """Bytes of a number of a block's matrix: a code and its share of a scale, or bf16."""
+    """Return the bytes per parameter of a block's matrix: FP8 and its share of a scale, or bf16."""
     return 1 + 4 / 128**2 if precision == "fp8" else 2
 
 
 def model_bytes(config: Config, precision: str) -> float:
-    """Bytes of the whole model without MTP: matrices of blocks but the gates in FP8 or bf16."""
-    blocks = [block_gemms(config, i < config.n_dense_layers) for i in range(config.n_layers)]
-    times = lambda name: config.n_routed_experts if name.startswith("routed") else 1
-    eight = sum(
-        times(n) * p.n_in * p.n_out for b in blocks for n, p in b.items() if n != "gate"
-    )  # fmt: skip
-    return eight * bytes_per_param(precision) + 2 * (count_params(config).total - eight)
+    """Return the bytes of the whole model without MTP.
+
+    The matrices of blocks, except for the gates, are in FP8 or bf16.
+    """
+    quantized = 0
+    for i in range(config.n_layers):
+        for name, gemm in block_gemms(config, i < config.n_dense_layers).items():
+            copies = config.n_routed_experts if name.startswith("routed") else 1
+            quantized += 0 if name == "gate" else copies * gemm.n_in * gemm.n_out
+    others = count_params(config).total - quantized
+    return quantized * bytes_per_param(precision) + 2 * others
 
 
 def weight_bytes(config: Config, unit: DeploymentUnit, precision: str = "fp8") -> float:
-    """Bytes of weights on a GPU of a unit."""
-    whole = block_gemms(config, False)
-    divided = sum(
-        whole[n].n_in * whole[n].n_out for n in ("wq", "wq_b", "wkv_b", "wo") if n in whole
-    )
-    each = divided / unit.tp + sum(
-        whole[n].n_in * whole[n].n_out for n in ("wq_a", "wkv_a") if n in whole
-    )
+    """Return the bytes of weights on one GPU of a unit."""
+    gemms = block_gemms(config, False)
+    size = {name: gemm.n_in * gemm.n_out for name, gemm in gemms.items()}
+    per_head = sum(size.get(name, 0) for name in ("wq", "wq_b", "wkv_b", "wo"))
+    shared = sum(size.get(name, 0) for name in ("wq_a", "wkv_a"))
+    num_moe = config.n_layers - config.n_dense_layers
     expert = 3 * config.dim * config.moe_inter_dim
     experts = unit.experts_per_gpu + (0 if unit.direct_ib else config.n_shared_experts)
-    matrices = config.n_layers * each + config.n_dense_layers * 3 * config.dim * config.inter_dim
-    matrices += (config.n_layers - config.n_dense_layers) * experts * expert
-    gates = (config.n_layers - config.n_dense_layers) * config.n_routed_experts * config.dim
-    return (
-        matrices * bytes_per_param(precision)
-        + 2 * gates
-        + 2 * 2 * config.vocab_size * config.dim / unit.tp
-    )
+    matrices = config.n_layers * (per_head / unit.tp + shared)
+    matrices += config.n_dense_layers * 3 * config.dim * config.inter_dim
+    matrices += num_moe * experts * expert
+    gates = num_moe * config.n_routed_experts * config.dim
+    embedding_and_head = 2 * config.vocab_size * config.dim / unit.tp
+    return matrices * bytes_per_param(precision) + 2 * gates + 2 * embedding_and_head
 
 
 def max_batch(
-    config: Config,
-    rates: AchievedRates,
-    unit: DeploymentUnit,
-    context: float,
+    config: Config, rates: AchievedRates, unit: DeploymentUnit, context: float,
     precision: str = "fp8",
-) -> int:
-    """Sequences of a micro-batch and group that fit beside the weights, a tenth of memory left."""
+) -> int:  # fmt: skip
+    """Return how many sequences per micro-batch and group fit beside the weights.
+
+    A tenth of the memory stays free.
+    """
     free = 0.9 * rates.memory - weight_bytes(config, unit, precision)
     return max(0, int(free / (2 * context * count_params(config).cache_bytes)))
 
 
 def min_gpus(
-    config: Config, rates: AchievedRates, precision: str, tokens: float, node: int = 8
+    config: Config, rates: AchievedRates, precision: str, tokens: float, gpus_per_node: int = 8
 ) -> int:
-    """GPUs, in whole nodes, that hold all weights and the cache of so many tokens (bf16)."""
-    need = model_bytes(config, precision) + tokens * count_params(config).cache_bytes
-    return node * math.ceil(need / (0.9 * rates.memory * node))
+    """Return the GPUs, in whole nodes, that hold all weights and a cache of so many tokens (bf16)."""
+    needed = model_bytes(config, precision) + tokens * count_params(config).cache_bytes
+    return gpus_per_node * math.ceil(needed / (0.9 * rates.memory * gpus_per_node))
 
 
 # %%

@@ -69,6 +69,11 @@ PUBLISHED = {  # name, ranks, micro-batches: the steps of every rank; F0.1 is F 
         "F1.0 F1.1 I1.0 F1.2 I1.1 W1.0 F1.3 I1.2 W1.1 I1.3 W1.2 W1.3",
         "F2.0 I2.0 F2.1 I2.1 F2.2 I2.2 W2.0 F2.3 I2.3 W2.1 W2.2 W2.3",
     ],
+    ("zb1p", 3, 2): [
+        "F0.0 F0.1 I0.0 W0.0 I0.1 W0.1",
+        "F1.0 F1.1 I1.0 I1.1 W1.0 W1.1",
+        "F2.0 I2.0 F2.1 I2.1 W2.0 W2.1",
+    ],
     ("dualpipe", 2, 4): [
         "F0.0 F1.2 F0.1 B1.2 F1.3&B0.0 B1.3 I0.1 W0.1",
         "F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3",

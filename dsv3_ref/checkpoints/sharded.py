@@ -1,18 +1,20 @@
 """Sharded checkpoints by torch.distributed.checkpoint, which any mesh can load.
 
-Every tensor has its global name, and every expert is a tensor of its own, so that nothing depends
-on which rank held it. Moments are put together from their slices first.
+Every tensor has its global name, and every expert is a tensor of its own, so a checkpoint does not
+depend on which rank held what. Moments are gathered from their shards first.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, temp_sibling
@@ -21,22 +23,45 @@ from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
 
 
-def global_tensors(prefix: str, name: str, x: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
-    """A tensor under its global name; experts each under theirs, the first of them is `first`."""
+class ShardedModel(Protocol):
+    """What a rank holds of a model in training: its part, its optimizer's buckets, its mesh."""
+
+    config: Config
+    mesh: Any
+    model: nn.Module
+    optimizer: Any
+
+
+class WeightAverage(Protocol):
+    """An exponential moving average of the weights, by name."""
+
+    mean: dict[str, Tensor]
+
+
+Extra = tuple[dict, dict[str, Tensor]]  # values for JSON, and tensors
+
+
+def global_tensors(prefix: str, name: str, x: Tensor, first: int) -> dict[str, Tensor]:
+    """Return a tensor under its global name, or each of its experts from number `first` on."""
     if not is_expert(name):
         return {f"{prefix}{name}": x}
     return {f"{prefix}{name}.{first + i}": row for i, row in enumerate(x)}
 
 
-def local_tensors(engine, ema=None) -> dict[str, torch.Tensor]:
-    """Copies of all that this rank can say: parameters, biases, moments, averages; on the CPU."""
-    c, mesh = engine.config, engine.mesh
-    first, out = mesh.ep_rank * c.n_routed_experts // mesh.ep, {}
+def first_expert(engine: ShardedModel) -> int:
+    """Return the number of the first expert that this rank holds."""
+    return engine.mesh.ep_rank * engine.config.n_routed_experts // engine.mesh.ep
+
+
+def local_tensors(engine: ShardedModel, ema: WeightAverage | None = None) -> dict[str, Tensor]:
+    """Return CPU copies of this rank's parameters, biases, moments and averages."""
+    first = first_expert(engine)
+    out: dict[str, Tensor] = {}
     for name, x in engine.model.state_dict().items():
         out |= global_tensors("model.", name, x, first)
     for bucket in engine.optimizer.buckets:
-        for kind, own in engine.optimizer.moments(bucket).items():
-            flat = bucket.all_gather(own)
+        for kind, shard in engine.optimizer.moments(bucket).items():
+            flat = bucket.all_gather(shard)
             for name in bucket.names:
                 out |= global_tensors(f"{kind}.", name, bucket.view(flat, name), first)
     for name, x in ema.mean.items() if ema else ():
@@ -44,79 +69,91 @@ def local_tensors(engine, ema=None) -> dict[str, torch.Tensor]:
     return {name: x.detach().to("cpu", copy=True) for name, x in out.items()}
 
 
-def load_tensors(engine, tensors: dict[str, torch.Tensor], ema=None) -> None:
-    """The reverse of `local_tensors`, from tensors of the names that it gave."""
-    c, mesh = engine.config, engine.mesh
-    first = mesh.ep_rank * c.n_routed_experts // mesh.ep
-    found = lambda prefix, name, like: copy_into(global_tensors(prefix, name, like, first), tensors)
+def load_tensors(
+    engine: ShardedModel, tensors: dict[str, Tensor], ema: WeightAverage | None = None
+) -> None:
+    """Copy tensors with the names of `local_tensors` to where that function took them from."""
+    first = first_expert(engine)
+
+    def load(prefix: str, name: str, target: Tensor) -> None:
+        for key, x in global_tensors(prefix, name, target, first).items():
+            x.copy_(tensors[key])
+
     with torch.no_grad():
         for name, x in engine.model.state_dict().items():
-            found("model.", name, x)
+            load("model.", name, x)
         for bucket in engine.optimizer.buckets:
-            for kind, own in engine.optimizer.moments(bucket).items():
-                flat = torch.zeros_like(bucket.flat, dtype=own.dtype)
+            for kind, shard in engine.optimizer.moments(bucket).items():
+                flat = torch.zeros_like(bucket.flat, dtype=shard.dtype)
                 for name in bucket.names:
-                    found(f"{kind}.", name, bucket.view(flat, name))
-                own.copy_(bucket.shard_of(flat))
+                    load(f"{kind}.", name, bucket.view(flat, name))
+                shard.copy_(bucket.shard_of(flat))
         for name, x in ema.mean.items() if ema else ():
-            found("ema.", name, x)
-
-
-def copy_into(places: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
-    """Tensors into the places of the same names."""
-    for name, x in places.items():
-        x.copy_(tensors[name])
+            load("ema.", name, x)
 
 
 class AsyncCheckpointer:
-    """Writes in the background; a checkpoint appears under its name once it is whole."""
+    """Writes checkpoints in the background; each appears under its name once it is complete."""
 
-    def __init__(self):
-        self.group, self.thread, self.writing = (
-            dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
-        )  # fmt: skip
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo")
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future | None = None
 
-    def save(self, engine, folder: Path, extra, ema=None) -> None:
-        """Copy, and go on; extra: what rank 0 adds, (values for JSON, tensors), elsewhere None."""
+    def save(
+        self, engine: ShardedModel, folder: Path, extra: Extra | None,
+        ema: WeightAverage | None = None,
+    ) -> None:  # fmt: skip
+        """Copy this rank's tensors and start to write them.
+
+        extra: what rank 0 adds; None on the other ranks. A collective call.
+        """
         self.wait()
         if extra:
             make_staging_dir(folder)
         dist.barrier(self.group)
-        copies, part = local_tensors(engine, ema), temp_sibling(folder, TMP)
-        saved = dcp.async_save(copies, checkpoint_id=part, process_group=self.group)
+        saved = dcp.async_save(
+            local_tensors(engine, ema), checkpoint_id=temp_sibling(folder, TMP),
+            process_group=self.group,
+        )  # fmt: skip
         self.writing = self.thread.submit(self.finish, saved, folder, extra, engine.config)
 
-    def finish(self, saved, folder: Path, extra, c: Config) -> None:
-        """In the thread: rank 0's part ends after all others', and then it gives the name."""
+    def finish(self, saved: Any, folder: Path, extra: Extra | None, config: Config) -> None:
+        """Complete a checkpoint; runs in the writer thread.
+
+        Once all ranks have written their shards, rank 0 renames the directory to its final name.
+        """
         saved.result()
         if extra:
-            part, (state, tensors) = temp_sibling(folder, TMP), extra
-            (part / CONFIG).write_text(json.dumps(asdict(c), indent=2) + "\n")
+            part = temp_sibling(folder, TMP)
+            values, tensors = extra
+            (part / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
             save_file(tensors, part / TENSORS)
-            (part / STATE).write_text(json.dumps(state))
+            (part / STATE).write_text(json.dumps(values))
             publish_dir(part, folder)
 
     def wait(self) -> None:
-        """Until the checkpoint under way has its name, on all ranks."""
+        """Wait until the checkpoint in progress has its final name, on all ranks."""
         if self.writing:
             self.writing.result()
             dist.barrier(self.group)
             self.writing = None
 
 
-def load_sharded(engine, folder: Path, ema=None) -> None:
-    """What this rank holds, from a checkpoint of any mesh."""
+def load_sharded(engine: ShardedModel, folder: Path, ema: WeightAverage | None = None) -> None:
+    """Load what this rank holds from a checkpoint that any mesh has written."""
     tensors = local_tensors(engine, ema)
     dcp.load(tensors, checkpoint_id=folder)
     load_tensors(engine, tensors, ema)
 
 
 def consolidate(folder: Path) -> Transformer:
-    """The model of a sharded checkpoint, read by one process."""
+    """Return the whole model of a sharded checkpoint, loaded by this process alone."""
     with torch.device("meta"):
         model = Transformer(from_dict(json.loads((folder / CONFIG).read_text())))
-    model, places = model.to_empty(device="cpu"), {}
+    model = model.to_empty(device="cpu")
+    targets: dict[str, Tensor] = {}
     for name, x in model.state_dict().items():
-        places |= global_tensors("model.", name, x, 0)
-    dcp.load(places, storage_reader=FileSystemReader(folder), no_dist=True)
+        targets |= global_tensors("model.", name, x, 0)
+    dcp.load(targets, storage_reader=FileSystemReader(folder), no_dist=True)
     return model

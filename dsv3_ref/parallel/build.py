@@ -1,79 +1,91 @@
-"""What a rank holds: its stages' layers, its share of the experts, with one device's first weights.
+"""The part of the model that a rank holds, initialized as on one device.
 
-Order of construction: on meta → cut the stages → shard the experts → draw the weights.
+Order of construction: build on meta → drop other stages → shard the experts → draw the weights.
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref.checkpoints.layout import is_expert
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.scale import partition_layers
 
 # ── Stages ──
 
 
-def stages_with_param(name: str, c: Config, n: int) -> tuple[int, ...]:
-    """Which of n stages need a parameter; MTP lies in the last one, and so needs the embedding."""
-    if place := re.match(r"layers\.(\d+)\.", name):
-        return tuple(
-            s for s, layers in enumerate(partition_layers(c, n)) if int(place[1]) in layers
-        )
+def count_stages(stages_by_rank: Sequence[Sequence[int]]) -> int:
+    """Return the number of stages of a pipeline from the stages of every rank."""
+    return 1 + max(map(max, stages_by_rank))
+
+
+def stages_with_param(name: str, config: Config, num_stages: int) -> tuple[int, ...]:
+    """Return the stages that need a parameter.
+
+    The MTP modules are in the last stage, which therefore needs the embedding too.
+    """
+    if layer := re.match(r"layers\.(\d+)\.", name):
+        parts = partition_layers(config, num_stages)
+        return tuple(s for s, layers in enumerate(parts) if int(layer[1]) in layers)
+    last = num_stages - 1
     if name.startswith("embed."):
-        return tuple(sorted({0, n - 1} if c.n_mtp_layers else {0}))
-    return (n - 1,)
+        return tuple(sorted({0, last})) if config.n_mtp_layers else (0,)
+    return (last,)
 
 
-def owning_ranks(name: str, c: Config, held: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The pp ranks that hold a parameter; held: the stages of every pp rank."""
-    needs = set(stages_with_param(name, c, 1 + max(s for of_rank in held for s in of_rank)))
-    return tuple(p for p, of_rank in enumerate(held) if needs & set(of_rank))
+def owning_ranks(
+    name: str, config: Config, stages_by_rank: Sequence[Sequence[int]]
+) -> tuple[int, ...]:
+    """Return the pp ranks that hold a parameter."""
+    needed = set(stages_with_param(name, config, count_stages(stages_by_rank)))
+    return tuple(p for p, stages in enumerate(stages_by_rank) if needed & set(stages))
 
 
 # ── First weights ──
 
+ATEN = torch.ops.aten
+RANDOM_OPS = (ATEN.normal_.default, ATEN.uniform_.default)
+FILL_OPS = (*RANDOM_OPS, ATEN.fill_.Scalar, ATEN.zero_.default)
+
 
 class RNGReplay(TorchDispatchMode):
-    """Where in the stream of random numbers each parameter on meta would begin.
+    """Records where in the random stream each parameter on meta would begin.
 
-    The numbers are drawn and dropped, so that the stream is that of a model built in memory.
+    The random numbers are drawn and dropped, so the stream is that of a model built in memory.
     """
-
-    FILL = {
-        op.default
-        for op in map(torch.ops.aten.__getattr__, ("normal_", "uniform_", "fill_", "zero_"))
-        if hasattr(op, "default")
-    } | {torch.ops.aten.fill_.Scalar}
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.device, self.starts = device, WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func not in self.FILL or not args[0].is_meta:
+        if func not in FILL_OPS or not args[0].is_meta:
             return func(*args, **(kwargs or {}))
         self.starts[args[0]] = get_rng_state(self.device), func, args[1:]
-        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+        if func in RANDOM_OPS:
             func(torch.empty(args[0].shape, dtype=args[0].dtype, device=self.device), *args[1:])
         return args[0]
 
-    def draw(self, p: torch.Tensor) -> torch.Tensor:
-        """The numbers that p would have begun with."""
-        before, func, args = self.starts[p]
-        set_rng_state(self.device, before)
+    def draw(self, p: Tensor) -> Tensor:
+        """Return the values with which p would have begun."""
+        rng_state, func, args = self.starts[p]
+        set_rng_state(self.device, rng_state)
         return func(torch.empty(p.shape, dtype=p.dtype, device=self.device), *args)
 
 
-def get_rng_state(device: torch.device) -> torch.Tensor:
+def get_rng_state(device: torch.device) -> Tensor:
+    """Return the state of a device's random number generator."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def set_rng_state(device: torch.device, value: torch.Tensor) -> None:
+def set_rng_state(device: torch.device, value: Tensor) -> None:
+    """Set the state of a device's random number generator."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(value, device)
     else:
@@ -83,40 +95,50 @@ def set_rng_state(device: torch.device, value: torch.Tensor) -> None:
 # ── The rank's model ──
 
 
-def build_local_model(c: Config, mesh, held: tuple[int, ...], n: int, seed: int) -> Transformer:
-    """What this rank holds of `Transformer(c)` after `torch.manual_seed(seed)`, bit for bit."""
-    if c.n_routed_experts % mesh.ep:
-        raise UserError(f"--ep {mesh.ep} does not divide {c.n_routed_experts} routed experts")
+def build_local_model(
+    config: Config, mesh: Mesh, stages: Sequence[int], num_stages: int, seed: int
+) -> Transformer:
+    """Build what this rank holds of `Transformer(config)` after `torch.manual_seed(seed)`.
+
+    The values are the same bit for bit, and so is the state of the generator afterwards.
+    """
+    if config.n_routed_experts % mesh.ep:
+        raise UserError(f"--ep {mesh.ep} does not divide {config.n_routed_experts} routed experts")
     torch.manual_seed(seed)
-    with RNGReplay(mesh.device) as starts, torch.device("meta"):
-        model = Transformer(c)
-    drop_unused_stages(model, c, held, n)
-    after = get_rng_state(mesh.device)
+    with RNGReplay(mesh.device) as replay, torch.device("meta"):
+        model = Transformer(config)
+    drop_unused_stages(model, config, stages, num_stages)
+    rng_state = get_rng_state(mesh.device)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        set_param(model, name, local_experts_of(mesh, name, starts.draw(t)))
-    set_rng_state(mesh.device, after)
+        set_param(model, name, local_experts_of(mesh, name, replay.draw(t)))
+    set_rng_state(mesh.device, rng_state)
     return model
 
 
-def local_experts_of(mesh, name: str, x: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps of a tensor: its experts, or all."""
+def local_experts_of(mesh: Mesh, name: str, x: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank keeps: its own experts, or all of it."""
     return x.chunk(mesh.ep)[mesh.ep_rank].clone() if is_expert(name) else x
 
 
-def drop_unused_stages(model: Transformer, c: Config, held: tuple[int, ...], n: int) -> None:
-    """Drop what none of the held stages needs; what stays keeps its name."""
+def drop_unused_stages(
+    model: Transformer, config: Config, stages: Sequence[int], num_stages: int
+) -> None:
+    """Drop the modules that none of the stages needs; the others keep their names."""
+
+    def is_needed(name: str) -> bool:
+        return bool(set(stages_with_param(name, config, num_stages)) & set(stages))
+
     for name, module in dict(model.named_children()).items():
-        for key in [*module] if isinstance(module, nn.ModuleDict) else [None]:
-            full = f"{name}." + (f"{key}." if key else "")
-            if not set(stages_with_param(full, c, n)) & set(held):
-                if key:
+        if isinstance(module, nn.ModuleDict):
+            for key in [*module]:
+                if not is_needed(f"{name}.{key}."):
                     module.pop(key)
-                else:
-                    setattr(model, name, None)
+        elif not is_needed(f"{name}."):
+            setattr(model, name, None)
 
 
-def set_param(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """A parameter or buffer with these values, by its name."""
+def set_param(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter or buffer with this name."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

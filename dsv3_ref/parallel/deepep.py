@@ -1,25 +1,32 @@
-"""Tokens to their experts and back by DeepEP's kernels, over NVLink and RDMA (§3.2.2).
+"""Dispatch and combine by DeepEP's kernels, over NVLink and RDMA (§3.2.2).
 
-For `deep_ep.Buffer`, of DeepEP 1 or kept by DeepEP 2. Never run against the library itself, which
-wants several GPUs: tests/parallel/test_deepep.py holds this side of the protocol against a module
-made after DeepEP's documentation and its own checks. Rows travel in bf16, or to
-experts in FP8; sums in bf16.
+For `deep_ep.Buffer` of DeepEP 1, which DeepEP 2 keeps. Not run with the library itself, which needs
+several GPUs: tests/parallel/test_deepep.py checks this side of the protocol against a stand-in
+written after DeepEP's documentation and its own assertions. Rows travel in bf16, or to experts in
+FP8; sums are in bf16.
 """
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
 
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.expert_parallel import apply_local_experts
 from dsv3_ref.fp8 import act_dequant, act_quant
-from dsv3_ref.parallel.token_dispatcher import empty_rows, zero_rows
+from dsv3_ref.moe import GroupedExperts
+from dsv3_ref.parallel.tape import Steps, Tape
+from dsv3_ref.parallel.token_dispatcher import empty_rows, grad_or_zeros
 from dsv3_ref.parallel.watchdog import track_operation
 
-RANKS_PER_NODE = 8  # ranks that DeepEP takes for one node; more of them need RDMA
+RANKS_PER_NODE = 8  # of DeepEP; more ranks need RDMA
 LAYOUT_ARGUMENTS = (  # what `get_dispatch_layout` returns before its event, as `dispatch` names it
     "num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank",
 )  # fmt: skip
 
 
-def import_buffer_class():
-    """`deep_ep.Buffer`, if there is one."""
+def import_buffer_class() -> Any:
+    """Return `deep_ep.Buffer`; raise a `UserError` if deep_ep cannot be imported."""
     try:
         from deep_ep import Buffer
     except ImportError as e:
@@ -30,95 +37,98 @@ def import_buffer_class():
     return Buffer
 
 
-def create_buffer(group, dim: int):
-    """Memory for rows of `dim` numbers in bf16, as much as the library's own settings ask for."""
-    buffer, n = import_buffer_class(), group.size()
+def create_buffer(group: dist.ProcessGroup, dim: int) -> Any:
+    """Create a buffer for rows of `dim` bf16 numbers, as large as DeepEP's own settings ask for."""
+    buffer_class, n = import_buffer_class(), group.size()
     try:
-        configs = buffer.get_dispatch_config(n), buffer.get_combine_config(n)
+        configs = buffer_class.get_dispatch_config(n), buffer_class.get_combine_config(n)
     except AssertionError as e:
         raise UserError(f"--token-dispatcher deepep has no settings for --ep {n}: {e}") from e
-    inside = max(c.get_nvl_buffer_size_hint(2 * dim, n) for c in configs)
-    across = (
-        max(c.get_rdma_buffer_size_hint(2 * dim, n) for c in configs) if n > RANKS_PER_NODE else 0
-    )
-    return buffer(group, inside, across)
+    nvl_bytes = max(c.get_nvl_buffer_size_hint(2 * dim, n) for c in configs)
+    rdma_bytes = 0
+    if n > RANKS_PER_NODE:
+        rdma_bytes = max(c.get_rdma_buffer_size_hint(2 * dim, n) for c in configs)
+    return buffer_class(group, nvl_bytes, rdma_bytes)
 
 
 class DeepEPDispatch:
-    """Transfer: tokens, their weights and experts to the experts' ranks; gradients are combined."""
+    """Transfer of tokens, weights and expert ids to the experts' ranks; gradients are combined."""
 
-    def __init__(self, deepep, expert_nk):
-        self.deepep, self.expert_nk = deepep, expert_nk
+    def __init__(self, deepep: "DeepEPDispatcher", expert_nk: Tensor):
+        self.deepep = deepep
+        self.expert_nk: Tensor | None = expert_nk
 
-    def forward(self, x_nd, weight_nk):
+    def forward(self, x_nd: Tensor, weight_nk: Tensor) -> Steps:
+        assert self.expert_nk is not None
         expert_nk, self.expert_nk = self.expert_nk.long().contiguous(), None
-        weight_nk, buffer = weight_nk.float().contiguous(), self.deepep.buffer
-        layout = zip(LAYOUT_ARGUMENTS, buffer.get_dispatch_layout(expert_nk, self.deepep.n_experts))
-        how = {"topk_idx": expert_nk, "topk_weights": weight_nk, **dict(layout)}
-        x_md, codes, expert_mk, weight_mk, _, self.handle = yield from self.deepep.dispatch(
-            x_nd, **how
-        )
-        self.arrived, self.m = (expert_mk, codes), len(x_md)
+        weight_nk = weight_nk.float().contiguous()
+        *layout, _ = self.deepep.buffer.get_dispatch_layout(expert_nk, self.deepep.n_experts)
+        arguments = {"topk_idx": expert_nk, "topk_weights": weight_nk}
+        arguments |= dict(zip(LAYOUT_ARGUMENTS, layout))
+        arrived = yield from self.deepep.dispatch(x_nd, **arguments)
+        x_md, codes, expert_mk, weight_mk, _, self.handle = arrived
+        self.arrived: Any = expert_mk, codes
+        self.m = len(x_md)
         self.like = empty_rows(x_md), empty_rows(weight_mk)
         return x_md, weight_mk
 
-    def unpack(self):
-        """Experts of the rows that arrived, −1 elsewhere, and the rows' codes; kept by nobody."""
+    def unpack(self) -> Any:
+        """Return the expert ids (−1: elsewhere) and FP8 values of the rows, and drop both here."""
         arrived, self.arrived = self.arrived, None
         return arrived
 
-    def backward(self, *gs):
-        g_md, dw_mk = (zero_rows(a, self.m) if g is None else g for g, a in zip(gs, self.like))
+    def backward(self, *grads: Tensor | None) -> Steps:
+        g_md, dw_mk = (grad_or_zeros(g, like, self.m) for g, like in zip(grads, self.like))
         return (yield from self.deepep.combine(g_md, self.handle, dw_mk.contiguous()))
 
 
 class DeepEPCombine:
-    """Transfer: results to where the tokens came from, added up; gradients travel as tokens do."""
+    """Transfer of results to where the tokens came from, summed; gradients travel as tokens do."""
 
-    def __init__(self, deepep, handle):
+    def __init__(self, deepep: "DeepEPDispatcher", handle: Any):
         self.deepep, self.handle = deepep, handle
 
-    def forward(self, y_md):
+    def forward(self, y_md: Tensor) -> Steps:
         y_nd, _ = yield from self.deepep.combine(y_md, self.handle)
         self.like, self.n = empty_rows(y_nd), len(y_nd)
         return (y_nd,)
 
-    def backward(self, g_nd):
-        g_nd = zero_rows(self.like, self.n) if g_nd is None else g_nd
+    def backward(self, g_nd: Tensor | None) -> Steps:
+        g_nd = grad_or_zeros(g_nd, self.like, self.n)
         g_md, *_ = yield from self.deepep.dispatch(g_nd, handle=self.handle)
         return (g_md,)
 
 
 class DeepEPDispatcher:
-    """Takes `AllToAllDispatcher`'s place: the way of a micro-batch's tokens through DeepEP, on a tape."""
+    """Takes a micro-batch's tokens through DeepEP to their experts and back, on a tape."""
 
-    def __init__(self, c: Config, group, fp8: bool = False):
-        self.n_experts, self.group, self.fp8 = c.n_routed_experts, group, fp8
-        self.buffer = create_buffer(group, c.dim)
+    def __init__(self, config: Config, group: dist.ProcessGroup, fp8: bool = False):
+        self.n_experts, self.group, self.fp8 = config.n_routed_experts, group, fp8
+        self.buffer = create_buffer(group, config.dim)
 
-    def apply_experts(self, tape, experts, x_nd, weight_nk, expert_nk):
-        """Σ_k w_nk·expert_nk(x_n) over experts on many ranks; a generator."""
+    def apply_experts(
+        self, tape: Tape, experts: GroupedExperts, x_nd: Tensor, weight_nk: Tensor,
+        expert_nk: Tensor,
+    ) -> Steps:  # fmt: skip
+        """Return Σ_k w_nk·expert_nk(x_n) over experts on many ranks; yields during transfers."""
         dispatch = DeepEPDispatch(self, expert_nk)
-        sent = yield from tape.run_comm(dispatch, x_nd, weight_nk)
-        arrived = dispatch.unpack()
-        here = lambda x_md, weight_mk: apply_local_experts(experts, x_md, weight_mk, *arrived)
-        y_md = tape.run(here, *sent)
+        rows = yield from tape.run_comm(dispatch, x_nd, weight_nk)
+        expert_mk, codes = dispatch.unpack()
+        y_md = tape.run(lambda x, w: apply_local_experts(experts, x, w, expert_mk, codes), *rows)
         return (yield from tape.run_comm(DeepEPCombine(self, dispatch.handle), y_md))[0]
 
-    def dispatch(self, x_nd, **how):
-        """Rows to other ranks: (rows of x's dtype, their FP8 codes or None, what else arrived)."""
+    def dispatch(self, x_nd: Tensor, **arguments: Any) -> Steps:
+        """Send rows to other ranks; return (rows in x's dtype, FP8 values or None, the rest)."""
         sent = act_quant(x_nd.contiguous(), True) if self.fp8 else x_nd.bfloat16().contiguous()
-        with track_operation(
-            "dispatch of tokens", self.group
-        ):  # waits until all have told how many come
-            got, *more, event = self.buffer.dispatch(sent, **how, async_finish=True)
+        with track_operation("dispatch of tokens", self.group):  # waits for the counts of all ranks
+            received, *more, event = self.buffer.dispatch(sent, **arguments, async_finish=True)
         yield
         event.current_stream_wait()
-        x_md, codes = (act_dequant(*got), got) if self.fp8 else (got, None)
+        x_md, codes = (act_dequant(*received), received) if self.fp8 else (received, None)
         return x_md.to(x_nd.dtype), codes, *more
 
-    def combine(self, y_md, handle, weight_mk=None):
-        """Rows to where they came from, added up there: rows of y's dtype, and weights likewise."""
+    def combine(self, y_md: Tensor, handle: Any, weight_mk: Tensor | None = None) -> Steps:
+        """Send rows back and sum them there; return them in y's dtype, and the summed weights."""
         sent = y_md.bfloat16().contiguous()
         y_nd, weight_nk, event = self.buffer.combine(sent, handle, weight_mk, async_finish=True)
         yield

@@ -1,19 +1,21 @@
-"""A training step over all ranks: the same losses on every mesh."""
+"""A training step over all ranks, with the same losses on every mesh."""
 
 import math
+from typing import cast
 
 import torch
+from torch import Tensor
 
-from dsv3_ref.config import Config, UserError
-from dsv3_ref.dualpipe import stages_by_rank as stages_held
+from dsv3_ref.config import Config, UserError, ceil_div
+from dsv3_ref.dualpipe import stages_by_rank
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_expert_bias
 from dsv3_ref.optim import TrainingRecipe, skip_reason
-from dsv3_ref.parallel.build import build_local_model, owning_ranks
+from dsv3_ref.parallel.build import build_local_model, count_stages, owning_ranks
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
-from dsv3_ref.parallel.stage import LossWeights
+from dsv3_ref.parallel.stage import LossWeights, TokenDispatcher
 from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
 from dsv3_ref.parallel.zero import ZeroOptimizer
 from dsv3_ref.pretrain import StepStats
@@ -21,151 +23,151 @@ from dsv3_ref.sft import SpecialTokens, num_loss_tokens
 
 
 class ParallelEngine:
-    """What a rank needs to train: its part of the model, its optimizer, its pipeline."""
+    """All that a rank needs for a step: its part of the model, its optimizer and its pipeline.
+
+    fp8: dispatch tokens in FP8. ranks_per_node: of an expert group; 0 dispatches in one hop.
+    """
 
     def __init__(
-        self, c: Config, r: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b", seed: int = 0,
-        moments=torch.bfloat16, zero: bool = True, micro_batch: int = 0, ranks_per_node: int = 0,
-        fp8: bool = False, deepep: bool = False, special_tokens: SpecialTokens | None = None,
+        self, config: Config, recipe: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b",
+        seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
+        micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
+        special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
-        self.config, self.mesh, self.micro_batch, self.special_tokens = (
-            c,
-            mesh,
-            micro_batch,
-            special_tokens,
-        )
-        stages_of_rank = stages_held(schedule, mesh.pp)
-        stages = 1 + max(s for of_rank in stages_of_rank for s in of_rank)
-        if stages > c.n_layers:
-            raise UserError(f"{c.n_layers} layers cannot be cut into {stages} stages")
+        self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
+        self.special_tokens = special_tokens
+        stages = stages_by_rank(schedule, mesh.pp)
+        num_stages = count_stages(stages)
+        if num_stages > config.n_layers:
+            raise UserError(f"{config.n_layers} layers cannot be cut into {num_stages} stages")
         with torch.device("meta"):
-            whole = Transformer(c)
+            whole = Transformer(config)
         mesh.create_reduce_groups(
-            owning_ranks(name, c, stages_of_rank) for name, _ in whole.named_parameters()
+            owning_ranks(name, config, stages) for name, _ in whole.named_parameters()
         )
         self.moe_names = list(moe_layers(whole))
         self.num_params = sum(p.numel() for p in whole.parameters())
-        self.model = build_local_model(c, mesh, stages_of_rank[mesh.pp_rank], stages, seed)
+        self.model = build_local_model(config, mesh, stages[mesh.pp_rank], num_stages, seed)
         self.traffic = Traffic()
-        self.counts_traffic = mesh.ep > 1 and not deepep  # what DeepEP carries, only DeepEP knows
-        token_dispatcher = (
-            AllToAllDispatcher(dispatch_levels(c, mesh, ranks_per_node, self.traffic), fp8)
-            if self.counts_traffic
-            else None
-        )
-        if mesh.ep > 1 and deepep:
-            token_dispatcher = DeepEPDispatcher(c, mesh.ep_group, fp8)
+        self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
+        dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep) if mesh.ep > 1 else None
         self.pipeline = Pipeline(
-            self.model, c, mesh, schedule, stages_of_rank, token_dispatcher, special_tokens
+            self.model, config, mesh, schedule, stages, dispatcher, special_tokens
         )
-        self.optimizer = ZeroOptimizer(self.model, c, mesh, stages_of_rank, r, moments, zero)
+        self.optimizer = ZeroOptimizer(self.model, config, mesh, stages, recipe, moments, zero)
+
+    def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TokenDispatcher:
+        """Create what takes tokens to the experts on other ranks."""
+        if deepep:
+            return DeepEPDispatcher(self.config, self.mesh.ep_group, fp8)
+        levels = dispatch_levels(self.config, self.mesh, ranks_per_node, self.traffic)
+        return AllToAllDispatcher(levels, fp8)
 
     # ── Rows ──
 
-    def split_microbatches(self, tokens_bs: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
-        """This pipeline's rows in micro-batches, and the share of the batch that each is.
+    def split_microbatches(self, tokens_bs: Tensor) -> tuple[list[Tensor], list[float]]:
+        """Return this pipeline's micro-batches, and the share of the batch that each has.
 
-        All pipelines cut alike; where rows run short, a micro-batch is empty.
+        All pipelines split alike; where rows run short, a micro-batch is empty.
         """
-        of_pipe = -(-len(tokens_bs) // self.mesh.data_size)
-        size = self.micro_batch or (of_pipe if self.mesh.pp == 1 else 1)
-        n = self.pipeline.min_microbatches(-(-of_pipe // size))
-        mine = tokens_bs.tensor_split(self.mesh.data_size)[self.mesh.data_rank].tensor_split(n)
-        return list(mine), [self.loss_weight(m) / self.loss_weight(tokens_bs) for m in mine]
+        rows_per_pipeline = ceil_div(len(tokens_bs), self.mesh.data_size)
+        size = self.micro_batch or (rows_per_pipeline if self.mesh.pp == 1 else 1)
+        n = self.pipeline.min_microbatches(ceil_div(rows_per_pipeline, size))
+        own_bs = tokens_bs.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
+        microbatches = list(own_bs.tensor_split(n))
+        whole = self.loss_weight(tokens_bs)
+        return microbatches, [self.loss_weight(rows_bs) / whole for rows_bs in microbatches]
 
-    def loss_weight(self, tokens_bs) -> int:
-        """What rows count in a mean over the batch: themselves, or the tokens of answers."""
-        return (
-            len(tokens_bs)
-            if self.special_tokens is None
-            else num_loss_tokens(tokens_bs, self.special_tokens)
-        )
+    def loss_weight(self, rows_bs: Tensor) -> int:
+        """Return the weight of rows in a mean over the batch: their number, or their loss tokens."""
+        if self.special_tokens is None:
+            return len(rows_bs)
+        return num_loss_tokens(rows_bs, self.special_tokens)
 
     # ── A step ──
 
     def train_step(
-        self,
-        tokens_bs,
-        r: TrainingRecipe,
-        lr: float,
-        gamma: float,
-        mtp_weight: float,
-        limit=math.inf,
-    ) -> StepStats:
-        """`train_step` of chapter 07 on the rows (of T + 1 tokens) of a global batch."""
-        if r.balance_loss_scope != "sequence":
+        self, tokens_bs: Tensor, recipe: TrainingRecipe, lr: float, gamma: float,
+        mtp_weight: float, limit: float = math.inf,
+    ) -> StepStats:  # fmt: skip
+        """Run `train_step` of chapter 07 on the rows (of T + 1 tokens) of a global batch.
+
+        gamma: the step of the gates' biases; limit: the gradient norm above which it is skipped.
+        """
+        if recipe.balance_loss_scope != "sequence":
             raise UserError("on several ranks the balance loss is over sequences only")
-        depth = self.config.n_mtp_layers
-        micros, shares = self.split_microbatches(tokens_bs)
-        weights = [
-            LossWeights(share, mtp_weight / max(1, depth), r.balance_loss_coeff) for share in shares
-        ]
+        mtp = mtp_weight / max(1, self.config.n_mtp_layers)
+        alpha = recipe.balance_loss_coeff
+        microbatches, shares = self.split_microbatches(tokens_bs)
         self.optimizer.zero_grad()
         self.traffic.clear()
-        seen = self.pipeline.run(micros, weights)
-        main, balance, *mtp = self.all_reduce_sum(
-            seen.main, seen.balance, *map(seen.mtp.get, self.mtp_depths)
-        )
-        total = main + mtp_weight / max(1, depth) * sum(mtp) + r.balance_loss_coeff * balance
-        load_le, grad_norm = (
-            self.tokens_per_expert(seen.tokens_per_expert),
-            self.optimizer.reduce_and_clip_grads(r.max_grad_norm),
-        )
+        stats = self.pipeline.run(microbatches, [LossWeights(s, mtp, alpha) for s in shares])
+        mtp_sums = [stats.mtp.get(k) for k in range(1, 1 + self.config.n_mtp_layers)]
+        main, balance, *mtp_losses = self.all_reduce_sum(stats.main, stats.balance, *mtp_sums)
+        total = main + mtp * sum(mtp_losses) + alpha * balance
+        load_le = self.tokens_per_expert(stats.tokens_per_expert)
+        grad_norm = self.optimizer.reduce_and_clip_grads(recipe.max_grad_norm)
         skipped = skip_reason(total, grad_norm, limit)
         if not skipped:
             self.optimizer.step(lr)
             self.update_expert_biases(load_le, gamma)
-        return StepStats(main, mtp, total, grad_norm, load_le, skipped)
+        return StepStats(main, mtp_losses, total, grad_norm, load_le, skipped)
 
-    @property
-    def mtp_depths(self) -> range:
-        return range(1, 1 + self.config.n_mtp_layers)
+    def all_reduce_sum(self, *values: float | Tensor | None) -> list[float]:
+        """Sum each value over all ranks; None counts 0.
 
-    def all_reduce_sum(self, *values) -> list[float]:
-        """Over all ranks; each part of a loss was computed by exactly one of them."""
-        values = [float(v) if v is not None else 0.0 for v in values]
-        return self.mesh.all_reduce_sum(
-            torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
-        ).tolist()
+        Each part of a loss was computed by exactly one rank.
+        """
+        numbers = [0.0 if v is None else float(v) for v in values]
+        x = torch.tensor(numbers, dtype=torch.float64, device=self.mesh.device)
+        return self.mesh.all_reduce_sum(x).tolist()
 
-    def tokens_per_expert(self, load: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Tokens each expert of each MoE layer received in the global batch, (l, e)."""
+    def tokens_per_expert(self, local: dict[str, Tensor]) -> Tensor:
+        """Return how many tokens each expert of each MoE layer received in the batch, (l, e).
+
+        local: this rank's counts by layer.
+        """
         shape = len(self.moe_names), self.config.n_routed_experts
         load_le = torch.zeros(shape, dtype=torch.int64, device=self.mesh.device)
-        for name, load_e in load.items():
+        for name, load_e in local.items():
             load_le[self.moe_names.index(name)] = load_e
         return self.mesh.all_reduce_sum(load_le)
 
-    def update_expert_biases(self, load_le: torch.Tensor, gamma: float) -> None:
-        """Move the biases of the gates that are here by the load of the global batch."""
+    def update_expert_biases(self, load_le: Tensor, gamma: float) -> None:
+        """Update the biases of this rank's gates by the loads of the global batch."""
         for name, moe in moe_layers(self.model).items():
             if moe.gate.bias is not None:
                 update_expert_bias(moe.gate.bias, load_le[self.moe_names.index(name)], gamma)
 
     def comm_stats(self) -> dict:
-        """Of the last step, over all ranks: bytes by link, and the share of time hidden."""
+        """Return the all-to-alls' bytes by link and hidden fraction of time, over all ranks.
+
+        Of the last step; empty if they are not counted.
+        """
         if not self.counts_traffic:
             return {}
-        t = self.traffic
-        sent = [t.bytes[link] for link in LINKS]
-        *sent, under_way, exposed = self.all_reduce_sum(*sent, t.in_flight_s, t.exposed_s)
-        total = Traffic(dict(zip(LINKS, map(int, sent))), under_way, exposed)
-        return {"all_to_all_bytes": total.bytes, "all_to_all_hidden": total.hidden}
+        own = self.traffic
+        sent = self.all_reduce_sum(*(own.bytes[link] for link in LINKS))
+        in_flight_s, exposed_s = self.all_reduce_sum(own.in_flight_s, own.exposed_s)
+        return {
+            "all_to_all_bytes": dict(zip(LINKS, map(int, sent))),
+            "all_to_all_hidden": Traffic(in_flight_s=in_flight_s, exposed_s=exposed_s).hidden,
+        }
 
-    def gather_expert_biases(self) -> list:
-        """Of the gates of all MoE layers, wherever they are."""
+    def gather_expert_biases(self) -> list[Tensor | None]:
+        """Return the biases of the gates of all MoE layers; None where gates have none."""
         if self.config.score_func != "sigmoid":
             return [None] * len(self.moe_names)
         shape = len(self.moe_names), self.config.n_routed_experts
         bias_le = torch.full(shape, -torch.inf, device=self.mesh.device)
         for name, moe in moe_layers(self.model).items():
-            bias_le[self.moe_names.index(name)] = moe.gate.bias
+            bias_le[self.moe_names.index(name)] = cast(Tensor, moe.gate.bias)
         return list(self.mesh.all_reduce_max(bias_le))
 
     @torch.no_grad()
-    def sum_nll(self, rows_bs: torch.Tensor) -> float:
-        """Σ of the main loss over rows of T + 1 tokens, in nats a token, times the rows."""
-        micros, shares = self.split_microbatches(rows_bs)
-        seen = self.pipeline.run(micros, list(map(LossWeights, shares)), training=False)
+    def sum_nll(self, rows_bs: Tensor) -> float:
+        """Return the sum of the main loss over the tokens of rows of T + 1 tokens, in nats."""
+        microbatches, shares = self.split_microbatches(rows_bs)
+        stats = self.pipeline.run(microbatches, list(map(LossWeights, shares)), training=False)
         n = rows_bs[:, 1:].numel() if self.special_tokens is None else self.loss_weight(rows_bs)
-        return self.all_reduce_sum(seen.main)[0] * n
+        return self.all_reduce_sum(stats.main)[0] * n

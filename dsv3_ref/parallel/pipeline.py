@@ -1,87 +1,129 @@
-"""Runs a schedule of chapter 12 over real ranks: the same list of steps that is drawn there."""
+"""Executes a schedule of chapter 12 over real ranks: the same list of steps that is drawn there."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dsv3_ref import ops
-from dsv3_ref.dualpipe import Action, min_microbatches, rank_of_stage, schedule
-from dsv3_ref.parallel.stage import LossStats, LossWeights, Stage
-from dsv3_ref.parallel.tape import Tape, interleave, run_to_completion
+from dsv3_ref.config import Config
+from dsv3_ref.dualpipe import (
+    Action,
+    Step,
+    iter_actions,
+    min_microbatches,
+    rank_of_stage,
+    schedule,
+)
+from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.build import count_stages
+from dsv3_ref.parallel.mesh import Mesh
+from dsv3_ref.parallel.stage import LossStats, LossWeights, Stage, TokenDispatcher
+from dsv3_ref.parallel.tape import Steps, Tape, interleave, run_to_completion
 from dsv3_ref.parallel.watchdog import track_operation
+from dsv3_ref.sft import SpecialTokens
 
 # ── Messages ──
 
-
-def consumer_of(op: Action, last: int) -> Action | None:
-    """What the result of an operation is the input of: F of the next stage, B of the one before."""
-    if op.kind == "F":
-        return Action("F", op.stage + 1, op.microbatch) if op.stage < last else None
-    return Action("B", op.stage - 1, op.microbatch) if op.kind in "BI" and op.stage > 0 else None
+SendOrder = dict[tuple[int, int], list[Action]]  # (from rank, to rank): actions they are input of
 
 
-def send_order(steps: list[list[tuple[Action, ...]]], last: int, at, rows: list[int]) -> dict:
-    """(from rank, to rank) → inputs in the order in which they are sent; `at(op)`: its rank."""
-    out = defaultdict(list)
-    for src, mine in enumerate(steps):
-        for key in (consumer_of(op, last) for step in mine for op in step):
-            if key and at(key) != src and rows[key.microbatch]:
-                out[src, at(key)].append(key)
-    return out
+def consumer_of(action: Action, last: int) -> Action | None:
+    """Return the action whose input is this one's result: F of the next stage, B of the previous.
+
+    None if the result stays: at the ends of the pipeline, and for W.
+    """
+    kind, stage, microbatch = action
+    if kind == "F":
+        return Action("F", stage + 1, microbatch) if stage < last else None
+    return Action("B", stage - 1, microbatch) if kind in "BI" and stage > 0 else None
+
+
+def send_order(
+    steps: list[list[Step]], last: int, rank_of: Callable[[Action], int], num_rows: list[int]
+) -> SendOrder:
+    """Return the inputs that each rank sends to each other one, in the order of sending.
+
+    rank_of: the rank of an action; num_rows: of each micro-batch, an empty one is not sent.
+    """
+    order = defaultdict(list)
+    for source, rank_steps in enumerate(steps):
+        for action in iter_actions([rank_steps]):
+            consumer = consumer_of(action, last)
+            if consumer and rank_of(consumer) != source and num_rows[consumer.microbatch]:
+                order[source, rank_of(consumer)].append(consumer)
+    return order
 
 
 class P2PCommunicator:
-    """Messages of this rank. Both ends know the sender's order, so a message needs no address.
+    """Point-to-point messages of this rank.
 
-    Messages to higher ranks and to lower ones have a group each, and never wait for one another.
+    Sender and receiver derive the same message order from the schedule, so messages carry no tags.
+    Messages to higher ranks and to lower ones use different groups and never wait for one another.
     """
 
-    def __init__(self, mesh, orders: dict, at, shape_of, dtype):
-        self.mesh, self.rank_of_action, self.shape_of, self.dtype = mesh, at, shape_of, dtype
+    def __init__(
+        self, mesh: Mesh, order: SendOrder, rank_of: Callable[[Action], int],
+        shape_of: Callable[[int], tuple[int, ...]], dtype: torch.dtype,
+    ):  # fmt: skip
+        self.mesh, self.rank_of, self.shape_of, self.dtype = mesh, rank_of, shape_of, dtype
         self.expected = {
-            src: list(keys) for (src, dst), keys in orders.items() if dst == mesh.pp_rank
+            source: list(actions)
+            for (source, destination), actions in order.items()
+            if destination == mesh.pp_rank
         }
-        self.local, self.pending, self.sent = {}, {}, []
+        self.local: dict[Action, Tensor] = {}
+        self.pending: dict[Action, tuple[dist.Work, Tensor]] = {}
+        self.sent: list[tuple[dist.Work, Tensor]] = []
 
-    def send(self, key: Action, x: torch.Tensor) -> None:
-        """Send it to its rank, or keep it if that is this one."""
-        dst = self.rank_of_action(key)
-        if dst == self.mesh.pp_rank:
-            self.local[key] = x
+    def send(self, action: Action, x: Tensor) -> None:
+        """Send the input of an action to its rank, or keep it if that is this one."""
+        destination = self.rank_of(action)
+        if destination == self.mesh.pp_rank:
+            self.local[action] = x
         elif x.numel():
-            group = self.mesh.up_group if dst > self.mesh.pp_rank else self.mesh.down_group
-            work = dist.isend(x.contiguous(), self.mesh.rank_of(dst), group=group)
+            up = destination > self.mesh.pp_rank
+            group = self.mesh.up_group if up else self.mesh.down_group
+            work = dist.isend(x.contiguous(), self.mesh.rank_of(destination), group=group)
+            assert work is not None
             self.sent.append((work, x))
 
-    def post_recv(self, key: Action) -> None:
-        """Start to receive a message, and those that its sender sends before it."""
-        for src, keys in self.expected.items():
-            group = self.mesh.up_group if src < self.mesh.pp_rank else self.mesh.down_group
-            while key in keys:
-                x, first = self.empty_message(keys[0]), keys.pop(0)
-                self.pending[first] = dist.irecv(x, self.mesh.rank_of(src), group=group), x
+    def post_recv(self, action: Action) -> None:
+        """Start to receive the input of an action, and those that its sender sends before it."""
+        for source, actions in self.expected.items():
+            up = source < self.mesh.pp_rank
+            group = self.mesh.up_group if up else self.mesh.down_group
+            while action in actions:
+                first = actions.pop(0)
+                x = self.empty_message(first)
+                work = dist.irecv(x, self.mesh.rank_of(source), group=group)
+                assert work is not None
+                self.pending[first] = work, x
 
-    def empty_message(self, key: Action) -> torch.Tensor:
-        return torch.empty(self.shape_of(key.microbatch), dtype=self.dtype, device=self.mesh.device)
+    def empty_message(self, action: Action) -> Tensor:
+        """Return an uninitialized tensor for the input of an action."""
+        shape = self.shape_of(action.microbatch)
+        return torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
 
-    def wait_recv(self, key: Action) -> torch.Tensor:
-        """Wait for a message; one of no rows is never sent."""
-        if key in self.local:
-            return self.local.pop(key)
-        self.post_recv(key)
-        if key not in self.pending:
-            return self.empty_message(key)
-        work, x = self.pending.pop(key)
-        src = self.rank_of_action(key._replace(stage=key.stage + (1 if key.kind == "B" else -1)))
-        with track_operation(
-            f"message for {key.kind} of stage {key.stage}", [self.mesh.rank_of(src)]
-        ):
+    def wait_recv(self, action: Action) -> Tensor:
+        """Return the input of an action, after waiting for it; one without rows is never sent."""
+        if action in self.local:
+            return self.local.pop(action)
+        self.post_recv(action)
+        if action not in self.pending:
+            return self.empty_message(action)
+        work, x = self.pending.pop(action)
+        kind, stage, microbatch = action
+        source = self.rank_of(Action(kind, stage + 1 if kind == "B" else stage - 1, microbatch))
+        with track_operation(f"message for {kind} of stage {stage}", [self.mesh.rank_of(source)]):
             work.wait()
         return x
 
     def close(self) -> None:
-        """Wait until all that was sent has left."""
+        """Wait until all messages are sent."""
         for work, _ in self.sent:
             work.wait()
 
@@ -90,119 +132,136 @@ class P2PCommunicator:
 
 
 class Pipeline:
-    """The stages of a rank, and how a batch goes through all of them."""
+    """The stages of a rank, and the schedule in which a batch goes through all stages."""
 
-    def __init__(self, model, c, mesh, name: str, stages_by_rank: list[tuple[int, ...]], token_dispatcher=None,
-                 special_tokens=None):  # fmt: skip
-        self.mesh, self.name, self.config = mesh, name, c
-        self.last = max(s for of_rank in stages_by_rank for s in of_rank)
+    def __init__(
+        self, model: Transformer, config: Config, mesh: Mesh, schedule_name: str,
+        stages_by_rank: list[tuple[int, ...]], token_dispatcher: TokenDispatcher | None = None,
+        special_tokens: SpecialTokens | None = None,
+    ):  # fmt: skip
+        self.mesh, self.schedule_name, self.config = mesh, schedule_name, config
+        num_stages = count_stages(stages_by_rank)
+        self.last = num_stages - 1
         self.stages = {
-            s: Stage(model, c, s, self.last + 1, token_dispatcher, special_tokens)
+            s: Stage(model, config, s, num_stages, token_dispatcher, special_tokens)
             for s in stages_by_rank[mesh.pp_rank]
         }
         self.dtype = next(model.parameters()).dtype
 
     def min_microbatches(self, n: int) -> int:
-        """The least number of micro-batches, n or more, that the schedule can do."""
-        return min_microbatches(self.name, self.mesh.pp, n)
+        """Return the least number of micro-batches ≥ n that the schedule supports."""
+        return min_microbatches(self.schedule_name, self.mesh.pp, n)
 
     def run(
-        self, microbatches: list[torch.Tensor], weights: list[LossWeights], training: bool = True
+        self, microbatches: list[Tensor], weights: list[LossWeights], training: bool = True
     ) -> LossStats:
-        """All steps of this rank over the micro-batches of its pipeline, rows of T + 1 tokens."""
-        steps = schedule(self.name, self.mesh.pp, len(microbatches))
+        """Run all steps of this rank over the micro-batches of its pipeline; rows of T + 1 tokens.
+
+        training=False runs the forward actions only.
+        """
+        steps = schedule(self.schedule_name, self.mesh.pp, len(microbatches))
         if not training:
-            only = lambda step: tuple(op for op in step if op.kind == "F")
-            steps = [[kept for step in mine if (kept := only(step))] for mine in steps]
-        at = lambda op: rank_of_stage(
-            self.name, self.mesh.pp, len(microbatches), op.stage, op.microbatch
-        )
-        first = min(self.stages)
-        orders = send_order(steps, self.last, at, [len(m) for m in microbatches])
-        shape = lambda m: (*self.stages[first].model_input(microbatches[m]).shape, self.config.dim)
-        pipeline_run = PipelineRun(
-            self,
-            microbatches,
-            weights,
-            P2PCommunicator(self.mesh, orders, at, shape, self.dtype),
-            training,
-        )
-        mine = steps[self.mesh.pp_rank]
-        for step, following in zip(mine, [*mine[1:], ()]):
-            pipeline_run.post_recvs(step + following)
-            pipeline_run.run_step(step)
-        pipeline_run.p2p.close()
-        return pipeline_run.stats
+            steps = [forward_steps(rank_steps) for rank_steps in steps]
+        run = PipelineRun(self, microbatches, weights, self.connect(steps, microbatches), training)
+        for step, following in pairwise([*steps[self.mesh.pp_rank], ()]):
+            run.post_recvs(step + following)
+            run.run_step(step)
+        run.p2p.close()
+        return run.stats
+
+    def connect(self, steps: list[list[Step]], microbatches: list[Tensor]) -> P2PCommunicator:
+        """Return the messages of this rank in a schedule over these micro-batches."""
+        m, pp = len(microbatches), self.mesh.pp
+        any_stage = self.stages[min(self.stages)]
+
+        def rank_of(action: Action) -> int:
+            return rank_of_stage(self.schedule_name, pp, m, action.stage, action.microbatch)
+
+        def shape_of(i: int) -> tuple[int, ...]:
+            return (*any_stage.model_input(microbatches[i]).shape, self.config.dim)
+
+        order = send_order(steps, self.last, rank_of, [len(rows) for rows in microbatches])
+        return P2PCommunicator(self.mesh, order, rank_of, shape_of, self.dtype)
+
+
+def forward_steps(rank_steps: list[Step]) -> list[Step]:
+    """Return the forward actions of a rank's steps, in order."""
+    steps: list[Step] = []
+    for step in rank_steps:
+        steps += [(action,) for action in step if action.kind == "F"]
+    return steps
 
 
 class PipelineRun:
-    """One batch on its way: what lies between the steps."""
+    """One batch in a pipeline: the state between its steps."""
 
     def __init__(
-        self, pipeline: Pipeline, microbatches, weights, p2p: P2PCommunicator, training: bool
-    ):
-        self.pipeline, self.microbatches, self.weights, self.p2p = (
-            pipeline,
-            microbatches,
-            weights,
-            p2p,
-        )
-        self.training, self.stats = training, LossStats()
-        self.open: dict[tuple[int, int], tuple] = {}  # (stage, micro): tape, two marks
-        self.deferred_wgrads: dict[tuple[int, int], list] = {}  # and the Wgrads put off
+        self, pipeline: Pipeline, microbatches: list[Tensor], weights: list[LossWeights],
+        p2p: P2PCommunicator, training: bool,
+    ):  # fmt: skip
+        self.pipeline, self.microbatches, self.weights = pipeline, microbatches, weights
+        self.p2p, self.training, self.stats = p2p, training, LossStats()
+        # by (stage, micro-batch): the tape with the ids of its input and output; deferred Wgrads
+        self.open: dict[tuple[int, int], tuple[Tape, int | None, int]] = {}
+        self.deferred_wgrads: dict[tuple[int, int], list] = {}
 
-    def post_recvs(self, ops_: tuple[Action, ...]) -> None:
-        """Start to receive what these operations need."""
-        for op in ops_:
-            enters = op.stage == (0 if op.kind == "F" else self.pipeline.last)
-            if op.kind != "W" and not enters:
-                self.p2p.post_recv(Action("F" if op.kind == "F" else "B", op.stage, op.microbatch))
+    def post_recvs(self, actions: tuple[Action, ...]) -> None:
+        """Start to receive the inputs of these actions."""
+        for kind, stage, microbatch in actions:
+            if kind == "F" and stage > 0:
+                self.p2p.post_recv(Action("F", stage, microbatch))
+            if kind in "BI" and stage < self.pipeline.last:
+                self.p2p.post_recv(Action("B", stage, microbatch))
 
-    def run_step(self, step: tuple[Action, ...]) -> None:
-        """One operation, or two in turns; then what they made goes on its way."""
-        kinds = {
-            "F": self.forward,
-            "B": self.backward,
-            "I": self.backward_input,
-            "W": self.backward_weight,
-        }
-        made = interleave(*(kinds[op.kind](op) for op in step))
-        for op, x in zip(step, made):
-            if key := consumer_of(op, self.pipeline.last):
-                self.p2p.send(key, x)
+    def run_step(self, step: Step) -> None:
+        """Run one action, or two in turns; then send their results."""
+        results = interleave(*map(self.run_action, step))
+        for action, x in zip(step, results):
+            consumer = consumer_of(action, self.pipeline.last)
+            if consumer:
+                self.p2p.send(consumer, x)
 
-    def forward(self, op: Action):
-        """F: a generator; returns the stage's output."""
-        stage, tape = self.pipeline.stages[op.stage], Tape(self.training)
-        x = None if stage.first else self.p2p.wait_recv(op)
-        args = self.microbatches[op.microbatch], self.weights[op.microbatch], self.stats
-        y = yield from stage.forward(tape, x, *args)
+    def run_action(self, action: Action) -> Steps:
+        """Run an action; yields while its messages are in flight, I and W never do."""
+        match action.kind:
+            case "F":
+                return (yield from self.forward(action))
+            case "B":
+                return (yield from self.backward(action))
+            case "I":
+                return self.backward_input(action)
+            case _:
+                return self.backward_weight(action)
+
+    def forward(self, action: Action) -> Steps:
+        """F: run the stage and return its output."""
+        stage, i = self.pipeline.stages[action.stage], action.microbatch
+        tape = Tape(self.training)
+        x = None if stage.first else self.p2p.wait_recv(action)
+        y = yield from stage.forward(tape, x, self.microbatches[i], self.weights[i], self.stats)
         if self.training:
-            self.open[op.stage, op.microbatch] = (
-                tape,
-                x if x is None else tape.id_of(x),
-                tape.id_of(y),
-            )
+            x_id = None if x is None else tape.id_of(x)
+            self.open[action.stage, i] = tape, x_id, tape.id_of(y)
         return y
 
-    def backward(self, op: Action):
-        """B: a generator; returns ∂L/∂ of the stage's input."""
-        tape, x, y = self.open.pop((op.stage, op.microbatch))
-        if op.stage < self.pipeline.last:
-            tape.add_grad(y, self.p2p.wait_recv(Action("B", op.stage, op.microbatch)))
+    def backward(self, action: Action) -> Steps:
+        """B: backpropagate through the stage and return ∂L/∂ of its input."""
+        _, stage, microbatch = action
+        tape, x_id, y_id = self.open.pop((stage, microbatch))
+        if stage < self.pipeline.last:
+            tape.add_grad(y_id, self.p2p.wait_recv(Action("B", stage, microbatch)))
         yield from tape.backward()
-        return None if x is None else tape.pop_grad(x)
+        return None if x_id is None else tape.pop_grad(x_id)
 
-    def backward_input(self, op: Action):
-        """I: a backward pass that puts off the gradients of matrices."""
-        with ops.deferring_wgrads() as self.deferred_wgrads[op.stage, op.microbatch]:
-            return run_to_completion(self.backward(op))
-        yield
+    def backward_input(self, action: Action) -> Tensor | None:
+        """I: a backward pass that defers the weight gradients."""
+        with ops.deferring_wgrads() as deferred:
+            dx = run_to_completion(self.backward(action))
+        self.deferred_wgrads[action.stage, action.microbatch] = deferred
+        return dx
 
-    def backward_weight(self, op: Action):
-        """W: the gradients put off."""
+    def backward_weight(self, action: Action) -> None:
+        """W: compute the deferred weight gradients."""
         with torch.no_grad():
-            for weight, wgrad in self.deferred_wgrads.pop((op.stage, op.microbatch)):
+            for weight, wgrad in self.deferred_wgrads.pop((action.stage, action.microbatch)):
                 weight.grad += wgrad()
-        return
-        yield

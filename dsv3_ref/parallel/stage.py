@@ -1,178 +1,212 @@
-"""A stage: the forward pass of some layers, in pieces that a `Tape` can play backwards."""
+"""A pipeline stage: the forward pass of some layers, in segments that a `Tape` can backpropagate."""
 
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
 
 from dsv3_ref.config import Config
-from dsv3_ref.model import Transformer
-from dsv3_ref.moe import MoE, balance_loss, tokens_per_expert
+from dsv3_ref.model import Block, Transformer
+from dsv3_ref.moe import GroupedExperts, MoE, Route, balance_loss, tokens_per_expert
+from dsv3_ref.mtp import MTP
 from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.parallel.tape import Steps, Tape
 from dsv3_ref.rope import Rope
 from dsv3_ref.scale import partition_layers
-from dsv3_ref.sft import assistant_mask, sample_cu_seqlens
+from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
+
+
+class TokenDispatcher(Protocol):
+    """Applies experts that are on other ranks too."""
+
+    def apply_experts(
+        self, tape: Tape, experts: GroupedExperts, x_nd: Tensor, weight_nk: Tensor,
+        expert_nk: Tensor,
+    ) -> Steps: ...  # fmt: skip
 
 
 @dataclass
 class LossWeights:
-    """What each part of the loss counts (eq. 17, 25); the micro-batch is `share` of the batch."""
+    """Weights of the loss's terms (eq. 17, 25) for a micro-batch."""
 
-    share: float
+    share: float  # the fraction of the batch that the micro-batch is
     mtp: float = 0.0  # λ / D
     alpha: float = 0.0
 
 
 @dataclass
 class LossStats:
-    """Parts of the loss, each times its micro-batch's share, and loads by layer; of one step."""
+    """Terms of the loss, weighted by the shares of the micro-batches, and expert loads by layer."""
 
-    main: float | torch.Tensor = 0.0
-    mtp: dict[int, torch.Tensor] = field(default_factory=dict)
-    balance: float | torch.Tensor = 0.0
-    tokens_per_expert: dict[str, torch.Tensor] = field(default_factory=dict)
+    main: float | Tensor = 0.0
+    mtp: dict[int, Tensor] = field(default_factory=dict)
+    balance: float | Tensor = 0.0
+    tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
 
-    def add_expert_load(self, place: str, expert, n_experts: int) -> None:
-        """Tokens each expert of a layer received."""
-        self.tokens_per_expert[place] = self.tokens_per_expert.get(place, 0) + tokens_per_expert(
-            expert, n_experts
-        )
+    def add_expert_load(self, layer: str, expert_nk: Tensor, n_experts: int) -> None:
+        """Count the tokens that each expert of a layer received."""
+        load_e = tokens_per_expert(expert_nk, n_experts)
+        self.tokens_per_expert[layer] = self.tokens_per_expert.get(layer, 0) + load_e
+
+
+@dataclass
+class MicroBatch:
+    """A micro-batch on its way through a stage: its rows of T + 1 tokens, weights and results."""
+
+    rows_bs: Tensor
+    weights: LossWeights
+    stats: LossStats
 
 
 class Stage:
-    """Layers of one stage over the model of a rank; what losses and gates say goes to `seen`.
+    """The layers of one stage over the modules of this rank.
 
-    With `special_tokens`, rows are packed conversations: the loss is on answers only.
+    With `special_tokens`, rows are packed conversations: the model sees them as one long row, and
+    the loss is on answers only.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        c: Config,
-        stage: int,
-        n: int,
-        token_dispatcher,
-        special_tokens=None,
-    ):
-        self.model, self.config, self.token_dispatcher, self.special_tokens = (
-            model,
-            c,
-            token_dispatcher,
-            special_tokens,
-        )
-        self.layers = partition_layers(c, n)[stage]
-        self.first, self.last = stage == 0, stage == n - 1
+        self, model: Transformer, config: Config, stage: int, num_stages: int,
+        token_dispatcher: TokenDispatcher | None, special_tokens: SpecialTokens | None = None,
+    ):  # fmt: skip
+        self.model, self.config = model, config
+        self.token_dispatcher, self.special_tokens = token_dispatcher, special_tokens
+        self.layers = partition_layers(config, num_stages)[stage]
+        self.first, self.last = stage == 0, stage == num_stages - 1
 
-    def forward(self, tape, x_bsd, tokens_bs, weights: LossWeights, seen: LossStats):
-        """From tokens or the stage before to the stage after, or to the losses; a generator."""
-        rows_bs, tokens_bs, y_bs = tokens_bs, self.model_input(tokens_bs), tokens_bs[:, 1:]
+    def forward(
+        self, tape: Tape, x_bsd: Tensor | None, rows_bs: Tensor, weights: LossWeights,
+        stats: LossStats,
+    ) -> Steps:  # fmt: skip
+        """Run the stage on the previous stage's output, or on tokens if it is the first.
+
+        rows_bs: T + 1 tokens each. The last stage adds the losses to `stats`.
+        """
+        batch = MicroBatch(rows_bs, weights, stats)
+        tokens_bs = self.model_input(rows_bs)
         rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
         if self.special_tokens:
-            rope = Rope.from_cu_seqlens(
-                self.config, sample_cu_seqlens(rows_bs[:, :-1], self.special_tokens)
-            )
+            cu_seqlens = sample_cu_seqlens(rows_bs[:, :-1], self.special_tokens)
+            rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
         if self.first:
             x_bsd = tape.run(self.model.embed, tokens_bs)
+        assert x_bsd is not None, "only the first stage has no input"
         for i in self.layers:
-            block = self.model.layers[str(i)]
-            x_bsd = yield from self.block(tape, f"layers.{i}", block, x_bsd, rope, weights, seen)
+            block = cast(Block, self.model.layers[str(i)])
+            x_bsd = yield from self.block(tape, f"layers.{i}", block, x_bsd, rope, batch)
         if self.last and self.special_tokens:
-            self.answers(tape, x_bsd, rows_bs, weights, seen)
+            self.completion_loss(tape, x_bsd, batch)
         elif self.last:
-            yield from self.losses(tape, x_bsd, tokens_bs, y_bs, weights, seen)
+            yield from self.losses(tape, x_bsd, batch)
         return x_bsd
 
-    def model_input(self, tokens_bs):
-        """What the model reads of rows of T + 1 tokens."""
-        return tokens_bs[:, :-1].reshape(1, -1) if self.special_tokens else tokens_bs[:, :-1]
+    def model_input(self, rows_bs: Tensor) -> Tensor:
+        """Return the model's input tokens of rows of T + 1 tokens."""
+        tokens_bs = rows_bs[:, :-1]
+        return tokens_bs.reshape(1, -1) if self.special_tokens else tokens_bs
 
-    def rope(self, s: int, device):
+    def rope(self, s: int, device: torch.device) -> Rope:
+        """Return the rotations of s consecutive positions."""
         return Rope.from_positions(self.config, torch.arange(s, device=device))
 
-    def block(self, tape, place: str, block, x_bsd, rope, weights, seen):
-        """`Block.forward`: one piece, or pieces around the exchange of tokens."""
+    def block(
+        self, tape: Tape, name: str, block: Block, x_bsd: Tensor, rope: Rope,
+        batch: MicroBatch,
+    ) -> Steps:  # fmt: skip
+        """Run `Block.forward` as one segment, or as segments around the dispatch of tokens."""
         if not isinstance(block.ffn, MoE):
-            return tape.run(lambda x_bsd: block(x_bsd, rope)[0], x_bsd)
+            return tape.run(lambda x: block(x, rope)[0], x_bsd)
         if self.token_dispatcher is None:
-            x_bsd, balance, expert = tape.run(
-                lambda x_bsd: block_forward(block, x_bsd, rope), x_bsd
-            )
+            x_bsd, balance, expert = tape.run(lambda x: block_forward(block, x, rope), x_bsd)
         else:
-            x_bsd, *tokens, balance, expert = tape.run(
+            x_bsd, u_nd, weight_nk, balance, expert = tape.run(
                 lambda x: attention_and_gate(block, x, rope), x_bsd
             )
             y_nd = yield from self.token_dispatcher.apply_experts(
-                tape, block.ffn.experts, *tokens, expert
+                tape, block.ffn.experts, u_nd, weight_nk, expert
             )
-            shared = lambda x_bsd, x_nd, y_nd: add_expert_outputs(block, x_bsd, x_nd, y_nd)
-            x_bsd = tape.run(shared, x_bsd, tokens[0], y_nd)
+            x_bsd = tape.run(lambda x, u, y: add_expert_outputs(block, x, u, y), x_bsd, u_nd, y_nd)
+        weights, stats = batch.weights, batch.stats
         if tape.training:
             tape.add_grad(balance, torch.full_like(balance, weights.alpha * weights.share))
-        seen.balance = seen.balance + balance * weights.share
-        seen.add_expert_load(place + ".ffn", expert, self.config.n_routed_experts)
+        stats.balance = stats.balance + balance * weights.share
+        stats.add_expert_load(name + ".ffn", expert, self.config.n_routed_experts)
         return x_bsd
 
-    def answers(self, tape, x_1nd, rows_bs, weights, seen):
-        """`sft_loss` of chapter 14."""
-        loss_n = assistant_mask(rows_bs, self.special_tokens)[:, 1:].flatten()
-        y_n, n = rows_bs[:, 1:].flatten()[loss_n], max(1, int(loss_n.sum()))
+    def completion_loss(self, tape: Tape, x_1nd: Tensor, batch: MicroBatch) -> None:
+        """Add the loss on answers to the stats, as `sft_loss` of chapter 14 computes it."""
+        assert self.special_tokens is not None
+        loss_n = assistant_mask(batch.rows_bs, self.special_tokens)[:, 1:].flatten()
+        y_n = batch.rows_bs[:, 1:].flatten()[loss_n]
+        n = max(1, int(loss_n.sum()))
         h_nd = tape.run(lambda x_1nd: self.model.norm(x_1nd)[0][loss_n], x_1nd)
-        seen.main = seen.main + self.loss(tape, h_nd, y_n, n, weights.share)
+        value = self.loss(tape, h_nd, y_n, n, batch.weights.share)
+        batch.stats.main = batch.stats.main + value
 
-    def losses(self, tape, x_bsd, tokens_bs, y_bs, weights, seen):
-        """`losses` of chapter 07: the main one, then a module deeper at a time (eq. 21–25)."""
+    def losses(self, tape: Tape, x_bsd: Tensor, batch: MicroBatch) -> Steps:
+        """Add the main loss to the stats, and that of each MTP depth in turn (eq. 21–25)."""
+        tokens_bs, y_bs = self.model_input(batch.rows_bs), batch.rows_bs[:, 1:]
+        weights, stats = batch.weights, batch.stats
         h_bsd = tape.run(self.model.norm, x_bsd)
         n = max(1, tokens_bs.numel())
-        seen.main = seen.main + self.loss(tape, h_bsd, y_bs, n, weights.share)
-        for k, module in enumerate(self.model.mtp.values() if tape.training else (), start=1):
-            s = tokens_bs.shape[1] - k
-            pair = partial(self.pair, module, tokens_bs[:, k:])
-            x_bsd, rope = tape.run(pair, h_bsd), self.rope(s, tokens_bs.device)
-            place = f"mtp.{k - 1}.block"
-            x_bsd = yield from self.block(tape, place, module.block, x_bsd, rope, weights, seen)
+        stats.main = stats.main + self.loss(tape, h_bsd, y_bs, n, weights.share)
+        modules = cast(list[MTP], list(self.model.mtp.values())) if tape.training else []
+        for k, module in enumerate(modules, start=1):
+            next_bs = tokens_bs[:, k:]
+            x_bsd = tape.run(lambda h, m=module, t=next_bs: self.mtp_input(m, t, h), h_bsd)
+            rope = self.rope(next_bs.shape[1], tokens_bs.device)
+            name = f"mtp.{k - 1}.block"
+            x_bsd = yield from self.block(tape, name, module.block, x_bsd, rope, batch)
             h_bsd = tape.run(module.norm, x_bsd)
             value = self.loss(tape, h_bsd, y_bs[:, k:], n, weights.share, weights.mtp)
-            seen.mtp[k] = seen.mtp.get(k, 0) + value
+            stats.mtp[k] = stats.mtp.get(k, 0) + value
 
-    def pair(self, module, next_tokens_bs, h_bsd):
-        """eq. 21: M [norm(Emb(t)); norm(h)] at the positions that have a token ahead."""
-        e_bsd, h_bsd = self.model.embed(next_tokens_bs), h_bsd[:, : next_tokens_bs.shape[1]]
+    def mtp_input(self, module: MTP, next_tokens_bs: Tensor, h_bsd: Tensor) -> Tensor:
+        """Return M [norm(Emb(t)); norm(h)] at the positions that have a next token (eq. 21)."""
+        e_bsd = self.model.embed(next_tokens_bs)
+        h_bsd = h_bsd[:, : next_tokens_bs.shape[1]]
         return module.eh_proj(torch.cat((module.enorm(e_bsd), module.hnorm(h_bsd)), dim=-1))
 
-    def loss(self, tape, h, y, n: int, share: float, weight: float = 1.0):
-        """share · Σ cross-entropy / n in nats, of which the batch's loss holds `weight`."""
+    def loss(
+        self, tape: Tape, h: Tensor, y: Tensor, n: int, share: float, weight: float = 1.0
+    ) -> Tensor:
+        """Return share · Σ cross-entropy / n in nats; the batch's loss counts it `weight` times."""
         head, target_n = self.model.head.weight, y.flatten()
-        nll = lambda h: linear_cross_entropy(h.flatten(0, -2), head, target_n) / n
-        value = tape.run(nll, h)
+
+        def mean_nll(h: Tensor) -> Tensor:
+            return linear_cross_entropy(h.flatten(0, -2), head, target_n) / n
+
+        value = tape.run(mean_nll, h)
         if tape.training:
             tape.add_grad(value, torch.full_like(value, weight * share))
         return value * share
 
 
-# ── Pieces of a block with experts ──
+# ── Segments of a block with experts ──
 
 
-def balance_loss_or_zero(r):
-    """`balance_loss`, 0 for no rows."""
-    return balance_loss(r) if r.topk_ids_bsk.numel() else r.scores_bse.sum()
+def balance_loss_or_zero(route: Route) -> Tensor:
+    """Return `balance_loss`, or 0 (with a graph) for no rows."""
+    return balance_loss(route) if route.topk_ids_bsk.numel() else route.scores_bse.sum()
 
 
-def block_forward(block, x_bsd, rope):
-    """All of it, where all experts are here."""
-    x_bsd, r = block(x_bsd, rope)
-    return x_bsd, balance_loss_or_zero(r), r.topk_ids_bsk
+def block_forward(block: Block, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a block whose experts are all on this rank; return (x, balance loss, expert ids)."""
+    x_bsd, route = block(x_bsd, rope)
+    return x_bsd, balance_loss_or_zero(route), route.topk_ids_bsk
 
 
-def attention_and_gate(block, x_bsd, rope):
-    """Attention and gate: (x, tokens for the experts, their weights, balance loss, experts)."""
+def attention_and_gate(block: Block, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+    """Run attention and gate; return (x, the experts' input, weights, balance loss, expert ids)."""
     x_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)
     u_bsd = block.ffn_norm(x_bsd)
-    r = block.ffn.gate(u_bsd)
-    tokens = u_bsd.flatten(0, 1), r.topk_weights_bsk.flatten(0, 1)
-    return x_bsd, *tokens, balance_loss_or_zero(r), r.topk_ids_bsk.flatten(0, 1)
+    route = cast(MoE, block.ffn).gate(u_bsd)
+    u_nd, weight_nk = u_bsd.flatten(0, 1), route.topk_weights_bsk.flatten(0, 1)
+    return x_bsd, u_nd, weight_nk, balance_loss_or_zero(route), route.topk_ids_bsk.flatten(0, 1)
 
 
-def add_expert_outputs(block, x_bsd, u_nd, y_nd):
-    """x + (routed experts + shared ones)."""
-    u_bsd = u_nd.view(x_bsd.shape)
-    return x_bsd + (y_nd.view(x_bsd.shape) + block.ffn.shared_experts(u_bsd))
+def add_expert_outputs(block: Block, x_bsd: Tensor, u_nd: Tensor, y_nd: Tensor) -> Tensor:
+    """Return x + (routed experts + shared experts)."""
+    shared_bsd = cast(MoE, block.ffn).shared_experts(u_nd.view(x_bsd.shape))
+    return x_bsd + (y_nd.view(x_bsd.shape) + shared_bsd)

@@ -1,123 +1,150 @@
-"""A forward pass in pieces, so that what travels between them can overlap with other work.
+"""A forward pass in segments, so that communication between them can overlap with other work.
 
-A piece is an ordinary autograd graph, cut off at its inputs. Between pieces lie transfers. The tape
-plays both backwards. Forward and backward are generators that yield wherever something is under
-way: whoever runs them may compute something else before asking for the next piece (§3.2.1).
-Of inputs and results of a piece only that stays in memory which its graph saves.
+A segment is an ordinary autograd graph, detached at its inputs. Between segments lie transfers. The
+tape runs both backwards. Forward and backward are generators that yield while a transfer is in
+flight: the caller may compute something else before it asks for the next segment (§3.2.1). A
+segment's inputs and outputs are freed unless its autograd graph saved them.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import count
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref.training.recompute import as_tuple
 
+Grads = list[Tensor | None]
+Steps = Generator[None, None, Any]  # yields while communication is in flight, returns a result
+
+
+class Transfer(Protocol):
+    """Communication that a `Tape` records: tensors forward, and their gradients backward."""
+
+    @property
+    def forward(self) -> Callable[..., Steps]: ...
+
+    @property
+    def backward(self) -> Callable[..., Steps]: ...
+
 
 class Tape:
-    """The pieces and transfers of one micro-batch in one stage, in order."""
+    """The segments and transfers of one micro-batch in one stage, in order."""
 
     def __init__(self, training: bool = True):
-        self.training, self.records, self.grads = training, [], {}
+        self.training = training
+        self.records: list[tuple[Any, list[int], list[int]]] = []
+        self.grads: dict[int, Tensor] = {}
         self.ids, self.next_id = WeakTensorKeyDictionary(), count()
 
-    def id_of(self, x: torch.Tensor) -> int:
-        """What stands for a tensor of this tape, so that it need not be kept."""
+    def id_of(self, x: Tensor) -> int:
+        """Return a number that stands for a tensor of this tape without keeping it alive."""
         if x not in self.ids:
             self.ids[x] = next(self.next_id)
         return self.ids[x]
 
-    def run(self, fn, *xs):
-        """fn(*xs) as a piece of its own; results are cut off from it."""
+    def run(self, fn: Callable, *xs: Tensor) -> Any:
+        """Run fn(*xs) as a segment and return its results, detached from the graph."""
         if not self.training:
             with torch.no_grad():
                 return fn(*xs)
-        piece = GraphSegment(len(xs))
+        segment = GraphSegment(len(xs))
         with torch.enable_grad():
-            made = fn(*(piece.enter(i, x) for i, x in enumerate(xs)))
-        piece.ends = [get_gradient_edge(y) if y.requires_grad else None for y in as_tuple(made)]
-        outs = tuple(y.detach() for y in as_tuple(made))
-        self.record(piece, xs, outs)
-        return outs if isinstance(made, tuple) else outs[0]
+            results = fn(*(segment.enter(i, x) for i, x in enumerate(xs)))
+        tensors = as_tuple(results)
+        segment.ends = [get_gradient_edge(y) if y.requires_grad else None for y in tensors]
+        outs = tuple(y.detach() for y in tensors)
+        self.record(segment, xs, outs)
+        return outs if isinstance(results, tuple) else outs[0]
 
-    def run_comm(self, transfer, *xs) -> Generator:
-        """transfer.forward(*xs), which yields while it is under way; returns its results."""
+    def run_comm(self, transfer: Transfer, *xs: Tensor) -> Steps:
+        """Run transfer.forward(*xs), yielding while it is in flight, and return its results."""
         outs = yield from transfer.forward(*xs)
         if self.training:
             self.record(transfer, xs, outs)
         return outs
 
-    def record(self, part, xs, outs) -> None:
+    def record(self, part: Any, xs: tuple[Tensor, ...], outs: tuple[Tensor, ...]) -> None:
+        """Append a segment or transfer, with its inputs and outputs by their ids."""
         self.records.append((part, [*map(self.id_of, xs)], [*map(self.id_of, outs)]))
 
-    def add_grad(self, out: torch.Tensor | int, grad) -> None:
-        """∂L/∂out, or a part of it; out: a tensor or its mark."""
-        out = out if isinstance(out, int) else self.id_of(out)
-        self.grads[out] = self.grads[out] + grad if out in self.grads else grad
+    def add_grad(self, out: Tensor | int, grad: Tensor) -> None:
+        """Add to ∂L/∂out; out: a tensor or its id."""
+        key = out if isinstance(out, int) else self.id_of(out)
+        self.grads[key] = self.grads[key] + grad if key in self.grads else grad
 
-    def backward(self) -> Generator:
-        """From what the results owe to parameters' gradients, and to what the inputs owe."""
+    def backward(self) -> Steps:
+        """Backpropagate the gradients of the results to the parameters and to the inputs."""
         while self.records:
             part, xs, outs = self.records.pop()
-            gs = [self.grads.pop(out, None) for out in outs]
-            for x, g in zip(xs, (yield from part.backward(*gs))):
+            grads = [self.grads.pop(out, None) for out in outs]
+            input_grads = yield from part.backward(*grads)
+            for x, g in zip(xs, input_grads):
                 if g is not None:
                     self.add_grad(x, g)
 
-    def pop_grad(self, x: torch.Tensor | int):
-        """∂L/∂x of an input, once the backward pass is over; x: a tensor or its mark."""
+    def pop_grad(self, x: Tensor | int) -> Tensor | None:
+        """Return ∂L/∂x of an input after the backward pass; x: a tensor or its id."""
         return self.grads.pop(x if isinstance(x, int) else self.id_of(x), None)
 
 
 class GradCapture(torch.autograd.Function):
-    """y = x, and ∂L/∂y goes to `caught[i]`; a leaf would do the same and hold x in memory."""
+    """y = x, with ∂L/∂y stored in `captured[i]`; a leaf would do the same but keep x in memory."""
 
     @staticmethod
-    def forward(ctx, door, x, caught, i):
-        ctx.caught, ctx.i = caught, i
+    def forward(ctx, anchor, x, captured, i):
+        ctx.captured, ctx.i = captured, i
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, g):
-        ctx.caught[ctx.i] = g
+        ctx.captured[ctx.i] = g
         return None, None, None, None
 
 
 class GraphSegment:
-    """A graph by its ends, and the gradients caught where it was cut."""
+    """An autograd graph by its gradient edges, and the gradients captured at its n inputs."""
 
     def __init__(self, n: int):
-        self.caught, self.ends = [None] * n, []
+        self.captured: Grads = [None] * n
+        self.ends: list = []
 
-    def enter(self, i: int, x: torch.Tensor):
-        """x as the i-th input; only floating-point numbers have a gradient."""
+    def enter(self, i: int, x: Tensor) -> Tensor:
+        """Return x as the i-th input; only floating-point inputs have a gradient."""
         if not x.is_floating_point():
             return x
-        return GradCapture.apply(torch.empty(0, requires_grad=True), x, self.caught, i)
+        anchor = torch.empty(0, requires_grad=True)
+        return GradCapture.apply(anchor, x, self.captured, i)
 
-    def backward(self, *gs) -> Generator:
-        """Gradients of the inputs; nothing to wait for."""
-        known = [(end, g) for end, g in zip(self.ends, gs) if end and g is not None]
+    def backward(self, *grads: Tensor | None) -> Steps:
+        """Return the gradients of the inputs; a generator like a transfer's, but it never yields."""
+        known = [(end, g) for end, g in zip(self.ends, grads) if end and g is not None]
         if known:
-            torch.autograd.backward(*zip(*known))
-        return self.caught
-        yield  # a generator, as a transfer's backward is
+            ends, known_grads = zip(*known)
+            torch.autograd.backward(ends, known_grads)
+        yield from ()
+        return self.captured
 
 
-def run_to_completion(steps: Generator):
-    """Run a generator to its end, waiting wherever it would."""
-    try:
-        while True:
+def run_to_completion(steps: Steps) -> Any:
+    """Run a generator without doing anything else where it yields; return its result."""
+    while True:
+        try:
             next(steps)
-    except StopIteration as end:
-        return end.value
+        except StopIteration as end:
+            return end.value
 
 
-def interleave(*many: Generator) -> list:
-    """Run generators in turns: while one's messages travel, the others compute; their results."""
-    results, alive = [None] * len(many), list(enumerate(many))
+def interleave(*generators: Steps) -> list:
+    """Run generators in turns and return their results.
+
+    While the messages of one are in flight, the others compute.
+    """
+    results: list[Any] = [None] * len(generators)
+    alive = list(enumerate(generators))
     while alive:
         for i, steps in tuple(alive):
             try:

@@ -6,9 +6,9 @@
         with track_operation("all-reduce of gradients, step 3", waits_for=group):
             …
 
-A thread of every rank tells the store at every beat what the main thread does. When the first rank
-has made no progress for so long, it says who holds it up, all of them write their stacks to
-`hang-rank<k>.txt`, and leave with HUNG.
+A thread of every rank reports at every heartbeat to the store what the main thread does. The first
+rank that makes no progress for so long makes all ranks write their stacks to `hang-rank<k>.txt` and
+exit with EXIT_HANG; it reports which rank holds the others up.
 """
 
 import faulthandler
@@ -20,18 +20,31 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypedDict
 
 import torch.distributed as dist
 
-EXIT_HANG = 70  # exit code: EX_SOFTWARE, which the launchers answer with another start
-HEARTBEAT_S = 5.0  # seconds between two words of a rank, or a tenth of what an operation may take
-MAX_MISSED_HEARTBEATS = 5  # beats without a word: that process is stopped or gone
+EXIT_HANG = 70  # EX_SOFTWARE: the launchers queue the job again
+HEARTBEAT_S = 5.0  # seconds between two heartbeats, or a tenth of what an operation may take
+MAX_MISSED_HEARTBEATS = 5  # with more of them missing the process is stopped or gone
 
-_stack: list[tuple[str, object]] = []  # this rank's operations, the outer ones first
+_stack: list[tuple[str, dist.ProcessGroup | Iterable[int]]] = []  # operations, outer ones first
 _since = time.monotonic()  # when the innermost one began, or the one within it ended
 
 
-# ── What this rank does ──
+class RankState(TypedDict):
+    """An operation of a rank, since when, whom it waits for, and when that was reported."""
+
+    operation: str
+    since: float
+    waits_for: list[int]
+    reported_at: float
+
+
+States = dict[int, RankState | None]  # by rank; None: no heartbeat yet
+
+
+# ── This rank ──
 
 
 @contextmanager
@@ -40,7 +53,7 @@ def track_operation(
 ) -> Iterator[None]:
     """Name what happens in the `with`, and the ranks that must do the same for it to end.
 
-    Both ends of a transfer give it the same name, as all ranks of a collective do.
+    Both ends of a transfer use the same name, as all ranks of a collective do.
     """
     global _since
     _stack.append((operation, waits_for))
@@ -52,117 +65,153 @@ def track_operation(
         _since = time.monotonic()
 
 
-def current_operation() -> dict:
-    """The operation this rank is in, since when, and for whom it waits."""
-    operation, group = [("between operations", ()), *_stack][-1]
-    known, told = isinstance(group, dist.ProcessGroup), time.time()
-    ranks = dist.get_process_group_ranks(group) if known else list(group)
-    since = told - (time.monotonic() - _since)
-    return {"operation": operation, "since": since, "waits_for": ranks, "reported_at": told}
+def current_operation() -> RankState:
+    """Return the operation that this rank is in, since when, and which ranks it waits for."""
+    operation, group = _stack[-1] if _stack else ("between operations", ())
+    if isinstance(group, dist.ProcessGroup):
+        ranks = dist.get_process_group_ranks(group)
+    else:
+        ranks = list(group)
+    now = time.time()
+    since = now - (time.monotonic() - _since)
+    return {"operation": operation, "since": since, "waits_for": ranks, "reported_at": now}
 
 
-# ── What all of them do ──
+# ── All ranks ──
 
 
-def absent_peers(rank: int, states: dict[int, dict | None]) -> list[int]:
-    """Those a rank waits for that are not in the operation themselves."""
-    mine = states[rank]
-    others = (r for r in mine["waits_for"] if r != rank)
-    return [r for r in others if not states[r] or states[r]["operation"] != mine["operation"]]
+def absent_peers(rank: int, states: States) -> list[int]:
+    """Return the ranks that a rank waits for and that are not in its operation."""
+    own = states[rank]
+    if own is None:
+        return []
+    absent = []
+    for peer in own["waits_for"]:
+        state = states[peer]
+        if peer != rank and (state is None or state["operation"] != own["operation"]):
+            absent.append(peer)
+    return absent
 
 
-def stragglers(states: dict[int, dict | None], silent_after: float) -> list[int]:
-    """Ranks that are silent, else those that others wait for and that wait for nobody."""
-    at = max(s["reported_at"] for s in states.values() if s)
-    silent = [r for r, s in states.items() if not s or at - s["reported_at"] > silent_after]
-    waits = {r: absent_peers(r, states) for r in states if r not in silent}
-    awaited = {r for ranks in waits.values() for r in ranks}
-    alone = [r for r in waits if not states[r]["waits_for"]]
-    return silent or sorted(r for r in awaited or alone if not waits[r])
+def last_report(states: States) -> float:
+    """Return the time of the last heartbeat of any rank."""
+    return max(state["reported_at"] for state in states.values() if state)
 
 
-def hang_report(states: dict[int, dict | None], silent_after: float) -> str:
-    """Who holds the others up, and after it a line for every rank."""
-    at = max(s["reported_at"] for s in states.values() if s)
-    lines = {r: f"rank {r} {describe_rank(s, at, silent_after)}" for r, s in states.items()}
-    who = "; ".join(lines[r] for r in stragglers(states, silent_after))
-    return "\n".join([f"hang: held up by {who or 'no rank alone'}", *lines.values()])
+def stragglers(states: States, silent_after: float) -> list[int]:
+    """Return the ranks that are silent; if none is, those that others wait for but not they."""
+    now = last_report(states)
+    silent = [r for r, s in states.items() if not s or now - s["reported_at"] > silent_after]
+    if silent:
+        return silent
+    absent = {r: absent_peers(r, states) for r in states}
+    awaited = set().union(*absent.values())
+    if not awaited:
+        awaited = {r for r, s in states.items() if s and not s["waits_for"]}
+    return sorted(r for r in awaited if not absent[r])
 
 
-def describe_rank(state: dict | None, at: float, silent_after: float) -> str:
-    """`sits in 'load batch' for 31 s`, or that the process does not answer."""
+def hang_report(states: States, silent_after: float) -> str:
+    """Return a line with the ranks that hold the others up, and then one for every rank."""
+    now = last_report(states)
+    lines = {r: f"rank {r} {describe_rank(s, now, silent_after)}" for r, s in states.items()}
+    late = "; ".join(lines[r] for r in stragglers(states, silent_after))
+    return "\n".join([f"hang: held up by {late or 'no single rank'}", *lines.values()])
+
+
+def describe_rank(state: RankState | None, now: float, silent_after: float) -> str:
+    """Return `has been in 'load batch' for 31 s`, or that the process does not respond."""
     if state is None:
-        return "has never said a word"
-    if (silence := at - state["reported_at"]) > silent_after:
-        return f"does not answer for {silence:.0f} s; it was in '{state['operation']}'"
+        return "has sent no heartbeat"
+    silence = now - state["reported_at"]
+    if silence > silent_after:
+        return f"has not responded for {silence:.0f} s; it was in '{state['operation']}'"
     waits = f", waiting for ranks {state['waits_for']}" if state["waits_for"] else ""
-    return f"sits in '{state['operation']}' for {at - state['since']:.0f} s{waits}"
+    return f"has been in '{state['operation']}' for {now - state['since']:.0f} s{waits}"
 
 
 # ── The watchdog ──
 
 
 class Watchdog(threading.Thread):
-    """Tells the store what its rank does; ends the process when a rank is stuck."""
+    """The thread that reports what its rank does, and ends the process when a rank is stuck.
+
+    seconds: how long one operation may take.
+    """
 
     def __init__(self, folder: Path, rank: int, world: int, seconds: float, store: dist.Store):
         super().__init__(name="watchdog", daemon=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.rank, self.world = folder / f"hang-rank{rank}.txt", rank, world
-        self.store, self.seconds, self.heartbeat_s = store, seconds, min(HEARTBEAT_S, seconds / 10)
+        self.store, self.seconds = store, seconds
+        self.heartbeat_s = min(HEARTBEAT_S, seconds / 10)
         self.ended = threading.Event()
-        self.file = self.path.open("a")  # now: later nothing may be sure to work
+        self.file = self.path.open("a")  # opened now, because in a hang it may not work
         self.heartbeat()
 
     def run(self) -> None:
-        """Beat until the end of the `with`; from C if Python's lock is never given up."""
+        """Send heartbeats until the end of the `with`.
+
+        If Python's lock is never released, faulthandler ends the process from C.
+        """
         while not self.ended.wait(self.heartbeat_s):
             faulthandler.dump_traceback_later(2 * self.seconds, exit=True, file=self.file)
             try:
                 self.heartbeat()
-                if first := self.stuck():
+                if first := self.first_stuck_rank():
                     self.report_hang(int(first))
             except dist.DistError as e:  # the store is gone with rank 0, which may have finished
-                if self.overdue():
-                    mine = describe_rank(current_operation(), time.time(), self.seconds)
-                    self.exit_with(f"hang: rank {self.rank} {mine}; rank 0 is gone ({e})")
+                if self.is_overdue():
+                    self.exit_with(f"{self.describe_self()}; rank 0 is gone ({e})")
 
     def heartbeat(self) -> None:
-        self.store.set(f"doing/{self.rank}", json.dumps(current_operation()))
+        """Report to the store what this rank does."""
+        self.store.set(f"operation/{self.rank}", json.dumps(current_operation()))
 
-    def overdue(self) -> bool:
+    def read_heartbeat(self, rank: int) -> RankState | None:
+        """Return the last report of a rank, None if there is none."""
+        key = f"operation/{rank}"
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def is_overdue(self) -> bool:
+        """Return whether this rank's operation takes longer than it may."""
         return time.monotonic() - _since > self.seconds
 
-    def stuck(self) -> bytes:
-        """The first rank whose time was over, as the store has it; empty if there is none."""
-        if self.overdue():
+    def first_stuck_rank(self) -> bytes:
+        """Return the first rank that was overdue, as the store has it; empty if none was."""
+        if self.is_overdue():
             return self.store.compare_set("hang", "", str(self.rank))
         return self.store.get("hang") if self.store.check(["hang"]) else b""
 
+    def describe_self(self) -> str:
+        """Return the line of this rank in a report."""
+        state = describe_rank(current_operation(), time.time(), self.seconds)
+        return f"hang: rank {self.rank} {state}"
+
     def report_hang(self, first: int) -> None:
-        """The first rank writes the verdict, once all had the time to say where they are."""
+        """Write the report and exit.
+
+        The first stuck rank reports on all, after giving every rank time to publish its state.
+        """
         time.sleep(3 * self.heartbeat_s)
-        text = f"hang: rank {self.rank} {describe_rank(current_operation(), time.time(), self.seconds)}"
+        text = self.describe_self()
         if self.rank == first:
-            states = {r: self.read_heartbeat(f"doing/{r}") for r in range(self.world)}
+            states = {r: self.read_heartbeat(r) for r in range(self.world)}
             text = hang_report(states, MAX_MISSED_HEARTBEATS * self.heartbeat_s)
         time.sleep(
             2 * self.heartbeat_s
-        )  # nobody leaves, and takes others along, before all have written
+        )  # a rank that exits may end others before they have written
         self.exit_with(text)
 
-    def read_heartbeat(self, key: str) -> dict | None:
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
-
     def exit_with(self, text: str) -> None:
-        """The verdict to stderr, and with this rank's stacks to the file; leave."""
+        """Write the report to stderr, and with this rank's stacks to the file; end the process."""
         print(text, file=sys.stderr, flush=True)
         print(time.ctime(), text, "Python's stacks:", sep="\n", file=self.file, flush=True)
         faulthandler.dump_traceback(self.file, all_threads=True)
         os._exit(EXIT_HANG)
 
     def close(self) -> None:
-        """Stop; a file is kept for what an earlier start has written."""
+        """Stop the thread; keep the file only if an earlier start has written to it."""
         self.ended.set()
         self.join()
         faulthandler.cancel_dump_traceback_later()
@@ -178,18 +227,17 @@ def watch(
     """Watch this process during the `with`; `seconds` is how long one operation may take."""
     global _since
     _since = time.monotonic()
-    dog = Watchdog(
-        folder, rank, world, seconds, dist.PrefixStore("watchdog", store or connect_store())
-    )
-    dog.start()
+    prefixed = dist.PrefixStore("watchdog", store or connect_store())
+    watchdog = Watchdog(folder, rank, world, seconds, prefixed)
+    watchdog.start()
     try:
         yield
     finally:
-        dog.close()
+        watchdog.close()
 
 
 def connect_store() -> dist.Store:
-    """Where torch.distributed met (env://), by a connection that nobody else waits on."""
+    """Connect to torch.distributed's store (env://) by a connection that only this thread uses."""
     if not dist.is_initialized():
         return dist.HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

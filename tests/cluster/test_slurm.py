@@ -147,7 +147,7 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(undisturbed, home):
     saved = step_number(native.list_checkpoints(job.run)[-1])
     assert saved % EVERY or saved == EVERY
     assert job.end() == "COMPLETED", job.said()
-    assert "exit code 75: stopped by request" in job.output.read_text()
+    assert "exit code 75: stopped on request" in job.output.read_text()
     assert f"going on after step {saved}" in job.started(1)
     assert curve(job) == curve(undisturbed)
 
@@ -159,7 +159,7 @@ def test_a_preempted_job_makes_room_and_goes_on(undisturbed, home):
     urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
     subprocess.run([*urgent, "--wrap=true"], check=True, capture_output=True)
     assert job.end() == "COMPLETED", job.said()
-    assert "exit code 143: stopped by request" in job.output.read_text()
+    assert "exit code 143: stopped on request" in job.output.read_text()
     assert job.field("Restarts") == "1"
     assert curve(job) == curve(undisturbed)
 
@@ -217,7 +217,7 @@ def test_too_few_good_nodes_give_up_in_the_end(cluster, home):
     said = job.output.read_text()
     assert re.search(r"^node1  unhealthy: .* GB free, below 1e\+09$", said, re.M)
     assert "error: 2 good nodes are needed, and 0 of 2 are\n" in said
-    assert said.count("the job is queued again") == 1
+    assert said.count("the job is requeued") == 1
     assert "exit code 1, and no new checkpoint in 2 starts: giving up" in said
 
 

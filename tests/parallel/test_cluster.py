@@ -133,5 +133,5 @@ def test_a_rank_that_hangs_is_named(home):
     finally:
         processes[1].kill()
     assert processes[0].returncode == 70
-    assert "hang: held up by rank 1 does not answer" in said
+    assert "hang: held up by rank 1 has not responded" in said
     assert "mesh_parallel.py" in (run / "logs" / "hang-rank0.txt").read_text()  # with its stack

@@ -48,7 +48,7 @@ def test_dp_is_what_is_left_of_the_world():
 
 @pytest.mark.parametrize("world, pp, ep, dp", [(8, 3, 1, None), (8, 2, 2, 1), (4, 1, 8, None)])
 def test_ranks_that_do_not_fill_the_world_are_refused(world, pp, ep, dp):
-    with pytest.raises(UserError, match=f"ranks are not the {world} there are"):
+    with pytest.raises(UserError, match=f"but the world size is {world}"):
         resolve_parallel_dims(world, pp, ep, dp)
 
 

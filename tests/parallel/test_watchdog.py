@@ -67,8 +67,8 @@ def test_a_rank_that_sleeps_is_named_with_its_operation(tmp_path):
     ranks = start(tmp_path, "time.sleep(1000)")
     said = [p.communicate(timeout=60)[1] for p in ranks]
     assert [p.returncode for p in ranks] == [EXIT_HANG, EXIT_HANG]
-    assert "hang: held up by rank 1 sits in 'load batch, step 3' for " in "".join(said)
-    assert "rank 0 sits in 'all-reduce, step 3' for " in said[0]
+    assert "hang: held up by rank 1 has been in 'load batch, step 3' for " in "".join(said)
+    assert "rank 0 has been in 'all-reduce, step 3' for " in said[0]
     stacks = [(tmp_path / f"hang-rank{r}.txt").read_text() for r in range(2)]
     assert "in all_reduce" in stacks[0]
     assert "in misfortune" in stacks[1]
@@ -80,7 +80,7 @@ def test_a_stopped_process_is_named_by_the_other(tmp_path):
     try:
         err = ranks[0].communicate(timeout=60)[1]
         assert ranks[0].returncode == EXIT_HANG
-        assert "hang: held up by rank 1 does not answer for " in err
+        assert "hang: held up by rank 1 has not responded for " in err
     finally:
         ranks[1].kill()
         ranks[1].communicate()
@@ -92,7 +92,7 @@ def test_a_process_that_never_lets_go_of_pythons_lock_ends_too(tmp_path):
     said = [p.communicate(timeout=60)[1] for p in ranks]
     assert ranks[0].returncode == EXIT_HANG
     assert ranks[1].returncode not in (0, None)
-    assert "held up by rank 1 does not answer for " in said[0]
+    assert "held up by rank 1 has not responded for " in said[0]
     assert "it was in 'load batch, step 3'" in said[0]
     assert "in misfortune" in (tmp_path / "hang-rank1.txt").read_text()
 
@@ -127,17 +127,17 @@ def test_a_silent_rank_is_to_blame():
     told[1]["reported_at"], told[2] = 50.0, None
     assert stragglers(told, 10) == [1, 2]
     assert hang_report(told, 10).splitlines()[0] == (
-        "hang: held up by rank 1 does not answer for 50 s; it was in 'load'; "
-        "rank 2 has never said a word"
+        "hang: held up by rank 1 has not responded for 50 s; it was in 'load'; "
+        "rank 2 has sent no heartbeat"
     )
 
 
 def test_all_in_one_operation_is_nobodys_fault():
     text = hang_report(states(("reduce", [0, 1]), ("reduce", [0, 1])), 10)
     assert text.splitlines() == [
-        "hang: held up by no rank alone",
-        "rank 0 sits in 'reduce' for 60 s, waiting for ranks [0, 1]",
-        "rank 1 sits in 'reduce' for 60 s, waiting for ranks [0, 1]",
+        "hang: held up by no single rank",
+        "rank 0 has been in 'reduce' for 60 s, waiting for ranks [0, 1]",
+        "rank 1 has been in 'reduce' for 60 s, waiting for ranks [0, 1]",
     ]
 
 
