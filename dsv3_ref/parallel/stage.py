@@ -6,10 +6,10 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from dsv3_ref.block import MTP, Block
 from dsv3_ref.config import Config
-from dsv3_ref.model import Block, Transformer
+from dsv3_ref.model import Transformer
 from dsv3_ref.moe import GroupedExperts, MoE, Route, balance_loss, tokens_per_expert
-from dsv3_ref.mtp import MTP
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.parallel.tape import Steps, Tape
 from dsv3_ref.rope import Rope
