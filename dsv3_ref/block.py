@@ -21,12 +21,14 @@ class Block(nn.Module):
     The first `n_dense_layers` have a dense FFN, the others experts.
     """
 
-    def __init__(self, c: Config, index: int):
+    def __init__(self, config: Config, index: int):
         super().__init__()
-        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.attn = MLA(c)
-        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.ffn = MLP(c.dim, c.inter_dim) if index < c.n_dense_layers else MoE(c)
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = MLA(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = (
+            MLP(config.dim, config.inter_dim) if index < config.n_dense_layers else MoE(config)
+        )
 
     def forward(
         self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
@@ -44,12 +46,17 @@ class Block(nn.Module):
 class MTP(nn.Module):
     """One MTP module: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])) (eq. 21–22)."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.enorm, self.hnorm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
-        self.eh_proj = nn.Linear(2 * c.dim, c.dim, bias=False)  # bf16 in the released weights
-        self.block = Block(c, c.n_layers)  # an index past the dense layers: always MoE
-        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.enorm, self.hnorm = (
+            RMSNorm(config.dim, config.norm_eps),
+            RMSNorm(config.dim, config.norm_eps),
+        )
+        self.eh_proj = nn.Linear(
+            2 * config.dim, config.dim, bias=False
+        )  # bf16 in the released weights
+        self.block = Block(config, config.n_layers)  # an index past the dense layers: always MoE
+        self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
         self, h_bsd: Tensor, embed_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None

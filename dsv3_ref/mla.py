@@ -130,10 +130,10 @@ class LayerKVCache:
     """Cache of one layer: per position a latent and a rotary key, (b, t, c + r), allocated once."""
 
     def __init__(
-        self, c: Config, batch: int, max_len: int,
+        self, config: Config, batch: int, max_len: int,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        width = c.kv_lora_rank + c.qk_rope_head_dim
+        width = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv_btx = torch.zeros(batch, max_len, width, device=device, dtype=dtype)
         self.length = 0
 
@@ -173,20 +173,22 @@ class MLA(nn.Module):
 
     absorb: bool | None = None  # None: absorb when decoding one token, True always, False never
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config = c
-        heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-        if c.q_lora_rank:
-            self.wq_a = Linear(c.dim, c.q_lora_rank)
-            self.q_norm = RMSNorm(c.q_lora_rank, c.norm_eps)
-            self.wq_b = Linear(c.q_lora_rank, heads_q)
+        self.config = config
+        heads_q = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        if config.q_lora_rank:
+            self.wq_a = Linear(config.dim, config.q_lora_rank)
+            self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps)
+            self.wq_b = Linear(config.q_lora_rank, heads_q)
         else:
-            self.wq = Linear(c.dim, heads_q)
-        self.wkv_a = Linear(c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(c.kv_lora_rank, c.norm_eps)
-        self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim, saved_input_format="e5m6")
+            self.wq = Linear(config.dim, heads_q)
+        self.wkv_a = Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, config.norm_eps)
+        self.wkv_b = Linear(
+            config.kv_lora_rank, config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        )
+        self.wo = Linear(config.n_heads * config.v_head_dim, config.dim, saved_input_format="e5m6")
 
     def project_q(self, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Compute q = W^UQ RMSNorm(W^DQ x), its last r dims of each head rotated (eq. 6–8)."""
@@ -234,15 +236,17 @@ class GQA(nn.Module):
     n = h is MHA. `cache` is a `LayerKVCache` of width n·(r + v).
     """
 
-    def __init__(self, c: Config, n_kv_heads: int):
+    def __init__(self, config: Config, n_kv_heads: int):
         super().__init__()
-        self.config = c
+        self.config = config
         self.n = n_kv_heads
-        self.wq = Linear(c.dim, c.n_heads * c.qk_rope_head_dim)
-        self.wkv = Linear(c.dim, n_kv_heads * (c.qk_rope_head_dim + c.v_head_dim))
-        self.wo = Linear(c.n_heads * c.v_head_dim, c.dim)
+        self.wq = Linear(config.dim, config.n_heads * config.qk_rope_head_dim)
+        self.wkv = Linear(config.dim, n_kv_heads * (config.qk_rope_head_dim + config.v_head_dim))
+        self.wo = Linear(config.n_heads * config.v_head_dim, config.dim)
         # `softmax_scale` counts i + r dims a head, here there are r
-        self.scale = softmax_scale(c) * (1 + c.qk_nope_head_dim / c.qk_rope_head_dim) ** 0.5
+        self.scale = (
+            softmax_scale(config) * (1 + config.qk_nope_head_dim / config.qk_rope_head_dim) ** 0.5
+        )
 
     def forward(self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None) -> Tensor:
         c = self.config

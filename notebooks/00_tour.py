@@ -143,29 +143,33 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def validate_config(c: Config) -> None:
+def validate_config(config: Config) -> None:
     """Raise a `UserError` naming the field for every shape that could not be built."""
-    for f in fields(c):
-        value, least = getattr(c, f.name), 0 if f.name in MAY_BE_ZERO else 1
+    for f in fields(config):
+        value, least = getattr(config, f.name), 0 if f.name in MAY_BE_ZERO else 1
         if isinstance(f.default, int) and (not isinstance(value, int) or value < least):
             raise UserError(f"{f.name} must be a whole number of at least {least}, not {value!r}")
         if isinstance(f.default, float) and not (isinstance(value, (int, float)) and value >= 0):
             raise UserError(f"{f.name} must be a number of at least 0, not {value!r}")
     rules = [
-        (c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE turns pairs"),
-        (c.n_dense_layers <= c.n_layers, "n_dense_layers cannot exceed n_layers"),
-        (c.score_func in ("sigmoid", "softmax"), "score_func is 'sigmoid' or 'softmax'"),
-        (c.rope_factor >= 1, "rope_factor must be at least 1 (1 switches YaRN off)"),
+        (config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE turns pairs"),
+        (config.n_dense_layers <= config.n_layers, "n_dense_layers cannot exceed n_layers"),
+        (config.score_func in ("sigmoid", "softmax"), "score_func is 'sigmoid' or 'softmax'"),
+        (config.rope_factor >= 1, "rope_factor must be at least 1 (1 switches YaRN off)"),
         (
-            c.n_routed_experts % c.n_expert_groups == 0,
-            f"n_routed_experts ({c.n_routed_experts}) must be a multiple of "
-            f"n_expert_groups ({c.n_expert_groups})",
+            config.n_routed_experts % config.n_expert_groups == 0,
+            f"n_routed_experts ({config.n_routed_experts}) must be a multiple of "
+            f"n_expert_groups ({config.n_expert_groups})",
         ),
-        (c.n_limited_groups <= c.n_expert_groups, "n_limited_groups cannot exceed n_expert_groups"),
         (
-            c.n_activated_experts * c.n_expert_groups <= c.n_limited_groups * c.n_routed_experts,
-            f"n_activated_experts ({c.n_activated_experts}) must fit into the "
-            f"{c.n_limited_groups} groups a token may use",
+            config.n_limited_groups <= config.n_expert_groups,
+            "n_limited_groups cannot exceed n_expert_groups",
+        ),
+        (
+            config.n_activated_experts * config.n_expert_groups
+            <= config.n_limited_groups * config.n_routed_experts,
+            f"n_activated_experts ({config.n_activated_experts}) must fit into the "
+            f"{config.n_limited_groups} groups a token may use",
         ),
     ]
     for holds, sentence in rules:
@@ -317,13 +321,17 @@ assert "nearest: tiny" in complaint(lambda: load_config("tinny"))
 
 # %%
 #| export config
-def count_mla_params(c: Config) -> int:
+def count_mla_params(config: Config) -> int:
     """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
-    heads_q = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    q = c.q_lora_rank * (c.dim + 1 + heads_q) if c.q_lora_rank else c.dim * heads_q
-    kv = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    up = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    return q + kv + up + c.n_heads * c.v_head_dim * c.dim
+    heads_q = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    q = (
+        config.q_lora_rank * (config.dim + 1 + heads_q)
+        if config.q_lora_rank
+        else config.dim * heads_q
+    )
+    kv = config.dim * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
+    up = config.kv_lora_rank * config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return q + kv + up + config.n_heads * config.v_head_dim * config.dim
 
 
 # %%
@@ -351,10 +359,10 @@ assert sum(sizes.values()) == count_mla_params(V3) == 187_107_328
 
 # %%
 #| export config
-def count_moe_params(c: Config, n_experts: int) -> int:
+def count_moe_params(config: Config, n_experts: int) -> int:
     """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
-    gate = c.n_routed_experts * (c.dim + (c.score_func == "sigmoid"))
-    return gate + (n_experts + c.n_shared_experts) * 3 * c.dim * c.moe_inter_dim
+    gate = config.n_routed_experts * (config.dim + (config.score_func == "sigmoid"))
+    return gate + (n_experts + config.n_shared_experts) * 3 * config.dim * config.moe_inter_dim
 
 
 # %%
@@ -397,17 +405,22 @@ class ParamCount:
     cache_bytes: int  # latent cache of all main layers, bf16
 
 
-def count_params(c: Config) -> ParamCount:
+def count_params(config: Config) -> ParamCount:
     """Count a config by arithmetic alone: V3's total is 671,026,419,200."""
-    attn = count_mla_params(c) + 2 * c.dim  # with the block's two norms
-    dense = c.n_dense_layers * 3 * c.dim * c.inter_dim
-    n_moe, embed = c.n_layers - c.n_dense_layers, c.vocab_size * c.dim
-    rest = c.n_layers * attn + dense + 2 * embed + c.dim
-    total = rest + n_moe * count_moe_params(c, c.n_routed_experts)
-    active = rest + n_moe * count_moe_params(c, c.n_activated_experts)
-    mtp = 2 * c.dim * c.dim + 3 * c.dim + attn + count_moe_params(c, c.n_routed_experts)
-    cache = 2 * c.n_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
-    return ParamCount(total, active, active - embed, c.n_mtp_layers * mtp, cache)
+    attn = count_mla_params(config) + 2 * config.dim  # with the block's two norms
+    dense = config.n_dense_layers * 3 * config.dim * config.inter_dim
+    n_moe, embed = config.n_layers - config.n_dense_layers, config.vocab_size * config.dim
+    rest = config.n_layers * attn + dense + 2 * embed + config.dim
+    total = rest + n_moe * count_moe_params(config, config.n_routed_experts)
+    active = rest + n_moe * count_moe_params(config, config.n_activated_experts)
+    mtp = (
+        2 * config.dim * config.dim
+        + 3 * config.dim
+        + attn
+        + count_moe_params(config, config.n_routed_experts)
+    )
+    cache = 2 * config.n_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return ParamCount(total, active, active - embed, config.n_mtp_layers * mtp, cache)
 
 
 # %%

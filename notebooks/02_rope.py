@@ -312,16 +312,22 @@ assert kinds == [11, 12, 9]
 
 # %%
 #| export
-def yarn_freqs(c: Config) -> Tensor:
+def yarn_freqs(config: Config) -> Tensor:
     """Compute YaRN's angles per position, (r/2,): ω' = (1−ρ)ω + ρω/s (§4.3).
 
     Fast pairs keep ω, slow pairs take ω/s, with a ramp between.
     """
-    freqs = rope_freqs(c.qk_rope_head_dim, c.rope_theta)
-    if c.rope_factor == 1:
+    freqs = rope_freqs(config.qk_rope_head_dim, config.rope_theta)
+    if config.rope_factor == 1:
         return freqs
-    ramp = yarn_ramp(c.qk_rope_head_dim, c.rope_theta, c.original_seq_len, c.beta_fast, c.beta_slow)
-    return freqs * (1 - ramp) + freqs / c.rope_factor * ramp
+    ramp = yarn_ramp(
+        config.qk_rope_head_dim,
+        config.rope_theta,
+        config.original_seq_len,
+        config.beta_fast,
+        config.beta_slow,
+    )
+    return freqs * (1 - ramp) + freqs / config.rope_factor * ramp
 
 
 # %%
@@ -350,10 +356,10 @@ for j in (0, 10, 16, 23, 31):
 
 # %%
 #| export
-def softmax_scale(c: Config) -> float:
+def softmax_scale(config: Config) -> float:
     """Return 1/√(i+r), times YaRN's (0.1·m·ln s + 1)² when s > 1."""
-    scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
-    return scale * (0.1 * c.mscale * math.log(c.rope_factor) + 1) ** 2
+    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    return scale * (0.1 * config.mscale * math.log(config.rope_factor) + 1) ** 2
 
 
 # %%
@@ -381,9 +387,9 @@ for n in (4096, 163_840):
 
 # %%
 #| export
-def rope_cos_sin(c: Config, position_s: Tensor) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(config: Config, position_s: Tensor) -> tuple[Tensor, Tensor]:
     """Compute cos and sin of the angles of positions, each (s, r/2), float32."""
-    angle = position_s[:, None].double() * yarn_freqs(c).to(position_s.device)
+    angle = position_s[:, None].double() * yarn_freqs(config).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
 
 

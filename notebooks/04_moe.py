@@ -117,18 +117,18 @@ def group_limited_topk(
     return scores_bse.topk(topk, dim=-1).indices
 
 
-def route(logit_bse: Tensor, bias_e: Tensor | None, c: Config) -> Route:
+def route(logit_bse: Tensor, bias_e: Tensor | None, config: Config) -> Route:
     """Choose k experts by affinity + bias and weigh them by the affinity alone (eq. 12–16)."""
-    sigmoid = c.score_func == "sigmoid"
+    sigmoid = config.score_func == "sigmoid"
     scores_bse = logit_bse.sigmoid() if sigmoid else logit_bse.softmax(-1)
     biased_bse = scores_bse if bias_e is None else scores_bse + bias_e
-    group_topk = min(2 if sigmoid else 1, c.n_routed_experts // c.n_expert_groups)
-    groups = c.n_expert_groups, c.n_limited_groups, group_topk
-    topk_ids_bsk = group_limited_topk(biased_bse, c.n_activated_experts, *groups)
+    group_topk = min(2 if sigmoid else 1, config.n_routed_experts // config.n_expert_groups)
+    groups = config.n_expert_groups, config.n_limited_groups, group_topk
+    topk_ids_bsk = group_limited_topk(biased_bse, config.n_activated_experts, *groups)
     topk_weights_bsk = scores_bse.gather(-1, topk_ids_bsk)
     if sigmoid:
         topk_weights_bsk = topk_weights_bsk / (topk_weights_bsk.sum(-1, keepdim=True) + 1e-20)
-    return Route(topk_weights_bsk * c.route_scale, topk_ids_bsk, scores_bse)
+    return Route(topk_weights_bsk * config.route_scale, topk_ids_bsk, scores_bse)
 
 
 # %%
@@ -243,11 +243,11 @@ show(fig)
 class Gate(nn.Module):
     """The gate: affinities of tokens to experts, in fp32; `update_expert_bias` moves its bias."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config = c
-        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.dim))
-        bias = torch.zeros(c.n_routed_experts) if c.score_func == "sigmoid" else None
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
+        bias = torch.zeros(config.n_routed_experts) if config.score_func == "sigmoid" else None
         self.register_buffer("bias", bias)
 
     def forward(self, x_bsd: Tensor) -> Route:
@@ -549,12 +549,12 @@ TokenDispatcher = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_nd, weights_n
 class MoE(nn.Module):
     """Shared experts for all, k routed ones for each token: y = shared(x) + Σ_k w_k·expert_k(x)."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config = c
-        self.gate = Gate(c)
-        self.experts = GroupedExperts(c.n_routed_experts, c.dim, c.moe_inter_dim)
-        self.shared_experts = MLP(c.dim, c.n_shared_experts * c.moe_inter_dim)
+        self.config = config
+        self.gate = Gate(config)
+        self.experts = GroupedExperts(config.n_routed_experts, config.dim, config.moe_inter_dim)
+        self.shared_experts = MLP(config.dim, config.n_shared_experts * config.moe_inter_dim)
         self.token_dispatcher: TokenDispatcher | None = None  # None: all experts are here
 
     def forward_routed(self, x_nd: Tensor, topk_weights_nk: Tensor, topk_ids_nk: Tensor) -> Tensor:

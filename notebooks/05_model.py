@@ -100,12 +100,14 @@ class Block(nn.Module):
     The first `n_dense_layers` have a dense FFN, the others experts.
     """
 
-    def __init__(self, c: Config, index: int):
+    def __init__(self, config: Config, index: int):
         super().__init__()
-        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.attn = MLA(c)
-        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.ffn = MLP(c.dim, c.inter_dim) if index < c.n_dense_layers else MoE(c)
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = MLA(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = (
+            MLP(config.dim, config.inter_dim) if index < config.n_dense_layers else MoE(config)
+        )
 
     def forward(
         self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
@@ -146,10 +148,12 @@ class KVCache(list):
     """A `LayerKVCache` for every main layer; `length` is the number of positions held."""
 
     def __init__(
-        self, c: Config, batch: int, max_len: int,
+        self, config: Config, batch: int, max_len: int,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        super().__init__(LayerKVCache(c, batch, max_len, device, dtype) for _ in range(c.n_layers))
+        super().__init__(
+            LayerKVCache(config, batch, max_len, device, dtype) for _ in range(config.n_layers)
+        )
 
     @property
     def length(self) -> int:
@@ -190,16 +194,16 @@ print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_tok
 class Transformer(nn.Module):
     """DeepSeek-V3: tokens (b, s) → logits (b, s, w); with a cache, the tokens continue it."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config = c
-        self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.layers = nn.ModuleDict({str(i): Block(c, i) for i in range(c.n_layers)})
-        self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
-        self.mtp = nn.ModuleDict({str(k): MTP(c) for k in range(c.n_mtp_layers)})
-        init_weights(self, c.init_std)
-        nn.init.normal_(self.embed.weight, std=c.embed_std)
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleDict({str(k): MTP(config) for k in range(config.n_mtp_layers)})
+        init_weights(self, config.init_std)
+        nn.init.normal_(self.embed.weight, std=config.embed_std)
 
     def hidden_states(
         self, tokens_bs: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None

@@ -112,12 +112,17 @@ from dsv3_ref.rope import Rope
 class MTP(nn.Module):
     """One MTP module: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])) (eq. 21–22)."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.enorm, self.hnorm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
-        self.eh_proj = nn.Linear(2 * c.dim, c.dim, bias=False)  # bf16 in the released weights
-        self.block = Block(c, c.n_layers)  # an index past the dense layers: always MoE
-        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.enorm, self.hnorm = (
+            RMSNorm(config.dim, config.norm_eps),
+            RMSNorm(config.dim, config.norm_eps),
+        )
+        self.eh_proj = nn.Linear(
+            2 * config.dim, config.dim, bias=False
+        )  # bf16 in the released weights
+        self.block = Block(config, config.n_layers)  # an index past the dense layers: always MoE
+        self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
         self, h_bsd: Tensor, embed_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
