@@ -117,7 +117,7 @@ def generate_rollouts(
 def reorder_cache(decoder: Decoder, row_b: Tensor) -> None:
     """Replace the rows of a decoder's caches by these, which may repeat or leave out some."""
     for layer in decoder.layers[: decoder.n_main]:
-        layer.kv_btx = layer.kv_btx[row_b]
+        layer.attention.kv_btx = layer.attention.kv_btx[row_b]
     decoder.token_bt = decoder.token_bt[row_b]
     decoder.h_btd = decoder.h_btd[row_b]
 

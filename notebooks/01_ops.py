@@ -154,8 +154,8 @@ def impl(name: str, backend: str) -> Callable[[Impl], Impl]:
 AUTO_BACKENDS = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}  # what `auto` means
 ACTIVE_BACKENDS = tuple(os.environ.get("DSV3_BACKEND", "auto").split(","))
 BACKEND_MODULES = {  # imported when first asked for
-    "cpu": "dsv3_ref.cpu", "triton": "dsv3_ref.kernels", "fp8": "dsv3_ref.fp8",
-    "zero_bubble": "dsv3_ref.dualpipe",
+    "cpu": "dsv3_ref.cpu", "compiled": "dsv3_ref.cpu", "triton": "dsv3_ref.kernels",
+    "fp8": "dsv3_ref.fp8", "zero_bubble": "dsv3_ref.dualpipe",
 }  # fmt: skip
 
 

@@ -24,22 +24,19 @@
 
 # %%
 #| export decode
-import math
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
-from dsv3_ref.mla import LayerKVCache, attend_expanded, concat_nope_rope, up_project_kv
-from dsv3_ref.model import Transformer
-from dsv3_ref.moe import MoE
+from dsv3_ref import ops
 from dsv3_ref.block import MTP, Block
-from dsv3_ref.ops import RMSNorm, swiglu, upcast
+from dsv3_ref.config import ceil_div
+from dsv3_ref.mla import MLA, LayerKVCache, attend_expanded
+from dsv3_ref.model import Transformer
+from dsv3_ref.ops import RMSNorm, op
 from dsv3_ref.rope import rope_cos_sin, softmax_scale
 
 # %%
@@ -56,6 +53,7 @@ from torch import nn
 from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.mla import attention
 from dsv3_ref.mtp import mtp_hidden_states
+from dsv3_ref.ops import use
 from dsv3_ref.pretrain import compute_losses
 from dsv3_ref.viz import BLUE, GRAY, ORANGE, checker, figure, play, show
 from dsv3_ref.viz.ablation import RESULTS_DIR
@@ -107,8 +105,8 @@ assert passes(1000, 1000, True) == 1999 and passes(1000, 1000, False) == 1_499_5
 
 # %%
 #| export decode
-def logits_to_probs(logit_bw, temperature: float, top_p: float = 1.0):
-    """What is drawn from, (b, w): softmax(logit / T) within the nucleus; one-hot at T = 0."""
+def logits_to_probs(logit_bw: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+    """Return softmax(logit / T) within the nucleus, (b, w), summing to 1; one-hot at T = 0."""
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be at least 0, not {temperature}; top_p in (0, 1]")
     if temperature == 0:
@@ -121,15 +119,20 @@ def logits_to_probs(logit_bw, temperature: float, top_p: float = 1.0):
     return p_bw / p_bw.sum(-1, keepdim=True)
 
 
-def sample(logit_bw, temperature: float, generator: torch.Generator | None = None, top_p=1.0):
-    """The next token (b,): the likeliest at temperature 0, else drawn from `logits_to_probs`."""
+def sample(
+    logit_bw: torch.Tensor, temperature: float, generator: torch.Generator | None = None,
+    top_p: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
+    """Choose the next token (b,): the likeliest at T = 0, else a draw from `logits_to_probs`."""
     if temperature == 0:
         return logit_bw.argmax(-1)
     return multinomial_sample(logits_to_probs(logit_bw, temperature, top_p), generator)
 
 
-def multinomial_sample(p_bw, generator: torch.Generator | None = None):
-    """One token from each distribution, (b,); the weights need not sum to 1."""
+def multinomial_sample(
+    p_bw: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draw one token from each distribution, (b,); the weights need not sum to 1."""
     return torch.multinomial(p_bw, 1, generator=generator)[:, 0]
 
 
@@ -148,455 +151,331 @@ assert (logits_to_probs(logit_bw, 1.0, 0.7) > 0).tolist() == [[True, True, False
 # %% [markdown]
 # ## Rows of unequal length
 # Prompts in a batch differ in length, and with drafts rows will also *grow* at different speeds. The
-# cache of chapter 03 hands out rows of one length, so here every row gets its own count `at` of
-# tokens it holds. New tokens are written behind them, turned by their own positions, and a query
+# cache of chapter 03 hands out rows of one length, so here every row has its own length, the number of
+# tokens it holds. New tokens are written after them, rotated by their own positions, and a query
 # sees the keys up to its own position. What lies beyond, padding or a rejected draft, is never seen
-# and is simply written over later. So *rolling back* a cache means saying a smaller number.
+# and is simply written over later. So *rolling back* a cache means passing a smaller length.
 
 
 # %%
 #| export decode
+MAX_ABSORBED_TOKENS = 16  # up to so many new tokens, attention stays inside the latent
+
+
 class DecodePositions(NamedTuple):
-    """Where s new tokens of every row go: behind those it holds, whose number may differ."""
+    """The positions of s new tokens per row, which follow rows of any lengths."""
 
     cache_index: tuple  # of the new tokens in a cache (b, t, …)
     end: int  # positions that exist afterwards
     freqs_cis: torch.Tensor  # rotations e^{iω·position}, (b, s, 1, r/2)
     masked: torch.Tensor | None  # keys that a query must not see, (b or none, s, 1, t)
-    is_first_prefill: bool  # nothing came before
+    is_prefill: bool  # many tokens of a prompt: attention on expanded keys and values
 
 
-def cache_index(at: list[int], s: int, device=None):
-    """Index of the s positions behind `at` in a cache (b, t, …): a slice where rows are equal."""
-    if min(at) == max(at):
-        return slice(None), slice(at[0], at[0] + s)
-    position_bs = torch.tensor(at, device=device)[:, None] + torch.arange(s, device=device)
-    return torch.arange(len(at), device=device)[:, None], position_bs
+def cache_index(lengths: list[int], s: int, device: torch.device | None = None) -> tuple:
+    """Return the index of the s positions after `lengths` in a cache (b, t, …).
+
+    Rows of equal length give a slice, others two tensors.
+    """
+    if min(lengths) == max(lengths):
+        return slice(None), slice(lengths[0], lengths[0] + s)
+    position_bs = torch.tensor(lengths, device=device)[:, None] + torch.arange(s, device=device)
+    return torch.arange(len(lengths), device=device)[:, None], position_bs
 
 
-def positions_for(at: list[int], s: int, freqs_cis_tx) -> DecodePositions:
-    """The next s positions of rows that hold `at` tokens each."""
-    end, (_, here), device = (
-        max(at) + s,
-        cache_index(at, s, freqs_cis_tx.device),
-        freqs_cis_tx.device,
-    )
-    if isinstance(here, slice):  # the common case, and one token sees all
-        key_t = torch.arange(end, device=device)
-        future = key_t[here, None, None] < key_t if s > 1 else None
-        return DecodePositions(
-            (slice(None), here), end, freqs_cis_tx[None, here, None], future, end == s
-        )
-    return ragged_positions(here, freqs_cis_tx, end)
+def positions_for(lengths: list[int], s: int, freqs_cis_tx: torch.Tensor) -> DecodePositions:
+    """Return the next s positions of rows that hold `lengths` tokens."""
+    device, end = freqs_cis_tx.device, max(lengths) + s
+    index = cache_index(lengths, s, device)
+    if not isinstance(index[1], slice):
+        return ragged_positions(index[1], freqs_cis_tx, end)
+    key_t = torch.arange(end, device=device)
+    masked = key_t[index[1], None, None] < key_t if s > 1 else None  # one token sees all
+    is_prefill = end == s or s > MAX_ABSORBED_TOKENS
+    return DecodePositions(index, end, freqs_cis_tx[None, index[1], None], masked, is_prefill)
 
 
-def ragged_positions(position_bs, freqs_cis_tx, end: int) -> DecodePositions:
-    """The same for any positions, among `end` of which a query sees those up to its own."""
+def ragged_positions(
+    position_bs: torch.Tensor, freqs_cis_tx: torch.Tensor, end: int
+) -> DecodePositions:
+    """Return any positions (b, s) among `end`, where a query sees those up to its own."""
     row_b1 = torch.arange(len(position_bs), device=freqs_cis_tx.device)[:, None]
-    future = position_bs[..., None, None] < torch.arange(end, device=freqs_cis_tx.device)
-    turn = freqs_cis_tx[position_bs[..., None]]
-    return DecodePositions((row_b1, position_bs), end, turn, future, False)
+    masked = position_bs[..., None, None] < torch.arange(end, device=freqs_cis_tx.device)
+    freqs_cis = freqs_cis_tx[position_bs[..., None]]
+    return DecodePositions((row_b1, position_bs), end, freqs_cis, masked, False)
 
 
-def apply_freqs_cis(x_bshr, freqs_cis_bs1x):
-    """Pairs as complex numbers times e^{iω·position}: `apply_rotary_emb` with a position for every row."""
-    x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
+def apply_freqs_cis(x_bshr: torch.Tensor, freqs_cis_bs1x: torch.Tensor) -> torch.Tensor:
+    """Multiply pairs, as complex numbers, by e^{iω·position}.
+
+    This is `apply_rotary_emb` with a position for every row.
+    """
+    pairs = x_bshr.float().unflatten(-1, (-1, 2))
+    x = torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format))
     return torch.view_as_real(x * freqs_cis_bs1x).flatten(-2).to(x_bshr.dtype)
 
 
 # %% [markdown]
-# ## A product with one row
-# A decoding step multiplies every active matrix with a handful of rows, so it is bound by reading
-# them. Libraries for matrix products are made for many rows: with one, and matrices that come from
-# beyond the second-level cache, MKL (Intel's) read 2 MB of experts in 231 µs on our two cores, where a plain sum
-# over the same bytes took 31. Written the other way round,
-#
-# $$y = xW^\top = \sum_i x_i\,(W^\top)_i\qquad (1,d)\times(d,o)\to(1,o)$$
-#
-# is a *weighted sum of rows* of $W^\top$, and for that there is a fast routine under another name: recommender
-# systems call it an embedding bag. It took 41 µs, and it takes an index, so all experts of all tokens
-# can be one call on one tall table.
+# ## One decoding step
+# A step applies the same weights and equations as training, without what only training needs. It uses them
+# through two small classes, so that a *backend* can store them in another way: `BlockWeights` multiplies with
+# the matrices of one block, `DecodeWeights` holds one per block and the output head. The plain form calls the modules.
 
 
 # %%
 #| export decode
-MAX_TABLE_TOKENS = 16  # tokens for which weighted sums of rows beat sorting by expert
-
-
-def arange_view(*shape: int):
-    """0, 1, 2, … in this shape."""
-    return torch.arange(math.prod(shape)).view(shape)
-
-
-def embedding_bag_matmul(table_xo, index_bm, weight_bm):
-    """Weighted sums of rows of a table: y_bo = Σ_m weight_bm · table[index_bm]_o."""
-    start_b = arange_view(len(index_bm)) * index_bm.shape[1]
-    flat = index_bm.flatten(), start_b, False, 0, False, weight_bm.flatten()
-    return torch.embedding_bag(table_xo, *flat)[0]
-
-
-def small_matmul(x_nd, table_do):
-    """x W of very few rows as a weighted sum of the rows of W, in halves so that threads share."""
-    n, d = x_nd.shape
-    if n > 2 or d % 2 or not supports_embedding_bag(table_do):
-        return x_nd @ table_do
-    index = arange_view(2, d // 2) if n == 1 else arange_view(2, d // 2).repeat(n, 1)
-    return embedding_bag_matmul(table_do, index, x_nd.reshape(2 * n, -1)).view(n, 2, -1).sum(1)
-
-
-def supports_embedding_bag(table) -> bool:
-    """Whether the fast routine reads this table."""
-    return table.device.type == "cpu" and table.dtype == torch.float32
-
-
-def moe_small_batch(x_nd, expert_nk, weight_nk, up_xo, down_xd):
-    """Σ_k w_k·W₂ swiglu(W₁x, W₃x): both products of all chosen experts, each in one call.
-
-    up_xo: rows of all [W₁; W₃]ᵀ, (e·d, 2f); down_xd: rows of all W₂ᵀ, (e·f, d).
-    """
-    (n, k), d, f = expert_nk.shape, x_nd.shape[1], up_xo.shape[1] // 2
-    start_nk1 = expert_nk[..., None]
-    index, x = (start_nk1 * d + arange_view(d)).view(n * k, d), x_nd.repeat_interleave(k, 0)
-    gate, up = embedding_bag_matmul(up_xo, index, x).chunk(2, -1)
-    a_nkf = swiglu(gate, up).view(n, k, f) * weight_nk[..., None]
-    return embedding_bag_matmul(
-        down_xd, (start_nk1 * f + arange_view(f)).view(n, k * f), a_nkf.view(n, k * f)
-    )
-
-
-# %% [markdown]
-# ## A long prompt in pieces
-# Prefill wants many tokens at once, but not *all*: the scores of a prompt of $t$ tokens are $t^2$
-# numbers a head. So a long prompt is read in pieces of 1,024. A piece attends to the cache, whose
-# keys and values are expanded a block at a time, and here a softmax meets a block without knowing
-# the next. It keeps what it has and mends it. For every query let $m$ be the largest score so far, $z$ the sum
-# of exponentials and $o$ the sum of values that they weigh. A block with scores $x_y$ and values $v_y$ makes of them
-#
-# $$m' = \max(m, \max_y x_y),\qquad z' = z\,e^{m-m'} + \sum_y e^{x_y-m'},\qquad
-# o' = o\,e^{m-m'} + \sum_y e^{x_y-m'} v_y$$
-#
-# starting from $m=-\infty$ and $z=o=0$; at the end $o/z$ is attention over all blocks, in the memory of one.
-
-
-# %%
-#| export decode
-PREFILL_CHUNK, KV_BLOCK = (
-    1024,
-    512,
-)  # tokens of a prompt read at once, and keys of the cache met at once
-
-
-def blockwise_attention(q_bshx, blocks: Iterable, t: int, scale: float):
-    """Causal attention of the last s of t positions, over (k_byhx, v_byhv) by blocks: o/z."""
-    q_bhsx, seen, s = (scale * q_bshx).transpose(1, 2), 0, q_bshx.shape[1]
-    at_s1 = torch.arange(t - s, t, device=q_bshx.device)[:, None]
-    top = o = total = torch.tensor(-torch.inf, device=q_bshx.device)
-    for k_byhx, v_byhv in blocks:
-        x_bhsy = upcast(q_bhsx @ k_byhx.permute(0, 2, 3, 1))
-        at_y = torch.arange(seen, seen + k_byhx.shape[1], device=q_bshx.device)
-        if seen + len(at_y) > t - s + 1:
-            x_bhsy = x_bhsy.masked_fill_(at_s1 < at_y, -torch.inf)
-        new = torch.maximum(top, x_bhsy.amax(-1, keepdim=True))
-        p_bhsy, shrink = x_bhsy.sub_(new).exp_(), (top - new).exp()
-        part, sum_ = p_bhsy.to(v_byhv.dtype) @ v_byhv.transpose(1, 2), p_bhsy.sum(-1, keepdim=True)
-        o, total = (o * shrink + part, total * shrink + sum_) if seen else (part, sum_)
-        top, seen = new, seen + len(at_y)
-    return (o / total).to(q_bshx.dtype).transpose(1, 2)
-
-
-# %%
-q, k, v = (torch.randn(2, n, 3, 8) for n in (5, 17, 17))
-want = attention(q, k, v, 0.3)  # whose queries are the last 5 of 17 as well
-for y in (1, 4, 17):
-    got = blockwise_attention(q, zip(k.split(y, 1), v.split(y, 1)), 17, 0.3)
-    assert torch.allclose(got, want, atol=1e-6)
-print("blocks of 1, 4 and 17 keys: the same attention")
-
-# %% [markdown]
-# ## A lean step
-# Decoding gets a form of its own: the same weights and equations, laid out as such tables, without
-# what only training needs. A dense FFN is one expert that is always chosen; so are the shared ones.
-
-
-# %%
-#| export decode
-class DecodeWeights:
-    """The weights of one block, transposed and joined for decoding."""
+class BlockWeights:
+    """The weights of one block as a decoding step uses them; this plain form calls its modules."""
 
     def __init__(self, block: Block):
-        attn, ffn = block.attn, block.ffn
-        names = ("wq_a", "wq_b", "wkv_a", "wo") if hasattr(attn, "wq_a") else ("wq", "wkv_a", "wo")
-        for name in names:
-            setattr(self, name, getattr(attn, name).weight.T.contiguous())
-        moe = isinstance(ffn, MoE)
-        mlp, f = (ffn.shared_experts, ffn.experts.w1.shape[1]) if moe else (ffn, len(ffn.w1.weight))
-        up = torch.stack((mlp.w1.weight.unflatten(0, (-1, f)), mlp.w3.weight.unflatten(0, (-1, f))))
-        down = mlp.w2.weight.unflatten(1, (-1, f)).transpose(0, 1)
-        if moe:
-            up = torch.cat((torch.stack((ffn.experts.w1, ffn.experts.w3)), up), dim=1)
-            down = torch.cat((ffn.experts.w2, down))
-        self.up_xo = rearrange(up, "two e f d -> (e d) (two f)").contiguous()
-        self.down_xd = rearrange(down, "e d f -> (e f) d").contiguous()
-        always = range(len(down) - len(mlp.w1.weight) // f, len(down))
-        self.always_1k = torch.tensor([list(always)], dtype=torch.int64)
+        self.block = block
 
-    def product(self, name: str, x_bsd):
-        """x times one of the attention's matrices."""
-        return small_matmul(x_bsd.flatten(0, 1), getattr(self, name)).unflatten(0, x_bsd.shape[:2])
+    def project(self, name: str, x_bsd: torch.Tensor) -> torch.Tensor:
+        """Multiply x by the attention's matrix of this name."""
+        return getattr(self.block.attn, name)(x_bsd)
 
-
-def normed(x_bsd, norm: RMSNorm):
-    """RMSNorm of one row as x · (weight / ρ) with ρ a plain number; of several as ever."""
-    if (
-        x_bsd.numel() != x_bsd.shape[-1]
-        or not supports_embedding_bag(x_bsd)
-        or torch.compiler.is_compiling()
-    ):
+    def norm(self, x_bsd: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Normalize x."""
         return norm(x_bsd)
-    x_d = x_bsd.flatten()
-    scale = (torch.dot(x_d, x_d).item() / len(x_d) + norm.eps) ** -0.5
-    return (x_bsd * norm.weight).mul_(scale)
+
+    def ffn(self, x_bsd: torch.Tensor) -> torch.Tensor:
+        """Apply the MoE, eq. 12–16, or the dense FFN."""
+        y_bsd = self.block.ffn(x_bsd)
+        return y_bsd[0] if isinstance(y_bsd, tuple) else y_bsd
 
 
-class DecodeLayer:
-    """A block as the decoder sees it: its tables, its cache."""
+class DecodeWeights(NamedTuple):
+    """The weights of a model as a decoding step uses them."""
 
-    def __init__(self, block: Block, tables: DecodeWeights | None, batch: int, max_len: int):
-        self.block, self.config, self.tables = block, block.attn.config, tables
-        weight = block.attn.wkv_b.weight
-        self.kv_btx = LayerKVCache(self.config, batch, max_len, weight.device, weight.dtype).kv_btx
-        w_hxc = weight.unflatten(0, (self.config.n_heads, -1))
-        i = self.config.qk_nope_head_dim
-        self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
-
-    def __call__(self, x_bsd, at: DecodePositions):
-        x_bsd = x_bsd + self.attention(normed(x_bsd, self.block.attn_norm), at)
-        return x_bsd + self.ffn(normed(x_bsd, self.block.ffn_norm))
-
-    def ffn(self, x_bsd):
-        """eq. 12–16, or the dense FFN: few tokens on tables, many as in training."""
-        ffn, (b, s, _) = self.block.ffn, x_bsd.shape
-        if self.tables is None or b * s > MAX_TABLE_TOKENS:
-            return ffn(x_bsd)[0] if isinstance(ffn, MoE) else ffn(x_bsd)
-        expert_nk = self.tables.always_1k.expand(b * s, -1)
-        weight_nk = torch.ones_like(expert_nk, dtype=x_bsd.dtype)
-        if isinstance(ffn, MoE):
-            r = ffn.gate(x_bsd)
-            expert_nk = torch.cat((r.topk_ids_bsk.flatten(0, 1), expert_nk), dim=1)
-            weight_nk = torch.cat((r.topk_weights_bsk.flatten(0, 1), weight_nk), dim=1)
-        tables = self.tables.up_xo, self.tables.down_xd
-        return moe_small_batch(x_bsd.flatten(0, 1), expert_nk, weight_nk, *tables).view_as(x_bsd)
-
-    def project(self, name: str, x_bsd):
-        """x times a matrix of the attention."""
-        by_table = self.tables is not None and x_bsd.shape[0] * x_bsd.shape[1] <= MAX_TABLE_TOKENS
-        return (
-            self.tables.product(name, x_bsd) if by_table else getattr(self.block.attn, name)(x_bsd)
-        )
-
-    def project_q(self, x_bsd, at: DecodePositions):
-        """eq. 6–8: content part (b, s, h, i) and turned part (b, s, h, r)."""
-        c, attn = self.config, self.block.attn
-        if c.q_lora_rank:
-            q = self.project("wq_b", normed(self.project("wq_a", x_bsd), attn.q_norm))
-        else:
-            q = self.project("wq", x_bsd)
-        sizes = [c.qk_nope_head_dim, c.qk_rope_head_dim]
-        q_bshi, q_bshr = q.unflatten(-1, (c.n_heads, -1)).split(sizes, dim=-1)
-        return q_bshi, apply_freqs_cis(q_bshr, at.freqs_cis)
-
-    def update_kv_cache(self, x_bsd, at: DecodePositions):
-        """eq. 1 and 3 into the cache; returns all that is there, latents and turned keys."""
-        c, attn = self.config.kv_lora_rank, self.block.attn
-        kv_bsx = self.project("wkv_a", x_bsd)
-        k_bsr = apply_freqs_cis(kv_bsx[:, :, None, c:], at.freqs_cis)[:, :, 0]
-        kv_bsx = torch.cat((normed(kv_bsx[..., :c], attn.kv_norm), k_bsr), dim=-1)
-        self.kv_btx[at.cache_index] = kv_bsx.to(self.kv_btx.dtype)
-        return self.kv_btx[:, : at.end]
-
-    def attention(self, x_bsd, at: DecodePositions):
-        """eq. 1–11: inside the latent, but for a prompt on expanded keys and values."""
-        (q_bshi, q_bshr), kv_btx = self.project_q(x_bsd, at), self.update_kv_cache(x_bsd, at)
-        c, scale, weight = (
-            self.config.kv_lora_rank,
-            softmax_scale(self.config),
-            self.block.attn.wkv_b.weight,
-        )
-        if at.is_first_prefill:
-            o_bshv = attend_expanded(
-                q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], weight, scale
-            )
-            return self.project("wo", o_bshv.flatten(2))
-        b, s, h, i = q_bshi.shape
-        if s > MAX_TABLE_TOKENS and isinstance(at.cache_index[1], slice):  # a piece of a prompt
-            parts = (kv.tensor_split([c], dim=-1) for kv in kv_btx.split(KV_BLOCK, dim=1))
-            blocks = (up_project_kv(*part, weight, h, i) for part in parts)
-            o_bshv = blockwise_attention(concat_nope_rope(q_bshi, q_bshr), blocks, at.end, scale)
-            return self.project("wo", o_bshv.flatten(2))
-        q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
-        q_bsx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), dim=-1).flatten(1, 2)
-        score_bst = (q_bsx @ kv_btx.mT).mul_(scale)  # s runs over positions and heads
-        if at.masked is not None:
-            score_bst.view(b, s, h, -1).masked_fill_(at.masked, -torch.inf)
-        o_bsc = score_bst.softmax(-1) @ kv_btx[..., :c]
-        o_hnv = o_bsc.view(b * s, h, c).transpose(0, 1) @ self.wv_hcv
-        return self.project("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
+    blocks: list[BlockWeights]  # the main model's blocks, then those of the MTP modules
+    logits: Callable[[torch.Tensor], torch.Tensor]  # h (…, d) → scores of every word (…, w)
 
 
-# %%
-#| export decode
-class MTPDecodeLayer(DecodeLayer):
-    """An MTP module likewise: h^k from the pair (embedding of the token k later, h^{k−1})."""
+def blocks_of(model: Transformer) -> list[Block]:
+    """Return the blocks of a model, those of the MTP modules last."""
+    return [*model.layers.values(), *(mtp.block for mtp in model.mtp.values())]
 
-    def __init__(self, mtp: MTP, *args):
-        super().__init__(mtp.block, *args)
-        self.mtp = mtp
 
-    def __call__(self, pair, at: DecodePositions):
-        embed_bsd, h_bsd = pair
-        mtp = self.mtp
-        both = torch.cat((normed(embed_bsd, mtp.enorm), normed(h_bsd, mtp.hnorm)), dim=-1)
-        return mtp.norm(super().__call__(mtp.eh_proj(both), at))
+@op
+def decode_weights(model: Transformer) -> DecodeWeights:
+    """Return the weights of a model for decoding; call again after a weight has changed."""
+    return DecodeWeights([BlockWeights(block) for block in blocks_of(model)], model.head)
 
 
 # %% [markdown]
-# Such a step is some 80 small operations a layer, each of which costs a microsecond or two before it
-# has computed anything. A *compiler* can fuse them: `torch.compile` turns the steps of a few layers
-# into one C++ program, which takes about half the time, once the compiler has run for some 20
-# seconds. So it is a choice: worth it for many tokens, never for a few. A compiled program is for
-# one shape, so it attends to all places of the cache, the empty ones masked, and their number is
-# rounded up.
+# Attention takes one of two forms. A prompt's many tokens attend on *expanded* keys and values, as in training;
+# a few new tokens stay *inside the latent* (chapter 03). Both get queries and latents from the same projections.
 
 
 # %%
 #| export decode
-LAYERS_PER_GRAPH, LENGTH_MULTIPLE = (
-    4,
-    128,
-)  # layers compiled as one; a compiled step is for a multiple of so many places
+class LatentProjections:
+    """The projections of one MLA around its attention: queries, latents, and the output."""
+
+    def __init__(self, attn: MLA, weights: BlockWeights):
+        config = attn.config
+        self.attn, self.weights = attn, weights
+        self.config, self.scale = config, softmax_scale(config)
+        self.wkv_b = attn.wkv_b.weight
+        w_hxc = self.wkv_b.unflatten(0, (config.n_heads, -1))
+        i = config.qk_nope_head_dim
+        self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
+
+    def queries(self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor) -> tuple:
+        """Return eq. 6–8: the content part (b, s, h, i) and the rotated part (b, s, h, r)."""
+        config, weights = self.config, self.weights
+        if config.q_lora_rank:
+            c_bsq = weights.norm(weights.project("wq_a", x_bsd), self.attn.q_norm)
+            q = weights.project("wq_b", c_bsq)
+        else:
+            q = weights.project("wq", x_bsd)
+        sizes = [config.qk_nope_head_dim, config.qk_rope_head_dim]
+        q_bshi, q_bshr = q.unflatten(-1, (config.n_heads, -1)).split(sizes, dim=-1)
+        return q_bshi, apply_freqs_cis(q_bshr, freqs_cis)
+
+    def latents(self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+        """Return eq. 1 and 3, what a cache stores: latents and rotated keys, (b, s, c + r)."""
+        c = self.config.kv_lora_rank
+        kv_bsx = self.weights.project("wkv_a", x_bsd)
+        k_bsr = apply_freqs_cis(kv_bsx[:, :, None, c:], freqs_cis)[:, :, 0]
+        return torch.cat((self.weights.norm(kv_bsx[..., :c], self.attn.kv_norm), k_bsr), dim=-1)
+
+    def absorb(self, q_bshi: torch.Tensor, q_bshr: torch.Tensor) -> torch.Tensor:
+        """Map the content part of queries into the latent, (b, s, h, c + r)."""
+        q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
+        return torch.cat((q_bshc.unflatten(0, q_bshi.shape[:2]), q_bshr), dim=-1)
+
+    def unabsorb(self, o_bshc: torch.Tensor) -> torch.Tensor:
+        """Map results of attention out of the latent, (b, s, h, v)."""
+        o_hnv = o_bshc.flatten(0, 1).transpose(0, 1) @ self.wv_hcv
+        return o_hnv.transpose(0, 1).unflatten(0, o_bshc.shape[:2])
+
+    def output(self, o_bshv: torch.Tensor) -> torch.Tensor:
+        """Apply eq. 11, the output projection."""
+        return self.weights.project("wo", o_bshv.flatten(2))
 
 
-def run_layers(layers: list[DecodeLayer], x_bsd, at: DecodePositions):
-    """x through several layers."""
+@op
+def attend_prefill(
+    q_bshi: torch.Tensor, q_bshr: torch.Tensor, kv_btx: torch.Tensor, wkv_b: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Attend from the last s of t positions on expanded keys and values, (b, s, h, v)."""
+    c_btc, k_btr = kv_btx.tensor_split([wkv_b.shape[1]], dim=-1)
+    return attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale)
+
+
+class CachedAttention:
+    """MLA over a cache of its own, (b, t, c + r), into which every call writes."""
+
+    def __init__(self, projections: LatentProjections, batch: int, max_len: int):
+        wkv_b, self.projections = projections.wkv_b, projections
+        cache = LayerKVCache(projections.config, batch, max_len, wkv_b.device, wkv_b.dtype)
+        self.kv_btx = cache.kv_btx
+
+    def __call__(self, x_bsd: torch.Tensor, positions: DecodePositions) -> torch.Tensor:
+        """Apply eq. 1–11 to the new tokens at these positions."""
+        mla = self.projections
+        q_bshi, q_bshr = mla.queries(x_bsd, positions.freqs_cis)
+        kv_bsx = mla.latents(x_bsd, positions.freqs_cis)
+        self.kv_btx[positions.cache_index] = kv_bsx.to(self.kv_btx.dtype)
+        kv_btx = self.kv_btx[:, : positions.end]
+        if positions.is_prefill:
+            return mla.output(attend_prefill(q_bshi, q_bshr, kv_btx, mla.wkv_b, mla.scale))
+        q_bshx = mla.absorb(q_bshi, q_bshr)
+        score_bst = (q_bshx.flatten(1, 2) @ kv_btx.mT).mul_(mla.scale)  # s: positions and heads
+        if positions.masked is not None:
+            score_bst.view(*q_bshx.shape[:3], -1).masked_fill_(positions.masked, -torch.inf)
+        o_bsc = score_bst.softmax(-1) @ kv_btx[..., : mla.config.kv_lora_rank]
+        return mla.output(mla.unabsorb(o_bsc.unflatten(1, q_bshx.shape[1:3])))
+
+
+# %% [markdown]
+# A layer is given its attention, because [chapter 18](18_serve.ipynb) will give it another: over pages. An MTP
+# module is such a layer after its own norms and projection. The `Decoder` holds one layer per block
+# and keeps two records: which token stands where, and the hidden state of every position, from which the MTP modules
+# draft. The scores of a prompt of $t$ tokens are $t^2$ numbers per head, so long prompts pass in chunks.
+
+
+# %%
+#| export decode
+class DecodeLayer:
+    """A block that decodes: its weights, and an attention with its cache."""
+
+    def __init__(self, block: Block, weights: BlockWeights, attention: Callable):
+        self.block, self.weights, self.attention = block, weights, attention
+
+    def __call__(self, x_bsd: torch.Tensor, positions: NamedTuple) -> torch.Tensor:
+        """Return x + attention(x), then that plus FFN of it, all normalized before."""
+        block, weights = self.block, self.weights
+        x_bsd = x_bsd + self.attention(weights.norm(x_bsd, block.attn_norm), positions)
+        return x_bsd + weights.ffn(weights.norm(x_bsd, block.ffn_norm))
+
+
+class MTPDecodeLayer:
+    """An MTP module that decodes: h^k from the pair (embedding of the token k later, h^{k−1})."""
+
+    def __init__(self, mtp: MTP, layer: DecodeLayer):
+        self.mtp, self.layer, self.attention = mtp, layer, layer.attention
+
+    def __call__(self, pair_bsd: torch.Tensor, positions: NamedTuple) -> torch.Tensor:
+        """Apply eq. 21–22 to pairs that lie side by side, (b, s, 2d)."""
+        embed_bsd, h_bsd = pair_bsd.chunk(2, dim=-1)
+        norm, mtp = self.layer.weights.norm, self.mtp
+        both_bsd = torch.cat((norm(embed_bsd, mtp.enorm), norm(h_bsd, mtp.hnorm)), dim=-1)
+        return mtp.norm(self.layer(mtp.eh_proj(both_bsd), positions))
+
+
+def decode_layers(
+    model: Transformer, weights: DecodeWeights, make_attention: Callable[[LatentProjections], Callable]
+) -> list[DecodeLayer | MTPDecodeLayer]:  # fmt: skip
+    """Return a layer for every block, MTP modules last, each with an attention of its own."""
+    layers = []
+    for block, block_weights in zip(blocks_of(model), weights.blocks):
+        attention = make_attention(LatentProjections(block.attn, block_weights))
+        layers.append(DecodeLayer(block, block_weights, attention))
+    n_main = len(model.layers)
+    return layers[:n_main] + list(map(MTPDecodeLayer, model.mtp.values(), layers[n_main:]))
+
+
+@op
+def run_layers(
+    layers: list, x_bsd: torch.Tensor, lengths: list[int], freqs_cis_tx: torch.Tensor
+) -> torch.Tensor:
+    """Pass the next s tokens of rows that hold `lengths` through several layers."""
+    positions = positions_for(lengths, x_bsd.shape[1], freqs_cis_tx)
     for layer in layers:
-        x_bsd = layer(x_bsd, at)
+        x_bsd = layer(x_bsd, positions)
     return x_bsd
 
 
-def run_layers_ragged(layers: list[DecodeLayer], x_bsd, position_bs, freqs_cis_tx):
-    """`run_layers`, the same program for all positions: every place of the cache is attended to."""
-    return run_layers(layers, x_bsd, ragged_positions(position_bs, freqs_cis_tx, len(freqs_cis_tx)))
+PREFILL_CHUNK = 1024  # tokens of a prompt that pass through the layers at once
+LENGTH_MULTIPLE = 128  # caches of compiled steps are rounded up, so that few programs serve all
 
 
-@cache
-def compiled():
-    """`run_layers_ragged` as one fused program; compiled when first called, for each new shape."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of groups × shapes
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
-    return torch.compile(run_layers_ragged, options={"cpp_wrapper": True})
-
-
-# %% [markdown]
-# The tables are a second copy of the weights, worth it on a CPU where the model is small; elsewhere
-# the decoder does without. They are laid out once and again when a weight has changed. The decoder
-# then holds one layer for every block, MTP modules included, and keeps two records: which token
-# stands where, and the hidden state of every position, from which the MTP modules draft.
-
-
-# %%
-#| export decode
-DECODE_WEIGHTS: WeakKeyDictionary = WeakKeyDictionary()  # model → (state of its weights, tables)
-
-
-@torch.no_grad()
-def decode_weights(model: Transformer) -> tuple[list[DecodeWeights | None], torch.Tensor]:
-    """Tables of every block, MTP modules last, and the head's."""
-    weights = list(model.parameters())
-    blocks = [*model.layers.values(), *(m.block for m in model.mtp.values())]
-    if not all(supports_embedding_bag(w) for w in weights):
-        return [None] * len(blocks), model.head.weight.T
-    state = [(w.data_ptr(), w._version) for w in weights]
-    if DECODE_WEIGHTS.get(model, (None,))[0] != state:
-        head_dw = model.head.weight.T.contiguous()
-        DECODE_WEIGHTS[model] = state, [DecodeWeights(block) for block in blocks], head_dw
-    return DECODE_WEIGHTS[model][1:]
-
-
-# %%
-#| export decode
 class Decoder:
-    """A model ready to write: layers with caches, the tokens of every row, their hidden states."""
+    """A model that decodes: layers with caches, the tokens of every row, their hidden states.
+
+    compiled: steps of a few tokens run as fused programs (backend "compiled").
+    """
 
     prefill_chunk: int = PREFILL_CHUNK
 
     def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
-        self.model, self.n_main, w = model, model.config.n_layers, model.embed.weight
-        self.compiled, max_len = (
-            compiled,
-            -(-max_len // LENGTH_MULTIPLE) * LENGTH_MULTIPLE if compiled else max_len,
+        if compiled:
+            max_len = ceil_div(max_len, LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        self.model, self.n_main, self.compiled = model, model.config.n_layers, compiled
+        weights, w = decode_weights(model), model.embed.weight
+        self.logits = weights.logits
+        self.layers = decode_layers(
+            model, weights, partial(CachedAttention, batch=batch, max_len=max_len)
         )
-        tables, self.head_dw = decode_weights(model)
-        modules = [*model.layers.values(), *model.mtp.values()]
-        self.layers = [
-            (DecodeLayer if isinstance(x, Block) else MTPDecodeLayer)(x, t, batch, max_len)
-            for x, t in zip(modules, tables)
-        ]
-        self.freqs_cis_tx = torch.complex(
-            *rope_cos_sin(model.config, torch.arange(max_len, device=w.device))
-        )
+        position_t = torch.arange(max_len, device=w.device)
+        self.freqs_cis_tx = torch.complex(*rope_cos_sin(model.config, position_t))
         self.token_bt = torch.zeros(batch, max_len, dtype=torch.int64, device=w.device)
         self.h_btd = torch.zeros(batch, max_len, w.shape[1], device=w.device, dtype=w.dtype)
 
-    def hidden_states(self, at: list[int], s: int):
-        """h⁰ of the next s tokens of every row, (b, s, d), normed."""
-        here = cache_index(at, s, self.token_bt.device)
-        x_bsd = F.embedding(self.token_bt[here], self.model.embed.weight)
-        h_bsd = self.model.norm(self.run(self.layers[: self.n_main], x_bsd, at, s))
-        self.h_btd[here] = h_bsd
+    def hidden_states(self, lengths: list[int], s: int) -> torch.Tensor:
+        """Return h⁰ of the next s tokens of every row, (b, s, d), normalized."""
+        index = cache_index(lengths, s, self.token_bt.device)
+        x_bsd = F.embedding(self.token_bt[index], self.model.embed.weight)
+        h_bsd = self.model.norm(self.run(self.layers[: self.n_main], x_bsd, lengths))
+        self.h_btd[index] = h_bsd
         return h_bsd
 
-    def run(self, layers: list[DecodeLayer], x, at: list[int], s: int):
-        """x of the next s tokens through layers: many in pieces, a few perhaps compiled."""
-        if s > self.prefill_chunk:
-            parts = [
-                v.split(self.prefill_chunk, dim=1) for v in (x if isinstance(x, tuple) else (x,))
-            ]
-            starts = range(0, s, self.prefill_chunk)
-            pieces = (p if isinstance(x, tuple) else p[0] for p in zip(*parts))
-            each = [self.run(layers, p, [n + i for n in at], min(self.prefill_chunk, s - i))
-                    for i, p in zip(starts, pieces)]  # fmt: skip
-            return torch.cat(each, dim=1)
-        if not self.compiled or len(at) * s > MAX_TABLE_TOKENS or max(at) == 0:
-            return run_layers(layers, x, positions_for(at, s, self.freqs_cis_tx))
-        start_b1 = torch.tensor(at, device=self.freqs_cis_tx.device)[:, None]
-        position_bs = start_b1 + torch.arange(s, device=start_b1.device)
-        for first in range(0, len(layers), LAYERS_PER_GRAPH):
-            x = compiled()(
-                layers[first : first + LAYERS_PER_GRAPH], x, position_bs, self.freqs_cis_tx
-            )
-        return x
+    def mtp_forward(self, k: int, h_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Return h^k from h^{k−1} of the positions after `lengths` and the tokens k later."""
+        index = cache_index([n + k for n in lengths], h_bsd.shape[1], h_bsd.device)
+        embed_bsd = F.embedding(self.token_bt[index], self.model.embed.weight)
+        layer = self.layers[self.n_main + k - 1]
+        return self.run([layer], torch.cat((embed_bsd, h_bsd), dim=-1), lengths)
 
-    def logits(self, h):
-        """Scores of every word, (…, w)."""
-        return small_matmul(h.flatten(0, -2), self.head_dw).unflatten(0, h.shape[:-1])
-
-    def mtp_forward(self, k: int, h_bsd, at: list[int]):
-        """eq. 21–22: h^k from h^{k−1} of the positions behind `at` and the tokens k later."""
-        s = h_bsd.shape[1]
-        token_bs = self.token_bt[cache_index([n + k for n in at], s, h_bsd.device)]
-        embed_bsd = F.embedding(token_bs, self.model.embed.weight)
-        return self.run([self.layers[self.n_main + k - 1]], (embed_bsd, h_bsd), at, s)
+    def run(self, layers: list, x_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Pass x through layers, at most `prefill_chunk` tokens per row at once."""
+        if x_bsd.shape[1] > self.prefill_chunk:
+            chunks, lengths = [], list(lengths)
+            for chunk_bsd in x_bsd.split(self.prefill_chunk, dim=1):
+                chunks.append(self.run(layers, chunk_bsd, lengths))
+                lengths = [n + chunk_bsd.shape[1] for n in lengths]
+            return torch.cat(chunks, dim=1)
+        if not self.compiled:
+            return run_layers(layers, x_bsd, lengths, self.freqs_cis_tx)
+        with ops.use("compiled", *ops.ACTIVE_BACKENDS):
+            return run_layers(layers, x_bsd, lengths, self.freqs_cis_tx)
 
 
 # %% [markdown]
 # Three checks: on rows of unequal length, and fed in uneven pieces, the decoder must give the hidden
-# states of a plain forward pass; so must a prompt that is read in pieces; and its MTP chain must be
-# that of chapter 06.
+# states of a plain forward pass; so must a prompt that is read in chunks; and its MTP chain must be
+# that of chapter 06. They hold for the plain form and for the fast one of the next section.
 
 # %%
 small = replace(TINY, vocab_size=256, n_layers=3, n_mtp_layers=2, init_std=0.06, embed_std=1.0)
 model = Transformer(small)
-with torch.inference_mode():
+
+
+@torch.inference_mode()
+def check_decoder() -> None:
     tokens_bs = torch.randint(256, (2, 12))
     want_bsd = model.hidden_states(tokens_bs)[0]
     decoder = Decoder(model, 2, 16)
@@ -608,15 +487,70 @@ with torch.inference_mode():
         assert torch.allclose(got_bsd[1, 0], want_bsd[1, 4 + step], atol=1e-4)
     decoder = Decoder(model, 2, 64)
     decoder.token_bt[:, :60] = torch.randint(256, (2, 60))
-    decoder.prefill_chunk = 25  # two pieces and a short one
-    pieces_bsd = decoder.hidden_states([0, 0], 60)
-    assert torch.allclose(pieces_bsd, model.hidden_states(decoder.token_bt[:, :60])[0], atol=1e-4)
+    decoder.prefill_chunk = 25  # two chunks and a short one
+    chunks_bsd = decoder.hidden_states([0, 0], 60)
+    assert torch.allclose(chunks_bsd, model.hidden_states(decoder.token_bt[:, :60])[0], atol=1e-4)
     decoder.token_bt[:, :12] = tokens_bs
     h_bsd = want_bsd
     for k, (chain_bsd, _) in enumerate(mtp_hidden_states(model, want_bsd, tokens_bs), start=1):
         h_bsd = decoder.mtp_forward(k, h_bsd[:, : 12 - k], [0, 0])
         assert torch.allclose(h_bsd, chain_bsd, atol=1e-4)
+
+
+for backends in (("torch",), ("cpu", "torch")):
+    with use(*backends):
+        check_decoder()
 print("rows of 12 and 9 tokens, one rolled back: as in a plain forward pass")
+
+# %% [markdown]
+# ## In practice: a product with one row
+# A decoding step multiplies every active matrix with a handful of rows, so it is bound by reading
+# them. Libraries for matrix products are made for many rows: with one, and matrices that come from
+# beyond the second-level cache, MKL (Intel's) read 2 MB of experts in 231 µs on our two cores, where a plain sum
+# over the same bytes took 31. Written the other way round,
+#
+# $$y = xW^\top = \sum_i x_i\,(W^\top)_i\qquad (1,d)\times(d,o)\to(1,o)$$
+#
+# is a *weighted sum of rows* of $W^\top$, and for that there is a fast routine under another name: recommender
+# systems call it an embedding bag. It took 41 µs, and it takes an index, so all experts of all tokens
+# can be one call on one tall table. The backend "cpu" ([`dsv3_ref/cpu/decoder.py`](../dsv3_ref/cpu/decoder.py)), the default on a CPU,
+# registers a `decode_weights` that stores such tables: a second copy of the weights, made once and again after a weight has changed.
+
+# %%
+from dsv3_ref.cpu.decoder import blockwise_attention, small_matmul
+
+x_1d, w_do = torch.randn(1, 512), torch.randn(512, 1024)
+assert torch.allclose(small_matmul(x_1d, w_do), x_1d @ w_do, atol=1e-3)
+print("a weighted sum of 512 rows: the same product")
+
+# %% [markdown]
+# ### A long prompt, block by block
+# The expanded keys and values of a long prompt are large too: $h\,(i + r + v)$ numbers per position, where the latent has $c + r$.
+# So the same backend lets a chunk attend to the cache in blocks of 512 keys, and here a softmax meets a block without knowing
+# the next. It keeps what it has and mends it. For every query let $m$ be the largest score so far, $z$ the sum
+# of exponentials and $o$ the sum of values that they weigh. A block with scores $x_y$ and values $v_y$ makes of them
+#
+# $$m' = \max(m, \max_y x_y),\qquad z' = z\,e^{m-m'} + \sum_y e^{x_y-m'},\qquad
+# o' = o\,e^{m-m'} + \sum_y e^{x_y-m'} v_y$$
+#
+# starting from $m=-\infty$ and $z=o=0$; at the end $o/z$ is attention over all blocks, in the memory of one.
+
+# %%
+q, k, v = (torch.randn(2, n, 3, 8) for n in (5, 17, 17))
+want = attention(q, k, v, 0.3)  # whose queries are the last 5 of 17 as well
+for y in (1, 4, 17):
+    got = blockwise_attention(q, zip(k.split(y, 1), v.split(y, 1)), 17, 0.3)
+    assert torch.allclose(got, want, atol=1e-6)
+print("blocks of 1, 4 and 17 keys: the same attention")
+
+# %% [markdown]
+# ### Fused steps
+# A step is some 80 small operations per layer, each of which costs a microsecond or two before it
+# has computed anything. A *compiler* can fuse them: `torch.compile` turns the steps of a few layers
+# into one C++ program, which takes about half the time, once the compiler has run for some 20
+# seconds. So it is a choice (`compiled=True`): worth it for many tokens, never for a few. A compiled program is for
+# one shape, so it attends to all positions of the cache, the empty ones masked, and their number is
+# rounded up.
 
 # %% [markdown]
 # ## Drafts that never change the text
@@ -638,19 +572,24 @@ print("rows of 12 and 9 tokens, one rolled back: as in a plain forward pass")
 
 # %%
 #| export decode
-def verify_draft(p_bsw, q_bkw, guess_bk, generator: torch.Generator | None = None):
-    """Tokens accepted in each row (b,), and the next one (b,), distributed as the main model's.
+def verify_draft(
+    p_bsw: torch.Tensor, q_bkw: torch.Tensor, draft_bk: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return how many drafts each row accepts, (b,), and the token after them, (b,).
 
-    p_bsw: main model at the s = D + 1 positions; q_bkw: what the D guesses were drawn from.
+    p_bsw: main model at the s = D + 1 positions; q_bkw: what the D drafts were drawn from. The
+    tokens are distributed as the main model's.
     """
-    p_bk, q_bk = (x.gather(-1, guess_bk[..., None])[..., 0] for x in (p_bsw[:, :-1], q_bkw))
+    p_bk = p_bsw[:, :-1].gather(-1, draft_bk[..., None])[..., 0]
+    q_bk = q_bkw.gather(-1, draft_bk[..., None])[..., 0]
     chance_bk = torch.rand(p_bk.shape, generator=generator, device=p_bk.device)
     n_b = (chance_bk * q_bk < p_bk).long().cumprod(1).sum(1)
-    rest_bsw = (p_bsw - F.pad(q_bkw, (0, 0, 0, 1))).clamp(min=0)  # after D guesses: p itself
+    rest_bsw = (p_bsw - F.pad(q_bkw, (0, 0, 0, 1))).clamp(min=0)  # after D drafts: p itself
     row_b = torch.arange(len(n_b), device=n_b.device)
     rest_bw = rest_bsw[row_b, n_b]
-    nothing = rest_bw.sum(-1, keepdim=True) == 0  # p = q up to rounding
-    return n_b, multinomial_sample(torch.where(nothing, p_bsw[row_b, n_b], rest_bw), generator)
+    is_empty = rest_bw.sum(-1, keepdim=True) == 0  # p = q up to rounding
+    return n_b, multinomial_sample(torch.where(is_empty, p_bsw[row_b, n_b], rest_bw), generator)
 
 
 # %%
@@ -678,84 +617,6 @@ assert (share_w - p_w).abs().max() < 0.015
 
 # %%
 #| export decode
-class SpeculativeDecoder:
-    """Continue rows of tokens, with `depth` drafts a round (0: plain decoding)."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        num_speculative_tokens=0,
-        compiled=False,
-    ):
-        if not prompts or min(map(len, prompts)) == 0:
-            raise ValueError("the prompt is empty: give at least the begin-of-sentence token")
-        if not 0 <= num_speculative_tokens <= len(model.mtp):
-            raise ValueError(f"draft must be 0 to {len(model.mtp)}, the model's MTP modules")
-        self.num_speculative_tokens, self.lengths = (
-            num_speculative_tokens,
-            [len(p) for p in prompts],
-        )
-        room = max(self.lengths) + max_new_tokens + 2 * num_speculative_tokens + 1
-        self.decoder = Decoder(model, len(prompts), room, compiled)
-        for row_t, prompt in zip(self.decoder.token_bt, prompts):
-            row_t[: len(prompt)] = torch.tensor(prompt)
-        self.mtp_lengths = [0] * len(prompts)  # where the MTP modules go on reading
-        self.logit_bw = self.prefill()
-
-    def prefill(self):
-        """Read the prompts; logits behind the last token of each, (b, w)."""
-        h_bsd = self.decoder.hidden_states([0] * len(self.lengths), max(self.lengths))
-        return self.decoder.logits(h_bsd[range(len(self.lengths)), [n - 1 for n in self.lengths]])
-
-    def first_token(self, choose) -> list[list[int]]:
-        """The token behind each prompt."""
-        token_b = choose.sample(self.logit_bw)
-        self.write_token(token_b, 0)
-        return token_b[:, None].tolist()
-
-    def write_token(self, token_b, k: int):
-        """Write a token k places behind the last one read of every row."""
-        token_bt = self.decoder.token_bt
-        token_bt[cache_index([n + k for n in self.lengths], 1, token_bt.device)] = token_b[:, None]
-
-    def propose(self, choose):
-        """D guesses a row, (b, D), and what each was drawn from, D × (b, w)."""
-        d = self.decoder
-        s = max(n - at for n, at in zip(self.lengths, self.mtp_lengths))
-        h_bsd, out = d.h_btd[cache_index(self.mtp_lengths, s, d.h_btd.device)], []
-        for k in range(1, self.num_speculative_tokens + 1):
-            h_bsd = d.mtp_forward(k, h_bsd, self.mtp_lengths)
-            last = cache_index(
-                [n - 1 - at for n, at in zip(self.lengths, self.mtp_lengths)], 1, h_bsd.device
-            )
-            out.append(choose.draft(d.logits(h_bsd[last][:, 0])))
-            self.write_token(out[-1][0], k)
-        self.mtp_lengths = [max(0, n + 1 - self.num_speculative_tokens) for n in self.lengths]
-        guess, q = zip(*out)
-        return torch.stack(guess, 1), q
-
-    def step(self, choose, live: list[bool]) -> list[list[int]]:
-        """New tokens of every row, 1 to D + 1 of them; rows that are not live stand still."""
-        d, guess_bk = self.decoder, None
-        if self.num_speculative_tokens:
-            guess_bk, q = self.propose(choose)
-        logit_bsw = d.logits(d.hidden_states(self.lengths, self.num_speculative_tokens + 1))
-        if guess_bk is None:
-            n_b, token_b = [0] * len(self.lengths), choose.sample(logit_bsw[:, 0])
-            new = token_b[:, None].tolist()
-        else:
-            n_b, token_b = choose.verify(logit_bsw, q, guess_bk)
-            n_b = n_b.tolist()
-            new = [[*g[:n], t] for g, n, t in zip(guess_bk.tolist(), n_b, token_b.tolist())]
-        self.lengths = [n + (1 + more) * on for n, more, on in zip(self.lengths, n_b, live)]
-        self.write_token(token_b, 0)
-        return [tokens if on else [] for tokens, on in zip(new, live)]
-
-
-# %%
-#| export decode
 class SamplingParams(NamedTuple):
     """How tokens are chosen: temperature, nucleus, and the random numbers."""
 
@@ -763,27 +624,111 @@ class SamplingParams(NamedTuple):
     top_p: float = 1.0
     generator: torch.Generator | None = None
 
-    def sample(self, logit_bw):
-        """The next token of each row."""
+    def sample(self, logit_bw: torch.Tensor) -> torch.Tensor:
+        """Choose the next token of each row, (b,)."""
         return sample(logit_bw, self.temperature, self.generator, self.top_p)
 
-    def draft(self, logit_bw):
-        """A guess for each row, and the distribution it was drawn from."""
+    def draft(self, logit_bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft a token for each row; return it with the distribution it was drawn from."""
         if self.temperature == 0:
             return logit_bw.argmax(-1), None
         q_bw = logits_to_probs(logit_bw, self.temperature, self.top_p)
         return multinomial_sample(q_bw, self.generator), q_bw
 
-    def verify(self, logit_bsw, q: Sequence, guess_bk):
-        """`verify_draft` by the main model's logits; at temperature 0 what it would have said itself."""
+    def verify(
+        self, logit_bsw: torch.Tensor, q: Sequence, draft_bk: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Verify drafts by the main model's logits: `verify_draft`, or by argmax at T = 0."""
         if self.temperature == 0:
-            said_bs = logit_bsw.argmax(-1)
-            n_b = (said_bs[:, :-1] == guess_bk).long().cumprod(1).sum(1)
-            return n_b, said_bs.gather(1, n_b[:, None])[:, 0]
+            argmax_bs = logit_bsw.argmax(-1)
+            n_b = (argmax_bs[:, :-1] == draft_bk).long().cumprod(1).sum(1)
+            return n_b, argmax_bs.gather(1, n_b[:, None])[:, 0]
         p_bsw = logits_to_probs(logit_bsw, self.temperature, self.top_p)
-        return verify_draft(p_bsw, torch.stack(q, 1), guess_bk, self.generator)
+        return verify_draft(p_bsw, torch.stack(q, 1), draft_bk, self.generator)
 
 
+class SpeculativeDecoder:
+    """Rows of tokens that grow, by drafts of MTP modules and their verification.
+
+    With 0 speculative tokens it decodes plainly.
+    """
+
+    def __init__(
+        self, model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+        num_speculative_tokens: int = 0, compiled: bool = False,
+    ):  # fmt: skip
+        if not prompts or min(map(len, prompts)) == 0:
+            raise ValueError("the prompt is empty: give at least the begin-of-sentence token")
+        if not 0 <= num_speculative_tokens <= len(model.mtp):
+            raise ValueError(
+                f"num_speculative_tokens is {num_speculative_tokens}, but must be 0 to "
+                f"{len(model.mtp)}, the number of MTP modules of the model"
+            )
+        self.num_speculative_tokens = num_speculative_tokens
+        self.lengths = [len(p) for p in prompts]  # tokens that the main model has read
+        self.mtp_lengths = [0] * len(prompts)  # and the MTP modules
+        max_len = max(self.lengths) + max_new_tokens + 2 * num_speculative_tokens + 1
+        self.decoder = Decoder(model, len(prompts), max_len, compiled)
+        for row_t, prompt in zip(self.decoder.token_bt, prompts):
+            row_t[: len(prompt)] = torch.tensor(prompt)
+        self.logit_bw = self.prefill()
+
+    def prefill(self) -> torch.Tensor:
+        """Read the prompts; return the logits after the last token of each, (b, w)."""
+        h_bsd = self.decoder.hidden_states([0] * len(self.lengths), max(self.lengths))
+        return self.decoder.logits(h_bsd[range(len(self.lengths)), [n - 1 for n in self.lengths]])
+
+    def first_token(self, sampling_params: SamplingParams) -> list[list[int]]:
+        """Choose the token after each prompt."""
+        token_b = sampling_params.sample(self.logit_bw)
+        self.write_token(token_b, 0)
+        return token_b[:, None].tolist()
+
+    def write_token(self, token_b: torch.Tensor, k: int) -> None:
+        """Write a token k places after the last one read of every row."""
+        token_bt = self.decoder.token_bt
+        token_bt[cache_index([n + k for n in self.lengths], 1, token_bt.device)] = token_b[:, None]
+
+    def propose(self, sampling_params: SamplingParams) -> tuple[torch.Tensor, tuple]:
+        """Return D drafts per row, (b, D), and the distributions they came from, D × (b, w)."""
+        decoder, device = self.decoder, self.decoder.h_btd.device
+        behind = [n - m for n, m in zip(self.lengths, self.mtp_lengths)]
+        last = cache_index([n - 1 for n in behind], 1, device)
+        h_bsd = decoder.h_btd[cache_index(self.mtp_lengths, max(behind), device)]
+        drafts = []
+        for k in range(1, self.num_speculative_tokens + 1):
+            h_bsd = decoder.mtp_forward(k, h_bsd, self.mtp_lengths)
+            drafts.append(sampling_params.draft(decoder.logits(h_bsd[last][:, 0])))
+            self.write_token(drafts[-1][0], k)
+        self.mtp_lengths = [max(0, n + 1 - self.num_speculative_tokens) for n in self.lengths]
+        tokens, distributions = zip(*drafts)
+        return torch.stack(tokens, 1), distributions
+
+    def step(self, sampling_params: SamplingParams, active: list[bool]) -> list[list[int]]:
+        """Return the new tokens of every row, 1 to D + 1; rows that are not active get none."""
+        decoder, depth = self.decoder, self.num_speculative_tokens
+        if depth:
+            draft_bk, q = self.propose(sampling_params)
+        logit_bsw = decoder.logits(decoder.hidden_states(self.lengths, depth + 1))
+        if depth:
+            n_b, token_b = sampling_params.verify(logit_bsw, q, draft_bk)
+            num_accepted, drafts = n_b.tolist(), draft_bk.tolist()
+            tokens = [[*d[:n], t] for d, n, t in zip(drafts, num_accepted, token_b.tolist())]
+        else:
+            token_b = sampling_params.sample(logit_bsw[:, 0])
+            tokens = token_b[:, None].tolist()
+        tokens = [row if on else [] for row, on in zip(tokens, active)]
+        self.lengths = [n + len(row) for n, row in zip(self.lengths, tokens)]
+        self.write_token(token_b, 0)
+        return tokens
+
+
+# %% [markdown]
+# `stream` ends rows at stop tokens and at their limit, and lets a caller end them; `generate` collects what it yields.
+
+
+# %%
+#| export decode
 @torch.inference_mode()
 def stream(
     model: Transformer,
@@ -794,55 +739,48 @@ def stream(
     num_speculative_tokens: int = 0,
     compiled: bool = False,
 ) -> Iterator[list[list[int]]]:
-    """Yield the new tokens of every row, round by round; a row ends with its first stop token.
+    """Yield the new tokens of every row, step by step; a row ends with its first stop token.
 
-    Rows may differ in length; `draft` ≤ D lets that many MTP modules guess ahead; `compiled`
-    fuses each layer's step, after a pause at the first. A caller may send a list of booleans
-    back: rows that are False end there.
+    Rows may differ in length. Up to `num_speculative_tokens` MTP modules draft ahead; `compiled`
+    fuses the steps, after a pause at the first. A caller may send a list of booleans back: rows
+    that are False end there.
     """
     if max_new_tokens < 1:
         return
-    writer, stop = (
-        SpeculativeDecoder(model, prompts, max_new_tokens, num_speculative_tokens, compiled),
-        set(stop),
-    )
-    room, new = [max_new_tokens] * len(prompts), writer.first_token(sampling_params)
+    decoder = SpeculativeDecoder(model, prompts, max_new_tokens, num_speculative_tokens, compiled)
+    stop, remaining = set(stop), [max_new_tokens] * len(prompts)
+    new_tokens = decoder.first_token(sampling_params)
     while True:
-        for row, tokens in enumerate(new):
-            del tokens[room[row] :]
-            ends = [i for i, t in enumerate(tokens) if t in stop]
+        for row, tokens in enumerate(new_tokens):
+            del tokens[remaining[row] :]
+            ends = [i for i, token in enumerate(tokens) if token in stop]
             del tokens[ends[0] + 1 if ends else len(tokens) :]
-            room[row] = 0 if ends else room[row] - len(tokens)
-        wanted = yield new
-        room = room if wanted is None else [n * bool(on) for n, on in zip(room, wanted)]
-        if not any(room):
+            remaining[row] = 0 if ends else remaining[row] - len(tokens)
+        active = yield new_tokens
+        if active is not None:
+            remaining = [n if on else 0 for n, on in zip(remaining, active)]
+        if not any(remaining):
             return
-        new = writer.step(sampling_params, [n > 0 for n in room])
+        new_tokens = decoder.step(sampling_params, [n > 0 for n in remaining])
 
 
 def generate(
     model: Transformer,
-    tokens_bs,
+    tokens_bs: torch.Tensor,
     max_new_tokens: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     top_p: float = 1.0,
     num_speculative_tokens: int = 0,
     compiled: bool = False,
-):
+) -> torch.Tensor:
     """Continue prompts of equal length: (b, s) → (b, s + max_new_tokens)."""
-    texts, choice = tokens_bs.tolist(), SamplingParams(temperature, top_p, generator)
-    for new in stream(
-        model,
-        texts,
-        max_new_tokens,
-        choice,
-        num_speculative_tokens=num_speculative_tokens,
-        compiled=compiled,
-    ):
-        for text, tokens in zip(texts, new):
-            text += tokens
-    return torch.tensor(texts, dtype=torch.int64, device=tokens_bs.device)
+    rows, params = tokens_bs.tolist(), SamplingParams(temperature, top_p, generator)
+    options = {"num_speculative_tokens": num_speculative_tokens, "compiled": compiled}
+    for new_tokens in stream(model, rows, max_new_tokens, params, **options):
+        for row, tokens in zip(rows, new_tokens):
+            row += tokens
+    return torch.tensor(rows, dtype=torch.int64, device=tokens_bs.device)
 
 
 # %% [markdown]
@@ -949,23 +887,26 @@ assert STEPS < 100 or table[0.0][1][0][0] > 0.4
 from dsv3_ref.viz.decoding import draw_trace
 
 
-class Traced(SpeculativeDecoder):
-    """A writer that remembers what was guessed."""
+class TracedDecoder(SpeculativeDecoder):
+    """A decoder that remembers its drafts."""
 
-    def propose(self, choose):
-        found = super().propose(choose)
-        self.guessed = found[0][0].tolist()
-        return found
+    def propose(self, sampling_params):
+        drafts, distributions = super().propose(sampling_params)
+        self.drafts = drafts[0].tolist()
+        return drafts, distributions
 
 
 @torch.inference_mode()
 def trace(drafts: int = 2, temperature: float = 0.0, place: int = 0):
     choice = SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0))
-    writer, texts = Traced(model, [context[place]], 160, drafts), lambda ids: list(map(chr, ids))
+    writer, texts = (
+        TracedDecoder(model, [context[place]], 160, drafts),
+        lambda ids: list(map(chr, ids)),
+    )
     rounds = [(texts(writer.first_token(choice)[0]), 0, None)]
     while sum(len(r[0]) for r in rounds) < 150:
         (new,) = writer.step(choice, [True])
-        wrong = texts(writer.guessed[len(new) - 1 : len(new)])
+        wrong = texts(writer.drafts[len(new) - 1 : len(new)])
         rounds.append((texts(new), len(new) - 1, wrong[0] if wrong else None))
     per_round = sum(len(r[0]) for r in rounds[1:]) / (len(rounds) - 1)
     show(draw_trace(rounds, 50, f"{per_round:.2f} tokens a round"))

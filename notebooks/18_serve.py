@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from dsv3_ref.config import TINY
-from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GRAY, GREEN, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
 
@@ -81,46 +81,41 @@ assert len(filled(lengths, 8, True)) < 0.65 * len(filled(lengths, 8, False))
 import hashlib
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from dsv3_ref import ops
-from dsv3_ref.config import UserError
-from dsv3_ref.decode import (
-    SamplingParams,
-    DecodeLayer,
-    MTPDecodeLayer,
-    decode_weights,
-    small_matmul,
-)
+from dsv3_ref.config import UserError, ceil_div
+from dsv3_ref.decode import LatentProjections, SamplingParams, decode_layers, decode_weights
 from dsv3_ref.mla import attend_expanded, paged_attention
-from dsv3_ref.block import Block
 from dsv3_ref.model import Transformer
-from dsv3_ref.ops import impl, use
-from dsv3_ref.rope import rope_cos_sin, softmax_scale
+from dsv3_ref.rope import rope_cos_sin
 
 # %% [markdown]
+# The engine is made of five parts, each with one task, under the names that vLLM gave them: a `BlockPool` knows which pages are free, a `Request` is the text
+# of one caller, a `Scheduler` decides who reads and who writes, a `ModelRunner` computes, and a `Speculator` drafts and verifies. An `Engine` holds them together.
+#
 # ## Pages
-# Nobody knows how long an answer will be. To reserve the longest possible stretch for each would leave most memory empty. So the
-# cache is cut into pages of $y$ positions, and a row has a *block table*, the list of its pages. Position $t$ of row $b$ lies in
+# The length of an answer is not known beforehand. To reserve the longest possible stretch for each would leave most memory empty. So the
+# cache is cut into pages (in code: *blocks*) of $y$ positions, and a request has a *block table*, the list of its pages. Position $t$ of request $b$ lies in
 #
 # $$\text{page}_t = \text{table}_{b,\lfloor t/y\rfloor},\qquad \text{slot}_t = t \bmod y$$
 #
-# which wastes at most $y-1$ positions a row. One table serves all layers.
+# which wastes at most $y-1$ positions per request. One table serves all layers.
 #
 # The latents of a page are a function of the tokens up to its end and of nothing else. So if a prompt begins like one that was read before, its pages
-# can be *shared*. A full page is known by a name that contains all that came before it:
+# can be *shared*. A full page is identified by a hash that contains all that came before it:
 #
-# $$\text{key}_i = H(\text{key}_{i-1},\ \text{tokens of page } i)$$
+# $$\text{hash}_i = H(\text{hash}_{i-1},\ \text{tokens of page } i)$$
 #
-# $H$ is SHA-256: with a weak hash somebody could construct a prompt that is answered from another's cache. Each page counts its users. One that
-# has a name and no users is *idle*: it stays until memory is needed, and then the one that has been idle longest goes first. A
-# row gives its pages back from the last to the first, so a chain loses its end before its beginning.
+# $H$ is SHA-256: with a weak hash an attacker could construct a prompt that is answered from another's cache. Each page counts its users. One that
+# has a hash and no users is *evictable*: it stays until memory is needed, and then the one that has been unused longest goes first. A
+# request returns its pages from the last to the first, so a chain loses its end before its beginning.
 
 
 # %%
@@ -128,322 +123,153 @@ from dsv3_ref.rope import rope_cos_sin, softmax_scale
 def hash_blocks(
     tokens: Sequence[int], block_size: int, prefix_hashes: Sequence[bytes] = ()
 ) -> list[bytes]:
-    """Names of full pages, key_i = SHA-256(key_{i−1}, tokens of page i); `before`: the first."""
-    keys = list(prefix_hashes)
-    for i in range(len(keys), len(tokens) // block_size):
-        page = array("q", tokens[i * block_size : (i + 1) * block_size]).tobytes()
-        keys.append(hashlib.sha256((keys[-1] if keys else b"") + page).digest())
-    return keys
+    """Return the hashes of full blocks, hash_i = SHA-256(hash_{i−1}, tokens of block i).
+
+    prefix_hashes: those of the first blocks, which are known.
+    """
+    hashes = list(prefix_hashes)
+    for i in range(len(hashes), len(tokens) // block_size):
+        block = array("q", tokens[i * block_size : (i + 1) * block_size]).tobytes()
+        hashes.append(hashlib.sha256((hashes[-1] if hashes else b"") + block).digest())
+    return hashes
 
 
 class BlockPool:
-    """Which pages are in use by how many, which are idle but known by name, which are free."""
+    """Blocks of the cache: used by some requests, evictable but known by hash, or free."""
 
     def __init__(self, num_blocks: int, block_size: int):
-        self.num_blocks, self.block_size, self.free_blocks, self.ref_cnt = (
-            num_blocks,
-            block_size,
-            list(range(num_blocks))[::-1],
-            [0] * num_blocks,
-        )
-        self.block_hash: dict[int, bytes] = {}  # page → its name
-        self.cached_blocks: dict[bytes, int] = {}
-        self.evictable: OrderedDict[int, None] = OrderedDict()  # the longest idle first
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.free_blocks = list(range(num_blocks))[::-1]
+        self.ref_cnt = [0] * num_blocks
+        self.block_hash: dict[int, bytes] = {}  # of a full block
+        self.cached_blocks: dict[bytes, int] = {}  # hash → block
+        self.evictable: OrderedDict[int, None] = OrderedDict()  # the longest unused first
 
     @property
     def num_free(self) -> int:
-        """Pages that could be taken."""
+        """The number of blocks that could be allocated."""
         return len(self.free_blocks) + len(self.evictable)
 
     @property
     def num_used(self) -> int:
-        """Pages that somebody uses."""
+        """The number of blocks with at least one user."""
         return self.num_blocks - self.num_free
 
     def allocate(self) -> int | None:
-        """A page to write in, if need be the longest idle one; None if all are in use."""
+        """Return a block to write in, if need be an evicted one; None if all are in use."""
         if not self.num_free:
             return None
         if not self.free_blocks:
-            page, _ = self.evictable.popitem(last=False)
-            self.free_blocks.append(page)
-            del self.cached_blocks[self.block_hash.pop(page)]
-        page = self.free_blocks.pop()
-        self.ref_cnt[page] = 1
-        return page
+            block, _ = self.evictable.popitem(last=False)
+            self.free_blocks.append(block)
+            del self.cached_blocks[self.block_hash.pop(block)]
+        block = self.free_blocks.pop()
+        self.ref_cnt[block] = 1
+        return block
 
-    def get_cached_blocks(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages of the longest known beginning, from now on used once more."""
-        found = []
-        for key in keys:
-            if (page := self.cached_blocks.get(key)) is None:
+    def get_cached_blocks(self, hashes: Sequence[bytes]) -> list[int]:
+        """Return the blocks of the longest known beginning, and count one more user of each."""
+        blocks = []
+        for block_hash in hashes:
+            if (block := self.cached_blocks.get(block_hash)) is None:
                 break
-            self.evictable.pop(page, None)
-            self.ref_cnt[page] += 1
-            found.append(page)
-        return found
+            self.evictable.pop(block, None)
+            self.ref_cnt[block] += 1
+            blocks.append(block)
+        return blocks
 
-    def free(self, pages: Sequence[int]) -> None:
-        """Use these no longer."""
-        for page in reversed(pages):
-            self.ref_cnt[page] -= 1
-            if not self.ref_cnt[page]:
-                if page in self.block_hash:
-                    self.evictable[page] = None
+    def free(self, blocks: Sequence[int]) -> None:
+        """Count one user less of each of these blocks."""
+        for block in reversed(blocks):
+            self.ref_cnt[block] -= 1
+            if not self.ref_cnt[block]:
+                if block in self.block_hash:
+                    self.evictable[block] = None
                 else:
-                    self.free_blocks.append(page)
+                    self.free_blocks.append(block)
 
-    def cache_block(self, page: int, key: bytes) -> None:
-        """This page is full; if another of the same name is known, that one stays known."""
-        if key not in self.cached_blocks and page not in self.block_hash:
-            self.cached_blocks[key], self.block_hash[page] = page, key
+    def cache_block(self, block: int, block_hash: bytes) -> None:
+        """Make a full block known by its hash, unless another block is known by it."""
+        if block_hash not in self.cached_blocks and block not in self.block_hash:
+            self.cached_blocks[block_hash] = block
+            self.block_hash[block] = block_hash
 
     def reset_prefix_cache(self) -> None:
-        """No page is known any more (the weights have changed)."""
+        """Forget all hashes, because the weights have changed."""
         self.free_blocks += self.evictable
         for known in (self.evictable, self.block_hash, self.cached_blocks):
             known.clear()
 
 
 # %%
-pages = BlockPool(6, 4)
-first = [pages.allocate() for _ in range(3)]
-keys = hash_blocks(range(10), 4)  # two full pages and a half
-for page, key in zip(first, keys):
-    pages.cache_block(page, key)
-again = pages.get_cached_blocks(
-    hash_blocks([*range(8), 77, 78, 79, 80], 4)
-)  # the third page differs
-assert again == first[:2] and pages.ref_cnt[first[0]] == 2
-pages.free(first)
-pages.free(again)
-assert pages.num_free == 6 and list(pages.evictable) == [
-    first[1],
-    first[0],
-]  # the end of the chain first
-taken = [pages.allocate() for _ in range(5)]
-assert pages.get_cached_blocks(keys) == [first[0]]  # its successor was overwritten
-assert pages.allocate() is None and hash_blocks([5, *range(1, 8)], 4)[1] != keys[1]
-print("6 pages: 3 used, 2 of them shared, idle, found again, at last overwritten")
+pool = BlockPool(6, 4)
+first = [pool.allocate() for _ in range(3)]
+hashes = hash_blocks(range(10), 4)  # two full pages and a half
+for block, block_hash in zip(first, hashes):
+    pool.cache_block(block, block_hash)
+shared = pool.get_cached_blocks(hash_blocks([*range(8), 77, 78, 79, 80], 4))  # the third differs
+assert shared == first[:2] and pool.ref_cnt[first[0]] == 2
+pool.free(first)
+pool.free(shared)
+assert pool.num_free == 6
+assert list(pool.evictable) == [first[1], first[0]]  # the end of the chain first
+taken = [pool.allocate() for _ in range(5)]
+assert pool.get_cached_blocks(hashes) == [first[0]]  # its successor was overwritten
+assert pool.allocate() is None and hash_blocks([5, *range(1, 8)], 4)[1] != hashes[1]
+print("6 pages: 3 used, 2 of them shared, evictable, found again, at last overwritten")
 
 # %% [markdown]
-# ## Attention over pages
-# A step gathers rows of unequal length. In each head, row $b$'s query at position $n_b$ sees its own row up to there:
-#
-# $$o_b = \sum_{t \le n_b} p_{bt}\,c_t,\qquad p_{bt} = \operatorname{softmax}_{t \le n_b}\big(\sigma\,(q^C_b \cdot c_t + q^R_b\cdot k_t)\big),\qquad c_t, k_t\ \text{from}\ \text{page}_t, \text{slot}_t$$
-#
-# with $\sigma$ the scale of the softmax, $q^C$ the query's content part already mapped into the latent, $k_t$ the rotary key: $(b,s,h,x) \times (p,y,x) \to (b,s,h,c)$.
-#
-# That is `paged_attention` of [chapter 03](03_mla.ipynb), for which a GPU has [a kernel](../kernels/decode.py). Its plain form takes
-# one row after another. On a CPU it pays to gather all rows at once, so we register a second form under the same
-# name. Padding goes to one page more than there are, which nobody reads. Layers are those of chapter 08, with pages where they had rows.
-
-
-# %%
-#| export
-@impl("paged_attention", "gathered")
-def _(q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c: int, scale: float):
-    """All rows at once: a copy of every page in use, what lies in the future masked."""
-    kv_btx = kv_cache_pyx[block_table_bp].flatten(1, 2)
-    b, s, h, _ = q_bshx.shape
-    score_bst = (q_bshx.flatten(1, 2) @ kv_btx.mT).mul_(scale)  # s: positions and heads
-    seen_bs = cache_seqlens_b[:, None] - s + 1 + torch.arange(s, device=cache_seqlens_b.device)
-    future = seen_bs[..., None, None] <= torch.arange(
-        kv_btx.shape[1], device=cache_seqlens_b.device
-    )
-    score_bst.view(b, s, h, -1).masked_fill_(future, -torch.inf)
-    return (score_bst.softmax(-1) @ kv_btx[..., :c]).view(b, s, h, c)
-
-
-class PagedPositions(NamedTuple):
-    """Where s positions of every row go: a `Place` of chapter 08, in pages."""
-
-    cache_index: tuple  # (page, slot), both (b, s)
-    end: int
-    freqs_cis: torch.Tensor  # rotations, (b, s, 1, r/2)
-    block_table_bp: torch.Tensor  # int32
-    cache_seqlens_b: torch.Tensor  # positions that exist afterwards
-    is_first_prefill: bool  # nothing came before: a prompt's first piece
-
-
-def paged_positions_for(
-    tables: list[list[int]], at: list[int], s: int, size: int, spare: int, freqs_cis_tx
-):
-    """The s positions behind `at` in rows with these tables; past its pages a row gets `spare`."""
-    device, end = freqs_cis_tx.device, max(at) + s
-    width = -(-end // size)
-    block_table_bp = torch.tensor([[*t[:width], *[spare] * (width - len(t))] for t in tables])
-    position_bs = torch.tensor(at)[:, None] + torch.arange(s)
-    page_bs, block_table_bp = (
-        block_table_bp.gather(1, position_bs // size),
-        block_table_bp.int().to(device),
-    )
-    index = page_bs.to(device), (position_bs % size).to(device)
-    turn = freqs_cis_tx[position_bs.to(device).clamp(max=len(freqs_cis_tx) - 1)[..., None]]
-    return PagedPositions(
-        index, size, turn, block_table_bp, position_bs[:, -1].to(device) + 1, not any(at)
-    )
-
-
-class Paged:
-    """Attention of a `DecodeLayer` whose cache is pages: kv_btx is (p, y, x)."""
-
-    def attention(self, x_bsd, at: PagedPositions):
-        """eq. 1–11, a prompt's first piece on expanded keys, all else inside the latent."""
-        c, scale, (b, s, _) = self.config.kv_lora_rank, softmax_scale(self.config), x_bsd.shape
-        q_bshi, q_bshr = self.project_q(x_bsd, at)
-        self.update_kv_cache(x_bsd, at)
-        if at.is_first_prefill:
-            latent = self.kv_btx[at.cache_index].tensor_split([c], -1)
-            o_bshv = attend_expanded(q_bshi, q_bshr, *latent, self.block.attn.wkv_b.weight, scale)
-            return self.project("wo", o_bshv.flatten(2))
-        q_bshc = (q_bshi.flatten(0, 1).transpose(0, 1) @ self.wk_hic).transpose(0, 1)
-        q_bshx = torch.cat((q_bshc.unflatten(0, (b, s)), q_bshr), -1)
-        o_bshc = paged_attention(
-            q_bshx, self.kv_btx, at.block_table_bp, at.cache_seqlens_b, c, scale
-        )
-        o_hnv = o_bshc.flatten(0, 1).transpose(0, 1) @ self.wv_hcv
-        return self.project("wo", o_hnv.transpose(0, 1).reshape(b, s, -1))
-
-
-class PagedLayer(Paged, DecodeLayer):
-    """A block over pages."""
-
-
-class PagedMTP(Paged, MTPDecodeLayer):
-    """An MTP module over pages."""
-
-
-# %% [markdown]
-# Hidden states of rows of unequal length must be those of a plain forward pass, whatever pages they lie in, read whole or in pieces; and
-# both forms of the op must agree.
-
-
-# %%
-#| export
-class PagedModel:
-    """A model's layers over one pool of pages, of which the last takes padding."""
-
-    def __init__(self, model: Transformer, num_blocks: int, block_size: int):
-        self.model, self.block_size, self.padding_block = model, block_size, num_blocks
-        c, w = model.config, model.embed.weight
-        shape = num_blocks + 1, block_size, c.kv_lora_rank + c.qk_rope_head_dim
-        n_layers = len(model.layers) + len(model.mtp)
-        self.kv_caches = [
-            torch.zeros(shape, device=w.device, dtype=w.dtype) for _ in range(n_layers)
-        ]
-        position_t = torch.arange(c.max_seq_len, device=w.device)
-        self.freqs_cis_tx = torch.complex(*rope_cos_sin(c, position_t))
-        self.build_layers()
-
-    def build_layers(self) -> None:
-        """Layers of the weights as they are now, over the same pages."""
-        tables, self.head_dw = decode_weights(self.model)
-        modules, self.layers = [*self.model.layers.values(), *self.model.mtp.values()], []
-        for x, table, kv_pyx in zip(modules, tables, self.kv_caches):
-            kind = PagedLayer if isinstance(x, Block) else PagedMTP
-            self.layers.append(kind(x, table, 1, 1))
-            self.layers[-1].kv_btx = kv_pyx
-
-    def hidden_states(self, token_bs, at: PagedPositions):
-        """h⁰ of these tokens, (b, s, d), normed."""
-        x_bsd = self.embed(token_bs)
-        for layer in self.layers[: len(self.model.layers)]:
-            x_bsd = layer(x_bsd, at)
-        return self.model.norm(x_bsd)
-
-    def mtp_forward(self, k: int, h_bsd, token_bs, at: PagedPositions):
-        """h^k of the same positions from h^{k−1} and the tokens k later (eq. 21–22)."""
-        return self.layers[len(self.model.layers) + k - 1]((self.embed(token_bs), h_bsd), at)
-
-    def embed(self, token_bs):
-        w = self.model.embed.weight
-        return F.embedding(torch.as_tensor(token_bs, device=w.device), w)
-
-    def logits(self, h):
-        """Scores of every word, (…, w)."""
-        return small_matmul(h.flatten(0, -2), self.head_dw).unflatten(0, h.shape[:-1])
-
-
-# %%
-from dataclasses import replace
-
-model = Transformer(replace(TINY, vocab_size=256, n_layers=3, n_mtp_layers=2)).eval()
-with torch.inference_mode():
-    token_bs = torch.randint(256, (2, 20))
-    want_bsd = model.hidden_states(token_bs)[0]
-    scattered = PagedModel(model, 12, 4)
-    tables = [[7, 2, 9, 0, 11], [3, 1, 10, 5, 6]]
-    for backend in ("gathered", "auto"):
-        for row, pieces in ((0, (0, 9, 13)), (1, (0, 7))):  # read in pieces
-            for a, z in zip(pieces, pieces[1:]):
-                at = paged_positions_for(
-                    tables[row : row + 1], [a], z - a, 4, 12, scattered.freqs_cis_tx
-                )
-                scattered.hidden_states(token_bs[row : row + 1, a:z], at)
-        at = paged_positions_for(
-            tables, [13, 7], 3, 4, 12, scattered.freqs_cis_tx
-        )  # then side by side
-        with use(backend, "torch"):
-            got_bsd = scattered.hidden_states(
-                torch.stack((token_bs[0, 13:16], token_bs[1, 7:10])), at
-            )
-        assert torch.allclose(got_bsd[0], want_bsd[0, 13:16], atol=1e-4)
-        assert torch.allclose(got_bsd[1], want_bsd[1, 7:10], atol=1e-4)
-print("rows of 16 and 10 positions in scattered pages: as in a plain forward pass")
-
-# %% [markdown]
-# ## A row
+# ## A request
 # What the server knows of a request is the text so far and how much of it the model has read, $n$. All states follow from
-# these: a new prompt is all unread; a row that writes has exactly one token unread, the one just chosen; and a
-# row that lost its pages is simply unread again. So "prefill" and "recover" are one piece of code. With $D$ drafts the MTP modules have
+# these: a new prompt is all unread; a request that decodes has exactly one token unread, the one just chosen; and a
+# request that lost its pages is simply unread again. So "prefill" and "recover" are one piece of code. With $D$ drafts the MTP modules have
 # read less (chapter 08), and the hidden states between the two wait in `h_sd`.
 
 
 # %%
 #| export
 class QueueFull(Exception):
-    """The queue has no room for another row."""
+    """The queue has no room for another request."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One request: its tokens, how many of them are read, and where their latents lie."""
+    """One request: its tokens, how many of them are computed, and the blocks of their latents."""
 
-    tokens: list[int]  # the prompt, then what is written
+    tokens: list[int]  # the prompt, then the output
     max_tokens: int
-    sampling_params: SamplingParams = (
-        SamplingParams()
-    )  # with its own random numbers, so that neighbors change nothing
+    # with random numbers of its own, so that neighbors change nothing
+    sampling_params: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
-    num_logprobs: int = (
-        -1
-    )  # likeliest tokens whose log p is noted beside the chosen one's; −1: none
-    num_computed_tokens: int = 0
-    num_mtp_computed_tokens: int = 0  # positions read by the MTP modules
-    h_sd: torch.Tensor | None = None  # of positions mtp … n − 1
+    num_logprobs: int = -1  # of the likeliest tokens beside the chosen one's; −1: none at all
+    num_computed_tokens: int = 0  # n
+    num_mtp_computed_tokens: int = 0  # by the MTP modules
+    h_sd: Tensor | None = None  # hidden states of the positions between the two
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    num_cached_blocks: int = 0  # pages whose name is known to all
-    num_cached_tokens: int = 0  # positions of the prompt that another had read
-    remote_prefill: bool = False  # its prompt is being read elsewhere
-    num_present_tokens: int = 0  # for whom it is read: positions that are there already
-    aborted: bool = False  # nobody waits for it any more
-    finish_reason: str = ""  # stop, length, abort, prefilled, error
-    logprobs: list = field(
-        default_factory=list
-    )  # of each written token, if `num_logprobs` is not −1
+    num_cached_blocks: int = 0  # blocks that are known by their hash
+    num_cached_tokens: int = 0  # positions of the prompt that another request had computed
+    remote_prefill: bool = False  # the prompt is being read by another process
+    num_present_tokens: int = 0  # for a prefill process: positions that the other side has
+    aborted: bool = False  # the client is gone
+    finish_reason: str = ""  # stop, length, abort, prefilled, error; "" while it runs
+    logprobs: list = field(default_factory=list)  # per output token, unless num_logprobs is −1
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.tokens)
 
     @property
     def output_tokens(self) -> list[int]:
-        """What is written."""
+        """The tokens after the prompt."""
         return self.tokens[self.num_prompt_tokens :]
 
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """The number of tokens that the model has not read."""
+        return len(self.tokens) - self.num_computed_tokens
+
     def append_tokens(self, tokens: list[int]) -> list[int]:
-        """Append tokens up to the first that ends the row; what was appended."""
+        """Append tokens up to the first that ends the request; return what was appended."""
         for i, token in enumerate(tokens):
             self.tokens.append(token)
             if token in self.stop_token_ids:
@@ -456,618 +282,767 @@ class Request:
 
 
 # %% [markdown]
-# ## One step
-# The engine repeats one step: **admit** rows while there is room; **read** at most `chunk` tokens of prompts, the oldest first; let all rows
-# that are ready **write** one token; **retire** those that ended. Reading a prompt of $N$ tokens whole would stop
-# everybody for the time of $N$ tokens; in pieces nobody waits longer than
+# ## The scheduler
+# The engine repeats one step: **admit** requests while there is room; **prefill** at most `prefill_chunk` tokens of prompts, the oldest first; let all requests
+# that are ready **decode** one token; **retire** those that ended. Reading a prompt of $N$ tokens whole would stop
+# all others for the time of $N$ tokens; in chunks no request waits longer than
 #
-# $$\text{time of a step} \le \text{time}(\text{chunk tokens}) + \text{time}(\text{one token of every row})$$
+# $$\text{time of a step} \le \text{time}(\text{chunk tokens}) + \text{time}(\text{one token of every request})$$
 #
-# Pages are taken only when they are needed. If there are none, the *youngest* row gives up all of its pages and goes back to the front of the queue; the
-# oldest is never disturbed, so every row ends. A row that could not end even alone is refused at the door.
+# Pages are allocated only when they are needed. If there are none, the *youngest* request gives up all of its pages and goes back to the front of the queue; the
+# oldest is never disturbed, so every request ends. A request that could not end even alone is refused at the door. The scheduler never sees the model: it decides by counting.
 
 
 # %%
 #| export
 class Scheduler:
-    """Rows that wait, rows that are in, and who has which page; no model in sight."""
+    """The queue, the running requests, and who has which block; no model in sight."""
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        max_queue: int,
-        num_speculative_tokens: int,
-        max_model_len: int,
-    ):
-        self.block_pool, self.block_size, self.max_num_seqs, self.max_queue = (
-            BlockPool(num_blocks, block_size),
-            block_size,
-            max_num_seqs,
-            max_queue,
-        )
-        self.num_speculative_tokens, self.max_model_len = (
-            num_speculative_tokens,
-            min(max_model_len, num_blocks * block_size - num_speculative_tokens),
-        )
+        self, block_pool: BlockPool, max_num_seqs: int, max_queue: int, prefill_chunk: int,
+        num_speculative_tokens: int, max_model_len: int, prefill_only: bool = False,
+    ):  # fmt: skip
+        self.block_pool, self.block_size = block_pool, block_pool.block_size
+        self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
+        self.prefill_chunk, self.prefill_only = prefill_chunk, prefill_only
+        self.num_speculative_tokens = num_speculative_tokens
+        num_slots = block_pool.num_blocks * self.block_size
+        self.max_model_len = min(max_model_len, num_slots - num_speculative_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the oldest first
         self.counters: Counter = Counter()
 
-    def submit(self, *rows: Request) -> None:
-        """Queue rows, all or none; raises `QueueFull`, or a `UserError` for what can never end."""
-        for row in rows:
-            if not row.tokens or row.max_tokens < 1:
-                raise UserError("a prompt needs at least one token, and so does an answer")
-            if row.num_prompt_tokens + row.max_tokens > self.max_model_len:
-                raise UserError(
-                    f"a prompt of {row.num_prompt_tokens} tokens and an answer of {row.max_tokens} are more than "
-                    f"the {self.max_model_len} that this server holds"
-                )
-        if len(self.waiting) + len(rows) > self.max_queue:
-            raise QueueFull
-        self.waiting.extend(rows)
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none.
 
-    def num_blocks_needed(self, row: Request) -> int:
-        """Pages that a row still needs before it can write."""
-        return -(-(len(row.tokens) + 1 + self.num_speculative_tokens) // self.block_size) - len(
-            row.block_ids
-        )
+        Raises `QueueFull`, or a `UserError` for a request that can never end.
+        """
+        for request in requests:
+            if not request.tokens or request.max_tokens < 1:
+                raise UserError("a prompt needs at least one token, and so does an answer")
+            if request.num_prompt_tokens + request.max_tokens > self.max_model_len:
+                raise UserError(
+                    f"a prompt of {request.num_prompt_tokens} tokens and an answer of "
+                    f"{request.max_tokens} are more than the {self.max_model_len} that this "
+                    "server holds"
+                )
+        if len(self.waiting) + len(requests) > self.max_queue:
+            raise QueueFull
+        self.waiting.extend(requests)
 
     def schedule_waiting(self) -> None:
-        """Rows come in, in order, while there are places and pages that nobody counts on."""
+        """Admit requests in order while there are places and blocks that no other needs."""
         while self.waiting and len(self.running) < self.max_num_seqs:
-            promised = sum(max(0, self.num_blocks_needed(row)) for row in self.running)
-            need = promised + self.num_blocks_needed(self.waiting[0])
-            if self.running and need > self.block_pool.num_free:
+            promised = sum(max(0, self.num_blocks_needed(request)) for request in self.running)
+            needed = promised + self.num_blocks_needed(self.waiting[0])
+            if self.running and needed > self.block_pool.num_free:
                 return
             self.running.append(self.waiting.popleft())
 
-    def match_prefix(self, row: Request) -> None:
-        """Begin with the pages that are known; at least one token is left to read."""
-        row.block_hashes = hash_blocks(row.tokens[:-1], self.block_size, row.block_hashes)
-        row.block_ids = self.block_pool.get_cached_blocks(
-            row.block_hashes[: (len(row.tokens) - 1) // self.block_size]
-        )
-        row.num_computed_tokens = row.num_mtp_computed_tokens = len(row.block_ids) * self.block_size
-        row.num_cached_blocks, row.num_cached_tokens = (
-            len(row.block_ids),
-            min(row.num_computed_tokens, row.num_prompt_tokens),
-        )
-        self.counters["prefix_cache_hits"] += row.num_computed_tokens
+    def num_blocks_needed(self, request: Request) -> int:
+        """Return how many blocks a request lacks before it can decode."""
+        num_slots = len(request.tokens) + 1 + self.num_speculative_tokens
+        return ceil_div(num_slots, self.block_size) - len(request.block_ids)
 
-    def allocate_slots(self, row: Request, n: int) -> bool:
-        """Pages for n positions of a row, the youngest row's if need be; False: not now."""
-        while len(row.block_ids) * self.block_size < n:
-            if (page := self.block_pool.allocate()) is not None:
-                row.block_ids.append(page)
+    def is_decoding(self, request: Request) -> bool:
+        """Return whether only the last token is unread, and the MTP modules have work if asked."""
+        is_prefilled = request.num_uncomputed_tokens == 1 and not request.remote_prefill
+        if self.num_speculative_tokens:
+            is_prefilled &= request.num_mtp_computed_tokens < request.num_computed_tokens
+        return is_prefilled and not request.finish_reason and not self.prefill_only
+
+    def prefill_chunks(
+        self, send_remote: Callable[[Request], bool] | None = None
+    ) -> Iterator[tuple[Request, int]]:
+        """Yield (request, number of its tokens to read), the oldest first, within `prefill_chunk`.
+
+        The caller reads each chunk before it asks for the next, whose request may share the blocks.
+        send_remote may take a whole prompt to another process, if it returns True.
+        """
+        budget = self.prefill_chunk
+        for request in list(self.running):
+            idle = request.remote_prefill or request.finish_reason or self.is_decoding(request)
+            if idle or not budget or request not in self.running:
                 continue
-            victim = next(
-                (r for r in reversed(self.running) if r.block_ids and not r.remote_prefill), row
-            )
-            if victim is row and any(r.remote_prefill for r in self.running):
+            if not request.block_ids:
+                self.match_prefix(request)
+            if send_remote and self.prefill_remotely(request, send_remote):
+                continue
+            num_tokens = min(budget, request.num_uncomputed_tokens)
+            if self.allocate_slots(request, request.num_computed_tokens + num_tokens):
+                budget -= num_tokens
+                yield request, num_tokens
+
+    def prefill_remotely(self, request: Request, send_remote: Callable[[Request], bool]) -> bool:
+        """Allocate a prompt's blocks and send it away; return whether nothing is left to do."""
+        if request.num_uncomputed_tokens == 1:
+            return False
+        if self.allocate_slots(request, len(request.tokens)):
+            request.remote_prefill = send_remote(request)
+        return request.remote_prefill or request not in self.running
+
+    def decode_batch(self) -> list[Request]:
+        """Return the requests that decode in this step, all with blocks for it."""
+        ready = [request for request in self.running if self.is_decoding(request)]
+        batch = []
+        for request in ready:
+            num_slots = request.num_computed_tokens + 1 + self.num_speculative_tokens
+            if request in self.running and self.allocate_slots(request, num_slots):
+                batch.append(request)
+        return [request for request in batch if request in self.running]  # others were preempted
+
+    def match_prefix(self, request: Request) -> None:
+        """Begin with the blocks that are known; at least one token is left to read."""
+        hashes = hash_blocks(request.tokens[:-1], self.block_size, request.block_hashes)
+        num_full = (len(request.tokens) - 1) // self.block_size
+        request.block_hashes = hashes
+        request.block_ids = self.block_pool.get_cached_blocks(hashes[:num_full])
+        request.num_cached_blocks = len(request.block_ids)
+        num_tokens = request.num_cached_blocks * self.block_size
+        request.num_computed_tokens = request.num_mtp_computed_tokens = num_tokens
+        request.num_cached_tokens = min(num_tokens, request.num_prompt_tokens)
+        self.counters["prefix_cache_hits"] += num_tokens
+
+    def allocate_slots(self, request: Request, num_slots: int) -> bool:
+        """Give a request blocks for so many positions, by preemption of the youngest if need be.
+
+        Returns False if it must wait or was preempted itself.
+        """
+        while len(request.block_ids) * self.block_size < num_slots:
+            if (block := self.block_pool.allocate()) is not None:
+                request.block_ids.append(block)
+                continue
+            victims = (r for r in reversed(self.running) if r.block_ids and not r.remote_prefill)
+            victim = next(victims, request)
+            if victim is request and any(r.remote_prefill for r in self.running):
                 return False
             self.preempt(victim)
-            if victim is row:
+            if victim is request:
                 return False
         return True
 
-    def preempt(self, row: Request) -> None:
-        """To the front of the queue, unread."""
-        self.running.remove(row)
-        self.free(row)
-        self.waiting.appendleft(row)
+    def preempt(self, request: Request) -> None:
+        """Put a request back to the front of the queue, unread."""
+        self.running.remove(request)
+        self.free(request)
+        self.waiting.appendleft(request)
         self.counters["preemptions"] += 1
 
-    def free(self, row: Request) -> None:
-        """A row without pages is unread."""
-        self.block_pool.free(row.block_ids)
-        (
-            row.block_ids,
-            row.num_cached_blocks,
-            row.num_computed_tokens,
-            row.num_mtp_computed_tokens,
-            row.h_sd,
-        ) = [], 0, 0, 0, None
+    def free(self, request: Request) -> None:
+        """Take a request's blocks; without them it is unread."""
+        self.block_pool.free(request.block_ids)
+        request.block_ids, request.h_sd = [], None
+        request.num_cached_blocks = 0
+        request.num_computed_tokens = request.num_mtp_computed_tokens = 0
 
-    def cache_full_blocks(self, row: Request) -> None:
-        """Name the pages that are full, also with what the MTP modules have read."""
-        full = (
-            min(row.num_computed_tokens, row.num_mtp_computed_tokens)
-            if self.num_speculative_tokens
-            else row.num_computed_tokens
-        ) // self.block_size
-        if full > row.num_cached_blocks:
-            row.block_hashes = hash_blocks(
-                row.tokens[: full * self.block_size], self.block_size, row.block_hashes
-            )
-            for i in range(row.num_cached_blocks, full):
-                self.block_pool.cache_block(row.block_ids[i], row.block_hashes[i])
-            row.num_cached_blocks = full
+    def cache_full_blocks(self, request: Request) -> None:
+        """Make full blocks known by their hashes, once the MTP modules have filled them too."""
+        num_tokens = request.num_computed_tokens
+        if self.num_speculative_tokens:
+            num_tokens = min(num_tokens, request.num_mtp_computed_tokens)
+        num_full = num_tokens // self.block_size
+        if num_full <= request.num_cached_blocks:
+            return
+        text = request.tokens[: num_full * self.block_size]
+        request.block_hashes = hash_blocks(text, self.block_size, request.block_hashes)
+        for i in range(request.num_cached_blocks, num_full):
+            self.block_pool.cache_block(request.block_ids[i], request.block_hashes[i])
+        request.num_cached_blocks = num_full
 
     def drop_aborted(self) -> list[Request]:
-        """Rows that nobody waits for leave, from wherever they are; their pages are free."""
-        gone = [r for r in [*self.running, *self.waiting] if r.aborted]
-        for row in gone:
-            row.finish_reason = "abort"
-            (self.running if row in self.running else self.waiting).remove(row)
-            self.free(row)
-        return gone
+        """Remove aborted requests, running or waiting, and free their blocks; return them."""
+        aborted = [r for r in [*self.running, *self.waiting] if r.aborted]
+        for request in aborted:
+            request.finish_reason = "abort"
+            queue = self.running if request in self.running else self.waiting
+            queue.remove(request)
+            self.free(request)
+        return aborted
+
+    def drop_finished(self) -> None:
+        """Remove finished requests and free their blocks."""
+        for request in [r for r in self.running if r.finish_reason]:
+            self.running.remove(request)
+            self.free(request)
 
 
 # %%
-ledger = Scheduler(
-    num_blocks=4,
-    block_size=4,
-    max_num_seqs=3,
-    max_queue=3,
-    num_speculative_tokens=0,
-    max_model_len=16,
-)
+scheduler = Scheduler(
+    BlockPool(num_blocks=4, block_size=4), max_num_seqs=3, max_queue=3, prefill_chunk=16,
+    num_speculative_tokens=0, max_model_len=16,
+)  # fmt: skip
 old, young = Request([1] * 6, 8), Request([2] * 6, 8)
-ledger.submit(old, young)
-ledger.schedule_waiting()
-assert (
-    ledger.allocate_slots(old, 7)
-    and ledger.allocate_slots(young, 7)
-    and ledger.block_pool.num_free == 0
-)
-assert ledger.allocate_slots(old, 9) and not young.block_ids and ledger.waiting[0] is young
-for row, sentence in (
+scheduler.submit(old, young)
+scheduler.schedule_waiting()
+assert scheduler.allocate_slots(old, 7) and scheduler.allocate_slots(young, 7)
+assert scheduler.block_pool.num_free == 0
+assert scheduler.allocate_slots(old, 9) and not young.block_ids and scheduler.waiting[0] is young
+for request, sentence in (
     (Request([1] * 9, 8), "more than the 16"),
     (Request([], 1), "at least one token"),
 ):
     try:
-        ledger.submit(row)
+        scheduler.submit(request)
     except UserError as e:
         assert sentence in str(e)
 young.aborted = True
-assert ledger.drop_aborted() == [young] and not ledger.waiting
-print("4 pages, two rows of up to 14 tokens: the younger gave way to the older")
+assert scheduler.drop_aborted() == [young] and not scheduler.waiting
+print("4 pages, two requests of up to 14 tokens: the younger gave way to the older")
 
 # %% [markdown]
-# ## Drafts inside the batch
-# With $D$ drafts a step reads $D+1$ tokens of every row and keeps, of row $b$, the $a_b$ guesses that the main model accepts and one token of its own: rows
-# advance at different speeds, which pages do not mind. The MTP modules catch up on what was accepted since:
+# ## The model runner
+# A step gathers requests of unequal length. In each head, request $b$'s query at position $n_b$ sees its own positions up to there:
 #
-# $$\text{mtp}_b \leftarrow \max(\text{mtp}_b,\ n_b + 1 - D) \ \text{ before }\ n_b \leftarrow n_b + 1 + a_b$$
+# $$o_b = \sum_{t \le n_b} p_{bt}\,c_t,\qquad p_{bt} = \operatorname{softmax}_{t \le n_b}\big(\sigma\,(q^C_b \cdot c_t + q^R_b\cdot k_t)\big),\qquad c_t, k_t\ \text{from}\ \text{page}_t, \text{slot}_t$$
 #
-# Whoever shares pages shares the MTP modules' latents too. At a page's last $D$ positions these depend on tokens *behind* the page, which another row may
-# have written differently. Such a draft can be a little worse. The text cannot, for the main model judges it.
+# with $\sigma$ the scale of the softmax, $q^C$ the query's content part already mapped into the latent, $k_t$ the rotary key: $(b,s,h,x) \times (p,y,x) \to (b,s,h,c)$.
+#
+# That is `paged_attention` of [chapter 03](03_mla.ipynb), for which a GPU has [a kernel](../kernels/decode.py). Its plain form takes
+# one request after another; on a CPU the backend "cpu" ([`decoder.py`](../dsv3_ref/cpu/decoder.py)) gathers all at once.
+# Padding goes to one page more than there are, which is never read. Layers are those of chapter 08 with another attention passed in: over pages.
 
 
 # %%
 #| export
-class Drafts:
-    """How an engine guesses, judges, and lets the MTP modules catch up."""
+class PagedPositions(NamedTuple):
+    """The positions of s new tokens per request: `DecodePositions` of chapter 08, in blocks."""
 
-    paged: PagedModel
-    num_speculative_tokens: int
+    cache_index: tuple[Tensor, Tensor]  # (block, slot), both (b, s)
+    freqs_cis: Tensor  # rotations, (b, s, 1, r/2)
+    block_table_bp: Tensor  # int32
+    cache_seqlens_b: Tensor  # positions that exist afterwards
+    is_prefill: bool  # a prompt's first chunk: attention on expanded keys and values
 
-    def place(self, rows: list[Request], at: list[int], s: int) -> PagedPositions:
-        tables = [row.block_ids for row in rows]
-        return paged_positions_for(
-            tables, at, s, self.paged.block_size, self.paged.padding_block, self.paged.freqs_cis_tx
+
+class PagedAttention:
+    """MLA whose cache is blocks, (p, y, c + r)."""
+
+    def __init__(self, projections: LatentProjections, kv_pyx: Tensor):
+        self.projections, self.kv_pyx = projections, kv_pyx
+
+    def __call__(self, x_bsd: Tensor, positions: PagedPositions) -> Tensor:
+        """Apply eq. 1–11 to the new tokens at these positions."""
+        mla, c = self.projections, self.projections.config.kv_lora_rank
+        q_bshi, q_bshr = mla.queries(x_bsd, positions.freqs_cis)
+        kv_bsx = mla.latents(x_bsd, positions.freqs_cis).to(self.kv_pyx.dtype)
+        self.kv_pyx[positions.cache_index] = kv_bsx
+        if positions.is_prefill:
+            c_bsc, k_bsr = kv_bsx.tensor_split([c], dim=-1)
+            return mla.output(attend_expanded(q_bshi, q_bshr, c_bsc, k_bsr, mla.wkv_b, mla.scale))
+        q_bshx, table_bp = mla.absorb(q_bshi, q_bshr), positions.block_table_bp
+        o_bshc = paged_attention(
+            q_bshx, self.kv_pyx, table_bp, positions.cache_seqlens_b, c, mla.scale
         )
-
-    def catch_up(self, row: Request) -> None:
-        """The MTP modules read what the main model has read, where the tokens behind are known."""
-        end = min(row.num_computed_tokens, len(row.tokens) - self.num_speculative_tokens)
-        if (s := end - row.num_mtp_computed_tokens) <= 0:
-            return
-        at, h_bsd = self.place([row], [row.num_mtp_computed_tokens], s), row.h_sd[None, :s]
-        for k in range(1, self.num_speculative_tokens + 1):
-            token_bs = [row.tokens[row.num_mtp_computed_tokens + k : end + k]]
-            h_bsd = self.paged.mtp_forward(k, h_bsd, token_bs, at)
-        row.h_sd, row.num_mtp_computed_tokens = row.h_sd[s:], end
-
-    def propose(self, rows: list[Request]) -> tuple[list[list[int]], list[list]]:
-        """D guesses for every row, and the distributions that drawn ones came from."""
-        guesses, drawn_from = [[] for _ in rows], [[] for _ in rows]
-        s = max(row.num_computed_tokens - row.num_mtp_computed_tokens for row in rows)
-        at = self.place(rows, [row.num_mtp_computed_tokens for row in rows], s)
-        h_bsd = torch.stack([F.pad(row.h_sd, (0, 0, 0, s - len(row.h_sd))) for row in rows])
-        last_b = [row.num_computed_tokens - 1 - row.num_mtp_computed_tokens for row in rows]
-        for k in range(1, self.num_speculative_tokens + 1):
-            texts = [
-                [*r.tokens[r.num_mtp_computed_tokens + k :], *g] for r, g in zip(rows, guesses)
-            ]
-            h_bsd = self.paged.mtp_forward(k, h_bsd, [(t + [0] * s)[:s] for t in texts], at)
-            logit_bw = self.paged.logits(h_bsd[range(len(rows)), last_b])
-            likeliest_b = logit_bw.argmax(-1).tolist()
-            for i, row in enumerate(rows):
-                token = likeliest_b[i]
-                if row.sampling_params.temperature:
-                    token_b, q_bw = row.sampling_params.draft(logit_bw[i : i + 1])
-                    token = int(token_b)
-                    drawn_from[i].append(q_bw)
-                guesses[i].append(token)
-        return guesses, drawn_from
-
-    def verify(self, rows: list[Request], logit_bsw, guesses, drawn_from) -> list[list[int]]:
-        """What each row writes: accepted guesses and one token more."""
-        said_bs, new = logit_bsw.argmax(-1).tolist(), []
-        for i, (row, said, guess) in enumerate(zip(rows, said_bs, guesses)):
-            if not row.sampling_params.temperature:
-                n = next((k for k, g in enumerate(guess) if g != said[k]), len(guess))
-                new.append(said[: n + 1])
-            elif guess:
-                guess_bk = torch.tensor([guess], device=logit_bsw.device)
-                n_b, token_b = row.sampling_params.verify(
-                    logit_bsw[i : i + 1], drawn_from[i], guess_bk
-                )
-                new.append([*guess[: int(n_b)], int(token_b)])
-            else:
-                new.append([int(row.sampling_params.sample(logit_bsw[i]))])
-        return new
-
-    def advance(self, row: Request, h_sd, accepted: int) -> None:
-        """n and mtp move on, as in chapter 08; hidden states in between wait."""
-        n, mtp = (
-            row.num_computed_tokens + 1 + accepted,
-            max(
-                row.num_mtp_computed_tokens,
-                row.num_computed_tokens + 1 - self.num_speculative_tokens,
-            ),
-        )
-        if self.num_speculative_tokens:
-            row.h_sd = torch.cat((row.h_sd, h_sd))[
-                mtp - row.num_mtp_computed_tokens : n - row.num_mtp_computed_tokens
-            ]
-        row.num_computed_tokens, row.num_mtp_computed_tokens = n, mtp
+        return mla.output(mla.unabsorb(o_bshc))
 
 
 # %% [markdown]
-# ## Reading and writing
-# These are the two halves of a step. A prompt may also be read by *another process*, as in the report: `send` gives a row away, and a `KVTransfer` with its latents comes back. At
-# full size these are $L\,(c + r)$ numbers a token, 70 kB, which travel once; pages that are here already are not sent.
+# A prompt may also be read by *another process*, as in the report: it is sent away, and a `KVTransfer` with its latents comes back. At
+# full size these are $L\,(c + r)$ numbers per token, 70 kB, which travel once; pages that are here already are not sent.
 
 
 # %%
 #| export
 class KVTransfer(NamedTuple):
-    """A prompt that was read elsewhere: latents of positions start … n − 1 in all layers."""
+    """A prompt that another process read: latents of positions start … n − 1 in all layers."""
 
     start: int
-    kv_lsx: torch.Tensor
+    kv_lsx: Tensor
     num_mtp_computed_tokens: int
-    h_sd: torch.Tensor  # hidden states of positions mtp … n − 1; without drafts none
-    logit_w: torch.Tensor  # behind the last token
+    h_sd: Tensor  # hidden states of positions num_mtp_computed_tokens … n − 1; empty without drafts
+    logit_w: Tensor  # after the last token
 
 
-class Halves(Drafts):
-    """The two halves of a step: `read` prompts, `write` answers."""
+class ModelRunner:
+    """A model over one pool of blocks, of which the last takes padding."""
 
-    def prefill_step(self) -> list[tuple[Request, list[int]]]:
-        """At most `chunk` tokens of the oldest unread prompts; first tokens of those that end."""
-        left, out = self.prefill_chunk, []
-        for row in [
-            r
-            for r in self.running
-            if not (r.remote_prefill or r.finish_reason or self.is_decoding(r))
-        ]:
-            if not (left and row in self.running):
-                continue
-            if not row.block_ids:
-                self.match_prefix(row)
-            if self.send_to_prefill and len(row.tokens) - row.num_computed_tokens > 1:
-                if self.allocate_slots(row, len(row.tokens)):
-                    row.remote_prefill = self.send_to_prefill(row)
-                if row.remote_prefill or row not in self.running:
-                    continue
-            s = min(left, len(row.tokens) - row.num_computed_tokens)
-            if self.allocate_slots(row, row.num_computed_tokens + s):
-                left -= s
-                out += self.prefill_request(row, s)
-        return out
-
-    def prefill_request(self, row: Request, s: int) -> list[tuple[Request, list[int]]]:
-        """Read s tokens of a prompt; behind the last one, choose the next."""
-        at = self.place([row], [row.num_computed_tokens], s)
-        h_sd = self.paged.hidden_states(
-            [row.tokens[row.num_computed_tokens : row.num_computed_tokens + s]], at
-        )[0]
-        self.counters["prompt_tokens"] += s
-        row.num_computed_tokens += s
-        if self.num_speculative_tokens:
-            row.h_sd = h_sd if row.h_sd is None else torch.cat((row.h_sd, h_sd))
-            self.catch_up(row)
-        self.cache_full_blocks(row)
-        if row.num_computed_tokens < len(row.tokens):
-            return []
-        logit_w = self.paged.logits(h_sd[-1:])[0]
-        if self.outgoing_transfers is None:
-            return [(row, self.append_first_token(row, logit_w))]
-        self.outgoing_transfers.append((row, self.export_kv(row, logit_w)))
-        row.finish_reason = "prefilled"
-        return []
-
-    def append_first_token(self, row: Request, logit_w) -> list[int]:
-        """The token behind a prompt."""
-        new = row.append_tokens([int(row.sampling_params.sample(logit_w[None]))])
-        self.record_logprobs(row, new, logit_w[None])
-        return new
-
-    def decode_step(self) -> list[tuple[Request, list[int]]]:
-        """One round of every row that is ready: D + 1 tokens read, 1 to D + 1 written."""
-        rows = [r for r in self.running if self.is_decoding(r)]
-        rows = [
-            r
-            for r in rows
-            if r in self.running
-            and self.allocate_slots(r, r.num_computed_tokens + 1 + self.num_speculative_tokens)
+    def __init__(self, model: Transformer, num_blocks: int, block_size: int):
+        self.model, self.block_size, self.padding_block = model, block_size, num_blocks
+        config, w = model.config, model.embed.weight
+        shape = num_blocks + 1, block_size, config.kv_lora_rank + config.qk_rope_head_dim
+        n_layers = len(model.layers) + len(model.mtp)
+        self.kv_caches = [
+            torch.zeros(shape, device=w.device, dtype=w.dtype) for _ in range(n_layers)
         ]
-        rows = [r for r in rows if r in self.running]  # a later one's need may have put it back
-        if not rows:
-            return []
-        guesses, drawn_from = (
-            self.propose(rows) if self.num_speculative_tokens else ([[]] * len(rows), [])
-        )
-        token_bs = [[row.tokens[-1], *guess] for row, guess in zip(rows, guesses)]
-        at = self.place(
-            rows, [row.num_computed_tokens for row in rows], 1 + self.num_speculative_tokens
-        )
-        h_bsd = self.paged.hidden_states(token_bs, at)
-        logit_bsw = self.paged.logits(h_bsd)
-        out = []
-        written = self.verify(rows, logit_bsw, guesses, drawn_from)
-        for row, h_sd, logit_sw, new in zip(rows, h_bsd, logit_bsw, written):
-            self.advance(row, h_sd, len(new) - 1)
-            self.counters.update(
-                draft_tokens=self.num_speculative_tokens, accepted_tokens=len(new) - 1
-            )
-            out.append((row, new := row.append_tokens(new)))
-            row.num_computed_tokens = min(
-                row.num_computed_tokens, len(row.tokens) - 1
-            )  # an end inside accepted drafts
-            self.record_logprobs(row, new, logit_sw)
-            self.cache_full_blocks(row)
-        return out
+        self.device, position_t = w.device, torch.arange(config.max_seq_len, device=w.device)
+        self.freqs_cis_tx = torch.complex(*rope_cos_sin(config, position_t))
+        self.build_layers()
 
-    def record_logprobs(self, row: Request, new: list[int], logit_sw) -> None:
-        """Count; and log p of what was written, where somebody asked."""
-        self.counters["generation_tokens"] += len(new)
-        if row.num_logprobs >= 0:
-            logp_sw = logit_sw[: len(new)].float().log_softmax(-1)
-            best = logp_sw.topk(max(1, row.num_logprobs), -1)
-            pairs = (
-                list(zip(*x))[: row.num_logprobs]
-                for x in zip(best.indices.tolist(), best.values.tolist())
-            )
-            row.logprobs += list(zip(logp_sw[range(len(new)), new].tolist(), pairs))
-
-    def export_kv(self, row: Request, logit_w) -> KVTransfer:
-        """What the writing process needs of a prompt."""
-        start = min(row.num_present_tokens, row.num_computed_tokens)
-        position_s = torch.arange(start, row.num_computed_tokens)
-        page_s = torch.tensor(row.block_ids)[position_s // self.block_size]
-        kv_lsx = torch.stack(
-            [kv_pyx[page_s, position_s % self.block_size] for kv_pyx in self.paged.kv_caches]
+    def build_layers(self) -> None:
+        """Build the layers from the weights as they are now, over the same blocks."""
+        weights, caches = decode_weights(self.model), iter(self.kv_caches)
+        self.logits = weights.logits
+        self.layers = decode_layers(
+            self.model, weights, lambda projections: PagedAttention(projections, next(caches))
         )
-        h_sd = row.h_sd if self.num_speculative_tokens else kv_lsx.new_empty(0, 0)
-        return KVTransfer(start, kv_lsx, row.num_mtp_computed_tokens, h_sd, logit_w)
 
-    def import_kv(self) -> list[tuple[Request, list[int]]]:
-        """Write what has arrived into the pages that wait for it; the first tokens."""
-        out = []
-        while self.incoming_transfers:
-            row, parcel = self.incoming_transfers.popleft()
-            if row.finish_reason or not row.remote_prefill:
-                continue
-            position_s = torch.arange(parcel.start, len(row.tokens))
-            page_s = torch.tensor(row.block_ids)[position_s // self.block_size]
-            for kv_pyx, kv_sx in zip(self.paged.kv_caches, parcel.kv_lsx):
-                kv_pyx[page_s, position_s % self.block_size] = kv_sx.to(kv_pyx)
-            held = row.num_mtp_computed_tokens  # positions here already are not written again
-            row.remote_prefill, row.num_computed_tokens, row.num_mtp_computed_tokens = (
-                False,
-                len(row.tokens),
-                max(held, parcel.num_mtp_computed_tokens),
+    def positions(self, tables: list[list[int]], starts: list[int], s: int) -> PagedPositions:
+        """Return the s positions from `starts` in block tables; missing blocks are padding."""
+        width = ceil_div(max(starts) + s, self.block_size)
+        padded = [[*x[:width], *[self.padding_block] * (width - len(x))] for x in tables]
+        table_bp, position_bs = (
+            torch.tensor(padded),
+            torch.tensor(starts)[:, None] + torch.arange(s),
+        )
+        block_bs = table_bp.gather(1, position_bs // self.block_size).to(self.device)
+        index = block_bs, (position_bs % self.block_size).to(self.device)
+        seqlens_b, last = position_bs[:, -1].to(self.device) + 1, len(self.freqs_cis_tx) - 1
+        freqs_cis = self.freqs_cis_tx[position_bs.to(self.device).clamp(max=last)[..., None]]
+        table_bp = table_bp.int().to(self.device)
+        return PagedPositions(index, freqs_cis, table_bp, seqlens_b, not any(starts))
+
+    def embed(self, token_bs: list[list[int]] | Tensor) -> Tensor:
+        """Return the embeddings of tokens, (b, s, d)."""
+        return F.embedding(torch.as_tensor(token_bs, device=self.device), self.model.embed.weight)
+
+    def hidden_states(
+        self, token_bs: list[list[int]] | Tensor, positions: PagedPositions
+    ) -> Tensor:
+        """Return h⁰ of these tokens, (b, s, d), normalized."""
+        x_bsd = self.embed(token_bs)
+        for layer in self.layers[: len(self.model.layers)]:
+            x_bsd = layer(x_bsd, positions)
+        return self.model.norm(x_bsd)
+
+    def mtp_forward(
+        self, k: int, h_bsd: Tensor, token_bs: list[list[int]], positions: PagedPositions
+    ) -> Tensor:
+        """Return h^k of the same positions from h^{k−1} and the tokens k later (eq. 21–22)."""
+        layer = self.layers[len(self.model.layers) + k - 1]
+        return layer(torch.cat((self.embed(token_bs), h_bsd), dim=-1), positions)
+
+    def prefill_step(self, request: Request, num_tokens: int) -> Tensor:
+        """Read the next tokens of a request; return their hidden states, (s, d)."""
+        start = request.num_computed_tokens
+        positions = self.positions([request.block_ids], [start], num_tokens)
+        return self.hidden_states([request.tokens[start : start + num_tokens]], positions)[0]
+
+    def decode_step(
+        self, requests: list[Request], drafts: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Read the last token of every request and its drafts, equally many.
+
+        Returns hidden states, (b, s, d), and logits, (b, s, w).
+        """
+        token_bs = [[request.tokens[-1], *draft] for request, draft in zip(requests, drafts)]
+        tables = [request.block_ids for request in requests]
+        starts = [request.num_computed_tokens for request in requests]
+        h_bsd = self.hidden_states(token_bs, self.positions(tables, starts, len(token_bs[0])))
+        return h_bsd, self.logits(h_bsd)
+
+    def export_kv(self, request: Request, logit_w: Tensor) -> KVTransfer:
+        """Return what the decoding process needs of a prompt."""
+        start = min(request.num_present_tokens, request.num_computed_tokens)
+        index = self.slots(request, start, request.num_computed_tokens)
+        kv_lsx = torch.stack([kv_pyx[index] for kv_pyx in self.kv_caches])
+        h_sd = kv_lsx.new_empty(0, 0) if request.h_sd is None else request.h_sd
+        return KVTransfer(start, kv_lsx, request.num_mtp_computed_tokens, h_sd, logit_w)
+
+    def import_kv(self, request: Request, transfer: KVTransfer) -> None:
+        """Write the latents of a prompt into the blocks of its request."""
+        index = self.slots(request, transfer.start, len(request.tokens))
+        for kv_pyx, kv_sx in zip(self.kv_caches, transfer.kv_lsx):
+            kv_pyx[index] = kv_sx.to(kv_pyx)
+
+    def slots(self, request: Request, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return (block, slot) of the positions start … end − 1 of a request."""
+        position_s = torch.arange(start, end)
+        return torch.tensor(request.block_ids)[
+            position_s // self.block_size
+        ], position_s % self.block_size
+
+
+# %% [markdown]
+# Hidden states of requests of unequal length must be those of a plain forward pass, whatever pages they lie in, read whole or in chunks; and
+# both forms of the op must agree.
+
+# %%
+from dataclasses import replace
+
+from dsv3_ref.ops import use
+
+model = Transformer(replace(TINY, vocab_size=256, n_layers=3, n_mtp_layers=2)).eval()
+with torch.inference_mode():
+    token_bs = torch.randint(256, (2, 20))
+    want_bsd = model.hidden_states(token_bs)[0]
+    tables = [[7, 2, 9, 0, 11], [3, 1, 10, 5, 6]]
+    for backends in (("cpu", "torch"), ("torch",)):
+        with use(*backends):
+            runner = ModelRunner(model, 12, 4)
+            for row, ends in ((0, (0, 9, 13)), (1, (0, 7))):  # read in chunks
+                for a, z in zip(ends, ends[1:]):
+                    positions = runner.positions(tables[row : row + 1], [a], z - a)
+                    runner.hidden_states(token_bs[row : row + 1, a:z], positions)
+            positions = runner.positions(tables, [13, 7], 3)  # then side by side
+            both_bs = torch.stack((token_bs[0, 13:16], token_bs[1, 7:10]))
+            got_bsd = runner.hidden_states(both_bs, positions)
+        assert torch.allclose(got_bsd[0], want_bsd[0, 13:16], atol=1e-4)
+        assert torch.allclose(got_bsd[1], want_bsd[1, 7:10], atol=1e-4)
+print("requests of 16 and 10 positions in scattered pages: as in a plain forward pass")
+
+# %% [markdown]
+# ## The speculator
+# With $D$ drafts a step reads $D+1$ tokens of every request and keeps, of request $b$, the $a_b$ drafts that the main model accepts and one token of its own: requests
+# advance at different speeds, which pages do not mind. The MTP modules catch up on what was accepted since:
+#
+# $$\text{mtp}_b \leftarrow \max(\text{mtp}_b,\ n_b + 1 - D) \ \text{ before }\ n_b \leftarrow n_b + 1 + a_b$$
+#
+# Requests that share pages share the MTP modules' latents too. At a page's last $D$ positions these depend on tokens *after* the page, which another request may
+# have written differently. Such a draft can be a little worse. The text cannot, for the main model verifies it.
+
+
+# %%
+#| export
+class Draft(NamedTuple):
+    """The drafts of one request, and the distributions that drawn ones came from."""
+
+    tokens: list[int]
+    distributions: list[Tensor]
+
+
+class Speculator:
+    """Drafts by the MTP modules, their verification, and how far either model has read.
+
+    With 0 speculative tokens it samples one token per request and step.
+    """
+
+    def __init__(self, runner: ModelRunner, num_speculative_tokens: int):
+        num_modules = len(runner.model.mtp)
+        if not 0 <= num_speculative_tokens <= num_modules:
+            raise UserError(
+                f"num_speculative_tokens is {num_speculative_tokens}, but must be 0 to "
+                f"{num_modules}, the number of MTP modules of the model"
             )
-            if self.num_speculative_tokens:
-                row.h_sd = parcel.h_sd[
-                    row.num_mtp_computed_tokens - parcel.num_mtp_computed_tokens :
-                ].to(self.paged.kv_caches[0])
-            self.cache_full_blocks(row)
-            out.append((row, self.append_first_token(row, parcel.logit_w)))
-        return out
+        self.runner, self.num_speculative_tokens = runner, num_speculative_tokens
+
+    def extend(self, request: Request, h_sd: Tensor) -> None:
+        """Take the hidden states of a prompt's chunk, and let the MTP modules read after them."""
+        if self.num_speculative_tokens:
+            request.h_sd = h_sd if request.h_sd is None else torch.cat((request.h_sd, h_sd))
+            self.catch_up(request)
+
+    def catch_up(self, request: Request) -> None:
+        """Let the MTP modules read what the main model has, where the next tokens are known."""
+        start = request.num_mtp_computed_tokens
+        end = min(request.num_computed_tokens, len(request.tokens) - self.num_speculative_tokens)
+        if (s := end - start) <= 0:
+            return
+        positions, h_bsd = (
+            self.runner.positions([request.block_ids], [start], s),
+            request.h_sd[None, :s],
+        )
+        for k in range(1, self.num_speculative_tokens + 1):
+            token_bs = [request.tokens[start + k : end + k]]
+            h_bsd = self.runner.mtp_forward(k, h_bsd, token_bs, positions)
+        request.h_sd, request.num_mtp_computed_tokens = request.h_sd[s:], end
+
+    def propose(self, requests: list[Request]) -> list[Draft]:
+        """Return D drafts for every request."""
+        drafts = [Draft([], []) for _ in requests]
+        if not self.num_speculative_tokens:
+            return drafts
+        starts = [request.num_mtp_computed_tokens for request in requests]
+        behind = [r.num_computed_tokens - start for r, start in zip(requests, starts)]
+        s, last_b = max(behind), [n - 1 for n in behind]
+        positions = self.runner.positions([r.block_ids for r in requests], starts, s)
+        h_bsd = torch.stack([F.pad(r.h_sd, (0, 0, 0, s - len(r.h_sd))) for r in requests])
+        for k in range(1, self.num_speculative_tokens + 1):
+            texts = [[*r.tokens[a + k :], *d.tokens] for r, a, d in zip(requests, starts, drafts)]
+            token_bs = [(text + [0] * s)[:s] for text in texts]
+            h_bsd = self.runner.mtp_forward(k, h_bsd, token_bs, positions)
+            self.draft(requests, drafts, self.runner.logits(h_bsd[range(len(requests)), last_b]))
+        return drafts
+
+    def draft(self, requests: list[Request], drafts: list[Draft], logit_bw: Tensor) -> None:
+        """Add one token to every draft."""
+        for i, (request, token) in enumerate(zip(requests, logit_bw.argmax(-1).tolist())):
+            if request.sampling_params.temperature:
+                token_b, q_bw = request.sampling_params.draft(logit_bw[i : i + 1])
+                token = int(token_b)
+                drafts[i].distributions.append(q_bw)
+            drafts[i].tokens.append(token)
+
+    def verify(
+        self, requests: list[Request], logit_bsw: Tensor, drafts: list[Draft]
+    ) -> list[list[int]]:
+        """Return the new tokens of every request: accepted drafts and one token more."""
+        argmax_bs, new_tokens = logit_bsw.argmax(-1).tolist(), []
+        for i, (request, argmax, draft) in enumerate(zip(requests, argmax_bs, drafts)):
+            params = request.sampling_params
+            if not params.temperature:
+                wrong = (k for k, token in enumerate(draft.tokens) if token != argmax[k])
+                new_tokens.append(argmax[: next(wrong, len(draft.tokens)) + 1])
+            elif draft.tokens:
+                draft_bk = torch.tensor([draft.tokens], device=logit_bsw.device)
+                n_b, token_b = params.verify(logit_bsw[i : i + 1], draft.distributions, draft_bk)
+                new_tokens.append([*draft.tokens[: int(n_b)], int(token_b)])
+            else:
+                new_tokens.append([int(params.sample(logit_bsw[i]))])
+        return new_tokens
+
+    def advance(self, request: Request, h_sd: Tensor, num_accepted: int) -> None:
+        """Move both counts of read positions on, as in chapter 08; hidden states between wait."""
+        start, n = request.num_mtp_computed_tokens, request.num_computed_tokens + 1 + num_accepted
+        mtp = max(start, request.num_computed_tokens + 1 - self.num_speculative_tokens)
+        if self.num_speculative_tokens:
+            request.h_sd = torch.cat((request.h_sd, h_sd))[mtp - start : n - start]
+        request.num_computed_tokens, request.num_mtp_computed_tokens = n, mtp
 
 
 # %% [markdown]
 # ## The engine
 # Now the whole step is short. One more opening: `call_between_steps(fn)` runs `fn(model)` when no step is running, for a server that
-# moves its experts to where the load is (§3.4.1). Live rows go on.
+# moves its experts to where the load is (§3.4.1). Running requests continue.
 
 
 # %%
 #| export
-class Engine(Scheduler, Halves):
-    """Continuous batching of many rows over one model; one thread calls `step` again and again."""
+class Engine:
+    """Continuous batching of many requests over one model; one thread calls `step` repeatedly."""
 
-    def __init__(
-        self, model: Transformer, num_blocks: int = 512, block_size: int = 16, max_num_seqs: int = 64,
-        prefill_chunk: int = 128, max_queue: int = 256, num_speculative_tokens: int = 0,
-    ):  # fmt: skip
-        if not 0 <= num_speculative_tokens <= len(model.mtp):
-            raise UserError(f"draft must be 0 to {len(model.mtp)}, the model's MTP modules")
-        super().__init__(
-            num_blocks,
-            block_size,
-            max_num_seqs,
-            max_queue,
-            num_speculative_tokens,
-            model.config.max_seq_len,
-        )
-        self.paged, self.prefill_chunk = PagedModel(model, num_blocks, block_size), prefill_chunk
-        self.backends = ("gathered",) if self.paged.kv_caches[0].device.type == "cpu" else ()
-        self.pending_callbacks: deque = deque()
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, speculator: Speculator):
+        self.scheduler, self.runner, self.speculator = scheduler, runner, speculator
+        self.counters = scheduler.counters
+        self.pending_callbacks: deque = deque()  # (fn, reset_prefix_cache, future)
+        self.send_remote: Callable[[Request], bool] | None = None  # to a prefill process
         self.incoming_transfers: deque[tuple[Request, KVTransfer]] = deque()
-        self.send_to_prefill: Callable[[Request], bool] | None = (
-            None  # gives a prompt to another process
-        )
-        self.outgoing_transfers: list | None = (
-            None  # in that process: rows that are read, not written
-        )
+        self.outgoing_transfers: list[tuple[Request, KVTransfer]] = []  # of a prefill process
+
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none; raises what `Scheduler.submit` raises."""
+        self.scheduler.submit(*requests)
+
+    def has_unfinished_requests(self) -> bool:
+        """Return whether any request is running or waiting."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def call_between_steps(self, fn: Callable, reset_prefix_cache: bool = False) -> Future:
-        """Run fn(model) before the next step; `forget` if it changes what the model computes."""
-        self.pending_callbacks.append((fn, reset_prefix_cache, future := Future()))
+        """Run fn(model) before the next step; return a future of its result.
+
+        reset_prefix_cache: fn changes what the model computes.
+        """
+        future: Future = Future()
+        self.pending_callbacks.append((fn, reset_prefix_cache, future))
         return future
 
     def run_pending_callbacks(self) -> None:
-        """What was asked to run between two steps."""
+        """Run what `call_between_steps` was given."""
         while self.pending_callbacks:
-            fn, forget, future = self.pending_callbacks.popleft()
+            fn, reset_prefix_cache, future = self.pending_callbacks.popleft()
             try:
-                result = fn(self.paged.model)
+                result = fn(self.runner.model)
             except Exception as e:
                 future.set_exception(e)
             else:
                 future.set_result(result)
-            self.paged.build_layers()  # also after half of a change
-            if forget:
-                self.block_pool.reset_prefix_cache()
+            self.runner.build_layers()  # also after half of a change
+            if reset_prefix_cache:
+                self.scheduler.block_pool.reset_prefix_cache()
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """One step; rows with their new tokens, none for rows that were cancelled."""
+        """Do one step; return requests with their new tokens, none for those that were aborted."""
         self.run_pending_callbacks()
-        out = [(row, []) for row in self.drop_aborted()]
-        with torch.inference_mode(), use(*self.backends, *ops.ACTIVE_BACKENDS):
-            out += self.import_kv()
-            self.schedule_waiting()
-            out += self.prefill_step()
-            out += self.decode_step()
-        for row in [r for r in self.running if r.finish_reason]:
-            self.running.remove(row)
-            self.free(row)
+        outputs = [(request, []) for request in self.scheduler.drop_aborted()]
+        with torch.inference_mode():
+            outputs += self.finish_remote_prefills()
+            self.scheduler.schedule_waiting()
+            for request, num_tokens in self.scheduler.prefill_chunks(self.send_remote):
+                outputs += self.prefill(request, num_tokens)
+            if batch := self.scheduler.decode_batch():
+                outputs += self.decode(batch)
+        self.scheduler.drop_finished()
         self.counters["steps"] += 1
-        return out
+        return outputs
 
-    def is_decoding(self, row: Request) -> bool:
-        """Whether only the last token is unread (and MTP, if it is to draft, has something)."""
-        fit = len(row.tokens) - row.num_computed_tokens == 1 and (
-            not self.num_speculative_tokens or row.num_mtp_computed_tokens < row.num_computed_tokens
-        )
-        return (
-            fit
-            and not row.remote_prefill
-            and not row.finish_reason
-            and (self.outgoing_transfers is None)
-        )
+    def prefill(self, request: Request, num_tokens: int) -> list[tuple[Request, list[int]]]:
+        """Read the next tokens of a prompt; after the last one, choose the first of the answer."""
+        h_sd = self.runner.prefill_step(request, num_tokens)
+        self.counters["prompt_tokens"] += num_tokens
+        request.num_computed_tokens += num_tokens
+        self.speculator.extend(request, h_sd)
+        self.scheduler.cache_full_blocks(request)
+        if request.num_uncomputed_tokens:
+            return []
+        logit_w = self.runner.logits(h_sd[-1:])[0]
+        if self.scheduler.prefill_only:
+            self.outgoing_transfers.append((request, self.runner.export_kv(request, logit_w)))
+            request.finish_reason = "prefilled"
+            return []
+        return [(request, self.append_first_token(request, logit_w))]
+
+    def append_first_token(self, request: Request, logit_w: Tensor) -> list[int]:
+        """Choose the token after a prompt."""
+        tokens = request.append_tokens([int(request.sampling_params.sample(logit_w[None]))])
+        self.record_output(request, tokens, logit_w[None])
+        return tokens
+
+    def decode(self, requests: list[Request]) -> list[tuple[Request, list[int]]]:
+        """Read D + 1 tokens of every request and write 1 to D + 1."""
+        drafts = self.speculator.propose(requests)
+        h_bsd, logit_bsw = self.runner.decode_step(requests, [draft.tokens for draft in drafts])
+        new_tokens, outputs = self.speculator.verify(requests, logit_bsw, drafts), []
+        for i, request in enumerate(requests):
+            num_accepted = len(new_tokens[i]) - 1
+            self.speculator.advance(request, h_bsd[i], num_accepted)
+            self.counters["draft_tokens"] += len(drafts[i].tokens)
+            self.counters["accepted_tokens"] += num_accepted
+            tokens = request.append_tokens(new_tokens[i])
+            # an end inside accepted drafts
+            request.num_computed_tokens = min(request.num_computed_tokens, len(request.tokens) - 1)
+            self.record_output(request, tokens, logit_bsw[i])
+            self.scheduler.cache_full_blocks(request)
+            outputs.append((request, tokens))
+        return outputs
+
+    def record_output(self, request: Request, tokens: list[int], logit_sw: Tensor) -> None:
+        """Count tokens, and note their log-probabilities if the request asks for them."""
+        self.counters["generation_tokens"] += len(tokens)
+        if request.num_logprobs < 0:
+            return
+        logp_sw = logit_sw[: len(tokens)].float().log_softmax(-1)
+        chosen = logp_sw[range(len(tokens)), tokens].tolist()
+        top = logp_sw.topk(max(1, request.num_logprobs), -1)
+        for logp, ids, values in zip(chosen, top.indices.tolist(), top.values.tolist()):
+            request.logprobs.append((logp, list(zip(ids, values))[: request.num_logprobs]))
+
+    def finish_remote_prefills(self) -> list[tuple[Request, list[int]]]:
+        """Take in prompts that another process has read; return their first tokens."""
+        outputs = []
+        while self.incoming_transfers:
+            request, transfer = self.incoming_transfers.popleft()
+            if request.finish_reason or not request.remote_prefill:
+                continue
+            self.runner.import_kv(request, transfer)
+            # positions that were here already are not written again
+            mtp = max(request.num_mtp_computed_tokens, transfer.num_mtp_computed_tokens)
+            request.remote_prefill = False
+            request.num_computed_tokens, request.num_mtp_computed_tokens = len(request.tokens), mtp
+            if self.speculator.num_speculative_tokens:
+                h_sd = transfer.h_sd[mtp - transfer.num_mtp_computed_tokens :]
+                request.h_sd = h_sd.to(self.runner.kv_caches[0])
+            self.scheduler.cache_full_blocks(request)
+            outputs.append((request, self.append_first_token(request, transfer.logit_w)))
+        return outputs
+
+
+def make_engine(
+    model: Transformer, num_blocks: int = 512, block_size: int = 16, max_num_seqs: int = 64,
+    prefill_chunk: int = 128, max_queue: int = 256, num_speculative_tokens: int = 0,
+    prefill_only: bool = False,
+) -> Engine:  # fmt: skip
+    """Build an engine and its parts; a `prefill_only` engine reads prompts for another."""
+    runner = ModelRunner(model, num_blocks, block_size)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, block_size), max_num_seqs, max_queue, prefill_chunk,
+        num_speculative_tokens, model.config.max_seq_len, prefill_only,
+    )  # fmt: skip
+    return Engine(scheduler, runner, Speculator(runner, num_speculative_tokens))
 
 
 # %% [markdown]
-# The check is the hardest there is: eight requests that come at different times, with prompts of 1 to 64 tokens of which some begin alike, read in pieces, with so few
-# pages that rows lose theirs, with zero to two drafts. Each must write, token by token, what a full forward pass
-# over its own text alone finds likeliest (its *regret* is how far it stays behind that). In the end no page is in use. Then two more write side by side, one leaves early, and
+# The check is the hardest there is: eight requests that come at different times, with prompts of 1 to 64 tokens of which some begin alike, read in chunks, with so few
+# pages that requests lose theirs, with zero to two drafts. Each must write, token by token, what a full forward pass
+# over its own text alone finds likeliest (its *regret* is how far it stays below that). In the end no page is in use. Then two more write side by side, one leaves early, and
 # the other must not notice.
 
 
 # %%
 @torch.no_grad()
-def regret(row: Request) -> float:
-    """How far the worst token that was written is below the best logit of a full forward pass."""
-    logit_sw = model(torch.tensor([row.tokens]))[0, row.num_prompt_tokens - 1 : -1]
-    return (
-        (logit_sw.amax(-1) - logit_sw[range(len(row.output_tokens)), row.output_tokens])
-        .max()
-        .item()
-    )
+def regret(request: Request) -> float:
+    """Return how far the worst token is below the best logit of a full forward pass."""
+    tokens = request.output_tokens
+    logit_sw = model(torch.tensor([request.tokens]))[0, request.num_prompt_tokens - 1 : -1]
+    return (logit_sw.amax(-1) - logit_sw[range(len(tokens)), tokens]).max().item()
 
 
-def run(engine: Engine, rows: Sequence[Request], apart: int = 0) -> list[Request]:
-    """Steps until all rows have ended; a row comes every `apart` steps."""
-    todo = deque(rows)
-    while todo or engine.running or engine.waiting:
+def run(engine: Engine, requests: Sequence[Request], apart: int = 0) -> list[Request]:
+    """Step until all requests have ended; one comes every `apart` steps, or all at once."""
+    todo = deque(requests)
+    while todo or engine.has_unfinished_requests():
         for _ in range(1 if apart else len(todo)):
             if todo:
                 engine.submit(todo.popleft())
         for _ in range(max(1, apart)):
             engine.step()
-    return list(rows)
+    return list(requests)
 
 
-common = torch.randint(256, (24,)).tolist()
+def random_prompt(n: int) -> list[int]:
+    """Return n random tokens."""
+    return torch.randint(model.config.vocab_size, (n,)).tolist()
+
+
+common = random_prompt(24)
+sizes = {"block_size": 4, "prefill_chunk": 16}
 for depth in (0, 1, 2):
-    engine = Engine(
-        model,
-        num_blocks=24,
-        block_size=4,
-        max_num_seqs=6,
-        prefill_chunk=16,
-        num_speculative_tokens=depth,
-    )
-    more = lambda n: torch.randint(256, (n,)).tolist()
-    rows = [
-        Request((common if i % 2 else []) + more(n), 20)
+    engine = make_engine(model, 24, max_num_seqs=6, num_speculative_tokens=depth, **sizes)
+    requests = [
+        Request((common if i % 2 else []) + random_prompt(n), 20)
         for i, n in enumerate((1, 9, 60, 2, 30, 17, 5, 40))
     ]
-    for row in run(engine, rows, apart=2):
-        assert len(row.output_tokens) == 20 and regret(row) < 1e-4
-    assert (
-        engine.block_pool.num_used == 0
-        and engine.counters["preemptions"] > 0
-        and engine.counters["prefix_cache_hits"] > 0
-    )
-    print(f"{depth} drafts: {engine.counters['steps']} steps, {engine.counters['preemptions']} times put back, "
-          f"{engine.counters['prefix_cache_hits']} positions found, {engine.counters['prompt_tokens']} read in prompts")  # fmt: skip
+    for request in run(engine, requests, apart=2):
+        assert len(request.output_tokens) == 20 and regret(request) < 1e-4
+    counts = engine.counters
+    assert engine.scheduler.block_pool.num_used == 0
+    assert counts["preemptions"] > 0 and counts["prefix_cache_hits"] > 0
+    print(f"{depth} drafts: {counts['steps']} steps, {counts['preemptions']} preemptions, "
+          f"{counts['prefix_cache_hits']} positions found, {counts['prompt_tokens']} read in prompts")  # fmt: skip
 
-engine = Engine(model, num_blocks=64, block_size=4, prefill_chunk=16)
-goes, stays = Request(more(9), 30), Request(more(9), 30)
-engine.submit(goes, stays)
+engine = make_engine(model, 64, **sizes)
+leaves, stays = Request(random_prompt(9), 30), Request(random_prompt(9), 30)
+engine.submit(leaves, stays)
 for _ in range(5):
     engine.step()
-goes.aborted = True
+leaves.aborted = True
 engine.call_between_steps(lambda model: model.head.weight.data.mul_(1.0))
 run(engine, [])
-assert (goes.finish_reason, stays.finish_reason) == ("abort", "length") and regret(stays) < 1e-4
+assert (leaves.finish_reason, stays.finish_reason) == ("abort", "length") and regret(stays) < 1e-4
 
 # %% [markdown]
-# And the handover: a second engine, which only reads, packs what it read; the first writes as if it had read it itself.
+# And the handover: a second engine, which only reads, exports what it read; the first writes as if it had read it itself.
 
 
 # %%
-def handed_over(depth: int) -> tuple[list[Request], int]:
-    """Three prompts that begin alike, read by one engine and answered by another; bytes sent."""
-    writer, reader = (
-        Engine(model, num_blocks=64, block_size=4, prefill_chunk=16, num_speculative_tokens=depth)
-        for _ in range(2)
-    )
-    reader.outgoing_transfers, there, sent = [], {}, 0
+def prefill_elsewhere(depth: int) -> tuple[list[Request], int]:
+    """Let one engine read three prompts that begin alike, and another answer; return bytes sent."""
+    options = sizes | {"num_speculative_tokens": depth}
+    decoder = make_engine(model, 64, **options)
+    prefiller = make_engine(model, 64, prefill_only=True, **options)
+    originals, num_bytes = {}, 0
 
-    def send(row: Request) -> bool:
-        copy = Request(list(row.tokens), 1, num_present_tokens=row.num_computed_tokens)
-        there[copy] = row
-        reader.submit(copy)
+    def send(request: Request) -> bool:
+        num_present = request.num_computed_tokens
+        copy = Request(list(request.tokens), 1, num_present_tokens=num_present)
+        originals[copy] = request
+        prefiller.submit(copy)
         return True
 
-    writer.send_to_prefill, rows = send, [Request(common + more(9), 12) for _ in range(3)]
-    for row in rows:
-        writer.submit(row)
-        while row.num_computed_tokens == 0 or row.remote_prefill:
-            writer.step()
-            reader.step()
-            for copy, parcel in reader.outgoing_transfers:
-                writer.incoming_transfers.append((there[copy], parcel))
-                sent += parcel.kv_lsx.nbytes
-            reader.outgoing_transfers.clear()
-    run(writer, [])
-    assert writer.counters["prompt_tokens"] == 0 and all(regret(row) < 1e-4 for row in rows)
-    return rows, sent
+    decoder.send_remote = send
+    requests = [Request(common + random_prompt(9), 12) for _ in range(3)]
+    for request in requests:
+        decoder.submit(request)
+        while request.num_computed_tokens == 0 or request.remote_prefill:
+            decoder.step()
+            prefiller.step()
+            for copy, transfer in prefiller.outgoing_transfers:
+                decoder.incoming_transfers.append((originals[copy], transfer))
+                num_bytes += transfer.kv_lsx.nbytes
+            prefiller.outgoing_transfers.clear()
+    run(decoder, [])
+    assert decoder.counters["prompt_tokens"] == 0
+    assert all(regret(request) < 1e-4 for request in requests)
+    return requests, num_bytes
 
 
 for depth in (0, 2):
-    rows, sent = handed_over(depth)
-    known = [row.num_cached_tokens for row in rows]
-    print(
-        f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {sent / 1e3:.0f} kB traveled"
-    )
+    requests, num_bytes = prefill_elsewhere(depth)
+    known = [request.num_cached_tokens for request in requests]
+    print(f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {num_bytes / 1e3:.0f} kB sent")  # fmt: skip
 
 # %% [markdown]
 # `dsv3 serve` puts a clock, sockets and processes around this: [`dsv3_ref/serving/api_server.py`](../dsv3_ref/serving/api_server.py). One thread steps; requests come in and tokens go out between two
-# steps. A client that hangs up is a row that is `gone`. Text becomes tokens by chapter 14's `render_conversation`, where no text can spell a special
-# token. With `--prefill-workers 1` the parcels above travel through a pipe to a second process.
+# steps. A client that hangs up sets its request's `aborted`. Text becomes tokens by chapter 14's `render_conversation`, where no text can spell a special
+# token. With `--prefill-workers 1` the transfers above travel through a pipe to a second process.
 #
 # ## Experiment: what does a full batch buy?
 # A step reads every weight that any of its rows needs. One row needs 4 of the 16 routed experts in each layer, sixteen rows almost all of them; from there on another row costs arithmetic only. We let 1 to 32 rows write, and
@@ -1092,12 +1067,13 @@ def times(engine: Engine, steps: int) -> list[float]:
     return out
 
 
-more = lambda n: torch.randint(wide.vocab_size, (n,)).tolist()
 batches, step_ms = [1, 2, 4, 8, 16, 32], []
 for b in batches:
-    engine = Engine(model, num_blocks=512)
-    engine.submit(*(Request(more(16), 200) for _ in range(b)))
-    while len(engine.running) < b or not all(map(engine.is_decoding, engine.running)):
+    engine = make_engine(model, num_blocks=512)
+    engine.submit(*(Request(random_prompt(16), 200) for _ in range(b)))
+    while len(engine.scheduler.running) < b or not all(
+        map(engine.scheduler.is_decoding, engine.scheduler.running)
+    ):
         engine.step()
     step_ms.append(1e3 * sorted(times(engine, 6 if SHORT else 20))[1])  # others use these cores too
 fig, (left, right) = figure(1, 2, 8.6, 2.9)
@@ -1126,8 +1102,11 @@ print(
 # %%
 arrivals = {}
 for chunk in (2048, 64):
-    engine, long = Engine(model, num_blocks=256, prefill_chunk=chunk), Request(more(1500), 4)
-    engine.submit(*(Request(more(8), 120) for _ in range(8)))
+    engine, long = (
+        make_engine(model, num_blocks=256, prefill_chunk=chunk),
+        Request(random_prompt(1500), 4),
+    )
+    engine.submit(*(Request(random_prompt(8), 120) for _ in range(8)))
     before = times(engine, 12)
     engine.submit(long)
     during = []
@@ -1164,8 +1143,8 @@ assert len(arrivals[2048][1]) == 1 and len(arrivals[64][1]) == 24
 # %%
 shared, counts = [0, 48, 96, 144, 192], []
 for n in shared:
-    engine, begin = Engine(model, num_blocks=128), more(n)
-    run(engine, [Request(begin + more(20), 4) for _ in range(6 if SHORT else 24)], apart=2)
+    engine, begin = make_engine(model, num_blocks=128), random_prompt(n)
+    run(engine, [Request(begin + random_prompt(20), 4) for _ in range(6 if SHORT else 24)], apart=2)
     counts.append((engine.counters["prompt_tokens"], engine.counters["prefix_cache_hits"]))
 fig, ax = figure(1, 1, 7, 2.6)
 reads, hits = zip(*counts)
@@ -1231,16 +1210,20 @@ assert all(r["lost"] == 0 for kind in FOUND["servers"].values() for r in kind)
 def history(rows_at_once: int = 4, alike: int = 24) -> list[list]:
     """Which rows use each page, after every step."""
     tiny = Transformer(replace(wide, n_layers=1, n_mtp_layers=0, dim=32)).eval()
-    engine = Engine(tiny, num_blocks=40, block_size=4, max_num_seqs=rows_at_once, prefill_chunk=16)
-    begin, dice, out = more(alike), random.Random(1), []
-    rows = [Request(begin + more(dice.randint(2, 12)), dice.randint(5, 40)) for _ in range(10)]
+    engine = make_engine(
+        tiny, num_blocks=40, block_size=4, max_num_seqs=rows_at_once, prefill_chunk=16
+    )
+    begin, dice, out = random_prompt(alike), random.Random(1), []
+    rows = [
+        Request(begin + random_prompt(dice.randint(2, 12)), dice.randint(5, 40)) for _ in range(10)
+    ]
     engine.submit(*rows)
-    while engine.running or engine.waiting:
+    while engine.has_unfinished_requests():
         engine.step()
         users = [[i for i, r in enumerate(rows) if p in r.block_ids] for p in range(40)]
         out.append(
             [
-                u or (["idle"] if p in engine.block_pool.evictable else [])
+                u or (["idle"] if p in engine.scheduler.block_pool.evictable else [])
                 for p, u in enumerate(users)
             ]
         )
@@ -1303,7 +1286,7 @@ def check_hits(fn):
         [[1] * 9, [1] * 9, [1] * 8],
         [[*range(20)], [*range(13), 99], [99, *range(19)]],
     ):
-        engine = Engine(model, num_blocks=64, block_size=4)
+        engine = make_engine(model, num_blocks=64, block_size=4)
         for p in prompts:
             run(engine, [Request(list(p), 1)])
         assert fn(prompts, 4) == engine.counters["prefix_cache_hits"]

@@ -210,7 +210,7 @@ def test_a_caller_can_end_a_row(model):
 
 
 def test_too_many_drafts_are_refused(model):
-    with pytest.raises(ValueError, match="draft must be 0 to 2"):
+    with pytest.raises(ValueError, match="num_speculative_tokens is 3, but must be 0 to 2"):
         next(stream(model, [[1]], 5, num_speculative_tokens=3))
 
 

@@ -16,7 +16,8 @@ from miniruns import metrics, options, results
 from dsv3_ref.checkpoints.native import load, load_checkpoint_config
 from dsv3_ref.cli import main
 from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count_params
-from dsv3_ref.decode import Decoder, blockwise_attention, stream
+from dsv3_ref.cpu.decoder import blockwise_attention
+from dsv3_ref.decode import Decoder, stream
 from dsv3_ref.long_context import (
     RECIPES,
     build_needle,
@@ -161,7 +162,7 @@ def test_blocks_of_keys_are_the_whole(s, before, size):
 @pytest.mark.parametrize("piece", [17, 20, 32, 59, 60])
 @torch.no_grad()
 def test_a_prompt_in_pieces_is_the_whole_prompt(micro, piece, monkeypatch):
-    monkeypatch.setattr("dsv3_ref.decode.KV_BLOCK", 13)
+    monkeypatch.setattr("dsv3_ref.cpu.decoder.KV_BLOCK", 13)
     model, tokens_bs = Transformer(micro), torch.randint(micro.vocab_size, (2, 60))
     d = Decoder(model, 2, 64)
     d.prefill_chunk, d.token_bt[:, :60] = piece, tokens_bs
@@ -172,7 +173,9 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(micro, piece, monkeypatch):
     whole.token_bt[:, :60] = tokens_bs
     whole.hidden_states([0, 0], 60)
     for layer, other in zip(d.layers[:3], whole.layers):
-        torch.testing.assert_close(layer.kv_btx, other.kv_btx, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            layer.attention.kv_btx, other.attention.kv_btx, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("draft", [0, 2])

@@ -151,7 +151,8 @@ CASES = [
     group_limited_topk,
 ]
 CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
-PAIRS = [(n, b) for n, impls in ops.IMPLS.items() for b in impls if b in SLACK]  # others: elsewhere
+ELSEWHERE = {"decode_weights", "attend_prefill", "run_layers"}  # tests/cpu/test_decoder.py
+PAIRS = [(n, b) for n in CASES for b in ops.IMPLS[n] if b in SLACK]  # others: elsewhere
 
 
 # ── One test for all of them ──
@@ -195,7 +196,8 @@ def floor(name: str, i: int) -> float:
 
 def test_every_op_has_a_case():
     own = {n for n, i in ops.IMPLS.items() if i["torch"].__module__ != "dsv3_ref.fp8"}  # test_fp8
-    assert set(CASES) == own
+    assert set(CASES) == own - ELSEWHERE
+    assert own >= ELSEWHERE
     assert all("torch" in impls for impls in ops.IMPLS.values())
 
 

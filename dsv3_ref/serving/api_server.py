@@ -22,7 +22,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.serve import Engine, QueueFull, Request
+from dsv3_ref.serve import Engine, QueueFull, Request, make_engine
 from dsv3_ref.serving.generate import StreamDetokenizer
 from dsv3_ref.serving.prefill import PrefillWorker, dispatch_prefill
 from dsv3_ref.serving.protocol import (
@@ -104,18 +104,12 @@ def validate_serve_config(args: ServeConfig) -> None:
         raise UserError("--kv-cache-tokens must be at least two pages")
 
 
-def build_engine(model, args: ServeConfig) -> Engine:
-    """An engine with these limits."""
-    n_pages = args.kv_cache_tokens // args.block_size
-    return Engine(
-        model,
-        n_pages,
-        args.block_size,
-        args.max_num_seqs,
-        args.prefill_chunk,
-        args.max_queue,
-        args.num_speculative_tokens,
-    )
+def build_engine(model, args: ServeConfig, prefill_only: bool = False) -> Engine:
+    """Build an engine with these limits."""
+    return make_engine(
+        model, args.kv_cache_tokens // args.block_size, args.block_size, args.max_num_seqs,
+        args.prefill_chunk, args.max_queue, args.num_speculative_tokens, prefill_only,
+    )  # fmt: skip
 
 
 # ── Numbers for Prometheus ──
@@ -189,8 +183,8 @@ class EngineThread(threading.Thread):
     def busy(self) -> bool:
         """Whether a step would do something."""
         e = self.engine
-        alive = any(not row.remote_prefill or row.aborted for row in e.running)
-        return bool(e.waiting or e.pending_callbacks or e.incoming_transfers or alive)
+        alive = any(not row.remote_prefill or row.aborted for row in e.scheduler.running)
+        return bool(e.scheduler.waiting or e.pending_callbacks or e.incoming_transfers or alive)
 
     def run(self) -> None:
         while not self.stopped:
@@ -202,7 +196,10 @@ class EngineThread(threading.Thread):
             except Exception:  # what the engine holds can no longer be trusted
                 traceback.print_exc()
                 self.failed = self.stopped = True
-                out = [(row, []) for row in [*self.engine.running, *self.engine.waiting]]
+                out = [
+                    (row, [])
+                    for row in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]
+                ]
                 for row, _ in out:
                     row.finish_reason = "failed"
             self.deliver(out)
@@ -269,7 +266,7 @@ class Service:
             torch.set_num_threads(threads)
             for reader in readers:
                 reader.wait_until_ready()
-            self.engine.send_to_prefill = lambda row: dispatch_prefill(readers, row)
+            self.engine.send_remote = lambda row: dispatch_prefill(readers, row)
         self.engine_thread.start()
         return self
 
@@ -291,7 +288,7 @@ class Service:
         x = [x] if isinstance(x, str) or (x and isinstance(x, list) and is_token_ids(x)) else x
         if not isinstance(x, list) or not x or len(x) > self.args.max_n:
             raise UserError(f"prompt must be a text, or a list of 1 to {self.args.max_n} texts")
-        out, w = [], self.engine.paged.model.config.vocab_size
+        out, w = [], self.engine.runner.model.config.vocab_size
         for prompt in x:
             if isinstance(prompt, str):
                 out.append([self.special_tokens.bos, *self.encode(prompt)])
@@ -315,7 +312,7 @@ class Service:
             )
         reject_unknown(body)
         options = body.get("stream_options") or {}
-        most = self.engine.max_model_len
+        most = self.engine.scheduler.max_model_len
         long = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
         seed = secrets.randbits(62) if self.args.seed is None else self.args.seed
         return CompletionRequest(
@@ -330,9 +327,11 @@ class Service:
         """A row for every answer, queued; raises what `submit` raises."""
         if (total := ask.n * len(ask.prompts)) > self.args.max_n:
             raise UserError(f"{total} answers are more than the {self.args.max_n} of one request")
-        sink, calls, device = asyncio.Queue(), [], self.engine.paged.freqs_cis_tx.device
+        sink, calls, device = asyncio.Queue(), [], self.engine.runner.device
         for prompt in ask.prompts:
-            room = max(1, min(self.args.max_new_tokens, self.engine.max_model_len - len(prompt)))
+            room = max(
+                1, min(self.args.max_new_tokens, self.engine.scheduler.max_model_len - len(prompt))
+            )
             for _ in range(ask.n):
                 seed = (ask.seed + len(calls)) % (1 << 63)
                 choice = SamplingParams(
@@ -404,8 +403,8 @@ class Service:
         """What Prometheus reads."""
         e, lines = self.engine, []
         gauges = {
-            "num_requests_running": len(e.running), "num_requests_waiting": len(e.waiting), "kv_blocks": e.block_pool.num_blocks,
-            "kv_blocks_used": e.block_pool.num_used, "kv_blocks_evictable": len(e.block_pool.evictable),
+            "num_requests_running": len(e.scheduler.running), "num_requests_waiting": len(e.scheduler.waiting), "kv_blocks": e.scheduler.block_pool.num_blocks,
+            "kv_blocks_used": e.scheduler.block_pool.num_used, "kv_blocks_evictable": len(e.scheduler.block_pool.evictable),
             "prefill_workers": sum(r.alive for r in self.engine_thread.prefill_workers),
         }  # fmt: skip
         counters = {

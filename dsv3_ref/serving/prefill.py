@@ -55,12 +55,11 @@ def prefill_worker_main(pipe, args, threads: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
     model = load(args.model).to(pick_device(args.device)).eval()
-    engine, jobs = build_engine(model, replace(args, max_queue=1 << 30)), {}
-    engine.outgoing_transfers = []
+    engine, jobs = build_engine(model, replace(args, max_queue=1 << 30), prefill_only=True), {}
     pipe.send_bytes(b"ready")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            while pipe.poll(0 if engine.running or engine.waiting else None):
+            while pipe.poll(0 if engine.has_unfinished_requests() else None):
                 told = json.loads(pipe.recv_bytes())
                 if "tokens" in told:
                     jobs[told["job"]] = row = Request(
@@ -117,7 +116,7 @@ class PrefillWorker:
         with suppress(EOFError, OSError):
             while True:
                 job, parcel = transfer_from_bytes(
-                    self.pipe.recv_bytes(), self.engine_thread.engine.paged.kv_caches[0].device
+                    self.pipe.recv_bytes(), self.engine_thread.engine.runner.device
                 )
                 if row := self.rows.pop(job, None):
                     self.engine_thread.engine.incoming_transfers.append((row, parcel))

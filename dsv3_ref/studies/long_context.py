@@ -182,7 +182,7 @@ def measure_time(model: Transformer, seed: int) -> dict:
     torch.manual_seed(seed)
     decoder = Decoder(model, 1, DECODE_LENGTHS[-1] + 1)
     for layer in decoder.layers:
-        layer.kv_btx.normal_()
+        layer.attention.kv_btx.normal_()
     decode = {}
     for n in DECODE_LENGTHS:
 
@@ -199,7 +199,7 @@ def measure_time(model: Transformer, seed: int) -> dict:
         prefill[n] = time.process_time() - start
         position = n
     print("s to read", prefill, flush=True)
-    cache_bytes = model.config.n_layers * decoder.layers[0].kv_btx.nbytes
+    cache_bytes = model.config.n_layers * decoder.layers[0].attention.kv_btx.nbytes
     return {"decode_ms": decode, "prefill_s": prefill, "cache_bytes": cache_bytes}
 
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
-from dsv3_ref.kernels import bench
 
 from dsv3_ref import ops
+from dsv3_ref.kernels import bench
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {case.name: case for case in bench.all_cases(128)}

@@ -3,9 +3,9 @@
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
-from dsv3_ref.kernels import attention as kernels
 
 from dsv3_ref import ops
+from dsv3_ref.kernels import attention as kernels
 from dsv3_ref.rope import to_cu_seqlens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,11 +3,11 @@
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
-from dsv3_ref.kernels import decode
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref import ops
+from dsv3_ref.kernels import decode
 from dsv3_ref.mla import MLA
 from dsv3_ref.rope import Rope, rope_cos_sin
 

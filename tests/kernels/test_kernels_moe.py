@@ -3,11 +3,11 @@
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
-from dsv3_ref.kernels import moe
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref import ops
+from dsv3_ref.kernels import moe
 from dsv3_ref.moe import MoE, sort_by_expert
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,10 +3,10 @@
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
 import torch
-from dsv3_ref.kernels import norm
 from torch.nn import functional as F
 
 from dsv3_ref import ops, rope
+from dsv3_ref.kernels import norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # rms(got − want) / rms(want), `want` in fp64 and then rounded once: another rounding on the way

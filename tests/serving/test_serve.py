@@ -33,7 +33,15 @@ from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import tokens_per_expert
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
-from dsv3_ref.serve import BlockPool, Engine, KVTransfer, QueueFull, Request, hash_blocks
+from dsv3_ref.serve import (
+    BlockPool,
+    Engine,
+    KVTransfer,
+    QueueFull,
+    Request,
+    hash_blocks,
+    make_engine,
+)
 from dsv3_ref.serving import api_server
 from dsv3_ref.serving.api_server import Histogram, ServeConfig, Service
 from dsv3_ref.serving.prefill import transfer_from_bytes, transfer_to_bytes
@@ -51,7 +59,7 @@ def model(micro):
 
 def engine(model, **options) -> Engine:
     """Small pages and pieces, so that borders are everywhere."""
-    return Engine(
+    return make_engine(
         model,
         **({"num_blocks": 64, "block_size": 4, "prefill_chunk": 6, "max_num_seqs": 5} | options),
     )
@@ -60,7 +68,7 @@ def engine(model, **options) -> Engine:
 def run(e: Engine, rows, apart: int = 0) -> list[Request]:
     """Steps until all rows have ended; one comes every `apart` steps, or all at once."""
     todo, rows = list(rows), list(rows)
-    while todo or e.running or e.waiting:
+    while todo or e.has_unfinished_requests():
         for _ in range(1 if apart else len(todo)):
             if todo:
                 e.submit(todo.pop(0))
@@ -126,7 +134,7 @@ def test_the_gathered_form_is_the_op(micro):
     q_bshx, kv_cache_pyx = torch.randn(3, 2, 3, 24), torch.randn(9, 4, 24)
     block_table_bp = torch.randint(9, (3, 5), dtype=torch.int32)
     args = q_bshx, kv_cache_pyx, block_table_bp, torch.tensor([2, 17, 20]), 20, 0.3
-    with ops.use("gathered", "auto"):
+    with ops.use("cpu", "torch"):
         got = paged_attention(*args)
     torch.testing.assert_close(got, paged_attention(*args), atol=1e-5, rtol=1e-5)
 
@@ -149,7 +157,7 @@ def test_any_rows_write_what_a_full_forward_pass_would(
     for row in run(e, [Request(p, new) for p in prompts], apart):
         assert len(row.output_tokens) == new and row.finish_reason == "length"
         assert regret(model, row) < 1e-4
-    assert e.block_pool.num_used == 0
+    assert e.scheduler.block_pool.num_used == 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -254,9 +262,9 @@ def test_too_few_pages_put_the_youngest_back_and_the_oldest_ends_first(model):
     rows = [Request([i + 1] * 6, 20) for i in range(4)]
     e.submit(*rows)
     order = []
-    while e.running or e.waiting:
+    while e.has_unfinished_requests():
         order += [row for row, _ in e.step() if row.finish_reason]
-        assert e.block_pool.num_used <= 10
+        assert e.scheduler.block_pool.num_used <= 10
     assert order == rows and e.counters["preemptions"] > 0
     assert all(regret(model, row) < 1e-4 for row in rows)
 
@@ -273,8 +281,8 @@ def test_what_can_never_end_is_refused_and_a_full_queue_says_so(model):
     e.submit(Request([1], 2))
     with pytest.raises(QueueFull):
         e.submit(Request([1], 2), Request([1], 2))
-    assert len(e.waiting) == 1
-    with pytest.raises(UserError, match="draft must be 0 to 2"):
+    assert len(e.scheduler.waiting) == 1
+    with pytest.raises(UserError, match="num_speculative_tokens is 3, but must be 0 to 2"):
         engine(model, num_speculative_tokens=3)
 
 
@@ -292,7 +300,7 @@ def test_who_leaves_frees_what_they_held(model, depth, steps):
     assert left == {goes, queued} and goes.finish_reason == "abort" and not goes.block_ids
     run(e, [])
     assert (
-        e.block_pool.num_used == 0
+        e.scheduler.block_pool.num_used == 0
         and len(stays.output_tokens) == 12
         and regret(model, stays) < 1e-4
     )
@@ -321,7 +329,7 @@ def test_experts_move_between_two_steps_and_no_request_is_dropped(model, depth):
     )
     e.submit(*rows)
     futures = []
-    while e.running or e.waiting:
+    while e.has_unfinished_requests():
         futures.append(e.call_between_steps(shuffled))
         e.step()
     assert all(f.result(0) == "moved" for f in futures)
@@ -357,7 +365,7 @@ def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model,
     )
     e.submit(*rows)
     futures = []
-    while e.running or e.waiting:
+    while e.has_unfinished_requests():
         futures.append(e.call_between_steps(renew))
         e.step()
     [hook.remove() for hook in hooks]
@@ -384,10 +392,9 @@ def pair(model, depth: int, **options):
     """An engine that writes, one that reads for it, and what carries parcels as bytes."""
     writer, reader, there = (
         engine(model, num_speculative_tokens=depth, **options),
-        engine(model, num_speculative_tokens=depth),
+        engine(model, num_speculative_tokens=depth, prefill_only=True),
         {},
     )
-    reader.outgoing_transfers = []
 
     def send(row: Request) -> bool:
         copy = Request(list(row.tokens), 1, num_present_tokens=row.num_computed_tokens)
@@ -405,7 +412,7 @@ def pair(model, depth: int, **options):
         writer.incoming_transfers.extend(found)
         return [parcel for _, parcel in found]
 
-    writer.send_to_prefill = send
+    writer.send_remote = send
     return writer, carry
 
 
@@ -420,12 +427,12 @@ def test_a_prompt_read_elsewhere_is_answered_as_if_read_here(model, depth):
         for _ in range(6):
             writer.step()
             parcels += carry()
-    while writer.running or writer.waiting:
+    while writer.has_unfinished_requests():
         writer.step()
         parcels += carry()
     for row in rows:
         assert regret(model, row) < 1e-4
-    assert writer.block_pool.num_used == 0
+    assert writer.scheduler.block_pool.num_used == 0
     if depth == 0:
         assert writer.counters["prompt_tokens"] == 0
         assert parcels[1].start == 16 and parcels[1].kv_lsx.shape == (5, 7, 24)
@@ -436,14 +443,16 @@ def test_who_leaves_while_their_prompt_is_read_elsewhere(model):
     row = Request([1] * 30, 5)
     writer.submit(row)
     writer.step()
-    assert row.remote_prefill and writer.block_pool.num_used == 8
+    assert row.remote_prefill and writer.scheduler.block_pool.num_used == 8
     row.aborted = True
     writer.step()
     for _ in range(6):
         carry()
     writer.step()
     assert (
-        row.finish_reason == "abort" and not row.output_tokens and writer.block_pool.num_used == 0
+        row.finish_reason == "abort"
+        and not row.output_tokens
+        and writer.scheduler.block_pool.num_used == 0
     )
 
 
@@ -501,7 +510,7 @@ def client(here):
 def quiet(service, seconds: float = 5) -> bool:
     """Whether soon no row is left and no page in use."""
     end, e = time.monotonic() + seconds, service.engine
-    while e.running or e.waiting or e.block_pool.num_used:
+    while e.has_unfinished_requests() or e.scheduler.block_pool.num_used:
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
@@ -726,7 +735,7 @@ def test_a_client_that_goes_away_frees_its_pages(slow, streaming):
     if streaming:
         with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
             next(answer.iter_lines())
-            assert service.engine.block_pool.num_used > 0
+            assert service.engine.scheduler.block_pool.num_used > 0
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/completions", json=body, timeout=0.3)
@@ -754,7 +763,7 @@ def test_a_full_queue_says_come_again(folder):
 
 def test_a_step_that_fails_is_told_to_all(folder, capsys):
     with served(folder) as (address, service):
-        service.engine.decode_step = lambda: 1 / 0
+        service.engine.runner.decode_step = lambda *_: 1 / 0
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "we"})
         assert answer.status_code == 503
         assert httpx.get(f"{address}/health").status_code == 503
@@ -879,7 +888,7 @@ def test_the_load_test_asks_every_server(folder, tmp_path):
 
 def test_the_commands_mistakes(folder, capsys):
     for more, sentence in (
-        (["--num-speculative-tokens", "3"], "draft must be 0 to 2"),
+        (["--num-speculative-tokens", "3"], "num_speculative_tokens is 3, but must be 0 to 2"),
         (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
         (["--kv-cache-tokens", "8"], "--kv-cache-tokens must be at least two pages"),
         (["--port", "99999"], "--port must be from 0 to 65535"),

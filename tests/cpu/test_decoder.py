@@ -1,0 +1,111 @@
+"""The fast CPU decoder equals the plain one of chapter 08."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_ref import ops
+from dsv3_ref.cpu.decoder import BlockTables, small_matmul
+from dsv3_ref.decode import BlockWeights, Decoder, decode_weights, stream
+from dsv3_ref.mla import LayerKVCache
+from dsv3_ref.model import Transformer
+
+SHAPES = [
+    {},
+    {"q_lora_rank": 0},
+    {"score_func": "softmax", "n_expert_groups": 1, "n_limited_groups": 1},
+    {"n_dense_layers": 3, "n_mtp_layers": 0},
+    {"n_shared_experts": 0},
+    {"rope_factor": 1.0, "qk_nope_head_dim": 7, "kv_lora_rank": 13},
+]
+
+
+def readings(model: Transformer, tokens_bt: torch.Tensor, steps: list[int]) -> list[torch.Tensor]:
+    """Hidden states, logits and MTP states of a decoder that reads in steps of these sizes."""
+    decoder, start, results = Decoder(model, len(tokens_bt), tokens_bt.shape[1]), 0, []
+    decoder.token_bt[:] = tokens_bt
+    for s in steps:
+        h_bsd = decoder.hidden_states([start] * len(tokens_bt), s)
+        results += [h_bsd, decoder.logits(h_bsd[:, -1])]
+        start += s
+    for k in range(1, len(model.mtp) + 1):
+        h_bsd = decoder.h_btd[:, : start - len(model.mtp)]
+        results.append(decoder.mtp_forward(k, h_bsd, [0] * len(tokens_bt)))
+    return results
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@torch.no_grad()
+def test_the_fast_decoder_is_the_plain_one(micro, changes, batch):
+    """A prompt, chunks of it on both sides of the limits, one and two tokens; rows and heads."""
+    model, steps = Transformer(replace(micro, **changes)).eval(), [20, 17, 1, 2, 1]
+    tokens_bt = torch.randint(micro.vocab_size, (batch, sum(steps)))
+    with ops.use("torch"):
+        want = readings(model, tokens_bt, steps)
+    with ops.use("cpu", "torch"):
+        assert all(isinstance(w, BlockTables) for w in decode_weights(model).blocks)
+        got = readings(model, tokens_bt, steps)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5], [9, 2, 4], [1, 8, 3, 3]], ids=str)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_rows_of_unequal_length_continue_alike(micro, exact, lengths, depth):
+    """In fp64, where both forms call the modules, only attention differs: the tokens do not."""
+    model = Transformer(micro).double().eval()
+    prompts = [torch.randint(micro.vocab_size, (n,)).tolist() for n in lengths]
+    texts = []
+    for backends in (("torch",), ("cpu", "torch")):
+        with ops.use(*backends):
+            texts.append(list(stream(model, prompts, 6, num_speculative_tokens=depth)))
+    assert texts[0] == texts[1]
+
+
+def test_other_dtypes_decode_with_their_modules(micro):
+    model = Transformer(micro).bfloat16()
+    with ops.use("cpu", "torch"):
+        assert {type(w) for w in decode_weights(model).blocks} == {BlockWeights}
+
+
+@torch.no_grad()
+def test_tables_follow_the_weights(micro):
+    model, x = Transformer(micro), torch.randn(1, 1, micro.dim)
+    with ops.use("cpu", "torch"):
+        first = decode_weights(model)
+        assert decode_weights(model) is first
+        model.layers["0"].attn.wo.weight.mul_(2.0)
+        second = decode_weights(model)
+    before, after = (w.blocks[0].tables["wo"] for w in (first, second))
+    torch.testing.assert_close(after, 2 * before)
+    assert second.logits(x).shape == (1, 1, micro.vocab_size)
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
+def test_a_product_with_few_rows_is_the_product(n, d, o):
+    x_nd, w_do = torch.randn(n, d), torch.randn(d, o)
+    torch.testing.assert_close(small_matmul(x_nd, w_do), x_nd @ w_do, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("t", [30, 513, 1100])
+@pytest.mark.parametrize("s", [17, 30])
+def test_a_chunk_attends_as_the_whole(micro, s, t):
+    """The first chunk, a chunk within a block of keys, and one that needs three blocks."""
+    h, i, r, v, c = 3, 5, 4, 6, 8
+    q_bshi, q_bshr = torch.randn(2, s, h, i), torch.randn(2, s, h, r)
+    kv_btx, wkv_b = torch.randn(2, t, c + r), torch.randn(h * (i + v), c)
+    args = q_bshi, q_bshr, kv_btx, wkv_b, 0.2
+    got = ops.IMPLS["attend_prefill"]["cpu"](*args)
+    torch.testing.assert_close(
+        got, ops.IMPLS["attend_prefill"]["torch"](*args), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_cache_is_that_of_chapter_03(micro):
+    decoder = Decoder(Transformer(micro), 2, 7)
+    want = LayerKVCache(micro, 2, 7).kv_btx.shape
+    assert {layer.attention.kv_btx.shape for layer in decoder.layers} == {want}
