@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from dsv3_ref.kernels.launch import BF16, FP32
+from dsv3_ref.kernels.launch import BF16, FP32, num_blocks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3_ref import fp8, mla, moe, ops
@@ -49,7 +49,7 @@ SCALE = softmax_scale(V3)
 
 @dataclass(frozen=True)
 class Goal:
-    """At least so much of a measure(row, rows by name, limits)."""
+    """A minimum for a measure(row, rows by name, limits)."""
 
     text: str
     minimum: float
@@ -80,7 +80,7 @@ class Case:
 
 @dataclass
 class Timing:
-    """What came of a case: ms, or why there is none; a yardstick's value is ms or a reason."""
+    """The result of a case: ms, or why there is none; a yardstick's value is ms or a reason."""
 
     name: str
     bytes: float
@@ -114,17 +114,17 @@ def fraction_of_copy(row, rows, limits) -> float:
 
 
 def speedup_over(yardstick: str):
-    """How many times as fast as a yardstick."""
+    """Measure how many times as fast a case is as a yardstick."""
     return lambda row, rows, limits: row.yardsticks[yardstick] / row.ms
 
 
 def fraction_of_case(name: str):
-    """Share of another case's TFLOP/s."""
+    """Measure the share of another case's TFLOP/s."""
     return lambda row, rows, limits: tflops(row) / tflops(rows[name])
 
 
 def roofline(row, limits) -> tuple[str, float]:
-    """What binds, and its floor in ms: max(bytes / copy, FLOPs / peak)."""
+    """Return what binds and its floor in ms: max(bytes / copy, FLOPs / peak)."""
     floors = {"copy": row.bytes / limits["copy"] / 1e6}
     floors[row.peak] = row.flops / limits[row.peak] / 1e9
     name = max(floors, key=floors.get)
@@ -145,7 +145,7 @@ leaf = partial(randn, grad=True)
 
 
 def with_backends(backends, fn):
-    """fn, called under these backends."""
+    """Return fn as called under these backends."""
 
     def run():
         with use(*backends):
@@ -155,7 +155,7 @@ def with_backends(backends, fn):
 
 
 def vs_torch(fn):
-    """The call, and as yardstick the same of the torch reference."""
+    """Return the call, with the torch reference as its yardstick."""
     return fn, {"torch": with_backends(TORCH, fn)}
 
 
@@ -182,17 +182,13 @@ def backward_vs_torch(forward, *inputs):
     }
 
 
-def num_blocks(n: int) -> int:
-    return math.ceil(n / 128)
-
-
 def num_padded_tiles(m: int, e: int = 1) -> int:
-    """Tiles of 128 rows that `act_quant_transposed` makes of m rows."""
+    """Count the tiles of 128 rows that `act_quant_transposed` makes of m rows."""
     return m // 128 + e
 
 
 def expert_counts(e: int, m: int, skewed: bool = False):
-    """Rows of each of e experts, m in all: even, or falling as 1/rank and shuffled."""
+    """Draw the rows of each of e experts, m in all: even, or falling as 1/rank and shuffled."""
     share = 1 / torch.arange(1, e + 1, dtype=torch.float64) if skewed else torch.ones(e)
     tokens_per_expert_e = (m * share / share.sum()).floor().long()
     tokens_per_expert_e[: m - int(tokens_per_expert_e.sum())] += 1
@@ -204,13 +200,15 @@ def expert_counts(e: int, m: int, skewed: bool = False):
 # ── Products ──
 
 
-def scaled_mm_call(x, w):
-    """torch._scaled_mm with a scale a row of x and a scale a row of w."""
-    (x_q, x_s), (w_q, w_s) = (
-        (fp8.quantize(t.float(), s), s)
-        for t in (x, w)
-        for s in [t.float().abs().amax(1, keepdim=True) / fp8.E4M3_MAX]
-    )
+def quantize_rows(x):
+    """Quantize with one scale per row, as torch._scaled_mm takes it."""
+    scale = x.float().abs().amax(1, keepdim=True) / fp8.E4M3_MAX
+    return fp8.quantize(x.float(), scale), scale
+
+
+def scaled_mm_call(x, weight):
+    """Return a call of torch._scaled_mm with a scale per row of x and per row of the weight."""
+    (x_q, x_s), (w_q, w_s) = quantize_rows(x), quantize_rows(weight)
     return lambda: torch._scaled_mm(x_q, w_q.T, scale_a=x_s, scale_b=w_s.T, out_dtype=BF16)
 
 
@@ -395,7 +393,7 @@ def swiglu_quant_backward(e: int, m: int, f: int) -> Case:
 
 
 def rotation(s: int, h: int) -> Case:
-    """The last r of i + r dims of each head."""
+    """Time RoPE on the last r of i + r dims of each head."""
     i, r = V3.qk_nope_head_dim, V3.qk_rope_head_dim
 
     def make():

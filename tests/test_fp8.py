@@ -255,7 +255,7 @@ def test_the_input_kept_in_twelve_bits_is_what_wgrad_reads():
     layer, g = ops.Linear(200, 130, "e5m6"), torch.randn(70, 130)
     x = torch.randn(70, 200, requires_grad=True)
     torch.nn.init.normal_(layer.weight)
-    with ops.use("fp8", "torch"), ops.saved_tensors(False) as saved:
+    with ops.use("fp8", "torch"), saved_tensors(False) as saved:
         y = layer(x)
         saved_bytes = saved.bytes
         dw = torch.autograd.grad(y, layer.weight, g)[0]
