@@ -62,7 +62,7 @@ class AblateConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """How one run differs from the others."""
+    """A model, a recipe and settings: what one run differs in from the others."""
 
     model: Config
     recipe: TrainingRecipe
@@ -75,65 +75,75 @@ class Variant:
 # ── What is compared ──
 
 
-def ablation_recipe(c: Config, steps: int) -> TrainingRecipe:
-    """That of `tiny`, no ramp of the batch, a row as long as the model reads, no balance loss."""
+def ablation_recipe(config: Config, steps: int) -> TrainingRecipe:
+    """Return the recipe of `tiny` without batch ramp and balance loss, for the longest sequences."""
     warmup = min(20, steps)
     return replace(
-        RECIPES["tiny"], steps=steps, seq_len=c.max_seq_len, start_batch_size=8,
+        RECIPES["tiny"], steps=steps, seq_len=config.max_seq_len, start_batch_size=8,
         warmup_steps=warmup, balance_loss_coeff=0.0,
     )  # fmt: skip
 
 
-def balance_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
-    """Bias alone, a balance loss alone (per sequence, per batch; two α), nothing (§4.5)."""
-    out = {"bias": Variant(c, r)}
+def balance_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
+    """Compare bias alone, a balance loss alone (per sequence, per batch; two α), nothing (§4.5)."""
+    out = {"bias": Variant(config, recipe)}
     for over in ("sequence", "batch"):
         for alpha in (0.01, 0.1):
             other = replace(
-                r, bias_update_rate=0.0, balance_loss_coeff=alpha, balance_loss_scope=over
+                recipe, bias_update_rate=0.0, balance_loss_coeff=alpha, balance_loss_scope=over
             )
-            out[f"{over} α={alpha:g}"] = Variant(c, other)
-    return out | {"nothing": Variant(c, replace(r, bias_update_rate=0.0))}
+            out[f"{over} α={alpha:g}"] = Variant(config, other)
+    return out | {"nothing": Variant(config, replace(recipe, bias_update_rate=0.0))}
 
 
-def mtp_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
-    """No, one and two MTP modules beside one and the same main model (§4.5.1)."""
-    return {f"D={d}": Variant(replace(c, n_mtp_layers=d), r) for d in range(3)}
+def mtp_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
+    """Compare no, one and two MTP modules beside the same main model (§4.5.1)."""
+    return {f"D={d}": Variant(replace(config, n_mtp_layers=d), recipe) for d in range(3)}
 
 
-def mla_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
-    """MHA, GQA with 2 and 1 key-value heads, MLA with their caches; as many parameters as MHA."""
-    whole = Variant(gqa_config(c, c.n_heads), r, c.n_heads)
+def mla_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
+    """Compare MHA, GQA with 2 and 1 key-value heads and MLA with their caches, all of one size."""
+    whole = Variant(gqa_config(config, config.n_heads), recipe, config.n_heads)
     out = {"MHA": whole}
     for n in (2, 1):
-        latent = 2 * n * c.v_head_dim - c.qk_rope_head_dim
-        out[f"GQA {n}"] = match_params(Variant(gqa_config(c, n), r, n), whole)
-        out[f"MLA {latent}"] = match_params(Variant(replace(c, kv_lora_rank=latent), r), whole)
+        latent = 2 * n * config.v_head_dim - config.qk_rope_head_dim
+        out[f"GQA {n}"] = match_params(Variant(gqa_config(config, n), recipe, n), whole)
+        out[f"MLA {latent}"] = match_params(
+            Variant(replace(config, kv_lora_rank=latent), recipe), whole
+        )
     return out
 
 
-def gqa_config(c: Config, n: int) -> Config:
-    """The config for `GQA(c, n)`: heads as wide as their values, a cache of 2·n of them."""
-    v = c.v_head_dim
-    return replace(c, qk_rope_head_dim=v, kv_lora_rank=2 * n * v - v)
+def gqa_config(config: Config, n: int) -> Config:
+    """Return the config for `GQA(config, n)`: heads as wide as their values, a cache of 2·n of them."""
+    v = config.v_head_dim
+    return replace(config, qk_rope_head_dim=v, kv_lora_rank=2 * n * v - v)
 
 
-def match_params(v: Variant, like: Variant) -> Variant:
-    """The variant with its dense FFN widened until it has as many parameters as `like`."""
-    missing = count_main_params(like) - count_main_params(v)
-    wider = v.model.inter_dim + 8 * round(missing / (8 * 3 * v.model.dim * v.model.n_dense_layers))
-    return replace(v, model=replace(v.model, inter_dim=wider))
+def match_params(variant: Variant, like: Variant) -> Variant:
+    """Widen the dense FFN of a variant until it has as many parameters as `like`."""
+    missing = count_main_params(like) - count_main_params(variant)
+    wider = variant.model.inter_dim + 8 * round(
+        missing / (8 * 3 * variant.model.dim * variant.model.n_dense_layers)
+    )
+    return replace(variant, model=replace(variant.model, inter_dim=wider))
 
 
-def fim_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
-    """No document rearranged, and one in ten (§4.1)."""
-    return {f"rate {rate:g}": Variant(c, r, fim_rate=rate) for rate in (0.0, 0.1)}
+def fim_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
+    """Compare no document rearranged with one in ten (§4.1)."""
+    return {f"rate {rate:g}": Variant(config, recipe, fim_rate=rate) for rate in (0.0, 0.1)}
 
 
-def fp8_variants(c: Config, r: TrainingRecipe) -> dict[str, Variant]:
-    """High precision; the same, its sums rounded otherwise; all linear layers in FP8 (§3.3)."""
-    halves = Variant(c, r, micro_batch=r.global_batch_size // 2)  # in exact arithmetic the same run
-    return {"fp32": Variant(c, r), "fp32 halves": halves, "fp8": Variant(c, r, precision="fp8")}
+def fp8_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
+    """Compare fp32, fp32 with other rounding of sums, and all linear layers in FP8 (§3.3)."""
+    halves = Variant(
+        config, recipe, micro_batch=recipe.global_batch_size // 2
+    )  # in exact arithmetic the same run
+    return {
+        "fp32": Variant(config, recipe),
+        "fp32 halves": halves,
+        "fp8": Variant(config, recipe, precision="fp8"),
+    }
 
 
 VARIANTS = {
@@ -145,22 +155,23 @@ VARIANTS = {
 # ── The model of a variant ──
 
 
-def build_variant(v: Variant) -> Transformer:
-    return replace_attention(Transformer(v.model), v.kv_heads)
+def build_variant(variant: Variant) -> Transformer:
+    """Return a new model of a variant."""
+    return replace_attention(Transformer(variant.model), variant.kv_heads)
 
 
 def replace_attention(model: Transformer, kv_heads: int) -> Transformer:
-    """The model with a fresh GQA in every block (0: as it is)."""
+    """Put a new GQA into every block of the model (0: leave it as it is); return the model."""
     for block in model.layers.values() if kv_heads else ():
         block.attn = GQA(model.config, kv_heads)
         init_weights(block.attn, model.config.init_std)
     return model
 
 
-def count_main_params(v: Variant) -> int:
-    """Parameters of the main model: MTP modules not counted."""
+def count_main_params(variant: Variant) -> int:
+    """Count the parameters of the main model, without MTP modules."""
     with torch.device("meta"):
-        model = build_variant(v)
+        model = build_variant(variant)
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
 
 
@@ -168,7 +179,7 @@ def count_main_params(v: Variant) -> int:
 
 
 def measure_expert_balance(run: Run, batches: int) -> dict:
-    """MaxVio over all rows together and over single rows; experts' shares of each source."""
+    """Return MaxVio over all rows together and over single rows; experts' shares of each source."""
     loads = {
         name: expert_load_per_sequence(run.strategy.model, val[:batches])
         for name, val in run.data.val.items()
@@ -185,7 +196,7 @@ def measure_expert_balance(run: Run, batches: int) -> dict:
 
 @torch.no_grad()
 def expert_load_per_sequence(model: Transformer, batches) -> torch.Tensor:
-    """Tokens of each row that each expert of each layer received, (l, b, e)."""
+    """Return the tokens of each row that each expert of each layer received, (l, b, e)."""
     found = []
     for window_bs in batches:
         routes = model.hidden_states(window_bs[:, :-1])[1]
@@ -196,7 +207,7 @@ def expert_load_per_sequence(model: Transformer, batches) -> torch.Tensor:
 
 @torch.no_grad()
 def measure_acceptance(run: Run, batches: int) -> dict:
-    """Shares of drafts that the main model would accept: each depth, and depths 1 … k together."""
+    """Return the fractions of drafts accepted at each depth, and at depths 1 … k together."""
     hits = [torch.zeros(len(run.strategy.model.mtp), 0)]
     for window_bs in (
         w for val in run.data.val.values() for w in val[:batches] if len(run.strategy.model.mtp)
@@ -212,7 +223,7 @@ def measure_acceptance(run: Run, batches: int) -> dict:
 
 @torch.no_grad()
 def measure_infilling(run: Run, batches: int) -> dict:
-    """Nats a token and share of right tokens of held-out middles: after both sides, and one."""
+    """Return nats per token and the fraction of right tokens of held-out middles: after both sides, and one."""
     rng, out = random.Random(0), {}
     texts = [text for s in run.data.sources for text in random.Random(1).sample(
         s.val_texts, min(N_INFILL_DOCUMENTS // len(run.data.sources), len(s.val_texts)))]  # fmt: skip
@@ -225,11 +236,12 @@ def measure_infilling(run: Run, batches: int) -> dict:
 
 
 def encode_pieces(rows: PackedDataLoader, *pieces: str) -> list[list[int]]:
+    """Tokenize texts without special tokens."""
     return [e.ids for e in rows.encode_batch(list(pieces))]
 
 
 def psm_prompt(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
-    """What the model reads before the middle when it sees both sides, and the middle."""
+    """Return the tokens before the middle when the model sees both sides, and the middle."""
     ids = rows.ids
     pre, mid, suf = encode_pieces(rows, pre, mid, suf)
     begin = [ids[tok.BOS], ids[tok.FIM_BEGIN], *pre]
@@ -239,13 +251,13 @@ def psm_prompt(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[li
 def left_to_right_prompt(
     rows: PackedDataLoader, pre: str, mid: str, suf: str
 ) -> tuple[list[int], list[int]]:
-    """The same left to right: the suffix is not seen."""
+    """Return the tokens before the middle without the suffix, and the middle."""
     pre, mid = encode_pieces(rows, pre, mid)
     return [rows.ids[tok.BOS], *pre], mid
 
 
 def score_middle(run: Run, example) -> tuple[float, int, int] | None:
-    """Nats, right greedy guesses and tokens of a middle; None where it does not fit."""
+    """Return nats, right greedy guesses and tokens of a middle; None where it does not fit."""
     prompt, mid = example
     if len(prompt) + len(mid) > run.config.recipe.seq_len + 1:
         return None
@@ -269,6 +281,7 @@ CURVE_KEYS = {
 
 
 def rounded_mean(values) -> float:
+    """Return the mean, rounded to four digits after the point."""
     values = list(values)
     return round(sum(values) / len(values), 4)
 
@@ -283,28 +296,28 @@ def round_floats(x):
 # ── One run ──
 
 
-def build_variant_run(args: AblateConfig, v: Variant, seed: int) -> Run:
+def build_variant_run(args: AblateConfig, variant: Variant, seed: int) -> Run:
     """Build a run of `dsv3 train` with the variant's attention, data and validation windows."""
-    config = TrainConfig(v.model, v.recipe, seed=seed, data=args.data, fim_rate=v.fim_rate,
-                  device="cpu", optimizer_dtype="fp32", precision=v.precision,
-                  micro_batch=v.micro_batch)  # fmt: skip
+    config = TrainConfig(variant.model, variant.recipe, seed=seed, data=args.data, fim_rate=variant.fim_rate,
+                  device="cpu", optimizer_dtype="fp32", precision=variant.precision,
+                  micro_batch=variant.micro_batch)  # fmt: skip
     settings.validate_args(config)
     run = build_run(PretrainTask(config), SingleProcess(config), args.out)
-    if v.kv_heads:
-        replace_attention(run.strategy.model, v.kv_heads)
-        run.strategy.optimizer = build_adamw(run.strategy.model, v.recipe, torch.float32)
+    if variant.kv_heads:
+        replace_attention(run.strategy.model, variant.kv_heads)
+        run.strategy.optimizer = build_adamw(run.strategy.model, variant.recipe, torch.float32)
     for s in run.data.sources if args.name == "fim" else ():
         s.val_data, s.train_data = split_passages(s.val_data), split_passages(s.train_data)
         del s.val_texts  # of whole documents
     for s in run.data.sources:
-        windows = val_windows(s.val_texts, run.data.tokenizer, v.recipe.seq_len)
+        windows = val_windows(s.val_texts, run.data.tokenizer, variant.recipe.seq_len)
         every = max(1, len(windows) // FINAL_VAL_BATCHES)
         run.data.val[s.name] = windows[::every][:FINAL_VAL_BATCHES]
     return run
 
 
 def split_passages(data):
-    """A dataset's documents in pieces of `PASSAGE_CHARS` characters."""
+    """Return a dataset with its documents cut into pieces of `PASSAGE_CHARS` characters."""
     if not hasattr(data, "map"):
         raise UserError("dsv3 ablate fim cuts texts into passages: give it text, not shards")
 
@@ -320,12 +333,12 @@ def split_passages(data):
 
 
 def val_losses(run: Run, batches: int) -> dict[str, float]:
-    """Validation loss of every source, nats a token."""
+    """Validation loss of every source, nats per token."""
     return {name: round(evaluate(run.task, run, name, batches)[0], 5) for name in run.data.val}
 
 
 def curve_point(args: AblateConfig, run: Run, recent: list[float]) -> dict:
-    """A point of the curves: step, training loss since the last point, validation on few rows."""
+    """Return a point of the curves: step, training loss since the last point, validation on few rows."""
     row = {
         "step": run.state.step,
         "loss": rounded_mean(recent),
@@ -335,9 +348,9 @@ def curve_point(args: AblateConfig, run: Run, recent: list[float]) -> dict:
     return row | {k: x for k, x in found.items() if k in CURVE_KEYS}
 
 
-def run_variant(args: AblateConfig, name: str, v: Variant, seed: int) -> dict:
+def run_variant(args: AblateConfig, name: str, variant: Variant, seed: int) -> dict:
     """Train a variant and measure it: an entry of `runs`."""
-    start, run = time.perf_counter(), build_variant_run(args, v, seed)
+    start, run = time.perf_counter(), build_variant_run(args, variant, seed)
     losses, curve = [], []
     every = max(1, run.num_steps // 10)
     while run.state.step < run.num_steps:
@@ -356,20 +369,20 @@ def run_variant(args: AblateConfig, name: str, v: Variant, seed: int) -> dict:
 # ── All runs, one file ──
 
 
-def variant_metadata(v: Variant) -> dict:
-    """What a variant is, for the file: differences, parameters, cache."""
+def variant_metadata(variant: Variant) -> dict:
+    """Describe a variant for the file: differences, parameters, cache."""
     return {
-        "params": count_main_params(v), "cache_bytes": count_params(v.model).cache_bytes,
-        "kv_heads": v.kv_heads, "fim_rate": v.fim_rate,
-        **({"precision": v.precision} if v.precision != "fp32" else {}),
-        **({"micro_batch": v.micro_batch} if v.micro_batch else {}),
-        "model": {k: x for k, x in asdict(v.model).items() if x != getattr(TINY, k)},
-        "recipe": {k: x for k, x in asdict(v.recipe).items() if x != getattr(RECIPES["tiny"], k)},
+        "params": count_main_params(variant), "cache_bytes": count_params(variant.model).cache_bytes,
+        "kv_heads": variant.kv_heads, "fim_rate": variant.fim_rate,
+        **({"precision": variant.precision} if variant.precision != "fp32" else {}),
+        **({"micro_batch": variant.micro_batch} if variant.micro_batch else {}),
+        "model": {k: x for k, x in asdict(variant.model).items() if x != getattr(TINY, k)},
+        "recipe": {k: x for k, x in asdict(variant.recipe).items() if x != getattr(RECIPES["tiny"], k)},
     }  # fmt: skip
 
 
 def load_results(path: Path, made: dict) -> dict:
-    """The file with the runs it holds so far; raises if they were made otherwise."""
+    """Return the results so far; raise a `UserError` if they were made with other settings."""
     if not path.is_file():
         return made | {"runs": []}
     old = read_json(path)
@@ -380,7 +393,7 @@ def load_results(path: Path, made: dict) -> dict:
 
 
 def run_ablation(args: AblateConfig, command: str) -> Path:
-    """Every variant with every seed, seed by seed; the file is whole after each run."""
+    """Run every variant with every seed, seed by seed; the file is complete after each run."""
     if args.seeds < 1 or args.steps < 1:
         raise UserError("--seeds and --steps must be at least 1")
     base = load_config(args.config) if args.config else BASE
@@ -403,7 +416,7 @@ def run_ablation(args: AblateConfig, command: str) -> Path:
 
 
 def write_compact(path: Path, result: dict) -> None:
-    """The file, a run a line."""
+    """Write the results with one line per run."""
     runs = [json.dumps(r, ensure_ascii=False) for r in result["runs"]]
     head = json.dumps(result | {"runs": []}, ensure_ascii=False, indent=1)
     part = path.with_suffix(".part")
@@ -411,13 +424,18 @@ def write_compact(path: Path, result: dict) -> None:
     part.replace(path)
 
 
-def print_run(r: dict) -> None:
-    more = {k: x for k, x in r.items() if isinstance(x, float) and k not in ("val_loss", "seconds")}
+def print_run(run: dict) -> None:
+    """Print a line about a finished run."""
+    more = {
+        k: x for k, x in run.items() if isinstance(x, float) and k not in ("val_loss", "seconds")
+    }
     words = ", ".join(f"{k} {x:.3f}" for k, x in more.items())
     print(
-        f"seed {r['seed']} {r['variant']:16} {r['val_loss']:.4f} nats a token  {words}", flush=True
+        f"seed {run['seed']} {run['variant']:16} {run['val_loss']:.4f} nats per token  {words}",
+        flush=True,
     )
 
 
 def parse_options(argv: list[str]) -> AblateConfig:
+    """Parse the options of `dsv3 ablate`."""
     return tyro.cli(AblateConfig, prog="dsv3 ablate", args=argv)

@@ -355,8 +355,7 @@ def test_acceptance_counts_chains(monkeypatch, micro):
     hits = [torch.tensor([[1, 1, 1, 0, 1]]).bool(), torch.tensor([[1, 0, 0, 1]]).bool()]
     monkeypatch.setattr(ablate, "mtp_draft_matches", lambda model, tokens_bs: hits)
 
-    class Stub:
-        model, val = SimpleNamespace(mtp="12"), {"x": [torch.zeros(1, 7)]}
-
-    found = ablate.measure_acceptance(Stub(), 1)
+    strategy = SimpleNamespace(model=SimpleNamespace(mtp="12"))
+    run = SimpleNamespace(strategy=strategy, data=SimpleNamespace(val={"x": [torch.zeros(1, 7)]}))
+    found = ablate.measure_acceptance(run, 1)
     assert found == {"acceptance": [0.75, 0.5], "acceptance_chain": [0.75, 0.25]}
