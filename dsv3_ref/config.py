@@ -54,7 +54,7 @@ class Config:
 
 
 class UserError(ValueError):
-    """A mistake a person can mend: the command line prints the sentence, not a traceback."""
+    """A mistake of the user: the command line prints the sentence, not a traceback."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -138,7 +138,7 @@ def from_dict(values: dict) -> Config:
 
 
 def load_config(name: str) -> Config:
-    """The config of a size (`tiny`) or of a JSON file (`my.json`)."""
+    """Return the config of a size (`tiny`) or of a JSON file (`my.json`)."""
     if name in CONFIGS:
         return CONFIGS[name]
     path = Path(name)
@@ -183,7 +183,7 @@ def count_moe_params(config: Config, n_experts: int) -> int:
 
 @dataclass(frozen=True)
 class ParamCount:
-    """Numbers of parameters, and bytes of cache a token."""
+    """Numbers of parameters, and bytes of cache per token."""
 
     total: int  # main model, gate biases included, MTP excluded
     activated: int  # touched by one token, both embeddings counted

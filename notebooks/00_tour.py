@@ -135,7 +135,7 @@ class Config:
 # %%
 #| export config
 class UserError(ValueError):
-    """A mistake a person can mend: the command line prints the sentence, not a traceback."""
+    """A mistake of the user: the command line prints the sentence, not a traceback."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -274,7 +274,7 @@ def from_dict(values: dict) -> Config:
 
 
 def load_config(name: str) -> Config:
-    """The config of a size (`tiny`) or of a JSON file (`my.json`)."""
+    """Return the config of a size (`tiny`) or of a JSON file (`my.json`)."""
     if name in CONFIGS:
         return CONFIGS[name]
     path = Path(name)
@@ -396,7 +396,7 @@ assert 3 * V3.dim * V3.inter_dim == used - V3.n_routed_experts * (V3.dim + 1)
 #| export config
 @dataclass(frozen=True)
 class ParamCount:
-    """Numbers of parameters, and bytes of cache a token."""
+    """Numbers of parameters, and bytes of cache per token."""
 
     total: int  # main model, gate biases included, MTP excluded
     activated: int  # touched by one token, both embeddings counted
