@@ -63,7 +63,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         read = sum(x.numel() for x in args if isinstance(x, torch.Tensor))
-        self.steps.append((func.overloadpacket.__name__, read, out.numel()))
+        if isinstance(out, torch.Tensor):
+            self.steps.append((func.overloadpacket.__name__, read, out.numel()))
         return out
 
 

@@ -259,8 +259,8 @@ def test_only_slots_that_change_are_filled(moe):
 def test_slots_have_the_dtype_of_the_experts(moe):
     moe.bfloat16()
     set_expert_placement(moe, placements()[0])
-    assert {p.dtype for p in moe.routed.physical.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in moe.routed.physical.parameters())
+    assert {p.dtype for p in moe.token_dispatcher.physical.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in moe.token_dispatcher.physical.parameters())
     with pytest.raises(UserError, match="one layer"):
         set_expert_placement(moe, torch.arange(12)[None])
 
