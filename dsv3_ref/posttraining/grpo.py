@@ -53,7 +53,7 @@ class GRPOConfig(TrainConfig):
     .jsonl and .parquet files of problems with answers, with test cases for code, or with neither"""
     reward: Path | None = None
     """a reward model (of dsv3 reward) that scores tasks without a right answer"""
-    sample_votes: int = 0
+    votes: int = 0
     """self-reward in its place: the share of yes among so many votes of the model that the run
     began with"""
     num_generations: int = 16
