@@ -137,7 +137,7 @@ class Estimate:
 
 
 def num_stages(plan: PlanConfig) -> int:
-    """Of the whole pipeline."""
+    """Return the number of stages of the whole pipeline."""
     return 1 + max(s for of_rank in stages_by_rank(plan.schedule, plan.pp) for s in of_rank)
 
 
@@ -166,7 +166,7 @@ def count_params_by_rank(config: Config, name: str, pp: int, dp: int, ep: int):
 
 
 def stage_bytes(plan: PlanConfig, config: Config) -> list[int]:
-    """What one micro-batch holds in each stage; head losses keep both of their gradients."""
+    """Return the bytes that one micro-batch saves in each stage; head losses save both gradients."""
     block = [
         sum(activation_bytes_per_token(config, dense, plan.precision == "fp8").values())
         for dense in (False, True)
@@ -186,7 +186,7 @@ def stage_bytes(plan: PlanConfig, config: Config) -> list[int]:
 
 
 def peak_activations(mine: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
-    """A rank's largest sum of what its micro-batches hold, and how many there were then."""
+    """Return a rank's largest sum of saved bytes, and how many micro-batches were in flight then."""
     live, best = [], (0, 0)
     for step in mine:
         live += [op.stage for op in step if op.kind == "F"]
@@ -213,7 +213,7 @@ def rank_bytes(plan: PlanConfig, numbers: dict, activations: int) -> RankMemory:
 
 
 def bytes_sent(plan: PlanConfig, config: Config, numbers: list[dict], where) -> dict[str, int]:
-    """Bytes that a GPU sends in a step, by link; of the rank with the most, for each link."""
+    """Return the bytes that a GPU sends in a step by link, each of the rank that sends most."""
     m = plan.global_batch_size // (plan.dp * plan.ep)
     cut, (out, back) = (
         partition_layers(config, num_stages(plan)),
@@ -241,7 +241,7 @@ def bytes_sent(plan: PlanConfig, config: Config, numbers: list[dict], where) -> 
 
 
 def step_flops(plan: PlanConfig, config: Config) -> float:
-    """Of a step, forward and backward, without what is computed again."""
+    """Return the FLOPs of a step, forward and backward, without recomputation."""
     forward, backward = attention_flops(config, plan.seq_len)
     token = 0.0
     for i in [*range(config.n_layers), *[config.n_layers] * config.n_mtp_layers]:
@@ -256,7 +256,7 @@ def step_flops(plan: PlanConfig, config: Config) -> float:
 
 
 def estimate(plan: PlanConfig) -> Estimate:
-    """All of it."""
+    """Return the estimate of a plan; raise a `UserError` if the plan is invalid."""
     config = load_config(plan.config)
     validate_plan(plan, config)
     numbers, where = params_by_rank(plan, config)
@@ -272,7 +272,7 @@ def estimate(plan: PlanConfig) -> Estimate:
 
 
 def stage_times(plan: PlanConfig, config: Config) -> StageCosts:
-    """Seconds of each stage's operations, losses counted."""
+    """Return the durations of each stage's actions, overheads included."""
     moves, cut = (
         dispatch_copies(config, plan.ep, plan.ep_ranks_per_node),
         partition_layers(config, num_stages(plan)),
@@ -282,7 +282,7 @@ def stage_times(plan: PlanConfig, config: Config) -> StageCosts:
 
 
 def validate_plan(plan: PlanConfig, config: Config) -> None:
-    """Raise a `UserError` for a cluster that cannot be."""
+    """Raise a `UserError` if a plan is invalid."""
     if (
         min(plan.pp, plan.ep, plan.dp, plan.seq_len, plan.global_batch_size, plan.ep_ranks_per_node)
         < 1
@@ -351,7 +351,7 @@ def describe_unit(plan: PlanConfig) -> str:
 def format_unit(
     plan: PlanConfig, config: Config, unit: DeploymentUnit, s: Throughput, n: int
 ) -> str:
-    """The lines of `describe_unit`."""
+    """Return the text of `describe_unit`."""
     kinds = ("attention", "experts and what lies between", "exchange")
     times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, s))
     load = f"{n} sequences a group" if unit.direct_ib else "4,096 tokens a GPU"
@@ -371,7 +371,7 @@ ${dollars_per_million_tokens(plan.rates, s.tokens_per_s):.2f} a million tokens a
 
 
 def format_weights(config: Config, unit: DeploymentUnit, m: AchievedRates) -> str:
-    """What a GPU of the unit holds."""
+    """Return the sentence about the weights on a GPU of the unit."""
     weights = weights_on(config, unit)
     fits = "fit" if weights < 0.9 * m.memory else "do NOT fit"
     return f"{weights / 1e9:.1f} GB of weights a GPU {fits} {0.9 * m.memory / 1e9:g}"
@@ -381,7 +381,7 @@ def format_weights(config: Config, unit: DeploymentUnit, m: AchievedRates) -> st
 
 
 def format_memory(e: Estimate) -> str:
-    """Memory by rank, in GB."""
+    """Return the table of memory by rank, in GB."""
     head = [f.replace("host", "host: average") for f in RankMemory._fields]
     lines = ["rank  " + "  ".join(f"{name:>11}" for name in [*head[:-1], "GPU", head[-1]])]
     for i, rank in enumerate(e.ranks):
@@ -391,7 +391,7 @@ def format_memory(e: Estimate) -> str:
 
 
 def format_estimate(e: Estimate) -> str:
-    """Everything in words."""
+    """Return the estimate as text."""
     plan, m = e.plan, e.plan.rates
     top = max(rank.gpu for rank in e.ranks)
     fits = "fits" if top <= m.memory else "does NOT fit"
@@ -418,7 +418,7 @@ ${m.dollars_per_hour:g} an hour; without overheads {best / 1e3:,.1f}K \
 
 
 def plot_memory(e: Estimate):
-    """Memory of every pipeline rank, by kind."""
+    """Plot the memory of every pipeline rank, by kind."""
     from dsv3_ref.viz import COLORS, figure
 
     fig, ax = figure(1, 1, 9, 3.6)
@@ -437,7 +437,7 @@ def plot_memory(e: Estimate):
 
 
 def print_plan(plan: PlanConfig) -> None:
-    """Print it, and draw it where --out says."""
+    """Print the estimate of a plan, and save its figure to --out."""
     e = estimate(plan) if plan.unit == "train" else None
     print(format_estimate(e) if e else describe_unit(plan))
     if e and plan.out:
