@@ -71,7 +71,7 @@ class VllmRollouts:
         found = list(self.iter_completions(self.engine.generate(asked, how, use_tqdm=False)))
         return [tokens for tokens, _ in found], [logp for _, logp in found]
 
-    def generate(self, outputs) -> Iterator[tuple[list[int], list[float]]]:
+    def iter_completions(self, outputs) -> Iterator[tuple[list[int], list[float]]]:
         """(tokens, log π) of every answer, in the order of the prompts."""
         for output in outputs:
             for one in output.outputs:
