@@ -36,8 +36,8 @@ TOP = {
     "tools",
 }
 STILL_TO_MEND = {  # rule of tools/style.py → violations left
-    "docstring": 781, "typed": 333, "parallel": 191, "phrase": 188, "local": 142, "lambda": 136,
-    "comprehension": 128, "letter": 126, "name": 88, "ceil": 37,
+    "docstring": 578, "typed": 250, "parallel": 167, "phrase": 159, "comprehension": 116,
+    "local": 115, "lambda": 110, "letter": 97, "name": 84, "ceil": 22,
 }  # fmt: skip
 
 
