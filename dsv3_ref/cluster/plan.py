@@ -1,9 +1,9 @@
-"""`dsv3 print_plan`: what a cluster would hold, send and cost, before anybody rents it (chapter 17)."""
+"""`dsv3 plan`: what a cluster would hold, send and cost, before it is rented (chapter 17)."""
 
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -40,6 +40,9 @@ from dsv3_ref.scale import (
     step_tail,
     wall_clock_factor,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT_HOURS = 180e3  # GPU hours per trillion tokens (§1)
 
@@ -102,28 +105,31 @@ class RankMemory(NamedTuple):
 
     @property
     def gpu(self) -> int:
+        """Bytes on the GPU: everything but the host's."""
         return sum(self) - self.host
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `dsv3 print_plan` says."""
+    """The memory, traffic, duration and cost of a step, as `dsv3 plan` prints them."""
 
     plan: PlanConfig
     model: Config
     ranks: list[RankMemory]  # of every pp rank
     in_flight: list[int]  # micro-batches
-    sent: dict[str, int]  # bytes a step and GPU, of the rank that sends most
+    sent: dict[str, int]  # bytes per step and GPU, of the rank that sends most
     flops: float  # of a step, all GPUs
     spans: list[Span]
     tail: float  # seconds after the pipeline: gradients and weights over IB, AdamW
 
     @property
     def seconds(self) -> float:
+        """The duration of a step."""
         return max(span.end for span in self.spans) + self.tail
 
     @property
     def gpus(self) -> int:
+        """The number of GPUs."""
         return self.plan.pp * self.plan.ep * self.plan.dp
 
     @property
@@ -138,31 +144,36 @@ class Estimate:
 
 def num_stages(plan: PlanConfig) -> int:
     """Return the number of stages of the whole pipeline."""
-    return 1 + max(s for of_rank in stages_by_rank(plan.schedule, plan.pp) for s in of_rank)
+    return 1 + max(map(max, stages_by_rank(plan.schedule, plan.pp)))
 
 
 def params_by_rank(plan: PlanConfig, config: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
-    """Of every pp rank: {(ranks that sum the gradient, under FP8): numbers}; and its stages.
+    """Return for every pp rank its parameters by kind, and its stages.
 
-    From the model on the meta device, cut as the cluster trainer cuts it.
+    A kind is (number of ranks that sum the gradient, whether the GEMMs are in FP8). The parameters
+    are counted on the meta device, and divided as `ParallelEngine` divides them.
     """
     return count_params_by_rank(config, plan.schedule, plan.pp, plan.dp, plan.ep)
 
 
 @cache
-def count_params_by_rank(config: Config, name: str, pp: int, dp: int, ep: int):
-    """`params_by_rank` a schedule and a mesh, once: the model is large even on meta."""
+def count_params_by_rank(
+    config: Config, schedule_name: str, pp: int, dp: int, ep: int
+) -> tuple[list[dict], list[tuple[int, ...]]]:
+    """Return `params_by_rank`, cached because the model is large even on the meta device."""
     with torch.device("meta"):
         model = Transformer(config)
-    where, out = stages_by_rank(name, pp), [{} for _ in range(pp)]
+    where = stages_by_rank(schedule_name, pp)
+    numbers: list[dict] = [{} for _ in range(pp)]
     for name, w in model.named_parameters():
         ranks, expert = owning_ranks(name, config, where), is_expert(name)
         size = len(ranks) * dp * (1 if expert else ep)
         in_block = name.startswith("layers.") or ".block." in name
         key = size, in_block and w.ndim > 1 and ".gate." not in name
         for rank in ranks:
-            out[rank][key] = out[rank].get(key, 0) + w.numel() // (ep if expert else 1)
-    return out, where
+            number = w.numel() // (ep if expert else 1)
+            numbers[rank][key] = numbers[rank].get(key, 0) + number
+    return numbers, where
 
 
 def stage_bytes(plan: PlanConfig, config: Config) -> list[int]:
@@ -198,7 +209,11 @@ def peak_activations(mine: list[tuple[Action, ...]], size: list[int]) -> tuple[i
 
 
 def rank_bytes(plan: PlanConfig, numbers: dict, activations: int) -> RankMemory:
-    """fp32 parameters are their own masters; fp32 gradients; bf16 moments; codes with scales."""
+    """Return a rank's memory.
+
+    Parameters are in fp32 and are their own master weights, gradients are in fp32, moments in bf16;
+    FP8 codes have scales.
+    """
     total = sum(numbers.values())
     slices = sum(n / (size if plan.zero else 1) for (size, _), n in numbers.items())
     eight = sum(n for (_, eight), n in numbers.items() if eight)
@@ -212,7 +227,9 @@ def rank_bytes(plan: PlanConfig, numbers: dict, activations: int) -> RankMemory:
 # ── Messages, operations, time ──
 
 
-def bytes_sent(plan: PlanConfig, config: Config, numbers: list[dict], where) -> dict[str, int]:
+def bytes_sent(
+    plan: PlanConfig, config: Config, numbers: list[dict], where: list[tuple[int, ...]]
+) -> dict[str, int]:
     """Return the bytes that a GPU sends in a step by link, each of the rank that sends most."""
     m = plan.global_batch_size // (plan.dp * plan.ep)
     cut, (out, back) = (
@@ -317,7 +334,7 @@ MAX_ROWS_PER_EXPERT = 256  # that meet an expert at most, about (§3.4.2)
 
 
 def describe_unit(plan: PlanConfig) -> str:
-    """A prefill or decode unit in words: what it holds, how fast it is, what binds (chapter 20)."""
+    """Describe a prefill or decode unit: its weights, its speed and its cost (chapter 20)."""
     config, m = load_config(plan.config), plan.rates
     unit = deployment_units(config)[plan.unit]
     rules = [
@@ -349,13 +366,13 @@ def describe_unit(plan: PlanConfig) -> str:
 
 
 def format_unit(
-    plan: PlanConfig, config: Config, unit: DeploymentUnit, s: Throughput, n: int
+    plan: PlanConfig, config: Config, unit: DeploymentUnit, throughput: Throughput, batch: int
 ) -> str:
     """Return the text of `describe_unit`."""
     kinds = ("attention", "experts and what lies between", "exchange")
-    times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, s))
-    load = f"{n} sequences a group" if unit.direct_ib else "4,096 tokens a GPU"
-    reader = f", {1 / s.step:.0f} tokens/s a reader" if unit.direct_ib else ""
+    times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, throughput))
+    load = f"{batch} sequences per group" if unit.direct_ib else "4,096 tokens per GPU"
+    reader = f", {1 / throughput.step:.0f} tokens/s per reader" if unit.direct_ib else ""
     links = f"; direct exchanges at {unit.ib_efficiency:.0%} of IB, {1e6 * unit.latency_s:.0f} µs more a way"
     loss = plan.overheads
     return f"""\
@@ -366,71 +383,73 @@ assumed (chapters 17, 20): busiest rank {loss.load_imbalance:g} × the mean, {1e
 between kernels{links if unit.direct_ib else ""}
 two micro-batches of {load}; a MoE layer of one:
 {times}
-a step of both {1e3 * s.step:,.1f} ms; {s.tokens_per_s:,.0f} tokens/s and GPU{reader}; \
-${dollars_per_million_tokens(plan.rates, s.tokens_per_s):.2f} a million tokens at ${plan.rates.dollars_per_hour:g} an hour"""
+a step of both {1e3 * throughput.step:,.1f} ms; {throughput.tokens_per_s:,.0f} tokens/s and GPU{reader}; \
+${dollars_per_million_tokens(plan.rates, throughput.tokens_per_s):.2f} a million tokens at ${plan.rates.dollars_per_hour:g} an hour"""
 
 
-def format_weights(config: Config, unit: DeploymentUnit, m: AchievedRates) -> str:
+def format_weights(config: Config, unit: DeploymentUnit, rates: AchievedRates) -> str:
     """Return the sentence about the weights on a GPU of the unit."""
     weights = weights_on(config, unit)
-    fits = "fit" if weights < 0.9 * m.memory else "do NOT fit"
-    return f"{weights / 1e9:.1f} GB of weights a GPU {fits} {0.9 * m.memory / 1e9:g}"
+    fits = "fit" if weights < 0.9 * rates.memory else "do NOT fit"
+    return f"{weights / 1e9:.1f} GB of weights a GPU {fits} {0.9 * rates.memory / 1e9:g}"
 
 
-# ── Said and drawn ──
+# ── Text and figure ──
 
 
-def format_memory(e: Estimate) -> str:
+def format_memory(result: Estimate) -> str:
     """Return the table of memory by rank, in GB."""
     head = [f.replace("host", "host: average") for f in RankMemory._fields]
     lines = ["rank  " + "  ".join(f"{name:>11}" for name in [*head[:-1], "GPU", head[-1]])]
-    for i, rank in enumerate(e.ranks):
+    for i, rank in enumerate(result.ranks):
         row = [*rank[:-1], rank.gpu, rank.host]
         lines.append(f"{i:4}  " + "  ".join(f"{x / 1e9:11.2f}" for x in row))
     return "\n".join(lines)
 
 
-def format_estimate(e: Estimate) -> str:
+def format_estimate(result: Estimate) -> str:
     """Return the estimate as text."""
-    plan, m = e.plan, e.plan.rates
-    top = max(rank.gpu for rank in e.ranks)
+    plan, m = result.plan, result.plan.rates
+    top = max(rank.gpu for rank in result.ranks)
     fits = "fits" if top <= m.memory else "does NOT fit"
-    tokens, speed = plan.global_batch_size * plan.seq_len, e.flops / e.gpus / e.seconds
+    tokens = plan.global_batch_size * plan.seq_len
+    speed = result.flops / result.gpus / result.seconds
     best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
-    sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in e.sent.items())
+    sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
     return f"""\
-{plan.config} on {e.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × dp {plan.dp} × ep {plan.ep}, {plan.schedule}, \
+{plan.config} on {result.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × dp {plan.dp} × ep {plan.ep}, {plan.schedule}, \
 {plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
 GB on each GPU of a pipeline rank, everything recomputed that may be:
-{format_memory(e)}
-at most {max(e.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}
+{format_memory(result)}
+at most {max(result.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}
 
 sent by a GPU in a step (the rank that sends most):
 {sent}
 
-a step: {e.flops:.3g} FLOPs; {e.seconds:.2f} s, of which {e.tail:.2f} s after the pipeline
-{tokens / e.seconds / e.gpus:,.0f} tokens/s and GPU; {speed / 1e12:.0f} TFLOP/s a GPU
+a step: {result.flops:.3g} FLOPs; {result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline
+{tokens / result.seconds / result.gpus:,.0f} tokens/s and GPU; {speed / 1e12:.0f} TFLOP/s a GPU
 overheads assumed (chapter 17): {overheads}
-{e.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${e.hours * m.dollars_per_hour / 1e3:,.0f}K at \
+{result.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${result.hours * m.dollars_per_hour / 1e3:,.0f}K at \
 ${m.dollars_per_hour:g} an hour; without overheads {best / 1e3:,.1f}K \
 (the report, V3 on H800: {REPORT_HOURS / 1e3:.0f}K, ${REPORT_HOURS * 2 / 1e3:,.0f}K)"""
 
 
-def plot_memory(e: Estimate):
+def plot_memory(result: Estimate) -> "Figure":
     """Plot the memory of every pipeline rank, by kind."""
     from dsv3_ref.viz import COLORS, figure
 
     fig, ax = figure(1, 1, 9, 3.6)
-    bottom = [0.0] * len(e.ranks)
+    bottom = [0.0] * len(result.ranks)
     for name, color in zip(RankMemory._fields[:-1], COLORS):
-        heights = [getattr(rank, name) / 1e9 for rank in e.ranks]
+        heights = [getattr(rank, name) / 1e9 for rank in result.ranks]
         ax.bar(range(len(heights)), heights, bottom=bottom, color=color, label=name)
         bottom = [b + h for b, h in zip(bottom, heights)]
-    ax.axhline(e.plan.rates.memory / 1e9, color="black", ls="--", lw=1, label="memory")
+    ax.axhline(result.plan.rates.memory / 1e9, color="black", ls="--", lw=1, label="memory")
     ax.set(xlabel="pipeline rank", ylabel="GB on each of its GPUs", xticks=range(len(bottom)))
     ax.set_title(
-        f"{e.plan.config} on {e.gpus:,} GPUs: {e.hours / 1e3:,.0f}K hours a trillion tokens"
+        f"{result.plan.config} on {result.gpus:,} GPUs: "
+        f"{result.hours / 1e3:,.0f}K hours per trillion tokens"
     )
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return fig

@@ -1,4 +1,4 @@
-"""`dsv3 run_preflight`: which nodes of a job are fit to train, and why the others are not.
+"""`dsv3 preflight`: which nodes of a job are fit to train, and why the others are not.
 
 First every node alone: GPUs, disk, bandwidth within. Then the good ones together; if that fails or
 is slow, each with both its neighbors in a ring: a node that fails with both is the bad one (and
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
@@ -60,7 +61,7 @@ class PreflightConfig:
 
 
 class NodeUnhealthy(Exception):
-    """Why a node must not train, in a sentence."""
+    """The error for a node that must not train; its text is a sentence with the reason."""
 
 
 # ── A node alone ──
@@ -74,20 +75,28 @@ UNCORRECTABLE_ERROR = re.compile(r"\w*uncorr\w* [1-9]")  # memory errors since t
 
 
 def gpu_faults(xml: str) -> list[str]:
-    """`GPU 0: remapped_row_failure Yes` for all that calls for a reset, a reboot or a repair."""
+    """Return `GPU 0: remapped_row_failure Yes` and the like for all that calls for a repair.
+
+    xml: the output of `nvidia-smi -q -x`. A reset or a reboot that is due counts as a fault.
+    """
     faults = []
     for i, gpu in enumerate(ElementTree.fromstring(xml).iter("gpu")):
-        say = lambda elements: [f"{e.tag} {(e.text or '').strip()}" for e in elements]
-        found = [x for x in say(gpu.iter()) if RECOVERY_ACTION.match(x) or FAULT_FLAG.match(x)]
-        found += [
-            x for x in say(gpu.iterfind("ecc_errors/volatile/*")) if UNCORRECTABLE_ERROR.match(x)
-        ]
-        faults += [f"GPU {i}: {fault}" for fault in found]
+        for text in map(element_text, gpu.iter()):
+            if RECOVERY_ACTION.match(text) or FAULT_FLAG.match(text):
+                faults.append(f"GPU {i}: {text}")
+        for text in map(element_text, gpu.iterfind("ecc_errors/volatile/*")):
+            if UNCORRECTABLE_ERROR.match(text):
+                faults.append(f"GPU {i}: {text}")
     return faults
 
 
+def element_text(element: ElementTree.Element) -> str:
+    """Return an XML element as `tag text`."""
+    return f"{element.tag} {(element.text or '').strip()}"
+
+
 def check_gpus(args: PreflightConfig) -> str:
-    """Torch can be imported; with GPUs the driver answers, none is damaged, none is missing."""
+    """Check that torch can be imported and, with GPUs, that none is damaged or missing."""
     if args.gpus:
         try:
             smi = subprocess.run(
@@ -99,13 +108,14 @@ def check_gpus(args: PreflightConfig) -> str:
             raise NodeUnhealthy("; ".join(faults))
     import torch
 
-    if args.gpus and (seen := torch.cuda.device_count()) != args.gpus:
-        raise NodeUnhealthy(f"torch sees {seen} GPUs, not {args.gpus}")
+    num_gpus = torch.cuda.device_count() if args.gpus else 0
+    if num_gpus != args.gpus:
+        raise NodeUnhealthy(f"torch sees {num_gpus} GPUs, not {args.gpus}")
     return f"{args.gpus} GPUs"
 
 
 def check_disk(args: PreflightConfig) -> str:
-    """Room in the run's folder, and how fast a file is written and read back."""
+    """Check the free space and the speed of the disk that holds the run's folder."""
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
         if (free := disk_usage(args.folder).free / 1e9) < args.min_free_gb:
@@ -121,7 +131,7 @@ def check_disk(args: PreflightConfig) -> str:
 
 
 def measure_disk(folder: Path, mb: int = 64) -> tuple[float, float]:
-    """MB/s of writing until it is on the disk, and of reading past the page cache."""
+    """Return the MB/s of writing through to the disk, and of reading past the page cache."""
     data = os.urandom(mb << 20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as file:
         began = time.perf_counter()
@@ -142,7 +152,10 @@ def measure_disk(folder: Path, mb: int = 64) -> tuple[float, float]:
 def check_network(
     args: PreflightConfig, nodes: int, node: int, rendezvous: str, floor: float
 ) -> str:
-    """This node's ranks take part in all-reduce and all-to-all of all ranks; at least `floor`."""
+    """Take part with this node's ranks in an all-reduce and an all-to-all of all ranks.
+
+    floor: the GB/s that both must reach.
+    """
     world, first = nodes * args.ranks, node * args.ranks
     if world == 1:
         return "one rank"
@@ -151,7 +164,9 @@ def check_network(
     ]
     with get_context("spawn").Pool(args.ranks) as pool:  # its end kills those that hang
         try:
-            found = pool.starmap_async(measure_collectives, calls, chunksize=1).get(args.timeout_s)
+            results = pool.starmap_async(measure_collectives, calls, chunksize=1).get(
+                args.timeout_s
+            )
         except TimeoutError:
             raise NodeUnhealthy(
                 f"all-reduce and all-to-all hang: no end in {args.timeout_s} s"
@@ -160,19 +175,19 @@ def check_network(
             raise NodeUnhealthy(
                 f"all-reduce and all-to-all fail: {str(e).splitlines()[0]}"
             ) from None
-    reduce, exchange, _ = map(min, zip(*found))
+    reduce, exchange, _ = map(min, zip(*results))
     for name, speed in (("all-reduce", reduce), ("all-to-all", exchange)):
         if speed < floor:
             raise NodeUnhealthy(f"{name} at {speed:.2g} GB/s, below {floor:g}")
-    if (skew := found[0][-1]) > args.max_skew_s:
+    if (skew := results[0][-1]) > args.max_skew_s:
         raise NodeUnhealthy(f"its clock is off by {skew:.1f} s")
     return f"all-reduce {reduce:.2g} GB/s, all-to-all {exchange:.2g} GB/s"
 
 
 def measure_collectives(
     rank: int, world: int, rendezvous: str, gpu: int | None, args: PreflightConfig
-):
-    """(all-reduce, all-to-all) in GB/s of the bus, and by how many seconds this clock is off."""
+) -> tuple[float, float, float]:
+    """Return the GB/s of all-reduce and all-to-all, and by how many seconds this clock is off."""
     import torch
     import torch.distributed as dist
 
@@ -193,7 +208,7 @@ def measure_collectives(
 
 
 def fastest_call(collective: Callable, device: str, times: int = 5) -> float:
-    """Seconds of the best call; the first ones set up connections."""
+    """Return the seconds of the fastest call; the first ones set up connections."""
     import torch
 
     seconds = []
@@ -207,7 +222,7 @@ def fastest_call(collective: Callable, device: str, times: int = 5) -> float:
 
 
 def check_this_node(args: PreflightConfig) -> str:
-    """`healthy_nodes: …` with what was measured, or `unhealthy: …` with the reason."""
+    """Return `healthy: …` with the measurements, or `unhealthy: …` with the reason."""
     try:
         if args.stage == "net":
             nodes, node = (int(os.environ[f"SLURM_{x}"]) for x in ("STEP_NUM_NODES", "PROCID"))
@@ -216,34 +231,37 @@ def check_this_node(args: PreflightConfig) -> str:
             )
         with tempfile.TemporaryDirectory() as folder:
             rendezvous, floor = f"file://{folder}/meet", args.min_node_gb_s
-            found = [
+            results = [
                 check_gpus(args),
                 check_disk(args),
                 check_network(args, 1, 0, rendezvous, floor),
             ]
-        return f"healthy: {', '.join(found)}"
+        return f"healthy: {', '.join(results)}"
     except NodeUnhealthy as e:
         return f"unhealthy: {e}"
 
 
 # ── All nodes ──
 
-Reports = dict[str, str]  # node → what it said last
+Reports = dict[str, str]  # node → its last line
 Ask = Callable[[str, list[str]], Reports]  # of a stage and nodes
 
 
 def healthy_nodes(words: Reports) -> list[str]:
+    """Return the nodes whose reports say that they are healthy."""
     return [node for node, word in words.items() if word.startswith("healthy: ")]
 
 
 def check_nodes(nodes: list[str], ask: Ask) -> Reports:
-    """Every node alone, the good ones together, and if that is not well, pair by pair."""
+    """Check every node alone, then the good ones together; if that fails, pair by pair."""
     words = ask("node", nodes)
     if len(good := healthy_nodes(words)) < 2:
         return words
     together = ask("net", good)
     if healthy_nodes(together) == good:
-        return words | {node: f"{words[node]}; between nodes {together[node][5:]}" for node in good}
+        for node in good:
+            words[node] += f"; between nodes {together[node].removeprefix('healthy: ')}"
+        return words
     if bad := find_bad_nodes(good, ask):
         return words | bad
     why = next(word for word in together.values() if not word.startswith("healthy: "))
@@ -251,19 +269,23 @@ def check_nodes(nodes: list[str], ask: Ask) -> Reports:
 
 
 def find_bad_nodes(nodes: list[str], ask: Ask) -> Reports:
-    """Nodes that fail with both neighbors of a ring; no node is in two pairs at once."""
+    """Return the nodes that fail with both their neighbors in a ring, and why.
+
+    No node is in two pairs at once.
+    """
     n, even = len(nodes), len(nodes) // 2 * 2
     ring = [[nodes[k] for k in sorted((i, (i + 1) % n))] for i in range(n)]
     failed = defaultdict(list)
     for pairs in filter(None, (ring[:even:2], ring[1:even:2], ring[even:])):
         with ThreadPoolExecutor(len(pairs)) as pool:
-            for pair, words in zip(pairs, pool.map(lambda pair: ask("net", pair), pairs)):
+            for pair, words in zip(pairs, pool.map(partial(ask, "net"), pairs)):
                 for node in set(pair) - set(healthy_nodes(words)):
                     failed[node].append(f"{words[node]} (with {' and '.join(set(pair) - {node})})")
     return {node: words[0] for node, words in failed.items() if len(words) == 2}
 
 
 def scontrol(*what: str) -> str:
+    """Return the output of `scontrol show` with these arguments."""
     return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True).stdout
 
 
@@ -271,30 +293,37 @@ PORTS = count(int(os.environ.get("SLURM_JOB_ID", 0)))
 
 
 def run_stage(args: PreflightConfig, stage: str, nodes: list[str]) -> Reports:
-    """A stage on each of these nodes, as one task of a Slurm step."""
-    n, host = len(nodes), re.search(r"NodeAddr=(\S+)", scontrol("node", nodes[0]))[1]
-    rendezvous = f"tcp://{host}:{10000 + next(PORTS) % 10000}"
+    """Run a stage on each of these nodes, as one task of a Slurm step."""
+    n = len(nodes)
+    address = re.search(r"NodeAddr=(\S+)", scontrol("node", nodes[0]))
+    if address is None:
+        raise UserError(f"scontrol knows no address of node {nodes[0]}")
+    rendezvous = f"tcp://{address[1]}:{10000 + next(PORTS) % 10000}"
     options = asdict(replace(args, stage=stage, rendezvous=rendezvous)).items()
     command = f"timeout {args.timeout_s + 60} srun --label --overlap --cpu-bind=none".split()
     command += f"--kill-on-bad-exit=0 --nodes={n} --ntasks={n} --ntasks-per-node=1".split()
     command += [f"--nodelist={','.join(nodes)}", sys.executable, "-m", "dsv3_ref"]
     command += ["preflight", *(f"--{k.replace('_', '-')}={v}" for k, v in options)]
-    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return parse_reports(said.stdout.splitlines(), nodes)
+    step = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return parse_reports(step.stdout.splitlines(), nodes)
 
 
 def parse_reports(lines: list[str], nodes: list[str]) -> Reports:
-    """From what `srun --label` wrote; else the last line of a task (its error), or of srun."""
+    """Return each node's report from the lines of `srun --label`.
+
+    Without one it is the last line of the node's task, which is its error, or of srun.
+    """
     last: dict[int, str] = {}
-    for task, line in (m.groups() for x in lines if (m := re.match(r" *(\d+): (.+)", x))):
-        if not last.get(int(task), "").startswith(("healthy: ", "unhealthy: ")):
-            last[int(task)] = line  # libraries may warn after it
+    for match in filter(None, (re.match(r" *(\d+): (.+)", line) for line in lines)):
+        task = int(match[1])
+        if not last.get(task, "").startswith(("healthy: ", "unhealthy: ")):
+            last[task] = match[2]  # libraries may warn after it
     silent = f"no answer ({lines[-1] if lines else 'its time is over'})"
     return {node: last.get(k, silent) for k, node in enumerate(nodes)}  # tasks in nodes' order
 
 
 def run_preflight(args: PreflightConfig) -> None:
-    """A line for every node on stderr; the good ones on stdout, as srun's --nodelist wants them."""
+    """Print a line per node to stderr, and to stdout the good nodes as srun's --nodelist."""
     if args.stage != "all":
         print(check_this_node(args))
         return

@@ -54,9 +54,11 @@ class DataParallel(SingleProcess):
 
     @property
     def description(self) -> str:
+        """The ranks and their device, for the run's first line."""
         return f"{self.dp_size} ranks with a model each, on {self.device.type}"
 
     def build_data(self, build: Callable[[], Data]) -> Data:
+        """Build the data on every rank; the ranks must divide every batch."""
         data = build()
         if any(n % (self.dp_size * data.minibatches) for n in data.batch_size_schedule):
             raise UserError(
@@ -68,9 +70,11 @@ class DataParallel(SingleProcess):
     # ── Parts of a list ──
 
     def shard(self, items: list) -> list:
+        """Return this rank's items."""
         return items[self.rank :: self.dp_size]
 
     def all_gather(self, items: list) -> list:
+        """Return the items of all ranks, in the order that they had before `shard`."""
         shards: list[Any] = [None] * self.dp_size
         dist.all_gather_object(shards, items)
         gathered = []
@@ -79,6 +83,7 @@ class DataParallel(SingleProcess):
         return gathered
 
     def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
+        """Sum each value over all ranks."""
         names = sorted(values)
         total = torch.tensor([values[k] for k in names], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
@@ -103,16 +108,20 @@ class DataParallel(SingleProcess):
     # ── What ranks do together ──
 
     def should_stop(self, signals: list[int]) -> bool:
+        """Return whether any rank was sent a signal."""
         return any_rank_should_stop(signals, self.device)
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         dist.barrier()
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
+        """Return the value of make(), called on rank 0 alone."""
         return broadcast_object_from_rank0(make)
 
     def save_checkpoint(
         self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None
     ) -> None:
+        """Write a checkpoint on rank 0, whose weights are those of all ranks."""
         if self.is_main:
             super().save_checkpoint(folder, values, tensors, ema)

@@ -100,10 +100,11 @@ class DeepEPCombine:
 
 
 class DeepEPDispatcher:
-    """Takes a micro-batch's tokens through DeepEP to their experts and back, on a tape."""
+    """Dispatch of a micro-batch's tokens through DeepEP to their experts, on a tape."""
 
     def __init__(self, config: Config, group: dist.ProcessGroup, fp8: bool = False):
-        self.n_experts, self.group, self.fp8 = config.n_routed_experts, group, fp8
+        self.n_experts = config.n_routed_experts
+        self.group, self.fp8 = group, fp8
         self.buffer = create_buffer(group, config.dim)
 
     def apply_experts(

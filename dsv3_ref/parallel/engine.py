@@ -34,8 +34,8 @@ class ParallelEngine:
         micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
         special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
-        self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
-        self.special_tokens = special_tokens
+        self.config, self.mesh = config, mesh
+        self.micro_batch, self.special_tokens = micro_batch, special_tokens
         stages = stages_by_rank(schedule, mesh.pp)
         num_stages = count_stages(stages)
         if num_stages > config.n_layers:

@@ -37,7 +37,8 @@ class Mesh:
     """
 
     def __init__(self, pp: int, dp: int, ep: int, device: torch.device):
-        self.pp, self.dp, self.ep, self.device = pp, dp, ep, device
+        self.pp, self.dp = pp, dp
+        self.ep, self.device = ep, device
         mesh = init_device_mesh(device.type, (pp, dp, ep), mesh_dim_names=AXES)
         coordinate = mesh.get_coordinate()
         assert coordinate is not None, "every rank belongs to the mesh"

@@ -49,16 +49,19 @@ class MeshParallel:
 
     @property
     def num_params(self) -> int:
+        """The number of parameters of the whole model."""
         return self.engine.num_params
 
     @property
     def description(self) -> str:
+        """The sizes of the mesh and the device, for the run's first line."""
         m = self.mesh
         return f"{m.world} ranks (pp {m.pp} × dp {m.dp} × ep {m.ep}) on {self.device.type}"
 
     # ── Data and model ──
 
     def build_data(self, build: Callable[[], Data]) -> Data:
+        """Build the data on rank 0; the other ranks receive it without the loader."""
         data: Data | None = None
 
         def build_on_rank0() -> Data:
@@ -70,6 +73,7 @@ class MeshParallel:
         return data or shared
 
     def build_model(self, config: TrainConfig, data: Data, init: Path | None) -> None:
+        """Build this rank's part of the model and its optimizer; load its weights from `init`."""
         fp8 = config.dispatch_dtype == "fp8" or (
             config.dispatch_dtype == "auto" and config.precision == "fp8"
         )
@@ -97,42 +101,54 @@ class MeshParallel:
         """Random numbers are the same on every mesh and need no seed per step."""
 
     def broadcast_rows(self, rows: Tensor | None, shape: tuple[int, int], step: int) -> Tensor:
+        """Return rank 0's rows on every rank."""
         with track_operation(f"rows of step {step}", range(self.mesh.world)):
             return self.mesh.broadcast_from_rank0(rows, shape, torch.int64)
 
     def train_step(self, run: "Run", batch: Tensor, hyperparams: StepHyperparams) -> StepStats:
+        """Run a training step on the rows of a global batch."""
         return self.engine.train_step(batch, *hyperparams)
 
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
+        """Return the sum of the main loss over the tokens of the rows, in nats."""
         return self.engine.sum_nll(rows_bs)
 
     def expert_biases(self) -> list[Tensor | None]:
+        """Return the biases of the gates of all MoE layers; None where gates have none."""
         return list(self.engine.gather_expert_biases())
 
     def step_metrics(self) -> dict:
+        """Return metrics of the last step: the traffic of its all-to-alls."""
         return self.engine.comm_stats()
 
     def load_whole_model(self, run_dir: Path) -> nn.Module:
+        """Load the whole model of a finished run onto this rank's device."""
         return native.load(run_dir).to(self.device)
 
     # ── What ranks do together ──
 
     def shard(self, items: list) -> list:
+        """Return all items: every rank takes part in each."""
         return items
 
     def all_gather(self, items: list) -> list:
+        """Return the items, which every rank has."""
         return items
 
     def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the values, which are over all ranks already."""
         return values
 
     def should_stop(self, signals: list[int]) -> bool:
+        """Return whether any rank was sent a signal."""
         return any_rank_should_stop(signals, self.device)
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         dist.barrier()
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
+        """Return the value of make(), called on rank 0 alone."""
         return broadcast_object_from_rank0(make)
 
     # ── Checkpoints ──
@@ -151,9 +167,11 @@ class MeshParallel:
         self.checkpointer.save(self.engine, folder, extra, ema)
 
     def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is complete."""
         self.checkpointer.wait()
 
     def load_checkpoint(self, folder: Path, ema: EMA | None) -> tuple[dict, dict[str, Tensor]]:
+        """Load this rank's part of a checkpoint; return the values and tensors saved with it."""
         if ema:
             ema.wait()  # its thread reads the weights
         sharded.load_sharded(self.engine, folder, ema)

@@ -69,7 +69,8 @@ class P2PCommunicator:
         self, mesh: Mesh, order: SendOrder, rank_of: Callable[[Action], int],
         shape_of: Callable[[int], tuple[int, ...]], dtype: torch.dtype,
     ):  # fmt: skip
-        self.mesh, self.rank_of, self.shape_of, self.dtype = mesh, rank_of, shape_of, dtype
+        self.mesh, self.dtype = mesh, dtype
+        self.rank_of, self.shape_of = rank_of, shape_of
         self.expected = {
             source: list(actions)
             for (source, destination), actions in order.items()
@@ -139,7 +140,8 @@ class Pipeline:
         stages_by_rank: list[tuple[int, ...]], token_dispatcher: TokenDispatcher | None = None,
         special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
-        self.mesh, self.schedule_name, self.config = mesh, schedule_name, config
+        self.config, self.mesh = config, mesh
+        self.schedule_name = schedule_name
         num_stages = count_stages(stages_by_rank)
         self.last = num_stages - 1
         self.stages = {
@@ -199,8 +201,10 @@ class PipelineRun:
         self, pipeline: Pipeline, microbatches: list[Tensor], weights: list[LossWeights],
         p2p: P2PCommunicator, training: bool,
     ):  # fmt: skip
-        self.pipeline, self.microbatches, self.weights = pipeline, microbatches, weights
-        self.p2p, self.training, self.stats = p2p, training, LossStats()
+        self.pipeline, self.p2p = pipeline, p2p
+        self.microbatches, self.weights = microbatches, weights
+        self.training = training
+        self.stats = LossStats()
         # by (stage, micro-batch): the tape with the ids of its input and output; deferred Wgrads
         self.open: dict[tuple[int, int], tuple[Tape, int | None, int]] = {}
         self.deferred_wgrads: dict[tuple[int, int], list] = {}
@@ -234,7 +238,7 @@ class PipelineRun:
                 return self.backward_weight(action)
 
     def forward(self, action: Action) -> Steps:
-        """F: run the stage and return its output."""
+        """Run the stage and return its output (F)."""
         stage, i = self.pipeline.stages[action.stage], action.microbatch
         tape = Tape(self.training)
         x = None if stage.first else self.p2p.wait_recv(action)
@@ -245,7 +249,7 @@ class PipelineRun:
         return y
 
     def backward(self, action: Action) -> Steps:
-        """B: backpropagate through the stage and return ∂L/∂ of its input."""
+        """Backpropagate through the stage and return ∂L/∂ of its input (B)."""
         _, stage, microbatch = action
         tape, x_id, y_id = self.open.pop((stage, microbatch))
         if stage < self.pipeline.last:
@@ -254,14 +258,14 @@ class PipelineRun:
         return None if x_id is None else tape.pop_grad(x_id)
 
     def backward_input(self, action: Action) -> Tensor | None:
-        """I: a backward pass that defers the weight gradients."""
+        """Run the backward pass without the weight gradients, which are deferred (I)."""
         with ops.deferring_wgrads() as deferred:
             dx = run_to_completion(self.backward(action))
         self.deferred_wgrads[action.stage, action.microbatch] = deferred
         return dx
 
     def backward_weight(self, action: Action) -> None:
-        """W: compute the deferred weight gradients."""
+        """Compute the deferred weight gradients (W)."""
         with torch.no_grad():
             for weight, wgrad in self.deferred_wgrads.pop((action.stage, action.microbatch)):
                 weight.grad += wgrad()

@@ -18,12 +18,14 @@ from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 
 
 class TokenDispatcher(Protocol):
-    """Applies experts that are on other ranks too."""
+    """The way of a micro-batch's tokens to experts on other ranks and back."""
 
     def apply_experts(
         self, tape: Tape, experts: GroupedExperts, x_nd: Tensor, weight_nk: Tensor,
         expert_nk: Tensor,
-    ) -> Steps: ...  # fmt: skip
+    ) -> Steps:  # fmt: skip
+        """Return Σ_k w_nk·expert_nk(x_n) over experts on many ranks; yields during transfers."""
+        ...
 
 
 @dataclass

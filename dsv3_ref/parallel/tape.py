@@ -92,16 +92,18 @@ class Tape:
 
 
 class GradCapture(torch.autograd.Function):
-    """y = x, with ∂L/∂y stored in `captured[i]`; a leaf would do the same but keep x in memory."""
+    """y = x, with ∂L/∂y stored in `captured[index]`; a leaf would do the same but keep x in memory."""
 
     @staticmethod
-    def forward(ctx, anchor, x, captured, i):
-        ctx.captured, ctx.i = captured, i
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, captured: Grads, index: int) -> Tensor:
+        """Return x, with an autograd node of its own."""
+        ctx.captured, ctx.index = captured, index
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, g):
-        ctx.captured[ctx.i] = g
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
+        """Store ∂L/∂y."""
+        ctx.captured[ctx.index] = grad
         return None, None, None, None
 
 

@@ -61,6 +61,7 @@ class DispatchLevel:
 
     @property
     def size(self) -> int:
+        """The number of members."""
         return len(self.links)
 
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Steps:
@@ -159,7 +160,8 @@ class LevelPlan:
     """Row counts of one micro-batch at one level: dispatch sends the rows, combine returns them."""
 
     def __init__(self, level: DispatchLevel, send: list[int], receive: list[int], fp8: bool):
-        self.level, self.send, self.receive, self.fp8 = level, send, receive, fp8
+        self.level, self.fp8 = level, fp8
+        self.send, self.receive = send, receive
 
     def dispatch(self, x_md: Tensor, *more: Tensor) -> Steps:
         """Send rows to their destinations; return them with their FP8 values, or None for those.

@@ -142,7 +142,8 @@ class Watchdog(threading.Thread):
     def __init__(self, folder: Path, rank: int, world: int, seconds: float, store: dist.Store):
         super().__init__(name="watchdog", daemon=True)
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.rank, self.world = folder / f"hang-rank{rank}.txt", rank, world
+        self.path = folder / f"hang-rank{rank}.txt"
+        self.rank, self.world = rank, world
         self.store, self.seconds = store, seconds
         self.heartbeat_s = min(HEARTBEAT_S, seconds / 10)
         self.ended = threading.Event()
@@ -198,9 +199,8 @@ class Watchdog(threading.Thread):
         if self.rank == first:
             states = {r: self.read_heartbeat(r) for r in range(self.world)}
             text = hang_report(states, MAX_MISSED_HEARTBEATS * self.heartbeat_s)
-        time.sleep(
-            2 * self.heartbeat_s
-        )  # a rank that exits may end others before they have written
+        # A rank that exits may end others before they have written.
+        time.sleep(2 * self.heartbeat_s)
         self.exit_with(text)
 
     def exit_with(self, text: str) -> None:

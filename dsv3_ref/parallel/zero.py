@@ -151,7 +151,7 @@ class ZeroOptimizer:
             b.grad.zero_()
 
 
-def grad_of(p: nn.Parameter) -> Tensor:
+def grad_of(parameter: nn.Parameter) -> Tensor:
     """Return the gradient of a parameter that has one."""
-    assert p.grad is not None
-    return p.grad
+    assert parameter.grad is not None
+    return parameter.grad
