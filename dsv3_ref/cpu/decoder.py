@@ -194,8 +194,8 @@ def attend_prefill_blockwise(
     (_, s, h, i), t, c = q_bshi.shape, kv_btx.shape[1], wkv_b.shape[1]
     if s == t:  # a prompt's first chunk, which has no other positions
         return attend_expanded(q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], wkv_b, scale)
-    parts = (kv_byx.tensor_split([c], dim=-1) for kv_byx in kv_btx.split(KV_BLOCK, dim=1))
-    blocks = (up_project_kv(*part, wkv_b, h, i) for part in parts)
+    parts = kv_btx.split(KV_BLOCK, dim=1)
+    blocks = (up_project_kv(x_byx[..., :c], x_byx[..., c:], wkv_b, h, i) for x_byx in parts)
     return blockwise_attention(concat_nope_rope(q_bshi, q_bshr), blocks, t, scale)
 
 
