@@ -682,7 +682,7 @@ def check_prefill(fn) -> bool:
 
 # %% [markdown]
 # **1 · Compute.** Which fraction of all main-model parameters sits in routed experts? Use only
-# fields of the config and `count`.
+# fields of the config and `count_params`.
 
 
 # %%
@@ -698,7 +698,7 @@ check_share(my_share)
 # ```python
 # def my_share(c):
 #     n_moe = c.n_layers - c.n_dense_layers
-#     return n_moe * c.n_routed_experts * 3 * c.dim * c.moe_inter_dim / count(c).total
+#     return n_moe * c.n_routed_experts * 3 * c.dim * c.moe_inter_dim / count_params(c).total
 # ```
 # 97.45 % for V3. This is why expert parallelism comes before every other kind.
 # </details>

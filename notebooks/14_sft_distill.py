@@ -548,7 +548,8 @@ check_apart(my_row)
 #
 # ```python
 # def my_row():
-#     return [MARKS.bos, MARKS.user, 9, MARKS.assistant, 10, MARKS.user, 11, MARKS.assistant, 12]
+#     t = SPECIAL_TOKENS
+#     return [t.bos, t.user, 9, t.assistant, 10, t.user, 11, t.assistant, 12]
 # ```
 #
 # An answer that never ended (cut for its length, say) runs on into the next question, and the model would learn to ask it.

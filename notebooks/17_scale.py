@@ -1351,7 +1351,7 @@ check_kept(my_kept)
 #
 # ```python
 # def my_kept():
-#     return 17 * 4096 * sum(kept(V3, False).values()) / 1e9
+#     return 17 * 4096 * sum(activation_bytes_per_token(V3, False).values()) / 1e9
 # ```
 # </details>
 #
@@ -1394,7 +1394,8 @@ check_nodes(my_nodes)
 # def my_nodes(ib):
 #     m, best = H800._replace(ib=ib), 0
 #     for limit in (1, 2, 3, 4, 5, 6, 8):
-#         a, b = hops(m, trips(replace(V3, n_limited_groups=limit), 64, 8), 1)
+#         copies = dispatch_copies(replace(V3, n_limited_groups=limit), 64, 8)
+#         a, b = link_seconds(m, copies, 1)
 #         best = limit if a <= b else best
 #     return best  # 50 GB/s: 2 (the report accepts 4 and a slower IB); 100 GB/s: 5
 # ```

@@ -615,7 +615,7 @@ def check_balance(fn):
 
 @checker
 def check_batch(fn):
-    """Which sequences a group may there be? Ask `decode` for the step of each, and `max_batch` how many fit."""
+    """Which sequences a group may there be? Ask `decode_throughput` for the step of each, and `max_batch` how many fit."""
     for context, ms in ((4096, 20), (4096, 40), (16_384, 60), (4096, 5)):
         most = max_batch(V3, H800, DECODE, context)
         good = [
@@ -677,9 +677,9 @@ check_batch(my_batch)
 #
 # ```python
 # def my_batch(context, ms):
-#     most = room(V3, H800, DECODE, context)
-#     good = [b for b in range(1, most + 1) if decode(V3, H800, b, context).step <= ms / 1e3]
-#     return max(good, default=0)
+#     most = max_batch(V3, H800, DECODE, context)
+#     steps = {b: decode_throughput(V3, H800, b, context).step for b in range(1, most + 1)}
+#     return max((b for b, step in steps.items() if step <= ms / 1e3), default=0)
 # ```
 # </details>
 
