@@ -1,22 +1,29 @@
 """Drafts that were accepted and drafts that were not, token by token."""
 
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from dsv3_ref.config import ceil_div
 from dsv3_ref.viz.style import GREEN, figure
 
 ACCEPTED, WRONG = "#BFE5D6", "#F8D9B8"  # pale green with a bar below; pale orange, a line through
 
 
-def draw_trace(rounds, width: int = 50, title: str = ""):
-    """Text in lines of `width` tokens; accepted drafts marked, rejected ones in the lane below.
+def draw_trace(
+    rounds: Sequence[tuple[list[str], int, str | None]], width: int = 50, title: str = ""
+) -> Figure:
+    """Draw text in lines of `width` tokens, accepted drafts marked, rejected ones a lane below.
 
     rounds: (tokens as texts, how many of them were drafts, the draft that was rejected or None).
     """
-    cells = []
+    cells: list[tuple[str, bool, str | None]] = []
     for texts, accepted, wrong in rounds:
         cells += [(text, i < accepted, None) for i, text in enumerate(texts[:-1])]
         cells.append((texts[-1], len(texts) <= accepted, wrong))
-    lines = -(-len(cells) // width)
+    lines = ceil_div(len(cells), width)
     fig, ax = figure(1, 1, 9.5, 0.62 * lines + 0.9)
     for i, (text, accepted, wrong) in enumerate(cells):
         x, y = i % width, 2.4 * (i // width)
@@ -35,8 +42,8 @@ def draw_trace(rounds, width: int = 50, title: str = ""):
     return fig
 
 
-def put(ax, x: float, y: float, text: str) -> None:
-    """A token in its cell; spaces and line breaks as signs."""
+def put(ax: Axes, left: float, middle: float, text: str) -> None:
+    """Write a token into its cell; spaces and line breaks as signs."""
     sign = {" ": "·", "\n": "⏎"}.get(text, text)
-    ax.text(x + 0.5, y, sign, ha="center", va="center", fontsize=8, family="monospace",
+    ax.text(left + 0.5, middle, sign, ha="center", va="center", fontsize=8, family="monospace",
             parse_math=False)  # fmt: skip

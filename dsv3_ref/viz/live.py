@@ -13,11 +13,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from html import escape
 from itertools import chain, count
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from dsv3_ref.config import UserError
 from dsv3_ref.viz import rl, training
@@ -43,7 +45,7 @@ PANELS = {  # title → (key that a row must have, figure of (rows, layer))
 class Tail:
     """The rows of a growing `metrics.jsonl`: of a run's folder, a file, or an http(s) address."""
 
-    def __init__(self, source):
+    def __init__(self, source: Path | str):
         self.path = str(source)
         self.remote = self.path.startswith(("http://", "https://"))
         if not self.path.endswith(".jsonl"):
@@ -51,23 +53,27 @@ class Tail:
         self.forget()
 
     def forget(self) -> None:
-        self.at, self.line, self.rows = 0, b"", {}  # bytes read, the last line of them, by step
+        """Start from the first byte again."""
+        self.offset = 0  # bytes read
+        self.line = b""  # the last line of them
+        self.rows: dict[int, dict] = {}  # by step
 
     def read(self) -> list[dict]:
-        """All rows so far, by step; only what is new is fetched."""
-        new = self.fetch(self.at - len(self.line))
+        """Return all rows so far, by step; only what is new is fetched."""
+        new = self.fetch(self.offset - len(self.line))
         if not new.startswith(self.line):  # cut by a run that went back: from the start again
             self.forget()
             new = self.fetch(0)
         lines = new[len(self.line) : new.rfind(b"\n") + 1].splitlines(keepends=True)
         for line in lines:
-            self.at, self.line = self.at + len(line), line
+            self.offset += len(line)
+            self.line = line
             if (row := as_row(line)) is not None:
                 self.rows[row["step"]] = row
         return [self.rows[step] for step in sorted(self.rows)]
 
     def fetch(self, start: int) -> bytes:
-        """What stands from a byte on; nothing if there is nothing yet."""
+        """Return the bytes from `start` to the end; none if there are none yet."""
         try:
             if self.remote:
                 return fetch(self.path, start)
@@ -79,10 +85,10 @@ class Tail:
 
 
 def fetch(address: str, start: int) -> bytes:
-    """Bytes of an address from one on; from a server that knows no ranges, all of them."""
-    asked = urllib.request.Request(address, headers={"Range": f"bytes={start}-"})
+    """Return the bytes of an address from `start` to the end; the server need not know ranges."""
+    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"})
     try:
-        with urllib.request.urlopen(asked, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.read() if answer.status == 206 else answer.read()[start:]
     except urllib.error.HTTPError as e:
         with e:
@@ -95,15 +101,17 @@ def fetch(address: str, start: int) -> bytes:
 
 
 class Command:
-    """`dsv3 …` in a process that signals pause and end, and that goes on where it stood."""
+    """A `dsv3` command in a process of its own, which can pause, stop and resume."""
 
     def __init__(self, words: str, folder: Path):
-        self.words, self.wanted, self.folder = shlex.split(words), Path(folder), Path(folder)
-        self.process, self.paused = None, False
+        self.words = shlex.split(words)
+        self.requested_folder, self.folder = Path(folder), Path(folder)
+        self.process: subprocess.Popen | None = None
+        self.paused = False
 
     @property
     def state(self) -> str:
-        """ready, running, paused, stopped, finished, or failed."""
+        """One of ready, running, paused, stopped, finished and failed."""
         if self.process is None:
             return "ready"
         if self.process.poll() is None:
@@ -111,9 +119,9 @@ class Command:
         return ENDS.get(self.process.returncode, "failed")
 
     def start(self) -> None:
-        """Begin, in the first folder of that name that is free, or go on."""
+        """Start in the first free folder of that name, or resume."""
         if self.state in ("ready", "finished", "failed"):
-            self.folder = free(self.wanted)
+            self.folder = free(self.requested_folder)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         again = (self.folder / "run.json").is_file()
         words = [self.words[0], "--resume"] if again else self.words
@@ -124,16 +132,17 @@ class Command:
 
     @property
     def log(self) -> Path:
+        """The file of what the process prints."""
         return self.folder / "logs" / "output.txt"
 
     def pause(self) -> None:
-        """Stand still, in memory."""
+        """Pause the process, which stays in memory."""
         if self.state == "running":
             self.process.send_signal(signal.SIGSTOP)
             self.paused = True
 
     def go_on(self) -> None:
-        """After a pause."""
+        """Let the process continue after a pause."""
         if self.state == "paused":
             self.process.send_signal(signal.SIGCONT)
             self.paused = False
@@ -145,34 +154,34 @@ class Command:
             self.process.send_signal(signal.SIGUSR1)
 
     def end(self) -> None:
-        """Nobody watches any more."""
+        """Terminate the process."""
         self.go_on()
         if self.state == "running":
             self.process.terminate()
 
     def last_words(self) -> str:
-        """The last line of what it printed."""
+        """Return the last line that the process printed."""
         text = self.log.read_text(errors="replace") if self.log.is_file() else ""
         return (text.replace("\r", "\n").strip().splitlines() or [""])[-1]
 
 
 def free(folder: Path) -> Path:
-    """One that is empty, or holds a run that is not finished: name, name-2, …"""
+    """Return the first of name, name-2, … that is empty or holds a run that is not finished."""
     names = (folder.with_name(f"{folder.name}-{i}") for i in count(2))
     return next(f for f in chain([folder], names) if usable(f))
 
 
 def usable(folder: Path) -> bool:
-    """Whether a run may begin here, or go on."""
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return "summary.json" not in there and ("run.json" in there or there <= {"logs", "run.part"})
+    """Return whether a run may start or resume in a folder."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return "summary.json" not in names and ("run.json" in names or names <= {"logs", "run.part"})
 
 
 # ── The page ──
 
 
-def picture(fig) -> bytes:
-    """A figure as PNG; it is closed."""
+def picture(fig: Figure) -> bytes:
+    """Return a figure as PNG, and close it."""
     out = io.BytesIO()
     fig.savefig(out, format="png", dpi=80)
     plt.close(fig)
@@ -180,7 +189,7 @@ def picture(fig) -> bytes:
 
 
 def status(rows: list[dict]) -> str:
-    """Where a run stands, in a line."""
+    """Return a line with the step, loss, reward and speed of a run."""
     if not rows:
         return "no step yet"
     row, parts = rows[-1], [f"step {rows[-1]['step']:,}"]
@@ -194,10 +203,12 @@ def status(rows: list[dict]) -> str:
 class Dashboard:
     """Tabs of curves over a run's rows; the one that is looked at grows with them."""
 
-    def __init__(self, source):
+    def __init__(self, source: Path | str):
         from ipywidgets import HTML, Dropdown, Tab, VBox
 
-        self.tail, self.seen, self.titles = Tail(source), [], []
+        self.tail = Tail(source)
+        self.rows: list[dict] = []
+        self.titles: list[str] = []
         self.line, self.tabs = HTML(), Tab()
         self.layer = Dropdown(options=[("first MoE layer", 0)], description="layer")
         self.box = VBox([self.line, self.tabs, self.layer])
@@ -210,36 +221,38 @@ class Dashboard:
         rows = self.tail.read()
         words = " · ".join(x for x in (state, status(rows)) if x)
         self.line.value = f"<b role='status'>{escape(words)}</b>"
-        if rows != self.seen:
-            self.seen = rows
+        if rows != self.rows:
+            self.rows = rows
             self.lay_out()
             self.draw()
 
     def lay_out(self) -> None:
-        """A tab for every panel that the rows allow."""
+        """Make a tab for every panel that the rows allow."""
         from ipywidgets import Image
 
-        titles = [title for title, (key, _) in PANELS.items() if has(self.seen, key)]
+        titles = [title for title, (key, _) in PANELS.items() if has(self.rows, key)]
         if titles != self.titles:
             self.titles = titles
             self.tabs.children = [Image() for _ in titles]
             self.tabs.titles = titles
             self.tabs.selected_index = 0 if titles else None
-        layers = len(next((row["expert_load"] for row in self.seen if row.get("expert_load")), []))
+        layers = len(next((row["expert_load"] for row in self.rows if row.get("expert_load")), []))
         if layers and len(self.layer.options) != layers:
             self.layer.options = [(f"MoE layer {i}", i) for i in range(layers)]
 
     def draw(self) -> None:
-        """The tab that is looked at."""
-        at = self.tabs.selected_index
-        experts = at is not None and self.titles[at : at + 1] == ["Experts"]
+        """Draw the selected tab."""
+        tab = self.tabs.selected_index
+        experts = tab is not None and self.titles[tab : tab + 1] == ["Experts"]
         self.layer.layout.display = None if experts else "none"
-        if at is not None and self.seen and at < len(self.titles):
-            _, plot = PANELS[self.titles[at]]
-            self.tabs.children[at].value = picture(plot(self.seen, self.layer.value or 0))
+        if tab is not None and self.rows and tab < len(self.titles):
+            _, plot = PANELS[self.titles[tab]]
+            self.tabs.children[tab].value = picture(plot(self.rows, self.layer.value or 0))
 
-    async def follow(self, state=lambda: "", alive=lambda: True) -> None:
-        """Look again every second, as long as something may come."""
+    async def follow(
+        self, state: Callable[[], str] = lambda: "", alive: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Update every second while `alive()`, and once more; `state()` begins the status line."""
         while alive():
             self.update(state())
             await asyncio.sleep(EVERY)
@@ -252,7 +265,8 @@ class Control:
     def __init__(self, command: Command):
         from ipywidgets import HTML, Button, HBox, VBox
 
-        self.command, self.task = command, None
+        self.command = command
+        self.task: asyncio.Future | None = None
         self.begin, self.pause, self.stop = (
             Button(description=text, icon=icon)
             for text, icon in (("start", "play"), ("pause", "pause"), ("stop", "stop"))
@@ -265,10 +279,11 @@ class Control:
         self.refresh()
 
     def refresh(self) -> str:
-        """Buttons that fit the state, which is returned."""
+        """Make the buttons fit the state, and return the state."""
         state = self.command.state
         going = state in ("running", "paused")
-        self.begin.disabled, self.pause.disabled, self.stop.disabled = going, not going, not going
+        self.begin.disabled = going
+        self.pause.disabled = self.stop.disabled = not going
         self.begin.description = "resume" if state == "stopped" else "start"
         self.pause.description = "go on" if state == "paused" else "pause"
         words = self.command.last_words() if state == "failed" else str(self.command.folder)
@@ -276,19 +291,27 @@ class Control:
         return state
 
     def started(self) -> None:
-        """Begin or go on, and watch it."""
+        """Start or resume the command, and follow it."""
         self.command.start()
         board = Dashboard(self.command.folder)
         self.place.children = [board.box]
-        going = lambda: self.command.state in ("running", "paused")
-        self.task = asyncio.ensure_future(board.follow(self.refresh, going))
+
+        def is_alive() -> bool:
+            return self.command.state in ("running", "paused")
+
+        self.task = asyncio.ensure_future(board.follow(self.refresh, is_alive))
         self.refresh()
 
     def paused(self) -> None:
-        (self.command.go_on if self.command.paused else self.command.pause)()
+        """Pause the command, or let it continue."""
+        if self.command.paused:
+            self.command.go_on()
+        else:
+            self.command.pause()
         self.refresh()
 
     def stopped(self) -> None:
+        """Stop the command after its step."""
         self.command.stop()
         self.refresh()
 
@@ -296,8 +319,8 @@ class Control:
 # ── For notebooks ──
 
 
-def train(words: str = "train --config tiny", folder="runs/lab") -> Control | None:
-    """Buttons that run a `dsv3` command, and its curves; a script only says what they would run."""
+def train(words: str = "train --config tiny", folder: Path | str = "runs/lab") -> Control | None:
+    """Show buttons that run a `dsv3` command, and its curves; a script only prints the command."""
     if not in_notebook():
         print(f"dsv3 {words} --out {folder}")
         return None
@@ -308,7 +331,7 @@ def train(words: str = "train --config tiny", folder="runs/lab") -> Control | No
     return control
 
 
-def watch(source) -> Dashboard | None:
+def watch(source: Path | str) -> Dashboard | None:
     """Follow a run (its folder, its metrics.jsonl or the address of one); a script draws it."""
     if not in_notebook():
         look(source)
@@ -321,8 +344,8 @@ def watch(source) -> Dashboard | None:
     return board
 
 
-def look(source) -> None:
-    """The same as plain figures, for pages without a kernel."""
+def look(source: Path | str) -> None:
+    """Show the curves of a run as plain figures, for pages without a kernel."""
     rows = Tail(source).read()
     if not rows:
         raise UserError(f"{source} has no rows of a run")

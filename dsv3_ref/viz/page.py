@@ -8,8 +8,10 @@ import io
 import json
 import re
 from html import escape
+from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2430; --soft: #5b6472; --line: #d9dee5; --back: #ffffff;
@@ -63,13 +65,13 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 # ── Figures ──
 
 
-def titles(fig) -> str:
-    """What a figure says in words: the titles of its axes, a sentence each."""
+def titles(fig: Figure) -> str:
+    """Return the titles of a figure's axes, a sentence each: what it says in words."""
     return ". ".join(ax.get_title() for ax in fig.axes if ax.get_title())
 
 
-def svg(fig, name: str, alt: str) -> str:
-    """A figure as inline SVG that takes the page's ink color; `name` keeps its ids its own."""
+def svg(fig: Figure, name: str, alt: str) -> str:
+    """Return a figure as inline SVG in the page's ink color; `name` makes its ids unique."""
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -85,8 +87,8 @@ def svg(fig, name: str, alt: str) -> str:
     return f'<svg {box} role="img" aria-label="{text(alt)}">{body}'
 
 
-def drawing(fig, name: str, caption: str = "") -> str:
-    """A figure with its caption; wider than a phone, it scrolls inside its own box."""
+def drawing(fig: Figure, name: str, caption: str = "") -> str:
+    """Return a figure with its caption; wider than a phone, it scrolls inside its own box."""
     alt = titles(fig)
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     return (
@@ -98,8 +100,8 @@ def drawing(fig, name: str, caption: str = "") -> str:
 # ── Words and tables ──
 
 
-def text(value) -> str:
-    """Data as HTML text: escaped; numbers readable, everything else as JSON."""
+def text(value: Any) -> str:
+    """Return data as escaped HTML text: numbers readable, everything else as JSON."""
     if isinstance(value, str):
         return escape(value)
     if isinstance(value, bool) or value is None or isinstance(value, list | dict):
@@ -107,8 +109,14 @@ def text(value) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
-def table(rows: dict, caption: str, head=("name", "value"), ours: str = "", digits=None) -> str:
-    """A table of two columns; `digits` after the point set numbers to the right."""
+def table(
+    rows: dict,
+    caption: str,
+    head: tuple[str, str] = ("name", "value"),
+    ours: str = "",
+    digits: int | None = None,
+) -> str:
+    """Return a table of two columns; `digits` after the point set numbers to the right."""
     side = "" if digits is None else ' class="number"'
     line = {True: '<tr class="ours">', False: "<tr>"}
     body = "".join(
@@ -124,7 +132,7 @@ def table(rows: dict, caption: str, head=("name", "value"), ours: str = "", digi
 
 
 def tiles(values: dict[str, str]) -> str:
-    """The few numbers that matter, large."""
+    """Return the few numbers that matter, large."""
     pairs = (f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in values.items())
     return f'<dl class="tiles">{"".join(pairs)}</dl>'
 
@@ -133,7 +141,7 @@ def tiles(values: dict[str, str]) -> str:
 
 
 def page(title: str, intro: str, sections: dict[str, str]) -> str:
-    """A whole document: heading, introduction (HTML), contents, sections (heading → HTML)."""
+    """Return a whole document: heading, introduction (HTML), contents, sections by heading."""
     ids = {heading: re.sub(r"\W+", "-", heading.lower()) for heading in sections}
     links = "".join(f'<a href="#{ids[h]}">{text(h)}</a>' for h in sections)
     body = "".join(

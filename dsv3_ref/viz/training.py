@@ -7,11 +7,16 @@ that no row has raises `ValueError`. Ask `has(rows, key)` first. Axes of arrays 
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
 
+from dsv3_ref.config import ceil_div
 from dsv3_ref.viz.style import BLUE, COLORS, GRAY, ORANGE, figure
 
 LINES = ["-", "--", "-.", ":"]  # beside color, so that prints and every eye tell lines apart
@@ -21,8 +26,8 @@ MANY = 8  # lines that can still be told apart
 # ── Rows ──
 
 
-def read_metrics(path) -> list[dict]:
-    """Rows of a `metrics.jsonl`, by step; of a repeated step (a resumed run) the last row counts.
+def read_metrics(path: Path | str) -> list[dict]:
+    """Return the rows of a `metrics.jsonl`, by step; the last row of a repeated step counts.
 
     The last line of a running or killed run may be half written: it is skipped. A broken line
     elsewhere is skipped with a warning.
@@ -38,7 +43,7 @@ def read_metrics(path) -> list[dict]:
 
 
 def as_row(line: str | bytes) -> dict | None:
-    """A row; None for a line that is none."""
+    """Return a line as a row, None if it is not one."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -47,26 +52,26 @@ def as_row(line: str | bytes) -> dict | None:
 
 
 def has(rows: list[dict], key: str) -> bool:
-    """Whether any row has something under `key`."""
+    """Return whether any row has something under `key`."""
     return any(filled(row.get(key)) for row in rows)
 
 
-def filled(value) -> bool:
-    """Whether a number is in there: not in null, [] or [[], []]."""
+def filled(value: Any) -> bool:
+    """Return whether a value has a number in it: null, [] and [[], []] have none."""
     return any(map(filled, value)) if isinstance(value, list) else value is not None
 
 
-def series(rows: list[dict], key: str):
-    """Steps (n,) and values (n, …) of the rows that have `key`, as float arrays."""
+def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps (n,) and values (n, …) of the rows that have `key`, as float arrays."""
     if not has(rows, key):
         raise ValueError(f"no row has {key!r}")
-    kept = [row for row in rows if filled(row.get(key))]
-    steps = np.array([row["step"] for row in kept], dtype=float)
-    return steps, np.array([row[key] for row in kept], dtype=float)
+    with_key = [row for row in rows if filled(row.get(key))]
+    steps = np.array([row["step"] for row in with_key], dtype=float)
+    return steps, np.array([row[key] for row in with_key], dtype=float)
 
 
-def smooth(value_n, share: float = 0.02):
-    """Running mean over ± n·share rows; what is not finite is skipped.
+def smooth(value_n: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """Return the running mean over ± n·share rows; what is not finite is skipped.
 
     Near the start the window narrows on both sides, so that a steep beginning stays where it is.
     """
@@ -77,28 +82,31 @@ def smooth(value_n, share: float = 0.02):
     i = np.arange(n)
     reach = np.minimum(round(n * share), i)
     low, high = i - reach, np.minimum(i + reach, n - 1) + 1
-    seen = count[high] - count[low]
-    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
+    num_known = count[high] - count[low]
+    mean_n = (total[high] - total[low]) / np.maximum(num_known, 1)
+    return np.where(num_known > 0, mean_n, np.nan)
 
 
 def last(rows: list[dict], key: str) -> float:
-    """Where a noisy curve stands now: the last value of its running mean."""
+    """Return the last value of the running mean of a noisy curve."""
     return float(smooth(series(rows, key)[1])[-1])
 
 
 # ── Parts of plots ──
 
 
-def draw_smoothed(ax, step_n, value_n, label: str, color: str, line: str = "-") -> None:
-    """Every value in the background, its running mean on top."""
+def draw_smoothed(
+    ax: Axes, step_n: np.ndarray, value_n: np.ndarray, label: str, color: str, line: str = "-"
+) -> None:
+    """Draw every value pale, and the running mean on top."""
     dot = "o" if len(step_n) == 1 else None  # a single point makes no line
     many = len(step_n) > 3000
     ax.plot(step_n, value_n, color=color, alpha=0.3, linewidth=0.8, rasterized=many)
     ax.plot(step_n, smooth(value_n), line, color=color, label=label, marker=dot, rasterized=many)
 
 
-def finish(ax, title: str, ylabel: str, legend: bool = False) -> None:
-    """Title, labels and light horizontal lines, the same on every plot against steps."""
+def finish(ax: Axes, title: str, ylabel: str, legend: bool = False) -> None:
+    """Add title, labels and light horizontal lines, the same on every plot against steps."""
     ax.set(title=title, xlabel="step", ylabel=ylabel)
     ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.6)
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -106,7 +114,7 @@ def finish(ax, title: str, ylabel: str, legend: bool = False) -> None:
         ax.legend(loc="best", ncols=2)
 
 
-def clip_view(ax, value_n) -> None:
+def clip_view(ax: Axes, value_n: np.ndarray) -> None:
     """Let the curve fill the axis: rare spikes may leave it, nothing else does."""
     value_n = value_n[np.isfinite(value_n)]
     if len(value_n) < 50:
@@ -116,20 +124,20 @@ def clip_view(ax, value_n) -> None:
         ax.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
 
 
-def peak_and_end(value_n) -> tuple[float, float]:
-    """Highest and last value of the running mean: how bad it got, and where it stands."""
+def peak_and_end(value_n: np.ndarray) -> tuple[float, float]:
+    """Return the highest and the last value of the running mean."""
     mean = smooth(value_n)
     return float(np.nanmax(mean)), float(mean[-1])
 
 
-def bins(value_ne, most: int = 200):
-    """At most `most` rows, each the mean of neighbors: no screen shows more."""
+def bins(value_ne: np.ndarray, most: int = 200) -> np.ndarray:
+    """Return at most `most` rows, each the mean of neighbors: no screen shows more."""
     parts = np.array_split(value_ne, min(most, len(value_ne)))
     return np.stack([part.mean(0) for part in parts])
 
 
-def layer_names(count: int, names=None) -> list[str]:
-    """The names given, or `MoE layer 0` and so on where there are none."""
+def layer_names(count: int, names: Sequence[str] | None = None) -> list[str]:
+    """Return names of layers: those given, then `MoE layer 3` and so on."""
     names = list(names or [])[:count]
     return names + [f"MoE layer {i}" for i in range(len(names), count)]
 
@@ -137,8 +145,8 @@ def layer_names(count: int, names=None) -> list[str]:
 # ── Loss ──
 
 
-def loss_curves(rows: list[dict]):
-    """Training, validation and MTP loss against steps, in nats a token; raw behind smoothed."""
+def loss_curves(rows: list[dict]) -> Figure:
+    """Plot training, validation and MTP loss against steps in nats per token, raw and smoothed."""
     fig, ax = figure(height=3.6)
     step, loss = series(rows, "loss")
     draw_smoothed(ax, step, loss, "training", BLUE)
@@ -159,15 +167,15 @@ def loss_curves(rows: list[dict]):
             draw_smoothed(ax, step, mtp[:, k], f"MTP, depth {k + 1}", color, LINES[1 + k % 3])
             drawn.append(mtp[:, k])
     clip_view(ax, np.concatenate(drawn))
-    finish(ax, title, "nats a token", legend=True)
+    finish(ax, title, "nats per token", legend=True)
     return fig
 
 
 # ── Balance ──
 
 
-def load_heatmap(rows: list[dict], layer: int = 0, name: str = ""):
-    """Load of every expert of one MoE layer over time: its share of the tokens times E, 1 = even.
+def load_heatmap(rows: list[dict], layer: int = 0, name: str = "") -> Figure:
+    """Plot the load of every expert of one MoE layer: its share of the tokens times E, 1 = even.
 
     Rows count as evenly spaced in steps. Colors are on a log scale from a quarter to four times.
     """
@@ -192,14 +200,13 @@ def load_heatmap(rows: list[dict], layer: int = 0, name: str = ""):
     return fig
 
 
-def bias_trajectories(rows: list[dict], names=None):
-    """Gate bias of every expert against steps, a panel a MoE layer, the two extremes named."""
+def bias_trajectories(rows: list[dict], names: Sequence[str] | None = None) -> Figure:
+    """Plot the gate bias of every expert against steps, a panel per MoE layer."""
     step, bias_nle = series(rows, "expert_bias")
     layers, experts = bias_nle.shape[1:]
     cols = min(2, layers)
-    fig, axes = figure(
-        -(-layers // cols), cols, height=2.6 * -(-layers // cols), squeeze=False, sharey=True
-    )
+    tall = ceil_div(layers, cols)
+    fig, axes = figure(tall, cols, height=2.6 * tall, squeeze=False, sharey=True)
     keep = np.unique(np.linspace(0, len(step) - 1, 600).astype(int))
     for i, ax in enumerate(axes.flat):
         if i >= layers:
@@ -215,8 +222,8 @@ def bias_trajectories(rows: list[dict], names=None):
     return fig
 
 
-def draw_biases(ax, step_n, bias_ne, rasterized: bool) -> None:
-    """One thin line an expert; the most lifted and the most held down thick and labeled."""
+def draw_biases(ax: Axes, step_n: np.ndarray, bias_ne: np.ndarray, rasterized: bool) -> None:
+    """Draw a thin line per expert, with thick and labeled ones for the two extremes."""
     dot = "o" if len(step_n) == 1 else None
     ax.plot(step_n, bias_ne, color=GRAY, alpha=0.5, linewidth=0.8, rasterized=rasterized)
     extremes = [(int(bias_ne[-1].argmax()), BLUE, "-"), (int(bias_ne[-1].argmin()), ORANGE, "--")]
@@ -232,8 +239,8 @@ def draw_biases(ax, step_n, bias_ne, rasterized: bool) -> None:
     )
 
 
-def max_vio(rows: list[dict], names=None):
-    """MaxVio of every MoE layer, running mean against steps: busiest load / mean load − 1."""
+def max_vio(rows: list[dict], names: Sequence[str] | None = None) -> Figure:
+    """Plot the running mean of MaxVio (busiest load / mean load − 1) of every MoE layer."""
     step, vio_nl = series(rows, "max_vio")
     fig, ax = figure()
     if vio_nl.shape[1] > MANY:
@@ -256,19 +263,19 @@ def max_vio(rows: list[dict], names=None):
 
 SCHEDULES = {
     "lr": ("Learning rate", "learning rate"),
-    "batch_size": ("Batch", "sequences a step"),
+    "batch_size": ("Batch", "sequences per step"),
     "bias_update_rate": ("Bias speed γ", "γ"),
     "mtp_weight": ("MTP weight λ", "λ"),
 }
 
 
-def schedule(rows: list[dict]):
-    """Learning rate, batch, γ and λ against steps, a panel each for those that the rows have."""
+def schedule(rows: list[dict]) -> Figure:
+    """Plot learning rate, batch, γ and λ against steps, a panel per key that the rows have."""
     keys = [key for key in SCHEDULES if has(rows, key)]
     if not keys:
         raise ValueError(f"no row has any of {', '.join(SCHEDULES)}")
     cols = min(2, len(keys))
-    tall = -(-len(keys) // cols)
+    tall = ceil_div(len(keys), cols)
     fig, axes = figure(tall, cols, height=2.4 * tall, squeeze=False)
     for ax, key in zip(axes.flat, keys):
         step, value = series(rows, key)
@@ -281,26 +288,25 @@ def schedule(rows: list[dict]):
     return fig
 
 
-def course(value_n) -> str:
-    """First value, highest if it is neither end, last: `2.5e-05 → 0.001 → 0.0001`."""
+def course(value_n: np.ndarray) -> str:
+    """Return the first value, highest if it is neither end, last: `2.5e-05 → 0.001 → 0.0001`."""
     stops = [value_n[0], value_n.max(), value_n[-1]]
     return " → ".join(f"{v:.3g}" for i, v in enumerate(stops) if i == 0 or v != stops[i - 1])
 
 
-def throughput(rows: list[dict]):
-    """Tokens a second against steps."""
+def throughput(rows: list[dict]) -> Figure:
+    """Plot tokens per second against steps."""
     step, value = series(rows, "tokens_per_s")
     fig, ax = figure(height=2.6)
     draw_smoothed(ax, step, value, "", BLUE)
     ax.set_ylim(0, 1.15 * np.nanmax(value))
-    finish(
-        ax, f"Speed: {np.nanmedian(value):,.0f} tokens a second in the median", "tokens a second"
-    )
+    title = f"Speed: {np.nanmedian(value):,.0f} tokens per second in the median"
+    finish(ax, title, "tokens per second")
     return fig
 
 
-def grad_norm(rows: list[dict]):
-    """Norm of the gradient before clipping against steps, log scale."""
+def grad_norm(rows: list[dict]) -> Figure:
+    """Plot the norm of the gradient before clipping against steps, log scale."""
     step, value = series(rows, "grad_norm")
     fig, ax = figure(height=2.6)
     draw_smoothed(ax, step, value, "", BLUE)
@@ -318,8 +324,8 @@ def grad_norm(rows: list[dict]):
 # ── Compression ──
 
 
-def bits_per_byte(value: dict[str, float], ours: str = "this model"):
-    """Bits needed for a byte of the same text, a bar each, the best on top; `ours` stands out."""
+def bits_per_byte(value: dict[str, float], ours: str = "this model") -> Figure:
+    """Plot the bits per byte of each model on the same text, the best on top; `ours` stands out."""
     order = sorted(value, key=value.get, reverse=True)
     fig, ax = figure(height=0.9 + 0.42 * len(order))
     color = [BLUE if name == ours else "#A9B2BD" for name in order]
