@@ -158,7 +158,7 @@ def decode_weights_as_tables(model: Transformer) -> DecodeWeights:
         def logits(h: Tensor) -> Tensor:
             return small_matmul(h.flatten(0, -2), head_dw).unflatten(0, h.shape[:-1])
 
-        blocks = [BlockTables(block) for block in blocks_of(model)]
+        blocks: list[BlockWeights] = [BlockTables(block) for block in blocks_of(model)]
         TABLES[model] = state, DecodeWeights(blocks, logits)
     return TABLES[model][1]
 

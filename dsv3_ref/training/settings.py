@@ -131,8 +131,19 @@ class TrainConfig:
 
 def validate_args(args: TrainConfig) -> None:
     """Raise a `UserError` for settings that cannot be trained with."""
+    numbers = {k: v for k, v in asdict(args.recipe).items() if not isinstance(v, str)}
+    rules = shared_rules(args) + args.validation_rules()
+    rules += [(math.isfinite(v), f"{option_flag(k)} must be a number") for k, v in numbers.items()]
+    rules += mesh_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+def shared_rules(args: TrainConfig) -> list[tuple[bool, str]]:
+    """Return the rules of every training command, whatever it learns from."""
     r, c = args.recipe, args.model
-    rules = [
+    return [
         (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
         (
             r.seq_len <= c.max_seq_len,
@@ -164,14 +175,7 @@ def validate_args(args: TrainConfig) -> None:
             min(args.grad_norm_window, args.max_skipped_steps) >= 1,
             "--grad-norm-window and --max-skipped-steps must be at least 1",
         ),
-        *args.validation_rules(),
     ]
-    numbers = {k: v for k, v in asdict(r).items() if not isinstance(v, str)}
-    rules += [(math.isfinite(v), f"{option_flag(k)} must be a number") for k, v in numbers.items()]
-    rules += mesh_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
-    for holds, sentence in rules:
-        if not holds:
-            raise UserError(sentence)
 
 
 def mesh_rules(args: TrainConfig, ranks: int) -> list[tuple[bool, str]]:

@@ -70,7 +70,7 @@ def test_a_group_of_commands_is_listed_by_its_first_word(capsys):
 
 def test_the_places_in_the_table_exist():
     for command in BY_NAME.values():
-        for place in filter(None, (command.options, command.function, command.trainer)):
+        for place in filter(None, (command.options, command.function, command.task)):
             resolve_name(place)
 
 
