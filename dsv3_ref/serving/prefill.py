@@ -13,6 +13,7 @@ import torch
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.config import UserError
 from dsv3_ref.serve import KVTransfer, Request
+from dsv3_ref.serving.config import build_engine
 from dsv3_ref.training.strategy import pick_device
 
 # ── Parcels ──
@@ -49,8 +50,6 @@ def transfer_from_bytes(data: bytes, device) -> tuple[int, KVTransfer]:
 
 def prefill_worker_main(pipe, args, threads: int) -> None:
     """The life of a prefill process: prompts in, latents out, until the pipe closes."""
-    from dsv3_ref.serving.api_server import build_engine  # which imports this module
-
     for number in (signal.SIGINT, signal.SIGTERM):  # the decode process says when it is over
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
