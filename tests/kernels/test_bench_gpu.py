@@ -312,7 +312,7 @@ class FakeWorker:
         self.answers = answers
         FakeWorker.made += 1
 
-    def ask(self, name, rounds, seconds):
+    def request(self, name, rounds, seconds):
         answer = self.answers[name]
         if isinstance(answer, Exception):
             raise answer
