@@ -318,7 +318,7 @@ class FakeWorker:
             raise answer
         return answer
 
-    def end(self):
+    def kill(self):
         pass
 
 
