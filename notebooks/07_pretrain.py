@@ -816,7 +816,7 @@ torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 # ### What a step need not keep
 # Whatever a gradient will need waits in memory from the forward to the backward pass. V3 lets go of
 # the outputs of RMSNorm, MLA's up-projections and SwiGLU, and computes them again (§3.2.3, §3.3.3):
-# `saved_tensors(recompute=True)` of [chapter 01](01_ops.ipynb), `dsv3 train --recompute`. In the
+# `saved_tensors(recompute=True)` as in [chapter 01](01_ops.ipynb), `dsv3 train --recompute`. In the
 # axes' letters (`q`, `c`: the latents) a token and layer needs
 #
 # $$\underbrace{2d + q + c}_{\text{norms}} + \underbrace{2h(i+r) + hv}_{\text{up-projections}}

@@ -739,14 +739,14 @@ show(fig)
 #
 # | `Overheads` | value | source |
 # |---|---|---|
-# | `shapes` | each product at the rate of its own shape | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
-# | `imbalance` | busiest rank 1.1 × the mean | our assumption |
-# | `order` | an exchange waits for what it carries | the order of F&B in Figure 4 of §3.2.1, simulated |
-# | `stream` | 4 bytes a number between stages | our trainer; shares IB with the exchange |
-# | `gap` | 2 µs between two kernels, 12 a half block and pass | our assumption |
-# | `slowest` | slowest GPU and link 1.03 | our assumption |
-# | `failures` | 419 in 54 days on 16,384 GPUs | the Llama 3 report |
-# | `lost` | half an hour each | our assumption: restart and work since the checkpoint |
+# | `gemm_shapes` | each product at the rate of its own shape | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
+# | `load_imbalance` | busiest rank 1.1 × the mean | our assumption |
+# | `pair_order` | an exchange waits for what it carries | the order of F&B in Figure 4 of §3.2.1, simulated |
+# | `pp_stream_bytes` | 4 bytes a number between stages | our trainer; shares IB with the exchange |
+# | `launch_gap` | 2 µs between two kernels, 12 a half block and pass | our assumption |
+# | `straggler_factor` | slowest GPU and link 1.03 | our assumption |
+# | `failure_rate` | 419 in 54 days on 16,384 GPUs | the Llama 3 report |
+# | `hours_lost` | half an hour each | our assumption: restart and work since the checkpoint |
 #
 # After the pipeline gradients are summed and weights gathered over IB, and AdamW moves 20 bytes a number of its slice.
 
@@ -1412,5 +1412,5 @@ check_nodes(my_nodes)
 # dsv3 plan --hardware h200                  the same on H200
 # dsv3 plan --overheads.load-imbalance 1.3           one assumption moved
 # dsv3 plan --unit decode --context 16384    a unit that serves (chapter 20)
-# dsv3 plan --config small --pp 2 --ep 4 --gpus 8 --global-batch-size 64 --seq-len 2048
+# dsv3 plan --config small --pp 2 --ep 4 --dp 1 --global-batch-size 64 --seq-len 2048
 # ```

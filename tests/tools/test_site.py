@@ -141,9 +141,10 @@ def test_the_kl_estimate_is_found_from_the_report(site):
 
 def test_a_registered_kernel_stands_beside_its_op(book):
     rows = {row[0]: row[2] for row in appendices.op_rows(book)}
-    forms = next(forms for op, forms in rows.items() if op.startswith("[`latent_attention`"))
-    assert re.search(r"naive: \[mla\.py:\d+\]", forms)
-    assert re.search(r"triton: \[kernels/decode\.py:\d+\]", forms)
+    forms = next(forms for op, forms in rows.items() if op.startswith("[`attention`"))
+    assert re.search(r"sdpa: \[mla\.py:\d+\]", forms)
+    assert re.search(r"cpu: \[cpu/attention\.py:\d+\]", forms)
+    assert re.search(r"triton: \[kernels/attention\.py:\d+\]", forms)
 
 
 def test_the_glossary_gives_each_term_in_two_languages_and_a_place():
@@ -277,11 +278,12 @@ def test_the_reference_holds_signatures_and_no_markup():
 def small(tmp_path):
     """A repository with one chapter, and a function that builds it with more text in it."""
     root = tmp_path / "repository"
-    for folder in ("notebooks", "figures", "dsv3_ref", "kernels", "tests"):
+    for folder in ("notebooks", "figures", "dsv3_ref", "kernels", "tests", "docs"):
         (root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "figures/00_model.svg", root / "figures")
     (root / "README.md").write_text("# small\n\nA book.\n\n![it](figures/00_model.svg)\n")
-    for name in ("CONTRIBUTING", "LOG"):
+    pages = ("docs/notation", "docs/metrics", "docs/extending")
+    for name in ("CONTRIBUTING", "LOG", "CHANGELOG", *pages):
         (root / f"{name}.md").write_text(f"# {name}\n")
     (root / "dsv3_ref/one.py").write_text('"""One."""\n\n\ndef f():\n    """eq. 1"""\n')
     glossary = "| term | 中文 | what | where |\n|---|---|---|---|\n"
