@@ -71,7 +71,7 @@ def validate_args(args: EvalConfig) -> None:
 
 
 def evaluate(args: EvalConfig) -> dict[str, dict[str, float]]:
-    """Results by task, printed as a table."""
+    """Evaluate a model, print a line per task, and return the results by task."""
     validate_args(args)
     policy = Policy.from_pretrained(args.model, pick_device(args.device))
     ours = [name for name in args.tasks if is_task_name(name)]
@@ -90,7 +90,7 @@ def evaluate(args: EvalConfig) -> dict[str, dict[str, float]]:
 
 
 def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, float]:
-    """The likeliest answer, and pass@1, pass@k and maj@k of several drawn."""
+    """Measure accuracy of greedy answers, and pass@1, pass@k and maj@k of sampled ones."""
     problems, k = get_task(name).problems[1][: args.limit or None], args.samples
     asked = [build_messages(p.question, system=args.system) for p in problems]
     torch.manual_seed(args.seed)
@@ -111,17 +111,17 @@ def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, floa
 
 
 def chunked(answers: list[Completion], k: int) -> list[list[Completion]]:
-    """Answers in succession, k to a problem."""
+    """Cut consecutive answers into groups of k, one group per problem."""
     return [answers[i : i + k] for i in range(0, len(answers), k)]
 
 
 def score_completion(name: str, problem: Problem, answer: Completion) -> float:
-    """What the task says of an answer that ended."""
+    """Return the score that the task gives to an answer; 0 if it did not end."""
     return get_task(name).score(answer.text, problem) if answer.ended else 0.0
 
 
 def score_majority(name: str, problem: Problem, group: list[Completion]) -> float:
-    """Whether the commonest boxed answer is right."""
+    """Return the score of the most frequent boxed answer of a group."""
     given = majority([extract_boxed(a.text) if a.ended else None for a in group])
     return 0.0 if given is None else get_task(name).score(f"\\boxed{{{given}}}", problem)
 
@@ -130,7 +130,7 @@ def score_majority(name: str, problem: Problem, group: list[Completion]) -> floa
 
 
 def run_lm_eval(policy: Policy, names: list[str], args: EvalConfig) -> dict[str, dict[str, float]]:
-    """Numbers of lm-eval's tasks, `speeches` among them."""
+    """Run tasks of lm-eval, `speeches` among them, and return their metrics."""
     try:
         import lm_eval
     except ImportError:
@@ -158,7 +158,7 @@ def run_lm_eval(policy: Policy, names: list[str], args: EvalConfig) -> dict[str,
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """lm-eval without its remarks, and without counting downloads of local files."""
+    """Silence lm-eval, and do not let it report downloads of local files."""
     before = os.environ.get("HF_HUB_DISABLE_TELEMETRY")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

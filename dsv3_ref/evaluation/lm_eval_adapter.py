@@ -19,7 +19,7 @@ BATCH = 16  # rows in one forward pass
 
 
 class DSV3LM(TemplateLM):
-    """Log-likelihoods and continuations of a model; texts begin with the begin mark."""
+    """A model behind lm-eval's interface; texts begin with the begin token."""
 
     def __init__(self, policy: Policy):
         super().__init__()
@@ -28,30 +28,33 @@ class DSV3LM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Return the id of the end token."""
         return self.policy.special_tokens.eos
 
     @property
     def prefix_token_id(self) -> int:
+        """Return the id of the begin token."""
         return self.policy.special_tokens.bos
 
     @property
     def tokenizer_name(self) -> str:
+        """Return the name under which lm-eval caches results."""
         return "dsv3_ref"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Tokens of a text, behind the begin mark unless told otherwise."""
+        """Encode a text, after the begin token unless add_special_tokens is False."""
         ids = self.policy.tokenizer.encode(string, add_special_tokens=False).ids
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """A conversation in its form; a text as lm-eval joins it."""
+        """Encode a context and its continuation; a conversation keeps its special tokens."""
         if isinstance(context, ChatContext):
             return self.policy.encode_prompt(context.messages), self.tok_encode(continuation, False)
         return super()._encode_pair(context, continuation)
 
     @torch.no_grad()
     def score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(log p of a continuation behind its context, whether each token was the likeliest)."""
+        """Return log p of each continuation, and whether each of its tokens was the likeliest."""
         tokens = [(context + new)[-(self.limit + 1) :] for context, new in rows]
         x_bs = torch.zeros(len(rows), max(map(len, tokens)) - 1, dtype=torch.int64)
         for x_s, row in zip(x_bs, tokens):
@@ -67,7 +70,7 @@ class DSV3LM(TemplateLM):
         return out
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
-        """Scores in the order of requests; rows of about one length are computed together."""
+        """Score requests, those of similar length together; return scores in their order."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
         out: list = [None] * len(requests)
         for start in tqdm(range(0, len(order), BATCH), "log-likelihoods", disable=disable_tqdm):
@@ -77,7 +80,7 @@ class DSV3LM(TemplateLM):
         return out
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, in windows with as much context as the model reads."""
+        """Return log p of whole texts, in windows with as much context as the model reads."""
         out = []
         for (text,) in (r.args for r in requests):
             windows = get_rolling_token_windows(
@@ -88,10 +91,11 @@ class DSV3LM(TemplateLM):
         return out
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text or the end mark."""
+        """Return greedy or sampled continuations up to a stop text or the end token."""
         return [self.generate_one(*r.args) for r in tqdm(requests, "answers", disable=disable_tqdm)]
 
     def generate_one(self, context: str | list[int], how: dict) -> str:
+        """Continue one context with lm-eval's generation arguments."""
         until, end = how.get("until") or [], self.eot_token_id
         text = StreamDetokenizer(
             self.policy.tokenizer, tuple([until] if isinstance(until, str) else until)
@@ -118,15 +122,16 @@ class DSV3LM(TemplateLM):
     def apply_chat_template(
         self, chat_history, add_generation_prompt: bool = True
     ) -> "ChatContext":
-        """A conversation; it stays one until it becomes tokens, for marks are no text."""
+        """Return a conversation; its special tokens are added when it is encoded."""
         return ChatContext(chat_history)
 
     def chat_template(self, chat_template=False) -> str:
+        """Return the name of the conversation form."""
         return "DeepSeek-V3"
 
 
 class ChatContext(str):
-    """Messages that travel as a text."""
+    """Messages that lm-eval passes on as a text."""
 
     def __new__(cls, messages: list[dict]):
         made = super().__new__(cls, "\n".join(m["content"] for m in messages))
@@ -138,13 +143,13 @@ class ChatContext(str):
 
 
 def speeches_dataset(**_) -> dict:
-    """State of the Union addresses that training holds out."""
+    """Return the State of the Union addresses that training holds out."""
     (source,) = open_sources(["sotu"], 0, False)
     return {"test": Dataset.from_list([{"text": text} for text in source.val_texts])}
 
 
 def problems_dataset(name: str) -> dict:
-    """Held-out problems of one of our tasks."""
+    """Return held-out problems of a built-in task."""
     rows = [
         {"question": p.question, "answer": p.answer, "i": i}
         for i, p in enumerate(TASKS[name].problems[1])
@@ -153,7 +158,7 @@ def problems_dataset(name: str) -> dict:
 
 
 def grader(name: str):
-    """What lm-eval calls with a problem and the answers given."""
+    """Return the function that lm-eval calls with a problem and its answers."""
 
     def grade(doc: dict, results: list[str]) -> dict:
         problem = TASKS[name].problems[1][doc["i"]]
@@ -163,7 +168,7 @@ def grader(name: str):
 
 
 def task_config(name: str) -> dict | str:
-    """An lm-eval task made here, `speeches_dataset` or `lm-sums` and the like; other names as they are."""
+    """Return the config of a task defined here (`speeches`, `lm-sums`); other names unchanged."""
     ours = name.removeprefix("lm-")
     if name == "speeches":
         return {

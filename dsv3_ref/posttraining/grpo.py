@@ -79,7 +79,7 @@ class GRPOConfig(TrainConfig):
     steps_per_generation: int = 1
     """optimizer steps from one set of answers, each from its part of the questions"""
     max_kl: float = 1.0
-    """a mean log π/π_ref above this (nats a token; `kl_k1` in metrics.jsonl) ends the run, if the
+    """a mean log π/π_ref above this (nats per token; `kl_k1` in metrics.jsonl) ends the run, if the
     first model is kept"""
     rollout_backend: Literal["native", "vllm"] = "native"
     """who writes answers: our own decoder, or vLLM, fed through a Hugging Face directory"""
@@ -100,6 +100,7 @@ class GRPOConfig(TrainConfig):
     DEFAULT_RECIPE: ClassVar[str] = "v3"
 
     def validation_rules(self) -> list[tuple[bool, str]]:
+        """Return conditions on the options, each with the sentence for when it is false."""
         is_open = [name for name in parse_weights(self.tasks) if get_task(name).is_open_ended]
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
@@ -140,26 +141,28 @@ class GRPOConfig(TrainConfig):
 
 
 class PromptDataset:
-    """Problems drawn at random: first the task by weight, then one of its own."""
+    """Problems drawn at random: first a task by weight, then one of its problems."""
 
     def __init__(self, weights: dict[str, float], seed: int):
         self.weights, self.seed, self.drawn = weights, seed, 0
 
     def next_batch(self, n: int) -> list[Problem]:
-        """The next n."""
+        """Return the next n problems."""
         return [self.next() for _ in range(n)]
 
     def next(self) -> Problem:
+        """Draw one problem."""
         rng = random.Random(f"{self.seed} {self.drawn}")
         self.drawn += 1
         name = rng.choices(list(self.weights), list(self.weights.values()))[0]
         return rng.choice(get_task(name).problems[0])
 
     def state_dict(self) -> tuple[dict, dict]:
-        """How many were drawn; each has a stream of random numbers of its own."""
+        """Return how many were drawn; each has random numbers of its own."""
         return {"drawn": self.drawn}, {}
 
     def load_state_dict(self, small: dict, _: dict) -> None:
+        """Continue after as many problems as were drawn."""
         self.drawn = small["drawn"]
 
 
@@ -168,7 +171,7 @@ class PromptDataset:
 
 @dataclass
 class Rollout:
-    """One of a group's answers, and what is known of it."""
+    """A sampled completion of a group, with its reward and advantage."""
 
     problem: Problem
     prompt: list[int]
@@ -181,7 +184,7 @@ class Rollout:
 
 
 class RewardFn:
-    """Rewards: a task's own rule, or opinions where nothing is right."""
+    """The rewards of completions: by the task's rule or, without a right answer, by a model."""
 
     def __init__(self, args: GRPOConfig, first: Policy, say, device):
         self.end, self.say, self.failed = first.special_tokens.eos, say, set()
@@ -211,7 +214,7 @@ class RewardFn:
             a.reward = reward
 
     def model_reward(self, answers: list[Rollout]) -> list[float]:
-        """Shares of yes, or a reward model's scores between 0 and 1."""
+        """Return the share of yes votes, or the reward model's σ(r), between 0 and 1."""
         if self.votes and answers:
             yes_nk = self.first.sample_votes(
                 [(a.problem.question, a.text) for a in answers], self.votes
@@ -222,7 +225,7 @@ class RewardFn:
         return []
 
     def rule_reward(self, a: Rollout) -> float:
-        """What the task says; the first failure of each kind is told."""
+        """Return the task's score; report the first failure of each kind, which counts 0."""
         if self.require_think_format and not has_think_format(a.text):
             return 0.0
         try:

@@ -1,33 +1,40 @@
-"""A model is asked: conversations in, groups of answers out."""
+"""A model with its tokenizer: conversations in, groups of completions out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
+from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.prompts import build_messages
 from dsv3_ref.rewards import vote_prompt
 from dsv3_ref.sft import render_conversation
 
-BATCH_COMPLETIONS, MAX_VOTE_TOKENS = (
-    256,
-    4,
-)  # answers that are written side by side; tokens of a vote
+BATCH_COMPLETIONS = 256  # completions that are written side by side
+MAX_VOTE_TOKENS = 4
+# (prompts, num_generations, max_new_tokens, eos_id, temperature) → (tokens, log π) of completions
+RolloutFn = Callable[
+    [list[list[int]], int, int, int, float], tuple[list[list[int]], list[list[float]]]
+]
 
 
-def check_prompt_length(model, prompts: Sequence[list[int]], new: int) -> None:
-    """Raise if a prompt and its answer are more than the model reads."""
-    longest, limit = max(map(len, prompts), default=0), model.config.max_seq_len
-    if longest + new > limit:
+def check_prompt_length(
+    model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int
+) -> None:
+    """Raise a `UserError` if a prompt and its answer are longer than the model's context."""
+    longest = max(map(len, prompts), default=0)
+    limit = model.config.max_seq_len
+    if longest + max_new_tokens > limit:
         raise UserError(
-            f"a prompt of {longest} tokens and an answer of {new} are more than the {limit} that "
-            "the model reads"
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} are more than the "
+            f"{limit} that the model reads: lower --max-new-tokens or shorten the prompts"
         )
 
 
@@ -36,60 +43,70 @@ class Completion(NamedTuple):
 
     prompt: list[int]
     tokens: list[int]
-    logp: list[float]
+    logp: list[float]  # log π of each token when it was sampled
     text: str
-    ended: bool  # by its own end mark, not for want of room
+    ended: bool  # by its end token, not by the limit on tokens
 
 
 class Policy:
-    """A model with its tokenizer."""
+    """A model with its tokenizer and a function that samples completions."""
 
-    def __init__(self, model, tokenizer, rollout_fn=None):
-        self.model, self.tokenizer, self.special_tokens = (
-            model,
-            tokenizer,
-            get_special_tokens(tokenizer),
-        )
-        self.rollout_fn = rollout_fn or partial(
-            generate_rollouts, model
-        )  # as `generate_rollouts`, without the model
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, rollout_fn: RolloutFn | None = None
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.special_tokens = get_special_tokens(tokenizer)
+        self.rollout_fn = rollout_fn or partial(generate_rollouts, model)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, device="cpu", dtype=torch.float32) -> "Policy":
-        """From a run, a checkpoint or a Hugging Face directory."""
+    def from_pretrained(
+        cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Policy":
+        """Load a policy from a run, a checkpoint or a Hugging Face directory."""
         model = native.load(folder, device, dtype).eval()
         return cls(model, load_tokenizer(native.find_tokenizer_dir(Path(folder))))
 
-    def encode_prompt(self, messages: list[dict]) -> list[int]:
-        """Tokens of a conversation that ends with a question."""
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode_prompt(self, messages: Sequence[dict]) -> list[int]:
+        """Encode a conversation that ends with a question."""
+
+        def encode(text: str) -> list[int]:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
         return render_conversation(messages, encode, self.special_tokens)
 
     def generate(
-        self, asked: Sequence[list[dict]], group: int, max_new: int, temperature: float
-    ) -> list[Completion]:
-        """`group` answers to each conversation, in succession."""
-        return [a for lot in self.iter_batches(asked, group, max_new, temperature) for a in lot]
-
-    def sample_votes(self, asked: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
-        """Self-reward: k votes on each (question, answer), at temperature 1, (n, k)."""
-        found = self.generate(
-            [build_messages(vote_prompt(*pair)) for pair in asked], k, MAX_VOTE_TOKENS, 1.0
-        )
-        return torch.tensor([a.text.lower().startswith("yes") for a in found]).view(-1, k)
+        self, conversations: Sequence[list[dict]], num_generations: int, max_new_tokens: int,
+        temperature: float,
+    ) -> list[Completion]:  # fmt: skip
+        """Sample `num_generations` consecutive completions of each conversation."""
+        batches = self.iter_batches(conversations, num_generations, max_new_tokens, temperature)
+        completions = []
+        for batch in batches:
+            completions += batch
+        return completions
 
     def iter_batches(
-        self, asked, group: int, max_new: int, temperature: float
-    ) -> Iterator[list[Completion]]:
-        """The same, some conversations at a time."""
-        n = max(1, BATCH_COMPLETIONS // group)
-        for i in range(0, len(asked), n):
-            prompts = [self.encode_prompt(messages) for messages in asked[i : i + n]]
-            check_prompt_length(self.model, prompts, max_new)
-            end = self.special_tokens.eos
-            found = self.rollout_fn(prompts, group, max_new, end, temperature)
-            yield [
-                Completion(prompts[j // group], tokens, logp, self.tokenizer.decode(tokens),
-                        tokens[-1] == end)
-                for j, (tokens, logp) in enumerate(zip(*found))
-            ]  # fmt: skip
+        self, conversations: Sequence[list[dict]], num_generations: int, max_new_tokens: int,
+        temperature: float,
+    ) -> Iterator[list[Completion]]:  # fmt: skip
+        """Yield the completions of `generate`, some conversations at a time."""
+        n = max(1, BATCH_COMPLETIONS // num_generations)
+        eos_id = self.special_tokens.eos
+        for start in range(0, len(conversations), n):
+            prompts = [self.encode_prompt(x) for x in conversations[start : start + n]]
+            check_prompt_length(self.model, prompts, max_new_tokens)
+            rollouts = self.rollout_fn(
+                prompts, num_generations, max_new_tokens, eos_id, temperature
+            )
+            batch = []
+            for i, (tokens, logp) in enumerate(zip(*rollouts)):
+                prompt, text = prompts[i // num_generations], self.tokenizer.decode(tokens)
+                batch.append(Completion(prompt, tokens, logp, text, tokens[-1] == eos_id))
+            yield batch
+
+    def sample_votes(self, answers: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
+        """Sample k votes on each (question, answer) at temperature 1, (n, k): True is a yes."""
+        ballots = [build_messages(vote_prompt(*answer)) for answer in answers]
+        votes = self.generate(ballots, k, MAX_VOTE_TOKENS, 1.0)
+        return torch.tensor([vote.text.lower().startswith("yes") for vote in votes]).view(-1, k)

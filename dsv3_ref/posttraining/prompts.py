@@ -20,7 +20,7 @@ THINK_PROMPT = "Think first, then answer."  # the system prompt of the reasoning
 
 @dataclass(frozen=True)
 class Problem:
-    """A question; an open one has no right answer, but a response to learn from."""
+    """A question with its right answer, or an open-ended one with a response to learn from."""
 
     domain: str
     question: str
@@ -31,7 +31,7 @@ class Problem:
 
 
 def build_messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
-    """A conversation of one turn."""
+    """Build a conversation of one turn."""
     turns = [("system", system), ("user", question), ("assistant", response)]
     return [{"role": role, "content": text} for role, text in turns if text]
 
@@ -41,7 +41,7 @@ def build_messages(question: str, response: str | None = None, system: str = "")
 
 @dataclass
 class ReasoningGymTask:
-    """A generator of reasoning-gym: distinct problems, the same in every run, some held out."""
+    """Distinct problems of a reasoning-gym generator, the same in every run, some held out."""
 
     name: str
     generator: str
@@ -51,6 +51,7 @@ class ReasoningGymTask:
 
     @cached_property
     def data(self):
+        """Return the generator's dataset."""
         try:
             import reasoning_gym
         except ImportError:
@@ -59,7 +60,7 @@ class ReasoningGymTask:
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """(to practice on, held out)."""
+        """Return problems to train on and held-out ones."""
         found = {entry["question"]: entry for entry in self.data}
         questions = sorted(found)
         random.Random(0).shuffle(questions)
@@ -70,13 +71,13 @@ class ReasoningGymTask:
         return all_[held:], all_[:held]
 
     def score(self, text: str, problem: Problem) -> float:
-        """1 if the one boxed answer is right, else 0: nothing for being nearly right."""
+        """Return 1 if the only boxed answer is right, else 0."""
         given = extract_boxed(text)
         return float(given is not None and self.data.score_answer(given, problem.entry) == 1.0)
 
 
 def work_out_sum(question: str) -> str:
-    """`4 - 1 - 7` → `4-1=3;3-7=-4`."""
+    """Work a sum out: `4 - 1 - 7` → `4-1=3;3-7=-4`."""
     first, *rest = re.search(r": (.*) =", question)[1].split()
     total, steps = int(first), []
     for sign, number in zip(rest[::2], rest[1::2]):
@@ -87,7 +88,7 @@ def work_out_sum(question: str) -> str:
 
 
 def work_out_count(question: str) -> str:
-    """The word, letter by letter, each hit numbered: `n o n e`, n → `n1 o n2 e`."""
+    """Spell the word and number each hit: letter n in none → `n1 o n2 e`."""
     letter, word = re.search(r'letter "(.)" .*: "(.*)"', question).groups()
     hits, out = 0, []
     for c in word:
@@ -97,7 +98,7 @@ def work_out_count(question: str) -> str:
 
 
 def work_out_spelling(question: str) -> str:
-    """The word, letter by letter, then from behind."""
+    """Spell the word, then spell it backward."""
     word = question.rpartition(": ")[2]
     return f"{' '.join(word)};{' '.join(reversed(word))}"
 
@@ -107,7 +108,7 @@ def work_out_spelling(question: str) -> str:
 
 @dataclass
 class SpeechTask:
-    """Open questions about a word, answered by a sentence of a president's speech that holds it."""
+    """Open-ended questions about a word, each answered by a sentence of a president's speech."""
 
     name: str
     form: str  # of the question, with {word} and {president}
@@ -115,7 +116,7 @@ class SpeechTask:
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """(to practice on, held out): of every twentieth speech nothing is practiced on."""
+        """Return problems to train on and held-out ones, which are of every twentieth speech."""
         held, kept = [], []
         for i, path in enumerate(files.sotu_files()):
             (held if i % 20 == 0 else kept).extend(self.problems_of_speech(path))
@@ -123,7 +124,7 @@ class SpeechTask:
         return rng.sample(kept, len(kept)), rng.sample(held, min(NUM_HELD_OUT, len(held)))
 
     def problems_of_speech(self, path: str) -> list[Problem]:
-        """A question for each short sentence of a speech that speaks of something."""
+        """Return a question for each short sentence of a speech that has a long word."""
         president = path.rpartition("/")[2].split("-")[1]
         with open(path, encoding="utf-8") as f:
             sentences = re.findall(r"(?<=[.!?] )[A-Z][^.!?\n]{40,110}[.]", f.read())
@@ -161,7 +162,7 @@ class FileTask:
         self.problems = made[held:], made[:held]
 
     def score(self, text: str, problem: Problem) -> float:
-        """1 if the answer equals the right one, or its program passes every case; else 0."""
+        """Return 1 if the answer equals the right one, or its program passes every case; else 0."""
         if problem.cases:
             code = extract_code(text)
             return float(
@@ -172,7 +173,7 @@ class FileTask:
 
 
 def parse_problem(name: str, row) -> Problem:
-    """A row of a file."""
+    """Parse a row of a file; raise a `UserError` if it is malformed."""
     if not isinstance(row, dict) or not is_nonempty_text(row.get("question")):
         raise UserError('it has no text as its "question"')
     answer, cases = row.get("answer"), row.get("cases")
@@ -184,7 +185,7 @@ def parse_problem(name: str, row) -> Problem:
 
 
 def parse_case(case) -> StdinCase | FunctionCase:
-    """A test case of a row."""
+    """Parse a test case of a row."""
     match case:
         case {"function": str(name), "args": list(args), "expected": expected}:
             return FunctionCase(name, tuple(args), expected)
@@ -194,11 +195,12 @@ def parse_case(case) -> StdinCase | FunctionCase:
 
 
 def is_nonempty_text(x) -> bool:
+    """Return whether x is a text with more than white space."""
     return isinstance(x, str) and bool(x.strip())
 
 
 def reward_kind(p: Problem) -> str:
-    """What a row's answers are judged by."""
+    """Return how answers are rewarded: by "cases", by the "answer", or "open"."""
     return "cases" if p.cases else "answer" if p.answer else "open"
 
 
@@ -221,17 +223,17 @@ load_file_task = cache(FileTask)
 
 
 def is_task_name(name: str) -> bool:
-    """Whether it is a task of this file, or problems in one's own."""
+    """Return whether this is the name of a built-in task or of a file with problems."""
     return name in TASKS or name.endswith(FILE_SUFFIXES)
 
 
 def get_task(name: str):
-    """A task by its name, or the problems of a file."""
+    """Return a built-in task, or the problems of a file."""
     return TASKS[name] if name in TASKS else load_file_task(name)
 
 
 def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
-    """`sums=0.7` → {"sums": 0.7}; without a weight 1."""
+    """Parse `sums=0.7` to {"sums": 0.7}; a task without a weight has weight 1."""
     out = dict(map(files.parse_source_spec, specs))
     for name in out:
         if not is_task_name(name):
@@ -244,7 +246,7 @@ def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
 
 
 def sft_variants(problem: Problem) -> tuple[list[dict], list[dict]]:
-    """⟨problem, response⟩ and ⟨system prompt, problem, reasoning response⟩."""
+    """Build ⟨problem, response⟩ and ⟨system prompt, problem, reasoning response⟩ (§5.1)."""
     short = f"The answer is \\boxed{{{problem.answer}}}."
     long = f"<think>{problem.thought}</think>\\boxed{{{problem.answer}}}"
     return build_messages(problem.question, short), build_messages(

@@ -71,6 +71,7 @@ class RewardConfig(TrainConfig):
     DEFAULT_RECIPE: ClassVar[str] = "v3"
 
     def validation_rules(self) -> list[tuple[bool, str]]:
+        """Return conditions on the options, each with the sentence for when it is false."""
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
             (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 reward holds the whole model"),
@@ -87,7 +88,7 @@ class RewardConfig(TrainConfig):
 def encode_sample(
     row: dict, which: str, args: RewardConfig, encode, special_tokens: SpecialTokens
 ) -> list[int]:
-    """The conversation that ends with an answer, the judge's turn behind it, or a judgment."""
+    """Encode a conversation up to an answer, the judge's turn after it, or a judgment."""
     texts = [row.get(which)]
     if args.with_reference or args.judge == "cot":
         texts.append(judge_prompt(required_reference(row) if args.with_reference else ""))
@@ -105,7 +106,7 @@ def encode_sample(
 
 
 def required_reference(row: dict) -> str:
-    """The right answer of a row, for a judge that is told."""
+    """Return the right answer of a row; raise if it has none."""
     if not isinstance(row.get("reference"), str):
         raise UserError("it has no 'reference'")
     return row["reference"]
@@ -114,7 +115,7 @@ def required_reference(row: dict) -> str:
 def read_pairs(
     name: str, args: RewardConfig, encode, special_tokens: SpecialTokens, say=print
 ) -> list[Pair]:
-    """The pairs of a source; bad rows are reported by number and left out."""
+    """Read the pairs of a source; report bad rows by number and leave them out."""
 
     def pair(row) -> Pair:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), list | tuple):
@@ -131,31 +132,33 @@ def read_pairs(
 
 
 class PairDataset:
-    """All pairs once an epoch, each epoch in another order."""
+    """Pairs in a new random order each epoch."""
 
     def __init__(self, pairs: list[Pair], seed: int):
         self.pairs, self.seed, self.drawn = pairs, seed, 0
 
     def next_batch(self, n: int) -> list[Pair]:
-        """The next n pairs."""
+        """Return the next n pairs."""
         self.drawn += n
         return [self.at(i) for i in range(self.drawn - n, self.drawn)]
 
     def at(self, i: int) -> Pair:
+        """Return pair number i of the stream."""
         epoch, i = divmod(i, len(self.pairs))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
         return self.pairs[order[i]]
 
     def state_dict(self) -> tuple[dict, dict]:
-        """Where the stream stands."""
+        """Return the position in the stream."""
         return {"drawn": self.drawn}, {}
 
     def load_state_dict(self, small: dict, _: dict) -> None:
+        """Continue at the position where `state_dict` was called."""
         self.drawn = small["drawn"]
 
 
 def concat_pairs(pairs: list[Pair], device) -> torch.Tensor:
-    """Pairs end to end, (1, n)."""
+    """Concatenate the samples of pairs, (1, n)."""
     flat = [token for pair in pairs for tokens in pair for token in tokens]
     return torch.tensor([flat], device=device)
 
@@ -267,7 +270,7 @@ class RewardTask:
 
 
 def score_packed(model, tokens_1n, cu_seqlens, special_tokens: SpecialTokens) -> torch.Tensor:
-    """Rewards of the samples of a packed row, (m,)."""
+    """Return the rewards of the samples of a packed row, (m,)."""
     h_1nd, _ = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
     return reward_scores(h_1nd[0], model.head.weight, cu_seqlens, special_tokens)
 
@@ -276,7 +279,7 @@ def score_packed(model, tokens_1n, cu_seqlens, special_tokens: SpecialTokens) ->
 
 
 class RewardModel:
-    """A reward model at work: conversations that end with an answer in, rewards out."""
+    """A trained reward model: conversations that end with an answer in, rewards out."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.model = native.load(folder, device).eval().requires_grad_(False)
@@ -289,7 +292,7 @@ class RewardModel:
         self.uses_cot, self.with_reference = settings["judge"] == "cot", settings["with_reference"]
 
     def score(self, samples: list[list[int]], references: list[str] | None = None) -> torch.Tensor:
-        """Reward of each answer, (b,); a judge that was taught to writes its judgment first."""
+        """Return the reward of each answer, (b,); write a judgment first if trained to."""
         if self.with_reference and references is None:
             raise UserError("this reward model was trained to be told the right answer")
         told = references if self.with_reference else [""] * len(samples)
@@ -302,6 +305,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score_batch(self, samples: list[list[int]]) -> torch.Tensor:
+        """Return the rewards of a few conversations in one forward pass."""
         tokens_1n = concat_pairs([tuple(samples)], self.model.head.weight.device)
         cu_seqlens = to_cu_seqlens([len(s) for s in samples], tokens_1n.device)
         return score_packed(
@@ -309,7 +313,7 @@ class RewardModel:
         )  # an answer may hold any token
 
     def add_judge_turns(self, samples: list[list[int]], references: list[str]) -> list[list[int]]:
-        """The conversations with the judge's turn behind them."""
+        """Append the judge's turn to each conversation."""
         m, encode = (
             self.special_tokens,
             lambda text: self.tokenizer.encode(text, add_special_tokens=False),
@@ -320,7 +324,7 @@ class RewardModel:
         ]
 
     def add_judgments(self, samples: list[list[int]], references: list[str]):
-        """The conversations with a judgment of at most JUDGMENT tokens behind them."""
+        """Append the judge's turn and a judgment of at most MAX_JUDGMENT_TOKENS tokens."""
         asked, end = self.add_judge_turns(samples, references), self.special_tokens.eos
         check_prompt_length(self.model, asked, MAX_JUDGMENT_TOKENS)
         lots = [asked[i : i + 256] for i in range(0, len(asked), 256)]

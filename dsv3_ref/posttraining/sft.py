@@ -64,6 +64,7 @@ class SFTConfig(TrainConfig):
     DEFAULT_RECIPE: ClassVar[str] = "v3"
 
     def validation_rules(self) -> list[tuple[bool, str]]:
+        """Return conditions on the options, each with the sentence for when it is false."""
         return [
             (self.init is not None, "--init is missing: the run or model to start from"),
             (len(self.data) > 0, "--data needs at least one file of conversations"),
@@ -76,7 +77,7 @@ class SFTConfig(TrainConfig):
 
 
 def encode_conversation(row, encode, special_tokens: SpecialTokens, room: int) -> list[int]:
-    """Tokens of a row of data; raises a `UserError` for what cannot be learnt from."""
+    """Encode a row of data; raise a `UserError` if there is nothing to learn from it."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list | tuple):
         raise UserError("it has no list of messages")
@@ -93,7 +94,7 @@ def encode_conversation(row, encode, special_tokens: SpecialTokens, room: int) -
 def read_conversations(
     name: str, encode, special_tokens: SpecialTokens, room: int, say=print
 ) -> list[list[int]]:
-    """The conversations of a source; bad rows are reported by number and left out."""
+    """Read the conversations of a source; report bad rows by number and leave them out."""
     found, bad = files.valid_rows(
         name, lambda row: encode_conversation(row, encode, special_tokens, room), say
     )
@@ -103,7 +104,7 @@ def read_conversations(
 
 
 class PackedDataset:
-    """Conversations in rows of `length` tokens, all once an epoch, each epoch in another order."""
+    """Conversations packed in rows of `length` tokens, in a new random order each epoch."""
 
     def __init__(self, samples: list[list[int]], length: int, seed: int, pad: int):
         self.samples, self.length, self.seed, self.pad = samples, length, seed, pad
@@ -111,7 +112,7 @@ class PackedDataset:
         self.rows = self.packed()
 
     def packed(self) -> list[list[int]]:
-        """The rows of this epoch, shuffled; a chunk of the shuffled conversations at a time."""
+        """Pack the conversations of this epoch, CHUNK at a time, and shuffle the rows."""
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.samples)).tolist()
         chunks = (order[i : i + CHUNK] for i in range(0, len(order), CHUNK))
@@ -131,15 +132,15 @@ class PackedDataset:
             yield self.rows[self.index - 1]
 
     def next_batch(self, n: int) -> torch.Tensor:
-        """n rows, (n, length), int64."""
+        """Return the next n rows, (n, length), int64."""
         return torch.tensor(list(islice(self, n)))
 
     def state_dict(self) -> tuple[dict, dict]:
-        """Where the stream stands."""
+        """Return the position in the stream."""
         return {"epoch": self.epoch, "index": self.index}, {}
 
     def load_state_dict(self, small: dict, _: dict) -> None:
-        """Go on exactly where `state` was taken."""
+        """Continue at the position where `state_dict` was called."""
         self.epoch = small["epoch"]
         self.rows, self.index = self.packed(), small["index"]
 
@@ -265,7 +266,7 @@ def print_to_stderr(text: str) -> None:
 
 
 def train_val_split(samples: list) -> tuple[list, list]:
-    """One conversation in 20, at least one and at most 1000, the same for every seed."""
+    """Hold out one conversation in 20, at least one and at most 1000, the same for every seed."""
     if len(samples) < 2:
         raise UserError("one conversation is too few: one must be held out for validation")
     n = min(sources.VAL_MAX, max(1, len(samples) // sources.VAL_EVERY))

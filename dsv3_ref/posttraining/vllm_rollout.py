@@ -16,9 +16,10 @@ MISSING = "--rollout-backend vllm needs a machine with vLLM (pip install vllm) a
 
 
 class WeightSyncExtension:
-    """What vLLM mixes into its workers: weights of a directory into the running model."""
+    """The methods that vLLM adds to its workers, to load weights into the running model."""
 
     def sync_weights(self, folder: str) -> None:
+        """Load the weights of a Hugging Face directory into the running model."""
         from safetensors.torch import load_file  # in the engine's process
 
         model = self.model_runner.model
@@ -31,7 +32,7 @@ class WeightSyncExtension:
 
 
 class VllmRollouts:
-    """`rollouts` of chapter 16 by an engine beside the model."""
+    """A vLLM engine beside the model, called like `generate_rollouts` of chapter 16."""
 
     def __init__(self, model, folder: Path, tensor_parallel: int = 1, memory: float = 0.5):
         try:
@@ -48,11 +49,11 @@ class VllmRollouts:
         )  # fmt: skip
 
     def export(self, model) -> None:
-        """The model as the engine reads it."""
+        """Write the model as a Hugging Face directory for the engine."""
         save_hf(model, self.folder)
 
     def refresh(self, model) -> None:
-        """Bring the engine's weights, and nothing that it remembers of the old ones, up to date."""
+        """Update the engine's weights and drop its prefix cache, which belongs to the old ones."""
         self.export(model)
         self.engine.collective_rpc("sync_weights", args=(str(self.folder),))
         self.engine.reset_prefix_cache()
@@ -60,7 +61,7 @@ class VllmRollouts:
     def __call__(
         self, prompts: list[list[int]], group: int, max_new: int, end: int, temperature: float
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """`group` answers to each prompt in succession, and log π of each token as vLLM saw it."""
+        """Return `group` consecutive answers to each prompt, and log π of each token as vLLM computed it."""
         from vllm import SamplingParams
 
         how = SamplingParams(
@@ -72,7 +73,7 @@ class VllmRollouts:
         return [tokens for tokens, _ in found], [logp for _, logp in found]
 
     def iter_completions(self, outputs) -> Iterator[tuple[list[int], list[float]]]:
-        """(tokens, log π) of every answer, in the order of the prompts."""
+        """Yield (tokens, log π) of every answer, in the order of the prompts."""
         for output in outputs:
             for one in output.outputs:
                 tokens = list(one.token_ids)

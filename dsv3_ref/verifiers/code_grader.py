@@ -14,25 +14,27 @@ from dsv3_ref.verifiers.sandbox import LIMITS, Limits, call_function, run_progra
 
 @dataclass(frozen=True)
 class StdinCase:
-    """A test case: reading this, a program prints that; spaces that end a line do not count."""
+    """A test case: the program's output for this input, but for spaces at ends of lines."""
 
     stdin: str
     expected: str
 
     def passed(self, program: str, limits: Limits = LIMITS) -> bool:
+        """Return whether the program prints what is expected."""
         done = run_program(program, self.stdin, limits)
         return done.status == "ok" and output_lines(done.stdout) == output_lines(self.expected)
 
 
 @dataclass(frozen=True)
 class FunctionCase:
-    """A test case: `name` or `Solution().name`, called with these, returns that; JSON values."""
+    """A test case: the JSON value of a call of `name` or `Solution().name`."""
 
     function: str
     args: tuple
     expected: object
 
     def passed(self, program: str, limits: Limits = LIMITS) -> bool:
+        """Return whether the function returns what is expected."""
         expected = json.loads(json.dumps(self.expected))  # tuples and keys as JSON has them
         done = call_function(program, self.function, self.args, limits)
         try:
@@ -42,12 +44,12 @@ class FunctionCase:
 
 
 def output_lines(text: str) -> list[str]:
-    """Lines without the spaces that end them; empty ones at the end are none."""
+    """Split a text into lines without trailing spaces and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def json_equal(a, b) -> bool:
-    """Equality of JSON values, of floats within 1e-6."""
+    """Return whether two JSON values are equal, floats within 1e-6."""
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(json_equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -62,5 +64,5 @@ def json_equal(a, b) -> bool:
 def count_passed(
     program: str, cases: Iterable[StdinCase | FunctionCase], limits: Limits = LIMITS
 ) -> int:
-    """How many of the cases hold, each in a sandbox of its own."""
+    """Count the cases that pass, each in a sandbox of its own."""
     return sum(case.passed(program, limits) for case in cases)

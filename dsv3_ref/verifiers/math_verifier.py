@@ -24,13 +24,13 @@ WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za
 
 
 class MathVerifier:
-    """A process that compares, started when first needed and after each that was killed."""
+    """A process that compares answers, started on first use and again after it was killed."""
 
     def __init__(self, seconds: float = TIMEOUT_S):
         self.seconds, self.lock, self.process = seconds, threading.Lock(), None
 
     def __call__(self, given: str, truth: str) -> bool:
-        """Whether an answer equals the right one; one that takes too long does not."""
+        """Return whether an answer equals the right one; one that takes too long does not."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.start()
@@ -43,7 +43,7 @@ class MathVerifier:
                 return False
 
     def start(self) -> None:
-        """A process that has read its libraries."""
+        """Start a process and wait until it has imported its libraries."""
         command = [sys.executable, "-m", __name__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL)
@@ -56,12 +56,13 @@ class MathVerifier:
             raise UserError("comparing mathematical answers needs: pip install 'dsv3-ref[rl]'")
 
     def read_line(self, seconds: float) -> str:
-        """What the process says; '' if it has died."""
+        """Return the next line of the process, "" if it has died; raise `TimeoutError` if it is late."""
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             raise TimeoutError
         return self.process.stdout.readline().decode().strip()
 
     def stop(self) -> None:
+        """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -71,19 +72,22 @@ class MathVerifier:
 
 @cache
 def shared_verifier() -> MathVerifier:
-    """One for all."""
+    """Return the verifier of this process."""
     return MathVerifier()
 
 
 def answers_equal(given: str, truth: str) -> bool:
-    """Whether two answers in LaTeX or plain notation are the same value; words must be the same."""
+    """Return whether two answers have the same value; words must be the same.
+
+    Answers are LaTeX or plain notation.
+    """
     if " ".join(given.split()) == " ".join(truth.split()):
         return True
     return not WORD.search(truth) and shared_verifier()(given, truth)
 
 
 def main() -> None:
-    """Answer each line until there is none."""
+    """Compare the pairs of answers on stdin, one JSON line each, until it closes."""
     from math_verify import parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

@@ -1,4 +1,4 @@
-"""Where code that a model wrote runs: bubblewrap, limits, no network (verdicts: `verdict`)."""
+"""Run model-written code in bubblewrap: limits, no network; `code_grader` judges the results."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from dsv3_ref.config import UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use; `cpu`, `memory` and `files` are what each of its processes may."""
+    """The resources of a program; `cpu`, `memory` and `files` bound each of its processes."""
 
     seconds: float = 10.0  # by the clock
     cpu: int = 5  # seconds
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """How a program ended and what it left behind."""
+    """The status, the outputs and the time of a program that has ended."""
 
     status: str  # ok, error, or the limit that ended it: time, memory, output
     code: int  # of exit; 128 + signal
@@ -73,9 +73,9 @@ ANSWERS = (0x7FFF_0000, 0x8000_0000, 0x5_0001, 0x5_0026)  # yes, die, EPERM, ENO
 
 
 def seccomp_filter() -> bytes:
-    """A seccomp filter: none of REFUSED, no new namespaces, sockets only of AF_UNIX.
+    """Build a seccomp filter: none of DENIED_SYSCALLS, no new namespaces, only AF_UNIX sockets.
 
-    A step is (operation, steps to skip if it holds, if it does not, value).
+    A step is (operation, steps to skip if it is true, if it is false, value).
     """
     if (machine := platform.machine()) not in AUDIT_ARCHS:
         raise UserError(f"the sandbox knows {' and '.join(AUDIT_ARCHS)}, not {machine}")
@@ -117,7 +117,10 @@ __import__("os").write({{value}}, __import__("json").dumps({{function}}(
 
 
 def pick_user_id() -> int | None:
-    """A user id to become: the kernel counts processes by user, root's not at all. None: cannot."""
+    """Pick an unused user id, so that the kernel counts only the program's processes.
+
+    The kernel does not limit root's processes. Return None if this process cannot change its user.
+    """
     start, _, count = map(int, Path("/proc/self/uid_map").read_text().split()[-3:])
     end = min(start + count, 1 << 31)
     ids = range(max(1, end // 2), end)
@@ -125,7 +128,7 @@ def pick_user_id() -> int | None:
 
 
 def bwrap_args(user: int | None, disk: int) -> list[str]:
-    """Namespaces of its own, the system's programs and Python to read, a small /tmp to write."""
+    """Return arguments for new namespaces, read-only system files and Python, and a small /tmp."""
     spaces = ["ipc", "pid", "net", "uts", "cgroup-try", *(["user"] if user is None else [])]
     shown = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix]
     parents = ["/etc", *reversed(Path(sys.base_prefix).parents)]
@@ -141,7 +144,7 @@ def bwrap_args(user: int | None, disk: int) -> list[str]:
 
 
 def interpreter_args(user: int | None, limits: Limits) -> list[str]:
-    """The interpreter as nobody, within limits, first to go when the machine runs out of memory."""
+    """Return the command of an unprivileged Python within limits, the first to be killed for memory."""
     drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     most = {
         "as": limits.memory,
@@ -160,7 +163,7 @@ def interpreter_args(user: int | None, limits: Limits) -> list[str]:
 
 
 def memfd(stack: ExitStack, text: str | bytes = "") -> int:
-    """A file without a name: limits on file sizes bound what is written there, as to no pipe."""
+    """Create an unnamed file; limits on file sizes bound what is written there, unlike to a pipe."""
     fd = os.memfd_create("sandbox")
     stack.callback(os.close, fd)
     os.write(fd, text if isinstance(text, bytes) else text.encode(errors="replace"))
@@ -169,7 +172,7 @@ def memfd(stack: ExitStack, text: str | bytes = "") -> int:
 
 
 def launch(stack: ExitStack, script: str, texts: dict[str, str], stdin: str, limits: Limits):
-    """Start a script beside these files: (bwrap, what it tells, descriptors of what comes out)."""
+    """Start a script beside these files; return bwrap, its report and descriptors of the outputs."""
     if not (bwrap := shutil.which("bwrap")):
         raise UserError(BWRAP_MISSING)
     user, rules, (info, tell) = pick_user_id(), memfd(stack, seccomp_filter()), os.pipe()
@@ -193,7 +196,7 @@ def launch(stack: ExitStack, script: str, texts: dict[str, str], stdin: str, lim
 
 
 def wait_for_exit(process: subprocess.Popen, info: str, seconds: float) -> int:
-    """Wait until nothing of the sandbox lives, as its first process ends last; the exit code."""
+    """Wait until no process of the sandbox is left (its first ends last); return the exit code."""
     with suppress(ValueError, ProcessLookupError):  # bwrap failed, or all is over
         first = os.pidfd_open(json.loads(info)["child-pid"])
         ended = select.poll()
@@ -206,7 +209,7 @@ def wait_for_exit(process: subprocess.Popen, info: str, seconds: float) -> int:
 
 
 def classify_exit(code: int, full: bool, errors: str, seconds: float, limits: Limits) -> str:
-    """Which limit ended a program, if one did; a label, no verdict."""
+    """Return the limit that ended a program, "error" or "ok"."""
     if full:
         return "output"
     if code == 128 + signal.SIGXCPU:
@@ -219,7 +222,7 @@ def classify_exit(code: int, full: bool, errors: str, seconds: float, limits: Li
 
 
 def execute(script: str, texts: dict[str, str], stdin: str, limits: Limits) -> ExecutionResult:
-    """Run a script beside these files until nothing of it lives."""
+    """Run a script beside these files until none of its processes is left."""
     start = time.perf_counter()
     with ExitStack() as stack:
         process, info, ends = launch(stack, script, texts, stdin, limits)
@@ -250,6 +253,6 @@ def call_function(
 
 
 def map_parallel(work: Callable, *jobs: Iterable, workers: int | None = None) -> list:
-    """`list(map(work, *jobs))`, as many at a time as there are cores."""
+    """Return `list(map(work, *jobs))`, computed by as many threads as there are cores."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(work, *jobs))

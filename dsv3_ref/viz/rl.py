@@ -19,7 +19,7 @@ WATCHED = {  # key of a row → (title, unit)
 
 
 def rewards(rows: list[dict], before: dict | None = None) -> Figure:
-    """Plot the mean reward of each domain's answers, and of the likeliest answers to held-out problems."""
+    """Plot mean rewards of each task, and those of greedy answers to held-out problems."""
     names = sorted(set().union(*(row.get("reward_by") or {} for row in rows)))
     if not names:
         raise ValueError("no row has 'reward_by'")
@@ -42,7 +42,7 @@ def rewards(rows: list[dict], before: dict | None = None) -> Figure:
 
 
 def watched(rows: list[dict]) -> Figure:
-    """Plot KL, entropy, length and the like against steps, a panel per key that the rows have."""
+    """Plot KL, entropy, length and other metrics that the rows have, a panel each."""
     keys = [key for key in WATCHED if has(rows, key)]
     if not keys:
         raise ValueError("no row has any of " + ", ".join(WATCHED))
