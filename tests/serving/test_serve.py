@@ -875,7 +875,7 @@ def test_prefill_and_decoding_in_two_processes_and_an_end_that_waits(folder, her
 @pytest.mark.full
 def test_the_load_test_asks_every_server(folder, tmp_path):
     args = load_test.LoadTestConfig(
-        folder, tmp_path, clients=(1, 3), max_tokens=5, words=2, rounds=2
+        folder, tmp_path, clients=(1, 3), max_tokens=5, prompt_words=2, rounds=2
     )
     load_test.main(args, "the command")
     found = json.loads((tmp_path / "serve.json").read_text())
