@@ -8,7 +8,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help train align test test-full test-slurm lab export book site bench bench-gpu aot clean
+.PHONY: help train align test test-full test-slurm lab export book site bench bench-gpu aot mutants clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench      speed and memory beside transformers, as a table and runs/bench.json"
 	@echo "make bench-gpu  every Triton kernel on this NVIDIA GPU, against its yardsticks and limits"
 	@echo "make aot        compile every kernel for Hopper and Blackwell, no GPU needed: registers, spills, memory"
+	@echo "make mutants    change one operator or number at a time: do the tests notice? (hours; ARGS=FILE for one)"
 	@echo "make export     notebooks -> dsv3_ref/*.py  make book        run the notebooks, store them, build the site"
 	@echo "make site       the book to read offline, from the stored notebooks: build/site/index.html"
 
@@ -49,6 +50,10 @@ bench-gpu: .venv/dev
 
 aot: .venv/dev
 	$(BIN)/python tools/aot.py $(ARGS)
+
+mutants: .venv/dev
+	$(PIP) -e ".[mutation]"
+	$(BIN)/python tools/mutation.py $(ARGS)
 
 export: .venv/dev
 	$(BIN)/python tools/export.py
