@@ -36,8 +36,8 @@ TOP = {
     "tools",
 }
 STILL_TO_MEND = {  # rule of tools/style.py → violations left
-    "docstring": 578, "typed": 250, "parallel": 167, "phrase": 159, "comprehension": 116,
-    "local": 115, "lambda": 110, "letter": 97, "name": 84, "ceil": 22,
+    "docstring": 273, "typed": 159, "parallel": 149, "phrase": 129, "comprehension": 111,
+    "local": 94, "lambda": 105, "letter": 49, "name": 82, "ceil": 14,
 }  # fmt: skip
 
 
