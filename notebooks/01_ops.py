@@ -590,7 +590,7 @@ assert round(sequence * 4 / 1e9, 2) == 2.12
 
 # %% [markdown]
 # ## In practice: tuned forms behind the same ops
-# [dsv3_ref/cpu](../dsv3_ref/cpu) registers the backend `cpu`. Its RMSNorm and SwiGLU have their gradients by hand and
+# [dsv3_ref/cpu](../dsv3_ref/cpu/__init__.py) registers the backend `cpu`. Its RMSNorm and SwiGLU have their gradients by hand and
 # keep only their inputs; its loss takes 512 tokens at a time and turns their logits into loss and gradient in
 # place, so that nothing of size $n \times w$ ever exists. One test holds every backend of every op to its reference,
 # forward and backward. Below, the package's ops, of which this chapter's cells are the source.
