@@ -24,7 +24,7 @@ from dsv3_ref.model import Transformer
 
 
 class ShardedModel(Protocol):
-    """What a rank holds of a model in training: its part, its optimizer's buckets, its mesh."""
+    """One rank's part of a model in training, with its optimizer buckets and its mesh."""
 
     config: Config
     mesh: Any

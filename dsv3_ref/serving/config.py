@@ -1,4 +1,4 @@
-"""What `dsv3 serve` can be told, and the engine that follows from it."""
+"""Options of `dsv3 serve`, their validation, and the engine built from them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class ServeConfig:
     grace: float = 30.0
     """seconds that running answers are given at the end"""
     seed: int | None = None
-    """of requests that name none; by default each is drawn anew"""
+    """random seed of requests that set none; by default each request draws its own"""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""
 

@@ -34,7 +34,7 @@ def transfer_to_bytes(job: int, parcel: KVTransfer) -> bytes:
 
 
 def transfer_from_bytes(data: bytes, device) -> tuple[int, KVTransfer]:
-    """What `transfer_to_bytes` made, on a device."""
+    """Decode a message from `transfer_to_bytes` and place its tensors on a device."""
     line, _, raw = data.partition(b"\n")
     head, tensors, at = json.loads(line), [], 0
     for kind, shape, size in head["tensors"]:
