@@ -24,7 +24,7 @@
 
 # %%
 #| export decode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -738,7 +738,7 @@ def stream(
     stop: Iterable[int] = (),
     num_speculative_tokens: int = 0,
     compiled: bool = False,
-) -> Iterator[list[list[int]]]:
+) -> Generator[list[list[int]], list[bool] | None, None]:
     """Yield the new tokens of every row, step by step; a row ends with its first stop token.
 
     Rows may differ in length. Up to `num_speculative_tokens` MTP modules draft ahead; `compiled`

@@ -69,17 +69,17 @@ COMMANDS: dict[str, dict[str, Command]] = {
     "Inference": {
         "generate": Command(
             "Continue a text.",
-            "dsv3_ref.serving.generate.GenerateConfig",
+            "dsv3_ref.serving.config.GenerateConfig",
             "dsv3_ref.serving.generate.run_generate",
         ),
         "chat": Command(
             "Chat with a model in the terminal or in a browser.",
-            "dsv3_ref.serving.generate.ChatConfig",
+            "dsv3_ref.serving.config.ChatConfig",
             "dsv3_ref.serving.generate.run_chat",
         ),
         "serve": Command(
             "Serve a model behind an OpenAI-compatible API.",
-            "dsv3_ref.serving.api_server.ServeConfig",
+            "dsv3_ref.serving.config.ServeConfig",
             "dsv3_ref.serving.api_server.run_server",
         ),
         "eval": Command(

@@ -22,7 +22,7 @@ from dsv3_ref.decode import SamplingParams
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.serve import Engine, QueueFull, Request
 from dsv3_ref.serving.config import ServeConfig, build_engine, validate_serve_config
-from dsv3_ref.serving.generate import StreamDetokenizer
+from dsv3_ref.serving.text_generator import StreamDetokenizer
 from dsv3_ref.serving.prefill import PrefillWorker, dispatch_prefill
 from dsv3_ref.serving.protocol import (
     CompletionRequest,

@@ -1,4 +1,4 @@
-"""Options of `dsv3 serve`, their validation, and the engine built from them."""
+"""Options of `dsv3 generate`, `chat` and `serve`, and their validation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,66 +9,140 @@ from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.serve import Engine, make_engine
 
+# ── Generation ──
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Options that `generate` and `chat` share."""
+
+    model: tyro.conf.Positional[Path]
+    """directory of a run, of one of its checkpoints, or of a model in Hugging Face format"""
+    max_new_tokens: int = 200
+    """maximum number of tokens to generate"""
+    temperature: float = 0.8
+    """sampling temperature; 0 selects the most likely token (greedy decoding)"""
+    top_p: float = 0.95
+    """sample from the smallest set of tokens whose probabilities sum to at least this value"""
+    stop: tuple[str, ...] = ()
+    """strings that end the output; they are not printed"""
+    num_speculative_tokens: int = 0
+    """tokens drafted by MTP modules in each decoding step, at most the model's n_mtp_layers"""
+    compile: bool = False
+    """compile the decoding step, which takes about 20 seconds and makes it about twice as fast;
+    needs a C++ compiler such as g++"""
+    seed: int = 0
+    """random seed for sampling"""
+    device: str = "auto"
+    """cpu, cuda, or auto, which selects a GPU if there is one"""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(GenerationOptions):
+    """Continue one or several texts."""
+
+    prompt: tuple[str, ...] = ("",)
+    """one or several texts to continue; several are decoded as one batch and printed in order"""
+
+
+@dataclass(frozen=True)
+class ChatConfig(GenerationOptions):
+    """Chat with a model in the terminal, one line per turn.
+
+    An empty line or Ctrl-D ends the conversation.
+    """
+
+    system: str = ""
+    """system text, placed before the first turn"""
+    web: bool = False
+    """serve a web page instead, which also shows the experts that process each token"""
+    host: str = "127.0.0.1"
+    """address at which the web page is served; 0.0.0.0 makes it reachable from the network"""
+    port: int = 7860
+    """port of the web page; 0 selects a free one"""
+
+
+def validate_generation_options(args: GenerationOptions) -> None:
+    """Raise a `UserError` if an option is out of range."""
+    rules = [
+        (args.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
+        (args.temperature >= 0, "--temperature must be at least 0"),
+        (0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
+        (args.num_speculative_tokens >= 0, "--num-speculative-tokens must be at least 0"),
+        (all(args.stop), "--stop needs a text that is not empty"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+# ── The server ──
+
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Serve a model to any number of OpenAI clients."""
+    """Serve a model to any number of clients that use OpenAI's API."""
 
     model: tyro.conf.Positional[Path]
-    """a run, one of its checkpoints, or a Hugging Face directory"""
+    """directory of a run, of one of its checkpoints, or of a model in Hugging Face format"""
     host: str = "127.0.0.1"
-    """this machine alone; 0.0.0.0 is the whole network"""
+    """address to listen on; 0.0.0.0 makes the server reachable from the network"""
     port: int = 8000
-    """0: a free one"""
+    """port to listen on; 0 selects a free one"""
     served_model_name: str = ""
-    """what clients call the model; by default the name of its folder"""
+    """model name in the API; if empty, the name of the model's directory"""
     num_speculative_tokens: int = 0
-    """tokens that MTP modules guess ahead in every row, up to the model's n_mtp_layers"""
+    """tokens drafted by MTP modules in each decoding step, at most the model's n_mtp_layers"""
     max_num_seqs: int = 64
-    """answers that are written side by side"""
+    """maximum number of sequences decoded in one batch"""
     max_queue: int = 256
-    """requests that may wait; the next one is told to come again"""
+    """maximum number of waiting requests; further ones are rejected with status 429"""
     max_n: int = 16
-    """answers that one request may ask for"""
+    """maximum number of completions per HTTP request"""
     kv_cache_tokens: int = 32768
-    """positions that the latent cache holds for all rows together"""
+    """size of the KV cache in tokens, shared by all requests"""
     block_size: int = 16
-    """positions of a page of that cache"""
+    """tokens per block of the KV cache"""
     prefill_chunk: int = 128
-    """tokens of prompts that are read between two tokens of those who write"""
+    """maximum number of prompt tokens processed between two decoding steps (chunked prefill)"""
     max_new_tokens: int = 256
-    """of an answer, where the request does not say"""
+    """maximum number of tokens per completion if the request sets no limit"""
     prefill_workers: int = 0
-    """processes that read prompts, so that this one only writes"""
+    """number of additional processes that run prefill, so that the main process only decodes"""
     grace: float = 30.0
-    """seconds that running answers are given at the end"""
+    """seconds that running requests may take to finish after a shutdown signal"""
     seed: int | None = None
-    """random seed of requests that set none; by default each request draws its own"""
+    """random seed of requests that set none; None draws a new one for each request"""
     device: str = "auto"
-    """cpu, cuda, or auto: a GPU if there is one"""
+    """cpu, cuda, or auto, which selects a GPU if there is one"""
+
+
+MINIMUM = {
+    "max_num_seqs": 1,
+    "max_n": 1,
+    "block_size": 1,
+    "prefill_chunk": 1,
+    "max_new_tokens": 1,
+    "max_queue": 1,
+    "num_speculative_tokens": 0,
+    "prefill_workers": 0,
+    "grace": 0,
+}
 
 
 def validate_serve_config(args: ServeConfig) -> None:
-    """Raise a `UserError` for options that cannot be used."""
-    least = {
-        "max_num_seqs": 1,
-        "max_n": 1,
-        "block_size": 1,
-        "prefill_chunk": 1,
-        "max_new_tokens": 1,
-        "max_queue": 1,
-    }
-    for name, low in (
-        least | {"num_speculative_tokens": 0, "prefill_workers": 0, "grace": 0}
-    ).items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}")
+    """Raise a `UserError` if an option is out of range."""
+    for name, minimum in MINIMUM.items():
+        if getattr(args, name) < minimum:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}")
     if args.kv_cache_tokens < 2 * args.block_size:
-        raise UserError("--kv-cache-tokens must be at least two pages")
+        raise UserError(
+            f"--kv-cache-tokens must be at least two blocks ({2 * args.block_size} tokens)"
+        )
 
 
 def build_engine(model: Transformer, args: ServeConfig, prefill_only: bool = False) -> Engine:
-    """Build an engine with these limits."""
+    """Build an engine with the limits in `args`."""
     return make_engine(
         model, args.kv_cache_tokens // args.block_size, args.block_size, args.max_num_seqs,
         args.prefill_chunk, args.max_queue, args.num_speculative_tokens, prefill_only,

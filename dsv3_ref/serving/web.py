@@ -15,7 +15,8 @@ import torch
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.serving.generate import ChatConfig, StreamDetokenizer, TextGenerator, truncate_history
+from dsv3_ref.serving.config import ChatConfig
+from dsv3_ref.serving.text_generator import StreamDetokenizer, TextGenerator, truncate_history
 
 FRAME_SECONDS = 0.05  # seconds between two pictures of an answer that grows
 # what a browser may fetch; gradio 5 asks for a script from a CDN, refused and not missed
@@ -306,7 +307,7 @@ def import_gradio():
 def build_page(generator: TextGenerator):
     """The page: a conversation, a line to write in, settings at the side."""
     gr, args = import_gradio(), generator.args
-    look = {"head": f"<style>{STYLE}</style><script>{SCRIPT}</script>", "theme": page_theme()}
+    look = {"head": f"<style>{CHAT_CSS}</style><script>{SCRIPT}</script>", "theme": page_theme()}
     title = f"dsv3 chat · {'/'.join(args.model.parts[-2:])}"
     with gr.Blocks(
         analytics_enabled=False, title=title, **supported_options(gr.Blocks, look)
@@ -443,7 +444,7 @@ def supported_options(function, options: dict) -> dict:
 
 # ── How it looks ──
 
-STYLE = """
+CHAT_CSS = """
 #talk { min-height: 40vh; max-height: 64vh; overflow-y: auto; flex-direction: column-reverse;
   flex-wrap: nowrap; }
 #talk > * { margin-bottom: auto; flex-shrink: 0; }

@@ -890,7 +890,7 @@ def test_the_commands_mistakes(folder, capsys):
     for more, sentence in (
         (["--num-speculative-tokens", "3"], "num_speculative_tokens is 3, but must be 0 to 2"),
         (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
-        (["--kv-cache-tokens", "8"], "--kv-cache-tokens must be at least two pages"),
+        (["--kv-cache-tokens", "8"], "--kv-cache-tokens must be at least two blocks"),
         (["--port", "99999"], "--port must be from 0 to 65535"),
     ):
         assert main.main(["serve", str(folder), "--port", "0", *more]) == 2

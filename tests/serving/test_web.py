@@ -22,7 +22,8 @@ from dsv3_ref.data.tokenizer import EOS, SPECIAL, save_tokenizer, train_tokenize
 from dsv3_ref.decode import SpeculativeDecoder
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving import web
-from dsv3_ref.serving.generate import ChatConfig, TextGenerator, truncate_history
+from dsv3_ref.serving.config import ChatConfig
+from dsv3_ref.serving.text_generator import TextGenerator, truncate_history
 from dsv3_ref.serving.web import Session, Turn
 
 TALK = ["we talk, and <b>talk</b> again: naïve ☕ 漢字, over & over.\n"] * 50
