@@ -6,7 +6,7 @@ import sys
 from pkgutil import resolve_name
 from typing import Any
 
-from dsv3_ref.cli.commands import BY_NAME, COMMANDS, Command
+from dsv3_ref.cli.commands import BY_NAME, COMMANDS
 from dsv3_ref.config import UserError
 
 
@@ -53,11 +53,15 @@ def run_command(name: str, argv: list[str]) -> None:
     """Parse the options of a command and call what runs it."""
     command, command_line = BY_NAME[name], shlex.join(["dsv3", *name.split(), *argv])
     if command.task:
-        train(command, argv, command_line)
+        train(name, argv, command_line)
         return
     import tyro
 
-    args = tyro.cli(load(command.options), prog=f"dsv3 {name}", args=argv)
+    from dsv3_ref.cli.option_groups import OPTION_GROUPS, grouping_registry
+
+    options = load(command.options)
+    registry = grouping_registry({options: OPTION_GROUPS[name]})
+    args = tyro.cli(options, prog=f"dsv3 {name}", args=argv, registry=registry)
     function = load(command.function)
     if command.records_command_line:
         function(args, command_line)
@@ -65,11 +69,16 @@ def run_command(name: str, argv: list[str]) -> None:
         function(args)
 
 
-def train(command: Command, argv: list[str], command_line: str) -> None:
+def train(name: str, argv: list[str], command_line: str) -> None:
     """Run a training task in this process or, under a launcher, as one of several ranks."""
+    from dsv3_ref.cli.option_groups import OPTION_GROUPS, RECIPE, grouping_registry
+    from dsv3_ref.optim import TrainingRecipe
     from dsv3_ref.training.settings import parse_args
 
-    config = parse_args(argv, load(command.options))
+    command = BY_NAME[name]
+    options = load(command.options)
+    registry = grouping_registry({options: OPTION_GROUPS[name], TrainingRecipe: RECIPE})
+    config = parse_args(argv, options, registry)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         run_task = load("dsv3_ref.parallel.launch.run_on_ranks")
     else:

@@ -48,6 +48,7 @@ class AblateConfig:
     """Compare variants of one part of the model on equal data, and keep what came out."""
 
     name: Annotated[Literal["balance", "mtp", "mla", "fim", "fp8"], tyro.conf.Positional]
+    """the part of the model whose variants are compared"""
     seeds: int = 3
     """runs of each variant, seeds 0, 1, …; a seed gives all variants the same data"""
     steps: int = 300

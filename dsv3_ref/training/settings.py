@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
+from tyro.constructors import ConstructorRegistry
 
 from dsv3_ref.checkpoints.atomic import read_json, try_lock
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config
@@ -204,8 +205,15 @@ def option_flag(name: str) -> str:
 # ── From the command line ──
 
 
-def parse_args(argv: list[str], kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
-    """Parse options; --config, --init or, with --resume, the run itself give the defaults."""
+def parse_args(
+    argv: list[str],
+    kind: type[TrainConfig] = TrainConfig,
+    registry: ConstructorRegistry | None = None,
+) -> TrainConfig:
+    """Parse options; --config, --init or, with --resume, the run itself give the defaults.
+
+    registry: rules of tyro that change how --help lists the options.
+    """
     prog = f"dsv3 {kind.COMMAND}"
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     for name in ("--config", "--init", "--out"):
@@ -220,7 +228,7 @@ def parse_args(argv: list[str], kind: type[TrainConfig] = TrainConfig) -> TrainC
     else:
         model = load_checkpoint_config(known.init) if known.init else load_config(config)
         default = kind.defaults(model, config, argv)
-    args = tyro.cli(kind, prog=prog, default=default, args=argv)
+    args = tyro.cli(kind, prog=prog, default=default, args=argv, registry=registry)
     return merge_resume_args(args, default) if known.resume else args
 
 

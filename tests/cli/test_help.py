@@ -1,9 +1,11 @@
 """`dsv3 --help`, `dsv3 --version`, and the help of every command: a sentence for each option."""
 
 import argparse
+import dataclasses
 import re
 import subprocess
 import sys
+from itertools import chain
 from pkgutil import resolve_name
 
 import pytest
@@ -12,6 +14,7 @@ import tyro
 import dsv3_ref
 from dsv3_ref.cli.commands import BY_NAME, COMMANDS
 from dsv3_ref.cli.main import main
+from dsv3_ref.cli.option_groups import OPTION_GROUPS
 
 DEFAULT = re.compile(r"\s*\((default: .*|required|repeatable)\)$", re.DOTALL)
 
@@ -44,6 +47,69 @@ def test_every_option_has_a_sentence_and_shows_its_default(name, parser_of):
     assert [n for n, text in texts.items() if not DEFAULT.search(text)] == []
     silent = [n for n, text in texts.items() if not re.search("[a-z]", DEFAULT.sub("", text))]
     assert silent == []
+
+
+def headings(text: str) -> dict[str, list[str]]:
+    """Heading → flags. capsys is no UTF-8 terminal: headings are underlined, not framed."""
+    listed: dict[str, list[str]] = {}
+    lines = text.splitlines()
+    for line, below in zip(lines, [*lines[1:], ""]):
+        if re.match(r" \S", line) and re.fullmatch(" -+ ?", below):
+            flags = listed.setdefault(line.strip(), [])
+        elif option := re.match("  (--[a-z][a-z0-9.-]+)", line):
+            flags.append(option[1])
+    return listed
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """What `dsv3 COMMAND --help` lists, by heading."""
+
+    def read(name: str) -> dict[str, list[str]]:
+        assert main([*name.split(), "--help"]) == 0
+        return headings(capsys.readouterr().out)
+
+    monkeypatch.setenv("COLUMNS", "100")  # a wide terminal has boxes side by side
+    return read
+
+
+@pytest.mark.filterwarnings("ignore:get_parser:DeprecationWarning")
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_option_is_in_a_named_group(name, help_of):
+    listed = help_of(name)
+    assert listed.pop("options") == []  # only -h, --help
+    listed.pop("positional arguments", None)
+    options = resolve_name(BY_NAME[name].options)
+    flat = tyro.extras.get_parser(options)
+    flags = [a.option_strings[0] for a in flat._actions if a.option_strings]
+    assert sorted(chain(*listed.values())) == sorted(x for x in flags if x not in ("-h", "--help"))
+    assert all(listed.values())
+    assert all(heading.endswith(" options") for heading in listed)
+
+
+def test_the_groups_of_a_training_run(help_of):
+    listed = help_of("train")
+    assert list(listed) == [
+        "options", "model options", "data options", "optimizer options", "loss options",
+        "computation options", "parallelism options", "checkpoint options", "logging options",
+    ]  # fmt: skip
+    for heading, flag in {
+        "model": "--model.dim", "data": "--seq-len", "optimizer": "--lr", "loss": "--mtp-weight",
+        "computation": "--precision", "parallelism": "--pp", "checkpoint": "--resume",
+        "logging": "--tensorboard",
+    }.items():  # fmt: skip
+        assert flag in listed[f"{heading} options"]
+    for name in ("extend", "sft", "reward", "rl"):
+        assert {*listed} - {"data options"} <= {*help_of(name)}
+
+
+def test_the_groups_name_fields_that_exist():
+    assert set(OPTION_GROUPS) == set(BY_NAME)
+    for name, groups in OPTION_GROUPS.items():
+        fields = {f.name for f in dataclasses.fields(resolve_name(BY_NAME[name].options))}
+        grouped = " ".join(groups.values()).split()
+        assert set(grouped) <= fields
+        assert len(set(grouped)) == len(grouped)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], []])
