@@ -3,7 +3,7 @@
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STATE, TENSORS = "state.json", "training.safetensors"  # of a training run
-DCP_METADATA = ".metadata"  # in a directory that several ranks wrote
+SHARD_TABLE = "tensors.json"  # in a directory that several ranks wrote
 
 
 def is_expert(name: str) -> bool:

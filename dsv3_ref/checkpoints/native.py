@@ -1,7 +1,7 @@
 """Checkpoints as directories: ours and Hugging Face's are read, ours are written.
 
 Ours: `config.json` with the fields of `Config`, `model.safetensors` with our names; or, written by
-several ranks, the files of torch.distributed.checkpoint.
+several ranks, one safetensors file each and a table of their tensors.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from dsv3_ref.checkpoints.huggingface import (
     hf_names,
     is_gate_bias,
 )
-from dsv3_ref.checkpoints.layout import CONFIG, DCP_METADATA
+from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE
 from dsv3_ref.checkpoints.safetensors_files import (
     FP8,
     SCALE_SUFFIX,
@@ -206,8 +206,8 @@ def save(model: Transformer, directory: AnyPath, shard_bytes: int = SHARD_BYTES)
 
 
 def is_sharded(folder: Path) -> bool:
-    """Return whether several ranks wrote a checkpoint, by torch.distributed.checkpoint."""
-    return (folder / DCP_METADATA).is_file()
+    """Return whether several ranks wrote this checkpoint."""
+    return (folder / SHARD_TABLE).is_file()
 
 
 def list_checkpoints(run: AnyPath) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints by torch.distributed.checkpoint, which any mesh can load.
+"""Sharded checkpoints, planned by torch.distributed.checkpoint, which any mesh can load.
 
 Every tensor has its global name, and every expert is a tensor of its own, so a checkpoint does not
 depend on which rank held what. Moments are gathered from their shards first.
@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, temp_sibling
 from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS, is_expert
+from dsv3_ref.checkpoints.storage import SafetensorsReader, SafetensorsWriter
 from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
 
@@ -113,8 +113,8 @@ class AsyncCheckpointer:
             make_staging_dir(folder)
         dist.barrier(self.group)
         saved = dcp.async_save(
-            local_tensors(engine, ema), checkpoint_id=temp_sibling(folder, TMP),
-            process_group=self.group,
+            local_tensors(engine, ema), process_group=self.group,
+            storage_writer=SafetensorsWriter(temp_sibling(folder, TMP)),
         )  # fmt: skip
         self.writing = self.thread.submit(self.finish, saved, folder, extra, engine.config)
 
@@ -143,7 +143,7 @@ class AsyncCheckpointer:
 def load_sharded(engine: ShardedModel, folder: Path, ema: WeightAverage | None = None) -> None:
     """Load what this rank holds from a checkpoint that any mesh has written."""
     tensors = local_tensors(engine, ema)
-    dcp.load(tensors, checkpoint_id=folder)
+    dcp.load(tensors, storage_reader=SafetensorsReader(folder))
     load_tensors(engine, tensors, ema)
 
 
@@ -155,5 +155,5 @@ def consolidate(folder: Path) -> Transformer:
     targets: dict[str, Tensor] = {}
     for name, x in model.state_dict().items():
         targets |= global_tensors("model.", name, x, 0)
-    dcp.load(targets, storage_reader=FileSystemReader(folder), no_dist=True)
+    dcp.load(targets, storage_reader=SafetensorsReader(folder), no_dist=True)
     return model

@@ -1,0 +1,151 @@
+"""Manifests: the size and SHA-256 of every file of a directory, verified before it is believed.
+
+A manifest detects accidents (a flipped bit, a file cut off or mixed up between two copies). It does
+not prove who wrote a directory: whoever can replace a file can replace the manifest too.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_ref import __version__
+from dsv3_ref.checkpoints.atomic import read_json, write_json
+from dsv3_ref.config import UserError
+
+MANIFEST, FORMAT = "manifest.json", 1
+
+
+class DamageError(UserError):
+    """A directory whose files are not those that were written."""
+
+
+# ── Writing ──
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """Write the manifest of all files of a folder.
+
+    about: what else belongs to the directory, such as the fingerprints of a run.
+    """
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    names = [name for name in names if name != MANIFEST]
+    with ThreadPoolExecutor(hash_workers(len(names))) as pool:
+        digests = pool.map(file_sha256, [folder / name for name in names])
+        files = {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, digests)
+        }
+    versions = {
+        "dsv3_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip
+    value = {"format": FORMAT, "files": files, "versions": versions} | about
+    write_json(folder / MANIFEST, value)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_workers(n_files: int) -> int:
+    """Return how many threads hash n files: hashing releases the interpreter's lock."""
+    return max(1, min(n_files, len(os.sched_getaffinity(0)), 16))
+
+
+# ── Reading ──
+
+
+def has_manifest(folder: Path) -> bool:
+    """Return whether a directory can be verified."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a directory; raise a `DamageError` if it makes no sense."""
+    path = folder / MANIFEST
+    try:
+        value = read_json(path)
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']!r}, not {FORMAT}")
+        for name, entry in value["files"].items():
+            check_entry(name, entry)
+    except (UserError, LookupError, ValueError, TypeError, AttributeError) as e:
+        raise DamageError(f"{path} cannot be read ({e}): copy the directory again") from None
+    return value
+
+
+def check_entry(name: str, entry: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless an entry names a file inside the folder, a size and a digest."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} lies outside of the directory")
+    if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+        raise ValueError(f"{name!r} has no size and digest")
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare every file with the manifest; raise a `DamageError` that names the first difference.
+
+    A directory without a manifest passes. Of several ranks, each verifies the files that are its
+    `part` of `parts`.
+    """
+    if not has_manifest(folder):
+        return
+    files = list(read_manifest(folder)["files"].items())[part::parts]
+    for name, entry in files:
+        check_size(folder / name, entry["bytes"])
+    with ThreadPoolExecutor(hash_workers(len(files))) as pool:
+        digests = pool.map(read_digest, [folder / name for name, _ in files])
+        for (name, entry), digest in zip(files, digests):
+            if digest != entry["sha256"]:
+                raise damaged(folder / name, "its SHA-256 is not that of the manifest")
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise a `DamageError` unless a file is there and has so many bytes."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise damaged(path, "it is missing") from None
+    if size != expected:
+        raise damaged(path, f"it has {size:,} bytes, not {expected:,}")
+
+
+def read_digest(path: Path) -> str:
+    """Return the SHA-256 of a file; raise a `DamageError` if it cannot be read."""
+    try:
+        return file_sha256(path)
+    except OSError as e:
+        raise damaged(path, str(e)) from None
+
+
+def damaged(path: Path, why: str) -> DamageError:
+    """Return the error for a file that is not as it was written."""
+    return DamageError(
+        f"{path} is damaged ({why}): copy it again, or load it all the same with --no-verify"
+    )
+
+
+@contextmanager
+def verified(folder: Path, enabled: bool = True) -> Iterator[None]:
+    """Verify a directory while the body loads it; at the end raise a `DamageError` if it differs.
+
+    An error of the body gives way to that of the damage which explains it.
+    """
+    if not enabled:
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        check: Future[None] = pool.submit(verify, folder)
+        try:
+            yield
+        finally:
+            check.result()

@@ -1,0 +1,241 @@
+"""Storage of sharded checkpoints without pickle: safetensors files and a table of them in JSON.
+
+torch.distributed.checkpoint plans who writes and who reads what. Its own file format pickles the
+table (`.metadata`), which runs code when it is read; this one holds nothing but names and numbers.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    STATE_DICT_TYPE,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from dsv3_ref.checkpoints.atomic import read_json, write_json
+from dsv3_ref.checkpoints.layout import SHARD_TABLE
+from dsv3_ref.config import UserError
+
+FORMAT = 1
+MAX_DIMS = 16  # of a tensor that the table may describe
+
+
+class SafetensorsWriter(StorageWriter, AsyncStager):
+    """Writes `rank_00000.safetensors` per rank and, on the coordinator, the table of tensors.
+
+    The tensors are taken as they are: pass copies if training continues meanwhile.
+    """
+
+    _synchronize_after_execute = False
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Write to another folder."""
+        self.folder = Path(checkpoint_id) if checkpoint_id else self.folder
+
+    def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
+        """Return the tensors, which are copies already."""
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        """Return at once: `stage` copies nothing."""
+
+    def close(self) -> None:
+        """Return at once: nothing is held open."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Return at once: the folder exists already."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give each rank the name of its file."""
+        return [
+            SavePlan(p.items, f"rank_{i:05}.safetensors", p.planner_data, p.usable)
+            for i, p in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        """Write this rank's tensors into its file."""
+        tensors, results = {}, []
+        for item in plan.items:
+            if item.tensor_data is None:
+                raise TypeError(f"{item.index.fqn} is not a tensor")
+            key = chunk_key(item.index.fqn, item.tensor_data.chunk.offsets)
+            value = planner.resolve_data(item)
+            assert isinstance(value, torch.Tensor)
+            tensors[key] = value.detach().cpu().contiguous()
+            results.append(WriteResult(item.index, tensors[key].nbytes, plan.storage_data))
+        if tensors:
+            save_file(tensors, self.folder / plan.storage_data)
+        done: Future = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the table: dtype, shape and chunks of every tensor, and the file of each chunk."""
+        files = {r.index: r.storage_data for rank in results for r in rank}
+        tensors: dict[str, dict[str, Any]] = {}
+        for name, about in metadata.state_dict_metadata.items():
+            assert isinstance(about, TensorStorageMetadata)
+            tensors[name] = {
+                "dtype": str(about.properties.dtype).removeprefix("torch."),
+                "shape": list(about.size),
+                "chunks": [
+                    [list(c.offsets), list(c.sizes), files[MetadataIndex(name, c.offsets)]]
+                    for c in about.chunks
+                ],
+            }
+        write_json(self.folder / SHARD_TABLE, {"format": FORMAT, "tensors": tensors})
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether this is a path."""
+        return isinstance(checkpoint_id, str | os.PathLike)
+
+
+class SafetensorsReader(StorageReader):
+    """Reads what `SafetensorsWriter` wrote: of every tensor only the part that a rank needs."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.files: dict[str, Any] = {}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Read from another folder."""
+        self.folder = Path(checkpoint_id) if checkpoint_id else self.folder
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the table, or raise a `UserError` if it does not describe tensors."""
+        return read_table(self.folder)
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Remember which file holds which chunk."""
+        self.files = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
+        """Copy the planned parts of the stored tensors into their targets."""
+        opened: dict[str, Any] = {}
+        for item in plan.items:
+            index = item.storage_index
+            name = self.files[index]
+            if name not in opened:
+                opened[name] = open_shard(self.folder / name)
+            parts = [
+                slice(start, start + length)
+                for start, length in zip(item.storage_offsets, item.lengths)
+            ]
+            target = planner.resolve_tensor(item)
+            try:
+                stored = opened[name].get_slice(chunk_key(index.fqn, index.offset or ()))
+                value = stored[tuple(parts)] if parts else stored[...]
+            except (SafetensorError, IndexError, ValueError) as e:
+                raise UserError(f"{self.folder / name}: {index.fqn}: {e}") from None
+            target.detach().copy_(value.view(target.shape))
+            planner.commit_tensor(item, target)
+        done: Future = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether this is a path."""
+        return isinstance(checkpoint_id, str | os.PathLike)
+
+
+def chunk_key(name: str, offsets: tuple[int, ...]) -> str:
+    """Return the name of a chunk in its file: the tensor's, with the offsets unless all are 0."""
+    return f"{name}@{','.join(map(str, offsets))}" if any(offsets) else name
+
+
+def open_shard(path: Path) -> Any:
+    """Map a safetensors file, or raise a `UserError` that names it."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is missing, damaged or cut off ({e}): copy it again") from None
+
+
+# ── The table ──
+
+
+def read_table(folder: Path) -> Metadata:
+    """Return what the table of a folder says, or raise a `UserError` if it makes no sense."""
+    path = folder / SHARD_TABLE
+    table = read_json(path)
+    if table.get("format") != FORMAT:
+        raise UserError(f"{path} is of format {table.get('format')!r}, not {FORMAT}")
+    tensors: dict[str, Any] = {}
+    files: dict[MetadataIndex, str] = {}
+    try:
+        for name, about in table["tensors"].items():
+            tensors[name] = tensor_metadata(about)
+            files |= dict(chunk_files(name, about))
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+    return Metadata(tensors, storage_data=files)
+
+
+def tensor_metadata(about: dict[str, Any]) -> TensorStorageMetadata:
+    """Return dtype, shape and chunks of a tensor; raise a `ValueError` unless they fit together."""
+    dtype = getattr(torch, about["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{about['dtype']!r} is not a dtype")
+    shape = parse_sizes(about["shape"])
+    chunks = [
+        ChunkStorageMetadata(parse_sizes(offsets), parse_sizes(sizes))
+        for offsets, sizes, _ in about["chunks"]
+    ]
+    for chunk in chunks:
+        ends = [a + b for a, b in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise ValueError(f"a chunk ends at {ends} in a tensor of shape {list(shape)}")
+    if sum(math.prod(c.sizes) for c in chunks) != math.prod(shape):
+        raise ValueError(f"the chunks of a tensor do not fill its shape {list(shape)}")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)
+
+
+def chunk_files(name: str, about: dict[str, Any]) -> Iterator[tuple[MetadataIndex, str]]:
+    """Yield every chunk of a tensor with its file; raise a `ValueError` for a path outside."""
+    for offsets, _, file in about["chunks"]:
+        if file != os.path.basename(file) or not file.endswith(".safetensors"):
+            raise ValueError(f"{file!r} is not the name of a safetensors file")
+        yield MetadataIndex(name, parse_sizes(offsets)), file
+
+
+def parse_sizes(values: list[int]) -> torch.Size:
+    """Return a shape; raise a `ValueError` for anything but a few natural numbers."""
+    is_sane = isinstance(values, list) and len(values) <= MAX_DIMS
+    if not is_sane or not all(type(v) is int and v >= 0 for v in values):
+        raise ValueError(f"{json.dumps(values)} is not a shape")
+    return torch.Size(values)
