@@ -29,7 +29,7 @@ class DamageError(UserError):
 # ── Writing ──
 
 
-def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+def write_manifest(folder: Path, about: dict[str, Any] | None = None) -> None:
     """Write the manifest of all files of a folder.
 
     about: what else belongs to the directory, such as the fingerprints of a run.
@@ -45,7 +45,7 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> None:
     versions = {
         "dsv3_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
-    value = {"format": FORMAT, "files": files, "versions": versions} | about
+    value = {"format": FORMAT, "files": files, "versions": versions} | (about or {})
     write_json(folder / MANIFEST, value)
 
 

@@ -7,8 +7,10 @@ several ranks, one safetensors file each and a table of their tensors.
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +23,7 @@ from dsv3_ref.checkpoints.huggingface import (
     is_gate_bias,
 )
 from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE
+from dsv3_ref.checkpoints.manifest import DamageError, verified, write_manifest
 from dsv3_ref.checkpoints.safetensors_files import (
     FP8,
     SCALE_SUFFIX,
@@ -34,6 +37,7 @@ from dsv3_ref.model import Transformer
 
 AnyPath = str | PathLike[str]
 TakePart = Callable[[str, torch.Tensor], torch.Tensor]
+Result = TypeVar("Result")
 
 # ── Loading ──
 
@@ -42,19 +46,44 @@ def load(
     directory: AnyPath,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> Transformer:
     """Return the model of a directory, ours or Hugging Face's.
 
     With `dtype` None tensors keep their stored dtype, and FP8 is expanded to that of the embedding.
-    Gate biases stay fp32. Raise a `UserError` for everything that is wrong with the directory.
+    Gate biases stay fp32. With `verify`, files are compared with the manifest, if there is one; of a
+    run, the newest checkpoint that is whole is taken. Raise a `UserError` for everything that is
+    wrong with the directory.
     """
-    folder = resolve_checkpoint_dir(directory)
+    return newest_whole(directory, partial(load_dir, device=device, dtype=dtype), verify)
+
+
+def load_dir(
+    folder: Path, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Transformer:
+    """Return the model of one checkpoint."""
     if is_sharded(folder):
         return consolidate(folder).to(device, dtype)
     reader = CheckpointReader(folder)
     state = {name: reader.read(name, device, dtype) for name in reader.expected}
     reader.model.load_state_dict(state, assign=True)
     return reader.model
+
+
+def newest_whole(directory: AnyPath, read: Callable[[Path], Result], verify: bool = True) -> Result:
+    """Return `read(folder)` of the newest checkpoint of a run that is whole, or of the directory.
+
+    Warn of each damaged checkpoint that is passed over; raise the `DamageError` of the last one.
+    """
+    *newer, oldest = reversed(list_checkpoints(directory) or [resolve_checkpoint_dir(directory)])
+    for folder in newer:
+        try:
+            with verified(folder, verify):
+                return read(folder)
+        except DamageError as e:
+            warnings.warn(f"{e}. An earlier checkpoint is loaded instead.", stacklevel=3)
+    with verified(oldest, verify):
+        return read(oldest)
 
 
 def load_checkpoint_config(directory: AnyPath) -> Config:
@@ -79,11 +108,18 @@ def whole_tensor(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def load_into(model: Transformer, directory: AnyPath, part: TakePart = whole_tensor) -> None:
+def load_into(
+    model: Transformer, directory: AnyPath, part: TakePart = whole_tensor, verify: bool = True
+) -> None:
     """Copy the weights of a directory into a model of any dtype.
 
     `part(name, tensor)` returns what this model has of each tensor.
     """
+    newest_whole(directory, partial(copy_weights, model, part), verify)
+
+
+def copy_weights(model: Transformer, part: TakePart, directory: Path) -> None:
+    """Copy the weights of one checkpoint into a model."""
     read = open_tensors(directory)
     for name, x in model.state_dict().items():
         try:
@@ -200,6 +236,7 @@ def save(model: Transformer, directory: AnyPath, shard_bytes: int = SHARD_BYTES)
     """Write our own format; the directory appears at once, complete, or stays as it was."""
     with atomic_dir(directory) as tmp:
         write_safetensors(tmp, asdict(model.config), model.state_dict(), shard_bytes)
+        write_manifest(tmp)
 
 
 # ── Directories ──

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, temp_sibling
 from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS, is_expert
-from dsv3_ref.checkpoints.storage import SafetensorsReader, SafetensorsWriter
+from dsv3_ref.checkpoints.storage import SafetensorsWriter, read_into
 from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
 
@@ -143,7 +143,7 @@ class AsyncCheckpointer:
 def load_sharded(engine: ShardedModel, folder: Path, ema: WeightAverage | None = None) -> None:
     """Load what this rank holds from a checkpoint that any mesh has written."""
     tensors = local_tensors(engine, ema)
-    dcp.load(tensors, storage_reader=SafetensorsReader(folder))
+    read_into(folder, tensors)
     load_tensors(engine, tensors, ema)
 
 
@@ -155,5 +155,5 @@ def consolidate(folder: Path) -> Transformer:
     targets: dict[str, Tensor] = {}
     for name, x in model.state_dict().items():
         targets |= global_tensors("model.", name, x, 0)
-    dcp.load(targets, storage_reader=SafetensorsReader(folder), no_dist=True)
+    read_into(folder, targets, alone=True)
     return model

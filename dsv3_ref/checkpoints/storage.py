@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import StorageReader, StorageWriter
@@ -171,6 +172,18 @@ class SafetensorsReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether this is a path."""
         return isinstance(checkpoint_id, str | os.PathLike)
+
+
+def read_into(folder: Path, targets: dict[str, torch.Tensor], alone: bool = False) -> None:
+    """Fill tensors from a sharded checkpoint; `alone`: not as one of several ranks.
+
+    Raise a `UserError` on every rank if one of them cannot read its part.
+    """
+    try:
+        dcp.load(targets, storage_reader=SafetensorsReader(folder), no_dist=alone)
+    except dcp.CheckpointException as e:
+        first = next(iter(e.failures.values()))[0]
+        raise UserError(f"{folder} cannot be read: {first}") from None
 
 
 def chunk_key(name: str, offsets: tuple[int, ...]) -> str:

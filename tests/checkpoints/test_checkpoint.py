@@ -19,6 +19,7 @@ from support import randomize
 
 from dsv3_ref.checkpoints import atomic, safetensors_files
 from dsv3_ref.checkpoints.huggingface import config_from_hf, config_to_hf, hf_names, save_hf
+from dsv3_ref.checkpoints.manifest import DamageError
 from dsv3_ref.checkpoints.native import load, save
 from dsv3_ref.config import V2_LITE, V3, UserError
 from dsv3_ref.model import Transformer, moe_layers
@@ -437,6 +438,8 @@ def test_broken_directories_of_ours(ours, tmp_path):
     shutil.copytree(ours, tmp_path / "whole")
     edit_config(ours, dimm=3)
     with pytest.raises(UserError, match="config.json: unknown config field 'dimm'.*'dim'"):
+        load(ours, verify=False)
+    with pytest.raises(DamageError, match="config.json is damaged"):
         load(ours)
     with pytest.raises(UserError, match="is a file"):
         load(ours / "config.json")
