@@ -16,32 +16,33 @@
 
 # %% [markdown]
 # ## Why
-# The routed experts of one layer of V3 weigh 22.5 GB in bf16. A *pipeline stage*, the four layers or so that
-# a GPU is responsible for ([chapter 12](12_dualpipe.ipynb)), has **90 GB** of them, and a GPU has 80 for
-# everything. So 64 GPUs in 8 nodes (a *node* is a machine with 8 GPUs) share each layer: four experts a GPU. A
-# token's eight experts then live on up to eight other GPUs, and its hidden state has to go there (*dispatch*)
-# and come back (*combine*), in 58 layers, forward and backward. Between nodes there is InfiniBand (IB) with
-# 50 GB/s a GPU, inside a node NVLink with 160. This chapter is about sending as little as possible over the
-# slower one.
+# The routed experts of one V3 layer take 22.5 GB in bf16. A *pipeline stage*, the roughly four layers that one
+# GPU is responsible for ([chapter 12](12_dualpipe.ipynb)), needs **90 GB** for its experts alone, but a GPU has
+# 80 GB for everything. So 64 GPUs in 8 nodes (a *node* is a machine with 8 GPUs) share each layer, four experts
+# per GPU. A token's eight experts are then on up to eight other GPUs. Its hidden state has to be sent there
+# (*dispatch*) and the results have to come back (*combine*), in 58 layers, forward and backward. InfiniBand (IB)
+# connects the nodes at 50 GB/s per GPU, NVLink the GPUs of a node at 160 GB/s. This chapter is about sending as
+# little as possible over the slower link.
 
 # %%
 from dataclasses import replace
+from itertools import product
 
 import torch
 
-from dsv3_ref.config import V3
+from dsv3_ref.config import V3, ceil_div
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 layer = 2 * V3.n_routed_experts * 3 * V3.dim * V3.moe_inter_dim / 1e9  # GB in bf16
-held = {"58 layers": 58 * layer, "a stage of 4 layers": 4 * layer,
-        "a stage, on one of 64 GPUs": 4 * layer / 64}  # fmt: skip
-assert held["a stage of 4 layers"] > 80 > held["a stage, on one of 64 GPUs"]
+expert_gb = {"58 layers": 58 * layer, "a stage of 4 layers": 4 * layer,
+             "a stage, on one of 64 GPUs": 4 * layer / 64}  # fmt: skip
+assert expert_gb["a stage of 4 layers"] > 80 > expert_gb["a stage, on one of 64 GPUs"]
 fig, ax = figure(1, 1, 8, 1.9)
-bars = ax.barh(list(held), list(held.values()), color=[GRAY, BLUE, GREEN])
-ax.bar_label(bars, [f"{x:,.1f} GB" for x in held.values()], padding=4)
+bars = ax.barh(list(expert_gb), list(expert_gb.values()), color=[GRAY, BLUE, GREEN])
+ax.bar_label(bars, [f"{x:,.1f} GB" for x in expert_gb.values()], padding=4)
 ax.axvline(80, color=ORANGE, ls="--", label="memory of a GPU")
 ax.set(xscale="log", xlim=(0.8, 9000), xlabel="GB of routed experts, bf16 (logarithmic axis)",
-       title="One stage's experts already overflow a GPU")  # fmt: skip
+       title="The experts of one stage do not fit on a GPU")  # fmt: skip
 ax.invert_yaxis()
 ax.legend(loc="lower right")
 show(fig)
@@ -49,48 +50,55 @@ show(fig)
 # %% [markdown]
 # ## Paper
 # - 16-way pipeline, **64-way expert parallelism over 8 nodes**, and no tensor parallelism in training (§3.2).
-# - A token visits at most **4 nodes**. It crosses IB to the GPU at its own place in the other node, and is
-#   handed on by NVLink at once to the GPUs that hold its experts. NVLink is 160/50 = 3.2 times as fast, so a
-#   token can use **3.2 experts a node** on average at no extra cost: 4 · 3.2 ≈ 13, where V3 chooses 8 (§2.1.2,
-#   §3.2.2).
-# - Tokens go out in **FP8 with power-of-two scales**, results come back in bf16 (§3.3.3).
-# - Balance is over the **global batch**: the loads of all ranks are summed (§2.1.2).
+# - A token visits at most **4 nodes**. It crosses IB to the GPU with the same index in the other node, which
+#   forwards it at once over NVLink to the GPUs that hold its experts. NVLink is 160/50 = 3.2 times as fast, so a
+#   token can use **3.2 experts per node** on average at no extra cost: 4 · 3.2 ≈ 13, whereas V3 chooses 8
+#   (§2.1.2, §3.2.2).
+# - Tokens are dispatched in **FP8 with power-of-two scales**; results are combined in bf16 (§3.3.3).
+# - Load balancing covers the **global batch**: the loads of all ranks are summed (§2.1.2).
 #
-# Attention, gate and shared expert need no exchange: every GPU has them and runs them on its own tokens. Only
-# the `token_dispatcher` of [chapter 04](04_moe.ipynb) enters. This chapter exports what is *computed* there,
-# who gets what, for one rank (a process with its GPU); the processes, groups and bytes are plain Python in
-# `dsv3_ref/parallel/token_dispatcher.py`.
+# Attention, gate and shared expert need no communication: every GPU has them and runs them on its own tokens.
+# Only the `token_dispatcher` of [chapter 04](04_moe.ipynb) is replaced. This chapter exports what one rank (a
+# process with its GPU) *computes* there: which row goes where. The processes, groups and messages are plain
+# Python in `dsv3_ref/parallel/token_dispatcher.py`.
 #
-# Axes: `n` tokens of a rank, `k` chosen experts, `m` rows that travel, `i` members of a group of ranks, `e`
+# Axes: `n` tokens of a rank, `k` chosen experts, `m` rows that are sent, `i` members of a group of ranks, `e`
 # experts, `d` model.
 
 # %%
 #| export
-import torch
+from typing import Any
 
-from dsv3_ref.fp8 import QUANT_CACHE
+import torch
+from torch import Tensor
+
+from dsv3_ref.fp8 import QUANT_CACHE, Quantized
+from dsv3_ref.moe import GroupedExperts
 
 # %% [markdown]
 # ## Who gets a token
-# Member $i$ of a group holds experts $i p, \dots, (i+1)p - 1$, $p$ for `experts_per_member`. Token $n$ chose the experts
-# $e_{n1} \dots e_{nk}$, so it goes to the *set*
+# Member $i$ of a group holds experts $i p, \dots, (i+1)p - 1$, where $p$ is `experts_per_member`. Token $n$ chose
+# the experts $e_{n1} \dots e_{nk}$, so it goes to the *set* of members
 #
 # $$D_n = \{\lfloor e_{nj} / p \rfloor : j = 1 \dots k\}, \qquad \text{rows: } \{(n, i) : i \in D_n\}, \qquad
-# (n, k) \to (m),\ (m),\ (\text{size}).$$
+# (n, k) \to (m),\ (m),\ (\text{members}).$$
 #
-# A set, not a list: two experts at one member cost one trip. An *all-to-all*, in which every member sends
-# something to every other, wants the rows for member 0 first, then those for member 1, and how many for each;
-# hence a table of booleans, transposed, read row by row. Expert −1 means "none": it gets a column of its own,
-# which is cut off. We shall need that in a moment.
+# It is a set, not a list: two experts at one member need only one copy. In an *all-to-all* every member sends
+# rows to every other member. It expects the rows for member 0 first, then those for member 1, and so on, with
+# the number of rows for each. So we fill a Boolean table (token, member) and read its transpose row by row.
+# Expert −1 means "none": it gets a column of its own, which is cut off. The next section needs that.
 
 
 # %%
 #| export
-def dispatch_layout(expert_nk, experts_per_member: int, num_members: int):
-    """Rows a rank sends, sorted by destination: tokens (m,), destinations (m,), counts (size,).
+def dispatch_layout(
+    expert_nk: Tensor, experts_per_member: int, num_members: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows that a rank sends: tokens (m,), destinations (m,), counts (num_members,).
 
-    Member i of `size` holds experts i·per … (i+1)·per − 1; a token goes once to each member that
-    holds any of its k experts; −1 is no expert.
+    Rows are sorted by destination. Member i holds experts i·p … (i+1)·p − 1 with
+    p = experts_per_member. A token goes once to each member that holds any of its k experts;
+    expert −1 means none.
     """
     dest_nk = torch.where(expert_nk < 0, num_members, expert_nk // experts_per_member)
     is_sent_ni = torch.zeros(
@@ -103,11 +111,14 @@ def dispatch_layout(expert_nk, experts_per_member: int, num_members: int):
 
 # %%
 def slow_dispatch_layout(expert_nk, per: int, size: int):
-    """The same by its words: for every member, the tokens that have an expert there."""
-    tokens = [[n for n, chosen in enumerate(expert_nk.tolist())
-               if any(e >= 0 and e // per == i for e in chosen)] for i in range(size)]  # fmt: skip
-    rows = [(n, i) for i, of_member in enumerate(tokens) for n in of_member]
-    return rows, [len(of_member) for of_member in tokens]
+    """Return the same by its definition: for every member, the tokens that have an expert there."""
+    rows, counts = [], []
+    for i in range(size):
+        tokens = [n for n, chosen in enumerate(expert_nk.tolist())
+                  if any(e >= 0 and e // per == i for e in chosen)]  # fmt: skip
+        rows += [(n, i) for n in tokens]
+        counts.append(len(tokens))
+    return rows, counts
 
 
 torch.manual_seed(0)
@@ -116,34 +127,35 @@ EXPERTS[torch.rand(40, 6) < 0.2] = -1
 token_m, dest_m, count_i = dispatch_layout(EXPERTS, experts_per_member=4, num_members=8)
 rows, counts = slow_dispatch_layout(EXPERTS, per=4, size=8)
 assert list(zip(token_m.tolist(), dest_m.tolist())) == rows and count_i.tolist() == counts
-assert sum(dispatch_layout(torch.full((3, 2), -1), 4, 8)[2]) == 0  # no expert: stay at home
-print(f"{(EXPERTS >= 0).sum()} choices, {len(token_m)} rows: the others share a trip")
+assert sum(dispatch_layout(torch.full((3, 2), -1), 4, 8)[2]) == 0  # no expert: nothing is sent
+print(f"{(EXPERTS >= 0).sum()} choices, {len(token_m)} rows: the other choices share a row")
 for n in range(3):
     print(f"token {n}: experts {EXPERTS[n].tolist()} → members {dest_m[token_m == n].tolist()}")
 
 # %% [markdown]
 # ## What travels with it
-# Row $m$ carries token $n_m$ to member $i_m$. There experts are numbered from 0, and those that are elsewhere
-# are none of its business ($\mathbb 1[\cdot]$ is 1 where the condition holds, else 0):
+# Row $m$ carries token $n_m$ to member $i_m$. That member numbers its experts from 0 and ignores those that are
+# elsewhere ($\mathbb 1[\cdot]$ is 1 where the condition holds, else 0):
 #
 # $$e'_{mj} = \begin{cases} e_{n_m j} - p\,i_m & \text{if } 0 \le e_{n_m j} - p\,i_m < p\\ -1 & \text{otherwise}\end{cases}
 # \qquad w'_{mj} = w_{n_m j}\,\mathbb 1[e'_{mj} \ge 0], \qquad (m,k)$$
 #
-# Each row carries $k$ numbers and $k$ weights; −1 is the same −1 as above, so a destination may be a *node*,
-# which asks the same question again about its GPUs. Setting weights to 0 looks idle, since nobody reads
-# them. It makes the backward pass right: each choice's gradient comes from the one member that has that expert.
+# Each row carries $k$ expert ids and $k$ weights. Here −1 means the same as above, so a destination may be a
+# *node*, which applies the same rule again to its GPUs. Setting remote weights to 0 looks redundant, since no
+# expert reads them. It is needed for the backward pass: the gradient of each choice must come from the one
+# member that has the expert.
 
 
 # %%
 #| export
-def to_local_expert_ids(expert_mk, dest_m, experts_per_member: int):
-    """A row's experts as its destination numbers them, int32; −1 for those that are elsewhere."""
+def to_local_expert_ids(expert_mk: Tensor, dest_m: Tensor, experts_per_member: int) -> Tensor:
+    """Number the experts of each row as its destination does, int32; −1 for those elsewhere."""
     local_mk = expert_mk - experts_per_member * dest_m[:, None]
     return torch.where((local_mk >= 0) & (local_mk < experts_per_member), local_mk, -1).int()
 
 
-def mask_remote_weights(weight_mk, expert_mk):
-    """The weights of the experts that are there, 0 for the others."""
+def mask_remote_weights(weight_mk: Tensor, expert_mk: Tensor) -> Tensor:
+    """Return the weights of the experts at the destination, and 0 for the others."""
     return torch.where(expert_mk >= 0, weight_mk, 0)
 
 
@@ -151,8 +163,8 @@ def mask_remote_weights(weight_mk, expert_mk):
 local_mk = to_local_expert_ids(EXPERTS[token_m], dest_m, experts_per_member=4)
 assert local_mk.min() == -1 and local_mk.max() == 3
 back_mk = torch.where(local_mk >= 0, local_mk + 4 * dest_m[:, None], -1)
-found_nk = torch.zeros_like(EXPERTS).index_add(0, token_m, back_mk + 1) - 1
-assert torch.equal(found_nk, EXPERTS)  # all members together: every choice, once
+reunited_nk = torch.zeros_like(EXPERTS).index_add(0, token_m, back_mk + 1) - 1
+assert torch.equal(reunited_nk, EXPERTS)  # all members together have every choice once
 weight_mk = torch.rand(40, 6)[token_m].requires_grad_()
 mask_remote_weights(weight_mk, local_mk).sum().backward()
 assert torch.equal(weight_mk.grad.bool(), local_mk >= 0)  # a gradient where the expert is
@@ -160,37 +172,45 @@ print(f"experts {EXPERTS[token_m[5]].tolist()} → at member {dest_m[5]}: {local
 
 # %% [markdown]
 # ## At the destination
-# Rows have arrived from everywhere, each with one to $k$ experts that are here. The rank sorts them as
-# `MoE.forward_routed` does, but without those that are −1, and adds up what belongs to one row *before* it goes back:
+# Rows have arrived from all ranks, each with one to $k$ local experts. The rank sorts them by expert as
+# `MoE.forward_routed` does, leaves out expert −1, and sums the results of each row *before* it is sent back:
 #
 # $$y_m = \sum_{j:\, e'_{mj} \ge 0} w'_{mj}\,\text{expert}_{e'_{mj}}(x_m), \qquad o_n = \sum_{m:\, n_m = n} y_m, \qquad (m,d) \to (m,d) \to (n,d).$$
 #
-# The first sum is here, the second where the token came from. So the way back is as cheap as the way out: one
-# row a destination, not one an expert. Experts −1 get the largest key, so sorting puts them at the end. Weights
-# multiply the `up` half inside an expert: SwiGLU and $W_2$ are linear in it, so the result is the same, and for
-# the weights' gradient an expert keeps 2048 numbers a row instead of its output's 7168.
+# The first sum is taken at the destination, the second where the token came from. So the way back needs no more
+# rows than the way out: one row per destination, not one per expert. Expert −1 gets the largest key, so sorting
+# puts it at the end. Weights multiply the `up` half inside an expert. SwiGLU and $W_2$ are linear in it, so the
+# result is the same, and for the gradient of the weights an expert saves 2048 numbers per row instead of the
+# 7168 of its output.
 
 
 # %%
 #| export
 class IndexAdd(torch.autograd.Function):
-    """o_n = Σ y_m over the rows m of token n; keeps no rows."""
+    """The sum o_n = Σ y_m over the rows m of token n; it saves no rows for the backward pass."""
 
     @staticmethod
-    def forward(ctx, y_md, token_m, n):
+    def forward(ctx: Any, y_md: Tensor, token_m: Tensor, n: int) -> Tensor:
         ctx.save_for_backward(token_m)
         return y_md.new_zeros(n, y_md.shape[1]).index_add_(0, token_m, y_md)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_nd):
+    def backward(ctx: Any, g_nd: Tensor) -> tuple[Tensor, None, None]:
         return g_nd[ctx.saved_tensors[0]], None, None
 
 
-def apply_local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
-    """Σ_k w_nk·expert_nk(x_n) over the experts that are here: (n, d); −1 is none of them.
+def apply_local_experts(
+    experts: GroupedExperts,
+    x_nd: Tensor,
+    weight_nk: Tensor,
+    expert_nk: Tensor,
+    quantized: Quantized | None = None,
+) -> Tensor:
+    """Return Σ_k w_nk·expert_nk(x_n) over the local experts, (n, d); expert −1 is not among them.
 
-    codes: (q, s), the FP8 codes as which x_nd arrived; products in FP8 then take them as they are.
+    quantized: the FP8 values and scales in which x_nd arrived; FP8 products then use them as they
+    are.
     """
     e, k = len(experts.w1), expert_nk.shape[1]
     key_m = torch.where(expert_nk < 0, e, expert_nk).flatten()
@@ -198,8 +218,8 @@ def apply_local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
     sorted_ids_m = key_m.argsort(stable=True)[: tokens_per_expert_e.sum()]
     token_m = sorted_ids_m // k
     x_md = x_nd[token_m]
-    if codes is not None:
-        QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in codes)
+    if quantized is not None:
+        QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in quantized)
     y_md = experts(x_md, tokens_per_expert_e, weight_nk.flatten()[sorted_ids_m])
     return IndexAdd.apply(y_md, token_m, len(x_nd))
 
@@ -207,7 +227,7 @@ def apply_local_experts(experts, x_nd, weight_nk, expert_nk, codes=None):
 # %%
 from dsv3_ref.moe import GroupedExperts
 
-share = GroupedExperts(4, 64, 32)  # what one rank holds
+share = GroupedExperts(4, 64, 32)  # the experts of one rank
 for p in share.parameters():
     torch.nn.init.normal_(p, std=0.2)
 x_nd, w_nk = torch.randn(len(token_m), 64), torch.rand(len(token_m), 6)
@@ -217,48 +237,50 @@ for n, (x, w, chosen) in enumerate(zip(x_nd[mine], w_nk[mine], local_mk[mine].to
     slow = sum(w_j * (share.w2[e] @ (torch.nn.functional.silu(share.w1[e] @ x) * (share.w3[e] @ x)))
                for w_j, e in zip(w, chosen) if e >= 0)  # fmt: skip
     assert torch.allclose(y_nd[n], slow, atol=1e-4)
-assert apply_local_experts(share, x_nd[:0], w_nk[:0], local_mk[:0]).shape == (0, 64)  # nobody came
+assert apply_local_experts(share, x_nd[:0], w_nk[:0], local_mk[:0]).shape == (0, 64)  # no rows
 assert (apply_local_experts(share, x_nd, w_nk, torch.full_like(local_mk, -1)) == 0).all()
 print(f"{mine.sum()} rows arrived, {(local_mk[mine] >= 0).sum()} rows computed")
 
 # %% [markdown]
 # ## A cluster in one process
-# Now all ranks together. Here a rank is an entry in a list and the network is `swap`: what rank $a$ has for rank
-# $b$ lands at rank $b$, sorted by sender. Everything else is what a rank really does, in this order: list, send
-# rows, weights and numbers, compute or send on, send back, add up. The counts go first; the same `swap` carries
-# them, and they are what a rank needs in order to send back.
+# Now all ranks together. Here a rank is an entry in a list and the network is the function `swap`: what rank $a$
+# has for rank $b$ arrives at rank $b$, sorted by sender. Everything else is what a rank really does, in this
+# order: compute the layout, send rows, weights and expert ids, apply the experts or forward the rows, send the
+# results back, and sum them. The counts are sent first, by the same `swap`; a rank needs them to send results back.
 #
-# `hops` is a list of (groups of ranks, experts behind a member). With none left, the experts are here.
+# `hops` is a list of (groups of ranks, experts per member). When it is empty, the experts are local.
 #
-# The check after it: eight ranks with four experts each, unequal numbers of tokens, one rank without any, against
-# `MoE.forward_routed` on one device: results, and gradients of tokens, of weights and of the experts.
+# The check compares eight ranks with `MoE.forward_routed` on one device. Each rank has four experts; ranks have
+# different numbers of tokens, one of them none. Results must agree, and so must the gradients of tokens, weights
+# and experts.
 
 
 # %%
-def swap(parcels, groups):
-    """parcels[rank][i] goes to the i-th member of the rank's group; what each rank then holds."""
-    arrived = [None] * len(parcels)
+def swap(messages, groups):
+    """Send messages[rank][i] to the i-th member of the rank's group; return what each receives."""
+    received = [None] * len(messages)
     for group in groups:
         for i, rank in enumerate(group):
-            arrived[rank] = torch.cat([parcels[sender][i] for sender in group])
-    return arrived
+            received[rank] = torch.cat([messages[sender][i] for sender in group])
+    return received
 
 
 def exchange(experts, x, weight, expert, hops):
-    """Σ_k w·expert(x) for lists with an entry a rank, through all hops and back."""
+    """Return Σ_k w·expert(x) for lists with an entry per rank, through all hops and back."""
     if not hops:
         return [apply_local_experts(*rank) for rank in zip(experts, x, weight, expert)]
     (groups, per), *rest = hops
     token, dest, count = zip(*(dispatch_layout(e_nk, per, len(groups[0])) for e_nk in expert))
-    theirs = swap([count_i.split(1) for count_i in count], groups)
-    there = lambda rows: swap([r.split(c.tolist()) for r, c in zip(rows, count)], groups)
-    asked = [to_local_expert_ids(e_nk[m], to_m, per) for e_nk, m, to_m in zip(expert, token, dest)]
+    receive_count = swap([count_i.split(1) for count_i in count], groups)
+
+    def dispatch(rows):
+        return swap([r.split(c.tolist()) for r, c in zip(rows, count)], groups)
+
+    ids = [to_local_expert_ids(e_nk[m], to_m, per) for e_nk, m, to_m in zip(expert, token, dest)]
     x_rows = [x_nd[m] for x_nd, m in zip(x, token)]
-    w_rows = [
-        mask_remote_weights(w_nk[m], asked_mk) for w_nk, m, asked_mk in zip(weight, token, asked)
-    ]
-    y = exchange(experts, there(x_rows), there(w_rows), there(asked), rest)
-    back = swap([y_md.split(c.tolist()) for y_md, c in zip(y, theirs)], groups)
+    w_rows = [mask_remote_weights(w_nk[m], id_mk) for w_nk, m, id_mk in zip(weight, token, ids)]
+    y = exchange(experts, dispatch(x_rows), dispatch(w_rows), dispatch(ids), rest)
+    back = swap([y_md.split(c.tolist()) for y_md, c in zip(y, receive_count)], groups)
     return [torch.zeros_like(x_nd).index_add(0, m, y_md) for x_nd, m, y_md in zip(x, token, back)]
 
 
@@ -270,7 +292,7 @@ SHAPE = replace(V3, dim=64, moe_inter_dim=32, n_routed_experts=32, n_activated_e
 moe = MoE(SHAPE)
 for p in moe.parameters():
     torch.nn.init.normal_(p, std=0.2)
-SIZES = [5, 12, 0, 7, 9, 1, 16, 3]  # tokens a rank
+SIZES = [5, 12, 0, 7, 9, 1, 16, 3]  # tokens per rank
 x_nd = torch.randn(sum(SIZES), 64)
 r = route(torch.randn(1, len(x_nd), 32), None, SHAPE)
 w_nk, e_nk = r.topk_weights_bsk[0], r.topk_ids_bsk[0]
@@ -278,7 +300,7 @@ dy_nd = torch.randn_like(x_nd)
 
 
 def share_of(experts, i: int, per: int):
-    """What rank i holds: experts i·per … (i+1)·per − 1, with their weights."""
+    """Return the experts of rank i: i·per … (i+1)·per − 1, with their weights."""
     mine = GroupedExperts(per, 64, 32)
     for p, whole in zip(mine.parameters(), experts.parameters()):
         p.data = whole.detach()[i * per : (i + 1) * per].clone()
@@ -286,7 +308,7 @@ def share_of(experts, i: int, per: int):
 
 
 def results(experts, run):
-    """y = run(x, w), and the gradients of x, the weights and the experts' matrices."""
+    """Return y = run(x, w) and the gradients of x, the weights and the experts' matrices."""
     x, w = x_nd.clone().requires_grad_(), w_nk.clone().requires_grad_()
     for part in experts:
         part.zero_grad()
@@ -301,32 +323,36 @@ alone = results([moe.experts], lambda x, w: moe.forward_routed(x, w, e_nk))
 
 
 def compare(name: str, hops):
-    """Eight ranks against one device."""
-    on_ranks = lambda x, w: exchange(shares, *(t.split(SIZES) for t in (x, w, e_nk)), hops)
-    spread = results(shares, lambda x, w: torch.cat(on_ranks(x, w)))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(spread, alone))
-    worst = max((a - b).abs().max().item() for a, b in zip(spread, alone))
+    """Compare eight ranks with one device."""
+
+    def run_on_ranks(x, w):
+        return torch.cat(exchange(shares, *(t.split(SIZES) for t in (x, w, e_nk)), hops))
+
+    on_ranks = results(shares, run_on_ranks)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(on_ranks, alone))
+    worst = max((a - b).abs().max().item() for a, b in zip(on_ranks, alone))
     print(f"{name}: y, dx, dw, dw1, dw2, dw3 differ by {worst:.0e} at most")
 
 
 compare("one hop", [([range(8)], 4)])
 
 # %% [markdown]
-# Real processes do the same with `all_to_all_single`: `AllToAllDispatcher` in `dsv3_ref/parallel/token_dispatcher.py` calls these
-# four functions, cuts autograd where a message travels, and lets another micro-batch compute meanwhile
-# ([chapter 12](12_dualpipe.ipynb)). `tests/parallel/test_parallel.py` runs it on processes that talk by gloo, PyTorch's
-# network library for CPUs.
+# Real processes do the same with `all_to_all_single`. `AllToAllDispatcher` in
+# `dsv3_ref/parallel/token_dispatcher.py` calls these four functions, cuts the autograd graph where a message is
+# sent, and lets another micro-batch compute while it is in flight ([chapter 12](12_dualpipe.ipynb)).
+# `tests/parallel/test_parallel.py` runs it on processes that communicate by gloo, PyTorch's communication backend
+# for CPUs.
 #
 # ## Two hops
-# One hop sends a token up to eight times over the slow link, perhaps four times into one node. Instead, let the
-# *node* be the member of a first exchange: groups are the GPUs at the same place $i$ of every node, and
-# a member stands for all experts of its node. The second exchange is inside each node. Nothing new is needed:
-# where the first would compute, it runs the second,
+# One hop sends a token up to eight times over the slow link, perhaps four times to the same node. Instead, let the
+# *node* be the member of a first exchange: a group consists of the GPUs with the same index $i$ in every node, and
+# each member stands for all experts of its node. The second exchange is within each node. No new code is needed:
+# where the first exchange would apply experts, it runs the second,
 #
 # $$\text{exchange}_{\text{ranks}}\big[\text{experts}\big] = \text{exchange}_{\text{nodes}}\Big[\text{exchange}_{\text{GPUs of a node}}\big[\text{experts}\big]\Big],$$
 #
-# since a row arrives with its experts renumbered and −1 for others, like a fresh list of choices. And
-# the way back adds up inside the node first, so that one row a node crosses IB there too.
+# since a row arrives with its experts renumbered and −1 for the others, just like a token's own choices. On the way
+# back the results are summed within the node first, so only one row per node crosses IB there too.
 
 # %%
 NODES = [[2 * n, 2 * n + 1] for n in range(4)]  # four nodes of two ranks
@@ -334,14 +360,14 @@ ACROSS = [[2 * n + i for n in range(4)] for i in range(2)]
 compare("two hops", [(ACROSS, 8), (NODES, 4)])
 
 # %% [markdown]
-# Which link does each row take? `journeys` gives, for each hop, the tokens, where each row starts and
-# where it lands; from that, copies over IB (other node) and NVLink (same node, other GPU) are counted. As a
-# yardstick, *naive* sends a copy for every chosen expert, even if two of them are on one GPU.
+# Which link does each row take? `journeys` returns, for each hop, the token, source and destination of every row.
+# From these we count copies over IB (to another node) and over NVLink (to another GPU of the same node). As a
+# baseline, *naive* sends a copy for every chosen expert, even if two of them are on one GPU.
 
 
 # %%
 def journeys(expert_nk, home_n, per: int, ranks_per_node: int, way: str):
-    """(token, from rank, to rank) of all rows, a triple of (m,) for every hop."""
+    """Return (token, source rank, destination rank) of all rows, a triple of (m,) for every hop."""
     n_experts, k = V3.n_routed_experts, expert_nk.shape[1]
     if way == "naive":
         token_m = torch.arange(len(expert_nk)).repeat_interleave(k)
@@ -351,7 +377,7 @@ def journeys(expert_nk, home_n, per: int, ranks_per_node: int, way: str):
         return [(token_m, home_n[token_m], rank_m)]
     behind = per * ranks_per_node
     token_m, node_m, _ = dispatch_layout(expert_nk, behind, n_experts // behind)
-    landed_m = node_m * ranks_per_node + home_n[token_m] % ranks_per_node  # same place, other node
+    landed_m = node_m * ranks_per_node + home_n[token_m] % ranks_per_node  # same index, other node
     row_m, place_m, _ = dispatch_layout(
         to_local_expert_ids(expert_nk[token_m], node_m, behind), per, ranks_per_node
     )
@@ -360,7 +386,7 @@ def journeys(expert_nk, home_n, per: int, ranks_per_node: int, way: str):
 
 
 def copies(hops, ranks_per_node: int, n: int) -> tuple[float, float]:
-    """Copies of a token over IB and over NVLink, mean of n tokens."""
+    """Return the copies of a token over IB and over NVLink, as the mean of n tokens."""
     ib = sum((a // ranks_per_node != b // ranks_per_node).sum().item() for _, a, b in hops)
     nvlink = sum(
         ((a // ranks_per_node == b // ranks_per_node) & (a != b)).sum().item() for _, a, b in hops
@@ -369,7 +395,7 @@ def copies(hops, ranks_per_node: int, n: int) -> tuple[float, float]:
 
 
 def choices(limit: int = 4, k: int = 8, skew: float = 0.0, n: int = 8192):
-    """V3's gate on random affinities, experts of unequal popularity: (n, k)."""
+    """Return the choices (n, k) of V3's gate on random affinities; skew: unequal popularity."""
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(1, n, 256, generator=g) + skew * torch.randn(256, generator=g)
     return route(
@@ -382,7 +408,7 @@ home_n = torch.arange(8192) % 64
 chosen = choices()
 for way in WAYS:
     ib, nvlink = copies(journeys(chosen, home_n, 4, 8, way), 8, 8192)
-    print(f"{way:9}{ib:6.2f} copies a token over IB, {nvlink:5.2f} over NVLink")
+    print(f"{way:9}{ib:6.2f} copies per token over IB, {nvlink:5.2f} over NVLink")
 ends = [journeys(chosen, home_n, 4, 8, way)[-1] for way in ("one hop", "two hops")]
 pairs = [set(zip(token_m.tolist(), rank_m.tolist())) for token_m, _, rank_m in ends]
 assert pairs[0] == pairs[1]  # one hop and two end at the same GPUs
@@ -392,23 +418,25 @@ assert ib == sum(map(len, by_hand)) / 8192 and max(map(len, by_hand)) <= 4
 
 # %% [markdown]
 # ## FP8 out, bf16 back
-# The experts' first product wants FP8 codes anyway ([chapter 09](09_fp8.ipynb)), so the codes travel: a byte a
-# number and four for the scale of each 128. What returns is a sum of large and small parts and keeps sixteen
-# bits; in the backward pass likewise, the gradient of the result travels as codes and that of the input in bf16.
+# The experts' first product needs FP8 inputs anyway ([chapter 09](09_fp8.ipynb)), so rows are sent in FP8: one byte
+# per number, and four bytes for the scale of each tile of 128. The results are sums of large and small terms, so
+# they return in sixteen bits. The backward pass mirrors this: the gradient of the result is sent in FP8, the
+# gradient of the input in bf16.
 #
-# $$\text{out: } d + 4\lceil d/128\rceil + 8k \text{ bytes a row}, \qquad \text{back: } 2d$$
+# $$\text{out: } d + 4\lceil d/128\rceil + 8k \text{ bytes per row}, \qquad \text{back: } 2d$$
 #
-# ($8k$: four bytes each for an expert's number and its weight.)
+# ($8k$: four bytes each for an expert id and its weight.)
 #
-# Why *powers of two* for scales? Not for the sake of a second hop: a tile's largest number has a code of its own, so a
-# bf16 row that is decoded and coded again keeps its values under either rule. Two other things are at stake. A code has four significant
-# bits and a power of two only moves the exponent, so code times scale *is* a bf16 number, while
-# $\max/448$ rounds once more. And Wgrad wants the same rows in tiles along the other axis (chapter 09): with
-# powers of two on both sides nothing is rounded on the way there. (`FP8Linear` leaves that second gain: it turns
-# all E4M3 tiles alike, by $\max/448$.)
+# Why are the scales *powers of two*? A second hop is not the reason. The largest number of a tile is represented
+# exactly, so a row that is dequantized to bf16 and quantized again keeps its values under either rule. There are two
+# reasons. First, an FP8 value has four significant bits and a power of two changes only the exponent, so value times
+# scale *is* a bf16 number, while $\max/448$ rounds once more. Second, Wgrad needs the same rows in tiles along the
+# other axis (chapter 09). With powers of two on both sides nothing is rounded by requantization. (`FP8Linear` does
+# not use this second gain: it requantizes all E4M3 tiles with $\max/448$.)
 #
-# At the destination the products must *take* the codes, not decode the rows and code them again by their own
-# rule. That is `apply_local_experts`' last argument: it notes the gathered codes where the FP8 products look.
+# At the destination the products must *use* the FP8 values that arrived; they must not dequantize the rows and
+# quantize them again by their own rule. The last argument of `apply_local_experts` does this: it stores the gathered
+# values in the cache that FP8 products read.
 
 # %%
 from dsv3_ref.fp8 import act_dequant, act_quant, requant_transposed
@@ -422,12 +450,13 @@ for use_ue8m0 in (False, True):
     assert torch.equal(
         act_dequant(*act_quant(once_nd, use_ue8m0)).bfloat16(), once_nd
     )  # a second hop
-    turned_nd = act_dequant(*requant_transposed(*act_quant(x_nd, use_ue8m0), None, use_ue8m0))[
-        :, :128
-    ].T
-    lost[use_ue8m0] = [((t - wide_nd).norm() / wide_nd.norm()).item() for t in (once_nd, turned_nd)]
-    print(f"powers of two: {use_ue8m0!s:5}  lost by decoding to bf16 {lost[use_ue8m0][0]:.2%}, "
-          f"by turning the tiles {lost[use_ue8m0][1]:.3%}")  # fmt: skip
+    tiles = requant_transposed(*act_quant(x_nd, use_ue8m0), None, use_ue8m0)
+    transposed_nd = act_dequant(*tiles)[:, :128].T
+    lost[use_ue8m0] = [
+        ((t - wide_nd).norm() / wide_nd.norm()).item() for t in (once_nd, transposed_nd)
+    ]
+    print(f"powers of two: {use_ue8m0!s:5}  lost by dequantizing to bf16 {lost[use_ue8m0][0]:.2%}, "
+          f"by transposing the tiles {lost[use_ue8m0][1]:.3%}")  # fmt: skip
 assert lost[True][0] == 0 and lost[True][1] < 1e-3 * lost[False][1]
 
 # %%
@@ -437,26 +466,27 @@ for p in wide.parameters():
 x_nd, w_nk = torch.randn(200, 256), torch.rand(200, 2)
 e_nk = torch.randint(-1, 4, (200, 2))
 sent = act_quant(x_nd, True)
-came_nd = act_dequant(*sent).bfloat16().float()  # as the other side sees it
+received_nd = act_dequant(*sent).bfloat16().float()  # as the destination sees it
 with torch.no_grad():
     exact = apply_local_experts(wide, x_nd, w_nk, e_nk)
     with use("fp8", "auto"):
-        taken = apply_local_experts(wide, came_nd, w_nk, e_nk, sent)
-        again = apply_local_experts(wide, came_nd, w_nk, e_nk)
+        reused = apply_local_experts(wide, received_nd, w_nk, e_nk, sent)
+        requantized = apply_local_experts(wide, received_nd, w_nk, e_nk)
 error = {name: ((y - exact).norm() / exact.norm()).item()
-         for name, y in (("codes taken over", taken), ("coded again", again))}  # fmt: skip
+         for name, y in (("values reused", reused), ("quantized again", requantized))}  # fmt: skip
 print("error of the experts' output:", *[f"{name} {e:.2%};" for name, e in error.items()])
-assert 0 < error["codes taken over"] < error["coded again"]
+assert 0 < error["values reused"] < error["quantized again"]
 
-OUT, BACK = V3.dim + 4 * -(-V3.dim // 128) + 8 * V3.n_activated_experts, 2 * V3.dim
-print(f"bytes a row at V3: out {OUT:,} (in bf16 {2 * V3.dim + 64:,}), back {BACK:,}")
+OUT = V3.dim + 4 * ceil_div(V3.dim, 128) + 8 * V3.n_activated_experts
+BACK = 2 * V3.dim
+print(f"bytes per row at V3: out {OUT:,} (in bf16 {2 * V3.dim + 64:,}), back {BACK:,}")
 
 # %% [markdown]
 # ## Balance over all ranks
-# The bias of chapter 04 moves by the load of the *global* batch: ranks count their own tokens and sum the
-# counts, 256 whole numbers a layer, before the update. If each rank used its own count, their biases would
-# part, and with them the models. The sequence-wise loss needs no exchange: it is a mean over sequences, and a
-# sequence lies on one rank. So it does not change with the mesh; a batch-wise one would.
+# The expert bias of chapter 04 is updated from the load of the *global* batch: each rank counts its own tokens, and
+# the counts, 256 integers per layer, are summed over ranks before the update. If each rank used its own counts, the
+# biases would diverge, and the models with them. The sequence-wise loss needs no communication: it is a mean over
+# sequences, and a sequence is on one rank. So it does not depend on the mesh; a batch-wise loss would.
 #
 # $$c_e = \sum_{r=1}^R c_e^{(r)}, \qquad \mathcal L_{\text{Bal}} = \frac1R \sum_{r=1}^R \mathcal L_{\text{Bal}}^{(r)}$$
 #
@@ -472,9 +502,9 @@ assert torch.equal(sum(loads), tokens_per_expert(batch.topk_ids_bsk, 32))
 biases = [torch.zeros(32) for _ in loads]
 for bias_e, load_e in zip(biases, loads):
     update_expert_bias(bias_e, load_e, 0.001)
-parted = (torch.stack(biases) != biases[0]).any(0).sum().item()
-print(f"own loads instead of the sum: {parted} of 32 biases differ between ranks after one step")
-assert parted > 0
+diverged = (torch.stack(biases) != biases[0]).any(0).sum().item()
+print(f"own loads instead of the sum: {diverged} of 32 biases differ between ranks after one step")
+assert diverged > 0
 for over in ("sequence", "batch"):
     whole, mean = balance_loss(batch, over), sum(balance_loss(r, over) for r in of_rank) / 4
     print(f"{over:8} loss: {whole:.4f} on one rank, {mean:.4f} as the mean of four")
@@ -482,49 +512,48 @@ for over in ("sequence", "batch"):
 
 # %% [markdown]
 # ## Experiment: what each idea saves
-# 8,192 tokens on 64 GPUs with V3's gate: dispatch in FP8, time on a link = bytes / bandwidth, both links at
-# work at the same time. The affinities are random, and experts unequally popular (a normal offset, 0.5 on the
-# scale of the logits); how a trained gate differs from that is not measured here.
+# 8,192 tokens on 64 GPUs with V3's gate. Dispatch is in FP8, the time on a link is bytes / bandwidth, and both links
+# work at the same time. The affinities are random, and experts are unequally popular (a normal offset with standard
+# deviation 0.5 on the logits). How a trained gate differs from that is not measured here.
 
 # %%
-IB, NVLINK = 50e9, 160e9  # bytes a second of one GPU (§3.2.2)
+IB, NVLINK = 50e9, 160e9  # bytes/s of one GPU (§3.2.2)
 
 
 def times(limit: int, way: str, k: int = 8, skew: float = 0.5, ranks_per_node: int = 8):
-    """Nanoseconds a token keeps IB and NVLink busy on its way out."""
+    """Return the nanoseconds for which the dispatch of a token occupies IB and NVLink."""
     hops = journeys(choices(limit, k, skew), home_n, 4, ranks_per_node, way)
     ib, nvlink = copies(hops, ranks_per_node, 8192)
     return 1e9 * ib * OUT / IB, 1e9 * nvlink * OUT / NVLINK
 
 
-cases = [(limit, way) for limit in (8, 4) for way in WAYS]
-found = {case: times(*case) for case in cases}
-for (limit, way), (ib, nvlink) in found.items():
+cases = list(product((8, 4), WAYS))
+busy_ns = {case: times(*case) for case in cases}
+for (limit, way), (ib, nvlink) in busy_ns.items():
     print(f"M = {limit}  {way:9} IB {ib * IB / 1e12:5.1f} kB {ib:5.0f} ns   "
           f"NVLink {nvlink * NVLINK / 1e12:5.1f} kB {nvlink:5.0f} ns")  # fmt: skip
 fig, ax = figure(1, 1, 8, 3.2)
 at = torch.arange(6) + torch.tensor([0, 0, 0, 0.6, 0.6, 0.6])
-ax.bar(at - 0.2, [t[0] for t in found.values()], 0.38, color=ORANGE, label="InfiniBand, 50 GB/s")
-ax.bar(
-    at + 0.2, [t[1] for t in found.values()], 0.38, color=BLUE, hatch="//", label="NVLink, 160 GB/s"
-)
+ib_ns, nvlink_ns = zip(*busy_ns.values())
+ax.bar(at - 0.2, ib_ns, 0.38, color=ORANGE, label="InfiniBand, 50 GB/s")
+ax.bar(at + 0.2, nvlink_ns, 0.38, color=BLUE, hatch="//", label="NVLink, 160 GB/s")
 ax.set_xticks(at, [way for _, way in cases])
 for x, text in ((1, "no limit"), (4.6, "at most 4 nodes (V3)")):
     ax.text(x, -0.2, text, ha="center", transform=ax.get_xaxis_transform(), color=GRAY)
-ax.set(ylabel="ns a token, dispatch", ylim=(0, 1350))
+ax.set(ylabel="ns per token, dispatch", ylim=(0, 1350))
 ax.set_title("Two hops and four nodes halve the time on the slow link")
 ax.legend(loc="upper right", ncols=2)
 show(fig)
-assert found[4, "two hops"][0] < 0.52 * found[8, "naive"][0]
-assert found[4, "two hops"][1] < found[4, "two hops"][0]  # NVLink hides behind IB
+assert busy_ns[4, "two hops"][0] < 0.52 * busy_ns[8, "naive"][0]
+assert busy_ns[4, "two hops"][1] < busy_ns[4, "two hops"][0]  # NVLink hides behind IB
 
 # %% [markdown]
-# Sharing trips per GPU saves little: of four experts on a GPU, two are rarely chosen together. Sharing them per
-# node saves nearly a third of IB's time even without a limit, and the limit a quarter of the rest. The handing on
-# has moved to NVLink, which needs less time for it than IB and so costs nothing.
+# Sending one copy per GPU saves little: a token rarely chooses two of the four experts of a GPU. Sending one copy per
+# node saves nearly a third of IB's time even without a limit, and the limit saves a quarter of the rest. Forwarding
+# within the node has moved to NVLink, which needs less time for it than IB does and so costs nothing.
 #
-# **3.2 experts a node.** While IB brings one token to a node, NVLink can hand on 160/50 = 3.2 copies. Vary
-# how many nodes are allowed (left) and how many experts are chosen (right): which link ends last?
+# **3.2 experts per node.** While IB brings one token to a node, NVLink can forward 160/50 = 3.2 copies. Vary how many
+# nodes are allowed (left) and how many experts are chosen (right): which link takes longer?
 
 # %%
 limits, widths = range(1, 9), range(4, 25, 2)
@@ -539,14 +568,14 @@ for ax, xs, ts, name in ((axes[0], limits, by_limit, "nodes allowed, M (8 expert
     ax.annotate(
         "V3", ({1: 4, 4: 8}[xs[0]], 5), xytext=(4, 0), textcoords="offset points", color=GRAY
     )
-    ax.set(xlabel=name, ylabel="ns a token, dispatch", ylim=(0, None))
+    ax.set(xlabel=name, ylabel="ns per token, dispatch", ylim=(0, None))
     ax.legend(loc="lower right")
 free = 4 * NVLINK / IB
 axes[1].axvline(free, color=GREEN, ls=":")
 axes[1].annotate(f"4 · 3.2 = {free:.1f}", (free, 200), xytext=(4, 0), textcoords="offset points",
                  color=GREEN)  # fmt: skip
 axes[1].set_xticks(widths[::2])
-axes[0].set_title("IB sets the time from three nodes on")
+axes[0].set_title("With three nodes or more IB sets the time")
 axes[1].set_title("More experts would be free")
 show(fig)
 crossing = next(k for k, (ib, nvlink) in zip(widths, by_width) if nvlink > ib)
@@ -554,26 +583,26 @@ print(f"NVLink becomes the slower one between {crossing - 2} and {crossing} expe
 assert all(nvlink < ib for k, (ib, nvlink) in zip(widths, by_width) if k <= free)
 
 # %% [markdown]
-# The report's 12.8 is on the safe side: some experts share a GPU, and an eighth of the copies end at the very GPU
-# where IB put them down, so about two experts more would still be free. In the left picture, below three
-# nodes, a token's experts crowd in one or two nodes, and NVLink would be the slower one.
+# The report's 12.8 is conservative: some experts share a GPU, and an eighth of the copies are for the GPU at which
+# they arrived over IB. So about two more experts would still be free. In the left figure, with fewer than three nodes,
+# a token's experts are concentrated in one or two nodes, and NVLink is the slower link.
 #
 # ## Play
-# 24 tokens of one GPU (rank 3), one a row, and all 64 GPUs, with lines between nodes. A pale cell is a GPU
-# that gets a token only to hand it on. Below, first four nodes are allowed, then all eight. Allow fewer, or
-# change the size of a node: the gate's limit is on its eight *groups* of 32 experts, which stay as they are.
-# With smaller nodes a group covers several of them, and the promise "four nodes" is broken.
+# Each row is one of 24 tokens of one GPU (rank 3), each column one of 64 GPUs; lines separate the nodes. A pale cell
+# is a GPU that receives a token only to forward it. Below, first four nodes are allowed, then all eight. Allow fewer,
+# or change the size of a node: the gate limits the number of its eight *groups* of 32 experts, which do not change.
+# With smaller nodes a group covers several of them, and a token may visit more than four nodes.
 
 # %%
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-KINDS = {"no token": "white", "at home": GRAY, "over IB": ORANGE, "over IB, only handed on": "#F6DDA6",
+KINDS = {"no token": "white", "local": GRAY, "over IB": ORANGE, "over IB, only forwarded": "#F6DDA6",
          "over NVLink": BLUE}  # fmt: skip
 
 
 def draw_journeys(limit: int = 4, ranks_per_node: int = 8):
-    """Which GPU gets which of 24 tokens of rank 3, and over which link it came."""
+    """Draw which GPUs receive each of 24 tokens of rank 3, and over which link."""
     chosen, home = choices(limit, n=24), torch.full((24,), 3)
     first, second = journeys(chosen, home, 4, ranks_per_node, "two hops")
     kind = torch.zeros(24, 64)
@@ -588,7 +617,7 @@ def draw_journeys(limit: int = 4, ranks_per_node: int = 8):
         ax.axvline(node * ranks_per_node - 0.5, color=GRAY, lw=0.8)
     ib, nvlink = copies((first, second), ranks_per_node, 24)
     ax.set(
-        title=f"At most {limit} of 8 groups: {ib:.1f} copies a token over IB, {nvlink:.1f} over NVLink",
+        title=f"At most {limit} of 8 groups: {ib:.1f} copies per token over IB, {nvlink:.1f} over NVLink",
         xlabel="GPU",
         ylabel="token",
     )
@@ -607,15 +636,15 @@ play(draw_journeys, limit=(1, 8, 1), ranks_per_node=[8, 2, 4, 16, 32])
 # ## Exercises
 # Fill in a function and run its cell; the checkers come first.
 #
-# **1 · Compute.** A token of `dim` numbers visits `nodes` other nodes. How many bytes does one layer's *forward*
-# pass put on IB for it, out in FP8 with fp32 scales and back in bf16? (Leave aside the numbers and weights of
-# its experts.)
+# **1 · Compute.** A token of `dim` numbers visits `nodes` other nodes. How many bytes does the *forward* pass of one
+# layer send over IB for it, out in FP8 with fp32 scales and back in bf16? (Ignore the ids and weights of its
+# experts.)
 
 
 # %%
 @checker
 def check_bytes(fn):
-    """How many scales has a row, if the last tile may be short? And what does a bf16 number take?"""
+    """How many scales does a row have, if the last tile may be short? How many bytes is bf16?"""
     for dim, nodes, want in (
         (128, 1, 128 + 4 + 256),
         (576, 2, 2 * (576 + 20 + 1152)),
@@ -626,16 +655,16 @@ def check_bytes(fn):
 
 @checker
 def check_worst(fn):
-    """What is the unluckiest routing? And does a token come twice for two experts of a rank?"""
+    """What is the worst possible routing? Is a token sent twice for two experts of one rank?"""
     for ranks, tokens, k in ((8, 16, 6), (4, 5, 1)):
-        everybody = torch.zeros(tokens, k, dtype=torch.int64) + torch.arange(k) % 4
-        rows = sum(dispatch_layout(everybody, 4, ranks)[2][0].item() for _ in range(ranks))
+        all_to_rank0_nk = torch.zeros(tokens, k, dtype=torch.int64) + torch.arange(k) % 4
+        rows = sum(dispatch_layout(all_to_rank0_nk, 4, ranks)[2][0].item() for _ in range(ranks))
         assert abs(fn(ranks, tokens, k) - rows) < 1e-9
 
 
 @checker
 def check_jam(fn):
-    """While IB brings one copy, NVLink hands on 3.2. How many nodes should the token visit?"""
+    """While IB brings one copy, NVLink forwards 3.2. How many nodes should the token visit?"""
     expert_k = torch.as_tensor(fn())
     assert expert_k.unique().numel() == 8 and set(expert_k.tolist()) <= set(range(256))
     hops = journeys(expert_k[None], torch.tensor([0]), 4, 8, "two hops")
@@ -645,7 +674,7 @@ def check_jam(fn):
 
 @checker
 def check_spare(fn):
-    """At which places does `hot` stand? Every second of them changes, and nothing else."""
+    """At which positions is `hot`? Change every second one of them, and nothing else."""
     expert_nk = choices(n=300, skew=1.0)
     hot = tokens_per_expert(expert_nk, 256).argmax().item()
     out_nk = fn(expert_nk.clone(), hot, 256)
@@ -666,14 +695,14 @@ check_bytes(my_bytes)
 #
 # ```python
 # def my_bytes(dim, nodes):
-#     return nodes * (dim + 4 * -(-dim // 128) + 2 * dim)
+#     return nodes * (dim + 4 * ceil_div(dim, 128) + 2 * dim)
 # ```
 #
-# Two thirds of it is the way back. The backward pass sends the same again.
+# Two thirds of it are for the way back. The backward pass sends the same amount again.
 # </details>
 #
-# **2 · Predict.** No token is dropped. For how many arriving rows must a rank be ready in the worst case, if
-# each of `ranks` ranks, itself among them, has `tokens` tokens with `k` experts each?
+# **2 · Predict.** No token is dropped. How many rows can arrive at a rank in the worst case, if each of `ranks`
+# ranks, itself included, has `tokens` tokens with `k` experts each?
 
 
 # %%
@@ -686,8 +715,8 @@ check_worst(my_worst)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# $k$ does not matter. At V3's 64 ranks and 4096 tokens that is 262,144 rows of 7.5 kB: 2.0 GB, where 12 % of it
-# is usual. One either reserves the worst case, or asks for the counts first, as we do, and waits for them.
+# $k$ does not matter. With V3's 64 ranks and 4096 tokens that is 262,144 rows of 7.5 kB: 2.0 GB, of which 12 % is
+# typical. One can either reserve memory for the worst case or exchange the counts first and wait for them, as we do.
 #
 # ```python
 # def my_worst(ranks, tokens, k):
@@ -696,7 +725,7 @@ check_worst(my_worst)
 # </details>
 #
 # **3 · Break.** The token is on GPU 0 (node 0). Choose eight of 256 experts, at least one of them in another
-# node, such that NVLink, not IB, sets the time. (Expert $e$ is on GPU $\lfloor e/4\rfloor$; a node has 32.)
+# node, so that NVLink, not IB, sets the time. (Expert $e$ is on GPU $\lfloor e/4\rfloor$; a node has 32 experts.)
 
 
 # %%
@@ -709,8 +738,8 @@ check_jam(my_jam)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# All in one other node, each on another GPU: one copy over IB, seven handed on. The gate does not forbid
-# that; it is rare, and what counts is the sum over all tokens.
+# All in one other node, each on a different GPU: one copy over IB, seven forwarded. The gate does not forbid
+# that. It is rare, and what counts is the sum over all tokens.
 #
 # ```python
 # def my_jam():
@@ -718,8 +747,8 @@ check_jam(my_jam)
 # ```
 # </details>
 #
-# **4 · Extend.** When serving, *hot* experts, which many tokens choose, get a *redundant* copy on another GPU
-# (§3.4.1). Let every second token that chose expert `hot` go to the copy, whose number is `spare`.
+# **4 · Extend.** In serving, *hot* experts, which many tokens choose, have a *redundant* copy on another GPU
+# (§3.4.1). Send every second token that chose expert `hot` to the copy, whose id is `spare`.
 
 
 # %%
@@ -732,8 +761,8 @@ check_spare(my_spare)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The weights and the results are the same; only `dispatch_layout` sees another number. Training has no copies: their
-# gradients would have to be summed, and the bias does the work.
+# The weights and the results stay the same; only `dispatch_layout` gets another id. Training has no copies: their
+# gradients would have to be summed, and the bias balances the load anyway.
 #
 # ```python
 # def my_spare(expert_nk, hot, spare):
@@ -745,8 +774,8 @@ check_spare(my_spare)
 
 # %% [markdown]
 # ## Scale-up
-# A micro-batch of one sequence, 4096 tokens a GPU, on H800s. How long do the links work, and how long the
-# tensor cores?
+# A micro-batch of one sequence, 4096 tokens per GPU, on H800s. How long are the links busy, and how long the tensor
+# cores?
 
 # %%
 T, TOKENS = 4096, 4096 * 64
@@ -754,8 +783,8 @@ ib, nvlink = copies(journeys(choices(4, skew=0.5), home_n, 4, 8, "two hops"), 8,
 travel = {}
 for name, rows in (("dispatch", OUT), ("combine", BACK)):
     travel[name] = T * max(ib * rows / IB, nvlink * rows / NVLINK) * 1e3
-    print(f"{name:9}{ib * rows / 1e3:5.0f} kB a token over IB, {nvlink * rows / 1e3:5.0f} over NVLink; "
-          f"{T * ib * rows / 1e6:4.0f} MB a GPU and layer: {travel[name]:.1f} ms")  # fmt: skip
+    print(f"{name:9}{ib * rows / 1e3:5.0f} kB per token over IB, {nvlink * rows / 1e3:5.0f} over NVLink; "
+          f"{T * ib * rows / 1e6:4.0f} MB per GPU and layer: {travel[name]:.1f} ms")  # fmt: skip
 bytes_all = 58 * 2 * ib * (OUT + BACK)
 print(f"58 layers, forward and backward: {bytes_all / 1e6:.0f} MB over IB for each token")
 
@@ -766,26 +795,26 @@ linear += c.n_heads * (c.q_lora_rank * (c.qk_nope_head_dim + c.qk_rope_head_dim)
 linear += 3 * c.dim * c.moe_inter_dim * (c.n_activated_experts + c.n_shared_experts)
 attention = c.n_heads * T / 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
 compute = 1e3 * 2 * T * (linear / 1979e12 + attention / 989e12)  # ms at the peaks
-print(f"computing the layer forward: {compute:.1f} ms at the peak, {2 * compute:.1f} ms at half of it; "
-      f"traveling: {sum(travel.values()):.1f} ms")  # fmt: skip
+print(f"forward pass of the layer: {compute:.1f} ms at the peak rate, {2 * compute:.1f} ms at half of it; "
+      f"communication: {sum(travel.values()):.1f} ms")  # fmt: skip
 rows = TOKENS * V3.n_activated_experts / V3.n_routed_experts
-print(f"rows an expert: {rows:,.0f} from 64 GPUs; alone a GPU would have {rows / 64:,.0f}")
+print(f"rows per expert: {rows:,.0f} from 64 GPUs; from one GPU alone {rows / 64:,.0f}")
 assert 0.5 < sum(travel.values()) / (2 * compute) < 2
 
 # %% [markdown]
-# **InfiniBand binds**, and it is no small matter: if computing reaches half of the peak, traveling takes as
-# long, the ratio of about 1 : 1 that the report names as its reason for DualPipe (§3.2.1). Nothing in this
-# chapter can lower it much further; it has to be *hidden*. [Chapter 12](12_dualpipe.ipynb) runs two
-# micro-batches at once, one computing while the other travels.
+# **InfiniBand is the bottleneck**, and the cost is large: if computation reaches half of the peak rate,
+# communication takes as long as computation. This is the ratio of about 1 : 1 that the report gives as its reason
+# for DualPipe (§3.2.1). Nothing in this chapter can reduce it much further, so it has to be *hidden*.
+# [Chapter 12](12_dualpipe.ipynb) runs two micro-batches at once: one computes while the other communicates.
 #
-# - **Links and cores.** The report gives 20 of 132 multiprocessors to the exchange, in 10 channels of
-#   three kinds of warps: sending over IB, handing on to NVLink, receiving (§3.2.2). `all_to_all_single` has the
-#   two hops one after the other; DeepEP, DeepSeek's library for this, overlaps them row by row and reports
-#   153 GB/s out and 158 back inside a node, 51 and 50 at 64 ranks. `--token-dispatcher deepep` puts it in
-#   `AllToAllDispatcher`'s place (written after its documentation, and not yet run with the library itself).
-# - **Arithmetic.** Each expert sees rows from 64 GPUs, enough to be bound by arithmetic
-#   ([chapter 04](04_moe.ipynb)).
-# - **Place.** An expert group is 64 neighboring ranks, so it spans as few nodes as can be; the pipeline's
-#   messages, far smaller, cross the rest (`dsv3_ref/parallel/mesh.py`).
-# - **Serving** goes further: 32-way for reading prompts (*prefill*), 320-way for decoding, with one expert a
-#   GPU and hot ones twice (§3.4). Decoding has few rows, and latency binds instead of bandwidth.
+# - **Links and cores.** The report assigns 20 of 132 multiprocessors to communication, in 10 channels with three
+#   kinds of warps: sending over IB, forwarding to NVLink, receiving (§3.2.2). `all_to_all_single` runs the two hops
+#   one after the other. DeepEP, DeepSeek's library for this, overlaps them row by row and reports 153 GB/s for
+#   dispatch and 158 GB/s for combine within a node, and 51 and 50 GB/s at 64 ranks. `--token-dispatcher deepep` uses
+#   it in place of `AllToAllDispatcher` (written from its documentation, not yet run with the library itself).
+# - **Arithmetic.** Each expert gets rows from 64 GPUs, enough to be compute-bound ([chapter 04](04_moe.ipynb)).
+# - **Placement.** An expert group is 64 neighboring ranks, so it spans as few nodes as possible. The pipeline's
+#   messages, which are far smaller, cross the remaining node boundaries (`dsv3_ref/parallel/mesh.py`).
+# - **Serving** goes further: 32-way expert parallelism for reading prompts (*prefill*) and 320-way for decoding, with
+#   one expert per GPU and copies of hot experts (§3.4). Decoding has few rows, so latency is the bottleneck instead
+#   of bandwidth.

@@ -16,34 +16,42 @@
 
 # %% [markdown]
 # ## Why
-# 61 layers do not fit one GPU, so V3 cuts them into 16 **stages**, each on a GPU of its own, and sends
-# *micro-batches*, small parts of a batch, through them like cars along a belt. Two things are lost. While the
-# first car travels to the last station, the stations that it has not reached stand idle: the **bubble**. And in
-# every layer the tokens travel to their experts and back, which takes about as long as computing does
-# ([chapter 11](11_expert_parallel.ipynb)): for about **half of the time** nothing is computed at all. DualPipe
-# answers both with one idea: run the belt from both ends at once.
+# 61 layers do not fit on one GPU, so V3 cuts them into 16 **stages**, each on its own GPU, and sends
+# *micro-batches*, small parts of a batch, through them like cars along an assembly line. This wastes time in two
+# ways. While the first car moves to the last station, the stations that it has not reached are idle: the
+# **bubble**. And in every layer tokens are sent to their experts and back, which takes about as long as the
+# computation ([chapter 11](11_expert_parallel.ipynb)): for about **half of the time** nothing is computed at all.
+# DualPipe addresses both with one idea: feed the line from both ends at once.
 
 # %%
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 fig, ax = figure(1, 1, 8, 1.9)
-ALONE = [(0, "compute", BLUE), (1, "travel", GRAY), (2, "compute", BLUE), (3, "travel", GRAY)]
-BOTH = [(0, "compute", BLUE), (1, "travel", GRAY)], [(0, "travel", GRAY), (1, "compute", BLUE)]
+ALONE = [
+    (0, "compute", BLUE),
+    (1, "all-to-all", GRAY),
+    (2, "compute", BLUE),
+    (3, "all-to-all", GRAY),
+]
+BOTH = (
+    [(0, "compute", BLUE), (1, "all-to-all", GRAY)],
+    [(0, "all-to-all", GRAY), (1, "compute", BLUE)],
+)
 for y, row in ((0, ALONE), (0.9, BOTH[0]), (1.4, BOTH[1])):
     for left, name, color in row:
         ax.barh(y, 1, left=left, height=0.45, color=color, edgecolor="white")
         ax.text(left + 0.5, y, name, ha="center", va="center", color="white")
 ax.set_yticks([0, 1.15], ["one after the other", "both at once"])
-ax.set(title="Two micro-batches: what travels can hide behind what computes", xlabel="time")
+ax.set(title="Two micro-batches: one communicates while the other computes", xlabel="time")
 ax.invert_yaxis()
 show(fig)
 
 # %% [markdown]
 # ## Paper
-# What the report claims (§3.2.1, Table 2) for PP stages. Letters are times: of a forward pass (F), a whole
-# backward pass (B), its part for weights (W), and of a forward and a backward that overlap (F&B). Parameters
-# and activations are counted for one GPU, in stages and in micro-batches. *1F1B* does one forward, one backward
-# in turns; *ZB1P* is a "zero-bubble" pipeline that cuts the backward pass in two.
+# The report's claims for PP stages (§3.2.1, Table 2). Letters are the times of a forward pass (F), a whole backward
+# pass (B), its part for weights (W), and of a forward and a backward pass that overlap (F&B). Parameters and
+# activations are per GPU, in stages and in micro-batches. *1F1B* alternates one forward and one backward pass;
+# *ZB1P* is a "zero-bubble" pipeline that splits the backward pass in two.
 #
 # | schedule | bubble | parameters | activations |
 # |---|---|---|---|
@@ -52,26 +60,30 @@ show(fig)
 # | DualPipe | (PP/2 − 1)(F&B + B − 3W) | 2× | PP + 1 |
 #
 # - Micro-batches enter at **both ends**; a rank holds two stages, one for each direction.
-# - A forward chunk of one direction and a backward chunk of the other run as a pair: attention, dispatch, MLP, combine of
-#   both take turns, so that communication is fully hidden.
-# - The backward pass is cut in two, as in zero-bubble pipelines: for inputs, which others wait for, and for weights.
+# - A forward chunk of one direction and a backward chunk of the other run as a pair. Attention, dispatch, MLP and
+#   combine of the two alternate, so that communication is fully hidden.
+# - The backward pass is split in two, as in zero-bubble pipelines: one part for the inputs, which other ranks wait
+#   for, and one for the weights.
 
 # %% [markdown]
 # ## A schedule is data
-# An operation is a *kind* at a *stage* for a *micro-batch*: $\text{F}$, or $\text{B}$, or $\text{B}$ in two halves,
-# first $\text{I}$ then $\text{W}$. A **step** is one operation, or two that overlap. A schedule is a list of steps for
-# each rank, and nothing else: it is drawn and simulated below, and executed by `dsv3_ref/parallel/pipeline.py`.
-# Arguments throughout: `pp` ranks, this one the `r`-th (from 0), `m` micro-batches.
+# An **action** has a *kind*, a *stage* and a *micro-batch*. Its kind is $\text{F}$ or $\text{B}$; $\text{B}$ may be
+# split in two halves, first $\text{I}$, then $\text{W}$. A **step** is one action, or two that overlap. A schedule is
+# a list of steps for each rank, and nothing else: it is drawn and simulated below, and executed by
+# `dsv3_ref/parallel/pipeline.py`. Arguments throughout: `pp` ranks, of which this is rank `r` (from 0), and `m`
+# micro-batches.
 #
-# The two oldest: *GPipe* does all forwards, then all backwards, and so holds the activations of all micro-batches at
-# once. *1F1B* begins a backward as early as it can, and holds no more than `pp` of them.
+# The two oldest schedules: *GPipe* runs all forward passes, then all backward passes, and so holds the activations of
+# all micro-batches at once. *1F1B* starts each backward pass as early as it can, and holds the activations of at most
+# `pp` micro-batches.
 
 
 # %%
 #| export
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from itertools import chain, product
+from typing import Any, NamedTuple, Protocol
 
 from dsv3_ref.config import UserError
 
@@ -126,15 +138,17 @@ assert all(Counter(op for (op,) in one_f_one_b(4, r, 5)) == Counter(op for (op,)
 # \text{W:}\quad \tfrac{\partial L}{\partial W} &= \big(\tfrac{\partial L}{\partial Y}\big)^{\!\top} X & & (o,n)\times(n,i)\to(o,i)
 # \end{aligned}$$
 #
-# The previous stage waits for the first; **nothing** waits for the second, until the optimizer step. So W can fill
-# gaps. A linear layer's backward pass hands its second half to `defer_wgrad` ([chapter 01](01_ops.ipynb)), which computes it
-# at once unless a schedule puts it off. The backend `zero_bubble` gives the plain products this form; the FP8 ones have it.
+# The previous stage waits for the first; **nothing** waits for the second until the optimizer step, so W can fill
+# gaps. The backward pass of a linear layer passes its second half to `defer_wgrad` ([chapter 01](01_ops.ipynb)), which
+# computes it at once unless a schedule defers it. The backend `zero_bubble` gives this form to the plain linear layers;
+# those in FP8 already have it.
 
 
 # %%
 #| export
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
 from dsv3_ref.ops import impl, defer_wgrad, matmul_dtype
@@ -147,7 +161,7 @@ class ZeroBubbleLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight_oi):
+    def forward(ctx: Any, x: Tensor, weight_oi: Tensor) -> Tensor:
         ctx.weight, ctx.dtype = weight_oi, x.dtype
         x = x.to(matmul_dtype(x))
         ctx.save_for_backward(x)
@@ -155,11 +169,11 @@ class ZeroBubbleLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = ctx.weight
         (x,) = ctx.saved_tensors
 
-        def wgrad():
+        def wgrad() -> Tensor:
             return (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
 
         dx = (g @ weight.to(g.dtype)).to(ctx.dtype)
@@ -170,7 +184,7 @@ class ZeroBubbleGroupedLinear(torch.autograd.Function):
     """`ZeroBubbleLinear` for rows that are grouped by expert, each group with its own matrix."""
 
     @staticmethod
-    def forward(ctx, x_mi, weight_eoi, tokens_per_expert_e):
+    def forward(ctx: Any, x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype
         x_mi = x_mi.to(matmul_dtype(x_mi))
         end_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
@@ -179,12 +193,12 @@ class ZeroBubbleGroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_mo):
+    def backward(ctx: Any, g_mo: Tensor) -> tuple[Tensor, Tensor | None, None]:
         weight = ctx.weight
         x_mi, end_e = ctx.saved_tensors
         g_mo = g_mo.contiguous()
 
-        def wgrad():
+        def wgrad() -> Tensor:
             return F.grouped_mm(g_mo.T, x_mi, offs=end_e).to(weight.dtype)
 
         dx_mi = F.grouped_mm(g_mo, weight.to(g_mo.dtype), offs=end_e)
@@ -192,12 +206,12 @@ class ZeroBubbleGroupedLinear(torch.autograd.Function):
 
 
 @impl("linear", "zero_bubble")
-def _(x, weight_oi, saved_input_format="e4m3"):
+def _(x: Tensor, weight_oi: Tensor, saved_input_format: str = "e4m3") -> Tensor:
     return ZeroBubbleLinear.apply(x, weight_oi)
 
 
 @impl("grouped_linear", "zero_bubble")
-def _(x_mi, weight_eoi, tokens_per_expert_e):
+def _(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
     return ZeroBubbleGroupedLinear.apply(x_mi, weight_eoi, tokens_per_expert_e)
 
 
@@ -211,18 +225,18 @@ for p in mlp.parameters():
 want = torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()])
 with use("zero_bubble", "auto"):
     y = mlp(x).square().sum()
-    with deferring_wgrads() as todo:
+    with deferring_wgrads() as deferred:
         y.backward()
 assert torch.allclose(x.grad, want[0], atol=1e-5) and all(p.grad is None for p in mlp.parameters())
-print(f"after I: the input has its gradient, {len(todo)} weights wait")
+print(f"after I: the input has its gradient, those of {len(deferred)} weights are deferred")
 with torch.no_grad():
-    made = {weight: wgrad() for weight, wgrad in todo}
-assert all(torch.allclose(made[p], w, atol=1e-5) for p, w in zip(mlp.parameters(), want[1:]))
+    grads = {weight: wgrad() for weight, wgrad in deferred}
+assert all(torch.allclose(grads[p], w, atol=1e-5) for p, w in zip(mlp.parameters(), want[1:]))
 
 # %% [markdown]
 # ## ZB1P
-# 1F1B with the backward pass in halves. Rank $r$ puts each W off by $r$ micro-batches: the more ranks stand before
-# it and wait for its I, the longer. The W that have piled up fill the gaps in which 1F1B would wait.
+# 1F1B with the backward pass in halves. Rank $r$ defers each W by $r$ micro-batches: the more ranks before it wait for
+# its I, the longer. The accumulated W fill the gaps in which 1F1B would wait.
 
 
 # %%
@@ -242,35 +256,35 @@ def zb1p(pp: int, r: int, m: int) -> list[Step]:
 
 # %% [markdown]
 # ## Both ways at once
-# A rank sees two streams: **direction 0** enters at its own end, **direction 1** at the far end. Let $n$ ranks stand between an
-# end and the turning point, this one the $i$-th of them (from 0), with $c$ micro-batches per direction. F0 is a forward of
-# direction 0, and so on. Eight phases:
+# A rank sees two streams: **direction 0** enters at its own end, **direction 1** at the far end. Let there be $n$ ranks
+# from an end to the turning point, of which this is number $i$ (from 0), and $c$ micro-batches per direction. F0 is a
+# forward pass of direction 0, and so on. There are eight phases:
 #
 # 1. $2(n-i-1)$ times F0, until direction 1 arrives;
 # 2. $i+1$ times F0, F1;
 # 3. $n-i-1$ times I1, its W, F1: here W fills gaps;
-# 4. $c-2n+i+1$ times the **pairs** F0&B1, F1&B0: here nearly all the work is done if $c$ is large;
+# 4. $c-2n+i+1$ times the **pairs** F0&B1, F1&B0: nearly all the work if $c$ is large;
 # 5. $n-i-1$ times B1, F1&B0;
 # 6. $i+1$ times B1, B0, in the second half only their I;
-# 7. $n-i-1$ times a W put off, I0;
+# 7. $n-i-1$ times a deferred W, I0;
 # 8. the last $i+1$ W.
 #
-# In phase 4 the rank at the turning point does its first pair one after the other, as DeepSeek's released code
-# does; at the times below the last step ends no sooner and no later for it.
+# In phase 4 the rank at the turning point runs the two actions of its first pair one after the other, as DeepSeek's
+# released code does. With the durations used below this does not change when the last step ends.
 
 
 # %%
 #| export
 def bidirectional_steps(n: int, i: int, c: int) -> list[tuple[str, ...]]:
-    """Return the steps of the i-th of n ranks between an end and the turning point (§3.2.1).
+    """Return the steps of rank i of the n ranks from an end to the turning point (§3.2.1).
 
-    c ≥ 2n micro-batches travel in each direction. A name such as F0 is a kind and a direction; W
-    has no direction, it belongs to the oldest I without one.
+    c ≥ 2n micro-batches travel in each direction. A name such as F0 is a kind and a direction. W
+    has no direction: it belongs to the oldest I that has no W yet.
     """
     ahead = n - 1 - i  # ranks between this one and the turning point
-    pairs = [("F0", "B1"), ("F1", "B0")] * (c - 2 * n + i + 1)
+    pairs: list[tuple[str, ...]] = [("F0", "B1"), ("F1", "B0")] * (c - 2 * n + i + 1)
     if ahead == 0:  # at the turning point the first pair does not overlap
-        pairs = [("F0",), ("B1",), *pairs[1:]]
+        pairs[:1] = [("F0",), ("B1",)]
     backward = [("B1",), ("B0",)] * (i + 1)
     inputs_only = [("I1",), ("I0",)] * (i + 1)
     return [
@@ -292,7 +306,7 @@ def assign_microbatches(
     """Turn steps of kinds and directions into actions on stages and micro-batches.
 
     The k-th F of a direction, and its k-th B or I, act on the (stage, micro-batch)
-    locate(direction, k). The W take those of the I in order.
+    locate(direction, k). Each W acts on the stage and micro-batch of the oldest I without a W.
     """
     done: Counter[tuple[bool, int]] = Counter()
     deferred: list[tuple[int, int]] = []
@@ -312,9 +326,10 @@ def assign_microbatches(
 
 
 # %% [markdown]
-# **DualPipe** folds PP ranks at the middle: rank $r$ holds stages $r$ and $PP-1-r$, and half of the micro-batches enter
-# at each end. **DualPipeV** bends one belt into a V instead: PP/2 ranks, all micro-batches go down in direction 0 and come back in
-# direction 1. Same list, half the ranks. Both need at least two micro-batches a rank.
+# **DualPipe** folds PP ranks in the middle: rank $r$ holds stages $r$ and $PP-1-r$, and half of the micro-batches enter
+# at each end. **DualPipeV** bends one pipeline into a V instead: on PP/2 ranks, all micro-batches go down in direction 0
+# and come back in direction 1. The list of steps is the same, with half the ranks. Both need at least two micro-batches
+# per rank.
 
 
 # %%
@@ -333,7 +348,7 @@ def dualpipe(pp: int, r: int, m: int) -> list[Step]:
 
 
 def dualpipe_v(pp: int, r: int, m: int) -> list[Step]:
-    """Return the steps of rank r in DualPipeV: 2·PP stages on PP ranks, there and back.
+    """Return the steps of rank r in DualPipeV: 2·pp stages on pp ranks, down and back up.
 
     Direction 1 is the second half of the model.
     """
@@ -344,8 +359,9 @@ def dualpipe_v(pp: int, r: int, m: int) -> list[Step]:
     return assign_microbatches(bidirectional_steps(pp, r, m), locate)
 
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe,
-             "dualpipev": dualpipe_v}  # fmt: skip
+SCHEDULES = {
+    "gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe, "dualpipev": dualpipe_v,
+}  # fmt: skip
 
 
 def min_microbatches(name: str, pp: int, n: int = 1) -> int:
@@ -359,7 +375,7 @@ def min_microbatches(name: str, pp: int, n: int = 1) -> int:
 def schedule(name: str, pp: int, m: int) -> list[list[Step]]:
     """Return the steps of every rank for m micro-batches in all."""
     if name not in SCHEDULES:
-        raise UserError(f"no schedule {name!r}: there are {', '.join(SCHEDULES)}")
+        raise UserError(f"no schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
     if name == "dualpipe" and pp % 2:
         raise UserError(f"dualpipe needs an even number of ranks, not {pp}")
     if m < 1 or min_microbatches(name, pp, m) != m:
@@ -389,20 +405,21 @@ def rank_of_stage(name: str, pp: int, m: int, stage: int, microbatch: int) -> in
 # %%
 steps = schedule("dualpipe", 4, 8)
 print("rank 0 of 4:", *["&".join("".join(map(str, op)) for op in step) for step in steps[0]])
-assert all(rank_of_stage("dualpipe", 4, 8, op.stage, op.microbatch) == r
-           for r, mine in enumerate(steps) for step in mine for op in step)  # fmt: skip
+for r, rank_steps in enumerate(steps):
+    for op in chain.from_iterable(rank_steps):
+        assert rank_of_stage("dualpipe", 4, 8, op.stage, op.microbatch) == r
 
 # %% [markdown]
 # ## When does each step run?
 # An action depends on others: F on the F of the previous stage, B (or I) on its own F and the B (or I) of the next
-# stage, W on its I. A step begins when its rank is free and everything it needs has ended:
+# stage, W on its I. A step starts when its rank is free and all its dependencies have ended:
 #
-# $$\text{start} = \max\big(\text{free}_r,\ \max_{q\,\in\,\text{needs}} \text{end}_q\big).$$
+# $$\text{start} = \max\big(\text{free}_r,\ \max_{q\,\in\,\text{dependencies}} \text{end}_q\big).$$
 #
-# If no rank can begin, the lists **deadlock**; `simulate` says where. Communication: the all-to-alls of an F take the
-# time $x$, and those of a B (or I) as much again. A step on its own adds $x$ to its time; a pair hides both, as long
-# as they fit behind the computation, and takes $\max(\text{F}\&\text{B}, 2x)$. Messages between stages are small and
-# counted as free.
+# If no rank can start its next step, the lists **deadlock**, and `simulate` reports where. The all-to-alls of an F take
+# the time $x$, and so do those of a B (or I). A single action adds $x$ to its time. A pair hides both, as long as they
+# fit behind the computation, and takes $\max(\text{F}\&\text{B}, 2x)$. Messages between stages are small and counted as
+# free.
 
 
 # %%
@@ -430,13 +447,15 @@ DEFAULT_COSTS = ActionCosts()
 
 
 class StepCosts(Protocol):
-    """Whatever knows the duration of a step: `ActionCosts`, or costs by stage (chapter 17)."""
+    """The durations of steps: `ActionCosts`, or costs by stage (chapter 17)."""
 
-    def duration(self, step: Step) -> float: ...
+    def duration(self, step: Step) -> float:
+        """Return the duration of a step."""
+        ...
 
 
 class Span(NamedTuple):
-    """A step of a rank, with the times of its start and end."""
+    """A step of a rank, with its start and end time."""
 
     rank: int
     start: float
@@ -445,7 +464,7 @@ class Span(NamedTuple):
 
 
 def output_of(action: Action) -> Action:
-    """Return the action whose result others wait for: I yields the input gradient that B would."""
+    """Return the action that others depend on: B for I, which yields the same input gradient."""
     return action._replace(kind="B") if action.kind == "I" else action
 
 
@@ -461,7 +480,7 @@ def dependencies(action: Action, last: int) -> list[Action]:
 
 
 def iter_actions(steps: list[list[Step]]) -> Iterator[Action]:
-    """Yield the actions of all ranks."""
+    """Yield the actions of all ranks, rank by rank."""
     for rank_steps in steps:
         for step in rank_steps:
             yield from step
@@ -502,29 +521,29 @@ def simulate(steps: list[list[Step]], costs: StepCosts = DEFAULT_COSTS) -> list[
                 progress = True
     for r, rank_steps in enumerate(steps):
         if position[r] < len(rank_steps):
-            raise ValueError(f"deadlock: rank {r} waits before {rank_steps[position[r]]} for ever")
+            raise ValueError(f"deadlock: rank {r} waits forever before {rank_steps[position[r]]}")
     return spans
 
 
 def validate_schedule(steps: list[list[Step]], where: list[tuple[int, ...]], m: int) -> None:
     """Raise ValueError unless a schedule is complete and free of deadlocks.
 
-    Every stage must run F, then B or I and W, exactly once for each of m micro-batches, on a rank
-    that holds it; where: the stages of every rank.
+    Every stage must run F, then either B or both I and W, exactly once for each of m
+    micro-batches, on a rank that holds the stage; where: the stages of every rank.
     """
     for r, rank_steps in enumerate(steps):
         for action in iter_actions([rank_steps]):
             if action.stage not in where[r]:
-                raise ValueError(f"rank {r} does {action}, but holds stages {where[r]}")
+                raise ValueError(f"rank {r} runs {action}, but holds stages {where[r]}")
     count = Counter(iter_actions(steps))
     for action, n in count.items():
         if n > 1:
-            raise ValueError(f"{action} is done {n} times")
+            raise ValueError(f"{action} runs {n} times")
     for stage in range(1 + max(map(max, where))):
         for microbatch in range(m):
             kinds = {kind for kind in "FBIW" if Action(kind, stage, microbatch) in count}
             if kinds not in ({"F", "B"}, {"F", "I", "W"}):
-                raise ValueError(f"stage {stage} does {sorted(kinds)} for micro-batch {microbatch}")
+                raise ValueError(f"stage {stage} runs {sorted(kinds)} for micro-batch {microbatch}")
     simulate(steps)
 
 
@@ -543,16 +562,16 @@ for name, pp, m in (("1f1b", 4, 8), ("zb1p", 4, 8), ("dualpipe", 4, 8)):
     )
 
 # %% [markdown]
-# Numbers are micro-batches. In the last picture both ways meet in the middle (pale: those that entered at rank 3);
-# a forward drawn above a backward is a pair. Now faults: a W that is lost, a step that is done twice, a list that
-# runs backwards.
+# Numbers are micro-batches. In the last figure the two directions meet in the middle (pale: those that entered at
+# rank 3); a forward pass drawn above a backward pass is a pair. Now plant faults: a missing W, a step that runs twice,
+# a reversed list.
 
 # %%
 steps = schedule("zb1p", 2, 4)
 for what, fault in {
-    "lost": lambda mine: mine[:-1],
-    "twice": lambda mine: [*mine, mine[0]],
-    "backwards": lambda mine: mine[::-1],
+    "missing": lambda rank_steps: rank_steps[:-1],
+    "twice": lambda rank_steps: [*rank_steps, rank_steps[0]],
+    "reversed": lambda rank_steps: rank_steps[::-1],
 }.items():
     try:
         validate_schedule([fault(steps[0]), steps[1]], stages_by_rank("zb1p", 2), 4)
@@ -562,9 +581,9 @@ for what, fault in {
 
 # %% [markdown]
 # ## The report's table
-# The bubble of a schedule is the time until the last rank is done, less what a rank has to do. Activations live from F
-# until the end of the backward pass, W included. Below, simulated and by the report's formula, at F = W = 1, B = 2,
-# F&B = 3:
+# The bubble of a schedule is the time until the last rank has finished, minus the time that a rank computes.
+# Activations live from F until the end of the backward pass, W included. The table compares the simulation with the
+# report's formula, at F = W = 1, B = 2, F&B = 3:
 
 
 # %%
@@ -578,7 +597,7 @@ def bubble(
 
 
 def max_in_flight(steps: list[list[Step]]) -> list[int]:
-    """Return the most micro-batches that each rank has in flight: after F, before the end of B or W."""
+    """Return the most micro-batches that each rank has in flight: from F to the end of B or W."""
     peaks = []
     for rank_steps in steps:
         live, peak = 0, 0
@@ -590,7 +609,7 @@ def max_in_flight(steps: list[list[Step]]) -> list[int]:
     return peaks
 
 
-BUBBLE_FORMULAS = {
+BUBBLE_FORMULAS: dict[str, Callable[[int, ActionCosts], float]] = {
     "1f1b": lambda pp, t: (pp - 1) * (t.f + t.b),
     "zb1p": lambda pp, t: (pp - 1) * (t.f + t.b - 2 * t.w),
     "dualpipe": lambda pp, t: (pp / 2 - 1) * (t.pair + t.b - 3 * t.w),
@@ -599,27 +618,26 @@ BUBBLE_FORMULAS = {
 
 # %%
 def measured(name: str, stages: int, m: int, t: ActionCosts = DEFAULT_COSTS):
-    """(bubble, stages a rank, activations) of PP stages."""
+    """Return (bubble, stages per rank, activations) of a pipeline with `stages` stages."""
     pp = stages // 2 if name == "dualpipev" else stages
     steps, each = schedule(name, pp, m), len(stages_by_rank(name, pp)[0])
-    busy = 2 if name == "dualpipev" else 1  # dualpipe does each of its two stages for half of them
+    busy = 2 if name == "dualpipev" else 1  # dualpipe runs each of its two stages for half of them
     return bubble(simulate(steps, t), m, busy, t), each, max(max_in_flight(steps))
 
 
 print("PP   schedule   bubble = formula   parameters   activations")
-for pp in (2, 4, 8, 16):
-    for name in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
-        found, formula = (
-            measured(name, pp, 2 * pp + 4),
-            BUBBLE_FORMULAS[name.removesuffix("v")](pp, ActionCosts()),
-        )
-        print(f"{pp:2}   {name:10} {found[0]:6g} = {formula:<6g}    {found[1]:8}× {found[2]:12}")
-        assert found == (formula, 1 + ("dual" in name), pp + ("dual" in name))
+for pp, name in product((2, 4, 8, 16), ("1f1b", "zb1p", "dualpipe", "dualpipev")):
+    row, formula = (
+        measured(name, pp, 2 * pp + 4),
+        BUBBLE_FORMULAS[name.removesuffix("v")](pp, ActionCosts()),
+    )
+    print(f"{pp:2}   {name:10} {row[0]:6g} = {formula:<6g}    {row[1]:8}× {row[2]:12}")
+    assert row == (formula, 1 + ("dual" in name), pp + ("dual" in name))
 
 # %% [markdown]
-# Exact, where F = W = B/2 and F&B = F + B. Elsewhere the formulas are approximations: they count the gaps of the ideal
-# picture, and with other ratios steps no longer fit into each other. Let W be slower or faster, a pair gain time, or
-# I (which is B − W) be slower, and the table and the simulation part:
+# They agree exactly if F = W = B/2 and F&B = F + B. Otherwise the formulas are approximations: they count the gaps of
+# the ideal schedule, and with other ratios the steps no longer fit together. Make W slower or faster, let a pair save
+# time, or make I (which is B − W) slower, and the formulas differ from the simulation:
 
 # %%
 print(f"{'PP = 8':35} formula  simulated")
@@ -631,22 +649,21 @@ for t in (
     ActionCosts(1, 2.5, 1, 3.5),
 ):
     for name in ("zb1p", "dualpipe"):
-        found = measured(name, 8, 20, t)[0]
         print(
             f"{name:9} F={t.f:g} B={t.b:<3g} W={t.w:<3g} F&B={t.pair:<3g}:"
-            f"{BUBBLE_FORMULAS[name](8, t):13.2f} {found:10.2f}"
+            f"{BUBBLE_FORMULAS[name](8, t):13.2f} {measured(name, 8, 20, t)[0]:10.2f}"
         )
 assert any(abs(measured("dualpipe", 8, 20, t)[0] - BUBBLE_FORMULAS["dualpipe"](8, t)) > 0.1
            for t in (ActionCosts(1, 2.2, 1.1, 3.2), ActionCosts(1, 2, 1, 2.6)))  # fmt: skip
 
 # %% [markdown]
-# (When F&B is *less* than F + B, the simulation goes far below the formula, with more micro-batches even below zero:
-# the bubble is what a step takes beyond F + B for each micro-batch, and every pair takes less.)
+# (If F&B is *less* than F + B, the simulation is far below the formula, and with more micro-batches even below zero:
+# the bubble is the time beyond F + B per micro-batch, and every pair takes less than that.)
 #
 # ## Experiment: what if communication takes x of computation?
-# The all-to-alls of a forward pass take $x$ times its computation; in a backward pass they take the same, while
-# the computation is twice as long. V3's forward pass sits near $x = 1$. How many times as long as its computation
-# alone does a training step take?
+# The all-to-alls of a forward pass take $x$ times as long as its computation. In a backward pass they take the same
+# time, while the computation takes twice as long. V3's forward pass is near $x = 1$. How long is a training step,
+# relative to its computation alone?
 
 # %%
 share = [i / 8 for i in range(17)]
@@ -659,24 +676,24 @@ for name, color in zip(("1f1b", "zb1p", "dualpipe"), (GRAY, GREEN, ORANGE)):
     ax.plot(share, over, color=color, label=name)
     print(f"{name:9} x = 0: {over[0]:.2f}, x = 1: {over[8]:.2f} times the computation")
 ax.set(xlabel="x: communication of a forward pass / its computation", ylabel="time / computation",
-       title="16 stages, 120 micro-batches: pairs hide what travels")  # fmt: skip
+       title="16 stages, 120 micro-batches: pairs hide communication")  # fmt: skip
 ax.set_ylim(0.9)
 ax.legend()
 show(fig)
 
 # %% [markdown]
-# Until $2x$ exceeds what a pair computes (at $x = 1.5$), DualPipe pays only at the beginning and at the end of a
-# training step, where operations are not paired. The others pay in full.
+# Until $2x$ exceeds the computation of a pair (at $x = 1.5$), DualPipe pays for communication only at the beginning and
+# at the end of a training step, where actions are not paired. The other schedules pay in full.
 
 # %% [markdown]
 # ## Play
-# Choose a schedule; watch where it idles and how communication stretches what is not paired. Drag `until` (percent of
-# the whole time) to go through it: what has not begun is pale.
+# Choose a schedule. Where is it idle, and how does communication lengthen unpaired actions? Drag `until` (percent of
+# the total time) to step through it: steps that have not started are pale.
 
 
 # %%
 def look(name="dualpipe", pp=8, m=20, x=0.0, until=100):
-    """A timeline, and its cost in the title."""
+    """Draw the timeline of a schedule, with its efficiency in the title."""
     m = min_microbatches(name, pp, m)
     spans = simulate(schedule(name, pp, m), ActionCosts(comm=x))
     end, work = max(s.end for s in spans), m * 3 * (2 if name == "dualpipev" else 1)
@@ -684,7 +701,7 @@ def look(name="dualpipe", pp=8, m=20, x=0.0, until=100):
     show(
         draw(
             spans,
-            f"{name}: {end:g} units, of which {work} are computation ({work / end:.0%})",
+            f"{name}: {end:g} units, {work} of them computation ({work / end:.0%})",
             late,
             until=end * until / 100,
         )
@@ -699,14 +716,14 @@ play(look, name=list(SCHEDULES)[::-1], pp=(2, 16, 2), m=(4, 40, 2), x=(0.0, 2.0,
 # ## Exercises
 # Fill in a function and run its cell; the checkers come first.
 #
-# **1 · Compute.** With PP stages and m micro-batches, for what share of the whole time is a rank of 1F1B idle?
-# (Take B = 2F, as everywhere in this chapter; does it matter?)
+# **1 · Compute.** With PP stages and m micro-batches, for what fraction of the total time is a rank of 1F1B idle?
+# (Take B = 2F, as everywhere in this chapter. Does it matter?)
 
 
 # %%
 @checker
 def check_idle(fn):
-    """How long does a rank work, and how long do all of them take together?"""
+    """How long does one rank compute, and how long does the whole pipeline take?"""
     for pp, m in ((4, 8), (16, 120)):
         spans = simulate(schedule("1f1b", pp, m))
         assert abs(fn(pp, m) - bubble(spans, m, 1) / max(s.end for s in spans)) < 1e-9
@@ -714,8 +731,11 @@ def check_idle(fn):
 
 @checker
 def check_least(fn):
-    """Which number in Table 2 stays the same when m grows, and what grows with m?"""
-    idle = lambda pp, m: measured("dualpipe", pp, int(m))[0] / (3 * m)
+    """Which quantity in Table 2 does not depend on m, and which grows with m?"""
+
+    def idle(pp, m):
+        return measured("dualpipe", pp, int(m))[0] / (3 * m)
+
     for pp, limit in ((8, 0.06), (16, 0.04), (4, 0.07), (16, 0.5)):
         m = fn(pp, limit)
         assert m % 2 == 0 and m >= 2 * pp and idle(pp, m) <= limit
@@ -724,12 +744,12 @@ def check_least(fn):
 
 @checker
 def check_first_back(fn):
-    """When has the last rank done all its forwards? And how many backwards come before rank r's?"""
+    """When has the last rank finished its forward passes? How many backward passes precede rank r's?"""
     for f, b in ((1.0, 2.0), (0.5, 3.0)):
         spans = simulate(schedule("gpipe", 6, 9), ActionCosts(f=f, b=b))
         for r in range(6):
-            mine = [s.start for s in spans if s.rank == r and s.step[0].kind == "B"]
-            assert abs(fn(6, r, 9, f, b) - min(mine)) < 1e-9
+            starts = [s.start for s in spans if s.rank == r and s.step[0].kind == "B"]
+            assert abs(fn(6, r, 9, f, b) - min(starts)) < 1e-9
 
 
 # %%
@@ -747,11 +767,11 @@ check_idle(my_idle)
 #     return (pp - 1) / (m + pp - 1)
 # ```
 #
-# The bubble is (PP − 1)(F + B), the work m(F + B): the ratio of F and B does not matter.
+# The bubble is (PP − 1)(F + B) and the computation m(F + B): the ratio of F and B does not matter.
 # </details>
 #
-# **2 · Predict.** What is the least even number of micro-batches (at least 2 PP) with which the bubble of DualPipe is
-# at most `share` of the computation, at the times of `DEFAULT_COSTS` (F = W = 1, B = 2, F&B = 3)?
+# **2 · Predict.** What is the smallest even number of micro-batches (at least 2 PP) for which the bubble of DualPipe is
+# at most the fraction `share` of the computation, with `DEFAULT_COSTS` (F = W = 1, B = 2, F&B = 3)?
 
 
 # %%
@@ -775,7 +795,7 @@ check_least(my_least)
 # ```
 # </details>
 #
-# **3 · Predict.** Rank r of GPipe begins its first forward pass at r · f. When does it begin its first *backward*
+# **3 · Predict.** Rank r of GPipe starts its first forward pass at r · f. When does it start its first *backward*
 # pass, if a forward pass takes f and a backward pass b?
 
 
@@ -794,24 +814,24 @@ check_first_back(my_first_back)
 #     return (pp - 1 + m) * f + (pp - 1 - r) * b
 # ```
 #
-# The last rank begins its forwards at (PP − 1) f and has m of them; then the gradient comes back, rank by rank.
+# The last rank starts its m forward passes at (PP − 1) f; then the gradient comes back, rank by rank.
 # </details>
 
 # %% [markdown]
 # ## Scale-up
-# V3: PP 16, and 2 × 64 pipelines beside each other on 2048 GPUs. A batch of 15,360 sequences gives each pipeline 120
+# V3 runs 2 × 64 pipelines of 16 stages in parallel on 2048 GPUs. A batch of 15,360 sequences gives each pipeline 120
 # micro-batches of one sequence.
 
 # %%
 m = 15_360 // (2 * 64)
 for name in ("1f1b", "zb1p", "dualpipe"):
-    lost = measured(name, 16, m)[0] / (3 * m)
-    print(f"{name:9} {m} micro-batches: bubble {lost:6.1%} of the computation")
+    idle = measured(name, 16, m)[0] / (3 * m)
+    print(f"{name:9} {m} micro-batches: bubble {idle:6.1%} of the computation")
 assert measured("dualpipe", 16, m)[0] / (3 * m) < 0.04
 
 # %% [markdown]
-# The bubble is 4 % with DualPipe and 12.5 % with 1F1B, a gain worth having, but ZB1P has almost all of it. What only
-# DualPipe does is hide the exchange of tokens, and that is worth far more: at $x = 1$ a training step takes 1.15 times
-# its computation instead of 1.79. The price is one more micro-batch of activations, and that every parameter is held
-# twice along the pipeline. This matters little, since 64-way expert parallelism leaves a GPU only one in 64 of the
-# routed experts. `dsv3_ref/parallel/` executes these lists over real ranks.
+# The bubble is 4 % with DualPipe and 12.5 % with 1F1B. The gain is worth having, but ZB1P achieves almost all of it.
+# Only DualPipe hides the all-to-alls, and that is worth far more: at $x = 1$ a training step takes 1.15 times its
+# computation instead of 1.79 times. The price is one more micro-batch of activations and a second copy of every
+# parameter along the pipeline. The copy costs little, since with 64-way expert parallelism a GPU holds only one in 64
+# of the routed experts. `dsv3_ref/parallel/` executes these lists over real ranks.

@@ -1,4 +1,6 @@
-"""Schedules: every operation once, no deadlock, and the report's table to the last digit."""
+"""Schedules: every action once, no deadlocks, the published order, and the report's table."""
+
+from itertools import chain, product
 
 import pytest
 import torch
@@ -33,28 +35,28 @@ NAMES = list(SCHEDULES)
 
 @st.composite
 def plans(draw):
-    """(name, pp, m) that a schedule can do."""
+    """Draw (name, pp, m) that a schedule supports."""
     name, pp = draw(st.sampled_from(NAMES)), draw(st.integers(1, 8))
     pp += name == "dualpipe" and pp % 2
     return name, pp, min_microbatches(name, pp, draw(st.integers(1, 24)))
 
 
 @given(plans())
-def test_every_operation_once_where_it_is_held_and_none_waits_for_ever(plan):
+def test_every_action_runs_once_where_its_stage_is_held_and_none_waits_forever(plan):
     name, pp, m = plan
     steps = schedule(name, pp, m)
     validate_schedule(steps, stages_by_rank(name, pp), m)
-    for r, mine in enumerate(steps):
-        for op in (op for step in mine for op in step):
-            assert rank_of_stage(name, pp, m, op.stage, op.microbatch) == r
-        pairs = [step for step in mine if len(step) > 1]
-        assert all([op.kind for op in step] == ["F", "B"] for step in pairs)
+    for r, rank_steps in enumerate(steps):
+        for action in chain.from_iterable(rank_steps):
+            assert rank_of_stage(name, pp, m, action.stage, action.microbatch) == r
+        pairs = [step for step in rank_steps if len(step) > 1]
+        assert all([action.kind for action in step] == ["F", "B"] for step in pairs)
         assert not pairs or "dual" in name
 
 
 # ── The published order ──
 
-PUBLISHED = {  # name, ranks, micro-batches: the steps of every rank; F0.1 is F of stage 0, micro-batch 1
+PUBLISHED = {  # (name, ranks, micro-batches): steps of every rank; F0.1 is F of stage 0, batch 1
     ("gpipe", 2, 3): [
         "F0.0 F0.1 F0.2 B0.0 B0.1 B0.2",
         "F1.0 F1.1 F1.2 B1.0 B1.1 B1.2",
@@ -107,6 +109,12 @@ PUBLISHED = {  # name, ranks, micro-batches: the steps of every rank; F0.1 is F 
         "F1.0 F2.0 F1.1 F2.1 F1.2 B2.0 F2.2&B1.0 F1.3&B2.1 F2.3&B1.1 B2.2 B1.2 I2.3 I1.3 "
         "W2.3 W1.3",
     ],
+    ("dualpipev", 2, 5): [
+        "F0.0 F0.1 F0.2 F3.0 I3.0 W3.0 F3.1 F0.3&B3.1 F3.2&B0.0 F0.4&B3.2 F3.3&B0.1 B3.3 "
+        "F3.4&B0.2 B3.4 I0.3 W0.3 I0.4 W0.4",
+        "F1.0 F2.0 F1.1 F2.1 F1.2 B2.0 F2.2&B1.0 F1.3&B2.1 F2.3&B1.1 F1.4&B2.2 F2.4&B1.2 "
+        "B2.3 B1.3 I2.4 I1.4 W2.4 W1.4",
+    ],
     ("dualpipev", 3, 6): [
         "F0.0 F0.1 F0.2 F0.3 F0.4 F5.0 I5.0 W5.0 F5.1 I5.1 W5.1 F5.2 F0.5&B5.2 F5.3&B0.0 "
         "B5.3 F5.4&B0.1 B5.4 F5.5&B0.2 B5.5 I0.3 W0.3 I0.4 W0.4 I0.5 W0.5",
@@ -119,59 +127,83 @@ PUBLISHED = {  # name, ranks, micro-batches: the steps of every rank; F0.1 is F 
 
 
 def as_text(rank_steps) -> str:
-    return " ".join(
-        "&".join(f"{kind}{stage}.{microbatch}" for kind, stage, microbatch in step)
-        for step in rank_steps
-    )
+    words = []
+    for step in rank_steps:
+        words.append("&".join(f"{kind}{stage}.{i}" for kind, stage, i in step))
+    return " ".join(words)
 
 
 @pytest.mark.parametrize(("name", "pp", "m"), PUBLISHED)
 def test_schedules_are_the_published_ones(name, pp, m):
-    assert [as_text(mine) for mine in schedule(name, pp, m)] == PUBLISHED[name, pp, m]
+    assert list(map(as_text, schedule(name, pp, m))) == PUBLISHED[name, pp, m]
 
 
-F0, F1, I0, I1, B0, B1, W = "F0", "F1", "I0", "I1", "B0", "B1", "W"
-PHASES = {  # (n ranks to the turning point, micro-batches per direction): phases of rank i, (times, steps)
+F0, F1 = "F0", "F1"
+I0, I1 = "I0", "I1"
+B0, B1 = "B0", "B1"
+W = "W"
+PAIRS = ["F0&B1", "F1&B0"]
+TURN = [F0, B1, "F1&B0"]  # the first pairs at the turning point
+PHASES = {  # (ranks to the turning point, micro-batches per direction): (times, steps) by rank
     (1, 2): [
-        [(0, [F0]), (1, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]),
+        [(0, [F0]), (1, [F0, F1]), (0, [I1, W, F1]), (1, TURN),
          (0, [B1, "F1&B0"]), (1, [B1, I0]), (0, [W, I0]), (1, [W])],
     ],
     (1, 4): [
-        [(0, [F0]), (1, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (2, ["F0&B1", "F1&B0"]),
+        [(0, [F0]), (1, [F0, F1]), (0, [I1, W, F1]), (1, TURN), (2, PAIRS),
          (0, [B1, "F1&B0"]), (1, [B1, I0]), (0, [W, I0]), (1, [W])],
     ],
     (2, 5): [
-        [(2, [F0]), (1, [F0, F1]), (1, [I1, W, F1]), (2, ["F0&B1", "F1&B0"]),
+        [(2, [F0]), (1, [F0, F1]), (1, [I1, W, F1]), (2, PAIRS),
          (1, [B1, "F1&B0"]), (1, [B1, I0]), (1, [W, I0]), (1, [W])],
-        [(0, [F0]), (2, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (2, ["F0&B1", "F1&B0"]),
+        [(0, [F0]), (2, [F0, F1]), (0, [I1, W, F1]), (1, TURN), (2, PAIRS),
          (0, [B1, "F1&B0"]), (1, [B1, B0]), (1, [I1, I0]), (0, [W, I0]), (2, [W])],
     ],
     (3, 6): [
-        [(4, [F0]), (1, [F0, F1]), (2, [I1, W, F1]), (1, ["F0&B1", "F1&B0"]),
+        [(4, [F0]), (1, [F0, F1]), (2, [I1, W, F1]), (1, PAIRS),
          (2, [B1, "F1&B0"]), (1, [B1, I0]), (2, [W, I0]), (1, [W])],
-        [(2, [F0]), (2, [F0, F1]), (1, [I1, W, F1]), (2, ["F0&B1", "F1&B0"]),
+        [(2, [F0]), (2, [F0, F1]), (1, [I1, W, F1]), (2, PAIRS),
          (1, [B1, "F1&B0"]), (1, [B1, B0]), (1, [I1, I0]), (1, [W, I0]), (2, [W])],
-        [(0, [F0]), (3, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (2, ["F0&B1", "F1&B0"]),
+        [(0, [F0]), (3, [F0, F1]), (0, [I1, W, F1]), (1, TURN), (2, PAIRS),
          (0, [B1, "F1&B0"]), (1, [B1, B0, B1, I0]), (1, [I1, I0]), (0, [W, I0]), (3, [W])],
     ],
     (4, 8): [
-        [(6, [F0]), (1, [F0, F1]), (3, [I1, W, F1]), (1, ["F0&B1", "F1&B0"]),
+        [(6, [F0]), (1, [F0, F1]), (3, [I1, W, F1]), (1, PAIRS),
          (3, [B1, "F1&B0"]), (1, [B1, I0]), (3, [W, I0]), (1, [W])],
-        [(4, [F0]), (2, [F0, F1]), (2, [I1, W, F1]), (2, ["F0&B1", "F1&B0"]),
+        [(4, [F0]), (2, [F0, F1]), (2, [I1, W, F1]), (2, PAIRS),
          (2, [B1, "F1&B0"]), (1, [B1, B0]), (1, [I1, I0]), (2, [W, I0]), (2, [W])],
-        [(2, [F0]), (3, [F0, F1]), (1, [I1, W, F1]), (3, ["F0&B1", "F1&B0"]),
+        [(2, [F0]), (3, [F0, F1]), (1, [I1, W, F1]), (3, PAIRS),
          (1, [B1, "F1&B0"]), (1, [B1, B0, B1, I0]), (1, [I1, I0]), (1, [W, I0]), (3, [W])],
-        [(0, [F0]), (4, [F0, F1]), (0, [I1, W, F1]), (1, [F0, B1, "F1&B0"]), (3, ["F0&B1", "F1&B0"]),
+        [(0, [F0]), (4, [F0, F1]), (0, [I1, W, F1]), (1, TURN), (3, PAIRS),
          (0, [B1, "F1&B0"]), (2, [B1, B0]), (2, [I1, I0]), (0, [W, I0]), (4, [W])],
+    ],
+    (8, 60): [  # V3: 16 ranks, 120 micro-batches
+        [(14, [F0]), (1, [F0, F1]), (7, [I1, W, F1]), (45, PAIRS),
+         (7, [B1, "F1&B0"]), (1, [B1, I0]), (7, [W, I0]), (1, [W])],
+        [(12, [F0]), (2, [F0, F1]), (6, [I1, W, F1]), (46, PAIRS),
+         (6, [B1, "F1&B0"]), (1, [B1, B0]), (1, [I1, I0]), (6, [W, I0]), (2, [W])],
+        [(10, [F0]), (3, [F0, F1]), (5, [I1, W, F1]), (47, PAIRS),
+         (5, [B1, "F1&B0"]), (1, [B1, B0, B1, I0]), (1, [I1, I0]), (5, [W, I0]), (3, [W])],
+        [(8, [F0]), (4, [F0, F1]), (4, [I1, W, F1]), (48, PAIRS),
+         (4, [B1, "F1&B0"]), (2, [B1, B0]), (2, [I1, I0]), (4, [W, I0]), (4, [W])],
+        [(6, [F0]), (5, [F0, F1]), (3, [I1, W, F1]), (49, PAIRS),
+         (3, [B1, "F1&B0"]), (2, [B1, B0]), (1, [B1, I0]), (2, [I1, I0]), (3, [W, I0]), (5, [W])],
+        [(4, [F0]), (6, [F0, F1]), (2, [I1, W, F1]), (50, PAIRS),
+         (2, [B1, "F1&B0"]), (3, [B1, B0]), (3, [I1, I0]), (2, [W, I0]), (6, [W])],
+        [(2, [F0]), (7, [F0, F1]), (1, [I1, W, F1]), (51, PAIRS),
+         (1, [B1, "F1&B0"]), (3, [B1, B0]), (1, [B1, I0]), (3, [I1, I0]), (1, [W, I0]), (7, [W])],
+        [(0, [F0]), (8, [F0, F1]), (0, [I1, W, F1]), (1, TURN), (51, PAIRS),
+         (0, [B1, "F1&B0"]), (4, [B1, B0]), (4, [I1, I0]), (0, [W, I0]), (8, [W])],
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("n", "c"), PHASES)
 def test_dualpipe_has_the_eight_published_phases(n, c):
+    assert len(PHASES[n, c]) == n
     for i, phases in enumerate(PHASES[n, c]):
-        published = [step for times, steps in phases for step in times * steps]
-        assert ["&".join(step) for step in bidirectional_steps(n, i, c)] == published
+        published = chain.from_iterable(times * steps for times, steps in phases)
+        assert ["&".join(step) for step in bidirectional_steps(n, i, c)] == list(published)
 
 
 LEAST = {  # (schedule, ranks, wanted): micro-batches
@@ -202,9 +234,10 @@ def test_the_stages_of_every_rank():
     ],
 )
 def test_the_rank_of_every_stage(name, pp, m, stages, ranks):
-    assert [
+    first_and_last = [
         (rank_of_stage(name, pp, m, s, 0), rank_of_stage(name, pp, m, s, m - 1)) for s in stages
-    ] == ranks
+    ]
+    assert first_and_last == ranks
 
 
 def test_half_of_the_micro_batches_enter_dualpipe_at_the_last_rank():
@@ -212,16 +245,19 @@ def test_half_of_the_micro_batches_enter_dualpipe_at_the_last_rank():
 
 
 @given(plans(), st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0, 2))
-def test_no_step_begins_before_what_it_needs(plan, f, w, comm):
+def test_no_step_starts_before_its_dependencies_have_ended(plan, f, w, comm):
     name, pp, m = plan
     spans = simulate(schedule(name, pp, m), ActionCosts(f, f + w, w, 2 * f + w, comm))
-    end = {output_of(op): span.end for span in spans for op in span.step}
-    last = max(op.stage for op in end)
-    by_rank = {}
+    end = {}
     for span in spans:
-        assert all(end[q] <= span.start for op in span.step for q in dependencies(op, last))
-        assert by_rank.get(span.rank, 0) <= span.start
-        by_rank[span.rank] = span.end
+        end |= dict.fromkeys(map(output_of, span.step), span.end)
+    last = max(action.stage for action in end)
+    free = {}  # by rank
+    for span in spans:
+        for action in span.step:
+            assert all(end[q] <= span.start for q in dependencies(action, last))
+        assert free.get(span.rank, 0) <= span.start
+        free[span.rank] = span.end
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8, 16])
@@ -229,17 +265,17 @@ def test_no_step_begins_before_what_it_needs(plan, f, w, comm):
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_the_reports_table(name, more, stages):
     """§3.2.1, Table 2, at F = W = B/2 and F&B = F + B."""
-    v, dual, m = name == "dualpipev", "dual" in name, 2 * stages + more
-    pp = stages // 2 if v else stages
+    is_v, dual = name == "dualpipev", "dual" in name
+    m = 2 * stages + more
+    pp = stages // 2 if is_v else stages
     steps = schedule(name, pp, m)
-    assert bubble(simulate(steps), m, 1 + v) == BUBBLE_FORMULAS[name.removesuffix("v")](
-        stages, DEFAULT_COSTS
-    )
+    formula = BUBBLE_FORMULAS[name.removesuffix("v")]
+    assert bubble(simulate(steps), m, 1 + is_v) == formula(stages, DEFAULT_COSTS)
     assert max(max_in_flight(steps)) == stages + dual
     assert {len(s) for s in stages_by_rank(name, pp)} == {1 + dual}
 
 
-def test_gpipe_keeps_all_micro_batches():
+def test_gpipe_has_all_micro_batches_in_flight():
     assert max_in_flight(schedule("gpipe", 4, 9)) == [9] * 4
 
 
@@ -260,7 +296,7 @@ def test_what_an_action_depends_on(action):
     assert dependencies(action, 2) == DEPENDENCIES[action]
 
 
-def test_i_gives_what_b_would():
+def test_the_output_of_i_is_that_of_b():
     assert output_of(A("I", 1, 2)) == A("B", 1, 2)
     assert [output_of(A(kind, 1, 2)).kind for kind in "FBW"] == ["F", "B", "W"]
 
@@ -299,10 +335,8 @@ def test_micro_batches_in_flight(case):
 def test_pairs_hide_communication_until_it_is_longer_than_their_computation():
     step = (Action("F", 0, 0), Action("B", 1, 1))
     assert ActionCosts(comm=1.5).duration(step) == 3 and ActionCosts(comm=2).duration(step) == 4
-    assert (
-        ActionCosts(comm=1.5).duration(step[:1]) == 2.5
-        and ActionCosts(comm=9).duration((Action("W", 0, 0),)) == 1
-    )
+    assert ActionCosts(comm=1.5).duration(step[:1]) == 2.5
+    assert ActionCosts(comm=9).duration((Action("W", 0, 0),)) == 1
 
 
 def faulty(change) -> str:
@@ -313,19 +347,19 @@ def faulty(change) -> str:
 
 
 def test_planted_faults_are_named():
-    assert faulty(lambda s: s[:-1]) == "stage 0 does ['F', 'I'] for micro-batch 3"
-    assert "is done 2 times" in faulty(lambda s: [*s, s[0]])
-    assert "deadlock: rank 0 waits" in faulty(lambda s: [s[-1], *s[:-1]])  # W before its I
+    assert faulty(lambda s: s[:-1]) == "stage 0 runs ['F', 'I'] for micro-batch 3"
+    assert "runs 2 times" in faulty(lambda s: [*s, s[0]])
+    assert "deadlock: rank 0 waits forever" in faulty(lambda s: [s[-1], *s[:-1]])  # W before its I
     assert "holds stages (0,)" in faulty(lambda s: [(Action("F", 1, 0),), *s])
     first_i = next(i for i, step in enumerate(schedule("zb1p", 2, 4)[0]) if step[0].kind == "I")
-    swapped = lambda s: [s[first_i], *s[:first_i], *s[first_i + 1 :]]  # I before its own F
-    assert "deadlock" in faulty(swapped)
+    i_before_its_f = faulty(lambda s: [s[first_i], *s[:first_i], *s[first_i + 1 :]])
+    assert "deadlock" in i_before_its_f
 
 
-def test_two_ranks_that_wait_for_one_another():
-    f0, f1, b0, b1 = ((Action(k, s, 0),) for k in "FB" for s in (0, 1))
+def test_two_ranks_that_wait_for_each_other():
+    f0, f1, b0, b1 = ((Action(kind, stage, 0),) for kind, stage in product("FB", (0, 1)))
     validate_schedule([[f0, b0], [f1, b1]], [(0,), (1,)], 1)
-    with pytest.raises(ValueError, match="deadlock: rank 0 waits before"):
+    with pytest.raises(ValueError, match="deadlock: rank 0 waits forever before"):
         validate_schedule([[b0, f0], [f1, b1]], [(0,), (1,)], 1)
 
 
@@ -336,10 +370,10 @@ def test_two_ranks_that_wait_for_one_another():
         ("dualpipe", 4, 9, "dualpipe needs an even number of micro-batches, at least 8, not 9"),
         ("dualpipev", 4, 7, "dualpipev needs micro-batches, at least 8, not 7"),
         ("1f1b", 2, 0, "1f1b needs micro-batches, at least 1, not 0"),
-        ("2f2b", 2, 4, "no schedule '2f2b': there are gpipe"),
+        ("2f2b", 2, 4, "no schedule '2f2b': choose one of gpipe, 1f1b"),
     ],
 )
-def test_what_cannot_be_scheduled(name, pp, m, sentence):
+def test_impossible_schedules_are_refused(name, pp, m, sentence):
     with pytest.raises(UserError, match=sentence):
         schedule(name, pp, m)
 
@@ -350,9 +384,9 @@ def test_both_halves_of_a_backward_pass_make_the_whole(counts):
     w, g = torch.randn(3, 24, 16, requires_grad=True), torch.randn(sum(counts), 24)
     counts = torch.tensor(counts)
     want = torch.autograd.grad(grouped_linear(x, w, counts), (x, w), g)
-    with ops.use("zero_bubble", "auto"), ops.deferring_wgrads() as todo:
+    with ops.use("zero_bubble", "auto"), ops.deferring_wgrads() as deferred:
         (dx,) = torch.autograd.grad(grouped_linear(x, w, counts), x, g)
-    ((weight, wgrad),) = todo
+    ((weight, wgrad),) = deferred
     assert weight is w and torch.allclose(dx, want[0], atol=1e-5)
     assert torch.allclose(wgrad(), want[1], atol=1e-5)
 
@@ -365,10 +399,10 @@ def test_a_linear_layer_in_two_halves_is_the_whole(dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
         want_y = linear(x, w)
         want = torch.autograd.grad(want_y, (x, w), g)
-        with ops.use("zero_bubble", "torch"), ops.deferring_wgrads() as todo:
+        with ops.use("zero_bubble", "torch"), ops.deferring_wgrads() as deferred:
             y = linear(x, w)
             (dx,) = torch.autograd.grad(y, x, g)
-    ((weight, wgrad),) = todo
+    ((weight, wgrad),) = deferred
     assert weight is w and y.dtype == want_y.dtype and torch.allclose(y, want_y)
     assert dx.dtype == x.dtype and torch.allclose(dx, want[0], atol=1e-5, rtol=1e-2)
     assert wgrad().dtype == w.dtype and torch.allclose(wgrad(), want[1], atol=1e-4, rtol=1e-2)

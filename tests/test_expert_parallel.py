@@ -1,6 +1,7 @@
-"""What a rank does in expert parallelism, against loops; all ranks in a list against one device."""
+"""Expert parallelism: the work of a rank against loops, and all ranks in a list against one device."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from dsv3_ref.moe import GroupedExperts, MoE
 
 @st.composite
 def choices(draw):
-    """(expert_nk with some −1, experts a member, members)."""
+    """Draw (expert_nk with some −1, experts per member, members)."""
     per, size = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     n, k = draw(st.integers(0, 20)), draw(st.integers(1, min(6, per * size)))
     expert_nk = torch.rand(n, per * size).argsort(1)[:, :k]
@@ -34,7 +35,7 @@ def filled(module):
 
 
 def slow_experts(experts, x_nd, weight_nk, expert_nk):
-    """Token by token and expert by expert; any dtype."""
+    """Apply the experts token by token and expert by expert, in any dtype."""
     rows = []
     for x, weight_k, expert_k in zip(x_nd, weight_nk, expert_nk.tolist()):
         row = 0 * x
@@ -53,23 +54,33 @@ def slow_experts(experts, x_nd, weight_nk, expert_nk):
 def test_a_token_goes_once_to_each_member_that_holds_one_of_its_experts(case):
     expert_nk, per, size = case
     token_m, dest_m, count = dispatch_layout(expert_nk, per, size)
-    want = [(i, n) for i in range(size) for n, chosen in enumerate(expert_nk.tolist())
-            if any(e >= 0 and e // per == i for e in chosen)]  # fmt: skip
+    want, counts = [], []
+    for i in range(size):
+        tokens = [n for n, chosen in enumerate(expert_nk.tolist())
+                  if any(e >= 0 and e // per == i for e in chosen)]  # fmt: skip
+        want += [(i, n) for n in tokens]
+        counts.append(len(tokens))
     assert list(zip(dest_m.tolist(), token_m.tolist())) == want
-    assert count.tolist() == [sum(i == member for member, _ in want) for i in range(size)]
+    assert count.tolist() == counts
+
+
+def chosen_experts(rows):
+    """Count (token, choice, expert) in rows of (token, first expert, expert ids); −1 is none."""
+    count = Counter()
+    for n, first, expert_k in rows:
+        count.update((n, j, first + e) for j, e in enumerate(expert_k) if e >= 0)
+    return count
 
 
 @given(choices())
-def test_members_together_are_asked_for_every_choice_once(case):
+def test_members_together_get_every_choice_once(case):
     expert_nk, per, size = case
     token_m, dest_m, _ = dispatch_layout(expert_nk, per, size)
     local_mk = to_local_expert_ids(expert_nk[token_m], dest_m, per)
     assert local_mk.dtype == torch.int32 and ((local_mk >= -1) & (local_mk < per)).all()
-    ranks = zip(token_m.tolist(), dest_m.tolist(), local_mk.tolist())
-    asked = Counter((n, j, i * per + e) for n, i, row in ranks for j, e in enumerate(row) if e >= 0)
-    tokens = enumerate(expert_nk.tolist())
-    chosen = Counter((n, j, e) for n, row in tokens for j, e in enumerate(row) if e >= 0)
-    assert asked == chosen
+    sent = zip(token_m.tolist(), (per * dest_m).tolist(), local_mk.tolist())
+    own = ((n, 0, expert_k) for n, expert_k in enumerate(expert_nk.tolist()))
+    assert chosen_experts(sent) == chosen_experts(own)
 
 
 @given(choices())
@@ -108,7 +119,7 @@ def test_local_experts_is_the_loop_in_fp64_forward_and_backward(exact):
     x_nd = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     weight_nk = torch.rand(11, 4, dtype=torch.float64, requires_grad=True)
     expert_nk = torch.randint(-1, 3, (11, 4))
-    expert_nk[5] = -1  # a row that nobody here wants
+    expert_nk[5] = -1  # a row without local experts
     expert_nk[expert_nk == 1] = 2  # an expert without rows
     g_nd, leaves = torch.randn(11, 6).double(), (x_nd, weight_nk, *experts.parameters())
     both = [fn(experts, x_nd, weight_nk, expert_nk) for fn in (apply_local_experts, slow_experts)]
@@ -128,40 +139,40 @@ def test_a_rank_to_which_nothing_comes(n):
     assert (experts.w1.grad == 0).all() and (x_nd.grad == 0).all()
 
 
-# ── Codes that have traveled ──
+# ── FP8 values that have been sent ──
 
 
-def test_fp8_products_take_the_codes_as_they_came():
-    """With codes given, rows' values are never looked at; without, they are coded anew."""
+def test_fp8_products_use_the_values_that_arrived():
+    """Given FP8 values, the rows themselves are never read; otherwise they are quantized again."""
     experts, x_nd = filled(GroupedExperts(3, 256, 128)), torch.randn(20, 256)
     weight_nk, expert_nk = torch.rand(20, 2), torch.randint(-1, 3, (20, 2))
     sent = act_quant(x_nd, True)
-    came_nd = act_dequant(*sent)
+    received_nd, unused_nd = act_dequant(*sent), torch.full_like(x_nd, 7)
     with ops.use("fp8", "auto"), torch.no_grad():
-        taken, blind, again = (
-            apply_local_experts(experts, x, weight_nk, expert_nk, codes)
-            for x, codes in ((came_nd, sent), (torch.full_like(x_nd, 7), sent), (came_nd, None))
+        reused, blind, requantized = (
+            apply_local_experts(experts, x, weight_nk, expert_nk, quantized)
+            for x, quantized in ((received_nd, sent), (unused_nd, sent), (received_nd, None))
         )
-    assert torch.equal(taken, blind) and not torch.equal(taken, again)
+    assert torch.equal(reused, blind) and not torch.equal(reused, requantized)
     exact = slow_experts(experts, x_nd, weight_nk, expert_nk)
-    error, worse = ((y - exact).norm() / exact.norm() for y in (taken, again))
+    error, worse = ((y - exact).norm() / exact.norm() for y in (reused, requantized))
     assert 0 < error < worse
 
 
-def test_codes_change_nothing_outside_fp8():
+def test_fp8_values_change_nothing_outside_fp8():
     experts, x_nd = filled(GroupedExperts(3, 256, 128)), torch.randn(20, 256)
     weight_nk, expert_nk = torch.rand(20, 2), torch.randint(-1, 3, (20, 2))
-    runs = [
-        apply_local_experts(experts, x_nd, weight_nk, expert_nk, c) for c in (None, act_quant(x_nd))
-    ]
-    assert torch.equal(*runs)
+    plain = apply_local_experts(experts, x_nd, weight_nk, expert_nk)
+    assert torch.equal(
+        plain, apply_local_experts(experts, x_nd, weight_nk, expert_nk, act_quant(x_nd))
+    )
 
 
 # ── All ranks, as a list ──
 
 
 def one_hop(shares, x, weight, expert, per: int):
-    """Every rank's rows to every other and back, with a loop over pairs of ranks."""
+    """Send every rank's rows to every other rank and back, in a loop over pairs of ranks."""
     out = [torch.zeros_like(x_nd) for x_nd in x]
     for a, (x_nd, weight_nk, expert_nk) in enumerate(zip(x, weight, expert)):
         token_m, dest_m, _ = dispatch_layout(expert_nk, per, len(shares))
@@ -192,7 +203,7 @@ def test_ranks_together_are_the_layer(exact, micro, ranks):
     alone = moe.forward_routed(x_nd, w_nk, e_nk)
     spread = torch.cat(one_hop(shares, *(t.split(sizes) for t in (x_nd, w_nk, e_nk)), per))
     want = torch.autograd.grad(alone, (x_nd, w_nk, *whole.parameters()), g_nd)
-    parameters = [p for ps in zip(*(s.parameters() for s in shares)) for p in ps]
+    parameters = list(chain.from_iterable(zip(*(s.parameters() for s in shares))))
     dx, dw, *rest = torch.autograd.grad(spread, (x_nd, w_nk, *parameters), g_nd)
     got = dx, dw, *(torch.cat(rest[i : i + ranks]) for i in range(0, len(rest), ranks))
     for a, b in zip((spread, *got), (alone, *want)):

@@ -15,7 +15,7 @@ from dsv3_ref.parallel.build import build_local_model, count_stages, owning_rank
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
-from dsv3_ref.parallel.stage import LossWeights, TokenDispatcher
+from dsv3_ref.parallel.stage import LossWeights, TapeDispatcher
 from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
 from dsv3_ref.parallel.zero import ZeroOptimizer
 from dsv3_ref.pretrain import StepStats
@@ -56,7 +56,7 @@ class ParallelEngine:
         )
         self.optimizer = ZeroOptimizer(self.model, config, mesh, stages, recipe, moments, zero)
 
-    def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TokenDispatcher:
+    def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TapeDispatcher:
         """Create what takes tokens to the experts on other ranks."""
         if deepep:
             return DeepEPDispatcher(self.config, self.mesh.ep_group, fp8)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from dsv3_ref.parallel.data_parallel import DataParallel, broadcast_object_from_rank0
 from dsv3_ref.parallel.mesh import init_distributed
 from dsv3_ref.parallel.mesh_parallel import MeshParallel
-from dsv3_ref.parallel.watchdog import watch
+from dsv3_ref.parallel.watchdog import watch_for_hangs
 from dsv3_ref.training import settings
 from dsv3_ref.training.loop import train
 from dsv3_ref.training.malloc import tune_malloc
@@ -27,7 +27,7 @@ def run_on_ranks(task: Task, command: str | None = None) -> Path:
         )
         signals = stack.enter_context(catch_signals())
         rank, world = dist.get_rank(), dist.get_world_size()
-        stack.enter_context(watch(run_dir / "logs", rank, world, config.hang_timeout))
+        stack.enter_context(watch_for_hangs(run_dir / "logs", rank, world, config.hang_timeout))
         parallel = DataParallel if task.requires_whole_model else MeshParallel
         train(task, parallel(config, device), run_dir, command, signals)
         dist.barrier()  # rank 0 holds the store that all others need

@@ -21,7 +21,7 @@ from dsv3_ref.dualpipe import (
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import count_stages
 from dsv3_ref.parallel.mesh import Mesh
-from dsv3_ref.parallel.stage import LossStats, LossWeights, Stage, TokenDispatcher
+from dsv3_ref.parallel.stage import LossStats, LossWeights, Stage, TapeDispatcher
 from dsv3_ref.parallel.tape import Steps, Tape, interleave, run_to_completion
 from dsv3_ref.parallel.watchdog import track_operation
 from dsv3_ref.sft import SpecialTokens
@@ -137,7 +137,7 @@ class Pipeline:
 
     def __init__(
         self, model: Transformer, config: Config, mesh: Mesh, schedule_name: str,
-        stages_by_rank: list[tuple[int, ...]], token_dispatcher: TokenDispatcher | None = None,
+        stages_by_rank: list[tuple[int, ...]], token_dispatcher: TapeDispatcher | None = None,
         special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh

@@ -17,7 +17,7 @@ from dsv3_ref.scale import partition_layers
 from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 
 
-class TokenDispatcher(Protocol):
+class TapeDispatcher(Protocol):
     """The way of a micro-batch's tokens to experts on other ranks and back."""
 
     def apply_experts(
@@ -70,7 +70,7 @@ class Stage:
 
     def __init__(
         self, model: Transformer, config: Config, stage: int, num_stages: int,
-        token_dispatcher: TokenDispatcher | None, special_tokens: SpecialTokens | None = None,
+        token_dispatcher: TapeDispatcher | None, special_tokens: SpecialTokens | None = None,
     ):  # fmt: skip
         self.model, self.config = model, config
         self.token_dispatcher, self.special_tokens = token_dispatcher, special_tokens

@@ -1,6 +1,6 @@
 """Hangs: which rank is stuck in which operation since when, and which rank holds the others up.
 
-    with watch(run / "logs", rank, world, seconds=300, store=store):
+    with watch_for_hangs(run / "logs", rank, world, seconds=300, store=store):
         with track_operation("load batch, step 3"):
             …
         with track_operation("all-reduce of gradients, step 3", waits_for=group):
@@ -221,7 +221,7 @@ class Watchdog(threading.Thread):
 
 
 @contextmanager
-def watch(
+def watch_for_hangs(
     folder: Path, rank: int, world: int, seconds: float, store: dist.Store | None = None
 ) -> Iterator[None]:
     """Watch this process during the `with`; `seconds` is how long one operation may take."""

@@ -11,16 +11,22 @@ from itertools import pairwise
 import pytest
 
 from dsv3_ref.parallel import watchdog
-from dsv3_ref.parallel.watchdog import EXIT_HANG, hang_report, stragglers, track_operation, watch
+from dsv3_ref.parallel.watchdog import (
+    EXIT_HANG,
+    hang_report,
+    stragglers,
+    track_operation,
+    watch_for_hangs,
+)
 
 WORKER = """
 import os, re, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from dsv3_ref.parallel.watchdog import track_operation, watch
+from dsv3_ref.parallel.watchdog import track_operation, watch_for_hangs
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
-with watch(Path(sys.argv[1]), rank, 2, 2.0):
+with watch_for_hangs(Path(sys.argv[1]), rank, 2, 2.0):
     for step in range(6):
         with track_operation(f"load batch, step {step}"):
             if (rank, step) == (1, 3):
@@ -173,7 +179,7 @@ def test_an_operation_is_left_by_an_error():
 
 def test_one_process_alone_needs_no_store(tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with watch(tmp_path / "logs", 0, 1, 0.5):
+    with watch_for_hangs(tmp_path / "logs", 0, 1, 0.5):
         for _ in range(10):
             with track_operation("a tenth of a second"):
                 time.sleep(0.1)
@@ -183,7 +189,7 @@ def test_one_process_alone_needs_no_store(tmp_path, monkeypatch):
 def test_the_report_of_an_earlier_start_is_kept(tmp_path):
     """A launcher starts the run again in the same folder."""
     (tmp_path / "hang-rank0.txt").write_text("hang: before\n")
-    with watch(tmp_path, 0, 1, 60):
+    with watch_for_hangs(tmp_path, 0, 1, 60):
         pass
     assert (tmp_path / "hang-rank0.txt").read_text() == "hang: before\n"
 
