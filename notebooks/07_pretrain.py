@@ -1001,7 +1001,7 @@ for model, limit, why in ((broken, math.inf, "nan"), (start, whole.grad_norm / 1
 # are those of its report.
 
 # %%
-from dsv3_ref.viz.training import bias_trajectories, load_heatmap, loss_curves
+from dsv3_ref.viz.training import plot_expert_bias, plot_expert_load, plot_loss
 
 STEPS = 20 if os.environ.get("DSV3_SHORT") else 200
 SHORT_RUN = TrainingRecipe(
@@ -1061,7 +1061,7 @@ print("averaged weights ahead by", [f"{x:+.3f}" for x in lead], "nats")
 late = metrics[-STEPS // 5 :]
 main, mtp = (sum(x) / len(late) for x in zip(*((row["loss"], row["mtp_loss"][0]) for row in late)))
 print(f"last fifth: main {main:.3f}, MTP {mtp:.3f}, a target {mtp * 64 / 63:.3f}")
-show(loss_curves(metrics))
+show(plot_loss(metrics))
 
 
 # %% [markdown]
@@ -1076,8 +1076,8 @@ show(loss_curves(metrics))
 
 # %%
 layers = list(moe_layers(model))
-show(load_heatmap(metrics, 0, layers[0]))
-show(bias_trajectories(metrics, layers))
+show(plot_expert_load(metrics, 0, layers[0]))
+show(plot_expert_bias(metrics, layers))
 vio = [max(row["expert_load"][0]) * MINI.n_routed_experts - 1 for row in metrics]
 early, late = (sum(x) / len(x) for x in (vio[: STEPS // 5], vio[-STEPS // 5 :]))
 print(f"busiest expert above its share: {early:.0%} in the first fifth, {late:.0%} in the last")
@@ -1186,7 +1186,7 @@ show(fig)
 # %%
 from dsv3_ref.viz import live
 
-control = live.train("train --config tiny --steps 150", "runs/lab")
+control = live.launch_run("train --config tiny --steps 150", "runs/lab")
 
 # %% [markdown]
 # ## Play

@@ -146,7 +146,7 @@ def bits_section(rows: list[dict], summary: dict) -> str:
             "only how often each token occurred in training."
         )
         ordered = dict(sorted(bits.items(), key=lambda item: item[1]))
-        out += page.drawing(training.bits_per_byte(bits, OURS), "bits", caption)
+        out += page.drawing(training.plot_bits_per_byte(bits, OURS), "bits", caption)
         out += page.table(ordered, "The same in numbers", ("model", "bits per byte"), OURS, 3)
     if by_source:
         caption, head = f"Held-out text of every source, {OURS}", ("source", "bits per byte")
@@ -174,7 +174,7 @@ def load_section(rows: list[dict], names: list[str]) -> str:
         return ""
     names = training.layer_names(series(rows, "expert_load")[1].shape[1], names)
     return f"<p>{page.text(CAPTIONS['expert_load'])}</p>" + "".join(
-        page.drawing(training.load_heatmap(rows, i, name), f"load{i}")
+        page.drawing(training.plot_expert_load(rows, i, name), f"load{i}")
         for i, name in enumerate(names)
     )
 
@@ -229,24 +229,24 @@ def sections(rows: list[dict], run: dict, summary: dict) -> dict[str, str]:
     names = run.get("moe_layers") or []
 
     def plot(key, function, *args):
-        keys = {"schedule": training.SCHEDULES, "watch": [*rl.WATCHED]}.get(key, [key])
+        keys = {"schedule": training.SCHEDULE_PANELS, "watch": [*rl.RL_PANELS]}.get(key, [key])
         if not any(has(rows, k) for k in keys):
             return ""
         return page.drawing(function(rows, *args), key, CAPTIONS[key])
 
     before = summary.get("before")
     found = {
-        "Reward": plot("reward", rl.rewards, before),
-        "Watch": plot("watch", rl.watched),
-        "Loss": "" if has(rows, "reward") else plot("loss", training.loss_curves),
+        "Reward": plot("reward", rl.plot_rewards, before),
+        "Watch": plot("watch", rl.plot_rl_metrics),
+        "Loss": "" if has(rows, "reward") else plot("loss", training.plot_loss),
         "Bits per byte": bits_section(rows, summary),
         "Samples": sample_section(summary.get("samples") or []),
         "Expert load": load_section(rows, names),
-        "Gate biases": plot("expert_bias", training.bias_trajectories, names),
-        "Balance": plot("max_vio", training.max_vio, names),
-        "Schedule": plot("schedule", training.schedule),
-        "Gradient norm": plot("grad_norm", training.grad_norm),
-        "Speed": plot("tokens_per_s", training.throughput),
+        "Gate biases": plot("expert_bias", training.plot_expert_bias, names),
+        "Balance": plot("max_vio", training.plot_max_vio, names),
+        "Schedule": plot("schedule", training.plot_schedule),
+        "Gradient norm": plot("grad_norm", training.plot_grad_norm),
+        "Speed": plot("tokens_per_s", training.plot_throughput),
         "Settings": settings_section(run),
         "Origin": origin_section(run),
     }

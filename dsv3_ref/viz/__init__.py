@@ -1,4 +1,4 @@
-"""Figures, widgets and exercises, for chapters and reports alike."""
+"""Figures, widgets and exercises for chapters and reports."""
 
 from dsv3_ref.viz.exercise import attempt, checker
 from dsv3_ref.viz.style import BLUE, COLORS, GRAY, GREEN, ORANGE, PINK, figure, play, show

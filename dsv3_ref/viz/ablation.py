@@ -1,4 +1,4 @@
-"""Results of `dsv3 ablate` as numbers and as figures; the runs of a variant differ by their seed."""
+"""Tables and figures from results of `dsv3 ablate`; the runs of a variant differ by their seed."""
 
 import json
 from collections.abc import Callable
@@ -8,26 +8,25 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from dsv3_ref.viz.style import COLORS, GRAY
+from dsv3_ref.viz.style import COLORS, GRAY, LINE_STYLES
 
-RESULTS_DIR = Path(__file__).parents[2] / "notebooks" / "results"  # of a checkout
-LINE_STYLES: list[Any] = ["-", "--", "-.", ":", (0, (8, 2, 1, 2)), (0, (1, 3))]
+RESULTS_DIR = Path(__file__).parents[2] / "notebooks" / "results"  # in a checkout
 
 Key = str | Callable[[dict], Any]
 
 
 def load_ablation(name: str) -> dict:
-    """Read the results of an ablation from this checkout."""
+    """Read the committed results of an ablation."""
     return load_result(f"ablate_{name}")
 
 
 def load_result(name: str) -> dict:
-    """Read a file of notebooks/results."""
+    """Read a JSON file of notebooks/results; `name` has no suffix."""
     return json.loads((RESULTS_DIR / f"{name}.json").read_text())
 
 
 def read_key(record: dict, key: Key) -> Any:
-    """Return a value of a run or of a point of its curve; `key` names it or computes it."""
+    """Return a value of a run or of a point of its curve; a callable `key` computes it."""
     return key(record) if callable(key) else record[key]
 
 
@@ -46,7 +45,7 @@ def mean_std(value_n: np.ndarray, digits: int = 3) -> str:
 
 
 def print_table(result: dict, against: str, key: Key = "val_loss") -> None:
-    """Print a line per variant: its value, and its differences to `against` on the same seeds."""
+    """Print a line per variant: its value, and its difference from `against` on the same seeds."""
     values = values_by_variant(result, key)
     width = max(map(len, values))
     for name, value_n in values.items():
@@ -57,9 +56,9 @@ def print_table(result: dict, against: str, key: Key = "val_loss") -> None:
 
 
 def plot_dots(ax: Axes, values: dict[str, np.ndarray], title: str, xlabel: str) -> None:
-    """Draw a line per variant, first on top: a dot per seed, a bar at the mean.
+    """Draw a row per variant, the first on top: a dot per seed, a bar at the mean.
 
-    Gray lines join the dots of a seed.
+    Gray lines connect the dots of a seed.
     """
     ax.plot(np.array(list(values.values())), range(len(values)), color=GRAY, alpha=0.4, lw=0.8)
     for y, (value_n, color) in enumerate(zip(values.values(), COLORS)):

@@ -1,4 +1,4 @@
-"""Exercises: the reader's function is tried, and a hint is printed instead of a traceback."""
+"""Exercises: run a check on the reader's function and print a hint instead of a traceback."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class Unfilled(Exception):
-    """The error for a reader's function that still returns the `...` that it starts with."""
+    """The error for a function that still returns the `...` of the skeleton."""
 
 
 def attempt(test: Callable[[], Any], hint: str) -> bool:
-    """Run a test, which asserts or returns truth; print ✓ or the hint, and return whether it held.
+    """Run a test; print ✓ or the hint, and return whether the test passed.
 
-    `test` calls the reader's function.
+    `test` calls the reader's function. It fails by an assertion or by returning something false.
     """
     try:
         result = test()
@@ -28,7 +28,7 @@ def attempt(test: Callable[[], Any], hint: str) -> bool:
 
 
 def require_filled(fn: Callable) -> Callable:
-    """Return the reader's function, made to raise `Unfilled` while it returns `...`."""
+    """Wrap the reader's function so that it raises `Unfilled` while it returns `...`."""
 
     @wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def require_filled(fn: Callable) -> Callable:
 
 
 def checker(test: Callable) -> Callable[[Callable], bool]:
-    """Make a check of the reader's `fn` from `test(fn)`, whose docstring is the hint."""
+    """Turn `test(fn)`, whose docstring is the hint, into a check of the reader's function."""
 
     def check(fn: Callable) -> bool:
         return attempt(lambda: test(require_filled(fn)), test.__doc__ or "")

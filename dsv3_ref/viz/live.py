@@ -1,7 +1,7 @@
-"""A run, watched while it happens: curves that grow, and buttons that pause, stop and resume it.
+"""A dashboard of a running `dsv3` command, with buttons to start, pause, stop and resume it.
 
-The run is a `dsv3` command in a process of its own, so the page stays responsive; what is drawn
-comes from its `metrics.jsonl`, here or on another machine.
+The command runs in its own process, so the page stays responsive. The curves are read from its
+`metrics.jsonl`, which may be on another machine.
 """
 
 import asyncio
@@ -26,82 +26,85 @@ from dsv3_ref.viz import rl, training
 from dsv3_ref.viz.style import in_notebook, show
 from dsv3_ref.viz.training import as_row, has
 
-EVERY = 1.0  # seconds between two looks
-ENDS = {0: "finished", 75: "stopped", 143: "stopped", -signal.SIGUSR1: "stopped"}  # exit codes
-PANELS = {  # title → (key that a row must have, figure of (rows, layer))
-    "Reward": ("reward", lambda rows, _: rl.rewards(rows)),
-    "Watch": ("kl_k1", lambda rows, _: rl.watched(rows)),
-    "Loss": ("loss", lambda rows, _: training.loss_curves(rows)),
-    "Experts": ("expert_load", lambda rows, layer: training.load_heatmap(rows, layer)),
-    "Balance": ("max_vio", lambda rows, _: training.max_vio(rows)),
-    "Gradient": ("grad_norm", lambda rows, _: training.grad_norm(rows)),
-    "Speed": ("tokens_per_s", lambda rows, _: training.throughput(rows)),
+POLL_SECONDS = 1.0  # seconds between updates of a dashboard
+# exit code → state
+EXIT_STATES = {0: "finished", 75: "stopped", 143: "stopped", -signal.SIGUSR1: "stopped"}
+ACTIVE_STATES = ("running", "paused")
+# title → (key that the rows must have, plot of (rows, MoE layer))
+PANELS: dict[str, tuple[str, Callable[[list[dict], int], Figure]]] = {
+    "Reward": ("reward", lambda rows, _: rl.plot_rewards(rows)),
+    "Watch": ("kl_k1", lambda rows, _: rl.plot_rl_metrics(rows)),
+    "Loss": ("loss", lambda rows, _: training.plot_loss(rows)),
+    "Experts": ("expert_load", lambda rows, layer: training.plot_expert_load(rows, layer)),
+    "Balance": ("max_vio", lambda rows, _: training.plot_max_vio(rows)),
+    "Gradient": ("grad_norm", lambda rows, _: training.plot_grad_norm(rows)),
+    "Speed": ("tokens_per_s", lambda rows, _: training.plot_throughput(rows)),
 }
 
 
-# ── Rows as they come ──
+# ── Reading metrics ──
 
 
-class Tail:
-    """The rows of a growing `metrics.jsonl`: of a run's folder, a file, or an http(s) address."""
+class MetricsTail:
+    """The rows of a growing `metrics.jsonl`; the source is a run's folder, a file or a URL."""
 
     def __init__(self, source: Path | str):
         self.path = str(source)
         self.remote = self.path.startswith(("http://", "https://"))
         if not self.path.endswith(".jsonl"):
             self.path = self.path.rstrip("/") + "/metrics.jsonl"
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start from the first byte again."""
         self.offset = 0  # bytes read
-        self.line = b""  # the last line of them
+        self.last_line = b""  # of the bytes read
         self.rows: dict[int, dict] = {}  # by step
 
     def read(self) -> list[dict]:
-        """Return all rows so far, by step; only what is new is fetched."""
-        new = self.fetch(self.offset - len(self.line))
-        if not new.startswith(self.line):  # cut by a run that went back: from the start again
-            self.forget()
+        """Fetch the new bytes and return all rows so far, sorted by step."""
+        new = self.fetch(self.offset - len(self.last_line))
+        if not new.startswith(self.last_line):  # the run rolled back and rewrote the file
+            self.reset()
             new = self.fetch(0)
-        lines = new[len(self.line) : new.rfind(b"\n") + 1].splitlines(keepends=True)
+        lines = new[len(self.last_line) : new.rfind(b"\n") + 1].splitlines(keepends=True)
         for line in lines:
             self.offset += len(line)
-            self.line = line
+            self.last_line = line
             if (row := as_row(line)) is not None:
                 self.rows[row["step"]] = row
         return [self.rows[step] for step in sorted(self.rows)]
 
     def fetch(self, start: int) -> bytes:
-        """Return the bytes from `start` to the end; none if there are none yet."""
+        """Return the bytes from `start` to the end; b"" while the file cannot be read."""
         try:
             if self.remote:
-                return fetch(self.path, start)
+                return fetch_url(self.path, start)
             with open(self.path, "rb") as f:
                 f.seek(start)
                 return f.read()
-        except OSError:  # not there, or not now
+        except OSError:  # it does not exist yet, or the server does not answer
             return b""
 
 
-def fetch(address: str, start: int) -> bytes:
-    """Return the bytes of an address from `start` to the end; the server need not know ranges."""
-    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"})
+def fetch_url(url: str, start: int) -> bytes:
+    """Return the bytes of a URL from `start` to the end, also if the server ignores ranges."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.read() if answer.status == 206 else answer.read()[start:]
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.read() if response.status == 206 else response.read()[start:]
     except urllib.error.HTTPError as e:
         with e:
-            if e.code == 416:  # nothing stands there yet
+            if e.code == 416:  # the file is not longer than `start`
                 return b""
         raise
 
 
-# ── A command of its own ──
+# ── The process ──
 
 
-class Command:
-    """A `dsv3` command in a process of its own, which can pause, stop and resume."""
+class RunProcess:
+    """A `dsv3` command in its own process, which can be paused, stopped and resumed."""
 
     def __init__(self, words: str, folder: Path):
         self.words = shlex.split(words)
@@ -111,20 +114,20 @@ class Command:
 
     @property
     def state(self) -> str:
-        """One of ready, running, paused, stopped, finished and failed."""
+        """The state: ready, running, paused, stopped, finished or failed."""
         if self.process is None:
             return "ready"
         if self.process.poll() is None:
             return "paused" if self.paused else "running"
-        return ENDS.get(self.process.returncode, "failed")
+        return EXIT_STATES.get(self.process.returncode, "failed")
 
     def start(self) -> None:
-        """Start in the first free folder of that name, or resume."""
+        """Start in the first usable folder of that name, or resume the stopped run."""
         if self.state in ("ready", "finished", "failed"):
-            self.folder = free(self.requested_folder)
+            self.folder = next_folder(self.requested_folder)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        again = (self.folder / "run.json").is_file()
-        words = [self.words[0], "--resume"] if again else self.words
+        started_before = (self.folder / "run.json").is_file()
+        words = [self.words[0], "--resume"] if started_before else self.words
         argv = [sys.executable, "-m", "dsv3_ref", *words, "--out", str(self.folder)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log)
@@ -132,83 +135,90 @@ class Command:
 
     @property
     def log(self) -> Path:
-        """The file of what the process prints."""
+        """The file that the process writes its output to."""
         return self.folder / "logs" / "output.txt"
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, which must have been started."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def pause(self) -> None:
-        """Pause the process, which stays in memory."""
+        """Pause the process; it keeps its memory."""
         if self.state == "running":
-            self.process.send_signal(signal.SIGSTOP)
+            self.send_signal(signal.SIGSTOP)
             self.paused = True
 
-    def go_on(self) -> None:
-        """Let the process continue after a pause."""
+    def unpause(self) -> None:
+        """Let a paused process continue."""
         if self.state == "paused":
-            self.process.send_signal(signal.SIGCONT)
+            self.send_signal(signal.SIGCONT)
             self.paused = False
 
     def stop(self) -> None:
-        """End after the running step, with a checkpoint."""
-        self.go_on()
+        """Let the run finish its current step, write a checkpoint and exit."""
+        self.unpause()
         if self.state == "running":
-            self.process.send_signal(signal.SIGUSR1)
+            self.send_signal(signal.SIGUSR1)
 
     def end(self) -> None:
         """Terminate the process."""
-        self.go_on()
+        self.unpause()
         if self.state == "running":
-            self.process.terminate()
+            self.send_signal(signal.SIGTERM)
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         """Return the last line that the process printed."""
         text = self.log.read_text(errors="replace") if self.log.is_file() else ""
         return (text.replace("\r", "\n").strip().splitlines() or [""])[-1]
 
 
-def free(folder: Path) -> Path:
-    """Return the first of name, name-2, … that is empty or holds a run that is not finished."""
+def next_folder(folder: Path) -> Path:
+    """Return the first of name, name-2, … in which a run may start or resume."""
     names = (folder.with_name(f"{folder.name}-{i}") for i in count(2))
-    return next(f for f in chain([folder], names) if usable(f))
+    return next(f for f in chain([folder], names) if is_usable(f))
 
 
-def usable(folder: Path) -> bool:
-    """Return whether a run may start or resume in a folder."""
+def is_usable(folder: Path) -> bool:
+    """Return whether a folder is empty or holds an unfinished run."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return "summary.json" not in names and ("run.json" in names or names <= {"logs", "run.part"})
 
 
-# ── The page ──
+# ── Widgets ──
 
 
-def picture(fig: Figure) -> bytes:
-    """Return a figure as PNG, and close it."""
+def to_png(fig: Figure) -> bytes:
+    """Render a figure as PNG and close it."""
     out = io.BytesIO()
     fig.savefig(out, format="png", dpi=80)
     plt.close(fig)
     return out.getvalue()
 
 
-def status(rows: list[dict]) -> str:
-    """Return a line with the step, loss, reward and speed of a run."""
+def progress_line(rows: list[dict]) -> str:
+    """Return a line with the latest step, loss, reward and throughput of a run."""
     if not rows:
         return "no step yet"
-    row, parts = rows[-1], [f"step {rows[-1]['step']:,}"]
-    for key, form in (("loss", "loss {:.3f}"), ("reward", "reward {:.2f}"),
+    row = rows[-1]
+    parts = [f"step {row['step']:,}"]
+    for key, template in (("loss", "loss {:.3f}"), ("reward", "reward {:.2f}"),
                       ("tokens_per_s", "{:,.0f} tokens/s")):  # fmt: skip
         if row.get(key) is not None:
-            parts.append(form.format(row[key]))
+            parts.append(template.format(row[key]))
     return " · ".join(parts)
 
 
 class Dashboard:
-    """Tabs of curves over a run's rows; the one that is looked at grows with them."""
+    """Tabs of plots of a run's metrics; the selected tab is redrawn as rows arrive."""
 
     def __init__(self, source: Path | str):
         from ipywidgets import HTML, Dropdown, Tab, VBox
 
-        self.tail = Tail(source)
+        self.tail = MetricsTail(source)
         self.rows: list[dict] = []
         self.titles: list[str] = []
+        self.task: asyncio.Future | None = None  # the updates, see `watch`
         self.line, self.tabs = HTML(), Tab()
         self.layer = Dropdown(options=[("first MoE layer", 0)], description="layer")
         self.box = VBox([self.line, self.tabs, self.layer])
@@ -217,17 +227,17 @@ class Dashboard:
         self.update()
 
     def update(self, state: str = "") -> None:
-        """Read, and draw if there is more."""
+        """Read the metrics, and redraw if there are new rows."""
         rows = self.tail.read()
-        words = " · ".join(x for x in (state, status(rows)) if x)
-        self.line.value = f"<b role='status'>{escape(words)}</b>"
+        text = " · ".join(x for x in (state, progress_line(rows)) if x)
+        self.line.value = f"<b role='status'>{escape(text)}</b>"
         if rows != self.rows:
             self.rows = rows
-            self.lay_out()
+            self.update_tabs()
             self.draw()
 
-    def lay_out(self) -> None:
-        """Make a tab for every panel that the rows allow."""
+    def update_tabs(self) -> None:
+        """Create a tab for every panel whose key the rows have."""
         from ipywidgets import Image
 
         titles = [title for title, (key, _) in PANELS.items() if has(self.rows, key)]
@@ -243,98 +253,100 @@ class Dashboard:
     def draw(self) -> None:
         """Draw the selected tab."""
         tab = self.tabs.selected_index
-        experts = tab is not None and self.titles[tab : tab + 1] == ["Experts"]
-        self.layer.layout.display = None if experts else "none"
+        is_experts = tab is not None and self.titles[tab : tab + 1] == ["Experts"]
+        self.layer.layout.display = None if is_experts else "none"
         if tab is not None and self.rows and tab < len(self.titles):
             _, plot = PANELS[self.titles[tab]]
-            self.tabs.children[tab].value = picture(plot(self.rows, self.layer.value or 0))
+            self.tabs.children[tab].value = to_png(plot(self.rows, self.layer.value or 0))
 
     async def follow(
-        self, state: Callable[[], str] = lambda: "", alive: Callable[[], bool] = lambda: True
+        self, state: Callable[[], str] = lambda: "", is_alive: Callable[[], bool] = lambda: True
     ) -> None:
-        """Update every second while `alive()`, and once more; `state()` begins the status line."""
-        while alive():
+        """Update every second while `is_alive()`, then once more; the status includes `state()`."""
+        while is_alive():
             self.update(state())
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(POLL_SECONDS)
         self.update(state())
 
 
-class Control:
-    """Buttons over a command, above its dashboard."""
+class RunControls:
+    """Buttons that control a run, above its dashboard."""
 
-    def __init__(self, command: Command):
+    def __init__(self, run: RunProcess):
         from ipywidgets import HTML, Button, HBox, VBox
 
-        self.command = command
+        self.run = run
         self.task: asyncio.Future | None = None
-        self.begin, self.pause, self.stop = (
-            Button(description=text, icon=icon)
-            for text, icon in (("start", "play"), ("pause", "pause"), ("stop", "stop"))
-        )
-        self.begin.on_click(lambda _: self.started())
-        self.pause.on_click(lambda _: self.paused())
-        self.stop.on_click(lambda _: self.stopped())
-        self.said, self.place = HTML(), VBox()
-        self.box = VBox([HBox([self.begin, self.pause, self.stop]), self.said, self.place])
+        self.start_button = Button(description="start", icon="play")
+        self.pause_button = Button(description="pause", icon="pause")
+        self.stop_button = Button(description="stop", icon="stop")
+        self.start_button.on_click(lambda _: self.on_start())
+        self.pause_button.on_click(lambda _: self.on_pause())
+        self.stop_button.on_click(lambda _: self.on_stop())
+        self.message, self.output = HTML(), VBox()
+        buttons = HBox([self.start_button, self.pause_button, self.stop_button])
+        self.box = VBox([buttons, self.message, self.output])
         self.refresh()
 
     def refresh(self) -> str:
-        """Make the buttons fit the state, and return the state."""
-        state = self.command.state
-        going = state in ("running", "paused")
-        self.begin.disabled = going
-        self.pause.disabled = self.stop.disabled = not going
-        self.begin.description = "resume" if state == "stopped" else "start"
-        self.pause.description = "go on" if state == "paused" else "pause"
-        words = self.command.last_words() if state == "failed" else str(self.command.folder)
-        self.said.value = f"<span>{escape(state)}: {escape(words)}</span>"
+        """Enable and label the buttons for the current state, and return the state."""
+        state = self.run.state
+        is_active = state in ACTIVE_STATES
+        self.start_button.disabled = is_active
+        self.pause_button.disabled = self.stop_button.disabled = not is_active
+        self.start_button.description = "resume" if state == "stopped" else "start"
+        self.pause_button.description = "continue" if state == "paused" else "pause"
+        detail = self.run.last_line() if state == "failed" else str(self.run.folder)
+        self.message.value = f"<span>{escape(state)}: {escape(detail)}</span>"
         return state
 
-    def started(self) -> None:
-        """Start or resume the command, and follow it."""
-        self.command.start()
-        board = Dashboard(self.command.folder)
-        self.place.children = [board.box]
+    def is_active(self) -> bool:
+        """Return whether the process exists, running or paused."""
+        return self.run.state in ACTIVE_STATES
 
-        def is_alive() -> bool:
-            return self.command.state in ("running", "paused")
-
-        self.task = asyncio.ensure_future(board.follow(self.refresh, is_alive))
+    def on_start(self) -> None:
+        """Start or resume the run, and follow it."""
+        self.run.start()
+        board = Dashboard(self.run.folder)
+        self.output.children = [board.box]
+        self.task = asyncio.ensure_future(board.follow(self.refresh, self.is_active))
         self.refresh()
 
-    def paused(self) -> None:
-        """Pause the command, or let it continue."""
-        if self.command.paused:
-            self.command.go_on()
+    def on_pause(self) -> None:
+        """Pause the run, or let it continue."""
+        if self.run.paused:
+            self.run.unpause()
         else:
-            self.command.pause()
+            self.run.pause()
         self.refresh()
 
-    def stopped(self) -> None:
-        """Stop the command after its step."""
-        self.command.stop()
+    def on_stop(self) -> None:
+        """Stop the run after its current step."""
+        self.run.stop()
         self.refresh()
 
 
 # ── For notebooks ──
 
 
-def train(words: str = "train --config tiny", folder: Path | str = "runs/lab") -> Control | None:
-    """Show buttons that run a `dsv3` command, and its curves; a script only prints the command."""
+def launch_run(
+    words: str = "train --config tiny", folder: Path | str = "runs/lab"
+) -> RunControls | None:
+    """Show controls and curves of a `dsv3` command; a script only prints the command."""
     if not in_notebook():
         print(f"dsv3 {words} --out {folder}")
         return None
     from IPython.display import display
 
-    control = Control(Command(words, Path(folder)))
+    control = RunControls(RunProcess(words, Path(folder)))
     display(control.box)
     return control
 
 
 def watch(source: Path | str) -> Dashboard | None:
-    """Follow a run (its folder, its metrics.jsonl or the address of one); a script draws it."""
+    """Follow a run, given as folder, file or URL of its metrics; a script draws its curves once."""
     if not in_notebook():
-        look(source)
+        show_curves(source)
         return None
     from IPython.display import display
 
@@ -344,11 +356,11 @@ def watch(source: Path | str) -> Dashboard | None:
     return board
 
 
-def look(source: Path | str) -> None:
-    """Show the curves of a run as plain figures, for pages without a kernel."""
-    rows = Tail(source).read()
+def show_curves(source: Path | str) -> None:
+    """Show the curves of a run as static figures."""
+    rows = MetricsTail(source).read()
     if not rows:
-        raise UserError(f"{source} has no rows of a run")
+        raise UserError(f"{source} holds no metrics: name a run, its metrics.jsonl or its URL")
     for key, plot in PANELS.values():
         if has(rows, key):
             show(plot(rows, 0))

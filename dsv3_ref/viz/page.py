@@ -1,7 +1,7 @@
-"""One HTML file that needs nothing else: figures inlined as SVG, styles inside, no request.
+"""A self-contained HTML file: figures are inline SVG, styles are inline, nothing is requested.
 
-Everything that comes from data passes through `text`, which escapes it; the page also forbids
-scripts and outside resources by its own content security policy.
+Everything that comes from data passes through `text`, which escapes it. The content security
+policy of the page forbids scripts and outside resources.
 """
 
 import io
@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-STYLE = """
+PAGE_CSS = """
 :root { color-scheme: light; --ink: #1f2430; --soft: #5b6472; --line: #d9dee5; --back: #ffffff;
   --card: #f4f6f9; --mark: #ffe9b3; --link: #0060a0; }
 @media screen and (prefers-color-scheme: dark) {
@@ -60,35 +60,36 @@ mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: .
   .wide { overflow: visible; } .wide svg { min-width: 0; } h2 { break-after: avoid; }
   mark { border-bottom: 2px solid #000; } tr, dl.tiles div { break-inside: avoid; } }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 # ── Figures ──
 
 
 def titles(fig: Figure) -> str:
-    """Return the titles of a figure's axes, a sentence each: what it says in words."""
+    """Return the titles of a figure's axes, a sentence each: its text alternative."""
     return ". ".join(ax.get_title() for ax in fig.axes if ax.get_title())
 
 
 def svg(fig: Figure, name: str, alt: str) -> str:
-    """Return a figure as inline SVG in the page's ink color; `name` makes its ids unique."""
+    """Return a figure as inline SVG in the text color of the page; `name` makes its ids unique."""
     out = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        fig.savefig(out, format="svg", transparent=True, metadata=nothing, dpi=160)
+        fig.savefig(out, format="svg", transparent=True, metadata=no_metadata, dpi=160)
     plt.close(fig)
     code = out.getvalue()
     head, body = code[code.index("<svg") :].split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)[0]
+    view_box = re.search(r'viewBox="[^"]*"', head)
+    assert view_box, "matplotlib wrote an SVG without a viewBox"
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'href="#', f'href="#{name}-', body).replace("url(#", f"url(#{name}-")
     body = re.sub(r"#000000\b", "currentColor", body)
     body = re.sub(r"font: ([\w. ]*?px) [^;\"]*", r"font: \1 system-ui, sans-serif", body)
-    return f'<svg {box} role="img" aria-label="{text(alt)}">{body}'
+    return f'<svg {view_box[0]} role="img" aria-label="{text(alt)}">{body}'
 
 
 def drawing(fig: Figure, name: str, caption: str = "") -> str:
-    """Return a figure with its caption; wider than a phone, it scrolls inside its own box."""
+    """Return a figure with its caption; on a narrow screen it scrolls inside its own box."""
     alt = titles(fig)
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     return (
@@ -101,7 +102,7 @@ def drawing(fig: Figure, name: str, caption: str = "") -> str:
 
 
 def text(value: Any) -> str:
-    """Return data as escaped HTML text: numbers readable, everything else as JSON."""
+    """Return data as escaped HTML text: numbers with separators, everything else as JSON."""
     if isinstance(value, str):
         return escape(value)
     if isinstance(value, bool) or value is None or isinstance(value, list | dict):
@@ -116,11 +117,14 @@ def table(
     ours: str = "",
     digits: int | None = None,
 ) -> str:
-    """Return a table of two columns; `digits` after the point set numbers to the right."""
+    """Return a table of two columns.
+
+    ours: the row to highlight. digits: decimals of the values, which are then right-aligned.
+    """
     side = "" if digits is None else ' class="number"'
-    line = {True: '<tr class="ours">', False: "<tr>"}
+    row_tag = {True: '<tr class="ours">', False: "<tr>"}
     body = "".join(
-        f'{line[name == ours]}<th scope="row">{text(str(name))}</th>'
+        f'{row_tag[name == ours]}<th scope="row">{text(str(name))}</th>'
         f"<td{side}>{text(v if digits is None else f'{v:.{digits}f}')}</td></tr>"
         for name, v in rows.items()
     )
@@ -132,7 +136,7 @@ def table(
 
 
 def tiles(values: dict[str, str]) -> str:
-    """Return the few numbers that matter, large."""
+    """Return key figures as a grid of large numbers."""
     pairs = (f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in values.items())
     return f'<dl class="tiles">{"".join(pairs)}</dl>'
 
@@ -141,7 +145,7 @@ def tiles(values: dict[str, str]) -> str:
 
 
 def page(title: str, intro: str, sections: dict[str, str]) -> str:
-    """Return a whole document: heading, introduction (HTML), contents, sections by heading."""
+    """Return an HTML document: title, introduction (HTML), contents, sections by heading."""
     ids = {heading: re.sub(r"\W+", "-", heading.lower()) for heading in sections}
     links = "".join(f'<a href="#{ids[h]}">{text(h)}</a>' for h in sections)
     body = "".join(
@@ -150,9 +154,9 @@ def page(title: str, intro: str, sections: dict[str, str]) -> str:
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{PAGE_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{text(title)}</title><style>{PAGE_CSS}</style></head>\n"
         f"<body><header><h1>{text(title)}</h1>{intro}"
         f'<nav aria-label="Contents">{links}</nav></header>\n<main>{body}</main></body></html>\n'
     )

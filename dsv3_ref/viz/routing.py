@@ -1,4 +1,4 @@
-"""Figures of routing: tokens, their affinities, the chosen experts and the load per expert."""
+"""Figures of expert routing: affinities of tokens, chosen experts, load per expert."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import Gate, Route, max_vio, tokens_per_expert
 from dsv3_ref.viz.style import BLUE, GRAY, ORANGE, figure, play, show
 
-MAX_TOKENS = 32  # that fit into a figure
+MAX_TOKENS = 32  # as many as fit into a figure
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def trace_route(
 
 
 def draw_affinities(ax: Axes, route: Route, texts: Sequence[str], groups: int, title: str) -> None:
-    """Draw affinities (tokens down, experts across), a circle by weight on each chosen expert."""
+    """Draw affinities (rows: tokens, columns: experts) and a circle on each chosen expert."""
     n_tokens, n_experts = route.scores_bse.shape[1:]
     image = ax.imshow(route.scores_bse[0].cpu().numpy(), aspect="auto", cmap="cividis")
     ax.figure.colorbar(image, ax=ax, label="affinity", pad=0.01)
@@ -57,11 +57,11 @@ def draw_affinities(ax: Axes, route: Route, texts: Sequence[str], groups: int, t
         ax.axvline(group * n_experts / groups - 0.5, color="white", lw=1.5)
     labels = [repr(text)[1:-1] for text in texts]
     ax.set_yticks(range(n_tokens), labels, fontsize=8, parse_math=False)
-    ax.set(title=title or "○ chosen, larger: weighs more", xlabel="expert, by group")
+    ax.set(title=title or "○ chosen; size: weight", xlabel="expert, by group")
 
 
 def draw_loads(ax: Axes, route: Route) -> None:
-    """Draw how many tokens each expert received, and their mean."""
+    """Draw the number of tokens of each expert, and the mean."""
     n_experts = route.scores_bse.shape[-1]
     load_e = tokens_per_expert(route.topk_ids_bsk.cpu(), n_experts)
     ax.bar(range(n_experts), load_e.tolist(), color=BLUE)
@@ -82,14 +82,14 @@ def draw_routing(route: Route, texts: Sequence[str], groups: int = 1, title: str
 
 
 def explore_routing(model: Transformer, tokenizer: Tokenizer, text: str) -> None:
-    """Show how a sentence is routed; in a notebook, with controls for text, layer and one bias."""
+    """Show how a sentence is routed; a notebook adds controls for text, layer and one bias."""
     config = model.config
     names = [name for name in moe_layers(model) if not name.startswith("mtp")]
 
     def draw(text: str = text, layer: str = names[0], expert: int = 0, bias: float = 0.0) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False).ids[:MAX_TOKENS]
         if not ids:
-            print("type something")
+            print("enter a text")
             return
         route = trace_route(model, ids, layer, expert, bias)
         show(draw_routing(route, [tokenizer.decode([i]) for i in ids], config.n_expert_groups))

@@ -1,4 +1,4 @@
-"""One look for every figure: a palette that color-blind readers can tell apart, thin axes."""
+"""The look of every figure: a palette for color-blind readers, thin axes; and widgets."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,9 @@ GREEN = "#009E73"
 PINK = "#CC79A7"
 GRAY = "#6B7280"
 COLORS = [BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#D55E00", GRAY]
-STYLE: dict[Any, Any] = {
+# used beside color: for prints and for color-blind readers
+LINE_STYLES: list[Any] = ["-", "--", "-.", ":", (0, (8, 2, 1, 2)), (0, (1, 3))]
+RC_PARAMS: dict[Any, Any] = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
     "axes.prop_cycle": plt.cycler(color=COLORS),
@@ -30,23 +32,23 @@ STYLE: dict[Any, Any] = {
 def figure(
     rows: int = 1, cols: int = 1, width: float = 8.0, height: float = 3.2, **kwargs: Any
 ) -> tuple[Figure, Any]:
-    """Call `plt.subplots` in one style; width and height of the whole figure are in inches.
+    """Call `plt.subplots` with the style of this package; width and height are in inches.
 
-    The style stays on: matplotlib reads line widths, titles and legends only when they are drawn.
+    The style stays set: matplotlib reads line widths, titles and legends only when it draws them.
     """
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update(RC_PARAMS)
     return plt.subplots(rows, cols, figsize=(width, height), layout="constrained", **kwargs)
 
 
 def in_notebook() -> bool:
-    """Return whether this is a Jupyter kernel, and not a plain script."""
+    """Return whether this code runs in a Jupyter kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")
 
 
 def show(fig: Figure) -> None:
-    """Put a figure under the cell; in a script draw it, so that errors show, and close it."""
+    """Display a figure below its cell and close it; a script draws it without showing it."""
     if in_notebook():
         from IPython.display import display
 
@@ -57,9 +59,10 @@ def show(fig: Figure) -> None:
 
 
 def play(draw: Callable, **controls: Any) -> None:
-    """Show sliders for `draw(**values)` in a notebook (ipywidgets.interact); call it in a script.
+    """Show controls for `draw(**values)` in a notebook; in a script call it once with defaults.
 
-    Controls are those of `interact`: (low, high, step), a list of choices, a bool or a widget.
+    Controls are those of `ipywidgets.interact`: (low, high, step), a list of choices, a bool or a
+    widget.
     """
     if in_notebook():
         from ipywidgets import interact
@@ -70,7 +73,7 @@ def play(draw: Callable, **controls: Any) -> None:
 
 
 def default_value(control: Any) -> Any:
-    """Return a starting value for a control, as `interact` would choose it."""
+    """Return the initial value that `interact` would choose for a control."""
     if hasattr(control, "value"):
         return control.value
     if isinstance(control, tuple):

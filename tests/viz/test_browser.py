@@ -51,7 +51,7 @@ NEW_CELL = """async source => {
 }"""
 WATCH = """from dsv3_ref.viz import live
 size = "--start-batch-size 1 --global-batch-size 1 --seq-len 32"
-control = live.train(f"train --config tiny --steps 400 {size}")
+control = live.launch_run(f"train --config tiny --steps 400 {size}")
 """
 REDRAWN = """before => [...document.querySelectorAll(".jp-Cell.jp-mod-active img")]
     .some(image => !before.includes(image.src))"""
@@ -194,11 +194,16 @@ def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
     page.set_default_timeout(120_000)
     page.evaluate(NEW_CELL, WATCH)
     cell = page.locator(".jp-Cell.jp-mod-active")
-    button = lambda name: cell.get_by_role("button", name=name)
+
+    def button(name: str):
+        return cell.get_by_role("button", name=name)
+
+    def steps() -> int:
+        return int(re.search(r"step (\d+)", status.inner_text())[1])
+
     status, tab = cell.locator("[role=status]"), cell.locator(".widget-image").first
     button("start").click()
     tab.wait_for()
-    steps = lambda: int(re.search(r"step (\d+)", status.inner_text())[1])
     seen, first = steps(), tab.get_attribute("src")
     page.wait_for_function(REDRAWN, arg=[first])
     page.wait_for_function(BEYOND, arg=seen)
@@ -209,7 +214,7 @@ def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
     assert steps() == still
     cell.get_by_role("tab", name="Experts").click()
     page.wait_for_function("() => document.querySelectorAll('.widget-image[src^=blob]').length > 1")
-    button("go on").click()
+    button("continue").click()
     button("stop").click()
     button("resume").wait_for()
     assert "stopped" in cell.inner_text()

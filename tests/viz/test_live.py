@@ -1,4 +1,4 @@
-"""Runs that are watched: rows as they come, from here and from afar; a command with buttons."""
+"""The dashboard of a run: reading growing metrics, locally and over HTTP; the run's controls."""
 
 import asyncio
 import http.server
@@ -15,7 +15,7 @@ from test_viz import closed, fake_rows, rl_rows  # noqa: F401  a fixture
 
 from dsv3_ref.config import UserError
 from dsv3_ref.viz import live
-from dsv3_ref.viz.live import Command, Control, Dashboard, Tail
+from dsv3_ref.viz.live import RunProcess, RunControls, Dashboard, MetricsTail
 
 
 def text(rows) -> str:
@@ -29,7 +29,7 @@ def file(tmp_path):
 
 @pytest.fixture(params=["a folder", "a file", "an address", "an address without ranges"])
 def source(request, file):
-    """Every way to name the same rows."""
+    """Name the same metrics in every supported way."""
     if not request.param.startswith("an address"):
         yield file.parent if request.param == "a folder" else file
         return
@@ -48,7 +48,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 class Ranges(Quiet):
-    """A server that sends what was asked for, and knows when nothing stands there."""
+    """A server that supports byte ranges, with status 416 for a range beyond the file."""
 
     def do_GET(self):
         data = Path(self.directory, "metrics.jsonl").read_bytes()
@@ -63,10 +63,10 @@ class Ranges(Quiet):
 # ── Rows ──
 
 
-def test_rows_come_as_they_are_written(source, file):
+def test_new_rows_are_read_as_they_are_written(source, file):
     rows, all_ = fake_rows(9), text(fake_rows(9))
     file.write_text("")
-    tail = Tail(source)
+    tail = MetricsTail(source)
     assert tail.read() == []
     for end in range(0, len(all_), 700):
         file.write_text(all_[:end])
@@ -75,10 +75,10 @@ def test_rows_come_as_they_are_written(source, file):
     assert tail.read() == rows == tail.read()
 
 
-def test_a_run_that_went_back_is_read_again(source, file):
+def test_a_rolled_back_run_is_read_again(source, file):
     rows = fake_rows(9)
     file.write_text(text(rows))
-    tail = Tail(source)
+    tail = MetricsTail(source)
     assert len(tail.read()) == 9
     other = [row | {"loss": 1.0} for row in rows[4:7]]
     file.write_text(text(rows[:4] + other))
@@ -88,27 +88,29 @@ def test_a_run_that_went_back_is_read_again(source, file):
     assert tail.read() == longer
 
 
-def test_only_what_is_new_is_fetched(file, monkeypatch):
-    asked, real = [], Tail.fetch
-    monkeypatch.setattr(Tail, "fetch", lambda self, start: asked.append(start) or real(self, start))
+def test_only_new_bytes_are_fetched(file, monkeypatch):
+    starts, real = [], MetricsTail.fetch
+    monkeypatch.setattr(
+        MetricsTail, "fetch", lambda self, start: starts.append(start) or real(self, start)
+    )
     rows = fake_rows(40)
     file.write_text(text(rows[:30]))
-    tail = Tail(file)
+    tail = MetricsTail(file)
     tail.read()
     file.write_text(text(rows))
     tail.read()
-    assert asked[0] == 0 and asked[1] == len(text(rows[:29])) and len(asked) == 2
+    assert starts == [0, len(text(rows[:29]))]
 
 
-def test_what_is_no_row_is_left_out(file):
+def test_lines_that_are_not_rows_are_skipped(file):
     file.write_text('{"step": 1}\nnonsense\n[2]\n{"loss": 2}\n{"step": 2}\n')
-    assert Tail(file).read() == [{"step": 1}, {"step": 2}]
+    assert MetricsTail(file).read() == [{"step": 1}, {"step": 2}]
 
 
-def test_nothing_there_yet(tmp_path):
-    assert Tail(tmp_path / "no").read() == [] == Tail("http://127.0.0.1:9/no").read()
-    with pytest.raises(UserError, match="no rows of a run"):
-        live.look(tmp_path / "no")
+def test_missing_metrics_are_empty(tmp_path):
+    assert MetricsTail(tmp_path / "no").read() == [] == MetricsTail("http://127.0.0.1:9/no").read()
+    with pytest.raises(UserError, match="holds no metrics"):
+        live.show_curves(tmp_path / "no")
 
 
 # ── The page ──
@@ -118,7 +120,7 @@ def images(board) -> list[bytes]:
     return [bytes(child.value) for child in board.tabs.children]
 
 
-def test_a_dashboard_grows_with_its_run(file):
+def test_a_dashboard_is_updated_with_its_run(file):
     board = Dashboard(file)
     assert "no step yet" in board.line.value and board.titles == []
     file.write_text(text(fake_rows(20)))
@@ -126,7 +128,7 @@ def test_a_dashboard_grows_with_its_run(file):
     assert board.titles == ["Loss", "Experts", "Balance", "Gradient", "Speed"]
     assert "running · step 20 · loss" in board.line.value
     first = images(board)
-    assert first[0].startswith(b"\x89PNG") and not any(first[1:])  # only what is looked at
+    assert first[0].startswith(b"\x89PNG") and not any(first[1:])  # only the selected tab
     board.update()
     assert images(board) == first
     file.write_text(text(fake_rows(40)))
@@ -134,7 +136,7 @@ def test_a_dashboard_grows_with_its_run(file):
     assert images(board)[0] != first[0]
 
 
-def test_another_tab_or_layer_is_drawn_when_it_is_looked_at(file):
+def test_a_tab_or_layer_is_drawn_when_it_is_selected(file):
     file.write_text(text(fake_rows(20)))
     board = Dashboard(file)
     board.tabs.selected_index = 1
@@ -144,29 +146,29 @@ def test_another_tab_or_layer_is_drawn_when_it_is_looked_at(file):
     assert images(board)[1] != shown
 
 
-def test_a_run_of_rl_begins_with_its_reward(file):
+def test_an_rl_run_shows_its_reward_first(file):
     file.write_text(text(rl_rows(20)))
     board = Dashboard(file)
     assert board.titles[:3] == ["Reward", "Watch", "Loss"] and images(board)[0]
     assert "reward 0." in board.line.value
 
 
-def test_following_ends_with_what_came_last(file):
+def test_following_ends_with_the_last_row(file):
     file.write_text(text(fake_rows(3)))
     board, looks = Dashboard(file), iter([True, False])
 
-    def alive():
+    def is_alive():
         file.write_text(text(fake_rows(5)))
         return next(looks)
 
-    asyncio.run(board.follow(lambda: "finished", alive))
+    asyncio.run(board.follow(lambda: "finished", is_alive))
     assert "finished · step 5" in board.line.value
 
 
-def test_in_a_script_it_is_a_figure_or_a_sentence(file, capsys):
+def test_a_script_draws_figures_or_prints_the_command(file, capsys):
     file.write_text(text(fake_rows(20)))
     assert live.watch(file) is None
-    assert live.train("train --steps 3", "runs/x") is None
+    assert live.launch_run("train --steps 3", "runs/x") is None
     assert capsys.readouterr().out == "dsv3 train --steps 3 --out runs/x\n"
 
 
@@ -179,14 +181,14 @@ def home(tmp_path_factory):
         yield folder
 
 
-def command(home, out, steps: int) -> Command:
+def command(home, out, steps: int) -> RunProcess:
     _, *words = miniruns.options(home, out)[:-2]
     words = [w for w in words if w not in ("--out", str(out))]
     more = ["--steps", str(steps), "--warmup-steps", "2", "--save-every", "1000"]
-    return Command(" ".join(["train", *words, *more]), out)
+    return RunProcess(" ".join(["train", *words, *more]), out)
 
 
-def until(happens, run: Command, seconds: float = 60.0) -> None:
+def until(happens, run: RunProcess, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end and run.state != "failed", run.log.read_text()[-2000:]
@@ -194,64 +196,68 @@ def until(happens, run: Command, seconds: float = 60.0) -> None:
 
 
 def steps(folder) -> int:
-    return len(Tail(folder).read())
+    return len(MetricsTail(folder).read())
 
 
-def test_a_run_is_paused_stopped_and_goes_on(home, tmp_path, monkeypatch):
+def test_a_run_is_paused_stopped_and_resumed(home, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = command(home, tmp_path / "run", 5000)
     assert run.state == "ready"
     run.start()
     until(lambda: steps(run.folder) > 3, run)
     run.pause()
-    time.sleep(0.3)  # a row may be half way
-    at = steps(run.folder)
+    time.sleep(0.3)  # a row may be half written
+    num_steps = steps(run.folder)
     assert run.state == "paused"
     time.sleep(0.5)
-    assert steps(run.folder) == at
-    run.go_on()
-    until(lambda: steps(run.folder) > at, run)
+    assert steps(run.folder) == num_steps
+    run.unpause()
+    until(lambda: steps(run.folder) > num_steps, run)
     run.pause()
     run.stop()  # also from a pause
     until(lambda: run.state == "stopped", run)
     assert len(list((run.folder / "checkpoints").iterdir())) == 1
-    at = steps(run.folder)
+    num_steps = steps(run.folder)
     run.start()
-    until(lambda: steps(run.folder) > at, run)
+    until(lambda: steps(run.folder) > num_steps, run)
     run.end()
     until(lambda: run.state == "stopped", run)
 
 
-def test_a_finished_run_is_not_written_over(home, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_overwritten(home, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("{}")
     (tmp_path / "run-2").mkdir()
     (tmp_path / "run-2" / "summary.json").write_text("{}")
-    assert live.free(tmp_path / "run") == tmp_path / "run-3"
-    assert live.free(tmp_path / "my-run") == tmp_path / "my-run"
+    assert live.next_folder(tmp_path / "run") == tmp_path / "run-3"
+    assert live.next_folder(tmp_path / "my-run") == tmp_path / "my-run"
     (tmp_path / "run-3").mkdir()
-    (tmp_path / "run-3" / "mine.txt").write_text("no run, and not to be mixed with one")
-    assert live.free(tmp_path / "run") == tmp_path / "run-4"
+    (tmp_path / "run-3" / "mine.txt").write_text("files of something else")
+    assert live.next_folder(tmp_path / "run") == tmp_path / "run-4"
 
 
-def test_buttons_fit_the_state_and_a_failure_says_why(home, tmp_path):
-    control = Control(Command("train --steps -1", tmp_path / "run"))
-    able = lambda: [not b.disabled for b in (control.begin, control.pause, control.stop)]
-    assert able() == [True, False, False] and "ready" in control.said.value
+def test_buttons_follow_the_state_and_a_failure_shows_its_error(home, tmp_path):
+    control = RunControls(RunProcess("train --steps -1", tmp_path / "run"))
+
+    def able() -> list[bool]:
+        buttons = (control.start_button, control.pause_button, control.stop_button)
+        return [not button.disabled for button in buttons]
+
+    assert able() == [True, False, False] and "ready" in control.message.value
 
     async def click():
-        control.begin.click()
+        control.start_button.click()
         assert able() == [False, True, True]
         await control.task
 
     asyncio.run(click())
     assert able() == [True, False, False]
-    assert "failed" in control.said.value and "--steps must be" in control.said.value
+    assert "failed" in control.message.value and "--steps must be" in control.message.value
 
 
-def test_a_signal_before_the_run_listens_is_an_end_too(tmp_path, monkeypatch):
-    run = Command("train", tmp_path / "run")
+def test_a_signal_before_the_handler_is_set_stops_the_run_too(tmp_path, monkeypatch):
+    run = RunProcess("train", tmp_path / "run")
     run.start()
     os.kill(run.process.pid, live.signal.SIGUSR1)
     until(lambda: run.state != "running", run)

@@ -1,7 +1,8 @@
-"""Plots of a run: they show the numbers they were given, whatever the rows lack."""
+"""Plots of a run: every plot shows its data, also where rows lack keys."""
 
 import json
 import warnings
+from itertools import combinations
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +19,7 @@ LAYERS, EXPERTS = 3, 8
 
 
 def fake_rows(steps: int, layers: int = LAYERS, experts: int = EXPERTS) -> list[dict]:
-    """A run as the trainer writes it: experts that drift apart and a bias that pulls them back."""
+    """Return rows of a training run: expert loads drift apart and the biases pull them back."""
     rng = np.random.default_rng(0)
     liked_le, bias_le = rng.normal(0, 0.8, (layers, experts)), np.zeros((layers, experts))
     rows = []
@@ -41,7 +42,7 @@ def fake_rows(steps: int, layers: int = LAYERS, experts: int = EXPERTS) -> list[
 
 
 def rl_rows(steps: int) -> list[dict]:
-    """A GRPO run: two domains, of which a step may ask only one, and some that a step lacks."""
+    """Return rows of a GRPO run with two tasks; some steps lack one, and some keys are null."""
     rng, rows = np.random.default_rng(1), fake_rows(steps)
     for row in rows:
         part = row["step"] / steps
@@ -49,25 +50,26 @@ def rl_rows(steps: int) -> list[dict]:
         held = {name: {"greedy": part, "sampled": part / 2, "length": 20.0} for name in by}
         del row["expert_bias"]
         row |= {"reward": np.mean(list(by.values())), "reward_by": by, "kl_k1": part, "kl": part,
-                "entropy": 1 - part, "length": 20 + rng.normal(), "clip_ratio": None, "frac_reward_zero_std": part,
-                "sampling_logp_difference": 1e-7, "held_out": held if row["step"] % 20 == 0 else None}  # fmt: skip
+                "entropy": 1 - part, "length": 20 + rng.normal(), "clip_ratio": None,
+                "frac_reward_zero_std": part, "sampling_logp_difference": 1e-7,
+                "held_out": held if row["step"] % 20 == 0 else None}  # fmt: skip
     return rows
 
 
 PLOTS = {
-    "loss": training.loss_curves,
-    "expert_load": training.load_heatmap,
-    "expert_bias": training.bias_trajectories,
-    "max_vio": training.max_vio,
-    "lr": training.schedule,
-    "tokens_per_s": training.throughput,
-    "grad_norm": training.grad_norm,
+    "loss": training.plot_loss,
+    "expert_load": training.plot_expert_load,
+    "expert_bias": training.plot_expert_bias,
+    "max_vio": training.plot_max_vio,
+    "lr": training.plot_schedule,
+    "tokens_per_s": training.plot_throughput,
+    "grad_norm": training.plot_grad_norm,
 }
 
 
 @pytest.fixture(autouse=True)
 def closed():
-    """No warning from a plot, no figure left open."""
+    """Turn warnings into errors, and close all figures after a test."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -80,7 +82,7 @@ def pixels(fig):
 
 
 def ink(fig) -> int:
-    """Pixels that the data add to a figure's frame, titles and legends."""
+    """Count the pixels that the data add to a figure's frame, titles and legends."""
     with_data = pixels(fig)
     for ax in fig.axes:
         for artist in [*ax.lines, *ax.collections, *ax.images, *ax.patches]:
@@ -153,7 +155,7 @@ def test_every_plot_shows_its_data(key, steps):
 
 @pytest.mark.parametrize("key", PLOTS)
 def test_rows_without_the_key_raise(key):
-    names = training.SCHEDULES if key == "lr" else [key]
+    names = training.SCHEDULE_PANELS if key == "lr" else [key]
     rows = [{k: v for k, v in row.items() if k not in names} for row in fake_rows(5)]
     with pytest.raises(ValueError, match="no row has"):
         PLOTS[key](rows)
@@ -170,11 +172,11 @@ def test_text_stays_inside_and_apart(key):
     fig.canvas.draw()
     boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
     assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1 for b in boxes)
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 60])
-@pytest.mark.parametrize("plot", [rl.rewards, rl.watched])
+@pytest.mark.parametrize("plot", [rl.plot_rewards, rl.plot_rl_metrics])
 def test_what_rl_is_watched_by_is_drawn(plot, steps):
     fig = plot(rl_rows(steps))
     assert ink(fig) > (20 if steps == 1 else 200)
@@ -183,20 +185,20 @@ def test_what_rl_is_watched_by_is_drawn(plot, steps):
 
 
 def test_rewards_have_a_curve_a_domain_and_diamonds_where_problems_were_held_out():
-    ax = rl.rewards(rl_rows(60), {"sums": {"greedy": 0.1}}).axes[0]
+    ax = rl.plot_rewards(rl_rows(60), {"sums": {"greedy": 0.1}}).axes[0]
     assert ax.get_legend_handles_labels()[1] == ["sums", "writing"]
     diamonds = [line.get_xdata() for line in ax.lines if line.get_marker() == "D"]
     assert [list(x) for x in diamonds] == [[0, 20, 40, 60], [20, 40]]
-    assert ink(rl.rewards([{"step": s, "reward_by": {"sums": 1.0}} for s in range(9)])) > 200
+    assert ink(rl.plot_rewards([{"step": s, "reward_by": {"sums": 1.0}} for s in range(9)])) > 200
 
 
 def test_only_what_rows_have_gets_a_panel():
-    shown = [ax.get_title() for ax in rl.watched(rl_rows(9)).axes if ax.get_visible()]
-    assert len(shown) == len(rl.WATCHED) - 1 and rl.WATCHED["clip_ratio"][0] not in shown
+    shown = [ax.get_title() for ax in rl.plot_rl_metrics(rl_rows(9)).axes if ax.get_visible()]
+    assert len(shown) == len(rl.RL_PANELS) - 1 and rl.RL_PANELS["clip_ratio"][0] not in shown
 
 
 def test_loss_has_a_curve_for_each_part():
-    _, labels = training.loss_curves(fake_rows(60)).axes[0].get_legend_handles_labels()
+    _, labels = training.plot_loss(fake_rows(60)).axes[0].get_legend_handles_labels()
     assert labels == ["training", "validation", "MTP, depth 1", "MTP, depth 2"]
 
 
@@ -204,12 +206,12 @@ def test_loss_survives_divergence():
     rows = fake_rows(60)
     rows[-1]["loss"] = float("nan")
     rows[-2]["loss"] = float("inf")
-    assert ink(training.loss_curves(rows)) > 200
+    assert ink(training.plot_loss(rows)) > 200
 
 
 def test_heatmap_is_load_times_experts():
     rows = fake_rows(50)
-    shown = training.load_heatmap(rows, layer=1).axes[0].images[0].get_array()
+    shown = training.plot_expert_load(rows, layer=1).axes[0].images[0].get_array()
     assert shown.shape == (EXPERTS, 50)
     assert np.allclose(shown.T, np.array([r["expert_load"][1] for r in rows]) * EXPERTS)
 
@@ -217,7 +219,7 @@ def test_heatmap_is_load_times_experts():
 def test_even_load_is_white_and_a_dead_expert_is_not():
     even, dead = [1 / 4] * 4, [0.0, 1 / 3, 1 / 3, 1 / 3]
     rows = [{"step": s, "expert_load": [even, dead]} for s in range(9)]
-    images = [training.load_heatmap(rows, i).axes[0].images[0] for i in range(2)]
+    images = [training.plot_expert_load(rows, i).axes[0].images[0] for i in range(2)]
     even_rgba, dead_rgba = (i.to_rgba(i.get_array()) for i in images)
     assert np.allclose(even_rgba, 1, atol=0.01)
     assert np.allclose(dead_rgba[0], images[1].cmap(0.0)) and dead_rgba[0, 0, 0] < 0.1
@@ -225,38 +227,38 @@ def test_even_load_is_white_and_a_dead_expert_is_not():
 
 def test_a_long_run_is_averaged_not_thinned():
     rows = [{"step": s, "expert_load": [[s % 2, 1 - s % 2]]} for s in range(1000)]
-    shown = training.load_heatmap(rows).axes[0].images[0].get_array()
+    shown = training.plot_expert_load(rows).axes[0].images[0].get_array()
     assert shown.shape[1] <= 200
     assert np.allclose(shown.mean(1), 1, atol=0.01) and shown.max() < 1.3
 
 
 def test_bias_names_the_extremes():
     rows = [{"step": s, "expert_bias": [[0.0, 0.01 * s, -0.02 * s, 0.005 * s]]} for s in range(10)]
-    (ax,) = training.bias_trajectories(rows, ["layers.1.ffn"]).axes
+    (ax,) = training.plot_expert_bias(rows, ["layers.1.ffn"]).axes
     assert ax.get_legend_handles_labels()[1] == ["expert 1", "expert 2"]
     assert ax.get_title() == "layers.1.ffn: biases −0.180 to +0.090"
 
 
 def test_many_layers_become_a_band():
-    fig = training.max_vio(fake_rows(80, layers=58))
+    fig = training.plot_max_vio(fake_rows(80, layers=58))
     assert len(fig.axes[0].lines) == 1 and len(fig.axes[0].collections) == 1
-    assert ink(training.bias_trajectories(fake_rows(80, layers=5, experts=64))) > 200
+    assert ink(training.plot_expert_bias(fake_rows(80, layers=5, experts=64))) > 200
 
 
 def test_layers_take_their_names():
-    fig = training.max_vio(fake_rows(20), names=["a", "b"])
+    fig = training.plot_max_vio(fake_rows(20), names=["a", "b"])
     assert fig.axes[0].get_legend_handles_labels()[1] == ["a", "b", "MoE layer 2"]
 
 
 def test_schedule_titles_tell_the_course():
-    titles = [ax.get_title() for ax in training.schedule(fake_rows(60)).axes]
+    titles = [ax.get_title() for ax in training.plot_schedule(fake_rows(60)).axes]
     assert titles[:2] == ["Learning rate: 0.0001 → 0.001", "Batch: 8 → 16"]
-    assert training.course(np.array([1.0, 3.0, 2.0])) == "1 → 3 → 2"
-    assert training.course(np.array([2.0, 2.0])) == "2"
+    assert training.format_course(np.array([1.0, 3.0, 2.0])) == "1 → 3 → 2"
+    assert training.format_course(np.array([2.0, 2.0])) == "2"
 
 
 def test_bits_are_ordered_best_on_top():
-    fig = training.bits_per_byte({"gzip": 2.66, "this model": 1.5, "bzip2": 1.89})
+    fig = training.plot_bits_per_byte({"gzip": 2.66, "this model": 1.5, "bzip2": 1.89})
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["gzip", "bzip2", "this model"]
     assert [b.get_width() for b in fig.axes[0].patches] == [2.66, 1.89, 1.5]
 
@@ -267,7 +269,7 @@ def test_bits_are_ordered_best_on_top():
 def test_the_style_reaches_lines_and_legends():
     fig, ax = style.figure()
     ax.plot([0, 1], label="x")
-    assert ax.lines[0].get_linewidth() == style.STYLE["lines.linewidth"]
+    assert ax.lines[0].get_linewidth() == style.RC_PARAMS["lines.linewidth"]
     assert not ax.legend().get_frame_on()
 
 
@@ -287,7 +289,7 @@ def test_play_starts_from_the_middle(control, value):
 
 
 def test_svg_takes_the_pages_ink_and_keeps_its_ids_apart():
-    one, two = (page.svg(training.max_vio(fake_rows(9)), n, "a < b") for n in ("one", "two"))
+    one, two = (page.svg(training.plot_max_vio(fake_rows(9)), n, "a < b") for n in ("one", "two"))
     assert 'aria-label="a &lt; b"' in one and "#000000" not in one
     ids = [{part.split('"')[0] for part in code.split(' id="')[1:]} for code in (one, two)]
     assert ids[0] and not ids[0] & ids[1]
@@ -296,8 +298,8 @@ def test_svg_takes_the_pages_ink_and_keeps_its_ids_apart():
 
 
 def test_the_same_figure_gives_the_same_svg():
-    draw = lambda: page.svg(training.loss_curves(fake_rows(30)), "loss", "loss")
-    assert draw() == draw()
+    svgs = [page.svg(training.plot_loss(fake_rows(30)), "loss", "loss") for _ in range(2)]
+    assert svgs[0] == svgs[1]
 
 
 def test_text_is_escaped_and_numbers_readable():
