@@ -188,12 +188,12 @@ class Scheduler:
         """
         for request in requests:
             if not request.tokens or request.max_tokens < 1:
-                raise UserError("a prompt needs at least one token, and so does an answer")
+                raise UserError("a request needs at least one prompt token and one new token")
             if request.num_prompt_tokens + request.max_tokens > self.max_model_len:
                 raise UserError(
-                    f"a prompt of {request.num_prompt_tokens} tokens and an answer of "
-                    f"{request.max_tokens} are more than the {self.max_model_len} that this "
-                    "server holds"
+                    f"a prompt of {request.num_prompt_tokens} tokens and {request.max_tokens} new "
+                    f"tokens exceed the limit of {self.max_model_len}: shorten the prompt or lower "
+                    "max_tokens"
                 )
         if len(self.waiting) + len(requests) > self.max_queue:
             raise QueueFull

@@ -69,7 +69,7 @@ def validate_generation_options(args: GenerationOptions) -> None:
         (args.temperature >= 0, "--temperature must be at least 0"),
         (0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
         (args.num_speculative_tokens >= 0, "--num-speculative-tokens must be at least 0"),
-        (all(args.stop), "--stop needs a text that is not empty"),
+        (all(args.stop), "--stop needs a non-empty text"),
     ]
     for holds, sentence in rules:
         if not holds:

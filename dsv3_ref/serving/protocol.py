@@ -1,165 +1,222 @@
-"""OpenAI's protocol: what a request may ask for, and the form of an answer."""
+"""OpenAI's protocol: parsing of requests and the format of responses."""
 
 import json
 import time
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from dsv3_ref.config import UserError
+
+JSONObject = dict[str, Any]  # as `json.loads` returns it
+Default = TypeVar("Default")
 
 SUPPORTED_FIELDS = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "seed", "n", "stop", "stream", "stream_options", "logprobs", "top_logprobs",
 }  # fmt: skip
-NEUTRAL_VALUES = {  # what may be sent because it asks for nothing; other values are refused by name
+# Fields that are accepted only with these values, which have no effect.
+NEUTRAL_VALUES: dict[str, list[object]] = {
     "echo": [False], "best_of": [1], "suffix": ["", None], "frequency_penalty": [0, None],
     "presence_penalty": [0, None], "logit_bias": [{}, None], "tools": [[], None],
     "tool_choice": ["none", "auto", None], "response_format": [{"type": "text"}, None],
 }  # fmt: skip
 IGNORED_FIELDS = {
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-}
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+}  # fmt: skip
 
 
-# ── What a request asks for ──
+# ── Requests ──
 
 
 class HTTPError(Exception):
-    """A status and a sentence."""
+    """An HTTP status and the message for the client."""
 
-    def __init__(self, status: int, sentence: str):
-        super().__init__(sentence)
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
         self.status = status
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A request, checked."""
+    """A validated request to either endpoint."""
 
     prompts: list[list[int]]
     chat: bool
-    n: int
+    n: int  # completions per prompt
     max_tokens: int | None
     temperature: float
     top_p: float
     seed: int
     stop: tuple[str, ...]
     stream: bool
-    include_usage: bool  # of a stream, at its end
-    num_logprobs: int  # log-probabilities: of so many likeliest tokens too; −1: none
+    include_usage: bool  # at the end of a stream
+    num_logprobs: int  # alternatives listed with each token's log-probability; −1: no logprobs
 
 
-def parse_number(body: dict, name: str, default, low, high, kind=int):
-    """A number of the body within its bounds."""
-    x = body.get(name)
-    if x is None:
+def parse_int(body: JSONObject, name: str, default: Default, low: int, high: int) -> int | Default:
+    """Return an integer field of the body, or `default` if it is missing or null.
+
+    Raises a `UserError` if the value is not an integer from `low` to `high`.
+    """
+    value = body.get(name)
+    if value is None:
         return default
-    good = isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high
-    if not good or (kind is int and x != int(x)):
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} must be {what} from {low} to {high}, not {json.dumps(x)[:40]}")
-    return kind(x)
+    if not is_between(value, low, high) or value != int(value):
+        raise UserError(
+            f"{name} must be a whole number from {low} to {high}, not {short_json(value)}"
+        )
+    return int(value)
 
 
-def parse_flag(body: dict, name: str) -> bool:
-    x = body.get(name) or False
-    if not isinstance(x, bool):
+def parse_float(body: JSONObject, name: str, default: float, low: float, high: float) -> float:
+    """Return a numeric field of the body, or `default` if it is missing or null.
+
+    Raises a `UserError` if the value is not a number from `low` to `high`.
+    """
+    value = body.get(name)
+    if value is None:
+        return default
+    if not is_between(value, low, high):
+        raise UserError(f"{name} must be a number from {low} to {high}, not {short_json(value)}")
+    return float(value)
+
+
+def is_between(value: object, low: float, high: float) -> bool:
+    """Return whether a JSON value is a number from `low` to `high`; NaN is not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return low <= value <= high
+
+
+def short_json(value: object) -> str:
+    """Return the first 40 characters of a value as JSON, for error messages."""
+    return json.dumps(value)[:40]
+
+
+def parse_flag(body: JSONObject, name: str) -> bool:
+    """Return a Boolean field of the body, False if it is missing or null."""
+    value = body.get(name) or False
+    if not isinstance(value, bool):
         raise UserError(f"{name} must be true or false")
-    return x
+    return value
 
 
-def parse_stop(body: dict) -> tuple[str, ...]:
-    """Up to four texts that end an answer."""
-    x = body.get("stop") or []
-    x = [x] if isinstance(x, str) else x
-    if not isinstance(x, list) or len(x) > 4 or not all(isinstance(s, str) and s for s in x):
-        raise UserError("stop must be a text that is not empty, or up to four of them")
-    return tuple(x)
+def parse_stop(body: JSONObject) -> tuple[str, ...]:
+    """Return the stop strings of a request, at most four."""
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    is_list = isinstance(stop, list) and len(stop) <= 4
+    if not is_list or not all(isinstance(s, str) and s for s in stop):
+        raise UserError("stop must be a non-empty string or a list of up to four of them")
+    return tuple(stop)
 
 
-def reject_unknown(body: dict) -> None:
-    """Refuse what would be silently different from what was asked."""
+def reject_unknown(body: JSONObject) -> None:
+    """Raise a `UserError` for a field that the server would otherwise silently ignore."""
+    known_fields = SUPPORTED_FIELDS | IGNORED_FIELDS | set(NEUTRAL_VALUES)
     for name, value in body.items():
         if name in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[name]:
-            raise UserError(f"this server cannot do {name}")
-        if (
-            name not in SUPPORTED_FIELDS
-            and name not in NEUTRAL_VALUES
-            and name not in IGNORED_FIELDS
-        ):
-            raise UserError(f"this server knows no {json.dumps(name)[:60]}")
+            raise UserError(f"this server does not support {name}: leave it out")
+        if name not in known_fields:
+            raise UserError(f"unknown field {json.dumps(name)[:60]}: leave it out")
 
 
-def parse_logprobs(body: dict, chat: bool) -> int:
-    """How many likeliest tokens' log-probabilities are asked for beside the chosen one's."""
+def parse_logprobs(body: JSONObject, chat: bool) -> int:
+    """Return how many alternatives to list with each token's log-probability.
+
+    −1: the request asks for no log-probabilities at all.
+    """
     if not chat:
-        return parse_number(body, "logprobs", -1, 0, 5)
-    top = parse_number(body, "top_logprobs", 0, 0, 20)
-    return top if parse_flag(body, "logprobs") else -1
+        return parse_int(body, "logprobs", -1, 0, 5)
+    num_alternatives = parse_int(body, "top_logprobs", 0, 0, 20)
+    return num_alternatives if parse_flag(body, "logprobs") else -1
 
 
-def flatten_content(messages) -> list[dict]:
-    """Messages whose contents may be lists of texts, as some clients send them."""
+def flatten_content(messages: object) -> list[JSONObject]:
+    """Return messages in which content given as a list of text parts is joined to one string.
+
+    Raises a `UserError` if `messages` is not a list of turns or if a part is not text.
+    """
     if not isinstance(messages, list) or not messages:
-        raise UserError("messages must be a list of turns")
-    out = []
+        raise UserError("messages must be a list of turns with at least one entry")
+    turns = []
     for turn in messages:
         content = turn.get("content") if isinstance(turn, dict) else None
         if isinstance(content, list):
-            texts = [p.get("text") if isinstance(p, dict) else None for p in content]
-            if not all(isinstance(t, str) for t in texts):
-                raise UserError("a message's content may be text only")
-            turn = turn | {"content": "".join(texts)}
-        out.append(turn)
-    return out
+            turn = turn | {"content": join_text_parts(content)}
+        turns.append(turn)
+    return turns
 
 
-def is_token_ids(x: list) -> bool:
-    return all(type(t) is int for t in x)
+def join_text_parts(parts: list) -> str:
+    """Return the concatenated texts of content parts; raise a `UserError` for other parts."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            raise UserError("the content of a message must be text: leave out images and files")
+        texts.append(text)
+    return "".join(texts)
 
 
-# ── The form of an answer ──
+def is_token_ids(values: list) -> bool:
+    """Return whether a list contains only integers."""
+    return all(type(value) is int for value in values)
 
 
-def response_head(ask: CompletionRequest, name: str, model: str) -> dict:
-    """What all objects of an answer have in common."""
-    kind = "chat.completion" if ask.chat else "text_completion"
-    kind += ".chunk" if ask.chat and ask.stream else ""
-    return {"id": name, "object": kind, "created": int(time.time()), "model": model}
+# ── Responses ──
 
 
-def format_logprobs(ask: CompletionRequest, noted: list[dict]) -> dict | None:
-    """Log-probabilities in the form of either endpoint."""
-    if ask.num_logprobs < 0:
+def response_head(request: CompletionRequest, request_id: str, model: str) -> JSONObject:
+    """Return the fields that all objects of a response share."""
+    kind = "chat.completion" if request.chat else "text_completion"
+    if request.chat and request.stream:
+        kind += ".chunk"
+    return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def format_logprobs(request: CompletionRequest, logprobs: list[JSONObject]) -> JSONObject | None:
+    """Return log-probabilities in the format of the request's endpoint, None if not requested."""
+    if request.num_logprobs < 0:
         return None
-    if ask.chat:
-        return {"content": noted}
-    best = [{x["token"]: x["logprob"] for x in t["top_logprobs"]} for t in noted]
-    ends = [0]
-    for t in noted:
-        ends.append(ends[-1] + len(t["token"]))
+    if request.chat:
+        return {"content": logprobs}
+    offset = 0
+    offsets = []
+    alternatives = []
+    for token in logprobs:
+        offsets.append(offset)
+        offset += len(token["token"])
+        alternatives.append({x["token"]: x["logprob"] for x in token["top_logprobs"]})
     return {
-        "tokens": [t["token"] for t in noted], "token_logprobs": [t["logprob"] for t in noted],
-        "top_logprobs": best if ask.num_logprobs else None, "text_offset": ends[:-1],
-    }  # fmt: skip
+        "tokens": [token["token"] for token in logprobs],
+        "token_logprobs": [token["logprob"] for token in logprobs],
+        "top_logprobs": alternatives if request.num_logprobs else None,
+        "text_offset": offsets,
+    }
 
 
 def make_choice(
-    ask: CompletionRequest, index: int, text: str, noted: list[dict], ended: str | None
-) -> dict:
-    """An answer, whole or a piece of it."""
-    out = {"index": index, "logprobs": format_logprobs(ask, noted), "finish_reason": ended or None}
-    if not ask.chat:
-        return out | {"text": text}
-    said = {"content": text} if ask.stream else {"role": "assistant", "content": text}
-    return out | {"delta" if ask.stream else "message": said}
+    request: CompletionRequest, index: int, text: str, logprobs: list[JSONObject],
+    finish_reason: str | None,
+) -> JSONObject:  # fmt: skip
+    """Return one entry of `choices`: a whole completion or, in a stream, its next piece."""
+    choice = {
+        "index": index,
+        "logprobs": format_logprobs(request, logprobs),
+        "finish_reason": finish_reason or None,
+    }
+    if not request.chat:
+        return choice | {"text": text}
+    if request.stream:
+        return choice | {"delta": {"content": text}}
+    return choice | {"message": {"role": "assistant", "content": text}}
 
 
-def error_body(sentence: str, status: int) -> dict:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    kind = "rate_limit_error" if status == 429 else kind
-    return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+def error_body(message: str, status: int) -> JSONObject:
+    """Return the body of an error response."""
+    if status == 429:
+        kind = "rate_limit_error"
+    else:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

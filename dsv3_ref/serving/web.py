@@ -1,16 +1,19 @@
-"""`dsv3 chat --web`: a page to talk to a model, which shows the experts behind every token."""
+"""`dsv3 chat --web`: a web page to chat with a model, which shows the experts of every token."""
 
 import inspect
 import json
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import SamplingParams
@@ -18,20 +21,25 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving.config import ChatConfig
 from dsv3_ref.serving.text_generator import StreamDetokenizer, TextGenerator, truncate_history
 
-FRAME_SECONDS = 0.05  # seconds between two pictures of an answer that grows
-# what a browser may fetch; gradio 5 asks for a script from a CDN, refused and not missed
+if TYPE_CHECKING:  # optional dependencies
+    import gradio
+    import uvicorn
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+FRAME_SECONDS = 0.05  # minimum time between two updates of a growing answer
+# What a browser may fetch. gradio 5 requests a script from a CDN, which it can do without.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
 )
-ExpertWeights = list[tuple[int, float]]  # the experts a layer chose for a token, with their weights
+ExpertWeights = list[tuple[int, float]]  # (expert, weight) of a token in one layer
 
 
-# ── What a tab remembers ──
+# ── State of a browser tab ──
 
 
 @dataclass
 class Turn:
-    """A question, and its answer as far as it is written."""
+    """A question and its answer, which grows while it is generated."""
 
     question: str
     number: int
@@ -39,114 +47,125 @@ class Turn:
     prompt: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text that each token completes
-    accepted: list[bool] = field(default_factory=list)  # whether an MTP module had guessed it
-    names: list[str] = field(default_factory=list)  # each token by itself, once all are there
-    routes: list[dict[str, ExpertWeights]] = field(
-        default_factory=list
-    )  # its experts in every layer
+    accepted: list[bool] = field(default_factory=list)  # whether each token is an accepted draft
+    names: list[str] = field(default_factory=list)  # each token decoded alone; after the last one
+    # experts per layer of each token; after the last one
+    routes: list[dict[str, ExpertWeights]] = field(default_factory=list)
     text: str = ""
-    rounds: int = 0  # that began with a draft
-    num_dropped_turns: int = 0  # oldest turns that no longer fit
+    num_draft_steps: int = 0  # decoding steps that verified drafts
+    num_dropped_turns: int = 0  # oldest turns removed to fit the context
     stopped: bool = False
 
 
 @dataclass
 class Session:
-    """One browser tab: its conversation as tokens and as pages, and what it is asking."""
+    """The conversation in one browser tab, as token ids and as HTML, and its unfinished turn."""
 
     turns: list[list[int]] = field(default_factory=list)
     pages: list[str] = field(default_factory=list)
     turn: Turn | None = None
-    asked: int = 0
+    num_questions: int = 0
 
     def ask(self, question: str) -> Turn | None:
-        """A new turn; none for an empty question or while another is being answered."""
+        """Begin a turn and return it; return None if the question is empty or a turn is active."""
         if self.turn or not question.strip():
             return None
-        self.turn = Turn(replace_surrogates(question.strip()), self.asked)
-        self.asked += 1
+        self.turn = Turn(replace_surrogates(question.strip()), self.num_questions)
+        self.num_questions += 1
         return self.turn
 
     def stop(self) -> None:
-        """What is written so far is the answer."""
+        """End the active answer with the text generated so far."""
         if self.turn:
             self.turn.stopped = True
 
     def clear(self) -> None:
-        """Forget everything; what is being written belongs to nobody."""
+        """Forget the conversation and abandon the active answer."""
         self.stop()
-        self.turns, self.pages, self.turn = [], [], None
+        self.turns = []
+        self.pages = []
+        self.turn = None
 
 
 def replace_surrogates(text: str) -> str:
-    """Text without halves of characters, which a browser can send and UTF-8 cannot hold."""
+    """Replace lone surrogates, which a browser can send but UTF-8 cannot encode, by “?”."""
     return text.encode("utf-8", "replace").decode()
 
 
-# ── An answer, token by token ──
+# ── Generation ──
 
 
-class Watched(SamplingParams):
-    """A `SamplingParams` that remembers how many drafts the last round accepted."""
+class RecordingSamplingParams(SamplingParams):
+    """`SamplingParams` that record how many drafts the last step accepted."""
 
     num_accepted = 0
 
-    def verify(self, logit_bsw, q, guess_bk):
-        n_b, token_b = super().verify(logit_bsw, q, guess_bk)
+    def verify(
+        self, logit_bsw: Tensor, distributions: Sequence, draft_bk: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Verify drafts as `SamplingParams.verify` does, and record how many are accepted."""
+        n_b, token_b = super().verify(logit_bsw, distributions, draft_bk)
         self.num_accepted = int(n_b[0])
         return n_b, token_b
 
 
-def answer_turn(generator: TextGenerator, session: Session, *settings) -> Iterator[Turn]:
-    """Answer what the session asks: its turn as it grows, with routes when it is whole."""
-    turn, ours = session.turn, lambda: session.turn is turn  # until somebody clears the session
+def answer_turn(
+    generator: TextGenerator[ChatConfig], session: Session, *settings: Any
+) -> Iterator[Turn]:
+    """Yield the session's active turn as its answer grows, at last with the experts of each token.
+
+    settings: as in `apply_settings`. Ends early if the session is cleared.
+    """
+    turn = session.turn
+    if turn is None:
+        return
     try:
-        if turn.stopped:  # while it was waiting
+        if turn.stopped:  # before its turn to be answered
             yield turn
             return
         args = apply_settings(generator.args, *settings)
         generator = generator.with_options(replace(args, seed=args.seed + turn.number))
         turns = [*session.turns, generator.encode_user_turn(turn.question)]
-        turn.prompt, turn.num_speculative_tokens = (
-            truncate_history(generator, turns),
-            args.num_speculative_tokens,
-        )
+        turn.prompt = truncate_history(generator, turns)
+        turn.num_speculative_tokens = args.num_speculative_tokens
         turn.num_dropped_turns = len(session.turns) + 1 - len(turns)
         for grown in throttle(generate_turn(generator, turn)):
-            if not ours():
+            if session.turn is not turn:
                 return
             yield grown
         annotate_turn(generator, turn)
-        if ours():
+        if session.turn is turn:
             session.turns = [*turns[:-1], turns[-1] + generator.encode_assistant_turn(turn.text)]
             session.pages.append(render_turn(turn))
             yield turn
-    finally:  # also when the browser has gone away
-        if ours():
+    finally:  # also when the browser has disconnected
+        if session.turn is turn:
             session.turn = None
 
 
-def generate_turn(generator: TextGenerator, turn: Turn) -> Iterator[Turn]:
-    """Write an answer into its turn, round by round, until it ends or is stopped."""
-    generator.sampling_params = Watched(*generator.sampling_params)
-    text, whole = (
-        StreamDetokenizer(generator.tokenizer, generator.args.stop),
-        StreamDetokenizer(generator.tokenizer),
-    )
-    live = lambda: [not (text.ended or turn.stopped)]
-    for (new,) in generator.iter_steps([turn.prompt], live):
-        turn.rounds += bool(turn.tokens and turn.num_speculative_tokens)
-        turn.accepted += [i < generator.sampling_params.num_accepted for i in range(len(new))]
-        turn.pieces += [whole.push([token]) for token in new]
-        turn.tokens += new
-        turn.text += text.push(new)
+def generate_turn(generator: TextGenerator[ChatConfig], turn: Turn) -> Iterator[Turn]:
+    """Generate an answer into its turn and yield the turn after each step."""
+    sampling_params = RecordingSamplingParams(*generator.sampling_params)
+    generator.sampling_params = sampling_params
+    visible_text = StreamDetokenizer(generator.tokenizer, generator.args.stop)
+    full_text = StreamDetokenizer(generator.tokenizer)
+
+    def live() -> list[bool]:
+        return [not (visible_text.ended or turn.stopped)]
+
+    for (new_tokens,) in generator.iter_steps([turn.prompt], live):
+        turn.num_draft_steps += bool(turn.tokens and turn.num_speculative_tokens)
+        turn.accepted += [i < sampling_params.num_accepted for i in range(len(new_tokens))]
+        turn.pieces += [full_text.push([token]) for token in new_tokens]
+        turn.tokens += new_tokens
+        turn.text += visible_text.push(new_tokens)
         yield turn
-    turn.text += text.flush()
-    turn.pieces[-1] += whole.flush()
+    turn.text += visible_text.flush()
+    turn.pieces[-1] += full_text.flush()
 
 
 def throttle(turns: Iterable[Turn]) -> Iterator[Turn]:
-    """Some of many pictures, `FRAME_SECONDS` apart."""
+    """Yield only those turns that come at least `FRAME_SECONDS` after the last one yielded."""
     last = -FRAME_SECONDS
     for turn in turns:
         if time.monotonic() - last >= FRAME_SECONDS:
@@ -154,8 +173,8 @@ def throttle(turns: Iterable[Turn]) -> Iterator[Turn]:
             last = time.monotonic()
 
 
-def annotate_turn(generator: TextGenerator, turn: Turn) -> None:
-    """Add to a turn what can be said about its tokens."""
+def annotate_turn(generator: TextGenerator[ChatConfig], turn: Turn) -> None:
+    """Add the name and the experts of every token to a finished turn."""
     turn.names = [generator.tokenizer.decode([i], skip_special_tokens=False) for i in turn.tokens]
     turn.routes = expert_routes(generator.model, turn.prompt, turn.tokens)
 
@@ -164,34 +183,39 @@ def annotate_turn(generator: TextGenerator, turn: Turn) -> None:
 def expert_routes(
     model: Transformer, prompt: list[int], tokens: list[int]
 ) -> list[dict[str, ExpertWeights]]:
-    """The experts that read each token and their weights, by layer: one forward pass."""
+    """Return, for each token after the prompt, its experts and their weights by layer.
+
+    Runs one forward pass over prompt and tokens.
+    """
     device = model.embed.weight.device
     routes = model.hidden_states(torch.tensor([prompt + tokens], device=device))[1]
     layers = [name.split(".")[1] for name in moe_layers(model)]  # as in a checkpoint; MTP last
-    found = [{} for _ in tokens]
-    for layer, r in zip(layers, routes):
-        pairs = zip(found, r.topk_ids_bsk[0, len(prompt) :], r.topk_weights_bsk[0, len(prompt) :])
-        for token, expert_k, weight_k in pairs:
-            token[layer] = list(zip(expert_k.tolist(), weight_k.tolist()))
-    return found
+    experts: list[dict[str, ExpertWeights]] = [{} for _ in tokens]
+    for layer, route in zip(layers, routes):
+        expert_sk = route.topk_ids_bsk[0, len(prompt) :].tolist()
+        weight_sk = route.topk_weights_bsk[0, len(prompt) :].tolist()
+        for token_experts, expert_k, weight_k in zip(experts, expert_sk, weight_sk):
+            token_experts[layer] = list(zip(expert_k, weight_k))
+    return experts
 
 
-# ── Its page ──
+# ── HTML ──
 
 
-def render_turn(turn: Turn, said: str = "") -> str:
-    """A turn as HTML: the question, the answer in tokens, a line about both."""
+def render_turn(turn: Turn, status: str = "") -> str:
+    """Return a turn as HTML: the question, the tokens of the answer, and a status line."""
     spans = "".join(
-        render_token(turn, *x, first=n == 0) for n, x in enumerate(visible_tokens(turn))
+        render_token(turn, i, text, is_first=n == 0)
+        for n, (i, text) in enumerate(visible_tokens(turn))
     )
     return (
         f'<div class="question">{escape(turn.question)}</div><div class="answer">{spans}</div>'
-        f'<div class="told" role="status">{escape(said or status_line(turn))}</div>'
+        f'<div class="status" role="status">{escape(status or status_line(turn))}</div>'
     )
 
 
 def visible_tokens(turn: Turn) -> Iterator[tuple[int, str]]:
-    """Tokens with their texts, up to where the answer ends: a stop text is not shown."""
+    """Yield (index, text) of the tokens up to the end of the answer, without a stop string."""
     left = len(turn.text)
     for i, piece in enumerate(turn.pieces):
         if left or not piece:
@@ -199,73 +223,94 @@ def visible_tokens(turn: Turn) -> Iterator[tuple[int, str]]:
         left = max(0, left - len(piece))
 
 
-def render_token(turn: Turn, i: int, text: str, first: bool) -> str:
-    """A token; with its experts once they are known. Tab stops at the first, arrows go on."""
-    kind, name = "token accepted" if turn.accepted[i] else "token", f"t{turn.number}-{i}"
+def render_token(turn: Turn, i: int, text: str, is_first: bool) -> str:
+    """Return a token as HTML, with its experts in a tooltip once they are known.
+
+    Tab moves the focus to the first token of an answer, the arrow keys to the others.
+    """
+    kind = "token accepted" if turn.accepted[i] else "token"
+    card_id = f"t{turn.number}-{i}"
     if not turn.routes:
         return f'<span class="{kind}">{render_text(text, turn.accepted[i])}</span>'
     return (
-        f'<span class="{kind}" tabindex="{0 if first else -1}" aria-describedby="{name}">'
+        f'<span class="{kind}" tabindex="{0 if is_first else -1}" aria-describedby="{card_id}">'
         f"{render_text(text, turn.accepted[i])}"
-        f'<span class="card" role="tooltip" id="{name}">{render_card(turn, i)}</span></span>'
+        f'<span class="card" role="tooltip" id="{card_id}">{render_card(turn, i)}</span></span>'
     )
 
 
 def render_text(text: str, accepted: bool) -> str:
-    """A token's text with signs, which are not copied, for what is not seen."""
-    sign = '<i class="{}"></i>'.format
+    """Return a token's text as HTML, with symbols for line breaks, empty text and drafts.
+
+    The symbols are CSS content: they are not part of text that a user copies.
+    """
+    symbol = '<i class="{}"></i>'.format
     words = text.rstrip("\n")
-    line = escape(words).replace("\n", sign("break") + "\n") or sign("silent") * (not text)
-    return line + sign("yes") * accepted + (sign("break") + "\n") * (len(text) - len(words))
+    line = escape(words).replace("\n", symbol("break") + "\n") or symbol("silent") * (not text)
+    breaks = (symbol("break") + "\n") * (len(text) - len(words))
+    return line + symbol("yes") * accepted + breaks
 
 
 def render_card(turn: Turn, i: int) -> str:
-    """What there is to know about a token: text, id, and the experts of every layer."""
+    """Return the tooltip of a token: its text, its id and its experts in every layer."""
     text = escape(json.dumps(turn.names[i], ensure_ascii=False))
     part = ", part of a character" if "\ufffd" in text else ""
     drafted = ", accepted draft" if turn.accepted[i] else ""
-    rows = "".join(render_layer(*pair) for pair in turn.routes[i].items())
+    rows = "".join(render_layer(layer, experts) for layer, experts in turn.routes[i].items())
     head = f"<b>{text}</b>{part}, token {turn.tokens[i]}{drafted}"
     return f"<div>{head}</div>{rows or '<div>no layer has experts</div>'}"
 
 
-def render_layer(layer: str, picks: ExpertWeights) -> str:
-    """A layer's experts and weights, as numbers and as bars."""
-    total = sum(weight for _, weight in picks) or 1.0
+def render_layer(layer: str, experts: ExpertWeights) -> str:
+    """Return the experts of one layer as HTML, their weights as numbers and as bars."""
+    total = sum(weight for _, weight in experts) or 1.0
     cells = [
         f'<span class="pick" style="--share:{weight / total:.0%}">expert {e} {weight:.2f}</span> '
-        for e, weight in picks
+        for e, weight in experts
     ]
     return f'<div class="layer"><span>layer {layer}</span> {"".join(cells)}</div>'
 
 
 def status_line(turn: Turn) -> str:
-    """A line about an answer: how long, how many drafts were right, what was forgotten."""
+    """Return a summary of an answer: its length, accepted drafts and dropped turns."""
     if not turn.tokens:
         return "stopped" if turn.stopped else "waiting for the model …"
-    n, drafts = len(turn.tokens), turn.rounds * turn.num_speculative_tokens
-    parts = [f"{n} token{'s' * (n != 1)}"]
+    parts = [pluralize(len(turn.tokens), "token")]
     if turn.num_speculative_tokens:
-        parts.append(f"{sum(turn.accepted)} of {drafts} drafts accepted in {turn.rounds} rounds")
+        num_drafts = turn.num_draft_steps * turn.num_speculative_tokens
+        parts.append(
+            f"{sum(turn.accepted)} of {pluralize(num_drafts, 'draft')} accepted "
+            f"in {pluralize(turn.num_draft_steps, 'step')}"
+        )
     if turn.stopped:
         parts.append("stopped")
     if turn.num_dropped_turns:
-        parts.append(f"no room for the oldest turns, {turn.num_dropped_turns} forgotten")
+        parts.append(f"{pluralize(turn.num_dropped_turns, 'old turn')} dropped to fit the context")
     return "; ".join(parts)
 
 
-# ── What its buttons do ──
+def pluralize(n: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless n is 1."""
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
-def submit_question(session: Session, question: str):
-    """Show a question at once, though the model may be busy with another tab's."""
+# ── Event handlers ──
+
+
+def submit_question(session: Session, question: str) -> tuple[str, str, str] | list[dict]:
+    """Show a question at once, even while the model answers another tab's.
+
+    Returns the new contents of the input, of the past turns and of the active turn.
+    """
     if turn := session.ask(question):
         return "", "".join(session.pages), render_turn(turn)
     return [import_gradio().skip()] * 3
 
 
-def stream_reply(generator: TextGenerator, session: Session, *settings) -> Iterator[str]:
-    """The answer as it grows; a mistake is a sentence in its place."""
+def stream_reply(
+    generator: TextGenerator[ChatConfig], session: Session, *settings: Any
+) -> Iterator[str | dict]:
+    """Yield the active turn as HTML while its answer grows; show a `UserError` in its place."""
     turn = session.turn
     if turn is None:
         yield import_gradio().skip()
@@ -278,25 +323,37 @@ def stream_reply(generator: TextGenerator, session: Session, *settings) -> Itera
 
 
 def clear_session(session: Session) -> tuple[str, str]:
-    """An empty conversation."""
+    """Clear a session; return the empty contents of its past and active turns."""
     session.clear()
     return "", ""
 
 
 def apply_settings(
-    args: ChatConfig, temperature, top_p, max_new_tokens, draft, system
-) -> ChatConfig:
-    """The settings of the page in place of the command line's."""
+    args: ChatConfig, temperature: Any, top_p: Any, max_new_tokens: Any, num_drafts: Any,
+    system: Any,
+) -> ChatConfig:  # fmt: skip
+    """Return options in which the page's settings replace those of the command line.
+
+    Raises a `UserError` if one is not a number: a browser can send anything.
+    """
     try:
-        numbers = {"temperature": float(temperature), "top_p": float(top_p)}
-        counts = {"max_new_tokens": int(max_new_tokens), "num_speculative_tokens": int(draft)}
+        return replace(
+            args,
+            temperature=float(temperature),
+            top_p=float(top_p),
+            max_new_tokens=int(max_new_tokens),
+            num_speculative_tokens=int(num_drafts),
+            system=replace_surrogates(str(system or "")),
+        )
     except (TypeError, ValueError, OverflowError):
-        raise UserError("temperature, top-p, new tokens and drafts are numbers") from None
-    return replace(args, **numbers, **counts, system=replace_surrogates(str(system or "")))
+        raise UserError("temperature, top-p, new tokens and drafts must be numbers") from None
 
 
-def import_gradio():
-    """gradio, which is an extra."""
+# ── The page ──
+
+
+def import_gradio() -> ModuleType:
+    """Import gradio, an optional dependency; raise a `UserError` if it is not installed."""
     try:
         import gradio
     except ModuleNotFoundError:
@@ -304,14 +361,16 @@ def import_gradio():
     return gradio
 
 
-def build_page(generator: TextGenerator):
-    """The page: a conversation, a line to write in, settings at the side."""
-    gr, args = import_gradio(), generator.args
-    look = {"head": f"<style>{CHAT_CSS}</style><script>{SCRIPT}</script>", "theme": page_theme()}
-    title = f"dsv3 chat · {'/'.join(args.model.parts[-2:])}"
-    with gr.Blocks(
-        analytics_enabled=False, title=title, **supported_options(gr.Blocks, look)
-    ) as blocks:
+def build_page(generator: TextGenerator[ChatConfig]) -> tuple["gradio.Blocks", dict[str, Any]]:
+    """Return the page (conversation, input, settings) and the options for its appearance."""
+    gr = import_gradio()
+    appearance = {
+        "head": f"<style>{CHAT_CSS}</style><script>{CHAT_JS}</script>",
+        "theme": page_theme(),
+    }
+    title = f"dsv3 chat · {'/'.join(generator.args.model.parts[-2:])}"
+    options = supported_options(gr.Blocks, appearance)
+    with gr.Blocks(analytics_enabled=False, title=title, **options) as blocks:
         session = gr.State(Session())
         with gr.Row():
             with gr.Column(scale=3):
@@ -325,65 +384,77 @@ def build_page(generator: TextGenerator):
             with gr.Column(scale=1, min_width=260):
                 settings = page_controls(generator)
         at_once = {"queue": False, "show_progress": "hidden"}
-        gr.on([box.submit, send.click], submit_question, [session, box], [box, past, now], **at_once).then(
+        gr.on(
+            [box.submit, send.click], submit_question, [session, box], [box, past, now], **at_once
+        ).then(
             partial(stream_reply, generator), [session, *settings], now, show_progress="hidden",
             concurrency_limit=1, api_name="reply", trigger_mode="multiple",
         )  # fmt: skip
         stop.click(Session.stop, session, **at_once)
         forget.click(clear_session, session, [past, now], **at_once)
-    return blocks, look
+    return blocks, appearance
 
 
-def page_theme():
-    """Fonts that every machine has: nothing is fetched."""
+def page_theme() -> "gradio.themes.Base":
+    """Return a theme with system fonts, so that the page fetches none."""
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     return import_gradio().themes.Default(font=font, font_mono=mono)
 
 
-def page_heading(title: str, generator: TextGenerator) -> str:
-    """What is talked to, and how to look into it."""
-    c, n = generator.model.config, len(generator.model.mtp)
-    sizes = f"{c.n_layers - c.n_dense_layers} layers of {c.n_routed_experts} experts"
+def page_heading(title: str, generator: TextGenerator[ChatConfig]) -> str:
+    """Return the heading as HTML: the size of the model and how to inspect a token."""
+    config = generator.model.config
+    num_moe_layers = config.n_layers - config.n_dense_layers
     return (
-        f"<h1>{escape(title)}</h1><p>{sizes}, {c.n_activated_experts} of which read each token; "
-        f"{n} MTP module{'s' * (n != 1)}. Point at a token of an answer, or go there with Tab and "
-        "the arrow keys, to see its experts and their weights. "
-        f'<span class="token accepted">{render_text("Underlined", True)}</span> tokens are accepted drafts.'
-        "</p>"
+        f"<h1>{escape(title)}</h1>"
+        f"<p>{num_moe_layers} layers of {config.n_routed_experts} experts, "
+        f"{config.n_activated_experts} of which process each token; "
+        f"{pluralize(len(generator.model.mtp), 'MTP module')}. Hover over a token of an answer, "
+        "or move to it with Tab and the arrow keys, to see its experts and their weights. "
+        f'<span class="token accepted">{render_text("Underlined", True)}</span> tokens are '
+        "accepted drafts.</p>"
     )
 
 
-def page_controls(generator: TextGenerator) -> list:
-    """What can be set between two questions; it begins with the command line's options."""
-    gr, args, most = import_gradio(), generator.args, generator.model.config.max_seq_len - 1
-    drafts, new = len(generator.model.mtp), min(args.max_new_tokens, most)
-    hot, sharp = max(2.0, args.temperature), min(0.01, args.top_p)
+def page_controls(generator: TextGenerator[ChatConfig]) -> list["gradio.components.Component"]:
+    """Return the controls for the settings, with the command line's options as initial values."""
+    gr, args = import_gradio(), generator.args
+    num_modules = len(generator.model.mtp)
+    max_tokens = generator.model.config.max_seq_len - 1
+    new_tokens = min(args.max_new_tokens, max_tokens)
     return [
-        gr.Slider(0, hot, args.temperature, step=0.01, label="temperature"),
-        gr.Slider(sharp, 1, args.top_p, step=0.01, label="top-p"),
-        gr.Slider(1, most, new, step=1, label="new tokens at most"),
-        gr.Slider(0, max(drafts, 1), args.num_speculative_tokens, step=1, label="MTP drafts a round",
-                  interactive=drafts > 0),
+        gr.Slider(0, max(2.0, args.temperature), args.temperature, step=0.01, label="temperature"),
+        gr.Slider(min(0.01, args.top_p), 1, args.top_p, step=0.01, label="top-p"),
+        gr.Slider(1, max_tokens, new_tokens, step=1, label="maximum number of new tokens"),
+        gr.Slider(
+            0, max(num_modules, 1), args.num_speculative_tokens, step=1,
+            label="MTP drafts per step", interactive=num_modules > 0,
+        ),
         gr.Textbox(args.system, label="system text", lines=3),
     ]  # fmt: skip
 
 
-# ── Serving it ──
+# ── The web server ──
 
 
 def serve_web_chat(args: ChatConfig) -> None:
     """Serve the page until Ctrl-C."""
     import_gradio()
     listener = bind_socket(args.host, args.port)
-    app, port = build_web_app(TextGenerator(args)), listener.getsockname()[1]
+    app = build_web_app(TextGenerator(args))
     if not is_loopback(args.host):
-        print("anyone who reaches this machine can talk to the model", file=sys.stderr)
-    print(f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{port}", flush=True)
+        sentence = "warning: this page is reachable from the network without authentication"
+        print(sentence, file=sys.stderr)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
     make_web_server(app).run(sockets=[listener])
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """An open port, before anything slow happens."""
+    """Return a listening socket; raise a `UserError` if the address cannot be used.
+
+    Call it before anything slow, so that the user learns of the error at once.
+    """
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port must be from 0 to 65535, not {port}")
     try:
@@ -394,55 +465,59 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Return whether an address is reachable from this machine only."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def build_web_app(generator: TextGenerator):
-    """The page as an ASGI app: no share link, no telemetry, no history, no uploads."""
-    gr, (blocks, look) = import_gradio(), build_page(generator)
+def build_web_app(generator: TextGenerator[ChatConfig]) -> "ASGIApp":
+    """Return the page as an ASGI app without share link, telemetry, history or uploads."""
+    gr, (blocks, appearance) = import_gradio(), build_page(generator)
     from fastapi import FastAPI
 
-    off = {"run_history": False, "enable_monitoring": False, "mcp_server": False, "pwa": False}
-    options = supported_options(
-        gr.mount_gradio_app, look | off | {"footer_links": [], "max_file_size": 1}
-    )
+    options = appearance | {
+        "run_history": False, "enable_monitoring": False, "mcp_server": False, "pwa": False,
+        "footer_links": [], "max_file_size": 1,
+    }  # fmt: skip
+    options = supported_options(gr.mount_gradio_app, options)
     app = FastAPI(openapi_url=None)
     return with_security_policy(
         gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **options)
     )
 
 
-def make_web_server(app):
-    """uvicorn, which came with gradio."""
+def make_web_server(app: "ASGIApp") -> "uvicorn.Server":
+    """Return a uvicorn server (a dependency of gradio) for an app."""
     import uvicorn
 
-    quiet = {"log_level": "critical", "timeout_graceful_shutdown": 1}
-    return uvicorn.Server(uvicorn.Config(app, ws="none", **quiet))
+    config = uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=1)
+    return uvicorn.Server(config)
 
 
-def with_security_policy(app):
-    """With every response, forbid the browser to fetch anything from elsewhere."""
+def with_security_policy(app: "ASGIApp") -> "ASGIApp":
+    """Add a header to every response that forbids the browser to fetch from other hosts."""
 
-    async def wrapped(scope, receive, send):
-        async def with_policy(message):
+    async def wrapped(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        async def send_with_policy(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", CONTENT_SECURITY_POLICY.encode())
-                message = message | {"headers": [*message["headers"], policy]}
+                message = {**message, "headers": [*message["headers"], policy]}
             await send(message)
 
-        await app(scope, receive, with_policy if scope["type"] == "http" else send)
+        await app(scope, receive, send_with_policy if scope["type"] == "http" else send)
 
     return wrapped
 
 
-def supported_options(function, options: dict) -> dict:
-    """The options that this version of gradio knows here: they have moved from 5 to 6."""
+def supported_options(function: Callable, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a function of the installed gradio accepts.
+
+    Some options moved to another function between versions 5 and 6.
+    """
     names = inspect.signature(function).parameters
-    return {k: v for k, v in options.items() if k in names}
+    return {name: value for name, value in options.items() if name in names}
 
 
-# ── How it looks ──
+# ── Styles and scripts ──
 
 CHAT_CSS = """
 #talk { min-height: 40vh; max-height: 64vh; overflow-y: auto; flex-direction: column-reverse;
@@ -454,7 +529,7 @@ CHAT_CSS = """
 .answer { --mark: #0b57d0; --bar: #b9d0f5; white-space: pre-wrap; overflow-wrap: anywhere;
   line-height: 1.8; }
 .dark .answer { --mark: #8ab4f8; --bar: #274b86; }
-.told { color: var(--body-text-color); opacity: .8; font-size: .85rem; }
+.status { color: var(--body-text-color); opacity: .8; font-size: .85rem; }
 .token.accepted { text-decoration: underline 2px; text-underline-offset: 3px; }
 .token .yes::before { content: "✓"; content: "✓" / "accepted draft"; vertical-align: super;
   font-size: .7em; }
@@ -477,7 +552,7 @@ CHAT_CSS = """
   linear-gradient(var(--bar) 0 0) no-repeat left / var(--share) 100%; }
 .token i { font-style: normal; }
 """
-SCRIPT = """
+CHAT_JS = """
 const near = token => {  // the card goes below its token, or above where there is no room
   const card = token?.querySelector(".card"), box = token?.getClientRects()[0];
   if (!card || !box) return;

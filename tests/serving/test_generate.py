@@ -84,7 +84,7 @@ def test_greedy_text_is_the_same_alone_in_a_batch_and_with_a_draft(run, capsys):
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--top-p", "0"], "--top-p must be above 0"),
         (["--num-speculative-tokens", "2"], "this model has 1 MTP modules"),
-        (["--stop", ""], "--stop needs a text"),
+        (["--stop", ""], "--stop needs a non-empty text"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--prompt", "again " * 100], "the model reads at most 63"),
     ],

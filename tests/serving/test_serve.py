@@ -272,9 +272,9 @@ def test_too_few_pages_put_the_youngest_back_and_the_oldest_ends_first(model):
 def test_what_can_never_end_is_refused_and_a_full_queue_says_so(model):
     e = engine(model, num_blocks=8, max_queue=2)
     for row, sentence in (
-        (Request([1] * 30, 3), "a prompt of 30 tokens and an answer of 3 are more than the 32"),
-        (Request([], 3), "at least one token"),
-        (Request([1], 0), "so does an answer"),
+        (Request([1] * 30, 3), "a prompt of 30 tokens and 3 new tokens exceed the limit of 32"),
+        (Request([], 3), "at least one prompt token"),
+        (Request([1], 0), "and one new token"),
     ):
         with pytest.raises(UserError, match=sentence):
             e.submit(row)
@@ -643,8 +643,8 @@ def test_text_cannot_forge_a_special_token(here):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"max_tokens": 255, "prompt": "we talk"}, "and an answer of 255 are more than the 256"),
-        ({"prompt": "we talk again " * 90}, "are more than the 256 that this server holds"),
+        ({"max_tokens": 255, "prompt": "we talk"}, "and 255 new tokens exceed the limit of 256"),
+        ({"prompt": "we talk again " * 90}, "exceed the limit of 256: shorten the prompt"),
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 256, not 0"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number"),
         ({"temperature": -1}, "temperature must be a number from 0 to 2, not -1"),
@@ -653,15 +653,15 @@ def test_text_cannot_forge_a_special_token(here):
         ({"max_tokens": float("inf")}, "max_tokens must be a whole number"),
         ({"top_p": 0}, "top_p must be a number"),
         ({"n": 17}, "n must be a whole number from 1 to 16"),
-        ({"n": 9, "prompt": ["a", "b"]}, "18 answers are more than the 16"),
-        ({"stop": [""]}, "stop must be a text that is not empty"),
+        ({"n": 9, "prompt": ["a", "b"]}, "18 completions are more than the 16"),
+        ({"stop": [""]}, "stop must be a non-empty string"),
         ({"stream": "yes"}, "stream must be true or false"),
-        ({"prompt": {}}, "prompt must be a text"),
-        ({"prompt": [[400]]}, "token numbers below 400"),
-        ({"prompt": []}, "prompt must be a text"),
-        ({"echo": True}, "this server cannot do echo"),
-        ({"color": 1}, 'this server knows no "color"'),
-        ({"prompt": "\ud800"}, "not JSON in UTF-8"),
+        ({"prompt": {}}, "prompt must be a string"),
+        ({"prompt": [[400]]}, "token ids below 400"),
+        ({"prompt": []}, "prompt must be a string"),
+        ({"echo": True}, "this server does not support echo: leave it out"),
+        ({"color": 1}, 'unknown field "color": leave it out'),
+        ({"prompt": "\ud800"}, "must be JSON in UTF-8"),
     ],
     ids=str,
 )
@@ -679,16 +679,18 @@ def test_other_mistakes(here, client):
     assert post("{").status_code == post("[]").status_code == post("[" * 100_000).status_code == 400
     assert post("{}", **{"content-type": "text/plain"}).status_code == 415
     assert post(b'{"a": "' + b"x" * (api_server.MAX_BODY_BYTES + 1) + b'"}').status_code == 413
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt', only 'model'"):
+    with pytest.raises(
+        openai.NotFoundError, match="there is no model 'gpt'; this server serves 'model'"
+    ):
         client.completions.create(model="gpt", prompt="")
     for talk, sentence in (
         ([], "a list of turns"),
         ([{"role": "assistant", "content": "x"}], "user and assistant alternate"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "may be text only"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "must be text"),
     ):
         with pytest.raises(openai.BadRequestError, match=sentence):
             client.chat.completions.create(model=NAME, messages=talk)
-    with pytest.raises(openai.BadRequestError, match="cannot do tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         tools = [{"type": "function", "function": {"name": "f"}}]
         talk = [{"role": "user", "content": "x"}]
         client.chat.completions.create(model=NAME, messages=talk, tools=tools)
@@ -869,7 +871,7 @@ def test_prefill_and_decoding_in_two_processes_and_an_end_that_waits(folder, her
             process.send_signal(signal.SIGTERM)
             assert [x for x in lines if x][-1] == "data: [DONE]"
         assert process.wait(20) == 0
-        assert "tokens written" in process.stderr.read()
+        assert "prompt tokens" in process.stderr.read()
 
 
 @pytest.mark.full
@@ -911,4 +913,4 @@ def test_it_is_for_this_machine_unless_told(folder, more, address, capsys, monke
     assert main.main(["serve", str(folder), "--port", "0", *more]) == 0
     out = capsys.readouterr()
     assert bound[0][0] == address and out.out == f"http://{address}:{bound[0][1]}/v1 serves model\n"
-    assert ("anyone who reaches this machine" in out.err) == bool(more)
+    assert ("without authentication" in out.err) == bool(more)

@@ -112,8 +112,10 @@ def test_marked_are_the_drafts_that_the_model_accepted(generator, draft, new, mo
     assert turn.accepted == marks[: len(turn.tokens)]
     assert len(turn.tokens) == len(turn.pieces) <= new
     assert any(turn.accepted) or draft == 0 or new < 11
-    said = f"{sum(turn.accepted)} of {turn.rounds * draft} drafts accepted in {turn.rounds} rounds"
-    assert (said in web.render_turn(turn)) == (draft > 0)
+    num_drafts = web.pluralize(turn.num_draft_steps * draft, "draft")
+    num_steps = web.pluralize(turn.num_draft_steps, "step")
+    status = f"{sum(turn.accepted)} of {num_drafts} accepted in {num_steps}"
+    assert (status in web.render_turn(turn)) == (draft > 0)
     assert web.render_turn(turn).count("token accepted") == sum(turn.accepted)
     assert web.render_turn(turn).count(", accepted draft") == sum(turn.accepted)
 
@@ -185,7 +187,7 @@ def test_whatever_is_written_is_only_text(generator):
     harmless = Page(web.render_turn(turn))
     turn.pieces, turn.text = [ATTACK] * 12, ATTACK * 12
     turn.names = ['"><script>'] * 12
-    page = Page(web.render_turn(turn, said=f"error: {ATTACK}"))
+    page = Page(web.render_turn(turn, status=f"error: {ATTACK}"))
     assert page.tags == {"div", "span", "i", "b"}
     assert page.attributes == harmless.attributes
     assert page.attributes <= {"class", "role", "id", "tabindex", "aria-describedby", "style"}
@@ -257,11 +259,11 @@ def test_a_question_may_be_stopped_or_cleared_while_it_waits(generator):
     session.ask("we talk")
     session.stop()
     (html,) = web.stream_reply(generator, session, *SETTINGS)
-    assert "stopped" in html and session == Session(asked=1)
+    assert "stopped" in html and session == Session(num_questions=1)
     session.ask("we talk")
     session.clear()
     assert len(list(web.stream_reply(generator, session, *SETTINGS))) == 1  # nothing changes
-    assert session == Session(asked=2)
+    assert session == Session(num_questions=2)
 
 
 def test_clear_forgets_what_is_being_written(generator, monkeypatch):
@@ -293,14 +295,15 @@ def test_a_closed_answer_ends_and_is_forgotten(generator, monkeypatch):
     pages = web.stream_reply(generator, session, *SETTINGS)
     next(pages)
     pages.close()
-    assert ended and session == Session(asked=1)
+    assert ended and session == Session(num_questions=1)
 
 
 def test_the_oldest_turns_are_forgotten_and_it_is_said(generator):
     session = Session()
     for _ in range(3):
         turn = answered(generator, "over and over", session, (1.0, 1.0, 120, 0, ""))
-    assert turn.num_dropped_turns and f"{turn.num_dropped_turns} forgotten" in session.pages[-1]
+    assert turn.num_dropped_turns
+    assert f"{turn.num_dropped_turns} old turn" in session.pages[-1]
     assert len(turn.prompt) + 120 <= 256 and len(session.pages) == 3
 
 
@@ -314,9 +317,9 @@ def test_the_oldest_turns_are_forgotten_and_it_is_said(generator):
         ((float("nan"), 0.9, 9, 0, ""), "--temperature must be at least 0"),
         ((1.0, 0, 9, 0, ""), "--top-p must be above 0"),
         ((1.0, 0.9, 0, 0, ""), "--max-new-tokens must be at least 1"),
-        ((1.0, 0.9, float("inf"), 0, ""), "drafts are numbers"),
+        ((1.0, 0.9, float("inf"), 0, ""), "drafts must be numbers"),
         ((1.0, 0.9, 9, 3, ""), "this model has 2 MTP modules"),
-        ((None, 0.9, 9, 0, ""), "temperature, top-p, new tokens and drafts are numbers"),
+        ((None, 0.9, 9, 0, ""), "temperature, top-p, new tokens and drafts must be numbers"),
         ((1.0, 0.9, 9, 0, "again " * 300), "the model reads at most 255"),
     ],
 )
@@ -324,7 +327,7 @@ def test_a_mistake_is_a_sentence_and_the_talk_goes_on(generator, settings, sente
     session = Session()
     session.ask("we talk")
     *_, html = web.stream_reply(generator, session, *settings)
-    assert sentence in html and session == Session(asked=1)
+    assert sentence in html and session == Session(num_questions=1)
     assert answered(generator, "we talk", session).tokens
 
 
@@ -361,7 +364,7 @@ def test_the_page_is_for_this_machine_unless_told(run, more, address, capsys, mo
     out = capsys.readouterr()
     ((host, port),) = bound
     assert host == address and out.out == f"http://{host}:{port}\n"
-    assert ("anyone who reaches this machine" in out.err) == bool(more)
+    assert ("without authentication" in out.err) == bool(more)
 
 
 # ── Over HTTP ──
