@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,48 @@ from torch import Tensor, nn
 
 Impl = Callable[..., Any]
 IMPLS: dict[str, dict[str, Impl]] = {}  # op name → backend → function
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+Form = TypeVar("Form", bound=Impl)
 
 
-def op(reference: Impl) -> Impl:
-    """Mark a torch function as an op: calls go to the first active backend that implements it."""
+def is_from_notebook(fn: Impl) -> bool:
+    """Return whether a function is defined in the running notebook or script, not in a module."""
+    return fn.__module__ == "__main__"
+
+
+def register_impl(name: str, backend: str, fn: Impl) -> None:
+    """Set the implementation of an op; one from a notebook is not replaced by one from a module."""
+    earlier = IMPLS.setdefault(name, {}).get(backend)
+    if earlier is None or is_from_notebook(fn) or not is_from_notebook(earlier):
+        IMPLS[name][backend] = fn
+
+
+def op(reference: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Mark a torch function as an op: calls go to the first active backend that implements it.
+
+    The function is the op's backend `torch`. In a notebook or script it is also the backend
+    `notebook`, which `auto` prefers to all others, so that an edited cell takes effect.
+    """
     name = reference.__name__
-    IMPLS.setdefault(name, {})["torch"] = reference
+    register_impl(name, "torch", reference)
+    if is_from_notebook(reference):
+        register_impl(name, "notebook", reference)
 
     @wraps(reference)
-    def call(*args, **kwargs):
+    def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         return resolve_impl(name, device_of(args))(*args, **kwargs)
 
     return call
 
 
-def impl(name: str, backend: str) -> Callable[[Impl], Impl]:
+def impl(name: str, backend: str) -> Callable[[Form], Form]:
     """Register another implementation of op `name`: same signature, same result."""
     if name not in IMPLS:
         raise KeyError(f"no op {name!r}; ops are {', '.join(IMPLS)}")
 
-    def register(fn: Impl) -> Impl:
-        IMPLS[name][backend] = fn  # replaces an earlier one, so that an edited cell takes effect
+    def register(fn: Form) -> Form:
+        register_impl(name, backend, fn)
         return fn
 
     return register
@@ -46,7 +67,9 @@ def impl(name: str, backend: str) -> Callable[[Impl], Impl]:
 
 # ── The switch ──
 
-AUTO_BACKENDS = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}  # what `auto` means
+AUTO_BACKENDS = {  # what `auto` means
+    "cpu": ("notebook", "cpu", "torch"), "cuda": ("notebook", "triton", "torch")
+}  # fmt: skip
 ACTIVE_BACKENDS = tuple(os.environ.get("DSV3_BACKEND", "auto").split(","))
 BACKEND_MODULES = {  # imported when first asked for
     "cpu": "dsv3_ref.cpu", "compiled": "dsv3_ref.cpu", "triton": "dsv3_ref.kernels",
@@ -54,7 +77,7 @@ BACKEND_MODULES = {  # imported when first asked for
 }  # fmt: skip
 
 
-def device_of(args: tuple) -> str:
+def device_of(args: tuple[object, ...]) -> str:
     """Return the device type of the first tensor, `cpu` if there is none."""
     for x in args:
         if isinstance(x, Tensor):
@@ -91,7 +114,7 @@ def use(*backends: str) -> Iterator[None]:
     """Run a block under these backends, in order of preference: `with use("fp8", "auto")`."""
     global ACTIVE_BACKENDS
     expand_backends(backends, "cpu")
-    known = {"auto"} | {b for impls in IMPLS.values() for b in impls}
+    known = {"auto", "notebook"}.union(*IMPLS.values())
     if unknown := set(backends) - known:
         raise ValueError(
             f"no backend {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
@@ -109,26 +132,27 @@ def backend_table(device: str = "cpu") -> str:
     for name, impls in sorted(IMPLS.items()):
         active = next((b for b in backends if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
-        rows.append(f"{name:22}{active:8}{others}".rstrip())
+        rows.append(f"{name:22}{active:10}{others}".rstrip())
     return "\n".join(rows)
 
 
 # ── Forget, and compute again ──
 
-RECOMPUTE_HOOK: Callable[[Impl, tuple], Any] | None = None  # set while a step recomputes
+RecomputeHook = Callable[[Impl, tuple[Any, ...]], Any]
+RECOMPUTE_HOOK: RecomputeHook | None = None  # set while a step recomputes
 
 
-def recompute(fn: Impl, *args: Any) -> Any:
-    """Return fn(*args), which a training step may forget and compute again in its backward pass.
+def recompute(fn: Callable[..., Result], *args: Any) -> Result:
+    """Return fn(*args), which a training step may drop and compute again in its backward pass.
 
-    What `fn` saves for itself is kept: an RMSNorm's input, not its output.
+    Tensors that `fn` itself saves for backward are kept: an RMSNorm's input, not its output.
     """
     return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK(fn, args)
 
 
 @contextmanager
-def recomputing_with(hook: Callable[[Impl, tuple], Any] | None) -> Iterator[None]:
-    """Let `hook(fn, args)` answer the calls of `recompute` in a block."""
+def recomputing_with(hook: RecomputeHook | None) -> Iterator[None]:
+    """Pass the calls of `recompute` to `hook(fn, args)` inside a block."""
     global RECOMPUTE_HOOK
     before, RECOMPUTE_HOOK = RECOMPUTE_HOOK, hook
     try:
@@ -153,9 +177,9 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight.
+    """Divide x by the root mean square of its last axis: y = x / √(mean(x²) + ε) · weight.
 
-    dtype: of y, by default that of x; rounded once.
+    dtype: the result's, by default that of x; it is computed in fp32 and rounded once.
     """
     wide = upcast(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
@@ -163,7 +187,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned scale; returns the dtype of the products that follow, shape of x."""
+    """RMSNorm with a learned scale; the result has x's shape and the dtype of matrix products."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -179,9 +203,9 @@ class RMSNorm(nn.Module):
 
 @op
 def linear(x: Tensor, weight_oi: Tensor, saved_input_format: str = "e4m3") -> Tensor:
-    """Multiply the last axis: y_…o = Σ_i x_…i W_oi.
+    """Multiply the last axis of x by a matrix: y_…o = Σ_i x_…i W_oi.
 
-    saved_input_format: how FP8 stores x for Wgrad (§3.3.3).
+    saved_input_format: the format in which FP8 stores x for Wgrad (§3.3.3).
     """
     return F.linear(x, weight_oi)
 
@@ -191,7 +215,7 @@ DEFERRED_WGRADS: list[Wgrad] | None = None  # set while a pipeline splits the ba
 
 
 def defer_wgrad(weight: Tensor, wgrad_fn: Callable[[], Tensor]) -> Tensor | None:
-    """Compute ∂L/∂weight = wgrad_fn() now; while a schedule defers it, store it, return None."""
+    """Return ∂L/∂weight = wgrad_fn(), or None inside `deferring_wgrads`, which stores the call."""
     if DEFERRED_WGRADS is None:
         return wgrad_fn()
     DEFERRED_WGRADS.append((weight, wgrad_fn))
@@ -200,7 +224,7 @@ def defer_wgrad(weight: Tensor, wgrad_fn: Callable[[], Tensor]) -> Tensor | None
 
 @contextmanager
 def deferring_wgrads() -> Iterator[list[Wgrad]]:
-    """Collect the weight gradients of a block; the caller computes them later (chapter 12)."""
+    """Collect the weight gradients of a block for the caller to compute later (chapter 12)."""
     global DEFERRED_WGRADS
     before, DEFERRED_WGRADS = DEFERRED_WGRADS, []
     try:
@@ -210,7 +234,7 @@ def deferring_wgrads() -> Iterator[list[Wgrad]]:
 
 
 class Linear(nn.Module):
-    """A matrix without bias, stored (out, in) as in the released weights."""
+    """Linear layer without bias; the weight is stored (out, in), as in the released weights."""
 
     def __init__(self, n_in: int, n_out: int, saved_input_format: str = "e4m3"):
         super().__init__()
@@ -232,7 +256,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @op
 def swiglu_linear(gate: Tensor, up: Tensor, weight_oi: Tensor) -> Tensor:
-    """Apply SwiGLU and the matrix after it; one op, since neither needs to keep what lies between."""
+    """Apply SwiGLU and a matrix: one op, so that the tensor between them need not be saved."""
     return linear(recompute(swiglu, gate, up), weight_oi)
 
 
@@ -250,11 +274,11 @@ class MLP(nn.Module):
 
 # ── Cross-entropy straight from the hidden state ──
 
-CE_CHUNK_TOKENS = 512  # tokens whose logits exist at a time, where memory counts
+CE_CHUNK_TOKENS = 512  # tokens whose logits a backend holds at a time
 
 
 @op
 def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
-    """Sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
+    """Return the sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
     logit_nw = upcast(F.linear(h_nd, head_wd))
     return F.cross_entropy(logit_nw, target_n, reduction="sum")

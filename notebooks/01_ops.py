@@ -17,7 +17,7 @@
 # %% [markdown]
 # ## Why
 # An H800 (the GPU that trained V3) can do **295** operations in the time it needs to fetch one byte.
-# RMSNorm, which brings a token's vector to a standard size, does about **one** operation a byte. So a
+# RMSNorm, which brings a token's vector to a standard size, does about **one** operation per byte. So a
 # model is made of two kinds of work: matrix products, which keep the machine busy, and everything
 # between them, which waits for memory. The second kind is a ten-thousandth of the operations and yet
 # costs real time, unless a *kernel* (a program written for the GPU) joins several steps and reads each
@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -47,24 +47,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv3_ref.config import V3
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, attempt, figure, play, show
 
-PEAK, BANDWIDTH = 989e12, 3.35e12  # H800: bf16 operations and bytes of memory a second
+PEAK, BANDWIDTH = 989e12, 3.35e12  # H800: bf16 operations and bytes of memory per second
 
 
 def work(tokens: int, size: int = 2) -> dict[str, tuple[float, float]]:
-    """(operations, bytes) of V3's pieces for so many tokens; `size` bytes a number."""
-    d, f, w = V3.dim, V3.moe_inter_dim, V3.vocab_size
-    product = lambda i, o: (2 * tokens * i * o, size * (tokens * i + i * o + tokens * o))
+    """Return piece of V3 → (operations, bytes) for so many tokens, `size` bytes per number."""
+    d, f = V3.dim, V3.moe_inter_dim
+
+    def product(i: int, o: int) -> tuple[float, float]:
+        return 2 * tokens * i * o, size * (tokens * i + i * o + tokens * o)
+
     return {
         "RMSNorm": (4 * tokens * d, 2 * size * tokens * d),
         "SwiGLU": (5 * tokens * f, 3 * size * tokens * f),
         "expert's W₁": product(d, f),
         "attention's $W^O$": product(V3.n_heads * V3.v_head_dim, d),
-        "head": product(d, w),
+        "head": product(d, V3.vocab_size),
     }
 
 
 def roofline(tokens: int = 4096, size: int = 2) -> None:
-    """Where each piece lies under the machine's two limits: memory (slope) and arithmetic (flat)."""
+    """Plot each piece under the machine's two limits: memory (slope) and arithmetic (flat)."""
     fig, ax = figure(width=8, height=3.6)
     peak, x = PEAK * 2 / size, torch.logspace(-1, 4, 200)  # numbers of half the size: twice as fast
     ax.plot(x, (x * BANDWIDTH).clamp(max=peak) / 1e12, color=GRAY, label="the most an H800 can do")
@@ -109,32 +112,57 @@ roofline()
 # b^\ast = \text{the first of the active backends that implements it.}$$
 #
 # The code that calls an op does not know of this. There are no flags in the model, and no `if cuda`.
+#
+# A function that a notebook marks with `@op` is the new reference of its op and also the backend `notebook`,
+# which comes first by default: edit such a cell, run it, and every later call goes to your function. Only a backend that
+# you name yourself comes before it, as in `with use("cpu", "torch")`, and modules imported later do not undo it.
 
 # %%
 #| export
 Impl = Callable[..., Any]
 IMPLS: dict[str, dict[str, Impl]] = {}  # op name → backend → function
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+Form = TypeVar("Form", bound=Impl)
 
 
-def op(reference: Impl) -> Impl:
-    """Mark a torch function as an op: calls go to the first active backend that implements it."""
+def is_from_notebook(fn: Impl) -> bool:
+    """Return whether a function is defined in the running notebook or script, not in a module."""
+    return fn.__module__ == "__main__"
+
+
+def register_impl(name: str, backend: str, fn: Impl) -> None:
+    """Set the implementation of an op; one from a notebook is not replaced by one from a module."""
+    earlier = IMPLS.setdefault(name, {}).get(backend)
+    if earlier is None or is_from_notebook(fn) or not is_from_notebook(earlier):
+        IMPLS[name][backend] = fn
+
+
+def op(reference: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Mark a torch function as an op: calls go to the first active backend that implements it.
+
+    The function is the op's backend `torch`. In a notebook or script it is also the backend
+    `notebook`, which `auto` prefers to all others, so that an edited cell takes effect.
+    """
     name = reference.__name__
-    IMPLS.setdefault(name, {})["torch"] = reference
+    register_impl(name, "torch", reference)
+    if is_from_notebook(reference):
+        register_impl(name, "notebook", reference)
 
     @wraps(reference)
-    def call(*args, **kwargs):
+    def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         return resolve_impl(name, device_of(args))(*args, **kwargs)
 
     return call
 
 
-def impl(name: str, backend: str) -> Callable[[Impl], Impl]:
+def impl(name: str, backend: str) -> Callable[[Form], Form]:
     """Register another implementation of op `name`: same signature, same result."""
     if name not in IMPLS:
         raise KeyError(f"no op {name!r}; ops are {', '.join(IMPLS)}")
 
-    def register(fn: Impl) -> Impl:
-        IMPLS[name][backend] = fn  # replaces an earlier one, so that an edited cell takes effect
+    def register(fn: Form) -> Form:
+        register_impl(name, backend, fn)
         return fn
 
     return register
@@ -146,12 +174,14 @@ def impl(name: str, backend: str) -> Callable[[Impl], Impl]:
 # lines. Both name them in order of preference: `cpu,torch` reads "the tuned form where there is one,
 # else the reference". That *else* must be written down. With `triton` alone, an op without a kernel
 # raises: otherwise a misspelled name would cost a factor of ten and look like success. The default,
-# `auto`, follows the device of the tensors.
+# `auto`, follows the device of the tensors, after what the notebook itself defines.
 
 
 # %%
 #| export
-AUTO_BACKENDS = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}  # what `auto` means
+AUTO_BACKENDS = {  # what `auto` means
+    "cpu": ("notebook", "cpu", "torch"), "cuda": ("notebook", "triton", "torch")
+}  # fmt: skip
 ACTIVE_BACKENDS = tuple(os.environ.get("DSV3_BACKEND", "auto").split(","))
 BACKEND_MODULES = {  # imported when first asked for
     "cpu": "dsv3_ref.cpu", "compiled": "dsv3_ref.cpu", "triton": "dsv3_ref.kernels",
@@ -159,7 +189,7 @@ BACKEND_MODULES = {  # imported when first asked for
 }  # fmt: skip
 
 
-def device_of(args: tuple) -> str:
+def device_of(args: tuple[object, ...]) -> str:
     """Return the device type of the first tensor, `cpu` if there is none."""
     for x in args:
         if isinstance(x, Tensor):
@@ -196,7 +226,7 @@ def use(*backends: str) -> Iterator[None]:
     """Run a block under these backends, in order of preference: `with use("fp8", "auto")`."""
     global ACTIVE_BACKENDS
     expand_backends(backends, "cpu")
-    known = {"auto"} | {b for impls in IMPLS.values() for b in impls}
+    known = {"auto", "notebook"}.union(*IMPLS.values())
     if unknown := set(backends) - known:
         raise ValueError(
             f"no backend {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
@@ -214,7 +244,7 @@ def backend_table(device: str = "cpu") -> str:
     for name, impls in sorted(IMPLS.items()):
         active = next((b for b in backends if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
-        rows.append(f"{name:22}{active:8}{others}".rstrip())
+        rows.append(f"{name:22}{active:10}{others}".rstrip())
     return "\n".join(rows)
 
 
@@ -233,20 +263,21 @@ def backend_table(device: str = "cpu") -> str:
 
 # %%
 #| export
-RECOMPUTE_HOOK: Callable[[Impl, tuple], Any] | None = None  # set while a step recomputes
+RecomputeHook = Callable[[Impl, tuple[Any, ...]], Any]
+RECOMPUTE_HOOK: RecomputeHook | None = None  # set while a step recomputes
 
 
-def recompute(fn: Impl, *args: Any) -> Any:
-    """Return fn(*args), which a training step may forget and compute again in its backward pass.
+def recompute(fn: Callable[..., Result], *args: Any) -> Result:
+    """Return fn(*args), which a training step may drop and compute again in its backward pass.
 
-    What `fn` saves for itself is kept: an RMSNorm's input, not its output.
+    Tensors that `fn` itself saves for backward are kept: an RMSNorm's input, not its output.
     """
     return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK(fn, args)
 
 
 @contextmanager
-def recomputing_with(hook: Callable[[Impl, tuple], Any] | None) -> Iterator[None]:
-    """Let `hook(fn, args)` answer the calls of `recompute` in a block."""
+def recomputing_with(hook: RecomputeHook | None) -> Iterator[None]:
+    """Pass the calls of `recompute` to `hook(fn, args)` inside a block."""
     global RECOMPUTE_HOOK
     before, RECOMPUTE_HOOK = RECOMPUTE_HOOK, hook
     try:
@@ -259,13 +290,13 @@ def recomputing_with(hook: Callable[[Impl, tuple], Any] | None) -> Iterator[None
 calls = []
 
 
-def note(fn, args):
-    """Answer a call of `recompute` like a plain call, and note its function."""
+def record_call(fn, args):
+    """Call fn(*args), as `recompute` does without a hook, and record the function's name."""
     calls.append(fn.__name__)
     return fn(*args)
 
 
-with recomputing_with(note):
+with recomputing_with(record_call):
     y = recompute(torch.cos, recompute(torch.sin, torch.ones(2)))
 assert torch.equal(y, torch.ones(2).sin().cos()) and recompute(torch.sin, y).shape == (2,)
 print("the hook saw", calls)
@@ -308,9 +339,9 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight.
+    """Divide x by the root mean square of its last axis: y = x / √(mean(x²) + ε) · weight.
 
-    dtype: of y, by default that of x; rounded once.
+    dtype: the result's, by default that of x; it is computed in fp32 and rounded once.
     """
     wide = upcast(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
@@ -318,7 +349,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned scale; returns the dtype of the products that follow, shape of x."""
+    """RMSNorm with a learned scale; the result has x's shape and the dtype of matrix products."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -376,9 +407,9 @@ print("size of each token's gradient:", *[f"{v:.2f}" for v in grad_nd.norm(dim=-
 #| export
 @op
 def linear(x: Tensor, weight_oi: Tensor, saved_input_format: str = "e4m3") -> Tensor:
-    """Multiply the last axis: y_…o = Σ_i x_…i W_oi.
+    """Multiply the last axis of x by a matrix: y_…o = Σ_i x_…i W_oi.
 
-    saved_input_format: how FP8 stores x for Wgrad (§3.3.3).
+    saved_input_format: the format in which FP8 stores x for Wgrad (§3.3.3).
     """
     return F.linear(x, weight_oi)
 
@@ -388,7 +419,7 @@ DEFERRED_WGRADS: list[Wgrad] | None = None  # set while a pipeline splits the ba
 
 
 def defer_wgrad(weight: Tensor, wgrad_fn: Callable[[], Tensor]) -> Tensor | None:
-    """Compute ∂L/∂weight = wgrad_fn() now; while a schedule defers it, store it, return None."""
+    """Return ∂L/∂weight = wgrad_fn(), or None inside `deferring_wgrads`, which stores the call."""
     if DEFERRED_WGRADS is None:
         return wgrad_fn()
     DEFERRED_WGRADS.append((weight, wgrad_fn))
@@ -397,7 +428,7 @@ def defer_wgrad(weight: Tensor, wgrad_fn: Callable[[], Tensor]) -> Tensor | None
 
 @contextmanager
 def deferring_wgrads() -> Iterator[list[Wgrad]]:
-    """Collect the weight gradients of a block; the caller computes them later (chapter 12)."""
+    """Collect the weight gradients of a block for the caller to compute later (chapter 12)."""
     global DEFERRED_WGRADS
     before, DEFERRED_WGRADS = DEFERRED_WGRADS, []
     try:
@@ -407,7 +438,7 @@ def deferring_wgrads() -> Iterator[list[Wgrad]]:
 
 
 class Linear(nn.Module):
-    """A matrix without bias, stored (out, in) as in the released weights."""
+    """Linear layer without bias; the weight is stored (out, in), as in the released weights."""
 
     def __init__(self, n_in: int, n_out: int, saved_input_format: str = "e4m3"):
         super().__init__()
@@ -455,7 +486,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @op
 def swiglu_linear(gate: Tensor, up: Tensor, weight_oi: Tensor) -> Tensor:
-    """Apply SwiGLU and the matrix after it; one op, since neither needs to keep what lies between."""
+    """Apply SwiGLU and a matrix: one op, so that the tensor between them need not be saved."""
     return linear(recompute(swiglu, gate, up), weight_oi)
 
 
@@ -515,7 +546,7 @@ print("heard:", heard)
 
 # %%
 def error(fn) -> str:
-    """What `fn()` raises, in one line; fails if it raises nothing."""
+    """Return what `fn()` raises, in one line; fail if it raises nothing."""
     try:
         fn()
     except Exception as e:
@@ -524,7 +555,7 @@ def error(fn) -> str:
 
 
 def under(*backends: str):
-    """The same MLP under these backends."""
+    """Return the same MLP's output under these backends."""
     with use(*backends):
         return mlp(x_nd)
 
@@ -555,12 +586,12 @@ assert torch.allclose(under("torch"), quiet)
 
 # %%
 #| export
-CE_CHUNK_TOKENS = 512  # tokens whose logits exist at a time, where memory counts
+CE_CHUNK_TOKENS = 512  # tokens whose logits a backend holds at a time
 
 
 @op
 def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
-    """Sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
+    """Return the sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
     logit_nw = upcast(F.linear(h_nd, head_wd))
     return F.cross_entropy(logit_nw, target_n, reduction="sum")
 
@@ -650,7 +681,7 @@ WAYS = {
     "recomputed": (True, "cpu"),
 }
 widths = [32, 64, 128, 192, 256]
-kept = {way: [] for way in WAYS}
+numbers_kept = {way: [] for way in WAYS}
 for f in widths:
     norm, mlp = RMSNorm(D, 1e-6), MLP(D, f)
     for p in mlp.parameters():
@@ -660,15 +691,16 @@ for f in widths:
     for way, (enabled, backend) in WAYS.items():
         with use(backend, "torch"):
             grads[way], n = train_once(norm, mlp, x_nd, enabled)
-        kept[way].append(n)
-    assert kept["step by step"][-1] >= kept["by hand"][-1] + f == 2 * D + 4 * f + 1
-    assert kept["recomputed"][-1] == D + 2 * f + 1
+        numbers_kept[way].append(n)
+    assert numbers_kept["step by step"][-1] >= numbers_kept["by hand"][-1] + f == 2 * D + 4 * f + 1
+    assert numbers_kept["recomputed"][-1] == D + 2 * f + 1
     assert torch.allclose(grads["step by step"], grads["by hand"], atol=1e-5)
     assert torch.equal(grads["by hand"], grads["recomputed"])  # bit for bit
 del ops.IMPLS["rms_norm"]["steps"], ops.IMPLS["swiglu"]["steps"]
 
 fig, ax = figure(width=8, height=3.2)
-for (way, numbers), style, color in zip(kept.items(), ["o-", "s--", "D:"], [GRAY, BLUE, ORANGE]):
+styles, colors = ["o-", "s--", "D:"], [GRAY, BLUE, ORANGE]
+for (way, numbers), style, color in zip(numbers_kept.items(), styles, colors):
     ax.plot(widths, numbers, style, color=color, label=way)
 ax.set(xlabel=f"width f of the network (d = {D})", ylabel="numbers kept per token", ylim=(0, None))
 ax.set_title("Recomputing norm and SwiGLU halves the memory; the gradient is the same")
@@ -685,17 +717,17 @@ print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} by hand, {2 * (d + 2 * f) / 1e3:.0f} rec
 # ## Play
 # The figure at the top is a function of the number of tokens. While training, thousands pass a
 # weight at once; while generating, a few. Slide down: at which number do even the matrix products
-# fall left of the dotted line? With one byte a number (FP8) half as much moves and twice as much is
-# computed a second, so the line itself moves.
+# fall left of the dotted line? With one byte per number (FP8) half as much moves and twice as much is
+# computed per second, so the line itself moves.
 
 # %%
 roofline(tokens=32)
 
 # %%
 play(
-    lambda log2_tokens, bytes_a_number: roofline(2**log2_tokens, bytes_a_number),
+    lambda log2_tokens, bytes_per_number: roofline(2**log2_tokens, bytes_per_number),
     log2_tokens=(0, 14, 1),
-    bytes_a_number=[2, 1],
+    bytes_per_number=[2, 1],
 )
 
 # %% [markdown]
@@ -713,7 +745,7 @@ for name, (style, color) in looks.items():
 ax.axhline(PEAK / BANDWIDTH, color=GRAY, linestyle=":", linewidth=1)
 ax.text(1, PEAK / BANDWIDTH * 1.15, "above: bound by arithmetic", color=GRAY)
 ax.set(xscale="log", yscale="log", xlabel="tokens that share the weights")
-ax.set(ylabel="operations a byte")
+ax.set(ylabel="operations per byte")
 ax.set_title("Products need company; SwiGLU stays bound by memory")
 ax.legend()
 show(fig)
@@ -725,7 +757,7 @@ show(fig)
 
 # %%
 def check_logits(fn) -> bool:
-    """`fn(tokens, words)` is the size of fp32 logits in bytes."""
+    """Check that `fn(tokens, words)` is the size of fp32 logits in bytes."""
     cases = {(1, 10): 40, (3, 1000): 12_000, (4096, 129_280): 2_118_123_520}
     return attempt(
         lambda: all(abs(fn(*x) - n) < 0.5 for x, n in cases.items()),
@@ -734,19 +766,21 @@ def check_logits(fn) -> bool:
 
 
 def check_gradient(fn) -> bool:
-    """`fn(a)` is |gradient at a·x| over |gradient at x| of RMSNorm, for ε = 0."""
+    """Check that `fn(a)` is |gradient at a·x| / |gradient at x| of RMSNorm, for ε = 0."""
 
     def size(scale: float) -> float:
         x = (scale * torch.arange(1.0, 9.0, dtype=torch.float64)).requires_grad_()
         y = rms_norm(x, torch.ones_like(x), 0.0)
         return torch.autograd.grad(y[0], x)[0].norm().item()
 
-    test = lambda: all(abs(fn(a) - size(a) / size(1.0)) < 1e-9 for a in (0.5, 2.0, 10.0))
-    return attempt(test, "y stays as it is when x grows; which factors of the gradient do not?")
+    return attempt(
+        lambda: all(abs(fn(a) - size(a) / size(1.0)) < 1e-9 for a in (0.5, 2.0, 10.0)),
+        "y stays as it is when x grows; which factors of the gradient do not?",
+    )
 
 
 def check_overflow(fn) -> bool:
-    """`fn()` is a finite fp16 tensor whose norm is right in fp32 and wrong in fp16."""
+    """Check that `fn()` is a finite fp16 tensor whose norm is right in fp32 and wrong in fp16."""
 
     def test():
         x = fn()
@@ -759,29 +793,29 @@ def check_overflow(fn) -> bool:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any torch operation makes."""
+    """Mode that records the size of the largest tensor that any torch operation returns."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        found = [t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
-        self.numel = max([self.numel, *found])
+        leaves = torch.utils._pytree.tree_leaves(out)
+        self.numel = max([self.numel, *(t.numel() for t in leaves if torch.is_tensor(t))])
         return out
 
 
 def check_chunked(fn) -> bool:
-    """`fn(h, head, target, rows)` equals the op, but holds logits of at most `rows` tokens."""
+    """Check that `fn(h, head, target, rows)` equals the op with logits of at most `rows` tokens."""
 
     def test():
         source = torch.Generator().manual_seed(1)
         h, head = (torch.randn(n, 8, generator=source) for n in (100, 400))
         target = torch.arange(100)
-        with Largest() as seen:
+        with Largest() as largest:
             loss = fn(h, head, target, 16)
         right = linear_cross_entropy(h, head, target).item()
         close = torch.as_tensor(loss).numel() == 1 and abs(float(loss) / right - 1) < 1e-5
-        return close and seen.numel <= max(16 * 400, head.numel())
+        return close and largest.numel <= max(16 * 400, head.numel())
 
     return attempt(test, "cut h and target into parts; does cross_entropy add or average?")
 

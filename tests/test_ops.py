@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,7 @@ for path in sorted(Path(dsv3_ref.__file__).parent.glob("*.py")):
 import_module("dsv3_ref.cpu")
 
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # relative, of one number
-SLACK = {
-    "cpu": 16,
-    "sdpa": 16,
-}  # backend → how many roundings its result may be away, relative 2-norm
+SLACK = {"cpu": 16, "sdpa": 16}  # backend → allowed error in roundings, relative 2-norm
 
 
 # ── Arguments of every op: `size(low, high)` draws a length, `randn` fills a tensor ──
@@ -54,37 +52,46 @@ def swiglu_linear(size, randn):
 
 
 def linear_cross_entropy(size, randn):
-    n, d, w = size(), size(), size(2, 200)
+    n, d = size(), size()
+    w = size(2, 200)
     return randn(n, d), randn(w, d), torch.arange(n) * 7 % w
 
 
 def apply_rotary_emb(size, randn):
-    b, s, h, pairs = size(1, 3), size(), size(1, 5), size(1, 9)
+    b, s = size(1, 3), size()
+    h, pairs = size(1, 5), size(1, 9)
     angle = randn(s, pairs).detach().float() * 10
     return randn(b, s, h, 2 * pairs), angle.cos(), angle.sin()
 
 
 def attention(size, randn):
-    b, s, h, x, v = size(1, 3), size(1, 20), size(1, 4), size(), size()
+    b, s = size(1, 3), size(1, 20)
+    h, x = size(1, 4), size()
+    v = size()
     t = s + size(0, 20)
     return randn(b, s, h, x), randn(b, t, h, x), randn(b, t, h, v), x**-0.5
 
 
 def latent_attention(size, randn):
-    b, s, h, c, r = size(1, 3), size(1, 20), size(1, 4), size(), size()
+    b, s = size(1, 3), size(1, 20)
+    h, c = size(1, 4), size()
+    r = size()
     t = s + size(0, 20)
     return randn(b, s, h, c), randn(b, s, h, r), randn(b, t, c), randn(b, t, r), (c + r) ** -0.5
 
 
 def varlen_attention(size, randn):
-    h, x, v = size(1, 4), size(), size()
+    h, x = size(1, 4), size()
+    v = size()
     cu_seqlens = to_cu_seqlens([*(size(0, 12) for _ in range(size(0, 3))), size(1, 12)]).long()
     n = int(cu_seqlens[-1])
     return randn(n, h, x), randn(n, h, x), randn(n, h, v), cu_seqlens, x**-0.5
 
 
 def paged_attention(size, randn):
-    b, s, h, c, r, y = size(1, 3), size(1, 3), size(1, 4), size(), size(), size(1, 8)
+    b, s = size(1, 3), size(1, 3)
+    h, c = size(1, 4), size()
+    r, y = size(), size(1, 8)
     pages = size(1, 5)
     block_table_bp = torch.stack([torch.randperm(pages + 2)[:pages] for _ in range(b)]).int()
     cache_seqlens_b = torch.tensor([max(s, size(1, pages * y)) for _ in range(b)]).clamp(
@@ -119,7 +126,7 @@ def grouped_swiglu_linear(size, randn):
 
 
 def rows(size):
-    """Tokens, choices, and rows sorted by random experts."""
+    """Return n and k, and the rows of n tokens with k random experts each, sorted by expert."""
     n, k = size(), size(1, 5)
     return n, k, *sort_by_expert(torch.randint(4, (n, k)))
 
@@ -152,27 +159,34 @@ CASES = [
 ]
 CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
 ELSEWHERE = {"decode_weights", "attend_prefill", "run_layers"}  # tests/cpu/test_decoder.py
-PAIRS = [(n, b) for n in CASES for b in ops.IMPLS[n] if b in SLACK]  # others: elsewhere
+PAIRS = [  # other backends are tested elsewhere
+    (name, backend) for name, backend in product(CASES, SLACK) if backend in ops.IMPLS[name]
+]
 
 
 # ── One test for all of them ──
 
 
 def arguments(data, name: str, dtype) -> list:
-    """Drawn arguments of an op; the floating tensors from `randn` want a gradient."""
+    """Draw arguments of an op; the floating tensors from `randn` require a gradient."""
     source = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
-    size = lambda low=1, high=40: data.draw(st.integers(low, high))
-    randn = lambda *shape: torch.randn(shape, generator=source).to(dtype).requires_grad_()
+
+    def size(low=1, high=40):
+        return data.draw(st.integers(low, high))
+
+    def randn(*shape):
+        return torch.randn(shape, generator=source).to(dtype).requires_grad_()
+
     return [detached(x) for x in CASES[name](size, randn)]
 
 
 def detached(x):
-    """The same values as a leaf that wants a gradient if `x` does."""
+    """Return the same values as a leaf that requires a gradient if `x` does."""
     return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
 def results(fn, args: list, dtype=None) -> list[torch.Tensor]:
-    """Output and gradients of `fn`, computed in `dtype`, for a fixed incoming gradient."""
+    """Return output and gradients of `fn`, computed in `dtype`, for a fixed incoming gradient."""
     floats = [isinstance(x, torch.Tensor) and x.requires_grad for x in args]
     args = [x.detach().to(dtype).requires_grad_() if f else x for x, f in zip(args, floats)]
     y = fn(*args)
@@ -182,13 +196,19 @@ def results(fn, args: list, dtype=None) -> list[torch.Tensor]:
 
 
 def error(got, want, least: float = 0.5) -> float:
-    """rms(got − want) / rms(want); cases are of order 1, what is far smaller is cancellation."""
-    rms = lambda x: x.double().square().mean().sqrt()
+    """Return rms(got − want) / rms(want), with rms(want) at least `least`.
+
+    The cases are of order 1; a result far below that comes from cancellation.
+    """
+
+    def rms(x):
+        return x.double().square().mean().sqrt()
+
     return (rms(got - want) / rms(want).clamp(min=least)).item() if want.numel() else 0.0
 
 
 def floor(name: str, i: int) -> float:
-    """How large a result counts at least: more, where larger numbers are subtracted for it."""
+    """Return the least size of a result: more, where larger numbers are subtracted for it."""
     gradient = i and name.endswith("attention")  # of a softmax: sums of up to 40 terms
     loss = name == "linear_cross_entropy" and not i  # two logits
     return 4.0 if gradient or loss else 0.5
@@ -277,6 +297,96 @@ def test_the_environment_never_falls_back():
     assert "op 'swiglu' has no cuda-graph implementation" in done.stderr
 
 
+@pytest.fixture
+def registry(monkeypatch):
+    """The registered forms, restored after the test."""
+    forms = {name: dict(impls) for name, impls in ops.IMPLS.items()}
+    monkeypatch.setattr(ops, "IMPLS", forms)
+    return forms
+
+
+def cell(name: str):
+    """Return a function as a notebook's cell defines it; it returns its name and module."""
+
+    def fn(*args):
+        return f"{name} of the notebook"
+
+    fn.__name__, fn.__module__ = name, "__main__"
+    return fn
+
+
+def test_a_notebooks_op_comes_before_every_tuned_form(registry):
+    tuned = ops.resolve_impl("swiglu")
+    call = ops.op(cell("swiglu"))
+    assert call(1, 2) == ops.swiglu(1, 2) == "swiglu of the notebook"  # the package's callers too
+    assert {names[0] for names in ops.AUTO_BACKENDS.values()} == {"notebook"}  # on every device
+    assert re.search(r"^swiglu +notebook +cpu", ops.backend_table(), re.MULTILINE)
+    assert registry["swiglu"]["cpu"] is tuned
+
+
+def test_an_edited_cell_takes_effect_again(registry):
+    ops.op(cell("swiglu"))
+    edited = cell("swiglu")
+    ops.op(edited)
+    assert ops.resolve_impl("swiglu") is edited
+    with ops.use("torch"):
+        assert ops.resolve_impl("swiglu") is edited  # it is the reference as well
+
+
+def test_a_chosen_backend_comes_before_a_notebooks_op(registry):
+    ops.op(cell("swiglu"))
+    with ops.use("cpu", "torch"):
+        assert ops.resolve_impl("swiglu") is registry["swiglu"]["cpu"]
+        assert re.search(r"^swiglu +cpu +notebook", ops.backend_table(), re.MULTILINE)
+    with ops.use("cpu", "auto"):
+        assert ops.resolve_impl("swiglu") is registry["swiglu"]["cpu"]
+    with ops.use("notebook", "cpu"):
+        assert ops.resolve_impl("swiglu") is registry["swiglu"]["notebook"]
+
+
+def test_a_module_does_not_undo_a_notebooks_forms(registry):
+    mine, tuned = cell("swiglu"), cell("rms_norm")
+    ops.op(mine)
+    ops.impl("rms_norm", "cpu")(tuned)
+    module = {}
+    exec("def swiglu(gate, up): ...\ndef rms_norm(x): ...", {"__name__": "a.module"}, module)
+    ops.op(module["swiglu"])
+    ops.impl("rms_norm", "cpu")(module["rms_norm"])
+    ops.impl("swiglu", "cpu")(module["swiglu"])
+    assert registry["swiglu"] == {"torch": mine, "notebook": mine, "cpu": module["swiglu"]}
+    assert ops.resolve_impl("rms_norm") is tuned
+
+
+def test_a_new_op_of_a_notebook_needs_no_other_form(registry):
+    call = ops.op(cell("brand_new"))
+    assert call() == "brand_new of the notebook"
+    with ops.use("cpu", "torch"):
+        assert call() == "brand_new of the notebook"
+
+
+SCRIPT = """
+from dsv3_ref.ops import IMPLS, op, resolve_impl, use
+
+@op
+def apply_rotary_emb(x_bshr, cos, sin):
+    return x_bshr  # an edit of chapter 02's cell
+
+from dsv3_ref import rope  # defines the same op, and the backend cpu is imported later still
+
+x = torch.randn(1, 3, 2, 4)
+turned = rope.apply_rotary_emb(x, torch.zeros(3, 2), torch.ones(3, 2))
+assert turned is x, "the package's own callers reach the edited cell"
+with use("cpu", "torch"):
+    assert not torch.equal(rope.apply_rotary_emb(x, torch.zeros(3, 2), torch.ones(3, 2)), x)
+print(sorted(IMPLS["apply_rotary_emb"]))
+"""
+
+
+def test_a_script_that_edits_an_op_reaches_the_package():
+    done = run_with_backend("auto", SCRIPT)
+    assert done.stdout.startswith("['cpu', 'notebook', 'torch'"), done.stderr
+
+
 def test_table_shows_who_is_active():
     with ops.use("cpu", "torch"):
         rows = {line.split()[0]: line.split()[1:] for line in ops.backend_table().splitlines()}
@@ -293,7 +403,7 @@ def test_table_shows_who_is_active():
 
 
 def chain(x, w):
-    """Norm, product, SwiGLU, product: Σ of squares."""
+    """Return Σ of squares after norm, product, SwiGLU and product."""
     y = ops.recompute(ops.rms_norm, x, torch.ones(x.shape[-1], dtype=x.dtype), 1e-6)
     z = ops.recompute(ops.swiglu, ops.linear(y, w), ops.linear(y[:, :], 2 * w))
     return ops.linear(z, w.T).square().sum()
@@ -302,20 +412,24 @@ def chain(x, w):
 @pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
 def test_recomputing_changes_no_bit_of_a_gradient(cast):
     x, w = torch.randn(9, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
-    kept, grads = [], []
+    saved_bytes, grads = [], []
     for recompute in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             with saved_tensors(recompute, [w]) as saved:
                 loss = chain(x, w)
-            kept.append(saved.bytes)
+            saved_bytes.append(saved.bytes)
         grads.append(torch.autograd.grad(loss, (x, w)))  # outside of the autocast block
     assert all(torch.equal(a, b) for a, b in zip(*grads))
-    assert kept[1] < kept[0]
+    assert saved_bytes[1] < saved_bytes[0]
 
 
 def test_results_are_made_once_for_all_who_need_them_and_then_let_go():
-    made = []
-    double = lambda x: made.append(1) or (2 * x, 3 * x)
+    calls = []
+
+    def double(x):
+        calls.append(x)
+        return 2 * x, 3 * x
+
     x = torch.randn(5, requires_grad=True)
     with saved_tensors(True):
         a, b = ops.recompute(double, x)
@@ -324,7 +438,7 @@ def test_results_are_made_once_for_all_who_need_them_and_then_let_go():
         (grad,) = torch.autograd.grad(y, x, retain_graph=True)
         want = 2 * (2 * x).cos() - 2 * (2 * x).sin() + 3 * (3 * x).cos()
         assert torch.allclose(grad, want)
-        assert len(made) == n
+        assert len(calls) == n
 
 
 def test_an_address_that_is_used_again_is_not_taken_for_a_result():
@@ -356,7 +470,7 @@ def test_the_chunked_loss_under_autocast(n):
     with torch.autocast("cpu", torch.bfloat16):
         loss = ops.linear_cross_entropy(h_nd, head_wd, target_n)
     got = torch.autograd.grad(loss, (h_nd, head_wd))
-    assert loss.dtype == torch.float32  # the sum over a batch is no sum in bf16
+    assert loss.dtype == torch.float32  # bf16 is too coarse for a sum over a batch
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
     for g, w in zip(got, want):
         assert g.dtype == torch.float32

@@ -38,7 +38,8 @@ def restore_ops(before: dict) -> None:
 @contextmanager
 def undone():
     """Undo what a chapter changes for everybody: ops it redefines, threads, dtypes, figures."""
-    ops.expand_backends(("auto",), "cpu")  # imported later, it would register amid the chapter's
+    modules = [b for b in ops.BACKEND_MODULES if b != "triton"]
+    ops.expand_backends(tuple(modules), "cpu")  # imported later, they would yield to the chapter's
     impls = {name: dict(found) for name, found in ops.IMPLS.items()}
     active, threads, dtype = ops.ACTIVE_BACKENDS, torch.get_num_threads(), torch.get_default_dtype()
     environ, grad = dict(os.environ), torch.is_grad_enabled()
