@@ -261,11 +261,12 @@ def quantize_cached(x: Tensor) -> Quantized:
 def quantize_weight_cached(weight: Tensor) -> Quantized:
     """Quantize a weight once for all forward passes whose backward pass is still to come."""
     version, *references = WEIGHT_CACHE.get(weight, (-1,))
-    quantized = [reference() for reference in references]
-    if version != weight._version or any(t is None for t in quantized):
-        quantized = weight_quant(weight)
-        WEIGHT_CACHE[weight] = weight._version, *map(TensorWeakRef, quantized)
-    q, s = quantized
+    cached = [reference() for reference in references]
+    if version == weight._version and all(t is not None for t in cached):
+        q, s = cached
+    else:
+        q, s = weight_quant(weight)
+        WEIGHT_CACHE[weight] = weight._version, TensorWeakRef(q), TensorWeakRef(s)
     return q, s
 
 
@@ -351,9 +352,11 @@ class FP8SwiGLULinear(torch.autograd.Function):
         *gate_up, w_q, w_s = ctx.saved_tensors
         g_mo, shape = g.flatten(0, -2).contiguous(), (*g.shape[:-1], w_q.shape[-1])
         dh_mf = dgrad(g_mo, (w_q, w_s), ctx.tokens_per_expert_e, g.dtype)
-        gate_up = [t.flatten(0, -2) for t in gate_up]
-        dgate, dup, *h = swiglu_quant_backward(dh_mf, *gate_up, ctx.tokens_per_expert_e)
-        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, h, ctx.tokens_per_expert_e))
+        gate_q, gate_s, up_q, up_s = (t.flatten(0, -2) for t in gate_up)
+        dgate, dup, h_q, h_s = swiglu_quant_backward(
+            dh_mf, gate_q, gate_s, up_q, up_s, ctx.tokens_per_expert_e
+        )
+        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_mo, (h_q, h_s), ctx.tokens_per_expert_e))
         return dgate.view(shape), dup.view(shape), dw, None
 
 

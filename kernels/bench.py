@@ -476,7 +476,9 @@ def sdpa_calls(call, q, k, v):
 def attention(s: int, h: int, goals=((), ())) -> list[Case]:
     """Forward and backward of one sequence; a query sees half of the keys on average."""
     x, v = V3.qk_nope_head_dim + V3.qk_rope_head_dim, V3.v_head_dim
-    of_model = lambda *qkv: mla.attention(*qkv, SCALE)
+
+    def of_model(q, k, v):
+        return mla.attention(q, k, v, SCALE)
 
     def made(call, make):
         qkv = make(1, s, h, x), make(1, s, h, x), make(1, s, h, v)
@@ -503,8 +505,9 @@ def varlen_attention(b: int, s: int, h: int) -> Case:
     x, v = V3.qk_nope_head_dim + V3.qk_rope_head_dim, V3.v_head_dim
 
     def make():
-        qkv, cu_seqlens = [randn(b * s, h, y) for y in (x, x, v)], torch.arange(0, b * s + 1, s)
-        return vs_torch(lambda: mla.varlen_attention(*qkv, cu_seqlens, SCALE))
+        q, k, values = (randn(b * s, h, y) for y in (x, x, v))
+        cu_seqlens = torch.arange(0, b * s + 1, s)
+        return vs_torch(lambda: mla.varlen_attention(q, k, values, cu_seqlens, SCALE))
 
     flops = b * h * s * s * (x + v)
     return Case("varlen_attention", {"b": b, "s": s, "h": h}, make, 4 * b * s * h * (x + v), flops)
@@ -536,8 +539,9 @@ def latent(b: int, t: int, h: int) -> Case:
     c, r = V3.kv_lora_rank, V3.qk_rope_head_dim
 
     def make():
-        q, kv = (randn(b, 1, h, c), randn(b, 1, h, r)), randn(b, t, c + r).split([c, r], -1)
-        return vs_torch(lambda: mla.latent_attention(*q, *kv, SCALE))
+        q_bshc, q_bshr = randn(b, 1, h, c), randn(b, 1, h, r)
+        c_btc, k_btr = randn(b, t, c + r).split([c, r], -1)
+        return vs_torch(lambda: mla.latent_attention(q_bshc, q_bshr, c_btc, k_btr, SCALE))
 
     return Case("latent_attention", {"b": b, "t": t, "h": h}, make, *decode_costs(b, t, h))
 
