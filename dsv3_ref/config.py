@@ -7,6 +7,7 @@ import difflib
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 # ── The config ──
 
@@ -54,16 +55,16 @@ class Config:
 
 
 class UserError(ValueError):
-    """A mistake of the user: the command line prints the sentence, not a traceback."""
+    """Mistake of the user: the command line prints its message without a traceback."""
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return ⌈a / b⌉ for whole numbers: how many blocks of b cover a."""
-    return -(-a // b)
+    """Return ⌈a / b⌉ for whole numbers, b > 0: how many blocks of b cover a."""
+    return (a + b - 1) // b
 
 
 def validate_config(config: Config) -> None:
-    """Raise a `UserError` naming the field for every shape that could not be built."""
+    """Raise a `UserError` that names the field if a model of this shape cannot be built."""
     for f in fields(config):
         value, least = getattr(config, f.name), 0 if f.name in MAY_BE_ZERO else 1
         if isinstance(f.default, int) and (not isinstance(value, int) or value < least):
@@ -127,8 +128,8 @@ CONFIGS = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
 # ── Reading a config from a file ──
 
 
-def from_dict(values: dict) -> Config:
-    """A Config from DeepSeek's field names; an unknown name raises with the nearest known one."""
+def from_dict(values: dict[str, Any]) -> Config:
+    """Build a Config from DeepSeek's field names; an unknown one raises, with the nearest known."""
     known = [f.name for f in fields(Config)]
     for name in values:
         if name not in known:
@@ -138,7 +139,7 @@ def from_dict(values: dict) -> Config:
 
 
 def load_config(name: str) -> Config:
-    """Return the config of a size (`tiny`) or of a JSON file (`my.json`)."""
+    """Return the config of this name (`tiny`), or read it from a JSON file (`my.json`)."""
     if name in CONFIGS:
         return CONFIGS[name]
     path = Path(name)
@@ -157,13 +158,11 @@ def load_config(name: str) -> Config:
 
 
 def count_mla_params(config: Config) -> int:
-    """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
+    """Count one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
     heads_q = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    q = (
-        config.q_lora_rank * (config.dim + 1 + heads_q)
-        if config.q_lora_rank
-        else config.dim * heads_q
-    )
+    q = config.dim * heads_q
+    if config.q_lora_rank:
+        q = config.q_lora_rank * (config.dim + 1 + heads_q)
     kv = config.dim * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
     up = config.kv_lora_rank * config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
     return q + kv + up + config.n_heads * config.v_head_dim * config.dim
@@ -173,7 +172,7 @@ def count_mla_params(config: Config) -> int:
 
 
 def count_moe_params(config: Config, n_experts: int) -> int:
-    """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
+    """Count one MoE layer: the gate, and 3·d·f for each of n_experts and of the shared experts."""
     gate = config.n_routed_experts * (config.dim + (config.score_func == "sigmoid"))
     return gate + (n_experts + config.n_shared_experts) * 3 * config.dim * config.moe_inter_dim
 
@@ -193,18 +192,14 @@ class ParamCount:
 
 
 def count_params(config: Config) -> ParamCount:
-    """Count a config by arithmetic alone: V3's total is 671,026,419,200."""
+    """Count parameters and cache bytes by arithmetic alone: V3's total is 671,026,419,200."""
     attn = count_mla_params(config) + 2 * config.dim  # with the block's two norms
     dense = config.n_dense_layers * 3 * config.dim * config.inter_dim
     n_moe, embed = config.n_layers - config.n_dense_layers, config.vocab_size * config.dim
     rest = config.n_layers * attn + dense + 2 * embed + config.dim
     total = rest + n_moe * count_moe_params(config, config.n_routed_experts)
     active = rest + n_moe * count_moe_params(config, config.n_activated_experts)
-    mtp = (
-        2 * config.dim * config.dim
-        + 3 * config.dim
-        + attn
-        + count_moe_params(config, config.n_routed_experts)
-    )
+    mtp = 2 * config.dim * config.dim + 3 * config.dim + attn
+    mtp += count_moe_params(config, config.n_routed_experts)
     cache = 2 * config.n_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     return ParamCount(total, active, active - embed, config.n_mtp_layers * mtp, cache)

@@ -17,7 +17,7 @@
 # %% [markdown]
 # ## Why
 # A language model reads tokens and guesses the next one. Make it larger and it guesses better, but
-# every weight that takes part costs two operations a token, and every token it remembers costs
+# every weight that takes part costs two operations per token, and every token it remembers costs
 # memory. DeepSeek-V3 holds **671 billion** parameters and lets one token touch only **one in
 # eighteen** of them. This chapter says where they all are, before we build any.
 #
@@ -57,8 +57,10 @@ import difflib
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 # %%
+import itertools
 import math
 import tempfile
 
@@ -135,16 +137,16 @@ class Config:
 # %%
 #| export config
 class UserError(ValueError):
-    """A mistake of the user: the command line prints the sentence, not a traceback."""
+    """Mistake of the user: the command line prints its message without a traceback."""
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return ⌈a / b⌉ for whole numbers: how many blocks of b cover a."""
-    return -(-a // b)
+    """Return ⌈a / b⌉ for whole numbers, b > 0: how many blocks of b cover a."""
+    return (a + b - 1) // b
 
 
 def validate_config(config: Config) -> None:
-    """Raise a `UserError` naming the field for every shape that could not be built."""
+    """Raise a `UserError` that names the field if a model of this shape cannot be built."""
     for f in fields(config):
         value, least = getattr(config, f.name), 0 if f.name in MAY_BE_ZERO else 1
         if isinstance(f.default, int) and (not isinstance(value, int) or value < least):
@@ -183,7 +185,7 @@ MAY_BE_ZERO = {"q_lora_rank", "n_shared_experts", "n_dense_layers", "n_mtp_layer
 # %%
 # Each of these configs is impossible for another reason, and each sentence names the field.
 def complaint(make) -> str:
-    """The sentence of the `UserError` that `make()` raises; '' if it raises none."""
+    """Return the message of the `UserError` that `make()` raises, '' if it raises none."""
     try:
         make()
     except UserError as e:
@@ -263,8 +265,8 @@ assert 0 < TINY.n_dense_layers < TINY.n_layers and TINY.q_lora_rank > 0 and TINY
 
 # %%
 #| export config
-def from_dict(values: dict) -> Config:
-    """A Config from DeepSeek's field names; an unknown name raises with the nearest known one."""
+def from_dict(values: dict[str, Any]) -> Config:
+    """Build a Config from DeepSeek's field names; an unknown one raises, with the nearest known."""
     known = [f.name for f in fields(Config)]
     for name in values:
         if name not in known:
@@ -274,7 +276,7 @@ def from_dict(values: dict) -> Config:
 
 
 def load_config(name: str) -> Config:
-    """Return the config of a size (`tiny`) or of a JSON file (`my.json`)."""
+    """Return the config of this name (`tiny`), or read it from a JSON file (`my.json`)."""
     if name in CONFIGS:
         return CONFIGS[name]
     path = Path(name)
@@ -322,13 +324,11 @@ assert "nearest: tiny" in complaint(lambda: load_config("tinny"))
 # %%
 #| export config
 def count_mla_params(config: Config) -> int:
-    """Parameters of one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
+    """Count one MLA: d→q→h(i+r) (or d→h(i+r)), d→c+r, c→h(i+v), hv→d and two norms."""
     heads_q = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    q = (
-        config.q_lora_rank * (config.dim + 1 + heads_q)
-        if config.q_lora_rank
-        else config.dim * heads_q
-    )
+    q = config.dim * heads_q
+    if config.q_lora_rank:
+        q = config.q_lora_rank * (config.dim + 1 + heads_q)
     kv = config.dim * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
     up = config.kv_lora_rank * config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
     return q + kv + up + config.n_heads * config.v_head_dim * config.dim
@@ -349,7 +349,7 @@ assert sum(sizes.values()) == count_mla_params(V3) == 187_107_328
 # %% [markdown]
 # ## Counting experts
 # A feed-forward network here has three matrices (chapter 01), so one expert is $3\,d f$. A mixture
-# layer has $e$ routed experts, $e_s$ shared ones and a gate with one row a routed expert, to which
+# layer has $e$ routed experts, $e_s$ shared ones and a gate with one row per routed expert, to which
 # the sigmoid gate adds one bias each:
 #
 # $$N_{\text{MoE}} = e\,(d + 1) + (e + e_s)\cdot 3\,d f .$$
@@ -360,16 +360,14 @@ assert sum(sizes.values()) == count_mla_params(V3) == 187_107_328
 # %%
 #| export config
 def count_moe_params(config: Config, n_experts: int) -> int:
-    """Parameters of one MoE layer: the gate, 3·d·f for each of `experts` and the shared ones."""
+    """Count one MoE layer: the gate, and 3·d·f for each of n_experts and of the shared experts."""
     gate = config.n_routed_experts * (config.dim + (config.score_func == "sigmoid"))
     return gate + (n_experts + config.n_shared_experts) * 3 * config.dim * config.moe_inter_dim
 
 
 # %%
-whole, used = (
-    count_moe_params(V3, V3.n_routed_experts),
-    count_moe_params(V3, V3.n_activated_experts),
-)
+whole = count_moe_params(V3, V3.n_routed_experts)
+used = count_moe_params(V3, V3.n_activated_experts)
 print(f"one MoE layer: {whole / 1e9:.2f}B parameters, {used / 1e9:.2f}B used by a token")
 print(f"one dense FFN: {3 * V3.dim * V3.inter_dim / 1e9:.2f}B, all used")
 # the dense FFN is as wide as the nine experts that a token meets: 9 · 2048 = 18,432
@@ -389,7 +387,7 @@ assert 3 * V3.dim * V3.inter_dim == used - V3.n_routed_experts * (V3.dim + 1)
 # both tables; its own are one block, three norms and a matrix $2d \to d$. The total includes
 # 58 · 256 = 14,848 gate biases, which no gradient moves ([chapter 04](04_moe.ipynb)).
 #
-# The cache is counted in bytes a token: 2 bytes for each of the $c + r$ numbers a layer remembers.
+# The cache is counted in bytes per token: 2 bytes for each of the $c + r$ numbers that a layer remembers.
 
 
 # %%
@@ -406,19 +404,15 @@ class ParamCount:
 
 
 def count_params(config: Config) -> ParamCount:
-    """Count a config by arithmetic alone: V3's total is 671,026,419,200."""
+    """Count parameters and cache bytes by arithmetic alone: V3's total is 671,026,419,200."""
     attn = count_mla_params(config) + 2 * config.dim  # with the block's two norms
     dense = config.n_dense_layers * 3 * config.dim * config.inter_dim
     n_moe, embed = config.n_layers - config.n_dense_layers, config.vocab_size * config.dim
     rest = config.n_layers * attn + dense + 2 * embed + config.dim
     total = rest + n_moe * count_moe_params(config, config.n_routed_experts)
     active = rest + n_moe * count_moe_params(config, config.n_activated_experts)
-    mtp = (
-        2 * config.dim * config.dim
-        + 3 * config.dim
-        + attn
-        + count_moe_params(config, config.n_routed_experts)
-    )
+    mtp = 2 * config.dim * config.dim + 3 * config.dim + attn
+    mtp += count_moe_params(config, config.n_routed_experts)
     cache = 2 * config.n_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     return ParamCount(total, active, active - embed, config.n_mtp_layers * mtp, cache)
 
@@ -432,10 +426,8 @@ for size, c in CONFIGS.items():
           f"  cache {n.cache_bytes:>6,} B")  # fmt: skip
 v3 = count_params(V3)
 assert v3.total == 671_026_419_200
-assert (
-    round(v3.activated / 1e9, 2) == 37.55
-    and round(v3.activated_without_input_embedding / 1e9, 1) == 36.6
-)
+assert round(v3.activated / 1e9, 2) == 37.55
+assert round(v3.activated_without_input_embedding / 1e9, 1) == 36.6
 assert round(v3.mtp / 1e9, 2) == 11.61 and v3.cache_bytes == 61 * 576 * 2 == 70_272
 
 # %% [markdown]
@@ -448,7 +440,7 @@ from dsv3_ref.model import KVCache, Transformer, moe_layers
 
 
 def built(c: Config) -> int:
-    """Parameters and gate biases of the real modules, MTP included."""
+    """Count parameters and gate biases of the real modules, MTP included."""
     with torch.device("meta"):
         model = Transformer(c)
     biases = [moe.gate.bias for moe in moe_layers(model).values() if moe.gate.bias is not None]
@@ -467,7 +459,7 @@ for size, c in CONFIGS.items():
 
 # %%
 def parts(c: Config, experts: int) -> dict[str, int]:
-    """Parameters by kind; the values sum to `count_params(c).total` for experts = e."""
+    """Return kind → parameters; the values sum to `count_params(c).total` for experts = e."""
     n_moe, expert = c.n_layers - c.n_dense_layers, 3 * c.dim * c.moe_inter_dim
     latent_norms = c.q_lora_rank + c.kv_lora_rank
     return {
@@ -501,7 +493,7 @@ HATCH = dict(zip(total, ["", "//", "", "..", "", "xx", "", ""]))
 
 
 def stack(ax, y: float, kinds: dict[str, int]) -> None:
-    """One horizontal bar of shares, parts above 6 % labeled inside."""
+    """Draw one horizontal bar of shares; parts above 6 % are labeled inside."""
     left, whole = 0.0, sum(kinds.values())
     for kind, n in kinds.items():
         share = 100 * n / whole
@@ -515,7 +507,7 @@ def stack(ax, y: float, kinds: dict[str, int]) -> None:
 
 
 def short(n: float) -> str:
-    """Three digits and a unit: 671B, 8.63M."""
+    """Return a number as three digits and a unit: 671B, 8.63M."""
     return f"{n / 1e9:.3g}B" if n >= 1e9 else f"{n / 1e6:.3g}M"
 
 
@@ -525,7 +517,8 @@ for i, (size, c) in enumerate(CONFIGS.items()):
     n = count_params(c)
     stack(ax, 3 * i, parts(c, c.n_routed_experts))
     stack(ax, 3 * i + 1, parts(c, c.n_activated_experts))
-    rows += [(3 * i, f"{size}: all {short(n.total)}"), (3 * i + 1, f"a token {short(n.activated)}")]
+    rows.append((3 * i, f"{size}: all {short(n.total)}"))
+    rows.append((3 * i + 1, f"per token {short(n.activated)}"))
 ax.set_yticks([y for y, _ in rows], [text for _, text in rows])
 ax.invert_yaxis()
 ax.set(xlim=(0, 100), xlabel="share of the parameters, %")
@@ -542,32 +535,31 @@ show(fig)
 # $$\text{MHA: } 2\,h\,v\,L\cdot 2\,\text{B}\qquad \text{GQA: } 2\,n_{kv}\,v\,L\cdot 2\,\text{B}\qquad
 # \text{MLA: } (c + r)\,L\cdot 2\,\text{B}$$
 #
-# bytes a token, with $n_{kv}$ pairs of key and value in GQA, and 1 in MQA.
+# bytes per token, with $n_{kv}$ pairs of key and value in GQA, and 1 in MQA.
 
 
 # %%
 def cache_of_heads(c: Config, n_kv: int) -> int:
-    """Bytes a token in bf16 if `n_kv` heads each kept a key and a value of v dims."""
+    """Return the bytes per token in bf16 if `n_kv` heads each kept a key and a value of v dims."""
     return 2 * c.n_layers * n_kv * 2 * c.v_head_dim
 
 
-kept = {
+bytes_per_token = {
     f"MHA, {V3.n_heads} heads": cache_of_heads(V3, V3.n_heads),
     "GQA, 8 groups": cache_of_heads(V3, 8),
     "MLA": v3.cache_bytes,
     "MQA, 1 head": cache_of_heads(V3, 1),
 }
 cache = KVCache(TINY, batch=1, max_len=10, dtype=torch.bfloat16)  # the real one, from chapter 05
-held = sum(layer.kv_btx.numel() * layer.kv_btx.element_size() for layer in cache)
-assert held == 10 * count_params(TINY).cache_bytes
-assert round(kept["MHA, 128 heads"] / kept["MLA"], 1) == 56.9
+assert sum(layer.kv_btx.nbytes for layer in cache) == 10 * count_params(TINY).cache_bytes
+assert round(bytes_per_token["MHA, 128 heads"] / bytes_per_token["MLA"], 1) == 56.9
 
 fig, ax = figure(width=8, height=2.6)
-bars = ax.barh(list(kept), list(kept.values()), color=[GRAY, GRAY, ORANGE, GRAY])
-labels = [f" {n:,} B, {n * 131_072 / 1e9:.1f} GB at 128K" for n in kept.values()]
-ax.bar_label(bars, labels)
+sizes = list(bytes_per_token.values())
+bars = ax.barh(list(bytes_per_token), sizes, color=[GRAY, GRAY, ORANGE, GRAY])
+ax.bar_label(bars, [f" {n:,} B, {n * 131_072 / 1e9:.1f} GB at 128K" for n in sizes])
 ax.invert_yaxis()
-ax.set(xscale="log", xlim=(1e4, 1e8), xlabel="bytes of cache a token, bf16 (log)")
+ax.set(xscale="log", xlim=(1e4, 1e8), xlabel="bytes of cache per token, bf16 (log)")
 ax.set_title("MLA remembers as little as 2.25 grouped heads would")
 show(fig)
 
@@ -578,7 +570,7 @@ show(fig)
 # products for its score, $v$ for its value, in each head and layer. And a mixture layer weighs its
 # $k$ results, a small term that is easily forgotten:
 #
-# $$\text{FLOPs a token} = 2\,N_{\text{matrices}} + 2\,L\,h\,(i + r + v)\,t
+# $$\text{FLOPs per token} = 2\,N_{\text{matrices}} + 2\,L\,h\,(i + r + v)\,t
 # + 2\,(L - L_{\text{dense}})\,k\,d$$
 #
 # $N_{\text{matrices}}$ are the activated parameters less the embedding (whose row is looked up, not
@@ -589,7 +581,7 @@ show(fig)
 
 # %%
 def flops(c: Config, keys: float) -> float:
-    """Forward operations a token that meets `keys` keys: 2·N + 2·L·h·(i + r + v)·t + 2·L'·k·d."""
+    """Return forward operations per token that meets t keys: 2·N + 2·L·h·(i+r+v)·t + 2·L'·k·d."""
     n, n_moe = parts(c, c.n_activated_experts), c.n_layers - c.n_dense_layers
     biases = n_moe * c.n_routed_experts * (c.score_func == "sigmoid")
     matrices = sum(n.values()) - n["embedding"] - n["norms"] - biases
@@ -599,7 +591,7 @@ def flops(c: Config, keys: float) -> float:
 
 
 def counted_flops(model: Transformer, s: int) -> float:
-    """The same from torch's counter, on the plain-torch forms that it can see into."""
+    """Return the same from torch's counter, on the plain forms, whose operations it can see."""
     from dsv3_ref.ops import use  # chapter 01: chooses the implementation
 
     with use("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -612,16 +604,15 @@ model = Transformer(TINY)
 lengths = [8, 16, 32, 64, 128, 256]
 measured = [counted_flops(model, s) for s in lengths]
 assert measured == [flops(TINY, s) for s in lengths]  # exactly
-print(
-    "TINY, MFLOPs a token:", ", ".join(f"{x / 1e6:.2f} at {s}" for s, x in zip(lengths, measured))
-)
+points = [f"{x / 1e6:.2f} at {s}" for s, x in zip(lengths, measured)]
+print("TINY, MFLOPs per token:", ", ".join(points))
 
 # %%
 fig, (left, right) = figure(1, 2, width=8.6, height=3.3)
 t = torch.logspace(0, 2.6, 50)
 left.plot(t, flops(TINY, t) / 1e6, color=GRAY, label="formula")
 left.plot(lengths, [x / 1e6 for x in measured], "o", color=ORANGE, label="counted by torch")
-left.set(xscale="log", xlabel="keys a query meets", ylabel="MFLOPs a token, forward")
+left.set(xscale="log", xlabel="keys a query meets", ylabel="MFLOPs per token, forward")
 left.set_title("tiny: formula and run agree")
 left.legend()
 t = torch.logspace(2, 5.3, 80)
@@ -632,7 +623,7 @@ for mean, text, dx in [(2048, "4K training", -8), (65_536, "128K", -8)]:
     y = flops(V3, mean) / 1e9
     right.plot(mean, y, "o", color=ORANGE)
     right.annotate(f"{text}: {y:.0f}", (mean, y), (dx, 8), textcoords="offset points", ha="right")
-right.set(xscale="log", xlabel="keys a query meets (mean)", ylabel="GFLOPs a token, forward")
+right.set(xscale="log", xlabel="keys a query meets (mean)", ylabel="GFLOPs per token, forward")
 right.set_title("v3: attention takes over with length")
 right.legend(loc="upper left")
 show(fig)
@@ -656,7 +647,7 @@ assert abs(loss - blind - excess) < 3 * noise
 # %% [markdown]
 # ## Play
 # Change a few fields and see what it costs. Look for three things: more experts cost memory but hardly
-# any operations; more experts *a token* cost operations but no memory; of all these fields only depth
+# any operations; more experts *per token* cost operations but no memory; of all these fields only depth
 # and latent touch the cache. An impossible choice shows the config's own sentence.
 
 
@@ -676,11 +667,11 @@ def books(
     n = count_params(c)
     stack(ax, 0, parts(c, c.n_routed_experts))
     stack(ax, 1, parts(c, c.n_activated_experts))
-    ax.set_yticks([0, 1], [f"all {short(n.total)}", f"a token {short(n.activated)}"])
+    ax.set_yticks([0, 1], [f"all {short(n.total)}", f"per token {short(n.activated)}"])
     ax.invert_yaxis()
     ax.set(xlim=(0, 100), xlabel="share of the parameters, %")
     ax.set_title(
-        f"{flops(c, 2048) / 1e9:.0f} GFLOPs a token at 4K, cache {n.cache_bytes:,} B a token"
+        f"per token: {flops(c, 2048) / 1e9:.0f} GFLOPs at 4K, {n.cache_bytes:,} B of cache"
     )
     fig.legend(loc="outside lower center", ncols=4)
     return show(fig)
@@ -713,39 +704,45 @@ books(n_routed_experts=512, n_activated_experts=16, moe_inter_dim=1024)
 
 # %%
 def check_cache(fn) -> bool:
-    """`fn(c, tokens)` is the size of the latent cache in bytes."""
-    want = [(c, t, count_params(c).cache_bytes * t) for c in CONFIGS.values() for t in (1, 131_072)]
-    hint = "what does one layer remember of one token (two things), and how large is a bf16 number?"
-    return attempt(lambda: all(abs(fn(c, t) - n) < 0.5 for c, t, n in want), hint)
+    """Check that `fn(c, tokens)` is the size of the latent cache in bytes."""
+    cases = list(itertools.product(CONFIGS.values(), (1, 131_072)))
+    return attempt(
+        lambda: all(abs(fn(c, t) - count_params(c).cache_bytes * t) < 0.5 for c, t in cases),
+        "what does one layer remember of one token (two things), and how large is a bf16 number?",
+    )
 
 
 def check_split(fn) -> bool:
-    """`fn(c)` is how many parameters splitting every expert in two adds."""
+    """Check that `fn(c)` is how many parameters splitting every expert in two adds."""
 
     def test():
         for c in (V3, TINY):
-            e, k, f = 2 * c.n_routed_experts, 2 * c.n_activated_experts, c.moe_inter_dim // 2
-            split = {"n_routed_experts": e, "n_activated_experts": k, "moe_inter_dim": f}
-            halves = replace(c, **split, n_shared_experts=2 * c.n_shared_experts)
+            halves = replace(
+                c,
+                n_routed_experts=2 * c.n_routed_experts,
+                n_activated_experts=2 * c.n_activated_experts,
+                n_shared_experts=2 * c.n_shared_experts,
+                moe_inter_dim=c.moe_inter_dim // 2,
+            )
             if abs(fn(c) - (count_params(halves).total - count_params(c).total)) > 0.5:
                 return False
         return True
 
-    return attempt(test, "two halves hold as much as the whole; but what has a row an expert?")
+    return attempt(test, "two halves hold as much as the whole; but what has one row per expert?")
 
 
 def check_broken(fn) -> bool:
-    """`fn()` is a dict of fields for which `from_dict` says that the experts do not fit."""
+    """Check that `from_dict(fn())` raises because the experts do not fit into the groups."""
     hint = "how many experts lie in the groups that a token may use? ask for more than that"
     return attempt(lambda: "must fit into" in complaint(lambda: from_dict(fn())), hint)
 
 
 def check_design(fn) -> bool:
-    """`fn()` is a Config of 6.5–7.5B parameters, under 1.2B a token, under 20 kB of cache a token."""
+    """Check that `fn()` is a Config of 6.5–7.5B parameters; per token < 1.2B and < 20 kB of cache."""
 
     def test():
         n = count_params(fn())
-        print(f"{n.total / 1e9:.2f}B, {n.activated / 1e9:.2f}B a token, cache {n.cache_bytes} B")
+        print(f"{n.total / 1e9:.2f}B, per token {n.activated / 1e9:.2f}B, cache {n.cache_bytes} B")
         return 6.5e9 <= n.total <= 7.5e9 and n.activated < 1.2e9 and n.cache_bytes < 20_000
 
     return attempt(test, "start from replace(SMALL, …): depth sets the cache, experts the total")
@@ -818,7 +815,7 @@ check_broken(my_broken)
 # </details>
 #
 # **4 · Extend.** Design a model for one workstation: 6.5 to 7.5B parameters, under 1.2B activated
-# (both tables counted), under 20 kB of cache a token.
+# (both tables counted), under 20 kB of cache per token.
 
 
 # %%
@@ -854,8 +851,8 @@ mtp += 2 * V3.n_heads * (128 + 64 + 128) * 2048
 train = 3 * (flops(V3, 2048) + mtp)
 rate = 1e12 * train / (180e3 * 3600)
 dense = 3 * 2 * v3.total
-print(f"training: {train / 1e9:.0f} GFLOPs a token, {train * 14.8e12:.1e} for 14.8T tokens")
-print(f"at 180K H800 hours a trillion tokens: {rate / 1e12:.0f} TFLOP/s a GPU,", end=" ")
+print(f"training: {train / 1e9:.0f} GFLOPs per token, {train * 14.8e12:.1e} for 14.8T tokens")
+print(f"at 180K H800 hours per trillion tokens: {rate / 1e12:.0f} TFLOP/s per GPU,", end=" ")
 print(f"{rate / 989e12:.0%} of its bf16 peak")
 print(f"a dense model of this size: {dense / train:.0f} times as many operations")
 print(f"weights in bf16: {2 * v3.total / 1e12:.2f} TB = {2 * v3.total / 80e9:.0f} GPUs' memory")
