@@ -19,7 +19,7 @@ from dsv3_ref.moe import route
 
 
 class Gemm(NamedTuple):
-    """A matrix product by its matrix (n_out, n_in) and its number of rows per token."""
+    """A product with a matrix (n_out, n_in), and its number of rows per token."""
 
     n_in: int
     n_out: int
@@ -35,12 +35,12 @@ def block_gemms(config: Config, dense: bool) -> dict[str, Gemm]:
     """Return the matrix products of a block (chapters 03, 04) by name, with w1 and w3 as one."""
     h, v = config.n_heads, config.v_head_dim
     x = config.qk_nope_head_dim + config.qk_rope_head_dim
-    q, kv, rope = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
+    q, kv = config.q_lora_rank, config.kv_lora_rank
     if q:
         gemms = {"wq_a": Gemm(config.dim, q), "wq_b": Gemm(q, h * x)}
     else:
         gemms = {"wq": Gemm(config.dim, h * x)}
-    gemms["wkv_a"] = Gemm(config.dim, kv + rope)
+    gemms["wkv_a"] = Gemm(config.dim, kv + config.qk_rope_head_dim)
     gemms["wo"] = Gemm(h * v, config.dim)
     gemms["wkv_b"] = Gemm(kv, h * (config.qk_nope_head_dim + v))
     if dense:
@@ -52,7 +52,7 @@ def block_gemms(config: Config, dense: bool) -> dict[str, Gemm]:
 
 
 def mlp_gemms(name: str, d: int, f: int, rows: int = 1) -> dict[str, Gemm]:
-    """Return the products of an MLP d → f → d."""
+    """Return the products of an MLP d → f → d by name, with w1 and w3 as one."""
     return {f"{name}w1, w3": Gemm(d, 2 * f, rows), f"{name}w2": Gemm(f, d, rows)}
 
 
@@ -66,11 +66,12 @@ def attention_flops(config: Config, s: int) -> tuple[float, float]:
 
 
 def layer_costs(config: Config) -> tuple[list[int], int]:
-    """Return multiplications per token: of every layer, and of what follows the last (head, MTP)."""
-    dense, moe = (
-        sum(gemm.flops // 2 for gemm in block_gemms(config, is_dense).values())
-        for is_dense in (True, False)
-    )
+    """Return multiplications per token: of every layer, and of head and MTP after the last one."""
+
+    def block_cost(is_dense: bool) -> int:
+        return sum(gemm.flops // 2 for gemm in block_gemms(config, is_dense).values())
+
+    dense, moe = block_cost(True), block_cost(False)
     head = config.vocab_size * config.dim
     after = head + config.n_mtp_layers * (2 * config.dim**2 + moe + head)
     return [dense if i < config.n_dense_layers else moe for i in range(config.n_layers)], after
@@ -111,8 +112,8 @@ def scale_bytes(width: int) -> int:
 def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     """Return the bytes per token that a block saves for its backward pass (§3.2.3, §3.3.3).
 
-    By tensor, without RoPE's tables, with recomputation, with products in FP8 or in bf16. At the
-    experts a token is k rows.
+    The result is by tensor, with recomputation and without RoPE's tables. fp8: products are in
+    FP8, else in bf16. At the experts a token is k rows.
     """
 
     def saved_bytes(width: int, recomputed: bool = False) -> int:
@@ -122,16 +123,15 @@ def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) ->
 
     d, k = config.dim, config.n_activated_experts
     h, hv = config.n_heads, config.n_heads * config.v_head_dim
-    q, kv, r, f = (
-        config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.moe_inter_dim
-    )  # fmt: skip
+    q, kv = config.q_lora_rank, config.kv_lora_rank
+    r, f = config.qk_rope_head_dim, config.moe_inter_dim
     latents = 2 * q + 4 + saved_bytes(q, True) if q else 0
     latents += 2 * (kv + r) + 4 + 2 * r + saved_bytes(kv, True) + 8 * r  # 8 r: rotations of q and k
     attention_output = 2 * hv + 4 * h
     if fp8:
         attention_output += 192 * ceil_div(hv, 128) + scale_bytes(hv)
     width = config.inter_dim if dense else config.n_shared_experts * f
-    saved = {
+    saved: dict[str, float] = {
         "residual stream": 2 * (4 * d + 4),
         "latents": latents,
         "input of attention": saved_bytes(d, True),
@@ -152,7 +152,7 @@ def dispatch_copies(
 ) -> tuple[float, float]:
     """Return how many copies of a token cross (IB, NVLink) in two hops, as the mean of n tokens.
 
-    The tokens are routed evenly.
+    The experts are chosen by random affinities, so that the load is even.
     """
     if ep == 1:
         return 0.0, 0.0
@@ -177,7 +177,7 @@ def dispatch_copies(
 def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
     """Return the bytes of a row in (dispatch, combine).
 
-    Dispatch sends FP8 with scales, or bf16, and k expert ids and weights; combine sends bf16.
+    Dispatch sends FP8 with scales, or bf16, with k expert ids and weights. Combine sends bf16.
     """
     values = config.dim + scale_bytes(config.dim) if fp8 else 2 * config.dim
     return values + 8 * config.n_activated_experts, 2 * config.dim
@@ -187,16 +187,16 @@ def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
 
 
 class AchievedRates(NamedTuple):
-    """Rates that a GPU achieves, by default an H800, its memory, and the price of an hour."""
+    """Rates that a GPU achieves, its memory, and the price of an hour; by default of an H800."""
 
-    gemm: float = 1358e12  # operations/s of FP8 matrix products
-    attention: float = 0.6 * 989e12  # operations/s of attention, forward
-    attention_backward: float = 0.5 * 989e12  # operations/s of attention, backward
+    gemm: float = 1358e12  # FLOP/s of FP8 matrix products
+    attention: float = 0.6 * 989e12  # FLOP/s of attention, forward
+    attention_backward: float = 0.5 * 989e12  # FLOP/s of attention, backward
     hbm: float = 0.85 * 3.35e12  # bytes/s of the GPU's memory
     nvlink: float = 153e9  # bytes/s between GPUs of a node
     ib: float = 50e9  # bytes/s between nodes
-    compute_sms: float = 112 / 132  # left beside communication
-    memory: float = 80e9  # bytes of a GPU
+    compute_sms: float = 112 / 132  # fraction of the SMs that do not communicate
+    memory: float = 80e9  # bytes of memory of a GPU
     dollars_per_hour: float = 2.0  # price of a GPU hour
 
 
@@ -221,14 +221,20 @@ GPU_SPECS = {
 
 
 def achieved_rates(spec: GPUSpec) -> AchievedRates:
-    """Return a GPU's rates, at the same fractions of its data sheet as an H800; 20 SMs communicate."""
-    h800, ratio = AchievedRates(), [a / b for a, b in zip(spec, GPU_SPECS["h800"])]
-    fp8, bf16, hbm, nvlink, ib, memory, _ = ratio
+    """Return a GPU's rates at an H800's fractions of the data sheet; 20 SMs communicate."""
+    h800 = AchievedRates()
+    fp8, bf16, hbm, nvlink, ib, memory, _ = (a / b for a, b in zip(spec, GPU_SPECS["h800"]))
     return AchievedRates(
-        h800.gemm * fp8, h800.attention * bf16, h800.attention_backward * bf16, h800.hbm * hbm,
-        h800.nvlink * nvlink, h800.ib * ib, 1 - 20 / spec.sms, h800.memory * memory,
-        h800.dollars_per_hour,
-    )  # fmt: skip
+        gemm=h800.gemm * fp8,
+        attention=h800.attention * bf16,
+        attention_backward=h800.attention_backward * bf16,
+        hbm=h800.hbm * hbm,
+        nvlink=h800.nvlink * nvlink,
+        ib=h800.ib * ib,
+        compute_sms=1 - 20 / spec.sms,
+        memory=h800.memory * memory,
+        dollars_per_hour=h800.dollars_per_hour,
+    )
 
 
 ACHIEVED_RATES = {name: achieved_rates(spec) for name, spec in GPU_SPECS.items()}
@@ -239,12 +245,13 @@ def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
 
     The kernels are those of chapter 10.
     """
-    d, h, k = config.dim, config.n_heads, config.n_activated_experts
+    d, h = config.dim, config.n_heads
     x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    k = config.n_activated_experts
     width = config.inter_dim if dense else (config.n_shared_experts + k) * config.moe_inter_dim
     return {
         "norms of attention": (7 + 10) * d + 5 * (config.q_lora_rank + config.kv_lora_rank),
-        "RoPE, codes of heads": 8 * h * x + 3.5 * h * v,
+        "RoPE, quantized heads": 8 * h * x + 3.5 * h * v,
         "norm of MLP": (7 + 10) * d,
         "SwiGLU": 7 * width,
         "permute, combine": 0 if dense else k * (3 + 2 + 4 + 2) * d,
@@ -254,7 +261,7 @@ def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
 def link_seconds(
     rates: AchievedRates, copies: tuple[float, float], row_bytes: float
 ) -> tuple[float, float]:
-    """Return the seconds per token on (IB, NVLink); an all-to-all takes as long as the slower."""
+    """Return the seconds per token on (IB, NVLink); an all-to-all takes as long as the slower one."""
     return copies[0] * row_bytes / rates.ib, copies[1] * row_bytes / rates.nvlink
 
 
@@ -269,42 +276,45 @@ class Operator(NamedTuple):
     kind: str = "gemm"  # FP8; or bf16 (attention's rate), ib, nvlink
 
     def times_by_limit(self, rates: AchievedRates) -> dict[str, float]:
-        """Return the seconds that each possible limit would allow."""
+        """Return the seconds that each limit alone would require."""
         if self.kind in ("ib", "nvlink"):
             return {self.kind: self.bytes / getattr(rates, self.kind)}
         rate = rates.gemm if self.kind == "gemm" else rates.attention
         return {"operations": self.flops / rate, "memory": self.bytes / rates.hbm}
 
     def seconds(self, rates: AchievedRates) -> float:
-        """Return the time that the bottleneck sets."""
+        """Return the time of the operator, which its bottleneck sets."""
         return max(self.times_by_limit(rates).values())
 
     def bottleneck(self, rates: AchievedRates) -> str:
-        """Return which limit sets the time."""
+        """Return the limit that sets the time."""
         return max(self.times_by_limit(rates).items(), key=lambda item: item[1])[0]
 
 
-def attention_operator(config: Config, n: float, keys: float, cached: bool) -> Operator:
-    """Return the attention operator of n tokens with `keys` keys each.
+def attention_operator(config: Config, num_tokens: float, keys: float, cached: bool) -> Operator:
+    """Return the attention operator of some tokens with `keys` keys each.
 
-    cached: absorbed attention of n sequences, one token each, over their caches.
+    cached: absorbed attention of one token for each of `num_tokens` sequences, over their caches.
     """
-    h, x, v, kv = config.n_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
-    r = config.qk_rope_head_dim
+    h, n = config.n_heads, num_tokens
+    kv, r = config.kv_lora_rank, config.qk_rope_head_dim
     if cached:
         flops = 2 * n * h * keys * (2 * kv + r)
         return Operator(flops, 2 * n * (keys * (kv + r) + h * (2 * kv + r)), "bf16")
-    return Operator(2 * n * h * keys * (x + r + v), 4 * n * h * (x + r + v), "bf16")
+    width = config.qk_nope_head_dim + r + config.v_head_dim
+    return Operator(2 * n * h * keys * width, 4 * n * h * width, "bf16")
 
 
 def operators(
-    config: Config, dense: bool, n: float, keys: float, copies: tuple[float, float],
+    config: Config, dense: bool, num_tokens: float, keys: float, copies: tuple[float, float],
     local_experts: float, cached: bool = False,
 ) -> dict[str, Operator]:  # fmt: skip
-    """Return the operators of a block's forward pass over n tokens by name.
+    """Return the operators of a block's forward pass by name.
 
-    copies: see `dispatch_copies`; local_experts: routed experts on the GPU.
+    keys, cached: see `attention_operator`. copies: see `dispatch_copies`. local_experts: routed
+    experts on the GPU.
     """
+    n = num_tokens
     out = {"attention": attention_operator(config, n, keys, cached)}
     for name, gemm in block_gemms(config, dense).items():
         width = 4 if name == "gate" else 1  # bytes of a weight and of an input
@@ -323,9 +333,10 @@ def operators(
     return out
 
 
-def head_operators(config: Config, n: float) -> dict[str, Operator]:
+def head_operators(config: Config, num_tokens: float) -> dict[str, Operator]:
     """Return the operators outside of blocks: the head (bf16), and MTP's projection of 2 d to d."""
     d, w = config.dim, config.vocab_size
+    n = num_tokens
     return {
         "head": Operator(2 * n * d * w, 2 * d * w + n * (2 * d + 4 * w), "bf16"),
         "MTP's projection": Operator(4 * n * d * d, 2 * d * d + n * 4 * d),
@@ -338,20 +349,20 @@ def head_operators(config: Config, n: float) -> dict[str, Operator]:
 class Overheads(NamedTuple):
     """Overheads between kernel benchmarks and a month of training; sources in chapter 17."""
 
-    gemm_shapes: bool = True  # matrix products reach what their shape allows
+    gemm_shapes: bool = True  # matrix products run at the rate of their shape
     load_imbalance: float = 1.1  # tokens of the busiest rank over the mean
     pair_order: bool = True  # a pair of chunks runs in the order of its dependencies
-    pp_stream_bytes: int = 4  # bytes per number that pipeline stages exchange
+    pp_stream_bytes: int = 4  # bytes per number sent between pipeline stages
     launch_gap: float = 2e-6  # seconds between two kernels
     straggler_factor: float = 1.03  # time of the slowest rank over the mean
-    failure_rate: float = 419 / (54 * 24 * 16384)  # a GPU and hour
-    hours_lost: float = 0.5  # hours a failure
+    failure_rate: float = 419 / (54 * 24 * 16384)  # failures per GPU and hour
+    hours_lost: float = 0.5  # hours lost per failure
 
 
 NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
 ATTENTION_GEMMS = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
 BEST_TFLOPS, KERNELS_PER_HALF_BLOCK = 1358, 12
-GEMM_TFLOPS = {  # by DeepGEMM, 4,096 rows and more
+GEMM_TFLOPS = {  # of DeepGEMM, for 4,096 rows and more
     "wq_a": 1058, "wkv_a": 1058, "wq_b": 990, "wkv_b": 590, "shared w1, w3": 1304,
     "shared w2": 1025, "routed w1, w3": 1288, "routed w2": 1093,
 }  # fmt: skip
@@ -400,7 +411,7 @@ def block_parts(
 
     products = sum(t for name, t in gemms.items() if name in ATTENTION_GEMMS)
     recomputed = sum(gemms.get(name, 0) for name in ("wq_b", "wkv_b"))
-    between = traffic["norms of attention"] + traffic["RoPE, codes of heads"]
+    between = traffic["norms of attention"] + traffic["RoPE, quantized heads"]
     forward, backward = attention_flops(config, s)
     forward_time = products + forward / rates.attention + between
     input_time = products + recomputed + backward / rates.attention_backward + 2 * between
@@ -425,7 +436,7 @@ def block_time(
     config: Config, rates: AchievedRates, dense: bool, s: int, copies: tuple[float, float],
     overheads: Overheads = NO_OVERHEADS,
 ) -> BlockTime:  # fmt: skip
-    """Return the time of a block on one sequence of s tokens, recomputation included."""
+    """Return the time of a block on one sequence of s tokens, including recomputation."""
     return add_times(block_parts(config, rates, dense, s, copies, overheads))
 
 
@@ -435,9 +446,10 @@ def block_time(
 def overlapped_pair_time(
     attention: BlockTime, mlp: BlockTime, dispatch: float, combine: float, layers: int = 40
 ) -> float:
-    """Return the seconds per layer of a pair F&B: two clocks in the order of Figure 4 (§3.2.1).
+    """Return the seconds per layer of a pair F&B by two clocks, in the order of Figure 4 (§3.2.1).
 
-    dispatch, combine: seconds of one of them. The first half of the layers is warm-up.
+    dispatch, combine: seconds of one dispatch and of one combine. The first half of the layers is
+    warm-up.
     """
     compute = link = attention_f = combine_b = warmup = 0.0
     for layer in range(layers):
@@ -458,9 +470,9 @@ def pair_factor(
     config: Config, rates: AchievedRates, s: int, copies: tuple[float, float],
     overheads: Overheads,
 ) -> float:  # fmt: skip
-    """Return the time of a pair F&B / the longer of its computation and its all-to-alls.
+    """Return the time of a pair F&B over the longer of its computation and its all-to-alls.
 
-    1 without the overhead `pair_order`.
+    It is 1 without the overhead `pair_order`.
     """
     if not overheads.pair_order:
         return 1.0
@@ -476,7 +488,7 @@ def pair_factor(
 
 
 class StageCosts:
-    """Durations of a schedule's steps where stages differ, in place of `ActionCosts`."""
+    """The durations of a schedule's steps with unequal stages, in place of `ActionCosts`."""
 
     def __init__(self, stages: list[BlockTime], pair_factor: float = 1.0):
         self.stages, self.pair_factor = stages, pair_factor
@@ -489,7 +501,7 @@ class StageCosts:
     def duration(self, step: Step) -> float:
         """Return the duration of a step.
 
-        A pair hides the all-to-alls of both actions, a single action waits for its own; W has none.
+        A pair hides the all-to-alls of both actions. A single action waits for its own; W has none.
         """
         compute = sum(map(self.compute, step))
         comm = sum(self.stages[action.stage].comm for action in step if action.kind != "W")
@@ -504,7 +516,7 @@ def stage_seconds(
 ) -> list[BlockTime]:  # fmt: skip
     """Return the times of every stage for one sequence of s tokens.
 
-    stages: the layers of each; the last one has the heads and MTP too.
+    stages: the layers of each; the last one also has the heads and MTP.
     """
     moe, dense = (
         block_time(config, rates, is_dense, s, copies, overheads) for is_dense in (False, True)
@@ -524,9 +536,9 @@ def stage_seconds(
 
 
 def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:
-    """Return the seconds after the pipeline on a rank: (gradients and weights by IB, AdamW).
+    """Return a rank's seconds after the pipeline: (gradients and weights over IB, AdamW).
 
-    params: {(ranks that share a shard, in FP8): parameters on the rank}.
+    params: parameters of the rank by (number of ranks that shard their optimizer state, in FP8).
     """
     sent = sum(8 * n * (size - 1) / size for (size, _), n in params.items())
     moved = sum(20 * n / size + 5 * n * in_fp8 for (size, in_fp8), n in params.items())
@@ -537,12 +549,12 @@ def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tupl
 
 
 def gpu_hours(step_seconds: float, gpus: int, tokens: int) -> float:
-    """Return the GPU hours per trillion tokens of steps of so many tokens."""
+    """Return the GPU hours per trillion tokens, for steps of `tokens` tokens."""
     return gpus * step_seconds / 3600 / tokens * 1e12
 
 
 def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
-    """Return wall-clock time / time of the steps: straggler · (1 + failures · GPUs · hours lost)."""
+    """Return wall-clock time over the time of the steps: straggler · (1 + failures·GPUs·hours lost)."""
     return overheads.straggler_factor * (1 + overheads.failure_rate * gpus * overheads.hours_lost)
 
 

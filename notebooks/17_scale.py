@@ -16,14 +16,15 @@
 
 # %% [markdown]
 # ## Why
-# The report trained for **180 thousand GPU hours per trillion tokens**: 3.7 days on 2,048 H800. Nobody who reads
-# this has those machines, yet most decisions of the report (64-way expert parallelism, at most four nodes
-# a token, DualPipe, FP8, what to compute again) are about them. Decisions can be checked with a pencil. This chapter
-# counts operations, bytes kept and bytes sent, turns each into seconds by one rate, lets the simulator of
-# [chapter 12](12_dualpipe.ipynb) put them in order, and compares the sum with the bill.
+# Training took **180 thousand GPU hours per trillion tokens**: 3.7 days on 2,048 H800. Few readers have such a cluster,
+# yet most decisions of the report (64-way expert parallelism, at most four nodes per token, DualPipe, FP8, what to
+# recompute) are about it. These decisions can be checked by arithmetic. This chapter counts operations, bytes saved and
+# bytes sent, converts each to seconds with one rate, lets the simulator of [chapter 12](12_dualpipe.ipynb) schedule them,
+# and compares the sum with the report's GPU hours.
 
 # %%
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -32,22 +33,23 @@ from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, checker, figure, pla
 
 REPORT = 180e3  # H800 hours per trillion tokens (§1)
 rate = 1e12 / (REPORT * 3600)
-print(f"{rate:,.0f} tokens a second and GPU; {REPORT / 2048 / 24:.1f} days on 2,048 of them")
+print(f"{rate:,.0f} tokens/s per GPU; {REPORT / 2048 / 24:.1f} days on 2,048 GPUs")
 print(
     f"so a token costs {1e6 / rate:.0f} µs of one GPU: {1e6 / rate / 16:.0f} µs in each of 16 pipeline stages"
 )
 
 # %% [markdown]
 # ## Paper
-# - 2,048 H800: 16-way pipeline, 64-way experts over 8 nodes, ZeRO-1, no tensor parallelism (§3.2).
-# - NVLink 160 GB/s, InfiniBand (IB) 50 GB/s a GPU; a token visits at most 4 nodes; 20 of a GPU's 132 multiprocessors
-#   (SMs) do nothing but communicate (§3.2.2).
-# - Recomputed: RMSNorm and MLA's up-projections (§3.2.3), SwiGLU's output. FP8 for kept inputs, E5M6 after attention (§3.3.3).
-# - AdamW's moments in bf16 (§3.3.3), the average of the weights on the CPU (§3.2.3).
-# - 2,664K hours for 14.8T tokens, \$2 an hour (§1).
+# - 2,048 H800: 16-way pipeline parallelism, 64-way expert parallelism over 8 nodes, ZeRO-1, no tensor parallelism (§3.2).
+# - NVLink 160 GB/s, InfiniBand (IB) 50 GB/s per GPU; a token visits at most 4 nodes; 20 of a GPU's 132 multiprocessors
+#   (SMs) only communicate (§3.2.2).
+# - Recomputed: RMSNorm and MLA's up-projections (§3.2.3), SwiGLU's output. Saved inputs are in FP8, after attention in
+#   E5M6 (§3.3.3).
+# - AdamW's moments in bf16 (§3.3.3), the moving average of the weights on the CPU (§3.2.3).
+# - 2,664K hours for 14.8T tokens, \$2 per hour (§1).
 #
-# What is *not* published is how 61 layers and the MTP module lie in 16 stages and how fast each kernel ran.
-# Where we must assume something, it stands in `AchievedRates`, with its reason, and can be moved.
+# The report does *not* say how the 61 layers and the MTP module are distributed over 16 stages, or how fast each kernel
+# ran. Our assumptions are the fields of `AchievedRates` and `Overheads`, with their sources, and you can change them.
 
 # %%
 #| export
@@ -65,21 +67,21 @@ from dsv3_ref.moe import route
 
 # %% [markdown]
 # ## Operations
-# A product with a matrix of $o \times i$ costs $2\,o\,i$ operations a row. A token is one row for attention and shared
-# experts, and $k$ rows for the $k$ routed experts that it chooses. Scores and weighted values have no matrix and are counted
-# apart. In causal attention over $s$ tokens one token meets $(s + 1)/2$ keys on average; with $h$ heads, queries and keys of
-# $x$ numbers (rotary ones included) and values of $v$ it costs
+# A product with a matrix of $o \times i$ costs $2\,o\,i$ operations per row. A token is one row for attention and shared
+# experts, and $k$ rows for the $k$ routed experts that it chooses. Attention scores and weighted values have no weight
+# matrix and are counted separately. In causal attention over $s$ tokens a query sees $(s + 1)/2$ keys on average. With
+# $h$ heads, queries and keys of $x$ numbers (RoPE dimensions included) and values of $v$ numbers it costs
 #
 # $$\text{FLOPs}_{\text{attention}} = 2\,h\,(x + v)\,\tfrac{s+1}{2}\ \text{ forward}, \qquad
 # 2\,h\,(3x + 2v)\,\tfrac{s+1}{2}\ \text{ backward}$$
 #
-# since the backward pass makes scores again and has four more products.
+# since the backward pass recomputes the scores and has four more products.
 
 
 # %%
 #| export
 class Gemm(NamedTuple):
-    """A matrix product by its matrix (n_out, n_in) and its number of rows per token."""
+    """A product with a matrix (n_out, n_in), and its number of rows per token."""
 
     n_in: int
     n_out: int
@@ -95,12 +97,12 @@ def block_gemms(config: Config, dense: bool) -> dict[str, Gemm]:
     """Return the matrix products of a block (chapters 03, 04) by name, with w1 and w3 as one."""
     h, v = config.n_heads, config.v_head_dim
     x = config.qk_nope_head_dim + config.qk_rope_head_dim
-    q, kv, rope = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
+    q, kv = config.q_lora_rank, config.kv_lora_rank
     if q:
         gemms = {"wq_a": Gemm(config.dim, q), "wq_b": Gemm(q, h * x)}
     else:
         gemms = {"wq": Gemm(config.dim, h * x)}
-    gemms["wkv_a"] = Gemm(config.dim, kv + rope)
+    gemms["wkv_a"] = Gemm(config.dim, kv + config.qk_rope_head_dim)
     gemms["wo"] = Gemm(h * v, config.dim)
     gemms["wkv_b"] = Gemm(kv, h * (config.qk_nope_head_dim + v))
     if dense:
@@ -112,7 +114,7 @@ def block_gemms(config: Config, dense: bool) -> dict[str, Gemm]:
 
 
 def mlp_gemms(name: str, d: int, f: int, rows: int = 1) -> dict[str, Gemm]:
-    """Return the products of an MLP d → f → d."""
+    """Return the products of an MLP d → f → d by name, with w1 and w3 as one."""
     return {f"{name}w1, w3": Gemm(d, 2 * f, rows), f"{name}w2": Gemm(f, d, rows)}
 
 
@@ -130,19 +132,18 @@ from dsv3_ref.ops import use
 
 
 def counted(config: Config, s: int) -> float:
-    """Forward operations a token by torch's own counter; naive attention computes the full square."""
+    """Return forward FLOPs per token by torch's counter; naive attention computes the full square."""
     with use("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
         Transformer(config)(torch.zeros(1, s, dtype=torch.long))
     return counter.get_total_flops() / s
 
 
 def ours(config: Config, s: int) -> float:
-    """The same by `block_gemms`, with keys for the full square and the k-fold sum after experts."""
-    matrices = sum(
-        p.flops
-        for i in range(config.n_layers)
-        for p in block_gemms(config, i < config.n_dense_layers).values()
-    )
+    """Return the same by `block_gemms`, with the full square and the k-fold sum after the experts."""
+    matrices = 0
+    for i in range(config.n_layers):
+        gemms = block_gemms(config, i < config.n_dense_layers)
+        matrices += sum(gemm.flops for gemm in gemms.values())
     square = config.n_layers * attention_flops(config, 2 * s - 1)[0]
     sums = 2 * (config.n_layers - config.n_dense_layers) * config.n_activated_experts * config.dim
     return matrices + square + sums + 2 * config.vocab_size * config.dim
@@ -153,31 +154,33 @@ for s in (16, 64):
 block = block_gemms(V3, dense=False)
 for name, p in sorted(block.items(), key=lambda item: -item[1].flops):
     print(
-        f"{name:15}{p.n_out:7} × {p.n_in:<6}{p.rows_per_token} row{'s' * (p.rows_per_token > 1):1}{p.flops / 1e6:8.0f} MFLOPs a token"
+        f"{name:15}{p.n_out:7} × {p.n_in:<6}{p.rows_per_token} row{'s' * (p.rows_per_token > 1):1}{p.flops / 1e6:8.0f} MFLOPs per token"
     )
 print(f"attention at 4K: {attention_flops(V3, 4096)[0] / 1e6:.0f} MFLOPs forward, "
       f"{attention_flops(V3, 4096)[1] / 1e6:.0f} backward")  # fmt: skip
 
 # %% [markdown]
 # ## Stages of equal work
-# A pipeline is as fast as its slowest stage. The last one has more to do than its layers:
-# the head, and MTP, which is a block, a projection and the head once more. Measured in multiplications this is as much as
-# *four* layers. With $w_l$ multiplications in layer $l$ of $L$, stage $p$ of $P$ gets the layers from $a_{p-1}$ up to, not
-# including, $a_p$, and the last one ($[p = P]$ is 1 there, 0 elsewhere) also $w_{\text{after}}$. We cut where the sum of squared shares is least,
+# A pipeline is as fast as its slowest stage. The last stage computes more than its layers: also the head, and MTP, which
+# is a block, a projection and the head a second time. Counted in multiplications these are worth *four* layers. Layer $l$
+# of $L$ has $w_l$ multiplications. Stage $p$ of $P$ gets the layers from $a_{p-1}$ up to, but not including, $a_p$; the
+# last one ($[p = P]$ is 1 there, 0 elsewhere) also $w_{\text{after}}$. We minimize the sum of squares of the stages' work,
 #
 # $$\min_{0 = a_0 \le a_1 \dots \le a_P = L}\ \sum_{p} \Big(\sum_{a_{p-1} \le l < a_p} w_l + [p = P]\,w_{\text{after}}\Big)^2$$
 #
-# by trying every last cut behind the best way to cut what lies before it (at most 61 · 61 · 16 sums). Only the last stage may be without layers.
+# by dynamic programming: try every last cut after the best partition of the layers before it (at most 61 · 61 · 16 sums).
+# Only the last stage may have no layers.
 
 
 # %%
 #| export
 def layer_costs(config: Config) -> tuple[list[int], int]:
-    """Return multiplications per token: of every layer, and of what follows the last (head, MTP)."""
-    dense, moe = (
-        sum(gemm.flops // 2 for gemm in block_gemms(config, is_dense).values())
-        for is_dense in (True, False)
-    )
+    """Return multiplications per token: of every layer, and of head and MTP after the last one."""
+
+    def block_cost(is_dense: bool) -> int:
+        return sum(gemm.flops // 2 for gemm in block_gemms(config, is_dense).values())
+
+    dense, moe = block_cost(True), block_cost(False)
     head = config.vocab_size * config.dim
     after = head + config.n_mtp_layers * (2 * config.dim**2 + moe + head)
     return [dense if i < config.n_dense_layers else moe for i in range(config.n_layers)], after
@@ -211,7 +214,7 @@ def partition_layers(config: Config, num_stages: int) -> tuple[range, ...]:
 layers, after = layer_costs(V3)
 print(f"after the last layer: the work of {after / layers[-1]:.2f} layers")
 cut = partition_layers(V3, 16)
-assert [i for part in cut for i in part] == list(range(61))
+assert sum(map(list, cut), []) == list(range(61))
 even = [61 // 16 + (s < 61 % 16) for s in range(16)]
 fig, ax = figure(1, 1, 8, 2.6)
 for dx, sizes, color, name in (
@@ -229,17 +232,17 @@ assert max(len(part) for part in cut) == 5 or len(cut[-1]) == 0
 
 # %% [markdown]
 # ## What a micro-batch leaves behind
-# Until its backward pass a micro-batch holds what gradients need. If all is computed again that the report computes again,
-# this is left of a block (bytes a token; $z(x) = 4\lceil x/128\rceil$ for the scales of a row of $x$ codes):
+# Until its backward pass a micro-batch holds the tensors that gradients need. With all of the report's recomputation, a
+# block saves the following (in bytes per token; $z(x) = 4\lceil x/128\rceil$ is for the scales of a row of $x$ FP8 values):
 #
-# - inputs of the two norms on the residual stream, fp32, and of the latent norms, bf16;
-# - inputs of matrices as FP8 codes, $x + z(x)$; after attention twelve bits, $\tfrac32 x + z(x)$;
-# - attention's output in bf16 for attention's own backward pass (the report's takes the twelve bits), and a number a head;
-# - gate and up of SwiGLU as codes, in each of $k$ rows; up once more in bf16, for the gradient of the gate's weights;
-# - the gate's affinities and choices, and where rows came from.
+# - inputs of the two norms on the residual stream in fp32, and of the latent norms in bf16;
+# - inputs of matrices in FP8, $x + z(x)$; after attention in twelve bits, $\tfrac32 x + z(x)$;
+# - attention's output in bf16 for its own backward pass (the report's uses the twelve bits), and one number per head;
+# - gate and up of SwiGLU in FP8, for each of $k$ rows; up a second time in bf16, for the gradient of the routing weights;
+# - the gate's affinities and choices, and the sources of the rows.
 #
-# `activation_bytes_per_token` says so, tensor by tensor. Whether it forgets one is for the machine to say: the real stage of the cluster
-# trainer runs under `saved_tensors`, which counts every tensor that autograd holds.
+# `activation_bytes_per_token` lists them tensor by tensor. To check that none is missing, the real pipeline stage of
+# `dsv3_ref.parallel` runs under `saved_tensors`, which counts every tensor that autograd saves.
 
 
 # %%
@@ -252,8 +255,8 @@ def scale_bytes(width: int) -> int:
 def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
     """Return the bytes per token that a block saves for its backward pass (§3.2.3, §3.3.3).
 
-    By tensor, without RoPE's tables, with recomputation, with products in FP8 or in bf16. At the
-    experts a token is k rows.
+    The result is by tensor, with recomputation and without RoPE's tables. fp8: products are in
+    FP8, else in bf16. At the experts a token is k rows.
     """
 
     def saved_bytes(width: int, recomputed: bool = False) -> int:
@@ -263,16 +266,15 @@ def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) ->
 
     d, k = config.dim, config.n_activated_experts
     h, hv = config.n_heads, config.n_heads * config.v_head_dim
-    q, kv, r, f = (
-        config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.moe_inter_dim
-    )  # fmt: skip
+    q, kv = config.q_lora_rank, config.kv_lora_rank
+    r, f = config.qk_rope_head_dim, config.moe_inter_dim
     latents = 2 * q + 4 + saved_bytes(q, True) if q else 0
     latents += 2 * (kv + r) + 4 + 2 * r + saved_bytes(kv, True) + 8 * r  # 8 r: rotations of q and k
     attention_output = 2 * hv + 4 * h
     if fp8:
         attention_output += 192 * ceil_div(hv, 128) + scale_bytes(hv)
     width = config.inter_dim if dense else config.n_shared_experts * f
-    saved = {
+    saved: dict[str, float] = {
         "residual stream": 2 * (4 * d + 4),
         "latents": latents,
         "input of attention": saved_bytes(d, True),
@@ -294,7 +296,7 @@ from dsv3_ref.training.recompute import saved_tensors
 
 
 class Lean(torch.autograd.Function):
-    """Attention that keeps what the kernel keeps: inputs (made again), output, a number a head."""
+    """Attention that saves what the kernel saves: inputs (recomputed), output, a number per head."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -305,8 +307,8 @@ class Lean(torch.autograd.Function):
 ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(q, k, v))
 
 
-def held(config: Config, n: int, fp8: bool) -> int:
-    """Bytes that autograd holds after the first stage, of one layer, has seen n tokens."""
+def count_saved_bytes(config: Config, n: int, fp8: bool) -> int:
+    """Return the bytes that autograd has saved after the first stage, of one layer, ran on n tokens."""
     stage = Stage(Transformer(config), config, 0, 2, AllToAllDispatcher([]))
     backends, tape = ("lean", "fp8", "auto") if fp8 else ("lean", "auto"), Tape()
     tokens_bs = torch.randint(config.vocab_size, (1, n + 1))
@@ -319,16 +321,16 @@ def held(config: Config, n: int, fp8: bool) -> int:
 SHAPE = replace(
     TINY, n_layers=1, n_mtp_layers=0, dim=256, inter_dim=384, q_lora_rank=200, kv_lora_rank=160
 )
-for dense in (True, False):
-    for fp8 in (True, False):
-        c = replace(SHAPE, n_dense_layers=int(dense))
-        found = (held(c, 192, fp8) - held(c, 128, fp8)) / 64  # codes of weights cancel
-        rope = 8 + 4 * c.qk_rope_head_dim  # token numbers; cosines and sines, once for all layers
-        formula = sum(activation_bytes_per_token(c, dense, fp8).values()) + rope
-        print(
-            f"{'dense' if dense else 'MoE':6}{'FP8' if fp8 else 'bf16':5}{found:9,.0f} bytes a token counted, {formula:9,.0f} by formula"
-        )
-        assert found == formula
+for dense, fp8 in product((True, False), repeat=2):
+    c = replace(SHAPE, n_dense_layers=int(dense))
+    # in the difference quantized weights cancel
+    counted_bytes = (count_saved_bytes(c, 192, fp8) - count_saved_bytes(c, 128, fp8)) / 64
+    rope = 8 + 4 * c.qk_rope_head_dim  # token ids; cosines and sines, once for all layers
+    formula = sum(activation_bytes_per_token(c, dense, fp8).values()) + rope
+    print(
+        f"{'dense' if dense else 'MoE':6}{'FP8' if fp8 else 'bf16':5}{counted_bytes:9,.0f} bytes per token counted, {formula:9,.0f} by formula"
+    )
+    assert counted_bytes == formula
 
 # %%
 block_parts, times = activation_bytes_per_token(V3, dense=False), 4096 / 1e6
@@ -350,14 +352,14 @@ ax.set_xlim(0, 1.12 * sum(wide.values()) * times)
 show(fig)
 
 # %% [markdown]
-# (Under FP8 attention's output takes more room than in bf16, since we keep it twice.) Chapter 12's schedule has up to
-# PP + 1 = 17 micro-batches of a stage in flight, hence the report's zeal in not keeping things.
-# Only `routed experts` depends on balance: a rank with twice the tokens keeps twice as much.
+# (With FP8, attention's output takes more memory than in bf16, since it is saved twice.) In the schedule of chapter 12
+# up to PP + 1 = 17 micro-batches of a stage are in flight, which is why the report saves so little.
+# Only `routed experts` depends on balance: a rank with twice the tokens saves twice as much.
 #
 # ## What travels
-# A token's row goes to each *node* that has one of its experts over IB, once, and inside each node over NVLink to each
-# *GPU* that has one ([chapter 11](11_expert_parallel.ipynb)). With 64 ranks in 8 nodes and balanced experts the
-# expected numbers are properties of the gate alone, so we ask the gate, with random affinities.
+# A token's row is sent over IB once to each *node* that has one of its experts, and within each node over NVLink to each
+# *GPU* that has one ([chapter 11](11_expert_parallel.ipynb)). With 64 ranks in 8 nodes and balanced experts the expected
+# numbers of copies depend on the gate alone, so we run the gate on random affinities.
 
 
 # %%
@@ -367,7 +369,7 @@ def dispatch_copies(
 ) -> tuple[float, float]:
     """Return how many copies of a token cross (IB, NVLink) in two hops, as the mean of n tokens.
 
-    The tokens are routed evenly.
+    The experts are chosen by random affinities, so that the load is even.
     """
     if ep == 1:
         return 0.0, 0.0
@@ -392,7 +394,7 @@ def dispatch_copies(
 def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
     """Return the bytes of a row in (dispatch, combine).
 
-    Dispatch sends FP8 with scales, or bf16, and k expert ids and weights; combine sends bf16.
+    Dispatch sends FP8 with scales, or bf16, with k expert ids and weights. Combine sends bf16.
     """
     values = config.dim + scale_bytes(config.dim) if fp8 else 2 * config.dim
     return values + 8 * config.n_activated_experts, 2 * config.dim
@@ -400,7 +402,7 @@ def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
 
 # %%
 def slow_trips(config: Config):
-    """By words: nodes other than mine; then GPUs in each node other than where the row landed."""
+    """Count by the definition: other nodes; then GPUs other than the one where the row arrived."""
     expert_nk = route(
         torch.randn(1, 4096, 256, generator=torch.Generator().manual_seed(0)), None, config
     ).topk_ids_bsk[0]
@@ -414,7 +416,7 @@ def slow_trips(config: Config):
 
 ib, nvlink = dispatch_copies(V3, 64, 8)
 print(
-    f"a token crosses IB {ib:.2f} times, NVLink {nvlink:.2f} times; there {dispatch_bytes(V3)[0]:,} bytes, back {dispatch_bytes(V3)[1]:,}"
+    f"a token crosses IB {ib:.2f} times, NVLink {nvlink:.2f} times; dispatch {dispatch_bytes(V3)[0]:,} bytes, combine {dispatch_bytes(V3)[1]:,}"
 )
 assert (ib * 4096, nvlink * 4096) == slow_trips(V3) and 3.2 < ib <= 4
 for limit in (8, 4, 2, 1):
@@ -425,33 +427,34 @@ for limit in (8, 4, 2, 1):
 
 # %% [markdown]
 # ## Seconds
-# Each operation is bound by one rate, operations or bytes. A `GPUSpec` is what a data sheet promises, a `AchievedRates` what is
-# *reached*; the table says why we believe it:
+# Each operation is limited by one rate, of operations or of bytes. `GPUSpec` holds the rates of a data sheet and
+# `AchievedRates` those that are *achieved*, with these sources:
 #
 # | | H800 | source |
 # |---|---|---|
 # | FP8 products | 1,358 of 1,979 TFLOP/s | DeepGEMM's first table, 4096 × 7168 × 16384 |
-# | attention forward, backward | 0.6 and 0.5 of 989 TFLOP/s | what public kernels reach; assumed |
+# | attention forward, backward | 0.6 and 0.5 of 989 TFLOP/s | typical of public kernels; assumed |
 # | memory | 0.85 of 3.35 TB/s | assumed |
 # | NVLink, IB | 153 of 200, 50 GB/s | DeepEP's tables (the report: 160 and 50) |
-# | SMs left | 112 of 132 | §3.2.2 |
+# | SMs for computation | 112 of 132 | §3.2.2 |
 #
-# Other GPUs are given the same *shares* of their own sheets, which is an assumption, and the report's \$2 an hour, which nobody asks for them.
+# For other GPUs we assume the same *fractions* of their data sheets and the report's \$2 per hour, although they cost
+# more.
 
 
 # %%
 #| export
 class AchievedRates(NamedTuple):
-    """Rates that a GPU achieves, by default an H800, its memory, and the price of an hour."""
+    """Rates that a GPU achieves, its memory, and the price of an hour; by default of an H800."""
 
-    gemm: float = 1358e12  # operations/s of FP8 matrix products
-    attention: float = 0.6 * 989e12  # operations/s of attention, forward
-    attention_backward: float = 0.5 * 989e12  # operations/s of attention, backward
+    gemm: float = 1358e12  # FLOP/s of FP8 matrix products
+    attention: float = 0.6 * 989e12  # FLOP/s of attention, forward
+    attention_backward: float = 0.5 * 989e12  # FLOP/s of attention, backward
     hbm: float = 0.85 * 3.35e12  # bytes/s of the GPU's memory
     nvlink: float = 153e9  # bytes/s between GPUs of a node
     ib: float = 50e9  # bytes/s between nodes
-    compute_sms: float = 112 / 132  # left beside communication
-    memory: float = 80e9  # bytes of a GPU
+    compute_sms: float = 112 / 132  # fraction of the SMs that do not communicate
+    memory: float = 80e9  # bytes of memory of a GPU
     dollars_per_hour: float = 2.0  # price of a GPU hour
 
 
@@ -476,22 +479,28 @@ GPU_SPECS = {
 
 
 def achieved_rates(spec: GPUSpec) -> AchievedRates:
-    """Return a GPU's rates, at the same fractions of its data sheet as an H800; 20 SMs communicate."""
-    h800, ratio = AchievedRates(), [a / b for a, b in zip(spec, GPU_SPECS["h800"])]
-    fp8, bf16, hbm, nvlink, ib, memory, _ = ratio
+    """Return a GPU's rates at an H800's fractions of the data sheet; 20 SMs communicate."""
+    h800 = AchievedRates()
+    fp8, bf16, hbm, nvlink, ib, memory, _ = (a / b for a, b in zip(spec, GPU_SPECS["h800"]))
     return AchievedRates(
-        h800.gemm * fp8, h800.attention * bf16, h800.attention_backward * bf16, h800.hbm * hbm,
-        h800.nvlink * nvlink, h800.ib * ib, 1 - 20 / spec.sms, h800.memory * memory,
-        h800.dollars_per_hour,
-    )  # fmt: skip
+        gemm=h800.gemm * fp8,
+        attention=h800.attention * bf16,
+        attention_backward=h800.attention_backward * bf16,
+        hbm=h800.hbm * hbm,
+        nvlink=h800.nvlink * nvlink,
+        ib=h800.ib * ib,
+        compute_sms=1 - 20 / spec.sms,
+        memory=h800.memory * memory,
+        dollars_per_hour=h800.dollars_per_hour,
+    )
 
 
 ACHIEVED_RATES = {name: achieved_rates(spec) for name, spec in GPU_SPECS.items()}
 
 # %% [markdown]
-# Between products lie kernels that only move bytes: norms read the fp32 stream and write bf16 and codes; sums, RoPE,
-# SwiGLU, quantizers; rows sorted by expert and back. And a row that travels does so twice, over IB and then over NVLink;
-# both links work at once, so an exchange lasts as long as the slower one:
+# Between the products are kernels that only move bytes: norms, which read the fp32 stream and write bf16 and FP8; sums,
+# RoPE, SwiGLU and quantization; and the permutation of rows by expert and back. A row that is sent crosses IB and then
+# NVLink. Both links work at the same time, so an all-to-all takes as long as the slower one:
 #
 # $$\text{seconds} = \max\left(\frac{\text{IB crossings}\cdot\text{bytes}}{50\ \text{GB/s}},\
 # \frac{\text{NVLink crossings}\cdot\text{bytes}}{153\ \text{GB/s}}\right)$$
@@ -504,12 +513,13 @@ def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
 
     The kernels are those of chapter 10.
     """
-    d, h, k = config.dim, config.n_heads, config.n_activated_experts
+    d, h = config.dim, config.n_heads
     x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    k = config.n_activated_experts
     width = config.inter_dim if dense else (config.n_shared_experts + k) * config.moe_inter_dim
     return {
         "norms of attention": (7 + 10) * d + 5 * (config.q_lora_rank + config.kv_lora_rank),
-        "RoPE, codes of heads": 8 * h * x + 3.5 * h * v,
+        "RoPE, quantized heads": 8 * h * x + 3.5 * h * v,
         "norm of MLP": (7 + 10) * d,
         "SwiGLU": 7 * width,
         "permute, combine": 0 if dense else k * (3 + 2 + 4 + 2) * d,
@@ -519,18 +529,18 @@ def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
 def link_seconds(
     rates: AchievedRates, copies: tuple[float, float], row_bytes: float
 ) -> tuple[float, float]:
-    """Return the seconds per token on (IB, NVLink); an all-to-all takes as long as the slower."""
+    """Return the seconds per token on (IB, NVLink); an all-to-all takes as long as the slower one."""
     return copies[0] * row_bytes / rates.ib, copies[1] * row_bytes / rates.nvlink
 
 
 # %%
 H800, limits = ACHIEVED_RATES["h800"], (1, 2, 3, 4, 5, 6, 8)
-assert AchievedRates() == H800  # an H800 reaches what an H800 reaches
+assert AchievedRates() == H800  # fractions of its own data sheet give the H800's own rates
 many = [dispatch_copies(replace(V3, n_limited_groups=limit), 64, 8) for limit in limits]
 both = [[1e3 * 4096 * t for t in link_seconds(H800, x, sum(dispatch_bytes(V3)))] for x in many]
 fig, ax = figure(1, 1, 7, 2.8)
-ax.plot(limits, [ib for ib, _ in both], "o-", color=BLUE, label="IB, once a node")
-ax.plot(limits, [nvlink for _, nvlink in both], "s-", color=ORANGE, label="NVLink, once a GPU")
+ax.plot(limits, [ib for ib, _ in both], "o-", color=BLUE, label="IB, once per node")
+ax.plot(limits, [nvlink for _, nvlink in both], "s-", color=ORANGE, label="NVLink, once per GPU")
 ax.axhline(
     1e3 * 4096 * 8 * 63 / 64 * sum(dispatch_bytes(V3)) / 50e9,
     color=GRAY,
@@ -540,24 +550,25 @@ ax.axhline(
 ax.axvline(4, color="black", lw=0.8, ls=":")
 ax.set(
     xlabel="nodes a token may visit, M (dotted: the report)",
-    ylabel="ms, there and back",
+    ylabel="ms, dispatch and combine",
     ylim=(0, 17),
 )
-ax.set_title("An exchange of 4,096 tokens among 64 GPUs in 8 nodes")
+ax.set_title("All-to-all of 4,096 tokens among 64 GPUs in 8 nodes")
 ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 show(fig)
 assert all(a[0] <= b[0] + 1e-9 for a, b in zip(both, both[1:]))
 print(
-    f"at M = 4: IB {both[3][0]:.1f} ms, NVLink {both[3][1]:.1f} ms; at M = 2 the two are nearest: {both[1][0]:.1f}, {both[1][1]:.1f}"
+    f"at M = 4: IB {both[3][0]:.1f} ms, NVLink {both[3][1]:.1f} ms; at M = 2 they are closest: {both[1][0]:.1f}, {both[1][1]:.1f}"
 )
 
 # %% [markdown]
 # ## Every operator under its roof
-# An operator of $F$ operations and $B$ bytes takes $\max(F / \text{rate},\ B / \text{bandwidth})$ seconds: its *intensity*
-# $F/B$ decides which. A matrix counts its weights, its rows in and its rows out, codes or bf16. Attention
-# reads $q, k, v$ and writes $o$ in training; in decoding (absorbed, chapter 03) the same 576 numbers of each cached token
-# serve all heads. Copies count as one operation a number. The four things that decide are
-# the tokens of a GPU, the keys that each meets, the experts that the GPU holds, and how often a token travels.
+# An operator of $F$ operations and $B$ bytes takes $\max(F / \text{rate},\ B / \text{bandwidth})$ seconds. Its
+# *intensity* $F/B$ decides which of the two is larger. The bytes of a matrix product are its weights, its input rows and
+# its output rows, in FP8 or bf16. Attention reads $q, k, v$ and writes $o$ in training; in decoding (absorbed, chapter 03)
+# the same 576 numbers of each cached token serve all heads. Copies count as one operation per number. Four quantities
+# determine the times: the tokens of a GPU, the keys that each of them sees, the experts that the GPU holds, and the
+# number of copies that are sent.
 
 
 # %%
@@ -570,42 +581,45 @@ class Operator(NamedTuple):
     kind: str = "gemm"  # FP8; or bf16 (attention's rate), ib, nvlink
 
     def times_by_limit(self, rates: AchievedRates) -> dict[str, float]:
-        """Return the seconds that each possible limit would allow."""
+        """Return the seconds that each limit alone would require."""
         if self.kind in ("ib", "nvlink"):
             return {self.kind: self.bytes / getattr(rates, self.kind)}
         rate = rates.gemm if self.kind == "gemm" else rates.attention
         return {"operations": self.flops / rate, "memory": self.bytes / rates.hbm}
 
     def seconds(self, rates: AchievedRates) -> float:
-        """Return the time that the bottleneck sets."""
+        """Return the time of the operator, which its bottleneck sets."""
         return max(self.times_by_limit(rates).values())
 
     def bottleneck(self, rates: AchievedRates) -> str:
-        """Return which limit sets the time."""
+        """Return the limit that sets the time."""
         return max(self.times_by_limit(rates).items(), key=lambda item: item[1])[0]
 
 
-def attention_operator(config: Config, n: float, keys: float, cached: bool) -> Operator:
-    """Return the attention operator of n tokens with `keys` keys each.
+def attention_operator(config: Config, num_tokens: float, keys: float, cached: bool) -> Operator:
+    """Return the attention operator of some tokens with `keys` keys each.
 
-    cached: absorbed attention of n sequences, one token each, over their caches.
+    cached: absorbed attention of one token for each of `num_tokens` sequences, over their caches.
     """
-    h, x, v, kv = config.n_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
-    r = config.qk_rope_head_dim
+    h, n = config.n_heads, num_tokens
+    kv, r = config.kv_lora_rank, config.qk_rope_head_dim
     if cached:
         flops = 2 * n * h * keys * (2 * kv + r)
         return Operator(flops, 2 * n * (keys * (kv + r) + h * (2 * kv + r)), "bf16")
-    return Operator(2 * n * h * keys * (x + r + v), 4 * n * h * (x + r + v), "bf16")
+    width = config.qk_nope_head_dim + r + config.v_head_dim
+    return Operator(2 * n * h * keys * width, 4 * n * h * width, "bf16")
 
 
 def operators(
-    config: Config, dense: bool, n: float, keys: float, copies: tuple[float, float],
+    config: Config, dense: bool, num_tokens: float, keys: float, copies: tuple[float, float],
     local_experts: float, cached: bool = False,
 ) -> dict[str, Operator]:  # fmt: skip
-    """Return the operators of a block's forward pass over n tokens by name.
+    """Return the operators of a block's forward pass by name.
 
-    copies: see `dispatch_copies`; local_experts: routed experts on the GPU.
+    keys, cached: see `attention_operator`. copies: see `dispatch_copies`. local_experts: routed
+    experts on the GPU.
     """
+    n = num_tokens
     out = {"attention": attention_operator(config, n, keys, cached)}
     for name, gemm in block_gemms(config, dense).items():
         width = 4 if name == "gate" else 1  # bytes of a weight and of an input
@@ -624,9 +638,10 @@ def operators(
     return out
 
 
-def head_operators(config: Config, n: float) -> dict[str, Operator]:
+def head_operators(config: Config, num_tokens: float) -> dict[str, Operator]:
     """Return the operators outside of blocks: the head (bf16), and MTP's projection of 2 d to d."""
     d, w = config.dim, config.vocab_size
+    n = num_tokens
     return {
         "head": Operator(2 * n * d * w, 2 * d * w + n * (2 * d + 4 * w), "bf16"),
         "MTP's projection": Operator(4 * n * d * d, 2 * d * d + n * 4 * d),
@@ -634,11 +649,12 @@ def head_operators(config: Config, n: float) -> dict[str, Operator]:
 
 
 # %% [markdown]
-# Three situations: a training rank with one sequence (4 experts of 64 ranks); a prefill rank, whose prompts are 16K long; and
-# a decode rank, where 112 sequences with 4K of context stand before 32 heads each, and one expert sees 9/320 of 80 such groups.
+# Three situations: a training rank with one sequence (4 experts on each of 64 ranks); a prefill rank, whose prompts have
+# 16K tokens; and a decode rank, where 32 heads serve 112 sequences with 4K of context, and one expert gets 9/320 of the
+# rows of 80 such groups.
 
 # %%
-few = replace(V3, n_heads=32)  # attention cut in four
+few = replace(V3, n_heads=32)  # tensor parallelism over four GPUs
 dense, moe = (
     operators(V3, True, 4096, 2048, (0, 0), 0),
     operators(V3, False, 4096, 2048, dispatch_copies(V3, 64, 8), 4),
@@ -656,7 +672,7 @@ decoding |= {f"{n}, decode": expert[n] for n in ("routed w1, w3", "routed w2")}
 decoding |= {"all-to-all, ib, decode": Operator(0, 28 * 9 * sum(dispatch_bytes(V3)), "ib")}
 everything = training | prefill | decoding
 print(
-    f"{'':25}{'GFLOPs':>8}{'MB':>8}{'FLOP/B':>8}   {'  '.join(f'{n:>6}' for n in ACHIEVED_RATES)}  µs    binds on h800, b200"
+    f"{'':25}{'GFLOPs':>8}{'MB':>8}{'FLOP/B':>8}   {'  '.join(f'{n:>6}' for n in ACHIEVED_RATES)}  µs    limit on h800, b200"
 )
 for name, op in everything.items():
     times = "  ".join(f"{1e6 * op.seconds(rates):6.0f}" for rates in ACHIEVED_RATES.values())
@@ -677,7 +693,7 @@ assert (
 
 # %%
 def crowds(rates, ops: dict[str, Operator]):
-    """(kind, [(number, operations a byte, TFLOP/s)]), neighbors together."""
+    """Return [(kind, [(number, FLOPs/byte, TFLOP/s)])], with neighboring points in one group."""
     out = []
     points = [(n, op.flops / op.bytes, op) for n, op in enumerate(ops.values(), start=1)]
     for number, i, op in sorted(points, key=lambda p: (p[2].kind, p[1])):
@@ -690,7 +706,7 @@ def crowds(rates, ops: dict[str, Operator]):
 
 
 def roof(rates, ops: dict[str, Operator], ax) -> None:
-    """Operators by number on the roofs of products and of attention."""
+    """Draw operators by number under the roofs of products and of attention."""
     x = [2.0**k for k in range(-2, 14)]
     ax.loglog(
         x, [min(rates.gemm, i * rates.hbm) / 1e12 for i in x], color=BLUE, label="FP8 products"
@@ -718,37 +734,38 @@ def roof(rates, ops: dict[str, Operator], ax) -> None:
         )
     for number, name in enumerate(ops, start=1):
         ax.plot([], [], " ", label=f"{number} {name}")
-    ax.set(xlabel="operations a byte", ylabel="TFLOP/s", ylim=(0.3, 20_000))
+    ax.set(xlabel="FLOPs per byte", ylabel="TFLOP/s", ylim=(0.3, 20_000))
 
 
 fig, ax = figure(1, 1, 10, 5.4)
 roof(H800, {n: op for n, op in everything.items() if op.flops}, ax)
-ax.set_title("V3's operators under the two roofs of an H800 (rates reached)")
+ax.set_title("V3's operators under the two roofs of an H800 (achieved rates)")
 ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7.5, ncols=1)
 show(fig)
 
 # %% [markdown]
-# Training lies under the flat roof with nearly all its products (wkv_b, with its short sums, is nearest to the slope), and every kernel
-# between products under the slope: hence fused quantizers (chapter 10). Decoding lies under the slope
-# altogether: weights are read for one or two hundred rows, caches for one query. Since 32 heads share each cached number its attention has 60
-# operations a byte; with all 128 heads on one GPU it would reach the corner. An H200 moves only the slope; a B200 both.
+# In training nearly all products are under the flat roof, that is, compute-bound (wkv_b, with its short sums, is nearest
+# to the slope). Every kernel between products is under the slope, that is, memory-bound: hence fused quantization
+# (chapter 10). All of decoding is memory-bound: weights are read for one or two hundred rows, caches for one query. Since
+# 32 heads share each cached number, its attention has 60 operations per byte; with all 128 heads on one GPU it would reach
+# the corner. An H200 raises only the slope, a B200 both.
 #
 # ## What kernels' tables leave out
-# Now a block of training, in seconds. Between a table of kernels and a month on 2,048 GPUs lie losses. Each has a name and
-# can be switched off; `NO_OVERHEADS` has none:
+# Now the time of a training block. A table of kernel benchmarks does not include the overheads of a month on 2,048 GPUs.
+# Each of them has a name and can be switched off; `NO_OVERHEADS` has none:
 #
 # | `Overheads` | value | source |
 # |---|---|---|
 # | `gemm_shapes` | each product at the rate of its own shape | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
 # | `load_imbalance` | busiest rank 1.1 × the mean | our assumption |
-# | `pair_order` | an exchange waits for what it carries | the order of F&B in Figure 4 of §3.2.1, simulated |
-# | `pp_stream_bytes` | 4 bytes a number between stages | our trainer; shares IB with the exchange |
-# | `launch_gap` | 2 µs between two kernels, 12 a half block and pass | our assumption |
+# | `pair_order` | an all-to-all waits for its input | the order of F&B in Figure 4 of §3.2.1, simulated |
+# | `pp_stream_bytes` | 4 bytes per number between stages | our trainer; shares IB with the all-to-alls |
+# | `launch_gap` | 2 µs between two kernels, 12 per half block and pass | our assumption |
 # | `straggler_factor` | slowest GPU and link 1.03 | our assumption |
 # | `failure_rate` | 419 in 54 days on 16,384 GPUs | the Llama 3 report |
 # | `hours_lost` | half an hour each | our assumption: restart and work since the checkpoint |
 #
-# After the pipeline gradients are summed and weights gathered over IB, and AdamW moves 20 bytes a number of its slice.
+# After the pipeline, gradients are summed and weights gathered over IB, and AdamW moves 20 bytes per number of its shard.
 
 
 # %%
@@ -756,20 +773,20 @@ show(fig)
 class Overheads(NamedTuple):
     """Overheads between kernel benchmarks and a month of training; sources in chapter 17."""
 
-    gemm_shapes: bool = True  # matrix products reach what their shape allows
+    gemm_shapes: bool = True  # matrix products run at the rate of their shape
     load_imbalance: float = 1.1  # tokens of the busiest rank over the mean
     pair_order: bool = True  # a pair of chunks runs in the order of its dependencies
-    pp_stream_bytes: int = 4  # bytes per number that pipeline stages exchange
+    pp_stream_bytes: int = 4  # bytes per number sent between pipeline stages
     launch_gap: float = 2e-6  # seconds between two kernels
     straggler_factor: float = 1.03  # time of the slowest rank over the mean
-    failure_rate: float = 419 / (54 * 24 * 16384)  # a GPU and hour
-    hours_lost: float = 0.5  # hours a failure
+    failure_rate: float = 419 / (54 * 24 * 16384)  # failures per GPU and hour
+    hours_lost: float = 0.5  # hours lost per failure
 
 
 NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
 ATTENTION_GEMMS = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
 BEST_TFLOPS, KERNELS_PER_HALF_BLOCK = 1358, 12
-GEMM_TFLOPS = {  # by DeepGEMM, 4,096 rows and more
+GEMM_TFLOPS = {  # of DeepGEMM, for 4,096 rows and more
     "wq_a": 1058, "wkv_a": 1058, "wq_b": 990, "wkv_b": 590, "shared w1, w3": 1304,
     "shared w2": 1025, "routed w1, w3": 1288, "routed w2": 1093,
 }  # fmt: skip
@@ -818,7 +835,7 @@ def block_parts(
 
     products = sum(t for name, t in gemms.items() if name in ATTENTION_GEMMS)
     recomputed = sum(gemms.get(name, 0) for name in ("wq_b", "wkv_b"))
-    between = traffic["norms of attention"] + traffic["RoPE, codes of heads"]
+    between = traffic["norms of attention"] + traffic["RoPE, quantized heads"]
     forward, backward = attention_flops(config, s)
     forward_time = products + forward / rates.attention + between
     input_time = products + recomputed + backward / rates.attention_backward + 2 * between
@@ -843,7 +860,7 @@ def block_time(
     config: Config, rates: AchievedRates, dense: bool, s: int, copies: tuple[float, float],
     overheads: Overheads = NO_OVERHEADS,
 ) -> BlockTime:  # fmt: skip
-    """Return the time of a block on one sequence of s tokens, recomputation included."""
+    """Return the time of a block on one sequence of s tokens, including recomputation."""
     return add_times(block_parts(config, rates, dense, s, copies, overheads))
 
 
@@ -851,21 +868,21 @@ def block_time(
 one = block_time(V3, H800, False, 4096, dispatch_copies(V3, 64, 8))
 print(
     f"a MoE block, 4,096 tokens: forward {1e3 * one.f:.2f} ms, backward {1e3 * one.i:.2f} + {1e3 * one.w:.2f} ms, "
-    f"exchange {1e3 * one.comm:.2f} ms a way"
+    f"all-to-alls {1e3 * one.comm:.2f} ms per pass"
 )
-print(f"exchange / computation of a forward pass: {one.comm / one.f:.2f} (the report: about 1)")
+print(f"all-to-alls / computation of a forward pass: {one.comm / one.f:.2f} (the report: about 1)")
 
 # %% [markdown]
 # ## What hides behind what
-# DualPipe lets a forward pass (F) of one micro-batch run beside a backward pass (B) of another: a pair F&B. Every piece waits
-# for what it needs. Two clocks, one for the GPU's computation and one for its links, walk the report's order:
+# DualPipe overlaps the forward pass (F) of one micro-batch with the backward pass (B) of another: a pair F&B. Each part
+# waits for its inputs. Two clocks, one for the GPU's computation and one for its links, follow the report's order:
 #
 # > compute: MLP(B) · MLP(W) · MLP(F) · attention(B) · attention(W) · attention(F) <br>
 # > links: dispatch(F) · dispatch(B) · combine(F) · combine(B)
 #
-# (W: the part of B that makes the weights' gradients. A combine's backward pass sends gradients *to* the experts, in FP8 codes;
-# a dispatch's brings them back, in bf16.) The time a layer takes in the steady state, divided by the longer of the two
-# sums, is the price of order.
+# (W: the part of B that computes the gradients of the weights. The backward pass of a combine sends gradients *to* the
+# experts, in FP8; that of a dispatch brings them back, in bf16.) The cost of this order is the time per layer in the
+# steady state, divided by the longer of the two sums.
 
 
 # %%
@@ -873,9 +890,10 @@ print(f"exchange / computation of a forward pass: {one.comm / one.f:.2f} (the re
 def overlapped_pair_time(
     attention: BlockTime, mlp: BlockTime, dispatch: float, combine: float, layers: int = 40
 ) -> float:
-    """Return the seconds per layer of a pair F&B: two clocks in the order of Figure 4 (§3.2.1).
+    """Return the seconds per layer of a pair F&B by two clocks, in the order of Figure 4 (§3.2.1).
 
-    dispatch, combine: seconds of one of them. The first half of the layers is warm-up.
+    dispatch, combine: seconds of one dispatch and of one combine. The first half of the layers is
+    warm-up.
     """
     compute = link = attention_f = combine_b = warmup = 0.0
     for layer in range(layers):
@@ -896,9 +914,9 @@ def pair_factor(
     config: Config, rates: AchievedRates, s: int, copies: tuple[float, float],
     overheads: Overheads,
 ) -> float:  # fmt: skip
-    """Return the time of a pair F&B / the longer of its computation and its all-to-alls.
+    """Return the time of a pair F&B over the longer of its computation and its all-to-alls.
 
-    1 without the overhead `pair_order`.
+    It is 1 without the overhead `pair_order`.
     """
     if not overheads.pair_order:
         return 1.0
@@ -912,32 +930,32 @@ def pair_factor(
 
 # %%
 zero = BlockTime(0, 0, 0, 0)
-assert abs(overlapped_pair_time(zero, BlockTime(1, 1, 1, 0), 0, 0) - 3) < 1e-9  # nothing travels
-assert abs(overlapped_pair_time(zero, zero, 1, 1) - 4) < 1e-9  # nothing else to do
+assert abs(overlapped_pair_time(zero, BlockTime(1, 1, 1, 0), 0, 0) - 3) < 1e-9  # nothing is sent
+assert abs(overlapped_pair_time(zero, zero, 1, 1) - 4) < 1e-9  # nothing is computed
 moves = dispatch_copies(V3, 64, 8)
 for name, m in (
-    ("as it is", H800),
-    ("IB at half", H800._replace(ib=25e9)),
-    ("IB at a quarter", H800._replace(ib=12.5e9)),
+    ("IB at 50 GB/s", H800),
+    ("at half of it", H800._replace(ib=25e9)),
+    ("at a quarter", H800._replace(ib=12.5e9)),
 ):
     a, e = block_parts(V3, m, False, 4096, moves, Overheads())
     print(
-        f"{name:16}computing {1e3 * (sum(a[:3]) + sum(e[:3])):5.1f} ms, links {2e3 * e.comm:5.1f} ms, "
-        f"order costs {pair_factor(V3, m, 4096, moves, Overheads()) - 1:.1%}"
+        f"{name:16}computation {1e3 * (sum(a[:3]) + sum(e[:3])):5.1f} ms, links {2e3 * e.comm:5.1f} ms, "
+        f"cost of the order {pair_factor(V3, m, 4096, moves, Overheads()) - 1:.1%}"
     )
 
 # %% [markdown]
 # ## Experiment: a step of V3
-# A stage's seconds are those of its layers, and the last one's also those of head and MTP. The simulator takes them
-# stage by stage: a pair F&B lasts as long as its computation or its exchanges, whichever is more; a pass that is not paired
-# pays for both in turn. A step of training ends with the reduction of gradients (bf16 would do; we send fp32), the optimizer and
-# the gathering of weights, which nothing hides. First without losses.
+# The time of a stage is the sum over its layers; the last one also has head and MTP. The simulator gets the times by
+# stage: a pair F&B takes as long as its computation or its all-to-alls, whichever is longer; an unpaired pass pays for
+# both in turn. A training step ends with the reduction of gradients (bf16 would suffice; we send fp32), the optimizer and
+# the all-gather of weights, which nothing hides. First without overheads.
 
 
 # %%
 #| export
 class StageCosts:
-    """Durations of a schedule's steps where stages differ, in place of `ActionCosts`."""
+    """The durations of a schedule's steps with unequal stages, in place of `ActionCosts`."""
 
     def __init__(self, stages: list[BlockTime], pair_factor: float = 1.0):
         self.stages, self.pair_factor = stages, pair_factor
@@ -950,7 +968,7 @@ class StageCosts:
     def duration(self, step: Step) -> float:
         """Return the duration of a step.
 
-        A pair hides the all-to-alls of both actions, a single action waits for its own; W has none.
+        A pair hides the all-to-alls of both actions. A single action waits for its own; W has none.
         """
         compute = sum(map(self.compute, step))
         comm = sum(self.stages[action.stage].comm for action in step if action.kind != "W")
@@ -965,7 +983,7 @@ def stage_seconds(
 ) -> list[BlockTime]:  # fmt: skip
     """Return the times of every stage for one sequence of s tokens.
 
-    stages: the layers of each; the last one has the heads and MTP too.
+    stages: the layers of each; the last one also has the heads and MTP.
     """
     moe, dense = (
         block_time(config, rates, is_dense, s, copies, overheads) for is_dense in (False, True)
@@ -985,9 +1003,9 @@ def stage_seconds(
 
 
 def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:
-    """Return the seconds after the pipeline on a rank: (gradients and weights by IB, AdamW).
+    """Return a rank's seconds after the pipeline: (gradients and weights over IB, AdamW).
 
-    params: {(ranks that share a shard, in FP8): parameters on the rank}.
+    params: parameters of the rank by (number of ranks that shard their optimizer state, in FP8).
     """
     sent = sum(8 * n * (size - 1) / size for (size, _), n in params.items())
     moved = sum(20 * n / size + 5 * n * in_fp8 for (size, in_fp8), n in params.items())
@@ -1008,11 +1026,11 @@ for name, color in (("f", BLUE), ("i", GREEN), ("w", ORANGE)):
         heights,
         bottom=bottom,
         color=color,
-        label={"f": "forward", "i": "inputs", "w": "weights"}[name],
+        label={"f": "forward", "i": "backward, inputs", "w": "backward, weights"}[name],
     )
     bottom = [b + h for b, h in zip(bottom, heights)]
-ax.plot(range(PP), [2e3 * t.comm for t in each], "k_", ms=14, label="exchanges, there and back")
-ax.set(xlabel="stage", ylabel="ms a sequence", title="Sixteen stages of V3", xticks=range(PP))
+ax.plot(range(PP), [2e3 * t.comm for t in each], "k_", ms=14, label="all-to-alls, both passes")
+ax.set(xlabel="stage", ylabel="ms per sequence", title="Sixteen stages of V3", xticks=range(PP))
 ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.28))
 show(fig)
 
@@ -1023,18 +1041,20 @@ for name in ("1f1b", "zb1p", "dualpipe"):
     results[name] = 2048 * step / 3600 / (15_360 * 4096) * 1e12
     busy = sum(t.f + t.i + t.w for t in each) * M / PP
     print(
-        f"{name:9} step {step:5.2f} s, computing {busy / step:4.0%}: {results[name] / 1e3:4.0f}K GPU hours a trillion tokens"
+        f"{name:9} step {step:5.2f} s, computing {busy / step:4.0%}: {results[name] / 1e3:4.0f}K GPU hours per trillion tokens"
     )
 print(f"the report: {REPORT / 1e3:.0f}K")
 assert results["dualpipe"] < results["zb1p"] < results["1f1b"]
 
 # %% [markdown]
-# DualPipe takes nearly a quarter off the bill of 1F1B, mostly by hiding what travels. And this sum ends *below* the report's: every
-# product at the speed of the largest one, perfect balance, no slow GPU, nothing after the pipeline.
+# DualPipe needs nearly a quarter fewer GPU hours than 1F1B, mostly because it hides communication. This estimate is *below*
+# the report's: it assumes every product at the rate of the largest one, perfect balance, no slow GPU, and nothing after the
+# pipeline.
 #
 # ## The bill from first principles
-# Now with every loss named above. `dsv3 plan` does the same sum with the parameters that each rank really holds, so we ask it. Its
-# step has the first five losses inside; a slow GPU stretches it, and failures (a GPU and hour) cost `lost` hours each:
+# Now with every overhead named above. `dsv3 plan` computes the same sum with the parameters that each rank really holds, so
+# we use it here. Its step includes the first five overheads. A slow GPU lengthens it, and each failure costs `lost` hours
+# (failures are per GPU and hour):
 #
 # $$\text{hours} = \frac{\text{GPUs}\cdot\text{step}}{\text{tokens}}\cdot\text{slowest}\cdot(1 + \text{failures}\cdot\text{GPUs}\cdot\text{lost})$$
 
@@ -1042,12 +1062,12 @@ assert results["dualpipe"] < results["zb1p"] < results["1f1b"]
 # %%
 #| export
 def gpu_hours(step_seconds: float, gpus: int, tokens: int) -> float:
-    """Return the GPU hours per trillion tokens of steps of so many tokens."""
+    """Return the GPU hours per trillion tokens, for steps of `tokens` tokens."""
     return gpus * step_seconds / 3600 / tokens * 1e12
 
 
 def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
-    """Return wall-clock time / time of the steps: straggler · (1 + failures · GPUs · hours lost)."""
+    """Return wall-clock time over the time of the steps: straggler · (1 + failures·GPUs·hours lost)."""
     return overheads.straggler_factor * (1 + overheads.failure_rate * gpus * overheads.hours_lost)
 
 
@@ -1055,10 +1075,16 @@ def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
 from dsv3_ref.cluster.plan import PlanConfig, estimate
 
 assert gpu_hours(1.0, 2048, 2048 * 1543) == 1e12 / 1543 / 3600
-bill = lambda overheads, **more: estimate(PlanConfig(overheads=overheads, **more)).hours
-honest, best = bill(Overheads()), bill(NO_OVERHEADS)
+
+
+def bill(overheads: Overheads, **options) -> float:
+    """Return the GPU hours per trillion tokens that `dsv3 plan` estimates."""
+    return estimate(PlanConfig(overheads=overheads, **options)).hours
+
+
+total, best = bill(Overheads()), bill(NO_OVERHEADS)
 print(
-    f"no losses {best / 1e3:.1f}K, all of them {honest / 1e3:.1f}K hours a trillion tokens: {honest / REPORT - 1:+.1%} beside the report"
+    f"without overheads {best / 1e3:.1f}K, with all of them {total / 1e3:.1f}K hours per trillion tokens: {total / REPORT - 1:+.1%} relative to the report"
 )
 doubled = Overheads(
     load_imbalance=1.2, pp_stream_bytes=8, launch_gap=4e-6, straggler_factor=1.06, hours_lost=1.0
@@ -1073,25 +1099,25 @@ for field in (
     "straggler_factor",
     "hours_lost",
 ):
-    less[field] = bill(Overheads()._replace(**{field: getattr(NO_OVERHEADS, field)})) - honest
-    more[field] = bill(Overheads()._replace(**{field: getattr(doubled, field)})) - honest
+    less[field] = bill(Overheads()._replace(**{field: getattr(NO_OVERHEADS, field)})) - total
+    more[field] = bill(Overheads()._replace(**{field: getattr(doubled, field)})) - total
     print(
-        f"  {field:10}{getattr(Overheads(), field)!s:>6}: without it {less[field] / 1e3:+6.1f}K, twice as bad {more[field] / 1e3:+6.1f}K"
+        f"  {field:16}{getattr(Overheads(), field)!s:>6}: without it {less[field] / 1e3:+6.1f}K, twice as bad {more[field] / 1e3:+6.1f}K"
     )
 rates = {
     "products ±10 %": "gemm", "attention ±10 %": "attention", "its backward ±10 %": "attention_backward",
-    "memory ±10 %": "hbm", "IB ±10 %": "ib", "SMs left ±10 %": "compute_sms",
+    "memory ±10 %": "hbm", "IB ±10 %": "ib", "compute SMs ±10 %": "compute_sms",
 }  # fmt: skip
 for label, field in rates.items():
     slow, quick = (
         bill(Overheads(), rates=H800._replace(**{field: getattr(H800, field) * x}))
         for x in (0.9, 1.1)
     )
-    less[label], more[label] = quick - honest, slow - honest
+    less[label], more[label] = quick - total, slow - total
     print(f"  {label:20} faster {less[label] / 1e3:+6.1f}K, slower {more[label] / 1e3:+6.1f}K")
 early = bill(Overheads(), global_batch_size=9216)
 print(
-    f"  batch 3,072 → 15,360 over the first 469B of 14.8T tokens: {0.469 / 14.8 * (early - honest) / 1e3:+.2f}K (not counted)"
+    f"  batch 3,072 → 15,360 over the first 469B of 14.8T tokens: {0.469 / 14.8 * (early - total) / 1e3:+.2f}K (not counted)"
 )
 
 # %%
@@ -1100,42 +1126,42 @@ fig, ax = figure(1, 1, 8, 3.6)
 ax.barh(
     names,
     [less[n] / 1e3 for n in names],
-    left=honest / 1e3,
+    left=total / 1e3,
     color=GREEN,
     label="absent, or a faster rate",
 )
 ax.barh(
     names,
     [more[n] / 1e3 for n in names],
-    left=honest / 1e3,
+    left=total / 1e3,
     color=ORANGE,
     label="twice as bad, or a slower rate",
 )
 ax.axvline(REPORT / 1e3, color="black", ls="--", lw=1, label="the report")
-ax.set(xlabel="thousand GPU hours a trillion tokens", title="What the result hangs on")
+ax.set(xlabel="thousand GPU hours per trillion tokens", title="Sensitivity of the estimate")
 ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3)
 ax.invert_yaxis()
 show(fig)
 
 # %%
-gap = REPORT - honest
-print(f"what would close the gap of {gap / 1e3:.1f}K alone, if all went on in straight lines:")
+gap = REPORT - total
+print(f"each of these alone would close the gap of {gap / 1e3:.1f}K, by linear extrapolation:")
 print(f"  the busiest rank at {1.1 + 0.1 * gap / more['load_imbalance']:.2f} × the mean")
 print(
-    f"  products at {1 - 0.1 * gap / more['products ±10 %']:.0%} of DeepGEMM's rates, or all SMs' work at {1 - 0.1 * gap / more['SMs left ±10 %']:.0%}"
+    f"  products at {1 - 0.1 * gap / more['products ±10 %']:.0%} of DeepGEMM's rates, or all compute at {1 - 0.1 * gap / more['compute SMs ±10 %']:.0%}"
 )
 print(
-    f"  the slowest GPU {1.03 + 0.03 * gap / more['straggler_factor']:.2f} × as slow, or {0.5 + 0.5 * gap / more['hours_lost']:.1f} hours a failure"
+    f"  the slowest GPU at {1.03 + 0.03 * gap / more['straggler_factor']:.2f} × the mean time, or {0.5 + 0.5 * gap / more['hours_lost']:.1f} hours per failure"
 )
 
 # %% [markdown]
-# So the sum lies within a tenth of the report, from below. (Its assumptions were made before the first sum, though in knowledge of the
-# target, and not moved after it.) But look at the bars: the longest by far is a guess, how much 112 SMs do of what 132 do in a
-# table, while links and the order of exchanges, which we know, hardly count. Kernels of 2024 were perhaps slower than those of
-# DeepGEMM's first table; a fifth slower, and that alone would be the rest.
-# The order of exchanges costs nothing here since computation is twice as long as what it hides.
+# So the estimate is within a tenth of the report, from below. (The assumptions were made before the first estimate, though
+# with knowledge of the target, and were not changed after it.) But look at the bars. The longest by far is a guess: how much
+# of a benchmark on 132 SMs the remaining 112 achieve. Links and the order of all-to-alls, which are known, hardly matter.
+# Kernels in 2024 were perhaps slower than those of DeepGEMM's first table; if they were a fifth slower, that alone would
+# explain the rest. The order of all-to-alls costs nothing here, since computation takes twice as long as what it hides.
 #
-# And in money. The report rents by the hour:
+# And in dollars, by the report's rental price per hour:
 
 # %%
 pretraining = 14.8 * REPORT
@@ -1147,15 +1173,16 @@ for what, hours in (spent | {"all": sum(spent.values())}).items():
     )
 assert sum(spent.values()) == 2788e3 and 2 * sum(spent.values()) == 5.576e6
 print(
-    f"by our sum: {14.8 * honest / 1e3:,.0f}K + 124K hours, ${2 * (14.8 * honest + 124e3) / 1e6:.2f}M"
+    f"by our estimate: {14.8 * total / 1e3:,.0f}K + 124K hours, ${2 * (14.8 * total + 124e3) / 1e6:.2f}M"
 )
 
 # %% [markdown]
 # ## How many SMs should talk?
-# Copying rows takes SMs, which then compute nothing: computation grows by $132 / (132 - n)$, and links are fed at $n$ times what one
-# SM copies. How much is that? A token's row crosses IB $t_{IB}$ times and NVLink $t_{NVLink}$ times (`dispatch_copies`). It is copied once to be sent
-# over IB, and for NVLink once by who forwards and once by who receives: $t_{IB} + 2\,t_{NVLink}$ copies. If an SM has a
-# 132nd of the memory's bandwidth, reads and writes counted (our assumption), it copies 12.7 GB/s.
+# Copying rows occupies SMs, which then compute nothing. With $n$ such SMs computation takes $132 / (132 - n)$ times as long,
+# and the links get at most $n$ times the rate at which one SM copies. A token's row crosses IB $t_{IB}$ times and NVLink
+# $t_{NVLink}$ times (`dispatch_copies`). It is copied once to be sent over IB, and for NVLink once by the sender and once by
+# the receiver: $t_{IB} + 2\,t_{NVLink}$ copies. If an SM has 1/132 of the memory bandwidth, counting reads and writes (our
+# assumption), it copies 12.7 GB/s.
 
 
 # %%
@@ -1185,7 +1212,7 @@ def pair_seconds(
 
 # %%
 def split(per_sm: float = 12.7, ib: int = 50):
-    """Seconds of F&B a layer by the number of SMs that communicate."""
+    """Plot the time of F&B per layer by the number of SMs that communicate."""
     n = range(2, 61)
     on = [with_comm_sms(H800._replace(ib=ib * 1e9), k, moves, per_sm * 1e9) for k in n]
     pair = [1e3 * pair_seconds(V3, rates, 4096, moves, Overheads()) for rates in on]
@@ -1197,10 +1224,10 @@ def split(per_sm: float = 12.7, ib: int = 50):
     fig, ax = figure(1, 1, 7, 2.8)
     ax.plot(n, compute, color=BLUE, label="computation · 132 / (132 − n)")
     ax.plot(n, links, color=ORANGE, label="links")
-    ax.plot(n, pair, color="black", lw=1, label="both, in order")
+    ax.plot(n, pair, color="black", lw=1, label="a pair, both overlapped")
     ax.axvline(20, color=GRAY, ls=":", label="the report: 20")
     ax.plot(low, min(pair), "o", color="black", ms=5)
-    ax.set(ylim=(0, 3 * min(compute)), xlabel="SMs for communication", ylabel="ms a layer")
+    ax.set(ylim=(0, 3 * min(compute)), xlabel="SMs for communication", ylabel="ms per layer")
     ax.set_title(f"An SM copies {per_sm:g} GB/s, IB {ib} GB/s: best {low} of 132 SMs")
     ax.legend(loc="upper right", fontsize=8)
     show(fig)
@@ -1209,20 +1236,21 @@ def split(per_sm: float = 12.7, ib: int = 50):
 split()
 
 # %% [markdown]
-# The links are saturated near the report's twenty, which is what the report says of that number. But a *pair* is fastest
-# with eleven: computation hides more than the links need, so that slower links cost less than missing SMs. Two things could bring the optimum
-# to 20: exchanges that nothing hides (at the pipeline's ends), and copies slower than a fair share.
-# DeepEP's second version needs 4 to 6 SMs where the first took 24, by its authors' word: to the left lies something to be won.
+# The links are saturated at about the report's twenty SMs, as the report says. But a *pair* is fastest with eleven:
+# computation takes longer than communication, so slower links cost less than missing SMs. Two effects could move the
+# optimum to 20: all-to-alls that nothing hides (at the pipeline's ends), and SMs that copy less than their share of the
+# bandwidth. According to its authors, DeepEP's second version needs 4 to 6 SMs where the first needed 24: fewer SMs do
+# leave more for computation.
 
 # %% [markdown]
 # ## Play: what if?
-# Slower IB, fewer or more nodes a token, products no faster than in bf16: what does a trillion tokens cost, and which schedule
-# bears it best?
+# Slower IB, fewer or more nodes per token, products no faster than in bf16: what does a trillion tokens cost, and which
+# schedule suffers least?
 
 
 # %%
 def what_if(ib: int = 50, limit=4, tflops: int = 1358, sms: int = 20):
-    """GPU hours per trillion tokens by schedule, other things as above."""
+    """Plot the GPU hours per trillion tokens by schedule, everything else as above."""
     config = replace(V3, n_limited_groups=limit)
     rates = H800._replace(ib=ib * 1e9, gemm=tflops * 1e12, compute_sms=(132 - sms) / 132)
     times = StageCosts(
@@ -1239,8 +1267,8 @@ def what_if(ib: int = 50, limit=4, tflops: int = 1358, sms: int = 20):
     ax.axvline(REPORT / 1e3, color="black", ls="--", lw=1)
     ax.set(
         xlim=(0, 420),
-        xlabel="thousand GPU hours a trillion tokens (dashed: the report); 64 micro-batches",
-        title=f"IB {ib} GB/s, {limit} nodes a token, {tflops} TFLOP/s, {sms} SMs for communication",
+        xlabel="thousand GPU hours per trillion tokens (dashed: the report); 64 micro-batches",
+        title=f"IB {ib} GB/s, {limit} nodes per token, {tflops} TFLOP/s, {sms} SMs for communication",
     )
     show(fig)
 
@@ -1253,32 +1281,32 @@ play(split, per_sm=(4.0, 60.0, 2.0), ib=(10, 100, 10))
 
 # %% [markdown]
 # ## Exercises
-# **1 · Compute.** How many bytes of parameters does a GPU hold for the routed experts of one MoE layer of V3 at
-# `ep` ranks, in fp32?
+# **1 · Compute.** How many bytes of parameters does a GPU hold for the routed experts of one MoE layer of V3, in fp32,
+# with `ep` expert-parallel ranks?
 
 
 # %%
 @checker
 def check_bytes(fn):
-    """How many experts does a GPU hold, how many matrices has an expert, how many bytes a number?"""
+    """How many experts are on a GPU, how many matrices in an expert, how many bytes in a number?"""
     assert all(abs(fn(ep) - 4 * (256 // ep) * 3 * 7168 * 2048) < 1 for ep in (64, 256))
 
 
 @checker
 def check_breakeven(fn):
-    """Write down the seconds of one row on each link, and set them equal."""
+    """Write down the seconds of one row on each link and set them equal."""
     assert abs(fn(160, 50) - 3.2) < 1e-9 and abs(fn(450, 50) - 9) < 1e-9
 
 
 @checker
 def check_kept(fn):
-    """`activation_bytes_per_token` speaks of one token of one block; how many tokens wait at once?"""
+    """`activation_bytes_per_token` is for one token of one block. How many tokens are in flight?"""
     assert abs(fn() - 17 * 4096 * sum(activation_bytes_per_token(V3, False).values()) / 1e9) < 0.1
 
 
 @checker
 def check_idle(fn):
-    """How many failures interrupt an hour of work, and how long does that hour last in all?"""
+    """How many failures are there per hour of work, and how long does that hour take in all?"""
     cases = [(2048, 2e-5, 0.5), (16384, 2e-5, 0.5), (1024, 1e-4, 0.25)]
     assert all(
         abs(fn(*case) - case[0] * case[1] * case[2] / (1 + case[0] * case[1] * case[2])) < 1e-9
@@ -1288,16 +1316,13 @@ def check_idle(fn):
 
 @checker
 def check_nodes(fn):
-    """Try each limit with `dispatch_copies` and `link_seconds`; which is the slower link in each?"""
-    limits = [1, 2, 3, 4, 5, 6, 8]
-    slower = lambda ib: [
-        link_seconds(
-            H800._replace(ib=ib), dispatch_copies(replace(V3, n_limited_groups=limit), 64, 8), 1
-        )
-        for limit in limits
-    ]
+    """Try each limit with `dispatch_copies` and `link_seconds`. Which link is the slower one?"""
     for ib in (50e9, 100e9):
-        free = max(limit for limit, (a, b) in zip(limits, slower(ib)) if a <= b)
+        free = 0
+        for limit in (1, 2, 3, 4, 5, 6, 8):
+            copies = dispatch_copies(replace(V3, n_limited_groups=limit), 64, 8)
+            ib_seconds, nvlink_seconds = link_seconds(H800._replace(ib=ib), copies, 1)
+            free = limit if ib_seconds <= nvlink_seconds else free
         assert abs(fn(ib) - free) < 0.5
 
 
@@ -1316,8 +1341,8 @@ check_bytes(my_bytes)
 # ```
 # </details>
 #
-# **2 · Predict.** A row that has crossed IB at `ib` GB/s is handed on inside the node at `nvlink` GB/s. To how many GPUs can it go
-# before NVLink becomes the slower link? (A mean over many rows: do not round.)
+# **2 · Predict.** A row that has crossed IB at `ib` GB/s is forwarded within the node at `nvlink` GB/s. To how many GPUs can
+# it be sent before NVLink becomes the slower link? (This is a mean over many rows: do not round.)
 
 
 # %%
@@ -1336,7 +1361,8 @@ check_breakeven(my_breakeven)
 # ```
 # </details>
 #
-# **3 · Compute.** How many GB (of $10^9$ bytes) does one MoE layer hold for 17 micro-batches of 4,096 tokens, with products in FP8?
+# **3 · Compute.** How many GB ($10^9$ bytes) of activations does one MoE layer save for 17 micro-batches of 4,096 tokens, with
+# products in FP8?
 
 
 # %%
@@ -1355,8 +1381,8 @@ check_kept(my_kept)
 # ```
 # </details>
 #
-# **4 · Extend.** One failure stops all `gpus` GPUs for `lost` hours; a GPU fails `rate` times in an hour of work. Which share
-# of the hours that are paid is lost? (Lost hours are paid on top of the hours of work.)
+# **4 · Extend.** A failure stops all `gpus` GPUs for `lost` hours; a GPU fails `rate` times per hour of work. What fraction of
+# the paid hours is lost? (Lost hours are paid in addition to the hours of work.)
 
 
 # %%
@@ -1371,12 +1397,12 @@ check_idle(my_idle)
 #
 # ```python
 # def my_idle(gpus, rate, lost):
-#     x = gpus * rate * lost  # hours lost for each hour of work
-#     return x / (1 + x)  # eight times the GPUs: nearly eight times the share
+#     x = gpus * rate * lost  # hours lost per hour of work
+#     return x / (1 + x)  # eight times the GPUs: nearly eight times the fraction
 # ```
 # </details>
 #
-# **5 · Predict.** With IB of `ib` bytes/s, to how many nodes (1, 2, 3, 4, 5, 6 or 8) may a token be sent at most before IB
+# **5 · Predict.** With IB at `ib` bytes/s, to how many nodes (1, 2, 3, 4, 5, 6 or 8) can a token be sent at most before IB
 # becomes slower than NVLink? (V3 in training, 64 GPUs in 8 nodes.)
 
 
@@ -1403,14 +1429,14 @@ check_nodes(my_nodes)
 
 # %% [markdown]
 # ## Scale-up
-# `dsv3 plan` puts these functions beside the real thing: it builds the model on the meta device, cuts it as the
-# cluster trainer does, and prints for every rank what lies in its memory, what it sends, and what a trillion tokens cost.
-# Any config, any cluster and every assumption are its arguments. Serving has [a chapter of its own](20_inference_scale.ipynb).
+# `dsv3 plan` applies these functions to the real model: it builds it on the meta device, partitions it as
+# `dsv3_ref.parallel` does, and prints the memory of every rank, the bytes it sends, and the cost of a trillion tokens.
+# Config, cluster and every assumption are options. Serving has [its own chapter](20_inference_scale.ipynb).
 #
 # ```
 # dsv3 plan                                  V3 on 2,048 H800
 # dsv3 plan --hardware h200                  the same on H200
-# dsv3 plan --overheads.load-imbalance 1.3           one assumption moved
-# dsv3 plan --unit decode --context 16384    a unit that serves (chapter 20)
+# dsv3 plan --overheads.load-imbalance 1.3   with one assumption changed
+# dsv3 plan --unit decode --context 16384    a decode unit (chapter 20)
 # dsv3 plan --config small --pp 2 --ep 4 --dp 1 --global-batch-size 64 --seq-len 2048
 # ```

@@ -124,7 +124,7 @@ def deployment_units(config: Config) -> dict[str, DeploymentUnit]:
 
 PREFILL, DECODE = deployment_units(Config()).values()
 DEFAULT_OVERHEADS = Overheads()
-ATTENTION_OPERATORS = ("attention", "RoPE, codes of heads", "norms of attention")
+ATTENTION_OPERATORS = ("attention", "RoPE, quantized heads", "norms of attention")
 
 
 def attention_time(

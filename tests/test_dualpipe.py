@@ -56,7 +56,7 @@ def test_every_action_runs_once_where_its_stage_is_held_and_none_waits_forever(p
 
 # ── The published order ──
 
-PUBLISHED = {  # (name, ranks, micro-batches): steps of every rank; F0.1 is F of stage 0, batch 1
+PUBLISHED = {  # (name, ranks, micro-batches): steps by rank; F0.1: F, stage 0, micro-batch 1
     ("gpipe", 2, 3): [
         "F0.0 F0.1 F0.2 B0.0 B0.1 B0.2",
         "F1.0 F1.1 F1.2 B1.0 B1.1 B1.2",

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -50,8 +51,8 @@ H800 = AchievedRates()
 MOVES = dispatch_copies(V3, 64, 8)
 
 
-def hours(loss=None, **more) -> float:
-    return estimate(PlanConfig(overheads=loss or Overheads(), **more)).hours
+def hours(overheads=None, **options) -> float:
+    return estimate(PlanConfig(overheads=overheads or Overheads(), **options)).hours
 
 
 # ── Training ──
@@ -73,7 +74,7 @@ def test_the_bill_from_first_principles_is_within_a_tenth_of_the_report():
         "hours_lost",
     ],
 )
-def test_every_loss_costs_something_and_its_absence_never_does(field):
+def test_every_overhead_costs_something_and_its_absence_never_does(field):
     without = hours(Overheads()._replace(**{field: getattr(NO_OVERHEADS, field)}))
     assert 145e3 < without < hours()
 
@@ -86,8 +87,8 @@ def test_a_faster_machine_costs_fewer_hours(field):
 
 def test_failures_and_the_slowest_gpu_stretch_a_run():
     assert wall_clock_factor(NO_OVERHEADS, 2048) == 1
-    loss = NO_OVERHEADS._replace(straggler_factor=1.5, failure_rate=1e-4, hours_lost=2.0)
-    assert wall_clock_factor(loss, 1000) == pytest.approx(1.5 * 1.2)
+    overheads = NO_OVERHEADS._replace(straggler_factor=1.5, failure_rate=1e-4, hours_lost=2.0)
+    assert wall_clock_factor(overheads, 1000) == pytest.approx(1.5 * 1.2)
     rate = Overheads().failure_rate * 16384 * 54 * 24  # of the run from which it is taken
     assert rate == pytest.approx(419)
 
@@ -100,13 +101,13 @@ def test_the_report_spent_what_its_table_says():
     ]  # fmt: skip
 
 
-def test_two_clocks_never_beat_the_longer_sum_nor_lose_to_one_after_the_other():
+def test_a_pair_takes_at_least_the_longer_sum_and_at_most_both():
     draw = random.Random(0).random
     for _ in range(200):
         a, e = (BlockTime(draw(), draw(), draw(), 0) for _ in range(2))
-        out, back = draw(), draw()
-        compute, link = sum(a[:3]) + sum(e[:3]), 2 * (out + back)
-        got = overlapped_pair_time(a, e, out, back, 200)
+        dispatch, combine = draw(), draw()
+        compute, link = sum(a[:3]) + sum(e[:3]), 2 * (dispatch + combine)
+        got = overlapped_pair_time(a, e, dispatch, combine, 200)
         assert max(compute, link) - 1e-9 <= got <= compute + link + 1e-9
     nothing = BlockTime(0, 0, 0, 0)
     assert overlapped_pair_time(nothing, nothing, 1, 2) == pytest.approx(6)
@@ -120,35 +121,34 @@ def test_order_costs_most_where_links_and_computation_are_equal():
     assert max(factors[0], factors[2]) < factors[1] < 1.2 and min(factors) > 1 - 1e-9
 
 
-def test_rows_go_by_ib_once_a_node_and_by_nvlink_once_a_gpu():
+def test_rows_cross_ib_once_per_node_and_nvlink_once_per_gpu():
     limited = [dispatch_copies(replace(V3, n_limited_groups=m), 64, 8, 1024) for m in (1, 2, 4, 8)]
-    assert all(a < b for x, y in zip(limited, limited[1:]) for a, b in zip(x, y))
-    assert limited[0][0] == pytest.approx(7 / 8, abs=0.03)  # one node, seldom one's own
+    for copies_over_link in zip(*limited):
+        assert all(a < b for a, b in pairwise(copies_over_link))
+    assert limited[0][0] == pytest.approx(7 / 8, abs=0.03)  # one node, rarely its own
     assert link_seconds(H800, (1, 2), 1e9) == pytest.approx((1 / 50, 2 / 153))
     assert dispatch_bytes(V3) == (7168 + 4 * 56 + 64, 14_336)
 
 
-def test_what_follows_the_pipeline_is_sent_twice_and_moved_once():
+def test_after_the_pipeline_gradients_and_weights_are_sent_and_adamw_moves_its_shard():
     ib, memory = step_tail(H800, {(2, False): 10**9})
     assert ib == pytest.approx(2 * 4 * 1e9 / 2 / 50e9)
     assert memory == pytest.approx(10e9 / H800.hbm)
     assert step_tail(H800, {(1, True): 10**9})[0] == 0
 
 
-def test_lent_sms_feed_the_links_and_slow_the_rest():
+def test_more_sms_for_communication_feed_the_links_and_slow_computation():
     few, twenty, many = (with_comm_sms(H800, n, MOVES) for n in (5, 20, 60))
     assert few.ib < twenty.ib == many.ib == H800.ib
-    assert (
-        few.compute_sms > twenty.compute_sms > many.compute_sms
-        and twenty.compute_sms == pytest.approx(112 / 132)
-    )
+    assert few.compute_sms > twenty.compute_sms > many.compute_sms
+    assert twenty.compute_sms == pytest.approx(112 / 132)
     assert few.ib / few.nvlink == pytest.approx(MOVES[0] / MOVES[1])
 
 
 # ── Roofs ──
 
 
-def test_an_h800_reaches_what_was_measured_and_others_the_same_shares():
+def test_an_h800_achieves_the_measured_rates_and_others_the_same_fractions():
     assert ACHIEVED_RATES["h800"] == H800 and list(ACHIEVED_RATES) == list(GPU_SPECS)
     assert ACHIEVED_RATES["h200"].gemm == H800.gemm
     assert ACHIEVED_RATES["h200"].hbm == pytest.approx(0.85 * 4.8e12)
@@ -158,11 +158,10 @@ def test_an_h800_reaches_what_was_measured_and_others_the_same_shares():
         assert m.gemm < GPU_SPECS[name].fp8 and m.hbm < GPU_SPECS[name].hbm
 
 
-def test_an_operator_takes_what_binds():
+def test_the_bottleneck_sets_the_time_of_an_operator():
     m = H800._replace(gemm=2e12, attention=1e12, hbm=1e12, ib=1e9)
-    assert (
-        Operator(4e12, 1e12).seconds(m) == 2 and Operator(4e12, 1e12).bottleneck(m) == "operations"
-    )
+    compute_bound = Operator(4e12, 1e12)
+    assert compute_bound.seconds(m) == 2 and compute_bound.bottleneck(m) == "operations"
     assert Operator(4e12, 1e12, "bf16").seconds(m) == 4
     assert Operator(1e9, 3e12).seconds(m) == 3 and Operator(1e9, 3e12).bottleneck(m) == "memory"
     assert Operator(0, 5e9, "ib").times_by_limit(m) == {"ib": 5}
@@ -190,16 +189,12 @@ def test_absorbed_attention_reads_each_cached_number_once_for_all_heads():
     assert quarter.bottleneck(H800) == "memory" and op.bottleneck(H800) == "operations"
 
 
-def test_training_multiplies_and_decoding_reads():
-    training, few = (
-        operators(V3, False, 4096, 2048, MOVES, 4),
-        operators(V3, False, 8, 1, (0, 0), 4),
-    )
+def test_training_is_compute_bound_and_decoding_memory_bound():
+    training = operators(V3, False, 4096, 2048, MOVES, 4)
+    few = operators(V3, False, 8, 1, (0, 0), 4)
     for name in ("wo", "wq_b", "routed w1, w3", "routed w2"):
-        assert (
-            training[name].bottleneck(H800) == "operations"
-            and few[name].bottleneck(H800) == "memory"
-        )
+        assert training[name].bottleneck(H800) == "operations"
+        assert few[name].bottleneck(H800) == "memory"
     one = block_time(V3, H800, False, 4096, MOVES)
     assert 0.5 < one.comm / one.f < 1.2  # the report: about 1
 
@@ -228,25 +223,23 @@ def test_v3_fits_eight_h200_in_fp8_and_not_in_bf16():
 
 
 def test_the_cache_that_fits_halves_with_twice_the_context():
-    assert max_batch(V3, H800, DECODE, 8192) in (
-        max_batch(V3, H800, DECODE, 4096) // 2 + i for i in (0, 1)
-    )
+    half = max_batch(V3, H800, DECODE, 4096) // 2
+    assert max_batch(V3, H800, DECODE, 8192) in (half, half + 1)
     assert max_batch(V3, H800, DECODE, 1e9) == 0
-    assert 9 / 4 * max_batch(V3, H800, DECODE, 4096) == pytest.approx(
-        256, rel=0.1
-    )  # rows an expert
+    rows_per_expert = 9 / 4 * max_batch(V3, H800, DECODE, 4096)
+    assert rows_per_expert == pytest.approx(256, rel=0.1)
 
 
 def test_a_row_is_sent_to_each_of_nine_experts_over_ib():
-    n, loss = 28, Overheads()._replace(load_imbalance=1.0)
-    got = all_to_all_time(V3, H800, DECODE._replace(latency_s=0, ib_efficiency=1), n, loss)
+    n, balanced = 28, Overheads()._replace(load_imbalance=1.0)
+    got = all_to_all_time(V3, H800, DECODE._replace(latency_s=0, ib_efficiency=1), n, balanced)
     assert got == pytest.approx(n * 9 * 319 / 320 * (7456 + 14_336) / 50e9)
     # DeepEP: 128 tokens to 8 of 256 ranks take 194 + 360 µs
-    deep_ep = all_to_all_time(replace(V3, n_shared_experts=0), H800, DECODE, 128, loss)
+    deep_ep = all_to_all_time(replace(V3, n_shared_experts=0), H800, DECODE, 128, balanced)
     assert deep_ep == pytest.approx(554e-6, rel=0.1)
 
 
-def test_more_sequences_are_cheaper_and_more_context_is_dearer():
+def test_more_sequences_are_cheaper_and_more_context_is_more_expensive():
     rates = [decode_throughput(V3, H800, b, 4096).tokens_per_s for b in (4, 16, 64, 112)]
     assert rates == sorted(rates)
     rates = [decode_throughput(V3, H800, 16, s).tokens_per_s for s in (1024, 8192, 65_536)]
@@ -257,15 +250,10 @@ def test_more_sequences_are_cheaper_and_more_context_is_dearer():
 
 @pytest.mark.parametrize("name", ["h100", "h200", "b200"])
 def test_no_other_gpu_serves_slower_than_an_h800(name):
-    m = ACHIEVED_RATES[name]
-    assert (
-        decode_throughput(V3, m, 112, 4096).tokens_per_s
-        > decode_throughput(V3, H800, 112, 4096).tokens_per_s
-    )
-    assert (
-        prefill_throughput(V3, m, 4096, 4096).tokens_per_s
-        > prefill_throughput(V3, H800, 4096, 4096).tokens_per_s
-    )
+    rates = ACHIEVED_RATES[name]
+    for throughput, n in ((decode_throughput, 112), (prefill_throughput, 4096)):
+        h800 = throughput(V3, H800, n, 4096).tokens_per_s
+        assert throughput(V3, rates, n, 4096).tokens_per_s > h800
 
 
 def test_a_step_writes_a_token_for_each_sequence_of_both_micro_batches():
@@ -294,7 +282,7 @@ def test_an_experts_weights_are_read_for_one_row_as_for_many():
 # ── The command ──
 
 
-def test_hardware_gives_every_rate_that_was_not_given():
+def test_hardware_sets_every_rate_that_is_not_an_option():
     p = PlanConfig(hardware="h200", rates=AchievedRates(ib=25e9))
     assert p.rates == ACHIEVED_RATES["h200"]._replace(ib=25e9)
     assert PlanConfig().rates == H800
@@ -303,32 +291,19 @@ def test_hardware_gives_every_rate_that_was_not_given():
 
 def test_units_are_printed(capsys):
     assert main(["plan", "--unit", "decode", "--hardware", "h200", "--context", "16384"]) == 0
-    said = capsys.readouterr().out
-    assert "v3, decode unit of 320 H200: TP4, 80 groups, 1 routed experts a GPU" in said
-    assert "tokens/s and GPU" in said and "a million tokens at $2 an hour" in said
+    out = capsys.readouterr().out
+    assert "v3, decode unit of 320 H200: TP4, 80 groups, 1 routed experts a GPU" in out
+    assert "tokens/s and GPU" in out and "a million tokens at $2 an hour" in out
     assert main(["plan", "--unit", "prefill"]) == 0
     assert "prefill unit of 32 H800: TP4, 8 groups, 9 routed experts" in capsys.readouterr().out
 
 
-def test_training_names_its_hardware_and_its_losses(capsys):
+def test_the_training_plan_names_its_hardware_and_its_overheads(capsys):
     argv = ["plan", "--hardware", "b200", "--overheads.load-imbalance", "1.3", "--config", "small"]
-    argv += [
-        "--pp",
-        "2",
-        "--ep",
-        "4",
-        "--dp",
-        "1",
-        "--global-batch-size",
-        "64",
-        "--schedule",
-        "1f1b",
-    ]
+    argv += "--pp 2 --ep 4 --dp 1 --global-batch-size 64 --schedule 1f1b".split()
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert (
-        "small on 8 B200" in said and "load_imbalance 1.3" in said and "without overheads" in said
-    )
+    out = capsys.readouterr().out
+    assert "small on 8 B200" in out and "load_imbalance 1.3" in out and "without overheads" in out
 
 
 @pytest.mark.parametrize(
@@ -339,13 +314,12 @@ def test_training_names_its_hardware_and_its_losses(capsys):
         (["--unit", "decode", "--context", "0"], "every size must be at least 1"),
     ],
 )
-def test_a_unit_that_cannot_be_is_refused_in_a_sentence(options, sentence, capsys):
+def test_an_impossible_unit_is_refused_in_a_sentence(options, sentence, capsys):
     assert main(["plan", *options]) == 2
     assert sentence in capsys.readouterr().err
 
 
 def test_any_config_may_be_served():
-    assert (
-        decode_throughput(SMALL, H800, 8, 1024, DeploymentUnit(30, 4, 1, True)).tokens_per_s
-        > decode_throughput(V3, H800, 8, 1024).tokens_per_s
-    )
+    unit = DeploymentUnit(30, 4, 1, True)
+    small = decode_throughput(SMALL, H800, 8, 1024, unit).tokens_per_s
+    assert small > decode_throughput(V3, H800, 8, 1024).tokens_per_s
