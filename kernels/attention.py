@@ -1,12 +1,12 @@
-"""MLA's attention with keys and values per head: training and prefill, sequences packed or not.
+"""MLA's attention with keys and values per head, for training and prefill, packed or not.
 
-One set of kernels for both forms, over rows laid end to end. Sequences either have equal lengths, s
-queries of t keys, or the bounds `cu_seqlens`. A head's 192 dims are taken as 128 + 64: two products
-add up to the score, where a single one would be padded to 256.
+Both forms use the same kernels, on sequences stored end to end. Either all sequences have s queries
+and t keys, or `cu_seqlens` holds their bounds. A head's 192 dims are split into 128 + 64, so that
+a score is the sum of two products; a single one would be padded to 256.
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -16,11 +16,14 @@ from dsv3_ref.kernels.launch import (
     FLOATS,
     FP32,
     AOTCase,
+    AutotuneDecorator,
+    Grid,
     autotune_bucket,
     check_tensor,
     tma_aligned,
 )  # fmt: skip
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
@@ -29,7 +32,7 @@ from dsv3_ref.ops import impl
 MAX_HEAD_DIM = 256
 LN2 = tl.constexpr(math.log(2))
 
-# ── What the kernels share ──
+# ── Device functions of all kernels ──
 
 
 @triton.jit
@@ -43,9 +46,9 @@ def load_tile(desc, head, row, col: tl.constexpr):
 def load_a_operand(desc, head, row, col: tl.constexpr):
     """Load rows of one head into registers, as the left operand of `dot`.
 
-    The compiler leaves a box of (1, rows, dims) in shared memory, where `dot` finds it, but loads
-    one of (rows, 1, dims) into registers. A left operand that the whole loop uses then leaves more
-    of shared memory's bandwidth to the right ones.
+    The compiler leaves a box of (1, rows, dims) in shared memory, where `dot` reads it, but loads
+    one of (rows, 1, dims) into registers. A left operand that the whole loop uses then takes none
+    of the shared memory bandwidth that the right operands need.
     """
     box = desc.load([row, head, col])
     return box.reshape(box.shape[0], box.shape[2])
@@ -53,7 +56,7 @@ def load_a_operand(desc, head, row, col: tl.constexpr):
 
 @triton.jit
 def dot(a, b, plus=None):
-    """Compute a·b + plus, summed in fp32; fp32 operands are not cut to TF32."""
+    """Compute a·b + plus, summed in fp32; fp32 operands are not rounded to TF32."""
     return tl.dot(a, b, plus, input_precision="ieee")
 
 
@@ -69,13 +72,13 @@ def store_tile(ptr, x, head, row, left, col: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def locate_sequence(cu_seqlens_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Return this program's number within its sequence, the number of programs of that sequence,
-    the bounds of its queries and of its keys, and a gap.
+    """Return (i, count, q_start, q_end, k_start, k_end, gap) of this program's sequence.
 
-    BLOCK of a sequence's `shared` rows belong to one program. Packed, more programs are launched
-    than needed, so that the host never reads cu_seqlens; for the others the number of programs is 0.
-    The gap: a query's statistics (lse, δ) are stored that many columns after its row, so that those
-    of a sequence begin at a multiple of 16 bytes, where descriptors may fetch from.
+    i of count: this program and the number of programs of its sequence, each of which processes
+    BLOCK of the sequence's `shared` rows. For packed sequences more programs are launched than
+    needed, so that the host never reads cu_seqlens; the count of a superfluous program is 0.
+    gap: the statistics of a query (lse, δ) are stored that many columns after its row, so that
+    those of a sequence begin at a multiple of 16 bytes, as descriptors require.
     """
     i = tl.program_id(0)
     if cu_seqlens_ptr is None:
@@ -103,7 +106,7 @@ def locate_sequence(cu_seqlens_ptr, b, s, t, shared, BLOCK: tl.constexpr, BLOCK_
 
 
 def set_block_shapes(args: dict) -> None:
-    """Give the tensor descriptors of a launch the number of rows of its config."""
+    """Set the number of rows in the tensor descriptors of a launch to that of its config."""
     for name, desc in args.items():
         if isinstance(desc, TensorDescriptor):
             rows = args["BLOCK_N" if name[0] in "kv" else "BLOCK_M"]
@@ -111,22 +114,22 @@ def set_block_shapes(args: dict) -> None:
 
 
 def attention_config(m: int, n: int, warps: int, stages: int, *archs: int) -> triton.Config:
-    """Make a config of m queries by n keys for compute capability 9, 10 or both; without: fp32."""
+    """Return a config of m queries by n keys for compute capabilities 9 and 10; none means fp32."""
     config = triton.Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, pre_hook=set_block_shapes)
     config.archs = archs
     return config
 
 
-def prune_configs(configs: list[triton.Config], args: dict, **_) -> list[triton.Config]:
-    """Keep the configs of this GPU; those of fp32 for fp32 and in the interpreter."""
+def prune_configs(configs: list[triton.Config], args: dict, **_: object) -> list[triton.Config]:
+    """Select the configs of this GPU; for fp32 and in the interpreter, those of fp32."""
     if args["v_desc"].base.dtype != BF16 or triton.knobs.runtime.interpret:
         return [config for config in configs if not config.archs]
     arch = 9 if triton.runtime.driver.active.get_current_target().arch < 100 else 10
     return [config for config in configs if arch in config.archs]
 
 
-def autotune_attention(*configs: triton.Config):
-    """Autotune a kernel by head dims and length."""
+def autotune_attention(*configs: triton.Config) -> AutotuneDecorator:
+    """Return a decorator that autotunes a kernel by head dims and length."""
     prune = {"early_config_prune": prune_configs}
     return triton.autotune(list(configs), key=["X", "V", "bucket"], prune_configs_by=prune)
 
@@ -149,7 +152,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """Compute an online softmax in powers of 2: o = Σ pv / Σ p, p = 2^(scale·q·k − max).
 
-    Stores log2 Σ 2^(scale·q·k) of every query in lse, `stride` apart by head.
+    Stores log2 Σ 2^(scale·q·k) of every query in lse; `stride` is the distance between heads.
     """
     i, count, q_start, q_end, k_start, k_end, gap = locate_sequence(
         cu_seqlens_ptr, b, s, t, s, BLOCK_M, BLOCK_B
@@ -164,7 +167,7 @@ def _attention_kernel(
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    newest = row + k_end - q_end  # the newest key that the first query sees
+    newest = row + k_end - q_end  # the newest key that the first query attends to
     for col in tl.range(k_start, tl.minimum(newest + BLOCK_M, k_end), BLOCK_N):
         score = dot(q0, load_tile(k0_desc, head, col, 0).T)
         if X1:
@@ -276,9 +279,9 @@ def _attention_dkdv_kernel(
         dk1 = tl.zeros([BLOCK_N, X1], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     left = k_end - col
-    first = tl.maximum(q_end - left, q_start)  # the oldest query that sees a key of these
-    first -= (first - q_start) % 4  # where its numbers may be fetched from
-    # `row` counts from the sequence's end, and `left` stands on the right: no register to spare
+    first = tl.maximum(q_end - left, q_start)  # the oldest query that attends to one of these keys
+    first -= (first - q_start) % 4  # its statistics must begin at a multiple of 16 bytes
+    # counting `row` from the end of the sequence and writing `left` on the right saves registers
     for row in tl.range(first - q_end, 0, BLOCK_M):
         q0 = load_tile(q0_desc, head, q_end + row, 0)
         score = dot(k0, q0.T)
@@ -305,17 +308,17 @@ def _attention_dkdv_kernel(
     store_tile(dv_ptr, dv, head, col, left, 0, V)
 
 
-# ── From tensors to kernels ──
+# ── Launching ──
 
 
 def split_head_dim(x: int) -> tuple[int, int]:
-    """Split x dims into two powers of two, at least 16 as products need; the second may be 0."""
+    """Split x dims into two powers of two of at least 16, as `tl.dot` requires; the second may be 0."""
     first = max(16, 1 << x.bit_length() - 1)
     return first, max(16, triton.next_power_of_2(x - first)) if x > first else 0
 
 
 def tensor_descriptor(x: Tensor, *block: int) -> TensorDescriptor:
-    """Describe blocks of x; `set_block_shapes` sets one length of the block before a launch."""
+    """Describe blocks of x; `set_block_shapes` sets one of the block's lengths before a launch."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
@@ -331,24 +334,24 @@ def operand_descriptors(x_nhx: Tensor, *widths: int) -> list[TensorDescriptor | 
 
 
 def row_stats(x_nhx: Tensor, b: int) -> Tensor:
-    """Allocate one fp32 number per row and head, with the gaps of `locate_sequence`: (h, ~n + 4b).
+    """Allocate fp32 zeros per head and row, with the gaps of `locate_sequence`: (h, ~n + 4b).
 
-    They are zeros, since gaps are read before they are masked.
+    Gaps are read before they are masked, so they must not hold NaN.
     """
     n, h = x_nhx.shape[:2]
     return x_nhx.new_zeros(h, triton.cdiv(n, 4) * 4 + 4 * b, dtype=FP32)
 
 
 def head_dim_args(x: int, v: int) -> dict[str, int]:
-    """Return the head dims as the kernels take them."""
+    """Return the keyword arguments of a kernel that hold the head dims."""
     x0, x1 = split_head_dim(x)
     return {"X": x, "X0": x0, "X1": x1, "V": v, "BLOCK_V": max(16, triton.next_power_of_2(v))}
 
 
 def sequence_args(
     q_nhx: Tensor, k_nhx: Tensor, cu_seqlens: Tensor | None, b: int, scale: float
-) -> dict:
-    """Return the arguments that locate b sequences, and the scale in powers of 2."""
+) -> dict[str, Tensor | int | float | None]:
+    """Return the arguments that locate b sequences, and the scale of exponents of 2."""
     return {
         "cu_seqlens_ptr": cu_seqlens,
         "BLOCK_B": 0 if cu_seqlens is None else triton.next_power_of_2(b),
@@ -360,9 +363,7 @@ def sequence_args(
     }
 
 
-def attention_grid(
-    x_nhx: Tensor, block: str, cu_seqlens: Tensor | None, b: int
-) -> Callable[[dict], tuple[int, int]]:
+def attention_grid(x_nhx: Tensor, block: str, cu_seqlens: Tensor | None, b: int) -> Grid:
     """Return a grid of blocks by heads; packed sequences need at most n / block + b blocks."""
     n, h = x_nhx.shape[:2]
     if cu_seqlens is None:
@@ -370,14 +371,22 @@ def attention_grid(
     return lambda meta: (n // meta[block] + b, h)
 
 
-class Attention(torch.autograd.Function):
+class TritonAttention(torch.autograd.Function):
     """Causal attention o = softmax(scale·q·kᵀ) v within each of b sequences.
 
     Queries (n, h, x), keys (m, h, x), values (m, h, v).
     """
 
     @staticmethod
-    def forward(ctx, q_nhx, k_mhx, v_mhv, cu_seqlens, b, scale):
+    def forward(
+        ctx: Any,
+        q_nhx: Tensor,
+        k_mhx: Tensor,
+        v_mhv: Tensor,
+        cu_seqlens: Tensor | None,
+        b: int,
+        scale: float,
+    ) -> Tensor:
         o_nhv, lse_hn = v_mhv.new_empty(*q_nhx.shape[:2], v_mhv.shape[2]), row_stats(q_nhx, b)
         ctx.save_for_backward(q_nhx, k_mhx, v_mhv, o_nhv, lse_hn, cu_seqlens)
         ctx.b, ctx.scale = b, scale
@@ -394,8 +403,8 @@ class Attention(torch.autograd.Function):
         return o_nhv
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_nhv):
+    @once_differentiable
+    def backward(ctx: Any, g_nhv: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         *leaves, o_nhv, lse_hn, cu_seqlens = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in leaves)
         if not len(dq):
@@ -419,13 +428,16 @@ class Attention(torch.autograd.Function):
 
 
 def check_attention_inputs(scale: float, **tensors: tuple[Tensor, tuple[int | None, ...]]) -> None:
-    """Raise a `ValueError` for what the kernels cannot take; tensors: (tensor, shape), queries first."""
+    """Raise a `ValueError` for arguments that the kernels do not accept.
+
+    tensors: (tensor, shape) by name, queries first; all must have the dtype of the queries.
+    """
     dtypes: tuple[torch.dtype, ...] = FLOATS
     for name, (x, shape) in tensors.items():
         check_tensor(name, x, shape, dtypes, contiguous=False)
         if x.shape[-1] > MAX_HEAD_DIM:
             raise ValueError(
-                f"{name} must have at most {MAX_HEAD_DIM} dims a head, not {x.shape[-1]}"
+                f"{name} must have at most {MAX_HEAD_DIM} dims per head, not {x.shape[-1]}"
             )
         dtypes = (x.dtype,)
     if scale <= 0:
@@ -434,7 +446,7 @@ def check_attention_inputs(scale: float, **tensors: tuple[Tensor, tuple[int | No
 
 @impl("attention", "triton")
 def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
-    """Compute causal attention, o = softmax(scale·q·kᵀ) v, (b, s, h, v).
+    """Compute causal attention, o = softmax(scale·q·kᵀ) v: (b, s, h, v).
 
     x = i + r; the queries are the last s of t positions.
     """
@@ -447,7 +459,7 @@ def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> T
     s = q_bshx.shape[1]
     if not 1 <= s <= k_bthx.shape[1]:
         raise ValueError(f"q_bshx must have from 1 to {t} positions, as many as k_bthx, not {s}")
-    o = Attention.apply(*(x.flatten(0, 1) for x in (q_bshx, k_bthx, v_bthv)), None, b, scale)
+    o = TritonAttention.apply(*(x.flatten(0, 1) for x in (q_bshx, k_bthx, v_bthv)), None, b, scale)
     return o.unflatten(0, (b, s))
 
 
@@ -455,9 +467,9 @@ def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> T
 def varlen_attention(
     q_nhx: Tensor, k_nhx: Tensor, v_nhv: Tensor, cu_seqlens: Tensor, scale: float
 ) -> Tensor:
-    """Compute `attention` inside each of b sequences laid end to end; cu_seqlens: (b + 1,).
+    """Compute `attention` within each of b sequences stored end to end; cu_seqlens: (b + 1,).
 
-    It begins with 0 and ends with n. That is not checked: cu_seqlens stays on its device.
+    cu_seqlens begins with 0 and ends with n. That is not checked, since it would synchronize.
     """
     n, h, x = q_nhx.shape if q_nhx.ndim == 3 else (None,) * 3
     check_attention_inputs(
@@ -465,21 +477,22 @@ def varlen_attention(
     )
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int64, torch.int32))
     if len(cu_seqlens) < 2:
-        raise ValueError("cu_seqlens must hold at least one sequence: 0 and where it ends")
-    return Attention.apply(q_nhx, k_nhx, v_nhv, cu_seqlens, len(cu_seqlens) - 1, scale)
+        raise ValueError("cu_seqlens must hold at least one sequence: 0 and its end")
+    return TritonAttention.apply(q_nhx, k_nhx, v_nhv, cu_seqlens, len(cu_seqlens) - 1, scale)
 
 
 # ── For the ahead-of-time compiler: V3, 4,096 tokens in one sequence or packed ──
 
 
 def v3_operand(width: int) -> Tensor:
-    """Return rows of V3's 128 heads without memory."""
+    """Return an operand of 4,096 rows and V3's 128 heads on the meta device."""
     return torch.empty(4096, 128, width, dtype=BF16, device="meta")
 
 
 def aot_cases() -> list[AOTCase]:
-    """Return each kernel in both forms."""
-    q, v, dims = v3_operand(192), v3_operand(128), head_dim_args(192, 128)
+    """Return a case of each kernel for sequences of equal length and one for packed sequences."""
+    q, v = v3_operand(192), v3_operand(128)
+    dims = head_dim_args(192, 128)
     q_operand, q_tile = operand_descriptors(q, 128, 64), tile_descriptors(q, 128, 64)
     k_tile, stats = tile_descriptors(q, 128, 64), tensor_descriptor(row_stats(q, 1), 1, 1)
     v_tile, g_tile, o_tile = (tile_descriptors(v, 128) for _ in range(3))
@@ -491,11 +504,12 @@ def aot_cases() -> list[AOTCase]:
         "attention_dq": (_attention_dq_kernel, dq_args),
         "attention_dkdv": (_attention_dkdv_kernel, dkdv_args),
     }
-    equal = "", 0, (None, 1, 4096, 4096)
-    packed = "_packed", 64, (torch.int64, 64, 0, 0)
+    equal_lengths = None, 1, 4096, 4096
+    packed_lengths = torch.int64, 64, 0, 0
+    forms = ("", 0, equal_lengths), ("_packed", 64, packed_lengths)
     cases = []
     for name, (kernel, args) in kernels.items():
-        for suffix, block_b, lengths in (equal, packed):
+        for suffix, block_b, lengths in forms:
             all_args = *args, *lengths, 0.1, autotune_bucket(4096)
             meta = dims | {"BLOCK_B": block_b}
             cases.append(AOTCase(name + suffix, kernel, all_args, meta, "bf16"))

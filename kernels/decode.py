@@ -1,10 +1,13 @@
 """Absorbed MLA for decoding: attention over a latent cache, split evenly over the GPU.
 
-Every head reads the same 576 numbers per key, 512 of which are the value too. So a program takes a
-block of (query, head) rows through a range of keys, and each key comes from memory once. Work is
-counted in units of 64 keys and dealt to the programs in equal splits, whatever the lengths: a
-program may end one sequence and begin the next. A second kernel combines the splits of a sequence.
+Every head reads the same 576 numbers per key, of which 512 are also the value. A program therefore
+processes a block of (query, head) rows over a range of keys and loads each key once. Work is
+counted in units of 64 keys and divided into equal splits, one per program, whatever the lengths: a
+split may contain the end of one sequence and the beginning of the next. A second kernel combines
+the splits of a sequence.
 """
+
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -26,8 +29,8 @@ from dsv3_ref.ops import impl
 
 LENGTH_DTYPES = (INT32, torch.int64)
 LOG2_E = 1.4426950408889634
-KEYS_PER_UNIT = tl.constexpr(64)  # keys that are dealt out together
-MIN_UNITS_PER_SPLIT = tl.constexpr(2)  # with less, combining costs more than splitting wins
+KEYS_PER_UNIT = tl.constexpr(64)
+MIN_UNITS_PER_SPLIT = tl.constexpr(2)  # below it, combining costs more than splitting saves
 
 
 # ── Splits of the work ──
@@ -35,9 +38,9 @@ MIN_UNITS_PER_SPLIT = tl.constexpr(2)  # with less, combining costs more than sp
 
 @triton.jit
 def split_work(length_ptr, b, max_splits, BLOCK_B: tl.constexpr):
-    """Return the units of each sequence, the number of splits, and their size.
+    """Return (units of each sequence, number of splits, each, more).
 
-    total = n_splits · each + more; the first `more` splits have each + 1 units.
+    total = n_splits · each + more: the first `more` splits have each + 1 units, the others each.
     """
     i = tl.arange(0, BLOCK_B)
     unit_b = tl.cdiv(tl.load(length_ptr + i, mask=i < b, other=0).to(tl.int32), KEYS_PER_UNIT)
@@ -60,7 +63,7 @@ def split_of_unit(unit, each, more):
     return tl.where(unit < large, unit // (each + 1), small)
 
 
-# ── Attention of a block of rows over a stretch of keys ──
+# ── Attention of a block of rows to a range of keys ──
 
 
 @triton.jit
@@ -74,13 +77,13 @@ def tile_mask(rows, col, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def zero_after(x):
-    """Return 0 for x ≥ 0, unknown to the compiler: what it is added to is computed after x."""
+    """Return 0 for x ≥ 0, without the compiler's knowledge: a sum with it is computed after x."""
     return (x < 0).to(tl.int32)
 
 
 @triton.jit
 def load_queries(ptr, row, h, stride_s, stride_h, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a block of (query, head) rows of one sequence; any strides but the last, which is 1."""
+    """Load a block of (query, head) rows of one sequence; the last stride is 1, others are arbitrary."""
     col = tl.arange(0, BLOCK)
     offset = (row // h).to(tl.int64) * stride_s + (row % h).to(tl.int64) * stride_h
     return tl.load(ptr + offset[:, None] + col[None, :], tile_mask(row >= 0, col, SIZE, BLOCK), 0)
@@ -93,7 +96,7 @@ def online_softmax_step(s, c, m_i, sums, acc, PRECISION: tl.constexpr):
     m_new = tl.maximum(m_i, tl.max(s, 1))
     p = tl.exp2(s - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
-    # two sums, one per warpgroup, which then need not exchange them before the end
+    # two sums, one per warpgroup, which exchange them only at the end
     half = tl.sum(tl.reshape(p, (BLOCK_M, 2, s.shape[1] // 2)), 2)
     sums = sums * alpha[:, None] + half
     acc = tl.dot(p.to(c.dtype), c, acc * alpha[:, None], input_precision=PRECISION)
@@ -109,22 +112,23 @@ def attend_range(
 ):  # fmt: skip
     """Attend to keys low to high of one sequence.
 
-    Returns each row's top score m, Σ 2^(s − m) and Σ 2^(s − m) c.
+    Returns each row's largest score m, Σ 2^(s − m) and Σ 2^(s − m) c.
 
-    Both branches also serve the compiler. After `start < most` it issues the next tile's loads
-    before the products of this one, not after them. And of two products in a chain it puts all
-    warps along the rows, of which 64 occupy half, so that each score is computed twice; with
-    `start + BLOCK_T <= fewest` in between it sees no chain.
+    Both branches also guide the compiler. With `start < most` it issues the next tile's loads
+    before the products of this one instead of after them. For a chain of two products it places
+    all warps along the rows; 64 rows occupy only half of them, so each score is computed twice.
+    The branch on `start + BLOCK_T <= fewest` breaks that chain.
     """
-    near, col_c, col_r = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    near = tl.arange(0, BLOCK_T)
+    col_c, col_r = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
     fewest, most = tl.min(visible, 0), tl.max(visible, 0)
     m_i = tl.full((BLOCK_M,), -1e30, tl.float32)
     sums = tl.zeros((BLOCK_M, 2), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     page = tl.load(table + (low // PAGE if PAGE else 0))
     for start in tl.range(low, high, BLOCK_T, num_stages=STAGES, disable_licm=True):
-        real = near < length - start  # a slot never written may hold anything, even NaN
-        if PAGE % BLOCK_T == 0:  # the tile lies in one page, looked up a tile ahead
+        real = near < length - start  # unwritten slots may hold NaN
+        if PAGE % BLOCK_T == 0:  # the tile lies in one page, which is looked up one tile ahead
             offset_c = page.to(tl.int64) * page_c + (start % PAGE if PAGE else start) * KEY_C
             offset_r = page.to(tl.int64) * page_r + (start % PAGE if PAGE else start) * KEY_R
             offset_c += near * KEY_C
@@ -154,11 +158,12 @@ def attend_range(
 
 
 def prune_decode_configs(
-    configs: list[triton.Config], args: dict, PAGE: int, **_
+    configs: list[triton.Config], args: dict, PAGE: int, **_: object
 ) -> list[triton.Config]:
-    """Keep the configs of a dtype and page size.
+    """Select the configs for a dtype and page size.
 
-    fp32 needs the smallest blocks; where tiles cross pages, each of a tile's keys has an address.
+    fp32 needs the smallest blocks. Where tiles cross pages, each key of a tile has its own address,
+    so only tiles of 32 keys are tried.
     """
     tensor_core_sizes = {32} if PAGE % 64 else {32, 64}
     block_sizes = {16} if args["c_ptr"].dtype == FP32 else tensor_core_sizes
@@ -188,26 +193,26 @@ def _mla_decode_split_kv_kernel(
     if split >= n_splits:
         return
     begin, end = split_begin(split, each, more), split_begin(split + 1, each, more)
-    stop_b, todo = tl.cumsum(unit_b, 0), end - begin
-    # the split's sequences, and the empty ones after them
+    stop_b, remaining = tl.cumsum(unit_b, 0), end - begin
+    # the sequences of this split and the empty ones after them
     first = tl.where(split == 0, 0, tl.sum((stop_b <= begin).to(tl.int32), 0))
     last = tl.sum((stop_b <= end).to(tl.int32), 0) - 1
     last = tl.minimum(tl.maximum(last, tl.sum((stop_b < end).to(tl.int32), 0)), b - 1)
-    skip = begin - tl.sum(tl.where(stop_b <= begin, unit_b, 0), 0)  # units of the first
-    # addresses made before they are needed (`disable_licm`, `zero_after`) would fill the registers
+    skip = begin - tl.sum(tl.where(stop_b <= begin, unit_b, 0), 0)  # units of the first sequence
+    # `disable_licm` and `zero_after` keep addresses from being computed early, in registers
     for i in tl.range(first, last + 1, disable_licm=True):
         length = tl.load(length_ptr + i).to(tl.int32)
         low = skip * KEYS_PER_UNIT
-        high = tl.minimum(low + todo * KEYS_PER_UNIT, length)
+        high = tl.minimum(low + remaining * KEYS_PER_UNIT, length)
         row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         row = tl.minimum(row + zero_after(length), rows - 1)
         batch = tl.cast(i, tl.int64)
         q_c = load_queries(q_c_ptr + batch * qc_b, row, h, qc_s, qc_h, C, BLOCK_C)
         q_r = load_queries(q_r_ptr + batch * qr_b, row, h, qr_s, qr_h, R, BLOCK_R)
-        visible = length - (rows - 1 - row) // h  # the last query of a sequence sees most keys
+        visible = length - (rows - 1 - row) // h  # the last query attends to all keys
         m_i, total, acc = attend_range(
-            q_c, q_r, c_ptr, r_ptr, table_ptr + batch * stride_table, scale, low, high, length, visible,
-            page_c, page_r, PAGE, KEY_C, KEY_R, C, R, BLOCK_C, BLOCK_R, PRECISION,
+            q_c, q_r, c_ptr, r_ptr, table_ptr + batch * stride_table, scale, low, high, length,
+            visible, page_c, page_r, PAGE, KEY_C, KEY_R, C, R, BLOCK_C, BLOCK_R, PRECISION,
             BLOCK_M, BLOCK_T, STAGES,
         )  # fmt: skip
         acc = acc / tl.where(total > 0, total, 1)[:, None]
@@ -221,7 +226,7 @@ def _mla_decode_split_kv_kernel(
             slot = (2 * split + (low == 0).to(tl.int32)).to(tl.int64) * rows + o_row
             tl.store(partial_o_ptr + slot[:, None] * C + col_c[None, :], acc, mask)
             tl.store(lse_ptr + slot, m_i + tl.log2(tl.maximum(total, 1e-30)), o_row < rows)
-        todo -= tl.cdiv(high - low, KEYS_PER_UNIT)
+        remaining -= tl.cdiv(high - low, KEYS_PER_UNIT)
         skip = 0
 
 
@@ -238,7 +243,10 @@ def _combine_splits_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Combine a sequence's splits p, in the program of the second: o = Σ 2^lse_p o_p / Σ 2^lse_p."""
+    """Combine the splits p of a sequence: o = Σ 2^lse_p o_p / Σ 2^lse_p.
+
+    The program of its second split does so; all others return early.
+    """
     split = tl.program_id(1) + 1
     unit_b, n_splits, each, more = split_work(length_ptr, b, max_splits, BLOCK_B)
     cut, stop_b = split_begin(split, each, more), tl.cumsum(unit_b, 0)
@@ -281,7 +289,7 @@ def mla_decode(
     cache_seqlens_b: Tensor,
     scale: float,
 ) -> Tensor:
-    """Launch both kernels and return (b, s, h, c); the host never reads the lengths."""
+    """Launch both kernels and return o, (b, s, h, c); the host never reads the lengths."""
     (b, s, h, c), r = q_bshc.shape, q_bshr.shape[-1]
     rows = s * h
     max_splits = max(1, num_sms(q_bshc, 4) // triton.cdiv(rows, 64))
@@ -307,24 +315,33 @@ def mla_decode(
 
 
 def apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast tensors to the dtype of autocast if it is enabled, as products of torch do."""
+    """Cast tensors to the dtype of autocast if it is enabled, as torch.matmul does."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-class MLADecode(torch.autograd.Function):
-    """`mla_decode`, whose backward pass raises an error that names the alternatives."""
+class TritonMLADecode(torch.autograd.Function):
+    """A wrapper of `mla_decode` whose backward pass raises an error that names the alternatives."""
 
     @staticmethod
-    def forward(ctx, *args):
-        return mla_decode(*args)
+    def forward(
+        ctx: Any,
+        q_bshc: Tensor,
+        q_bshr: Tensor,
+        c_pyc: Tensor,
+        r_pyr: Tensor,
+        block_table_bp: Tensor,
+        cache_seqlens_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        return mla_decode(q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, scale)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g_bshc: Tensor) -> NoReturn:
         raise NotImplementedError(
-            "attention in the latent has no gradient in the triton backend: it is for decoding; "
+            "attention in the latent has no gradient in the triton backend, which only decodes; "
             "train with MLA.absorb = False, or under use('torch')"
         )
 
@@ -341,8 +358,8 @@ def paged_attention(
     """Compute `latent_attention` over a paged cache: (b, s, h, c).
 
     q_bshx: [q^C; q^R], x = c + r; the queries are the last s of cache_seqlens_b. kv_cache_pyx: pages
-    of y positions. block_table_bp: int32, the pages of row b. A row of length 0 gives 0. Lengths and
-    pages are not checked, which would make the host wait for the GPU.
+    of y positions. block_table_bp: int32, the pages of row b. The output of a row of length 0 is 0.
+    Lengths and pages are not checked, since that would synchronize.
     """
     q_bshx, kv_cache_pyx = apply_autocast(q_bshx, kv_cache_pyx)
     b, x = len(q_bshx), q_bshx.shape[-1]
@@ -353,14 +370,15 @@ def paged_attention(
     if not 0 < c < x:
         raise ValueError(f"c must lie between 0 and the {x} of q_bshx, not be {c}")
     latent_and_rope = *q_bshx.tensor_split([c], -1), *kv_cache_pyx.tensor_split([c], -1)
-    return MLADecode.apply(*latent_and_rope, block_table_bp, cache_seqlens_b, scale)
+    return TritonMLADecode.apply(*latent_and_rope, block_table_bp, cache_seqlens_b, scale)
 
 
 @impl("latent_attention", "triton")
 def latent_attention(
     q_bshc: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, scale: float
 ) -> Tensor:
-    """Compute causal attention with the latent as key and value, (b, s, h, c):
+    """Compute causal attention with the latent as key and value: (b, s, h, c).
+
     o = softmax(scale·(q·c + q·k)) c.
     """
     q_bshc, q_bshr, c_btc, k_btr = apply_autocast(q_bshc, q_bshr, c_btc, k_btr)
@@ -369,9 +387,11 @@ def latent_attention(
     check_tensor("c_btc", c_btc, (b, None, c), dtypes, contiguous=False)
     check_tensor("k_btr", k_btr, (b, c_btc.shape[1], None), dtypes, contiguous=False)
     check_tensor("q_bshr", q_bshr, (b, s, h, k_btr.shape[2]), dtypes, contiguous=False)
-    page_b = torch.arange(b, dtype=INT32, device=q_bshc.device)  # every row is one page
+    page_b = torch.arange(b, dtype=INT32, device=q_bshc.device)  # every row of the batch is a page
     cache_seqlens_b = torch.full_like(page_b, c_btc.shape[1])
-    return MLADecode.apply(q_bshc, q_bshr, c_btc, k_btr, page_b[:, None], cache_seqlens_b, scale)
+    return TritonMLADecode.apply(
+        q_bshc, q_bshr, c_btc, k_btr, page_b[:, None], cache_seqlens_b, scale
+    )
 
 
 # ── For the ahead-of-time compiler: V3's shapes ──
@@ -380,7 +400,7 @@ def latent_attention(
 def aot_case(
     name: str, dtype: torch.dtype = BF16, h: int = 128, page: int = 64, s: int = 1
 ) -> AOTCase:
-    """Make the case of 128 sequences with s queries of h heads each."""
+    """Return the case of 128 sequences with s queries of h heads each."""
     strides = 64, 64 * 576, 64 * 576, s * h * 576, h * 576, 576, s * h * 576, h * 576, 576
     pointers = dtype, dtype, dtype, dtype, INT32, INT32, dtype, FP32, FP32
     meta: dict[str, int | str] = {"C": 512, "R": 64, "BLOCK_C": 512, "BLOCK_R": 64, "BLOCK_B": 128}

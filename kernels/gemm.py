@@ -1,4 +1,6 @@
-"""Matrix products: FP8 promoted to fp32 every 128, and rows sorted by expert in any precision."""
+"""Matrix products: FP8 promoted to fp32 every 128, and grouped by expert in any precision."""
+
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +12,7 @@ from dsv3_ref.kernels.launch import (
     FP32,
     INT32,
     AOTCase,
+    AutotuneDecorator,
     autotune_bucket,
     cdiv_grid,
     check_quantized,
@@ -21,40 +24,45 @@ from dsv3_ref.kernels.launch import (
 )
 from dsv3_ref.kernels.quant import tile_map
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.runtime import driver
+from triton.runtime.autotuner import Autotuner
 
 from dsv3_ref import fp8, moe  # noqa: F401  define the ops
 from dsv3_ref.ops import defer_wgrad, impl, matmul_dtype
 
-# ── Which configs are tried ──
+# ── Configs ──
 
 
 def is_hopper() -> bool:
-    """Return whether kernels are compiled for sm_90; the interpreter takes what Hopper takes."""
+    """Return whether kernels are compiled for sm_90; true in the interpreter too."""
     return triton.knobs.runtime.interpret or driver.active.get_current_target().arch == 90
 
 
 def config_fits(config: triton.Config, args: dict) -> bool:
     """Return whether a config of an FP8 product compiles well for this GPU, without spills.
 
-    With specialized warps (WS) Hopper's compiler turns four warps into one group that loads and two
-    that multiply 64 rows each; Blackwell's adds one warp that loads and one that multiplies.
+    With warp specialization (WS) the compiler for Hopper makes of four warps one group that loads
+    and two that multiply 64 rows each; for Blackwell it adds a warp that loads and one that
+    multiplies.
     """
     meta, hopper = config.kwargs, is_hopper()
-    if args.get("GROUPED") and meta["BLOCK_M"] != 128:  # the tile map is one of 128 rows
+    if args.get("GROUPED") and meta["BLOCK_M"] != 128:  # the tile map has tiles of 128 rows
         return False
     if meta["WS"]:
         return config.num_warps == (4 if hopper else 8)
     return meta["BLOCK_N"] != 192 or hopper
 
 
-def prune_fp8_configs(configs: list[triton.Config], args: dict, **meta) -> list[triton.Config]:
-    """Keep the configs that fit this GPU and these arguments."""
+def prune_fp8_configs(
+    configs: list[triton.Config], args: dict, **meta: object
+) -> list[triton.Config]:
+    """Select the configs that fit this GPU and these arguments."""
     return [config for config in configs if config_fits(config, args | meta)]
 
 
-def autotune_fp8(configs: list[triton.Config], *key: str):
-    """Autotune an FP8 product over the configs that fit the GPU."""
+def autotune_fp8(configs: list[triton.Config], *key: str) -> AutotuneDecorator:
+    """Return a decorator that autotunes an FP8 product over the configs that fit the GPU."""
     prune = {"early_config_prune": prune_fp8_configs}
     return triton.autotune(configs, key=key, prune_configs_by=prune)
 
@@ -76,25 +84,27 @@ BLOCKWISE_CONFIGS = [
 
 
 def tma_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Allocate the memory in which a kernel writes its tensor descriptors."""
+    """Allocate the memory that a kernel writes its tensor descriptors to."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def padded_rows(x: Tensor) -> Tensor:
-    """Return contiguous x as TMA fetches it, rows padded with zeros to a multiple of 16 bytes."""
-    # a view of a view has the strides of its shape even where an axis of length 1 has others
+    """Return contiguous x for TMA, rows padded with zeros to a multiple of 16 bytes."""
+    # two views, since the strides of an axis of length 1 may differ from those of a fresh tensor
     return tma_aligned(x.view(-1).view(x.shape))
 
 
-def launch_persistent(kernel, num_tiles: int, *args) -> None:
-    """Run a persistent kernel: one program per multiprocessor, each with every n-th tile."""
-    triton.set_allocator(tma_scratch)  # each time: autograd's threads do not see what others set
-    kernel[(min(num_tiles, num_sms(args[0])),)](*args)
+def launch_persistent(
+    kernel: Autotuner, num_tiles: int, first: Tensor, *args: Tensor | int | None
+) -> None:
+    """Launch kernel(first, *args) with one program per multiprocessor, each for every n-th tile."""
+    triton.set_allocator(tma_scratch)  # each time, since the setting is per thread of autograd
+    kernel[(min(num_tiles, num_sms(first)),)](first, *args)
 
 
 @triton.jit
 def grouped_pid(tile, tiles_m, tiles_n):
-    """Return a tile's row and column, eight rows of tiles at a time, so that neighbors share L2."""
+    """Return the row and column of a tile, in groups of eight rows, so that neighbors share L2."""
     width = 8 * tiles_n
     first = tile // width * 8
     height = tl.minimum(tiles_m - first, 8)
@@ -103,7 +113,7 @@ def grouped_pid(tile, tiles_m, tiles_n):
 
 @triton.jit
 def store_output_tile(c_ptr, acc, row, end, col, n):
-    """Store a tile without its rows from `end` on and its columns from `n` on."""
+    """Store the part of a tile whose rows lie below `end` and whose columns lie below `n`."""
     rows = row + tl.arange(0, acc.shape[0])
     cols = col + tl.arange(0, acc.shape[1])
     ptrs = c_ptr + rows.to(tl.int64)[:, None] * n + cols[None, :]
@@ -122,7 +132,7 @@ def _fp8_gemm_kernel(
 ):  # fmt: skip
     """Compute C = Σ_z s^a_z s^b_z (A_z · B_zᵀ).
 
-    Tensor cores, with 14 bits, sum 128 of k; the sum over z is in fp32.
+    Tensor cores sum 128 products in 14 bits; the sum over z is in fp32.
     """
     FIRST: tl.constexpr = 128 if BLOCK_N == 192 else BLOCK_N
     kz, blocks = tl.cdiv(k, 128), tl.cdiv(n, 128)
@@ -138,9 +148,10 @@ def _fp8_gemm_kernel(
             row, end = tl.load(map_ptr + z_m), tl.load(map_ptr + n_z + z_m)
             expert = tl.load(map_ptr + 2 * n_z + z_m)
         else:
-            row, end, expert = z_m * BLOCK_M, m, 0
+            row, end = z_m * BLOCK_M, m
+            expert = 0
         col = z_n * BLOCK_N
-        if BLOCK_N == 192:  # 128 columns and 64, placed so that each lies in one block of scales
+        if BLOCK_N == 192:  # 128 columns and 64, each within one block of scales
             col += z_n % 2 * 64
             col_d = z_n * BLOCK_N + 128 - z_n % 2 * 128
         s_a = a_s_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), m - 1) * kz
@@ -151,7 +162,7 @@ def _fp8_gemm_kernel(
             acc_d = tl.zeros((BLOCK_M, 64), tl.float32)
         for z in tl.range(kz, warp_specialize=WS):
             s = tl.load(s_a + z)
-            s_ab = s * tl.load(s_b + z)  # loaded before the product, to arrive while it runs
+            s_ab = s * tl.load(s_b + z)  # before the product, which hides the latency
             if BLOCK_N == 192:
                 s_ad = s * tl.load(s_d + z)
             a = a_desc.load([row, z * 128])
@@ -174,7 +185,7 @@ def fp8_gemm_blockwise(
     map_xz: Tensor | None,
     end_e: Tensor | None,
 ) -> Tensor:
-    """Fill c with the product of rows a by one weight b, or with a tile map by experts' weights."""
+    """Fill c with a bᵀ: b is one weight or, with a tile map, the weights of the experts."""
     (m, n), k = c.shape, a.shape[1]
     e = 1 if end_e is None else len(end_e)
     n_z = 0 if map_xz is None else map_xz.shape[1]
@@ -218,8 +229,10 @@ def fp8_grouped_gemm(
     tokens_per_expert_e: Tensor,
     dtype: torch.dtype = FP32,
 ) -> Tensor:
-    """Multiply every expert's rows by its own weight, (m, k) × (e, n, k) → (m, n), each product as
-    in `fp8_gemm`."""
+    """Multiply the rows of each expert by its weight as `fp8_gemm` does: (m, k) × (e, n, k) → (m, n).
+
+    The rows are sorted by expert.
+    """
     check_tensor("a", a, (None, None), (E4M3,))
     check_tensor("b", b, (len(tokens_per_expert_e), None, a.shape[1]), (E4M3,))
     (m, k), (e, n, _) = a.shape, b.shape
@@ -230,14 +243,14 @@ def fp8_grouped_gemm(
     return fp8_gemm_blockwise(a, a_s, b, b_s, c, *tile_map(tokens_per_expert_e, m))
 
 
-# ── FP8: both sides in tiles of 1 × 128, summed over an expert's rows ──
+# ── FP8: both operands in tiles of 1 × 128, summed over the rows of an expert ──
 
 
 @triton.jit
 def load_broadcast(ptr):
-    """Load a vector that runs along columns once, not in every thread, by way of two dimensions.
+    """Load a vector along the columns once per block, by a detour over two dimensions.
 
-    Otherwise the compiler lets each thread load the 32 numbers that it needs.
+    Otherwise the compiler makes each thread load the 32 numbers that it needs.
     """
     two = tl.arange(0, 2)[None, :]
     return tl.sum(tl.load(ptr[:, None] + two, mask=two == 0, other=0.0), 1)
@@ -249,7 +262,7 @@ def _fp8_wgrad_kernel(
     g_ptr, g_s_ptr, x_ptr, x_s_ptr, c_ptr, end_ptr, n, k, m, e, n_z,
     GROUPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
-    """Compute C = Σ_z s^g_z s^x_z (G_z · X_zᵀ) of each expert, over the tiles z of its rows."""
+    """Compute C = Σ_z s^g_z s^x_z (G_z · X_zᵀ) for each expert, over the tiles z of its rows."""
     g_desc = tl.make_tensor_descriptor(g_ptr, [n, m], [m, 1], [BLOCK_M, 128])
     x_desc = tl.make_tensor_descriptor(x_ptr, [k, m], [m, 1], [BLOCK_N, 128])
     tiles_n, tiles_k = tl.cdiv(n, BLOCK_M), tl.cdiv(k, BLOCK_N)
@@ -276,7 +289,7 @@ def _fp8_wgrad_kernel(
 def fp8_wgrad(
     g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, c: Tensor, end_e: Tensor | None
 ) -> Tensor:
-    """Fill c (e, n, k), or (n, k) without end_e, with the product of g (n, m) and x (k, m)."""
+    """Fill c, (e, n, k) or without end_e (n, k), with g xᵀ of g (n, m) and x (k, m)."""
     n, k = c.shape[-2:]
     m = g.shape[1]
     e = 1 if end_e is None else len(end_e)
@@ -294,32 +307,32 @@ def fp8_wgrad(
 def fp8_grouped_wgrad(
     g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, tokens_per_expert_e: Tensor
 ) -> Tensor:
-    """Compute ∂L/∂W = gᵀ x of every expert over its rows, (n, 128·Z), (k, 128·Z) → (e, n, k), fp32.
+    """Compute ∂L/∂W = gᵀ x of each expert in fp32: (n, 128·Z), (k, 128·Z) → (e, n, k).
 
     Both operands are laid out as by `act_quant_transposed`.
     """
     check_tensor("g", g, (None, None), (E4M3,))
-    (n, m), k, e = g.shape, len(x), len(tokens_per_expert_e)
+    n, m = g.shape
+    k, e = len(x), len(tokens_per_expert_e)
     tiles = num_blocks(m)
     check_quantized("g", g, (n, tiles * 128), "g_s", g_s, (n, tiles))
     check_quantized("x", x, (k, m), "x_s", x_s, (k, tiles))
     c = torch.empty(e, n, k, dtype=FP32, device=g.device)
-    # of the number of rows only Z = ⌊rows/128⌋ + e is known; any rows with this Z give these ends
+    # only Z = ⌊rows/128⌋ + e is known of the rows; any number with this Z gives the same ends
     return fp8_wgrad(g, g_s, x, x_s, c, tile_map(tokens_per_expert_e, (tiles - e) * 128)[1])
 
 
 # ── bf16 and fp32: rows sorted by expert ──
 
 
-def prune_by_dtype(configs: list[triton.Config], args: dict, **_) -> list[triton.Config]:
-    """Keep large tiles for bf16, which runs on tensor cores, and small ones for fp32, which may not
-    if it is to stay fp32."""
+def prune_by_dtype(configs: list[triton.Config], args: dict, **_: object) -> list[triton.Config]:
+    """Select large tiles for bf16 and small ones for fp32, which does not use tensor cores."""
     is_bf16 = args["x_ptr"].dtype == BF16
     return [config for config in configs if (config.kwargs["BLOCK_K"] == 64) == is_bf16]
 
 
-def autotune_by_dtype(*key: str):
-    """Autotune a grouped product over the configs of its dtype."""
+def autotune_by_dtype(*key: str) -> AutotuneDecorator:
+    """Return a decorator that autotunes a grouped product over the configs of its dtype."""
     configs = [
         kernel_config(8, 4, BLOCK_N=128, BLOCK_K=64),
         kernel_config(8, 3, BLOCK_N=256, BLOCK_K=64),
@@ -336,7 +349,7 @@ def _grouped_gemm_kernel(
     x_ptr, w_ptr, y_ptr, map_ptr, end_ptr, m, n, k, e, n_z, stride_e, stride_n, stride_k, bucket,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute 128 rows of one expert: Y = X W_eᵀ, or X W_e if the strides are exchanged."""
+    """Compute 128 rows of one expert: Y = X W_eᵀ, or X W_e with exchanged strides of W."""
     tiles_m, tiles_n = tl.load(end_ptr + e - 1), tl.cdiv(n, BLOCK_N)
     if tl.program_id(0) < tiles_m * tiles_n:
         z_m, z_n = grouped_pid(tl.program_id(0), tiles_m, tiles_n)
@@ -395,7 +408,8 @@ def grouped_gemm(
     e, n, inner = weight_eoi.shape
     stride_e, stride_n, stride_k = weight_eoi.stride()
     if transposed:
-        n, stride_n, stride_k = inner, stride_k, stride_n
+        n = inner
+        stride_n, stride_k = stride_k, stride_n
     y = x_mi.new_empty(m, n)
     if y.numel():
         n_z = map_xz.shape[1]
@@ -407,7 +421,8 @@ def grouped_gemm(
 
 def grouped_wgrad(g_mo: Tensor, x_mi: Tensor, map_xz: Tensor, end_e: Tensor) -> Tensor:
     """Compute dW_e = Σ_m g_mᵀ x_m over the rows of each expert, (e, o, i)."""
-    e, n, k = len(end_e), g_mo.shape[1], x_mi.shape[1]
+    n, k = g_mo.shape[1], x_mi.shape[1]
+    e = len(end_e)
     dw = x_mi.new_empty(e, n, k)
     if dw.numel():
         grid = cdiv_grid(k, "BLOCK_N", e * num_blocks(n))
@@ -415,23 +430,23 @@ def grouped_wgrad(g_mo: Tensor, x_mi: Tensor, map_xz: Tensor, end_e: Tensor) -> 
     return dw
 
 
-class GroupedLinear(torch.autograd.Function):
-    """A linear layer y_m = W_e(m) x_m that never reads the counts on the host.
+class TritonGroupedLinear(torch.autograd.Function):
+    """A linear layer y_m = W_e(m) x_m whose host code never reads the counts.
 
     The gradient of the weight is passed to `defer_wgrad`.
     """
 
     @staticmethod
-    def forward(ctx, x_mi, weight_eoi, tokens_per_expert_e):
-        ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype  # the parameter itself, not a narrow copy
+    def forward(ctx: Any, x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+        ctx.weight, ctx.dtype = weight_eoi, x_mi.dtype  # the parameter itself, not its bf16 copy
         x_mi = x_mi.to(matmul_dtype(x_mi))
         map_xz, end_e = tile_map(tokens_per_expert_e, len(x_mi))
         ctx.save_for_backward(x_mi, map_xz, end_e)
         return grouped_gemm(x_mi, weight_eoi.to(x_mi.dtype), map_xz, end_e, transposed=False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_mo):
+    @once_differentiable
+    def backward(ctx: Any, g_mo: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_mi, map_xz, end_e = ctx.saved_tensors
         weight, g_mo = ctx.weight, g_mo.contiguous()
         dx = dw = None
@@ -447,41 +462,41 @@ class GroupedLinear(torch.autograd.Function):
 
 @impl("grouped_linear", "triton")
 def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
-    """Multiply rows sorted by expert, each by its expert's matrix: y_m = W_e(m) x_m, (m, o).
+    """Multiply each row by the matrix of its expert: y_m = W_e(m) x_m, (m, o).
 
-    The counts sum to m.
+    The rows are sorted by expert; the counts sum to m.
     """
     check_tensor("x_mi", x_mi, (None, None), FLOATS)
     dtypes = FLOATS if torch.is_autocast_enabled(x_mi.device.type) else (x_mi.dtype,)
     shape = len(tokens_per_expert_e), None, x_mi.shape[1]
     check_tensor("weight_eoi", weight_eoi, shape, dtypes)
-    return GroupedLinear.apply(x_mi, weight_eoi, tokens_per_expert_e)
+    return TritonGroupedLinear.apply(x_mi, weight_eoi, tokens_per_expert_e)
 
 
 # ── For the ahead-of-time compiler: V3's shapes, 8 experts, 4096 rows ──
 
 
 def fp8_gemm_case(name: str, dtype: torch.dtype, n: int, k: int, e: int = 1) -> AOTCase:
-    """Make the case of 4096 rows in tiles times weights in blocks."""
+    """Return the case of 4096 rows in tiles times weights in blocks."""
     maps = (INT32, INT32) if e > 1 else (None, None)
     args = E4M3, FP32, E4M3, FP32, dtype, *maps, 4096, n, k, e, 40, autotune_bucket(4096)
     return AOTCase(name, _fp8_gemm_kernel, args, {"GROUPED": e > 1}, "fp8")
 
 
 def fp8_wgrad_case(name: str, dtype: torch.dtype, e: int = 1) -> AOTCase:
-    """Make the case of a weight's gradient, both operands in tiles along the tokens."""
+    """Return the case of a weight's gradient, with both operands in tiles along the tokens."""
     args = E4M3, FP32, E4M3, FP32, dtype, INT32 if e > 1 else None, 2048, 7168, 5120, e, 40
     return AOTCase(name, _fp8_wgrad_kernel, args, {"GROUPED": e > 1}, "fp8")
 
 
 def grouped_case(name: str, dtype: torch.dtype, strides: tuple[int, int]) -> AOTCase:
-    """Make the case of a grouped product; the strides of o and i tell Fprop from Dgrad."""
+    """Return the case of a grouped product; the strides of o and i distinguish Fprop and Dgrad."""
     args = dtype, dtype, dtype, INT32, INT32, 4096, 2048, 7168, 8, 40, 2048 * 7168, *strides, 4
     return AOTCase(name, _grouped_gemm_kernel, args, {}, "bf16" if dtype == BF16 else "")
 
 
 def grouped_wgrad_case(name: str, dtype: torch.dtype) -> AOTCase:
-    """Make the case of a grouped weight's gradient."""
+    """Return the case of the gradient of grouped weights."""
     args = dtype, dtype, dtype, INT32, INT32, 2048, 7168, 40
     return AOTCase(name, _grouped_wgrad_kernel, args, {}, "bf16" if dtype == BF16 else "")
 

@@ -1,39 +1,46 @@
-"""Shared by all kernels on the Python side: checks that name the tensor, configs, AOT cases."""
+"""Helpers of every kernel's launcher: autotuner configs, layouts, argument checks, AOT cases."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import triton
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 
 BF16, FP32 = torch.bfloat16, torch.float32
 E4M3, INT32 = torch.float8_e4m3fn, torch.int32
 FLOATS = (FP32, BF16)
+AutotuneDecorator = Callable[[JITFunction], Autotuner]
+Grid = Callable[[dict[str, int]], tuple[int, ...]]  # from a config's meta-parameters
 
 
 def autotune_bucket(n: int) -> int:
-    """Map a number of rows to its autotuning key: n < 16, 256, 4096, … share a config."""
+    """Return the autotuning key of n rows; those below 16, 256, 4096, … share a config."""
     return (n.bit_length() + 3) // 4
 
 
 def num_blocks(k: int) -> int:
-    """Count the scale blocks of 128 along an axis of k numbers."""
+    """Return the number of scale blocks of 128 along an axis of length k."""
     return triton.cdiv(k, 128)
 
 
 def num_sms(x: torch.Tensor, interpreted: int = 2) -> int:
-    """Count the multiprocessors of x's GPU; in the interpreter a few, so that work is shared."""
+    """Return the number of multiprocessors of x's GPU, or `interpreted` for a CPU tensor.
+
+    With a small number, each interpreted program of a persistent kernel processes several tiles.
+    """
     if not x.is_cuda:
         return interpreted
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def kernel_config(warps: int, stages: int = 3, **meta) -> triton.Config:
-    """Make a config for the autotuner: `tl.constexpr` arguments, warps and pipeline stages."""
+def kernel_config(warps: int, stages: int = 3, **meta: int) -> triton.Config:
+    """Return an autotuner config: `tl.constexpr` arguments, warps and pipeline stages."""
     return triton.Config(meta, num_warps=warps, num_stages=stages)
 
 
-def cdiv_grid(n: int, block: str, factor: int = 1) -> Callable[[dict], tuple[int]]:
+def cdiv_grid(n: int, block: str, factor: int = 1) -> Grid:
     """Return a grid of factor · ⌈n / meta[block]⌉ programs."""
     return lambda meta: (factor * triton.cdiv(n, meta[block]),)
 
@@ -42,15 +49,15 @@ def cdiv_grid(n: int, block: str, factor: int = 1) -> Callable[[dict], tuple[int
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """Reshape (…, d) to (n, d) with a last stride of 1: a view where strides allow, else a copy."""
+    """Reshape (…, d) to (n, d) with a last stride of 1, as a view where strides allow it."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def tma_aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return x if TMA can fetch it, with rows that start at multiples of 16 bytes, else a copy.
+    """Return x if its rows start at multiples of 16 bytes, as TMA requires, else an aligned copy.
 
-    The rows of a copy are zero up to the next multiple of 16 bytes.
+    The rows of a copy are padded with zeros to the next multiple of 16 bytes.
     """
     unit = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
@@ -65,7 +72,7 @@ def tma_aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without `torch.`."""
+    """Return the name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -76,9 +83,9 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] | None = None,
     contiguous: bool = True,
 ) -> None:
-    """Raise a `ValueError` that names the tensor unless a kernel can take it.
+    """Raise a `ValueError` that names the tensor if a kernel does not accept it.
 
-    shape: the lengths, None for any length; contiguous=False asks only for a last stride of 1.
+    shape: the lengths, None for any length; contiguous=False requires only a last stride of 1.
     """
     if dtypes and x.dtype not in dtypes:
         names = " or ".join(map(dtype_name, dtypes))
@@ -102,7 +109,7 @@ def check_quantized(
     s: torch.Tensor,
     s_shape: Sequence[int | None],
 ) -> None:
-    """Raise a `ValueError` unless q are E4M3 values and s their fp32 scales, of these shapes."""
+    """Raise a `ValueError` unless q holds E4M3 values and s fp32 scales, both of these shapes."""
     check_tensor(name, q, shape, (E4M3,))
     check_tensor(s_name, s, s_shape, (FP32,))
 
@@ -112,10 +119,10 @@ def check_quantized(
 
 @dataclass(frozen=True)
 class AOTCase:
-    """A kernel as the ahead-of-time compiler sees it; a dtype stands for an aligned pointer."""
+    """A kernel and the arguments to compile it for; a dtype stands for an aligned pointer."""
 
     name: str
-    kernel: object  # triton.jit, or triton.autotune of it: then every config is compiled
+    kernel: JITFunction | Autotuner  # of an autotuned kernel every config is compiled
     args: tuple
     meta: dict = field(default_factory=dict)  # tl.constexpr arguments that autotuning does not set
-    tensor_cores: str = ""  # "fp8" or "bf16": the instructions that must appear
+    tensor_cores: str = ""  # "fp8" or "bf16": the tensor-core instructions that must appear

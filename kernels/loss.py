@@ -1,8 +1,10 @@
 """Cross-entropy from hidden states: a kernel between matrix products that cuBLAS computes.
 
-Only the logits of one chunk of tokens exist at a time. The kernel replaces them by their gradient in
-place. At V3's width the three products around it take some thirty times as long.
+Only the logits of one chunk of tokens exist at a time. The kernel overwrites them with their
+gradient. At V3's width the three products around it take about thirty times as long.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,12 @@ import triton
 import triton.language as tl
 from dsv3_ref.kernels.launch import BF16, FLOATS, FP32, AOTCase, check_tensor, kernel_config
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3_ref.config import ceil_div
 from dsv3_ref.ops import impl
 
-# Logits at a time: 2048 tokens of a vocabulary of 129,280, half a gigabyte in bf16.
+# Logits that exist at a time: 2,076 tokens of V3's vocabulary of 129,280, half a gigabyte in bf16.
 MAX_LOGITS = 2**28
 
 
@@ -30,7 +33,7 @@ MAX_LOGITS = 2**28
 def _cross_entropy_kernel(
     logit_ptr, target_ptr, nll_ptr, w, stride, GRADIENT: tl.constexpr, BLOCK_W: tl.constexpr
 ):
-    """Compute a token's −log p[target]; with GRADIENT its logits become p − [w = target], in place.
+    """Compute −log p[target] of a token; with GRADIENT overwrite its logits with p − [w = target].
 
     The second pass runs backwards, since the logits read last are still in the cache.
     """
@@ -60,7 +63,7 @@ def _cross_entropy_kernel(
 
 
 def add_product_(sum_wd: Tensor, g_nw: Tensor, h_nd: Tensor) -> None:
-    """Add gᵀ h to sum_wd in place and in fp32, without a second tensor of that size."""
+    """Add gᵀ h to sum_wd in place and in fp32, without a second tensor of its size."""
     if sum_wd.is_cuda and g_nw.dtype == BF16:
         torch.addmm(sum_wd, g_nw.T, h_nd, out_dtype=FP32, out=sum_wd)
     else:
@@ -71,17 +74,25 @@ def add_product_(sum_wd: Tensor, g_nw: Tensor, h_nd: Tensor) -> None:
 
 
 def chunk_slices(n: int, max_rows: int) -> list[slice]:
-    """Split n rows into as few chunks of at most max_rows as possible, equally long but for the last."""
+    """Split n rows into the fewest chunks of at most max_rows; all but the last are equally long."""
     rows = ceil_div(n, max(1, ceil_div(n, max_rows)))
     return [slice(start, start + rows) for start in range(0, n, max(1, rows))]
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one forward pass; MAX_LOGITS logits exist at a time."""
+class TritonCrossEntropy(torch.autograd.Function):
+    """Loss and both gradients in one forward pass; at most MAX_LOGITS logits exist at a time."""
 
     @staticmethod
-    def forward(ctx, h_nd, head_wd, target_n, dtype, gradient):
-        h, head, w = h_nd.to(dtype), head_wd.to(dtype), len(head_wd)
+    def forward(
+        ctx: Any,
+        h_nd: Tensor,
+        head_wd: Tensor,
+        target_n: Tensor,
+        dtype: torch.dtype,
+        gradient: bool,
+    ) -> Tensor:
+        h, head = h_nd.to(dtype), head_wd.to(dtype)
+        w = len(head_wd)
         need_h, need_head = (gradient and need for need in ctx.needs_input_grad[:2])
         dh_nd = torch.empty_like(h) if need_h else None
         dhead_wd = torch.zeros_like(head, dtype=FP32) if need_head else None
@@ -99,8 +110,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return nll_n.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         dh_nd, dhead_wd = (x if x is None else x * g for x in ctx.saved_tensors)
         return dh_nd, dhead_wd, None, None, None
 
@@ -125,12 +136,12 @@ def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Ten
         raise ValueError(f"target_n must lie within the vocabulary of {w}")
     with torch.autocast(device, enabled=False):
         args = h_nd, head_wd, target_n, dtype, torch.is_grad_enabled()
-        return ChunkedCrossEntropy.apply(*args)
+        return TritonCrossEntropy.apply(*args)
 
 
 # ── For the ahead-of-time compiler: V3's shapes ──
 
-VARIANTS = (("", BF16, True), ("_loss_only", BF16, False), ("_fp32", FP32, True))
+CROSS_ENTROPY_VARIANTS = (("", BF16, True), ("_loss_only", BF16, False), ("_fp32", FP32, True))
 AOT_CASES = [
     AOTCase(
         f"cross_entropy{suffix}",
@@ -138,5 +149,5 @@ AOT_CASES = [
         (dtype, torch.int64, FP32, 129280, 129280),
         {"GRADIENT": gradient},
     )
-    for suffix, dtype, gradient in VARIANTS
+    for suffix, dtype, gradient in CROSS_ENTROPY_VARIANTS
 ]

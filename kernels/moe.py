@@ -1,6 +1,6 @@
-"""Routing: the gate's choice of experts, the permutation of rows to experts and back."""
+"""Routing: the router's top-k, and the permutation of tokens to experts and back."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +10,7 @@ from dsv3_ref.kernels.launch import (
     FLOATS,
     FP32,
     AOTCase,
+    Grid,
     as_rows,
     autotune_bucket,
     cdiv_grid,
@@ -17,24 +18,25 @@ from dsv3_ref.kernels.launch import (
     kernel_config,
 )  # fmt: skip
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
 
 INT64 = torch.int64
 
-# ── The gate ──
+# ── The router ──
 
 
-# The sort key of masked or already selected entries; it sorts below −∞.
+# Sort key of masked and already selected entries; it sorts below −∞.
 MASKED_KEY = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def sortable_key(x):
-    """Map fp32 to int32 in the same order, above MASKED_KEY: negative numbers flip 31 bits."""
+    """Map fp32 to int32 in the same order, above MASKED_KEY, by flipping 31 bits of negative numbers."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), MASKED_KEY + 1)  # for a NaN too
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), MASKED_KEY + 1)  # NaN included
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def key_to_float(key):
 
 @triton.jit
 def masked_argmax(key, index, axis: tl.constexpr):
-    """Return the largest key along an axis and the first index that has it, by two reductions."""
+    """Return the largest key along an axis and its first index, by two reductions."""
     top = tl.max(key, axis=axis, keep_dims=True)
     return top, tl.min(tl.where(key == top, index, 2**31 - 1), axis=axis, keep_dims=True)
 
@@ -59,7 +61,7 @@ def _group_limited_topk_kernel(
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, LIMITED: tl.constexpr, BEST: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Select the top-k experts of the best groups, one warp for TILE tokens.
+    """Select the top-k experts of the best groups; one warp processes TILE tokens.
 
     Scores are compared as integers, so that −∞ or NaN is neither selected twice nor selected from a
     masked group.
@@ -103,13 +105,13 @@ def group_limited_topk(
 ) -> Tensor:
     """Select the topk experts of highest score in the best groups, best first: int64, (…, topk).
 
-    A group counts by the sum of its group_topk highest scores; topk_groups of them stay. Of equal
-    scores the lower index comes first, where torch's top-k promises no order.
+    The score of a group is the sum of its group_topk highest scores; topk_groups groups remain. Of
+    equal scores the lower index comes first; torch.topk guarantees no order.
     """
     check_tensor("scores_bse", scores_bse, dtypes=(FP32,))
     e = scores_bse.shape[-1]
     if e % n_groups:
-        raise ValueError(f"scores_bse has {e} experts, which make no {n_groups} equal groups")
+        raise ValueError(f"scores_bse must have a multiple of {n_groups} experts, not {e}")
     group_size = e // n_groups
     limits = {
         "topk_groups": (topk_groups, n_groups),
@@ -131,11 +133,11 @@ def group_limited_topk(
     return topk_ids_bsk
 
 
-# ── To the experts ──
+# ── Permutation ──
 
 
-def row_tile_grid(n: int, d: int) -> Callable[[dict], tuple[int]]:
-    """Return a grid of programs that each take TILE columns of one row, rows in order."""
+def row_tile_grid(n: int, d: int) -> Grid:
+    """Return a grid of programs that each process TILE columns of one row, rows in order."""
     return cdiv_grid(d, "TILE", n)
 
 
@@ -161,7 +163,7 @@ def _permute_kernel(
     x_ptr, row_ids_ptr, y_ptr, d, stride, bucket,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Read a row once and write it to its K rows: y_row(n,k) = x_n."""
+    """Read each row of x once and write it to K rows of y: y_row(n,k) = x_n."""
     n, col, mask = row_tile(d, TILE)
     x = tl.load(x_ptr + n * stride + col, mask=mask)
     for k in tl.static_range(K):
@@ -175,7 +177,7 @@ def _unpermute_kernel(
     y_ptr, row_ids_ptr, weight_ptr, o_ptr, d, stride, bucket,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sum a token's K rows, weighted if there are weights: o_n = Σ_k w_nk y_row(n,k)."""
+    """Sum the K rows of a token: o_n = Σ_k w_nk y_row(n,k), or without weights o_n = Σ_k y_row(n,k)."""
     n, col, mask = row_tile(d, TILE)
     total = tl.zeros((TILE,), tl.float32)
     for k in tl.static_range(K):
@@ -188,7 +190,7 @@ def _unpermute_kernel(
 
 
 def sum_rows(y_md: Tensor, row_ids_nk: Tensor, weight_nk: Tensor | None = None) -> Tensor:
-    """Launch `_unpermute_kernel`, (m, d) → (n, d)."""
+    """Sum the rows of each token by `_unpermute_kernel`: (m, d) → (n, d)."""
     y_md = as_rows(y_md)
     (n, k), d = row_ids_nk.shape, y_md.shape[1]
     o_nd = y_md.new_empty(n, d)
@@ -197,11 +199,11 @@ def sum_rows(y_md: Tensor, row_ids_nk: Tensor, weight_nk: Tensor | None = None) 
     return o_nd
 
 
-class Permute(torch.autograd.Function):
-    """A copy of each token to its k rows; the gradient sums these rows, without atomics."""
+class TritonPermute(torch.autograd.Function):
+    """A copy of each token to its k rows; its gradient is the sum of these, without atomics."""
 
     @staticmethod
-    def forward(ctx, x_nd, row_ids_nk):
+    def forward(ctx: Any, x_nd: Tensor, row_ids_nk: Tensor) -> Tensor:
         ctx.save_for_backward(row_ids_nk)
         (n, k), d = row_ids_nk.shape, x_nd.shape[1]
         x_nd = as_rows(x_nd)
@@ -211,13 +213,13 @@ class Permute(torch.autograd.Function):
         return y_md
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_md):
+    @once_differentiable
+    def backward(ctx: Any, g_md: Tensor) -> tuple[Tensor, None]:
         return sum_rows(g_md, *ctx.saved_tensors), None
 
 
 def check_permutation(sorted_ids_m: Tensor, row_ids_nk: Tensor, n: int) -> None:
-    """Raise a `ValueError` unless the two have the shapes that `sort_by_expert` gives n tokens.
+    """Raise a `ValueError` unless both have the shapes that `sort_by_expert` returns for n tokens.
 
     row_ids is the inverse of sorted_ids, so the kernels read only row_ids.
     """
@@ -230,10 +232,10 @@ def permute(x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
     check_tensor("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
     check_permutation(sorted_ids_m, row_ids_nk, len(x_nd))
-    return Permute.apply(x_nd, row_ids_nk)
+    return TritonPermute.apply(x_nd, row_ids_nk)
 
 
-# ── And back ──
+# ── Its inverse, weighted ──
 
 
 @triton.autotune(
@@ -250,7 +252,7 @@ def _unpermute_backward_kernel(
     g_ptr, y_ptr, weight_ptr, row_ids_ptr, dy_ptr, dweight_ptr, d, stride, bucket,
     K: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Read and write each of a token's K rows once: dy_row = w g_n, dw_nk = y_row · g_n."""
+    """Compute dy_row = w_nk g_n and dw_nk = y_row · g_n in one pass over the K rows of a token."""
     n, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
     row = tl.load(row_ids_ptr + n * K + k, mask=k < K, other=0)
     weight = tl.load(weight_ptr + n * K + k, mask=k < K, other=0).to(tl.float32)
@@ -266,17 +268,17 @@ def _unpermute_backward_kernel(
     tl.store(dweight_ptr + n * K + k, dweight, mask=k < K)
 
 
-class Unpermute(torch.autograd.Function):
-    """A weighted sum of each token's k rows."""
+class TritonUnpermute(torch.autograd.Function):
+    """A weighted sum of the k rows of each token."""
 
     @staticmethod
-    def forward(ctx, y_md, weight_nk, row_ids_nk):
+    def forward(ctx: Any, y_md: Tensor, weight_nk: Tensor, row_ids_nk: Tensor) -> Tensor:
         ctx.save_for_backward(y_md, weight_nk, row_ids_nk)
         return sum_rows(y_md, row_ids_nk, weight_nk)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_nd):
+    @once_differentiable
+    def backward(ctx: Any, g_nd: Tensor) -> tuple[Tensor, Tensor, None]:
         y_md, weight_nk, row_ids_nk = ctx.saved_tensors
         g_nd = as_rows(g_nd)
         (n, k), d = row_ids_nk.shape, y_md.shape[1]
@@ -289,17 +291,18 @@ class Unpermute(torch.autograd.Function):
 
 @impl("unpermute", "triton")
 def unpermute(y_md: Tensor, weight_nk: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
-    """Sum each token's rows by weight: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
+    """Compute the weighted sum of each token's rows: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
     check_tensor("weight_nk", weight_nk, (None, None), FLOATS)
     check_permutation(sorted_ids_m, row_ids_nk, len(weight_nk))
     check_tensor("row_ids_nk", row_ids_nk, weight_nk.shape)
     check_tensor("y_md", y_md, (len(sorted_ids_m), None), FLOATS)
-    return Unpermute.apply(y_md, weight_nk, row_ids_nk)
+    return TritonUnpermute.apply(y_md, weight_nk, row_ids_nk)
 
 
 # ── For the ahead-of-time compiler: V3's shapes ──
 
-N, D, K = 4096, 7168, 8
+N, D = 4096, 7168
+K = 8
 GATE = {"E": 256, "K": K, "G": 8, "LIMITED": 4, "BEST": 2}
 GATE |= {"BLOCK_G": 8, "BLOCK_X": 32, "BLOCK_K": K}
 TOPK = {"K": K}

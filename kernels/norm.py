@@ -1,6 +1,6 @@
-"""Kernels between the matrix products: RMSNorm, SwiGLU and RoPE, each bound by memory."""
+"""Memory-bound kernels between the matrix products: RMSNorm, SwiGLU and RoPE."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +10,7 @@ from dsv3_ref.kernels.launch import (
     FLOATS,
     FP32,
     AOTCase,
+    Grid,
     as_rows,
     autotune_bucket,
     check_tensor,
@@ -18,6 +19,7 @@ from dsv3_ref.kernels.launch import (
     num_sms,
 )  # fmt: skip
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
 from dsv3_ref.ops import impl
@@ -30,13 +32,13 @@ MAX_ROW_SIZE = 8192  # a row is held in registers: 32 numbers per thread of 8 wa
 
 @triton.jit
 def tile_ptrs(ptr, row, col, n, d, stride):
-    """Return pointers to a block of rows, ptr + row·stride + col, and its mask."""
+    """Return the pointers ptr + row·stride + col of a block of rows and their mask."""
     offset = row.to(tl.int64)[:, None] * stride + col[None, :]
     return ptr + offset, (row < n)[:, None] & (col < d)[None, :]
 
 
 @triton.autotune(
-    [  # TILE: numbers per tile; STAGES: tiles in flight, from 2 by cp.async; PER_SM: programs per SM
+    [  # TILE: numbers per tile; STAGES: tiles in flight, by cp.async if over 1; PER_SM: programs
         kernel_config(8, TILE=8192, STAGES=1, PER_SM=8),
         kernel_config(4, TILE=4096, STAGES=1, PER_SM=16),
         kernel_config(8, TILE=8192, STAGES=2, PER_SM=4),
@@ -49,7 +51,7 @@ def _rms_norm_kernel(
     x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, stride, eps, bucket,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
-    """Normalize rows held in registers, like the weight: y = x / √(mean(x²) + ε) · weight."""
+    """Normalize rows in registers: y = x / √(mean(x²) + ε) · weight, with the weight in registers too."""
     BLOCK_N: tl.constexpr = TILE // BLOCK_D if TILE > BLOCK_D else 1
     col = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + col, mask=col < d, other=0).to(tl.float32)
@@ -79,7 +81,7 @@ def _rms_norm_backward_kernel(
     g_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, n, d, g_stride, x_stride, bucket,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx = (a − u·mean(a·u))/ρ with u = x/ρ, a = g·weight, and Σ_n g·u of its rows."""
+    """Compute dx = (a − u·mean(a·u))/ρ with u = x/ρ, a = g·weight, and Σ_n g·u over its rows."""
     BLOCK_N: tl.constexpr = TILE // BLOCK_D if TILE > BLOCK_D else 1
     col = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + col, mask=col < d, other=0).to(tl.float32)
@@ -102,17 +104,17 @@ def _rms_norm_backward_kernel(
     tl.store(partial_ptr + tl.program_id(0) * d + col, tl.sum(dweight, axis=0), mask=col < d)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm that saves x and 1/ρ; rows of x may be slices of wider ones."""
+class TritonRMSNorm(torch.autograd.Function):
+    """RMSNorm that saves x and 1/ρ; the rows of x may be slices of wider ones."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         x_nd = as_rows(x)
         n, d = x_nd.shape
         y, rstd_n = x.new_empty(x.shape, dtype=dtype), x.new_empty(n, dtype=FP32)
         sms, block_d = num_sms(x), triton.next_power_of_2(d)
 
-        def grid(meta):
+        def grid(meta: dict[str, int]) -> tuple[int, ...]:
             rows = max(meta["TILE"] // block_d, 1)
             return (min(triton.cdiv(n, rows), sms * meta["PER_SM"]),)
 
@@ -122,15 +124,15 @@ class RMSNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
         return *rms_norm_backward(g, *ctx.saved_tensors), None, None
 
 
 def rms_norm_backward(
     g: Tensor, x: Tensor, weight: Tensor, rstd_n: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute ∂L/∂x and ∂L/∂weight from the gradient of y and 1/ρ of every row."""
+    """Compute ∂L/∂x and ∂L/∂weight from the gradient g of y and from 1/ρ of every row."""
     g_nd, x_nd = as_rows(g), as_rows(x)
     n, d = x_nd.shape
     dx, sms = x.new_empty(x.shape), num_sms(x)  # registers allow one program per SM
@@ -142,7 +144,7 @@ def rms_norm_backward(
 
 
 def check_norm_inputs(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
-    """Raise a `ValueError` for what the kernels of RMSNorm cannot read or write."""
+    """Raise a `ValueError` for arguments that the kernels of RMSNorm do not accept."""
     check_tensor("x", x, dtypes=FLOATS, contiguous=False)
     check_tensor("weight", weight, (x.shape[-1],), FLOATS)
     if x.shape[-1] > MAX_ROW_SIZE:
@@ -155,7 +157,7 @@ def check_norm_inputs(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> N
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
     check_norm_inputs(x, weight, dtype)
-    return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
+    return TritonRMSNorm.apply(x, weight, eps, dtype or x.dtype)
 
 
 # ── SwiGLU ──
@@ -170,7 +172,7 @@ SWIGLU_CONFIGS = [
 
 @triton.jit
 def swiglu_tile(n, f, BLOCK_F: tl.constexpr, TILE: tl.constexpr):
-    """Return the rows and columns of a program's tile of (n, f): columns first, then rows."""
+    """Return the rows and columns of a program's tile of (n, f); programs advance along columns first."""
     WIDE: tl.constexpr = BLOCK_F if BLOCK_F < TILE else TILE
     across = tl.cdiv(f, WIDE)
     pid = tl.program_id(0)
@@ -217,21 +219,21 @@ def _swiglu_backward_kernel(
     tl.store(ptrs, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def swiglu_grid(n: int, f: int) -> Callable[[dict], tuple[int]]:
-    """Return the grid of `swiglu_tile` for a config's TILE."""
+def swiglu_grid(n: int, f: int) -> Grid:
+    """Return the grid that `swiglu_tile` expects."""
 
-    def grid(meta):
+    def grid(meta: dict[str, int]) -> tuple[int, ...]:
         width = min(triton.next_power_of_2(f), meta["TILE"])
         return (triton.cdiv(n, meta["TILE"] // width) * triton.cdiv(f, width),)
 
     return grid
 
 
-class SwiGLUFunction(torch.autograd.Function):
+class TritonSwiGLU(torch.autograd.Function):
     """SwiGLU that saves only its two inputs (§3.2.3)."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate_nf, up_nf = as_rows(gate), as_rows(up)
         n, f = gate_nf.shape
         y = gate.new_empty(gate.shape)
@@ -241,10 +243,10 @@ class SwiGLUFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        g_nf, gate_nf, up_nf = as_rows(g), as_rows(gate), as_rows(up)
+        g_nf, gate_nf, up_nf = map(as_rows, (g, gate, up))
         n, f = gate_nf.shape
         dgate, dup = (x.new_empty(x.shape) for x in (gate, up))
         strides = g_nf.stride(0), gate_nf.stride(0), up_nf.stride(0)
@@ -258,7 +260,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute SwiGLU, y = gate · σ(gate) · up."""
     check_tensor("gate", gate, dtypes=FLOATS, contiguous=False)
     check_tensor("up", up, gate.shape, (gate.dtype,), contiguous=False)
-    return SwiGLUFunction.apply(gate, up)
+    return TritonSwiGLU.apply(gate, up)
 
 
 # ── RoPE ──
@@ -273,7 +275,7 @@ def _apply_rotary_emb_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, s, h, r, stride_b, stride_s, stride_h, bucket,
     INVERSE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate interleaved pairs, (x₀cos − x₁sin, x₀sin + x₁cos); INVERSE by minus the angle.
+    """Rotate interleaved pairs, (x₀cos − x₁sin, x₀sin + x₁cos); INVERSE: by the negative angle.
 
     TILE: (position, head) rows per program.
     """
@@ -303,13 +305,13 @@ def _apply_rotary_emb_kernel(
 
 
 def rotate_pairs(x_bshr: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """Launch `_apply_rotary_emb_kernel`; the result is contiguous."""
+    """Rotate by `_apply_rotary_emb_kernel`; the result is contiguous."""
     x = x_bshr if x_bshr.stride(-1) == 1 else x_bshr.contiguous()
     b, s, h, r = x.shape
     y = x.new_empty(x.shape)
     block_h, block_r = triton.next_power_of_2(h), triton.next_power_of_2(r)
 
-    def grid(meta):
+    def grid(meta: dict[str, int]) -> tuple[int, ...]:
         heads = min(block_h, meta["TILE"])
         return (b * triton.cdiv(s, meta["TILE"] // heads) * triton.cdiv(h, heads),)
 
@@ -318,17 +320,17 @@ def rotate_pairs(x_bshr: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Ten
     return y
 
 
-class RotaryEmbFunction(torch.autograd.Function):
+class TritonRotaryEmb(torch.autograd.Function):
     """A rotation of pairs, whose gradient is the inverse rotation."""
 
     @staticmethod
-    def forward(ctx, x_bshr, cos, sin):
+    def forward(ctx: Any, x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return rotate_pairs(x_bshr, cos, sin, inverse=False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_bshr):
+    @once_differentiable
+    def backward(ctx: Any, g_bshr: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return rotate_pairs(g_bshr, cos, sin, inverse=True), None, None
 
@@ -337,7 +339,7 @@ class RotaryEmbFunction(torch.autograd.Function):
 def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos).
 
-    cos and sin: (s, r/2), fp32.
+    cos, sin: (s, r/2), fp32.
     """
     check_tensor("x_bshr", x_bshr, (None,) * 4, FLOATS, contiguous=False)
     if x_bshr.shape[-1] % 2:
@@ -345,16 +347,17 @@ def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     shape = x_bshr.shape[1], x_bshr.shape[3] // 2
     check_tensor("cos", cos, shape, (FP32,))
     check_tensor("sin", sin, shape, (FP32,))
-    return RotaryEmbFunction.apply(x_bshr, cos, sin)
+    return TritonRotaryEmb.apply(x_bshr, cos, sin)
 
 
 # ── For the ahead-of-time compiler: V3's shapes ──
 
-N, D, F, H = 4096, 7168, 2048, 128
+N, D = 4096, 7168
+F, H = 2048, 128
 
 
 def norm_cases() -> list[AOTCase]:
-    """Return RMSNorm and its backward pass, of rows and of the latent inside wider rows."""
+    """Return cases of RMSNorm and its backward pass, on rows and on the latent within wider rows."""
     row, latent = {"BLOCK_D": 8192}, {"BLOCK_D": 512}
     bf16_args = BF16, BF16, BF16, FP32, N, D, D, 1e-6, 4
     fp32_args = FP32, FP32, FP32, FP32, N, D, D, 1e-6, 4
@@ -373,7 +376,7 @@ def norm_cases() -> list[AOTCase]:
 
 
 def elementwise_cases() -> list[AOTCase]:
-    """Return SwiGLU and RoPE: of the queries, and of the one key that all heads share."""
+    """Return cases of SwiGLU and of RoPE, on the queries and on the key that all heads share."""
     ffn = {"BLOCK_F": F}
     swiglu_args = BF16, BF16, BF16, 8 * N, F, F, F, 4
     swiglu_backward = BF16, BF16, BF16, BF16, BF16, 8 * N, F, F, F, F, 4

@@ -1,6 +1,7 @@
-"""Quantization to FP8: values and their scales, with one read and one write of memory each."""
+"""Quantization to FP8: each kernel reads its input once and writes values and scales once."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from dsv3_ref.kernels.launch import (
 )
 from dsv3_ref.kernels.norm import check_norm_inputs, rms_norm_backward
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3_ref import fp8  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
@@ -28,7 +30,7 @@ from dsv3_ref.ops import impl
 COUNT_DTYPES = (torch.int64, INT32)
 
 
-# ── One number: its scale, its FP8 value ──
+# ── Scale and FP8 value of one number ──
 
 
 @triton.jit
@@ -45,13 +47,13 @@ def float_from_bits(b):
 
 @triton.jit
 def div_448(x):
-    """Compute x / 448 = x / 7 / 64 to the last bit: 7 · high is exact, so one rounding is left."""
+    """Compute x / 448 = x / 7 / 64 to the last bit: 7 · high is exact, so one rounding remains."""
     high = float_from_bits(float_bits(tl.minimum(x, 3.4028234663852886e38) * (1 / 7)) & -16)
     return (high + (x - 7 * high) * (1 / 7)) * (1 / 64)
 
 
 @triton.jit
-def amax_to_scale(amax, USE_UE8M0: tl.constexpr):
+def e4m3_scale(amax, USE_UE8M0: tl.constexpr):
     """Compute s = amax / 448, with USE_UE8M0 rounded up to a power of two."""
     s = div_448(tl.maximum(amax, 1e-30))
     if USE_UE8M0:
@@ -61,15 +63,14 @@ def amax_to_scale(amax, USE_UE8M0: tl.constexpr):
 
 @triton.jit
 def exact_div_bf16(x, s):
-    """Compute x / s for bf16 x and s = amax/448 of a bf16 amax, exactly where E4M3(x / s) needs it.
+    """Compute x / s for bf16 x and s = amax/448 of a bf16 amax, exactly enough for E4M3(x / s).
 
-    1/s = high + low, high of 16 bits: x · high is exact, and so is every step up to low. A true
+    1/s = high + low, high with 16 bits: x · high is exact, and so is every step up to low. A true
     division takes a dozen instructions per number, more than memory bandwidth hides; this takes two.
     """
     inverse = 1.0 / s
-    high = float_from_bits(
-        float_bits(inverse) - 4 & -256
-    )  # below 1/s, so that low > 0 and x = −0 gives −0
+    # below 1/s, so that low > 0 and x = −0 gives −0
+    high = float_from_bits(float_bits(inverse) - 4 & -256)
     s0 = float_from_bits(float_bits(s) & -65536)  # s = s0 + s1 + s2, eight bits each
     rest = s - s0
     s1 = float_from_bits(float_bits(rest) & -65536)
@@ -78,10 +79,10 @@ def exact_div_bf16(x, s):
 
 
 @triton.jit
-def quantize(x, s, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr):
-    """Compute q = E4M3(x / s), rounded to nearest, at most ±448.
+def cast_to_e4m3(x, s, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr):
+    """Compute q = E4M3(x / s), rounded to nearest and saturated at ±448.
 
-    IS_BF16: x are bf16 numbers, and so was the amax that s comes from.
+    IS_BF16: x holds bf16 numbers, and so did the amax that s was computed from.
     """
     if USE_UE8M0:
         q = x * float_from_bits(0x7F000000 - float_bits(s))  # 1/s, exactly
@@ -110,7 +111,7 @@ TILE_CONFIGS = [
 
 @triton.jit
 def locate_tiles(n, k, BLOCK_N: tl.constexpr):
-    """Return the tiles of this program: their numbers, rows, columns and mask."""
+    """Return the indices, rows, columns and mask of the tiles of this program."""
     kz = tl.cdiv(k, 128)
     t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = (t % kz * 128)[:, None] + tl.arange(0, 128)[None, :]
@@ -122,8 +123,8 @@ def store_tiles(
     q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0: tl.constexpr, IS_BF16: tl.constexpr
 ):
     """Quantize tiles in registers and store their values and scales."""
-    s = amax_to_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
-    tl.store(q_ptr + row * k + col, quantize(y, s[:, None], USE_UE8M0, IS_BF16), mask=mask)
+    s = e4m3_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
+    tl.store(q_ptr + row * k + col, cast_to_e4m3(y, s[:, None], USE_UE8M0, IS_BF16), mask=mask)
     tl.store(s_ptr + t, s, mask=t < n * tl.cdiv(k, 128))
 
 
@@ -132,7 +133,7 @@ def store_tiles(
 def _act_quant_kernel(
     x_ptr, q_ptr, s_ptr, n, k, stride, USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Quantize tiles in the order of memory: s = max|x| / 448, q = E4M3(x / s)."""
+    """Quantize tiles in memory order: s = max|x| / 448, q = E4M3(x / s)."""
     t, row, col, mask = locate_tiles(n, k, BLOCK_N)
     x = tl.load(x_ptr + row * stride + col, mask=mask, other=0.0)
     is_bf16: tl.constexpr = x.dtype == tl.bfloat16
@@ -157,7 +158,7 @@ def act_quant(x: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
 @triton.autotune([kernel_config(8), kernel_config(16)], key=["o", "i"])
 @triton.jit
 def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, USE_UE8M0: tl.constexpr):
-    """Quantize a block held in registers: s = max|w| / 448, q = E4M3(w / s)."""
+    """Quantize a block in registers: s = max|w| / 448, q = E4M3(w / s)."""
     block = tl.program_id(0)
     oz, iz = tl.cdiv(o, 128), tl.cdiv(i, 128)
     row = block // iz % oz * 128 + tl.arange(0, 128)
@@ -168,8 +169,8 @@ def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, USE_UE8M0: tl.constexpr):
     w = tl.load(w_ptr + offset, mask=mask, other=0.0)
     is_bf16: tl.constexpr = w.dtype == tl.bfloat16
     w = w.to(tl.float32)
-    s = amax_to_scale(tl.max(tl.max(tl.abs(w), 1), 0), USE_UE8M0)
-    tl.store(q_ptr + offset, quantize(w, s, USE_UE8M0, is_bf16), mask=mask)
+    s = e4m3_scale(tl.max(tl.max(tl.abs(w), 1), 0), USE_UE8M0)
+    tl.store(q_ptr + offset, cast_to_e4m3(w, s, USE_UE8M0, is_bf16), mask=mask)
     tl.store(s_ptr + block, s)
 
 
@@ -185,7 +186,7 @@ def weight_quant(w: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     return q, s
 
 
-# ── The expert's rows in each tile of 128 ──
+# ── The map of tiles of 128 rows to experts ──
 
 
 @triton.jit
@@ -205,11 +206,11 @@ def _tile_map_kernel(count_ptr, map_ptr, end_ptr, e, n_z, BLOCK_E: tl.constexpr)
 
 
 def tile_map(tokens_per_expert_e: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Map m rows sorted by expert to tiles without a synchronization: (3, Z) and (e,), int32.
+    """Map m rows sorted by expert to tiles of 128 rows, without a synchronization.
 
-    The first tensor holds for each tile of 128 rows its first row, the end of its expert's rows and
-    the expert; an unused tile ends at 0. The second holds the index after each expert's last tile.
-    Z = ⌊m/128⌋ + e bounds the number of tiles for any counts.
+    Returns two int32 tensors. The first, (3, Z), holds for each tile its first row, the end of its
+    expert's rows and the expert; the end of an unused tile is 0. The second, (e,), holds the index
+    after the last tile of each expert. Z = ⌊m/128⌋ + e bounds the number of tiles for any counts.
     """
     check_tensor("tokens_per_expert_e", tokens_per_expert_e, (None,), COUNT_DTYPES)
     e, n_z = len(tokens_per_expert_e), m // 128 + len(tokens_per_expert_e)
@@ -233,7 +234,7 @@ COLUMN_CONFIGS = [
 
 @triton.jit
 def locate_tile_rows(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
-    """Return the 128 rows of tile z, which of them exist, and whether the tile is used."""
+    """Return the 128 rows of tile z, a mask of those that exist, and whether the tile is used."""
     if GROUPED:
         first, end = tl.load(map_ptr + z), tl.load(map_ptr + n_z + z)
     else:
@@ -246,9 +247,9 @@ def locate_tile_rows(map_ptr, z, m, n_z, GROUPED: tl.constexpr):
 def store_columns(
     q_ptr, s_ptr, y, z, col, used, k, n_z, IS_BF16: tl.constexpr, USE_UE8M0: tl.constexpr
 ):
-    """Quantize 128 rows along the tokens: q (k, 128·Z), s (k, Z), scale 1 in an unused tile."""
-    s = tl.where(used, amax_to_scale(tl.max(tl.abs(y), 0), USE_UE8M0), 1.0)
-    q = quantize(y, s[None, :], USE_UE8M0, IS_BF16).trans()
+    """Quantize 128 rows along the tokens: q (k, 128·Z), s (k, Z); unused tiles have scale 1."""
+    s = tl.where(used, e4m3_scale(tl.max(tl.abs(y), 0), USE_UE8M0), 1.0)
+    q = cast_to_e4m3(y, s[None, :], USE_UE8M0, IS_BF16).trans()
     tile = col.to(tl.int64) * n_z + z
     tl.store(q_ptr + (tile * 128)[:, None] + tl.arange(0, 128)[None, :], q, mask=(col < k)[:, None])
     tl.store(s_ptr + tile, s, mask=col < k)
@@ -277,7 +278,7 @@ def _act_quant_transposed_kernel(
 def alloc_columns(
     m: int, k: int, tokens_per_expert_e: Tensor | None, like: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the tile map, values (k, 128·Z) and scales (k, Z) for m rows along the tokens."""
+    """Return the tile map of m rows and uninitialized values (k, 128·Z) and scales (k, Z)."""
     n_z, map_xz = m // 128 + 1, None
     if tokens_per_expert_e is not None:
         n_z, map_xz = m // 128 + len(tokens_per_expert_e), tile_map(tokens_per_expert_e, m)[0]
@@ -288,7 +289,7 @@ def alloc_columns(
 def quantize_columns(
     x_mk: Tensor, x_s: Tensor | None, tokens_per_expert_e: Tensor | None, use_ue8m0: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run `act_quant_transposed` on numbers or, with scales x_s, on values of FP8."""
+    """Quantize (m, k) in tiles of 128 × 1, transposed; with scales x_s, x_mk holds FP8 values."""
     m, k = x_mk.shape
     map_xz, q, s = alloc_columns(m, k, tokens_per_expert_e, x_mk)
     if q.numel():
@@ -333,7 +334,7 @@ def _rms_norm_quant_kernel(
     x_ptr, weight_ptr, y_ptr, q_ptr, s_ptr, rstd_ptr, k, stride, eps,
     USE_UE8M0: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
-    """Normalize and quantize a row held in tiles of 128.
+    """Normalize and quantize a row in tiles of 128.
 
     y = x / √(mean(x²) + ε) · weight, s = max|y| / 448, q = E4M3(y / s).
     """
@@ -348,16 +349,19 @@ def _rms_norm_quant_kernel(
     tl.store(y_ptr + n * k + col, y, mask=col < k)
     is_bf16: tl.constexpr = y.dtype == tl.bfloat16
     y, kz = y.to(tl.float32), tl.cdiv(k, 128)
-    s = amax_to_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
-    tl.store(q_ptr + n * k + col, quantize(y, s[:, None], USE_UE8M0, is_bf16), mask=col < k)
+    s = e4m3_scale(tl.max(tl.abs(y), 1), USE_UE8M0)
+    q = cast_to_e4m3(y, s[:, None], USE_UE8M0, is_bf16)
+    tl.store(q_ptr + n * k + col, q, mask=col < k)
     tl.store(s_ptr + n * kz + z, s, mask=z < kz)
 
 
-class RMSNormQuant(torch.autograd.Function):
+class TritonRMSNormQuant(torch.autograd.Function):
     """RMSNorm whose output is quantized too; the backward pass is that of RMSNorm."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps, dtype, use_ue8m0):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, use_ue8m0: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x_nk, y = as_rows(x), x.new_empty(x.shape, dtype=dtype)
         q, s = alloc_quantized(x)
         rstd_n, block_z = x.new_empty(len(x_nk), dtype=FP32), triton.next_power_of_2(s.shape[-1])
@@ -370,8 +374,8 @@ class RMSNormQuant(torch.autograd.Function):
         return y, q, s
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, *_):
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         return *rms_norm_backward(g, *ctx.saved_tensors), None, None, None
 
 
@@ -388,7 +392,7 @@ def rms_norm_quant(
     The gradient flows through y.
     """
     check_norm_inputs(x, weight, dtype)
-    return RMSNormQuant.apply(x, weight, eps, dtype or x.dtype, use_ue8m0)
+    return TritonRMSNormQuant.apply(x, weight, eps, dtype or x.dtype, use_ue8m0)
 
 
 @triton.jit
@@ -440,7 +444,7 @@ def _swiglu_quant_backward_kernel(
 ):  # fmt: skip
     """Compute dgate = g·up·σ·(1 + gate·(1 − σ)) and dup = g·gate·σ, with σ of gate.
 
-    Recompute y = gate·σ·up and quantize it along the tokens.
+    Also recomputes y = gate·σ·up and quantizes it along the tokens.
     """
     nk = tl.cdiv(k, BLOCK_K)
     z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -453,7 +457,8 @@ def _swiglu_quant_backward_kernel(
     up = tl.load(up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     up *= tl.load(up_s_ptr + offset_s, mask=exists, other=0.0)[:, None]
     g = tl.load(g_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
-    gate, up, wide = round_like(gate, g), round_like(up, g), g.to(tl.float32)
+    gate, up = round_like(gate, g), round_like(up, g)
+    wide = g.to(tl.float32)
     sigma = sigmoid(gate)
     dgate = round_like(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
     h = round_like(gate * sigma, g)
@@ -494,12 +499,12 @@ def swiglu_quant_backward(
 
 INPUT_DTYPES = {"bf16": BF16, "fp32": FP32}
 SCALE_FORMATS = {"": {"USE_UE8M0": False}, "_ue8m0": {"USE_UE8M0": True}}
-ROW_FORMATS = {"": None, "_grouped": INT32}  # of the tile map
+ROW_FORMATS = {"": None, "_grouped": INT32}  # dtype of the tile map
 QUANTIZED_PTRS = E4M3, FP32
 
 
 def forward_cases() -> Iterator[AOTCase]:
-    """Yield the kernels that quantize along a row, for every dtype and scale format."""
+    """Yield cases of the kernels that quantize along a row, for every dtype and scale format."""
     for suffix, meta in SCALE_FORMATS.items():
         for name, dtype in INPUT_DTYPES.items():
             act = dtype, *QUANTIZED_PTRS, 4096, 7168, 7168
@@ -514,7 +519,7 @@ def forward_cases() -> Iterator[AOTCase]:
 
 
 def transposed_cases() -> Iterator[AOTCase]:
-    """Yield the kernels that quantize along the tokens, of one weight and by expert."""
+    """Yield cases of the kernels that quantize along the tokens, for one weight and by expert."""
     tile_map_args = torch.int64, INT32, INT32, 256, 288
     yield AOTCase("tile_map", _tile_map_kernel, tile_map_args, {"BLOCK_E": 256})
     for rows, map_ptr in ROW_FORMATS.items():
