@@ -218,7 +218,7 @@ def read(root: Path) -> Book:
     """Read the chapters, modules and README of a repository."""
     chapters = [read_chapter(root, p) for p in sorted(root.glob("notebooks/[0-9]*.ipynb"))]
     exported_to = list(chain.from_iterable(c.modules() for c in chapters))
-    every = [*root.glob("dsv3_ref/**/*.py"), *root.glob("kernels/*.py")]
+    every = [*root.glob("dsv3_ref/**/*.py"), *root.glob("kernels/**/*.py")]
     names = sorted(str(p.relative_to(root)) for p in every)
     modules = [read_module(root, x) for x in dict.fromkeys([*exported_to, *names])]
     return Book(root, chapters, modules, (root / "README.md").read_text())

@@ -248,7 +248,7 @@ def test_choose_refuses():
         "^scores_bse must be contiguous", moe.group_limited_topk, score.T.contiguous().T, 3, 3, 2, 2
     )
     refused(
-        "^scores_bse has 12 experts, which make no 5 equal",
+        "^scores_bse must have a multiple of 5 experts, not 12",
         moe.group_limited_topk,
         score,
         3,

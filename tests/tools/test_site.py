@@ -111,7 +111,7 @@ def test_the_search_index_knows_the_chapters_and_not_the_code(site):
 
 def test_where_it_is_names_every_module_kernel_and_chapter(site):
     html = text(site, "where.html")
-    for path in [*ROOT.glob("dsv3_ref/**/*.py"), *ROOT.glob("kernels/*.py")]:
+    for path in [*ROOT.glob("dsv3_ref/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
         to = path.relative_to(ROOT).with_suffix(".html")
         assert f'href="{to}"' in html, to
     for path in CHAPTERS:

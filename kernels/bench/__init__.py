@@ -1,0 +1,11 @@
+"""Time every kernel on this GPU, next to the limits of the GPU, yardsticks and goals.
+
+    python -m dsv3_ref.kernels.bench                     test the kernels, then time all of them
+    python -m dsv3_ref.kernels.bench --dry-run           list the cases; needs no GPU
+    python -m dsv3_ref.kernels.bench --only fp8 wgrad    cases whose name contains one of these
+
+Times are medians of interleaved rounds, taken by CUDA events with a cold L2. The limit of a case is
+the larger of two lower bounds: its bytes (each input read once, each output written once) over the
+rate of a copy, and its FLOPs over the rate of cuBLAS. Both rates are measured here; FP8 may reach
+twice that of bf16. A case that fails is reported as a row, and the exit status is then 1.
+"""
