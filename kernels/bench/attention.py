@@ -95,9 +95,9 @@ def case_varlen_attention(b: int, s: int, h: int) -> Case:
     x, v = QK_HEAD_DIM, V3.v_head_dim
 
     def make() -> Calls:
-        q_k_v = [randn(b * s, h, width) for width in (x, x, v)]
+        q, k, values = (randn(b * s, h, width) for width in (x, x, v))
         cu_seqlens = torch.arange(0, b * s + 1, s)
-        return vs_torch(lambda: mla.varlen_attention(*q_k_v, cu_seqlens, SCALE))
+        return vs_torch(lambda: mla.varlen_attention(q, k, values, cu_seqlens, SCALE))
 
     sizes = {"b": b, "s": s, "h": h}
     flops = b * h * s * s * (x + v)
@@ -137,8 +137,8 @@ def case_latent_attention(b: int, t: int, h: int) -> Case:
     c, r = V3.kv_lora_rank, V3.qk_rope_head_dim
 
     def make() -> Calls:
-        q_c, q_r = randn(b, 1, h, c), randn(b, 1, h, r)
-        latent, key = randn(b, t, c + r).split([c, r], -1)
-        return vs_torch(lambda: mla.latent_attention(q_c, q_r, latent, key, SCALE))
+        q_bshc, q_bshr = randn(b, 1, h, c), randn(b, 1, h, r)
+        c_btc, k_btr = randn(b, t, c + r).split([c, r], -1)
+        return vs_torch(lambda: mla.latent_attention(q_bshc, q_bshr, c_btc, k_btr, SCALE))
 
     return Case("latent_attention", {"b": b, "t": t, "h": h}, make, *decode_costs(b, t, h))
