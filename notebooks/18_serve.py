@@ -12,15 +12,15 @@
 # ---
 
 # %% [markdown]
-# # 18 · Serving: many talks, one model
+# # 18 · Serving: many requests, one model
 
 # %% [markdown]
 # ## Why
-# [Chapter 08](08_generate.ipynb) writes for one caller. A server has many, who come when they like, with prompts of any
-# length, and leave when they like. The simple way is to collect eight requests, write them side by side and take the
-# next eight. But answers differ in length, and all wait for the longest: below, **more than half** of the places in
-# the batch compute nothing. A decoding step with eight rows costs far less than eight steps with one (measured below), so an empty place is an
-# answer that could have been cheap. *Continuous batching* fills a place the moment it becomes empty.
+# [Chapter 08](08_generate.ipynb) generates text for one caller. A server has many. Their requests arrive at any time, have
+# prompts of any length, and may be canceled at any time. The simple way is to collect eight requests, decode them as one batch, and then
+# take the next eight. But answers differ in length, and the batch takes as long as its longest answer: below, **more than half** of the
+# batch slots are idle. A decoding step with eight requests costs far less than eight steps with one (measured below), so every idle slot wastes
+# an answer that would have been cheap. *Continuous batching* refills a slot as soon as it becomes free.
 
 # %%
 import random
@@ -34,16 +34,18 @@ from dsv3_ref.viz import BLUE, GRAY, GREEN, ORANGE, checker, figure, play, show
 torch.manual_seed(0)
 
 
-def filled(lengths: list[int], places: int, continuous: bool) -> list[int]:
-    """How many places work, step by step."""
-    waiting, live, out = list(lengths), [], []
-    while waiting or live:
-        if continuous or not live:
-            while waiting and len(live) < places:
-                live.append(waiting.pop(0))
-        out.append(len(live))
-        live = [n - 1 for n in live if n > 1]
-    return out
+def count_busy(lengths: list[int], num_slots: int, continuous: bool) -> list[int]:
+    """Return the number of busy batch slots in every step."""
+    waiting = list(lengths)
+    running = []  # tokens left
+    busy = []
+    while waiting or running:
+        if continuous or not running:
+            while waiting and len(running) < num_slots:
+                running.append(waiting.pop(0))
+        busy.append(len(running))
+        running = [n - 1 for n in running if n > 1]
+    return busy
 
 
 dice = random.Random(0)
@@ -53,28 +55,28 @@ for name, continuous, color in (
     ("one batch after another", False, ORANGE),
     ("continuous", True, BLUE),
 ):
-    busy = filled(lengths, 8, continuous)
+    busy = count_busy(lengths, 8, continuous)
     share = sum(busy) / (8 * len(busy))
     ax.step(
-        range(len(busy)), busy, color=color, label=f"{name}: {len(busy)} steps, {share:.0%} full"
+        range(len(busy)), busy, color=color, label=f"{name}: {len(busy)} steps, {share:.0%} busy"
     )
-ax.set(xlabel="step", ylabel="places that work", ylim=(0, 11), title="48 answers, 8 places")
+ax.set(xlabel="step", ylabel="busy slots", ylim=(0, 11), title="48 answers, 8 batch slots")
 ax.legend(loc="upper right", ncols=2, fontsize=8)
 show(fig)
-assert len(filled(lengths, 8, True)) < 0.65 * len(filled(lengths, 8, False))
+assert len(count_busy(lengths, 8, True)) < 0.65 * len(count_busy(lengths, 8, False))
 
 # %% [markdown]
 # ## Paper
-# §3.4 deploys V3 as two services. *Prefill* reads prompts on units of 32 GPUs, *decoding* writes on units of 320, each with the parallelism that
-# suits it, and the latent cache of a prompt travels from one to the other. Prefill treats two micro-batches at a time,
-# so that one computes while the other's tokens travel. Decoding gives each GPU one expert of every layer, which sees a batch of usually no more than 256 tokens,
-# so that reading its weights is the limit. Experts that are in demand have copies ("redundant experts"), placed
-# anew about every ten minutes from the loads that were seen. And §5.4.3 lets MTP draft one token, for 1.8 times the speed.
+# §3.4 deploys V3 as two services. *Prefill* processes prompts on units of 32 GPUs, and *decoding* generates text on units of 320. Each uses the parallelism that
+# suits it, and the KV cache of a prompt is transferred from one to the other. Prefill processes two micro-batches at a time,
+# so that one computes while the other communicates. In decoding each GPU holds one expert of every layer. Its batch is usually at most 256 tokens,
+# so reading the expert's weights is the bottleneck. Experts in demand have copies ("redundant experts"), which are placed
+# again about every ten minutes according to the observed loads. §5.4.3 lets MTP draft one token, which makes decoding 1.8 times as fast.
 #
-# The report says nothing about the server itself: who shares memory, who waits, whose prompt was read before. We build that, with ideas
-# known from PagedAttention (Kwon et al., 2023), Orca (Yu et al., 2022) and Sarathi (Agrawal et al., 2023).
+# The report does not describe the server itself: how memory is shared, which request waits, and when a known prefix is reused. We build that with ideas
+# from PagedAttention (Kwon et al., 2023), Orca (Yu et al., 2022) and Sarathi (Agrawal et al., 2023).
 #
-# Axes: `b` rows (requests), `s` positions of this step, `t` positions in the cache, `p` pages, `y` slots of a page, `x` latent and rotary key, $c + r$ numbers; `l` layers, `h` heads, `d` model, `w` words.
+# Axes: `b` requests, `s` positions of this step, `t` positions in the cache, `p` pages, `y` slots of a page, `x` latent and rotary key, $c + r$ numbers; `l` layers, `h` heads, `d` model, `w` vocabulary.
 
 # %%
 #| export
@@ -97,25 +99,25 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.rope import rope_cos_sin
 
 # %% [markdown]
-# The engine is made of five parts, each with one task, under the names that vLLM gave them: a `BlockPool` knows which pages are free, a `Request` is the text
-# of one caller, a `Scheduler` decides who reads and who writes, a `ModelRunner` computes, and a `Speculator` drafts and verifies. An `Engine` holds them together.
+# The engine has five parts, named as in vLLM. A `BlockPool` tracks which pages are free. A `Request` holds the tokens
+# of one request. A `Scheduler` decides which requests are prefilled and which decode. A `ModelRunner` runs the model. A `Speculator` drafts tokens and verifies them. An `Engine` combines these parts.
 #
 # ## Pages
-# The length of an answer is not known beforehand. To reserve the longest possible stretch for each would leave most memory empty. So the
-# cache is cut into pages (in code: *blocks*) of $y$ positions, and a request has a *block table*, the list of its pages. Position $t$ of request $b$ lies in
+# The length of an answer is not known beforehand. Reserving the maximum length for each request would leave most of the memory empty. So the
+# cache is divided into pages (in code: *blocks*) of $y$ positions, and each request has a *block table*, the list of its pages. Position $t$ of request $b$ is stored in
 #
 # $$\text{page}_t = \text{table}_{b,\lfloor t/y\rfloor},\qquad \text{slot}_t = t \bmod y$$
 #
-# which wastes at most $y-1$ positions per request. One table serves all layers.
+# which wastes at most $y-1$ positions per request. All layers use the same table.
 #
-# The latents of a page are a function of the tokens up to its end and of nothing else. So if a prompt begins like one that was read before, its pages
-# can be *shared*. A full page is identified by a hash that contains all that came before it:
+# The latents of a page depend only on the tokens up to its end. So if a prompt begins like an earlier one, the two can *share*
+# the pages of their common prefix. A full page is identified by a hash that covers all preceding tokens:
 #
 # $$\text{hash}_i = H(\text{hash}_{i-1},\ \text{tokens of page } i)$$
 #
-# $H$ is SHA-256: with a weak hash an attacker could construct a prompt that is answered from another's cache. Each page counts its users. One that
-# has a hash and no users is *evictable*: it stays until memory is needed, and then the one that has been unused longest goes first. A
-# request returns its pages from the last to the first, so a chain loses its end before its beginning.
+# $H$ is SHA-256: with a weak hash an attacker could construct a prompt that collides with another user's and is answered from that user's cache. Each page counts its users. A page that
+# has a hash and no users is *evictable*: it stays until memory is needed, and then the least recently used page is evicted first. A
+# request frees its pages from last to first, so a chain of pages loses its end before its beginning.
 
 
 # %%
@@ -125,7 +127,7 @@ def hash_blocks(
 ) -> list[bytes]:
     """Return the hashes of full blocks, hash_i = SHA-256(hash_{i−1}, tokens of block i).
 
-    prefix_hashes: those of the first blocks, which are known.
+    prefix_hashes: known hashes of the first blocks.
     """
     hashes = list(prefix_hashes)
     for i in range(len(hashes), len(tokens) // block_size):
@@ -135,7 +137,7 @@ def hash_blocks(
 
 
 class BlockPool:
-    """Blocks of the cache: used by some requests, evictable but known by hash, or free."""
+    """The blocks of the cache: in use, evictable (unused, but known by hash) or free."""
 
     def __init__(self, num_blocks: int, block_size: int):
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -143,7 +145,7 @@ class BlockPool:
         self.ref_cnt = [0] * num_blocks
         self.block_hash: dict[int, bytes] = {}  # of a full block
         self.cached_blocks: dict[bytes, int] = {}  # hash → block
-        self.evictable: OrderedDict[int, None] = OrderedDict()  # the longest unused first
+        self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
     def num_free(self) -> int:
@@ -156,7 +158,7 @@ class BlockPool:
         return self.num_blocks - self.num_free
 
     def allocate(self) -> int | None:
-        """Return a block to write in, if need be an evicted one; None if all are in use."""
+        """Return a block to write to, evicting one if necessary; None if all are in use."""
         if not self.num_free:
             return None
         if not self.free_blocks:
@@ -168,7 +170,7 @@ class BlockPool:
         return block
 
     def get_cached_blocks(self, hashes: Sequence[bytes]) -> list[int]:
-        """Return the blocks of the longest known beginning, and count one more user of each."""
+        """Return the blocks of the longest known prefix, and add one user to each."""
         blocks = []
         for block_hash in hashes:
             if (block := self.cached_blocks.get(block_hash)) is None:
@@ -179,7 +181,7 @@ class BlockPool:
         return blocks
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Count one user less of each of these blocks."""
+        """Remove one user from each of these blocks."""
         for block in reversed(blocks):
             self.ref_cnt[block] -= 1
             if not self.ref_cnt[block]:
@@ -189,22 +191,22 @@ class BlockPool:
                     self.free_blocks.append(block)
 
     def cache_block(self, block: int, block_hash: bytes) -> None:
-        """Make a full block known by its hash, unless another block is known by it."""
+        """Register a full block under its hash, unless another block has that hash."""
         if block_hash not in self.cached_blocks and block not in self.block_hash:
             self.cached_blocks[block_hash] = block
             self.block_hash[block] = block_hash
 
     def reset_prefix_cache(self) -> None:
-        """Forget all hashes, because the weights have changed."""
+        """Forget all hashes; call it when the weights have changed."""
         self.free_blocks += self.evictable
-        for known in (self.evictable, self.block_hash, self.cached_blocks):
-            known.clear()
+        for table in (self.evictable, self.block_hash, self.cached_blocks):
+            table.clear()
 
 
 # %%
 pool = BlockPool(6, 4)
 first = [pool.allocate() for _ in range(3)]
-hashes = hash_blocks(range(10), 4)  # two full pages and a half
+hashes = hash_blocks(range(10), 4)  # two full pages and half of a third
 for block, block_hash in zip(first, hashes):
     pool.cache_block(block, block_hash)
 shared = pool.get_cached_blocks(hash_blocks([*range(8), 77, 78, 79, 80], 4))  # the third differs
@@ -214,16 +216,16 @@ pool.free(shared)
 assert pool.num_free == 6
 assert list(pool.evictable) == [first[1], first[0]]  # the end of the chain first
 taken = [pool.allocate() for _ in range(5)]
-assert pool.get_cached_blocks(hashes) == [first[0]]  # its successor was overwritten
+assert pool.get_cached_blocks(hashes) == [first[0]]  # its successor was evicted
 assert pool.allocate() is None and hash_blocks([5, *range(1, 8)], 4)[1] != hashes[1]
-print("6 pages: 3 used, 2 of them shared, evictable, found again, at last overwritten")
+print("6 pages: 3 used, 2 of them shared, then evictable, found again, and finally evicted")
 
 # %% [markdown]
 # ## A request
-# What the server knows of a request is the text so far and how much of it the model has read, $n$. All states follow from
-# these: a new prompt is all unread; a request that decodes has exactly one token unread, the one just chosen; and a
-# request that lost its pages is simply unread again. So "prefill" and "recover" are one piece of code. With $D$ drafts the MTP modules have
-# read less (chapter 08), and the hidden states between the two wait in `h_sd`.
+# The state of a request is its tokens and the number $n$ of them that the model has processed. All stages of a request follow from
+# these two. For a new prompt, $n = 0$. A request that decodes has exactly one unprocessed token, the one just sampled. A
+# request that lost its pages starts again with $n = 0$, so prefill and recovery after preemption are the same code. With $D$ drafts the MTP modules have
+# processed fewer tokens than the main model (chapter 08), and the hidden states of the positions in between are kept in `h_sd`.
 
 
 # %%
@@ -234,24 +236,24 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """One request: its tokens, how many of them are computed, and the blocks of their latents."""
+    """One request: its tokens, how many of them are computed, and the blocks with their latents."""
 
     tokens: list[int]  # the prompt, then the output
     max_tokens: int
-    # with random numbers of its own, so that neighbors change nothing
+    # with its own random number generator, so that other requests have no influence
     sampling_params: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
-    num_logprobs: int = -1  # of the likeliest tokens beside the chosen one's; −1: none at all
+    num_logprobs: int = -1  # alternatives per token; −1: no log-probabilities at all
     num_computed_tokens: int = 0  # n
     num_mtp_computed_tokens: int = 0  # by the MTP modules
-    h_sd: Tensor | None = None  # hidden states of the positions between the two
+    h_sd: Tensor | None = None  # hidden states of the positions between the two counts
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    num_cached_blocks: int = 0  # blocks that are known by their hash
-    num_cached_tokens: int = 0  # positions of the prompt that another request had computed
-    remote_prefill: bool = False  # the prompt is being read by another process
-    num_present_tokens: int = 0  # for a prefill process: positions that the other side has
-    aborted: bool = False  # the client is gone
+    num_cached_blocks: int = 0  # blocks registered under their hash
+    num_cached_tokens: int = 0  # prompt tokens found in the cache
+    remote_prefill: bool = False  # another process computes the prompt
+    num_present_tokens: int = 0  # in a prefill process: tokens that the receiver already has
+    aborted: bool = False  # the client has disconnected
     finish_reason: str = ""  # stop, length, abort, prefilled, error; "" while it runs
     logprobs: list = field(default_factory=list)  # per output token, unless num_logprobs is −1
 
@@ -264,8 +266,14 @@ class Request:
         return self.tokens[self.num_prompt_tokens :]
 
     @property
+    def pending_h_sd(self) -> Tensor:
+        """The hidden states that the MTP modules have not processed; raises if there are none."""
+        assert self.h_sd is not None, "the main model has not computed this request"
+        return self.h_sd
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        """The number of tokens that the model has not read."""
+        """The number of tokens that the model has not processed."""
         return len(self.tokens) - self.num_computed_tokens
 
     def append_tokens(self, tokens: list[int]) -> list[int]:
@@ -283,20 +291,20 @@ class Request:
 
 # %% [markdown]
 # ## The scheduler
-# The engine repeats one step: **admit** requests while there is room; **prefill** at most `prefill_chunk` tokens of prompts, the oldest first; let all requests
-# that are ready **decode** one token; **retire** those that ended. Reading a prompt of $N$ tokens whole would stop
-# all others for the time of $N$ tokens; in chunks no request waits longer than
+# The engine repeats one step: **admit** requests while there is room; **prefill** at most `prefill_chunk` prompt tokens, oldest request first; **decode** one token for
+# every request whose prompt is complete; **remove** finished requests. Processing a prompt of $N$ tokens at once would stall
+# all other requests for as long as $N$ tokens take. With chunks, the time between two tokens is bounded:
 #
-# $$\text{time of a step} \le \text{time}(\text{chunk tokens}) + \text{time}(\text{one token of every request})$$
+# $$\text{time of a step} \le \text{time}(\text{tokens of a chunk}) + \text{time}(\text{one token of every request})$$
 #
-# Pages are allocated only when they are needed. If there are none, the *youngest* request gives up all of its pages and goes back to the front of the queue; the
-# oldest is never disturbed, so every request ends. A request that could not end even alone is refused at the door. The scheduler never sees the model: it decides by counting.
+# Pages are allocated only when they are needed. If none is free, the *youngest* request is preempted: it gives up all of its pages and returns to the front of the queue. The
+# oldest request is never preempted, so every request finishes. A request that would not fit even alone is rejected on arrival. The scheduler never sees the model: all of its decisions are based on counts.
 
 
 # %%
 #| export
 class Scheduler:
-    """The queue, the running requests, and who has which block; no model in sight."""
+    """The queue, the running requests and their blocks; independent of the model."""
 
     def __init__(
         self, block_pool: BlockPool, max_num_seqs: int, max_queue: int, prefill_chunk: int,
@@ -313,9 +321,9 @@ class Scheduler:
         self.counters: Counter = Counter()
 
     def submit(self, *requests: Request) -> None:
-        """Queue requests, all or none.
+        """Queue all requests or none.
 
-        Raises `QueueFull`, or a `UserError` for a request that can never end.
+        Raises `QueueFull`, or a `UserError` for a request that would not fit even alone.
         """
         for request in requests:
             if not request.tokens or request.max_tokens < 1:
@@ -331,7 +339,7 @@ class Scheduler:
         self.waiting.extend(requests)
 
     def schedule_waiting(self) -> None:
-        """Admit requests in order while there are places and blocks that no other needs."""
+        """Admit requests in order while there are free slots and enough blocks for all prompts."""
         while self.waiting and len(self.running) < self.max_num_seqs:
             promised = sum(max(0, self.num_blocks_needed(request)) for request in self.running)
             needed = promised + self.num_blocks_needed(self.waiting[0])
@@ -340,12 +348,12 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
 
     def num_blocks_needed(self, request: Request) -> int:
-        """Return how many blocks a request lacks before it can decode."""
+        """Return how many more blocks a request needs before it can decode."""
         num_slots = len(request.tokens) + 1 + self.num_speculative_tokens
         return ceil_div(num_slots, self.block_size) - len(request.block_ids)
 
     def is_decoding(self, request: Request) -> bool:
-        """Return whether only the last token is unread, and the MTP modules have work if asked."""
+        """Return whether a request can decode: its prompt is computed and it has not finished."""
         is_prefilled = request.num_uncomputed_tokens == 1 and not request.remote_prefill
         if self.num_speculative_tokens:
             is_prefilled &= request.num_mtp_computed_tokens < request.num_computed_tokens
@@ -354,10 +362,10 @@ class Scheduler:
     def prefill_chunks(
         self, send_remote: Callable[[Request], bool] | None = None
     ) -> Iterator[tuple[Request, int]]:
-        """Yield (request, number of its tokens to read), the oldest first, within `prefill_chunk`.
+        """Yield (request, number of tokens to compute), oldest first, up to `prefill_chunk` tokens.
 
-        The caller reads each chunk before it asks for the next, whose request may share the blocks.
-        send_remote may take a whole prompt to another process, if it returns True.
+        The caller must compute each chunk before it requests the next, which may share its blocks.
+        send_remote: sends a whole prompt to another process; returns False if it cannot.
         """
         budget = self.prefill_chunk
         for request in list(self.running):
@@ -374,7 +382,7 @@ class Scheduler:
                 yield request, num_tokens
 
     def prefill_remotely(self, request: Request, send_remote: Callable[[Request], bool]) -> bool:
-        """Allocate a prompt's blocks and send it away; return whether nothing is left to do."""
+        """Allocate a prompt's blocks and send it; return whether no local prefill is needed now."""
         if request.num_uncomputed_tokens == 1:
             return False
         if self.allocate_slots(request, len(request.tokens)):
@@ -382,7 +390,7 @@ class Scheduler:
         return request.remote_prefill or request not in self.running
 
     def decode_batch(self) -> list[Request]:
-        """Return the requests that decode in this step, all with blocks for it."""
+        """Return the requests that decode in this step, after allocating their blocks."""
         ready = [request for request in self.running if self.is_decoding(request)]
         batch = []
         for request in ready:
@@ -392,7 +400,7 @@ class Scheduler:
         return [request for request in batch if request in self.running]  # others were preempted
 
     def match_prefix(self, request: Request) -> None:
-        """Begin with the blocks that are known; at least one token is left to read."""
+        """Give a request the cached blocks of its prefix; leave at least one token to compute."""
         hashes = hash_blocks(request.tokens[:-1], self.block_size, request.block_hashes)
         num_full = (len(request.tokens) - 1) // self.block_size
         request.block_hashes = hashes
@@ -404,9 +412,9 @@ class Scheduler:
         self.counters["prefix_cache_hits"] += num_tokens
 
     def allocate_slots(self, request: Request, num_slots: int) -> bool:
-        """Give a request blocks for so many positions, by preemption of the youngest if need be.
+        """Give a request blocks for `num_slots` positions, preempting the youngest if necessary.
 
-        Returns False if it must wait or was preempted itself.
+        Returns False if the request must wait or was itself preempted.
         """
         while len(request.block_ids) * self.block_size < num_slots:
             if (block := self.block_pool.allocate()) is not None:
@@ -422,21 +430,21 @@ class Scheduler:
         return True
 
     def preempt(self, request: Request) -> None:
-        """Put a request back to the front of the queue, unread."""
+        """Free a request's blocks and return it to the front of the queue."""
         self.running.remove(request)
         self.free(request)
         self.waiting.appendleft(request)
         self.counters["preemptions"] += 1
 
     def free(self, request: Request) -> None:
-        """Take a request's blocks; without them it is unread."""
+        """Free the blocks of a request and reset its counts of computed tokens."""
         self.block_pool.free(request.block_ids)
         request.block_ids, request.h_sd = [], None
         request.num_cached_blocks = 0
         request.num_computed_tokens = request.num_mtp_computed_tokens = 0
 
     def cache_full_blocks(self, request: Request) -> None:
-        """Make full blocks known by their hashes, once the MTP modules have filled them too."""
+        """Register full blocks under their hashes, once the MTP modules have filled them too."""
         num_tokens = request.num_computed_tokens
         if self.num_speculative_tokens:
             num_tokens = min(num_tokens, request.num_mtp_computed_tokens)
@@ -487,35 +495,35 @@ for request, sentence in (
         assert sentence in str(e)
 young.aborted = True
 assert scheduler.drop_aborted() == [young] and not scheduler.waiting
-print("4 pages, two requests of up to 14 tokens: the younger gave way to the older")
+print("4 pages, two requests of up to 14 tokens: the younger was preempted for the older")
 
 # %% [markdown]
 # ## The model runner
-# A step gathers requests of unequal length. In each head, request $b$'s query at position $n_b$ sees its own positions up to there:
+# A step batches requests of different lengths. In each head, the query of request $b$ at position $n_b$ attends to the request's own positions up to $n_b$:
 #
 # $$o_b = \sum_{t \le n_b} p_{bt}\,c_t,\qquad p_{bt} = \operatorname{softmax}_{t \le n_b}\big(\sigma\,(q^C_b \cdot c_t + q^R_b\cdot k_t)\big),\qquad c_t, k_t\ \text{from}\ \text{page}_t, \text{slot}_t$$
 #
-# with $\sigma$ the scale of the softmax, $q^C$ the query's content part already mapped into the latent, $k_t$ the rotary key: $(b,s,h,x) \times (p,y,x) \to (b,s,h,c)$.
+# with $\sigma$ the softmax scale, $q^C$ the query's content part already mapped into the latent space, and $k_t$ the rotary key: $(b,s,h,x) \times (p,y,x) \to (b,s,h,c)$.
 #
-# That is `paged_attention` of [chapter 03](03_mla.ipynb), for which a GPU has [a kernel](../kernels/decode.py). Its plain form takes
-# one request after another; on a CPU the backend "cpu" ([`decoder.py`](../dsv3_ref/cpu/decoder.py)) gathers all at once.
-# Padding goes to one page more than there are, which is never read. Layers are those of chapter 08 with another attention passed in: over pages.
+# This is `paged_attention` of [chapter 03](03_mla.ipynb), for which there is [a GPU kernel](../kernels/decode.py). Its plain form processes
+# one request after another; on a CPU the backend "cpu" ([`decoder.py`](../dsv3_ref/cpu/decoder.py)) gathers the pages of all requests at once.
+# Padding is written to one extra page that is never read. The layers are those of chapter 08 with a different attention: over pages.
 
 
 # %%
 #| export
 class PagedPositions(NamedTuple):
-    """The positions of s new tokens per request: `DecodePositions` of chapter 08, in blocks."""
+    """The positions of s new tokens per request: `DecodePositions` of chapter 08, for blocks."""
 
     cache_index: tuple[Tensor, Tensor]  # (block, slot), both (b, s)
     freqs_cis: Tensor  # rotations, (b, s, 1, r/2)
     block_table_bp: Tensor  # int32
-    cache_seqlens_b: Tensor  # positions that exist afterwards
+    cache_seqlens_b: Tensor  # lengths after this step
     is_prefill: bool  # a prompt's first chunk: attention on expanded keys and values
 
 
 class PagedAttention:
-    """MLA whose cache is blocks, (p, y, c + r)."""
+    """MLA with a cache of blocks, (p, y, c + r)."""
 
     def __init__(self, projections: LatentProjections, kv_pyx: Tensor):
         self.projections, self.kv_pyx = projections, kv_pyx
@@ -537,14 +545,14 @@ class PagedAttention:
 
 
 # %% [markdown]
-# A prompt may also be read by *another process*, as in the report: it is sent away, and a `KVTransfer` with its latents comes back. At
-# full size these are $L\,(c + r)$ numbers per token, 70 kB, which travel once; pages that are here already are not sent.
+# A prompt may also be prefilled by *another process*, as in the report: the prompt is sent there, and a `KVTransfer` with its latents comes back. At
+# full size these are $L\,(c + r)$ numbers per token (70 kB), sent once. Pages that the receiver already has are not sent.
 
 
 # %%
 #| export
 class KVTransfer(NamedTuple):
-    """A prompt that another process read: latents of positions start … n − 1 in all layers."""
+    """A prompt computed by another process: latents of positions start … n − 1 in all layers."""
 
     start: int
     kv_lsx: Tensor
@@ -554,10 +562,12 @@ class KVTransfer(NamedTuple):
 
 
 class ModelRunner:
-    """A model over one pool of blocks, of which the last takes padding."""
+    """A model with a cache of blocks, plus one that receives padding."""
 
     def __init__(self, model: Transformer, num_blocks: int, block_size: int):
-        self.model, self.block_size, self.padding_block = model, block_size, num_blocks
+        self.model = model
+        self.block_size = block_size
+        self.padding_block = num_blocks
         config, w = model.config, model.embed.weight
         shape = num_blocks + 1, block_size, config.kv_lora_rank + config.qk_rope_head_dim
         n_layers = len(model.layers) + len(model.mtp)
@@ -569,7 +579,7 @@ class ModelRunner:
         self.build_layers()
 
     def build_layers(self) -> None:
-        """Build the layers from the weights as they are now, over the same blocks."""
+        """Build the layers from the current weights, with the same cache."""
         weights, caches = decode_weights(self.model), iter(self.kv_caches)
         self.logits = weights.logits
         self.layers = decode_layers(
@@ -577,13 +587,11 @@ class ModelRunner:
         )
 
     def positions(self, tables: list[list[int]], starts: list[int], s: int) -> PagedPositions:
-        """Return the s positions from `starts` in block tables; missing blocks are padding."""
+        """Return s positions per request, from `starts`; missing blocks are padding."""
         width = ceil_div(max(starts) + s, self.block_size)
         padded = [[*x[:width], *[self.padding_block] * (width - len(x))] for x in tables]
-        table_bp, position_bs = (
-            torch.tensor(padded),
-            torch.tensor(starts)[:, None] + torch.arange(s),
-        )
+        table_bp = torch.tensor(padded)
+        position_bs = torch.tensor(starts)[:, None] + torch.arange(s)
         block_bs = table_bp.gather(1, position_bs // self.block_size).to(self.device)
         index = block_bs, (position_bs % self.block_size).to(self.device)
         seqlens_b, last = position_bs[:, -1].to(self.device) + 1, len(self.freqs_cis_tx) - 1
@@ -612,7 +620,7 @@ class ModelRunner:
         return layer(torch.cat((self.embed(token_bs), h_bsd), dim=-1), positions)
 
     def prefill_step(self, request: Request, num_tokens: int) -> Tensor:
-        """Read the next tokens of a request; return their hidden states, (s, d)."""
+        """Compute the next tokens of a request; return their hidden states, (s, d)."""
         start = request.num_computed_tokens
         positions = self.positions([request.block_ids], [start], num_tokens)
         return self.hidden_states([request.tokens[start : start + num_tokens]], positions)[0]
@@ -620,7 +628,7 @@ class ModelRunner:
     def decode_step(
         self, requests: list[Request], drafts: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
-        """Read the last token of every request and its drafts, equally many.
+        """Compute the last token of every request and its drafts, the same number for each.
 
         Returns hidden states, (b, s, d), and logits, (b, s, w).
         """
@@ -631,7 +639,7 @@ class ModelRunner:
         return h_bsd, self.logits(h_bsd)
 
     def export_kv(self, request: Request, logit_w: Tensor) -> KVTransfer:
-        """Return what the decoding process needs of a prompt."""
+        """Return the latents, hidden states and logits that the decoding process needs."""
         start = min(request.num_present_tokens, request.num_computed_tokens)
         index = self.slots(request, start, request.num_computed_tokens)
         kv_lsx = torch.stack([kv_pyx[index] for kv_pyx in self.kv_caches])
@@ -647,14 +655,13 @@ class ModelRunner:
     def slots(self, request: Request, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return (block, slot) of the positions start … end − 1 of a request."""
         position_s = torch.arange(start, end)
-        return torch.tensor(request.block_ids)[
-            position_s // self.block_size
-        ], position_s % self.block_size
+        block_s = torch.tensor(request.block_ids)[position_s // self.block_size]
+        return block_s, position_s % self.block_size
 
 
 # %% [markdown]
-# Hidden states of requests of unequal length must be those of a plain forward pass, whatever pages they lie in, read whole or in chunks; and
-# both forms of the op must agree.
+# Hidden states of requests of different lengths must equal those of a plain forward pass, wherever their pages lie and however the prompt was divided into chunks. Both
+# forms of the op must agree.
 
 # %%
 from dataclasses import replace
@@ -669,39 +676,39 @@ with torch.inference_mode():
     for backends in (("cpu", "torch"), ("torch",)):
         with use(*backends):
             runner = ModelRunner(model, 12, 4)
-            for row, ends in ((0, (0, 9, 13)), (1, (0, 7))):  # read in chunks
+            for row, ends in ((0, (0, 9, 13)), (1, (0, 7))):  # in chunks
                 for a, z in zip(ends, ends[1:]):
                     positions = runner.positions(tables[row : row + 1], [a], z - a)
                     runner.hidden_states(token_bs[row : row + 1, a:z], positions)
-            positions = runner.positions(tables, [13, 7], 3)  # then side by side
+            positions = runner.positions(tables, [13, 7], 3)  # then as one batch
             both_bs = torch.stack((token_bs[0, 13:16], token_bs[1, 7:10]))
             got_bsd = runner.hidden_states(both_bs, positions)
         assert torch.allclose(got_bsd[0], want_bsd[0, 13:16], atol=1e-4)
         assert torch.allclose(got_bsd[1], want_bsd[1, 7:10], atol=1e-4)
-print("requests of 16 and 10 positions in scattered pages: as in a plain forward pass")
+print("requests of 16 and 10 positions in scattered pages: same as in a plain forward pass")
 
 # %% [markdown]
 # ## The speculator
-# With $D$ drafts a step reads $D+1$ tokens of every request and keeps, of request $b$, the $a_b$ drafts that the main model accepts and one token of its own: requests
-# advance at different speeds, which pages do not mind. The MTP modules catch up on what was accepted since:
+# With $D$ drafts a step processes $D+1$ tokens of every request. For request $b$ it keeps the $a_b$ drafts that the main model accepts and one token of its own. Requests
+# therefore advance at different speeds, which paging allows. The MTP modules catch up on the tokens accepted since their last step:
 #
 # $$\text{mtp}_b \leftarrow \max(\text{mtp}_b,\ n_b + 1 - D) \ \text{ before }\ n_b \leftarrow n_b + 1 + a_b$$
 #
-# Requests that share pages share the MTP modules' latents too. At a page's last $D$ positions these depend on tokens *after* the page, which another request may
-# have written differently. Such a draft can be a little worse. The text cannot, for the main model verifies it.
+# Requests that share pages also share the latents of the MTP modules. In the last $D$ positions of a page these depend on tokens *after* the page, which may
+# differ between the requests. A draft that uses them can be slightly worse. The output cannot, because the main model verifies every draft.
 
 
 # %%
 #| export
 class Draft(NamedTuple):
-    """The drafts of one request, and the distributions that drawn ones came from."""
+    """The drafts of one request and the distributions they were sampled from (if T > 0)."""
 
     tokens: list[int]
     distributions: list[Tensor]
 
 
 class Speculator:
-    """Drafts by the MTP modules, their verification, and how far either model has read.
+    """Drafting by the MTP modules and verification by the main model.
 
     With 0 speculative tokens it samples one token per request and step.
     """
@@ -716,25 +723,23 @@ class Speculator:
         self.runner, self.num_speculative_tokens = runner, num_speculative_tokens
 
     def extend(self, request: Request, h_sd: Tensor) -> None:
-        """Take the hidden states of a prompt's chunk, and let the MTP modules read after them."""
+        """Add the hidden states of a chunk, and run the MTP modules on them."""
         if self.num_speculative_tokens:
             request.h_sd = h_sd if request.h_sd is None else torch.cat((request.h_sd, h_sd))
             self.catch_up(request)
 
     def catch_up(self, request: Request) -> None:
-        """Let the MTP modules read what the main model has, where the next tokens are known."""
+        """Run the MTP modules on computed positions whose following tokens are known."""
         start = request.num_mtp_computed_tokens
         end = min(request.num_computed_tokens, len(request.tokens) - self.num_speculative_tokens)
         if (s := end - start) <= 0:
             return
-        positions, h_bsd = (
-            self.runner.positions([request.block_ids], [start], s),
-            request.h_sd[None, :s],
-        )
+        positions = self.runner.positions([request.block_ids], [start], s)
+        h_bsd = request.pending_h_sd[None, :s]
         for k in range(1, self.num_speculative_tokens + 1):
             token_bs = [request.tokens[start + k : end + k]]
             h_bsd = self.runner.mtp_forward(k, h_bsd, token_bs, positions)
-        request.h_sd, request.num_mtp_computed_tokens = request.h_sd[s:], end
+        request.h_sd, request.num_mtp_computed_tokens = request.pending_h_sd[s:], end
 
     def propose(self, requests: list[Request]) -> list[Draft]:
         """Return D drafts for every request."""
@@ -745,7 +750,8 @@ class Speculator:
         behind = [r.num_computed_tokens - start for r, start in zip(requests, starts)]
         s, last_b = max(behind), [n - 1 for n in behind]
         positions = self.runner.positions([r.block_ids for r in requests], starts, s)
-        h_bsd = torch.stack([F.pad(r.h_sd, (0, 0, 0, s - len(r.h_sd))) for r in requests])
+        states = [request.pending_h_sd for request in requests]
+        h_bsd = torch.stack([F.pad(h_sd, (0, 0, 0, s - len(h_sd))) for h_sd in states])
         for k in range(1, self.num_speculative_tokens + 1):
             texts = [[*r.tokens[a + k :], *d.tokens] for r, a, d in zip(requests, starts, drafts)]
             token_bs = [(text + [0] * s)[:s] for text in texts]
@@ -754,10 +760,11 @@ class Speculator:
         return drafts
 
     def draft(self, requests: list[Request], drafts: list[Draft], logit_bw: Tensor) -> None:
-        """Add one token to every draft."""
+        """Append one token to every draft."""
         for i, (request, token) in enumerate(zip(requests, logit_bw.argmax(-1).tolist())):
             if request.sampling_params.temperature:
                 token_b, q_bw = request.sampling_params.draft(logit_bw[i : i + 1])
+                assert q_bw is not None  # it is None only at T = 0
                 token = int(token_b)
                 drafts[i].distributions.append(q_bw)
             drafts[i].tokens.append(token)
@@ -765,7 +772,7 @@ class Speculator:
     def verify(
         self, requests: list[Request], logit_bsw: Tensor, drafts: list[Draft]
     ) -> list[list[int]]:
-        """Return the new tokens of every request: accepted drafts and one token more."""
+        """Return the new tokens of every request: accepted drafts and one more token."""
         argmax_bs, new_tokens = logit_bsw.argmax(-1).tolist(), []
         for i, (request, argmax, draft) in enumerate(zip(requests, argmax_bs, drafts)):
             params = request.sampling_params
@@ -781,27 +788,29 @@ class Speculator:
         return new_tokens
 
     def advance(self, request: Request, h_sd: Tensor, num_accepted: int) -> None:
-        """Move both counts of read positions on, as in chapter 08; hidden states between wait."""
+        """Advance both counts, as in chapter 08, and keep the hidden states between them."""
         start, n = request.num_mtp_computed_tokens, request.num_computed_tokens + 1 + num_accepted
         mtp = max(start, request.num_computed_tokens + 1 - self.num_speculative_tokens)
         if self.num_speculative_tokens:
-            request.h_sd = torch.cat((request.h_sd, h_sd))[mtp - start : n - start]
+            request.h_sd = torch.cat((request.pending_h_sd, h_sd))[mtp - start : n - start]
         request.num_computed_tokens, request.num_mtp_computed_tokens = n, mtp
 
 
 # %% [markdown]
 # ## The engine
-# Now the whole step is short. One more opening: `call_between_steps(fn)` runs `fn(model)` when no step is running, for a server that
-# moves its experts to where the load is (§3.4.1). Running requests continue.
+# Now the whole step is short. There is one more hook: `call_between_steps(fn)` runs `fn(model)` between two steps, for a server that
+# moves its experts to balance the load (§3.4.1). Running requests continue afterwards.
 
 
 # %%
 #| export
 class Engine:
-    """Continuous batching of many requests over one model; one thread calls `step` repeatedly."""
+    """Continuous batching of many requests with one model; one thread calls `step` repeatedly."""
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, speculator: Speculator):
-        self.scheduler, self.runner, self.speculator = scheduler, runner, speculator
+        self.scheduler = scheduler
+        self.runner = runner
+        self.speculator = speculator
         self.counters = scheduler.counters
         self.pending_callbacks: deque = deque()  # (fn, reset_prefix_cache, future)
         self.send_remote: Callable[[Request], bool] | None = None  # to a prefill process
@@ -809,7 +818,7 @@ class Engine:
         self.outgoing_transfers: list[tuple[Request, KVTransfer]] = []  # of a prefill process
 
     def submit(self, *requests: Request) -> None:
-        """Queue requests, all or none; raises what `Scheduler.submit` raises."""
+        """Queue all requests or none; raises what `Scheduler.submit` raises."""
         self.scheduler.submit(*requests)
 
     def has_unfinished_requests(self) -> bool:
@@ -819,14 +828,14 @@ class Engine:
     def call_between_steps(self, fn: Callable, reset_prefix_cache: bool = False) -> Future:
         """Run fn(model) before the next step; return a future of its result.
 
-        reset_prefix_cache: fn changes what the model computes.
+        reset_prefix_cache: set it if fn changes what the model computes.
         """
         future: Future = Future()
         self.pending_callbacks.append((fn, reset_prefix_cache, future))
         return future
 
     def run_pending_callbacks(self) -> None:
-        """Run what `call_between_steps` was given."""
+        """Run the functions passed to `call_between_steps`."""
         while self.pending_callbacks:
             fn, reset_prefix_cache, future = self.pending_callbacks.popleft()
             try:
@@ -835,14 +844,15 @@ class Engine:
                 future.set_exception(e)
             else:
                 future.set_result(result)
-            self.runner.build_layers()  # also after half of a change
+            self.runner.build_layers()  # also after an exception: fn may have changed some weights
             if reset_prefix_cache:
                 self.scheduler.block_pool.reset_prefix_cache()
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """Do one step; return requests with their new tokens, none for those that were aborted."""
+        """Do one step; return (request, new tokens) pairs, with no tokens for aborted requests."""
         self.run_pending_callbacks()
-        outputs = [(request, []) for request in self.scheduler.drop_aborted()]
+        outputs: list[tuple[Request, list[int]]] = []
+        outputs += [(request, []) for request in self.scheduler.drop_aborted()]
         with torch.inference_mode():
             outputs += self.finish_remote_prefills()
             self.scheduler.schedule_waiting()
@@ -855,7 +865,7 @@ class Engine:
         return outputs
 
     def prefill(self, request: Request, num_tokens: int) -> list[tuple[Request, list[int]]]:
-        """Read the next tokens of a prompt; after the last one, choose the first of the answer."""
+        """Compute the next tokens of a prompt; after its last one, sample the first new token."""
         h_sd = self.runner.prefill_step(request, num_tokens)
         self.counters["prompt_tokens"] += num_tokens
         request.num_computed_tokens += num_tokens
@@ -871,13 +881,13 @@ class Engine:
         return [(request, self.append_first_token(request, logit_w))]
 
     def append_first_token(self, request: Request, logit_w: Tensor) -> list[int]:
-        """Choose the token after a prompt."""
+        """Sample the token after a prompt and return it in a list."""
         tokens = request.append_tokens([int(request.sampling_params.sample(logit_w[None]))])
         self.record_output(request, tokens, logit_w[None])
         return tokens
 
     def decode(self, requests: list[Request]) -> list[tuple[Request, list[int]]]:
-        """Read D + 1 tokens of every request and write 1 to D + 1."""
+        """Compute D + 1 tokens of every request; return 1 to D + 1 new tokens for each."""
         drafts = self.speculator.propose(requests)
         h_bsd, logit_bsw = self.runner.decode_step(requests, [draft.tokens for draft in drafts])
         new_tokens, outputs = self.speculator.verify(requests, logit_bsw, drafts), []
@@ -887,7 +897,7 @@ class Engine:
             self.counters["draft_tokens"] += len(drafts[i].tokens)
             self.counters["accepted_tokens"] += num_accepted
             tokens = request.append_tokens(new_tokens[i])
-            # an end inside accepted drafts
+            # it may have ended within the accepted drafts
             request.num_computed_tokens = min(request.num_computed_tokens, len(request.tokens) - 1)
             self.record_output(request, tokens, logit_bsw[i])
             self.scheduler.cache_full_blocks(request)
@@ -895,7 +905,7 @@ class Engine:
         return outputs
 
     def record_output(self, request: Request, tokens: list[int], logit_sw: Tensor) -> None:
-        """Count tokens, and note their log-probabilities if the request asks for them."""
+        """Count tokens, and record their log-probabilities if requested."""
         self.counters["generation_tokens"] += len(tokens)
         if request.num_logprobs < 0:
             return
@@ -906,14 +916,14 @@ class Engine:
             request.logprobs.append((logp, list(zip(ids, values))[: request.num_logprobs]))
 
     def finish_remote_prefills(self) -> list[tuple[Request, list[int]]]:
-        """Take in prompts that another process has read; return their first tokens."""
+        """Import prompts that another process has computed; return their first tokens."""
         outputs = []
         while self.incoming_transfers:
             request, transfer = self.incoming_transfers.popleft()
             if request.finish_reason or not request.remote_prefill:
                 continue
             self.runner.import_kv(request, transfer)
-            # positions that were here already are not written again
+            # MTP positions found in the cache are kept
             mtp = max(request.num_mtp_computed_tokens, transfer.num_mtp_computed_tokens)
             request.remote_prefill = False
             request.num_computed_tokens, request.num_mtp_computed_tokens = len(request.tokens), mtp
@@ -930,7 +940,7 @@ def make_engine(
     prefill_chunk: int = 128, max_queue: int = 256, num_speculative_tokens: int = 0,
     prefill_only: bool = False,
 ) -> Engine:  # fmt: skip
-    """Build an engine and its parts; a `prefill_only` engine reads prompts for another."""
+    """Build an engine and its parts; a `prefill_only` engine computes prompts for another."""
     runner = ModelRunner(model, num_blocks, block_size)
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size), max_num_seqs, max_queue, prefill_chunk,
@@ -940,10 +950,10 @@ def make_engine(
 
 
 # %% [markdown]
-# The check is the hardest there is: eight requests that come at different times, with prompts of 1 to 64 tokens of which some begin alike, read in chunks, with so few
-# pages that requests lose theirs, with zero to two drafts. Each must write, token by token, what a full forward pass
-# over its own text alone finds likeliest (its *regret* is how far it stays below that). In the end no page is in use. Then two more write side by side, one leaves early, and
-# the other must not notice.
+# The test is a strict one. Eight requests arrive at different times, with prompts of 1 to 64 tokens, some with a common prefix. They are prefilled in chunks, with so few
+# pages that some requests are preempted, and with zero to two drafts. Each output token must be the most likely one according to a full forward pass
+# over that request alone (its *regret* is how far its logit is below the best one). In the end no page is in use. Then two more requests decode together; one is aborted, and
+# the other must not be affected.
 
 
 # %%
@@ -956,7 +966,7 @@ def regret(request: Request) -> float:
 
 
 def run(engine: Engine, requests: Sequence[Request], apart: int = 0) -> list[Request]:
-    """Step until all requests have ended; one comes every `apart` steps, or all at once."""
+    """Step until all requests have ended; submit one every `apart` steps, or all at once if 0."""
     todo = deque(requests)
     while todo or engine.has_unfinished_requests():
         for _ in range(1 if apart else len(todo)):
@@ -986,7 +996,7 @@ for depth in (0, 1, 2):
     assert engine.scheduler.block_pool.num_used == 0
     assert counts["preemptions"] > 0 and counts["prefix_cache_hits"] > 0
     print(f"{depth} drafts: {counts['steps']} steps, {counts['preemptions']} preemptions, "
-          f"{counts['prefix_cache_hits']} positions found, {counts['prompt_tokens']} read in prompts")  # fmt: skip
+          f"{counts['prefix_cache_hits']} tokens found in the cache, {counts['prompt_tokens']} prompt tokens computed")  # fmt: skip
 
 engine = make_engine(model, 64, **sizes)
 leaves, stays = Request(random_prompt(9), 30), Request(random_prompt(9), 30)
@@ -999,12 +1009,15 @@ run(engine, [])
 assert (leaves.finish_reason, stays.finish_reason) == ("abort", "length") and regret(stays) < 1e-4
 
 # %% [markdown]
-# And the handover: a second engine, which only reads, exports what it read; the first writes as if it had read it itself.
+# Then the transfer: a second engine only runs prefill and exports the results; the first continues as if it had processed the prompts itself.
 
 
 # %%
 def prefill_elsewhere(depth: int) -> tuple[list[Request], int]:
-    """Let one engine read three prompts that begin alike, and another answer; return bytes sent."""
+    """Prefill three prompts with a common prefix in one engine, decode in another.
+
+    Returns the requests and the number of bytes sent.
+    """
     options = sizes | {"num_speculative_tokens": depth}
     decoder = make_engine(model, 64, **options)
     prefiller = make_engine(model, 64, prefill_only=True, **options)
@@ -1037,16 +1050,16 @@ def prefill_elsewhere(depth: int) -> tuple[list[Request], int]:
 for depth in (0, 2):
     requests, num_bytes = prefill_elsewhere(depth)
     known = [request.num_cached_tokens for request in requests]
-    print(f"{depth} drafts: 3 prompts of 33 tokens, {known} known here, {num_bytes / 1e3:.0f} kB sent")  # fmt: skip
+    print(f"{depth} drafts: 3 prompts of 33 tokens, {known} found in the cache, {num_bytes / 1e3:.0f} kB sent")  # fmt: skip
 
 # %% [markdown]
-# `dsv3 serve` puts a clock, sockets and processes around this: [`dsv3_ref/serving/api_server.py`](../dsv3_ref/serving/api_server.py). One thread steps; requests come in and tokens go out between two
-# steps. A client that hangs up sets its request's `aborted`. Text becomes tokens by chapter 14's `render_conversation`, where no text can spell a special
-# token. With `--prefill-workers 1` the transfers above travel through a pipe to a second process.
+# `dsv3 serve` adds a clock, sockets and processes: [`dsv3_ref/serving/api_server.py`](../dsv3_ref/serving/api_server.py). One thread steps the engine; requests arrive and tokens are sent between two
+# steps. When a client disconnects, its request is marked `aborted`. Text is tokenized by chapter 14's `render_conversation`, in which no text can produce a special
+# token. With `--prefill-workers 1` the transfers above go through a pipe from a second process.
 #
 # ## Experiment: what does a full batch buy?
-# A step reads every weight that any of its rows needs. One row needs 4 of the 16 routed experts in each layer, sixteen rows almost all of them; from there on another row costs arithmetic only. We let 1 to 32 rows write, and
-# look at tokens a second and at the time of one (fast) step, which is what each caller feels.
+# A step reads every weight that any of its requests needs. One request needs 4 of the 16 routed experts in each layer, and sixteen requests need almost all of them; beyond that, another request costs only arithmetic. We decode 1 to 32 requests at once and
+# measure the total throughput and the time of one (fast) step, which is the time per token for each caller.
 
 # %%
 import os
@@ -1058,13 +1071,13 @@ model = Transformer(wide).eval()
 
 
 def times(engine: Engine, steps: int) -> list[float]:
-    """Seconds of each of the next steps."""
-    out = []
+    """Return the seconds that each of the next steps takes."""
+    seconds = []
     for _ in range(steps):
-        clock = time.perf_counter()
+        start = time.perf_counter()
         engine.step()
-        out.append(time.perf_counter() - clock)
-    return out
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 batches, step_ms = [1, 2, 4, 8, 16, 32], []
@@ -1075,37 +1088,38 @@ for b in batches:
         map(engine.scheduler.is_decoding, engine.scheduler.running)
     ):
         engine.step()
-    step_ms.append(1e3 * sorted(times(engine, 6 if SHORT else 20))[1])  # others use these cores too
+    step_ms.append(
+        1e3 * sorted(times(engine, 6 if SHORT else 20))[1]
+    )  # a fast step: other work shares these cores
 fig, (left, right) = figure(1, 2, 8.6, 2.9)
 left.loglog(batches, [1e3 * b / ms for b, ms in zip(batches, step_ms)], "o-", base=2, color=BLUE)
-left.set(xlabel="rows", ylabel="tokens a second, all rows", title="What the server gives")
+left.set(xlabel="requests", ylabel="tokens per second", title="Throughput of the server")
 right.semilogx(batches, step_ms, "o-", base=2, color=ORANGE)
 right.set(
-    xlabel="rows", ylabel="ms a step", ylim=(0, None), title="What each caller waits for a token"
+    xlabel="requests", ylabel="ms per step", ylim=(0, None), title="Time per token for each caller"
 )
 for ax in (left, right):
     ax.set_xticks(batches, batches)
 left.set_yticks([200, 400, 800, 1600, 3200], [200, 400, 800, 1600, 3200])
 show(fig)
 print(
-    "tokens a second:", ", ".join(f"{b} rows {1e3 * b / ms:.0f}" for b, ms in zip(batches, step_ms))
+    "tokens per second:",
+    ", ".join(f"{b} requests {1e3 * b / ms:.0f}" for b, ms in zip(batches, step_ms)),
 )
 
 # %% [markdown]
-# The first rows are almost a gift: the step hardly grows. By 32 rows it grows nearly as fast as they do, and
-# another caller buys little.
+# The first few requests are almost free: the step hardly becomes slower. At 32 requests its time grows nearly in proportion to their number, and
+# another request gains little throughput.
 #
 # ## Experiment: a long prompt among short answers
-# Eight rows write when a prompt of 1,500 tokens comes. Read whole, it stops all of them for one very long step. In pieces of 64 tokens nobody stops, but for a while everybody
-# writes several times more slowly. The newcomer pays too: each piece looks back at all before it in the latent, and waits for the eight, so its own first token comes later.
+# Eight requests are decoding when a prompt of 1,500 tokens arrives. Processed at once, it stalls all of them for one very long step. In chunks of 64 tokens no request stalls, but for a while all of them
+# decode several times more slowly. The new request pays too: each chunk attends to all previous ones in the latent form and shares its steps with the eight others, so its first token comes later.
 
 # %%
 arrivals = {}
 for chunk in (2048, 64):
-    engine, long = (
-        make_engine(model, num_blocks=256, prefill_chunk=chunk),
-        Request(random_prompt(1500), 4),
-    )
+    engine = make_engine(model, num_blocks=256, prefill_chunk=chunk)
+    long = Request(random_prompt(1500), 4)
     engine.submit(*(Request(random_prompt(8), 120) for _ in range(8)))
     before = times(engine, 12)
     engine.submit(long)
@@ -1116,63 +1130,65 @@ for chunk in (2048, 64):
 fig, ax = figure(1, 1, 8, 2.9)
 for (chunk, (before, during, after)), color in zip(arrivals.items(), (ORANGE, BLUE)):
     shown = torch.tensor([*before[-6:], *during, *after]) * 1e3
-    end = shown.cumsum(0) - 1e3 * sum(before[-6:])  # the prompt comes at 0
-    name = "whole" if chunk > 1500 else f"in pieces of {chunk}"
+    end = shown.cumsum(0) - 1e3 * sum(before[-6:])  # the prompt arrives at 0
+    name = "at once" if chunk > 1500 else f"in chunks of {chunk}"
     label = f"{name}: first token after {sum(during):.2f} s"
     ax.step(end, shown, where="pre", color=color, label=label)
 ax.set(
     yscale="log",
-    xlabel="ms since the prompt came",
+    xlabel="ms since the prompt arrived",
     ylabel="ms between two tokens",
     ylim=(None, 3e3),
 )
-ax.set_title("Eight who write while 1,500 tokens are read")
+ax.set_title("Eight decoding requests while a prompt of 1,500 tokens is prefilled")
 ax.legend(fontsize=8, loc="upper right")
 show(fig)
 worst = {chunk: max(during) for chunk, (_, during, _) in arrivals.items()}
 for chunk, x in worst.items():
     usual = sorted(arrivals[chunk][0])[6]
-    print(f"read {'whole' if chunk > 1500 else 'in pieces'}: longest wait for a token {1e3 * x:.0f} ms, "
-          f"before the prompt came {1e3 * usual:.1f} ms")  # fmt: skip
+    print(f"prefilled {'at once' if chunk > 1500 else 'in chunks'}: longest wait for a token {1e3 * x:.0f} ms, "
+          f"before the prompt arrived {1e3 * usual:.1f} ms")  # fmt: skip
 assert len(arrivals[2048][1]) == 1 and len(arrivals[64][1]) == 24
 
 # %% [markdown]
-# ## Experiment: the same beginning
-# Most talks with a server begin with the same system text. Here 24 requests with a common beginning of 0 to 192 tokens and 20 of their own come one after another. Counted is what had to be read.
+# ## Experiment: a common prefix
+# Most conversations with a server begin with the same system text. Here 24 requests, with a common prefix of 0 to 192 tokens and 20 tokens of their own, arrive one after another. We count how many prompt tokens must be computed.
 
 # %%
 shared, counts = [0, 48, 96, 144, 192], []
 for n in shared:
-    engine, begin = make_engine(model, num_blocks=128), random_prompt(n)
-    run(engine, [Request(begin + random_prompt(20), 4) for _ in range(6 if SHORT else 24)], apart=2)
+    engine, prefix = make_engine(model, num_blocks=128), random_prompt(n)
+    run(
+        engine, [Request(prefix + random_prompt(20), 4) for _ in range(6 if SHORT else 24)], apart=2
+    )
     counts.append((engine.counters["prompt_tokens"], engine.counters["prefix_cache_hits"]))
 fig, ax = figure(1, 1, 7, 2.6)
-reads, hits = zip(*counts)
-ax.bar(shared, reads, width=24, color=BLUE, label="read")
-ax.bar(shared, hits, width=24, bottom=reads, color=GREEN, label="found in the cache")
+computed, hits = zip(*counts)
+ax.bar(shared, computed, width=24, color=BLUE, label="computed")
+ax.bar(shared, hits, width=24, bottom=computed, color=GREEN, label="found in the cache")
 ax.set(
-    xlabel="tokens that all prompts begin with",
-    ylabel="tokens of prompts",
+    xlabel="tokens of the common prefix",
+    ylabel="prompt tokens",
     xticks=shared,
     title="24 requests",
 )
 ax.legend()
 show(fig)
-assert hits[0] == 0 and hits[-1] > 0.7 * (hits[-1] + reads[-1])
+assert hits[0] == 0 and hits[-1] > 0.7 * (hits[-1] + computed[-1])
 
 # %% [markdown]
-# Pages of 16 tokens are shared whole or not at all, and whoever arrives while the first is still being read finds what is ready so far.
-# One thing leaks all the same: a prompt that is answered faster than it should be tells that *somebody* has sent its beginning before. Services for strangers keep their prefixes apart.
+# Pages of 16 tokens are shared as a whole or not at all. A request that arrives while the first is still being prefilled reuses the pages that are complete so far.
+# Sharing does leak one fact: a prompt that is answered unusually fast reveals that *some user* has sent its prefix before. Services whose users do not trust each other keep their prefixes apart.
 #
 # ## Experiment: sixty-four clients
-# The model of [chapter 07](07_pretrain.ipynb) behind `dsv3 serve`, and 1 to 64 clients that each stream an answer over HTTP, on two cores that others use too: `python -m dsv3_ref.studies.load_test runs/tiny --rounds 5`.
+# The model of [chapter 07](07_pretrain.ipynb) behind `dsv3 serve`, and 1 to 64 clients that each stream an answer over HTTP, on two cores shared with other work: `python -m dsv3_ref.studies.load_test runs/tiny --rounds 5`.
 
 # %%
 from dsv3_ref.viz.ablation import load_result
 
-FOUND = load_result("serve")
+LOAD_TEST = load_result("serve")
 fig, (left, right) = figure(1, 2, 8.6, 2.9)
-for (name, kind), color in zip(FOUND["servers"].items(), (BLUE, ORANGE, GREEN)):
+for (name, kind), color in zip(LOAD_TEST["servers"].items(), (BLUE, ORANGE, GREEN)):
     clients = [r["clients"] for r in kind]
     left.loglog(clients, [r["tokens_s"] for r in kind], "-", base=2, color=color, label=name)
     for r in kind:
@@ -1180,7 +1196,7 @@ for (name, kind), color in zip(FOUND["servers"].items(), (BLUE, ORANGE, GREEN)):
             [r["clients"]] * len(r["rounds_tokens_s"]), r["rounds_tokens_s"], ".", color=color
         )
     right.loglog(clients, [1e3 * r["first"][1] for r in kind], "o-", base=2, color=color)
-left.set(xlabel="clients", ylabel="tokens a second", title="All clients together")
+left.set(xlabel="clients", ylabel="tokens per second", title="All clients together")
 right.set(xlabel="clients", ylabel="ms, median", title="Time to the first token")
 for ax in (left, right):
     ax.set_xticks(clients, clients)
@@ -1188,46 +1204,46 @@ left.set_yticks([200, 400, 800, 1600], [200, 400, 800, 1600])
 right.set_yticks([10, 40, 160, 640], [10, 40, 160, 640])
 left.legend(fontsize=7)
 show(fig)
-for name, kind in FOUND["servers"].items():
+for name, kind in LOAD_TEST["servers"].items():
     for r in kind:
         print(f"{name:22} {r['clients']:2} clients: {r['tokens_s']:5.0f} tokens/s, first token "
-              f"{1e3 * r['first'][1]:4.0f} ms, {1e3 * r['each'][1]:.0f} ms a token, "
+              f"{1e3 * r['first'][1]:4.0f} ms, {1e3 * r['each'][1]:.0f} ms per token, "
               f"{r['lost']} lost")  # fmt: skip
-assert all(r["lost"] == 0 for kind in FOUND["servers"].values() for r in kind)
+    assert all(r["lost"] == 0 for r in kind)
 
 # %% [markdown]
-# Nothing is lost. From 1 to 16 clients the server writes almost four times as much, and then its two cores are full: more clients wait longer, that is all. The three servers were asked in turn, five
-# times; lines go through the median rounds, dots are all rounds. A *draft* is slower in every round with 16 or 64 clients: an MTP block beside four layers costs more
-# than it saves, as in chapter 08. With *prefill apart* the tokens after the first come faster at 64 clients (24 ms instead of 32, median), since no prompt is read between them, and the first one comes later, since
-# both processes share two cores. From 4 clients on the median is no more tokens a second, and the rounds scatter widely. What it is for shows only where each has its own GPUs.
+# No answer is lost. From 1 to 16 clients the throughput grows almost fourfold, and then the two cores are saturated: more clients only wait longer. The three servers were measured in turn, five
+# times; lines connect the median rounds, dots are all rounds. A *draft* is slower in every round with 16 or 64 clients: one MTP block beside four layers costs more
+# than it saves, as in chapter 08. With *prefill in a separate process* the tokens after the first come faster at 64 clients (24 ms instead of 32, median), since no prompt is processed between them. The first one comes later, since
+# both processes share two cores. From 4 clients on, the second process does not increase the median throughput, and the rounds vary widely. The benefit appears only when each process has its own GPUs.
 #
-# ## Play: who has which page?
-# Ten rows in a pool of 40 pages, step by step. A color is a row; a page of several rows is dark; gray ones are idle but still known, white ones free. Watch the common beginning being shared, the last rows
-# wait, and gray pages be taken when nothing else is free.
+# ## Play: which request uses which page?
+# Ten requests in a pool of 40 pages, step by step. Each request has a color. A page shared by several requests is dark, an evictable page is gray, and a free page is white. Watch the common prefix being shared, the last requests
+# waiting, and evictable pages being reused once no page is free.
 
 
 # %%
-def history(rows_at_once: int = 4, alike: int = 24) -> list[list]:
-    """Which rows use each page, after every step."""
+def history(max_num_seqs: int = 4, prefix_len: int = 24) -> list[list]:
+    """Return, for every step and page, the requests that use it or ["idle"] if evictable."""
     tiny = Transformer(replace(wide, n_layers=1, n_mtp_layers=0, dim=32)).eval()
     engine = make_engine(
-        tiny, num_blocks=40, block_size=4, max_num_seqs=rows_at_once, prefill_chunk=16
+        tiny, num_blocks=40, block_size=4, max_num_seqs=max_num_seqs, prefill_chunk=16
     )
-    begin, dice, out = random_prompt(alike), random.Random(1), []
-    rows = [
-        Request(begin + random_prompt(dice.randint(2, 12)), dice.randint(5, 40)) for _ in range(10)
+    prefix, dice = random_prompt(prefix_len), random.Random(1)
+    requests = [
+        Request(prefix + random_prompt(dice.randint(2, 12)), dice.randint(5, 40)) for _ in range(10)
     ]
-    engine.submit(*rows)
+    engine.submit(*requests)
+    steps = []
     while engine.has_unfinished_requests():
         engine.step()
-        users = [[i for i, r in enumerate(rows) if p in r.block_ids] for p in range(40)]
-        out.append(
-            [
-                u or (["idle"] if p in engine.scheduler.block_pool.evictable else [])
-                for p, u in enumerate(users)
-            ]
-        )
-    return out
+        evictable = engine.scheduler.block_pool.evictable
+        pages = []
+        for page in range(40):
+            users = [i for i, request in enumerate(requests) if page in request.block_ids]
+            pages.append(users or (IDLE if page in evictable else []))
+        steps.append(pages)
+    return steps
 
 
 HISTORIES = {}
@@ -1235,53 +1251,54 @@ TEN = plt.get_cmap("tab10").colors
 IDLE = ["idle"]
 
 
-def look(users: list) -> tuple:
-    """Color and text of a page."""
+def page_style(users: list) -> tuple:
+    """Return the color and the text of a page."""
     if users in ([], IDLE):
         return ("#E5E7EB" if users else "white"), ""
     return ("#1F2937", f"{len(users)}×") if len(users) > 1 else (TEN[users[0]], users[0])
 
 
-def pages_at(step: int = 30, rows_at_once: int = 4, alike: int = 24):
-    key = rows_at_once, alike
-    found = HISTORIES[key] = HISTORIES.get(key) or history(*key)
-    step = min(step, len(found) - 1)
+def pages_at(step: int = 30, max_num_seqs: int = 4, prefix_len: int = 24):
+    key = max_num_seqs, prefix_len
+    steps = HISTORIES[key] = HISTORIES.get(key) or history(*key)
+    step = min(step, len(steps) - 1)
     fig, ax = figure(1, 1, 8, 1.9)
-    for p, users in enumerate(found[step]):
-        color, text = look(users)
-        ax.barh(p // 20, 0.92, left=p % 20, height=0.85, color=color, edgecolor=GRAY, lw=0.6)
-        ax.text(p % 20 + 0.46, p // 20, text, ha="center", va="center", fontsize=8, color="white")
-    used = sum(users not in ([], IDLE) for users in found[step])
+    for page, users in enumerate(steps[step]):
+        row, column = divmod(page, 20)
+        color, text = page_style(users)
+        ax.barh(row, 0.92, left=column, height=0.85, color=color, edgecolor=GRAY, lw=0.6)
+        ax.text(column + 0.46, row, text, ha="center", va="center", fontsize=8, color="white")
+    used = sum(users not in ([], IDLE) for users in steps[step])
     ax.set(xticks=[], yticks=[], xlim=(-0.2, 20.1), ylim=(1.6, -0.6))
     ax.spines[:].set_visible(False)
-    ax.set_title(f"after step {step + 1} of {len(found)}: {used} of 40 pages in use")
+    ax.set_title(f"after step {step + 1} of {len(steps)}: {used} of 40 pages in use")
     show(fig)
 
 
 pages_at()
 
 # %%
-play(pages_at, step=(0, 80, 1), rows_at_once=(1, 10, 1), alike=(0, 40, 8))
+play(pages_at, step=(0, 80, 1), max_num_seqs=(1, 10, 1), prefix_len=(0, 40, 8))
 
 # %% [markdown]
 # ## Exercises
-# **1 · Compute.** Rows hold these numbers of tokens. With pages of $y$ positions, how many pages are in use, and which share of their
+# **1 · Compute.** Requests hold these numbers of tokens. With pages of $y$ positions, how many pages are in use, and which fraction of their
 # positions is empty? (Small pages waste less and need longer tables.)
 
 
 # %%
 @checker
 def check_waste(fn):
-    """Can two rows share a page that is not full?"""
+    """Can two requests share a page that is not full?"""
     for lengths, size in (([1, 16, 17], 16), ([5, 9, 2, 33], 4), ([100], 1)):
-        used = sum(-(-n // size) for n in lengths)
+        used = sum(ceil_div(n, size) for n in lengths)
         pages, empty = fn(lengths, size)
         assert pages == used and abs(empty - (1 - sum(lengths) / (used * size))) < 1e-9
 
 
 @checker
 def check_hits(fn):
-    """At least one token must be left to read: without it there is no logit to go on from."""
+    """At least one token must be computed: without it there are no logits for the next token."""
     for prompts in (
         [[1] * 9, [1] * 9, [1] * 8],
         [[*range(20)], [*range(13), 99], [99, *range(19)]],
@@ -1294,18 +1311,19 @@ def check_hits(fn):
 
 @checker
 def check_forgery(fn):
-    """Which page would the weak server take for another? Is every page before it known as well?"""
-    texts, known, forged = [list(text) for text in fn(4)], {}, []
-    for text in (*texts, texts[1]):  # the second comes twice
-        for end in range(4, len(text), 4):  # one token is left to read
+    """Which page would the weak server confuse with another? Is every page before it known too?"""
+    texts = [list(text) for text in fn(4)]
+    known, forged = {}, []
+    for text in (*texts, texts[1]):  # the second is sent twice
+        for end in range(4, len(text), 4):  # one token is left to compute
             if (source := known.get(tuple(text[end - 4 : end]))) is None:
                 break
             forged += [(source, text[:end])] if source != text[:end] else []
         for end in range(4, len(text) + 1, 4):
             known.setdefault(tuple(text[end - 4 : end]), text[:end])
-    assert forged, "all pages that it finds are its own"
+    assert forged, "every page that the server finds belongs to the same prefix"
     a, b = (model.hidden_states(torch.tensor([text]))[0][0, -4:] for text in forged[0])
-    assert not torch.allclose(a, b, atol=1e-3)  # they are not the same to the model
+    assert not torch.allclose(a, b, atol=1e-3)  # the model distinguishes the two
 
 
 def my_waste(lengths: list[int], size: int) -> tuple[int, float]:
@@ -1319,12 +1337,12 @@ check_waste(my_waste)
 #
 # ```python
 # def my_waste(lengths, size):
-#     pages = sum(-(-n // size) for n in lengths)
+#     pages = sum(ceil_div(n, size) for n in lengths)
 #     return pages, 1 - sum(lengths) / (pages * size)
 # ```
 # </details>
 #
-# **2 · Predict.** Prompts come one after another, each when the one before has ended with a single new token. How many tokens are found, in all?
+# **2 · Predict.** Prompts arrive one after another, each after the previous request has ended with a single new token. How many prompt tokens are found in the cache in total?
 
 
 # %%
@@ -1339,19 +1357,19 @@ check_hits(my_hits)
 #
 # ```python
 # def my_hits(prompts, size):
-#     known, found = set(), 0
+#     known, num_hits = set(), 0
 #     for p in prompts:
 #         for end in range(size, len(p), size):
 #             if tuple(p[:end]) not in known:
 #                 break
-#             found += size
+#             num_hits += size
 #         known |= {tuple(p[:end]) for end in range(size, len(p) + 1, size)}
-#     return found
+#     return num_hits
 # ```
 # </details>
 #
-# **3 · Break.** Somebody saves a hash and names a page by its own tokens only, without $\text{key}_{i-1}$. Give two prompts (lists of token
-# numbers, with pages of `size`): the first comes once, then the second comes twice, and this server must answer it from the first one's latents. (A prompt's last token is always read anew.)
+# **3 · Break.** To save hashing, somebody identifies a page by its own tokens only, without $\text{hash}_{i-1}$. Give two prompts (lists of token
+# ids, with pages of `size`): the first is sent once, then the second twice, and this server must answer the second from latents of the first. (A prompt's last token is always computed.)
 
 
 # %%
@@ -1369,33 +1387,33 @@ check_forgery(my_forgery)
 #     return [1] * size + [7] * size + [5], [2] * size + [7] * size + [5]
 # ```
 #
-# "The *left* door: what is behind it?" and "the *right* door: …": equal from the second page on. The first time the second prompt's first page is new, so it is
-# read whole; when it comes again both its pages are known, the second by the name that the other's page has: it is answered with the wrong door.
+# "The *left* door: what is behind it?" and "the *right* door: …" are equal from the second page on. When the second prompt is sent for the first time, its first page is unknown, so all of it
+# is computed. When it is sent again, both of its pages are known, and the second is found under the name of the other prompt's page: the answer is about the wrong door.
 # </details>
 
 # %% [markdown]
 # ## Scale-up
-# At 671B the parts are the same and the numbers are these.
+# At 671B the parts are the same. These are the numbers:
 
 # %%
 from dsv3_ref.config import V3, count_params
 
 token = count_params(V3).cache_bytes
-weights = 3 * V3.dim * V3.moe_inter_dim * (V3.n_layers - V3.n_dense_layers)  # a byte each
-print(f"latents of a token {token / 1e3:.0f} kB; a prompt of 4,096: {4096 * token / 1e6:.0f} MB to hand over, "
+weights = 3 * V3.dim * V3.moe_inter_dim * (V3.n_layers - V3.n_dense_layers)  # 1 byte each
+print(f"latents per token {token / 1e3:.0f} kB; a prompt of 4,096 tokens: {4096 * token / 1e6:.0f} MB to transfer, "
       f"{4096 * token / 50e9 * 1e3:.0f} ms at 50 GB/s")  # fmt: skip
 print(
-    f"one expert a GPU and layer, FP8: {weights / 1e9:.1f} GB; attention, embeddings and the rest beside it"
+    f"one expert per GPU and layer, FP8: {weights / 1e9:.1f} GB, besides attention, embeddings and the rest"
 )
 print(f"a page of 64 tokens {64 * token / 1e6:.1f} MB; 40 GB of cache hold {40e9 / (64 * token):,.0f} pages, "
       f"{40e9 / token / 1e3:.0f}k tokens")  # fmt: skip
 
 # %% [markdown]
-# *Prefill* is limited by arithmetic: whole chunks, expanded attention, tensor parallelism within a node. *Decoding* is limited by memory: the absorbed form
-# over pages ([kernel](../kernels/decode.py)), one expert a GPU, tokens that travel by all-to-all (chapter 11). The latents could go over InfiniBand layer by layer, while the next layer is computed; ours wait for the whole prompt. Redundant experts
-# are a new placement between two steps, the seam `call_between_steps`.
+# *Prefill* is compute-bound: large chunks, expanded attention, tensor parallelism within a node. *Decoding* is memory-bound: the absorbed form
+# over pages ([kernel](../kernels/decode.py)), one expert per GPU, and all-to-all communication of tokens (chapter 11). The latents could be sent over InfiniBand layer by layer while the next layer is computed; ours are sent after the whole prompt. Redundant experts
+# need a new placement between two steps, which `call_between_steps` allows.
 #
-# This server is made to be read, and has served small models on a CPU only. For V3 itself export to Hugging Face's layout and let vLLM or SGLang serve it (their options as documented; **not run here**):
+# This server is written to be read, and has served only small models on a CPU. To serve V3 itself, export it to the Hugging Face format and use vLLM or SGLang (options as in their documentation; **not run here**):
 #
 # ```
 # .venv/bin/python -c "import torch; from dsv3_ref import load, save_hf
@@ -1408,5 +1426,5 @@ print(f"a page of 64 tokens {64 * token / 1e6:.1f} MB; 40 GB of cache hold {40e9
 #   --speculative-num-draft-tokens 2
 # ```
 #
-# Eight H200 (141 GB each) hold it in FP8. Talks need a chat template beside the tokenizer (`--chat-template`), with the marks of chapter 14. Both servers have the ideas of this chapter under the same names: paged attention, prefix caching (SGLang: RadixAttention), chunked prefill, prefill and decode
-# apart. The official client talks to either as it does to ours.
+# Eight H200 GPUs (141 GB each) hold the model in FP8. Chat needs a chat template beside the tokenizer (`--chat-template`), with the special tokens of chapter 14. Both servers implement the ideas of this chapter under the same names: paged attention, prefix caching (SGLang: RadixAttention), chunked prefill, and prefill separate from
+# decoding. OpenAI's client works with either as it does with ours.
