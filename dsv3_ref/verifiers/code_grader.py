@@ -1,7 +1,7 @@
-"""Verdicts on code that a model wrote: test cases, judged from outside of the sandbox.
+"""Grading of model-written code by test cases, compared outside of the sandbox.
 
-Expected answers never enter the sandbox and our process compares: whatever a program reads,
-patches or prints, the most it can forge is the right answer, and that is what was asked for.
+Expected results never enter the sandbox, because this process compares them. Whatever a program
+reads, patches or prints, it passes only if it outputs the right result.
 """
 
 import json
@@ -14,20 +14,20 @@ from dsv3_ref.verifiers.sandbox import LIMITS, Limits, call_function, run_progra
 
 @dataclass(frozen=True)
 class StdinCase:
-    """A test case: the program's output for this input, but for spaces at ends of lines."""
+    """A test case: the program's output for an input; trailing spaces do not matter."""
 
     stdin: str
     expected: str
 
     def passed(self, program: str, limits: Limits = LIMITS) -> bool:
         """Return whether the program prints what is expected."""
-        done = run_program(program, self.stdin, limits)
-        return done.status == "ok" and output_lines(done.stdout) == output_lines(self.expected)
+        result = run_program(program, self.stdin, limits)
+        return result.status == "ok" and output_lines(result.stdout) == output_lines(self.expected)
 
 
 @dataclass(frozen=True)
 class FunctionCase:
-    """A test case: the JSON value of a call of `name` or `Solution().name`."""
+    """A test case: the JSON value that `function` or `Solution().function` returns."""
 
     function: str
     args: tuple
@@ -35,11 +35,11 @@ class FunctionCase:
 
     def passed(self, program: str, limits: Limits = LIMITS) -> bool:
         """Return whether the function returns what is expected."""
-        expected = json.loads(json.dumps(self.expected))  # tuples and keys as JSON has them
-        done = call_function(program, self.function, self.args, limits)
+        expected = json.loads(json.dumps(self.expected))  # tuples become lists, keys texts
+        result = call_function(program, self.function, self.args, limits)
         try:
-            return done.status == "ok" and json_equal(json.loads(done.value), expected)
-        except (ValueError, RecursionError, OverflowError):  # no JSON, or JSON made to hurt
+            return result.status == "ok" and json_equal(json.loads(result.value), expected)
+        except (ValueError, RecursionError, OverflowError):  # not JSON, or malicious JSON
             return False
 
 
@@ -48,17 +48,19 @@ def output_lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def json_equal(a, b) -> bool:
-    """Return whether two JSON values are equal, floats within 1e-6."""
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(json_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(json_equal(a[key], b[key]) for key in b)
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, float | int) and isinstance(b, float | int) and float in (type(a), type(b)):
-        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) or (a != a and b != b)
-    return a == b
+def json_equal(value: object, other: object) -> bool:
+    """Return whether two JSON values are equal; floats may differ by 1e-6 of their size."""
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(json_equal, value, other))
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(json_equal(value[k], other[k]) for k in other)
+    if isinstance(value, bool) or isinstance(other, bool):
+        return value is other
+    is_float = float in (type(value), type(other))
+    if is_float and isinstance(value, float | int) and isinstance(other, float | int):
+        both_nan = value != value and other != other
+        return both_nan or math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-9)
+    return value == other
 
 
 def count_passed(

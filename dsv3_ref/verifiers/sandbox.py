@@ -1,4 +1,7 @@
-"""Run model-written code in bubblewrap: limits, no network; `code_grader` judges the results."""
+"""Run model-written code in bubblewrap, with limits and without network.
+
+`code_grader` compares the results.
+"""
 
 import json
 import os
@@ -15,22 +18,24 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from dsv3_ref.config import UserError
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The resources of a program; `cpu`, `memory` and `files` bound each of its processes."""
+    """The limits of a program; `cpu`, `memory` and `files` hold for each of its processes."""
 
-    seconds: float = 10.0  # by the clock
-    cpu: int = 5  # seconds
-    memory: int = 512 << 20  # bytes of addresses
-    processes: int = 8  # threads count
+    seconds: float = 10.0  # wall-clock time
+    cpu: int = 5  # seconds of CPU time
+    memory: int = 512 << 20  # bytes of address space
+    processes: int = 8  # threads included
     files: int = 64  # open at once
     output: int = 1 << 20  # bytes of each stream and of each file
-    disk: int = 16 << 20  # bytes of /tmp, which is memory
+    disk: int = 16 << 20  # bytes of /tmp, which is in memory
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,17 @@ class ExecutionResult:
     """The status, the outputs and the time of a program that has ended."""
 
     status: str  # ok, error, or the limit that ended it: time, memory, output
-    code: int  # of exit; 128 + signal
+    code: int  # exit code; 128 + signal
     stdout: str
     stderr: str
     value: str  # JSON of what a called function returned
-    seconds: float  # with those that the sandbox takes
+    seconds: float  # including the start of the sandbox
 
 
-LIMITS, KILLED = Limits(), 128 + signal.SIGKILL
+LIMITS = Limits()
+KILLED = 128 + signal.SIGKILL
 BWRAP_MISSING = (
-    "code that a model wrote runs only in bubblewrap, and there is no bwrap: "
+    "model-written code runs only in bubblewrap, and there is no bwrap: "
     "apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
 )
 CANNOT_START = (
@@ -56,52 +62,67 @@ CANNOT_START = (
     "CAP_SYS_ADMIN"
 )
 
-# ── What the kernel refuses ──
+# ── System calls that are denied ──
 
 AUDIT_ARCHS = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}  # AUDIT_ARCH_… of linux/audit.h
-DENIED_SYSCALLS = {  # calls that lead past namespaces or limits, with their numbers on MACHINES
+DENIED_SYSCALLS = {  # calls that evade namespaces or limits: their numbers on both AUDIT_ARCHS
     "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117), "bpf": (321, 280),
     "process_vm_writev": (311, 271), "add_key": (248, 217), "request_key": (249, 218),
     "keyctl": (250, 219), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425), "memfd_create": (319, 279), "memfd_secret": (447, 447),
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
 }  # fmt: skip
-SOCKET, CLONE, CLONE3 = (41, 198), (56, 220), 435
-NAMESPACES = 0x7E02_0000  # every CLONE_NEW… bit
-LOAD, EQUAL, AT_LEAST, ANY_BIT, ANSWER = 0x20, 0x15, 0x35, 0x45, 0x06  # operations of BPF
-ANSWERS = (0x7FFF_0000, 0x8000_0000, 0x5_0001, 0x5_0026)  # yes, die, EPERM, ENOSYS
+SOCKET = (41, 198)
+CLONE = (56, 220)
+CLONE3 = 435
+CLONE_NEW_FLAGS = 0x7E02_0000  # every CLONE_NEW… bit
+X32_BIT = 0x4000_0000  # of calls through the second table of x86_64
+AF_UNIX = 1
+
+LOAD = 0x20  # operations of BPF
+IF_EQUAL = 0x15
+IF_AT_LEAST = 0x35
+IF_ANY_BIT = 0x45
+RETURN = 0x06
+
+ALLOW = (RETURN, 0, 0, 0x7FFF_0000)
+KILL = (RETURN, 0, 0, 0x8000_0000)
+DENY = (RETURN, 0, 0, 0x5_0001)  # the call returns EPERM
+NOT_IMPLEMENTED = (RETURN, 0, 0, 0x5_0026)  # the call returns ENOSYS
 
 
 def seccomp_filter() -> bytes:
     """Build a seccomp filter: none of DENIED_SYSCALLS, no new namespaces, only AF_UNIX sockets.
 
-    A step is (operation, steps to skip if it is true, if it is false, value).
+    An instruction is (operation, instructions to skip if it is true, if it is false, value).
     """
-    if (machine := platform.machine()) not in AUDIT_ARCHS:
-        raise UserError(f"the sandbox knows {' and '.join(AUDIT_ARCHS)}, not {machine}")
-    here = list(AUDIT_ARCHS).index(machine)
-    allow, kill, refuse, lack = ((ANSWER, 0, 0, value) for value in ANSWERS)
-    architecture, number, argument = ((LOAD, 0, 0, at) for at in (4, 0, 16))
-    steps = [architecture, (EQUAL, 1, 0, AUDIT_ARCHS[machine]), kill]
-    steps += [number, (AT_LEAST, 0, 1, 0x4000_0000), refuse]  # x86_64's second table of calls
-    steps += [
-        step
-        for name in DENIED_SYSCALLS
-        for step in ((EQUAL, 0, 1, DENIED_SYSCALLS[name][here]), refuse)
-    ]
-    steps += [(EQUAL, 0, 1, CLONE3), lack]  # its flags are out of sight; libc then takes clone
-    steps += [(EQUAL, 0, 4, SOCKET[here]), argument, (EQUAL, 0, 1, 1), allow, refuse]
-    steps += [(EQUAL, 0, 3, CLONE[here]), argument, (ANY_BIT, 0, 1, NAMESPACES), refuse, allow]
-    return b"".join(struct.pack("HBBI", *step) for step in steps)
+    machine = platform.machine()
+    if machine not in AUDIT_ARCHS:
+        raise UserError(
+            f"the sandbox supports {' and '.join(AUDIT_ARCHS)}, not {machine}: use such a machine"
+        )
+    i = list(AUDIT_ARCHS).index(machine)
+    load_architecture, load_number = (LOAD, 0, 0, 4), (LOAD, 0, 0, 0)
+    load_argument = (LOAD, 0, 0, 16)  # the first one
+    program = [load_architecture, (IF_EQUAL, 1, 0, AUDIT_ARCHS[machine]), KILL]
+    program += [load_number, (IF_AT_LEAST, 0, 1, X32_BIT), DENY]
+    for numbers in DENIED_SYSCALLS.values():
+        program += [(IF_EQUAL, 0, 1, numbers[i]), DENY]
+    # the flags of clone3 cannot be inspected; libc falls back to clone
+    program += [(IF_EQUAL, 0, 1, CLONE3), NOT_IMPLEMENTED]
+    program += [(IF_EQUAL, 0, 4, SOCKET[i]), load_argument, (IF_EQUAL, 0, 1, AF_UNIX), ALLOW, DENY]
+    program += [(IF_EQUAL, 0, 3, CLONE[i]), load_argument, (IF_ANY_BIT, 0, 1, CLONE_NEW_FLAGS)]
+    program += [DENY, ALLOW]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
 # ── What a program sees ──
 
-# Runs in the program's own interpreter; `{began}` is closed before the program could touch it.
+# Runs in the program's own interpreter; `{started}` is closed before the program runs.
 RUN_SCRIPT = """
 import os, site
-os.write({began}, b"+")
-os.close({began})
+os.write({started}, b"+")
+os.close({started})
 site.setquit()
 with open("/main.py", "rb") as source:
     __file__, code = source.name, compile(source.read(), source.name, "exec")
@@ -117,7 +138,7 @@ __import__("os").write({{value}}, __import__("json").dumps({{function}}(
 
 
 def pick_user_id() -> int | None:
-    """Pick an unused user id, so that the kernel counts only the program's processes.
+    """Pick an unused user id, so that the limit on processes counts only the program's.
 
     The kernel does not limit root's processes. Return None if this process cannot change its user.
     """
@@ -129,41 +150,53 @@ def pick_user_id() -> int | None:
 
 def bwrap_args(user: int | None, disk: int) -> list[str]:
     """Return arguments for new namespaces, read-only system files and Python, and a small /tmp."""
-    spaces = ["ipc", "pid", "net", "uts", "cgroup-try", *(["user"] if user is None else [])]
-    shown = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix]
-    parents = ["/etc", *reversed(Path(sys.base_prefix).parents)]
+    namespaces = ["ipc", "pid", "net", "uts", "cgroup-try", *(["user"] if user is None else [])]
+    read_only = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix]
+    parents = ["/etc", *map(str, reversed(Path(sys.base_prefix).parents))]
     return [
-        *(f"--unshare-{space}" for space in spaces), "--hostname", "sandbox", "--new-session",
-        "--die-with-parent", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp",
-        "--setenv", "PYTHONHASHSEED", "0",  # equal programs end equally
+        *(f"--unshare-{namespace}" for namespace in namespaces), "--hostname", "sandbox",
+        "--new-session", "--die-with-parent",
+        "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp",
+        "--setenv", "PYTHONHASHSEED", "0",  # the same program ends the same way
         "--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp", "--chdir", "/tmp",
-        *(word for path in parents for word in ("--perms", "755", "--dir", str(path))),
-        *(word for path in shown for word in ("--ro-bind-try", path, path)),
+        *chain.from_iterable(("--perms", "755", "--dir", path) for path in parents),
+        *chain.from_iterable(("--ro-bind-try", path, path) for path in read_only),
         "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
     ]  # fmt: skip
 
 
 def interpreter_args(user: int | None, limits: Limits) -> list[str]:
-    """Return the command of an unprivileged Python within limits, the first to be killed for memory."""
-    drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-    most = {
+    """Return the command of an unprivileged Python with limits; the OOM killer ends it first."""
+    drop_privileges = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    limit_values = {
         "as": limits.memory,
         "cpu": f"{limits.cpu}:{limits.cpu + 1}",  # SIGXCPU, then SIGKILL
-        "nproc": limits.processes + (user is None),  # bwrap's own counts too
+        "nproc": limits.processes + (user is None),  # without a user of its own, bwrap counts too
         "nofile": limits.files,
         "fsize": limits.output,
         "core": 1,  # byte; 0 would still call the host's crash handler
     }
-    bound = ["prlimit", *(f"--{name}={value}" for name, value in most.items())]
+    prlimit = ["prlimit", *(f"--{name}={value}" for name, value in limit_values.items())]
     interpreter = [os.path.realpath(sys.executable), "-S", "-c"]
-    return ["choom", "-n1000", "--", *(drop if user else []), *bound, *interpreter]
+    return ["choom", "-n1000", "--", *(drop_privileges if user else []), *prlimit, *interpreter]
 
 
-# ── A program runs ──
+# ── Running a program ──
+
+
+class Launched(NamedTuple):
+    """A started bwrap, what it reports of itself, and the files of the program's outputs."""
+
+    process: subprocess.Popen[bytes]
+    info: str  # JSON with the id of the sandbox's first process; "" if bwrap failed
+    stdout_fd: int
+    stderr_fd: int
+    value_fd: int
+    started_fd: int  # holds a byte once Python runs in the sandbox
 
 
 def memfd(stack: ExitStack, text: str | bytes = "") -> int:
-    """Create an unnamed file; limits on file sizes bound what is written there, unlike to a pipe."""
+    """Create an unnamed file; unlike a pipe, it is subject to the limit on file sizes."""
     fd = os.memfd_create("sandbox")
     stack.callback(os.close, fd)
     os.write(fd, text if isinstance(text, bytes) else text.encode(errors="replace"))
@@ -171,50 +204,60 @@ def memfd(stack: ExitStack, text: str | bytes = "") -> int:
     return fd
 
 
-def launch(stack: ExitStack, script: str, texts: dict[str, str], stdin: str, limits: Limits):
-    """Start a script beside these files; return bwrap, its report and descriptors of the outputs."""
-    if not (bwrap := shutil.which("bwrap")):
+def launch(
+    stack: ExitStack, script: str, texts: dict[str, str], stdin: str, limits: Limits
+) -> Launched:
+    """Start a script in a sandbox that holds these files."""
+    bwrap = shutil.which("bwrap")
+    if not bwrap:
         raise UserError(BWRAP_MISSING)
-    user, rules, (info, tell) = pick_user_id(), memfd(stack, seccomp_filter()), os.pipe()
-    ends = {name: memfd(stack) for name in ("output", "errors", "value", "began")}
+    user, rules_fd = pick_user_id(), memfd(stack, seccomp_filter())
+    info_fd, info_write_fd = os.pipe()
+    stdout_fd, stderr_fd = memfd(stack), memfd(stack)
+    value_fd, started_fd = memfd(stack), memfd(stack)
     files = {path: memfd(stack, text) for path, text in texts.items()}
-    command = [bwrap, *bwrap_args(user, limits.disk), "--info-fd", tell, "--seccomp", rules]
-    command += [word for path, fd in files.items() for word in ("--file", fd, path)]
-    command += ["--remount-ro", "/", "--", *interpreter_args(user, limits), script.format(**ends)]
-    with open(info) as told:
-        with open(tell, "w"):
+    command = [bwrap, *bwrap_args(user, limits.disk)]
+    command += ["--info-fd", str(info_write_fd), "--seccomp", str(rules_fd)]
+    for path, fd in files.items():
+        command += ["--file", str(fd), path]
+    command += ["--remount-ro", "/", "--", *interpreter_args(user, limits)]
+    command.append(script.format(value=value_fd, started=started_fd))
+    with open(info_fd) as info:
+        with open(info_write_fd, "w"):
             process = subprocess.Popen(
-                [str(word) for word in command],
-                env={},  # a program could read that of bwrap
+                command,
+                env={},  # a program could read bwrap's environment
                 stdin=memfd(stack, stdin),
-                stdout=ends["output"],
-                stderr=ends["errors"],
-                pass_fds=[tell, rules, *files.values(), ends["value"], ends["began"]],
+                stdout=stdout_fd,
+                stderr=stderr_fd,
+                pass_fds=[info_write_fd, rules_fd, *files.values(), value_fd, started_fd],
             )
             stack.callback(process.kill)
-        return process, told.read(), ends
+        return Launched(process, info.read(), stdout_fd, stderr_fd, value_fd, started_fd)
 
 
-def wait_for_exit(process: subprocess.Popen, info: str, seconds: float) -> int:
-    """Wait until no process of the sandbox is left (its first ends last); return the exit code."""
-    with suppress(ValueError, ProcessLookupError):  # bwrap failed, or all is over
+def wait_for_exit(process: subprocess.Popen[bytes], info: str, seconds: float) -> int:
+    """Wait until the sandbox has no process left (its first ends last); return the exit code."""
+    with suppress(ValueError, ProcessLookupError):  # bwrap failed, or the program has ended
         first = os.pidfd_open(json.loads(info)["child-pid"])
-        ended = select.poll()
-        ended.register(first, select.POLLIN)
-        if not ended.poll(1000 * seconds):
+        poll = select.poll()
+        poll.register(first, select.POLLIN)
+        if not poll.poll(1000 * seconds):
             signal.pidfd_send_signal(first, signal.SIGKILL)
-            ended.poll()
+            poll.poll()
         os.close(first)
     return process.wait()
 
 
-def classify_exit(code: int, full: bool, errors: str, seconds: float, limits: Limits) -> str:
+def classify_exit(
+    code: int, is_output_full: bool, errors: str, seconds: float, limits: Limits
+) -> str:
     """Return the limit that ended a program, "error" or "ok"."""
-    if full:
+    if is_output_full:
         return "output"
     if code == 128 + signal.SIGXCPU:
         return "time"
-    if code == KILLED:  # by us, by the second limit on CPU, or by a machine without memory
+    if code == KILLED:  # by us, by the second limit on CPU, or by the kernel for lack of memory
         return "time" if seconds > min(limits.seconds, limits.cpu) else "memory"
     if code and "MemoryError" in errors[-100:]:
         return "memory"
@@ -225,34 +268,34 @@ def execute(script: str, texts: dict[str, str], stdin: str, limits: Limits) -> E
     """Run a script beside these files until none of its processes is left."""
     start = time.perf_counter()
     with ExitStack() as stack:
-        process, info, ends = launch(stack, script, texts, stdin, limits)
-        code = wait_for_exit(process, info, limits.seconds)
+        launched = launch(stack, script, texts, stdin, limits)
+        code = wait_for_exit(launched.process, launched.info, limits.seconds)
         seconds = time.perf_counter() - start
-        found = [os.pread(fd, limits.output, 0) for fd in ends.values()]
-    full = max(map(len, found)) == limits.output
-    output, errors, value, began = (data.decode(errors="replace") for data in found)
-    if not began:
-        raise UserError(
-            CANNOT_START.format(errors.strip().rpartition("\n")[2] or f"exit code {code}")
-        )
-    label = classify_exit(code, full, errors, seconds, limits)
-    return ExecutionResult(label, code, output, errors, value, seconds)
+        fds = launched.stdout_fd, launched.stderr_fd, launched.value_fd, launched.started_fd
+        contents = [os.pread(fd, limits.output, 0) for fd in fds]
+    is_output_full = max(map(len, contents)) == limits.output
+    stdout, stderr, value, started = (data.decode(errors="replace") for data in contents)
+    if not started:
+        reason = stderr.strip().rpartition("\n")[2] or f"exit code {code}"
+        raise UserError(CANNOT_START.format(reason))
+    status = classify_exit(code, is_output_full, stderr, seconds, limits)
+    return ExecutionResult(status, code, stdout, stderr, value, seconds)
 
 
 def run_program(program: str, stdin: str = "", limits: Limits = LIMITS) -> ExecutionResult:
-    """Run a program that may use Python's standard library on this input."""
+    """Run a program on this input; it may use Python's standard library."""
     return execute(RUN_SCRIPT, {"/main.py": program}, stdin, limits)
 
 
 def call_function(
     program: str, function: str, args: Iterable, limits: Limits = LIMITS
 ) -> ExecutionResult:
-    """Call a program's `name` or `Solution().name` with JSON values; its value is JSON."""
+    """Call a program's `function` or `Solution().function` with JSON values; it returns JSON."""
     texts = {"/main.py": program, "/args.json": json.dumps(list(args))}
     return execute(CALL_SCRIPT.replace("{function}", function), texts, "", limits)
 
 
 def map_parallel(work: Callable, *jobs: Iterable, workers: int | None = None) -> list:
-    """Return `list(map(work, *jobs))`, computed by as many threads as there are cores."""
+    """Return `list(map(work, *jobs))`, computed by `workers` threads (default: one per core)."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(work, *jobs))

@@ -712,7 +712,8 @@ def everything():
 @pytest.mark.parametrize("kind", ["printed", "returned"])
 def test_the_expected_answer_is_not_inside(kind, monkeypatch):
     """A program that looks everywhere finds its input and its own text, but not the answer."""
-    given, expected, outcomes = secrets.token_hex(8), secrets.token_hex(8), []
+    given, expected = secrets.token_hex(8), secrets.token_hex(8)
+    outcomes = []
     execute = sandbox.execute
     monkeypatch.setattr(sandbox, "execute", lambda *a: outcomes.append(execute(*a)) or outcomes[-1])
     case = (
@@ -730,16 +731,20 @@ def test_the_expected_answer_is_not_inside(kind, monkeypatch):
 # ── Many at once ──
 
 
+def open_handles() -> tuple[list[str], list[str]]:
+    """Return descriptors of this process, and the children of its threads."""
+    children = sorted(x.read_text() for x in Path("/proc/self/task").glob("*/children"))
+    return sorted(os.listdir("/proc/self/fd")), [x for x in children if x]
+
+
 @boxed
 def test_nothing_is_left_open_by_many_runs():
-    """Neither descriptors nor children that nobody waited for."""
-    children = lambda: sorted(x.read_text() for x in Path("/proc/self/task").glob("*/children"))
-    ours = lambda: (sorted(os.listdir("/proc/self/fd")), [x for x in children() if x])
+    """Neither descriptors nor children without a `wait`."""
     run_program("")
-    before = ours()
+    before = open_handles()
     done = map_parallel(run_program, ["print(1)", "1 / 0", "while True: print(1)"] * 6, workers=6)
     assert [x.status for x in done] == ["ok", "error", "output"] * 6
-    assert ours() == before
+    assert open_handles() == before
 
 
 @boxed
@@ -835,7 +840,9 @@ def test_all_of_this_holds_for_an_ordinary_user():
         str(ROOT / "dsv3_ref"): "dsv3_ref",
         str(ROOT / "tests"): "tests",
     }
-    binds = [x for path, name in places.items() for x in ("--ro-bind", path, f"/tmp/{name}")]
+    binds = []
+    for path, name in places.items():
+        binds += ["--ro-bind", path, f"/tmp/{name}"]
     python = f"/tmp/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     command = ["bwrap", "--dev-bind", "/", "/", "--perms", "1777", "--tmpfs", "/tmp", *binds]
     command += ["--chdir", "/tmp"]  # where root is may be out of reach, or hidden
