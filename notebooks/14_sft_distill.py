@@ -309,7 +309,7 @@ def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialToken
     return LossOutput(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
 
 
-RECIPES = {
+SFT_RECIPES = {
     "v3": replace(  # §5.1; batch and the rest are our choice
         TrainingRecipe(), steps=0, lr=5e-6, min_lr=1e-6, warmup_steps=0, decay_start=0.0,
         decay_end=1.0, final_start=1.1, start_batch_size=512, global_batch_size=512,
@@ -317,8 +317,8 @@ RECIPES = {
         weight_decay=0.0,
     ),
 }  # fmt: skip
-RECIPES["tiny"] = replace(
-    RECIPES["v3"],
+SFT_RECIPES["tiny"] = replace(
+    SFT_RECIPES["v3"],
     seq_len=256,
     lr=3e-3,
     min_lr=6e-4,

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref.config import UserError
-from dsv3_ref.grpo import advantages, completion_mask, grpo_loss, kl_k3, token_logprobs
+from dsv3_ref.grpo import (
+    GRPO_RECIPES,
+    advantages,
+    completion_mask,
+    grpo_loss,
+    kl_k3,
+    token_logprobs,
+)
+from dsv3_ref.optim import TrainingRecipe
+from dsv3_ref.posttraining.grpo import GRPOConfig
 
 KINDS = ["grpo", "bnpo", "dapo", "dr_grpo", "sequence"]
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 10_000))
@@ -19,7 +29,10 @@ SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 10_000))
 def batch(b: int, s: int, seed: int, far: float = 0.4):
     """Log-probabilities under three models, advantages, and a mask of answers of 1 to s tokens."""
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.double)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.double)
+
     logp = -rand(b, s).abs()
     mask = torch.arange(s) < torch.randint(1, s + 1, (b, 1), generator=g)
     old, ref = logp + far * rand(b, s), logp + far * rand(b, s)
@@ -233,3 +246,46 @@ def test_a_mask_ends_with_the_first_end(rows):
     for row, mask in zip(rows, got.tolist()):
         n = row.index(0) + 1 if 0 in row else len(row)
         assert mask == [True] * n + [False] * (len(row) - n)
+
+
+# ── Constants, as data ──
+
+REPORT = {"scale_rewards": "group"}  # eq. 28: divided by the standard deviation of the group
+OWN_CHOICES = {  # the report does not publish ε, β, G, the temperature or the lengths
+    "num_generations": 16, "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.001, "temperature": 1.0,
+    "max_new_tokens": 48, "steps_per_generation": 1, "loss_type": "grpo",
+}  # fmt: skip
+OWN_RECIPE = {
+    "steps": 1000, "lr": 1e-6, "min_lr": 1e-6, "warmup_steps": 10, "decay_start": 0.0,
+    "decay_end": 1.0, "final_start": 1.1, "start_batch_size": 32, "global_batch_size": 32,
+    "bias_update_rate": 0.0, "mtp_weight": 0.0, "mtp_weight_end": 0.0, "balance_loss_coeff": 0.0,
+    "weight_decay": 0.0,
+}  # fmt: skip
+TINY_RECIPE = {
+    "steps": 60, "seq_len": 256, "lr": 3e-4, "min_lr": 3e-5, "warmup_steps": 5,
+    "start_batch_size": 16, "global_batch_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", (REPORT | OWN_CHOICES).items())
+def test_every_constant_of_grpo(field, value):
+    assert getattr(GRPOConfig, field) == value
+
+
+def test_the_recipes_differ_from_pre_training_in_these_numbers():
+    v3 = asdict(TrainingRecipe()) | OWN_RECIPE
+    assert {name: asdict(recipe) for name, recipe in GRPO_RECIPES.items()} == {
+        "v3": v3,
+        "tiny": v3 | TINY_RECIPE,
+    }
+    assert GRPOConfig.RECIPES is GRPO_RECIPES
+
+
+def test_sequence_is_equation_26_of_the_report():
+    """One ratio per completion, symmetric clip bounds, and k₃ of the whole completion (eq. 27)."""
+    logp, old, ref, a, mask = batch(4, 5, 0)
+    ratio = ((logp - old) * mask).sum(1).exp()
+    gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    delta = ((ref - logp) * mask).sum(1)
+    want = -(gain - 0.1 * (delta.exp() - delta - 1)).mean()
+    assert abs(grpo_loss(logp, old, ref, a, mask, 0.2, 0.1, "sequence").loss - want) < 1e-12

@@ -178,7 +178,7 @@ def sample(answer: int, said: list[int]) -> list[int]:
 
 def test_a_score_is_its_samples_alone_and_a_product_with_one_row(micro):
     model, parts = Transformer(micro), [sample(1, [20, 21]), sample(2, [22]), sample(3, [])]
-    line = torch.tensor([[t for part in parts for t in part]])
+    line = torch.tensor([sum(parts, [])])
     cu_seqlens = to_cu_seqlens([len(p) for p in parts])
     h_1nd = model.hidden_states(line, cu_seqlens=cu_seqlens)[0]
     got = reward_scores(h_1nd[0], model.head.weight, cu_seqlens, SPECIAL_TOKENS)
@@ -215,7 +215,9 @@ def test_the_loss_of_pairs_is_both_of_its_parts(micro):
     line = torch.tensor([good + bad])
     found = preference_loss(model, line, SPECIAL_TOKENS, weight)
     logp = [model(torch.tensor([s]))[0].log_softmax(-1) for s in (good, bad)]
-    spoken = [-p[i - 1, s[i]] for p, s in zip(logp, (good, bad)) for i in range(9, len(s))]
+    spoken = []
+    for p, tokens in zip(logp, (good, bad)):
+        spoken += [-p[i - 1, tokens[i]] for i in range(9, len(tokens))]
     want = bradley_terry(found.reward_m)[0].mean() + weight * torch.stack(spoken).sum() / 2
     torch.testing.assert_close(found.losses.main, want, atol=1e-5, rtol=1e-5)
     without = preference_loss(model, line, SPECIAL_TOKENS, 0.0).losses.main

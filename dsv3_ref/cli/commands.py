@@ -85,7 +85,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "eval": Command(
             "Evaluate a model on lm-eval tasks.",
             "dsv3_ref.evaluation.evaluate.EvalConfig",
-            "dsv3_ref.evaluation.evaluate.evaluate",
+            "dsv3_ref.evaluation.evaluate.evaluate_checkpoint",
         ),
     },
     "Cluster": {

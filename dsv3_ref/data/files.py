@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,6 +157,11 @@ def valid_rows(
             n_refused += 1
             warn(f"{name}, row {number} is left out: {e}")
     return rows, n_refused
+
+
+def print_to_stderr(text: str) -> None:
+    """Print a line to standard error."""
+    print(text, file=sys.stderr)
 
 
 def iter_json_lines(paths: list[str]) -> Iterator[Any]:

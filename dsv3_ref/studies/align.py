@@ -199,7 +199,8 @@ def score_sums(completions: list, problems: list[Problem], num_generations: int)
     """Return 1 for each right and finished answer to a sum, else 0."""
     score = TASKS["sums"].score
     return [
-        x.ended * score(x.text, problems[i // num_generations]) for i, x in enumerate(completions)
+        x.is_finished * score(x.text, problems[i // num_generations])
+        for i, x in enumerate(completions)
     ]
 
 

@@ -12,8 +12,8 @@ from test_rl import Short
 
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
-from dsv3_ref.evaluation.evaluate import EvalConfig, evaluate, score_majority
-from dsv3_ref.posttraining.policy import Policy
+from dsv3_ref.evaluation.evaluate import EvalConfig, evaluate_checkpoint, score_majority
+from dsv3_ref.posttraining.policy import Completion, Policy
 from dsv3_ref.posttraining.prompts import TASKS, build_messages
 from dsv3_ref.rewards import majority, pass_at_k
 
@@ -69,10 +69,13 @@ def test_the_commonest_answer(answers, most):
 
 def test_a_majority_of_boxes_counts():
     p = TASKS["sums"].problems[1][0]
-    say = lambda x, ended=True: SimpleNamespace(text=f"\\boxed{{{x}}}", ended=ended)
-    assert score_majority("sums", p, [say(p.answer), say(p.answer), say(99)]) == 1.0
-    assert score_majority("sums", p, [say(p.answer, ended=False), say(99)]) == 0.0
-    assert score_majority("sums", p, [SimpleNamespace(text="none", ended=True)]) == 0.0
+
+    def boxed(answer, is_finished=True) -> Completion:
+        return Completion([], [], [], f"\\boxed{{{answer}}}", is_finished)
+
+    assert score_majority("sums", p, [boxed(p.answer), boxed(p.answer), boxed(99)]) == 1.0
+    assert score_majority("sums", p, [boxed(p.answer, is_finished=False), boxed(99)]) == 0.0
+    assert score_majority("sums", p, [Completion([], [], [], "none", True)]) == 0.0
 
 
 def test_a_run_in_numbers(home, capsys):
@@ -112,7 +115,7 @@ def test_a_likeliest_continuation_is_called_so(lm):
 
 def test_texts_longer_than_a_window_count_every_token_once(lm):
     text = "the sea was calm and old; ships, gulls, rain! a light far off. " * 24
-    ids, limit = lm.tok_encode(text), lm.limit
+    ids, limit = lm.tok_encode(text), lm.max_length
     assert len(ids) > 2 * limit
     (found,) = lm.loglikelihood_rolling(asked((text,)), disable_tqdm=True)
     want, done = 0.0, 0
@@ -177,7 +180,7 @@ def test_a_task_of_ours_through_lm_eval_is_the_likeliest_answer(home):
         apply_chat_template=True,
         device="cpu",
     )
-    found = evaluate(args)
+    found = evaluate_checkpoint(args)
     assert found["lm-sums"]["right"] == found["sums"]["greedy"]
 
 
@@ -196,10 +199,10 @@ def test_a_task_of_ours_through_lm_eval_is_the_likeliest_answer(home):
 )
 def test_refusals(more, why, home):
     with pytest.raises(UserError, match=why):
-        evaluate(EvalConfig(home / "base", **{"device": "cpu"} | more))
+        evaluate_checkpoint(EvalConfig(home / "base", **{"device": "cpu"} | more))
 
 
 def test_without_lm_eval_it_says_how_to_get_it(home, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'dsv3-ref\[eval\]'"):
-        evaluate(EvalConfig(home / "base", ("speeches",), device="cpu"))
+        evaluate_checkpoint(EvalConfig(home / "base", ("speeches",), device="cpu"))

@@ -42,9 +42,11 @@ def test_rollouts_are_the_models_own(micro, temperature):
 
 def test_answers_of_a_group_differ_and_a_seed_repeats_them(micro):
     model = Transformer(micro)
-    draw = lambda: generate_rollouts(
-        model, [[1, 2]], 6, 8, 7, 1.0, torch.Generator().manual_seed(3)
-    )[0]
+
+    def draw() -> list[list[int]]:
+        generator = torch.Generator().manual_seed(3)
+        return generate_rollouts(model, [[1, 2]], 6, 8, 7, 1.0, generator)[0]
+
     first = draw()
     assert first == draw() and len({tuple(a) for a in first}) > 1
 
@@ -68,8 +70,8 @@ def home(tmp_path_factory):
         patch.setitem(TASKS, "short", Short("short"))
         patch.setitem(TASKS, "bad", Short("bad"))
         assert main.main(options(folder, folder / "first")) == 0
-        turns = lambda i: build_messages(f"say {i % 12}", "ab" * (1 + i % 3))
-        rows = [json.dumps({"messages": turns(i)}) for i in range(60)]
+        turns = [build_messages(f"say {i % 12}", "ab" * (1 + i % 3)) for i in range(60)]
+        rows = [json.dumps({"messages": messages}) for messages in turns]
         (folder / "talks.jsonl").write_text("\n".join(rows))
         argv = ["sft", "--init", folder / "first", "--data", folder / "talks.jsonl", "--out",
                 folder / "base", *"--seq-len 63 --global-batch-size 4 --start-batch-size 4".split(),
@@ -124,12 +126,20 @@ def test_a_row_says_what_grpo_is_watched_by(run):
     assert [s["before"] for s in end["samples"]] == [s["text"] for s in began["samples"]]
 
 
+def gate_biases(folder) -> list[torch.Tensor]:
+    return [moe.gate.bias for moe in moe_layers(load(folder)).values()]
+
+
 def test_gate_biases_rest_or_follow(home, run, tmp_path):
     assert rl(home, tmp_path / "gamma", "--bias-update-rate", "0.01") == 0
-    bias = lambda folder: [m.gate.bias for m in moe_layers(load(folder)).values()]
-    began, rest, moved = bias(home / "base"), bias(run), bias(tmp_path / "gamma")
-    assert all(map(torch.equal, began, rest))
-    assert not torch.equal(began[0], moved[0])
+    before = gate_biases(home / "base")
+    assert all(map(torch.equal, before, gate_biases(run)))
+    assert not torch.equal(before[0], gate_biases(tmp_path / "gamma")[0])
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    clock = {"rollout_seconds", "seconds", "tokens_per_s"}
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
@@ -144,8 +154,6 @@ def test_resumed_it_is_the_same_run(home, run, tmp_path, monkeypatch):
         patch.setattr(loop, "take_step", stopping)
         assert rl(home, tmp_path / "half") == 130
     assert main.main(["rl", "--resume", "--out", str(tmp_path / "half")]) == 0
-    clock = {"rollout_seconds", "seconds", "tokens_per_s"}
-    timeless = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
     assert timeless(metrics(tmp_path / "half")) == timeless(metrics(run))
     assert results(tmp_path / "half")[3] == results(run)[3]  # the last checkpoint's bytes
 
@@ -180,8 +188,8 @@ def answers(run: Run) -> list[Rollout]:
     out = []
     for i, tokens in enumerate(said):
         prompt = [bos, user, 30 + i // 2, assistant]
-        logp = [-1.0] * len(tokens)
-        out.append(Rollout(TASKS["short"].problems[0][i // 2], prompt, tokens, logp, "", 0.0))
+        logps = [-1.0] * len(tokens)
+        out.append(Rollout(TASKS["short"].problems[0][i // 2], prompt, tokens, logps, "", 0.0))
     for a, x in zip(out, advantages(torch.tensor([1.0, 0.0, 0.3, 0.9]), 2).tolist()):
         a.advantage = x
     return out
@@ -202,19 +210,20 @@ def by_hand(model, run: Run, found: list[Rollout]):
     return grpo_loss(logp_bs, old_bs, old_bs, a_b, mask_bs, 0.2, args.beta, args.loss_type, size)
 
 
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "sequence"])
 @pytest.mark.parametrize("lot", [1, 3, 0])
 def test_an_update_is_the_gradient_of_all_answers_at_once(home, tmp_path, kind, lot, monkeypatch):
     """However they are cut into micro-batches, and whatever tokens they hold."""
     run = new_run(home, tmp_path / "x", "--loss-type", kind, "--micro-batch", lot, "--beta", 0.01)
     found, grads = answers(run), {}
-    see = lambda *_: grads.update({n: p.grad.clone() for n, p in run.strategy.model.named_parameters()
-                                   if p.grad is not None})  # fmt: skip
-    run.strategy.optimizer.register_step_pre_hook(see)
-    by_hand(run.strategy.model, run, found).loss.backward()
-    want = {
-        n: p.grad.clone() for n, p in run.strategy.model.named_parameters() if p.grad is not None
-    }
+    model = run.strategy.model
+    run.strategy.optimizer.register_step_pre_hook(lambda *_: grads.update(gradients(model)))
+    by_hand(model, run, found).loss.backward()
+    want = gradients(model)
     run.strategy.optimizer.zero_grad()
     train(run, found, replace(run.config.recipe, max_grad_norm=1e9))
     for name, g in want.items():
@@ -239,7 +248,7 @@ def test_several_updates_clip_against_what_was_written_first(home, tmp_path):
     run = new_run(home, tmp_path / "x", "--steps-per-generation", 2, "--beta", 0)
     found = answers(run)
     train(run, found, run.config.recipe, lr=0.05)
-    first = {a.old.sum().item() for a in found}
+    first = {a.old_logps.sum().item() for a in found}
     assert len(first) == 4 and run.task.token_means(run)["clip_ratio"] > 0
 
 
@@ -252,7 +261,7 @@ def test_a_scorer_that_fails_counts_0_and_is_told_once(home, tmp_path, capsys):
 def test_a_kl_that_explodes_stops_the_run_with_its_last_checkpoint(home, tmp_path, capsys):
     assert rl(home, tmp_path / "rl", "--max-kl", "1e-9", "--save-every", "1") == 2
     said = capsys.readouterr().err
-    assert "the KL to the first model became" in said and "step_0000001" in said
+    assert "the KL to the reference model became" in said and "step_0000001" in said
 
 
 def test_controls(home, tmp_path):
@@ -276,7 +285,7 @@ def test_own_problems_beside_ours(home, tmp_path):
     )
     names = {"short", str(tmp_path / "own.jsonl")}
     assert set(metrics(tmp_path / "rl")[-1]["held_out"]) == names
-    assert names >= {name for row in metrics(tmp_path / "rl") for name in row["reward_by"]}
+    assert all(names >= set(row["reward_by"]) for row in metrics(tmp_path / "rl"))
 
 
 def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, monkeypatch):
@@ -316,24 +325,21 @@ def test_a_vote_is_a_yes(home):
 
 def test_an_answer_must_fit_behind_its_question(home, tmp_path, capsys):
     assert rl(home, tmp_path / "rl", "--max-new-tokens", 60) == 2
-    assert "are more than the 64 that the model reads" in capsys.readouterr().err
+    assert "are more than the 64 of the model's context" in capsys.readouterr().err
 
 
 def test_the_form_is_a_rule_too(home, tmp_path):
     run = new_run(home, tmp_path / "x", "--require-think-format")
-    say = lambda text: Rollout(
-        run.data.loader.next_batch(1)[0],
-        [1],
-        [2, run.data.special_tokens.eos],
-        [0.0, 0.0],
-        text,
-        0.0,
-    )
-    found = [say("a"), say("<think>a</think>\\boxed{1}")]
-    run.task.score.say = print
-    before = [run.task.score.rule_reward(a) for a in found]
-    run.task.score.require_think_format = False
-    assert before == [0.0, 0.0] and [run.task.score.rule_reward(a) for a in found] == [1.0, 0.0]
+    problem, eos_id = run.data.loader.next_batch(1)[0], run.data.special_tokens.eos
+
+    def rollout(text: str) -> Rollout:
+        return Rollout(problem, [1], [2, eos_id], [0.0, 0.0], text, 0.0)
+
+    found = [rollout("a"), rollout("<think>a</think>\\boxed{1}")]
+    reward_fn = run.task.reward_fn
+    before = [reward_fn.rule_reward(a) for a in found]
+    reward_fn.require_think_format = False
+    assert before == [0.0, 0.0] and [reward_fn.rule_reward(a) for a in found] == [1.0, 0.0]
 
 
 def test_held_out_problems_leave_random_numbers_alone(home, tmp_path):
@@ -369,7 +375,7 @@ REFUSED = [
     (["--init", "{base}", "--tasks", "riddles"], "no task 'riddles'"),
     (["--init", "{base}", "--temperature", "0"], "--temperature must be above 0"),
     (["--init", "{base}", "--steps-per-generation", "99"], "--steps-per-generation"),
-    (["--init", "{base}", "--tasks", "short", "--reward", "{base}"], "is no reward model"),
+    (["--init", "{base}", "--tasks", "short", "--reward", "{base}"], "is not a reward model"),
 ]  # fmt: skip
 
 

@@ -83,13 +83,16 @@ def test_answers_in_a_file_are_compared_by_value(tmp_path):
         assert task.score(text, p) == right
 
 
+def fenced(code: str) -> str:
+    return f"Here:\n```python\n{code}\n```\n"
+
+
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 def test_code_in_an_answer_runs_against_all_cases(tmp_path):
     task = FileTask(
         file(tmp_path, *[{"question": f"double {i}?", "cases": DOUBLE} for i in range(4)])
     )
     p = task.problems[0][0]
-    fenced = lambda code: f"Here:\n```python\n{code}\n```\n"
     good = "def double(x):\n    return x + x"
     for text, right in [(fenced(good), 1.0), (good, 0.0), (fenced(good) * 2, 0.0),
                         (fenced("def double(x):\n    return 4"), 0.0)]:  # fmt: skip
@@ -113,17 +116,17 @@ def test_open_rows_need_a_question_only(tmp_path):
 
 
 POISON = {
-    "{not json": 'no text as its "question"',
-    "[]": 'no text as its "question"',
-    '{"answer": "7"}': 'no text as its "question"',
-    '{"question": "", "answer": "7"}': 'no text as its "question"',
-    '{"question": "a", "answer": 7}': '"answer" is no text',
-    '{"question": "a", "cases": []}': '"cases" are no list',
-    '{"question": "a", "cases": "x"}': '"cases" are no list',
-    json.dumps({"question": "a", "answer": "7", "cases": ECHO}): 'an "answer" too',
-    '{"question": "a", "cases": [{"stdin": "a"}]}': "a case is neither",
-    '{"question": "a", "cases": [{"function": "f", "args": 1, "expected": 2}]}': "is neither",
-    '{"question": "a", "cases": [7]}': "a case is neither",
+    "{not json": 'its "question" is missing or not a text',
+    "[]": 'its "question" is missing or not a text',
+    '{"answer": "7"}': 'its "question" is missing or not a text',
+    '{"question": "", "answer": "7"}': 'its "question" is missing or not a text',
+    '{"question": "a", "answer": 7}': '"answer" is not a text',
+    '{"question": "a", "cases": []}': '"cases" are not a list',
+    '{"question": "a", "cases": "x"}': '"cases" are not a list',
+    json.dumps({"question": "a", "answer": "7", "cases": ECHO}): 'both an "answer" and "cases"',
+    '{"question": "a", "cases": [{"stdin": "a"}]}': 'a case needs "stdin" and "expected", or "function"',
+    '{"question": "a", "cases": [{"function": "f", "args": 1, "expected": 2}]}': 'a case needs "stdin" and "expected"',
+    '{"question": "a", "cases": [7]}': 'a case needs "stdin" and "expected", or "function"',
 }
 
 
@@ -139,7 +142,7 @@ def test_a_poisoned_row_is_told_by_its_number_and_left_out(bad, tmp_path):
 
 
 def test_files_that_cannot_be_practiced_on(tmp_path):
-    with pytest.raises(UserError, match="has 0 problems: at least 4"):
+    with pytest.raises(UserError, match="has 0 problems: give at least 4"):
         FileTask(file(tmp_path, "x"), lambda _: None)
     with pytest.raises(UserError, match="mixes rows"):
         FileTask(
