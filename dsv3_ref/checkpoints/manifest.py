@@ -109,6 +109,17 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
                 raise damaged(folder / name, "its SHA-256 is not that of the manifest")
 
 
+def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return what is damaged in a directory that must have a manifest, or None if it is whole."""
+    if not has_manifest(folder):
+        return f"{folder} has no {MANIFEST}: it was not written to its end"
+    try:
+        verify(folder, part, parts)
+    except DamageError as e:
+        return str(e)
+    return None
+
+
 def check_size(path: Path, expected: int) -> None:
     """Raise a `DamageError` unless a file is there and has so many bytes."""
     try:

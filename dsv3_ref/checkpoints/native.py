@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from dsv3_ref.checkpoints.atomic import OLD, atomic_dir, read_json, temp_sibling
 from dsv3_ref.checkpoints.huggingface import (
@@ -22,7 +23,7 @@ from dsv3_ref.checkpoints.huggingface import (
     hf_names,
     is_gate_bias,
 )
-from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE
+from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE, TENSORS, is_expert
 from dsv3_ref.checkpoints.manifest import DamageError, verified, write_manifest
 from dsv3_ref.checkpoints.safetensors_files import (
     FP8,
@@ -31,7 +32,8 @@ from dsv3_ref.checkpoints.safetensors_files import (
     TensorFiles,
     write_safetensors,
 )
-from dsv3_ref.checkpoints.sharded import consolidate
+from dsv3_ref.checkpoints.sharded import consolidate, global_tensors
+from dsv3_ref.checkpoints.storage import read_into
 from dsv3_ref.config import Config, UserError, from_dict
 from dsv3_ref.model import Transformer
 
@@ -126,6 +128,34 @@ def copy_weights(model: Transformer, part: TakePart, directory: Path) -> None:
             x.copy_(part(name, read(name)))
         except (KeyError, RuntimeError):
             raise UserError(f"{directory} does not fit this model: {name}") from None
+
+
+def fill_tensors(folder: Path, targets: dict[str, torch.Tensor]) -> None:
+    """Fill tensors from the checkpoint of a run, whole or sharded, by their global names.
+
+    targets: `model.<name>`, `exp_avg.<name>`, `ema.<name>` and so on; the experts of a layer are
+    one stacked tensor, or one of them is `<name>.<i>`. Raise a `UserError` if one is missing or has
+    another shape: an incomplete optimizer state is not resumed.
+    """
+    if is_sharded(folder):
+        single: dict[str, torch.Tensor] = {}
+        for key, x in targets.items():
+            is_stack = is_expert(key) and not key.rpartition(".")[2].isdigit()
+            single |= global_tensors("", key, x, 0) if is_stack else {key: x}
+        read_into(folder, single)
+        return
+    weights, training = TensorFiles(folder), TensorFiles(folder, (TENSORS,))
+    for key, target in targets.items():
+        in_weights = key.startswith("model.")
+        stored, name = (weights, key.removeprefix("model.")) if in_weights else (training, key)
+        whole, _, index = name.rpartition(".")
+        try:
+            if is_expert(name) and index.isdigit():
+                target.copy_(stored.files[whole].get_slice(whole)[int(index)])
+            else:
+                target.copy_(stored.files[name].get_tensor(name))
+        except (LookupError, RuntimeError, SafetensorError) as e:
+            raise UserError(f"{folder} lacks {key}, or it has another shape ({e})") from None
 
 
 class CheckpointReader:

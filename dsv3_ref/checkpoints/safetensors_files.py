@@ -1,6 +1,7 @@
 """Weights as safetensors, in one file or in several behind an index; FP8 weights with scales."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,10 @@ DTYPES = {
 class TensorFiles:
     """The tensors of a directory, by stored name; each is read when it is asked for."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, names: Sequence[str] = ()):
         self.directory = directory
-        names = [WEIGHTS]
-        if not (directory / WEIGHTS).is_file():
-            if not (directory / INDEX).is_file():
-                raise UserError(
-                    f"{directory} has neither {WEIGHTS} nor {INDEX}; only these are read"
-                )
-            names = sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
         self.files: dict[str, Any] = {}
-        for file in [open_file(directory / name) for name in names]:
+        for file in [open_file(directory / name) for name in names or weight_files(directory)]:
             self.files |= dict.fromkeys(file.keys(), file)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -65,6 +59,15 @@ class TensorFiles:
             return weight_dequant(tensor, self.files[scales].get_tensor(scales))
         except (ValueError, SafetensorError) as e:
             raise UserError(f"{self.directory}: {name}: {e}") from None
+
+
+def weight_files(directory: Path) -> list[str]:
+    """Return the names of the files that hold a directory's weights."""
+    if (directory / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if not (directory / INDEX).is_file():
+        raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}; only these are read")
+    return sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
 
 
 def open_file(path: Path) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, temp_sibling
 from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS, is_expert
+from dsv3_ref.checkpoints.manifest import write_manifest
 from dsv3_ref.checkpoints.storage import SafetensorsWriter, read_into
 from dsv3_ref.config import Config, from_dict
 from dsv3_ref.model import Transformer
@@ -38,7 +39,7 @@ class WeightAverage(Protocol):
     mean: dict[str, Tensor]
 
 
-Extra = tuple[dict, dict[str, Tensor]]  # values for JSON, and tensors
+Extra = tuple[dict, dict[str, Tensor], dict]  # values for JSON, tensors, what the manifest says
 
 
 def global_tensors(prefix: str, name: str, x: Tensor, first: int) -> dict[str, Tensor]:
@@ -126,10 +127,11 @@ class AsyncCheckpointer:
         saved.result()
         if extra:
             part = temp_sibling(folder, TMP)
-            values, tensors = extra
+            values, tensors, about = extra
             (part / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
             save_file(tensors, part / TENSORS)
             (part / STATE).write_text(json.dumps(values))
+            write_manifest(part, about)
             publish_dir(part, folder)
 
     def wait(self) -> None:
@@ -138,13 +140,6 @@ class AsyncCheckpointer:
             self.writing.result()
             dist.barrier(self.group)
             self.writing = None
-
-
-def load_sharded(engine: ShardedModel, folder: Path, ema: WeightAverage | None = None) -> None:
-    """Load what this rank holds from a checkpoint that any mesh has written."""
-    tensors = local_tensors(engine, ema)
-    read_into(folder, tensors)
-    load_tensors(engine, tensors, ema)
 
 
 def consolidate(folder: Path) -> Transformer:

@@ -34,7 +34,7 @@ TRAIN: Groups = {
     "computation": "device precision micro_batch recompute seed",
     "parallelism": "pp ep dp schedule zero ep_ranks_per_node dispatch_dtype token_dispatcher"
     " hang_timeout",
-    "checkpoint": "out resume save_every keep_latest_k",
+    "checkpoint": "out resume verify save_every keep_latest_k",
     "logging": "val_sequences tensorboard",
 }
 GENERATE: Groups = {

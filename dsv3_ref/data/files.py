@@ -74,6 +74,16 @@ def open_source(name: str, streaming: bool = False) -> Any:
     )
 
 
+def source_files(name: str) -> list[str]:
+    """Return the files of a source, in order; none for a name on the hub."""
+    path = Path(name)
+    if name in BUILTIN_SOURCES:
+        return BUILTIN_SOURCES[name]()
+    if path.is_dir():
+        return find_data_files(path)[1]
+    return [name] if path.is_file() else []
+
+
 def could_be_on_hub(name: str) -> bool:
     """Return whether a name that is not a local path has the form owner/name."""
     local = name.startswith((".", "/", "~")) or Path(name).suffix in SUFFIXES

@@ -159,14 +159,7 @@ def index_settings(args: PrepareConfig) -> dict[str, Any]:
 
 def hash_source_files(name: str) -> str | None:
     """Return a digest of paths, sizes and times of a source's files; None for a hub name."""
-    path = Path(name)
-    paths: list[str] = []
-    if name in files.BUILTIN_SOURCES:
-        paths = files.BUILTIN_SOURCES[name]()
-    elif path.is_dir() and not shards.is_shards(name):
-        paths = files.find_data_files(path)[1]
-    elif path.is_file():
-        paths = [name]
+    paths = [] if shards.is_shards(name) else files.source_files(name)
     stats = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest() if stats else None
 

@@ -151,6 +151,11 @@ class Shards:
         own = [s for s in self.index["shards"] if (s["source"], s["split"]) == (source, split)]
         return Documents(self.folder, own, self.index["dtype"], self.index["vocab_size"])
 
+    def part_checksums(self, source: int) -> list[str]:
+        """Return the checksums of all files of a source's shards."""
+        own = [s for s in self.index["shards"] if s["source"] == source]
+        return [s["sha256"][suffix] for s in own for suffix in sorted(s["sha256"])]
+
     def verify_checksums(self) -> None:
         """Compare every checksum, which reads all files; raise a `UserError` for a difference."""
         for shard in self.index["shards"]:

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import shards
-from dsv3_ref.data.files import data_errors, open_source, parse_source_spec
+from dsv3_ref.data.files import data_errors, open_source, parse_source_spec, source_files
+from dsv3_ref.data.fingerprint import fingerprint_dataset, fingerprint_files
 from dsv3_ref.data.permutation import permuted_indices
 
 VAL_EVERY, VAL_MAX = 20, 1000  # one document in 20 is held out, at most 1000 …
@@ -45,6 +46,10 @@ class Source(ABC):
     @abstractmethod
     def to_text(self, document: Any) -> str:
         """Return the text of a document."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Return names, sizes and hashes that tell whether the documents are the same."""
 
     def documents(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[Any]:
         """Yield the training documents of one epoch from the `start`-th, shuffled unless a stream."""
@@ -106,6 +111,12 @@ class TextSource(Source):
                     raise UserError(f"the column 'text' of {self.name} holds {kind}, not text")
                 yield text or ""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return a hash per block of documents; of a stream only the names and sizes of files."""
+        if self.is_stream:
+            return fingerprint_files(self.name, source_files(self.name))
+        return fingerprint_dataset(self.name, self.data)
+
     def iter_split(self, split: str, start: int) -> Iterator[str]:
         """Yield the documents of a split ("train" or "val") from the `start`-th, unshuffled."""
         rows = (self.train_data if split == "train" else self.val_data).skip(start)
@@ -125,6 +136,10 @@ class TokenizedSource(Source):
         super().__init__(about["name"], about["weight"] * share, seed)
         self.data, self.part = data, part
         self.val_data, self.train_data = data.documents(part, "val"), data.documents(part, "train")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the checksums of the shards of this part."""
+        return {"name": self.name, "shards": self.data.part_checksums(self.part)}
 
     def read(self, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yield the rows, which are documents."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsv3_ref.checkpoints import manifest
 from dsv3_ref.config import UserError
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
@@ -42,6 +43,14 @@ def any_rank_should_stop(signals: list[int], device: torch.device) -> bool:
     if signal and not signals:
         signals.append(int(signal))
     return bool(signal)
+
+
+def find_damage_on_ranks(folder: Path) -> str | None:
+    """Return, on every rank, the first damage that a rank has found in its share of the files."""
+    damages: list[str | None] = [None] * dist.get_world_size()
+    own = manifest.find_damage(folder, dist.get_rank(), dist.get_world_size())
+    dist.all_gather_object(damages, own)
+    return next(filter(None, damages), None)
 
 
 class DataParallel(SingleProcess):
@@ -119,9 +128,13 @@ class DataParallel(SingleProcess):
         """Return the value of make(), called on rank 0 alone."""
         return broadcast_object_from_rank0(make)
 
+    def find_damage(self, folder: Path) -> str | None:
+        """Return what is damaged in a checkpoint; each rank verifies its share of the files."""
+        return find_damage_on_ranks(folder)
+
     def save_checkpoint(
-        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None
+        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
     ) -> None:
         """Write a checkpoint on rank 0, whose weights are those of all ranks."""
         if self.is_main:
-            super().save_checkpoint(folder, values, tensors, ema)
+            super().save_checkpoint(folder, values, tensors, ema, about)

@@ -17,7 +17,11 @@ from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.checkpoints.layout import STATE, TENSORS
 from dsv3_ref.config import UserError
 from dsv3_ref.parallel.build import local_experts_of
-from dsv3_ref.parallel.data_parallel import any_rank_should_stop, broadcast_object_from_rank0
+from dsv3_ref.parallel.data_parallel import (
+    any_rank_should_stop,
+    broadcast_object_from_rank0,
+    find_damage_on_ranks,
+)
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.watchdog import track_operation
@@ -83,7 +87,9 @@ class MeshParallel:
             config.token_dispatcher == "deepep", data.special_tokens,
         )  # fmt: skip
         if init:
-            native.load_into(self.engine.model, init, partial(local_experts_of, self.mesh))
+            native.load_into(
+                self.engine.model, init, partial(local_experts_of, self.mesh), config.verify
+            )
         self.model, self.optimizer = self.engine.model, self.engine.optimizer.adamw
         self.checkpointer = sharded.AsyncCheckpointer()
 
@@ -154,7 +160,7 @@ class MeshParallel:
     # ── Checkpoints ──
 
     def save_checkpoint(
-        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None
+        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
     ) -> None:
         """Start to write a checkpoint; `wait_for_checkpoint` completes it."""
         extra = None
@@ -163,18 +169,24 @@ class MeshParallel:
                 "optimizer_steps": self.engine.optimizer.step_count,
                 "ema_t": ema.t if ema else 0,
             }
-            extra = values | more, tensors
+            extra = values | more, tensors, about
         self.checkpointer.save(self.engine, folder, extra, ema)
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is complete."""
         self.checkpointer.wait()
 
+    def find_damage(self, folder: Path) -> str | None:
+        """Return what is damaged in a checkpoint; each rank verifies its share of the files."""
+        return find_damage_on_ranks(folder)
+
     def load_checkpoint(self, folder: Path, ema: EMA | None) -> tuple[dict, dict[str, Tensor]]:
         """Load this rank's part of a checkpoint; return the values and tensors saved with it."""
         if ema:
             ema.wait()  # its thread reads the weights
-        sharded.load_sharded(self.engine, folder, ema)
+        own = sharded.local_tensors(self.engine, ema)
+        native.fill_tensors(folder, own)
+        sharded.load_tensors(self.engine, own, ema)
         values = read_json(folder / STATE)
         self.engine.optimizer.step_count = values["optimizer_steps"]
         if ema:

@@ -82,15 +82,3 @@ class EMA:
     def put(self, values: dict) -> None:
         for name, p in self.live.items():
             p.detach().copy_(values[name])
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the average and its step count as tensors of a checkpoint."""
-        self.wait()
-        return {f"ema.{name}": m for name, m in self.mean.items()} | {"ema_t": torch.tensor(self.t)}
-
-    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.wait()
-        self.t = tensors["ema_t"].item()
-        for name, m in self.mean.items():
-            m.copy_(tensors[f"ema.{name}"])

