@@ -18,7 +18,7 @@ from dsv3_ref.ops import op
 
 
 def rope_freqs(rope_dim: int, theta: float) -> Tensor:
-    """Compute the angle per position of each of the r/2 pairs: ω_j = θ^(−2j/r), radians."""
+    """Return the angle per position of each of the r/2 pairs: ω_j = θ^(−2j/r) radians."""
     return theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
 
 
@@ -27,7 +27,10 @@ def rope_freqs(rope_dim: int, theta: float) -> Tensor:
 
 @op
 def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
+    """Rotate interleaved pairs (x₀, x₁) by their angles to (x₀cos − x₁sin, x₀sin + x₁cos).
+
+    cos and sin are (s, r/2); the rotation is computed in fp32, the result has the dtype of x.
+    """
     x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
@@ -40,13 +43,14 @@ def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def yarn_ramp(
     rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float
 ) -> Tensor:
-    """Compute the share of interpolation of each of the r/2 pairs.
+    """Return how far each of the r/2 pairs is interpolated, from 0 to 1.
 
-    0 for pairs that turn more than β_fast times within `length`, 1 for fewer than β_slow.
+    The value is 0 for pairs that turn more than β_fast times within `length` positions, 1 for
+    those that turn fewer than β_slow times, and linear in the pair's number between.
     """
 
     def correction_dim(num_rotations: float) -> float:
-        """Return the (fractional) pair that turns so often within `length`."""
+        """Return the fractional number of the pair that turns `num_rotations` times."""
         return rope_dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(correction_dim(beta_fast)), 0)
@@ -59,10 +63,7 @@ def yarn_ramp(
 
 
 def yarn_freqs(config: Config) -> Tensor:
-    """Compute YaRN's angles per position, (r/2,): ω' = (1−ρ)ω + ρω/s (§4.3).
-
-    Fast pairs keep ω, slow pairs take ω/s, with a ramp between.
-    """
+    """Return YaRN's angle per position of each pair, (r/2,): ω' = (1−ρ)ω + ρω/s (§4.3)."""
     freqs = rope_freqs(config.qk_rope_head_dim, config.rope_theta)
     if config.rope_factor == 1:
         return freqs
@@ -89,18 +90,18 @@ def softmax_scale(config: Config) -> float:
 
 
 def rope_cos_sin(config: Config, position_s: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin of the angles of positions, each (s, r/2), float32."""
+    """Return cos and sin of the angles of positions, each (s, r/2) in fp32."""
     angle = position_s[:, None].double() * yarn_freqs(config).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
 
 
 def to_cu_seqlens(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Return where m samples laid end to end begin and end: 0, then the sums, (m + 1,) int32."""
+    """Return the bounds of m samples laid end to end: 0 and the sums of lengths, (m + 1,) int32."""
     return F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
 
 
 class Rope(NamedTuple):
-    """Rotations of the tokens that a layer reads, and the bounds of packed samples."""
+    """Rotations of a layer's input positions, and the bounds of packed samples."""
 
     cos: Tensor  # (s, r/2), float32
     sin: Tensor

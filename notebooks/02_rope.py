@@ -50,7 +50,7 @@ from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, attempt, figure, pla
 
 # %%
 pair_j = torch.arange(32)
-turn_j = 2 * math.pi * 10_000 ** (pair_j / 32)  # tokens a turn
+turn_j = 2 * math.pi * 10_000 ** (pair_j / 32)  # tokens per turn
 unseen = turn_j > 4096
 fig, ax = figure(width=8, height=3.2)
 ax.plot(pair_j[~unseen], turn_j[~unseen], "o", color=BLUE, label="turned at least once in training")
@@ -58,7 +58,7 @@ ax.plot(pair_j[unseen], turn_j[unseen], "s", color=ORANGE, label="never finished
 for length, text in [(4096, "pre-training: 4096 tokens"), (131_072, "use: 131,072 tokens")]:
     ax.axhline(length, color=GRAY, linestyle="--", linewidth=1)
     ax.text(0, length * 1.2, text, color=GRAY)
-ax.set(yscale="log", ylim=(4, 500_000), xlabel="pair j of the 32", ylabel="tokens a turn (log)")
+ax.set(yscale="log", ylim=(4, 500_000), xlabel="pair j of the 32", ylabel="tokens per turn (log)")
 ax.set_title(
     f"{int(unseen.sum())} of 32 hands meet angles in long texts that training never showed"
 )
@@ -81,7 +81,7 @@ show(fig)
 # ## Frequencies
 # A head's rotary part has $r$ numbers, taken as $r/2$ pairs. Per token, pair $j$ turns by the angle
 #
-# $$\omega_j = \theta^{-2j/r}\ \text{radians},\qquad \lambda_j = 2\pi/\omega_j\ \text{tokens a turn},
+# $$\omega_j = \theta^{-2j/r}\ \text{radians},\qquad \lambda_j = 2\pi/\omega_j\ \text{tokens per turn},
 # \qquad j = 0 \dots r/2 - 1,$$
 #
 # with $\theta = 10{,}000$: a geometric ladder from fast hands, which tell neighbors apart, to slow
@@ -91,7 +91,7 @@ show(fig)
 # %%
 #| export
 def rope_freqs(rope_dim: int, theta: float) -> Tensor:
-    """Compute the angle per position of each of the r/2 pairs: ω_j = θ^(−2j/r), radians."""
+    """Return the angle per position of each of the r/2 pairs: ω_j = θ^(−2j/r) radians."""
     return theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
 
 
@@ -105,7 +105,7 @@ position = torch.arange(0, 101)
 for level, (j, style) in enumerate({0: "-", 4: "--", 8: "-.", 16: ":"}.items()):
     ax.plot(position, (freq_j[j] * position).cos() - 2.5 * level, style, color=COLORS[level])
     ax.text(
-        101, -2.5 * level, f"pair {j}: {2 * math.pi / freq_j[j]:.0f} tokens a turn", va="center"
+        101, -2.5 * level, f"pair {j}: {2 * math.pi / freq_j[j]:.0f} tokens per turn", va="center"
     )
 ax.set(xlabel="position (tokens)", ylabel="cos of the angle", yticks=[])
 ax.set(xlim=(0, 135), xticks=range(0, 101, 20), ylim=(-9.5, 1.5))
@@ -133,7 +133,10 @@ show(fig)
 #| export
 @op
 def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos)."""
+    """Rotate interleaved pairs (x₀, x₁) by their angles to (x₀cos − x₁sin, x₀sin + x₁cos).
+
+    cos and sin are (s, r/2); the rotation is computed in fp32, the result has the dtype of x.
+    """
     x0, x1 = x_bshr.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     pairs = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
@@ -150,18 +153,19 @@ def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # %%
 def angles(freq_j, position_s):
-    """(cos, sin) of position · frequency, each (s, r/2)."""
+    """Return (cos, sin) of position · frequency, each (s, r/2)."""
     angle_sj = position_s[:, None].double() * freq_j
     return angle_sj.cos().float(), angle_sj.sin().float()
 
 
 def turn(x_sr, position_s, freq_j):
-    """`apply_rotary_emb` for one head of one row: (s, r) → (s, r)."""
+    """Apply `apply_rotary_emb` to one head of one row: (s, r) → (s, r)."""
     return apply_rotary_emb(x_sr[None, :, None], *angles(freq_j, position_s))[0, :, 0]
 
 
 torch.manual_seed(0)
-freq_j, position_s = rope_freqs(8, 10_000.0), torch.arange(5)
+freq_j = rope_freqs(8, 10_000.0)
+position_s = torch.arange(5)
 x_bshr = torch.randn(2, 5, 3, 8)
 cos, sin = angles(freq_j, position_s)
 with use("torch"):
@@ -198,12 +202,11 @@ print("equal along every diagonal: only t − s matters")
 # $$\text{score}_{st} = q^C_s\cdot k^C_t + q^R_s\cdot k^R_t .$$
 
 # %%
-w_ic, q_i, c_tc = torch.randn(8, 6), torch.randn(8), torch.randn(20, 6)
-position_t = torch.arange(20)
+w_ic, q_i = torch.randn(8, 6), torch.randn(8)
+c_tc, position_t = torch.randn(20, 6), torch.arange(20)
 plain_t = (c_tc @ w_ic.T) @ q_i
-assert torch.allclose(
-    plain_t, c_tc @ (w_ic.T @ q_i), atol=1e-5
-)  # one absorbed query, all positions
+absorbed_c = w_ic.T @ q_i  # one query for all positions
+assert torch.allclose(plain_t, c_tc @ absorbed_c, atol=1e-5)
 turned_t = turn(c_tc @ w_ic.T, position_t, freq_j) @ q_i
 best_c = torch.linalg.lstsq(c_tc, turned_t[:, None]).solution[:, 0]
 missing = (turned_t - c_tc @ best_c).norm() / turned_t.norm()
@@ -215,11 +218,9 @@ q_x, k_x = torch.randn(24), torch.randn(24)  # 16 without position, 8 rotary
 for s, t in [(3, 1), (103, 101)]:
     q_r = turn(q_x[None, 16:], torch.tensor([s]), freq_j)[0]
     k_r = turn(k_x[None, 16:], torch.tensor([t]), freq_j)[0]
-    parts = q_x[:16] @ k_x[:16] + q_r @ k_r
-    assert torch.isclose(parts, torch.cat((q_x[:16], q_r)) @ torch.cat((k_x[:16], k_r)))
-    print(
-        f"query at {s}, key at {t}: without position {q_x[:16] @ k_x[:16]:.2f}, rotary {q_r @ k_r:.2f}"
-    )
+    nope, rotary = q_x[:16] @ k_x[:16], q_r @ k_r
+    assert torch.isclose(nope + rotary, torch.cat((q_x[:16], q_r)) @ torch.cat((k_x[:16], k_r)))
+    print(f"query at {s}, key at {t}: without position {nope:.2f}, rotary {rotary:.2f}")
 
 # %% [markdown]
 # ## A trap: two layouts
@@ -236,7 +237,7 @@ for s, t in [(3, 1), (103, 101)]:
 
 # %%
 def half_split(x_sr, position_s, freq_j):
-    """The other layout: pair j is (x_j, x_{j + r/2})."""
+    """Rotate in the other layout, in which pair j is (x_j, x_{j + r/2})."""
     cos, sin = angles(freq_j, position_s)
     x1, x2 = x_sr.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -277,13 +278,14 @@ assert (wrong_st - right_st).abs().max() > 1
 def yarn_ramp(
     rope_dim: int, theta: float, length: int, beta_fast: float, beta_slow: float
 ) -> Tensor:
-    """Compute the share of interpolation of each of the r/2 pairs.
+    """Return how far each of the r/2 pairs is interpolated, from 0 to 1.
 
-    0 for pairs that turn more than β_fast times within `length`, 1 for fewer than β_slow.
+    The value is 0 for pairs that turn more than β_fast times within `length` positions, 1 for
+    those that turn fewer than β_slow times, and linear in the pair's number between.
     """
 
     def correction_dim(num_rotations: float) -> float:
-        """Return the (fractional) pair that turns so often within `length`."""
+        """Return the fractional number of the pair that turns `num_rotations` times."""
         return rope_dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(correction_dim(beta_fast)), 0)
@@ -313,10 +315,7 @@ assert kinds == [11, 12, 9]
 # %%
 #| export
 def yarn_freqs(config: Config) -> Tensor:
-    """Compute YaRN's angles per position, (r/2,): ω' = (1−ρ)ω + ρω/s (§4.3).
-
-    Fast pairs keep ω, slow pairs take ω/s, with a ramp between.
-    """
+    """Return YaRN's angle per position of each pair, (r/2,): ω' = (1−ρ)ω + ρω/s (§4.3)."""
     freqs = rope_freqs(config.qk_rope_head_dim, config.rope_theta)
     if config.rope_factor == 1:
         return freqs
@@ -338,7 +337,7 @@ assert torch.equal(after_j[:11], before_j[:11]) and torch.allclose(after_j[23:],
 assert torch.allclose(after_j[23:] * V3.max_seq_len, before_j[23:] * V3.original_seq_len)
 for j in (0, 10, 16, 23, 31):
     old, new = (2 * math.pi / f[j] for f in (before_j, after_j))
-    print(f"pair {j:2}: {old:9.1f} → {new:11.1f} tokens a turn")
+    print(f"pair {j:2}: {old:9.1f} → {new:11.1f} tokens per turn")
 
 
 # %% [markdown]
@@ -388,18 +387,18 @@ for n in (4096, 163_840):
 # %%
 #| export
 def rope_cos_sin(config: Config, position_s: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin of the angles of positions, each (s, r/2), float32."""
+    """Return cos and sin of the angles of positions, each (s, r/2) in fp32."""
     angle = position_s[:, None].double() * yarn_freqs(config).to(position_s.device)
     return angle.cos().float(), angle.sin().float()
 
 
 def to_cu_seqlens(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Return where m samples laid end to end begin and end: 0, then the sums, (m + 1,) int32."""
+    """Return the bounds of m samples laid end to end: 0 and the sums of lengths, (m + 1,) int32."""
     return F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
 
 
 class Rope(NamedTuple):
-    """Rotations of the tokens that a layer reads, and the bounds of packed samples."""
+    """Rotations of a layer's input positions, and the bounds of packed samples."""
 
     cos: Tensor  # (s, r/2), float32
     sin: Tensor
@@ -472,7 +471,8 @@ assert (by_cache["plain"] - by_cache["plain"][0]).abs().max() > 5
 # frequencies; and these with the sharper softmax. ($\theta$, $\alpha$ and $\beta$ are V3's.)
 
 # %%
-R, TRAINED, S, STEPS = 32, 128, 8.0, 300
+R, TRAINED = 32, 128
+S, STEPS = 8.0, 300
 MINI = replace(V3, qk_rope_head_dim=R, original_seq_len=TRAINED, rope_factor=S)
 PLAIN = rope_freqs(R, MINI.rope_theta)
 SHARP = (0.1 * math.log(S) + 1) ** 2
@@ -485,7 +485,7 @@ WAYS = {
 
 
 def log_attention(q_bnr, k_btr, position_n, right_bn, freq_j, sharp):
-    """log of the causal attention of queries at `position_n` on their right tokens, (b, n)."""
+    """Return log of the causal attention of queries at `position_n` on their right tokens, (b, n)."""
     position_t = torch.arange(k_btr.shape[1])
     q_bnr = apply_rotary_emb(q_bnr[:, :, None], *angles(freq_j, position_n))[:, :, 0]
     k_btr = apply_rotary_emb(k_btr[:, :, None], *angles(freq_j, position_t))[:, :, 0]
@@ -495,7 +495,7 @@ def log_attention(q_bnr, k_btr, position_n, right_bn, freq_j, sharp):
 
 
 def both_heads(heads, length: int, freq_j, sharp, source, batch: int = 8):
-    """(near, needle) log attention of the last tokens of random texts, (1, n) and (b, n)."""
+    """Return (near, needle) log attention of the last tokens of random texts, (1, n) and (b, n)."""
     wq, wk, q_near, k_near = heads
     position_n = torch.arange(max(3, length - 120), length)
     n = len(position_n)
@@ -521,22 +521,21 @@ for step in range(STEPS):
 print(f"at {TRAINED} tokens: near {near.exp().mean():.1f}, needle {needle.exp().mean():.1f}")
 
 # %%
-lengths, found = [128, 256, 512, 1024], {}
+lengths, attention = [128, 256, 512, 1024], {}
 with torch.no_grad():
     for way, (freq_j, sharp) in WAYS.items():
         for length in lengths:
             source = torch.Generator().manual_seed(1)
             pair = both_heads(heads, length, freq_j, sharp, source, batch=32)
-            found[way, length] = [x.exp().mean().item() for x in pair]
+            attention[way, length] = [x.exp().mean().item() for x in pair]
 
 fig, axes = figure(1, 2, width=8.6, height=3.3, sharey=True)
 looks = {"unchanged": ("s--", GRAY, 6), "all slowed": ("^:", BLUE, 11), "YaRN": ("o-", ORANGE, 7)}
 looks["YaRN, sharper"] = ("D-.", GREEN, 4)
-for head, (ax, name) in enumerate(
-    zip(axes, ["three tokens back: lost if all are slowed", "needle: lost if unchanged"])
-):
+titles = ["three tokens back: lost if all are slowed", "needle: lost if unchanged"]
+for head, (ax, name) in enumerate(zip(axes, titles)):
     for way, (style, color, size) in looks.items():
-        y = [found[way, n][head] for n in lengths]
+        y = [attention[way, n][head] for n in lengths]
         ax.plot(lengths, y, style, color=color, label=way, markersize=size, markerfacecolor="none")
     ax.axvline(TRAINED, color=GRAY, linewidth=1, linestyle=":")
     ax.set(xscale="log", xlabel="length read (trained: 128)", title=name, ylim=(-0.06, 1.04))
@@ -546,10 +545,15 @@ axes[0].set_ylabel("attention on the right token")
 axes[0].legend(loc="center left", bbox_to_anchor=(0.06, 0.4))
 show(fig)
 for way in WAYS:
-    print(f"{way:14} at 1024: near {found[way, 1024][0]:.2f}, needle {found[way, 1024][1]:.2f}")
-assert found["unchanged", 1024][1] < 0.4 < 0.6 < found["YaRN", 1024][1]  # the needle is lost, found
-assert found["all slowed", 1024][0] < 0.1 < 0.8 < found["YaRN", 1024][0]  # neighbors blur, or not
-assert found["YaRN, sharper", 1024][0] > found["YaRN", 1024][0]
+    near, needle = attention[way, 1024]
+    print(f"{way:14} at 1024: near {near:.2f}, needle {needle:.2f}")
+(yarn_near, yarn_needle), (sharper_near, _) = (
+    attention["YaRN", 1024],
+    attention["YaRN, sharper", 1024],
+)
+assert attention["unchanged", 1024][1] < 0.4 < 0.6 < yarn_needle  # the needle is lost, found
+assert attention["all slowed", 1024][0] < 0.1 < 0.8 < yarn_near  # neighbors blur, or not
+assert sharper_near > yarn_near
 
 # %% [markdown]
 # Left alone, the slow hands betray the needle head; all slowed, the near head can no longer count to
@@ -559,7 +563,7 @@ assert found["YaRN, sharper", 1024][0] > found["YaRN", 1024][0]
 
 # %% [markdown]
 # ## Play
-# What do $s$, $\beta$ and $\theta$ do? Left: how much each pair is slowed. Right: tokens a turn
+# What do $s$, $\beta$ and $\theta$ do? Left: how much each pair is slowed. Right: tokens per turn
 # before and after. Look for the kept fast pairs, the ramp, and slow pairs that move up in parallel.
 # A larger $\theta$ makes hands slower from the start (many models go that way instead).
 
@@ -582,7 +586,7 @@ def yarn(s: float = 40.0, beta_fast: float = 32.0, beta_slow: float = 1.0, theta
     for tokens, text in [(length, "trained"), (length * s, "s times trained")]:
         right.axhline(tokens, color=GRAY, linestyle=":", linewidth=1)
         right.text(0, tokens * 1.15, f"{text}: {tokens:,.0f}", color=GRAY, fontsize=9)
-    right.set(yscale="log", xlabel="pair j", ylabel="tokens a turn (log)")
+    right.set(yscale="log", xlabel="pair j", ylabel="tokens per turn (log)")
     right.set_title(f"softmax scale × {(0.1 * math.log(s) + 1) ** 2:.2f}")
     right.legend(loc="lower right")
     show(fig)
@@ -613,7 +617,7 @@ yarn(theta=1_000_000.0)
 
 # %%
 def check_unseen(fn) -> bool:
-    """`fn(theta, r, length)` counts the pairs that do not finish a turn within `length` tokens."""
+    """Check that `fn(theta, r, length)` counts the pairs that finish no turn in `length` tokens."""
 
     def test():
         for theta, r, n in [(1e4, 64, 4096), (1e6, 64, 4096), (1e4, 32, 256), (1e4, 64, 100_000)]:
@@ -626,7 +630,7 @@ def check_unseen(fn) -> bool:
 
 
 def check_score(fn) -> bool:
-    """`fn(angle)` is the score of x at position 0 with itself, turned by `angle` in each pair."""
+    """Check that `fn(angle)` is the score of x with itself turned by `angle` in each pair."""
 
     def test():
         x = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
@@ -641,7 +645,7 @@ def check_score(fn) -> bool:
 
 
 def check_alias(fn) -> bool:
-    """`fn()` is a distance of 1 … 4096 tokens at which the fastest hand is back to 1e-4 radians."""
+    """Check that `fn()` is a distance ≤ 4096 at which the fastest hand is back to 1e-4 radians."""
 
     def test():
         d = fn()
@@ -652,13 +656,17 @@ def check_alias(fn) -> bool:
 
 
 def check_rows(fn) -> bool:
-    """`fn(weight_oi, heads)` reorders rows so that half-split code gives the interleaved scores."""
+    """Check that rows in the order of `fn(weight_oi, heads)` give half-split code the same scores."""
 
     def test():
         source = torch.Generator().manual_seed(2)
         wq, wk = torch.randn(2, 3 * 8, 6, generator=source)
-        x, at, freq = torch.randn(4, 6, generator=source), torch.arange(4), rope_freqs(8, 100.0)
-        head = lambda w, h: x @ w.unflatten(0, (3, 8))[h].T
+        x, at = torch.randn(4, 6, generator=source), torch.arange(4)
+        freq = rope_freqs(8, 100.0)
+
+        def head(w, h):
+            return x @ w.unflatten(0, (3, 8))[h].T
+
         for h in range(3):
             want = turn(head(wq, h), at, freq) @ turn(head(wk, h), at, freq).T
             q, k = (half_split(head(fn(w, 3), h), at, freq) for w in (wq, wk))
@@ -715,7 +723,7 @@ check_score(my_score)
 # </details>
 #
 # **3 · Break.** One hand alone confuses distances. Find a distance below 4096 at which the fastest
-# hand (1 radian a token) is back where it was, to 0.0001 radians. (π is nearly 355/113.)
+# hand (1 radian per token) is back where it was, to 0.0001 radians. (π is nearly 355/113.)
 
 
 # %%
@@ -765,13 +773,13 @@ check_rows(my_rows)
 # %%
 heads = V3.n_heads + 1  # every query head, and one key for all
 pairs = V3.qk_rope_head_dim // 2
-flops = V3.n_layers * heads * pairs * 6  # four products and two sums a pair
+flops = V3.n_layers * heads * pairs * 6  # four products and two sums per pair
 moved = V3.n_layers * heads * V3.qk_rope_head_dim * 2 * 2  # read and written in bf16
 table_bytes = V3.max_seq_len * pairs * 2 * 4
 share = V3.qk_rope_head_dim / (V3.kv_lora_rank + V3.qk_rope_head_dim)
-print(f"operations: {flops / 1e6:.1f} MFLOPs a token, {flops / 73.3e9:.3%} of its products")
+print(f"operations: {flops / 1e6:.1f} MFLOPs per token, {flops / 73.3e9:.3%} of its products")
 print(
-    f"traffic: {moved / 1e6:.1f} MB a token, {moved / flops:.1f} bytes an operation: bound by memory"
+    f"traffic: {moved / 1e6:.1f} MB per token, {moved / flops:.1f} bytes per operation: bound by memory"
 )
 print(f"table of all {V3.max_seq_len:,} positions: {table_bytes / 1e6:.0f} MB, once for all layers")
 print(
