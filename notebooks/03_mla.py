@@ -12,14 +12,14 @@
 # ---
 
 # %% [markdown]
-# # 03 · MLA: attention that remembers 576 numbers a token
+# # 03 · MLA: attention that remembers 576 numbers per token
 
 # %% [markdown]
 # ## Why
 # To write its next token, a model looks back at every earlier one. What it keeps of them, layer by
 # layer, is the **key-value cache**, and on a long conversation the cache outgrows the model. With
 # ordinary multi-head attention (MHA), 128 heads would each keep a key and a value of 128 numbers:
-# 32,768 numbers a token in every layer, **4 MB a token** over 61 layers, 524 GB for one conversation
+# 32,768 numbers per token in every layer, **4 MB per token** over 61 layers, 524 GB for one conversation
 # of 128K tokens. The usual cure is to share keys and values among groups of heads (*grouped-query
 # attention*, GQA): the heads of a group then see the past through the same keys, which may cost quality.
 # Multi-head latent attention (MLA) keeps 576 numbers, one fifty-seventh, and every head still has keys
@@ -34,28 +34,31 @@ import torch
 from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 
-KEPT = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
+CACHED_NUMBERS = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
 
 
 def draw_cache():
-    """bytes = 2 (bf16) · layers · numbers kept · tokens."""
+    """Plot bytes = 2 (bf16) · layers · numbers kept · tokens."""
     fig, ax = figure(1, 1, 8, 3.6)
     length = torch.tensor([2.0**k for k in range(10, 18)])
-    for (name, kept), color, style in zip(KEPT.items(), (ORANGE, GREEN, BLUE), ("--", "-.", "-")):
-        ax.loglog(length, 2 * V3.n_layers * kept * length / 1e9, style, base=2, color=color)
-        ax.annotate(f"{name}: {kept:,}", (length[-1], 2 * V3.n_layers * kept * length[-1] / 1e9),
-                    xytext=(6, -3), textcoords="offset points", color=color)  # fmt: skip
+    looks = (ORANGE, "--"), (GREEN, "-."), (BLUE, "-")
+    for (name, numbers), (color, style) in zip(CACHED_NUMBERS.items(), looks):
+        gb = 2 * V3.n_layers * numbers * length / 1e9
+        ax.loglog(length, gb, style, base=2, color=color)
+        ax.annotate(f"{name}: {numbers:,}", (length[-1], gb[-1]), xytext=(6, -3),
+                    textcoords="offset points", color=color)  # fmt: skip
     ax.axhline(80, color=GRAY, lw=1)
     ax.annotate("all memory of one H800: 80 GB", (1024, 80), xytext=(6, 4), color=GRAY,
                 textcoords="offset points")  # fmt: skip
-    ax.set(title="Cache of one conversation at V3's depth (numbers a token and layer)",
+    ax.set(title="Cache of one conversation at V3's depth (numbers per token and layer)",
            xlabel="length (tokens)", ylabel="cache (GB)", xlim=(1024, 2**17 * 3.2))  # fmt: skip
     ax.set_yscale("log", base=10)
     ax.set_xticks(length, [f"{int(x) // 1024}K" for x in length])
     show(fig)
 
 
-assert KEPT["MHA, 128 heads"] / KEPT["MLA"] > 56 and 2 * V3.n_layers * KEPT["MLA"] == 70_272
+assert CACHED_NUMBERS["MHA, 128 heads"] / CACHED_NUMBERS["MLA"] > 56
+assert 2 * V3.n_layers * CACHED_NUMBERS["MLA"] == 70_272
 draw_cache()
 
 # %% [markdown]
@@ -63,7 +66,7 @@ draw_cache()
 # Report §2.1.1, eq. 1–11. A token's hidden state is pressed into one short **latent** vector, from
 # which the keys and values of all heads can be made again. Only the latent is cached. Rotary
 # position (chapter 02) would get in the way of the trick that makes this fast, so it travels
-# separately: a single **rotary key** of 64 numbers a token, shared by all heads. Queries go through
+# separately: a single **rotary key** of 64 numbers per token, shared by all heads. Queries go through
 # a latent of their own, which saves activation memory in training, not cache. Both latents pass an
 # extra RMSNorm (§4.2).
 #
@@ -116,14 +119,15 @@ def causal_mask(s: int, t: int, device: torch.device | None = None) -> Tensor:
 
 
 def causal_softmax(score_bhst: Tensor, scale: float) -> Tensor:
-    """Compute p = softmax(scale·score) over the keys that a query may see; fp32 or wider."""
-    mask_st = causal_mask(*score_bhst.shape[-2:], score_bhst.device)
+    """Return p = softmax(scale·score) over the keys that a query may see, in fp32 or wider."""
+    s, t = score_bhst.shape[-2:]
+    mask_st = causal_mask(s, t, score_bhst.device)
     return (scale * upcast(score_bhst)).masked_fill(~mask_st, -torch.inf).softmax(-1)
 
 
 @op
 def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
-    """Compute causal attention, o = softmax(scale·q·kᵀ) v; x = i + r.
+    """Compute causal attention, o = softmax(scale·q·kᵀ) v, with x = i + r.
 
     The queries are the last s of t positions.
     """
@@ -147,10 +151,12 @@ from dsv3_ref.ops import IMPLS, use
 
 torch.manual_seed(0)
 for s, t in [(1, 1), (1, 7), (130, 140), (3, 7), (7, 7)]:
-    q, k, v = torch.randn(2, s, 4, 24), torch.randn(2, t, 4, 24), torch.randn(2, t, 4, 16)
+    q, k = torch.randn(2, s, 4, 24), torch.randn(2, t, 4, 24)
+    v = torch.randn(2, t, 4, 16)
     want = IMPLS["attention"]["torch"](q, k, v, 0.2)
-    assert torch.allclose(attention(q, k, v, 0.2), want, atol=1e-6)  # the backend of this machine
-    assert torch.allclose(attention_sdpa(q, k, v, 0.2), want, atol=1e-6)
+    for backend in ("cpu", "sdpa"):
+        with use(backend, "torch"):
+            assert torch.allclose(attention(q, k, v, 0.2), want, atol=1e-6)
 k[:, 5:] += 1  # the future of positions 0 … 4
 assert torch.allclose(attention(q, k, v, 0.2)[:, :5], want[:, :5], atol=1e-6)
 print(f"3 queries, 5 positions:\n{causal_mask(3, 5).int().numpy()}")
@@ -176,7 +182,7 @@ def varlen_attention(
 ) -> Tensor:
     """Compute `attention` inside each of b sequences laid end to end.
 
-    cu_seqlens: 0, then where each sequence ends, (b + 1,) int32 or int64.
+    cu_seqlens: 0 and the end of each sequence, (b + 1,) int32 or int64.
     """
     outputs = [v_nhv[:0]]
     for start, end in pairwise(cu_seqlens.tolist()):
@@ -187,14 +193,15 @@ def varlen_attention(
 
 
 # %%
-q, k, v = torch.randn(10, 4, 24), torch.randn(10, 4, 24), torch.randn(10, 4, 16)
+(q, k), v = torch.randn(2, 10, 4, 24), torch.randn(10, 4, 16)
 cu_seqlens = torch.tensor([0, 4, 4, 10])  # the second is empty
 packed = varlen_attention(q, k, v, cu_seqlens, 0.2)
 assert torch.allclose(packed[4:], attention(q[None, 4:], k[None, 4:], v[None, 4:], 0.2)[0])
 v[:4] += 1  # what the first sequence says does not reach the third
 assert torch.equal(varlen_attention(q, k, v, cu_seqlens, 0.2)[4:], packed[4:])
 one_by_one = IMPLS["varlen_attention"]["torch"](q, k, v, cu_seqlens, 0.2)
-assert torch.allclose(varlen_attention(q, k, v, cu_seqlens, 0.2), one_by_one, atol=1e-6)
+with use("cpu", "torch"):
+    assert torch.allclose(varlen_attention(q, k, v, cu_seqlens, 0.2), one_by_one, atol=1e-6)
 
 # %% [markdown]
 # ## Expanded: keys and values from the latent
@@ -214,7 +221,7 @@ assert torch.allclose(varlen_attention(q, k, v, cu_seqlens, 0.2), one_by_one, at
 # %%
 #| export
 def concat_nope_rope(x_bshi: Tensor, x_bshr: Tensor) -> Tensor:
-    """Join a head's dims without position to those with: [x; x^R]."""
+    """Concatenate a head's dims without position and its rotary dims: [x; x^R]."""
     return torch.cat((x_bshi, x_bshr), -1)
 
 
@@ -233,29 +240,33 @@ def attend_expanded(
 ) -> Tensor:  # fmt: skip
     """Compute o = attention([q; q^R], [W^UK c; k^R], W^UV c), (b, s, h, v); eq. 2, 4, 5, 9, 10.
 
-    wkv_b: (h·(i + v), c), the keys' rows before the values' in each head. cu_seqlens: 0, then where
-    each of m samples ends that lie end to end in one row (b = 1).
+    wkv_b: (h·(i + v), c), in each head the rows of keys before those of values. cu_seqlens: 0 and
+    the end of each of m samples that lie end to end in one row (b = 1).
     """
+    h, i = q_bshi.shape[2:]
     q_bshx = recompute(concat_nope_rope, q_bshi, q_bshr)
-    k_bthx, v_bthv = recompute(up_project_kv, c_btc, k_btr, wkv_b, *q_bshi.shape[2:])
+    k_bthx, v_bthv = recompute(up_project_kv, c_btc, k_btr, wkv_b, h, i)
     if cu_seqlens is None:
         return attention(q_bshx, k_bthx, v_bthv, scale)
     return varlen_attention(q_bshx[0], k_bthx[0], v_bthv[0], cu_seqlens, scale)[None]
 
 
 # %%
-B, S, T, H, X, R, V, C = 2, 3, 7, 4, 16, 8, 12, 20  # no two alike, so that no mix-up passes
+B, S = 2, 3  # no two sizes alike, so that no mix-up passes
+T, H = 7, 4
+X, R = 16, 8
+V, C = 12, 20
 
 
 def random_inputs(dtype):
-    """Queries, latent, rotary key and wkv_b of a small attention."""
+    """Return queries, latent, rotary key and wkv_b of a small attention."""
     g = torch.Generator().manual_seed(1)
     shapes = [(B, S, H, X), (B, S, H, R), (B, T, C), (B, T, R), (H * (X + V), C)]
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def by_head(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale):
-    """The equations as they are printed: batch by batch, head by head, plain matrices."""
+    """Attend by the equations as printed: batch by batch, head by head, with plain matrices."""
     out = torch.empty(B, S, H, V, dtype=q_bshi.dtype)
     for b in range(B):
         for h, w_xc in enumerate(wkv_b.split(X + V)):
@@ -270,7 +281,7 @@ def by_head(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale):
 
 inputs = random_inputs(torch.float64)
 assert torch.allclose(attend_expanded(*inputs, 0.2), by_head(*inputs, 0.2), atol=1e-12)
-print(f"cached a token: {C + R} numbers; made from them for attention: {H * (X + R + V)}")
+print(f"cached per token: {C + R} numbers; made from them for attention: {H * (X + R + V)}")
 
 # %% [markdown]
 # ## Absorbed: attention inside the latent
@@ -296,7 +307,7 @@ print(f"cached a token: {C + R} numbers; made from them for attention: {H * (X +
 def latent_attention(
     q_bshc: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, scale: float
 ) -> Tensor:
-    """Compute causal attention on latents as keys and values: o = softmax(scale·(q·c + q·k)) c."""
+    """Compute causal attention with latents as keys and values: softmax(scale·(q·c + q·k)) c."""
     score_bhst = einsum(q_bshc, c_btc, "b s h c, b t c -> b h s t")
     score_bhst = score_bhst + einsum(q_bshr, k_btr, "b s h r, b t r -> b h s t")
     p_bhst = causal_softmax(score_bhst, scale).to(c_btc.dtype)
@@ -306,7 +317,7 @@ def latent_attention(
 def attend_absorbed(
     q_bshi: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, wkv_b: Tensor, scale: float
 ) -> Tensor:
-    """Compute what `attend_expanded` does inside the latent: W^UK in the query, W^UV in the output."""
+    """Compute what `attend_expanded` does inside the latent: W^UK acts on q, W^UV on the result."""
     h, i = q_bshi.shape[2:]
     w_hxc = rearrange(wkv_b, "(h x) c -> h x c", h=h)
     wk_hic, wv_hvc = w_hxc.tensor_split([i], dim=1)
@@ -339,9 +350,8 @@ from dsv3_ref.rope import rope_cos_sin
 
 turning = replace(TINY, qk_rope_head_dim=X)
 query, wk_ic = torch.randn(1, 1, 1, X), wkv_b[:X].float()
-turned_ti = apply_rotary_emb(query.expand(1, T, 1, X), *rope_cos_sin(turning, torch.arange(T)))[
-    0, :, 0
-]
+cos_sin = rope_cos_sin(turning, torch.arange(T))
+turned_ti = apply_rotary_emb(query.expand(1, T, 1, X), *cos_sin)[0, :, 0]
 without, with_rope = query[0, :, 0] @ wk_ic, turned_ti @ wk_ic
 ranks = [torch.linalg.matrix_rank(m).item() for m in (without, with_rope)]
 print(f"directions in the latent that one query needs for {T} keys:", end=" ")
@@ -350,14 +360,14 @@ assert ranks == [1, T]
 
 # %% [markdown]
 # ## The latent cache
-# One tensor $(b, T_{\max}, c{+}r)$ a layer, allocated once: appending writes in place, nothing is
-# copied and no memory fragments. In bf16 at V3's shape a token takes $2 \cdot 576$ bytes a layer.
+# One tensor $(b, T_{\max}, c{+}r)$ per layer, allocated once: appending writes in place, nothing is
+# copied and no memory fragments. In bf16 at V3's shape a token takes $2 \cdot 576$ bytes per layer.
 
 
 # %%
 #| export
 class LayerKVCache:
-    """Cache of one layer: per position a latent and a rotary key, (b, t, c + r), allocated once."""
+    """Cache of one layer: a latent and a rotary key per position, (b, t, c + r), allocated once."""
 
     def __init__(
         self, config: Config, batch: int, max_len: int,
@@ -368,7 +378,7 @@ class LayerKVCache:
         self.length = 0
 
     def append(self, kv_bsx: Tensor) -> Tensor:
-        """Write s new positions and return all t positions so far."""
+        """Write s new positions and return all t positions so far; raise if they do not fit."""
         end = self.length + kv_bsx.shape[1]
         if end > self.kv_btx.shape[1]:
             raise ValueError(f"cache holds {self.kv_btx.shape[1]} positions, {end} are needed")
@@ -380,8 +390,8 @@ class LayerKVCache:
 # %%
 cache = LayerKVCache(V3, batch=1, max_len=8, dtype=torch.bfloat16)
 start = cache.kv_btx.data_ptr()
-seen = [cache.append(torch.randn(1, s, 576)) for s in (3, 1, 4)]
-assert [len(x[0]) for x in seen] == [3, 4, 8] and all(x.data_ptr() == start for x in seen)
+views = [cache.append(torch.randn(1, s, 576)) for s in (3, 1, 4)]
+assert [len(x[0]) for x in views] == [3, 4, 8] and all(x.data_ptr() == start for x in views)
 assert cache.kv_btx[0, 0].nbytes * V3.n_layers == 70_272
 try:
     cache.append(torch.randn(1, 1, 576))
@@ -402,10 +412,10 @@ def paged_attention(
     q_bshx: Tensor, kv_cache_pyx: Tensor, block_table_bp: Tensor, cache_seqlens_b: Tensor,
     c: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Compute `latent_attention` over a paged cache: (b, s, h, c).
+    """Compute `latent_attention` over a paged cache, (b, s, h, c).
 
-    q_bshx: [q^C; q^R], x = c + r; row b's queries are the last s of cache_seqlens_b positions.
-    kv_cache_pyx: pages of y positions. block_table_bp: the pages of row b, int32.
+    q_bshx: [q^C; q^R], x = c + r; the queries of row b are the last s of its cache_seqlens_b
+    positions. kv_cache_pyx: pages of y positions. block_table_bp: the pages of each row, int32.
     """
     outputs = []
     for q_shx, table_p, length in zip(q_bshx, block_table_bp, cache_seqlens_b.tolist()):
@@ -417,20 +427,15 @@ def paged_attention(
 
 # %%
 kv_cache_pyx, q_bshx = torch.randn(5, 4, C + R), torch.randn(2, 1, H, C + R)
-block_table_bp, length_b = (
-    torch.tensor([[3, 0, 1], [4, 2, 2]], dtype=torch.int32),
-    torch.tensor([9, 4]),
-)
+block_table_bp = torch.tensor([[3, 0, 1], [4, 2, 2]], dtype=torch.int32)
+length_b = torch.tensor([9, 4])
 o = paged_attention(q_bshx, kv_cache_pyx, block_table_bp, length_b, C, 0.2)
-kv = torch.cat((kv_cache_pyx[3], kv_cache_pyx[0], kv_cache_pyx[1]))[
-    None, :9
-]  # the first row's nine positions
+kv = kv_cache_pyx[[3, 0, 1]].flatten(0, 1)[None, :9]  # the first row's nine positions
 whole = latent_attention(q_bshx[:1, ..., :C], q_bshx[:1, ..., C:], kv[..., :C], kv[..., C:], 0.2)
 assert torch.allclose(o[:1], whole)
-kv_cache_pyx[1, 1:] = torch.nan  # page 1 is only begun: what lies behind position 9 is never read
-with use("torch"):  # the form above; that for CPUs gathers whole pages and masks their ends
-    o = paged_attention(q_bshx, kv_cache_pyx, block_table_bp, length_b, C, 0.2)
-assert o.isfinite().all()
+kv_cache_pyx[1, 1:] = torch.nan  # page 1 is only begun: what lies after position 9 is never read
+o = paged_attention(q_bshx, kv_cache_pyx, block_table_bp, length_b, C, 0.2)
+assert o.isfinite().all()  # (the tuned form for CPUs gathers whole pages and masks their ends)
 
 # %% [markdown]
 # ## The layer
@@ -451,7 +456,7 @@ assert o.isfinite().all()
 # %%
 #| export
 class MLA(nn.Module):
-    """Multi-head latent attention, eq. 1–11: (b, s, d) → (b, s, d)."""
+    """Multi-head latent attention, eq. 1–11: x (b, s, d) → (b, s, d)."""
 
     absorb: bool | None = None  # None: absorb when decoding one token, True always, False never
 
@@ -473,7 +478,7 @@ class MLA(nn.Module):
         self.wo = Linear(config.n_heads * config.v_head_dim, config.dim, saved_input_format="e5m6")
 
     def project_q(self, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Compute q = W^UQ RMSNorm(W^DQ x), its last r dims of each head rotated (eq. 6–8)."""
+        """Compute q = W^UQ RMSNorm(W^DQ x), with the last r dims of each head rotated (eq. 6–8)."""
         if not self.config.q_lora_rank:
             return self.up_project_q(self.wq, x_bsd, rope.cos, rope.sin)
         c_bsq = self.q_norm(self.wq_a(x_bsd))
@@ -489,14 +494,14 @@ class MLA(nn.Module):
         return q_bshi, apply_rotary_emb(q_bshr, cos, sin)
 
     def down_project_kv(self, x_bsd: Tensor, rope: Rope) -> Tensor:
-        """Compute what is cached: RMSNorm(W^DKV x) and the rotated key W^KR x (eq. 1 and 3)."""
+        """Compute the cached [RMSNorm(W^DKV x); rotated W^KR x], (b, s, c + r); eq. 1 and 3."""
         c = self.config
         c_bsc, k_bsr = self.wkv_a(x_bsd).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         k_bsr = apply_rotary_emb(k_bsr[:, :, None], rope.cos, rope.sin)[:, :, 0]
         return recompute(concat_nope_rope, self.kv_norm(c_bsc), k_bsr)
 
     def forward(self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None) -> Tensor:
-        """Attend from each of s positions to the past; with a cache, also to what it holds."""
+        """Attend from each of s positions to earlier ones, those in the cache included."""
         c = self.config
         q_bshi, q_bshr = self.project_q(x_bsd, rope)
         kv = self.down_project_kv(x_bsd, rope)
@@ -517,7 +522,7 @@ class MLA(nn.Module):
 
 # %%
 def filled(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Matrices from N(0, 1/fan-in), so that activations keep their size; norms stay 1."""
+    """Draw matrices from N(0, 1/fan-in), so that activations keep their size; norms stay 1."""
     g = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         if p.ndim > 1:
@@ -528,18 +533,26 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
 c, length = TINY, 12
 mla, rope = filled(MLA(c)), Rope.from_positions(c, torch.arange(length))
 x_bsd = torch.randn(2, length, c.dim, generator=torch.Generator().manual_seed(2))
-norm = lambda y: y / (y.square().mean() + c.norm_eps).sqrt()
-turn = lambda y, t: apply_rotary_emb(
-    y[None, None, None], *(table[t : t + 1] for table in rope[:2])
-)[0, 0, 0]
 
-x_d, t, head = x_bsd[0, 5], 5, 2
+
+def norm(y):
+    """Divide a vector by its root mean square."""
+    return y / (y.square().mean() + c.norm_eps).sqrt()
+
+
+def turn(y, t: int):
+    """Rotate a vector as at position t."""
+    return apply_rotary_emb(y[None, None, None], rope.cos[[t]], rope.sin[[t]])[0, 0, 0]
+
+
+t, head = 5, 2
+x_d = x_bsd[0, t]
 w_dkv, w_kr = mla.wkv_a.weight.split([c.kv_lora_rank, c.qk_rope_head_dim])
 w_uq, w_qr = mla.wq_b.weight.view(c.n_heads, -1, c.q_lora_rank)[head].tensor_split(
     [c.qk_nope_head_dim]
 )
-kept = mla.down_project_kv(x_bsd, rope)[0, t]
-assert torch.allclose(kept, torch.cat((norm(w_dkv @ x_d), turn(w_kr @ x_d, t))), atol=1e-5)
+cached = mla.down_project_kv(x_bsd, rope)[0, t]
+assert torch.allclose(cached, torch.cat((norm(w_dkv @ x_d), turn(w_kr @ x_d, t))), atol=1e-5)
 c_q = norm(mla.wq_a.weight @ x_d)
 q_bshi, q_bshr = mla.project_q(x_bsd, rope)
 assert torch.allclose(q_bshi[0, t, head], w_uq @ c_q, atol=1e-5)
@@ -549,7 +562,7 @@ assert torch.allclose(q_bshr[0, t, head], turn(w_qr @ c_q, t), atol=1e-5)
 # %%
 @torch.no_grad()
 def in_pieces(mla, x_bsd, rope, sizes):
-    """The layer's output when the sequence arrives on a cache in pieces of these sizes."""
+    """Return the layer's output when the sequence arrives on a cache in pieces of these sizes."""
     cache, out = LayerKVCache(mla.config, *x_bsd.shape[:2], dtype=x_bsd.dtype), []
     for piece in x_bsd.split(sizes, dim=1):
         at = slice(cache.length, cache.length + piece.shape[1])
@@ -568,7 +581,7 @@ mla.absorb = None
 # ### What MLA replaces
 # To compare fairly we need the others too. In GQA, $n$ heads of keys and values serve $H$ heads of
 # queries, each its own group of $H/n$; $n = H$ is MHA, $n = 1$ multi-query attention (MQA). All $r$ dims
-# of queries and keys are turned, and the cache holds $n\,(r + v)$ numbers a token:
+# of queries and keys are turned, and the cache holds $n\,(r + v)$ numbers per token:
 #
 # $$o_{s,h} = \sum_{t \le s} \operatorname{softmax}_t\!\Big(\tfrac{1}{\sqrt r}\, q_{s,h}^\top k_{t,g(h)}\Big) v_{t,g(h)},
 # \qquad g(h) = \lfloor h\,n / H \rfloor$$
@@ -577,9 +590,9 @@ mla.absorb = None
 # %%
 #| export
 class GQA(nn.Module):
-    """Attention with n key-value heads for h query heads, all r dims turned: (b, s, d) → (b, s, d).
+    """Grouped-query attention: h query heads share n key-value heads; (b, s, d) → (b, s, d).
 
-    n = h is MHA. `cache` is a `LayerKVCache` of width n·(r + v).
+    All r dims of queries and keys are rotated. n = h is MHA. The cache is n·(r + v) wide.
     """
 
     def __init__(self, config: Config, n_kv_heads: int):
@@ -589,10 +602,9 @@ class GQA(nn.Module):
         self.wq = Linear(config.dim, config.n_heads * config.qk_rope_head_dim)
         self.wkv = Linear(config.dim, n_kv_heads * (config.qk_rope_head_dim + config.v_head_dim))
         self.wo = Linear(config.n_heads * config.v_head_dim, config.dim)
-        # `softmax_scale` counts i + r dims a head, here there are r
-        self.scale = (
-            softmax_scale(config) * (1 + config.qk_nope_head_dim / config.qk_rope_head_dim) ** 0.5
-        )
+        # `softmax_scale` is for heads of i + r dims, here there are r
+        nope_to_rope = config.qk_nope_head_dim / config.qk_rope_head_dim
+        self.scale = softmax_scale(config) * (1 + nope_to_rope) ** 0.5
 
     def forward(self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None) -> Tensor:
         c = self.config
@@ -626,7 +638,7 @@ for n in (1, 2, 4):
     want = gqa.wo(o.transpose(1, 2).flatten(2))
     assert torch.allclose(gqa(x_bsd, rope), want, atol=1e-5)
     assert torch.allclose(in_pieces(gqa, x_bsd, rope, [1] * length), want, atol=1e-5)
-    print(f"{n} key-value heads: {n * (32 + c.v_head_dim)} numbers a token and layer")
+    print(f"{n} key-value heads: {n * (32 + c.v_head_dim)} numbers per token and layer")
 
 # %% [markdown]
 # ### The scale after stretching the context
@@ -659,7 +671,7 @@ WORDS, D = 24, 64
 
 
 def recall_batch(n: int, g: torch.Generator):
-    """Tokens (key, value, asked key), (n, s, 3), and answers (its value, value two back)."""
+    """Return tokens (key, value, asked key), (n, s, 3), and answers (its value, value two back)."""
     key = torch.rand(n, WORDS, generator=g).argsort(-1)  # each key once in a sequence
     value = torch.randint(WORDS, (n, WORDS), generator=g)
     where = (torch.rand(n, WORDS, generator=g) * (torch.arange(WORDS) + 1)).long()
@@ -688,13 +700,11 @@ class Recall(nn.Module):
 
 # %%
 def train_recall(latent: int, rotary: bool = True):
-    """Share of right answers a step, (steps, 2): by content, by position; and the model."""
+    """Return the share of right answers per step by content and by position, and the model."""
     torch.manual_seed(0)
     g, model = torch.Generator().manual_seed(0), Recall(latent)
-    if not rotary:
-        model.rope = Rope(
-            *(0 * table for table in model.rope[:2])
-        )  # cos = sin = 0: q^R and k^R vanish
+    if not rotary:  # cos = sin = 0: q^R and k^R vanish
+        model.rope = Rope(0 * model.rope.cos, 0 * model.rope.sin)
     optimizer, right = torch.optim.Adam(model.parameters(), 1e-2), []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 20) * (1 - step / STEPS)
@@ -716,9 +726,9 @@ for name, (content, position) in final.items():
     print(f"{name:24} content {content:4.0%}   position {position:4.0%}")
 
 fig, axes = figure(1, 2, 9, 3.2, sharey=True)
-for (name, (right, _)), color, style in zip(
-    recalled.items(), (PINK, GRAY, ORANGE, BLUE, GREEN), (":", "-.", "--", "-", (0, (8, 2, 1, 2)))
-):
+colors = (PINK, GRAY, ORANGE, BLUE, GREEN)
+styles = (":", "-.", "--", "-", (0, (8, 2, 1, 2)))
+for (name, (right, _)), color, style in zip(recalled.items(), colors, styles):
     for question, ax in enumerate(axes):
         smooth = right[:, question].unfold(0, min(10, STEPS), 1).mean(-1)
         ax.plot(smooth, color=color, linestyle=style, label=name)
@@ -743,7 +753,7 @@ if STEPS > 100:  # long enough to have learned
 # %%
 @torch.no_grad()
 def score_parts(model: Recall, tokens):
-    """Scaled scores (h, s, t) of one sequence: content term and rotary term."""
+    """Return the scaled scores (h, s, t) of one sequence: content term and rotary term."""
     mla, c = model.mla, model.mla.config
     x_bsd = model.embedded(tokens)
     q_bshi, q_bshr = mla.project_q(x_bsd, model.rope)
@@ -770,8 +780,8 @@ h = int(two_back.argmax())
 panels = [("looks back: rotary score", position_hst[h]), ("looks back: attention", p_hst[h]),
           ("finds the key: attention", p_hst[int(finds.argmax())])]  # fmt: skip
 for ax, (title, x_st) in zip(axes, panels):
-    seen_st = x_st.masked_fill(~causal_mask(WORDS, WORDS), torch.nan)
-    image = ax.imshow(seen_st, cmap="cividis")
+    visible_st = x_st.masked_fill(~causal_mask(WORDS, WORDS), torch.nan)
+    image = ax.imshow(visible_st, cmap="cividis")
     fig.colorbar(image, ax=ax, shrink=0.75)
     ax.set(title=title, xlabel="key position t")
 axes[2].plot(*asked_st.nonzero().T.flip(0), "o", mfc="none", mec="#D55E00", ms=7, mew=1.2)
@@ -799,17 +809,16 @@ assert max(sizes.values()) < 1.01 * min(sizes.values())
 
 fig, ax = figure(1, 1, 8, 3.4)
 losses = ablation.values_by_variant(compared)
-for (name, nats), (color, mark) in zip(
-    losses.items(),
-    ((ORANGE, "s"), (GREEN, "^"), (BLUE, "o"), (GREEN, "^"), (BLUE, "o")),
-):
-    kept, nats = compared["variants"][name]["cache_bytes"], nats - losses["MHA"]
-    aside = kept * (0.97 if name.startswith("GQA") else 1.03)  # equal caches side by side
+looks = ((ORANGE, "s"), (GREEN, "^"), (BLUE, "o"), (GREEN, "^"), (BLUE, "o"))
+for (name, nats), (color, mark) in zip(losses.items(), looks):
+    nats = nats - losses["MHA"]
+    cache_bytes = compared["variants"][name]["cache_bytes"]
+    aside = cache_bytes * (0.97 if name.startswith("GQA") else 1.03)  # equal caches side by side
     ax.semilogx([aside] * len(nats), nats, mark, base=2, color=color, alpha=0.5, mec="none")
     ax.semilogx(aside, nats.mean(), mark, base=2, color=color, ms=10, mfc="none", mew=2)
     ax.annotate(name, (aside, nats.mean()), xytext=(9, -3), textcoords="offset points", color=color)
 ax.set(title="What a smaller cache costs (dots: seeds; open: their mean)", xlim=(150, 2300),
-       xlabel="cache (bytes a token, bf16, three layers)",
+       xlabel="cache (bytes per token, bf16, three layers)",
        ylabel="loss above MHA, same seed (nats)")  # fmt: skip
 ax.set_xticks([192, 384, 1536], ["192", "384", "1536"])
 show(fig)
@@ -818,7 +827,7 @@ show(fig)
 # Not what one hopes for: at equal cache MLA is *behind* GQA, by 0.04 and 0.05 nats and in every seed,
 # and GQA gives up little against MHA. V3's report does not compare them; V2's found MLA ahead of MHA,
 # in models ten thousand times as large. The gap of MLA 56 to MHA is mostly on source code
-# (0.085 ± 0.004, speeches 0.016 ± 0.006). The runs do not tell why: MLA turns 8 dims a head where GQA
+# (0.085 ± 0.004, speeches 0.016 ± 0.006). The runs do not tell why: MLA turns 8 dims per head where GQA
 # turns 16, its keys pass through two matrices that start from one small σ, and 0.3M tokens are only the
 # beginning of a training. With eight heads there is also little to save: one pair shared by all costs
 # 0.015 ± 0.011. MLA is made for 128.
@@ -832,7 +841,7 @@ show(fig)
 
 # %%
 def draw_cache(log2_context=15, sequences=32, heads=128, latent=512, rope=64, layers=61, bits=16):
-    """Bytes of the cache under four kinds of attention."""
+    """Draw the cache's size under four kinds of attention; return it in GB."""
     tokens = sequences * 2**log2_context
     numbers = {"MHA": 2 * heads * 128, "GQA, 8 groups": 2 * 8 * 128, "MQA": 2 * 128,
                "MLA": latent + rope}  # fmt: skip
@@ -863,7 +872,7 @@ play(draw_cache, log2_context=(10, 17, 1), sequences=(1, 256, 1), heads=[128, 16
 #
 # $$\text{expanded} = 2h\,[\,t\,c(i+v) + n(i+r+v)\,], \qquad \text{absorbed} = 2h\,[\,s\,c(i+v) + n(2c+r)\,]$$
 #
-# Expanding costs once a *key*, absorbing once a *query*; but inside the latent each pair costs 1088
+# Expanding costs once per *key*, absorbing once per *query*; but inside the latent each pair costs 1088
 # instead of 320. So a single query wants to be absorbed and a whole prompt expanded; they break even
 # near 170 queries. `MLA` keeps to a simple rule, absorbed for one token on a cache and expanded for
 # more; a decoder that checks a few drafted tokens at once should set `absorb = True`. Watch how the
@@ -872,7 +881,7 @@ play(draw_cache, log2_context=(10, 17, 1), sequences=(1, 256, 1), heads=[128, 16
 
 # %%
 def attention_flops(c: Config, s, t):
-    """FLOPs of (expanded, absorbed) attention of one layer, projections of x not counted."""
+    """Return the FLOPs of (expanded, absorbed) attention of one layer without x's projections."""
     head = c.qk_nope_head_dim + c.v_head_dim
     pairs = s * t - s * (s - 1) / 2
     expand = t * c.kv_lora_rank * head + pairs * (head + c.qk_rope_head_dim)
@@ -881,7 +890,7 @@ def attention_flops(c: Config, s, t):
 
 
 def draw_flops(log2_context: int = 15, latent: int = 512):
-    """FLOPs against new queries, and the two forms' ratio, at V3's heads."""
+    """Draw FLOPs against new queries, and the two forms' ratio, with V3's heads."""
     c, t = replace(V3, kv_lora_rank=latent), 2**log2_context
     s = torch.logspace(0, log2_context, 2000, base=2, dtype=torch.float64)
     expand, absorb = attention_flops(c, s, t)
@@ -904,9 +913,8 @@ def draw_flops(log2_context: int = 15, latent: int = 512):
     show(fig)
 
 
-(one, one_absorbed), (prompt, prompt_absorbed) = (
-    attention_flops(V3, s, 32_768) for s in (1, 32_768)
-)
+one, one_absorbed = attention_flops(V3, 1, 32_768)
+prompt, prompt_absorbed = attention_flops(V3, 32_768, 32_768)
 print(f"expanded / absorbed: {one / one_absorbed:.0f} for one query, "
       f"{prompt / prompt_absorbed:.2f} for a prompt of 32K")  # fmt: skip
 assert one > 100 * one_absorbed and prompt < prompt_absorbed / 3
@@ -923,7 +931,7 @@ play(draw_flops, log2_context=(10, 17, 1), latent=[512, 64, 128, 256, 1024])
 # %%
 @checker
 def check_groups(fn):
-    """How many numbers a token does MLA keep, and how many does one group of GQA (a key, a value)?"""
+    """How many numbers per token does MLA keep, and how many one group of GQA (a key, a value)?"""
     assert abs(fn(V3) - 2.25) < 1e-9
     assert abs(fn(replace(V3, kv_lora_rank=448)) - 2) < 1e-9
 
@@ -1038,7 +1046,7 @@ check_fold(my_fold)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# $128 \cdot 7168 \cdot 512 = 470$M numbers a layer where the two factors hold 8.4M + 117M: more bytes to
+# $128 \cdot 7168 \cdot 512 = 470$M numbers per layer where the two factors hold 8.4M + 117M: more bytes to
 # read for every token decoded. Associativity allows much that arithmetic forbids.
 #
 # ```python
@@ -1051,7 +1059,7 @@ check_fold(my_fold)
 # %% [markdown]
 # ## Scale-up
 # At 671B, one layer, decoding one token against each cached latent: 1152 bytes come from memory and
-# meet 128 heads. Whether the memory or the arithmetic of a GPU binds is decided by operations a byte.
+# meet 128 heads. Whether the memory or the arithmetic of a GPU binds is decided by operations per byte.
 #
 # - **Decoding** sits just below the 295 at which an H800 is in balance (chapter 01): bandwidth binds at
 #   one query, arithmetic at two. Hence the two headlines of FlashMLA, DeepSeek's kernel: 3000 GB/s in the
@@ -1067,8 +1075,10 @@ check_fold(my_fold)
 bytes_read = 2 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
 flops = 2 * V3.n_heads * (2 * V3.kv_lora_rank + V3.qk_rope_head_dim)
 ridge = 989e12 / 3.35e12  # H800: bf16 FLOP/s over bytes/s
-print(f"MLA decode: {flops / bytes_read:.0f} FLOPs a byte, MHA 1; an H800 balances at {ridge:.0f}")
-print(f"two queries a step (MTP, chapter 06): {2 * flops / bytes_read:.0f}")
+print(
+    f"MLA decode: {flops / bytes_read:.0f} FLOPs per byte, MHA 1; an H800 balances at {ridge:.0f}"
+)
+print(f"two queries per step (MTP, chapter 06): {2 * flops / bytes_read:.0f}")
 expanded_bytes = 2 * V3.n_heads * (V3.qk_nope_head_dim + V3.qk_rope_head_dim + V3.v_head_dim)
-print(f"a token and layer: keys and values {expanded_bytes:,} bytes, latent {bytes_read:,} bytes")
+print(f"per token and layer: keys and values {expanded_bytes:,} bytes, latent {bytes_read:,} bytes")
 print(f"cache of 128K tokens: {2**17 * V3.n_layers * bytes_read / 1e9:.1f} GB")
