@@ -18,10 +18,10 @@ from dsv3_ref.ops import MLP, op, recompute, swiglu
 
 
 class Route(NamedTuple):
-    """The gate's decision for every token."""
+    """Decision of the gate for every token."""
 
-    topk_weights_bsk: Tensor  # how much each chosen expert counts
-    topk_ids_bsk: Tensor  # which experts, int64
+    topk_weights_bsk: Tensor  # weights of the chosen experts
+    topk_ids_bsk: Tensor  # their numbers, int64
     scores_bse: Tensor  # affinities to all experts, without bias; they carry the gradient
 
 
@@ -29,7 +29,7 @@ class Route(NamedTuple):
 def group_limited_topk(
     scores_bse: Tensor, topk: int, n_groups: int, topk_groups: int, group_topk: int
 ) -> Tensor:
-    """Choose the k experts of highest score in the open groups, best first: int64, (b, s, k)."""
+    """Return the k experts of highest score in the open groups, best first: int64, (b, s, k)."""
     if n_groups > 1:
         scores_bse = mask_to_top_groups(scores_bse, n_groups, topk_groups, group_topk)
     return scores_bse.topk(topk, dim=-1).indices
@@ -55,7 +55,10 @@ def route(logit_bse: Tensor, bias_e: Tensor | None, config: Config) -> Route:
 def mask_to_top_groups(
     scores_bse: Tensor, n_groups: int, topk_groups: int, group_topk: int
 ) -> Tensor:
-    """Put −∞ outside the groups with the largest sums of their `group_topk` best scores (§2.1.2)."""
+    """Put −∞ outside the `topk_groups` groups with the largest sums of `group_topk` best scores.
+
+    The groups inside are open to a token (§2.1.2).
+    """
     score_bsgx = rearrange(scores_bse, "... (g x) -> ... g x", g=n_groups)
     group_bsg = score_bsgx.topk(group_topk, dim=-1).values.sum(-1)
     chosen = group_bsg.topk(topk_groups, dim=-1).indices
@@ -67,7 +70,9 @@ def mask_to_top_groups(
 
 
 class Gate(nn.Module):
-    """The gate: affinities of tokens to experts, in fp32; `update_expert_bias` moves its bias."""
+    """Router: affinities of tokens to experts, in fp32; `update_expert_bias` moves its bias."""
+
+    bias: Tensor | None  # (e,), a buffer; None with softmax
 
     def __init__(self, config: Config):
         super().__init__()
@@ -86,20 +91,20 @@ class Gate(nn.Module):
 
 
 def tokens_per_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
-    """Count the tokens that each expert receives, (e,), int64."""
+    """Count the tokens that each expert receives: (e,), int64."""
     return topk_ids.flatten().bincount(minlength=n_experts)
 
 
 def max_vio(load_e: Tensor) -> float:
-    """Measure how far the busiest expert is above the mean: max/mean − 1."""
+    """Return how far the load of the busiest expert is above the mean: max/mean − 1."""
     return (load_e.max() / load_e.float().mean() - 1).item()
 
 
 @torch.no_grad()
 def update_expert_bias(bias_e: Tensor, load_e: Tensor, gamma: float) -> None:
-    """Raise idle and lower busy experts in place: b += γ·sign(mean − load) (§2.1.2).
+    """Raise the biases of idle experts and lower those of busy ones: b += γ·sign(mean − load).
 
-    load_e: tokens per expert in the global batch.
+    The biases are changed in place (§2.1.2). load_e: tokens per expert in the global batch.
     """
     load_e = load_e.float()
     bias_e += gamma * (load_e.mean() - load_e).sign()
@@ -108,17 +113,18 @@ def update_expert_bias(bias_e: Tensor, load_e: Tensor, gamma: float) -> None:
 # ── A small loss, per sequence ──
 
 
-def balance_loss(r: Route, over: Literal["sequence", "batch"] = "sequence") -> Tensor:
+def balance_loss(routing: Route, over: Literal["sequence", "batch"] = "sequence") -> Tensor:
     """Compute Σ_e f_e·P_e of each sequence, averaged over the batch (eq. 17–20 without α).
 
     It is 1 when the load is even. over: "batch" takes all tokens as one sequence (§4.5.3).
     """
+    topk_ids_bsk, scores_bse = routing.topk_ids_bsk, routing.scores_bse
     if over == "batch":
-        r = Route(None, *(x.flatten(0, 1)[None] for x in r[1:]))
-    (_, t, k), e = r.topk_ids_bsk.shape, r.scores_bse.shape[-1]
-    chosen_bse = torch.zeros_like(r.scores_bse).scatter(-1, r.topk_ids_bsk, 1.0)
+        topk_ids_bsk, scores_bse = (x.flatten(0, 1)[None] for x in (topk_ids_bsk, scores_bse))
+    (_, t, k), e = topk_ids_bsk.shape, scores_bse.shape[-1]
+    chosen_bse = torch.zeros_like(scores_bse).scatter(-1, topk_ids_bsk, 1.0)
     f_be = chosen_bse.sum(1) * e / (k * t)
-    p_be = (r.scores_bse / r.scores_bse.sum(-1, keepdim=True)).mean(1)
+    p_be = (scores_bse / scores_bse.sum(-1, keepdim=True)).mean(1)
     return (f_be * p_be).sum(-1).mean()
 
 
@@ -127,7 +133,7 @@ def balance_loss(r: Route, over: Literal["sequence", "batch"] = "sequence") -> T
 
 @op
 def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
-    """Multiply rows sorted by expert by their expert's matrix: y_m = W_e(m) x_m.
+    """Multiply rows sorted by expert by their expert's matrix: y_m = W_e(m) x_m, (m, i) → (m, o).
 
     tokens_per_expert_e: int64, sums to m.
     """
@@ -139,12 +145,12 @@ def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
 def grouped_swiglu_linear(
     gate_mf: Tensor, up_mf: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
 ) -> Tensor:
-    """Apply SwiGLU and each row's own matrix after it; one op, as in `swiglu_linear`."""
+    """Apply SwiGLU and then each row's own matrix, as one op like `swiglu_linear`."""
     return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, tokens_per_expert_e)
 
 
 class GroupedExperts(nn.Module):
-    """All routed experts of a layer; rows arrive sorted by expert, (m, d) → (m, d)."""
+    """Routed experts of a layer, for rows sorted by expert: (m, d) → (m, d)."""
 
     def __init__(self, n_experts: int, dim: int, inter_dim: int):
         super().__init__()
@@ -165,7 +171,11 @@ class GroupedExperts(nn.Module):
 
 
 def sort_by_expert(topk_ids_nk: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort rows by expert: (m,) token·k + choice of each sorted row, and its inverse, (n, k)."""
+    """Sort the n·k rows by expert; return the order and its inverse.
+
+    The first, (m,), is token·k + choice of each sorted row; the second, (n, k), is the place of
+    each token's choices among the sorted rows.
+    """
     sorted_ids_m = topk_ids_nk.flatten().argsort(stable=True)
     row_ids_m = torch.empty_like(sorted_ids_m)
     row_ids_m[sorted_ids_m] = torch.arange(len(sorted_ids_m), device=sorted_ids_m.device)
@@ -180,7 +190,7 @@ def permute(x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
 
 @op
 def unpermute(y_md: Tensor, weight_nk: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
-    """Bring the rows back, weighted: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
+    """Sum the k rows of each token by weight: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
     return einsum(y_md[row_ids_nk], weight_nk, "n k d, n k -> n d")
 
 
@@ -190,7 +200,7 @@ TokenDispatcher = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_nd, weights_n
 
 
 class MoE(nn.Module):
-    """Shared experts for all, k routed ones for each token: y = shared(x) + Σ_k w_k·expert_k(x)."""
+    """Mixture of experts: y = shared(x) + Σ_k w_k·expert_k(x), k routed experts per token."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -198,7 +208,7 @@ class MoE(nn.Module):
         self.gate = Gate(config)
         self.experts = GroupedExperts(config.n_routed_experts, config.dim, config.moe_inter_dim)
         self.shared_experts = MLP(config.dim, config.n_shared_experts * config.moe_inter_dim)
-        self.token_dispatcher: TokenDispatcher | None = None  # None: all experts are here
+        self.token_dispatcher: TokenDispatcher | None = None  # None: every expert is local
 
     def forward_routed(self, x_nd: Tensor, topk_weights_nk: Tensor, topk_ids_nk: Tensor) -> Tensor:
         """Compute Σ_k w_nk·expert_nk(x_n) with this layer's own experts."""
@@ -209,6 +219,7 @@ class MoE(nn.Module):
 
     def forward(self, x_bsd: Tensor) -> tuple[Tensor, Route]:
         r = self.gate(x_bsd)
-        tokens = (t.flatten(0, 1) for t in (x_bsd, r.topk_weights_bsk, r.topk_ids_bsk))
-        y_nd = (self.token_dispatcher or self.forward_routed)(*tokens)
+        forward_routed = self.token_dispatcher or self.forward_routed
+        weights_nk, ids_nk = r.topk_weights_bsk.flatten(0, 1), r.topk_ids_bsk.flatten(0, 1)
+        y_nd = forward_routed(x_bsd.flatten(0, 1), weights_nk, ids_nk)
         return y_nd.view_as(x_bsd) + self.shared_experts(x_bsd), r

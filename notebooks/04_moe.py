@@ -19,7 +19,7 @@
 # A wider feed-forward network knows more and costs more, in the same proportion, for every token. A
 # **mixture of experts** (MoE) breaks the proportion: many small networks, of which a **gate** picks a
 # few for each token. V3's dense layers have a feed-forward width of 18,432. Its MoE layers spend the
-# same: nine experts of width 2048 a token, and 9 × 2048 = 18,432. But the nine come from 257, so a
+# same: nine experts of width 2048 per token, and 9 × 2048 = 18,432. But the nine come from 257, so a
 # layer *stores* **28.6 times** what it *computes with*. The problem this chapter solves is in the word
 # "picks": a gate left alone has favorites, and while these are overrun, the memory and the GPUs of the
 # other experts idle.
@@ -100,10 +100,10 @@ from dsv3_ref.ops import MLP, op, recompute, swiglu
 # %%
 #| export
 class Route(NamedTuple):
-    """The gate's decision for every token."""
+    """Decision of the gate for every token."""
 
-    topk_weights_bsk: Tensor  # how much each chosen expert counts
-    topk_ids_bsk: Tensor  # which experts, int64
+    topk_weights_bsk: Tensor  # weights of the chosen experts
+    topk_ids_bsk: Tensor  # their numbers, int64
     scores_bse: Tensor  # affinities to all experts, without bias; they carry the gradient
 
 
@@ -111,7 +111,7 @@ class Route(NamedTuple):
 def group_limited_topk(
     scores_bse: Tensor, topk: int, n_groups: int, topk_groups: int, group_topk: int
 ) -> Tensor:
-    """Choose the k experts of highest score in the open groups, best first: int64, (b, s, k)."""
+    """Return the k experts of highest score in the open groups, best first: int64, (b, s, k)."""
     if n_groups > 1:
         scores_bse = mask_to_top_groups(scores_bse, n_groups, topk_groups, group_topk)
     return scores_bse.topk(topk, dim=-1).indices
@@ -147,10 +147,8 @@ chosen = r.topk_ids_bsk.flatten()
 assert torch.allclose(r.topk_weights_bsk.sum(), torch.tensor(2.5))
 assert torch.allclose(r.topk_weights_bsk.flatten(), 2.5 * affinity[chosen] / affinity[chosen].sum())
 assert torch.equal(route(affinity.logit()[None, None], bias + 7, free).topk_ids_bsk, r.topk_ids_bsk)
-print(
-    "without groups:",
-    dict(zip(chosen.tolist(), [f"{w:.2f}" for w in r.topk_weights_bsk.flatten()])),
-)
+weights = [f"{w:.2f}" for w in r.topk_weights_bsk.flatten()]
+print("without groups:", dict(zip(chosen.tolist(), weights)))
 
 logits = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
 old = route(logits, None, V2_LITE).topk_weights_bsk
@@ -159,7 +157,7 @@ print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum
 
 # %% [markdown]
 # ## Groups
-# V3's 256 experts form 8 groups, one a node. A group's score is the sum of its $K_r / M = 8/4 = 2$ highest
+# V3's 256 experts form 8 groups, one per node. A group's score is the sum of its $K_r / M = 8/4 = 2$ highest
 # biased affinities; the best $M = 4$ groups stay open and the choice happens among them:
 #
 # $$G_g = \sum \operatorname{Top2}_{\,i \in g}(s_i + b_i), \qquad
@@ -177,7 +175,10 @@ print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum
 def mask_to_top_groups(
     scores_bse: Tensor, n_groups: int, topk_groups: int, group_topk: int
 ) -> Tensor:
-    """Put −∞ outside the groups with the largest sums of their `group_topk` best scores (§2.1.2)."""
+    """Put −∞ outside the `topk_groups` groups with the largest sums of `group_topk` best scores.
+
+    The groups inside are open to a token (§2.1.2).
+    """
     score_bsgx = rearrange(scores_bse, "... (g x) -> ... g x", g=n_groups)
     group_bsg = score_bsgx.topk(group_topk, dim=-1).values.sum(-1)
     chosen = group_bsg.topk(topk_groups, dim=-1).indices
@@ -191,13 +192,13 @@ assert sorted(with_groups.topk_ids_bsk.flatten().tolist()) == [0, 8, 9, 11]  # a
 
 
 def groups_of(topk_ids_bsk, c: Config):
-    """Which groups each token visits, (b, s, g), bool."""
+    """Return which groups each token visits, (b, s, g), bool."""
     group_bsk = topk_ids_bsk // (c.n_routed_experts // c.n_expert_groups)
     return F.one_hot(group_bsk, c.n_expert_groups).amax(-2).bool()
 
 
 def strays(scores_bse, c: Config, shut: float) -> float:
-    """Share of tokens that leave their open groups when shut experts get the score `shut`."""
+    """Return the share of tokens that leave their open groups if shut experts score `shut`."""
     masked = mask_to_top_groups(scores_bse, c.n_expert_groups, c.n_limited_groups, 2)
     chosen = masked.masked_fill(masked.isinf(), shut).topk(c.n_activated_experts).indices
     is_open = rearrange(masked, "b s (g x) -> b s g x", g=c.n_expert_groups).isfinite().any(-1)
@@ -241,7 +242,9 @@ show(fig)
 # %%
 #| export
 class Gate(nn.Module):
-    """The gate: affinities of tokens to experts, in fp32; `update_expert_bias` moves its bias."""
+    """Router: affinities of tokens to experts, in fp32; `update_expert_bias` moves its bias."""
+
+    bias: Tensor | None  # (e,), a buffer; None with softmax
 
     def __init__(self, config: Config):
         super().__init__()
@@ -265,9 +268,8 @@ with torch.autocast("cpu", torch.bfloat16):
     r = gate(x)
 assert r.scores_bse.dtype == torch.float32 and torch.equal(r.topk_ids_bsk, gate(x).topk_ids_bsk)
 coarse = route((x.bfloat16() @ gate.weight.bfloat16().T).float(), gate.bias, gate.config)
-differ = (
-    (coarse.topk_ids_bsk.sort(-1).values != r.topk_ids_bsk.sort(-1).values).any(-1).float().mean()
-)
+ids_bsk, coarse_bsk = (x.topk_ids_bsk.sort(-1).values for x in (r, coarse))
+differ = (coarse_bsk != ids_bsk).any(-1).float().mean()
 print(f"tokens that a bf16 gate sends elsewhere: {differ:.0%}")
 r.topk_weights_bsk[..., 0].sum().backward()
 assert gate.weight.grad.abs().sum() > 0 and not gate.bias.requires_grad
@@ -289,20 +291,20 @@ assert [n for n, _ in gate.named_parameters()] == ["weight"] and "bias" in gate.
 # %%
 #| export
 def tokens_per_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
-    """Count the tokens that each expert receives, (e,), int64."""
+    """Count the tokens that each expert receives: (e,), int64."""
     return topk_ids.flatten().bincount(minlength=n_experts)
 
 
 def max_vio(load_e: Tensor) -> float:
-    """Measure how far the busiest expert is above the mean: max/mean − 1."""
+    """Return how far the load of the busiest expert is above the mean: max/mean − 1."""
     return (load_e.max() / load_e.float().mean() - 1).item()
 
 
 @torch.no_grad()
 def update_expert_bias(bias_e: Tensor, load_e: Tensor, gamma: float) -> None:
-    """Raise idle and lower busy experts in place: b += γ·sign(mean − load) (§2.1.2).
+    """Raise the biases of idle experts and lower those of busy ones: b += γ·sign(mean − load).
 
-    load_e: tokens per expert in the global batch.
+    The biases are changed in place (§2.1.2). load_e: tokens per expert in the global batch.
     """
     load_e = load_e.float()
     bias_e += gamma * (load_e.mean() - load_e).sign()
@@ -336,23 +338,24 @@ print("load", load.tolist(), "→ bias", [f"{x:+.3f}" for x in b.tolist()])
 
 # %%
 #| export
-def balance_loss(r: Route, over: Literal["sequence", "batch"] = "sequence") -> Tensor:
+def balance_loss(routing: Route, over: Literal["sequence", "batch"] = "sequence") -> Tensor:
     """Compute Σ_e f_e·P_e of each sequence, averaged over the batch (eq. 17–20 without α).
 
     It is 1 when the load is even. over: "batch" takes all tokens as one sequence (§4.5.3).
     """
+    topk_ids_bsk, scores_bse = routing.topk_ids_bsk, routing.scores_bse
     if over == "batch":
-        r = Route(None, *(x.flatten(0, 1)[None] for x in r[1:]))
-    (_, t, k), e = r.topk_ids_bsk.shape, r.scores_bse.shape[-1]
-    chosen_bse = torch.zeros_like(r.scores_bse).scatter(-1, r.topk_ids_bsk, 1.0)
+        topk_ids_bsk, scores_bse = (x.flatten(0, 1)[None] for x in (topk_ids_bsk, scores_bse))
+    (_, t, k), e = topk_ids_bsk.shape, scores_bse.shape[-1]
+    chosen_bse = torch.zeros_like(scores_bse).scatter(-1, topk_ids_bsk, 1.0)
     f_be = chosen_bse.sum(1) * e / (k * t)
-    p_be = (r.scores_bse / r.scores_bse.sum(-1, keepdim=True)).mean(1)
+    p_be = (scores_bse / scores_bse.sum(-1, keepdim=True)).mean(1)
     return (f_be * p_be).sum(-1).mean()
 
 
 # %%
 def slow_balance(scores_bse, chosen) -> float:
-    """eq. 17–20 as sums: over sequences, experts, tokens; `chosen(b, t)` lists a token's experts."""
+    """Compute eq. 17–20 as sums; `chosen(b, t)` lists a token's experts."""
     (n_b, n_t, n_e), total = scores_bse.shape, 0.0
     for b in range(n_b):
         for i in range(n_e):
@@ -371,8 +374,8 @@ used = slow_balance(r.scores_bse, lambda b, t: r.topk_ids_bsk[b, t].tolist())
 printed = slow_balance(r.scores_bse, lambda b, t: r.scores_bse[b, t].topk(4).indices.tolist())
 assert abs(balance_loss(r).item() - used) < 1e-6 and abs(used - printed) > 1e-3
 plain = route(logits, None, free)  # no bias, no groups: then both readings are one
-assert abs(balance_loss(plain).item() - slow_balance(
-    plain.scores_bse, lambda b, t: plain.scores_bse[b, t].topk(4).indices.tolist())) < 1e-6  # fmt: skip
+bare = slow_balance(plain.scores_bse, lambda b, t: plain.scores_bse[b, t].topk(4).indices.tolist())
+assert abs(balance_loss(plain).item() - bare) < 1e-6
 even = Route(None, torch.arange(16).view(1, 4, 4), torch.full((1, 4, 16), 0.3))
 assert abs(balance_loss(even).item() - 1) < 1e-6
 print(f"experts used: {used:.3f}; top-k of bare affinities: {printed:.3f}; even load: 1")
@@ -403,7 +406,7 @@ print(f"experts used: {used:.3f}; top-k of bare affinities: {printed:.3f}; even 
 #| export
 @op
 def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
-    """Multiply rows sorted by expert by their expert's matrix: y_m = W_e(m) x_m.
+    """Multiply rows sorted by expert by their expert's matrix: y_m = W_e(m) x_m, (m, i) → (m, o).
 
     tokens_per_expert_e: int64, sums to m.
     """
@@ -415,12 +418,12 @@ def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
 def grouped_swiglu_linear(
     gate_mf: Tensor, up_mf: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
 ) -> Tensor:
-    """Apply SwiGLU and each row's own matrix after it; one op, as in `swiglu_linear`."""
+    """Apply SwiGLU and then each row's own matrix, as one op like `swiglu_linear`."""
     return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, tokens_per_expert_e)
 
 
 class GroupedExperts(nn.Module):
-    """All routed experts of a layer; rows arrive sorted by expert, (m, d) → (m, d)."""
+    """Routed experts of a layer, for rows sorted by expert: (m, d) → (m, d)."""
 
     def __init__(self, n_experts: int, dim: int, inter_dim: int):
         super().__init__()
@@ -457,7 +460,7 @@ assert (idle == 0).all()  # no tokens: a gradient of zeros, not of leftovers
 
 
 def outcome(fn) -> str:
-    """What torch says to a call."""
+    """Return what torch answers to a call: a shape or an error."""
     try:
         return f"accepted, {tuple(fn().shape)}"
     except RuntimeError as e:
@@ -491,7 +494,11 @@ print("no rows     ", outcome(lambda: F.grouped_mm(x[:0], w, offs=0 * ends.int()
 # %%
 #| export
 def sort_by_expert(topk_ids_nk: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort rows by expert: (m,) token·k + choice of each sorted row, and its inverse, (n, k)."""
+    """Sort the n·k rows by expert; return the order and its inverse.
+
+    The first, (m,), is token·k + choice of each sorted row; the second, (n, k), is the place of
+    each token's choices among the sorted rows.
+    """
     sorted_ids_m = topk_ids_nk.flatten().argsort(stable=True)
     row_ids_m = torch.empty_like(sorted_ids_m)
     row_ids_m[sorted_ids_m] = torch.arange(len(sorted_ids_m), device=sorted_ids_m.device)
@@ -506,7 +513,7 @@ def permute(x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
 
 @op
 def unpermute(y_md: Tensor, weight_nk: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
-    """Bring the rows back, weighted: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
+    """Sum the k rows of each token by weight: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
     return einsum(y_md[row_ids_nk], weight_nk, "n k d, n k -> n d")
 
 
@@ -547,7 +554,7 @@ TokenDispatcher = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_nd, weights_n
 
 
 class MoE(nn.Module):
-    """Shared experts for all, k routed ones for each token: y = shared(x) + Σ_k w_k·expert_k(x)."""
+    """Mixture of experts: y = shared(x) + Σ_k w_k·expert_k(x), k routed experts per token."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -555,7 +562,7 @@ class MoE(nn.Module):
         self.gate = Gate(config)
         self.experts = GroupedExperts(config.n_routed_experts, config.dim, config.moe_inter_dim)
         self.shared_experts = MLP(config.dim, config.n_shared_experts * config.moe_inter_dim)
-        self.token_dispatcher: TokenDispatcher | None = None  # None: all experts are here
+        self.token_dispatcher: TokenDispatcher | None = None  # None: every expert is local
 
     def forward_routed(self, x_nd: Tensor, topk_weights_nk: Tensor, topk_ids_nk: Tensor) -> Tensor:
         """Compute Σ_k w_nk·expert_nk(x_n) with this layer's own experts."""
@@ -566,14 +573,15 @@ class MoE(nn.Module):
 
     def forward(self, x_bsd: Tensor) -> tuple[Tensor, Route]:
         r = self.gate(x_bsd)
-        tokens = (t.flatten(0, 1) for t in (x_bsd, r.topk_weights_bsk, r.topk_ids_bsk))
-        y_nd = (self.token_dispatcher or self.forward_routed)(*tokens)
+        forward_routed = self.token_dispatcher or self.forward_routed
+        weights_nk, ids_nk = r.topk_weights_bsk.flatten(0, 1), r.topk_ids_bsk.flatten(0, 1)
+        y_nd = forward_routed(x_bsd.flatten(0, 1), weights_nk, ids_nk)
         return y_nd.view_as(x_bsd) + self.shared_experts(x_bsd), r
 
 
 # %%
 def filled(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Matrices from N(0, 1/fan-in), so that activations keep their size."""
+    """Draw matrices from N(0, 1/fan-in), so that activations keep their size."""
     g = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=g)
@@ -581,8 +589,9 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def slow_moe(moe: MoE, x_bsd):
-    """eq. 12, one token and one expert at a time."""
-    r, e, out = moe.gate(x_bsd), moe.experts, moe.shared_experts(x_bsd)
+    """Compute eq. 12, one token and one expert at a time."""
+    r, e = moe.gate(x_bsd), moe.experts
+    out = moe.shared_experts(x_bsd)
     for b in range(x_bsd.shape[0]):
         for s in range(x_bsd.shape[1]):
             for w, i in zip(r.topk_weights_bsk[b, s], r.topk_ids_bsk[b, s].tolist()):
@@ -611,7 +620,7 @@ with torch.no_grad():
 # %%
 SHORT = bool(os.environ.get("DSV3_SHORT"))
 TURN, LAST = (20, 40) if SHORT else (400, 700)
-STREAM = replace(SIXTEEN, dim=32, n_routed_experts=32)  # 4 groups of 8, 2 open, 4 experts a token
+STREAM = replace(SIXTEEN, dim=32, n_routed_experts=32)  # 4 groups of 8, 2 open, 4 experts per token
 g = torch.Generator().manual_seed(7)
 CENTROIDS = torch.randn(32, 32, generator=g) / 32**0.5
 TOPICS = torch.randn(12, 32, generator=g)
@@ -619,8 +628,9 @@ COMMON = 1 / torch.arange(1.0, 13)  # Zipf: topic j comes 1/j as often as the fi
 
 
 def simulate(gamma: float):
-    """Loads and biases of every step, (steps, e) each, when tokens stream past a fixed gate."""
-    g, bias, loads, biases = torch.Generator().manual_seed(8), torch.zeros(32), [], []
+    """Return loads and biases of every step, (steps, e) each, of tokens that pass a fixed gate."""
+    g, bias = torch.Generator().manual_seed(8), torch.zeros(32)
+    loads, biases = [], []
     for step in range(LAST):
         mix = COMMON if step < TURN else COMMON.flip(0)
         topic = torch.multinomial(mix, 1024, replacement=True, generator=g)
@@ -649,16 +659,13 @@ for ax, name in zip(axes[0], ("no bias", "γ = 0.001 (V3)")):
 fig.colorbar(image, ax=axes[0], label="load / mean (3: three or more)")
 biases = simulated["γ = 0.001 (V3)"][1]
 axes[1, 0].plot(biases, color=GRAY, lw=0.8, alpha=0.7)
-for extreme, color, style in (
-    (biases[-1].argmax(), BLUE, "-"),
-    (biases[-1].argmin(), ORANGE, "--"),
-):
+top, bottom = biases[-1].argmax(), biases[-1].argmin()
+for extreme, color, style in ((top, BLUE, "-"), (bottom, ORANGE, "--")):
     axes[1, 0].plot(biases[:, extreme], style, color=color, label=f"expert {extreme}")
 axes[1, 0].set(title="Biases, γ = 0.001", xlabel="step", ylabel="bias", ylim=(-0.2, 0.33))
 axes[1, 0].legend(loc="upper right")
-for (name, values), color, style in zip(
-    vio.items(), (GRAY, ORANGE, BLUE, GREEN), (":", "--", "-", "-.")
-):
+looks = ((GRAY, ":"), (ORANGE, "--"), (BLUE, "-"), (GREEN, "-."))
+for (name, values), (color, style) in zip(vio.items(), looks):
     smooth = torch.tensor(values).unfold(0, 10, 1).mean(-1)
     axes[1, 1].plot(smooth, style, color=color, label=name)
 axes[1, 1].set(title="MaxVio (0: even), mean of ten steps", xlabel="step", ylabel="max load / mean − 1",
@@ -690,14 +697,14 @@ MIX = torch.tensor([8.0, 4, 2, 1, 1, 1])
 
 
 def domain_batch(b: int, g: torch.Generator):
-    """Sequences of one domain each: inputs, targets (b, 16, d) and domains (b,)."""
+    """Return sequences of one domain each: inputs, targets (b, 16, d) and domains (b,)."""
     domain = torch.multinomial(MIX, b, replacement=True, generator=g)
     x_bsd = CENTERS[domain][:, None] + torch.randn(b, 16, 16, generator=g)
     return x_bsd, x_bsd @ MAPS[domain], domain
 
 
 def train_moe(over: str = "sequence", alpha: float = 0.0, gamma: float = 0.0):
-    """Test error, MaxVio, and how often each domain chooses each expert, (6, e)."""
+    """Return test error, MaxVio, and how often each domain chooses each expert, (6, e)."""
     g, moe = torch.Generator().manual_seed(1), filled(MoE(SMALL_MOE), seed=1)
     optimizer = torch.optim.Adam(moe.parameters(), 1e-2)
     for step in range(STEPS):
@@ -712,9 +719,8 @@ def train_moe(over: str = "sequence", alpha: float = 0.0, gamma: float = 0.0):
     x_bsd, target_bsd, domain = domain_batch(512, torch.Generator().manual_seed(99))
     with torch.no_grad():
         y_bsd, r = moe(x_bsd)
-    choice = torch.stack(
-        [tokens_per_expert(r.topk_ids_bsk[domain == d], 8) for d in range(6)]
-    ).float()
+    counts = [tokens_per_expert(r.topk_ids_bsk[domain == d], 8) for d in range(6)]
+    choice = torch.stack(counts).float()
     error = (y_bsd - target_bsd).square().mean().item()
     return error, max_vio(choice.sum(0)), choice / choice.sum(-1, keepdim=True)
 
@@ -731,27 +737,21 @@ for name, runs in outcomes.items():
     print(f"{name:20}", "   ".join(f"error {e:.2f} MaxVio {v:.2f}" for e, v, _ in runs))
 
 fig, axes = figure(1, 3, 9.8, 3.8, width_ratios=[1.6, 1, 1])
-for (name, runs), color, style in zip(
-    outcomes.items(), (ORANGE, GREEN, BLUE, GRAY), ("s--", "^-.", "o-", "D")
-):
+looks = ((ORANGE, "s--"), (GREEN, "^-."), (BLUE, "o-"), (GRAY, "D"))
+for (name, runs), (color, style) in zip(outcomes.items(), looks):
     axes[0].plot([v for _, v, _ in runs], [e for e, _, _ in runs], style, color=color, label=name)
 axes[0].set(title="Best is lower left", xlabel="MaxVio", ylabel="test error (mean square)")
 axes[0].legend(fontsize=8.5)
 for ax, (name, run) in zip(axes[1:], (("sequence-wise loss", 2), ("bias", 1))):
     image = ax.imshow(outcomes[name][run][2], cmap="cividis", vmin=0, vmax=0.5)
-    ax.set(
-        title=f"Choices: {name}", xlabel="expert", ylabel="domain", xticks=range(8), yticks=range(6)
-    )
-fig.colorbar(
-    image, ax=axes[1:], label="share of the domain's choices", location="bottom", shrink=0.6
-)
+    ax.set(title=f"Choices: {name}", xlabel="expert", ylabel="domain")
+    ax.set(xticks=range(8), yticks=range(6))
+label = "share of the domain's choices"
+fig.colorbar(image, ax=axes[1:], label=label, location="bottom", shrink=0.6)
 show(fig)
 if not SHORT:
-    sequence, batch, by_bias = (
-        outcomes["sequence-wise loss"][2],
-        outcomes["batch-wise loss"][2],
-        outcomes["bias"][1],
-    )
+    sequence, batch = outcomes["sequence-wise loss"][2], outcomes["batch-wise loss"][2]
+    by_bias = outcomes["bias"][1]
     assert max(sequence[1], batch[1], by_bias[1]) < 0.25 and by_bias[0] < batch[0] < sequence[0]
 
 # %% [markdown]
@@ -762,7 +762,7 @@ if not SHORT:
 #
 # ### The same on text
 # Real text, real training code: `dsv3 ablate balance` trains a model of 1.7M parameters (two MoE layers, 16
-# experts, 4 a token) on speeches and Python source in equal parts, 300 steps of 8 rows of 128 tokens, and
+# experts, 4 per token) on speeches and Python source in equal parts, 300 steps of 8 rows of 128 tokens, and
 # changes nothing but the balancing (the losses come without any bias, and with a weak and a strong $\alpha$).
 # Three seeds each; a seed gives all variants the same first weights and the same rows, so differences can be
 # taken seed by seed. Held-out loss and MaxVio are measured on both sources, MaxVio over many rows together and
@@ -772,37 +772,35 @@ if not SHORT:
 # %%
 from dsv3_ref.viz import ablation
 
-found = ablation.load_ablation("balance")
-print(found["command"], f"({sum(run['seconds'] for run in found['runs']) / 60:.0f} minutes)")
-ablation.print_table(found, against="bias")
+compared = ablation.load_ablation("balance")
+minutes = sum(run["seconds"] for run in compared["runs"]) / 60
+print(compared["command"], f"({minutes:.0f} minutes)")
+ablation.print_table(compared, against="bias")
 
 
 def apart(run) -> float:
-    """Share of choices in which speeches and source code differ, mean of the layers."""
+    """Return the share of choices in which speeches and source code differ, mean of the layers."""
     speech_le, source_le = (torch.tensor(run["load"][name]) for name in ("sotu", "stdlib"))
     return (speech_le - source_le).abs().sum(-1).mean().item() / 2
 
 
-difference = ablation.values_by_variant(found, apart)
-together, alone = (
-    ablation.values_by_variant(found, f"max_vio_{rows}") for rows in ("global", "sequence")
-)
+difference = ablation.values_by_variant(compared, apart)
+together = ablation.values_by_variant(compared, "max_vio_global")
+alone = ablation.values_by_variant(compared, "max_vio_sequence")
 print("\nmeans of three seeds, after the last step")
-for name in found["variants"]:
+for name in compared["variants"]:
     print(f"{name:15}  MaxVio together {together[name].mean():.2f}, in a row {alone[name].mean():.2f}; "
           f"choices that differ {difference[name].mean():.0%}")  # fmt: skip
 
 fig, axes = figure(2, 2, 9.8, 6.4)
-ablation.plot_dots(axes[0, 0], ablation.values_by_variant(found), "Held-out loss", "nats a token")
+losses = ablation.values_by_variant(compared)
+ablation.plot_dots(axes[0, 0], losses, "Held-out loss", "nats per token")
 ablation.plot_dots(
     axes[0, 1], difference, "Sources told apart by experts", "share of choices that differ"
 )
-for ax, key, title in zip(
-    axes[1],
-    ("max_vio_global", "max_vio_sequence"),
-    ("MaxVio, rows together", "MaxVio in a single row"),
-):
-    ablation.plot_curves(ax, found, key, title, "max load / mean − 1")
+panels = {"max_vio_global": "MaxVio, rows together", "max_vio_sequence": "MaxVio in a single row"}
+for ax, (key, title) in zip(axes[1], panels.items()):
+    ablation.plot_curves(ax, compared, key, title, "max load / mean − 1")
 axes[1, 1].set_ylim(0.3, 2.2)
 axes[1, 1].legend(fontsize=8.5, ncols=2, loc="upper right")
 show(fig)
@@ -817,10 +815,10 @@ show(fig)
 # *Loss* is another matter. With weak losses the bias is ahead of the sequence-wise one by 0.005 ± 0.005 nats,
 # which happens to be the report's gap, and of the batch-wise one by 0.003 ± 0.002, where the report has none;
 # with three seeds neither can be told from chance. No balancing at all costs 0.005 ± 0.006 only, for after 0.3M
-# tokens nobody misses a starved expert. What balancing does to experts shows in minutes; what it is worth does not.
+# tokens a starved expert is not yet missed. What balancing does to experts shows in minutes; what it is worth does not.
 #
 # ## Play
-# Eight experts, two a token, 24 tokens. Drag a bias and watch which tokens change their mind (left) and what
+# Eight experts, two per token, 24 tokens. Drag a bias and watch which tokens change their mind (left) and what
 # becomes of the loads (right). Try to even them out by hand, then compare with 300 steps of the rule, which
 # the second picture shows.
 
@@ -830,7 +828,7 @@ BOARD_LOGITS = (torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(9)
 
 
 def draw_board(**bias):
-    """Affinities with the chosen experts marked, and every expert's load; one bias an expert."""
+    """Draw affinities with the chosen experts marked, and every expert's load; one bias each."""
     bias_e = torch.tensor([float(x) for x in bias.values()])
     r = route(BOARD_LOGITS, bias_e, SMALL_MOE)
     load = tokens_per_expert(r.topk_ids_bsk, 8)
@@ -853,9 +851,8 @@ def draw_board(**bias):
 
 ruled = torch.zeros(8)
 for _ in range(300):
-    update_expert_bias(
-        ruled, tokens_per_expert(route(BOARD_LOGITS, ruled, SMALL_MOE).topk_ids_bsk, 8), 0.005
-    )
+    chosen = route(BOARD_LOGITS, ruled, SMALL_MOE).topk_ids_bsk
+    update_expert_bias(ruled, tokens_per_expert(chosen, 8), 0.005)
 draw_board(**{f"b{e}": 0.0 for e in range(8)})
 draw_board(**{f"b{e}": round(x, 2) for e, x in enumerate(ruled.tolist())})
 play(draw_board, **{f"b{e}": (-0.6, 0.6, 0.02) for e in range(8)})
@@ -896,9 +893,8 @@ def check_gentle(fn):
             raise TypeError("Ellipsis: nothing there yet")
         steps.append(bias)
     assert torch.allclose(steps[0], 2 * steps[1]) and torch.allclose(steps[0], steps[2])
-    logits = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(0)) + torch.linspace(
-        -1, 1, 16
-    )
+    logits = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(0))
+    logits = logits + torch.linspace(-1, 1, 16)
     left = {}
     for rule in (fn, update_expert_bias):
         bias, tail = torch.zeros(16), []
@@ -994,11 +990,11 @@ check_gentle(my_update)
 # Chapter 10's kernel takes the place of `grouped_linear`, chapter 09 makes it FP8.
 
 # %%
-sent = {m: v * V3.dim for m, v in zip(range(1, 9), visited)}  # bytes: FP8, one an element
-print(
-    f"sent between nodes, a token and layer: {sent[8] / 1e3:.0f} kB unlimited, {sent[4] / 1e3:.0f} kB with M = 4"
-)
+sent = {m: v * V3.dim for m, v in zip(range(1, 9), visited)}  # bytes: FP8, one per element
+print(f"sent between nodes, per token and layer: {sent[8] / 1e3:.0f} kB unlimited,", end=" ")
+print(f"{sent[4] / 1e3:.0f} kB with M = 4")
 rows = 64 * 4096 * V3.n_activated_experts // V3.n_routed_experts
-print(f"rows an expert, 64 GPUs with a sequence of 4096 each: {rows:,}")
-print(f"rows an expert needs to be bound by FP8 arithmetic on an H800: {1979e12 / 3.35e12 / 2:.0f}")
+print(f"rows per expert, 64 GPUs with a sequence of 4096 each: {rows:,}")
+bound = 1979e12 / 3.35e12 / 2
+print(f"rows from which FP8 arithmetic on an H800 binds an expert: {bound:.0f}")
 print(f"bytes of a layer's routed experts, bf16: {2 * V3.n_routed_experts * expert / 1e9:.1f} GB")
