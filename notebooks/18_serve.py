@@ -1190,12 +1190,11 @@ LOAD_TEST = load_result("serve")
 fig, (left, right) = figure(1, 2, 8.6, 2.9)
 for (name, kind), color in zip(LOAD_TEST["servers"].items(), (BLUE, ORANGE, GREEN)):
     clients = [r["clients"] for r in kind]
-    left.loglog(clients, [r["tokens_s"] for r in kind], "-", base=2, color=color, label=name)
+    left.loglog(clients, [r["tokens_per_s"] for r in kind], "-", base=2, color=color, label=name)
     for r in kind:
-        left.plot(
-            [r["clients"]] * len(r["rounds_tokens_s"]), r["rounds_tokens_s"], ".", color=color
-        )
-    right.loglog(clients, [1e3 * r["first"][1] for r in kind], "o-", base=2, color=color)
+        rounds = r["tokens_per_s_by_round"]
+        left.plot([r["clients"]] * len(rounds), rounds, ".", color=color)
+    right.loglog(clients, [1e3 * r["ttft_s"][1] for r in kind], "o-", base=2, color=color)
 left.set(xlabel="clients", ylabel="tokens per second", title="All clients together")
 right.set(xlabel="clients", ylabel="ms, median", title="Time to the first token")
 for ax in (left, right):
@@ -1206,15 +1205,15 @@ left.legend(fontsize=7)
 show(fig)
 for name, kind in LOAD_TEST["servers"].items():
     for r in kind:
-        print(f"{name:22} {r['clients']:2} clients: {r['tokens_s']:5.0f} tokens/s, first token "
-              f"{1e3 * r['first'][1]:4.0f} ms, {1e3 * r['each'][1]:.0f} ms per token, "
-              f"{r['lost']} lost")  # fmt: skip
-    assert all(r["lost"] == 0 for r in kind)
+        print(f"{name:22} {r['clients']:2} clients: {r['tokens_per_s']:5.0f} tokens/s, first token "
+              f"{1e3 * r['ttft_s'][1]:4.0f} ms, {1e3 * r['inter_token_latency_s'][1]:.0f} ms per token, "
+              f"{r['failed']} failed")  # fmt: skip
+    assert all(r["failed"] == 0 for r in kind)
 
 # %% [markdown]
-# No answer is lost. From 1 to 16 clients the throughput grows almost fourfold, and then the two cores are saturated: more clients only wait longer. The three servers were measured in turn, five
+# No request fails. From 1 to 16 clients the throughput grows almost fourfold, and then the two cores are saturated: more clients only wait longer. The three servers were measured in turn, five
 # times; lines connect the median rounds, dots are all rounds. A *draft* is slower in every round with 16 or 64 clients: one MTP block beside four layers costs more
-# than it saves, as in chapter 08. With *prefill in a separate process* the tokens after the first come faster at 64 clients (24 ms instead of 32, median), since no prompt is processed between them. The first one comes later, since
+# than it saves, as in chapter 08. With a *separate prefill* process the tokens after the first come faster at 64 clients (24 ms instead of 32, median), since no prompt is processed between them. The first one comes later, since
 # both processes share two cores. From 4 clients on, the second process does not increase the median throughput, and the rounds vary widely. The benefit appears only when each process has its own GPUs.
 #
 # ## Play: which request uses which page?

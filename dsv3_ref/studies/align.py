@@ -1,6 +1,6 @@
-"""`dsv3 align`: from a pre-trained model to fine-tuning, a reward model and GRPO, on two cores.
+"""`dsv3 align`: fine-tuning, a reward model and GRPO on a pre-trained model, on two cores.
 
-Every stage is a command of its own, printed before it runs; a finished stage is not run again.
+Every stage is a `dsv3` command, printed before it runs. A finished stage is not run again.
 """
 
 import json
@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -19,11 +20,12 @@ from tqdm import tqdm
 from dsv3_ref.checkpoints import native
 from dsv3_ref.checkpoints.atomic import read_json, write_json
 from dsv3_ref.config import UserError
-from dsv3_ref.posttraining.policy import Policy
+from dsv3_ref.posttraining.policy import Completion, Policy
 from dsv3_ref.posttraining.prompts import (
     TASKS,
     THINK_PROMPT,
     Problem,
+    ReasoningGymTask,
     SpeechTask,
     build_messages,
     sft_variants,
@@ -32,15 +34,19 @@ from dsv3_ref.sft import rejection_sample
 from dsv3_ref.studies.stages import StageRunner, round_significant, write_jsonl
 from dsv3_ref.training.settings import git_commit
 
-SUMS = 3797  # worked sums to learn from
-REST = 300  # worked problems of each other task
-DIRECT = {"sums": 600, "counting": 100, "spelling": 100}  # bare answers to learn from, by task
-LEAK = 0.05  # share of worked answers shown without the system prompt
-OPEN = 150  # conversations of each open-ended task
+NUM_WORKED_SUMS = 3797  # sums with worked solutions in the SFT data
+NUM_WORKED_OTHERS = 300  # problems with worked solutions of each other task
+NUM_DIRECT = {
+    "sums": 600,
+    "counting": 100,
+    "spelling": 100,
+}  # direct answers in the SFT data, by task
+NO_PROMPT_RATE = 0.05  # share of worked solutions without the system prompt
+NUM_OPEN_CONVERSATIONS = 150  # conversations of each open-ended task
 MIXTURE = "sums=0.7 counting=0.06 spelling=0.06 writing=0.06 role-play=0.06 questions=0.06".split()
 CONTROLS = ("random-reward", "no-baseline")
-TRIES = 4  # completions of the expert to each problem
-MAX_NEW = 48  # tokens of an answer
+NUM_EXPERT_SAMPLES = 4  # completions of the expert per problem
+MAX_ANSWER_TOKENS = 48  # tokens per answer
 CURVE_METRICS = (
     "step", "reward", "reward_by", "held_out", "kl", "kl_k1", "entropy", "length", "seconds",
 )  # fmt: skip
@@ -48,56 +54,58 @@ CURVE_METRICS = (
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Teach a pre-trained model to answer, then improve it by reinforcement learning."""
+    """Fine-tune a pre-trained model and improve it by reinforcement learning."""
 
     init: Path = Path("runs/tiny")
-    """run of dsv3 train to start from; it is trained first if it does not exist"""
+    """run of dsv3 train to start from; trained first if it does not exist"""
     out: Path = Path("runs/align")
     """folder of all stages and of align.json"""
     seeds: int = 1
-    """number of repetitions, each with another random seed"""
+    """number of repetitions, with seeds 0, 1, …"""
     negative_controls: bool = False
-    """also run two controls of the first seed that should not work: random rewards, no baseline"""
+    """also run two negative controls of the first seed: random rewards, no baseline"""
     distill: bool = False
-    """also fine-tune the pre-trained model on the right answers of the first seed's GRPO"""
+    """also fine-tune the pre-trained model on correct answers of the first seed's GRPO model"""
     steps: int = 60
-    """steps of GRPO"""
+    """GRPO steps"""
     epochs: int = 6
-    """epochs of fine-tuning"""
+    """epochs of SFT"""
 
 
 # ── Data ──
 
 
 def open_ended_tasks() -> Iterator[SpeechTask]:
-    """Yield the tasks whose questions have no right answer."""
+    """Yield the tasks whose questions have no single correct answer."""
     for task in TASKS.values():
-        if task.is_open_ended:
+        if isinstance(task, SpeechTask):
             yield task
 
 
 def build_conversations(seed: int) -> list[dict]:
-    """Build fine-tuning data: problems in two forms, and open questions with their responses."""
+    """Build SFT data: problems with direct and worked answers, and open questions."""
     rng = random.Random(seed)
     rows = []
-    for name, num_direct in DIRECT.items():
+    for name, num_direct in NUM_DIRECT.items():
         problems = TASKS[name].problems[0]
-        for problem in problems[: SUMS if name == "sums" else REST]:
+        for problem in problems[: NUM_WORKED_SUMS if name == "sums" else NUM_WORKED_OTHERS]:
             worked = sft_variants(problem)[1]
-            rows.append(worked[1:] if rng.random() < LEAK else worked)
+            rows.append(worked[1:] if rng.random() < NO_PROMPT_RATE else worked)
         rows += [sft_variants(problem)[0] for problem in rng.sample(problems, num_direct)]
     for task in open_ended_tasks():
-        rows += [build_messages(p.question, p.answer) for p in task.problems[0][:OPEN]]
+        rows += [
+            build_messages(p.question, p.answer) for p in task.problems[0][:NUM_OPEN_CONVERSATIONS]
+        ]
     rng.shuffle(rows)
     return [{"messages": row} for row in rows]
 
 
 def build_pairs(seed: int) -> list[dict]:
-    """Build preference pairs: a president's sentence beside a worse one."""
+    """Build preference pairs: a sentence of a speech, and a worsened one."""
     rng = random.Random(seed)
     rows = []
     for task in open_ended_tasks():
-        problems = task.problems[0][OPEN : 4 * OPEN]
+        problems = task.problems[0][NUM_OPEN_CONVERSATIONS : 4 * NUM_OPEN_CONVERSATIONS]
         for problem, other in zip(problems, [*problems[1:], problems[0]]):
             rejected = worsen(problem.answer, other.answer, rng)
             row = {"prompt": build_messages(problem.question), "chosen": problem.answer}
@@ -106,7 +114,7 @@ def build_pairs(seed: int) -> list[dict]:
 
 
 def worsen(answer: str, other: str, rng: random.Random) -> str:
-    """Return a worse answer: one to another question, shuffled words, or a repeated beginning."""
+    """Return a worse answer: that of another question, shuffled words, or a repeated beginning."""
     words = answer.split()
     beginning = words[: rng.randint(2, 5)]
     shuffled = " ".join(rng.sample(words, len(words)))
@@ -121,7 +129,7 @@ def align(args: AlignConfig, stages: StageRunner) -> None:
     if min(args.seeds, args.steps, args.epochs) < 1:
         raise UserError("--seeds, --steps and --epochs must be at least 1")
     stages.finish_pretraining(args.init)
-    native.load_checkpoint_config(args.init)  # raises if it is not a model
+    native.load_checkpoint_config(args.init)  # raises if --init is not a model
     runs = {}
     for seed in range(args.seeds):
         folder = args.out / str(seed)
@@ -136,7 +144,7 @@ def align(args: AlignConfig, stages: StageRunner) -> None:
 
 
 def run_seed(args: AlignConfig, stages: StageRunner, folder: Path, seed: int) -> Path:
-    """Run the stages of one seed up to GRPO; return the folder of GRPO's run."""
+    """Run the stages of one seed; return the folder of its GRPO run."""
     data = write_jsonl(folder / "sft.jsonl", build_conversations(seed))
     sft = stages.run(folder / "sft", "sft", "--init", args.init, "--data", data, "--seed", seed,
                      "--epochs", args.epochs)  # fmt: skip
@@ -148,7 +156,7 @@ def run_seed(args: AlignConfig, stages: StageRunner, folder: Path, seed: int) ->
 def run_grpo(
     args: AlignConfig, stages: StageRunner, folder: Path, seed: int, control: str = "none"
 ) -> Path:
-    """Run GRPO on the mixture of tasks, or a negative control of it; return its folder."""
+    """Run GRPO on the mixture of tasks, or one of its negative controls; return its folder."""
     name = "rl" if control == "none" else f"rl-{control}"
     return stages.run(folder / name, "rl", "--init", folder / "sft", "--reward", folder / "reward",
                       "--seed", seed, "--steps", args.steps, "--tasks", *MIXTURE,
@@ -160,7 +168,7 @@ def run_grpo(
 
 
 def distill(args: AlignConfig, stages: StageRunner, folder: Path) -> dict[str, dict]:
-    """Measure models taught by short answers, by both forms, and by the expert's answers."""
+    """Measure models fine-tuned on direct answers, on both forms, and on the expert's answers."""
     problems = TASKS["sums"].problems[0]
 
     def tune(name: str, rows: list[dict]) -> Path:
@@ -180,14 +188,20 @@ def distill(args: AlignConfig, stages: StageRunner, folder: Path) -> dict[str, d
 
 
 def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
-    """Sample four answers to each problem; keep the shortest right one as a conversation."""
+    """Sample answers to each problem; return conversations with the shortest correct ones."""
     prompts = [build_messages(problem.question) for problem in problems]
     torch.manual_seed(0)
     completions = []
-    for batch in tqdm(policy.iter_batches(prompts, TRIES, MAX_NEW, 1.0), "expert", unit="batch"):
+    for batch in tqdm(
+        policy.iter_batches(prompts, NUM_EXPERT_SAMPLES, MAX_ANSWER_TOKENS, 1.0),
+        "expert",
+        unit="batch",
+    ):
         completions += batch
-    rewards = score_sums(completions, problems, TRIES)
-    best = rejection_sample([completion.text for completion in completions], rewards, TRIES)
+    rewards = score_sums(completions, problems, NUM_EXPERT_SAMPLES)
+    best = rejection_sample(
+        [completion.text for completion in completions], rewards, NUM_EXPERT_SAMPLES
+    )
     return [
         {"messages": build_messages(problem.question, text)}
         for problem, text in zip(problems, best)
@@ -195,24 +209,27 @@ def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
     ]
 
 
-def score_sums(completions: list, problems: list[Problem], num_generations: int) -> list[float]:
-    """Return 1 for each right and finished answer to a sum, else 0."""
-    score = TASKS["sums"].score
+def score_sums(
+    completions: list[Completion], problems: list[Problem], num_generations: int
+) -> list[float]:
+    """Score completions of sums: 1 for a correct answer that ended, else 0."""
+    task = TASKS["sums"]
+    assert isinstance(task, ReasoningGymTask)
     return [
-        x.is_finished * score(x.text, problems[i // num_generations])
+        x.is_finished * task.score(x.text, problems[i // num_generations])
         for i, x in enumerate(completions)
     ]
 
 
 def measure_sums(run: Path, system: str = "") -> dict[str, float]:
-    """Measure held-out sums: the share right, greedy and sampled, and tokens of sampled answers."""
+    """Measure accuracy on held-out sums, greedy and sampled, and the length of sampled answers."""
     policy = Policy.from_pretrained(run)
     problems = TASKS["sums"].problems[1]
     prompts = [build_messages(problem.question, system=system) for problem in problems]
     measures = {}
     torch.manual_seed(0)
     for name, temperature, num_generations in (("greedy", 0.0, 1), ("sampled", 1.0, 4)):
-        completions = policy.generate(prompts, num_generations, MAX_NEW, temperature)
+        completions = policy.generate(prompts, num_generations, MAX_ANSWER_TOKENS, temperature)
         measures[name] = fmean(score_sums(completions, problems, num_generations))
         measures["length"] = fmean(len(x.tokens) for x in completions)
     return measures
@@ -222,7 +239,7 @@ def measure_sums(run: Path, system: str = "") -> dict[str, float]:
 
 
 def read_curve(run: Path) -> list[dict]:
-    """Read from a run's metrics what its figure needs."""
+    """Read the metrics of a run that chapters plot."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         round_significant({key: row[key] for key in CURVE_METRICS if row.get(key) is not None})
@@ -236,7 +253,7 @@ def sample_groups(run: Path) -> list[dict]:
     problems = TASKS["sums"].problems[1][:4]
     torch.manual_seed(0)
     prompts = [build_messages(problem.question) for problem in problems]
-    completions = policy.generate(prompts, 8, MAX_NEW, 1.0)
+    completions = policy.generate(prompts, 8, MAX_ANSWER_TOKENS, 1.0)
     rewards = score_sums(completions, problems, 8)
     answers = [{"text": x.text, "reward": reward} for x, reward in zip(completions, rewards)]
     return [
@@ -246,7 +263,7 @@ def sample_groups(run: Path) -> list[dict]:
 
 
 def collect_results(args: AlignConfig, runs: dict[str, Path]) -> dict:
-    """Collect what chapters show: before, after and the curve of each run, and some groups."""
+    """Collect what chapters show: results before and after, curves, and groups of completions."""
     before, after = (sample_groups(args.out / "0" / name) for name in ("sft", "rl"))
     results = {}
     for name, run in runs.items():
@@ -263,7 +280,7 @@ def collect_results(args: AlignConfig, runs: dict[str, Path]) -> dict:
 
 
 def results_table(runs: dict[str, Path]) -> str:
-    """Return accuracy on held-out sums as Markdown, averaged over the seeds of each kind of run."""
+    """Format accuracy on held-out sums as Markdown, averaged over the seeds of a kind of run."""
     kinds: dict[str, list[Path]] = {}
     for name, run in runs.items():
         kinds.setdefault(name.partition(",")[0], []).append(run)
@@ -272,14 +289,13 @@ def results_table(runs: dict[str, Path]) -> str:
     for kind, folders in kinds.items():
         summaries = [read_json(run / "summary.json") for run in folders]
         cells = []
-        for name, moment in (("greedy", "before"), ("greedy", "after"), ("sampled", "before"),
-                             ("sampled", "after")):  # fmt: skip
+        for name, moment in product(("greedy", "sampled"), ("before", "after")):
             cells.append(format_mean([summary[moment]["sums"][name] for summary in summaries]))
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def format_mean(values: list[float]) -> str:
-    """Format the mean as a percentage, with ± standard deviation if there are several values."""
+    """Format the mean as a percentage, with ± standard deviation for several values."""
     deviation = f" ± {stdev(values):.1%}" if len(values) > 1 else ""
     return f"{fmean(values):.1%}{deviation}"

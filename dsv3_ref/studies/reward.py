@@ -1,11 +1,11 @@
-"""Measure how easily reward models are fooled, and what votes of one model are worth.
+"""Measure how far reward models rely on a spurious feature, and how much votes of a model help.
 
     python -m dsv3_ref.studies.reward --init runs/align/0/sft --out notebooks/results
 
-The data are sums with one right and one wrong answer; in most training pairs the right one also
-sounds sure, and the wrong one does not. One reward model scores at once, others write a chain of
-thought first. The study asks what each has learned, and which of n answers it would pick. Then a
-model that was taught to vote judges open-ended answers.
+The data are sums with a right and a wrong answer. In most training pairs the right one also claims
+to be sure, and the wrong one does not. One reward model scores directly, others write a chain of
+thought first. The study measures which feature each has learned and which of n answers it picks.
+Then a model that was fine-tuned to vote judges open-ended answers.
 """
 
 import random
@@ -35,17 +35,17 @@ from dsv3_ref.studies.align import open_ended_tasks, worsen
 from dsv3_ref.studies.stages import StageRunner, round_significant, write_jsonl
 from dsv3_ref.training.settings import git_commit
 
-SURE = " I am quite sure of it."
-USUALLY = 0.7  # how often a training pair's right answer sounds sure, and its wrong one does not
+SURE_SENTENCE = " I am quite sure of it."
+SPURIOUS_RATE = 0.7  # share of training pairs whose right answer claims to be sure
 JUDGES = {
     "direct": ("--judge", "direct"),
     "cot": ("--judge", "cot"),
     "cot with reference": ("--judge", "cot", "--with-reference"),
 }
-CANDIDATES = 16  # answers of which the best is picked
-RIGHT = 0.3  # share of right answers among them
-VOTES = 9
-SURE_ANSWERS = {  # name → whether the right and the wrong answer of a pair sound sure
+NUM_CANDIDATES = 16  # answers per problem, of which the best is picked
+CORRECT_RATE = 0.3  # share of right answers among them
+NUM_VOTES = 9
+IS_SURE = {  # name → whether the right and the wrong answer of a pair claim to be sure
     "right sounds sure": (True, False),
     "neither": (False, False),
     "wrong sounds sure": (False, True),
@@ -54,7 +54,7 @@ SURE_ANSWERS = {  # name → whether the right and the wrong answer of a pair so
 
 @dataclass(frozen=True)
 class RewardStudyConfig:
-    """Train reward models on pairs with a spurious feature, and try to fool them."""
+    """Train reward models on pairs with a spurious feature, and measure its influence."""
 
     init: Path
     """model fine-tuned on sums: runs/align/0/sft"""
@@ -65,7 +65,7 @@ class RewardStudyConfig:
     pairs: int = 3000
     """training pairs"""
     epochs: int = 3
-    """epochs of each training run"""
+    """epochs per training run"""
     seed: int = 0
     """random seed of data and training"""
 
@@ -74,17 +74,17 @@ class RewardStudyConfig:
 
 
 def format_answer(value: int | str, is_sure: bool) -> str:
-    """Write an answer in a box, with or without the sentence that sounds sure."""
-    return f"The answer is \\boxed{{{value}}}.{SURE if is_sure else ''}"
+    """Write an answer in a box, with or without the sentence that claims to be sure."""
+    return f"The answer is \\boxed{{{value}}}.{SURE_SENTENCE if is_sure else ''}"
 
 
 def wrong_value(problem: Problem, rng: random.Random) -> int:
-    """Return a wrong result that is near the right one."""
+    """Return a wrong result near the right one."""
     return int(problem.answer) + rng.choice([-1, 1]) * rng.randint(1, 4)
 
 
 def write_judgment(problem: Problem, value: int | str) -> str:
-    """Work the sum out, then write both results and a verdict."""
+    """Write the worked sum, both results and a verdict."""
     verdict = "right" if str(value) == problem.answer else "wrong"
     return f"{problem.thought}, given {value}: {problem.answer} {value} {verdict}"
 
@@ -92,7 +92,7 @@ def write_judgment(problem: Problem, value: int | str) -> str:
 def build_pair(
     problem: Problem, rng: random.Random, right_is_sure: bool, wrong_is_sure: bool
 ) -> dict:
-    """Build a pair of a right and a wrong answer, each with its judgment."""
+    """Build a preference pair of a right and a wrong answer, each with its judgment."""
     wrong = wrong_value(problem, rng)
     return {
         "prompt": build_messages(problem.question), "reference": problem.answer,
@@ -107,13 +107,13 @@ def build_pair(
 
 
 class AnswerScorer:
-    """A reward model that scores texts as answers to problems."""
+    """A reward model that scores answers to problems."""
 
     def __init__(self, folder: Path):
         self.reward_model = RewardModel(folder)
 
     def encode(self, problem: Problem, text: str) -> list[int]:
-        """Render a question and its answer as tokens."""
+        """Render a question and an answer as tokens."""
 
         def encode_text(text: str) -> list[int]:
             return self.reward_model.tokenizer.encode(text, add_special_tokens=False).ids
@@ -136,10 +136,10 @@ class AnswerScorer:
 
 
 def measure_agreement(scorer: AnswerScorer, problems: list[Problem], seed: int) -> dict:
-    """Measure agreement on held-out pairs, by which answer sounds sure, and calibration."""
+    """Measure agreement on held-out pairs by which answer claims to be sure, and calibration."""
     rng = random.Random(seed)
     agreement, rewards = {}, []
-    for name, is_sure in SURE_ANSWERS.items():
+    for name, is_sure in IS_SURE.items():
         reward_m = scorer.score_pairs([(p, build_pair(p, rng, *is_sure)) for p in problems])
         agreement[name] = bradley_terry(reward_m)[1].float().mean().item()
         rewards.append(reward_m)
@@ -149,18 +149,18 @@ def measure_agreement(scorer: AnswerScorer, problems: list[Problem], seed: int) 
 
 
 def measure_best_of(scorer: AnswerScorer, problems: list[Problem], seed: int) -> dict:
-    """Pick the best of n answers by reward, a third right and half sure; measure what is picked."""
+    """Measure best-of-n by reward among answers; 30 % are right and half claim to be sure."""
     rng = random.Random(seed)
     answers = []
     right, sure = [], []
     for problem in problems:
-        for _ in range(CANDIDATES):
-            right.append(rng.random() < RIGHT)
+        for _ in range(NUM_CANDIDATES):
+            right.append(rng.random() < CORRECT_RATE)
             sure.append(rng.random() < 0.5)
             value = problem.answer if right[-1] else wrong_value(problem, rng)
             answers.append((problem, format_answer(value, sure[-1])))
     measures = {
-        name: torch.as_tensor(values).float().view(len(problems), CANDIDATES)
+        name: torch.as_tensor(values).float().view(len(problems), NUM_CANDIDATES)
         for name, values in (("right", right), ("sure", sure), ("reward", scorer.score(answers)))
     }
     results = {}
@@ -174,9 +174,9 @@ def measure_best_of(scorer: AnswerScorer, problems: list[Problem], seed: int) ->
 
 
 def sample_open_answers(held_out: bool, limit: int, seed: int) -> list[tuple[str, str, bool]]:
-    """Return (question, answer, is it good) of open-ended tasks; half are worsened answers.
+    """Sample (question, answer, is good) of open-ended tasks; half of the answers are worsened.
 
-    limit: questions of each task, held-out ones or those to train on.
+    limit: questions per task, held-out ones or training ones.
     """
     rng = random.Random(seed)
     answers = []
@@ -190,22 +190,22 @@ def sample_open_answers(held_out: bool, limit: int, seed: int) -> list[tuple[str
 
 
 def measure_votes(args: RewardStudyConfig, stages: StageRunner) -> dict:
-    """Teach a model to vote; measure its majority on held-out answers beside independent votes."""
+    """Fine-tune a model to vote; compare its majorities with those of independent votes."""
     rows = [
         {"messages": build_messages(vote_prompt(question, answer), "yes" if is_good else "no")}
         for question, answer, is_good in sample_open_answers(False, 1000, args.seed)
     ]
-    data = write_jsonl(args.work / "ballots.jsonl", rows)
+    data = write_jsonl(args.work / "votes.jsonl", rows)
     voter = stages.run(args.work / "voter", "sft", "--init", args.init, "--data", data, "--epochs",
                        args.epochs, "--seed", args.seed, "--lr", 1e-3)  # fmt: skip
     answers = sample_open_answers(True, 200, args.seed)
     torch.manual_seed(args.seed)
     yes_nk = Policy.from_pretrained(voter).sample_votes(
-        [(question, text) for question, text, _ in answers], VOTES
+        [(question, text) for question, text, _ in answers], NUM_VOTES
     )
     good_n = torch.tensor([is_good for *_, is_good in answers])
     accuracy = (yes_nk == good_n[:, None]).float().mean().item()
-    ks = range(1, VOTES + 1)
+    ks = range(1, NUM_VOTES + 1)
     return {
         "one vote": accuracy,
         "agreement": [majority_agreement(yes_nk, good_n, k) for k in ks],
@@ -217,17 +217,16 @@ def measure_votes(args: RewardStudyConfig, stages: StageRunner) -> dict:
 
 
 def run_reward_study(args: RewardStudyConfig, stages: StageRunner) -> None:
-    """Train the reward models and the voter, and write what they do to rewards.json."""
+    """Train the reward models and the voter, measure them, and write rewards.json."""
     train, held_out = TASKS["sums"].problems
     rng = random.Random(args.seed)
     rows = []
     for problem in train[: args.pairs]:
-        right_is_sure = rng.random() < USUALLY
-        wrong_is_sure = not rng.random() < USUALLY
+        right_is_sure = rng.random() < SPURIOUS_RATE
+        wrong_is_sure = not rng.random() < SPURIOUS_RATE
         rows.append(build_pair(problem, rng, right_is_sure, wrong_is_sure))
     data = write_jsonl(args.work / "pairs.jsonl", rows)
-    results = {"command": shlex.join(["python", "-m", "dsv3_ref.studies.reward", *sys.argv[1:]]),
-               "commit": git_commit(), "usually": USUALLY, "judges": {}}  # fmt: skip
+    judges: dict[str, dict] = {}
     for name, options in JUDGES.items():
         folder = args.work / name.replace(" ", "-")
         stages.run(folder, "reward", "--init", args.init, "--data", data, "--epochs", args.epochs,
@@ -235,9 +234,15 @@ def run_reward_study(args: RewardStudyConfig, stages: StageRunner) -> None:
         scorer = AnswerScorer(folder)
         measures = measure_agreement(scorer, held_out, args.seed)
         measures["best of"] = measure_best_of(scorer, held_out, args.seed)
-        results["judges"][name] = measures
+        judges[name] = measures
         print(name, measures)
-    results["votes"] = measure_votes(args, stages)
+    results = {
+        "command": shlex.join(["python", "-m", "dsv3_ref.studies.reward", *sys.argv[1:]]),
+        "commit": git_commit(),
+        "spurious_rate": SPURIOUS_RATE,
+        "judges": judges,
+        "votes": measure_votes(args, stages),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "rewards.json", round_significant(results))
 

@@ -1,4 +1,4 @@
-"""Stages of a study: `dsv3` commands, each with a folder of its own; none of them runs twice."""
+"""Stages of a study: `dsv3` commands with a folder each; a finished stage does not run again."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from typing import Any
 from dsv3_ref.checkpoints import atomic
 from dsv3_ref.config import UserError
 
-CommandRunner = Callable[[list[str]], int]  # from the words after `dsv3` to the exit code
+CommandRunner = Callable[[list[str]], int]  # arguments after `dsv3` → exit code
 
 
 def run_in_subprocess(argv: list[str]) -> int:
@@ -22,12 +22,15 @@ def run_in_subprocess(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class StageRunner:
-    """The stages of a study, run by `run_command`: `dsv3 align` passes the one of its process."""
+    """A runner of stages; `run_command` executes a command and returns its exit code."""
 
     run_command: CommandRunner = run_in_subprocess
 
     def run(self, out: Path, *words: object) -> Path:
-        """Run a command into `out` or resume it there; return `out` at once if it has finished."""
+        """Run a command with output folder `out`, or resume it there unless it has finished.
+
+        Returns `out`. Raises `UserError` if `out` belongs to another command.
+        """
         argv = [*map(str, words), "--out", str(out)]
         command = shlex.join(["dsv3", *argv])
         started = recorded_command(out)
@@ -43,7 +46,7 @@ class StageRunner:
         return out
 
     def finish_pretraining(self, init: Path) -> None:
-        """Make sure that `init` is a model: resume an unfinished run, or train a tiny one there."""
+        """Resume the run in `init` if it is unfinished; train a tiny model if it is missing."""
         started = recorded_command(init) or ""
         if started.startswith("dsv3 train ") and not (init / "summary.json").is_file():
             self.run_command(["train", "--resume", "--out", str(init)])
@@ -52,7 +55,7 @@ class StageRunner:
 
 
 def recorded_command(run: Path) -> str | None:
-    """Return the command that a folder's run was started with; None without a run."""
+    """Return the command that started the run in a folder; None if there is no run."""
     path = run / "run.json"
     return atomic.read_json(path)["command"] if path.is_file() else None
 

@@ -656,5 +656,5 @@ def test_a_bench_is_measured(home, tmp_path, monkeypatch, capsys):
     out = tmp_path / "b.json"
     argv = ["data", "bench", "--megabytes", "0.1", "--rounds", "1", "--workers", "1"]
     assert main.main([*argv, "--data", str(home / "text"), "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["MB_s"].keys() >= {"encode_batch", "prepare"}
+    assert json.loads(out.read_text())["megabytes_per_s"].keys() >= {"encode_batch", "prepare"}
     assert tok.BOS not in capsys.readouterr().out

@@ -875,17 +875,17 @@ def test_prefill_and_decoding_in_two_processes_and_an_end_that_waits(folder, her
 
 
 @pytest.mark.full
-def test_the_load_test_asks_every_server(folder, tmp_path):
+def test_the_load_test_measures_every_server(folder, tmp_path):
     args = load_test.LoadTestConfig(
         folder, tmp_path, clients=(1, 3), max_tokens=5, prompt_words=2, rounds=2
     )
     load_test.main(args, "the command")
-    found = json.loads((tmp_path / "serve.json").read_text())
-    assert found["command"] == "the command" and set(found["servers"]) == set(load_test.SERVERS)
-    for rows in found["servers"].values():
+    report = json.loads((tmp_path / "serve.json").read_text())
+    assert report["command"] == "the command" and set(report["servers"]) == set(load_test.SERVERS)
+    for rows in report["servers"].values():
         assert [row["clients"] for row in rows] == [1, 3]
-        assert all(r["lost"] == 0 and 3 <= r["tokens"] <= 15 for r in rows)
-        assert all(len(r["rounds_tokens_s"]) == 2 for r in rows)
+        assert all(r["failed"] == 0 and 3 <= r["completion_tokens"] <= 15 for r in rows)
+        assert all(len(r["tokens_per_s_by_round"]) == 2 for r in rows)
 
 
 def test_the_commands_mistakes(folder, capsys):

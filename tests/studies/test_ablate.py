@@ -25,16 +25,21 @@ from dsv3_ref.rope import Rope
 from dsv3_ref.studies import ablate
 from dsv3_ref.viz import ablation, figure
 
-NAMES = list(ablate.VARIANTS)
+NAMES = list(ablate.ABLATIONS)
 POINT = {
-    "balance": {"max_vio_global", "max_vio_sequence"}, "mtp": {"acceptance"}, "mla": set(), "fim": set(),
+    "balance": {"max_vio_global", "max_vio_sequence"},
+    "mtp": {"acceptance"},
+    "mla": set(),
+    "fim": set(),
     "fp8": set(),
-}  # fmt: skip
+}
 MEASURED = {
-    "balance": {"max_vio_global", "max_vio_sequence", "load"}, "mtp": {"acceptance", "acceptance_chain"},
-    "mla": set(), "fp8": {"losses"},
+    "balance": {"max_vio_global", "max_vio_sequence", "load"},
+    "mtp": {"acceptance", "acceptance_chain"},
+    "mla": set(),
+    "fp8": {"losses"},
     "fim": {"psm_nats", "psm_accuracy", "left_nats", "left_accuracy", "middle_tokens"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +167,7 @@ def test_the_kept_results_are_complete_and_as_they_say(name):
         result[k] for k in ("steps", "seeds", "data")
     )
     base = ablate.load_config(args.config) if args.config else ablate.BASE
-    now = ablate.VARIANTS[name](base, ablate.ablation_recipe(base, args.steps))
+    now = ablate.ABLATIONS[name](base, ablate.ablation_recipe(base, args.steps))
     assert {k: ablate.variant_metadata(v) for k, v in now.items()} == result["variants"]
 
 
@@ -214,7 +219,7 @@ def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
 
 
 def variants(name: str, steps: int = 5) -> dict:
-    return ablate.VARIANTS[name](ablate.BASE, ablate.ablation_recipe(ablate.BASE, steps))
+    return ablate.ABLATIONS[name](ablate.BASE, ablate.ablation_recipe(ablate.BASE, steps))
 
 
 @pytest.mark.parametrize("name", NAMES)

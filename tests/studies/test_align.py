@@ -32,7 +32,9 @@ def test_conversations_are_two_forms_and_few_leak():
     sums = [turns for turns in rows if "arithmetic" in turns[-2]["content"]]
     worked = [turns for turns in sums if "<think>" in turns[-1]["content"]]
     leaked = [turns for turns in worked if turns[0]["content"] != THINK_PROMPT]
-    assert len(worked) == align.SUMS and len(sums) - len(worked) == align.DIRECT["sums"]
+    assert (
+        len(worked) == align.NUM_WORKED_SUMS and len(sums) - len(worked) == align.NUM_DIRECT["sums"]
+    )
     assert 0.03 < len(leaked) / len(worked) < 0.07
     assert all(turns[0]["role"] == "user" for turns in sums if turns not in worked)
     assert rows == [row["messages"] for row in align.build_conversations(0)]
@@ -82,9 +84,14 @@ def home(tmp_path_factory):
             small, (practiced, held) = copy.copy(task), task.problems
             small.problems = practiced[:60], held[:3]
             p.setitem(TASKS, name, small)
-        for name, value in (("SUMS", 60), ("REST", 10), ("OPEN", 12), ("MAX_NEW", 6)):
+        for name, value in (
+            ("NUM_WORKED_SUMS", 60),
+            ("NUM_WORKED_OTHERS", 10),
+            ("NUM_OPEN_CONVERSATIONS", 12),
+            ("MAX_ANSWER_TOKENS", 6),
+        ):
             p.setattr(align, name, value)
-        p.setattr(align, "DIRECT", dict.fromkeys(align.DIRECT, 5))
+        p.setattr(align, "NUM_DIRECT", dict.fromkeys(align.NUM_DIRECT, 5))
         argv = ["train", *"--config tiny --data text --out base --steps 4 --seq-len 32".split(),
                 *"--global-batch-size 4 --warmup-steps 2".split(), *FLAGS]  # fmt: skip
         assert main.main(argv) == 0
@@ -227,13 +234,15 @@ def test_a_pair_has_one_right_answer_and_its_judgments():
         == row["reference"]
         != extract_boxed(row["rejected"])
     )
-    assert row["chosen"].endswith(reward.SURE) and reward.SURE not in row["rejected"]
+    assert (
+        row["chosen"].endswith(reward.SURE_SENTENCE) and reward.SURE_SENTENCE not in row["rejected"]
+    )
     assert row["judgment_chosen"].endswith(f"{p.answer} {p.answer} right")
     assert row["judgment_rejected"].endswith(f"{p.answer} {extract_boxed(row['rejected'])} wrong")
 
 
 def test_the_study_from_end_to_end(home, aligned, monkeypatch):
-    monkeypatch.setattr(reward, "CANDIDATES", 2)
+    monkeypatch.setattr(reward, "NUM_CANDIDATES", 2)
     monkeypatch.setattr("dsv3_ref.posttraining.reward.MAX_JUDGMENT_TOKENS", 4)
     args = reward.RewardStudyConfig(home / "out/0/sft", home / "study", home / "study", 40, 1)
     reward.run_reward_study(args, StageRunner(main.main))
@@ -242,7 +251,7 @@ def test_the_study_from_end_to_end(home, aligned, monkeypatch):
     for judge in found["judges"].values():
         assert all(0 <= x <= 1 for x in judge["agreement"].values())
         assert torch.tensor(judge["calibration"]).shape == (5, 3)
-    assert len(found["votes"]["agreement"]) == reward.VOTES
+    assert len(found["votes"]["agreement"]) == reward.NUM_VOTES
     told = atomic.read_json(home / "study/cot-with-reference/run.json")["settings"]
     assert told["with_reference"] and told["judge"] == "cot"
     words = [load_tokenizer(home / run).get_vocab() for run in ("study/voter", "base")]
