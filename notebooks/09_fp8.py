@@ -17,21 +17,24 @@
 # %% [markdown]
 # ## Why
 # Tensor cores multiply eight-bit numbers **twice** as fast as sixteen-bit ones, and an activation in
-# eight bits is half as much to keep and to send. DeepSeek-V3 was *trained* that way, the first model
-# of its size, and ended within **0.25 %** of the loss that bf16 gives.
+# eight bits takes half the memory and half the bandwidth. DeepSeek-V3 was the first model of its size
+# that was *trained* in eight bits. In the report's experiments the loss stayed within **0.25 %** of bf16's.
 #
-# Eight bits in E4M3 form (one sign, four exponent, three mantissa bits) name only 253 finite numbers:
-# up to 448, with eight to each power of two; below $2^{-6}$ they go down to zero in equal steps of
-# $2^{-9}$ (*subnormal* numbers). The recipe of this chapter is the art of never asking for the 254th: a
-# scale for every 128 numbers, a sum that leaves the tensor core every 128 products, and wider numbers
-# where eight bits will not do.
+# The format E4M3 (one sign bit, four exponent bits, three mantissa bits) has only 253 finite values.
+# The largest is 448, and there are eight per power of two. Below $2^{-6}$ the values are spaced evenly
+# by $2^{-9}$ down to zero (*subnormal* numbers). The recipe of this chapter makes this range sufficient:
+# one scale per 128 numbers, a sum that leaves the tensor core every 128 products, and wider formats
+# where eight bits lose too much.
 
 # %%
 #| export
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from dsv3_ref import moe  # noqa: F401  registers the ops of experts
@@ -46,31 +49,32 @@ from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
 
 torch.manual_seed(0)
-every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-finite = every[every.isfinite()]
+e4m3_values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+finite = e4m3_values[e4m3_values.isfinite()]
 fig, ax = figure(width=7, height=1.8)
 ax.vlines(finite[finite > 0].tolist(), 0, 1, color=BLUE, lw=0.8)
 ax.set_xscale("log", base=2)
 ax.set(yticks=[], xlabel="positive values of E4M3 (logarithmic axis)")
-ax.set_title("Eight steps to each power of two, and an end at 448")
+ax.set_title("Eight values per power of two, up to 448")
 show(fig)
 assert finite.unique().numel() == 253 and finite.max() == 448
 assert finite[finite > 0].min() == 2**-9
 
 # %% [markdown]
 # ## What the report says
-# - E4M3 **everywhere**, where others use E5M2 for gradients; what makes it possible are scales for
-#   small groups: activations in **tiles of 1 × 128**, weights in **blocks of 128 × 128**, computed
-#   from the numbers at hand, not guessed from the past (§3.3.2).
+# - E4M3 is used **everywhere**; other recipes use E5M2 for gradients. Scales for small groups make it
+#   possible: activations in **tiles of 1 × 128**, weights in **blocks of 128 × 128**. Scales are
+#   computed from the current values, not predicted from earlier steps (§3.3.2).
 # - Partial sums are **promoted to fp32 every 128** elements of K, the axis that is summed, since the
-#   tensor core's own accumulator holds about 14 bits (§3.3.2).
-# - *Fprop*, *Dgrad* and *Wgrad* (a linear layer's output, and the gradients of its input and of its
-#   weight) run in FP8. Embedding, head, gate, norms and attention do not; master weights and gradients
-#   are fp32 (§3.3.1).
-# - Kept for the backward pass: inputs of linear layers in FP8, those of the layer after attention in
-#   **E5M6**, the inputs of SwiGLU in FP8 with the output recomputed (§3.3.3).
-# - Relative loss error against bf16 **below 0.25 %** over about 1T tokens at two sizes (App. B.1). With
-#   blocks instead of tiles for the activations' gradients, training **diverged** (App. B.2).
+#   accumulator of the tensor core holds about 14 bits (§3.3.2).
+# - *Fprop*, *Dgrad* and *Wgrad* (the output of a linear layer, and the gradients of its input and of
+#   its weight) run in FP8. Embedding, head, router, norms and attention do not. Master weights and
+#   gradients are fp32 (§3.3.1).
+# - Saved for the backward pass: inputs of linear layers in FP8, those of the layer after attention in
+#   **E5M6**, and the inputs of SwiGLU in FP8; its output is recomputed (§3.3.3).
+# - The relative loss error against bf16 stays **below 0.25 %** over about 1T tokens at two sizes
+#   (App. B.1). With blocks instead of tiles for the gradients of activations, training **diverged**
+#   (App. B.2).
 
 # %% [markdown]
 # ## Tiles of 1 × 128
@@ -80,11 +84,11 @@ assert finite[finite > 0].min() == 2**-9
 # $$s_{nz} = \frac{\max_{k\in z}|x_{nk}|}{448},\qquad q_{nk} = \text{E4M3}\!\left(\frac{x_{nk}}{s_{n,\lfloor k/128\rfloor}}\right),
 # \qquad (n,k)\to (n,k),\ (n,\lceil k/128\rceil).$$
 #
-# An outlier can now spoil 127 neighbors of one token, and no longer a whole tensor. A last tile may be
-# short. With `use_ue8m0` the scale is rounded **up** to a power of two, by its bits: dividing by it is then
-# exact. *A trap:* code bases disagree on the smallest $\max$ they allow. With $10^{-4}$ (a common
-# choice) a tile of gradients below $3\cdot10^{-9}$ loses bits, and below $2\cdot10^{-10}$ it is all
-# zeros; we take $10^{-30}$.
+# An outlier now affects 127 neighbors within one token instead of a whole tensor. The last tile may be
+# shorter. With `use_ue8m0` the scale is rounded **up** to a power of two, on its bits; dividing by it is
+# then exact. *A pitfall:* code bases differ in the smallest $\max$ that they allow. With $10^{-4}$, a
+# common choice, a tile of gradients below $3\cdot10^{-9}$ loses bits, and below $2\cdot10^{-10}$ it
+# becomes zero. We use $10^{-30}$.
 
 # %%
 #| export
@@ -98,7 +102,7 @@ Quantized = tuple[Tensor, Tensor]  # E4M3 values and their fp32 scales
 
 
 def amax_to_scale(amax: Tensor, use_ue8m0: bool) -> Tensor:
-    """Compute s = amax / 448 in fp32; with use_ue8m0 rounded up to a power of two, by its bits."""
+    """Compute s = amax / 448 in fp32; with use_ue8m0, round it up to a power of two."""
     s = amax.clamp(min=MIN_AMAX) / E4M3_MAX
     if use_ue8m0:
         s = ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
@@ -143,12 +147,12 @@ print("rms error, relative:", *[f"{(e.norm() / x.norm()):.2%}" for e, x in zip(e
 
 # %% [markdown]
 # ## Blocks of 128 × 128
-# A weight of shape $(o, i)$ gets scales $(\lceil o/128\rceil, \lceil i/128\rceil)$. Blocks, since a
-# weight must be read along $i$ in Fprop and along $o$ in Dgrad, and a square block turned is a square
-# block: the quantized weight transposed *is* the quantized transpose. The edge is where readers go wrong:
-# MLA's `wkv_a` has $512 + 64 = 576 = 4.5\cdot128$ rows, and its last scale belongs to half a block.
-# The released files call the scales `weight_scale_inv`; FP8 values are *multiplied* by them all the same.
-# Below, one weight is 50,000 times as large as usual, and only its own block pays.
+# A weight of shape $(o, i)$ has scales of shape $(\lceil o/128\rceil, \lceil i/128\rceil)$. Fprop sums
+# over $i$ and Dgrad over $o$. Square blocks serve both: the transpose of the quantized weight *is* the
+# quantized transpose. Mind the edge: MLA's `wkv_a` has $512 + 64 = 576 = 4.5\cdot128$ rows, and its last
+# scale belongs to half a block. The released files call the scales `weight_scale_inv`; nevertheless, FP8
+# values are *multiplied* by them. Below, one weight is 50,000 times as large as the others, and only its
+# own block loses precision.
 
 
 # %%
@@ -179,32 +183,32 @@ def weight_dequant(q: Tensor, s: Tensor) -> Tensor:
 
 # %%
 w_oi = torch.randn(576, 200) * 0.02
-w_oi[300, 50] = 1000.0  # one outlier
+w_oi[300, 50] = 1000.0  # an outlier
 q_oi, s_yz = weight_quant(w_oi)
 assert s_yz.shape == (5, 2)
 for y in range(5):
-    for z in range(2):  # blocks cut out by hand
+    for z in range(2):  # block by block
         block = w_oi[128 * y : 128 * y + 128, 128 * z : 128 * z + 128]
         assert s_yz[y, z] == block.abs().max() / 448
 error_oi = weight_dequant(q_oi, s_yz) - w_oi
-of_block = error_oi[:512, :128].unflatten(0, (4, 128)).square().mean((1, 2)).sqrt()
-print("rms error of four blocks, in 1/1000:", *[f"{1e3 * x:.2f}" for x in of_block])
-assert of_block.argmax() == 2
-turned, turned_s = weight_quant(w_oi.T)
-assert torch.equal(turned.float(), q_oi.T.float()) and torch.equal(turned_s, s_yz.T)
+block_rms = error_oi[:512, :128].unflatten(0, (4, 128)).square().mean((1, 2)).sqrt()
+print("rms error of four blocks, in 1/1000:", *[f"{1e3 * x:.2f}" for x in block_rms])
+assert block_rms.argmax() == 2
+q_io, s_zy = weight_quant(w_oi.T)
+assert torch.equal(q_io.float(), q_oi.T.float()) and torch.equal(s_zy, s_yz.T)
 try:
     weight_dequant(q_oi, s_yz[:4])
 except ValueError as e:
     print("four scales for 4.5 blocks:", e)
 
 # %% [markdown]
-# ## The product, and where its sum lives
+# ## The product, and the precision of its sum
 # $$C_{mn} = \sum_z s^a_{mz}\,s^b_{\lfloor n/128\rfloor z}\sum_{k\in z} q^a_{mk}\,q^b_{nk}
 # \qquad (m,k)\times(n,k)\to(m,n)$$
 #
-# The inner sum of 128 products is the tensor core's; the outer one, with the scales, belongs to
-# ordinary fp32 arithmetic (*promotion*). Scales change only every 128 of K, so they are multiplied in just
-# where the sum changes hands. In Wgrad both operands come in tiles, and $s^b$ has a row for every $n$.
+# The tensor core computes the inner sum of 128 products. Ordinary fp32 arithmetic computes the outer sum
+# and applies the scales (*promotion*). Scales change only every 128 elements of K, so one multiplication
+# per partial sum suffices. In Wgrad both operands have tiles, and $s^b$ has a row for every $n$.
 
 
 # %%
@@ -221,7 +225,7 @@ def fp8_gemm(
     if len(b_s) != len(b):
         b_s = b_s.repeat_interleave(BLOCK_SIZE, 0)[: len(b)]
     c_mn = torch.zeros(len(a), len(b), device=a.device)
-    with torch.autocast(a.device.type, enabled=False):  # it would multiply in bf16
+    with torch.autocast(a.device.type, enabled=False):  # which would multiply in bf16
         for z in range(a_s.shape[1]):
             block = slice(z * BLOCK_SIZE, (z + 1) * BLOCK_SIZE)
             c_mn += (a[:, block].float() @ b[:, block].float().T) * a_s[:, z, None] * b_s[:, z]
@@ -230,74 +234,76 @@ def fp8_gemm(
 
 # %%
 a_mk, b_nk = torch.randn(3, 576), torch.randn(200, 576)  # 576 = 4.5 · 128
-a, b, b_tiles = act_quant(a_mk), weight_quant(b_nk), act_quant(b_nk)
+a, b = act_quant(a_mk), weight_quant(b_nk)
+b_tiles = act_quant(b_nk)
 for quantized, b_wide in ((b, weight_dequant(*b)), (b_tiles, act_dequant(*b_tiles))):
     want = act_dequant(*a).double() @ b_wide.double().T
     got = fp8_gemm(*a, *quantized)
     assert (got - want).norm() < 1e-6 * want.norm()
-off = ((fp8_gemm(*a, *b) - a_mk @ b_nk.T).norm() / (a_mk @ b_nk.T).norm()).item()
-print(f"against the product of the unrounded matrices: {off:.1%}")
+error = ((fp8_gemm(*a, *b) - a_mk @ b_nk.T).norm() / (a_mk @ b_nk.T).norm()).item()
+print(f"error against the product of the unrounded matrices: {error:.1%}")
 
 # %% [markdown]
-# *What if the sum stayed inside?* A Hopper GPU's tensor core aligns 32 products to the largest exponent
-# and keeps about 14 bits of each (§3.3.2, §3.5.2). We emulate that: 32 products and the running sum, all
-# cut to 14 bits counted from the leading one of the largest, then added. As the sum grows, ever more of
-# each new product is cut off, always towards zero. Our numbers are all positive, so that nothing cancels.
+# *What if the whole sum stayed in the tensor core?* Hopper's tensor core aligns 32 products to the largest
+# exponent and keeps about 14 bits of each (§3.3.2, §3.5.2). We emulate that: 32 products and the running
+# sum are truncated to 14 bits, counted from the leading bit of the largest, and added. As the sum grows,
+# more bits of each new product are truncated, always towards zero. Our numbers are all positive, so that
+# no terms cancel.
 
 
 # %%
-def cut(x, dim: int, bits: int = 14):
-    """x in `bits` bits, counted from the leading one of the largest along dim; the rest cut off."""
+def truncate(x, dim: int, bits: int = 14):
+    """Truncate x to `bits` bits, counted from the leading bit of the largest element along dim."""
     top = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent
     step = torch.ldexp(torch.ones_like(x[..., :1]), top - bits)
     return (x / step).trunc() * step
 
 
-def tensor_core(a_mk, b_nk, promote: int):
-    """A Bᵀ in steps of 32, summed in 14 bits and promoted to fp32 every `promote` of K."""
-    total, inside = torch.zeros(len(a_mk), len(b_nk)), torch.zeros(len(a_mk), len(b_nk))
+def tensor_core_product(a_mk, b_nk, promote: int):
+    """Compute A Bᵀ in steps of 32, summed in 14 bits and promoted to fp32 every `promote` of K."""
+    total, partial = torch.zeros(len(a_mk), len(b_nk)), torch.zeros(len(a_mk), len(b_nk))
     for k in range(0, a_mk.shape[1], 32):
         product_mnk = a_mk[:, None, k : k + 32] * b_nk[None, :, k : k + 32]
-        inside = cut(torch.cat((product_mnk, inside[..., None]), -1), -1).sum(-1)
+        partial = truncate(torch.cat((product_mnk, partial[..., None]), -1), -1).sum(-1)
         if (k + 32) % promote == 0:
-            total, inside = total + inside, torch.zeros_like(inside)
-    return total + inside
+            total, partial = total + partial, torch.zeros_like(partial)
+    return total + partial
 
 
 lengths = [128 * 2**i for i in range(6)]
 promotions = {"never": 10**9, "every 512": 512, "every 128": 128}
-gaps = {name: [] for name in promotions}
+errors = {name: [] for name in promotions}
 for k in lengths:
     a_mk, b_nk = (act_quant(torch.rand(24, k))[0].float() for _ in range(2))  # positive: sums grow
     exact = a_mk.double() @ b_nk.double().T
     for name, promote in promotions.items():
-        gap = (tensor_core(a_mk, b_nk, promote) - exact).abs() / exact
-        gaps[name].append(gap.max().item())
+        error = (tensor_core_product(a_mk, b_nk, promote) - exact).abs() / exact
+        errors[name].append(error.max().item())
 fig, ax = figure(width=7, height=3)
-for (name, gap), look, color in zip(gaps.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)):
-    ax.plot(lengths, [100 * g for g in gap], look, color=color, label=f"promoted {name}")
+for name, style, color in zip(errors, ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)):
+    ax.plot(lengths, [100 * e for e in errors[name]], style, color=color, label=f"promoted {name}")
 ax.set(xscale="log", yscale="log", xlabel="length K of the sum", ylabel="largest error, %")
 ax.set_xticks(lengths, lengths)
 ax.set_xticks([], minor=True)
-ax.set_title("In 14 bits a long sum loses what it adds; 128 at a time it does not")
+ax.set_title("Promotion every 128 keeps the error of a 14-bit sum constant")
 ax.legend()
 show(fig)
-print(f"K = 4096: {gaps['never'][-1]:.1%} at worst without promotion, "
-      f"{gaps['every 128'][-1]:.2%} with; the report measured nearly 2 %")  # fmt: skip
-assert gaps["never"][-1] > 5 * gaps["every 128"][-1]
+print(f"K = 4096: largest error {errors['never'][-1]:.1%} without promotion, "
+      f"{errors['every 128'][-1]:.2%} with it; the report measured nearly 2 %")  # fmt: skip
+assert errors["never"][-1] > 5 * errors["every 128"][-1]
 
 # %% [markdown]
 # Without promotion the error grows with the length of the sum. Ours is four times the report's at the same
-# K. What its matrices held it does not say; with positive numbers the sum grows fastest, and so does the
-# part of a product that is cut off.
+# K. The report does not specify its matrices. With positive numbers the sum grows fastest, and so does the
+# truncated part of each product.
 
 # %% [markdown]
 # ## Along the other axis: from 1 × 128 to 128 × 1
 # Wgrad, $\partial L/\partial W = g^\top x$, sums over **tokens**. Its operands need scales that are
-# constant over 128 tokens: tiles of 128 × 1. The gradient $g$ is still at hand in full; $x$ was kept
-# in FP8 in tiles of 1 × 128, so it is dequantized and quantized once more. That makes two roundings instead
-# of one, unless both scales are powers of two: then only the exponent shifts, and nothing is rounded but
-# numbers that fall off the lower end. Experts' rows lie end to end; each expert starts a tile of its own.
+# constant over 128 tokens: tiles of 128 × 1. The gradient $g$ is available in full precision. $x$ was saved
+# in FP8 in tiles of 1 × 128, so it is dequantized and quantized again. That rounds twice, unless both
+# scales are powers of two: then only the exponent changes, and only numbers that underflow are rounded.
+# The rows of all experts are stored end to end; each expert starts a new tile.
 
 
 # %%
@@ -346,12 +352,12 @@ assert (rows - x_mk).norm() < 0.04 * x_mk.norm()
 for use_ue8m0 in (False, True):
     once = act_quant(x_mk, use_ue8m0)
     twice = act_dequant(*requant_transposed(*once, None, use_ue8m0))[:, :300].T
-    again = ((twice - act_dequant(*once)).norm() / x_mk.norm()).item()
-    print(f"powers of two: {use_ue8m0!s:5}  error added by re-tiling: {again:.1e}")
-assert again < 1e-4
+    added_error = ((twice - act_dequant(*once)).norm() / x_mk.norm()).item()
+    print(f"powers of two: {use_ue8m0!s:5}  error added by requantization: {added_error:.1e}")
+assert added_error < 1e-4
 
 # %% [markdown]
-# *Experts* need the same products, once for each expert's rows.
+# *Experts* need the same products, once per expert.
 
 
 # %%
@@ -365,8 +371,10 @@ def fp8_grouped_gemm(
     tokens_per_expert_e: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Multiply every expert's rows by its own weight, (m, k) × (e, n, k) → (m, n), each product as
-    in `fp8_gemm`."""
+    """Multiply the rows of each expert by its weight as `fp8_gemm` does: (m, k) × (e, n, k) → (m, n).
+
+    The rows are sorted by expert.
+    """
     counts = tokens_per_expert_e.tolist()
     parts = zip(a.split(counts), a_s.split(counts), b, b_s)
     return torch.cat([fp8_gemm(*part, dtype) for part in parts])
@@ -376,7 +384,7 @@ def fp8_grouped_gemm(
 def fp8_grouped_wgrad(
     g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, tokens_per_expert_e: Tensor
 ) -> Tensor:
-    """Compute ∂L/∂W = gᵀ x of every expert over its rows, (n, 128·Z), (k, 128·Z) → (e, n, k), fp32.
+    """Compute ∂L/∂W = gᵀ x of each expert in fp32: (n, 128·Z), (k, 128·Z) → (e, n, k).
 
     Both operands are laid out as by `act_quant_transposed`.
     """
@@ -407,11 +415,11 @@ assert (dw_enk[0] == 0).all()  # an expert without rows
 
 # %% [markdown]
 # ## Twelve bits after attention
-# The input of $W^O$, attention's output matrix, is also read by the backward pass of attention, which is
-# sensitive to precision. The report keeps it with three more mantissa bits and one more exponent bit:
-# E5M6, a format of its own. That is a half-precision number without its last four bits, and two of them
-# fill three bytes. With scales that are powers of two, re-tiling shifts exponents only. (For the product
-# itself the tensor core wants E4M3, so Fprop takes that; E5M6 is what *waits* for the backward pass.)
+# The backward pass of attention also reads the input of $W^O$, the output matrix of attention, and is
+# sensitive to its precision. The report saves it with three more mantissa bits and one more exponent bit
+# in a custom format, E5M6. That is a half-precision number without its last four bits, and two of them
+# fill three bytes. With scales that are powers of two, requantization changes exponents only. (Tensor
+# cores multiply E4M3, so Fprop uses that format; E5M6 is only *saved* for the backward pass.)
 
 # %%
 #| export
@@ -419,7 +427,7 @@ E5M6_MAX = 65_024.0  # (2 − 2⁻⁶)·2¹⁵
 
 
 def round_e5m6(x: Tensor) -> Tensor:
-    """Round to the nearest number with 5 exponent and 6 mantissa bits, ties to even; fp32 to fp32."""
+    """Round fp32 numbers to 5 exponent and 6 mantissa bits, to nearest, ties to even."""
     step = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent.clamp(min=-13) - 7)
     return ((x / step).round() * step).clamp(-E5M6_MAX, E5M6_MAX)
 
@@ -462,11 +470,11 @@ print(f"rms error: E5M6 {(back - x_nk).norm() / x_nk.norm():.2%} in 12 bits, "
       f"E4M3 {(eight - x_nk).norm() / x_nk.norm():.2%} in 8")  # fmt: skip
 
 # %% [markdown]
-# ## Norm and SwiGLU with their tiles
-# Encoding by itself reads a tensor and writes half of it: memory traffic and nothing else. So it rides
-# along with the op before it. SwiGLU's backward pass gets gate and up in FP8, and returns their
-# gradients together with the output, recomputed and already in Wgrad's tiles. (The reference below
-# states *what* is computed; doing it in one pass is the business of `kernels/quant.py`.)
+# ## Norm and SwiGLU with quantized outputs
+# Quantization alone reads a tensor and writes half as many bytes: it is pure memory traffic, so it is
+# fused with the op before it. The backward pass of SwiGLU reads gate and up in FP8. It returns their
+# gradients and the recomputed output, already in the tiles that Wgrad needs. (The reference below states
+# *what* is computed; `kernels/quant.py` computes it in one pass.)
 
 
 # %%
@@ -525,16 +533,15 @@ wants = {
     "up": (dup, g * F.silu(gate)),
 }
 for name, (got, want) in wants.items():
-    print(
-        f"gradient of {name} from eight-bit inputs: off by {(got - want).norm() / want.norm():.1%}"
-    )
+    error = (got - want).norm() / want.norm()
+    print(f"gradient of {name} from eight-bit inputs: error {error:.1%}")
     assert (got - want).norm() < 0.06 * want.norm()
 assert (act_dequant(q, s)[:, :5].T - y).norm() < 0.08 * y.norm()
 
 # %% [markdown]
 # ## Three products of a linear layer
-# With $\hat\cdot$ for "through E4M3 and back" (twice for $\hat{\hat x}$, which was re-tiled), tiles as
-# indices, and on the right the shapes of the operands as `fp8_gemm` takes them, $(m,k)\times(n,k)$:
+# $\hat\cdot$ denotes values rounded to E4M3 (twice for $\hat{\hat x}$, which was requantized), and the
+# index the tile. On the right are the shapes of the operands of `fp8_gemm`, $(m,k)\times(n,k)$:
 #
 # $$\begin{aligned}
 # \text{Fprop}\quad y &= \hat x_{1\times128}\,\hat W^\top & & (m,i)\times(o,i)\to(m,o)\\
@@ -542,18 +549,19 @@ assert (act_dequant(q, s)[:, :5].T - y).norm() < 0.08 * y.norm()
 # \text{Wgrad}\quad \tfrac{\partial L}{\partial W} &= \hat g_{128\times1}^\top\;\hat{\hat x}_{128\times1} & & (o,m)\times(i,m)\to(o,i)
 # \end{aligned}$$
 #
-# The weight that the optimizer sees stays fp32 (the *master*), and so does its gradient. The FP8 form of
-# $x$ is cached for as long as $x$ lives, since two matrices read it. That of a weight lives as long
-# as some forward pass waits for its backward pass: in a pipeline up to 17 do
-# ([chapter 12](12_dualpipe.ipynb)), and all share one copy.
-# *A trap that we fell into:* trusting a tensor's version number, which tells whether it was changed. Fused
-# optimizers change weights without raising it. The model then computed with the cached form of its first weights,
-# learned a little all the same, through embedding, norms and gate, and ended more than a tenth above the
-# loss of fp32; nothing failed, and no curve looked odd. Our optimizers raise the number now.
+# The optimizer updates an fp32 weight (the *master weight*) with an fp32 gradient. The FP8 form of $x$ is
+# cached while $x$ is alive, since two matrices read it. The FP8 form of a weight is cached while any
+# forward pass awaits its backward pass. In a pipeline up to 17 do ([chapter 12](12_dualpipe.ipynb)), and
+# all share one copy.
+# *A pitfall that we met:* the caches compare a tensor's version number, which counts modifications, but
+# fused optimizers modify weights without incrementing it. The model then computed with its quantized
+# initial weights. It still learned a little through embedding, norms and router, and its loss ended more
+# than a tenth above that of fp32. Nothing failed, and no curve looked odd. Our optimizers now increment
+# the number.
 
 # %%
 #| export
-# tensor → (version, values, scales), for as long as the tensor lives
+# tensor → (version, values, scales), while the tensor is alive
 QUANT_CACHE = WeakTensorKeyDictionary()
 # weight → (version, weak reference to its values, weak reference to its scales)
 WEIGHT_CACHE = WeakTensorKeyDictionary()
@@ -570,7 +578,7 @@ def quantize_cached(x: Tensor) -> Quantized:
 
 
 def quantize_weight_cached(weight: Tensor) -> Quantized:
-    """Quantize a weight once for all forward passes whose backward pass is still to come."""
+    """Quantize a weight once for all forward passes that await their backward pass."""
     version, *references = WEIGHT_CACHE.get(weight, (-1,))
     cached = [reference() for reference in references]
     if version == weight._version and all(t is not None for t in cached):
@@ -584,7 +592,7 @@ def quantize_weight_cached(weight: Tensor) -> Quantized:
 def gemm(
     rows: Quantized, weight: Quantized, tokens_per_expert_e: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply rows by a weight (Fprop, Dgrad); with counts by the weight of each row's expert."""
+    """Multiply rows by a weight (Fprop, Dgrad) or, with counts, by the weight of each row's expert."""
     if tokens_per_expert_e is None:
         return fp8_gemm(*rows, *weight, dtype)
     return fp8_grouped_gemm(*rows, *weight, tokens_per_expert_e, dtype)
@@ -593,7 +601,7 @@ def gemm(
 def dgrad(
     g_mo: Tensor, weight: Quantized, tokens_per_expert_e: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Compute ∂L/∂x = g W; transposed blocks of W are the blocks of its transpose."""
+    """Compute ∂L/∂x = g W, where the transposed blocks of W are the blocks of its transpose."""
     w_q, w_s = weight
     transposed = w_q.mT.contiguous(), w_s.mT.contiguous()
     return gemm(act_quant(g_mo), transposed, tokens_per_expert_e, dtype)
@@ -612,25 +620,33 @@ def wgrad(g_mo: Tensor, x: Quantized, tokens_per_expert_e: Tensor | None) -> Ten
 class FP8Linear(torch.autograd.Function):
     """A linear layer y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 (§3.3.1).
 
-    The weight may have any precision; its gradient has that precision too.
+    The weight may have any precision, and its gradient has the same.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, q, s, tokens_per_expert_e, saved_input_format):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        q: Tensor,
+        s: Tensor,
+        tokens_per_expert_e: Tensor | None,
+        saved_input_format: str,
+    ) -> Tensor:
         w = quantize_weight_cached(weight)
         saved_x = e5m6_quant(x) if saved_input_format == "e5m6" else (q, s)
         ctx.save_for_backward(*saved_x, *w)
         ctx.saved_input_format = saved_input_format
         ctx.tokens_per_expert_e = tokens_per_expert_e
         ctx.k, ctx.dtype = x.shape[-1], x.dtype
-        ctx.weight = weight  # the parameter itself, which a deferred gradient is added to
+        ctx.weight = weight  # the parameter itself, whose gradient may be deferred
         rows = q.flatten(0, -2), s.flatten(0, -2)
         y = gemm(rows, w, tokens_per_expert_e, matmul_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         saved_q, saved_s, *w = ctx.saved_tensors
         g_mo, counts_e = g.flatten(0, -2).contiguous(), ctx.tokens_per_expert_e
         if ctx.saved_input_format == "e5m6":
@@ -650,7 +666,9 @@ class FP8SwiGLULinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gate, up, weight, tokens_per_expert_e):
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, tokens_per_expert_e: Tensor | None
+    ) -> Tensor:
         w = quantize_weight_cached(weight)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
@@ -660,8 +678,8 @@ class FP8SwiGLULinear(torch.autograd.Function):
         return gemm(h, w, tokens_per_expert_e, matmul_dtype(gate)).view(*gate.shape[:-1], -1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         *gate_up, w_q, w_s = ctx.saved_tensors
         g_mo, shape = g.flatten(0, -2).contiguous(), (*g.shape[:-1], w_q.shape[-1])
         dh_mf = dgrad(g_mo, (w_q, w_s), ctx.tokens_per_expert_e, g.dtype)
@@ -674,10 +692,10 @@ class FP8SwiGLULinear(torch.autograd.Function):
 
 
 # %% [markdown]
-# *The seam again.* FP8 is a backend of the four ops through which all matrices pass. `use("fp8",
-# "torch")` emulates it; `use("fp8", "triton", "auto")` runs the same recipe on the kernels, since
-# what it is made of are ops, too. The model is not touched. Embedding, head, gate and MTP's
-# projection are no `Linear` of chapter 01, so they stay as they are.
+# *FP8 as a backend.* All matrix products of the model are made by four ops, and FP8 is a backend of
+# these. `use("fp8", "torch")` emulates the recipe; `use("fp8", "triton", "auto")` runs it on the kernels,
+# since its parts are ops too. The model code does not change. Embedding, head, router and the projection of
+# MTP do not use `Linear` of chapter 01, so they keep their precision.
 
 
 # %%
@@ -685,13 +703,13 @@ class FP8SwiGLULinear(torch.autograd.Function):
 @impl("rms_norm", "fp8")
 def _(x, weight, eps, dtype=None):
     y, q, s = rms_norm_quant(x, weight, eps, dtype)
-    QUANT_CACHE[y] = y._version, q, s  # for the matrices that read y
+    QUANT_CACHE[y] = y._version, q, s  # for the linear layers that read y
     return y
 
 
 @impl("linear", "fp8")
 def _(x, weight_oi, saved_input_format="e4m3"):
-    if saved_input_format == "e5m6":  # powers of two, so that requantizing shifts exponents only
+    if saved_input_format == "e5m6":  # powers of two: requantization changes exponents only
         q, s = act_quant(x.detach().contiguous(), True)
     else:
         q, s = quantize_cached(x)
@@ -727,54 +745,56 @@ w = weight_dequant(*weight_quant(layer.weight.detach()))
 hand = act_dequant(*act_quant(g)).flatten(0, 1) @ w  # Dgrad by its equation
 assert torch.allclose(narrow[0].flatten(0, 1), hand, atol=1e-5)
 for name, a, b in zip(("Dgrad", "Wgrad"), narrow, wide):
-    print(f"{name}: {(a - b).norm() / b.norm():.1%} off")
+    print(f"{name}: error {(a - b).norm() / b.norm():.1%}")
     assert 0.01 < (a - b).norm() / b.norm() < 0.06
 assert narrow[1].dtype == torch.float32
 
 # %% [markdown]
-# ## Experiment: what one outlier costs
-# The same matrix with one scale for all of it (*tensor-wise*), one per row, and one per tile. When an outlier
-# claims 448, whatever is $2^{15}$ times smaller is subnormal and loses bits, and whatever is $2^{19}$ times
-# smaller, less than half of the least number $2^{-9}$, becomes zero.
+# ## Experiment: the cost of one outlier
+# We quantize one matrix with a single scale (*tensor-wise*), with one scale per row, and with one per tile.
+# If an outlier is mapped to 448, numbers that are $2^{15}$ times smaller become subnormal and lose bits.
+# Numbers that are $2^{19}$ times smaller lie below half of the smallest value, $2^{-9}$, and become zero.
 
 
 # %%
 def outlier_error(size: float, tile: int) -> float:
-    """rms error of all but the one outlier, in units of their own size; tiles of 1 × `tile`."""
+    """Return the relative rms error of all numbers but the outlier, in tiles of 1 × `tile`."""
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
     x[20, 300] = size
     parts = x.view(-1, tile)
     s = amax_to_scale(parts.abs().amax(1, keepdim=True), False)
-    off = (quantize(parts, s).float() * s).view_as(x) - x
-    off[20, 300] = 0
-    return off.square().mean().sqrt().item()
+    error = (quantize(parts, s).float() * s).view_as(x) - x
+    error[20, 300] = 0
+    return error.square().mean().sqrt().item()
 
 
-def outliers(highest: int = 6) -> None:
-    """Error against the size of the outlier for three sizes of a group with one scale."""
+def draw_outliers(highest: int = 6) -> None:
+    """Plot the error against the size of the outlier, for three sizes of a group with one scale."""
     sizes = [10.0 ** (e / 2) for e in range(2 * highest + 1)]
     fig, ax = figure(width=7, height=3)
-    ways = {"one scale for all": 64 * 1024, "one per row of 1024": 1024, "tiles of 1 × 128": 128}
-    for (name, tile), look, color in zip(ways.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)):
-        ax.plot(sizes, [outlier_error(x, tile) for x in sizes], look, color=color, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="size of the one outlier (the rest: about 1)")
-    ax.set(ylabel="rms error of the rest")
-    ax.set_title("A tile confines its outlier; one scale makes all others pay")
+    groups = {"one scale for all": 64 * 1024, "one per row of 1024": 1024, "tiles of 1 × 128": 128}
+    for (name, tile), style, color in zip(
+        groups.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)
+    ):
+        ax.plot(sizes, [outlier_error(x, tile) for x in sizes], style, color=color, label=name)
+    ax.set(xscale="log", yscale="log", xlabel="size of the outlier (others: about 1)")
+    ax.set(ylabel="rms error of the others")
+    ax.set_title("With tiles an outlier affects only its own tile")
     ax.legend()
     show(fig)
 
 
-outliers()
+draw_outliers()
 assert outlier_error(1e6, 64 * 1024) > 0.9 and outlier_error(1e6, 128) < 0.06
 
 # %% [markdown]
-# ## Experiment: why not blocks for gradients
-# Weights get blocks; could activations' gradients? The report tried: a 16B model diverged (App. B.2).
-# The reason it suspects can be looked at in small. Gradients differ from token to token by orders of
-# magnitude: a model is sure of most words and surprised by a few. In a block of 128 tokens, the
-# surprised one sets the scale. To have such contrast after seconds, we let a small model learn one
-# page by heart, make a few misprints in it, take the gradient that arrives at an expert layer's
-# inputs, and ask for each *token* how much of its gradient is lost.
+# ## Experiment: why gradients need tiles
+# Weights use blocks; could gradients of activations? In the report a 16B model diverged (App. B.2). The
+# suspected reason can be shown at a small scale. Gradients of tokens differ by orders of magnitude: a model
+# predicts most words with confidence and a few badly. In a block of 128 tokens the badly predicted ones
+# set the scale. To obtain such a contrast within seconds, we train a small model until it has memorized
+# one page and then insert a few misprints. We take the gradient at the input of an expert layer and
+# measure for each *token* how much of its gradient is lost.
 
 # %%
 from dsv3_ref.model import Transformer
@@ -792,57 +812,59 @@ for _ in range(100):
     train_step(model, optimizer, [rows], RECIPES["tiny"], 4e-3, 1e-2, 0.0)
 rows = torch.stack([text[i : i + 129] for i in range(0, 800, 100)])
 rows = torch.where(torch.rand(rows.shape) < 0.02, torch.randint(97, 123, rows.shape), rows)
-caught = []
-handle = model.layers["1"].ffn_norm.register_full_backward_hook(lambda m, i, o: caught.append(o[0]))
+gradients = []
+norm = model.layers["1"].ffn_norm
+handle = norm.register_full_backward_hook(lambda m, i, o: gradients.append(o[0]))
 compute_losses(model, rows).main.backward()
 handle.remove()
-g_nd = caught[0].flatten(0, 1).detach()
+g_nd = gradients[0].flatten(0, 1).detach()
 
 
-def lost(g_nd, rows: int):
-    """Share of each token's gradient that a scale for `rows` × 128 numbers loses."""
+def lost_fraction(g_nd, rows: int):
+    """Return the lost fraction of each token's gradient with one scale per `rows` × 128 numbers."""
     blocks = g_nd.view(-1, rows, 128)
     s = amax_to_scale(blocks.abs().amax((1, 2), keepdim=True), False)
-    off = (quantize(blocks, s).float() * s).view_as(g_nd) - g_nd
-    return off.norm(dim=1) / g_nd.norm(dim=1)
+    error = (quantize(blocks, s).float() * s).view_as(g_nd) - g_nd
+    return error.norm(dim=1) / g_nd.norm(dim=1)
 
 
 sizes = g_nd.norm(dim=1)
 fig, (left, right) = figure(1, 2, width=9, height=3)
 left.hist(sizes.log10().numpy(), bins=40, color=GRAY)
-left.set(xlabel="log₁₀ of a token's gradient", ylabel="tokens")
+left.set(xlabel="log₁₀ of the norm of a token's gradient", ylabel="tokens")
 left.set_title(f"Largest over median: {sizes.max() / sizes.median():,.0f}")
-for rows, look, color in ((1, "-", BLUE), (128, "--", ORANGE)):
+for rows, style, color in ((1, "-", BLUE), (128, "--", ORANGE)):
     label = f"{'tiles' if rows == 1 else 'blocks'} of {rows} × 128"
-    right.plot(100 * lost(g_nd, rows).sort().values.numpy(), look, color=color, label=label)
-right.set(xlabel="tokens, sorted by what they lose", ylabel="gradient lost, %", yscale="log")
+    percent = 100 * lost_fraction(g_nd, rows).sort().values.numpy()
+    right.plot(percent, style, color=color, label=label)
+right.set(xlabel="tokens, sorted by their loss", ylabel="gradient lost, %", yscale="log")
 right.set_yticks([2, 3, 5, 10, 20, 30], [2, 3, 5, 10, 20, 30])
 right.minorticks_off()
-right.set_title("With blocks some tokens lose a large part")
+right.set_title("With blocks some tokens lose a large fraction")
 right.legend()
 show(fig)
-tile, block = lost(g_nd, 1), lost(g_nd, 128)
+tile, block = lost_fraction(g_nd, 1), lost_fraction(g_nd, 128)
 print(f"median token: {tile.median():.1%} lost with tiles, {block.median():.1%} with blocks; "
       f"worst: {tile.max():.1%} and {block.max():.1%}")  # fmt: skip
 worst = block.argsort(descending=True)[: len(block) // 20]
-quiet = (sizes[worst] < sizes.quantile(0.25)).float().mean()
-print(
-    f"of the 5 % of tokens that lose most with blocks, {quiet:.0%} are among the quietest quarter"
-)
-assert block.max() > 3 * tile.max() and quiet > 0.5
+small_fraction = (sizes[worst] < sizes.quantile(0.25)).float().mean()
+print(f"of the 5 % of tokens that lose most with blocks, {small_fraction:.0%} "
+      "are among the quarter with the smallest gradients")  # fmt: skip
+assert block.max() > 3 * tile.max() and small_fraction > 0.5
 
 # %% [markdown]
-# This shows the mechanism, exaggerated, and not the divergence: that run went on for some 300 billion
-# tokens. E4M3's own exponent forgives a factor of some ten thousand; beyond it, a token loses its bits.
-# Note whom it hits. Noise that falls on every token alike averages out, but here it is mostly the *same
-# kind of token*, the easy one, that is rounded away.
+# This shows the mechanism, exaggerated, but not the divergence, which took a run of some 300 billion
+# tokens. The exponent of E4M3 tolerates a factor of about ten thousand; beyond it, a token loses bits.
+# Noise that affects all tokens alike averages out. Here, however, mostly the *same kind of token*, the easy
+# one, is rounded away.
 
 # %% [markdown]
 # ## Experiment: a thousand steps in FP8
-# `dsv3 train --precision fp8` against the same seed in fp32: the tiny model, its recipe, 2,048 tokens per
-# step. The two see the same rows in the same order, so their losses can be subtracted step by step; a
-# moving average over 50 steps takes some of the noise out. A third run shows how much is left: fp32 again,
-# each batch in two halves. In exact arithmetic it is the same run; only its sums are rounded otherwise.
+# We compare `dsv3 train --precision fp8` with the same seed in fp32: the tiny model, its recipe, 2,048
+# tokens per step. Both read the same rows in the same order, so their losses can be subtracted step by
+# step. A moving average over 50 steps removes some of the noise. A third run shows how much noise is left:
+# fp32 again, with each batch in two halves. In exact arithmetic it would be the same run; only the
+# rounding of its sums differs.
 #
 #     dsv3 ablate fp8 --config tiny --steps 1000 --seeds 2 --data sotu=0.9 stdlib=0.1 --out notebooks/results
 
@@ -864,9 +886,8 @@ for v, color in (("fp32 halves", BLUE), ("fp8", ORANGE)):
     for seed in seeds:
         gap = 100 * (curves[v, seed] / curves["fp32", seed] - 1)
         right.plot(steps, gap, color=color, lw=1, alpha=0.4)
-        print(
-            f"{v:11}, seed {seed}: {gap.min():+.2f} … {gap.max():+.2f} %, mean {gap.mean():+.2f} %"
-        )
+        span = f"{gap.min():+.2f} … {gap.max():+.2f} %"
+        print(f"{v:11}, seed {seed}: {span}, mean {gap.mean():+.2f} %")
     gap = 100 * (mean[v] / mean["fp32"] - 1)
     right.plot(steps, gap, color=color, lw=2, label=f"{v}, mean of the seeds")
     print(f"{v:11}, both:   {gap.min():+.2f} … {gap.max():+.2f} %, mean {gap.mean():+.2f} %")
@@ -874,7 +895,7 @@ for v, color in (("fp32 halves", BLUE), ("fp8", ORANGE)):
 for edge in (-0.25, 0.25):
     right.axhline(edge, color=GRAY, ls=":")
 left.set(xlabel="step", ylabel="training loss, nats")
-left.set_title("The curves lie on each other")
+left.set_title("The two curves coincide")
 left.legend()
 right.set(xlabel="step", ylabel="against fp32, %")
 right.set_title("The report's bound is the dotted line")
@@ -882,18 +903,18 @@ right.legend()
 show(fig)
 
 # %% [markdown]
-# In the mean of the seeds FP8 stays within the report's bound. In a single seed it need not: seed 1 is 0.3 %
-# *worse* where the loss falls steeply and later half a percent *better*, which is not a merit of eight bits.
-# Rounding alone moves fp32 by up to 0.27 %: experts are chosen by a comparison, so the smallest difference
-# sends some token elsewhere, and from then on the two are different runs. A full batch of V3 is 30,000
-# times as large as ours, and one token weighs as much less in it. (Two further differences: the report
-# compares with bf16, not fp32, and its tensor cores sum in 14 bits, which the emulation does not.)
+# Averaged over the seeds, FP8 stays within the report's bound. A single seed need not: seed 1 is 0.3 %
+# *worse* where the loss falls steeply and later half a percent *better*, which is not an advantage of eight
+# bits. Rounding alone changes fp32 by up to 0.27 %: experts are selected by a comparison, so a tiny
+# difference sends some token to another expert, and the runs diverge from there. A full batch of V3 is
+# 30,000 times as large as ours, so a single token has that much less weight. (Two further differences: the
+# report compares with bf16, not fp32, and its tensor cores sum in 14 bits, which the emulation does not.)
 
 # %% [markdown]
-# ## Experiment: bytes kept
-# Everything that a step keeps for its backward pass, counted as in [chapter 07](07_pretrain.ipynb), in the four
-# combinations. (Left out are attention's probabilities, which a fused kernel would not keep, and the FP8
-# weights, which all micro-batches share.)
+# ## Experiment: saved bytes
+# We count everything that a step saves for its backward pass, as in [chapter 07](07_pretrain.ipynb), in
+# four combinations. (The count excludes attention probabilities, which a fused kernel would not save, and
+# the FP8 weights, which all microbatches share.)
 
 
 # %%
@@ -923,8 +944,8 @@ assert saved_mb["FP8, recomputed"] < 0.5 * saved_mb["fp32"]
 fig, ax = figure(width=7, height=1.9)
 ax.barh(list(saved_mb), list(saved_mb.values()), color=[GRAY, BLUE, GREEN, ORANGE])
 ax.invert_yaxis()
-ax.set(xlabel="MB kept for the backward pass of 256 tokens")
-ax.set_title("Eight bits and recomputation add up")
+ax.set(xlabel="MB saved for the backward pass of 256 tokens")
+ax.set_title("FP8 and recomputation combine")
 show(fig)
 
 # %% [markdown]
@@ -932,13 +953,13 @@ show(fig)
 
 
 # %%
-def draw_value(value: float = 0.3):
+def draw_value(value: float = 0.3) -> None:
     near = torch.tensor(value).to(torch.float8_e4m3fn)
     bits = f"{near.view(torch.uint8).item():08b}"
     fig, ax = figure(width=7, height=1.8)
     lo, hi = value * 0.6, value * 1.4 + 0.01
     ax.vlines(finite[(finite > lo) & (finite < hi)].tolist(), 0, 0.6, color=GRAY)
-    ax.vlines([value], 0, 1, color=ORANGE, ls="--", label=f"asked for {value:.3f}")
+    ax.vlines([value], 0, 1, color=ORANGE, ls="--", label=f"exact {value:.3f}")
     ax.vlines([near.float().item()], 0, 0.8, color=BLUE, lw=3, label=f"stored {near.float():.4f}")
     ax.set(yticks=[], xlabel="value")
     ax.set_title(f"sign {bits[0]} · exponent {bits[1:5]} · mantissa {bits[5:]}")
@@ -952,11 +973,11 @@ draw_value(0.3)
 play(draw_value, value=(0.02, 2.0, 0.01))
 
 # %%
-play(outliers, highest=(1, 8, 1))
+play(draw_outliers, highest=(1, 8, 1))
 
 # %% [markdown]
 # ## Exercises
-# Fill in the function, and run the cell with its check.
+# Fill in each function and run its cell; the check reports the result.
 
 
 # %%
@@ -971,7 +992,8 @@ def check_scales(fn):
 def check_decode(fn):
     """With exponent bits 0 there is no leading 1, and the power of two is that of exponent bits 1."""
     for byte in range(256):
-        assert not every[byte].isfinite() or abs(fn(byte) - every[byte].item()) < 1e-9
+        value = e4m3_values[byte]
+        assert not value.isfinite() or abs(fn(byte) - value.item()) < 1e-9
 
 
 @checker
@@ -982,8 +1004,8 @@ def check_dequant(fn):
 
 
 @checker
-def check_lost(fn):
-    """The sum is 1.000… in binary: what is its last digit worth?"""
+def check_truncated(fn):
+    """The sum is 1.000… in binary: what is the value of its last digit?"""
     assert all(abs(fn(bits) * 2.0 ** (bits - 1) - 1) < 1e-9 for bits in (8, 14, 23))
 
 
@@ -1006,12 +1028,12 @@ check_scales(my_scales)
 #     return ((o + 127) // 128) * ((i + 127) // 128) * 4
 # ```
 #
-# For large weights that is 4 bytes to 16,384: 0.02 %.
+# For large weights that is 4 bytes per 16,384 values: 0.02 %.
 # </details>
 
 # %% [markdown]
-# **2 · Compute.** Turn an E4M3 byte (0 … 255) into its value by its bits: sign, 4 exponent bits with
-# bias 7, 3 mantissa bits. (The two bytes that are NaN, 127 and 255, are not asked.)
+# **2 · Compute.** Convert an E4M3 byte (0 … 255) to its value from its bits: sign, 4 exponent bits with
+# bias 7, 3 mantissa bits. (The two NaN bytes, 127 and 255, are not checked.)
 
 
 # %%
@@ -1059,33 +1081,33 @@ check_dequant(my_dequant)
 # </details>
 
 # %% [markdown]
-# **4 · Predict.** A running sum stands at 1 and is kept in `bits` bits, the leading 1 among them. What is
-# smaller than its last bit is cut off. From which size on does a new product count at all?
+# **4 · Predict.** A running sum has reached 1 and is stored in `bits` bits, including the leading 1. Anything
+# smaller than its last bit is truncated. How large must a new product be to change the sum at all?
 
 
 # %%
-def my_lost(bits: int) -> float:
+def my_threshold(bits: int) -> float:
     return ...
 
 
-check_lost(my_lost)
+check_truncated(my_threshold)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
 # ```python
-# def my_lost(bits):
+# def my_threshold(bits):
 #     return 2.0 ** (1 - bits)
 # ```
 #
-# With 14 bits that is 1/8192: once the sum is some thousands of times as large as a product, the next
-# product is lost.
+# With 14 bits that is 1/8192: once the sum is several thousand times as large as a product, further
+# products of that size are lost.
 # </details>
 
 
 # %% [markdown]
 # ## Scale-up
-# Where are the bytes and the operations of V3 that FP8 changes?
+# How many of V3's bytes and operations does FP8 affect?
 
 # %%
 bf16 = 2 * V3.vocab_size * V3.dim + 58 * V3.n_routed_experts * V3.dim
@@ -1099,19 +1121,19 @@ linear += c.n_heads * (c.q_lora_rank * (c.qk_nope_head_dim + c.qk_rope_head_dim)
 linear += 3 * c.dim * c.moe_inter_dim * (c.n_activated_experts + c.n_shared_experts)
 attention = c.n_heads * 4096 / 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
 print(f"an MoE layer at 4K: {linear / (linear + attention):.0%} of the forward products are FP8")
-one, other = attention / 989 + linear / 1979, (attention + linear) / 989
-print(f"at the peaks (bf16 989, FP8 1979 TFLOP/s): {other / one:.2f} × as fast as all in bf16")
+fp8_time, bf16_time = attention / 989 + linear / 1979, (attention + linear) / 989
+speedup = bf16_time / fp8_time
+print(f"at peak rates (bf16 989, FP8 1979 TFLOP/s): {speedup:.2f} × as fast as all in bf16")
 d, k = c.dim, c.n_activated_experts
 dispatch = k * d * (1 + 4 / 128)
-print(
-    f"to the experts: {dispatch / 1e3:.0f} kB per token in FP8 with its scales, {2 * k * d / 1e3:.0f} in bf16"
-)
-assert 1.5 < other / one < 2
+print(f"dispatch to experts: {dispatch / 1e3:.0f} kB per token in FP8 with scales, "
+      f"{2 * k * d / 1e3:.0f} kB in bf16")  # fmt: skip
+assert 1.5 < speedup < 2
 
 # %% [markdown]
-# **Arithmetic binds**, and FP8 halves it for nearly nine tenths of the work; the quantizers between the
-# products are bound by **memory** and would eat the gain if each were a pass of its own. `kernels/quant.py`
-# joins them to norm and SwiGLU, `kernels/gemm.py` holds the products (dense, by expert, and Wgrad by
-# expert); how such a kernel is written is told in [chapter 10](10_triton.ipynb). The exchange between
-# experts sends the FP8 values themselves ([chapter 11](11_expert_parallel.ipynb)), with scales that are powers of
-# two. `dsv3_ref.load` calls `weight_dequant` for each FP8 tensor of a released directory.
+# Training is bound by **arithmetic**, and FP8 halves the time of nearly nine tenths of it. The quantizers
+# between the products are bound by **memory** and would cancel the gain if each were a separate pass.
+# `kernels/quant.py` fuses them with norm and SwiGLU; `kernels/gemm.py` contains the products (dense,
+# grouped, and grouped Wgrad). [Chapter 10](10_triton.ipynb) explains how such a kernel is written. Expert
+# parallelism sends the FP8 values themselves ([chapter 11](11_expert_parallel.ipynb)), with scales that
+# are powers of two. `dsv3_ref.load` calls `weight_dequant` for each FP8 tensor of a released directory.
