@@ -1,4 +1,4 @@
-"""`dsv3 generate` and `dsv3 chat`: text comes whole, and nobody forges a special token."""
+"""`dsv3 generate` and `dsv3 chat`: text is complete, and no text forges a special token."""
 
 import io
 
@@ -21,7 +21,7 @@ TALK = ["we talk, and talk again: naïve ☕ 漢字, over and over.\n"] * 50
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A random model with its tokenizer, as a run leaves them."""
+    """Return the directory of a random model with its tokenizer."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     save(Transformer(from_dict(MINI)), folder / "model")
@@ -57,7 +57,7 @@ def test_a_stop_string_and_what_follows_is_never_shown(tokenizer, words, stop):
     assert text.ended == (stop in words)
 
 
-def test_generate_prints_the_prompt_and_goes_on(run, capsys):
+def test_generate_prints_the_prompt_and_its_continuation(run, capsys):
     command = ["generate", str(run), "--prompt", "we talk", "--max-new-tokens", "9"]
     assert main.main([*command, "--num-speculative-tokens", "1"]) == 0
     first = capsys.readouterr().out
@@ -91,8 +91,8 @@ def test_greedy_text_is_the_same_alone_in_a_batch_and_with_a_draft(run, capsys):
 )
 def test_mistakes_are_one_sentence(run, capsys, options, sentence):
     assert main.main(["generate", str(run), *options]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
 
 
 def test_no_text_becomes_a_special_token(run):

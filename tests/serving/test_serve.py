@@ -1,4 +1,4 @@
-"""Serving: each answer is what the model would say alone, and nothing is lost, mixed or kept."""
+"""Serving: each answer equals that of the model alone; nothing is lost, mixed up or leaked."""
 
 import asyncio
 import json
@@ -58,7 +58,7 @@ def model(micro):
 
 
 def engine(model, **options) -> Engine:
-    """Small pages and pieces, so that borders are everywhere."""
+    """Build an engine with small blocks and chunks, so that every test crosses their borders."""
     return make_engine(
         model,
         **({"num_blocks": 64, "block_size": 4, "prefill_chunk": 6, "max_num_seqs": 5} | options),
@@ -66,7 +66,7 @@ def engine(model, **options) -> Engine:
 
 
 def run(e: Engine, rows, apart: int = 0) -> list[Request]:
-    """Steps until all rows have ended; one comes every `apart` steps, or all at once."""
+    """Step until all requests have ended; submit one every `apart` steps, or all at once if 0."""
     todo, rows = list(rows), list(rows)
     while todo or e.has_unfinished_requests():
         for _ in range(1 if apart else len(todo)):
@@ -79,7 +79,7 @@ def run(e: Engine, rows, apart: int = 0) -> list[Request]:
 
 @torch.no_grad()
 def regret(model, row: Request) -> float:
-    """How far the worst token written is below the best logit of a full forward pass."""
+    """Return how far the worst token is below the best logit of a full forward pass."""
     logit_sw = model(torch.tensor([row.tokens]))[0, row.num_prompt_tokens - 1 : -1]
     return (
         (logit_sw.amax(-1) - logit_sw[range(len(row.output_tokens)), row.output_tokens])
@@ -89,8 +89,8 @@ def regret(model, row: Request) -> float:
 
 
 def alone(model, prompt: list[int], new: int, **options) -> list[int]:
-    """What chapter 08 writes for this prompt only."""
-    return [t for tokens in stream(model, [prompt], new, **options) for t in tokens[0]]
+    """Return the tokens that chapter 08 generates for this prompt alone."""
+    return sum((tokens for (tokens,) in stream(model, [prompt], new, **options)), [])
 
 
 # ── Pages ──
@@ -98,7 +98,7 @@ def alone(model, prompt: list[int], new: int, **options) -> list[int]:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=80))
 def test_every_page_is_in_one_state_and_never_given_twice(acts):
-    """Random takes, finds, names and gives, against plain counting."""
+    """Compare random calls with plain counting."""
     pages, held = BlockPool(7, 2), []
     for act, x in acts:
         if act == 0 and (page := pages.allocate()) is not None:
@@ -113,9 +113,8 @@ def test_every_page_is_in_one_state_and_never_given_twice(acts):
         uses = [sum(row.count(p) for row in held) for p in range(7)]
         assert pages.ref_cnt == uses
         assert pages.num_used == sum(n > 0 for n in uses)
-        assert sorted(
-            [*pages.free_blocks, *pages.evictable, *(p for p in range(7) if uses[p])]
-        ) == list(range(7))
+        used = [p for p in range(7) if uses[p]]
+        assert sorted([*pages.free_blocks, *pages.evictable, *used]) == list(range(7))
         assert {v: k for k, v in pages.block_hash.items()} == pages.cached_blocks
 
 
@@ -139,7 +138,7 @@ def test_the_gathered_form_is_the_op(micro):
     torch.testing.assert_close(got, paged_attention(*args), atol=1e-5, rtol=1e-5)
 
 
-# ── Each row as if it were alone ──
+# ── Each request as if it were alone ──
 
 
 @given(
@@ -189,7 +188,7 @@ def test_a_seed_repeats_a_draw_whoever_else_is_there(micro, exact, depth):
 
 @pytest.mark.parametrize("depth", [0, 2])
 def test_logits_are_those_of_a_full_forward_pass(model, depth):
-    """By the log-probabilities that a row notes: of the token, and of the likeliest three."""
+    """Compare the recorded log-probabilities: of each token and of the three most likely."""
     rows = run(
         engine(model, num_speculative_tokens=depth),
         [Request([1] * n, 12, num_logprobs=3) for n in (2, 9, 23)],
@@ -227,10 +226,10 @@ def test_every_shape_serves(micro, changes):
         assert regret(model, row) < 1e-4
 
 
-# ── Who waits ──
+# ── Scheduling ──
 
 
-def test_a_long_prompt_stalls_nobody(model):
+def test_a_long_prompt_stalls_no_request(model):
     e = engine(model, num_blocks=64, prefill_chunk=5)
     short, long = Request([1, 2, 3], 30), Request([4] * 40, 3)
     e.submit(short)
@@ -269,7 +268,7 @@ def test_too_few_pages_put_the_youngest_back_and_the_oldest_ends_first(model):
     assert all(regret(model, row) < 1e-4 for row in rows)
 
 
-def test_what_can_never_end_is_refused_and_a_full_queue_says_so(model):
+def test_what_cannot_fit_is_rejected_and_so_is_what_finds_a_full_queue(model):
     e = engine(model, num_blocks=8, max_queue=2)
     for row, sentence in (
         (Request([1] * 30, 3), "a prompt of 30 tokens and 3 new tokens exceed the limit of 32"),
@@ -289,9 +288,10 @@ def test_what_can_never_end_is_refused_and_a_full_queue_says_so(model):
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("steps", [0, 1, 3, 9])
 def test_who_leaves_frees_what_they_held(model, depth, steps):
-    """In the queue, half read, writing: the others never notice."""
+    """Abort requests in the queue, during prefill and while decoding; others are not affected."""
     e = engine(model, max_num_seqs=2, num_speculative_tokens=depth)
-    stays, goes, queued = Request([1] * 9, 12), Request([2] * 16, 20), Request([3] * 9, 5)
+    stays, goes = Request([1] * 9, 12), Request([2] * 16, 20)
+    queued = Request([3] * 9, 5)
     e.submit(goes, stays, queued)
     for _ in range(steps):
         e.step()
@@ -310,7 +310,7 @@ def test_who_leaves_frees_what_they_held(model, depth, steps):
 
 
 def shuffled(model) -> str:
-    """Other experts in other places: weights and gates move together, so nothing changes."""
+    """Permute the experts: weights and gates move together, so the output stays the same."""
     for moe in moe_layers(model).values():
         groups = moe.config.n_expert_groups
         size = moe.config.n_routed_experts // groups
@@ -341,8 +341,10 @@ def test_experts_move_between_two_steps_and_no_request_is_dropped(model, depth):
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model, depth):
-    """As the report deploys them: placed anew between two steps, by what was just served."""
-    layers, loads, used = list(moe_layers(model).values()), ExpertLoadWindow(8), []
+    """Place copies between two steps according to the observed loads, as in the report."""
+    layers = list(moe_layers(model).values())
+    loads = ExpertLoadWindow(8)
+    used = []
     now = [torch.zeros(moe.config.n_routed_experts) for moe in layers]
 
     def count(i):
@@ -353,7 +355,8 @@ def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model,
 
     def renew(model) -> int:
         loads.add(torch.stack(now) + 1)
-        [x.zero_() for x in now]
+        for x in now:
+            x.zero_()
         placed = rebalance_experts(loads.total(), len(now[0]) + 4, 1, 1, 4)[0]
         used.extend(moe.token_dispatcher.expert_a for moe in layers if moe.token_dispatcher)
         return sum(set_expert_placement(moe, places) for moe, places in zip(layers, placed))
@@ -368,11 +371,13 @@ def test_copies_of_busy_experts_follow_the_load_and_no_request_is_dropped(model,
     while e.has_unfinished_requests():
         futures.append(e.call_between_steps(renew))
         e.step()
-    [hook.remove() for hook in hooks]
+    for hook in hooks:
+        hook.remove()
     assert futures[0].result(0) == sum(len(x) + 4 for x in now) and len(futures) > 5
     assert len({tuple(x.tolist()) for x in used}) > 1  # placements that differ
     assert all(len(row.output_tokens) == 10 and regret(model, row) < 1e-4 for row in rows)
-    [clear_expert_placement(moe) for moe in layers]
+    for moe in layers:
+        clear_expert_placement(moe)
 
 
 def test_new_weights_forget_what_old_ones_read(model):
@@ -385,60 +390,61 @@ def test_new_weights_forget_what_old_ones_read(model):
     assert row.num_cached_tokens == 0 and regret(model, row) < 1e-4
 
 
-# ── Prompts that are read elsewhere ──
+# ── Prompts that another process computes ──
 
 
 def pair(model, depth: int, **options):
-    """An engine that writes, one that reads for it, and what carries parcels as bytes."""
-    writer, reader, there = (
-        engine(model, num_speculative_tokens=depth, **options),
-        engine(model, num_speculative_tokens=depth, prefill_only=True),
-        {},
-    )
+    """Return an engine that decodes and a function that steps its prefill engine.
+
+    The function passes transfers on as bytes and returns them.
+    """
+    writer = engine(model, num_speculative_tokens=depth, **options)
+    reader = engine(model, num_speculative_tokens=depth, prefill_only=True)
+    originals = {}
 
     def send(row: Request) -> bool:
         copy = Request(list(row.tokens), 1, num_present_tokens=row.num_computed_tokens)
-        there[copy] = row
+        originals[copy] = row
         reader.submit(copy)
         return True
 
     def carry() -> list[KVTransfer]:
         reader.step()
-        found = [
-            (there[copy], transfer_from_bytes(transfer_to_bytes(3, p), "cpu")[1])
-            for copy, p in reader.outgoing_transfers
-        ]
+        transfers = []
+        for copy, transfer in reader.outgoing_transfers:
+            _, received = transfer_from_bytes(transfer_to_bytes(3, transfer), "cpu")
+            writer.incoming_transfers.append((originals[copy], received))
+            transfers.append(received)
         reader.outgoing_transfers.clear()
-        writer.incoming_transfers.extend(found)
-        return [parcel for _, parcel in found]
+        return transfers
 
     writer.send_remote = send
     return writer, carry
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_prompt_read_elsewhere_is_answered_as_if_read_here(model, depth):
+def test_a_prompt_computed_elsewhere_is_answered_as_if_computed_here(model, depth):
     writer, carry = pair(model, depth, num_blocks=20)
     common = torch.randint(61, (18,)).tolist()
     rows = [Request(common + [i] * (5 * i), 10) for i in range(5)] + [Request([9], 4)]
-    parcels = []
+    transfers = []
     for row in rows:
         writer.submit(row)
         for _ in range(6):
             writer.step()
-            parcels += carry()
+            transfers += carry()
     while writer.has_unfinished_requests():
         writer.step()
-        parcels += carry()
+        transfers += carry()
     for row in rows:
         assert regret(model, row) < 1e-4
     assert writer.scheduler.block_pool.num_used == 0
     if depth == 0:
         assert writer.counters["prompt_tokens"] == 0
-        assert parcels[1].start == 16 and parcels[1].kv_lsx.shape == (5, 7, 24)
+        assert transfers[1].start == 16 and transfers[1].kv_lsx.shape == (5, 7, 24)
 
 
-def test_who_leaves_while_their_prompt_is_read_elsewhere(model):
+def test_a_request_is_aborted_while_another_process_computes_its_prompt(model):
     writer, carry = pair(model, 0)
     row = Request([1] * 30, 5)
     writer.submit(row)
@@ -457,12 +463,12 @@ def test_who_leaves_while_their_prompt_is_read_elsewhere(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parcel_travels_as_bytes(dtype):
-    parcel = KVTransfer(8, torch.randn(3, 5, 24).to(dtype), 12, torch.randn(0, 4).to(dtype),
+def test_a_transfer_survives_serialization(dtype):
+    transfer = KVTransfer(8, torch.randn(3, 5, 24).to(dtype), 12, torch.randn(0, 4).to(dtype),
                     torch.randn(61))  # fmt: skip
-    job, got = transfer_from_bytes(transfer_to_bytes(7, parcel), "cpu")
+    job, got = transfer_from_bytes(transfer_to_bytes(7, transfer), "cpu")
     assert job == 7 and (got.start, got.num_mtp_computed_tokens) == (8, 12)
-    for a, b in zip((got.kv_lsx, got.h_sd, got.logit_w), (parcel.kv_lsx, *parcel[3:])):
+    for a, b in zip((got.kv_lsx, got.h_sd, got.logit_w), (transfer.kv_lsx, *transfer[3:])):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
@@ -482,7 +488,7 @@ def folder(tmp_path_factory):
 
 @contextmanager
 def served(folder, **options):
-    """(address, service) of a server in a thread."""
+    """Yield (address, service) of a server in a thread."""
     listener = bind_socket("127.0.0.1", 0)
     with Service(ServeConfig(folder, **({"seed": 0, "block_size": 8} | options))) as service:
         server = api_server.make_api_server(api_server.build_app(service), 5)
@@ -508,7 +514,7 @@ def client(here):
 
 
 def quiet(service, seconds: float = 5) -> bool:
-    """Whether soon no row is left and no page in use."""
+    """Return whether all requests end and all blocks are freed within some seconds."""
     end, e = time.monotonic() + seconds, service.engine
     while e.has_unfinished_requests() or e.scheduler.block_pool.num_used:
         if time.monotonic() > end:
@@ -518,7 +524,7 @@ def quiet(service, seconds: float = 5) -> bool:
 
 
 def sure(service, n: int, new: int, most: int = 200) -> list[tuple[str, str]]:
-    """n prompts with the greedy answers of chapter 08, none of which hangs on a last digit."""
+    """Return n prompts with greedy answers of chapter 08 that do not depend on rounding."""
     model, found = service.policy.model, []
     for i in range(most):
         prompt = f"{i} we talk" + " again" * (i % 7)
@@ -589,7 +595,7 @@ def test_several_answers_seeds_and_their_text(client, here):
     assert [c.text for c in other.choices] != texts
 
 
-def test_a_stop_text_is_not_said_and_ends_the_answer(client, here):
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(client, here):
     prompt, want = sure(here[1], 1, 16)[0]
     stop = want[len(want) // 2 :][:3]
     ask = {"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": 16}
@@ -615,8 +621,10 @@ def test_logprobs_are_the_models(client, here):
     ask |= {"messages": talk, "logprobs": True, "top_logprobs": 3}
     content = client.chat.completions.create(**ask).choices[0].logprobs.content
     assert len(content) == 6 and all(len(t.top_logprobs) == 3 for t in content)
-    pieces = client.chat.completions.create(**ask, stream=True)
-    streamed = [t for p in pieces if (x := p.choices[0].logprobs) for t in x.content]
+    streamed = []
+    for piece in client.chat.completions.create(**ask, stream=True):
+        if piece.choices[0].logprobs:
+            streamed += piece.choices[0].logprobs.content
     assert [t.token for t in streamed] == [t.token for t in content]
 
 
@@ -675,7 +683,10 @@ def test_a_mistake_is_a_sentence(here, change, sentence):
 
 def test_other_mistakes(here, client):
     address, kind = f"{here[0]}/v1/chat/completions", {"content-type": "application/json"}
-    post = lambda data, **h: httpx.post(address, content=data, headers=kind | h)
+
+    def post(data, **headers):
+        return httpx.post(address, content=data, headers=kind | headers)
+
     assert post("{").status_code == post("[]").status_code == post("[" * 100_000).status_code == 400
     assert post("{}", **{"content-type": "text/plain"}).status_code == 415
     assert post(b'{"a": "' + b"x" * (api_server.MAX_BODY_BYTES + 1) + b'"}').status_code == 413
@@ -723,7 +734,7 @@ def test_a_histogram_counts_up_to_its_bounds():
 
 @pytest.fixture
 def slow(here, monkeypatch):
-    """Steps of 20 ms, so that somebody can leave in the middle of an answer."""
+    """Slow steps down by 20 ms, so that a client can disconnect in the middle of an answer."""
     real = here[1].engine.step
     monkeypatch.setattr(here[1].engine, "step", lambda: (time.sleep(0.02), real())[1])
     return here
@@ -746,7 +757,7 @@ def test_a_client_that_goes_away_frees_its_pages(slow, streaming):
     assert service.engine_thread.finish_reasons["abort"] > 0
 
 
-def test_a_full_queue_says_come_again(folder):
+def test_a_full_queue_rejects_requests(folder):
     with (
         served(folder, max_num_seqs=1, max_queue=1) as (address, service),
         httpx.Client() as client,
@@ -763,7 +774,7 @@ def test_a_full_queue_says_come_again(folder):
         assert quiet(service, 2)
 
 
-def test_a_step_that_fails_is_told_to_all(folder, capsys):
+def test_a_failed_step_ends_all_requests(folder, capsys):
     with served(folder) as (address, service):
         service.engine.runner.decode_step = lambda *_: 1 / 0
         answer = httpx.post(f"{address}/v1/completions", json={"prompt": "we"})
@@ -787,13 +798,13 @@ def test_experts_move_while_clients_write(here, client):
 
 
 def memory() -> float:
-    """Resident MB of this process."""
+    """Return the resident memory of this process in MB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 async def all_at_once(address: str, asked: list[tuple[str, str]], new: int) -> list[str]:
-    """The text of every stream."""
+    """Send all prompts at once and return the text of every stream."""
     async with openai.AsyncOpenAI(
         base_url=f"{address}/v1", api_key="none", max_retries=0
     ) as client:
@@ -808,7 +819,7 @@ async def all_at_once(address: str, asked: list[tuple[str, str]], new: int) -> l
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_sixty_four_streams_lose_and_mix_nothing(folder):
-    """Fewer pages than they need together, drafts, prompts in pieces; then the same again."""
+    """Use too few blocks, drafts and chunks; do it twice to see whether memory grows."""
     with served(folder, num_speculative_tokens=1, kv_cache_tokens=1024, prefill_chunk=16) as (
         address,
         service,
@@ -832,7 +843,7 @@ def test_sixty_four_streams_lose_and_mix_nothing(folder):
 
 @contextmanager
 def command(folder, *more):
-    """(address, process) of `dsv3 serve`."""
+    """Yield (address, process) of `dsv3 serve`."""
     argv = [sys.executable, "-m", "dsv3_ref", "serve", str(folder), "--port", "0", *more]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -901,7 +912,7 @@ def test_the_commands_mistakes(folder, capsys):
 
 
 @pytest.mark.parametrize("more, address", [([], "127.0.0.1"), (["--host", "0.0.0.0"], "0.0.0.0")])
-def test_it_is_for_this_machine_unless_told(folder, more, address, capsys, monkeypatch):
+def test_only_this_machine_reaches_it_by_default(folder, more, address, capsys, monkeypatch):
     bound = []
 
     class Server:

@@ -1,4 +1,4 @@
-"""`dsv3 chat --web`: experts of every token, nothing forged, mixed or sent away."""
+"""`dsv3 chat --web`: the experts of every token; nothing is forged, mixed up or sent away."""
 
 import json
 import re
@@ -31,7 +31,7 @@ SETTINGS = (1.0, 0.95, 12, 2, "")  # temperature, top-p, new tokens, drafts, sys
 ATTACK = "<script>hacked = 1</script><img src=x onerror='hacked = 1'>${hacked = 1}{{hacked}}"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # gradio's own
 
-CALLED = []  # where this process connects to, while somebody listens
+CALLED = []  # hosts that this process connects to while `watch` is installed
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def generator(run):
 
 
 def answered(generator, question="we talk", session=None, settings=SETTINGS) -> Turn:
-    """A question asked and answered to its end."""
+    """Ask a question and return the finished turn."""
     session = session or Session()
     assert session.ask(question)
     *_, turn = web.answer_turn(generator, session, *settings)
@@ -63,7 +63,9 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.text, self.tags, self.attributes, self.hidden = "", set(), set(), 0
+        self.text = ""
+        self.tags = set()
+        self.attributes = set()
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -78,7 +80,7 @@ class Page(HTMLParser):
 
 
 def test_the_experts_of_a_token_are_those_that_read_it(generator):
-    """Slow form: the last token of every beginning, each read alone."""
+    """Compare with the slow form: one forward pass per prefix, of which the last token counts."""
     turn = answered(generator)
     names = [
         name.split(".")[1] for name in moe_layers(generator.model) if name.startswith("layers")
@@ -99,7 +101,7 @@ def test_the_experts_of_a_token_are_those_that_read_it(generator):
 @pytest.mark.parametrize("draft", [0, 1, 2])
 @pytest.mark.parametrize("new", [1, 2, 11, 12, 13])
 def test_marked_are_the_drafts_that_the_model_accepted(generator, draft, new, monkeypatch):
-    """A whole round is some accepted drafts and one token of the model's own (see `SpeculativeDecoder`)."""
+    """Compare with the steps of `SpeculativeDecoder`: accepted drafts and one token of its own."""
     marks, real = [False], SpeculativeDecoder.step
 
     def spy(writer, *args):
@@ -133,7 +135,7 @@ def test_a_draft_that_ends_the_answer_is_marked(generator, monkeypatch):
 
 @pytest.mark.parametrize("stop", [(), ("e",), ("a", "th")])
 def test_the_answer_is_that_of_the_command(generator, stop):
-    """Text, and the turns that are remembered, with a stop text too."""
+    """Compare the text and the history, with stop strings too."""
     args = replace(generator.args, temperature=1.0, num_speculative_tokens=2, stop=stop)
     session, turns = Session(), []
     for i, question in enumerate(["we talk", "again ☕"]):
@@ -298,7 +300,7 @@ def test_a_closed_answer_ends_and_is_forgotten(generator, monkeypatch):
     assert ended and session == Session(num_questions=1)
 
 
-def test_the_oldest_turns_are_forgotten_and_it_is_said(generator):
+def test_the_oldest_turns_are_dropped_and_counted(generator):
     session = Session()
     for _ in range(3):
         turn = answered(generator, "over and over", session, (1.0, 1.0, 120, 0, ""))
@@ -351,7 +353,7 @@ def test_where_it_listens(capsys):
 
 
 @pytest.mark.parametrize("more, address", [([], "127.0.0.1"), (["--host", "0.0.0.0"], "0.0.0.0")])
-def test_the_page_is_for_this_machine_unless_told(run, more, address, capsys, monkeypatch):
+def test_only_this_machine_reaches_the_page_by_default(run, more, address, capsys, monkeypatch):
     bound = []
 
     class Server:
@@ -406,11 +408,11 @@ class Tab:
     def __init__(self, address: str):
         self.api, self.hash = f"{address}/gradio_api", f"tab{id(self)}"
         with urllib.request.urlopen(f"{address}/config") as response:
-            found = json.load(response)["dependencies"]
-        self.number = {d["api_name"]: d["id"] for d in found}
+            dependencies = json.load(response)["dependencies"]
+        self.number = {d["api_name"]: d["id"] for d in dependencies}
 
     def post(self, path: str, name: str, *data) -> dict:
-        """Call a function of the page; the first value is the session, which stays there."""
+        """Call a function of the page; its first argument is the session, kept by the server."""
         body = {"data": [None, *data], "fn_index": self.number[name], "session_hash": self.hash}
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.api}{path}", json.dumps(body).encode(), head)
@@ -418,7 +420,7 @@ class Tab:
             return json.load(response)
 
     def ask(self, question: str):
-        """What a new question shows, and the stream of what follows."""
+        """Ask a question; return what the page shows at once and the stream of its updates."""
         shown = self.post("/run/ask", "submit_question", question)["data"]
         self.post("/queue/join", "reply", *SETTINGS)
         return shown, urllib.request.urlopen(f"{self.api}/queue/data?session_hash={self.hash}")
@@ -427,7 +429,8 @@ class Tab:
 def test_two_tabs_do_not_mix_and_take_turns(address, generator, monkeypatch):
     tabs, words = [Tab(address), Tab(address)], ["we talk", "over and over"]
     expected = [web.render_turn(answered(generator, question)) for question in words]
-    at_once, most, real = [], [], web.generate_turn
+    at_once, most = [], []
+    real = web.generate_turn
 
     def write(*args):
         at_once.append(1)
@@ -453,7 +456,7 @@ def test_two_tabs_do_not_mix_and_take_turns(address, generator, monkeypatch):
 
 
 def last(stream) -> str:
-    """The page as it is at the end of a stream of events."""
+    """Return the page at the end of a stream of events."""
     with stream:
         events = [json.loads(x[6:]) for x in stream if x.startswith(b"data: ")]
     assert any(e["msg"] == "process_generating" for e in events)
@@ -468,7 +471,8 @@ def test_a_tab_that_goes_away_stops_its_answer(address, monkeypatch):
     def endless(generator, turn):
         try:
             while True:
-                turn.tokens, turn.pieces, turn.accepted, turn.text = [5], ["x"], [False], "x"
+                turn.tokens, turn.accepted = [5], [False]
+                turn.pieces, turn.text = ["x"], "x"
                 time.sleep(0.05)
                 wrote.set()
                 yield turn
@@ -482,7 +486,7 @@ def test_a_tab_that_goes_away_stops_its_answer(address, monkeypatch):
     assert ended.wait(10)
 
 
-def test_this_process_called_nobody_outside(address):
+def test_this_process_connects_to_no_other_host(address):
     last(Tab(address).ask("we talk")[1])
     assert CALLED and set(CALLED) <= {"127.0.0.1", "localhost"}
 
@@ -498,7 +502,12 @@ GROWING = "n => document.querySelectorAll('.answer .token:not([tabindex])').leng
 @pytest.mark.skipif(not test_browser.CHROMIUM, reason="no Chromium on this machine")
 def test_a_question_is_answered_and_its_tokens_explained(address, page, tmp_path, monkeypatch):
     asked, real = [], web.generate_turn
-    slow = lambda *args: (time.sleep(0.15) or turn for turn in real(*args))
+
+    def slow(*args):
+        for turn in real(*args):
+            time.sleep(0.15)
+            yield turn
+
     monkeypatch.setattr(web, "generate_turn", slow)
     page.context.on("request", lambda request: asked.append(request.url))
     page.goto(address)
@@ -527,7 +536,7 @@ def test_a_question_is_answered_and_its_tokens_explained(address, page, tmp_path
 
 
 def stop_and_clear(page):
-    """An answer is cut short and stays; one that is half written is cleared; the next comes."""
+    """Stop an answer, which stays; clear a half-finished one; then ask again."""
     box = page.get_by_label("question")
     box.fill("stop this")
     page.keyboard.press("Enter")
