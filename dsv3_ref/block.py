@@ -16,9 +16,9 @@ from dsv3_ref.rope import Rope
 
 
 class Block(nn.Module):
-    """One layer: x + MLA(norm(x)), then x + FFN(norm(x)).
+    """Transformer block: u = x + MLA(norm(x)), then u + FFN(norm(u)).
 
-    The first `n_dense_layers` have a dense FFN, the others experts.
+    The FFN is dense in the first `n_dense_layers` blocks and a mixture of experts in the others.
     """
 
     def __init__(self, config: Config, index: int):
@@ -26,14 +26,13 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = MLA(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = (
-            MLP(config.dim, config.inter_dim) if index < config.n_dense_layers else MoE(config)
-        )
+        is_dense = index < config.n_dense_layers
+        self.ffn = MLP(config.dim, config.inter_dim) if is_dense else MoE(config)
 
     def forward(
         self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
     ) -> tuple[Tensor, Route | None]:
-        """Return the stream after the layer, and the route if it has experts."""
+        """Return the residual stream after the block, and the route if it has experts."""
         x_bsd = x_bsd + self.attn(self.attn_norm(x_bsd), rope, cache)
         y = self.ffn(self.ffn_norm(x_bsd))
         y_bsd, r = y if isinstance(y, tuple) else (y, None)

@@ -16,8 +16,8 @@ from dsv3_ref.rope import Rope
 # ── A cache for every layer ──
 
 
-class KVCache(list):
-    """A `LayerKVCache` for every main layer; `length` is the number of positions held."""
+class KVCache(list[LayerKVCache]):
+    """List of one `LayerKVCache` per main layer; `length` is the number of cached positions."""
 
     def __init__(
         self, config: Config, batch: int, max_len: int,
@@ -29,6 +29,7 @@ class KVCache(list):
 
     @property
     def length(self) -> int:
+        """Number of positions in the cache, the same in all layers."""
         return self[0].length
 
 
@@ -36,7 +37,7 @@ class KVCache(list):
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3: tokens (b, s) → logits (b, s, w); with a cache, the tokens continue it."""
+    """DeepSeek-V3: tokens (b, s) → logits (b, s, w); with a cache, tokens follow those in it."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -54,7 +55,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[Route]]:
         """Compute the normed hidden states (b, s, d) and the route of every MoE layer.
 
-        cu_seqlens: 0, then where each sample ends, if many lie end to end in one row (b = 1).
+        cu_seqlens: 0 and the end of each sample, if several lie end to end in one row (b = 1).
         """
         if cu_seqlens is None:
             start = cache.length if cache else 0
@@ -62,10 +63,12 @@ class Transformer(nn.Module):
             rope = Rope.from_positions(self.config, position_s)
         else:
             rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
-        x_bsd, routes = self.embed(tokens_bs), []
+        x_bsd = self.embed(tokens_bs)
+        routes: list[Route] = []
         for i, block in enumerate(self.layers.values()):
             x_bsd, r = block(x_bsd, rope, cache[i] if cache else None)
-            routes += [r] if r else []
+            if r is not None:
+                routes.append(r)
         return self.norm(x_bsd), routes
 
     def forward(self, tokens_bs: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -92,5 +95,5 @@ def init_weights(model: nn.Module, std: float) -> None:
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """Return every MoE by name, in the order in which routes are returned (MTP modules last)."""
+    """Return name → MoE of every MoE layer, in the order of the routes, MTP modules last."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}

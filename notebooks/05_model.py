@@ -95,9 +95,9 @@ from dsv3_ref.rope import Rope
 
 
 class Block(nn.Module):
-    """One layer: x + MLA(norm(x)), then x + FFN(norm(x)).
+    """Transformer block: u = x + MLA(norm(x)), then u + FFN(norm(u)).
 
-    The first `n_dense_layers` have a dense FFN, the others experts.
+    The FFN is dense in the first `n_dense_layers` blocks and a mixture of experts in the others.
     """
 
     def __init__(self, config: Config, index: int):
@@ -105,14 +105,13 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = MLA(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = (
-            MLP(config.dim, config.inter_dim) if index < config.n_dense_layers else MoE(config)
-        )
+        is_dense = index < config.n_dense_layers
+        self.ffn = MLP(config.dim, config.inter_dim) if is_dense else MoE(config)
 
     def forward(
         self, x_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
     ) -> tuple[Tensor, Route | None]:
-        """Return the stream after the layer, and the route if it has experts."""
+        """Return the residual stream after the block, and the route if it has experts."""
         x_bsd = x_bsd + self.attn(self.attn_norm(x_bsd), rope, cache)
         y = self.ffn(self.ffn_norm(x_bsd))
         y_bsd, r = y if isinstance(y, tuple) else (y, None)
@@ -132,7 +131,8 @@ torch.testing.assert_close(added, added_large, atol=1e-6, rtol=1e-4)
 for a, y in ((1, added), (1000, added_large)):
     print(f"stream of rms {a:4}: attention adds {y.square().mean().sqrt():.4f}")
 # With both output matrices at zero, a block hands its input through, bit for bit.
-nn.init.zeros_(block.attn.wo.weight), nn.init.zeros_(block.ffn.w2.weight)
+for p in (block.attn.wo.weight, block.ffn.w2.weight):
+    nn.init.zeros_(p)
 assert torch.equal(block(x_bsd, rope)[0], x_bsd)
 assert isinstance(Block(TINY, 0).ffn, MLP) and isinstance(Block(TINY, 1).ffn, MoE)
 
@@ -144,8 +144,8 @@ assert isinstance(Block(TINY, 0).ffn, MLP) and isinstance(Block(TINY, 1).ffn, Mo
 
 # %%
 #| export
-class KVCache(list):
-    """A `LayerKVCache` for every main layer; `length` is the number of positions held."""
+class KVCache(list[LayerKVCache]):
+    """List of one `LayerKVCache` per main layer; `length` is the number of cached positions."""
 
     def __init__(
         self, config: Config, batch: int, max_len: int,
@@ -157,16 +157,16 @@ class KVCache(list):
 
     @property
     def length(self) -> int:
+        """Number of positions in the cache, the same in all layers."""
         return self[0].length
 
 
 # %%
-held = [
-    layer.kv_btx for layer in KVCache(V3, batch=1, max_len=1, device="meta", dtype=torch.bfloat16)
-]
-per_token = sum(kv.numel() * kv.element_size() for kv in held)
+cache = KVCache(V3, batch=1, max_len=1, device="meta", dtype=torch.bfloat16)
+per_token = sum(layer.kv_btx.nbytes for layer in cache)
 assert per_token == count_params(V3).cache_bytes == 70_272
-print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_token:,} bytes a token")
+numbers = cache[0].kv_btx.shape[-1]
+print(f"V3: {len(cache)} layers × {numbers} numbers in bf16 = {per_token:,} bytes per token")
 
 # %% [markdown]
 # ## Sixty-one of them
@@ -192,7 +192,7 @@ print(f"V3: {len(held)} layers × {held[0].shape[-1]} numbers in bf16 = {per_tok
 # %%
 #| export
 class Transformer(nn.Module):
-    """DeepSeek-V3: tokens (b, s) → logits (b, s, w); with a cache, the tokens continue it."""
+    """DeepSeek-V3: tokens (b, s) → logits (b, s, w); with a cache, tokens follow those in it."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[Route]]:
         """Compute the normed hidden states (b, s, d) and the route of every MoE layer.
 
-        cu_seqlens: 0, then where each sample ends, if many lie end to end in one row (b = 1).
+        cu_seqlens: 0 and the end of each sample, if several lie end to end in one row (b = 1).
         """
         if cu_seqlens is None:
             start = cache.length if cache else 0
@@ -218,10 +218,12 @@ class Transformer(nn.Module):
             rope = Rope.from_positions(self.config, position_s)
         else:
             rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
-        x_bsd, routes = self.embed(tokens_bs), []
+        x_bsd = self.embed(tokens_bs)
+        routes: list[Route] = []
         for i, block in enumerate(self.layers.values()):
             x_bsd, r = block(x_bsd, rope, cache[i] if cache else None)
-            routes += [r] if r else []
+            if r is not None:
+                routes.append(r)
         return self.norm(x_bsd), routes
 
     def forward(self, tokens_bs: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -293,7 +295,7 @@ assert abs(logit_bsw.var().item() / sigma**2 - 1) < 0.02
 # %%
 #| export
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """Return every MoE by name, in the order in which routes are returned (MTP modules last)."""
+    """Return name → MoE of every MoE layer, in the order of the routes, MTP modules last."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
 
 
@@ -318,7 +320,7 @@ size = {n: t.numel() for n, t in [*giant.named_parameters(), *giant.named_buffer
 
 
 def part(name: str) -> str:
-    """The row of the table to which a parameter belongs."""
+    """Return the row of the table to which a parameter belongs."""
     kinds = {"mtp": "MTP module", "embed": "embedding", "head": "head", ".attn.": "attention (MLA)",
              ".experts.": "routed experts", ".shared_experts.": "shared expert", ".gate.": "gate and its bias",
              ".ffn.": "dense FFN"}  # fmt: skip
@@ -348,13 +350,8 @@ ax.barh([i - 0.2 for i in y], [used[r] / 1e9 for r in order], 0.38, color=ORANGE
 for i, r in enumerate(order):
     ax.text(rows[r] / 1e9 * 1.1, i + 0.2, f"{rows[r] / 1e9:.2f}", va="center", fontsize=8)
     ax.text(used[r] / 1e9 * 1.1, i - 0.2, f"{used[r] / 1e9:.2f}", va="center", fontsize=8)
-ax.set(
-    xscale="log",
-    xlabel="billion parameters (log scale)",
-    yticks=list(y),
-    yticklabels=order,
-    xlim=(0.05, 3000),
-)
+ax.set(xscale="log", xlabel="billion parameters (log scale)", xlim=(0.05, 3000))
+ax.set_yticks(list(y), order)
 ax.set_title("V3 stores 671B parameters, 97 % of them in routed experts; a token uses 37.6B")
 ax.legend(loc="lower right")
 show(fig)
@@ -373,9 +370,8 @@ with torch.no_grad():
     sentence_s = tokens_bs[0, :24]
     changed_bs = sentence_s.repeat(24, 1)
     changed_bs.diagonal().copy_((sentence_s + 1) % TINY.vocab_size)
-    delta_ij = (
-        (model(changed_bs) - model(sentence_s[None])).abs().amax(-1)
-    )  # row i: token i changed
+    delta_ijw = model(changed_bs) - model(sentence_s[None])  # row i: token i changed
+delta_ij = delta_ijw.abs().amax(-1)
 before = delta_ij.tril(-1).max().item()
 after = delta_ij[torch.ones(24, 24, dtype=torch.bool).triu()].min().item()
 print(f"largest change before the changed token {before:.0e}, smallest from it on {after:.0e}")
@@ -400,7 +396,7 @@ show(fig)
 
 # %%
 def in_pieces(model: Transformer, tokens_bs, lengths: list[int]):
-    """Logits (b, s, w) of tokens fed piece by piece through a cache."""
+    """Return the logits (b, s, w) of tokens fed piece by piece through a cache."""
     cache = KVCache(model.config, *tokens_bs.shape)
     return torch.cat([model(piece, cache) for piece in tokens_bs.split(lengths, dim=1)], dim=1)
 
@@ -468,7 +464,7 @@ optimizer = torch.optim.AdamW(pupil.parameters(), lr=1e-3, betas=(0.9, 0.95), we
 
 
 def learn_step(model, tokens_bs) -> float:
-    """One AdamW step on the mean cross-entropy, gradients clipped at norm 1 (§4.2)."""
+    """Take one AdamW step on the mean cross-entropy, gradients clipped at norm 1 (§4.2)."""
     loss = F.cross_entropy(model(tokens_bs[:, :-1]).flatten(0, 1), tokens_bs[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
@@ -479,41 +475,36 @@ def learn_step(model, tokens_bs) -> float:
 
 curve = [learn_step(pupil, batch_bs) for _ in range(STEPS)]
 silent = [n for n, p in pupil.named_parameters() if not p.grad.abs().sum() > 0]
-print(
-    f"loss {curve[0]:.2f} → {curve[-1]:.2f} nats; parameters without gradient: {silent or 'none'}"
-)
+print(f"loss {curve[0]:.2f} → {curve[-1]:.2f} nats;", end=" ")
+print(f"parameters without gradient: {silent or 'none'}")
 assert abs(curve[0] - predicted) < 0.05 and not silent
 assert curve[-1] < (0.75 if STEPS < 50 else 0.25) * curve[0]
 
 
 # %%
 def stream_rms(model: Transformer, tokens_bs) -> list[float]:
-    """Root mean square of the residual stream after the embedding and after every dense block."""
-    seen = []
-    hooks = [m.register_forward_hook(lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y))
-             for m in (model.embed, *model.layers.values())]  # fmt: skip
+    """Return the rms of the residual stream after the embedding and after every dense block."""
+    rms = []
+
+    def record(_module, _args, y):
+        x_bsd = y[0] if isinstance(y, tuple) else y
+        rms.append(x_bsd.square().mean().sqrt().item())
+
+    hooks = [m.register_forward_hook(record) for m in (model.embed, *model.layers.values())]
     with torch.no_grad():
         model.hidden_states(tokens_bs)
     for hook in hooks:
         hook.remove()
-    return [x.square().mean().sqrt().item() for x in seen]
+    return rms
 
 
 fig, (left, right) = figure(1, 2, width=9, height=3.2)
 left.plot(curve, color=BLUE)
 left.axhline(predicted, color=GRAY, linestyle="--")
-left.text(
-    STEPS * 0.98,
-    predicted - 0.15,
-    "predicted at init",
-    color=GRAY,
-    ha="right",
-    va="top",
-    fontsize=9,
-)
-left.set(
-    title="One batch, learned by heart", xlabel="step", ylabel="loss (nats a token)", ylim=(0, 9)
-)
+look = {"color": GRAY, "ha": "right", "va": "top", "fontsize": 9}
+left.text(STEPS * 0.98, predicted - 0.15, "predicted at init", **look)
+left.set(title="One batch, learned by heart", xlabel="step", ylabel="loss (nats per token)")
+left.set_ylim(0, 9)
 for std, color, line in ((0.045, COLORS[2], ":"), (0.028, ORANGE, "--"), (0.014, BLUE, "-")):
     torch.manual_seed(2)
     deep = replace(TINY, n_layers=61, n_dense_layers=61, n_mtp_layers=0, init_std=std)
@@ -522,11 +513,8 @@ for std, color, line in ((0.045, COLORS[2], ":"), (0.028, ORANGE, "--"), (0.014,
     right.plot(rms, line, color=color, label=f"std·√d = {std * deep.dim**0.5:.2f}")
     print(f"std·√d = {std * deep.dim**0.5:.2f}: ×{rms[60] / rms[15]:.2f} from block 15 to 60")
     assert 1.5 < rms[60] / rms[15] < 2.6  # √depth from block 15 to 60 would be ×2
-right.set(
-    title="At init the residual stream grows like √depth",
-    xlabel="after block",
-    ylabel="rms of the stream",
-)
+right.set(xlabel="after block", ylabel="rms of the stream")
+right.set_title("At init the residual stream grows like √depth")
 right.legend()
 show(fig)
 
@@ -534,7 +522,7 @@ show(fig)
 # From block 15 to block 60 the depth is four times as large, and the stream about twice, as √4 wants.
 #
 # ## Play: where the FLOPs go
-# A matrix costs two FLOPs (a multiplication and an addition) a weight and token. Attention costs,
+# A matrix costs two FLOPs (a multiplication and an addition) per weight and token. Attention costs,
 # on top, $2h(i{+}r{+}v)$ for every key that a query sees ($h$ heads, keys of width $i+r$, values of
 # width $v$, as in chapter 03), on average half the context. Below,
 # `flops` counts a token's forward pass by part. First it must agree with what PyTorch itself counts
@@ -543,17 +531,17 @@ show(fig)
 
 # %%
 def flops(c: Config, keys: float) -> dict[str, float]:
-    """Forward FLOPs of one token by part, each query meeting `keys` keys."""
+    """Return part → forward FLOPs of one token whose queries meet `keys` keys each."""
     n_moe, expert = c.n_layers - c.n_dense_layers, 6 * c.dim * c.moe_inter_dim
     q_in = c.q_lora_rank or c.dim
     q = c.dim * c.q_lora_rank + q_in * c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     kv = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim)
     up = c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
     out = c.n_heads * c.v_head_dim * c.dim
-    met = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    per_key = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     return {
         "MLA matrices": 2 * c.n_layers * (q + kv + up + out),
-        "attention to keys": 2 * c.n_layers * met * keys,
+        "attention to keys": 2 * c.n_layers * per_key * keys,
         "routed experts": n_moe * c.n_activated_experts * (expert + 2 * c.dim),  # and their sum
         "shared expert": n_moe * c.n_shared_experts * expert,
         "gate": 2 * n_moe * c.n_routed_experts * c.dim,
@@ -564,7 +552,8 @@ def flops(c: Config, keys: float) -> dict[str, float]:
 
 with torch.no_grad(), use("torch"), FlopCounterMode(display=False) as counter:
     model(tokens_bs)
-counted, ours = counter.get_total_flops(), sum(flops(TINY, keys=65).values()) * tokens_bs.numel()
+counted = counter.get_total_flops()
+ours = sum(flops(TINY, keys=65).values()) * tokens_bs.numel()
 print(f"PyTorch counts {counted:,} FLOPs, we {ours:,}")
 assert counted == ours
 
@@ -574,7 +563,7 @@ HATCH = ["", "///", "", "...", "", "\\\\\\", "xx"]
 
 
 def draw_flops(size: str = "v3", longest: int = 17):
-    """Share of a token's forward FLOPs by part, for contexts of 2^10 … 2^longest tokens."""
+    """Draw a token's forward FLOPs by part, in %, for contexts of 2^10 … 2^longest tokens."""
     lengths = range(10, longest + 1)
     table = [flops(CONFIGS[size], keys=2**n / 2) for n in lengths]
     total = [sum(row.values()) for row in table]
@@ -582,20 +571,12 @@ def draw_flops(size: str = "v3", longest: int = 17):
     bottom = [0.0] * len(table)
     for name, color, hatch in zip(PARTS, COLORS, HATCH):
         value = [100 * row[name] / t for row, t in zip(table, total)]
-        ax.bar(
-            range(len(table)),
-            value,
-            0.75,
-            bottom,
-            color=color,
-            hatch=hatch,
-            edgecolor="white",
-            label=name,
-        )
+        look = {"color": color, "hatch": hatch, "edgecolor": "white"}
+        ax.bar(range(len(table)), value, 0.75, bottom, label=name, **look)
         bottom = [b + v for b, v in zip(bottom, value)]
     labels = [f"{2**n // 1024}K\n{t / 1e9:.3g} G" for n, t in zip(lengths, total)]
     ax.set(xticks=range(len(table)), xticklabels=labels, ylabel="share of FLOPs (%)",
-           xlabel="context, with forward GFLOPs a token below")  # fmt: skip
+           xlabel="context, with forward GFLOPs per token below")  # fmt: skip
     ax.set_title(f"{size}: long contexts turn a model of experts into a model of attention")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     show(fig)
@@ -623,11 +604,8 @@ def check_share(fn) -> bool:
 
 
 def check_first_loss(fn) -> bool:
-    sizes = [
-        TINY,
-        replace(TINY, vocab_size=256),
-        *(replace(TINY, init_std=x) for x in (0.03, 0.12)),
-    ]
+    sizes = [TINY, replace(TINY, vocab_size=256)]
+    sizes += [replace(TINY, init_std=x) for x in (0.03, 0.12)]
 
     def test():
         for c in sizes:
@@ -661,7 +639,7 @@ def check_parallel(fn) -> bool:
 
 
 def check_prefill(fn) -> bool:
-    fed, read = [], []  # tokens a row of every piece, positions that met the head
+    fed, read = [], []  # tokens per row of every piece, positions that met the head
     watch = [
         model.layers["0"].register_forward_pre_hook(lambda _, a: fed.append(a[0].shape[1])),
         model.head.register_forward_pre_hook(lambda _, a: read.append(a[0][..., 0].numel())),
@@ -670,9 +648,10 @@ def check_prefill(fn) -> bool:
     def test():
         cache = KVCache(TINY, *tokens_bs.shape)
         with torch.no_grad():
-            got, pieces, positions = fn(model, tokens_bs, cache, 16), list(fed), sum(read)
+            got = fn(model, tokens_bs, cache, 16)
+            longest, positions = max(fed, default=0), sum(read)
             close = torch.allclose(got, model(tokens_bs)[:, -1], atol=1e-4)
-        return close and max(pieces) <= 16 and cache.length == 65 and positions == len(tokens_bs)
+        return close and longest <= 16 and cache.length == 65 and positions == len(tokens_bs)
 
     right = attempt(test, "which pieces, with which cache, and how many positions meet the head?")
     for hook in watch:
@@ -750,7 +729,7 @@ check_parallel(my_parallel)
 #
 # **4 · Extend.** A prompt of 100,000 tokens at once needs much memory for activations. Prefill it
 # in chunks: feed at most `chunk` tokens at a time into the cache and return the logits of the last
-# position, (b, w). Do not compute logits that nobody reads.
+# position, (b, w). Do not compute logits that are not used.
 
 
 # %%
@@ -777,7 +756,7 @@ check_prefill(my_prefill)
 # An H800 has 80 GB of memory and, like the H100, a peak near 989 TFLOP/s in bf16 and 1979 in FP8.
 #
 # - **Training is bound by FLOPs**, once the all-to-all between experts is hidden behind them. 387
-#   TFLOP/s a GPU leaves out the MTP module and recomputation, so the machines did somewhat more.
+#   TFLOP/s per GPU leaves out the MTP module and recomputation, so the machines did somewhat more.
 # - **Decoding is bound by memory**: a single token reads the 37B weights that it uses; many tokens
 #   read nearly all 671B, and share the cost.
 # - **Who takes over.** The products go through the ops of chapter 01 (`linear`, `grouped_linear`):
@@ -794,7 +773,8 @@ for kind, width in (("FP8", 1), ("bf16", 2)):
     gpus = math.ceil(width * n / 80e9)
     print(f"weights in {kind}: {width * n / 1e9:.0f} GB, at least {gpus} GPUs of 80 GB")
 print(f"training state, fp32 master and gradient, two bf16 moments: {12 * n / 1e12:.1f} TB")
-print(f"forward at 4K: {forward / 1e9:.1f} GFLOPs a token; 14.8T tokens trained: {spent:.1e} FLOPs")
-print(f"in 2664K GPU hours (§1): {rate / 1e12:.0f} TFLOP/s a GPU,", end=" ")
+print(f"forward at 4K: {forward / 1e9:.1f} GFLOPs per token;", end=" ")
+print(f"14.8T tokens trained: {spent:.1e} FLOPs")
+print(f"in 2664K GPU hours (§1): {rate / 1e12:.0f} TFLOP/s per GPU,", end=" ")
 print(f"{100 * rate / 989e12:.0f} % of the bf16 peak, {100 * rate / 1979e12:.0f} % of FP8's")
 assert math.ceil(n / 80e9) == 9 and 380e12 < rate < 400e12
