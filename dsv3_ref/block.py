@@ -43,24 +43,20 @@ class Block(nn.Module):
 
 
 class MTP(nn.Module):
-    """One MTP module: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])) (eq. 21–22)."""
+    """MTP module: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])), eq. 21 and 22."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.enorm, self.hnorm = (
-            RMSNorm(config.dim, config.norm_eps),
-            RMSNorm(config.dim, config.norm_eps),
-        )
-        self.eh_proj = nn.Linear(
-            2 * config.dim, config.dim, bias=False
-        )  # bf16 in the released weights
+        self.enorm = RMSNorm(config.dim, config.norm_eps)
+        self.hnorm = RMSNorm(config.dim, config.norm_eps)
+        self.eh_proj = nn.Linear(2 * config.dim, config.dim, bias=False)  # bf16 as released
         self.block = Block(config, config.n_layers)  # an index past the dense layers: always MoE
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
         self, h_bsd: Tensor, embed_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
     ) -> tuple[Tensor, Route]:
-        """Return h^k and the route of its experts; all (b, s, d)."""
+        """Return h^k, (b, s, d), and the route of its experts; the inputs are (b, s, d) too."""
         pair = torch.cat((self.enorm(embed_bsd), self.hnorm(h_bsd)), dim=-1)
         x_bsd, r = self.block(self.eh_proj(pair), rope, cache)
         return self.norm(x_bsd), r

@@ -21,9 +21,9 @@ def mtp_hidden_states(
 ) -> list[tuple[Tensor, Route]]:
     """Compute h^1 … h^D from h^0, each with its route.
 
-    The k-th has s − k positions; position i has seen tokens up to i + k.
+    h^k has s − k positions; its position i depends on tokens up to i + k.
     """
-    depths = []
+    depths: list[tuple[Tensor, Route]] = []
     for k, module in enumerate(model.mtp.values(), start=1):
         s = tokens_bs.shape[1] - k
         rope = Rope.from_positions(model.config, torch.arange(s, device=tokens_bs.device))
@@ -32,16 +32,16 @@ def mtp_hidden_states(
     return depths
 
 
-# ── One loss a depth ──
+# ── One loss per depth ──
 
 
 def mtp_losses(
     model: Transformer, hidden_states: Iterable[tuple[Tensor, Route]], tokens_bs: Tensor,
     target_bs: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute L^k = −1/T Σ log P^k(t_{i+k+1}) of each depth (eq. 24).
+    """Compute L^k = −1/T Σ log P^k(t_{i+k+1}) of each depth k, in nats (eq. 24).
 
-    T counts all positions, though T − k have a target.
+    T counts all positions, although only T − k of them have a target.
     """
     losses = []
     for k, (h_bsd, _) in enumerate(hidden_states, start=1):
@@ -56,7 +56,10 @@ def mtp_losses(
 
 @torch.no_grad()
 def mtp_draft_matches(model: Transformer, tokens_bs: Tensor) -> list[Tensor]:
-    """Return where depth k at i says what the main model says at i + k: (b, s − k) per depth."""
+    """Return where the greedy token of depth k at i is that of the main model at i + k.
+
+    One boolean tensor (b, s − k) per depth: the draft that speculative decoding would accept.
+    """
     h_bsd, _ = model.hidden_states(tokens_bs)
     greedy_bs = model.head(h_bsd).argmax(-1)
     drafts = (model.head(h).argmax(-1) for h, _ in mtp_hidden_states(model, h_bsd, tokens_bs))

@@ -110,24 +110,20 @@ from dsv3_ref.rope import Rope
 
 
 class MTP(nn.Module):
-    """One MTP module: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])) (eq. 21–22)."""
+    """MTP module: h^k = norm(TRM(M_k [norm(Emb(t_{i+k})); norm(h^{k−1})])), eq. 21 and 22."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.enorm, self.hnorm = (
-            RMSNorm(config.dim, config.norm_eps),
-            RMSNorm(config.dim, config.norm_eps),
-        )
-        self.eh_proj = nn.Linear(
-            2 * config.dim, config.dim, bias=False
-        )  # bf16 in the released weights
+        self.enorm = RMSNorm(config.dim, config.norm_eps)
+        self.hnorm = RMSNorm(config.dim, config.norm_eps)
+        self.eh_proj = nn.Linear(2 * config.dim, config.dim, bias=False)  # bf16 as released
         self.block = Block(config, config.n_layers)  # an index past the dense layers: always MoE
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
         self, h_bsd: Tensor, embed_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
     ) -> tuple[Tensor, Route]:
-        """Return h^k and the route of its experts; all (b, s, d)."""
+        """Return h^k, (b, s, d), and the route of its experts; the inputs are (b, s, d) too."""
         pair = torch.cat((self.enorm(embed_bsd), self.hnorm(h_bsd)), dim=-1)
         x_bsd, r = self.block(self.eh_proj(pair), rope, cache)
         return self.norm(x_bsd), r
@@ -143,16 +139,10 @@ assert n == count_params(V3).mtp == 11_610_068_224
 torch.manual_seed(0)
 model = Transformer(TOY)
 module = model.mtp["0"]
-h_bsd, embed_bsd, rope = (
-    torch.randn(1, 5, 64),
-    torch.randn(1, 5, 64),
-    Rope.from_positions(TOY, torch.arange(5)),
-)
-left_half = module.eh_proj.weight.detach()[:, :64]  # columns that meet the embedding
-want = (
-    module.enorm(embed_bsd) @ left_half.T
-    + module.hnorm(h_bsd) @ module.eh_proj.weight.detach()[:, 64:].T
-)
+h_bsd, embed_bsd = torch.randn(2, 1, 5, 64)
+rope = Rope.from_positions(TOY, torch.arange(5))
+left_half, right_half = module.eh_proj.weight.detach().chunk(2, dim=1)  # left: for embeddings
+want = module.enorm(embed_bsd) @ left_half.T + module.hnorm(h_bsd) @ right_half.T
 pair = torch.cat((module.enorm(embed_bsd), module.hnorm(h_bsd)), dim=-1)
 torch.testing.assert_close(module.eh_proj(pair), want)
 same, other = module(h_bsd, embed_bsd, rope)[0], module(embed_bsd, h_bsd, rope)[0]
@@ -179,9 +169,9 @@ def mtp_hidden_states(
 ) -> list[tuple[Tensor, Route]]:
     """Compute h^1 … h^D from h^0, each with its route.
 
-    The k-th has s − k positions; position i has seen tokens up to i + k.
+    h^k has s − k positions; its position i depends on tokens up to i + k.
     """
-    depths = []
+    depths: list[tuple[Tensor, Route]] = []
     for k, module in enumerate(model.mtp.values(), start=1):
         s = tokens_bs.shape[1] - k
         rope = Rope.from_positions(model.config, torch.arange(s, device=tokens_bs.device))
@@ -204,16 +194,15 @@ with torch.no_grad():
 
 
 def every_depth(tokens_bs) -> list[torch.Tensor]:
-    """[h^0, …, h^D] of a model without gradients."""
+    """Return [h^0, …, h^D] of the model, without gradients."""
     with torch.no_grad():
         h_bsd, _ = model.hidden_states(tokens_bs)
         return [h_bsd] + [h for h, _ in mtp_hidden_states(model, h_bsd, tokens_bs)]
 
 
 fig, axes = figure(1, 3, width=9, height=3.3, sharey=True)
-for k, (ax, h, base) in enumerate(
-    zip(axes, every_depth(changed_bs), every_depth(sentence_s[None]))
-):
+states, bases = every_depth(changed_bs), every_depth(sentence_s[None])
+for k, (ax, h, base) in enumerate(zip(axes, states, bases)):
     moved_ij = ((h - base).abs().amax(-1) > 1e-4).T  # position i, changed token j
     i, j = torch.meshgrid(torch.arange(14 - k), torch.arange(14), indexing="ij")
     assert torch.equal(moved_ij, j <= i + k), f"depth {k} sees what it should not, or too little"
@@ -222,10 +211,8 @@ for k, (ax, h, base) in enumerate(
     ax.set(title=f"depth {k}: {14 - k} positions", xlabel="token changed", ylim=(13.5, -0.5))
 axes[0].set_ylabel("position i of the hidden state")
 axes[0].legend(loc="upper right")
-fig.suptitle(
-    "Blue: what a hidden state depends on. Its target is always the first token it has not seen",
-    fontsize=11,
-)
+title = "Blue: what a hidden state depends on. Its target is always the first token it has not seen"
+fig.suptitle(title, fontsize=11)
 show(fig)
 
 # %% [markdown]
@@ -240,7 +227,7 @@ torch.testing.assert_close(shifted, same, atol=1e-5, rtol=1e-4)
 print("positions 1…5 instead of 0…4: the same hidden states")
 
 # %% [markdown]
-# ## One loss a depth
+# ## One loss per depth
 # Each depth has its own cross-entropy (eq. 24), and the training loss takes their mean with a
 # weight $\lambda$ (eq. 25), 0.3 for the first 10T tokens and 0.1 for the rest (§4.2):
 #
@@ -259,9 +246,9 @@ def mtp_losses(
     model: Transformer, hidden_states: Iterable[tuple[Tensor, Route]], tokens_bs: Tensor,
     target_bs: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Compute L^k = −1/T Σ log P^k(t_{i+k+1}) of each depth (eq. 24).
+    """Compute L^k = −1/T Σ log P^k(t_{i+k+1}) of each depth k, in nats (eq. 24).
 
-    T counts all positions, though T − k have a target.
+    T counts all positions, although only T − k of them have a target.
     """
     losses = []
     for k, (h_bsd, _) in enumerate(hidden_states, start=1):
@@ -278,7 +265,7 @@ def mtp_losses(
 
 # %%
 def loop_losses(model: Transformer, row_bs) -> list[float]:
-    """eq. 23–24 one token at a time; a row is t_1 … t_{T+1}, and row[i − 1] is t_i."""
+    """Compute eq. 23–24 one token at a time; a row is t_1 … t_{T+1}, and row[i − 1] is t_i."""
     b, length = row_bs.shape
     depths, T = every_depth(row_bs[:, :-1]), length - 1
     losses = [0.0] * (len(depths) - 1)
@@ -295,7 +282,7 @@ x_bs, y_bs = row_bs[:, :-1], row_bs[:, 1:]
 h0_bsd, _ = model.hidden_states(x_bs)
 fast = mtp_losses(model, mtp_hidden_states(model, h0_bsd, x_bs), x_bs, y_bs)
 slow = loop_losses(model, row_bs)
-print(f"blind guessing would be ln w = {math.log(TOY.vocab_size):.4f} a target")
+print(f"blind guessing would be ln w = {math.log(TOY.vocab_size):.4f} per target")
 for k, (a, b) in enumerate(zip(fast, slow), start=1):
     mean = a.item() * 12 / (12 - k)
     print(f"depth {k}: eq. 24 {a:.4f}, loop {b:.4f}; mean over its {12 - k} targets {mean:.4f}")
@@ -313,7 +300,7 @@ table, top = model.embed.weight, model.head.weight
 
 
 def depth_one(h_bsd):
-    """The depth-1 loss from a given h^0."""
+    """Return the depth-1 loss from a given h^0."""
     return mtp_losses(model, mtp_hidden_states(model, h_bsd, x_bs), x_bs, y_bs)[0]
 
 
@@ -323,14 +310,11 @@ def gradient(loss, weight):
 
 whole = gradient(depth_one(h0_bsd), table)
 direct = gradient(depth_one(h0_bsd.detach()), table)  # no way down through the main model
-through = torch.autograd.grad(
-    h0_bsd, table, gradient(depth_one(h0_bsd), h0_bsd), retain_graph=True
-)[0]
+dh0_bsd = gradient(depth_one(h0_bsd), h0_bsd)
+(through,) = torch.autograd.grad(h0_bsd, table, dh0_bsd, retain_graph=True)
 torch.testing.assert_close(direct + through, whole, atol=1e-6, rtol=1e-4)
-print(
-    f"embedding: direct {direct.norm():.3f}, through the main model {through.norm():.3f},", end=" "
-)
-print(f"together {whole.norm():.3f}")
+print(f"embedding: direct {direct.norm():.3f},", end=" ")
+print(f"through the main model {through.norm():.3f}, together {whole.norm():.3f}")
 main = F.cross_entropy(model.head(h0_bsd).flatten(0, 1), y_bs.flatten())
 both, ahead = gradient(main + depth_one(h0_bsd), top), gradient(depth_one(h0_bsd), top)
 torch.testing.assert_close(both, gradient(main, top) + ahead, atol=1e-6, rtol=1e-4)
@@ -340,10 +324,10 @@ assert min(direct.norm(), through.norm(), ahead.norm()) > 0.01
 # %% [markdown]
 # ## Would the draft be accepted?
 # In *speculative decoding* the main model settles token $i+1$ and the module drafts token $i+2$; the
-# next pass of the main model reads both and thereby says whether the draft was what it would have
+# next pass of the main model reads both and so shows whether the draft was what it would have
 # chosen itself. So the number that counts is agreement, not correctness:
 #
-# $$a_k = \Pr\big[\arg\max P^k_{i+k+1} = \arg\max P^0_{i+k+1}\big], \qquad \text{tokens a pass} = 1 + a_1$$
+# $$a_k = \Pr\big[\arg\max P^k_{i+k+1} = \arg\max P^0_{i+k+1}\big], \qquad \text{tokens per pass} = 1 + a_1$$
 #
 # with $P^0$ read at position $i+k$, which has seen as much.
 
@@ -352,7 +336,10 @@ assert min(direct.norm(), through.norm(), ahead.norm()) > 0.01
 #| export
 @torch.no_grad()
 def mtp_draft_matches(model: Transformer, tokens_bs: Tensor) -> list[Tensor]:
-    """Return where depth k at i says what the main model says at i + k: (b, s − k) per depth."""
+    """Return where the greedy token of depth k at i is that of the main model at i + k.
+
+    One boolean tensor (b, s − k) per depth: the draft that speculative decoding would accept.
+    """
     h_bsd, _ = model.hidden_states(tokens_bs)
     greedy_bs = model.head(h_bsd).argmax(-1)
     drafts = (model.head(h).argmax(-1) for h, _ in mtp_hidden_states(model, h_bsd, tokens_bs))
@@ -360,9 +347,9 @@ def mtp_draft_matches(model: Transformer, tokens_bs: Tensor) -> list[Tensor]:
 
 
 # %%
-says = [model.head(h).argmax(-1)[0].tolist() for h in every_depth(sentence_s[None])]
+greedy = [model.head(h).argmax(-1)[0].tolist() for h in every_depth(sentence_s[None])]
 for k, agrees in enumerate(mtp_draft_matches(model, sentence_s[None]), start=1):
-    assert agrees[0].tolist() == [says[k][i] == says[0][i + k] for i in range(14 - k)]
+    assert agrees[0].tolist() == [greedy[k][i] == greedy[0][i + k] for i in range(14 - k)]
 
 # %% [markdown]
 # ## Experiment: songs with wrong notes
@@ -379,7 +366,7 @@ SONG_NL = torch.randint(TOY.vocab_size, (24, 8), generator=notes)
 
 
 def sing(generator, rows: int = 16, length: int = 33):
-    """Rows of songs, each from a random beat, a tenth of the notes wrong: (rows, length)."""
+    """Return rows of songs, each from a random beat, a tenth of the notes wrong: (rows, length)."""
     song = torch.randint(24, (rows, 1), generator=generator)
     beat = torch.arange(length) + torch.randint(99, (rows, 1), generator=generator)
     right = SONG_NL[song, beat % LENGTH_N[song]]
@@ -388,11 +375,12 @@ def sing(generator, rows: int = 16, length: int = 33):
 
 
 def train(depths: int):
-    """Losses of each step (main, depth 1, …) and the agreement every tenth step."""
+    """Return the model, each step's losses (main, depth 1, …) and every tenth step's agreement."""
     torch.manual_seed(1)
     model, data = Transformer(replace(TOY, n_mtp_layers=depths)), torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    fresh_bs, curve, agree = sing(torch.Generator().manual_seed(3), rows=64), [], []
+    fresh_bs = sing(torch.Generator().manual_seed(3), rows=64)
+    curve, agree = [], []
     for step in range(STEPS):
         row_bs = sing(data)
         x_bs, y_bs = row_bs[:, :-1], row_bs[:, 1:]
@@ -412,38 +400,31 @@ def train(depths: int):
 trained = {depths: train(depths) for depths in (0, 1, 2)}
 for depths, (_, curve, agree) in trained.items():
     first, last = curve[0], curve[-10:].mean(0)
-    said = f"; drafts agree {100 * agree[-1]:.0f} %" if depths else ""
+    agreement = f"; drafts agree {100 * agree[-1]:.0f} %" if depths else ""
     names = ("main", *(f"depth {k}" for k in range(1, depths + 1)))
     falls = (f"{name} {a:.2f} → {b:.2f}" for name, a, b in zip(names, first, last))
-    print(f"D = {depths}: {', '.join(falls)}{said}")
+    print(f"D = {depths}: {', '.join(falls)}{agreement}")
     assert (last < (0.9 if SHORT else 0.5) * first).all()
 
+
 # %%
+def smooth(x):
+    """Return the means of ten consecutive steps."""
+    return x.unfold(0, 10, 1).mean(-1).numpy()
+
+
 fig, (left, right) = figure(1, 2, width=9, height=3.4)
-smooth = lambda x: x.unfold(0, 10, 1).mean(-1).numpy()
 for depths, color, line in ((0, GRAY, "-"), (1, BLUE, "--"), (2, ORANGE, ":")):
     left.plot(smooth(trained[depths][1][:, 0]), line, color=color, label=f"D = {depths}")
-left.set(
-    title="Main loss: MTP costs it nothing",
-    xlabel="step",
-    ylabel="main loss (nats a token)",
-    ylim=(0, 3.7),
-)
+left.set(title="Main loss: MTP costs it nothing", xlabel="step")
+left.set(ylabel="main loss (nats per token)", ylim=(0, 3.7))
 left.legend()
 for k, color, line in ((0, GRAY, "-"), (1, BLUE, "--"), (2, ORANGE, ":")):
     scale = 32 / (32 - k)  # eq. 24 divides by T; here the mean over targets, to compare depths
-    right.plot(
-        smooth(trained[2][1][:, k]) * scale,
-        line,
-        color=color,
-        label="main" if k == 0 else f"depth {k}",
-    )
-right.set(
-    title="D = 2: all three depths learn",
-    xlabel="step",
-    ylabel="mean over targets (nats)",
-    ylim=(0, 3.7),
-)
+    label = "main" if k == 0 else f"depth {k}"
+    right.plot(smooth(trained[2][1][:, k]) * scale, line, color=color, label=label)
+right.set(title="D = 2: all three depths learn", xlabel="step")
+right.set(ylabel="mean over targets (nats)", ylim=(0, 3.7))
 right.legend()
 show(fig)
 
@@ -460,21 +441,12 @@ show(fig)
 fig, ax = figure(width=7, height=3)
 at = range(10, STEPS + 1, 10)
 for depths, color, line in ((1, BLUE, "o-"), (2, ORANGE, "s--")):
-    ax.plot(
-        at,
-        [100 * a for a in trained[depths][2]],
-        line,
-        color=color,
-        label=f"trained with D = {depths}",
-    )
+    percent = [100 * a for a in trained[depths][2]]
+    ax.plot(at, percent, line, color=color, label=f"trained with D = {depths}")
 ax.axhspan(85, 90, color=GRAY, alpha=0.25)
 ax.text(10, 92, "V3: 85–90 %", fontsize=9)
-ax.set(
-    title="Depth 1 learns to say what the main model will say",
-    xlabel="step",
-    ylabel="agreement (%)",
-    ylim=(0, 100),
-)
+ax.set(xlabel="step", ylabel="agreement (%)", ylim=(0, 100))
+ax.set_title("Depth 1 learns to predict what the main model will choose")
 ax.legend(loc="lower right")
 show(fig)
 assert SHORT or all(trained[d][2][-1] > 0.7 for d in (1, 2))
@@ -493,23 +465,32 @@ assert SHORT or all(trained[d][2][-1] > 0.7 for d in (1, 2))
 # %%
 from dsv3_ref.viz import ablation
 
-found = ablation.load_ablation("mtp")
-print(found["command"])
-ablation.print_table(found, against="D=0")
-losses = ablation.values_by_variant(found)
+compared = ablation.load_ablation("mtp")
+print(compared["command"])
+ablation.print_table(compared, against="D=0")
+losses = ablation.values_by_variant(compared)
 print("D=1 less D=0, seed by seed:", [f"{x:+.3f}" for x in losses["D=1"] - losses["D=0"]])
 CHAINS = {"depth 1, D = 1": ("D=1", 0), "depth 1, D = 2": ("D=2", 0), "both, D = 2": ("D=2", 1)}
 for name, (variant, k) in CHAINS.items():
-    runs = [run["acceptance_chain"][k] for run in found["runs"] if run["variant"] == variant]
+    runs = [run["acceptance_chain"][k] for run in compared["runs"] if run["variant"] == variant]
     print(f"{name}: {100 * sum(runs) / len(runs):.1f} % of drafts agree")
 
 fig, axes = figure(1, 2, width=9.5, height=3.2)
-ablation.plot_dots(axes[0], losses, "Main loss on held-out text", "nats a token")
+
+
+def agreement_at(k: int):
+    """Return a function of a point of a curve: the agreement of depth k + 1 in %, or nan."""
+
+    def percent(point) -> float:
+        return point["acceptance"][k] * 100 if len(point["acceptance"]) > k else math.nan
+
+    return percent
+
+
+ablation.plot_dots(axes[0], losses, "Main loss on held-out text", "nats per token")
 for k in (0, 1):
-    deep = lambda point, k=k: (
-        point["acceptance"][k] * 100 if len(point["acceptance"]) > k else math.nan
-    )
-    ablation.plot_curves(axes[1], found, deep, "Drafts agree with the main model", "%")
+    title = "Drafts agree with the main model"
+    ablation.plot_curves(axes[1], compared, agreement_at(k), title, "%")
 for line, name in zip(axes[1].lines, ("depth 1, D = 1", "depth 1, D = 2", "depth 2, D = 2")):
     line.set_label(name)
 axes[1].lines[-1].set(color=GRAY, ls=":")
@@ -527,29 +508,25 @@ show(fig)
 # %% [markdown]
 # ## Play: how much faster?
 # If every draft is accepted with probability $a$ and the first refusal ends the chain, $D$ drafts
-# yield $1 + a + \dots + a^D$ tokens a pass. A draft costs the module's weights and a second use of
+# yield $1 + a + \dots + a^D$ tokens per pass. A draft costs the module's weights and a second use of
 # the head. Decoding a few sequences is bound by reading weights, so cost is counted in activated
 # parameters: $\mathrm{cost} = \mathrm{MTP}/\mathrm{main}$, and
 #
 # $$\text{speed-up} = \frac{1 + a + \dots + a^D}{1 + D\cdot\mathrm{cost}}$$
 
 # %%
-module_reads = (
-    2 * V3.dim**2
-    + count_mla_params(V3)
-    + count_moe_params(V3, V3.n_activated_experts)
-    + V3.vocab_size * V3.dim
-)
+module_reads = 2 * V3.dim**2 + count_mla_params(V3)
+module_reads += count_moe_params(V3, V3.n_activated_experts) + V3.vocab_size * V3.dim
 cost = module_reads / count_params(V3).activated_without_input_embedding
 
 
 def speedup(a: float, depth: int, cost: float = cost) -> float:
-    """Tokens a second relative to plain decoding: Σ a^k / (1 + D·cost)."""
+    """Return tokens per second relative to plain decoding: Σ a^k / (1 + D·cost)."""
     return sum(a**k for k in range(depth + 1)) / (1 + depth * cost)
 
 
 def draw_speedup(depth: int = 1, acceptance: int = 87):
-    """Speed-up against acceptance, for 1 to 4 drafts; the chosen depth is drawn thick."""
+    """Draw speed-up against acceptance, for 1 to 4 drafts; the chosen depth is drawn thick."""
     fig, ax = figure(width=7.5, height=3.4)
     a = [i / 100 for i in range(101)]
     for d, color, line in zip(range(1, 5), COLORS, ("-", "--", ":", "-.")):
@@ -557,13 +534,11 @@ def draw_speedup(depth: int = 1, acceptance: int = 87):
                 linewidth=3 if d == depth else 1.2, label=f"{d} drafted")  # fmt: skip
     there = speedup(acceptance / 100, depth)
     ax.plot(acceptance, there, "ko")
-    ax.annotate(
-        f"{there:.2f}×", (acceptance, there), (-8, 8), textcoords="offset points", ha="right"
-    )
+    where = {"xytext": (-8, 8), "textcoords": "offset points", "ha": "right"}
+    ax.annotate(f"{there:.2f}×", (acceptance, there), **where)
     ax.axvspan(85, 90, color=GRAY, alpha=0.25)
-    ax.set(
-        xlabel="acceptance of a draft (%)", ylabel="tokens a second (plain = 1)", ylim=(0.8, 4.5)
-    )
+    ax.set(xlabel="acceptance of a draft (%)", ylabel="tokens per second (plain = 1)")
+    ax.set_ylim(0.8, 4.5)
     ax.set_title("Gray: V3's 85–90 %, where one draft gives 1.8×, as reported")
     ax.legend(loc="upper left")
     show(fig)
@@ -608,10 +583,9 @@ def check_first_loss(fn) -> bool:
 def check_reorder(fn) -> bool:
     def test():
         printed_do2 = fn(module.eh_proj.weight.detach())
-        pair = torch.cat(
-            (module.hnorm(h_bsd), module.enorm(embed_bsd)), dim=-1
-        )  # eq. 21 as printed
-        want = module.eh_proj(torch.cat((module.enorm(embed_bsd), module.hnorm(h_bsd)), dim=-1))
+        hidden, embedding = module.hnorm(h_bsd), module.enorm(embed_bsd)
+        pair = torch.cat((hidden, embedding), dim=-1)  # eq. 21 as printed
+        want = module.eh_proj(torch.cat((embedding, hidden), dim=-1))
         return torch.allclose(pair @ printed_do2.T, want, atol=1e-5)
 
     return attempt(test, "the first d columns meet the first half of the pair")
@@ -626,9 +600,8 @@ def check_draft(fn) -> bool:
             h_bsd, _ = singer.hidden_states(prompt_bs)
             first_b1 = singer.head(h_bsd)[:, -1:].argmax(-1)
             longer_bs = torch.cat((prompt_bs, first_b1), dim=1)
-            second_b = singer.head(mtp_hidden_states(singer, h_bsd, longer_bs)[0][0][:, -1]).argmax(
-                -1
-            )
+            ahead_bsd, _ = mtp_hidden_states(singer, h_bsd, longer_bs)[0]
+            second_b = singer.head(ahead_bsd[:, -1]).argmax(-1)
         return torch.equal(got_b2, torch.cat((first_b1, second_b[:, None]), dim=1))
 
     return attempt(test, "which token must depth 1 be given at the prompt's last position?")
@@ -746,7 +719,6 @@ print(f"of that the head: {100 * V3.vocab_size * V3.dim / module_reads:.0f} %")
 share = 100 * count_params(V3).mtp / count_params(V3).total
 print(f"weights: {2 * count_params(V3).mtp / 1e9:.1f} GB in bf16, {share:.2f} % of the main model")
 print(f"fp32 logits of a second 4K sequence, if they were stored: {logits / 1e9:.1f} GB")
-print(
-    f"latent cache: one layer more, {count_params(V3).cache_bytes // V3.n_layers:,} bytes a token"
-)
+layer_bytes = count_params(V3).cache_bytes // V3.n_layers
+print(f"latent cache: one layer more, {layer_bytes:,} bytes per token")
 assert 0.04 < module_reads / matrices < 0.05
