@@ -19,7 +19,7 @@ from dsv3_ref import __version__
 from dsv3_ref.checkpoints.atomic import read_json, write_json
 from dsv3_ref.config import UserError
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, MANIFEST_FORMAT = "manifest.json", 1
 
 
 class DamageError(UserError):
@@ -45,7 +45,7 @@ def write_manifest(folder: Path, about: dict[str, Any] | None = None) -> None:
     versions = {
         "dsv3_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
-    value = {"format": FORMAT, "files": files, "versions": versions} | (about or {})
+    value = {"format": MANIFEST_FORMAT, "files": files, "versions": versions} | (about or {})
     write_json(folder / MANIFEST, value)
 
 
@@ -73,8 +73,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         value = read_json(path)
-        if value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']!r}, not {FORMAT}")
+        if value["format"] != MANIFEST_FORMAT:
+            raise ValueError(f"format {value['format']!r}, not {MANIFEST_FORMAT}")
         for name, entry in value["files"].items():
             check_entry(name, entry)
     except (UserError, LookupError, ValueError, TypeError, AttributeError) as e:

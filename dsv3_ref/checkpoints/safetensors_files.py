@@ -1,6 +1,7 @@
 """Weights as safetensors, in one file or in several behind an index; FP8 weights with scales."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ class TensorFiles:
         if code not in DTYPES:
             raise UserError(f"{name} is stored as {code}; supported: {', '.join(DTYPES)}")
         return DTYPES[code]
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of a stored tensor."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def read(self, name: str) -> torch.Tensor:
         """Return a stored tensor; an FP8 weight is multiplied by its block scales, in fp32."""

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from dsv3_ref.checkpoints.atomic import read_json, write_json
 from dsv3_ref.checkpoints.layout import SHARD_TABLE
 from dsv3_ref.config import UserError
 
-FORMAT = 1
+TABLE_FORMAT = 1
 MAX_DIMS = 16  # of a tensor that the table may describe
 
 
@@ -95,7 +96,7 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the table: dtype, shape and chunks of every tensor, and the file of each chunk."""
-        files = {r.index: r.storage_data for rank in results for r in rank}
+        files = {r.index: r.storage_data for r in chain.from_iterable(results)}
         tensors: dict[str, dict[str, Any]] = {}
         for name, about in metadata.state_dict_metadata.items():
             assert isinstance(about, TensorStorageMetadata)
@@ -107,7 +108,7 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
                     for c in about.chunks
                 ],
             }
-        write_json(self.folder / SHARD_TABLE, {"format": FORMAT, "tensors": tensors})
+        write_json(self.folder / SHARD_TABLE, {"format": TABLE_FORMAT, "tensors": tensors})
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -120,7 +121,7 @@ class SafetensorsReader(StorageReader):
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        self.files: dict[str, Any] = {}
+        self.files: dict[MetadataIndex, str] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Read from another folder."""
@@ -206,8 +207,8 @@ def read_table(folder: Path) -> Metadata:
     """Return what the table of a folder says, or raise a `UserError` if it makes no sense."""
     path = folder / SHARD_TABLE
     table = read_json(path)
-    if table.get("format") != FORMAT:
-        raise UserError(f"{path} is of format {table.get('format')!r}, not {FORMAT}")
+    if table.get("format") != TABLE_FORMAT:
+        raise UserError(f"{path} is of format {table.get('format')!r}, not {TABLE_FORMAT}")
     tensors: dict[str, Any] = {}
     files: dict[MetadataIndex, str] = {}
     try:

@@ -23,11 +23,6 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "dsv3_ref.data.prepare.prepare_shards",
             records_command_line=True,
         ),
-        "data check": Command(
-            "Verify the length and the checksum of every shard.",
-            "dsv3_ref.data.prepare.CheckConfig",
-            "dsv3_ref.data.prepare.check_shards",
-        ),
         "data bench": Command(
             "Measure how fast text becomes shards and shards become batches.",
             "dsv3_ref.studies.data_bench.DataBenchConfig",
@@ -81,6 +76,11 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Serve a model behind an OpenAI-compatible API.",
             "dsv3_ref.serving.config.ServeConfig",
             "dsv3_ref.serving.api_server.run_server",
+        ),
+        "check": Command(
+            "Verify the files of a run, a model or a folder of shards by their checksums.",
+            "dsv3_ref.training.check.CheckConfig",
+            "dsv3_ref.training.check.run_check",
         ),
         "eval": Command(
             "Evaluate a model on lm-eval tasks.",

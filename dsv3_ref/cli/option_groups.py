@@ -47,7 +47,6 @@ OPTION_GROUPS: dict[str, Groups] = {
         "output": "out shard_tokens",
         "computation": "workers",
     },
-    "data check": {},
     "data bench": {"data": "data megabytes", "measurement": "rounds workers", "output": "out"},
     "train": TRAIN,
     "extend": {"extension": "phase needles"} | TRAIN,
@@ -81,6 +80,7 @@ OPTION_GROUPS: dict[str, Groups] = {
         "sampling": "max_new_tokens seed",
         "computation": "num_speculative_tokens prefill_workers device",
     },
+    "check": {},
     "eval": {
         "task": "tasks limit system apply_chat_template",
         "sampling": "samples temperature max_new_tokens seed",

@@ -16,7 +16,7 @@ BLOCK = 4096  # documents under one hash
 DIGITS = 16  # of a hash, in hexadecimal: against accidents, not against attacks
 
 
-def short_hash(*parts: bytes) -> str:
+def short_hash(*parts: bytes | memoryview) -> str:
     """Return the first digits of the SHA-256 of the concatenated parts."""
     digest = hashlib.sha256()
     for part in parts:
@@ -50,7 +50,7 @@ def fingerprint_dataset(name: str, dataset: Any) -> dict[str, Any]:
     return {"name": name, "documents": len(dataset), "block": BLOCK, "blocks": blocks}
 
 
-def arrow_blocks(dataset: Any) -> Iterator[list[bytes]]:
+def arrow_blocks(dataset: Any) -> Iterator[list[bytes | memoryview]]:
     """Yield the lengths and the texts of every block of documents; null is an empty text."""
     import pyarrow as pa
     import pyarrow.compute as pc

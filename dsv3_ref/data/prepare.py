@@ -1,4 +1,4 @@
-"""`dsv3 data prepare` and `check`: text tokenized once, into shards that training reads.
+"""`dsv3 data prepare`: text tokenized once, into shards that training reads.
 
 The format is described in `shards`; `shard_writer` writes it.
 """
@@ -66,14 +66,6 @@ class PrepareConfig:
         return tuple(chain(*self.data)) or ("sotu=0.9", "stdlib=0.1")
 
 
-@dataclass(frozen=True)
-class CheckConfig:
-    """Compare the length and the checksum of every shard with the index."""
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    """folder of the shards"""
-
-
 # ── The commands ──
 
 
@@ -97,13 +89,6 @@ def prepare_shards(args: PrepareConfig, command: str | None = None) -> None:
         writer.finish()
     print(f"{args.out}: {summary(index)}")
     print("\n".join(near_duplicate_lines(index)))
-
-
-def check_shards(args: CheckConfig) -> None:
-    """Print that all shards are whole, or raise a `UserError` that names what is not."""
-    folder = shards.Shards(args.folder)
-    folder.verify_checksums()
-    print(f"{args.folder} is whole: {summary(folder.index)}")
 
 
 def validate_prepare_args(args: PrepareConfig) -> None:

@@ -14,7 +14,6 @@ keeps its place and has no tokens, so that places, and with them the order of tr
 the texts. Begin and end, fill-in-the-middle and line breaks are put in when rows are made.
 """
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
 
@@ -61,12 +61,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError) as e:
         raise UserError(f"{path} is damaged: {e}") from None
     return index
-
-
-def file_sha256(path: Path) -> str:
-    """Return the checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ── Reading ──
