@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from dsv3_ref.checkpoints.atomic import try_lock, write_json
+from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import files, shards
 from dsv3_ref.data.dedup import import_rensa
@@ -228,10 +229,10 @@ def store_tokenizer(
             tokenizer = load_or_train_tokenizer(sources, size, tqdm.write)
         save_tokenizer(tokenizer, path)
         size = vocab_size(load_tokenizer(path))
-        index |= {"tokenizer": shards.file_sha256(path), "vocab_size": size}
+        index |= {"tokenizer": file_sha256(path), "vocab_size": size}
         index["dtype"] = shards.dtype_for(size).str
         write_json(args.out / shards.INDEX, index)
-    if not path.is_file() or shards.file_sha256(path) != index["tokenizer"]:
+    if not path.is_file() or file_sha256(path) != index["tokenizer"]:
         raise shards.damaged_error(path, "it is missing or has changed")
     return load_tokenizer(path)
 

@@ -6,6 +6,7 @@ is written again.
 """
 
 import hashlib
+import io
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3_ref.checkpoints.atomic import fsync_path, write_json
+from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.config import UserError
 from dsv3_ref.data import shards
 from dsv3_ref.data.dedup import MinHashLSH
@@ -63,10 +65,12 @@ class Shard:
         self.save_array(path.with_suffix(".npy"), np.array(self.offsets, shards.OFFSET))
         if self.signatures:
             self.save_array(path.with_suffix(".near"), np.stack(self.signatures))
+        write_bytes(path.with_suffix(".sum"), shards.block_sums(self.part))
         self.part.replace(path.with_suffix(".bin"))
         sha256 = {
             "bin": self.digest.hexdigest(),
-            "npy": shards.file_sha256(path.with_suffix(".npy")),
+            "npy": file_sha256(path.with_suffix(".npy")),
+            "sum": file_sha256(path.with_suffix(".sum")),
         }
         return {
             "name": self.name,
@@ -84,11 +88,17 @@ class Shard:
 
     def save_array(self, path: Path, values: np.ndarray) -> None:
         """Write an array whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            np.save(file, values)
-        fsync_path(part)
-        part.replace(path)
+        buffer = io.BytesIO()
+        np.save(buffer, values)
+        write_bytes(path, buffer.getvalue())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    fsync_path(part)
+    part.replace(path)
 
 
 class ShardWriter:

@@ -7,13 +7,15 @@ A folder of shards holds
   for each source its weight, documents, tokens and near-duplicates; `complete` once all is there;
 - `tokenizer.json`: of these tokens;
 - `shard-00000.bin`: tokens, little-endian, one document after another and nothing between;
-- `shard-00000.npy`: where each document begins, and the end: documents + 1 numbers, uint64.
+- `shard-00000.npy`: where each document begins, and the end: documents + 1 numbers, uint64;
+- `shard-00000.sum`: the SHA-256 of every 64 KiB of the tokens, compared when they are first read.
 
 A shard belongs to one source and one split. A document that was blank or much like an earlier one
 keeps its place and has no tokens, so that places, and with them the order of training, are those of
 the texts. Begin and end, fill-in-the-middle and line breaks are put in when rows are made.
 """
 
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -28,11 +30,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3_ref.checkpoints.manifest import file_sha256
-from dsv3_ref.config import UserError
+from dsv3_ref.config import UserError, ceil_div
 from dsv3_ref.data.tokenizer import load_tokenizer
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 FORMAT = 1
+SUM_BYTES = 1 << 16  # of a shard under one checksum, which is compared when they are first read
 OFFSET = np.dtype("<u8")
 
 
@@ -74,6 +77,7 @@ class Documents:
         self.dtype, self.vocab_size = dtype, vocab_size
         self.ends = list(accumulate(s["documents"] for s in shards))
         self.maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.unread: dict[int, dict[int, bytes]] = {}  # shard → block → checksum still to compare
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -90,6 +94,8 @@ class Documents:
         place = i - self.ends[k] + shard["documents"]
         start, end = int(offsets[place]), int(offsets[place + 1])
         document = tokens[start:end]
+        if end > start:
+            self.verify_blocks(k, start * tokens.itemsize, end * tokens.itemsize)
         if not start <= end <= len(tokens) or (end > start and document.max() >= self.vocab_size):
             path = self.folder / f"{shard['name']}.bin"
             raise damaged_error(path, f"document {place} makes no sense")
@@ -100,6 +106,9 @@ class Documents:
         if k not in self.maps:
             path = self.folder / self.shards[k]["name"]
             try:
+                for suffix in ("npy", "sum"):
+                    check_sha256(path.with_suffix(f".{suffix}"), self.shards[k]["sha256"][suffix])
+                sums = path.with_suffix(".sum").read_bytes()
                 offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
                 tokens = np.empty(0, self.dtype)
                 if self.shards[k]["tokens"] > 0:  # an empty file cannot be mapped
@@ -107,7 +116,20 @@ class Documents:
             except (OSError, ValueError) as e:
                 raise damaged_error(path, str(e)) from None
             self.maps[k] = offsets, tokens.view(np.ndarray)
+            self.unread[k] = {i: sums[32 * i : 32 * (i + 1)] for i in range(len(sums) // 32)}
         return self.maps[k]
+
+    def verify_blocks(self, k: int, start: int, end: int) -> None:
+        """Compare the checksums of the blocks that hold these bytes of a shard, each once."""
+        _, tokens = self.maps[k]
+        for i in range(start // SUM_BYTES, ceil_div(end, SUM_BYTES)):
+            expected = self.unread[k].pop(i, None)
+            if expected is None:
+                continue
+            block = tokens.view(np.uint8)[i * SUM_BYTES : (i + 1) * SUM_BYTES]
+            if hashlib.sha256(block).digest() != expected:
+                path = self.folder / f"{self.shards[k]['name']}.bin"
+                raise damaged_error(path, f"bytes from {i * SUM_BYTES:,} on have changed")
 
 
 @dataclass
@@ -155,16 +177,34 @@ class Shards:
         for shard in self.index["shards"]:
             for suffix, sha256 in shard["sha256"].items():
                 path = self.folder / f"{shard['name']}.{suffix}"
-                if file_sha256(path) != sha256:
-                    raise damaged_error(path, "its checksum differs")
+                check_sha256(path, sha256)
 
 
 # ── Damage ──
 
 
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise a `UserError` if the checksum of a file differs."""
+    if file_sha256(path) != expected:
+        raise damaged_error(path, "its checksum differs")
+
+
+def block_sums(path: Path) -> bytes:
+    """Return the SHA-256 of every block of a file, one after another."""
+    sums = []
+    with path.open("rb") as file:
+        while block := file.read(SUM_BYTES):
+            sums.append(hashlib.sha256(block).digest())
+    return b"".join(sums)
+
+
 def expected_lengths(shard: dict[str, Any]) -> dict[str, int]:
     """Return the bytes that the files of a shard must have, by suffix."""
-    return {"bin": shard["bytes"], "npy": 128 + (shard["documents"] + 1) * OFFSET.itemsize}
+    return {
+        "bin": shard["bytes"],
+        "npy": 128 + (shard["documents"] + 1) * OFFSET.itemsize,
+        "sum": 32 * ceil_div(shard["bytes"], SUM_BYTES),
+    }
 
 
 def check_lengths(folder: Path, shard: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from miniruns import no_report, options, prose, results, timeless
 
+from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data import (
@@ -139,7 +140,7 @@ def test_the_index_counts(all_kept, home):
     for shard in index["shards"][:-1]:
         assert shard["end"] or 3000 <= shard["tokens"] < 3000 + 400
     assert len(index["shards"]) > 6
-    assert index["tokenizer"] == shards.file_sha256(all_kept / "tokenizer.json")
+    assert index["tokenizer"] == file_sha256(all_kept / "tokenizer.json")
 
 
 def test_held_out_documents_are_in_validation_shards_alone(all_kept, home):
@@ -342,14 +343,14 @@ def test_folders_that_are_no_place_for_shards(home, whole, tmp_path):
 def test_the_commands_are_listed_and_errors_are_exit_code_2(home, copy, capsys):
     assert main.main(["data", "--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(f"data {name} " in overview for name in ("prepare", "check", "bench"))
+    assert all(f"data {name} " in overview for name in ("prepare", "bench"))
     assert "train" not in overview.split("Data")[0]
     assert main.main(["data", "prepare", "--help"]) == 0
     assert "--dedup FLOAT" in capsys.readouterr().out
     twice = ["--data", specs(home)[0], "--data", *specs(home)[1:]]
     argv = command(plan(home, copy))
     assert main.main(argv[:2] + twice + argv[5:]) == 0
-    assert main.main(["data", "check", str(copy)]) == 0
+    assert main.main(["check", str(copy)]) == 0
     assert "is whole" in capsys.readouterr().out
     assert main.main([*argv, "--dedup", "0"]) == 2
     assert "error: " in capsys.readouterr().err
@@ -627,24 +628,54 @@ def test_damage_is_named_before_training(name, damage, sentence, home, copy, tmp
     assert not list(tmp_path.glob("run/*"))
 
 
-@pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00002.bin", "shard-00002.npy"])
+@pytest.mark.parametrize(
+    "name", ["shard-00000.bin", "shard-00002.bin", "shard-00002.npy", "shard-00002.sum"]
+)
 def test_checksums_find_a_flipped_bit(name, copy, capsys):
     flipped(copy / name)
     assert Shards(copy)
-    assert main.main(["data", "check", str(copy)]) == 2
+    assert main.main(["check", str(copy)]) == 2
     assert f"{copy}/{name} is damaged (its checksum differs)" in capsys.readouterr().err
 
 
-def test_a_token_that_does_not_exist_is_named_when_it_is_read(copy):
+def test_a_token_that_does_not_exist_is_named_when_it_is_read(copy, monkeypatch):
     path = copy / "shard-00002.bin"
     path.write_bytes(b"\xff" * path.stat().st_size)
+    monkeypatch.setattr(shards.Documents, "verify_blocks", lambda *args: None)
     with pytest.raises(UserError, match="shard-00002.bin is damaged .document 0 makes no sense"):
         next(iter(Shards(copy).documents(0, "train")))
 
 
+def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path, monkeypatch):
+    """Documents of other blocks are read as they were; each block is compared once."""
+    monkeypatch.setattr(shards, "SUM_BYTES", 64)
+    (tmp_path / "text").mkdir()
+    for i in range(60):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i} is about {i * i}. " * (i % 4))
+    data = ((str(tmp_path / "text"),),)
+    out = tmp_path / "shards"
+    prepare.prepare_shards(prepare.PrepareConfig(out, data, vocab_size=300, dedup=0, workers=1))
+    whole = [d.tolist() for d in Shards(out).documents(0, "train")]
+    path = next(p for p in sorted(out.glob("*.bin")) if p.stat().st_size > 400)
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1  # in block 4, bytes 256 to 319
+    path.write_bytes(content)
+    documents = Shards(out).documents(0, "train")
+    offsets = np.load(path.with_suffix(".npy")) * np.dtype(documents.dtype).itemsize
+    for i, want in enumerate(whole):
+        touches = offsets[i] < 320 and offsets[i + 1] > 256 and want
+        if touches:
+            with pytest.raises(UserError, match="bytes from 256 on have changed"):
+                documents[i]
+            break
+        assert documents[i].tolist() == want
+    else:
+        pytest.fail("no document lies in the changed block")
+
+
 def test_no_folder_of_shards(tmp_path):
     with pytest.raises(UserError, match="holds no index.json: it is not a folder of shards"):
-        prepare.check_shards(prepare.CheckConfig(tmp_path))
+        Shards(tmp_path)
     (tmp_path / "index.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="is of format 9, not 1"):
         Shards(tmp_path)
