@@ -27,10 +27,25 @@ from dsv3_ref.model import Transformer
 class ShardedModel(Protocol):
     """One rank's part of a model in training, with its optimizer buckets and its mesh."""
 
-    config: Config
-    mesh: Any
-    model: nn.Module
-    optimizer: Any
+    @property
+    def config(self) -> Config:
+        """The config of the whole model."""
+        ...
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh of ranks, with the coordinates of this one."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The modules that this rank holds."""
+        ...
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, whose buckets hold this rank's shards."""
+        ...
 
 
 class WeightAverage(Protocol):

@@ -1,1 +1,1 @@
-"""A cluster: which rank holds what, what travels between ranks, and when (§3.1, §3.2)."""
+"""Training on many ranks: placement of parameters, communication and execution (§3.1, §3.2)."""

@@ -1,4 +1,4 @@
-"""The part of the model that a rank holds, initialized as on one device.
+"""The part of the model that a rank holds, with the same initial weights as on one device.
 
 Order of construction: build on meta → drop other stages → shard the experts → draw the weights.
 """
@@ -28,7 +28,7 @@ def count_stages(stages_by_rank: Sequence[Sequence[int]]) -> int:
 def stages_with_param(name: str, config: Config, num_stages: int) -> tuple[int, ...]:
     """Return the stages that need a parameter.
 
-    The MTP modules are in the last stage, which therefore needs the embedding too.
+    The MTP modules are in the last stage, so that stage needs the embedding too.
     """
     if layer := re.match(r"layers\.(\d+)\.", name):
         parts = partition_layers(config, num_stages)
@@ -55,9 +55,10 @@ FILL_OPS = (*RANDOM_OPS, ATEN.fill_.Scalar, ATEN.zero_.default)
 
 
 class RNGReplay(TorchDispatchMode):
-    """Records where in the random stream each parameter on meta would begin.
+    """A mode that records the state of the random generator before each parameter on meta.
 
-    The random numbers are drawn and dropped, so the stream is that of a model built in memory.
+    The random numbers are drawn and discarded, so the generator's state advances as it would for a
+    model built in memory.
     """
 
     def __init__(self, device: torch.device):
@@ -72,11 +73,12 @@ class RNGReplay(TorchDispatchMode):
             func(torch.empty(args[0].shape, dtype=args[0].dtype, device=self.device), *args[1:])
         return args[0]
 
-    def draw(self, p: Tensor) -> Tensor:
-        """Return the values with which p would have begun."""
-        rng_state, func, args = self.starts[p]
+    def draw(self, parameter: Tensor) -> Tensor:
+        """Return the initial values that a parameter on meta would have in memory."""
+        rng_state, func, args = self.starts[parameter]
         set_rng_state(self.device, rng_state)
-        return func(torch.empty(p.shape, dtype=p.dtype, device=self.device), *args)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+        return func(values, *args)
 
 
 def get_rng_state(device: torch.device) -> Tensor:
@@ -98,12 +100,15 @@ def set_rng_state(device: torch.device, value: Tensor) -> None:
 def build_local_model(
     config: Config, mesh: Mesh, stages: Sequence[int], num_stages: int, seed: int
 ) -> Transformer:
-    """Build what this rank holds of `Transformer(config)` after `torch.manual_seed(seed)`.
+    """Build this rank's part of `Transformer(config)` after `torch.manual_seed(seed)`.
 
-    The values are the same bit for bit, and so is the state of the generator afterwards.
+    The values are equal bit for bit, and so is the state of the random generator afterwards.
     """
     if config.n_routed_experts % mesh.ep:
-        raise UserError(f"--ep {mesh.ep} does not divide {config.n_routed_experts} routed experts")
+        raise UserError(
+            f"--ep {mesh.ep} does not divide the {config.n_routed_experts} routed experts: "
+            "choose a divisor"
+        )
     torch.manual_seed(seed)
     with RNGReplay(mesh.device) as replay, torch.device("meta"):
         model = Transformer(config)
@@ -116,14 +121,14 @@ def build_local_model(
 
 
 def local_experts_of(mesh: Mesh, name: str, x: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank keeps: its own experts, or all of it."""
+    """Return this rank's part of a tensor: its own experts, or all of a dense tensor."""
     return x.chunk(mesh.ep)[mesh.ep_rank].clone() if is_expert(name) else x
 
 
 def drop_unused_stages(
     model: Transformer, config: Config, stages: Sequence[int], num_stages: int
 ) -> None:
-    """Drop the modules that none of the stages needs; the others keep their names."""
+    """Drop the modules that none of these stages needs; the others keep their names."""
 
     def is_needed(name: str) -> bool:
         return bool(set(stages_with_param(name, config, num_stages)) & set(stages))
@@ -138,7 +143,7 @@ def drop_unused_stages(
 
 
 def set_param(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the parameter or buffer with this name."""
+    """Replace the parameter or buffer of this name."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

@@ -1,7 +1,7 @@
-"""Data parallelism: every rank holds the whole model and has a share of the batch.
+"""Data parallelism: every rank holds the whole model and processes its part of the batch.
 
-For reward models and RL, whose losses need whole answers and whose generation is most of the
-work. Gradients are averaged over ranks.
+Reward models and RL use it: their losses need whole completions, and most of RL's time is
+generation. Gradients are averaged over ranks.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from dsv3_ref.training.task import Data
 
 
 def broadcast_object_from_rank0(make: Callable[[], Any]) -> Any:
-    """Return the value of make(), called on rank 0 alone; if it raises, all ranks exit."""
+    """Return the value of make(), which only rank 0 calls; if it raises, all ranks exit."""
     box: list[Any] = [None]
     try:
         if dist.get_rank() == 0:
@@ -34,9 +34,9 @@ def broadcast_object_from_rank0(make: Callable[[], Any]) -> Any:
 
 
 def any_rank_should_stop(signals: list[int], device: torch.device) -> bool:
-    """Return whether any rank was sent a signal; all then stop after the same step.
+    """Return whether any rank has received a signal, so that all stop after the same step.
 
-    A rank without a signal of its own appends the largest one of the others.
+    A rank without its own signal appends the largest one of the others to its list.
     """
     signal = torch.tensor(max(signals, default=0), device=device)
     dist.all_reduce(signal, dist.ReduceOp.MAX)
@@ -54,7 +54,7 @@ def find_damage_on_ranks(folder: Path) -> str | None:
 
 
 class DataParallel(SingleProcess):
-    """A process with the whole model, as `SingleProcess`, on its share of the batch."""
+    """A strategy like `SingleProcess`, in which every rank processes its part of the batch."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
@@ -63,15 +63,15 @@ class DataParallel(SingleProcess):
 
     @property
     def description(self) -> str:
-        """The ranks and their device, for the run's first line."""
+        """The number of ranks and their device, for the run's first line."""
         return f"{self.dp_size} ranks with a model each, on {self.device.type}"
 
     def build_data(self, build: Callable[[], Data]) -> Data:
-        """Build the data on every rank; the ranks must divide every batch."""
+        """Build the data on every rank; raise a `UserError` if the ranks cannot share a batch."""
         data = build()
         if any(n % (self.dp_size * data.minibatches) for n in data.batch_size_schedule):
             raise UserError(
-                f"{self.dp_size} ranks × {data.minibatches} updates a step must divide "
+                f"{self.dp_size} ranks × {data.minibatches} updates per step must divide "
                 "--global-batch-size and --start-batch-size"
             )
         return data
@@ -83,7 +83,7 @@ class DataParallel(SingleProcess):
         return items[self.rank :: self.dp_size]
 
     def all_gather(self, items: list) -> list:
-        """Return the items of all ranks, in the order that they had before `shard`."""
+        """Return the items of all ranks, in their order before `shard`."""
         shards: list[Any] = [None] * self.dp_size
         dist.all_gather_object(shards, items)
         gathered = []
@@ -101,11 +101,11 @@ class DataParallel(SingleProcess):
     # ── A step ──
 
     def begin_step(self, step: int) -> None:
-        """Seed this rank for this step, so that a resumed run draws the same numbers."""
+        """Seed this rank for this step, so that a resumed run draws the same random numbers."""
         torch.manual_seed(hash((self.config.seed, step, self.rank)))
 
     def reduce_step(self, model: nn.Module, sums: Tensor, load_le: Tensor) -> tuple[Tensor, Tensor]:
-        """Average gradients and losses over ranks and sum the loads, as one rank would have them."""
+        """Average gradients and losses over ranks and sum the loads, as one process has them."""
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
@@ -114,18 +114,18 @@ class DataParallel(SingleProcess):
         dist.all_reduce(load_le)
         return sums / self.dp_size, load_le
 
-    # ── What ranks do together ──
+    # ── Collective operations ──
 
     def should_stop(self, signals: list[int]) -> bool:
-        """Return whether any rank was sent a signal."""
+        """Return whether any rank has received a signal."""
         return any_rank_should_stop(signals, self.device)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this call."""
         dist.barrier()
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
-        """Return the value of make(), called on rank 0 alone."""
+        """Return the value of make(), which only rank 0 calls."""
         return broadcast_object_from_rank0(make)
 
     def find_damage(self, folder: Path) -> str | None:
@@ -135,6 +135,6 @@ class DataParallel(SingleProcess):
     def save_checkpoint(
         self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
     ) -> None:
-        """Write a checkpoint on rank 0, whose weights are those of all ranks."""
+        """Write a checkpoint on rank 0, which has the same weights as all ranks."""
         if self.is_main:
             super().save_checkpoint(folder, values, tensors, ema, about)

@@ -23,9 +23,10 @@ from dsv3_ref.sft import SpecialTokens, num_loss_tokens
 
 
 class ParallelEngine:
-    """All that a rank needs for a step: its part of the model, its optimizer and its pipeline.
+    """A rank's part of a training step: its model part, its optimizer shard and its pipeline.
 
-    fp8: dispatch tokens in FP8. ranks_per_node: of an expert group; 0 dispatches in one hop.
+    fp8: dispatch tokens in FP8. ranks_per_node: ranks of an expert group in one node; 0 dispatches
+    in one hop.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class ParallelEngine:
         stages = stages_by_rank(schedule, mesh.pp)
         num_stages = count_stages(stages)
         if num_stages > config.n_layers:
-            raise UserError(f"{config.n_layers} layers cannot be cut into {num_stages} stages")
+            raise UserError(
+                f"{config.n_layers} layers cannot be cut into {num_stages} stages: reduce --pp"
+            )
         with torch.device("meta"):
             whole = Transformer(config)
         mesh.create_reduce_groups(
@@ -57,7 +60,7 @@ class ParallelEngine:
         self.optimizer = ZeroOptimizer(self.model, config, mesh, stages, recipe, moments, zero)
 
     def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TapeDispatcher:
-        """Create what takes tokens to the experts on other ranks."""
+        """Create the dispatcher of tokens to the experts on other ranks."""
         if deepep:
             return DeepEPDispatcher(self.config, self.mesh.ep_group, fp8)
         levels = dispatch_levels(self.config, self.mesh, ranks_per_node, self.traffic)
@@ -66,9 +69,9 @@ class ParallelEngine:
     # ── Rows ──
 
     def split_microbatches(self, tokens_bs: Tensor) -> tuple[list[Tensor], list[float]]:
-        """Return this pipeline's micro-batches, and the share of the batch that each has.
+        """Return this pipeline's micro-batches, and each one's fraction of the batch.
 
-        All pipelines split alike; where rows run short, a micro-batch is empty.
+        All pipelines have equally many; if there are too few rows, some are empty.
         """
         rows_per_pipeline = ceil_div(len(tokens_bs), self.mesh.data_size)
         size = self.micro_batch or (rows_per_pipeline if self.mesh.pp == 1 else 1)
@@ -79,7 +82,7 @@ class ParallelEngine:
         return microbatches, [self.loss_weight(rows_bs) / whole for rows_bs in microbatches]
 
     def loss_weight(self, rows_bs: Tensor) -> int:
-        """Return the weight of rows in a mean over the batch: their number, or their loss tokens."""
+        """Return the weight of rows in a batch mean: their number, or that of their loss tokens."""
         if self.special_tokens is None:
             return len(rows_bs)
         return num_loss_tokens(rows_bs, self.special_tokens)
@@ -92,10 +95,14 @@ class ParallelEngine:
     ) -> StepStats:  # fmt: skip
         """Run `train_step` of chapter 07 on the rows (of T + 1 tokens) of a global batch.
 
-        gamma: the step of the gates' biases; limit: the gradient norm above which it is skipped.
+        gamma: the update rate of the gates' biases. limit: the update is skipped if the gradient
+        norm exceeds it.
         """
         if recipe.balance_loss_scope != "sequence":
-            raise UserError("on several ranks the balance loss is over sequences only")
+            raise UserError(
+                "on several ranks the balance loss is over sequences only: "
+                "set --balance-loss-scope sequence"
+            )
         mtp = mtp_weight / max(1, self.config.n_mtp_layers)
         alpha = recipe.balance_loss_coeff
         microbatches, shares = self.split_microbatches(tokens_bs)
@@ -114,16 +121,16 @@ class ParallelEngine:
         return StepStats(main, mtp_losses, total, grad_norm, load_le, skipped)
 
     def all_reduce_sum(self, *values: float | Tensor | None) -> list[float]:
-        """Sum each value over all ranks; None counts 0.
+        """Sum each value over all ranks; None counts as 0.
 
-        Each part of a loss was computed by exactly one rank.
+        Each part of a loss is computed by exactly one rank.
         """
         numbers = [0.0 if v is None else float(v) for v in values]
         x = torch.tensor(numbers, dtype=torch.float64, device=self.mesh.device)
         return self.mesh.all_reduce_sum(x).tolist()
 
     def tokens_per_expert(self, local: dict[str, Tensor]) -> Tensor:
-        """Return how many tokens each expert of each MoE layer received in the batch, (l, e).
+        """Return the number of tokens of each expert of each MoE layer in the batch, (l, e).
 
         local: this rank's counts by layer.
         """
@@ -134,15 +141,16 @@ class ParallelEngine:
         return self.mesh.all_reduce_sum(load_le)
 
     def update_expert_biases(self, load_le: Tensor, gamma: float) -> None:
-        """Update the biases of this rank's gates by the loads of the global batch."""
+        """Update the biases of this rank's gates from the loads of the global batch."""
         for name, moe in moe_layers(self.model).items():
             if moe.gate.bias is not None:
                 update_expert_bias(moe.gate.bias, load_le[self.moe_names.index(name)], gamma)
 
     def comm_stats(self) -> dict:
-        """Return the all-to-alls' bytes by link and hidden fraction of time, over all ranks.
+        """Return metrics of the last step's all-to-alls over all ranks.
 
-        Of the last step; empty if they are not counted.
+        They are the bytes by link and the fraction of time that was hidden. The result is empty if
+        bytes are not counted.
         """
         if not self.counts_traffic:
             return {}

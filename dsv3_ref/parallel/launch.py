@@ -1,4 +1,4 @@
-"""A run on the ranks that torchrun or srun has started."""
+"""Training on the ranks that torchrun or srun has started."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,5 +30,5 @@ def run_on_ranks(task: Task, command: str | None = None) -> Path:
         stack.enter_context(watch_for_hangs(run_dir / "logs", rank, world, config.hang_timeout))
         parallel = DataParallel if task.requires_whole_model else MeshParallel
         train(task, parallel(config, device), run_dir, command, signals)
-        dist.barrier()  # rank 0 holds the store that all others need
+        dist.barrier()  # rank 0 serves the store that all ranks need
     return run_dir

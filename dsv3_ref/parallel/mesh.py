@@ -1,4 +1,4 @@
-"""Ranks as (pp, dp, ep) and their process groups; no tensor parallelism in training (§3.2)."""
+"""Ranks as (pp, dp, ep) and their process groups; training has no tensor parallelism (§3.2)."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ AXES = ("pp", "dp", "ep")
 def resolve_parallel_dims(
     world: int, pp: int, ep: int, dp: int | None = None
 ) -> tuple[int, int, int]:
-    """Return (pp, dp, ep) with world = pp·dp·ep; dp defaults to what is left. V3: 16, 2, 64."""
+    """Return (pp, dp, ep) with world = pp·dp·ep; dp defaults to world / (pp·ep). V3: 16, 2, 64."""
     if dp is None:
         dp = max(1, world // (pp * ep))
     if min(pp, dp, ep) < 1 or pp * dp * ep != world:
@@ -30,10 +30,11 @@ def resolve_parallel_dims(
 
 
 class Mesh:
-    """The coordinates of this rank, rank = (pp·DP + dp)·EP + ep, and its groups.
+    """The coordinates of this rank, rank = (pp·DP + dp)·EP + ep, and its process groups.
 
     An expert group is EP neighboring ranks, so it spans as few nodes as possible. Every (dp, ep)
-    coordinate reads its own rows; `data_rank` numbers them, rank (0, 0, 0) reads for all.
+    coordinate trains on its own rows of a batch; `data_rank` is its number. Rank 0 reads the data
+    for all.
     """
 
     def __init__(self, pp: int, dp: int, ep: int, device: torch.device):
@@ -47,7 +48,7 @@ class Mesh:
         self.data_rank = self.dp_rank * ep + self.ep_rank
         self.data_size = dp * ep
         self.ep_group = mesh.get_group("ep")
-        # Two groups of the same ranks, so that messages up and down never wait for one another.
+        # Two groups of the same ranks, so that messages up and down never wait for each other.
         up = [dist.new_group(ranks) for ranks in self.pipeline_ranks()]
         down = [dist.new_group(ranks) for ranks in self.pipeline_ranks()]
         self.up_group, self.down_group = up[self.data_rank], down[self.data_rank]
@@ -62,7 +63,7 @@ class Mesh:
         return (p * self.dp + d) * self.ep + e
 
     def pipeline_ranks(self) -> list[list[int]]:
-        """Return the ranks of every pipeline, by data rank."""
+        """Return the ranks of every pipeline, in the order of data ranks."""
         pipelines = []
         for d in range(self.dp):
             for e in range(self.ep):
@@ -72,8 +73,8 @@ class Mesh:
     def create_reduce_groups(self, owners: Iterable[tuple[int, ...]]) -> None:
         """Create the groups that sum the gradients of parameters which these pp ranks own.
 
-        Dense parameters: over owners × dp × ep. Experts: over owners × dp, separately for each ep
-        rank. A collective call: every rank must pass the same owners.
+        Dense parameters are summed over owners × dp × ep, experts over owners × dp, separately for
+        each ep rank. A collective call: every rank must pass the same owners.
         """
         for pp_ranks in sorted(set(owners)):
             self.create_reduce_group(pp_ranks, False, range(self.ep))
@@ -93,9 +94,10 @@ class Mesh:
             self.reduce_groups[pp_ranks, expert] = group
 
     def create_node_groups(self, ranks_per_node: int) -> list[dist.ProcessGroup]:
-        """Return this rank's (internode, intranode) groups; a collective call.
+        """Return this rank's [internode, intranode] groups; a collective call.
 
-        The first has the ranks at the same place of each node, the second those of its own node.
+        The first consists of the ranks with the same index in each node, the second of the ranks
+        of this node.
         """
         if self.ep % ranks_per_node:
             raise UserError(
@@ -129,7 +131,7 @@ class Mesh:
     def broadcast_from_rank0(
         self, x: Tensor | None, shape: tuple[int, ...] = (), dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Return rank 0's x on every rank; elsewhere x is None, and shape and dtype describe it."""
+        """Return rank 0's x on every rank; the others pass None, and its shape and dtype."""
         if x is None:
             x = torch.empty(shape, dtype=dtype, device=self.device)
         x = x.to(self.device)
@@ -139,7 +141,7 @@ class Mesh:
 
 @contextmanager
 def init_distributed(device_name: str = "auto", timeout: float = 600.0) -> Iterator[torch.device]:
-    """Join the process group of torchrun or srun during the `with`; yield this rank's device.
+    """Join the process group of torchrun or srun in the `with` block; yield this rank's device.
 
     timeout: seconds that a collective call may take.
     """

@@ -1,4 +1,4 @@
-"""Pipeline, data and expert parallelism: a mesh of ranks that computes what one process does."""
+"""Pipeline, data and expert parallelism: a mesh of ranks with the results of one process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 
 class MeshParallel:
-    """A rank of a mesh (pp × dp × ep): stages, experts and optimizer states are sharded.
+    """A strategy on a mesh (pp × dp × ep) that shards stages, experts and optimizer states.
 
-    Rank 0 reads the data and sends each global batch to all ranks, which take their rows of it.
+    Rank 0 reads the data and sends each global batch to all ranks, which select their rows.
     """
 
-    dp_size, saves_async = 1, True  # all ranks see the global batch
+    dp_size, saves_async = 1, True  # all ranks receive the global batch
 
     def __init__(self, config: TrainConfig, device: torch.device):
         sizes = resolve_parallel_dims(
@@ -95,7 +95,7 @@ class MeshParallel:
 
     @contextmanager
     def precision_context(self) -> Iterator[None]:
-        """Compute as one process does, with backward passes that can be split."""
+        """Compute in the same precision as one process, with backward passes that can be split."""
         with use_precision(self.config.precision, self.device):
             backends = ops.expand_backends(ops.ACTIVE_BACKENDS, self.device.type)
             with ops.use(*with_zero_bubble(backends)):
@@ -104,7 +104,7 @@ class MeshParallel:
     # ── A step ──
 
     def begin_step(self, step: int) -> None:
-        """Random numbers are the same on every mesh and need no seed per step."""
+        """Do nothing: all ranks draw the same random numbers, which need no seed per step."""
 
     def broadcast_rows(self, rows: Tensor | None, shape: tuple[int, int], step: int) -> Tensor:
         """Return rank 0's rows on every rank."""
@@ -124,37 +124,37 @@ class MeshParallel:
         return list(self.engine.gather_expert_biases())
 
     def step_metrics(self) -> dict:
-        """Return metrics of the last step: the traffic of its all-to-alls."""
+        """Return the traffic of the last step's all-to-alls."""
         return self.engine.comm_stats()
 
     def load_whole_model(self, run_dir: Path) -> nn.Module:
         """Load the whole model of a finished run onto this rank's device."""
         return native.load(run_dir).to(self.device)
 
-    # ── What ranks do together ──
+    # ── Collective operations ──
 
     def shard(self, items: list) -> list:
-        """Return all items: every rank takes part in each."""
+        """Return all items, since every rank works on each of them."""
         return items
 
     def all_gather(self, items: list) -> list:
-        """Return the items, which every rank has."""
+        """Return the items, since every rank has all of them."""
         return items
 
     def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
-        """Return the values, which are over all ranks already."""
+        """Return the values, which are already sums over all ranks."""
         return values
 
     def should_stop(self, signals: list[int]) -> bool:
-        """Return whether any rank was sent a signal."""
+        """Return whether any rank has received a signal."""
         return any_rank_should_stop(signals, self.device)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this call."""
         dist.barrier()
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
-        """Return the value of make(), called on rank 0 alone."""
+        """Return the value of make(), which only rank 0 calls."""
         return broadcast_object_from_rank0(make)
 
     # ── Checkpoints ──
@@ -162,14 +162,12 @@ class MeshParallel:
     def save_checkpoint(
         self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
     ) -> None:
-        """Start to write a checkpoint; `wait_for_checkpoint` completes it."""
+        """Start to write a checkpoint; `wait_for_checkpoint` waits until it is complete."""
         extra = None
         if self.is_main:
-            more = {
-                "optimizer_steps": self.engine.optimizer.step_count,
-                "ema_t": ema.t if ema else 0,
-            }
-            extra = values | more, tensors, about
+            optimizer_steps = self.engine.optimizer.step_count
+            counters = {"optimizer_steps": optimizer_steps, "ema_t": ema.t if ema else 0}
+            extra = values | counters, tensors, about
         self.checkpointer.save(self.engine, folder, extra, ema)
 
     def wait_for_checkpoint(self) -> None:
@@ -195,8 +193,10 @@ class MeshParallel:
 
 
 def with_zero_bubble(backends: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the backends with `zero_bubble` before those whose products cannot be deferred."""
+    """Return the backends with `zero_bubble` before those that cannot defer weight gradients."""
     if "torch" not in backends:
-        raise UserError(f"on several ranks DSV3_BACKEND needs torch after {','.join(backends)}")
+        raise UserError(
+            f"DSV3_BACKEND={','.join(backends)} does not run on several ranks: append ,torch"
+        )
     i = min(backends.index(name) for name in ("cpu", "torch") if name in backends)
     return *backends[:i], "zero_bubble", *backends[i:]

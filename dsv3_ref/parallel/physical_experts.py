@@ -1,7 +1,8 @@
-"""Physical experts in place of a layer's own: copies of busy experts, exchanged at run time (§3.4).
+"""Physical experts: slots with copies of a layer's experts, which can change at run time (§3.4).
 
-For inference only, since the copies are not trained. With one process all slots are local; with
-several, a rank holds slots rank·per … (rank + 1)·per − 1 and dispatch takes slots for experts.
+They are for inference only, since the copies are not trained. In one process all slots are local.
+With several ranks, each holds `per` slots, rank·per … (rank + 1)·per − 1, and dispatch uses slots
+in place of experts.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ from dsv3_ref.moe import GroupedExperts, MoE
 
 
 class PhysicalExperts:
-    """Slots with copies of a layer's experts, the `token_dispatcher` of a `MoE`.
+    """Slots with copies of a layer's experts, used as the `token_dispatcher` of a `MoE`.
 
-    It is not a module, so that the copies never enter a checkpoint.
+    This is not a module, so that the copies are not part of a checkpoint.
     """
 
     def __init__(self, logical: GroupedExperts, num_slots: int):
@@ -30,7 +31,7 @@ class PhysicalExperts:
 
     @torch.no_grad()
     def set_placement(self, expert_a: torch.Tensor) -> int:
-        """Fill the slots whose expert changes, and return their number."""
+        """Copy experts to the slots whose expert changes, and return the number of those slots."""
         (stale_m,) = torch.where(expert_a != self.expert_a)
         for slots, experts in zip(self.physical.parameters(), self.logical.parameters()):
             slots[stale_m] = experts[expert_a[stale_m]]
@@ -43,23 +44,25 @@ class PhysicalExperts:
     ) -> torch.Tensor:
         """Return Σ_k w_nk·expert_nk(x_n), each choice computed by one of its expert's copies."""
         if torch.is_grad_enabled() and self.logical.w1.requires_grad:
-            raise UserError("redundant experts are copies that do not learn: use torch.no_grad()")
+            raise UserError(
+                "redundant experts are copies that are not trained: use torch.no_grad()"
+            )
         slot_nk = assign_replicas(expert_nk, self.slot_eu, self.count_e)
         return apply_local_experts(self.physical, x_nd, weight_nk, slot_nk)
 
 
 def set_expert_placement(moe: MoE, physical_to_logical: torch.Tensor | Sequence[int]) -> int:
-    """Let slots with these experts (a,) compute the layer, and return how many had to be filled.
+    """Compute the layer with slots of these experts (a,); return how many slots were filled.
 
-    Call it again between two steps to change the placement; `clear_expert_placement` undoes it.
-    Slots are allocated on the device of the experts and in their dtype. Raises `UserError` unless
-    the placement names every expert.
+    Another call between two steps changes the placement; `clear_expert_placement` undoes it. Slots
+    have the device and the dtype of the experts. Raise a `UserError` unless the placement contains
+    every expert.
     """
     n_experts = len(moe.experts.w1)
     expert_a = torch.as_tensor(physical_to_logical, device=moe.experts.w1.device).clone()
     if expert_a.ndim != 1 or set(expert_a.tolist()) != set(range(n_experts)):
         raise UserError(
-            f"a placement of one layer names each of its {n_experts} experts at least once"
+            f"a placement must contain each of the layer's {n_experts} experts at least once"
         )
     slots = moe.token_dispatcher
     if not isinstance(slots, PhysicalExperts) or len(slots.expert_a) != len(expert_a):
@@ -70,5 +73,5 @@ def set_expert_placement(moe: MoE, physical_to_logical: torch.Tensor | Sequence[
 
 
 def clear_expert_placement(moe: MoE) -> None:
-    """Let the layer's own experts compute it again."""
+    """Compute the layer with its own experts again."""
     moe.token_dispatcher = None

@@ -1,4 +1,4 @@
-"""Executes a schedule of chapter 12 over real ranks: the same list of steps that is drawn there."""
+"""Execution of the schedules of chapter 12 over real ranks, step by step as they are drawn there."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,13 +28,15 @@ from dsv3_ref.sft import SpecialTokens
 
 # ── Messages ──
 
-SendOrder = dict[tuple[int, int], list[Action]]  # (from rank, to rank): actions they are input of
+SendOrder = dict[
+    tuple[int, int], list[Action]
+]  # (source, destination): actions that need a message
 
 
 def consumer_of(action: Action, last: int) -> Action | None:
-    """Return the action whose input is this one's result: F of the next stage, B of the previous.
+    """Return the action that needs this one's result: F of the next stage, B of the previous one.
 
-    None if the result stays: at the ends of the pipeline, and for W.
+    It is None at the ends of the pipeline, and for W.
     """
     kind, stage, microbatch = action
     if kind == "F":
@@ -45,11 +47,11 @@ def consumer_of(action: Action, last: int) -> Action | None:
 def send_order(
     steps: list[list[Step]], last: int, rank_of: Callable[[Action], int], num_rows: list[int]
 ) -> SendOrder:
-    """Return the inputs that each rank sends to each other one, in the order of sending.
+    """Return the actions whose inputs a rank sends to another rank, in the order of sending.
 
-    rank_of: the rank of an action; num_rows: of each micro-batch, an empty one is not sent.
+    rank_of: the rank of an action; num_rows: rows of each micro-batch. Empty ones are not sent.
     """
-    order = defaultdict(list)
+    order: SendOrder = defaultdict(list)
     for source, rank_steps in enumerate(steps):
         for action in iter_actions([rank_steps]):
             consumer = consumer_of(action, last)
@@ -59,10 +61,10 @@ def send_order(
 
 
 class P2PCommunicator:
-    """Point-to-point messages of this rank.
+    """The point-to-point messages of this rank.
 
     Sender and receiver derive the same message order from the schedule, so messages carry no tags.
-    Messages to higher ranks and to lower ones use different groups and never wait for one another.
+    Messages to higher and to lower ranks use different groups, so they never wait for each other.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class P2PCommunicator:
         self.sent: list[tuple[dist.Work, Tensor]] = []
 
     def send(self, action: Action, x: Tensor) -> None:
-        """Send the input of an action to its rank, or keep it if that is this one."""
+        """Send the input of an action to its rank, or keep it if that is this rank."""
         destination = self.rank_of(action)
         if destination == self.mesh.pp_rank:
             self.local[action] = x
@@ -93,7 +95,7 @@ class P2PCommunicator:
             self.sent.append((work, x))
 
     def post_recv(self, action: Action) -> None:
-        """Start to receive the input of an action, and those that its sender sends before it."""
+        """Start to receive the input of an action and all that its sender sends before it."""
         for source, actions in self.expected.items():
             up = source < self.mesh.pp_rank
             group = self.mesh.up_group if up else self.mesh.down_group
@@ -110,7 +112,7 @@ class P2PCommunicator:
         return torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
 
     def wait_recv(self, action: Action) -> Tensor:
-        """Return the input of an action, after waiting for it; one without rows is never sent."""
+        """Wait for the input of an action and return it; inputs without rows are never sent."""
         if action in self.local:
             return self.local.pop(action)
         self.post_recv(action)
@@ -133,7 +135,7 @@ class P2PCommunicator:
 
 
 class Pipeline:
-    """The stages of a rank, and the schedule in which a batch goes through all stages."""
+    """The stages of a rank, and the schedule in which a batch passes through all stages."""
 
     def __init__(
         self, model: Transformer, config: Config, mesh: Mesh, schedule_name: str,
@@ -157,9 +159,9 @@ class Pipeline:
     def run(
         self, microbatches: list[Tensor], weights: list[LossWeights], training: bool = True
     ) -> LossStats:
-        """Run all steps of this rank over the micro-batches of its pipeline; rows of T + 1 tokens.
+        """Run all steps of this rank over its pipeline's micro-batches, rows of T + 1 tokens each.
 
-        training=False runs the forward actions only.
+        training=False runs only the forward actions.
         """
         steps = schedule(self.schedule_name, self.mesh.pp, len(microbatches))
         if not training:
@@ -172,7 +174,7 @@ class Pipeline:
         return run.stats
 
     def connect(self, steps: list[list[Step]], microbatches: list[Tensor]) -> P2PCommunicator:
-        """Return the messages of this rank in a schedule over these micro-batches."""
+        """Return the communicator of this rank for a schedule over these micro-batches."""
         m, pp = len(microbatches), self.mesh.pp
         any_stage = self.stages[min(self.stages)]
 
@@ -195,7 +197,7 @@ def forward_steps(rank_steps: list[Step]) -> list[Step]:
 
 
 class PipelineRun:
-    """One batch in a pipeline: the state between its steps."""
+    """The run of one batch through a pipeline, with the state between its steps."""
 
     def __init__(
         self, pipeline: Pipeline, microbatches: list[Tensor], weights: list[LossWeights],
@@ -207,7 +209,7 @@ class PipelineRun:
         self.stats = LossStats()
         # by (stage, micro-batch): the tape with the ids of its input and output; deferred Wgrads
         self.open: dict[tuple[int, int], tuple[Tape, int | None, int]] = {}
-        self.deferred_wgrads: dict[tuple[int, int], list] = {}
+        self.deferred_wgrads: dict[tuple[int, int], list[ops.Wgrad]] = {}
 
     def post_recvs(self, actions: tuple[Action, ...]) -> None:
         """Start to receive the inputs of these actions."""
@@ -218,15 +220,16 @@ class PipelineRun:
                 self.p2p.post_recv(Action("B", stage, microbatch))
 
     def run_step(self, step: Step) -> None:
-        """Run one action, or two in turns; then send their results."""
+        """Run one action, or two interleaved; then send their results."""
         results = interleave(*map(self.run_action, step))
         for action, x in zip(step, results):
             consumer = consumer_of(action, self.pipeline.last)
             if consumer:
+                assert x is not None, f"{action} has no result for {consumer}"
                 self.p2p.send(consumer, x)
 
-    def run_action(self, action: Action) -> Steps:
-        """Run an action; yields while its messages are in flight, I and W never do."""
+    def run_action(self, action: Action) -> Steps[Tensor | None]:
+        """Run an action, and yield while its messages are in flight; I and W never yield."""
         match action.kind:
             case "F":
                 return (yield from self.forward(action))
@@ -235,9 +238,10 @@ class PipelineRun:
             case "I":
                 return self.backward_input(action)
             case _:
-                return self.backward_weight(action)
+                self.backward_weight(action)
+                return None
 
-    def forward(self, action: Action) -> Steps:
+    def forward(self, action: Action) -> Steps[Tensor]:
         """Run the stage and return its output (F)."""
         stage, i = self.pipeline.stages[action.stage], action.microbatch
         tape = Tape(self.training)
@@ -248,8 +252,8 @@ class PipelineRun:
             self.open[action.stage, i] = tape, x_id, tape.id_of(y)
         return y
 
-    def backward(self, action: Action) -> Steps:
-        """Backpropagate through the stage and return ∂L/∂ of its input (B)."""
+    def backward(self, action: Action) -> Steps[Tensor | None]:
+        """Backpropagate through the stage; return its input's gradient, None in the first (B)."""
         _, stage, microbatch = action
         tape, x_id, y_id = self.open.pop((stage, microbatch))
         if stage < self.pipeline.last:
@@ -258,7 +262,7 @@ class PipelineRun:
         return None if x_id is None else tape.pop_grad(x_id)
 
     def backward_input(self, action: Action) -> Tensor | None:
-        """Run the backward pass without the weight gradients, which are deferred (I)."""
+        """Run the backward pass, and defer the weight gradients (I)."""
         with ops.deferring_wgrads() as deferred:
             dx = run_to_completion(self.backward(action))
         self.deferred_wgrads[action.stage, action.microbatch] = deferred
@@ -268,4 +272,5 @@ class PipelineRun:
         """Compute the deferred weight gradients (W)."""
         with torch.no_grad():
             for weight, wgrad in self.deferred_wgrads.pop((action.stage, action.microbatch)):
+                assert weight.grad is not None, "a bucket holds every gradient"
                 weight.grad += wgrad()

@@ -1,4 +1,4 @@
-"""A pipeline stage: the forward pass of some layers, in segments that a `Tape` can backpropagate."""
+"""A pipeline stage: the forward pass of some layers, in segments that a `Tape` backpropagates."""
 
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -18,12 +18,12 @@ from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 
 
 class TapeDispatcher(Protocol):
-    """The way of a micro-batch's tokens to experts on other ranks and back."""
+    """A token dispatcher that records dispatch, experts and combine on a `Tape`."""
 
     def apply_experts(
         self, tape: Tape, experts: GroupedExperts, x_nd: Tensor, weight_nk: Tensor,
         expert_nk: Tensor,
-    ) -> Steps:  # fmt: skip
+    ) -> Steps[Tensor]:  # fmt: skip
         """Return Σ_k w_nk·expert_nk(x_n) over experts on many ranks; yields during transfers."""
         ...
 
@@ -32,14 +32,14 @@ class TapeDispatcher(Protocol):
 class LossWeights:
     """Weights of the loss's terms (eq. 17, 25) for a micro-batch."""
 
-    share: float  # the fraction of the batch that the micro-batch is
-    mtp: float = 0.0  # λ / D
-    alpha: float = 0.0
+    share: float  # the micro-batch's fraction of the batch
+    mtp: float = 0.0  # λ / D, for each MTP depth
+    alpha: float = 0.0  # of the balance loss
 
 
 @dataclass
 class LossStats:
-    """Terms of the loss, weighted by the shares of the micro-batches, and expert loads by layer."""
+    """Sums of the loss's terms, weighted by the micro-batches' shares; expert loads by layer."""
 
     main: float | Tensor = 0.0
     mtp: dict[int, Tensor] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class LossStats:
 
 @dataclass
 class MicroBatch:
-    """A micro-batch on its way through a stage: its rows of T + 1 tokens, weights and results."""
+    """A micro-batch in a stage: its rows of T + 1 tokens, the loss weights, and the sums so far."""
 
     rows_bs: Tensor
     weights: LossWeights
@@ -62,10 +62,10 @@ class MicroBatch:
 
 
 class Stage:
-    """The layers of one stage over the modules of this rank.
+    """The layers of one stage, which run on the modules of this rank.
 
-    With `special_tokens`, rows are packed conversations: the model sees them as one long row, and
-    the loss is on answers only.
+    With `special_tokens`, rows are packed conversations: the model gets them as one long row, and
+    only answers have a loss.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Stage:
     def forward(
         self, tape: Tape, x_bsd: Tensor | None, rows_bs: Tensor, weights: LossWeights,
         stats: LossStats,
-    ) -> Steps:  # fmt: skip
-        """Run the stage on the previous stage's output, or on tokens if it is the first.
+    ) -> Steps[Tensor]:  # fmt: skip
+        """Run the stage on the previous stage's output, or on the tokens if it is the first stage.
 
-        rows_bs: T + 1 tokens each. The last stage adds the losses to `stats`.
+        rows_bs: rows of T + 1 tokens. The last stage adds the losses to `stats`.
         """
         batch = MicroBatch(rows_bs, weights, stats)
         tokens_bs = self.model_input(rows_bs)
@@ -104,18 +104,18 @@ class Stage:
         return x_bsd
 
     def model_input(self, rows_bs: Tensor) -> Tensor:
-        """Return the model's input tokens of rows of T + 1 tokens."""
+        """Return the input tokens of the model for rows of T + 1 tokens."""
         tokens_bs = rows_bs[:, :-1]
         return tokens_bs.reshape(1, -1) if self.special_tokens else tokens_bs
 
     def rope(self, s: int, device: torch.device) -> Rope:
-        """Return the rotations of s consecutive positions."""
+        """Return the rotations of the positions 0 … s − 1."""
         return Rope.from_positions(self.config, torch.arange(s, device=device))
 
     def block(
         self, tape: Tape, name: str, block: Block, x_bsd: Tensor, rope: Rope,
         batch: MicroBatch,
-    ) -> Steps:  # fmt: skip
+    ) -> Steps[Tensor]:  # fmt: skip
         """Run `Block.forward` as one segment, or as segments around the dispatch of tokens."""
         if not isinstance(block.ffn, MoE):
             return tape.run(lambda x: block(x, rope)[0], x_bsd)
@@ -137,7 +137,7 @@ class Stage:
         return x_bsd
 
     def completion_loss(self, tape: Tape, x_1nd: Tensor, batch: MicroBatch) -> None:
-        """Add the loss on answers to the stats, as `sft_loss` of chapter 14 computes it."""
+        """Add the loss on answers to the stats; it is `sft_loss` of chapter 14."""
         assert self.special_tokens is not None
         loss_n = assistant_mask(batch.rows_bs, self.special_tokens)[:, 1:].flatten()
         y_n = batch.rows_bs[:, 1:].flatten()[loss_n]
@@ -146,8 +146,8 @@ class Stage:
         value = self.loss(tape, h_nd, y_n, n, batch.weights.share)
         batch.stats.main = batch.stats.main + value
 
-    def losses(self, tape: Tape, x_bsd: Tensor, batch: MicroBatch) -> Steps:
-        """Add the main loss to the stats, and that of each MTP depth in turn (eq. 21–25)."""
+    def losses(self, tape: Tape, x_bsd: Tensor, batch: MicroBatch) -> Steps[None]:
+        """Add the main loss and the loss of each MTP depth to the stats (eq. 21–25)."""
         tokens_bs, y_bs = self.model_input(batch.rows_bs), batch.rows_bs[:, 1:]
         weights, stats = batch.weights, batch.stats
         h_bsd = tape.run(self.model.norm, x_bsd)
@@ -173,7 +173,10 @@ class Stage:
     def loss(
         self, tape: Tape, h: Tensor, y: Tensor, n: int, share: float, weight: float = 1.0
     ) -> Tensor:
-        """Return share · Σ cross-entropy / n in nats; the batch's loss counts it `weight` times."""
+        """Return share · Σ cross-entropy / n in nats.
+
+        The gradient is that of `weight` times this value, as it counts in the batch's loss.
+        """
         head, target_n = self.model.head.weight, y.flatten()
 
         def mean_nll(h: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ class Stage:
 
 
 def balance_loss_or_zero(route: Route) -> Tensor:
-    """Return `balance_loss`, or 0 (with a graph) for no rows."""
+    """Return `balance_loss`, or 0 (with an autograd graph) if there are no rows."""
     return balance_loss(route) if route.topk_ids_bsk.numel() else route.scores_bse.sum()
 
 
@@ -200,7 +203,7 @@ def block_forward(block: Block, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, Tens
 
 
 def attention_and_gate(block: Block, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, ...]:
-    """Run attention and gate; return (x, the experts' input, weights, balance loss, expert ids)."""
+    """Run attention and gate; return (x, expert inputs, weights, balance loss, expert ids)."""
     x_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)
     u_bsd = block.ffn_norm(x_bsd)
     route = cast(MoE, block.ffn).gate(u_bsd)

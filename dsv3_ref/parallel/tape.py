@@ -1,34 +1,44 @@
 """A forward pass in segments, so that communication between them can overlap with other work.
 
-A segment is an ordinary autograd graph, detached at its inputs. Between segments lie transfers. The
-tape runs both backwards. Forward and backward are generators that yield while a transfer is in
-flight: the caller may compute something else before it asks for the next segment (§3.2.1). A
-segment's inputs and outputs are freed unless its autograd graph saved them.
+A segment is an ordinary autograd graph, detached at its inputs. Between segments there are
+transfers. The backward pass runs both in reverse order. Forward and backward pass are generators
+that yield while a transfer is in flight, so that the caller can compute something else before it
+resumes them (§3.2.1). A segment's inputs and outputs are freed unless its autograd graph saved
+them.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref.training.recompute import as_tuple
 
-Grads = list[Tensor | None]
-Steps = Generator[None, None, Any]  # yields while communication is in flight, returns a result
+R = TypeVar("R")
+Steps = Generator[None, None, R]  # yields while communication is in flight, returns an R
+Grads = Sequence[Tensor | None]
 
 
-class Transfer(Protocol):
+class Differentiable(Protocol):
+    """A part of the forward pass that a `Tape` records for the backward pass."""
+
+    @property
+    def backward(self) -> Callable[..., Steps[Grads]]:
+        """The function from the gradients of the outputs to those of the inputs."""
+        ...
+
+
+class Transfer(Differentiable, Protocol):
     """Communication that a `Tape` records: tensors forward, and their gradients backward."""
 
     @property
-    def forward(self) -> Callable[..., Steps]: ...
-
-    @property
-    def backward(self) -> Callable[..., Steps]: ...
+    def forward(self) -> Callable[..., Steps[tuple[Tensor, ...]]]:
+        """The function that sends tensors and returns those that arrive."""
+        ...
 
 
 class Tape:
@@ -36,18 +46,18 @@ class Tape:
 
     def __init__(self, training: bool = True):
         self.training = training
-        self.records: list[tuple[Any, list[int], list[int]]] = []
+        self.records: list[tuple[Differentiable, list[int], list[int]]] = []
         self.grads: dict[int, Tensor] = {}
         self.ids, self.next_id = WeakTensorKeyDictionary(), count()
 
     def id_of(self, x: Tensor) -> int:
-        """Return a number that stands for a tensor of this tape without keeping it alive."""
+        """Return a number that identifies a tensor of this tape without keeping it in memory."""
         if x not in self.ids:
             self.ids[x] = next(self.next_id)
         return self.ids[x]
 
-    def run(self, fn: Callable, *xs: Tensor) -> Any:
-        """Run fn(*xs) as a segment and return its results, detached from the graph."""
+    def run(self, fn: Callable[..., R], *xs: Tensor) -> R:
+        """Run fn(*xs) as a segment; return its tensor or tuple of tensors, detached."""
         if not self.training:
             with torch.no_grad():
                 return fn(*xs)
@@ -58,26 +68,26 @@ class Tape:
         segment.ends = [get_gradient_edge(y) if y.requires_grad else None for y in tensors]
         outs = tuple(y.detach() for y in tensors)
         self.record(segment, xs, outs)
-        return outs if isinstance(results, tuple) else outs[0]
+        return cast(R, outs if isinstance(results, tuple) else outs[0])
 
-    def run_comm(self, transfer: Transfer, *xs: Tensor) -> Steps:
+    def run_comm(self, transfer: Transfer, *xs: Tensor) -> Steps[tuple[Tensor, ...]]:
         """Run transfer.forward(*xs), yielding while it is in flight, and return its results."""
         outs = yield from transfer.forward(*xs)
         if self.training:
             self.record(transfer, xs, outs)
         return outs
 
-    def record(self, part: Any, xs: tuple[Tensor, ...], outs: tuple[Tensor, ...]) -> None:
+    def record(self, part: Differentiable, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         """Append a segment or transfer, with its inputs and outputs by their ids."""
         self.records.append((part, [*map(self.id_of, xs)], [*map(self.id_of, outs)]))
 
     def add_grad(self, out: Tensor | int, grad: Tensor) -> None:
-        """Add to ∂L/∂out; out: a tensor or its id."""
+        """Add to the gradient of an output, which is given as a tensor or by its id."""
         key = out if isinstance(out, int) else self.id_of(out)
         self.grads[key] = self.grads[key] + grad if key in self.grads else grad
 
-    def backward(self) -> Steps:
-        """Backpropagate the gradients of the results to the parameters and to the inputs."""
+    def backward(self) -> Steps[None]:
+        """Backpropagate the gradients of the outputs to the parameters and to the inputs."""
         while self.records:
             part, xs, outs = self.records.pop()
             grads = [self.grads.pop(out, None) for out in outs]
@@ -87,16 +97,21 @@ class Tape:
                     self.add_grad(x, g)
 
     def pop_grad(self, x: Tensor | int) -> Tensor | None:
-        """Return ∂L/∂x of an input after the backward pass; x: a tensor or its id."""
+        """Return the gradient of an input, given as a tensor or by its id, after `backward`."""
         return self.grads.pop(x if isinstance(x, int) else self.id_of(x), None)
 
 
 class GradCapture(torch.autograd.Function):
-    """y = x, with ∂L/∂y stored in `captured[index]`; a leaf would do the same but keep x in memory."""
+    """The identity y = x, which stores ∂L/∂y in `captured[index]`.
+
+    A leaf tensor would capture its gradient too, but it would keep x in memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, captured: Grads, index: int) -> Tensor:
-        """Return x, with an autograd node of its own."""
+    def forward(
+        ctx: Any, anchor: Tensor, x: Tensor, captured: list[Tensor | None], index: int
+    ) -> Tensor:
+        """Return x, with its own autograd node."""
         ctx.captured, ctx.index = captured, index
         return x.view_as(x)
 
@@ -108,11 +123,11 @@ class GradCapture(torch.autograd.Function):
 
 
 class GraphSegment:
-    """An autograd graph by its gradient edges, and the gradients captured at its n inputs."""
+    """An autograd graph: the gradient edges of its outputs, the captured gradients of n inputs."""
 
     def __init__(self, n: int):
-        self.captured: Grads = [None] * n
-        self.ends: list = []
+        self.captured: list[Tensor | None] = [None] * n
+        self.ends: list[GradientEdge | None] = []
 
     def enter(self, i: int, x: Tensor) -> Tensor:
         """Return x as the i-th input; only floating-point inputs have a gradient."""
@@ -121,8 +136,8 @@ class GraphSegment:
         anchor = torch.empty(0, requires_grad=True)
         return GradCapture.apply(anchor, x, self.captured, i)
 
-    def backward(self, *grads: Tensor | None) -> Steps:
-        """Return the gradients of the inputs; a generator like a transfer's, but it never yields."""
+    def backward(self, *grads: Tensor | None) -> Steps[Grads]:
+        """Return the gradients of the inputs; a generator for the tape, which never yields."""
         known = [(end, g) for end, g in zip(self.ends, grads) if end and g is not None]
         if known:
             ends, known_grads = zip(*known)
@@ -131,8 +146,8 @@ class GraphSegment:
         return self.captured
 
 
-def run_to_completion(steps: Steps) -> Any:
-    """Run a generator without doing anything else where it yields; return its result."""
+def run_to_completion(steps: Steps[R]) -> R:
+    """Run a generator, resuming it immediately where it yields; return its result."""
     while True:
         try:
             next(steps)
@@ -140,12 +155,12 @@ def run_to_completion(steps: Steps) -> Any:
             return end.value
 
 
-def interleave(*generators: Steps) -> list:
+def interleave(*generators: Steps[R]) -> list[R]:
     """Run generators in turns and return their results.
 
     While the messages of one are in flight, the others compute.
     """
-    results: list[Any] = [None] * len(generators)
+    results: dict[int, R] = {}
     alive = list(enumerate(generators))
     while alive:
         for i, steps in tuple(alive):
@@ -154,4 +169,4 @@ def interleave(*generators: Steps) -> list:
             except StopIteration as end:
                 results[i] = end.value
                 alive.remove((i, steps))
-    return results
+    return [results[i] for i in range(len(generators))]

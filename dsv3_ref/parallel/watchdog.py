@@ -1,4 +1,4 @@
-"""Hangs: which rank is stuck in which operation since when, and which rank holds the others up.
+"""Detection of hangs: which rank is stuck, in which operation, and which rank blocks the others.
 
     with watch_for_hangs(run / "logs", rank, world, seconds=300, store=store):
         with track_operation("load batch, step 3"):
@@ -6,9 +6,9 @@
         with track_operation("all-reduce of gradients, step 3", waits_for=group):
             …
 
-A thread of every rank reports at every heartbeat to the store what the main thread does. The first
-rank that makes no progress for so long makes all ranks write their stacks to `hang-rank<k>.txt` and
-exit with EXIT_HANG; it reports which rank holds the others up.
+In every rank a thread reports the main thread's operation to the store at every heartbeat. When a
+rank makes no progress for `seconds`, all ranks write their stacks to `hang-rank<k>.txt` and exit
+with EXIT_HANG. The first rank to notice also reports which rank blocks the others.
 """
 
 import faulthandler
@@ -25,15 +25,15 @@ from typing import TypedDict
 import torch.distributed as dist
 
 EXIT_HANG = 70  # EX_SOFTWARE: the launchers queue the job again
-HEARTBEAT_S = 5.0  # seconds between two heartbeats, or a tenth of what an operation may take
-MAX_MISSED_HEARTBEATS = 5  # with more of them missing the process is stopped or gone
+HEARTBEAT_S = 5.0  # between two heartbeats, or a tenth of an operation's time limit if that is less
+MAX_MISSED_HEARTBEATS = 5  # after more of them the process counts as stopped or gone
 
 _stack: list[tuple[str, dist.ProcessGroup | Iterable[int]]] = []  # operations, outer ones first
-_since = time.monotonic()  # when the innermost one began, or the one within it ended
+_since = time.monotonic()  # when the innermost operation started, or the one within it ended
 
 
 class RankState(TypedDict):
-    """An operation of a rank, since when, whom it waits for, and when that was reported."""
+    """The operation of a rank, its start, the ranks it waits for, and the time of this report."""
 
     operation: str
     since: float
@@ -51,9 +51,9 @@ States = dict[int, RankState | None]  # by rank; None: no heartbeat yet
 def track_operation(
     operation: str, waits_for: dist.ProcessGroup | Iterable[int] = ()
 ) -> Iterator[None]:
-    """Name what happens in the `with`, and the ranks that must do the same for it to end.
+    """Name the operation of the `with` block, and the ranks that it needs in the same operation.
 
-    Both ends of a transfer use the same name, as all ranks of a collective do.
+    Both ends of a transfer use the same name, and so do all ranks of a collective.
     """
     global _since
     _stack.append((operation, waits_for))
@@ -66,7 +66,7 @@ def track_operation(
 
 
 def current_operation() -> RankState:
-    """Return the operation that this rank is in, since when, and which ranks it waits for."""
+    """Return the current operation of this rank, its start, and the ranks that it waits for."""
     operation, group = _stack[-1] if _stack else ("between operations", ())
     if isinstance(group, dist.ProcessGroup):
         ranks = dist.get_process_group_ranks(group)
@@ -81,7 +81,7 @@ def current_operation() -> RankState:
 
 
 def absent_peers(rank: int, states: States) -> list[int]:
-    """Return the ranks that a rank waits for and that are not in its operation."""
+    """Return the ranks that a rank waits for and that are in another operation."""
     own = states[rank]
     if own is None:
         return []
@@ -99,7 +99,7 @@ def last_report(states: States) -> float:
 
 
 def stragglers(states: States, silent_after: float) -> list[int]:
-    """Return the ranks that are silent; if none is, those that others wait for but not they."""
+    """Return the silent ranks; without any, those that others wait for and that wait for none."""
     now = last_report(states)
     silent = [r for r, s in states.items() if not s or now - s["reported_at"] > silent_after]
     if silent:
@@ -112,7 +112,7 @@ def stragglers(states: States, silent_after: float) -> list[int]:
 
 
 def hang_report(states: States, silent_after: float) -> str:
-    """Return a line with the ranks that hold the others up, and then one for every rank."""
+    """Return one line that names the ranks that hold up the others, then one line per rank."""
     now = last_report(states)
     lines = {r: f"rank {r} {describe_rank(s, now, silent_after)}" for r, s in states.items()}
     late = "; ".join(lines[r] for r in stragglers(states, silent_after))
@@ -120,7 +120,7 @@ def hang_report(states: States, silent_after: float) -> str:
 
 
 def describe_rank(state: RankState | None, now: float, silent_after: float) -> str:
-    """Return `has been in 'load batch' for 31 s`, or that the process does not respond."""
+    """Describe a rank: `has been in 'load batch' for 31 s`, or that it does not respond."""
     if state is None:
         return "has sent no heartbeat"
     silence = now - state["reported_at"]
@@ -134,9 +134,9 @@ def describe_rank(state: RankState | None, now: float, silent_after: float) -> s
 
 
 class Watchdog(threading.Thread):
-    """The thread that reports what its rank does, and ends the process when a rank is stuck.
+    """A thread that reports its rank's operation, and ends the process when a rank is stuck.
 
-    seconds: how long one operation may take.
+    seconds: the time limit of one operation.
     """
 
     def __init__(self, folder: Path, rank: int, world: int, seconds: float, store: dist.Store):
@@ -147,13 +147,13 @@ class Watchdog(threading.Thread):
         self.store, self.seconds = store, seconds
         self.heartbeat_s = min(HEARTBEAT_S, seconds / 10)
         self.ended = threading.Event()
-        self.file = self.path.open("a")  # opened now, because in a hang it may not work
+        self.file = self.path.open("a")  # opened now, because it may fail during a hang
         self.heartbeat()
 
     def run(self) -> None:
-        """Send heartbeats until the end of the `with`.
+        """Send heartbeats until `close`.
 
-        If Python's lock is never released, faulthandler ends the process from C.
+        If Python's global lock is never released, faulthandler ends the process from C.
         """
         while not self.ended.wait(self.heartbeat_s):
             faulthandler.dump_traceback_later(2 * self.seconds, exit=True, file=self.file)
@@ -161,57 +161,58 @@ class Watchdog(threading.Thread):
                 self.heartbeat()
                 if first := self.first_stuck_rank():
                     self.report_hang(int(first))
-            except dist.DistError as e:  # the store is gone with rank 0, which may have finished
+            except dist.DistError as e:  # rank 0 serves the store, and may have finished
                 if self.is_overdue():
                     self.exit_with(f"{self.describe_self()}; rank 0 is gone ({e})")
 
     def heartbeat(self) -> None:
-        """Report to the store what this rank does."""
+        """Report this rank's operation to the store."""
         self.store.set(f"operation/{self.rank}", json.dumps(current_operation()))
 
     def read_heartbeat(self, rank: int) -> RankState | None:
-        """Return the last report of a rank, None if there is none."""
+        """Return the last report of a rank, or None if there is none."""
         key = f"operation/{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def is_overdue(self) -> bool:
-        """Return whether this rank's operation takes longer than it may."""
+        """Return whether this rank's operation has exceeded the time limit."""
         return time.monotonic() - _since > self.seconds
 
     def first_stuck_rank(self) -> bytes:
-        """Return the first rank that was overdue, as the store has it; empty if none was."""
+        """Return the store's number of the first rank that was overdue; empty if none was."""
         if self.is_overdue():
             return self.store.compare_set("hang", "", str(self.rank))
         return self.store.get("hang") if self.store.check(["hang"]) else b""
 
     def describe_self(self) -> str:
-        """Return the line of this rank in a report."""
+        """Return this rank's line of the report."""
         state = describe_rank(current_operation(), time.time(), self.seconds)
         return f"hang: rank {self.rank} {state}"
 
     def report_hang(self, first: int) -> None:
         """Write the report and exit.
 
-        The first stuck rank reports on all, after giving every rank time to publish its state.
+        The first stuck rank reports on all ranks, after giving each of them time to report its
+        state.
         """
         time.sleep(3 * self.heartbeat_s)
         text = self.describe_self()
         if self.rank == first:
             states = {r: self.read_heartbeat(r) for r in range(self.world)}
             text = hang_report(states, MAX_MISSED_HEARTBEATS * self.heartbeat_s)
-        # A rank that exits may end others before they have written.
+        # When a rank exits, others may end before they have written their reports.
         time.sleep(2 * self.heartbeat_s)
         self.exit_with(text)
 
     def exit_with(self, text: str) -> None:
-        """Write the report to stderr, and with this rank's stacks to the file; end the process."""
+        """Write the report to stderr, and to the file with this rank's stacks; end the process."""
         print(text, file=sys.stderr, flush=True)
         print(time.ctime(), text, "Python's stacks:", sep="\n", file=self.file, flush=True)
         faulthandler.dump_traceback(self.file, all_threads=True)
         os._exit(EXIT_HANG)
 
     def close(self) -> None:
-        """Stop the thread; keep the file only if an earlier start has written to it."""
+        """Stop the thread; delete the file unless an earlier start has written to it."""
         self.ended.set()
         self.join()
         faulthandler.cancel_dump_traceback_later()
@@ -224,7 +225,7 @@ class Watchdog(threading.Thread):
 def watch_for_hangs(
     folder: Path, rank: int, world: int, seconds: float, store: dist.Store | None = None
 ) -> Iterator[None]:
-    """Watch this process during the `with`; `seconds` is how long one operation may take."""
+    """Watch this process in the `with` block; `seconds` is the time limit of one operation."""
     global _since
     _since = time.monotonic()
     prefixed = dist.PrefixStore("watchdog", store or connect_store())
@@ -237,7 +238,7 @@ def watch_for_hangs(
 
 
 def connect_store() -> dist.Store:
-    """Connect to torch.distributed's store (env://) by a connection that only this thread uses."""
+    """Connect to torch.distributed's store (env://) with a connection for this thread alone."""
     if not dist.is_initialized():
         return dist.HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

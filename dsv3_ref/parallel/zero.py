@@ -1,7 +1,8 @@
 """ZeRO-1: each rank of a group updates its shard of the parameters that the group shares (§3.2).
 
-The parameters and gradients of a bucket lie in one flat tensor each. A reduce-scatter sums and
-shards the gradient, AdamW updates the shard, and an all-gather collects the other shards.
+The parameters of a bucket are views of one flat tensor, and so are their gradients. A
+reduce-scatter sums and shards the gradients, AdamW updates the shard, and an all-gather collects
+the other shards.
 """
 
 import math
@@ -21,7 +22,7 @@ from dsv3_ref.parallel.watchdog import track_operation
 
 
 class Bucket:
-    """Parameters whose gradients one group reduces, end to end in one flat tensor."""
+    """Parameters whose gradients one group reduces, concatenated in one flat tensor."""
 
     def __init__(self, named: dict[str, nn.Parameter], group: dist.ProcessGroup, sharded: bool):
         self.names, self.params = list(named), list(named.values())
@@ -41,7 +42,7 @@ class Bucket:
         self.shard = nn.Parameter(self.shard_of(self.flat))
 
     def view(self, flat: Tensor, name: str) -> Tensor:
-        """Return the view of a flat tensor that holds a parameter."""
+        """Return the view of a parameter in a flat tensor."""
         start, shape = self.offsets[name]
         return flat[start : start + shape.numel()].view(shape)
 
@@ -60,14 +61,14 @@ class Bucket:
         )
 
     def start_all_gather(self) -> dist.Work | None:
-        """Start to collect the other shards; return the work to wait for, if there is any."""
+        """Start to collect the other shards; return the work to wait for, or None if unsharded."""
         if not self.sharded:
             return None
         own = self.shard.detach().clone()
         return dist.all_gather_into_tensor(self.flat, own, group=self.group, async_op=True)
 
     def all_gather(self, shard: Tensor) -> Tensor:
-        """Return a flat tensor of the whole bucket from each rank's shard of it."""
+        """Return the whole flat tensor from each rank's shard of it."""
         if not self.sharded:
             return shard
         flat = shard.new_empty(self.flat.shape)
@@ -84,7 +85,7 @@ class ZeroOptimizer:
         sharded: bool = True,
     ):  # fmt: skip
         self.mesh = mesh
-        named: dict[tuple, dict[str, nn.Parameter]] = defaultdict(dict)
+        named: dict[tuple[tuple[int, ...], bool, bool], dict[str, nn.Parameter]] = defaultdict(dict)
         for name, p in model.named_parameters():
             key = owning_ranks(name, config, stages_by_rank), is_expert(name), p.ndim > 1
             named[key][name] = p
@@ -98,14 +99,14 @@ class ZeroOptimizer:
         self.adamw = AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), moments)
 
     def reduce_and_clip_grads(self, max_norm: float) -> float:
-        """Sum the gradients over their groups, clip all to max_norm, return their norm before."""
+        """Sum the gradients over their groups, clip them to max_norm, return their norm before."""
         with track_operation(f"sum of gradients, step {self.step_count}", range(self.mesh.world)):
             for work in [b.start_reduce() for b in self.buckets]:
                 work.wait()
         grads = [(b, grad_of(b.shard)) for b in self.buckets]
         squares = sum(
             g.double().square().sum() / (1 if b.sharded else b.size) for b, g in grads
-        )  # a gradient that all ranks of a group hold counts once
+        )  # a gradient that every rank of a group holds counts once
         norm = math.sqrt(self.mesh.all_reduce_sum(torch.as_tensor(squares)).item())
         scale = min(1.0, max_norm / (norm + 1e-6))
         for _, g in grads:
@@ -113,7 +114,7 @@ class ZeroOptimizer:
         return norm
 
     def step(self, lr: float) -> None:
-        """Update the shards and collect those of the other ranks."""
+        """Update this rank's shards and collect those of the other ranks."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -124,7 +125,7 @@ class ZeroOptimizer:
             torch.autograd.graph.increment_version(b.params)
 
     def adamw_state(self, bucket: Bucket) -> dict[str, Tensor]:
-        """Return AdamW's state of this rank's shard, initialized if there was no step yet."""
+        """Return AdamW's state of this rank's shard; initialize it if there was no step yet."""
         shard = bucket.shard
         if not self.adamw.state[shard]:
             self.adamw.state[shard] = self.adamw.init_state(shard)
@@ -137,7 +138,7 @@ class ZeroOptimizer:
 
     @property
     def step_count(self) -> int:
-        """The number of steps that the moments have seen."""
+        """The number of steps that the moments include."""
         return int(self.adamw_state(self.buckets[0])["step"])
 
     @step_count.setter
@@ -152,6 +153,6 @@ class ZeroOptimizer:
 
 
 def grad_of(parameter: nn.Parameter) -> Tensor:
-    """Return the gradient of a parameter that has one."""
+    """Return the gradient of a parameter, which must have one."""
     assert parameter.grad is not None
     return parameter.grad

@@ -1,7 +1,7 @@
-"""DeepEP in the exchange's place, over a stand-in for `deep_ep` that keeps its contract on gloo.
+"""DeepEP as the token dispatcher, with a stand-in for `deep_ep` that keeps its contract on gloo.
 
-Signatures, dtypes, shapes and what a handle allows follow DeepEP's documentation and the checks of
-its host code. What arrives is garbage until its event is waited for, as on a stream of its own.
+Signatures, dtypes, shapes and the use of handles follow DeepEP's documentation and the checks of
+its host code. Results are garbage until their event is waited for, as on a separate stream.
 """
 
 import sys
@@ -16,7 +16,7 @@ from gang import Gang
 from test_parallel import CPU, MICRO, relative
 
 from dsv3_ref import ops
-from dsv3_ref.config import V3, UserError
+from dsv3_ref.config import V3, UserError, ceil_div
 from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
@@ -28,9 +28,9 @@ from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher, Traffic, disp
 
 @pytest.fixture(scope="module")
 def gang():
-    made = Gang()
-    yield made
-    made.stop()
+    processes = Gang()
+    yield processes
+    processes.stop()
 
 
 # ── A module that keeps the contract of deep_ep ──
@@ -41,11 +41,11 @@ def is_matrix(x, dtype) -> bool:
 
 
 def aligned(n: int, to: int) -> int:
-    return -(-n // to) * to
+    return ceil_div(n, to) * to
 
 
 class Config:
-    """Hints grow with what they are asked; without NVSHMEM there is none for RDMA."""
+    """Buffer sizes that grow with the rows; without NVSHMEM there is none for RDMA."""
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         return 256 * num_ranks * hidden_bytes
@@ -55,7 +55,7 @@ class Config:
 
 
 class EventOverlap:
-    """Of an operation that was asked not to finish first; else there is nothing to wait for."""
+    """The event of an operation with `async_finish`; otherwise there is nothing to wait for."""
 
     def __init__(self, event=None):
         self.event = event
@@ -66,20 +66,25 @@ class EventOverlap:
 
 
 def arriving(values, async_finish: bool):
-    """(tensors, event): with `async_finish` garbage until the event is waited for."""
+    """Return (tensors, event); with `async_finish` they are garbage until the event is waited for."""
     if not async_finish:
         return values, EventOverlap()
     early = [None if v is None else torch.empty_like(v) for v in values]
     pairs = [(e, v) for e, v in zip(early, values) if v is not None]
     for e, _ in pairs:
         e.view(torch.uint8).fill_(0x7F)  # NaN, or a number far too large
-    return early, EventOverlap(lambda: [e.copy_(v) for e, v in pairs])
+
+    def finish() -> None:
+        for e, v in pairs:
+            e.copy_(v)
+
+    return early, EventOverlap(finish)
 
 
 class Buffer:
-    """Dispatch and combine of one node of ranks; `calls` says what was asked of it."""
+    """Dispatch and combine in one node of ranks; `calls` records which methods were called."""
 
-    calls: list[str] = []  # of this process, as `num_sms` of the real one is
+    calls: list[str] = []  # of this process, as `num_sms` of the real class
 
     def __init__(
         self, group, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0, low_latency_mode=False
@@ -95,7 +100,7 @@ class Buffer:
     get_combine_config = get_dispatch_config
 
     def swap(self, rows, send: list[int], receive: list[int]):
-        """Rows to every rank; as bytes, since gloo does not know every dtype."""
+        """Send rows to every rank, as bytes, since gloo does not support every dtype."""
         rows = rows.contiguous().view(torch.uint8)
         out = rows.new_empty(sum(receive), rows.shape[1])
         dist.all_to_all_single(out, rows, receive, send, group=self.group)
@@ -119,13 +124,18 @@ class Buffer:
         async_finish: bool = False, allocate_on_comm_stream: bool = False,
     ):  # fmt: skip
         self.calls.append("dispatch" if handle is None else "dispatch again")
-        parts, whole = self.parts(x), (lambda got: tuple(got) if isinstance(x, tuple) else got[0])
+        parts = self.parts(x)
+
+        def like_x(received):
+            return tuple(received) if isinstance(x, tuple) else received[0]
+
         if handle is not None:
             assert topk_idx is None and topk_weights is None
             assert len(parts[0]) == len(handle[2])
             got, event = arriving(self.send(parts, *handle[::2]), async_finish)
-            return whole(got), None, None, None, None, event
-        in_rank, per_rank, per_expert = is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+            return like_x(got), None, None, None, None, event
+        in_rank = is_token_in_rank
+        per_rank, per_expert = num_tokens_per_rank, num_tokens_per_expert
         self.check_layout(len(parts[0]), per_rank, in_rank, per_expert)
         assert is_matrix(topk_idx, torch.int64) and is_matrix(topk_weights, torch.float32)
         assert topk_idx.shape == topk_weights.shape and len(topk_idx) == len(in_rank)
@@ -140,10 +150,10 @@ class Buffer:
         counts = [aligned(int((idx == e).sum()), expert_alignment) for e in range(per)]
         values = [*got, idx, torch.where(idx < 0, 0.0, weights)]
         (*got, idx, weights), event = arriving(values, async_finish)
-        return whole(got), idx, weights, counts, (receive, source[:, 0], in_rank), event
+        return like_x(got), idx, weights, counts, (receive, source[:, 0], in_rank), event
 
     def parts(self, x) -> tuple:
-        """Rows in bf16, or codes and scales, with what the host checks of them."""
+        """Return rows in bf16, or FP8 values and scales, after the checks of DeepEP's host code."""
         bytes_of_row = (x[0] if isinstance(x, tuple) else x)[:1].nbytes or 16
         assert bytes_of_row % 16 == 0
         assert self.num_nvl_bytes >= 256 * self.group_size * bytes_of_row
@@ -161,7 +171,7 @@ class Buffer:
         assert torch.equal(per_rank.long(), in_rank.sum(0))
 
     def send(self, parts, receive, in_rank) -> list:
-        """A token once to each rank, in order of source rank and token."""
+        """Send a token once to each rank, in the order of source rank and token."""
         token_m, send = in_rank.T.nonzero()[:, 1], in_rank.sum(0).tolist()
         rows = [self.swap(part[token_m], send, receive.tolist()) for part in parts]
         return [r.view(part.dtype) for r, part in zip(rows, parts)]
@@ -180,7 +190,7 @@ class Buffer:
         return y, w, event
 
     def reduce(self, rows, receive, in_rank):
-        """Rows back to their tokens, summed in fp32."""
+        """Send rows back to their tokens and sum them in fp32."""
         token_m, back = in_rank.T.nonzero()[:, 1], in_rank.sum(0).tolist()
         got = self.swap(rows, receive.tolist(), back).view(rows.dtype).float()
         return torch.zeros(len(in_rank), rows.shape[1]).index_add_(0, token_m, got)
@@ -188,7 +198,7 @@ class Buffer:
 
 @contextmanager
 def deep_ep():
-    """A block in which the module can be imported; yields the calls it gets."""
+    """Make the module importable in the block; yield the list of calls."""
     module = ModuleType("deep_ep")
     module.Buffer, Buffer.calls[:] = Buffer, []
     with pytest.MonkeyPatch.context() as patch:
@@ -203,33 +213,35 @@ WIDE = replace(V3, dim=128, moe_inter_dim=128, n_routed_experts=16, n_activated_
 
 
 def layer(mesh):
-    """This rank's experts, tokens (none on rank 1), weights and experts, and a gradient in bf16."""
+    """Return this rank's experts, tokens (none on rank 1), weights, expert ids, and a gradient."""
     torch.manual_seed(0)
     moe = MoE(WIDE)
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     for name in ("w1", "w2", "w3"):
-        mine = getattr(moe.experts, name).detach().chunk(mesh.ep)[mesh.ep_rank].clone()
-        setattr(moe.experts, name, torch.nn.Parameter(mine))
+        local = getattr(moe.experts, name).detach().chunk(mesh.ep)[mesh.ep_rank].clone()
+        setattr(moe.experts, name, torch.nn.Parameter(local))
     torch.manual_seed(5 + mesh.ep_rank)
     x_nd, g_nd = torch.randn(2, 0 if mesh.ep_rank == 1 else 7 + mesh.ep_rank, WIDE.dim).bfloat16()
     r = moe.gate(x_nd[None])
     return moe.experts, x_nd, r.topk_weights_bsk[0].detach(), r.topk_ids_bsk[0], g_nd
 
 
-def passes(exchange, experts, x_nd, weight_nk, expert_nk, g_nd) -> dict:
-    """Output and gradients, and how often either pass let others go on."""
-    tape, experts.w1.grad, experts.w2.grad, experts.w3.grad = Tape(), None, None, None
-    y_nd, pauses = counted(exchange.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
+def run_passes(dispatcher, experts, x_nd, weight_nk, expert_nk, g_nd) -> dict:
+    """Return output and gradients, and how often the forward and the backward pass yield."""
+    tape = Tape()
+    for p in experts.parameters():
+        p.grad = None
+    y_nd, yields = run_counted(dispatcher.apply_experts(tape, experts, x_nd, weight_nk, expert_nk))
     tape.add_grad(y_nd, g_nd)
-    _, more = counted(tape.backward())
-    found = {"y": y_nd, "dx": tape.pop_grad(x_nd), "dweight": tape.pop_grad(weight_nk)}
-    found |= {name: getattr(experts, name).grad for name in ("w1", "w2", "w3")}
-    return found | {"pauses": (pauses, more)}
+    _, backward_yields = run_counted(tape.backward())
+    results = {"y": y_nd, "dx": tape.pop_grad(x_nd), "dweight": tape.pop_grad(weight_nk)}
+    results |= {name: getattr(experts, name).grad for name in ("w1", "w2", "w3")}
+    return results | {"yields": (yields, backward_yields)}
 
 
-def counted(steps):
-    """What a generator returns, and how often it yields."""
+def run_counted(steps):
+    """Run a generator; return its result and how often it yields."""
     n = 0
     try:
         while True:
@@ -239,73 +251,74 @@ def counted(steps):
         return end.value, n
 
 
-def both(world: int, fp8: bool, backends: tuple):
-    """`passes` by the exchange and by DeepEP, and what was asked of DeepEP."""
+def all_to_all(mesh, fp8: bool = False) -> AllToAllDispatcher:
+    return AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic()), fp8)
+
+
+def compare_dispatchers(world: int, fp8: bool, backends: tuple):
+    """Return the results by DeepEP and by all-to-alls, and the calls of DeepEP."""
     mesh = Mesh(1, 1, world, CPU)
     with ops.use(*backends), torch.autocast("cpu", torch.bfloat16), deep_ep() as calls:
         args = layer(mesh)
-        want = passes(AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic()), fp8), *args)
-        got = passes(DeepEPDispatcher(WIDE, mesh.ep_group, fp8), *args)
+        want = run_passes(all_to_all(mesh, fp8), *args)
+        got = run_passes(DeepEPDispatcher(WIDE, mesh.ep_group, fp8), *args)
     return got, want, list(calls)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("fp8, backends", [(False, ("auto",)), (True, ("auto",)),
                                            (True, ("fp8", "auto"))], ids=str)  # fmt: skip
-def test_results_and_gradients_are_those_of_the_exchange(world, fp8, backends, gang):
-    for got, want, calls in gang.run(world, both, world, fp8, backends):
+def test_results_and_gradients_are_those_of_all_to_alls(world, fp8, backends, gang):
+    for got, want, calls in gang.run(world, compare_dispatchers, world, fp8, backends):
         for name in ("dweight", "w1", "w2", "w3"):  # of the same rows in the same order
             assert torch.equal(got[name], want[name]), name
-        for name in ("y", "dx"):  # sums over ranks: rounded once, the exchange's at every rank
+        for name in ("y", "dx"):  # sums over ranks: rounded once; in all-to-alls at every rank
             assert got[name].dtype == want[name].dtype == torch.bfloat16
             assert not len(want[name]) or relative(got[name].float(), want[name].float()) < 2**-7
-        assert got["pauses"] == want["pauses"] == (2, 2)
+        assert got["yields"] == want["yields"] == (2, 2)
         assert calls == ["layout", "dispatch", "combine", "dispatch again", "combine with weights"]
 
 
-def narrowed():
-    """fp32 tokens: (dtypes, distance to the exchange, which carries fp32)."""
+def compare_fp32_tokens():
+    """Return (dtypes, largest difference to all-to-alls, which send fp32) for fp32 tokens."""
     mesh = Mesh(1, 1, 2, CPU)
     experts, x_nd, weight_nk, expert_nk, g_nd = layer(mesh)
     x_nd, g_nd = (t + 0.01 * torch.randn(t.shape) for t in (x_nd, g_nd))
     args = experts, x_nd, weight_nk, expert_nk, g_nd
-    want = passes(AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic())), *args)
+    want = run_passes(all_to_all(mesh), *args)
     with deep_ep():
-        got = passes(DeepEPDispatcher(WIDE, mesh.ep_group), *args)
+        got = run_passes(DeepEPDispatcher(WIDE, mesh.ep_group), *args)
     names = ("y", "dx", "dweight", "w1", "w2", "w3") if len(x_nd) else ("w1", "w2", "w3")
     return {got[n].dtype for n in names}, max(relative(got[n], want[n]) for n in names)
 
 
-def test_wider_tokens_lose_a_rounding_and_keep_their_dtype(gang):
-    for dtypes, lost in gang.run(2, narrowed):
-        assert dtypes == {torch.float32} and 0 < lost < 2**-7
+def test_fp32_tokens_lose_a_rounding_and_keep_their_dtype(gang):
+    for dtypes, error in gang.run(2, compare_fp32_tokens):
+        assert dtypes == {torch.float32} and 0 < error < 2**-7
 
 
-def without_training():
+def compare_forward_passes():
     mesh = Mesh(1, 1, 2, CPU)
     experts, *tokens, _ = layer(mesh)
+    results = []
     with torch.autocast("cpu", torch.bfloat16), deep_ep():
-        exchanges = (
-            DeepEPDispatcher(WIDE, mesh.ep_group),
-            AllToAllDispatcher(dispatch_levels(WIDE, mesh, 0, Traffic())),
-        )
-        return [
-            run_to_completion(e.apply_experts(Tape(False), experts, *tokens)).float()
-            for e in exchanges
-        ]
+        for dispatcher in (DeepEPDispatcher(WIDE, mesh.ep_group), all_to_all(mesh)):
+            steps = dispatcher.apply_experts(Tape(False), experts, *tokens)
+            results.append(run_to_completion(steps).float())
+    return results
 
 
 def test_a_forward_pass_alone(gang):
-    for got, want in gang.run(2, without_training):
+    for got, want in gang.run(2, compare_forward_passes):
         assert relative(got, want) < 2**-7 if len(want) else got.shape == want.shape
 
 
 # ── A step ──
 
 
-def stepped(name: str):
-    """Losses and the gradient's norm of three steps, by the exchange and by DeepEP."""
-    mesh, found = Mesh(2, 1, 2, CPU), []
+def train_three_steps(name: str):
+    """Return (losses and gradient norms, traffic) of three steps by all-to-alls and by DeepEP."""
+    mesh, results = Mesh(2, 1, 2, CPU), []
     for deepep in (False, True):
         torch.manual_seed(1)
         with deep_ep() if deepep else nullcontext(), ops.use("zero_bubble", "auto"):
@@ -313,21 +326,21 @@ def stepped(name: str):
             rows = [torch.randint(0, 64, (6, 17)) for _ in range(3)]
             stats = [engine.train_step(r, RECIPES["tiny"], 1e-3, 0.0, 0.3) for r in rows]
         numbers = [(s.loss, s.total, s.grad_norm, *s.mtp) for s in stats]
-        found.append((torch.tensor(numbers), engine.comm_stats()))
-    return found
+        results.append((torch.tensor(numbers), engine.comm_stats()))
+    return results
 
 
 @pytest.mark.parametrize("name", ["zb1p", "dualpipe"])
-def test_a_cluster_trains_through_it(name, gang):
-    for (want, counted_), (got, unknown) in gang.run(4, stepped, name):
+def test_training_with_deepep(name, gang):
+    for (want, traffic), (got, deepep_traffic) in gang.run(4, train_three_steps, name):
         assert 0 < (got / want - 1).abs().max() < 5e-3
-        assert counted_ and not unknown  # what DeepEP carries is not counted
+        assert traffic and not deepep_traffic  # bytes that DeepEP sends are not counted
 
 
-# ── What is refused ──
+# ── Errors ──
 
 
-def sentence() -> str:
+def refusal() -> str:
     try:
         DeepEPDispatcher(WIDE, Mesh(1, 1, 3, CPU).ep_group)
     except UserError as e:
@@ -335,24 +348,24 @@ def sentence() -> str:
     return "not refused"
 
 
-def of_three() -> str:
+def refusal_of_three_ranks() -> str:
     with deep_ep():
-        return sentence()
+        return refusal()
 
 
-def missing() -> str:
+def refusal_without_package() -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "deep_ep", None)
-        return sentence()
+        return refusal()
 
 
-def test_a_group_it_has_no_settings_for_is_refused(gang):
-    (said,) = set(gang.run(3, of_three))
-    assert said == (
+def test_a_group_size_that_deepep_does_not_support_is_refused(gang):
+    (message,) = set(gang.run(3, refusal_of_three_ranks))
+    assert message == (
         "--token-dispatcher deepep has no settings for --ep 3: Unsupported number of EP ranks: 3"
     )
 
 
-def test_without_the_package_a_sentence_says_how_to_get_it(gang):
-    (said,) = set(gang.run(3, missing))
-    assert "cannot import deep_ep" in said and "python setup.py install" in said
+def test_without_the_package_the_error_explains_how_to_build_it(gang):
+    (message,) = set(gang.run(3, refusal_without_package))
+    assert "cannot import deep_ep" in message and "python setup.py install" in message
