@@ -25,33 +25,35 @@ def home(tmp_path_factory):
         yield folder
 
 
-def started(home, out, world: int, *more) -> list[Command]:
-    """A training run on ranks."""
+def start(home, out, world: int, *more) -> list[Command]:
+    """Start a training run on ranks."""
     return launch(home, world, options(home, out, *PLAN, *more))
 
 
-def ended(processes, code: int = 0) -> list[str]:
-    """What each said, when all have left with this code."""
-    said = [p.communicate(timeout=180)[0] for p in processes]
-    assert [p.returncode for p in processes] == [code] * len(processes), "\n".join(said)
-    return said
+def wait_for_exit(processes, code: int = 0) -> list[str]:
+    """Return the output of every process after all have exited with this code."""
+    outputs = [p.communicate(timeout=180)[0] for p in processes]
+    assert [p.returncode for p in processes] == [code] * len(processes), "\n".join(outputs)
+    return outputs
 
 
 @pytest.fixture(scope="module")
 def one(home):
-    ended(started(home, home / "one", 1))
+    wait_for_exit(start(home, home / "one", 1))
     return home / "one"
 
 
 @pytest.fixture(scope="module")
 def two(home):
-    ended(started(home, home / "two", 2, "--ep", "2"))
+    wait_for_exit(start(home, home / "two", 2, "--ep", "2"))
     return home / "two"
 
 
 def near(got: list[dict], want: list[dict], since: int = 0) -> None:
-    """Rows of the same run, but for the order in which sums are rounded: at first to the last
-    digits; after ten steps some token has gone to another expert, and the losses only stay near.
+    """Check that rows are of the same run, up to the order in which sums are rounded.
+
+    At first they agree to the last digits. After ten steps some token has chosen another expert,
+    and the losses are only close.
     """
     assert [row["step"] for row in got] == [row["step"] for row in want]
     for a, b in zip(got, want):
@@ -65,12 +67,12 @@ def near(got: list[dict], want: list[dict], since: int = 0) -> None:
 
 def test_four_ranks_train_what_one_trains(one, home):
     run = home / "four"
-    said = ended(started(home, run, 4, "--pp", "2", "--ep", "2", "--schedule", "dualpipe"))
+    outputs = wait_for_exit(start(home, run, 4, "--pp", "2", "--ep", "2", "--schedule", "dualpipe"))
     near(metrics(run), metrics(one))
     assert [row["loss"] for row in metrics(run)][0] == pytest.approx(metrics(one)[0]["loss"], 1e-6)
     for row in metrics(run):
         assert 0 < row["all_to_all_hidden"] < 1 and row["all_to_all_bytes"]["intranode"] > 0
-    assert "4 ranks (pp 2 × dp 1 × ep 2)" in said[0] and (run / "report.html").is_file()
+    assert "4 ranks (pp 2 × dp 1 × ep 2)" in outputs[0] and (run / "report.html").is_file()
     ours, theirs = (
         load(list_checkpoints(run)[0]),
         load(list_checkpoints(one)[0]),
@@ -81,25 +83,27 @@ def test_four_ranks_train_what_one_trains(one, home):
     assert torch.equal(load(home / "export").head.weight, ours.head.weight)
 
 
-def test_a_run_goes_on_bit_for_bit_after_a_signal_to_any_rank(two, home):
+def test_a_run_resumes_bit_for_bit_after_a_signal_to_any_rank(two, home):
     run = home / "stopped"
-    processes = started(home, run, 2, "--ep", "2")
+    processes = start(home, run, 2, "--ep", "2")
     while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 4:
         time.sleep(0.05)
         assert all(p.poll() is None for p in processes)
     processes[1].send_signal(signal.SIGUSR1)
-    ended(processes, 75)
+    wait_for_exit(processes, 75)
     assert 4 <= len(metrics(run)) < 30 and len(list_checkpoints(run))
-    ended(started(home, run, 2, "--ep", "2", "--resume"))
+    wait_for_exit(start(home, run, 2, "--ep", "2", "--resume"))
     assert list(map(timeless, metrics(run))) == list(map(timeless, metrics(two)))
 
 
-def test_a_run_goes_on_upon_another_mesh(two, home):
+def test_a_run_resumes_on_another_mesh(two, home):
     run = home / "moved"
-    ended(started(home, run, 2, "--ep", "2"))
+    wait_for_exit(start(home, run, 2, "--ep", "2"))
     for folder in list_checkpoints(run)[1:]:
         shutil.rmtree(folder)
-    ended(started(home, run, 2, "--ep", "1", "--pp", "2", "--schedule", "dualpipev", "--resume"))
+    wait_for_exit(
+        start(home, run, 2, "--ep", "1", "--pp", "2", "--schedule", "dualpipev", "--resume")
+    )
     near(metrics(run), metrics(two), since=10)
     assert metrics(run)[9]["loss"] == metrics(two)[9]["loss"]  # before: the same ranks
     assert metrics(run)[10]["loss"] == pytest.approx(metrics(two)[10]["loss"], rel=1e-6)
@@ -108,17 +112,17 @@ def test_a_run_goes_on_upon_another_mesh(two, home):
 def test_a_run_moves_between_a_mesh_and_one_process(two, home):
     """The moments of AdamW and the averaged weights move with it."""
     run = home / "wandering"
-    ended(started(home, run, 2, "--ep", "2"))
+    wait_for_exit(start(home, run, 2, "--ep", "2"))
     for folder in list_checkpoints(run)[1:]:
         shutil.rmtree(folder)
-    ended(started(home, run, 1, "--resume", "--ep", "1", "--pp", "1", "--dp", "1"))
+    wait_for_exit(start(home, run, 1, "--resume", "--ep", "1", "--pp", "1", "--dp", "1"))
     near(metrics(run), metrics(two), since=10)
     assert metrics(run)[10]["loss"] == pytest.approx(metrics(two)[10]["loss"], rel=1e-6)
     for folder in list_checkpoints(run):
         if folder.name != "step_0000020":
             shutil.rmtree(folder)
     alone = metrics(run)
-    ended(started(home, run, 2, "--resume", "--ep", "2", "--dp", "1"))
+    wait_for_exit(start(home, run, 2, "--resume", "--ep", "2", "--dp", "1"))
     near(metrics(run), alone, since=20)
     assert metrics(run)[20]["loss"] == pytest.approx(alone[20]["loss"], rel=1e-6)
     assert metrics(run)[20]["grad_norm"] == pytest.approx(alone[20]["grad_norm"], rel=1e-4)
@@ -134,14 +138,14 @@ def test_a_damaged_checkpoint_of_ranks_is_set_aside(two, home):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    said = ended(started(home, run, 2, "--ep", "2", "--resume"))
-    assert sum("rank_00001.safetensors is damaged" in text for text in said) == 1
+    outputs = wait_for_exit(start(home, run, 2, "--ep", "2", "--resume"))
+    assert sum("rank_00001.safetensors is damaged" in text for text in outputs) == 1
     assert list(map(timeless, metrics(run))) == list(map(timeless, metrics(two)))
 
 
-def test_a_mistake_is_said_once_and_ends_all_ranks(home):
-    said = ended(started(home, home / "wrong", 2, "--data", "nowhere.txt"), 2)
-    assert sum("no data at 'nowhere.txt'" in text for text in said) == 1
+def test_an_error_is_printed_once_and_ends_all_ranks(home):
+    outputs = wait_for_exit(start(home, home / "wrong", 2, "--data", "nowhere.txt"), 2)
+    assert sum("no data at 'nowhere.txt'" in text for text in outputs) == 1
 
 
 @pytest.mark.parametrize(
@@ -151,21 +155,21 @@ def test_a_mistake_is_said_once_and_ends_all_ranks(home):
         ((2, "--ep", "2", "--dp", "2"), "are 4 ranks, not 2"),
     ],
 )
-def test_ranks_that_were_not_started_are_missed(more, sentence, home):
-    assert all(sentence in text for text in ended(started(home, home / "few", *more), 2))
+def test_a_wrong_number_of_ranks_is_reported(more, sentence, home):
+    assert all(sentence in text for text in wait_for_exit(start(home, home / "few", *more), 2))
 
 
 def test_a_rank_that_hangs_is_named(home):
     run = home / "hung"
-    processes = started(home, run, 2, "--ep", "2", "--steps", "3000", "--hang-timeout", "5")
+    processes = start(home, run, 2, "--ep", "2", "--steps", "3000", "--hang-timeout", "5")
     while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 3:
         time.sleep(0.05)
         assert all(p.poll() is None for p in processes)
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        said = processes[0].communicate(timeout=60)[0]
+        output = processes[0].communicate(timeout=60)[0]
     finally:
         processes[1].kill()
     assert processes[0].returncode == 70
-    assert "hang: held up by rank 1 has not responded" in said
+    assert "hang: held up by rank 1 has not responded" in output
     assert "mesh_parallel.py" in (run / "logs" / "hang-rank0.txt").read_text()  # with its stack

@@ -89,7 +89,8 @@ class Buffer:
     def __init__(
         self, group, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0, low_latency_mode=False
     ):
-        self.group, self.rank, self.group_size = group, group.rank(), group.size()
+        self.group = group
+        self.rank, self.group_size = group.rank(), group.size()
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A hang is noticed, and the rank that holds the others up is named with its operation."""
+"""Hangs are detected, and the rank that holds up the others is reported with its operation."""
 
 import os
 import socket
@@ -40,7 +40,7 @@ print("finished")
 
 
 def start(folder, misfortune: str) -> list[subprocess.Popen]:
-    """Two processes that reduce six times; one meets with misfortune before the fourth."""
+    """Start two processes that reduce six times; `misfortune` happens to one before the fourth."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -61,7 +61,7 @@ def start(folder, misfortune: str) -> list[subprocess.Popen]:
 # ── Two processes over gloo ──
 
 
-def test_nothing_is_said_when_all_goes_well(tmp_path):
+def test_nothing_is_reported_without_a_hang(tmp_path):
     for p in start(tmp_path, "pass"):
         out, err = p.communicate(timeout=60)
         assert (p.returncode, out, err) == (0, "finished\n", "")
@@ -69,19 +69,19 @@ def test_nothing_is_said_when_all_goes_well(tmp_path):
 
 
 def test_a_rank_that_sleeps_is_named_with_its_operation(tmp_path):
-    """By whichever rank is the first to notice; both leave their stacks and a bad exit code."""
+    """Either rank may notice first; both write their stacks and exit with EXIT_HANG."""
     ranks = start(tmp_path, "time.sleep(1000)")
-    said = [p.communicate(timeout=60)[1] for p in ranks]
+    reports = [p.communicate(timeout=60)[1] for p in ranks]
     assert [p.returncode for p in ranks] == [EXIT_HANG, EXIT_HANG]
-    assert "hang: held up by rank 1 has been in 'load batch, step 3' for " in "".join(said)
-    assert "rank 0 has been in 'all-reduce, step 3' for " in said[0]
+    assert "hang: held up by rank 1 has been in 'load batch, step 3' for " in "".join(reports)
+    assert "rank 0 has been in 'all-reduce, step 3' for " in reports[0]
     stacks = [(tmp_path / f"hang-rank{r}.txt").read_text() for r in range(2)]
     assert "in all_reduce" in stacks[0]
     assert "in misfortune" in stacks[1]
 
 
-def test_a_stopped_process_is_named_by_the_other(tmp_path):
-    """Its last word tells where it was. Rank 0 serves the store, so rank 1 is the one to stop."""
+def test_a_stopped_process_is_reported_by_the_other(tmp_path):
+    """Its last report names its operation. Rank 1 is stopped, because rank 0 serves the store."""
     ranks = start(tmp_path, "os.kill(os.getpid(), 19)")
     try:
         err = ranks[0].communicate(timeout=60)[1]
@@ -92,28 +92,28 @@ def test_a_stopped_process_is_named_by_the_other(tmp_path):
         ranks[1].communicate()
 
 
-def test_a_process_that_never_lets_go_of_pythons_lock_ends_too(tmp_path):
-    """Its own thread cannot run: the stack comes from C, after twice the time."""
+def test_a_process_that_never_releases_pythons_lock_ends_too(tmp_path):
+    """Its watchdog thread cannot run: faulthandler writes the stack after twice the time limit."""
     ranks = start(tmp_path, "time.sleep(0.5); re.match('(a+)+b', 'a' * 60)")
-    said = [p.communicate(timeout=60)[1] for p in ranks]
+    reports = [p.communicate(timeout=60)[1] for p in ranks]
     assert ranks[0].returncode == EXIT_HANG
     assert ranks[1].returncode not in (0, None)
-    assert "held up by rank 1 has not responded for " in said[0]
-    assert "it was in 'load batch, step 3'" in said[0]
+    assert "held up by rank 1 has not responded for " in reports[0]
+    assert "it was in 'load batch, step 3'" in reports[0]
     assert "in misfortune" in (tmp_path / "hang-rank1.txt").read_text()
 
 
-# ── Who is late ──
+# ── Stragglers ──
 
 
-def states(*what) -> dict[int, dict]:
-    """(operation, ranks waited for) of rank 0, 1, …; all told at second 100."""
+def states(*operations) -> dict[int, dict]:
+    """Return the states of rank 0, 1, … with (operation, ranks waited for), reported at second 100."""
     row = {"since": 40.0, "reported_at": 100.0}
-    return {r: row | {"operation": o, "waits_for": w} for r, (o, w) in enumerate(what)}
+    return {r: row | {"operation": o, "waits_for": w} for r, (o, w) in enumerate(operations)}
 
 
 @pytest.mark.parametrize(
-    ("what", "guilty"),
+    ("operations", "ranks"),
     [
         ([("reduce", [0, 1, 2]), ("reduce", [0, 1, 2]), ("load", [])], [2]),
         # a chain over two groups: 0 waits for 1's activations, 1 for the experts of 2
@@ -124,21 +124,21 @@ def states(*what) -> dict[int, dict]:
         ([("load", []), ("load", []), ("reduce", [0, 1, 2])], [0, 1]),
     ],
 )
-def test_the_late_are_those_that_wait_for_nobody(what, guilty):
-    assert stragglers(states(*what), 10) == guilty
+def test_stragglers_are_awaited_and_wait_for_no_other_rank(operations, ranks):
+    assert stragglers(states(*operations), 10) == ranks
 
 
-def test_a_silent_rank_is_to_blame():
-    told = states(("reduce", [0, 1, 2]), ("load", []), ("load", []))
-    told[1]["reported_at"], told[2] = 50.0, None
-    assert stragglers(told, 10) == [1, 2]
-    assert hang_report(told, 10).splitlines()[0] == (
+def test_silent_ranks_are_stragglers():
+    reported = states(("reduce", [0, 1, 2]), ("load", []), ("load", []))
+    reported[1]["reported_at"], reported[2] = 50.0, None
+    assert stragglers(reported, 10) == [1, 2]
+    assert hang_report(reported, 10).splitlines()[0] == (
         "hang: held up by rank 1 has not responded for 50 s; it was in 'load'; "
         "rank 2 has sent no heartbeat"
     )
 
 
-def test_all_in_one_operation_is_nobodys_fault():
+def test_ranks_in_one_operation_have_no_straggler():
     text = hang_report(states(("reduce", [0, 1]), ("reduce", [0, 1])), 10)
     assert text.splitlines() == [
         "hang: held up by no single rank",
@@ -151,27 +151,30 @@ def test_all_in_one_operation_is_nobodys_fault():
 
 
 def test_operations_nest_and_each_change_is_progress():
-    seen = []
-    see = lambda: seen.append((watchdog.current_operation()["operation"], watchdog._since))
+    log = []
+
+    def record():
+        log.append((watchdog.current_operation()["operation"], watchdog._since))
+
     with track_operation("step 3"):
-        see()
+        record()
         with track_operation("reduce", [0, 1]):
             assert watchdog.current_operation()["waits_for"] == [0, 1]
-            see()
-        see()
-    see()
-    assert [name for name, _ in seen] == ["step 3", "reduce", "step 3", "between operations"]
-    assert all(a < b for (_, a), (_, b) in pairwise(seen))
+            record()
+        record()
+    record()
+    assert [name for name, _ in log] == ["step 3", "reduce", "step 3", "between operations"]
+    assert all(a < b for (_, a), (_, b) in pairwise(log))
 
 
-def test_a_state_tells_how_long_it_has_lasted():
+def test_a_state_has_the_start_of_its_operation():
     with track_operation("load"):
         time.sleep(0.2)
         state = watchdog.current_operation()
     assert 0.2 <= state["reported_at"] - state["since"] < 2
 
 
-def test_an_operation_is_left_by_an_error():
+def test_an_error_ends_an_operation():
     with pytest.raises(ValueError, match="bad"), track_operation("step 3"):
         raise ValueError("bad")
     assert watchdog.current_operation()["operation"] == "between operations"
@@ -187,7 +190,7 @@ def test_one_process_alone_needs_no_store(tmp_path, monkeypatch):
 
 
 def test_the_report_of_an_earlier_start_is_kept(tmp_path):
-    """A launcher starts the run again in the same folder."""
+    """A launcher restarts the run in the same folder."""
     (tmp_path / "hang-rank0.txt").write_text("hang: before\n")
     with watch_for_hangs(tmp_path, 0, 1, 60):
         pass
