@@ -283,7 +283,7 @@ def load_config(name: str) -> Config:
     if path.suffix == ".json" and path.is_file():
         try:
             return from_dict(json.loads(path.read_text()))
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from None
     near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
     raise UserError(

@@ -125,7 +125,9 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a checkpoint: {path.name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path} is not JSON: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold an object of fields, not a {type(values).__name__}")

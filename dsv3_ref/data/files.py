@@ -1,10 +1,11 @@
 """Files and names on the hub as datasets of text, or as rows of JSON; errors are one sentence."""
 
+import glob
 import json
 import math
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -108,12 +109,21 @@ def open_local_files(
     if not paths:
         raise UserError(f"{name} is empty")
     options = {"sample_by": sample_by} if kind == "text" else {}
-    return load_hf_dataset(name, kind, "text", data_files=paths, streaming=streaming, **options)
+    return load_hf_dataset(name, kind, "text", files=paths, streaming=streaming, **options)
 
 
-def load_hf_dataset(name: str, path: str, column: str | None, **kwargs: Any) -> Any:
-    """Call `datasets.load_dataset` and keep one column, or all if `column` is None."""
+def load_hf_dataset(
+    name: str, path: str, column: str | None, files: Sequence[str] = (), **kwargs: Any
+) -> Any:
+    """Call `datasets.load_dataset` and keep one column, or all if `column` is None.
+
+    files: paths to read, taken literally. The library takes them as patterns: unescaped, it would
+    read `a1.txt` in place of `a[1].txt`.
+    """
     import datasets  # a second to import
+
+    if files:
+        kwargs["data_files"] = [glob.escape(path) for path in files]
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our sentence is enough
@@ -145,7 +155,7 @@ def open_rows(name: str) -> Iterator[Any]:
     if kind == "json":
         return iter_json_lines(paths)
     if kind == "parquet":
-        return iter(load_hf_dataset(name, kind, None, data_files=paths))
+        return iter(load_hf_dataset(name, kind, None, files=paths))
     raise UserError(f"{name} is not .jsonl or .parquet")
 
 

@@ -75,7 +75,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     missing = [s for s in SPECIAL[:6] if tokenizer.token_to_id(s) is None]
     if missing:
         raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
-    return encode_special_as_text(tokenizer)
+    return encode_special_as_text(reset_options(tokenizer))
+
+
+def reset_options(tokenizer: Tokenizer) -> Tokenizer:
+    """Undo the options of a file that change or cut a text: truncation, padding and dropout."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def get_special_tokens(tokenizer: Tokenizer) -> "SpecialTokens":

@@ -452,3 +452,23 @@ def test_a_state_is_small(monkeypatch):
     small, tensors = r.state_dict()
     assert len(json.dumps(small)) < 1000
     assert len(tensors["buffer"]) == len(r.buffer) < 50 + 20
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a[1].txt", "b*.txt", "c?.txt", "{d,e}.txt", "~f.txt", "**.txt"])
+def test_a_name_is_taken_literally(name, streaming, tmp_path):
+    """`datasets` takes names as patterns: `a[1].txt` was read as `a1.txt`."""
+    for other in ("a1.txt", "bb.txt", "cc.txt", "d.txt", "e.txt"):
+        (tmp_path / other).write_text("another file")
+    (tmp_path / name).write_text("the file")
+    folder = tmp_path / "folder[0]"
+    folder.mkdir()
+    (folder / name).write_text("in a folder")
+    assert [r["text"] for r in open_source(str(tmp_path / name), streaming)] == ["the file"]
+    assert [r["text"] for r in open_source(str(folder), streaming)] == ["in a folder"]
+
+
+def test_names_of_rows_are_taken_literally(tmp_path):
+    for name in ("a[1].parquet", "a1.parquet"):
+        datasets.Dataset.from_dict({"name": [name]}).to_parquet(tmp_path / name)
+    assert list(files.open_rows(str(tmp_path / "a[1].parquet"))) == [{"name": "a[1].parquet"}]

@@ -156,3 +156,23 @@ def test_what_is_no_tokenizer_is_said(tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="lacks the special tokens <｜▁pad▁｜> <｜fim▁hole｜>"):
         tok.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                     "pad_id": 2, "pad_type_id": 0, "pad_token": tok.PAD}},
+        {"dropout": 0.5},
+    ],
+    ids=lambda option: next(iter(option)),
+)  # fmt: skip
+def test_options_of_a_file_that_change_a_text_are_reset(option, tmp_path):
+    """Such a file made every document four tokens long, and every run another curve."""
+    content = json.loads(TRAINED.to_str())
+    (content["model"] if "dropout" in option else content).update(option)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = tok.load_tokenizer(tmp_path)
+    batch = loaded.encode_batch_fast([CODE, "x"], add_special_tokens=False)
+    assert [e.ids for e in batch] == [ids(CODE), ids("x")]
