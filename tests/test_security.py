@@ -109,8 +109,12 @@ def trials(home: Path) -> list[tuple[list[str], str]]:
         out.append((["check", "shards"], f"shards/{file}"))
     for name in ("data.txt", "data.jsonl", "data.json", "data.parquet"):
         out.append((["train", *fixed, "--data", name], name))
-        out.append((["sft", "--init", "hf", "--seq-len", "32", "--out", "sft1", "--data", name], name))
-        out.append((["reward", "--init", "hf", "--seq-len", "32", "--out", "rm1", "--data", name], name))
+        out.append(
+            (["sft", "--init", "hf", "--seq-len", "32", "--out", "sft1", "--data", name], name)
+        )
+        out.append(
+            (["reward", "--init", "hf", "--seq-len", "32", "--out", "rm1", "--data", name], name)
+        )
     out.append((["train", *fixed, "--tokenizer", "tok"], "tok"))
     out.append((["train", "--config", "shape.json"], "shape.json"))
     for file in ("run.json", "metrics.jsonl", "tokenizer.json"):
