@@ -278,7 +278,7 @@ def test_every_gpu_gets_the_rows_of_its_slots(moe):
 
 
 def test_what_copies_cannot_do_is_said(moe):
-    with pytest.raises(UserError, match="each of the layer.s 12 experts at least once"):
+    with pytest.raises(UserError, match="each of its 12 experts at least once"):
         set_expert_placement(moe, torch.zeros(16, dtype=torch.long))
     set_expert_placement(moe, placements()[0])
     moe.requires_grad_(True)

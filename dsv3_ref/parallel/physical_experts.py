@@ -62,7 +62,7 @@ def set_expert_placement(moe: MoE, physical_to_logical: torch.Tensor | Sequence[
     expert_a = torch.as_tensor(physical_to_logical, device=moe.experts.w1.device).clone()
     if expert_a.ndim != 1 or set(expert_a.tolist()) != set(range(n_experts)):
         raise UserError(
-            f"a placement must contain each of the layer's {n_experts} experts at least once"
+            f"a placement of one layer must contain each of its {n_experts} experts at least once"
         )
     slots = moe.token_dispatcher
     if not isinstance(slots, PhysicalExperts) or len(slots.expert_a) != len(expert_a):
