@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 Impl = Callable[..., Any]
 IMPLS: dict[str, dict[str, Impl]] = {}  # op name → backend → function
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
+OpParams = ParamSpec("OpParams")
+OpResult = TypeVar("OpResult")
 Form = TypeVar("Form", bound=Impl)
 
 
@@ -35,7 +35,7 @@ def register_impl(name: str, backend: str, fn: Impl) -> None:
         IMPLS[name][backend] = fn
 
 
-def op(reference: Callable[Params, Result]) -> Callable[Params, Result]:
+def op(reference: Callable[OpParams, OpResult]) -> Callable[OpParams, OpResult]:
     """Mark a torch function as an op: calls go to the first active backend that implements it.
 
     The function is the op's backend `torch`. In a notebook or script it is also the backend
@@ -47,7 +47,7 @@ def op(reference: Callable[Params, Result]) -> Callable[Params, Result]:
         register_impl(name, "notebook", reference)
 
     @wraps(reference)
-    def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+    def call(*args: OpParams.args, **kwargs: OpParams.kwargs) -> OpResult:
         return resolve_impl(name, device_of(args))(*args, **kwargs)
 
     return call
@@ -142,7 +142,7 @@ RecomputeHook = Callable[[Impl, tuple[Any, ...]], Any]
 RECOMPUTE_HOOK: RecomputeHook | None = None  # set while a step recomputes
 
 
-def recompute(fn: Callable[..., Result], *args: Any) -> Result:
+def recompute(fn: Callable[..., OpResult], *args: Any) -> OpResult:
     """Return fn(*args), which a training step may drop and compute again in its backward pass.
 
     Tensors that `fn` itself saves for backward are kept: an RMSNorm's input, not its output.

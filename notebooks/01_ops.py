@@ -121,8 +121,8 @@ roofline()
 #| export
 Impl = Callable[..., Any]
 IMPLS: dict[str, dict[str, Impl]] = {}  # op name → backend → function
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
+OpParams = ParamSpec("OpParams")
+OpResult = TypeVar("OpResult")
 Form = TypeVar("Form", bound=Impl)
 
 
@@ -138,7 +138,7 @@ def register_impl(name: str, backend: str, fn: Impl) -> None:
         IMPLS[name][backend] = fn
 
 
-def op(reference: Callable[Params, Result]) -> Callable[Params, Result]:
+def op(reference: Callable[OpParams, OpResult]) -> Callable[OpParams, OpResult]:
     """Mark a torch function as an op: calls go to the first active backend that implements it.
 
     The function is the op's backend `torch`. In a notebook or script it is also the backend
@@ -150,7 +150,7 @@ def op(reference: Callable[Params, Result]) -> Callable[Params, Result]:
         register_impl(name, "notebook", reference)
 
     @wraps(reference)
-    def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+    def call(*args: OpParams.args, **kwargs: OpParams.kwargs) -> OpResult:
         return resolve_impl(name, device_of(args))(*args, **kwargs)
 
     return call
@@ -267,7 +267,7 @@ RecomputeHook = Callable[[Impl, tuple[Any, ...]], Any]
 RECOMPUTE_HOOK: RecomputeHook | None = None  # set while a step recomputes
 
 
-def recompute(fn: Callable[..., Result], *args: Any) -> Result:
+def recompute(fn: Callable[..., OpResult], *args: Any) -> OpResult:
     """Return fn(*args), which a training step may drop and compute again in its backward pass.
 
     Tensors that `fn` itself saves for backward are kept: an RMSNorm's input, not its output.

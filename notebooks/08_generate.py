@@ -18,7 +18,7 @@
 # ## Why
 # A language model does one thing: given $s$ tokens it says how likely each word is to be the next.
 # To write, we draw one token, append it, and ask again. Asked naively, the model reads the whole
-# text anew for each word: 1,000 words after a prompt of 1,000 cost **1.5 million** token passes.
+# text again for each word: 1,000 words after a prompt of 1,000 cost **1.5 million** token passes.
 # With the latent cache of chapter 03 they cost 1,999, because a token's key and value never change
 # once it is written. The figure shows the two bills.
 
@@ -62,7 +62,7 @@ torch.manual_seed(0)
 
 
 def passes(prompt: int, new: int, cached: bool) -> int:
-    """Tokens that go through the model until `new` tokens are chosen."""
+    """Return how many tokens pass through the model until `new` tokens are chosen."""
     return prompt + new - 1 if cached else sum(prompt + i for i in range(new))
 
 
@@ -79,7 +79,7 @@ assert passes(1000, 1000, True) == 1999 and passes(1000, 1000, False) == 1_499_5
 # %% [markdown]
 # ## What the report says
 # Serving splits into two jobs (section 3.4). *Prefill* reads the prompt: many tokens at once,
-# matrix products of full size, limited by arithmetic. *Decoding* adds one token a step: little
+# matrix products of full size, limited by arithmetic. *Decoding* adds one token per step: little
 # arithmetic, every active weight and the whole cache read from memory, limited by bandwidth. MLA
 # was designed for the second job. And because a step that reads all active weights for one token
 # could check two tokens for almost the same price, V3 lets its MTP module guess the token after
@@ -123,7 +123,7 @@ def sample(
     logit_bw: torch.Tensor, temperature: float, generator: torch.Generator | None = None,
     top_p: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Choose the next token (b,): the likeliest at T = 0, else a draw from `logits_to_probs`."""
+    """Return the next token of each row, (b,): argmax at T = 0, else from `logits_to_probs`."""
     if temperature == 0:
         return logit_bw.argmax(-1)
     return multinomial_sample(logits_to_probs(logit_bw, temperature, top_p), generator)
@@ -160,22 +160,23 @@ assert (logits_to_probs(logit_bw, 1.0, 0.7) > 0).tolist() == [[True, True, False
 # %%
 #| export decode
 MAX_ABSORBED_TOKENS = 16  # up to so many new tokens, attention stays inside the latent
+CacheIndex = tuple[slice, slice] | tuple[torch.Tensor, torch.Tensor]  # (rows, positions)
 
 
 class DecodePositions(NamedTuple):
-    """The positions of s new tokens per row, which follow rows of any lengths."""
+    """Positions of s new tokens per row, after rows of any lengths."""
 
-    cache_index: tuple  # of the new tokens in a cache (b, t, …)
-    end: int  # positions that exist afterwards
+    cache_index: CacheIndex  # of the new tokens in a cache (b, t, …)
+    end: int  # number of positions afterwards
     freqs_cis: torch.Tensor  # rotations e^{iω·position}, (b, s, 1, r/2)
     masked: torch.Tensor | None  # keys that a query must not see, (b or none, s, 1, t)
     is_prefill: bool  # many tokens of a prompt: attention on expanded keys and values
 
 
-def cache_index(lengths: list[int], s: int, device: torch.device | None = None) -> tuple:
+def cache_index(lengths: list[int], s: int, device: torch.device | None = None) -> CacheIndex:
     """Return the index of the s positions after `lengths` in a cache (b, t, …).
 
-    Rows of equal length give a slice, others two tensors.
+    It consists of slices if all rows have the same length, else of tensors.
     """
     if min(lengths) == max(lengths):
         return slice(None), slice(lengths[0], lengths[0] + s)
@@ -187,18 +188,19 @@ def positions_for(lengths: list[int], s: int, freqs_cis_tx: torch.Tensor) -> Dec
     """Return the next s positions of rows that hold `lengths` tokens."""
     device, end = freqs_cis_tx.device, max(lengths) + s
     index = cache_index(lengths, s, device)
-    if not isinstance(index[1], slice):
-        return ragged_positions(index[1], freqs_cis_tx, end)
+    position = index[1]
+    if isinstance(position, torch.Tensor):
+        return ragged_positions(position, freqs_cis_tx, end)
     key_t = torch.arange(end, device=device)
-    masked = key_t[index[1], None, None] < key_t if s > 1 else None  # one token sees all
+    masked = key_t[position, None, None] < key_t if s > 1 else None  # one token sees all
     is_prefill = end == s or s > MAX_ABSORBED_TOKENS
-    return DecodePositions(index, end, freqs_cis_tx[None, index[1], None], masked, is_prefill)
+    return DecodePositions(index, end, freqs_cis_tx[None, position, None], masked, is_prefill)
 
 
 def ragged_positions(
     position_bs: torch.Tensor, freqs_cis_tx: torch.Tensor, end: int
 ) -> DecodePositions:
-    """Return any positions (b, s) among `end`, where a query sees those up to its own."""
+    """Return any positions (b, s) below `end`; a query sees the keys up to its own position."""
     row_b1 = torch.arange(len(position_bs), device=freqs_cis_tx.device)[:, None]
     masked = position_bs[..., None, None] < torch.arange(end, device=freqs_cis_tx.device)
     freqs_cis = freqs_cis_tx[position_bs[..., None]]
@@ -206,9 +208,9 @@ def ragged_positions(
 
 
 def apply_freqs_cis(x_bshr: torch.Tensor, freqs_cis_bs1x: torch.Tensor) -> torch.Tensor:
-    """Multiply pairs, as complex numbers, by e^{iω·position}.
+    """Multiply pairs as complex numbers by e^{iω·position}.
 
-    This is `apply_rotary_emb` with a position for every row.
+    This is `apply_rotary_emb` with different positions in each row.
     """
     pairs = x_bshr.float().unflatten(-1, (-1, 2))
     x = torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format))
@@ -225,17 +227,17 @@ def apply_freqs_cis(x_bshr: torch.Tensor, freqs_cis_bs1x: torch.Tensor) -> torch
 # %%
 #| export decode
 class BlockWeights:
-    """The weights of one block as a decoding step uses them; this plain form calls its modules."""
+    """Weights of one block as a decoding step uses them; this plain form calls its modules."""
 
     def __init__(self, block: Block):
         self.block = block
 
     def project(self, name: str, x_bsd: torch.Tensor) -> torch.Tensor:
-        """Multiply x by the attention's matrix of this name."""
+        """Multiply x by the attention's matrix of this name, such as `wq_a`."""
         return getattr(self.block.attn, name)(x_bsd)
 
     def norm(self, x_bsd: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        """Normalize x."""
+        """Apply an RMSNorm of the block."""
         return norm(x_bsd)
 
     def ffn(self, x_bsd: torch.Tensor) -> torch.Tensor:
@@ -245,7 +247,7 @@ class BlockWeights:
 
 
 class DecodeWeights(NamedTuple):
-    """The weights of a model as a decoding step uses them."""
+    """Weights of a model as a decoding step uses them."""
 
     blocks: list[BlockWeights]  # the main model's blocks, then those of the MTP modules
     logits: Callable[[torch.Tensor], torch.Tensor]  # h (…, d) → scores of every word (…, w)
@@ -253,12 +255,12 @@ class DecodeWeights(NamedTuple):
 
 def blocks_of(model: Transformer) -> list[Block]:
     """Return the blocks of a model, those of the MTP modules last."""
-    return [*model.layers.values(), *(mtp.block for mtp in model.mtp.values())]
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 @op
 def decode_weights(model: Transformer) -> DecodeWeights:
-    """Return the weights of a model for decoding; call again after a weight has changed."""
+    """Return a model's weights for decoding; call it again after a weight has changed."""
     return DecodeWeights([BlockWeights(block) for block in blocks_of(model)], model.head)
 
 
@@ -270,7 +272,7 @@ def decode_weights(model: Transformer) -> DecodeWeights:
 # %%
 #| export decode
 class LatentProjections:
-    """The projections of one MLA around its attention: queries, latents, and the output."""
+    """Projections of one MLA around its attention: queries, latents, and the output."""
 
     def __init__(self, attn: MLA, weights: BlockWeights):
         config = attn.config
@@ -281,8 +283,10 @@ class LatentProjections:
         i = config.qk_nope_head_dim
         self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
 
-    def queries(self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor) -> tuple:
-        """Return eq. 6–8: the content part (b, s, h, i) and the rotated part (b, s, h, r)."""
+    def queries(
+        self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries' content part (b, s, h, i) and rotated part (b, s, h, r); eq. 6–8."""
         config, weights = self.config, self.weights
         if config.q_lora_rank:
             c_bsq = weights.norm(weights.project("wq_a", x_bsd), self.attn.q_norm)
@@ -294,7 +298,7 @@ class LatentProjections:
         return q_bshi, apply_freqs_cis(q_bshr, freqs_cis)
 
     def latents(self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-        """Return eq. 1 and 3, what a cache stores: latents and rotated keys, (b, s, c + r)."""
+        """Return what a cache stores: latents and rotated keys, (b, s, c + r); eq. 1 and 3."""
         c = self.config.kv_lora_rank
         kv_bsx = self.weights.project("wkv_a", x_bsd)
         k_bsr = apply_freqs_cis(kv_bsx[:, :, None, c:], freqs_cis)[:, :, 0]
@@ -306,12 +310,12 @@ class LatentProjections:
         return torch.cat((q_bshc.unflatten(0, q_bshi.shape[:2]), q_bshr), dim=-1)
 
     def unabsorb(self, o_bshc: torch.Tensor) -> torch.Tensor:
-        """Map results of attention out of the latent, (b, s, h, v)."""
+        """Map attention's results out of the latent, (b, s, h, v)."""
         o_hnv = o_bshc.flatten(0, 1).transpose(0, 1) @ self.wv_hcv
         return o_hnv.transpose(0, 1).unflatten(0, o_bshc.shape[:2])
 
     def output(self, o_bshv: torch.Tensor) -> torch.Tensor:
-        """Apply eq. 11, the output projection."""
+        """Apply the output projection, eq. 11."""
         return self.weights.project("wo", o_bshv.flatten(2))
 
 
@@ -320,13 +324,13 @@ def attend_prefill(
     q_bshi: torch.Tensor, q_bshr: torch.Tensor, kv_btx: torch.Tensor, wkv_b: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend from the last s of t positions on expanded keys and values, (b, s, h, v)."""
+    """Attend from the last s of t positions to expanded keys and values, (b, s, h, v)."""
     c_btc, k_btr = kv_btx.tensor_split([wkv_b.shape[1]], dim=-1)
     return attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale)
 
 
 class CachedAttention:
-    """MLA over a cache of its own, (b, t, c + r), into which every call writes."""
+    """MLA with a cache of its own, (b, t, c + r), into which every call writes."""
 
     def __init__(self, projections: LatentProjections, batch: int, max_len: int):
         wkv_b, self.projections = projections.wkv_b, projections
@@ -334,7 +338,7 @@ class CachedAttention:
         self.kv_btx = cache.kv_btx
 
     def __call__(self, x_bsd: torch.Tensor, positions: DecodePositions) -> torch.Tensor:
-        """Apply eq. 1–11 to the new tokens at these positions."""
+        """Attend from the new tokens at these positions, eq. 1–11: (b, s, d) → (b, s, d)."""
         mla = self.projections
         q_bshi, q_bshr = mla.queries(x_bsd, positions.freqs_cis)
         kv_bsx = mla.latents(x_bsd, positions.freqs_cis)
@@ -359,50 +363,63 @@ class CachedAttention:
 
 # %%
 #| export decode
-class DecodeLayer:
-    """A block that decodes: its weights, and an attention with its cache."""
+Attention = Callable[..., torch.Tensor]  # (x_bsd, positions) → (b, s, d), with a cache of its own
 
-    def __init__(self, block: Block, weights: BlockWeights, attention: Callable):
-        self.block, self.weights, self.attention = block, weights, attention
+
+class DecodeLayer:
+    """Block in a decoder: its weights, and an attention with its cache."""
+
+    def __init__(self, block: Block, weights: BlockWeights, attention: Attention):
+        self.block, self.weights = block, weights
+        self.attention = attention
 
     def __call__(self, x_bsd: torch.Tensor, positions: NamedTuple) -> torch.Tensor:
-        """Return x + attention(x), then that plus FFN of it, all normalized before."""
+        """Return u + FFN(norm(u)) with u = x + attention(norm(x))."""
         block, weights = self.block, self.weights
         x_bsd = x_bsd + self.attention(weights.norm(x_bsd, block.attn_norm), positions)
         return x_bsd + weights.ffn(weights.norm(x_bsd, block.ffn_norm))
 
 
 class MTPDecodeLayer:
-    """An MTP module that decodes: h^k from the pair (embedding of the token k later, h^{k−1})."""
+    """MTP module in a decoder: h^k from the pair (embedding of the token k later, h^{k−1})."""
 
     def __init__(self, mtp: MTP, layer: DecodeLayer):
-        self.mtp, self.layer, self.attention = mtp, layer, layer.attention
+        self.mtp, self.layer = mtp, layer
+        self.attention = layer.attention
 
     def __call__(self, pair_bsd: torch.Tensor, positions: NamedTuple) -> torch.Tensor:
-        """Apply eq. 21–22 to pairs that lie side by side, (b, s, 2d)."""
+        """Apply eq. 21 and 22 to concatenated pairs: (b, s, 2d) → (b, s, d)."""
         embed_bsd, h_bsd = pair_bsd.chunk(2, dim=-1)
         norm, mtp = self.layer.weights.norm, self.mtp
         both_bsd = torch.cat((norm(embed_bsd, mtp.enorm), norm(h_bsd, mtp.hnorm)), dim=-1)
         return mtp.norm(self.layer(mtp.eh_proj(both_bsd), positions))
 
 
+Layers = list[DecodeLayer | MTPDecodeLayer]
+
+
 def decode_layers(
-    model: Transformer, weights: DecodeWeights, make_attention: Callable[[LatentProjections], Callable]
-) -> list[DecodeLayer | MTPDecodeLayer]:  # fmt: skip
+    model: Transformer,
+    weights: DecodeWeights,
+    make_attention: Callable[[LatentProjections], Attention],
+) -> Layers:
     """Return a layer for every block, MTP modules last, each with an attention of its own."""
-    layers = []
+    block_layers: list[DecodeLayer] = []
     for block, block_weights in zip(blocks_of(model), weights.blocks):
         attention = make_attention(LatentProjections(block.attn, block_weights))
-        layers.append(DecodeLayer(block, block_weights, attention))
+        block_layers.append(DecodeLayer(block, block_weights, attention))
     n_main = len(model.layers)
-    return layers[:n_main] + list(map(MTPDecodeLayer, model.mtp.values(), layers[n_main:]))
+    layers: Layers = list(block_layers[:n_main])
+    modules = [module for module in model.mtp.values() if isinstance(module, MTP)]
+    layers += [MTPDecodeLayer(m, layer) for m, layer in zip(modules, block_layers[n_main:])]
+    return layers
 
 
 @op
 def run_layers(
-    layers: list, x_bsd: torch.Tensor, lengths: list[int], freqs_cis_tx: torch.Tensor
+    layers: Layers, x_bsd: torch.Tensor, lengths: list[int], freqs_cis_tx: torch.Tensor
 ) -> torch.Tensor:
-    """Pass the next s tokens of rows that hold `lengths` through several layers."""
+    """Pass the next s tokens of rows that hold `lengths` tokens through several layers."""
     positions = positions_for(lengths, x_bsd.shape[1], freqs_cis_tx)
     for layer in layers:
         x_bsd = layer(x_bsd, positions)
@@ -414,9 +431,9 @@ LENGTH_MULTIPLE = 128  # caches of compiled steps are rounded up, so that few pr
 
 
 class Decoder:
-    """A model that decodes: layers with caches, the tokens of every row, their hidden states.
+    """Model for decoding: layers with caches, the tokens of every row and their hidden states.
 
-    compiled: steps of a few tokens run as fused programs (backend "compiled").
+    compiled: steps of a few tokens run as fused programs (backend `compiled`).
     """
 
     prefill_chunk: int = PREFILL_CHUNK
@@ -424,19 +441,19 @@ class Decoder:
     def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
         if compiled:
             max_len = ceil_div(max_len, LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        self.model, self.n_main, self.compiled = model, model.config.n_layers, compiled
+        self.model, self.compiled = model, compiled
+        self.n_main = model.config.n_layers
         weights, w = decode_weights(model), model.embed.weight
         self.logits = weights.logits
-        self.layers = decode_layers(
-            model, weights, partial(CachedAttention, batch=batch, max_len=max_len)
-        )
+        make_attention = partial(CachedAttention, batch=batch, max_len=max_len)
+        self.layers = decode_layers(model, weights, make_attention)
         position_t = torch.arange(max_len, device=w.device)
         self.freqs_cis_tx = torch.complex(*rope_cos_sin(model.config, position_t))
         self.token_bt = torch.zeros(batch, max_len, dtype=torch.int64, device=w.device)
         self.h_btd = torch.zeros(batch, max_len, w.shape[1], device=w.device, dtype=w.dtype)
 
     def hidden_states(self, lengths: list[int], s: int) -> torch.Tensor:
-        """Return h⁰ of the next s tokens of every row, (b, s, d), normalized."""
+        """Return the normed h⁰ of the next s tokens of every row, (b, s, d)."""
         index = cache_index(lengths, s, self.token_bt.device)
         x_bsd = F.embedding(self.token_bt[index], self.model.embed.weight)
         h_bsd = self.model.norm(self.run(self.layers[: self.n_main], x_bsd, lengths))
@@ -444,13 +461,13 @@ class Decoder:
         return h_bsd
 
     def mtp_forward(self, k: int, h_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Return h^k from h^{k−1} of the positions after `lengths` and the tokens k later."""
+        """Return h^k from h^{k−1} at the positions after `lengths` and the tokens k later."""
         index = cache_index([n + k for n in lengths], h_bsd.shape[1], h_bsd.device)
         embed_bsd = F.embedding(self.token_bt[index], self.model.embed.weight)
         layer = self.layers[self.n_main + k - 1]
         return self.run([layer], torch.cat((embed_bsd, h_bsd), dim=-1), lengths)
 
-    def run(self, layers: list, x_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def run(self, layers: Layers, x_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Pass x through layers, at most `prefill_chunk` tokens per row at once."""
         if x_bsd.shape[1] > self.prefill_chunk:
             chunks, lengths = [], list(lengths)
@@ -513,8 +530,9 @@ print("rows of 12 and 9 tokens, one rolled back: as in a plain forward pass")
 #
 # is a *weighted sum of rows* of $W^\top$, and for that there is a fast routine under another name: recommender
 # systems call it an embedding bag. It took 41 µs, and it takes an index, so all experts of all tokens
-# can be one call on one tall table. The backend "cpu" ([`dsv3_ref/cpu/decoder.py`](../dsv3_ref/cpu/decoder.py)), the default on a CPU,
-# registers a `decode_weights` that stores such tables: a second copy of the weights, made once and again after a weight has changed.
+# can be one call on one tall table. The backend "cpu" ([`dsv3_ref/cpu/decoder.py`](../dsv3_ref/cpu/decoder.py)), the default on a CPU
+# outside this notebook (whose own cells come first), registers a `decode_weights` that stores such tables: a second copy of the
+# weights, made once and again after a weight has changed.
 
 # %%
 from dsv3_ref.cpu.decoder import blockwise_attention, small_matmul
@@ -562,7 +580,7 @@ print("blocks of 1, 4 and 17 keys: the same attention")
 # $$\min\left(1, \frac{p(x)}{q(x)}\right),\qquad\text{else replaced by a draw from}\quad
 # \frac{\max(p-q,\,0)}{\sum_w \max(p_w-q_w,\,0)}$$
 #
-# and all guesses behind the first rejected one are thrown away. A word comes out either because it
+# and all guesses after the first rejected one are thrown away. A word comes out either because it
 # was drafted and accepted, which happens with probability $\min(q, p)$, or because a rejection chose
 # it, which adds $\max(p-q, 0)$, for a round rejects with probability $\sum_w\max(p_w-q_w,0)$, and the denominator
 # cancels. The sum is $p$. So the text has exactly the distribution of plain
@@ -576,10 +594,10 @@ def verify_draft(
     p_bsw: torch.Tensor, q_bkw: torch.Tensor, draft_bk: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return how many drafts each row accepts, (b,), and the token after them, (b,).
+    """Return how many drafts are accepted in each row, (b,), and the token after them, (b,).
 
-    p_bsw: main model at the s = D + 1 positions; q_bkw: what the D drafts were drawn from. The
-    tokens are distributed as the main model's.
+    The tokens have the main model's distribution. p_bsw: its probabilities at the s = D + 1
+    positions. q_bkw: the distributions from which the D drafts were drawn.
     """
     p_bk = p_bsw[:, :-1].gather(-1, draft_bk[..., None])[..., 0]
     q_bk = q_bkw.gather(-1, draft_bk[..., None])[..., 0]
@@ -594,11 +612,10 @@ def verify_draft(
 
 # %%
 p_w, q_w = torch.tensor([0.5, 0.3, 0.15, 0.05]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+p_bsw, q_bkw = p_w.expand(draws, 2, 4), q_w.expand(draws, 1, 4)
 g = torch.Generator().manual_seed(0)
-guess_b = multinomial_sample(q_w.expand(draws, -1), g)
-taken_b, next_b = verify_draft(
-    p_w.expand(draws, 2, 4), q_w.expand(draws, 1, 4), guess_b[:, None], g
-)
+guess_b = multinomial_sample(q_bkw[:, 0], g)
+taken_b, next_b = verify_draft(p_bsw, q_bkw, guess_b[:, None], g)
 first_b = torch.where(taken_b == 1, guess_b, next_b)
 share_w = first_b.bincount(minlength=4) / draws
 print(f"accepted {taken_b.float().mean():.3f}, Σ min(p, q) = {torch.minimum(p_w, q_w).sum():.3f}")
@@ -617,41 +634,42 @@ assert (share_w - p_w).abs().max() < 0.015
 
 # %%
 #| export decode
+Distributions = Sequence[torch.Tensor | None]  # (b, w) of every draft; None: chosen by argmax
+
+
 class SamplingParams(NamedTuple):
-    """How tokens are chosen: temperature, nucleus, and the random numbers."""
+    """Parameters of sampling: temperature, nucleus (top_p) and random numbers."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     generator: torch.Generator | None = None
 
     def sample(self, logit_bw: torch.Tensor) -> torch.Tensor:
-        """Choose the next token of each row, (b,)."""
+        """Return the next token of each row, (b,)."""
         return sample(logit_bw, self.temperature, self.generator, self.top_p)
 
     def draft(self, logit_bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draft a token for each row; return it with the distribution it was drawn from."""
+        """Draft a token for each row; return it and the distribution it is from, None at T = 0."""
         if self.temperature == 0:
             return logit_bw.argmax(-1), None
         q_bw = logits_to_probs(logit_bw, self.temperature, self.top_p)
         return multinomial_sample(q_bw, self.generator), q_bw
 
     def verify(
-        self, logit_bsw: torch.Tensor, q: Sequence, draft_bk: torch.Tensor
+        self, logit_bsw: torch.Tensor, distributions: Distributions, draft_bk: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Verify drafts by the main model's logits: `verify_draft`, or by argmax at T = 0."""
+        """Verify drafts with the main model's logits: argmax at T = 0, else `verify_draft`."""
         if self.temperature == 0:
             argmax_bs = logit_bsw.argmax(-1)
             n_b = (argmax_bs[:, :-1] == draft_bk).long().cumprod(1).sum(1)
             return n_b, argmax_bs.gather(1, n_b[:, None])[:, 0]
         p_bsw = logits_to_probs(logit_bsw, self.temperature, self.top_p)
-        return verify_draft(p_bsw, torch.stack(q, 1), draft_bk, self.generator)
+        q_bkw = torch.stack([q_bw for q_bw in distributions if q_bw is not None], 1)
+        return verify_draft(p_bsw, q_bkw, draft_bk, self.generator)
 
 
 class SpeculativeDecoder:
-    """Rows of tokens that grow, by drafts of MTP modules and their verification.
-
-    With 0 speculative tokens it decodes plainly.
-    """
+    """Decoder of several rows with drafts of MTP modules; with 0 speculative tokens, without."""
 
     def __init__(
         self, model: Transformer, prompts: list[list[int]], max_new_tokens: int,
@@ -674,44 +692,46 @@ class SpeculativeDecoder:
         self.logit_bw = self.prefill()
 
     def prefill(self) -> torch.Tensor:
-        """Read the prompts; return the logits after the last token of each, (b, w)."""
+        """Prefill the prompts; return the logits after the last token of each, (b, w)."""
         h_bsd = self.decoder.hidden_states([0] * len(self.lengths), max(self.lengths))
         return self.decoder.logits(h_bsd[range(len(self.lengths)), [n - 1 for n in self.lengths]])
 
     def first_token(self, sampling_params: SamplingParams) -> list[list[int]]:
-        """Choose the token after each prompt."""
+        """Choose and write the token after each prompt; return it per row."""
         token_b = sampling_params.sample(self.logit_bw)
         self.write_token(token_b, 0)
         return token_b[:, None].tolist()
 
     def write_token(self, token_b: torch.Tensor, k: int) -> None:
-        """Write a token k places after the last one read of every row."""
+        """Write one token per row, k places after those that the main model has read."""
         token_bt = self.decoder.token_bt
         token_bt[cache_index([n + k for n in self.lengths], 1, token_bt.device)] = token_b[:, None]
 
-    def propose(self, sampling_params: SamplingParams) -> tuple[torch.Tensor, tuple]:
-        """Return D drafts per row, (b, D), and the distributions they came from, D × (b, w)."""
+    def propose(self, sampling_params: SamplingParams) -> tuple[torch.Tensor, Distributions]:
+        """Return D drafts per row, (b, D), and the distributions they came from."""
         decoder, device = self.decoder, self.decoder.h_btd.device
-        behind = [n - m for n, m in zip(self.lengths, self.mtp_lengths)]
-        last = cache_index([n - 1 for n in behind], 1, device)
-        h_bsd = decoder.h_btd[cache_index(self.mtp_lengths, max(behind), device)]
-        drafts = []
+        num_new = [n - m for n, m in zip(self.lengths, self.mtp_lengths)]  # unread by MTP modules
+        last = cache_index([n - 1 for n in num_new], 1, device)
+        h_bsd = decoder.h_btd[cache_index(self.mtp_lengths, max(num_new), device)]
+        drafts: list[torch.Tensor] = []
+        distributions: list[torch.Tensor | None] = []
         for k in range(1, self.num_speculative_tokens + 1):
             h_bsd = decoder.mtp_forward(k, h_bsd, self.mtp_lengths)
-            drafts.append(sampling_params.draft(decoder.logits(h_bsd[last][:, 0])))
-            self.write_token(drafts[-1][0], k)
+            draft_b, q_bw = sampling_params.draft(decoder.logits(h_bsd[last][:, 0]))
+            self.write_token(draft_b, k)
+            drafts.append(draft_b)
+            distributions.append(q_bw)
         self.mtp_lengths = [max(0, n + 1 - self.num_speculative_tokens) for n in self.lengths]
-        tokens, distributions = zip(*drafts)
-        return torch.stack(tokens, 1), distributions
+        return torch.stack(drafts, 1), distributions
 
     def step(self, sampling_params: SamplingParams, active: list[bool]) -> list[list[int]]:
         """Return the new tokens of every row, 1 to D + 1; rows that are not active get none."""
         decoder, depth = self.decoder, self.num_speculative_tokens
         if depth:
-            draft_bk, q = self.propose(sampling_params)
+            draft_bk, distributions = self.propose(sampling_params)
         logit_bsw = decoder.logits(decoder.hidden_states(self.lengths, depth + 1))
         if depth:
-            n_b, token_b = sampling_params.verify(logit_bsw, q, draft_bk)
+            n_b, token_b = sampling_params.verify(logit_bsw, distributions, draft_bk)
             num_accepted, drafts = n_b.tolist(), draft_bk.tolist()
             tokens = [[*d[:n], t] for d, n, t in zip(drafts, num_accepted, token_b.tolist())]
         else:
@@ -741,19 +761,19 @@ def stream(
 ) -> Generator[list[list[int]], list[bool] | None, None]:
     """Yield the new tokens of every row, step by step; a row ends with its first stop token.
 
-    Rows may differ in length. Up to `num_speculative_tokens` MTP modules draft ahead; `compiled`
-    fuses the steps, after a pause at the first. A caller may send a list of booleans back: rows
-    that are False end there.
+    Prompts may differ in length. MTP modules draft `num_speculative_tokens` tokens per step.
+    compiled: fuse the steps; the first call compiles. A caller may send back a list of booleans:
+    rows with False end there.
     """
     if max_new_tokens < 1:
         return
     decoder = SpeculativeDecoder(model, prompts, max_new_tokens, num_speculative_tokens, compiled)
-    stop, remaining = set(stop), [max_new_tokens] * len(prompts)
+    stop_ids, remaining = set(stop), [max_new_tokens] * len(prompts)
     new_tokens = decoder.first_token(sampling_params)
     while True:
         for row, tokens in enumerate(new_tokens):
             del tokens[remaining[row] :]
-            ends = [i for i, token in enumerate(tokens) if token in stop]
+            ends = [i for i, token in enumerate(tokens) if token in stop_ids]
             del tokens[ends[0] + 1 if ends else len(tokens) :]
             remaining[row] = 0 if ends else remaining[row] - len(tokens)
         active = yield new_tokens
@@ -776,8 +796,8 @@ def generate(
 ) -> torch.Tensor:
     """Continue prompts of equal length: (b, s) → (b, s + max_new_tokens)."""
     rows, params = tokens_bs.tolist(), SamplingParams(temperature, top_p, generator)
-    options = {"num_speculative_tokens": num_speculative_tokens, "compiled": compiled}
-    for new_tokens in stream(model, rows, max_new_tokens, params, **options):
+    steps = stream(model, rows, max_new_tokens, params, (), num_speculative_tokens, compiled)
+    for new_tokens in steps:
         for row, tokens in zip(rows, new_tokens):
             row += tokens
     return torch.tensor(rows, dtype=torch.int64, device=tokens_bs.device)
@@ -796,8 +816,8 @@ for depth in (0, 1, 2):
             row += tokens
     with torch.no_grad():
         for row, prompt in zip(texts, prompts):
-            said = model(torch.tensor([row[:-1]]))[0].argmax(-1).tolist()
-            assert len(row) == len(prompt) + 12 and said[len(prompt) - 1 :] == row[len(prompt) :]
+            greedy = model(torch.tensor([row[:-1]]))[0].argmax(-1).tolist()
+            assert len(row) == len(prompt) + 12 and greedy[len(prompt) - 1 :] == row[len(prompt) :]
 print("greedy, three lengths, 0 to 2 drafts: the argmax of a full forward pass")
 
 # %% [markdown]
@@ -824,21 +844,18 @@ for step in range(STEPS):
     optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
     optimizer.step()
     optimizer.zero_grad()
-print(f"loss {parts.main:.2f}, MTP {', '.join(f'{x:.2f}' for x in parts.mtp)} nats a byte")
+print(f"loss {parts.main:.2f}, MTP {', '.join(f'{x:.2f}' for x in parts.mtp)} nats per byte")
 context = [text[-n : -n + 60].tolist() for n in (7000, 5000, 3000, 1000)]
 
 
 # %%
 def rounds(depth: int, temperature: float, new: int = 100) -> tuple[list[float], float]:
-    """Share of rounds that accepted at least 1, 2, … drafts; and tokens a second, by fast rounds."""
-    counts, seconds, choice = (
-        [],
-        [],
-        SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0)),
-    )
+    """Return the share of rounds with at least 1, 2, … accepted drafts, and tokens per second."""
+    params = SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0))
+    counts, seconds = [], []
     for prompt in context:
         steps, clock = [], [time.perf_counter()]
-        for step in stream(model, [prompt], new, choice, num_speculative_tokens=depth):
+        for step in stream(model, [prompt], new, params, num_speculative_tokens=depth):
             steps.append(step)
             clock.append(time.perf_counter())
         counts += [len(s[0]) - 1 for s in steps[1:-1]]  # the first has no drafts, the last is cut
@@ -849,25 +866,19 @@ def rounds(depth: int, temperature: float, new: int = 100) -> tuple[list[float],
 
 
 heats = [0.0, 0.5, 1.0]
-table = {t: {d: rounds(d, t) for d in (0, 1, 2)} for t in heats}
+with use("cpu", "torch"):  # the tuned forms, as outside this notebook
+    table = {t: {d: rounds(d, t) for d in (0, 1, 2)} for t in heats}
 fig, (left, right) = figure(1, 2, width=9, height=3.0)
 for depth, color, style in ((1, BLUE, "-"), (2, ORANGE, "--")):
     left.plot(heats, [table[t][2][0][depth - 1] for t in heats], style, marker="o", color=color,
               label=f"at least {depth} of 2 drafts")  # fmt: skip
     gain = [table[t][depth][1] / table[t][0][1] for t in heats]
-    right.plot(
-        heats,
-        gain,
-        style,
-        marker="o",
-        color=color,
-        label=("one draft", "two drafts")[depth - 1] + " a round",
-    )
+    label = ("one draft", "two drafts")[depth - 1] + " per round"
+    right.plot(heats, gain, style, marker="o", color=color, label=label)
 left.set(ylim=(0, 1), xlabel="temperature", ylabel="share of rounds", title="Accepted")
 right.axhline(1, color=GRAY, lw=1)
-right.set(
-    xlabel="temperature", ylabel="speed against plain decoding", title="Three layers gain little"
-)
+right.set(xlabel="temperature", ylabel="speed against plain decoding")
+right.set_title("Three layers gain little")
 for ax in (left, right):
     ax.legend()
 show(fig)
@@ -875,12 +886,13 @@ for t in heats:
     print(f"T = {t}: accepted {table[t][2][0][0]:.2f}, then {table[t][2][0][1]:.2f}; "
           f"{table[t][0][1]:.0f} tokens/s plain, {table[t][1][1]:.0f} with one draft, "
           f"{table[t][2][1]:.0f} with two")  # fmt: skip
-said = b"".join(bytes(s[0]) for s in stream(model, [context[0]], 90, num_speculative_tokens=1))
-print(bytes(context[0]).decode()[-30:], "→", said.decode(errors="replace"))
+steps = stream(model, [context[0]], 90, num_speculative_tokens=1)
+continuation = b"".join(bytes(step[0]) for step in steps)
+print(bytes(context[0]).decode()[-30:], "→", continuation.decode(errors="replace"))
 assert STEPS < 100 or table[0.0][1][0][0] > 0.4
 
 # %% [markdown]
-# Which guesses are right? A round at a time: green are drafts that the main model accepted, and below the text stands, struck out, what an
+# Which guesses are right? Round by round: green are drafts that the main model accepted, and below the text stands, struck out, what an
 # MTP module guessed where it was wrong. (A model this small soon repeats itself, which is easy to guess.)
 
 # %%
@@ -888,7 +900,7 @@ from dsv3_ref.viz.decoding import draw_trace
 
 
 class TracedDecoder(SpeculativeDecoder):
-    """A decoder that remembers its drafts."""
+    """Decoder that keeps the drafts of its last step."""
 
     def propose(self, sampling_params):
         drafts, distributions = super().propose(sampling_params)
@@ -898,18 +910,16 @@ class TracedDecoder(SpeculativeDecoder):
 
 @torch.inference_mode()
 def trace(drafts: int = 2, temperature: float = 0.0, place: int = 0):
-    choice = SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0))
-    writer, texts = (
-        TracedDecoder(model, [context[place]], 160, drafts),
-        lambda ids: list(map(chr, ids)),
-    )
-    rounds = [(texts(writer.first_token(choice)[0]), 0, None)]
+    """Draw 150 tokens of one context, round by round, with accepted and rejected drafts."""
+    params = SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0))
+    decoder = TracedDecoder(model, [context[place]], 160, drafts)
+    rounds = [(list(map(chr, decoder.first_token(params)[0])), 0, None)]
     while sum(len(r[0]) for r in rounds) < 150:
-        (new,) = writer.step(choice, [True])
-        wrong = texts(writer.drafts[len(new) - 1 : len(new)])
-        rounds.append((texts(new), len(new) - 1, wrong[0] if wrong else None))
+        (new,) = decoder.step(params, [True])
+        wrong = decoder.drafts[len(new) - 1 : len(new)]
+        rounds.append((list(map(chr, new)), len(new) - 1, chr(wrong[0]) if wrong else None))
     per_round = sum(len(r[0]) for r in rounds[1:]) / (len(rounds) - 1)
-    show(draw_trace(rounds, 50, f"{per_round:.2f} tokens a round"))
+    show(draw_trace(rounds, 50, f"{per_round:.2f} tokens per round"))
 
 
 trace()
@@ -928,26 +938,25 @@ play(trace, drafts=(1, 2, 1), temperature=(0.0, 1.5, 0.25), place=(0, 3, 1))
 # with the acceptance and the two costs of each model, measured one by one.
 
 # %%
-found = json.loads((RESULTS_DIR / "bench.json").read_text())
+speculation = json.loads((RESULTS_DIR / "bench.json").read_text())["speculation"]
 fig, ways = figure(1, 2, width=9, height=3.0, sharey=True)
 for ax, way in zip(ways, ("eager", "compiled")):
-    names = [name for name in found["speculation"] if "dense" not in name]
-    runs = [found["speculation"][name][way] for name in names]
+    names = [name for name in speculation if "dense" not in name]
+    runs = [speculation[name][way] for name in names]
     depths = [int(name.split()[0]) for name in names]
-    ax.semilogx(depths, [r["speedup"] for r in runs], "o-", base=2, color=BLUE, label="measured")
-    ax.semilogx(
-        depths, [r["predicted"] for r in runs], "o--", base=2, color=ORANGE, label="formula"
-    )
-    dense = found["speculation"]["16 layers, dense"][way]
+    measured, predicted = [r["speedup"] for r in runs], [r["predicted"] for r in runs]
+    ax.semilogx(depths, measured, "o-", base=2, color=BLUE, label="measured")
+    ax.semilogx(depths, predicted, "o--", base=2, color=ORANGE, label="formula")
+    dense = speculation["16 layers, dense"][way]
     ax.plot(16, dense["speedup"], "s", color=BLUE, mfc="none", label="16 dense layers")
     ax.plot(16, dense["predicted"], "s", color=ORANGE, mfc="none")
     ax.axhline(1, color=GRAY, lw=1)
-    ax.set(title=f"One draft a round, {way}", xlabel="layers of the main model")
+    ax.set(title=f"One draft per round, {way}", xlabel="layers of the main model")
     ax.set_xticks(depths, depths)
 ways[0].set_ylabel("speed against plain")
 ways[1].legend()
 show(fig)
-for name, run in found["speculation"].items():
+for name, run in speculation.items():
     print(name, "; ".join(f"{way}: p {r['acceptance']:.2f}, verify {r['verify']:.2f}, "
           f"draft {r['draft']:.2f}" for way, r in run.items()))  # fmt: skip
 
@@ -1091,7 +1100,7 @@ check_entropy(my_entropy)
 # %% [markdown]
 # ## Scale-up
 # At 671B a decoding step reads every active weight once, however many sequences share the step, and
-# each sequence's own cache. The bytes below, a weight one (FP8), over the 3.35 TB/s of an H100, bound the speed,
+# each sequence's own cache. The bytes below, one per weight (FP8), over the 3.35 TB/s of an H100, bound the speed,
 # as if one such memory held everything.
 
 # %%
@@ -1104,7 +1113,7 @@ for batch in (1, 32):
         cache = batch * length * count_params(V3).cache_bytes
         ms = (weights + cache) / 3.35e12 * 1e3
         print(f"batch {batch:2}, context {length:7,}: weights {weights / 1e9:3.0f} GB "
-              f"({1 - asleep:4.0%} of the experts), cache {cache / 1e9:5.1f} GB: {ms:3.0f} ms a step")  # fmt: skip
+              f"({1 - asleep:4.0%} of the experts), cache {cache / 1e9:5.1f} GB: {ms:3.0f} ms per step")  # fmt: skip
 
 # %% [markdown]
 # Alone, a user waits for weights: 37 GB for one token. Thirty-two users together wake two thirds of
