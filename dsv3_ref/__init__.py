@@ -1,7 +1,20 @@
-"""DeepSeek-V3, readable and full-scale. Names are imported when first used."""
+"""DeepSeek-V3, readable and full-scale. Public names are imported on first use."""
 
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names, for type checkers
+    from dsv3_ref.checkpoints.huggingface import save_hf as save_hf
+    from dsv3_ref.checkpoints.native import load as load
+    from dsv3_ref.config import SMALL as SMALL
+    from dsv3_ref.config import TINY as TINY
+    from dsv3_ref.config import V2_LITE as V2_LITE
+    from dsv3_ref.config import V3 as V3
+    from dsv3_ref.config import Config as Config
+    from dsv3_ref.config import count_params as count_params
+    from dsv3_ref.decode import generate as generate
+    from dsv3_ref.model import Transformer as Transformer
 
 _HOME = {
     "Config": "config",
@@ -18,7 +31,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "__version__":
         return version("dsv3-ref")
     if name not in _HOME:
@@ -26,5 +39,5 @@ def __getattr__(name: str):
     return getattr(import_module(f"dsv3_ref.{_HOME[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])

@@ -1,7 +1,7 @@
-"""Tuned torch for CPU: backend `cpu` of the ops whose plain form is slow or keeps much.
+"""Tuned torch for CPUs: backend `cpu` of the ops whose plain form is slow or saves much memory.
 
-Importing the package registers them; `dsv3_ref.ops` does so by name. Each is held to its
-reference, forward and backward, by tests/test_ops.py, the decoder by tests/cpu/test_decoder.py.
+Importing the package registers its forms; `dsv3_ref.ops` does so by name. tests/test_ops.py
+compares each with its reference, forward and backward, tests/cpu/test_decoder.py the decoder.
 """
 
 from dsv3_ref.cpu import attention, decoder, fp8, fused, moe

@@ -1,4 +1,4 @@
-"""Causal attention in blocks of queries, with its gradient by hand; packed samples side by side."""
+"""Causal attention in blocks of queries, with a gradient by hand; packed samples as padded rows."""
 
 from itertools import pairwise
 from typing import Any
@@ -15,17 +15,17 @@ QUERY_BLOCK = 64
 
 
 def causal_query_blocks(s: int, t: int, size: int = QUERY_BLOCK) -> list[tuple[slice, int]]:
-    """Return blocks of the last s of t positions, and how many keys the last of each may see."""
+    """Return blocks of the last s of t positions, each with the keys its last query may see."""
     return [(slice(a, b), b + t - s) for a, b in pairwise([*range(0, s, size), s])]
 
 
 def to_batched_heads(x_bshx: Tensor, scale: float = 1.0) -> Tensor:
-    """Lay every head of every row on its own: scale·x as (b·h, s, x)."""
+    """Return scale·x with rows and heads in one axis, (b·h, s, x)."""
     return rearrange(x_bshx if scale == 1 else scale * x_bshx, "b s h x -> (b h) s x")
 
 
 class BlockAttention(torch.autograd.Function):
-    """Causal attention, 64 queries at a time: keys in their future are not touched."""
+    """Causal attention, 64 queries at a time; keys after a block's last query are not read."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,7 +45,8 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, o, *probs = ctx.saved_tensors
         delta = (g * o).sum(-1, keepdim=True)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for (rows, end), p_st in zip(causal_query_blocks(q.shape[1], k.shape[1]), probs):
             dv[:, :end].baddbmm_(p_st.mT, g[:, rows])
             dp_st = g[:, rows] @ v[:, :end].mT
@@ -57,7 +58,7 @@ class BlockAttention(torch.autograd.Function):
 
 @impl("attention", "cpu")
 def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
-    """Compute causal attention, o = softmax(scale·q·kᵀ) v; the queries are the last s of t."""
+    """Compute causal attention, o = softmax(scale·q·kᵀ) v; the queries are the last s of t keys."""
     q = recompute(to_batched_heads, q_bshx, scale)
     k, v = recompute(to_batched_heads, k_bthx), recompute(to_batched_heads, v_bthv)
     o = BlockAttention.apply(q, k, v)
@@ -68,9 +69,9 @@ def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> T
 def varlen_attention(
     q_nhx: Tensor, k_nhx: Tensor, v_nhv: Tensor, cu_seqlens: Tensor, scale: float
 ) -> Tensor:
-    """Compute `attention` inside each of b sequences: padded rows of one batch, in one call.
+    """Compute `attention` inside each of b sequences, as padded rows of one batch.
 
-    Causality hides the padding, which lies after the tokens of a sequence.
+    The padding lies after the tokens of a sequence, where causality hides it.
     """
     length_b = cu_seqlens.diff().long()
     row_n = torch.arange(len(length_b), device=cu_seqlens.device).repeat_interleave(length_b)

@@ -1,13 +1,13 @@
-"""Chapter 08's decoding step, fast on a CPU: weights as tables, attention in blocks, fused steps.
+"""Decoding step of chapter 08 for CPUs: weights as tables, attention in blocks, fused steps.
 
-A decoding step multiplies every active matrix with a few rows. Matrix libraries are slow at that,
-embedding bags (weighted sums of rows of a table) are fast, so every matrix is stored once more,
-transposed. An index chooses the rows, so all experts of all tokens are one call on one table.
+A decoding step multiplies every active matrix with a few rows. Matrix libraries are slow at that;
+embedding bags (weighted sums of rows of a table) are fast. So a transposed copy of every matrix is
+stored. An index selects the rows, so all experts of all tokens are one call on one table.
 """
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ from dsv3_ref.decode import (
     MAX_ABSORBED_TOKENS,
     BlockWeights,
     DecodeWeights,
+    Layers,
     blocks_of,
     ragged_positions,
 )
@@ -48,9 +49,9 @@ def embedding_bag_matmul(table_xo: Tensor, index_bm: Tensor, weight_bm: Tensor) 
 
 
 def small_matmul(x_nd: Tensor, table_do: Tensor) -> Tensor:
-    """Compute x W of up to two rows as a weighted sum of the rows of W, else as a product.
+    """Compute x W, for one or two rows of x as a weighted sum of the rows of W.
 
-    The sum is taken in two halves, so that two threads share it.
+    The sum is computed in two halves, so that two threads share it.
     """
     n, d = x_nd.shape
     if n > 2 or d % 2 or not supports_embedding_bag(table_do):
@@ -60,7 +61,7 @@ def small_matmul(x_nd: Tensor, table_do: Tensor) -> Tensor:
 
 
 def supports_embedding_bag(table: Tensor) -> bool:
-    """Return whether the fast routine reads this table: fp32 in the memory of a CPU."""
+    """Return whether `embedding_bag_matmul` is fast for this table: fp32 on a CPU."""
     return table.device.type == "cpu" and table.dtype == torch.float32
 
 
@@ -71,7 +72,8 @@ def moe_small_batch(
 
     up_xo: rows of all [W₁; W₃]ᵀ, (e·d, 2f); down_xd: rows of all W₂ᵀ, (e·f, d).
     """
-    (n, k), d, f = expert_nk.shape, x_nd.shape[1], up_xo.shape[1] // 2
+    n, k = expert_nk.shape
+    d, f = x_nd.shape[1], up_xo.shape[1] // 2
     start_nk1 = expert_nk[..., None]
     index, x = (start_nk1 * d + arange_view(d)).view(n * k, d), x_nd.repeat_interleave(k, 0)
     gate, up = embedding_bag_matmul(up_xo, index, x).chunk(2, -1)
@@ -84,9 +86,9 @@ def moe_small_batch(
 
 
 class BlockTables(BlockWeights):
-    """The weights of one block, transposed and joined; more than a few tokens use its modules.
+    """Weights of one block as transposed tables; more than a few tokens use the block's modules.
 
-    The dense FFN is one expert that is always chosen, and so are the shared experts.
+    The dense FFN and the shared experts are stored as experts that are always chosen.
     """
 
     def __init__(self, block: Block):
@@ -109,14 +111,14 @@ class BlockTables(BlockWeights):
         self.always_1k = torch.arange(len(down) - n_always, len(down))[None]
 
     def project(self, name: str, x_bsd: Tensor) -> Tensor:
-        """Multiply x by the attention's matrix of this name."""
+        """Multiply x by the attention's matrix of this name, such as `wq_a`."""
         if x_bsd.shape[0] * x_bsd.shape[1] > MAX_TABLE_TOKENS:
             return super().project(name, x_bsd)
         y_no = small_matmul(x_bsd.flatten(0, 1), self.tables[name])
         return y_no.unflatten(0, x_bsd.shape[:2])
 
     def norm(self, x_bsd: Tensor, norm: RMSNorm) -> Tensor:
-        """Normalize x; of one row as x · (weight / ρ), with ρ a plain number."""
+        """Apply an RMSNorm of the block; a single row is scaled by 1/ρ as a Python number."""
         if x_bsd.numel() != x_bsd.shape[-1] or torch.compiler.is_compiling():
             return norm(x_bsd)
         x_d = x_bsd.flatten()
@@ -138,15 +140,16 @@ class BlockTables(BlockWeights):
         return moe_small_batch(x_nd, expert_nk, weight_nk, self.up_xo, self.down_xd).view_as(x_bsd)
 
 
-TABLES: WeakKeyDictionary = WeakKeyDictionary()  # model → (state of its weights, DecodeWeights)
+WeightsState = list[tuple[int, int]]  # address and version of every weight
+TABLES: WeakKeyDictionary[Transformer, tuple[WeightsState, DecodeWeights]] = WeakKeyDictionary()
 
 
 @impl("decode_weights", "cpu")
 @torch.no_grad()
 def decode_weights_as_tables(model: Transformer) -> DecodeWeights:
-    """Return tables of every block and of the head, made again when a weight has changed.
+    """Return tables of every block and of the head; rebuild them when a weight has changed.
 
-    Tables exist for fp32 on a CPU only; other models decode with their modules.
+    A model that is not in fp32 on a CPU decodes with its modules.
     """
     weights = list(model.parameters())
     if not all(supports_embedding_bag(w) for w in weights):
@@ -166,9 +169,12 @@ def decode_weights_as_tables(model: Transformer) -> DecodeWeights:
 # ── Attention ──
 
 
-def blockwise_attention(q_bshx: Tensor, blocks: Iterable, t: int, scale: float) -> Tensor:
-    """Attend causally from the last s of t positions, over (k_byhx, v_byhv) by blocks: o/z."""
-    q_bhsx, s, start = (scale * q_bshx).transpose(1, 2), q_bshx.shape[1], 0
+def blockwise_attention(
+    q_bshx: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], t: int, scale: float
+) -> Tensor:
+    """Attend causally from the last s of t positions to blocks (k_byhx, v_byhv) in turn: o/z."""
+    q_bhsx = (scale * q_bshx).transpose(1, 2)
+    s, start = q_bshx.shape[1], 0
     query_s1 = torch.arange(t - s, t, device=q_bshx.device)[:, None]
     m_i = o = z = torch.tensor(-torch.inf, device=q_bshx.device)
     for k_byhx, v_byhv in blocks:
@@ -190,8 +196,9 @@ def blockwise_attention(q_bshx: Tensor, blocks: Iterable, t: int, scale: float) 
 def attend_prefill_blockwise(
     q_bshi: Tensor, q_bshr: Tensor, kv_btx: Tensor, wkv_b: Tensor, scale: float
 ) -> Tensor:
-    """Attend from the last s of t positions; cached keys and values are expanded block by block."""
-    (_, s, h, i), t, c = q_bshi.shape, kv_btx.shape[1], wkv_b.shape[1]
+    """Attend from the last s of t positions; expand cached keys and values block by block."""
+    _, s, h, i = q_bshi.shape
+    t, c = kv_btx.shape[1], wkv_b.shape[1]
     if s == t:  # a prompt's first chunk, which has no other positions
         return attend_expanded(q_bshi, q_bshr, kv_btx[..., :c], kv_btx[..., c:], wkv_b, scale)
     parts = kv_btx.split(KV_BLOCK, dim=1)
@@ -204,7 +211,7 @@ def paged_attention_gathered(
     q_bshx: Tensor, kv_cache_pyx: Tensor, block_table_bp: Tensor, cache_seqlens_b: Tensor,
     c: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Attend for all rows at once: a copy of every block in use, later positions masked."""
+    """Attend for all rows at once, over a copy of their pages; later positions are masked."""
     kv_btx = kv_cache_pyx[block_table_bp].flatten(1, 2)
     b, s, h, _ = q_bshx.shape
     device = cache_seqlens_b.device
@@ -219,9 +226,9 @@ def paged_attention_gathered(
 
 
 def run_layers_ragged(
-    layers: list, x_bsd: Tensor, position_bs: Tensor, freqs_cis_tx: Tensor
+    layers: Layers, x_bsd: Tensor, position_bs: Tensor, freqs_cis_tx: Tensor
 ) -> Tensor:
-    """Pass x through layers, the same program for all positions: queries see the whole cache."""
+    """Pass x through layers by one program for all positions: it reads the whole cache, masked."""
     positions = ragged_positions(position_bs, freqs_cis_tx, len(freqs_cis_tx))
     for layer in layers:
         x_bsd = layer(x_bsd, positions)
@@ -229,8 +236,8 @@ def run_layers_ragged(
 
 
 @cache
-def compiled_layers():
-    """Return `run_layers_ragged` as a fused program, compiled at its first call with a shape."""
+def compiled_layers() -> Callable[[Layers, Tensor, Tensor, Tensor], Tensor]:
+    """Return `run_layers_ragged` as a fused program, compiled at the first call with a shape."""
     torch._dynamo.config.recompile_limit = 64  # kinds of groups × shapes
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
     return torch.compile(run_layers_ragged, options={"cpp_wrapper": True})
@@ -238,9 +245,9 @@ def compiled_layers():
 
 @impl("run_layers", "compiled")
 def run_layers_compiled(
-    layers: list, x_bsd: Tensor, lengths: list[int], freqs_cis_tx: Tensor
+    layers: Layers, x_bsd: Tensor, lengths: list[int], freqs_cis_tx: Tensor
 ) -> Tensor:
-    """Pass the next few tokens through layers as fused programs; prompts are not compiled."""
+    """Pass the next few tokens through layers as fused programs; a prompt takes the plain form."""
     b, s = x_bsd.shape[:2]
     if b * s > MAX_ABSORBED_TOKENS or max(lengths) == 0:
         return IMPLS["run_layers"]["torch"](layers, x_bsd, lengths, freqs_cis_tx)

@@ -1,7 +1,7 @@
-"""RMSNorm, SwiGLU, rotary embedding and cross-entropy with their gradients by hand.
+"""RMSNorm, SwiGLU, rotary embedding and cross-entropy with gradients by hand.
 
-Autograd would follow every small step of a formula, keep its result and read it again. These
-functions keep only their inputs (§3.2.3) and write in place what they own.
+Autograd would save the result of every small step of a formula. These functions save only their
+inputs (§3.2.3) and work in place on tensors that they allocated.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from dsv3_ref.ops import CE_CHUNK_TOKENS, impl, upcast
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm that keeps x and 1/ρ: ∂L/∂x = (a − x̂·mean(a·x̂))/ρ with a = g·weight, x̂ = x/ρ."""
+    """RMSNorm that saves x and 1/ρ: ∂L/∂x = (a − x̂·mean(a·x̂))/ρ with a = g·weight, x̂ = x/ρ."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -41,7 +41,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 @impl("rms_norm", "cpu")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Divide by the root mean square of the last axis, times weight."""
+    """Divide x by the root mean square of its last axis and multiply by weight."""
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
     return F.rms_norm(upcast(x), weight.shape, weight, eps).to(dtype or x.dtype)
@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """SwiGLU that keeps only its two inputs."""
+    """SwiGLU that saves only its two inputs."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @impl("apply_rotary_emb", "cpu")
 def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs, as complex numbers: one product in place of four."""
+    """Rotate interleaved pairs as complex numbers: one product in place of four."""
     x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
     rotated = x * torch.complex(cos, sin)[:, None]  # the same for every head
     return torch.view_as_real(rotated).flatten(-2).to(x_bshr.dtype)
@@ -86,7 +86,7 @@ def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def cross_entropy_and_grad_(logit_nw: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ −log p[target] in nats and ∂L/∂logit = p − [w = target], made of the logits."""
+    """Return Σ −log p[target] in nats and ∂L/∂logit = p − [w = target]; overwrite the logits."""
     wide_nw, target_n1 = upcast(logit_nw), target_n[:, None]
     max_n1 = wide_nw.amax(1, keepdim=True)
     right_n1 = wide_nw.gather(1, target_n1)
@@ -97,11 +97,12 @@ def cross_entropy_and_grad_(logit_nw: Tensor, target_n: Tensor) -> tuple[Tensor,
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one pass: logits of CE_CHUNK_TOKENS tokens exist at a time."""
+    """Cross-entropy with both gradients in one pass over chunks of CE_CHUNK_TOKENS tokens."""
 
     @staticmethod
     def forward(ctx: Any, h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
-        total, dh, dw_wd = h_nd.new_zeros((), dtype=torch.float32), [], torch.zeros_like(head_wd)
+        total = h_nd.new_zeros((), dtype=torch.float32)
+        dh, dw_wd = [], torch.zeros_like(head_wd)
         for h, target in zip(h_nd.split(CE_CHUNK_TOKENS), target_n.split(CE_CHUNK_TOKENS)):
             nll, g_nw = cross_entropy_and_grad_(F.linear(h, head_wd), target)
             total = total + nll
@@ -120,5 +121,5 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 @impl("linear_cross_entropy", "cpu")
 def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
-    """Sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
+    """Return the sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
     return ChunkedCrossEntropy.apply(h_nd, head_wd, target_n)

@@ -1,4 +1,4 @@
-"""Grouped products in one call, and rows to the experts and back as weighted sums of rows."""
+"""Grouped products in one call; permutation to the experts and back as gathers and row sums."""
 
 from typing import Any
 
@@ -13,7 +13,10 @@ from dsv3_ref.ops import impl
 
 @impl("grouped_linear", "cpu")
 def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
-    """Multiply rows sorted by expert by their expert's matrix; no fp64, widths of 16 bytes."""
+    """Multiply rows sorted by expert by their expert's matrix.
+
+    There is no form for fp64, and rows must be multiples of 16 bytes.
+    """
     if torch.is_autocast_enabled(x_mi.device.type):
         dtype = torch.get_autocast_dtype(x_mi.device.type)
         x_mi, weight_eoi = x_mi.to(dtype), weight_eoi.to(dtype)
@@ -22,7 +25,7 @@ def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
 
 
 class Permute(torch.autograd.Function):
-    """Each token to its k rows; the gradient sums the k rows."""
+    """Copy of each token to its k rows; the gradient sums the k rows."""
 
     @staticmethod
     def forward(ctx: Any, x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
