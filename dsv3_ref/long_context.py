@@ -20,28 +20,28 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.rope import rope_cos_sin
 
-# ── One stretch for two phases ──
+# ── One scaling factor for two phases ──
 
 ROPE_FACTOR = 40.0  # YaRN's s
-LENGTH_MULTIPLES = {"32k": 8, "128k": 32}  # length of rows, in lengths of pre-training
+LENGTH_MULTIPLES = {"32k": 8, "128k": 32}  # sequence length relative to pre-training
 
 
 def extend_config(config: Config) -> Config:
-    """Return the config of both phases: s = 40 over the length of pre-training (§4.3)."""
+    """Return the config of both phases: s = 40 relative to the pre-training length (§4.3)."""
     factor = max(config.rope_factor, ROPE_FACTOR)
     max_seq_len = max(config.max_seq_len, int(factor * config.original_seq_len))
     return replace(config, rope_factor=factor, max_seq_len=max_seq_len)
 
 
 def constant_lr_recipe(lr: float, steps: int, batch: int) -> TrainingRecipe:
-    """Return a recipe that continues pre-training as it ended: one rate, γ = 0, λ = 0.1."""
+    """Return a recipe with the final settings of pre-training: constant lr, γ = 0, λ = 0.1."""
     return replace(
         TrainingRecipe(), steps=steps, lr=lr, min_lr=lr, final_lr=lr, warmup_steps=0,
         global_batch_size=batch, start_batch_size=batch, bias_update_rate=0.0, mtp_weight=0.1,
     )  # fmt: skip
 
 
-RECIPES = {
+EXTENSION_RECIPES = {
     "32k": {
         "v3": constant_lr_recipe(7.3e-6, 1000, 1920),
         "tiny": constant_lr_recipe(1.3e-4, 16, 4),
@@ -53,13 +53,13 @@ RECIPES = {
 def extension_recipe(phase: str, size: str, original_seq_len: int) -> TrainingRecipe:
     """Return the recipe of a phase for a config of this size, or V3's if the size has none.
 
-    original_seq_len: the length of rows in pre-training, which the phase multiplies.
+    original_seq_len: the sequence length of pre-training, which the phase multiplies.
     """
-    recipe = RECIPES[phase].get(size, RECIPES[phase]["v3"])
+    recipe = EXTENSION_RECIPES[phase].get(size, EXTENSION_RECIPES[phase]["v3"])
     return replace(recipe, seq_len=LENGTH_MULTIPLES[phase] * original_seq_len)
 
 
-# ── Other readings of the same weights ──
+# ── Other position encodings for the same weights ──
 
 
 def with_config(model: Transformer, config: Config) -> Transformer:
@@ -86,19 +86,19 @@ def interpolated_decoder(model: Transformer, batch: int, length: int, step: floa
 
 @torch.inference_mode()
 def nll_by_position(decoder: Decoder, tokens_bs: Tensor) -> Tensor:
-    """Compute −log p of every next token of rows of T + 1 tokens, (b, T), in nats."""
+    """Compute −log p of every next token of rows of s + 1 tokens, (b, s), in nats."""
     b, s = tokens_bs.shape[0], tokens_bs.shape[1] - 1
     decoder.token_bt[:, :s] = tokens_bs[:, :-1]
     h_bsd = decoder.hidden_states([0] * b, s)
-    parts = []
+    chunks = []
     for h_chunk, y_bs in zip(h_bsd.split(256, dim=1), tokens_bs[:, 1:].split(256, dim=1)):
         logit_nw = decoder.logits(h_chunk).flatten(0, 1)
-        parts.append(F.cross_entropy(logit_nw, y_bs.flatten(), reduction="none").view(b, -1))
-    return torch.cat(parts, dim=1)
+        chunks.append(F.cross_entropy(logit_nw, y_bs.flatten(), reduction="none").view(b, -1))
+    return torch.cat(chunks, dim=1)
 
 
 def log_spaced_bins(length: int, first: int = 16) -> list[int]:
-    """Return edges of bins from 0 to `length`; from `first` on each is about 2^(1/3) times larger."""
+    """Return edges of bins from 0 to `length`; beyond `first` they grow by about 2^(1/3)."""
     n = math.ceil(3 * math.log2(length / first))
     return [0, *(round(first * (length / first) ** (i / n)) for i in range(n + 1))]
 
@@ -107,7 +107,7 @@ def log_spaced_bins(length: int, first: int = 16) -> list[int]:
 
 
 class Needle(NamedTuple):
-    """A sentence that hides one of ten keys, in tokens."""
+    """A sentence with one of ten keys, in tokens."""
 
     prefix: list[int]
     keys: list[list[int]]
@@ -119,7 +119,7 @@ class Needle(NamedTuple):
 
 
 def build_needle(encode: Callable[[str], list[int]], repeats: int = 4) -> Needle:
-    """Encode `The key is 7 7 7 7.` for the ten digits."""
+    """Encode the sentence `The key is 7 7 7 7.` for all ten digits."""
     keys = [encode(" ".join([str(digit)] * repeats)) for digit in range(10)]
     return Needle(encode(" The key is "), keys, encode("."))
 
@@ -127,9 +127,9 @@ def build_needle(encode: Callable[[str], list[int]], repeats: int = 4) -> Needle
 def insert_needle(
     tokens: list[int], needle: Needle, rng: np.random.Generator, max_places: int = 32
 ) -> list[int]:
-    """Insert one key at 2 … `max_places` + 1 random places; few places are likelier than many.
+    """Insert one key at 2 … `max_places` + 1 random positions; smaller numbers are more likely.
 
-    The row keeps its length: its end makes room. A row too short for two needles is unchanged.
+    The row keeps its length: its end is cut off. A row too short for two needles is unchanged.
     """
     size = len(needle.sentence(0))
     key = int(rng.integers(10))
@@ -150,10 +150,10 @@ def needle_recall(
     decoder: Decoder, hay_bt: Sequence[list[int]], needle: Needle, keys: Sequence[int],
     position: int, lengths: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """Compute the probability of each row's key when it is asked for at each length, (b, n).
+    """Compute the probability of each row's key after a prompt of each length, (b, n).
 
-    The needle lies at `position` of each row; `lengths` must increase. The text is read once: a
-    question is asked, then overwritten by the text that follows.
+    The needle is inserted at `position` of each row; `lengths` must increase. The text is processed
+    once: the question at the end of a prompt is overwritten by the text that follows.
     """
     b, question = len(hay_bt), torch.tensor(needle.prefix)
     texts = [
@@ -175,11 +175,11 @@ def needle_recall(
     return torch.stack(columns, 1)
 
 
-# ── What a token leaves behind ──
+# ── Cache per token ──
 
 
 def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> int:
-    """Return numbers cached per token and layer: c + r (MLA), or n·(i + r + v) for n heads."""
+    """Return the numbers cached per token and layer: c + r (MLA), or n·(i + r + v) for n heads."""
     if kv_heads is None:
         return config.kv_lora_rank + config.qk_rope_head_dim
     return kv_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
@@ -188,6 +188,6 @@ def kv_cache_numbers_per_token(config: Config, kv_heads: int | None = None) -> i
 def cache_bytes(
     config: Config, tokens: int, kv_heads: int | None = None, bytes_per_number: int = 2
 ) -> int:
-    """Return bytes of the cache of all layers for so many tokens; kv_heads as above."""
+    """Return the bytes of a cache of `tokens` tokens in all layers; `kv_heads=None` is MLA."""
     numbers = kv_cache_numbers_per_token(config, kv_heads)
     return config.n_layers * tokens * numbers * bytes_per_number

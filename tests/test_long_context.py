@@ -1,4 +1,4 @@
-"""Longer texts: the report's numbers, needles in rows, readings, pieces, and runs that extend."""
+"""Long context: recipes, needles, position encodings, chunked prefill, and `dsv3 extend`."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ from dsv3_ref.config import SMALL, TINY, V2_LITE, V3, count_params
 from dsv3_ref.cpu.decoder import blockwise_attention
 from dsv3_ref.decode import Decoder, stream
 from dsv3_ref.long_context import (
-    RECIPES,
+    EXTENSION_RECIPES,
     build_needle,
     cache_bytes,
     extend_config,
@@ -41,7 +41,7 @@ from dsv3_ref.training import loop
 
 
 @pytest.mark.parametrize("phase, length, rows", [("32k", 32_768, 1920), ("128k", 131_072, 480)])
-def test_a_phase_is_the_reports(phase, length, rows):
+def test_a_phase_has_the_settings_of_the_report(phase, length, rows):
     r = extension_recipe(phase, "v3", 4096)
     assert (r.seq_len, r.steps) == (length, 1000)
     assert set(get_batch_size_schedule(r, r.steps)) == {rows}
@@ -51,7 +51,7 @@ def test_a_phase_is_the_reports(phase, length, rows):
         assert get_mtp_weight(r, done) == 0.1
 
 
-def test_both_phases_stretch_alike():
+def test_both_phases_use_one_rope_factor():
     before = replace(V3, rope_factor=1.0, max_seq_len=4096)
     assert extend_config(before) == V3 and extend_config(V3) == V3
     for c in (TINY, SMALL):
@@ -61,59 +61,68 @@ def test_both_phases_stretch_alike():
         assert replace(longer, rope_factor=1.0, max_seq_len=c.max_seq_len) == c
 
 
-def test_rows_follow_the_length_of_pretraining():
+def test_sequence_length_follows_pretraining():
     for phase, times in (("32k", 8), ("128k", 32)):
         for size, c in (("tiny", TINY), ("small", SMALL), ("mine.json", V2_LITE)):
             r = extension_recipe(phase, size, c.original_seq_len)
             assert r.seq_len == times * c.original_seq_len <= extend_config(c).max_seq_len
-    tiny = [extension_recipe(phase, "tiny", 256) for phase in RECIPES]
-    assert (
-        tiny[0].global_batch_size * tiny[0].seq_len == tiny[1].global_batch_size * tiny[1].seq_len
-    )
+    tiny = [extension_recipe(phase, "tiny", 256) for phase in EXTENSION_RECIPES]
+    tokens_per_step = {recipe.global_batch_size * recipe.seq_len for recipe in tiny}
+    assert len(tokens_per_step) == 1
 
 
 # ── Needles ──
 
-LETTERS = lambda text: [ord(c) % 64 for c in text]
-N = build_needle(LETTERS)
-SIZE = len(N.sentence(0))
+
+def encode_letters(text: str) -> list[int]:
+    return [ord(c) % 64 for c in text]
+
+
+NEEDLE = build_needle(encode_letters)
+SIZE = len(NEEDLE.sentence(0))
+
+
+def find_needles(row: list[int]) -> list[int]:
+    """Return the positions at which a needle begins."""
+    n = len(NEEDLE.prefix)
+    return [i for i in range(len(row)) if row[i : i + n] == NEEDLE.prefix]
 
 
 @given(st.integers(1, 400), st.integers(0, 2**30))
-def test_a_planted_row_keeps_its_length_and_says_one_key(length, seed):
-    row = insert_needle([63] * length, N, np.random.default_rng(seed))
-    said = [row[i : i + SIZE] for i in range(length) if row[i : i + len(N.prefix)] == N.prefix]
-    assert len(row) == length and len({*map(tuple, said)}) <= 1
-    assert row.count(63) == length - SIZE * len(said)
-    assert (2 <= len(said) <= 33) if length >= 2 * SIZE else not said
+def test_a_row_with_needles_keeps_its_length_and_has_one_key(length, seed):
+    row = insert_needle([63] * length, NEEDLE, np.random.default_rng(seed))
+    needles = [tuple(row[i : i + SIZE]) for i in find_needles(row)]
+    assert len(row) == length and len(set(needles)) <= 1
+    assert row.count(63) == length - SIZE * len(needles)
+    assert (2 <= len(needles) <= 33) if length >= 2 * SIZE else not needles
 
 
 def test_keys_and_gaps_vary():
     rng = np.random.default_rng(0)
-    rows = [insert_needle([63] * 2048, N, rng) for _ in range(300)]
-    said = [[i for i in range(2048) if row[i : i + len(N.prefix)] == N.prefix] for row in rows]
-    keys = {row[at[0] + len(N.prefix)] for row, at in zip(rows, said)}
+    rows = [insert_needle([63] * 2048, NEEDLE, rng) for _ in range(300)]
+    positions = [find_needles(row) for row in rows]
+    keys = {row[first + len(NEEDLE.prefix)] for row, (first, *_) in zip(rows, positions)}
     assert len(keys) == 10
-    assert sum(len(at) == 2 for at in said) > 30 and max(map(len, said)) > 25
+    assert sum(len(x) == 2 for x in positions) > 30 and max(map(len, positions)) > 25
 
 
 @torch.no_grad()
-def test_recall_reads_once_what_others_read_again(micro):
+def test_recall_in_one_pass_equals_a_pass_per_length(micro):
     model = Transformer(replace(micro, vocab_size=64))
     hays = torch.randint(64, (2, 90)).tolist()
-    for at in (0, 7, 30):
-        got_bn = needle_recall(
-            interpolated_decoder(model, 2, 80), hays, N, [3, 8], at, [60, 61, 80]
-        )
+    lengths = [60, 61, 80]
+    for position in (0, 7, 30):
+        decoder = interpolated_decoder(model, 2, 80)
+        recall_bn = needle_recall(decoder, hays, NEEDLE, [3, 8], position, lengths)
         for b, key in enumerate((3, 8)):
-            for j, length in enumerate((60, 61, 80)):
-                text = hays[b][:at] + N.sentence(key) + hays[b][at:]
-                text = text[: length - len(N.prefix)] + N.prefix
+            for j, length in enumerate(lengths):
+                text = hays[b][:position] + NEEDLE.sentence(key) + hays[b][position:]
+                text = text[: length - len(NEEDLE.prefix)] + NEEDLE.prefix
                 p_w = model(torch.tensor([text]))[0, -1].softmax(-1)
-                assert abs(p_w[N.keys[key][0]] - got_bn[b, j]) < 1e-5
+                assert abs(p_w[NEEDLE.keys[key][0]] - recall_bn[b, j]) < 1e-5
 
 
-# ── Readings ──
+# ── Position encodings ──
 
 
 @torch.no_grad()
@@ -126,7 +135,7 @@ def test_loss_by_position_is_that_of_the_forward_pass(micro):
     torch.testing.assert_close(nll_by_position(d, rows_bs), want_bs, atol=1e-4, rtol=1e-4)
 
 
-def test_another_reading_shares_the_weights(micro):
+def test_another_encoding_shares_the_weights(micro):
     model = Transformer(micro)
     other = with_config(model, replace(micro, rope_factor=8.0))
     for (name, x), y in zip(model.state_dict().items(), other.state_dict().values()):
@@ -135,37 +144,38 @@ def test_another_reading_shares_the_weights(micro):
 
 
 @torch.no_grad()
-def test_interpolation_is_a_slower_clock(micro):
-    """Position t read with step 4 is turned as position t/4."""
+def test_interpolation_divides_positions(micro):
+    """With step 4, position t is rotated as position t/4."""
     model = Transformer(replace(micro, rope_factor=1.0))
     slow, plain = interpolated_decoder(model, 1, 33, 4.0), interpolated_decoder(model, 1, 9)
     torch.testing.assert_close(slow.freqs_cis_tx[::4], plain.freqs_cis_tx)
 
 
-def test_bins_cover_every_place_once():
+def test_bins_cover_every_position_once():
     for length in (64, 100, 8192):
         edges = log_spaced_bins(length)
         assert edges[0] == 0 and edges[-1] == length and edges == sorted(set(edges))
 
 
-# ── Pieces ──
+# ── Chunked prefill ──
 
 
 @given(st.integers(1, 20), st.integers(0, 20), st.integers(1, 41))
-def test_blocks_of_keys_are_the_whole(s, before, size):
-    t = s + before
-    q, k, v = torch.randn(2, s, 3, 8), torch.randn(2, t, 3, 8), torch.randn(2, t, 3, 6)
+def test_blockwise_attention_equals_attention(s, num_cached, size):
+    t = s + num_cached
+    q = torch.randn(2, s, 3, 8)
+    k, v = torch.randn(2, t, 3, 8), torch.randn(2, t, 3, 6)
     got = blockwise_attention(q, zip(k.split(size, 1), v.split(size, 1)), t, 0.4)
     torch.testing.assert_close(got, attention(q, k, v, 0.4), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("piece", [17, 20, 32, 59, 60])
+@pytest.mark.parametrize("chunk", [17, 20, 32, 59, 60])
 @torch.no_grad()
-def test_a_prompt_in_pieces_is_the_whole_prompt(micro, piece, monkeypatch):
+def test_chunked_prefill_equals_one_forward_pass(micro, chunk, monkeypatch):
     monkeypatch.setattr("dsv3_ref.cpu.decoder.KV_BLOCK", 13)
     model, tokens_bs = Transformer(micro), torch.randint(micro.vocab_size, (2, 60))
     d = Decoder(model, 2, 64)
-    d.prefill_chunk, d.token_bt[:, :60] = piece, tokens_bs
+    d.prefill_chunk, d.token_bt[:, :60] = chunk, tokens_bs
     torch.testing.assert_close(
         d.hidden_states([0, 0], 60), model.hidden_states(tokens_bs)[0], atol=1e-4, rtol=1e-4
     )
@@ -178,27 +188,32 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(micro, piece, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("draft", [0, 2])
-def test_long_prompts_are_continued_as_ever(micro, draft, monkeypatch):
-    """Prompts of unequal length, in pieces, with drafts whose modules read in pieces too."""
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_chunked_prefill_does_not_change_generation(micro, num_drafts, monkeypatch):
+    """Prompts of unequal length, also with drafts, whose MTP modules prefill in chunks too."""
     model = Transformer(micro)
     prompts = [torch.randint(micro.vocab_size, (n,)).tolist() for n in (50, 33)]
-    write = lambda: [[*x] for x in zip(*(map(tuple, r) for r in stream(model, prompts, 6,
-                                                                     num_speculative_tokens=draft)))]  # fmt: skip
-    flat = lambda rows: [[t for part in row for t in part] for row in rows]
-    want = flat(write())
+
+    def generate_tokens() -> list[list[int]]:
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for step in stream(model, prompts, 6, num_speculative_tokens=num_drafts):
+            for row, new in zip(tokens, step):
+                row += new
+        return tokens
+
+    want = generate_tokens()
     monkeypatch.setattr(Decoder, "prefill_chunk", 18)
-    assert flat(write()) == want
+    assert generate_tokens() == want
 
 
 # ── Memory ──
 
 
-def test_bytes_are_those_of_the_caches():
+def test_cache_bytes_are_those_of_the_caches():
     assert cache_bytes(V3, 1) == count_params(V3).cache_bytes == 70_272
     assert cache_bytes(V3, 131_072) == 9_210_691_584
     assert LayerKVCache(TINY, 1, 10).kv_btx.numel() == 10 * kv_cache_numbers_per_token(TINY)
-    narrow = replace(TINY, qk_nope_head_dim=1)  # GQA turns all of a head: i is nothing to it
+    narrow = replace(TINY, qk_nope_head_dim=1)  # GQA rotates all of a head and has no part i
     assert GQA(narrow, 2).wkv.weight.shape[0] == kv_cache_numbers_per_token(narrow, 2) - 2
 
 
@@ -237,13 +252,12 @@ def test_a_phase_changes_positions_and_nothing_else(home, longer):
     settings = json.loads((longer / "run.json").read_text())["settings"]
     assert settings["recipe"]["seq_len"] == 8 * 16 and settings["phase"] == "32k"
     rows = metrics(longer)
-    assert {row["lr"] for row in rows} == {1e-3} and {row["bias_update_rate"] for row in rows} == {
-        0
-    }
+    assert {row["lr"] for row in rows} == {1e-3}
+    assert {row["bias_update_rate"] for row in rows} == {0}
     assert load(longer).config == after
 
 
-def test_the_second_phase_goes_on_from_the_first(home, longer, tmp_path):
+def test_the_second_phase_continues_the_first(home, longer, tmp_path):
     assert extend(home, tmp_path / "run", "--phase", "128k", "--steps", 1, init="longer") == 0
     assert load_checkpoint_config(tmp_path / "run") == load_checkpoint_config(longer)
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
@@ -251,14 +265,14 @@ def test_the_second_phase_goes_on_from_the_first(home, longer, tmp_path):
     assert metrics(tmp_path / "run")[0]["tokens"] == 2 * 512
 
 
-def test_its_first_weights_are_the_others(home, tmp_path):
-    still = "--lr 0 --min-lr 0 --final-lr 0 --steps 1".split()
-    assert extend(home, tmp_path / "run", *still) == 0
+def test_extension_starts_from_the_weights_of_init(home, tmp_path):
+    frozen = "--lr 0 --min-lr 0 --final-lr 0 --steps 1".split()
+    assert extend(home, tmp_path / "run", *frozen) == 0
     before, after = load(home / "base"), load(tmp_path / "run")
     assert all(map(torch.equal, before.state_dict().values(), after.state_dict().values()))
 
 
-def test_resumed_it_is_the_same_run(home, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(home, tmp_path, monkeypatch):
     real = loop.take_step
 
     def stopping(run):
@@ -291,24 +305,24 @@ def test_refusals(argv, why, home, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = [x.format(base=home / "base") for x in argv]
     assert main.main(["extend", *argv, "--data", str(home / "text"), "--out", "run"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and why in said
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and why in message
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_phase_that_there_is_not(home, capsys):
+def test_an_unknown_phase_is_an_error(home, capsys):
     assert main.main(["extend", "--init", str(home / "base"), "--phase", "64k"]) == 2
     assert capsys.readouterr().err == "error: --phase is 32k or 128k, not 64k\n"
 
 
-# ── What is stored ──
+# ── Committed results ──
 
 
-def test_stored_results_say_where_they_come_from():
+def test_committed_results_name_their_command_and_commit():
     path = Path(__file__).parents[1] / "notebooks" / "results" / "long_context.json"
-    found = json.loads(path.read_text())
-    assert found["command"].startswith("python -m dsv3_ref.studies.long_context --init ")
-    assert len(found["commit"]) == 40 and found["seed"] == 0
-    assert found["cpu_seconds"] < 12 * 60  # what was found done not counted
-    grid = len(found["depths"]), len(found["lengths"])
-    assert all(np.shape(heat) == grid for heat in found["needles"].values())
+    stored = json.loads(path.read_text())
+    assert stored["command"].startswith("python -m dsv3_ref.studies.long_context --init ")
+    assert len(stored["commit"]) == 40 and stored["seed"] == 0
+    assert stored["cpu_seconds"] < 12 * 60  # without stages of earlier runs
+    grid = len(stored["depths"]), len(stored["lengths"])
+    assert all(np.shape(recall) == grid for recall in stored["needles"].values())

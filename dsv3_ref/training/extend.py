@@ -32,7 +32,7 @@ class ExtendConfig(TrainConfig):
     """validation rows of each source"""
 
     COMMAND: ClassVar[str] = "extend"
-    RECIPES: ClassVar[dict[str, TrainingRecipe]] = long_context.RECIPES["32k"]
+    RECIPES: ClassVar[dict[str, TrainingRecipe]] = long_context.EXTENSION_RECIPES["32k"]
     DEFAULT_RECIPE: ClassVar[str] = "v3"
 
     @classmethod
@@ -40,7 +40,7 @@ class ExtendConfig(TrainConfig):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--phase")
         phase = first.parse_known_args(argv)[0].phase or "32k"
-        if phase not in long_context.RECIPES:
+        if phase not in long_context.EXTENSION_RECIPES:
             raise UserError(f"--phase is 32k or 128k, not {phase}")
         recipe = long_context.extension_recipe(phase, config, model.original_seq_len)
         return cls(model=extend_config(model), recipe=recipe, config=config, phase=phase)
