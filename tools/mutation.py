@@ -29,13 +29,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.json"
-COPIED = ("dsv3_ref", "kernels", "tests", "tools", "notebooks", "slurm", "pyproject.toml")
+COPIED = (
+    "dsv3_ref", "kernels", "tests", "tools", "notebooks", "slurm", "docs", "README.md",
+    "pyproject.toml",
+)  # fmt: skip
 FOLDERS = ("parallel", "posttraining", "serving", "data")  # besides the generated modules
 SLOWEST = 300.0  # seconds that the tests of one mutant may take
 FORK = get_context("forkserver")
 EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/block.py": ["test_model", "test_mtp"],
     "dsv3_ref/parallel/launch.py": ["test_cluster"],
+    "dsv3_ref/parallel/mesh_parallel.py": ["test_cluster"],
+    "dsv3_ref/parallel/pipeline.py": ["test_parallel"],
+    "dsv3_ref/posttraining/grpo.py": ["test_rl", "test_tasks"],
     "dsv3_ref/parallel/stage.py": ["test_parallel"],
     "dsv3_ref/parallel/zero.py": ["test_parallel"],
     "dsv3_ref/serving/protocol.py": ["test_serve"],
@@ -133,7 +139,8 @@ def tests_of(path: str) -> list[str]:
     """Return a module's test files: those named after it, else those beside it that import it."""
     stem, folder = Path(path).stem, Path(path).parent.name
     places = sorted((ROOT / "tests").rglob("test_*.py"))
-    tests = [p for p in places if p.stem == f"test_{stem}" and p.parent.name in ("tests", folder)]
+    home = "tests" if folder == "dsv3_ref" else folder
+    tests = [p for p in places if p.stem == f"test_{stem}" and p.parent.name == home]
     tests += [p for p in places if p.stem in EXTRA_TESTS.get(path, ())]
     words = (f"{folder}.{stem} import", f"{folder} import {stem}")
     for files in ([p for p in places if p.parent.name == folder], places):
