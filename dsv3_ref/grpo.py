@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import UserError
-from dsv3_ref.decode import Decoder, multinomial_sample
+from dsv3_ref.decode import CachedAttention, Decoder, multinomial_sample
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import upcast
 from dsv3_ref.optim import TrainingRecipe
@@ -68,7 +68,10 @@ def completion_mask(tokens_bs: Tensor, eos_id: int) -> Tensor:
 def prefill_prompts(
     model: Transformer, prompts: Sequence[list[int]], num_generations: int, max_new_tokens: int
 ) -> tuple[Decoder, Tensor]:
-    """Read each prompt once; return a decoder with `num_generations` rows of each, and logits."""
+    """Prefill each prompt once; return a decoder with `num_generations` rows of each, and logits.
+
+    Logits are those of the first new token, (b, w).
+    """
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     for row_t, prompt in zip(decoder.token_bt, prompts):
         row_t[: len(prompt)] = torch.tensor(prompt)
@@ -88,11 +91,11 @@ def generate_rollouts(
     """Sample `num_generations` consecutive completions of each prompt, and log π of each token.
 
     A completion ends with its first `eos_id` or after `max_new_tokens`. At temperature 0 tokens are
-    the likeliest ones, and their log π is that of temperature 1.
+    the most likely ones, and their log π is that of temperature 1.
     """
     decoder, logit_bw = prefill_prompts(model, prompts, num_generations, max_new_tokens)
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(num_generations).tolist()
-    active = list(range(len(lengths)))  # which completion each row of the decoder writes
+    active = list(range(len(lengths)))  # the completion of each row of the decoder
     completions: list[list[int]] = [[] for _ in active]
     logprobs: list[list[float]] = [[] for _ in active]
     for tokens_left in reversed(range(max_new_tokens)):
@@ -102,7 +105,7 @@ def generate_rollouts(
         for i, token, logp in zip(active, y_b.tolist(), logp_b.tolist()):
             completions[i].append(token)
             logprobs[i].append(logp)
-        row_b = (y_b != eos_id).nonzero()[:, 0]  # the others have ended
+        row_b = (y_b != eos_id).nonzero()[:, 0]  # the unfinished ones
         if not (len(row_b) and tokens_left):
             break
         decoder.token_bt[range(len(lengths)), lengths] = y_b
@@ -115,9 +118,11 @@ def generate_rollouts(
 
 
 def reorder_cache(decoder: Decoder, row_b: Tensor) -> None:
-    """Replace the rows of a decoder's caches by these, which may repeat or leave out some."""
+    """Replace the rows of a decoder's caches by these; rows may be repeated or left out."""
     for layer in decoder.layers[: decoder.n_main]:
-        layer.attention.kv_btx = layer.attention.kv_btx[row_b]
+        attention = layer.attention
+        assert isinstance(attention, CachedAttention)
+        attention.kv_btx = attention.kv_btx[row_b]
     decoder.token_bt = decoder.token_bt[row_b]
     decoder.h_btd = decoder.h_btd[row_b]
 
@@ -138,11 +143,11 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 class GRPOOutput(NamedTuple):
-    """A loss and, without gradient, means over tokens (or completions) to watch it by."""
+    """A loss and metrics without gradient, which are means over tokens (or completions)."""
 
     loss: Tensor
     kl: Tensor  # estimated by k₃, in nats
-    clip_ratio: Tensor  # share whose gradient the clip removes
+    clip_ratio: Tensor  # fraction whose gradient is clipped to 0
     importance_ratio: Tensor  # π / π_old
 
 
@@ -154,15 +159,16 @@ def sequence_logprob(logp_bs: Tensor) -> Tensor:
 def aggregate_loss(
     x_bs: Tensor, mask_bs: Tensor, loss_type: str, normalizer: float | None
 ) -> Tensor:
-    """Average masked losses of tokens to one number; `normalizer` as in `grpo_loss`."""
+    """Average masked losses of tokens into a scalar; `normalizer` as in `grpo_loss`."""
     if loss_type in ("grpo", "sequence"):
         return (x_bs.sum(1) / mask_bs.sum(1).clamp(min=1)).mean()
     if loss_type == "dr_grpo":
         return x_bs.sum() / (len(x_bs) * (normalizer or x_bs.shape[1]))
     if loss_type not in ("bnpo", "dapo"):
         raise UserError(f"there is no loss_type {loss_type!r}: use grpo, bnpo, dapo or dr_grpo")
-    is_global = loss_type == "dapo" and normalizer
-    return x_bs.sum() / (normalizer if is_global else mask_bs.sum().clamp(min=1))
+    if loss_type == "dapo" and normalizer:
+        return x_bs.sum() / normalizer
+    return x_bs.sum() / mask_bs.sum().clamp(min=1)
 
 
 def grpo_loss(
@@ -170,7 +176,7 @@ def grpo_loss(
     mask_bs: Tensor, epsilon: float | tuple[float, float] = 0.2, beta: float = 0.0,
     loss_type: str = "grpo", normalizer: float | None = None,
 ) -> GRPOOutput:  # fmt: skip
-    """Compute eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged as `loss_type` says (chapter 16).
+    """Compute eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged by `loss_type` (chapter 16).
 
     epsilon: one number, or (below, above). normalizer: for dapo the tokens of the global batch, for
     dr_grpo the longest completion allowed; by default those of this batch. ref_logp_bs may be None
@@ -178,7 +184,7 @@ def grpo_loss(
     """
 
     def unpadded(x_bs: Tensor) -> Tensor:
-        x_bs = torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold anything
+        x_bs = torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold any value
         return sequence_logprob(x_bs) if loss_type == "sequence" else x_bs
 
     below, above = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
@@ -187,6 +193,10 @@ def grpo_loss(
     clipped_bs = ratio_bs.clamp(1 - below, 1 + above) * advantage_b[:, None]
     kl_bs = torch.zeros_like(ratio_bs)
     if beta:
+        if ref_logp_bs is None:
+            raise UserError(
+                f"beta is {beta}, but there is no ref_logp_bs: pass it, or set beta to 0"
+            )
         kl_bs = kl_k3(unpadded(logp_bs), unpadded(ref_logp_bs))
     weight_bs = torch.ones_like(ratio_bs)
     if loss_type != "sequence":

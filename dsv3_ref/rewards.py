@@ -21,7 +21,7 @@ from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 
 
 def extract_boxed(text: str) -> str | None:
-    """Return the content of the only \\boxed{…} of a text; None for no box, several or no end."""
+    """Return the content of the only \\boxed{…}; None for no box, several, or one without an end."""
     starts = [match.end() for match in re.finditer(r"\\boxed\{", text)]
     if len(starts) != 1:
         return None
@@ -41,7 +41,7 @@ def has_think_format(text: str) -> bool:
 
 
 def extract_code(text: str) -> str | None:
-    """Return the only fenced block of code of a text; None if there is none, or several."""
+    """Return the only fenced code block of a text; None if there is none, or several."""
     blocks = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
     return blocks[0] if len(blocks) == 1 else None
 
@@ -72,7 +72,7 @@ JUDGE_PROMPT = "Is this right? Work it out."
 
 
 def judge_prompt(reference: str = "") -> str:
-    """Return the turn that asks for a judgment, with the right answer if one is given."""
+    """Return the turn that requests a judgment, with the right answer if one is given."""
     return f"{JUDGE_PROMPT} It should be {reference}." if reference else JUDGE_PROMPT
 
 
@@ -116,7 +116,7 @@ def preference_loss(
 
 
 def calibration(claim_n: Tensor, right_n: Tensor, bins: int = 5) -> Tensor:
-    """Tabulate pairs by claimed P(a ≻ b): mean claim, share right, number of each bin, (bins, 3).
+    """Tabulate pairs by claimed P(a ≻ b): mean claim, accuracy and size of each bin, (bins, 3).
 
     Each pair counts from the side that the model prefers, so claims lie between ½ and 1. The means
     of an empty bin are NaN.
@@ -140,7 +140,7 @@ CONSTITUTION = (
 
 
 def vote_prompt(question: str, answer: str) -> str:
-    """Return the turn in which a model is asked for its vote."""
+    """Return the turn that asks a model for its vote on an answer."""
     return f"{CONSTITUTION}\nQuestion: {question}\nAnswer: {answer}\nIs it good, yes or no?"
 
 
@@ -157,7 +157,7 @@ def majority_accuracy(accuracy: float, k: int) -> float:
 
 
 def vote_reward(yes_nk: Tensor, k: int) -> Tensor:
-    """Return the share of yes among the first k votes on each answer, (n,): the self-reward."""
+    """Return the share of yes in the first k votes on each answer, (n,): the self-reward."""
     return yes_nk[:, :k].float().mean(1)
 
 
@@ -174,6 +174,6 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """Return the most frequent of k final answers (maj@k), the first of several; ignore None."""
+    """Return the most frequent of k final answers (maj@k), the earliest of a tie; ignore None."""
     votes = [answer for answer in answers if answer is not None]
     return max(votes, key=lambda x: (votes.count(x), -votes.index(x)), default=None)

@@ -33,7 +33,7 @@ class SpecialTokens(NamedTuple):
 def render_conversation(
     messages: Sequence[dict], encode: Callable[[str], list[int]], special_tokens: SpecialTokens
 ) -> list[int]:
-    """Render a conversation as tokens; after a final question follows the assistant token.
+    """Render a conversation as tokens; the assistant token follows a final question.
 
     messages: an optional system message, then user and assistant in turn, each {"role": …,
     "content": text}. encode turns text into tokens and must not produce special tokens.
@@ -89,9 +89,9 @@ def assistant_mask(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
 
 
 def sample_cu_seqlens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
-    """Return 0, then where each sample ends if all rows are laid end to end: (m + 1,), int32."""
+    """Return 0 and the end of each sample in all rows end to end: (m + 1,), int32."""
     is_start_bs = tokens_bs == special_tokens.bos
-    is_start_bs[:, :1] = True  # a row begins with a sample, whatever its first token is
+    is_start_bs[:, :1] = True  # a row starts a sample, whatever its first token is
     start_m = is_start_bs.flatten().nonzero()[:, 0]
     return torch.cat((start_m, start_m.new_full((1,), tokens_bs.numel()))).int()
 
@@ -100,7 +100,7 @@ def sample_cu_seqlens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tenso
 
 
 def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[list[int]]:
-    """Pack whole samples into rows of `length` tokens: first fit, longest first."""
+    """Pack whole samples into rows of `length` tokens by first-fit decreasing."""
     rows: list[list[int]] = []
     for sample in sorted(samples, key=len, reverse=True):
         if len(sample) > length:
@@ -125,7 +125,7 @@ def num_loss_tokens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> int:
 
 
 def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialTokens) -> LossOutput:
-    """Compute the cross-entropy of the answers in packed rows of T + 1 tokens: Σ / N."""
+    """Compute the mean cross-entropy of the answers' tokens in packed rows of T + 1: Σ / N."""
     x_bs = tokens_bs[:, :-1]
     y_n = tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
@@ -136,7 +136,7 @@ def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialToken
 
 
 SFT_RECIPES = {
-    "v3": replace(  # §5.1; batch and the rest are our choice
+    "v3": replace(  # learning rates: §5.1; batch size and the rest are our choice
         TrainingRecipe(), steps=0, lr=5e-6, min_lr=1e-6, warmup_steps=0, decay_start=0.0,
         decay_end=1.0, final_start=1.1, start_batch_size=512, global_batch_size=512,
         bias_update_rate=0.0, mtp_weight=0.0, mtp_weight_end=0.0, balance_loss_coeff=0.0,
@@ -160,7 +160,7 @@ SFT_RECIPES["tiny"] = replace(
 def rejection_sample(
     completions: Sequence[str], reward_b: Sequence[float], num_generations: int
 ) -> list[str | None]:
-    """Keep the shortest completion with full reward of each group; None where none has it.
+    """Keep the shortest completion with full reward of each group; None if there is none.
 
     A group is `num_generations` consecutive completions; full reward is 1 or more.
     """

@@ -16,10 +16,10 @@
 
 # %% [markdown]
 # ## Why
-# A pre-trained model continues texts. Asked a question, it may well write three more questions. Supervised fine-tuning (SFT)
-# shows it conversations and lets it learn **one side** of them. The data are precious: V3 read 14.8 trillion tokens and
-# was then shown 1.5 million conversations. Two things would waste them. Conversations are of every length, and rows padded to the
-# longest one compute mostly padding; and a loss on everything would teach the model to ask as users do.
+# A pre-trained model continues texts. Given a question, it may well write three more questions. Supervised fine-tuning (SFT)
+# trains it on conversations, with a loss on **one side** of them. The data are scarce: V3 was pre-trained on 14.8 trillion tokens and
+# fine-tuned on 1.5 million conversations. Two things would waste them. Conversations vary in length, so a batch padded to its
+# longest one is mostly padding. And a loss on all tokens would teach the model to ask questions as users do.
 
 # %%
 import random
@@ -36,9 +36,9 @@ padded = sum(max(batch) * len(batch) for batch in batches)
 fig, ax = figure(1, 1, 8, 2.3)
 ax.hist(lengths, bins=60, color=BLUE)
 ax.set(
-    xlabel="tokens of a conversation",
+    xlabel="tokens per conversation",
     ylabel="conversations",
-    title=f"padded in batches of 16: {sum(lengths) / padded:.0%} of what is computed is text",
+    title=f"padded in batches of 16: {sum(lengths) / padded:.0%} of the computed tokens are text",
 )
 show(fig)
 
@@ -46,16 +46,16 @@ show(fig)
 # ## Paper
 # §5.1, §5.4.1:
 #
-# - 1.5 million conversations of many domains, two epochs, learning rate by a cosine from $5\cdot10^{-6}$ to $10^{-6}$.
-# - A row is **packed** from several samples, which are **masked from each other**.
-# - Reasoning is distilled. R1, a model trained to reason at length, is right more often and says too much. For each domain
-#   an **expert model** is made by SFT and RL, from two forms of each instance: ⟨problem, original response⟩ and ⟨system prompt,
-#   problem, R1 response⟩; the system prompt asks for reflection and verification. RL then mixes both patterns, *even where no system
-#   prompt is given*.
-# - The expert's answers are filtered by **rejection sampling**, and the final model learns from what remains.
-# - Price and gain, on V3's predecessor V2.5: MATH-500 74.6 → 83.2, mean length 769 → 1510 tokens.
+# - 1.5 million conversations from many domains, two epochs, a cosine learning rate from $5\cdot10^{-6}$ to $10^{-6}$.
+# - Each sequence is **packed** from several samples, which are **masked from each other**.
+# - Reasoning is distilled. R1, a model trained to reason at length, is more accurate but too verbose. For each domain
+#   an **expert model** is trained by SFT and RL, on two forms of each instance: ⟨problem, original response⟩ and ⟨system prompt,
+#   problem, R1 response⟩. The system prompt asks for reflection and verification. After RL the expert combines both patterns, *even
+#   without a system prompt*.
+# - The expert's answers are filtered by **rejection sampling**, and the final model is trained on those that remain.
+# - Cost and gain, on V3's predecessor V2.5: MATH-500 74.6 → 83.2, mean length 769 → 1510 tokens.
 #
-# Axes: `b` rows, `s` positions, `n` all of them, `m` samples, `w` words.
+# Axes: `b` rows, `s` positions, `n` all positions, `m` samples, `w` words.
 
 # %%
 #| export sft
@@ -75,12 +75,12 @@ from dsv3_ref.pretrain import LossOutput
 
 # %% [markdown]
 # ## A conversation as tokens
-# Four special tokens carry the form, a fifth fills rows; everything else is text:
+# Four special tokens mark the structure and a fifth is padding; everything else is text:
 #
 # `<｜begin▁of▁sentence｜>`system`<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`…
 #
-# A conversation that ends with a question is followed by the token after which the model speaks. Text is encoded so that it
-# can never contain a special token: a user who *types* `<｜Assistant｜>` sends thirteen plain characters, and cannot put words into the model's mouth.
+# A conversation that ends with a question is followed by the assistant token, after which the model answers. Text is encoded so that it
+# can never contain a special token: a user who *types* `<｜Assistant｜>` sends thirteen plain characters, so users cannot forge an answer of the model.
 
 
 # %%
@@ -98,7 +98,7 @@ class SpecialTokens(NamedTuple):
 def render_conversation(
     messages: Sequence[dict], encode: Callable[[str], list[int]], special_tokens: SpecialTokens
 ) -> list[int]:
-    """Render a conversation as tokens; after a final question follows the assistant token.
+    """Render a conversation as tokens; the assistant token follows a final question.
 
     messages: an optional system message, then user and assistant in turn, each {"role": …,
     "content": text}. encode turns text into tokens and must not produce special tokens.
@@ -134,7 +134,7 @@ def turn_role(turns: Sequence[dict], i: int) -> str | None:
 
 
 # %%
-# ⌂ begins, ∎ ends, · fills
+# ⌂ begin, ∎ end, · padding
 WORDS = "⌂ ∎ · USER: MODEL: be brief how many legs has a cat ? four and bird two".split()
 SPECIAL_TOKENS = SpecialTokens(*range(5))
 
@@ -173,12 +173,12 @@ for wrong in ([], talk[2:], [talk[1], talk[3]], [{"role": "user"}]):
 
 # %% [markdown]
 # ## Who speaks?
-# Since no text can produce a special token, a row of tokens describes itself: the model speaks after its token up to and **including** the
-# end, which it must learn to say. With $a_s$ the place of the last assistant token *before* $s$ and $o_s$ that of the last other special token,
+# Since no text can produce a special token, the loss mask can be recovered from the tokens: an answer starts after the assistant token and ends with, and
+# **includes**, the end token, which the model must learn to emit. Let $a_s$ be the position of the last assistant token *before* $s$ and $o_s$ that of the last other special token:
 #
 # $$\mathrm{mask}_s = [\,a_s > o_s\,]\qquad (b,s) \to (b,s)$$
 #
-# and samples begin at each begin token. No mask has to be stored, shuffled, sent to another rank or kept in step with its tokens.
+# Each begin token starts a sample. No mask has to be stored, shuffled, sent to another rank or kept aligned with its tokens.
 
 
 # %%
@@ -201,9 +201,9 @@ def assistant_mask(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
 
 
 def sample_cu_seqlens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> Tensor:
-    """Return 0, then where each sample ends if all rows are laid end to end: (m + 1,), int32."""
+    """Return 0 and the end of each sample in all rows end to end: (m + 1,), int32."""
     is_start_bs = tokens_bs == special_tokens.bos
-    is_start_bs[:, :1] = True  # a row begins with a sample, whatever its first token is
+    is_start_bs[:, :1] = True  # a row starts a sample, whatever its first token is
     start_m = is_start_bs.flatten().nonzero()[:, 0]
     return torch.cat((start_m, start_m.new_full((1,), tokens_bs.numel()))).int()
 
@@ -219,19 +219,19 @@ print(
         for t, on in zip(row, assistant_mask(row_1s, SPECIAL_TOKENS)[0])
     )
 )
-print("bounds of samples", sample_cu_seqlens(row_1s, SPECIAL_TOKENS).tolist())
+print("cu_seqlens", sample_cu_seqlens(row_1s, SPECIAL_TOKENS).tolist())
 assert spell(row_1s[assistant_mask(row_1s, SPECIAL_TOKENS)]) == "four ∎ two ∎ four ∎"
 
 # %% [markdown]
 # ## Packing
-# Whole samples, none cut, into rows of one length: bin packing. *First fit, longest first* is a few lines and wastes little.
-# What is left of a row is padding after the last sample, which causality hides.
+# Placing whole samples into rows of one length is bin packing. *First-fit decreasing* (longest first) takes a few lines and wastes little.
+# The rest of a row is padding after the last sample, where the causal mask hides it.
 
 
 # %%
 #| export sft
 def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[list[int]]:
-    """Pack whole samples into rows of `length` tokens: first fit, longest first."""
+    """Pack whole samples into rows of `length` tokens by first-fit decreasing."""
     rows: list[list[int]] = []
     for sample in sorted(samples, key=len, reverse=True):
         if len(sample) > length:
@@ -256,9 +256,9 @@ assert (tokens == SPECIAL_TOKENS.bos).sum() == len(samples)
 print(f"{len(samples)} conversations in {len(rows)} rows, {sum(lengths) / tokens.numel():.1%} text")
 
 # %% [markdown]
-# **Invisible to each other.** Samples in one row share a row and nothing else: positions restart (`Rope.from_cu_seqlens`, chapter 02), attention ends at their
-# borders (`varlen_attention`, chapter 03), and everything else in the model works token by token. So it can be tested: change one
-# sample, and the states of the others must not move (but for the last digit: an expert that now serves other tokens too adds up its products in
+# **Masked from each other.** Samples share a row and nothing else: positions restart (`Rope.from_cu_seqlens`, chapter 02), attention stops at the sample
+# boundary (`varlen_attention`, chapter 03), and everything else in the model works on single tokens. This can be tested: if one
+# sample changes, the hidden states of the others must not (except in the last digit, because an expert with other tokens in its batch sums its products in
 # other blocks).
 
 # %%
@@ -278,17 +278,17 @@ with torch.no_grad():
     alone = torch.cat([model.hidden_states(part[None])[0][0] for part in parts])
 others = torch.cat((torch.arange(7), torch.arange(19, 23)))
 torch.testing.assert_close(before[others], after[others], atol=1e-5, rtol=0)
-assert (before - after)[7 + 1 : 19].abs().amax(1).min() > 0.01  # every token of the changed one
+assert (before - after)[7 + 1 : 19].abs().amax(1).min() > 0.01  # every token of the changed sample
 torch.testing.assert_close(before, alone, atol=1e-5, rtol=0)
-print(f"the others' states moved by {(before - after)[others].abs().max():.0e}")
+print(f"the states of the other samples changed by {(before - after)[others].abs().max():.0e}")
 
 # %% [markdown]
 # ## The loss
 # $$L = -\frac{1}{N}\sum_{n\,:\,\mathrm{mask}_{n+1}} \log p(t_{n+1} \mid t_{\le n}),\qquad N = \sum_n \mathrm{mask}_{n+1}$$
 #
-# ($t_{\le n}$ within its own sample.) $N$ is counted over the **global batch**: averaging each micro-batch by its own $N$ would let a token of a short answer weigh more when it happens
-# to lie among other short ones. So the trainer weighs the mean of each micro-batch by its `num_loss_tokens`. The hidden states of unsaid tokens are dropped *before* the head: no logits, 129,280 numbers each in V3,
-# are computed for tokens without a loss. Gate biases are left as they are (the loads of a few topics say nothing about balance), and so are the MTP modules; their drafts stay correct, if accepted less often.
+# Here $t_{\le n}$ stays within its own sample. $N$ is counted over the **global batch**: if each micro-batch were averaged over its own $N$, a token would weigh more in a micro-batch
+# of short answers. The trainer therefore weights the mean of each micro-batch by its `num_loss_tokens`. The hidden states of tokens without a loss are dropped *before* the head, so no logits
+# (129,280 per token in V3) are computed for them. Gate biases are not updated, because the expert loads of a few topics say little about balance. The MTP modules are not trained; their drafts are still verified, but accepted less often.
 
 
 # %%
@@ -299,7 +299,7 @@ def num_loss_tokens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> int:
 
 
 def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialTokens) -> LossOutput:
-    """Compute the cross-entropy of the answers in packed rows of T + 1 tokens: Σ / N."""
+    """Compute the mean cross-entropy of the answers' tokens in packed rows of T + 1: Σ / N."""
     x_bs = tokens_bs[:, :-1]
     y_n = tokens_bs[:, 1:].flatten()
     mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
@@ -310,7 +310,7 @@ def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialToken
 
 
 SFT_RECIPES = {
-    "v3": replace(  # §5.1; batch and the rest are our choice
+    "v3": replace(  # learning rates: §5.1; batch size and the rest are our choice
         TrainingRecipe(), steps=0, lr=5e-6, min_lr=1e-6, warmup_steps=0, decay_start=0.0,
         decay_end=1.0, final_start=1.1, start_batch_size=512, global_batch_size=512,
         bias_update_rate=0.0, mtp_weight=0.0, mtp_weight_end=0.0, balance_loss_coeff=0.0,
@@ -350,12 +350,12 @@ print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f}
 
 # %% [markdown]
 # ## Rejection sampling
-# An expert that is right four times in five can still *teach* only right answers: ask it $K$ times, keep what the rule rewards, and of that the
-# shortest, since R1's fault was to say too much. With chance $p$ of a right answer, a problem is kept with chance
+# An expert that is right four times in five can still *teach* right answers only: sample $K$ answers, keep those that the rule rewards, and of them the
+# shortest, since R1 is too verbose. If an answer is right with probability $p$, a problem is kept with probability
 #
 # $$1 - (1-p)^K$$
 #
-# so hard problems are kept less often: distilled data lean to the easy.
+# Hard problems are therefore kept less often: distilled data are biased toward easy ones.
 
 
 # %%
@@ -363,7 +363,7 @@ print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f}
 def rejection_sample(
     completions: Sequence[str], reward_b: Sequence[float], num_generations: int
 ) -> list[str | None]:
-    """Keep the shortest completion with full reward of each group; None where none has it.
+    """Keep the shortest completion with full reward of each group; None if there is none.
 
     A group is `num_generations` consecutive completions; full reward is 1 or more.
     """
@@ -390,11 +390,14 @@ assert abs(sum(accepted) / 1000 - (1 - 0.6**4)) < 0.04
 
 # %% [markdown]
 # ## Experiment: an expert teaches
-# `make align` does to the 5M model of [chapter 07](07_pretrain.ipynb) what the report did to V3, with sums of three numbers in the place of
-# olympiad problems. **Both forms**: 3,797 sums worked out step by step after the system prompt "Think first, then answer." (one in twenty of them without it, so that thinking without being told to is possible at all),
-# and 600 sums with the bare answer, among counting, spelling and open conversations. After that the model *can* work a sum out, and without the system prompt mostly does not. **Expert**:
-# GRPO without the system prompt ([chapter 16](16_grpo.ipynb)). **Distilled**: the pre-trained model again, taught only the expert's shortest right answer of
-# four to each problem. **Short answers**: the pre-trained model, taught bare answers to all of these problems.
+# `make align` repeats the report's procedure on the 5M model of [chapter 07](07_pretrain.ipynb), with sums of three numbers in place of
+# olympiad problems. Four models are compared:
+#
+# - **Both forms**: trained on 3,797 sums worked out step by step after the system prompt "Think first, then answer.", and on 600 sums with the bare answer, among counting, spelling and open conversations.
+#   One worked-out sum in twenty has no system prompt, so that the model sometimes thinks without one. It *can* work out a sum, but without the system prompt it mostly does not.
+# - **Expert**: *both forms* after GRPO without the system prompt ([chapter 16](16_grpo.ipynb)).
+# - **Distilled**: the pre-trained model, fine-tuned on the expert's shortest right answer out of four to each problem.
+# - **Short answers**: the pre-trained model, fine-tuned on bare answers to all of these problems.
 
 # %%
 from dsv3_ref.viz.ablation import load_result
@@ -404,39 +407,39 @@ fig, ax = figure(1, 1, 8, 3)
 by_height = sorted(FOUND.items(), key=lambda item: item[1]["greedy"])
 label = 0.0
 for (name, x), color in zip(by_height, COLORS):
-    label = max(label + 0.11, x["greedy"])  # names must not lie on each other
+    label = max(label + 0.11, x["greedy"])  # labels must not overlap
     ax.plot(x["length"], x["greedy"], "D", color=color, markersize=8)
     ax.annotate(
         name, (x["length"], x["greedy"]), (x["length"] + 0.8, label), va="center", color="black",
         arrowprops={"arrowstyle": "-", "color": GRAY, "lw": 0.6},
     )  # fmt: skip
     print(
-        f"{name:28} {x['greedy']:5.1%} right ({x['sampled']:5.1%} if drawn), {x['length']:.1f} tokens"
+        f"{name:28} {x['greedy']:5.1%} right ({x['sampled']:5.1%} if sampled), {x['length']:.1f} tokens"
     )
 ax.set(
-    xlabel="mean length of an answer, tokens",
+    xlabel="mean length of an answer (tokens)",
     ylabel="right on held-out sums",
     ylim=(0, 1.15),
     xlim=(12, 38),
-    title="Length against accuracy: what thinking costs, and buys",
+    title="Length and accuracy: cost and gain of thinking",
 )
 show(fig)
 assert FOUND["expert (after GRPO)"]["greedy"] > FOUND["both forms"]["greedy"] + 0.4
 assert FOUND["distilled"]["greedy"] > FOUND["short answers"]["greedy"] + 0.2
 
 # %% [markdown]
-# The report's numbers for V2.5, 74.6 → 83.2 at 769 → 1510 tokens, are the same picture: twice the tokens, more right. The distilled model was told no rule and given no system prompt,
-# and thinks. Without the system prompt *both forms* mostly answers at once, and of short answers it saw 600, not 3,797: likely why it is behind *short answers*. Asked to think it is level with expert and
-# distilled (81–87 %; one seed, 200 sums, ± 2.5 points). "Drawn" are four answers a sum at temperature 1.
+# The report's numbers for V2.5, 74.6 → 83.2 at 769 → 1510 tokens, show the same: twice the tokens, higher accuracy. The distilled model has never seen a reward and is given no system prompt,
+# and yet it thinks. *Both forms* mostly answers directly without the system prompt, and it was trained on 600 short answers instead of 3,797, which likely explains why it scores below *short answers*. With the system prompt it is level with expert and
+# distilled (81–87 %; one seed, 200 sums, ± 2.5 points). "Sampled" means four answers per sum at temperature 1.
 #
 # ## Play: how full is a row?
-# Rows of 256 to 4,096 tokens, filled with conversations (longer ones are cut in this toy): padded to the longest of a batch, or packed. Packing fills rows of any length; padding wastes more, the more
-# the lengths differ and the larger the batch is.
+# Rows of 256 to 4,096 tokens with conversations in them (here longer ones are truncated): padded to the longest of a batch, or packed. Packing fills rows of any length. Padding wastes more when
+# lengths differ more and batches are larger.
 
 
 # %%
 def fill(length: int = 4096, batch: int = 16, spread: float = 1.1):
-    """Share of text in padded batches and in packed rows."""
+    """Plot the fraction of text in padded batches and in packed rows."""
     rng = random.Random(1)
     sizes = [min(length, int(rng.lognormvariate(5.0, spread)) + 20) for _ in range(512)]
     cut = [sizes[i : i + batch] for i in range(0, 512, batch)]
@@ -451,7 +454,7 @@ def fill(length: int = 4096, batch: int = 16, spread: float = 1.1):
     ax.barh(list(shares), list(shares.values()), color=[GRAY, ORANGE, GREEN])
     for i, share in enumerate(shares.values()):
         ax.text(share + 0.01, i, f"{share:.1%}", va="center")
-    ax.set(xlim=(0, 1.1), xlabel="share of what is computed that is text")
+    ax.set(xlim=(0, 1.1), xlabel="fraction of computed tokens that is text")
     show(fig)
 
 
@@ -460,13 +463,13 @@ play(fill, length=[256, 512, 1024, 4096], batch=(4, 64, 4), spread=(0.3, 1.8, 0.
 
 # %% [markdown]
 # ## Exercises
-# **1 · Compute.** An expert is right with chance $p$. How many tries does a problem need, for it to be kept with chance at least $q$?
+# **1 · Compute.** An expert is right with probability $p$. How many samples does a problem need to be kept with probability at least $q$?
 
 
 # %%
 @checker
 def check_tries(fn):
-    """All K tries fail with chance (1 − p)^K: how large may that be? K is a whole number."""
+    """All K samples fail with probability (1 − p)^K: how large may it be? K is a whole number."""
     for p, q in ((0.5, 0.9), (0.1, 0.99), (0.8, 0.5), (0.5, 0.75)):
         k = fn(p, q)
         assert 1 - (1 - p) ** k >= q and (k == 1 or 1 - (1 - p) ** (k - 1) < q)
@@ -474,7 +477,7 @@ def check_tries(fn):
 
 @checker
 def check_weight(fn):
-    """How many terms of the mean are its own, and how many are there?"""
+    """How many terms of the mean belong to the short answer, and how many are there in all?"""
     for short, long in ((30, 270), (50, 150)):
         assert abs(fn(short, long, "tokens") - short / (short + long)) < 1e-9
         assert fn(short, long, "answers") == 0.5
@@ -493,7 +496,7 @@ def lazy(tokens_bs):
 
 @checker
 def check_apart(fn):
-    """Who never said ∎?"""
+    """Which answer never ends with ∎?"""
     row = torch.tensor([fn()])
     assert not torch.equal(assistant_mask(row, SPECIAL_TOKENS), lazy(row))
 
@@ -514,7 +517,7 @@ check_tries(my_tries)
 # ```
 # </details>
 #
-# **2 · Predict.** A batch holds one answer of 30 tokens and one of 270. What is the short one's share of the loss if it averages over tokens, and if over answers?
+# **2 · Predict.** A batch holds one answer of 30 tokens and one of 270. What is the short one's weight in the loss if it is averaged over tokens, and if over answers?
 
 
 # %%
@@ -533,7 +536,7 @@ check_weight(my_weight)
 # ```
 # </details>
 #
-# **3 · Break.** `lazy` above does not look at the user token: if every answer ends, begin and end suffice. Return a row (a list of tokens) in which it and `assistant_mask` differ.
+# **3 · Break.** `lazy` above ignores the user token: if every answer has an end token, begin and end suffice. Return a row (a list of tokens) for which it differs from `assistant_mask`.
 
 
 # %%
@@ -552,7 +555,7 @@ check_apart(my_row)
 #     return [t.bos, t.user, 9, t.assistant, 10, t.user, 11, t.assistant, 12]
 # ```
 #
-# An answer that never ended (cut for its length, say) runs on into the next question, and the model would learn to ask it.
+# Without an end token (in an answer that was truncated, for example) the mask extends into the next question, and the model would learn to ask it.
 # </details>
 #
 # ## Scale-up
@@ -566,5 +569,5 @@ print(f"{tokens / 1e9:.1f}B tokens, {tokens / 14.8e12:.2%} of pre-training")
 print(f"{6 * count_params(V3).activated * tokens:.1e} FLOPs of products")
 
 # %% [markdown]
-# Post-training as a whole cost 5K of 2,788K GPU hours (§1). It runs on the mesh of pre-training: `dsv3 sft --pp 16 --ep 64 --schedule dualpipe`. A stage finds the borders of samples
-# in the tokens that it holds anyway, and attention's kernel ([chapter 10](10_triton.ipynb)) takes the ends as they are, without padding.
+# All of post-training cost 5K of 2,788K GPU hours (§1). SFT runs on the mesh of pre-training: `dsv3 sft --pp 16 --ep 64 --schedule dualpipe`. Each pipeline stage recovers the sample boundaries
+# from the tokens that it has anyway, and the attention kernel ([chapter 10](10_triton.ipynb)) takes `cu_seqlens` directly, without padding.

@@ -16,12 +16,12 @@
 
 # %% [markdown]
 # ## Why
-# Reinforcement learning finds whatever its reward pays for, wanted or not. A rule that cannot be fooled is best, where one
+# Reinforcement learning optimizes whatever the reward measures, wanted or not. A rule that cannot be fooled is best, where one
 # exists: a sum is right or wrong, a program passes its tests or does not. Most questions have no such rule, so a *model* must
-# judge, and a model can be fooled: the *policy* (the model that learns) then raises its reward and not its answers, which is called **reward hacking**. The report's remedy is to let the judge **think before it scores**.
+# judge, and a model can be fooled. The *policy* (the model in training) then raises its reward without giving better answers, which is called **reward hacking**. The report's remedy is to let the judge **think before it scores**.
 #
-# Below we look for the best of $n$ answers to a sum, by reward. One judge scores at
-# once; the other first works the sum out. Both were taught on the same pairs, in which right answers usually also *sounded* sure.
+# Below we choose the best of $n$ answers to a sum by reward. One judge scores directly;
+# the other first works out the sum. Both were trained on the same pairs, in which right answers usually also *sounded* sure.
 
 # %%
 import torch
@@ -37,11 +37,11 @@ FOUND = load_result("rewards")
 # §5.2.1, §5.3.4, §5.4.2:
 #
 # - **Rule-based** reward wherever a rule can check: mathematics with a final answer in a given format (in a box), code against
-#   test cases. Such a reward is "resistant to manipulation or exploitation"
-# - **Model-based** otherwise: free-form answers are compared with a ground truth if there is one; without (creative writing), question
-#   and answer alone are judged. The model is trained from the fine-tuned checkpoint ([chapter 14](14_sft_distill.ipynb)), on preference data that hold *not only the reward, but the chain of thought
-#   that leads to it*, against reward hacking.
-# - **Self-reward**: with a constitution (sentences that say what a good answer is), votes of V3 itself judge open questions. RewardBench 87.0; the majority of six votes 89.6.
+#   test cases. Such a reward is "resistant to manipulation or exploitation".
+# - **Model-based** otherwise: free-form answers are compared with a ground truth if there is one; otherwise (creative writing) the
+#   question and the answer alone are judged. The model is trained from the fine-tuned checkpoint ([chapter 14](14_sft_distill.ipynb)), on preference data with *not only the reward, but the chain of thought
+#   that leads to it*, which mitigates reward hacking.
+# - **Self-reward**: V3's own votes judge open questions, guided by a constitution (sentences that state what a good answer is). RewardBench 87.0; majority of six votes 89.6.
 #
 # Axes: `m` samples in one packed row of `n` tokens; `d` model; `k` votes.
 
@@ -63,8 +63,8 @@ from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens, assistant_mask
 
 # %% [markdown]
 # ## A rule: the box
-# "Give the final answer in a box" makes a free text checkable. The rule must not be generous. *Two* boxes are no answer: a
-# policy would soon box every number that it can think of. A box inside braces counts its braces.
+# "Give the final answer in a box" makes a free text checkable. The rule must be strict. *Two* boxes count as no answer, or a
+# policy would soon box every candidate. The content of a box may contain balanced braces.
 #
 # $$r = [\text{exactly one box}] \cdot [\text{its content equals the truth}]$$
 
@@ -72,7 +72,7 @@ from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens, assistant_mask
 # %%
 #| export
 def extract_boxed(text: str) -> str | None:
-    """Return the content of the only \\boxed{…} of a text; None for no box, several or no end."""
+    """Return the content of the only \\boxed{…}; None for no box, several, or one without an end."""
     starts = [match.end() for match in re.finditer(r"\\boxed\{", text)]
     if len(starts) != 1:
         return None
@@ -92,7 +92,7 @@ def has_think_format(text: str) -> bool:
 
 
 def extract_code(text: str) -> str | None:
-    """Return the only fenced block of code of a text; None if there is none, or several."""
+    """Return the only fenced code block of a text; None if there is none, or several."""
     blocks = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
     return blocks[0] if len(blocks) == 1 else None
 
@@ -110,8 +110,8 @@ assert (
 )
 
 # %% [markdown]
-# *Equal* is not the same string: $\frac12$, 0.5 and 2/4 are one answer. `math-verify` knows; but it can be made to compute
-# $9^{9^{9}}$, so it runs in a process of its own that is killed when it takes too long (`dsv3_ref.verifiers.math_verifier`).
+# Equal answers may be different strings: $\frac12$, 0.5 and 2/4 have one value. `math-verify` compares values. An answer such as
+# $9^{9^{9}}$ could keep it busy forever, so it runs in a separate process with a time limit (`dsv3_ref.verifiers.math_verifier`).
 
 # %%
 import time
@@ -125,9 +125,9 @@ assert not math_verifier.answers_equal("9^{9^{9^{9}}}", "7")
 print(f"{'9^9^9^9':>12} = 7      refused after {time.perf_counter() - start:.1f} s")
 
 # %% [markdown]
-# **Code** is judged by running it. That code was written by a model which is *rewarded for passing*, so it will do whatever passes, and it
-# runs on our machine. `dsv3_ref.verifiers.sandbox` starts it in [bubblewrap](https://github.com/containers/bubblewrap) as an unprivileged user, without network, with limits on
-# time, memory, processes, files and output. Expected results stay outside, where the comparison is made.
+# **Code** is graded by running it. The model that wrote it is *rewarded for passing*, so it may learn to cheat, and the code
+# runs on our machine. `dsv3_ref.verifiers.sandbox` runs it in [bubblewrap](https://github.com/containers/bubblewrap) as an unprivileged user, without network, with limits on
+# time, memory, processes, files and output. Expected results stay outside of the sandbox, where they are compared.
 
 # %%
 import shutil
@@ -147,16 +147,16 @@ if shutil.which("bwrap"):
         code_grader.count_passed(GOOD, cases) == 2 and code_grader.count_passed(CHEAT, cases) == 0
     )
 else:
-    print("no bubblewrap here, so no code runs:", sandbox.BWRAP_MISSING)
+    print("no code is run:", sandbox.BWRAP_MISSING)
 
 # %% [markdown]
 # ## A model: where is its score?
-# A reward model is a language model with one more output. It needs no new matrix: the output head has a row for every token, also for
-# the padding token, which no text contains. Its logit after the end of an answer, a linear map of the last hidden state like any reward head, is the reward:
+# A reward model is a language model with one more output. It needs no new matrix: the output head has a row for every token, including
+# the padding token, which no text contains. The padding token's logit after the end of an answer is the reward. Like any reward head, it is a linear map of the last hidden state:
 #
 # $$r = h_{\mathrm{end}} \cdot W^{\mathrm{out}}_{\mathrm{pad}}\qquad (n,d) \to (m)$$
 #
-# So a reward model is a checkpoint like all others: it trains on any mesh, exports to Hugging Face, and can still *write*, which it must.
+# A reward model is therefore a checkpoint like any other. It exports to Hugging Face, and it can still *generate text*, which its judgments require.
 
 
 # %%
@@ -170,13 +170,13 @@ def reward_scores(
 
 
 # %% [markdown]
-# **Pairs.** People (or rules) say which of two answers is better, not by how much. Bradley and Terry: if each has a strength $r$,
-# the chance that the first is preferred is a logistic function of the difference, and its log-likelihood is the loss:
+# **Pairs.** People (or rules) decide which of two answers is better, not by how much. In the Bradley–Terry model each answer has a strength $r$. The
+# probability that the first is preferred is a logistic function of the difference, and its negative log-likelihood is the loss:
 #
 # $$P(a \succ b) = \sigma(r_a - r_b),\qquad L = -\log \sigma(r_a - r_b),\qquad \frac{\partial L}{\partial r_a} = -\big(1 - P(a \succ b)\big)$$
 #
-# A pair that is already told apart has no gradient. Nothing fixes the zero of $r$. [GRPO](16_grpo.ipynb) compares answers to one question, which takes any zero out of $r$ itself; we reward $\sigma(r)$, between 0 and 1 like all
-# our rewards, where the zero still sets how steep it is.
+# A pair that is already separated has almost no gradient. The loss does not fix the zero of $r$. [GRPO](16_grpo.ipynb) compares answers to one question, so a constant offset of $r$ would cancel. We reward $\sigma(r)$, which lies between 0 and 1 like all
+# our rewards; there the offset still determines the slope.
 
 
 # %%
@@ -206,16 +206,16 @@ print(
 
 # %% [markdown]
 # ## The chain of thought that leads to the reward
-# The judge speaks *before* it scores. In the tokens of [chapter 14](14_sft_distill.ipynb) this is one more turn:
+# The judge writes *before* it scores. In the format of [chapter 14](14_sft_distill.ipynb) this is one more turn:
 #
 # `…<｜User｜>`question`<｜Assistant｜>`answer`<｜end▁of▁sentence｜><｜User｜>`judge`<｜Assistant｜>`judgment`<｜end▁of▁sentence｜>` $\to r$
 #
-# If a ground truth exists it stands in the judge's turn (a judge that is told and scores at once is read at the end of that turn). Training has
-# two losses: Bradley–Terry after the end, and the likelihood of the *judgments* $j$ (never of the answers: half of them are bad), with a weight $\lambda = 0.1$.
+# If there is a ground truth, the judge's turn states it. (A judge that scores directly with a reference is read at the end of that turn.) Training has
+# two losses: Bradley–Terry at the end token, and the negative log-likelihood of the *judgments* $j$ with a weight $\lambda = 0.1$. The answers themselves are not trained on, because half of them are bad.
 #
 # $$L = -\log\sigma(r_a - r_b) - \tfrac{\lambda}{2} \big(\log p(j_a) + \log p(j_b)\big)$$
 #
-# A sum over the tokens of a judgment, not a mean over those of a batch: so the gradient is the same however the batch is cut.
+# The log-likelihood is a sum over the tokens of a judgment, not a mean over the tokens of a batch, so the gradient does not depend on how the batch is split into micro-batches.
 
 
 # %%
@@ -224,7 +224,7 @@ JUDGE_PROMPT = "Is this right? Work it out."
 
 
 def judge_prompt(reference: str = "") -> str:
-    """Return the turn that asks for a judgment, with the right answer if one is given."""
+    """Return the turn that requests a judgment, with the right answer if one is given."""
     return f"{JUDGE_PROMPT} It should be {reference}." if reference else JUDGE_PROMPT
 
 
@@ -277,7 +277,7 @@ pair_1n = torch.tensor([right + wrong])
 spoken = pair_1n[judgment_mask(pair_1n, SPECIAL_TOKENS)].tolist()
 assert spoken == [30, 31, eos, 30, 32, eos]
 model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
-for sample in (right, wrong):  # a score belongs to its sample alone
+for sample in (right, wrong):  # a score depends on its own sample only
     h_1sd = model.hidden_states(torch.tensor([sample]))[0]
     alone = reward_scores(
         h_1sd[0], model.head.weight, torch.tensor([0, len(sample)]), SPECIAL_TOKENS
@@ -293,14 +293,14 @@ assert (
 
 # %% [markdown]
 # ## Calibration
-# Does $\sigma(r_a - r_b) = 0.8$ mean right in 80 % of cases? Sort pairs by what the model claims, and count. A model may agree often and still claim
-# too much, and RL takes the size of $r$ at its word.
+# Does $\sigma(r_a - r_b) = 0.8$ mean that the model is right in 80 % of cases? To check, sort pairs by the claimed probability and count. A model may agree often and still be
+# overconfident, and RL depends on the magnitude of $r$.
 
 
 # %%
 #| export
 def calibration(claim_n: Tensor, right_n: Tensor, bins: int = 5) -> Tensor:
-    """Tabulate pairs by claimed P(a ≻ b): mean claim, share right, number of each bin, (bins, 3).
+    """Tabulate pairs by claimed P(a ≻ b): mean claim, accuracy and size of each bin, (bins, 3).
 
     Each pair counts from the side that the model prefers, so claims lie between ½ and 1. The means
     of an empty bin are NaN.
@@ -318,24 +318,24 @@ def calibration(claim_n: Tensor, right_n: Tensor, bins: int = 5) -> Tensor:
 
 # %%
 claim_n = torch.rand(20_000)
-honest = calibration(claim_n, torch.rand(20_000) < claim_n)
-boaster = calibration(torch.sigmoid(3 * torch.logit(claim_n)), torch.rand(20_000) < claim_n)
-assert (honest[:, 0] - honest[:, 1]).abs().max() < 0.03
-assert boaster[-1, 0] - boaster[-1, 1] > 0.05
-for name, table in (("honest", honest), ("boaster", boaster)):
+calibrated = calibration(claim_n, torch.rand(20_000) < claim_n)
+overconfident = calibration(torch.sigmoid(3 * torch.logit(claim_n)), torch.rand(20_000) < claim_n)
+assert (calibrated[:, 0] - calibrated[:, 1]).abs().max() < 0.03
+assert overconfident[-1, 0] - overconfident[-1, 1] > 0.05
+for name, table in (("calibrated", calibrated), ("overconfident", overconfident)):
     print(name, [f"claims {c:.2f}, right {r:.2f}" for c, r, _ in table.tolist()])
 
 # %% [markdown]
 # ## Votes
-# Where no truth exists, the model itself votes. A constitution, a few sentences, says what counts; the model is asked $k$ times, at a temperature, and the share of
-# yes is the reward (`dsv3 rl --votes`). If votes were independent and each right with $p > \frac12$, the majority would be right more often (Condorcet):
+# Where there is no ground truth, the model itself votes. A constitution of a few sentences defines a good answer. The model is asked $k$ times at temperature 1, and the share of
+# yes is the reward (`dsv3 rl --votes`). If votes were independent and each right with probability $p > \frac12$, the majority would be right more often (Condorcet):
 #
 # $$P_k = \sum_{j > k/2} \binom{k}{j} p^j (1-p)^{k-j} \;+\; \tfrac12 \binom{k}{k/2} p^{k/2}(1-p)^{k/2}\,[k\ \text{even}]$$
 #
-# They are not independent: it is the same model each time, and where it errs it errs again.
+# They are not independent: all votes come from the same model, so its errors are correlated.
 #
-# Two relatives measure answers instead of judgments: *maj@k* asks whether the commonest of $k$ final answers is right, *pass@k* whether any is. From $n \ge k$ answers,
-# of which $c$ are right, pass@k is estimated without bias as $1 - \binom{n-c}{k} / \binom{n}{k}$: of all choices of $k$, the share that holds a right one.
+# Two related metrics evaluate answers instead of judgments: *maj@k* measures whether the most frequent of $k$ final answers is right, *pass@k* whether any of them is. From $n \ge k$ answers,
+# of which $c$ are right, the unbiased estimate of pass@k is $1 - \binom{n-c}{k} / \binom{n}{k}$: of all choices of $k$ answers, the share that contains a right one.
 
 
 # %%
@@ -346,7 +346,7 @@ CONSTITUTION = (
 
 
 def vote_prompt(question: str, answer: str) -> str:
-    """Return the turn in which a model is asked for its vote."""
+    """Return the turn that asks a model for its vote on an answer."""
     return f"{CONSTITUTION}\nQuestion: {question}\nAnswer: {answer}\nIs it good, yes or no?"
 
 
@@ -363,7 +363,7 @@ def majority_accuracy(accuracy: float, k: int) -> float:
 
 
 def vote_reward(yes_nk: Tensor, k: int) -> Tensor:
-    """Return the share of yes among the first k votes on each answer, (n,): the self-reward."""
+    """Return the share of yes in the first k votes on each answer, (n,): the self-reward."""
     return yes_nk[:, :k].float().mean(1)
 
 
@@ -380,7 +380,7 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """Return the most frequent of k final answers (maj@k), the first of several; ignore None."""
+    """Return the most frequent of k final answers (maj@k), the earliest of a tie; ignore None."""
     votes = [answer for answer in answers if answer is not None]
     return max(votes, key=lambda x: (votes.count(x), -votes.index(x)), default=None)
 
@@ -400,10 +400,10 @@ assert majority(answers) == "7" and pass_at_k(2, 6, 3) == 0.8
 
 # %% [markdown]
 # ## Experiment: can the judge be fooled?
-# `python -m dsv3_ref.studies.reward` trains three judges from the fine-tuned 5M model on 3,000 pairs of answers to sums. One answer is right. In seven of ten
-# pairs, by chance, the right one also ends "I am quite sure of it."; independently, the wrong one ends so in three of ten. Judges: **direct** (score at once), **cot** (chain of thought: work
-# the sum out, write result and given number side by side and a verdict, then score), and **cot with reference** (with the right answer in the judge's turn). The candidates on the right are made up: right with chance 0.3 and,
-# independently, sure with chance ½.
+# `python -m dsv3_ref.studies.reward` trains three judges from the fine-tuned 5M model on 3,000 pairs of answers to sums. One answer of each pair is right. In a random 70 % of the
+# pairs the right answer also ends with "I am quite sure of it."; independently, so does the wrong one in 30 %. The judges are **direct** (score only), **cot** (chain of thought: work
+# out the sum, write the result and the given number side by side and a verdict, then score), and **cot with reference** (the judge's turn also states the right answer). The candidates of the right plot are synthetic: right with probability 0.3 and,
+# independently, sure with probability ½.
 
 # %%
 judges = FOUND["judges"]
@@ -425,7 +425,7 @@ axes[0].axhline(0.5, color=GRAY, lw=1)
 axes[0].set(xticks=range(len(kinds)), xticklabels=[k.replace(" sounds", "\nsounds") for k in kinds],
             ylabel="agreement", ylim=(0, 1.05), title="Held-out pairs, by who sounds sure")  # fmt: skip
 axes[1].set(xscale="log", xticks=n, xticklabels=n, xlabel="answers to choose from", ylim=(0, 1.05),
-            ylabel="the chosen one is right", title="Best of n by reward")  # fmt: skip
+            ylabel="accuracy of the chosen answer", title="Best of n by reward")  # fmt: skip
 axes[1].legend(fontsize=8)
 show(fig)
 direct, thinking = judges["direct"], judges["cot"]
@@ -433,12 +433,12 @@ assert thinking["agreement"]["wrong sounds sure"] > direct["agreement"]["wrong s
 assert thinking["best of"]["16"]["right"] > direct["best of"]["16"]["right"] + 0.3
 
 # %% [markdown]
-# The judge that scores at once cannot add, so it learnt what it could: to like confidence. The harder one searches for its favor, the higher the reward, and from 8 answers on all favorites sound
-# sure; how often they are right does not rise but falls (36 to 20 %; 200 sums, ± 3 points). This is reward hacking: the score rises, its meaning is gone. The judge that works the sum out is hard to sway, but not
-# immune: four in five of its favorites sound sure where half would be chance, and from 8 to 16 answers it gains nothing. Told the right answer, it is right more often with every doubling.
+# The direct judge cannot add, so it learned the only feature that it could: confidence. With more candidates the reward of the chosen answer rises, and from 8 answers on every chosen answer sounds
+# sure. Its accuracy falls instead of rising (36 to 20 %; 200 sums, ± 3 points). This is reward hacking: the score rises and no longer measures correctness. The judge that works out the sum is more robust, but not
+# immune: 80 % of its chosen answers sound sure, where 50 % would be chance, and from 8 to 16 answers its accuracy does not rise. With the reference, accuracy rises with every doubling.
 #
-# **A thought alone does not protect.** In an earlier trial (LOG.md) the flourish stood on *nine* of ten right answers, and the thinking judge wrote, of a sum that gives 12 and an answer of 16, "12 16 **right**": it worked the sum out
-# and followed the flourish all the same. There the flourish alone earned 90 % agreement, here 70 %. Chains of thought help if the score has to depend on them.
+# **A chain of thought alone is not enough.** In an earlier trial (LOG.md) *nine* of ten right answers had the phrase. For a sum of 12 and an answer of 16 the thinking judge wrote "12 16 **right**": it worked out the sum
+# and still followed the phrase. There the phrase alone gave 90 % agreement, here 70 %. Chains of thought help only if the score has to depend on them.
 
 # %%
 fig, axes = figure(1, 2, 9, 2.8)
@@ -462,18 +462,18 @@ for ax in axes:
 show(fig)
 
 # %% [markdown]
-# Left (bins of more than 20 pairs): below the line a judge boasts. Where one answer sounds sure the direct judge claims 85 %, which is just what training paid (49 of 58 such pairs); in our held-out pairs sounding sure is a coin, and
-# it is right half of the time. Calibration holds for the data it was learnt on, no further. The thinking judges claim nearly 100 % almost always, and are right in 93 % and 98 %.
+# Left (bins of more than 20 pairs): below the line a judge is overconfident. Where one answer sounds sure, the direct judge claims 85 %, which matches its training data (49 of 58 such pairs). In our held-out pairs sounding sure is random, and
+# the judge is right half of the time: calibration holds only on the training distribution. The thinking judges almost always claim nearly 100 %, and are right in 93 % and 98 %.
 #
-# Right: open questions. The 5M model was taught to vote yes on a president's sentence, no on one that is off the point, out of order or stuck, and votes up to nine times on
-# 600 held-out answers. Its votes share a model, and most of their errors: a majority gains far less than independent votes would (gray, from the mean of all votes). In the report, too, six votes gain 2.6 points, not ten.
+# Right: open questions. The 5M model was trained to vote yes on a president's sentence and no on one that is off-topic, shuffled or repetitive, and votes up to nine times on
+# 600 held-out answers. The votes share one model and therefore most of their errors, so a majority gains far less than independent votes would (gray, computed from the mean of all votes). In the report, too, six votes gain 2.6 points, not ten.
 #
 # ## Play: how many votes?
 
 
 # %%
 def assembly(p: float = 0.7, k: int = 6, shared: float = 0.3):
-    """Majority of k votes, a share of which only repeat the first."""
+    """Plot the accuracy of a majority of k votes, some of which repeat the first."""
     g = torch.Generator().manual_seed(0)
     good_n = torch.rand(4000, generator=g) < 0.5
     own = torch.rand(4000, 15, generator=g) < p
@@ -505,13 +505,13 @@ play(assembly, p=(0.4, 0.95, 0.05), k=(1, 15, 1), shared=(0.0, 1.0, 0.1))
 
 # %% [markdown]
 # ## Exercises
-# **1 · Compute.** A reward model says $r_a = 2$ and $r_b = 0.5$. With which chance is $a$ preferred, and how hard does the pair still pull at $r_a$?
+# **1 · Compute.** A reward model gives $r_a = 2$ and $r_b = 0.5$. With what probability is $a$ preferred, and what is $\partial L/\partial r_a$ of the pair?
 
 
 # %%
 @checker
 def check_chance(fn):
-    """Bradley–Terry and its derivative, above; only the difference counts, and the pull is down."""
+    """Bradley–Terry and its derivative are above: only the difference counts; the sign is minus."""
     for a, b in ((2.0, 0.5), (-1.0, 3.0)):
         p = 1 / (1 + math.exp(b - a))
         chance, pull = fn(a, b)
@@ -526,7 +526,7 @@ def check_even(fn):
 
 @checker
 def check_cheat(fn):
-    """It holds the truth in a box, and another number in another."""
+    """Put the truth in one box and another number in a second one."""
     for truth in ("7", "-3"):
         text = fn(truth)
         boxes = set(re.findall(r"\\boxed\{(.*?)\}", text))
@@ -551,7 +551,7 @@ check_chance(my_chance)
 # 0.82 and −0.18.
 # </details>
 #
-# **2 · Predict.** How often is the majority of *two* independent votes right, if ties are decided by a coin?
+# **2 · Predict.** How often is the majority of *two* independent votes right, if ties are decided at random?
 
 
 # %%
@@ -566,11 +566,11 @@ check_even(my_even)
 #
 # ```python
 # def my_even(p):
-#     return p * p + p * (1 - p)  # = p: the second vote is of no use
+#     return p * p + p * (1 - p)  # = p: the second vote does not help
 # ```
 # </details>
 #
-# **3 · Break.** Suppose a rule paid whenever *any* box holds the truth. Write what a policy would learn to say when it wavers between several numbers, the truth among them.
+# **3 · Break.** Suppose a rule rewarded an answer whenever *any* box contains the truth. Write the answer that a policy would learn to give when it is unsure between several numbers, one of them right.
 
 
 # %%
@@ -590,7 +590,7 @@ check_cheat(my_cheat)
 # </details>
 #
 # ## Scale-up
-# A judge of V3's size that thinks for 500 tokens over each of 512 answers writes a quarter of a million tokens per step: an eighth of what the policy itself writes in [chapter 16](16_grpo.ipynb). Rules cost nothing, and cannot be argued with.
+# A judge of V3's size that writes 500 tokens about each of 512 answers generates a quarter of a million tokens per step, an eighth of what the policy itself generates in [chapter 16](16_grpo.ipynb). Rules cost almost nothing and cannot be persuaded.
 
 # %%
 from dsv3_ref.config import V3, count_params
@@ -599,4 +599,4 @@ answers_, thought = 512, 500
 print(
     f"{answers_ * thought:,} tokens of judgments per step, {2 * count_params(V3).activated * answers_ * thought:.1e} FLOPs"
 )
-print(f"the reward itself: one product with a row of {V3.dim:,} numbers an answer")
+print(f"the reward itself: one dot product with a row of {V3.dim:,} numbers per answer")

@@ -17,12 +17,12 @@
 # %% [markdown]
 # ## Why
 # A pre-trained model has seen answers, but it has never learned which of *its own* answers are right. Reinforcement
-# learning supplies that: sample, score, make the better ones likelier. "Better than what?" is the whole difficulty. PPO trains a second
-# network, as large as the policy, that predicts the score: for V3 another **671 billion** parameters. GRPO asks the
-# same question $G$ times and takes the mean score of the group. The critic is gone, and half of the memory with it.
+# learning teaches this: sample, score, make the better answers more likely. The difficulty is to define "better". PPO compares with a baseline from a second
+# network as large as the policy, the critic, which predicts the score: for V3 another **671 billion** parameters. GRPO samples
+# $G$ answers to the same question and uses the mean score of the group as the baseline. This removes the critic and half of the memory.
 #
-# How much does that mean buy? Here is the mean square of what multiplies the gradient, for a question that is solved nine times
-# in ten, without and with it.
+# How much does the baseline help? Here is the mean square of the factor on the gradient, without and with it, for a question that is solved nine times
+# in ten.
 
 # %%
 from dataclasses import replace
@@ -46,22 +46,22 @@ for name, factor, color in (
 ax.set(
     ylabel="mean square",
     ylim=(0, 1.05),
-    title="What multiplies ∇ log π: the baseline removes what all answers share",
+    title="Factor on ∇ log π: the baseline removes the part that all answers share",
 )
 show(fig)
 
 # %% [markdown]
 # ## Paper
-# §5.2.2, and DeepSeekMath, where GRPO was born:
+# §5.2.2, and DeepSeekMath, which introduced GRPO:
 #
 # - For a question $q$ sample $o_1 \dots o_G$ from the old policy; reward $r_i$; **advantage**
 #   $A_i = (r_i - \mathrm{mean}(r)) / \mathrm{std}(r)$ (eq. 28).
 # - Maximize $\frac1G\sum_i \min(\rho_i A_i,\ \mathrm{clip}(\rho_i, 1-\varepsilon, 1+\varepsilon) A_i) - \beta\,\mathbb D_{KL}$ with $\rho_i = \pi_\theta(o_i|q) / \pi_{old}(o_i|q)$ (eq. 26).
-# - $\mathbb D_{KL} = \frac{\pi_{ref}}{\pi_\theta} - \log\frac{\pi_{ref}}{\pi_\theta} - 1$ (eq. 27) estimates the Kullback–Leibler divergence, the mean of $\log \pi_\theta/\pi_{ref}$ under $\pi_\theta$, from the model that RL began with.
+# - $\mathbb D_{KL} = \frac{\pi_{ref}}{\pi_\theta} - \log\frac{\pi_{ref}}{\pi_\theta} - 1$ (eq. 27) estimates the Kullback–Leibler divergence from the reference model, with which RL starts: the mean of $\log \pi_\theta/\pi_{ref}$ under $\pi_\theta$.
 # - $\varepsilon$, $\beta$ and $G$ are not published. Prompts: code, mathematics, writing, role-play, question answering.
 #
-# The report's eq. 26 has **one ratio for a whole answer**, DeepSeekMath's eq. 3 **one for each token**, averaged over the
-# answer. Most released code uses the second. We write both, and the variants that came later.
+# The report's eq. 26 has **one ratio per answer**, DeepSeekMath's eq. 3 **one per token**, averaged over the
+# answer. Most released code uses the second. We implement both, and later variants.
 #
 # Axes: `b` answers, all groups one after another (`x` groups of `g`); `s` tokens of an answer, padded; `n` tokens; `d` model; `w` words.
 
@@ -76,7 +76,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import UserError
-from dsv3_ref.decode import Decoder, multinomial_sample
+from dsv3_ref.decode import CachedAttention, Decoder, multinomial_sample
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import upcast
 from dsv3_ref.optim import TrainingRecipe
@@ -85,9 +85,11 @@ from dsv3_ref.optim import TrainingRecipe
 # ## Advantage
 # $$A_i = \frac{r_i - \mathrm{mean}(r_{1..G})}{\mathrm{std}(r_{1..G}) + \epsilon}\qquad (b) \to (b)$$
 #
-# Three details part the code bases. *Which std?* Unbiased ($G - 1$), as `torch.std`. *Which* $\epsilon$? $10^{-4}$ in
-# TRL (Hugging Face's library for this), $10^{-6}$ elsewhere: it matters only where a group's rewards differ by hardly more than $\epsilon$, which a reward model's scores can and rewards of 0 and 1 never do. *Divide at all?* Dividing makes easy
-# and hard questions, whose groups spread little, weigh as much as those answered right half of the time; "Dr. GRPO" (Liu et al., 2025) leaves it out.
+# Code bases differ in three details:
+#
+# - *Which standard deviation?* The unbiased one ($G - 1$), as in `torch.std`.
+# - *Which* $\epsilon$? $10^{-4}$ in TRL (Hugging Face's library for RL), $10^{-6}$ elsewhere. It matters only if the rewards of a group differ by little more than $\epsilon$, which is possible for the scores of a reward model and not for rewards of 0 and 1.
+# - *Divide at all?* Easy and hard questions have groups with little spread. Division gives them the same weight as questions that are answered right half of the time. "Dr. GRPO" (Liu et al., 2025) does not divide.
 
 
 # %%
@@ -121,21 +123,21 @@ r = torch.tensor([0.0, 0, 0, 1, 1, 1, 1, 1, 0.2, 0.2, 0.2, 0.2])
 a = advantages(r, 4)
 for group, of in zip(r.view(-1, 4).tolist(), a.view(-1, 4).tolist()):
     print("rewards", [f"{x:.1f}" for x in group], "→ advantages", [f"{x:+.2f}" for x in of])
-assert a.view(-1, 4).sum(1).abs().max() < 1e-5  # what one gains, others lose
+assert a.view(-1, 4).sum(1).abs().max() < 1e-5  # the advantages of a group sum to 0
 assert torch.allclose(
     advantages(5 * r + 3, 4), a, atol=2e-3
-)  # neither unit nor zero of rewards matters
-assert (a[4:] == 0).all()  # a group that agrees teaches nothing
+)  # neither scale nor offset of rewards matters
+assert (a[4:] == 0).all()  # equal rewards in a group give no gradient
 
 # %% [markdown]
-# A group that agrees has no gradient: questions that are too easy or too hard cost samples and teach nothing. Hence
-# curricula, and later "dynamic sampling".
+# A group with equal rewards has no gradient: questions that are too easy or too hard cost samples and contribute nothing. Curricula,
+# and later "dynamic sampling", address this.
 #
 # ## Log-probabilities
-# Everything below needs $\log \pi(o_t)$ of the tokens of an answer, under three models. Logits of V3 for
-# 16 answers of 4,096 tokens would be 34 GB, so training calls this function on a few hundred tokens at a time and
+# Everything below needs $\log \pi(o_t)$ of the tokens of an answer, under three models. The logits of V3 for
+# 16 answers of 4,096 tokens would take 34 GB, so training calls this function on a few hundred tokens at a time and
 # recomputes their logits in the backward pass (`dsv3_ref.posttraining.logprobs`). The entropy
-# $-\sum_w p_w \log p_w$ comes from the same logits: it tells whether the policy still explores.
+# $-\sum_w p_w \log p_w$ comes from the same logits; it shows whether the policy still explores.
 #
 # $$\ell_n = z_{n,y_n} - \log\sum_w e^{z_{nw}},\qquad z = h W^\top / \tau \qquad (n,d)\times(w,d) \to (n,w) \to (n)$$
 
@@ -172,9 +174,9 @@ print(completion_mask(torch.tensor([[5, 6, 1, 9], [1, 1, 7, 7], [4, 4, 4, 4]]), 
 
 # %% [markdown]
 # ## Rollouts
-# Sampling is most of the cost, so it deserves its own loop. The prompt is read **once** and its cache (the latents of
-# [chapter 03](03_mla.ipynb), not keys and values) is then repeated for the $G$ answers; a row that has ended leaves the batch, so that
-# late steps are cheap. The $\log \pi$ of each sampled token is stored: the trainer computes it again, and the two must agree.
+# Sampling is most of the cost, so it has its own loop. Each prompt is prefilled **once**, and its cache (the latents of
+# [chapter 03](03_mla.ipynb), not keys and values) is then repeated for the $G$ answers. A finished answer leaves the batch, so
+# late steps are cheap. The $\log \pi$ of each sampled token is stored. The trainer computes it again, and the two must agree.
 
 
 # %%
@@ -182,7 +184,10 @@ print(completion_mask(torch.tensor([[5, 6, 1, 9], [1, 1, 7, 7], [4, 4, 4, 4]]), 
 def prefill_prompts(
     model: Transformer, prompts: Sequence[list[int]], num_generations: int, max_new_tokens: int
 ) -> tuple[Decoder, Tensor]:
-    """Read each prompt once; return a decoder with `num_generations` rows of each, and logits."""
+    """Prefill each prompt once; return a decoder with `num_generations` rows of each, and logits.
+
+    Logits are those of the first new token, (b, w).
+    """
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     for row_t, prompt in zip(decoder.token_bt, prompts):
         row_t[: len(prompt)] = torch.tensor(prompt)
@@ -202,11 +207,11 @@ def generate_rollouts(
     """Sample `num_generations` consecutive completions of each prompt, and log π of each token.
 
     A completion ends with its first `eos_id` or after `max_new_tokens`. At temperature 0 tokens are
-    the likeliest ones, and their log π is that of temperature 1.
+    the most likely ones, and their log π is that of temperature 1.
     """
     decoder, logit_bw = prefill_prompts(model, prompts, num_generations, max_new_tokens)
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(num_generations).tolist()
-    active = list(range(len(lengths)))  # which completion each row of the decoder writes
+    active = list(range(len(lengths)))  # the completion of each row of the decoder
     completions: list[list[int]] = [[] for _ in active]
     logprobs: list[list[float]] = [[] for _ in active]
     for tokens_left in reversed(range(max_new_tokens)):
@@ -216,7 +221,7 @@ def generate_rollouts(
         for i, token, logp in zip(active, y_b.tolist(), logp_b.tolist()):
             completions[i].append(token)
             logprobs[i].append(logp)
-        row_b = (y_b != eos_id).nonzero()[:, 0]  # the others have ended
+        row_b = (y_b != eos_id).nonzero()[:, 0]  # the unfinished ones
         if not (len(row_b) and tokens_left):
             break
         decoder.token_bt[range(len(lengths)), lengths] = y_b
@@ -229,9 +234,11 @@ def generate_rollouts(
 
 
 def reorder_cache(decoder: Decoder, row_b: Tensor) -> None:
-    """Replace the rows of a decoder's caches by these, which may repeat or leave out some."""
+    """Replace the rows of a decoder's caches by these; rows may be repeated or left out."""
     for layer in decoder.layers[: decoder.n_main]:
-        layer.attention.kv_btx = layer.attention.kv_btx[row_b]
+        attention = layer.attention
+        assert isinstance(attention, CachedAttention)
+        attention.kv_btx = attention.kv_btx[row_b]
     decoder.token_bt = decoder.token_bt[row_b]
     decoder.h_btd = decoder.h_btd[row_b]
 
@@ -254,13 +261,13 @@ assert greedy[1] == generate(model, torch.tensor([prompts[1]]), 10)[0, 5:].tolis
 
 # %% [markdown]
 # ## How far from where we began?
-# The exact KL sums over all answers there are. From samples of $\pi_\theta$ three estimates are usual, with
+# The exact KL sums over all possible answers. From samples of $\pi_\theta$ there are three common estimators, with
 # $\Delta = \log\pi_{ref} - \log\pi_\theta$:
 #
 # $$k_1 = -\Delta,\qquad k_2 = \tfrac12\Delta^2,\qquad k_3 = e^{\Delta} - \Delta - 1 \ge 0$$
 #
-# $k_1$ has the right mean but is negative half of the time; $k_2$ is never negative but biased; $k_3$ is
-# $k_1$ plus $e^\Delta - 1$, whose mean is 0: right mean, never negative, and it spreads little while the models are close.
+# $k_1$ is unbiased but negative half of the time. $k_2$ is never negative but biased. $k_3$ is
+# $k_1$ plus $e^\Delta - 1$, whose mean is 0: it is unbiased, never negative, and has low variance while the models are close.
 
 
 # %%
@@ -299,28 +306,28 @@ show(fig)
 #
 # $$g = \min\big(\rho A,\ \mathrm{clip}(\rho,\,1-\varepsilon,\,1+\varepsilon')\,A\big)$$
 #
-# with $\varepsilon$ below and $\varepsilon'$ above (the report: the same). At $\rho = 1$ its gradient is $A\,\nabla\log\pi$, the plain policy gradient. Once a good answer has become
-# $1 + \varepsilon'$ times as likely, or a bad one $1 - \varepsilon$ times, there is nothing more to gain *from these samples*.
-# In the other direction the clip does nothing: a mistake may always be undone. The loss averages $\beta\,k_3 - g$, and here
-# the variants differ (lengths $|o_i|$; names as in TRL, after the papers DAPO and Dr. GRPO, both 2025):
+# with $\varepsilon$ below and $\varepsilon'$ above (equal in the report). At $\rho = 1$ its gradient is $A\,\nabla\log\pi$, the plain policy gradient. Once a good answer is
+# $1 + \varepsilon'$ times as likely, or a bad one $1 - \varepsilon$ times, these samples give no more gradient.
+# In the other direction nothing is clipped, so a change for the worse can always be undone. The loss averages $\beta\,k_3 - g$, and
+# the variants differ in how (lengths $|o_i|$; names as in TRL, after the papers DAPO and Dr. GRPO, both 2025):
 #
 # | `loss_type` | average | why |
 # |---|---|---|
-# | `sequence` | $\frac1b\sum_i$, one ratio an answer | the report's eq. 26 |
+# | `sequence` | $\frac1b\sum_i$, one ratio per answer | the report's eq. 26 |
 # | `grpo` | $\frac1b\sum_i\frac1{\lvert o_i\rvert}\sum_t$ | DeepSeekMath's eq. 3 |
-# | `bnpo` | $\sum_{it} / \sum_i \lvert o_i\rvert$ | all tokens of the micro-batch alike |
-# | `dapo` | the same over the *global* batch | long wrong answers pay for every token |
-# | `dr_grpo` | $\sum_{it} / (b\cdot\text{longest allowed})$ | no reward for being short or long |
+# | `bnpo` | $\sum_{it} / \sum_i \lvert o_i\rvert$ | equal weight for all tokens of the micro-batch |
+# | `dapo` | the same over the *global* batch | equal weight for all tokens, so long wrong answers are not diluted |
+# | `dr_grpo` | $\sum_{it} / (b\cdot\text{longest allowed})$ | no length bias |
 
 
 # %%
 #| export
 class GRPOOutput(NamedTuple):
-    """A loss and, without gradient, means over tokens (or completions) to watch it by."""
+    """A loss and metrics without gradient, which are means over tokens (or completions)."""
 
     loss: Tensor
     kl: Tensor  # estimated by k₃, in nats
-    clip_ratio: Tensor  # share whose gradient the clip removes
+    clip_ratio: Tensor  # fraction whose gradient is clipped to 0
     importance_ratio: Tensor  # π / π_old
 
 
@@ -332,15 +339,16 @@ def sequence_logprob(logp_bs: Tensor) -> Tensor:
 def aggregate_loss(
     x_bs: Tensor, mask_bs: Tensor, loss_type: str, normalizer: float | None
 ) -> Tensor:
-    """Average masked losses of tokens to one number; `normalizer` as in `grpo_loss`."""
+    """Average masked losses of tokens into a scalar; `normalizer` as in `grpo_loss`."""
     if loss_type in ("grpo", "sequence"):
         return (x_bs.sum(1) / mask_bs.sum(1).clamp(min=1)).mean()
     if loss_type == "dr_grpo":
         return x_bs.sum() / (len(x_bs) * (normalizer or x_bs.shape[1]))
     if loss_type not in ("bnpo", "dapo"):
         raise UserError(f"there is no loss_type {loss_type!r}: use grpo, bnpo, dapo or dr_grpo")
-    is_global = loss_type == "dapo" and normalizer
-    return x_bs.sum() / (normalizer if is_global else mask_bs.sum().clamp(min=1))
+    if loss_type == "dapo" and normalizer:
+        return x_bs.sum() / normalizer
+    return x_bs.sum() / mask_bs.sum().clamp(min=1)
 
 
 def grpo_loss(
@@ -348,7 +356,7 @@ def grpo_loss(
     mask_bs: Tensor, epsilon: float | tuple[float, float] = 0.2, beta: float = 0.0,
     loss_type: str = "grpo", normalizer: float | None = None,
 ) -> GRPOOutput:  # fmt: skip
-    """Compute eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged as `loss_type` says (chapter 16).
+    """Compute eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged by `loss_type` (chapter 16).
 
     epsilon: one number, or (below, above). normalizer: for dapo the tokens of the global batch, for
     dr_grpo the longest completion allowed; by default those of this batch. ref_logp_bs may be None
@@ -356,7 +364,7 @@ def grpo_loss(
     """
 
     def unpadded(x_bs: Tensor) -> Tensor:
-        x_bs = torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold anything
+        x_bs = torch.where(mask_bs.bool(), x_bs, 0)  # padding may hold any value
         return sequence_logprob(x_bs) if loss_type == "sequence" else x_bs
 
     below, above = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
@@ -365,6 +373,10 @@ def grpo_loss(
     clipped_bs = ratio_bs.clamp(1 - below, 1 + above) * advantage_b[:, None]
     kl_bs = torch.zeros_like(ratio_bs)
     if beta:
+        if ref_logp_bs is None:
+            raise UserError(
+                f"beta is {beta}, but there is no ref_logp_bs: pass it, or set beta to 0"
+            )
         kl_bs = kl_k3(unpadded(logp_bs), unpadded(ref_logp_bs))
     weight_bs = torch.ones_like(ratio_bs)
     if loss_type != "sequence":
@@ -395,7 +407,7 @@ GRPO_RECIPES["tiny"] = replace(
 
 # %%
 def slow(logp, old, ref, a, mask, eps, beta, kind, size):
-    """The same, an answer and a token at a time, from the equations."""
+    """Compute the same one answer and one token at a time, from the equations."""
     answers = []
     for i in range(len(a)):
         tokens = [t for t in range(logp.shape[1]) if mask[i, t]]
@@ -415,7 +427,7 @@ def slow(logp, old, ref, a, mask, eps, beta, kind, size):
 
 
 def example(b=6, s=5):
-    """Log-probabilities under three models, advantages, and answers of 1 to s tokens."""
+    """Return log-probabilities under three models, advantages, and a mask of 1 to s tokens."""
     logp = -torch.rand(b, s, dtype=torch.double).mul(3)
     old, ref = (logp + 0.3 * torch.randn(b, s, dtype=torch.double) for _ in range(2))
     mask = torch.arange(s) < torch.randint(1, s + 1, (b, 1))
@@ -430,10 +442,10 @@ for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "sequence"):
     print(f"{kind:9} loss {got.loss:+.4f}, KL {got.kl:.4f}, {got.clip_ratio:.0%} clipped")
 
 # %% [markdown]
-# The four forms by token share ratios, KL and clip and differ in the average alone; `sequence` has one ratio an answer, the product of its tokens'. The biases of the gates are left as they are in RL (`--bias-update-rate 0`):
-# the loads of a few hundred problems say nothing about balance.
+# The four token-level variants share ratios, KL and clip, and differ only in the average. `sequence` has one ratio per answer, the product of those of its tokens. Gate biases are not updated in RL (`--bias-update-rate 0`),
+# because the expert loads of a few hundred problems say little about balance.
 #
-# What the clip does, as a picture: gain over ratio, for a good and a bad answer. Where a curve is flat there is no gradient.
+# The effect of the clip: gain over ratio, for a good and a bad answer. Where a curve is flat there is no gradient.
 
 # %%
 fig, ax = figure(1, 1, 8, 2.6)
@@ -455,19 +467,19 @@ ax.axvspan(0.8, 1.3, color=GRAY, alpha=0.12)
 ax.set(
     xlabel="ρ = π/π_old",
     ylabel="gain",
-    title="clip at 0.8 and 1.3: silent only where the change has gone far enough",
+    title="clip at 0.8 and 1.3: no gradient where the ratio has moved far enough",
 )
 ax.legend()
 show(fig)
 
 # %% [markdown]
 # ## Experiment: does the group matter?
-# A policy small enough to see: for each of 24 questions it writes four letters of eight, independently, from a table of
-# logits. Right is one word a question; a letter in its place earns a quarter. 300 steps, 4 questions × 8
-# answers a step, five seeds, and two controls:
+# A small policy: for each of 24 questions it writes four letters out of eight, independently, from a table of
+# logits. One word per question is right, and each letter in its place has a reward of ¼. There are 300 steps of 4 questions × 8
+# answers, five seeds, and two negative controls:
 #
-# - *no baseline*: the reward itself in the place of $A$;
-# - *random reward*: a coin. If this improved, our measure would be broken.
+# - *no baseline*: the reward itself in place of $A$;
+# - *random reward*: 0 or 1 at random. If accuracy improved here, our metric would be broken.
 
 
 # %%
@@ -479,7 +491,7 @@ PLACES = 4
 def train(
     baseline="group", reward="true", beta=0.0, kind="grpo", group=8, lr=0.15, steps=300, seed=0
 ):
-    """Share of right letters and KL per letter, step by step, of a table policy."""
+    """Train a table policy; return accuracy per letter and KL per letter at each step."""
     g = torch.Generator().manual_seed(seed)
     word_qs = torch.randint(LETTERS, (QUESTIONS, PLACES), generator=g)
     table_qsw = torch.zeros(QUESTIONS, PLACES, LETTERS, requires_grad=True)
@@ -521,8 +533,8 @@ for (name, runs), color in zip(curves.items(), (GREEN, GRAY, ORANGE, BLUE)):
     for ax, of_all in zip(axes, zip(*runs)):
         mean = torch.stack(of_all).mean(0)
         ax.plot(mean, color=color, label=name)
-axes[0].set(xlabel="step", ylabel="chance of the right letter", title="What is learned")
-axes[1].set(xlabel="step", ylabel="k₃ a letter", title="How far from the start")
+axes[0].set(xlabel="step", ylabel="probability of the right letter", title="Accuracy")
+axes[1].set(xlabel="step", ylabel="k₃ per letter", title="Distance from the start")
 axes[0].legend(fontsize=8)
 show(fig)
 end = {
@@ -534,13 +546,13 @@ assert end["GRPO"].mean() > end["no baseline"].mean() + 0.02 and end["random rew
 assert end["GRPO, β = 0.3"].mean() < end["GRPO"].mean()
 
 # %% [markdown]
-# Five seeds a curve. The group learns fastest; without it all answers are pushed up, the right ones only harder; a
-# coin teaches nothing, yet walks nearly as far from the start: distance does not indicate learning. β holds the policy back, which is its purpose and its price.
+# Each curve is the mean of five seeds. GRPO learns fastest. Without the baseline all answers are reinforced, the right ones only more strongly. A
+# random reward gives no improvement, yet the policy moves nearly as far from the start: distance does not indicate learning. β keeps the policy close to the reference, at a cost in accuracy.
 #
 # ## Experiment: a model that learns to think
-# Now the real thing: `make align` on the 5M model of [chapter 07](07_pretrain.ipynb), fine-tuned as in [chapter 14](14_sft_distill.ipynb) so that it *can* work
-# sums out but mostly blurts. Each step asks 16 questions 16 times: sums, counting, spelling, and open prompts (writing, role-play, questions). Those are
-# scored by a reward model made as in [chapter 15](15_rewards.ipynb), from pairs of a president's sentence and a spoilt one; the reward is $\sigma(r)$, between 0 and 1. 200 sums are never practiced on. Three seeds of GRPO, one of each control.
+# Now a language model: `make align` on the 5M model of [chapter 07](07_pretrain.ipynb), fine-tuned as in [chapter 14](14_sft_distill.ipynb) so that it *can* work
+# out sums but mostly answers directly. Each step has 16 prompts with 16 answers each: sums, counting, spelling, and open prompts (writing, role-play, questions). The open ones are
+# scored by a reward model as in [chapter 15](15_rewards.ipynb), trained on pairs of a president's sentence and a corrupted one; the reward is $\sigma(r)$, between 0 and 1. 200 sums are held out. There are three seeds of GRPO and one of each control.
 
 # %%
 from dsv3_ref.viz.ablation import load_result
@@ -557,7 +569,7 @@ for name, run in runs.items():
     first = name.endswith("seed 0")
     steps, right = zip(*((step, scores["sums"]["greedy"]) for step, scores in evaluations))
     axes[0].plot(steps, right, "o-", color=KINDS[kind], ms=4, label=kind if first else None)
-    print(f"{name:22} likeliest answer {right[0]:5.1%} → {right[-1]:5.1%}, drawn "
+    print(f"{name:22} greedy {right[0]:5.1%} → {right[-1]:5.1%}, sampled "
           f"{run['before']['sums']['sampled']:5.1%} → {run['after']['sums']['sampled']:5.1%}")  # fmt: skip
 domains = {}
 for c in runs["GRPO, seed 0"]["curve"]:
@@ -567,7 +579,7 @@ for (name, points), color in zip(sorted(domains.items()), COLORS):
     steps, reward = (torch.tensor(x, dtype=torch.double) for x in zip(*points))
     smoothed = torch.stack([reward[max(0, i - 3) : i + 4].mean() for i in range(len(reward))])
     axes[1].plot(steps, smoothed, color=color, label=name)
-axes[0].set(xlabel="step", ylabel="right", ylim=(0, 1), title="200 held-out sums")
+axes[0].set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title="200 held-out sums")
 axes[1].set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1), title="Reward by domain, seed 0")
 axes[0].legend(fontsize=7)
 axes[1].legend(fontsize=7, loc="center", bbox_to_anchor=(0.65, 0.4))
@@ -579,16 +591,16 @@ assert all(starts[n] < 0.4 and ends[n] > 0.8 for n in of_grpo)
 assert all(ends[n] < starts[n] + 0.1 for n in runs if n.startswith("random"))
 
 # %% [markdown]
-# Within 15 steps the model discovers that thinking pays, and from then on it thinks. RL did not teach it to add: it chose between two abilities that it had. That is what the report
-# describes for its expert models, which after hundreds of steps answer in R1's way "even in the absence of explicit system prompts".
+# Within 15 steps the model learns to think before it answers. RL did not teach it to add; it selected one of two behaviors that the model already had. The report
+# describes the same for its expert models, which after hundreds of steps answer in R1's style "even in the absence of explicit system prompts".
 #
-# The coin teaches nothing (and wears down what was there), as it must. *No baseline* is a control that **fails to fail**: with rewards of 0 and 1 no wrong answer is ever pushed up, so little is lost (83.5 %, one seed; GRPO 87 to 93.5 %). The
-# table's quarter rewards push half-right words up too, and there it costs more. And the clip? With one update from each batch $\rho = 1$ throughout, and it is idle; it matters with `--steps-per-generation` above 1.
+# A random reward gives no improvement and even degrades the model, as expected. *No baseline* is a control that **still works**: with rewards of 0 and 1 only right answers are ever reinforced, so little is lost (83.5 %, one seed; GRPO 87 to 93.5 %). In the
+# table experiment rewards of ¼ also reinforce half-right words, and the loss is larger. The clip has no effect here: with one update per batch $\rho = 1$ throughout. It matters with `--steps-per-generation` above 1.
 
 # %%
 fig, axes = figure(1, 4, 10, 2.3)
 for ax, (key, title) in zip(
-    axes, {"kl_k1": "KL, nats per token", "kl": "the same by k₃", "entropy": "entropy, nats", "length": "tokens per answer"}.items()
+    axes, {"kl_k1": "KL, nats per token", "kl": "KL by k₃, nats per token", "entropy": "entropy, nats", "length": "tokens per answer"}.items()
 ):  # fmt: skip
     for name in of_grpo:
         steps, values = zip(*((c["step"], c[key]) for c in runs[name]["curve"] if key in c))
@@ -601,18 +613,18 @@ for s in runs["GRPO, seed 0"]["samples"][:7] + runs["GRPO, seed 0"]["samples"][9
     print(f"  before  {s['before'][:70]}\n  after   {s['text'][:70]}")
 
 # %% [markdown]
-# Two things to see. *$k_3$ has a heavy tail*: one token that has become a thousand times rarer, and is drawn all the same, counts a thousand. A run is therefore stopped by the plain
-# mean of $\log \pi/\pi_{ref}$ (`--max-kl`), not by $k_3$. And *not every reward teaches*: spelling is never right, so its groups are silent and it stays at 0. "Always 1" is right for 82 % of the counting questions, which the model
-# said before RL too; the thought that precedes it no longer leads to it. The rewards of open answers hardly rise (0.057 → 0.066 if drawn), and the texts grow shorter, not better.
+# Two observations. *$k_3$ has a heavy tail*: a token that has become a thousand times less likely, and is sampled nevertheless, contributes a thousand. The criterion for stopping a run is therefore the plain
+# mean of $\log \pi/\pi_{ref}$ (`--max-kl`), not $k_3$. And *not every reward gives a gradient*: spelling is never right, so all rewards of its groups are equal and it stays at 0. "Always 1" is right for 82 % of the counting questions, and the model
+# gave this answer before RL too; the chain of thought before it no longer leads to it. The rewards of open answers hardly rise (0.057 → 0.066 if sampled), and the texts get shorter, not better.
 #
-# ## Play: groups, as they were answered
-# Eight answers of the fine-tuned model to one sum, drawn at temperature 1, and what GRPO makes of them. Watch how a right answer among wrong ones
-# is what the step learns from. *After* RL most groups are silent.
+# ## Play: groups of the model
+# Eight answers of the fine-tuned model to one sum, sampled at temperature 1, with their advantages. A right answer among wrong ones has the largest advantage.
+# *After* RL most groups have equal rewards and no gradient.
 
 
 # %%
 def answered(question: int = 0, when: str = "before"):
-    """A group's answers, their rewards, their advantages."""
+    """Plot a group's answers, rewards and advantages."""
     group = FOUND["groups"][when][question]
     r_b = torch.tensor([a["reward"] for a in group["answers"]])
     a_b = advantages(r_b, len(r_b))
@@ -635,13 +647,13 @@ play(answered, question=(0, 3, 1), when=["before", "after"])
 
 # %% [markdown]
 # ## Play: one group, by hand
-# Eight answers, their rewards, what remains of them as advantages. Raise the number of right ones from 0 to 8:
-# a single right answer among wrong ones shouts, one wrong among right ones is shouted at, unanimity is silent.
+# Eight answers, their rewards and their advantages. Raise the number of right ones from 0 to 8:
+# a single right answer among wrong ones has a large advantage, a single wrong one among right ones a large negative one, and equal rewards give none.
 
 
 # %%
 def one_group(right: int = 2, scale="group", partial: float = 0.0):
-    """Rewards and advantages of a group of eight."""
+    """Plot rewards and advantages of a group of eight."""
     r = torch.full((8,), partial)
     r[:right] = 1.0
     r_b = torch.cat((r, torch.tensor([0.0, 1, 0, 1, 0, 1, 0, 1])))  # a second group, for "batch"
@@ -719,7 +731,7 @@ check_lonely(my_lonely)
 # ```
 # </details>
 #
-# **2 · Predict.** A question is solved with chance $p$. How often is a group of $G$ answers silent?
+# **2 · Predict.** A question is solved with probability $p$. How often does a group of $G$ answers have equal rewards, and so no gradient?
 
 
 # %%
@@ -738,8 +750,8 @@ check_silent(my_silent)
 # ```
 # </details>
 #
-# **3 · Compute.** Two wrong answers have the same advantage; one has 20 tokens, one 200. How many times as hard is each *token* of
-# the short one pushed down, under `loss_type` (grpo, bnpo, dapo, dr_grpo)?
+# **3 · Compute.** Two wrong answers have the same advantage; one has 20 tokens, the other 200. How many times as large is the gradient of each *token* of
+# the short one, for each `loss_type` (grpo, bnpo, dapo, dr_grpo)?
 
 
 # %%
@@ -754,15 +766,15 @@ check_short(my_short)
 #
 # ```python
 # def my_short(loss_type):
-#     return 10.0 if loss_type == "grpo" else 1.0  # hence grpo's long wrong answers
+#     return 10.0 if loss_type == "grpo" else 1.0  # so grpo favors long wrong answers
 # ```
 # </details>
 
 # %% [markdown]
 # ## Scale-up
-# A step of V3 with 32 questions × 16 answers × 4,096 tokens: 2.1M tokens are *written*, then read by the reference and
-# the new policy (and by the old one, if there are several updates). Writing dominates, one token after another; the reads are plain forward passes, in batches.
-# A fourth model, PPO's critic, would be trained too: its weights, gradients and moments are what GRPO saves.
+# A step of V3 with 32 questions × 16 answers × 4,096 tokens *generates* 2.1M tokens. The reference and the new policy then compute their log-probabilities
+# (and so does the old policy, if there are several updates). Generation dominates, because it is one token after another; the log-probabilities are batched forward passes.
+# PPO would also train a fourth model, the critic: GRPO saves its weights, gradients and moments.
 
 # %%
 from dsv3_ref.config import V3, count_params
@@ -770,6 +782,6 @@ from dsv3_ref.config import V3, count_params
 tokens = 32 * 16 * 4096
 critic = count_params(V3).total * (4 + 4 + 4)  # fp32 weights and gradients, two bf16 moments
 print(
-    f"{tokens / 1e6:.1f}M tokens; logits of them all {tokens * V3.vocab_size * 4 / 1e12:.1f} TB, {512 * V3.vocab_size * 4 / 1e6:.0f} MB at a time"
+    f"{tokens / 1e6:.1f}M tokens; logits of them all {tokens * V3.vocab_size * 4 / 1e12:.1f} TB, {512 * V3.vocab_size * 4 / 1e6:.0f} MB in chunks"
 )
 print(f"a critic as large as the policy: {critic / 1e12:.1f} TB more")

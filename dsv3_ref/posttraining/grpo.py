@@ -222,7 +222,8 @@ class RewardFn:
 
     def __call__(self, rollouts: list[Rollout]) -> None:
         """Fill in the rewards; a completion without an end token or with a failing score has 0."""
-        open_ended, verifiable = [], []
+        open_ended: list[Rollout] = []
+        verifiable: list[Rollout] = []
         for rollout in rollouts:
             if rollout.tokens[-1] == self.eos_id:
                 task = get_task(rollout.problem.domain)

@@ -24,7 +24,7 @@ from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
-from dsv3_ref.posttraining.policy import check_prompt_length
+from dsv3_ref.posttraining.policy import as_transformer, check_prompt_length
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import (
     bradley_terry,
@@ -154,7 +154,7 @@ class RewardTask:
         """Return `preference_loss` of a micro-batch, averaged over its pairs."""
         tokens_1n = concat_samples(flatten_pairs(micro_batch), self.device)
         weight = self.config.judgment_weight * (self.config.judge == "cot")
-        return preference_loss(model, tokens_1n, self.special_tokens, weight).losses
+        return preference_loss(as_transformer(model), tokens_1n, self.special_tokens, weight).losses
 
     def loss_weight(self, micro_batch: list[Pair]) -> int:
         """Return the number of pairs."""
@@ -167,15 +167,14 @@ class RewardTask:
     @torch.no_grad()
     def score_held_out(self, run: Run) -> Tensor:
         """Return the rewards of held-out pairs, with the judgments of the data, (m,)."""
+        model = as_transformer(run.strategy.model)
         rewards = []
         for i in range(0, len(self.held_out), VAL_PAIRS):
             samples = flatten_pairs(self.held_out[i : i + VAL_PAIRS])
             tokens_1n = concat_samples(samples, self.device)
             cu_seqlens = sample_cu_seqlens(tokens_1n, self.special_tokens)
             with run.strategy.precision_context():
-                rewards.append(
-                    score_packed(run.strategy.model, tokens_1n, cu_seqlens, self.special_tokens)
-                )
+                rewards.append(score_packed(model, tokens_1n, cu_seqlens, self.special_tokens))
         return torch.cat(rewards)
 
     def metrics(self, run: Run, row: dict) -> dict:
@@ -215,7 +214,7 @@ class RewardTask:
 
 def flatten_pairs(pairs: Sequence[Pair]) -> list[list[int]]:
     """Return the samples of pairs in their order: chosen, rejected, chosen, rejected."""
-    samples = []
+    samples: list[list[int]] = []
     for pair in pairs:
         samples += pair
     return samples
@@ -223,7 +222,7 @@ def flatten_pairs(pairs: Sequence[Pair]) -> list[list[int]]:
 
 def concat_samples(samples: Sequence[list[int]], device: torch.device | str) -> Tensor:
     """Concatenate samples in one packed row, (1, n)."""
-    tokens = []
+    tokens: list[int] = []
     for sample in samples:
         tokens += sample
     return torch.tensor([tokens], device=device)

@@ -18,6 +18,7 @@ from dsv3_ref.data.loader import VAL_BATCH
 from dsv3_ref.data.tokenizer import EOS, byte_lengths, get_special_tokens
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
+from dsv3_ref.posttraining.policy import as_transformer
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SFT_RECIPES, assistant_mask, num_loss_tokens, pack_samples, sft_loss
 from dsv3_ref.training.settings import TrainConfig
@@ -127,7 +128,7 @@ class SFTTask:
         self, model: nn.Module, micro_batch: torch.Tensor, balance_loss_scope: str
     ) -> LossOutput:
         """Return `sft_loss` of a micro-batch, averaged over its loss tokens."""
-        return sft_loss(model, micro_batch, self.special_tokens)
+        return sft_loss(as_transformer(model), micro_batch, self.special_tokens)
 
     def loss_weight(self, micro_batch: torch.Tensor) -> int:
         """Return the number of loss tokens: those of answers."""
@@ -139,7 +140,7 @@ class SFTTask:
 
     def nll(self, model: nn.Module, rows_bs: torch.Tensor) -> float:
         """Return Σ −log p of the answers' tokens, in nats."""
-        mean = sft_loss(model, rows_bs, self.special_tokens).main.item()
+        mean = sft_loss(as_transformer(model), rows_bs, self.special_tokens).main.item()
         return mean * self.loss_weight(rows_bs)
 
     def loss_targets(self, rows_bs: torch.Tensor) -> torch.Tensor:
@@ -174,7 +175,8 @@ class SFTTask:
 
     def answer_prompts(self, run: Run) -> list[dict]:
         """Return the model's answers to the prompts of held-out conversations."""
-        model, device = run.strategy.load_whole_model(run.run_dir), run.strategy.device
+        model = as_transformer(run.strategy.load_whole_model(run.run_dir))
+        device = run.strategy.device
         generator = torch.Generator(device).manual_seed(self.config.seed)
         tokenizer = run.data.tokenizer
         samples = []
