@@ -136,7 +136,7 @@ print("pieces:", " ".join(repr(p) for p in pieces))
 assert "".join(pieces) == sentence and ".\n\n" in pieces and "178" in pieces
 
 # %% [markdown]
-# ### Nats a token, bits a byte
+# ### Nats per token, bits per byte
 # A loss is measured in nats a token, and depends on what a token is: longer tokens are rarer and
 # each is harder to guess. Only the surprise about the *text* can be compared between tokenizers:
 #

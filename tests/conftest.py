@@ -1,4 +1,4 @@
-"""One setting for every test: a single thread, fixed seeds, no display, short unless `--full`."""
+"""Settings of all tests: a single thread, fixed seeds, no display, short unless `--full`."""
 
 import os
 import random
@@ -12,16 +12,16 @@ import pytest
 from hypothesis import register_random, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-# With several workers (pytest -n 2) these start first, so that none of them is left to the end.
+# With several workers (pytest -n 2) these files start first, so that no long one comes last.
 LONGEST = [
     "kernels/test_aot.py", "tools/test_notebooks.py", "parallel/test_cluster.py",
     "studies/test_align.py", "serving/test_web.py", "serving/test_serve.py",
     "parallel/test_parallel.py", "training/test_train.py", "tools/test_contracts.py",
     "tools/test_site.py",
 ]  # fmt: skip
-# Of these every case may go to another worker; the tests of any other file share fixtures.
+# Cases of these files may go to different workers; the tests of any other file share fixtures.
 DIVISIBLE = re.compile(r"tests/(?:kernels/test_aot|tools/test_notebooks)\.py::")
-sys.path.insert(0, str(ROOT / "tools"))  # tools/ is no package: tests import it by file name
+sys.path.insert(0, str(ROOT / "tools"))  # tools/ is not a package: tests import it by file name
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; subprocesses inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
 if not shutil.which("nvidia-smi"):
@@ -31,7 +31,7 @@ import torch  # noqa: E402  after the threads are set
 
 
 class TorchRandom:
-    """Lets hypothesis seed torch before each example, so that a failure can be replayed."""
+    """Adapter by which hypothesis seeds torch before each example, so that failures repeat."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
@@ -71,13 +71,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def work_unit(nodeid: str) -> str:
-    """What goes to one worker as a whole: a file, or the tests of one chapter or kernel file."""
+    """Return the unit that one worker gets: a file, or the tests of one chapter or kernel file."""
     case = re.search(r"\[(\w+)", nodeid) if DIVISIBLE.match(nodeid) else None
     return f"{nodeid.split('::')[0]}::{case[1]}" if case else nodeid.split("::")[0]
 
 
 def start_order(nodeid: str) -> int:
-    """The place of a test's file in LONGEST."""
+    """Return the place of a test's file in LONGEST, or its length."""
     file = nodeid.split("::")[0].removeprefix("tests/")
     return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
@@ -99,14 +99,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random numbers for a test, whichever tests ran before it."""
+    """Seed random and torch, so that a test does not depend on those before it."""
     random.seed(0)
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def micro():
-    """A config of 15 thousand parameters with every mechanism on and no two sizes alike."""
+    """Return a config of 15 thousand parameters with every mechanism on, no two sizes alike."""
     from dsv3_ref.config import V3
 
     return replace(
@@ -122,13 +122,16 @@ def micro():
 def exact(monkeypatch):
     """Run the equations in fp64: `.float()` leaves doubles alone, and ops take their plain form.
 
-    The code asks for fp32 where bf16 would be too coarse; here it would be the coarse one. The
-    fast grouped product has no fp64.
+    The code converts to fp32 where bf16 would be too coarse; here fp32 is the coarser type. The
+    tuned grouped product has no fp64.
     """
     from dsv3_ref import ops
 
     to_float = torch.Tensor.float
-    wide = lambda x: x if x.dtype == torch.float64 else to_float(x)
-    monkeypatch.setattr(torch.Tensor, "float", wide)
+
+    def to_at_least_float(x):
+        return x if x.dtype == torch.float64 else to_float(x)
+
+    monkeypatch.setattr(torch.Tensor, "float", to_at_least_float)
     with ops.use("torch"):
         yield

@@ -28,10 +28,13 @@ SHARED = ("embed.", "head.")  # MTP modules own neither
 
 @st.composite
 def configs(draw):
-    """Small configs of any shape that may be built."""
-    size = lambda low, high: draw(st.integers(low, high))
-    groups, per_group, layers = size(1, 4), size(1, 4), size(1, 4)
-    limited = size(1, groups)
+    """Draw small configs of any valid shape."""
+
+    def size(low, high):
+        return draw(st.integers(low, high))
+
+    groups, per_group = size(1, 4), size(1, 4)
+    layers, limited = size(1, 4), size(1, groups)
     return Config(
         vocab_size=size(1, 50),
         dim=size(1, 20),
@@ -56,7 +59,7 @@ def configs(draw):
 
 
 def sizes_by_name(c: Config) -> dict[str, int]:
-    """Name → elements of every parameter and buffer, on no device at all."""
+    """Return name → number of elements of every parameter and buffer, without allocating any."""
     with torch.device("meta"):
         state = Transformer(c).state_dict()
     return {name: x.numel() for name, x in state.items()}
@@ -84,9 +87,8 @@ def test_count_is_the_module_for_any_shape(c):
 def test_671b_has_the_numbers_of_the_report():
     n = count_of(V3)
     assert n.total == 671_026_419_200
-    assert (
-        f"{n.activated / 1e9:.2f} {n.activated_without_input_embedding / 1e9:.1f}" == "37.55 36.6"
-    )
+    assert f"{n.activated / 1e9:.2f}" == "37.55"
+    assert f"{n.activated_without_input_embedding / 1e9:.1f}" == "36.6"
     assert f"{n.mtp / 1e9:.2f}" == "11.61"
     assert n.cache_bytes == 70_272
 

@@ -60,10 +60,14 @@ def test_an_empty_prompt_is_refused(model):
 
 
 def test_a_seed_repeats_a_draw(model, micro):
-    x_bs, draw = prompts(micro), lambda seed: torch.Generator().manual_seed(seed)
-    one, two = (generate(model, x_bs, 8, 1.0, draw(1)) for _ in range(2))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, generate(model, x_bs, 8, 1.0, draw(2)))
+    x_bs = prompts(micro)
+
+    def draw(seed):
+        return generate(model, x_bs, 8, 1.0, torch.Generator().manual_seed(seed))
+
+    one = draw(1)
+    assert torch.equal(one, draw(1))
+    assert not torch.equal(one, draw(2))
 
 
 def test_nothing_keeps_a_graph(model, micro):
@@ -99,8 +103,8 @@ def test_a_negative_temperature_is_refused():
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
-def written(model, prompts, new, **options):
-    """What `stream` adds to each prompt."""
+def continuations(model, prompts, new, **options):
+    """Return the tokens that `stream` yields for each prompt."""
     rows = [[] for _ in prompts]
     for tokens in stream(model, prompts, new, **options):
         for row, more in zip(rows, tokens):
@@ -109,8 +113,8 @@ def written(model, prompts, new, **options):
 
 
 @torch.no_grad()
-def said(model, prompt, row):
-    """How far each token of a row is below the best logit of a full forward pass."""
+def logit_gaps(model, prompt, row):
+    """Return how far each token of a row is below the best logit of a full forward pass."""
     logit_sw = model(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
     return logit_sw.amax(-1) - logit_sw.gather(1, torch.tensor(row)[:, None])[:, 0]
 
@@ -119,22 +123,22 @@ def said(model, prompt, row):
 def test_any_lengths_and_drafts_are_the_argmax_of_a_full_forward(micro, lengths, draft, new):
     model = Transformer(micro)
     prompts = [torch.randint(micro.vocab_size, (n,)).tolist() for n in lengths]
-    for prompt, row in zip(prompts, written(model, prompts, new, num_speculative_tokens=draft)):
+    rows = continuations(model, prompts, new, num_speculative_tokens=draft)
+    for prompt, row in zip(prompts, rows):
         assert len(row) == new
-        assert (said(model, prompt, row) < 1e-4).all()
+        assert (logit_gaps(model, prompt, row) < 1e-4).all()
 
 
 @pytest.mark.full
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_step_writes_the_same(micro):
-    model, prompts = Transformer(micro), [[1, 2, 3, 4, 5], [6, 7], [8]]
-    for rows in (prompts[:1], prompts):
+    model = Transformer(micro)
+    for prompts in ([[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5], [6, 7], [8]]):
         for draft in (0, 1):
-            for prompt, row in zip(
-                rows, written(model, rows, 6, num_speculative_tokens=draft, compiled=True)
-            ):
+            rows = continuations(model, prompts, 6, num_speculative_tokens=draft, compiled=True)
+            for prompt, row in zip(prompts, rows):
                 assert len(row) == 6
-                assert (said(model, prompt, row) < 1e-4).all()
+                assert (logit_gaps(model, prompt, row) < 1e-4).all()
 
 
 @pytest.mark.parametrize(
@@ -152,51 +156,49 @@ def test_every_shape_decodes(micro, changes):
     model = Transformer(replace(micro, **changes))
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     for draft in range(len(model.mtp) + 1):
-        for prompt, row in zip(prompts, written(model, prompts, 6, num_speculative_tokens=draft)):
-            assert (said(model, prompt, row) < 1e-4).all()
+        rows = continuations(model, prompts, 6, num_speculative_tokens=draft)
+        for prompt, row in zip(prompts, rows):
+            assert (logit_gaps(model, prompt, row) < 1e-4).all()
 
 
 @torch.inference_mode()
 def test_a_decoder_rolls_back(model, micro):
     """Tokens written over rejected ones leave no trace of those."""
     tokens_bs = prompts(micro, 2, 9)
-    want_bsd, d = model.hidden_states(tokens_bs)[0], Decoder(model, 2, 12)
-    d.token_bt[:, :9] = torch.randint(micro.vocab_size, (2, 9))
-    d.token_bt[:, :4] = tokens_bs[:, :4]
-    d.hidden_states([0, 0], 9)
-    d.token_bt[:, :9] = tokens_bs
-    got_bsd = torch.cat(
-        [d.hidden_states([4, 4], 3), d.hidden_states([7, 7], 1), d.hidden_states([8, 8], 1)], 1
-    )
-    torch.testing.assert_close(got_bsd, want_bsd[:, 4:], atol=1e-4, rtol=1e-4)
+    want_bsd, decoder = model.hidden_states(tokens_bs)[0], Decoder(model, 2, 12)
+    decoder.token_bt[:, :9] = torch.randint(micro.vocab_size, (2, 9))
+    decoder.token_bt[:, :4] = tokens_bs[:, :4]
+    decoder.hidden_states([0, 0], 9)
+    decoder.token_bt[:, :9] = tokens_bs
+    pieces = [decoder.hidden_states([n, n], s) for n, s in ((4, 3), (7, 1), (8, 1))]
+    torch.testing.assert_close(torch.cat(pieces, 1), want_bsd[:, 4:], atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
 def test_guesses_are_those_of_the_mtp_chain(model, micro):
     """Round after round, draft k is the argmax of chapter 06's k-th head on the same text."""
-    writer, choice = SpeculativeDecoder(model, [[3, 1, 4, 1, 5]], 30, 2), SamplingParams()
-    writer.first_token(choice)
+    decoder, params = SpeculativeDecoder(model, [[3, 1, 4, 1, 5]], 30, 2), SamplingParams()
+    decoder.first_token(params)
     for _ in range(8):
-        guess_bk, _ = writer.propose(choice)
-        n = writer.lengths[0]
-        text_bs = writer.decoder.token_bt[:, : n + 2].clone()
+        guess_bk, _ = decoder.propose(params)
+        n = decoder.lengths[0]
+        text_bs = decoder.decoder.token_bt[:, : n + 2].clone()
         text_bs[0, n + 1] = guess_bk[0, 0]
         h_bsd = model.hidden_states(text_bs)[0]
         for k, (h, _) in enumerate(mtp_hidden_states(model, h_bsd, text_bs), start=1):
             logit_w = model.head(h[0, n - 1])
             assert logit_w.max() - logit_w[guess_bk[0, k - 1]] < 1e-4
-        writer.mtp_lengths = [0]  # `round` guesses again
-        writer.step(choice, [True])
+        decoder.mtp_lengths = [0]  # `step` drafts again
+        decoder.step(params, [True])
 
 
 def test_a_stop_token_ends_a_row_and_only_that(model, micro):
     x = [[1, 2, 3], [4, 5, 6, 7]]
     for draft in (0, 2):
-        free = written(model, x, 12, num_speculative_tokens=draft)
+        free = continuations(model, x, 12, num_speculative_tokens=draft)
         stop = free[0][4]
-        for row, whole in zip(
-            written(model, x, 12, num_speculative_tokens=draft, stop=[stop]), free
-        ):
+        rows = continuations(model, x, 12, num_speculative_tokens=draft, stop=[stop])
+        for row, whole in zip(rows, free):
             end = whole.index(stop) + 1 if stop in whole else len(whole)
             assert row == whole[:end]
 
@@ -242,23 +244,22 @@ def test_drafted_text_has_the_distribution_of_plain_text(micro):
     model = Transformer(replace(micro, vocab_size=6))
     counts = []
     for draft in (0, 2):
-        choice = SamplingParams(1.3, 0.9, torch.Generator().manual_seed(draft))
+        params = SamplingParams(1.3, 0.9, torch.Generator().manual_seed(draft))
+        options = {"sampling_params": params, "num_speculative_tokens": draft}
         pair = torch.zeros(36)
         for _ in range(20):
-            for row in written(
-                model, [[1, 2]] * 300, 3, sampling_params=choice, num_speculative_tokens=draft
-            ):
+            for row in continuations(model, [[1, 2]] * 300, 3, **options):
                 pair[row[1] * 6 + row[2]] += 1
         counts.append(pair)
     a, b = counts
-    seen = a + b > 0
-    chi = ((a - b)[seen] ** 2 / (a + b)[seen]).sum()
+    occurs = a + b > 0
+    chi = ((a - b)[occurs] ** 2 / (a + b)[occurs]).sum()
     assert chi < 67.0  # 35 degrees of freedom: 66.6
 
 
 def test_top_p_keeps_the_fewest_likeliest():
     logit_w = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    for top_p, kept in ((0.4, 1), (0.6, 2), (0.9, 3), (1.0, 4)):
+    for top_p, size in ((0.4, 1), (0.6, 2), (0.9, 3), (1.0, 4)):
         p_w = logits_to_probs(logit_w, 1.0, top_p)[0]
-        assert (p_w > 0).tolist() == [i < kept for i in range(4)]
+        assert (p_w > 0).tolist() == [i < size for i in range(4)]
         torch.testing.assert_close(p_w.sum(), torch.tensor(1.0))

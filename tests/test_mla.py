@@ -29,7 +29,7 @@ lengths = st.integers(1, 12)
 
 
 def layer(c: Config) -> MLA:
-    """An fp64 layer whose weights keep activations of order one."""
+    """Return an fp64 layer whose weights keep activations of order one."""
     torch.manual_seed(0)
     mla = MLA(c).double()
     for p in mla.parameters():
@@ -42,7 +42,7 @@ def inputs(c: Config, s: int, b: int = 2):
 
 
 def run(mla: MLA, x_bsd, rope, absorb: bool):
-    """Output, and the gradient of every parameter and of x."""
+    """Return the output and the gradients of x and of every parameter."""
     mla.absorb, x_bsd = absorb, x_bsd.clone().requires_grad_()
     y_bsd = mla(x_bsd, rope)
     wave = torch.linspace(-1, 1, y_bsd.numel()).double().view(y_bsd.shape)
@@ -54,14 +54,20 @@ def close(got, want, tolerance=1e-10):
 
 
 def by_hand(mla: MLA, x_sd, rope):
-    """eq. 1–11, one position, one head, one key at a time: (s, d) → (s, d)."""
+    """Compute eq. 1–11, one position, one head, one key at a time: (s, d) → (s, d)."""
     c, w = mla.config, {n: p.detach() for n, p in mla.named_parameters()}
-    norm = lambda x, name: x / (x.square().mean() + c.norm_eps).sqrt() * w[f"{name}.weight"]
-    turn = lambda x, at: ops.IMPLS["apply_rotary_emb"]["torch"](
-        x[None, None, None], *(r[at, None] for r in rope[:2])
-    )
-    r, i, v = c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim
-    latent, key_r, out = [], [], []
+    rotate = ops.IMPLS["apply_rotary_emb"]["torch"]
+
+    def norm(x, name):
+        return x / (x.square().mean() + c.norm_eps).sqrt() * w[f"{name}.weight"]
+
+    def turn(x, at):
+        return rotate(x[None, None, None], rope.cos[at, None], rope.sin[at, None])
+
+    r, i = c.qk_rope_head_dim, c.qk_nope_head_dim
+    v = c.v_head_dim
+    latent, key_r = [], []
+    out = []
     for at, x_d in enumerate(x_sd):
         down = w["wkv_a.weight"] @ x_d
         latent.append(norm(down[:-r], "kv_norm"))
@@ -113,7 +119,8 @@ def test_any_cut_into_chunks_gives_the_whole(exact, micro, cuts, absorb):
     mla, s = layer(micro), sum(cuts)
     x_bsd, rope = inputs(micro, s)
     whole = mla(x_bsd, rope)
-    mla.absorb, cache, got = absorb, LayerKVCache(micro, 2, s, dtype=torch.float64), []
+    mla.absorb, cache = absorb, LayerKVCache(micro, 2, s, dtype=torch.float64)
+    got = []
     for n in cuts:
         at = slice(cache.length, cache.length + n)
         got.append(mla(x_bsd[:, at], Rope(*(x[at] for x in rope[:2])), cache))
@@ -122,18 +129,26 @@ def test_any_cut_into_chunks_gives_the_whole(exact, micro, cuts, absorb):
 
 
 def test_only_single_token_decoding_absorbs(micro, monkeypatch):
-    seen = []
-    for form in ("absorbed", "expanded"):
+    calls = []
+
+    def spy_on(form):
         real = getattr(chapter, f"attend_{form}")
-        spy = lambda *a, real=real, form=form: (seen.append(form), real(*a))[1]
+
+        def spy(*args):
+            calls.append(form)
+            return real(*args)
+
         monkeypatch.setattr(chapter, f"attend_{form}", spy)
+
+    spy_on("absorbed")
+    spy_on("expanded")
     mla, cache = layer(micro).float(), LayerKVCache(micro, 1, 4)
     x_bsd = torch.randn(1, 3, micro.dim)
     with torch.no_grad():
         mla(x_bsd, Rope.from_positions(micro, torch.arange(3)))
         mla(x_bsd, Rope.from_positions(micro, torch.arange(3)), cache)
         mla(x_bsd[:, :1], Rope.from_positions(micro, torch.arange(1) + 3), cache)
-    assert seen == ["expanded", "expanded", "absorbed"]
+    assert calls == ["expanded", "expanded", "absorbed"]
 
 
 def test_a_full_cache_raises_and_keeps_what_it_had(micro):
@@ -180,7 +195,6 @@ def test_packed_samples_are_as_if_alone(micro, exact):
     parts = [torch.randn(1, n, micro.dim).double() for n in lengths]
     cu_seqlens = to_cu_seqlens(lengths)
     got = mla(torch.cat(parts, 1), Rope.from_cu_seqlens(micro, cu_seqlens))
-    alone = [
-        mla(x, Rope.from_positions(micro, torch.arange(x.shape[1]))) for x in parts if x.shape[1]
-    ]
+    ropes = [Rope.from_positions(micro, torch.arange(x.shape[1])) for x in parts]
+    alone = [mla(x, rope) for x, rope in zip(parts, ropes) if x.shape[1]]
     torch.testing.assert_close(got, torch.cat(alone, 1), atol=1e-12, rtol=0)

@@ -21,7 +21,7 @@ def tokens(c, b: int, s: int):
 
 
 def biased(model: Transformer) -> Transformer:
-    """Gate biases as after some training, so that a forgotten bias would show."""
+    """Draw gate biases as after some training, so that a forgotten bias would show."""
     for moe in moe_layers(model).values():
         moe.gate.bias.normal_(0, 0.3)
     return model
@@ -86,15 +86,19 @@ def test_moe_layers_come_in_the_order_of_routes(micro):
     """Each gate's own choice is found under its own name: the bias update relies on it."""
     from dsv3_ref.mtp import mtp_hidden_states
 
-    model, x_bs, seen = Transformer(micro), tokens(micro, 2, 9), {}
-    for name, moe in moe_layers(model).items():
-        hook = lambda _, __, r, name=name: seen.update({name: r})
-        moe.gate.register_forward_hook(hook)
+    model, x_bs = Transformer(micro), tokens(micro, 2, 9)
+    route_of = {}
+
+    def record(gate, _args, route):
+        route_of[gate] = route
+
+    for moe in moe_layers(model).values():
+        moe.gate.register_forward_hook(record)
     h_bsd, routes = model.hidden_states(x_bs)
     routes += [r for _, r in mtp_hidden_states(model, h_bsd, x_bs)]
     assert len(routes) == len(moe_layers(model)) == 4
-    for name, r in zip(moe_layers(model), routes):
-        assert r.topk_ids_bsk is seen[name].topk_ids_bsk
+    for moe, r in zip(moe_layers(model).values(), routes):
+        assert r.topk_ids_bsk is route_of[moe.gate].topk_ids_bsk
 
 
 def test_first_weights_are_normal_and_norms_one(micro):

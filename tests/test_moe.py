@@ -1,6 +1,7 @@
 """The MoE against loops that a reader can check by eye: gate, losses, bias, experts, order."""
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -26,8 +27,11 @@ from dsv3_ref.moe import (
 
 @st.composite
 def gates(draw):
-    """Configs of every gate: groups or none, sigmoid or softmax."""
-    size = lambda low, high: draw(st.integers(low, high))
+    """Draw configs of every gate: groups or none, sigmoid or softmax."""
+
+    def size(low, high):
+        return draw(st.integers(low, high))
+
     groups, per_group = size(1, 5), size(1, 5)
     limited = size(1, groups)
     return replace(
@@ -42,21 +46,24 @@ def gates(draw):
 
 
 def logits(c: Config, b: int, s: int):
-    """fp64, so that no two scores tie."""
+    """Draw logits in fp64, so that no two scores tie."""
     return torch.randn(b, s, c.n_routed_experts).double()
 
 
 def slow_route(logit: list[float], bias: list[float], c: Config) -> dict[int, float]:
-    """One token: expert → weight, by the words of §2.1.2."""
+    """Route one token by the words of §2.1.2: expert → weight."""
     x = torch.tensor(logit).double()
     sigmoid = c.score_func == "sigmoid"
     affinity = (1 / (1 + torch.exp(-x)) if sigmoid else torch.exp(x) / torch.exp(x).sum()).tolist()
     score = [a + b for a, b in zip(affinity, bias)]
     size = len(score) // c.n_expert_groups
     groups = [range(g * size, (g + 1) * size) for g in range(c.n_expert_groups)]
-    best = lambda group: sum(sorted((score[e] for e in group), reverse=True)[: 2 if sigmoid else 1])
+
+    def best(group):
+        return sum(sorted((score[e] for e in group), reverse=True)[: 2 if sigmoid else 1])
+
     open_groups = sorted(groups, key=best, reverse=True)[: c.n_limited_groups]
-    allowed = [e for group in open_groups for e in group]
+    allowed = chain.from_iterable(open_groups)
     chosen = sorted(allowed, key=lambda e: score[e], reverse=True)[: c.n_activated_experts]
     total = sum(affinity[e] for e in chosen) if sigmoid else 1.0
     return {e: affinity[e] / total * c.route_scale for e in chosen}
@@ -111,10 +118,8 @@ def test_bias_chooses_but_never_weighs(micro):
 
 def test_an_equal_bias_changes_nothing(micro):
     logit_bse = logits(micro, 2, 7)
-    for r, want in zip(
-        route(logit_bse, torch.full((16,), 3.0), micro), route(logit_bse, None, micro)
-    ):
-        assert torch.equal(r, want)
+    biased, plain = (route(logit_bse, b, micro) for b in (torch.full((16,), 3.0), None))
+    assert all(torch.equal(a, b) for a, b in zip(biased, plain))
 
 
 @given(c=gates())
@@ -163,7 +168,10 @@ def test_bias_moves_by_gamma_towards_the_mean():
 def test_bias_alone_evens_out_a_lopsided_gate(micro):
     logit_bse = logits(micro, 8, 64) + torch.linspace(-2, 2, 16)
     bias_e = torch.zeros(16)
-    load = lambda: tokens_per_expert(route(logit_bse, bias_e, micro).topk_ids_bsk, 16)
+
+    def load():
+        return tokens_per_expert(route(logit_bse, bias_e, micro).topk_ids_bsk, 16)
+
     assert max_vio(load()) > 1.0
     for _ in range(300):
         update_expert_bias(bias_e, load(), gamma=0.01)
@@ -178,7 +186,7 @@ def test_load_counts_every_choice_and_max_vio_the_worst():
 
 
 def slow_balance(r: Route) -> float:
-    """eq. 17–20 as printed, one sequence after the other."""
+    """Compute eq. 17–20 as printed, one sequence after the other."""
     (b, t, k), e = r.topk_ids_bsk.shape, r.scores_bse.shape[-1]
     total = 0.0
     for row in range(b):
@@ -248,17 +256,19 @@ def layer(c: Config) -> MoE:
 
 
 def slow_moe(moe: MoE, x_bsd):
-    """One token and one expert at a time: y = shared(x) + Σ w_k · W₂(silu(W₁x) · W₃x)."""
-    silu = lambda z: z / (1 + torch.exp(-z))
-    ffn = lambda x, w1, w2, w3: w2 @ (silu(w1 @ x) * (w3 @ x))
-    e, shared, c = moe.experts, moe.shared_experts, moe.config
+    """Compute y = shared(x) + Σ w_k · W₂(silu(W₁x) · W₃x), one token and expert at a time."""
+
+    def ffn(x, w1, w2, w3):
+        z = w1 @ x
+        return w2 @ (z / (1 + torch.exp(-z)) * (w3 @ x))
+
+    e, shared = moe.experts, moe.shared_experts
     out = []
     for x in x_bsd.flatten(0, 1):
-        chosen = slow_route((moe.gate.weight @ x).tolist(), moe.gate.bias.tolist(), c)
-        r = route((moe.gate.weight @ x)[None, None], moe.gate.bias, c)
-        weight = dict(
-            zip(r.topk_ids_bsk.flatten().tolist(), r.topk_weights_bsk.flatten())
-        )  # with gradient
+        logit_e = moe.gate.weight @ x
+        chosen = slow_route(logit_e.tolist(), moe.gate.bias.tolist(), moe.config)
+        r = route(logit_e[None, None], moe.gate.bias, moe.config)  # with gradient
+        weight = dict(zip(r.topk_ids_bsk.flatten().tolist(), r.topk_weights_bsk.flatten()))
         assert weight.keys() == chosen.keys()
         y = ffn(x, shared.w1.weight, shared.w2.weight, shared.w3.weight)
         for i, w in weight.items():
@@ -302,16 +312,20 @@ def test_tokens_do_not_see_one_another(micro):
 
 
 def test_the_experts_are_handed_sorted_rows_and_their_counts(micro):
-    """What a rank that holds experts computes: rows sorted by expert, one count an expert."""
-    moe, seen = layer(micro).float(), {}
-    moe.experts.forward = lambda x_md, tokens_per_expert_e: (
-        seen.update(x=x_md, count=tokens_per_expert_e) or x_md * 0
-    )
+    """As on a rank that holds experts: rows sorted by expert, and one count per expert."""
+    moe, calls = layer(micro).float(), []
+
+    def forward(x_md, tokens_per_expert_e):
+        calls.append((x_md, tokens_per_expert_e))
+        return x_md * 0
+
+    moe.experts.forward = forward
     x_bsd = torch.randn(2, 5, micro.dim)
     y_bsd, r = moe(x_bsd)
     assert torch.equal(y_bsd, moe.shared_experts(x_bsd))
-    rows = iter(seen["x"])
-    for e, count in enumerate(seen["count"].tolist()):
+    [(x_md, tokens_per_expert_e)] = calls
+    rows = iter(x_md)
+    for e, count in enumerate(tokens_per_expert_e.tolist()):
         tokens = x_bsd[(r.topk_ids_bsk == e).any(-1)]
         assert len(tokens) == count
         assert all(torch.equal(next(rows), token) for token in tokens)

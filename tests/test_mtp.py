@@ -17,7 +17,7 @@ def norm(x, module):
 
 
 def slow(model: Transformer, row: list[int]):
-    """One row of T + 1 tokens: every depth's states and loss, position by position.
+    """Compute every depth's states and loss of a row of T + 1 tokens, position by position.
 
     Token t_{i+1} is row[i]: the indices of the report count from 1.
     """
@@ -40,7 +40,7 @@ def slow(model: Transformer, row: list[int]):
 
 
 def fast(model: Transformer, tokens_bs):
-    """The same from the package, for rows of T + 1 tokens."""
+    """Return the same from the package, for rows of T + 1 tokens."""
     x_bs, y_bs = tokens_bs[:, :-1], tokens_bs[:, 1:]
     hidden_states = mtp_hidden_states(model, model.hidden_states(x_bs)[0], x_bs)
     return [h_bsd for h_bsd, _ in hidden_states], mtp_losses(model, hidden_states, x_bs, y_bs)

@@ -57,7 +57,7 @@ def close(ours, theirs):
 
 
 def read_back(directory, cls=DeepseekV3ForCausalLM):
-    """The transformers model of a directory, with every tensor in its place."""
+    """Load a directory with transformers; every tensor must have its place."""
     model, info = cls.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert not info["unexpected_keys"]
@@ -136,7 +136,7 @@ def test_softmax_gate_of_v2(tmp_path, changes):
 
 
 def mtp_logits(ours, theirs, x):
-    """(ours, theirs) for every depth: their positions count from the embedded token."""
+    """Return (ours, theirs) for every depth; their positions count from the embedded token."""
     h, draft = theirs.model(x).last_hidden_state, MtpModel.from_pretrained(theirs)
     pairs = []
     for k, (mine, _) in enumerate(mtp_hidden_states(ours, ours.hidden_states(x)[0], x), start=1):
@@ -163,7 +163,7 @@ def test_mtp(tmp_path, monkeypatch, depth, changes):
 
 
 def with_mtp(theirs, depth: int, tmp_path):
-    """Our random model of their shape with MTP modules, written for transformers."""
+    """Write a random model of theirs' shape with MTP modules for transformers; return it."""
     theirs.save_pretrained(tmp_path / "theirs")
     config = replace(load(tmp_path / "theirs").config, n_mtp_layers=depth)
     ours = randomize(Transformer(config))

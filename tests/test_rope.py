@@ -23,7 +23,7 @@ position = st.integers(0, 4000)
 
 
 def turned(x_r, at: int, c=PLAIN):
-    """One vector rotated to position `at`."""
+    """Return one vector rotated to position `at`."""
     return apply_rotary_emb(x_r[None, None, None], *rope_cos_sin(c, torch.tensor([at])))[0, 0, 0]
 
 

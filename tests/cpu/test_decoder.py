@@ -24,9 +24,10 @@ SHAPES = [
 
 
 def readings(model: Transformer, tokens_bt: torch.Tensor, steps: list[int]) -> list[torch.Tensor]:
-    """Hidden states, logits and MTP states of a decoder that reads in steps of these sizes."""
-    decoder, start, results = Decoder(model, len(tokens_bt), tokens_bt.shape[1]), 0, []
+    """Return hidden states, logits and MTP states of a decoder fed in steps of these sizes."""
+    decoder = Decoder(model, len(tokens_bt), tokens_bt.shape[1])
     decoder.token_bt[:] = tokens_bt
+    start, results = 0, []
     for s in steps:
         h_bsd = decoder.hidden_states([start] * len(tokens_bt), s)
         results += [h_bsd, decoder.logits(h_bsd[:, -1])]
@@ -95,14 +96,14 @@ def test_a_product_with_few_rows_is_the_product(n, d, o):
 @pytest.mark.parametrize("s", [17, 30])
 def test_a_chunk_attends_as_the_whole(micro, s, t):
     """The first chunk, a chunk within a block of keys, and one that needs three blocks."""
-    h, i, r, v, c = 3, 5, 4, 6, 8
+    h, i = 3, 5
+    r, v = 4, 6
+    c = 8
     q_bshi, q_bshr = torch.randn(2, s, h, i), torch.randn(2, s, h, r)
     kv_btx, wkv_b = torch.randn(2, t, c + r), torch.randn(h * (i + v), c)
     args = q_bshi, q_bshr, kv_btx, wkv_b, 0.2
-    got = ops.IMPLS["attend_prefill"]["cpu"](*args)
-    torch.testing.assert_close(
-        got, ops.IMPLS["attend_prefill"]["torch"](*args), atol=1e-4, rtol=1e-4
-    )
+    got, want = (ops.IMPLS["attend_prefill"][backend](*args) for backend in ("cpu", "torch"))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_the_cache_is_that_of_chapter_03(micro):
