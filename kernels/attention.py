@@ -312,7 +312,7 @@ def _attention_dkdv_kernel(
 
 
 def split_head_dim(x: int) -> tuple[int, int]:
-    """Split x dims into two powers of two of at least 16, as `tl.dot` requires; the second may be 0."""
+    """Split x dims into two powers of two, each at least 16 as in `tl.dot`; the second may be 0."""
     first = max(16, 1 << x.bit_length() - 1)
     return first, max(16, triton.next_power_of_2(x - first)) if x > first else 0
 

@@ -108,7 +108,7 @@ def case_varlen_attention(b: int, s: int, h: int) -> Case:
 
 
 def decode_costs(b: int, t: int, h: int) -> tuple[int, int]:
-    """Return bytes and FLOPs of one query per row to t positions; keys and values share a latent."""
+    """Return bytes and FLOPs of one query per row; its t keys are also the values."""
     c, x = V3.kv_lora_rank, V3.kv_lora_rank + V3.qk_rope_head_dim
     return 2 * b * t * x + 2 * b * h * (x + c), 2 * b * h * t * (x + c)
 
