@@ -39,7 +39,7 @@ TRAIN: Groups = {
 }
 GENERATE: Groups = {
     "sampling": "max_new_tokens temperature top_p stop seed",
-    "computation": "num_speculative_tokens compile device",
+    "computation": "num_speculative_tokens compile device verify",
 }
 OPTION_GROUPS: dict[str, Groups] = {
     "data prepare": {
@@ -78,13 +78,13 @@ OPTION_GROUPS: dict[str, Groups] = {
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
         "sampling": "max_new_tokens seed",
-        "computation": "num_speculative_tokens prefill_workers device",
+        "computation": "num_speculative_tokens prefill_workers device verify",
     },
     "check": {},
     "eval": {
         "task": "tasks limit system apply_chat_template",
         "sampling": "samples temperature max_new_tokens seed",
-        "computation": "device",
+        "computation": "device verify",
         "output": "out",
     },
     "plan": {

@@ -308,7 +308,9 @@ class GRPOTask:
         voter = None
         if config.beta or config.votes:
             assert config.init is not None  # `validation_rules`
-            self.reference = native.load(config.init, dtype=torch.float32).to(self.device)
+            self.reference = native.load(config.init, dtype=torch.float32, verify=config.verify).to(
+                self.device
+            )
             self.reference.requires_grad_(False)
             voter = Policy(self.reference, tokenizer)
         self.reward_fn = RewardFn(config, tokenizer, voter, print_to_stderr, self.device)

@@ -245,7 +245,7 @@ class Service:
         validate_serve_config(args)
         self.args = args
         self.created = int(time.time())
-        model = model or load(args.model).to(pick_device(args.device)).eval()
+        model = model or load(args.model, verify=args.verify).to(pick_device(args.device)).eval()
         self.tokenizer = tokenizer or load_tokenizer(find_tokenizer_dir(args.model))
         self.policy = Policy(model, self.tokenizer)
         self.special_tokens = self.policy.special_tokens

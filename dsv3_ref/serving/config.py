@@ -35,6 +35,8 @@ class GenerationOptions:
     """random seed for sampling"""
     device: str = "auto"
     """cpu, cuda, or auto, which selects a GPU if there is one"""
+    verify: bool = True
+    """compare the files of the model with their checksums, where it has any"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class ServeConfig:
     """random seed of requests that set none; None draws a new one for each request"""
     device: str = "auto"
     """cpu, cuda, or auto, which selects a GPU if there is one"""
+    verify: bool = True
+    """compare the files of the model with their checksums, where it has any"""
 
 
 MINIMUM = {

@@ -61,7 +61,7 @@ def prefill_worker_main(pipe: Connection, args: ServeConfig, threads: int) -> No
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process ends this one
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    model = load(args.model).to(pick_device(args.device)).eval()
+    model = load(args.model, verify=args.verify).to(pick_device(args.device)).eval()
     engine = build_engine(model, replace(args, max_queue=1 << 30), prefill_only=True)
     requests: dict[int, Request] = {}  # by job
     pipe.send_bytes(b"ready")

@@ -75,7 +75,8 @@ class TextGenerator(Generic[Options]):
     def __init__(self, args: Options):
         validate_generation_options(args)
         self.device = pick_device(args.device)
-        self.model: Transformer = load(args.model).to(self.device).eval()
+        model = load(args.model, verify=args.verify)
+        self.model: Transformer = model.to(self.device).eval()
         self.tokenizer = load_tokenizer(find_tokenizer_dir(args.model))
         self.set_sampling(args)
         if args.compile:

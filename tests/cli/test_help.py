@@ -128,7 +128,7 @@ def test_a_group_of_commands_is_listed_by_its_first_word(capsys):
     out = capsys.readouterr().out
     assert "usage: dsv3 data COMMAND" in out
     assert [re.split("  +", x)[1] for x in out.splitlines() if x.startswith("  ")] == [
-        "data prepare", "data bench", "check",
+        "data prepare", "data bench",
     ]  # fmt: skip
     assert main(["data", "chek"]) == 2
     assert "there is no command data chek" in capsys.readouterr().err
