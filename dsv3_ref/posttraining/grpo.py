@@ -163,13 +163,13 @@ class PromptDataset:
         name = rng.choices(list(self.weights), list(self.weights.values()))[0]
         return rng.choice(get_task(name).problems[0])
 
-    def state_dict(self) -> tuple[dict, dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, int]:
         """Return the number of problems drawn, which seeds the next draw."""
-        return {"drawn": self.num_drawn}, {}
+        return {"drawn": self.num_drawn}
 
-    def load_state_dict(self, values: dict, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the position where `state_dict` was called."""
-        self.num_drawn = values["drawn"]
+        self.num_drawn = state["drawn"]
 
 
 # ── Rewards ──

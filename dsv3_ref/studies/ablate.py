@@ -30,7 +30,7 @@ from dsv3_ref.training.loop import take_step
 from dsv3_ref.training.settings import TrainConfig, git_commit
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess
-from dsv3_ref.training.task import PretrainTask, evaluate
+from dsv3_ref.training.task import PretrainTask, evaluate_loss
 
 BASE = replace(
     TINY, vocab_size=2048, n_layers=3, inter_dim=384, moe_inter_dim=64, n_heads=8, q_lora_rank=0,
@@ -366,7 +366,7 @@ def val_losses(run: Run, batches: int) -> dict[str, float]:
     """Return the validation loss of every source in nats per token."""
     task = run.task
     assert isinstance(task, PretrainTask)
-    return {name: round(evaluate(task, run, name, batches)[0], 5) for name in run.data.val}
+    return {name: round(evaluate_loss(task, run, name, batches)[0], 5) for name in run.data.val}
 
 
 def curve_point(args: AblateConfig, run: Run, recent: list[float]) -> dict:

@@ -148,7 +148,7 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(undisturbed, home):
     assert saved % EVERY or saved == EVERY
     assert job.end() == "COMPLETED", job.said()
     assert "exit code 75: stopped on request" in job.output.read_text()
-    assert f"going on after step {saved}" in job.started(1)
+    assert f"continuing after step {saved}" in job.started(1)
     assert curve(job) == curve(undisturbed)
 
 
@@ -171,7 +171,7 @@ def test_a_killed_rank_fails_the_job_and_the_retry_recovers(undisturbed, home):
     os.kill(pid_of_rank(job, 1), signal.SIGKILL)
     assert job.end() == "COMPLETED", job.said()
     assert re.search(r"^exit code \d+: failed, see ", job.output.read_text(), re.M)
-    assert f"going on after step {EVERY}\n" in job.started(1)
+    assert f"continuing after step {EVERY}\n" in job.started(1)
     assert job.field("Restarts") == "1"
     assert curve(job) == curve(undisturbed)
 

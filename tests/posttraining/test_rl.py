@@ -356,7 +356,7 @@ def test_questions_go_on_where_they_stood():
     first = draw.next_batch(30)
     assert {p.domain for p in first} == {"sums", "spelling"}
     other = PromptDataset({"sums": 2.0, "spelling": 1.0}, 0)
-    other.load_state_dict({"drawn": 20}, {})
+    other.load_state_dict({"drawn": 20})
     assert other.next_batch(10) == first[20:]
 
 
