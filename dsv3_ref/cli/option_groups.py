@@ -17,7 +17,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-Groups = Mapping[str, str]  # heading → names of fields; "" lists nested dataclasses to leave alone
+Groups = dict[str, str]  # heading → names of fields; "" lists nested dataclasses to leave alone
 
 RECIPE: Groups = {
     "data": "seq_len start_batch_size global_batch_size batch_rampup_frac",

@@ -357,6 +357,7 @@ def continue_texts(run: "Run") -> list[dict[str, Any]]:
     generator = torch.Generator(device).manual_seed(run.config.seed)
     tokenizer = run.data.tokenizer
     bos = tokenizer.token_to_id(BOS)
+    assert bos is not None, "load_tokenizer requires the special tokens"
     samples: list[dict[str, Any]] = []
     texts: list[str] = []
     for source in run.data.sources:

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 
@@ -197,7 +198,7 @@ def test_no_node_is_in_two_pairs_at_once(n):
     assert all(pair == sorted(pair) for pair in pairs), "the first must be task 0"
     rounds = [pairs[: n // 2], pairs[n // 2 : n // 2 * 2], pairs[n // 2 * 2 :]]
     for pairs in rounds:
-        nodes = [node for pair in pairs for node in pair]
+        nodes = [*chain.from_iterable(pairs)]
         assert len(nodes) == len(set(nodes))
 
 

@@ -90,8 +90,11 @@ class Job:
 
     def reach(self, step: int) -> None:
         path = self.run / "metrics.jsonl"
-        lines = lambda: path.read_bytes().count(b"\n") if path.exists() else 0
-        self.wait(lambda: lines() >= step, f"step {step}")
+
+        def has_row() -> bool:
+            return path.exists() and path.read_bytes().count(b"\n") >= step
+
+        self.wait(has_row, f"step {step}")
 
     def said(self) -> str:
         logs = [self.output, *sorted(self.run.glob("logs/*/rank-*.txt"))]

@@ -2,8 +2,9 @@
 
 import json
 import random
+import re
 from collections import Counter
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 
 import datasets
 import numpy as np
@@ -266,11 +267,11 @@ def test_every_epoch_has_every_document_once_in_another_order():
 def test_validation_windows_predict_every_token_once():
     """For every length, also one that does not divide and one longer than the text."""
     coded = [[ID[tok.BOS], *TOKENS.encode(t).ids, ID[tok.EOS]] for t in TEXTS[:5]]
-    line = [i for ids in coded for i in ids]
+    line = [*chain.from_iterable(coded)]
     for length in (7, 32, len(line) - 1, len(line), 10_000):
         batches = val_windows(TEXTS[:5], TOKENS, length)
-        windows = [w.tolist() for batch in batches for w in batch]
-        assert [i for w in windows for i in w[1:]] == line[1:]
+        windows = [*chain.from_iterable(batch.tolist() for batch in batches)]
+        assert [*chain.from_iterable(w[1:] for w in windows)] == line[1:]
         assert [w[0] for w in windows] == line[:-1:length]
         assert max(map(len, batches)) <= loader.VAL_BATCH
 
@@ -311,8 +312,8 @@ def undo(ids: list[int]) -> str:
         return TOKENS.decode(ids)
     hole, end = ids.index(ID[tok.FIM_HOLE]), ids.index(ID[tok.FIM_END])
     assert ids[1] == ID[tok.FIM_BEGIN]
-    pre, suf, mid = ids[2:hole], ids[hole + 1 : end], ids[end + 1 : -1]
-    return "".join(TOKENS.decode(part) for part in (pre, mid, suf))
+    parts = {"pre": ids[2:hole], "mid": ids[end + 1 : -1], "suf": ids[hole + 1 : end]}
+    return "".join(map(TOKENS.decode, parts.values()))
 
 
 @given(
@@ -332,9 +333,9 @@ def test_fim_is_prefix_suffix_middle():
     ids = rows([source(TEXTS)], fim_rate=1.0).encode("abcdefgh", random.Random(1))
     names = {i: s for s, i in ID.items()}
     shown = "".join(names.get(i) or TOKENS.decode([i]) for i in ids)
-    begin, hole, end = tok.FIM_BEGIN, tok.FIM_HOLE, tok.FIM_END
-    pre, suf, mid = shown.replace(begin, "|").replace(hole, "|").replace(end, "|").split("|")[1:]
-    assert shown == f"{tok.BOS}{begin}{pre}{hole}{suf}{end}{mid}"
+    marks = "|".join(map(re.escape, (tok.FIM_BEGIN, tok.FIM_HOLE, tok.FIM_END)))
+    pre, suf, mid = re.split(marks, shown)[1:]
+    assert shown == f"{tok.BOS}{tok.FIM_BEGIN}{pre}{tok.FIM_HOLE}{suf}{tok.FIM_END}{mid}"
     assert pre + mid.removesuffix(tok.EOS) + suf == "abcdefgh"
     assert pre and suf and mid != tok.EOS
 
@@ -355,7 +356,7 @@ def test_one_document_in_ten_is_rearranged_and_so_are_line_breaks():
 
 
 def line(taken) -> list[int]:
-    return [i for row in taken for i in row.tolist()]
+    return [*chain.from_iterable(row.tolist() for row in taken)]
 
 
 def in_order(monkeypatch, r: PackedDataLoader, n: int):

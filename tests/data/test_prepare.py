@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -82,7 +82,7 @@ def command(args: PrepareConfig) -> list[str]:
     """The same as a command line."""
     named = {"--out": args.out, "--vocab-size": args.vocab_size, "--workers": args.workers,
              "--shard-tokens": args.shard_tokens, "--dedup": args.dedup}  # fmt: skip
-    pairs = [str(x) for pair in named.items() for x in pair]
+    pairs = [str(x) for x in chain.from_iterable(named.items())]
     return ["data", "prepare", "--data", *args.sources, *pairs]
 
 
@@ -177,8 +177,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
     """Without the network: the library is asked for a stream."""
     monkeypatch.setenv("DSV3_CACHE", str(tmp_path / "cache"))
     memory = datasets.Dataset.from_dict({"text": texts_of("h", 150)})
-    give = lambda *_, **__: memory.to_iterable_dataset()
-    monkeypatch.setattr(datasets, "load_dataset", give)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: memory.to_iterable_dataset())
     one, two = (plan(home, tmp_path / n, data=(("owner/name",),), shard_tokens=900) for n in "ab")
     prepare.prepare_shards(one)
     real, calls = shard_writer.ShardWriter.end_shard, iter(range(9))
@@ -425,7 +424,8 @@ def test_the_table_finds_what_comparing_all_pairs_finds(threshold):
     for i in range(100, 300):  # like an earlier one in a random share of places
         same = rng.random(dedup.NUM_PERM) < rng.random()
         found[i, same] = found[rng.integers(i), same]
-    near, kept, wrong = dedup.MinHashLSH(threshold), [], 0
+    near, kept = dedup.MinHashLSH(threshold), []
+    wrong = 0
     for i, (signature, keys) in enumerate(zip(found, near.band_keys(found))):
         alike = [j for j in kept if (found[j] == signature).mean() >= threshold]
         like = near.query(signature, keys)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import chain
 
 import matplotlib.pyplot as plt
 import pytest
@@ -44,7 +45,8 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.stack, self.tags, self.words = [], [], []
+        self.stack, self.tags = [], []
+        self.words = []
         self.feed(html)
         self.close()
         assert self.stack == []
@@ -67,6 +69,11 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
+
+    def values(self, *names: str) -> list[str]:
+        """The values of these attributes, of all tags."""
+        pairs = chain.from_iterable(attrs.items() for _, attrs in self.tags)
+        return [value for name, value in pairs if name in names]
 
     def all(self, tag: str) -> list[dict]:
         return [attrs for name, attrs in self.tags if name == tag]
@@ -111,7 +118,7 @@ def whole(tmp_path_factory):
 
 def test_nothing_is_fetched(whole):
     html, page = whole
-    loads = [a[k] for tag, a in page.tags for k in ("src", "href", "xlink:href", "data") if k in a]
+    loads = page.values("src", "href", "xlink:href", "data")
     assert loads and all(x.startswith(("#", "data:image/png;base64,")) for x in loads)
     assert not re.search(r"@import|url\((?!#)", html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed"}
@@ -124,9 +131,7 @@ def test_every_link_inside_has_its_target_and_every_id_is_single(whole):
     html, page = whole
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    wanted = {
-        a[k][1:] for _, a in page.tags for k in ("href", "xlink:href") if k in a and a[k][0] == "#"
-    }
+    wanted = {x[1:] for x in page.values("href", "xlink:href") if x.startswith("#")}
     assert wanted | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
 
 

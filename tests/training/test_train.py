@@ -319,8 +319,10 @@ FACTORS = {"nan": float("nan"), "spike": 1e4}
 def batches(home, tmp_path, *steps: int) -> list[torch.Tensor]:
     """What an undisturbed run reads in these steps."""
     run = new_run(home, tmp_path)
-    size = lambda step: run.data.batch_size_schedule[min(step, STEPS) - 1]
-    read = {step: run.state.loader.next_batch(size(step)) for step in range(1, max(steps) + 1)}
+    sizes = run.data.batch_size_schedule
+    read = {}
+    for step in range(1, max(steps) + 1):
+        read[step] = run.state.loader.next_batch(sizes[min(step, STEPS) - 1])
     return [read[step] for step in steps]
 
 
@@ -643,12 +645,9 @@ def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypat
         (new_run(home, tmp_path, "--optimizer-dtype", "fp32"), None),
     ):
         loop.take_step(run)
-        kept = {
-            s[k].dtype
-            for s in run.strategy.optimizer.state.values()
-            for k in ("exp_avg", "exp_avg_sq")
-        }
-        assert kept == {dtype or torch.float32}
+        states = run.strategy.optimizer.state.values()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert {state[moment].dtype for state in states} == {dtype or torch.float32}
 
 
 def test_tensorboard(home, tmp_path, quick):
@@ -665,7 +664,8 @@ def test_tensorboard(home, tmp_path, quick):
 def test_evaluation_weighs_tokens_and_bytes(home, tmp_path):
     """Against log-probabilities of one window after the other, written out."""
     run = new_run(home, tmp_path)
-    name, nll, n = run.data.sources[0].name, 0.0, 0
+    name = run.data.sources[0].name
+    nll, n = 0.0, 0
     for batch in run.data.val[name]:
         for window in batch:
             with torch.no_grad():
