@@ -345,7 +345,9 @@ def aggregate_loss(
     if loss_type == "dr_grpo":
         return x_bs.sum() / (len(x_bs) * (normalizer or x_bs.shape[1]))
     if loss_type not in ("bnpo", "dapo"):
-        raise UserError(f"there is no loss_type {loss_type!r}: use grpo, bnpo, dapo or dr_grpo")
+        raise UserError(
+            f"there is no loss_type {loss_type!r}: use grpo, bnpo, dapo, dr_grpo or sequence"
+        )
     if loss_type == "dapo" and normalizer:
         return x_bs.sum() / normalizer
     return x_bs.sum() / mask_bs.sum().clamp(min=1)
@@ -400,8 +402,8 @@ GRPO_RECIPES = {
     ),
 }  # fmt: skip
 GRPO_RECIPES["tiny"] = replace(
-    GRPO_RECIPES["v3"], steps=60, seq_len=256, lr=3e-4, min_lr=3e-5, warmup_steps=5, start_batch_size=16,
-    global_batch_size=16,
+    GRPO_RECIPES["v3"], steps=60, seq_len=256, lr=3e-4, min_lr=3e-5, warmup_steps=5,
+    start_batch_size=16, global_batch_size=16,
 )  # fmt: skip
 
 

@@ -51,8 +51,9 @@ class GRPOConfig(TrainConfig):
     """
 
     tasks: tuple[str, ...] = ("sums",)
-    """problems to train on, with weights: sums=0.7 counting spelling writing role-play questions; or
-    .jsonl and .parquet files of problems with answers, with test cases for code, or with neither"""
+    """problems to train on, with weights: sums=0.7 counting spelling writing role-play questions;
+    or .jsonl and .parquet files of problems with answers, with test cases for code, or with
+    neither"""
     reward: Path | None = None
     """a reward model (of dsv3 reward) that scores open-ended tasks"""
     votes: int = 0
@@ -135,7 +136,10 @@ class GRPOConfig(TrainConfig):
                 f"{', '.join(open_ended)} have no right answers: --reward must name a reward "
                 "model, or --votes a number of votes",
             ),
-            (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 rl holds the whole model"),
+            (
+                self.pp == self.ep == 1,
+                "--pp and --ep must be 1: each rank of dsv3 rl holds the whole model",
+            ),
             (self.votes >= 0, "--votes must be at least 0"),
             (not (self.reward and self.votes), "give --reward or --votes, not both"),
         ]

@@ -83,7 +83,10 @@ class RewardConfig(TrainConfig):
         """Return the rules of this command: whether each holds, and the error if not."""
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
-            (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 reward holds the whole model"),
+            (
+                self.pp == self.ep == 1,
+                "--pp and --ep must be 1: each rank of dsv3 reward holds the whole model",
+            ),
             (len(self.data) > 0, "--data needs at least one file of pairs"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs needs)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
