@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import UserError
-from dsv3_ref.decode import CachedAttention, Decoder, multinomial_sample
+from dsv3_ref.decode import (
+    CachedAttention,
+    Decoder,
+    greedy_token,
+    is_greedy,
+    multinomial_sample,
+)
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import upcast
 from dsv3_ref.optim import TrainingRecipe
@@ -98,9 +104,10 @@ def generate_rollouts(
     active = list(range(len(lengths)))  # the completion of each row of the decoder
     completions: list[list[int]] = [[] for _ in active]
     logprobs: list[list[float]] = [[] for _ in active]
+    greedy = is_greedy(temperature)
     for tokens_left in reversed(range(max_new_tokens)):
-        logp_bw = (logit_bw / (temperature or 1.0)).log_softmax(-1)
-        y_b = multinomial_sample(logp_bw.exp(), generator) if temperature else logp_bw.argmax(-1)
+        logp_bw = (logit_bw / (1.0 if greedy else temperature)).log_softmax(-1)
+        y_b = greedy_token(logp_bw) if greedy else multinomial_sample(logp_bw.exp(), generator)
         logp_b = logp_bw.gather(1, y_b[:, None])[:, 0]
         for i, token, logp in zip(active, y_b.tolist(), logp_b.tolist()):
             completions[i].append(token)
