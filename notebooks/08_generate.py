@@ -690,7 +690,7 @@ class SamplingParams(NamedTuple):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is chosen, without random numbers."""
+        """True if the likeliest token is chosen, without random numbers."""
         return is_greedy(self.temperature)
 
     def sample(self, logit_bw: torch.Tensor) -> torch.Tensor:

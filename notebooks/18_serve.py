@@ -308,7 +308,7 @@ class Request:
 
 
 class StepOutput(NamedTuple):
-    """What a step adds to a request: a value, which later steps do not change."""
+    """New tokens of a request, or its end: a value, which later steps do not change."""
 
     request: Request
     tokens: list[int]

@@ -59,6 +59,7 @@ from dsv3_ref.serving.protocol import (
 )
 from dsv3_ref.serving.text_generator import StreamDetokenizer
 from dsv3_ref.serving.tokenize_pool import TokenizePool
+from dsv3_ref.sft import render_conversation
 from dsv3_ref.training.strategy import pick_device
 
 if TYPE_CHECKING:  # optional dependencies
@@ -147,13 +148,17 @@ class Service:
     # From the body of an HTTP request to requests to the engine
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, in which special tokens are treated as plain text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Return the token ids of `text`, in which special tokens are treated as plain text.
+
+        The fast form computes no offsets, and lets other threads run throughout.
+        """
+        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_prompts(self, body: JSONObject, chat: bool) -> list[list[int]]:
         """Return the token ids of every prompt; text cannot produce a special token."""
         if chat:
-            return [self.policy.encode_prompt(flatten_content(body.get("messages")))]
+            turns = flatten_content(body.get("messages"))
+            return [render_conversation(turns, self.encode, self.special_tokens)]
         prompts = body.get("prompt", "")
         is_token_list = isinstance(prompts, list) and prompts and is_token_ids(prompts)
         if isinstance(prompts, str) or is_token_list:
@@ -491,7 +496,7 @@ class Endpoints:
             response = error_response(e.status, str(e), headers)
         except client_disconnect():
             response = error_response(499, "the client has disconnected")
-        except Exception:  # of this request: the others go on
+        except Exception:  # concerns this request only
             traceback.print_exc()
             response = error_response(500, REQUEST_FAILED)
         self.service.requests[response.status_code] += 1

@@ -1,6 +1,7 @@
 """uvicorn with limits on connections and time, and a shutdown that always ends."""
 
 import asyncio
+import math
 import os
 import resource
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -66,7 +67,7 @@ class LimitedProtocol(H11Protocol):
     """
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
-    phase = ""  # headers, body, response, closing
+    phase = ""  # idle, headers, body, response, closing
     phase_start = 0.0
     phase_timer: asyncio.TimerHandle | None = None
     stall_timer: asyncio.TimerHandle | None = None
@@ -84,7 +85,7 @@ class LimitedProtocol(H11Protocol):
     def make_room(self) -> bool:
         """Close the connection that has been waiting longest; return False if there is none."""
         others = [c for c in self.connections if isinstance(c, LimitedProtocol) and c is not self]
-        waiting = [c for c in others if c.phase in ("headers", "body")]
+        waiting = [c for c in others if c.phase in ("idle", "headers", "body")]
         if not waiting:
             return False
         oldest = min(waiting, key=phase_start)
@@ -97,24 +98,30 @@ class LimitedProtocol(H11Protocol):
         self.update_phase()
 
     def on_response_complete(self) -> None:
-        """Begin to wait for the next request."""
+        """Begin to wait for the next request, unless it has arrived already."""
+        self.enter("idle")
         super().on_response_complete()
-        self.phase = ""
-        self.update_phase()
+        if not self.cycle.response_complete:
+            self.update_phase()
 
     def update_phase(self) -> None:
-        """Start the timer of the phase that the connection has entered."""
+        """Enter the phase that what has been received leads to."""
         if self.cycle is None or self.cycle.response_complete:
-            phase = "headers"
+            self.enter("headers")
         else:
-            phase = "body" if self.cycle.more_body else "response"
+            self.enter("body" if self.cycle.more_body else "response")
+
+    def enter(self, phase: str) -> None:
+        """Start the timer of a phase, unless the connection is in it already."""
         if self.phase in (phase, "closing"):
             return
         self.phase = phase
         self.phase_start = self.loop.time()
         if self.phase_timer:
             self.phase_timer.cancel()
-        seconds = {"headers": self.limits.headers, "body": self.limits.body}.get(phase)
+        limits = self.limits
+        times = {"headers": limits.headers, "body": limits.body, "idle": limits.idle}
+        seconds = times.get(phase)
         self.phase_timer = self.loop.call_later(seconds, self.abort) if seconds else None
 
     def pause_writing(self) -> None:
@@ -164,15 +171,16 @@ class ApiServer(uvicorn.Server):
         on_drain: Callable[[], None], is_failed: Callable[[], bool], linger: float,
     ):  # fmt: skip
         max_connections, backlog = descriptor_limits(limits.max_connections)
-        fitted = ConnectionLimits(
-            max_connections, limits.headers, limits.body, limits.idle, limits.stall
-        )
-        protocol = type("Protocol", (LimitedProtocol,), {"limits": fitted})
+        fitted = replace(limits, max_connections=max_connections)
+
+        class Protocol(LimitedProtocol):
+            limits = fitted
+
         config = uvicorn.Config(
-            app, http=protocol, ws="none", lifespan="off", loop="asyncio", access_log=False,
+            app, http=Protocol, ws="none", lifespan="off", loop="asyncio", access_log=False,
             log_level="critical", proxy_headers=False, server_header=False, backlog=backlog,
-            timeout_keep_alive=limits.idle, h11_max_incomplete_event_size=1 << 16,
-        )  # type: ignore[arg-type]  # fmt: skip
+            timeout_keep_alive=math.ceil(limits.idle), h11_max_incomplete_event_size=1 << 16,
+        )  # fmt: skip
         super().__init__(config)
         self.grace = grace
         self.on_drain = on_drain

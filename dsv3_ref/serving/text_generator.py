@@ -42,7 +42,7 @@ class ByteDecoder:
 
     @property
     def has_pending(self) -> bool:
-        """Whether the last character is incomplete."""
+        """True if the last character is incomplete."""
         return bool(self.utf8.getstate()[0])
 
     def flush(self) -> str:

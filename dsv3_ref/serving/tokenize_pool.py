@@ -13,7 +13,7 @@ from dsv3_ref.data.tokenizer import byte_lengths
 from dsv3_ref.serve import QueueFull
 from dsv3_ref.serving.text_generator import is_byte_level
 
-Result = TypeVar("Result")
+Tokens = TypeVar("Tokens")
 
 LONG_PROMPT_BYTES = 1 << 14  # longer prompts have a thread of their own
 LOSSLESS_STEPS = {"Sequence", "Split", "ByteLevel", "Digits"}  # that keep every byte of a text
@@ -66,7 +66,7 @@ class TokenizePool:
                 "shorten the prompt"
             )
 
-    async def run(self, num_bytes: int, fn: Callable[[], Result]) -> Result:
+    async def run(self, num_bytes: int, fn: Callable[[], Tokens]) -> Tokens:
         """Return fn(), which tokenizes `num_bytes`, from one of the threads.
 
         Raises `QueueFull` if too many prompts wait already.
