@@ -95,7 +95,7 @@ def test_a_low_temperature_is_the_argmax():
 
 
 def test_a_negative_temperature_is_refused():
-    with pytest.raises(ValueError, match="temperature must be at least 0, not -1"):
+    with pytest.raises(ValueError, match="temperature must be at least 0 and finite, not -1"):
         sample(torch.zeros(1, 3), -1)
 
 
@@ -286,7 +286,7 @@ def test_a_tiny_temperature_is_greedy_on_every_path(temperature, scale):
 
 @given(
     st.floats(1e-5, 2), st.sampled_from([1.0, 0.9, 1e-6, 1e-50]),
-    st.lists(st.floats(width=32, allow_nan=False, max_value=3e38), min_size=2, max_size=5),
+    st.lists(st.floats(max_value=2.0**127, width=32), min_size=2, max_size=5),
 )  # fmt: skip
 def test_every_finite_logit_has_a_distribution(temperature, top_p, row):
     logit_bw = torch.tensor([row])

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv3_ref.data.tokenizer import train_tokenizer
@@ -76,7 +76,7 @@ def drain(e: Engine, requests: list[Request]) -> list[list[int]]:
     return list(delivered.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `exact` keeps no state
 @given(
     st.lists(JOBS, min_size=1, max_size=5), st.integers(0, 2), st.integers(1, 20),
     st.integers(1, 6), st.integers(9, 40),

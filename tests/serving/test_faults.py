@@ -122,7 +122,8 @@ def test_a_fault_while_sampling_ends_one_request(model, depth):
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_fault_while_scheduling_ends_one_request(model, depth, stage, call, monkeypatch):
     want = undisturbed(model, depth, 1, 2)
-    e, bad, others, calls = engine(model, depth), request(0), [request(1), request(2)], []
+    e, bad = engine(model, depth), request(0)
+    others, calls = [request(1), request(2)], []
     real = getattr(e.scheduler, stage)
 
     def inject(r, *args):
@@ -142,7 +143,8 @@ def test_a_fault_while_prefilling_ends_one_request(model, depth, stage, monkeypa
     if stage == "mtp_forward" and not depth:
         pytest.skip("no MTP module runs")
     want = undisturbed(model, depth, 1, 2)
-    e, bad, others = engine(model, depth), request(0), [request(1), request(2)]
+    e, bad = engine(model, depth), request(0)
+    others = [request(1), request(2)]
     real, runs = getattr(e.runner, stage), []
     chunk = e.prefill_chunk
     monkeypatch.setattr(e, "prefill_chunk", lambda r, n: (runs.append(r), chunk(r, n), runs.pop()))
