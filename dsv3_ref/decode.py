@@ -70,7 +70,7 @@ def sample(
     logit_bw: torch.Tensor, temperature: float, generator: torch.Generator | None = None,
     top_p: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Choose the next token (b,): the likeliest at T = 0, else a draw from `logits_to_probs`."""
+    """Return the next token of each row, (b,): argmax at T = 0, else from `logits_to_probs`."""
     if is_greedy(temperature):
         return greedy_token(logit_bw)
     return multinomial_sample(logits_to_probs(logit_bw, temperature, top_p), generator)
@@ -93,22 +93,23 @@ def multinomial_sample(
 # ── Rows of unequal length ──
 
 MAX_ABSORBED_TOKENS = 16  # up to so many new tokens, attention stays inside the latent
+CacheIndex = tuple[slice, slice] | tuple[torch.Tensor, torch.Tensor]  # (rows, positions)
 
 
 class DecodePositions(NamedTuple):
-    """The positions of s new tokens per row, which follow rows of any lengths."""
+    """Positions of s new tokens per row, after rows of any lengths."""
 
-    cache_index: tuple  # of the new tokens in a cache (b, t, …)
-    end: int  # positions that exist afterwards
+    cache_index: CacheIndex  # of the new tokens in a cache (b, t, …)
+    end: int  # number of positions afterwards
     freqs_cis: torch.Tensor  # rotations e^{iω·position}, (b, s, 1, r/2)
     masked: torch.Tensor | None  # keys that a query must not see, (b or none, s, 1, t)
     is_prefill: bool  # many tokens of a prompt: attention on expanded keys and values
 
 
-def cache_index(lengths: list[int], s: int, device: torch.device | None = None) -> tuple:
+def cache_index(lengths: list[int], s: int, device: torch.device | None = None) -> CacheIndex:
     """Return the index of the s positions after `lengths` in a cache (b, t, …).
 
-    Rows of equal length give a slice, others two tensors.
+    It consists of slices if all rows have the same length, else of tensors.
     """
     if min(lengths) == max(lengths):
         return slice(None), slice(lengths[0], lengths[0] + s)
@@ -120,18 +121,19 @@ def positions_for(lengths: list[int], s: int, freqs_cis_tx: torch.Tensor) -> Dec
     """Return the next s positions of rows that hold `lengths` tokens."""
     device, end = freqs_cis_tx.device, max(lengths) + s
     index = cache_index(lengths, s, device)
-    if not isinstance(index[1], slice):
-        return ragged_positions(index[1], freqs_cis_tx, end)
+    position = index[1]
+    if isinstance(position, torch.Tensor):
+        return ragged_positions(position, freqs_cis_tx, end)
     key_t = torch.arange(end, device=device)
-    masked = key_t[index[1], None, None] < key_t if s > 1 else None  # one token sees all
+    masked = key_t[position, None, None] < key_t if s > 1 else None  # one token sees all
     is_prefill = end == s or s > MAX_ABSORBED_TOKENS
-    return DecodePositions(index, end, freqs_cis_tx[None, index[1], None], masked, is_prefill)
+    return DecodePositions(index, end, freqs_cis_tx[None, position, None], masked, is_prefill)
 
 
 def ragged_positions(
     position_bs: torch.Tensor, freqs_cis_tx: torch.Tensor, end: int
 ) -> DecodePositions:
-    """Return any positions (b, s) among `end`, where a query sees those up to its own."""
+    """Return any positions (b, s) below `end`; a query sees the keys up to its own position."""
     row_b1 = torch.arange(len(position_bs), device=freqs_cis_tx.device)[:, None]
     masked = position_bs[..., None, None] < torch.arange(end, device=freqs_cis_tx.device)
     freqs_cis = freqs_cis_tx[position_bs[..., None]]
@@ -139,9 +141,9 @@ def ragged_positions(
 
 
 def apply_freqs_cis(x_bshr: torch.Tensor, freqs_cis_bs1x: torch.Tensor) -> torch.Tensor:
-    """Multiply pairs, as complex numbers, by e^{iω·position}.
+    """Multiply pairs as complex numbers by e^{iω·position}.
 
-    This is `apply_rotary_emb` with a position for every row.
+    This is `apply_rotary_emb` with different positions in each row.
     """
     pairs = x_bshr.float().unflatten(-1, (-1, 2))
     x = torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format))
@@ -152,17 +154,17 @@ def apply_freqs_cis(x_bshr: torch.Tensor, freqs_cis_bs1x: torch.Tensor) -> torch
 
 
 class BlockWeights:
-    """The weights of one block as a decoding step uses them; this plain form calls its modules."""
+    """Weights of one block as a decoding step uses them; this plain form calls its modules."""
 
     def __init__(self, block: Block):
         self.block = block
 
     def project(self, name: str, x_bsd: torch.Tensor) -> torch.Tensor:
-        """Multiply x by the attention's matrix of this name."""
+        """Multiply x by the attention's matrix of this name, such as `wq_a`."""
         return getattr(self.block.attn, name)(x_bsd)
 
     def norm(self, x_bsd: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        """Normalize x."""
+        """Apply an RMSNorm of the block."""
         return norm(x_bsd)
 
     def ffn(self, x_bsd: torch.Tensor) -> torch.Tensor:
@@ -172,7 +174,7 @@ class BlockWeights:
 
 
 class DecodeWeights(NamedTuple):
-    """The weights of a model as a decoding step uses them."""
+    """Weights of a model as a decoding step uses them."""
 
     blocks: list[BlockWeights]  # the main model's blocks, then those of the MTP modules
     logits: Callable[[torch.Tensor], torch.Tensor]  # h (…, d) → scores of every word (…, w)
@@ -180,17 +182,17 @@ class DecodeWeights(NamedTuple):
 
 def blocks_of(model: Transformer) -> list[Block]:
     """Return the blocks of a model, those of the MTP modules last."""
-    return [*model.layers.values(), *(mtp.block for mtp in model.mtp.values())]
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 @op
 def decode_weights(model: Transformer) -> DecodeWeights:
-    """Return the weights of a model for decoding; call again after a weight has changed."""
+    """Return a model's weights for decoding; call it again after a weight has changed."""
     return DecodeWeights([BlockWeights(block) for block in blocks_of(model)], model.head)
 
 
 class LatentProjections:
-    """The projections of one MLA around its attention: queries, latents, and the output."""
+    """Projections of one MLA around its attention: queries, latents, and the output."""
 
     def __init__(self, attn: MLA, weights: BlockWeights):
         config = attn.config
@@ -201,8 +203,10 @@ class LatentProjections:
         i = config.qk_nope_head_dim
         self.wk_hic, self.wv_hcv = w_hxc[:, :i], w_hxc[:, i:].mT
 
-    def queries(self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor) -> tuple:
-        """Return eq. 6–8: the content part (b, s, h, i) and the rotated part (b, s, h, r)."""
+    def queries(
+        self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries' content part (b, s, h, i) and rotated part (b, s, h, r); eq. 6–8."""
         config, weights = self.config, self.weights
         if config.q_lora_rank:
             c_bsq = weights.norm(weights.project("wq_a", x_bsd), self.attn.q_norm)
@@ -214,7 +218,7 @@ class LatentProjections:
         return q_bshi, apply_freqs_cis(q_bshr, freqs_cis)
 
     def latents(self, x_bsd: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-        """Return eq. 1 and 3, what a cache stores: latents and rotated keys, (b, s, c + r)."""
+        """Return what a cache stores: latents and rotated keys, (b, s, c + r); eq. 1 and 3."""
         c = self.config.kv_lora_rank
         kv_bsx = self.weights.project("wkv_a", x_bsd)
         k_bsr = apply_freqs_cis(kv_bsx[:, :, None, c:], freqs_cis)[:, :, 0]
@@ -226,12 +230,12 @@ class LatentProjections:
         return torch.cat((q_bshc.unflatten(0, q_bshi.shape[:2]), q_bshr), dim=-1)
 
     def unabsorb(self, o_bshc: torch.Tensor) -> torch.Tensor:
-        """Map results of attention out of the latent, (b, s, h, v)."""
+        """Map attention's results out of the latent, (b, s, h, v)."""
         o_hnv = o_bshc.flatten(0, 1).transpose(0, 1) @ self.wv_hcv
         return o_hnv.transpose(0, 1).unflatten(0, o_bshc.shape[:2])
 
     def output(self, o_bshv: torch.Tensor) -> torch.Tensor:
-        """Apply eq. 11, the output projection."""
+        """Apply the output projection, eq. 11."""
         return self.weights.project("wo", o_bshv.flatten(2))
 
 
@@ -240,13 +244,13 @@ def attend_prefill(
     q_bshi: torch.Tensor, q_bshr: torch.Tensor, kv_btx: torch.Tensor, wkv_b: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend from the last s of t positions on expanded keys and values, (b, s, h, v)."""
+    """Attend from the last s of t positions to expanded keys and values, (b, s, h, v)."""
     c_btc, k_btr = kv_btx.tensor_split([wkv_b.shape[1]], dim=-1)
     return attend_expanded(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale)
 
 
 class CachedAttention:
-    """MLA over a cache of its own, (b, t, c + r), into which every call writes."""
+    """MLA with a cache of its own, (b, t, c + r), into which every call writes."""
 
     def __init__(self, projections: LatentProjections, batch: int, max_len: int):
         wkv_b, self.projections = projections.wkv_b, projections
@@ -254,7 +258,7 @@ class CachedAttention:
         self.kv_btx = cache.kv_btx
 
     def __call__(self, x_bsd: torch.Tensor, positions: DecodePositions) -> torch.Tensor:
-        """Apply eq. 1–11 to the new tokens at these positions."""
+        """Attend from the new tokens at these positions, eq. 1–11: (b, s, d) → (b, s, d)."""
         mla = self.projections
         q_bshi, q_bshr = mla.queries(x_bsd, positions.freqs_cis)
         kv_bsx = mla.latents(x_bsd, positions.freqs_cis)
@@ -270,50 +274,63 @@ class CachedAttention:
         return mla.output(mla.unabsorb(o_bsc.unflatten(1, q_bshx.shape[1:3])))
 
 
-class DecodeLayer:
-    """A block that decodes: its weights, and an attention with its cache."""
+Attention = Callable[..., torch.Tensor]  # (x_bsd, positions) → (b, s, d), with a cache of its own
 
-    def __init__(self, block: Block, weights: BlockWeights, attention: Callable):
-        self.block, self.weights, self.attention = block, weights, attention
+
+class DecodeLayer:
+    """Block in a decoder: its weights, and an attention with its cache."""
+
+    def __init__(self, block: Block, weights: BlockWeights, attention: Attention):
+        self.block, self.weights = block, weights
+        self.attention = attention
 
     def __call__(self, x_bsd: torch.Tensor, positions: NamedTuple) -> torch.Tensor:
-        """Return x + attention(x), then that plus FFN of it, all normalized before."""
+        """Return u + FFN(norm(u)) with u = x + attention(norm(x))."""
         block, weights = self.block, self.weights
         x_bsd = x_bsd + self.attention(weights.norm(x_bsd, block.attn_norm), positions)
         return x_bsd + weights.ffn(weights.norm(x_bsd, block.ffn_norm))
 
 
 class MTPDecodeLayer:
-    """An MTP module that decodes: h^k from the pair (embedding of the token k later, h^{k−1})."""
+    """MTP module in a decoder: h^k from the pair (embedding of the token k later, h^{k−1})."""
 
     def __init__(self, mtp: MTP, layer: DecodeLayer):
-        self.mtp, self.layer, self.attention = mtp, layer, layer.attention
+        self.mtp, self.layer = mtp, layer
+        self.attention = layer.attention
 
     def __call__(self, pair_bsd: torch.Tensor, positions: NamedTuple) -> torch.Tensor:
-        """Apply eq. 21–22 to pairs that lie side by side, (b, s, 2d)."""
+        """Apply eq. 21 and 22 to concatenated pairs: (b, s, 2d) → (b, s, d)."""
         embed_bsd, h_bsd = pair_bsd.chunk(2, dim=-1)
         norm, mtp = self.layer.weights.norm, self.mtp
         both_bsd = torch.cat((norm(embed_bsd, mtp.enorm), norm(h_bsd, mtp.hnorm)), dim=-1)
         return mtp.norm(self.layer(mtp.eh_proj(both_bsd), positions))
 
 
+Layers = list[DecodeLayer | MTPDecodeLayer]
+
+
 def decode_layers(
-    model: Transformer, weights: DecodeWeights, make_attention: Callable[[LatentProjections], Callable]
-) -> list[DecodeLayer | MTPDecodeLayer]:  # fmt: skip
+    model: Transformer,
+    weights: DecodeWeights,
+    make_attention: Callable[[LatentProjections], Attention],
+) -> Layers:
     """Return a layer for every block, MTP modules last, each with an attention of its own."""
-    layers = []
+    block_layers: list[DecodeLayer] = []
     for block, block_weights in zip(blocks_of(model), weights.blocks):
         attention = make_attention(LatentProjections(block.attn, block_weights))
-        layers.append(DecodeLayer(block, block_weights, attention))
+        block_layers.append(DecodeLayer(block, block_weights, attention))
     n_main = len(model.layers)
-    return layers[:n_main] + list(map(MTPDecodeLayer, model.mtp.values(), layers[n_main:]))
+    layers: Layers = list(block_layers[:n_main])
+    modules = [module for module in model.mtp.values() if isinstance(module, MTP)]
+    layers += [MTPDecodeLayer(m, layer) for m, layer in zip(modules, block_layers[n_main:])]
+    return layers
 
 
 @op
 def run_layers(
-    layers: list, x_bsd: torch.Tensor, lengths: list[int], freqs_cis_tx: torch.Tensor
+    layers: Layers, x_bsd: torch.Tensor, lengths: list[int], freqs_cis_tx: torch.Tensor
 ) -> torch.Tensor:
-    """Pass the next s tokens of rows that hold `lengths` through several layers."""
+    """Pass the next s tokens of rows that hold `lengths` tokens through several layers."""
     positions = positions_for(lengths, x_bsd.shape[1], freqs_cis_tx)
     for layer in layers:
         x_bsd = layer(x_bsd, positions)
@@ -325,9 +342,9 @@ LENGTH_MULTIPLE = 128  # caches of compiled steps are rounded up, so that few pr
 
 
 class Decoder:
-    """A model that decodes: layers with caches, the tokens of every row, their hidden states.
+    """Model for decoding: layers with caches, the tokens of every row and their hidden states.
 
-    compiled: steps of a few tokens run as fused programs (backend "compiled").
+    compiled: steps of a few tokens run as fused programs (backend `compiled`).
     """
 
     prefill_chunk: int = PREFILL_CHUNK
@@ -335,19 +352,19 @@ class Decoder:
     def __init__(self, model: Transformer, batch: int, max_len: int, compiled: bool = False):
         if compiled:
             max_len = ceil_div(max_len, LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        self.model, self.n_main, self.compiled = model, model.config.n_layers, compiled
+        self.model, self.compiled = model, compiled
+        self.n_main = model.config.n_layers
         weights, w = decode_weights(model), model.embed.weight
         self.logits = weights.logits
-        self.layers = decode_layers(
-            model, weights, partial(CachedAttention, batch=batch, max_len=max_len)
-        )
+        make_attention = partial(CachedAttention, batch=batch, max_len=max_len)
+        self.layers = decode_layers(model, weights, make_attention)
         position_t = torch.arange(max_len, device=w.device)
         self.freqs_cis_tx = torch.complex(*rope_cos_sin(model.config, position_t))
         self.token_bt = torch.zeros(batch, max_len, dtype=torch.int64, device=w.device)
         self.h_btd = torch.zeros(batch, max_len, w.shape[1], device=w.device, dtype=w.dtype)
 
     def hidden_states(self, lengths: list[int], s: int) -> torch.Tensor:
-        """Return h⁰ of the next s tokens of every row, (b, s, d), normalized."""
+        """Return the normed h⁰ of the next s tokens of every row, (b, s, d)."""
         index = cache_index(lengths, s, self.token_bt.device)
         x_bsd = F.embedding(self.token_bt[index], self.model.embed.weight)
         h_bsd = self.model.norm(self.run(self.layers[: self.n_main], x_bsd, lengths))
@@ -355,13 +372,13 @@ class Decoder:
         return h_bsd
 
     def mtp_forward(self, k: int, h_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Return h^k from h^{k−1} of the positions after `lengths` and the tokens k later."""
+        """Return h^k from h^{k−1} at the positions after `lengths` and the tokens k later."""
         index = cache_index([n + k for n in lengths], h_bsd.shape[1], h_bsd.device)
         embed_bsd = F.embedding(self.token_bt[index], self.model.embed.weight)
         layer = self.layers[self.n_main + k - 1]
         return self.run([layer], torch.cat((embed_bsd, h_bsd), dim=-1), lengths)
 
-    def run(self, layers: list, x_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def run(self, layers: Layers, x_bsd: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Pass x through layers, at most `prefill_chunk` tokens per row at once."""
         if x_bsd.shape[1] > self.prefill_chunk:
             chunks, lengths = [], list(lengths)
@@ -382,10 +399,10 @@ def verify_draft(
     p_bsw: torch.Tensor, q_bkw: torch.Tensor, draft_bk: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return how many drafts each row accepts, (b,), and the token after them, (b,).
+    """Return how many drafts are accepted in each row, (b,), and the token after them, (b,).
 
-    p_bsw: main model at the s = D + 1 positions; q_bkw: what the D drafts were drawn from. The
-    tokens are distributed as the main model's.
+    The tokens have the main model's distribution. p_bsw: its probabilities at the s = D + 1
+    positions. q_bkw: the distributions from which the D drafts were drawn.
     """
     p_bk = p_bsw[:, :-1].gather(-1, draft_bk[..., None])[..., 0]
     q_bk = q_bkw.gather(-1, draft_bk[..., None])[..., 0]
@@ -400,9 +417,11 @@ def verify_draft(
 
 # ── One loop for all ──
 
+Distributions = Sequence[torch.Tensor | None]  # (b, w) of every draft; None: chosen by argmax
+
 
 class SamplingParams(NamedTuple):
-    """How tokens are chosen: temperature, nucleus, and the random numbers."""
+    """Parameters of sampling: temperature, nucleus (top_p) and random numbers."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -414,33 +433,31 @@ class SamplingParams(NamedTuple):
         return is_greedy(self.temperature)
 
     def sample(self, logit_bw: torch.Tensor) -> torch.Tensor:
-        """Choose the next token of each row, (b,)."""
+        """Return the next token of each row, (b,)."""
         return sample(logit_bw, self.temperature, self.generator, self.top_p)
 
     def draft(self, logit_bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draft a token for each row; return it with the distribution it was drawn from."""
+        """Draft a token for each row; return it and the distribution it is from, None at T = 0."""
         if self.is_greedy:
             return greedy_token(logit_bw), None
         q_bw = logits_to_probs(logit_bw, self.temperature, self.top_p)
         return multinomial_sample(q_bw, self.generator), q_bw
 
     def verify(
-        self, logit_bsw: torch.Tensor, q: Sequence, draft_bk: torch.Tensor
+        self, logit_bsw: torch.Tensor, distributions: Distributions, draft_bk: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Verify drafts by the main model's logits: `verify_draft`, or by argmax at T = 0."""
+        """Verify drafts with the main model's logits: argmax at T = 0, else `verify_draft`."""
         if self.is_greedy:
             argmax_bs = greedy_token(logit_bsw)
             n_b = (argmax_bs[:, :-1] == draft_bk).long().cumprod(1).sum(1)
             return n_b, argmax_bs.gather(1, n_b[:, None])[:, 0]
         p_bsw = logits_to_probs(logit_bsw, self.temperature, self.top_p)
-        return verify_draft(p_bsw, torch.stack(q, 1), draft_bk, self.generator)
+        q_bkw = torch.stack([q_bw for q_bw in distributions if q_bw is not None], 1)
+        return verify_draft(p_bsw, q_bkw, draft_bk, self.generator)
 
 
 class SpeculativeDecoder:
-    """Rows of tokens that grow, by drafts of MTP modules and their verification.
-
-    With 0 speculative tokens it decodes plainly.
-    """
+    """Decoder of several rows with drafts of MTP modules; with 0 speculative tokens, without."""
 
     def __init__(
         self, model: Transformer, prompts: list[list[int]], max_new_tokens: int,
@@ -463,44 +480,46 @@ class SpeculativeDecoder:
         self.logit_bw = self.prefill()
 
     def prefill(self) -> torch.Tensor:
-        """Read the prompts; return the logits after the last token of each, (b, w)."""
+        """Prefill the prompts; return the logits after the last token of each, (b, w)."""
         h_bsd = self.decoder.hidden_states([0] * len(self.lengths), max(self.lengths))
         return self.decoder.logits(h_bsd[range(len(self.lengths)), [n - 1 for n in self.lengths]])
 
     def first_token(self, sampling_params: SamplingParams) -> list[list[int]]:
-        """Choose the token after each prompt."""
+        """Choose and write the token after each prompt; return it per row."""
         token_b = sampling_params.sample(self.logit_bw)
         self.write_token(token_b, 0)
         return token_b[:, None].tolist()
 
     def write_token(self, token_b: torch.Tensor, k: int) -> None:
-        """Write a token k places after the last one read of every row."""
+        """Write one token per row, k places after those that the main model has read."""
         token_bt = self.decoder.token_bt
         token_bt[cache_index([n + k for n in self.lengths], 1, token_bt.device)] = token_b[:, None]
 
-    def propose(self, sampling_params: SamplingParams) -> tuple[torch.Tensor, tuple]:
-        """Return D drafts per row, (b, D), and the distributions they came from, D × (b, w)."""
+    def propose(self, sampling_params: SamplingParams) -> tuple[torch.Tensor, Distributions]:
+        """Return D drafts per row, (b, D), and the distributions they came from."""
         decoder, device = self.decoder, self.decoder.h_btd.device
-        behind = [n - m for n, m in zip(self.lengths, self.mtp_lengths)]
-        last = cache_index([n - 1 for n in behind], 1, device)
-        h_bsd = decoder.h_btd[cache_index(self.mtp_lengths, max(behind), device)]
-        drafts = []
+        num_new = [n - m for n, m in zip(self.lengths, self.mtp_lengths)]  # unread by MTP modules
+        last = cache_index([n - 1 for n in num_new], 1, device)
+        h_bsd = decoder.h_btd[cache_index(self.mtp_lengths, max(num_new), device)]
+        drafts: list[torch.Tensor] = []
+        distributions: list[torch.Tensor | None] = []
         for k in range(1, self.num_speculative_tokens + 1):
             h_bsd = decoder.mtp_forward(k, h_bsd, self.mtp_lengths)
-            drafts.append(sampling_params.draft(decoder.logits(h_bsd[last][:, 0])))
-            self.write_token(drafts[-1][0], k)
+            draft_b, q_bw = sampling_params.draft(decoder.logits(h_bsd[last][:, 0]))
+            self.write_token(draft_b, k)
+            drafts.append(draft_b)
+            distributions.append(q_bw)
         self.mtp_lengths = [max(0, n + 1 - self.num_speculative_tokens) for n in self.lengths]
-        tokens, distributions = zip(*drafts)
-        return torch.stack(tokens, 1), distributions
+        return torch.stack(drafts, 1), distributions
 
     def step(self, sampling_params: SamplingParams, active: list[bool]) -> list[list[int]]:
         """Return the new tokens of every row, 1 to D + 1; rows that are not active get none."""
         decoder, depth = self.decoder, self.num_speculative_tokens
         if depth:
-            draft_bk, q = self.propose(sampling_params)
+            draft_bk, distributions = self.propose(sampling_params)
         logit_bsw = decoder.logits(decoder.hidden_states(self.lengths, depth + 1))
         if depth:
-            n_b, token_b = sampling_params.verify(logit_bsw, q, draft_bk)
+            n_b, token_b = sampling_params.verify(logit_bsw, distributions, draft_bk)
             num_accepted, drafts = n_b.tolist(), draft_bk.tolist()
             tokens = [[*d[:n], t] for d, n, t in zip(drafts, num_accepted, token_b.tolist())]
         else:
@@ -524,19 +543,19 @@ def stream(
 ) -> Generator[list[list[int]], list[bool] | None, None]:
     """Yield the new tokens of every row, step by step; a row ends with its first stop token.
 
-    Rows may differ in length. Up to `num_speculative_tokens` MTP modules draft ahead; `compiled`
-    fuses the steps, after a pause at the first. A caller may send a list of booleans back: rows
-    that are False end there.
+    Prompts may differ in length. MTP modules draft `num_speculative_tokens` tokens per step.
+    compiled: fuse the steps; the first call compiles. A caller may send back a list of booleans:
+    rows with False end there.
     """
     if max_new_tokens < 1:
         return
     decoder = SpeculativeDecoder(model, prompts, max_new_tokens, num_speculative_tokens, compiled)
-    stop, remaining = set(stop), [max_new_tokens] * len(prompts)
+    stop_ids, remaining = set(stop), [max_new_tokens] * len(prompts)
     new_tokens = decoder.first_token(sampling_params)
     while True:
         for row, tokens in enumerate(new_tokens):
             del tokens[remaining[row] :]
-            ends = [i for i, token in enumerate(tokens) if token in stop]
+            ends = [i for i, token in enumerate(tokens) if token in stop_ids]
             del tokens[ends[0] + 1 if ends else len(tokens) :]
             remaining[row] = 0 if ends else remaining[row] - len(tokens)
         active = yield new_tokens
@@ -559,8 +578,8 @@ def generate(
 ) -> torch.Tensor:
     """Continue prompts of equal length: (b, s) → (b, s + max_new_tokens)."""
     rows, params = tokens_bs.tolist(), SamplingParams(temperature, top_p, generator)
-    options = {"num_speculative_tokens": num_speculative_tokens, "compiled": compiled}
-    for new_tokens in stream(model, rows, max_new_tokens, params, **options):
+    steps = stream(model, rows, max_new_tokens, params, (), num_speculative_tokens, compiled)
+    for new_tokens in steps:
         for row, tokens in zip(rows, new_tokens):
             row += tokens
     return torch.tensor(rows, dtype=torch.int64, device=tokens_bs.device)
