@@ -982,7 +982,9 @@ class Engine:
 
     def append_first_token(self, request: Request, logit_w: Tensor) -> None:
         """Sample the token after a prompt."""
-        self.append_output(request, [int(request.sampling_params.sample(logit_w[None]))], logit_w[None])
+        self.append_output(
+            request, [int(request.sampling_params.sample(logit_w[None]))], logit_w[None]
+        )
 
     def decode(self, requests: list[Request]) -> None:
         """Compute D + 1 tokens of every request; append 1 to D + 1 new tokens to each."""
