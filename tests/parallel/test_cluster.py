@@ -199,13 +199,13 @@ def test_a_wrong_number_of_ranks_is_reported(more, sentence, home):
 
 def test_a_rank_that_hangs_is_named(home):
     run = home / "hung"
-    processes = start(home, run, 2, "--ep", "2", "--steps", "3000", "--hang-timeout", "5")
+    processes = start(home, run, 2, "--ep", "2", "--steps", "3000", "--hang-timeout", "15")
     while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 3:
         time.sleep(0.05)
         assert all(p.poll() is None for p in processes)
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        output = processes[0].communicate(timeout=60)[0]
+        output = processes[0].communicate(timeout=120)[0]
     finally:
         processes[1].kill()
     assert processes[0].returncode == 70
