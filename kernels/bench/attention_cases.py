@@ -1,6 +1,5 @@
 """Cases of attention: MLA in training and prefill, and absorbed MLA in decoding."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3_ref import mla
-from dsv3_ref.config import V3
+from dsv3_ref.config import V3, ceil_div
 from dsv3_ref.rope import softmax_scale
 
 SCALE = softmax_scale(V3)
@@ -121,7 +120,7 @@ def case_paged_attention(
     num_bytes, flops = decode_costs(b, t, h)
 
     def make() -> Calls:
-        pages = math.ceil(t / page)
+        pages = ceil_div(t, page)
         q_bshx, kv_cache_pyx = randn(b, 1, h, x), randn(b * pages, page, x)
         block_table_bp = torch.randperm(b * pages).view(b, pages).to(torch.int32)
         args = q_bshx, kv_cache_pyx, block_table_bp, torch.full((b,), t), c, SCALE
