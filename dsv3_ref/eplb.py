@@ -124,9 +124,9 @@ def rebalance_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Place experts by their loads (layers, experts), as DeepSeek's EPLB does (§3.4.1, §3.4.2).
 
-    Returns physical_to_logical_map (layers, num_replicas), logical_to_physical_map (layers, experts,
-    largest number of copies; −1 where there are fewer) and expert_count (layers, experts). The
-    policy is hierarchical if the nodes divide the groups, else global. Raises `UserError` for
+    Returns physical_to_logical_map (layers, num_replicas), logical_to_physical_map (layers,
+    experts, largest number of copies; −1 where there are fewer) and expert_count (layers, experts).
+    The policy is hierarchical if the nodes divide the groups, else global. Raises `UserError` for
     numbers that do not divide each other.
     """
     layers, experts = weight.shape
