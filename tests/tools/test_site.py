@@ -216,10 +216,10 @@ def test_a_citation_belongs_to_the_innermost_definition(tmp_path):
     (tmp_path / "m.py").write_text(SOURCE)
     module = appendices.read_module(tmp_path, "m.py")
     assert module.summary == "A module (§3)."
-    found = {
+    citations = {
         k: [(p.name, p.line) for p in v] for k, v in appendices.find_citations([module]).items()
     }
-    assert found == {
+    assert citations == {
         "§3": [("m", 1)],
         "§4.1": [("LIMIT", 3)],
         "eq. 2": [("norm", 7)],
