@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import tyro
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref.checkpoints import atomic, native
@@ -35,7 +35,7 @@ from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.state import Run
-from dsv3_ref.training.task import Data, find_tokenizer
+from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
 from dsv3_ref.verifiers.sandbox import map_parallel
 
 BEFORE = "before.json"  # held-out rewards and samples of the initial model
@@ -433,11 +433,11 @@ class GRPOTask:
         return logp_n, entropy_n, routes
 
     def loss(
-        self, model: nn.Module, micro_batch: list[Rollout], balance_loss_scope: str
+        self, model: Transformer, micro_batch: list[Rollout], balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `grpo_loss` of a micro-batch as its part of the mean over all rollouts."""
         config = self.config
-        logp_n, entropy_n, routes = self.logprobs(as_transformer(model), micro_batch)
+        logp_n, entropy_n, routes = self.logprobs(model, micro_batch)
         old_n = old_logprobs(micro_batch)
         if old_n is None:
             old_n = logp_n.detach()

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
@@ -37,7 +37,7 @@ from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SFT_RECIPES, SpecialTokens, sample_cu_seqlens
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.state import Run
-from dsv3_ref.training.task import Data, find_tokenizer
+from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
 
 MAX_JUDGMENT_TOKENS = 64  # of a judgment that the reward model writes
 VAL_PAIRS = 16  # held-out pairs per forward pass
@@ -152,12 +152,12 @@ class RewardTask:
         return [batch[i : i + n] for i in range(0, len(batch), n)]
 
     def loss(
-        self, model: nn.Module, micro_batch: list[Pair], balance_loss_scope: str
+        self, model: Transformer, micro_batch: list[Pair], balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `preference_loss` of a micro-batch, averaged over its pairs."""
         tokens_1n = concat_samples(flatten_pairs(micro_batch), self.device)
         weight = self.config.judgment_weight * (self.config.judge == "cot")
-        return preference_loss(as_transformer(model), tokens_1n, self.special_tokens, weight).losses
+        return preference_loss(model, tokens_1n, self.special_tokens, weight).losses
 
     def loss_weight(self, micro_batch: list[Pair]) -> int:
         """Return the number of pairs."""
