@@ -329,10 +329,11 @@ def build_variant_run(args: AblateConfig, variant: Variant, seed: int) -> Run:
         micro_batch=variant.micro_batch,
     )  # fmt: skip
     settings.validate_args(config)
-    run = build_run(PretrainTask(config), SingleProcess(config), args.out)
+    strategy = SingleProcess(config)
+    run = build_run(PretrainTask(config), strategy, args.out)
     if variant.kv_heads:
-        model = replace_attention(model_of(run), variant.kv_heads)
-        run.strategy.optimizer = build_adamw(model, variant.recipe, torch.float32)
+        model = replace_attention(strategy.model, variant.kv_heads)
+        strategy.optimizer = build_adamw(model, variant.recipe, torch.float32)
     for source in run.data.sources:
         if args.name == "fim":
             source.val_data = split_passages(source.val_data)
