@@ -358,6 +358,13 @@ def test_a_module_does_not_undo_a_notebooks_forms(registry):
     assert ops.resolve_impl("rms_norm") is tuned
 
 
+def test_a_scripts_op_comes_first_in_a_child_process_too(registry):
+    spawned = cell("swiglu")
+    spawned.__module__ = "__mp_main__"  # the name under which multiprocessing imports a script
+    ops.op(spawned)
+    assert ops.resolve_impl("swiglu") is spawned
+
+
 def test_a_new_op_of_a_notebook_needs_no_other_form(registry):
     call = ops.op(cell("brand_new"))
     assert call() == "brand_new of the notebook"
