@@ -26,15 +26,24 @@ def short_hash(*parts: bytes | memoryview) -> str:
 
 def fingerprint_texts(name: str, texts: Iterable[str]) -> dict[str, Any]:
     """Return the fingerprint of documents: their number, and a hash per block."""
-    iterator = iter(texts)
+    return fingerprint_bytes(name, (text.encode("utf-8", "surrogatepass") for text in texts))
+
+
+def fingerprint_bytes(name: str, documents: Iterable[bytes]) -> dict[str, Any]:
+    """Return the fingerprint of documents in bytes."""
+    iterator = iter(documents)
     blocks: list[str] = []
-    documents = 0
+    count = 0
     while block := list(islice(iterator, BLOCK)):
-        documents += len(block)
-        encoded = [text.encode("utf-8", "surrogatepass") for text in block]
-        lengths = np.array([len(x) for x in encoded], "<i8")
-        blocks.append(short_hash(lengths.tobytes(), *encoded))
-    return {"name": name, "documents": documents, "block": BLOCK, "blocks": blocks}
+        count += len(block)
+        lengths = np.array([len(x) for x in block], "<i8")
+        blocks.append(short_hash(lengths.tobytes(), *block))
+    return {"name": name, "documents": count, "block": BLOCK, "blocks": blocks}
+
+
+def fingerprint_samples(name: str, samples: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """Return the fingerprint of tokenized samples."""
+    return fingerprint_bytes(name, (np.array(sample, "<i4").tobytes() for sample in samples))
 
 
 def fingerprint_rows(name: str, rows: Iterable[Any]) -> dict[str, Any]:

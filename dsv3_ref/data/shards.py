@@ -127,7 +127,7 @@ class Documents:
             if expected is None:
                 continue
             block = tokens.view(np.uint8)[i * SUM_BYTES : (i + 1) * SUM_BYTES]
-            if hashlib.sha256(memoryview(block)).digest() != expected:
+            if hashlib.sha256(block.tobytes()).digest() != expected:
                 path = self.folder / f"{self.shards[k]['name']}.bin"
                 raise damaged_error(path, f"bytes from {i * SUM_BYTES:,} on have changed")
 

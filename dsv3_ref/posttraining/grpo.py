@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -18,8 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints.atomic import write_json
+from dsv3_ref.checkpoints.manifest import has_manifest, read_manifest
 from dsv3_ref.config import UserError
 from dsv3_ref.data.files import print_to_stderr
+from dsv3_ref.data.fingerprint import fingerprint_files
 from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import GRPO_RECIPES, advantages, grpo_loss
 from dsv3_ref.model import Transformer
@@ -27,7 +29,13 @@ from dsv3_ref.moe import Route
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.logprobs import chunked_logprobs
 from dsv3_ref.posttraining.policy import Policy, as_transformer
-from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, parse_weights
+from dsv3_ref.posttraining.prompts import (
+    Problem,
+    build_messages,
+    fingerprint_task,
+    get_task,
+    parse_weights,
+)
 from dsv3_ref.posttraining.reward import RewardModel
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import LossOutput
@@ -270,6 +278,15 @@ class RewardFn:
 # ── The run ──
 
 
+def fingerprint_model(name: str, directory: Path) -> dict[str, Any]:
+    """Return the checksums of a model's files, or without a manifest their names and sizes."""
+    folder = native.resolve_checkpoint_dir(directory)
+    if has_manifest(folder):
+        files = read_manifest(folder)["files"]
+        return {"name": name, "files": {file: about["sha256"] for file, about in files.items()}}
+    return fingerprint_files(name, [str(p) for p in sorted(folder.glob("*.safetensors"))])
+
+
 class GRPOTask:
     """GRPO: the model is trained on its own completions, rewarded relative to their group."""
 
@@ -302,7 +319,19 @@ class GRPOTask:
             minibatches=config.steps_per_generation,
             loader=PromptDataset(weights, config.seed),
             tokenizer=tokenizer,
+            fingerprints=(*map(fingerprint_task, weights), *self.fingerprint_models()),
         )
+
+    def fingerprint_models(self) -> list[dict]:
+        """Return the fingerprints of the models that the objective and the reward depend on."""
+        config = self.config
+        fingerprints = []
+        if config.beta or config.votes:
+            assert config.init is not None  # `validation_rules`
+            fingerprints.append(fingerprint_model("the reference model", config.init))
+        if config.reward:
+            fingerprints.append(fingerprint_model("the reward model", config.reward))
+        return fingerprints
 
     def prepare(self, run: Run) -> None:
         """Load the reference model and the scorer; evaluate the initial model."""

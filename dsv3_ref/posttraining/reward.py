@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from dsv3_ref.data.conversations import (
     text_encoder,
 )
 from dsv3_ref.data.files import print_to_stderr
+from dsv3_ref.data.fingerprint import fingerprint_samples
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
@@ -117,10 +119,13 @@ class RewardTask:
         self.special_tokens = get_special_tokens(tokenizer)
         encode = text_encoder(tokenizer)
         pairs: list[Pair] = []
+        fingerprints = []
         for name in config.data:
-            train, held_out = split_samples(
-                read_pairs(name, encode, self.special_tokens, config.pair_format, print_to_stderr)
+            samples = read_pairs(
+                name, encode, self.special_tokens, config.pair_format, print_to_stderr
             )
+            fingerprints.append(fingerprint_samples(name, chain.from_iterable(samples)))
+            train, held_out = split_samples(samples)
             pairs += train
             self.held_out += held_out
         steps = recipe.steps or max(1, round(config.epochs * len(pairs) / recipe.global_batch_size))
@@ -131,6 +136,7 @@ class RewardTask:
             special_tokens=self.special_tokens,
             loader=PairDataset(pairs, config.seed),
             tokenizer=tokenizer,
+            fingerprints=tuple(fingerprints),
         )
 
     def prepare(self, run: Run) -> None:

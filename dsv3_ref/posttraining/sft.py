@@ -13,6 +13,7 @@ from dsv3_ref.data.conversations import (
     text_encoder,
 )
 from dsv3_ref.data.files import print_to_stderr
+from dsv3_ref.data.fingerprint import fingerprint_samples
 from dsv3_ref.data.loader import VAL_BATCH
 from dsv3_ref.data.tokenizer import byte_lengths, get_special_tokens
 from dsv3_ref.decode import SamplingParams, stream
@@ -85,8 +86,10 @@ class SFTTask:
         encode = text_encoder(tokenizer)
         train_samples: list[list[int]] = []
         val = {}
+        fingerprints = []
         for name in config.data:
             samples = read_conversations(name, encode, special_tokens, length, print_to_stderr)
+            fingerprints.append(fingerprint_samples(name, samples))
             train, held_out = split_samples(samples)
             train_samples += train
             self.samples += held_out[:2]
@@ -105,6 +108,7 @@ class SFTTask:
             token_bytes=torch.tensor(byte_lengths(tokenizer)),
             loader=dataset,
             tokenizer=tokenizer,
+            fingerprints=tuple(fingerprints),
         )
 
     def prepare(self, run: Run) -> None:

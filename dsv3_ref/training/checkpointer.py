@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dsv3_ref.checkpoints import atomic
 from dsv3_ref.checkpoints.layout import STATE
-from dsv3_ref.checkpoints.manifest import has_manifest, read_manifest
+from dsv3_ref.checkpoints.manifest import (
+    installed_versions,
+    has_manifest,
+    read_manifest,
+)
 from dsv3_ref.checkpoints.native import list_checkpoints
 from dsv3_ref.config import UserError
 from dsv3_ref.training.settings import describe_losses
@@ -179,8 +182,9 @@ def check_same_run(about: dict[str, Any], folder: Path) -> bool:
             f"with, or start a new run from its weights: --init {folder}"
         )
     writer = manifest.get("versions", {}).get("torch")
-    if writer != torch.__version__:
-        print(f"note: torch {writer} wrote {folder}, {torch.__version__} resumes it; "
+    installed = installed_versions()["torch"]
+    if writer != installed:
+        print(f"note: torch {writer} wrote {folder}, {installed} resumes it; "
               "results can differ in rounding")  # fmt: skip
     return True
 
