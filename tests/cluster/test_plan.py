@@ -156,7 +156,7 @@ def test_v3_is_printed_with_all_its_ranks(v3, capsys, tmp_path):
     said = capsys.readouterr().out
     assert re.search(r"^v3 on 2,048 H800: pp 16 × dp 2 × ep 64, dualpipe, fp8", said, re.M)
     assert len(re.findall(r"^ +\d+ +[\d.]+ ", said, re.M)) == 16
-    assert "does NOT fit 80" in said and "GPU hours per trillion tokens" in said
+    assert "does NOT fit in 80 GB" in said and "GPU hours per trillion tokens" in said
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
@@ -169,9 +169,12 @@ def test_v3_is_printed_with_all_its_ranks(v3, capsys, tmp_path):
             "--global-batch-size must be a multiple of --dp × --ep = 128",
         ),
         (["--pp", "5"], "dualpipe needs an even --pp"),
-        (["--pp", "64", "--schedule", "1f1b"], "61 layers cannot be cut into 64 stages"),
-        (["--ep-ranks-per-node", "6"], "--ep 64 ranks do not fill nodes of --ep-ranks-per-node 6"),
-        (["--dp", "0"], "every size must be at least 1"),
+        (
+            ["--pp", "64", "--schedule", "1f1b"],
+            "61 layers cannot be divided into 64 stages: lower --pp",
+        ),
+        (["--ep-ranks-per-node", "6"], "--ep 64 must be a multiple of --ep-ranks-per-node 6"),
+        (["--dp", "0"], "--dp must be at least 1"),
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused_in_a_sentence(options, sentence, capsys):

@@ -219,7 +219,7 @@ def test_too_few_good_nodes_give_up_in_the_end(cluster, home):
     assert job.end() == "FAILED"
     said = job.output.read_text()
     assert re.search(r"^node1  unhealthy: .* GB free, below 1e\+09$", said, re.M)
-    assert "error: 2 good nodes are needed, and 0 of 2 are\n" in said
+    assert "error: 0 of 2 nodes are healthy, but --min-nodes is 2" in said
     assert said.count("the job is requeued") == 1
     assert "exit code 1, and no new checkpoint in 2 starts: giving up" in said
 
