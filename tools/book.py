@@ -53,7 +53,7 @@ def find(names: list[str]) -> list[Path]:
 
 
 def cell_ids(cells: list[NotebookNode]) -> list[str]:
-    """Return an id per cell: a hash of its type and text, and `-2` for the second of equal cells."""
+    """Return an id per cell: a hash of its type and text, plus `-2` for the second of equals."""
     repeats: Counter[str] = Counter()
     ids = []
     for cell in cells:
