@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -585,13 +585,7 @@ def build_app(service: Service) -> "FastAPI":
     from fastapi.responses import PlainTextResponse
 
     app = FastAPI(openapi_url=None)
-    if service.args.allowed_origins:
-        from fastapi.middleware.cors import CORSMiddleware
-
-        app.add_middleware(
-            CORSMiddleware, allow_origins=service.args.allowed_origins,
-            allow_methods=["GET", "POST"], allow_headers=["authorization", "content-type"],
-        )  # fmt: skip
+    allow_origins(app, service.args.allowed_origins)
     endpoints = Endpoints(service)
 
     @app.post("/v1/completions")
@@ -621,6 +615,17 @@ def build_app(service: Service) -> "FastAPI":
         return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def allow_origins(app: "FastAPI", origins: Sequence[str]) -> None:
+    """Let web pages of these origins use the API (CORS); those of others may not."""
+    from fastapi.middleware.cors import CORSMiddleware
+
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )  # fmt: skip
 
 
 def require_fastapi() -> None:
