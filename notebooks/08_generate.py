@@ -125,9 +125,9 @@ class InvalidLogits(UserError):
 
 
 def is_greedy(temperature: float) -> bool:
-    """Return whether a temperature selects the likeliest token; raise a `ValueError` for NaN, ∞."""
+    """Return whether a temperature selects the likeliest token; raise a `UserError` for NaN, ∞."""
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
+        raise UserError(f"temperature must be at least 0 and finite, not {temperature}")
     return temperature < GREEDY_BELOW
 
 

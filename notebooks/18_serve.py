@@ -1174,8 +1174,7 @@ for depth in (0, 2):
     print(f"{depth} drafts: 3 prompts of 33 tokens, {known} found in the cache, {num_bytes / 1e3:.0f} kB sent")  # fmt: skip
 
 # %% [markdown]
-# `dsv3 serve` adds a clock, sockets and processes: [`dsv3_ref/serving/api_server.py`](../dsv3_ref/serving/api_server.py). One thread steps the engine; requests arrive and tokens are sent between two
-# steps. When a client disconnects, its request is marked `aborted`. Text is tokenized by chapter 14's `render_conversation`, in which no text can produce a special
+# `dsv3 serve` adds a clock, sockets and processes: [`dsv3_ref/serving/api_server.py`](../dsv3_ref/serving/api_server.py). One thread steps the engine, one turns tokens into text, and two tokenize prompts, so that the event loop only parses and sends. When a client disconnects, its request is marked `aborted`. Text is tokenized by chapter 14's `render_conversation`, in which no text can produce a special
 # token. With `--prefill-workers 1` the transfers above go through a pipe from a second process.
 #
 # ## Experiment: what does a full batch buy?

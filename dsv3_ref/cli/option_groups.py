@@ -72,9 +72,10 @@ OPTION_GROUPS: dict[str, Groups] = {
         "checkpoint": "init out",
     },
     "generate": {"text": "prompt"} | GENERATE,
-    "chat": {"text": "system"} | GENERATE | {"web page": "web host port"},
+    "chat": {"text": "system"} | GENERATE | {"web page": "web host port allowed_hosts"},
     "serve": {
-        "server": "host port served_model_name max_queue grace",
+        "server": "host port served_model_name max_queue max_connections grace",
+        "access": "api_key allow_unauthenticated allowed_hosts allowed_origins report_cached_tokens",
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
         "sampling": "max_new_tokens seed",

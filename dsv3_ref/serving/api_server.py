@@ -505,7 +505,10 @@ class Endpoints:
     async def complete(self, http_request: "HTTPRequest", chat: bool) -> "Response":
         """Return a whole or streaming response; abort its engine requests if the client leaves."""
         service = self.service
-        request = await service.parse_request(await read_json_body(http_request), chat)
+        parsing = service.parse_request(await read_json_body(http_request), chat)
+        request = await cancel_on_disconnect(http_request, parsing)
+        if request is None:
+            raise HTTPError(499, "the client has disconnected")
         served = service.submit(request, http_request.scope.get(CACHE_SALT, b""))
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         head = response_head(request, request_id, service.name)

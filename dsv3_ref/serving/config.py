@@ -64,6 +64,8 @@ class ChatConfig(GenerationOptions):
     """address at which the web page is served; 0.0.0.0 makes it reachable from the network"""
     port: int = 7860
     """port of the web page; 0 selects a free one"""
+    allowed_hosts: tuple[str, ...] = ()
+    """further names under which a browser may address the web page"""
 
 
 def validate_generation_options(args: GenerationOptions) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BACKLOG = 128  # connections that wait to be accepted
 SPARE_DESCRIPTORS = 16  # left for files that the server opens
+MIN_BYTES_READ = 1024  # by a client that counts as reading
 TICK_SECONDS = 0.1  # how often uvicorn looks for the end
 AT_CAPACITY = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n"
@@ -127,7 +128,19 @@ class LimitedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Start the time in which the client must read something."""
         super().pause_writing()
-        self.stall_timer = self.loop.call_later(self.limits.stall, self.abort)
+        self.watch_stall()
+
+    def watch_stall(self) -> None:
+        """Look after some time whether the client has read enough since now."""
+        unread = self.transport.get_write_buffer_size()
+        self.stall_timer = self.loop.call_later(self.limits.stall, self.end_stall, unread)
+
+    def end_stall(self, unread_before: int) -> None:
+        """Close the connection unless its client has read something, however slowly."""
+        if unread_before - self.transport.get_write_buffer_size() < MIN_BYTES_READ:
+            self.abort()
+        else:
+            self.watch_stall()
 
     def resume_writing(self) -> None:
         """Stop the timer of `pause_writing`."""
@@ -237,6 +250,6 @@ class ApiServer(uvicorn.Server):
 def end_process(code: int) -> None:
     """End the process, whatever its threads do."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):  # closed, none, in use
             stream.flush()
     os._exit(code)

@@ -441,7 +441,8 @@ def serve_web_chat(args: ChatConfig) -> None:
     """Serve the page until Ctrl-C."""
     import_gradio()
     listener = bind_socket(args.host, args.port)
-    app = guard_app(build_web_app(TextGenerator(args)), host_rule(listener), ApiKeys(()))
+    app = build_web_app(TextGenerator(args))
+    app = guard_app(app, host_rule(listener, args.allowed_hosts), ApiKeys(()))
     if not is_loopback(args.host):
         sentence = "warning: this page is reachable from the network without authentication"
         print(sentence, file=sys.stderr)
