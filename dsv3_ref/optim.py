@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """The settings of V3's training (§4.2); `_start`, `_end`, `_frac` are fractions of its tokens."""
+    """The settings of V3's training (§4.2); `_start`, `_end`, `_frac`: fractions of its tokens."""
 
     steps: int = 242_783  # optimizer steps; V3's are computed from 14.8T tokens
     seq_len: int = 4096  # T, tokens per sequence

@@ -37,7 +37,7 @@ def fim(text: str, rng: random.Random, rate: float) -> tuple[str, str, str] | No
 def split_newlines(
     tokens: list[int], splits: dict[int, list[int]], rng: random.Random, rate: float
 ) -> list[int]:
-    """Replace each punctuation-and-newline token by its two parts with probability `rate` (§4.1)."""
+    """Replace tokens of punctuation and newline by their parts, with probability `rate` (§4.1)."""
     out: list[int] = []
     for token in tokens:
         out += splits[token] if token in splits and rng.random() < rate else [token]

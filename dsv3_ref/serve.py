@@ -729,7 +729,7 @@ class Engine:
             self.end(request, "error", str(e) if isinstance(e, UserError) else repr(e))
 
     def prefill(self) -> None:
-        """Compute the next chunks of prompts, oldest request first, up to `prefill_chunk` tokens."""
+        """Compute up to `prefill_chunk` tokens of prompts, oldest request first."""
         budget = self.scheduler.prefill_chunk
         for request in list(self.scheduler.running):
             with self.isolate(request):

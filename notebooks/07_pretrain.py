@@ -274,7 +274,7 @@ show(fig)
 def split_newlines(
     tokens: list[int], splits: dict[int, list[int]], rng: random.Random, rate: float
 ) -> list[int]:
-    """Replace each punctuation-and-newline token by its two parts with probability `rate` (§4.1)."""
+    """Replace tokens of punctuation and newline by their parts, with probability `rate` (§4.1)."""
     out: list[int] = []
     for token in tokens:
         out += splits[token] if token in splits and rng.random() < rate else [token]
@@ -516,7 +516,7 @@ import torch
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """The settings of V3's training (§4.2); `_start`, `_end`, `_frac` are fractions of its tokens."""
+    """The settings of V3's training (§4.2); `_start`, `_end`, `_frac`: fractions of its tokens."""
 
     steps: int = 242_783  # optimizer steps; V3's are computed from 14.8T tokens
     seq_len: int = 4096  # T, tokens per sequence

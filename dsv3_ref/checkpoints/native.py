@@ -55,9 +55,9 @@ def load(
     """Return the model of a directory, ours or Hugging Face's.
 
     With `dtype` None tensors keep their stored dtype, and FP8 is expanded to that of the embedding.
-    Gate biases stay fp32. With `verify`, files are compared with the manifest, if there is one; of a
-    run, the newest checkpoint that is whole is taken. Raise a `UserError` for everything that is
-    wrong with the directory.
+    Gate biases stay fp32. With `verify`, files are compared with the manifest, if there is one, and
+    of a run the newest checkpoint that is whole is taken. Raise a `UserError` for everything that
+    is wrong with the directory.
     """
     return newest_whole(directory, partial(load_dir, device=device, dtype=dtype), verify)
 

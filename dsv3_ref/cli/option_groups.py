@@ -75,7 +75,8 @@ OPTION_GROUPS: dict[str, Groups] = {
     "chat": {"text": "system"} | GENERATE | {"web page": "web host port allowed_hosts"},
     "serve": {
         "server": "host port served_model_name max_queue max_connections grace",
-        "access": "api_key allow_unauthenticated allowed_hosts allowed_origins report_cached_tokens",
+        "access": "api_key allow_unauthenticated allowed_hosts allowed_origins"
+        " report_cached_tokens",
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
         "sampling": "max_new_tokens seed",

@@ -1,4 +1,4 @@
-"""`dsv3 plan`: estimate the memory, traffic and cost of a cluster before renting it (chapter 17)."""
+"""`dsv3 plan`: estimate memory, traffic and cost of a cluster before renting it (chapter 17)."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -184,7 +184,7 @@ def count_params_by_rank(
 
 
 def stage_bytes(plan: PlanConfig, config: Config) -> list[int]:
-    """Return the bytes that one micro-batch saves in each stage; head losses save both gradients."""
+    """Return the bytes that a micro-batch saves in each stage; head losses save both gradients."""
     moe_block, dense_block = (
         sum(activation_bytes_per_token(config, dense, plan.precision == "fp8").values())
         for dense in (False, True)
@@ -355,7 +355,8 @@ def describe_unit(plan: PlanConfig) -> str:
         ),
         (
             config.n_routed_experts % 32 == 0 or unit.direct_ib,
-            f"a prefill unit needs n_routed_experts {config.n_routed_experts} to be a multiple of 32",
+            f"a prefill unit needs n_routed_experts to be a multiple of 32, not "
+            f"{config.n_routed_experts}",
         ),
     ]
     for holds, sentence in rules:
@@ -446,19 +447,22 @@ def format_estimate(result: Estimate) -> str:
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
     return f"""\
-{plan.config} on {result.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × dp {plan.dp} × ep {plan.ep}, {plan.schedule}, \
-{plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
+{plan.config} on {result.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × \
+dp {plan.dp} × ep {plan.ep}, {plan.schedule}, {plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
 GB on each GPU, by pipeline rank, with recomputation:
 {format_memory(result)}
-at most {max(result.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g} GB
+at most {max(result.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} \
+{m.memory / 1e9:g} GB
 
 sent by a GPU per step (the rank that sends most):
 {sent}
 
-step: {result.flops:.3g} FLOPs; {result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline
+step: {result.flops:.3g} FLOPs; {result.seconds:.2f} s, of which {result.tail:.2f} s \
+after the pipeline
 {tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU
 overheads assumed (chapter 17): {overheads}
-{result.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${result.hours * m.dollars_per_hour / 1e3:,.0f}K at \
+{result.hours / 1e3:,.1f}K GPU hours per trillion tokens, \
+${result.hours * m.dollars_per_hour / 1e3:,.0f}K at \
 ${m.dollars_per_hour:g} per hour; without overheads {best / 1e3:,.1f}K \
 (the report, V3 on H800: {REPORT_HOURS / 1e3:.0f}K, ${REPORT_HOURS * 2 / 1e3:,.0f}K)"""
 

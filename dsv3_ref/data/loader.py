@@ -114,7 +114,7 @@ class PackedDataLoader:
         return self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
 
     def refill(self) -> None:
-        """Pack a document of the source with the fewest tokens drawn in proportion to its weight."""
+        """Pack a document of the source with the fewest tokens drawn relative to its weight."""
         drawn = [s.tokens_drawn / s.weight for s in self.sources]
         i = drawn.index(min(drawn))
         source, document = self.sources[i], next(self.documents[i])
@@ -137,7 +137,7 @@ class PackedDataLoader:
         return torch.from_numpy(np.stack([next(self) for _ in range(n)])).long()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream: values for JSON, and the buffered tokens as tensors."""
+        """Return the position in the stream: values for JSON, and the buffered tokens."""
         buffer = np.stack(self.buffer) if self.buffer else np.zeros((0, self.length), np.int32)
         return {
             "sources": [[s.epoch, s.index, s.tokens_drawn] for s in self.sources],

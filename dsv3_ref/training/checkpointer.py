@@ -145,7 +145,7 @@ class Checkpointer:
 
 
 def describe_origin(run: "Run") -> dict[str, Any]:
-    """Return what the manifest records: the mesh, and fingerprints of settings, tokenizer and data."""
+    """Return what the manifest records: mesh, and fingerprints of settings, tokenizer and data."""
     config = run.config
     text = run.data.tokenizer.to_str()
     return {
@@ -178,8 +178,8 @@ def check_same_run(about: dict[str, Any], folder: Path) -> bool:
         ]
     if differences:
         raise UserError(
-            f"{folder} cannot be resumed: {'; '.join(differences[:3])}. Restore what it was trained "
-            f"with, or start a new run from its weights: --init {folder}"
+            f"{folder} cannot be resumed: {'; '.join(differences[:3])}. Restore what it was "
+            f"trained with, or start a new run from its weights: --init {folder}"
         )
     writer = manifest.get("versions", {}).get("torch")
     installed = installed_versions()["torch"]

@@ -65,13 +65,13 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """precision of matrix products; auto: fp32 on CPU, bf16 over fp32 weights and gradients on CUDA;
-    fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on CUDA and with
+    """precision of matrix products; auto: fp32 on CPU, on CUDA bf16 over fp32 weights and
+    gradients; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on CUDA and with
     the same results by emulation on CPU"""
     optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype in which AdamW stores its moments; the report uses bf16 (§3.3.2)"""
     ema_decay: float = 0.0
-    """decay per step of averaged weights, for example 0.99, which are validated too; 0: no average"""
+    """decay per step of averaged weights, such as 0.99, which are validated too; 0: no average"""
     micro_batch: int = 0
     """sequences in one forward pass; 0: the whole batch"""
     recompute: bool = False
@@ -84,14 +84,15 @@ class TrainConfig:
     val_sequences: int = 64
     """validation sequences at each checkpoint; the last checkpoint uses all"""
     skip_grad_norm_factor: float = 10.0
-    """skip a step whose gradient norm exceeds this × the median of recent norms; 0: skip only NaN"""
+    """skip a step whose gradient norm exceeds this × the median of recent ones; 0: skip only NaN"""
     grad_norm_window: int = 50
     """steps over which that median is taken"""
     max_skipped_steps: int = 3
     """consecutive skipped steps before rolling back to the newest checkpoint; the skipped data is
     not replayed"""
     pp: int = 1
-    """pipeline-parallel degree; launch pp × dp × ep processes with torchrun or srun (V3: 16, 2, 64)"""
+    """pipeline-parallel degree; launch pp × dp × ep processes with torchrun or srun (V3: 16, 2,
+    64)"""
     ep: int = 1
     """expert-parallel degree: ranks that share the experts of a layer"""
     dp: int = 0
@@ -253,7 +254,8 @@ def config_name_of(init: Path) -> str:
 
 CHANGEABLE_ON_RESUME = {
     "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every",
-    "keep_latest_k", "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_ranks_per_node",
+    "keep_latest_k", "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero",
+    "ep_ranks_per_node",
     "token_dispatcher", "hang_timeout",
 }  # fmt: skip
 
@@ -266,7 +268,7 @@ def describe_losses(args: TrainConfig) -> dict[str, Any]:
 
 
 def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:
-    """Return the settings to resume with; raise a `UserError` if one that affects the losses differs.
+    """Return the settings to resume with; raise a `UserError` if one that shapes losses differs.
 
     before: the settings of the run, with its directory as `out`.
     """
@@ -295,7 +297,7 @@ def flatten_options(args: TrainConfig) -> dict[str, Any]:
 def candidate_run_dirs(
     kind: type[TrainConfig], config: str, out: Path | None = None
 ) -> Iterator[Path]:
-    """Yield possible directories of a run: --out or runs/<config>[-<command>], then with -2, -3 …."""
+    """Yield possible directories of a run: --out or runs/<config>[-<command>], then with -2 …."""
     suffix = "" if kind.COMMAND == "train" else f"-{kind.COMMAND}"
     base = out or Path("runs") / (Path(config).stem + suffix)
     yield base

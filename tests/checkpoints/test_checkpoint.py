@@ -518,7 +518,9 @@ KILLED = """
 import os, signal, sys
 from dsv3_ref.checkpoints import native, safetensors_files
 model = native.load(sys.argv[1])
-module, name, at = (safetensors_files, "save_file", 2) if sys.argv[2] == "write" else (os, "rename", 1)
+module, name, at = os, "rename", 1
+if sys.argv[2] == "write":
+    module, name, at = safetensors_files, "save_file", 2
 real, calls = getattr(module, name), iter(range(99))
 def call(*args, **kwargs):
     if next(calls) == at:

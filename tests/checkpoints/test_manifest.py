@@ -1,4 +1,4 @@
-"""Manifests: every changed byte is found, whatever else fails; the newest whole checkpoint is taken."""
+"""Manifests: every changed byte is found, and the newest whole checkpoint is taken."""
 
 import json
 import shutil

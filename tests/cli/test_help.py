@@ -149,7 +149,8 @@ def test_the_version(capsys):
 def test_the_overview_imports_no_command():
     code = (
         "import sys; from dsv3_ref.cli import main as cli; cli.main(['--help']);"
-        "slow = {'torch', 'tyro', 'dsv3_ref.training.settings'}; sys.exit(str(slow & {*sys.modules}))"
+        "slow = {'torch', 'tyro', 'dsv3_ref.training.settings'};"
+        "sys.exit(str(slow & {*sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "set()\n"

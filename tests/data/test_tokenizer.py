@@ -161,7 +161,8 @@ def test_what_is_no_tokenizer_is_said(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
+                        "stride": 0}},
         {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
                      "pad_id": 2, "pad_type_id": 0, "pad_token": tok.PAD}},
         {"dropout": 0.5},

@@ -108,7 +108,7 @@ def test_the_first_and_the_last_stage_hold_the_embedding():
 
 
 def compare_local_model(stage: int, num_stages: int):
-    """Build a rank's part; return (equal weights, names, equal random state, names of the whole)."""
+    """Build a rank's part; return (equal weights, names, equal random state, all names)."""
     mesh = Mesh(1, 1, 2, CPU)
     local = build_local_model(TINY, mesh, (stage,), num_stages, seed=3)
     after = torch.rand(1)
