@@ -448,7 +448,8 @@ def format_estimate(result: Estimate) -> str:
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
     return f"""\
 {plan.config} on {result.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × \
-dp {plan.dp} × ep {plan.ep}, {plan.schedule}, {plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
+dp {plan.dp} × ep {plan.ep}, {plan.schedule}, {plan.precision}, \
+batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
 GB on each GPU, by pipeline rank, with recomputation:
 {format_memory(result)}
 at most {max(result.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} \

@@ -66,8 +66,8 @@ class TrainConfig:
     """cpu, cuda, or auto: a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """precision of matrix products; auto: fp32 on CPU, on CUDA bf16 over fp32 weights and
-    gradients; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on CUDA and with
-    the same results by emulation on CPU"""
+    gradients; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on
+    CUDA and with the same results by emulation on CPU"""
     optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype in which AdamW stores its moments; the report uses bf16 (§3.3.2)"""
     ema_decay: float = 0.0

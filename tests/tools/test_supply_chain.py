@@ -86,7 +86,8 @@ def test_no_code_of_a_downloaded_model_is_run():
 
 
 def test_pins_are_split_by_name_and_marker():
-    text = "# note\na==1 ; python_version < '3' \\\n    --hash=sha256:0\na==2 \\\n    --hash=sha256:1\n"
+    text = "# note\na==1 ; python_version < '3' \\\n    --hash=sha256:0\n"
+    text += "a==2 \\\n    --hash=sha256:1\n"
     pins = lock.split_pins(text)
     assert list(pins) == ["a==1 ; python_version < '3'", "a==2"]
     assert pins["a==2"].endswith("sha256:1")
