@@ -36,6 +36,8 @@ class Limits:
     files: int = 64  # open at once
     output: int = 1 << 20  # bytes of each stream and of each file
     disk: int = 16 << 20  # bytes of /tmp, which is in memory
+    inodes: int = 4096  # files, folders, links, sockets and named pipes in /tmp, about 1 KB each
+    signals: int = 64  # queued signals and POSIX timers
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,29 @@ CANNOT_START = (
 # ── System calls that are denied ──
 
 AUDIT_ARCHS = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}  # AUDIT_ARCH_… of linux/audit.h
-DENIED_SYSCALLS = {  # calls that evade namespaces or limits: their numbers on both AUDIT_ARCHS
+# Calls that evade namespaces or limits, or whose objects the kernel counts against no limit: their
+# numbers on both AUDIT_ARCHS
+DENIED_SYSCALLS = {
     "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117), "bpf": (321, 280),
     "process_vm_writev": (311, 271), "add_key": (248, 217), "request_key": (249, 218),
     "keyctl": (250, 219), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425), "memfd_create": (319, 279), "memfd_secret": (447, 447),
-    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "io_setup": (206, 0),
+    "inotify_init": (253, 26), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
+    "landlock_create_ruleset": (444, 444), "vmsplice": (278, 75), "syslog": (103, 116),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
 }  # fmt: skip
-SOCKET = (41, 198)
+SOCKETS = ((41, 198), (53, 199))  # socket, socketpair
 CLONE = (56, 220)
+FCNTL = (72, 25)
+MMAP = (9, 222)
 CLONE3 = 435
 CLONE_NEW_FLAGS = 0x7E02_0000  # every CLONE_NEW… bit
 X32_BIT = 0x4000_0000  # of calls through the second table of x86_64
 AF_UNIX = 1
+RECORD_LOCKS = (6, 7, 37, 38)  # F_SETLK, F_SETLKW and both for open files: RLIMIT_LOCKS is ignored
+MAP_SHARED = 0x01
+MAP_ANONYMOUS = 0x20
 
 LOAD = 0x20  # operations of BPF
 IF_EQUAL = 0x15
@@ -88,13 +100,26 @@ RETURN = 0x06
 ALLOW = (RETURN, 0, 0, 0x7FFF_0000)
 KILL = (RETURN, 0, 0, 0x8000_0000)
 DENY = (RETURN, 0, 0, 0x5_0001)  # the call returns EPERM
+NO_MEMORY = (RETURN, 0, 0, 0x5_000C)  # the call returns ENOMEM
 NOT_IMPLEMENTED = (RETURN, 0, 0, 0x5_0026)  # the call returns ENOSYS
+# operation, instructions to skip if it is true, if it is false, value
+Instruction = tuple[int, int, int, int]
+
+
+def check_argument(number: int, index: int, *instructions: Instruction) -> list[Instruction]:
+    """Return instructions that decide a call by its argument of this index."""
+    return [
+        (IF_EQUAL, 0, 1 + len(instructions), number),
+        (LOAD, 0, 0, 16 + 8 * index),
+        *instructions,
+    ]
 
 
 def seccomp_filter() -> bytes:
     """Build a seccomp filter: none of DENIED_SYSCALLS, no new namespaces, only AF_UNIX sockets.
 
-    An instruction is (operation, instructions to skip if it is true, if it is false, value).
+    It denies record locks and anonymous shared memory too, since no limit counts them: such memory
+    outlives the part of it that is still mapped.
     """
     machine = platform.machine()
     if machine not in AUDIT_ARCHS:
@@ -103,20 +128,26 @@ def seccomp_filter() -> bytes:
         )
     i = list(AUDIT_ARCHS).index(machine)
     load_architecture, load_number = (LOAD, 0, 0, 4), (LOAD, 0, 0, 0)
-    load_argument = (LOAD, 0, 0, 16)  # the first one
     program = [load_architecture, (IF_EQUAL, 1, 0, AUDIT_ARCHS[machine]), KILL]
     program += [load_number, (IF_AT_LEAST, 0, 1, X32_BIT), DENY]
     for numbers in DENIED_SYSCALLS.values():
         program += [(IF_EQUAL, 0, 1, numbers[i]), DENY]
     # the flags of clone3 cannot be inspected; libc falls back to clone
     program += [(IF_EQUAL, 0, 1, CLONE3), NOT_IMPLEMENTED]
-    program += [(IF_EQUAL, 0, 4, SOCKET[i]), load_argument, (IF_EQUAL, 0, 1, AF_UNIX), ALLOW, DENY]
-    program += [(IF_EQUAL, 0, 3, CLONE[i]), load_argument, (IF_ANY_BIT, 0, 1, CLONE_NEW_FLAGS)]
-    program += [DENY, ALLOW]
+    for numbers in SOCKETS:
+        program += check_argument(numbers[i], 0, (IF_EQUAL, 1, 0, AF_UNIX), DENY, ALLOW)
+    program += check_argument(CLONE[i], 0, (IF_ANY_BIT, 0, 1, CLONE_NEW_FLAGS), DENY, ALLOW)
+    are_locks = list(chain.from_iterable(((IF_EQUAL, 0, 1, lock), DENY) for lock in RECORD_LOCKS))
+    program += check_argument(FCNTL[i], 1, *are_locks, ALLOW)
+    is_shared, is_anonymous = (IF_ANY_BIT, 0, 2, MAP_SHARED), (IF_ANY_BIT, 0, 1, MAP_ANONYMOUS)
+    program += check_argument(MMAP[i], 3, is_shared, is_anonymous, NO_MEMORY, ALLOW)
+    program.append(ALLOW)
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
 # ── What a program sees ──
+
+TMPFS = "/sys"  # where /tmp is mounted first: a folder of every Linux that sandboxes do not show
 
 # Runs in the program's own interpreter; `{started}` is closed before the program runs.
 RUN_SCRIPT = """
@@ -148,20 +179,34 @@ def pick_user_id() -> int | None:
     return random.SystemRandom().choice(ids) if os.geteuid() == 0 and ids else None
 
 
-def bwrap_args(user: int | None, disk: int) -> list[str]:
+def tmpfs_args(user: int | None, limits: Limits) -> list[str]:
+    """Return a command that mounts a small tmpfs, in a namespace of its own, and runs the rest.
+
+    bwrap limits the bytes of a tmpfs but not its inodes, which occupy kernel memory.
+    """
+    namespaces = ["--mount", *(["--user", "--map-root-user"] if user is None else [])]
+    options = f"mode=1777,nosuid,nodev,size={limits.disk},nr_inodes={limits.inodes}"
+    script = f'mount -t tmpfs -o "$0" tmpfs {TMPFS} && exec "$@"'
+    return ["unshare", *namespaces, "--", "sh", "-c", script, options]
+
+
+def bwrap_args(user: int | None) -> list[str]:
     """Return arguments for new namespaces, read-only system files and Python, and a small /tmp."""
-    namespaces = ["ipc", "pid", "net", "uts", "cgroup-try", *(["user"] if user is None else [])]
+    own_user = ["--unshare-user", "--uid", str(os.getuid()), "--gid", str(os.getgid())]
+    namespaces = ["ipc", "pid", "net", "uts", "cgroup-try"]
     read_only = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix]
     parents = ["/etc", *map(str, reversed(Path(sys.base_prefix).parents))]
     return [
         *(f"--unshare-{namespace}" for namespace in namespaces), "--hostname", "sandbox",
-        "--new-session", "--die-with-parent",
-        "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp",
+        *(own_user if user is None else []), "--new-session", "--die-with-parent",
+        "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp",
         "--setenv", "PYTHONHASHSEED", "0",  # the same program ends the same way
-        "--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp", "--chdir", "/tmp",
+        "--bind", TMPFS, "/tmp", "--chdir", "/tmp",
         *chain.from_iterable(("--perms", "755", "--dir", path) for path in parents),
         *chain.from_iterable(("--ro-bind-try", path, path) for path in read_only),
-        "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
+        # shared mappings of /dev/zero are anonymous memory: there, it cannot be opened
+        "--proc", "/proc", "--dev", "/dev", "--ro-bind", "/dev/null", "/dev/zero",
+        "--remount-ro", "/dev",
     ]  # fmt: skip
 
 
@@ -174,6 +219,8 @@ def interpreter_args(user: int | None, limits: Limits) -> list[str]:
         "nproc": limits.processes + (user is None),  # without a user of its own, bwrap counts too
         "nofile": limits.files,
         "fsize": limits.output,
+        "sigpending": limits.signals,
+        "msgqueue": 0,  # bytes
         "core": 1,  # byte; 0 would still call the host's crash handler
     }
     prlimit = ["prlimit", *(f"--{name}={value}" for name, value in limit_values.items())]
@@ -216,7 +263,7 @@ def launch(
     stdout_fd, stderr_fd = memfd(stack), memfd(stack)
     value_fd, started_fd = memfd(stack), memfd(stack)
     files = {path: memfd(stack, text) for path, text in texts.items()}
-    command = [bwrap, *bwrap_args(user, limits.disk)]
+    command = [*tmpfs_args(user, limits), bwrap, *bwrap_args(user)]
     command += ["--info-fd", str(info_write_fd), "--seccomp", str(rules_fd)]
     for path, fd in files.items():
         command += ["--file", str(fd), path]

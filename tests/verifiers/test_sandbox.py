@@ -516,6 +516,135 @@ print(json.dumps([*results, len(kept), os.statvfs("/tmp").f_blocks * os.statvfs(
     assert size == LIMITS.disk
 
 
+# Each makes objects of a kind until the kernel refuses one, and prints how many.
+MAKERS = {
+    "files": "close(os.open(f'/tmp/{i}', os.O_CREAT | os.O_WRONLY))",
+    "folders": "os.mkdir(f'/tmp/{i}')",
+    "nested folders": "os.mkdir('/tmp/x'), os.rename('/tmp/x', f'/tmp/{i}')",
+    "symbolic links": "os.symlink('x' * 4000, f'/tmp/{i}')",
+    "short symbolic links": "os.symlink('x' * 100, f'/tmp/{i}')",
+    "hard links": "os.link('/tmp/first', f'/tmp/{i}')",
+    "named pipes": "os.mkfifo(f'/tmp/{i}')",
+    "named sockets": "listen(f'/tmp/{i}')",
+    "files of long names": "close(os.open(f'/tmp/{i:0255}', os.O_CREAT | os.O_WRONLY))",
+    "files without a name": "os.open('/tmp', os.O_TMPFILE | os.O_WRONLY)",
+    "pipes": "os.pipe()",
+    "sockets": "kept.append(socket.socketpair())",
+    "sockets in flight": "send(i)",
+    "terminals": "os.openpty()",
+    "timers": "check(libc.timer_create(1, None, ctypes.byref(ctypes.c_void_p())))",
+    "signals": "check(libc.sigqueue(os.getpid(), 40, None))",
+    "leases": "fcntl.fcntl(os.open('/tmp/second', os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+}
+DENIED_MAKERS = {  # of objects that no limit counts
+    "memory files": "os.memfd_create('x')",
+    "record locks": "fcntl.lockf(first, fcntl.LOCK_EX, 1, 2 * (N - i))",
+    "record locks of open files": "fcntl.fcntl(first, 37, struct.pack('hhqqi4x', 1, 0, 2 * i, 1, 0))",
+    "watches": "check(libc.inotify_init1(0))",
+    "message queues": "check(libc.mq_open(f'/{i}'.encode(), os.O_CREAT | os.O_RDWR, 0o600, None))",
+    "attributes": "os.setxattr('/tmp/first', f'user.{i}', b'x' * 1000)",
+    "access lists": "os.setxattr('/tmp/first', 'system.posix_acl_access', ACL)",
+    "shared memory": "kept.append(mmap.mmap(-1, 1 << 20)), kept[-1].resize(4096)",
+    "shared memory by a device": "kept.append(mmap.mmap(os.open('/dev/zero', 2), 1 << 20))",
+    "rings": "check(libc.syscall(IO_SETUP, 8, ctypes.byref(ctypes.c_void_p())))",
+    "rulesets": "check(libc.syscall(444, ctypes.byref(ctypes.c_uint64(1)), 8, 0))",
+}
+MAKE = (
+    LIBC
+    + """
+import fcntl, json, mmap, os, signal, socket, struct
+N = 100_000
+IO_SETUP = {"x86_64": 206, "aarch64": 0}[os.uname().machine]
+entry = struct.Struct("<HHI").pack
+owners = b"".join(entry(*x) for x in [(1, 7, 2**32 - 1), *[(2, 7, os.getuid())] * 999])
+ACL = struct.pack("<I", 2) + owners + b"".join(entry(x, 7, 2**32 - 1) for x in (4, 16, 32))
+close, kept = os.close, []
+def check(code):
+    if code < 0:
+        raise OSError(ctypes.get_errno(), "")
+def listen(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+def send(i):
+    if i % 2 == 0:
+        kept.append(socket.socketpair())
+    a, b = kept[-1]
+    socket.send_fds(a, [b"x"], [b.fileno()] * 200)
+signal.pthread_sigmask(signal.SIG_BLOCK, {40})
+first = os.open("/tmp/first", os.O_CREAT | os.O_RDWR)
+close(os.open("/tmp/second", os.O_CREAT | os.O_RDWR))
+made = 0
+try:
+    for i in range(N):
+        WHAT
+        made += 1
+except (OSError, MemoryError):
+    pass
+print(json.dumps(made))
+"""
+)
+
+
+@boxed
+@pytest.mark.parametrize("kind", MAKERS)
+def test_objects_in_the_kernels_memory_are_bounded(kind):
+    made = answer(MAKE.replace("WHAT", MAKERS[kind]))
+    assert 0 < made < LIMITS.inodes
+    if kind in ("files", "folders", "short symbolic links", "hard links", "named pipes"):
+        assert made > LIMITS.inodes - 10  # what is allowed can be made
+
+
+@boxed
+@pytest.mark.parametrize("kind", DENIED_MAKERS)
+def test_objects_that_no_limit_counts_cannot_be_made(kind):
+    assert answer(MAKE.replace("WHAT", DENIED_MAKERS[kind])) == 0
+
+
+@boxed
+def test_all_processes_of_a_program_share_the_limit_on_inodes():
+    program = """
+import json, os
+def fill(name):
+    n = 0
+    while True:
+        try:
+            os.mkdir(f"/tmp/{name}.{n}")
+        except OSError:
+            return
+        n += 1
+for name in range(4):
+    if os.fork() == 0:
+        fill(name)
+        os._exit(0)
+for name in range(4):
+    os.wait()
+disk = os.statvfs("/tmp")
+print(json.dumps([len(os.listdir("/tmp")), disk.f_files, disk.f_ffree]))
+"""
+    made, limit, free = answer(program)
+    assert limit == LIMITS.inodes and free == 0
+    assert made < LIMITS.inodes
+    few = replace(LIMITS, inodes=20)
+    assert answer(program, limits=few)[1:] == [20, 0]
+
+
+@boxed
+def test_a_program_can_use_locks_of_files_and_private_memory():
+    program = """
+import fcntl, json, mmap, os, tempfile
+with tempfile.TemporaryFile() as f:
+    fcntl.flock(f, fcntl.LOCK_EX)
+    f.write(bytes(1 << 16))
+    f.flush()
+    of_file = mmap.mmap(f.fileno(), 1 << 16)
+    of_file[5] = 7
+    private = mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    private[5] = of_file[5]
+    print(json.dumps([private[5], fcntl.fcntl(f, fcntl.F_GETFD)]))
+"""
+    assert answer(program) == [7, 1]
+
+
 # ── When it is over, it is over ──
 
 DAEMON = """
@@ -808,7 +937,7 @@ def test_a_kernel_that_grants_no_namespaces_runs_nothing():
     code = "from dsv3_ref.verifiers.sandbox import run_program; run_program('print(1)')"
     poor = ["bwrap", "--unshare-user", "--uid", "1234", "--disable-userns", "--dev-bind", "/", "/"]
     done = subprocess.run([*poor, sys.executable, "-c", code], cwd=ROOT, capture_output=True)
-    assert b"could not start Python (bwrap: " in done.stderr.splitlines()[-1]
+    assert b"could not start Python (unshare: " in done.stderr.splitlines()[-1]
 
 
 @boxed
