@@ -17,7 +17,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-Groups = dict[str, str]  # heading → names of fields; "" lists nested dataclasses to leave alone
+Groups = Mapping[str, str]  # heading → names of fields; "" lists nested dataclasses to leave alone
 
 RECIPE: Groups = {
     "data": "seq_len start_batch_size global_batch_size batch_rampup_frac",
@@ -39,7 +39,7 @@ TRAIN: Groups = {
 }
 GENERATE: Groups = {
     "sampling": "max_new_tokens temperature top_p stop seed",
-    "computation": "num_speculative_tokens compile device verify",
+    "computation": "num_speculative_tokens compile device",
 }
 OPTION_GROUPS: dict[str, Groups] = {
     "data prepare": {
@@ -72,21 +72,19 @@ OPTION_GROUPS: dict[str, Groups] = {
         "checkpoint": "init out",
     },
     "generate": {"text": "prompt"} | GENERATE,
-    "chat": {"text": "system"} | GENERATE | {"web page": "web host port allowed_hosts"},
+    "chat": {"text": "system"} | GENERATE | {"web page": "web host port"},
     "serve": {
-        "server": "host port served_model_name max_queue max_connections grace",
-        "access": "api_key allow_unauthenticated allowed_hosts allowed_origins"
-        " report_cached_tokens",
+        "server": "host port served_model_name max_queue grace",
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
         "sampling": "max_new_tokens seed",
-        "computation": "num_speculative_tokens prefill_workers device verify",
+        "computation": "num_speculative_tokens prefill_workers device",
     },
     "check": {},
     "eval": {
         "task": "tasks limit system apply_chat_template",
         "sampling": "samples temperature max_new_tokens seed",
-        "computation": "device verify",
+        "computation": "device",
         "output": "out",
     },
     "plan": {

@@ -69,14 +69,10 @@ class Policy:
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        verify: bool = True,
+        cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> "Policy":
         """Load a policy from a run, a checkpoint or a Hugging Face directory."""
-        model = native.load(folder, device, dtype, verify).eval()
+        model = native.load(folder, device, dtype).eval()
         return cls(model, load_tokenizer(native.find_tokenizer_dir(Path(folder))))
 
     def encode_prompt(self, messages: Sequence[dict]) -> list[int]:

@@ -6,10 +6,15 @@ reads, patches or prints, it passes only if it outputs the right result.
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsv3_ref.verifiers.sandbox import LIMITS, Limits, call_function, run_program
+
+RELATIVE_TOLERANCE = 1e-6  # of an expected float
+ZERO_TOLERANCE = 1e-9  # of an expected 0.0
+SPACES = " \t\r\n\v\f"
 
 
 @dataclass(frozen=True)
@@ -44,23 +49,38 @@ class FunctionCase:
 
 
 def output_lines(text: str) -> list[str]:
-    """Split a text into lines without trailing spaces and without empty lines at the end."""
-    return [line.rstrip() for line in text.rstrip().split("\n")]
+    """Split a text into lines without trailing ASCII spaces and without empty lines at the end."""
+    return [line.rstrip(SPACES) for line in text.rstrip(SPACES).split("\n")]
 
 
-def json_equal(value: object, other: object) -> bool:
-    """Return whether two JSON values are equal; floats may differ by 1e-6 of their size."""
-    if isinstance(value, list) and isinstance(other, list):
-        return len(value) == len(other) and all(map(json_equal, value, other))
-    if isinstance(value, dict) and isinstance(other, dict):
-        return value.keys() == other.keys() and all(json_equal(value[k], other[k]) for k in other)
-    if isinstance(value, bool) or isinstance(other, bool):
-        return value is other
-    is_float = float in (type(value), type(other))
-    if is_float and isinstance(value, float | int) and isinstance(other, float | int):
-        both_nan = value != value and other != other
-        return both_nan or math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-9)
-    return value == other
+def json_equal(value: object, expected: object) -> bool:
+    """Return whether a JSON value equals an expected one; only an expected float has a tolerance.
+
+    Numbers are compared by value: 2.0 equals an expected 2, and True does not equal 1.
+    """
+    if isinstance(expected, list):
+        is_long = isinstance(value, list) and len(value) == len(expected)
+        return is_long and all(map(json_equal, value, expected))
+    if isinstance(expected, dict):
+        has_keys = isinstance(value, dict) and value.keys() == expected.keys()
+        return has_keys and all(json_equal(value[key], expected[key]) for key in expected)
+    if isinstance(value, bool) or isinstance(expected, bool):
+        return value is expected
+    if isinstance(expected, float) and isinstance(value, int | float):
+        return is_close(value, expected)
+    return value == expected
+
+
+def is_close(value: float, expected: float) -> bool:
+    """Return whether a number differs from the expected one by at most 1e-6 of its size.
+
+    It may differ from 0 by 1e-9. NaN and the infinities equal only themselves.
+    """
+    if not math.isfinite(expected):
+        return value == expected or (math.isnan(expected) and value != value)
+    margin = RELATIVE_TOLERANCE * abs(expected) if expected else ZERO_TOLERANCE
+    is_finite = -sys.float_info.max <= value <= sys.float_info.max  # an integer may be larger
+    return is_finite and expected - margin <= value <= expected + margin
 
 
 def count_passed(

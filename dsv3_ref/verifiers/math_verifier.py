@@ -7,6 +7,7 @@ out. A process that exceeds the time limit is killed, and the next comparison st
 """
 
 import json
+import math
 import re
 import resource
 import select
@@ -14,12 +15,19 @@ import subprocess
 import sys
 import threading
 from functools import cache
+from typing import TYPE_CHECKING
 
 from dsv3_ref.config import UserError
+
+if TYPE_CHECKING:
+    from sympy import Basic, Float, MatrixBase
+
+    Expression = Basic | MatrixBase
 
 TIMEOUT_S = 5.0  # of one comparison
 STARTUP_TIMEOUT_S = 60.0
 MEMORY_BYTES = 4 << 30  # of address space
+NUMERIC_DIGITS = 1000  # that tell apart numbers such as √2 and √2 + 10⁻²⁰
 READY = "ready"
 # Words are compared as texts: math-verify would multiply their letters, so that cat = tac. Names of
 # functions and LaTeX commands are not words.
@@ -99,16 +107,41 @@ def answers_equal(answer: str, truth: str) -> bool:
     return not WORD.search(truth) and shared_verifier()(answer, truth)
 
 
+def find_decimals(parsed: "list[Expression | str]") -> "set[Float]":
+    """Return the decimal numbers in what math-verify has parsed."""
+    from sympy import Float
+
+    return set().union(*(x.atoms(Float) for x in parsed if not isinstance(x, str)))
+
+
+def parsed_equal(answer: "list[Expression | str]", truth: "list[Expression | str]") -> bool:
+    """Return whether an answer that math-verify has parsed equals the right one.
+
+    math-verify rounds to 6 decimals whenever either is a decimal number, so that 0.333333 = 1/3.
+    Here the right answer must be one, and keeps at least 6 significant digits; an answer equals any
+    other only exactly.
+    """
+    from math_verify import verify
+    from sympy import Rational
+
+    if decimals := find_decimals(truth):
+        exponent = min(math.floor(math.log10(abs(x))) if x else 0 for x in decimals)
+        return verify(truth, answer, float_rounding=max(6, 5 - exponent), timeout_seconds=None)
+    fractions = {decimal: Rational(str(decimal)) for decimal in find_decimals(answer)}
+    answer = [x if isinstance(x, str) else x.xreplace(fractions) for x in answer]
+    return verify(truth, answer, numeric_precision=NUMERIC_DIGITS, timeout_seconds=None)
+
+
 def main() -> None:
     """Compare the pairs of answers on stdin, one line of JSON each, until it closes."""
-    from math_verify import parse, verify
+    from math_verify import parse
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print(READY, flush=True)
     for line in sys.stdin:
         try:
             answer, truth = (parse(f"${x}$", parsing_timeout=None) for x in json.loads(line))
-            is_equal = bool(answer and truth and verify(truth, answer, timeout_seconds=None))
+            is_equal = bool(answer and truth and parsed_equal(answer, truth))
         except Exception:  # whatever the libraries raise, the answer is not shown to be equal
             is_equal = False
         print(json.dumps(is_equal), flush=True)
