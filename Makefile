@@ -75,7 +75,7 @@ clean:
 .venv/torch:
 	@test -x $(BIN)/python || { echo "· creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "· installing PyTorch"
-	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then $(PIP) "torch>=2.11"; \
+	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then $(PIP) "torch>=2.11,<3"; \
 	elif $(BIN)/pip install --dry-run --disable-pip-version-check "$(TORCH)" 2>/dev/null | grep -q "nvidia-"; \
 	then $(PIP) "$(TORCH)" --index-url $(CPU_INDEX); \
 	else $(PIP) "$(TORCH)"; fi

@@ -16,36 +16,36 @@ from typing import Any
 class Config:
     """Shape of a DeepSeek-V3; the defaults are the 671B model, names are DeepSeek's (§2, §4.2)."""
 
-    vocab_size: int = 129_280  # w, rows of the embedding and of the head
+    vocab_size: int = 129_280  # w, tokens in the vocabulary: rows of embedding and head
     dim: int = 7168  # d, width of the residual stream
-    inter_dim: int = 18_432  # f of a dense layer
-    moe_inter_dim: int = 2048  # f of one expert
+    inter_dim: int = 18_432  # f, hidden width of a dense FFN
+    moe_inter_dim: int = 2048  # f, hidden width of one expert
     n_layers: int = 61  # Transformer blocks of the main model
-    n_dense_layers: int = 3  # the first ones, without experts
+    n_dense_layers: int = 3  # first blocks, which have a dense FFN instead of experts
     n_heads: int = 128  # h, attention heads
-    q_lora_rank: int = 1536  # q, 0: queries straight from x
-    kv_lora_rank: int = 512  # c, the latent of keys and values
-    qk_nope_head_dim: int = 128  # i, head dim without position
-    qk_rope_head_dim: int = 64  # r, head dim with RoPE
-    v_head_dim: int = 128  # v, head dim of values
-    n_routed_experts: int = 256  # e, experts of a layer
-    n_shared_experts: int = 1  # experts that every token uses
+    q_lora_rank: int = 1536  # q, width of the query latent; 0: queries are not compressed
+    kv_lora_rank: int = 512  # c, width of the latent of keys and values
+    qk_nope_head_dim: int = 128  # i, width of queries and keys per head, without position
+    qk_rope_head_dim: int = 64  # r, width of queries and keys per head, with RoPE
+    v_head_dim: int = 128  # v, width of values per head
+    n_routed_experts: int = 256  # e, routed experts per MoE layer
+    n_shared_experts: int = 1  # shared experts per MoE layer, used by every token
     n_activated_experts: int = 8  # k, routed experts per token
     n_expert_groups: int = 8  # g, groups of routed experts
-    n_limited_groups: int = 4  # groups a token may use, M in §2.1.2
-    score_func: str = "sigmoid"  # or "softmax" (V2-Lite)
+    n_limited_groups: int = 4  # groups that a token may use, M in §2.1.2
+    score_func: str = "sigmoid"  # affinity of tokens to experts: sigmoid, or softmax (V2-Lite)
     route_scale: float = 2.5  # factor on the weights of the chosen experts
-    n_mtp_layers: int = 1  # D of §2.2
-    max_seq_len: int = 163_840  # positions that RoPE covers
-    original_seq_len: int = 4096  # length before YaRN
-    rope_theta: float = 10_000.0  # base of the rotation frequencies
-    rope_factor: float = 40.0  # YaRN's s, 1: plain RoPE
+    n_mtp_layers: int = 1  # MTP modules, D in §2.2
+    max_seq_len: int = 163_840  # longest sequence, in tokens
+    original_seq_len: int = 4096  # sequence length before YaRN, in tokens
+    rope_theta: float = 10_000.0  # base of the RoPE frequencies
+    rope_factor: float = 40.0  # YaRN's s, factor on the sequence length; 1: plain RoPE
     beta_fast: float = 32.0  # YaRN keeps frequencies with more rotations than this
     beta_slow: float = 1.0  # YaRN interpolates frequencies with fewer rotations than this
     mscale: float = 1.0  # YaRN's factor in the correction of the softmax scale
     norm_eps: float = 1e-6  # ε of RMSNorm
     init_std: float = 0.006  # standard deviation of the initial weights
-    embed_std: float = 0.006  # of the embedding, not a field of the report
+    embed_std: float = 0.006  # standard deviation of the initial embedding; not in the report
 
     def __post_init__(self):
         validate_config(self)

@@ -121,7 +121,7 @@ def _(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
 
 
 def zb1p(pp: int, r: int, m: int) -> list[Step]:
-    """Return the steps of rank r in ZB1P: 1F1B with I instead of B, each W r micro-batches later."""
+    """Return the steps of rank r in ZB1P: 1F1B with I for B, and each W r micro-batches later."""
     steps: list[Step] = []
     for (action,) in one_f_one_b(pp, r, m):
         if action.kind == "F":
@@ -212,7 +212,8 @@ def dualpipe_v(pp: int, r: int, m: int) -> list[Step]:
 
 
 SCHEDULES = {
-    "gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe, "dualpipev": dualpipe_v,
+    "gpipe": gpipe, "1f1b": one_f_one_b, "zb1p": zb1p, "dualpipe": dualpipe,
+    "dualpipev": dualpipe_v,
 }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def fp8_grouped_gemm(
     tokens_per_expert_e: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Multiply the rows of each expert by its weight as `fp8_gemm` does: (m, k) × (e, n, k) → (m, n).
+    """Multiply each expert's rows by its weight as `fp8_gemm` does: (m, k) × (e, n, k) → (m, n).
 
     The rows are sorted by expert.
     """
@@ -278,7 +278,7 @@ def quantize_weight_cached(weight: Tensor) -> Quantized:
 def gemm(
     rows: Quantized, weight: Quantized, tokens_per_expert_e: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply rows by a weight (Fprop, Dgrad) or, with counts, by the weight of each row's expert."""
+    """Multiply rows by a weight (Fprop, Dgrad) or, with counts, by the weights of their experts."""
     if tokens_per_expert_e is None:
         return fp8_gemm(*rows, *weight, dtype)
     return fp8_grouped_gemm(*rows, *weight, tokens_per_expert_e, dtype)

@@ -7,7 +7,8 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 
@@ -16,29 +17,29 @@ import torch
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """How V3 was trained (§4.2); `_start`, `_end` and `_frac` are fractions of the tokens."""
+    """The settings of V3's training (§4.2); `_start`, `_end`, `_frac`: fractions of its tokens."""
 
-    steps: int = 242_783  # optimizer steps; the default is 14.8T tokens (computed)
+    steps: int = 242_783  # optimizer steps; V3's are computed from 14.8T tokens
     seq_len: int = 4096  # T, tokens per sequence
     lr: float = 2.2e-4  # peak learning rate
-    min_lr: float = 2.2e-5  # learning rate at the end of the cosine
-    final_lr: float = 7.3e-6  # learning rate from `final_start` on
+    min_lr: float = 2.2e-5  # learning rate at the end of the cosine decay
+    final_lr: float = 7.3e-6  # learning rate after `final_start`
     warmup_steps: int = 2000  # steps of linear warm-up
-    decay_start: float = 10 / 14.8  # where the cosine begins
-    decay_end: float = 14.3 / 14.8  # where the cosine ends
-    final_start: float = 14.633 / 14.8  # where `final_lr` begins
+    decay_start: float = 10 / 14.8  # fraction of tokens at which the cosine decay starts
+    decay_end: float = 14.3 / 14.8  # fraction of tokens at which the cosine decay ends
+    final_start: float = 14.633 / 14.8  # fraction of tokens at which `final_lr` starts
     start_batch_size: int = 3072  # sequences of the first step
     global_batch_size: int = 15_360  # sequences per step after the ramp
-    batch_rampup_frac: float = 0.469 / 14.8  # where the ramp of the batch ends
-    bias_update_rate: float = 1e-3  # γ, 0 after `decay_end`
-    mtp_weight: float = 0.3  # λ until `decay_start`
-    mtp_weight_end: float = 0.1  # λ after `decay_start`
-    balance_loss_coeff: float = 1e-4  # α of the balance loss
-    balance_loss_scope: Literal["sequence", "batch"] = "sequence"  # what α's loss evens out
-    weight_decay: float = 0.1  # of AdamW, for matrices only
-    beta1: float = 0.9  # AdamW's decay of the mean gradient
-    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
-    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
+    batch_rampup_frac: float = 0.469 / 14.8  # fraction of tokens over which the batch size grows
+    bias_update_rate: float = 1e-3  # γ, update per step of the gate biases; 0 after `decay_end`
+    mtp_weight: float = 0.3  # λ, weight of the MTP loss until `decay_start`
+    mtp_weight_end: float = 0.1  # λ, weight of the MTP loss after `decay_start`
+    balance_loss_coeff: float = 1e-4  # α, weight of the balance loss
+    balance_loss_scope: Literal["sequence", "batch"] = "sequence"  # span that the loss balances
+    weight_decay: float = 0.1  # weight decay of AdamW, for matrices only
+    beta1: float = 0.9  # AdamW's decay per step of the mean gradient
+    beta2: float = 0.95  # AdamW's decay per step of the mean squared gradient
+    max_grad_norm: float = 1.0  # norm to which gradients are clipped
 
 
 RECIPES = {
@@ -51,7 +52,7 @@ RECIPES = {
         TrainingRecipe(), steps=20_000, seq_len=2048, start_batch_size=32, global_batch_size=128,
         warmup_steps=400, lr=6e-4, min_lr=6e-5, final_lr=2e-5,
     ),
-    "v2_lite": replace(  # our choice, for its shape; not how V2-Lite was trained
+    "v2_lite": replace(  # our choice for this shape; V2-Lite was trained differently
         TrainingRecipe(), steps=100_000, start_batch_size=512, global_batch_size=2304,
         lr=4.2e-4, min_lr=4.2e-5, final_lr=1.4e-5, mtp_weight=0.0, mtp_weight_end=0.0,
         balance_loss_coeff=1e-3, bias_update_rate=0.0,
@@ -60,7 +61,10 @@ RECIPES = {
 
 
 def get_lr(recipe: TrainingRecipe, step: int, progress: float) -> float:
-    """Warm up; then, by the fraction of tokens `progress`: constant, cosine, constant, lower."""
+    """Return the learning rate of a step: warm-up, constant, cosine decay, constant, final.
+
+    progress: the fraction of the run's tokens seen before the step.
+    """
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
     if progress >= recipe.final_start:
@@ -72,12 +76,12 @@ def get_lr(recipe: TrainingRecipe, step: int, progress: float) -> float:
 
 
 def get_bias_update_rate(recipe: TrainingRecipe, progress: float) -> float:
-    """Speed of the gate biases: γ until 14.3T of 14.8T tokens, then 0."""
+    """Return γ, the update per step of the gate biases: 0 after 14.3T of 14.8T tokens."""
     return recipe.bias_update_rate if progress < recipe.decay_end else 0.0
 
 
 def get_mtp_weight(recipe: TrainingRecipe, progress: float) -> float:
-    """λ of eq. 25: 0.3 until 10T of 14.8T tokens, then 0.1."""
+    """Return λ of eq. 25: 0.3 until 10T of 14.8T tokens, then 0.1."""
     return recipe.mtp_weight if progress < recipe.decay_start else recipe.mtp_weight_end
 
 
@@ -93,81 +97,114 @@ def get_batch_size_schedule(recipe: TrainingRecipe, steps: int) -> list[int]:
         else 1 / recipe.global_batch_size
     )
     total = steps / (ramp_steps + (1 - recipe.batch_rampup_frac) / recipe.global_batch_size)
-    sizes, seen = [], 0
+    sizes: list[int] = []
+    num_sequences = 0
     for _ in range(steps):
-        sizes.append(
-            round(
-                recipe.start_batch_size + grow * min(1.0, seen / (recipe.batch_rampup_frac * total))
-            )
-        )
-        seen += sizes[-1]
+        through = min(1.0, num_sequences / (recipe.batch_rampup_frac * total))
+        sizes.append(round(recipe.start_batch_size + grow * through))
+        num_sequences += sizes[-1]
     return sizes
 
 
 # ── AdamW ──
 
 
-def adamw_update(w, g, m, v, t: int, lr: float, betas, decay: float, eps: float = 1e-8):
-    """The equation, plain: θ − η(m̂/(√v̂ + ε) + wθ); returns the new (θ, m, v)."""
+def adamw_update(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    t: int,
+    lr: float,
+    betas: tuple[float, float],
+    decay: float,
+    eps: float = 1e-8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the new (θ, m, v) with θ − η(m̂/(√v̂ + ε) + wθ), the equation as it is written."""
     m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
     return w - lr * (m_hat / (v_hat.sqrt() + eps) + decay * w), m, v
 
 
-CPU_CHUNK_NUMEL = 1 << 18  # numbers at a time on a CPU: their fp32 copies stay in its cache
+CPU_CHUNK_NUMEL = 1 << 18  # elements updated at a time on a CPU: their fp32 copies fit in its cache
 
 
 class AdamW(torch.optim.Optimizer):
-    """`adamw_update` in fp32, moments stored as `moments`, narrow parameters beside a master."""
+    """AdamW in fp32 with moments stored as `state_dtype`; bf16 parameters have fp32 masters."""
 
-    def __init__(self, groups, lr: float, betas, state_dtype=torch.bfloat16, eps: float = 1e-8):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        state_dtype: torch.dtype = torch.bfloat16,
+        eps: float = 1e-8,
+    ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.state_dtype = state_dtype
 
-    def init_state(self, p) -> dict:
-        """What is remembered of a parameter, before its first step."""
-        s = {k: torch.zeros_like(p, dtype=self.state_dtype) for k in ("exp_avg", "exp_avg_sq")}
-        wide = torch.promote_types(p.dtype, torch.float32)
-        master = {} if p.dtype == wide else {"master": p.detach().to(wide)}
-        return {"step": torch.zeros((), device=p.device), **s, **master}
+    def init_state(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the state of a parameter before its first step."""
+        state = {"step": torch.zeros((), device=param.device)}
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(param, dtype=self.state_dtype)
+        master_dtype = torch.promote_types(param.dtype, torch.float32)
+        if param.dtype != master_dtype:
+            state["master"] = param.detach().to(master_dtype)
+        return state
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter that has a gradient; closures are not supported."""
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                self.state[p] = self.state[p] or self.init_state(p)
-                self.update(p, group, **self.state[p])
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param] = self.state[param] or self.init_state(param)
+                    self.update(param, group, **self.state[param])
 
-    def update(self, p, group: dict, step, exp_avg, exp_avg_sq, master=None):
-        """One parameter, a chunk at a time."""
-        w, (beta1, beta2), step = p if master is None else master, group["betas"], step.add_(1)
-        size = CPU_CHUNK_NUMEL if p.device.type == "cpu" else p.numel()
-        flat = (x.view(-1).split(size) for x in (w, p.grad.contiguous(), exp_avg, exp_avg_sq))
+    def update(
+        self,
+        param: torch.Tensor,
+        group: dict[str, Any],
+        step: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        master: torch.Tensor | None = None,
+    ) -> None:
+        """Update one parameter and its state in place, a chunk at a time."""
+        assert param.grad is not None, "`step` skips parameters without a gradient"
+        w = param if master is None else master
+        step.add_(1)
+        beta1, beta2 = group["betas"]
+        options = {k: group[k] for k in ("lr", "weight_decay", "eps")}
+        size = CPU_CHUNK_NUMEL if param.device.type == "cpu" else param.numel()
+        flat = (x.view(-1).split(size) for x in (w, param.grad.contiguous(), exp_avg, exp_avg_sq))
         for w_x, g_x, *stored in zip(*flat):
             m_x, v_x = (x.to(w.dtype) for x in stored)
             torch._fused_adamw_(
                 [w_x], [g_x.to(w.dtype)], [m_x], [v_x], [], [step], amsgrad=False, maximize=False,
-                beta1=beta1, beta2=beta2, **{k: group[k] for k in ("lr", "weight_decay", "eps")},
+                beta1=beta1, beta2=beta2, **options,
             )  # fmt: skip
             stored[0].copy_(m_x)
             stored[1].copy_(v_x)
         if master is not None:
-            p.copy_(master)
-        torch.autograd.graph.increment_version(p)  # the fused update does not count itself
+            param.copy_(master)
+        torch.autograd.graph.increment_version(param)  # the fused update does not do it
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but every tensor keeps its dtype."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, but keep the dtype of every tensor."""
         super().load_state_dict(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, s in state_dict["state"].items():
-            p = params[i]
-            self.state[p] = {k: v.to(p.device, copy=True) for k, v in s.items()}
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        for i, state in state_dict["state"].items():
+            self.state[params[i]] = {
+                name: x.to(params[i].device, copy=True) for name, x in state.items()
+            }
 
 
 def build_adamw(
-    model: torch.nn.Module, recipe: TrainingRecipe, state_dtype=torch.bfloat16
+    model: torch.nn.Module, recipe: TrainingRecipe, state_dtype: torch.dtype = torch.bfloat16
 ) -> AdamW:
-    """AdamW with decay on matrices only: norms keep their scale."""
+    """Build AdamW with weight decay on matrices only, not on the scales of norms."""
     params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -180,25 +217,30 @@ def build_adamw(
 
 
 @torch.no_grad()
-def ema_update(mean: list, weights: list, decay: float, t: int) -> None:
-    """θ̄ += (1 − β)/(1 − β^t)·(θ − θ̄) after step t, in place; fp32, one thread (§3.2.3)."""
-    share = (1 - decay) / (1 - decay**t)
+def ema_update(mean: list[torch.Tensor], weights: list[torch.Tensor], decay: float, t: int) -> None:
+    """Add (1 − β)/(1 − β^t)·(θ − θ̄) to the averages θ̄ in place, after step t (§3.2.3)."""
+    fraction = (1 - decay) / (1 - decay**t)
+    size = CPU_CHUNK_NUMEL // 8  # small enough for lerp_ to stay in the calling thread
     for m, w in zip(mean, weights):
-        for m_x, w_x in zip(*(x.view(-1).split(CPU_CHUNK_NUMEL // 8) for x in (m, w))):
-            m_x.lerp_(w_x.to(m.dtype), share)
+        for m_x, w_x in zip(m.view(-1).split(size), w.view(-1).split(size)):
+            m_x.lerp_(w_x.to(m.dtype), fraction)
 
 
 # ── One step ──
 
 
 def get_grad_norm_limit(norms: Sequence[float], factor: float, window: int) -> float:
-    """factor · median of the last `window` norms of steps taken; ∞ until there are so many."""
-    full = factor and len(norms) >= window
-    return factor * statistics.median(list(norms)[-window:]) if full else math.inf
+    """Return factor · median of the last `window` norms; ∞ if there are fewer, or factor is 0.
+
+    norms: the gradient norms of the steps that were not skipped.
+    """
+    if not factor or len(norms) < window:
+        return math.inf
+    return factor * statistics.median(list(norms)[-window:])
 
 
 def skip_reason(total: float, grad_norm: float, limit: float) -> str | None:
-    """Why a step is not taken: "nan" (loss or norm), "spike" (norm > limit), or None."""
+    """Return why to skip a step: "nan" (loss or norm), "spike" (norm > limit), or None."""
     if not (math.isfinite(total) and math.isfinite(grad_norm)):
         return "nan"
     return "spike" if grad_norm > limit else None

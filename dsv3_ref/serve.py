@@ -8,6 +8,7 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import UserError, ceil_div
-from dsv3_ref.decode import LatentProjections, SamplingParams, decode_layers, decode_weights
+from dsv3_ref.decode import (
+    InvalidLogits,
+    LatentProjections,
+    SamplingParams,
+    decode_layers,
+    decode_weights,
+)
 from dsv3_ref.mla import attend_expanded, paged_attention
 from dsv3_ref.model import Transformer
 from dsv3_ref.rope import rope_cos_sin
@@ -25,16 +32,16 @@ from dsv3_ref.rope import rope_cos_sin
 
 
 def hash_blocks(
-    tokens: Sequence[int], block_size: int, prefix_hashes: Sequence[bytes] = ()
+    tokens: Sequence[int], block_size: int, prefix_hashes: Sequence[bytes] = (), salt: bytes = b""
 ) -> list[bytes]:
     """Return the hashes of full blocks, hash_i = SHA-256(hash_{i−1}, tokens of block i).
 
-    prefix_hashes: known hashes of the first blocks.
+    prefix_hashes: known hashes of the first blocks. salt: stands for hash_{−1}.
     """
     hashes = list(prefix_hashes)
     for i in range(len(hashes), len(tokens) // block_size):
         block = array("q", tokens[i * block_size : (i + 1) * block_size]).tobytes()
-        hashes.append(hashlib.sha256((hashes[-1] if hashes else b"") + block).digest())
+        hashes.append(hashlib.sha256((hashes[-1] if hashes else salt) + block).digest())
     return hashes
 
 
@@ -107,6 +114,8 @@ class BlockPool:
 
 # ── A request ──
 
+TokenLogprob = tuple[float, list[tuple[int, float]]]  # of a token, and its alternatives'
+
 
 class QueueFull(Exception):
     """The queue has no room for another request."""
@@ -122,6 +131,7 @@ class Request:
     sampling_params: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int = -1  # alternatives per token; −1: no log-probabilities at all
+    cache_salt: bytes = b""  # pages are shared only between requests with the same salt
     num_computed_tokens: int = 0  # n
     num_mtp_computed_tokens: int = 0  # by the MTP modules
     h_sd: Tensor | None = None  # hidden states of the positions between the two counts
@@ -130,10 +140,12 @@ class Request:
     num_cached_blocks: int = 0  # blocks registered under their hash
     num_cached_tokens: int = 0  # prompt tokens found in the cache
     remote_prefill: bool = False  # another process computes the prompt
+    local_prefill: bool = False  # another process could not compute the prompt
     num_present_tokens: int = 0  # in a prefill process: tokens that the receiver already has
     aborted: bool = False  # the client has disconnected
     finish_reason: str = ""  # stop, length, abort, prefilled, error; "" while it runs
-    logprobs: list = field(default_factory=list)  # per output token, unless num_logprobs is −1
+    # per output token, unless num_logprobs is −1
+    logprobs: list["TokenLogprob"] = field(default_factory=list)
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.tokens)
@@ -148,6 +160,11 @@ class Request:
         """The hidden states that the MTP modules have not processed; raises if there are none."""
         assert self.h_sd is not None, "the main model has not computed this request"
         return self.h_sd
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """The number of tokens to compute before decoding, which begins with the last output."""
+        return len(self.tokens) - (len(self.tokens) > self.num_prompt_tokens)
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -165,6 +182,16 @@ class Request:
             if self.finish_reason:
                 return tokens[: i + 1]
         return tokens
+
+
+class StepOutput(NamedTuple):
+    """New tokens of a request, or its end: a value, which later steps do not change."""
+
+    request: Request
+    tokens: list[int]
+    logprobs: list[TokenLogprob]  # of these tokens, if requested
+    finish_reason: str  # "" while the request runs
+    error: str = ""  # what ended it, if the finish reason is "error"
 
 
 # ── The scheduler ──
@@ -222,37 +249,34 @@ class Scheduler:
     def is_decoding(self, request: Request) -> bool:
         """Return whether a request can decode: its prompt is computed and it has not finished."""
         is_prefilled = request.num_uncomputed_tokens == 1 and not request.remote_prefill
-        if self.num_speculative_tokens:
-            is_prefilled &= request.num_mtp_computed_tokens < request.num_computed_tokens
+        if self.num_speculative_tokens:  # drafts follow an output
+            is_prefilled &= len(request.tokens) > request.num_prompt_tokens
         return is_prefilled and not request.finish_reason and not self.prefill_only
 
-    def prefill_chunks(
-        self, send_remote: Callable[[Request], bool] | None = None
-    ) -> Iterator[tuple[Request, int]]:
-        """Yield (request, number of tokens to compute), oldest first, up to `prefill_chunk` tokens.
+    def schedule_chunk(
+        self, request: Request, budget: int, send_remote: Callable[[Request], bool] | None = None
+    ) -> int:
+        """Return how many tokens of a running request to compute now, at most `budget`.
 
-        The caller must compute each chunk before it requests the next, which may share its blocks.
-        send_remote: sends a whole prompt to another process; returns False if it cannot.
+        The caller must compute them before it schedules the next chunk, which may share their
+        blocks. send_remote: sends a whole prompt to another process; returns False if it cannot.
         """
-        budget = self.prefill_chunk
-        for request in list(self.running):
-            idle = request.remote_prefill or request.finish_reason or self.is_decoding(request)
-            if idle or not budget or request not in self.running:
-                continue
-            if not request.block_ids:
-                self.match_prefix(request)
-            if send_remote and self.prefill_remotely(request, send_remote):
-                continue
-            num_tokens = min(budget, request.num_uncomputed_tokens)
-            if self.allocate_slots(request, request.num_computed_tokens + num_tokens):
-                budget -= num_tokens
-                yield request, num_tokens
+        idle = request.remote_prefill or request.finish_reason or self.is_decoding(request)
+        if idle or not budget or request not in self.running:
+            return 0
+        if not request.block_ids:
+            self.match_prefix(request)
+        if send_remote and self.prefill_remotely(request, send_remote):
+            return 0
+        num_tokens = min(budget, request.num_prefill_tokens - request.num_computed_tokens)
+        is_allocated = self.allocate_slots(request, request.num_computed_tokens + num_tokens)
+        return num_tokens if is_allocated else 0
 
     def prefill_remotely(self, request: Request, send_remote: Callable[[Request], bool]) -> bool:
         """Allocate a prompt's blocks and send it; return whether no local prefill is needed now."""
-        if request.num_uncomputed_tokens == 1:
+        if request.num_uncomputed_tokens == 1 or request.local_prefill:
             return False
-        if self.allocate_slots(request, len(request.tokens)):
+        if self.allocate_slots(request, request.num_prefill_tokens):
             request.remote_prefill = send_remote(request)
         return request.remote_prefill or request not in self.running
 
@@ -268,15 +292,28 @@ class Scheduler:
 
     def match_prefix(self, request: Request) -> None:
         """Give a request the cached blocks of its prefix; leave at least one token to compute."""
-        hashes = hash_blocks(request.tokens[:-1], self.block_size, request.block_hashes)
-        num_full = (len(request.tokens) - 1) // self.block_size
-        request.block_hashes = hashes
-        request.block_ids = self.block_pool.get_cached_blocks(hashes[:num_full])
+        num_tokens = len(request.tokens) - 1
+        if self.num_speculative_tokens:
+            num_tokens = max(0, request.num_prefill_tokens - self.num_speculative_tokens)
+        hashes = self.hash_request(request, num_tokens // self.block_size)
+        request.block_ids = self.block_pool.get_cached_blocks(hashes)
         request.num_cached_blocks = len(request.block_ids)
         num_tokens = request.num_cached_blocks * self.block_size
         request.num_computed_tokens = request.num_mtp_computed_tokens = num_tokens
         request.num_cached_tokens = min(num_tokens, request.num_prompt_tokens)
         self.counters["prefix_cache_hits"] += num_tokens
+
+    def hash_request(self, request: Request, num_blocks: int) -> list[bytes]:
+        """Return the hashes of the first blocks of a request, and keep them.
+
+        With D drafts each hash covers the D tokens after its block too.
+        """
+        depth = self.num_speculative_tokens
+        salt = request.cache_salt + array("q", request.tokens[:depth]).tobytes()
+        tokens = request.tokens[depth : depth + num_blocks * self.block_size]
+        hashes = hash_blocks(tokens, self.block_size, request.block_hashes, salt)
+        request.block_hashes = hashes
+        return hashes[:num_blocks]
 
     def allocate_slots(self, request: Request, num_slots: int) -> bool:
         """Give a request blocks for `num_slots` positions, preempting the youngest if necessary.
@@ -287,7 +324,7 @@ class Scheduler:
             if (block := self.block_pool.allocate()) is not None:
                 request.block_ids.append(block)
                 continue
-            victims = (r for r in reversed(self.running) if r.block_ids and not r.remote_prefill)
+            victims = (r for r in reversed(self.running) if self.is_preemptible(r))
             victim = next(victims, request)
             if victim is request and any(r.remote_prefill for r in self.running):
                 return False
@@ -295,6 +332,10 @@ class Scheduler:
             if victim is request:
                 return False
         return True
+
+    def is_preemptible(self, request: Request) -> bool:
+        """Return whether preempting a running request would free blocks."""
+        return bool(request.block_ids) and not (request.remote_prefill or request.finish_reason)
 
     def preempt(self, request: Request) -> None:
         """Free a request's blocks and return it to the front of the queue."""
@@ -318,10 +359,9 @@ class Scheduler:
         num_full = num_tokens // self.block_size
         if num_full <= request.num_cached_blocks:
             return
-        text = request.tokens[: num_full * self.block_size]
-        request.block_hashes = hash_blocks(text, self.block_size, request.block_hashes)
+        hashes = self.hash_request(request, num_full)
         for i in range(request.num_cached_blocks, num_full):
-            self.block_pool.cache_block(request.block_ids[i], request.block_hashes[i])
+            self.block_pool.cache_block(request.block_ids[i], hashes[i])
         request.num_cached_blocks = num_full
 
     def drop_aborted(self) -> list[Request]:
@@ -352,6 +392,7 @@ class PagedPositions(NamedTuple):
     block_table_bp: Tensor  # int32
     cache_seqlens_b: Tensor  # lengths after this step
     is_prefill: bool  # a prompt's first chunk: attention on expanded keys and values
+    has_padding: bool  # some latents are written to the padding block
 
 
 class PagedAttention:
@@ -366,6 +407,8 @@ class PagedAttention:
         q_bshi, q_bshr = mla.queries(x_bsd, positions.freqs_cis)
         kv_bsx = mla.latents(x_bsd, positions.freqs_cis).to(self.kv_pyx.dtype)
         self.kv_pyx[positions.cache_index] = kv_bsx
+        if positions.has_padding:  # a masked NaN is still a NaN: 0 · NaN
+            self.kv_pyx[-1] = 0
         if positions.is_prefill:
             c_bsc, k_bsr = kv_bsx.tensor_split([c], dim=-1)
             return mla.output(attend_expanded(q_bshi, q_bshr, c_bsc, k_bsr, mla.wkv_b, mla.scale))
@@ -417,12 +460,14 @@ class ModelRunner:
         padded = [[*x[:width], *[self.padding_block] * (width - len(x))] for x in tables]
         table_bp = torch.tensor(padded)
         position_bs = torch.tensor(starts)[:, None] + torch.arange(s)
-        block_bs = table_bp.gather(1, position_bs // self.block_size).to(self.device)
-        index = block_bs, (position_bs % self.block_size).to(self.device)
+        block_bs = table_bp.gather(1, position_bs // self.block_size)
+        has_padding = bool((block_bs == self.padding_block).any())
+        index = block_bs.to(self.device), (position_bs % self.block_size).to(self.device)
         seqlens_b, last = position_bs[:, -1].to(self.device) + 1, len(self.freqs_cis_tx) - 1
         freqs_cis = self.freqs_cis_tx[position_bs.to(self.device).clamp(max=last)[..., None]]
         table_bp = table_bp.int().to(self.device)
-        return PagedPositions(index, freqs_cis, table_bp, seqlens_b, not any(starts))
+        is_prefill = not any(starts)
+        return PagedPositions(index, freqs_cis, table_bp, seqlens_b, is_prefill, has_padding)
 
     def embed(self, token_bs: list[list[int]] | Tensor) -> Tensor:
         """Return the embeddings of tokens, (b, s, d)."""
@@ -473,9 +518,18 @@ class ModelRunner:
 
     def import_kv(self, request: Request, transfer: KVTransfer) -> None:
         """Write the latents of a prompt into the blocks of its request."""
-        index = self.slots(request, transfer.start, len(request.tokens))
+        index = self.slots(request, transfer.start, request.num_prefill_tokens)
         for kv_pyx, kv_sx in zip(self.kv_caches, transfer.kv_lsx):
             kv_pyx[index] = kv_sx.to(kv_pyx)
+
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Overwrite blocks that may hold NaN, which would spread to their next request.
+
+        Raises the error of a device that can no longer compute.
+        """
+        for kv_pyx in self.kv_caches:
+            kv_pyx[blocks] = 0
+        torch.zeros(1, device=self.device).item()
 
     def slots(self, request: Request, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return (block, slot) of the positions start … end − 1 of a request."""
@@ -487,11 +541,13 @@ class ModelRunner:
 # ── The speculator ──
 
 
-class Draft(NamedTuple):
+@dataclass
+class Draft:
     """The drafts of one request and the distributions they were sampled from (if T > 0)."""
 
-    tokens: list[int]
-    distributions: list[Tensor]
+    tokens: list[int] = field(default_factory=list)
+    distributions: list[Tensor] = field(default_factory=list)
+    fault: Exception | None = None  # raised while drafting
 
 
 class Speculator:
@@ -518,7 +574,8 @@ class Speculator:
     def catch_up(self, request: Request) -> None:
         """Run the MTP modules on computed positions whose following tokens are known."""
         start = request.num_mtp_computed_tokens
-        end = min(request.num_computed_tokens, len(request.tokens) - self.num_speculative_tokens)
+        num_known = request.num_prefill_tokens - self.num_speculative_tokens
+        end = min(request.num_computed_tokens, num_known)
         if (s := end - start) <= 0:
             return
         positions = self.runner.positions([request.block_ids], [start], s)
@@ -526,11 +583,13 @@ class Speculator:
         for k in range(1, self.num_speculative_tokens + 1):
             token_bs = [request.tokens[start + k : end + k]]
             h_bsd = self.runner.mtp_forward(k, h_bsd, token_bs, positions)
+        if not h_bsd.isfinite().all():
+            raise InvalidLogits
         request.h_sd, request.num_mtp_computed_tokens = request.pending_h_sd[s:], end
 
     def propose(self, requests: list[Request]) -> list[Draft]:
         """Return D drafts for every request."""
-        drafts = [Draft([], []) for _ in requests]
+        drafts = [Draft() for _ in requests]
         if not self.num_speculative_tokens:
             return drafts
         starts = [request.num_mtp_computed_tokens for request in requests]
@@ -547,32 +606,36 @@ class Speculator:
         return drafts
 
     def draft(self, requests: list[Request], drafts: list[Draft], logit_bw: Tensor) -> None:
-        """Append one token to every draft."""
-        for i, (request, token) in enumerate(zip(requests, logit_bw.argmax(-1).tolist())):
-            if request.sampling_params.temperature:
-                token_b, q_bw = request.sampling_params.draft(logit_bw[i : i + 1])
-                assert q_bw is not None  # it is None only at T = 0
-                token = int(token_b)
-                drafts[i].distributions.append(q_bw)
-            drafts[i].tokens.append(token)
+        """Append one token to every draft; keep an exception with the draft that it belongs to."""
+        argmax_b, valid_b = logit_bw.argmax(-1).tolist(), logit_bw.amax(-1).isfinite().tolist()
+        for i, (request, draft) in enumerate(zip(requests, drafts)):
+            draft.tokens.append(argmax_b[i])
+            try:
+                if not valid_b[i]:
+                    raise InvalidLogits
+                if not request.sampling_params.is_greedy:
+                    token_b, q_bw = request.sampling_params.draft(logit_bw[i : i + 1])
+                    assert q_bw is not None  # it is None only at T = 0
+                    draft.tokens[-1] = int(token_b)
+                    draft.distributions.append(q_bw)
+            except Exception as e:
+                draft.fault = e
 
     def verify(
-        self, requests: list[Request], logit_bsw: Tensor, drafts: list[Draft]
-    ) -> list[list[int]]:
-        """Return the new tokens of every request: accepted drafts and one more token."""
-        argmax_bs, new_tokens = logit_bsw.argmax(-1).tolist(), []
-        for i, (request, argmax, draft) in enumerate(zip(requests, argmax_bs, drafts)):
-            params = request.sampling_params
-            if not params.temperature:
-                wrong = (k for k, token in enumerate(draft.tokens) if token != argmax[k])
-                new_tokens.append(argmax[: next(wrong, len(draft.tokens)) + 1])
-            elif draft.tokens:
-                draft_bk = torch.tensor([draft.tokens], device=logit_bsw.device)
-                n_b, token_b = params.verify(logit_bsw[i : i + 1], draft.distributions, draft_bk)
-                new_tokens.append([*draft.tokens[: int(n_b)], int(token_b)])
-            else:
-                new_tokens.append([int(params.sample(logit_bsw[i]))])
-        return new_tokens
+        self, request: Request, logit_sw: Tensor, argmax_s: list[int], draft: Draft
+    ) -> list[int]:
+        """Return the new tokens of a request: accepted drafts and one more token."""
+        if draft.fault:
+            raise draft.fault
+        params = request.sampling_params
+        if params.is_greedy:
+            wrong = (k for k, token in enumerate(draft.tokens) if token != argmax_s[k])
+            return argmax_s[: next(wrong, len(draft.tokens)) + 1]
+        if not draft.tokens:
+            return [int(params.sample(logit_sw))]
+        draft_bk = torch.tensor([draft.tokens], device=logit_sw.device)
+        n_b, token_b = params.verify(logit_sw[None], draft.distributions, draft_bk)
+        return [*draft.tokens[: int(n_b)], int(token_b)]
 
     def advance(self, request: Request, h_sd: Tensor, num_accepted: int) -> None:
         """Advance both counts, as in chapter 08, and keep the hidden states between them."""
@@ -596,6 +659,7 @@ class Engine:
         self.counters = scheduler.counters
         self.pending_callbacks: deque = deque()  # (fn, reset_prefix_cache, future)
         self.send_remote: Callable[[Request], bool] | None = None  # to a prefill process
+        self.outputs: list[StepOutput] = []  # of the current step
         self.incoming_transfers: deque[tuple[Request, KVTransfer]] = deque()
         self.outgoing_transfers: list[tuple[Request, KVTransfer]] = []  # of a prefill process
 
@@ -630,91 +694,141 @@ class Engine:
             if reset_prefix_cache:
                 self.scheduler.block_pool.reset_prefix_cache()
 
-    def step(self) -> list[tuple[Request, list[int]]]:
-        """Do one step; return (request, new tokens) pairs, with no tokens for aborted requests."""
+    def step(self) -> list[StepOutput]:
+        """Do one step; return the new tokens and the ends of requests, in order."""
+        self.outputs = []
         self.run_pending_callbacks()
-        outputs: list[tuple[Request, list[int]]] = []
-        outputs += [(request, []) for request in self.scheduler.drop_aborted()]
+        for request in self.scheduler.drop_aborted():
+            self.end(request, "abort")
         with torch.inference_mode():
-            outputs += self.finish_remote_prefills()
+            self.finish_remote_prefills()
             self.scheduler.schedule_waiting()
-            for request, num_tokens in self.scheduler.prefill_chunks(self.send_remote):
-                outputs += self.prefill(request, num_tokens)
+            self.prefill()
             if batch := self.scheduler.decode_batch():
-                outputs += self.decode(batch)
+                self.decode(batch)
         self.scheduler.drop_finished()
         self.counters["steps"] += 1
-        return outputs
+        return self.outputs
 
-    def prefill(self, request: Request, num_tokens: int) -> list[tuple[Request, list[int]]]:
+    def end(self, request: Request, finish_reason: str, error: str = "") -> None:
+        """End a request without a new token."""
+        request.finish_reason = finish_reason
+        self.outputs.append(StepOutput(request, [], [], finish_reason, error))
+
+    @contextmanager
+    def isolate(self, request: Request) -> Iterator[None]:
+        """End a request with the finish reason "error" if the code inside raises an exception.
+
+        Raises the exception of a device that can no longer compute.
+        """
+        try:
+            yield
+        except Exception as e:
+            self.runner.clear_blocks(request.block_ids[request.num_cached_blocks :])
+            self.counters["errors"] += 1
+            self.end(request, "error", str(e) if isinstance(e, UserError) else repr(e))
+
+    def prefill(self) -> None:
+        """Compute up to `prefill_chunk` tokens of prompts, oldest request first."""
+        budget = self.scheduler.prefill_chunk
+        for request in list(self.scheduler.running):
+            with self.isolate(request):
+                num_tokens = self.scheduler.schedule_chunk(request, budget, self.send_remote)
+                budget -= num_tokens
+                if num_tokens:
+                    self.prefill_chunk(request, num_tokens)
+
+    def prefill_chunk(self, request: Request, num_tokens: int) -> None:
         """Compute the next tokens of a prompt; after its last one, sample the first new token."""
         h_sd = self.runner.prefill_step(request, num_tokens)
+        if not h_sd.isfinite().all():
+            raise InvalidLogits
         self.counters["prompt_tokens"] += num_tokens
         request.num_computed_tokens += num_tokens
         self.speculator.extend(request, h_sd)
         self.scheduler.cache_full_blocks(request)
-        if request.num_uncomputed_tokens:
-            return []
+        if request.num_uncomputed_tokens:  # also after preemption: the last output is decoded
+            return
         logit_w = self.runner.logits(h_sd[-1:])[0]
         if self.scheduler.prefill_only:
             self.outgoing_transfers.append((request, self.runner.export_kv(request, logit_w)))
-            request.finish_reason = "prefilled"
-            return []
-        return [(request, self.append_first_token(request, logit_w))]
+            self.end(request, "prefilled")
+        else:
+            self.append_first_token(request, logit_w)
 
-    def append_first_token(self, request: Request, logit_w: Tensor) -> list[int]:
-        """Sample the token after a prompt and return it in a list."""
-        tokens = request.append_tokens([int(request.sampling_params.sample(logit_w[None]))])
-        self.record_output(request, tokens, logit_w[None])
-        return tokens
+    def append_first_token(self, request: Request, logit_w: Tensor) -> None:
+        """Sample the token after a prompt."""
+        self.append_output(
+            request, [int(request.sampling_params.sample(logit_w[None]))], logit_w[None]
+        )
 
-    def decode(self, requests: list[Request]) -> list[tuple[Request, list[int]]]:
-        """Compute D + 1 tokens of every request; return 1 to D + 1 new tokens for each."""
+    def decode(self, requests: list[Request]) -> None:
+        """Compute D + 1 tokens of every request; append 1 to D + 1 new tokens to each."""
         drafts = self.speculator.propose(requests)
         h_bsd, logit_bsw = self.runner.decode_step(requests, [draft.tokens for draft in drafts])
-        new_tokens, outputs = self.speculator.verify(requests, logit_bsw, drafts), []
+        valid_bs = logit_bsw.amax(-1).isfinite() & h_bsd.isfinite().all(-1)
+        valid_b, argmax_bs = valid_bs.all(-1).tolist(), logit_bsw.argmax(-1).tolist()
         for i, request in enumerate(requests):
-            num_accepted = len(new_tokens[i]) - 1
-            self.speculator.advance(request, h_bsd[i], num_accepted)
-            self.counters["draft_tokens"] += len(drafts[i].tokens)
-            self.counters["accepted_tokens"] += num_accepted
-            tokens = request.append_tokens(new_tokens[i])
-            # it may have ended within the accepted drafts
-            request.num_computed_tokens = min(request.num_computed_tokens, len(request.tokens) - 1)
-            self.record_output(request, tokens, logit_bsw[i])
-            self.scheduler.cache_full_blocks(request)
-            outputs.append((request, tokens))
-        return outputs
+            with self.isolate(request):
+                if not valid_b[i]:
+                    raise InvalidLogits
+                tokens = self.speculator.verify(request, logit_bsw[i], argmax_bs[i], drafts[i])
+                self.counters["draft_tokens"] += len(drafts[i].tokens)
+                self.counters["accepted_tokens"] += len(tokens) - 1
+                self.speculator.advance(request, h_bsd[i], len(tokens) - 1)
+                self.append_output(request, tokens, logit_bsw[i])
 
-    def record_output(self, request: Request, tokens: list[int], logit_sw: Tensor) -> None:
-        """Count tokens, and record their log-probabilities if requested."""
+    def append_output(self, request: Request, tokens: list[int], logit_sw: Tensor) -> None:
+        """Append new tokens to a request, and report them with their log-probabilities."""
+        tokens = request.append_tokens(tokens)
+        # it may have ended within the accepted drafts
+        request.num_computed_tokens = min(request.num_computed_tokens, len(request.tokens) - 1)
+        logprobs = token_logprobs(tokens, logit_sw, request.num_logprobs)
+        request.logprobs += logprobs
+        self.scheduler.cache_full_blocks(request)
         self.counters["generation_tokens"] += len(tokens)
-        if request.num_logprobs < 0:
-            return
-        logp_sw = logit_sw[: len(tokens)].float().log_softmax(-1)
-        chosen = logp_sw[range(len(tokens)), tokens].tolist()
-        top = logp_sw.topk(max(1, request.num_logprobs), -1)
-        for logp, ids, values in zip(chosen, top.indices.tolist(), top.values.tolist()):
-            request.logprobs.append((logp, list(zip(ids, values))[: request.num_logprobs]))
+        self.outputs.append(StepOutput(request, tokens, logprobs, request.finish_reason))
 
-    def finish_remote_prefills(self) -> list[tuple[Request, list[int]]]:
-        """Import prompts that another process has computed; return their first tokens."""
-        outputs = []
+    def finish_remote_prefills(self) -> None:
+        """Import prompts that another process has computed, and sample their first tokens."""
         while self.incoming_transfers:
             request, transfer = self.incoming_transfers.popleft()
-            if request.finish_reason or not request.remote_prefill:
-                continue
-            self.runner.import_kv(request, transfer)
-            # MTP positions found in the cache are kept
-            mtp = max(request.num_mtp_computed_tokens, transfer.num_mtp_computed_tokens)
-            request.remote_prefill = False
-            request.num_computed_tokens, request.num_mtp_computed_tokens = len(request.tokens), mtp
-            if self.speculator.num_speculative_tokens:
-                h_sd = transfer.h_sd[mtp - transfer.num_mtp_computed_tokens :]
-                request.h_sd = h_sd.to(self.runner.kv_caches[0])
-            self.scheduler.cache_full_blocks(request)
-            outputs.append((request, self.append_first_token(request, transfer.logit_w)))
-        return outputs
+            if request.remote_prefill and not request.finish_reason:
+                with self.isolate(request):
+                    self.finish_remote_prefill(request, transfer)
+
+    def finish_remote_prefill(self, request: Request, transfer: KVTransfer) -> None:
+        """Import a prompt; sample its first token unless it was preempted after that token."""
+        if not (transfer.kv_lsx.isfinite().all() and transfer.h_sd.isfinite().all()):
+            raise InvalidLogits
+        self.runner.import_kv(request, transfer)
+        # MTP positions found in the cache are kept
+        mtp = max(request.num_mtp_computed_tokens, transfer.num_mtp_computed_tokens)
+        request.remote_prefill = False
+        request.num_computed_tokens = request.num_prefill_tokens
+        request.num_mtp_computed_tokens = mtp
+        if self.speculator.num_speculative_tokens:
+            h_sd = transfer.h_sd[mtp - transfer.num_mtp_computed_tokens :]
+            request.h_sd = h_sd.to(self.runner.kv_caches[0])
+        self.scheduler.cache_full_blocks(request)
+        if not request.num_uncomputed_tokens:
+            self.append_first_token(request, transfer.logit_w)
+
+
+def token_logprobs(
+    tokens: list[int], logit_sw: Tensor, num_alternatives: int
+) -> list[TokenLogprob]:
+    """Return the log-probabilities of tokens and of the likeliest tokens in their places.
+
+    num_alternatives: how many of the likeliest; none are computed at all if it is −1.
+    """
+    if num_alternatives < 0:
+        return []
+    logp_sw = logit_sw[: len(tokens)].float().log_softmax(-1)
+    chosen = logp_sw[range(len(tokens)), tokens].tolist()
+    top = logp_sw.topk(min(num_alternatives, logp_sw.shape[-1]), -1)
+    alternatives = [list(zip(*x)) for x in zip(top.indices.tolist(), top.values.tolist())]
+    return list(zip(chosen, alternatives))
 
 
 def make_engine(

@@ -110,7 +110,7 @@ def set_block_shapes(args: dict) -> None:
     for name, desc in args.items():
         if isinstance(desc, TensorDescriptor):
             rows = args["BLOCK_N" if name[0] in "kv" else "BLOCK_M"]
-            desc.block_shape[0 if name.endswith("_held") else 1] = rows
+            desc.block_shape[0 if name.endswith("_a_desc") else 1] = rows
 
 
 def attention_config(m: int, n: int, warps: int, stages: int, *archs: int) -> triton.Config:
@@ -145,7 +145,7 @@ def autotune_attention(*configs: triton.Config) -> AutotuneDecorator:
 )
 @triton.jit
 def _attention_kernel(
-    q0_held, q1_held, k0_desc, k1_desc, v_desc, o_ptr, lse_ptr, stride,
+    q0_a_desc, q1_a_desc, k0_desc, k1_desc, v_desc, o_ptr, lse_ptr, stride,
     cu_seqlens_ptr, b, s, t, scale, bucket,
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -160,9 +160,9 @@ def _attention_kernel(
     if count == 0:
         return
     head, row = tl.program_id(1), q_start + (count - 1 - i) * BLOCK_M  # longest first
-    q0 = load_a_operand(q0_held, head, row, 0)
+    q0 = load_a_operand(q0_a_desc, head, row, 0)
     if X1:
-        q1 = load_a_operand(q1_held, head, row, X0)
+        q1 = load_a_operand(q1_a_desc, head, row, X0)
     down, right = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -199,7 +199,7 @@ def _attention_kernel(
 )
 @triton.jit
 def _attention_dq_kernel(
-    q0_held, q1_held, k0_desc, k1_desc, v_desc, g_desc, o_desc, dq_ptr, lse_ptr, delta_ptr,
+    q0_a_desc, q1_a_desc, k0_desc, k1_desc, v_desc, g_desc, o_desc, dq_ptr, lse_ptr, delta_ptr,
     stride, cu_seqlens_ptr, b, s, t, scale, bucket,
     X: tl.constexpr, X0: tl.constexpr, X1: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -220,10 +220,10 @@ def _attention_dq_kernel(
     offset = head.to(tl.int64) * stride + gap + row + down
     tl.store(delta_ptr + offset, delta, mask=row + down < q_end)
     lse = tl.load(lse_ptr + offset, mask=row + down < q_end, other=0.0)
-    q0 = load_a_operand(q0_held, head, row, 0)
+    q0 = load_a_operand(q0_a_desc, head, row, 0)
     dq0 = tl.zeros([BLOCK_M, X0], tl.float32)
     if X1:
-        q1 = load_a_operand(q1_held, head, row, X0)
+        q1 = load_a_operand(q1_a_desc, head, row, X0)
         dq1 = tl.zeros([BLOCK_M, X1], tl.float32)
     newest = row + k_end - q_end
     for col in tl.range(k_start, tl.minimum(newest + BLOCK_M, k_end), BLOCK_N):
@@ -312,7 +312,7 @@ def _attention_dkdv_kernel(
 
 
 def split_head_dim(x: int) -> tuple[int, int]:
-    """Split x dims into two powers of two of at least 16, as `tl.dot` requires; the second may be 0."""
+    """Split x dims into two powers of two, each at least 16 as in `tl.dot`; the second may be 0."""
     first = max(16, 1 << x.bit_length() - 1)
     return first, max(16, triton.next_power_of_2(x - first)) if x > first else 0
 

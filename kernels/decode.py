@@ -83,7 +83,7 @@ def zero_after(x):
 
 @triton.jit
 def load_queries(ptr, row, h, stride_s, stride_h, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a block of (query, head) rows of one sequence; the last stride is 1, others are arbitrary."""
+    """Load a block of (query, head) rows of one sequence; only the last stride must be 1."""
     col = tl.arange(0, BLOCK)
     offset = (row // h).to(tl.int64) * stride_s + (row % h).to(tl.int64) * stride_h
     return tl.load(ptr + offset[:, None] + col[None, :], tile_mask(row >= 0, col, SIZE, BLOCK), 0)
@@ -187,7 +187,10 @@ def _mla_decode_split_kv_kernel(
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attend with a block of rows to one split of all keys: o = softmax(scale·(q^C·c + q^R·k)) c."""
+    """Attend with a block of rows to one split of the keys.
+
+    o = softmax(scale·(q^C·c + q^R·k)) c.
+    """
     split = tl.program_id(1)
     unit_b, n_splits, each, more = split_work(length_ptr, b, tl.num_programs(1), BLOCK_B)
     if split >= n_splits:
@@ -357,9 +360,10 @@ def paged_attention(
 ) -> Tensor:
     """Compute `latent_attention` over a paged cache: (b, s, h, c).
 
-    q_bshx: [q^C; q^R], x = c + r; the queries are the last s of cache_seqlens_b. kv_cache_pyx: pages
-    of y positions. block_table_bp: int32, the pages of row b. The output of a row of length 0 is 0.
-    Lengths and pages are not checked, since that would synchronize.
+    q_bshx: [q^C; q^R], x = c + r; the queries are the last s of cache_seqlens_b.
+    kv_cache_pyx: pages of y positions. block_table_bp: int32, the pages of row b.
+    The output of a row of length 0 is 0. Lengths and pages are not checked, since that would
+    synchronize.
     """
     q_bshx, kv_cache_pyx = apply_autocast(q_bshx, kv_cache_pyx)
     b, x = len(q_bshx), q_bshx.shape[-1]

@@ -229,7 +229,7 @@ def fp8_grouped_gemm(
     tokens_per_expert_e: Tensor,
     dtype: torch.dtype = FP32,
 ) -> Tensor:
-    """Multiply the rows of each expert by its weight as `fp8_gemm` does: (m, k) × (e, n, k) → (m, n).
+    """Multiply each expert's rows by its weight as `fp8_gemm` does: (m, k) × (e, n, k) → (m, n).
 
     The rows are sorted by expert.
     """

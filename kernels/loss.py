@@ -74,7 +74,7 @@ def add_product_(sum_wd: Tensor, g_nw: Tensor, h_nd: Tensor) -> None:
 
 
 def chunk_slices(n: int, max_rows: int) -> list[slice]:
-    """Split n rows into the fewest chunks of at most max_rows; all but the last are equally long."""
+    """Split n rows into the fewest chunks of at most max_rows, equal but for the last."""
     rows = ceil_div(n, max(1, ceil_div(n, max_rows)))
     return [slice(start, start + rows) for start in range(0, n, max(1, rows))]
 

@@ -34,7 +34,7 @@ MASKED_KEY = tl.constexpr(-(2**31))
 
 @triton.jit
 def sortable_key(x):
-    """Map fp32 to int32 in the same order, above MASKED_KEY, by flipping 31 bits of negative numbers."""
+    """Map fp32 to int32 in the same order, above MASKED_KEY: negative numbers flip 31 bits."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), MASKED_KEY + 1)  # NaN included
 
@@ -177,7 +177,7 @@ def _unpermute_kernel(
     y_ptr, row_ids_ptr, weight_ptr, o_ptr, d, stride, bucket,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the K rows of a token: o_n = Σ_k w_nk y_row(n,k), or without weights o_n = Σ_k y_row(n,k)."""
+    """Sum the K rows of a token, weighted if there are weights: o_n = Σ_k w_nk y_row(n,k)."""
     n, col, mask = row_tile(d, TILE)
     total = tl.zeros((TILE,), tl.float32)
     for k in tl.static_range(K):

@@ -51,7 +51,7 @@ def _rms_norm_kernel(
     x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, stride, eps, bucket,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
-    """Normalize rows in registers: y = x / √(mean(x²) + ε) · weight, with the weight in registers too."""
+    """Normalize rows in registers, as is the weight: y = x / √(mean(x²) + ε) · weight."""
     BLOCK_N: tl.constexpr = TILE // BLOCK_D if TILE > BLOCK_D else 1
     col = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + col, mask=col < d, other=0).to(tl.float32)
@@ -172,7 +172,7 @@ SWIGLU_CONFIGS = [
 
 @triton.jit
 def swiglu_tile(n, f, BLOCK_F: tl.constexpr, TILE: tl.constexpr):
-    """Return the rows and columns of a program's tile of (n, f); programs advance along columns first."""
+    """Return the rows and columns of a program's tile; programs follow columns, then rows."""
     WIDE: tl.constexpr = BLOCK_F if BLOCK_F < TILE else TILE
     across = tl.cdiv(f, WIDE)
     pid = tl.program_id(0)
@@ -357,7 +357,7 @@ F, H = 2048, 128
 
 
 def norm_cases() -> list[AOTCase]:
-    """Return cases of RMSNorm and its backward pass, on rows and on the latent within wider rows."""
+    """Return cases of RMSNorm and its backward pass, on rows and on slices of wider rows."""
     row, latent = {"BLOCK_D": 8192}, {"BLOCK_D": 512}
     bf16_args = BF16, BF16, BF16, FP32, N, D, D, 1e-6, 4
     fp32_args = FP32, FP32, FP32, FP32, N, D, D, 1e-6, 4

@@ -66,7 +66,8 @@ def exact_div_bf16(x, s):
     """Compute x / s for bf16 x and s = amax/448 of a bf16 amax, exactly enough for E4M3(x / s).
 
     1/s = high + low, high with 16 bits: x · high is exact, and so is every step up to low. A true
-    division takes a dozen instructions per number, more than memory bandwidth hides; this takes two.
+    division takes a dozen instructions per number, more than memory bandwidth hides; this takes
+    two.
     """
     inverse = 1.0 / s
     # below 1/s, so that low > 0 and x = −0 gives −0
@@ -191,7 +192,10 @@ def weight_quant(w: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _tile_map_kernel(count_ptr, map_ptr, end_ptr, e, n_z, BLOCK_E: tl.constexpr):
-    """Store for tile z of expert E: first row, end of E's rows, E; end_E = Σ_{j ≤ E} ⌈count_j/128⌉."""
+    """Store for each tile z of expert E its first row, the end of E's rows, and E.
+
+    Also stores the tiles up to each expert, end_E = Σ_{j ≤ E} ⌈count_j/128⌉.
+    """
     i = tl.arange(0, BLOCK_E)
     count = tl.load(count_ptr + i, mask=i < e, other=0).to(tl.int32)
     n_tiles = (count + 127) // 128
@@ -304,7 +308,7 @@ def quantize_columns(
 def act_quant_transposed(
     x_mk: Tensor, tokens_per_expert_e: Tensor | None = None, use_ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantize (m, k) in tiles of 128 × 1, transposed, for Wgrad: values (k, 128·Z), scales (k, Z)."""
+    """Quantize (m, k) in tiles of 128 × 1, transposed: values (k, 128·Z), scales (k, Z)."""
     check_tensor("x_mk", x_mk, (None, None), FLOATS, contiguous=False)
     return quantize_columns(x_mk, None, tokens_per_expert_e, use_ue8m0)
 

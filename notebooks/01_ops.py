@@ -128,7 +128,7 @@ Form = TypeVar("Form", bound=Impl)
 
 def is_from_notebook(fn: Impl) -> bool:
     """Return whether a function is defined in the running notebook or script, not in a module."""
-    return fn.__module__ == "__main__"
+    return fn.__module__ in ("__main__", "__mp_main__")  # the second in a child that it spawns
 
 
 def register_impl(name: str, backend: str, fn: Impl) -> None:

@@ -24,6 +24,7 @@
 
 # %%
 #| export decode
+import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 
 from dsv3_ref import ops
 from dsv3_ref.block import MTP, Block
-from dsv3_ref.config import ceil_div
+from dsv3_ref.config import UserError, ceil_div
 from dsv3_ref.mla import MLA, LayerKVCache, attend_expanded
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import RMSNorm, op
@@ -103,18 +104,54 @@ assert passes(1000, 1000, True) == 1999 and passes(1000, 1000, False) == 1_499_5
 # draw from it: drafting will need it.
 
 
+# Two kinds of input have no such distribution. A temperature below $10^{-5}$ would make $\ell/T$
+# overflow, so it counts as 0. Logits that are not finite come from damaged weights or an overflow,
+# and every choice from them would be arbitrary: they raise `InvalidLogits`.
+
+
 # %%
 #| export decode
+GREEDY_BELOW = 1e-5  # a lower temperature counts as 0: logit / T could overflow
+
+
+class InvalidLogits(UserError):
+    """Logits from which no token can be chosen."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite: its weights are damaged or its numbers overflow; "
+            "examine the model with `dsv3 check`"
+        )
+
+
+def is_greedy(temperature: float) -> bool:
+    """Return whether a temperature selects the likeliest token; raise a `UserError` for NaN, ∞."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature must be at least 0 and finite, not {temperature}")
+    return temperature < GREEDY_BELOW
+
+
+def greedy_token(logit_bw: torch.Tensor) -> torch.Tensor:
+    """Return the likeliest token of each row; raise `InvalidLogits` if a row has none."""
+    if not logit_bw.amax(-1).isfinite().all():  # NaN is passed on
+        raise InvalidLogits
+    return logit_bw.argmax(-1)
+
+
 def logits_to_probs(logit_bw: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
     """Return softmax(logit / T) within the nucleus, (b, w), summing to 1; one-hot at T = 0."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be at least 0, not {temperature}; top_p in (0, 1]")
-    if temperature == 0:
-        return torch.zeros_like(logit_bw).scatter_(-1, logit_bw.argmax(-1, keepdim=True), 1.0)
-    p_bw = (logit_bw.float() / temperature).softmax(-1)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if is_greedy(temperature):
+        return torch.zeros_like(logit_bw).scatter_(-1, greedy_token(logit_bw)[..., None], 1.0)
+    best_bw = logit_bw.float().amax(-1, keepdim=True)
+    if not best_bw.isfinite().all():
+        raise InvalidLogits
+    p_bw = ((logit_bw.float() - best_bw) / temperature).softmax(-1)  # at most 0: no overflow
     if top_p < 1:
         ranked_bw, order_bw = p_bw.sort(-1, descending=True)
         cut_bw = ranked_bw.cumsum(-1) - ranked_bw >= top_p  # those before it already suffice
+        cut_bw[..., 0] = False  # also if top_p is 0 in float32
         p_bw = p_bw.masked_fill(cut_bw.scatter(-1, order_bw, cut_bw), 0.0)
     return p_bw / p_bw.sum(-1, keepdim=True)
 
@@ -124,15 +161,22 @@ def sample(
     top_p: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """Return the next token of each row, (b,): argmax at T = 0, else from `logits_to_probs`."""
-    if temperature == 0:
-        return logit_bw.argmax(-1)
+    if is_greedy(temperature):
+        return greedy_token(logit_bw)
     return multinomial_sample(logits_to_probs(logit_bw, temperature, top_p), generator)
 
 
 def multinomial_sample(
     p_bw: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Draw one token from each distribution, (b,); the weights need not sum to 1."""
+    """Draw one token from each distribution, (b,); the weights need not sum to 1.
+
+    Raises `InvalidLogits` where torch would end the process's use of the GPU: for weights that are
+    not finite, and for a row without any weight.
+    """
+    total_b = p_bw.sum(-1)
+    if not (total_b.isfinite() & (total_b > 0)).all():
+        raise InvalidLogits
     return torch.multinomial(p_bw, 1, generator=generator)[:, 0]
 
 
@@ -145,7 +189,7 @@ for temperature in (0.5, 1.0, 2.0):
     exact = (logit_bw[0] / temperature).softmax(-1)
     assert (share - exact).abs().max() < 0.015  # four standard errors of a share are 0.014
     print(f"T = {temperature}:", [f"{x:.2f}" for x in share.tolist()])
-assert sample(logit_bw, 0).tolist() == [0]
+assert sample(logit_bw, 0).tolist() == sample(logit_bw, 1e-38).tolist() == [0]
 assert (logits_to_probs(logit_bw, 1.0, 0.7) > 0).tolist() == [[True, True, False, False]]
 
 # %% [markdown]
@@ -644,14 +688,19 @@ class SamplingParams(NamedTuple):
     top_p: float = 1.0
     generator: torch.Generator | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """True if the likeliest token is chosen, without random numbers."""
+        return is_greedy(self.temperature)
+
     def sample(self, logit_bw: torch.Tensor) -> torch.Tensor:
         """Return the next token of each row, (b,)."""
         return sample(logit_bw, self.temperature, self.generator, self.top_p)
 
     def draft(self, logit_bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft a token for each row; return it and the distribution it is from, None at T = 0."""
-        if self.temperature == 0:
-            return logit_bw.argmax(-1), None
+        if self.is_greedy:
+            return greedy_token(logit_bw), None
         q_bw = logits_to_probs(logit_bw, self.temperature, self.top_p)
         return multinomial_sample(q_bw, self.generator), q_bw
 
@@ -659,8 +708,8 @@ class SamplingParams(NamedTuple):
         self, logit_bsw: torch.Tensor, distributions: Distributions, draft_bk: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Verify drafts with the main model's logits: argmax at T = 0, else `verify_draft`."""
-        if self.temperature == 0:
-            argmax_bs = logit_bsw.argmax(-1)
+        if self.is_greedy:
+            argmax_bs = greedy_token(logit_bsw)
             n_b = (argmax_bs[:, :-1] == draft_bk).long().cumprod(1).sum(1)
             return n_b, argmax_bs.gather(1, n_b[:, None])[:, 0]
         p_bsw = logits_to_probs(logit_bsw, self.temperature, self.top_p)

@@ -72,7 +72,7 @@ from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens, assistant_mask
 # %%
 #| export
 def extract_boxed(text: str) -> str | None:
-    """Return the content of the only \\boxed{…}; None for no box, several, or one without an end."""
+    """Return the content of the only \\boxed{…}; None for no box, several or no end."""
     starts = [match.end() for match in re.finditer(r"\\boxed\{", text)]
     if len(starts) != 1:
         return None

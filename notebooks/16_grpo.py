@@ -76,7 +76,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import UserError
-from dsv3_ref.decode import CachedAttention, Decoder, multinomial_sample
+from dsv3_ref.decode import (
+    CachedAttention,
+    Decoder,
+    greedy_token,
+    is_greedy,
+    multinomial_sample,
+)
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import upcast
 from dsv3_ref.optim import TrainingRecipe
@@ -214,9 +220,10 @@ def generate_rollouts(
     active = list(range(len(lengths)))  # the completion of each row of the decoder
     completions: list[list[int]] = [[] for _ in active]
     logprobs: list[list[float]] = [[] for _ in active]
+    greedy = is_greedy(temperature)
     for tokens_left in reversed(range(max_new_tokens)):
-        logp_bw = (logit_bw / (temperature or 1.0)).log_softmax(-1)
-        y_b = multinomial_sample(logp_bw.exp(), generator) if temperature else logp_bw.argmax(-1)
+        logp_bw = (logit_bw / (1.0 if greedy else temperature)).log_softmax(-1)
+        y_b = greedy_token(logp_bw) if greedy else multinomial_sample(logp_bw.exp(), generator)
         logp_b = logp_bw.gather(1, y_b[:, None])[:, 0]
         for i, token, logp in zip(active, y_b.tolist(), logp_b.tolist()):
             completions[i].append(token)
@@ -345,7 +352,9 @@ def aggregate_loss(
     if loss_type == "dr_grpo":
         return x_bs.sum() / (len(x_bs) * (normalizer or x_bs.shape[1]))
     if loss_type not in ("bnpo", "dapo"):
-        raise UserError(f"there is no loss_type {loss_type!r}: use grpo, bnpo, dapo or dr_grpo")
+        raise UserError(
+            f"there is no loss_type {loss_type!r}: use grpo, bnpo, dapo, dr_grpo or sequence"
+        )
     if loss_type == "dapo" and normalizer:
         return x_bs.sum() / normalizer
     return x_bs.sum() / mask_bs.sum().clamp(min=1)
@@ -400,8 +409,8 @@ GRPO_RECIPES = {
     ),
 }  # fmt: skip
 GRPO_RECIPES["tiny"] = replace(
-    GRPO_RECIPES["v3"], steps=60, seq_len=256, lr=3e-4, min_lr=3e-5, warmup_steps=5, start_batch_size=16,
-    global_batch_size=16,
+    GRPO_RECIPES["v3"], steps=60, seq_len=256, lr=3e-4, min_lr=3e-5, warmup_steps=5,
+    start_batch_size=16, global_batch_size=16,
 )  # fmt: skip
 
 

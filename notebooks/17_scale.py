@@ -119,7 +119,7 @@ def mlp_gemms(name: str, d: int, f: int, rows: int = 1) -> dict[str, Gemm]:
 
 
 def attention_flops(config: Config, s: int) -> tuple[float, float]:
-    """Return the (forward, backward) FLOPs of causal attention over s tokens, per token and layer."""
+    """Return (forward, backward) FLOPs of causal attention over s tokens, per token and layer."""
     x, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     return config.n_heads * (s + 1) * (x + v), config.n_heads * (s + 1) * (3 * x + 2 * v)
 
@@ -529,7 +529,7 @@ def memory_traffic(config: Config, dense: bool) -> dict[str, float]:
 def link_seconds(
     rates: AchievedRates, copies: tuple[float, float], row_bytes: float
 ) -> tuple[float, float]:
-    """Return the seconds per token on (IB, NVLink); an all-to-all takes as long as the slower one."""
+    """Return the seconds per token on (IB, NVLink); the slower one bounds an all-to-all."""
     return copies[0] * row_bytes / rates.ib, copies[1] * row_bytes / rates.nvlink
 
 
@@ -574,7 +574,7 @@ print(
 # %%
 #| export
 class Operator(NamedTuple):
-    """The FLOPs and bytes of one operator of a layer on one GPU, and the rate that applies to it."""
+    """FLOPs and bytes of one operator of a layer on one GPU, and the rate that applies to it."""
 
     flops: float
     bytes: float
@@ -1067,7 +1067,7 @@ def gpu_hours(step_seconds: float, gpus: int, tokens: int) -> float:
 
 
 def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
-    """Return wall-clock time over the time of the steps: straggler · (1 + failures·GPUs·hours lost)."""
+    """Return wall-clock time over the time of steps: straggler · (1 + failures·GPUs·hours lost)."""
     return overheads.straggler_factor * (1 + overheads.failure_rate * gpus * overheads.hours_lost)
 
 

@@ -12,16 +12,16 @@
 # ---
 
 # %% [markdown]
-# # 19 · Redundant experts: two copies of whoever is busy
+# # 19 · Redundant experts: a second copy of a busy expert
 
 # %% [markdown]
 # ## Why
-# The gate's bias ([chapter 04](04_moe.ipynb)) keeps experts evenly busy *over the batches of training*. Users send
-# something else. Below, the model of `make train`, whose text was nine tenths speeches, reads the other tenth: Python's
-# standard library. Its 16 experts live on eight GPUs, two each, and in its last layer one GPU gets **3.3 times** the
-# mean. All GPUs wait for it before the next layer can begin, so seven of eight idle most of the time.
+# The gate's bias ([chapter 04](04_moe.ipynb)) keeps experts evenly loaded *over the batches of training*. Users send
+# other text. Below, the model of `make train`, trained on nine tenths speeches, processes the other tenth: Python's
+# standard library. Its 16 experts are placed on eight GPUs, two each, and in its last layer one GPU gets **3.3 times** the
+# mean load. All GPUs wait for it before the next layer can begin, so the other seven are idle most of the time.
 #
-# Training cannot mend this: the weights are done. But nothing says that an expert may have only one copy.
+# Training cannot fix this, since the weights are final. But an expert may have more than one copy.
 
 # %%
 from collections import Counter
@@ -36,9 +36,8 @@ from dsv3_ref.viz.ablation import load_result
 
 recorded = load_result("expert_load")  # windows of 4,096 tokens: tokens per expert of every layer
 print(recorded["command"])
-LOADS = {
-    name: torch.tensor(x) for name, x in recorded["tokens_per_expert"].items()
-}  # (windows, l, e)
+# name → (windows, l, e)
+LOADS = {name: torch.tensor(x) for name, x in recorded["tokens_per_expert"].items()}
 pairs = {name: x.sum(0).unflatten(-1, (8, 2)).sum(-1).float() for name, x in LOADS.items()}
 share = {name: (x / x.mean(-1, keepdim=True))[2] for name, x in pairs.items()}
 assert 3.2 < share["stdlib"].max() < 3.4 and share["sotu"].max() < 1.3
@@ -48,27 +47,27 @@ for shift, color, (name, text) in zip(
 ):
     ax.bar(torch.arange(8) + shift, share[name], 0.38, color=color, label=text)
 ax.axhline(1, color=ORANGE, ls="--")
-ax.set(title="One layer's experts on eight GPUs: same model, other text", xlabel="GPU",
+ax.set(title="One layer's experts on eight GPUs: same model, different text", xlabel="GPU",
        ylabel="load / mean", xticks=range(8))  # fmt: skip
 ax.legend(loc="upper right")
 show(fig)
 
 # %% [markdown]
 # ## Paper
-# - **Prefill** (§3.4.1): 4 nodes of 8 GPUs share the 256 experts, 8 each. **32 redundant** copies of busy experts are added,
-#   one per GPU: 8 + 1. Which are copied follows from loads counted in service, *about every ten minutes*; then experts are
-#   rearranged **within their node**, so that balance costs no traffic between nodes.
-# - **Decode** (§3.4.2): 40 nodes, 320 GPUs, **one expert each**. 256 hold the routed experts, 64 the redundant ones *and
-#   the shared expert*, which counts as a routed one that every token chooses: nine per token. Renewed likewise, but with
-#   one expert per GPU there is nothing to arrange.
-# - *Being explored* then (§3.4.1): a GPU holds more experts, say 16, of which only 9 work in a step, chosen at every layer.
+# - **Prefill** (§3.4.1): 4 nodes of 8 GPUs share the 256 experts, 8 per GPU. **32 redundant** copies of busy experts are added,
+#   one per GPU: 8 + 1. Which experts are copied follows from loads counted in service and is updated *about every ten minutes*. The experts are then
+#   rearranged **within their node**, so that balancing causes no traffic between nodes.
+# - **Decode** (§3.4.2): 40 nodes, 320 GPUs, **one expert each**. 256 GPUs hold the routed experts, 64 the redundant ones *and
+#   the shared expert*, which counts as a routed one that every token chooses: nine per token. The copies are updated in the same way, but with
+#   one expert per GPU there is nothing to rearrange.
+# - *Being explored* at the time (§3.4.1): a GPU holds more experts, say 16, of which only 9 are active in a step, chosen at every layer.
 #
-# How copies are chosen and laid out is not in the report but in a program that DeepSeek published later, *EPLB*
-# (expert-parallelism load balancer, MIT license). This chapter writes it from its description, with its signature and, ties
-# apart, its results.
+# How copies are chosen and placed is not in the report but in a program that DeepSeek published later, *EPLB*
+# (expert-parallelism load balancer, MIT license). This chapter implements its description with the same signature and, except for ties,
+# the same results.
 #
-# Axes: `l` layer, `e` expert, `g` group of experts, `a` *physical* expert (a slot in some GPU's memory), `u` the copies of one
-# expert, `o` node, `j` GPU, `n` tokens, `k` a token's choices, `m` all choices in a row. $A$ slots and $J$ GPUs in all.
+# Axes: `l` layer, `e` expert, `g` group of experts, `a` *physical* expert (a slot in a GPU's memory), `u` copy of an
+# expert, `o` node, `j` GPU, `n` token, `k` choice of a token, `m` choices of all tokens in order. There are $A$ slots and $J$ GPUs.
 
 # %%
 #| export eplb
@@ -84,13 +83,13 @@ from dsv3_ref.moe import tokens_per_expert
 
 # %% [markdown]
 # ## How many copies
-# Expert $e$ has load $L_e$ and $n_e$ copies that share it. Only the fullest copy matters:
+# Expert $e$ has load $L_e$ and $n_e$ copies that share it. Only the busiest copy matters:
 #
 # $$\min_{n}\ \max_e \frac{L_e}{n_e} \qquad \text{with } n_e \ge 1,\ \textstyle\sum_e n_e = A.$$
 #
-# It has a simple solution: start with one each, and give every further slot to the expert whose copies are fullest
-# *now*. No other gift could lower the maximum. Slots are numbered as they are given: the first `e` are the experts
-# themselves. The loop is over slots, all layers at once; the first of equals wins.
+# A greedy algorithm is optimal: start with one copy each, and give every further slot to the expert whose copies are busiest
+# *now*. No other choice could lower the maximum. Slots are numbered in the order in which they are assigned: the first `e` are the experts
+# themselves. The loop runs over slots, for all layers at once; of equal experts the first one wins.
 
 
 # %%
@@ -98,8 +97,8 @@ from dsv3_ref.moe import tokens_per_expert
 def replicate_experts(load_le: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give every expert a slot, and each further slot to argmax_e load_e / copies_e (§3.4.1).
 
-    Returns the expert in each slot (l, a), which of its copies that slot is (l, a), and the number
-    of copies of each expert (l, e). Of equals the first wins.
+    Returns the expert in each slot (l, a), the index of the copy in that slot (l, a), and the
+    number of copies of each expert (l, e). Of equal experts the first one wins.
     """
     layers, experts = load_le.shape
     expert_la = torch.arange(experts).repeat(layers, 1)
@@ -117,31 +116,33 @@ g = torch.Generator().manual_seed(0)
 load_le = torch.randint(1, 100, (50, 4), generator=g).float()
 expert_la, copy_la, count_le = replicate_experts(load_le, 9)
 ways = torch.tensor([n for n in product(range(1, 7), repeat=4) if sum(n) == 9])
-best_l = (load_le[:, None] / ways).amax(-1).amin(-1)  # of all ways to give nine slots to four
+best_l = (
+    (load_le[:, None] / ways).amax(-1).amin(-1)
+)  # over all ways to give nine slots to four experts
 assert torch.equal((load_le / count_le).amax(-1), best_l)
 assert all(Counter(row.tolist()) == Counter(dict(enumerate(n.tolist())))
            for row, n in zip(expert_la, count_le))  # fmt: skip
-print("loads", load_le[0].int().tolist(), "→ experts of the slots", expert_la[0].tolist())
+print("loads", load_le[0].int().tolist(), "→ expert in each slot", expert_la[0].tolist())
 
 # %% [markdown]
-# ## Who lives together
-# Slots go to GPUs, $A/J$ to each, no more, no less: memory is reserved for that many.
+# ## Placing copies on GPUs
+# Every GPU gets exactly $A/J$ slots, since memory is reserved for that many.
 #
 # $$\min \max_j \sum_{a \,\in\, j} w_a, \qquad |j| = A / J, \qquad w_a = L_{e(a)} / n_{e(a)}$$
 #
-# where $e(a)$ is the expert in slot $a$ and $w_a$ that slot's share of its load. *This* has no simple solution, and a good
-# guess will do: heaviest first, each to the lightest GPU that still has room.
-# Where each GPU has room for one slot only, slots stay in order: any order is as good. The same function packs groups
-# into nodes, so it speaks of `num_packs` packs.
+# where $e(a)$ is the expert in slot $a$ and $w_a$ the share of its load in that slot. *This* problem is NP-hard, and a good
+# heuristic suffices: heaviest slot first, each on the lightest GPU that still has a free slot.
+# If each GPU has only one slot, the slots stay in order, since any order is equally good. The same function packs groups
+# into nodes, so its parameter is called `num_packs`.
 
 
 # %%
 #| export eplb
 def balanced_packing(weight_lx: Tensor, num_packs: int) -> tuple[Tensor, Tensor]:
-    """Pack x items into packs of x / num_packs each: heaviest item first, into the lightest pack
-    that has room; of equals the first.
+    """Pack x items into packs of x / num_packs items, heaviest first, each into the lightest pack.
 
-    Returns the pack of every item (l, x) and the item's rank inside that pack (l, x).
+    A full pack takes no further item; of equal packs the first one wins. Returns the pack of every
+    item (l, x) and the item's rank inside that pack (l, x).
     """
     layers, items = weight_lx.shape
     if items == num_packs:
@@ -176,21 +177,21 @@ best_l = torch.stack([weight_lx[:, x].sum(-1).maximum(weight_lx.sum(-1) - weight
                       for x in halves]).amin(0)  # fmt: skip
 over_l = heaviest_pack(weight_lx, pack_lx, 2) / best_l - 1
 assert (over_l >= 0).all() and 0 < over_l.mean() < 0.02
-print(f"above the best of all {len(halves)} ways: {over_l.mean():.1%} on average, "
-      f"{over_l.max():.0%} at worst, not at all in {(over_l == 0).float().mean():.0%}")  # fmt: skip
+print(f"above the optimum of all {len(halves)} ways: {over_l.mean():.1%} on average, "
+      f"{over_l.max():.0%} at worst; optimal in {(over_l == 0).float().mean():.0%}")  # fmt: skip
 
 # %% [markdown]
 # ## Node by node
-# A token visits at most four of eight groups. That limit is worth something only while a group lies *on one node*. So
-# the whole is done in three steps that never tear a group apart:
+# A token is sent to at most four of eight groups. That limit saves traffic only if a group lies *on one node*. The
+# placement is therefore done in three steps that never split a group:
 #
 # $$\text{groups} \xrightarrow{\ \texttt{balanced\_packing}\ } \text{nodes}, \qquad
 # \text{experts of a node} \xrightarrow{\ \texttt{replicate\_experts}\ } \text{its slots}
 # \xrightarrow{\ \texttt{balanced\_packing}\ } \text{its GPUs}$$
 #
-# Steps two and three know no nodes: a node of a layer is just one more row, `(l o)`. And where groups cannot be dealt
-# evenly, as on the 40 nodes of a decode unit, the *global* policy is the same with one group on one node. It balances
-# better and lets tokens travel everywhere.
+# Steps two and three do not depend on nodes: a node of a layer is just another row, `(l o)`. Where groups cannot be divided
+# evenly, as on the 40 nodes of a decode unit, the *global* policy does the same with one group and one node. It balances
+# better, but a token may be sent to any node.
 
 
 # %%
@@ -202,17 +203,17 @@ def invert_permutation(perm_lx: Tensor) -> Tensor:
 
 
 def by_node(x_lx: Tensor, nodes: int) -> Tensor:
-    """Split each layer into its nodes, every one a row: (l, o·x) → (l·o, x)."""
+    """Split each layer into its nodes, one row each: (l, o·x) → (l·o, x)."""
     return rearrange(x_lx, "l (o x) -> (l o) x", o=nodes)
 
 
 def by_layer(x_ox: Tensor, nodes: int) -> Tensor:
-    """Join the nodes of a layer again: (l·o, x) → (l, o·x)."""
+    """Join the nodes of each layer: (l·o, x) → (l, o·x)."""
     return rearrange(x_ox, "(l o) x -> l (o x)", o=nodes)
 
 
 def order_experts_by_node(load_le: Tensor, groups: int, nodes: int) -> Tensor:
-    """Pack whole groups into nodes and return the experts in order of their nodes, (l, e)."""
+    """Pack whole groups into nodes; return the experts in the order of their nodes, (l, e)."""
     group_lg = rearrange(load_le, "l (g x) -> l g x", g=groups).sum(-1)
     node_lg, rank_lg = balanced_packing(group_lg, nodes)
     order_lg = invert_permutation(node_lg * (groups // nodes) + rank_lg)
@@ -223,9 +224,9 @@ def order_experts_by_node(load_le: Tensor, groups: int, nodes: int) -> Tensor:
 def rebalance_experts_hierarchical(
     load_le: Tensor, num_slots: int, groups: int, nodes: int, gpus: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pack groups into nodes, copy experts inside nodes, pack slots into GPUs (§3.4.1).
+    """Pack groups into nodes, replicate experts inside nodes, pack slots into GPUs (§3.4.1).
 
-    The results are those of `replicate_experts`, slots in order of their GPUs.
+    The results are those of `replicate_experts`, with the slots in the order of their GPUs.
     """
     expert_le = order_experts_by_node(load_le, groups, nodes)
     load_xe = by_node(load_le.gather(1, expert_le), nodes)  # x: a node of a layer
@@ -240,15 +241,15 @@ def rebalance_experts_hierarchical(
 
 
 # %% [markdown]
-# The entry point, with EPLB's names and order of arguments. `logical_to_physical_map[l, e, u]` is the slot of copy $u$ of
-# expert $e$, −1 where there are fewer copies. Loads are counted in fp32: sums of equal numbers must stay equal, or the
-# first of equals would be another one.
+# The entry point has EPLB's names and order of arguments. `logical_to_physical_map[l, e, u]` is the slot of copy $u$ of
+# expert $e$, −1 where there are fewer copies. Loads are computed in fp32: sums of equal loads must be equal, or
+# ties would be broken differently.
 
 
 # %%
 #| export eplb
 def check_cluster(experts: int, num_slots: int, groups: int, nodes: int, gpus: int) -> None:
-    """Raise a `UserError` unless these numbers divide each other and every expert has a slot."""
+    """Raise `UserError` unless the numbers divide each other and every expert has a slot."""
     rules = [
         (experts % groups == 0, f"{experts} experts do not form {groups} equal groups"),
         (gpus % nodes == 0, f"{gpus} GPUs do not form {nodes} equal nodes"),
@@ -265,10 +266,10 @@ def rebalance_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Place experts by their loads (layers, experts), as DeepSeek's EPLB does (§3.4.1, §3.4.2).
 
-    Returns physical_to_logical_map (layers, num_replicas), logical_to_physical_map (layers, experts,
-    most copies; −1 where there are fewer) and expert_count (layers, experts). The policy is
-    hierarchical if the nodes divide the groups, else global. Raises `UserError` for numbers that do
-    not divide each other.
+    Returns physical_to_logical_map (layers, num_replicas), logical_to_physical_map (layers,
+    experts, largest number of copies; −1 where there are fewer) and expert_count (layers, experts).
+    The policy is hierarchical if the nodes divide the groups, else global. Raises `UserError` for
+    numbers that do not divide each other.
     """
     layers, experts = weight.shape
     is_hierarchical = num_groups % num_nodes == 0
@@ -291,7 +292,7 @@ EXAMPLE = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
 expert_la, slot_leu, count_le = rebalance_experts(EXAMPLE, 16, 4, 2, 8)
 assert expert_la.tolist() == [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
                               [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]  # fmt: skip
-for layer, e in product(range(2), range(12)):  # the two maps say the same
+for layer, e in product(range(2), range(12)):  # the two maps agree
     slots = slot_leu[layer, e][slot_leu[layer, e] >= 0]
     assert len(slots) == count_le[layer, e] and (expert_la[layer, slots] == e).all()
 group_ox = expert_la[0].view(2, 8) // 3
@@ -300,21 +301,21 @@ for gpu, slots in enumerate(expert_la[0].view(8, 2).tolist()):
     print(f"node {gpu // 4}, GPU {gpu}: experts {slots}")
 
 # %% [markdown]
-# `tests/test_eplb.py` compares all of it with loops over one layer's slots, written from the description, on hundreds
+# `tests/test_eplb.py` compares the results with loops over the slots of one layer, written from the description, on hundreds
 # of random cases with many ties. Ties need care: copies of one expert are *always* equal, and the published program
-# sorts without asking for a stable order, so which copy lies where depends there on the version of torch. Ours keeps order.
+# sorts without requesting a stable order, so its placement of equal copies depends on the version of torch. Ours keeps their order.
 #
-# ## What a GPU carries
-# If copies share evenly, GPU $j$ carries $\sum_{a \in j} L_{e(a)}/n_{e(a)}$, and a layer takes as long as its fullest
+# ## Load per GPU
+# If copies share the load evenly, GPU $j$ has load $\sum_{a \in j} L_{e(a)}/n_{e(a)}$, and a layer takes as long as its busiest
 # GPU:
 #
-# $$\text{load imbalance} = \frac{\max_j L_j}{\frac1J \sum_j L_j}, \qquad \text{1 is even; MaxVio of chapter 04 plus 1.}$$
+# $$\text{load imbalance} = \frac{\max_j L_j}{\frac1J \sum_j L_j}, \qquad \text{1 is even; it equals MaxVio of chapter 04 plus 1.}$$
 
 
 # %%
 #| export eplb
 def gpu_load(load_le: Tensor, expert_la: Tensor, gpus: int) -> Tensor:
-    """Return the load of every GPU (l, j) when the copies of an expert share its load evenly."""
+    """Return the load of every GPU (l, j) if the copies of an expert share its load evenly."""
     one_la = torch.ones(expert_la.shape, device=load_le.device)
     count_le = torch.zeros(load_le.shape, device=load_le.device).scatter_add(1, expert_la, one_la)
     share_la = (load_le / count_le).gather(1, expert_la)
@@ -322,7 +323,7 @@ def gpu_load(load_le: Tensor, expert_la: Tensor, gpus: int) -> Tensor:
 
 
 def load_imbalance(load_lj: Tensor) -> Tensor:
-    """Return max_j / mean_j of each layer (l,): the time of a layer relative to even loads."""
+    """Return max_j / mean_j of each layer (l,): its time relative to even loads."""
     return load_lj.max(-1).values / load_lj.float().mean(-1)
 
 
@@ -330,28 +331,28 @@ def load_imbalance(load_lj: Tensor) -> Tensor:
 alone_la = torch.arange(12).repeat(2, 1)  # one copy each, in order, on four GPUs
 before, after = gpu_load(EXAMPLE, alone_la, 4), gpu_load(EXAMPLE, expert_la, 8)
 assert torch.equal(before[0], torch.tensor([262.0, 330.0, 116.0, 325.0]))
-assert torch.allclose(after.sum(-1), EXAMPLE.sum(-1).float())  # nothing is lost
+assert torch.allclose(after.sum(-1), EXAMPLE.sum(-1).float())  # the total load is unchanged
 even_la = rebalance_experts(torch.ones(1, 12), 16, 1, 1, 16)[0]
 print(
     "12 experts on 4 GPUs:", [f"{x:.2f}" for x in load_imbalance(before)],
-    "their 16 slots on 8:", [f"{x:.2f}" for x in load_imbalance(after)],
+    "16 slots on 8 GPUs:", [f"{x:.2f}" for x in load_imbalance(after)],
 )  # fmt: skip
 worse = load_imbalance(gpu_load(torch.ones(1, 12), even_la, 16)).item()
 print(f"even loads, 16 GPUs for 12 experts: {worse:.2f}")
 
 # %% [markdown]
-# The last line is a warning. Four experts were copied, and their eight GPUs carry half an expert each; the other eight GPUs
-# carry a whole one as before. Redundancy can only shave peaks.
+# The last line shows a limit. Four experts were copied, and their eight GPUs have half an expert's load each; the other eight GPUs
+# have a whole expert's load as before. Redundancy can only reduce peaks.
 #
-# ## Which copy
-# A gate knows experts, not copies. Between the two, the rows of an expert take turns: counted from 0, its row $t$ goes to copy
-# $t \bmod n_e$. All choices of all tokens in one row, choice $m$ being expert $e_m$:
+# ## Choosing a copy
+# A gate chooses experts, not copies. In between, the rows of an expert are assigned to its copies in turn: counted from 0, its row $t$ goes to copy
+# $t \bmod n_e$. For all choices of all tokens in order, with choice $m$ being expert $e_m$:
 #
 # $$a_m = \text{slot}\big[e_m,\ t_m \bmod n_{e_m}\big], \qquad t_m = \#\{m' < m : e_{m'} = e_m\}.$$
 #
-# So copies differ by one row at most, whatever order tokens come in. Physical numbers then take the place of expert
-# numbers everywhere: with $p = A/J$ slots per GPU, GPU $j$ holds slots $j p \dots (j+1) p - 1$, which is all that `dispatch_layout` of
-# [chapter 11](11_expert_parallel.ipynb) asks for.
+# Copies therefore differ by at most one row, whatever the order of the tokens. Physical ids then replace expert
+# ids everywhere: with $p = A/J$ slots per GPU, GPU $j$ holds slots $j p \dots (j+1) p - 1$, which is all that `dispatch_layout` of
+# [chapter 11](11_expert_parallel.ipynb) requires.
 
 
 # %%
@@ -368,7 +369,7 @@ def occurrence_rank(expert_m: Tensor, n_experts: int) -> Tensor:
 
 
 def assign_replicas(expert_nk: Tensor, slot_eu: Tensor, count_e: Tensor) -> Tensor:
-    """Return the slot of every choice (n, k); the rows of an expert take its copies in turn."""
+    """Return the slot of every choice (n, k); the rows of an expert use its copies in turn."""
     expert_m = expert_nk.flatten()
     turn_m = occurrence_rank(expert_m, len(count_e))
     return slot_eu[expert_m, turn_m % count_e[expert_m]].view_as(expert_nk)
@@ -377,7 +378,7 @@ def assign_replicas(expert_nk: Tensor, slot_eu: Tensor, count_e: Tensor) -> Tens
 def logical_to_physical(expert_a: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """Invert one layer's placement: the slots of every expert (e, u), and their number (e,).
 
-    Slots are in ascending order; −1 stands where an expert has fewer copies than another.
+    Slots are in ascending order; −1 fills the places of missing copies.
     """
     count_e = tokens_per_expert(expert_a, n_experts)
     slot_eu = expert_a.new_full((n_experts, int(count_e.max())), -1)
@@ -392,7 +393,7 @@ from dsv3_ref.moe import GroupedExperts, MoE, tokens_per_expert, route
 
 chosen_nk = torch.rand(500, 12, generator=g).argsort(-1)[:, :3]
 slot_nk = assign_replicas(chosen_nk, slot_leu[0], count_le[0])
-assert torch.equal(expert_la[0][slot_nk], chosen_nk)  # always a copy of the expert that was chosen
+assert torch.equal(expert_la[0][slot_nk], chosen_nk)  # always a copy of the chosen expert
 rows_a = tokens_per_expert(slot_nk, 16)
 even_a = (tokens_per_expert(chosen_nk, 12) / count_le[0])[expert_la[0]]
 assert ((rows_a - even_a).abs() < 1).all()
@@ -402,11 +403,11 @@ turns = [[slot_leu[0, e, j % count_le[0, e]].item() for j in range((chosen_nk ==
 assert [slot_nk[chosen_nk == e].tolist() for e in range(12)] == turns
 
 # %% [markdown]
-# ## A model that is running
-# `set_expert_placement(moe, physical_to_logical)` in `dsv3_ref/parallel/physical_experts.py` becomes the `token_dispatcher` of a `MoE`: it
-# copies weights into slots, and in each pass spreads the choices and lets the slots compute. The model, its gate and
-# its checkpoint know nothing of it. Called again with another placement, it refills only the slots that change, and
-# says how many. The check: the same outputs before, between two placements and after; and with the slots on eight GPUs
+# ## A running model
+# `set_expert_placement(moe, physical_to_logical)` in `dsv3_ref/parallel/physical_experts.py` sets the `token_dispatcher` of a `MoE`: it
+# copies weights into slots, and in each forward pass assigns the choices to slots and computes the slots. The model, its gate and
+# its checkpoint are unchanged. Called again with another placement, it refills only the slots that change and
+# returns their number. The check: the outputs are the same before, between two placements and after, and also with the slots on eight GPUs
 # of their own.
 
 # %%
@@ -441,9 +442,9 @@ assert torch.equal(moe(x_bsd)[0], alone)
 print("rows that each GPU received:", rows_j.tolist())
 
 # %% [markdown]
-# ## Counting
-# Loads come from the `Route`s that every pass returns, summed over a window of steps. Too short a window is noise, too
-# long a one is the past.
+# ## Counting loads
+# Loads come from the `Route`s that every forward pass returns, summed over a window of steps. A window that is too short is noisy, and one that is too
+# long is out of date.
 
 
 # %%
@@ -455,7 +456,7 @@ class ExpertLoadWindow:
         self.steps: deque[Tensor] = deque(maxlen=window)
 
     def add(self, load_le: Tensor) -> None:
-        """Append the loads of a step; a full window loses its oldest step."""
+        """Append the loads of a step; a full window drops its oldest step."""
         self.steps.append(load_le)
 
     def total(self) -> Tensor:
@@ -475,10 +476,10 @@ print(recent.total()[0].tolist())
 
 # %% [markdown]
 # ## Experiment: recorded routing
-# Speeches in order of their years, and Python's standard library in order of its files, 24 windows each: `expert_load.json`
-# holds what the 5M model's gates chose. Eight GPUs in two nodes. The first twelve windows of a source choose a
-# placement, the other twelve measure it, mean of the three layers: with one copy each as the experts are numbered
-# (dotted), rearranged but still one each (0, left end), and with more slots.
+# The data are speeches in the order of their years and Python's standard library in the order of its files, 24 windows each: `expert_load.json`
+# holds the choices of the 5M model's gates. There are eight GPUs in two nodes. A
+# placement is computed from the first twelve windows of a source and measured on the other twelve, as the mean over the three layers: one copy per expert in numerical order
+# (dotted), rearranged but still one copy each (0, left end), and with additional slots.
 
 # %%
 GPUS = 8
@@ -493,13 +494,13 @@ def mean_imbalance(load_xle, expert_la, gpus: int = GPUS) -> float:
 
 
 def place(load_le, extra: int, policy: str):
-    """Return the placement (l, a) of 16 experts and `extra` copies, chosen by these loads."""
+    """Return the placement (l, a) of 16 experts and `extra` copies for these loads."""
     return rebalance_experts(load_le, 16 + extra, *POLICY[policy], GPUS)[0]
 
 
 EXTRA = range(0, 33, 8)
 TEXTS = {"sotu": "speeches", "stdlib": "source"}
-measured = {}  # (placed by the loads of, measured on, policy) → one value for each of EXTRA
+measured = {}  # (placed by, measured on, policy) → a value per number of EXTRA slots
 for by, on, policy in product(TEXTS, TEXTS, POLICY):
     placements = [place(LOADS[by][:12].sum(0), extra, policy) for extra in EXTRA]
     measured[by, on, policy] = [mean_imbalance(LOADS[on][12:], x_la) for x_la in placements]
@@ -522,35 +523,35 @@ for key, values in measured.items():
     print(*key, [f"{x:.2f}" for x in values])
 for on in TEXTS:
     line = [f"{policy} {measured[on, on, policy][1]:.2f}" for policy in POLICY]
-    print(f"{TEXTS[on]}: {unplaced[on]:.2f} as numbered; with 8 redundant", ", ".join(line))
+    print(f"{TEXTS[on]}: {unplaced[on]:.2f} in numerical order; with 8 redundant", ", ".join(line))
 assert measured["stdlib", "stdlib", "global"][1] < 1.25 < 2 < unplaced["stdlib"]
 assert measured["sotu", "stdlib", "global"][1] > 1.5
 
 # %% [markdown]
-# Eight copies make a layer on source nearly twice as fast (2.20 → 1.17; 1.22 with groups kept on nodes), and arranging
-# alone does the larger part of it (1.47). Placed by the *other* text, eight copies are wasted: source is where it was
-# (2.20), worse than arranged by the same wrong loads without copies (1.66), and speeches lose (1.20 → 1.37). Source
-# needs 24 extra slots for its 16 experts before wrong copies help (1.55).
+# With eight copies a layer on source code is nearly twice as fast (2.20 → 1.17; 1.22 with groups kept on nodes). Rearranging
+# alone achieves most of that (1.47). Placed by the loads of the *other* text, eight copies are wasted: source code is as slow as before
+# (2.20) and slower than when rearranged by the same wrong loads without copies (1.66), and speeches get slower (1.20 → 1.37). Source
+# code needs 24 additional slots for its 16 experts before wrongly placed copies help (1.55).
 # Speeches, for which the bias was trained, have little to gain.
 #
-# ## Experiment: what the hierarchy is for
-# At V3's shape, 256 experts in 8 groups and Zipf's law, load $\propto \text{rank}^{-s}$, in 16 layers of random order.
-# A prefill unit has 32 GPUs in 4 nodes. Left: balance. Right, what it costs: 8,192 tokens pass V3's gate, experts
-# unequally popular as in chapter 11, and we count the nodes a token is sent to.
+# ## Experiment: the benefit of the hierarchy
+# At V3's shape we use 256 experts in 8 groups with loads by Zipf's law, load $\propto \text{rank}^{-s}$, in 16 layers of random order.
+# A prefill unit has 32 GPUs in 4 nodes. Left: balance. Right: its cost. 8,192 tokens pass through V3's gate, with experts
+# of unequal popularity as in chapter 11, and we count the nodes that a token is sent to.
 
 
 # %%
 def zipf(skew: float, layers: int = 16, experts: int = 256):
-    """Return loads ∝ rank^−skew, the ranks shuffled in each layer: (l, e)."""
+    """Return loads ∝ rank^−skew with ranks shuffled in each layer, (l, e)."""
     order = torch.rand(layers, experts, generator=torch.Generator().manual_seed(3)).argsort(-1)
     return (order + 1.0) ** -skew
 
 
 def gate_tokens(seed: int, n: int = 8192):
-    """Return choices of V3's gate for random affinities and unequally popular experts: (n, k)."""
+    """Return choices of V3's gate for random affinities and experts of unequal popularity, (n, k)."""
     g = torch.Generator().manual_seed(seed)
-    liked = 0.5 * torch.randn(256, generator=torch.Generator().manual_seed(5))
-    return route(torch.randn(1, n, 256, generator=g) + liked, None, V3).topk_ids_bsk[0]
+    popularity_e = 0.5 * torch.randn(256, generator=torch.Generator().manual_seed(5))
+    return route(torch.randn(1, n, 256, generator=g) + popularity_e, None, V3).topk_ids_bsk[0]
 
 
 def nodes_visited(chosen_nk, placement, nodes: int) -> float:
@@ -570,7 +571,7 @@ def place_v3(load_le, num_slots: int, policy: str, nodes: int):
 V3_POLICY = ("hierarchical", "global")
 MORE = range(0, 161, 32)
 IN_ORDER_V3 = torch.arange(256).repeat(16, 1)
-curves, numbered = {}, {}  # load imbalance: by policy, and as experts are numbered
+curves, numbered = {}, {}  # load imbalance: by policy, and in numerical order
 visited = {}  # nodes per token
 for s in (0.5, 1.0):
     numbered[s] = mean_imbalance([zipf(s)], IN_ORDER_V3, 32)
@@ -596,25 +597,25 @@ for shift, policy, color in ((-0.2, "hierarchical", GREEN), (0.2, "global", GRAY
                        label=policy)  # fmt: skip
     axes[1].bar_label(bars, fmt="%.2f")
 axes[1].set_xticks(range(2), ["4 nodes", "8 nodes"])
-axes[1].set(title="Traffic: nodes a token visits", ylim=(0, 7.4))
+axes[1].set(title="Traffic: nodes per token", ylim=(0, 7.4))
 axes[1].legend(loc="upper left")
 show(fig)
-print("as numbered:", {s: f"{x:.2f}" for s, x in numbered.items()})
+print("in numerical order:", {s: f"{x:.2f}" for s, x in numbered.items()})
 for (s, policy), values in curves.items():
     print(f"s = {s} {policy:12}", [f"{x:.3f}" for x in values])
 assert visited[8, "hierarchical"] <= 4 < visited[8, "global"]
 
 # %% [markdown]
-# The first 32 copies, one per GPU, do nearly all there is to do. Under $s = 1$ GPUs would wait 5.8 times as long as numbered;
-# rearranging alone hardly helps (5.4), since one expert is more than a GPU can do. With 32 copies 1.38 is left
-# hierarchically, 1.004 globally. Further copies cannot mend the difference: the node that got the busiest group keeps it. In
-# return, tokens visit 3.1 of four nodes instead of 3.6, and of eight nodes never more than four, where the global
-# policy sends them to 5.4.
+# The first 32 copies, one per GPU, give nearly all of the gain. Under $s = 1$ a layer takes 5.8 times as long as with even loads if experts are in numerical order.
+# Rearranging alone hardly helps (5.4), since a single expert exceeds the mean load of a GPU. With 32 copies the hierarchical policy reaches 1.38
+# and the global one 1.004. Further copies cannot close the gap: the node with the busiest group keeps it. In
+# return, a token is sent to 3.1 of four nodes instead of 3.6, and of eight nodes never to more than four, where the global
+# policy sends it to 5.4.
 #
 # ## Experiment: drift
-# A day in 144 windows of ten minutes: speeches at midnight, source at noon, in between a mixture, made of the recorded
-# loads. A placement (16 + 8 slots, global) is renewed every so many windows from the loads of those windows, and used
-# for the next ones. What it costs is weights to be copied: an expert that its new GPU did not hold must be fetched.
+# A day has 144 windows of ten minutes: speeches at midnight, source code at noon and a mixture in between, made of the recorded
+# loads. A placement (16 + 8 slots, global) is recomputed every few windows from the loads of those windows and used
+# for the next ones. The cost is weight transfers: a GPU must fetch every expert that it did not hold before.
 
 
 # %%
@@ -626,13 +627,13 @@ DAY_LOADS = [
 
 
 def count_fetched(old_la, new_la, gpus: int) -> int:
-    """Count the experts that a GPU holds in the new placement and did not hold in the old one."""
+    """Count the experts per GPU that are in the new placement and not in the old one."""
     old, new = (x_la.view(-1, x_la.shape[1] // gpus).tolist() for x_la in (old_la, new_la))
     return sum(len({*after} - {*before}) for before, after in zip(old, new))
 
 
 def simulate_day(every: int):
-    """Return slowest / mean of every window and the experts fetched; every = 0: never renewed."""
+    """Return max / mean load of every window, and the experts fetched; every = 0: never updated."""
     recent = ExpertLoadWindow(every or 1)
     expert_la = place(DAY_LOADS[0], 8, "global")
     imbalance, fetched = [], 0
@@ -667,7 +668,7 @@ minutes = [10 * x for x in PERIODS]
 axes[1].plot(minutes, [days[x][0].mean() for x in PERIODS], "o-", color=BLUE)
 axes[1].axhline(days[0][0].mean(), color=ORANGE, ls="--", lw=1)
 axes[1].annotate("once", (300, days[0][0].mean()), xytext=(0, -12), textcoords="offset points")
-axes[1].set(xscale="log", title="Balance and copying against age", xlabel="minutes between placements",
+axes[1].set(xscale="log", title="Balance and transfers by update interval", xlabel="minutes between placements",
             ylabel="slowest / mean, whole day")  # fmt: skip
 axes[1].set_xticks([10, 30, 60, 240, 720], ["10", "30", "60", "240", "720"])
 axes[1].minorticks_off()
@@ -675,7 +676,7 @@ axes[1].tick_params(axis="y", colors=BLUE)
 right = axes[1].twinx()
 right.plot(minutes, [days[x][1] for x in PERIODS], "s--", ms=4, color=GRAY)
 right.set(ylim=(0, None))
-right.set_ylabel("experts fetched a day (squares)", color=GRAY)
+right.set_ylabel("experts fetched per day (squares)", color=GRAY)
 right.spines["right"].set_visible(True)
 show(fig)
 print(f"no copies {none.mean():.2f}, placed once {days[0][0].mean():.2f}")
@@ -685,25 +686,25 @@ for every in PERIODS:
     )
 
 # %% [markdown]
-# A placement made at midnight is out of date by noon (1.36 over the day; 1.61 without copies). Renewed every half hour,
-# 1.11 is left; every ten minutes is not better, for a window here is 4,096 tokens, and the placement follows its noise too. (A real unit
-# sees millions in ten minutes.) And each renewal fetches **seven in ten** experts, even every ten minutes, when loads hardly change: the
-# algorithm starts from nothing each time. Exercise 3 is about that.
+# A placement computed at midnight is out of date by noon (1.36 over the day; 1.61 without copies). Updated every half hour, the
+# imbalance is 1.11. Every ten minutes is not better, because a window has only 4,096 tokens here and the placement also follows its noise. (A real unit
+# processes millions in ten minutes.) Each update fetches **seven in ten** experts, even every ten minutes, when loads hardly change: the
+# algorithm starts from scratch each time. Exercise 3 improves that.
 #
 # ## Play
-# 256 experts on GPUs in nodes of eight. Choose how unequal loads are (Zipf's exponent), how many slots each GPU has
-# beyond its experts, how many GPUs there are, and the policy.
+# 256 experts are placed on GPUs in nodes of eight. Choose how unequal the loads are (Zipf's exponent), the number of additional slots per GPU,
+# the number of GPUs, and the policy.
 
 
 # %%
 def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: str = "hierarchical"):
-    """Draw one layer's load per GPU, as numbered and placed, and the copies of the busiest experts."""
+    """Draw a layer's load per GPU, before and after placement, and copies of the busiest experts."""
     load_le = zipf(skew, 1)
     placed = place_v3(load_le, 256 + extra * gpus, policy, gpus // 8)
     loads = [gpu_load(load_le, x, gpus)[0] for x in (torch.arange(256)[None], placed[0])]
     fig, axes = figure(1, 2, 9.5, 3.3, width_ratios=(2, 1))
     for load_j, color, name, width in zip(
-        loads, (GRAY, BLUE), ("as numbered", "placed"), (0.9, 0.5)
+        loads, (GRAY, BLUE), ("in numerical order", "placed"), (0.9, 0.5)
     ):
         ratio = load_imbalance(load_j[None]).item()
         axes[0].bar(
@@ -721,7 +722,10 @@ def draw_placement(skew: float = 1.0, extra: int = 1, gpus: int = 32, policy: st
         range(24), placed[2][0, top], color=[[*COLORS, "black"][e // 32] for e in top.tolist()]
     )
     axes[1].set(
-        title="Copies, busiest first", xlabel="expert (color: group)", ylabel="copies", xticks=[]
+        title="Copies, busiest experts first",
+        xlabel="expert (color: group)",
+        ylabel="copies",
+        xticks=[],
     )
     show(fig)
 
@@ -735,20 +739,20 @@ play(
 # ## Exercises
 # Fill in a function and run its cell; the checkers come first.
 #
-# **1 · Compute.** In a decode unit the shared expert is one that every token chooses, beside $k$ of $e$ routed ones that
-# are all equally busy. How many copies does it need at least, so that none of them is busier than a routed expert?
+# **1 · Compute.** In a decode unit the shared expert is one that every token chooses, in addition to $k$ of $e$ routed ones with
+# equal loads. How many copies does it need at least, so that none of them is busier than a routed expert?
 
 
 # %%
 @checker
 def check_copies(fn):
-    """How many of n tokens meet one routed expert, and how many the shared one? Round the safe way."""
+    """How many of n tokens go to one routed expert, and how many to the shared one? Round up."""
     assert (fn(256, 8), fn(16, 4), fn(64, 6), fn(160, 6)) == (32, 4, 11, 27)
 
 
 @checker
 def check_greedy(fn):
-    """Heaviest first parts the two heaviest. When would they be better off together?"""
+    """Heaviest first separates the two heaviest. When should they be in the same pack?"""
     weight_x = torch.as_tensor(fn()).float()
     assert weight_x.shape == (6,) and (weight_x >= 0).all() and weight_x.sum() > 0
     ours = heaviest_pack(weight_x[None], balanced_packing(weight_x[None], 2)[0], 2).item()
@@ -757,17 +761,17 @@ def check_greedy(fn):
 
 
 @checker
-def check_steady(fn):
-    """Each GPU keeps the experts that the new placement gives it; which may stay in their slots?"""
+def check_reorder(fn):
+    """Each GPU keeps the experts of the new placement; which of them can stay in their slots?"""
     g = torch.Generator().manual_seed(0)
     for gpus, per in ((1, 4), (4, 3), (8, 2), (5, 5)):
         for _ in range(20):
             old, new = torch.randint(0, 8, (2, gpus * per), generator=g)
-            mine = torch.as_tensor(fn(old.clone(), new.clone(), gpus))
-            boxes = list(zip(*(t.view(gpus, per).tolist() for t in (old, new, mine))))
-            assert all(sorted(m) == sorted(n) for _, n, m in boxes)
-            num_kept = sum((Counter(o) & Counter(n)).total() for o, n, _ in boxes)
-            assert (mine == old).sum() == num_kept
+            reordered = torch.as_tensor(fn(old.clone(), new.clone(), gpus))
+            by_gpu = list(zip(*(t.view(gpus, per).tolist() for t in (old, new, reordered))))
+            assert all(sorted(r) == sorted(n) for _, n, r in by_gpu)
+            num_unmoved = sum((Counter(o) & Counter(n)).total() for o, n, _ in by_gpu)
+            assert (reordered == old).sum() == num_unmoved
 
 
 # %%
@@ -780,9 +784,9 @@ check_copies(my_copies)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Of $n$ tokens a routed expert gets $nk/e$, the shared one $n$, so $\lceil e/k \rceil$. For V3 that is 32: of the 64
-# extra GPUs, half would suffice for the shared expert, and as many as in prefill are left for redundant ones. (The
-# report does not say how it divides them.)
+# Of $n$ tokens a routed expert gets $nk/e$ and the shared one $n$, so $\lceil e/k \rceil$ copies are needed. For V3 that is 32: half of the 64
+# additional GPUs would suffice for the shared expert, which leaves as many for redundant experts as in prefill. (The
+# report does not say how they are divided.)
 #
 # ```python
 # def my_copies(e, k):
@@ -790,7 +794,7 @@ check_copies(my_copies)
 # ```
 # </details>
 #
-# **2 · Break.** Find six weights that `balanced_packing` puts into two packs more than a tenth worse than the best way.
+# **2 · Break.** Find six weights for which the heavier of the two packs of `balanced_packing` is more than a tenth above the optimum.
 
 
 # %%
@@ -803,8 +807,8 @@ check_greedy(my_greedy)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# 3 + 2 + 2 = 7 against 3 + 2 + 0, where 3 + 3 + 0 = 2 + 2 + 2 = 6. With nine slots a GPU there are enough small
-# ones in the end to fill such gaps.
+# 3 + 2 + 2 = 7 against 3 + 2 + 0, where 3 + 3 + 0 = 2 + 2 + 2 = 6. With nine slots per GPU the last, small
+# ones fill such gaps.
 #
 # ```python
 # def my_greedy():
@@ -812,51 +816,51 @@ check_greedy(my_greedy)
 # ```
 # </details>
 #
-# **3 · Extend.** `rebalance_experts` does not know what was there before. Reorder a new placement of one layer (the expert in
-# each slot, `new_a`) inside each GPU, so that what is on its GPU already (`old_a`) keeps its slot; return it.
+# **3 · Extend.** `rebalance_experts` ignores the previous placement. Reorder a new placement of one layer (`new_a`, the expert in
+# each slot) inside each GPU, so that every expert that the GPU already holds (`old_a`) keeps its slot. Return the reordered placement.
 
 
 # %%
-def my_steady(old_a, new_a, gpus: int):
+def my_reorder(old_a, new_a, gpus: int):
     return ...
 
 
-check_steady(my_steady)
+check_reorder(my_reorder)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Experts that stay on their GPU keep their slots; the others fill the gaps. Balance is untouched, and `set_expert_placement`
+# Experts that stay on their GPU keep their slots; the others fill the gaps. The balance is unchanged, and `set_expert_placement`
 # refills fewer slots. The GPUs of a node could be renumbered too.
 #
 # ```python
-# def my_steady(old_a, new_a, gpus):
-#     boxes = []
+# def my_reorder(old_a, new_a, gpus):
+#     slots = []
 #     for old, new in zip(old_a.view(gpus, -1).tolist(), new_a.view(gpus, -1).tolist()):
-#         left, box = Counter(new), []
+#         unplaced, unmoved = Counter(new), []
 #         for e in old:
-#             box.append(e if left[e] else None)
-#             left[e] -= left[e] > 0
-#         rest = left.elements()
-#         boxes += [next(rest) if e is None else e for e in box]
-#     return torch.tensor(boxes)
+#             unmoved.append(e if unplaced[e] else None)
+#             unplaced[e] -= unplaced[e] > 0
+#         moved = unplaced.elements()
+#         slots += [next(moved) if e is None else e for e in unmoved]
+#     return torch.tensor(slots)
 # ```
 # </details>
 
 # %% [markdown]
 # ## Scale-up
-# - **Memory** pays. An expert is 44 MB in FP8, and each of 58 layers wants its own copies: one more slot per GPU is 2.6 GB.
-# - **The network** hardly notices. Refilling *every* slot of a prefill GPU over InfiniBand takes half a second, once in
-#   ten minutes. It must not happen in the middle of a pass: new weights go beside the old ones, or a layer at a time
+# - **Memory** is the cost. An expert takes 44 MB in FP8, and each of 58 layers needs its own copies: one more slot per GPU is 2.6 GB.
+# - **The network** is hardly loaded. Refilling *every* slot of a prefill GPU over InfiniBand takes half a second, once in
+#   ten minutes. It must not happen during a forward pass: new weights are written beside the old ones, or one layer at a time
 #   between two steps.
-# - **In prefill arithmetic binds**, so time follows the rows of a GPU, as counted here. **In decode** the report says that an
-#   expert usually meets no more than 256 tokens (§3.4.2), and that reading its weights takes longer than using them. With one
-#   expert on every GPU all then take about the same time, whoever is popular.
-# - **16 of which 9 work**: on 32 GPUs that is two copies of everything, 41 GB per GPU. Each layer's own loads then decide which
-#   copy works, and no window can be out of date.
+# - **Prefill is bound by arithmetic**, so time follows the rows per GPU, as counted here. **For decode** the report states that an
+#   expert usually processes no more than 256 tokens (§3.4.2), and that reading its weights takes longer than computing with them. With one
+#   expert per GPU all GPUs then take about the same time, whatever the popularity.
+# - **16 experts per GPU, 9 of them active**: on 32 GPUs that is two copies of every expert, 41 GB per GPU. The loads of each layer then decide which
+#   copy is active, and no window can be out of date.
 #
-# The all-to-all of chapter 11 needs nothing new: physical numbers go in. What is *not* built here is a serving engine
-# that moves weights between real GPUs; `set_expert_placement` does it within one process.
+# The all-to-all of chapter 11 needs no change: it takes physical ids. *Not* implemented here is a serving engine
+# that moves weights between GPUs; `set_expert_placement` does it within one process.
 
 # %%
 expert = 3 * V3.dim * V3.moe_inter_dim  # bytes in FP8
@@ -866,7 +870,7 @@ for slots in (8, 9, 16):
     print(
         f"{slots:2} slots per GPU: {size / 1e9:5.1f} GB, refilled in {size / 50e9:.2f} s at 50 GB/s"
     )
-loads_e = torch.tensor([[8 / 256] * 256 + [1.0]])  # a decode unit, the shared expert as the 257th
+loads_e = torch.tensor([[8 / 256] * 256 + [1.0]])  # decode unit; the shared expert is the 257th
 expert_la, _, count_le = rebalance_experts(loads_e, 320, 1, 40, 320)
 print(f"decode, even loads: {count_le[0, -1]} copies of the shared expert, "
       f"slowest / mean {load_imbalance(gpu_load(loads_e, expert_la, 320)).item():.2f}")  # fmt: skip

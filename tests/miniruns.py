@@ -1,4 +1,4 @@
-"""Training runs of a second, in this process or in one that can be killed."""
+"""Training runs of about a second, in this process or in one that can be killed."""
 
 import io
 import json
@@ -30,17 +30,17 @@ STEPS = 8
 WORDS = (
     "the sea was calm and old; ships, gulls, rain! a light far off: nobody came (yet).\n".split()
 )
-CLOCK = {"tokens_per_s", "seconds", "all_to_all_hidden"}  # what may differ between two equal runs
+CLOCK = {"tokens_per_s", "seconds", "all_to_all_hidden"}  # metrics that differ between equal runs
 
 
 def prose(rng: random.Random, words: int) -> str:
-    """Sentences of sorts, a line break here and there."""
+    """Return random words with a few full stops and line breaks."""
     return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", ".\n"]) for _ in range(words))
 
 
 @contextmanager
 def home(folder: Path) -> Iterator[Path]:
-    """mini.json and text/ in a folder, which is also where every cache goes."""
+    """Write mini.json and text/ into a folder and keep all caches there."""
     rng = random.Random(0)
     (folder / "mini.json").write_text(json.dumps(MINI))
     (folder / "text").mkdir()
@@ -52,7 +52,7 @@ def home(folder: Path) -> Iterator[Path]:
 
 
 def own_caches(folder: Path, patch) -> None:
-    """Nothing is read from or left in the user's own."""
+    """Redirect the caches to a folder instead of the user's own."""
     import datasets
 
     patch.setenv("DSV3_CACHE", str(folder / "cache"))
@@ -60,25 +60,25 @@ def own_caches(folder: Path, patch) -> None:
 
 
 def options(home: Path, out: Path, *more) -> list[str]:
-    """The command line of a run of eight steps with a checkpoint after 3, 6 and 8."""
+    """Return the command line of a run of eight steps with checkpoints after 3, 6 and 8."""
     fixed = ["train", "--config", home / "mini.json", "--data", home / "text", "--out", out]
     fixed += "--steps 8 --seq-len 32 --global-batch-size 4 --warmup-steps 2 --save-every 3".split()
     return [str(x) for x in [*fixed, *more]]
 
 
 def no_report(folder: Path) -> Path:
-    """In place of figures, which take longer than the run."""
+    """Write a stub report, since figures take longer than the run."""
     (folder / "report.html").write_text("no figures")
     return folder / "report.html"
 
 
-# ── What a run left ──
+# ── Files of a run ──
 
 
 def metrics(run: Path) -> list[dict]:
-    """The rows of a run, whose keys docs/metrics.md must describe."""
+    """Return the metrics rows of a run; docs/metrics.md must describe their keys."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    unknown = {key for row in rows for key in row} - documented_metrics()
+    unknown = set().union(*rows) - documented_metrics()
     assert not unknown, f"docs/metrics.md does not describe {unknown}"
     return rows
 
@@ -90,7 +90,7 @@ def documented_metrics() -> set[str]:
 
 
 def results(run: Path) -> tuple:
-    """All that two equal runs share, without the clock: rows, and the last checkpoint's bytes."""
+    """Return what equal runs share: rows without times, and the last checkpoint's bytes."""
     last = sorted((run / "checkpoints").iterdir())[-1]
     names = ["model.safetensors", "training.safetensors"]
     rows, state = map(timeless, metrics(run)), json.loads((last / "state.json").read_text())
@@ -105,7 +105,7 @@ def timeless(row: dict) -> dict:
 
 
 def child(home: Path, argv: list[str], threads=1, deadly="", at=1, number=signal.SIGKILL) -> None:
-    """Run a command, silently; its `at`-th call of the function `deadly` sends it a signal."""
+    """Run a command silently; its `at`-th call of the function `deadly` sends it a signal."""
     import torch
 
     from dsv3_ref.cli import main
@@ -136,14 +136,14 @@ FORK.set_forkserver_preload(PRELOAD)
 
 
 def start(*args):
-    """`child` in a process of its own."""
+    """Run `child` in a process of its own."""
     process = FORK.Process(target=child, args=args)
     process.start()
     return process
 
 
 class Command:
-    """`dsv3 ARGV` in a process of its own, with the part of Popen that tests need."""
+    """`dsv3 ARGV` in its own process, with the part of Popen's interface that tests need."""
 
     def __init__(self, home: Path, argv: list[str], env: dict[str, str]):
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115
@@ -159,7 +159,7 @@ class Command:
         return self.process.exitcode
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """(what it printed, None), once it has ended."""
+        """Wait for the end; return (output, None) as Popen does."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired("dsv3", timeout)
@@ -189,7 +189,7 @@ def run_command(home: Path, argv: list[str], env: dict[str, str], log: str) -> N
 
 
 def launch(home: Path, world: int, argv: list[str]) -> list[Command]:
-    """A command on every rank, as a launcher starts it."""
+    """Start a command on every rank, as a launcher does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -199,7 +199,7 @@ def launch(home: Path, world: int, argv: list[str]) -> list[Command]:
 
 
 def apart(test, home: Path, *args) -> None:
-    """`test(*args)` in a process of its own: after Parquet, Python's end may hang."""
+    """Run `test(*args)` in its own process: after reading Parquet, Python may hang at exit."""
     process = FORK.Process(target=in_home, args=(test, home, *args))
     process.start()
     process.join()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsv3_ref.decode import (
     Decoder,
+    InvalidLogits,
     SamplingParams,
     SpeculativeDecoder,
     generate,
@@ -94,7 +95,7 @@ def test_a_low_temperature_is_the_argmax():
 
 
 def test_a_negative_temperature_is_refused():
-    with pytest.raises(ValueError, match="temperature must be at least 0, not -1"):
+    with pytest.raises(ValueError, match="temperature must be at least 0 and finite, not -1"):
         sample(torch.zeros(1, 3), -1)
 
 
@@ -263,3 +264,60 @@ def test_top_p_keeps_the_fewest_likeliest():
         p_w = logits_to_probs(logit_w, 1.0, top_p)[0]
         assert (p_w > 0).tolist() == [i < size for i in range(4)]
         torch.testing.assert_close(p_w.sum(), torch.tensor(1.0))
+
+
+SMALLEST = torch.finfo(torch.float32).smallest_normal / 2**20  # a subnormal number
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, SMALLEST, 5e-324, 9.9e-6])
+@pytest.mark.parametrize("scale", [SMALLEST, 1.0, 1e30])
+def test_a_tiny_temperature_is_greedy_on_every_path(temperature, scale):
+    logit_bw = scale * torch.tensor([[1.0, 3.0, 2.0], [5.0, -9.0, 4.0]])
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    params = SamplingParams(temperature, 0.9, generator)
+    assert sample(logit_bw, temperature, generator, 0.9).tolist() == [1, 0]
+    assert logits_to_probs(logit_bw, temperature).tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert params.sample(logit_bw).tolist() == params.draft(logit_bw)[0].tolist() == [1, 0]
+    n_b, token_b = params.verify(torch.stack((logit_bw, logit_bw)), (), torch.tensor([[1], [0]]))
+    assert (n_b.tolist(), token_b.tolist()) == ([1, 0], [0, 1])
+    assert torch.equal(before, generator.get_state())
+
+
+@given(
+    st.floats(1e-5, 2), st.sampled_from([1.0, 0.9, 1e-6, 1e-50]),
+    st.lists(st.floats(max_value=2.0**127, width=32), min_size=2, max_size=5),
+)  # fmt: skip
+def test_every_finite_logit_has_a_distribution(temperature, top_p, row):
+    logit_bw = torch.tensor([row])
+    if max(row) == -float("inf"):
+        return
+    p_bw = logits_to_probs(logit_bw, temperature, top_p)
+    assert p_bw.isfinite().all() and abs(p_bw.sum() - 1) < 1e-5
+    token = sample(logit_bw, temperature, torch.Generator().manual_seed(0), top_p)
+    assert p_bw[0, token] > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 0.7])
+def test_logits_that_are_not_finite_raise_on_every_path(micro, bad, temperature):
+    row = torch.tensor([[1.0, bad, 0.0]])
+    params = SamplingParams(temperature, 0.9)
+    for call in (
+        lambda: sample(row, temperature),
+        lambda: params.draft(row),
+        lambda: params.verify(row[None].expand(1, 2, 3), (row,), torch.tensor([[0]])),
+        lambda: sample(torch.full((1, 3), -float("inf")), temperature),
+    ):
+        with pytest.raises(InvalidLogits, match="not finite"):
+            call()
+    model = Transformer(micro).eval()
+    model.head.weight.data[3] = bad
+    with pytest.raises(InvalidLogits):
+        generate(model, prompts(micro), 4, temperature)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_no_number_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be at least 0 and finite"):
+        sample(torch.zeros(1, 3), temperature)

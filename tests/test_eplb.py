@@ -1,8 +1,9 @@
-"""Placement of redundant experts against loops written from its description, and on a model."""
+"""Placement of redundant experts: compared with a slow form, and on a model."""
 
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_ref.config import TINY, UserError
+from dsv3_ref.config import TINY, UserError, ceil_div
 from dsv3_ref.eplb import (
     ExpertLoadWindow,
     assign_replicas,
@@ -30,24 +31,24 @@ from dsv3_ref.pretrain import expert_loads
 from dsv3_ref.studies import expert_load
 from dsv3_ref.viz.ablation import RESULTS_DIR
 
-# ── The slow form: one layer, one expert, one GPU after the other ──
+# ── The slow form: loops over layers, experts and GPUs ──
 
 
 def slow_packed(weights, n: int) -> list[list[int]]:
-    """The items of every container, in the order in which they came."""
+    """Return the items of every pack in the order in which they were added."""
     if len(weights) == n:
         return [[i] for i in range(n)]
-    boxes, sums = [[] for _ in range(n)], [np.float32(0)] * n
+    packs, sums = [[] for _ in range(n)], [np.float32(0)] * n
     for item in sorted(range(len(weights)), key=lambda i: -weights[i]):  # of equals the first
-        roomy = [j for j in range(n) if len(boxes[j]) < len(weights) // n]
-        lightest = min(roomy, key=lambda j: sums[j])
-        boxes[lightest].append(item)
+        open_packs = [j for j in range(n) if len(packs[j]) < len(weights) // n]
+        lightest = min(open_packs, key=lambda j: sums[j])
+        packs[lightest].append(item)
         sums[lightest] += weights[item]
-    return boxes
+    return packs
 
 
 def slow_slots(loads: dict[int, float], n: int) -> list[tuple[int, int]]:
-    """(expert, which of its copies) of n slots: the busiest copy gets a sister, again and again."""
+    """Return (expert, index of its copy) of n slots; the busiest copy gets another one."""
     slots, copies = [(e, 0) for e in loads], dict.fromkeys(loads, 1)
     while len(slots) < n:
         busiest = max(loads, key=lambda e: loads[e] / np.float32(copies[e]))  # of equals the first
@@ -57,38 +58,48 @@ def slow_slots(loads: dict[int, float], n: int) -> list[tuple[int, int]]:
 
 
 def slow_layer(loads: list[int], n: int, groups: int, nodes: int, gpus: int):
-    """(expert, copy) of every slot of one layer, slot by slot."""
+    """Return (expert, index of its copy) of every slot of one layer."""
     if groups % nodes:
         groups, nodes = 1, 1
-    loads, size, out = [np.float32(x) for x in loads], len(loads) // groups, []
-    of_group = [[*range(g * size, (g + 1) * size)] for g in range(groups)]
-    for node in slow_packed(
-        [sum((loads[e] for e in group), np.float32(0)) for group in of_group], nodes
-    ):
-        mine = {e: loads[e] for g in node for e in of_group[g]}
-        slots = slow_slots(mine, n // nodes)
+    loads = [np.float32(x) for x in loads]
+    size = len(loads) // groups
+    experts_of = [[*range(g * size, (g + 1) * size)] for g in range(groups)]
+    group_loads = [sum((loads[e] for e in group), np.float32(0)) for group in experts_of]
+    layer = []
+    for node_groups in slow_packed(group_loads, nodes):
+        node_experts = chain.from_iterable(experts_of[g] for g in node_groups)
+        node_loads = {e: loads[e] for e in node_experts}
+        slots = slow_slots(node_loads, n // nodes)
         copies = Counter(e for e, _ in slots)
-        shares = [mine[e] / np.float32(copies[e]) for e, _ in slots]
+        shares = [node_loads[e] / np.float32(copies[e]) for e, _ in slots]
         for gpu in slow_packed(shares, gpus // nodes):
-            out += [slots[i] for i in gpu]
-    return out
+            layer += [slots[i] for i in gpu]
+    return layer
 
 
 @st.composite
 def problems(draw):
-    """Loads of some layers with many ties, and a cluster; groups that nodes divide, or do not."""
-    size = lambda low, high: draw(st.integers(low, high))
-    nodes, groups = size(1, 4), size(1, 6)
-    gpus, experts = nodes * size(1, 4), groups * size(1, 6)
-    n = (-(-experts // gpus) + size(0, 3)) * gpus
-    most = draw(st.sampled_from([1, 4, 100, 100_000]))
-    layer = st.lists(st.integers(0, most), min_size=experts, max_size=experts)
-    return draw(st.lists(layer, min_size=1, max_size=3)), n, groups, nodes, gpus
+    """Draw loads of some layers with many ties, and a cluster with groups of any number."""
+
+    def number(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    nodes, groups = number(1, 4), number(1, 6)
+    gpus, experts = nodes * number(1, 4), groups * number(1, 6)
+    num_slots = (ceil_div(experts, gpus) + number(0, 3)) * gpus
+    max_load = draw(st.sampled_from([1, 4, 100, 100_000]))
+    layer = st.lists(st.integers(0, max_load), min_size=experts, max_size=experts)
+    return draw(st.lists(layer, min_size=1, max_size=3)), num_slots, groups, nodes, gpus
+
+
+def slots_by_copy(slot_eu: torch.Tensor) -> dict[tuple[int, int], int]:
+    """Return (expert, copy) → slot, without the −1 of missing copies."""
+    return {(e, u): slot_eu[e, u].item() for e, u in (slot_eu >= 0).nonzero().tolist()}
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_placements_are_those_of_the_slow_form(problem):
+def test_placements_equal_the_slow_form(problem):
     loads, *sizes = problem
     expert_la, slot_leu, count_le = rebalance_experts(torch.tensor(loads), *sizes)
     assert slot_leu.shape[2] == count_le.max()
@@ -96,9 +107,7 @@ def test_placements_are_those_of_the_slow_form(problem):
         slots = slow_layer(row, *sizes)
         assert expert_la[layer].tolist() == [e for e, _ in slots]
         assert count_le[layer].tolist() == [sum(e == x for x, _ in slots) for e in range(len(row))]
-        found = {(e, u): a for e, of_e in enumerate(slot_leu[layer].tolist())
-                 for u, a in enumerate(of_e) if a >= 0}  # fmt: skip
-        assert found == {slot: a for a, slot in enumerate(slots)}
+        assert slots_by_copy(slot_leu[layer]) == {slot: a for a, slot in enumerate(slots)}
 
 
 def test_the_published_example():
@@ -117,7 +126,7 @@ def test_the_published_example():
 
 @settings(max_examples=50, deadline=None)
 @given(problems())
-def test_groups_stay_on_one_node_and_copies_are_shared_out_well(problem):
+def test_groups_stay_on_one_node_and_loads_add_up(problem):
     loads, n, groups, nodes, gpus = problem
     load_le = torch.tensor(loads)
     expert_la, _, count_le = rebalance_experts(load_le, n, groups, nodes, gpus)
@@ -134,13 +143,12 @@ def test_groups_stay_on_one_node_and_copies_are_shared_out_well(problem):
 def test_ties_take_the_first():
     assert replicate_experts(torch.ones(1, 3), 5)[0].tolist() == [[0, 1, 2, 0, 1]]
     assert balanced_packing(torch.ones(1, 4), 2)[0].tolist() == [[0, 1, 0, 1]]
-    assert balanced_packing(torch.tensor([[1.0, 9, 5]]), 3)[0].tolist() == [
-        [0, 1, 2]
-    ]  # nobody moves
+    one_item_each = balanced_packing(torch.tensor([[1.0, 9, 5]]), 3)[0]
+    assert one_item_each.tolist() == [[0, 1, 2]]  # the order stays
 
 
-def test_v3_s_units():
-    """Prefill: 8 + 1 on each of 32 GPUs, groups on nodes; decode: one on each of 320."""
+def test_the_units_of_v3():
+    """Prefill: 8 + 1 experts on each of 32 GPUs, groups on nodes; decode: one on each of 320."""
     load_le = torch.randint(0, 1000, (58, 256), generator=torch.Generator().manual_seed(0))
     prefill = rebalance_experts(load_le, 288, 8, 4, 32)[0]
     decode, _, count_le = rebalance_experts(load_le, 320, 8, 40, 320)
@@ -182,7 +190,7 @@ def test_occurrences_are_counted_in_order():
         ((15, 4, 2, 5), "5 GPUs do not form 2 equal nodes"),
     ],
 )
-def test_what_cannot_be_placed_is_refused(sizes, sentence):
+def test_impossible_placements_are_errors(sizes, sentence):
     with pytest.raises(UserError, match=sentence):
         rebalance_experts(torch.ones(1, 12), *sizes)
 
@@ -265,19 +273,19 @@ def test_slots_have_the_dtype_of_the_experts(moe):
         set_expert_placement(moe, torch.arange(12)[None])
 
 
-def test_every_gpu_gets_the_rows_of_its_slots(moe):
+def test_every_gpu_receives_the_rows_of_its_slots(moe):
     chosen_nk = torch.rand(400, 12).argsort(-1)[:, :3]
     expert_a = placements()[0]
     slot_nk = assign_replicas(chosen_nk, *logical_to_physical(expert_a, 12))
     token_m, gpu_m, count_j = dispatch_layout(slot_nk, 2, 8)
     for gpu in range(8):
-        held = set(range(2 * gpu, 2 * gpu + 2))
-        want = [n for n, slots in enumerate(slot_nk.tolist()) if held & set(slots)]
+        gpu_slots = set(range(2 * gpu, 2 * gpu + 2))
+        want = [n for n, slots in enumerate(slot_nk.tolist()) if gpu_slots & set(slots)]
         assert token_m[gpu_m == gpu].tolist() == want
     assert count_j.sum() == len(token_m)
 
 
-def test_what_copies_cannot_do_is_said(moe):
+def test_unsupported_uses_of_copies_are_errors(moe):
     with pytest.raises(UserError, match="each of its 12 experts at least once"):
         set_expert_placement(moe, torch.zeros(16, dtype=torch.long))
     set_expert_placement(moe, placements()[0])
@@ -288,8 +296,8 @@ def test_what_copies_cannot_do_is_said(moe):
         moe(torch.randn(1, 2, 32))
 
 
-def test_a_whole_model_served_by_its_own_loads():
-    """Routes → loads of a window → a placement for every layer → the same logits."""
+def test_a_model_placed_by_its_own_loads_is_unchanged():
+    """Place every layer by the loads of a window; the logits stay the same."""
     torch.manual_seed(0)
     small = replace(TINY, vocab_size=64, n_layers=3, n_mtp_layers=0, max_seq_len=32)
     model, window = Transformer(small).eval(), ExpertLoadWindow(2)
@@ -306,7 +314,7 @@ def test_a_whole_model_served_by_its_own_loads():
     assert window.total().sum(-1).tolist() == [2 * 64 * 4] * 2  # the last two of three steps
 
 
-# ── The record that chapter 19 reads ──
+# ── The recorded loads of chapter 19 ──
 
 
 def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
@@ -333,11 +341,10 @@ def test_loads_are_recorded_window_by_window(tmp_path, monkeypatch):
         expert_load.record_expert_loads(replace(args, windows=0), "")
 
 
-def test_the_stored_record_is_whole():
+def test_the_committed_loads_are_complete():
     stored = json.loads((RESULTS_DIR / "expert_load.json").read_text())
     for load in stored["tokens_per_expert"].values():
         load_xle = torch.tensor(load)
         assert load_xle.shape == (24, 3, 16)
-        assert (
-            load_xle.sum(-1) == stored["tokens_per_window"] * stored["n_activated_experts"]
-        ).all()
+        choices = stored["tokens_per_window"] * stored["n_activated_experts"]
+        assert (load_xle.sum(-1) == choices).all()

@@ -1,4 +1,4 @@
-"""Expert parallelism: the work of a rank against loops, and all ranks in a list against one device."""
+"""Expert parallelism: a rank's work against loops, and all ranks in a list against one device."""
 
 from collections import Counter
 from itertools import chain

@@ -1,7 +1,8 @@
-"""The FP8 recipe against plain loops: tiles, blocks, promoted sums, and what training sees."""
+"""The FP8 recipe against plain loops: tiles, blocks, promoted sums, layers and training."""
 
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref import fp8, ops
-from dsv3_ref.config import TINY
+from dsv3_ref.config import TINY, ceil_div
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import compute_losses, train_step
@@ -19,13 +20,13 @@ SIZES = st.integers(1, 300)
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129]), min_size=1, max_size=4)
 
 
-def spread(*shape):
-    """Random numbers over many orders of magnitude, with zeros."""
+def wide_range(*shape):
+    """Draw numbers over many orders of magnitude, and zeros."""
     x = torch.randn(shape) * 10.0 ** torch.randint(-12, 5, shape)
     return x * (torch.rand(shape) > 0.1)
 
 
-def one_scale(x, use_ue8m0: bool) -> float:
+def expected_scale(x, use_ue8m0: bool) -> torch.Tensor:
     s = x.abs().max().clamp(min=1e-30) / 448
     return (2.0 ** s.double().log2().ceil()).float() if use_ue8m0 else s
 
@@ -35,37 +36,37 @@ def one_scale(x, use_ue8m0: bool) -> float:
 
 @pytest.mark.parametrize("use_ue8m0", [False, True])
 @given(n=st.integers(1, 4), k=SIZES)
-def test_tiles_are_coded_one_by_one(use_ue8m0, n, k):
-    x = spread(n, k)
+def test_tiles_are_quantized_one_by_one(use_ue8m0, n, k):
+    x = wide_range(n, k)
     q, s = fp8.act_quant(x, use_ue8m0)
     assert q.shape == x.shape
-    assert s.shape == (n, -(-k // 128))
-    for row, col in ((r, c) for r in range(n) for c in range(s.shape[1])):
+    assert s.shape == (n, ceil_div(k, 128))
+    for row, col in product(range(n), range(s.shape[1])):
         tile = x[row, 128 * col : 128 * col + 128]
-        assert s[row, col] == one_scale(tile, use_ue8m0)
+        assert s[row, col] == expected_scale(tile, use_ue8m0)
         want = (tile / s[row, col]).clamp(-448, 448).to(fp8.E4M3)
         assert torch.equal(q[row, 128 * col : 128 * col + 128].float(), want.float())
 
 
 @pytest.mark.parametrize("use_ue8m0", [False, True])
 @given(o=SIZES, i=SIZES)
-def test_blocks_are_coded_one_by_one(use_ue8m0, o, i):
-    w = spread(2, o, i)
+def test_blocks_are_quantized_one_by_one(use_ue8m0, o, i):
+    w = wide_range(2, o, i)
     q, s = fp8.weight_quant(w, use_ue8m0)
-    assert s.shape == (2, -(-o // 128), -(-i // 128))
-    for y, z in ((y, z) for y in range(s.shape[1]) for z in range(s.shape[2])):
-        at = slice(128 * y, 128 * y + 128), slice(128 * z, 128 * z + 128)
-        assert s[1, y, z] == one_scale(w[1][at], use_ue8m0)
-        want = (w[1][at] / s[1, y, z]).to(fp8.E4M3).float() * s[1, y, z]
-        assert torch.equal(fp8.weight_dequant(q, s)[1][at], want)
+    assert s.shape == (2, ceil_div(o, 128), ceil_div(i, 128))
+    for y, z in product(range(s.shape[1]), range(s.shape[2])):
+        block = slice(128 * y, 128 * y + 128), slice(128 * z, 128 * z + 128)
+        assert s[1, y, z] == expected_scale(w[1][block], use_ue8m0)
+        want = (w[1][block] / s[1, y, z]).to(fp8.E4M3).float() * s[1, y, z]
+        assert torch.equal(fp8.weight_dequant(q, s)[1][block], want)
 
 
-def test_the_transpose_of_a_weight_needs_no_new_codes():
+def test_the_transpose_of_a_quantized_weight_is_the_quantized_transpose():
     w = torch.randn(300, 200)
     q, s = fp8.weight_quant(w)
-    turned, turned_s = fp8.weight_quant(w.T)
-    assert torch.equal(turned.float(), q.T.float())
-    assert torch.equal(turned_s, s.T)
+    q_of_transpose, s_of_transpose = fp8.weight_quant(w.T)
+    assert torch.equal(q_of_transpose.float(), q.T.float())
+    assert torch.equal(s_of_transpose, s.T)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, 1e-30, 1e30, 3e38])
@@ -78,11 +79,10 @@ def test_extremes_stay_finite(value):
         assert torch.allclose(fp8.act_dequant(q, s), x, rtol=0.04)
 
 
-def test_scales_of_a_wrong_shape_are_refused():
+def test_scales_of_a_wrong_shape_raise():
     q, s = fp8.weight_quant(torch.randn(576, 128))
-    with pytest.raises(
-        ValueError, match=r"a weight of 576×128 needs scales \(5, 1\), not \(4, 1\)"
-    ):
+    message = r"a weight of 576×128 needs scales \(5, 1\), not \(4, 1\)"
+    with pytest.raises(ValueError, match=message):
         fp8.weight_dequant(q, s[:4])
 
 
@@ -99,8 +99,8 @@ def test_the_bounds_of_scales_and_values():
 # ── Along the tokens ──
 
 
-def grouped(x_mk, tokens_per_expert_e, use_ue8m0=False):
-    """`act_quant_transposed` by a loop: every expert's rows in tiles of their own, transposed."""
+def quantize_expert_by_expert(x_mk, tokens_per_expert_e, use_ue8m0=False):
+    """Compute `act_quant_transposed` by a loop over experts and their tiles."""
     parts, scales = [], []
     for rows in x_mk.split(tokens_per_expert_e.tolist()):
         for tile in rows.split(128) if len(rows) else ():
@@ -112,11 +112,11 @@ def grouped(x_mk, tokens_per_expert_e, use_ue8m0=False):
 
 @pytest.mark.parametrize("use_ue8m0", [False, True])
 @given(counts=COUNTS.filter(sum), k=st.integers(1, 40))
-def test_columns_are_coded_group_by_group(use_ue8m0, counts, k):
+def test_columns_are_quantized_expert_by_expert(use_ue8m0, counts, k):
     tokens_per_expert_e = torch.tensor(counts)
-    x = spread(sum(counts), k)
+    x = wide_range(sum(counts), k)
     q, s = fp8.act_quant_transposed(x, tokens_per_expert_e, use_ue8m0)
-    want, want_s = grouped(x, tokens_per_expert_e, use_ue8m0)
+    want, want_s = quantize_expert_by_expert(x, tokens_per_expert_e, use_ue8m0)
     used = want_s.shape[1]
     assert s.shape[1] == sum(counts) // 128 + len(counts)
     assert torch.equal(q.float()[:, : 128 * used], want)
@@ -125,21 +125,21 @@ def test_columns_are_coded_group_by_group(use_ue8m0, counts, k):
     assert (s[:, used:] == 1).all()
 
 
-def test_re_tiling_by_powers_of_two_rounds_only_what_falls_off_the_lower_end():
+def test_requantization_with_powers_of_two_rounds_only_what_underflows():
     x = torch.randn(200, 130)
     for use_ue8m0, least, most in ((True, 0.0, 1e-6), (False, 0.01, 0.04)):
-        once = fp8.act_dequant(*fp8.act_quant(x, use_ue8m0))
-        twice = fp8.act_dequant(
-            *fp8.requant_transposed(*fp8.act_quant(x, use_ue8m0), None, use_ue8m0)
-        )[:, :200].T
+        quantized = fp8.act_quant(x, use_ue8m0)
+        once = fp8.act_dequant(*quantized)
+        requantized = fp8.requant_transposed(*quantized, None, use_ue8m0)
+        twice = fp8.act_dequant(*requantized)[:, :200].T
         assert least <= (twice - once).norm() / x.norm() <= most
 
 
 @given(k=SIZES)
 def test_twelve_bits_round_trip(k):
-    x = spread(3, k)
+    x = wide_range(3, k)
     packed, s = fp8.e5m6_quant(x)
-    assert packed.shape == (3, -(-k // 128), 192)
+    assert packed.shape == (3, ceil_div(k, 128), 192)
     assert packed.dtype == torch.uint8
     back = fp8.e5m6_dequant(packed, s, k)
     unit = s.repeat_interleave(128, 1)[:, :k]
@@ -148,7 +148,7 @@ def test_twelve_bits_round_trip(k):
 
 
 def test_twelve_bits_round_to_the_nearest_number():
-    """E5M6 is fp16 without four bits of its mantissa: every number, every tie, both ends."""
+    """E5M6 is fp16 without four bits of its mantissa; check every number, tie and both ends."""
     half = torch.arange(0, 31 * 1024, 16, dtype=torch.int16).view(torch.float16).float()
     assert half.max() == fp8.E5M6_MAX == 65_024
     assert torch.equal(fp8.round_e5m6(half), half)
@@ -173,24 +173,25 @@ def test_twelve_bits_use_their_whole_range():
 
 
 @given(m=st.integers(0, 20), n=SIZES, k=SIZES)
-def test_a_product_is_that_of_the_decoded_matrices(m, n, k):
+def test_a_product_is_that_of_the_dequantized_matrices(m, n, k):
     a, b = torch.randn(m, k), torch.randn(n, k)
     qa, sa = fp8.act_quant(a)
     wide = fp8.act_dequant(qa, sa).double()
-    for q, s, decode in (
+    for q, s, dequant in (
         (*fp8.weight_quant(b), fp8.weight_dequant),
         (*fp8.act_quant(b), fp8.act_dequant),
     ):
-        other = decode(q, s).double()
+        other = dequant(q, s).double()
         got, want = fp8.fp8_gemm(qa, sa, q, s), wide @ other.T
-        assert got.dtype == torch.float32  # terms may cancel: what is summed is the measure
+        assert got.dtype == torch.float32  # terms may cancel, so the bound is relative to them
         assert (got - want).norm() <= 1e-6 * (wide.abs() @ other.abs().T).norm()
 
 
 @given(counts=COUNTS, n=st.integers(1, 140), k=st.integers(1, 140))
-def test_experts_are_products_of_their_own(counts, n, k):
+def test_a_grouped_product_is_one_product_per_expert(counts, n, k):
     tokens_per_expert_e, m = torch.tensor(counts), sum(counts)
-    x, g, w = torch.randn(m, k), torch.randn(m, n), torch.randn(len(counts), n, k)
+    x, g = torch.randn(m, k), torch.randn(m, n)
+    w = torch.randn(len(counts), n, k)
     a, b = fp8.act_quant(x), fp8.weight_quant(w)
     y = fp8.fp8_grouped_gemm(*a, *b, tokens_per_expert_e)
     dw = fp8.fp8_grouped_wgrad(
@@ -211,47 +212,49 @@ def test_experts_are_products_of_their_own(counts, n, k):
 # ── The recipe as a backend ──
 
 
-def both(layer, *inputs):
-    """Output and gradients with high precision and with FP8."""
-    found = []
+def run_both(layer, *inputs):
+    """Return output and gradients in high precision and in FP8."""
+    results = []
     for backends in (("auto",), ("fp8", "auto")):
         leaves = [x.detach().requires_grad_() for x in inputs]
         with ops.use(*backends):
             y = layer(*leaves)
             grads = torch.autograd.grad(y, [*leaves, *layer.parameters()], torch.cos(y.detach()))
-        found.append([y, *grads])
-    return found
+        results.append([y, *grads])
+    return results
 
 
-@pytest.mark.parametrize("keep", ["e4m3", "e5m6"])
+@pytest.mark.parametrize("saved_input_format", ["e4m3", "e5m6"])
 @pytest.mark.parametrize("shape", [(1,), (2, 70), (129,)])
-def test_a_layer_in_fp8_is_near_and_not_equal(keep, shape):
-    layer = ops.Linear(576, 200, keep)
+def test_a_layer_in_fp8_is_close_but_not_equal(saved_input_format, shape):
+    layer = ops.Linear(576, 200, saved_input_format)
     torch.nn.init.normal_(layer.weight, std=576**-0.5)
-    for wide, narrow in zip(*both(layer, torch.randn(*shape, 576))):
+    for wide, narrow in zip(*run_both(layer, torch.randn(*shape, 576))):
         assert narrow.shape == wide.shape
         assert narrow.dtype == torch.float32
         assert 1e-3 < (narrow - wide).norm() / wide.norm() < 0.08
 
 
 def test_dgrad_and_wgrad_are_their_equations():
-    layer, x, g = (
-        ops.Linear(200, 130),
-        torch.randn(70, 200, requires_grad=True),
-        torch.randn(70, 130),
-    )
+    layer, g = ops.Linear(200, 130), torch.randn(70, 130)
+    x = torch.randn(70, 200, requires_grad=True)
     torch.nn.init.normal_(layer.weight)
     with ops.use("fp8", "auto"):
         dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), g)
     w = fp8.weight_dequant(*fp8.weight_quant(layer.weight.detach()))
     assert torch.allclose(dx, fp8.act_dequant(*fp8.act_quant(g)) @ w, rtol=1e-4, atol=1e-3)
-    columns = lambda t: fp8.act_dequant(*t)[:, :70]
-    kept = fp8.act_quant(x.detach())
-    want = columns(fp8.act_quant_transposed(g)) @ columns(fp8.requant_transposed(*kept)).T
+    saved = fp8.act_quant(x.detach())
+    g_mo = dequantize_rows(fp8.act_quant_transposed(g))
+    want = g_mo.T @ dequantize_rows(fp8.requant_transposed(*saved))
     assert torch.allclose(dw, want, rtol=1e-4, atol=1e-3)
 
 
-def test_the_input_kept_in_twelve_bits_is_what_wgrad_reads():
+def dequantize_rows(transposed) -> torch.Tensor:
+    """Return the first 70 rows of a matrix quantized by `act_quant_transposed`."""
+    return fp8.act_dequant(*transposed)[:, :70].T
+
+
+def test_wgrad_reads_the_input_saved_in_twelve_bits():
     layer, g = ops.Linear(200, 130, "e5m6"), torch.randn(70, 130)
     x = torch.randn(70, 200, requires_grad=True)
     torch.nn.init.normal_(layer.weight)
@@ -264,16 +267,15 @@ def test_the_input_kept_in_twelve_bits_is_what_wgrad_reads():
     assert torch.allclose(y, wide_x @ w.T, rtol=1e-4, atol=1e-3)
     weight_bytes = sum(t.nbytes for t in fp8.weight_quant(layer.weight.detach()))
     assert saved_bytes == 70 * 2 * (192 + 4) + weight_bytes
-    columns = lambda t: fp8.act_dequant(*t)[:, :70]
     saved_x = fp8.e5m6_dequant(*fp8.e5m6_quant(x.detach()), 200)
-    want = columns(fp8.act_quant_transposed(g))
-    want = want @ columns(fp8.act_quant_transposed(saved_x, None, True)).T
+    g_mo = dequantize_rows(fp8.act_quant_transposed(g))
+    want = g_mo.T @ dequantize_rows(fp8.act_quant_transposed(saved_x, None, True))
     assert torch.allclose(dw, want, rtol=1e-4, atol=1e-3)
-    other = columns(fp8.act_quant_transposed(g)) @ columns(fp8.act_quant_transposed(saved_x)).T
-    assert not torch.allclose(dw, other, rtol=1e-4, atol=1e-3)  # scales that are powers of two
+    other = g_mo.T @ dequantize_rows(fp8.act_quant_transposed(saved_x))
+    assert not torch.allclose(dw, other, rtol=1e-4, atol=1e-3)  # scales are powers of two
 
 
-def test_swiglu_backward_reads_what_was_kept():
+def test_swiglu_backward_reads_the_saved_inputs():
     gate, up, g = torch.randn(3, 5, 200)
     gate_q, up_q = fp8.act_quant(gate), fp8.act_quant(up)
     dgate, dup, q, s = fp8.swiglu_quant_backward(g, *gate_q, *up_q)
@@ -287,26 +289,28 @@ def test_swiglu_backward_reads_what_was_kept():
     assert (q.float() != want_q.float()).float().mean() < 0.01
 
 
-def test_what_is_kept_after_swiglu_are_codes():
+def test_swiglu_saves_its_inputs_in_fp8():
     mlp = ops.MLP(256, 512)
     for p in mlp.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    for wide, narrow in zip(*both(mlp, torch.randn(40, 256))):
+    for wide, narrow in zip(*run_both(mlp, torch.randn(40, 256))):
         assert 1e-3 < (narrow - wide).norm() / wide.norm() < 0.12
-    kept = {}
+    saved_bytes = {}
     for name in ("auto", "fp8"):
         x = torch.randn(40, 256, requires_grad=True)
         with ops.use(*dict.fromkeys((name, "auto"))), saved_tensors(False) as saved:
             y = mlp(x)
-        kept[name] = saved.bytes
+        saved_bytes[name] = saved.bytes
         del y
-    codes = 40 * (256 + 2 * 512) * (1 + 4 / 128)  # x, gate and up, with scales
-    weights = sum(t.nbytes for p in mlp.parameters() for t in fp8.weight_quant(p))
-    assert kept["fp8"] == codes + weights
-    assert kept["auto"] > 3 * codes
+    quantized_bytes = 40 * (256 + 2 * 512) * (1 + 4 / 128)  # x, gate and up, with scales
+    weight_bytes = 0
+    for p in mlp.parameters():
+        weight_bytes += sum(t.nbytes for t in fp8.weight_quant(p))
+    assert saved_bytes["fp8"] == quantized_bytes + weight_bytes
+    assert saved_bytes["auto"] > 3 * quantized_bytes
 
 
-def test_a_tensor_that_changed_is_coded_again():
+def test_a_modified_tensor_is_quantized_again():
     x = torch.randn(4, 128)
     first = fp8.quantize_cached(x)
     assert fp8.quantize_cached(x)[0] is first[0]
@@ -314,90 +318,97 @@ def test_a_tensor_that_changed_is_coded_again():
     assert torch.equal(fp8.quantize_cached(x)[0].float(), fp8.act_quant(x)[0].float())
 
 
-def test_forward_passes_that_wait_share_the_codes_of_a_weight(monkeypatch):
-    """In a pipeline many wait; when none does, or after a step, the weight is coded again."""
-    made, quant = [], fp8.weight_quant
-    monkeypatch.setattr(fp8, "weight_quant", lambda w: made.append(w) or quant(w))
+def test_pending_forward_passes_share_a_quantized_weight(monkeypatch):
+    """A weight is quantized again after a step, and when no forward pass awaits its backward."""
+    weights, quant = [], fp8.weight_quant
+    monkeypatch.setattr(fp8, "weight_quant", lambda w: weights.append(w) or quant(w))
     layer, x = ops.Linear(256, 128), torch.randn(8, 256)
     torch.nn.init.normal_(layer.weight)
     optimizer = AdamW([{"params": [layer.weight], "weight_decay": 0.0}], 0.1, (0.9, 0.95))
     with ops.use("fp8", "auto"):
         first, second = layer(x).sum(), layer(x).sum()
-        assert len(made) == 1
+        assert len(weights) == 1
         first.backward()
-        optimizer.step()  # while the second still waits
+        optimizer.step()  # while the second is pending
         third = layer(x).sum()
-        assert len(made) == 2 and third != second
+        assert len(weights) == 2 and third != second
         second.backward()
         third.backward()
         del first, second, third
         layer(x)
-        assert len(made) == 3
+        assert len(weights) == 3
 
 
-@pytest.mark.parametrize("precise", [True, False], ids=["fp32", "autocast"])
-def test_matrices_read_the_codes_that_the_norm_made(precise, monkeypatch):
-    norm, w1, w3 = ops.RMSNorm(128, 1e-6), ops.Linear(128, 64), ops.Linear(128, 64)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_linear_layers_read_the_quantized_output_of_the_norm(autocast, monkeypatch):
+    norm = ops.RMSNorm(128, 1e-6)
+    w1, w3 = ops.Linear(128, 64), ops.Linear(128, 64)
     for w in (w1.weight, w3.weight):
         torch.nn.init.normal_(w)
     x = torch.randn(2, 5, 128)
-    made = []
-    quant = fp8.IMPLS["act_quant"]["torch"]
-    monkeypatch.setitem(
-        fp8.IMPLS["act_quant"], "torch", lambda x, *more: made.append(x) or quant(x, *more)
-    )
-    with ops.use("fp8", "auto"), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+    quantized, quant = [], fp8.IMPLS["act_quant"]["torch"]
+
+    def record(x, *args):
+        quantized.append(x)
+        return quant(x, *args)
+
+    monkeypatch.setitem(fp8.IMPLS["act_quant"], "torch", record)
+    with ops.use("fp8", "auto"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = norm(x)
-        w1(y), w3(y)
-    (seen,) = made  # once for both, of what the products read
-    assert y.dtype == seen.dtype == (torch.float32 if precise else torch.bfloat16)
-    assert torch.equal(seen, y)
+        w1(y)
+        w3(y)
+    (only,) = quantized  # once for both layers
+    assert y.dtype == only.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert torch.equal(only, y)
 
 
-def mini(micro):
+def mini_config(micro):
     return replace(micro, dim=64, inter_dim=72, moe_inter_dim=32, q_lora_rank=32, kv_lora_rank=40)
 
 
-def test_training_sees_the_weights_of_the_last_step(micro):
-    """Fused optimizers change weights without counting their version up."""
-    model, r = Transformer(mini(micro)), TrainingRecipe()
-    optimizer, tokens_bs = build_adamw(model, r), torch.randint(micro.vocab_size, (3, 9))
+def test_training_uses_the_weights_of_the_last_step(micro):
+    """Fused optimizers modify weights without incrementing their version."""
+    model, recipe = Transformer(mini_config(micro)), TrainingRecipe()
+    optimizer, tokens_bs = build_adamw(model, recipe), torch.randint(micro.vocab_size, (3, 9))
     with ops.use("fp8", "auto"):
         for _ in range(3):
-            train_step(model, optimizer, [tokens_bs], r, 1e-2, 0.1, 0.3)
+            train_step(model, optimizer, [tokens_bs], recipe, 1e-2, 0.1, 0.3)
             with torch.no_grad():
-                now, fresh = (compute_losses(m, tokens_bs).main for m in (model, deepcopy(model)))
-            assert now == fresh
+                loss = compute_losses(model, tokens_bs).main
+                uncached_loss = compute_losses(deepcopy(model), tokens_bs).main
+            assert loss == uncached_loss
 
 
 def test_recomputation_changes_no_bit_in_fp8_either(micro):
-    start, tokens_bs, after = Transformer(mini(micro)), torch.randint(micro.vocab_size, (3, 9)), []
+    start, tokens_bs = Transformer(mini_config(micro)), torch.randint(micro.vocab_size, (3, 9))
+    gradients = []
     for recompute in (False, True):
         model = deepcopy(start)
         with ops.use("fp8", "auto"), saved_tensors(recompute):
             compute_losses(model, tokens_bs).total(0.3, 1e-4).backward()
-        after.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*after))
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 def test_thirty_steps_in_fp8_follow_those_in_fp32():
-    c = replace(
+    config = replace(
         TINY, vocab_size=64, n_layers=2, dim=64, inter_dim=128, moe_inter_dim=32, n_mtp_layers=0,
         n_routed_experts=4, n_activated_experts=2, n_expert_groups=2, n_limited_groups=1,
     )  # fmt: skip
-    start, r, curves = Transformer(c), TrainingRecipe(), []
-    text = torch.arange(4000) ** 2 % 61  # squares: something to learn
+    start, recipe = Transformer(config), TrainingRecipe()
+    curves = []
+    text = torch.arange(4000) ** 2 % 61  # squares, which can be learned
     for backends in (("auto",), ("fp8", "auto")):
         model = deepcopy(start)
-        optimizer, draw = build_adamw(model, r), torch.Generator().manual_seed(0)
+        optimizer, seed = build_adamw(model, recipe), torch.Generator().manual_seed(0)
         curve = []
         for _ in range(30):
-            at = torch.randint(3900, (4,), generator=draw)
-            rows = torch.stack([text[i : i + 65] for i in at])
+            starts = torch.randint(3900, (4,), generator=seed)
+            rows = torch.stack([text[i : i + 65] for i in starts])
             with ops.use(*backends):
-                curve.append(train_step(model, optimizer, [rows], r, 3e-3, 1e-2, 0.3).loss)
+                curve.append(train_step(model, optimizer, [rows], recipe, 3e-3, 1e-2, 0.3).loss)
         curves.append(torch.tensor(curve))
     wide, narrow = curves
-    assert wide[-5:].mean() < 0.8 * wide[:5].mean()  # it learns
+    assert wide[-5:].mean() < 0.8 * wide[:5].mean()  # the model learns
     assert not torch.equal(wide, narrow)
     assert ((narrow - wide).abs() / wide).mean() < 0.02

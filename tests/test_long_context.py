@@ -291,7 +291,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(home, tmp_path, monkeypatch):
 
 REFUSED = [
     (["--config", "tiny"], "--init is missing"),
-    (["--init", "{base}", "--needles", "1.5"], "--needles is a share from 0 to 1"),
+    (["--init", "{base}", "--needles", "1.5"], "--needles must be a fraction from 0 to 1"),
     (["--init", "{base}", "--seq-len", "641", "--model.max-seq-len", "700"], "is beyond"),
     (["--init", "{base}", "--seq-len", "641"], "longer than --model.max-seq-len 640"),
     (["--init", "{base}", "--steps", "0"], "--steps must be at least 1"),
@@ -312,7 +312,7 @@ def test_refusals(argv, why, home, tmp_path, capsys, monkeypatch):
 
 def test_an_unknown_phase_is_an_error(home, capsys):
     assert main.main(["extend", "--init", str(home / "base"), "--phase", "64k"]) == 2
-    assert capsys.readouterr().err == "error: --phase is 32k or 128k, not 64k\n"
+    assert capsys.readouterr().err == "error: --phase must be 32k or 128k, not 64k\n"
 
 
 # ── Committed results ──

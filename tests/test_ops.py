@@ -353,8 +353,16 @@ def test_a_module_does_not_undo_a_notebooks_forms(registry):
     ops.op(module["swiglu"])
     ops.impl("rms_norm", "cpu")(module["rms_norm"])
     ops.impl("swiglu", "cpu")(module["swiglu"])
-    assert registry["swiglu"] == {"torch": mine, "notebook": mine, "cpu": module["swiglu"]}
+    assert registry["swiglu"]["torch"] is registry["swiglu"]["notebook"] is mine
+    assert registry["swiglu"]["cpu"] is module["swiglu"]
     assert ops.resolve_impl("rms_norm") is tuned
+
+
+def test_a_scripts_op_comes_first_in_a_child_process_too(registry):
+    spawned = cell("swiglu")
+    spawned.__module__ = "__mp_main__"  # the name under which multiprocessing imports a script
+    ops.op(spawned)
+    assert ops.resolve_impl("swiglu") is spawned
 
 
 def test_a_new_op_of_a_notebook_needs_no_other_form(registry):

@@ -4,7 +4,7 @@ import random
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
-from itertools import accumulate
+from itertools import accumulate, product
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def rows(micro, b: int, t: int = 8):
 def test_the_main_loss_is_the_mean_surprise(exact, micro):
     model, tokens_bs = Transformer(micro).double(), rows(micro, 3)
     parts, logp = compute_losses(model, tokens_bs), model(tokens_bs[:, :-1]).log_softmax(-1)
-    nll = [-logp[b, s, tokens_bs[b, s + 1]] for b in range(3) for s in range(8)]
+    nll = [-logp[b, s, tokens_bs[b, s + 1]] for b, s in product(range(3), range(8))]
     assert parts.main.item() == pytest.approx(sum(nll).item() / 24)
     assert len(parts.mtp) == 2
     assert parts.balance.item() == pytest.approx(sum(balance_loss(r).item() for r in parts.routes))
@@ -221,7 +221,8 @@ def watch_gradients(monkeypatch):
 
 def test_micro_batches_of_any_size_are_the_whole_batch(exact, micro, monkeypatch):
     model, tokens_bs = Transformer(micro).double(), rows(micro, 7)
-    whole, parts, seen = deepcopy(model), deepcopy(model), watch_gradients(monkeypatch)
+    whole, parts = deepcopy(model), deepcopy(model)
+    seen = watch_gradients(monkeypatch)
     want = step(whole, [tokens_bs])
     got = step(parts, tokens_bs.split([4, 1, 2]))
     for a, b in zip(*seen):
@@ -236,7 +237,8 @@ def test_micro_batches_of_any_size_are_the_whole_batch(exact, micro, monkeypatch
 
 
 def test_the_gradient_is_that_of_the_total_loss(micro, monkeypatch):
-    model, tokens_bs, seen = Transformer(micro), rows(micro, 3), watch_gradients(monkeypatch)
+    model, tokens_bs = Transformer(micro), rows(micro, 3)
+    seen = watch_gradients(monkeypatch)
     want = torch.autograd.grad(
         compute_losses(model, tokens_bs).total(0.3, 1e-4), list(model.parameters())
     )
@@ -247,7 +249,8 @@ def test_the_gradient_is_that_of_the_total_loss(micro, monkeypatch):
 
 
 def test_a_step_clips_sets_the_rate_and_clears(micro, monkeypatch):
-    model, r, seen = Transformer(micro), TrainingRecipe(max_grad_norm=0.01), {}
+    model, r = Transformer(micro), TrainingRecipe(max_grad_norm=0.01)
+    seen = {}
     optimizer = build_adamw(model, r)
 
     def note():
@@ -273,7 +276,8 @@ def test_a_step_moves_biases_by_its_whole_load(micro):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_skipped(micro, monkeypatch, poison):
     """One bad micro-batch of two, its gradients fine: nothing moves, and the caller hears of it."""
-    model, calls, real = Transformer(micro), [], compute_losses
+    model = Transformer(micro)
+    calls, real = [], compute_losses
 
     def poisoned(*args):
         parts = real(*args)
@@ -299,7 +303,8 @@ def test_a_gradient_that_is_no_number_is_skipped_though_the_loss_is_one(micro):
 
 
 def test_steps_learn(micro):
-    model, r, tokens_bs = Transformer(micro), TrainingRecipe(), rows(micro, 4)
+    model, r = Transformer(micro), TrainingRecipe()
+    tokens_bs = rows(micro, 4)
     optimizer = build_adamw(model, r)
     stats = [train_step(model, optimizer, [tokens_bs], r, 1e-2, 1e-3, 0.3) for _ in range(30)]
     assert stats[-1].loss < 0.5 * stats[0].loss
@@ -360,7 +365,8 @@ def test_adamw_is_the_plain_equation(shape, steps, chunk, moments, weights):
     is that of a number so near the middle of two that it may be rounded either way.
     """
     p = torch.nn.Parameter(torch.randn(shape).to(weights))
-    w, m, v = p.detach().float().clone(), torch.zeros(shape), torch.zeros(shape)
+    w = p.detach().float().clone()
+    m, v = torch.zeros(shape), torch.zeros(shape)
     optimizer = ours([p], state_dtype=moments)
     near = {"rtol": 2**-7, "atol": 1e-6} if moments == torch.bfloat16 else {}
     for t in range(1, steps + 1):

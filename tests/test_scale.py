@@ -292,10 +292,10 @@ def test_hardware_sets_every_rate_that_is_not_an_option():
 def test_units_are_printed(capsys):
     assert main(["plan", "--unit", "decode", "--hardware", "h200", "--context", "16384"]) == 0
     out = capsys.readouterr().out
-    assert "v3, decode unit of 320 H200: TP4, 80 groups, 1 routed experts a GPU" in out
-    assert "tokens/s and GPU" in out and "a million tokens at $2 an hour" in out
+    assert "v3, decode unit of 320 H200: 80 groups of TP4, 1 routed experts per GPU" in out
+    assert "tokens/s per GPU" in out and "per million tokens at $2 per GPU hour" in out
     assert main(["plan", "--unit", "prefill"]) == 0
-    assert "prefill unit of 32 H800: TP4, 8 groups, 9 routed experts" in capsys.readouterr().out
+    assert "prefill unit of 32 H800: 8 groups of TP4, 9 routed experts" in capsys.readouterr().out
 
 
 def test_the_training_plan_names_its_hardware_and_its_overheads(capsys):
@@ -310,8 +310,11 @@ def test_the_training_plan_names_its_hardware_and_its_overheads(capsys):
     "options, sentence",
     [
         (["--unit", "decode", "--context", "10000000"], "no sequence of 10,000,000 tokens fits"),
-        (["--unit", "prefill", "--config", "small"], "a prefill unit needs a multiple of 32"),
-        (["--unit", "decode", "--context", "0"], "every size must be at least 1"),
+        (
+            ["--unit", "prefill", "--config", "small"],
+            "a prefill unit needs n_routed_experts 24 to be a multiple",
+        ),
+        (["--unit", "decode", "--context", "0"], "--context must be at least 1"),
     ],
 )
 def test_an_impossible_unit_is_refused_in_a_sentence(options, sentence, capsys):

@@ -95,8 +95,8 @@ def trials(home: Path) -> list[tuple[list[str], str]]:
             out.append((["generate", "ours", "x", *more], f"{step}/{file}"))
         out.append((["check", "ours"], f"{step}/{file}"))
     index = "hf/model.safetensors.index.json"
-    for file in ("hf/config.json", index, "hf/tokenizer.json", "hf/pytorch_model.bin",
-                 *[str(p.relative_to(home)) for p in sorted(home.glob("hf/*.safetensors"))[:1]]):  # fmt: skip
+    weights = str(min(home.glob("hf/*.safetensors")).relative_to(home))
+    for file in ("hf/config.json", index, "hf/tokenizer.json", "hf/pytorch_model.bin", weights):
         out.append((["generate", "hf", "x"], file))
     for file in (
         "index.json",

@@ -1,16 +1,17 @@
-"""Compile every Triton kernel for GPUs that this machine lacks, and read the machine code.
+"""Compile every Triton kernel for GPUs that this machine need not have, and check the machine code.
 
     python tools/aot.py                       every kernel of dsv3_ref.kernels, for every target
     python tools/aot.py act_quant             kernels whose name contains this
     python tools/aot.py --module quant        the kernels of kernels/quant.py; a path works too
-    python tools/aot.py --target sm_90a       one target; --jobs 4 uses so many processes
-    python tools/aot.py --json kernels.json   also keep the table
+    python tools/aot.py --target sm_90a       one target; --jobs 4 uses four processes
+    python tools/aot.py --json kernels.json   also write the table to a file
 
-What is compiled: each case of a module's `AOT_CASES` list (see `kernels/launch.py`), in each of its
-autotuner's configs. A fake driver stands for the GPU; assembler and disassembler come with Triton.
-Exit status 1, with a sentence for each, if a kernel does not compile, spills registers, needs more
-shared or tensor memory than there is, or lacks the tensor-core instruction that its case demands.
-Triton's cache, keyed by source, options and compiler, makes a second run quick.
+The tool compiles each case of a module's `AOT_CASES` list (see `kernels/launch.py`) in every config
+of its autotuner. A fake driver takes the place of the GPU's; Triton includes assembler and
+disassembler. A fault is reported in one sentence, and the exit status is then 1: a kernel does not
+compile, spills registers, needs too much shared or tensor memory, or lacks the tensor-core
+instruction of its case. Triton's cache, keyed by source, options and compiler, makes a second run
+fast.
 """
 
 import argparse
@@ -55,13 +56,13 @@ MAX_TENSOR_MEMORY = 512  # columns
 
 
 class AbsentGPU:
-    """Driver of a GPU that is not there: enough to compile for it."""
+    """A driver of an absent GPU, sufficient to compile for it."""
 
     def __init__(self, target: str):
         self.target = gpu_target(target)
 
     def get_current_target(self) -> GPUTarget:
-        """Return what to compile for."""
+        """Return the target to compile for."""
         return self.target
 
     def get_current_device(self) -> int:
@@ -82,7 +83,7 @@ def gpu_target(target: str) -> GPUTarget:
 
 
 def load_kernel_module(name: str) -> ModuleType:
-    """Import the module of kernels called `name`, or at the path `name`."""
+    """Import the module of dsv3_ref.kernels of this name, or the file at this path."""
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         return importlib.import_module(f"dsv3_ref.kernels.{path.stem}")
@@ -99,14 +100,14 @@ def every_module() -> list[str]:
 
 
 def mock_arg(arg: Any) -> Any:
-    """Replace dtypes by pointers, inside tuples too, and leave the rest as it is."""
+    """Replace dtypes by pointers, also within tuples; return other arguments unchanged."""
     if not isinstance(arg, tuple):
         return MockTensor.wrap_dtype(arg)
     return type(arg)(*map(mock_arg, arg)) if hasattr(arg, "_fields") else tuple(map(mock_arg, arg))
 
 
 def configs_of(case: AOTCase, args: tuple) -> list:
-    """Return the autotuner's configs that it would not prune; [None] without an autotuner."""
+    """Return the configs that the autotuner does not prune; [None] without an autotuner."""
     if not isinstance(case.kernel, Autotuner):
         return [None]
     case.kernel.nargs = dict(zip(case.kernel.arg_names, args))
@@ -114,7 +115,7 @@ def configs_of(case: AOTCase, args: tuple) -> list:
 
 
 def make_jobs(modules: list[ModuleType], only: list[str], targets: list[str]) -> list[dict]:
-    """Return a job per case, config and target; `only` keeps cases whose name contains one."""
+    """Return a job per case, config and target; `only` selects cases whose name contains one."""
     jobs = []
     for target in targets:
         triton.runtime.driver.set_active(AbsentGPU(target))
@@ -144,7 +145,7 @@ def compile_one(job: dict) -> CompiledKernel:
 
 
 def run_tool(name: str, *args: str) -> str:
-    """Return what a program that comes with Triton prints."""
+    """Return the output of a program that is included with Triton."""
     return subprocess.run([BIN / name, *args], capture_output=True, text=True, check=True).stdout
 
 
@@ -161,7 +162,7 @@ def disassemble(cubin: bytes) -> dict:
 
 
 def analyze(kernel: CompiledKernel) -> dict:
-    """Return registers, memory and instruction counts of a kernel, cached beside it by Triton."""
+    """Return registers, memory and instruction counts of a kernel, cached by Triton."""
     cubin, name = kernel.asm["cubin"], "sass.json"
     cache = get_cache_manager(hashlib.sha256(cubin + repr(COUNTED).encode()).hexdigest())
     if path := cache.get_file(name):
@@ -174,7 +175,7 @@ def analyze(kernel: CompiledKernel) -> dict:
 
 
 def first_error(error: Exception | None, log: str) -> str:
-    """Return one line on why the compiler failed: its own first error, then the exception."""
+    """Return one line with the first error of the compiler and the exception."""
     errors = [line.strip() for line in log.splitlines() if "error:" in line][:1]
     text = f"{type(error).__name__}: {error}" if error else "it crashed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -182,20 +183,20 @@ def first_error(error: Exception | None, log: str) -> str:
 
 
 def compile_in_child(job: dict, pipe: Connection, log: BinaryIO) -> None:
-    """Compile a job in a process of its own, so that a crash of the compiler is its result."""
+    """Compile a job in a separate process, so that a crash of the compiler is only its result."""
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     start = time.perf_counter()
     try:
         result = analyze(compile_one(job))
-    except Exception as error:  # whatever it is, it is this kernel's result
+    except Exception as error:  # any error is the result of this kernel
         sys.stderr.flush()
         result = {"error": first_error(error, read_log(log))}
     pipe.send(result | {"seconds": round(time.perf_counter() - start, 2)})
 
 
 def read_log(log: BinaryIO) -> str:
-    """Return what a process has printed."""
+    """Return the output of a process."""
     log.seek(0)
     return log.read().decode(errors="replace")
 
@@ -205,13 +206,13 @@ def read_log(log: BinaryIO) -> str:
 
 def start(job: dict) -> dict:
     """Start the process of a job."""
-    fork = get_context("fork")  # inherits torch, Triton and the kernels: milliseconds
-    ours, theirs = fork.Pipe(duplex=False)
+    fork = get_context("fork")  # inherits torch, Triton and the kernels within milliseconds
+    receiver, sender = fork.Pipe(duplex=False)
     log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `finish`
-    process = fork.Process(target=compile_in_child, args=(job, theirs, log), daemon=True)
+    process = fork.Process(target=compile_in_child, args=(job, sender, log), daemon=True)
     process.start()
-    theirs.close()  # so that its death ends the pipe
-    return {"job": job, "pipe": ours, "log": log, "process": process}
+    sender.close()  # so that the end of the process closes the pipe
+    return {"job": job, "pipe": receiver, "log": log, "process": process}
 
 
 def finish(running: dict) -> dict:
@@ -244,7 +245,7 @@ def compile_all(todo: list[dict], n: int) -> list[dict]:
     return [rows[i] for i in range(len(todo))]
 
 
-# ── Judge and print ──
+# ── Check and print ──
 
 
 def format_config(config: Config | None) -> str:
@@ -257,7 +258,7 @@ def format_config(config: Config | None) -> str:
 
 
 def find_violations(row: dict, tensor_cores: str) -> list[str]:
-    """Return a sentence per fault of a kernel."""
+    """Return one sentence per fault of a kernel."""
     if "error" in row:
         return [f"compiler failed: {row['error']}"]
     bad = []
@@ -265,7 +266,7 @@ def find_violations(row: dict, tensor_cores: str) -> list[str]:
         bad.append(f"spills registers: {row['STL']} stores (STL), {row['LDL']} loads (LDL)")
     if row["shared"] > MAX_SHARED:
         bad.append(f"needs {row['shared']:,} bytes of shared memory; there are {MAX_SHARED:,}")
-    if row["tensor_memory"] > MAX_TENSOR_MEMORY:  # then the assembler leaves no code to judge
+    if row["tensor_memory"] > MAX_TENSOR_MEMORY:  # the assembler then produces no code to check
         have = f"there are {MAX_TENSOR_MEMORY}"
         bad.append(f"needs {row['tensor_memory']} columns of tensor memory; {have}")
     elif tensor_cores and not row[want := TENSOR_CORES[row["target"]][tensor_cores]]:
@@ -274,7 +275,7 @@ def find_violations(row: dict, tensor_cores: str) -> list[str]:
 
 
 def format_table(rows: list[dict]) -> str:
-    """Return the rows as aligned text below a line of names."""
+    """Return the rows as an aligned table with a header."""
     names = ["module", "kernel", "config", "target", "registers", "shared", *COUNTED, "seconds"]
     lines = [[str(row.get(name, "-")) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *lines)]
@@ -287,28 +288,30 @@ def format_table(rows: list[dict]) -> str:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", nargs="*", help="only kernels whose name contains one of these")
-    parser.add_argument("--module", action="append", help="of kernels/, or a path; repeatable")
+    parser.add_argument("name", nargs="*", help="select kernels whose name contains one of these")
+    parser.add_argument(
+        "--module", action="append", help="module of kernels/, or a path; repeatable"
+    )
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to this file")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Compile what the command line names; return 1 if a kernel has a fault."""
+    """Compile the selected kernels; return 1 if one has a fault."""
     args = parse_args()
     if triton.knobs.runtime.interpret:  # kernels are then defined for the interpreter
         sys.exit("TRITON_INTERPRET is set; unset it to compile")
     targets = args.target or list(TARGETS)
-    triton_key()  # hashes the compiler: once, before the processes
+    triton_key()  # hashes the compiler once, before the processes start
     for target in targets:
         make_backend(gpu_target(target)).hash()
     todo = make_jobs(
         [load_kernel_module(name) for name in args.module or every_module()], args.name, targets
     )
     if not todo:
-        sys.exit("no AOT_CASES list has such a kernel")
+        sys.exit("no kernel of an AOT_CASES list has such a name")
     rows = compile_all(todo, args.jobs)
     print(format_table(rows))
     if args.json:

@@ -1,7 +1,7 @@
-"""Appendices of the book, read from the sources: where things are, the report by section, the API.
+"""Appendices of the book, made from the sources: index, sections of the report, API reference.
 
-A chapter is read as its headings: what is cited under each and what its `#| export` cells define.
-A file is read as its functions: which `@op`s and `@impl`s there are, and what each line cites.
+A chapter is represented by its headings: the citations below each and the definitions of its
+`#| export` cells. A file is represented by its definitions: its `@op`s, `@impl`s and citations.
 """
 
 import ast
@@ -121,7 +121,7 @@ def numbers(text: str) -> list[int]:
 
 
 def cited(text: str) -> list[str]:
-    """Return the sections, appendices and equations that a text names, once each, sorted."""
+    """Return the sections, appendices and equations that a text cites, once each, sorted."""
     keys = [f"§{x}" for x in SECTION.findall(text)]
     keys += [f"App. {x}" for x in APPENDIX.findall(text)]
     for plain, tagged in EQUATION.findall(text):
@@ -134,7 +134,7 @@ def cited(text: str) -> list[str]:
 
 
 class Head(NamedTuple):
-    """A heading of a chapter: its anchor, what its text cites, (module, name) of its exports."""
+    """A heading of a chapter: its anchor, its citations, (module, name) of its exports."""
 
     title: str
     slug: str
@@ -143,7 +143,7 @@ class Head(NamedTuple):
 
 
 class Chapter(NamedTuple):
-    """A chapter of the book, read as its headings."""
+    """A chapter of the book, represented by its headings."""
 
     path: str  # from the root of the repository
     title: str
@@ -151,14 +151,14 @@ class Chapter(NamedTuple):
     links: list[str]  # files of kernels/ that its text links to
 
     @property
-    def short(self) -> str:
-        """`03 · MLA: attention that …` → `03 · MLA`."""
+    def short_title(self) -> str:
+        """The title without its explanation: `03 · MLA`."""
         return self.title.split(": ")[0]
 
     def link(self, head: Head | None = None) -> str:
         """Return a Markdown link to a heading, or to the chapter."""
         if head in (None, self.heads[0]):
-            return f"[{self.short}]({self.path})"
+            return f"[{self.short_title}]({self.path})"
         return f"[{self.title[:2]} · {head.title}]({self.path}#{head.slug})"
 
     def modules(self) -> list[str]:
@@ -175,7 +175,7 @@ def slug(title: str, taken: list[str]) -> str:
 
 
 def exported(source: str, stem: str) -> list[tuple[str, str]]:
-    """Return (module, name) of what an `#| export` cell defines; [] for other cells."""
+    """Return (module, name) of the definitions in an `#| export` cell; [] for other cells."""
     if not (mark := EXPORT.match(source)):
         return []
     module = mark[1] or re.sub(r"^\d+_", "", stem)
@@ -200,21 +200,21 @@ def read_chapter(root: Path, path: Path) -> Chapter:
 
 
 class Book(NamedTuple):
-    """A repository as the appendices see it."""
+    """The chapters, modules and README of a repository."""
 
     root: Path
     chapters: list[Chapter]
-    modules: list["Module"]  # the package, what the chapters export first, and the kernels
+    modules: list["Module"]  # package and kernels; exported modules come first
     readme: str
 
     def readme_row(self, chapter: Chapter) -> dict[str, str]:
-        """Return README's row of a chapter, empty if it has none."""
+        """Return the README's row of a chapter, with empty cells if there is none."""
         table_rows = rows(self.readme, "notebook")
         of_chapter = [row for row in table_rows if f"({chapter.path})" in row["notebook"]]
         return of_chapter[0] if of_chapter else {"notebook": "", "report": "", "tests": ""}
 
 
-def read(root: Path) -> Book:
+def read_book(root: Path) -> Book:
     """Read the chapters, modules and README of a repository."""
     chapters = [read_chapter(root, p) for p in sorted(root.glob("notebooks/[0-9]*.ipynb"))]
     exported_to = list(chain.from_iterable(c.modules() for c in chapters))
@@ -228,7 +228,7 @@ def read(root: Path) -> Book:
 
 
 class Definition(NamedTuple):
-    """A function, a class or a constant of a module: where its name stands and where it ends."""
+    """A function, class or constant of a module, with its lines and decorators."""
 
     name: str
     first: int
@@ -238,13 +238,13 @@ class Definition(NamedTuple):
     marks: tuple[tuple[str, ...], ...]  # its decorators: ("op",), ("impl", name, backend)
 
 
-def short(file: str) -> str:
-    """Return a path as the package sees it."""
+def short_path(file: str) -> str:
+    """Return a path relative to the package."""
     return file.removeprefix("dsv3_ref/")
 
 
 class Place(NamedTuple):
-    """A line of a file, and the name that is defined there."""
+    """A line of a file and the name defined there."""
 
     file: str
     line: int
@@ -253,11 +253,11 @@ class Place(NamedTuple):
     @property
     def link(self) -> str:
         """A Markdown link to the line."""
-        return f"[`{self.name}`, {short(self.file)}:{self.line}]({self.file}#L{self.line})"
+        return f"[`{self.name}`, {short_path(self.file)}:{self.line}]({self.file}#L{self.line})"
 
 
 class Module(NamedTuple):
-    """A Python file, read as its definitions."""
+    """A Python file, represented by its definitions."""
 
     file: str  # from the root of the repository
     lines: list[str]
@@ -266,12 +266,12 @@ class Module(NamedTuple):
     definitions: list[Definition]
 
     def places(self, name: str) -> list[Place]:
-        """Return where a name is defined."""
+        """Return the places where a name is defined."""
         return [Place(self.file, x.line, name) for x in self.definitions if x.name == name]
 
 
-def mark(decorator: ast.expr) -> tuple[str, ...]:
-    """Return a decorator as words: ("impl", "norm", "naive") for `@impl("norm", "naive")`."""
+def parse_decorator(decorator: ast.expr) -> tuple[str, ...]:
+    """Split a decorator into words: ("impl", "norm", "naive") for `@impl("norm", "naive")`."""
     call = decorator if isinstance(decorator, ast.Call) else None
     name = ast.unparse(call.func if call else decorator)
     return (name, *(str(getattr(a, "value", "")) for a in (call.args if call else ())))
@@ -290,7 +290,7 @@ def definitions(
     defined = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            marks = tuple(mark(d) for d in node.decorator_list)
+            marks = tuple(parse_decorator(d) for d in node.decorator_list)
             name = prefix + qualified_name(node, marks)
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             defined += [Definition(name, first, node.lineno, node.end_lineno, not prefix, marks)]
@@ -311,7 +311,7 @@ def read_module(root: Path, file: str) -> Module:
     return Module(file, text.splitlines(), summary, start, definitions(tree))
 
 
-def owner(module: Module, line: int) -> Place:
+def enclosing_definition(module: Module, line: int) -> Place:
     """Return the innermost definition around a line, else the next one, else the module."""
     inside = [x for x in module.definitions if x.first <= line <= x.last]
     below = [x for x in module.definitions if x.first > line]
@@ -322,14 +322,14 @@ def owner(module: Module, line: int) -> Place:
     return Place(module.file, nearest.line, nearest.name)
 
 
-def citing(modules: list[Module]) -> dict[str, list[Place]]:
-    """Return section or equation → definitions that cite it, those that cite least else first."""
+def find_citations(modules: list[Module]) -> dict[str, list[Place]]:
+    """Return section or equation → definitions that cite it; the most specific come first."""
     citations: dict[str, list[tuple[int, Place]]] = {}
     for module in modules:
         for i, line in enumerate(module.lines, start=1):
             keys = cited(line)
             for key in keys:
-                citations.setdefault(key, []).append((len(keys), owner(module, i)))
+                citations.setdefault(key, []).append((len(keys), enclosing_definition(module, i)))
     ordered = {}
     for key, places in citations.items():
         places.sort(key=lambda x: x[0])
@@ -337,8 +337,8 @@ def citing(modules: list[Module]) -> dict[str, list[Place]]:
     return ordered
 
 
-def marked(book: Book, kind: str) -> list[tuple[str, str, Place]]:
-    """Return (op, backend, place) of every function below `@op` or `@impl(op, backend)`."""
+def marked_functions(book: Book, kind: str) -> list[tuple[str, str, Place]]:
+    """Return (op, backend, place) of every function with `@op` or `@impl(op, backend)`."""
     places = []
     for module in book.modules:
         for x in module.definitions:
@@ -380,7 +380,7 @@ def table(columns: str, body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(x)} |" for x in [head, ["---"] * len(head), *body])
 
 
-def joined(links: Iterable[str]) -> str:
+def join_links(links: Iterable[str]) -> str:
     """Join links as the lines of a cell, each once."""
     return "<br>".join(dict.fromkeys(links)) or "—"
 
@@ -388,7 +388,7 @@ def joined(links: Iterable[str]) -> str:
 # ── Where it is ──
 
 
-def tests(book: Book, cell: str) -> str:
+def link_tests(book: Book, cell: str) -> str:
     """Link `test_a`, `test_b_*` to their files; a name without a file ends the build."""
     links = []
     for name in re.findall(r"`(\w+\*?)`", cell):
@@ -396,14 +396,14 @@ def tests(book: Book, cell: str) -> str:
         if not paths:
             sys.exit(f"README.md names tests/{name}.py, which does not exist")
         links += [f"[`{p.stem}`]({p.relative_to(book.root)})" for p in paths]
-    return joined(links)
+    return join_links(links)
 
 
 def kernels_of(book: Book, chapter: Chapter) -> list[str]:
-    """Return the kernel files that implement ops of the chapter or that its text links to."""
+    """Return the kernel files that implement ops of a chapter or that its text links to."""
     mine = set(chapter.modules())
-    ops = {name for name, _, place in marked(book, "op") if place.file in mine}
-    impls = marked(book, "impl")
+    ops = {name for name, _, place in marked_functions(book, "op") if place.file in mine}
+    impls = marked_functions(book, "impl")
     files = [place.file for name, backend, place in impls if backend == "triton" and name in ops]
     return sorted({*files, *chapter.links} & {m.file for m in book.modules})
 
@@ -415,7 +415,7 @@ def anchor(key: str) -> str:
 
 def file_link(name: str) -> str:
     """Return a link to a file of the repository."""
-    return f"[`{short(name)}`]({name})"
+    return f"[`{short_path(name)}`]({name})"
 
 
 def chapter_rows(book: Book) -> list[list[str]]:
@@ -423,22 +423,22 @@ def chapter_rows(book: Book) -> list[list[str]]:
     body = []
     for c in book.chapters:
         row = book.readme_row(c)
-        report = joined(f"[{x}](report.md#{anchor(x)})" for x in cited(row["report"]))
-        modules = joined(file_link(m) for m in c.modules())
-        kernels = joined(file_link(k) for k in kernels_of(book, c))
-        body.append([c.link(), modules, report, kernels, tests(book, row["tests"])])
+        report = join_links(f"[{x}](report.md#{anchor(x)})" for x in cited(row["report"]))
+        modules = join_links(file_link(m) for m in c.modules())
+        kernels = join_links(file_link(k) for k in kernels_of(book, c))
+        body.append([c.link(), modules, report, kernels, link_tests(book, row["tests"])])
     return body
 
 
 def op_rows(book: Book) -> list[list[str]]:
     """Return a row per op: its definition, the heading that introduces it, its other forms."""
-    impls, body = marked(book, "impl"), []
-    for name, _, place in marked(book, "op"):
+    impls, body = marked_functions(book, "impl"), []
+    for name, _, place in marked_functions(book, "op"):
         export = (Path(place.file).stem, name)
         heads = head_links(book, lambda head: export in head.exports)  # noqa: B023
         mine = [(backend, p) for op, backend, p in impls if op == name]
-        forms = [f"{b}: [{short(p.file)}:{p.line}]({p.file}#L{p.line})" for b, p in mine]
-        body.append([place.link, joined(heads), joined(forms)])
+        forms = [f"{b}: [{short_path(p.file)}:{p.line}]({p.file}#L{p.line})" for b, p in mine]
+        body.append([place.link, join_links(heads), join_links(forms)])
     return body
 
 
@@ -451,19 +451,21 @@ def head_links(book: Book, is_wanted: Callable[[Head], bool]) -> list[str]:
 
 
 def kernel_rows(book: Book) -> list[list[str]]:
-    """Return a row per kernel file: what it is for, its ops and its tests."""
+    """Return a row per kernel file: purpose, ops and tests."""
     readme_rows = {row["kernels"].strip("`"): row for row in rows(book.readme, "kernels")}
-    impls, body = marked(book, "impl"), []
+    impls, body = marked_functions(book, "impl"), []
     for m in book.modules:
         if m.file.startswith("kernels/"):
             row = readme_rows.get(Path(m.file).stem, {})
-            ops = joined(f"[`{op}`]({m.file}#L{p.line})" for op, _, p in impls if p.file == m.file)
-            checks = tests(book, row.get("tests", ""))
+            ops = join_links(
+                f"[`{op}`]({m.file}#L{p.line})" for op, _, p in impls if p.file == m.file
+            )
+            checks = link_tests(book, row.get("tests", ""))
             body.append([file_link(m.file), row.get("ops") or m.summary, ops, checks])
     return body
 
 
-def where(book: Book) -> str:
+def where_page(book: Book) -> str:
     """Return the page 'Where it is'."""
     exported_to = set(chain.from_iterable(c.modules() for c in book.chapters))
     tools = sorted(str(p.relative_to(book.root)) for p in book.root.glob("tools/*.py"))
@@ -478,7 +480,7 @@ def where(book: Book) -> str:
         table("chapter | module | report | kernels | tests", chapter_rows(book)),
         "## Ops",
         "An op is a function with several implementations. Its definition is the equation in "
-        "torch; `naive` is the slow obvious form, `triton` the kernel for GPUs.",
+        "torch; `triton` is the kernel for GPUs, `cpu` the tuned form.",
         table("op | introduced in | other forms", op_rows(book)),
         "## Kernels",
         table("file | what | ops | tests", kernel_rows(book)),
@@ -491,7 +493,7 @@ def where(book: Book) -> str:
 # ── From the report's section to the line of code ──
 
 
-def check(where_cited: str, keys: Iterable[str]) -> None:
+def check_keys(where_cited: str, keys: Iterable[str]) -> None:
     """End the build if the report has no such section or equation."""
     for key in keys:
         if key not in TITLES:
@@ -499,12 +501,12 @@ def check(where_cited: str, keys: Iterable[str]) -> None:
 
 
 def report_rows(book: Book) -> list[list[str]]:
-    """Return [section or equation, chapters, code] of all that is cited, in the report's order."""
-    code, body = citing(book.modules), []
-    check("the package", code)
+    """Return [section or equation, chapters, code] of all citations, in the report's order."""
+    code, body = find_citations(book.modules), []
+    check_keys("the package", code)
     for c in book.chapters:
         for h in c.heads:
-            check(f"{c.path}, '{h.title}',", h.cites)
+            check_keys(f"{c.path}, '{h.title}',", h.cites)
     for key in TITLES:
         whole = [c for c in book.chapters if key in cited(book.readme_row(c)["report"])]
         heads = head_links(book, lambda head: key in head.cites)  # noqa: B023
@@ -512,18 +514,18 @@ def report_rows(book: Book) -> list[list[str]]:
         places = [p.link for p in code.get(key, [])]
         if whole or heads or places:
             links = [f"**{c.link()}**" for c in whole] + heads
-            body.append([key, joined(links), joined(files + places)])
+            body.append([key, join_links(links), join_links(files + places)])
     return body
 
 
-def report(book: Book) -> str:
+def report_page(book: Book) -> str:
     """Return the page 'From the report's section to the line of code'."""
     parts = [
         "# From the report's section to the line of code",
         "Every section and equation of the DeepSeek-V3 technical report (arXiv 2412.19437) that "
-        "this book cites, in the report's order. On the left the chapters that are about it, "
-        "in bold, and the places where others touch it; on the right the modules of those chapters "
-        "and every function whose own words name it, by file and line.",
+        "this book cites, in the report's order. On the left: its chapters, in bold, and sections "
+        "of other chapters that cite it. On the right: the modules of its chapters and every "
+        "definition that cites it, by file and line.",
     ]
     for key, chapters, code in report_rows(book):
         if key.startswith("eq."):
@@ -538,8 +540,8 @@ def report(book: Book) -> str:
 # ── API reference ──
 
 
-def plain(text: str) -> str:
-    """Return text whose characters mean nothing to Markdown, code spans aside."""
+def escape_markdown(text: str) -> str:
+    """Escape the special characters of Markdown, except in code spans."""
     parts = text.split("`")
     outside = [re.sub(r"([\\*_\[\]<>$|{}~])", r"\\\1", part) for part in parts[::2]]
     inside = [part.replace("|", r"\|") for part in parts[1::2]]
@@ -559,11 +561,11 @@ def api_rows(module: Module) -> list[list[str]]:
         text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
         args = ast.unparse(node.args) if isinstance(node, ast.FunctionDef) else ""
         link = f"[`{node.name}`]({module.file}#L{node.lineno})"
-        body.append([link, f"`{args}`".replace("|", r"\|") if args else "—", plain(text)])
+        body.append([link, f"`{args}`".replace("|", r"\|") if args else "—", escape_markdown(text)])
     return body
 
 
-def api(book: Book) -> str:
+def api_page(book: Book) -> str:
     """Return the page 'API reference': public functions and classes of every module."""
     parts = ["# API reference", "Public functions and classes by module, with their parameters."]
     for module in book.modules:

@@ -1,11 +1,11 @@
-"""Execute notebooks/NN_name.py and store the result beside it, as NN_name.ipynb.
+"""Execute notebooks/NN_name.py and store the result as NN_name.ipynb.
 
     python tools/book.py            every chapter
     python tools/book.py 03 06_mtp  these
 
-A second build of the same sources changes no byte: a cell's id follows from its text, and nothing
-that depends on time, process or address is stored. Sliders need a running kernel, so a widget is
-stored as one line of text.
+Builds are reproducible: a cell's id is a hash of its text, and nothing that depends on time,
+process or memory address is stored. Widgets need a running kernel, so they are stored as a line of
+text.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SLIDERS = "(sliders: they move once this cell has been run)"
 KERNEL = {
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # others leave no picture
-    "PYTHONHASHSEED": "0",  # the order of a set
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # other backends store no figure
+    "PYTHONHASHSEED": "0",  # fixes the order of sets
 }
 ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
@@ -53,7 +53,7 @@ def find(names: list[str]) -> list[Path]:
 
 
 def cell_ids(cells: list[NotebookNode]) -> list[str]:
-    """Return an id per cell, from its type and text; the second of equal cells ends in `-2`."""
+    """Return an id per cell: a hash of its type and text, plus `-2` for the second of equals."""
     repeats: Counter[str] = Counter()
     ids = []
     for cell in cells:
@@ -64,12 +64,12 @@ def cell_ids(cells: list[NotebookNode]) -> list[str]:
 
 
 def strip_addresses(text: str | list) -> str:
-    """Return text without the addresses of objects."""
+    """Return text without memory addresses of objects."""
     return ADDRESS.sub("", text if isinstance(text, str) else "".join(text))
 
 
 def normalize_output(output: NotebookNode) -> NotebookNode:
-    """Remove what differs from run to run from an output; a widget becomes a line of text."""
+    """Remove what differs between runs from an output; a widget becomes a line of text."""
     if output.output_type == "stream":
         output.text = strip_addresses(output.text)
     if "data" in output:
@@ -82,7 +82,7 @@ def normalize_output(output: NotebookNode) -> NotebookNode:
 
 
 def normalize_notebook(nb: NotebookNode) -> NotebookNode:
-    """Make ids, metadata and outputs of a notebook depend on its cells alone."""
+    """Make ids, metadata and outputs of a notebook depend on its cells only."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -94,7 +94,7 @@ def normalize_notebook(nb: NotebookNode) -> NotebookNode:
 
 
 class Channel(AsyncZMQSocketChannel):
-    """A channel that polls every second, because a socket's wake-up is lost now and then."""
+    """A channel that polls every second, because wake-ups of sockets are sometimes lost."""
 
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
         """Return the next message; raise Empty after `timeout` seconds."""
@@ -109,7 +109,7 @@ class Channel(AsyncZMQSocketChannel):
 
 
 class Client(AsyncKernelClient):
-    """A kernel client with these channels."""
+    """A kernel client with polling channels."""
 
     shell_channel_class = Type(Channel)
     iopub_channel_class = Type(Channel)
@@ -124,7 +124,9 @@ def execute(path: Path) -> NotebookNode:
     )
     kernel = client.create_kernel_manager()
     kernel.client_class = f"{__name__}.Client"
-    with TemporaryDirectory() as sockets:  # files: two books at once may draw the same TCP ports
+    with (
+        TemporaryDirectory() as sockets
+    ):  # sockets in files: two builds could choose the same TCP ports
         kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
         client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ | KERNEL)
     return normalize_notebook(nb)
@@ -144,7 +146,7 @@ def build(path: Path) -> bool:
 
 
 def main(names: list[str]) -> int:
-    """Build the chapters named, or all of them."""
+    """Build the given chapters, or all of them."""
     failed = [path for path in find(names) if not build(path)]
     return int(bool(failed))
 

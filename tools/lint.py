@@ -1,7 +1,7 @@
-"""Rules of the house that ruff does not know: the form of a chapter, the length of a function.
+"""Rules of this repository that ruff lacks: structure of chapters, length of functions.
 
-Run it to print every complaint; the tests require that there are none. `--style [PATH …]` prints
-violations of the rules in tools/style.py.
+Without arguments it prints all complaints; the tests require that there are none. `--style
+[PATH …]` prints violations of the rules in tools/style.py.
 """
 
 import ast
@@ -50,7 +50,7 @@ def answers(cells: list[NotebookNode]) -> list[str]:
 
 
 def exercises(cells: list[NotebookNode]) -> list[tuple[str, str]]:
-    """Return (checker, function to be filled in) in the order of the calls."""
+    """Return (checker, function of the reader) in the order of the calls."""
     return CHECK.findall(code(cells))
 
 
@@ -62,7 +62,7 @@ def bad_title(stem: str, cells: list[NotebookNode]) -> list[str]:
 
 
 def unexplained(cells: list[NotebookNode]) -> list[str]:
-    """Check that Markdown stands between any two runs of exported cells."""
+    """Check that Markdown precedes every run of exported cells."""
     bad: list[str] = []
     explained = in_run = False
     for i, cell in enumerate(cells):
@@ -77,7 +77,7 @@ def unexplained(cells: list[NotebookNode]) -> list[str]:
 
 
 def bad_code(cells: list[NotebookNode]) -> list[str]:
-    """Check that a chapter shows a figure and a widget, neither of which blocks a script."""
+    """Check that a chapter has a figure and a widget, and calls nothing that blocks a script."""
     text = code(cells)
     bad: list[str] = []
     bad += ["plt.show() blocks a script: use show(fig)"] if "plt.show(" in text else []
@@ -87,14 +87,14 @@ def bad_code(cells: list[NotebookNode]) -> list[str]:
 
 
 def bad_sections(cells: list[NotebookNode]) -> list[str]:
-    """Check that every section of SECTIONS is there."""
+    """Check that all sections of `SECTIONS` exist."""
     heads = re.findall(r"^##+ (.*)", markdown(cells), re.MULTILINE)
     missing = [s for s in SECTIONS if not any(re.search(s, head) for head in heads)]
     return [f"no section '{s}'" for s in missing]
 
 
 def bad_length(cells: list[NotebookNode]) -> list[str]:
-    """Check the number of words, code blocks and displayed equations left out."""
+    """Check the number of words without code blocks and displayed equations."""
     prose = re.sub(r"```.*?```|\$\$.*?\$\$", "", markdown(cells), flags=re.DOTALL)
     n = len(prose.split())
     return [] if n in WORDS else [f"{n} words, not {WORDS[0]}–{WORDS[-1]}"]
@@ -109,7 +109,7 @@ def bad_exercises(cells: list[NotebookNode]) -> list[str]:
 
 
 def chapter(path: Path) -> list[str]:
-    """Return what is wrong with the structure of a chapter."""
+    """Return complaints about the structure of a chapter."""
     cells = jupytext.read(path).cells
     bad = bad_title(path.stem, cells) + bad_length(cells)
     for rule in (unexplained, bad_sections, bad_exercises, bad_code):
@@ -128,7 +128,7 @@ def files() -> list[Path]:
 
 
 def long_functions(source: str, cap: int) -> list[str]:
-    """Return a complaint per function longer than the cap, nested ones and methods included."""
+    """Return a complaint per function longer than the cap, including nested ones and methods."""
     nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, style.FUNCTIONS)]
     sizes = [(n.name, (n.end_lineno or n.lineno) - n.lineno + 1) for n in nodes]
     return [f"{name}: {size} lines, the cap is {cap}" for name, size in sizes if size > cap]
@@ -147,7 +147,7 @@ def text(path: Path) -> str:
 
 
 def tree() -> dict[str, list[str]]:
-    """Return file → complaints, for every file that has any."""
+    """Return file → complaints for every file with complaints."""
     bad = {}
     for path in files():
         name = path.relative_to(ROOT)
@@ -167,7 +167,7 @@ def sources() -> list[style.Source]:
 
 
 def print_style(prefixes: list[str]) -> int:
-    """Print violations of style in files whose path starts so, then a count per rule."""
+    """Print violations of style in files whose path has one of the prefixes; count them by rule."""
     prefixes = [str(Path(x).resolve().relative_to(ROOT)) for x in prefixes]
     violations = [
         v for v in style.check(sources()) if not prefixes or v[0].startswith(tuple(prefixes))
@@ -180,7 +180,7 @@ def print_style(prefixes: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Print what is wrong with the tree; with --style, with the style of the files named."""
+    """Print complaints about the tree, or with --style about the style of the given files."""
     if argv[:1] == ["--style"]:
         return print_style(argv[1:])
     bad = tree()

@@ -1,11 +1,11 @@
-"""Make the book a static site in build/site/, from the executed notebooks/NN_name.ipynb.
+"""Build the book as a static site in build/site/ from the executed notebooks/NN_name.ipynb.
 
     python tools/website.py
 
-Sphinx reads a copy of the repository, to which three kinds of pages are added: the front page from
-the README, the appendices of tools/appendices.py, and every Python file with a link for each line.
-Nothing is executed, and nothing is fetched when the site is read. A warning of Sphinx, a link that
-leads nowhere or a page that would ask the network for something ends the build with exit code 1.
+Sphinx reads a copy of the repository with three kinds of additional pages: the front page from the
+README, the appendices of tools/appendices.py, and every Python file with an anchor for each line.
+Nothing is executed, and the site works offline. A warning of Sphinx, a dead link or a page that
+would load something from the network ends the build with exit code 1.
 """
 
 import html
@@ -34,11 +34,13 @@ from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
-    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile", "README.md", "environment.yml",
-    "pyproject.toml",
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile",
+    "README.md", "environment.yml", "pyproject.toml",
 )  # fmt: skip
 FOLDERS = "docs", "dsv3_ref", "figures", "kernels", "notebooks", "slurm", "tests", "tools"
-STILL = "*Here the figure above stands still. In JupyterLab (`make lab`) sliders move it.*"
+STATIC_NOTE = (
+    "*This page shows the figure above as it is. In JupyterLab (`make lab`) it has controls.*"
+)
 MATHJAX = {"loader": {"load": ["input/tex", "output/svg", "a11y/assistive-mml"]}}
 CONFIG = {
     "project": "dsv3-ref",
@@ -48,7 +50,7 @@ CONFIG = {
     "source_suffix": {".ipynb": "myst-nb", ".md": "myst-nb", ".py": "python"},
     "suppress_warnings": ["toc.not_included"],  # Python files
     "highlight_language": "text",
-    "smartquotes_action": "qe",  # two hyphens begin an option, not a dash
+    "smartquotes_action": "qe",  # two hyphens are an option, not a dash
     "myst_enable_extensions": ["amsmath", "dollarmath"],
     "myst_heading_anchors": 4,
     "nb_execution_mode": "off",
@@ -57,7 +59,7 @@ CONFIG = {
     "mathjax3_config": MATHJAX,
     "html_theme": "sphinx_book_theme",
     "html_theme_options": {
-        "navbar_persistent": [],  # the sidebar has a search already
+        "navbar_persistent": [],  # the sidebar has a search field
         "use_download_button": False,
         "use_fullscreen_button": False,
         "show_navbar_depth": 1,
@@ -70,14 +72,14 @@ CONFIG = {
 }
 
 
-FRONT = """# {title}
+FRONT_PAGE = """# {title}
 
 {paragraph}
 
 {figure}
 
-Every chapter has been run; what it printed and drew stands below its code. To change something and
-run it again, or to move its sliders, use `make lab` (see the [README](README.md)).
+Every chapter has been executed; its outputs and figures are below its code. To change and rerun
+something, or to use the interactive controls, start `make lab` (see the [README](README.md)).
 
 {chapters}
 
@@ -119,8 +121,8 @@ LOG <LOG>
 # ── The copy that Sphinx reads ──
 
 
-def copy(root: Path, src: Path) -> None:
-    """Copy the files of the repository; of notebooks only the .ipynb."""
+def copy_sources(root: Path, src: Path) -> None:
+    """Copy the files of the repository; of the notebooks only the .ipynb."""
     skip = shutil.ignore_patterns("__pycache__", ".*", "[0-9]*_*.py", "[!0-9]*.ipynb")
     for folder in FOLDERS:
         if (root / folder).is_dir():
@@ -130,43 +132,43 @@ def copy(root: Path, src: Path) -> None:
             shutil.copy(root / name, src)
 
 
-def still(path: Path) -> None:
-    """Replace the stored line of each widget by one that tells where its sliders can be moved."""
+def replace_widgets(path: Path) -> None:
+    """Replace the stored line of each widget by a note on where it is interactive."""
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
         for output in cell.get("outputs", []):
             if output.get("data", {}).get("text/plain") == SLIDERS:
-                output.data = {"text/markdown": STILL}
+                output.data = {"text/markdown": STATIC_NOTE}
     nbformat.write(nb, path)
 
 
-def front(book: appendices.Book) -> str:
-    """Return the front page: README's title, first paragraph and figure; then the chapters."""
+def front_page(book: appendices.Book) -> str:
+    """Return the front page: title, first paragraph and figure of the README, and the chapters."""
     start = re.match(r"# (.*)\n\n(.*)\n", book.readme)
     figure = re.search(r"!\[.*?\]\(.*?\)", book.readme)
     if not start or not figure:
         sys.exit("README.md must begin with a title and a paragraph, and show a figure")
     topics = [book.readme_row(c)["notebook"].partition(": ")[2] for c in book.chapters]
     body = [[c.link(), topic or "—"] for c, topic in zip(book.chapters, topics)]
-    return FRONT.format(
+    return FRONT_PAGE.format(
         title=start[1],
         paragraph=start[2],
         figure=figure[0],
         chapters=appendices.table("chapter | what it builds", body),
-        contents="\n".join(f"{c.short} <{c.path}>" for c in book.chapters),
+        contents="\n".join(f"{c.short_title} <{c.path}>" for c in book.chapters),
     )
 
 
 def stage(root: Path, src: Path) -> dict[str, list[str]]:
-    """Lay out what Sphinx reads; return the names of each term of the glossary."""
-    book, terms = appendices.read(root), glossary((root / "notebooks/glossary.md").read_text())
-    copy(root, src)
+    """Write the files that Sphinx reads; return the glossary: term → all its names."""
+    book, terms = appendices.read_book(root), glossary((root / "notebooks/glossary.md").read_text())
+    copy_sources(root, src)
     for chapter in book.chapters:
-        still(src / chapter.path)
-    (src / "index.md").write_text(front(book))
-    (src / "where.md").write_text(appendices.where(book))
-    (src / "report.md").write_text(appendices.report(book))
-    (src / "api.md").write_text(appendices.api(book))
+        replace_widgets(src / chapter.path)
+    (src / "index.md").write_text(front_page(book))
+    (src / "where.md").write_text(appendices.where_page(book))
+    (src / "report.md").write_text(appendices.report_page(book))
+    (src / "api.md").write_text(appendices.api_page(book))
     (src / "notebooks/glossary.md").write_text(terms[0])
     return terms[1]
 
@@ -191,16 +193,16 @@ def glossary(text: str) -> tuple[str, dict[str, list[str]]]:
     return "\n".join(page), names
 
 
-def spelled(name: str) -> str:
-    """Return a pattern for a name: abbreviations as they are, words in any case and number."""
+def term_pattern(name: str) -> str:
+    """Return a pattern for a name: abbreviations verbatim, words in any case and number."""
     words = r"[\s-]+".join(re.escape(x) for x in re.split(r"[ -]", name))
     return rf"(?i:{words})(?:e?s)?" if name.islower() else rf"{words}s?"
 
 
 class Terms:
-    """A pass of Sphinx that links the first use of each term in a chapter to the glossary."""
+    """A Sphinx pass that links the first use of each term in a chapter to the glossary."""
 
-    APART = (
+    NOT_PROSE = (
         nodes.title, nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw,
         nodes.reference, addnodes.pending_xref, addnodes.download_reference, nodes.comment,
     )  # fmt: skip
@@ -211,7 +213,7 @@ class Terms:
         for i, spellings in enumerate(names.values()):
             ways += [(name, i) for name in spellings]
         ways.sort(key=lambda x: -len(x[0]))  # the longest name first
-        parts = (f"(?P<t{i}_{j}>{spelled(name)})" for j, (name, i) in enumerate(ways))
+        parts = (f"(?P<t{i}_{j}>{term_pattern(name)})" for j, (name, i) in enumerate(ways))
         self.pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(parts)})(?![\w-])")
 
     def __call__(self, app: Sphinx, doctree: nodes.document) -> None:
@@ -223,14 +225,14 @@ class Terms:
                 node.parent.replace(node, new)
 
     def is_prose(self, node: nodes.Node) -> bool:
-        """Return whether a text is neither code, output, equation, heading nor a link."""
+        """Return whether a text is not in code, output, an equation, a heading or a link."""
         while node := node.parent:
-            if isinstance(node, self.APART) or "cell_output" in node.get("classes", []):
+            if isinstance(node, self.NOT_PROSE) or "cell_output" in node.get("classes", []):
                 return False
         return True
 
     def link(self, doc: str, text: str, linked: set[str]) -> list[nodes.Node]:
-        """Return the text in pieces with its new terms as references; [] if it has none."""
+        """Split a text at its new terms, which become references; [] if it has none."""
         pieces: list[nodes.Node] = []
         end = 0
         for use in self.pattern.finditer(text):
@@ -250,7 +252,7 @@ class Terms:
 
 
 class Python(Parser):
-    """A parser that makes a page of a Python file; `file.py#L12` is its line 12, as on GitHub."""
+    """A parser for pages of Python files; `file.py#L12` is line 12, as on GitHub."""
 
     supported = ("python",)
 
@@ -288,8 +290,8 @@ class Python(Parser):
 # ── Building ──
 
 
-def mathjax(static: Path) -> None:
-    """Copy the parts of MathJax 3 that read TeX and draw SVG: no fonts, menu or speech rules."""
+def copy_mathjax(static: Path) -> None:
+    """Copy the parts of MathJax 3 that read TeX and write SVG, without fonts, menu and speech."""
     spec = find_spec("sphinx-mathjax-offline")
     source, target = Path(spec.origin).parent / "static/mathjax", static / "mathjax"
     for name in ("startup", "core", "output/svg/fonts/tex", *MATHJAX["loader"]["load"]):
@@ -298,7 +300,7 @@ def mathjax(static: Path) -> None:
     shutil.copytree(source / "input/tex/extensions", target / "input/tex/extensions")
 
 
-DEAD = {  # what Sphinx calls it, and what leads nowhere
+DEAD_LINKS = {  # warning of Sphinx → target of the dead link
     r"'myst' cross-reference target not found: '(.*)'": r"\1",
     r"local id not found in doc '(.*)': '(.*)'": r"\1#\2",
     r"image file not readable: (\S+)": r"\1",
@@ -306,8 +308,8 @@ DEAD = {  # what Sphinx calls it, and what leads nowhere
 }
 
 
-def sphinx(src: Path, out: Path, names: dict[str, list[str]]) -> list[str]:
-    """Run Sphinx; return its warnings as sentences."""
+def run_sphinx(src: Path, out: Path, names: dict[str, list[str]]) -> list[str]:
+    """Run Sphinx; return its warnings, one sentence each."""
     warnings = io.StringIO()
     config = CONFIG | {"html_static_path": [str(src / "_site")]}
     with patch_docutils(), docutils_namespace():
@@ -318,26 +320,26 @@ def sphinx(src: Path, out: Path, names: dict[str, list[str]]) -> list[str]:
         app.add_source_parser(Python)
         app.connect("doctree-read", Terms(names))
         app.build(force_all=True)
-    return [sentence(line, src) for line in warnings.getvalue().splitlines() if line.strip()]
+    return [format_warning(line, src) for line in warnings.getvalue().splitlines() if line.strip()]
 
 
-def sentence(warning: str, src: Path) -> str:
-    """Return a warning of Sphinx with the cell of a notebook in place of its line."""
+def format_warning(warning: str, src: Path) -> str:
+    """Format a warning of Sphinx, with the notebook cell in place of the line."""
     text = re.sub(r"\x1b\[[\d;]*m", "", warning).replace(f"{src}/", "").replace("WARNING: ", "")
     text = re.sub(r"(\.ipynb):(\d+):", lambda m: f"{m[1]}, cell {int(m[2]) // 10000}:", text)
-    for pattern, target in DEAD.items():
+    for pattern, target in DEAD_LINKS.items():
         text = re.sub(pattern, f"{target} leads nowhere", text)
     return re.sub(r" \[[\w.]+\]$", "", text)
 
 
 def build(root: Path, out: Path) -> list[str]:
-    """Build the site of a repository, or return what is wrong with it, a sentence each."""
+    """Build the site of a repository; return its problems, a sentence each, if it has any."""
     with TemporaryDirectory() as folder:
         src, site = Path(folder).resolve() / "source", Path(folder).resolve() / "site"
         (src / "_site").mkdir(parents=True)
         shutil.copy(Path(__file__).parent / "website.css", src / "_site")
-        mathjax(src / "_site")
-        bad = sphinx(src, site, stage(root, src)) or complaints(site)
+        copy_mathjax(src / "_site")
+        bad = run_sphinx(src, site, stage(root, src)) or find_problems(site)
         if not bad:
             shutil.rmtree(out, ignore_errors=True)
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -349,10 +351,10 @@ def build(root: Path, out: Path) -> list[str]:
 
 TAG = re.compile(r"<(\w+)(\s[^<>]*)>")
 ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
-INSIDE = {x: re.compile(rf"<{x}\b[^>]*>(.*?)</{x}>", re.DOTALL) for x in ("script", "style")}
-OUTSIDE = re.compile(r"(?:https?:)?//", re.IGNORECASE)
-CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')]+)""")
-SCRIPT = re.compile(
+ELEMENTS = {x: re.compile(rf"<{x}\b[^>]*>(.*?)</{x}>", re.DOTALL) for x in ("script", "style")}
+OUTSIDE_URL = re.compile(r"(?:https?:)?//", re.IGNORECASE)
+CSS_URL = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')]+)""")
+SCRIPT_URL = re.compile(
     r"""(?:fetch\(|import\(|importScripts\(|\bsrc\s*=|\.open\([^)]*?,)\s*["'`](https?://[^"'`]+)"""
     r"""|["'`](https?://(?:cdn|unpkg|fonts|www\.google)[^"'`]*)"""
 )
@@ -366,8 +368,8 @@ def tags(page: str) -> list[tuple[str, dict[str, str]]]:
     ]
 
 
-def loaded_by(tag: str, attributes: dict[str, str]) -> list[str]:
-    """Return the addresses that a browser loads for a tag by itself, without a click."""
+def loaded_urls(tag: str, attributes: dict[str, str]) -> list[str]:
+    """Return the URLs that a browser loads for a tag without a click."""
     if tag == "a" or attributes.get("rel") in ("index", "search", "next", "prev"):
         return []
     names = ("href",) if tag in ("link", "image", "use") else ("src", "data", "poster")
@@ -375,28 +377,28 @@ def loaded_by(tag: str, attributes: dict[str, str]) -> list[str]:
     return addresses + [x.split()[0] for x in attributes.get("srcset", "").split(",") if x.strip()]
 
 
-def loads(path: Path, text: str) -> list[str]:
-    """Return the addresses outside the site that a built file would have a browser load."""
+def outside_urls(path: Path, text: str) -> list[str]:
+    """Return the URLs outside the site that a browser would load for a built file."""
     scripts = styles = text
     addresses: list[str] = []
     if path.suffix == ".html":
-        scripts, styles = ("\n".join(INSIDE[x].findall(text)) for x in ("script", "style"))
-        every = chain.from_iterable(loaded_by(*tag) for tag in tags(text))
-        addresses += [x for x in every if OUTSIDE.match(x)]
+        scripts, styles = ("\n".join(ELEMENTS[x].findall(text)) for x in ("script", "style"))
+        every = chain.from_iterable(loaded_urls(*tag) for tag in tags(text))
+        addresses += [x for x in every if OUTSIDE_URL.match(x)]
     if path.suffix != ".css":
-        addresses += [a or b for a, b in SCRIPT.findall(scripts)]
+        addresses += [a or b for a, b in SCRIPT_URL.findall(scripts)]
     if path.suffix != ".js":
-        addresses += CSS.findall(styles)
+        addresses += CSS_URL.findall(styles)
     return addresses
 
 
-def dead(
+def dead_links(
     path: Path, elements: list[tuple[str, dict[str, str]]], anchors: dict[Path, set[str]]
 ) -> list[str]:
-    """Return the links and files of a page that do not exist or lack the anchor."""
+    """Return the targets of a page that do not exist or lack the anchor."""
     bad = []
     for tag, attributes in elements:
-        for target in loaded_by(tag, attributes) + [attributes.get("href", "")]:
+        for target in loaded_urls(tag, attributes) + [attributes.get("href", "")]:
             if not target or re.match(r"(?:[a-z]+:|//)", target):
                 continue
             name, _, anchor = target.partition("#")
@@ -407,24 +409,26 @@ def dead(
     return bad
 
 
-def complaints(site: Path) -> list[str]:
-    """Return a sentence per dead link and per address that a page would fetch from elsewhere."""
+def find_problems(site: Path) -> list[str]:
+    """Return a sentence per dead link and per URL that a page would load from another site."""
     site = site.resolve()
     bad: list[str] = []
     kinds = list(chain.from_iterable(sorted(site.rglob(x)) for x in ("*.html", "*.css", "*.js")))
-    unread = site / "_static"  # a theme leaves templates there
+    unread = site / "_static"  # holds templates of the theme
     texts = {p: p.read_text() for p in kinds if p.suffix != ".html" or unread not in p.parents}
     pages = {p: tags(text) for p, text in texts.items() if p.suffix == ".html"}
     anchors = {p: {a["id"] for _, a in elements if "id" in a} for p, elements in pages.items()}
     for path, text in texts.items():
         where = path.relative_to(site)
-        bad += [f"{where}: it would load {x}" for x in loads(path, text)]
-        bad += [f"{where}: {x} leads nowhere" for x in dead(path, pages.get(path, []), anchors)]
+        bad += [f"{where}: would load {x}" for x in outside_urls(path, text)]
+        bad += [
+            f"{where}: {x} leads nowhere" for x in dead_links(path, pages.get(path, []), anchors)
+        ]
     return list(dict.fromkeys(bad))
 
 
 def main() -> int:
-    """Build the site; print what is wrong and return 1 if it cannot be built."""
+    """Build the site; print its problems and return 1 if there are any."""
     start, out = time.perf_counter(), ROOT / "build/site"
     if bad := build(ROOT, out):
         print("\n".join(bad))

@@ -10,10 +10,9 @@ import platform
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dsv3_ref import __version__
 from dsv3_ref.checkpoints.atomic import read_json, write_json
@@ -42,11 +41,17 @@ def write_manifest(folder: Path, about: dict[str, Any] | None = None) -> None:
             name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
             for name, digest in zip(names, digests)
         }
-    versions = {
-        "dsv3_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
-    value = {"format": MANIFEST_FORMAT, "files": files, "versions": versions} | (about or {})
+    value = {"format": MANIFEST_FORMAT, "files": files, "versions": installed_versions()} | (
+        about or {}
+    )
     write_json(folder / MANIFEST, value)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that results depend on, without importing torch."""
+    return {
+        "dsv3_ref": __version__, "python": platform.python_version(), "torch": version("torch"),
+    }  # fmt: skip
 
 
 def file_sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ Ours: `config.json` with the fields of `Config`, `model.safetensors` with our na
 several ranks, one safetensors file each and a table of their tensors.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -39,7 +40,8 @@ from dsv3_ref.model import Transformer
 
 AnyPath = str | PathLike[str]
 TakePart = Callable[[str, torch.Tensor], torch.Tensor]
-Result = TypeVar("Result")
+Loaded = TypeVar("Loaded")
+STEP_NAME = re.compile(r"step_\d{7,}")
 
 # ── Loading ──
 
@@ -53,9 +55,9 @@ def load(
     """Return the model of a directory, ours or Hugging Face's.
 
     With `dtype` None tensors keep their stored dtype, and FP8 is expanded to that of the embedding.
-    Gate biases stay fp32. With `verify`, files are compared with the manifest, if there is one; of a
-    run, the newest checkpoint that is whole is taken. Raise a `UserError` for everything that is
-    wrong with the directory.
+    Gate biases stay fp32. With `verify`, files are compared with the manifest, if there is one, and
+    of a run the newest checkpoint that is whole is taken. Raise a `UserError` for everything that
+    is wrong with the directory.
     """
     return newest_whole(directory, partial(load_dir, device=device, dtype=dtype), verify)
 
@@ -72,7 +74,7 @@ def load_dir(
     return reader.model
 
 
-def newest_whole(directory: AnyPath, read: Callable[[Path], Result], verify: bool = True) -> Result:
+def newest_whole(directory: AnyPath, read: Callable[[Path], Loaded], verify: bool = True) -> Loaded:
     """Return `read(folder)` of the newest checkpoint of a run that is whole, or of the directory.
 
     Warn of each damaged checkpoint that is passed over; raise the `DamageError` of the last one.
@@ -278,8 +280,9 @@ def is_sharded(folder: Path) -> bool:
 
 
 def list_checkpoints(run: AnyPath) -> list[Path]:
-    """Return the checkpoints of a training run, oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step_*"))
+    """Return the checkpoints of a training run, oldest first; whatever else lies there is left."""
+    folders = (Path(run) / "checkpoints").glob("step_*")
+    return sorted(p for p in folders if STEP_NAME.fullmatch(p.name) and p.is_dir())
 
 
 def resolve_checkpoint_dir(directory: AnyPath) -> Path:

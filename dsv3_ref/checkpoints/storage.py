@@ -1,7 +1,7 @@
-"""Storage of sharded checkpoints without pickle: safetensors files and a table of them in JSON.
+"""Storage of sharded checkpoints: safetensors files and a table of their tensors in JSON.
 
-torch.distributed.checkpoint plans who writes and who reads what. Its own file format pickles the
-table (`.metadata`), which runs code when it is read; this one holds nothing but names and numbers.
+torch.distributed.checkpoint plans who writes and who reads what. Its own format is not used: the
+table (`.metadata`) can run code when it is read. Ours holds nothing but names and numbers.
 """
 
 import json

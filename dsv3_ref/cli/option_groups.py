@@ -17,7 +17,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-Groups = Mapping[str, str]  # heading → names of fields; "" lists nested dataclasses to leave alone
+Groups = dict[str, str]  # heading → names of fields; "" lists nested dataclasses to leave alone
 
 RECIPE: Groups = {
     "data": "seq_len start_batch_size global_batch_size batch_rampup_frac",
@@ -39,7 +39,7 @@ TRAIN: Groups = {
 }
 GENERATE: Groups = {
     "sampling": "max_new_tokens temperature top_p stop seed",
-    "computation": "num_speculative_tokens compile device",
+    "computation": "num_speculative_tokens compile device verify",
 }
 OPTION_GROUPS: dict[str, Groups] = {
     "data prepare": {
@@ -72,19 +72,21 @@ OPTION_GROUPS: dict[str, Groups] = {
         "checkpoint": "init out",
     },
     "generate": {"text": "prompt"} | GENERATE,
-    "chat": {"text": "system"} | GENERATE | {"web page": "web host port"},
+    "chat": {"text": "system"} | GENERATE | {"web page": "web host port allowed_hosts"},
     "serve": {
-        "server": "host port served_model_name max_queue grace",
+        "server": "host port served_model_name max_queue max_connections grace",
+        "access": "api_key allow_unauthenticated allowed_hosts allowed_origins"
+        " report_cached_tokens",
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
         "sampling": "max_new_tokens seed",
-        "computation": "num_speculative_tokens prefill_workers device",
+        "computation": "num_speculative_tokens prefill_workers device verify",
     },
     "check": {},
     "eval": {
         "task": "tasks limit system apply_chat_template",
         "sampling": "samples temperature max_new_tokens seed",
-        "computation": "device",
+        "computation": "device verify",
         "output": "out",
     },
     "plan": {

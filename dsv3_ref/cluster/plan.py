@@ -1,4 +1,4 @@
-"""`dsv3 plan`: what a cluster would hold, send and cost, before it is rented (chapter 17)."""
+"""`dsv3 plan`: estimate memory, traffic and cost of a cluster before renting it (chapter 17)."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -49,63 +49,64 @@ REPORT_HOURS = 180e3  # GPU hours per trillion tokens (§1)
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Memory, messages, time and cost of training on a cluster; by default the report's V3.
+    """Estimate memory, traffic, time and cost of training on a cluster, by default of V3.
 
-    Or of a unit that serves: --unit prefill, --unit decode (chapter 20).
+    --unit prefill and --unit decode estimate the report's serving units instead (chapter 20); they
+    use --config, --context, --hardware, --rates and --overheads.
     """
 
     config: str = "v3"
-    """size: tiny, small, v2_lite, v3, or a .json file"""
+    """model size: tiny, small, v2_lite, v3, or a .json file"""
     pp: int = 16
-    """ranks of a pipeline"""
+    """pipeline-parallel degree"""
     ep: int = 64
-    """ranks that share the experts of a layer"""
+    """expert-parallel degree: ranks that share the experts of a layer"""
     dp: int = 2
-    """copies of the mesh of pp × ep ranks"""
+    """data-parallel degree: copies of the mesh of pp × ep ranks"""
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipe"
-    """order of the pipeline's steps"""
+    """pipeline schedule"""
     seq_len: int = 4096
-    """tokens of a training sequence"""
+    """tokens per training sequence"""
     global_batch_size: int = 15_360
-    """sequences in a step, over all ranks; a micro-batch is one sequence"""
+    """sequences per step, over all ranks; a micro-batch is one sequence"""
     precision: Literal["fp8", "bf16"] = "fp8"
     """precision of the linear layers"""
     zero: bool = True
-    """ZeRO-1: each rank keeps the moments of its slice only"""
+    """ZeRO-1: shard the optimizer's moments over data-parallel ranks"""
     ep_ranks_per_node: int = 8
-    """ranks of an expert group in one node"""
+    """expert-parallel ranks per node"""
     hardware: Literal["h800", "h100", "h200", "b200"] = "h800"
-    """whose rates --rates.* takes where it is not told others"""
+    """GPU whose achieved rates are used for every --rates option that is left at its default"""
     rates: AchievedRates = AchievedRates()
-    """what a GPU reaches, and costs"""
+    """rates that a GPU achieves, and its price"""
     overheads: Overheads = Overheads()
-    """what a cluster loses beside kernels' tables (sources: chapter 17)"""
+    """overheads of a cluster beyond kernel benchmarks (sources: chapter 17)"""
     unit: Literal["train", "prefill", "decode"] = "train"
-    """prefill, decode: the report's units of 32 and 320 GPUs; --context, --hardware, --config"""
+    """train: a training cluster; prefill, decode: the report's serving units of 32 and 320 GPUs"""
     context: int = 4096
-    """tokens of a sequence that is served"""
+    """tokens per sequence in a serving unit"""
     out: Path | None = None
-    """where to put a picture (.png, .svg, .pdf)"""
+    """file for a figure of the memory (.png, .svg or .pdf)"""
 
-    def __post_init__(self):
-        default, theirs = AchievedRates(), ACHIEVED_RATES[self.hardware]
-        mine = [b if x == a else x for x, a, b in zip(self.rates, default, theirs)]
-        object.__setattr__(self, "rates", AchievedRates(*mine))
+    def __post_init__(self) -> None:
+        default, of_hardware = AchievedRates(), ACHIEVED_RATES[self.hardware]
+        rates = [b if x == a else x for x, a, b in zip(self.rates, default, of_hardware)]
+        object.__setattr__(self, "rates", AchievedRates(*rates))
 
 
 class RankMemory(NamedTuple):
-    """Bytes on one GPU of a pipeline rank, by kind; and of its host."""
+    """Bytes on one GPU of a pipeline rank by kind, and on its host."""
 
     parameters: int
     gradients: int
     moments: int
-    codes: int  # of weights in FP8, while a step runs
+    codes: int  # FP8 or bf16 copies of the weights, during a step
     activations: int
-    host: int  # the average of the weights
+    host: int  # averaged weights
 
     @property
     def gpu(self) -> int:
-        """Bytes on the GPU: everything but the host's."""
+        """The bytes on the GPU."""
         return sum(self) - self.host
 
 
@@ -115,10 +116,10 @@ class Estimate:
 
     plan: PlanConfig
     model: Config
-    ranks: list[RankMemory]  # of every pp rank
-    in_flight: list[int]  # micro-batches
-    sent: dict[str, int]  # bytes per step and GPU, of the rank that sends most
-    flops: float  # of a step, all GPUs
+    ranks: list[RankMemory]  # by pipeline rank
+    in_flight: list[int]  # micro-batches in flight at the peak, by pipeline rank
+    sent: dict[str, int]  # bytes per step and GPU by link, of the rank that sends most
+    flops: float  # per step, of all GPUs
     spans: list[Span]
     tail: float  # seconds after the pipeline: gradients and weights over IB, AdamW
 
@@ -134,12 +135,16 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """GPU hours per trillion tokens, with slow GPUs and failures."""
-        alone = gpu_hours(self.seconds, self.gpus, self.plan.global_batch_size * self.plan.seq_len)
-        return alone * wall_clock_factor(self.plan.overheads, self.gpus)
+        """The GPU hours per trillion tokens, including stragglers and failures."""
+        tokens = self.plan.global_batch_size * self.plan.seq_len
+        ideal = gpu_hours(self.seconds, self.gpus, tokens)
+        return ideal * wall_clock_factor(self.plan.overheads, self.gpus)
 
 
 # ── Memory ──
+
+# (ranks that sum the gradient, whether the GEMMs are in FP8) → number of parameters
+ParamCounts = dict[tuple[int, bool], int]
 
 
 def num_stages(plan: PlanConfig) -> int:
@@ -147,11 +152,12 @@ def num_stages(plan: PlanConfig) -> int:
     return 1 + max(map(max, stages_by_rank(plan.schedule, plan.pp)))
 
 
-def params_by_rank(plan: PlanConfig, config: Config) -> tuple[list[dict], list[tuple[int, ...]]]:
-    """Return for every pp rank its parameters by kind, and its stages.
+def params_by_rank(
+    plan: PlanConfig, config: Config
+) -> tuple[list[ParamCounts], list[tuple[int, ...]]]:
+    """Return for every pipeline rank its parameters by kind, and its stages.
 
-    A kind is (number of ranks that sum the gradient, whether the GEMMs are in FP8). The parameters
-    are counted on the meta device, and divided as `ParallelEngine` divides them.
+    The parameters are counted on the meta device, and divided as `ParallelEngine` divides them.
     """
     return count_params_by_rank(config, plan.schedule, plan.pp, plan.dp, plan.ep)
 
@@ -159,239 +165,262 @@ def params_by_rank(plan: PlanConfig, config: Config) -> tuple[list[dict], list[t
 @cache
 def count_params_by_rank(
     config: Config, schedule_name: str, pp: int, dp: int, ep: int
-) -> tuple[list[dict], list[tuple[int, ...]]]:
+) -> tuple[list[ParamCounts], list[tuple[int, ...]]]:
     """Return `params_by_rank`, cached because the model is large even on the meta device."""
     with torch.device("meta"):
         model = Transformer(config)
-    where = stages_by_rank(schedule_name, pp)
-    numbers: list[dict] = [{} for _ in range(pp)]
+    stages = stages_by_rank(schedule_name, pp)
+    counts: list[ParamCounts] = [{} for _ in range(pp)]
     for name, w in model.named_parameters():
-        ranks, expert = owning_ranks(name, config, where), is_expert(name)
-        size = len(ranks) * dp * (1 if expert else ep)
+        ranks = owning_ranks(name, config, stages)
+        is_sharded = is_expert(name)
+        num_summed = len(ranks) * dp * (1 if is_sharded else ep)
         in_block = name.startswith("layers.") or ".block." in name
-        key = size, in_block and w.ndim > 1 and ".gate." not in name
+        key = num_summed, in_block and w.ndim > 1 and ".gate." not in name
         for rank in ranks:
-            number = w.numel() // (ep if expert else 1)
-            numbers[rank][key] = numbers[rank].get(key, 0) + number
-    return numbers, where
+            count = w.numel() // (ep if is_sharded else 1)
+            counts[rank][key] = counts[rank].get(key, 0) + count
+    return counts, stages
 
 
 def stage_bytes(plan: PlanConfig, config: Config) -> list[int]:
-    """Return the bytes that one micro-batch saves in each stage; head losses save both gradients."""
-    block = [
+    """Return the bytes that a micro-batch saves in each stage; head losses save both gradients."""
+    moe_block, dense_block = (
         sum(activation_bytes_per_token(config, dense, plan.precision == "fp8").values())
         for dense in (False, True)
-    ]
-    out = [
-        plan.seq_len * sum(block[i < config.n_dense_layers] for i in layers)
+    )
+    saved = [
+        plan.seq_len * sum(dense_block if i < config.n_dense_layers else moe_block for i in layers)
         for layers in partition_layers(config, num_stages(plan))
     ]
-    heads = (1 + config.n_mtp_layers) * (
-        4 * config.vocab_size * config.dim + 2 * plan.seq_len * config.dim
-    )
-    mtp = (
-        block[False] + (4 + 2 + 4 + 2) * config.dim
-    )  # embedding, h, both for the projection, result
-    out[-1] += heads + plan.seq_len * (4 * config.dim + config.n_mtp_layers * mtp)
-    return [round(x) for x in out]
+    num_heads = 1 + config.n_mtp_layers
+    heads = num_heads * (4 * config.vocab_size * config.dim + 2 * plan.seq_len * config.dim)
+    # of an MTP module: embedding, hidden state, both as inputs of the projection, its output
+    mtp = moe_block + (4 + 2 + 4 + 2) * config.dim
+    saved[-1] += heads + plan.seq_len * (4 * config.dim + config.n_mtp_layers * mtp)
+    return [round(x) for x in saved]
 
 
-def peak_activations(mine: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
-    """Return a rank's largest sum of saved bytes, and how many micro-batches were in flight then."""
-    live, best = [], (0, 0)
-    for step in mine:
+def peak_activations(steps: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
+    """Return the largest sum of saved bytes of a rank, and the micro-batches in flight then.
+
+    steps: the rank's schedule; size: the bytes that a micro-batch saves in each stage.
+    """
+    live: list[int] = []  # the stage of each micro-batch in flight
+    peak = (0, 0)
+    for step in steps:
         live += [op.stage for op in step if op.kind == "F"]
-        best = max(best, (sum(size[s] for s in live), len(live)))
+        peak = max(peak, (sum(size[s] for s in live), len(live)))
         for op in step:
             if op.kind in "BW":
                 live.remove(op.stage)
-    return best
+    return peak
 
 
-def rank_bytes(plan: PlanConfig, numbers: dict, activations: int) -> RankMemory:
+def rank_bytes(plan: PlanConfig, counts: ParamCounts, activations: int) -> RankMemory:
     """Return a rank's memory.
 
     Parameters are in fp32 and are their own master weights, gradients are in fp32, moments in bf16;
     FP8 codes have scales.
     """
-    total = sum(numbers.values())
-    slices = sum(n / (size if plan.zero else 1) for (size, _), n in numbers.items())
-    eight = sum(n for (_, eight), n in numbers.items() if eight)
-    codes = eight * (1 + 4 / 128**2) if plan.precision == "fp8" else 2 * eight
+    total = sum(counts.values())
+    slices = sum(n / (num_summed if plan.zero else 1) for (num_summed, _), n in counts.items())
+    in_gemms = sum(n for (_, is_fp8), n in counts.items() if is_fp8)
+    codes = in_gemms * (1 + 4 / 128**2) if plan.precision == "fp8" else 2 * in_gemms
     gradients = 4 * total + 4 * slices * plan.zero
     return RankMemory(
         4 * total, round(gradients), round(4 * slices), round(codes), activations, 4 * total
     )
 
 
-# ── Messages, operations, time ──
+# ── Traffic, operations, time ──
 
 
 def bytes_sent(
-    plan: PlanConfig, config: Config, numbers: list[dict], where: list[tuple[int, ...]]
+    plan: PlanConfig, config: Config, counts: list[ParamCounts], stages: list[tuple[int, ...]]
 ) -> dict[str, int]:
-    """Return the bytes that a GPU sends in a step by link, each of the rank that sends most."""
-    m = plan.global_batch_size // (plan.dp * plan.ep)
-    cut, (out, back) = (
-        partition_layers(config, num_stages(plan)),
-        dispatch_bytes(config, plan.precision == "fp8"),
+    """Return the bytes that a GPU sends per step by link, of the rank that sends most."""
+    tokens = float(plan.global_batch_size // (plan.dp * plan.ep) * plan.seq_len)
+    if plan.schedule == "dualpipe":
+        tokens /= 2  # two ranks hold each stage and share its micro-batches
+    row_bytes = sum(dispatch_bytes(config, plan.precision == "fp8"))  # to the expert and back
+    layers_by_stage = partition_layers(config, num_stages(plan))
+    moe_layers = [sum(i >= config.n_dense_layers for i in layers) for layers in layers_by_stage]
+    moe_layers[-1] += config.n_mtp_layers
+    num_moe_layers = max(sum(moe_layers[s] for s in own) for own in stages)
+    across, inside = (
+        2 * copies * tokens * num_moe_layers  # forward and backward
+        for copies in dispatch_copies(config, plan.ep, plan.ep_ranks_per_node)
     )
-    of_stage = [sum(i >= config.n_dense_layers for i in layers) for layers in cut]  # with experts
-    of_stage[-1] += config.n_mtp_layers
-    share = (
-        0.5 if plan.schedule == "dualpipe" else 1.0
-    )  # a stage's micro-batches on one of two ranks
-    blocks = max(share * sum(of_stage[s] for s in mine) for mine in where)
-    rows = [
-        t * m * plan.seq_len * blocks * 2
-        for t in dispatch_copies(config, plan.ep, plan.ep_ranks_per_node)
-    ]
-    gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in numbers)
+    pipeline = 2 * len(stages[0]) * tokens * 4 * config.dim if plan.pp > 1 else 0
+    gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in counts)
     return {
-        "experts, across nodes": round(rows[0] * (out + back)),
-        "experts, inside nodes": round(rows[1] * (out + back)),
-        "pipeline": round(
-            share * 2 * len(where[0]) * m * plan.seq_len * 4 * config.dim * (plan.pp > 1)
-        ),
+        "experts, across nodes": round(across * row_bytes),
+        "experts, inside nodes": round(inside * row_bytes),
+        "pipeline": round(pipeline),
         "gradients and weights": round(2 * gradients),
     }
 
 
 def step_flops(plan: PlanConfig, config: Config) -> float:
     """Return the FLOPs of a step, forward and backward, without recomputation."""
-    forward, backward = attention_flops(config, plan.seq_len)
-    token = 0.0
+    attention = sum(attention_flops(config, plan.seq_len))
+    per_token = 0.0
     for i in [*range(config.n_layers), *[config.n_layers] * config.n_mtp_layers]:
-        token += 3 * sum(x.flops for x in block_gemms(config, i < config.n_dense_layers).values())
-        token += forward + backward
-    token += (
-        6
-        * config.dim
-        * ((1 + config.n_mtp_layers) * config.vocab_size + 2 * config.n_mtp_layers * config.dim)
-    )
-    return token * plan.global_batch_size * plan.seq_len
+        gemms = block_gemms(config, i < config.n_dense_layers).values()
+        per_token += 3 * sum(gemm.flops for gemm in gemms) + attention
+    head_columns = (1 + config.n_mtp_layers) * config.vocab_size
+    projection_columns = 2 * config.n_mtp_layers * config.dim
+    per_token += 6 * config.dim * (head_columns + projection_columns)
+    return per_token * plan.global_batch_size * plan.seq_len
 
 
 def estimate(plan: PlanConfig) -> Estimate:
     """Return the estimate of a plan; raise a `UserError` if the plan is invalid."""
     config = load_config(plan.config)
     validate_plan(plan, config)
-    numbers, where = params_by_rank(plan, config)
+    counts, stages = params_by_rank(plan, config)
     m = min_microbatches(plan.schedule, plan.pp, plan.global_batch_size // (plan.dp * plan.ep))
     steps, size = schedule(plan.schedule, plan.pp, m), stage_bytes(plan, config)
-    peaks = [peak_activations(mine, size) for mine in steps]
-    ranks = [rank_bytes(plan, of, peak) for of, (peak, _) in zip(numbers, peaks)]
+    peaks = [peak_activations(own, size) for own in steps]
     return Estimate(
-        plan, config, ranks, [count for _, count in peaks], bytes_sent(plan, config, numbers, where),
-        step_flops(plan, config), simulate(steps, stage_times(plan, config)),
-        max(sum(step_tail(plan.rates, of)) for of in numbers),
-    )  # fmt: skip
+        plan=plan,
+        model=config,
+        ranks=[rank_bytes(plan, rank, peak) for rank, (peak, _) in zip(counts, peaks)],
+        in_flight=[num_live for _, num_live in peaks],
+        sent=bytes_sent(plan, config, counts, stages),
+        flops=step_flops(plan, config),
+        spans=simulate(steps, stage_times(plan, config)),
+        tail=max(sum(step_tail(plan.rates, rank)) for rank in counts),
+    )
 
 
 def stage_times(plan: PlanConfig, config: Config) -> StageCosts:
     """Return the durations of each stage's actions, overheads included."""
-    moves, cut = (
-        dispatch_copies(config, plan.ep, plan.ep_ranks_per_node),
-        partition_layers(config, num_stages(plan)),
-    )
-    each = stage_seconds(config, plan.rates, cut, plan.seq_len, moves, plan.overheads)
-    return StageCosts(each, pair_factor(config, plan.rates, plan.seq_len, moves, plan.overheads))
+    layers = partition_layers(config, num_stages(plan))
+    copies = dispatch_copies(config, plan.ep, plan.ep_ranks_per_node)
+    seconds = stage_seconds(config, plan.rates, layers, plan.seq_len, copies, plan.overheads)
+    factor = pair_factor(config, plan.rates, plan.seq_len, copies, plan.overheads)
+    return StageCosts(seconds, factor)
 
 
 def validate_plan(plan: PlanConfig, config: Config) -> None:
     """Raise a `UserError` if a plan is invalid."""
-    if (
-        min(plan.pp, plan.ep, plan.dp, plan.seq_len, plan.global_batch_size, plan.ep_ranks_per_node)
-        < 1
-    ):
-        raise UserError("every size must be at least 1")
+    for name in ("pp", "ep", "dp", "seq_len", "global_batch_size", "ep_ranks_per_node"):
+        if getattr(plan, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     pipes, n = plan.dp * plan.ep, num_stages(plan)
-    full = plan.ep <= plan.ep_ranks_per_node or plan.ep % plan.ep_ranks_per_node == 0
+    fills_nodes = plan.ep <= plan.ep_ranks_per_node or plan.ep % plan.ep_ranks_per_node == 0
     rules = [
-        (n <= config.n_layers, f"{config.n_layers} layers cannot be cut into {n} stages"),
+        (
+            n <= config.n_layers,
+            f"{config.n_layers} layers cannot be divided into {n} stages: lower --pp",
+        ),
         (
             config.n_routed_experts % plan.ep == 0,
             f"--ep must divide {config.n_routed_experts} routed experts",
         ),
         (
-            full,
-            f"--ep {plan.ep} ranks do not fill nodes of --ep-ranks-per-node {plan.ep_ranks_per_node}",
+            fills_nodes,
+            f"--ep {plan.ep} must be a multiple of --ep-ranks-per-node {plan.ep_ranks_per_node}, "
+            "or at most that",
         ),
         (
             plan.global_batch_size % pipes == 0,
             f"--global-batch-size must be a multiple of --dp × --ep = {pipes}",
         ),
-        (plan.schedule != "dualpipe" or plan.pp % 2 == 0, "dualpipe needs an even --pp"),
+        (plan.schedule != "dualpipe" or plan.pp % 2 == 0, "--schedule dualpipe needs an even --pp"),
     ]
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
 
 
-# ── A unit that serves ──
+# ── A serving unit ──
 
-MAX_ROWS_PER_EXPERT = 256  # that meet an expert at most, about (§3.4.2)
+MAX_ROWS_PER_EXPERT = 256  # in a batch, about (§3.4.2)
+PREFILL_TOKENS = 4096  # per GPU and micro-batch
 
 
 def describe_unit(plan: PlanConfig) -> str:
-    """Describe a prefill or decode unit: its weights, its speed and its cost (chapter 20)."""
-    config, m = load_config(plan.config), plan.rates
+    """Describe a prefill or decode unit: its weights, throughput and cost (chapter 20)."""
+    config, rates = load_config(plan.config), plan.rates
     unit = deployment_units(config)[plan.unit]
     rules = [
-        (plan.context >= 1, "every size must be at least 1"),
+        (plan.context >= 1, "--context must be at least 1"),
         (
             config.n_heads % unit.tp == 0,
-            f"a unit divides heads by {unit.tp}: {config.n_heads} cannot be",
+            f"a unit divides the heads among {unit.tp} GPUs: n_heads {config.n_heads} must be a "
+            "multiple",
         ),
         (
             config.n_routed_experts % 32 == 0 or unit.direct_ib,
-            "a prefill unit needs a multiple of 32 experts",
+            f"a prefill unit needs n_routed_experts to be a multiple of 32, not "
+            f"{config.n_routed_experts}",
         ),
     ]
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
-    chosen = config.n_activated_experts + config.n_shared_experts
-    n = min(
-        max_batch(config, m, unit, plan.context), round(MAX_ROWS_PER_EXPERT * unit.tp / chosen)
-    )  # rows = n / tp · chosen
-    if unit.direct_ib and not n:
-        raise UserError(f"no sequence of {plan.context:,} tokens fits beside the weights")
-    s = (
-        decode_throughput(config, m, n, plan.context, unit, plan.overheads)
-        if unit.direct_ib
-        else prefill_throughput(config, m, 4096, plan.context, unit, plan.overheads)
+    num_chosen = config.n_activated_experts + config.n_shared_experts
+    batch = min(
+        max_batch(config, rates, unit, plan.context),
+        round(MAX_ROWS_PER_EXPERT * unit.tp / num_chosen),  # rows = batch / tp · num_chosen
     )
-    return format_unit(plan, config, unit, s, n)
+    if not unit.direct_ib:
+        throughput = prefill_throughput(
+            config, rates, PREFILL_TOKENS, plan.context, unit, plan.overheads
+        )
+    elif batch:
+        throughput = decode_throughput(config, rates, batch, plan.context, unit, plan.overheads)
+    else:
+        raise UserError(
+            f"no sequence of {plan.context:,} tokens fits in memory beside the weights: lower "
+            "--context"
+        )
+    return format_unit(plan, config, unit, throughput, batch)
 
 
 def format_unit(
     plan: PlanConfig, config: Config, unit: DeploymentUnit, throughput: Throughput, batch: int
 ) -> str:
     """Return the text of `describe_unit`."""
-    kinds = ("attention", "experts and what lies between", "exchange")
+    kinds = ("attention", "experts and the rest", "dispatch and combine")
     times = "\n".join(f"  {kind:30}{1e6 * t:9,.0f} µs" for kind, t in zip(kinds, throughput))
-    load = f"{batch} sequences per group" if unit.direct_ib else "4,096 tokens per GPU"
-    reader = f", {1 / throughput.step:.0f} tokens/s per reader" if unit.direct_ib else ""
-    links = f"; direct exchanges at {unit.ib_efficiency:.0%} of IB, {1e6 * unit.latency_s:.0f} µs more a way"
-    loss = plan.overheads
+    load = f"{PREFILL_TOKENS:,} tokens per GPU"
+    assumptions = [
+        f"busiest rank {plan.overheads.load_imbalance:g} × the mean",
+        f"{1e6 * plan.overheads.launch_gap:g} µs between kernels",
+    ]
+    results = [
+        f"step of both {1e3 * throughput.step:,.1f} ms",
+        f"{throughput.tokens_per_s:,.0f} tokens/s per GPU",
+    ]
+    if unit.direct_ib:
+        load = f"{batch} sequences per group"
+        assumptions += [
+            f"direct transfers at {unit.ib_efficiency:.0%} of IB",
+            f"{1e6 * unit.latency_s:.0f} µs of latency each",
+        ]
+        results.append(f"{1 / throughput.step:.0f} tokens/s per sequence")
+    price = dollars_per_million_tokens(plan.rates, throughput.tokens_per_s)
+    hour = f"${plan.rates.dollars_per_hour:g} per GPU hour"
+    groups = f"{unit.gpus // unit.tp} groups of TP{unit.tp}"
     return f"""\
-{plan.config}, {plan.unit} unit of {unit.gpus} {plan.hardware.upper()}: TP{unit.tp}, {unit.gpus // unit.tp} groups, \
-{unit.experts_per_gpu:g} routed experts a GPU, context {plan.context:,}
+{plan.config}, {plan.unit} unit of {unit.gpus} {plan.hardware.upper()}: {groups}, \
+{unit.experts_per_gpu:g} routed experts per GPU, context {plan.context:,}
 {format_weights(config, unit, plan.rates)}
-assumed (chapters 17, 20): busiest rank {loss.load_imbalance:g} × the mean, {1e6 * loss.launch_gap:g} µs \
-between kernels{links if unit.direct_ib else ""}
-two micro-batches of {load}; a MoE layer of one:
+assumptions (chapters 17, 20): {", ".join(assumptions)}
+two micro-batches of {load}; one MoE layer of one micro-batch:
 {times}
-a step of both {1e3 * throughput.step:,.1f} ms; {throughput.tokens_per_s:,.0f} tokens/s and GPU{reader}; \
-${dollars_per_million_tokens(plan.rates, throughput.tokens_per_s):.2f} a million tokens at ${plan.rates.dollars_per_hour:g} an hour"""
+{", ".join(results)}; ${price:.2f} per million tokens at {hour}"""
 
 
 def format_weights(config: Config, unit: DeploymentUnit, rates: AchievedRates) -> str:
-    """Return the sentence about the weights on a GPU of the unit."""
+    """Return a sentence that compares the weights on a GPU of the unit with its memory."""
     weights = weights_on(config, unit)
-    fits = "fit" if weights < 0.9 * rates.memory else "do NOT fit"
-    return f"{weights / 1e9:.1f} GB of weights a GPU {fits} {0.9 * rates.memory / 1e9:g}"
+    verb = "fit" if weights < 0.9 * rates.memory else "do NOT fit"
+    return f"{weights / 1e9:.1f} GB of weights per GPU {verb} in {0.9 * rates.memory / 1e9:g} GB"
 
 
 # ── Text and figure ──
@@ -411,27 +440,31 @@ def format_estimate(result: Estimate) -> str:
     """Return the estimate as text."""
     plan, m = result.plan, result.plan.rates
     top = max(rank.gpu for rank in result.ranks)
-    fits = "fits" if top <= m.memory else "does NOT fit"
+    fits = "fits in" if top <= m.memory else "does NOT fit in"
     tokens = plan.global_batch_size * plan.seq_len
     speed = result.flops / result.gpus / result.seconds
     best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
     return f"""\
-{plan.config} on {result.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × dp {plan.dp} × ep {plan.ep}, {plan.schedule}, \
-{plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
-GB on each GPU of a pipeline rank, everything recomputed that may be:
+{plan.config} on {result.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × \
+dp {plan.dp} × ep {plan.ep}, {plan.schedule}, {plan.precision}, \
+batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
+GB on each GPU, by pipeline rank, with recomputation:
 {format_memory(result)}
-at most {max(result.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} {m.memory / 1e9:g}
+at most {max(result.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} \
+{m.memory / 1e9:g} GB
 
-sent by a GPU in a step (the rank that sends most):
+sent by a GPU per step (the rank that sends most):
 {sent}
 
-a step: {result.flops:.3g} FLOPs; {result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline
-{tokens / result.seconds / result.gpus:,.0f} tokens/s and GPU; {speed / 1e12:.0f} TFLOP/s a GPU
+step: {result.flops:.3g} FLOPs; {result.seconds:.2f} s, of which {result.tail:.2f} s \
+after the pipeline
+{tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU
 overheads assumed (chapter 17): {overheads}
-{result.hours / 1e3:,.1f}K GPU hours per trillion tokens, ${result.hours * m.dollars_per_hour / 1e3:,.0f}K at \
-${m.dollars_per_hour:g} an hour; without overheads {best / 1e3:,.1f}K \
+{result.hours / 1e3:,.1f}K GPU hours per trillion tokens, \
+${result.hours * m.dollars_per_hour / 1e3:,.0f}K at \
+${m.dollars_per_hour:g} per hour; without overheads {best / 1e3:,.1f}K \
 (the report, V3 on H800: {REPORT_HOURS / 1e3:.0f}K, ${REPORT_HOURS * 2 / 1e3:,.0f}K)"""
 
 
@@ -456,9 +489,12 @@ def plot_memory(result: Estimate) -> "Figure":
 
 
 def print_plan(plan: PlanConfig) -> None:
-    """Print the estimate of a plan, and save its figure to --out."""
-    e = estimate(plan) if plan.unit == "train" else None
-    print(format_estimate(e) if e else describe_unit(plan))
-    if e and plan.out:
-        plot_memory(e).savefig(plan.out)
+    """Print the estimate of a plan; with --out, save a figure of its memory."""
+    if plan.unit != "train":
+        print(describe_unit(plan))
+        return
+    result = estimate(plan)
+    print(format_estimate(result))
+    if plan.out:
+        plot_memory(result).savefig(plan.out)
         print(plan.out)

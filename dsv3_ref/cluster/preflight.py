@@ -1,8 +1,9 @@
-"""`dsv3 preflight`: which nodes of a job are fit to train, and why the others are not.
+"""`dsv3 preflight`: check the nodes of a job and report the unhealthy ones with a reason.
 
-First every node alone: GPUs, disk, bandwidth within. Then the good ones together; if that fails or
-is slow, each with both its neighbors in a ring: a node that fails with both is the bad one (and
-takes along a good one that stands between two such).
+First every node is checked alone: GPUs, disk, and bandwidth within the node. Then the healthy nodes
+are checked together. If that fails or is slow, each node is checked with both its neighbors in a
+ring, and a node that fails with both is unhealthy. A healthy node between two unhealthy ones fails
+with both, too, and is excluded with them.
 """
 
 import os
@@ -30,54 +31,58 @@ from dsv3_ref.config import UserError
 
 @dataclass(frozen=True)
 class PreflightConfig:
-    """Check every node of this Slurm job, or this machine; the good ones go to stdout."""
+    """Check every node of this Slurm job, or this machine, and print the healthy ones.
+
+    Standard output has the healthy nodes as srun's --nodelist takes them, standard error a line per
+    node.
+    """
 
     folder: Path = Path("runs")
-    """where the run writes: this disk is measured"""
+    """directory of the run, on the disk that is measured"""
     gpus: int = 0
     """GPUs that each node must have; 0: train on CPU, over gloo"""
     ranks: int = 1
-    """processes of each node"""
+    """processes per node"""
     min_nodes: int = 1
-    """good nodes needed; with fewer the exit code is 2"""
+    """number of healthy nodes needed; with fewer the exit code is 2"""
     min_free_gb: float = 1.0
-    """free disk"""
+    """free disk space needed, in GB"""
     min_disk_mb_s: float = 10.0
-    """writing and reading 64 MB"""
+    """disk throughput needed for writing and for reading 64 MB, in MB/s"""
     min_node_gb_s: float = 0.1
-    """all-reduce and all-to-all within a node, bus bandwidth as nccl-tests count it"""
+    """bandwidth needed within a node, in GB/s: bus bandwidth of all-reduce and all-to-all, as
+    nccl-tests define it"""
     min_net_gb_s: float = 0.05
-    """the same between nodes"""
+    """bandwidth needed between nodes, in GB/s, measured in the same way"""
     max_skew_s: float = 1.0
-    """how far a clock may be from the median"""
+    """largest difference of a clock from the median, in seconds"""
     message_mb: int = 64
-    """what a rank gives to each of the two"""
+    """size of the message of a rank in each collective, in MB"""
     timeout_s: int = 120
-    """for a stage on a node"""
+    """seconds that a stage may take on a node"""
     stage: Literal["all", "node", "net"] = "all"
-    """node: this node alone; net: this node's part among those of the running Slurm step"""
+    """all: run all stages; node: check this node alone; net: take part in the check of the nodes of
+    this Slurm step"""
     rendezvous: str = ""
-    """net: host:port of the first node"""
+    """address of the first node in stage net, as tcp://host:port"""
 
 
 class NodeUnhealthy(Exception):
-    """The error for a node that must not train; its text is a sentence with the reason."""
+    """The error for a node that must not train; its message is the reason."""
 
 
 # ── A node alone ──
 
 SMI_COMMAND = ["nvidia-smi", "-q", "-x"]
-RECOVERY_ACTION = re.compile(
-    r"gpu_recovery_action (?!None|N/A)"
-)  # what an XID calls for: Reset, Reboot…
+RECOVERY_ACTION = re.compile(r"gpu_recovery_action (?!None|N/A)")  # Reset, Reboot … after an XID
 FAULT_FLAG = re.compile(r"(pending_\w+|\w+_pending|\w+_failure|sram_threshold_exceeded) Yes")
 UNCORRECTABLE_ERROR = re.compile(r"\w*uncorr\w* [1-9]")  # memory errors since the driver was loaded
 
 
 def gpu_faults(xml: str) -> list[str]:
-    """Return `GPU 0: remapped_row_failure Yes` and the like for all that calls for a repair.
+    """Return the faults of GPUs as `GPU 0: remapped_row_failure Yes`.
 
-    xml: the output of `nvidia-smi -q -x`. A reset or a reboot that is due counts as a fault.
+    xml: the output of `nvidia-smi -q -x`. A pending reset or reboot counts as a fault.
     """
     faults = []
     for i, gpu in enumerate(ElementTree.fromstring(xml).iter("gpu")):
@@ -103,7 +108,7 @@ def check_gpus(args: PreflightConfig) -> str:
                 SMI_COMMAND, capture_output=True, text=True, timeout=60, check=True
             )
         except (OSError, subprocess.SubprocessError) as e:
-            raise NodeUnhealthy(f"no driver: {e}") from None
+            raise NodeUnhealthy(f"nvidia-smi failed: {e}") from None
         if faults := gpu_faults(smi.stdout):
             raise NodeUnhealthy("; ".join(faults))
     import torch
@@ -134,16 +139,16 @@ def measure_disk(folder: Path, mb: int = 64) -> tuple[float, float]:
     """Return the MB/s of writing through to the disk, and of reading past the page cache."""
     data = os.urandom(mb << 20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as file:
-        began = time.perf_counter()
+        start = time.perf_counter()
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        written = time.perf_counter()
+        write_end = time.perf_counter()
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         if file.read() != data:
-            raise NodeUnhealthy(f"the disk of {folder} gave back other bytes than were written")
-        return mb / (written - began), mb / (time.perf_counter() - written)
+            raise NodeUnhealthy(f"the disk of {folder} returned other bytes than were written")
+        return mb / (write_end - start), mb / (time.perf_counter() - write_end)
 
 
 # ── Bandwidth ──
@@ -152,7 +157,7 @@ def measure_disk(folder: Path, mb: int = 64) -> tuple[float, float]:
 def check_network(
     args: PreflightConfig, nodes: int, node: int, rendezvous: str, floor: float
 ) -> str:
-    """Take part with this node's ranks in an all-reduce and an all-to-all of all ranks.
+    """Run an all-reduce and an all-to-all of all ranks, with this node's ranks among them.
 
     floor: the GB/s that both must reach.
     """
@@ -162,14 +167,14 @@ def check_network(
     calls = [
         (first + i, world, rendezvous, i if args.gpus else None, args) for i in range(args.ranks)
     ]
-    with get_context("spawn").Pool(args.ranks) as pool:  # its end kills those that hang
+    with get_context("spawn").Pool(args.ranks) as pool:  # leaving the block kills hanging ranks
         try:
             results = pool.starmap_async(measure_collectives, calls, chunksize=1).get(
                 args.timeout_s
             )
         except TimeoutError:
             raise NodeUnhealthy(
-                f"all-reduce and all-to-all hang: no end in {args.timeout_s} s"
+                f"all-reduce and all-to-all hang: not finished after {args.timeout_s} s"
             ) from None
         except (RuntimeError, ValueError) as e:
             raise NodeUnhealthy(
@@ -208,16 +213,16 @@ def measure_collectives(
 
 
 def fastest_call(collective: Callable, device: str, times: int = 5) -> float:
-    """Return the seconds of the fastest call; the first ones set up connections."""
+    """Return the seconds of the fastest call; the first calls also set up connections."""
     import torch
 
     seconds = []
     for _ in range(times):
-        began = time.perf_counter()
+        start = time.perf_counter()
         collective()
         if device != "cpu":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return min(seconds)
 
 
@@ -243,61 +248,69 @@ def check_this_node(args: PreflightConfig) -> str:
 
 # ── All nodes ──
 
-Reports = dict[str, str]  # node → its last line
-Ask = Callable[[str, list[str]], Reports]  # of a stage and nodes
+PreflightStage = Literal["node", "net"]
+Reports = dict[str, str]  # node → its report, `healthy: …` or `unhealthy: …`
+RunStage = Callable[[PreflightStage, list[str]], Reports]  # runs a stage on nodes
 
 
-def healthy_nodes(words: Reports) -> list[str]:
-    """Return the nodes whose reports say that they are healthy."""
-    return [node for node, word in words.items() if word.startswith("healthy: ")]
+def healthy_nodes(reports: Reports) -> list[str]:
+    """Return the nodes that are reported as healthy."""
+    return [node for node, report in reports.items() if report.startswith("healthy: ")]
 
 
-def check_nodes(nodes: list[str], ask: Ask) -> Reports:
-    """Check every node alone, then the good ones together; if that fails, pair by pair."""
-    words = ask("node", nodes)
-    if len(good := healthy_nodes(words)) < 2:
-        return words
-    together = ask("net", good)
-    if healthy_nodes(together) == good:
-        for node in good:
-            words[node] += f"; between nodes {together[node].removeprefix('healthy: ')}"
-        return words
-    if bad := find_bad_nodes(good, ask):
-        return words | bad
-    why = next(word for word in together.values() if not word.startswith("healthy: "))
-    raise UserError(f"every pair of neighbors is fine, but not all {len(good)} together: {why}")
+def check_nodes(nodes: list[str], run: RunStage) -> Reports:
+    """Check every node alone, then the healthy ones together; if that fails, pair by pair."""
+    reports = run("node", nodes)
+    healthy = healthy_nodes(reports)
+    if len(healthy) < 2:
+        return reports
+    together = run("net", healthy)
+    if healthy_nodes(together) == healthy:
+        for node in healthy:
+            reports[node] += f"; between nodes {together[node].removeprefix('healthy: ')}"
+        return reports
+    if unhealthy := find_bad_nodes(healthy, run):
+        return reports | unhealthy
+    reason = next(report for report in together.values() if not report.startswith("healthy: "))
+    raise UserError(
+        f"every pair of neighbors passes, but not all {len(healthy)} nodes together ({reason}): "
+        "check the network between them"
+    )
 
 
-def find_bad_nodes(nodes: list[str], ask: Ask) -> Reports:
-    """Return the nodes that fail with both their neighbors in a ring, and why.
+def find_bad_nodes(nodes: list[str], run: RunStage) -> Reports:
+    """Return the nodes that fail with both their neighbors in a ring, with their reports.
 
-    No node is in two pairs at once.
+    Pairs that run at the same time share no node.
     """
     n, even = len(nodes), len(nodes) // 2 * 2
     ring = [[nodes[k] for k in sorted((i, (i + 1) % n))] for i in range(n)]
     failed = defaultdict(list)
     for pairs in filter(None, (ring[:even:2], ring[1:even:2], ring[even:])):
         with ThreadPoolExecutor(len(pairs)) as pool:
-            for pair, words in zip(pairs, pool.map(partial(ask, "net"), pairs)):
-                for node in set(pair) - set(healthy_nodes(words)):
-                    failed[node].append(f"{words[node]} (with {' and '.join(set(pair) - {node})})")
-    return {node: words[0] for node, words in failed.items() if len(words) == 2}
+            for pair, reports in zip(pairs, pool.map(partial(run, "net"), pairs)):
+                for node in set(pair) - set(healthy_nodes(reports)):
+                    neighbor = " and ".join(set(pair) - {node})
+                    failed[node].append(f"{reports[node]} (with {neighbor})")
+    return {node: reports[0] for node, reports in failed.items() if len(reports) == 2}
 
 
-def scontrol(*what: str) -> str:
+def scontrol(*args: str) -> str:
     """Return the output of `scontrol show` with these arguments."""
-    return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True).stdout
+    return subprocess.run(["scontrol", "show", *args], capture_output=True, text=True).stdout
 
 
 PORTS = count(int(os.environ.get("SLURM_JOB_ID", 0)))
 
 
-def run_stage(args: PreflightConfig, stage: str, nodes: list[str]) -> Reports:
-    """Run a stage on each of these nodes, as one task of a Slurm step."""
+def run_stage(args: PreflightConfig, stage: PreflightStage, nodes: list[str]) -> Reports:
+    """Run a stage on these nodes, one task of a Slurm step on each."""
     n = len(nodes)
     address = re.search(r"NodeAddr=(\S+)", scontrol("node", nodes[0]))
     if address is None:
-        raise UserError(f"scontrol knows no address of node {nodes[0]}")
+        raise UserError(
+            f"scontrol reports no address of node {nodes[0]}: check `scontrol show node {nodes[0]}`"
+        )
     rendezvous = f"tcp://{address[1]}:{10000 + next(PORTS) % 10000}"
     options = asdict(replace(args, stage=stage, rendezvous=rendezvous)).items()
     command = f"timeout {args.timeout_s + 60} srun --label --overlap --cpu-bind=none".split()
@@ -311,32 +324,33 @@ def run_stage(args: PreflightConfig, stage: str, nodes: list[str]) -> Reports:
 def parse_reports(lines: list[str], nodes: list[str]) -> Reports:
     """Return each node's report from the lines of `srun --label`.
 
-    Without one it is the last line of the node's task, which is its error, or of srun.
+    A node without a report gets the last line of its task, which is its error, or of srun.
     """
     last: dict[int, str] = {}
     for match in filter(None, (re.match(r" *(\d+): (.+)", line) for line in lines)):
         task = int(match[1])
         if not last.get(task, "").startswith(("healthy: ", "unhealthy: ")):
-            last[task] = match[2]  # libraries may warn after it
-    silent = f"no answer ({lines[-1] if lines else 'its time is over'})"
-    return {node: last.get(k, silent) for k, node in enumerate(nodes)}  # tasks in nodes' order
+            last[task] = match[2]  # lines after a report are warnings of libraries
+    missing = f"no report ({lines[-1] if lines else 'timed out'})"
+    return {node: last.get(k, missing) for k, node in enumerate(nodes)}  # tasks are in this order
 
 
 def run_preflight(args: PreflightConfig) -> None:
-    """Print a line per node to stderr, and to stdout the good nodes as srun's --nodelist."""
+    """Print a line per node to stderr, and to stdout the healthy nodes as srun's --nodelist."""
     if args.stage != "all":
         print(check_this_node(args))
         return
-    if listed := os.environ.get("SLURM_JOB_NODELIST"):
-        nodes = scontrol("hostnames", listed).split()
-        words = check_nodes(nodes, lambda stage, nodes: run_stage(args, stage, nodes))
+    if node_list := os.environ.get("SLURM_JOB_NODELIST"):
+        nodes = scontrol("hostnames", node_list).split()
+        reports = check_nodes(nodes, partial(run_stage, args))
     else:
-        words = {socket.gethostname(): check_this_node(args)}
-    for node, word in words.items():
-        print(f"{node}  {word}", file=sys.stderr)
-    good = healthy_nodes(words)
-    print(",".join(good), flush=True)
-    if len(good) < args.min_nodes:
+        reports = {socket.gethostname(): check_this_node(args)}
+    for node, report in reports.items():
+        print(f"{node}  {report}", file=sys.stderr)
+    healthy = healthy_nodes(reports)
+    print(",".join(healthy), flush=True)
+    if len(healthy) < args.min_nodes:
         raise UserError(
-            f"{args.min_nodes} good nodes are needed, and {len(good)} of {len(words)} are"
+            f"{len(healthy)} of {len(reports)} nodes are healthy, but --min-nodes is "
+            f"{args.min_nodes}: allocate more nodes or lower it"
         )

@@ -194,14 +194,14 @@ class PackedDataset:
         """Return the next n rows, (n, length), int64."""
         return torch.tensor(list(islice(self, n)))
 
-    def state_dict(self) -> tuple[dict, dict[str, torch.Tensor]]:
+    def state_dict(self) -> dict[str, int]:
         """Return the position in the stream."""
-        return {"epoch": self.epoch, "index": self.index}, {}
+        return {"epoch": self.epoch, "index": self.index}
 
-    def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the position where `state_dict` was called."""
-        self.epoch = values["epoch"]
-        self.index = values["index"]
+        self.epoch = state["epoch"]
+        self.index = state["index"]
         self.rows = self.pack_epoch()
 
 
@@ -224,10 +224,10 @@ class PairDataset:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
         return self.pairs[order[i]]
 
-    def state_dict(self) -> tuple[dict, dict[str, torch.Tensor]]:
+    def state_dict(self) -> dict[str, int]:
         """Return the position in the stream."""
-        return {"drawn": self.num_drawn}, {}
+        return {"drawn": self.num_drawn}
 
-    def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the position where `state_dict` was called."""
-        self.num_drawn = values["drawn"]
+        self.num_drawn = state["drawn"]

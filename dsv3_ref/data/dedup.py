@@ -49,7 +49,7 @@ def max_rows_per_band(threshold: float) -> int:
 
 
 class MinHashLSH:
-    """An index of the documents kept so far, about 4 kB each, that finds one like a new document."""
+    """An index of the documents kept so far, 4 kB each, that finds one like a new document."""
 
     def __init__(self, threshold: float):
         self.threshold, self.rows_per_band = threshold, max_rows_per_band(threshold)

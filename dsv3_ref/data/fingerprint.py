@@ -1,6 +1,6 @@
-"""Fingerprints of data: names, sizes and hashes, so that a resumed run reads what it read before.
+"""Fingerprints of data: names, sizes and hashes that show whether a resumed run has the same data.
 
-A source is hashed in blocks of documents: a difference names the first documents that changed.
+A source is hashed in blocks of documents, so that an error can name the first changed documents.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 BLOCK = 4096  # documents under one hash
-DIGITS = 16  # of a hash, in hexadecimal: against accidents, not against attacks
+HEX_DIGITS = 16  # of a hash: enough against accidents, not against attacks
 
 
 def short_hash(*parts: bytes | memoryview) -> str:
@@ -21,18 +21,29 @@ def short_hash(*parts: bytes | memoryview) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    return digest.hexdigest()[:DIGITS]
+    return digest.hexdigest()[:HEX_DIGITS]
 
 
 def fingerprint_texts(name: str, texts: Iterable[str]) -> dict[str, Any]:
-    """Return the fingerprint of documents: how many there are, and a hash per block."""
-    iterator, blocks, documents = iter(texts), [], 0
+    """Return the fingerprint of documents: their number, and a hash per block."""
+    return fingerprint_bytes(name, (text.encode("utf-8", "surrogatepass") for text in texts))
+
+
+def fingerprint_bytes(name: str, documents: Iterable[bytes]) -> dict[str, Any]:
+    """Return the fingerprint of documents in bytes."""
+    iterator = iter(documents)
+    blocks: list[str] = []
+    count = 0
     while block := list(islice(iterator, BLOCK)):
-        documents += len(block)
-        encoded = [text.encode("utf-8", "surrogatepass") for text in block]
-        lengths = np.array([len(x) for x in encoded], "<i8")
-        blocks.append(short_hash(lengths.tobytes(), *encoded))
-    return {"name": name, "documents": documents, "block": BLOCK, "blocks": blocks}
+        count += len(block)
+        lengths = np.array([len(x) for x in block], "<i8")
+        blocks.append(short_hash(lengths.tobytes(), *block))
+    return {"name": name, "documents": count, "block": BLOCK, "blocks": blocks}
+
+
+def fingerprint_samples(name: str, samples: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """Return the fingerprint of tokenized samples."""
+    return fingerprint_bytes(name, (np.array(sample, "<i4").tobytes() for sample in samples))
 
 
 def fingerprint_rows(name: str, rows: Iterable[Any]) -> dict[str, Any]:
@@ -42,9 +53,9 @@ def fingerprint_rows(name: str, rows: Iterable[Any]) -> dict[str, Any]:
 
 
 def fingerprint_dataset(name: str, dataset: Any) -> dict[str, Any]:
-    """Return what `fingerprint_texts` does for the column `text` of a `datasets.Dataset`.
+    """Return the fingerprint of the column `text` of a `datasets.Dataset`.
 
-    Reads Arrow's buffers, at the speed of hashing.
+    It equals that of `fingerprint_texts`, but reads Arrow's buffers, at the speed of hashing.
     """
     blocks = [short_hash(*buffers) for buffers in arrow_blocks(dataset)]
     return {"name": name, "documents": len(dataset), "block": BLOCK, "blocks": blocks}
@@ -67,6 +78,6 @@ def arrow_blocks(dataset: Any) -> Iterator[list[bytes | memoryview]]:
 
 
 def fingerprint_files(name: str, paths: Sequence[str]) -> dict[str, Any]:
-    """Return names and sizes of the files of a stream, whose content is too long to be hashed."""
+    """Return the names and sizes of the files of a stream, whose content is too long to hash."""
     files = [[Path(p).name, Path(p).stat().st_size] for p in paths]
     return {"name": name, "files": files}

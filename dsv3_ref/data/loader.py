@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class PackedDataLoader:
         return self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
 
     def refill(self) -> None:
-        """Pack a document of the source with the fewest tokens drawn in proportion to its weight."""
+        """Pack a document of the source with the fewest tokens drawn relative to its weight."""
         drawn = [s.tokens_drawn / s.weight for s in self.sources]
         i = drawn.index(min(drawn))
         source, document = self.sources[i], next(self.documents[i])
@@ -135,25 +136,25 @@ class PackedDataLoader:
         """Return n rows, (n, length), int64."""
         return torch.from_numpy(np.stack([next(self) for _ in range(n)])).long()
 
-    def state_dict(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Return the position of the stream: values for JSON, and the buffered tokens."""
-        small = {
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream: values for JSON, and the buffered tokens."""
+        buffer = np.stack(self.buffer) if self.buffer else np.zeros((0, self.length), np.int32)
+        return {
             "sources": [[s.epoch, s.index, s.tokens_drawn] for s in self.sources],
             "rng": self.rng.bit_generator.state,
+            "buffer": torch.from_numpy(buffer),
+            "remainder": torch.tensor(self.remainder, dtype=torch.int32),
         }
-        buffer = np.stack(self.buffer) if self.buffer else np.zeros((0, self.length), np.int32)
-        remainder = torch.tensor(self.remainder, dtype=torch.int32)
-        return small, {"buffer": torch.from_numpy(buffer), "remainder": remainder}
 
-    def load_state_dict(self, small: dict, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        for source, (epoch, index, tokens_drawn) in zip(self.sources, small["sources"]):
+        for source, (epoch, index, tokens_drawn) in zip(self.sources, state["sources"]):
             source.epoch, source.index = epoch, index
             source.tokens_drawn = tokens_drawn
         self.documents = [s.train_documents() for s in self.sources]
-        self.rng.bit_generator.state = small["rng"]
-        self.remainder = tensors["remainder"].tolist()
-        self.buffer = list(tensors["buffer"].numpy())
+        self.rng.bit_generator.state = state["rng"]
+        self.remainder = state["remainder"].tolist()
+        self.buffer = list(state["buffer"].numpy())
 
 
 def will_apply_fim(rng: random.Random, rate: float) -> bool:

@@ -127,7 +127,7 @@ class Documents:
             if expected is None:
                 continue
             block = tokens.view(np.uint8)[i * SUM_BYTES : (i + 1) * SUM_BYTES]
-            if hashlib.sha256(block).digest() != expected:
+            if hashlib.sha256(block.tobytes()).digest() != expected:
                 path = self.folder / f"{self.shards[k]['name']}.bin"
                 raise damaged_error(path, f"bytes from {i * SUM_BYTES:,} on have changed")
 
@@ -169,8 +169,11 @@ class Shards:
 
     def part_checksums(self, source: int) -> list[str]:
         """Return the checksums of all files of a source's shards."""
-        own = [s for s in self.index["shards"] if s["source"] == source]
-        return [s["sha256"][suffix] for s in own for suffix in sorted(s["sha256"])]
+        checksums: list[str] = []
+        for shard in self.index["shards"]:
+            if shard["source"] == source:
+                checksums += [shard["sha256"][suffix] for suffix in sorted(shard["sha256"])]
+        return checksums
 
     def verify_checksums(self) -> None:
         """Compare every checksum, which reads all files; raise a `UserError` for a difference."""

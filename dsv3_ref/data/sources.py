@@ -52,7 +52,7 @@ class Source(ABC):
         """Return names, sizes and hashes that tell whether the documents are the same."""
 
     def documents(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[Any]:
-        """Yield the training documents of one epoch from the `start`-th, shuffled unless a stream."""
+        """Yield training documents of an epoch from the `start`-th, shuffled unless a stream."""
         if self.is_stream:
             yield from self.read(self.train_data.skip(start))
             return

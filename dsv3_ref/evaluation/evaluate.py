@@ -48,6 +48,8 @@ class EvalConfig:
     """seed of the problems and of the sampling"""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""
+    verify: bool = True
+    """compare the files of the model with their checksums, where it has any"""
     out: Path | None = None
     """also write the results here, as JSON"""
 
@@ -72,7 +74,7 @@ def validate_eval_args(args: EvalConfig) -> None:
 def evaluate_checkpoint(args: EvalConfig) -> dict[str, dict[str, float]]:
     """Evaluate a model, print a line per task, and return the results by task."""
     validate_eval_args(args)
-    policy = Policy.from_pretrained(args.model, pick_device(args.device))
+    policy = Policy.from_pretrained(args.model, pick_device(args.device), verify=args.verify)
     prompt_tasks = [name for name in args.tasks if is_task_name(name)]
     lm_eval_tasks = [name for name in args.tasks if not is_task_name(name)]
     results = {name: evaluate_task(policy, name, args) for name in prompt_tasks}

@@ -198,7 +198,8 @@ def task_config(name: str) -> dict | str:
     if prompt_task == name or not is_builtin:
         return name
     return {
-        "task": name, "custom_dataset": lambda **_: problems_dataset(prompt_task), "test_split": "test",
+        "task": name, "test_split": "test",
+        "custom_dataset": lambda **_: problems_dataset(prompt_task),
         "output_type": "generate_until", "doc_to_text": "{{question}}",
         "doc_to_target": "{{answer}}", "process_results": grader(prompt_task),
         "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 48, "do_sample": False},

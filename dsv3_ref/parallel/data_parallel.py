@@ -6,7 +6,7 @@ generation. Gradients are averaged over ranks.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,12 @@ from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import SingleProcess
 from dsv3_ref.training.task import Data
 
+T = TypeVar("T")
 
-def broadcast_object_from_rank0(make: Callable[[], Any]) -> Any:
+
+def broadcast_object_from_rank0(make: Callable[[], T]) -> T:
     """Return the value of make(), which only rank 0 calls; if it raises, all ranks exit."""
-    box: list[Any] = [None]
+    box: list[T | None] = [None]
     try:
         if dist.get_rank() == 0:
             box = [make()]
@@ -84,7 +86,7 @@ class DataParallel(SingleProcess):
 
     def all_gather(self, items: list) -> list:
         """Return the items of all ranks, in their order before `shard`."""
-        shards: list[Any] = [None] * self.dp_size
+        shards: list[list] = [[] for _ in range(self.dp_size)]
         dist.all_gather_object(shards, items)
         gathered = []
         for i in range(max(map(len, shards))):

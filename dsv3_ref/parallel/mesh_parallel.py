@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3_ref import ops
 from dsv3_ref.checkpoints import native, sharded
 from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.checkpoints.layout import STATE, TENSORS
 from dsv3_ref.config import UserError
+from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import local_experts_of
 from dsv3_ref.parallel.data_parallel import (
     any_rank_should_stop,
@@ -127,7 +128,7 @@ class MeshParallel:
         """Return the traffic of the last step's all-to-alls."""
         return self.engine.comm_stats()
 
-    def load_whole_model(self, run_dir: Path) -> nn.Module:
+    def load_whole_model(self, run_dir: Path) -> Transformer:
         """Load the whole model of a finished run onto this rank's device."""
         return native.load(run_dir).to(self.device)
 

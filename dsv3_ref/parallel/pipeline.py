@@ -1,4 +1,4 @@
-"""Execution of the schedules of chapter 12 over real ranks, step by step as they are drawn there."""
+"""Execution of the schedules of chapter 12 over real ranks, with the same lists of steps."""
 
 from collections import defaultdict
 from collections.abc import Callable

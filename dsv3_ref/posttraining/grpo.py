@@ -8,18 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints.atomic import write_json
+from dsv3_ref.checkpoints.manifest import has_manifest, read_manifest
 from dsv3_ref.config import UserError
 from dsv3_ref.data.files import print_to_stderr
+from dsv3_ref.data.fingerprint import fingerprint_files
 from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import GRPO_RECIPES, advantages, grpo_loss
 from dsv3_ref.model import Transformer
@@ -27,7 +29,13 @@ from dsv3_ref.moe import Route
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.logprobs import chunked_logprobs
 from dsv3_ref.posttraining.policy import Policy, as_transformer
-from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, parse_weights
+from dsv3_ref.posttraining.prompts import (
+    Problem,
+    build_messages,
+    fingerprint_task,
+    get_task,
+    parse_weights,
+)
 from dsv3_ref.posttraining.reward import RewardModel
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import LossOutput
@@ -35,7 +43,7 @@ from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.state import Run
-from dsv3_ref.training.task import Data, find_tokenizer
+from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
 from dsv3_ref.verifiers.sandbox import map_parallel
 
 BEFORE = "before.json"  # held-out rewards and samples of the initial model
@@ -51,8 +59,9 @@ class GRPOConfig(TrainConfig):
     """
 
     tasks: tuple[str, ...] = ("sums",)
-    """problems to train on, with weights: sums=0.7 counting spelling writing role-play questions; or
-    .jsonl and .parquet files of problems with answers, with test cases for code, or with neither"""
+    """problems to train on, with weights: sums=0.7 counting spelling writing role-play questions;
+    or .jsonl and .parquet files of problems with answers, with test cases for code, or with
+    neither"""
     reward: Path | None = None
     """a reward model (of dsv3 reward) that scores open-ended tasks"""
     votes: int = 0
@@ -135,7 +144,10 @@ class GRPOConfig(TrainConfig):
                 f"{', '.join(open_ended)} have no right answers: --reward must name a reward "
                 "model, or --votes a number of votes",
             ),
-            (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 rl holds the whole model"),
+            (
+                self.pp == self.ep == 1,
+                "--pp and --ep must be 1: each rank of dsv3 rl holds the whole model",
+            ),
             (self.votes >= 0, "--votes must be at least 0"),
             (not (self.reward and self.votes), "give --reward or --votes, not both"),
         ]
@@ -163,13 +175,13 @@ class PromptDataset:
         name = rng.choices(list(self.weights), list(self.weights.values()))[0]
         return rng.choice(get_task(name).problems[0])
 
-    def state_dict(self) -> tuple[dict, dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, int]:
         """Return the number of problems drawn, which seeds the next draw."""
-        return {"drawn": self.num_drawn}, {}
+        return {"drawn": self.num_drawn}
 
-    def load_state_dict(self, values: dict, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the position where `state_dict` was called."""
-        self.num_drawn = values["drawn"]
+        self.num_drawn = state["drawn"]
 
 
 # ── Rewards ──
@@ -266,6 +278,15 @@ class RewardFn:
 # ── The run ──
 
 
+def fingerprint_model(name: str, directory: Path) -> dict[str, Any]:
+    """Return the checksums of a model's files, or without a manifest their names and sizes."""
+    folder = native.resolve_checkpoint_dir(directory)
+    if has_manifest(folder):
+        files = read_manifest(folder)["files"]
+        return {"name": name, "files": {file: about["sha256"] for file, about in files.items()}}
+    return fingerprint_files(name, [str(p) for p in sorted(folder.glob("*.safetensors"))])
+
+
 class GRPOTask:
     """GRPO: the model is trained on its own completions, rewarded relative to their group."""
 
@@ -298,7 +319,19 @@ class GRPOTask:
             minibatches=config.steps_per_generation,
             loader=PromptDataset(weights, config.seed),
             tokenizer=tokenizer,
+            fingerprints=(*map(fingerprint_task, weights), *self.fingerprint_models()),
         )
+
+    def fingerprint_models(self) -> list[dict]:
+        """Return the fingerprints of the models that the objective and the reward depend on."""
+        config = self.config
+        fingerprints = []
+        if config.beta or config.votes:
+            assert config.init is not None  # `validation_rules`
+            fingerprints.append(fingerprint_model("the reference model", config.init))
+        if config.reward:
+            fingerprints.append(fingerprint_model("the reward model", config.reward))
+        return fingerprints
 
     def prepare(self, run: Run) -> None:
         """Load the reference model and the scorer; evaluate the initial model."""
@@ -308,7 +341,9 @@ class GRPOTask:
         voter = None
         if config.beta or config.votes:
             assert config.init is not None  # `validation_rules`
-            self.reference = native.load(config.init, dtype=torch.float32).to(self.device)
+            self.reference = native.load(config.init, dtype=torch.float32, verify=config.verify).to(
+                self.device
+            )
             self.reference.requires_grad_(False)
             voter = Policy(self.reference, tokenizer)
         self.reward_fn = RewardFn(config, tokenizer, voter, print_to_stderr, self.device)
@@ -427,11 +462,11 @@ class GRPOTask:
         return logp_n, entropy_n, routes
 
     def loss(
-        self, model: nn.Module, micro_batch: list[Rollout], balance_loss_scope: str
+        self, model: Transformer, micro_batch: list[Rollout], balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `grpo_loss` of a micro-batch as its part of the mean over all rollouts."""
         config = self.config
-        logp_n, entropy_n, routes = self.logprobs(as_transformer(model), micro_batch)
+        logp_n, entropy_n, routes = self.logprobs(model, micro_batch)
         old_n = old_logprobs(micro_batch)
         if old_n is None:
             old_n = logp_n.detach()

@@ -69,10 +69,14 @@ class Policy:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        verify: bool = True,
     ) -> "Policy":
         """Load a policy from a run, a checkpoint or a Hugging Face directory."""
-        model = native.load(folder, device, dtype).eval()
+        model = native.load(folder, device, dtype, verify).eval()
         return cls(model, load_tokenizer(native.find_tokenizer_dir(Path(folder))))
 
     def encode_prompt(self, messages: Sequence[dict]) -> list[int]:

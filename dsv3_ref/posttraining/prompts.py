@@ -3,12 +3,14 @@
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files
+from dsv3_ref.data.fingerprint import fingerprint_rows
 from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import math_verifier
 from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
@@ -285,6 +287,14 @@ def is_task_name(name: str) -> bool:
 def get_task(name: str) -> PromptTask:
     """Return a built-in task, or the problems of a file."""
     return TASKS[name] if name in TASKS else load_file_task(name)
+
+
+def fingerprint_task(name: str) -> dict[str, Any]:
+    """Return what tells whether a task has the same problems; built-in ones do not change."""
+    task = get_task(name)
+    if not isinstance(task, FileTask):
+        return {"name": name}
+    return fingerprint_rows(name, map(asdict, chain(*task.problems)))
 
 
 def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
@@ -20,6 +21,7 @@ from dsv3_ref.data.conversations import (
     text_encoder,
 )
 from dsv3_ref.data.files import print_to_stderr
+from dsv3_ref.data.fingerprint import fingerprint_samples
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
@@ -37,7 +39,7 @@ from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SFT_RECIPES, SpecialTokens, sample_cu_seqlens
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.state import Run
-from dsv3_ref.training.task import Data, find_tokenizer
+from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
 
 MAX_JUDGMENT_TOKENS = 64  # of a judgment that the reward model writes
 VAL_PAIRS = 16  # held-out pairs per forward pass
@@ -83,7 +85,10 @@ class RewardConfig(TrainConfig):
         """Return the rules of this command: whether each holds, and the error if not."""
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
-            (self.pp == self.ep == 1, "--pp, --ep: each rank of dsv3 reward holds the whole model"),
+            (
+                self.pp == self.ep == 1,
+                "--pp and --ep must be 1: each rank of dsv3 reward holds the whole model",
+            ),
             (len(self.data) > 0, "--data needs at least one file of pairs"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs needs)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
@@ -114,10 +119,13 @@ class RewardTask:
         self.special_tokens = get_special_tokens(tokenizer)
         encode = text_encoder(tokenizer)
         pairs: list[Pair] = []
+        fingerprints = []
         for name in config.data:
-            train, held_out = split_samples(
-                read_pairs(name, encode, self.special_tokens, config.pair_format, print_to_stderr)
+            samples = read_pairs(
+                name, encode, self.special_tokens, config.pair_format, print_to_stderr
             )
+            fingerprints.append(fingerprint_samples(name, chain.from_iterable(samples)))
+            train, held_out = split_samples(samples)
             pairs += train
             self.held_out += held_out
         steps = recipe.steps or max(1, round(config.epochs * len(pairs) / recipe.global_batch_size))
@@ -128,6 +136,7 @@ class RewardTask:
             special_tokens=self.special_tokens,
             loader=PairDataset(pairs, config.seed),
             tokenizer=tokenizer,
+            fingerprints=tuple(fingerprints),
         )
 
     def prepare(self, run: Run) -> None:
@@ -149,12 +158,12 @@ class RewardTask:
         return [batch[i : i + n] for i in range(0, len(batch), n)]
 
     def loss(
-        self, model: nn.Module, micro_batch: list[Pair], balance_loss_scope: str
+        self, model: Transformer, micro_batch: list[Pair], balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `preference_loss` of a micro-batch, averaged over its pairs."""
         tokens_1n = concat_samples(flatten_pairs(micro_batch), self.device)
         weight = self.config.judgment_weight * (self.config.judge == "cot")
-        return preference_loss(as_transformer(model), tokens_1n, self.special_tokens, weight).losses
+        return preference_loss(model, tokens_1n, self.special_tokens, weight).losses
 
     def loss_weight(self, micro_batch: list[Pair]) -> int:
         """Return the number of pairs."""

@@ -5,7 +5,6 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
-from torch import nn
 
 from dsv3_ref.data.conversations import (
     PackedDataset,
@@ -14,11 +13,12 @@ from dsv3_ref.data.conversations import (
     text_encoder,
 )
 from dsv3_ref.data.files import print_to_stderr
+from dsv3_ref.data.fingerprint import fingerprint_samples
 from dsv3_ref.data.loader import VAL_BATCH
-from dsv3_ref.data.tokenizer import EOS, byte_lengths, get_special_tokens
+from dsv3_ref.data.tokenizer import byte_lengths, get_special_tokens
 from dsv3_ref.decode import SamplingParams, stream
+from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
-from dsv3_ref.posttraining.policy import as_transformer
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SFT_RECIPES, assistant_mask, num_loss_tokens, pack_samples, sft_loss
 from dsv3_ref.training.settings import TrainConfig
@@ -26,6 +26,7 @@ from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import (
     SAMPLE_TEMPERATURE,
     SAMPLE_TOKENS,
+    BalanceLossScope,
     Data,
     evaluate_other_sources,
     find_tokenizer,
@@ -85,8 +86,10 @@ class SFTTask:
         encode = text_encoder(tokenizer)
         train_samples: list[list[int]] = []
         val = {}
+        fingerprints = []
         for name in config.data:
             samples = read_conversations(name, encode, special_tokens, length, print_to_stderr)
+            fingerprints.append(fingerprint_samples(name, samples))
             train, held_out = split_samples(samples)
             train_samples += train
             self.samples += held_out[:2]
@@ -105,6 +108,7 @@ class SFTTask:
             token_bytes=torch.tensor(byte_lengths(tokenizer)),
             loader=dataset,
             tokenizer=tokenizer,
+            fingerprints=tuple(fingerprints),
         )
 
     def prepare(self, run: Run) -> None:
@@ -125,10 +129,10 @@ class SFTTask:
         return split_rows(batch, self.config.micro_batch)
 
     def loss(
-        self, model: nn.Module, micro_batch: torch.Tensor, balance_loss_scope: str
+        self, model: Transformer, micro_batch: torch.Tensor, balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `sft_loss` of a micro-batch, averaged over its loss tokens."""
-        return sft_loss(as_transformer(model), micro_batch, self.special_tokens)
+        return sft_loss(model, micro_batch, self.special_tokens)
 
     def loss_weight(self, micro_batch: torch.Tensor) -> int:
         """Return the number of loss tokens: those of answers."""
@@ -138,9 +142,9 @@ class SFTTask:
         """Return the number of tokens that the model reads, padding included."""
         return batch[:, 1:].numel()
 
-    def nll(self, model: nn.Module, rows_bs: torch.Tensor) -> float:
+    def nll(self, model: Transformer, rows_bs: torch.Tensor) -> float:
         """Return Σ −log p of the answers' tokens, in nats."""
-        mean = sft_loss(as_transformer(model), rows_bs, self.special_tokens).main.item()
+        mean = sft_loss(model, rows_bs, self.special_tokens).main.item()
         return mean * self.loss_weight(rows_bs)
 
     def loss_targets(self, rows_bs: torch.Tensor) -> torch.Tensor:
@@ -175,8 +179,7 @@ class SFTTask:
 
     def answer_prompts(self, run: Run) -> list[dict]:
         """Return the model's answers to the prompts of held-out conversations."""
-        model = as_transformer(run.strategy.load_whole_model(run.run_dir))
-        device = run.strategy.device
+        model, device = run.strategy.load_whole_model(run.run_dir), run.strategy.device
         generator = torch.Generator(device).manual_seed(self.config.seed)
         tokenizer = run.data.tokenizer
         samples = []
@@ -184,8 +187,8 @@ class SFTTask:
             prompt = tokens[: len(tokens) - tokens[::-1].index(self.special_tokens.assistant)]
             room = max(0, min(SAMPLE_TOKENS, self.config.model.max_seq_len - len(prompt)))
             params = SamplingParams(SAMPLE_TEMPERATURE, generator=generator)
-            steps = stream(model, [prompt], room, params, {tokenizer.token_to_id(EOS)})
-            completion = []
+            steps = stream(model, [prompt], room, params, {self.special_tokens.eos})
+            completion: list[int] = []
             for (new_tokens,) in steps:
                 completion += new_tokens
             samples.append({

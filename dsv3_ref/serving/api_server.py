@@ -3,17 +3,15 @@
 import asyncio
 import json
 import secrets
-import signal
+import socket
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -24,8 +22,24 @@ from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.serve import Engine, QueueFull, Request
-from dsv3_ref.serving.config import ServeConfig, build_engine, validate_serve_config
+from dsv3_ref.serve import QueueFull
+from dsv3_ref.serving.config import (
+    API_KEY_VARIABLE,
+    ServeConfig,
+    api_keys,
+    build_engine,
+    validate_serve_config,
+)
+from dsv3_ref.serving.engine_thread import EngineThread
+from dsv3_ref.serving.network import (
+    CACHE_SALT,
+    ApiKeys,
+    bind_socket,
+    guard_app,
+    host_rule,
+    is_loopback,
+)
+from dsv3_ref.serving.output_processor import REQUEST_FAILED, CompletionPiece, ServedRequest
 from dsv3_ref.serving.prefill import PrefillWorker, dispatch_prefill
 from dsv3_ref.serving.protocol import (
     CompletionRequest,
@@ -44,195 +58,29 @@ from dsv3_ref.serving.protocol import (
     response_head,
 )
 from dsv3_ref.serving.text_generator import StreamDetokenizer
-from dsv3_ref.serving.web import bind_socket, is_loopback
+from dsv3_ref.serving.tokenize_pool import TokenizePool
+from dsv3_ref.sft import render_conversation
 from dsv3_ref.training.strategy import pick_device
 
 if TYPE_CHECKING:  # optional dependencies
-    import uvicorn
     from fastapi import FastAPI
     from fastapi import Request as HTTPRequest
     from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+    from dsv3_ref.serving.http_server import ApiServer, ConnectionLimits
+
 Answer = TypeVar("Answer")
 
 INSTALL_HINT = "dsv3 serve needs FastAPI and uvicorn: pip install -e '.[serve]'"
-ENGINE_FAILED = "the engine has failed; see the server's log and restart the server"
+ENGINE_FAILED = "the engine has failed and this server is about to end; see its log"
+DRAINING = "the server is shutting down: retry later"
+FAILURE_LINGER = 5.0  # seconds in which a failed server still answers /health
+STOP_SECONDS = 5.0  # that a step of the engine may take to end
 MAX_BODY_BYTES = 4 << 20
 MAX_SEED = (1 << 63) - 1
-HISTOGRAM_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
-
-
-# ── Metrics ──
-
-
-class Histogram:
-    """A Prometheus histogram of durations."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(HISTOGRAM_BOUNDS) + 1)
-        self.sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Add a duration."""
-        self.counts[sum(seconds > bound for bound in HISTOGRAM_BOUNDS)] += 1
-        self.sum += seconds
-
-    def exposition(self, name: str) -> Iterator[str]:
-        """Yield the lines of Prometheus' text format, with cumulative counts."""
-        total = 0
-        for bound, count in zip([*HISTOGRAM_BOUNDS, "+Inf"], self.counts):
-            total += count
-            yield f'{name}_bucket{{le="{bound}"}} {total}'
-        yield f"{name}_sum {self.sum:.6f}"
-        yield f"{name}_count {total}"
-
-
-# ── The engine's thread ──
-
-
-class RequestOutput(NamedTuple):
-    """New tokens of a request, with its finish reason, "" while it runs."""
-
-    request: "ServedRequest"
-    tokens: list[int]
-    finish_reason: str
-
-
-@dataclass(eq=False)
-class ServedRequest(Request):
-    """A request to the engine that belongs to an HTTP request."""
-
-    index: int = 0  # among the completions of the HTTP request
-    sink: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
-    arrival_time: float = 0.0
-    last_token_time: float = 0.0  # 0: no token yet
-    num_delivered: int = 0  # tokens passed to the detokenizer
-    hit_stop_text: bool = False  # ended by one of the client's stop strings
-
-
-class EngineThread(threading.Thread):
-    """The thread that steps the engine while there is work.
-
-    Requests may be submitted from any thread; outputs are passed to the event loop.
-    """
-
-    def __init__(self, engine: Engine):
-        super().__init__(daemon=True)
-        self.engine = engine
-        self.wake = threading.Event()
-        self.stopped = False
-        self.failed = False
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.finish_reasons: Counter[str] = Counter()
-        self.time_to_first_token = Histogram()
-        self.inter_token_latency = Histogram()
-        self.prefill_workers: list[PrefillWorker] = []
-
-    def submit(self, requests: list[ServedRequest]) -> None:
-        """Queue all requests or none; raises what `Scheduler.submit` raises."""
-        self.loop = asyncio.get_running_loop()
-        for request in requests:
-            request.arrival_time = time.monotonic()
-        self.engine.submit(*requests)
-        self.wake.set()
-
-    def abort(self, requests: list[ServedRequest]) -> None:
-        """Abort requests; the engine frees their blocks before its next step."""
-        for request in requests:
-            request.aborted = True
-        self.wake.set()
-
-    def call_between_steps(
-        self, fn: Callable[[Transformer], Any], reset_prefix_cache: bool = False
-    ) -> Future:
-        """Run fn(model) in the main process between two steps; return a future of its result."""
-        future = self.engine.call_between_steps(fn, reset_prefix_cache)
-        self.wake.set()
-        return future
-
-    def busy(self) -> bool:
-        """Return whether a step of the engine would do something."""
-        engine, scheduler = self.engine, self.engine.scheduler
-        is_active = any(not r.remote_prefill or r.aborted for r in scheduler.running)
-        has_events = engine.pending_callbacks or engine.incoming_transfers
-        return bool(is_active or scheduler.waiting or has_events)
-
-    def run(self) -> None:
-        """Step the engine until `stop` is called or a step raises an exception."""
-        while not self.stopped:
-            if not self.busy():
-                self.wake.wait()
-            self.wake.clear()
-            try:
-                outputs = self.engine.step()
-            except Exception:  # the state of the engine can no longer be trusted
-                traceback.print_exc()
-                self.failed = self.stopped = True
-                outputs = self.fail_all()
-            self.deliver(outputs)
-
-    def fail_all(self) -> list[tuple[Request, list[int]]]:
-        """End all requests with the finish reason "failed"; return them with no tokens."""
-        requests = [*self.engine.scheduler.running, *self.engine.scheduler.waiting]
-        for request in requests:
-            request.finish_reason = "failed"
-        return [(request, []) for request in requests]
-
-    def deliver(self, outputs: list[tuple[Request, list[int]]]) -> None:
-        """Update the metrics and pass the outputs of a step to the event loop."""
-        now = time.monotonic()
-        deliveries = []
-        for request, tokens in outputs:
-            assert isinstance(request, ServedRequest)
-            if tokens:
-                self.record_latency(request, len(tokens), now)
-            if request.finish_reason:
-                reason = "stop" if request.hit_stop_text else request.finish_reason
-                self.finish_reasons[reason] += 1
-                for worker in self.prefill_workers:
-                    worker.cancel(request)
-            deliveries.append(RequestOutput(request, tokens, request.finish_reason))
-        if deliveries:
-            assert self.loop is not None  # `submit` has set it
-            with suppress(RuntimeError):  # the loop is closed: the server is shutting down
-                self.loop.call_soon_threadsafe(deliver_outputs, deliveries)
-
-    def record_latency(self, request: ServedRequest, num_tokens: int, now: float) -> None:
-        """Add the times of new tokens to the histograms; tokens of one step share its time."""
-        if request.last_token_time:
-            latency = (now - request.last_token_time) / num_tokens
-            num_latencies = num_tokens
-        else:
-            self.time_to_first_token.observe(now - request.arrival_time)
-            latency = 0.0
-            num_latencies = num_tokens - 1
-        for _ in range(num_latencies):
-            self.inter_token_latency.observe(latency)
-        request.last_token_time = now
-
-    def stop(self) -> None:
-        """Let the current step finish, then end the thread."""
-        self.stopped = True
-        self.wake.set()
-        self.join()
-
-
-def deliver_outputs(outputs: list[RequestOutput]) -> None:
-    """Put each output into the queue of its HTTP request; runs on the event loop."""
-    for output in outputs:
-        output.request.sink.put_nowait(output)
 
 
 # ── The service ──
-
-
-class CompletionPiece(NamedTuple):
-    """New text of a completion, with the log-probabilities of its tokens."""
-
-    request: ServedRequest
-    text: str
-    logprobs: list[JSONObject]
-    finish_reason: str  # "" while it runs
 
 
 class Service:
@@ -245,13 +93,16 @@ class Service:
         validate_serve_config(args)
         self.args = args
         self.created = int(time.time())
-        model = model or load(args.model).to(pick_device(args.device)).eval()
+        model = model or load(args.model, verify=args.verify).to(pick_device(args.device)).eval()
         self.tokenizer = tokenizer or load_tokenizer(find_tokenizer_dir(args.model))
         self.policy = Policy(model, self.tokenizer)
         self.special_tokens = self.policy.special_tokens
         self.name = args.served_model_name or args.model.resolve().name
         self.engine = build_engine(model, args)
-        self.engine_thread = EngineThread(self.engine)
+        self.engine_thread = EngineThread(self.engine, self.tokenizer, self.special_tokens.eos)
+        max_len = self.engine.scheduler.max_model_len
+        self.tokenize_pool = TokenizePool(self.tokenizer, max_len, args.max_queue)
+        self.is_draining = False
         self.requests: Counter[int] = Counter()  # by HTTP status
 
     def __enter__(self) -> "Service":
@@ -273,20 +124,41 @@ class Service:
         self.engine.send_remote = lambda request: dispatch_prefill(workers, request)
 
     def __exit__(self, *_: object) -> None:
-        self.engine_thread.stop()
+        self.tokenize_pool.stop()
+        self.engine_thread.stop(STOP_SECONDS)
         for worker in self.engine_thread.prefill_workers:
             worker.stop()
+
+    @property
+    def status(self) -> str:
+        """The state of the server: ready, draining (it accepts no new requests) or failed."""
+        if self.has_failed():
+            return "failed"
+        return "draining" if self.is_draining else "ready"
+
+    def has_failed(self) -> bool:
+        """Return whether the engine or what processes its outputs has failed."""
+        thread = self.engine_thread
+        return thread.failed or not (thread.is_alive() and thread.processor.is_alive())
+
+    def drain(self) -> None:
+        """Accept no new requests from now on."""
+        self.is_draining = True
 
     # From the body of an HTTP request to requests to the engine
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, in which special tokens are treated as plain text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Return the token ids of `text`, in which special tokens are treated as plain text.
+
+        The fast form computes no offsets, and lets other threads run throughout.
+        """
+        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_prompts(self, body: JSONObject, chat: bool) -> list[list[int]]:
         """Return the token ids of every prompt; text cannot produce a special token."""
         if chat:
-            return [self.policy.encode_prompt(flatten_content(body.get("messages")))]
+            turns = flatten_content(body.get("messages"))
+            return [render_conversation(turns, self.encode, self.special_tokens)]
         prompts = body.get("prompt", "")
         is_token_list = isinstance(prompts, list) and prompts and is_token_ids(prompts)
         if isinstance(prompts, str) or is_token_list:
@@ -308,7 +180,25 @@ class Service:
             return prompt
         raise UserError(f"each prompt must be a string or a list of token ids below {vocab_size}")
 
-    def parse_request(self, body: JSONObject, chat: bool) -> CompletionRequest:
+    def check_prompt_length(self, body: JSONObject, chat: bool) -> int:
+        """Return the bytes of all prompts; raise a `UserError` if one cannot fit.
+
+        Takes no longer than to read the body: its structure is validated later.
+        """
+        texts = body.get("messages") if chat else body.get("prompt")
+        parts = texts if isinstance(texts, list) else [texts]
+        if chat:
+            if len(parts) > self.tokenize_pool.max_tokens:  # each turn has a token of its own
+                raise UserError(f"{len(parts)} messages cannot fit: send fewer")
+            contents = [part.get("content") for part in parts if isinstance(part, dict)]
+            sizes = [sum(map(num_text_bytes, contents))]
+        else:
+            sizes = [num_text_bytes(part) for part in parts]
+        for size in sizes:
+            self.tokenize_pool.check_length(size)
+        return sum(sizes)
+
+    async def parse_request(self, body: JSONObject, chat: bool) -> CompletionRequest:
         """Validate the body of an HTTP request; raise a `UserError` or an `HTTPError`."""
         if not isinstance(body, dict):
             raise UserError("the body must be a JSON object")
@@ -316,13 +206,14 @@ class Service:
             model = str(body["model"])[:80]
             raise HTTPError(404, f"there is no model {model!r}; this server serves {self.name!r}")
         reject_unknown(body)
+        num_bytes = self.check_prompt_length(body, chat)
         options = body.get("stream_options") or {}
         max_len = self.engine.scheduler.max_model_len
         is_new_name = "max_completion_tokens" in body
         max_tokens_name = "max_completion_tokens" if is_new_name else "max_tokens"
         seed = secrets.randbits(62) if self.args.seed is None else self.args.seed
-        return CompletionRequest(
-            prompts=self.encode_prompts(body, chat),
+        request = CompletionRequest(
+            prompts=[],
             chat=chat,
             n=parse_int(body, "n", 1, 1, self.args.max_n),
             max_tokens=parse_int(body, max_tokens_name, None, 1, max_len),
@@ -334,12 +225,14 @@ class Service:
             include_usage=isinstance(options, dict) and parse_flag(options, "include_usage"),
             num_logprobs=parse_logprobs(body, chat),
         )
+        prompts = await self.tokenize_pool.run(num_bytes, partial(self.encode_prompts, body, chat))
+        return replace(request, prompts=prompts)
 
-    def submit(self, request: CompletionRequest) -> list[ServedRequest]:
+    def submit(self, request: CompletionRequest, cache_salt: bytes = b"") -> list[ServedRequest]:
         """Queue one engine request per completion and return them.
 
-        Raises a `UserError` for too many completions, an `HTTPError` if the engine has failed,
-        and what `Scheduler.submit` raises.
+        Raises a `UserError` for too many completions, an `HTTPError` if the engine has failed or
+        the server is draining, and what `Scheduler.submit` raises.
         """
         total = request.n * len(request.prompts)
         if total > self.args.max_n:
@@ -347,19 +240,22 @@ class Service:
                 f"{total} completions are more than the {self.args.max_n} allowed per request: "
                 "lower n or send fewer prompts"
             )
-        sink: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        if self.is_draining:
+            raise HTTPError(503, DRAINING)
+        sink: asyncio.Queue[CompletionPiece] = asyncio.Queue()
         served = [
-            self.make_served_request(request, index, sink)
+            self.make_served_request(request, index, sink, cache_salt)
             for index in range(request.n * len(request.prompts))
         ]
-        if self.engine_thread.failed:
-            raise HTTPError(503, ENGINE_FAILED)
         self.engine_thread.submit(served)
+        if self.has_failed():  # checked after `submit`: a failing engine ends what it sees
+            raise HTTPError(503, ENGINE_FAILED)
         return served
 
     def make_served_request(
-        self, request: CompletionRequest, index: int, sink: asyncio.Queue[RequestOutput]
-    ) -> ServedRequest:
+        self, request: CompletionRequest, index: int, sink: asyncio.Queue[CompletionPiece],
+        cache_salt: bytes,
+    ) -> ServedRequest:  # fmt: skip
         """Return the engine request of a completion: number index % n of its prompt."""
         prompt = request.prompts[index // request.n]
         room = self.engine.scheduler.max_model_len - len(prompt)
@@ -371,69 +267,44 @@ class Service:
             sampling_params=SamplingParams(request.temperature, request.top_p, generator),
             stop_token_ids=frozenset({self.special_tokens.eos}),
             num_logprobs=request.num_logprobs,
+            cache_salt=cache_salt,
             index=index,
             sink=sink,
+            text=StreamDetokenizer(self.tokenizer, request.stop),
         )
 
     # From engine outputs to text
 
-    async def stream_outputs(
-        self, request: CompletionRequest, served: list[ServedRequest]
-    ) -> AsyncIterator[CompletionPiece]:
+    async def stream_outputs(self, served: list[ServedRequest]) -> AsyncIterator[CompletionPiece]:
         """Yield the pieces of all completions as they come, until all have ended.
 
         Raises an `HTTPError` if the engine fails.
         """
-        texts = {r: StreamDetokenizer(self.tokenizer, request.stop) for r in served}
-        sink = served[0].sink
-        while texts:
-            output, tokens, finish_reason = await sink.get()
-            if (text := texts.get(output)) is None:  # a stop string ended it in the step before
-                continue
-            if finish_reason in ("failed", "abort"):
+        num_running = len(served)
+        while num_running:
+            piece = await served[0].sink.get()
+            if piece.finish_reason in ("failed", "abort"):
                 raise HTTPError(503, ENGINE_FAILED)
-            start = output.num_delivered
-            logprobs = output.logprobs[start : start + len(tokens)]
-            output.num_delivered += len(tokens)
-            text_tokens = [t for t in tokens if t != self.special_tokens.eos]
-            piece = text.push(text_tokens)
-            if text.ended:
-                finish_reason = "stop"
-                output.hit_stop_text = True
-                self.engine_thread.abort([output])
-            elif finish_reason:
-                piece += text.flush()
-            if finish_reason:
-                del texts[output]
-            entries = self.describe_logprobs(text_tokens, logprobs)
-            yield CompletionPiece(output, piece, entries, finish_reason)
+            num_running -= bool(piece.finish_reason)
+            yield piece
 
-    def describe_logprobs(
-        self, tokens: list[int], logprobs: list[tuple[float, list[tuple[int, float]]]]
-    ) -> list[JSONObject]:
-        """Return log-probabilities of tokens, and of their alternatives, in the API's format."""
-        return [
-            self.describe_token(token, logprob)
-            | {"top_logprobs": [self.describe_token(*pair) for pair in alternatives]}
-            for token, (logprob, alternatives) in zip(tokens, logprobs)
-        ]
+    def usage(
+        self, request: CompletionRequest, served: list[ServedRequest], num_new_tokens: int
+    ) -> JSONObject:
+        """Return the token counts of an HTTP request.
 
-    def describe_token(self, token: int, logprob: float) -> JSONObject:
-        """Return a token's text, its bytes and its log-probability."""
-        text = self.tokenizer.decode([token], skip_special_tokens=False)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    def usage(self, request: CompletionRequest, served: list[ServedRequest]) -> JSONObject:
-        """Return the token counts of an HTTP request."""
+        What was found in the cache tells of other requests, so it is reported only if that is on.
+        """
         num_prompt_tokens = sum(map(len, request.prompts))
-        num_new_tokens = sum(r.num_delivered for r in served)
-        num_cached_tokens = sum(r.num_cached_tokens for r in served[:: request.n])
-        return {
+        counts: JSONObject = {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_new_tokens,
             "total_tokens": num_prompt_tokens + num_new_tokens,
-            "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         }
+        if self.args.report_cached_tokens:
+            num_cached_tokens = sum(r.num_cached_tokens for r in served[:: request.n])
+            counts["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
+        return counts
 
     def metrics(self) -> str:
         """Return the metrics in Prometheus' text format."""
@@ -493,39 +364,61 @@ def labeled_counter(name: str, label: str, counts: Mapping[Any, int]) -> list[st
 async def collect_response(
     service: Service, request: CompletionRequest, served: list[ServedRequest], head: JSONObject
 ) -> JSONObject:
-    """Return the response to a request without streaming, once all completions have ended."""
+    """Return the response to a request without streaming, once all completions have ended.
+
+    Raises an `HTTPError` if the engine fails, or if every completion ends with an error.
+    """
     texts = dict.fromkeys(served, "")
     logprobs: dict[ServedRequest, list[JSONObject]] = {r: [] for r in served}
     finish_reasons = {}
-    async for piece in service.stream_outputs(request, served):
+    error = ""
+    num_tokens = 0
+    async for piece in service.stream_outputs(served):
+        num_tokens += piece.num_tokens
         texts[piece.request] += piece.text
         logprobs[piece.request] += piece.logprobs
         finish_reasons[piece.request] = piece.finish_reason
+        error = piece.error or error
+    if set(finish_reasons.values()) == {"error"}:
+        raise HTTPError(500, error)
     choices = [
         make_choice(request, r.index, texts[r], logprobs[r], finish_reasons[r]) for r in served
     ]
-    return head | {"choices": choices, "usage": service.usage(request, served)}
+    return head | {"choices": choices, "usage": service.usage(request, served, num_tokens)}
 
 
 async def sse_events(
     service: Service, request: CompletionRequest, served: list[ServedRequest], head: JSONObject
 ) -> AsyncIterator[str]:
-    """Yield server-sent events: pieces of completions, the usage if requested, and [DONE]."""
+    """Yield server-sent events: pieces of completions, the usage if requested, and [DONE].
+
+    If every completion ends with an error, an error event takes the place of the last two.
+    """
+    finish_reasons: dict[ServedRequest, str] = {}
+    num_new_tokens = 0
+    error = ""
     if request.chat:
         for r in served:
             choice = make_choice(request, r.index, "", [], None)
             choice["delta"]["role"] = "assistant"
             yield format_event(head | {"choices": [choice]})
     try:
-        async for r, text, logprobs, finish_reason in service.stream_outputs(request, served):
+        async for piece in service.stream_outputs(served):
+            r, text, logprobs, finish_reason, num_tokens, error = piece
+            num_new_tokens += num_tokens
+            finish_reasons[r] = finish_reason
             if text or finish_reason or (logprobs and request.num_logprobs >= 0):
                 choice = make_choice(request, r.index, text, logprobs, finish_reason)
                 yield format_event(head | {"choices": [choice]})
     except HTTPError as e:
         yield format_event(error_body(str(e), e.status))
         return
+    if set(finish_reasons.values()) == {"error"}:
+        yield format_event(error_body(error, 500))
+        return
     if request.include_usage:
-        yield format_event(head | {"choices": [], "usage": service.usage(request, served)})
+        usage = service.usage(request, served, num_new_tokens)
+        yield format_event(head | {"choices": [], "usage": usage})
     yield "data: [DONE]\n\n"
 
 
@@ -539,6 +432,8 @@ async def read_json_body(request: "HTTPRequest") -> JSONObject:
 
     The content type must be JSON: a browser then refuses to send the request for a foreign page.
     """
+    if int(request.headers.get("content-length") or 0) > MAX_BODY_BYTES:  # h11 has validated it
+        raise HTTPError(413, f"the body must not exceed {MAX_BODY_BYTES} bytes")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPError(415, "the content type must be application/json")
@@ -597,15 +492,24 @@ class Endpoints:
             message = "the server is at capacity and its queue is full: retry later"
             response = error_response(429, message, {"Retry-After": "1"})
         except HTTPError as e:
-            response = error_response(e.status, str(e))
+            headers = {"Retry-After": "1"} if e.status == 503 else None
+            response = error_response(e.status, str(e), headers)
+        except client_disconnect():
+            response = error_response(499, "the client has disconnected")
+        except Exception:  # concerns this request only
+            traceback.print_exc()
+            response = error_response(500, REQUEST_FAILED)
         self.service.requests[response.status_code] += 1
         return response
 
     async def complete(self, http_request: "HTTPRequest", chat: bool) -> "Response":
         """Return a whole or streaming response; abort its engine requests if the client leaves."""
         service = self.service
-        request = service.parse_request(await read_json_body(http_request), chat)
-        served = service.submit(request)
+        parsing = service.parse_request(await read_json_body(http_request), chat)
+        request = await cancel_on_disconnect(http_request, parsing)
+        if request is None:
+            raise HTTPError(499, "the client has disconnected")
+        served = service.submit(request, http_request.scope.get(CACHE_SALT, b""))
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         head = response_head(request, request_id, service.name)
         if request.stream:
@@ -619,11 +523,25 @@ class Endpoints:
             service.engine_thread.abort(served)
 
     def health(self) -> "Response":
-        """Return status 200 if the engine thread runs, else 503."""
-        thread = self.service.engine_thread
-        is_healthy = thread.is_alive() and not thread.failed
-        body = {"status": "ok" if is_healthy else "failed"}
-        return json_response(body, 200 if is_healthy else 503)
+        """Return whether the server is ready (status 200), draining or failed (status 503)."""
+        status = self.service.status
+        return json_response({"status": status}, 200 if status == "ready" else 503)
+
+
+def num_text_bytes(value: object) -> int:
+    """Return the bytes of a prompt or of a message's content, as far as it is text."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, list):
+        return sum(num_text_bytes(part.get("text")) for part in value if isinstance(part, dict))
+    return 0
+
+
+def client_disconnect() -> type[Exception]:
+    """Return the exception that reading a body raises if the client disconnects."""
+    from starlette.requests import ClientDisconnect
+
+    return ClientDisconnect
 
 
 def json_response(
@@ -670,6 +588,7 @@ def build_app(service: Service) -> "FastAPI":
     from fastapi.responses import PlainTextResponse
 
     app = FastAPI(openapi_url=None)
+    allow_origins(app, service.args.allowed_origins)
     endpoints = Endpoints(service)
 
     @app.post("/v1/completions")
@@ -701,62 +620,74 @@ def build_app(service: Service) -> "FastAPI":
     return app
 
 
+def allow_origins(app: "FastAPI", origins: Sequence[str]) -> None:
+    """Let web pages of these origins use the API (CORS); those of others may not."""
+    from fastapi.middleware.cors import CORSMiddleware
+
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )  # fmt: skip
+
+
 def require_fastapi() -> None:
     """Raise a `UserError` if FastAPI is not installed."""
     try:
         import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
     except ImportError:
         raise UserError(INSTALL_HINT) from None
 
 
-def make_api_server(app: "FastAPI", grace: float = 30.0) -> "uvicorn.Server":
-    """Return a uvicorn server that finishes running requests after the first signal.
+def make_api_server(
+    service: Service, listener: socket.socket, limits: "ConnectionLimits | None" = None
+) -> "ApiServer":
+    """Return an HTTP server for a service, with limits on who may use it and how long."""
+    app = build_app(service)
+    from dsv3_ref.serving.http_server import ApiServer, ConnectionLimits
 
-    It ends at once after the second signal or after `grace` seconds.
-    """
-    try:
-        import uvicorn
-    except ImportError:
-        raise UserError(INSTALL_HINT) from None
+    keys = ApiKeys(api_keys(service.args))
+    guarded = guard_app(app, host_rule(listener, service.args.allowed_hosts), keys)
+    limits = limits or ConnectionLimits(service.args.max_connections)
+    grace = service.args.grace
+    return ApiServer(guarded, limits, grace, service.drain, service.has_failed, FAILURE_LINGER)
 
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """Install signal handlers; uvicorn's would end the process by the signal itself."""
-            if threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            numbers = signal.SIGINT, signal.SIGTERM
-            previous = [signal.signal(number, self.handle_exit) for number in numbers]
-            try:
-                yield
-            finally:
-                for number, handler in zip(numbers, previous):
-                    signal.signal(number, handler)
 
-    config = uvicorn.Config(
-        app, ws="none", lifespan="off", access_log=False, log_level="critical",
-        timeout_graceful_shutdown=int(grace) or None,
-    )  # fmt: skip
-    return Server(config)
+def check_exposure(args: ServeConfig, listener: socket.socket) -> None:
+    """Raise a `UserError` if anybody on the network could use the server without a key."""
+    address = listener.getsockname()[0]
+    if is_loopback(address) or api_keys(args):
+        return
+    if not args.allow_unauthenticated:
+        listener.close()
+        raise UserError(
+            f"--host {args.host} makes the server reachable from the network: set an API key "
+            f"(--api-key or {API_KEY_VARIABLE}), or confirm with --allow-unauthenticated"
+        )
+    sentence = "warning: this server is reachable from the network without authentication"
+    print(sentence, file=sys.stderr)
 
 
 def run_server(args: ServeConfig) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM; exit with code 1 if the engine fails."""
     validate_serve_config(args)
     require_fastapi()
     listener = bind_socket(args.host, args.port)
+    check_exposure(args, listener)
     with Service(args) as service:
-        if not is_loopback(args.host):
-            sentence = "warning: this server is reachable from the network without authentication"
-            print(sentence, file=sys.stderr)
         host = f"[{args.host}]" if ":" in args.host else args.host
         port = listener.getsockname()[1]
+        server = make_api_server(service, listener)
         print(f"http://{host}:{port}/v1 serves {service.name}", flush=True)
-        make_api_server(build_app(service), args.grace).run(sockets=[listener])
+        server.run(sockets=[listener])
+        has_failed = service.has_failed()
     counters = service.engine.counters
     print(
         f"generated {counters['generation_tokens']} tokens, "
         f"processed {counters['prompt_tokens']} prompt tokens",
         file=sys.stderr,
     )
+    if has_failed:
+        print(f"error: {ENGINE_FAILED}", file=sys.stderr)
+        raise SystemExit(1)

@@ -1,5 +1,7 @@
 """Options of `dsv3 generate`, `chat` and `serve`, and their validation."""
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,8 @@ class GenerationOptions:
     """random seed for sampling"""
     device: str = "auto"
     """cpu, cuda, or auto, which selects a GPU if there is one"""
+    verify: bool = True
+    """compare the files of the model with their checksums, where it has any"""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,15 @@ class ChatConfig(GenerationOptions):
     """address at which the web page is served; 0.0.0.0 makes it reachable from the network"""
     port: int = 7860
     """port of the web page; 0 selects a free one"""
+    allowed_hosts: tuple[str, ...] = ()
+    """further names under which a browser may address the web page"""
 
 
 def validate_generation_options(args: GenerationOptions) -> None:
     """Raise a `UserError` if an option is out of range."""
     rules = [
         (args.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
-        (args.temperature >= 0, "--temperature must be at least 0"),
+        (0 <= args.temperature < math.inf, "--temperature must be at least 0 and finite"),
         (0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
         (args.num_speculative_tokens >= 0, "--num-speculative-tokens must be at least 0"),
         (all(args.stop), "--stop needs a non-empty text"),
@@ -86,9 +92,24 @@ class ServeConfig:
     model: tyro.conf.Positional[Path]
     """directory of a run, of one of its checkpoints, or of a model in Hugging Face format"""
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 makes the server reachable from the network"""
+    """address to listen on; 0.0.0.0 makes the server reachable from the network, for which it
+    needs an API key"""
     port: int = 8000
     """port to listen on; 0 selects a free one"""
+    api_key: tuple[str, ...] = ()
+    """keys of clients, one of which each request must carry; without this option, the keys in the
+    environment variable DSV3_API_KEY, separated by commas (a command line is visible to others)"""
+    allow_unauthenticated: bool = False
+    """let the server be reachable from the network without an API key"""
+    allowed_hosts: tuple[str, ...] = ()
+    """further names under which clients may address the server, such as that of a reverse proxy"""
+    allowed_origins: tuple[str, ...] = ()
+    """origins of web pages that may use the API (CORS), such as https://example.org; none by
+    default"""
+    max_connections: int = 512
+    """maximum number of connections; reduced if the limit on open files is lower"""
+    report_cached_tokens: bool = False
+    """tell clients how many tokens of their prompt were found in the prefix cache"""
     served_model_name: str = ""
     """model name in the API; if empty, the name of the model's directory"""
     num_speculative_tokens: int = 0
@@ -96,7 +117,8 @@ class ServeConfig:
     max_num_seqs: int = 64
     """maximum number of sequences decoded in one batch"""
     max_queue: int = 256
-    """maximum number of waiting requests; further ones are rejected with status 429"""
+    """maximum number of waiting requests and of prompts to tokenize; further ones are rejected with
+    status 429"""
     max_n: int = 16
     """maximum number of completions per HTTP request"""
     kv_cache_tokens: int = 32768
@@ -115,8 +137,11 @@ class ServeConfig:
     """random seed of requests that set none; None draws a new one for each request"""
     device: str = "auto"
     """cpu, cuda, or auto, which selects a GPU if there is one"""
+    verify: bool = True
+    """compare the files of the model with their checksums, where it has any"""
 
 
+API_KEY_VARIABLE = "DSV3_API_KEY"
 MINIMUM = {
     "max_num_seqs": 1,
     "max_n": 1,
@@ -124,6 +149,7 @@ MINIMUM = {
     "prefill_chunk": 1,
     "max_new_tokens": 1,
     "max_queue": 1,
+    "max_connections": 1,
     "num_speculative_tokens": 0,
     "prefill_workers": 0,
     "grace": 0,
@@ -133,12 +159,23 @@ MINIMUM = {
 def validate_serve_config(args: ServeConfig) -> None:
     """Raise a `UserError` if an option is out of range."""
     for name, minimum in MINIMUM.items():
-        if getattr(args, name) < minimum:
+        if not minimum <= getattr(args, name) < math.inf:  # nor NaN
             raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}")
     if args.kv_cache_tokens < 2 * args.block_size:
         raise UserError(
             f"--kv-cache-tokens must be at least two blocks ({2 * args.block_size} tokens)"
         )
+    for key in api_keys(args):
+        if not (key.isascii() and key.isprintable()) or " " in key or not key:
+            raise UserError("--api-key must consist of visible ASCII characters")
+
+
+def api_keys(args: ServeConfig) -> tuple[str, ...]:
+    """Return the keys of clients, from the options or else from the environment."""
+    if args.api_key:
+        return args.api_key
+    words = os.environ.get(API_KEY_VARIABLE, "").split(",")
+    return tuple(word.strip() for word in words if word.strip())
 
 
 def build_engine(model: Transformer, args: ServeConfig, prefill_only: bool = False) -> Engine:

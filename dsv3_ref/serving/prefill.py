@@ -57,11 +57,14 @@ def transfer_from_bytes(data: bytes, device: torch.device | str) -> tuple[int, K
 
 
 def prefill_worker_main(pipe: Connection, args: ServeConfig, threads: int) -> None:
-    """Run a prefill process: receive prompts and send transfers until the pipe is closed."""
+    """Run a prefill process: receive prompts and send transfers until the pipe is closed.
+
+    A job that ends with an error is sent back, as a message without a transfer.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process ends this one
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    model = load(args.model).to(pick_device(args.device)).eval()
+    model = load(args.model, verify=args.verify).to(pick_device(args.device)).eval()
     engine = build_engine(model, replace(args, max_queue=1 << 30), prefill_only=True)
     requests: dict[int, Request] = {}  # by job
     pipe.send_bytes(b"ready")
@@ -69,11 +72,14 @@ def prefill_worker_main(pipe: Connection, args: ServeConfig, threads: int) -> No
         while True:
             while pipe.poll(0 if engine.has_unfinished_requests() else None):
                 receive_message(json.loads(pipe.recv_bytes()), engine, requests)
-            engine.step()
+            outputs = engine.step()
             jobs = {request: job for job, request in requests.items()}
             for request, transfer in engine.outgoing_transfers:
                 pipe.send_bytes(transfer_to_bytes(jobs[request], transfer))
             engine.outgoing_transfers.clear()
+            for output in outputs:
+                if output.finish_reason == "error":
+                    pipe.send_bytes(json.dumps({"failed": jobs[output.request]}).encode())
             requests = {job: r for job, r in requests.items() if not r.finish_reason}
 
 
@@ -81,7 +87,10 @@ def receive_message(message: dict, engine: Engine, requests: dict[int, Request])
     """Submit a new prompt to the engine, or abort the job of a message without tokens."""
     job = message["job"]
     if "tokens" in message:
-        request = Request(message["tokens"], 1, num_present_tokens=message["have"])
+        request = Request(
+            message["tokens"], 1, num_present_tokens=message["have"],
+            cache_salt=bytes.fromhex(message["salt"]),
+        )  # fmt: skip
         requests[job] = request
         engine.submit(request)
     elif job in requests:
@@ -126,7 +135,12 @@ class PrefillWorker:
         self.num_jobs += 1
         self.requests[self.num_jobs] = request
         self.send_message(
-            {"job": self.num_jobs, "tokens": request.tokens, "have": request.num_computed_tokens}
+            {
+                "job": self.num_jobs,
+                "tokens": request.tokens[: request.num_prefill_tokens],
+                "have": request.num_computed_tokens,
+                "salt": request.cache_salt.hex(),
+            }
         )
 
     def cancel(self, request: Request) -> None:
@@ -149,10 +163,8 @@ class PrefillWorker:
         device = self.engine.runner.device
         with suppress(EOFError, OSError):
             while True:
-                job, transfer = transfer_from_bytes(self.pipe.recv_bytes(), device)
-                if request := self.requests.pop(job, None):
-                    self.engine.incoming_transfers.append((request, transfer))
-                    self.wake.set()
+                self.receive(self.pipe.recv_bytes(), device)
+                self.wake.set()
         was_stopped, self.alive = not self.alive, False
         if self.requests and not was_stopped:
             sentence = "a prefill process died; the main process takes over its prompts"
@@ -161,6 +173,17 @@ class PrefillWorker:
             request.remote_prefill = False
         self.requests.clear()
         self.wake.set()
+
+    def receive(self, data: bytes, device: torch.device | str) -> None:
+        """Pass a transfer to the engine, or return a prompt that could not be computed."""
+        if data.startswith(b'{"failed"'):
+            if request := self.requests.pop(json.loads(data)["failed"], None):
+                request.local_prefill = True
+                request.remote_prefill = False
+            return
+        job, transfer = transfer_from_bytes(data, device)
+        if request := self.requests.pop(job, None):
+            self.engine.incoming_transfers.append((request, transfer))
 
     def stop(self) -> None:
         """Kill the process."""

@@ -23,6 +23,7 @@ NEUTRAL_VALUES: dict[str, list[object]] = {
 IGNORED_FIELDS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
 }  # fmt: skip
+MAX_STOP_LENGTH = 1000  # characters
 
 
 # ── Requests ──
@@ -102,12 +103,14 @@ def parse_flag(body: JSONObject, name: str) -> bool:
 
 
 def parse_stop(body: JSONObject) -> tuple[str, ...]:
-    """Return the stop strings of a request, at most four."""
+    """Return the stop strings of a request, at most four of limited length."""
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     is_list = isinstance(stop, list) and len(stop) <= 4
     if not is_list or not all(isinstance(s, str) and s for s in stop):
         raise UserError("stop must be a non-empty string or a list of up to four of them")
+    if any(len(s) > MAX_STOP_LENGTH for s in stop):
+        raise UserError(f"a stop string must not exceed {MAX_STOP_LENGTH} characters")
     return tuple(stop)
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving.config import ChatConfig
+from dsv3_ref.serving.network import ApiKeys, bind_socket, guard_app, host_rule, is_loopback
 from dsv3_ref.serving.text_generator import StreamDetokenizer, TextGenerator, truncate_history
 
 if TYPE_CHECKING:  # optional dependencies
@@ -442,31 +442,13 @@ def serve_web_chat(args: ChatConfig) -> None:
     import_gradio()
     listener = bind_socket(args.host, args.port)
     app = build_web_app(TextGenerator(args))
+    app = guard_app(app, host_rule(listener, args.allowed_hosts), ApiKeys(()))
     if not is_loopback(args.host):
         sentence = "warning: this page is reachable from the network without authentication"
         print(sentence, file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
     make_web_server(app).run(sockets=[listener])
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raise a `UserError` if the address cannot be used.
-
-    Call it before anything slow, so that the user learns of the error at once.
-    """
-    if not 0 <= port < 1 << 16:
-        raise UserError(f"--port must be from 0 to 65535, not {port}")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except OSError as e:
-        raise UserError(f"--host {host} --port {port} cannot be used: {e.strerror}") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address is reachable from this machine only."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def build_web_app(generator: TextGenerator[ChatConfig]) -> "ASGIApp":

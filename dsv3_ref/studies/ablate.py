@@ -30,7 +30,7 @@ from dsv3_ref.training.loop import take_step
 from dsv3_ref.training.settings import TrainConfig, git_commit
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess
-from dsv3_ref.training.task import PretrainTask, evaluate
+from dsv3_ref.training.task import PretrainTask, evaluate_loss
 
 BASE = replace(
     TINY, vocab_size=2048, n_layers=3, inter_dim=384, moe_inter_dim=64, n_heads=8, q_lora_rank=0,
@@ -329,10 +329,11 @@ def build_variant_run(args: AblateConfig, variant: Variant, seed: int) -> Run:
         micro_batch=variant.micro_batch,
     )  # fmt: skip
     settings.validate_args(config)
-    run = build_run(PretrainTask(config), SingleProcess(config), args.out)
+    strategy = SingleProcess(config)
+    run = build_run(PretrainTask(config), strategy, args.out)
     if variant.kv_heads:
-        model = replace_attention(model_of(run), variant.kv_heads)
-        run.strategy.optimizer = build_adamw(model, variant.recipe, torch.float32)
+        model = replace_attention(strategy.model, variant.kv_heads)
+        strategy.optimizer = build_adamw(model, variant.recipe, torch.float32)
     for source in run.data.sources:
         if args.name == "fim":
             source.val_data = split_passages(source.val_data)
@@ -366,7 +367,7 @@ def val_losses(run: Run, batches: int) -> dict[str, float]:
     """Return the validation loss of every source in nats per token."""
     task = run.task
     assert isinstance(task, PretrainTask)
-    return {name: round(evaluate(task, run, name, batches)[0], 5) for name in run.data.val}
+    return {name: round(evaluate_loss(task, run, name, batches)[0], 5) for name in run.data.val}
 
 
 def curve_point(args: AblateConfig, run: Run, recent: list[float]) -> dict:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, the newest and the best kept, read by --resume."""
+"""Checkpoints of a run: written atomically, pruned to the newest and the best, resumed from."""
 
 import hashlib
 import json
@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dsv3_ref.checkpoints import atomic
 from dsv3_ref.checkpoints.layout import STATE
-from dsv3_ref.checkpoints.manifest import has_manifest, read_manifest
+from dsv3_ref.checkpoints.manifest import (
+    installed_versions,
+    has_manifest,
+    read_manifest,
+)
 from dsv3_ref.checkpoints.native import list_checkpoints
 from dsv3_ref.config import UserError
 from dsv3_ref.training.settings import describe_losses
@@ -23,25 +26,28 @@ if TYPE_CHECKING:
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of a run, `run_dir/checkpoints/step_…`."""
+    """The checkpoints of a run, `run_dir/checkpoints/step_…`."""
 
     def __init__(self, run: "Run"):
-        self.run, self.run_dir, self.strategy = run, run.run_dir, run.strategy
-        self.about = describe(run) if self.strategy.is_main else {}
+        self.run = run
+        self.run_dir = run.run_dir
+        self.strategy = run.strategy
+        self.about = describe_origin(run) if self.strategy.is_main else {}
 
-    def save(self, row: dict, is_planned: bool, is_final: bool) -> None:
-        """Write all that a run is, its metrics on disk before it, and drop old checkpoints.
+    def save(self, row: dict[str, Any], is_planned: bool, is_final: bool) -> None:
+        """Flush the metrics to disk, write a checkpoint and remove old ones.
 
-        row: the metrics of the step, with those of validation if the checkpoint is planned. One
-        that a signal asked for is not, and is not ranked. is_final: wait until it is complete.
+        row: the metrics of the step. A planned checkpoint has validation metrics and is ranked by
+        them; one that was requested by a signal has none. is_final: wait until it is complete.
         """
         state, task = self.run.state, self.run.task
         if state.ema:
             state.ema.wait()
-        values, tensors = {}, {}
+        values: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
         if self.strategy.is_main:
             atomic.fsync_path(self.run_dir / "metrics.jsonl")
-            values, tensors = state.state_dict()
+            values, tensors = split_tensors(state.state_dict())
             monitored = {"name": task.monitor, "mode": task.monitor_mode}
             values["monitored"] = None
             if is_planned:
@@ -57,29 +63,29 @@ class Checkpointer:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the checkpoint being written, then drop old ones."""
+        """Wait for the checkpoint being written, then remove old ones."""
         self.strategy.wait_for_checkpoint()
         if self.strategy.is_main and list_checkpoints(self.run_dir):
             prune(self.run_dir, self.run.config.keep_latest_k)
         self.strategy.barrier()
 
     def load_latest(self) -> None:
-        """Continue from the newest checkpoint that is whole, if there is any checkpoint.
+        """Load the newest undamaged checkpoint; a run killed before its first one has none.
 
-        Raise a `UserError` if none is whole, or if the run's data, tokenizer or settings are not
-        those that it was trained with.
+        Raise a `UserError` if all are damaged, or if the data, the tokenizer or the settings have
+        changed since.
         """
         if self.strategy.is_main:
             atomic.clean_temp(self.run_dir / "checkpoints")
         self.strategy.barrier()
         checkpoints = list_checkpoints(self.run_dir)
-        if checkpoints:  # else it was killed before the first
-            folder = self.newest_whole(checkpoints)
-            self.strategy.broadcast(lambda: check_same_run(self.about, folder) or True)
+        if checkpoints:
+            folder = self.find_undamaged(checkpoints)
+            self.strategy.broadcast(lambda: check_same_run(self.about, folder))
             self.load(folder)
 
-    def newest_whole(self, checkpoints: list[Path]) -> Path:
-        """Return the newest checkpoint without damage; set damaged ones after it aside."""
+    def find_undamaged(self, checkpoints: list[Path]) -> Path:
+        """Return the newest undamaged checkpoint; rename the damaged ones after it."""
         if not self.run.config.verify:
             return checkpoints[-1]
         damaged: list[Path] = []
@@ -92,8 +98,8 @@ class Checkpointer:
             damaged.append(folder)
         else:
             raise UserError(
-                f"no checkpoint of {self.run_dir} is whole. Copy one back; or start a new run from "
-                f"the weights of a damaged one: --init {checkpoints[-1]} --no-verify"
+                f"all checkpoints of {self.run_dir} are damaged: restore one from a copy, or start "
+                f"a new run from damaged weights with --init {checkpoints[-1]} --no-verify"
             )
         if self.strategy.is_main:
             for path in damaged:
@@ -104,39 +110,44 @@ class Checkpointer:
         self.strategy.barrier()
         return folder
 
-    def load(self, folder: Path, data: bool = True) -> None:
-        """Load a checkpoint; without `data` the data position stays."""
+    def load(self, folder: Path, with_data: bool = True) -> None:
+        """Load a checkpoint; without `with_data` keep the data position."""
         state = self.run.state
         try:
             values, tensors = self.strategy.load_checkpoint(folder, state.ema)
-            state.load_state_dict(values, tensors, data)
+            state.load_state_dict(join_tensors(values, tensors), with_data)
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as e:
             raise UserError(f"the checkpoint {folder} cannot be loaded: {e}") from None
 
     def find_rollback(self) -> Path | None:
-        """Return the newest planned checkpoint that was not taken among skipped steps."""
+        """Return `rollback_point` of the run's directory, as the main process sees it."""
         if self.strategy.saves_async:
             self.settle()
-        return self.strategy.broadcast(lambda: (rollback_point(self.run_dir),))[0]
+
+        def find() -> list[Path]:
+            folder = rollback_point(self.run_dir)
+            return [folder] if folder else []
+
+        return next(iter(self.strategy.broadcast(find)), None)
 
     def roll_back_to(self, folder: Path) -> None:
-        """Load a checkpoint in everything but the data, and drop the later ones."""
+        """Load a checkpoint except for its data position, and remove the later ones."""
         if self.strategy.is_main:
             drop_after(self.run_dir, folder)
         self.strategy.barrier()
         state = self.run.state
         seconds = state.seconds
-        self.load(folder, data=False)
+        self.load(folder, with_data=False)
         state.seconds, state.spike_guard.last_rollback = seconds, state.step
 
 
-# ── What a checkpoint belongs to ──
+# ── The origin of a checkpoint ──
 
 
-def describe(run: "Run") -> dict[str, Any]:
-    """Return what the manifest says of a run: its mesh and the fingerprints of what shaped it."""
-    config, tokenizer = run.config, run.data.tokenizer
-    text = tokenizer.to_str() if tokenizer else ""
+def describe_origin(run: "Run") -> dict[str, Any]:
+    """Return what the manifest records: mesh, and fingerprints of settings, tokenizer and data."""
+    config = run.config
+    text = run.data.tokenizer.to_str()
     return {
         "mesh": {"pp": config.pp, "dp": config.dp, "ep": config.ep},
         "fingerprints": {
@@ -147,17 +158,18 @@ def describe(run: "Run") -> dict[str, Any]:
     }
 
 
-def check_same_run(about: dict[str, Any], folder: Path) -> None:
+def check_same_run(about: dict[str, Any], folder: Path) -> bool:
     """Raise a `UserError` if a checkpoint was trained with other data, tokenizer or settings.
 
-    Print a note if another torch wrote it: results can then differ in rounding.
+    Print a note if another version of torch wrote it, since results can then differ in rounding.
+    Return True if there was a manifest to compare with.
     """
     if not has_manifest(folder):  # --no-verify
-        return
+        return False
     manifest = read_manifest(folder)
     before, now = manifest.get("fingerprints"), about["fingerprints"]
     if before is None or before == now:
-        differences = []
+        differences: list[str] = []
     else:
         differences = [
             *differing_settings(before["settings"], now["settings"]),
@@ -166,13 +178,15 @@ def check_same_run(about: dict[str, Any], folder: Path) -> None:
         ]
     if differences:
         raise UserError(
-            f"{folder} cannot be resumed: {'; '.join(differences[:3])}. Restore what it was trained "
-            f"with, or start a new run from its weights: --init {folder}"
+            f"{folder} cannot be resumed: {'; '.join(differences[:3])}. Restore what it was "
+            f"trained with, or start a new run from its weights: --init {folder}"
         )
-    wrote = manifest.get("versions", {}).get("torch")
-    if wrote != torch.__version__:
-        print(f"note: torch {wrote} wrote {folder}, {torch.__version__} resumes it; "
+    writer = manifest.get("versions", {}).get("torch")
+    installed = installed_versions()["torch"]
+    if writer != installed:
+        print(f"note: torch {writer} wrote {folder}, {installed} resumes it; "
               "results can differ in rounding")  # fmt: skip
+    return True
 
 
 def differing_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -181,8 +195,8 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]
     return [f"{name} was {before.get(name)!r}, not {now[name]!r}" for name in names]
 
 
-def differing_data(before: list[dict], now: list[dict]) -> list[str]:
-    """Return a phrase for each source that differs, with the first documents that do."""
+def differing_data(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Return a phrase for each source that differs, with the first changed documents."""
     if [s["name"] for s in before] != [s["name"] for s in now]:
         names = [", ".join(s["name"] for s in sources) for sources in (before, now)]
         return [f"its sources were {names[0]}, not {names[1]}"]
@@ -209,7 +223,7 @@ def step_number(folder: Path) -> int:
 
 
 def describe_last(run_dir: Path) -> str:
-    """Return a sentence that says where the newest checkpoint is."""
+    """Return a sentence that names the newest checkpoint."""
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         return "No checkpoint was written yet."
@@ -217,8 +231,9 @@ def describe_last(run_dir: Path) -> str:
 
 
 def prune(run_dir: Path, keep_latest_k: int) -> None:
-    """Keep the newest k planned checkpoints, the best of them, and whatever is newest."""
-    checkpoints, scores = list_checkpoints(run_dir), {}
+    """Keep the newest k planned checkpoints, the best of them, and the newest of all."""
+    checkpoints = list_checkpoints(run_dir)
+    scores: dict[Path, float] = {}
     for folder in checkpoints:
         monitored = atomic.read_json(folder / STATE)["monitored"]
         if monitored:
@@ -233,7 +248,7 @@ def prune(run_dir: Path, keep_latest_k: int) -> None:
 
 
 def rollback_point(run_dir: Path) -> Path | None:
-    """Return the newest planned checkpoint that was not taken among skipped steps."""
+    """Return the newest planned checkpoint that does not follow a skipped step."""
     for folder in reversed(list_checkpoints(run_dir)):
         state = atomic.read_json(folder / STATE)
         if state["monitored"] and not state["spike_guard"]["consecutive_skips"]:
@@ -242,7 +257,32 @@ def rollback_point(run_dir: Path) -> Path | None:
 
 
 def drop_after(run_dir: Path, last: Path) -> None:
-    """Remove the checkpoints after the one that a run goes back to."""
+    """Remove the checkpoints after `last`."""
     for folder in list_checkpoints(run_dir):
         if step_number(folder) > step_number(last):
             atomic.remove_dir(folder)
+
+
+# ── A state as JSON and safetensors ──
+
+
+def split_tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split a state into values for JSON and tensors, which are named `data.buffer`, `rng.cpu`."""
+    values: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for part, content in state.items():
+        if isinstance(content, dict):
+            tensors |= {f"{part}.{k}": x for k, x in content.items() if isinstance(x, Tensor)}
+            content = {k: x for k, x in content.items() if not isinstance(x, Tensor)}
+        values[part] = content
+    return values, tensors
+
+
+def join_tensors(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the state that `split_tensors` has split; tensors of other parts are ignored."""
+    state = dict(values)
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        if part in ("data", "rng"):
+            state[part] = state.get(part, {}) | {key: tensor}
+    return state

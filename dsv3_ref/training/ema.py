@@ -1,9 +1,11 @@
-"""An average of the model's weights on the CPU, updated by its own thread (§3.2.3)."""
+"""An average of the model's weights on the CPU, updated by a thread of its own (§3.2.3)."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
 from dsv3_ref.optim import ema_update
 
@@ -11,18 +13,22 @@ from dsv3_ref.optim import ema_update
 class EMA:
     """An exponential moving average of parameters, updated while the next gradients are computed.
 
-    Weights only change in `optimizer.step`, which waits: for the thread where it reads the weights
-    themselves (CPU), for a copy to pinned memory on a stream of its own where it does not (CUDA).
+    Weights change only in `optimizer.step`, which first waits until they have been read. On a CPU
+    the thread reads the weights themselves. On CUDA they are first copied to pinned memory, on a
+    stream of their own, and the step waits only for that copy.
     """
 
-    def __init__(self, model, optimizer, decay: float):
-        self.decay, self.t = decay, 0
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float):
+        self.decay = decay
+        self.t = 0
         self.live = dict(model.named_parameters())
         self.mean = {
             n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.live.items()
         }
         self.cuda = next(iter(self.live.values())).is_cuda
-        self.thread, self.pending, self.copied = ThreadPoolExecutor(1), None, None
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+        self.copied: torch.cuda.Event | None = None
         if self.cuda:
             self.stream = torch.cuda.Stream()
             self.pinned = [
@@ -31,32 +37,30 @@ class EMA:
         optimizer.register_step_pre_hook(lambda *_: self.before_step())
 
     def update(self) -> None:
-        """Start adding the current weights to the average."""
+        """Start to add the current weights to the average."""
         self.wait()
         self.t += 1
         weights = [p.detach() for p in self.live.values()]
         if self.cuda:
             self.copied, weights = self.copy(weights), self.pinned
-        self.pending: Future | None = self.thread.submit(
-            self.apply_update, weights, self.t, self.copied
-        )
+        self.pending = self.thread.submit(self.apply_update, weights, self.t, self.copied)
 
-    def copy(self, weights: list) -> torch.cuda.Event:
-        """Copy weights to pinned memory after the work already queued; return an event for its end."""
+    def copy(self, weights: list[Tensor]) -> torch.cuda.Event:
+        """Copy weights to pinned memory after the work already queued; return the end's event."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for pinned, p in zip(self.pinned, weights):
                 pinned.copy_(p, non_blocking=True)
             return self.stream.record_event()
 
-    def apply_update(self, weights: list, t: int, copied) -> None:
-        """Update the average; runs in the thread."""
+    def apply_update(self, weights: list[Tensor], t: int, copied: torch.cuda.Event | None) -> None:
+        """Update the average with the weights of step t; runs in the thread."""
         if copied:
             copied.synchronize()
         ema_update(list(self.mean.values()), weights, self.decay, t)
 
     def before_step(self) -> None:
-        """Wait for readers of the weights, which are about to change."""
+        """Wait until the weights have been read, since the optimizer is about to change them."""
         if not self.cuda:
             self.wait()
         elif self.copied:
@@ -69,16 +73,17 @@ class EMA:
             self.pending = None
 
     @contextmanager
-    def swapped_in(self):
+    def swapped_in(self) -> Iterator[None]:
         """Give the model the averaged weights until the `with` ends."""
         self.wait()
         before = {name: p.detach().clone() for name, p in self.live.items()}
-        self.put(self.mean)
+        self.copy_to_model(self.mean)
         try:
             yield
         finally:
-            self.put(before)
+            self.copy_to_model(before)
 
-    def put(self, values: dict) -> None:
+    def copy_to_model(self, values: dict[str, Tensor]) -> None:
+        """Copy these values to the model's parameters."""
         for name, p in self.live.items():
             p.detach().copy_(values[name])

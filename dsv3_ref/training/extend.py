@@ -1,8 +1,8 @@
-"""`dsv3 extend`: a trained model learns to read longer texts, in two phases (chapter 13)."""
+"""`dsv3 extend`: extend the context length of a trained model, in two phases (chapter 13)."""
 
 import argparse
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,39 +18,41 @@ from dsv3_ref.training.task import Data, Loader, PretrainTask
 
 @dataclass(frozen=True)
 class ExtendConfig(TrainConfig):
-    """Stretch a trained model by YaRN and go on training it on longer rows (§4.3).
+    """Extend the context length by YaRN and continue training on longer rows (§4.3).
 
-    Phase 32k reads 8 times the length of pre-training, phase 128k another 4 times that; the names
-    are those of V3, which was pre-trained at 4K. The second phase starts from the first.
+    Phase 32k trains at 8 times the pre-training length, phase 128k at 32 times; the names are those
+    of V3, which was pre-trained at 4K. The second phase starts from the result of the first.
     """
 
     phase: Literal["32k", "128k"] = "32k"
-    """how far: 8 or 32 times --model.original-seq-len"""
+    """sequence length: 8 × (32k) or 32 × (128k) --model.original-seq-len, in tokens"""
     needles: float = 0.0
-    """share of rows that hide a pass key and ask for it later; the report says nothing of these"""
+    """fraction of rows that hide a pass key and ask for it later; not part of the report"""
     val_sequences: int = 8
-    """validation rows of each source"""
+    """validation sequences of each source"""
 
     COMMAND: ClassVar[str] = "extend"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = long_context.EXTENSION_RECIPES["32k"]
     DEFAULT_RECIPE: ClassVar[str] = "v3"
 
     @classmethod
-    def defaults(cls, model: Config, config: str, argv: list[str]):
+    def defaults(cls, model: Config, config: str, argv: list[str]) -> "ExtendConfig":
+        """Return the settings of the phase in `argv`, for a model with a longer context."""
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--phase")
-        phase = first.parse_known_args(argv)[0].phase or "32k"
+        first.add_argument("--phase", default="32k")
+        phase = first.parse_known_args(argv)[0].phase
         if phase not in long_context.EXTENSION_RECIPES:
-            raise UserError(f"--phase is 32k or 128k, not {phase}")
+            raise UserError(f"--phase must be 32k or 128k, not {phase}")
         recipe = long_context.extension_recipe(phase, config, model.original_seq_len)
         return cls(model=extend_config(model), recipe=recipe, config=config, phase=phase)
 
     def validation_rules(self) -> list[tuple[bool, str]]:
+        """Return the rules of `dsv3 extend`: whether each holds, and the error if not."""
         c, length = self.model, self.recipe.seq_len
         reach = int(c.rope_factor * c.original_seq_len)
         return [
-            (self.init is not None, "--init is missing: the run or model to start from"),
-            (0 <= self.needles <= 1, "--needles is a share from 0 to 1"),
+            (self.init is not None, "--init is missing: give the run or model to start from"),
+            (0 <= self.needles <= 1, "--needles must be a fraction from 0 to 1"),
             (
                 length <= reach,
                 f"--seq-len {length} is beyond --model.rope-factor {c.rope_factor:g} × "
@@ -64,7 +66,9 @@ class NeedleLoader:
     """Rows of another loader, a fraction of which hide a pass key and ask for it."""
 
     def __init__(self, loader: Loader, needle: Needle, fraction: float, seed: int):
-        self.loader, self.needle, self.fraction = loader, needle, fraction
+        self.loader = loader
+        self.needle = needle
+        self.fraction = fraction
         self.rng = np.random.default_rng([seed, 13])
 
     def next_batch(self, n: int) -> torch.Tensor:
@@ -76,26 +80,27 @@ class NeedleLoader:
                 rows[i] = insert_needle(rows[i], self.needle, self.rng)
         return torch.tensor(rows)
 
-    def state_dict(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Return the position in the stream: values for JSON, and tensors."""
-        values, tensors = self.loader.state_dict()
-        return values | {"needles": self.rng.bit_generator.state}, tensors
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loader's state and that of the random numbers."""
+        return self.loader.state_dict() | {"needles": self.rng.bit_generator.state}
 
-    def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        self.rng.bit_generator.state = values["needles"]
-        self.loader.load_state_dict(values, tensors)
+        self.rng.bit_generator.state = state["needles"]
+        self.loader.load_state_dict(state)
 
 
 class ExtendTask(PretrainTask):
-    """Pre-training on longer rows, validated on few rows, one at a time."""
+    """Pre-training on longer rows, validated on a few rows, one at a time."""
 
     config: ExtendConfig
 
     def build_data(self) -> Data:
+        """Build pre-training's data with fewer validation rows and, with --needles, pass keys."""
         data = super().build_data()
         data.val = {name: self.first_rows(batches) for name, batches in data.val.items()}
         if self.config.needles:
+            assert data.loader is not None, "PretrainTask.build_data returns a loader"
 
             def encode(text: str) -> list[int]:
                 return data.tokenizer.encode(text, add_special_tokens=False).ids
@@ -107,9 +112,12 @@ class ExtendTask(PretrainTask):
 
     def first_rows(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return the first `val_sequences` rows as batches of one row."""
-        rows = [row[None] for batch in batches for row in batch]
+        rows: list[torch.Tensor] = []
+        for batch in batches:
+            rows += batch.split(1)
         return rows[: self.config.val_sequences]
 
     def describe_data(self, run: Run) -> str:
+        """Describe the data, and the sequence length relative to pre-training."""
         ratio = self.config.recipe.seq_len / self.config.model.original_seq_len
-        return f"{super().describe_data(run)}, rows {ratio:g} × as long as before"
+        return f"{super().describe_data(run)}, rows {ratio:g} × as long as in pre-training"

@@ -1,11 +1,11 @@
-"""The training loop: one for every task, on one process or many."""
+"""The training loop, the same for every task, on one process or many."""
 
 import math
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -19,12 +19,12 @@ from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training import checkpointer, settings
 from dsv3_ref.training.checkpointer import Checkpointer, step_number
 from dsv3_ref.training.malloc import tune_malloc
-from dsv3_ref.training.metrics import WriteRow, last_row, open_log
+from dsv3_ref.training.metrics import WriteRow, ignore_row, last_row, open_log
 from dsv3_ref.training.recompute import saved_tensors
 from dsv3_ref.training.spike_guard import EXIT_CODES, catch_signals
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess, StepHyperparams, Strategy
-from dsv3_ref.training.task import Task
+from dsv3_ref.training.task import Batch, Task
 
 # ── The loop ──
 
@@ -32,17 +32,18 @@ from dsv3_ref.training.task import Task
 def train(
     task: Task, strategy: Strategy, run_dir: Path, command: str | None, signals: list[int]
 ) -> None:
-    """Train from the newest checkpoint, or from step 0, to the report.
+    """Train from the newest checkpoint, or from step 0, and write the report.
 
-    Every `save_every` steps it validates and writes a checkpoint. A signal ends it after a step
-    with a checkpoint that is not validated: later rows, and what a rollback returns to, are then
-    those of an undisturbed run. signals: the signals received so far; they exit with a code.
+    Every `save_every` steps the loop validates and writes a checkpoint. After a signal it finishes
+    the step, writes a checkpoint without validation and exits with the signal's code. Such a
+    checkpoint is never ranked nor rolled back to, so the resumed run equals an undisturbed one.
+    signals: the signals received so far.
     """
     run = start_run(task, strategy, run_dir, command)
     state, checkpoints = run.state, Checkpointer(run)
     checkpoints.load_latest()
     every = run.config.save_every or max(1, run.num_steps // 10)
-    row = None
+    row: dict[str, Any] | None = None
     with open_main_log(run) as write_row:
         while state.step < run.num_steps:
             if state.spike_guard.should_roll_back:
@@ -51,7 +52,7 @@ def train(
             is_due = state.step == run.num_steps or state.step % every == 0
             if is_due:
                 row |= task.validate(run)
-            write_row(row)  # before the checkpoint, which is never ahead of the metrics
+            write_row(row)  # before the checkpoint, so that a checkpoint has all its rows
             should_stop = strategy.should_stop(signals)
             if is_due or should_stop:
                 is_final = state.step == run.num_steps or should_stop
@@ -61,13 +62,13 @@ def train(
     if state.step < run.num_steps:
         raise SystemExit(EXIT_CODES[signals[-1]])
     if strategy.is_main:
-        finish(run, row or last_row(run_dir))
+        write_results(run, row or last_row(run_dir))
     else:
         task.summarize_rank(run)
 
 
 def start_run(task: Task, strategy: Strategy, run_dir: Path, command: str | None) -> Run:
-    """Write run.json and build a run at step 0; a mistake leaves no new run behind."""
+    """Write run.json and build a run at step 0; on a `UserError` remove a new run.json again."""
     is_new = strategy.is_main and not task.config.resume
     if is_new:
         write_json(run_dir / "run.json", settings.describe_run(task.config, command))
@@ -82,7 +83,7 @@ def start_run(task: Task, strategy: Strategy, run_dir: Path, command: str | None
 def open_main_log(run: Run) -> AbstractContextManager[WriteRow]:
     """Save the tokenizer, print what is trained, and open the log; on other ranks do nothing."""
     if not run.strategy.is_main:
-        return nullcontext(lambda row: None)
+        return nullcontext(ignore_row)
     save_tokenizer(run.data.tokenizer, run.run_dir / "tokenizer.json")
     print(
         f"{run.config.config}: {run.strategy.num_params / 1e6:.1f}M parameters (MTP included) "
@@ -90,11 +91,11 @@ def open_main_log(run: Run) -> AbstractContextManager[WriteRow]:
     )
     print(f"{run.num_steps} steps, {run.task.describe_data(run)} → {run.run_dir}")
     if run.state.step:
-        print(f"going on after step {run.state.step}")
+        print(f"continuing after step {run.state.step}")
     return open_log(run.config, run.run_dir, run.state.step, run.num_steps)
 
 
-def finish(run: Run, row: dict) -> None:
+def write_results(run: Run, row: dict[str, Any]) -> None:
     """Write the summary and the report, and print the result."""
     from dsv3_ref.training.report import write_report  # imports matplotlib: half a second
 
@@ -106,7 +107,7 @@ def finish(run: Run, row: dict) -> None:
 # ── One step ──
 
 
-def take_step(run: Run) -> dict:
+def take_step(run: Run) -> dict[str, Any]:
     """Train one step and return its metrics row, without validation."""
     state, recipe = run.state, run.config.recipe
     run.strategy.begin_step(state.step)
@@ -136,9 +137,13 @@ def take_step(run: Run) -> dict:
     }  # fmt: skip
 
 
-def train_batch(run: Run, hyperparams: StepHyperparams) -> tuple[Any, StepStats]:
-    """Draw the batch of the current step and train on it; name the remedy if memory runs out."""
-    config, strategy, batch = run.config, run.strategy, None
+def train_batch(run: Run, hyperparams: StepHyperparams) -> tuple[Batch, StepStats]:
+    """Draw the batch of the current step and train on it.
+
+    Raise a `UserError` with a smaller --micro-batch if the device runs out of memory.
+    """
+    config, strategy = run.config, run.strategy
+    batch: Batch = None
     try:
         batch = run.task.next_batch(run, run.data.batch_size_schedule[run.state.step])
         recompute = saved_tensors(True) if config.recompute else nullcontext()
@@ -150,19 +155,23 @@ def train_batch(run: Run, hyperparams: StepHyperparams) -> tuple[Any, StepStats]
         raise UserError(f"{strategy.device} is out of memory: {hint}") from None
 
 
-def train_minibatches(run: Run, batch: Any, hyperparams: StepHyperparams) -> StepStats:
-    """Take the optimizer steps of a batch; return the mean loss, and a skipped step's reason."""
+def train_minibatches(run: Run, batch: Batch, hyperparams: StepHyperparams) -> StepStats:
+    """Take the optimizer steps of a batch; return their mean loss and summed expert loads.
+
+    The other statistics are those of the first skipped step or, without one, of the last step.
+    """
     steps = [
         run.strategy.train_step(run, minibatch, hyperparams)
         for minibatch in run.task.minibatches(run, batch)
     ]
     worst = next((stats for stats in steps if stats.skipped), steps[-1])
     loss = sum(stats.loss for stats in steps) / len(steps)
-    return worst._replace(loss=loss, load_le=sum(stats.load_le for stats in steps))
+    load_le = torch.stack([stats.load_le for stats in steps]).sum(0)
+    return worst._replace(loss=loss, load_le=load_le)
 
 
-def stats_row(run: Run, stats: StepStats) -> dict:
-    """Return the measured part of a metrics row."""
+def stats_row(run: Run, stats: StepStats) -> dict[str, Any]:
+    """Return the part of a metrics row that the step has measured."""
     fraction_le = stats.load_le / stats.load_le.sum(-1, keepdim=True)
     biases = run.strategy.expert_biases()
     rolled_back_from, run.state.rolled_back_from = run.state.rolled_back_from, None
@@ -183,29 +192,38 @@ def stats_row(run: Run, stats: StepStats) -> dict:
 
 
 def finite_or_none(value: float) -> float | None:
-    """Return None for what JSON has no number for."""
+    """Return a finite value as it is, and None for NaN and ±∞, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
 def roll_back(run: Run, checkpoints: Checkpointer) -> None:
-    """Return to the newest good checkpoint, past the data since; a second time, stop."""
+    """Load the newest good checkpoint without its data position; abort on a second rollback to it.
+
+    The run then continues with data that it has not seen.
+    """
     state = run.state
     folder = checkpoints.find_rollback()
     if folder is None or step_number(folder) == state.spike_guard.last_rollback:
-        stats = state.last_stats
-        more = f", and {state.spike_guard.consecutive_skips} steps in succession were skipped"
-        if stats.skipped == "nan" and not math.isfinite(stats.total):
-            run.abort("loss", stats.total, more)
-        run.abort("gradient", stats.grad_norm, more)
+        abort_after_skips(run)
     rolled_back_from = state.step
     checkpoints.roll_back_to(folder)
     state.rolled_back_from = rolled_back_from
     if run.strategy.is_main:
         tqdm.write(
-            f"{state.spike_guard.max_skipped_steps} steps skipped: back from step "
-            f"{rolled_back_from} to {state.step}, past the data between",
+            f"{state.spike_guard.max_skipped_steps} steps skipped: rolled back from step "
+            f"{rolled_back_from} to {state.step}; the data in between is not replayed",
             sys.stderr,
         )
+
+
+def abort_after_skips(run: Run) -> NoReturn:
+    """Raise the `UserError` of a run that a rollback cannot help."""
+    stats = run.state.last_stats
+    assert stats is not None, "a rollback follows a step"
+    more = f", and {run.state.spike_guard.consecutive_skips} consecutive steps were skipped"
+    if stats.skipped == "nan" and not math.isfinite(stats.total):
+        run.abort("loss", stats.total, more)
+    run.abort("gradient", stats.grad_norm, more)
 
 
 # ── A run in one process ──
@@ -221,10 +239,10 @@ def run_in_process(task: Task, command: str | None = None) -> Path:
             train(task, SingleProcess(config), run_dir, command, signals)
         except OSError as e:
             last = checkpointer.describe_last(run_dir)
-            raise UserError(f"could not go on: {e}. {last}") from e
+            raise UserError(f"training stopped: {e}. {last}") from e
         except (KeyboardInterrupt, SystemExit):
             print(
-                f"\nstopped; go on with: dsv3 {config.COMMAND} --resume --out {run_dir}",
+                f"\nstopped; resume with: dsv3 {config.COMMAND} --resume --out {run_dir}",
                 file=sys.stderr,
             )
             raise

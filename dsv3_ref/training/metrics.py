@@ -1,9 +1,10 @@
-"""metrics.jsonl and TensorBoard: one row per step, which fits the checkpoints of its run."""
+"""metrics.jsonl and TensorBoard: one row per step, consistent with the checkpoints of the run."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,24 +12,28 @@ from dsv3_ref.checkpoints import atomic
 from dsv3_ref.config import UserError
 from dsv3_ref.training.settings import TrainConfig
 
-WriteRow = Callable[[dict], None]
+WriteRow = Callable[[dict[str, Any]], None]
+
+
+def ignore_row(row: dict[str, Any]) -> None:
+    """Do nothing with a row: it is logged elsewhere or not at all."""
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one row per step; rows after the resumed checkpoint are cut."""
+    """A writer of metrics.jsonl, one row per step, that first drops rows after the checkpoint."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if step and not is_row(lines[step - 1 : step], step):
             raise UserError(
-                f"{path} is damaged: it lacks the row of step {step}, where the newest checkpoint "
-                "is. Put a whole copy back, or delete the checkpoints after its last whole row"
+                f"{path} is damaged: it lacks the row of step {step}, the step of the newest "
+                "checkpoint. Restore a complete copy, or delete the checkpoints after its last row"
             )
         self.cut(lines, step)
 
     def cut(self, lines: list[bytes], step: int) -> None:
-        """Keep the rows up to a step."""
+        """Keep only the rows up to a step."""
         self.step = step
         part = self.path.with_suffix(".part")
         part.write_bytes(b"".join(lines[:step]))
@@ -42,8 +47,8 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def write(self, row: dict) -> None:
-        """Add a row; after a rollback it replaces the rows that were given up."""
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row; after a rollback, first drop the rows of the steps that are taken again."""
         if row["step"] <= self.step:
             self.file.close()
             self.cut(self.path.read_bytes().splitlines(keepends=True), row["step"] - 1)
@@ -54,23 +59,26 @@ class MetricsWriter:
 
 
 def is_row(lines: list[bytes], step: int) -> bool:
-    """Return whether these lines start with the whole row of a step."""
+    """Return whether the first line is the complete row of a step."""
     try:
         return bool(lines) and lines[0].endswith(b"\n") and json.loads(lines[0])["step"] == step
     except (ValueError, LookupError, TypeError):
         return False
 
 
-def last_row(run_dir: Path) -> dict:
-    """Return the last row of a run that is already finished."""
+def last_row(run_dir: Path) -> dict[str, Any]:
+    """Return the last row of metrics.jsonl."""
     return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 @contextmanager
 def open_tensorboard(config: TrainConfig, run_dir: Path, step: int) -> Iterator[WriteRow]:
-    """Yield a function that logs a row, or does nothing; rows after `step` are hidden."""
+    """Yield a function that logs a row; without --tensorboard it does nothing.
+
+    TensorBoard hides the rows after `step` that an earlier process has written.
+    """
     if not config.tensorboard:
-        yield lambda row: None
+        yield ignore_row
         return
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -78,7 +86,7 @@ def open_tensorboard(config: TrainConfig, run_dir: Path, step: int) -> Iterator[
         raise UserError("--tensorboard needs: pip install 'dsv3-ref[tensorboard]'") from None
     with SummaryWriter(run_dir / "tensorboard", purge_step=step + 1) as writer:
 
-        def write(row: dict) -> None:
+        def write(row: dict[str, Any]) -> None:
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
                     writer.add_scalar(name, value, row["step"])
@@ -96,7 +104,7 @@ def open_log(config: TrainConfig, run_dir: Path, step: int, num_steps: int) -> I
     metrics = MetricsWriter(run_dir / "metrics.jsonl", step)
     with progress_bar, metrics, open_tensorboard(config, run_dir, step) as write_tensorboard:
 
-        def write(row: dict) -> None:
+        def write(row: dict[str, Any]) -> None:
             metrics.write(row)
             write_tensorboard(row)
             loss = f"skipped: {row['skipped']}" if row["skipped"] else f"loss {row['loss']:.3f}"

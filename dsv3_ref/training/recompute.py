@@ -1,11 +1,11 @@
-"""Tensors that a training step saves for its backward pass: counted, and computed again if asked.
+"""Saved tensors of a training step: count their bytes, and recompute the cheap ones.
 
-The model marks what is cheap to compute again with `ops.recompute(fn, *args)`. A block of
-`saved_tensors(recompute=True)` remembers, for each result, the call that makes it; PyTorch's
+The model marks cheap operations by `ops.recompute(fn, *args)`. Inside
+`saved_tensors(recompute=True)` each result of such a call is recorded with the call. PyTorch's
 saved-tensor hooks then pass every tensor that autograd saves through `SavedTensors.pack`, and
-every one that it uses through `unpack`. A result is known by the memory in which it lies, so that
-its views (a transpose, one head's part) are recognized; a weak reference notices when that memory
-is freed, since its address may then belong to another tensor.
+every saved tensor that the backward pass reads through `unpack`. A result is identified by its
+storage, so that its views (a transpose, one head's part) are recognized. A weak reference to the
+storage tells when it has been freed, because its address may then belong to another tensor.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,29 +19,29 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dsv3_ref import ops
 
 
-def as_tuple(y: Any) -> tuple:
-    """Return y if it is a tuple, else (y,)."""
-    return y if isinstance(y, tuple) else (y,)
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    """Return a tuple as it is, and anything else as a tuple of one."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 class RecomputedOutputs:
-    """The results of a call fn(*args) that is made again when the backward pass asks for them.
+    """The outputs of a call fn(*args), computed again when the backward pass reads them.
 
-    Its arguments may be results of other such calls: `pack` stores them. The results stay until
-    as many readers have asked for one as have saved one.
+    `pack` stores the arguments, which may be outputs of other such calls. The outputs are freed
+    once each saved reference has been read.
     """
 
-    def __init__(self, fn: Callable, args: tuple, pack: Callable[[Any], Any]):
+    def __init__(self, fn: Callable, args: tuple[Any, ...], pack: Callable[[Any], Any]):
         device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
         self.autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
         self.fn, self.args = fn, [pack(x) for x in args]
-        self.outputs: tuple = ()
+        self.outputs: tuple[Any, ...] = ()
         self.num_saved = self.num_read = 0
 
     def read(self, i: int) -> torch.Tensor:
-        """Return result i, computing all of them if this is the first reader."""
+        """Return output i; the first read computes all of them."""
         if not self.outputs:
             with torch.enable_grad(), self.autocast:
                 self.outputs = as_tuple(self.fn(*map(unpack, self.args)))
@@ -53,7 +53,7 @@ class RecomputedOutputs:
 
 
 def unpack(x: Any) -> Any:
-    """Return the tensor that `SavedTensors.pack` took in."""
+    """Return the tensor for which `SavedTensors.pack` returned x."""
     if not isinstance(x, tuple):
         return x
     call, i, view = x
@@ -61,7 +61,7 @@ def unpack(x: Any) -> Any:
 
 
 class SavedTensors:
-    """What a forward pass has saved for its backward pass."""
+    """The tensors that a forward pass has saved for its backward pass."""
 
     def __init__(self, exclude: Iterable[torch.Tensor] = ()):
         self.calls: dict[int, tuple[RecomputedOutputs, int, StorageWeakRef]] = {}
@@ -69,7 +69,7 @@ class SavedTensors:
         self.excluded = {w.untyped_storage()._cdata for w in exclude}
 
     def pack(self, x: Any) -> Any:
-        """Return what to save for x: of a recomputed result, its call and where it lies there."""
+        """Return what autograd saves for x: x, or (call, index, view) of a recorded output."""
         if not isinstance(x, torch.Tensor):
             return x
         memory = x.untyped_storage()
@@ -80,8 +80,8 @@ class SavedTensors:
         self.storages[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
         return x
 
-    def recompute(self, fn: Callable, args: tuple) -> Any:
-        """Call fn(*args) and remember the call in place of its results."""
+    def recompute(self, fn: Callable, args: tuple[Any, ...]) -> Any:
+        """Call fn(*args) and record the call, so that `pack` stores it in place of its outputs."""
         if not torch.is_grad_enabled():
             return fn(*args)
         self.calls = {k: c for k, c in self.calls.items() if not c[2].expired()}
@@ -93,16 +93,16 @@ class SavedTensors:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the backward pass still holds, without the excluded tensors."""
+        """The number of bytes still saved, without the excluded tensors."""
         live = {k: n for k, (ref, n) in self.storages.items() if not ref.expired()}
         return sum(n for k, n in live.items() if k not in self.excluded)
 
 
 @contextmanager
 def saved_tensors(recompute: bool, exclude: Iterable[torch.Tensor] = ()) -> Iterator[SavedTensors]:
-    """Count the tensors that a block saves for gradients, without those in `exclude`.
+    """Record the tensors that a block saves for its backward pass, except those in `exclude`.
 
-    recompute: also forget the results of `ops.recompute` calls until the backward pass (§3.2.3).
+    recompute: do not save the outputs of `ops.recompute` calls but recompute them (§3.2.3).
     """
     saved = SavedTensors(exclude)
     hook = saved.recompute if recompute else None

@@ -1,33 +1,45 @@
-"""The page a run leaves behind: `report.html`, one file that opens anywhere.
+"""The report of a run: `report.html`, one file that any browser can open.
 
-Reads `metrics.jsonl`, `run.json` and `summary.json` of a run directory, as far as they exist, so it
-can be written while the run goes on: `python -m dsv3_ref.training.report runs/tiny`.
+It shows `metrics.jsonl`, `run.json` and `summary.json` of a run directory. Files that do not exist
+yet are left out, so that the report can be written during the run, too:
+`python -m dsv3_ref.training.report runs/tiny`.
 """
 
 import argparse
 import bz2
 import gzip
-import json
 import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.figure import Figure
+
+from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.config import UserError
 from dsv3_ref.viz import page, rl, training
 from dsv3_ref.viz.training import has, last, read_metrics, series
 
+Rows = list[dict[str, Any]]  # of metrics.jsonl
+Summary = dict[str, Any]  # of summary.json, {} if there is none yet
+
 OURS = "this model"
+KEYS = ("tokens", "seconds", "val_loss", "val_loss_ema", "val_bpb")
 
-# ── What to compare with ──
+# ── Baselines ──
 
 
-def baselines(text: str, unigram_counts, tokens) -> dict[str, float]:
-    """Bits per byte of `text` with gzip -9, bzip2 -9 and single tokens: −Σ log₂ p(token) / bytes.
+def compute_baselines(
+    text: str, unigram_counts: Sequence[int], tokens: Iterable[int]
+) -> dict[str, float]:
+    """Return the bits per byte of a text with gzip -9, bzip2 -9 and a unigram model.
 
-    `unigram_counts[w]`: how often token w occurs in the training tokens, zeros included, with
-    add-one smoothing p(w) = (count + 1) / (total + vocabulary); `tokens`: the ids of `text`.
+    The unigram model needs −Σ log₂ p(token) / bytes, with add-one smoothing p(w) = (count + 1) /
+    (total + vocabulary). unigram_counts[w]: occurrences of token w in the training text, zeros
+    included; tokens: the ids of `text`.
     """
     data = text.encode()
     if not data:
@@ -41,46 +53,38 @@ def baselines(text: str, unigram_counts, tokens) -> dict[str, float]:
     }
 
 
-# ── What a run left ──
+# ── Results of the run ──
 
 
-def read_json(path: Path) -> dict:
-    """The file's object, or an empty one where there is no file yet."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not JSON: {e}") from None
+def read_if_exists(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} if the file does not exist."""
+    return read_json(path) if path.is_file() else {}
 
 
-def headline(rows: list[dict], summary: dict) -> dict[str, str]:
-    """The key numbers by name, those that are known: from the summary, else from the last rows."""
-    seen = {key: series(rows, key)[1][-1] for key in KEYS if has(rows, key)}
-    seen |= {key: summary[key] for key in KEYS if summary.get(key) is not None}
-    known = {"steps": f"{rows[-1]['step']:,}"} if rows else {}
-    if "tokens" in seen:
-        known["tokens"] = f"{seen['tokens']:,.0f}"
-    if "seconds" in seen:
-        known["minutes"] = f"{seen['seconds'] / 60:,.1f}"
+def collect_key_numbers(rows: Rows, summary: Summary) -> dict[str, str]:
+    """Return the key numbers by name, formatted, from the summary or else from the last rows."""
+    values = {key: series(rows, key)[1][-1] for key in KEYS if has(rows, key)}
+    values |= {key: summary[key] for key in KEYS if summary.get(key) is not None}
+    numbers = {"steps": f"{rows[-1]['step']:,}"} if rows else {}
+    if "tokens" in values:
+        numbers["tokens"] = f"{values['tokens']:,.0f}"
+    if "seconds" in values:
+        numbers["minutes"] = f"{values['seconds'] / 60:,.1f}"
     if has(rows, "loss"):
-        known["training loss"] = f"{last(rows, 'loss'):.3f}"
-    if held := rows and rows[-1].get("held_out"):
-        known |= {f"{name}, held out": f"{x['greedy']:.1%}" for name, x in held.items()}
-    elif "val_loss" in seen:
-        known["validation loss"] = f"{seen['val_loss']:.3f}"
-    if "val_loss_ema" in seen:
-        known["with averaged weights"] = f"{seen['val_loss_ema']:.3f}"
-    if "val_bpb" in seen:
-        known["bits per byte"] = f"{seen['val_bpb']:.3f}"
-    return known
+        numbers["training loss"] = f"{last(rows, 'loss'):.3f}"
+    if held_out := rows and rows[-1].get("held_out"):
+        numbers |= {f"{name}, held out": f"{x['greedy']:.1%}" for name, x in held_out.items()}
+    elif "val_loss" in values:
+        numbers["validation loss"] = f"{values['val_loss']:.3f}"
+    if "val_loss_ema" in values:
+        numbers["with averaged weights"] = f"{values['val_loss_ema']:.3f}"
+    if "val_bpb" in values:
+        numbers["bits per byte"] = f"{values['val_bpb']:.3f}"
+    return numbers
 
 
-KEYS = ("tokens", "seconds", "val_loss", "val_loss_ema", "val_bpb")
-
-
-def compression(rows: list[dict], summary: dict) -> dict[str, float]:
-    """Bits per byte on the validation text, of this model and of what it is compared with."""
+def collect_bits_per_byte(rows: Rows, summary: Summary) -> dict[str, float]:
+    """Return the bits per byte on the validation text, of this model and of the baselines."""
     ours = summary.get("val_bpb")
     if ours is None and has(rows, "val_bpb"):
         ours = float(series(rows, "val_bpb")[1][-1])
@@ -90,86 +94,90 @@ def compression(rows: list[dict], summary: dict) -> dict[str, float]:
 # ── Parts of the page ──
 
 
-def sentence(known: dict[str, str], bits: dict[str, float], done: bool) -> str:
-    """The run in a paragraph, in words that need no figure."""
-    if "steps" not in known:
-        return "No step is finished yet: write the report again in a moment."
-    run = f"{known['steps']} step{'' if known['steps'] == '1' else 's'}"
-    run += f" over {known['tokens']} tokens" if "tokens" in known else ""
-    run += f" in {known['minutes']} minutes" if "minutes" in known else ""
-    out = [run + ("" if done else " so far; the run has left no summary yet") + "."]
-    losses = [f"{k} {known[k]}" for k in ("training loss", "validation loss") if k in known]
+def describe_results(numbers: dict[str, str], bits: dict[str, float], is_finished: bool) -> str:
+    """Describe the run in one paragraph that needs no figure."""
+    if "steps" not in numbers:
+        return "No step is finished yet: write the report again later."
+    run = f"{numbers['steps']} step{'' if numbers['steps'] == '1' else 's'}"
+    run += f" over {numbers['tokens']} tokens" if "tokens" in numbers else ""
+    run += f" in {numbers['minutes']} minutes" if "minutes" in numbers else ""
+    run += "." if is_finished else " so far; the run is not finished."
+    sentences = [run]
+    losses = [f"{k} {numbers[k]}" for k in ("training loss", "validation loss") if k in numbers]
     if losses:
-        out.append(f"{' and '.join(losses).capitalize()} nats a token.")
+        sentences.append(f"{' and '.join(losses).capitalize()} nats per token.")
     if OURS in bits:
         others = ", ".join(f"{k} {v:.2f}" for k, v in bits.items() if k != OURS)
-        out.append(
+        sentences.append(
             f"The validation text takes {bits[OURS]:.3f} bits per byte"
             + (f" ({others})." if others else ".")
         )
-    return " ".join(out)
+    return " ".join(sentences)
 
 
-def trouble(rows: list[dict]) -> str:
-    """Steps that were not taken, and how often the run went back."""
-    why = Counter(row["skipped"] for row in rows if row.get("skipped"))
-    back = sum(row.get("rolled_back_from") is not None for row in rows)
-    said = [f"{n} step{'s' * (n > 1)} skipped ({reason})" for reason, n in why.items()]
-    said += [f"{back} time{'s' * (back > 1)} back to a checkpoint"] if back else []
-    return ", ".join(said) and f"Trouble: {', '.join(said)}."
+def describe_skips(rows: Rows) -> str:
+    """Describe how many steps were skipped and how often the run was rolled back; "" if never."""
+    reasons = Counter(row["skipped"] for row in rows if row.get("skipped"))
+    rollbacks = sum(row.get("rolled_back_from") is not None for row in rows)
+    parts = [f"{n} step{'s' * (n > 1)} skipped ({reason})" for reason, n in reasons.items()]
+    if rollbacks:
+        parts.append(f"{rollbacks} rollback{'s' * (rollbacks > 1)} to a checkpoint")
+    return f"Interruptions: {', '.join(parts)}." if parts else ""
 
 
-def intro(rows: list[dict], run: dict, summary: dict) -> str:
-    """Paragraph, tiles and the command, above everything else."""
-    known = headline(rows, summary)
-    words = sentence(known, compression(rows, summary), bool(summary))
-    words = f"{words} {trouble(rows)}".strip()
-    out = f"<p>{page.text(words)}</p>{page.tiles(known) if known else ''}"
+def render_intro(rows: Rows, run: dict[str, Any], summary: Summary) -> str:
+    """Render the top of the page: a paragraph, tiles with key numbers, and the command."""
+    numbers = collect_key_numbers(rows, summary)
+    words = describe_results(numbers, collect_bits_per_byte(rows, summary), bool(summary))
+    words = f"{words} {describe_skips(rows)}".strip()
+    html = f"<p>{page.text(words)}</p>{page.tiles(numbers) if numbers else ''}"
     if run.get("command"):
-        out += f'<p class="soft">Made by <code>{page.text(words_of(run["command"]))}</code></p>'
-    return out
+        html += f'<p class="soft">Made by <code>{page.text(join_words(run["command"]))}</code></p>'
+    return html
 
 
-def words_of(command) -> str:
-    """A command as one line, whether it was stored as a line or as a list of words."""
+def join_words(command: str | list[str]) -> str:
+    """Return a command as one line, whether it was stored as a line or as a list of words."""
     return command if isinstance(command, str) else " ".join(map(str, command))
 
 
-def bits_section(rows: list[dict], summary: dict) -> str:
-    """Bits per byte as bars and as a table, then by source."""
-    bits, by_source = compression(rows, summary), summary.get("val_bpb_by_source")
-    out = ""
+def render_bits(rows: Rows, summary: Summary) -> str:
+    """Render bits per byte as bars and as tables, by model and by source."""
+    bits, by_source = collect_bits_per_byte(rows, summary), summary.get("val_bpb_by_source")
+    html = ""
     if bits:
         caption = (
             "Cross-entropy of the validation text in bits, divided by its bytes, so that models "
-            "with different tokens and plain compressors can be compared. The unigram model knows "
-            "only how often each token occurred in training."
+            "with different tokenizers and plain compressors can be compared. The unigram model "
+            "uses only the frequency of each token in the training text."
         )
         ordered = dict(sorted(bits.items(), key=lambda item: item[1]))
-        out += page.drawing(training.plot_bits_per_byte(bits, OURS), "bits", caption)
-        out += page.table(ordered, "The same in numbers", ("model", "bits per byte"), OURS, 3)
+        html += page.drawing(training.plot_bits_per_byte(bits, OURS), "bits", caption)
+        html += page.table(ordered, "The same as a table", ("model", "bits per byte"), OURS, 3)
     if by_source:
         caption, head = f"Held-out text of every source, {OURS}", ("source", "bits per byte")
-        out += page.table(by_source, caption, head, digits=3)
-    return out
+        html += page.table(by_source, caption, head, digits=3)
+    return html
 
 
-def sample_section(samples: list[dict]) -> str:
-    """What the model wrote, its prompt highlighted."""
-    out = "<p>The <mark>prompt</mark> was given; the model wrote the rest.</p>" if samples else ""
-    for s in samples:
-        prompt, written = s.get("prompt", ""), s.get("text", "")
+def render_samples(samples: list[dict[str, Any]]) -> str:
+    """Render the model's texts, with the prompts highlighted."""
+    if not samples:
+        return ""
+    html = "<p>The <mark>prompt</mark> was given; the model wrote the rest.</p>"
+    for sample in samples:
+        prompt, written = sample.get("prompt", ""), sample.get("text", "")
         written = written.removeprefix(prompt)
-        if s.get("temperature") is not None:
-            out += f'<p class="soft">Temperature {page.text(s["temperature"])}</p>'
-        if "before" in s:
-            written = f"\nbefore: {s['before']}\nafter:  {written}"
-        out += f"<pre><mark>{page.text(prompt)}</mark>{page.text(written)}</pre>"
-    return out
+        if sample.get("temperature") is not None:
+            html += f'<p class="soft">Temperature {page.text(sample["temperature"])}</p>'
+        if "before" in sample:
+            written = f"\nbefore: {sample['before']}\nafter:  {written}"
+        html += f"<pre><mark>{page.text(prompt)}</mark>{page.text(written)}</pre>"
+    return html
 
 
-def load_section(rows: list[dict], names: list[str]) -> str:
-    """A heatmap for every MoE layer."""
+def render_loads(rows: Rows, names: list[str]) -> str:
+    """Render a heatmap of expert loads per MoE layer."""
     if not has(rows, "expert_load"):
         return ""
     names = training.layer_names(series(rows, "expert_load")[1].shape[1], names)
@@ -179,101 +187,106 @@ def load_section(rows: list[dict], names: list[str]) -> str:
     )
 
 
-def settings_section(run: dict) -> str:
-    """Model, training settings and parameter counts, a table each."""
+def render_settings(run: dict[str, Any]) -> str:
+    """Render model, training settings and parameter counts as one table each."""
     parts = {"model": "Model", "settings": "Training", "params": "Parameters"}
-    found = {title: flat(run.get(key) or {}) for key, title in parts.items()}
-    found["Training"] = {k: v for k, v in found["Training"].items() if not k.startswith("model.")}
-    tables = "".join(page.table(rows, title) for title, rows in found.items() if rows)
-    return tables and f'<div class="tables">{tables}</div>'
+    tables = {title: flatten(run.get(key) or {}) for key, title in parts.items()}
+    tables["Training"] = {k: v for k, v in tables["Training"].items() if not k.startswith("model.")}
+    html = "".join(page.table(rows, title) for title, rows in tables.items() if rows)
+    return html and f'<div class="tables">{html}</div>'
 
 
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested settings in one level: {"recipe": {"lr": 1}} becomes {"recipe.lr": 1}."""
-    out = {}
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level: {"recipe": {"lr": 1}} becomes {"recipe.lr": 1}."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        inner = isinstance(value, dict)
-        out |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return out
+        is_nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": value}
+    return flat
 
 
-def origin_section(run: dict) -> str:
-    """Where the numbers come from: command, commit, versions."""
-    origin = {"command": words_of(run["command"])} if run.get("command") else {}
+def render_origin(run: dict[str, Any]) -> str:
+    """Render the command, the commit and the versions that produced the run."""
+    origin = {"command": join_words(run["command"])} if run.get("command") else {}
     origin |= {"commit": run["commit"]} if run.get("commit") else {}
     origin |= run.get("versions") or {}
-    return page.table(origin, "Enough to make the run again") if origin else ""
+    return page.table(origin, "Enough to repeat the run") if origin else ""
 
 
 CAPTIONS = {
     "loss": "Pale: every step; strong: running mean; diamonds: validation. MTP depth k predicts "
     "k tokens further ahead, which is harder.",
-    "reward": "Pale: every step's answers; strong: running mean. Diamonds: the likeliest answers "
-    "to problems that are never practiced on, before the first step and at every checkpoint.",
-    "watch": "A KL that runs away, an entropy near 0 or answers that grow without more reward are "
-    "the usual ways to go wrong.",
-    "expert_load": "A row an expert, a column a time. White: the expert gets its even share of the "
-    "tokens; orange: more, blue: less.",
-    "expert_bias": "The bias is added to the affinity when experts are chosen, never to their weight: "
-    "it rises for idle experts and sinks for busy ones. Gray: the other experts.",
-    "max_vio": "How far the busiest expert of a layer is above the mean load (running mean).",
-    "schedule": "Settings that change during the run, as they were at every step.",
-    "grad_norm": "Pale: every step; strong: running mean. Clipping tames most spikes; "
-    "the highest were skipped (crosses).",
+    "reward": "Pale: the answers of every step; strong: running mean. Diamonds: greedy answers to "
+    "held-out problems, before the first step and at every checkpoint.",
+    "watch": "Typical failures: the KL grows without bound, the entropy falls to 0, or answers get "
+    "longer without more reward.",
+    "expert_load": "One row per expert, one column per step. White: the expert gets its even share "
+    "of the tokens; orange: more, blue: less.",
+    "expert_bias": "The bias is added to the affinity when experts are chosen, but not to their "
+    "weight: it rises for underloaded experts and falls for overloaded ones. Gray: the other "
+    "experts.",
+    "max_vio": "Load of the busiest expert of a layer above the mean load (running mean).",
+    "schedule": "Settings that change during the run, at every step.",
+    "grad_norm": "Pale: every step; strong: running mean. Clipping limits most spikes; "
+    "steps with the largest norms were skipped (crosses).",
     "tokens_per_s": "Pale: every step; strong: running mean.",
 }
 
 
-def sections(rows: list[dict], run: dict, summary: dict) -> dict[str, str]:
-    """Heading → HTML of everything the run has left, in the order of the page."""
+def render_sections(rows: Rows, run: dict[str, Any], summary: Summary) -> dict[str, str]:
+    """Return heading → HTML of all sections that have content, in the order of the page."""
     names = run.get("moe_layers") or []
 
-    def plot(key, function, *args):
+    def plot(key: str, function: Callable[..., Figure], *args: Any) -> str:
         keys = {"schedule": training.SCHEDULE_PANELS, "watch": [*rl.RL_PANELS]}.get(key, [key])
         if not any(has(rows, k) for k in keys):
             return ""
         return page.drawing(function(rows, *args), key, CAPTIONS[key])
 
     before = summary.get("before")
-    found = {
+    sections = {
         "Reward": plot("reward", rl.plot_rewards, before),
         "Watch": plot("watch", rl.plot_rl_metrics),
         "Loss": "" if has(rows, "reward") else plot("loss", training.plot_loss),
-        "Bits per byte": bits_section(rows, summary),
-        "Samples": sample_section(summary.get("samples") or []),
-        "Expert load": load_section(rows, names),
+        "Bits per byte": render_bits(rows, summary),
+        "Samples": render_samples(summary.get("samples") or []),
+        "Expert load": render_loads(rows, names),
         "Gate biases": plot("expert_bias", training.plot_expert_bias, names),
         "Balance": plot("max_vio", training.plot_max_vio, names),
         "Schedule": plot("schedule", training.plot_schedule),
         "Gradient norm": plot("grad_norm", training.plot_grad_norm),
         "Speed": plot("tokens_per_s", training.plot_throughput),
-        "Settings": settings_section(run),
-        "Origin": origin_section(run),
+        "Settings": render_settings(run),
+        "Origin": render_origin(run),
     }
-    return {heading: html for heading, html in found.items() if html}
+    return {heading: html for heading, html in sections.items() if html}
 
 
 # ── The file ──
 
 
-def write_report(run_dir) -> Path:
-    """Write `report.html` into a finished or running run's directory and return its path."""
+def write_report(run_dir: Path | str) -> Path:
+    """Write `report.html` into the directory of a finished or running run; return its path."""
     run_dir = Path(run_dir)
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{run_dir} is no run directory: it holds no metrics.jsonl")
-    rows, run = read_metrics(metrics), read_json(run_dir / "run.json")
-    summary = read_json(run_dir / "summary.json")
+        raise UserError(
+            f"{run_dir} holds no metrics.jsonl: give the directory of a training run, such as "
+            "runs/tiny"
+        )
+    rows, run = read_metrics(metrics), read_if_exists(run_dir / "run.json")
+    summary = read_if_exists(run_dir / "summary.json")
     title = f"Training run {run_dir.resolve().name}"
-    html = page.page(title, intro(rows, run, summary), sections(rows, run, summary))
-    half, path = run_dir / "report.html.part", run_dir / "report.html"
-    half.write_text(html, encoding="utf-8")
-    os.replace(half, path)  # a browser that reloads never sees half a page
+    sections = render_sections(rows, run, summary)
+    html = page.page(title, render_intro(rows, run, summary), sections)
+    part, path = run_dir / "report.html.part", run_dir / "report.html"
+    part.write_text(html, encoding="utf-8")
+    os.replace(part, path)  # a browser that reloads never reads a partial page
     return path
 
 
 def main() -> None:
-    """`python -m dsv3_ref.training.report RUN_DIR`."""
+    """Write the report of the directory on the command line and print its path."""
     parser = argparse.ArgumentParser(description="Write report.html into a run's directory.")
     parser.add_argument("run_dir", type=Path, help="for example runs/tiny")
     try:

@@ -1,4 +1,4 @@
-"""The options of `dsv3 train`, what they must satisfy, and the folder that a run claims."""
+"""The options of `dsv3 train`, their validation, and the directory of a run."""
 
 import argparse
 import math
@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -22,85 +22,93 @@ from dsv3_ref.config import Config, UserError, from_dict, load_config
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
 
+Rule = tuple[bool, str]  # whether it holds, and the error if not
+
+
+def shown_default(text: str) -> Any:
+    """Return tyro's annotation of an optional path, with what --help prints as its default."""
+    return tyro.conf.arg(metavar="PATH", help_behavior_hint=f"(default: {text})")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a DeepSeek-V3 from text.
+    """Pre-train a DeepSeek-V3 model on text.
 
-    On SIGUSR1 (a scheduler's warning) or SIGTERM the run finishes its step, writes a checkpoint
-    and exits with code 75, which asks to be started again with --resume, or 143.
+    On SIGUSR1 or SIGTERM the run finishes its step, writes a checkpoint and exits with code 75
+    (SIGUSR1, a scheduler's warning: start it again with --resume) or 143 (SIGTERM).
     """
 
     model: Config
     recipe: Annotated[TrainingRecipe, tyro.conf.arg(name="")]
     config: str = "tiny"
-    """size: tiny, small, v2_lite, v3, or a .json file with the fields of --model"""
-    init: Path | None = None
-    """start from the weights, shape and tokenizer of a run, a checkpoint, or a Hugging Face
-    directory"""
+    """model size: tiny, small, v2_lite, v3, or a .json file with the fields of --model"""
+    init: Annotated[Path | None, shown_default("random weights")] = None
+    """run, checkpoint or Hugging Face directory whose weights, shape and tokenizer to start from"""
     seed: int = 0
-    """seed of the initial weights and of the order of the data"""
-    out: Path | None = None
-    """directory of the run (default: runs/<config>); if it holds a run, -2, -3 … is added"""
+    """random seed of the initial weights and of the order of the data"""
+    out: Annotated[Path | None, shown_default("runs/<config>")] = None
+    """directory of the run; if it holds a run already, -2, -3 … is added to its name"""
     resume: bool = False
-    """resume from the newest checkpoint of --out (default: the last runs/<config>), with the
-    settings the run was started with"""
+    """resume the run in --out, or the last runs/<config>, from its newest checkpoint, with the
+    settings it was started with"""
     verify: bool = True
-    """compare checkpoints with their checksums before they are used"""
+    """compare checkpoints with their checksums before they are loaded"""
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
-    """sources with weights: sotu, stdlib, a .txt/.jsonl/.parquet file, a folder, owner/name, or a
-    folder of shards by `dsv3 data prepare`"""
+    """sources with weights: sotu, stdlib, a .txt, .jsonl or .parquet file, a folder of them,
+    owner/name on the Hugging Face hub, or a folder of shards by `dsv3 data prepare`"""
     streaming: bool = False
-    """read files as a stream instead of into memory"""
-    tokenizer: Path | None = None
-    """folder with a tokenizer.json; default: train one on the data, once"""
+    """stream files from disk instead of loading them into memory"""
+    tokenizer: Annotated[Path | None, shown_default("train one on the data, once")] = None
+    """folder with a tokenizer.json"""
     fim_rate: float = 0.1
-    """share of documents rearranged for fill-in-the-middle"""
+    """fraction of documents that are rearranged for fill-in-the-middle (§4.1)"""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """auto: fp32 on CPU; on CUDA bf16 products over fp32 weights and gradients. fp8: all three
-    products of every linear layer in FP8 (§3.3): Triton kernels on CUDA, on CPU the same numbers
-    by emulation"""
+    """precision of matrix products; auto: fp32 on CPU, on CUDA bf16 over fp32 weights and
+    gradients; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on
+    CUDA and with the same results by emulation on CPU"""
     optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype in which AdamW stores its moments; the report uses bf16 (§3.3.2)"""
     ema_decay: float = 0.0
-    """decay per step of averaged weights, which are validated too, for example 0.99; 0: none"""
+    """decay per step of averaged weights, such as 0.99, which are validated too; 0: no average"""
     micro_batch: int = 0
     """sequences in one forward pass; 0: the whole batch"""
     recompute: bool = False
-    """recompute the outputs of norms, MLA's up-projections and SwiGLU in the backward pass: the same
-    losses, bit for bit, in less memory (§3.2.3)"""
+    """recompute the outputs of norms, MLA's up-projections and SwiGLU in the backward pass: less
+    memory and, bit for bit, the same losses (§3.2.3)"""
     save_every: int = 0
     """steps between checkpoints with validation; 0: a tenth of the run"""
     keep_latest_k: int = 3
-    """number of newest checkpoints kept, besides the best one"""
+    """number of newest checkpoints that are kept, besides the best one"""
     val_sequences: int = 64
-    """validation sequences at each checkpoint; the last one uses all"""
+    """validation sequences at each checkpoint; the last checkpoint uses all"""
     skip_grad_norm_factor: float = 10.0
-    """skip a step whose gradient norm exceeds this × the median of recent ones; 0: only NaN"""
+    """skip a step whose gradient norm exceeds this × the median of recent ones; 0: skip only NaN"""
     grad_norm_window: int = 50
-    """number of steps over which that median is taken"""
+    """steps over which that median is taken"""
     max_skipped_steps: int = 3
     """consecutive skipped steps before rolling back to the newest checkpoint; the skipped data is
     not replayed"""
     pp: int = 1
-    """pipeline-parallel degree; launch pp × dp × ep processes with torchrun or srun (V3: 16, 2, 64)"""
+    """pipeline-parallel degree; launch pp × dp × ep processes with torchrun or srun (V3: 16, 2,
+    64)"""
     ep: int = 1
     """expert-parallel degree: ranks that share the experts of a layer"""
     dp: int = 0
     """data-parallel degree; 0: world size / (pp × ep)"""
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
-    """order of the pipeline's steps; dualpipe is the report's, dualpipev holds 2·pp stages"""
+    """pipeline schedule; dualpipe is the report's (§3.2.1), dualpipev has 2·pp stages"""
     zero: bool = True
     """ZeRO-1: shard the optimizer's moments over data-parallel ranks"""
     ep_ranks_per_node: int = 0
-    """ranks of an expert group in one node: tokens go across nodes once, then inside (two hops);
-    0: one hop"""
+    """expert-parallel ranks per node: each token crosses between nodes once and is then forwarded
+    within the node (two hops); 0: one hop"""
     dispatch_dtype: Literal["auto", "unquantized", "fp8"] = "auto"
-    """how tokens travel to experts; auto: as FP8 codes with --precision fp8 (§3.2.2)"""
+    """format of the tokens sent to experts; auto: FP8 with --precision fp8 (§3.2.2), else
+    unquantized"""
     token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
-    """who carries tokens: torch.distributed, or DeepEP's kernels where they are installed"""
+    """library that sends tokens to experts: torch.distributed, or DeepEP if it is installed"""
     hang_timeout: float = 600.0
     """seconds that one operation may take before all ranks exit and report the late one"""
     tensorboard: bool = False
@@ -111,40 +119,40 @@ class TrainConfig:
     DEFAULT_RECIPE: ClassVar[str] = "tiny"  # the recipe of configs that have none
 
     @classmethod
-    def defaults(cls, model: Config, config: str, argv: list[str]):
-        """Return the settings of a new run before options change them."""
+    def defaults(cls, model: Config, config: str, argv: list[str]) -> "TrainConfig":
+        """Return the settings of a new run, before the options in `argv` change them."""
         return cls(
             model=model,
             recipe=cls.RECIPES.get(config, cls.RECIPES[cls.DEFAULT_RECIPE]),
             config=config,
         )
 
-    def validation_rules(self) -> list[tuple[bool, str]]:
-        """Return the rules of this command: whether each holds, and the error if not."""
-        r, c = self.recipe, self.model
+    def validation_rules(self) -> list[Rule]:
+        """Return the rules of this command."""
+        depth = self.model.n_mtp_layers
         return [
-            (r.steps >= 1, "--steps must be at least 1"),
+            (self.recipe.steps >= 1, "--steps must be at least 1"),
             (len(self.data) > 0, "--data needs at least one source"),
             (
-                r.seq_len > c.n_mtp_layers,
-                f"--seq-len must exceed the {c.n_mtp_layers} tokens that MTP looks ahead",
+                self.recipe.seq_len > depth,
+                f"--seq-len must exceed the {depth} tokens that MTP looks ahead",
             ),
         ]
 
 
 def validate_args(args: TrainConfig) -> None:
-    """Raise a `UserError` for settings that cannot be trained with."""
+    """Raise a `UserError` for the first rule that the settings break."""
     numbers = {k: v for k, v in asdict(args.recipe).items() if not isinstance(v, str)}
-    rules = shared_rules(args) + args.validation_rules()
+    rules = common_rules(args) + args.validation_rules()
     rules += [(math.isfinite(v), f"{option_flag(k)} must be a number") for k, v in numbers.items()]
-    rules += mesh_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
+    rules += parallelism_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
 
 
-def shared_rules(args: TrainConfig) -> list[tuple[bool, str]]:
-    """Return the rules of every training command, whatever it learns from."""
+def common_rules(args: TrainConfig) -> list[Rule]:
+    """Return the rules of every training command."""
     r, c = args.recipe, args.model
     return [
         (0 <= args.seed < 2**63, "--seed must be a whole number from 0 to 2⁶³ − 1"),
@@ -154,8 +162,8 @@ def shared_rules(args: TrainConfig) -> list[tuple[bool, str]]:
         ),
         (
             c.dim % 8 == 0 and c.moe_inter_dim % 8 == 0,
-            "--model.dim and --model.moe-inter-dim must be multiples of 8: grouped products "
-            "read rows of 16 bytes",
+            "--model.dim and --model.moe-inter-dim must be multiples of 8: grouped GEMMs need rows "
+            "aligned to 16 bytes",
         ),
         (
             min(r.global_batch_size, r.start_batch_size) >= 1,
@@ -163,12 +171,15 @@ def shared_rules(args: TrainConfig) -> list[tuple[bool, str]]:
         ),
         (0 < r.batch_rampup_frac <= 1, "--batch-rampup-frac must be above 0 and at most 1"),
         (r.decay_start < r.decay_end, "--decay-start must be below --decay-end"),
-        (0 <= args.fim_rate <= 1, "--fim-rate is a share from 0 to 1"),
+        (0 <= args.fim_rate <= 1, "--fim-rate must be a fraction from 0 to 1"),
         (
             min(args.keep_latest_k, args.val_sequences) >= 1,
             "--keep-latest-k and --val-sequences must be at least 1",
         ),
-        (min(args.micro_batch, args.save_every) >= 0, "--micro-batch and --save-every from 0"),
+        (
+            min(args.micro_batch, args.save_every) >= 0,
+            "--micro-batch and --save-every must be at least 0",
+        ),
         (0 <= args.ema_decay < 1, "--ema-decay must be from 0 to below 1"),
         (
             args.skip_grad_norm_factor == 0 or args.skip_grad_norm_factor > 1,
@@ -181,21 +192,22 @@ def shared_rules(args: TrainConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def mesh_rules(args: TrainConfig, ranks: int) -> list[tuple[bool, str]]:
-    """Return the rules of a mesh on as many processes as a launcher has started."""
-    pp, dp, ep = args.pp, max(1, args.dp), args.ep
+def parallelism_rules(args: TrainConfig, world_size: int) -> list[Rule]:
+    """Return the rules of the mesh, on as many processes as a launcher has started."""
+    dp = max(1, args.dp)
+    ranks = args.pp * dp * args.ep
     missing = (
-        f"--pp {pp} × --dp {dp} × --ep {ep} are {pp * dp * ep} ranks, not {ranks}: "
-        f"torchrun --nproc-per-node {pp * dp * ep} -m dsv3_ref train …"
+        f"--pp {args.pp} × --dp {dp} × --ep {args.ep} are {ranks} ranks, not {world_size}: "
+        f"torchrun --nproc-per-node {ranks} -m dsv3_ref train …"
     )
     return [
-        (min(pp, ep) >= 1, "--pp and --ep must be at least 1"),
+        (min(args.pp, args.ep) >= 1, "--pp and --ep must be at least 1"),
         (
             min(args.dp, args.ep_ranks_per_node) >= 0,
             "--dp and --ep-ranks-per-node must be at least 0",
         ),
         (args.hang_timeout > 0, "--hang-timeout must be above 0"),
-        (pp * dp * ep <= ranks, missing),
+        (ranks <= world_size, missing),
     ]
 
 
@@ -212,7 +224,7 @@ def parse_args(
     kind: type[TrainConfig] = TrainConfig,
     registry: ConstructorRegistry | None = None,
 ) -> TrainConfig:
-    """Parse options; --config, --init or, with --resume, the run itself give the defaults.
+    """Parse options; the defaults come from --config, --init or, with --resume, from the run.
 
     registry: rules of tyro that change how --help lists the options.
     """
@@ -235,52 +247,57 @@ def parse_args(
 
 
 def config_name_of(init: Path) -> str:
-    """Return the name of the config that a run was started with; v3 if it is not a run."""
+    """Return the name of the config that the run `init` was started with; v3 if it is not a run."""
     run = find_tokenizer_dir(init) / "run.json"
     return read_json(run)["settings"]["config"] if run.is_file() else "v3"
 
 
-MAY_CHANGE = {
-    "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every", "keep_latest_k",
-    "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero", "ep_ranks_per_node", "token_dispatcher",
-    "hang_timeout",
+CHANGEABLE_ON_RESUME = {
+    "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every",
+    "keep_latest_k", "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero",
+    "ep_ranks_per_node",
+    "token_dispatcher", "hang_timeout",
 }  # fmt: skip
 
 
-def describe_losses(args: TrainConfig) -> dict:
-    """Return the options that shape the losses of a run, which a resumed run keeps."""
-    paths = {"tokenizer", "init", "reward"}  # compared by content, not by place
+def describe_losses(args: TrainConfig) -> dict[str, Any]:
+    """Return the options that affect the losses of a run, which a resumed run must keep."""
+    paths = {"tokenizer", "init", "reward"}  # compared by content, not by path
     options = flatten_options(args)
-    return {k: v for k, v in options.items() if k not in MAY_CHANGE | paths}
+    return {k: v for k, v in options.items() if k not in CHANGEABLE_ON_RESUME | paths}
 
 
 def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:
-    """Return the settings to resume with; raise if one that shapes the losses was changed."""
+    """Return the settings to resume with; raise a `UserError` if one that shapes losses differs.
+
+    before: the settings of the run, with its directory as `out`.
+    """
+    assert before.out is not None, "load_saved_args sets out"
     old, new = flatten_options(before), flatten_options(args)
-    for name in (n for n in old if n not in MAY_CHANGE and old[n] != new[n]):
+    for name in (n for n in old if n not in CHANGEABLE_ON_RESUME and old[n] != new[n]):
         raise UserError(
             f"{before.out} was started with {option_flag(name)} {old[name]}, not {new[name]}: "
-            "a resumed run keeps its settings"
+            "leave the option out, because a resumed run keeps its settings"
         )
     has_tokenizer = (before.out / "tokenizer.json").is_file()
     tokenizer = before.out if has_tokenizer else args.tokenizer
     return replace(args, out=before.out, resume=True, tokenizer=tokenizer)
 
 
-def flatten_options(args: TrainConfig) -> dict:
+def flatten_options(args: TrainConfig) -> dict[str, Any]:
     """Return every option by its name: `lr`, `model.dim`, `seed`."""
     values = asdict(args)
     model = {f"model.{k}": v for k, v in values.pop("model").items()}
     return values | values.pop("recipe") | model
 
 
-# ── The folder of a run ──
+# ── The directory of a run ──
 
 
 def candidate_run_dirs(
     kind: type[TrainConfig], config: str, out: Path | None = None
 ) -> Iterator[Path]:
-    """Yield where a run may go: --out or runs/<config>[-<command>], then with -2, -3 …"""
+    """Yield possible directories of a run: --out or runs/<config>[-<command>], then with -2 …."""
     suffix = "" if kind.COMMAND == "train" else f"-{kind.COMMAND}"
     base = out or Path("runs") / (Path(config).stem + suffix)
     yield base
@@ -288,41 +305,38 @@ def candidate_run_dirs(
 
 
 def newest_run_dir(kind: type[TrainConfig], config: str) -> Path:
-    """Return the newest of runs/<config>, runs/<config>-2, …"""
-    return [
-        next(candidate_run_dirs(kind, config)),
-        *takewhile(Path.exists, candidate_run_dirs(kind, config)),
-    ][-1]
+    """Return the last of runs/<config>, runs/<config>-2, … that exists, or runs/<config>."""
+    existing = list(takewhile(Path.exists, candidate_run_dirs(kind, config)))
+    return existing[-1] if existing else next(candidate_run_dirs(kind, config))
 
 
 @contextmanager
 def lock_run_dir(args: TrainConfig) -> Iterator[Path]:
-    """Create and lock the directory of this run until the `with` ends."""
-    for folder in (
-        [args.out] if args.resume else candidate_run_dirs(type(args), args.config, args.out)
-    ):
+    """Create the directory of this run and lock it until the `with` ends."""
+    candidates = candidate_run_dirs(type(args), args.config, args.out)
+    for folder in islice(candidates, 1) if args.resume else candidates:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder} is a file; a run is a folder")
+            raise UserError(f"--out {folder} is a file; give a directory")
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
             free = try_lock(handle)
             if args.resume and not free:
                 raise UserError(f"another process is training in {folder}")
-            # the trace of an early kill; where a launcher writes before the run begins
-            taken = {p.name for p in folder.iterdir()} - {"run.part", "logs"}
-            if free and (args.resume or not taken):
+            # run.part: left by an early kill; logs: written by a launcher before the run begins
+            contents = {p.name for p in folder.iterdir()} - {"run.part", "logs"}
+            if free and (args.resume or not contents):
                 yield folder
                 return
         finally:
-            os.close(handle)  # unlocks, as does the end of the process, however it comes
+            os.close(handle)  # unlocks the directory, as the end of the process would
 
 
 # ── run.json ──
 
 
-def describe_run(args: TrainConfig, command: str | None) -> dict:
-    """Return the contents of run.json: enough to repeat the run."""
+def describe_run(args: TrainConfig, command: str | None) -> dict[str, Any]:
+    """Return the contents of run.json, which suffice to repeat the run."""
     with torch.device("meta"):
         model = Transformer(args.model)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
@@ -355,12 +369,14 @@ def load_saved_args(folder: Path, kind: type[TrainConfig] = TrainConfig) -> Trai
     if not path.is_file():
         raise UserError(f"nothing to resume: {folder} holds no run.json; start without --resume")
     try:
-        s = read_json(path)["settings"]
-        s |= {"model": from_dict(s["model"]), "recipe": TrainingRecipe(**s["recipe"])}
-        s |= {"out": folder, "resume": True}
-        s |= {name: tuple(value) for name, value in s.items() if isinstance(value, list)}
-        paths = {"tokenizer", "init", "reward"} & set(s)
-        s |= {name: s[name] and Path(s[name]) for name in paths}
-        return kind(**s)
+        saved = read_json(path)["settings"]
+        saved |= {"model": from_dict(saved["model"]), "recipe": TrainingRecipe(**saved["recipe"])}
+        saved |= {"out": folder, "resume": True}
+        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        paths = {"tokenizer", "init", "reward"} & set(saved)
+        saved |= {name: saved[name] and Path(saved[name]) for name in paths}
+        return kind(**saved)
     except (UserError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged, or of another version: {e}") from None
+        raise UserError(
+            f"{path} is damaged, or of another version ({e}): start a new run without --resume"
+        ) from None

@@ -1,7 +1,8 @@
-"""Where a run stands, and the run as a whole: task, strategy, data and state."""
+"""The state of a run, and the run itself: task, strategy, data and state."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ class TrainState:
     """Step, tokens, time, data position, random numbers, spike guard and averaged weights."""
 
     def __init__(self, config: TrainConfig, loader: Loader | None, ema: EMA | None):
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
         self.loader, self.ema = loader, ema
         self.spike_guard = SpikeGuard(
             config.skip_grad_norm_factor, config.grad_norm_window, config.max_skipped_steps
@@ -28,51 +31,45 @@ class TrainState:
         self.last_stats: StepStats | None = None
         self.rolled_back_from: int | None = None  # for the next metrics row
 
-    def state_dict(self) -> tuple[dict, dict[str, Tensor]]:
-        """Return all but model, optimizer and average: values for JSON, and tensors."""
-        data, tensors = self.loader.state_dict() if self.loader else ({}, {})
-        values = {
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything except model, optimizer and averaged weights."""
+        return {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "spike_guard": self.spike_guard.state_dict(),
-            "data": data,
+            "data": self.loader.state_dict() if self.loader else {},
+            "rng": rng_state_dict(),
         }
-        return values, {f"data.{k}": v for k, v in tensors.items()} | rng_state_dict()
 
-    def load_state_dict(self, values: dict, tensors: dict[str, Tensor], data: bool = True) -> None:
-        """Continue where `state_dict` was taken; without `data` the data position stays."""
-        self.spike_guard.load_state_dict(values["spike_guard"])
-        if data and self.loader:
-            self.loader.load_state_dict(values["data"], strip_prefix(tensors, "data."))
-        load_rng_state_dict(tensors)
-        self.step, self.tokens = values["step"], values["tokens"]
-        self.seconds = values["seconds"]
+    def load_state_dict(self, state: dict[str, Any], with_data: bool = True) -> None:
+        """Continue where `state_dict` was taken; without `with_data` keep the data position."""
+        self.spike_guard.load_state_dict(state["spike_guard"])
+        if with_data and self.loader:
+            self.loader.load_state_dict(state["data"])
+        load_rng_state_dict(state["rng"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.seconds = state["seconds"]
 
 
 def rng_state_dict() -> dict[str, Tensor]:
-    """Return the states of torch's random generators."""
-    tensors = {"rng.cpu": torch.get_rng_state()}
+    """Return the states of torch's random number generators."""
+    state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    return tensors
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-def load_rng_state_dict(tensors: dict[str, Tensor]) -> None:
-    """Restore the states of torch's random generators."""
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-
-
-def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def load_rng_state_dict(state: dict[str, Tensor]) -> None:
+    """Restore the states of torch's random number generators."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 @dataclass
 class Run:
-    """One run: what is learned, where it runs, its directory, its data, and where it stands."""
+    """A training run: its task, strategy, directory, data and state."""
 
     task: Task
     strategy: Strategy
@@ -82,10 +79,12 @@ class Run:
 
     @property
     def config(self) -> TrainConfig:
+        """The options of the run."""
         return self.task.config
 
     @property
     def num_steps(self) -> int:
+        """The number of training steps."""
         return len(self.data.batch_size_schedule)
 
     @property
@@ -96,11 +95,11 @@ class Run:
 
     @property
     def is_new_from_init(self) -> bool:
-        """Whether the weights come from --init: it is given, and there is no checkpoint yet."""
+        """True if the weights come from --init: it is set, and the run has no checkpoint yet."""
         return starts_from_init(self.config, self.run_dir)
 
-    def abort(self, name: str, value: float, more: str = "") -> None:
-        """Stop training with an error, because weights that give this value are of no use."""
+    def abort(self, name: str, value: float, more: str = "") -> NoReturn:
+        """Raise a `UserError` that stops training because of a value, such as a loss of NaN."""
         raise UserError(
             f"the {name} became {value:.6g} at step {self.state.step}{more}, so training stopped. "
             f"{checkpointer.describe_last(self.run_dir)} A lower --lr usually helps."

@@ -1,11 +1,11 @@
-"""Where a task runs: the `Strategy` protocol, and one process that does it all."""
+"""The `Strategy` protocol, which says where a task runs, and the strategy of one process."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,14 +21,16 @@ from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import StepStats, train_step
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
-from dsv3_ref.training.task import Data, RowTask
+from dsv3_ref.training.task import Batch, Data, RowTask
 
 if TYPE_CHECKING:
     from dsv3_ref.training.state import Run
 
+Item = TypeVar("Item")
+
 
 class StepHyperparams(NamedTuple):
-    """What an optimizer step needs besides its rows, in the order of `pretrain.train_step`."""
+    """The arguments of `pretrain.train_step` after the micro-batches, in its order."""
 
     recipe: TrainingRecipe
     lr: float
@@ -38,48 +40,60 @@ class StepHyperparams(NamedTuple):
 
 
 class Strategy(Protocol):
-    """Where a run is computed: it holds the model, takes steps, and saves and loads it.
+    """The processes that compute a run: they hold the model, take steps, save and load.
 
-    Every process of a run has one. A strategy whose ranks all see the global batch (one process,
-    a mesh) gathers and reduces nothing: its `shard`, `all_gather` and `all_reduce` return what
-    they get.
+    Every process of a run has one strategy object. If all its ranks see the global batch (one
+    process, a mesh), `shard`, `all_gather` and `all_reduce` return their argument.
     """
 
-    device: torch.device
-    model: nn.Module
-    """The parameters that this process holds, as a module."""
-    optimizer: torch.optim.Optimizer
-    is_main: bool
-    """Whether this process writes files and messages."""
-    dp_size: int
-    """Processes among which `shard` divides work."""
-    saves_async: bool
-    """Whether `save_checkpoint` returns before the checkpoint is complete."""
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The parameters that this process holds, as a module."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of those parameters."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes files and messages."""
+
+    @property
+    def dp_size(self) -> int:
+        """The number of processes among which `shard` divides work."""
+
+    @property
+    def saves_async(self) -> bool:
+        """True if `save_checkpoint` returns before the checkpoint is complete."""
 
     @property
     def num_params(self) -> int:
-        """The parameters of the whole model."""
+        """The number of parameters of the whole model."""
 
     @property
     def description(self) -> str:
         """The device or devices, for the start message."""
 
     def build_data(self, build: Callable[[], Data]) -> Data:
-        """Build the data where it is read; every process gets what it must know of it."""
+        """Call build() on the ranks that read the data; return on each rank its part."""
 
     def build_model(self, config: TrainConfig, data: Data, init: Path | None) -> None:
-        """Build model and optimizer, with the weights of `init` where it is given."""
+        """Build model and optimizer; with `init`, load its weights."""
 
     def precision_context(self) -> AbstractContextManager[None]:
-        """Compute products in the run's precision."""
+        """Return a context that computes products in the run's precision."""
 
     def begin_step(self, step: int) -> None:
         """Prepare this process for a step."""
 
     def broadcast_rows(self, rows: Tensor | None, shape: tuple[int, int], step: int) -> Tensor:
-        """Return a batch of rows on the device, read here or by another rank."""
+        """Return a batch of rows on the device; `rows` is None on ranks that do not read."""
 
-    def train_step(self, run: "Run", batch: Any, hyperparams: StepHyperparams) -> StepStats:
+    def train_step(self, run: "Run", batch: Batch, hyperparams: StepHyperparams) -> StepStats:
         """Take one optimizer step on a minibatch of the run's task."""
 
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
@@ -88,56 +102,66 @@ class Strategy(Protocol):
     def expert_biases(self) -> list[Tensor | None]:
         """Return the gate biases of all MoE layers."""
 
-    def step_metrics(self) -> dict:
-        """Return what the metrics row of a step says about communication."""
+    def step_metrics(self) -> dict[str, Any]:
+        """Return the communication metrics of the last step."""
 
-    def load_whole_model(self, run_dir: Path) -> nn.Module:
-        """Return the whole model as it stands at a checkpoint just written, to sample from."""
+    def load_whole_model(self, run_dir: Path) -> Transformer:
+        """Return the whole model of the checkpoint just written, to sample from."""
 
-    def shard(self, items: list) -> list:
+    def shard(self, items: list[Item]) -> list[Item]:
         """Return this process's part of a list."""
 
-    def all_gather(self, items: list) -> list:
-        """Return the parts of all processes as one list, in its first order."""
+    def all_gather(self, items: list[Item]) -> list[Item]:
+        """Return the parts of all processes as one list, in the order it had before `shard`."""
 
     def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
         """Return sums over all processes."""
 
     def should_stop(self, signals: list[int]) -> bool:
-        """Return whether any process was sent a signal that asks to stop."""
+        """Return whether any process has received a signal to stop."""
 
     def barrier(self) -> None:
         """Wait for all processes."""
 
-    def broadcast(self, make: Callable[[], Any]) -> Any:
-        """Return the value of make(), which the main process alone calls."""
+    def broadcast(self, make: Callable[[], Item]) -> Item:
+        """Return the value of make(), called on the main process only."""
 
     def save_checkpoint(
-        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
+        self,
+        folder: Path,
+        values: dict[str, Any],
+        tensors: dict[str, Tensor],
+        ema: EMA | None,
+        about: dict[str, Any],
     ) -> None:
-        """Write model, optimizer and average beside these values for JSON and tensors.
+        """Write model, optimizer and averaged weights, and these values and tensors of the run.
 
-        about: what the manifest says of the run.
+        about: what the manifest records about the run.
         """
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the checkpoint being written is complete."""
 
     def find_damage(self, folder: Path) -> str | None:
-        """Return what is damaged in a checkpoint, on all processes, or None if it is whole."""
+        """Return a description of damage to a checkpoint, on all processes, or None."""
 
-    def load_checkpoint(self, folder: Path, ema: EMA | None) -> tuple[dict, dict[str, Tensor]]:
-        """Read model, optimizer and average; return the values and tensors beside them."""
+    def load_checkpoint(
+        self, folder: Path, ema: EMA | None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Load model, optimizer and averaged weights; return the run's values and tensors."""
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this name; `auto` is CUDA where there is one."""
+    """Return the device of this name; `auto` is CUDA if it is available, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"device {name!r} cannot be used: {reason}; --device auto chooses one"
+        ) from None
     return torch.device(name)
 
 
@@ -148,7 +172,7 @@ def state_dtype(config: TrainConfig) -> torch.dtype:
 
 @contextmanager
 def use_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute products in bf16 by autocast, in FP8 by a backend before the active ones."""
+    """Compute matrix products in bf16 by autocast, or in FP8 by the backend `fp8`."""
     on_gpu = device.type == "cuda"
     bf16 = precision == "bf16" or (on_gpu and precision != "fp32")
     with ExitStack() as stack:
@@ -161,7 +185,9 @@ def use_precision(precision: str, device: torch.device) -> Iterator[None]:
 class SingleProcess:
     """One process with the whole model, the whole batch and all the data."""
 
-    is_main, dp_size, saves_async = True, 1, False
+    is_main: bool = True
+    dp_size: int = 1
+    saves_async: bool = False
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -169,72 +195,100 @@ class SingleProcess:
 
     @property
     def num_params(self) -> int:
+        """The number of parameters of the model."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def description(self) -> str:
+        """The name of the device."""
         return str(self.device)
 
     def build_data(self, build: Callable[[], Data]) -> Data:
+        """Return the value of build()."""
         return build()
 
     def build_model(self, config: TrainConfig, data: Data, init: Path | None) -> None:
+        """Build model and optimizer; with `init`, load its weights."""
         self.model = Transformer(config.model).to(self.device)
         if init:
             native.load_into(self.model, init, verify=config.verify)
         self.optimizer = build_adamw(self.model, config.recipe, state_dtype(config))
 
     def precision_context(self) -> AbstractContextManager[None]:
+        """Return a context that computes products in the run's precision."""
         return use_precision(self.config.precision, self.device)
 
     def begin_step(self, step: int) -> None:
-        """One process needs no preparation."""
+        """Do nothing: one process needs no preparation."""
 
     def broadcast_rows(self, rows: Tensor | None, shape: tuple[int, int], step: int) -> Tensor:
+        """Return the rows on the device."""
+        assert rows is not None, "this process reads the data"
         return rows.to(self.device)
 
-    def train_step(self, run: "Run", batch: Any, hyperparams: StepHyperparams) -> StepStats:
+    def train_step(self, run: "Run", batch: Batch, hyperparams: StepHyperparams) -> StepStats:
+        """Take one optimizer step on a minibatch of the run's task."""
         task = run.task
         return train_step(
             self.model, self.optimizer, task.micro_batches(run, batch), *hyperparams,
             task.loss, task.loss_weight, self.reduce_step,
         )  # fmt: skip
 
-    reduce_step: Callable | None = None  # over ranks: see `train_step`
+    def reduce_step(self, model: nn.Module, sums: Tensor, load_le: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses and loads, which are those of the whole batch."""
+        return sums, load_le
 
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
+        """Return Σ −log p over the targets of validation rows, in nats."""
         return task.nll(self.model, rows_bs)
 
     def expert_biases(self) -> list[Tensor | None]:
+        """Return the gate biases of all MoE layers."""
         return [m.gate.bias for m in moe_layers(self.model).values()]
 
-    def step_metrics(self) -> dict:
+    def step_metrics(self) -> dict[str, Any]:
+        """Return no metrics: one process does not communicate."""
         return {}
 
-    def load_whole_model(self, run_dir: Path) -> nn.Module:
+    def load_whole_model(self, run_dir: Path) -> Transformer:
+        """Return the model, which is whole."""
         return self.model
 
-    def shard(self, items: list) -> list:
+    def shard(self, items: list[Item]) -> list[Item]:
+        """Return the items."""
         return items
 
-    def all_gather(self, items: list) -> list:
+    def all_gather(self, items: list[Item]) -> list[Item]:
+        """Return the items."""
         return items
 
     def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the values."""
         return values
 
     def should_stop(self, signals: list[int]) -> bool:
+        """Return whether this process has received a signal."""
         return bool(signals)
 
     def barrier(self) -> None:
-        """There is no other process to wait for."""
+        """Do nothing: there is no other process to wait for."""
 
-    def broadcast(self, make: Callable[[], Any]) -> Any:
+    def broadcast(self, make: Callable[[], Item]) -> Item:
+        """Return the value of make()."""
         return make()
 
     def save_checkpoint(
-        self, folder: Path, values: dict, tensors: dict[str, Tensor], ema: EMA | None, about: dict
+        self,
+        folder: Path,
+        values: dict[str, Any],
+        tensors: dict[str, Tensor],
+        ema: EMA | None,
+        about: dict[str, Any],
     ) -> None:
+        """Write model, optimizer and averaged weights, and these values and tensors of the run.
+
+        about: what the manifest records about the run.
+        """
         moments, steps = optimizer_tensors(self.model, self.optimizer)
         tensors = tensors | moments | steps
         values = values | {"optimizer_steps": max_step(steps), "ema_t": ema.t if ema else 0}
@@ -248,12 +302,16 @@ class SingleProcess:
             manifest.write_manifest(tmp, about)
 
     def wait_for_checkpoint(self) -> None:
-        """`save_checkpoint` has already waited."""
+        """Do nothing: `save_checkpoint` returns when the checkpoint is complete."""
 
     def find_damage(self, folder: Path) -> str | None:
+        """Return a description of damage to a checkpoint, or None."""
         return manifest.find_damage(folder)
 
-    def load_checkpoint(self, folder: Path, ema: EMA | None) -> tuple[dict, dict[str, Tensor]]:
+    def load_checkpoint(
+        self, folder: Path, ema: EMA | None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Load model, optimizer and averaged weights; return the run's values and tensors."""
         values, tensors = read_json(folder / STATE), load_file(folder / TENSORS)
         if ema:
             ema.wait()  # its thread reads the weights
@@ -291,5 +349,5 @@ def optimizer_tensors(
 
 
 def max_step(steps: dict[str, Tensor]) -> int:
-    """Return the number of optimizer steps of the parameter that has seen most."""
+    """Return the largest step count of a parameter."""
     return max(int(step) for step in steps.values())

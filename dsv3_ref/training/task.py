@@ -1,16 +1,19 @@
-"""What is learned: the `Task` protocol, and pre-training on text.
+"""The `Task` protocol, which says what is learned, and pre-training on text.
 
 A task builds its data, draws batches, computes losses and validates under metric names of its own.
-It does not know where it runs: that is a `Strategy`. The loop in `training.loop` joins the two.
+A `Strategy` decides where it runs, and the loop in `training.loop` joins the two.
 """
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
 
 from dsv3_ref import pretrain
@@ -23,9 +26,10 @@ from dsv3_ref.data.loader import (
     sample_texts,
     val_windows,
 )
-from dsv3_ref.data.sources import open_sources, stored_tokenizer
+from dsv3_ref.data.sources import Source, open_sources, stored_tokenizer
 from dsv3_ref.data.tokenizer import BOS, byte_lengths, load_tokenizer, vocab_size
 from dsv3_ref.decode import generate
+from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
@@ -37,130 +41,151 @@ if TYPE_CHECKING:
 
 OTHER_SOURCE_BATCHES = 16  # validation batches of each source but the first, for the summary
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 160, 0.8  # of the texts in the summary
+SAMPLES_PER_SOURCE = 2
+
+Batch = Any  # what a task draws for a step: rows of tokens, pairs, or rollouts
+BalanceLossScope = Literal["sequence", "batch"]
 
 
 class Loader(Protocol):
     """A stream of training rows that can be stopped and resumed anywhere."""
 
-    def next_batch(self, n: int) -> Any:
+    def next_batch(self, n: int) -> Batch:
         """Return the next n rows."""
 
-    def state_dict(self) -> tuple[dict, dict[str, Tensor]]:
-        """Return the position in the stream: values for JSON, and tensors."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream: values for JSON, and tensors at the top level."""
 
-    def load_state_dict(self, values: dict, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
 
 
 @dataclass
 class Data:
-    """What a task learns from. Ranks that do not read it have only the fields up to the loader."""
+    """The data of a run; ranks that receive their rows from another have no loader or sources."""
 
     names: list[str]  # sources or tasks; the first is the one that validation reports
     batch_size_schedule: list[int]  # rows of each step
     val: dict[str, list[Tensor]]  # validation batches of each source
+    tokenizer: Tokenizer
     special_tokens: SpecialTokens | None = None  # of conversations
     token_bytes: Tensor | None = None  # UTF-8 bytes of each token
     minibatches: int = 1  # optimizer steps taken from one batch
     loader: Loader | None = None
-    tokenizer: Any = None
-    sources: tuple = ()
-    fingerprints: tuple[dict, ...] = ()  # of each source: name, documents, hashes of their text
+    sources: tuple[Source, ...] = ()
+    fingerprints: tuple[dict[str, Any], ...] = ()  # of each source: name, documents, text hashes
 
     def without_loader(self) -> "Data":
-        """Return what ranks know that do not read the data themselves."""
-        return replace(self, loader=None, tokenizer=None, sources=(), fingerprints=())
+        """Return the part for ranks that do not read the data themselves."""
+        return replace(self, loader=None, sources=(), fingerprints=())
 
 
 class Task(Protocol):
-    """What a run learns: data, loss, validation and results of one `dsv3` command."""
+    """The subject of a run: data, loss, validation and results of one `dsv3` command.
 
-    config: TrainConfig
-    requires_whole_model: bool
-    """Whether every rank must hold the whole model, so that only data parallelism is possible."""
-    monitor: str
-    """The validation metric whose best checkpoint is kept."""
-    monitor_mode: Literal["min", "max"]
+    Only the task looks into a `Batch`; the loop asks for its length.
+    """
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options of the command."""
+
+    @property
+    def requires_whole_model(self) -> bool:
+        """True if every rank must hold the whole model: only data parallelism is possible."""
+
+    @property
+    def monitor(self) -> str:
+        """The validation metric whose best checkpoint is kept."""
+
+    @property
+    def monitor_mode(self) -> Literal["min", "max"]:
+        """The direction in which the monitored metric improves."""
 
     def build_data(self) -> Data:
-        """Open the data and decide how many rows each step has."""
+        """Open the data and set the number of rows of each step."""
 
     def prepare(self, run: "Run") -> None:
         """Build what the task needs besides the model, such as a reference model."""
 
-    def next_batch(self, run: "Run", n: int) -> Any:
+    def next_batch(self, run: "Run", n: int) -> Batch:
         """Return this process's part of the next n rows."""
 
-    def minibatches(self, run: "Run", batch: Any) -> list:
-        """Split a batch into the parts that take an optimizer step each."""
+    def minibatches(self, run: "Run", batch: Batch) -> Sequence[Batch]:
+        """Split a batch into minibatches; the optimizer takes a step on each."""
 
-    def micro_batches(self, run: "Run", batch: Any) -> list:
-        """Split a minibatch into the parts that one forward pass reads."""
+    def micro_batches(self, run: "Run", batch: Batch) -> Sequence[Batch]:
+        """Split a minibatch into micro-batches, each the input of one forward pass."""
 
-    def loss(self, model: nn.Module, micro_batch: Any, balance_loss_scope: str) -> LossOutput:
+    def loss(
+        self, model: Transformer, micro_batch: Batch, balance_loss_scope: BalanceLossScope
+    ) -> LossOutput:
         """Return the losses of a micro-batch, averaged over what `loss_weight` counts."""
 
-    def loss_weight(self, micro_batch: Any) -> int:
-        """Return how much a micro-batch counts in the mean over its batch."""
+    def loss_weight(self, micro_batch: Batch) -> int:
+        """Return the weight of a micro-batch in the mean over its batch."""
 
-    def num_tokens(self, batch: Any) -> int:
-        """Return how many tokens of a batch are trained on."""
+    def num_tokens(self, batch: Batch) -> int:
+        """Return the number of tokens of a batch that are trained on."""
 
-    def metrics(self, run: "Run", row: dict) -> dict:
-        """Return the metrics row of the step just taken, from the part that all tasks share."""
+    def metrics(self, run: "Run", row: dict[str, Any]) -> dict[str, Any]:
+        """Return the metrics row of the step just taken; `row` has what all tasks share."""
 
-    def validate(self, run: "Run") -> dict:
+    def validate(self, run: "Run") -> dict[str, Any]:
         """Return validation metrics under the task's own names."""
 
-    def summarize(self, run: "Run", row: dict) -> dict:
+    def summarize(self, run: "Run", row: dict[str, Any]) -> dict[str, Any]:
         """Return the contents of summary.json; `row` is the last metrics row."""
 
     def summarize_rank(self, run: "Run") -> None:
         """Take part in the collective operations of `summarize`, on ranks that do not write."""
 
     def describe_data(self, run: "Run") -> str:
-        """Describe what will be trained on, for the start message."""
+        """Describe the training data, for the start message."""
 
-    def result_line(self, run: "Run", row: dict) -> str:
+    def result_line(self, run: "Run", row: dict[str, Any]) -> str:
         """Return the result in one sentence."""
 
 
 class RowTask(Task, Protocol):
     """A task on rows of tokens, which any strategy can run and validate by log-probabilities."""
 
-    def nll(self, model: nn.Module, rows_bs: Tensor) -> float:
+    def nll(self, model: Transformer, rows_bs: Tensor) -> float:
         """Return Σ −log p of the targets of validation rows, in nats."""
 
     def loss_targets(self, rows_bs: Tensor) -> Tensor:
         """Return the tokens of validation rows whose loss counts."""
 
 
-# ── What several tasks share ──
+# ── Shared by several tasks ──
 
 
-def find_tokenizer(config: TrainConfig, sources: tuple = ()) -> Any:
+def find_tokenizer(config: TrainConfig, sources: Sequence[Source] = ()) -> Tokenizer:
     """Return the tokenizer of --tokenizer, of --init, of the shards, or train one on the data."""
-    room = config.model.vocab_size
+    max_size = config.model.vocab_size
     folder = config.tokenizer
     if not folder and config.init:
         folder = native.find_tokenizer_dir(config.init)
     stored = stored_tokenizer(sources)
     tokenizer = load_tokenizer(folder) if folder else stored
-    if not tokenizer:
-        tokenizer = load_or_train_tokenizer(sources, room, tqdm.write)
+    if tokenizer is None:
+        tokenizer = load_or_train_tokenizer(sources, max_size, tqdm.write)
     if stored and tokenizer.to_str() != stored.to_str():
-        raise UserError(f"the shards were made with another tokenizer than that of {folder}")
-    size = vocab_size(tokenizer)
-    if size > room:
         raise UserError(
-            f"the tokenizer has {size} tokens, the model only {room}: "
+            f"the shards were made with another tokenizer than that of {folder}: leave --tokenizer "
+            "and --init out, or prepare the shards with this tokenizer"
+        )
+    size = vocab_size(tokenizer)
+    if size > max_size:
+        raise UserError(
+            f"the tokenizer has {size} tokens, the model only {max_size}: "
             f"raise --model.vocab-size to {size}"
         )
     return tokenizer
 
 
 def next_rows(run: "Run", n: int) -> Tensor:
-    """Return the next n rows of T + 1 tokens, drawn by the rank that reads the data."""
+    """Return the next n rows of T + 1 tokens; the rank with the loader draws them."""
     rows_bs = run.data.loader.next_batch(n) if run.data.loader else None
     shape = n, run.config.recipe.seq_len + 1
     return run.strategy.broadcast_rows(rows_bs, shape, run.state.step + 1)
@@ -172,32 +197,41 @@ def split_rows(rows_bs: Tensor, size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_loss(
     task: RowTask, run: "Run", name: str, batches: int | None = None
 ) -> tuple[float, float]:
-    """Return nats per token and bits per byte on held-out documents of a source."""
-    nll = n_bytes = n_tokens = 0
+    """Return nats per token and bits per byte on held-out documents of a source.
+
+    batches: the number of validation batches; None: all of them.
+    """
+    token_bytes = run.data.token_bytes
+    assert token_bytes is not None, "tasks on rows count the bytes of their tokens"
+    nll = 0.0
+    n_bytes = n_tokens = 0
     for window_bs in run.data.val[name][:batches]:
         with run.strategy.precision_context():
             nll += run.strategy.nll(task, window_bs.to(run.strategy.device))
         targets = task.loss_targets(window_bs)
-        n_bytes += run.data.token_bytes[targets].sum().item()
+        n_bytes += int(token_bytes[targets].sum())
         n_tokens += targets.numel()
     return nll / n_tokens, nll / math.log(2) / max(1, n_bytes)
 
 
-def validate_rows(task: RowTask, run: "Run") -> dict:
-    """Return the loss on the first source, also of the averaged weights; all of it at the end."""
+def validate_rows(task: RowTask, run: "Run") -> dict[str, float | None]:
+    """Return the validation metrics on the first source, also with averaged weights.
+
+    At the last step it evaluates all validation rows, before that --val-sequences of them.
+    """
     is_last = run.state.step == len(run.data.batch_size_schedule)
     batches = None if is_last else ceil_div(run.config.val_sequences, VAL_BATCH)
     name = run.data.names[0]
-    val_loss, val_bpb = evaluate(task, run, name, batches)
+    val_loss, val_bpb = evaluate_loss(task, run, name, batches)
     if not math.isfinite(val_loss):
         run.abort("validation loss", val_loss)
-    row = {"val_loss": val_loss, "val_bpb": val_bpb}
+    row: dict[str, float | None] = {"val_loss": val_loss, "val_bpb": val_bpb}
     if run.state.ema:
         with run.state.ema.swapped_in():
-            mean_loss = evaluate(task, run, name, batches)[0]
+            mean_loss = evaluate_loss(task, run, name, batches)[0]
         row["val_loss_ema"] = mean_loss if math.isfinite(mean_loss) else None
     return row
 
@@ -205,11 +239,11 @@ def validate_rows(task: RowTask, run: "Run") -> dict:
 def evaluate_other_sources(task: RowTask, run: "Run") -> dict[str, float]:
     """Return bits per byte on held-out documents of all sources but the first."""
     names = run.data.names[1:]
-    return {name: evaluate(task, run, name, OTHER_SOURCE_BATCHES)[1] for name in names}
+    return {name: evaluate_loss(task, run, name, OTHER_SOURCE_BATCHES)[1] for name in names}
 
 
-def summarize_rows(task: RowTask, run: "Run", row: dict) -> dict:
-    """Return what every summary.json of a run on rows holds."""
+def summarize_rows(task: RowTask, run: "Run", row: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of summary.json that all tasks on rows have."""
     first = {run.data.names[0]: row["val_bpb"]}
     return {
         "val_loss": row["val_loss"],
@@ -224,7 +258,7 @@ def summarize_rows(task: RowTask, run: "Run", row: dict) -> dict:
 
 
 class PretrainTask:
-    """Pre-training: every token of packed text is predicted."""
+    """Pre-training on packed text, with a loss on every token."""
 
     requires_whole_model: ClassVar[bool] = False
     monitor: ClassVar[str] = "val_loss"
@@ -234,6 +268,7 @@ class PretrainTask:
         self.config = config
 
     def build_data(self) -> Data:
+        """Open the sources, find or train a tokenizer, and hold out validation documents."""
         config, recipe = self.config, self.config.recipe
         sources = open_sources(config.data, config.seed, config.streaming)
         tokenizer = find_tokenizer(config, sources)
@@ -252,61 +287,82 @@ class PretrainTask:
         )
 
     def prepare(self, run: "Run") -> None:
-        """Pre-training needs nothing besides the model."""
+        """Do nothing: pre-training needs nothing besides the model."""
 
     def next_batch(self, run: "Run", n: int) -> Tensor:
+        """Return the next n rows of T + 1 tokens."""
         return next_rows(run, n)
 
     def minibatches(self, run: "Run", batch: Tensor) -> list[Tensor]:
+        """Return the batch as one minibatch."""
         return [batch]
 
     def micro_batches(self, run: "Run", batch: Tensor) -> list[Tensor]:
+        """Split rows into micro-batches of --micro-batch rows."""
         return split_rows(batch, self.config.micro_batch)
 
-    def loss(self, model: nn.Module, micro_batch: Tensor, balance_loss_scope: str) -> LossOutput:
+    def loss(
+        self, model: Transformer, micro_batch: Tensor, balance_loss_scope: BalanceLossScope
+    ) -> LossOutput:
+        """Return the next-token, MTP and balance losses."""
         return pretrain.compute_losses(model, micro_batch, balance_loss_scope)
 
     def loss_weight(self, micro_batch: Tensor) -> int:
-        return len(micro_batch)  # all rows have as many tokens
+        """Return the number of rows, which all have the same number of tokens."""
+        return len(micro_batch)
 
     def num_tokens(self, batch: Tensor) -> int:
+        """Return the number of predicted tokens."""
         return batch[:, 1:].numel()
 
-    def nll(self, model: nn.Module, rows_bs: Tensor) -> float:
+    def nll(self, model: Transformer, rows_bs: Tensor) -> float:
+        """Return Σ −log p of all tokens but the first of each row, in nats."""
         h_nd = model.hidden_states(rows_bs[:, :-1])[0].flatten(0, 1)
         return linear_cross_entropy(h_nd, model.head.weight, rows_bs[:, 1:].flatten()).item()
 
     def loss_targets(self, rows_bs: Tensor) -> Tensor:
+        """Return all tokens but the first of each row."""
         return rows_bs[:, 1:]
 
-    def metrics(self, run: "Run", row: dict) -> dict:
+    def metrics(self, run: "Run", row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row unchanged: pre-training has no metrics of its own."""
         return row
 
-    def validate(self, run: "Run") -> dict:
+    def validate(self, run: "Run") -> dict[str, Any]:
+        """Return loss and bits per byte on held-out documents of the first source."""
         return validate_rows(self, run)
 
-    def summarize(self, run: "Run", row: dict) -> dict:
+    def summarize(self, run: "Run", row: dict[str, Any]) -> dict[str, Any]:
+        """Return the results by source, baselines, and continuations of held-out texts."""
         summary = summarize_rows(self, run, row)
         return summary | {"baselines": measure_baselines(run), "samples": continue_texts(run)}
 
     def summarize_rank(self, run: "Run") -> None:
+        """Take part in the evaluation of the other sources."""
         evaluate_other_sources(self, run)
 
     def describe_data(self, run: "Run") -> str:
+        """Describe the data by its tokens and sources."""
         tokens = sum(run.data.batch_size_schedule) * self.config.recipe.seq_len
         return f"{tokens:,} tokens of {' and '.join(run.data.names)}"
 
-    def result_line(self, run: "Run", row: dict) -> str:
+    def result_line(self, run: "Run", row: dict[str, Any]) -> str:
+        """Return the bits per byte on the first source's held-out documents."""
         return f"{row['val_bpb']:.3f} bits per byte on unseen {run.data.names[0]} documents"
 
 
-def continue_texts(run: "Run") -> list[dict]:
+def continue_texts(run: "Run") -> list[dict[str, Any]]:
     """Return continuations of the first words of held-out documents."""
     model, device = run.strategy.load_whole_model(run.run_dir), run.strategy.device
     generator = torch.Generator(device).manual_seed(run.config.seed)
-    tokenizer, samples = run.data.tokenizer, []
+    tokenizer = run.data.tokenizer
     bos = tokenizer.token_to_id(BOS)
-    for text in [text for source in run.data.sources for text in source.val_texts[:2]]:
+    assert bos is not None, "load_tokenizer requires the special tokens"
+    samples: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for source in run.data.sources:
+        texts += source.val_texts[:SAMPLES_PER_SOURCE]
+    for text in texts:
         ids = [bos, *tokenizer.encode(text[:2000], add_special_tokens=False).ids[:12]]
         room = max(0, min(SAMPLE_TOKENS, run.config.model.max_seq_len - len(ids)))
         prompt_bs = torch.tensor([ids], device=device)
@@ -320,14 +376,14 @@ def continue_texts(run: "Run") -> list[dict]:
 
 def measure_baselines(run: "Run") -> dict[str, float]:
     """Return bits per byte of gzip, bzip2 and single tokens on the first source's held-out text."""
-    from dsv3_ref.training.report import baselines  # imports matplotlib: half a second
+    from dsv3_ref.training.report import compute_baselines  # imports matplotlib: half a second
 
     tokenizer, source = run.data.tokenizer, run.data.sources[0]
 
     def encode(texts: list[str]) -> list[int]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [token for encoding in encodings for token in encoding.ids]
+        return list(chain.from_iterable(encoding.ids for encoding in encodings))
 
     occurrences = Counter(encode(sample_texts([source])))
     counts = [occurrences[i] for i in range(vocab_size(tokenizer))]
-    return baselines("".join(source.val_texts), counts, encode(source.val_texts))
+    return compute_baselines("".join(source.val_texts), counts, encode(source.val_texts))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from dsv3_ref.kernels.bench.attention import (
+from dsv3_ref.kernels.bench.attention_cases import (
     case_attention,
     case_attention_backward,
     case_latent_attention,
@@ -19,8 +19,8 @@ from dsv3_ref.kernels.bench.case import (
     fraction_of_copy,
     speedup_over,
 )
-from dsv3_ref.kernels.bench.layers import case_linear_cross_entropy, case_moe_step
-from dsv3_ref.kernels.bench.matmul import (
+from dsv3_ref.kernels.bench.layer_cases import case_linear_cross_entropy, case_moe_step
+from dsv3_ref.kernels.bench.matmul_cases import (
     case_fp8_gemm,
     case_fp8_grouped_gemm,
     case_fp8_grouped_wgrad,
@@ -28,7 +28,7 @@ from dsv3_ref.kernels.bench.matmul import (
     case_grouped_linear,
     case_grouped_linear_backward,
 )
-from dsv3_ref.kernels.bench.memory_bound import (
+from dsv3_ref.kernels.bench.memory_bound_cases import (
     case_act_quant,
     case_act_quant_transposed,
     case_apply_rotary_emb,

@@ -11,7 +11,7 @@ from dsv3_ref.kernels.bench.timing import GPUInfo, describe_gpu, format_error, t
 
 
 def worker_main(pipe: Connection) -> None:
-    """Receive (name, rounds) and reply with the case's timing or, for an empty name, a `GPUInfo`."""
+    """Reply to (name, rounds) with the timing of a case or, for an empty name, a `GPUInfo`."""
     by_name = {case.name: case for case in all_cases()}
     while True:
         name, rounds = pipe.recv()

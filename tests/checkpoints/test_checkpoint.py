@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from dsv3_ref.checkpoints import atomic, safetensors_files
 from dsv3_ref.checkpoints.huggingface import config_from_hf, config_to_hf, hf_names, save_hf
 from dsv3_ref.checkpoints.manifest import DamageError
 from dsv3_ref.checkpoints.native import load, save
-from dsv3_ref.config import V2_LITE, V3, UserError
+from dsv3_ref.config import V2_LITE, V3, UserError, ceil_div
 from dsv3_ref.model import Transformer, moe_layers
 
 FP8 = torch.float8_e4m3fn
@@ -62,8 +63,10 @@ def edit_config(directory: Path, **changes) -> None:
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory by stored name."""
-    files = sorted(directory.glob("*.safetensors"))
-    return {name: t for file in files for name, t in load_file(file).items()}
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        stored |= load_file(file)
+    return stored
 
 
 def rewrite(directory: Path, stored: dict[str, torch.Tensor]) -> None:
@@ -116,8 +119,12 @@ def test_a_checkpoint_saves_over_itself(ours, model):
 @st.composite
 def shapes(draw):
     """Small configs of every kind that both sides can hold."""
-    size = lambda low, high: draw(st.integers(low, high))
-    groups, per_group, layers = size(1, 3), size(2, 4), size(1, 3)
+
+    def size(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    groups, per_group = size(1, 3), size(2, 4)
+    layers = size(1, 3)
     sigmoid = draw(st.booleans())
     yarn = draw(st.booleans())
     return replace(
@@ -147,7 +154,7 @@ def test_any_shape_round_trips(tmp_path_factory, c, shard):
 def test_every_name_is_its_own_place(c):
     with torch.device("meta"):
         state = Transformer(c).state_dict()
-    names = [hf for name in state for hf in hf_names(name, c)]
+    names = [*chain.from_iterable(hf_names(name, c) for name in state)]
     assert len(set(names)) == len(names)
     rows = sum(len(t) if t.ndim == 3 else 1 for t in state.values())
     assert len(names) == rows
@@ -282,7 +289,7 @@ def blocks(shape: tuple[int, int]):
 
 def quantize(w):
     """(codes, scales, what they stand for), block by block."""
-    scale = torch.empty(-(-w.shape[0] // 128), -(-w.shape[1] // 128))
+    scale = torch.empty(ceil_div(w.shape[0], 128), ceil_div(w.shape[1], 128))
     q, meant = torch.empty(w.shape, dtype=FP8), torch.empty(w.shape)
     for o, i, at in blocks(w.shape):
         scale[at] = w[o, i].abs().max() / 448
@@ -511,7 +518,9 @@ KILLED = """
 import os, signal, sys
 from dsv3_ref.checkpoints import native, safetensors_files
 model = native.load(sys.argv[1])
-module, name, at = (safetensors_files, "save_file", 2) if sys.argv[2] == "write" else (os, "rename", 1)
+module, name, at = os, "rename", 1
+if sys.argv[2] == "write":
+    module, name, at = safetensors_files, "save_file", 2
 real, calls = getattr(module, name), iter(range(99))
 def call(*args, **kwargs):
     if next(calls) == at:

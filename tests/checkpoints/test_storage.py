@@ -61,7 +61,9 @@ def write_in_chunks(folder, x: torch.Tensor, cuts: list[int]) -> None:
             index=MetadataIndex("x", (start, 0)),
             type=dcp.planner.WriteItemType.SHARD,
             tensor_data=dcp.planner.TensorWriteData(
-                dcp.metadata.ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([end - start, x.shape[1]])),
+                dcp.metadata.ChunkStorageMetadata(
+                    torch.Size([start, 0]), torch.Size([end - start, x.shape[1]])
+                ),
                 dcp.metadata.TensorProperties(dtype=x.dtype),
                 x.shape,
             ),

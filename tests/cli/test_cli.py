@@ -70,9 +70,9 @@ def said(home, tmp_path, capsys):
         (["--batch-rampup-frac", "0"], "--batch-rampup-frac must be above 0"),
         (["--balance-loss-scope", "rows"], "invalid choice 'rows'"),
         (["--decay-start", "1"], "--decay-start must be below --decay-end"),
-        (["--fim-rate", "1.5"], "--fim-rate is a share from 0 to 1"),
+        (["--fim-rate", "1.5"], "--fim-rate must be a fraction from 0 to 1"),
         (["--keep-latest-k", "0"], "--keep-latest-k and --val-sequences must be at least 1"),
-        (["--micro-batch", "-1"], "--micro-batch and --save-every from 0"),
+        (["--micro-batch", "-1"], "--micro-batch and --save-every must be at least 0"),
         (["--ema-decay", "1"], "--ema-decay must be from 0 to below 1"),
         (
             ["--skip-grad-norm-factor", "0.5"],
@@ -119,7 +119,7 @@ def test_out_that_is_a_file_or_cannot_be_made(home, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert main(options(home, file)) == 2
-    assert f"--out {file} is a file; a run is a folder" in capsys.readouterr().err
+    assert f"--out {file} is a file; give a directory" in capsys.readouterr().err
     assert main(options(home, file / "run")) == 2
     assert "Not a directory" in capsys.readouterr().err
 

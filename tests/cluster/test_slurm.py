@@ -90,8 +90,11 @@ class Job:
 
     def reach(self, step: int) -> None:
         path = self.run / "metrics.jsonl"
-        lines = lambda: path.read_bytes().count(b"\n") if path.exists() else 0
-        self.wait(lambda: lines() >= step, f"step {step}")
+
+        def has_row() -> bool:
+            return path.exists() and path.read_bytes().count(b"\n") >= step
+
+        self.wait(has_row, f"step {step}")
 
     def said(self) -> str:
         logs = [self.output, *sorted(self.run.glob("logs/*/rank-*.txt"))]
@@ -148,7 +151,7 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(undisturbed, home):
     assert saved % EVERY or saved == EVERY
     assert job.end() == "COMPLETED", job.said()
     assert "exit code 75: stopped on request" in job.output.read_text()
-    assert f"going on after step {saved}" in job.started(1)
+    assert f"continuing after step {saved}" in job.started(1)
     assert curve(job) == curve(undisturbed)
 
 
@@ -171,7 +174,7 @@ def test_a_killed_rank_fails_the_job_and_the_retry_recovers(undisturbed, home):
     os.kill(pid_of_rank(job, 1), signal.SIGKILL)
     assert job.end() == "COMPLETED", job.said()
     assert re.search(r"^exit code \d+: failed, see ", job.output.read_text(), re.M)
-    assert f"going on after step {EVERY}\n" in job.started(1)
+    assert f"continuing after step {EVERY}\n" in job.started(1)
     assert job.field("Restarts") == "1"
     assert curve(job) == curve(undisturbed)
 
@@ -216,7 +219,7 @@ def test_too_few_good_nodes_give_up_in_the_end(cluster, home):
     assert job.end() == "FAILED"
     said = job.output.read_text()
     assert re.search(r"^node1  unhealthy: .* GB free, below 1e\+09$", said, re.M)
-    assert "error: 2 good nodes are needed, and 0 of 2 are\n" in said
+    assert "error: 0 of 2 nodes are healthy, but --min-nodes is 2" in said
     assert said.count("the job is requeued") == 1
     assert "exit code 1, and no new checkpoint in 2 starts: giving up" in said
 

@@ -237,7 +237,7 @@ def test_every_sample_once_an_epoch_each_in_another_order():
 def test_packed_rows_continue_where_they_stood():
     first, other = packed(), packed()
     first.next_batch(len(first.rows) + 3)
-    other.load_state_dict(*json.loads(json.dumps(first.state_dict())))
+    other.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert torch.equal(first.next_batch(40), other.next_batch(40))
 
 
@@ -253,5 +253,5 @@ def test_pairs_continue_where_they_stood():
     pairs = [([i], [-i]) for i in range(40)]
     first, other = PairDataset(pairs, 0), PairDataset(pairs, 0)
     first.next_batch(53)
-    other.load_state_dict(*json.loads(json.dumps(first.state_dict())))
+    other.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert first.next_batch(50) == other.next_batch(50)

@@ -2,8 +2,9 @@
 
 import json
 import random
+import re
 from collections import Counter
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.files import open_source
 from dsv3_ref.data.loader import PackedDataLoader, val_windows
 from dsv3_ref.data.sources import Source, TextSource, open_sources
+from dsv3_ref.training.checkpointer import join_tensors, split_tensors
 
 TEXTS = [f"Document {i}. {prose(random.Random(i), 40)}" for i in range(120)]
 TOKENS = tok.train_tokenizer(TEXTS, 350)
@@ -265,11 +267,11 @@ def test_every_epoch_has_every_document_once_in_another_order():
 def test_validation_windows_predict_every_token_once():
     """For every length, also one that does not divide and one longer than the text."""
     coded = [[ID[tok.BOS], *TOKENS.encode(t).ids, ID[tok.EOS]] for t in TEXTS[:5]]
-    line = [i for ids in coded for i in ids]
+    line = [*chain.from_iterable(coded)]
     for length in (7, 32, len(line) - 1, len(line), 10_000):
         batches = val_windows(TEXTS[:5], TOKENS, length)
-        windows = [w.tolist() for batch in batches for w in batch]
-        assert [i for w in windows for i in w[1:]] == line[1:]
+        windows = [*chain.from_iterable(batch.tolist() for batch in batches)]
+        assert [*chain.from_iterable(w[1:] for w in windows)] == line[1:]
         assert [w[0] for w in windows] == line[:-1:length]
         assert max(map(len, batches)) <= loader.VAL_BATCH
 
@@ -310,8 +312,8 @@ def undo(ids: list[int]) -> str:
         return TOKENS.decode(ids)
     hole, end = ids.index(ID[tok.FIM_HOLE]), ids.index(ID[tok.FIM_END])
     assert ids[1] == ID[tok.FIM_BEGIN]
-    pre, suf, mid = ids[2:hole], ids[hole + 1 : end], ids[end + 1 : -1]
-    return "".join(TOKENS.decode(part) for part in (pre, mid, suf))
+    parts = {"pre": ids[2:hole], "mid": ids[end + 1 : -1], "suf": ids[hole + 1 : end]}
+    return "".join(map(TOKENS.decode, parts.values()))
 
 
 @given(
@@ -331,9 +333,9 @@ def test_fim_is_prefix_suffix_middle():
     ids = rows([source(TEXTS)], fim_rate=1.0).encode("abcdefgh", random.Random(1))
     names = {i: s for s, i in ID.items()}
     shown = "".join(names.get(i) or TOKENS.decode([i]) for i in ids)
-    begin, hole, end = tok.FIM_BEGIN, tok.FIM_HOLE, tok.FIM_END
-    pre, suf, mid = shown.replace(begin, "|").replace(hole, "|").replace(end, "|").split("|")[1:]
-    assert shown == f"{tok.BOS}{begin}{pre}{hole}{suf}{end}{mid}"
+    marks = "|".join(map(re.escape, (tok.FIM_BEGIN, tok.FIM_HOLE, tok.FIM_END)))
+    pre, suf, mid = re.split(marks, shown)[1:]
+    assert shown == f"{tok.BOS}{tok.FIM_BEGIN}{pre}{tok.FIM_HOLE}{suf}{tok.FIM_END}{mid}"
     assert pre + mid.removesuffix(tok.EOS) + suf == "abcdefgh"
     assert pre and suf and mid != tok.EOS
 
@@ -354,7 +356,7 @@ def test_one_document_in_ten_is_rearranged_and_so_are_line_breaks():
 
 
 def line(taken) -> list[int]:
-    return [i for row in taken for i in row.tolist()]
+    return [*chain.from_iterable(row.tolist() for row in taken)]
 
 
 def in_order(monkeypatch, r: PackedDataLoader, n: int):
@@ -416,6 +418,15 @@ def mix() -> list[Source]:
     return [source(TEXTS, "a", 0.6), stream(TEXTS, "b", 0.4)]
 
 
+def assert_same_position(one: PackedDataLoader, other: PackedDataLoader) -> None:
+    one_state, other_state = one.state_dict(), other.state_dict()
+    assert one_state.keys() == other_state.keys()
+    for key in ("sources", "rng"):
+        assert one_state[key] == other_state[key]
+    for key in ("buffer", "remainder"):
+        assert torch.equal(one_state[key], other_state[key])
+
+
 @pytest.mark.parametrize("taken", [0, 1, 150, 700])
 def test_rows_go_on_where_they_stopped(taken, monkeypatch):
     """Through JSON and tensors into fresh sources, in every epoch, streams too."""
@@ -423,13 +434,13 @@ def test_rows_go_on_where_they_stopped(taken, monkeypatch):
     whole = rows(mix())
     for _ in range(taken):
         next(whole)
-    small, tensors = whole.state_dict()
+    values, tensors = split_tensors({"data": whole.state_dict()})
     other = rows(mix(), seed=9)
     next(other)  # even if it has been used
-    other.load_state_dict(json.loads(json.dumps(small)), tensors)
+    other.load_state_dict(join_tensors(json.loads(json.dumps(values)), tensors)["data"])
     for _ in range(300):
         assert np.array_equal(next(other), next(whole))
-    assert other.state_dict()[0] == whole.state_dict()[0]
+    assert_same_position(other, whole)
 
 
 @pytest.mark.parametrize("kind", [source, stream])
@@ -449,9 +460,10 @@ def test_a_state_is_small(monkeypatch):
     monkeypatch.setattr(loader, "SHUFFLE_ROWS", 50)
     r = rows(mix())
     next(r)
-    small, tensors = r.state_dict()
-    assert len(json.dumps(small)) < 1000
-    assert len(tensors["buffer"]) == len(r.buffer) < 50 + 20
+    state = r.state_dict()
+    values, _ = split_tensors({"data": state})
+    assert len(json.dumps(values)) < 1000
+    assert len(state["buffer"]) == len(r.buffer) < 50 + 20
 
 
 @pytest.mark.parametrize("streaming", [False, True])

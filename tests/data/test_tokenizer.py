@@ -75,7 +75,7 @@ def test_ids_may_have_holes():
 
 def test_special_tokens_come_first_and_bytes_next():
     assert [TRAINED.token_to_id(s) for s in tok.SPECIAL] == list(range(len(tok.SPECIAL)))
-    assert {i for s in tok.byte_lengths(TRAINED)[9:265] for i in [s]} == {1}
+    assert set(tok.byte_lengths(TRAINED)[9:265]) == {1}
 
 
 def test_the_same_texts_give_the_same_tokens():
@@ -161,7 +161,8 @@ def test_what_is_no_tokenizer_is_said(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
+                        "stride": 0}},
         {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
                      "pad_id": 2, "pad_type_id": 0, "pad_token": tok.PAD}},
         {"dropout": 0.5},

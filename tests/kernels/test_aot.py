@@ -1,6 +1,6 @@
-"""Every kernel compiles for Hopper and Blackwell as it should, and tools/aot.py sees what does not.
+"""Every kernel compiles for Hopper and Blackwell, and tools/aot.py reports each kind of fault.
 
-The compiler needs a process of its own: here, kernels are defined for the interpreter.
+The compiler runs in another process, since the kernels here are defined for the interpreter.
 """
 
 import json
@@ -107,7 +107,7 @@ FAULTS = [
 
 
 def aot(*args, **environment):
-    """Run the tool; tests set TRITON_INTERPRET, and it would refuse to start."""
+    """Run the tool without TRITON_INTERPRET, which the tests set."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "tools" / "aot.py", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
@@ -121,7 +121,7 @@ def test_every_kernel(module):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """The tool's end, its rows and its folder, for kernels with one fault each."""
+    """Return the finished process, its rows and its folder, for kernels with one fault each."""
     folder = tmp_path_factory.mktemp("aot")
     (folder / "planted.py").write_text(PLANTED)
     done = check(folder, "--json", folder / "rows.json")
@@ -129,7 +129,7 @@ def planted(tmp_path_factory):
 
 
 def check(folder, *args):
-    """Run the tool on a folder's kernels, with a cache of their own."""
+    """Run the tool on the kernels of a folder, with a separate cache."""
     cache = {"TRITON_CACHE_DIR": str(folder / "cache")}
     return aot("--module", folder / "planted.py", *args, **cache)
 
@@ -140,7 +140,7 @@ def machine_code(folder):
 
 @pytest.mark.parametrize("kernel, target, fault", FAULTS)
 def test_planted(planted, kernel, target, fault):
-    """Each fault is found in every config, is the only one, and is said."""
+    """Each fault is reported in every config, and no other is."""
     done, rows, _ = planted
     assert done.returncode == 1
     mine = [row for row in rows if (row["kernel"], row["target"]) == (kernel, target)]
@@ -153,7 +153,7 @@ def test_planted(planted, kernel, target, fault):
 
 
 def test_cache_follows_the_source(planted):
-    """A second run compiles nothing; an edit of a function that a kernel calls is seen."""
+    """A second run compiles nothing, unless a function that a kernel calls was edited."""
     folder = planted[2]
     before = machine_code(folder)
     again = check(folder, "good", "--target", "sm_90a")
@@ -166,8 +166,8 @@ def test_cache_follows_the_source(planted):
     assert "planted.good (sm_90a N=32 warps=4 stages=3): has no QGMMA" in edited.stdout
 
 
-def test_refusals(planted):
-    refused = check(planted[2], "no_such_kernel")
-    assert (refused.returncode, refused.stderr) == (1, "no AOT_CASES list has such a kernel\n")
-    refused = aot(TRITON_INTERPRET="1")
-    assert (refused.returncode, "unset it" in refused.stderr) == (1, True)
+def test_invalid_arguments(planted):
+    done = check(planted[2], "no_such_kernel")
+    assert (done.returncode, done.stderr) == (1, "no kernel of an AOT_CASES list has such a name\n")
+    done = aot(TRITON_INTERPRET="1")
+    assert (done.returncode, "unset it" in done.stderr) == (1, True)

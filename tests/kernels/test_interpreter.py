@@ -1,4 +1,4 @@
-"""The interpreter computes as a GPU does; on a GPU, the same tests say what that is."""
+"""The patched interpreter computes as a GPU does; with a GPU, these tests run on it."""
 
 import interpreter  # isort: skip  first: makes Triton's interpreter round as a GPU does
 import os
@@ -13,7 +13,7 @@ import triton.language as tl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-N = 8192  # values a program
+N = 8192  # values per program
 
 
 @triton.jit
@@ -90,22 +90,22 @@ def loop_kernel(count_ptr, y_ptr):
 
 
 def launch(kernel, x, *rest, **meta):
-    """Run an elementwise kernel over all of x; the last tensor is its result."""
+    """Run an elementwise kernel over all of x, and return the last tensor, its result."""
     assert x.numel() % N == 0
     kernel[(x.numel() // N,)](x, *rest, N=N, **meta)
     return rest[-1]
 
 
 def cast(x, dtype):
-    """x as `dtype`, by a kernel."""
+    """Cast x to `dtype` by a kernel."""
     n = x.numel()
     padded = x.new_zeros(triton.cdiv(n, N) * N)
     padded[:n] = x
     return launch(cast_kernel, padded, torch.empty_like(padded, dtype=dtype))[:n]
 
 
-def same(got, want):
-    """Bit for bit, except that any NaN is as good as another."""
+def assert_same(got, want):
+    """Compare bit for bit; any two NaN are equal."""
     nan = want.isnan() if want.is_floating_point() else torch.zeros_like(want, dtype=torch.bool)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[want.itemsize]
     equal = got.view(integer) == want.view(integer)
@@ -122,7 +122,7 @@ def every_e4m3():
 
 
 def pairs():
-    """Every bf16 pattern, and beside it another one, of about the same size in a half of cases."""
+    """Pair all bf16 numbers with others, in half of the pairs of similar magnitude."""
     x = every_bf16()
     y = x[torch.randperm(len(x), device=DEVICE)]
     near = (x.view(torch.int16) ^ torch.randint(1 << 10, x.shape, device=DEVICE)).to(torch.int16)
@@ -134,19 +134,19 @@ def pairs():
 
 
 def test_bf16_to_fp32():
-    same(cast(every_bf16(), torch.float32), every_bf16().float())
+    assert_same(cast(every_bf16(), torch.float32), every_bf16().float())
 
 
 def test_fp32_to_bf16():
-    """Every bf16 value, every tie between two of them, and the neighbors of both."""
+    """Cast every bf16 value, every tie between two, and their neighbors."""
     bits = torch.arange(1 << 16, device=DEVICE) << 16
     steps = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], device=DEVICE)
     x = (bits[:, None] + steps).flatten().to(torch.uint32).view(torch.float32)
-    same(cast(x, BF16), x.to(BF16))
+    assert_same(cast(x, BF16), x.to(BF16))
 
 
 def nearest_e4m3(x):
-    """The code nearest to x by distance, of two as near the even one; the slow obvious form."""
+    """Return the E4M3 value at the smallest distance from x; of two the even one."""
     codes = torch.arange(127)  # 0 to 448, the positive ones
     value = codes.to(torch.uint8).view(E4M3).double()
     distance = (x.double().abs().clamp(max=448)[:, None] - value).abs()
@@ -158,7 +158,7 @@ def nearest_e4m3(x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_to_e4m3(dtype):
-    """Every code, every tie, their neighbors, what saturates, infinities, NaN, random values."""
+    """Cast every value, tie, their neighbors, large numbers, infinities, NaN and random numbers."""
     value = every_e4m3().cpu()[:127].double()
     tie = (value[1:] + value[:-1]) / 2
     edges = torch.cat([value, tie, tie * (1 + 2**-20), tie * (1 - 2**-20), value * (1 - 2**-20)])
@@ -166,18 +166,18 @@ def test_to_e4m3(dtype):
     spread = torch.randn(1 << 14) * 2.0 ** torch.randint(-14, 14, (1 << 14,))
     x = torch.cat([edges.float(), large, spread])
     x = torch.cat([x, -x]).to(dtype)
-    same(cast(x.to(DEVICE), E4M3).cpu(), nearest_e4m3(x))
+    assert_same(cast(x.to(DEVICE), E4M3).cpu(), nearest_e4m3(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_from_e4m3(dtype):
-    same(cast(every_e4m3(), dtype), every_e4m3().to(dtype))
+    assert_same(cast(every_e4m3(), dtype), every_e4m3().to(dtype))
 
 
 def test_between_bf16_and_integers():
     x = torch.randint(-(1 << 20), 1 << 20, (1 << 15,), dtype=torch.int32, device=DEVICE)
-    same(cast(x, BF16), x.to(BF16))
-    same(cast(x.to(BF16), torch.int32), x.to(BF16).to(torch.int32))
+    assert_same(cast(x, BF16), x.to(BF16))
+    assert_same(cast(x.to(BF16), torch.int32), x.to(BF16).to(torch.int32))
 
 
 # ── Arithmetic ──
@@ -187,34 +187,36 @@ def test_between_bf16_and_integers():
 def test_bf16_arithmetic(op):
     x, y = pairs()
     got = launch(arithmetic_kernel, x, y, torch.empty_like(x), OP=op)
-    same(got, getattr(torch, op)(x, y))
+    assert_same(got, getattr(torch, op)(x, y))
 
 
 def test_bf16_comparison():
     x, y = pairs()
-    same(launch(arithmetic_kernel, x, y, torch.empty_like(x, dtype=torch.bool), OP="less"), x < y)
+    assert_same(
+        launch(arithmetic_kernel, x, y, torch.empty_like(x, dtype=torch.bool), OP="less"), x < y
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("op", ["maximum", "minimum"])
 def test_maximum_of_nan(op, dtype):
-    """A number wins against NaN."""
+    """The maximum and minimum of a number and NaN is the number."""
     x, y = (z.to(dtype) for z in pairs())
     got = launch(arithmetic_kernel, x, y, torch.empty_like(x), OP=op)
     want = torch.where(x.isnan(), y, torch.where(y.isnan(), x, getattr(torch, op)(x, y)))
-    same(got + 0.0, want + 0.0)
+    assert_same(got + 0.0, want + 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_clamp_of_nan(dtype):
-    """Clamped from y to y, anything is y, NaN too."""
+    """Anything clamped from y to y is y, including NaN."""
     x, y = pairs()
     x, y = x.to(dtype), torch.where(y.isnan(), 1, y).to(dtype)
-    same(launch(arithmetic_kernel, x, y, torch.empty_like(x), OP="clamp") + 0.0, y + 0.0)
+    assert_same(launch(arithmetic_kernel, x, y, torch.empty_like(x), OP="clamp") + 0.0, y + 0.0)
 
 
 def test_bf16_fma():
-    """xy + y, rounded once; in fp64 it has no error."""
+    """Compare xy + y, rounded once, with fp64, where it is exact."""
     x, y = torch.randn(2, 1 << 15, device=DEVICE).to(BF16)
     got = launch(fma_kernel, x, y, torch.empty_like(x))
     torch.testing.assert_close(got.double(), x.double() * y.double() + y, rtol=2**-8, atol=1e-30)
@@ -224,43 +226,43 @@ def test_bf16_fma():
 
 
 def test_bf16_sum():
-    """Whole numbers up to 256, so that no order of the summands rounds."""
+    """Sum whole numbers up to 256, which needs no rounding in any order."""
     x = torch.randint(-1, 2, (256, 256), device=DEVICE).to(BF16)
     rows, columns = x.new_empty(2, 256)
     sum_kernel[(1,)](x, rows, columns, N=256)
-    same(rows, x.float().sum(1).to(BF16))
-    same(columns, x.float().sum(0).to(BF16))
+    assert_same(rows, x.float().sum(1).to(BF16))
+    assert_same(columns, x.float().sum(0).to(BF16))
 
 
 @pytest.mark.parametrize("dtype", [BF16, E4M3])
 def test_dot(dtype):
-    """Small whole numbers, whose products and sums are exact, and a NaN, which spoils its row."""
+    """Multiply small whole numbers, whose products and sums are exact; a NaN makes its row NaN."""
     a, b = torch.randint(-4, 5, (2, 128, 128), device=DEVICE).float()
     a[3, 5] = torch.nan
     c = torch.empty_like(a)
     dot_kernel[(1,)](a.to(dtype), b.to(dtype), c, N=128)
-    same(c + 0.0, a @ b.T + 0.0)
+    assert_same(c + 0.0, a @ b.T + 0.0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, E4M3])
-def test_dot_with_one(dtype):
-    """A product with the identity returns every finite value of the type; a NaN spoils its row."""
-    every = every_bf16() if dtype == BF16 else every_e4m3().repeat(64)
-    every = torch.where(every.float().isfinite(), every.float(), 0).view(-1, 128, 128)
-    every[:, 3, 5] = torch.nan
-    one, c = torch.eye(128, device=DEVICE).to(dtype), torch.empty(128, 128, device=DEVICE)
-    for a in every:
-        dot_kernel[(1,)](a.to(dtype), one, c, N=128)
-        same(c + 0.0, a @ one.float() + 0.0)
+def test_dot_with_the_identity(dtype):
+    """Multiply every finite value of the type by the identity; a NaN makes its row NaN."""
+    values = every_bf16() if dtype == BF16 else every_e4m3().repeat(64)
+    values = torch.where(values.float().isfinite(), values.float(), 0).view(-1, 128, 128)
+    values[:, 3, 5] = torch.nan
+    identity, c = torch.eye(128, device=DEVICE).to(dtype), torch.empty(128, 128, device=DEVICE)
+    for a in values:
+        dot_kernel[(1,)](a.to(dtype), identity, c, N=128)
+        assert_same(c + 0.0, a @ identity.float() + 0.0)
 
 
 def test_bf16_atomic_add():
-    """Four summands an address, and masked ones beside them."""
+    """Add four numbers per address, and mask others."""
     x = torch.randint(-16, 17, (1024,), device=DEVICE).to(BF16)
     y = torch.ones(256, dtype=BF16, device=DEVICE)
     atomic_kernel[(1,)](x, y, 1000, N=1024)
     x[1000:] = 0
-    same(y, (x.view(256, 4).float().sum(1) + 1).to(BF16))
+    assert_same(y, (x.view(256, 4).float().sum(1) + 1).to(BF16))
 
 
 # ── Launching ──
@@ -269,7 +271,7 @@ def test_bf16_atomic_add():
 def test_autotune_with_several_configs():
     x = torch.zeros(1000, dtype=torch.int32, device=DEVICE)
     tuned_kernel[lambda meta: (triton.cdiv(1000, meta["N"]),)](x, 1000)
-    same(x, 2 * torch.arange(1000, dtype=torch.int32, device=DEVICE))
+    assert_same(x, 2 * torch.arange(1000, dtype=torch.int32, device=DEVICE))
 
 
 def test_range_of_a_loaded_number():
@@ -288,7 +290,7 @@ def test_install_is_idempotent():
 
 
 def test_nothing_changes_where_kernels_are_compiled():
-    code = "import interpreter; assert not hasattr(interpreter.stock, 'mended')"
+    code = "import interpreter; assert not hasattr(interpreter.stock, 'is_patched')"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(interpreter.__file__).parent
     subprocess.run([sys.executable, "-c", code], cwd=here, env=environment, check=True)

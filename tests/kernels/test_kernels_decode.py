@@ -1,4 +1,4 @@
-"""Absorbed attention over a latent cache, whole or in pages, equals its torch reference."""
+"""Absorbed attention over a latent cache, contiguous or paged, against its torch reference."""
 
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_ref import ops
+from dsv3_ref.config import ceil_div
 from dsv3_ref.kernels import decode
 from dsv3_ref.mla import MLA
 from dsv3_ref.rope import Rope, rope_cos_sin
@@ -21,16 +22,16 @@ paged_torch, latent_torch = (
 
 
 def cache(lengths: list[int], y: int, width: int):
-    """Pages in random order and the table to them; NaN in every slot that no length reaches."""
-    p = max(1, max(-(-n // y) for n in lengths))
+    """Return pages in random order and their block table; unused slots hold NaN."""
+    p = max(1, max(ceil_div(n, y) for n in lengths))
     order = torch.randperm(len(lengths) * p + 1)
-    nowhere, block_table_bp = order[0], order[1:].view(-1, p).int()
+    unused_page, block_table_bp = order[0], order[1:].view(-1, p).int()
     kv_cache_pyx = torch.full((len(order), y, width), torch.nan)
     for n, table_p in zip(lengths, block_table_bp):
         rows = torch.full((p * y, width), torch.nan)
         rows[:n] = torch.randn(n, width)
         kv_cache_pyx[table_p.long()] = rows.view(p, y, width)
-        table_p[-(-n // y) :] = nowhere
+        table_p[ceil_div(n, y) :] = unused_page
     return kv_cache_pyx, block_table_bp
 
 
@@ -44,22 +45,24 @@ def arguments(lengths, dtype, s=1, h=2, c=32, r=16, y=64) -> tuple:
 
 
 def error(got, want) -> float:
-    """Relative 2-norm of the difference; NaN, where there is one, is larger than any bound."""
+    """Return the relative 2-norm of the difference, or infinity for NaN."""
     difference = ((got.double() - want.double()).norm() / want.double().norm()).item()
     return difference if difference == difference else float("inf")
 
 
-def close(got, want, dtype) -> bool:
+def is_close(got, want, dtype) -> bool:
     assert got.dtype == dtype and got.shape == want.shape
     return error(got, want) < SLACK[dtype] * ROUNDING[dtype]
 
 
-def exact(fn, *args):
-    """`fn` of the same numbers in fp64."""
-    wide = (
-        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
-    )
-    return fn(*wide)
+def in_fp64(fn, *args):
+    """Return fn of the same numbers in fp64."""
+    return fn(*(widen(x) for x in args))
+
+
+def widen(x):
+    is_float = isinstance(x, torch.Tensor) and x.is_floating_point()
+    return x.double() if is_float else x
 
 
 CASES = {
@@ -84,7 +87,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_paged_attention_equals_the_reference(case, dtype):
     args = arguments(dtype=dtype, **CASES[case])
-    assert close(paged(*args), exact(paged_torch, *args), dtype)
+    assert is_close(paged(*args), in_fp64(paged_torch, *args), dtype)
 
 
 @given(
@@ -97,42 +100,41 @@ def test_any_lengths_on_any_number_of_multiprocessors(lengths, parts, int32):
         patch.setattr(decode, "num_sms", lambda *_: parts)
         args = list(arguments(lengths, torch.float32, h=1, c=16))
         args[3] = args[3].int() if int32 else args[3]
-        got, want = paged(*args), exact(paged_torch, *args)
-    assert (got[args[3] == 0] == 0).all()  # a row of the batch that nobody uses
-    assert not want.any() or close(got, want, torch.float32)
+        got, want = paged(*args), in_fp64(paged_torch, *args)
+    assert (got[args[3] == 0] == 0).all()  # unused rows of the batch
+    assert not want.any() or is_close(got, want, torch.float32)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 40])
-def test_a_long_sequence_is_shared_and_merged(parts, monkeypatch):
-    launched, merge = [], decode._combine_splits_kernel
+def test_the_splits_of_a_long_sequence_are_combined(parts, monkeypatch):
+    launched, kernel = [], decode._combine_splits_kernel
 
     class Spy:
         def __getitem__(self, grid):
             launched.append(grid)
-            return merge[grid]
+            return kernel[grid]
 
     monkeypatch.setattr(decode, "_combine_splits_kernel", Spy())
     monkeypatch.setattr(decode, "num_sms", lambda *_: parts)
-    args = arguments([2500, 30], torch.float32, h=12)  # 20 pieces: two turns of the loop
-    args[1].mul_(30)  # scores of some hundred: without the maximum nothing would survive
-    assert error(paged(*args), exact(paged_torch, *args)) < 1e-4
+    args = arguments([2500, 30], torch.float32, h=12)  # 20 splits: two iterations of the loop
+    args[1].mul_(30)  # scores of some hundred, which overflow without the maximum
+    assert error(paged(*args), in_fp64(paged_torch, *args)) < 1e-4
     assert len(launched) == (parts > 1)
 
 
 @pytest.mark.parametrize("i", range(len(decode._combine_splits_kernel.configs)))
-def test_parts_are_merged_in_groups_of_any_size(i, monkeypatch):
-    """In every config: with 8 parts or more, later groups rescale what the first ones summed."""
-    monkeypatch.setattr(
-        decode._combine_splits_kernel, "configs", decode._combine_splits_kernel.configs[i : i + 1]
-    )
+def test_splits_are_combined_in_groups_of_any_size(i, monkeypatch):
+    """In every config; with 8 splits or more, later groups rescale the sums of earlier ones."""
+    kernel = decode._combine_splits_kernel
+    monkeypatch.setattr(kernel, "configs", kernel.configs[i : i + 1])
     monkeypatch.setattr(decode, "num_sms", lambda *_: 40)
     q_bshx, kv_cache_pyx, *rest = arguments([2600], torch.float32)
-    args = 4 * q_bshx, kv_cache_pyx, *rest  # parts of very different weight
-    assert close(paged(*args), exact(paged_torch, *args), torch.float32)
+    args = 4 * q_bshx, kv_cache_pyx, *rest  # splits of very different weight
+    assert is_close(paged(*args), in_fp64(paged_torch, *args), torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [[70, 3], [130, 257]])
-def test_a_query_sees_no_key_behind_it(lengths):
+def test_a_query_attends_to_no_later_key(lengths):
     q_bshx, kv_cache_pyx, block_table_bp, cache_seqlens_b, c, scale = arguments(
         lengths, torch.float32, s=3
     )
@@ -140,10 +142,10 @@ def test_a_query_sees_no_key_behind_it(lengths):
     for back in range(3):
         q = q_bshx[:, 2 - back, None]
         alone = paged(q, kv_cache_pyx, block_table_bp, cache_seqlens_b - back, c, scale)
-        assert close(together[:, 2 - back, None], alone, torch.float32)
+        assert is_close(together[:, 2 - back, None], alone, torch.float32)
 
 
-def test_strided_queries_and_pages_are_read_where_they_lie():
+def test_strided_queries_and_pages():
     args = arguments([65, 128], torch.float32, s=2, h=3)
     wide = torch.full((*args[1].shape[:2], 64), torch.nan, device=DEVICE)
     wide[..., :48] = args[1]
@@ -152,7 +154,7 @@ def test_strided_queries_and_pages_are_read_where_they_lie():
     assert torch.equal(got, paged(*args))
 
 
-# ── Of one piece ──
+# ── Contiguous ──
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -163,10 +165,10 @@ def test_latent_attention_equals_the_reference(s, t, dtype):
     c_btc, k_btr = kv_btx.to(DEVICE, dtype)[:, :t].split([32, 16], -1)
     q_bshc, q_bshr = torch.randn(3, s, 5, 48, device=DEVICE, dtype=dtype).split([32, 16], -1)
     args = q_bshc, q_bshr, c_btc, k_btr, 0.2
-    assert close(latent(*args), exact(latent_torch, *args), dtype)
+    assert is_close(latent(*args), in_fp64(latent_torch, *args), dtype)
 
 
-def test_the_layer_decodes_with_it(micro):
+def test_a_layer_decodes_with_the_kernels(micro):
     mla = MLA(micro).to(DEVICE)
     for p in mla.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0)
@@ -179,25 +181,24 @@ def test_the_layer_decodes_with_it(micro):
     assert error(got, want) < 64 * ROUNDING[torch.float32]
 
 
-def test_autocast_narrows_as_it_does_for_products():
+def test_autocast_casts_as_it_does_for_products():
     q_bshx, *rest = arguments([40, 65], torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
         got = paged(q_bshx, *rest)
-    assert close(got, exact(paged_torch, q_bshx, *rest), torch.bfloat16)
+    assert is_close(got, in_fp64(paged_torch, q_bshx, *rest), torch.bfloat16)
 
 
-def test_the_gradient_is_refused_in_words():
+def test_the_backward_pass_raises():
     args = list(arguments([5], torch.float32))
     args[0].requires_grad_()
-    with pytest.raises(
-        NotImplementedError, match="no gradient in the triton backend.*absorb = False"
-    ):
+    message = "no gradient in the triton backend.*absorb = False"
+    with pytest.raises(NotImplementedError, match=message):
         paged(*args).sum().backward()
 
 
-# ── Refusals ──
+# ── Errors ──
 
-REFUSED = {
+INVALID = {
     "q_bshx must be float32 or bfloat16, not float64": (0, lambda x: x.double()),
     "q_bshx must have a last stride of 1": (0, lambda x: x.mT.contiguous().mT),
     "kv_cache_pyx must be float32, not bfloat16": (1, lambda x: x.bfloat16()),
@@ -210,19 +211,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_read_is_refused(words):
-    args, (i, change) = list(arguments([65, 3], torch.float32)), REFUSED[words]
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_arguments_of_paged_attention(message):
+    args, (i, change) = list(arguments([65, 3], torch.float32)), INVALID[message]
     args[i] = change(args[i])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         paged(*args)
 
 
 @pytest.mark.parametrize("i", range(4))
-def test_latent_attention_refuses_by_name(i):
+def test_invalid_arguments_of_latent_attention(i):
     args = [torch.randn(2, 1, 3, 32), torch.randn(2, 1, 3, 16)]
     args += [torch.randn(2, 7, 32), torch.randn(2, 7, 16)]
     args[i] = (args[i].double, args[i][:1].clone, args[i][..., :3].clone, args[i].bfloat16)[i]()
-    name = ("q_bshc must be float", "q_bshr must have shape", "c_btc must", "k_btr must be")[i]
-    with pytest.raises(ValueError, match=name):
+    message = ("q_bshc must be float", "q_bshr must have shape", "c_btc must", "k_btr must be")[i]
+    with pytest.raises(ValueError, match=message):
         latent(*(x.to(DEVICE) for x in args), 0.1)

@@ -12,12 +12,12 @@ from dsv3_ref.ops import IMPLS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = torch.float32, torch.bfloat16
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
-TENSOR_CORES = 2e-3 if DEVICE == "cuda" else 1e-6  # those of Hopper add 128 products in 14 bits
+TENSOR_CORES = 2e-3 if DEVICE == "cuda" else 1e-6  # Hopper sums 128 products in 14 bits
 COUNTS = {
     "edges": [0, 1, 127, 128, 129, 0],
     "even": [128, 128],
-    "lonely": [0, 1],
-    "nobody": [0, 0, 0],
+    "one row": [0, 1],
+    "no rows": [0, 0, 0],
 }
 
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -25,13 +25,16 @@ by_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 
 
 def error(got, want) -> float:
-    """rms(got − want) / rms(want)."""
-    rms = lambda x: x.double().square().mean().sqrt()
+    """Return rms(got − want) / rms(want)."""
     return (rms(got.double() - want.double()) / rms(want).clamp(min=1e-30)).item()
 
 
+def rms(x) -> torch.Tensor:
+    return x.double().square().mean().sqrt()
+
+
 def rows(m: int, k: int):
-    """Codes and scales of activations whose rows and tiles differ in size."""
+    """Return FP8 values and scales of activations whose rows and tiles differ in magnitude."""
     x = torch.randn(m, k, device=DEVICE)
     x *= torch.logspace(-3, 3, k, device=DEVICE)
     return IMPLS["act_quant"]["torch"](x * torch.rand(m, 1, device=DEVICE))
@@ -43,22 +46,21 @@ def weight(*shape):
 
 
 def dequantized(q, s):
-    """fp64 values of codes in tiles of 1 × 128, or in blocks."""
+    """Return the fp64 values of tiles of 1 × 128 or of blocks."""
     as_tiles = s.shape[:-1] == q.shape[:-1]
     return (fp8.act_dequant if as_tiles else fp8.weight_dequant)(q, s).double()
 
 
 def one_config(monkeypatch, name: str, config) -> None:
-    """Let a kernel have only this config, whatever is fastest."""
+    """Replace the configs of a kernel by this one."""
     kernel = triton.autotune([config], key=[])(getattr(gemm, name).fn)
     monkeypatch.setattr(gemm, name, kernel)
 
 
-def suited(configs, grouped: bool) -> list:
-    """The configs that this GPU, or the interpreter, would try."""
-    return [
-        pytest.param(c, id=str(c)) for c in configs if gemm.config_fits(c, {"GROUPED": grouped})
-    ]
+def fitting(configs, grouped: bool) -> list:
+    """Return the configs that the autotuner tries on this GPU or in the interpreter."""
+    fits = [c for c in configs if gemm.config_fits(c, {"GROUPED": grouped})]
+    return [pytest.param(c, id=str(c)) for c in fits]
 
 
 # ── FP8, one weight ──
@@ -79,7 +81,7 @@ SHAPES = [
 def test_fp8_gemm(shape, dtype):
     m, n, k = shape
     a, b = rows(m, k), weight(n, k)
-    for b in (weight(n, k), rows(n, k)):  # of blocks, of tiles
+    for b in (weight(n, k), rows(n, k)):  # in blocks, in tiles
         got = IMPLS["fp8_gemm"]["triton"](*a, *b, dtype)
         assert got.shape == (m, n) and got.dtype == dtype
         if got.numel():
@@ -89,7 +91,7 @@ def test_fp8_gemm(shape, dtype):
             assert error(got, exact) < max(TENSOR_CORES, ROUNDING[dtype])
 
 
-@pytest.mark.parametrize("config", suited(gemm.BLOCKWISE_CONFIGS, False))
+@pytest.mark.parametrize("config", fitting(gemm.BLOCKWISE_CONFIGS, False))
 def test_every_config_of_the_product_with_blocks(config, monkeypatch):
     one_config(monkeypatch, "_fp8_gemm_kernel", config)
     a, b = rows(150, 256), weight(450, 256)  # 192 + 192 + 66 columns
@@ -97,7 +99,7 @@ def test_every_config_of_the_product_with_blocks(config, monkeypatch):
     assert error(got, dequantized(*a) @ dequantized(*b).T) < TENSOR_CORES
 
 
-@pytest.mark.parametrize("config", suited(gemm.WGRAD_CONFIGS, False))
+@pytest.mark.parametrize("config", fitting(gemm.WGRAD_CONFIGS, False))
 def test_every_config_of_the_product_with_tiles(config, monkeypatch):
     one_config(monkeypatch, "_fp8_wgrad_kernel", config)
     a, b = rows(150, 256), rows(200, 256)
@@ -105,7 +107,7 @@ def test_every_config_of_the_product_with_tiles(config, monkeypatch):
     assert error(got, dequantized(*a) @ dequantized(*b).T) < TENSOR_CORES
 
 
-def test_codes_that_start_at_an_odd_address():
+def test_values_that_start_at_an_odd_address():
     a, b = rows(9, 128), weight(8, 128)
     odd = torch.empty(9 * 128 + 1, dtype=torch.uint8, device=DEVICE)[1:].view(fp8.E4M3).view(9, 128)
     odd.copy_(a[0])
@@ -114,15 +116,15 @@ def test_codes_that_start_at_an_odd_address():
 
 
 @pytest.mark.parametrize("n", [1, 8])
-def test_one_row_of_a_wider_matrix_brings_nothing_else(n):
-    """A row of a slice counts as contiguous, whatever lies after it in memory."""
+def test_one_row_of_a_wider_matrix(n):
+    """A single row of a slice counts as contiguous; memory after it must not be read."""
     (a, a_s), (b, b_s) = rows(1, 48), rows(n, 48)
     got = IMPLS["fp8_gemm"]["triton"](a[:, :40], a_s, b[:, :40].contiguous(), b_s)
     want = dequantized(a[:, :40], a_s) @ dequantized(b[:, :40], b_s).T
     assert error(got, want) < TENSOR_CORES
 
 
-# ── FP8, a weight an expert ──
+# ── FP8, one weight per expert ──
 
 
 @by_counts
@@ -130,17 +132,15 @@ def test_one_row_of_a_wider_matrix_brings_nothing_else(n):
 def test_fp8_grouped_gemm(counts, n, k):
     m, tokens_per_expert_e = sum(counts), torch.tensor(counts, device=DEVICE)
     args = *rows(m, k), *weight(len(counts), n, k), tokens_per_expert_e
-    got, want = (
-        IMPLS["fp8_grouped_gemm"]["triton"](*args),
-        IMPLS["fp8_grouped_gemm"]["torch"](*args),
-    )
+    got = IMPLS["fp8_grouped_gemm"]["triton"](*args)
+    want = IMPLS["fp8_grouped_gemm"]["torch"](*args)
     assert got.shape == (m, n) and got.dtype == torch.float32
     assert not m or error(got, want) < TENSOR_CORES
     narrow = IMPLS["fp8_grouped_gemm"]["triton"](*args, torch.bfloat16)
     assert torch.equal(narrow, got.bfloat16())
 
 
-@pytest.mark.parametrize("config", suited(gemm.BLOCKWISE_CONFIGS, True))
+@pytest.mark.parametrize("config", fitting(gemm.BLOCKWISE_CONFIGS, True))
 def test_every_config_of_the_grouped_product(config, monkeypatch):
     one_config(monkeypatch, "_fp8_gemm_kernel", config)
     counts, n = [130, 0, 200], 210
@@ -150,12 +150,11 @@ def test_every_config_of_the_grouped_product(config, monkeypatch):
     assert error(got, torch.cat([x @ w.T for x, w in values])) < TENSOR_CORES
 
 
-def test_experts_do_not_touch_each_other():
+def test_experts_do_not_affect_each_other():
     (a, a_s), (b, b_s) = rows(9, 128), weight(3, 40, 128)  # one load spans several experts
     b[1].view(torch.uint8).fill_(0x7F)  # NaN
-    got = IMPLS["fp8_grouped_gemm"]["triton"](
-        a, a_s, b, b_s, torch.tensor([2, 4, 3], device=DEVICE)
-    )
+    tokens_per_expert_e = torch.tensor([2, 4, 3], device=DEVICE)
+    got = IMPLS["fp8_grouped_gemm"]["triton"](a, a_s, b, b_s, tokens_per_expert_e)
     assert got.isnan().all(1).tolist() == [False] * 2 + [True] * 4 + [False] * 3
     assert not got[[0, 1, 6, 7, 8]].isnan().any()
 
@@ -178,26 +177,25 @@ def test_fp8_grouped_wgrad(counts, n, k):
     assert not m or error(got, torch.stack([a.T @ b for a, b in parts])) < 0.05  # 4 bits
 
 
-@pytest.mark.parametrize("config", suited(gemm.WGRAD_CONFIGS, True))
+@pytest.mark.parametrize("config", fitting(gemm.WGRAD_CONFIGS, True))
 def test_every_config_of_the_grouped_wgrad(config, monkeypatch):
     one_config(monkeypatch, "_fp8_wgrad_kernel", config)
     tokens_per_expert_e = torch.tensor([200, 0, 100], device=DEVICE)
-    codes = (
-        IMPLS["act_quant_transposed"]["torch"](torch.randn(300, n), tokens_per_expert_e)
-        for n in (130, 140)
-    )
-    args = [t.to(DEVICE) for pair in codes for t in pair]
+    args = []
+    for n in (130, 140):
+        x = torch.randn(300, n)
+        quantized = IMPLS["act_quant_transposed"]["torch"](x, tokens_per_expert_e)
+        args += [t.to(DEVICE) for t in quantized]
     got = IMPLS["fp8_grouped_wgrad"]["triton"](*args, tokens_per_expert_e)
-    assert (
-        error(got, IMPLS["fp8_grouped_wgrad"]["torch"](*args, tokens_per_expert_e)) < TENSOR_CORES
-    )
+    want = IMPLS["fp8_grouped_wgrad"]["torch"](*args, tokens_per_expert_e)
+    assert error(got, want) < TENSOR_CORES
 
 
-# ── bf16 and fp32, a weight an expert ──
+# ── bf16 and fp32, one weight per expert ──
 
 
 def grouped(backend: str, x, w, tokens_per_expert_e, g):
-    """Output and both gradients for an incoming gradient."""
+    """Return the output and both gradients for an incoming gradient."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     y = IMPLS["grouped_linear"][backend](x, w, tokens_per_expert_e)
     return y, *torch.autograd.grad(y, (x, w), g.to(y.dtype))
@@ -207,7 +205,8 @@ def grouped(backend: str, x, w, tokens_per_expert_e, g):
 @by_counts
 @pytest.mark.parametrize("o, i", [(72, 136), (130, 40), (1, 3)])
 def test_grouped_linear(o, i, counts, dtype):
-    m, e, tokens_per_expert_e = sum(counts), len(counts), torch.tensor(counts, device=DEVICE)
+    m, e = sum(counts), len(counts)
+    tokens_per_expert_e = torch.tensor(counts, device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE).to(dtype) for s in ((m, i), (e, o, i), (m, o)))
     got = grouped("triton", x, w, tokens_per_expert_e, g)
     want = grouped("torch", x.double(), w.double(), tokens_per_expert_e, g.double())
@@ -230,7 +229,7 @@ def test_every_config_of_the_grouped_linear(monkeypatch):
             assert error(a, b) < 8 * ROUNDING[dtype]
 
 
-def test_grouped_linear_as_the_reference_has_it_under_autocast():
+def test_grouped_linear_under_autocast():
     tokens_per_expert_e = torch.tensor([3, 0, 8], device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((11, 16), (3, 24, 16), (11, 24)))
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -243,10 +242,11 @@ def test_grouped_linear_as_the_reference_has_it_under_autocast():
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
-def test_the_gradient_of_a_weight_waits_until_a_schedule_asks(cast):
+def test_a_schedule_can_defer_the_gradient_of_a_weight(cast):
     tokens_per_expert_e = torch.tensor([3, 0, 8], device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((11, 16), (3, 24, 16), (11, 24)))
-    x.requires_grad_(), w.requires_grad_()
+    x.requires_grad_()
+    w.requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
         _, *want = grouped("triton", x, w, tokens_per_expert_e, g)
         y = IMPLS["grouped_linear"]["triton"](x, w, tokens_per_expert_e)
@@ -254,17 +254,15 @@ def test_the_gradient_of_a_weight_waits_until_a_schedule_asks(cast):
         y.backward(g.to(y.dtype))
     assert torch.equal(x.grad, want[0]) and w.grad is None
     ((weight, wgrad),) = todo
-    assert weight is w  # the parameter, whose .grad a pipeline adds to
+    assert weight is w  # the parameter itself, whose .grad a pipeline adds to
     dw = wgrad()
     assert dw.dtype == w.dtype and torch.equal(dw, want[1])
 
 
-def test_a_gradient_without_strides_and_one_that_nobody_wants():
+def test_an_expanded_gradient_and_an_unneeded_one():
     tokens_per_expert_e = torch.tensor([5, 4], device=DEVICE)
-    x, w = (
-        torch.randn(9, 16, device=DEVICE, requires_grad=True),
-        torch.randn(2, 8, 16, device=DEVICE),
-    )
+    x = torch.randn(9, 16, device=DEVICE, requires_grad=True)
+    w = torch.randn(2, 8, 16, device=DEVICE)
     IMPLS["grouped_linear"]["triton"](x, w, tokens_per_expert_e).sum().backward()
     want = torch.cat([w[0].sum(0).expand(5, -1), w[1].sum(0).expand(4, -1)])
     assert error(x.grad, want) < 8 * ROUNDING[torch.float32]
@@ -273,7 +271,7 @@ def test_a_gradient_without_strides_and_one_that_nobody_wants():
     assert error(w.grad[0], x[:5].sum(0).expand(8, -1)) < 8 * ROUNDING[torch.float32]
 
 
-def test_rows_of_another_expert_do_not_reach_a_gradient():
+def test_rows_of_another_expert_do_not_affect_a_gradient():
     tokens_per_expert_e = torch.tensor([3, 4], device=DEVICE)
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((7, 16), (2, 8, 16), (7, 8)))
     x[3:], g[3:] = torch.inf, torch.nan
@@ -284,11 +282,8 @@ def test_rows_of_another_expert_do_not_reach_a_gradient():
 
 def test_the_host_never_reads_the_counts(monkeypatch):
     tokens_per_expert_e = torch.tensor([3, 0, 4], device=DEVICE)
-    a, b, x = (
-        rows(7, 128),
-        weight(3, 16, 128),
-        torch.randn(7, 128, device=DEVICE, requires_grad=True),
-    )
+    a, b = rows(7, 128), weight(3, 16, 128)
+    x = torch.randn(7, 128, device=DEVICE, requires_grad=True)
     g, w = torch.randn(7, 16, device=DEVICE), torch.randn(3, 16, 128, device=DEVICE)
     for name in ("tolist", "item", "__int__", "__index__", "__bool__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, None)
@@ -301,12 +296,13 @@ def test_the_host_never_reads_the_counts(monkeypatch):
     IMPLS["grouped_linear"]["triton"](x, w, tokens_per_expert_e).backward(g)
 
 
-# ── What is refused ──
+# ── Errors ──
 
 
-def refused() -> list:
-    """(op, arguments, sentence)."""
-    (a, a_s), (b, b_s), x = rows(4, 256), weight(200, 256), torch.zeros(4, 256, device=DEVICE)
+def invalid_calls() -> list:
+    """Return (op, arguments, message)."""
+    (a, a_s), (b, b_s) = rows(4, 256), weight(200, 256)
+    x = torch.zeros(4, 256, device=DEVICE)
     many, tokens_per_expert_e = weight(2, 200, 256), torch.tensor([1, 3], device=DEVICE)
     g, g_s = a[:, :128].contiguous(), a_s[:, :1].contiguous()
     half = torch.float16
@@ -361,9 +357,9 @@ def refused() -> list:
     ]
 
 
-@pytest.mark.parametrize("at", range(15))
-def test_what_cannot_be_multiplied_is_refused(at):
-    name, args, words = refused()[at]
+@pytest.mark.parametrize("i", range(15))
+def test_invalid_arguments(i):
+    name, args, message = invalid_calls()[i]
     with pytest.raises(ValueError) as e:
         IMPLS[name]["triton"](*args)
-    assert words in str(e.value)
+    assert message in str(e.value)

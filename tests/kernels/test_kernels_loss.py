@@ -22,14 +22,14 @@ def arguments(n: int, d: int, w: int, dtype=torch.float32, scale: float = 1.0) -
 
 
 def results(fn, h_nd, head_wd, target_n, dtype=None) -> list[torch.Tensor]:
-    """Loss and both gradients, for an incoming gradient of 1.5."""
+    """Return the loss and both gradients, for an incoming gradient of 1.5."""
     h, head = (x.detach().to(dtype).requires_grad_() for x in (h_nd, head_wd))
     nll = fn(h, head, target_n)
     return [nll, *torch.autograd.grad(1.5 * nll, (h, head))]
 
 
 def error(got, want) -> float:
-    """Relative 2-norm of the difference; NaN, where there is one, is larger than any bound."""
+    """Return the relative 2-norm of the difference, or infinity for NaN."""
     difference = ((got.double() - want).norm() / want.norm()).item()
     return difference if difference == difference else float("inf")
 
@@ -60,7 +60,7 @@ def test_chunks_change_nothing(n, dtype, monkeypatch):
 
 
 def test_the_gradient_of_the_head_is_summed_in_fp32(monkeypatch):
-    monkeypatch.setattr(loss, "MAX_LOGITS", 1)  # a token at a time: 200 sums
+    monkeypatch.setattr(loss, "MAX_LOGITS", 1)  # one token per chunk: 200 sums
     h_nd, head_wd, target_n = arguments(200, 8, 3, torch.bfloat16)
     got, want = (
         results(fn, h_nd, head_wd, target_n, dtype)[2]
@@ -70,7 +70,7 @@ def test_the_gradient_of_the_head_is_summed_in_fp32(monkeypatch):
 
 
 def test_logits_of_any_size():
-    """Scores of some thousand, where exp without its maximum is 0 or infinite; no target at 0."""
+    """With logits of some thousand, exp is 0 or infinite unless the maximum is subtracted."""
     assert max(errors(arguments(9, 64, 5000, scale=1000), torch.float32)) < 1e-4
     h_nd, head_wd, target_n = arguments(6, 16, 50)
     assert fused(h_nd * 0 - 1, head_wd * 0 + 1, target_n).item() == pytest.approx(
@@ -91,7 +91,7 @@ def test_no_tokens():
     assert not got[0] and not got[2].any()
 
 
-def test_autocast_narrows_as_the_reference_does():
+def test_autocast_casts_as_the_reference_does():
     args = arguments(21, 64, 300)
     with torch.autocast(DEVICE, torch.bfloat16):
         got = results(fused, *args, dtype=torch.float32)
@@ -100,61 +100,64 @@ def test_autocast_narrows_as_the_reference_does():
     for g, w in zip(got, want):
         assert error(g, w.double()) < 2 * ROUNDING[torch.bfloat16]
     exact = results(fused, *args, dtype=torch.float32)
-    assert error(got[1], exact[1].double()) > ROUNDING[torch.bfloat16] / 8  # it did narrow
+    assert error(got[1], exact[1].double()) > ROUNDING[torch.bfloat16] / 8  # it did cast
 
 
-# ── Work and memory that are not asked for ──
+# ── Work and memory ──
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor of any operation, in bytes, and which operations there were."""
+class OperationLog(TorchDispatchMode):
+    """A record of all operations and of the bytes of their largest result."""
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.seen = 0, []
+        self.largest_bytes, self.operations = 0, []
 
     def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
         result = fn(*args, **(kwargs or {}))
         sizes = [x.nbytes for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        self.bytes = max([self.bytes, *sizes])
-        self.seen.append(fn.overloadpacket)
+        self.largest_bytes = max([self.largest_bytes, *sizes])
+        self.operations.append(fn.overloadpacket)
         return result
 
 
-def largest(fn, n: int, d: int, w: int) -> int:
+def largest_result(fn, n: int, d: int, w: int) -> int:
+    """Return the bytes of the largest tensor in the forward and backward pass of fn."""
     args = arguments(n, d, w)
-    with Largest() as mode:
+    with OperationLog() as log:
         fn(*args).backward()
-    return mode.bytes
+    return log.largest_bytes
 
 
-def test_all_logits_never_exist(monkeypatch):
-    n, d, w = 60, 4, 200
+def test_logits_exist_in_chunks_only(monkeypatch):
+    n, d = 60, 4
+    w = 200
     monkeypatch.setattr(loss, "MAX_LOGITS", 16 * w)
     naive = ops.IMPLS["linear_cross_entropy"]["torch"]
-    assert largest(naive, n, d, w) >= 4 * n * w  # the measure measures
-    assert largest(fused, n, d, w) <= 4 * 16 * w
+    assert largest_result(naive, n, d, w) >= 4 * n * w
+    assert largest_result(fused, n, d, w) <= 4 * 16 * w
     monkeypatch.setattr(loss, "MAX_LOGITS", 2**28)
-    assert largest(fused, n, d, w) == 4 * n * w
+    assert largest_result(fused, n, d, w) == 4 * n * w
 
 
-def test_v3_holds_half_a_gigabyte_of_logits():
+def test_the_logits_of_v3_take_half_a_gigabyte():
     rows = loss.MAX_LOGITS // 129_280
     assert rows >= 2048
     assert rows * 129_280 * 2 <= 2**29
 
 
 @pytest.mark.parametrize("h, head", [(True, False), (False, True), (False, False)])
-def test_only_wanted_gradients_are_computed(h, head):
+def test_only_needed_gradients_are_computed(h, head):
     h_nd, head_wd, target_n = arguments(11, 8, 60)
     want = results(reference, h_nd, head_wd, target_n, torch.float64)
     leaves = [x.requires_grad_(needed) for x, needed in ((h_nd, h), (head_wd, head)) if needed]
-    h_nd.requires_grad_(h), head_wd.requires_grad_(head)
-    with Largest() as mode:
+    h_nd.requires_grad_(h)
+    head_wd.requires_grad_(head)
+    with OperationLog() as log:
         nll = fused(h_nd, head_wd, target_n)
     assert error(nll.detach(), want[0]) < 1e-6
-    assert mode.seen.count(torch.ops.aten.mm) == 1 + h  # logits; then their gradient times W
-    assert mode.seen.count(torch.ops.aten.addmm_) == head
+    assert log.operations.count(torch.ops.aten.mm) == 1 + h  # logits, and their gradient times W
+    assert log.operations.count(torch.ops.aten.addmm_) == head
     grads = torch.autograd.grad(1.5 * nll, leaves) if leaves else ()
     for g, w in zip(grads, [w for w, needed in zip(want[1:], (h, head)) if needed]):
         assert error(g, w) < 1e-6
@@ -162,16 +165,16 @@ def test_only_wanted_gradients_are_computed(h, head):
 
 def test_no_gradient_work_without_a_backward_pass():
     args = arguments(11, 8, 60)
-    with torch.no_grad(), Largest() as mode:
+    with torch.no_grad(), OperationLog() as log:
         nll = fused(*args)
-    assert mode.seen.count(torch.ops.aten.mm) == 1
-    assert torch.ops.aten.addmm_ not in mode.seen
+    assert log.operations.count(torch.ops.aten.mm) == 1
+    assert torch.ops.aten.addmm_ not in log.operations
     assert error(nll, reference(*(x.double() for x in args[:2]), args[2])) < 1e-6
 
 
-# ── Refusals ──
+# ── Errors ──
 
-REFUSED = {
+INVALID = {
     "h_nd must be float32 or bfloat16, not float64": (0, lambda x: x.double()),
     "h_nd must have shape .any, any., not": (0, lambda x: x[None]),
     "head_wd must be float32, not bfloat16": (1, lambda x: x.bfloat16()),
@@ -181,16 +184,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_read_is_refused(words):
-    args, (i, change) = list(arguments(5, 8, 30)), REFUSED[words]
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_arguments(message):
+    args, (i, change) = list(arguments(5, 8, 30)), INVALID[message]
     args[i] = change(args[i])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         fused(*args)
 
 
 @pytest.mark.parametrize("target", [-100, -1, 30, 2**40])
-def test_a_target_outside_of_the_vocabulary_is_never_ignored(target):
+def test_a_target_outside_the_vocabulary_raises_or_gives_nan(target):
     h_nd, head_wd, target_n = arguments(5, 8, 30)
     target_n[3] = target
     if DEVICE == "cpu":
@@ -201,7 +204,7 @@ def test_a_target_outside_of_the_vocabulary_is_never_ignored(target):
 
 
 @pytest.mark.parametrize("target", [-1, 30])
-def test_the_kernel_answers_it_with_nan(target):
+def test_the_kernel_gives_nan_for_a_target_outside_the_vocabulary(target):
     logit_nw, nll_n = torch.randn(3, 30, device=DEVICE), torch.empty(3, device=DEVICE)
     target_n = torch.tensor([4, target, 5], device=DEVICE)
     loss._cross_entropy_kernel[3,](logit_nw, target_n, nll_n, 30, 30, GRADIENT=True)

@@ -1,4 +1,4 @@
-"""The quantizing kernels give the bits of their references, wherever arithmetic defines them."""
+"""Quantization kernels equal their references bit for bit wherever arithmetic is exact."""
 
 import interpreter  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 import pytest
@@ -12,11 +12,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = torch.float32, torch.bfloat16
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 COUNTS = {
-    "one": None,
+    "one weight": None,
     "edges": [0, 1, 127, 128, 129, 0],
     "even": [128, 128],
-    "lonely": [1],
-    "nobody": [0, 0, 0],
+    "one row": [1],
+    "no rows": [0, 0, 0],
 }
 
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -24,8 +24,8 @@ by_scale_format = pytest.mark.parametrize("use_ue8m0", [False, True], ids=["any"
 by_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 
 
-def drawn(*shape, dtype=torch.float32):
-    """Normal numbers, rows of very different size, some zeros of both signs, a row of zeros."""
+def random_input(*shape, dtype=torch.float32):
+    """Draw normal numbers in rows of very different magnitude, with zeros of both signs."""
     x = torch.randn(shape)
     if x.numel() > 1:
         x *= torch.logspace(-34, 30, len(x)).view(-1, *[1] * (x.ndim - 1))
@@ -43,15 +43,15 @@ def bits(x):
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize])
 
 
-def same(got, want) -> None:
-    """Every bit of every result, and the layout."""
+def assert_same(got, want) -> None:
+    """Compare the bits of all results, and their layout."""
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape and g.dtype == w.dtype and g.is_contiguous()
         assert torch.equal(bits(g), bits(w))
 
 
-def both(name: str, *args):
-    """Results of the kernel and of the reference."""
+def run_both(name: str, *args):
+    """Return the results of the kernel and of the reference."""
     return IMPLS[name]["triton"](*args), IMPLS[name]["torch"](*args)
 
 
@@ -64,47 +64,47 @@ def both(name: str, *args):
     "shape", [(5, 576), (2, 3, 128), (1, 1), (33, 300), (130,), (0, 64)], ids=str
 )
 def test_act_quant(shape, use_ue8m0, dtype):
-    same(*both("act_quant", drawn(*shape, dtype=dtype), use_ue8m0))
+    assert_same(*run_both("act_quant", random_input(*shape, dtype=dtype), use_ue8m0))
 
 
-def test_act_quant_divides_every_pair_of_bf16_numbers_rightly():
-    """x / s has a shortcut for bf16; up to powers of two, these are all quotients there are."""
+def test_act_quant_divides_every_pair_of_bf16_numbers_exactly():
+    """x / s has a special form for bf16; up to powers of two, these are all possible quotients."""
     amax_n = torch.arange(128, 256).float()
     step = (torch.arange(128, 256) * torch.arange(-21.0, 1).exp2()[:, None]).flatten()
     x_nk = step.expand(128, -1)
     x_nk = torch.where(x_nk > amax_n[:, None], 0, x_nk)
     x_nzt = torch.nn.functional.pad(x_nk, (0, -x_nk.shape[1] % 127)).unflatten(1, (-1, 127))
     x_nzt = torch.cat([x_nzt, amax_n[:, None, None].expand(-1, x_nzt.shape[1], 1)], 2)
-    same(*both("act_quant", x_nzt.flatten(1).to(DEVICE, torch.bfloat16)))
+    assert_same(*run_both("act_quant", x_nzt.flatten(1).to(DEVICE, torch.bfloat16)))
 
 
 def test_a_scale_is_the_quotient_by_448_to_the_last_bit():
     x_nt = torch.zeros(4096, 128)
     x_nt[:, 5] = torch.rand(4096).exp2() * torch.logspace(-29, 37, 4096)
-    same(*both("act_quant", x_nt.to(DEVICE)))
+    assert_same(*run_both("act_quant", x_nt.to(DEVICE)))
 
 
 @by_scale_format
-def test_numbers_half_way_between_two_codes(use_ue8m0):
-    code = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    half = (code[1:] + code[:-1]) / 2
+def test_numbers_halfway_between_two_values(use_ue8m0):
+    value = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    half = (value[1:] + value[:-1]) / 2
     s = torch.rand(64, 1) + 0.5
     x = torch.cat([448 * s, half * s], 1)
     x = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])
     x[..., 0] = 448 * s[:, 0]
-    same(*both("act_quant", torch.cat([x, -x], -1).to(DEVICE), use_ue8m0))
+    assert_same(*run_both("act_quant", torch.cat([x, -x], -1).to(DEVICE), use_ue8m0))
 
 
 def test_rows_may_be_slices_of_wider_ones():
-    x = drawn(6, 600, dtype=torch.bfloat16)
+    x = random_input(6, 600, dtype=torch.bfloat16)
     want = IMPLS["act_quant"]["torch"](x[:, 16:400])
-    same(IMPLS["act_quant"]["triton"](x[:, 16:400]), want)
-    same(*both("act_quant_transposed", x[:, 16:400]))
+    assert_same(IMPLS["act_quant"]["triton"](x[:, 16:400]), want)
+    assert_same(*run_both("act_quant_transposed", x[:, 16:400]))
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @by_dtype
-def test_what_is_not_finite_stays_so(bad, dtype):
+def test_infinity_and_nan_stay_non_finite(bad, dtype):
     x = torch.randn(2, 256, device=DEVICE).to(dtype)
     x[1, 130] = bad
     for use_ue8m0 in (False, True):
@@ -121,7 +121,7 @@ def test_what_is_not_finite_stays_so(bad, dtype):
     "shape", [(130, 257), (128, 128), (3, 72, 576), (1, 1), (2, 0, 5)], ids=str
 )
 def test_weight_quant(shape, use_ue8m0, dtype):
-    same(*both("weight_quant", drawn(*shape, dtype=dtype), use_ue8m0))
+    assert_same(*run_both("weight_quant", random_input(*shape, dtype=dtype), use_ue8m0))
 
 
 # ── Tiles of 128 × 1 ──
@@ -131,7 +131,8 @@ def test_weight_quant(shape, use_ue8m0, dtype):
 def test_the_map_of_tiles(counts):
     counts = counts or [300]
     map_xz, end_e = quant.tile_map(expert_counts(counts), sum(counts))
-    want, row, ends = [], 0, []
+    want, ends = [], []
+    row = 0
     for e, count in enumerate(counts):
         want += [(row + i, row + count, e) for i in range(0, count, 128)]
         ends.append(len(want))
@@ -145,27 +146,30 @@ def test_the_map_of_tiles(counts):
 @by_dtype
 @by_counts
 @pytest.mark.parametrize("k", [576, 40])
-def test_col_quant(k, counts, dtype):
+def test_act_quant_transposed(k, counts, dtype):
     m = 130 if counts is None else sum(counts)
-    x = drawn(m, k, dtype=dtype) if m else torch.zeros(0, k, device=DEVICE, dtype=dtype)
-    same(*both("act_quant_transposed", x, expert_counts(counts), k == 40))
+    x = random_input(m, k, dtype=dtype) if m else torch.zeros(0, k, device=DEVICE, dtype=dtype)
+    assert_same(*run_both("act_quant_transposed", x, expert_counts(counts), k == 40))
 
 
 @by_scale_format
 @by_counts
-def test_retile(counts, use_ue8m0):
+def test_requant_transposed(counts, use_ue8m0):
     m = 256 if counts is None else sum(counts)
     q, s = IMPLS["act_quant"]["torch"](torch.randn(m, 200, device=DEVICE) * 100, use_ue8m0)
-    same(*both("requant_transposed", q, s, expert_counts(counts), use_ue8m0))
+    assert_same(*run_both("requant_transposed", q, s, expert_counts(counts), use_ue8m0))
 
 
 # ── Norm and SwiGLU ──
 
 
 def error(got, want) -> float:
-    """rms(got − want) / rms(want)."""
-    rms = lambda x: x.double().square().mean().sqrt()
+    """Return rms(got − want) / rms(want)."""
     return (rms(got.double() - want.double()) / rms(want)).item()
+
+
+def rms(x) -> torch.Tensor:
+    return x.double().square().mean().sqrt()
 
 
 @by_dtype
@@ -174,31 +178,32 @@ def test_rms_norm_quant(shape, dtype):
     x, weight = torch.randn(shape), torch.rand(shape[-1]) + 0.5
     x, weight = x.to(DEVICE, dtype), weight.to(DEVICE)
     for use_ue8m0 in (False, True):
-        y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, None, use_ue8m0)
-        same(codes, IMPLS["act_quant"]["torch"](y, use_ue8m0))  # of the rounded y
+        y, *quantized = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, None, use_ue8m0)
+        assert_same(quantized, IMPLS["act_quant"]["torch"](y, use_ue8m0))  # of the rounded y
         if y.numel():
             want = IMPLS["rms_norm"]["torch"](x.double(), weight.double(), 1e-6)
             assert error(y, want) < 2 * ROUNDING[dtype]
         assert y.dtype == dtype and y.shape == x.shape
 
 
-def test_rms_norm_quant_narrows_once_and_has_the_gradient_of_rms_norm():
-    x, weight, g = torch.randn(5, 576), torch.rand(576) + 0.5, torch.randn(5, 576).bfloat16()
+def test_rms_norm_quant_rounds_once_and_has_the_gradient_of_rms_norm():
+    x, weight = torch.randn(5, 576), torch.rand(576) + 0.5
+    g = torch.randn(5, 576).bfloat16()
     x, weight = (t.to(DEVICE).requires_grad_() for t in (x, weight))
-    y, *codes = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, torch.bfloat16)
+    y, *quantized = IMPLS["rms_norm_quant"]["triton"](x, weight, 1e-6, torch.bfloat16)
     plain = IMPLS["rms_norm"]["triton"](x, weight, 1e-6, torch.bfloat16)
-    assert y.dtype == torch.bfloat16 and error(y, plain) < 2**-9  # 1/ρ may be a bit apart
-    same(codes, IMPLS["act_quant"]["torch"](y.detach()))
+    assert y.dtype == torch.bfloat16 and error(y, plain) < 2**-9  # 1/ρ may differ by one bit
+    assert_same(quantized, IMPLS["act_quant"]["torch"](y.detach()))
     for got, want in zip(*(torch.autograd.grad(t, (x, weight), g.to(DEVICE)) for t in (y, plain))):
         assert got.dtype == torch.float32 and error(got, want) < 2**-20
 
 
-def nearly(got, want, dtype) -> None:
-    """Codes and scales of numbers that differ by roundings of exp: few codes off, each by one."""
+def assert_close(got, want, dtype) -> None:
+    """Compare values and scales up to roundings of exp: few values differ, each by one step."""
     (q, s), (want_q, want_s) = got, want
     assert q.shape == want_q.shape and s.shape == want_s.shape
-    off = bits(q).short() - bits(want_q).short()
-    assert (off.abs() <= 1).all() and (off != 0).float().mean() < 0.003
+    steps = bits(q).short() - bits(want_q).short()
+    assert (steps.abs() <= 1).all() and (steps != 0).float().mean() < 0.003
     assert ((s - want_s).abs() <= want_s * 16 * ROUNDING[dtype]).all()
 
 
@@ -207,9 +212,11 @@ def nearly(got, want, dtype) -> None:
 def test_swiglu_quant(shape, dtype):
     gate, up = (torch.randn(shape, device=DEVICE).mul(4).to(dtype) for _ in "ab")
     for use_ue8m0 in (False, True):
-        nearly(*both("swiglu_quant", gate, up, use_ue8m0), dtype)
-    wide = torch.stack([gate, up], -2)  # as one matrix product would leave them
-    same(both("swiglu_quant", *wide.unbind(-2))[0], both("swiglu_quant", gate, up)[0])
+        assert_close(*run_both("swiglu_quant", gate, up, use_ue8m0), dtype)
+    wide = torch.stack([gate, up], -2)  # the layout of a single matrix product
+    assert_same(
+        run_both("swiglu_quant", *wide.unbind(-2))[0], run_both("swiglu_quant", gate, up)[0]
+    )
 
 
 @by_dtype
@@ -217,11 +224,11 @@ def test_swiglu_quant(shape, dtype):
 def test_swiglu_quant_backward(counts, dtype):
     m, k = 131 if counts is None else sum(counts), 200
     g = torch.randn(m, k, device=DEVICE).to(dtype)
-    codes = [IMPLS["act_quant"]["torch"](4 * torch.randn(m, k, device=DEVICE)) for _ in "ab"]
-    args = g, *codes[0], *codes[1], expert_counts(counts)
-    got, want = both("swiglu_quant_backward", *args)
-    nearly(got[2:], want[2:], dtype)
-    gate, up = (fp8.act_dequant(*c).to(dtype).double().requires_grad_() for c in codes)
+    quantized = [IMPLS["act_quant"]["torch"](4 * torch.randn(m, k, device=DEVICE)) for _ in "ab"]
+    args = g, *quantized[0], *quantized[1], expert_counts(counts)
+    got, want = run_both("swiglu_quant_backward", *args)
+    assert_close(got[2:], want[2:], dtype)
+    gate, up = (fp8.act_dequant(*x).to(dtype).double().requires_grad_() for x in quantized)
     exact = torch.autograd.grad(gate * gate.sigmoid() * up, (gate, up), g.double())
     for d, w in zip(got, exact):
         assert d.dtype == dtype and d.shape == (m, k)
@@ -229,11 +236,11 @@ def test_swiglu_quant_backward(counts, dtype):
             assert error(d, w) < 3 * ROUNDING[dtype]
 
 
-# ── What is refused ──
+# ── Errors ──
 
 
-def refused() -> list:
-    """(op, arguments, sentence)."""
+def invalid_calls() -> list:
+    """Return (op, arguments, message)."""
     half, x = torch.zeros(4, 128, dtype=torch.float16), torch.zeros(4, 128)
     q, s = x.to(torch.float8_e4m3fn), torch.ones(4, 1)
     wide = torch.zeros(1, 8193)
@@ -261,9 +268,9 @@ def refused() -> list:
     ]
 
 
-@pytest.mark.parametrize("name, args, words", refused())
-def test_what_cannot_be_quantized_is_refused(name, args, words):
+@pytest.mark.parametrize("name, args, message", invalid_calls())
+def test_invalid_arguments(name, args, message):
     args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
     with pytest.raises(ValueError) as e:
         IMPLS[name]["triton"](*args)
-    assert words in str(e.value)
+    assert message in str(e.value)

@@ -1,9 +1,12 @@
 """`dsv3 train` on several ranks: losses of one process, signals, and resuming on another mesh."""
 
 import json
+import random
 import shutil
 import signal
+import subprocess
 import time
+from itertools import count
 
 import miniruns
 import pytest
@@ -128,6 +131,41 @@ def test_a_run_moves_between_a_mesh_and_one_process(two, home):
     assert metrics(run)[20]["grad_norm"] == pytest.approx(alone[20]["grad_norm"], rel=1e-4)
 
 
+SHORT = "--steps 8 --save-every 3 --ep 2 --hang-timeout 30".split()
+
+
+def kill_one(processes, rank: int, seconds: float) -> bool:
+    """Kill a rank after this time, wait for the others; return whether the run had not ended."""
+    try:
+        processes[rank].communicate(seconds)
+    except subprocess.TimeoutExpired:
+        processes[rank].kill()
+    for p in processes:
+        p.communicate(timeout=90)  # they notice that it is gone
+    return any(p.returncode for p in processes)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
+def test_kill_9_of_a_rank_at_random_moments(kills, home, tmp_path):
+    """Whenever it comes, every later row and every weight are bit for bit the same."""
+    began = time.monotonic()
+    wait_for_exit(start(home, tmp_path / "undisturbed", 2, *SHORT))
+    took, cut = time.monotonic() - began, 0
+    want = list(map(timeless, metrics(tmp_path / "undisturbed")))
+    weights = load(tmp_path / "undisturbed").state_dict()
+    for i in count():
+        run, seconds = tmp_path / str(i), random.uniform(0.2 * took, took)
+        was_cut = kill_one(start(home, run, 2, *SHORT), i % 2, seconds)
+        begun = ["--resume"] if (run / "run.json").exists() else []
+        wait_for_exit(start(home, run, 2, *SHORT, *begun))
+        assert list(map(timeless, metrics(run))) == want, f"rank {i % 2} after {seconds} seconds"
+        for name, x in load(run).state_dict().items():
+            assert torch.equal(x, weights[name]), f"{name}, rank {i % 2} after {seconds} seconds"
+        took, cut = (took if was_cut else seconds), cut + was_cut
+        if cut == kills:
+            return
+
+
 def test_a_damaged_checkpoint_of_ranks_is_set_aside(two, home):
     run = home / "damaged"
     shutil.copytree(two, run)
@@ -161,13 +199,13 @@ def test_a_wrong_number_of_ranks_is_reported(more, sentence, home):
 
 def test_a_rank_that_hangs_is_named(home):
     run = home / "hung"
-    processes = start(home, run, 2, "--ep", "2", "--steps", "3000", "--hang-timeout", "5")
+    processes = start(home, run, 2, "--ep", "2", "--steps", "3000", "--hang-timeout", "15")
     while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 3:
         time.sleep(0.05)
         assert all(p.poll() is None for p in processes)
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        output = processes[0].communicate(timeout=60)[0]
+        output = processes[0].communicate(timeout=120)[0]
     finally:
         processes[1].kill()
     assert processes[0].returncode == 70

@@ -66,7 +66,7 @@ class EventOverlap:
 
 
 def arriving(values, async_finish: bool):
-    """Return (tensors, event); with `async_finish` they are garbage until the event is waited for."""
+    """Return (tensors, event); with `async_finish` tensors are garbage until the event is over."""
     if not async_finish:
         return values, EventOverlap()
     early = [None if v is None else torch.empty_like(v) for v in values]

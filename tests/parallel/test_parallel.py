@@ -108,7 +108,7 @@ def test_the_first_and_the_last_stage_hold_the_embedding():
 
 
 def compare_local_model(stage: int, num_stages: int):
-    """Build a rank's part; return (equal to the whole model, names, equal random state, all names)."""
+    """Build a rank's part; return (equal weights, names, equal random state, all names)."""
     mesh = Mesh(1, 1, 2, CPU)
     local = build_local_model(TINY, mesh, (stage,), num_stages, seed=3)
     after = torch.rand(1)
@@ -204,7 +204,7 @@ DISPATCHED = replace(V3, dim=128, moe_inter_dim=128, n_routed_experts=16, n_acti
 
 
 def compare_dispatch(world: int, ranks_per_node: int, fp8: bool):
-    """Return relative errors of output and gradients against `MoE.forward_routed`, bytes by link."""
+    """Return errors of output and gradients relative to `MoE.forward_routed`, and bytes by link."""
     c = DISPATCHED
     torch.manual_seed(0)
     moe, mesh = MoE(c), Mesh(1, 1, world, CPU)
@@ -490,7 +490,7 @@ def check_a_step(gang, dtype, tolerance: float, shape, *setting, special_tokens=
 
 @pytest.mark.parametrize(CASE, SHAPES, ids=str)
 def test_a_step_on_any_mesh_is_the_step_of_one_process(shape, name, zero, ranks_per_node, gang):
-    """The order of sums differs: by up to 6e-7, in norms of latents; one process is 7e-7 off fp64."""
+    """Sums have another order, which costs up to 6e-7; one process differs from fp64 by 7e-7."""
     check_a_step(gang, torch.float32, 1e-6, shape, name, zero, ranks_per_node)
 
 

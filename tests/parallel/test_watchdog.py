@@ -107,7 +107,7 @@ def test_a_process_that_never_releases_pythons_lock_ends_too(tmp_path):
 
 
 def states(*operations) -> dict[int, dict]:
-    """Return the states of rank 0, 1, … with (operation, ranks waited for), reported at second 100."""
+    """Return the states of ranks in (operation, ranks waited for), reported at second 100."""
     row = {"since": 40.0, "reported_at": 100.0}
     return {r: row | {"operation": o, "waits_for": w} for r, (o, w) in enumerate(operations)}
 

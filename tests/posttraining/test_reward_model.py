@@ -57,7 +57,7 @@ def train(home, out, *more) -> int:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A base, pairs in which aa is better than bb, and a judge of each kind."""
+    """A base model, pairs in which aa is better than bb, and a reward model of each kind."""
     with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
         mini = json.loads((folder / "mini.json").read_text())
         wide = mini | {"max_seq_len": 192, "original_seq_len": 192}
@@ -209,7 +209,7 @@ def test_a_score_does_not_depend_on_its_company(home, kind, monkeypatch):
 
 
 def test_an_answer_may_hold_any_token(home):
-    """A policy may draw a mark; the score is still that of the whole answer."""
+    """A policy may sample a special token; the score is still that of the whole answer."""
     judge = RewardModel(home / "direct")
     (tokens,) = asked(judge, "aa")
     strange = [*tokens[:-1], judge.special_tokens.bos, judge.special_tokens.user, tokens[-1]]

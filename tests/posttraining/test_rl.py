@@ -25,7 +25,7 @@ from dsv3_ref.training.strategy import SingleProcess, StepHyperparams
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_rollouts_are_the_models_own(micro, temperature):
-    """log π is what the model says of these tokens, and at temperature 0 they are its likeliest."""
+    """log π is the model's of these tokens, and at temperature 0 they are the most likely ones."""
     model, prompts = Transformer(micro), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     said, logp = generate_rollouts(model, prompts, 3, 12, 7, temperature)
     assert len(said) == len(logp) == 9
@@ -63,7 +63,7 @@ def test_a_first_token_that_ends_ends(micro):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model that has learnt to end its answers, and tasks that like them short."""
+    """A model trained to end its answers, and tasks that reward short ones."""
     with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
         patch = pytest.MonkeyPatch()
         patch.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
@@ -82,7 +82,7 @@ def home(tmp_path_factory):
 
 
 class Short:
-    """Right is what is short; the task called bad cannot tell."""
+    """Short answers are right; the scorer of the task `bad` fails."""
 
     is_open_ended = False
 
@@ -182,7 +182,7 @@ def train(run: Run, batch: list[Rollout], recipe, lr=0.0):
 
 
 def answers(run: Run) -> list[Rollout]:
-    """Two groups, in which the model says its own marks too."""
+    """Two groups, in which the completions contain special tokens too."""
     bos, eos, pad, user, assistant = run.data.special_tokens
     said = [[20, 21, eos], [22, bos, 23, 24, eos], [assistant, user, eos], [25, 26, 27, pad, 28]]
     out = []
@@ -277,7 +277,7 @@ def test_controls(home, tmp_path):
 
 
 def test_own_problems_beside_ours(home, tmp_path):
-    """A file of problems with answers; all is told by its name, held-out ones too."""
+    """A file of problems with answers; metrics name it by its path, on held-out problems too."""
     rows = [json.dumps({"question": f"say {i}", "answer": "7"}) for i in range(12)]
     (tmp_path / "own.jsonl").write_text("\n".join(rows))
     assert (
@@ -356,7 +356,7 @@ def test_questions_go_on_where_they_stood():
     first = draw.next_batch(30)
     assert {p.domain for p in first} == {"sums", "spelling"}
     other = PromptDataset({"sums": 2.0, "spelling": 1.0}, 0)
-    other.load_state_dict({"drawn": 20}, {})
+    other.load_state_dict({"drawn": 20})
     assert other.next_batch(10) == first[20:]
 
 
@@ -367,7 +367,8 @@ REFUSED = [
     (["--init", "{base}", "--tasks", "writing", "--votes", "-1"], "--votes must be at least 0"),
     (["--init", "{base}", "--votes", "2", "--reward", "x"], "--reward or --votes, not both"),
     (
-        ["--init", "{base}", *"--steps-per-generation 5 --global-batch-size 8 --start-batch-size 4".split()],
+        ["--init", "{base}", "--steps-per-generation", "5", "--global-batch-size", "8",
+         "--start-batch-size", "4"],
         "--steps-per-generation",
     ),
     (["--init", "{base}", "--tasks"], "--tasks needs at least one name"),

@@ -73,7 +73,7 @@ def test_epochs_say_how_long(home, tuned):
     assert len(metrics(tuned)) == round(3 * len(dataset.rows) / 2)
 
 
-def test_resumed_it_is_the_same_run(home, tuned, tmp_path, monkeypatch):
+def test_resumed_it_is_the_same_run(home, tuned, tmp_path, monkeypatch, capsys):
     real = loop.take_step
 
     def stopping(run):
@@ -84,6 +84,15 @@ def test_resumed_it_is_the_same_run(home, tuned, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", stopping)
         assert sft(home, tmp_path / "run", "--save-every", 2) == 130
+    talks = (home / "talks.jsonl").read_text()
+    try:
+        first = json.loads(talks.splitlines()[0])
+        first["messages"][-1]["content"] += "!"
+        (home / "talks.jsonl").write_text("\n".join([json.dumps(first), *talks.splitlines()[1:]]))
+        assert main.main(["sft", "--resume", "--out", str(tmp_path / "run")]) == 2
+    finally:
+        (home / "talks.jsonl").write_text(talks)
+    assert "talks.jsonl has changed" in capsys.readouterr().err
     assert main.main(["sft", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert sft(home, tmp_path / "whole", "--save-every", 2) == 0
     assert results(tmp_path / "run") == results(tmp_path / "whole")

@@ -115,6 +115,7 @@ def test_open_rows_need_a_question_only(tmp_path):
     assert task.is_open_ended and sorted(p.question for p in practiced + held) == sorted(asked)
 
 
+A_CASE = 'a case needs "stdin" and "expected", or "function", "args" and "expected"'
 POISON = {
     "{not json": 'its "question" is missing or not a text',
     "[]": 'its "question" is missing or not a text',
@@ -124,9 +125,9 @@ POISON = {
     '{"question": "a", "cases": []}': '"cases" are not a list',
     '{"question": "a", "cases": "x"}': '"cases" are not a list',
     json.dumps({"question": "a", "answer": "7", "cases": ECHO}): 'both an "answer" and "cases"',
-    '{"question": "a", "cases": [{"stdin": "a"}]}': 'a case needs "stdin" and "expected", or "function"',
-    '{"question": "a", "cases": [{"function": "f", "args": 1, "expected": 2}]}': 'a case needs "stdin" and "expected"',
-    '{"question": "a", "cases": [7]}': 'a case needs "stdin" and "expected", or "function"',
+    '{"question": "a", "cases": [{"stdin": "a"}]}': A_CASE,
+    '{"question": "a", "cases": [{"function": "f", "args": 1, "expected": 2}]}': A_CASE,
+    '{"question": "a", "cases": [7]}': A_CASE,
 }
 
 

@@ -43,7 +43,8 @@ from dsv3_ref.serve import (
     make_engine,
 )
 from dsv3_ref.serving import api_server
-from dsv3_ref.serving.api_server import Histogram, ServeConfig, Service
+from dsv3_ref.serving.api_server import ServeConfig, Service
+from dsv3_ref.serving.engine_thread import Histogram
 from dsv3_ref.serving.prefill import transfer_from_bytes, transfer_to_bytes
 from dsv3_ref.serving.web import bind_socket
 from dsv3_ref.studies import load_test
@@ -262,7 +263,7 @@ def test_too_few_pages_put_the_youngest_back_and_the_oldest_ends_first(model):
     e.submit(*rows)
     order = []
     while e.has_unfinished_requests():
-        order += [row for row, _ in e.step() if row.finish_reason]
+        order += [output.request for output in e.step() if output.finish_reason]
         assert e.scheduler.block_pool.num_used <= 10
     assert order == rows and e.counters["preemptions"] > 0
     assert all(regret(model, row) < 1e-4 for row in rows)
@@ -296,7 +297,7 @@ def test_who_leaves_frees_what_they_held(model, depth, steps):
     for _ in range(steps):
         e.step()
     goes.aborted = queued.aborted = True
-    left = {row for row, new in e.step() if row.aborted and not new}
+    left = {x.request for x in e.step() if x.finish_reason == "abort" and not x.tokens}
     assert left == {goes, queued} and goes.finish_reason == "abort" and not goes.block_ids
     run(e, [])
     assert (
@@ -403,7 +404,8 @@ def pair(model, depth: int, **options):
     originals = {}
 
     def send(row: Request) -> bool:
-        copy = Request(list(row.tokens), 1, num_present_tokens=row.num_computed_tokens)
+        tokens = row.tokens[: row.num_prefill_tokens]
+        copy = Request(tokens, 1, num_present_tokens=row.num_computed_tokens)
         originals[copy] = row
         reader.submit(copy)
         return True
@@ -490,8 +492,9 @@ def folder(tmp_path_factory):
 def served(folder, **options):
     """Yield (address, service) of a server in a thread."""
     listener = bind_socket("127.0.0.1", 0)
-    with Service(ServeConfig(folder, **({"seed": 0, "block_size": 8} | options))) as service:
-        server = api_server.make_api_server(api_server.build_app(service), 5)
+    options = {"seed": 0, "block_size": 8, "grace": 5} | options
+    with Service(ServeConfig(folder, **options)) as service:
+        server = api_server.make_api_server(service, listener)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
@@ -709,7 +712,7 @@ def test_other_mistakes(here, client):
 
 
 def test_health_and_metrics(here):
-    assert httpx.get(f"{here[0]}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{here[0]}/health").json() == {"status": "ready"}
     text = httpx.get(f"{here[0]}/metrics").text
     for line in text.strip().splitlines():
         assert re.fullmatch(r'(# TYPE \w+ \w+)|(\w+(\{\w+="[^"]+"\})? [0-9.e+-]+)', line), line
@@ -911,7 +914,14 @@ def test_the_commands_mistakes(folder, capsys):
     assert main.main(["serve", "nowhere"]) == 2
 
 
-@pytest.mark.parametrize("more, address", [([], "127.0.0.1"), (["--host", "0.0.0.0"], "0.0.0.0")])
+@pytest.mark.parametrize(
+    "more, address",
+    [
+        ([], "127.0.0.1"),
+        (["--host", "0.0.0.0", "--allow-unauthenticated"], "0.0.0.0"),
+        (["--host", "0.0.0.0", "--api-key", "secret"], "0.0.0.0"),
+    ],
+)
 def test_only_this_machine_reaches_it_by_default(folder, more, address, capsys, monkeypatch):
     bound = []
 
@@ -924,4 +934,9 @@ def test_only_this_machine_reaches_it_by_default(folder, more, address, capsys, 
     assert main.main(["serve", str(folder), "--port", "0", *more]) == 0
     out = capsys.readouterr()
     assert bound[0][0] == address and out.out == f"http://{address}:{bound[0][1]}/v1 serves model\n"
-    assert ("without authentication" in out.err) == bool(more)
+    assert ("without authentication" in out.err) == ("--allow-unauthenticated" in more)
+
+
+def test_the_network_needs_a_key(folder, capsys):
+    assert main.main(["serve", str(folder), "--port", "0", "--host", "0.0.0.0"]) == 2
+    assert "set an API key (--api-key or DSV3_API_KEY)" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """`dsv3 chat --web`: the experts of every token; nothing is forged, mixed up or sent away."""
 
+import asyncio
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 import test_browser
 import torch
@@ -367,6 +369,27 @@ def test_only_this_machine_reaches_the_page_by_default(run, more, address, capsy
     ((host, port),) = bound
     assert host == address and out.out == f"http://{host}:{port}\n"
     assert ("without authentication" in out.err) == bool(more)
+
+
+def test_only_its_own_names_reach_the_page(run, monkeypatch):
+    """A page of another name that is made to resolve to this machine gets nothing."""
+    apps = []
+
+    class Server:
+        def run(self, sockets):
+            sockets[0].close()
+
+    monkeypatch.setattr(web, "make_web_server", lambda app: apps.append(app) or Server())
+    argv = ["chat", str(run), "--web", "--port", "0", "--allowed-hosts", "chat.example"]
+    assert main.main(argv) == 0
+
+    async def status(host: str) -> int:
+        transport = httpx.ASGITransport(apps[0])
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return (await client.get("/config")).status_code
+
+    for host, want in (("127.0.0.1", 200), ("chat.example:80", 200), ("evil.example", 403)):
+        assert asyncio.run(status(host)) == want
 
 
 # ── Over HTTP ──

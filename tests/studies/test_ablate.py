@@ -1,8 +1,9 @@
-"""`dsv3 ablate`: mistakes are sentences, runs are kept, what is compared differs in one thing."""
+"""`dsv3 ablate`: errors, stored runs, and variants that differ in one thing only."""
 
 import json
 import math
 from dataclasses import asdict, replace
+from itertools import chain, product
 from types import SimpleNamespace
 
 import miniruns
@@ -26,14 +27,14 @@ from dsv3_ref.studies import ablate
 from dsv3_ref.viz import ablation, figure
 
 NAMES = list(ablate.ABLATIONS)
-POINT = {
+CURVE_KEYS = {
     "balance": {"max_vio_global", "max_vio_sequence"},
     "mtp": {"acceptance"},
     "mla": set(),
     "fim": set(),
     "fp8": set(),
 }
-MEASURED = {
+RUN_KEYS = {
     "balance": {"max_vio_global", "max_vio_sequence", "load"},
     "mtp": {"acceptance", "acceptance_chain"},
     "mla": set(),
@@ -68,16 +69,16 @@ def command(home, name: str, *more) -> list[str]:
         (["fim", "--rate", "1"], "Unrecognized options: --rate"),
     ],
 )
-def test_a_mistake_is_a_sentence(argv, sentence, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_an_error_message(argv, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["ablate", *argv]) == 2
-    said = "".join(capsys.readouterr())
-    assert "Traceback" not in said
-    assert sentence in " ".join(said.replace("│", " ").split())
+    output = "".join(capsys.readouterr())
+    assert "Traceback" not in output
+    assert sentence in " ".join(output.replace("│", " ").split())
     assert not list(tmp_path.glob("**/*.json"))
 
 
-def test_a_file_made_otherwise_is_not_mixed_with(home, tmp_path, capsys):
+def test_results_of_other_settings_are_not_overwritten(home, tmp_path, capsys):
     path = tmp_path / "ablate_mtp.json"
     path.write_text(json.dumps({"steps": 9, "runs": []}))
     assert main([*command(home, "mtp"), "--out", str(tmp_path)]) == 2
@@ -89,7 +90,7 @@ def test_a_file_made_otherwise_is_not_mixed_with(home, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_are_kept_and_not_repeated(name, home, monkeypatch):
+def test_stored_runs_are_not_repeated(name, home, monkeypatch):
     monkeypatch.setattr(ablate, "PASSAGE_CHARS", 60)
     monkeypatch.setattr(ablate, "N_INFILL_DOCUMENTS", 6)
     assert main(command(home, name, "--seeds", 1)) == 0
@@ -101,15 +102,15 @@ def test_runs_are_kept_and_not_repeated(name, home, monkeypatch):
     assert json.loads(path.read_text()) == first
 
 
-def test_a_killed_ablation_goes_on_where_it_was(home, tmp_path, monkeypatch):
-    """The runs made after a break are those of an unbroken command."""
+def test_an_interrupted_ablation_resumes(home, tmp_path, monkeypatch):
+    """Only the missing runs are made after an interruption."""
     argv = [*command(home, "mtp", "--seeds", 2), "--out", str(tmp_path)]
-    made, real = [], ablate.run_variant
+    calls, real = [], ablate.run_variant
 
     def limited(*args):
-        if len(made) == 2:
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        made.append(args)
+        calls.append(args)
         return real(*args)
 
     monkeypatch.setattr(ablate, "run_variant", limited)
@@ -125,54 +126,55 @@ def test_a_killed_ablation_goes_on_where_it_was(home, tmp_path, monkeypatch):
 
 
 def check_result(name: str, result: dict) -> None:
-    """All variants × seeds, every number finite, points and measures complete."""
-    seen = [(r["variant"], r["seed"]) for r in result["runs"]]
-    assert sorted(seen) == sorted(
-        (v, s) for v in result["variants"] for s in range(result["seeds"])
-    )
+    """Check that all runs are there, with all keys and finite numbers."""
+    runs = [(r["variant"], r["seed"]) for r in result["runs"]]
+    assert sorted(runs) == sorted(product(result["variants"], range(result["seeds"])))
     assert {"command", "commit", "versions", "threads", "steps", "data"} <= set(result)
     assert result["command"].startswith(f"dsv3 ablate {name}")
     for r in result["runs"]:
-        own = {"variant", "seed", "val_loss", "val_loss_by_source", "seconds", "curve"}
-        assert set(r) == own | MEASURED[name]
+        common = {"variant", "seed", "val_loss", "val_loss_by_source", "seconds", "curve"}
+        assert set(r) == common | RUN_KEYS[name]
         assert r["val_loss"] == pytest.approx(np.mean(list(r["val_loss_by_source"].values())))
         every = max(1, result["steps"] // 10)
         assert [p["step"] for p in r["curve"]] == list(range(every, result["steps"] + 1, every))
-        assert all(set(p) == {"step", "loss", "val_loss"} | POINT[name] for p in r["curve"])
+        assert all(set(p) == {"step", "loss", "val_loss"} | CURVE_KEYS[name] for p in r["curve"])
     assert all(map(math.isfinite, numbers(result["runs"])))
 
 
 def numbers(x) -> list[float]:
     if isinstance(x, dict | list):
-        return [n for v in (x.values() if isinstance(x, dict) else x) for n in numbers(v)]
+        values = x.values() if isinstance(x, dict) else x
+        return list(chain.from_iterable(map(numbers, values)))
     return [x] if isinstance(x, int | float) else []
 
 
-# ── What the chapters show ──
+# ── Committed results ──
 
 
-KEPT = sorted(p.stem.removeprefix("ablate_") for p in ablation.RESULTS_DIR.glob("ablate_*.json"))
+COMMITTED = sorted(
+    p.stem.removeprefix("ablate_") for p in ablation.RESULTS_DIR.glob("ablate_*.json")
+)
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_the_kept_results_are_complete_and_as_they_say(name):
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_results_are_complete_and_reproducible(name):
     path = ablation.RESULTS_DIR / f"ablate_{name}.json"
     result = ablation.load_ablation(name)
     check_result(name, result)
     assert path.stat().st_size < 60_000
-    assert result["seeds"] >= (2 if name == "fp8" else 3)  # FP8 by emulation: half an hour a seed
+    assert result["seeds"] >= (2 if name == "fp8" else 3)  # FP8 by emulation: half an hour per seed
     argv = result["command"].split()[2:]
     args = ablate.parse_options(argv)
-    assert (args.steps, args.seeds, list(args.data)) == tuple(
-        result[k] for k in ("steps", "seeds", "data")
-    )
+    for key in ("steps", "seeds"):
+        assert getattr(args, key) == result[key]
+    assert list(args.data) == result["data"]
     base = ablate.load_config(args.config) if args.config else ablate.BASE
-    now = ablate.ABLATIONS[name](base, ablate.ablation_recipe(base, args.steps))
-    assert {k: ablate.variant_metadata(v) for k, v in now.items()} == result["variants"]
+    current = ablate.ABLATIONS[name](base, ablate.ablation_recipe(base, args.steps))
+    assert {k: ablate.variant_metadata(v) for k, v in current.items()} == result["variants"]
 
 
-def test_the_kept_run_in_fp8_stays_within_a_quarter_of_a_percent():
-    """§3.3, App. B.1: relative to high precision, of the same seed, loss averaged over 50 steps."""
+def test_the_committed_fp8_runs_are_within_a_quarter_of_a_percent():
+    """Relative to fp32 with the same seed, losses averaged over 50 steps (§3.3, App. B.1)."""
     runs = {
         (r["variant"], r["seed"]): np.array(r["losses"])
         for r in ablation.load_ablation("fp8")["runs"]
@@ -187,18 +189,20 @@ def test_the_kept_run_in_fp8_stays_within_a_quarter_of_a_percent():
     assert np.abs(narrow / wide - 1).max() < 0.0025
 
 
-def test_results_become_numbers_by_seed():
-    runs = [{"variant": v, "seed": s, "x": [s, 10 * s]} for s in (2, 0, 1) for v in "ab"]
+def test_values_are_ordered_by_seed():
+    runs = [{"variant": v, "seed": s, "x": [s, 10 * s]} for s, v in product((2, 0, 1), "ab")]
     result = {"variants": {"a": {}, "b": {}}, "runs": runs}
-    found = ablation.values_by_variant(result, lambda run: run["x"][1])
-    assert {k: x.tolist() for k, x in found.items()} == {"a": [0, 10, 20], "b": [0, 10, 20]}
-    assert ablation.mean_std(found["a"], 1) == "10.0 ± 10.0"
+    values = ablation.values_by_variant(result, lambda run: run["x"][1])
+    assert {k: x.tolist() for k, x in values.items()} == {"a": [0, 10, 20], "b": [0, 10, 20]}
+    assert ablation.mean_std(values["a"], 1) == "10.0 ± 10.0"
 
 
 def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
-    curve = lambda s, x: [{"step": n, "x": x and n + s} for n in (1, 2, 3)]
-    runs = [{"variant": v, "seed": s, "val_loss": s + (v == "b"), "curve": curve(s, v == "b")}
-            for s in range(3) for v in "ab"]  # fmt: skip
+    runs = []
+    for seed, name in product(range(3), "ab"):
+        is_b = name == "b"
+        curve = [{"step": n, "x": is_b and n + seed} for n in (1, 2, 3)]
+        runs.append({"variant": name, "seed": seed, "val_loss": seed + is_b, "curve": curve})
     result = {"variants": {"a": {}, "b": {}}, "runs": runs}
     _, (dots, course) = figure(1, 2)
     ablation.plot_dots(dots, ablation.values_by_variant(result), "", "")
@@ -215,7 +219,7 @@ def test_a_figure_shows_every_seed_and_skips_what_a_variant_lacks(capsys):
     ]  # fmt: skip
 
 
-# ── Equal in all but one thing ──
+# ── Variants differ in one thing ──
 
 
 def variants(name: str, steps: int = 5) -> dict:
@@ -229,7 +233,7 @@ def test_parameters_agree_within_a_percent(name):
     assert name == "mla" or len(set(sizes)) == 1
 
 
-def test_only_what_is_compared_differs():
+def test_variants_differ_only_in_the_ablated_fields():
     varied = {
         "balance": {"bias_update_rate", "balance_loss_coeff", "balance_loss_scope"},
         "mtp": {"n_mtp_layers"},
@@ -242,8 +246,8 @@ def test_only_what_is_compared_differs():
         assert {k for k in flat[0] if len({x[k] for x in flat}) > 1} == allowed
 
 
-def test_caches_are_what_they_are_called():
-    """Bytes by `count` are those of a cache of n·(r + v) numbers, which GQA fills exactly."""
+def test_cache_sizes_are_those_of_the_metadata():
+    """`cache_bytes` is that of a cache of n·(r + v) numbers per token, which GQA fills exactly."""
     for name, v in variants("mla").items():
         c = v.model
         want = v.kv_heads * 2 * c.v_head_dim or c.kv_lora_rank + c.qk_rope_head_dim
@@ -256,15 +260,16 @@ def test_caches_are_what_they_are_called():
         assert cache.kv_btx.shape[-1] == want and (cache.kv_btx != 0).all(), name
 
 
-def test_a_seed_gives_all_variants_the_same_rows(home, tmp_path):
+def test_a_seed_gives_all_variants_the_same_data(home, tmp_path):
     argv = [*command(home, "balance")[1:], "--out", str(tmp_path)]
     args = ablate.parse_options(argv)
     base = ablate.load_config(args.config)
-    both = [
-        ablate.build_variant_run(args, v, 0).data.loader.next_batch(3)
-        for v in list(ablate.balance_variants(base, ablate.ablation_recipe(base, 3)).values())[:2]
+    bias, with_loss, *_ = ablate.balance_variants(base, ablate.ablation_recipe(base, 3)).values()
+    batches = [
+        ablate.build_variant_run(args, variant, 0).data.loader.next_batch(3)
+        for variant in (bias, with_loss)
     ]
-    assert torch.equal(*both)
+    assert torch.equal(*batches)
 
 
 # ── Batch-wise balance ──
@@ -275,10 +280,9 @@ def test_the_batch_wise_loss_is_that_of_one_long_sequence():
     topk_ids_bsk = torch.rand(3, 5, 6).topk(2).indices
     r = Route(None, topk_ids_bsk, scores_bse)
     f_e = [6 / (2 * 15) * sum((topk_ids_bsk == e).flatten().tolist()) for e in range(6)]
-    p_e = [
-        sum(scores_bse[b, t, e] / scores_bse[b, t].sum() for b in range(3) for t in range(5)) / 15
-        for e in range(6)
-    ]
+    p_e = torch.zeros(6)
+    for scores_e in scores_bse.flatten(0, 1):
+        p_e += scores_e / scores_e.sum() / 15
     want = sum(f * p for f, p in zip(f_e, p_e))
     assert balance_loss(r, "batch").item() == pytest.approx(want.item())
     assert balance_loss(r).item() == pytest.approx(slow_balance(r))
@@ -286,15 +290,15 @@ def test_the_batch_wise_loss_is_that_of_one_long_sequence():
     assert torch.equal(balance_loss(one, "batch"), balance_loss(one))
 
 
-def test_rows_of_their_own_experts_cost_only_the_sequence_wise_loss():
-    """Two rows, each content with half of the experts: even as a batch, lopsided as rows."""
+def test_rows_with_their_own_experts_cost_only_the_sequence_wise_loss():
+    """Two rows use one half of the experts each: balanced as a batch, not as sequences."""
     scores_bse = torch.tensor([[[0.9, 0.9, 0.1, 0.1]] * 4, [[0.1, 0.1, 0.9, 0.9]] * 4])
     r = Route(None, scores_bse.topk(2).indices, scores_bse)
     assert balance_loss(r, "batch").item() == pytest.approx(1)
     assert balance_loss(r).item() == pytest.approx(1.8)
 
 
-def test_the_recipe_chooses_the_loss(micro):
+def test_the_recipe_selects_the_balance_loss(micro):
     torch.manual_seed(0)
     model, tokens_bs = Transformer(micro), torch.randint(61, (3, 12))
     parts = {over: compute_losses(model, tokens_bs, over) for over in ("sequence", "batch")}
@@ -318,14 +322,11 @@ def gqa(c, n: int) -> GQA:
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
     c = replace(TINY, dim=24, qk_rope_head_dim=8, v_head_dim=6, rope_factor=factor)
-    layer, x_bsd, rope = (
-        gqa(c, n),
-        torch.randn(2, 9, 24).double(),
-        Rope.from_positions(c, torch.arange(9)),
-    )
+    layer, x_bsd = gqa(c, n), torch.randn(2, 9, 24).double()
+    rope = Rope.from_positions(c, torch.arange(9))
     k, v = layer.wkv(x_bsd).split([n * 8, n * 6], -1)
-    turn = lambda x: naive_turn(x, rope)
-    q, k, v = turn(layer.wq(x_bsd).view(2, 9, 4, 8)), turn(k.view(2, 9, n, 8)), v.view(2, 9, n, 6)
+    q = naive_rope(layer.wq(x_bsd).view(2, 9, 4, 8), rope)
+    k, v = naive_rope(k.view(2, 9, n, 8), rope), v.view(2, 9, n, 6)
     k, v = (x.repeat_interleave(4 // n, 2).transpose(1, 2) for x in (k, v))
     scale = 8**-0.5 * (0.1 * math.log(factor) + 1) ** 2
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, scale=scale)
@@ -333,7 +334,7 @@ def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
     assert (layer(x_bsd, rope) - want).abs().max() < 1e-10
 
 
-def naive_turn(x_bshr, rope):
+def naive_rope(x_bshr, rope):
     cos, sin = (x[:, None].double() for x in rope[:2])
     a, b = x_bshr[..., ::2], x_bshr[..., 1::2]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
@@ -342,25 +343,26 @@ def naive_turn(x_bshr, rope):
 # ── Drafts ──
 
 
-def test_a_draft_is_held_against_the_main_model_at_its_own_position(micro):
+def test_a_draft_is_compared_with_the_main_model_at_its_position(micro):
     torch.manual_seed(0)
     model, tokens_bs = Transformer(micro), torch.randint(61, (2, 10))
     h_bsd, _ = model.hidden_states(tokens_bs)
     mtp_out = mtp_hidden_states(model, h_bsd, tokens_bs)
-    for k, found in enumerate(mtp_draft_matches(model, tokens_bs), start=1):
-        assert found.shape == (2, 10 - k)
-        for b in range(2):
-            for i in range(10 - k):
-                guess = (model.head.weight @ mtp_out[k - 1][0][b, i]).argmax()
-                assert found[b, i] == (guess == (model.head.weight @ h_bsd[b, i + k]).argmax())
+    for k, matches in enumerate(mtp_draft_matches(model, tokens_bs), start=1):
+        assert matches.shape == (2, 10 - k)
+        for b, i in product(range(2), range(10 - k)):
+            draft = (model.head.weight @ mtp_out[k - 1][0][b, i]).argmax()
+            assert matches[b, i] == (draft == (model.head.weight @ h_bsd[b, i + k]).argmax())
 
 
 def test_acceptance_counts_chains(monkeypatch, micro):
-    """Depth 1 right at 3 of 4, depth 2 at 2 of 4, both at 1 of 4."""
+    """Depth 1 is accepted at 3 of 4 positions, depth 2 at 2 of 4, both at 1 of 4."""
     hits = [torch.tensor([[1, 1, 1, 0, 1]]).bool(), torch.tensor([[1, 0, 0, 1]]).bool()]
     monkeypatch.setattr(ablate, "mtp_draft_matches", lambda model, tokens_bs: hits)
 
-    strategy = SimpleNamespace(model=SimpleNamespace(mtp="12"))
+    strategy = SimpleNamespace(model=Transformer(replace(micro, n_mtp_layers=2)))
     run = SimpleNamespace(strategy=strategy, data=SimpleNamespace(val={"x": [torch.zeros(1, 7)]}))
-    found = ablate.measure_acceptance(run, 1)
-    assert found == {"acceptance": [0.75, 0.5], "acceptance_chain": [0.75, 0.25]}
+    assert ablate.measure_acceptance(run, 1) == {
+        "acceptance": [0.75, 0.5],
+        "acceptance_chain": [0.75, 0.25],
+    }

@@ -8,13 +8,6 @@ import sys
 import lint
 import pytest
 
-TO_BE_TYPED = {  # parts of the package that mypy still complains about
-    "checkpoints", "cluster", "decode", "dualpipe", "evaluation", "grpo", "kernels", "mla", "model",
-    "moe", "optim", "parallel", "posttraining", "pretrain", "scale", "serve", "serving", "studies",
-    "training", "verifiers", "viz",
-}  # fmt: skip
-ERROR = re.compile(r"dsv3_ref/(\w+)(?:\.py)?[/:].* error: ")
-
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
@@ -55,5 +48,4 @@ def test_types_hold(checkout):
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
     assert done.returncode == bool(errors), done.stdout + done.stderr
-    parts = {part[1]: line for line in errors if (part := ERROR.match(line))}
-    assert {line for part, line in parts.items() if part not in TO_BE_TYPED} == set()
+    assert not errors, "\n".join(errors[:20])

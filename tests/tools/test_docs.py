@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import chain
 
 import lint
 import yaml
@@ -10,16 +11,17 @@ CODE = ("dsv3_ref", "kernels", "notebooks")
 
 
 def columns(page: str) -> set[str]:
-    """The code spans in the first column of a page's tables."""
+    """Return the code spans in the first column of a page's tables."""
     rows = [x.split("|")[1] for x in lint.text(lint.ROOT / page).splitlines() if x.startswith("|")]
-    return {name for cell in rows for name in re.findall(r"`([^`]+)`", cell)}
+    return set(re.findall(r"`([^`]+)`", "\n".join(rows)))
 
 
 def patterns(tree) -> list[str]:
-    """Axis patterns of every call of einsum, rearrange, reduce and repeat."""
+    """Return the axis patterns of all calls of einsum, rearrange and reduce."""
     calls = [x for x in ast.walk(tree) if isinstance(x, ast.Call)]
     calls = [x for x in calls if re.search(r"\b(einsum|rearrange|reduce)$", ast.unparse(x.func))]
-    texts = [a.value for x in calls for a in x.args if isinstance(a, ast.Constant)]
+    arguments = chain.from_iterable(call.args for call in calls)
+    texts = [x.value for x in arguments if isinstance(x, ast.Constant)]
     return [x for x in texts if isinstance(x, str) and "->" in x]
 
 
@@ -29,37 +31,24 @@ def test_every_axis_is_in_the_notation_table():
     files = [p for p in lint.files() if p.suffix == ".py"]
     files = [p for p in files if p.relative_to(lint.ROOT).parts[0] in CODE]
     used = {p.name: patterns(ast.parse(lint.text(p))) for p in files}
-    unknown = {
-        (name, pattern, letter)
-        for name, found in used.items()
-        for pattern in found
-        for letter in re.findall(r"\b[a-z]\b", pattern)
-        if letter not in letters
-    }
-    assert unknown == set()
+    for name, axis_patterns in used.items():
+        unknown = set(re.findall(r"\b[a-z]\b", " ".join(axis_patterns))) - letters
+        assert not unknown, f"{name}: {unknown} of {axis_patterns}"
     assert sum(map(len, used.values())) > 50
 
 
 def test_every_documented_metric_is_written_by_some_command():
     """The other direction is checked by `miniruns.metrics`, on the runs of all tests."""
-    parts = ("training", "posttraining", "parallel")
-    sources = [
-        p
-        for p in lint.files()
-        if p.relative_to(lint.ROOT).parts[:2] in {("dsv3_ref", x) for x in parts}
-    ]
+    folders = {("dsv3_ref", name) for name in ("training", "posttraining", "parallel")}
+    sources = [p for p in lint.files() if p.relative_to(lint.ROOT).parts[:2] in folders]
     text = "\n".join(map(lint.text, sources))
-    unused = [
-        key
-        for key in columns("docs/metrics.md")
-        if f'"{key}"' not in text and f"{key}=" not in text
-    ]
-    assert unused == []
+    documented = columns("docs/metrics.md")
+    assert [x for x in documented if f'"{x}"' not in text and f"{x}=" not in text] == []
 
 
-def test_what_runs_elsewhere_runs_what_the_readme_says():
+def test_ci_runs_the_commands_of_the_readme():
     workflow = yaml.safe_load((lint.ROOT / ".github/workflows/test.yml").read_text())
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    steps = chain.from_iterable(job["steps"] for job in workflow["jobs"].values())
     commands = {step["run"] for step in steps if step.get("run", "").startswith("make")}
     assert commands == {"make test", "make test-full"}
     readme = lint.text(lint.ROOT / "README.md")

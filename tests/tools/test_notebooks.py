@@ -1,4 +1,4 @@
-"""Every chapter runs, its exercises can be solved, and what is committed is what it gives."""
+"""Every chapter runs, its exercises can be solved, and its committed outputs are up to date."""
 
 import copy
 import os
@@ -7,6 +7,7 @@ import runpy
 import textwrap
 import time
 from contextlib import contextmanager
+from itertools import chain
 
 import book
 import export
@@ -23,25 +24,26 @@ CHAPTERS = sorted(book.NOTEBOOKS.glob("[0-9]*.py"))
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 
-# ── Run once as a script, then solve the exercises in what it left behind ──
+# ── Run a chapter as a script, then solve its exercises ──
 
 
 def restore_ops(before: dict) -> None:
-    """Drop what a chapter (`__main__`) registered; keep what modules that it imported did."""
-    for name, found in list(ops.IMPLS.items()):
-        kept = {backend: fn for backend, fn in found.items() if fn.__module__ != "__main__"}
-        ops.IMPLS[name] = before.get(name, {}) | kept
+    """Drop the ops that a chapter (`__main__`) registered; keep those of imported modules."""
+    for name, impls in list(ops.IMPLS.items()):
+        imported = {backend: fn for backend, fn in impls.items() if fn.__module__ != "__main__"}
+        ops.IMPLS[name] = before.get(name, {}) | imported
         if not ops.IMPLS[name]:
             del ops.IMPLS[name]
 
 
 @contextmanager
 def undone():
-    """Undo what a chapter changes for everybody: ops it redefines, threads, dtypes, figures."""
+    """Undo the global changes of a chapter: redefined ops, threads, dtypes, figures."""
     modules = [b for b in ops.BACKEND_MODULES if b != "triton"]
-    ops.expand_backends(tuple(modules), "cpu")  # imported later, they would yield to the chapter's
-    impls = {name: dict(found) for name, found in ops.IMPLS.items()}
-    active, threads, dtype = ops.ACTIVE_BACKENDS, torch.get_num_threads(), torch.get_default_dtype()
+    ops.expand_backends(tuple(modules), "cpu")  # registered now, before the chapter's own ops
+    impls = {name: dict(by_backend) for name, by_backend in ops.IMPLS.items()}
+    active = ops.ACTIVE_BACKENDS
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     environ, grad = dict(os.environ), torch.is_grad_enabled()
     try:
         yield
@@ -57,20 +59,20 @@ def undone():
 
 
 def run_script(path) -> dict:
-    """The names that `python notebooks/NN_x.py` leaves, in its short form."""
+    """Run a chapter as a script, in its short form; return its global names."""
     os.environ["DSV3_SHORT"] = "1"
     return runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.fixture(scope="module", params=CHAPTERS, ids=lambda p: p.stem)
 def chapter(request):
-    """(path, names) of a chapter that ran without an error; the exercises share this one run."""
+    """Run a chapter; return its path and global names, which its exercises share."""
     with undone():
         yield request.param, run_script(request.param)
 
 
 def spoiled(x):
-    """An answer near the right one: every number moved, every text and list cut, the rest gone."""
+    """Change every number of an answer, cut every text and list, and drop the rest."""
     if isinstance(x, bool):
         return not x
     if isinstance(x, torch.Tensor):
@@ -84,22 +86,24 @@ def spoiled(x):
     return {k: spoiled(v) for k, v in x.items()} if isinstance(x, dict) else None
 
 
-OPEN = {"check_overflow", "check_apart", "check_cheat"}  # many answers are right: none is not
+OPEN_ENDED = {"check_overflow", "check_apart", "check_cheat"}  # several answers are right
 
 
 def spoil(check: str, fn):
-    """A function whose answers are spoiled; one that changes its arguments does nothing."""
+    """Wrap a function to spoil its results; if it works in place, the wrapper does nothing."""
 
     def wrong(*args, **kwargs):
-        mine, kept = copy.deepcopy((args, kwargs)), (args, kwargs)
-        out = fn(*mine[0], **mine[1])
-        return None if check in OPEN or out is None else spoiled(fn(*kept[0], **kept[1]))
+        copied_args, copied_kwargs = copy.deepcopy((args, kwargs))
+        result = fn(*copied_args, **copied_kwargs)
+        if check in OPEN_ENDED or result is None:
+            return None
+        return spoiled(fn(*args, **kwargs))
 
     return wrong
 
 
 def solve(cells, names: dict) -> list[str]:
-    """What is wrong with the exercises: a wrong answer that passes, a right one that does not."""
+    """Return the faults of the exercises: wrong answers that pass, right ones that fail."""
     bad, solved = [], dict(names)
     for block in lint.answers(cells):
         exec(compile(block, "answer", "exec"), solved)
@@ -130,29 +134,30 @@ def test_a_chapter_runs_as_a_notebook_in_a_minute(path, monkeypatch):
     assert time.perf_counter() - start < 60
 
 
-# ── What is committed ──
+# ── Committed notebooks ──
 
 
 @every_chapter
-def test_a_chapter_has_the_structure_of_the_house(path):
+def test_a_chapter_has_the_required_structure(path):
     assert lint.chapter(path) == []
 
 
-def test_modules_are_what_the_notebooks_export(capsys):
+def test_modules_are_up_to_date_with_the_notebooks(capsys):
     assert export.main(check=True) == 0, capsys.readouterr().out
 
 
 @every_chapter
-def test_the_pair_was_built_by_the_book(path):
+def test_the_notebook_was_built_by_the_book(path):
     nb = nbformat.read(path.with_suffix(".ipynb"), 4)
     built = nbformat.writes(nb)
     assert built == nbformat.writes(book.normalize_notebook(nb)), "run make book"
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+    outputs = chain.from_iterable(cell.outputs for cell in code)
+    assert not [output for output in outputs if output.output_type == "error"]
 
 
-# ── A small chapter made here shows that book and lint see what they should ──
+# ── A small chapter to test the book and the lint ──
 
 SMALL = """
     # %% [markdown]
@@ -252,7 +257,7 @@ def small(tmp_path):
     return write
 
 
-def test_a_sound_chapter_has_no_complaint(small):
+def test_a_valid_chapter_has_no_complaint(small):
     path = small("", "")
     assert lint.chapter(path) == []
     with undone():
@@ -278,9 +283,9 @@ def test_a_sound_chapter_has_no_complaint(small):
     ],
 )
 def test_a_planted_fault_is_found(small, old, new, complaint):
-    found = lint.chapter(small(old, new))
-    assert len(found) == (complaint is not None), found
-    assert all(complaint in x for x in found)
+    complaints = lint.chapter(small(old, new))
+    assert len(complaints) == (complaint is not None), complaints
+    assert all(complaint in x for x in complaints)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +339,7 @@ def test_a_failing_cell_is_shown_and_nothing_written(small, capsys):
 
 
 def test_ops_of_a_chapter_do_not_outlive_it(small):
-    """Redefined ops come back, new ones go, and an imported module's registration stays."""
+    """Redefined ops are restored, new ones removed; registrations of imported modules stay."""
     code = """from dsv3_ref import ops, mla
 @ops.op
 def swiglu(gate, up):

@@ -1,9 +1,10 @@
-"""The book as a site: complete, offline, its links alive, its appendices true to the sources."""
+"""The site of the book: complete, offline, without dead links; appendices match the sources."""
 
 import json
 import re
 import shutil
 import time
+from itertools import chain
 
 import appendices
 import nbformat
@@ -20,7 +21,7 @@ every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site of the committed notebooks."""
+    """Build the site of the committed notebooks."""
     out, start = tmp_path_factory.mktemp("book") / "build" / "site", time.perf_counter()
     assert website.build(ROOT, out) == []
     assert time.perf_counter() - start < 90
@@ -29,7 +30,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def book():
-    return appendices.read(ROOT)
+    return appendices.read_book(ROOT)
 
 
 def text(site, name: str) -> str:
@@ -42,49 +43,42 @@ def text(site, name: str) -> str:
 def test_every_page_is_there_and_nothing_is_fetched(site):
     for path in CHAPTERS:
         assert (site / "notebooks" / f"{path.stem}.html").exists()
-    for name in (
-        "index",
-        "where",
-        "report",
-        "api",
-        "api",
-        "notebooks/glossary",
-        "search",
-        "README",
-    ):
+    pages = ("index", "where", "report", "api", "notebooks/glossary", "search", "README")
+    for name in pages:
         assert (site / f"{name}.html").exists()
-    assert website.complaints(site) == []
+    assert website.find_problems(site) == []
 
 
 def test_the_front_page_has_the_figure_and_the_chapters_in_order(site):
     front = text(site, "index.html")
     assert "_images/00_model.svg" in front
     article = front[front.index("<article") : front.index("</article")]
-    found = re.findall(r'href="notebooks/(\d\w+)\.html"', article)
-    assert list(dict.fromkeys(found)) == [p.stem for p in CHAPTERS]
+    links = re.findall(r'href="notebooks/(\d\w+)\.html"', article)
+    assert list(dict.fromkeys(links)) == [p.stem for p in CHAPTERS]
     menu = front[front.index("bd-links") : front.index("<article")]
     assert re.findall(r'href="notebooks/(\d\w+)\.html"', menu) == [p.stem for p in CHAPTERS]
 
 
 @every_chapter
-def test_equations_wait_for_the_local_mathjax(site, path):
+def test_equations_use_the_local_mathjax(site, path):
     html = text(site, f"notebooks/{path.stem}.html")
     cells = nbformat.read(path, 4).cells
     sources = "\n".join(c.source for c in cells if c.cell_type == "markdown")
     assert html.count('<div class="math') == appendices.FENCE.sub("", sources).count("$$") / 2
     assert 'src="../_static/mathjax/startup.js' in html
     assert (site / "_static/mathjax/input/tex.js").exists()
-    assert not re.search(r"[\x00-\x09\x0b-\x1f]", sources), "a backslash was taken for an escape"
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", sources), "a backslash was read as an escape"
 
 
 @every_chapter
-def test_a_chapter_shows_its_figures_and_no_slider(site, path):
+def test_a_chapter_shows_its_figures_and_no_widget(site, path):
     html = text(site, f"notebooks/{path.stem}.html")
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-    outputs = [out for c in cells for out in c.outputs if "data" in out]
-    assert html.count("<img") >= sum("image/png" in out.data for out in outputs) > 0
+    outputs = chain.from_iterable(cell.outputs for cell in cells)
+    num_figures = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert html.count("<img") >= num_figures > 0
     assert website.SLIDERS not in html
-    assert "sliders move it" in html
+    assert "it has controls" in html
 
 
 @every_chapter
@@ -92,17 +86,20 @@ def test_terms_are_linked_once_and_never_in_code_or_headings(site, path):
     html = text(site, f"notebooks/{path.stem}.html")
     links = re.findall(r'glossary\.html#(term-[\w-]+)"[^>]*><span class="term"', html)
     assert len(links) == len(set(links)) >= 5
-    for apart in re.findall(r"<(h\d|pre|code)\b.*?</\1>", html, re.DOTALL):
-        assert 'class="term"' not in apart
+    for element in re.findall(r"<(h\d|pre|code)\b.*?</\1>", html, re.DOTALL):
+        assert 'class="term"' not in element
     assert 'class="term"' not in "".join(re.findall(r'<div class="math.*?</div>', html, re.DOTALL))
 
 
-def test_the_search_index_knows_the_chapters_and_not_the_code(site):
+def test_the_search_index_has_the_chapters_and_not_the_code(site):
     index = json.loads(text(site, "searchindex.js")[len("Search.setIndex(") : -1])
-    pages = lambda found: [index["docnames"][i] for i in np.atleast_1d(found)]
+
+    def pages(numbers) -> list[str]:
+        return [index["docnames"][i] for i in np.atleast_1d(numbers)]
+
     assert "notebooks/04_moe" in pages((index["terms"] | index["titleterms"])["thermostat"])
-    known = {name for found in index["terms"].values() for name in pages(found)}
-    assert {name.split("/")[0] for name in known if "/" in name} == {"docs", "notebooks"}
+    indexed = set(chain.from_iterable(map(pages, index["terms"].values())))
+    assert {name.split("/")[0] for name in indexed if "/" in name} == {"docs", "notebooks"}
     assert "混合专家" in json.dumps(index, ensure_ascii=False)
 
 
@@ -120,10 +117,10 @@ def test_where_it_is_names_every_module_kernel_and_chapter(site):
 
 def test_the_report_page_names_real_lines(site):
     link = r'href="([\w/]+)\.html#L(\d+)">.*?<span class="pre">([^<]+)</span>.*?, ([\w/.]+):(\d+)<'
-    found = re.findall(link, text(site, "report.html"))
-    assert len(found) > 100
-    for file, line, name, _, said in found:
-        assert line == said
+    links = re.findall(link, text(site, "report.html"))
+    assert len(links) > 100
+    for file, line, name, _, shown_line in links:
+        assert line == shown_line
         source = (ROOT / f"{file}.py").read_text().splitlines()[int(line) - 1]
         last = re.escape(name.split(".")[-1])
         defined = rf"\s*(def|class) {last}\b|{last}( =|:)" if int(line) > 1 else r'"""'
@@ -219,8 +216,10 @@ def test_a_citation_belongs_to_the_innermost_definition(tmp_path):
     (tmp_path / "m.py").write_text(SOURCE)
     module = appendices.read_module(tmp_path, "m.py")
     assert module.summary == "A module (§3)."
-    found = {k: [(p.name, p.line) for p in v] for k, v in appendices.citing([module]).items()}
-    assert found == {
+    citations = {
+        k: [(p.name, p.line) for p in v] for k, v in appendices.find_citations([module]).items()
+    }
+    assert citations == {
         "§3": [("m", 1)],
         "§4.1": [("LIMIT", 3)],
         "eq. 2": [("norm", 7)],
@@ -245,7 +244,7 @@ def test_tables_are_read_by_their_first_column():
 
 
 @pytest.mark.parametrize(
-    "words, found",
+    "words, terms",
     [
         ("a Mixture of\nexperts and MoE", ["Mixture of\nexperts"]),
         ("all-to-alls, all to all", ["all-to-alls"]),
@@ -253,13 +252,13 @@ def test_tables_are_read_by_their_first_column():
         ("gate biases drop", ["gate biases"]),
     ],
 )
-def test_the_first_use_of_a_term_is_found(words, found):
+def test_the_first_use_of_a_term_is_linked(words, terms):
     names = {
         "mixture of experts": ["mixture of experts", "MoE"], "all-to-all": ["all-to-all"],
         "op": ["op"], "KL": ["KL"], "balancing": ["balancing", "gate bias"],
     }  # fmt: skip
     pieces = website.Terms(names).link("x", words, set())
-    assert [str(x.astext()) for x in pieces[1::2]] == found
+    assert [str(x.astext()) for x in pieces[1::2]] == terms
     assert "".join(x.astext() for x in pieces) == words
 
 
@@ -276,7 +275,7 @@ def test_the_reference_holds_signatures_and_no_markup():
 
 @pytest.fixture
 def small(tmp_path):
-    """A repository with one chapter, and a function that builds it with more text in it."""
+    """Create a repository with one chapter; return a function that builds it with more text."""
     root = tmp_path / "repository"
     for folder in ("notebooks", "figures", "dsv3_ref", "kernels", "tests", "docs"):
         (root / folder).mkdir(parents=True)
@@ -300,25 +299,21 @@ def small(tmp_path):
     return build
 
 
-def test_a_sound_book_has_no_complaint(small, tmp_path):
-    assert (
-        small("see [it](../README.md), [there](https://example.org) ![](../figures/00_model.svg)")
-        == []
-    )
+def test_a_valid_book_has_no_problem(small, tmp_path):
+    links = "[it](../README.md), [there](https://example.org) ![](../figures/00_model.svg)"
+    assert small(links) == []
     assert 'class="term">op<' in text(tmp_path / "site", "notebooks/07_x.html")
 
 
-def test_every_kind_of_dead_link_is_a_sentence(small, tmp_path):
+def test_every_kind_of_dead_link_is_reported(small, tmp_path):
     targets = "../kernels/no.py", "08_no.ipynb", "07_x.ipynb#no", "../dsv3_ref/one.py#L99", "#no"
     lines = [f"[x]({target})" for target in targets] + ["![x](../figures/no.svg)"]
     bad = small(*lines)
     assert len(bad) == len(lines), "\n".join(bad)
     words = "kernels/no.py", "08_no.ipynb", "07_x#no", "dsv3_ref/one#L99", "no", "figures/no.svg"
     for i, word in enumerate(words, start=2):
-        assert any(
-            re.fullmatch(rf"notebooks/07_x.ipynb, cell {i}: \S*{word} leads nowhere", x)
-            for x in bad
-        )
+        problem = re.compile(rf"notebooks/07_x.ipynb, cell {i}: \S*{word} leads nowhere")
+        assert any(map(problem.fullmatch, bad))
     assert not (tmp_path / "site").exists()
 
 
@@ -333,7 +328,7 @@ def test_a_section_that_the_report_lacks_stops_the_build(small):
         small("as §9.9 says")
 
 
-def test_the_program_says_what_is_wrong_and_fails(small, monkeypatch, capsys):
+def test_the_program_prints_problems_and_fails(small, monkeypatch, capsys):
     monkeypatch.setattr(website, "build", lambda root, out: ["a leads nowhere"])
     assert website.main() == 1
     assert "a leads nowhere" in capsys.readouterr().out
@@ -359,9 +354,9 @@ def test_the_program_says_what_is_wrong_and_fails(small, monkeypatch, capsys):
         ("a.html", '<img src="no.png">', True),
     ],
 )
-def test_what_a_page_would_load_is_seen(tmp_path, name, content, bad):
+def test_urls_that_a_page_would_load_are_found(tmp_path, name, content, bad):
     (tmp_path / name).write_text(content)
-    assert bool(website.complaints(tmp_path)) == bad
+    assert bool(website.find_problems(tmp_path)) == bad
 
 
 # ── As a reader sees it ──
@@ -371,8 +366,8 @@ def test_what_a_page_would_load_is_seen(tmp_path, name, content, bad):
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_a_reader_without_network_sees_equations_and_finds_words(site, page, tmp_path):  # noqa: F811
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
+    urls = []
+    page.on("request", lambda request: urls.append(request.url))
     page.context.set_offline(True)
     for path in CHAPTERS:
         page.goto((site / f"notebooks/{path.stem}.html").as_uri())
@@ -387,7 +382,7 @@ def test_a_reader_without_network_sees_equations_and_finds_words(site, page, tmp
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results a[href*='04_moe']")
     page.screenshot(path=tmp_path / "search.png")
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
     page.set_viewport_size({"width": 390, "height": 844})
     for name in ("index", "where", "report", "notebooks/04_moe", "notebooks/glossary"):
         page.goto((site / f"{name}.html").as_uri())

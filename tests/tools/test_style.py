@@ -1,16 +1,16 @@
-"""Every rule of tools/style.py sees what it forbids and lets pass what it should."""
+"""Every rule of tools/style.py finds violations and accepts correct text."""
 
 import pytest
 import style
 
 
-def found(rule: str, text: str, path: str = "dsv3_ref/training/loop.py") -> list[int]:
-    """Lines at which a rule complains about a text."""
+def violating_lines(rule: str, text: str, path: str = "dsv3_ref/training/loop.py") -> list[int]:
+    """Return the lines of a text at which a rule finds a violation."""
     return [line for line, _ in style.RULES[rule](style.Source(path, text))]
 
 
 def repeated(**modules: str) -> dict[str, list[int]]:
-    """Lines with names that are defined twice, by module of the package."""
+    """Return the lines with names that are defined twice, by module."""
     sources = [style.Source(f"dsv3_ref/{name}.py", text) for name, text in modules.items()]
     places = style.repeated_names(sources)
     return {path: [line for line, _ in lines] for path, lines in places.items()}
@@ -101,21 +101,29 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize(("rule", "text"), [(r, t) for r, texts in BAD.items() for t in texts])
-def test_what_is_forbidden_is_seen(rule, text):
-    assert len(found(rule, text)) >= 1
+def cases(texts_by_rule: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Return (rule, text) of all texts."""
+    pairs = []
+    for rule, texts in texts_by_rule.items():
+        pairs += [(rule, text) for text in texts]
+    return pairs
 
 
-@pytest.mark.parametrize(("rule", "text"), [(r, t) for r, texts in GOOD.items() for t in texts])
-def test_what_is_allowed_passes(rule, text):
-    assert found(rule, text) == []
+@pytest.mark.parametrize(("rule", "text"), cases(BAD))
+def test_violations_are_found(rule, text):
+    assert len(violating_lines(rule, text)) >= 1
 
 
-def test_every_rule_is_tried_both_ways():
+@pytest.mark.parametrize(("rule", "text"), cases(GOOD))
+def test_correct_text_passes(rule, text):
+    assert violating_lines(rule, text) == []
+
+
+def test_every_rule_has_examples_of_both_kinds():
     assert set(BAD) == set(GOOD) == set(style.RULES)
 
 
-def test_a_violation_is_told_with_its_line():
+def test_a_violation_is_reported_with_its_line():
     source = style.Source("tests/test_x.py", "x = 1\n\nf = lambda: 1\n")
     assert style.check([source]) == [("tests/test_x.py", 3, "lambda", "a named lambda: write def")]
 
@@ -139,8 +147,8 @@ def test_an_imported_name_is_not_a_second_definition():
 
 def test_docstrings_of_a_chapter_count_where_cells_are_exported():
     text = "# %%\n#| export\ndef f():\n    pass\n\n# %%\ndef g():\n    pass\n"
-    assert found("docstring", text, "notebooks/01_x.py") == [3]
-    assert found("docstring", text, "tests/test_x.py") == []
+    assert violating_lines("docstring", text, "notebooks/01_x.py") == [3]
+    assert violating_lines("docstring", text, "tests/test_x.py") == []
 
 
 def test_a_generated_module_is_checked_in_its_chapter():
@@ -148,5 +156,5 @@ def test_a_generated_module_is_checked_in_its_chapter():
     assert style.check([style.Source("dsv3_ref/x.py", text)]) == []
 
 
-def test_the_log_keeps_its_old_words():
-    assert found("spelling", "# a colour", "LOG.md") == []
+def test_the_log_is_exempt():
+    assert violating_lines("spelling", "# a colour", "LOG.md") == []

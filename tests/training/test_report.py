@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import chain
 
 import matplotlib.pyplot as plt
 import pytest
@@ -15,7 +16,7 @@ from test_viz import fake_rows, rl_rows
 
 from dsv3_ref.config import UserError
 from dsv3_ref.training import report
-from dsv3_ref.training.report import baselines, write_report
+from dsv3_ref.training.report import compute_baselines, write_report
 
 EVIL = "<script>alert('x')</script> & \"<img src=http://example.org/x.png>"
 RUN = {
@@ -44,7 +45,8 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.stack, self.tags, self.words = [], [], []
+        self.stack, self.tags = [], []
+        self.words = []
         self.feed(html)
         self.close()
         assert self.stack == []
@@ -67,6 +69,11 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
+
+    def values(self, *names: str) -> list[str]:
+        """The values of these attributes, of all tags."""
+        pairs = chain.from_iterable(attrs.items() for _, attrs in self.tags)
+        return [value for name, value in pairs if name in names]
 
     def all(self, tag: str) -> list[dict]:
         return [attrs for name, attrs in self.tags if name == tag]
@@ -111,7 +118,7 @@ def whole(tmp_path_factory):
 
 def test_nothing_is_fetched(whole):
     html, page = whole
-    loads = [a[k] for tag, a in page.tags for k in ("src", "href", "xlink:href", "data") if k in a]
+    loads = page.values("src", "href", "xlink:href", "data")
     assert loads and all(x.startswith(("#", "data:image/png;base64,")) for x in loads)
     assert not re.search(r"@import|url\((?!#)", html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed"}
@@ -124,9 +131,7 @@ def test_every_link_inside_has_its_target_and_every_id_is_single(whole):
     html, page = whole
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    wanted = {
-        a[k][1:] for _, a in page.tags for k in ("href", "xlink:href") if k in a and a[k][0] == "#"
-    }
+    wanted = {x[1:] for x in page.values("href", "xlink:href") if x.startswith("#")}
     assert wanted | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
 
 
@@ -275,7 +280,9 @@ def test_written_again_it_is_the_same_and_leaves_nothing(tmp_path):
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path, undrawn):
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(
+        UserError, match="holds no metrics.jsonl: give the directory of a training run"
+    ):
         write_report(tmp_path)
     make(tmp_path / "x", fake_rows(2))
     (tmp_path / "x" / "run.json").write_text("{")
@@ -298,31 +305,31 @@ def test_command_line(tmp_path):
 
 def test_baselines_by_hand():
     text = "äb" * 40  # 3 bytes a pair
-    got = baselines(text, [2, 5, 0, 0], [0, 1] * 40)
+    got = compute_baselines(text, [2, 5, 0, 0], [0, 1] * 40)
     assert got["unigram"] == pytest.approx(40 * -math.log2(3 / 11 * 6 / 11) / 120)
     assert got["gzip"] == 8 * len(gzip.compress(text.encode(), 9)) / 120
     assert got["bzip2"] == 8 * len(bz2.compress(text.encode(), 9)) / 120
 
 
 def test_an_even_unigram_needs_log2_of_the_vocabulary():
-    assert baselines("abcd", [0] * 256, b"abcd")["unigram"] == pytest.approx(8.0)
+    assert compute_baselines("abcd", [0] * 256, b"abcd")["unigram"] == pytest.approx(8.0)
 
 
 def test_a_token_never_seen_is_finite_and_dear():
-    seen, unseen = (baselines("a", [9, 0], [i])["unigram"] for i in (0, 1))
+    seen, unseen = (compute_baselines("a", [9, 0], [i])["unigram"] for i in (0, 1))
     assert seen == pytest.approx(math.log2(11 / 10)) and unseen == pytest.approx(math.log2(11))
 
 
 def test_no_text_has_no_bits():
     with pytest.raises(ValueError, match="no text"):
-        baselines("", [1], [])
+        compute_baselines("", [1], [])
 
 
-def test_headline_prefers_the_summary():
+def test_key_numbers_prefer_the_summary():
     rows = fake_rows(20)
-    assert report.headline(rows, {"val_loss": 1.0})["validation loss"] == "1.000"
-    assert report.headline(rows, {})["validation loss"] == f"{rows[-1]['val_loss']:.3f}"
-    assert report.headline([], {}) == {}
+    assert report.collect_key_numbers(rows, {"val_loss": 1.0})["validation loss"] == "1.000"
+    assert report.collect_key_numbers(rows, {})["validation loss"] == f"{rows[-1]['val_loss']:.3f}"
+    assert report.collect_key_numbers([], {}) == {}
 
 
 def test_a_run_of_rl_shows_rewards_and_what_was_said_before_and_after(tmp_path, undrawn):
@@ -342,5 +349,5 @@ def test_skipped_steps_are_told_and_drawn(tmp_path, undrawn):
     rows[30]["mtp_loss"] = [None for _ in rows[30]["mtp_loss"]]
     rows[40]["rolled_back_from"] = 45
     _, page = read(make(tmp_path, rows))
-    said = "1 step skipped (spike), 1 step skipped (nan), 1 time back to a checkpoint."
+    said = "1 step skipped (spike), 1 step skipped (nan), 1 rollback to a checkpoint."
     assert said in page.text

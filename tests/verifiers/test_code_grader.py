@@ -106,7 +106,8 @@ def test_an_expected_float_has_a_tolerance_of_its_size(expected, change):
         ("café", "cafe\u0301", False), ("а", "a", False), ("４２", "42", False), ("a ", "a", False),
         ([], {}, False), ({}, [], False), ([], None, False), ([[]], [], False), ([1], 1, False),
         ([1, 2], [2, 1], False), ({"a": 1}, {"a": 1, "b": 1}, False), ({"a": 1.0}, {"a": 1}, True),
-        ([1_000_000_500], [1_000_000_007.0], True), ([1_000_002_000], [1_000_000_007.0], False), ([True], [1], False), ("[1]", [1], False),
+        ([1_000_000_500], [1_000_000_007.0], True),
+        ([1_000_002_000], [1_000_000_007.0], False), ([True], [1], False), ("[1]", [1], False),
     ],
 )  # fmt: skip
 def test_pairs_of_values(value, expected, is_equal):
@@ -117,7 +118,8 @@ def test_pairs_of_values(value, expected, is_equal):
     ("text", "same"),
     [
         ("42", True), ("42 \n\n", True), ("42\r\n", True), ("42\u00a0", False), ("42\u200b", False),
-        ("42\u3000", False), ("42\x1f", False), ("４２", False), ("42\n\x00", False), (" 42", False),
+        ("42\u3000", False), ("42\x1f", False), ("４２", False), ("42\n\x00", False),
+        (" 42", False),
         ("\n42", False), ("42.0", False), ("+42", False), ("42\u0085", False), ("\ufeff42", False),
     ],
 )  # fmt: skip
@@ -181,7 +183,8 @@ FORGERIES = {
     "an exit after half a value": "say(b'4'); print(4, flush=True); os._exit(0)",
     "a right answer and a failure": "print(42)\ndef f(x): say(b'42'); os._exit(1)\nsys.exit(1)",
     "a right answer and a signal": "print(42, flush=True); say(b'42'); os.kill(os.getpid(), 9)",
-    "a failure hidden at the end": "import atexit; atexit.register(os._exit, 0)\nraise SystemExit(3)",
+    "a failure hidden at the end": "import atexit; atexit.register(os._exit, 0)\n"
+    "raise SystemExit(3)",
     "an excepthook": "sys.excepthook = lambda *_: os._exit(0)\n1 / 0",
     "a wrong answer printed at the end": "import atexit; atexit.register(print, 43)\n"
     "def f(x): return 43",

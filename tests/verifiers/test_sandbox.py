@@ -539,7 +539,7 @@ MAKERS = {
 DENIED_MAKERS = {  # of objects that no limit counts
     "memory files": "os.memfd_create('x')",
     "record locks": "fcntl.lockf(first, fcntl.LOCK_EX, 1, 2 * (N - i))",
-    "record locks of open files": "fcntl.fcntl(first, 37, struct.pack('hhqqi4x', 1, 0, 2 * i, 1, 0))",
+    "locks of open files": "fcntl.fcntl(first, 37, struct.pack('hhqqi4x', 1, 0, i * 2, 1, 0))",
     "watches": "check(libc.inotify_init1(0))",
     "message queues": "check(libc.mq_open(f'/{i}'.encode(), os.O_CREAT | os.O_RDWR, 0o600, None))",
     "attributes": "os.setxattr('/tmp/first', f'user.{i}', b'x' * 1000)",

@@ -1,6 +1,6 @@
-"""The chapters in JupyterLab in a real browser: they run, and what can be moved redraws its figure.
+"""The chapters in JupyterLab in a real browser: they run, and every control redraws its figure.
 
-Screenshots stay in the folder that pytest names with `--basetemp`, or in its temporary one.
+Screenshots are in the folder given by `--basetemp`, or in the temporary folder of pytest.
 """
 
 import os
@@ -64,19 +64,19 @@ pytestmark = [
 ]
 
 
-def moved_by() -> list:
-    """(chapter, lines of cells whose figures can be moved); most are for `make test-full`."""
-    found = []
+def cells_with_controls() -> list:
+    """Return (chapter, lines of cells with controls); most are for `make test-full`."""
+    params = []
     for path in sorted(NOTEBOOKS.glob("[0-9]*.py")):
         lines = re.findall(r"^(?:play|explore_routing)\(.*", path.read_text(), re.M)
         marks = [] if path.stem in QUICK else [pytest.mark.full]
-        found += [pytest.param(path.stem, lines, id=path.stem, marks=marks)] if lines else []
-    return found
+        params += [pytest.param(path.stem, lines, id=path.stem, marks=marks)] if lines else []
+    return params
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab on a copy of the notebooks, which run in their short form."""
+    """Start JupyterLab on a copy of the notebooks, which run in their short form; yield its URL."""
     tmp = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, tmp / "notebooks", ignore=shutil.ignore_patterns("runs"))
     shutil.copytree(NOTEBOOKS.parent / "figures", tmp / "figures")
@@ -87,12 +87,12 @@ def lab(tmp_path_factory):
     command += [f"--port={port}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
     settings = tmp / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
-    settings.write_text('{"fetchNews": "false"}')  # no question over the page
+    settings.write_text('{"fetchNews": "false"}')  # no dialog over the page
     command += [f"--LabApp.user_settings_dir={tmp / 'settings'}"]
     command += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp}"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with (tmp / "lab.log").open("w") as log:
-        env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # as a reader has it
+        env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # as on a reader's machine
         env |= {"DSV3_SHORT": "1", "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         yield wait_for(f"http://127.0.0.1:{port}", server)
@@ -133,7 +133,7 @@ def page(browser, tmp_path):
 
 
 def run(page, lab: str, chapter: str) -> None:
-    """Open a chapter and run all of it; no cell may fail."""
+    """Open a chapter and run all cells; none may fail."""
     page.goto(f"{lab}/lab/tree/notebooks/{chapter}.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     page.set_default_timeout(120_000)
@@ -142,13 +142,13 @@ def run(page, lab: str, chapter: str) -> None:
 
 
 def active(page, line: str):
-    """The cell with this line, in sight: cells out of sight are not in the page."""
+    """Scroll to the cell with this line and return it; the page omits cells out of sight."""
     page.evaluate(TO_CELL, line)
     return page.locator(".jp-Cell.jp-mod-active")
 
 
 def move(page, control, by: str) -> None:
-    """Another value, by keyboard or by mouse."""
+    """Change a control to another value, by keyboard or mouse."""
     control.scroll_into_view_if_needed()
     kind = control.evaluate("x => x.getAttribute('role') ?? x.tagName")
     if kind == "SELECT":
@@ -172,8 +172,8 @@ def move(page, control, by: str) -> None:
         page.mouse.click(*at)
 
 
-@pytest.mark.parametrize("chapter, lines", moved_by())
-def test_what_can_be_moved_redraws_its_figure(lab, page, chapter, lines):
+@pytest.mark.parametrize("chapter, lines", cells_with_controls())
+def test_every_control_redraws_its_figure(lab, page, chapter, lines):
     run(page, lab, chapter)
     for line in lines:
         cell = active(page, line)
@@ -188,7 +188,7 @@ def test_what_can_be_moved_redraws_its_figure(lab, page, chapter, lines):
 
 
 def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
-    """The dashboard while a real run writes; the page answers meanwhile."""
+    """The dashboard follows a real run, and the page stays responsive."""
     page.goto(f"{lab}/lab/tree/notebooks/00_tour.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     page.set_default_timeout(120_000)
@@ -204,14 +204,14 @@ def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
     status, tab = cell.locator("[role=status]"), cell.locator(".widget-image").first
     button("start").click()
     tab.wait_for()
-    seen, first = steps(), tab.get_attribute("src")
-    page.wait_for_function(REDRAWN, arg=[first])
-    page.wait_for_function(BEYOND, arg=seen)
+    first_step, first_image = steps(), tab.get_attribute("src")
+    page.wait_for_function(REDRAWN, arg=[first_image])
+    page.wait_for_function(BEYOND, arg=first_step)
     button("pause").click()
     page.wait_for_timeout(2500)
-    still = steps()
+    paused_step = steps()
     page.wait_for_timeout(2500)
-    assert steps() == still
+    assert steps() == paused_step
     cell.get_by_role("tab", name="Experts").click()
     page.wait_for_function("() => document.querySelectorAll('.widget-image[src^=blob]').length > 1")
     button("continue").click()
@@ -219,7 +219,7 @@ def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
     button("resume").wait_for()
     assert "stopped" in cell.inner_text()
     button("resume").click()
-    page.wait_for_function(BEYOND, arg=still + 2)
+    page.wait_for_function(BEYOND, arg=paused_step + 2)
     button("stop").click()
     button("resume").wait_for()
     assert page.evaluate(FAILED) == []

@@ -93,7 +93,7 @@ def ink(fig) -> int:
 # ── Reading ──
 
 
-def test_a_half_written_last_line_is_left_out(tmp_path):
+def test_a_half_written_last_line_is_skipped(tmp_path):
     rows, path = fake_rows(3), tmp_path / "metrics.jsonl"
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     cut = whole.rindex("\n", 0, -1) + 1
@@ -104,7 +104,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     assert read_metrics(path) == rows
 
 
-def test_a_broken_line_in_the_middle_is_told(tmp_path):
+def test_a_broken_line_in_the_middle_warns(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo\n\n{"step": 3}\n')
     with pytest.warns(UserWarning, match="line 2"):
@@ -117,7 +117,7 @@ def test_a_resumed_run_counts_a_repeated_step_once(tmp_path):
     assert series(read_metrics(path), "loss")[1].tolist() == [9, 7]
 
 
-def test_nothing_counts_as_nothing():
+def test_empty_values_count_as_missing():
     rows = [{"step": 1, "mtp_loss": [], "expert_bias": [[], []], "val_loss": None, "loss": 0.0}]
     assert [
         k for k in ("mtp_loss", "expert_bias", "val_loss", "lr", "loss") if training.has(rows, k)
@@ -127,7 +127,7 @@ def test_nothing_counts_as_nothing():
 # ── Smoothing ──
 
 
-def test_smoothing_keeps_lines_and_skips_what_is_not_finite():
+def test_smoothing_keeps_lines_and_skips_nonfinite_values():
     assert np.allclose(smooth(np.full(99, 2.5)), 2.5)
     line = np.arange(200.0)
     assert np.allclose(smooth(line, 0.05)[:190], line[:190])  # both-sided: no lag
@@ -135,7 +135,7 @@ def test_smoothing_keeps_lines_and_skips_what_is_not_finite():
     assert np.isnan(smooth(np.array([np.nan]))).all()
 
 
-def test_smoothing_quiets_noise():
+def test_smoothing_reduces_noise():
     noise = np.random.default_rng(0).normal(0, 1, 2000)
     assert smooth(noise)[-1] == pytest.approx(noise[-41:].mean())
     assert smooth(noise)[100:-100].std() < 0.25
@@ -167,7 +167,7 @@ def test_rows_with_only_the_key_are_enough(key):
 
 
 @pytest.mark.parametrize("key", PLOTS)
-def test_text_stays_inside_and_apart(key):
+def test_titles_stay_inside_and_do_not_overlap(key):
     fig = PLOTS[key](fake_rows(300))
     fig.canvas.draw()
     boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
@@ -177,14 +177,14 @@ def test_text_stays_inside_and_apart(key):
 
 @pytest.mark.parametrize("steps", [1, 2, 60])
 @pytest.mark.parametrize("plot", [rl.plot_rewards, rl.plot_rl_metrics])
-def test_what_rl_is_watched_by_is_drawn(plot, steps):
+def test_rl_plots_show_their_data(plot, steps):
     fig = plot(rl_rows(steps))
     assert ink(fig) > (20 if steps == 1 else 200)
     with pytest.raises(ValueError, match="no row has"):
         plot(fake_rows(3))
 
 
-def test_rewards_have_a_curve_a_domain_and_diamonds_where_problems_were_held_out():
+def test_rewards_have_a_curve_per_task_and_diamonds_for_held_out_problems():
     ax = rl.plot_rewards(rl_rows(60), {"sums": {"greedy": 0.1}}).axes[0]
     assert ax.get_legend_handles_labels()[1] == ["sums", "writing"]
     diamonds = [line.get_xdata() for line in ax.lines if line.get_marker() == "D"]
@@ -192,7 +192,7 @@ def test_rewards_have_a_curve_a_domain_and_diamonds_where_problems_were_held_out
     assert ink(rl.plot_rewards([{"step": s, "reward_by": {"sums": 1.0}} for s in range(9)])) > 200
 
 
-def test_only_what_rows_have_gets_a_panel():
+def test_only_keys_of_the_rows_get_a_panel():
     shown = [ax.get_title() for ax in rl.plot_rl_metrics(rl_rows(9)).axes if ax.get_visible()]
     assert len(shown) == len(rl.RL_PANELS) - 1 and rl.RL_PANELS["clip_ratio"][0] not in shown
 
@@ -232,7 +232,7 @@ def test_a_long_run_is_averaged_not_thinned():
     assert np.allclose(shown.mean(1), 1, atol=0.01) and shown.max() < 1.3
 
 
-def test_bias_names_the_extremes():
+def test_bias_plots_label_the_extremes():
     rows = [{"step": s, "expert_bias": [[0.0, 0.01 * s, -0.02 * s, 0.005 * s]]} for s in range(10)]
     (ax,) = training.plot_expert_bias(rows, ["layers.1.ffn"]).axes
     assert ax.get_legend_handles_labels()[1] == ["expert 1", "expert 2"]
@@ -245,12 +245,12 @@ def test_many_layers_become_a_band():
     assert ink(training.plot_expert_bias(fake_rows(80, layers=5, experts=64))) > 200
 
 
-def test_layers_take_their_names():
+def test_layers_are_labeled_by_name():
     fig = training.plot_max_vio(fake_rows(20), names=["a", "b"])
     assert fig.axes[0].get_legend_handles_labels()[1] == ["a", "b", "MoE layer 2"]
 
 
-def test_schedule_titles_tell_the_course():
+def test_schedule_titles_show_the_course():
     titles = [ax.get_title() for ax in training.plot_schedule(fake_rows(60)).axes]
     assert titles[:2] == ["Learning rate: 0.0001 → 0.001", "Batch: 8 → 16"]
     assert training.format_course(np.array([1.0, 3.0, 2.0])) == "1 → 3 → 2"
@@ -273,7 +273,7 @@ def test_the_style_reaches_lines_and_legends():
     assert not ax.legend().get_frame_on()
 
 
-def test_show_closes_what_it_draws():
+def test_show_closes_its_figure():
     fig, _ = style.figure()
     style.show(fig)
     assert not plt.fignum_exists(fig.number)
@@ -288,7 +288,7 @@ def test_play_starts_from_the_middle(control, value):
     assert seen == [value]
 
 
-def test_svg_takes_the_pages_ink_and_keeps_its_ids_apart():
+def test_svg_uses_the_text_color_and_unique_ids():
     one, two = (page.svg(training.plot_max_vio(fake_rows(9)), n, "a < b") for n in ("one", "two"))
     assert 'aria-label="a &lt; b"' in one and "#000000" not in one
     ids = [{part.split('"')[0] for part in code.split(' id="')[1:]} for code in (one, two)]
@@ -302,7 +302,7 @@ def test_the_same_figure_gives_the_same_svg():
     assert svgs[0] == svgs[1]
 
 
-def test_text_is_escaped_and_numbers_readable():
+def test_text_is_escaped_and_numbers_are_formatted():
     assert page.text("<b>&\"'") == "&lt;b&gt;&amp;&quot;&#x27;"
     assert page.text(["<i>"]) == "[&quot;&lt;i&gt;&quot;]"
     values = [1234567, 0.00022, 1.0, True, None]
@@ -312,7 +312,7 @@ def test_text_is_escaped_and_numbers_readable():
 # ── Explorers ──
 
 
-def test_a_bias_moves_choices_and_is_put_back(micro):
+def test_a_bias_shifts_choices_and_is_restored(micro):
     model = Transformer(micro)
     (layer,) = [n for n in moe_layers(model) if not n.startswith("mtp")][:1]
     gate = moe_layers(model)[layer].gate
@@ -335,7 +335,7 @@ def test_routing_is_drawn_token_by_token(micro):
     assert ink(fig) > 200
 
 
-def test_drafts_are_marked_and_rejected_ones_shown():
+def test_accepted_and_rejected_drafts_are_drawn():
     rounds = [("a", 0, None), (list("bc"), 1, "x"), (list("de"), 1, None), (["f"], 0, "\n")]
     ax = decoding.draw_trace(rounds, 4).axes[0]
     texts = {
@@ -347,7 +347,7 @@ def test_drafts_are_marked_and_rejected_ones_shown():
     assert boxes == [(1, -0.5), (2, 0.5), (3, -0.5), (1, 2.9)]  # b and d accepted, x and ⏎ not
 
 
-def test_what_has_not_begun_is_pale():
+def test_actions_after_the_cutoff_are_pale():
     spans = simulate(schedule("1f1b", 2, 4), ActionCosts())
     whole = timeline.draw(spans, "x").axes[0].patches
     half = timeline.draw(spans, "x", until=4.0).axes[0].patches

@@ -1,6 +1,5 @@
 """Cases of attention: MLA in training and prefill, and absorbed MLA in decoding."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3_ref import mla
-from dsv3_ref.config import V3
+from dsv3_ref.config import V3, ceil_div
 from dsv3_ref.rope import softmax_scale
 
 SCALE = softmax_scale(V3)
@@ -108,7 +107,7 @@ def case_varlen_attention(b: int, s: int, h: int) -> Case:
 
 
 def decode_costs(b: int, t: int, h: int) -> tuple[int, int]:
-    """Return bytes and FLOPs of one query per row to t positions; keys and values share a latent."""
+    """Return bytes and FLOPs of one query per row; its t keys are also the values."""
     c, x = V3.kv_lora_rank, V3.kv_lora_rank + V3.qk_rope_head_dim
     return 2 * b * t * x + 2 * b * h * (x + c), 2 * b * h * t * (x + c)
 
@@ -121,7 +120,7 @@ def case_paged_attention(
     num_bytes, flops = decode_costs(b, t, h)
 
     def make() -> Calls:
-        pages = math.ceil(t / page)
+        pages = ceil_div(t, page)
         q_bshx, kv_cache_pyx = randn(b, 1, h, x), randn(b * pages, page, x)
         block_table_bp = torch.randperm(b * pages).view(b, pages).to(torch.int32)
         args = q_bshx, kv_cache_pyx, block_table_bp, torch.full((b,), t), c, SCALE

@@ -1,0 +1,255 @@
+"""uvicorn with limits on connections and time, and a shutdown that always ends."""
+
+import asyncio
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TYPE_CHECKING, ClassVar
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+if TYPE_CHECKING:
+    import socket
+
+    from starlette.types import ASGIApp
+
+BACKLOG = 128  # connections that wait to be accepted
+SPARE_DESCRIPTORS = 16  # left for files that the server opens
+MIN_BYTES_READ = 1024  # by a client that counts as reading
+TICK_SECONDS = 0.1  # how often uvicorn looks for the end
+AT_CAPACITY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n"
+    b"Retry-After: 1\r\n\r\n"
+)
+
+
+# ── Limits of a connection ──
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """The number of connections, and how many seconds each phase of one may take."""
+
+    max_connections: int = 512
+    headers: float = 10.0  # to send the headers of a request
+    body: float = 30.0  # to send its body
+    idle: float = 5.0  # between two requests
+    stall: float = 30.0  # in which the client reads nothing of a response
+
+
+def descriptor_limits(max_connections: int) -> tuple[int, int]:
+    """Return (connections, backlog), reduced to what the limit on file descriptors allows."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return max_connections, BACKLOG
+    backlog = max(1, min(BACKLOG, soft // 4))
+    try:
+        num_open = len(os.listdir("/dev/fd"))
+    except OSError:
+        num_open = SPARE_DESCRIPTORS
+    room = soft - num_open - backlog - SPARE_DESCRIPTORS
+    return max(1, min(max_connections, room)), backlog
+
+
+class LimitedProtocol(H11Protocol):
+    """A connection that is closed when a phase of it takes too long.
+
+    If there are too many, the one that has been waiting longest for a request is closed: half a
+    request cannot keep others out.
+    """
+
+    limits: ClassVar[ConnectionLimits] = ConnectionLimits()
+    phase = ""  # idle, headers, body, response, closing
+    phase_start = 0.0
+    phase_timer: asyncio.TimerHandle | None = None
+    stall_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count a new connection, and start the time in which it must send a request."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections and not self.make_room():
+            transport.write(AT_CAPACITY)
+            self.phase = "closing"
+            transport.close()
+            return
+        self.update_phase()
+
+    def make_room(self) -> bool:
+        """Close the connection that has been waiting longest; return False if there is none."""
+        others = [c for c in self.connections if isinstance(c, LimitedProtocol) and c is not self]
+        waiting = [c for c in others if c.phase in ("idle", "headers", "body")]
+        if not waiting:
+            return False
+        oldest = min(waiting, key=phase_start)
+        oldest.abort()
+        return True
+
+    def data_received(self, data: bytes) -> None:
+        """Process what a client sends."""
+        super().data_received(data)
+        self.update_phase()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request, unless it has arrived already."""
+        self.enter("idle")
+        super().on_response_complete()
+        if not self.cycle.response_complete:
+            self.update_phase()
+
+    def update_phase(self) -> None:
+        """Enter the phase that what has been received leads to."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.enter("headers")
+        else:
+            self.enter("body" if self.cycle.more_body else "response")
+
+    def enter(self, phase: str) -> None:
+        """Start the timer of a phase, unless the connection is in it already."""
+        if self.phase in (phase, "closing"):
+            return
+        self.phase = phase
+        self.phase_start = self.loop.time()
+        if self.phase_timer:
+            self.phase_timer.cancel()
+        limits = self.limits
+        times = {"headers": limits.headers, "body": limits.body, "idle": limits.idle}
+        seconds = times.get(phase)
+        self.phase_timer = self.loop.call_later(seconds, self.abort) if seconds else None
+
+    def pause_writing(self) -> None:
+        """Start the time in which the client must read something."""
+        super().pause_writing()
+        self.watch_stall()
+
+    def watch_stall(self) -> None:
+        """Look after some time whether the client has read enough since now."""
+        unread = self.transport.get_write_buffer_size()
+        self.stall_timer = self.loop.call_later(self.limits.stall, self.end_stall, unread)
+
+    def end_stall(self, unread_before: int) -> None:
+        """Close the connection unless its client has read something, however slowly."""
+        if unread_before - self.transport.get_write_buffer_size() < MIN_BYTES_READ:
+            self.abort()
+        else:
+            self.watch_stall()
+
+    def resume_writing(self) -> None:
+        """Stop the timer of `pause_writing`."""
+        super().resume_writing()
+        if self.stall_timer:
+            self.stall_timer.cancel()
+            self.stall_timer = None
+
+    def abort(self) -> None:
+        """Close the connection at once, and drop what has not been sent."""
+        self.phase = "closing"
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop all timers."""
+        super().connection_lost(exc)
+        self.phase = "closing"
+        for timer in (self.phase_timer, self.stall_timer):
+            if timer:
+                timer.cancel()
+
+
+def phase_start(connection: LimitedProtocol) -> float:
+    """Return when a connection entered its phase."""
+    return connection.phase_start
+
+
+# ── The server ──
+
+
+class ApiServer(uvicorn.Server):
+    """A server that finishes running requests after the first signal, within `grace` seconds.
+
+    on_drain: called when the first signal arrives. is_failed: returns whether the server must end
+    because of a failure; it then still answers for `linger` seconds. The second signal ends the
+    process at once, and so does a thread if it still runs after the time has passed.
+    """
+
+    def __init__(
+        self, app: "ASGIApp", limits: ConnectionLimits, grace: float,
+        on_drain: Callable[[], None], is_failed: Callable[[], bool], linger: float,
+    ):  # fmt: skip
+        max_connections, backlog = descriptor_limits(limits.max_connections)
+        fitted = replace(limits, max_connections=max_connections)
+
+        class Protocol(LimitedProtocol):
+            limits = fitted
+
+        config = uvicorn.Config(
+            app, http=Protocol, ws="none", lifespan="off", loop="asyncio", access_log=False,
+            log_level="critical", proxy_headers=False, server_header=False, backlog=backlog,
+            timeout_keep_alive=math.ceil(limits.idle), h11_max_incomplete_event_size=1 << 16,
+        )  # fmt: skip
+        super().__init__(config)
+        self.grace = grace
+        self.on_drain = on_drain
+        self.is_failed = is_failed
+        self.linger = linger
+        self.end_time: float | None = None  # when draining, or after a failure
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Install signal handlers; uvicorn's would end the process by the signal itself."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = signal.SIGINT, signal.SIGTERM
+        previous = [signal.signal(number, self.handle_exit) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, previous):
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; at the second signal end the process."""
+        if self.end_time is not None:
+            end_process(128 + sig)
+        self.end_time = time.monotonic() + self.grace
+        self.on_drain()
+        watchdog = threading.Timer(self.grace + 0.5, end_process, (0,))
+        watchdog.daemon = True
+        watchdog.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to shut down: nothing runs anymore, or the time has passed."""
+        if self.end_time is None and self.is_failed():
+            self.end_time = time.monotonic() + self.linger
+        if self.end_time is not None:
+            is_late = time.monotonic() >= self.end_time
+            is_done = not self.server_state.tasks and not self.is_failed()
+            self.should_exit |= is_late or is_done
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: "list[socket.socket] | None" = None) -> None:
+        """Close all connections, in what is left of the time; abort those that remain."""
+        if self.end_time is None:
+            self.end_time = time.monotonic() + self.grace
+        seconds = max(2 * TICK_SECONDS, self.end_time - time.monotonic())
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(super().shutdown(sockets), seconds)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, LimitedProtocol):
+                connection.abort()
+
+
+def end_process(code: int) -> None:
+    """End the process, whatever its threads do."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):  # closed, none, in use
+            stream.flush()
+    os._exit(code)

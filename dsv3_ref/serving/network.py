@@ -1,0 +1,166 @@
+"""Who may reach a server: the address that it listens on, the Host header, and API keys."""
+
+import hashlib
+import hmac
+import json
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from dsv3_ref.config import UserError
+from dsv3_ref.serving.protocol import error_body
+
+if TYPE_CHECKING:  # optional dependencies
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+CACHE_SALT = "dsv3.cache_salt"  # the entry of an ASGI scope with the salt of the client's API key
+OPEN_PATHS = ("/health",)  # that need no API key
+HostRule = Callable[[str], bool]
+
+# ── Addresses ──
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket; raise a `UserError` if the address cannot be used.
+
+    Call it before anything slow, so that the user learns of the error at once.
+    """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port must be from 0 to 65535, not {port}")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as e:  # a name that is not valid in DNS
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"--host {host} --port {port} cannot be used: {reason}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reachable from this machine only; of names, only localhost."""
+    if host == "localhost":
+        return True
+    return is_ip_address(host) and ip_address(host).is_loopback
+
+
+def is_ip_address(host: str) -> bool:
+    """Return whether a host is an IP address rather than a name."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+# ── The Host header ──
+
+
+def host_rule(listener: socket.socket, allowed_hosts: Sequence[str] = ()) -> HostRule:
+    """Return a function that tells whether a request may carry a Host header.
+
+    A page from elsewhere whose name is made to resolve to this machine (DNS rebinding) sends its
+    own name. So only these hosts are allowed: localhost and loopback addresses; if the server is
+    reachable from the network, this machine's name and any IP address; and `allowed_hosts`.
+    """
+    is_local = is_loopback(listener.getsockname()[0])
+    names = {"localhost", *(name.lower().rstrip(".") for name in allowed_hosts)}
+    if not is_local:
+        names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+
+    def is_allowed(header: str) -> bool:
+        host = host_of(header)
+        if host in names:
+            return True
+        return is_loopback(host) if is_local else is_ip_address(host)
+
+    return is_allowed
+
+
+def host_of(header: str) -> str:
+    """Return the host of a Host header, without its port and the brackets of an IPv6 address.
+
+    Returns "" if the header is not a host with an optional port.
+    """
+    text = header.strip().lower()
+    if text.startswith("["):
+        host, bracket, port = text[1:].partition("]")
+        is_valid = bool(bracket) and (not port or port[0] == ":")
+        port = port[1:]
+    else:
+        host, _, port = text.partition(":")
+        is_valid = True
+    is_valid &= not port or port.isdecimal()
+    return host.rstrip(".") if is_valid else ""
+
+
+# ── API keys ──
+
+
+class ApiKeys:
+    """The keys of clients, and a salt for each that keeps their prefix caches apart."""
+
+    def __init__(self, keys: Sequence[str]):
+        self.secret = secrets.token_bytes(32)  # of this process: a salt reveals nothing of its key
+        self.digests = [self.digest(key.encode()) for key in keys]
+
+    def digest(self, key: bytes) -> bytes:
+        """Return a digest of a key, equally long for all keys."""
+        return hmac.digest(self.secret, key, hashlib.sha256)
+
+    def salt(self, authorization: bytes) -> bytes | None:
+        """Return the cache salt of an Authorization header; None if its key is not valid.
+
+        Without keys every client is valid, and all share one salt.
+        """
+        if not self.digests:
+            return b""
+        scheme, _, key = authorization.partition(b" ")
+        digest = self.digest(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self.digests]
+        return digest if any(matches) and scheme.lower() == b"bearer" else None
+
+
+# ── In front of an app ──
+
+
+def guard_app(app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys) -> "ASGIApp":
+    """Return an ASGI app that refuses requests with a foreign Host header or without a valid key.
+
+    The client's cache salt is passed on in the scope.
+    """
+
+    async def guarded(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] == "lifespan":
+            await app(scope, receive, send)
+        if scope["type"] != "http":
+            return  # websockets are not served
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not is_allowed(host):
+            message = f"the host {host[:80]!r} is not allowed: see --allowed-hosts"
+            await refuse(send, 403, message)
+            return
+        salt = keys.salt(headers.get(b"authorization", b""))
+        if salt is None and scope["path"] not in OPEN_PATHS:
+            message = "this server needs an API key: send it as “Authorization: Bearer KEY”"
+            await refuse(send, 401, message)
+            return
+        scope[CACHE_SALT] = salt or b""
+        await app(scope, receive, send)
+
+    return guarded
+
+
+async def refuse(send: "Send", status: int, message: str) -> None:
+    """Send an error response and close the connection, whose request body is not read."""
+    body = json.dumps(error_body(message, status), ensure_ascii=False).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,89 @@
+"""Tokenization of prompts outside the event loop, with a limit on their length before it."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer
+
+from dsv3_ref.config import UserError
+from dsv3_ref.data.tokenizer import byte_lengths
+from dsv3_ref.serve import QueueFull
+from dsv3_ref.serving.text_generator import is_byte_level
+
+Tokens = TypeVar("Tokens")
+
+LONG_PROMPT_BYTES = 1 << 14  # longer prompts have a thread of their own
+LOSSLESS_STEPS = {"Sequence", "Split", "ByteLevel", "Digits"}  # that keep every byte of a text
+
+
+def max_bytes_per_token(tokenizer: Tokenizer) -> int | None:
+    """Return how many bytes of text a token can stand for; None if that has no limit.
+
+    A text of n bytes has at least n / max_bytes_per_token tokens, provided that the tokenizer
+    drops nothing.
+    """
+    steps = [*pipeline_steps(tokenizer.normalizer), *pipeline_steps(tokenizer.pre_tokenizer)]
+    is_lossless = all(step["type"] in LOSSLESS_STEPS for step in steps)
+    is_lossless &= not any(step.get("behavior") == "Removed" for step in steps)
+    if not is_lossless or not is_byte_level(tokenizer):
+        return None
+    return max(byte_lengths(tokenizer))
+
+
+def pipeline_steps(component: Any) -> list[dict]:
+    """Return the settings of a component of a tokenizer and of the components inside it."""
+    if component is None:
+        return []
+    steps = [json.loads(component.__getstate__())]
+    for step in steps:  # grows while it is read
+        steps += step.get("normalizers") or step.get("pretokenizers") or []
+    return steps
+
+
+class TokenizePool:
+    """Two threads that tokenize prompts: one for short prompts, one for long ones.
+
+    So a short prompt never waits for a long one, nor do running streams.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, max_queue: int):
+        self.max_tokens = max_tokens
+        self.max_queue = max_queue
+        self.num_pending = 0
+        self.bytes_per_token = max_bytes_per_token(tokenizer)
+        self.short = ThreadPoolExecutor(1, "tokenize-short")
+        self.long = ThreadPoolExecutor(1, "tokenize-long")
+
+    def check_length(self, num_bytes: int) -> None:
+        """Raise a `UserError` for a prompt with so many bytes that it cannot fit."""
+        if self.bytes_per_token and num_bytes > self.max_tokens * self.bytes_per_token:
+            raise UserError(
+                f"a prompt of {num_bytes} bytes cannot fit: it exceeds the limit of "
+                f"{self.max_tokens} tokens, which have at most {self.bytes_per_token} bytes each; "
+                "shorten the prompt"
+            )
+
+    async def run(self, num_bytes: int, fn: Callable[[], Tokens]) -> Tokens:
+        """Return fn(), which tokenizes `num_bytes`, from one of the threads.
+
+        Raises `QueueFull` if too many prompts wait already.
+        """
+        if self.num_pending >= self.max_queue:
+            raise QueueFull
+        pool = self.long if num_bytes > LONG_PROMPT_BYTES else self.short
+        self.num_pending += 1
+        future = pool.submit(fn)
+        future.add_done_callback(self.forget)
+        return await asyncio.wrap_future(future)
+
+    def forget(self, _: object) -> None:
+        """Count a prompt as done."""
+        self.num_pending -= 1
+
+    def stop(self) -> None:
+        """Let the threads end, without waiting for them."""
+        for pool in (self.short, self.long):
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,432 @@
+"""The server over sockets: who may use it, for how long, and how it ends."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import httpx
+import pytest
+from test_serve import command, folder, quiet
+
+from dsv3_ref.cli import main
+from dsv3_ref.serving import api_server
+from dsv3_ref.serving.config import ServeConfig
+from dsv3_ref.serving.http_server import ConnectionLimits
+from dsv3_ref.serving.network import ApiKeys, bind_socket, host_of, host_rule
+from dsv3_ref.serving.tokenize_pool import max_bytes_per_token
+
+__all__ = ["folder"]  # the fixture that makes a model
+SHORT = ConnectionLimits(max_connections=8, headers=0.4, body=0.6, idle=0.3, stall=0.5)
+
+
+@contextmanager
+def limited(folder, limits=SHORT, **options):
+    """Yield (address, service, server) of a server with short timeouts."""
+    listener = bind_socket("127.0.0.1", 0)
+    options = {"seed": 0, "block_size": 8, "grace": 5} | options
+    with api_server.Service(ServeConfig(folder, **options)) as service:
+        server = api_server.make_api_server(service, listener, limits)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname(), service, server
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def here(folder):
+    with limited(folder) as found:
+        yield found
+
+
+def ask(address, body=None, **options) -> httpx.Response:
+    """Send a completion request on a connection of its own."""
+    url = f"http://{address[0]}:{address[1]}/v1/completions"
+    return httpx.post(url, json=body or {"prompt": "we", "max_tokens": 2}, timeout=20, **options)
+
+
+def seconds_until_closed(connection: socket.socket) -> float:
+    """Return how long the server keeps a connection that sends nothing more."""
+    start = time.monotonic()
+    connection.settimeout(10)
+    with suppress(ConnectionResetError):
+        while connection.recv(1 << 16):
+            pass
+    return time.monotonic() - start
+
+
+# ── Time ──
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent, least, most",
+    [
+        (b"", 0.3, 2),
+        (b"GET /hea", 0.3, 2),
+        (HEAD + b"Content-Length: 100\r\n\r\n", 0.5, 2.5),
+        (HEAD + b'Content-Length: 100\r\n\r\n{"prompt": ', 0.5, 2.5),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 0.2, 2),  # then nothing
+    ],
+    ids=["silent", "half a head", "no body", "half a body", "idle"],
+)
+def test_no_phase_of_a_connection_lasts_forever(here, sent, least, most):
+    with socket.create_connection(here[0]) as connection:
+        connection.sendall(sent)
+        assert least < seconds_until_closed(connection) < most
+
+
+def test_drops_do_not_extend_the_time_of_a_head(here):
+    """A byte every 50 ms, in the second request of a connection."""
+    with socket.create_connection(here[0]) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.recv(1000)
+        start = time.monotonic()
+        with suppress(OSError):
+            for byte in b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert time.monotonic() - start < 2
+
+
+def test_half_requests_do_not_lock_others_out(here):
+    """Six times as many connections as there are places; nobody waits for their timeout."""
+    attackers = []
+    for i in range(48):
+        attackers.append(socket.create_connection(here[0]))
+        with suppress(OSError):
+            attackers[-1].sendall(b"GET /hea" if i % 2 else HEAD + b"Content-Length: 9\r\n\r\n")
+    start = time.monotonic()
+    assert ask(here[0]).status_code == 200
+    assert time.monotonic() - start < 2
+    for attacker in attackers:
+        attacker.close()
+
+
+def test_running_requests_keep_their_places(folder):
+    with limited(folder, ConnectionLimits(max_connections=2)) as (address, service, _):
+        step = service.engine.step
+        service.engine.step = lambda: (time.sleep(0.05), step())[1]
+        url = f"http://{address[0]}:{address[1]}/v1/completions"
+        body = {"prompt": "we", "max_tokens": 40, "stream": True}
+        with (
+            httpx.stream("POST", url, json=body) as one,
+            httpx.stream("POST", url, json=body) as two,
+        ):
+            streams = [stream.iter_lines() for stream in (one, two)]  # kept: their end closes them
+            next(streams[0])
+            third = httpx.get(f"http://{address[0]}:{address[1]}/health")
+            assert third.status_code == 503 and third.headers["retry-after"] == "1"
+            for lines in streams:
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_few_descriptors_are_enough(folder):
+    """160 connections with half a request, 128 descriptors: an honest client is served."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128));"
+        "from dsv3_ref.cli.main import main; main()"
+    )
+    argv = [sys.executable, "-c", code, "serve", str(folder), "--port", "0"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    attackers = []
+    try:
+        port = int(process.stdout.readline().split("/v1")[0].rsplit(":", 1)[1])
+        for _ in range(160):
+            attackers.append(socket.create_connection(("127.0.0.1", port)))
+            attackers[-1].sendall(b"GET /hea")
+        for _ in range(3):
+            assert ask(("127.0.0.1", port)).status_code == 200
+    finally:
+        process.kill()
+        process.wait()
+        for attacker in attackers:
+            attacker.close()
+
+
+def test_a_client_that_never_reads_is_disconnected(here):
+    address, service, _ = here
+    body = json.dumps({"prompt": "we", "max_tokens": 250, "n": 16, "stream": True, "logprobs": 5})
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(address)
+        connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert quiet(service, 60)
+        end = time.monotonic() + 10
+        while len(here[2].server_state.connections) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not here[2].server_state.connections
+
+
+# ── Size ──
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(here, monkeypatch):
+    address, service, _ = here
+    per_token = max_bytes_per_token(service.tokenizer)
+    assert per_token == max(len(t) for t in service.tokenizer.get_vocab() if "｜" not in t)
+    monkeypatch.setattr(service, "encode", lambda text: 1 / 0)
+    long = "x" * (256 * per_token + 1)
+    for body in ({"prompt": long}, {"prompt": ["we", long]}):
+        answer = ask(address, body)
+        assert answer.status_code == 400 and "cannot fit" in answer.json()["error"]["message"]
+    url = f"http://{address[0]}:{address[1]}/v1/chat/completions"
+    half = [{"role": "user", "content": long[: len(long) // 2 + 1]}] * 2
+    for talk in (half, [{"role": "user", "content": ""}] * 300):
+        answer = httpx.post(url, json={"messages": talk})
+        assert answer.status_code == 400 and "cannot fit" in answer.json()["error"]["message"]
+
+
+def test_the_longest_prompt_that_fits_is_served(here):
+    """Made of the longest token, so that it has as many bytes as fit at all."""
+    address, service, _ = here
+    vocab = service.tokenizer.get_vocab()
+    token = max((t for t in vocab if "｜" not in t), key=len)
+    text = service.tokenizer.decode([vocab[token]]) * 254
+    answer = ask(address, {"prompt": text, "max_tokens": 1})
+    if len(service.encode(text)) <= 254:
+        assert answer.status_code == 200, answer.text
+    else:
+        assert "tokens exceed the limit" in answer.json()["error"]["message"]
+
+
+def test_tokenizing_does_not_stop_the_others(here, monkeypatch):
+    address, service, _ = here
+    encode = service.encode
+    monkeypatch.setattr(
+        service, "encode", lambda text: (time.sleep(1.5 if "slow" in text else 0), encode(text))[1]
+    )
+    monkeypatch.setattr(service.tokenize_pool, "bytes_per_token", None)
+    slow = threading.Thread(target=ask, args=(address, {"prompt": "slow" * 5000}))
+    slow.start()
+    start = time.monotonic()
+    assert ask(address).status_code == 200 and time.monotonic() - start < 1.2
+    slow.join()
+
+
+def test_a_long_stop_string_is_refused(here):
+    answer = ask(here[0], {"prompt": "we", "stop": "x" * 1001})
+    assert "a stop string must not exceed 1000 characters" in answer.text
+
+
+# ── Who ──
+
+
+@pytest.mark.parametrize(
+    "header, host",
+    [
+        ("LocalHost:8000", "localhost"), ("127.0.0.1", "127.0.0.1"), ("[::1]:80", "::1"),
+        ("evil.example", "evil.example"), ("a:b", ""), ("[::1", ""), ("[::1]x", ""),
+        ("localhost.", "localhost"), ("", ""), ("::1", ""),
+    ],
+)  # fmt: skip
+def test_the_host_of_a_header(header, host):
+    assert host_of(header) == host
+
+
+def test_only_known_hosts(here):
+    for host, status in (
+        ("localhost", 200), ("127.0.0.1:9", 200), ("[::1]", 200), ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403), ("192.0.2.7", 403), ("localhost@evil.example", 403),
+    ):  # fmt: skip
+        answer = httpx.get(f"http://{here[0][0]}:{here[0][1]}/health", headers={"host": host})
+        assert answer.status_code == status, host
+    with bind_socket("0.0.0.0", 0) as listener:
+        rule = host_rule(listener, ["api.example"])
+        assert rule("192.0.2.7") and rule("api.example:443") and rule(socket.gethostname())
+        assert not rule("evil.example") and not rule("")
+
+
+def test_a_key_is_needed_and_keeps_prefixes_apart(folder, monkeypatch):
+    options = {"api_key": ("first", "second"), "report_cached_tokens": True}
+    with limited(folder, **options) as (address, service, _):
+        base = f"http://{address[0]}:{address[1]}"
+        for path in ("/v1/models", "/metrics", "/v1/completions", "/nothing"):
+            for header in (
+                None,
+                "Bearer wrong",
+                "Basic first",
+                "first",
+                "Bearer",
+                "Bearer first x",
+            ):
+                answer = httpx.get(base + path, headers={"authorization": header} if header else {})
+                assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert httpx.get(f"{base}/health").status_code == 200
+        body = {"prompt": "we talk again and again: " * 4, "max_tokens": 1}
+        cached = []
+        for key in ("first", "second", "first", "second"):
+            answer = ask(address, body, headers={"authorization": f"Bearer {key}"})
+            cached.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert cached[:2] == [0, 0] and cached[2] == cached[3] > 0
+    assert ApiKeys(("a",)).salt(b"Bearer a") != ApiKeys(("a",)).salt(b"Bearer a")  # per process
+
+
+def test_cached_tokens_are_not_told_and_no_origin_is_allowed(here):
+    for _ in range(2):
+        answer = ask(here[0], {"prompt": "we talk " * 9}, headers={"origin": "http://evil.example"})
+        assert "prompt_tokens_details" not in answer.json()["usage"]
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    url = f"http://{here[0][0]}:{here[0][1]}/v1/completions"
+    headers = {"origin": "http://evil.example", "access-control-request-method": "POST"}
+    assert httpx.options(url, headers=headers).status_code == 405
+
+
+def test_an_allowed_origin(folder):
+    with limited(folder, allowed_origins=("https://good.example",)) as (address, _, _):
+        for origin, allowed in (("https://good.example", True), ("https://evil.example", False)):
+            answer = ask(address, headers={"origin": origin})
+            assert (answer.headers.get("access-control-allow-origin") == origin) == allowed
+
+
+def test_a_key_from_the_environment(folder, monkeypatch, capsys):
+    monkeypatch.setenv("DSV3_API_KEY", "one, two")
+    with limited(folder) as (address, _, _):
+        assert ask(address).status_code == 401
+        assert ask(address, headers={"authorization": "Bearer two"}).status_code == 200
+    assert main.main(["serve", str(folder), "--api-key", "a b"]) == 2
+    assert "--api-key must consist of visible ASCII characters" in capsys.readouterr().err
+
+
+# ── Faults ──
+
+STAGES = ["encode", "submit", "push", "record", "cancel"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_fault_of_one_http_request_leaves_the_others_alone(folder, stage, streaming, monkeypatch):
+    with limited(folder, num_speculative_tokens=1) as (address, service, _):
+        body = {"prompt": "we talk", "max_tokens": 20, "seed": 5}
+        want = ask(address, body).json()["choices"][0]["text"]
+        inject(service, stage, monkeypatch)
+        answers = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(ask(address, body))) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        bad = ask(address, {"prompt": "bad one", "max_tokens": 9, "stream": streaming})
+        for thread in threads:
+            thread.join()
+        assert [x.json()["choices"][0]["text"] for x in answers] == [want] * 3
+        if stage != "cancel":  # which happens after the answer
+            assert bad.status_code == 500 or '"error"' in bad.text and "[DONE]" not in bad.text
+            assert "injected" not in bad.text
+        assert httpx.get(f"http://{address[0]}:{address[1]}/health").json() == {"status": "ready"}
+        assert quiet(service)
+
+
+def inject(service, stage: str, monkeypatch) -> None:
+    """Raise an exception in a stage of the request whose prompt begins with “bad”."""
+    bad = service.encode("bad")
+
+    def is_bad(r) -> bool:
+        return r.tokens[1 : 1 + len(bad)] == bad
+
+    def broken(real, test):
+        def call(*args):
+            if test(*args):
+                raise RuntimeError("injected")
+            return real(*args)
+
+        return call
+
+    thread = service.engine_thread
+    if stage == "encode":
+        monkeypatch.setattr(service, "encode", broken(service.encode, lambda t: "bad" in t))
+    elif stage == "submit":
+        monkeypatch.setattr(thread, "submit", broken(thread.submit, lambda rows: is_bad(rows[0])))
+    elif stage == "push":
+        processor = thread.processor
+        real = broken(processor.make_piece, lambda output, r: is_bad(r))
+        monkeypatch.setattr(processor, "make_piece", real)
+    elif stage == "record":
+        monkeypatch.setattr(thread, "record", broken(thread.record, lambda x, _: is_bad(x.request)))
+    else:
+
+        class Worker:
+            alive = True
+
+            def cancel(self, r):
+                if is_bad(r):
+                    raise RuntimeError("injected")
+
+            def stop(self):
+                pass
+
+        thread.prefill_workers.append(Worker())
+
+
+# ── The end ──
+
+
+def test_a_failed_engine_is_told_and_ends_the_process(folder):
+    code = """if True:
+        import sys
+        from dsv3_ref.serve import ModelRunner
+        from dsv3_ref.serving import api_server
+        from dsv3_ref.cli.main import main
+        api_server.FAILURE_LINGER = 1.0
+        ModelRunner.decode_step = lambda *_: 1 / 0
+        main()
+    """
+    argv = [sys.executable, "-c", code, "serve", str(folder), "--port", "0"]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            base = process.stdout.readline().split("/v1")[0]
+            answer = httpx.post(f"{base}/v1/completions", json={"prompt": "we"}, timeout=20)
+            assert answer.status_code == 503
+            health = httpx.get(f"{base}/health")
+            assert health.status_code == 503 and health.json() == {"status": "failed"}
+            assert process.wait(10) == 1
+            assert "ZeroDivisionError" in process.stderr.read()
+        finally:
+            process.kill()
+
+
+@contextmanager
+def never_reading(base: str):
+    """A client of the server at an address that reads nothing of a long answer."""
+    port = int(base.rsplit(":", 1)[1])
+    body = json.dumps({"prompt": "we", "max_tokens": 250, "n": 16, "stream": True, "logprobs": 5})
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        yield connection
+
+
+@pytest.mark.parametrize("grace", ["0", "0.9"])
+def test_it_ends_within_its_grace_although_a_client_never_reads(folder, grace):
+    with command(folder, "--grace", grace) as (base, process), never_reading(base):
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        assert process.wait(10) == 0
+        assert time.monotonic() - start < float(grace) + 2
+
+
+def test_it_drains_and_a_second_signal_ends_it(folder):
+    with command(folder, "--grace", "60") as (base, process), never_reading(base):
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 5
+        while (health := httpx.get(f"{base}/health")).status_code == 200:
+            assert time.monotonic() < end
+        assert health.json() == {"status": "draining"}
+        answer = httpx.post(f"{base}/v1/completions", json={"prompt": "we"})
+        assert answer.status_code == 503 and "shutting down" in answer.text
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(3) == 128 + signal.SIGTERM
