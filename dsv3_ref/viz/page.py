@@ -1,13 +1,16 @@
 """A self-contained HTML file: figures are inline SVG, styles are inline, nothing is requested.
 
 Everything that comes from data passes through `text`, which escapes it. The content security
-policy of the page forbids scripts and outside resources.
+policy of the page forbids scripts, outside resources and all styles but the page's one stylesheet,
+which it names by hash.
 """
 
+import base64
+import hashlib
 import io
 import json
 import re
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -60,7 +63,7 @@ mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: .
   .wide { overflow: visible; } .wide svg { min-width: 0; } h2 { break-after: avoid; }
   mark { border-bottom: 2px solid #000; } tr, dl.tiles div { break-inside: avoid; } }
 """
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+SVG_CSS = "svg * { stroke-linejoin: round; stroke-linecap: butt; }\n"  # as matplotlib writes it
 
 # ── Figures ──
 
@@ -144,6 +147,33 @@ def tiles(values: dict[str, str]) -> str:
 # ── The page ──
 
 
+def hash_source(text: str) -> str:
+    """Return the source expression that allows an inline script or stylesheet with this text."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def move_styles(html: str) -> tuple[str, str]:
+    """Return HTML with a class in place of every style attribute, and the classes' stylesheet.
+
+    Stylesheets inside the HTML, which matplotlib adds to every figure, are removed: `SVG_CSS` says
+    the same. Text that only looks like an attribute stays as it is, because only tags are changed.
+    """
+    classes: dict[str, str] = {}
+
+    def name_class(attribute: re.Match[str]) -> str:
+        style = unescape(attribute[1])
+        return f' class="{classes.setdefault(style, f"s{len(classes)}")}"'
+
+    def change_tag(tag: re.Match[str]) -> str:
+        return re.sub(r' style="([^"{}]*)"', name_class, tag[0])
+
+    html = re.sub(r"<style\b[^>]*>.*?</style>", "", html, flags=re.DOTALL)
+    html = re.sub(r"<\w[^<>]*>", change_tag, html)
+    rules = "".join(f"svg .{name}.{name} {{ {style} }}\n" for style, name in classes.items())
+    return html, rules
+
+
 def page(title: str, intro: str, sections: dict[str, str]) -> str:
     """Return an HTML document: title, introduction (HTML), contents, sections by heading."""
     ids = {heading: re.sub(r"\W+", "-", heading.lower()) for heading in sections}
@@ -152,11 +182,17 @@ def page(title: str, intro: str, sections: dict[str, str]) -> str:
         f'<section aria-labelledby="{ids[h]}"><h2 id="{ids[h]}">{text(h)}</h2>{html}</section>\n'
         for h, html in sections.items()
     )
+    body, figure_css = move_styles(body)
+    css = PAGE_CSS + SVG_CSS + figure_css
+    policy = (
+        f"default-src 'none'; style-src {hash_source(css)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{PAGE_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{PAGE_CSS}</style></head>\n"
+        f"<title>{text(title)}</title><style>{css}</style></head>\n"
         f"<body><header><h1>{text(title)}</h1>{intro}"
         f'<nav aria-label="Contents">{links}</nav></header>\n<main>{body}</main></body></html>\n'
     )

@@ -11,7 +11,9 @@ from html.parser import HTMLParser
 from itertools import chain
 
 import matplotlib.pyplot as plt
+import policy
 import pytest
+from test_browser import CHROMIUM, browser  # noqa: F401  fixture
 from test_viz import fake_rows, rl_rows
 
 from dsv3_ref.config import UserError
@@ -122,9 +124,49 @@ def test_nothing_is_fetched(whole):
     assert loads and all(x.startswith(("#", "data:image/png;base64,")) for x in loads)
     assert not re.search(r"@import|url\((?!#)", html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed"}
-    policy = page.all("meta")[1]
-    assert policy["http-equiv"] == "Content-Security-Policy"
-    assert policy["content"].startswith("default-src 'none'")
+    assert page.all("meta")[1]["http-equiv"] == "Content-Security-Policy"
+
+
+def test_the_policy_allows_one_stylesheet_and_nothing_else(whole):
+    html, page = whole
+    assert policy.find_faults(html) == []
+    rules = policy.directives(policy.Content(html).policy)
+    assert "script-src" not in rules and rules["img-src"] == ["data:"]
+    assert len(page.all("style")) == 1 and page.values("style") == []
+    assert len(rules["style-src"]) == 1
+
+
+def test_styles_become_classes_only_in_tags():
+    label = "<text>a style=&quot;b&quot; style=\"c\"</text>"
+    html, css = report.page.move_styles(f'<svg><g style="fill: none"/>{label}<style>x</style>')
+    assert html == f'<svg><g class="s0"/>{label}'
+    assert css == "svg .s0.s0 { fill: none }\n"
+    assert report.page.move_styles('<g style="a}b{">')[1] == ""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_browser_draws_it_and_runs_nothing_from_the_data(browser, tmp_path):  # noqa: F811
+    """Names, samples and labels try to run; a script that is put into the file is blocked, too."""
+    attack = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>"
+    run = RUN | {"command": attack, "moe_layers": [attack, "b", "c"]}
+    samples = [{"prompt": attack, "text": f"{attack}</pre>{attack}", "temperature": 0.8}]
+    summary = SUMMARY | {"samples": samples, "baselines": {attack: 2.0}}
+    folder = make(tmp_path / "<img src=x onerror=ran=1>", fake_rows(30), run, summary)
+    path = write_report(folder)
+    tab, messages = browser.new_page(), []
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.goto(path.as_uri())
+    assert messages == []
+    assert tab.evaluate("window.ran") is None
+    line = tab.locator("svg [class]").first
+    assert line.evaluate("x => getComputedStyle(x).strokeLinejoin") in ("round", "miter")
+    path.write_text(path.read_text().replace("</main>", f"{attack}</main>"))
+    tab.goto(path.as_uri())
+    assert tab.evaluate("window.ran") is None
+    assert any("Content Security Policy" in message for message in messages)
+    tab.close()
 
 
 def test_every_link_inside_has_its_target_and_every_id_is_single(whole):
