@@ -137,7 +137,7 @@ def test_the_policy_allows_one_stylesheet_and_nothing_else(whole):
 
 
 def test_styles_become_classes_only_in_tags():
-    label = "<text>a style=&quot;b&quot; style=\"c\"</text>"
+    label = '<text>a style=&quot;b&quot; style="c"</text>'
     html, css = report.page.move_styles(f'<svg><g style="fill: none"/>{label}<style>x</style>')
     assert html == f'<svg><g class="s0"/>{label}'
     assert css == "svg .s0.s0 { fill: none }\n"
