@@ -783,7 +783,7 @@ class Engine:
         tokens = request.append_tokens(tokens)
         # it may have ended within the accepted drafts
         request.num_computed_tokens = min(request.num_computed_tokens, len(request.tokens) - 1)
-        logprobs = token_logprobs(tokens, logit_sw, request.num_logprobs)
+        logprobs = logprobs_with_alternatives(tokens, logit_sw, request.num_logprobs)
         request.logprobs += logprobs
         self.scheduler.cache_full_blocks(request)
         self.counters["generation_tokens"] += len(tokens)
@@ -815,7 +815,7 @@ class Engine:
             self.append_first_token(request, transfer.logit_w)
 
 
-def token_logprobs(
+def logprobs_with_alternatives(
     tokens: list[int], logit_sw: Tensor, num_alternatives: int
 ) -> list[TokenLogprob]:
     """Return the log-probabilities of tokens and of the likeliest tokens in their places.
