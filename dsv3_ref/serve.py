@@ -280,15 +280,11 @@ class Scheduler:
             request.remote_prefill = send_remote(request)
         return request.remote_prefill or request not in self.running
 
-    def decode_batch(self) -> list[Request]:
-        """Return the requests that decode in this step, after allocating their blocks."""
-        ready = [request for request in self.running if self.is_decoding(request)]
-        batch = []
-        for request in ready:
-            num_slots = request.num_computed_tokens + 1 + self.num_speculative_tokens
-            if request in self.running and self.allocate_slots(request, num_slots):
-                batch.append(request)
-        return [request for request in batch if request in self.running]  # others were preempted
+    def schedule_decode(self, request: Request) -> bool:
+        """Return whether a request decodes in this step, after allocating its blocks."""
+        num_slots = request.num_computed_tokens + 1 + self.num_speculative_tokens
+        is_ready = request in self.running and self.is_decoding(request)
+        return is_ready and self.allocate_slots(request, num_slots)
 
     def match_prefix(self, request: Request) -> None:
         """Give a request the cached blocks of its prefix; leave at least one token to compute."""
@@ -704,7 +700,7 @@ class Engine:
             self.finish_remote_prefills()
             self.scheduler.schedule_waiting()
             self.prefill()
-            if batch := self.scheduler.decode_batch():
+            if batch := self.decode_batch():
                 self.decode(batch)
         self.scheduler.drop_finished()
         self.counters["steps"] += 1
@@ -729,7 +725,7 @@ class Engine:
             self.end(request, "error", str(e) if isinstance(e, UserError) else repr(e))
 
     def prefill(self) -> None:
-        """Compute up to `prefill_chunk` tokens of prompts, oldest request first."""
+        """Compute the next chunks of prompts, oldest request first, up to `prefill_chunk` tokens."""
         budget = self.scheduler.prefill_chunk
         for request in list(self.scheduler.running):
             with self.isolate(request):
@@ -762,6 +758,16 @@ class Engine:
             request, [int(request.sampling_params.sample(logit_w[None]))], logit_w[None]
         )
 
+    def decode_batch(self) -> list[Request]:
+        """Return the requests that decode in this step."""
+        batch = []
+        for request in list(self.scheduler.running):
+            with self.isolate(request):
+                if self.scheduler.schedule_decode(request):
+                    batch.append(request)
+        running = self.scheduler.running  # without those that were preempted meanwhile
+        return [request for request in batch if request in running and not request.finish_reason]
+
     def decode(self, requests: list[Request]) -> None:
         """Compute D + 1 tokens of every request; append 1 to D + 1 new tokens to each."""
         drafts = self.speculator.propose(requests)
@@ -783,7 +789,7 @@ class Engine:
         tokens = request.append_tokens(tokens)
         # it may have ended within the accepted drafts
         request.num_computed_tokens = min(request.num_computed_tokens, len(request.tokens) - 1)
-        logprobs = logprobs_with_alternatives(tokens, logit_sw, request.num_logprobs)
+        logprobs = token_logprobs(tokens, logit_sw, request.num_logprobs)
         request.logprobs += logprobs
         self.scheduler.cache_full_blocks(request)
         self.counters["generation_tokens"] += len(tokens)
@@ -815,7 +821,7 @@ class Engine:
             self.append_first_token(request, transfer.logit_w)
 
 
-def logprobs_with_alternatives(
+def token_logprobs(
     tokens: list[int], logit_sw: Tensor, num_alternatives: int
 ) -> list[TokenLogprob]:
     """Return the log-probabilities of tokens and of the likeliest tokens in their places.

@@ -102,6 +102,7 @@ class Service:
         self.engine_thread = EngineThread(self.engine, self.tokenizer, self.special_tokens.eos)
         max_len = self.engine.scheduler.max_model_len
         self.tokenize_pool = TokenizePool(self.tokenizer, max_len, args.max_queue)
+        self.max_body_bytes = self.tokenize_pool.max_body_bytes(args.max_n, MAX_BODY_BYTES)
         self.is_draining = False
         self.requests: Counter[int] = Counter()  # by HTTP status
 
@@ -187,9 +188,13 @@ class Service:
         """
         texts = body.get("messages") if chat else body.get("prompt")
         parts = texts if isinstance(texts, list) else [texts]
+        longest = max(len(part) for part in (parts, *parts) if isinstance(part, list))
+        if longest > max(self.args.max_n, self.tokenize_pool.max_tokens):
+            raise UserError(
+                f"a list of {longest} messages, prompts or token ids cannot fit: it exceeds the "
+                f"limit of {self.tokenize_pool.max_tokens} tokens"
+            )
         if chat:
-            if len(parts) > self.tokenize_pool.max_tokens:  # each turn has a token of its own
-                raise UserError(f"{len(parts)} messages cannot fit: send fewer")
             contents = [part.get("content") for part in parts if isinstance(part, dict)]
             sizes = [sum(map(num_text_bytes, contents))]
         else:
@@ -427,21 +432,21 @@ def format_event(data: JSONObject) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def read_json_body(request: "HTTPRequest") -> JSONObject:
+async def read_json_body(request: "HTTPRequest", max_bytes: int = MAX_BODY_BYTES) -> JSONObject:
     """Return the decoded body of an HTTP request; raise an `HTTPError` or a `UserError`.
 
     The content type must be JSON: a browser then refuses to send the request for a foreign page.
     """
-    if int(request.headers.get("content-length") or 0) > MAX_BODY_BYTES:  # h11 has validated it
-        raise HTTPError(413, f"the body must not exceed {MAX_BODY_BYTES} bytes")
+    if int(request.headers.get("content-length") or 0) > max_bytes:  # h11 has validated it
+        raise HTTPError(413, f"the body must not exceed {max_bytes} bytes")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPError(415, "the content type must be application/json")
     data = b""
     async for part in request.stream():
         data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise HTTPError(413, f"the body must not exceed {MAX_BODY_BYTES} bytes")
+        if len(data) > max_bytes:
+            raise HTTPError(413, f"the body must not exceed {max_bytes} bytes")
     try:
         body = json.loads(data)
         json.dumps(body, ensure_ascii=False).encode()  # lone surrogates cannot be encoded
@@ -505,7 +510,9 @@ class Endpoints:
     async def complete(self, http_request: "HTTPRequest", chat: bool) -> "Response":
         """Return a whole or streaming response; abort its engine requests if the client leaves."""
         service = self.service
-        parsing = service.parse_request(await read_json_body(http_request), chat)
+        parsing = service.parse_request(
+            await read_json_body(http_request, service.max_body_bytes), chat
+        )
         request = await cancel_on_disconnect(http_request, parsing)
         if request is None:
             raise HTTPError(499, "the client has disconnected")
@@ -530,11 +537,9 @@ class Endpoints:
 
 def num_text_bytes(value: object) -> int:
     """Return the bytes of a prompt or of a message's content, as far as it is text."""
-    if isinstance(value, str):
-        return len(value) if value.isascii() else len(value.encode(errors="replace"))
-    if isinstance(value, list):
-        return sum(num_text_bytes(part.get("text")) for part in value if isinstance(part, dict))
-    return 0
+    parts = value if isinstance(value, list) else [{"text": value}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return sum(len(text.encode(errors="replace")) for text in texts if isinstance(text, str))
 
 
 def client_disconnect() -> type[Exception]:

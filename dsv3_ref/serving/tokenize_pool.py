@@ -16,6 +16,9 @@ from dsv3_ref.serving.text_generator import is_byte_level
 Tokens = TypeVar("Tokens")
 
 LONG_PROMPT_BYTES = 1 << 14  # longer prompts have a thread of their own
+MAX_ESCAPE = 6  # bytes of “\\u0061”, which stands for one
+MAX_ID_BYTES = 10  # of a token id in JSON, with what separates it from the next
+OTHER_FIELDS_BYTES = 1 << 16
 LOSSLESS_STEPS = {"Sequence", "Split", "ByteLevel", "Digits"}  # that keep every byte of a text
 
 
@@ -65,6 +68,13 @@ class TokenizePool:
                 f"{self.max_tokens} tokens, which have at most {self.bytes_per_token} bytes each; "
                 "shorten the prompt"
             )
+
+    def max_body_bytes(self, max_prompts: int, most: int) -> int:
+        """Return how many bytes of JSON the prompts of a request may need, at most `most`."""
+        if self.bytes_per_token is None:
+            return most
+        prompt_bytes = self.max_tokens * max(self.bytes_per_token, MAX_ID_BYTES)
+        return min(most, OTHER_FIELDS_BYTES + max_prompts * prompt_bytes * MAX_ESCAPE)
 
     async def run(self, num_bytes: int, fn: Callable[[], Tokens]) -> Tokens:
         """Return fn(), which tokenizes `num_bytes`, from one of the threads.

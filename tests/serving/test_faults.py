@@ -5,7 +5,16 @@ import torch
 
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
-from dsv3_ref.serve import BlockPool, Engine, Request, StepOutput, make_engine
+from dsv3_ref.serve import (
+    BlockPool,
+    Engine,
+    KVTransfer,
+    Request,
+    Scheduler,
+    StepOutput,
+    make_engine,
+)
+from dsv3_ref.serving.prefill import PrefillWorker
 
 DEPTHS = (0, 1, 2)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2]]
@@ -119,7 +128,7 @@ def test_a_fault_while_sampling_ends_one_request(model, depth):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("stage", ["match_prefix", "allocate_slots", "cache_full_blocks"])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 5])
 def test_a_fault_while_scheduling_ends_one_request(model, depth, stage, call, monkeypatch):
     want = undisturbed(model, depth, 1, 2)
     e, bad = engine(model, depth), request(0)
@@ -127,14 +136,17 @@ def test_a_fault_while_scheduling_ends_one_request(model, depth, stage, call, mo
     real = getattr(e.scheduler, stage)
 
     def inject(r, *args):
-        if r is bad and (calls.append(r) or len(calls) == call) and not r.output_tokens:
-            raise RuntimeError("injected")
+        if r is bad:
+            calls.append(r)
+            if len(calls) == call:
+                raise RuntimeError("injected")
         return real(r, *args)
 
     monkeypatch.setattr(e.scheduler, stage, inject)
     drain(e, others[0], bad, others[1])
     assert [r.output_tokens for r in others] == want
-    assert bad.finish_reason == ("error" if calls and len(calls) >= call else "length") or call == 2
+    assert bad.finish_reason == ("error" if len(calls) >= call else "length")
+    assert e.scheduler.block_pool.num_used == 0
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -203,6 +215,38 @@ def test_a_fault_of_the_engine_is_raised(model, stage, monkeypatch):
         drain(e, bad)
 
 
+# ── Prompts that another process computes ──
+
+
+def test_a_prompt_that_a_worker_cannot_compute_is_computed_here(model):
+    (want,) = undisturbed(model, 1, 1)
+    e, sent = engine(model, 1), []
+    e.send_remote = lambda r: sent.append(r) or True
+    e.submit(r := request(1))
+    e.step()
+    assert r.remote_prefill
+    worker = PrefillWorker.__new__(PrefillWorker)
+    worker.engine, worker.requests = e, {7: r}
+    worker.receive(b'{"failed": 7}', "cpu")
+    drain(e)
+    assert sent == [r] and r.output_tokens == want
+
+
+def test_a_transfer_with_nan_ends_one_request(model):
+    (want,) = undisturbed(model, 0, 2)
+    e, sent = engine(model), []
+    e.send_remote = lambda r: r is bad and not sent.append(r)
+    bad, good = request(1), request(2)
+    e.submit(bad, good)
+    e.step()
+    bad_lsx = torch.full((5, len(bad.tokens), 24), float("nan"), dtype=torch.float64)
+    transfer = KVTransfer(0, bad_lsx, 0, torch.zeros(0, 0), torch.zeros(61))
+    e.incoming_transfers.append((bad, transfer))
+    drain(e)
+    assert bad.finish_reason == "error" and good.output_tokens == want
+    assert all(kv_pyx.isfinite().all() for kv_pyx in e.runner.kv_caches)
+
+
 # ── Blocks of other users ──
 
 
@@ -218,8 +262,6 @@ def test_a_salt_keeps_prefixes_apart(model):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_hash_covers_the_tokens_that_drafts_depend_on(depth):
-    from dsv3_ref.serve import Scheduler
-
     scheduler = Scheduler(BlockPool(9, 4), 1, 1, 9, depth, 64)
     text = list(range(12))
     hashes = scheduler.hash_request(Request(text, 1), 2)

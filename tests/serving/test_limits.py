@@ -185,6 +185,26 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(here, monkey
         assert answer.status_code == 400 and "cannot fit" in answer.json()["error"]["message"]
 
 
+def test_a_request_that_cannot_fit_is_refused_before_it_is_read(here):
+    """Long lists, nested content and bodies larger than any prompt that fits."""
+    address, service, _ = here
+    assert service.max_body_bytes < 1 << 20
+    nested: list = []
+    for _ in range(400):
+        nested = [{"type": "text", "text": nested}]
+    url = f"http://{address[0]}:{address[1]}/v1/chat/completions"
+    for answer, status in (
+        (ask(address, {"prompt": [1] * 300}), 400),
+        (ask(address, {"prompt": [[1] * 300]}), 400),
+        (ask(address, {"prompt": "x" * service.max_body_bytes}), 413),
+        (httpx.post(url, json={"messages": [{"role": "user", "content": nested}]}), 400),
+        (httpx.post(url, json={"messages": [{"role": "user", "content": {}}]}), 400),
+        (httpx.post(url, json={"messages": 5}), 400),
+        (ask(address, {"prompt": None}), 400),
+    ):
+        assert answer.status_code == status, answer.text
+
+
 def test_the_longest_prompt_that_fits_is_served(here):
     """Made of the longest token, so that it has as many bytes as fit at all."""
     address, service, _ = here
