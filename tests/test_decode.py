@@ -321,3 +321,12 @@ def test_logits_that_are_not_finite_raise_on_every_path(micro, bad, temperature)
 def test_a_temperature_that_is_no_number_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature must be at least 0 and finite"):
         sample(torch.zeros(1, 3), temperature)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_tiny_temperature_changes_no_greedy_text(model, micro, depth):
+    x_bs = prompts(micro)
+    want_bs = generate(model, x_bs, 6)
+    generator = torch.Generator().manual_seed(0)
+    got_bs = generate(model, x_bs, 6, 1e-38, generator, 0.9, num_speculative_tokens=depth)
+    assert torch.equal(got_bs, want_bs)
