@@ -725,7 +725,7 @@ class Engine:
             self.end(request, "error", str(e) if isinstance(e, UserError) else repr(e))
 
     def prefill(self) -> None:
-        """Compute the next chunks of prompts, oldest request first, up to `prefill_chunk` tokens."""
+        """Compute up to `prefill_chunk` tokens of prompts, oldest request first."""
         budget = self.scheduler.prefill_chunk
         for request in list(self.scheduler.running):
             with self.isolate(request):
@@ -789,7 +789,7 @@ class Engine:
         tokens = request.append_tokens(tokens)
         # it may have ended within the accepted drafts
         request.num_computed_tokens = min(request.num_computed_tokens, len(request.tokens) - 1)
-        logprobs = token_logprobs(tokens, logit_sw, request.num_logprobs)
+        logprobs = logprobs_with_alternatives(tokens, logit_sw, request.num_logprobs)
         request.logprobs += logprobs
         self.scheduler.cache_full_blocks(request)
         self.counters["generation_tokens"] += len(tokens)
@@ -821,7 +821,7 @@ class Engine:
             self.append_first_token(request, transfer.logit_w)
 
 
-def token_logprobs(
+def logprobs_with_alternatives(
     tokens: list[int], logit_sw: Tensor, num_alternatives: int
 ) -> list[TokenLogprob]:
     """Return the log-probabilities of tokens and of the likeliest tokens in their places.
