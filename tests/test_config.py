@@ -184,8 +184,29 @@ V2_LITE_TABLE = V3_TABLE | {  # the 16B model's released config.json
     "n_shared_experts": 2, "n_activated_experts": 6, "n_expert_groups": 1, "n_limited_groups": 1,
     "score_func": "softmax", "route_scale": 1.0, "mscale": 0.707, "n_mtp_layers": 0,
 }  # fmt: skip
+OWN_TABLES = {  # our sizes: V3 with these changes
+    "small": {
+        "vocab_size": 32_768, "dim": 1024, "inter_dim": 2816, "moe_inter_dim": 512, "n_layers": 12,
+        "n_dense_layers": 1, "n_heads": 8, "q_lora_rank": 384, "kv_lora_rank": 256,
+        "n_routed_experts": 24, "n_activated_experts": 4, "n_expert_groups": 4,
+        "n_limited_groups": 2, "max_seq_len": 2048, "original_seq_len": 2048, "rope_factor": 1.0,
+        "init_std": 0.02, "embed_std": 0.02,
+    },
+    "tiny": {
+        "vocab_size": 4096, "dim": 128, "inter_dim": 640, "moe_inter_dim": 128, "n_layers": 4,
+        "n_dense_layers": 1, "n_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 128,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 16,
+        "n_activated_experts": 4, "n_expert_groups": 4, "n_limited_groups": 2, "max_seq_len": 256,
+        "original_seq_len": 256, "rope_factor": 1.0, "init_std": 0.06, "embed_std": 1.0,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("config", "table"), [(V3, V3_TABLE), (V2_LITE, V2_LITE_TABLE)])
 def test_every_field_is_that_of_the_released_config(config, table):
     assert asdict(config) == table
+
+
+@pytest.mark.parametrize("name", OWN_TABLES)
+def test_our_sizes_differ_from_v3_in_these_fields(name):
+    assert asdict(CONFIGS[name]) == V3_TABLE | OWN_TABLES[name]

@@ -239,6 +239,16 @@ def test_accepted_drafts_have_the_distribution_of_the_model(depth):
         assert abs(reached.float().mean() - want) < 5 * (want * (1 - want) / n) ** 0.5 + 1e-6
 
 
+def test_a_draft_that_neither_distribution_allows_is_replaced_by_a_token_of_the_model():
+    """Where p = q, nothing of p is left after q, and the next token is drawn from p itself."""
+    p_w = torch.tensor([0.0, 0.5, 0.5])
+    n_b, next_b = verify_draft(
+        p_w.expand(40, 2, 3), p_w.expand(40, 1, 3), torch.zeros(40, 1, dtype=torch.int64)
+    )
+    assert n_b.tolist() == [0] * 40
+    assert set(next_b.tolist()) == {1, 2}
+
+
 @pytest.mark.full
 def test_drafted_text_has_the_distribution_of_plain_text(micro):
     """Pairs of tokens drawn with and without drafts: χ² of two samples below its 99.9 % bound."""

@@ -356,6 +356,16 @@ def test_planted_faults_are_named():
     assert "deadlock" in i_before_its_f
 
 
+def test_a_stage_that_never_runs_is_named():
+    f0, b0 = (Action("F", 0, 0),), (Action("B", 0, 0),)
+    with pytest.raises(ValueError, match=r"stage 1 runs \[\] for micro-batch 0"):
+        validate_schedule([[f0, b0], []], [(0,), (1,)], 1)
+
+
+def test_a_rank_without_forward_passes_has_nothing_in_flight():
+    assert max_in_flight([[(Action("F", 0, 0),)], []]) == [1, 0]
+
+
 def test_two_ranks_that_wait_for_each_other():
     f0, f1, b0, b1 = ((Action(kind, stage, 0),) for kind, stage in product("FB", (0, 1)))
     validate_schedule([[f0, b0], [f1, b1]], [(0,), (1,)], 1)

@@ -1,16 +1,19 @@
 """MLA: one result from three forms, from a loop over eq. 1–11, and from a cache."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv3_ref import mla as chapter
 from dsv3_ref import ops
-from dsv3_ref.config import Config
-from dsv3_ref.mla import MLA, LayerKVCache, causal_mask, varlen_attention
+from dsv3_ref.config import TINY, Config
+from dsv3_ref.mla import GQA, MLA, LayerKVCache, causal_mask, varlen_attention
+from dsv3_ref.model import init_weights
 from dsv3_ref.rope import Rope, softmax_scale, to_cu_seqlens
 
 fixture_is_constant = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -198,3 +201,34 @@ def test_packed_samples_are_as_if_alone(micro, exact):
     ropes = [Rope.from_positions(micro, torch.arange(x.shape[1])) for x in parts]
     alone = [mla(x, rope) for x, rope in zip(parts, ropes) if x.shape[1]]
     torch.testing.assert_close(got, torch.cat(alone, 1), atol=1e-12, rtol=0)
+
+
+# ── What MLA replaces ──
+
+
+def gqa(c, n: int) -> GQA:
+    layer = GQA(c, n)
+    init_weights(layer, 0.3)
+    return layer.double()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
+    c = replace(TINY, dim=24, qk_rope_head_dim=8, v_head_dim=6, rope_factor=factor)
+    layer, x_bsd = gqa(c, n), torch.randn(2, 9, 24).double()
+    rope = Rope.from_positions(c, torch.arange(9))
+    k, v = layer.wkv(x_bsd).split([n * 8, n * 6], -1)
+    q = naive_rope(layer.wq(x_bsd).view(2, 9, 4, 8), rope)
+    k, v = naive_rope(k.view(2, 9, n, 8), rope), v.view(2, 9, n, 6)
+    k, v = (x.repeat_interleave(4 // n, 2).transpose(1, 2) for x in (k, v))
+    scale = 8**-0.5 * (0.1 * math.log(factor) + 1) ** 2
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, scale=scale)
+    want = layer.wo(o.transpose(1, 2).flatten(2))
+    assert (layer(x_bsd, rope) - want).abs().max() < 1e-10
+
+
+def naive_rope(x_bshr, rope):
+    cos, sin = (x[:, None].double() for x in rope[:2])
+    a, b = x_bshr[..., ::2], x_bshr[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)

@@ -11,6 +11,7 @@ from dsv3_ref.config import V3
 from dsv3_ref.model import KVCache, Transformer, init_weights, moe_layers
 from dsv3_ref.moe import Gate, MoE
 from dsv3_ref.ops import MLP
+from dsv3_ref.rope import Rope
 
 fixture_is_constant = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 lengths = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -49,6 +50,32 @@ def test_any_chunks_on_the_cache_give_the_logits_of_the_whole(exact, micro, cuts
 
 
 @torch.no_grad()
+def test_positions_count_from_zero_and_go_on_after_the_cache(micro):
+    model, cache, ropes = Transformer(micro), KVCache(micro, 1, 8), []
+    model.layers["0"].register_forward_pre_hook(lambda _block, args: ropes.append(args[1]))
+    model(tokens(micro, 1, 3))
+    model(tokens(micro, 1, 3), cache)
+    model(tokens(micro, 1, 2), cache)
+    for rope, positions in zip(ropes, ([0, 1, 2], [0, 1, 2], [3, 4]), strict=True):
+        want = Rope.from_positions(micro, torch.tensor(positions))
+        assert torch.equal(rope.cos, want.cos) and torch.equal(rope.sin, want.sin)
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_a_cache_of_any_number_of_layers_has_a_length(micro, n_layers):
+    c = replace(micro, n_layers=n_layers)
+    cache = KVCache(c, 2, 5)
+    assert len(cache) == n_layers and cache.length == 0
+    Transformer(c)(tokens(c, 2, 4), cache)
+    assert cache.length == 4
+
+
+def test_no_matrix_has_a_bias(micro):
+    names = [name for name, _ in Transformer(micro).named_parameters()]
+    assert all(name.endswith(("weight", ".w1", ".w2", ".w3")) for name in names)
+
+
+@torch.no_grad()
 def test_every_row_is_its_own(micro):
     model, x_bs = Transformer(micro), tokens(micro, 3, 9)
     alone = torch.cat([model(row[None]) for row in x_bs])
@@ -64,8 +91,6 @@ def test_hidden_states_are_the_normed_states_before_the_head(micro):
 
 
 def test_a_block_is_two_residual_steps(micro):
-    from dsv3_ref.rope import Rope
-
     block = Transformer(micro).layers["1"]
     x_bsd, rope = torch.randn(2, 5, micro.dim), Rope.from_positions(micro, torch.arange(5))
     mid_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)

@@ -204,6 +204,14 @@ def test_balance_loss_is_equations_17_to_20(c, shape):
     assert balance_loss(r).item() == pytest.approx(slow_balance(r))
 
 
+@given(c=gates(), shape=st.tuples(st.integers(1, 3), st.integers(1, 9)))
+def test_balance_over_a_batch_takes_its_tokens_as_one_sequence(c, shape):
+    logit_bse = logits(c, *shape)
+    as_batch = balance_loss(route(logit_bse, None, c), "batch")
+    one_sequence = balance_loss(route(logit_bse.flatten(0, 1)[None], None, c))
+    assert as_batch.item() == pytest.approx(one_sequence.item(), rel=1e-9)
+
+
 def test_balance_loss_is_one_when_even_and_e_over_k_when_all_agree():
     scores_bse = torch.full((1, 6, 3), 0.3)
     even = torch.arange(6)[None, :, None] % 3
@@ -329,6 +337,12 @@ def test_the_experts_are_handed_sorted_rows_and_their_counts(micro):
         tokens = x_bsd[(r.topk_ids_bsk == e).any(-1)]
         assert len(tokens) == count
         assert all(torch.equal(next(rows), token) for token in tokens)
+
+
+def test_shared_experts_are_one_mlp_of_their_summed_width(micro):
+    shared = MoE(replace(micro, n_shared_experts=2)).shared_experts
+    assert shared.w1.weight.shape == shared.w3.weight.shape == (16, 24)  # of two experts of 8
+    assert shared.w2.weight.shape == (24, 16)
 
 
 def test_a_layer_without_shared_experts_is_only_routed(micro):

@@ -1,12 +1,13 @@
 """MTP against a loop over depths and positions with the indices of eq. 21–25."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from dsv3_ref.model import Transformer
-from dsv3_ref.mtp import mtp_hidden_states, mtp_losses
+from dsv3_ref.mtp import mtp_draft_matches, mtp_hidden_states, mtp_losses
 from dsv3_ref.rope import Rope
 
 T = 9
@@ -86,3 +87,15 @@ def test_every_depth_teaches_embedding_head_and_main_model(micro):
 def test_without_modules_there_is_nothing(micro):
     model = Transformer(replace(micro, n_mtp_layers=0))
     assert fast(model, torch.randint(micro.vocab_size, (2, T + 1))) == ([], [])
+
+
+def test_a_draft_is_compared_with_the_main_model_at_its_position(micro):
+    torch.manual_seed(0)
+    model, tokens_bs = Transformer(micro), torch.randint(61, (2, 10))
+    h_bsd, _ = model.hidden_states(tokens_bs)
+    mtp_out = mtp_hidden_states(model, h_bsd, tokens_bs)
+    for k, matches in enumerate(mtp_draft_matches(model, tokens_bs), start=1):
+        assert matches.shape == (2, 10 - k)
+        for b, i in product(range(2), range(10 - k)):
+            draft = (model.head.weight @ mtp_out[k - 1][0][b, i]).argmax()
+            assert matches[b, i] == (draft == (model.head.weight @ h_bsd[b, i + k]).argmax())

@@ -239,6 +239,37 @@ def test_linear_is_the_sum_it_says(data):
     assert torch.allclose(ops.linear(x, w), (x[..., None, :] * w).sum(-1))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_keeps_the_dtype_unless_another_is_asked_for(backend, dtype):
+    x, weight = torch.randn(3, 8).to(dtype), torch.ones(8)
+    norm = ops.IMPLS["rms_norm"][backend]
+    assert norm(x, weight, 1e-6).dtype == dtype
+    assert norm(x, weight, 1e-6, torch.bfloat16).dtype == torch.bfloat16
+    assert norm(x, weight, 1e-6, torch.float32).dtype == torch.float32
+
+
+def test_the_norm_layer_returns_the_dtype_of_matrix_products():
+    norm, x = ops.RMSNorm(8, 1e-6), torch.randn(3, 8)
+    assert norm(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == ops.linear(x, x).dtype == torch.bfloat16
+
+
+def test_a_weight_gradient_waits_only_inside_the_block_that_defers_it():
+    weight, calls = torch.ones(2), []
+
+    def wgrad_fn():
+        calls.append("run")
+        return 3 * weight
+
+    assert torch.equal(ops.defer_wgrad(weight, wgrad_fn), 3 * weight)
+    with ops.deferring_wgrads() as deferred:
+        assert ops.defer_wgrad(weight, wgrad_fn) is None
+    assert deferred == [(weight, wgrad_fn)] and calls == ["run"]
+    assert torch.equal(ops.defer_wgrad(weight, wgrad_fn), 3 * weight)
+
+
 # ── The seam ──
 
 
@@ -273,6 +304,9 @@ def test_nothing_falls_back_in_silence():
         ops.linear(x, x)
     assert "'linear' has no cpu implementation, only torch" in str(e.value)
     assert "DSV3_BACKEND=cpu,torch" in str(e.value)
+    with ops.use("cpu", "sdpa"), pytest.raises(NotImplementedError) as e:
+        ops.linear(x, x)
+    assert "DSV3_BACKEND=cpu,torch" in str(e.value)  # the first choice is kept
 
 
 def test_an_implementation_of_no_op_raises():

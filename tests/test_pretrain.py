@@ -123,6 +123,8 @@ def test_bias_speed_and_mtp_weight_change_when_the_report_says():
         0,
     ]
     assert [get_mtp_weight(R, x / TOKENS) for x in (0, 9.999, 10.001, 14.8)] == [0.3, 0.3, 0.1, 0.1]
+    assert get_mtp_weight(R, R.decay_start) == 0.1  # all of the first 10T tokens have been seen
+    assert get_bias_update_rate(R, R.decay_end) == 0
 
 
 def test_the_batch_plan_is_14_8_trillion_tokens():

@@ -5,10 +5,11 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 
 from dsv3_ref.cli.main import main
 from dsv3_ref.cluster.plan import REPORT_HOURS, PlanConfig, estimate
-from dsv3_ref.config import SMALL, V3, count_params
+from dsv3_ref.config import SMALL, V3, Config, count_params
 from dsv3_ref.inference_scale import (
     DECODE,
     PREFILL,
@@ -25,6 +26,7 @@ from dsv3_ref.inference_scale import (
     tp_gather_time,
     weight_bytes,
 )
+from dsv3_ref.model import Transformer
 from dsv3_ref.scale import (
     ACHIEVED_RATES,
     GPU_SPECS,
@@ -208,11 +210,32 @@ def test_the_units_are_those_of_the_report():
     assert DECODE.gpus // DECODE.tp == 80 and DECODE.gpus - 256 == 64
 
 
+def main_model_sizes(config: Config) -> dict[str, torch.Tensor]:
+    """Return name → parameter or buffer of the model without MTP, without allocating any."""
+    with torch.device("meta"):
+        return Transformer(replace(config, n_mtp_layers=0)).state_dict()
+
+
 def test_weights_are_counted_to_the_last_number():
     assert model_bytes(V3, "bf16") == 2 * count_params(V3).total
     assert 670e9 < model_bytes(V3, "fp8") < 676e9
-    whole = weight_bytes(V3, DeploymentUnit(1, 1, 256), "bf16")  # norms and gate biases apart
-    assert whole == pytest.approx(model_bytes(V3, "bf16"), rel=1e-5)
+
+
+def test_fp8_is_for_all_matrices_of_blocks_but_the_gates():
+    sizes = main_model_sizes(V3)
+    quantized = sum(
+        x.numel() for name, x in sizes.items()
+        if name.startswith("layers.") and x.ndim > 1 and not name.endswith("gate.weight")
+    )  # fmt: skip
+    others = sum(x.numel() for x in sizes.values()) - quantized
+    assert model_bytes(V3, "fp8") == quantized * (1 + 4 / 128**2) + 2 * others
+
+
+@pytest.mark.parametrize("q_lora_rank", [V3.q_lora_rank, 0])
+def test_one_gpu_holds_all_weights_but_norms_and_gate_biases(q_lora_rank):
+    config = replace(V3, q_lora_rank=q_lora_rank)
+    matrices = sum(x.numel() for x in main_model_sizes(config).values() if x.ndim > 1)
+    assert weight_bytes(config, DeploymentUnit(1, 1, 256), "bf16") == 2 * matrices
 
 
 def test_v3_fits_eight_h200_in_fp8_and_not_in_bf16():
@@ -263,6 +286,16 @@ def test_a_step_writes_a_token_for_each_sequence_of_both_micro_batches():
     p = prefill_throughput(V3, H800, 4096, 4096)
     assert p.tokens_per_s == pytest.approx(2 * 4096 / p.step)
     assert dollars_per_million_tokens(H800, 1e6 / 3600) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("throughput", [prefill_throughput, decode_throughput])
+def test_the_width_of_experts_costs_nothing_where_all_layers_are_dense(throughput):
+    def step(**changes):
+        config = replace(V3, n_dense_layers=V3.n_layers, **changes)
+        return throughput(config, H800, 100, 4096).step
+
+    assert step(moe_inter_dim=4096) == step()
+    assert step(inter_dim=2 * V3.inter_dim) > step()
 
 
 def test_four_gpus_halve_no_cache_and_send_tokens_to_each_other():

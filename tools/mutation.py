@@ -38,6 +38,9 @@ SLOWEST = 300.0  # seconds that the tests of one mutant may take
 FORK = get_context("forkserver")
 EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/block.py": ["test_model", "test_mtp"],
+    "dsv3_ref/grpo.py": ["test_rl"],
+    "dsv3_ref/mla.py": ["test_ops"],
+    "dsv3_ref/data/files.py": ["test_data"],
     "dsv3_ref/parallel/launch.py": ["test_cluster"],
     "dsv3_ref/parallel/mesh_parallel.py": ["test_cluster"],
     "dsv3_ref/parallel/pipeline.py": ["test_parallel"],

@@ -480,6 +480,15 @@ def test_a_name_is_taken_literally(name, streaming, tmp_path):
     assert [r["text"] for r in open_source(str(folder), streaming)] == ["in a folder"]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("owner/name", True), ("name", False), ("owner/name/file", False), ("./name", False),
+     ("/name", False), ("~/name", False), ("owner/rows.jsonl", False)],
+)  # fmt: skip
+def test_names_that_could_be_on_the_hub(name, expected):
+    assert files.could_be_on_hub(name) is expected
+
+
 def test_names_of_rows_are_taken_literally(tmp_path):
     for name in ("a[1].parquet", "a1.parquet"):
         datasets.Dataset.from_dict({"name": [name]}).to_parquet(tmp_path / name)

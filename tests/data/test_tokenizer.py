@@ -142,6 +142,13 @@ def test_written_and_read(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["tokenizer.json"]
 
 
+def test_a_second_write_replaces_the_first(tmp_path):
+    other, path = tok.train_tokenizer(TEXTS[:5], SIZE), tmp_path / "tokenizer.json"
+    for tokenizer in (other, TRAINED):
+        tok.save_tokenizer(tokenizer, path)
+        assert tok.load_tokenizer(path).to_str() == tokenizer.to_str()
+
+
 def test_what_is_no_tokenizer_is_said(tmp_path):
     with pytest.raises(UserError, match=f"no tokenizer.json in {tmp_path}"):
         tok.load_tokenizer(tmp_path)

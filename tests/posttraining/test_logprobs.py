@@ -1,5 +1,7 @@
 """Log-probabilities in chunks beside those of all logits at once, forward and backward."""
 
+import math
+
 import pytest
 import torch
 
@@ -20,6 +22,14 @@ def test_chunks_of_logits_are_all_logits(n):
             *(torch.autograd.grad(v.sum(), (h, w), retain_graph=True) for v in (x, z))
         ):
             assert torch.allclose(got, right)
+
+
+def test_without_a_temperature_the_probabilities_are_the_models():
+    h_nd, head_wd = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    logp_n, entropy_n = chunked_logprobs(h_nd, head_wd, torch.tensor([1]))
+    p = 1 / (1 + math.exp(-1))  # of two logits that differ by 1
+    assert logp_n.item() == pytest.approx(math.log(p))
+    assert entropy_n.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
 
 
 def test_no_more_logits_than_those_of_a_chunk_are_saved():

@@ -51,6 +51,17 @@ def test_answers_of_a_group_differ_and_a_seed_repeats_them(micro):
     assert first == draw() and len({tuple(a) for a in first}) > 1
 
 
+def test_rollouts_are_samples_of_the_policy_unless_a_temperature_is_given(micro):
+    """The shares of 3,000 first tokens are the model's probabilities, within 5 standard errors."""
+    model, n = Transformer(replace(micro, vocab_size=5)), 3000
+    completions, _ = generate_rollouts(
+        model, [[1, 2]], n, 1, 0, generator=torch.Generator().manual_seed(3)
+    )
+    p_w = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
+    share_w = torch.tensor(completions)[:, 0].bincount(minlength=5) / n
+    assert ((share_w - p_w).abs() < 5 * (p_w * (1 - p_w) / n).sqrt()).all()
+
+
 def test_a_first_token_that_ends_ends(micro):
     model = Transformer(micro)
     with torch.no_grad():

@@ -10,16 +10,13 @@ import miniruns
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from miniruns import MINI
 from test_moe import slow_balance
 
 from dsv3_ref.cli.main import main
-from dsv3_ref.config import TINY
-from dsv3_ref.mla import GQA, LayerKVCache
-from dsv3_ref.model import Transformer, init_weights
+from dsv3_ref.mla import LayerKVCache
+from dsv3_ref.model import Transformer
 from dsv3_ref.moe import Route, balance_loss
-from dsv3_ref.mtp import mtp_draft_matches, mtp_hidden_states
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.pretrain import compute_losses
 from dsv3_ref.rope import Rope
@@ -309,50 +306,7 @@ def test_the_recipe_selects_the_balance_loss(micro):
     assert RECIPES["v3"].balance_loss_scope == "sequence"
 
 
-# ── GQA ──
-
-
-def gqa(c, n: int) -> GQA:
-    layer = GQA(c, n)
-    init_weights(layer, 0.3)
-    return layer.double()
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize("factor", [1.0, 4.0])
-def test_gqa_is_torchs_attention_with_repeated_heads(n, factor, exact):
-    c = replace(TINY, dim=24, qk_rope_head_dim=8, v_head_dim=6, rope_factor=factor)
-    layer, x_bsd = gqa(c, n), torch.randn(2, 9, 24).double()
-    rope = Rope.from_positions(c, torch.arange(9))
-    k, v = layer.wkv(x_bsd).split([n * 8, n * 6], -1)
-    q = naive_rope(layer.wq(x_bsd).view(2, 9, 4, 8), rope)
-    k, v = naive_rope(k.view(2, 9, n, 8), rope), v.view(2, 9, n, 6)
-    k, v = (x.repeat_interleave(4 // n, 2).transpose(1, 2) for x in (k, v))
-    scale = 8**-0.5 * (0.1 * math.log(factor) + 1) ** 2
-    o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, scale=scale)
-    want = layer.wo(o.transpose(1, 2).flatten(2))
-    assert (layer(x_bsd, rope) - want).abs().max() < 1e-10
-
-
-def naive_rope(x_bshr, rope):
-    cos, sin = (x[:, None].double() for x in rope[:2])
-    a, b = x_bshr[..., ::2], x_bshr[..., 1::2]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-
-
 # ── Drafts ──
-
-
-def test_a_draft_is_compared_with_the_main_model_at_its_position(micro):
-    torch.manual_seed(0)
-    model, tokens_bs = Transformer(micro), torch.randint(61, (2, 10))
-    h_bsd, _ = model.hidden_states(tokens_bs)
-    mtp_out = mtp_hidden_states(model, h_bsd, tokens_bs)
-    for k, matches in enumerate(mtp_draft_matches(model, tokens_bs), start=1):
-        assert matches.shape == (2, 10 - k)
-        for b, i in product(range(2), range(10 - k)):
-            draft = (model.head.weight @ mtp_out[k - 1][0][b, i]).argmax()
-            assert matches[b, i] == (draft == (model.head.weight @ h_bsd[b, i + k]).argmax())
 
 
 def test_acceptance_counts_chains(monkeypatch, micro):
