@@ -129,6 +129,24 @@ def test_local_experts_is_the_loop_in_fp64_forward_and_backward(exact):
     assert (both[0][5] == 0).all() and (grads[0][0][5] == 0).all()
 
 
+def test_an_expert_gets_its_rows_in_the_order_of_the_tokens():
+    """So that a sum over an expert's rows is rounded in the same way in every run."""
+    experts, inputs = GroupedExperts(3, 1, 8), []
+
+    def forward(x_md, tokens_per_expert_e, weight_m):
+        inputs.append(x_md[:, 0].split(tokens_per_expert_e.tolist()))
+        return x_md
+
+    experts.forward = forward
+    x_nd, expert_nk = torch.arange(400.0)[:, None], torch.randint(-1, 3, (400, 2))
+    apply_local_experts(experts, x_nd, torch.rand(400, 2), expert_nk)
+    [rows_by_expert] = inputs
+    for e, rows in enumerate(rows_by_expert):
+        assert rows.tolist() == [
+            i for i, ids in enumerate(expert_nk.tolist()) for x in ids if x == e
+        ]
+
+
 @pytest.mark.parametrize("n", [0, 3])
 def test_a_rank_to_which_nothing_comes(n):
     experts = filled(GroupedExperts(2, 8, 8))
