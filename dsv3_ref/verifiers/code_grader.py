@@ -59,11 +59,13 @@ def json_equal(value: object, expected: object) -> bool:
     Numbers are compared by value: 2.0 equals an expected 2, and True does not equal 1.
     """
     if isinstance(expected, list):
-        is_long = isinstance(value, list) and len(value) == len(expected)
-        return is_long and all(map(json_equal, value, expected))
+        if not isinstance(value, list) or len(value) != len(expected):
+            return False
+        return all(map(json_equal, value, expected))
     if isinstance(expected, dict):
-        has_keys = isinstance(value, dict) and value.keys() == expected.keys()
-        return has_keys and all(json_equal(value[key], expected[key]) for key in expected)
+        if not isinstance(value, dict) or value.keys() != expected.keys():
+            return False
+        return all(json_equal(value[key], expected[key]) for key in expected)
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(expected, float) and isinstance(value, int | float):

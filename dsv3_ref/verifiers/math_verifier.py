@@ -15,14 +15,9 @@ import subprocess
 import sys
 import threading
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from dsv3_ref.config import UserError
-
-if TYPE_CHECKING:
-    from sympy import Basic, Float, MatrixBase
-
-    Expression = Basic | MatrixBase
 
 TIMEOUT_S = 5.0  # of one comparison
 STARTUP_TIMEOUT_S = 60.0
@@ -32,6 +27,16 @@ READY = "ready"
 # Words are compared as texts: math-verify would multiply their letters, so that cat = tac. Names of
 # functions and LaTeX commands are not words.
 WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za-z]{2,}")
+
+
+class Expression(Protocol):
+    """An expression or a matrix of sympy, which has no types."""
+
+    def atoms(self, *types: type) -> set[float]:
+        """Return the parts of these types that have no parts."""
+
+    def xreplace(self, rule: dict[Any, Any]) -> "Expression":
+        """Return the expression with parts replaced."""
 
 
 class MathVerifier:
@@ -107,22 +112,22 @@ def answers_equal(answer: str, truth: str) -> bool:
     return not WORD.search(truth) and shared_verifier()(answer, truth)
 
 
-def find_decimals(parsed: "list[Expression | str]") -> "set[Float]":
+def find_decimals(parsed: list[Expression | str]) -> set[float]:
     """Return the decimal numbers in what math-verify has parsed."""
-    from sympy import Float
+    from math_verify.grader import Float
 
-    return set().union(*(x.atoms(Float) for x in parsed if not isinstance(x, str)))
+    decimals: set[float] = set()
+    return decimals.union(*(x.atoms(Float) for x in parsed if not isinstance(x, str)))
 
 
-def parsed_equal(answer: "list[Expression | str]", truth: "list[Expression | str]") -> bool:
+def parsed_equal(answer: list[Expression | str], truth: list[Expression | str]) -> bool:
     """Return whether an answer that math-verify has parsed equals the right one.
 
     math-verify rounds to 6 decimals whenever either is a decimal number, so that 0.333333 = 1/3.
     Here the right answer must be one, and keeps at least 6 significant digits; an answer equals any
     other only exactly.
     """
-    from math_verify import verify
-    from sympy import Rational
+    from math_verify.grader import Rational, verify
 
     if decimals := find_decimals(truth):
         exponent = min(math.floor(math.log10(abs(x))) if x else 0 for x in decimals)
