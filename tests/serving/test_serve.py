@@ -769,7 +769,8 @@ def test_a_full_queue_rejects_requests(folder):
         service.engine.step = lambda: (time.sleep(0.02), real())[1]
         body = {"prompt": "we", "max_tokens": 250, "stream": True, "seed": 1}
         with client.stream("POST", where, json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: its end closes the stream
+            next(lines)
             with client.stream("POST", where, json=body):
                 third = client.post(where, json=body)
         assert third.status_code == 429 and third.headers["retry-after"] == "1"
