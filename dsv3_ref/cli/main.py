@@ -6,6 +6,7 @@ import sys
 from pkgutil import resolve_name
 from typing import Any
 
+from dsv3_ref.cli import environment
 from dsv3_ref.cli.commands import BY_NAME, COMMANDS
 from dsv3_ref.config import UserError
 
@@ -15,21 +16,35 @@ def main(argv: list[str] | None = None) -> int:
 
     The console script calls it without `argv`: then the process ends with the exit code.
     """
-    code = run(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        exit_now(code)
-    return code
+        exit_now(environment.run_as_process(run))
+    return run(argv)
 
 
 def run(argv: list[str]) -> int:
-    """Run a command and return its exit code; a `UserError` is one sentence and exit code 2."""
+    """Run a command and return its exit code.
+
+    A user's mistake, an error of the operating system and a lack of memory are one sentence and
+    exit code 2. If the reader of a pipe has left, nothing is printed and the code is 141.
+    """
     name, options = split_command(argv)
-    if name not in BY_NAME:
-        return print_overview(argv)
     try:
+        if name not in BY_NAME:
+            return print_overview(argv)
         run_command(name, options)
+    except BrokenPipeError:
+        return environment.BROKEN_PIPE
     except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        environment.report(str(e))
+        return 2
+    except (MemoryError, RuntimeError, ImportError) as e:
+        if not environment.is_out_of_memory(e):
+            raise
+        reason = str(e).strip().splitlines()
+        environment.report(
+            f"not enough memory{f' ({reason[-1]})' if reason else ''}: choose a smaller model, "
+            "batch or sequence length, or raise the limit"
+        )
         return 2
     except SystemExit as e:  # --help, or tyro has printed what is wrong
         return e.code if isinstance(e.code, int) else 1
@@ -109,7 +124,7 @@ def print_overview(argv: list[str]) -> int:
         return 0
     if rest:
         wrong = shlex.join(argv[:2] if prefix else argv[:1])
-        print(f"error: there is no command {wrong}; choose one of these", file=sys.stderr)
+        environment.report(f"there is no command {wrong}; choose one of these")
     return 2
 
 
@@ -130,8 +145,6 @@ def overview(prefix: str = "") -> str:
 
 def exit_now(code: int) -> None:
     """End the process at once: Python's own end may hang after Parquet (apache/arrow#50482)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

@@ -1,0 +1,82 @@
+"""What a command needs of its process: standard streams, UTF-8, and words for a lack of memory."""
+
+import errno
+import locale
+import os
+import sys
+from collections.abc import Callable
+
+BROKEN_PIPE = 128 + 13  # what a shell reports for a process that SIGPIPE has ended
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory",
+                 "failed to map segment", "out of memory")  # fmt: skip
+
+
+def open_missing_streams() -> None:
+    """Replace closed standard streams by the null device.
+
+    Otherwise the next file that is opened gets the number of a closed stream, and what is printed
+    is written into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
+def require_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if the locale has another encoding.
+
+    Files are then read as UTF-8. The terminal keeps its encoding; characters that it lacks are
+    printed as escapes.
+    """
+    encoding = locale.getpreferredencoding(False).lower().replace("-", "")
+    if sys.flags.utf8_mode or encoding == "utf8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error reports that memory could not be allocated, on CPU or GPU."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(x in words for x in OUT_OF_MEMORY)
+
+
+def report(message: str) -> None:
+    """Print an error as a sentence, if there is still somewhere to print it."""
+    try:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        discard(2)
+
+
+def discard(number: int) -> None:
+    """Send what is still printed to a standard stream to the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def flush_output(code: int) -> int:
+    """Write what is still buffered; return the exit code, or another if that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        discard(1)
+        if e.errno == errno.EPIPE:
+            return BROKEN_PIPE
+        report(f"the output cannot be written: {e.strerror}")
+        return code or 2
+    return code
+
+
+def run_as_process(run: Callable[[list[str]], int]) -> int:
+    """Run a command on the command line's arguments; return the exit code of the process."""
+    open_missing_streams()
+    require_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    return flush_output(run(sys.argv[1:]))
