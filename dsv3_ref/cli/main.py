@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from pkgutil import resolve_name
 from typing import Any
 
