@@ -19,7 +19,10 @@ TMP, OLD = "dsv3-tmp", "dsv3-old"
 
 @contextmanager
 def atomic_dir(directory: str | PathLike[str]) -> Iterator[Path]:
-    """Give a temporary directory that becomes `directory` at the end, or leaves it as it was."""
+    """Yield a temporary directory that is renamed to `directory` at the end.
+
+    If an error occurs, `directory` stays as it was.
+    """
     final = Path(directory).resolve()
     try:
         tmp = make_staging_dir(final)
@@ -29,11 +32,11 @@ def atomic_dir(directory: str | PathLike[str]) -> Iterator[Path]:
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"could not write {final} ({e}); what was there is untouched") from e
+        raise UserError(f"could not write {final} ({e}); its previous content is unchanged") from e
 
 
 def make_staging_dir(final: Path) -> Path:
-    """Return an empty temporary directory beside `final`, without what a killed run left there."""
+    """Create an empty temporary directory next to `final` and remove that of a killed run."""
     recover_dir(final)
     tmp = temp_sibling(final, TMP)
     if tmp.exists():
@@ -43,7 +46,7 @@ def make_staging_dir(final: Path) -> Path:
 
 
 def publish_dir(tmp: Path, final: Path) -> None:
-    """Write `tmp` to disk, then rename it to `final`; the directory that was there is removed."""
+    """Flush `tmp` to disk, then rename it to `final` and remove the directory it replaces."""
     readable = tmp.stat().st_mode & 0o666  # safetensors writes for its owner only
     for path in [*tmp.rglob("*"), tmp]:
         if path.is_file():
@@ -60,7 +63,7 @@ def publish_dir(tmp: Path, final: Path) -> None:
 
 
 def recover_dir(final: Path) -> None:
-    """Remove a directory set aside, or put it back if nothing took its place."""
+    """Remove the directory that `publish_dir` has set aside; restore it if nothing replaced it."""
     old = temp_sibling(final, OLD)
     if old.is_dir() and final.exists():
         shutil.rmtree(old)
@@ -69,7 +72,7 @@ def recover_dir(final: Path) -> None:
 
 
 def remove_dir(directory: str | PathLike[str]) -> None:
-    """Remove a directory; if the process is killed half way, nothing is left under its name."""
+    """Remove a directory; rename it first, so that a kill never leaves part of it."""
     tmp = temp_sibling(Path(directory), TMP)
     shutil.rmtree(tmp, ignore_errors=True)
     os.rename(directory, tmp)
@@ -99,9 +102,9 @@ def fsync_path(path: Path) -> None:
 
 
 def try_lock(handle: int) -> bool:
-    """Lock an open folder; return False if another process has.
+    """Lock an open folder; return False if another process holds the lock.
 
-    A file system without locks is taken as unlocked.
+    On a file system without locks, return True.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +116,7 @@ def try_lock(handle: int) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file beside `path`, then rename it: a reader never sees half a file."""
+    """Write JSON to a temporary file, then rename it, so that readers never see part of it."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1))
     part.replace(path)

@@ -1,7 +1,7 @@
 """Hugging Face's format: names of tensors, fields of config.json, export.
 
-A directory of theirs has a `deepseek_v3` or `deepseek_v2` config, every expert by itself, and MTP
-layers numbered after the last layer.
+A Hugging Face directory has a `deepseek_v3` or `deepseek_v2` config. Each expert is a tensor of its
+own, and the MTP layers are numbered after the last layer.
 """
 
 import re
@@ -48,7 +48,7 @@ HF_NAMES = {
     "L.norm.weight": "model.layers.L.shared_head.norm.weight",
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-IGNORED = re.compile(  # copies of the embedding and head in MTP layers; tables anyone can compute
+IGNORED = re.compile(  # copies of embedding and head in MTP layers; RoPE's frequency tables
     r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight|.*rotary_emb\.inv_freq"
 )
 
@@ -65,7 +65,7 @@ def hf_names(name: str, config: Config) -> list[str]:
 
 
 def is_gate_bias(name: str) -> bool:
-    """Return whether a tensor is a gate bias, kept in fp32: steps of 0.001 vanish in bf16."""
+    """Return whether a tensor is a gate bias; these stay fp32, as bf16 would round 0.001 away."""
     return name.endswith("gate.bias")
 
 
@@ -149,7 +149,10 @@ def require_supported(values: dict[str, Any], allowed: dict[str, tuple]) -> None
 
 
 def map_fields(values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
-    """Return our fields from theirs; null and absent ones from HF_DEFAULTS, else an error."""
+    """Return our fields from Hugging Face's, with HF_DEFAULTS for null and absent ones.
+
+    Raise a `UserError` for a field that has no default or is not a number.
+    """
     mapped = {}
     for ours, theirs in fields.items():
         value = values.get(theirs)
@@ -205,7 +208,7 @@ def is_unscaled_rotation(rope: dict[str, Any]) -> bool:
 
 
 def config_to_hf(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the config as a Hugging Face config.json, in the spelling of the released one."""
+    """Return the config as a Hugging Face config.json with the fields of the released one."""
     sigmoid = config.score_func == "sigmoid"
     kind, name = ("deepseek_v3", "DeepseekV3") if sigmoid else ("deepseek_v2", "DeepseekV2")
     gate = {field: choices[0] for field, choices in SUPPORTED_GATES[kind].items()}
@@ -244,7 +247,7 @@ def save_hf(
     shard_bytes: int = SHARD_BYTES,
     **fields: Any,
 ) -> None:
-    """Write what transformers reads; `fields` go to config.json (`eos_token_id=1`)."""
+    """Write a model in Hugging Face's format; `fields` are added to config.json."""
     config = config_to_hf(model.config, model.embed.weight.dtype) | fields
     tensors: dict[str, torch.Tensor] = {}
     for name, x in model.state_dict().items():

@@ -1,7 +1,7 @@
-"""Manifests: the size and SHA-256 of every file of a directory, verified before it is believed.
+"""Manifests: the size and SHA-256 of every file of a directory, verified when it is loaded.
 
-A manifest detects accidents (a flipped bit, a file cut off or mixed up between two copies). It does
-not prove who wrote a directory: whoever can replace a file can replace the manifest too.
+A manifest detects accidents: a flipped bit, a truncated file, files of different copies. It does
+not prove who wrote a directory, because anyone who can replace a file can replace the manifest.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def file_sha256(path: Path) -> str:
 
 
 def hash_workers(n_files: int) -> int:
-    """Return how many threads hash n files: hashing releases the interpreter's lock."""
+    """Return the number of threads that hash n files; hashing releases the GIL."""
     return max(1, min(n_files, len(os.sched_getaffinity(0)), 16))
 
 
@@ -74,7 +74,7 @@ def has_manifest(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a directory; raise a `DamageError` if it makes no sense."""
+    """Return the manifest of a directory; raise a `DamageError` if it is invalid."""
     path = folder / MANIFEST
     try:
         value = read_json(path)
@@ -115,9 +115,9 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return what is damaged in a directory that must have a manifest, or None if it is whole."""
+    """Return a description of damage to a directory that must have a manifest, or None."""
     if not has_manifest(folder):
-        return f"{folder} has no {MANIFEST}: it was not written to its end"
+        return f"{folder} has no {MANIFEST}: it is incomplete"
     try:
         verify(folder, part, parts)
     except DamageError as e:
@@ -126,7 +126,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Raise a `DamageError` unless a file is there and has so many bytes."""
+    """Raise a `DamageError` unless a file exists and has the expected size."""
     try:
         size = path.stat().st_size
     except OSError:
@@ -144,17 +144,15 @@ def read_digest(path: Path) -> str:
 
 
 def damaged(path: Path, why: str) -> DamageError:
-    """Return the error for a file that is not as it was written."""
-    return DamageError(
-        f"{path} is damaged ({why}): copy it again, or load it all the same with --no-verify"
-    )
+    """Return the error for a file that differs from the one that was written."""
+    return DamageError(f"{path} is damaged ({why}): copy it again, or load it with --no-verify")
 
 
 @contextmanager
 def verified(folder: Path, enabled: bool = True) -> Iterator[None]:
-    """Verify a directory while the body loads it; at the end raise a `DamageError` if it differs.
+    """Verify a directory while the body loads it; raise a `DamageError` at the end if it differs.
 
-    An error of the body gives way to that of the damage which explains it.
+    It replaces an error of the body, which the damage explains.
     """
     if not enabled:
         yield

@@ -1,7 +1,7 @@
-"""Checkpoints as directories: ours and Hugging Face's are read, ours are written.
+"""Checkpoint directories: load ours and Hugging Face's, write ours.
 
-Ours: `config.json` with the fields of `Config`, `model.safetensors` with our names; or, written by
-several ranks, one safetensors file each and a table of their tensors.
+Ours have `config.json` with the fields of `Config`, and `model.safetensors` with our names. Those
+written by several ranks have one safetensors file per rank and a table of their tensors.
 """
 
 import re
@@ -54,10 +54,10 @@ def load(
 ) -> Transformer:
     """Return the model of a directory, ours or Hugging Face's.
 
-    With `dtype` None tensors keep their stored dtype, and FP8 is expanded to that of the embedding.
-    Gate biases stay fp32. With `verify`, files are compared with the manifest, if there is one, and
-    of a run the newest checkpoint that is whole is taken. Raise a `UserError` for everything that
-    is wrong with the directory.
+    Without `dtype`, tensors keep their stored dtype, and FP8 tensors get that of the embedding.
+    Gate biases stay fp32. With `verify`, files are compared with the manifest if there is one, and
+    the newest undamaged checkpoint of a run is loaded. Raise a `UserError` if the directory is
+    invalid.
     """
     return newest_whole(directory, partial(load_dir, device=device, dtype=dtype), verify)
 
@@ -75,9 +75,9 @@ def load_dir(
 
 
 def newest_whole(directory: AnyPath, read: Callable[[Path], Loaded], verify: bool = True) -> Loaded:
-    """Return `read(folder)` of the newest checkpoint of a run that is whole, or of the directory.
+    """Return `read(folder)` for the newest undamaged checkpoint of a run, or for the directory.
 
-    Warn of each damaged checkpoint that is passed over; raise the `DamageError` of the last one.
+    Warn of each damaged checkpoint; raise a `DamageError` if the oldest one is damaged, too.
     """
     *newer, oldest = reversed(list_checkpoints(directory) or [resolve_checkpoint_dir(directory)])
     for folder in newer:
@@ -99,7 +99,7 @@ def load_checkpoint_config(directory: AnyPath) -> Config:
 
 
 def open_tensors(directory: AnyPath) -> Callable[[str], torch.Tensor]:
-    """Return a function from our name of a tensor to the tensor, read when it is called."""
+    """Return a function that reads a tensor by our name of it."""
     folder = resolve_checkpoint_dir(directory)
     if is_sharded(folder):
         return consolidate(folder).state_dict().__getitem__
@@ -107,7 +107,7 @@ def open_tensors(directory: AnyPath) -> Callable[[str], torch.Tensor]:
 
 
 def whole_tensor(name: str, x: torch.Tensor) -> torch.Tensor:
-    """Return all of a tensor: the part of it that a model on one rank has."""
+    """Return the whole tensor, which is the part of a model on one rank."""
     return x
 
 
@@ -117,7 +117,7 @@ def load_into(
 ) -> None:
     """Copy the weights of a directory into a model of any dtype.
 
-    `part(name, tensor)` returns what this model has of each tensor.
+    `part(name, tensor)` returns the part of each tensor that this model holds.
     """
     newest_whole(directory, partial(copy_weights, model, part), verify)
 
@@ -161,7 +161,7 @@ def fill_tensors(folder: Path, targets: dict[str, torch.Tensor]) -> None:
 
 
 class CheckpointReader:
-    """A directory opened and checked against its config; tensors are read when asked for."""
+    """A directory whose tensors match its config; they are read on demand."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -181,7 +181,7 @@ class CheckpointReader:
         self.check_tensors()
 
     def count_mtp_layers(self, values: dict) -> int:
-        """Return the config's MTP layers, or 0 if none is stored: transformers drops them."""
+        """Return the config's MTP layers, or 0 if none is stored, since transformers drops them."""
         layers = {int(m[1]) for m in map(LAYER.match, self.stored.files) if m}
         n_stored = sum(i >= values.get("num_hidden_layers", 0) for i in layers)
         n_mtp = values.get("num_nextn_predict_layers", values.get("num_mtp_layers", n_stored))
@@ -198,7 +198,7 @@ class CheckpointReader:
         return list(tensor.unbind()) if self.is_hf and tensor.ndim == 3 else [tensor]
 
     def check_tensors(self) -> None:
-        """Raise a `UserError` unless every tensor is there, in its shape, and no other."""
+        """Raise a `UserError` unless exactly the expected tensors are stored, in their shapes."""
         slices: dict[str, torch.Tensor] = {}
         for name, x in self.expected.items():
             slices |= zip(self.stored_names(name), self.expert_slices(x))
@@ -220,7 +220,7 @@ class CheckpointReader:
             self.check_shape(name, tuple(x.shape))
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
-        """Raise a `UserError` if a stored tensor has not the shape that the config asks for."""
+        """Raise a `UserError` if the shape of a stored tensor is not that of the config."""
         shape = self.stored.shape(name)
         if shape == expected:
             return
@@ -247,7 +247,7 @@ class CheckpointReader:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Return one of our tensors in fresh memory, its experts stacked."""
+        """Read one of our tensors into new memory, with its experts stacked."""
         dtype = self.target_dtype(name) if dtype is None or is_gate_bias(name) else dtype
         tensor = torch.empty(self.expected[name].shape, dtype=dtype, device=device)
         for row, stored in zip(self.expert_slices(tensor), self.stored_names(name), strict=True):
@@ -265,7 +265,7 @@ def abbreviate(names: list[str]) -> str:
 
 
 def save(model: Transformer, directory: AnyPath, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write our own format; the directory appears at once, complete, or stays as it was."""
+    """Write a model in our own format, atomically."""
     with atomic_dir(directory) as tmp:
         write_safetensors(tmp, asdict(model.config), model.state_dict(), shard_bytes)
         write_manifest(tmp)
@@ -280,15 +280,15 @@ def is_sharded(folder: Path) -> bool:
 
 
 def list_checkpoints(run: AnyPath) -> list[Path]:
-    """Return the checkpoints of a training run, oldest first; whatever else lies there is left."""
+    """Return the checkpoints of a training run, oldest first, without other files there."""
     folders = (Path(run) / "checkpoints").glob("step_*")
     return sorted(p for p in folders if STEP_NAME.fullmatch(p.name) and p.is_dir())
 
 
 def resolve_checkpoint_dir(directory: AnyPath) -> Path:
-    """Return the directory to read: the newest checkpoint of a run, or the directory itself.
+    """Return the directory to load: the newest checkpoint of a run, or the directory itself.
 
-    If a process was killed while it replaced the directory, the one that it set aside is read.
+    If a process was killed while replacing the directory, return the one that it had set aside.
     """
     path = Path(directory)
     if checkpoints := list_checkpoints(path):
@@ -299,7 +299,7 @@ def resolve_checkpoint_dir(directory: AnyPath) -> Path:
         raise UserError(f"{path} is a file; a checkpoint is a directory")
     if path.name and (aside := temp_sibling(path, OLD)).is_dir():
         return aside
-    raise UserError(f"there is no directory {path}")
+    raise UserError(f"there is no directory {path}: check the path")
 
 
 def find_tokenizer_dir(path: Path) -> Path:

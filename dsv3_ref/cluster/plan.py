@@ -355,8 +355,8 @@ def describe_unit(plan: PlanConfig) -> str:
         ),
         (
             config.n_routed_experts % 32 == 0 or unit.direct_ib,
-            f"a prefill unit needs n_routed_experts to be a multiple of 32, not "
-            f"{config.n_routed_experts}",
+            f"a prefill unit needs n_routed_experts {config.n_routed_experts} to be a multiple of "
+            "32",
         ),
     ]
     for holds, sentence in rules:
@@ -446,25 +446,25 @@ def format_estimate(result: Estimate) -> str:
     best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
+    mesh = f"pp {plan.pp} × dp {plan.dp} × ep {plan.ep}"
+    memory = f"{top / 1e9:.1f} GB {fits} {m.memory / 1e9:g} GB"
+    duration = f"{result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline"
+    cost = f"${result.hours * m.dollars_per_hour / 1e3:,.0f}K at ${m.dollars_per_hour:g} per hour"
     return f"""\
-{plan.config} on {result.gpus:,} {plan.hardware.upper()}: pp {plan.pp} × \
-dp {plan.dp} × ep {plan.ep}, {plan.schedule}, {plan.precision}, \
-batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
+{plan.config} on {result.gpus:,} {plan.hardware.upper()}: {mesh}, {plan.schedule}, \
+{plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
 GB on each GPU, by pipeline rank, with recomputation:
 {format_memory(result)}
-at most {max(result.in_flight)} micro-batches in flight; {top / 1e9:.1f} GB {fits} \
-{m.memory / 1e9:g} GB
+at most {max(result.in_flight)} micro-batches in flight; {memory}
 
 sent by a GPU per step (the rank that sends most):
 {sent}
 
-step: {result.flops:.3g} FLOPs; {result.seconds:.2f} s, of which {result.tail:.2f} s \
-after the pipeline
+step: {result.flops:.3g} FLOPs; {duration}
 {tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU
 overheads assumed (chapter 17): {overheads}
-{result.hours / 1e3:,.1f}K GPU hours per trillion tokens, \
-${result.hours * m.dollars_per_hour / 1e3:,.0f}K at \
-${m.dollars_per_hour:g} per hour; without overheads {best / 1e3:,.1f}K \
+{result.hours / 1e3:,.1f}K GPU hours per trillion tokens, {cost}; \
+without overheads {best / 1e3:,.1f}K \
 (the report, V3 on H800: {REPORT_HOURS / 1e3:.0f}K, ${REPORT_HOURS * 2 / 1e3:,.0f}K)"""
 
 

@@ -1,4 +1,4 @@
-"""Near-duplicates: MinHash signatures (by rensa) and a table of their bands to find them."""
+"""Near-duplicates: MinHash signatures (by rensa) and an index of their bands (LSH)."""
 
 from collections.abc import Iterable, Sequence
 from types import ModuleType
@@ -49,7 +49,7 @@ def max_rows_per_band(threshold: float) -> int:
 
 
 class MinHashLSH:
-    """An index of the documents kept so far, 4 kB each, that finds one like a new document."""
+    """An index of documents, about 4 kB each, that finds one similar to a new document."""
 
     def __init__(self, threshold: float):
         self.threshold, self.rows_per_band = threshold, max_rows_per_band(threshold)
@@ -69,7 +69,7 @@ class MinHashLSH:
         return key.tolist()
 
     def query(self, signature: np.ndarray, keys: Sequence[int]) -> int | None:
-        """Return the source of the first document that reaches the threshold, None without one."""
+        """Return the source of the first document that is similar enough, or None."""
         candidates: set[int] = set()
         for key in keys:
             candidates.update(self.table.get(key, ()))
@@ -90,6 +90,6 @@ class MinHashLSH:
             self.table.setdefault(key, []).append(n)
 
     def insert_all(self, signatures: np.ndarray, source: int) -> None:
-        """Add documents of a source that an earlier process kept."""
+        """Add the documents of a source that an earlier process has inserted."""
         for signature, keys in zip(signatures, self.band_keys(signatures)):
             self.insert(signature, keys, source)

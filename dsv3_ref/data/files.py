@@ -144,7 +144,7 @@ def load_hf_dataset(
 def open_rows(name: str) -> Iterator[Any]:
     """Iterate over rows of .jsonl or .parquet files, of a folder of them, or of a hub dataset.
 
-    A line that is not JSON comes as the text it is, for the reader to refuse by its number.
+    A line that is not JSON is returned as text, so that the caller can report its number.
     """
     path = Path(name)
     if not path.exists():
@@ -162,21 +162,21 @@ def open_rows(name: str) -> Iterator[Any]:
 def valid_rows(
     name: str, parse: Callable[[Any], Row], warn: Callable[[str], object]
 ) -> tuple[list[Row], int]:
-    """Return parse(row) of every row, and how many rows it refused with a `UserError`.
+    """Return parse(row) of every row, and the number of rows that it rejected with a `UserError`.
 
-    `warn` is called with a sentence per refused row, which names its number; blank lines are
+    `warn` is called with a sentence per rejected row that contains its number. Blank lines are
     skipped.
     """
-    rows, n_refused = [], 0
+    rows, num_rejected = [], 0
     for number, row in enumerate(open_rows(name), start=1):
         if row == "":
             continue
         try:
             rows.append(parse(row))
         except UserError as e:
-            n_refused += 1
+            num_rejected += 1
             warn(f"{name}, row {number} is left out: {e}")
-    return rows, n_refused
+    return rows, num_rejected
 
 
 def print_to_stderr(text: str) -> None:

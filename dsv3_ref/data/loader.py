@@ -26,7 +26,7 @@ TOKENIZER_CHARS = 12_000_000  # of training text that a tokenizer learns from
 def load_or_train_tokenizer(
     sources: Sequence[Source], vocab_size: int, log: Callable[[str], object] = print
 ) -> Tokenizer:
-    """Train on up to 12 MB of training text, shared by weight; the second time read the cache."""
+    """Train a tokenizer on up to 12 MB of the sources' text, or load it from the cache."""
     texts = sample_texts(sources)
     digest = hashlib.sha256(f"{vocab_size}{tok.SPECIAL}{tok.new_tokenizer().to_str()}".encode())
     for text in texts:
@@ -42,7 +42,7 @@ def load_or_train_tokenizer(
 
 
 def cache_dir() -> Path:
-    """Return $DSV3_CACHE, or a folder in the user's own cache."""
+    """Return $DSV3_CACHE, or by default ~/.cache/dsv3_ref."""
     return Path(os.environ.get("DSV3_CACHE") or Path.home() / ".cache" / "dsv3_ref")
 
 
@@ -67,7 +67,7 @@ def sample_texts(sources: Sequence[Source], budget: int = TOKENIZER_CHARS) -> li
 
 
 class PackedDataLoader:
-    """Rows of `length` tokens without end, mixed by weight, packed, shuffled and resumable."""
+    """An endless, resumable stream of rows of `length` tokens, mixed by weight and shuffled."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class PackedDataLoader:
     def encode(self, document: Document, rng: random.Random) -> list[int]:
         """Return BOS, the tokens of a document, EOS; in PSM order where FIM applies (§4.1).
 
-        A tokenized document becomes text again only if it will be cut.
+        A document that is already tokenized is decoded only if FIM applies to it.
         """
         if not isinstance(document, str) and will_apply_fim(rng, self.fim_rate):
             document = self.tokenizer.decode(document.tolist())
@@ -99,7 +99,7 @@ class PackedDataLoader:
             cut = fim(document, rng, self.fim_rate)
             pieces = [e.ids for e in self.encode_batch([document] if cut is None else list(cut))]
         else:
-            rng.random()  # as `fim` draws, so that all that follows is the same
+            rng.random()  # `fim` draws one number, too: later draws stay the same
             cut, pieces = None, [document.tolist()]
         parts = [split_newlines(ids, self.splits, rng, self.split_rate) for ids in pieces]
         bos, eos = [self.ids[tok.BOS]], [self.ids[tok.EOS]]
@@ -114,7 +114,7 @@ class PackedDataLoader:
         return self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
 
     def refill(self) -> None:
-        """Pack a document of the source with the fewest tokens drawn relative to its weight."""
+        """Pack a document of the source that has drawn the fewest tokens relative to its weight."""
         drawn = [s.tokens_drawn / s.weight for s in self.sources]
         i = drawn.index(min(drawn))
         source, document = self.sources[i], next(self.documents[i])
@@ -125,7 +125,7 @@ class PackedDataLoader:
         self.buffer += [np.array(row, dtype=np.int32) for row in rows]
 
     def __next__(self) -> np.ndarray:
-        """Return a random row of the buffer, which is kept full."""
+        """Fill the buffer and return a random row of it."""
         while len(self.buffer) < min(SHUFFLE_ROWS, max(32, SHUFFLE_TOKENS // self.length)):
             self.refill()
         i = int(self.rng.integers(len(self.buffer)))
@@ -137,7 +137,7 @@ class PackedDataLoader:
         return torch.from_numpy(np.stack([next(self) for _ in range(n)])).long()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream: values for JSON, and the buffered tokens."""
+        """Return the position in the stream: values for JSON, and tensors of buffered tokens."""
         buffer = np.stack(self.buffer) if self.buffer else np.zeros((0, self.length), np.int32)
         return {
             "sources": [[s.epoch, s.index, s.tokens_drawn] for s in self.sources],
@@ -158,7 +158,7 @@ class PackedDataLoader:
 
 
 def will_apply_fim(rng: random.Random, rate: float) -> bool:
-    """Return whether the next number that rng draws will be below the rate."""
+    """Return whether the next number drawn from rng is below the rate, without drawing it."""
     state = rng.getstate()
     number = rng.random()
     rng.setstate(state)
@@ -169,9 +169,9 @@ def will_apply_fim(rng: random.Random, rate: float) -> bool:
 
 
 def val_windows(texts: list[str], tokenizer: Tokenizer, length: int) -> list[torch.Tensor]:
-    """Return held-out documents end to end, in batches (≤ VAL_BATCH, ≤ length + 1) of windows.
+    """Return windows over concatenated held-out documents, in batches (≤ VAL_BATCH, ≤ length + 1).
 
-    Neighbors share a token, so that every token but the very first is predicted exactly once.
+    Consecutive windows share a token, so that every token except the first is predicted once.
     """
     bos, eos = tokenizer.token_to_id(tok.BOS), tokenizer.token_to_id(tok.EOS)
     documents = tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Random orders of documents that can be resumed anywhere, with or without an array in memory."""
+"""Random orders of documents that can be resumed anywhere, in memory or computed on the fly."""
 
 from collections.abc import Iterator
 
@@ -18,9 +18,10 @@ def permuted_indices(n: int, seed: list[int], start: int) -> Iterator[int]:
 
 
 def feistel_permute(i: int, n: int, keys: list[int]) -> int:
-    """Return where i goes among n: (l, r) → (r, l ⊕ f(r)) per key, repeated until it is below n.
+    """Return the position of i in a permutation of 0 … n − 1, by a Feistel network.
 
-    A Feistel network permutes the numbers of 2b bits whatever f is; it needs no memory.
+    Each key maps (l, r) → (r, l ⊕ f(r)), which permutes the numbers of 2b bits for any f. The
+    network is repeated until the result is below n.
     """
     half = ((n - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1

@@ -1,4 +1,4 @@
-"""`dsv3 data prepare`: text tokenized once, into shards that training reads.
+"""`dsv3 data prepare`: tokenize text once, into shards for training.
 
 The format is described in `shards`; `shard_writer` writes it.
 """
@@ -40,24 +40,24 @@ def available_cores() -> int:
 class PrepareConfig:
     """Tokenize text into shards, once, for `dsv3 train --data FOLDER`.
 
-    If the command is killed, run it again: it continues where it stopped and leaves the same bytes.
+    If the command is killed, run it again: it continues and produces the same bytes.
     """
 
     out: Path
     """folder of the shards"""
     data: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """sources with weights, as `dsv3 train` takes them; the default is the same"""
+    """sources with weights, as for `dsv3 train`; without --data, those of its default"""
     tokenizer: Path | None = None
     """folder with a tokenizer.json; default: train one on the data"""
     vocab_size: int = 0
-    """tokens of a tokenizer trained on the data; 0: as many as the config tiny has"""
+    """vocabulary size of a tokenizer trained on the data; 0: that of the config tiny"""
     streaming: bool = False
-    """read files as a stream instead of into memory"""
+    """stream files from disk instead of loading them into memory"""
     dedup: float = 0.8
-    """leave out documents whose runs of five words overlap by at least this fraction (Jaccard) with
-    an earlier one of any source; held-out documents come first. 0: keep all"""
+    """leave out documents whose Jaccard similarity (of 5-word shingles) with an earlier one of any
+    source is at least this; held-out documents come first. 0: keep all"""
     shard_tokens: int = 1 << 26
-    """tokens of a shard: it ends with the document that reaches this number"""
+    """tokens per shard; a shard ends with the document that reaches this number"""
     workers: int = available_cores()
     """processes that tokenize; default: one per available core"""
 
@@ -71,7 +71,7 @@ class PrepareConfig:
 
 
 def prepare_shards(args: PrepareConfig, command: str | None = None) -> None:
-    """Write the shards, or what is missing of them; `command` is stored in the index."""
+    """Write the shards that are missing; `command` is stored in the index."""
     validate_prepare_args(args)
     with lock_dir(args.out):
         index = load_or_create_index(args, command)
@@ -121,11 +121,11 @@ def open_text_sources(args: PrepareConfig) -> list[TextSource]:
     ]
 
 
-# ── What a folder of shards depends on ──
+# ── Settings of a folder of shards ──
 
 
 def index_settings(args: PrepareConfig) -> dict[str, Any]:
-    """Return all that the bytes of the shards depend on, sizes and times of files included."""
+    """Return everything that determines the bytes of the shards, with sizes and times of files."""
     pairs = [files.parse_source_spec(s) for s in args.sources]
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest() if tokenizer else None
@@ -168,7 +168,7 @@ def check_settings_match(out: Path, before: dict[str, Any], now: dict[str, Any])
 
 
 def format_option(value: Any) -> str:
-    """Return a setting as it is written on the command line."""
+    """Return a setting in the notation of the command line."""
     if isinstance(value, list):
         return " ".join(f"{name}={weight:g}" for name, weight in value)
     return str(value)
@@ -237,7 +237,7 @@ def store_tokenizer(
     return load_tokenizer(path)
 
 
-# ── What is printed ──
+# ── Messages ──
 
 
 def summary(index: dict[str, Any]) -> str:
@@ -251,9 +251,9 @@ def summary(index: dict[str, Any]) -> str:
 
 
 def near_duplicate_lines(index: dict[str, Any]) -> list[str]:
-    """Return a line per source: how many near-duplicates of which sources were left out."""
+    """Return a line per source with the near-duplicates left out, by the source they duplicate."""
     if not index["settings"]["dedup"]:
-        return ["near-duplicates were not looked for"]
+        return ["near-duplicates were not searched for"]
     lines = []
     for source in index["sources"]:
         near = Counter(source["train"]["near_duplicates_of"])

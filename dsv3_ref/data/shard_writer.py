@@ -1,8 +1,8 @@
-"""Writing shards: documents from worker processes, near-duplicates left out, an index at the end.
+"""Write shards: documents from worker processes, without near-duplicates, with an index.
 
-Documents are taken in one order, held-out ones of every source first, and each shard is a function
-of them alone. A shard counts once index.json names it; anything else that a killed process leaves
-is written again.
+Documents have one fixed order, with the held-out ones of every source first, and the shards depend
+on them alone. A shard is complete once index.json names it. Other files that a killed process has
+left are written again.
 """
 
 import hashlib
@@ -51,14 +51,14 @@ class Shard:
         self.digest = hashlib.sha256()
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append a document; without tokens it keeps its place only."""
+        """Append a document; one without tokens only keeps its position."""
         raw = tokens.tobytes()
         self.file.write(raw)
         self.digest.update(raw)
         self.offsets.append(self.offsets[-1] + len(tokens))
 
     def close(self, is_last: bool) -> dict[str, Any]:
-        """Bring the shard to the disk under its name; return its entry for the index."""
+        """Flush the shard to disk under its final name; return its entry for the index."""
         self.file.close()
         fsync_path(self.part)
         path = self.folder / self.name
@@ -94,7 +94,7 @@ class Shard:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     fsync_path(part)
@@ -102,7 +102,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 class ShardWriter:
-    """Writes what is left of the sources, one part (source and split) after another."""
+    """A writer of the remaining shards, one part (source and split) after another."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class ShardWriter:
                 self.near.insert_all(np.load(path), shard["source"])
 
     def remove_stale_files(self) -> None:
-        """Remove what belongs to no shard of the index."""
+        """Remove files that do not belong to a shard of the index."""
         names = {s["name"] for s in self.index["shards"]}
         for path in self.folder.glob("shard-*"):
             if path.name.split(".")[0] not in names or path.suffix == ".part":
@@ -169,7 +169,7 @@ class ShardWriter:
             yield chunk
 
     def write(self, workers: int, progress: Any) -> None:
-        """Write all that is left; every part ends a shard; `progress` is a bar of text bytes."""
+        """Write all remaining shards; a part ends its last shard. progress: a bar of text bytes."""
         shard: Shard | None = None
         origins: deque[tuple[int, str, bool]] = deque()
         for chunk in imap_ordered(self.chunks(origins), self.worker, workers):
@@ -187,7 +187,7 @@ class ShardWriter:
         return Shard(self.folder, name, source, split, self.worker.dtype)
 
     def end_shard(self, shard: Shard, is_last: bool) -> None:
-        """Close a shard and add it to the index, from which on it counts."""
+        """Close a shard and add it to the index, which makes it complete."""
         self.index["shards"].append(shard.close(is_last))
         write_json(self.folder / shards.INDEX, self.index)
 
@@ -209,13 +209,13 @@ class ShardWriter:
         return shard
 
     def sign(self, chunk: TokenizedChunk) -> list[tuple[np.ndarray, list[int]]]:
-        """Return the signature and the band keys of every document; nothing without --dedup."""
+        """Return the signature and the band keys of every document; [] without --dedup."""
         if self.near is None or chunk.signatures is None:
             return []
         return list(zip(chunk.signatures, self.near.band_keys(chunk.signatures)))
 
     def insert_if_new(self, shard: Shard, signature: np.ndarray, keys: list[int]) -> bool:
-        """Remember a document unless it is much like an earlier one; return whether it is new."""
+        """Insert a document unless it is a near-duplicate; return whether it was inserted."""
         if self.near is None:
             return True
         duplicate_of = self.near.query(signature, keys)
@@ -235,12 +235,12 @@ class ShardWriter:
             raise self.sources[source].no_text_error(split)
         documents = "held-out documents" if split == "val" else "training documents"
         raise UserError(
-            f"all {documents} of {self.sources[source].name} are much like earlier ones: leave "
-            "this source out, or keep near-duplicates with --dedup 0"
+            f"all {documents} of {self.sources[source].name} are near-duplicates of earlier ones: "
+            "leave this source out, or keep near-duplicates with --dedup 0"
         )
 
     def finish(self) -> None:
-        """Complete the index with what each source has; then remove the signatures."""
+        """Complete the index with the counts of each source, then remove the signatures."""
         about = [self.describe_source(i) for i in range(len(self.sources))]
         self.index |= {"complete": True, "sources": about}
         write_json(self.folder / shards.INDEX, self.index)
@@ -265,6 +265,6 @@ class ShardWriter:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what only an unfinished folder needs."""
+    """Remove files that only an unfinished folder needs."""
     for path in chain(folder.glob("shard-*.near"), folder.glob("*.part")):
         path.unlink()

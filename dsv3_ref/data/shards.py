@@ -10,9 +10,9 @@ A folder of shards holds
 - `shard-00000.npy`: where each document begins, and the end: documents + 1 numbers, uint64;
 - `shard-00000.sum`: the SHA-256 of every 64 KiB of the tokens, compared when they are first read.
 
-A shard belongs to one source and one split. A document that was blank or much like an earlier one
-keeps its place and has no tokens, so that places, and with them the order of training, are those of
-the texts. Begin and end, fill-in-the-middle and line breaks are put in when rows are made.
+A shard belongs to one source and one split. A document that is blank or a near-duplicate keeps its
+position but has no tokens, so that positions, and thus the order of training, are those of the
+texts. Special tokens, fill-in-the-middle and split line breaks are applied when rows are packed.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ class Documents:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Return the tokens of the i-th document, none where it was left out."""
+        """Return the tokens of the i-th document; none if it was left out."""
         k = bisect_right(self.ends, i)
         shard, (offsets, tokens) = self.shards[k], self.open_shard(k)
         place = i - self.ends[k] + shard["documents"]
@@ -98,7 +98,7 @@ class Documents:
             self.verify_blocks(k, start * tokens.itemsize, end * tokens.itemsize)
         if not start <= end <= len(tokens) or (end > start and document.max() >= self.vocab_size):
             path = self.folder / f"{shard['name']}.bin"
-            raise damaged_error(path, f"document {place} makes no sense")
+            raise damaged_error(path, f"document {place} is invalid")
         return document
 
     def open_shard(self, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -142,8 +142,8 @@ class Shards:
         self.index = read_index(self.folder)
         if not self.index.get("complete"):
             raise UserError(
-                f"{self.folder} is not finished: run its command again, and it continues where "
-                f"it stopped: {self.index.get('command')}"
+                f"{self.folder} is not finished: run its command again to continue: "
+                f"{self.index.get('command')}"
             )
         for shard in self.index["shards"]:
             check_lengths(self.folder, shard)
@@ -223,7 +223,7 @@ def check_lengths(folder: Path, shard: dict[str, Any]) -> None:
 
 
 def damaged_error(path: Path, why: str) -> UserError:
-    """Return the error for a file that is not as it was written."""
+    """Return the error for a file that differs from the one that was written."""
     return UserError(
         f"the shard {path} is damaged ({why}): restore it from a copy, or prepare the data again"
     )

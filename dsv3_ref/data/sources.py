@@ -1,4 +1,4 @@
-"""Sources of documents: shuffled by epoch, resumable, with a part held out for validation."""
+"""Sources of documents: shuffled per epoch, resumable, partly held out for validation."""
 
 import random
 from abc import ABC, abstractmethod
@@ -16,15 +16,15 @@ from dsv3_ref.data.files import data_errors, open_source, parse_source_spec, sou
 from dsv3_ref.data.fingerprint import fingerprint_dataset, fingerprint_files
 from dsv3_ref.data.permutation import permuted_indices
 
-VAL_EVERY, VAL_MAX = 20, 1000  # one document in 20 is held out, at most 1000 …
-VAL_STREAM = 64  # … or the first 64 of a stream
-READ_DOCUMENTS = 256  # read at a time where the order is that of the files
+VAL_EVERY, VAL_MAX = 20, 1000  # one document in 20 is held out, at most 1000
+VAL_STREAM = 64  # of a stream the first 64 documents are held out
+READ_DOCUMENTS = 256  # documents read at a time in file order
 
 Document = str | np.ndarray  # text, or its tokens
 
 
 class Source(ABC):
-    """A stream of documents without end; epoch, index and tokens_drawn are its position.
+    """An endless stream of documents; epoch, index and tokens_drawn are its position.
 
     `train_data` and `val_data` are sequences of documents, or streams, which have no length.
     """
@@ -52,7 +52,7 @@ class Source(ABC):
         """Return names, sizes and hashes that tell whether the documents are the same."""
 
     def documents(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[Any]:
-        """Yield training documents of an epoch from the `start`-th, shuffled unless a stream."""
+        """Yield the training documents of an epoch from number `start`; streams are unshuffled."""
         if self.is_stream:
             yield from self.read(self.train_data.skip(start))
             return
@@ -60,7 +60,7 @@ class Source(ABC):
         yield from self.read(self.train_data[i] for i in order)
 
     def train_documents(self) -> Iterator[Any]:
-        """Yield training documents without end; `index` counts those of this epoch."""
+        """Yield training documents endlessly; `index` counts those of this epoch."""
         while True:
             start, is_empty = self.index, True
             for document in self.documents(self.seed, self.epoch, start):
@@ -187,10 +187,12 @@ def open_sources(specs: Sequence[str], seed: int, streaming: bool) -> list[Sourc
 
 
 def stored_tokenizer(sources: Sequence[Source]) -> Tokenizer | None:
-    """Return the tokenizer of those sources that are tokenized; None if none is."""
+    """Return the tokenizer of the tokenized sources; None if there are none."""
     tokenizers = {
         s.data.folder: s.data.tokenizer for s in sources if isinstance(s, TokenizedSource)
     }
     if len({tokenizer.to_str() for tokenizer in tokenizers.values()}) > 1:
-        raise UserError(f"{' and '.join(map(str, tokenizers))} have different tokenizers")
+        raise UserError(
+            f"{' and '.join(map(str, tokenizers))} have different tokenizers: prepare them with one"
+        )
     return next(iter(tokenizers.values()), None)

@@ -1,6 +1,6 @@
-"""Worker processes of `dsv3 data prepare`: texts to tokens and signatures, in order.
+"""Worker processes of `dsv3 data prepare`, which turn texts into tokens and signatures, in order.
 
-Nothing here imports torch, so that a process starts at once and stays small.
+This module does not import torch, so that processes start fast and stay small.
 """
 
 import os
@@ -24,7 +24,7 @@ CHUNKS_AHEAD = 3  # chunks that wait for each process
 
 
 class TokenizedChunk(NamedTuple):
-    """A chunk of documents; a blank one has no tokens."""
+    """A chunk of tokenized documents; a blank one has no tokens."""
 
     tokens: np.ndarray  # one document after another
     lengths: np.ndarray  # tokens of each
@@ -33,7 +33,7 @@ class TokenizedChunk(NamedTuple):
 
 
 class TokenizeWorker(NamedTuple):
-    """Tokenizes a chunk and, if asked to, computes MinHash signatures."""
+    """A function that tokenizes a chunk and, optionally, computes MinHash signatures."""
 
     tokenizer: Tokenizer
     dtype: np.dtype
@@ -55,7 +55,7 @@ class TokenizeWorker(NamedTuple):
 def imap_ordered(
     chunks: Iterable[list[str]], worker: TokenizeWorker, workers: int
 ) -> Iterator[TokenizedChunk]:
-    """Yield every chunk tokenized, in order; with one worker in this process."""
+    """Yield every chunk tokenized, in order; one worker runs in this process."""
     if workers == 1:
         yield from (worker(chunk) for chunk in chunks)
         return
@@ -84,7 +84,7 @@ _WORKER: list[TokenizeWorker] = []
 
 
 def init_worker(tokenizer: str, dtype: np.dtype, with_signatures: bool) -> None:
-    """Set up a worker process: its own tokenizer, one thread, and a watch on its parent."""
+    """Set up a worker process: a tokenizer with one thread, and a thread to watch the parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
@@ -94,7 +94,7 @@ def init_worker(tokenizer: str, dtype: np.dtype, with_signatures: bool) -> None:
 
 
 def exit_with_parent() -> None:
-    """Wait for the parent's end, however it comes, and end this process."""
+    """Wait until the parent process has ended, and end this process."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -39,7 +39,7 @@ def new_tokenizer() -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn `vocab_size` tokens, the special ones first; the same texts give the same tokens."""
+    """Train a tokenizer with `vocab_size` tokens, the special ones first; it is deterministic."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL)
     if vocab_size < smallest:
@@ -58,7 +58,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_special_as_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Make special tokens in a text plain characters: data cannot forge a document's end."""
+    """Make the tokenizer encode special tokens in a text as plain characters.
+
+    Otherwise a text could contain the end of a document.
+    """
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -98,7 +101,7 @@ def get_special_tokens(tokenizer: Tokenizer) -> "SpecialTokens":
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write `tokenizer.json` whole or not at all."""
+    """Write `tokenizer.json` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -111,7 +114,7 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> list[int]:
-    """Return the bytes of text of each token; special tokens stand for none."""
+    """Return the number of bytes of text of each token; 0 for special tokens."""
     lengths = [0] * vocab_size(tokenizer)
     for text, i in tokenizer.get_vocab().items():
         lengths[i] = len(text)  # of a byte-level token, whose characters are bytes

@@ -145,7 +145,7 @@ class Checkpointer:
 
 
 def describe_origin(run: "Run") -> dict[str, Any]:
-    """Return what the manifest records: mesh, and fingerprints of settings, tokenizer and data."""
+    """Return the mesh and the fingerprints of settings, tokenizer and data, for the manifest."""
     config = run.config
     text = run.data.tokenizer.to_str()
     return {

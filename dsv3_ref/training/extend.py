@@ -96,7 +96,7 @@ class ExtendTask(PretrainTask):
     config: ExtendConfig
 
     def build_data(self) -> Data:
-        """Build pre-training's data with fewer validation rows and, with --needles, pass keys."""
+        """Build the data of pre-training with fewer validation rows; --needles adds pass keys."""
         data = super().build_data()
         data.val = {name: self.first_rows(batches) for name, batches in data.val.items()}
         if self.config.needles:

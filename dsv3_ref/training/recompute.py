@@ -69,7 +69,7 @@ class SavedTensors:
         self.excluded = {w.untyped_storage()._cdata for w in exclude}
 
     def pack(self, x: Any) -> Any:
-        """Return what autograd saves for x: x, or (call, index, view) of a recorded output."""
+        """Return x or, if a recorded call made it, (call, output, view) for autograd to save."""
         if not isinstance(x, torch.Tensor):
             return x
         memory = x.untyped_storage()

@@ -65,13 +65,13 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """precision of matrix products; auto: fp32 on CPU, on CUDA bf16 over fp32 weights and
-    gradients; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on
-    CUDA and with the same results by emulation on CPU"""
+    """precision of matrix products; auto: fp32 on CPU, bf16 with fp32 weights and gradients on
+    CUDA; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on CUDA and
+    with the same results by emulation on CPU"""
     optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype in which AdamW stores its moments; the report uses bf16 (§3.3.2)"""
     ema_decay: float = 0.0
-    """decay per step of averaged weights, such as 0.99, which are validated too; 0: no average"""
+    """decay per step of averaged weights, for example 0.99, which are also validated; 0: none"""
     micro_batch: int = 0
     """sequences in one forward pass; 0: the whole batch"""
     recompute: bool = False
@@ -84,7 +84,7 @@ class TrainConfig:
     val_sequences: int = 64
     """validation sequences at each checkpoint; the last checkpoint uses all"""
     skip_grad_norm_factor: float = 10.0
-    """skip a step whose gradient norm exceeds this × the median of recent ones; 0: skip only NaN"""
+    """skip a step whose gradient norm exceeds this × the median of recent norms; 0: only NaN"""
     grad_norm_window: int = 50
     """steps over which that median is taken"""
     max_skipped_steps: int = 3
@@ -255,8 +255,7 @@ def config_name_of(init: Path) -> str:
 CHANGEABLE_ON_RESUME = {
     "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every",
     "keep_latest_k", "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero",
-    "ep_ranks_per_node",
-    "token_dispatcher", "hang_timeout",
+    "ep_ranks_per_node", "token_dispatcher", "hang_timeout",
 }  # fmt: skip
 
 
@@ -268,8 +267,9 @@ def describe_losses(args: TrainConfig) -> dict[str, Any]:
 
 
 def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:
-    """Return the settings to resume with; raise a `UserError` if one that shapes losses differs.
+    """Return the settings to resume with.
 
+    Raise a `UserError` if one that affects the losses differs from those of the run.
     before: the settings of the run, with its directory as `out`.
     """
     assert before.out is not None, "load_saved_args sets out"
@@ -297,7 +297,7 @@ def flatten_options(args: TrainConfig) -> dict[str, Any]:
 def candidate_run_dirs(
     kind: type[TrainConfig], config: str, out: Path | None = None
 ) -> Iterator[Path]:
-    """Yield possible directories of a run: --out or runs/<config>[-<command>], then with -2 …."""
+    """Yield possible run directories: --out or runs/<config>[-<command>], then with -2, -3, …."""
     suffix = "" if kind.COMMAND == "train" else f"-{kind.COMMAND}"
     base = out or Path("runs") / (Path(config).stem + suffix)
     yield base

@@ -518,9 +518,9 @@ KILLED = """
 import os, signal, sys
 from dsv3_ref.checkpoints import native, safetensors_files
 model = native.load(sys.argv[1])
-module, name, at = os, "rename", 1
-if sys.argv[2] == "write":
-    module, name, at = safetensors_files, "save_file", 2
+writes = sys.argv[2] == "write"
+module, name = (safetensors_files, "save_file") if writes else (os, "rename")
+at = 2 if writes else 1
 real, calls = getattr(module, name), iter(range(99))
 def call(*args, **kwargs):
     if next(calls) == at:

@@ -1,4 +1,4 @@
-"""Manifests: every changed byte is found, and the newest whole checkpoint is taken."""
+"""Manifests: every changed byte is found, and the newest whole checkpoint is loaded."""
 
 import json
 import shutil

@@ -376,7 +376,7 @@ def test_planted_near_duplicates_are_dropped_and_told(home, whole, all_kept, cap
     print("\n".join(prepare.near_duplicate_lines(Shards(whole).index)))
     assert f"b.jsonl: 5 near-duplicates left out (5 of {a['name']})" in capsys.readouterr().out
     assert prepare.near_duplicate_lines(Shards(all_kept).index) == [
-        "near-duplicates were not looked for"
+        "near-duplicates were not searched for"
     ]
 
 
@@ -645,7 +645,7 @@ def test_a_token_that_does_not_exist_is_named_when_it_is_read(copy, monkeypatch)
     path = copy / "shard-00002.bin"
     path.write_bytes(b"\xff" * path.stat().st_size)
     monkeypatch.setattr(shards.Documents, "verify_blocks", lambda *args: None)
-    with pytest.raises(UserError, match="shard-00002.bin is damaged .document 0 makes no sense"):
+    with pytest.raises(UserError, match="shard-00002.bin is damaged .document 0 is invalid"):
         next(iter(Shards(copy).documents(0, "train")))
 
 

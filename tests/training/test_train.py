@@ -489,7 +489,7 @@ def test_without_a_whole_checkpoint_nothing_is_resumed(half, capsys):
     before = sorted(half.rglob("*"))
     assert go_on(half) == 2
     said = capsys.readouterr().err
-    assert "has no manifest.json: it was not written to its end" in said
+    assert "has no manifest.json: it is incomplete" in said
     assert f"all checkpoints of {half} are damaged" in said
     assert sorted(half.rglob("*")) == before
     assert go_on(half, "--no-verify") == 0
