@@ -450,7 +450,7 @@ def test_broken_directories_of_ours(ours, tmp_path):
         load(ours)
     with pytest.raises(UserError, match="is a file"):
         load(ours / "config.json")
-    with pytest.raises(UserError, match="could not write .*untouched"):
+    with pytest.raises(UserError, match="could not write .*unchanged"):
         save(load(tmp_path / "whole"), ours / "config.json" / "x")
 
 
@@ -496,7 +496,7 @@ FULL = OSError(28, "No space left on device")
 def test_a_full_disk_leaves_the_checkpoint_before(model, ours, monkeypatch, module, name, at):
     with monkeypatch.context() as m:
         m.setattr(module, name, fails(at, FULL)(getattr(module, name)))
-        with pytest.raises(UserError, match="No space left on device.*untouched"):
+        with pytest.raises(UserError, match="No space left on device.*unchanged"):
             save(randomize(Transformer(model.config)), ours, shard_bytes=20_000)
     assert same(load(ours), model)
     assert [p.name for p in ours.parent.iterdir()] == ["ours"]
