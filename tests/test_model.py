@@ -51,7 +51,8 @@ def test_any_chunks_on_the_cache_give_the_logits_of_the_whole(exact, micro, cuts
 
 @torch.no_grad()
 def test_positions_count_from_zero_and_go_on_after_the_cache(micro):
-    model, cache, ropes = Transformer(micro), KVCache(micro, 1, 8), []
+    model, cache = Transformer(micro), KVCache(micro, 1, 8)
+    ropes: list[Rope] = []
     model.layers["0"].register_forward_pre_hook(lambda _block, args: ropes.append(args[1]))
     model(tokens(micro, 1, 3))
     model(tokens(micro, 1, 3), cache)

@@ -345,7 +345,7 @@ def test_the_training_plan_names_its_hardware_and_its_overheads(capsys):
         (["--unit", "decode", "--context", "10000000"], "no sequence of 10,000,000 tokens fits"),
         (
             ["--unit", "prefill", "--config", "small"],
-            "a prefill unit needs n_routed_experts 24 to be a multiple",
+            "a prefill unit needs n_routed_experts to be a multiple of 32, not 24",
         ),
         (["--unit", "decode", "--context", "0"], "--context must be at least 1"),
     ],
