@@ -32,6 +32,8 @@ from sphinx.application import Sphinx
 from sphinx.parsers import Parser
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 
+from dsv3_ref.viz.page import hash_source
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile",
@@ -341,10 +343,36 @@ def build(root: Path, out: Path) -> list[str]:
         copy_mathjax(src / "_site")
         bad = run_sphinx(src, site, stage(root, src)) or find_problems(site)
         if not bad:
+            add_policies(site)
             shutil.rmtree(out, ignore_errors=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(site, out)
     return bad
+
+
+# ── Content security policy ──
+
+SITE_POLICY = (
+    "default-src 'none'; script-src 'self'{scripts}; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'self'"
+)  # MathJax and Font Awesome write stylesheets while the page is read
+INLINE_SCRIPT = re.compile(r"<script\b(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
+
+
+def add_policies(site: Path) -> None:
+    """Write into every page a policy that allows the site's files and the page's own scripts.
+
+    Scripts inside a page are allowed by hash: all come from the repository and from Sphinx's theme.
+    """
+    for path in site.rglob("*.html"):
+        if site / "_static" in path.parents:
+            continue  # templates of the theme
+        page = path.read_text()
+        sources = {f" {hash_source(script)}" for script in INLINE_SCRIPT.findall(page)}
+        policy = SITE_POLICY.format(scripts="".join(sorted(sources)))
+        meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        path.write_text(page.replace("<head>", f"<head>{meta}", 1))
 
 
 # ── What was built ──

@@ -34,10 +34,10 @@ def shell(command: str, cwd, **env: str) -> subprocess.CompletedProcess[str]:
         ("PYTHONUNBUFFERED=1 $DSV3 --version >/dev/full", 2, "No space left"),
         ("$DSV3 nonsense >/dev/full 2>/dev/full", 2, ""),
         ("$DSV3 --help | true", 141, ""),
-        ("$DSV3 generate --model missing 2>&-", 2, ""),
+        ("$DSV3 generate missing 2>&-", 2, ""),
         pytest.param("$DSV3 train --help >/dev/full", 2, "No space left", marks=full),
-        pytest.param("$DSV3 train --help | head -1 | cut -c1-5", 141, "", marks=full),
-        pytest.param("$DSV3 chat --model missing <&-", 2, "error: ", marks=full),
+        pytest.param("$DSV3 train --help | true", 141, "", marks=full),
+        pytest.param("$DSV3 chat missing <&-", 2, "error: ", marks=full),
     ],
 )
 def test_streams_that_are_closed_full_or_broken(command, code, sentence, tmp_path):

@@ -9,6 +9,7 @@ from itertools import chain
 import appendices
 import nbformat
 import numpy as np
+import policy
 import pytest
 import website
 from test_browser import CHROMIUM, browser, page  # noqa: F401  fixtures
@@ -47,6 +48,25 @@ def test_every_page_is_there_and_nothing_is_fetched(site):
     for name in pages:
         assert (site / f"{name}.html").exists()
     assert website.find_problems(site) == []
+
+
+def test_scripts_of_a_page_are_allowed_by_hash(tmp_path):
+    head = "<html><head><style>a{}</style><script>let a = 1;</script><script src='a.js'></script>"
+    for name in ("a.html", "b/c.html", "_static/d.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{head}</head><form action='x'></form></html>")
+    website.add_policies(tmp_path)
+    html = (tmp_path / "b/c.html").read_text()
+    assert policy.find_script_faults(html) == []
+    changed = html.replace("<form", "<script>run()</script><form")
+    assert policy.find_script_faults(changed) == ["script not allowed: run()"]
+    assert "Content-Security" not in (tmp_path / "_static/d.html").read_text()
+
+
+def test_every_page_has_a_policy(site):
+    pages = [p for p in site.rglob("*.html") if site / "_static" not in p.parents]
+    assert len(pages) > 100
+    assert [p.name for p in pages if policy.find_script_faults(p.read_text())] == []
 
 
 def test_the_front_page_has_the_figure_and_the_chapters_in_order(site):
@@ -366,7 +386,8 @@ def test_urls_that_a_page_would_load_are_found(tmp_path, name, content, bad):
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_a_reader_without_network_sees_equations_and_finds_words(site, page, tmp_path):  # noqa: F811
-    urls = []
+    urls, blocked = [], []
+    page.on("console", lambda message: blocked.append(message.text))
     page.on("request", lambda request: urls.append(request.url))
     page.context.set_offline(True)
     for path in CHAPTERS:
@@ -376,6 +397,7 @@ def test_a_reader_without_network_sees_equations_and_finds_words(site, page, tmp
         equations = page.locator("div.math, span.math").count()
         assert page.locator("mjx-container").count() == equations > 0
         assert page.locator("[data-mjx-error], [data-mml-node=merror]").count() == 0, path.stem
+    assert not [x for x in blocked if "Content Security Policy" in x]
     page.screenshot(path=tmp_path / "chapter.png")
     page.keyboard.press("Control+k")
     page.keyboard.type("thermostat")
