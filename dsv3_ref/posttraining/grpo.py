@@ -41,7 +41,7 @@ from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.rope import to_cu_seqlens
-from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
 from dsv3_ref.verifiers.sandbox import map_parallel
@@ -134,6 +134,7 @@ class GRPOConfig(TrainConfig):
             ),
             (self.vllm_tp >= 1, "--vllm-tp must be at least 1"),
             (len(self.tasks) > 0, "--tasks needs at least one name"),
+            *unused_loss_rules(self.recipe),
             (
                 1 <= self.steps_per_generation <= batch_size,
                 "--steps-per-generation must be from 1 to --global-batch-size and "

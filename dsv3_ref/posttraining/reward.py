@@ -37,7 +37,7 @@ from dsv3_ref.rewards import (
 )
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SFT_RECIPES, SpecialTokens, sample_cu_seqlens
-from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
 
@@ -93,6 +93,7 @@ class RewardConfig(TrainConfig):
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs needs)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
             (self.judgment_weight >= 0, "--judgment-weight must be at least 0"),
+            *unused_loss_rules(self.recipe),
         ]
 
     @property

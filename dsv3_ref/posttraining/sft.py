@@ -21,7 +21,7 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SFT_RECIPES, assistant_mask, num_loss_tokens, pack_samples, sft_loss
-from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import (
     SAMPLE_TEMPERATURE,
@@ -63,6 +63,7 @@ class SFTConfig(TrainConfig):
             (len(self.data) > 0, "--data needs at least one file of conversations"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs needs)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
+            *unused_loss_rules(self.recipe),
         ]
 
 

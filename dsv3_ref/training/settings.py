@@ -211,6 +211,15 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> list[Rule]:
     ]
 
 
+def unused_loss_rules(recipe: TrainingRecipe) -> list[tuple[bool, str]]:
+    """Return the rules of a command whose loss has neither MTP's nor the balance loss."""
+    names = ("mtp_weight", "mtp_weight_end", "balance_loss_coeff")
+    return [
+        (getattr(recipe, name) == 0, f"{option_flag(name)} must be 0: this loss has no such term")
+        for name in names
+    ]
+
+
 def option_flag(name: str) -> str:
     """Return the flag of an option: `seq_len` → `--seq-len`."""
     return "--" + name.replace("_", "-")

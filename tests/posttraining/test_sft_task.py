@@ -113,6 +113,8 @@ REFUSED = [
     (["--data", "x.jsonl"], "--init is missing"),
     (["--init", "{base}"], "--data needs at least one file"),
     (["--init", "{base}", "--data", "x.jsonl", "--epochs", "0"], "--epochs must be above 0"),
+    (["--init", "{base}", "--data", "{talks}", "--balance-loss-coeff", "0.1"],
+     "--balance-loss-coeff must be 0: this loss has no such term"),
     (["--init", "{base}", "--data", "./x.jsonl"], "no data at './x.jsonl'"),
     (["--init", "{base}", "--data", "{talks}", "--model.dim", "32"], "does not fit this model"),
 ]  # fmt: skip
