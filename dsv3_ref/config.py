@@ -21,7 +21,7 @@ class Config:
     inter_dim: int = 18_432  # f, hidden width of a dense FFN
     moe_inter_dim: int = 2048  # f, hidden width of one expert
     n_layers: int = 61  # Transformer blocks of the main model
-    n_dense_layers: int = 3  # first blocks, which have a dense FFN instead of experts
+    n_dense_layers: int = 3  # number of leading blocks with a dense FFN
     n_heads: int = 128  # h, attention heads
     q_lora_rank: int = 1536  # q, width of the query latent; 0: queries are not compressed
     kv_lora_rank: int = 512  # c, width of the latent of keys and values
@@ -34,7 +34,7 @@ class Config:
     n_expert_groups: int = 8  # g, groups of routed experts
     n_limited_groups: int = 4  # groups that a token may use, M in §2.1.2
     score_func: str = "sigmoid"  # affinity of tokens to experts: sigmoid, or softmax (V2-Lite)
-    route_scale: float = 2.5  # factor on the weights of the chosen experts
+    route_scale: float = 2.5  # multiplier of the routing weights
     n_mtp_layers: int = 1  # MTP modules, D in §2.2
     max_seq_len: int = 163_840  # longest sequence, in tokens
     original_seq_len: int = 4096  # sequence length before YaRN, in tokens

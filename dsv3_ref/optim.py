@@ -35,10 +35,11 @@ class TrainingRecipe:
     mtp_weight: float = 0.3  # λ, weight of the MTP loss until `decay_start`
     mtp_weight_end: float = 0.1  # λ, weight of the MTP loss after `decay_start`
     balance_loss_coeff: float = 1e-4  # α, weight of the balance loss
-    balance_loss_scope: Literal["sequence", "batch"] = "sequence"  # span that the loss balances
+    # balance load per sequence or over all sequences of a micro-batch
+    balance_loss_scope: Literal["sequence", "batch"] = "sequence"
     weight_decay: float = 0.1  # weight decay of AdamW, for matrices only
-    beta1: float = 0.9  # AdamW's decay per step of the mean gradient
-    beta2: float = 0.95  # AdamW's decay per step of the mean squared gradient
+    beta1: float = 0.9  # AdamW β₁, decay rate of the first moment
+    beta2: float = 0.95  # AdamW β₂, decay rate of the second moment
     max_grad_norm: float = 1.0  # norm to which gradients are clipped
 
 

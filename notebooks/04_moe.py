@@ -103,7 +103,7 @@ class Route(NamedTuple):
     """Decision of the gate for every token."""
 
     topk_weights_bsk: Tensor  # weights of the chosen experts
-    topk_ids_bsk: Tensor  # their numbers, int64
+    topk_ids_bsk: Tensor  # their ids, int64
     scores_bse: Tensor  # affinities to all experts, without bias; they carry the gradient
 
 
@@ -182,8 +182,8 @@ def mask_to_top_groups(
     score_bsgx = rearrange(scores_bse, "... (g x) -> ... g x", g=n_groups)
     group_bsg = score_bsgx.topk(group_topk, dim=-1).values.sum(-1)
     chosen = group_bsg.topk(topk_groups, dim=-1).indices
-    shut_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
-    return score_bsgx.masked_fill(shut_bsg[..., None], -torch.inf).flatten(-2)
+    masked_bsg = torch.ones_like(group_bsg, dtype=torch.bool).scatter(-1, chosen, False)
+    return score_bsgx.masked_fill(masked_bsg[..., None], -torch.inf).flatten(-2)
 
 
 # %%

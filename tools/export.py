@@ -65,7 +65,9 @@ def assemble(parts: list[tuple[Path, str]]) -> str:
     """Join cells into a module: a header with its source, sorted imports, then the code."""
     sources = dict.fromkeys(path for path, _ in parts)
     origin = ", ".join(f"notebooks/{p.name}" for p in sources)
-    header = f'"""{title(next(iter(sources)))}.\n\n{STAMP}{origin}; edit that, not this.\n"""'
+    summary = title(next(iter(sources)))
+    summary += "" if summary.endswith("?") else "."
+    header = f'"""{summary}\n\n{STAMP}{origin}; edit that, not this.\n"""'
     imports, bodies = zip(*(split_imports(code) for _, code in parts))
     text = "\n\n\n".join([header, "\n".join(filter(None, imports)), *filter(None, bodies)])
     return ruff(ruff(text, "check", "--select=I,F401", "--fix", "-q"), "format", "-q")

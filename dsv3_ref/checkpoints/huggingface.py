@@ -209,6 +209,7 @@ def is_unscaled_rotation(rope: dict[str, Any]) -> bool:
 
 def config_to_hf(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Return the config as a Hugging Face config.json with the fields of the released one."""
+    require_supported({"score_func": config.score_func}, {"score_func": ("sigmoid", "softmax")})
     sigmoid = config.score_func == "sigmoid"
     kind, name = ("deepseek_v3", "DeepseekV3") if sigmoid else ("deepseek_v2", "DeepseekV2")
     gate = {field: choices[0] for field, choices in SUPPORTED_GATES[kind].items()}

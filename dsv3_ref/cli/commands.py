@@ -16,7 +16,7 @@ class Command:
 
 
 COMMANDS: dict[str, dict[str, Command]] = {
-    "Data": {
+    "Data and files": {
         "data prepare": Command(
             "Tokenize text once, into shards that `dsv3 train --data` reads.",
             "dsv3_ref.data.prepare.PrepareConfig",
@@ -27,6 +27,11 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Measure how fast text becomes shards and shards become batches.",
             "dsv3_ref.studies.data_bench.DataBenchConfig",
             "dsv3_ref.studies.data_bench.run_data_bench",
+        ),
+        "check": Command(
+            "Verify the files of a run, a model or a folder of shards by their checksums.",
+            "dsv3_ref.training.check.CheckConfig",
+            "dsv3_ref.training.check.run_check",
         ),
     },
     "Training": {
@@ -77,13 +82,8 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "dsv3_ref.serving.config.ServeConfig",
             "dsv3_ref.serving.api_server.run_server",
         ),
-        "check": Command(
-            "Verify the files of a run, a model or a folder of shards by their checksums.",
-            "dsv3_ref.training.check.CheckConfig",
-            "dsv3_ref.training.check.run_check",
-        ),
         "eval": Command(
-            "Evaluate a model on lm-eval tasks.",
+            "Evaluate a model on built-in tasks, problems from files or lm-eval tasks.",
             "dsv3_ref.evaluation.evaluate.EvalConfig",
             "dsv3_ref.evaluation.evaluate.evaluate_checkpoint",
         ),
@@ -102,7 +102,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
     },
     "Measurements": {
         "bench": Command(
-            "Measure speed and memory beside transformers.",
+            "Benchmark speed and memory against transformers.",
             "dsv3_ref.studies.bench.BenchConfig",
             "dsv3_ref.studies.bench.run_bench",
         ),

@@ -17,7 +17,7 @@ from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
 
 NUM_HELD_OUT = 200  # problems of a task that no run trains on
 NUM_DRAWS = 30_000  # problems drawn from a generator; duplicates are dropped
-SPEECHES_PER_HELD_OUT = 20  # one speech in so many is held out
+SPEECHES_PER_HELD_OUT = 20  # one speech in this many is held out
 MIN_PROBLEMS = 4  # of a file, since a quarter is held out
 THINK_PROMPT = "Think first, then answer."  # the system prompt of the reasoning form
 
@@ -226,7 +226,7 @@ def parse_problem(name: str, row: object) -> Problem:
         raise UserError('its "question" is missing or not a text: write {"question": text, …}')
     answer, cases = row.get("answer"), row.get("cases")
     if answer is not None and not is_nonempty_text(answer):
-        raise UserError('its "answer" is not a text: quote it')
+        raise UserError('its "answer" is not a string: quote it')
     if cases is not None and (not isinstance(cases, list) or not cases):
         raise UserError('its "cases" are not a list with test cases: write [{…}, …]')
     if cases is not None and answer is not None:

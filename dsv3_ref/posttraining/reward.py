@@ -192,7 +192,7 @@ class RewardTask:
         return row
 
     def validate(self, run: Run) -> dict:
-        """Return the Bradley–Terry loss of held-out pairs and the share ranked as the data."""
+        """Return the Bradley–Terry loss of held-out pairs and the fraction ranked as labeled."""
         loss, agrees = bradley_terry(self.score_held_out(run))
         return {"val_loss": loss.mean().item(), "agreement": agrees.float().mean().item()}
 

@@ -45,7 +45,7 @@ class TrainConfig:
     init: Annotated[Path | None, shown_default("random weights")] = None
     """run, checkpoint or Hugging Face directory whose weights, shape and tokenizer to start from"""
     seed: int = 0
-    """random seed of the initial weights and of the order of the data"""
+    """random seed for weight initialization and data order"""
     out: Annotated[Path | None, shown_default("runs/<config>")] = None
     """directory of the run; if it holds a run already, -2, -3 … is added to its name"""
     resume: bool = False
@@ -73,14 +73,14 @@ class TrainConfig:
     ema_decay: float = 0.0
     """decay per step of averaged weights, for example 0.99, which are also validated; 0: none"""
     micro_batch: int = 0
-    """sequences in one forward pass; 0: the whole batch"""
+    """sequences per rank in one forward pass; 0: all of the rank's, or one with --pp above 1"""
     recompute: bool = False
     """recompute the outputs of norms, MLA's up-projections and SwiGLU in the backward pass: less
     memory and, bit for bit, the same losses (§3.2.3)"""
     save_every: int = 0
     """steps between checkpoints with validation; 0: a tenth of the run"""
     keep_latest_k: int = 3
-    """number of newest checkpoints that are kept, besides the best one"""
+    """number of most recent checkpoints to keep, besides the best one"""
     val_sequences: int = 64
     """validation sequences at each checkpoint; the last checkpoint uses all"""
     skip_grad_norm_factor: float = 10.0

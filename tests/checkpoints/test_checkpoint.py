@@ -277,6 +277,13 @@ def test_what_transformers_cannot_hold_is_not_written(micro, tmp_path, change):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_router_that_transformers_lacks_is_not_written(micro):
+    config = replace(micro)
+    object.__setattr__(config, "score_func", "other")  # `Config` accepts only the two that exist
+    with pytest.raises(UserError, match="score_func is 'other'; supported: 'sigmoid' or 'softmax'"):
+        config_to_hf(config, torch.bfloat16)
+
+
 # ── FP8 ──
 
 

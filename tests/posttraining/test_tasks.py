@@ -121,7 +121,7 @@ POISON = {
     "[]": 'its "question" is missing or not a text',
     '{"answer": "7"}': 'its "question" is missing or not a text',
     '{"question": "", "answer": "7"}': 'its "question" is missing or not a text',
-    '{"question": "a", "answer": 7}': '"answer" is not a text',
+    '{"question": "a", "answer": 7}': '"answer" is not a string',
     '{"question": "a", "cases": []}': '"cases" are not a list',
     '{"question": "a", "cases": "x"}': '"cases" are not a list',
     json.dumps({"question": "a", "answer": "7", "cases": ECHO}): 'both an "answer" and "cases"',
