@@ -1,6 +1,7 @@
 """What a command needs of its process: standard streams, UTF-8, and words for a lack of memory."""
 
 import errno
+import io
 import locale
 import os
 import sys
@@ -78,5 +79,6 @@ def run_as_process(run: Callable[[list[str]], int]) -> int:
     open_missing_streams()
     require_utf8()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     return flush_output(run(sys.argv[1:]))

@@ -3,7 +3,7 @@
 import os
 import shlex
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NoReturn
 
 from dsv3_ref.cli import environment
 from dsv3_ref.cli.commands import BY_NAME, COMMANDS
@@ -142,7 +142,7 @@ def overview(prefix: str = "") -> str:
     return "\n".join([*lines, "dsv3 COMMAND --help lists the options of a command."])
 
 
-def exit_now(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """End the process at once: Python's own end may hang after Parquet (apache/arrow#50482)."""
     os._exit(code)
 
