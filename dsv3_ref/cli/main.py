@@ -15,9 +15,11 @@ def main(argv: list[str] | None = None) -> int:
 
     The console script calls it without `argv`: then the process ends with the exit code.
     """
-    if argv is None:
-        exit_now(environment.run_as_process(run))
-    return run(argv)
+    if argv is not None:
+        return run(argv)
+    code = environment.run_as_process(run)
+    exit_now(code)
+    return code
 
 
 def run(argv: list[str]) -> int:
