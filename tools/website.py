@@ -37,7 +37,7 @@ from dsv3_ref.viz.page import hash_source
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile",
-    "README.md", "environment.yml", "pyproject.toml",
+    "README.md", "SECURITY.md", "environment.yml", "pyproject.toml",
 )  # fmt: skip
 FOLDERS = "docs", "dsv3_ref", "figures", "kernels", "notebooks", "slurm", "tests", "tools"
 STATIC_NOTE = (
@@ -116,6 +116,7 @@ Notation <docs/notation>
 Metrics <docs/metrics>
 Extending <docs/extending>
 CHANGELOG <CHANGELOG>
+SECURITY <SECURITY>
 LOG <LOG>
 ```
 """
