@@ -356,7 +356,7 @@ def describe_unit(plan: PlanConfig) -> str:
         (
             config.n_routed_experts % 32 == 0 or unit.direct_ib,
             "a prefill unit needs n_routed_experts to be a multiple of 32, not "
-            f"{config.n_routed_experts}"
+            f"{config.n_routed_experts}",
         ),
     ]
     for holds, sentence in rules:
