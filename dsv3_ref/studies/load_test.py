@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import tyro
 
+from dsv3_ref.config import UserError
+
 SERVERS: dict[str, list[str]] = {  # name → further options of `dsv3 serve`
     "one process": [],
     "one MTP draft": ["--num-speculative-tokens", "1"],
@@ -79,7 +81,8 @@ async def run_client(address: Address, prompt: str, max_tokens: int) -> list[Chu
     """Stream a completion and return its chunks; [] if the stream ended before `[DONE]`."""
     request = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "logprobs": 0}
     body = json.dumps(request).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address[0]}\r\n"
+    head += "Content-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     chunks = []
     start = time.perf_counter()
@@ -100,14 +103,14 @@ async def run_client(address: Address, prompt: str, max_tokens: int) -> list[Chu
 
 async def run_clients(address: Address, clients: int, args: LoadTestConfig) -> dict:
     """Run clients concurrently and measure them; latencies are quartiles in seconds."""
-    rng = (
-        random.Random()
-    )  # prompts differ in every round, so that the prefix cache has none of them
+    rng = random.Random()  # other prompts in every round: the prefix cache has none of them
     prompts = [" ".join(rng.choices(WORDS, k=args.prompt_words)) for _ in range(clients)]
     start = time.perf_counter()
     streams = await asyncio.gather(*(run_client(address, p, args.max_tokens) for p in prompts))
     seconds = time.perf_counter() - start
     complete = [chunks for chunks in streams if chunks]
+    if not complete:
+        raise UserError(f"the server has answered none of {clients} clients")
     num_tokens = sum(sum(chunk.tokens for chunk in chunks) for chunks in complete)
     return {
         "clients": clients,
