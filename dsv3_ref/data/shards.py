@@ -123,13 +123,13 @@ class Documents:
         """Compare the checksums of the blocks that hold these bytes of a shard, each once."""
         _, tokens = self.maps[k]
         for i in range(start // SUM_BYTES, ceil_div(end, SUM_BYTES)):
-            expected = self.unread[k].pop(i, None)
-            if expected is None:
+            if i not in self.unread[k]:
                 continue
             block = tokens.view(np.uint8)[i * SUM_BYTES : (i + 1) * SUM_BYTES]
-            if hashlib.sha256(block.tobytes()).digest() != expected:
+            if hashlib.sha256(block.tobytes()).digest() != self.unread[k][i]:
                 path = self.folder / f"{self.shards[k]['name']}.bin"
                 raise damaged_error(path, f"bytes from {i * SUM_BYTES:,} on have changed")
+            del self.unread[k][i]  # only now: a second read must fail, too
 
 
 @dataclass

@@ -668,8 +668,9 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path, monkeypatch):
     for i, want in enumerate(whole):
         touches = offsets[i] < 320 and offsets[i + 1] > 256 and want
         if touches:
-            with pytest.raises(UserError, match="bytes from 256 on have changed"):
-                documents[i]
+            for _ in range(2):
+                with pytest.raises(UserError, match="bytes from 256 on have changed"):
+                    documents[i]
             break
         assert documents[i].tolist() == want
     else:
