@@ -6,7 +6,7 @@ written by several ranks have one safetensors file per rank and a table of their
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict
 from functools import partial
 from os import PathLike
@@ -158,6 +158,12 @@ def fill_tensors(folder: Path, targets: dict[str, torch.Tensor]) -> None:
                 target.copy_(stored.files[name].get_tensor(name))
         except (LookupError, RuntimeError, SafetensorError) as e:
             raise UserError(f"{folder} lacks {key}, or it has another shape ({e})") from None
+
+
+def read_other_tensors(folder: Path, targets: Container[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a run's state that `fill_tensors` has not read into `targets`."""
+    training = TensorFiles(folder, (TENSORS,))
+    return {name: training.read(name) for name in training.files if name not in targets}
 
 
 class CheckpointReader:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dsv3_ref import ops
 from dsv3_ref.checkpoints import native, sharded
 from dsv3_ref.checkpoints.atomic import read_json
-from dsv3_ref.checkpoints.layout import STATE, TENSORS
+from dsv3_ref.checkpoints.layout import STATE
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import local_experts_of
@@ -190,7 +189,7 @@ class MeshParallel:
         self.engine.optimizer.step_count = values["optimizer_steps"]
         if ema:
             ema.t = values["ema_t"]
-        return values, load_file(folder / TENSORS)
+        return values, native.read_other_tensors(folder, own)
 
 
 def with_zero_bubble(backends: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsv3_ref import ops
@@ -312,7 +312,7 @@ class SingleProcess:
         self, folder: Path, ema: EMA | None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Load model, optimizer and averaged weights; return the run's values and tensors."""
-        values, tensors = read_json(folder / STATE), load_file(folder / TENSORS)
+        values = read_json(folder / STATE)
         if ema:
             ema.wait()  # its thread reads the weights
             ema.t = values["ema_t"]
@@ -322,6 +322,7 @@ class SingleProcess:
             targets |= {f"ema.{name}": x for name, x in ema.mean.items()}
         with torch.no_grad():
             native.fill_tensors(folder, targets)
+            tensors = native.read_other_tensors(folder, targets)
             for name, step in steps.items():
                 step.copy_(tensors.get(name, torch.tensor(values["optimizer_steps"])))
         return values, tensors
