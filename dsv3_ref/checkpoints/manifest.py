@@ -7,7 +7,7 @@ not prove who wrote a directory, because anyone who can replace a file can repla
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -28,19 +28,24 @@ class DamageError(UserError):
 # ── Writing ──
 
 
-def write_manifest(folder: Path, about: dict[str, Any] | None = None) -> None:
+def write_manifest(
+    folder: Path, about: dict[str, Any] | None = None, known: Mapping[str, str] | None = None
+) -> None:
     """Write the manifest of all files of a folder.
 
-    about: what else belongs to the directory, such as the fingerprints of a run.
+    about: what else belongs to the directory, such as the fingerprints of a run. known: SHA-256 of
+    files that need not be read again, because another rank has hashed its own.
     """
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     names = [name for name in names if name != MANIFEST]
-    with ThreadPoolExecutor(hash_workers(len(names))) as pool:
-        digests = pool.map(file_sha256, [folder / name for name in names])
-        files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, digests)
-        }
+    digests = dict(known or {})
+    unknown = [name for name in names if name not in digests]
+    with ThreadPoolExecutor(hash_workers(len(unknown))) as pool:
+        hashed = pool.map(file_sha256, [folder / name for name in unknown])
+        digests |= zip(unknown, hashed)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]} for name in names
+    }
     value = {"format": MANIFEST_FORMAT, "files": files, "versions": installed_versions()} | (
         about or {}
     )
@@ -60,9 +65,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
 def hash_workers(n_files: int) -> int:
     """Return the number of threads that hash n files; hashing releases the GIL."""
-    return max(1, min(n_files, len(os.sched_getaffinity(0)), 16))
+    return max(1, min(n_files, available_cores(), 16))
 
 
 # ── Reading ──

@@ -128,13 +128,16 @@ class AsyncCheckpointer:
         if extra:
             make_staging_dir(folder)
         dist.barrier(self.group)
+        writer = SafetensorsWriter(temp_sibling(folder, TMP))
         saved = dcp.async_save(
-            local_tensors(engine, ema), process_group=self.group,
-            storage_writer=SafetensorsWriter(temp_sibling(folder, TMP)),
-        )  # fmt: skip
-        self.writing = self.thread.submit(self.finish, saved, folder, extra, engine.config)
+            local_tensors(engine, ema), process_group=self.group, storage_writer=writer
+        )
+        self.writing = self.thread.submit(self.finish, saved, writer, folder, extra, engine.config)
 
-    def finish(self, saved: Any, folder: Path, extra: Extra | None, config: Config) -> None:
+    def finish(
+        self, saved: Any, writer: SafetensorsWriter, folder: Path, extra: Extra | None,
+        config: Config,
+    ) -> None:  # fmt: skip
         """Complete a checkpoint; runs in the writer thread.
 
         Once all ranks have written their shards, rank 0 renames the directory to its final name.
@@ -146,7 +149,7 @@ class AsyncCheckpointer:
             (part / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
             save_file(tensors, part / TENSORS)
             (part / STATE).write_text(json.dumps(values))
-            write_manifest(part, about)
+            write_manifest(part, about, writer.digests)
             publish_dir(part, folder)
 
     def wait(self) -> None:

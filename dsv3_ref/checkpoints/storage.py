@@ -32,6 +32,7 @@ from torch.futures import Future
 
 from dsv3_ref.checkpoints.atomic import read_json, write_json
 from dsv3_ref.checkpoints.layout import SHARD_TABLE
+from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.config import UserError
 
 TABLE_FORMAT = 1
@@ -48,6 +49,7 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
+        self.digests: dict[str, str] = {}  # file → SHA-256, on the coordinator after `finish`
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Write to another folder."""
@@ -78,8 +80,9 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
-        """Write this rank's tensors into its file."""
-        tensors, results = {}, []
+        """Write this rank's tensors into its file and hash it, so that no other rank must."""
+        tensors: dict[str, torch.Tensor] = {}
+        sizes: dict[MetadataIndex, int] = {}
         for item in plan.items:
             if item.tensor_data is None:
                 raise TypeError(f"{item.index.fqn} is not a tensor")
@@ -87,16 +90,21 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
             value = planner.resolve_data(item)
             assert isinstance(value, torch.Tensor)
             tensors[key] = value.detach().cpu().contiguous()
-            results.append(WriteResult(item.index, tensors[key].nbytes, plan.storage_data))
+            sizes[item.index] = tensors[key].nbytes
+        results = []
         if tensors:
-            save_file(tensors, self.folder / plan.storage_data)
+            path = self.folder / plan.storage_data
+            save_file(tensors, path)
+            written = path.name, file_sha256(path)
+            results = [WriteResult(index, size, written) for index, size in sizes.items()]
         done: Future = Future()
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the table: dtype, shape and chunks of every tensor, and the file of each chunk."""
-        files = {r.index: r.storage_data for r in chain.from_iterable(results)}
+        written = {r.index: r.storage_data for r in chain.from_iterable(results)}
+        self.digests = dict(written.values())
         tensors: dict[str, dict[str, Any]] = {}
         for name, about in metadata.state_dict_metadata.items():
             assert isinstance(about, TensorStorageMetadata)
@@ -104,7 +112,7 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
                 "dtype": str(about.properties.dtype).removeprefix("torch."),
                 "shape": list(about.size),
                 "chunks": [
-                    [list(c.offsets), list(c.sizes), files[MetadataIndex(name, c.offsets)]]
+                    [list(c.offsets), list(c.sizes), written[MetadataIndex(name, c.offsets)][0]]
                     for c in about.chunks
                 ],
             }

@@ -1,4 +1,4 @@
-"""What a command needs of its process: standard streams, UTF-8, and words for a lack of memory."""
+"""The process environment of a command: standard streams, encoding, and out-of-memory errors."""
 
 import errno
 import io

@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
-    """Split ["data", "check", "x"] into "data check" and ["x"]: names have one or two words."""
+    """Split ["data", "bench", "x"] into "data bench" and ["x"]: names have one or two words."""
     two_words = " ".join(argv[:2])
     if two_words in BY_NAME:
         return two_words, argv[2:]

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from dsv3_ref.checkpoints.atomic import try_lock, write_json
-from dsv3_ref.checkpoints.manifest import file_sha256
+from dsv3_ref.checkpoints.manifest import available_cores, file_sha256
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import files, shards
 from dsv3_ref.data.dedup import import_rensa
@@ -29,11 +29,6 @@ from dsv3_ref.data.loader import load_or_train_tokenizer
 from dsv3_ref.data.shard_writer import SPLITS, ShardWriter, clean_up
 from dsv3_ref.data.sources import Source, TextSource
 from dsv3_ref.data.tokenizer import load_tokenizer, save_tokenizer, vocab_size
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 @dataclass(frozen=True)
