@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_ref.config import UserError
+
 # ── The seam ──
 
 Impl = Callable[..., Any]
@@ -103,7 +105,7 @@ def resolve_impl(name: str, device: str = "cpu") -> Impl:
     for backend in backends:
         if backend in IMPLS[name]:
             return IMPLS[name][backend]
-    raise NotImplementedError(
+    raise UserError(
         f"op {name!r} has no {' or '.join(backends)} implementation, "
         f"only {', '.join(IMPLS[name])}; name a second choice: DSV3_BACKEND={backends[0]},torch"
     )
@@ -116,7 +118,7 @@ def use(*backends: str) -> Iterator[None]:
     expand_backends(backends, "cpu")
     known = {"auto", "notebook"}.union(*IMPLS.values())
     if unknown := set(backends) - known:
-        raise ValueError(
+        raise UserError(
             f"no backend {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
         )
     before, ACTIVE_BACKENDS = ACTIVE_BACKENDS, backends

@@ -282,7 +282,7 @@ def load_config(name: str) -> Config:
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         try:
-            return from_dict(json.loads(path.read_text()))
+            return from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from None
     near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
@@ -295,9 +295,9 @@ def load_config(name: str) -> Config:
 # A file gives back the config that was written; a slip of the finger gives a sentence.
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "mine.json"
-    file.write_text(json.dumps({"n_layers": 4, "n_dense_layers": 1}))
+    file.write_text(json.dumps({"n_layers": 4, "n_dense_layers": 1}), encoding="utf-8")
     assert load_config(str(file)) == replace(V3, n_layers=4, n_dense_layers=1)
-    file.write_text('{"n_layers": 4')
+    file.write_text('{"n_layers": 4', encoding="utf-8")
     assert "is not JSON" in complaint(lambda: load_config(str(file)))
 
 print(complaint(lambda: from_dict({"n_expert": 8})))

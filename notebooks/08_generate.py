@@ -987,7 +987,7 @@ play(trace, drafts=(1, 2, 1), temperature=(0.0, 1.5, 0.25), place=(0, 3, 1))
 # with the acceptance and the two costs of each model, measured one by one.
 
 # %%
-speculation = json.loads((RESULTS_DIR / "bench.json").read_text())["speculation"]
+speculation = json.loads((RESULTS_DIR / "bench.json").read_text(encoding="utf-8"))["speculation"]
 fig, ways = figure(1, 2, width=9, height=3.0, sharey=True)
 for ax, way in zip(ways, ("eager", "compiled")):
     names = [name for name in speculation if "dense" not in name]

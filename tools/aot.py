@@ -166,7 +166,7 @@ def analyze(kernel: CompiledKernel) -> dict:
     cubin, name = kernel.asm["cubin"], "sass.json"
     cache = get_cache_manager(hashlib.sha256(cubin + repr(COUNTED).encode()).hexdigest())
     if path := cache.get_file(name):
-        counts = json.loads(Path(path).read_text())
+        counts = json.loads(Path(path).read_text(encoding="utf-8"))
     else:
         counts = disassemble(cubin)
         cache.put(json.dumps(counts), name, binary=False)
@@ -316,7 +316,7 @@ def main() -> int:
     print(format_table(rows))
     if args.json:
         table = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+        args.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         where = " ".join(filter(None, [row["target"], row["config"]]))
         for violation in row["violations"]:

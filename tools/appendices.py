@@ -221,7 +221,7 @@ def read_book(root: Path) -> Book:
     every = [*root.glob("dsv3_ref/**/*.py"), *root.glob("kernels/**/*.py")]
     names = sorted(str(p.relative_to(root)) for p in every)
     modules = [read_module(root, x) for x in dict.fromkeys([*exported_to, *names])]
-    return Book(root, chapters, modules, (root / "README.md").read_text())
+    return Book(root, chapters, modules, (root / "README.md").read_text(encoding="utf-8"))
 
 
 # ── Python files ──
@@ -303,7 +303,7 @@ def definitions(
 
 def read_module(root: Path, file: str) -> Module:
     """Read a Python file."""
-    text = (root / file).read_text()
+    text = (root / file).read_text(encoding="utf-8")
     tree = ast.parse(text)
     docstring = ast.get_docstring(tree) or ""
     summary = " ".join(docstring.split("\n\n")[0].split()).replace("|", r"\|")

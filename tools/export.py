@@ -99,10 +99,10 @@ def stale_pairs() -> list[str]:
 def main(check: bool) -> int:
     """Write stale modules; with `check` print their diffs and return 1."""
     want = modules()
-    existing = {p for p in PACKAGE.glob("*.py") if STAMP in p.read_text()}
+    existing = {p for p in PACKAGE.glob("*.py") if STAMP in p.read_text(encoding="utf-8")}
     changed = []
     for out in sorted(want.keys() | existing):
-        old = out.read_text() if out.exists() else ""
+        old = out.read_text(encoding="utf-8") if out.exists() else ""
         new = want.get(out, "")
         if old == new:
             continue
@@ -113,7 +113,7 @@ def main(check: bool) -> int:
             )
             sys.stdout.writelines(diff)
         elif new:
-            out.write_text(new)
+            out.write_text(new, encoding="utf-8")
         else:
             out.unlink()
     if check:

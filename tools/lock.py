@@ -29,7 +29,9 @@ def split_pins(text: str) -> dict[str, str]:
 
 def resolve(root: Path) -> str:
     """Return the requirements of the package, its extras and its build as uv resolves them."""
-    build = tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["requires"]
+    build = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["build-system"][
+        "requires"
+    ]
     options = ["--all-extras", "--universal", "--python-version", "3.11", "--generate-hashes"]
     options += ["--no-header", "--no-annotate", "--no-config", "--quiet"]
     command = ["uv", "pip", "compile", *options, "pyproject.toml", "-"]
@@ -46,7 +48,7 @@ def main() -> None:
         sys.exit("uv is needed to resolve the dependencies: pip install uv")
     pins = split_pins(resolve(ROOT))
     locked = [pin for name, pin in pins.items() if not NOT_LOCKED.fullmatch(name.split("==")[0])]
-    LOCK.write_text(HEADER + "\n".join(locked) + "\n")
+    LOCK.write_text(HEADER + "\n".join(locked) + "\n", encoding="utf-8")
     print(f"{LOCK.relative_to(ROOT)}: {len(locked)} packages")
 
 

@@ -128,7 +128,7 @@ def describe(path: str, operator: str, occurrence: int, code: str, changed: str)
 
 def draw(path: str, size: int, seed: int) -> list[Mutant]:
     """Return a random sample of a file's mutants in the order of their lines; size 0: all."""
-    code = (ROOT / path).read_text()
+    code = (ROOT / path).read_text(encoding="utf-8")
     places = places_of(code)
     if size and len(places) > size:
         places = random.Random(f"{seed} {path}").sample(places, size)
@@ -148,7 +148,9 @@ def tests_of(path: str) -> list[str]:
     tests += [p for p in places if p.stem in EXTRA_TESTS.get(path, ())]
     words = (f"{folder}.{stem} import", f"{folder} import {stem}")
     for files in ([p for p in places if p.parent.name == folder], places):
-        tests = tests or [p for p in files if any(word in p.read_text() for word in words)]
+        tests = tests or [
+            p for p in files if any(word in p.read_text(encoding="utf-8") for word in words)
+        ]
     return [str(p.relative_to(ROOT)) for p in tests]
 
 
@@ -185,12 +187,12 @@ class Copy:
     def run(self, path: str, code: str, tests: list[str], limit: float) -> tuple[str, float]:
         """Return ("killed", "survived" or "timeout", seconds) for a file with this text."""
         file, start = self.folder / path, time.perf_counter()
-        original = file.read_text()
-        file.write_text(code)
+        original = file.read_text(encoding="utf-8")
+        file.write_text(code, encoding="utf-8")
         try:
             outcome = self.outcome(tests, limit)
         finally:
-            file.write_text(original)
+            file.write_text(original, encoding="utf-8")
         return outcome, time.perf_counter() - start
 
     def outcome(self, tests: list[str], limit: float) -> str:
@@ -214,14 +216,14 @@ def known_equivalents() -> dict[tuple[str, str, str], str]:
     """Return (path, before, after) → why no test can see the change."""
     if not EQUIVALENT.exists():
         return {}
-    rows = json.loads(EQUIVALENT.read_text())
+    rows = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
     return {(r["path"], r["before"], r["after"]): r["reason"] for r in rows}
 
 
 def check(copies: Queue, mutants: list[Mutant]) -> list[dict]:
     """Test the mutants of one file; raise SystemExit if its tests fail without a mutant."""
     path = mutants[0].path
-    tests, code = tests_of(path), (ROOT / path).read_text()
+    tests, code = tests_of(path), (ROOT / path).read_text(encoding="utf-8")
     copy = copies.get()
     try:
         outcome, seconds = copy.run(path, code, tests, SLOWEST)
@@ -286,7 +288,7 @@ def sampled(args: argparse.Namespace) -> list[list[Mutant]]:
 def surviving(report: Path) -> list[list[Mutant]]:
     """Return the survivors of an earlier report, by file."""
     fields, groups = Mutant.__dataclass_fields__, {}
-    for row in json.loads(report.read_text()):
+    for row in json.loads(report.read_text(encoding="utf-8")):
         if row["outcome"] == "survived":
             groups.setdefault(row["path"], []).append(Mutant(**{k: row[k] for k in fields}))
     return list(groups.values())
@@ -305,7 +307,7 @@ def main(argv: list[str]) -> int:
             rows += part
     text, share = summarize(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rows, indent=1))
+    args.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(text)
     return int(share < 0.9)
 

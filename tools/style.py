@@ -149,6 +149,30 @@ def runtime_class(source: Source) -> Iterator[Violation]:
             yield node.lineno, "a class made at run time: write class"
 
 
+def encoding(source: Source) -> Iterator[Violation]:
+    """Find text files opened without `encoding=`: the default is not UTF-8 on every system."""
+    if source.top == "tests":
+        return
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call) or not opens_text(node):
+            continue
+        if not {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+            yield node.lineno, 'a text file without encoding: write encoding="utf-8"'
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Return whether a call opens a text file: `open`, `Path.open`, `read_text`, `write_text`."""
+    method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    if method in ("read_text", "write_text"):
+        return True
+    if ast.unparse(call.func) != "open" and method != "open":
+        return False
+    owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+    modes = [x.value for x in call.keywords if x.arg == "mode"] or call.args[not owner :][:1]
+    mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else "r"
+    return owner not in ("os", "webbrowser") and "b" not in str(mode)
+
+
 # ── Names ──
 
 VAGUE = {"found", "said", "told", "made", "kept", "held", "wanted", "given", "asked", "seen"}
@@ -350,6 +374,7 @@ RULES: dict[str, Callable[[Source], Iterator[Violation]]] = {
     "comprehension": comprehension,
     "ceil": ceil_div,
     "runtime-class": runtime_class,
+    "encoding": encoding,
     "local": vague_local,
     "letter": one_letter,
     "typed": untyped,

@@ -164,15 +164,18 @@ def front_page(book: appendices.Book) -> str:
 
 def stage(root: Path, src: Path) -> dict[str, list[str]]:
     """Write the files that Sphinx reads; return the glossary: term → all its names."""
-    book, terms = appendices.read_book(root), glossary((root / "notebooks/glossary.md").read_text())
+    book, terms = (
+        appendices.read_book(root),
+        glossary((root / "notebooks/glossary.md").read_text(encoding="utf-8")),
+    )
     copy_sources(root, src)
     for chapter in book.chapters:
         replace_widgets(src / chapter.path)
-    (src / "index.md").write_text(front_page(book))
-    (src / "where.md").write_text(appendices.where_page(book))
-    (src / "report.md").write_text(appendices.report_page(book))
-    (src / "api.md").write_text(appendices.api_page(book))
-    (src / "notebooks/glossary.md").write_text(terms[0])
+    (src / "index.md").write_text(front_page(book), encoding="utf-8")
+    (src / "where.md").write_text(appendices.where_page(book), encoding="utf-8")
+    (src / "report.md").write_text(appendices.report_page(book), encoding="utf-8")
+    (src / "api.md").write_text(appendices.api_page(book), encoding="utf-8")
+    (src / "notebooks/glossary.md").write_text(terms[0], encoding="utf-8")
     return terms[1]
 
 
@@ -369,11 +372,11 @@ def add_policies(site: Path) -> None:
     for path in site.rglob("*.html"):
         if site / "_static" in path.parents:
             continue  # templates of the theme
-        page = path.read_text()
+        page = path.read_text(encoding="utf-8")
         sources = {f" {hash_source(script)}" for script in INLINE_SCRIPT.findall(page)}
         policy = SITE_POLICY.format(scripts="".join(sorted(sources)))
         meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        path.write_text(page.replace("<head>", f"<head>{meta}", 1))
+        path.write_text(page.replace("<head>", f"<head>{meta}", 1), encoding="utf-8")
 
 
 # ── What was built ──
@@ -444,7 +447,11 @@ def find_problems(site: Path) -> list[str]:
     bad: list[str] = []
     kinds = list(chain.from_iterable(sorted(site.rglob(x)) for x in ("*.html", "*.css", "*.js")))
     unread = site / "_static"  # holds templates of the theme
-    texts = {p: p.read_text() for p in kinds if p.suffix != ".html" or unread not in p.parents}
+    texts = {
+        p: p.read_text(encoding="utf-8")
+        for p in kinds
+        if p.suffix != ".html" or unread not in p.parents
+    }
     pages = {p: tags(text) for p, text in texts.items() if p.suffix == ".html"}
     anchors = {p: {a["id"] for _, a in elements if "id" in a} for p, elements in pages.items()}
     for path, text in texts.items():

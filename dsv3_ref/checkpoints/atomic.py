@@ -1,20 +1,21 @@
 """Files and directories that appear whole or not at all: staging, renaming, locks, JSON."""
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from dsv3_ref.config import UserError
 
 TMP, OLD = "dsv3-tmp", "dsv3-old"
+LOCK = ".lock"  # the file by which a process locks a directory
 
 
 @contextmanager
@@ -93,39 +94,81 @@ def temp_sibling(directory: Path, suffix: str) -> Path:
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file or directory is on disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file or directory is on disk; Windows cannot wait for a directory."""
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def try_lock(handle: int) -> bool:
-    """Lock an open folder; return False if another process holds the lock.
+@contextmanager
+def remove_new_files(folder: Path, unless: Callable[[Path], bool]) -> Iterator[None]:
+    """Create a directory if it is missing; if the `with` fails, remove what it has added.
 
-    On a file system without locks, return True.
+    unless: called with the directory after an error; if it returns True, everything is kept.
     """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.iterdir())
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        yield
+    except BaseException:
+        if not unless(folder):
+            for path in set(folder.iterdir()) - before:
+                remove_path(path)
+            with suppress(OSError):  # others have written there
+                for path in missing:
+                    path.rmdir()
+        raise
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, or a directory with its contents."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextmanager
+def lock_dir(folder: Path) -> Iterator[bool]:
+    """Lock a directory until the end of the `with`; yield False if another process holds it.
+
+    The lock is a file in the directory, removed at the end. On a file system without locks, yield
+    True.
+    """
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
     except OSError:
-        pass
-    return True
+        if not os.access(folder, os.W_OK):
+            raise
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows removes it when it is released
+            (folder / LOCK).unlink()
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary file, then rename it, so that readers never see part of it."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1))
+    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
     part.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint or run, or raise a `UserError`."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a checkpoint: {path.name} is missing") from None
     except OSError as e:

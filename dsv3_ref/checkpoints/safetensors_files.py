@@ -92,7 +92,7 @@ def write_safetensors(
     directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shard_bytes: int
 ) -> None:
     """Write config.json and safetensors, with an index if one file would exceed `shard_bytes`."""
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     groups = group_by_size({name: t.nbytes for name, t in tensors.items()}, shard_bytes)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(groups, start=1):
@@ -103,7 +103,7 @@ def write_safetensors(
     if len(groups) > 1:
         total = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def group_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:

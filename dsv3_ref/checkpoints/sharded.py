@@ -146,9 +146,11 @@ class AsyncCheckpointer:
         if extra:
             part = temp_sibling(folder, TMP)
             values, tensors, about = extra
-            (part / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
+            (part / CONFIG).write_text(
+                json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8"
+            )
             save_file(tensors, part / TENSORS)
-            (part / STATE).write_text(json.dumps(values))
+            (part / STATE).write_text(json.dumps(values), encoding="utf-8")
             write_manifest(part, about, writer.digests)
             publish_dir(part, folder)
 
@@ -163,7 +165,7 @@ class AsyncCheckpointer:
 def consolidate(folder: Path) -> Transformer:
     """Return the whole model of a sharded checkpoint, loaded by this process alone."""
     with torch.device("meta"):
-        model = Transformer(from_dict(json.loads((folder / CONFIG).read_text())))
+        model = Transformer(from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
     model = model.to_empty(device="cpu")
     targets: dict[str, Tensor] = {}
     for name, x in model.state_dict().items():

@@ -89,13 +89,13 @@ def train(name: str, argv: list[str], command_line: str) -> None:
     """Run a training task in this process or, under a launcher, as one of several ranks."""
     from dsv3_ref.cli.option_groups import OPTION_GROUPS, RECIPE, grouping_registry
     from dsv3_ref.optim import TrainingRecipe
-    from dsv3_ref.training.settings import parse_args
+    from dsv3_ref.training.settings import parse_args, world_size
 
     command = BY_NAME[name]
     options = load(command.options)
     registry = grouping_registry({options: OPTION_GROUPS[name], TrainingRecipe: RECIPE})
     config = parse_args(argv, options, registry)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         run_task = load("dsv3_ref.parallel.launch.run_on_ranks")
     else:
         run_task = load("dsv3_ref.training.loop.run_in_process")  # takes seconds to import

@@ -101,7 +101,7 @@ def encode_answer(
     turns = []
     for role, text in zip(("assistant", "user", "assistant"), texts):
         if not isinstance(text, str) or not text:
-            raise UserError(f"{which!r} or its judgment is not a text: write both as texts")
+            raise UserError(f"{which!r} or its judgment is not a string: write both as strings")
         turns.append({"role": role, "content": text})
     tokens = render_conversation([*row["prompt"], *turns], encode, special_tokens)
     if len(tokens) > pair_format.max_tokens:

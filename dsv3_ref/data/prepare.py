@@ -20,7 +20,7 @@ import tyro
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from dsv3_ref.checkpoints.atomic import try_lock, write_json
+from dsv3_ref.checkpoints.atomic import LOCK, lock_dir, write_json
 from dsv3_ref.checkpoints.manifest import available_cores, file_sha256
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import files, shards
@@ -68,7 +68,7 @@ class PrepareConfig:
 def prepare_shards(args: PrepareConfig, command: str | None = None) -> None:
     """Write the shards that are missing; `command` is stored in the index."""
     validate_prepare_args(args)
-    with lock_dir(args.out):
+    with lock_shards(args.out):
         index = load_or_create_index(args, command)
         if index["complete"]:
             shards.Shards(args.out)
@@ -173,18 +173,15 @@ def format_option(value: Any) -> str:
 
 
 @contextmanager
-def lock_dir(out: Path) -> Iterator[None]:
+def lock_shards(out: Path) -> Iterator[None]:
     """Lock the folder against other processes until the end of the `with`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; shards are a folder")
     out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        if not try_lock(handle):
+    with lock_dir(out) as free:
+        if not free:
             raise UserError(f"another process is preparing {out}")
         yield
-    finally:
-        os.close(handle)
 
 
 def load_or_create_index(args: PrepareConfig, command: str | None) -> dict[str, Any]:
@@ -194,7 +191,7 @@ def load_or_create_index(args: PrepareConfig, command: str | None) -> dict[str, 
         index = shards.read_index(args.out)
         check_settings_match(args.out, index["settings"], now)
         return index
-    if foreign := {p.name for p in args.out.iterdir()} - {"index.part"}:
+    if foreign := {p.name for p in args.out.iterdir()} - {"index.part", LOCK}:
         raise UserError(f"{args.out} holds other files, such as {min(foreign)}: give another --out")
     index = {
         "format": shards.FORMAT,

@@ -53,7 +53,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the content of index.json, or raise a `UserError`."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise UserError(f"{path} is of format {index['format']}, not {FORMAT}")
         np.dtype(index["dtype"] or "<u2")

@@ -23,7 +23,7 @@ def run_on_ranks(task: Task, command: str | None = None) -> Path:
     tune_malloc()
     with init_distributed(config.device) as device, ExitStack() as stack:
         run_dir = broadcast_object_from_rank0(
-            lambda: stack.enter_context(settings.lock_run_dir(config))
+            lambda: stack.enter_context(settings.open_run_dir(config))
         )
         signals = stack.enter_context(catch_signals())
         rank, world = dist.get_rank(), dist.get_world_size()

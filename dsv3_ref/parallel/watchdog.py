@@ -147,7 +147,8 @@ class Watchdog(threading.Thread):
         self.store, self.seconds = store, seconds
         self.heartbeat_s = min(HEARTBEAT_S, seconds / 10)
         self.ended = threading.Event()
-        self.file = self.path.open("a")  # opened now, because it may fail during a hang
+        # opened now, because it may fail during a hang
+        self.file = self.path.open("a", encoding="utf-8")
         self.heartbeat()
 
     def run(self) -> None:

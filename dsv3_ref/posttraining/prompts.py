@@ -223,7 +223,7 @@ class FileTask:
 def parse_problem(name: str, row: object) -> Problem:
     """Parse a row of a file; raise a `UserError` if it is malformed."""
     if not isinstance(row, dict) or not is_nonempty_text(row.get("question")):
-        raise UserError('its "question" is missing or not a text: write {"question": text, …}')
+        raise UserError('its "question" is missing or not a string: write {"question": string, …}')
     answer, cases = row.get("answer"), row.get("cases")
     if answer is not None and not is_nonempty_text(answer):
         raise UserError('its "answer" is not a string: quote it')

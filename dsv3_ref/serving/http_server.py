@@ -3,7 +3,6 @@
 import asyncio
 import math
 import os
-import resource
 import signal
 import sys
 import threading
@@ -48,6 +47,10 @@ class ConnectionLimits:
 
 def descriptor_limits(max_connections: int) -> tuple[int, int]:
     """Return (connections, backlog), reduced to what the limit on file descriptors allows."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return max_connections, BACKLOG
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return max_connections, BACKLOG

@@ -469,7 +469,10 @@ def write_compact(path: Path, result: dict) -> None:
     runs = [json.dumps(r, ensure_ascii=False) for r in result["runs"]]
     head = json.dumps(result | {"runs": []}, ensure_ascii=False, indent=1)
     part = path.with_suffix(".part")
-    part.write_text(head.replace('"runs": []', '"runs": [\n' + ",\n".join(runs) + "\n]") + "\n")
+    part.write_text(
+        head.replace('"runs": []', '"runs": [\n' + ",\n".join(runs) + "\n]") + "\n",
+        encoding="utf-8",
+    )
     part.replace(path)
 
 

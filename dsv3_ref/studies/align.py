@@ -240,7 +240,10 @@ def measure_sums(run: Path, system: str = "") -> dict[str, float]:
 
 def read_curve(run: Path) -> list[dict]:
     """Read the metrics of a run that chapters plot."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [
         round_significant({key: row[key] for key in CURVE_METRICS if row.get(key) is not None})
         for row in rows

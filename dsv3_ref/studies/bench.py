@@ -219,10 +219,10 @@ def peak_bytes(function: Callable[[], object]) -> int:
     """Measure the peak memory of a second call, above the memory in use before it."""
     function()
     status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")
-    before = read_proc_kib(status.read_text(), "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = read_proc_kib(status.read_text(encoding="utf-8"), "VmRSS")
     function()
-    return 1024 * (read_proc_kib(status.read_text(), "VmHWM") - before)
+    return 1024 * (read_proc_kib(status.read_text(encoding="utf-8"), "VmHWM") - before)
 
 
 def read_proc_kib(text: str, name: str) -> int:
@@ -419,7 +419,7 @@ def run_part_in_subprocess(args: BenchConfig, part: str, tuned: bool) -> dict:
     code = "from dsv3_ref.studies.bench import BenchConfig, Path, run_part; "
     code += f"run_part({part!r}, {tuned}, {config})"
     subprocess.run([sys.executable, "-c", code], check=True)
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     out.unlink()
     return result
 
@@ -443,7 +443,8 @@ def describe_machine(args: BenchConfig) -> dict:
 def processor_name() -> str:
     """Return the model name of the processor."""
     info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line for line in lines if "model name" in line]
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 

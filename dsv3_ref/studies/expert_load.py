@@ -108,7 +108,7 @@ def record_expert_loads(args: ExpertLoadConfig, command: str) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "expert_load.json"
     head, loads = json.dumps(header, indent=1).removesuffix("\n}"), ",\n".join(sources)
-    path.write_text(f'{head},\n "tokens_per_expert": {{\n{loads}\n }}\n}}\n')
+    path.write_text(f'{head},\n "tokens_per_expert": {{\n{loads}\n }}\n}}\n', encoding="utf-8")
     print(f"{args.windows} windows of {len(sources)} sources in {path}")
     return path
 

@@ -178,7 +178,7 @@ def main(args: LoadTestConfig, command: str) -> None:
         "command": command, "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
         "max_tokens": args.max_tokens, "servers": servers,
     }  # fmt: skip
-    (args.out / "serve.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "serve.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

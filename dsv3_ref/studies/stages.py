@@ -63,7 +63,9 @@ def recorded_command(run: Path) -> str | None:
 def write_jsonl(path: Path, rows: Sequence[dict]) -> Path:
     """Write one JSON object per line, in new folders if needed; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 

@@ -19,7 +19,7 @@ from dsv3_ref.checkpoints.manifest import (
 )
 from dsv3_ref.checkpoints.native import list_checkpoints
 from dsv3_ref.config import UserError
-from dsv3_ref.training.settings import describe_losses
+from dsv3_ref.training.settings import METRICS, describe_losses, world_size
 
 if TYPE_CHECKING:
     from dsv3_ref.training.state import Run
@@ -46,7 +46,7 @@ class Checkpointer:
         values: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         if self.strategy.is_main:
-            atomic.fsync_path(self.run_dir / "metrics.jsonl")
+            atomic.fsync_path(self.run_dir / METRICS)
             values, tensors = split_tensors(state.state_dict())
             monitored = {"name": task.monitor, "mode": task.monitor_mode}
             values["monitored"] = None
@@ -147,9 +147,10 @@ class Checkpointer:
 def describe_origin(run: "Run") -> dict[str, Any]:
     """Return the mesh and the fingerprints of settings, tokenizer and data, for the manifest."""
     config = run.config
+    dp = config.dp or max(1, world_size() // (config.pp * config.ep))
     text = run.data.tokenizer.to_str()
     return {
-        "mesh": {"pp": config.pp, "dp": config.dp, "ep": config.ep},
+        "mesh": {"pp": config.pp, "dp": dp, "ep": config.ep},
         "fingerprints": {
             "settings": json.loads(json.dumps(describe_losses(config), default=str)),
             "tokenizer": hashlib.sha256(text.encode()).hexdigest(),

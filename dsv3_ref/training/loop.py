@@ -21,7 +21,7 @@ from dsv3_ref.training.checkpointer import Checkpointer, step_number
 from dsv3_ref.training.malloc import tune_malloc
 from dsv3_ref.training.metrics import WriteRow, ignore_row, last_row, open_log
 from dsv3_ref.training.recompute import saved_tensors
-from dsv3_ref.training.spike_guard import EXIT_CODES, catch_signals
+from dsv3_ref.training.spike_guard import EXIT_CODES, catch_interrupt, catch_signals
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess, StepHyperparams, Strategy
 from dsv3_ref.training.task import Batch, Task
@@ -44,7 +44,7 @@ def train(
     checkpoints.load_latest()
     every = run.config.save_every or max(1, run.num_steps // 10)
     row: dict[str, Any] | None = None
-    with open_main_log(run) as write_row:
+    with open_main_log(run) as write_row, catch_interrupt(signals):
         while state.step < run.num_steps:
             if state.spike_guard.should_roll_back:
                 roll_back(run, checkpoints)
@@ -68,16 +68,10 @@ def train(
 
 
 def start_run(task: Task, strategy: Strategy, run_dir: Path, command: str | None) -> Run:
-    """Write run.json and build a run at step 0; on a `UserError` remove a new run.json again."""
-    is_new = strategy.is_main and not task.config.resume
-    if is_new:
+    """Write run.json and build a run at step 0."""
+    if strategy.is_main and not task.config.resume:
         write_json(run_dir / "run.json", settings.describe_run(task.config, command))
-    try:
-        return build_run(task, strategy, run_dir)
-    except UserError:
-        if is_new:
-            (run_dir / "run.json").unlink()
-        raise
+    return build_run(task, strategy, run_dir)
 
 
 def open_main_log(run: Run) -> AbstractContextManager[WriteRow]:
@@ -234,16 +228,16 @@ def run_in_process(task: Task, command: str | None = None) -> Path:
     config = task.config
     settings.validate_args(config)
     tune_malloc()
-    with settings.lock_run_dir(config) as run_dir, catch_signals() as signals:
+    with settings.open_run_dir(config) as run_dir, catch_signals() as signals:
         try:
             train(task, SingleProcess(config), run_dir, command, signals)
         except OSError as e:
             last = checkpointer.describe_last(run_dir)
             raise UserError(f"training stopped: {e}. {last}") from e
         except (KeyboardInterrupt, SystemExit):
-            print(
-                f"\nstopped; resume with: dsv3 {config.COMMAND} --resume --out {run_dir}",
-                file=sys.stderr,
-            )
+            remedy = "before the first step: nothing was written"
+            if settings.has_metrics(run_dir):
+                remedy = f"resume with: dsv3 {config.COMMAND} --resume --out {run_dir}"
+            print(f"\nstopped; {remedy}", file=sys.stderr)
             raise
     return run_dir

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dsv3_ref.checkpoints import atomic
 from dsv3_ref.config import UserError
-from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.settings import METRICS, TrainConfig
 
 WriteRow = Callable[[dict[str, Any]], None]
 
@@ -41,7 +41,7 @@ class MetricsWriter:
         part.replace(self.path)
 
     def __enter__(self) -> "MetricsWriter":
-        self.file = self.path.open("a")
+        self.file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,7 +52,7 @@ class MetricsWriter:
         if row["step"] <= self.step:
             self.file.close()
             self.cut(self.path.read_bytes().splitlines(keepends=True), row["step"] - 1)
-            self.file = self.path.open("a")
+            self.file = self.path.open("a", encoding="utf-8")
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.step = row["step"]
@@ -68,7 +68,7 @@ def is_row(lines: list[bytes], step: int) -> bool:
 
 def last_row(run_dir: Path) -> dict[str, Any]:
     """Return the last row of metrics.jsonl."""
-    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    return json.loads((run_dir / METRICS).read_text(encoding="utf-8").splitlines()[-1])
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def open_tensorboard(config: TrainConfig, run_dir: Path, step: int) -> Iterator[
 def open_log(config: TrainConfig, run_dir: Path, step: int, num_steps: int) -> Iterator[WriteRow]:
     """Yield a function that writes a row to metrics.jsonl, TensorBoard and the progress bar."""
     progress_bar = tqdm(total=num_steps, initial=step, unit="step", smoothing=0.05)
-    metrics = MetricsWriter(run_dir / "metrics.jsonl", step)
+    metrics = MetricsWriter(run_dir / METRICS, step)
     with progress_bar, metrics, open_tensorboard(config, run_dir, step) as write_tensorboard:
 
         def write(row: dict[str, Any]) -> None:

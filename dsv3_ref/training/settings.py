@@ -16,12 +16,13 @@ import torch
 import tyro
 from tyro.constructors import ConstructorRegistry
 
-from dsv3_ref.checkpoints.atomic import read_json, try_lock
+from dsv3_ref.checkpoints.atomic import LOCK, lock_dir, read_json, remove_new_files
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config
 from dsv3_ref.config import Config, UserError, from_dict, load_config
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
 
+METRICS = "metrics.jsonl"  # one row per step
 Rule = tuple[bool, str]  # whether it holds, and the error if not
 
 
@@ -34,8 +35,9 @@ def shown_default(text: str) -> Any:
 class TrainConfig:
     """Pre-train a DeepSeek-V3 model on text.
 
-    On SIGUSR1 or SIGTERM the run finishes its step, writes a checkpoint and exits with code 75
-    (SIGUSR1, a scheduler's warning: start it again with --resume) or 143 (SIGTERM).
+    On SIGUSR1, SIGTERM or Ctrl-C the run finishes its step, writes a checkpoint and exits with code
+    75 (SIGUSR1, a scheduler's warning: start it again with --resume), 143 (SIGTERM) or 130
+    (Ctrl-C; a second one stops it at once).
     """
 
     model: Config
@@ -145,10 +147,15 @@ def validate_args(args: TrainConfig) -> None:
     numbers = {k: v for k, v in asdict(args.recipe).items() if not isinstance(v, str)}
     rules = common_rules(args) + args.validation_rules()
     rules += [(math.isfinite(v), f"{option_flag(k)} must be a number") for k, v in numbers.items()]
-    rules += parallelism_rules(args, int(os.environ.get("WORLD_SIZE", 1)))
+    rules += parallelism_rules(args, world_size())
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
+
+
+def world_size() -> int:
+    """Return the number of ranks that a launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def common_rules(args: TrainConfig) -> list[Rule]:
@@ -320,25 +327,29 @@ def newest_run_dir(kind: type[TrainConfig], config: str) -> Path:
 
 
 @contextmanager
-def lock_run_dir(args: TrainConfig) -> Iterator[Path]:
-    """Create the directory of this run and lock it until the `with` ends."""
+def open_run_dir(args: TrainConfig) -> Iterator[Path]:
+    """Create the directory of this run and lock it until the `with` ends.
+
+    If that fails before the first row of metrics, remove what it has added.
+    """
     candidates = candidate_run_dirs(type(args), args.config, args.out)
     for folder in islice(candidates, 1) if args.resume else candidates:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is a file; give a directory")
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            free = try_lock(handle)
+        with remove_new_files(folder, unless=has_metrics), lock_dir(folder) as free:
             if args.resume and not free:
                 raise UserError(f"another process is training in {folder}")
             # run.part: left by an early kill; logs: written by a launcher before the run begins
-            contents = {p.name for p in folder.iterdir()} - {"run.part", "logs"}
+            contents = {p.name for p in folder.iterdir()} - {"run.part", "logs", LOCK}
             if free and (args.resume or not contents):
                 yield folder
                 return
-        finally:
-            os.close(handle)  # unlocks the directory, as the end of the process would
+
+
+def has_metrics(run_dir: Path) -> bool:
+    """Return whether a run has taken a step: metrics.jsonl has a row."""
+    path = run_dir / METRICS
+    return path.is_file() and path.stat().st_size > 0
 
 
 # ── run.json ──

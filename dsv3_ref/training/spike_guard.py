@@ -1,10 +1,11 @@
 """Skipped steps after gradient spikes, and signals that end a run early."""
 
+import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dsv3_ref.optim import get_grad_norm_limit
@@ -53,24 +54,46 @@ class SpikeGuard:
         self.last_rollback = state["last_rollback"]
 
 
-EXIT_CODES: dict[int, int] = {
-    signal.SIGUSR1: 75,  # EX_TEMPFAIL: resume
-    signal.SIGTERM: 143,  # 128 + SIGTERM
-}
+INTERRUPTED = b"\nfinishing this step and writing a checkpoint; Ctrl-C again stops at once\n"
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}  # 128 + number
+if hasattr(signal, "SIGUSR1"):  # Windows has none
+    EXIT_CODES[signal.SIGUSR1] = 75  # EX_TEMPFAIL: resume
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yield a list to which the signals of `EXIT_CODES` are appended until the `with` ends."""
+    """Yield a list to which the signals of `EXIT_CODES` but Ctrl-C's are appended."""
     received: list[int] = []
 
     def handle(number: int, _: object) -> None:
         received.append(number)
 
-    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    before = {s: signal.signal(s, handle) for s in EXIT_CODES if is_main}
-    try:
+    with handling(handle, *(set(EXIT_CODES) - {signal.SIGINT})):
         yield received
+
+
+@contextmanager
+def catch_interrupt(received: list[int]) -> Iterator[None]:
+    """Append the first Ctrl-C to a list of signals; the second one interrupts at once."""
+
+    def handle(number: int, _: object) -> None:
+        if number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+        with suppress(OSError):  # print could interrupt a print
+            os.write(2, INTERRUPTED)
+
+    with handling(handle, signal.SIGINT):
+        yield
+
+
+@contextmanager
+def handling(handle: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
+    """Handle signals with a function in the `with` block, if this is the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    before = {s: signal.signal(s, handle) for s in numbers if is_main}
+    try:
+        yield
     finally:
         for s, handler in before.items():
             signal.signal(s, handler or signal.SIG_DFL)

@@ -1,6 +1,7 @@
 """The `Strategy` protocol, which says where a task runs, and the strategy of one process."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
@@ -152,17 +153,33 @@ class Strategy(Protocol):
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this name; `auto` is CUDA if it is available, else the CPU."""
+    """Return the device of this name; `auto` is CUDA if it is available, else the CPU.
+
+    Raise a `UserError` if the device or the backends of DSV3_BACKEND cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
+        reason = str(e).splitlines()[0].split(". ")[0]
         raise UserError(
             f"device {name!r} cannot be used: {reason}; --device auto chooses one"
         ) from None
+    require_backends(name)
     return torch.device(name)
+
+
+def require_backends(device: str) -> None:
+    """Raise a `UserError` if a backend of DSV3_BACKEND is unknown or needs another device."""
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if "triton" in ops.ACTIVE_BACKENDS and not device.startswith("cuda") and not is_interpreted:
+        raise UserError(
+            f"DSV3_BACKEND={','.join(ops.ACTIVE_BACKENDS)} needs an NVIDIA GPU, and the device is "
+            f"{device}: unset it, or set it to cpu,torch"
+        )
+    with ops.use(*ops.ACTIVE_BACKENDS):
+        pass
 
 
 def state_dtype(config: TrainConfig) -> torch.dtype:
@@ -298,7 +315,7 @@ class SingleProcess:
         with atomic_dir(folder) as tmp:
             native.write_safetensors(tmp, asdict(self.config.model), weights, native.SHARD_BYTES)
             save_file({name: x.cpu() for name, x in tensors.items()}, tmp / TENSORS)
-            (tmp / STATE).write_text(json.dumps(values))
+            (tmp / STATE).write_text(json.dumps(values), encoding="utf-8")
             manifest.write_manifest(tmp, about)
 
     def wait_for_checkpoint(self) -> None:

@@ -8,14 +8,14 @@ out. A process that exceeds the time limit is killed, and the next comparison st
 
 import json
 import math
+import queue
 import re
-import resource
-import select
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from dsv3_ref.config import UserError
 
@@ -46,6 +46,7 @@ class MathVerifier:
         self.seconds = seconds
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.lines: queue.Queue[bytes] = queue.Queue()  # of the process, read by a thread
 
     def __call__(self, answer: str, truth: str) -> bool:
         """Return whether an answer equals the right one; False after `seconds`."""
@@ -65,6 +66,10 @@ class MathVerifier:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
+        assert self.process.stdout is not None
+        self.lines = queue.Queue()
+        forward = (self.process.stdout, self.lines)
+        threading.Thread(target=forward_lines, args=forward, daemon=True).start()
         try:
             is_ready = self.read_line(STARTUP_TIMEOUT_S) == READY
         except TimeoutError:
@@ -81,19 +86,26 @@ class MathVerifier:
 
     def read_line(self, seconds: float) -> str:
         """Return the next line of the process, "" if it has died; raise `TimeoutError` if late."""
-        assert self.process is not None and self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        return self.process.stdout.readline().decode().strip()
+        try:
+            return self.lines.get(timeout=seconds).decode().strip()
+        except queue.Empty:
+            raise TimeoutError from None
 
     def stop(self) -> None:
         """Kill the process and close its pipes."""
         process, self.process = self.process, None
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None and process.stdin is not None
         process.kill()
         process.wait()
         process.stdin.close()
-        process.stdout.close()
+
+
+def forward_lines(pipe: IO[bytes], lines: "queue.Queue[bytes]") -> None:
+    """Put the lines of a pipe into a queue, then b"" at its end, and close it."""
+    with pipe:
+        for line in pipe:
+            lines.put(line)
+    lines.put(b"")
 
 
 @cache
@@ -137,11 +149,19 @@ def parsed_equal(answer: list[Expression | str], truth: list[Expression | str]) 
     return verify(truth, answer, numeric_precision=NUMERIC_DIGITS, timeout_seconds=None)
 
 
+def limit_memory() -> None:
+    """Limit the memory of this process where the system can."""
+    with suppress(ImportError, ValueError):  # Windows; macOS refuses the limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+
+
 def main() -> None:
     """Compare the pairs of answers on stdin, one line of JSON each, until it closes."""
     from math_verify import parse
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_memory()
     print(READY, flush=True)
     for line in sys.stdin:
         try:

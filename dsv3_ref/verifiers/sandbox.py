@@ -53,7 +53,7 @@ class ExecutionResult:
 
 
 LIMITS = Limits()
-KILLED = 128 + signal.SIGKILL
+KILLED = 128 + 9  # by SIGKILL, which Windows lacks
 BWRAP_MISSING = (
     "model-written code runs only in bubblewrap, and there is no bwrap: "
     "apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
@@ -173,7 +173,7 @@ def pick_user_id() -> int | None:
 
     The kernel does not limit root's processes. Return None if this process cannot change its user.
     """
-    start, _, count = map(int, Path("/proc/self/uid_map").read_text().split()[-3:])
+    start, _, count = map(int, Path("/proc/self/uid_map").read_text(encoding="utf-8").split()[-3:])
     end = min(start + count, 1 << 31)
     ids = range(max(1, end // 2), end)
     return random.SystemRandom().choice(ids) if os.geteuid() == 0 and ids else None
@@ -269,8 +269,8 @@ def launch(
         command += ["--file", str(fd), path]
     command += ["--remount-ro", "/", "--", *interpreter_args(user, limits)]
     command.append(script.format(value=value_fd, started=started_fd))
-    with open(info_fd) as info:
-        with open(info_write_fd, "w"):
+    with open(info_fd, encoding="utf-8") as info:
+        with open(info_write_fd, "w", encoding="utf-8"):
             process = subprocess.Popen(
                 command,
                 env={},  # a program could read bwrap's environment

@@ -22,7 +22,7 @@ def load_ablation(name: str) -> dict:
 
 def load_result(name: str) -> dict:
     """Read a JSON file of notebooks/results; `name` has no suffix."""
-    return json.loads((RESULTS_DIR / f"{name}.json").read_text())
+    return json.loads((RESULTS_DIR / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def read_key(record: dict, key: Key) -> Any:

@@ -27,8 +27,10 @@ from dsv3_ref.viz.style import in_notebook, show
 from dsv3_ref.viz.training import as_row, has
 
 POLL_SECONDS = 1.0  # seconds between updates of a dashboard
+# Windows has no SIGUSR1: there, a run that is stopped ends at once
+STOP_SIGNAL = getattr(signal, "SIGUSR1", signal.SIGTERM)
 # exit code → state
-EXIT_STATES = {0: "finished", 75: "stopped", 143: "stopped", -signal.SIGUSR1: "stopped"}
+EXIT_STATES = {0: "finished", 75: "stopped", 143: "stopped", -STOP_SIGNAL: "stopped"}
 ACTIVE_STATES = ("running", "paused")
 # title → (key that the rows must have, plot of (rows, MoE layer))
 PANELS: dict[str, tuple[str, Callable[[list[dict], int], Figure]]] = {
@@ -129,7 +131,7 @@ class RunProcess:
         started_before = (self.folder / "run.json").is_file()
         words = [self.words[0], "--resume"] if started_before else self.words
         argv = [sys.executable, "-m", "dsv3_ref", *words, "--out", str(self.folder)]
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log)
         atexit.register(self.end)
 
@@ -144,8 +146,8 @@ class RunProcess:
         self.process.send_signal(number)
 
     def pause(self) -> None:
-        """Pause the process; it keeps its memory."""
-        if self.state == "running":
+        """Pause the process, except on Windows; it keeps its memory."""
+        if self.state == "running" and hasattr(signal, "SIGSTOP"):
             self.send_signal(signal.SIGSTOP)
             self.paused = True
 
@@ -159,7 +161,7 @@ class RunProcess:
         """Let the run finish its current step, write a checkpoint and exit."""
         self.unpause()
         if self.state == "running":
-            self.send_signal(signal.SIGUSR1)
+            self.send_signal(STOP_SIGNAL)
 
     def end(self) -> None:
         """Terminate the process."""
@@ -169,7 +171,7 @@ class RunProcess:
 
     def last_line(self) -> str:
         """Return the last line that the process printed."""
-        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        text = self.log.read_text(errors="replace", encoding="utf-8") if self.log.is_file() else ""
         return (text.replace("\r", "\n").strip().splitlines() or [""])[-1]
 
 

@@ -31,7 +31,7 @@ def read_metrics(path: Path | str) -> list[dict]:
     The last line of a running or killed run may be half written; it is skipped silently. An invalid
     line elsewhere is skipped with a warning.
     """
-    lines = Path(path).read_text(errors="replace").splitlines()
+    lines = Path(path).read_text(errors="replace", encoding="utf-8").splitlines()
     rows = {}
     for number, line in enumerate(lines, start=1):
         if (row := as_row(line)) is not None:

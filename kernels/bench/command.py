@@ -27,7 +27,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def kernel_test_command() -> list[str]:
     """Return pytest over the tests of the kernels; without hypothesis, over those without it."""
     paths = sorted(REPOSITORY.glob("tests/kernels/test_kernels_*.py"))
-    sources = {str(path.relative_to(REPOSITORY)): path.read_text() for path in paths}
+    sources = {
+        str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in paths
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-x"]
     if find_spec("hypothesis"):
         return [*command, *sources]

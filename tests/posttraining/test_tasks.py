@@ -117,10 +117,10 @@ def test_open_rows_need_a_question_only(tmp_path):
 
 A_CASE = 'a case needs "stdin" and "expected", or "function", "args" and "expected"'
 POISON = {
-    "{not json": 'its "question" is missing or not a text',
-    "[]": 'its "question" is missing or not a text',
-    '{"answer": "7"}': 'its "question" is missing or not a text',
-    '{"question": "", "answer": "7"}': 'its "question" is missing or not a text',
+    "{not json": 'its "question" is missing or not a string',
+    "[]": 'its "question" is missing or not a string',
+    '{"answer": "7"}': 'its "question" is missing or not a string',
+    '{"question": "", "answer": "7"}': 'its "question" is missing or not a string',
     '{"question": "a", "answer": 7}': '"answer" is not a string',
     '{"question": "a", "cases": []}': '"cases" are not a list',
     '{"question": "a", "cases": "x"}': '"cases" are not a list',

@@ -28,6 +28,14 @@ BAD = {
     "comprehension": ["[x for y in z for x in y]", "f(x for y in z for x in y if x)"],
     "ceil": ["-(-a // b)", "n = 1 - -(-len(x) // (b + 1))"],
     "runtime-class": ["type('A', (B, C), {})"],
+    "encoding": [
+        "path.read_text()",
+        "path.write_text('x', errors='replace')",
+        "open('x')",
+        "open('x', 'w')",
+        "(folder / 'x').open('a')",
+        "path.open(mode='r')",
+    ],
     "local": ["found = []", "for told in x: pass", "[x for seen in x]", "kept, y = f()"],
     "letter": [
         "def f(c: Config): pass",
@@ -70,6 +78,14 @@ GOOD = {
     "comprehension": ["[x for x in y]", "[[z for z in x] for x in y]"],
     "ceil": ["a // b", "-(a // b)", "-(-a / b)"],
     "runtime-class": ["type(x)", "type(self)(1, 2)"],
+    "encoding": [
+        "path.read_text(encoding='utf-8')",
+        "open('x', 'rb')",
+        "path.open('wb')",
+        "os.open('x', os.O_RDONLY)",
+        "path.open(**how)",
+        "path.read_bytes()",
+    ],
     "local": ["results = []", "f(seen=1)", "self.kept = 1", "def f(asked): pass"],
     "letter": [
         "def f(x, _): pass",

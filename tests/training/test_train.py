@@ -579,21 +579,21 @@ def test_fewer_rows_than_steps_mean_damage(lines, half, capsys):
 
 
 def test_a_stopped_run_says_how_to_go_on(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "take_step", stop_in(1, None))
+    monkeypatch.setattr(loop, "take_step", stop_in(2, loop.take_step))
     assert main.main(options(home, tmp_path / "run")) == 130
     assert f"dsv3 train --resume --out {tmp_path}/run" in capsys.readouterr().err
 
 
 def test_only_one_process_trains_in_a_folder(half, home, capsys, monkeypatch):
     args = settings.parse_args(["--resume", "--out", str(half)])
-    with settings.lock_run_dir(args):
+    with settings.open_run_dir(args):
         assert go_on(half) == 2
     assert f"another process is training in {half}" in capsys.readouterr().err
 
 
 def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, quick):
     """The folder that another process holds is left alone, and never shared."""
-    with settings.lock_run_dir(settings.parse_args(options(home, tmp_path / "run")[1:])):
+    with settings.open_run_dir(settings.parse_args(options(home, tmp_path / "run")[1:])):
         assert main.main(options(home, tmp_path / "run", "--steps", "1")) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
     assert not list((tmp_path / "run").iterdir())
