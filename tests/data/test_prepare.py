@@ -74,7 +74,7 @@ def specs(home) -> tuple[str, ...]:
 
 def plan(home, out, **more) -> PrepareConfig:
     """Several shards, in this process."""
-    fixed = {"vocab_size": 400, "shard_tokens": 3000, "workers": 1, "data": (specs(home),)}
+    fixed = {"vocab_size": 400, "shard_tokens": 3000, "workers": 1, "data": specs(home)}
     return PrepareConfig(out, **(fixed | more))
 
 
@@ -83,7 +83,7 @@ def command(args: PrepareConfig) -> list[str]:
     named = {"--out": args.out, "--vocab-size": args.vocab_size, "--workers": args.workers,
              "--shard-tokens": args.shard_tokens, "--dedup": args.dedup}  # fmt: skip
     pairs = [str(x) for x in chain.from_iterable(named.items())]
-    return ["data", "prepare", "--data", *args.sources, *pairs]
+    return ["data", "prepare", "--data", *args.data, *pairs]
 
 
 def left(folder: Path) -> dict[str, bytes]:
@@ -164,10 +164,10 @@ def test_workers_and_chunks_change_nothing(home, whole, tmp_path, monkeypatch):
 
 
 def test_streams_are_shards_too(home, tmp_path):
-    args = replace(plan(home, tmp_path / "s", streaming=True), data=((specs(home)[0],),))
+    args = replace(plan(home, tmp_path / "s", streaming=True), data=(specs(home)[0],))
     prepare.prepare_shards(args)
     (coded,) = open_sources([str(args.out)], 0, False)
-    (source,) = open_sources(args.sources, 0, True)
+    (source,) = open_sources(args.data, 0, True)
     assert coded.val_texts == source.val_texts
     want = Counter(text for text in source.documents(0) if text.strip())
     assert Counter(filter(None, map(coded.to_text, coded.documents(0)))) == want
@@ -178,7 +178,7 @@ def test_a_name_on_the_hub_goes_on_where_it_was_stopped(home, tmp_path, monkeypa
     monkeypatch.setenv("DSV3_CACHE", str(tmp_path / "cache"))
     memory = datasets.Dataset.from_dict({"text": texts_of("h", 150)})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: memory.to_iterable_dataset())
-    one, two = (plan(home, tmp_path / n, data=(("owner/name",),), shard_tokens=900) for n in "ab")
+    one, two = (plan(home, tmp_path / n, data=("owner/name",), shard_tokens=900) for n in "ab")
     prepare.prepare_shards(one)
     real, calls = shard_writer.ShardWriter.end_shard, iter(range(9))
 
@@ -291,7 +291,7 @@ def test_a_finished_folder_is_left_alone(home, copy, capsys):
         ({"vocab_size": 500}, "was begun with --vocab-size 400, not 500"),
         ({"shard_tokens": 9}, "was begun with --shard-tokens 3000, not 9"),
         ({"streaming": True}, "was begun with --streaming False, not True"),
-        ({"data": (("stdlib",),)}, "was begun with --data .*a.jsonl=0.7 .*=0.3, not stdlib=1"),
+        ({"data": ("stdlib",)}, "was begun with --data .*a.jsonl=0.7 .*=0.3, not stdlib=1"),
     ],
 )
 def test_other_settings_are_refused(more, sentence, home, copy):
@@ -302,7 +302,7 @@ def test_other_settings_are_refused(more, sentence, home, copy):
 def test_another_tokenizer_or_other_files_are_refused(home, whole, tmp_path):
     out, text = tmp_path / "s", tmp_path / "text.jsonl"
     write_jsonl(text, texts_of("c", 40))
-    args = replace(plan(home, out), data=((str(text),),))
+    args = replace(plan(home, out), data=(str(text),))
     prepare.prepare_shards(args)
     with pytest.raises(UserError, match="was begun with another tokenizer"):
         prepare.prepare_shards(replace(args, vocab_size=0, tokenizer=whole))
@@ -319,7 +319,7 @@ def test_another_tokenizer_or_other_files_are_refused(home, whole, tmp_path):
         ({"shard_tokens": 0}, "--shard-tokens must be"),
         ({"vocab_size": 9}, "vocab_size 9 is too small"),
         ({"tokenizer": Path("x")}, "--tokenizer and --vocab-size exclude each other"),
-        ({"data": (("missing.txt",),)}, "no data at 'missing.txt'"),
+        ({"data": ("missing.txt",)}, "no data at 'missing.txt'"),
     ],
 )
 def test_mistakes_are_sentences(more, sentence, home, tmp_path, capsys):
@@ -335,7 +335,7 @@ def test_folders_that_are_no_place_for_shards(home, whole, tmp_path):
     with pytest.raises(UserError, match="mine.txt is a file; shards are a folder"):
         prepare.prepare_shards(plan(home, tmp_path / "mine.txt"))
     with pytest.raises(UserError, match="holds shards already: dsv3 train --data"):
-        prepare.prepare_shards(replace(plan(home, tmp_path / "s"), data=((str(whole),),)))
+        prepare.prepare_shards(replace(plan(home, tmp_path / "s"), data=(str(whole),)))
     with prepare.lock_dir(tmp_path / "s"), pytest.raises(UserError, match="another process is"):
         prepare.prepare_shards(plan(home, tmp_path / "s"))
 
@@ -384,7 +384,7 @@ def test_a_training_document_like_a_held_out_one_goes(tmp_path):
     """Though it comes first in the file: nothing near the validation text is trained on."""
     plain = [text for text in texts_of("x", 40) if text.strip()]
     name = write_jsonl(tmp_path / "x.jsonl", plain + plain)
-    prepare.prepare_shards(PrepareConfig(tmp_path / "s", ((name,),), vocab_size=400, workers=1))
+    prepare.prepare_shards(PrepareConfig(tmp_path / "s", (name,), vocab_size=400, workers=1))
     (s,) = open_sources([str(tmp_path / "s")], 0, False)
     trained = [text for text in map(s.to_text, s.documents(0)) if text]
     assert sorted(trained + s.val_texts) == sorted(plain)
@@ -395,12 +395,12 @@ def test_a_training_document_like_a_held_out_one_goes(tmp_path):
 
 def test_a_source_of_which_nothing_is_left(tmp_path):
     names = [write_jsonl(tmp_path / f"{n}.jsonl", texts_of("x", 40)) for n in "ab"]
-    args = PrepareConfig(tmp_path / "s", (tuple(names),), vocab_size=350, workers=1)
+    args = PrepareConfig(tmp_path / "s", tuple(names), vocab_size=350, workers=1)
     with pytest.raises(UserError, match="all held-out documents of .*b.jsonl are near-duplicates"):
         prepare.prepare_shards(args)
     blank = write_jsonl(tmp_path / "c.jsonl", [" "] * 40)
     with pytest.raises(UserError, match="the held-out documents of .*c.jsonl are empty"):
-        prepare.prepare_shards(replace(args, out=tmp_path / "t", data=((names[0], blank),)))
+        prepare.prepare_shards(replace(args, out=tmp_path / "t", data=(names[0], blank)))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
@@ -518,7 +518,7 @@ def test_too_many_documents_for_a_permutation_are_permuted_all_the_same(n, monke
 @pytest.fixture(scope="module")
 def text_shards(home):
     """Of the texts that `miniruns.options` trains on."""
-    args = PrepareConfig(home / "shards", ((str(home / "text"),),), vocab_size=400, workers=1)
+    args = PrepareConfig(home / "shards", (str(home / "text"),), vocab_size=400, workers=1)
     prepare.prepare_shards(args)
     return args.out
 
@@ -655,7 +655,7 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     for i in range(60):
         (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i} is about {i * i}. " * (i % 4))
-    data = ((str(tmp_path / "text"),),)
+    data = (str(tmp_path / "text"),)
     out = tmp_path / "shards"
     prepare.prepare_shards(prepare.PrepareConfig(out, data, vocab_size=300, dedup=0, workers=1))
     whole = [d.tolist() for d in Shards(out).documents(0, "train")]

@@ -12,7 +12,7 @@ import miniruns
 import pytest
 import torch
 from gang import Gang
-from miniruns import launch, metrics, options
+from miniruns import launch, metrics, options, override
 from test_cluster import wait_for_exit
 
 from dsv3_ref.cli import main
@@ -72,7 +72,7 @@ def rl(home, out, *more) -> list[str]:
     words += "--seq-len 32 --global-batch-size 4 --start-batch-size 4".split()
     words += "--num-generations 4 --max-new-tokens 12".split()
     words += "--steps 6 --save-every 3 --temperature 1.3".split()
-    return list(map(str, [*words, *more]))
+    return override(words, more)
 
 
 # ── Comparison with one process ──

@@ -5,7 +5,7 @@ import json
 import miniruns
 import pytest
 import torch
-from miniruns import metrics, options, results
+from miniruns import metrics, options, override, results
 
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
@@ -52,7 +52,7 @@ def train(home, out, *more) -> int:
     fixed += (
         "--seq-len 32 --global-batch-size 4 --start-batch-size 4 --warmup-steps 1 --lr 3e-3".split()
     )
-    return main.main([str(x) for x in [*fixed, "--min-lr", "1e-3", *more]])
+    return main.main(override([*fixed, "--min-lr", "1e-3"], more))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import miniruns
 import pytest
 import torch
-from miniruns import metrics, options, results
+from miniruns import metrics, options, override, results
 
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
@@ -113,7 +113,7 @@ def rl(home, out, *more) -> int:
     fixed += "--seq-len 32 --global-batch-size 3 --start-batch-size 3".split()
     fixed += "--num-generations 4 --max-new-tokens 6".split()
     fixed += "--steps 4 --save-every 2 --lr 1e-3 --warmup-steps 1 --temperature 1.5".split()
-    return main.main([str(x) for x in [*fixed, *more]])
+    return main.main(override(fixed, more))
 
 
 @pytest.fixture(scope="module")

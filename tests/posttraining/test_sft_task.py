@@ -5,7 +5,7 @@ import json
 import miniruns
 import pytest
 import torch
-from miniruns import metrics, options, results
+from miniruns import metrics, options, override, results
 
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
@@ -42,7 +42,7 @@ def sft(home, out, *more) -> int:
     fixed = ["sft", "--init", home / "base", "--data", home / "talks.jsonl", "--out", out]
     fixed += "--seq-len 63 --global-batch-size 2 --start-batch-size 2".split()
     fixed += "--warmup-steps 1 --lr 3e-3 --epochs 3".split()
-    return main.main([str(x) for x in [*fixed, *more]])
+    return main.main(override(fixed, more))
 
 
 @pytest.fixture(scope="module")

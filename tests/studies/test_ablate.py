@@ -10,7 +10,7 @@ import miniruns
 import numpy as np
 import pytest
 import torch
-from miniruns import MINI
+from miniruns import MINI, override
 from test_moe import slow_balance
 
 from dsv3_ref.cli.main import main
@@ -49,7 +49,7 @@ def home(tmp_path_factory):
 
 def command(home, name: str, *more) -> list[str]:
     fixed = ["ablate", name, "--config", home / "mini.json", "--data", home / "text"]
-    return [str(x) for x in [*fixed, "--out", home / "results", "--steps", 3, *more]]
+    return override([*fixed, "--out", home / "results", "--steps", 3], more)
 
 
 # ── Mistakes ──
@@ -78,7 +78,7 @@ def test_a_mistake_is_an_error_message(argv, sentence, tmp_path, monkeypatch, ca
 def test_results_of_other_settings_are_not_overwritten(home, tmp_path, capsys):
     path = tmp_path / "ablate_mtp.json"
     path.write_text(json.dumps({"steps": 9, "runs": []}))
-    assert main([*command(home, "mtp"), "--out", str(tmp_path)]) == 2
+    assert main(command(home, "mtp", "--out", tmp_path)) == 2
     assert "was made with other steps: give another --out" in capsys.readouterr().err
     assert json.loads(path.read_text()) == {"steps": 9, "runs": []}
 
@@ -101,7 +101,7 @@ def test_stored_runs_are_not_repeated(name, home, monkeypatch):
 
 def test_an_interrupted_ablation_resumes(home, tmp_path, monkeypatch):
     """Only the missing runs are made after an interruption."""
-    argv = [*command(home, "mtp", "--seeds", 2), "--out", str(tmp_path)]
+    argv = command(home, "mtp", "--seeds", 2, "--out", tmp_path)
     calls, real = [], ablate.run_variant
 
     def limited(*args):
@@ -258,7 +258,7 @@ def test_cache_sizes_are_those_of_the_metadata():
 
 
 def test_a_seed_gives_all_variants_the_same_data(home, tmp_path):
-    argv = [*command(home, "balance")[1:], "--out", str(tmp_path)]
+    argv = command(home, "balance", "--out", tmp_path)[1:]
     args = ablate.parse_options(argv)
     base = ablate.load_config(args.config)
     bias, with_loss, *_ = ablate.balance_variants(base, ablate.ablation_recipe(base, 3)).values()

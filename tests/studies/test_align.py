@@ -222,7 +222,7 @@ def test_the_shortest_correct_answers_of_the_expert_are_used(home):
 
 @pytest.mark.parametrize("more", [["--seeds", "0"], ["--steps", "0"], ["--epochs", "-1"]])
 def test_invalid_options_are_errors(more, home, capsys):
-    assert main.main([*ALIGN, *more]) == 2
+    assert main.main(miniruns.override(ALIGN, more)) == 2
     assert "must be at least 1" in capsys.readouterr().err
 
 

@@ -100,7 +100,7 @@ def test_shards(tmp_path, capsys):
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i} is about {i * i}.")
     args = prepare.PrepareConfig(
-        tmp_path / "shards", ((str(tmp_path / "text"),),), vocab_size=300, dedup=0, workers=1
+        tmp_path / "shards", (str(tmp_path / "text"),), vocab_size=300, dedup=0, workers=1
     )
     prepare.prepare_shards(args)
     code, said = check(tmp_path / "shards", capsys)

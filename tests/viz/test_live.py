@@ -185,7 +185,7 @@ def command(home, out, steps: int) -> RunProcess:
     _, *words = miniruns.options(home, out)[:-2]
     words = [w for w in words if w not in ("--out", str(out))]
     more = ["--steps", str(steps), "--warmup-steps", "2", "--save-every", "1000"]
-    return RunProcess(" ".join(["train", *words, *more]), out)
+    return RunProcess(" ".join(["train", *miniruns.override(words, more)]), out)
 
 
 def until(happens, run: RunProcess, seconds: float = 60.0) -> None:
