@@ -1,6 +1,7 @@
 """Near-duplicates: MinHash signatures (by rensa) and an index of their bands (LSH)."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -8,7 +9,17 @@ import numpy as np
 from dsv3_ref.config import UserError
 
 NUM_PERM, SEED = 128, 42  # of a signature
-NGRAM = 5  # words of the runs that are compared
+NGRAM = 5  # words, or parts of text without spaces, of the runs that are compared
+SHINGLES = 2  # version of what `shingles` returns
+LONG_WORD, LONG_PIECE = 16, 32  # characters: longer ones are split
+# Scripts that are written without spaces between words: Thai to Tibetan, Burmese, Khmer, Chinese
+# and Japanese.
+UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff"
+    "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
+PIECE = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
 MAX_MISS_RATE = 0.01  # fraction of pairs exactly at the threshold that the bands may miss
 FIRST_CAPACITY = 1024  # signatures
 
@@ -25,9 +36,28 @@ def import_rensa() -> ModuleType:
 
 
 def shingles(text: str) -> list[str]:
-    """Return all runs of five words in lower case, or the whole of a shorter text."""
-    words = text.lower().split()
-    return [" ".join(words[i : i + NGRAM]) for i in range(max(1, len(words) - NGRAM + 1))]
+    """Return all runs of five units of a text, or the whole of a shorter text."""
+    parts = list(units(text.lower()))
+    return [" ".join(parts[i : i + NGRAM]) for i in range(max(1, len(parts) - NGRAM + 1))]
+
+
+def units(text: str) -> Iterator[str]:
+    """Yield the words of a text; where they are not separated by spaces, smaller parts.
+
+    These are single characters in Chinese, Japanese, Thai and the like and in runs of more than
+    LONG_PIECE letters, and names and signs in words of more than LONG_WORD characters, such as
+    minified code.
+    """
+    has_unspaced = HAS_UNSPACED.search(text) is not None
+    for word in text.split():
+        if len(word) <= LONG_WORD and not (has_unspaced and HAS_UNSPACED.search(word)):
+            yield word
+            continue
+        for piece in PIECE.findall(word):
+            if len(piece) > LONG_PIECE:
+                yield from piece
+            else:
+                yield piece
 
 
 def minhash_signatures(texts: Iterable[str]) -> np.ndarray:

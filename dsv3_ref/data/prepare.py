@@ -23,7 +23,7 @@ from dsv3_ref.checkpoints.atomic import LOCK, lock_dir, write_json
 from dsv3_ref.checkpoints.manifest import available_cores, file_sha256
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import files, shards
-from dsv3_ref.data.dedup import import_rensa
+from dsv3_ref.data.dedup import SHINGLES, import_rensa
 from dsv3_ref.data.loader import load_or_train_tokenizer
 from dsv3_ref.data.shard_writer import SPLITS, ShardWriter, clean_up
 from dsv3_ref.data.sources import Source, TextSource
@@ -48,8 +48,9 @@ class PrepareConfig:
     streaming: bool = False
     """stream files from disk instead of loading them into memory"""
     dedup: float = 0.8
-    """leave out documents whose Jaccard similarity (of 5-word shingles) with an earlier one of any
-    source is at least this; held-out documents come first. 0: keep all"""
+    """leave out documents whose Jaccard similarity (of runs of 5 words, or of 5 characters where
+    words are not separated by spaces) with an earlier one of any source is at least this; held-out
+    documents come first. 0: keep all"""
     shard_tokens: int = 1 << 26
     """tokens per shard; a shard ends with the document that reaches this number"""
     workers: int = available_cores()
@@ -130,6 +131,7 @@ def index_settings(args: PrepareConfig) -> dict[str, Any]:
         "dedup": args.dedup,
         "shard_tokens": args.shard_tokens,
         "rensa": version("rensa") if args.dedup else None,
+        "shingles": SHINGLES if args.dedup else None,
     }
 
 
@@ -149,7 +151,7 @@ def check_settings_match(out: Path, before: dict[str, Any], now: dict[str, Any])
             continue
         if name == "files":
             raise UserError(f"files of its sources have changed since {out} was begun: {remedy}")
-        if name in ("tokenizer", "rensa"):
+        if name in ("tokenizer", "rensa", "shingles"):
             raise UserError(f"{out} was begun with another {name}: {remedy}")
         flag = f"--{name.replace('_', '-')}"
         raise UserError(
