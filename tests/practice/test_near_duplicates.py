@@ -56,7 +56,7 @@ def retouched(text: str, rng: random.Random, alphabet: str) -> str:
         pytest.param(written, HAN, id="chinese"),
         pytest.param(written, KANA, id="japanese"),
         pytest.param(written, THAI, id="thai"),
-        # tokenisation of code (bigcode-project/bigcode-analysis#10)
+        # tokenization of code (bigcode-project/bigcode-analysis#10)
         pytest.param(minified, LETTERS, id="minified code"),
         pytest.param(blob, "acgt", id="one long word"),
     ],
