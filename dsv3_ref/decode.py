@@ -48,32 +48,76 @@ def greedy_token(logit_bw: torch.Tensor) -> torch.Tensor:
     return logit_bw.argmax(-1)
 
 
-def logits_to_probs(logit_bw: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
-    """Return softmax(logit / T) within the nucleus, (b, w), summing to 1; one-hot at T = 0."""
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+def truncate_probs(
+    p_bw: torch.Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> torch.Tensor:
+    """Set the probabilities of words that may not be drawn to 0; the rest need not sum to 1.
+
+    min_p: relative to the likeliest word's. top_k: 0 keeps any number of words. top_p: of what the
+    other two have kept. The likeliest word always stays.
+    """
+    ranked_bw, order_bw = p_bw.sort(-1, descending=True)
+    cut_bw = ranked_bw < min_p * ranked_bw[..., :1]
+    if top_k:
+        cut_bw[..., top_k:] = True
+    ranked_bw = ranked_bw.masked_fill(cut_bw, 0.0)
+    ranked_bw = ranked_bw / ranked_bw.sum(-1, keepdim=True)
+    if top_p < 1:
+        cut_bw |= ranked_bw.cumsum(-1) - ranked_bw >= top_p  # those before it already suffice
+    cut_bw[..., 0] = False  # also if top_p is 0 in float32
+    return p_bw.masked_fill(cut_bw.scatter(-1, order_bw, cut_bw), 0.0)
+
+
+def logits_to_probs(
+    logit_bw: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0,
+    min_p: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Return softmax(logit / T) of the words that `truncate_probs` keeps, (b, w), summing to 1.
+
+    One-hot at T = 0.
+    """
+    if not (0 < top_p <= 1 and 0 <= min_p <= 1 and top_k >= 0):
+        raise ValueError(
+            f"top_p must be above 0 and at most 1, min_p from 0 to 1, top_k at least 0: not "
+            f"{top_p}, {min_p} and {top_k}"
+        )
     if is_greedy(temperature):
         return torch.zeros_like(logit_bw).scatter_(-1, greedy_token(logit_bw)[..., None], 1.0)
     best_bw = logit_bw.float().amax(-1, keepdim=True)
     if not best_bw.isfinite().all():
         raise InvalidLogits
     p_bw = ((logit_bw.float() - best_bw) / temperature).softmax(-1)  # at most 0: no overflow
-    if top_p < 1:
-        ranked_bw, order_bw = p_bw.sort(-1, descending=True)
-        cut_bw = ranked_bw.cumsum(-1) - ranked_bw >= top_p  # those before it already suffice
-        cut_bw[..., 0] = False  # also if top_p is 0 in float32
-        p_bw = p_bw.masked_fill(cut_bw.scatter(-1, order_bw, cut_bw), 0.0)
+    if top_p < 1 or top_k or min_p:
+        p_bw = truncate_probs(p_bw, top_p, top_k, min_p)
     return p_bw / p_bw.sum(-1, keepdim=True)
+
+
+def penalize(
+    logit_w: torch.Tensor, prompt: Sequence[int], output: Sequence[int], repetition: float = 1.0,
+    presence: float = 0.0, frequency: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Return the logits of the next word, (w,) in fp32, lowered for words that have occurred.
+
+    repetition: divides positive and multiplies negative logits of words of the prompt and the
+    output. presence: subtracted once for each word of the output. frequency: for each occurrence.
+    """
+    count_w = torch.tensor(output, dtype=torch.int64).bincount(minlength=len(logit_w))
+    seen_w = torch.tensor(prompt, dtype=torch.int64).bincount(minlength=len(logit_w)) + count_w > 0
+    count_w, seen_w = count_w.to(logit_w.device), seen_w.to(logit_w.device)
+    factor_w = torch.where(logit_w > 0, 1 / repetition, repetition)
+    logit_w = torch.where(seen_w, logit_w.float() * factor_w, logit_w.float())
+    return logit_w - frequency * count_w - presence * (count_w > 0)
 
 
 def sample(
     logit_bw: torch.Tensor, temperature: float, generator: torch.Generator | None = None,
-    top_p: float = 1.0,
+    top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Return the next token of each row, (b,): argmax at T = 0, else from `logits_to_probs`."""
     if is_greedy(temperature):
         return greedy_token(logit_bw)
-    return multinomial_sample(logits_to_probs(logit_bw, temperature, top_p), generator)
+    p_bw = logits_to_probs(logit_bw, temperature, top_p, top_k, min_p)
+    return multinomial_sample(p_bw, generator)
 
 
 def multinomial_sample(
@@ -421,11 +465,13 @@ Distributions = Sequence[torch.Tensor | None]  # (b, w) of every draft; None: ch
 
 
 class SamplingParams(NamedTuple):
-    """Parameters of sampling: temperature, nucleus (top_p) and random numbers."""
+    """Parameters of sampling: temperature, random numbers, and which words may be drawn."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     generator: torch.Generator | None = None
+    top_k: int = 0
+    min_p: float = 0.0
 
     @property
     def is_greedy(self) -> bool:
@@ -434,13 +480,19 @@ class SamplingParams(NamedTuple):
 
     def sample(self, logit_bw: torch.Tensor) -> torch.Tensor:
         """Return the next token of each row, (b,)."""
-        return sample(logit_bw, self.temperature, self.generator, self.top_p)
+        return sample(
+            logit_bw, self.temperature, self.generator, self.top_p, self.top_k, self.min_p
+        )
+
+    def probs(self, logit_bw: torch.Tensor) -> torch.Tensor:
+        """Return the distribution from which tokens are drawn, (b, w)."""
+        return logits_to_probs(logit_bw, self.temperature, self.top_p, self.top_k, self.min_p)
 
     def draft(self, logit_bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft a token for each row; return it and the distribution it is from, None at T = 0."""
         if self.is_greedy:
             return greedy_token(logit_bw), None
-        q_bw = logits_to_probs(logit_bw, self.temperature, self.top_p)
+        q_bw = self.probs(logit_bw)
         return multinomial_sample(q_bw, self.generator), q_bw
 
     def verify(
@@ -451,7 +503,7 @@ class SamplingParams(NamedTuple):
             argmax_bs = greedy_token(logit_bsw)
             n_b = (argmax_bs[:, :-1] == draft_bk).long().cumprod(1).sum(1)
             return n_b, argmax_bs.gather(1, n_b[:, None])[:, 0]
-        p_bsw = logits_to_probs(logit_bsw, self.temperature, self.top_p)
+        p_bsw = self.probs(logit_bsw)
         q_bkw = torch.stack([q_bw for q_bw in distributions if q_bw is not None], 1)
         return verify_draft(p_bsw, q_bkw, draft_bk, self.generator)
 

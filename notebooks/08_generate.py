@@ -100,8 +100,16 @@ assert passes(1000, 1000, True) == 1999 and passes(1000, 1000, False) == 1_499_5
 # At $T=1$ these are the model's own; below, likely words gain; at $T \to 0$ only the likeliest is
 # left, which we write as an argmax instead of dividing by zero. *Top-p* cuts off the long tail: of
 # the words in order of probability it keeps the fewest (the *nucleus*) that together reach a share
-# `top_p`, and scales them up until they sum to 1. We keep the distribution itself at hand, not only a
-# draw from it: drafting will need it.
+# `top_p`, and scales them up until they sum to 1. *Top-k* keeps a fixed number of words, and *min-p*
+# those with at least a share `min_p` of the likeliest word's probability. We keep the distribution
+# itself at hand, not only a draw from it: drafting will need it.
+#
+# *Penalties* lower the logits of words that have occurred $c_w$ times in the output, before all of this:
+#
+# $$\ell'_w = \ell_w \, r^{-\operatorname{sign} \ell_w} - f\, c_w - p\, [c_w > 0]$$
+#
+# with the *frequency* penalty $f$, the *presence* penalty $p$, and the *repetition* penalty $r$, which
+# also applies to the words of the prompt.
 
 
 # Two kinds of input have no such distribution. A temperature below $10^{-5}$ would make $\ell/T$
@@ -138,32 +146,76 @@ def greedy_token(logit_bw: torch.Tensor) -> torch.Tensor:
     return logit_bw.argmax(-1)
 
 
-def logits_to_probs(logit_bw: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
-    """Return softmax(logit / T) within the nucleus, (b, w), summing to 1; one-hot at T = 0."""
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+def truncate_probs(
+    p_bw: torch.Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> torch.Tensor:
+    """Set the probabilities of words that may not be drawn to 0; the rest need not sum to 1.
+
+    min_p: relative to the likeliest word's. top_k: 0 keeps any number of words. top_p: of what the
+    other two have kept. The likeliest word always stays.
+    """
+    ranked_bw, order_bw = p_bw.sort(-1, descending=True)
+    cut_bw = ranked_bw < min_p * ranked_bw[..., :1]
+    if top_k:
+        cut_bw[..., top_k:] = True
+    ranked_bw = ranked_bw.masked_fill(cut_bw, 0.0)
+    ranked_bw = ranked_bw / ranked_bw.sum(-1, keepdim=True)
+    if top_p < 1:
+        cut_bw |= ranked_bw.cumsum(-1) - ranked_bw >= top_p  # those before it already suffice
+    cut_bw[..., 0] = False  # also if top_p is 0 in float32
+    return p_bw.masked_fill(cut_bw.scatter(-1, order_bw, cut_bw), 0.0)
+
+
+def logits_to_probs(
+    logit_bw: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0,
+    min_p: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Return softmax(logit / T) of the words that `truncate_probs` keeps, (b, w), summing to 1.
+
+    One-hot at T = 0.
+    """
+    if not (0 < top_p <= 1 and 0 <= min_p <= 1 and top_k >= 0):
+        raise ValueError(
+            f"top_p must be above 0 and at most 1, min_p from 0 to 1, top_k at least 0: not "
+            f"{top_p}, {min_p} and {top_k}"
+        )
     if is_greedy(temperature):
         return torch.zeros_like(logit_bw).scatter_(-1, greedy_token(logit_bw)[..., None], 1.0)
     best_bw = logit_bw.float().amax(-1, keepdim=True)
     if not best_bw.isfinite().all():
         raise InvalidLogits
     p_bw = ((logit_bw.float() - best_bw) / temperature).softmax(-1)  # at most 0: no overflow
-    if top_p < 1:
-        ranked_bw, order_bw = p_bw.sort(-1, descending=True)
-        cut_bw = ranked_bw.cumsum(-1) - ranked_bw >= top_p  # those before it already suffice
-        cut_bw[..., 0] = False  # also if top_p is 0 in float32
-        p_bw = p_bw.masked_fill(cut_bw.scatter(-1, order_bw, cut_bw), 0.0)
+    if top_p < 1 or top_k or min_p:
+        p_bw = truncate_probs(p_bw, top_p, top_k, min_p)
     return p_bw / p_bw.sum(-1, keepdim=True)
+
+
+def penalize(
+    logit_w: torch.Tensor, prompt: Sequence[int], output: Sequence[int], repetition: float = 1.0,
+    presence: float = 0.0, frequency: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Return the logits of the next word, (w,) in fp32, lowered for words that have occurred.
+
+    repetition: divides positive and multiplies negative logits of words of the prompt and the
+    output. presence: subtracted once for each word of the output. frequency: for each occurrence.
+    """
+    count_w = torch.tensor(output, dtype=torch.int64).bincount(minlength=len(logit_w))
+    seen_w = torch.tensor(prompt, dtype=torch.int64).bincount(minlength=len(logit_w)) + count_w > 0
+    count_w, seen_w = count_w.to(logit_w.device), seen_w.to(logit_w.device)
+    factor_w = torch.where(logit_w > 0, 1 / repetition, repetition)
+    logit_w = torch.where(seen_w, logit_w.float() * factor_w, logit_w.float())
+    return logit_w - frequency * count_w - presence * (count_w > 0)
 
 
 def sample(
     logit_bw: torch.Tensor, temperature: float, generator: torch.Generator | None = None,
-    top_p: float = 1.0,
+    top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Return the next token of each row, (b,): argmax at T = 0, else from `logits_to_probs`."""
     if is_greedy(temperature):
         return greedy_token(logit_bw)
-    return multinomial_sample(logits_to_probs(logit_bw, temperature, top_p), generator)
+    p_bw = logits_to_probs(logit_bw, temperature, top_p, top_k, min_p)
+    return multinomial_sample(p_bw, generator)
 
 
 def multinomial_sample(
@@ -190,7 +242,9 @@ for temperature in (0.5, 1.0, 2.0):
     assert (share - exact).abs().max() < 0.015  # four standard errors of a share are 0.014
     print(f"T = {temperature}:", [f"{x:.2f}" for x in share.tolist()])
 assert sample(logit_bw, 0).tolist() == sample(logit_bw, 1e-38).tolist() == [0]
-assert (logits_to_probs(logit_bw, 1.0, 0.7) > 0).tolist() == [[True, True, False, False]]
+for options in ({"top_p": 0.7}, {"top_k": 2}, {"min_p": 0.3}):
+    assert (logits_to_probs(logit_bw, 1.0, **options) > 0).tolist() == [[True, True, False, False]]
+assert penalize(logit_bw[0], [3], [0, 0], 2.0, 0.5, 0.25).tolist() == [0.0, 1.0, 0.0, -2.0]
 
 # %% [markdown]
 # ## Rows of unequal length
@@ -682,11 +736,13 @@ Distributions = Sequence[torch.Tensor | None]  # (b, w) of every draft; None: ch
 
 
 class SamplingParams(NamedTuple):
-    """Parameters of sampling: temperature, nucleus (top_p) and random numbers."""
+    """Parameters of sampling: temperature, random numbers, and which words may be drawn."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     generator: torch.Generator | None = None
+    top_k: int = 0
+    min_p: float = 0.0
 
     @property
     def is_greedy(self) -> bool:
@@ -695,13 +751,19 @@ class SamplingParams(NamedTuple):
 
     def sample(self, logit_bw: torch.Tensor) -> torch.Tensor:
         """Return the next token of each row, (b,)."""
-        return sample(logit_bw, self.temperature, self.generator, self.top_p)
+        return sample(
+            logit_bw, self.temperature, self.generator, self.top_p, self.top_k, self.min_p
+        )
+
+    def probs(self, logit_bw: torch.Tensor) -> torch.Tensor:
+        """Return the distribution from which tokens are drawn, (b, w)."""
+        return logits_to_probs(logit_bw, self.temperature, self.top_p, self.top_k, self.min_p)
 
     def draft(self, logit_bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft a token for each row; return it and the distribution it is from, None at T = 0."""
         if self.is_greedy:
             return greedy_token(logit_bw), None
-        q_bw = logits_to_probs(logit_bw, self.temperature, self.top_p)
+        q_bw = self.probs(logit_bw)
         return multinomial_sample(q_bw, self.generator), q_bw
 
     def verify(
@@ -712,7 +774,7 @@ class SamplingParams(NamedTuple):
             argmax_bs = greedy_token(logit_bsw)
             n_b = (argmax_bs[:, :-1] == draft_bk).long().cumprod(1).sum(1)
             return n_b, argmax_bs.gather(1, n_b[:, None])[:, 0]
-        p_bsw = logits_to_probs(logit_bsw, self.temperature, self.top_p)
+        p_bsw = self.probs(logit_bsw)
         q_bkw = torch.stack([q_bw for q_bw in distributions if q_bw is not None], 1)
         return verify_draft(p_bsw, q_bkw, draft_bk, self.generator)
 

@@ -100,6 +100,7 @@ from dsv3_ref.decode import (
     SamplingParams,
     decode_layers,
     decode_weights,
+    penalize,
 )
 from dsv3_ref.mla import attend_expanded, paged_attention
 from dsv3_ref.model import Transformer
@@ -233,6 +234,9 @@ print("6 pages: 3 used, 2 of them shared, then evictable, found again, and final
 # these two. For a new prompt, $n = 0$. A request that decodes has exactly one unprocessed token, the one just sampled. A
 # request that lost its pages starts again with $n = 0$, so prefill and recovery after preemption are the same code. With $D$ drafts the MTP modules have
 # processed fewer tokens than the main model (chapter 08), and the hidden states of the positions in between are kept in `h_sd`.
+#
+# A `LogitsProcessor` applies a request's penalties (chapter 08), biases and minimum length. Draft $k$ is verified with the logits that follow the output and the
+# drafts before it, so drafts do not change what penalties mean. Log-probabilities are those of the model itself, before any of this.
 
 
 # %%
@@ -242,6 +246,43 @@ TokenLogprob = tuple[float, list[tuple[int, float]]]  # of a token, and its alte
 
 class QueueFull(Exception):
     """The queue has no room for another request."""
+
+
+@dataclass(frozen=True)
+class LogitsProcessor:
+    """Changes to a request's logits before a token is chosen; none by default."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    min_tokens: int = 0  # output tokens before the first that may end the request
+
+    @property
+    def is_neutral(self) -> bool:
+        """True if no logit is changed."""
+        return self == LogitsProcessor()
+
+    def __call__(self, request: "Request", logit_sw: Tensor, draft: Sequence[int] = ()) -> Tensor:
+        """Return the logits of s positions, (s, w): after the output and 0 … s − 1 draft tokens."""
+        if self.is_neutral:
+            return logit_sw
+        rows = enumerate(logit_sw)
+        return torch.stack([self.process(request, logit_w, draft[:k]) for k, logit_w in rows])
+
+    def process(self, request: "Request", logit_w: Tensor, draft: Sequence[int]) -> Tensor:
+        """Return the logits of one position, (w,)."""
+        output = [*request.output_tokens, *draft]
+        logit_w = penalize(
+            logit_w, request.prompt_tokens, output, self.repetition_penalty,
+            self.presence_penalty, self.frequency_penalty,
+        )  # fmt: skip
+        if self.logit_bias:
+            tokens, biases = zip(*self.logit_bias)
+            logit_w[list(tokens)] += torch.tensor(biases).to(logit_w)
+        if len(output) < self.min_tokens:
+            logit_w[list(request.stop_token_ids)] = -torch.inf
+        return logit_w
 
 
 @dataclass(eq=False)
@@ -255,6 +296,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int = -1  # alternatives per token; −1: no log-probabilities at all
     cache_salt: bytes = b""  # pages are shared only between requests with the same salt
+    wants_prompt_logprobs: bool = False  # also those of the prompt; its whole prefill runs here
+    logits_processor: LogitsProcessor = LogitsProcessor()
     num_computed_tokens: int = 0  # n
     num_mtp_computed_tokens: int = 0  # by the MTP modules
     h_sd: Tensor | None = None  # hidden states of the positions between the two counts
@@ -269,9 +312,27 @@ class Request:
     finish_reason: str = ""  # stop, length, abort, prefilled, error; "" while it runs
     # per output token, unless num_logprobs is −1
     logprobs: list["TokenLogprob"] = field(default_factory=list)
+    # per prompt token after the first, if wanted
+    prompt_logprobs: list["TokenLogprob"] = field(default_factory=list)
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.tokens)
+
+    @property
+    def is_argmax(self) -> bool:
+        """True if each token is the likeliest according to the model's own logits."""
+        return self.sampling_params.is_greedy and self.logits_processor.is_neutral
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """True if log-probabilities of the prompt are wanted and not all of them are known."""
+        num_known = len(self.prompt_logprobs)
+        return self.wants_prompt_logprobs and num_known < self.num_prompt_tokens - 1
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        """The tokens of the prompt."""
+        return self.tokens[: self.num_prompt_tokens]
 
     @property
     def output_tokens(self) -> list[int]:
@@ -354,8 +415,10 @@ class Scheduler:
         Raises `QueueFull`, or a `UserError` for a request that would not fit even alone.
         """
         for request in requests:
-            if not request.tokens or request.max_tokens < 1:
-                raise UserError("a request needs at least one prompt token and one new token")
+            if not request.tokens or request.max_tokens < 0:
+                raise UserError(
+                    "a request needs at least one prompt token, and max_tokens cannot be negative"
+                )
             if request.num_prompt_tokens + request.max_tokens > self.max_model_len:
                 raise UserError(
                     f"a prompt of {request.num_prompt_tokens} tokens and {request.max_tokens} new "
@@ -408,7 +471,8 @@ class Scheduler:
 
     def prefill_remotely(self, request: Request, send_remote: Callable[[Request], bool]) -> bool:
         """Allocate a prompt's blocks and send it; return whether no local prefill is needed now."""
-        if request.num_uncomputed_tokens == 1 or request.local_prefill:
+        is_local = request.local_prefill or request.lacks_prompt_logprobs
+        if request.num_uncomputed_tokens == 1 or is_local:
             return False
         if self.allocate_slots(request, request.num_prefill_tokens):
             request.remote_prefill = send_remote(request)
@@ -422,6 +486,8 @@ class Scheduler:
 
     def match_prefix(self, request: Request) -> None:
         """Give a request the cached blocks of its prefix; leave at least one token to compute."""
+        if request.lacks_prompt_logprobs:  # they are not cached
+            return
         num_tokens = len(request.tokens) - 1
         if self.num_speculative_tokens:
             num_tokens = max(0, request.num_prefill_tokens - self.num_speculative_tokens)
@@ -825,13 +891,20 @@ class Speculator:
             try:
                 if not valid_b[i]:
                     raise InvalidLogits
-                if not request.sampling_params.is_greedy:
-                    token_b, q_bw = request.sampling_params.draft(logit_bw[i : i + 1])
-                    assert q_bw is not None  # it is None only at T = 0
-                    draft.tokens[-1] = int(token_b)
-                    draft.distributions.append(q_bw)
+                if not request.is_argmax:
+                    self.draw(request, draft, logit_bw[i])
             except Exception as e:
                 draft.fault = e
+
+    def draw(self, request: Request, draft: Draft, logit_w: Tensor) -> None:
+        """Replace the last token of a draft by one that follows the request's parameters."""
+        processor = request.logits_processor
+        if not processor.is_neutral:
+            logit_w = processor.process(request, logit_w, draft.tokens[:-1])
+        token_b, q_bw = request.sampling_params.draft(logit_w[None])
+        draft.tokens[-1] = int(token_b)
+        if q_bw is not None:  # as at T = 0
+            draft.distributions.append(q_bw)
 
     def verify(
         self, request: Request, logit_sw: Tensor, argmax_s: list[int], draft: Draft
@@ -839,7 +912,10 @@ class Speculator:
         """Return the new tokens of a request: accepted drafts and one more token."""
         if draft.fault:
             raise draft.fault
-        params = request.sampling_params
+        params, processor = request.sampling_params, request.logits_processor
+        if not processor.is_neutral:
+            logit_sw = processor(request, logit_sw, draft.tokens)
+            argmax_s = logit_sw.argmax(-1).tolist()
         if params.is_greedy:
             wrong = (k for k, token in enumerate(draft.tokens) if token != argmax_s[k])
             return argmax_s[: next(wrong, len(draft.tokens)) + 1]
@@ -964,6 +1040,7 @@ class Engine:
         if not h_sd.isfinite().all():
             raise InvalidLogits
         self.counters["prompt_tokens"] += num_tokens
+        self.append_prompt_logprobs(request, h_sd)
         request.num_computed_tokens += num_tokens
         self.speculator.extend(request, h_sd)
         self.scheduler.cache_full_blocks(request)
@@ -976,11 +1053,27 @@ class Engine:
         else:
             self.append_first_token(request, logit_w)
 
+    def append_prompt_logprobs(self, request: Request, h_sd: Tensor) -> None:
+        """Append log-probabilities of the prompt tokens after the positions of a chunk."""
+        if not request.lacks_prompt_logprobs:
+            return
+        start = request.num_computed_tokens
+        first = len(request.prompt_logprobs)  # more than `start` after a preemption
+        end = min(start + len(h_sd), request.num_prompt_tokens - 1)
+        if first < end:
+            logit_sw = self.runner.logits(h_sd[first - start : end - start])
+            request.prompt_logprobs += logprobs_with_alternatives(
+                request.tokens[first + 1 : end + 1], logit_sw, request.num_logprobs
+            )
+
     def append_first_token(self, request: Request, logit_w: Tensor) -> None:
-        """Sample the token after a prompt."""
-        self.append_output(
-            request, [int(request.sampling_params.sample(logit_w[None]))], logit_w[None]
-        )
+        """Sample the token after a prompt, or end a request that wants none."""
+        if not request.max_tokens:
+            self.end(request, "length")
+            return
+        logit_sw = request.logits_processor(request, logit_w[None])
+        token = int(request.sampling_params.sample(logit_sw))
+        self.append_output(request, [token], logit_w[None])
 
     def decode_batch(self) -> list[Request]:
         """Return the requests that decode in this step."""

@@ -16,7 +16,7 @@ from dsv3_ref.data.sources import open_sources
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS
-from dsv3_ref.serving.text_generator import StreamDetokenizer
+from dsv3_ref.serving.detokenizer import StreamDetokenizer
 
 BATCH = 16  # rows per forward pass
 

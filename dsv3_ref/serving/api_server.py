@@ -5,32 +5,20 @@ import json
 import secrets
 import socket
 import sys
-import time
 import traceback
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from tokenizers import Tokenizer
-
-from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import load_tokenizer
-from dsv3_ref.decode import SamplingParams
-from dsv3_ref.model import Transformer
-from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.serve import QueueFull
 from dsv3_ref.serving.config import (
     API_KEY_VARIABLE,
     ServeConfig,
     api_keys,
-    build_engine,
     validate_serve_config,
 )
-from dsv3_ref.serving.engine_thread import EngineThread
+from dsv3_ref.serving.fields import InvalidField, JSONObject
 from dsv3_ref.serving.network import (
     CACHE_SALT,
     ApiKeys,
@@ -39,28 +27,17 @@ from dsv3_ref.serving.network import (
     host_rule,
     is_loopback,
 )
-from dsv3_ref.serving.output_processor import REQUEST_FAILED, CompletionPiece, ServedRequest
-from dsv3_ref.serving.prefill import PrefillWorker, dispatch_prefill
+from dsv3_ref.serving.openapi import describe_api
+from dsv3_ref.serving.output_processor import REQUEST_FAILED, ServedRequest
 from dsv3_ref.serving.protocol import (
     CompletionRequest,
     HTTPError,
-    JSONObject,
     error_body,
-    flatten_content,
-    is_token_ids,
     make_choice,
-    parse_flag,
-    parse_float,
-    parse_int,
-    parse_logprobs,
-    parse_stop,
-    reject_unknown,
     response_head,
+    stream_choices,
 )
-from dsv3_ref.serving.text_generator import StreamDetokenizer
-from dsv3_ref.serving.tokenize_pool import TokenizePool
-from dsv3_ref.sft import render_conversation
-from dsv3_ref.training.strategy import pick_device
+from dsv3_ref.serving.service import ENGINE_FAILED, MAX_BODY_BYTES, Service
 
 if TYPE_CHECKING:  # optional dependencies
     from fastapi import FastAPI
@@ -72,295 +49,8 @@ if TYPE_CHECKING:  # optional dependencies
 Answer = TypeVar("Answer")
 
 INSTALL_HINT = "dsv3 serve needs FastAPI and uvicorn: pip install -e '.[serve]'"
-ENGINE_FAILED = "the engine has failed and this server is about to end; see its log"
-DRAINING = "the server is shutting down: retry later"
 FAILURE_LINGER = 5.0  # seconds in which a failed server still answers /health
-STOP_SECONDS = 5.0  # that a step of the engine may take to end
-MAX_BODY_BYTES = 4 << 20
-MAX_SEED = (1 << 63) - 1
-
-
-# ── The service ──
-
-
-class Service:
-    """A model with its tokenizer, its engine thread and its prefill workers."""
-
-    def __init__(
-        self, args: ServeConfig, model: Transformer | None = None,
-        tokenizer: Tokenizer | None = None,
-    ):  # fmt: skip
-        validate_serve_config(args)
-        self.args = args
-        self.created = int(time.time())
-        model = model or load(args.model, verify=args.verify).to(pick_device(args.device)).eval()
-        self.tokenizer = tokenizer or load_tokenizer(find_tokenizer_dir(args.model))
-        self.policy = Policy(model, self.tokenizer)
-        self.special_tokens = self.policy.special_tokens
-        self.name = args.served_model_name or args.model.resolve().name
-        self.engine = build_engine(model, args)
-        self.engine_thread = EngineThread(self.engine, self.tokenizer, self.special_tokens.eos)
-        max_len = self.engine.scheduler.max_model_len
-        self.tokenize_pool = TokenizePool(self.tokenizer, max_len, args.max_queue)
-        self.max_body_bytes = self.tokenize_pool.max_body_bytes(args.max_n, MAX_BODY_BYTES)
-        self.is_draining = False
-        self.requests: Counter[int] = Counter()  # by HTTP status
-
-    def __enter__(self) -> "Service":
-        num_workers = self.args.prefill_workers
-        if num_workers:
-            self.start_prefill_workers(num_workers)
-        self.engine_thread.start()
-        return self
-
-    def start_prefill_workers(self, num_workers: int) -> None:
-        """Start prefill processes and divide the CPU threads among all processes."""
-        threads = max(1, torch.get_num_threads() // (1 + num_workers))
-        workers = self.engine_thread.prefill_workers
-        for _ in range(num_workers):
-            workers.append(PrefillWorker(self.args, self.engine, self.engine_thread.wake, threads))
-        torch.set_num_threads(threads)
-        for worker in workers:
-            worker.wait_until_ready()
-        self.engine.send_remote = lambda request: dispatch_prefill(workers, request)
-
-    def __exit__(self, *_: object) -> None:
-        self.tokenize_pool.stop()
-        self.engine_thread.stop(STOP_SECONDS)
-        for worker in self.engine_thread.prefill_workers:
-            worker.stop()
-
-    @property
-    def status(self) -> str:
-        """The state of the server: ready, draining (it accepts no new requests) or failed."""
-        if self.has_failed():
-            return "failed"
-        return "draining" if self.is_draining else "ready"
-
-    def has_failed(self) -> bool:
-        """Return whether the engine or what processes its outputs has failed."""
-        thread = self.engine_thread
-        return thread.failed or not (thread.is_alive() and thread.processor.is_alive())
-
-    def drain(self) -> None:
-        """Accept no new requests from now on."""
-        self.is_draining = True
-
-    # From the body of an HTTP request to requests to the engine
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, in which special tokens are treated as plain text.
-
-        The fast form computes no offsets, and lets other threads run throughout.
-        """
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
-    def encode_prompts(self, body: JSONObject, chat: bool) -> list[list[int]]:
-        """Return the token ids of every prompt; text cannot produce a special token."""
-        if chat:
-            turns = flatten_content(body.get("messages"))
-            return [render_conversation(turns, self.encode, self.special_tokens)]
-        prompts = body.get("prompt", "")
-        is_token_list = isinstance(prompts, list) and prompts and is_token_ids(prompts)
-        if isinstance(prompts, str) or is_token_list:
-            prompts = [prompts]
-        if not isinstance(prompts, list) or not 1 <= len(prompts) <= self.args.max_n:
-            raise UserError(
-                f"prompt must be a string or a list of 1 to {self.args.max_n} strings, "
-                "where a list of token ids may take the place of a string"
-            )
-        return [self.encode_text_or_ids(prompt) for prompt in prompts]
-
-    def encode_text_or_ids(self, prompt: Any) -> list[int]:
-        """Return the token ids of a prompt that is a string or a list of token ids."""
-        if isinstance(prompt, str):
-            return [self.special_tokens.bos, *self.encode(prompt)]
-        vocab_size = self.engine.runner.model.config.vocab_size
-        is_valid = isinstance(prompt, list) and is_token_ids(prompt)
-        if is_valid and all(0 <= token < vocab_size for token in prompt):
-            return prompt
-        raise UserError(f"each prompt must be a string or a list of token ids below {vocab_size}")
-
-    def check_prompt_length(self, body: JSONObject, chat: bool) -> int:
-        """Return the bytes of all prompts; raise a `UserError` if one cannot fit.
-
-        Takes no longer than to read the body: its structure is validated later.
-        """
-        texts = body.get("messages") if chat else body.get("prompt")
-        parts = texts if isinstance(texts, list) else [texts]
-        longest = max(len(part) for part in (parts, *parts) if isinstance(part, list))
-        if longest > max(self.args.max_n, self.tokenize_pool.max_tokens):
-            raise UserError(
-                f"a list of {longest} messages, prompts or token ids cannot fit: it exceeds the "
-                f"limit of {self.tokenize_pool.max_tokens} tokens"
-            )
-        if chat:
-            contents = [part.get("content") for part in parts if isinstance(part, dict)]
-            sizes = [sum(map(num_text_bytes, contents))]
-        else:
-            sizes = [num_text_bytes(part) for part in parts]
-        for size in sizes:
-            self.tokenize_pool.check_length(size)
-        return sum(sizes)
-
-    async def parse_request(self, body: JSONObject, chat: bool) -> CompletionRequest:
-        """Validate the body of an HTTP request; raise a `UserError` or an `HTTPError`."""
-        if not isinstance(body, dict):
-            raise UserError("the body must be a JSON object")
-        if body.get("model", self.name) != self.name:
-            model = str(body["model"])[:80]
-            raise HTTPError(404, f"there is no model {model!r}; this server serves {self.name!r}")
-        reject_unknown(body)
-        num_bytes = self.check_prompt_length(body, chat)
-        options = body.get("stream_options") or {}
-        max_len = self.engine.scheduler.max_model_len
-        is_new_name = "max_completion_tokens" in body
-        max_tokens_name = "max_completion_tokens" if is_new_name else "max_tokens"
-        seed = secrets.randbits(62) if self.args.seed is None else self.args.seed
-        request = CompletionRequest(
-            prompts=[],
-            chat=chat,
-            n=parse_int(body, "n", 1, 1, self.args.max_n),
-            max_tokens=parse_int(body, max_tokens_name, None, 1, max_len),
-            temperature=parse_float(body, "temperature", 1.0, 0, 2),
-            top_p=parse_float(body, "top_p", 1.0, 1e-6, 1),
-            seed=parse_int(body, "seed", seed, -MAX_SEED - 1, MAX_SEED),
-            stop=parse_stop(body),
-            stream=parse_flag(body, "stream"),
-            include_usage=isinstance(options, dict) and parse_flag(options, "include_usage"),
-            num_logprobs=parse_logprobs(body, chat),
-        )
-        prompts = await self.tokenize_pool.run(num_bytes, partial(self.encode_prompts, body, chat))
-        return replace(request, prompts=prompts)
-
-    def submit(self, request: CompletionRequest, cache_salt: bytes = b"") -> list[ServedRequest]:
-        """Queue one engine request per completion and return them.
-
-        Raises a `UserError` for too many completions, an `HTTPError` if the engine has failed or
-        the server is draining, and what `Scheduler.submit` raises.
-        """
-        total = request.n * len(request.prompts)
-        if total > self.args.max_n:
-            raise UserError(
-                f"{total} completions are more than the {self.args.max_n} allowed per request: "
-                "lower n or send fewer prompts"
-            )
-        if self.is_draining:
-            raise HTTPError(503, DRAINING)
-        sink: asyncio.Queue[CompletionPiece] = asyncio.Queue()
-        served = [
-            self.make_served_request(request, index, sink, cache_salt)
-            for index in range(request.n * len(request.prompts))
-        ]
-        self.engine_thread.submit(served)
-        if self.has_failed():  # checked after `submit`: a failing engine ends what it sees
-            raise HTTPError(503, ENGINE_FAILED)
-        return served
-
-    def make_served_request(
-        self, request: CompletionRequest, index: int, sink: asyncio.Queue[CompletionPiece],
-        cache_salt: bytes,
-    ) -> ServedRequest:  # fmt: skip
-        """Return the engine request of a completion: number index % n of its prompt."""
-        prompt = request.prompts[index // request.n]
-        room = self.engine.scheduler.max_model_len - len(prompt)
-        seed = (request.seed + index) % (MAX_SEED + 1)
-        generator = torch.Generator(self.engine.runner.device).manual_seed(seed)
-        return ServedRequest(
-            tokens=list(prompt),
-            max_tokens=request.max_tokens or max(1, min(self.args.max_new_tokens, room)),
-            sampling_params=SamplingParams(request.temperature, request.top_p, generator),
-            stop_token_ids=frozenset({self.special_tokens.eos}),
-            num_logprobs=request.num_logprobs,
-            cache_salt=cache_salt,
-            index=index,
-            sink=sink,
-            text=StreamDetokenizer(self.tokenizer, request.stop),
-        )
-
-    # From engine outputs to text
-
-    async def stream_outputs(self, served: list[ServedRequest]) -> AsyncIterator[CompletionPiece]:
-        """Yield the pieces of all completions as they come, until all have ended.
-
-        Raises an `HTTPError` if the engine fails.
-        """
-        num_running = len(served)
-        while num_running:
-            piece = await served[0].sink.get()
-            if piece.finish_reason in ("failed", "abort"):
-                raise HTTPError(503, ENGINE_FAILED)
-            num_running -= bool(piece.finish_reason)
-            yield piece
-
-    def usage(
-        self, request: CompletionRequest, served: list[ServedRequest], num_new_tokens: int
-    ) -> JSONObject:
-        """Return the token counts of an HTTP request.
-
-        What was found in the cache tells of other requests, so it is reported only if that is on.
-        """
-        num_prompt_tokens = sum(map(len, request.prompts))
-        counts: JSONObject = {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_new_tokens,
-            "total_tokens": num_prompt_tokens + num_new_tokens,
-        }
-        if self.args.report_cached_tokens:
-            num_cached_tokens = sum(r.num_cached_tokens for r in served[:: request.n])
-            counts["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
-        return counts
-
-    def metrics(self) -> str:
-        """Return the metrics in Prometheus' text format."""
-        thread = self.engine_thread
-        lines = []
-        for name, value in self.gauges().items():
-            lines += [f"# TYPE dsv3_{name} gauge", f"dsv3_{name} {value}"]
-        for name, value in self.counters().items():
-            lines += [f"# TYPE dsv3_{name}_total counter", f"dsv3_{name}_total {value}"]
-        lines += labeled_counter("requests", "status", self.requests)
-        lines += labeled_counter("completions", "finish_reason", thread.finish_reasons)
-        for name, histogram in (
-            ("dsv3_time_to_first_token_seconds", thread.time_to_first_token),
-            ("dsv3_inter_token_latency_seconds", thread.inter_token_latency),
-        ):
-            lines += [f"# TYPE {name} histogram", *histogram.exposition(name)]
-        return "\n".join(lines) + "\n"
-
-    def gauges(self) -> dict[str, int]:
-        """Return the current numbers of requests, blocks and workers."""
-        scheduler = self.engine.scheduler
-        pool = scheduler.block_pool
-        return {
-            "num_requests_running": len(scheduler.running),
-            "num_requests_waiting": len(scheduler.waiting),
-            "kv_blocks": pool.num_blocks,
-            "kv_blocks_used": pool.num_used,
-            "kv_blocks_evictable": len(pool.evictable),
-            "prefill_workers": sum(worker.alive for worker in self.engine_thread.prefill_workers),
-        }
-
-    def counters(self) -> dict[str, int]:
-        """Return the totals since the start."""
-        counters = self.engine.counters
-        return {
-            "prompt_tokens": counters["prompt_tokens"],
-            "prefix_cache_hit_tokens": counters["prefix_cache_hits"],
-            "generation_tokens": counters["generation_tokens"],
-            "steps": counters["steps"],
-            "preemptions": counters["preemptions"],
-            "spec_decode_draft_tokens": counters["draft_tokens"],
-            "spec_decode_accepted_tokens": counters["accepted_tokens"],
-        }
-
-
-def labeled_counter(name: str, label: str, counts: Mapping[Any, int]) -> list[str]:
-    """Return the lines of a Prometheus counter with one value per label."""
-    lines = [f"# TYPE dsv3_{name}_total counter"]
-    for value, count in counts.items():
-        lines.append(f'dsv3_{name}_total{{{label}="{value}"}} {count}')
-    return lines
+READABLE = ["GET", "HEAD"]  # load balancers ask with either
 
 
 # ── HTTP ──
@@ -377,9 +67,9 @@ async def collect_response(
     logprobs: dict[ServedRequest, list[JSONObject]] = {r: [] for r in served}
     finish_reasons = {}
     error = ""
-    num_tokens = 0
+    num_tokens = dict.fromkeys(served, 0)
     async for piece in service.stream_outputs(served):
-        num_tokens += piece.num_tokens
+        num_tokens[piece.request] += piece.num_tokens
         texts[piece.request] += piece.text
         logprobs[piece.request] += piece.logprobs
         finish_reasons[piece.request] = piece.finish_reason
@@ -387,9 +77,33 @@ async def collect_response(
     if set(finish_reasons.values()) == {"error"}:
         raise HTTPError(500, error)
     choices = [
-        make_choice(request, r.index, texts[r], logprobs[r], finish_reasons[r]) for r in served
+        make_choice(request, i, texts[r], logprobs[r], finish_reasons[r])
+        for i, r in enumerate(choose_best(request, num_tokens))
     ]
-    return head | {"choices": choices, "usage": service.usage(request, served, num_tokens)}
+    usage = service.usage(request, served, sum(num_tokens.values()))
+    return head | {"choices": choices, "usage": usage}
+
+
+def choose_best(
+    request: CompletionRequest, num_tokens: dict[ServedRequest, int]
+) -> list[ServedRequest]:
+    """Return the n completions of each prompt with the highest log-probability per token.
+
+    num_tokens: of each completion, in the order of the prompts.
+    """
+    served = list(num_tokens)
+    if request.best_of == request.n:
+        return served
+
+    def mean_logprob(r: ServedRequest) -> float:
+        values = [value for value, _ in r.logprobs[: num_tokens[r]]]
+        return sum(values) / max(1, len(values))
+
+    best: list[ServedRequest] = []
+    for start in range(0, len(served), request.best_of):
+        group = served[start : start + request.best_of]
+        best += sorted(group, key=mean_logprob, reverse=True)[: request.n]
+    return best
 
 
 async def sse_events(
@@ -402,6 +116,8 @@ async def sse_events(
     finish_reasons: dict[ServedRequest, str] = {}
     num_new_tokens = 0
     error = ""
+    if request.include_usage:
+        head = head | {"usage": None}
     if request.chat:
         for r in served:
             choice = make_choice(request, r.index, "", [], None)
@@ -412,8 +128,7 @@ async def sse_events(
             r, text, logprobs, finish_reason, num_tokens, error = piece
             num_new_tokens += num_tokens
             finish_reasons[r] = finish_reason
-            if text or finish_reason or (logprobs and request.num_logprobs >= 0):
-                choice = make_choice(request, r.index, text, logprobs, finish_reason)
+            for choice in stream_choices(request, r.index, text, logprobs, finish_reason):
                 yield format_event(head | {"choices": [choice]})
     except HTTPError as e:
         yield format_event(error_body(str(e), e.status))
@@ -428,12 +143,12 @@ async def sse_events(
 
 
 def format_event(data: JSONObject) -> str:
-    """Return a server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """Return a server-sent event, in ASCII: some clients split lines at U+2028 and U+0085."""
+    return f"data: {json.dumps(data)}\n\n"
 
 
-async def read_json_body(request: "HTTPRequest", max_bytes: int = MAX_BODY_BYTES) -> JSONObject:
-    """Return the decoded body of an HTTP request; raise an `HTTPError` or a `UserError`.
+async def read_body(request: "HTTPRequest", max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """Return the body of an HTTP request; raise an `HTTPError`.
 
     The content type must be JSON: a browser then refuses to send the request for a foreign page.
     """
@@ -442,17 +157,12 @@ async def read_json_body(request: "HTTPRequest", max_bytes: int = MAX_BODY_BYTES
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPError(415, "the content type must be application/json")
-    data = b""
+    data = bytearray()
     async for part in request.stream():
         data += part
         if len(data) > max_bytes:
             raise HTTPError(413, f"the body must not exceed {max_bytes} bytes")
-    try:
-        body = json.loads(data)
-        json.dumps(body, ensure_ascii=False).encode()  # lone surrogates cannot be encoded
-        return body
-    except (ValueError, RecursionError):
-        raise UserError("the body must be JSON in UTF-8") from None
+    return bytes(data)
 
 
 async def wait_disconnect(request: "HTTPRequest") -> None:
@@ -485,20 +195,23 @@ class Endpoints:
             "object": "model",
             "created": service.created,
             "owned_by": "dsv3",
+            "max_model_len": service.limits.max_model_len,
         }
 
     async def respond(self, http_request: "HTTPRequest", chat: bool) -> "Response":
         """Return the response to a completion request, an error response if it is invalid."""
         try:
             response = await self.complete(http_request, chat)
+        except HTTPError as e:
+            headers = {"Retry-After": "1"} if e.status == 503 else None
+            response = error_response(e.status, str(e), headers, e.param, e.code)
+        except InvalidField as e:
+            response = error_response(400, str(e), None, e.name)
         except UserError as e:
             response = error_response(400, str(e))
         except QueueFull:
             message = "the server is at capacity and its queue is full: retry later"
             response = error_response(429, message, {"Retry-After": "1"})
-        except HTTPError as e:
-            headers = {"Retry-After": "1"} if e.status == 503 else None
-            response = error_response(e.status, str(e), headers)
         except client_disconnect():
             response = error_response(499, "the client has disconnected")
         except Exception:  # concerns this request only
@@ -510,15 +223,13 @@ class Endpoints:
     async def complete(self, http_request: "HTTPRequest", chat: bool) -> "Response":
         """Return a whole or streaming response; abort its engine requests if the client leaves."""
         service = self.service
-        parsing = service.parse_request(
-            await read_json_body(http_request, service.max_body_bytes), chat
-        )
-        request = await cancel_on_disconnect(http_request, parsing)
+        data = await read_body(http_request, service.max_body_bytes)
+        request = await cancel_on_disconnect(http_request, service.parse_request(data, chat))
         if request is None:
             raise HTTPError(499, "the client has disconnected")
         served = service.submit(request, http_request.scope.get(CACHE_SALT, b""))
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        head = response_head(request, request_id, service.name)
+        head = response_head(request, request_id, service.name, service.fingerprint)
         if request.stream:
             events = sse_events(service, request, served, head)
             return stream_response(events, lambda: service.engine_thread.abort(served))
@@ -534,12 +245,12 @@ class Endpoints:
         status = self.service.status
         return json_response({"status": status}, 200 if status == "ready" else 503)
 
-
-def num_text_bytes(value: object) -> int:
-    """Return the bytes of a prompt or of a message's content, as far as it is text."""
-    parts = value if isinstance(value, list) else [{"text": value}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return sum(len(text.encode(errors="replace")) for text in texts if isinstance(text, str))
+    def find_model(self, name: str) -> "Response":
+        """Return the description of the model of this name, or an error."""
+        if name == self.service.name:
+            return json_response(self.model, 200)
+        e = self.service.unknown_model(name)
+        return error_response(e.status, str(e), None, e.param, e.code)
 
 
 def client_disconnect() -> type[Exception]:
@@ -550,7 +261,7 @@ def client_disconnect() -> type[Exception]:
 
 
 def json_response(
-    body: JSONObject | None, status: int, headers: dict[str, str] | None = None
+    body: JSONObject | None, status: int, headers: Mapping[str, str] | None = None
 ) -> "JSONResponse":
     """Return an HTTP response with a JSON body."""
     from fastapi.responses import JSONResponse
@@ -559,10 +270,11 @@ def json_response(
 
 
 def error_response(
-    status: int, message: str, headers: dict[str, str] | None = None
-) -> "JSONResponse":
+    status: int, message: str, headers: Mapping[str, str] | None = None, param: str | None = None,
+    code: str | None = None,
+) -> "JSONResponse":  # fmt: skip
     """Return an HTTP response that describes an error in OpenAI's format."""
-    return json_response(error_body(message, status), status, headers)
+    return json_response(error_body(message, status, param, code), status, headers)
 
 
 def stream_response(
@@ -581,7 +293,7 @@ def stream_response(
             finally:
                 on_close()
 
-    headers = {"Cache-Control": "no-cache"}
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy must not wait
     return ClosingResponse(events, media_type="text/event-stream", headers=headers)
 
 
@@ -590,10 +302,10 @@ def build_app(service: Service) -> "FastAPI":
     require_fastapi()
     from fastapi import FastAPI
     from fastapi import Request as HTTPRequest
-    from fastapi.responses import PlainTextResponse
 
     app = FastAPI(openapi_url=None)
     allow_origins(app, service.args.allowed_origins)
+    describe_errors(app)
     endpoints = Endpoints(service)
 
     @app.post("/v1/completions")
@@ -604,25 +316,47 @@ def build_app(service: Service) -> "FastAPI":
     async def chat_completions(request: HTTPRequest):
         return await endpoints.respond(request, True)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READABLE)
     async def models():
         return {"object": "list", "data": [endpoints.model]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READABLE)
     async def model(name: str):
-        if name == service.name:
-            return endpoints.model
-        return error_response(404, f"there is no model {name[:80]!r}; see /v1/models")
+        return endpoints.find_model(name)
 
-    @app.get("/health")
+    add_status_routes(app, endpoints)
+    return app
+
+
+def add_status_routes(app: "FastAPI", endpoints: Endpoints) -> None:
+    """Add what load balancers, Prometheus and generators of clients ask for."""
+    from fastapi.responses import PlainTextResponse
+
+    service = endpoints.service
+
+    @app.api_route("/", methods=READABLE)
+    @app.api_route("/health", methods=READABLE)
     async def health():
         return endpoints.health()
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READABLE)
     async def metrics():
         return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
 
-    return app
+    @app.api_route("/openapi.json", methods=READABLE)
+    async def openapi():
+        return json_response(describe_api(service.fields, service.max_body_bytes), 200)
+
+
+def describe_errors(app: "FastAPI") -> None:
+    """Give errors of the framework itself, such as an unknown path, OpenAI's format."""
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(HTTPException)
+    async def respond(request: "HTTPRequest", e: HTTPException) -> "Response":
+        phrase = HTTPStatus(e.status_code).phrase.lower()
+        message = f"{request.method} {request.url.path[:80]}: {phrase}; see /openapi.json"
+        return error_response(e.status_code, message, e.headers)
 
 
 def allow_origins(app: "FastAPI", origins: Sequence[str]) -> None:
@@ -632,7 +366,7 @@ def allow_origins(app: "FastAPI", origins: Sequence[str]) -> None:
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's JavaScript client has many of its own
         )  # fmt: skip
 
 

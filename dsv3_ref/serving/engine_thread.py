@@ -52,11 +52,11 @@ class EngineThread(threading.Thread):
     Requests may be submitted from any thread; outputs are passed to the output processor.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, eos: int):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer):
         super().__init__(daemon=True)
         self.engine = engine
         self.wake = threading.Event()
-        self.processor = OutputProcessor(tokenizer, eos, self.wake)
+        self.processor = OutputProcessor(tokenizer, self.wake)
         self.stopped = False
         self.failed = False
         self.finish_reasons: Counter[str] = Counter()

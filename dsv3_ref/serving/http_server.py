@@ -1,20 +1,24 @@
 """uvicorn with limits on connections and time, and a shutdown that always ends."""
 
 import asyncio
+import json
 import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, ClassVar
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dsv3_ref.serving.protocol import error_body
 
 if TYPE_CHECKING:
     import socket
@@ -25,12 +29,6 @@ BACKLOG = 128  # connections that wait to be accepted
 SPARE_DESCRIPTORS = 16  # left for files that the server opens
 MIN_BYTES_READ = 1024  # by a client that counts as reading
 TICK_SECONDS = 0.1  # how often uvicorn looks for the end
-AT_CAPACITY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n"
-    b"Retry-After: 1\r\n\r\n"
-)
-
-
 # ── Limits of a connection ──
 
 
@@ -41,7 +39,7 @@ class ConnectionLimits:
     max_connections: int = 512
     headers: float = 10.0  # to send the headers of a request
     body: float = 30.0  # to send its body
-    idle: float = 5.0  # between two requests
+    idle: float = 75.0  # between two requests; clients keep connections for up to a minute
     stall: float = 30.0  # in which the client reads nothing of a response
 
 
@@ -80,9 +78,9 @@ class LimitedProtocol(H11Protocol):
         """Count a new connection, and start the time in which it must send a request."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections and not self.make_room():
-            transport.write(AT_CAPACITY)
+            retry = [(b"retry-after", b"1")]
+            self.refuse(503, "the server has too many connections: retry later", retry)
             self.phase = "closing"
-            transport.close()
             return
         self.update_phase()
 
@@ -95,6 +93,28 @@ class LimitedProtocol(H11Protocol):
         oldest = min(waiting, key=phase_start)
         oldest.abort()
         return True
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, unless a response has begun; close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.refuse(400, "this is not a valid HTTP request")
+        else:
+            self.abort()
+
+    def refuse(
+        self, status: int, message: str, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        """Send an error in OpenAI's format and close the connection."""
+        body = json.dumps(error_body(message, status)).encode()
+        fixed = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        response = h11.Response(status_code=status, headers=[*fixed, *headers])
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Process what a client sends."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # optional dependencies
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 CACHE_SALT = "dsv3.cache_salt"  # the entry of an ASGI scope with the salt of the client's API key
-OPEN_PATHS = ("/health",)  # that need no API key
+OPEN_PATHS = ("/", "/health")  # that need no API key
 HostRule = Callable[[str], bool]
 
 # ── Addresses ──
@@ -142,9 +142,11 @@ def guard_app(app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys) -> "ASGIApp":
             await refuse(send, 403, message)
             return
         salt = keys.salt(headers.get(b"authorization", b""))
-        if salt is None and scope["path"] not in OPEN_PATHS:
+        # a browser asks without a key whether a page may send one (CORS)
+        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        if salt is None and not is_open:
             message = "this server needs an API key: send it as “Authorization: Bearer KEY”"
-            await refuse(send, 401, message)
+            await refuse(send, 401, message, "invalid_api_key")
             return
         scope[CACHE_SALT] = salt or b""
         await app(scope, receive, send)
@@ -152,9 +154,9 @@ def guard_app(app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys) -> "ASGIApp":
     return guarded
 
 
-async def refuse(send: "Send", status: int, message: str) -> None:
+async def refuse(send: "Send", status: int, message: str, code: str | None = None) -> None:
     """Send an error response and close the connection, whose request body is not read."""
-    body = json.dumps(error_body(message, status), ensure_ascii=False).encode()
+    body = json.dumps(error_body(message, status, code=code), ensure_ascii=False).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

@@ -1,6 +1,7 @@
 """From tokens to text: the thread between the engine and the event loop of `dsv3 serve`."""
 
 import asyncio
+import math
 import sys
 import threading
 import traceback
@@ -14,8 +15,9 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.serve import Request, StepOutput, TokenLogprob
 from dsv3_ref.serving.protocol import JSONObject
-from dsv3_ref.serving.text_generator import StreamDetokenizer
+from dsv3_ref.serving.detokenizer import StreamDetokenizer, TokenDescriber
 
+MIN_LOGPROB = -9999.0  # in the place of −∞, which JSON lacks
 REQUEST_FAILED = "the server could not continue this request; see its log"
 
 
@@ -38,6 +40,8 @@ class ServedRequest(Request):
     sink: asyncio.Queue[CompletionPiece]
     text: StreamDetokenizer  # used by the output processor only, like `entries` and `is_closed`
     entries: deque[tuple[int, JSONObject]] = field(default_factory=deque)
+    echo: bool = False  # its text begins with the prompt's
+    num_prompt_characters: int = 0  # of an echoed prompt, once it has been returned
     is_closed: bool = False  # its last piece has been delivered
     hit_stop_text: bool = False  # ended by one of the client's stop strings
     arrival_time: float = 0.0
@@ -51,10 +55,10 @@ class OutputProcessor(threading.Thread):
     request only.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos: int, wake_engine: threading.Event):
+    def __init__(self, tokenizer: Tokenizer, wake_engine: threading.Event):
         super().__init__(daemon=True)
         self.tokenizer = tokenizer
-        self.eos = eos
+        self.describer = TokenDescriber(tokenizer)
         self.wake_engine = wake_engine
         self.loop: asyncio.AbstractEventLoop | None = None
         self.batches: SimpleQueue[list[StepOutput] | None] = SimpleQueue()
@@ -95,15 +99,16 @@ class OutputProcessor(threading.Thread):
             if output.error:
                 print(f"a request ended with an error: {output.error}", file=sys.stderr)
             return CompletionPiece(request, "", [], output.finish_reason, error=REQUEST_FAILED)
-        new_text = ""
+        new_text, entries = self.echo_prompt(request) if request.echo else ("", [])
         num_tokens = 0
         logprobs: list[TokenLogprob | None] = [*output.logprobs]
         for token, logprob in zip(output.tokens, logprobs or [None] * len(output.tokens)):
             num_tokens += 1
-            if token != self.eos:
+            if token not in request.stop_token_ids:
                 new_text += request.text.push([token])
                 if logprob:
-                    entry = self.describe_logprob(token, logprob)
+                    start = request.num_prompt_characters + request.text.start_of_token
+                    entry = self.describe_logprob(token, logprob, start)
                     request.entries.append((request.text.end_of_token, entry))
             if request.text.ended:
                 break
@@ -113,19 +118,41 @@ class OutputProcessor(threading.Thread):
         if request.text.ended:
             finish_reason = "stop"
             request.hit_stop_text = True
-        entries = release_entries(request)
+        entries += release_entries(request)
         return CompletionPiece(request, new_text, entries, finish_reason, num_tokens)
 
-    def describe_logprob(self, token: int, logprob: TokenLogprob) -> JSONObject:
-        """Return the log-probabilities of a token and its alternatives in the API's format."""
-        value, alternatives = logprob
-        top = [self.describe_token(*pair) for pair in alternatives]
-        return self.describe_token(token, value) | {"top_logprobs": top}
+    def echo_prompt(self, request: ServedRequest) -> tuple[str, list[JSONObject]]:
+        """Return the text of a prompt and the log-probabilities of its tokens, which begin it."""
+        request.echo = False
+        text = StreamDetokenizer(self.tokenizer)
+        prompt = ""
+        starts = []
+        for token in request.prompt_tokens:
+            prompt += text.push([token])
+            starts.append(text.start_of_token)
+        prompt += text.flush()
+        request.num_prompt_characters = len(prompt)
+        if not request.wants_prompt_logprobs:
+            return prompt, []
+        logprobs = [None, *request.prompt_logprobs]
+        rows = zip(request.prompt_tokens, logprobs, starts, strict=True)
+        return prompt, [self.describe_logprob(*row) for row in rows]
 
-    def describe_token(self, token: int, logprob: float) -> JSONObject:
+    def describe_logprob(self, token: int, logprob: TokenLogprob | None, start: int) -> JSONObject:
+        """Return the log-probabilities of a token and its alternatives, with what it looks like.
+
+        logprob: None for the first token of a prompt. start: characters of the text before it.
+        """
+        value, alternatives = logprob or (None, None)
+        top = alternatives and [self.describe_token(*pair) for pair in alternatives]
+        return self.describe_token(token, value) | {"top_logprobs": top, "text_offset": start}
+
+    def describe_token(self, token: int, logprob: float | None) -> JSONObject:
         """Return a token's text, its bytes and its log-probability."""
-        text = self.tokenizer.decode([token], skip_special_tokens=False)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, data = self.describer.describe(token)
+        if logprob is not None and not math.isfinite(logprob):
+            logprob = MIN_LOGPROB
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
 
 
 def release_entries(request: ServedRequest) -> list[JSONObject]:

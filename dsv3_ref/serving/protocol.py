@@ -1,40 +1,131 @@
-"""OpenAI's protocol: parsing of requests and the format of responses."""
+"""OpenAI's protocol: the fields of requests, and the format of responses and errors."""
 
-import json
 import time
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-from dsv3_ref.config import UserError
+from dsv3_ref.serve import LogitsProcessor
+from dsv3_ref.serving.fields import (
+    MAX_LOGPROBS,
+    MAX_SEED,
+    Field,
+    InvalidField,
+    JSONObject,
+    anything,
+    flag,
+    ignored,
+    integer,
+    logit_bias,
+    number,
+    only,
+    options,
+    stop_texts,
+    stop_tokens,
+    string,
+)
 
-JSONObject = dict[str, Any]  # as `json.loads` returns it
-Default = TypeVar("Default")
+# ── Fields ──
 
-SUPPORTED_FIELDS = {
-    "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-    "seed", "n", "stop", "stream", "stream_options", "logprobs", "top_logprobs",
-}  # fmt: skip
-# Fields that are accepted only with these values, which have no effect.
-NEUTRAL_VALUES: dict[str, list[object]] = {
-    "echo": [False], "best_of": [1], "suffix": ["", None], "frequency_penalty": [0, None],
-    "presence_penalty": [0, None], "logit_bias": [{}, None], "tools": [[], None],
-    "tool_choice": ["none", "auto", None], "response_format": [{"type": "text"}, None],
-}  # fmt: skip
-IGNORED_FIELDS = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-}  # fmt: skip
-MAX_STOP_LENGTH = 1000  # characters
+
+@dataclass(frozen=True)
+class FieldLimits:
+    """The largest values that a server's model and options allow in a request."""
+
+    max_model_len: int
+    max_n: int
+    vocab_size: int
+
+
+def common_fields(limits: FieldLimits) -> dict[str, Field]:
+    """Return the fields that both endpoints accept."""
+    return {
+        "model": string(),
+        "max_completion_tokens": integer(1, limits.max_model_len),
+        "temperature": number(0, 2),
+        "top_p": number(1e-6, 1),
+        "top_k": integer(-1, limits.vocab_size),
+        "min_p": number(0, 1),
+        "presence_penalty": number(-2, 2),
+        "frequency_penalty": number(-2, 2),
+        "repetition_penalty": number(0.01, 100),
+        "logit_bias": logit_bias(limits.vocab_size),
+        "min_tokens": integer(0, limits.max_model_len),
+        "seed": integer(-MAX_SEED - 1, MAX_SEED),
+        "n": integer(1, limits.max_n),
+        "stop": stop_texts(),
+        "stop_token_ids": stop_tokens(limits.vocab_size),
+        "ignore_eos": flag(),
+        "stream": flag(),
+        "stream_options": options({"include_usage": flag(), "include_obfuscation": flag()}),
+        "user": ignored("string"),
+        "metadata": ignored("object"),
+        "store": ignored("boolean"),
+        "service_tier": ignored("string"),
+        "safety_identifier": ignored("string"),
+        "prompt_cache_key": ignored("string"),
+        "prompt_cache_retention": ignored("string"),
+        "prompt_cache_options": ignored("object"),
+        "use_beam_search": only(False),
+        "length_penalty": only(1),
+        "skip_special_tokens": only(True),
+        "spaces_between_special_tokens": only(True),
+        "include_stop_str_in_output": only(False),
+    }
+
+
+def completion_fields(limits: FieldLimits) -> dict[str, Field]:
+    """Return the fields of /v1/completions."""
+    token = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
+    tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": limits.max_model_len}
+    one = {"anyOf": [{"type": "string"}, tokens]}
+    several = {"type": "array", "items": one, "minItems": 1, "maxItems": limits.max_n}
+    return common_fields(limits) | {
+        "prompt": anything({"anyOf": [{"type": "string"}, tokens, several]}),
+        "max_tokens": integer(0, limits.max_model_len),
+        "logprobs": integer(0, MAX_LOGPROBS),
+        "echo": flag(),
+        "suffix": string(),
+        "best_of": integer(1, limits.max_n),
+    }
+
+
+def chat_fields(limits: FieldLimits) -> dict[str, Field]:
+    """Return the fields of /v1/chat/completions."""
+    message = {"type": "object", "properties": {"role": {"type": "string"}}, "required": ["role"]}
+    tool = {"type": "object"}
+    return common_fields(limits) | {
+        "messages": anything({"type": "array", "items": message, "minItems": 1}),
+        "max_tokens": integer(1, limits.max_model_len),
+        "logprobs": flag(),
+        "top_logprobs": integer(0, MAX_LOGPROBS),
+        "tools": anything({"type": "array", "items": tool}),
+        "tool_choice": only("none", "auto"),
+        "parallel_tool_calls": ignored("boolean"),
+        "functions": only([]),
+        "function_call": only("none", "auto"),
+        "response_format": only({"type": "text"}),
+        "modalities": only(["text"]),
+        "prediction": ignored("object"),
+        "verbosity": only("medium"),
+        "audio": only(),
+        "moderation": only(),
+        "reasoning_effort": only(),
+        "web_search_options": only(),
+    }
 
 
 # ── Requests ──
 
 
 class HTTPError(Exception):
-    """An HTTP status and the message for the client."""
+    """An HTTP status and the message for the client, with the field and the code it concerns."""
 
-    def __init__(self, status: int, message: str):
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ):
         super().__init__(message)
         self.status = status
+        self.param = param
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -44,104 +135,128 @@ class CompletionRequest:
     prompts: list[list[int]]
     chat: bool
     n: int  # completions per prompt
+    best_of: int  # completions per prompt of which the n likeliest are returned
     max_tokens: int | None
     temperature: float
     top_p: float
+    top_k: int  # 0: any number of tokens
+    min_p: float
     seed: int
     stop: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    ignores_eos: bool
+    logits_processor: LogitsProcessor
     stream: bool
     include_usage: bool  # at the end of a stream
     num_logprobs: int  # alternatives listed with each token's log-probability; −1: no logprobs
+    echo: bool  # completions begin with the prompt
 
 
-def parse_int(body: JSONObject, name: str, default: Default, low: int, high: int) -> int | Default:
-    """Return an integer field of the body, or `default` if it is missing or null.
+def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest:
+    """Return the request with the parsed fields of a body, as yet without its prompts.
 
-    Raises a `UserError` if the value is not an integer from `low` to `high`.
+    seed: in the place of one that is not given. Raises `InvalidField` for fields that contradict
+    each other.
     """
-    value = body.get(name)
-    if value is None:
-        return default
-    if not is_between(value, low, high) or value != int(value):
-        raise UserError(
-            f"{name} must be a whole number from {low} to {high}, not {short_json(value)}"
+    check_combinations(values)
+    n = values.get("n", 1)
+    return CompletionRequest(
+        prompts=[],
+        chat=chat,
+        n=n,
+        best_of=values.get("best_of", n),
+        max_tokens=find_max_tokens(values),
+        temperature=values.get("temperature", 1.0),
+        top_p=values.get("top_p", 1.0),
+        top_k=max(0, values.get("top_k", 0)),
+        min_p=values.get("min_p", 0.0),
+        seed=values.get("seed", seed),
+        stop=values.get("stop", ()),
+        stop_token_ids=values.get("stop_token_ids", frozenset()),
+        ignores_eos=values.get("ignore_eos", False),
+        logits_processor=LogitsProcessor(
+            values.get("repetition_penalty", 1.0),
+            values.get("presence_penalty", 0.0),
+            values.get("frequency_penalty", 0.0),
+            values.get("logit_bias", ()),
+            values.get("min_tokens", 0),
+        ),
+        stream=values.get("stream", False),
+        include_usage=values.get("stream_options", {}).get("include_usage", False),
+        num_logprobs=count_alternatives(values, chat),
+        echo=values.get("echo", False),
+    )
+
+
+def find_max_tokens(values: JSONObject) -> int | None:
+    """Return the limit on new tokens, which has two names; None if there is none."""
+    old, new = values.get("max_tokens"), values.get("max_completion_tokens")
+    if None not in (old, new) and old != new:
+        raise InvalidField(
+            "max_tokens",
+            f"max_tokens is {old}, but max_completion_tokens is {new}: leave one of them out",
         )
-    return int(value)
+    return new if old is None else old
 
 
-def parse_float(body: JSONObject, name: str, default: float, low: float, high: float) -> float:
-    """Return a numeric field of the body, or `default` if it is missing or null.
-
-    Raises a `UserError` if the value is not a number from `low` to `high`.
-    """
-    value = body.get(name)
-    if value is None:
-        return default
-    if not is_between(value, low, high):
-        raise UserError(f"{name} must be a number from {low} to {high}, not {short_json(value)}")
-    return float(value)
-
-
-def is_between(value: object, low: float, high: float) -> bool:
-    """Return whether a JSON value is a number from `low` to `high`; NaN is not."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return low <= value <= high
-
-
-def short_json(value: object) -> str:
-    """Return the first 40 characters of a value as JSON, for error messages."""
-    return json.dumps(value)[:40]
-
-
-def parse_flag(body: JSONObject, name: str) -> bool:
-    """Return a Boolean field of the body, False if it is missing or null."""
-    value = body.get(name) or False
-    if not isinstance(value, bool):
-        raise UserError(f"{name} must be true or false")
-    return value
-
-
-def parse_stop(body: JSONObject) -> tuple[str, ...]:
-    """Return the stop strings of a request, at most four of limited length."""
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    is_list = isinstance(stop, list) and len(stop) <= 4
-    if not is_list or not all(isinstance(s, str) and s for s in stop):
-        raise UserError("stop must be a non-empty string or a list of up to four of them")
-    if any(len(s) > MAX_STOP_LENGTH for s in stop):
-        raise UserError(f"a stop string must not exceed {MAX_STOP_LENGTH} characters")
-    return tuple(stop)
-
-
-def reject_unknown(body: JSONObject) -> None:
-    """Raise a `UserError` for a field that the server would otherwise silently ignore."""
-    known_fields = SUPPORTED_FIELDS | IGNORED_FIELDS | set(NEUTRAL_VALUES)
-    for name, value in body.items():
-        if name in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[name]:
-            raise UserError(f"this server does not support {name}: leave it out")
-        if name not in known_fields:
-            raise UserError(f"unknown field {json.dumps(name)[:60]}: leave it out")
-
-
-def parse_logprobs(body: JSONObject, chat: bool) -> int:
+def count_alternatives(values: JSONObject, chat: bool) -> int:
     """Return how many alternatives to list with each token's log-probability.
 
     −1: the request asks for no log-probabilities at all.
     """
     if not chat:
-        return parse_int(body, "logprobs", -1, 0, 5)
-    num_alternatives = parse_int(body, "top_logprobs", 0, 0, 20)
-    return num_alternatives if parse_flag(body, "logprobs") else -1
+        return values.get("logprobs", -1)
+    return values.get("top_logprobs", 0) if values.get("logprobs") else -1
+
+
+def check_combinations(values: JSONObject) -> None:
+    """Raise `InvalidField` for fields that contradict each other."""
+    n, stream = values.get("n", 1), values.get("stream", False)
+    best_of = values.get("best_of", n)
+    max_tokens = find_max_tokens(values)
+    echo = values.get("echo", False)
+    rules = [
+        ("best_of", best_of >= n, f"best_of must be at least n ({n}), not {best_of}"),
+        ("best_of", best_of == n or not stream, "best_of cannot be streamed: lower it to n"),
+        (
+            "stream_options",
+            stream or not values.get("stream_options"),
+            "stream_options are only allowed with stream: true",
+        ),
+        (
+            "top_logprobs",
+            values.get("logprobs") or not values.get("top_logprobs"),
+            "top_logprobs are only allowed with logprobs: true",
+        ),
+        (
+            "max_tokens",
+            max_tokens != 0 or echo,
+            "max_tokens must be a whole number from 1, or 0 with echo: true",
+        ),
+        (
+            "suffix",
+            not (echo and values.get("suffix")),
+            "suffix cannot be combined with echo: leave one of them out",
+        ),
+        (
+            "min_tokens",
+            max_tokens is None or values.get("min_tokens", 0) <= max_tokens,
+            f"min_tokens must not exceed max_tokens ({max_tokens})",
+        ),
+    ]
+    for name, holds, sentence in rules:
+        if not holds:
+            raise InvalidField(name, sentence)
 
 
 def flatten_content(messages: object) -> list[JSONObject]:
     """Return messages in which content given as a list of text parts is joined to one string.
 
-    Raises a `UserError` if `messages` is not a list of turns or if a part is not text.
+    Raises `InvalidField` if `messages` is not a list of turns or if a part is not text.
     """
     if not isinstance(messages, list) or not messages:
-        raise UserError("messages must be a list of turns with at least one entry")
+        message = "messages must be a list of turns with at least one entry"
+        raise InvalidField("messages", message)
     turns = []
     for turn in messages:
         content = turn.get("content") if isinstance(turn, dict) else None
@@ -152,30 +267,34 @@ def flatten_content(messages: object) -> list[JSONObject]:
 
 
 def join_text_parts(parts: list) -> str:
-    """Return the concatenated texts of content parts; raise a `UserError` for other parts."""
+    """Return the concatenated texts of content parts; raise `InvalidField` for other parts."""
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) else None
         if not isinstance(text, str):
-            raise UserError("the content of a message must be text: leave out images and files")
+            message = "the content of a message must be text: leave out images and files"
+            raise InvalidField("messages", message)
         texts.append(text)
     return "".join(texts)
-
-
-def is_token_ids(values: list) -> bool:
-    """Return whether a list contains only integers."""
-    return all(type(value) is int for value in values)
 
 
 # ── Responses ──
 
 
-def response_head(request: CompletionRequest, request_id: str, model: str) -> JSONObject:
+def response_head(
+    request: CompletionRequest, request_id: str, model: str, fingerprint: str
+) -> JSONObject:
     """Return the fields that all objects of a response share."""
     kind = "chat.completion" if request.chat else "text_completion"
     if request.chat and request.stream:
         kind += ".chunk"
-    return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
+    return {
+        "id": request_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": fingerprint,
+    }
 
 
 def format_logprobs(request: CompletionRequest, logprobs: list[JSONObject]) -> JSONObject | None:
@@ -183,20 +302,34 @@ def format_logprobs(request: CompletionRequest, logprobs: list[JSONObject]) -> J
     if request.num_logprobs < 0:
         return None
     if request.chat:
-        return {"content": logprobs}
-    offset = 0
-    offsets = []
-    alternatives = []
-    for token in logprobs:
-        offsets.append(offset)
-        offset += len(token["token"])
-        alternatives.append({x["token"]: x["logprob"] for x in token["top_logprobs"]})
+        hidden = {"text_offset"}
+        content = [{k: v for k, v in entry.items() if k not in hidden} for entry in logprobs]
+        return {"content": content, "refusal": None}
     return {
-        "tokens": [token["token"] for token in logprobs],
-        "token_logprobs": [token["logprob"] for token in logprobs],
-        "top_logprobs": alternatives if request.num_logprobs else None,
-        "text_offset": offsets,
+        "tokens": [completion_token(entry) for entry in logprobs],
+        "token_logprobs": [entry["logprob"] for entry in logprobs],
+        "top_logprobs": [top_logprobs(e) for e in logprobs] if request.num_logprobs else None,
+        "text_offset": [entry["text_offset"] for entry in logprobs],
     }
+
+
+def completion_token(entry: JSONObject) -> str:
+    """Return a token as /v1/completions writes it: half a character as “bytes:\\\\xe2\\\\x98”."""
+    is_whole = bytes(entry["bytes"]) == entry["token"].encode()
+    return entry["token"] if is_whole else f"bytes:{entry['token']}"
+
+
+def top_logprobs(entry: JSONObject) -> dict[str, float] | None:
+    """Return the likeliest tokens and the chosen one; None for the first token of a prompt.
+
+    Of tokens that are written alike the likeliest counts.
+    """
+    if entry["top_logprobs"] is None:
+        return None
+    logprobs: dict[str, float] = {}
+    for alternative in [*entry["top_logprobs"], entry]:
+        logprobs.setdefault(completion_token(alternative), alternative["logprob"])
+    return logprobs
 
 
 def make_choice(
@@ -213,13 +346,35 @@ def make_choice(
         return choice | {"text": text}
     if request.stream:
         return choice | {"delta": {"content": text}}
-    return choice | {"message": {"role": "assistant", "content": text}}
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return choice | {"message": message}
 
 
-def error_body(message: str, status: int) -> JSONObject:
+def stream_choices(
+    request: CompletionRequest, index: int, text: str, logprobs: list[JSONObject],
+    finish_reason: str,
+) -> list[JSONObject]:  # fmt: skip
+    """Return the entries of `choices` for the next piece of a stream.
+
+    In a conversation the reason comes after the text, with an empty delta, as OpenAI sends it.
+    """
+    has_text = bool(text or (logprobs and request.num_logprobs >= 0))
+    if not request.chat:
+        choice = make_choice(request, index, text, logprobs, finish_reason)
+        return [choice] if has_text or finish_reason else []
+    choices = [make_choice(request, index, text, logprobs, None)] if has_text else []
+    if finish_reason:
+        end = {"index": index, "logprobs": None, "finish_reason": finish_reason, "delta": {}}
+        choices.append(end)
+    return choices
+
+
+def error_body(
+    message: str, status: int, param: str | None = None, code: str | None = None
+) -> JSONObject:
     """Return the body of an error response."""
     if status == 429:
         kind = "rate_limit_error"
     else:
         kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,7 +1,8 @@
-"""Tokenization of prompts outside the event loop, with a limit on their length before it."""
+"""Reading and tokenizing of requests outside the event loop, and limits on their length."""
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -11,11 +12,11 @@ from tokenizers import Tokenizer
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import byte_lengths
 from dsv3_ref.serve import QueueFull
-from dsv3_ref.serving.text_generator import is_byte_level
+from dsv3_ref.serving.detokenizer import is_byte_level
+from dsv3_ref.serving.json_body import SMALL_BODY_BYTES
 
 Tokens = TypeVar("Tokens")
 
-LONG_PROMPT_BYTES = 1 << 14  # longer prompts have a thread of their own
 MAX_ESCAPE = 6  # bytes of “\\u0061”, which stands for one
 MAX_ID_BYTES = 10  # of a token id in JSON, with what separates it from the next
 OTHER_FIELDS_BYTES = 1 << 16
@@ -47,18 +48,19 @@ def pipeline_steps(component: Any) -> list[dict]:
 
 
 class TokenizePool:
-    """Two threads that tokenize prompts: one for short prompts, one for long ones.
+    """Two threads that read and tokenize the bodies of requests: one for small ones, one for large.
 
-    So a short prompt never waits for a long one, nor do running streams.
+    So a small request never waits for a large one, nor do running streams.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, max_queue: int):
         self.max_tokens = max_tokens
         self.max_queue = max_queue
         self.num_pending = 0
+        self.lock = threading.Lock()  # of the count, which several threads change
         self.bytes_per_token = max_bytes_per_token(tokenizer)
-        self.short = ThreadPoolExecutor(1, "tokenize-short")
-        self.long = ThreadPoolExecutor(1, "tokenize-long")
+        self.small = ThreadPoolExecutor(1, "tokenize-small")
+        self.large = ThreadPoolExecutor(1, "tokenize-large")
 
     def check_length(self, num_bytes: int) -> None:
         """Raise a `UserError` for a prompt with so many bytes that it cannot fit."""
@@ -77,23 +79,29 @@ class TokenizePool:
         return min(most, OTHER_FIELDS_BYTES + max_prompts * prompt_bytes * MAX_ESCAPE)
 
     async def run(self, num_bytes: int, fn: Callable[[], Tokens]) -> Tokens:
-        """Return fn(), which tokenizes `num_bytes`, from one of the threads.
+        """Return fn(), which reads a body of `num_bytes`, from one of the threads.
 
-        Raises `QueueFull` if too many prompts wait already.
+        Raises `QueueFull` if too many bodies wait already.
         """
-        if self.num_pending >= self.max_queue:
-            raise QueueFull
-        pool = self.long if num_bytes > LONG_PROMPT_BYTES else self.short
-        self.num_pending += 1
-        future = pool.submit(fn)
+        with self.lock:
+            if self.num_pending >= self.max_queue:
+                raise QueueFull
+            self.num_pending += 1
+        pool = self.large if num_bytes > SMALL_BODY_BYTES else self.small
+        try:
+            future = pool.submit(fn)
+        except RuntimeError:  # the pool has been stopped
+            self.forget()
+            raise
         future.add_done_callback(self.forget)
         return await asyncio.wrap_future(future)
 
-    def forget(self, _: object) -> None:
-        """Count a prompt as done."""
-        self.num_pending -= 1
+    def forget(self, _: object = None) -> None:
+        """Count a body as read; called by the thread that has read it."""
+        with self.lock:
+            self.num_pending -= 1
 
     def stop(self) -> None:
         """Let the threads end, without waiting for them."""
-        for pool in (self.short, self.long):
+        for pool in (self.small, self.large):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -19,7 +19,8 @@ from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving.config import ChatConfig
 from dsv3_ref.serving.network import ApiKeys, bind_socket, guard_app, host_rule, is_loopback
-from dsv3_ref.serving.text_generator import StreamDetokenizer, TextGenerator, truncate_history
+from dsv3_ref.serving.detokenizer import StreamDetokenizer
+from dsv3_ref.serving.text_generator import TextGenerator, truncate_history
 
 if TYPE_CHECKING:  # optional dependencies
     import gradio

@@ -13,7 +13,7 @@ from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
 from dsv3_ref.serve import Engine, Request, make_engine
-from dsv3_ref.serving.text_generator import StreamDetokenizer, byte_of_sign, token_bytes
+from dsv3_ref.serving.detokenizer import StreamDetokenizer, byte_of_sign, token_bytes
 
 COMMON = [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 TALK = ["we talk, and talk again: naïve ☕, over and over.\n"] * 50

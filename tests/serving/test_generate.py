@@ -14,7 +14,8 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import SPECIAL, save_tokenizer, train_tokenizer
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
-from dsv3_ref.serving.text_generator import StreamDetokenizer, TextGenerator, truncate_history
+from dsv3_ref.serving.detokenizer import StreamDetokenizer
+from dsv3_ref.serving.text_generator import TextGenerator, truncate_history
 
 TALK = ["we talk, and talk again: naïve ☕ 漢字, over and over.\n"] * 50
 

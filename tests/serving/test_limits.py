@@ -199,7 +199,7 @@ def test_a_request_that_cannot_fit_is_refused_before_it_is_read(here):
         (httpx.post(url, json={"messages": [{"role": "user", "content": nested}]}), 400),
         (httpx.post(url, json={"messages": [{"role": "user", "content": {}}]}), 400),
         (httpx.post(url, json={"messages": 5}), 400),
-        (ask(address, {"prompt": None}), 400),
+        (ask(address, {"prompt": None, "max_tokens": 1}), 200),  # as if absent
     ):
         assert answer.status_code == status, answer.text
 

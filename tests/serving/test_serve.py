@@ -274,7 +274,7 @@ def test_what_cannot_fit_is_rejected_and_so_is_what_finds_a_full_queue(model):
     for row, sentence in (
         (Request([1] * 30, 3), "a prompt of 30 tokens and 3 new tokens exceed the limit of 32"),
         (Request([], 3), "at least one prompt token"),
-        (Request([1], 0), "and one new token"),
+        (Request([1], -1), "max_tokens cannot be negative"),
     ):
         with pytest.raises(UserError, match=sentence):
             e.submit(row)
@@ -656,7 +656,8 @@ def test_text_cannot_forge_a_special_token(here):
     [
         ({"max_tokens": 255, "prompt": "we talk"}, "and 255 new tokens exceed the limit of 256"),
         ({"prompt": "we talk again " * 90}, "exceed the limit of 256: shorten the prompt"),
-        ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 256, not 0"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1, or 0 with echo: true"),
+        ({"max_tokens": 257}, "max_tokens must be a whole number from 0 to 256, not 257"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number"),
         ({"temperature": -1}, "temperature must be a number from 0 to 2, not -1"),
         ({"temperature": "hot"}, 'temperature must be a number from 0 to 2, not "hot"'),
@@ -670,7 +671,7 @@ def test_text_cannot_forge_a_special_token(here):
         ({"prompt": {}}, "prompt must be a string"),
         ({"prompt": [[400]]}, "token ids below 400"),
         ({"prompt": []}, "prompt must be a string"),
-        ({"echo": True}, "this server does not support echo: leave it out"),
+        ({"use_beam_search": True}, "this server does not support use_beam_search: leave it out"),
         ({"color": 1}, 'unknown field "color": leave it out'),
         ({"prompt": "\ud800"}, "must be JSON in UTF-8"),
     ],

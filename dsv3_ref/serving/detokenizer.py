@@ -1,0 +1,226 @@
+"""From tokens to text: decoding token by token, stop strings, and the bytes of single tokens."""
+
+import codecs
+import re
+from functools import cache
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders
+
+MAX_CHARACTER_BYTES = 4  # in UTF-8, and so the most tokens that a character needs
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # as SentencePiece writes a byte
+
+
+# ── Decoders ──
+
+
+class ByteDecoder:
+    """Incremental decoder of a byte-level tokenizer, which reads each byte once."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.special = special_ids(tokenizer)
+        self.broke_pending = False  # the last token began a character before another was complete
+
+    def push(self, token: int) -> str:
+        """Return the characters that a token completes."""
+        text = None if token in self.special else self.tokenizer.id_to_token(token)
+        pending = self.utf8.getstate()[0]
+        data = token_bytes(text) if text else b""
+        new = self.utf8.decode(data)
+        is_whole = (pending + data).startswith(REPLACEMENT.encode())
+        self.broke_pending = bool(pending) and new.startswith(REPLACEMENT) and not is_whole
+        return new
+
+    @property
+    def has_pending(self) -> bool:
+        """True if the last character is incomplete."""
+        return bool(self.utf8.getstate()[0])
+
+    def flush(self) -> str:
+        """Return “\ufffd” in the place of an incomplete character."""
+        return self.utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """Incremental decoder of any other tokenizer.
+
+    It decodes the tokens of the last piece again, since a text may depend on the token before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.special = special_ids(tokenizer)
+        self.window: list[int] = []  # the last tokens that have been read, and what follows
+        self.num_read = 0  # tokens of the window whose text has been returned
+        self.broke_pending = False  # cannot be told
+
+    def push(self, token: int) -> str:
+        """Return the characters that a token completes."""
+        if token in self.special:
+            return ""
+        self.window.append(token)
+        return self.read(self.is_certain())
+
+    def is_certain(self) -> bool:
+        """Return whether no further token can change the text of the window."""
+        is_whole = not self.tokenizer.decode(self.window).endswith("\ufffd")
+        return is_whole or len(self.window) - self.num_read >= MAX_CHARACTER_BYTES
+
+    @property
+    def has_pending(self) -> bool:
+        """True if the last character may be incomplete."""
+        return len(self.window) > self.num_read
+
+    def flush(self) -> str:
+        """Return what `push` has held back."""
+        return self.read(True)
+
+    def read(self, is_certain: bool) -> str:
+        """Return the new text of the window, if it is certain, and move the window."""
+        if not is_certain:
+            return ""
+        old = self.tokenizer.decode(self.window[: self.num_read])
+        text = self.tokenizer.decode(self.window)
+        if len(text) > len(old):  # a token without text moves nothing: it separates no words
+            self.window = self.window[self.num_read :]
+        self.num_read = len(self.window)
+        return text[len(old) :]
+
+
+@cache
+def byte_of_sign() -> dict[str, int]:
+    """Return the byte of each character that byte-level tokens are written with."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    signs = {chr(byte): byte for byte in printable}
+    return signs | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def token_bytes(text: str) -> bytes:
+    """Return the bytes of a byte-level token; a text with other characters stands for itself."""
+    signs = byte_of_sign()
+    if all(sign in signs for sign in text):
+        return bytes(signs[sign] for sign in text)
+    return text.encode()
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids of special tokens, which are not part of a text."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(i for i, token in added.items() if token.special)
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Return whether tokens are strings of bytes."""
+    return isinstance(tokenizer.decoder, decoders.ByteLevel)
+
+
+# ── A growing text ──
+
+
+class StreamDetokenizer:
+    """Incremental detokenizer that withholds incomplete characters and stop strings.
+
+    It reads token by token, so that the text does not depend on how many tokens arrive together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        decoder = ByteDecoder if is_byte_level(tokenizer) else WindowDecoder
+        self.decoder: ByteDecoder | WindowDecoder = decoder(tokenizer)
+        self.stop = stop
+        self.withheld = ""  # complete characters that may begin a stop string
+        self.num_emitted = 0  # characters
+        self.start_of_token = 0  # characters before the one in which the last token begins
+        self.ended = False  # a stop string was found
+
+    def push(self, tokens: list[int]) -> str:
+        """Append tokens and return the text that is now certain and was not returned before."""
+        return "".join([self.push_token(token) for token in tokens])
+
+    def push_token(self, token: int) -> str:
+        """Append one token, as `push` does, and update `start_of_token`."""
+        num_characters = self.num_emitted + len(self.withheld)
+        new = self.decoder.push(token)
+        self.start_of_token = num_characters + self.decoder.broke_pending
+        return self.emit(new)
+
+    def flush(self) -> str:
+        """Return the withheld text; call it when no more tokens will come."""
+        return self.emit(self.decoder.flush(), is_last=True)
+
+    @property
+    def end_of_token(self) -> int:
+        """The number of characters that must be returned before the last token's text has been."""
+        return self.num_emitted + len(self.withheld) + self.decoder.has_pending + self.ended
+
+    def emit(self, new: str, is_last: bool = False) -> str:
+        """Return the text up to a stop string or to what may begin one."""
+        if self.ended:
+            return ""
+        text = self.withheld + new
+        stops = [i for s in self.stop if (i := text.find(s)) >= 0]
+        if stops:
+            self.ended = True
+            end = min(stops)
+        else:
+            end = len(text) - (0 if is_last else partial_stop_length(text, self.stop))
+        self.withheld = "" if self.ended else text[end:]
+        self.num_emitted += end
+        return text[:end]
+
+
+def partial_stop_length(text: str, stop: tuple[str, ...]) -> int:
+    """Return the length of the longest suffix of `text` that may begin a stop string."""
+    longest = 0
+    for s in stop:
+        lengths = (n for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+        longest = max(longest, *lengths, 0)
+    return longest
+
+
+# ── One token ──
+
+
+class TokenText(NamedTuple):
+    """A token by itself: its bytes, and how OpenAI's API writes them."""
+
+    text: str  # half a character is written as “\\xe2\\x98”
+    data: bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the bytes are complete characters."""
+        return self.data == self.text.encode()
+
+
+class TokenDescriber:
+    """A tokenizer that returns what its tokens look like by themselves."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.special = special_ids(tokenizer)
+        self.is_byte_level = is_byte_level(tokenizer)
+
+    def describe(self, token: int) -> TokenText:
+        """Return the text and the bytes of a token; nothing for an id without a token."""
+        data = self.bytes_of(token)
+        try:
+            return TokenText(data.decode(), data)
+        except UnicodeDecodeError:
+            return TokenText("".join(f"\\x{byte:02x}" for byte in data), data)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of a token; a special token has those of its name."""
+        name = self.tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if token in self.special:
+            return name.encode()
+        if self.is_byte_level:
+            return token_bytes(name)
+        if match := BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(match[1])
+        return self.tokenizer.decode([token]).encode()
