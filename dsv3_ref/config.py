@@ -43,7 +43,7 @@ class Config:
     beta_fast: float = 32.0  # YaRN keeps frequencies with more rotations than this
     beta_slow: float = 1.0  # YaRN interpolates frequencies with fewer rotations than this
     mscale: float = 1.0  # YaRN's factor in the correction of the softmax scale
-    norm_eps: float = 1e-6  # ε of RMSNorm
+    norm_eps: float = 1e-6  # ε of the RMSNorms of the residual stream; those of latents have 1e-6
     init_std: float = 0.006  # standard deviation of the initial weights
     embed_std: float = 0.006  # standard deviation of the initial embedding; not in the report
 
@@ -145,7 +145,7 @@ def load_config(name: str) -> Config:
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         try:
-            return from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return from_dict(json.loads(path.read_text()))
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from None
     near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]

@@ -169,6 +169,8 @@ def paged_attention(
 
 # ── The layer ──
 
+LATENT_NORM_EPS = 1e-6  # ε of the norms of the latents
+
 
 class MLA(nn.Module):
     """Multi-head latent attention, eq. 1–11: x (b, s, d) → (b, s, d)."""
@@ -181,12 +183,12 @@ class MLA(nn.Module):
         heads_q = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         if config.q_lora_rank:
             self.wq_a = Linear(config.dim, config.q_lora_rank)
-            self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.wq_b = Linear(config.q_lora_rank, heads_q)
         else:
             self.wq = Linear(config.dim, heads_q)
         self.wkv_a = Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, config.norm_eps)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.wkv_b = Linear(
             config.kv_lora_rank, config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         )

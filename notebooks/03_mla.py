@@ -449,12 +449,16 @@ assert o.isfinite().all()  # (the tuned form for CPUs gathers whole pages and ma
 #
 # `wkv_a` stacks $W^{DKV}$ on $W^{KR}$; `wq_b` interleaves $W^{UQ}$ and $W^{QR}$ head by head. Note what
 # is cached: the latent *after* its norm and the rotary key *after* its turn, so neither is computed
-# again. V2-Lite has no query latent; then a single `wq` makes the queries. (`saved_input_format="e5m6"` is a note for
-# FP8, [chapter 09](09_fp8.ipynb).)
+# again. V2-Lite has no query latent; then a single `wq` makes the queries. The norms of the latents always have
+# ε = 10⁻⁶: the released code gives them no other, whatever `norm_eps` the residual stream has (10⁻⁵ in Moonlight).
+# (`saved_input_format="e5m6"` is a note for FP8, [chapter 09](09_fp8.ipynb).)
 
 
 # %%
 #| export
+LATENT_NORM_EPS = 1e-6  # ε of the norms of the latents
+
+
 class MLA(nn.Module):
     """Multi-head latent attention, eq. 1–11: x (b, s, d) → (b, s, d)."""
 
@@ -466,12 +470,12 @@ class MLA(nn.Module):
         heads_q = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         if config.q_lora_rank:
             self.wq_a = Linear(config.dim, config.q_lora_rank)
-            self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.wq_b = Linear(config.q_lora_rank, heads_q)
         else:
             self.wq = Linear(config.dim, heads_q)
         self.wkv_a = Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, config.norm_eps)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.wkv_b = Linear(
             config.kv_lora_rank, config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         )
@@ -537,7 +541,7 @@ x_bsd = torch.randn(2, length, c.dim, generator=torch.Generator().manual_seed(2)
 
 def norm(y):
     """Divide a vector by its root mean square."""
-    return y / (y.square().mean() + c.norm_eps).sqrt()
+    return y / (y.square().mean() + LATENT_NORM_EPS).sqrt()
 
 
 def turn(y, t: int):

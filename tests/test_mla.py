@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from dsv3_ref import mla as chapter
 from dsv3_ref import ops
 from dsv3_ref.config import TINY, Config
-from dsv3_ref.mla import GQA, MLA, LayerKVCache, causal_mask, varlen_attention
+from dsv3_ref.mla import (
+    GQA,
+    LATENT_NORM_EPS,
+    MLA,
+    LayerKVCache,
+    causal_mask,
+    varlen_attention,
+)
 from dsv3_ref.model import init_weights
 from dsv3_ref.rope import Rope, softmax_scale, to_cu_seqlens
 
@@ -62,7 +69,7 @@ def by_hand(mla: MLA, x_sd, rope):
     rotate = ops.IMPLS["apply_rotary_emb"]["torch"]
 
     def norm(x, name):
-        return x / (x.square().mean() + c.norm_eps).sqrt() * w[f"{name}.weight"]
+        return x / (x.square().mean() + LATENT_NORM_EPS).sqrt() * w[f"{name}.weight"]
 
     def turn(x, at):
         return rotate(x[None, None, None], rope.cos[at, None], rope.sin[at, None])

@@ -7,7 +7,7 @@ written by several ranks have one safetensors file per rank and a table of their
 import re
 import warnings
 from collections.abc import Callable, Container
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,13 +17,8 @@ import torch
 from safetensors import SafetensorError
 
 from dsv3_ref.checkpoints.atomic import OLD, atomic_dir, read_json, temp_sibling
-from dsv3_ref.checkpoints.huggingface import (
-    IGNORED,
-    LAYER,
-    config_from_hf,
-    hf_names,
-    is_gate_bias,
-)
+from dsv3_ref.checkpoints.hf_config import config_from_hf, promised_mtp_layers
+from dsv3_ref.checkpoints.huggingface import IGNORED, LAYER, hf_names, is_gate_bias
 from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE, TENSORS, is_expert
 from dsv3_ref.checkpoints.manifest import DamageError, verified, write_manifest
 from dsv3_ref.checkpoints.safetensors_files import (
@@ -176,7 +171,9 @@ class CheckpointReader:
         self.stored = TensorFiles(directory)
         try:
             if self.is_hf:
-                self.config = config_from_hf(values, self.count_mtp_layers(values))
+                promised = config_from_hf(values)
+                n_mtp_layers = self.count_mtp_layers(promised_mtp_layers(values), promised)
+                self.config = replace(promised, n_mtp_layers=n_mtp_layers)
             else:
                 self.config = from_dict(values)
         except (UserError, TypeError) as e:
@@ -186,14 +183,16 @@ class CheckpointReader:
         self.expected = self.model.state_dict()
         self.check_tensors()
 
-    def count_mtp_layers(self, values: dict) -> int:
-        """Return the config's MTP layers, or 0 if none is stored, since transformers drops them."""
+    def count_mtp_layers(self, promised: int | None, config: Config) -> int:
+        """Return the promised MTP layers, all that are stored without a promise, or 0 if none is.
+
+        transformers keeps the promise in its config.json and drops the layers.
+        """
         layers = {int(m[1]) for m in map(LAYER.match, self.stored.files) if m}
-        n_stored = sum(i >= values.get("num_hidden_layers", 0) for i in layers)
-        n_mtp = values.get("num_nextn_predict_layers", values.get("num_mtp_layers", n_stored))
-        if n_mtp and not n_stored:
+        n_stored = sum(i >= config.n_layers for i in layers)
+        if promised and not n_stored:
             warnings.warn(f"{self.directory} has no MTP layer: loaded without", stacklevel=4)
-        return n_mtp if n_stored else 0
+        return n_stored if promised is None else promised * bool(n_stored)
 
     def stored_names(self, name: str) -> list[str]:
         """Return the stored names of our tensor: itself, or Hugging Face's, one per expert."""

@@ -58,7 +58,7 @@ def hf_model(config: Config) -> Any:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
         raise UserError("dsv3 bench needs transformers: pip install 'dsv3-ref[dev]'") from None
-    from dsv3_ref.checkpoints.huggingface import config_to_hf
+    from dsv3_ref.checkpoints.hf_config import config_to_hf
 
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**config_to_hf(config, torch.float32)))
     assert num_params(model) == num_params(Transformer(config))
