@@ -145,7 +145,7 @@ def load_config(name: str) -> Config:
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         try:
-            return from_dict(json.loads(path.read_text()))
+            return from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from None
     near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
