@@ -35,8 +35,8 @@ def base_type(values: Mapping[str, Any]) -> str:
     kind = values.get("model_type")
     if isinstance(kind, str) and kind in MODEL_TYPES:
         return MODEL_TYPES[kind]
-    known = isinstance(kind, str) and kind in OTHER_MODEL_TYPES
-    reason = f" cannot be loaded, because {OTHER_MODEL_TYPES[kind]}" if known else ""
+    why = OTHER_MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    reason = f" cannot be loaded, because {why}" if why else ""
     raise UserError(f"a model of type {kind!r}{reason}; supported: {' or '.join(MODEL_TYPES)}")
 
 
@@ -44,7 +44,7 @@ def base_type(values: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Field:
+class ConfigField:
     """Meaning of a field of config.json here; null is the same as an absent field."""
 
     use: str  # honored, checked (must have one of `values`), refused, or harmless
@@ -52,22 +52,22 @@ class Field:
     values: tuple = ()  # that this model implements
 
 
-def honored(kind: str, names: str) -> dict[str, Field]:
+def honored(kind: str, names: str) -> dict[str, ConfigField]:
     """Return fields that change the model, by name."""
-    return {name: Field("honored", kind) for name in names.split()}
+    return {name: ConfigField("honored", kind) for name in names.split()}
 
 
-def checked(kind: str, *values: Any) -> Field:
+def checked(kind: str, *values: Any) -> ConfigField:
     """Return a field that must have one of these values; without any, one that others imply."""
-    return Field("checked", kind, values)
+    return ConfigField("checked", kind, values)
 
 
-def other(use: str, names: str) -> dict[str, Field]:
+def other(use: str, names: str) -> dict[str, ConfigField]:
     """Return fields with any value that are harmless, or that are refused, by name."""
-    return {name: Field(use) for name in names.split()}
+    return {name: ConfigField(use) for name in names.split()}
 
 
-FIELDS: dict[str, Field] = {
+FIELDS: dict[str, ConfigField] = {
     **honored("text", "model_type"),
     **honored(
         "whole",
@@ -119,7 +119,7 @@ FIELDS: dict[str, Field] = {
         " _attn_implementation attn_implementation unsloth_version unsloth_fixed",
     ),
 }
-ROPE_FIELDS: dict[str, Field] = {
+ROPE_FIELDS: dict[str, ConfigField] = {
     **honored("text", "rope_type type"),
     **honored(
         "number",
@@ -129,7 +129,7 @@ ROPE_FIELDS: dict[str, Field] = {
     "truncate": checked("boolean", True),
     "partial_rotary_factor": checked("number", 1.0),
 }
-QUANTIZATION_FIELDS: dict[str, Field] = {
+QUANTIZATION_FIELDS: dict[str, ConfigField] = {
     "quant_method": checked("text", "fp8"),
     "fmt": checked("text", "e4m3"),
     "activation_scheme": checked("text", "dynamic"),
@@ -159,7 +159,9 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def check_fields(values: Mapping[str, Any], fields: Mapping[str, Field], place: str = "") -> None:
+def check_fields(
+    values: Mapping[str, Any], fields: Mapping[str, ConfigField], place: str = ""
+) -> None:
     """Raise a `UserError` for the first field that this model cannot honor; warn of unknown ones.
 
     place: ` of rope_scaling` for the fields of that object.
@@ -296,7 +298,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Config:
     """Return our Config for a Hugging Face config.json, with the MTP layers that it promises."""
     check_hf_config(values)
     kind = base_type(values)
-    values = ABSENT[kind] | values
+    values = {**ABSENT[kind], **values}
     if values.get("topk_group") is None and (values.get("n_group") or 1) > 1:
         raise UserError(f"topk_group is missing beside n_group ({values['n_group']})")
     ours = map_fields(values, HF_FIELDS)
