@@ -1151,9 +1151,7 @@ def metrics_row(model: Transformer, step: int, s: StepStats) -> dict:
     }
 
 
-def short_run(
-    c, r: TrainingRecipe, seed: int = 0, moments=torch.bfloat16, averaged: bool = False
-):
+def short_run(c, r: TrainingRecipe, seed: int = 0, moments=torch.bfloat16, averaged: bool = False):
     """Train a model; return it and a row of metrics per step.
 
     The last row has the held-out loss; with `averaged` five rows have it, and that of averaged
