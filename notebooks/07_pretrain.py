@@ -158,7 +158,8 @@ def ids_of(tokenizer, texts: list[str]) -> torch.Tensor:
     return torch.tensor(list(chain.from_iterable(e.ids for e in encodings)))
 
 
-n_bytes, table, tokenizers = len(held_text.encode()), [], {}
+n_bytes = len(held_text.encode())
+table, tokenizers = [], {}
 for size in (300, 512, 4096):
     t = tokenizers[size] = train_tokenizer(train_texts, size)
     count_w = ids_of(t, train_texts).bincount(minlength=size) + 1.0
