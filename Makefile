@@ -24,7 +24,7 @@ help:
 	@echo "make site       the book to read offline, from the stored notebooks: build/site/index.html"
 
 train: .venv/core
-	$(BIN)/dsv3 train --config tiny $(ARGS)
+	$(BIN)/dsv3 train $(ARGS)
 
 align: .venv/rl
 	$(BIN)/dsv3 align --seeds $(SEEDS) $(ARGS)
