@@ -12,7 +12,7 @@ class Command:
     options: str  # the dataclass of its options
     function: str = ""  # called with the options
     task: str = ""  # or: the task of a training run, on this process or on all ranks
-    records_command_line: bool = False  # the function stores the command line with its results
+    stores_record: bool = False  # the function stores the record of the run with its results
 
 
 COMMANDS: dict[str, dict[str, Command]] = {
@@ -21,12 +21,13 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Tokenize text once, into shards that `dsv3 train --data` reads.",
             "dsv3_ref.data.prepare.PrepareConfig",
             "dsv3_ref.data.prepare.prepare_shards",
-            records_command_line=True,
+            stores_record=True,
         ),
         "data bench": Command(
             "Measure how fast text becomes shards and shards become batches.",
             "dsv3_ref.studies.data_bench.DataBenchConfig",
             "dsv3_ref.studies.data_bench.run_data_bench",
+            stores_record=True,
         ),
         "check": Command(
             "Verify the files of a run, a model or a folder of shards by their checksums.",
@@ -105,12 +106,13 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Benchmark speed and memory against transformers.",
             "dsv3_ref.studies.bench.BenchConfig",
             "dsv3_ref.studies.bench.run_bench",
+            stores_record=True,
         ),
         "ablate": Command(
             "Train variants of one part of the model on equal data and compare them.",
             "dsv3_ref.studies.ablate.AblateConfig",
             "dsv3_ref.studies.ablate.run_ablation",
-            records_command_line=True,
+            stores_record=True,
         ),
     },
 }

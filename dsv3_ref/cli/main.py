@@ -76,14 +76,20 @@ def run_command(name: str, argv: list[str]) -> None:
     import tyro
 
     from dsv3_ref.cli.option_groups import OPTION_GROUPS, grouping_registry
+    from dsv3_ref.training.run_file import describe_run, field_names, split_run_file
 
     options = load(command.options)
     argv = join_repeated_options(argv, options)
     registry = grouping_registry({options: OPTION_GROUPS[name]})
-    args = tyro.cli(options, prog=f"dsv3 {name}", args=argv, registry=registry)
+    argv, file = split_run_file(argv, name, options)
+    default: dict[str, Any] = {}
+    if file.values:
+        required = {x: tyro.MISSING for x in field_names(options) if not hasattr(options, x)}
+        default["default"] = file.apply(options(**required))
+    args = tyro.cli(options, prog=f"dsv3 {name}", args=argv, registry=registry, **default)
     function = load(command.function)
-    if command.records_command_line:
-        function(args, command_line)
+    if command.stores_record:
+        function(args, describe_run(name, args, command_line))
     else:
         function(args)
 
@@ -200,7 +206,11 @@ def overview(prefix: str = "") -> str:
         ]
         if rows:
             lines += [title, *rows, ""]
-    return "\n".join([*lines, "dsv3 COMMAND --help lists the options of a command."])
+    lines += [
+        "dsv3 COMMAND --help lists the options of a command; dsv3 COMMAND --config FILE reads them",
+        "from a YAML or JSON file, such as the run.json of a run.",
+    ]
+    return "\n".join(lines)
 
 
 def exit_now(code: int) -> NoReturn:

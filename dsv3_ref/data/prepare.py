@@ -60,11 +60,14 @@ class PrepareConfig:
 # ── The commands ──
 
 
-def prepare_shards(args: PrepareConfig, command: str | None = None) -> None:
-    """Write the shards that are missing; `command` is stored in the index."""
+def prepare_shards(args: PrepareConfig, record: dict[str, Any] | None = None) -> None:
+    """Write the shards that are missing.
+
+    record: what repeats the command, stored in the index.
+    """
     validate_prepare_args(args)
     with lock_shards(args.out):
-        index = load_or_create_index(args, command)
+        index = load_or_create_index(args, record)
         if index["complete"]:
             shards.Shards(args.out)
             clean_up(args.out)
@@ -181,7 +184,7 @@ def lock_shards(out: Path) -> Iterator[None]:
         yield
 
 
-def load_or_create_index(args: PrepareConfig, command: str | None) -> dict[str, Any]:
+def load_or_create_index(args: PrepareConfig, record: dict[str, Any] | None) -> dict[str, Any]:
     """Return the index to continue with, or that of a new folder."""
     now = index_settings(args)
     if shards.is_shards(str(args.out)):
@@ -193,7 +196,7 @@ def load_or_create_index(args: PrepareConfig, command: str | None) -> dict[str, 
     index = {
         "format": shards.FORMAT,
         "complete": False,
-        "command": command,
+        "run": record,
         "settings": now,
         "dtype": None,
         "vocab_size": None,

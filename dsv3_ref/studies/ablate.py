@@ -1,7 +1,6 @@
 """`dsv3 ablate NAME`: train variants that differ in one part, over a few seeds; one JSON file."""
 
 import json
-import platform
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +26,7 @@ from dsv3_ref.optim import RECIPES, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import fim
 from dsv3_ref.training import settings
 from dsv3_ref.training.loop import take_step
-from dsv3_ref.training.settings import TrainConfig, git_commit
+from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess
 from dsv3_ref.training.task import PretrainTask, evaluate_loss
@@ -437,19 +436,21 @@ def load_results(path: Path, header: dict) -> dict:
     for key in ("steps", "data", "variants"):
         if stored.get(key) != header[key]:
             raise UserError(f"{path} was made with other {key}: give another --out, or move it")
-    return stored | {key: header[key] for key in ("command", "seeds")}
+    return stored | {key: header[key] for key in ("command", "settings", "seeds")}
 
 
-def run_ablation(args: AblateConfig, command: str) -> Path:
-    """Run every variant with every seed, seed by seed, and write the file after each run."""
+def run_ablation(args: AblateConfig, record: dict[str, Any]) -> Path:
+    """Run every variant with every seed, seed by seed, and write the file after each run.
+
+    record: what repeats the command, stored with the results.
+    """
     if args.seeds < 1 or args.steps < 1:
         raise UserError("--seeds and --steps must be at least 1")
     base = load_config(args.config) if args.config else BASE
     variants = ABLATIONS[args.name](base, ablation_recipe(base, args.steps))
     path = args.out / f"ablate_{args.name}.json"
     result = load_results(path, {
-        "command": command, "commit": git_commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **record,
         "threads": torch.get_num_threads(), "steps": args.steps, "data": list(args.data),
         "seeds": args.seeds, "variants": {k: variant_metadata(v) for k, v in variants.items()},
     })  # fmt: skip

@@ -32,7 +32,7 @@ from dsv3_ref.posttraining.prompts import (
 )
 from dsv3_ref.sft import rejection_sample
 from dsv3_ref.studies.stages import StageRunner, round_significant, write_jsonl
-from dsv3_ref.training.settings import git_commit
+from dsv3_ref.training.run_file import git_state
 
 NUM_WORKED_SUMS = 3797  # sums with worked solutions in the SFT data
 NUM_WORKED_OTHERS = 300  # problems with worked solutions of each other task
@@ -276,7 +276,7 @@ def collect_results(args: AlignConfig, runs: dict[str, Path]) -> dict:
     return {
         "groups": {"before": before, "after": after},
         "command": shlex.join(["dsv3", "align", *sys.argv[2:]]),
-        "commit": git_commit(),
+        "commit": git_state()[0],
         "cores": os.cpu_count(),
         "runs": results,
     }

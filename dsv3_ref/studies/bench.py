@@ -395,13 +395,13 @@ PART_FUNCTIONS: dict[str, Callable[[BenchConfig], dict]] = {
 }
 
 
-def run_bench(args: BenchConfig) -> None:
-    """Measure every part in a process of its own; print the results and write a JSON file."""
+def run_bench(args: BenchConfig, record: dict[str, Any]) -> None:
+    """Measure every part in a process of its own; print the results and write a JSON file.
+
+    record: what repeats the command, stored with the results.
+    """
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "command": " ".join(["dsv3", *sys.argv[1:]]),
-        "machine": describe_machine(args),
-    }
+    results = record | {"machine": describe_machine(args)}
     results |= {"shape": asdict(SHAPE), "tokens": [BATCH, LENGTH]}
     for part in args.parts:
         for tuned in (False, True) if part == "train" else (False,):

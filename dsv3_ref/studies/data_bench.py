@@ -1,11 +1,11 @@
 """`dsv3 data bench`: speed of tokenizing text into shards and of loading sequences from them."""
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -40,13 +40,16 @@ class DataBenchConfig:
     """JSON file of the results"""
 
 
-def run_data_bench(args: DataBenchConfig) -> None:
-    """Measure, print the rates and write them to a JSON file."""
+def run_data_bench(args: DataBenchConfig, record: dict[str, Any]) -> None:
+    """Measure, print the rates and write them to a JSON file.
+
+    record: what repeats the command, stored with the results.
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = measure(args, Path(folder))
     print("\n".join(format_result("megabytes of text per second", results)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"command": " ".join(["dsv3", *sys.argv[1:]]), "processor": processor_name()}
+    about = record | {"processor": processor_name()}
     write_json(args.out, about | {"workers": args.workers, "rounds": args.rounds} | results)
     print(f"results: {args.out}")
 

@@ -23,7 +23,7 @@ from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.files import BUILTIN_SOURCES
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.pretrain import expert_loads
-from dsv3_ref.training.settings import git_commit
+from dsv3_ref.training.run_file import git_state
 
 FORWARD_BATCH = 8  # sequences per forward pass
 
@@ -94,7 +94,7 @@ def record_expert_loads(args: ExpertLoadConfig, command: str) -> Path:
     config = model.config
     header = {
         "command": command,
-        "commit": git_commit(),
+        "commit": git_state()[0],
         "layers": [name for name in moe_layers(model) if not name.startswith("mtp")],
         "n_expert_groups": config.n_expert_groups,
         "n_activated_experts": config.n_activated_experts,

@@ -41,7 +41,7 @@ from dsv3_ref.long_context import (
 )
 from dsv3_ref.model import Transformer
 from dsv3_ref.studies.stages import StageRunner, round_significant
-from dsv3_ref.training.settings import git_commit
+from dsv3_ref.training.run_file import git_state
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]  # tokens per text with a needle
 DEPTHS = [0.0, 0.5, 1.0]  # position of the needle, from beginning to end
@@ -225,7 +225,7 @@ def run_long_context_study(args: LongContextStudyConfig, stages: StageRunner) ->
     main_model.load_state_dict(after.state_dict(), strict=False)
     results = {
         "command": shlex.join(["python", "-m", "dsv3_ref.studies.long_context", *sys.argv[1:]]),
-        "commit": git_commit(), "seed": args.seed,
+        "commit": git_state()[0], "seed": args.seed,
         "runs": {name: {key: summary[key] for key in ("tokens", "seconds", "val_bpb")}
                  for name, summary in summaries.items()},
         **measure_models(args, runs), **measure_time(main_model, args.seed),

@@ -33,7 +33,7 @@ from dsv3_ref.rewards import (
 from dsv3_ref.sft import render_conversation
 from dsv3_ref.studies.align import open_ended_tasks, worsen
 from dsv3_ref.studies.stages import StageRunner, round_significant, write_jsonl
-from dsv3_ref.training.settings import git_commit
+from dsv3_ref.training.run_file import git_state
 
 SURE_SENTENCE = " I am quite sure of it."
 SPURIOUS_RATE = 0.7  # share of training pairs whose right answer claims to be sure
@@ -238,7 +238,7 @@ def run_reward_study(args: RewardStudyConfig, stages: StageRunner) -> None:
         print(name, measures)
     results = {
         "command": shlex.join(["python", "-m", "dsv3_ref.studies.reward", *sys.argv[1:]]),
-        "commit": git_commit(),
+        "commit": git_state()[0],
         "spurious_rate": SPURIOUS_RATE,
         "judges": judges,
         "votes": measure_votes(args, stages),

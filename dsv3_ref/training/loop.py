@@ -70,7 +70,7 @@ def train(
 def start_run(task: Task, strategy: Strategy, run_dir: Path, command: str | None) -> Run:
     """Write run.json and build a run at step 0."""
     if strategy.is_main and not task.config.resume:
-        write_json(run_dir / "run.json", settings.describe_run(task.config, command))
+        write_json(run_dir / "run.json", settings.describe_training(task.config, command))
     return build_run(task, strategy, run_dir)
 
 

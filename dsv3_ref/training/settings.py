@@ -3,8 +3,6 @@
 import argparse
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +19,13 @@ from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_conf
 from dsv3_ref.config import Config, UserError, from_dict, load_config
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
+from dsv3_ref.training.run_file import (
+    RunFile,
+    apply_options,
+    describe_run,
+    field_names,
+    split_run_file,
+)
 
 METRICS = "metrics.jsonl"  # one row per step
 Rule = tuple[bool, str]  # whether it holds, and the error if not
@@ -43,7 +48,8 @@ class TrainConfig:
     model: Config
     recipe: Annotated[TrainingRecipe, tyro.conf.arg(name="")]
     config: str = "tiny"
-    """model size: tiny, small, v2_lite, v3, or a .json file with the fields of --model"""
+    """model size: tiny, small, v2_lite, v3, or a .json file with the fields of --model; or a run
+    file: .yaml or .json with options of this command, such as the run.json of a run"""
     init: Annotated[Path | None, shown_default("random weights")] = None
     """run, checkpoint or Hugging Face directory whose weights, shape and tokenizer to start from"""
     seed: int = 0
@@ -244,22 +250,35 @@ def parse_args(
 
     registry: rules of tyro that change how --help lists the options.
     """
+    argv, file = split_run_file(argv, kind.COMMAND, kind)
     prog = f"dsv3 {kind.COMMAND}"
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     for name in ("--config", "--init", "--out"):
-        first.add_argument(name)
-    first.add_argument("--resume", action="store_true")
+        first.add_argument(name, default=file.get(name[2:], kind))
+    first.add_argument("--resume", action="store_true", default=file.get("resume", kind))
     known = first.parse_known_args(argv)[0]
     config = known.config or (config_name_of(Path(known.init)) if known.init else "tiny")
     if known.resume:
-        default = load_saved_args(
+        before = load_saved_args(
             Path(known.out) if known.out else newest_run_dir(kind, config), kind
         )
+        default = replace(file.apply(before), out=before.out)
     else:
-        model = load_checkpoint_config(known.init) if known.init else load_config(config)
-        default = kind.defaults(model, config, argv)
+        model = file_model(file) or (
+            load_checkpoint_config(known.init) if known.init else load_config(config)
+        )
+        phase = [f"--phase={file.values['phase']}"] if "phase" in file.values else []
+        default = file.apply(kind.defaults(model, config, [*phase, *argv]))
     args = tyro.cli(kind, prog=prog, default=default, args=argv, registry=registry)
-    return merge_resume_args(args, default) if known.resume else args
+    return merge_resume_args(args, before) if known.resume else args
+
+
+def file_model(file: RunFile) -> Config | None:
+    """Return the model of the record of a run, which has all fields; None for other files."""
+    model = file.values.get("model")
+    if isinstance(model, dict) and field_names(Config) <= set(model):
+        return from_dict(model)
+    return None
 
 
 def config_name_of(init: Path) -> str:
@@ -355,32 +374,15 @@ def has_metrics(run_dir: Path) -> bool:
 # ── run.json ──
 
 
-def describe_run(args: TrainConfig, command: str | None) -> dict[str, Any]:
+def describe_training(args: TrainConfig, command: str | None) -> dict[str, Any]:
     """Return the contents of run.json, which suffice to repeat the run."""
     with torch.device("meta"):
         model = Transformer(args.model)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-    return {
-        "command": command,
-        "commit": git_commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    return describe_run(args.COMMAND, args, command) | {
         "moe_layers": list(moe_layers(model)),
         "model": asdict(args.model),
-        "settings": settings,
         "params": {"trained": sum(p.numel() for p in model.parameters())},
     }
-
-
-def git_commit() -> str | None:
-    """Return the commit of this checkout, or None outside of one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        return None
 
 
 def load_saved_args(folder: Path, kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
@@ -389,14 +391,19 @@ def load_saved_args(folder: Path, kind: type[TrainConfig] = TrainConfig) -> Trai
     if not path.is_file():
         raise UserError(f"nothing to resume: {folder} holds no run.json; start without --resume")
     try:
-        saved = read_json(path)["settings"]
-        saved |= {"model": from_dict(saved["model"]), "recipe": TrainingRecipe(**saved["recipe"])}
-        saved |= {"out": folder, "resume": True}
-        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
-        paths = {"tokenizer", "init", "reward"} & set(saved)
-        saved |= {name: saved[name] and Path(saved[name]) for name in paths}
-        return kind(**saved)
+        record = read_json(path)
+        if record["name"] != kind.COMMAND:
+            raise UserError(f"it is a run of dsv3 {record['name']}, not of dsv3 {kind.COMMAND}")
+        saved = record["settings"]
+        before = kind(from_dict(saved["model"]), TrainingRecipe(**saved["recipe"]))
+        args = apply_options(before, saved | {"out": str(folder), "resume": True}, path.name)
     except (UserError, KeyError, TypeError) as e:
         raise UserError(
             f"{path} is damaged, or of another version ({e}): start a new run without --resume"
         ) from None
+    if missing := field_names(kind) - set(saved):
+        raise UserError(
+            f"{path} is damaged, or of another version (it lacks {min(missing)}): "
+            "start a new run without --resume"
+        )
+    return args
