@@ -196,7 +196,8 @@ def apply_options(default: Any, values: Mapping[str, Any], source: str) -> Any:
             changes[name] = apply_options(getattr(default, name), inner, source)
         else:
             raise UserError(f"{source}: {name} must be a mapping of options, not {value!r}")
-    return replace(default, **changes) if is_dataclass(default) else default._replace(**changes)
+    is_tuple = hasattr(default, "_replace")
+    return default._replace(**changes) if is_tuple else replace(default, **changes)
 
 
 def flat_names(options: Any) -> list[str]:

@@ -97,7 +97,7 @@ def test_a_mistake_is_a_sentence(more, sentence, said):
 def test_a_field_of_a_config_that_is_none(said, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"n_head": 3}))
-    assert "unknown config field 'n_head'; did you mean 'n_heads'?" in said("--config", path)
+    assert "there is no option 'n_head'; did you mean 'n_heads'?" in said("--config", path)
     path.write_text("{")
     assert f"{path} is not JSON" in said("--config", path)
 
