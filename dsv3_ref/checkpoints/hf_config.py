@@ -137,6 +137,12 @@ QUANTIZATION_FIELDS: dict[str, ConfigField] = {
     # scales are stored as numbers; the dtype of a stored tensor says whether it is quantized
     **other("harmless", "scale_fmt modules_to_not_convert ignored_layers dequantize"),
 }
+FP8_CONFIG = {  # of the released V3
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
 GATES: dict[str, dict[str, tuple]] = {
     "deepseek_v3": {
         "scoring_func": ("sigmoid",),
@@ -379,3 +385,32 @@ def config_to_hf(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "eos_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def config_like(
+    config: Config, like: Mapping[str, Any], dtype: torch.dtype, use_fp8: bool
+) -> dict[str, Any]:
+    """Return the fields of another config.json, in its order, with those of this model changed.
+
+    Raise a `UserError` if it is of another kind.
+    """
+    ours, theirs = config_to_hf(config, dtype), config_from_hf(like)
+    if base_type(like) != ours["model_type"]:
+        raise UserError(f"it is a {like['model_type']}, but the model a {ours['model_type']}")
+    changed = [name for name in HF_FIELDS if getattr(config, name) != getattr(theirs, name)]
+    values = dict(like) | {HF_FIELDS[name]: ours[HF_FIELDS[name]] for name in changed}
+    if "n_expert_groups" in changed:
+        values["topk_method"] = ours["topk_method"]
+    if any(
+        getattr(config, name) != getattr(theirs, name) for name in ("rope_theta", *HF_YARN_FIELDS)
+    ):
+        values.pop("rope_parameters", None)
+        values |= {name: ours[name] for name in ("rope_theta", "rope_scaling")}
+    implied = implied_values(values)
+    values |= {name: implied[name][0] for name in implied if values.get(name) is not None}
+    if config.n_mtp_layers != (promised_mtp_layers(like) or 0):
+        values.pop("num_mtp_layers", None)
+        values["num_nextn_predict_layers"] = config.n_mtp_layers
+    values["dtype" if "dtype" in like else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    quantization = values.pop("quantization_config", None)
+    return values | ({"quantization_config": quantization or FP8_CONFIG} if use_fp8 else {})

@@ -6,14 +6,16 @@ own, and the MTP layers are numbered after the last layer.
 
 import re
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3_ref.checkpoints.atomic import atomic_dir
-from dsv3_ref.checkpoints.safetensors_files import SHARD_BYTES, write_safetensors
+from dsv3_ref.checkpoints.safetensors_files import SCALE_SUFFIX, SHARD_BYTES, write_safetensors
 from dsv3_ref.checkpoints.hf_config import config_to_hf
 from dsv3_ref.config import Config
+from dsv3_ref.fp8 import weight_quant
 from dsv3_ref.model import Transformer
 
 # ── Names: ours, Hugging Face's; L a layer (MTP layers come after the last), E each expert ──
@@ -48,6 +50,10 @@ HF_NAMES = {
     "L.eh_proj.weight": "model.layers.L.eh_proj.weight",
     "L.norm.weight": "model.layers.L.shared_head.norm.weight",
 }
+IN_FP8 = re.compile(  # the matrices that the released files hold in FP8
+    r"model\.layers\.\d+\.(self_attn\.\w+_proj(_with_mqa)?"
+    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight"
+)
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 IGNORED = re.compile(  # copies of embedding and head in MTP layers; RoPE's frequency tables
     r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight|.*rotary_emb\.inv_freq"
@@ -80,10 +86,47 @@ def save_hf(
     **fields: Any,
 ) -> None:
     """Write a model in Hugging Face's format; `fields` are added to config.json."""
-    config = config_to_hf(model.config, model.embed.weight.dtype) | fields
+    values = config_to_hf(model.config, model.embed.weight.dtype) | fields
+    with atomic_dir(directory) as tmp:
+        write_hf(tmp, model, values, shard_bytes=shard_bytes)
+
+
+def write_hf(
+    folder: Path, model: Transformer, values: dict[str, Any], dtype: torch.dtype | None = None,
+    use_fp8: bool = False, shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write config.json and weights into a folder.
+
+    values: the fields of config.json. dtype: of the weights, None: as they are. use_fp8: quantize
+    the matrices of attention and FFN, with scales in powers of two if `values` ask for ue8m0.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, x in model.state_dict().items():
-        parts = x.unbind() if x.ndim == 3 else [x.float() if is_gate_bias(name) else x]
+        parts = x.unbind() if x.ndim == 3 else [x]
         tensors |= zip(hf_names(name, model.config), parts, strict=True)
-    with atomic_dir(directory) as tmp:
-        write_safetensors(tmp, config, tensors, shard_bytes)
+    tensors |= mtp_copies(model)
+    quantization = values.get("quantization_config") or {}
+    use_ue8m0 = quantization.get("scale_fmt") == "ue8m0"
+
+    def convert(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if name.endswith("e_score_correction_bias"):
+            return {name: x.float()}
+        if use_fp8 and IN_FP8.fullmatch(name):
+            codes, scales = weight_quant(x, use_ue8m0)
+            return {name: codes, name + SCALE_SUFFIX: scales}
+        return {name: x.to(dtype or x.dtype, copy=bool(IGNORED.fullmatch(name)))}
+
+    write_safetensors(folder, values, tensors, shard_bytes, convert)
+
+
+def mtp_copies(model: Transformer) -> dict[str, torch.Tensor]:
+    """Return embedding and head under the names that each MTP layer has for them.
+
+    The released files hold these copies, and vLLM and SGLang read them.
+    """
+    copies: dict[str, torch.Tensor] = {}
+    first = model.config.n_layers
+    for i in range(first, first + model.config.n_mtp_layers):
+        copies[f"model.layers.{i}.embed_tokens.weight"] = model.embed.weight
+        copies[f"model.layers.{i}.shared_head.head.weight"] = model.head.weight
+    return copies

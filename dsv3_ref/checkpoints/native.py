@@ -213,10 +213,9 @@ class CheckpointReader:
         scales = {name + SCALE_SUFFIX for name in slices if self.stored.dtype(name) == FP8}
         if missing := sorted(scales - set(files)):
             raise UserError(f"{self.directory} has FP8 weights but lacks {abbreviate(missing)}")
-        unknown = [
-            n for n in files if n not in slices and n.removesuffix(SCALE_SUFFIX) not in slices
-        ]
-        if unknown := [n for n in unknown if not (self.is_hf and IGNORED.fullmatch(n))]:
+        stems = {name: name.removesuffix(SCALE_SUFFIX) for name in files}
+        unknown = [n for n, stem in stems.items() if n not in slices and stem not in slices]
+        if unknown := [n for n in unknown if not (self.is_hf and IGNORED.fullmatch(stems[n]))]:
             raise UserError(
                 f"{self.directory} has tensors that {CONFIG} does not call for: "
                 f"{abbreviate(unknown)}"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dsv3_ref.fp8 import weight_dequant
 SHARD_BYTES = 5_000_000_000  # of a file before another one starts
 SCALE_SUFFIX = "_scale_inv"  # an FP8 weight's scales have its name and this suffix
 FP8 = torch.float8_e4m3fn
+ConvertTensor = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -88,22 +89,36 @@ def open_file(path: Path) -> Any:
 # ── Writing ──
 
 
+def keep_tensor(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a tensor to be stored as it is."""
+    return {name: x}
+
+
 def write_safetensors(
-    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shard_bytes: int
-) -> None:
-    """Write config.json and safetensors, with an index if one file would exceed `shard_bytes`."""
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shard_bytes: int,
+    convert: ConvertTensor = keep_tensor,
+) -> None:  # fmt: skip
+    """Write config.json and safetensors, with an index if one file would exceed `shard_bytes`.
+
+    convert: returns what is stored for a tensor, by name; it is called file by file, so that the
+    converted tensors of one file are in memory.
+    """
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     groups = group_by_size({name: t.nbytes for name, t in tensors.items()}, shard_bytes)
     weight_map: dict[str, str] = {}
+    total = 0
     for i, names in enumerate(groups, start=1):
         file = WEIGHTS if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
-        group = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        group: dict[str, torch.Tensor] = {}
+        for name in names:
+            group |= convert(name, tensors[name].detach())
+        group = {name: x.cpu().contiguous() for name, x in group.items()}
         save_file(group, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(group, file)
+        total += sum(x.nbytes for x in group.values())
     if len(groups) > 1:
-        total = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def group_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -1,0 +1,1 @@
+"""Export: a run as a directory or file for other programs."""
