@@ -103,7 +103,7 @@ def write_safetensors(
     convert: returns what is stored for a tensor, by name; it is called file by file, so that the
     converted tensors of one file are in memory.
     """
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     groups = group_by_size({name: t.nbytes for name, t in tensors.items()}, shard_bytes)
     weight_map: dict[str, str] = {}
     total = 0
@@ -118,7 +118,7 @@ def write_safetensors(
         total += sum(x.nbytes for x in group.values())
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def group_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -29,6 +29,11 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "dsv3_ref.studies.data_bench.run_data_bench",
             stores_record=True,
         ),
+        "export": Command(
+            "Write a model as a directory for transformers, vLLM, SGLang and lm-eval.",
+            "dsv3_ref.export.command.ExportConfig",
+            "dsv3_ref.export.command.run_export",
+        ),
         "check": Command(
             "Verify the files of a run, a model or a folder of shards by their checksums.",
             "dsv3_ref.training.check.CheckConfig",

@@ -13,7 +13,7 @@ from dsv3_ref.checkpoints.huggingface import write_hf
 from dsv3_ref.checkpoints.layout import CONFIG
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, resolve_checkpoint_dir
 from dsv3_ref.config import UserError
-from dsv3_ref.export.tokenizer_files import copy_tokenizer_files, own_tokenizer, write_own_files
+from dsv3_ref.export.tokenizer_files import copy_tokenizer_files, write_own_files
 from dsv3_ref.model import Transformer
 
 MODEL_CARD = """\

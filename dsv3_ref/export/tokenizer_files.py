@@ -7,12 +7,13 @@ from typing import Any
 
 from tokenizers import Tokenizer, processors
 
+from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, PAD, USER, load_tokenizer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 COPIED = (  # what other programs read beside the weights
-    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    TOKENIZER, SETTINGS, "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "generation_config.json", "tokenizer.model",
     "tiktoken.model", "vocab.json", "merges.txt",
 )  # fmt: skip
@@ -58,11 +59,12 @@ def write_own_files(source: Path, target: Path, max_seq_len: int) -> dict[str, A
 
     A run that began with another model keeps that model's files, which are copied.
     """
+    if not (source / TOKENIZER).is_file():
+        raise UserError(f"{source} has no {TOKENIZER}: name a directory that has one with --like")
     tokenizer = load_tokenizer(source)
-    settings = source / "tokenizer_config.json"
-    if settings.is_file():
+    if (source / SETTINGS).is_file():
         copy_tokenizer_files(source, target)
-        return {}
+        return special_token_ids(tokenizer, read_json(source / SETTINGS))
     own = own_tokenizer(tokenizer)
     own.save(str(target / TOKENIZER))
     names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
@@ -70,7 +72,7 @@ def write_own_files(source: Path, target: Path, max_seq_len: int) -> dict[str, A
     write_object(target / "special_tokens_map.json", names)
     write_object(target / "generation_config.json", ids)
     write_object(
-        target / "tokenizer_config.json",
+        target / SETTINGS,
         names
         | {
             "add_bos_token": True,
@@ -81,6 +83,18 @@ def write_own_files(source: Path, target: Path, max_seq_len: int) -> dict[str, A
             "chat_template": CHAT_TEMPLATE,
         },
     )
+    return ids
+
+
+def special_token_ids(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, int]:
+    """Return `bos_token_id` and so on for the special tokens of a tokenizer_config.json."""
+    ids = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        value = settings.get(name)
+        text = value.get("content") if isinstance(value, dict) else value  # an AddedToken
+        token_id = tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if token_id is not None:
+            ids[f"{name}_id"] = token_id
     return ids
 
 
