@@ -67,7 +67,7 @@ show(fig)
 
 # %%
 #| export
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -208,12 +208,13 @@ def prefill_prompts(
 @torch.inference_mode()
 def generate_rollouts(
     model: Transformer, prompts: Sequence[list[int]], num_generations: int, max_new_tokens: int,
-    eos_id: int, temperature: float = 1.0, generator: torch.Generator | None = None,
+    stop_token_ids: Collection[int], temperature: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """Sample `num_generations` consecutive completions of each prompt, and log π of each token.
 
-    A completion ends with its first `eos_id` or after `max_new_tokens`. At temperature 0 tokens are
-    the most likely ones, and their log π is that of temperature 1.
+    A completion ends with its first token of `stop_token_ids` or after `max_new_tokens`. At
+    temperature 0 tokens are the most likely ones, and their log π is that of temperature 1.
     """
     decoder, logit_bw = prefill_prompts(model, prompts, num_generations, max_new_tokens)
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(num_generations).tolist()
@@ -228,7 +229,8 @@ def generate_rollouts(
         for i, token, logp in zip(active, y_b.tolist(), logp_b.tolist()):
             completions[i].append(token)
             logprobs[i].append(logp)
-        row_b = (y_b != eos_id).nonzero()[:, 0]  # the unfinished ones
+        is_stop_b = torch.tensor([token in stop_token_ids for token in y_b.tolist()])
+        row_b = (~is_stop_b).nonzero()[:, 0]  # the unfinished ones
         if not (len(row_b) and tokens_left):
             break
         decoder.token_bt[range(len(lengths)), lengths] = y_b
@@ -254,7 +256,7 @@ def reorder_cache(decoder: Decoder, row_b: Tensor) -> None:
 model = Transformer(replace(TINY, n_layers=2, vocab_size=64))
 prompts, END = [[1, 2, 3], [4, 5, 6, 7, 8], [9]], 63
 answers, logprobs = generate_rollouts(
-    model, prompts, 8, 30, END, generator=torch.Generator().manual_seed(0)
+    model, prompts, 8, 30, [END], generator=torch.Generator().manual_seed(0)
 )
 for i, (answer, logp_s) in enumerate(zip(answers, logprobs)):
     prompt = prompts[i // 8]
@@ -263,7 +265,7 @@ for i, (answer, logp_s) in enumerate(zip(answers, logprobs)):
     torch.testing.assert_close(again_s, torch.tensor(logp_s), atol=1e-4, rtol=0)
     assert END not in answer[:-1] and (answer[-1] == END or len(answer) == 30)
 print("lengths of 24 answers:", [len(answer) for answer in answers])
-greedy = generate_rollouts(model, prompts, 1, 10, END, temperature=0)[0]
+greedy = generate_rollouts(model, prompts, 1, 10, [END], temperature=0)[0]
 assert greedy[1] == generate(model, torch.tensor([prompts[1]]), 10)[0, 5:].tolist()
 
 # %% [markdown]

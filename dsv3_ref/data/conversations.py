@@ -10,28 +10,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files, sources
+from dsv3_ref.data.marks import Encode
 from dsv3_ref.rewards import judge_prompt
 from dsv3_ref.sft import SpecialTokens, pack_samples, render_conversation
 
 PACKING_CHUNK = 4096  # conversations that are packed together
 
-Encode = Callable[[str], list[int]]  # text → tokens, none of them special
 Warn = Callable[[str], object]
 Pair = tuple[list[int], list[int]]  # tokens of the chosen conversation and of the rejected one
 Sample = TypeVar("Sample")
-
-
-def text_encoder(tokenizer: Tokenizer) -> Encode:
-    """Return a function that encodes a text as tokens, none of them special."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    return encode
 
 
 # ── Conversations ──

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_ref.config import UserError
+from dsv3_ref.data.tokenizer_settings import TokenizerSettings
 
 if TYPE_CHECKING:
     from dsv3_ref.sft import SpecialTokens
@@ -90,14 +91,31 @@ def reset_options(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def get_special_tokens(tokenizer: Tokenizer) -> "SpecialTokens":
-    """Return the ids of the special tokens of conversations."""
+def get_special_tokens(
+    tokenizer: Tokenizer, settings: TokenizerSettings | None = None
+) -> "SpecialTokens":
+    """Return the ids of the special tokens of conversations, −1 for those that a model lacks.
+
+    The settings name them; V3's names are the default. Raises a `UserError` if there is no end
+    token. Without one for padding, the end token pads.
+    """
     from dsv3_ref.sft import SpecialTokens  # needs torch, which `dsv3 data` does not load
 
-    ids = {s: tokenizer.token_to_id(s) for s in (BOS, EOS, PAD, USER, ASSISTANT)}
-    if missing := [s for s, i in ids.items() if i is None]:
-        raise UserError(f"the tokenizer lacks {' and '.join(missing)}")
-    return SpecialTokens(*(i for i in ids.values() if i is not None))
+    names = settings.special_tokens if settings else {}
+
+    def find(*texts: str | None) -> int:
+        ids = (tokenizer.token_to_id(text) for text in texts if text)
+        return next((i for i in ids if i is not None), -1)
+
+    eos = find(names.get("eos_token"), EOS)
+    if eos < 0:
+        raise UserError(
+            f"the tokenizer lacks {names.get('eos_token', EOS)}: name its end token as eos_token "
+            "in tokenizer_config.json"
+        )
+    pad = find(PAD, names.get("pad_token"))
+    bos = find(names.get("bos_token"), BOS)
+    return SpecialTokens(bos, eos, eos if pad < 0 else pad, find(USER), find(ASSISTANT))
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

@@ -52,13 +52,13 @@ class DSV3LM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
         """Encode a text, after the begin token unless add_special_tokens is False."""
-        ids = self.policy.tokenizer.encode(string, add_special_tokens=False).ids
+        ids = self.policy.chat.encode(string)
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
     def encode_context(self, context: str) -> list[int]:
         """Encode a context; a conversation keeps its special tokens."""
         if isinstance(context, ChatContext):
-            return self.policy.encode_prompt(context.messages)
+            return self.policy.chat.render_prompt(context.messages)
         return self.tok_encode(context)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -120,7 +120,7 @@ class DSV3LM(TemplateLM):
 
     def generate_one(self, context: str, options: dict) -> str:
         """Continue one context with lm-eval's generation arguments."""
-        until, eos_id = options.get("until") or [], self.eot_token_id
+        until, ends = options.get("until") or [], self.policy.chat.stop_token_ids
         stops = tuple([until] if isinstance(until, str) else until)
         text = StreamDetokenizer(self.policy.tokenizer, stops)
         max_new_tokens = min(options.get("max_gen_toks", 256), self.max_length - 1)
@@ -129,8 +129,8 @@ class DSV3LM(TemplateLM):
         temperature = options.get("temperature", 1.0) if is_sampled else 0.0
         params = SamplingParams(temperature, options.get("top_p", 1.0))
         continuation = ""
-        for (new,) in stream(self.policy.model, [prompt], max_new_tokens, params, {eos_id}):
-            continuation += text.push([token for token in new if token != eos_id])
+        for (new,) in stream(self.policy.model, [prompt], max_new_tokens, params, ends):
+            continuation += text.push([token for token in new if token not in ends])
             if text.ended:
                 break
         return continuation + text.flush()

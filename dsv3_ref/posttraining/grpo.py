@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,9 +19,9 @@ from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.checkpoints.manifest import has_manifest, read_manifest
 from dsv3_ref.config import UserError
+from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.files import print_to_stderr
 from dsv3_ref.data.fingerprint import fingerprint_files
-from dsv3_ref.data.tokenizer import get_special_tokens
 from dsv3_ref.grpo import GRPO_RECIPES, advantages, grpo_loss
 from dsv3_ref.model import Transformer
 from dsv3_ref.moe import Route
@@ -43,7 +42,7 @@ from dsv3_ref.rewards import has_think_format, vote_reward
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
-from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
+from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
 from dsv3_ref.verifiers.sandbox import map_parallel
 
 BEFORE = "before.json"  # held-out rewards and samples of the initial model
@@ -208,12 +207,12 @@ class RewardFn:
     def __init__(
         self,
         config: GRPOConfig,
-        tokenizer: Tokenizer,
+        chat: ChatTemplate,
         voter: Policy | None,
         warn: Callable[[str], object],
         device: torch.device,
     ):
-        self.eos_id = get_special_tokens(tokenizer).eos
+        self.stop_token_ids = chat.stop_token_ids
         self.voter = voter
         self.votes = config.votes
         self.require_think_format = config.require_think_format
@@ -227,7 +226,7 @@ class RewardFn:
                     f"--reward {config.reward} needs reference answers, which open-ended tasks "
                     "lack: train one without --with-reference"
                 )
-            if self.model.tokenizer.get_vocab() != tokenizer.get_vocab():
+            if self.model.chat.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
                 raise UserError(
                     f"--reward {config.reward} and --init {config.init} have different "
                     "tokenizers: train the reward model from the same model"
@@ -238,7 +237,7 @@ class RewardFn:
         open_ended: list[Rollout] = []
         verifiable: list[Rollout] = []
         for rollout in rollouts:
-            if rollout.tokens[-1] == self.eos_id:
+            if rollout.tokens[-1] in self.stop_token_ids:
                 task = get_task(rollout.problem.domain)
                 part = open_ended if task.is_open_ended else verifiable
                 part.append(rollout)
@@ -311,15 +310,16 @@ class GRPOTask:
         """Parse the tasks and decide how many prompts each step has."""
         config, recipe = self.config, self.config.recipe
         weights = parse_weights(config.tasks)
-        tokenizer = find_tokenizer(config)
+        chat = find_chat_template(config)
         return Data(
             names=list(weights),
             batch_size_schedule=get_batch_size_schedule(recipe, recipe.steps),
             val={},
-            special_tokens=get_special_tokens(tokenizer),
+            special_tokens=chat.special_tokens,
+            chat=chat,
             minibatches=config.steps_per_generation,
             loader=PromptDataset(weights, config.seed),
-            tokenizer=tokenizer,
+            tokenizer=chat.tokenizer,
             fingerprints=(*map(fingerprint_task, weights), *self.fingerprint_models()),
         )
 
@@ -337,7 +337,8 @@ class GRPOTask:
     def prepare(self, run: Run) -> None:
         """Load the reference model and the scorer; evaluate the initial model."""
         config, strategy = self.config, run.strategy
-        tokenizer = run.data.tokenizer
+        chat = run.data.chat
+        assert chat is not None  # `build_data` sets it
         self.device = strategy.device
         voter = None
         if config.beta or config.votes:
@@ -346,8 +347,8 @@ class GRPOTask:
                 self.device
             )
             self.reference.requires_grad_(False)
-            voter = Policy(self.reference, tokenizer)
-        self.reward_fn = RewardFn(config, tokenizer, voter, print_to_stderr, self.device)
+            voter = Policy(self.reference, chat)
+        self.reward_fn = RewardFn(config, chat, voter, print_to_stderr, self.device)
         if config.rollout_backend == "vllm":
             if strategy.dp_size > 1:
                 raise UserError("--rollout-backend vllm runs in one process: start one")
@@ -366,7 +367,8 @@ class GRPOTask:
         """Return a group of rewarded completions of each problem, one group after another."""
         model, config = as_transformer(run.strategy.model), self.config
         prompts = [build_messages(p.question, system=config.system) for p in problems]
-        policy = Policy(model, run.data.tokenizer, self.vllm)
+        assert run.data.chat is not None  # `build_data` sets it
+        policy = Policy(model, run.data.chat, self.vllm)
         if self.vllm and self.synced_step != run.state.step:
             self.vllm.refresh(model)
             self.synced_step = run.state.step

@@ -1,29 +1,26 @@
 """A model with its tokenizer: conversations in, groups of completions out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
-from dsv3_ref.data.conversations import text_encoder
-from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
+from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.prompts import build_messages
 from dsv3_ref.rewards import vote_prompt
-from dsv3_ref.sft import render_conversation
 
 BATCH_COMPLETIONS = 256  # completions that are generated at a time
 MAX_VOTE_TOKENS = 4
-# (prompts, num_generations, max_new_tokens, eos_id, temperature) → (tokens, log π) per completion
+# (prompts, num_generations, max_new_tokens, stop tokens, temperature) → (tokens, log π)
 RolloutFn = Callable[
-    [list[list[int]], int, int, int, float], tuple[list[list[int]], list[list[float]]]
+    [list[list[int]], int, int, Collection[int], float], tuple[list[list[int]], list[list[float]]]
 ]
 
 
@@ -57,14 +54,13 @@ class Completion(NamedTuple):
 
 
 class Policy:
-    """A model with its tokenizer and a function that samples completions."""
+    """A model with the form of its conversations and a function that samples completions."""
 
-    def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, rollout_fn: RolloutFn | None = None
-    ):
+    def __init__(self, model: Transformer, chat: ChatTemplate, rollout_fn: RolloutFn | None = None):
         self.model = model
-        self.tokenizer = tokenizer
-        self.special_tokens = get_special_tokens(tokenizer)
+        self.chat = chat
+        self.tokenizer = chat.tokenizer
+        self.special_tokens = chat.special_tokens
         self.rollout_fn = rollout_fn or partial(generate_rollouts, model)
 
     @classmethod
@@ -77,11 +73,7 @@ class Policy:
     ) -> "Policy":
         """Load a policy from a run, a checkpoint or a Hugging Face directory."""
         model = native.load(folder, device, dtype, verify).eval()
-        return cls(model, load_tokenizer(native.find_tokenizer_dir(Path(folder))))
-
-    def encode_prompt(self, messages: Sequence[dict]) -> list[int]:
-        """Encode a conversation that ends with a question."""
-        return render_conversation(messages, text_encoder(self.tokenizer), self.special_tokens)
+        return cls(model, ChatTemplate.from_dir(native.find_tokenizer_dir(Path(folder))))
 
     def generate(
         self, conversations: Sequence[list[dict]], num_generations: int, max_new_tokens: int,
@@ -100,17 +92,17 @@ class Policy:
     ) -> Iterator[list[Completion]]:  # fmt: skip
         """Yield the completions of `generate`, some conversations at a time."""
         n = max(1, BATCH_COMPLETIONS // num_generations)
-        eos_id = self.special_tokens.eos
+        stops = self.chat.stop_token_ids
         for start in range(0, len(conversations), n):
-            prompts = [self.encode_prompt(turns) for turns in conversations[start : start + n]]
+            prompts = [self.chat.render_prompt(x) for x in conversations[start : start + n]]
             check_prompt_length(self.model, prompts, max_new_tokens)
-            rollouts = self.rollout_fn(
-                prompts, num_generations, max_new_tokens, eos_id, temperature
-            )
+            rollouts = self.rollout_fn(prompts, num_generations, max_new_tokens, stops, temperature)
             batch = []
             for i, (tokens, logps) in enumerate(zip(*rollouts)):
-                prompt, text = prompts[i // num_generations], self.tokenizer.decode(tokens)
-                batch.append(Completion(prompt, tokens, logps, text, tokens[-1] == eos_id))
+                is_finished = tokens[-1] in stops
+                text = self.tokenizer.decode(tokens[:-1] if is_finished else tokens)
+                prompt = prompts[i // num_generations]
+                batch.append(Completion(prompt, tokens, logps, text, is_finished))
             yield batch
 
     def sample_votes(self, answers: Sequence[tuple[str, str]], k: int) -> torch.Tensor:

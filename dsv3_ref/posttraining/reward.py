@@ -12,17 +12,16 @@ from torch import Tensor
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
+from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.conversations import (
     Pair,
     PairDataset,
     PairFormat,
     read_pairs,
     split_samples,
-    text_encoder,
 )
 from dsv3_ref.data.files import print_to_stderr
 from dsv3_ref.data.fingerprint import fingerprint_samples
-from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
@@ -39,7 +38,7 @@ from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SFT_RECIPES, SpecialTokens, sample_cu_seqlens
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
-from dsv3_ref.training.task import BalanceLossScope, Data, find_tokenizer
+from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
 
 MAX_JUDGMENT_TOKENS = 64  # of a judgment that the reward model writes
 VAL_PAIRS = 16  # held-out pairs per forward pass
@@ -116,14 +115,13 @@ class RewardTask:
     def build_data(self) -> Data:
         """Read pairs, hold some out, and decide how many each step reads."""
         config, recipe = self.config, self.config.recipe
-        tokenizer = find_tokenizer(config)
-        self.special_tokens = get_special_tokens(tokenizer)
-        encode = text_encoder(tokenizer)
+        chat = find_chat_template(config)
+        self.special_tokens = chat.special_tokens
         pairs: list[Pair] = []
         fingerprints = []
         for name in config.data:
             samples = read_pairs(
-                name, encode, self.special_tokens, config.pair_format, print_to_stderr
+                name, chat.encode, self.special_tokens, config.pair_format, print_to_stderr
             )
             fingerprints.append(fingerprint_samples(name, chain.from_iterable(samples)))
             train, held_out = split_samples(samples)
@@ -136,7 +134,8 @@ class RewardTask:
             val={},
             special_tokens=self.special_tokens,
             loader=PairDataset(pairs, config.seed),
-            tokenizer=tokenizer,
+            chat=chat,
+            tokenizer=chat.tokenizer,
             fingerprints=tuple(fingerprints),
         )
 
@@ -255,8 +254,8 @@ class RewardModel:
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.model = native.load(folder, device).eval().requires_grad_(False)
         home = native.find_tokenizer_dir(Path(folder))
-        self.tokenizer = load_tokenizer(home)
-        self.special_tokens = get_special_tokens(self.tokenizer)
+        self.chat = ChatTemplate.from_dir(home)
+        self.special_tokens = self.chat.special_tokens
         settings = atomic.read_json(home / "run.json")["settings"]
         if "judge" not in settings:
             raise UserError(f"{folder} is not a reward model: train one with dsv3 reward")
@@ -288,7 +287,7 @@ class RewardModel:
 
     def add_judge_turns(self, samples: list[list[int]], references: list[str]) -> list[list[int]]:
         """Append the judge's turn to each conversation."""
-        encode = text_encoder(self.tokenizer)
+        encode = self.chat.encode
         user, assistant = self.special_tokens.user, self.special_tokens.assistant
         return [
             [*sample, user, *encode(judge_prompt(reference)), assistant]
@@ -304,7 +303,7 @@ class RewardModel:
         for start in range(0, len(prompts), JUDGMENT_BATCH):
             batch = prompts[start : start + JUDGMENT_BATCH]
             judgments += generate_rollouts(
-                self.model, batch, 1, MAX_JUDGMENT_TOKENS, eos_id, temperature=0.0
+                self.model, batch, 1, MAX_JUDGMENT_TOKENS, {eos_id}, temperature=0.0
             )[0]
         return [
             [*prompt, *judgment, *([eos_id] if judgment[-1] != eos_id else [])]

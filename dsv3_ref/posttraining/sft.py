@@ -10,12 +10,11 @@ from dsv3_ref.data.conversations import (
     PackedDataset,
     read_conversations,
     split_samples,
-    text_encoder,
 )
 from dsv3_ref.data.files import print_to_stderr
 from dsv3_ref.data.fingerprint import fingerprint_samples
 from dsv3_ref.data.loader import VAL_BATCH
-from dsv3_ref.data.tokenizer import byte_lengths, get_special_tokens
+from dsv3_ref.data.tokenizer import byte_lengths
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
@@ -29,7 +28,7 @@ from dsv3_ref.training.task import (
     BalanceLossScope,
     Data,
     evaluate_other_sources,
-    find_tokenizer,
+    find_chat_template,
     next_rows,
     split_rows,
     summarize_rows,
@@ -82,14 +81,13 @@ class SFTTask:
         """Read conversations, hold some out, and decide how many rows each step has."""
         config, recipe = self.config, self.config.recipe
         length = recipe.seq_len + 1
-        tokenizer = find_tokenizer(config)
-        special_tokens = get_special_tokens(tokenizer)
-        encode = text_encoder(tokenizer)
+        chat = find_chat_template(config)
+        tokenizer, special_tokens = chat.tokenizer, chat.special_tokens
         train_samples: list[list[int]] = []
         val = {}
         fingerprints = []
         for name in config.data:
-            samples = read_conversations(name, encode, special_tokens, length, print_to_stderr)
+            samples = read_conversations(name, chat.encode, special_tokens, length, print_to_stderr)
             fingerprints.append(fingerprint_samples(name, samples))
             train, held_out = split_samples(samples)
             train_samples += train
@@ -106,6 +104,7 @@ class SFTTask:
             batch_size_schedule=get_batch_size_schedule(replace(recipe, steps=steps), steps),
             val=val,
             special_tokens=special_tokens,
+            chat=chat,
             token_bytes=torch.tensor(byte_lengths(tokenizer)),
             loader=dataset,
             tokenizer=tokenizer,

@@ -6,7 +6,7 @@ differs slightly from the trainer's; `sampling_logp_difference` in metrics.jsonl
 much.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class VllmRollouts:
         prompts: list[list[int]],
         num_generations: int,
         max_new_tokens: int,
-        eos_id: int,
+        stop_token_ids: Collection[int],
         temperature: float,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Sample `num_generations` consecutive completions of each prompt, and vLLM's log π."""
@@ -77,7 +77,7 @@ class VllmRollouts:
 
         params = SamplingParams(
             n=num_generations, temperature=temperature, max_tokens=max_new_tokens,
-            stop_token_ids=[eos_id], ignore_eos=True, detokenize=False, logprobs=0,
+            stop_token_ids=list(stop_token_ids), ignore_eos=True, detokenize=False, logprobs=0,
         )  # fmt: skip
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self.engine.generate(requests, params, use_tqdm=False)

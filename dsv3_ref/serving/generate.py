@@ -3,16 +3,18 @@
 import sys
 import time
 
-from dsv3_ref.data.tokenizer import BOS
+from dsv3_ref.data.messages import Message
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
-from dsv3_ref.serving.text_generator import TextGenerator, truncate_history
+from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 from dsv3_ref.serving.web import serve_web_chat
+
+FORGETTING = "the talk exceeds the model's context: from now on its oldest turns are left out"
 
 
 def run_generate(args: GenerateConfig) -> None:
     """Print each prompt with its continuation; stream the text if there is only one prompt."""
     generator = TextGenerator(args)
-    prompts = [[generator.special_token_id(BOS), *generator.encode(p)] for p in args.prompt]
+    prompts = [generator.chat.encode_prompt(prompt) for prompt in args.prompt]
     is_single = len(prompts) == 1
     start = time.perf_counter()
     num_pieces = 0
@@ -38,16 +40,25 @@ def run_chat(args: ChatConfig) -> None:
 
 
 def chat_loop(generator: TextGenerator[ChatConfig]) -> None:
-    """Read a line, print the answer, and add both to the history, until the input ends."""
-    turns: list[list[int]] = []
+    """Read a line, print the answer, and add both to the history, until the input ends.
+
+    Says once when the model's context no longer holds the whole talk.
+    """
+    turns: list[list[Message]] = []
+    is_whole = True
     while line := read_line():
-        turns.append(generator.encode_user_turn(line))
+        turns.append(question(line))
+        num_turns = len(turns)
+        prompt = fit_history(generator, turns)
+        if is_whole and len(turns) < num_turns:
+            is_whole = False
+            print(FORGETTING, file=sys.stderr)
         answer = ""
-        for (piece,) in generator.iter_text([truncate_history(generator, turns)]):
+        for (piece,) in generator.iter_text([prompt]):
             answer += piece
             print(piece, end="", flush=True)
         print()
-        turns[-1] += generator.encode_assistant_turn(answer)
+        turns[-1] = answered(turns[-1], answer)
 
 
 def read_line() -> str:

@@ -249,33 +249,6 @@ def check_combinations(values: JSONObject) -> None:
             raise InvalidField(name, sentence)
 
 
-def flatten_content(messages: object) -> list[JSONObject]:
-    """Return messages in which content given as a list of text parts is joined to one string.
-
-    Raises `InvalidField` if `messages` is not a list of turns or if a part is not text.
-    """
-    if not isinstance(messages, list) or not messages:
-        message = "messages must be a list of turns with at least one entry"
-        raise InvalidField("messages", message)
-    turns = []
-    for turn in messages:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if isinstance(content, list):
-            turn = turn | {"content": join_text_parts(content)}
-        turns.append(turn)
-    return turns
-
-
-def join_text_parts(parts: list) -> str:
-    """Return the concatenated texts of content parts; raise `InvalidField` for other parts."""
-    texts = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            message = "the content of a message must be text: leave out images and files"
-            raise InvalidField("messages", message)
-        texts.append(text)
-    return "".join(texts)
 
 
 # ── Responses ──

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, load_tokenizer
+from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.policy import Policy
@@ -32,11 +33,9 @@ from dsv3_ref.serving.protocol import (
     HTTPError,
     chat_fields,
     completion_fields,
-    flatten_content,
     make_request,
 )
 from dsv3_ref.serving.tokenize_pool import TokenizePool
-from dsv3_ref.sft import render_conversation
 from dsv3_ref.training.strategy import pick_device
 
 ENGINE_FAILED = "the engine has failed and this server is about to end; see its log"
@@ -59,9 +58,11 @@ class Service:
         self.args = args
         self.created = int(time.time())
         model = model or load(args.model, verify=args.verify).to(pick_device(args.device)).eval()
-        self.tokenizer = tokenizer or load_tokenizer(find_tokenizer_dir(args.model))
-        self.policy = Policy(model, self.tokenizer)
-        self.special_tokens = self.policy.special_tokens
+        home = find_tokenizer_dir(args.model)
+        self.chat = ChatTemplate(tokenizer) if tokenizer else ChatTemplate.from_dir(home)
+        self.tokenizer = self.chat.tokenizer
+        self.policy = Policy(model, self.chat)
+        self.special_tokens = self.chat.special_tokens
         self.name = args.served_model_name or args.model.resolve().name
         self.engine = build_engine(model, args)
         self.engine_thread = EngineThread(self.engine, self.tokenizer)
@@ -116,13 +117,6 @@ class Service:
 
     # From the body of an HTTP request to requests to the engine
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, in which special tokens are treated as plain text.
-
-        The fast form computes no offsets, and lets other threads run throughout.
-        """
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
     async def parse_request(self, data: bytes, chat: bool) -> CompletionRequest:
         """Return the request of an HTTP body, which is read and tokenized outside the event loop.
 
@@ -159,8 +153,11 @@ class Service:
         if chat:
             if values.get("tools"):
                 raise InvalidField("tools", "this server does not support tools: leave it out")
-            turns = flatten_content(values.get("messages"))
-            return [render_conversation(turns, self.encode, self.special_tokens)]
+            messages: Any = values.get("messages")
+            try:
+                return [self.chat.render_prompt(messages)]
+            except UserError as e:
+                raise InvalidField("messages", str(e)) from None
         prompts = values.get("prompt", "")
         if isinstance(prompts, str) or is_token_list(prompts):
             prompts = [prompts]
@@ -178,17 +175,17 @@ class Service:
         With a suffix, the model fills in the middle (§4.1).
         """
         if isinstance(prompt, str):
-            start, tokens = [self.special_tokens.bos], self.encode(prompt)
+            start, tokens = [self.special_tokens.bos], self.chat.encode(prompt)
         else:
             start, tokens = [], self.check_token_ids(prompt)
         if not suffix:
-            return [*start, *tokens]
+            return self.chat.encode_prompt(prompt) if start else tokens
         begin, hole, end = (self.tokenizer.token_to_id(s) for s in (FIM_BEGIN, FIM_HOLE, FIM_END))
         if begin is None or hole is None or end is None:
             raise InvalidField(
                 "suffix", "the tokenizer of this model cannot express a suffix: leave it out"
             )
-        return [*start, begin, *tokens, hole, *self.encode(suffix), end]
+        return [*start, begin, *tokens, hole, *self.chat.encode(suffix), end]
 
     def check_token_ids(self, prompt: Any) -> list[int]:
         """Return a prompt of token ids; raise `InvalidField` if it is anything else."""
@@ -252,13 +249,13 @@ class Service:
         num_logprobs = request.num_logprobs
         if request.best_of > request.n:
             num_logprobs = max(0, num_logprobs)
-        eos = frozenset() if request.ignores_eos else frozenset({self.special_tokens.eos})
+        ends = frozenset() if request.ignores_eos else self.chat.stop_token_ids
         return ServedRequest(
             tokens=list(prompt),
             max_tokens=max_tokens,
             sampling_params=self.make_sampling_params(request, index),
             logits_processor=request.logits_processor,
-            stop_token_ids=eos | request.stop_token_ids,
+            stop_token_ids=ends | request.stop_token_ids,
             num_logprobs=num_logprobs,
             wants_prompt_logprobs=request.echo and request.num_logprobs >= 0,
             cache_salt=cache_salt,

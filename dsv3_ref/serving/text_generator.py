@@ -12,7 +12,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
-from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, USER, load_tokenizer
+from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.messages import Message
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ChatConfig, GenerationOptions, validate_generation_options
@@ -33,7 +34,8 @@ class TextGenerator(Generic[Options]):
         self.device = pick_device(args.device)
         model = load(args.model, verify=args.verify)
         self.model: Transformer = model.to(self.device).eval()
-        self.tokenizer = load_tokenizer(find_tokenizer_dir(args.model))
+        self.chat = ChatTemplate.from_dir(find_tokenizer_dir(args.model))
+        self.tokenizer = self.chat.tokenizer
         self.set_sampling(args)
         if args.compile:
             warm_up(self.model, args.num_speculative_tokens)
@@ -60,25 +62,6 @@ class TextGenerator(Generic[Options]):
         other.set_sampling(args)
         return other
 
-    def special_token_id(self, token: str) -> int:
-        """Return the id of a special token; raise a `UserError` if the tokenizer lacks it."""
-        token_id = self.tokenizer.token_to_id(token)
-        if token_id is None:
-            raise UserError(f"the tokenizer of {self.args.model} has no token {token}")
-        return token_id
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, in which special tokens are treated as plain text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_user_turn(self, text: str) -> list[int]:
-        """Return the token ids of a user's turn and of the token that begins the answer."""
-        return [self.special_token_id(USER), *self.encode(text), self.special_token_id(ASSISTANT)]
-
-    def encode_assistant_turn(self, text: str) -> list[int]:
-        """Return the token ids of a finished answer, as it appears in the history."""
-        return [*self.encode(text), self.special_token_id(EOS)]
-
     def num_new_tokens(self, prompts: list[list[int]]) -> int:
         """Return how many tokens may follow the longest prompt.
 
@@ -102,7 +85,7 @@ class TextGenerator(Generic[Options]):
         """
         steps = stream(
             self.model, prompts, self.num_new_tokens(prompts), self.sampling_params,
-            {self.special_token_id(EOS)}, self.args.num_speculative_tokens, self.args.compile,
+            self.chat.stop_token_ids, self.args.num_speculative_tokens, self.args.compile,
         )  # fmt: skip
         new_tokens = next(steps, None)
         while new_tokens is not None:
@@ -134,13 +117,25 @@ def warm_up(model: Transformer, num_speculative_tokens: int) -> None:
     print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
-def truncate_history(generator: TextGenerator[ChatConfig], turns: list[list[int]]) -> list[int]:
-    """Return system text and turns as token ids, with room left for an answer.
+def fit_history(generator: TextGenerator[ChatConfig], turns: list[list[Message]]) -> list[int]:
+    """Return system text and turns as the tokens of a prompt, with room left for an answer.
 
     Removes the oldest turns from `turns` until the rest fits; the newest always stays.
     """
-    prefix = [generator.special_token_id(BOS), *generator.encode(generator.args.system)]
+    system = [{"role": "system", "content": generator.args.system}] if generator.args.system else []
     limit = generator.model.config.max_seq_len - generator.args.max_new_tokens
-    while len(turns) > 1 and len(prefix) + sum(map(len, turns)) > limit:
+    while True:
+        prompt = generator.chat.render_prompt(sum(turns, system))
+        if len(prompt) <= limit or len(turns) == 1:
+            return prompt
         del turns[0]
-    return sum(turns, prefix)
+
+
+def question(text: str) -> list[Message]:
+    """Return a turn of a chat that waits for its answer."""
+    return [{"role": "user", "content": text}]
+
+
+def answered(turn: list[Message], text: str) -> list[Message]:
+    """Return a turn of a chat with its answer, in which lone halves of characters are “\ufffd”."""
+    return [*turn, {"role": "assistant", "content": text}]

@@ -20,7 +20,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving.config import ChatConfig
 from dsv3_ref.serving.network import ApiKeys, bind_socket, guard_app, host_rule, is_loopback
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
-from dsv3_ref.serving.text_generator import TextGenerator, truncate_history
+from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 
 if TYPE_CHECKING:  # optional dependencies
     import gradio
@@ -60,9 +60,9 @@ class Turn:
 
 @dataclass
 class Session:
-    """The conversation in one browser tab, as token ids and as HTML, and its unfinished turn."""
+    """The conversation in one browser tab, as messages and as HTML, and its unfinished turn."""
 
-    turns: list[list[int]] = field(default_factory=list)
+    turns: list[list[dict]] = field(default_factory=list)
     pages: list[str] = field(default_factory=list)
     turn: Turn | None = None
     num_questions: int = 0
@@ -126,8 +126,8 @@ def answer_turn(
             return
         args = apply_settings(generator.args, *settings)
         generator = generator.with_options(replace(args, seed=args.seed + turn.number))
-        turns = [*session.turns, generator.encode_user_turn(turn.question)]
-        turn.prompt = truncate_history(generator, turns)
+        turns = [*session.turns, question(turn.question)]
+        turn.prompt = fit_history(generator, turns)
         turn.num_speculative_tokens = args.num_speculative_tokens
         turn.num_dropped_turns = len(session.turns) + 1 - len(turns)
         for grown in throttle(generate_turn(generator, turn)):
@@ -136,7 +136,7 @@ def answer_turn(
             yield grown
         annotate_turn(generator, turn)
         if session.turn is turn:
-            session.turns = [*turns[:-1], turns[-1] + generator.encode_assistant_turn(turn.text)]
+            session.turns = [*turns[:-1], answered(turns[-1], turn.text)]
             session.pages.append(render_turn(turn))
             yield turn
     finally:  # also when the browser has disconnected

@@ -30,7 +30,6 @@ from dsv3_ref.rewards import (
     majority_agreement,
     vote_prompt,
 )
-from dsv3_ref.sft import render_conversation
 from dsv3_ref.studies.align import open_ended_tasks, worsen
 from dsv3_ref.studies.stages import StageRunner, round_significant, write_jsonl
 from dsv3_ref.training.run_file import git_state
@@ -114,12 +113,7 @@ class AnswerScorer:
 
     def encode(self, problem: Problem, text: str) -> list[int]:
         """Render a question and an answer as tokens."""
-
-        def encode_text(text: str) -> list[int]:
-            return self.reward_model.tokenizer.encode(text, add_special_tokens=False).ids
-
-        messages = build_messages(problem.question, text)
-        return render_conversation(messages, encode_text, self.reward_model.special_tokens)
+        return self.reward_model.chat.render(build_messages(problem.question, text))
 
     def score(self, answers: Sequence[tuple[Problem, str]]) -> torch.Tensor:
         """Return the reward of each answer, (b,)."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import save_tokenizer
+from dsv3_ref.data.tokenizer_settings import copy_tokenizer_settings
 from dsv3_ref.moe import max_vio
 from dsv3_ref.optim import get_bias_update_rate, get_lr, get_mtp_weight
 from dsv3_ref.pretrain import StepStats
@@ -24,7 +25,7 @@ from dsv3_ref.training.recompute import saved_tensors
 from dsv3_ref.training.spike_guard import EXIT_CODES, catch_interrupt, catch_signals
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess, StepHyperparams, Strategy
-from dsv3_ref.training.task import Batch, Task
+from dsv3_ref.training.task import Batch, Task, tokenizer_dir
 
 # ── The loop ──
 
@@ -79,6 +80,8 @@ def open_main_log(run: Run) -> AbstractContextManager[WriteRow]:
     if not run.strategy.is_main:
         return nullcontext(ignore_row)
     save_tokenizer(run.data.tokenizer, run.run_dir / "tokenizer.json")
+    if folder := tokenizer_dir(run.config):
+        copy_tokenizer_settings(folder, run.run_dir)
     print(
         f"{run.config.config}: {run.strategy.num_params / 1e6:.1f}M parameters (MTP included) "
         f"on {run.strategy.description}"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from dsv3_ref import pretrain
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError, ceil_div
+from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.loader import (
     VAL_BATCH,
     PackedDataLoader,
@@ -28,6 +30,7 @@ from dsv3_ref.data.loader import (
 )
 from dsv3_ref.data.sources import Source, open_sources, stored_tokenizer
 from dsv3_ref.data.tokenizer import BOS, byte_lengths, load_tokenizer, vocab_size
+from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
 from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
@@ -69,6 +72,7 @@ class Data:
     val: dict[str, list[Tensor]]  # validation batches of each source
     tokenizer: Tokenizer
     special_tokens: SpecialTokens | None = None  # of conversations
+    chat: ChatTemplate | None = None  # the form of conversations
     token_bytes: Tensor | None = None  # UTF-8 bytes of each token
     minibatches: int = 1  # optimizer steps taken from one batch
     loader: Loader | None = None
@@ -77,7 +81,7 @@ class Data:
 
     def without_loader(self) -> "Data":
         """Return the part for ranks that do not read the data themselves."""
-        return replace(self, loader=None, sources=(), fingerprints=())
+        return replace(self, loader=None, chat=None, sources=(), fingerprints=())
 
 
 class Task(Protocol):
@@ -160,12 +164,24 @@ class RowTask(Task, Protocol):
 # ── Shared by several tasks ──
 
 
+def tokenizer_dir(config: TrainConfig) -> Path | None:
+    """Return the folder of --tokenizer or of --init, None if neither is given."""
+    if config.tokenizer or not config.init:
+        return config.tokenizer
+    return native.find_tokenizer_dir(config.init)
+
+
+def find_chat_template(config: TrainConfig) -> ChatTemplate:
+    """Return the tokenizer and the chat template of --tokenizer or of --init."""
+    folder = tokenizer_dir(config)
+    settings = load_tokenizer_settings(folder) if folder else None
+    return ChatTemplate(find_tokenizer(config), settings)
+
+
 def find_tokenizer(config: TrainConfig, sources: Sequence[Source] = ()) -> Tokenizer:
     """Return the tokenizer of --tokenizer, of --init, of the shards, or train one on the data."""
     max_size = config.model.vocab_size
-    folder = config.tokenizer
-    if not folder and config.init:
-        folder = native.find_tokenizer_dir(config.init)
+    folder = tokenizer_dir(config)
     stored = stored_tokenizer(sources)
     tokenizer = load_tokenizer(folder) if folder else stored
     if tokenizer is None:

@@ -17,8 +17,8 @@ from dsv3_ref.data.conversations import (
     read_conversations,
     read_pairs,
     split_samples,
-    text_encoder,
 )
+from dsv3_ref.data.marks import text_encoder
 from dsv3_ref.data.tokenizer import get_special_tokens, train_tokenizer
 from dsv3_ref.rewards import judge_prompt
 from dsv3_ref.sft import SpecialTokens, render_conversation

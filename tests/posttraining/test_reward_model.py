@@ -10,7 +10,7 @@ from miniruns import metrics, options, override, results
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.config import TINY, UserError
-from dsv3_ref.data.conversations import PairFormat, split_samples, text_encoder
+from dsv3_ref.data.conversations import PairFormat, split_samples
 from dsv3_ref.posttraining import reward as reward_module
 from dsv3_ref.posttraining.prompts import build_messages
 from dsv3_ref.posttraining.reward import RewardConfig, RewardModel, RewardTask
@@ -182,7 +182,7 @@ def test_refusals(argv, why, home, tmp_path, capsys, monkeypatch):
 
 def asked(judge: RewardModel, *texts: str) -> list[list[int]]:
     """Conversations that end with these answers."""
-    encode = text_encoder(judge.tokenizer)
+    encode = judge.chat.encode
     return [
         render_conversation(build_messages("ask 1", text), encode, judge.special_tokens)
         for text in texts
@@ -228,7 +228,7 @@ def test_a_judge_that_thinks_writes_first_and_scores_behind_it(home, kind, truth
         assert after[len(before)] == m.user and after[-1] == m.eos
         assert after.count(m.assistant) == 2
     torch.testing.assert_close(judge.score(samples, truths), judge.score_batch(judged))
-    asks = [judge.tokenizer.decode(x[len(s) :]) for x, s in zip(judged, samples)]
+    asks = [judge.chat.tokenizer.decode(x[len(s) :]) for x, s in zip(judged, samples)]
     assert all(("It should be aa." in x) == (kind == "with_reference") for x in asks)
 
 

@@ -27,7 +27,7 @@ from dsv3_ref.training.strategy import SingleProcess, StepHyperparams
 def test_rollouts_are_the_models_own(micro, temperature):
     """log π is the model's of these tokens, and at temperature 0 they are the most likely ones."""
     model, prompts = Transformer(micro), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    said, logp = generate_rollouts(model, prompts, 3, 12, 7, temperature)
+    said, logp = generate_rollouts(model, prompts, 3, 12, {7}, temperature)
     assert len(said) == len(logp) == 9
     for i, (answer, logp_s) in enumerate(zip(said, logp)):
         prompt = prompts[i // 3]
@@ -45,7 +45,7 @@ def test_answers_of_a_group_differ_and_a_seed_repeats_them(micro):
 
     def draw() -> list[list[int]]:
         generator = torch.Generator().manual_seed(3)
-        return generate_rollouts(model, [[1, 2]], 6, 8, 7, 1.0, generator)[0]
+        return generate_rollouts(model, [[1, 2]], 6, 8, {7}, 1.0, generator)[0]
 
     first = draw()
     assert first == draw() and len({tuple(a) for a in first}) > 1
@@ -55,7 +55,7 @@ def test_rollouts_are_samples_of_the_policy_unless_a_temperature_is_given(micro)
     """The shares of 3,000 first tokens are the model's probabilities, within 5 standard errors."""
     model, n = Transformer(replace(micro, vocab_size=5)), 3000
     completions, _ = generate_rollouts(
-        model, [[1, 2]], n, 1, 0, generator=torch.Generator().manual_seed(3)
+        model, [[1, 2]], n, 1, {0}, generator=torch.Generator().manual_seed(3)
     )
     p_w = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
     share_w = torch.tensor(completions)[:, 0].bincount(minlength=5) / n
@@ -66,7 +66,7 @@ def test_a_first_token_that_ends_ends(micro):
     model = Transformer(micro)
     with torch.no_grad():
         model.norm.weight.zero_()  # every word is as likely: the first of them at temperature 0
-    assert generate_rollouts(model, [[1], [2]], 2, 5, 0, 0.0)[0] == [[0]] * 4
+    assert generate_rollouts(model, [[1], [2]], 2, 5, {0}, 0.0)[0] == [[0]] * 4
 
 
 # ── Runs ──

@@ -13,8 +13,8 @@ from dsv3_ref.data.conversations import (
     PackedDataset,
     read_conversations,
     split_samples,
-    text_encoder,
 )
+from dsv3_ref.data.marks import text_encoder
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.training import loop
 

@@ -73,7 +73,7 @@ class Engine:
         prompts = [a["prompt_token_ids"] for a in asked]
         self.model.load_state_dict(self.absorbed, strict=False)
         assert how.logprobs == 0 and how.ignore_eos and not how.detokenize
-        found = generate_rollouts(self.model, prompts, how.n, how.max_tokens, how.stop_token_ids[0],
+        found = generate_rollouts(self.model, prompts, how.n, how.max_tokens, how.stop_token_ids,
                          how.temperature)  # fmt: skip
         rows = [
             SimpleNamespace(token_ids=tuple(tokens), logprobs=[
@@ -95,9 +95,9 @@ def test_answers_and_log_probabilities_come_through(vllm, micro, tmp_path):
     model = Transformer(micro)
     write = VllmRollouts(model, tmp_path / "hf")
     torch.manual_seed(0)
-    got = write([[1, 2], [3]], 3, 6, 7, 1.0)
+    got = write([[1, 2], [3]], 3, 6, {7}, 1.0)
     torch.manual_seed(0)
-    assert got == generate_rollouts(model, [[1, 2], [3]], 3, 6, 7, 1.0)
+    assert got == generate_rollouts(model, [[1, 2], [3]], 3, 6, {7}, 1.0)
 
 
 def test_the_engine_follows_the_model(vllm, micro, tmp_path):
@@ -106,11 +106,13 @@ def test_the_engine_follows_the_model(vllm, micro, tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    before = write([[1, 2]], 1, 6, 7, 0.0)
+    before = write([[1, 2]], 1, 6, {7}, 0.0)
     write.refresh(model)
     assert write.engine.reset == 1
     assert (
-        write([[1, 2]], 1, 6, 7, 0.0) == generate_rollouts(model, [[1, 2]], 1, 6, 7, 0.0) != before
+        write([[1, 2]], 1, 6, {7}, 0.0)
+        == generate_rollouts(model, [[1, 2]], 1, 6, {7}, 0.0)
+        != before
     )
     files = list((tmp_path / "hf").glob("*.safetensors"))
     assert any("experts" in " ".join(load_file(path)) for path in files)

@@ -15,7 +15,7 @@ from dsv3_ref.data.tokenizer import SPECIAL, save_tokenizer, train_tokenizer
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
-from dsv3_ref.serving.text_generator import TextGenerator, truncate_history
+from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 
 TALK = ["we talk, and talk again: naïve ☕ 漢字, over and over.\n"] * 50
 
@@ -98,8 +98,8 @@ def test_mistakes_are_one_sentence(run, capsys, options, sentence):
 
 def test_no_text_becomes_a_special_token(run):
     generator = TextGenerator(GenerateConfig(run))
-    special = {generator.special_token_id(s) for s in SPECIAL}
-    assert not special & set(generator.encode("".join(SPECIAL)))
+    special = {generator.tokenizer.token_to_id(s) for s in SPECIAL}
+    assert not special & set(generator.chat.encode("".join(SPECIAL)))
 
 
 def test_a_chat_keeps_its_turns_apart(run, capsys, monkeypatch):
@@ -110,9 +110,11 @@ def test_a_chat_keeps_its_turns_apart(run, capsys, monkeypatch):
 
 def test_a_long_talk_forgets_its_oldest_turns(run):
     generator = TextGenerator(ChatConfig(run, max_new_tokens=10))
-    turns = [[7] * 20 for _ in range(5)]
-    assert len(truncate_history(generator, turns)) <= 64 - 10
-    assert len(turns) == 2
+    turns = [answered(question("we talk"), "again: over and over") for _ in range(5)]
+    turns.append(question("we talk"))
+    prompt = fit_history(generator, turns)
+    assert 20 < len(prompt) <= 64 - 10 and 1 < len(turns) < 6
+    assert generator.tokenizer.decode(prompt).endswith("we talk")
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

@@ -531,7 +531,7 @@ def sure(service, n: int, new: int, most: int = 200) -> list[tuple[str, str]]:
     model, found = service.policy.model, []
     for i in range(most):
         prompt = f"{i} we talk" + " again" * (i % 7)
-        tokens = [service.special_tokens.bos, *service.encode(prompt)]
+        tokens = service.chat.encode_prompt(prompt)
         said = alone(model, tokens, new, stop=[service.special_tokens.eos])
         with torch.no_grad():
             best = model(torch.tensor([tokens + said]))[0, len(tokens) - 1 : -1].topk(2).values
@@ -550,7 +550,7 @@ def test_a_client_asks_in_every_way(client, here):
     ask = {"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": 12}
     done = client.completions.create(**ask)
     assert done.choices[0].text == want and done.choices[0].finish_reason == "length"
-    assert done.usage.prompt_tokens == 1 + len(service.encode(prompt))
+    assert done.usage.prompt_tokens == 1 + len(service.chat.encode(prompt))
     assert done.usage.completion_tokens == 12
     pieces = list(
         client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
@@ -558,7 +558,7 @@ def test_a_client_asks_in_every_way(client, here):
     assert "".join(p.choices[0].text for p in pieces[:-1]) == want
     assert pieces[-2].choices[0].finish_reason == "length"
     assert pieces[-1].usage.total_tokens == done.usage.total_tokens
-    ids = [service.special_tokens.bos, *service.encode(prompt)]
+    ids = service.chat.encode_prompt(prompt)
     assert client.completions.create(**ask | {"prompt": ids}).choices[0].text == want
     assert quiet(service)
 
@@ -567,12 +567,12 @@ def test_a_talk_has_the_form_of_chapter_14(client, here):
     service, talk = here[1], [{"role": "user", "content": "we talk"}]
     ask = {"model": NAME, "messages": talk, "temperature": 0, "max_completion_tokens": 9}
     (choice,) = (done := client.chat.completions.create(**ask)).choices
-    tokens = service.policy.encode_prompt(talk)
+    tokens = service.chat.render_prompt(talk)
     special_tokens = service.special_tokens
     assert tokens == [
         special_tokens.bos,
         special_tokens.user,
-        *service.encode("we talk"),
+        *service.chat.encode("we talk"),
         special_tokens.assistant,
     ]
     assert done.usage.prompt_tokens == len(tokens) and choice.message.role == "assistant"
@@ -615,7 +615,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(client, here):
 def test_logprobs_are_the_models(client, here):
     service, ask = here[1], {"model": NAME, "temperature": 0, "max_tokens": 6}
     found = client.completions.create(**ask, prompt="we talk", logprobs=2).choices[0].logprobs
-    tokens = [service.special_tokens.bos, *service.encode("we talk")]
+    tokens = service.chat.encode_prompt("we talk")
     with torch.no_grad():
         logp_w = service.policy.model(torch.tensor([tokens]))[0, -1].log_softmax(-1)
     assert abs(found.token_logprobs[0] - logp_w.max()) < 1e-4
@@ -699,7 +699,7 @@ def test_other_mistakes(here, client):
     ):
         client.completions.create(model="gpt", prompt="")
     for talk, sentence in (
-        ([], "a list of turns"),
+        ([], "needs a question"),
         ([{"role": "assistant", "content": "x"}], "user and assistant alternate"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "must be text"),
     ):

@@ -25,7 +25,9 @@ from dsv3_ref.decode import SpeculativeDecoder
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving import web
 from dsv3_ref.serving.config import ChatConfig
-from dsv3_ref.serving.text_generator import TextGenerator, truncate_history
+from dsv3_ref.serving.text_generator import TextGenerator, fit_history
+from dsv3_ref.serving.text_generator import answered as answered_turn
+from dsv3_ref.serving.text_generator import question as question_turn
 from dsv3_ref.serving.web import Session, Turn
 
 TALK = ["we talk, and <b>talk</b> again: naïve ☕ 漢字, over & over.\n"] * 50
@@ -125,12 +127,11 @@ def test_marked_are_the_drafts_that_the_model_accepted(generator, draft, new, mo
 
 
 def test_a_draft_that_ends_the_answer_is_marked(generator, monkeypatch):
-    settings, special = (2.0, 1.0, 13, 2, ""), generator.special_token_id
+    settings = (2.0, 1.0, 13, 2, "")
     whole = answered(generator, settings=settings)
     i = whole.accepted.index(True)
     assert whole.tokens.index(whole.tokens[i]) == i
-    end = {EOS: whole.tokens[i]}
-    monkeypatch.setattr(TextGenerator, "special_token_id", lambda self, s: end.get(s) or special(s))
+    monkeypatch.setitem(vars(generator.chat), "stop_token_ids", {whole.tokens[i]})
     turn = answered(generator, settings=settings)
     assert (turn.tokens, turn.accepted) == (whole.tokens[: i + 1], whole.accepted[: i + 1])
 
@@ -143,9 +144,9 @@ def test_the_answer_is_that_of_the_command(generator, stop):
     for i, question in enumerate(["we talk", "again ☕"]):
         turn = answered(generator.with_options(args), question, session)
         plain = generator.with_options(replace(args, seed=i))
-        turns.append(plain.encode_user_turn(question))
-        text = "".join(new[0] for new in plain.iter_text([truncate_history(plain, turns)]))
-        turns[-1] += plain.encode_assistant_turn(text)
+        turns.append(question_turn(question))
+        text = "".join(new[0] for new in plain.iter_text([fit_history(plain, turns)]))
+        turns[-1] = answered_turn(turns[-1], text)
         assert turn.text == text == "".join(piece for _, piece in web.visible_tokens(turn))
         assert not any(s in turn.text for s in stop)
     assert session.turns == turns
@@ -202,9 +203,9 @@ def test_whatever_is_written_is_only_text(generator):
 def test_no_text_becomes_a_special_token(generator):
     words = "".join(SPECIAL)
     turn = answered(generator, words, settings=(1.0, 1.0, 1, 0, ""))
-    special = {generator.special_token_id(s) for s in SPECIAL}
+    special = {generator.tokenizer.token_to_id(s) for s in SPECIAL}
     assert [i for i in turn.prompt if i in special] == [
-        generator.special_token_id(s) for s in (SPECIAL[0], "<｜User｜>", "<｜Assistant｜>")
+        generator.tokenizer.token_to_id(s) for s in (SPECIAL[0], "<｜User｜>", "<｜Assistant｜>")
     ]
     system = web.apply_settings(generator.args, 1.0, 1.0, 1, 0, "".join(SPECIAL)).system
     assert not special & set(generator.encode(system))
@@ -253,9 +254,7 @@ def test_stop_keeps_what_is_written(generator, monkeypatch):
     *_, turn = pages
     assert 1 <= len(turn.tokens) <= 3 and len(turn.routes) == len(turn.tokens)
     assert "; stopped" in web.render_turn(turn) and session.pages == [web.render_turn(turn)]
-    assert session.turns == [
-        generator.encode_user_turn("we talk") + generator.encode_assistant_turn(turn.text)
-    ]
+    assert session.turns == [answered_turn(question_turn("we talk"), turn.text)]
 
 
 def test_a_question_may_be_stopped_or_cleared_while_it_waits(generator):

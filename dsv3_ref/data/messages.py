@@ -1,0 +1,135 @@
+"""Messages of a conversation: what OpenAI's clients and data sets send, in one form."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dsv3_ref.config import UserError
+
+Message = dict[str, Any]
+
+ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function"})
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the usual first
+# Fields with text for the model: a form that does not render one must refuse it.
+TEXT_FIELDS = frozenset({
+    *REASONING, "tool_calls", "function_call", "audio", "refusal", "images", "prefix",
+})  # fmt: skip
+LOSS_FIELDS = ("weight", "train", "trainable", "loss_mask")  # 0 or false: no loss on this message
+
+
+def normalize_messages(messages: object, mentions: Callable[[str], bool]) -> list[Message]:
+    """Return messages with texts as contents; raise a `UserError` for what cannot be rendered.
+
+    mentions: whether the form of the conversation reads a field, or has a role, of this name.
+    Text parts are joined, fields without a value are dropped, and `developer` is `system`, unless
+    the form has this role.
+    """
+    if not isinstance(messages, list | tuple):
+        raise UserError("messages must be a list of turns with at least one entry")
+    if not messages:
+        raise UserError("a conversation needs a question: add a user message")
+    return [normalize_message(i, turn, mentions) for i, turn in enumerate(messages, start=1)]
+
+
+def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> Message:
+    """Return message number `i` as `normalize_messages` does."""
+    if not isinstance(turn, dict):
+        raise UserError(f'turn {i} is not a role with a text: write {{"role", "content"}}')
+    turn = {k: v for k, v in turn.items() if v is not None and k not in LOSS_FIELDS}
+    role = turn.get("role")
+    if not isinstance(role, str):
+        raise UserError(f'turn {i} is not a role with a text: write {{"role", "content"}}')
+    if role == "developer" and not mentions(role):
+        role = "system"
+    if role not in ROLES and not mentions(role):
+        raise UserError(f"turn {i} is by {role!r}: roles are system, user, assistant and tool")
+    turn = {k: v for k, v in turn.items() if k not in TEXT_FIELDS or v not in ("", [], {}, False)}
+    reasoning = next((turn[k] for k in REASONING if k in turn), None)
+    if reasoning is not None and any(map(mentions, REASONING)):
+        turn = {k: v for k, v in turn.items() if k not in REASONING}
+        turn |= dict.fromkeys(("reasoning_content", "thinking"), reasoning)
+    else:
+        for name in sorted(TEXT_FIELDS & set(turn)):
+            if not mentions(name):
+                raise UserError(
+                    f"turn {i} has {name!r}, which the form of this model's conversations cannot "
+                    "express: leave it out, or use a model whose chat template has it"
+                )
+    content = normalize_content(i, turn)
+    turn = turn | {"role": role} | ({} if content is None else {"content": content})
+    check_surrogates(i, turn)
+    return turn
+
+
+def normalize_content(i: int, turn: Message) -> str | None:
+    """Return the text of a message; None if it has tool calls or reasoning in place of a text."""
+    content = turn.get("content")
+    if isinstance(content, list | tuple):
+        content = join_text_parts(i, content)
+    if content is None and not TEXT_FIELDS & set(turn):
+        raise UserError(f'turn {i} is not a role with a text: write {{"role", "content"}}')
+    if content is not None and not isinstance(content, str):
+        raise UserError(
+            f"turn {i} is not a role with a text: its content is {str(content)[:40]}, of type "
+            f"{type(content).__name__}; quote it"
+        )
+    return content
+
+
+def join_text_parts(i: int, parts: Sequence[object]) -> str:
+    """Return the texts of content parts end to end; raise a `UserError` for other parts."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise UserError(
+                f"the content of a message must be text (turn {i}): leave out images and files"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def check_surrogates(i: int, value: object) -> None:
+    """Raise a `UserError` if a text holds half a character, which UTF-8 cannot encode."""
+    for text in iter_texts(value):
+        if not is_encodable(text):
+            raise UserError(
+                f"turn {i} has half a character (a lone surrogate, such as \\ud83d): "
+                "write the whole character"
+            )
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def iter_texts(value: object) -> list[str]:
+    """Return all texts of a JSON value, keys included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        parts: list[object] = [*value.keys(), *value.values()]
+    else:
+        parts = list(value) if isinstance(value, list | tuple) else []
+    texts: list[str] = []
+    for part in parts:
+        texts += iter_texts(part)
+    return texts
+
+
+def has_loss(turn: Message) -> bool:
+    """Return whether an assistant message is trained on: none of its `LOSS_FIELDS` is 0 or false.
+
+    Raises a `UserError` for a weight between, which no data set of OpenAI's form has.
+    """
+    for name in LOSS_FIELDS:
+        value = turn.get(name)
+        if value is not None and value not in (0, 1):  # True and False equal 1 and 0
+            raise UserError(f'"{name}" is {value!r}: write 0 for no loss, or 1')
+        if value is not None and not value:
+            return False
+    return True

@@ -1,0 +1,143 @@
+"""The files beside a tokenizer.json: special tokens, chat templates, stop tokens, sampling."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv3_ref.config import UserError
+
+# Files of a tokenizer, which a run copies from the model that it starts from.
+SETTINGS_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+SPECIAL_TOKEN_NAMES = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The contents of the files beside a tokenizer.json; empty for tokenizers of our own runs."""
+
+    special_tokens: dict[str, str] = field(default_factory=dict)  # "bos_token" → its text
+    chat_templates: dict[str, str] = field(default_factory=dict)  # "default" → Jinja source
+    stop_token_ids: frozenset[int] = frozenset()  # `eos_token_id` of the generation settings
+    add_bos_token: bool | None = None  # before a plain text; None: not said
+    temperature: float | None = None  # defaults for sampling
+    top_p: float | None = None
+    source: str = "this model"  # the directory, for messages
+
+
+def load_tokenizer_settings(directory: Path) -> TokenizerSettings:
+    """Read the settings of a directory; files that are missing say nothing."""
+    config = read_object(directory / "tokenizer_config.json")
+    generation = read_object(directory / "generation_config.json")
+    stops = generation.get("eos_token_id")
+    if stops is None:
+        stops = read_object(directory / "config.json").get("eos_token_id")
+    add_bos_token = config.get("add_bos_token")
+    return TokenizerSettings(
+        special_tokens=read_special_tokens(directory, config),
+        chat_templates=read_chat_templates(directory, config),
+        stop_token_ids=frozenset(parse_token_ids(directory, stops)),
+        add_bos_token=add_bos_token if isinstance(add_bos_token, bool) else None,
+        temperature=parse_sampling(directory, generation, "temperature"),
+        top_p=parse_sampling(directory, generation, "top_p"),
+        source=str(directory),
+    )
+
+
+def copy_tokenizer_settings(source: Path, target: Path) -> None:
+    """Copy the files beside a tokenizer.json to a run, so that it keeps form and stop tokens."""
+    if source.resolve() == target.resolve() or not source.is_dir():
+        return
+    for path in (source / name for name in SETTINGS_FILES):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+    if (source / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(source / NAMED_TEMPLATES, target / NAMED_TEMPLATES, dirs_exist_ok=True)
+    stops = load_tokenizer_settings(source).stop_token_ids
+    if stops and not (target / "generation_config.json").exists():  # those of config.json
+        text = json.dumps({"eos_token_id": sorted(stops)})
+        (target / "generation_config.json").write_text(text)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, {} if there is no such file; raise a `UserError` if not."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON ({e}): download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold an object of fields, not a {type(values).__name__}")
+    return values
+
+
+def read_special_tokens(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the texts of special tokens by their names, such as "bos_token"."""
+    by_map = read_object(directory / "special_tokens_map.json")
+    tokens = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = config.get(name, by_map.get(name))
+        text = value.get("content") if isinstance(value, dict) else value  # an AddedToken
+        if isinstance(text, str) and text:
+            tokens[name] = text
+        elif value is not None and value != "":
+            raise UserError(
+                f"{name} of {directory / 'tokenizer_config.json'} is neither a text nor an object "
+                'with its "content": correct it'
+            )
+    return tokens
+
+
+def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates of a directory by name; files come before tokenizer_config.json."""
+    main = directory / "chat_template.jinja"
+    named = sorted((directory / NAMED_TEMPLATES).glob("*.jinja"))
+    if main.is_file() or named:
+        files = {"default": main} if main.is_file() else {}
+        files |= {path.stem: path for path in named}
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    value = config.get("chat_template")
+    if value is None:
+        value = read_object(directory / "chat_template.json").get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        pairs = [(x.get("name"), x.get("template")) for x in value if isinstance(x, dict)]
+        templates = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
+        if len(templates) == len(value) > 0:
+            return templates
+    raise UserError(
+        f"chat_template of {directory / 'tokenizer_config.json'} is neither a text nor a list of "
+        '{"name", "template"}: correct it'
+    )
+
+
+def parse_token_ids(directory: Path, value: object) -> Iterable[int]:
+    """Return the token ids of `eos_token_id`: a number, a list of them, or None."""
+    ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"eos_token_id in {directory} is {value!r}: write a token id or a list")
+    return ids
+
+
+def parse_sampling(directory: Path, generation: dict[str, Any], name: str) -> float | None:
+    """Return a number of generation_config.json, None if it is absent or sampling is off."""
+    value = generation.get(name)
+    if value is None or generation.get("do_sample") is False:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
+        raise UserError(
+            f"{name} of {directory / 'generation_config.json'} is {value!r}: correct it"
+        )
+    return float(value)
