@@ -208,7 +208,7 @@ def test_no_text_becomes_a_special_token(generator):
         generator.tokenizer.token_to_id(s) for s in (SPECIAL[0], "<｜User｜>", "<｜Assistant｜>")
     ]
     system = web.apply_settings(generator.args, 1.0, 1.0, 1, 0, "".join(SPECIAL)).system
-    assert not special & set(generator.encode(system))
+    assert not special & set(generator.chat.encode(system))
 
 
 def test_halves_of_characters_are_replaced(generator):
