@@ -249,8 +249,6 @@ def check_combinations(values: JSONObject) -> None:
             raise InvalidField(name, sentence)
 
 
-
-
 # ── Responses ──
 
 
