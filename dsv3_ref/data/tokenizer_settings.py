@@ -64,7 +64,7 @@ def copy_tokenizer_settings(source: Path, target: Path) -> None:
     stops = load_tokenizer_settings(source).stop_token_ids
     if stops and not (target / "generation_config.json").exists():  # those of config.json
         text = json.dumps({"eos_token_id": sorted(stops)})
-        (target / "generation_config.json").write_text(text)
+        (target / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def read_object(path: Path) -> dict[str, Any]:
