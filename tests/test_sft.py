@@ -105,6 +105,10 @@ def test_packing_keeps_every_sample_whole(lengths):
     )  # else two fit one
 
 
+def test_two_halves_fill_a_row():
+    assert pack_samples([[5] * 15, [6] * 15], 30, SPECIAL_TOKENS.pad) == [[5] * 15 + [6] * 15]
+
+
 def test_a_sample_longer_than_a_row_is_refused():
     with pytest.raises(UserError, match="31 tokens does not fit a row of 30"):
         pack_samples([[5] * 31], 30, SPECIAL_TOKENS.pad)

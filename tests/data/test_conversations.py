@@ -57,6 +57,10 @@ BAD_TALKS = [
     ({"messages": []}, "a conversation needs a question"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, "turn 1 is by 'assistant'"),
     ({"messages": [{"role": "user", "content": 7}]}, "turn 1 is not a role with a text"),
+    (
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant"}]},
+        "turn 2 is not a role with a text",
+    ),
     ({"messages": [{"role": "user", "content": "hi"}]}, "the last turn is not the assistant's"),
     (talk("hi", ""), "an answer is empty"),
     (talk("hi", "x" * 50), "its 56 tokens do not fit a row of 40"),
