@@ -35,7 +35,7 @@ TRAIN: Groups = {
     "parallelism": "pp ep dp schedule zero ep_ranks_per_node dispatch_dtype token_dispatcher"
     " hang_timeout",
     "checkpoint": "out resume verify save_every keep_latest_k",
-    "logging": "val_sequences tensorboard",
+    "logging": "val_sequences log",
 }
 GENERATE: Groups = {
     "sampling": "max_new_tokens temperature top_p stop seed",

@@ -25,6 +25,7 @@ from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import files, shards
 from dsv3_ref.data.dedup import SHINGLES, import_rensa
 from dsv3_ref.data.loader import load_or_train_tokenizer
+from dsv3_ref.data.progress import ProgressBar
 from dsv3_ref.data.shard_writer import SPLITS, ShardWriter, clean_up
 from dsv3_ref.data.sources import Source, TextSource
 from dsv3_ref.data.tokenizer import load_tokenizer, save_tokenizer, vocab_size
@@ -78,7 +79,7 @@ def prepare_shards(args: PrepareConfig, record: dict[str, Any] | None = None) ->
         bytes_done = sum(s["text_bytes"] for s in index["shards"])
         if index["shards"]:
             print(f"continuing after {len(index['shards'])} shards")
-        with tqdm(initial=bytes_done, unit="B", unit_scale=True, desc=str(args.out)) as bar:
+        with ProgressBar(initial=bytes_done, unit="B", unit_scale=True, desc=str(args.out)) as bar:
             writer.write(args.workers, bar)
         writer.finish()
     print(f"{args.out}: {summary(index)}")

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from tqdm import tqdm
 
 from dsv3_ref.checkpoints import native
 from dsv3_ref.checkpoints.atomic import read_json, write_json
 from dsv3_ref.config import UserError
+from dsv3_ref.data.progress import ProgressBar
 from dsv3_ref.posttraining.policy import Completion, Policy
 from dsv3_ref.posttraining.prompts import (
     TASKS,
@@ -192,11 +192,8 @@ def expert_answers(policy: Policy, problems: list[Problem]) -> list[dict]:
     prompts = [build_messages(problem.question) for problem in problems]
     torch.manual_seed(0)
     completions = []
-    for batch in tqdm(
-        policy.iter_batches(prompts, NUM_EXPERT_SAMPLES, MAX_ANSWER_TOKENS, 1.0),
-        "expert",
-        unit="batch",
-    ):
+    batches = policy.iter_batches(prompts, NUM_EXPERT_SAMPLES, MAX_ANSWER_TOKENS, 1.0)
+    for batch in ProgressBar(iterable=batches, desc="expert", unit="batch"):
         completions += batch
     rewards = score_sums(completions, problems, NUM_EXPERT_SAMPLES)
     best = rejection_sample(

@@ -20,7 +20,8 @@ from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training import checkpointer, settings
 from dsv3_ref.training.checkpointer import Checkpointer, step_number
 from dsv3_ref.training.malloc import tune_malloc
-from dsv3_ref.training.metrics import WriteRow, ignore_row, last_row, open_log
+from dsv3_ref.training.loggers import WriteRow
+from dsv3_ref.training.metrics import ignore_row, last_row, open_log
 from dsv3_ref.training.recompute import saved_tensors
 from dsv3_ref.training.spike_guard import EXIT_CODES, catch_interrupt, catch_signals
 from dsv3_ref.training.state import Run, build_run

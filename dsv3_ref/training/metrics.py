@@ -1,18 +1,16 @@
-"""metrics.jsonl and TensorBoard: one row per step, consistent with the checkpoints of the run."""
+"""metrics.jsonl: one row per step, consistent with the checkpoints of the run."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dsv3_ref.checkpoints import atomic
 from dsv3_ref.config import UserError
-from dsv3_ref.training.settings import METRICS, TrainConfig
-
-WriteRow = Callable[[dict[str, Any]], None]
+from dsv3_ref.data.progress import ProgressBar
+from dsv3_ref.training.loggers import LOGGERS, WriteRow
+from dsv3_ref.training.settings import METRICS, TrainConfig, flatten_options
 
 
 def ignore_row(row: dict[str, Any]) -> None:
@@ -72,43 +70,24 @@ def last_row(run_dir: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def open_tensorboard(config: TrainConfig, run_dir: Path, step: int) -> Iterator[WriteRow]:
-    """Yield a function that logs a row; without --tensorboard it does nothing.
-
-    TensorBoard hides the rows after `step` that an earlier process has written.
-    """
-    if not config.tensorboard:
-        yield ignore_row
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs: pip install 'dsv3-ref[tensorboard]'") from None
-    with SummaryWriter(run_dir / "tensorboard", purge_step=step + 1) as writer:
-
-        def write(row: dict[str, Any]) -> None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    writer.add_scalar(name, value, row["step"])
-            for depth, value in enumerate(row["mtp_loss"], 1):
-                if value is not None:
-                    writer.add_scalar(f"mtp_loss/{depth}", value, row["step"])
-
-        yield write
-
-
-@contextmanager
 def open_log(config: TrainConfig, run_dir: Path, step: int, num_steps: int) -> Iterator[WriteRow]:
-    """Yield a function that writes a row to metrics.jsonl, TensorBoard and the progress bar."""
-    progress_bar = tqdm(total=num_steps, initial=step, unit="step", smoothing=0.05)
+    """Yield a function that writes a row to metrics.jsonl, to --log and to the progress bar."""
     metrics = MetricsWriter(run_dir / METRICS, step)
-    with progress_bar, metrics, open_tensorboard(config, run_dir, step) as write_tensorboard:
+    with ExitStack() as stack:
+        bar = ProgressBar(total=num_steps, initial=step, unit="step", smoothing=0.05)
+        stack.enter_context(bar)
+        stack.enter_context(metrics)
+        options = flatten_options(config)
+        writers: list[WriteRow] = [metrics.write]
+        for name in dict.fromkeys(config.log):
+            writers.append(stack.enter_context(LOGGERS[name](run_dir, options, step)))
 
         def write(row: dict[str, Any]) -> None:
-            metrics.write(row)
-            write_tensorboard(row)
+            for write_row in writers:
+                write_row(row)
             loss = f"skipped: {row['skipped']}" if row["skipped"] else f"loss {row['loss']:.3f}"
-            progress_bar.set_postfix_str(f"{loss}, {row['tokens_per_s']:,.0f} tokens/s")
-            progress_bar.update(row["step"] - progress_bar.n)
+            tokens = f"{row['tokens_per_s']:,.0f} tokens/s"
+            bar.set_postfix_str(f"{loss}, {tokens}", refresh=False)
+            bar.update(row["step"] - bar.n)
 
         yield write

@@ -19,6 +19,7 @@ from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_conf
 from dsv3_ref.config import Config, UserError, from_dict, load_config
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
+from dsv3_ref.training.loggers import LoggerName, require_packages
 from dsv3_ref.training.run_file import (
     RunFile,
     apply_options,
@@ -119,8 +120,9 @@ class TrainConfig:
     """library that sends tokens to experts: torch.distributed, or DeepEP if it is installed"""
     hang_timeout: float = 600.0
     """seconds that one operation may take before all ranks exit and report the late one"""
-    tensorboard: bool = False
-    """also write TensorBoard files (pip install 'dsv3-ref[tensorboard]')"""
+    log: tuple[LoggerName, ...] = ()
+    """also log to tensorboard, wandb or mlflow, offline in the run's directory (pip install
+    'dsv3-ref[wandb]' and so on)"""
 
     COMMAND: ClassVar[str] = "train"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = RECIPES
@@ -157,6 +159,7 @@ def validate_args(args: TrainConfig) -> None:
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
+    require_packages(args.log)
 
 
 def world_size() -> int:
@@ -289,7 +292,7 @@ def config_name_of(init: Path) -> str:
 
 CHANGEABLE_ON_RESUME = {
     "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every",
-    "keep_latest_k", "val_sequences", "tensorboard", "pp", "ep", "dp", "schedule", "zero",
+    "keep_latest_k", "val_sequences", "log", "pp", "ep", "dp", "schedule", "zero",
     "ep_ranks_per_node", "token_dispatcher", "hang_timeout",
 }  # fmt: skip
 

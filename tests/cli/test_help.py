@@ -96,7 +96,7 @@ def test_the_groups_of_a_training_run(help_of):
     for heading, flag in {
         "model": "--model.dim", "data": "--seq-len", "optimizer": "--lr", "loss": "--mtp-weight",
         "computation": "--precision", "parallelism": "--pp", "checkpoint": "--resume",
-        "logging": "--tensorboard",
+        "logging": "--log",
     }.items():  # fmt: skip
         assert flag in listed[f"{heading} options"]
     for name in ("extend", "sft", "reward", "rl"):

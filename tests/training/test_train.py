@@ -654,7 +654,7 @@ def test_tensorboard(home, tmp_path, quick):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    assert main.main(options(home, run, "--tensorboard", "--steps", "2")) == 0
+    assert main.main(options(home, run, "--log", "tensorboard", "--steps", "2")) == 0
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     rows = metrics(run)
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
