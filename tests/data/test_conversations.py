@@ -81,7 +81,8 @@ def test_a_bad_row_is_reported_by_number_and_left_out(tmp_path):
 
 def test_nothing_but_bad_rows_is_an_error(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [bad for bad, _ in BAD_TALKS])
-    with pytest.raises(UserError, match=r"no conversation to learn from \(9 rows were left out\)"):
+    why = rf"no conversation to learn from \({len(BAD_TALKS)} rows were left out\)"
+    with pytest.raises(UserError, match=why):
         read_conversations(path, letters, SPECIAL_TOKENS, 40, lambda _: None)
 
 
