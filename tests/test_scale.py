@@ -41,6 +41,7 @@ from dsv3_ref.scale import (
     dispatch_bytes,
     dispatch_copies,
     link_seconds,
+    memory_traffic,
     operators,
     overlapped_pair_time,
     pair_factor,
@@ -58,6 +59,19 @@ def hours(overheads=None, **options) -> float:
 
 
 # ── Training ──
+
+
+def test_the_assumptions_of_chapter_17_stand_as_data():
+    assert Overheads() == (True, 1.1, True, 4, 2e-6, 1.03, 419 / (54 * 24 * 16384), 0.5)
+    assert memory_traffic(V3, dense=False) == {
+        "norms of attention": 17 * 7168 + 5 * (1536 + 512),
+        "RoPE, quantized heads": 8 * 128 * 192 + 3.5 * 128 * 128,
+        "norm of MLP": 17 * 7168,
+        "SwiGLU": 7 * 9 * 2048,
+        "permute, combine": 8 * 11 * 7168,
+    }
+    dense = memory_traffic(V3, dense=True)
+    assert (dense["SwiGLU"], dense["permute, combine"]) == (7 * 18_432, 0)
 
 
 def test_the_bill_from_first_principles_is_within_a_tenth_of_the_report():
@@ -130,6 +144,7 @@ def test_rows_cross_ib_once_per_node_and_nvlink_once_per_gpu():
     assert limited[0][0] == pytest.approx(7 / 8, abs=0.03)  # one node, rarely its own
     assert link_seconds(H800, (1, 2), 1e9) == pytest.approx((1 / 50, 2 / 153))
     assert dispatch_bytes(V3) == (7168 + 4 * 56 + 64, 14_336)
+    assert dispatch_bytes(V3, fp8=False) == (14_336 + 64, 14_336)
 
 
 def test_after_the_pipeline_gradients_and_weights_are_sent_and_adamw_moves_its_shard():

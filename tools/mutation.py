@@ -54,6 +54,7 @@ EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/data/tokenize_workers.py": ["test_prepare"],
     "dsv3_ref/optim.py": ["test_pretrain"],
     "dsv3_ref/inference_scale.py": ["test_scale"],
+    "dsv3_ref/scale.py": ["test_plan"],
     "dsv3_ref/serve.py": ["test_serve"],
     "dsv3_ref/sft.py": ["test_sft_task", "test_conversations"],
     "dsv3_ref/posttraining/sft.py": ["test_sft_task"],
