@@ -113,6 +113,7 @@ Glossary <notebooks/glossary>
 README <README>
 CONTRIBUTING <CONTRIBUTING>
 Notation <docs/notation>
+Data <docs/data>
 Metrics <docs/metrics>
 Extending <docs/extending>
 CHANGELOG <CHANGELOG>

@@ -1,10 +1,8 @@
 """Sequences of tokens from sources: the tokenizer, FIM, packing, shuffling, validation windows."""
 
 import hashlib
-import os
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from tokenizers import Encoding, Tokenizer
 
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.sources import Document, Source
+from dsv3_ref.data.text_cache import cache_dir, writable_cache_dir
 from dsv3_ref.pretrain import fim, pack_documents, split_newlines
 
 VAL_BATCH = 8  # windows evaluated at a time
@@ -31,19 +30,16 @@ def load_or_train_tokenizer(
     digest = hashlib.sha256(f"{vocab_size}{tok.SPECIAL}{tok.new_tokenizer().to_str()}".encode())
     for text in texts:
         digest.update(f"\0{text}".encode())
-    path = cache_dir() / f"bpe-{digest.hexdigest()[:16]}" / "tokenizer.json"
+    folder = writable_cache_dir()
+    path = (folder or cache_dir()) / f"bpe-{digest.hexdigest()[:16]}" / "tokenizer.json"
     if path.is_file():
         return tok.load_tokenizer(path)
     megabytes = sum(map(len, texts)) / 1e6
     log(f"training a tokenizer of {vocab_size} tokens on {megabytes:.1f} MB of text")
     tokenizer = tok.train_tokenizer(texts, vocab_size)
-    tok.save_tokenizer(tokenizer, path)
+    if folder:
+        tok.save_tokenizer(tokenizer, path)
     return tokenizer
-
-
-def cache_dir() -> Path:
-    """Return $DSV3_CACHE, or by default ~/.cache/dsv3_ref."""
-    return Path(os.environ.get("DSV3_CACHE") or Path.home() / ".cache" / "dsv3_ref")
 
 
 def sample_texts(sources: Sequence[Source], budget: int = TOKENIZER_CHARS) -> list[str]:

@@ -4,8 +4,6 @@ The format is described in `shards`; `shard_writer` writes it.
 """
 
 import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -120,7 +118,7 @@ def open_text_sources(args: PrepareConfig) -> list[TextSource]:
 
 
 def index_settings(args: PrepareConfig) -> dict[str, Any]:
-    """Return everything that determines the bytes of the shards, with sizes and times of files."""
+    """Return everything that determines the bytes of the shards, with the hashes of the files."""
     pairs = [files.parse_source_spec(s) for s in args.data]
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest() if tokenizer else None
@@ -128,7 +126,7 @@ def index_settings(args: PrepareConfig) -> dict[str, Any]:
         import_rensa()
     return {
         "data": [list(pair) for pair in pairs],
-        "files": [hash_source_files(name) for name, _ in pairs],
+        "files": [files.content_digest(name) for name, _ in pairs],
         "tokenizer": digest,
         "vocab_size": 0 if tokenizer else args.vocab_size or TINY.vocab_size,
         "streaming": args.streaming,
@@ -137,13 +135,6 @@ def index_settings(args: PrepareConfig) -> dict[str, Any]:
         "rensa": version("rensa") if args.dedup else None,
         "shingles": SHINGLES if args.dedup else None,
     }
-
-
-def hash_source_files(name: str) -> str | None:
-    """Return a digest of paths, sizes and times of a source's files; None for a hub name."""
-    paths = [] if shards.is_shards(name) else files.source_files(name)
-    stats = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest() if stats else None
 
 
 def check_settings_match(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

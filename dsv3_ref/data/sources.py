@@ -11,9 +11,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3_ref.config import UserError
-from dsv3_ref.data import shards
-from dsv3_ref.data.files import data_errors, open_source, parse_source_spec, source_files
+from dsv3_ref.data import files, shards
 from dsv3_ref.data.fingerprint import fingerprint_dataset, fingerprint_files
+from dsv3_ref.data.hub import hub_errors
 from dsv3_ref.data.permutation import permuted_indices
 
 VAL_EVERY, VAL_MAX = 20, 1000  # one document in 20 is held out, at most 1000
@@ -93,8 +93,8 @@ class TextSource(Source):
     """A source of texts: a `datasets.Dataset`, or an `IterableDataset`, which is a stream."""
 
     def __init__(self, name: str, weight: float, data: Any, seed: int):
-        super().__init__(name, weight, seed)
-        self.data = data
+        super().__init__(files.shown(name), weight, seed)
+        self.spec, self.data = name, data
         self.is_stream = not hasattr(data, "__len__")
         if self.is_stream:
             self.val_data, self.train_data = data.take(VAL_STREAM), data.skip(VAL_STREAM)
@@ -103,7 +103,7 @@ class TextSource(Source):
 
     def read(self, rows: Iterable[Any]) -> Iterator[str]:
         """Yield the texts of rows; null is an empty text."""
-        with data_errors(self.name):
+        with hub_errors(self.name):
             for row in rows:
                 text = row["text"]
                 if not isinstance(text, str | None):
@@ -114,7 +114,7 @@ class TextSource(Source):
     def fingerprint(self) -> dict[str, Any]:
         """Return a hash per block of documents; of a stream only the names and sizes of files."""
         if self.is_stream:
-            return fingerprint_files(self.name, source_files(self.name))
+            return fingerprint_files(self.name, files.source_files(self.spec))
         return fingerprint_dataset(self.name, self.data)
 
     def iter_split(self, split: str, start: int) -> Iterator[str]:
@@ -172,14 +172,18 @@ def is_blank(document: Document) -> bool:
 
 
 def open_sources(specs: Sequence[str], seed: int, streaming: bool) -> list[Source]:
-    """Return a `Source` for each `name` or `name=weight`; a folder of shards has several."""
+    """Return a `Source` for each `name` or `name=weight`; a folder of shards has several.
+
+    Names are those of `files.open_source`.
+    """
     sources: list[Source] = []
-    for name, weight in map(parse_source_spec, specs):
-        if not shards.is_shards(name):
-            data = open_source(name, streaming)
+    for name, weight in map(files.parse_source_spec, specs):
+        path = files.existing_path(name)
+        if path is None or not shards.is_shards(path):
+            data = files.open_source(name, streaming)
             sources.append(TextSource(name, weight, data, seed + 1000 * len(sources)))
             continue
-        folder = shards.Shards(Path(name))
+        folder = shards.Shards(Path(path))
         share = weight / sum(s["weight"] for s in folder.sources)
         for part in range(len(folder.sources)):
             sources.append(TokenizedSource(folder, part, share, seed + 1000 * len(sources)))

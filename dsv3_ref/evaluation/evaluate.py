@@ -31,7 +31,7 @@ class EvalConfig:
     model: tyro.conf.Positional[Path]
     """a run, one of its checkpoints, or a Hugging Face directory"""
     tasks: tuple[str, ...] = ("sums",)
-    """names of tasks, or .jsonl files of problems"""
+    """names of tasks, or files of problems (.jsonl, .json, .csv, .parquet; docs/data.md)"""
     samples: int = 6
     """answers to each problem: k of pass@k and maj@k"""
     temperature: float = 0.7

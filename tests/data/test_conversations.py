@@ -51,8 +51,8 @@ def talk_tokens(question: str, answer: str) -> list[int]:
 
 
 BAD_TALKS = [
-    ("no json {", "no list of messages"),
-    ([1, 2], "no list of messages"),
+    ("no json {", "it is not JSON"),
+    ([1, 2], "it is a list, not an object"),
     ({"messages": "hello"}, "no list of messages"),
     ({"messages": []}, "a conversation needs a question"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, "turn 1 is by 'assistant'"),
@@ -74,9 +74,10 @@ def test_a_bad_row_is_reported_by_number_and_left_out(tmp_path):
     path, warnings = write_rows(tmp_path / "x.jsonl", [*rows, ""]), []
     conversations = read_conversations(path, letters, SPECIAL_TOKENS, 40, warnings.append)
     assert conversations == [talk_tokens("a", "b")] * len(BAD_TALKS)
-    assert len(warnings) == len(BAD_TALKS)
+    assert len(warnings) == len(BAD_TALKS) + 1
+    assert warnings[-1] == f"{path}: 9 rows, 9 rows left out"
     for i, (line, (_, why)) in enumerate(zip(warnings, BAD_TALKS)):
-        assert f"row {2 * i + 2} is left out" in line and why in line
+        assert f"line {2 * i + 2} is left out" in line and why in line
 
 
 def test_nothing_but_bad_rows_is_an_error(tmp_path):
@@ -100,7 +101,7 @@ def parquet_of_talks(folder):
 
 
 @pytest.mark.parametrize(
-    "name, why", [("x.txt", "not .jsonl or .parquet"), ("./none.jsonl", "no data at")]
+    "name, why", [("x.txt", "is text, not rows"), ("./none.jsonl", "no data at")]
 )
 def test_what_holds_no_conversations(name, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -164,10 +165,10 @@ def test_a_directly_scored_answer_needs_no_judgment():
 
 ANSWERED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 BAD_PAIRS = {
-    "{not json": "no list of messages as its prompt",
-    "[1, 2]": "no list of messages as its prompt",
-    '"text"': "no list of messages as its prompt",
-    "null": "no list of messages as its prompt",
+    "{not json": "it is not JSON",
+    "[1, 2]": "it is a list, not an object",
+    '"text"': "it is a string, not an object",
+    "null": "it is null, not an object",
     json.dumps(pair_row(prompt=None)): "no list of messages as its prompt",
     json.dumps(pair_row(prompt="ask")): "no list of messages as its prompt",
     json.dumps(pair_row(prompt=[{"role": "user"}])): "turn 1 is not a role with a text",
@@ -191,7 +192,7 @@ def test_a_bad_pair_is_reported_by_number_and_left_out(bad, tmp_path):
     name, warnings = write_rows(tmp_path / "x.jsonl", [pair_row(), "", bad, pair_row()]), []
     pairs = read_pairs(name, letters, SPECIAL_TOKENS, COT_WITH_REFERENCE, warnings.append)
     assert pairs == [PAIR] * 2
-    assert len(warnings) == 1 and warnings[0].startswith(f"{name}, row 3 is left out: ")
+    assert len(warnings) == 2 and warnings[0].startswith(f"{name}, line 3 is left out: ")
     assert BAD_PAIRS[bad] in warnings[0]
 
 

