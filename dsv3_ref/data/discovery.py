@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from dsv3_ref.config import UserError
-from dsv3_ref.data.formats import TEXT, DataFile, known_file, split_suffix
+from dsv3_ref.data.formats import PLAIN_TEXT, DataFile, known_file, split_suffix
 
 FOREIGN = {"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found",
            "system volume information", "@eadir"}  # fmt: skip
@@ -92,7 +92,7 @@ def why_skipped(name: str) -> str:
 
 def about_reason(name: str, file: DataFile | None) -> str:
     """Return a reason to skip files that describe data, such as README.md; "" for others."""
-    is_about = name.lower().split(".")[0] in ABOUT and (file is None or file.kind == TEXT)
+    is_about = name.lower().split(".")[0] in ABOUT and (file is None or file.kind == PLAIN_TEXT)
     return "about the data" if is_about or name.lower() in METADATA else ""
 
 
@@ -124,7 +124,7 @@ def is_special(path: str) -> bool:
 
 def require_one_kind(name: str, files: list[DataFile]) -> None:
     """Raise a `UserError` if files are partly texts and partly tables."""
-    texts = [file for file in files if file.kind == TEXT]
+    texts = [file for file in files if file.kind == PLAIN_TEXT]
     if texts and len(texts) < len(files):
         counts = Counter("".join(split_suffix(file.path)) for file in files)
         listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(counts.items()))

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from dsv3_ref.config import UserError
 from dsv3_ref.data import formats, hub, text_cache
 from dsv3_ref.data.discovery import is_special, list_folder, require_one_kind, suffix_reason
-from dsv3_ref.data.formats import TEXT, BrokenRow, DataFile
+from dsv3_ref.data.formats import PLAIN_TEXT, BrokenRow, DataFile
 
 MAX_REPORTS = 10  # broken rows of a source that are reported one by one
 MAX_REASONS = 6  # reasons for skipped files that are listed
@@ -141,12 +141,12 @@ def find_files(name: str, is_text: bool) -> Listing:
             raise UserError(f"{name} is empty: give a file with data")
         return Listing(name, [formats.explicit_file(path)], is_folder=False)
     data_files, skipped = list_folder(path)
-    if any(file.kind != TEXT for file in data_files):
+    if any(file.kind != PLAIN_TEXT for file in data_files):
         is_extra = is_markup if is_text else is_plain_text
         skipped.update(suffix_reason(file.path) for file in data_files if is_extra(file))
         data_files = [file for file in data_files if not is_extra(file)]
     require_one_kind(name, data_files)
-    if not data_files or (not is_text and data_files[0].kind == TEXT):
+    if not data_files or (not is_text and data_files[0].kind == PLAIN_TEXT):
         remedy = formats.readable() if is_text else "give a folder with .jsonl or .parquet files"
         raise UserError(f"{name} holds no data{list_reasons(skipped)}: {remedy}")
     return Listing(name, data_files, skipped=skipped)
@@ -169,18 +169,18 @@ def list_reasons(skipped: Counter[str]) -> str:
 
 def is_plain_text(file: DataFile) -> bool:
     """Return whether a file is text, not a table."""
-    return file.kind == TEXT
+    return file.kind == PLAIN_TEXT
 
 
 def is_markup(file: DataFile) -> bool:
     """Return whether a file is text that describes the tables beside it, such as a .md file."""
-    return file.kind == TEXT and formats.split_suffix(file.path)[0] not in (".txt", ".text")
+    return file.kind == PLAIN_TEXT and formats.split_suffix(file.path)[0] not in (".txt", ".text")
 
 
 def find_text_files(name: str) -> Listing | None:
     """Return the files of a source of texts; None for a name on the hub."""
     if name in BUILTIN_SOURCES:
-        return Listing(name, [DataFile(path, TEXT) for path in BUILTIN_SOURCES[name]()])
+        return Listing(name, [DataFile(path, PLAIN_TEXT) for path in BUILTIN_SOURCES[name]()])
     path, _ = split_column(name)
     if existing_path(path) is None and hub.could_be_on_hub(path):
         return None
@@ -254,7 +254,7 @@ class TextReader:
         """Yield the texts of all files."""
         self.left_out = [0, []]
         for i, file in enumerate(self.listing.files):
-            if file.kind == TEXT:
+            if file.kind == PLAIN_TEXT:
                 for _, text in formats.read_texts(file, by_paragraph=not self.listing.is_folder):
                     yield text
             else:

@@ -24,9 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from dsv3_ref.config import UserError
 
-TEXT = "text"
+PLAIN_TEXT = "text"
 SUFFIXES = {
-    ".txt": TEXT, ".text": TEXT, ".md": TEXT, ".markdown": TEXT, ".rst": TEXT,
+    ".txt": PLAIN_TEXT, ".text": PLAIN_TEXT, ".md": PLAIN_TEXT, ".markdown": PLAIN_TEXT, ".rst": PLAIN_TEXT,
     ".jsonl": "json lines", ".ndjson": "json lines", ".json": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
@@ -103,7 +103,7 @@ def explicit_file(path: str) -> DataFile:
         raise UserError(f"{path} is an archive: unpack it and give the folder")
     if suffix in NOT_TEXT:
         raise UserError(f"{path} is not read, because of its suffix {suffix}: {readable()}")
-    file = DataFile(path, TEXT, COMPRESSIONS.get(compression, ""))
+    file = DataFile(path, PLAIN_TEXT, COMPRESSIONS.get(compression, ""))
     with open_data_file(file) as stream:
         head = stream.peek(HEAD)[:HEAD]
     text = head.removeprefix(BOM).lstrip()
@@ -195,7 +195,7 @@ def check_magic(file: DataFile, head: bytes) -> None:
     for magic, what in MAGIC.items():
         if head.startswith(magic):
             raise UserError(f"{file.path} is {what}")
-    if b"\0" in head and file.kind == TEXT:
+    if b"\0" in head and file.kind == PLAIN_TEXT:
         raise UserError(f"{file.path} is not plain text: it has NUL characters; {readable()}")
 
 
@@ -255,7 +255,7 @@ def read_json_rows(file: DataFile, stream: BinaryIO) -> Iterator[PlacedRow]:
         return
     for n, line in chain([(number, first)], lines):
         if line:
-            yield f"line {n}", parse_json(line)
+            yield f"line {n}", parse_json_line(line)
 
 
 def is_json(line: bytes) -> bool:
@@ -267,7 +267,7 @@ def is_json(line: bytes) -> bool:
     return True
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json_line(raw: bytes) -> Any:
     """Return the JSON object of a line as a dict, or a `BrokenRow`."""
     try:
         value = json.loads(raw.decode())
