@@ -26,7 +26,7 @@ from dsv3_ref.config import UserError
 
 PLAIN_TEXT = "text"
 SUFFIXES = {
-    ".txt": PLAIN_TEXT, ".text": PLAIN_TEXT, ".md": PLAIN_TEXT, ".markdown": PLAIN_TEXT, ".rst": PLAIN_TEXT,
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), PLAIN_TEXT),
     ".jsonl": "json lines", ".ndjson": "json lines", ".json": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
