@@ -73,7 +73,13 @@ def recover_dir(final: Path) -> None:
 
 
 def remove_dir(directory: str | PathLike[str]) -> None:
-    """Remove a directory; rename it first, so that a kill never leaves part of it."""
+    """Remove a directory; rename it first, so that a kill never leaves part of it.
+
+    Of a symbolic link, only the link is removed.
+    """
+    if Path(directory).is_symlink():
+        os.unlink(directory)
+        return
     tmp = temp_sibling(Path(directory), TMP)
     shutil.rmtree(tmp, ignore_errors=True)
     os.rename(directory, tmp)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from dsv3_ref.checkpoints.atomic import OLD, atomic_dir, read_json, temp_sibling
 from dsv3_ref.checkpoints.hf_config import config_from_hf, promised_mtp_layers
 from dsv3_ref.checkpoints.huggingface import IGNORED, LAYER, hf_names, is_gate_bias
+from dsv3_ref.checkpoints.hub import local_dir
 from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE, TENSORS, is_expert
 from dsv3_ref.checkpoints.manifest import DamageError, verified, write_manifest
 from dsv3_ref.checkpoints.safetensors_files import (
@@ -36,7 +37,7 @@ from dsv3_ref.model import Transformer
 AnyPath = str | PathLike[str]
 TakePart = Callable[[str, torch.Tensor], torch.Tensor]
 Loaded = TypeVar("Loaded")
-STEP_NAME = re.compile(r"step_\d{7,}")
+STEP_NAME = re.compile(r"step_\d{7}|step_[1-9]\d{7,}", re.ASCII)
 
 # ── Loading ──
 
@@ -47,7 +48,7 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> Transformer:
-    """Return the model of a directory, ours or Hugging Face's.
+    """Return the model of a directory, ours or Hugging Face's, or of the hub (`owner/name`).
 
     Without `dtype`, tensors keep their stored dtype, and FP8 tensors get that of the embedding.
     Gate biases stay fp32. With `verify`, files are compared with the manifest if there is one, and
@@ -286,15 +287,22 @@ def is_sharded(folder: Path) -> bool:
 def list_checkpoints(run: AnyPath) -> list[Path]:
     """Return the checkpoints of a training run, oldest first, without other files there."""
     folders = (Path(run) / "checkpoints").glob("step_*")
-    return sorted(p for p in folders if STEP_NAME.fullmatch(p.name) and p.is_dir())
+    own = [p for p in folders if STEP_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(own, key=step_number)
+
+
+def step_number(folder: Path) -> int:
+    """Return the step of a checkpoint: `step_0000012` → 12."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def resolve_checkpoint_dir(directory: AnyPath) -> Path:
     """Return the directory to load: the newest checkpoint of a run, or the directory itself.
 
-    If a process was killed while replacing the directory, return the one that it had set aside.
+    A model of the Hugging Face Hub is downloaded (`owner/name`, `owner/name@revision`). If a
+    process was killed while replacing the directory, return the one that it had set aside.
     """
-    path = Path(directory)
+    path = local_dir(directory)
     if checkpoints := list_checkpoints(path):
         return checkpoints[-1]
     if path.is_dir():
@@ -308,5 +316,6 @@ def resolve_checkpoint_dir(directory: AnyPath) -> Path:
 
 def find_tokenizer_dir(path: Path) -> Path:
     """Return the folder with tokenizer.json: the path itself, or the run of a checkpoint."""
+    path = local_dir(path)
     places = [path, *path.resolve().parents[:2]]
     return next((p for p in places if (p / "tokenizer.json").is_file()), path)

@@ -10,6 +10,7 @@ import tyro
 from dsv3_ref.checkpoints.atomic import atomic_dir, read_json
 from dsv3_ref.checkpoints.hf_config import FP8_CONFIG, check_hf_config, config_like, config_to_hf
 from dsv3_ref.checkpoints.huggingface import write_hf
+from dsv3_ref.checkpoints.hub import check_hub_name, local_dir, upload
 from dsv3_ref.checkpoints.layout import CONFIG
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, resolve_checkpoint_dir
 from dsv3_ref.config import UserError
@@ -41,18 +42,24 @@ class ExportConfig:
     out: tyro.conf.Positional[Path]
     """directory to write; it must be new or empty"""
     like: Path | None = None
-    """Hugging Face directory whose tokenizer, chat template, generation settings and further fields
-    of config.json are copied; by default the model itself, if it is one"""
+    """Hugging Face directory, or model of the hub (owner/name), whose tokenizer, chat template,
+    generation settings and further fields of config.json are copied; by default the model itself,
+    if it is one"""
     fp8: bool = False
     """quantize the matrices of attention and FFN to FP8 in blocks of 128 × 128"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """dtype of the other weights"""
+    push: str = ""
+    """upload the directory to this model repository of the Hugging Face Hub (owner/name), which is
+    created as a private one unless it exists"""
     verify: bool = True
     """compare the files of the model with their checksums, where it has any"""
 
 
 def run_export(args: ExportConfig) -> None:
     """Write the directory and print what it holds."""
+    if args.push:
+        check_hub_name(args.push)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} is not an empty directory: choose a new name")
     model = load(args.model, verify=args.verify)
@@ -60,12 +67,14 @@ def run_export(args: ExportConfig) -> None:
         write_export(folder, model, args)
     files = sorted(path.name for path in args.out.iterdir())
     print(f"wrote {args.out}: {', '.join(files)}")
+    if args.push:
+        print(f"pushed to {upload(args.out, args.push)}")
 
 
 def write_export(folder: Path, model: Transformer, args: ExportConfig) -> None:
     """Write weights, config, tokenizer, generation settings and model card into a folder."""
     dtype = getattr(torch, args.dtype)
-    like = args.like or find_hf_dir(args.model)
+    like = local_dir(args.like) if args.like else find_hf_dir(args.model)
     if like:
         values = read_like(like)
         try:

@@ -17,7 +17,7 @@ from dsv3_ref.checkpoints.manifest import (
     has_manifest,
     read_manifest,
 )
-from dsv3_ref.checkpoints.native import list_checkpoints
+from dsv3_ref.checkpoints.native import list_checkpoints, step_number
 from dsv3_ref.config import UserError
 from dsv3_ref.training.settings import METRICS, describe_losses, world_size
 
@@ -216,11 +216,6 @@ def differing_data(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> l
         where = f": documents from {changed[0] * size} on" if changed else ""
         phrases.append(f"the data {new['name']} has changed{where}")
     return phrases
-
-
-def step_number(folder: Path) -> int:
-    """Return the step of a checkpoint: `step_0000012` → 12."""
-    return int(folder.name.removeprefix("step_"))
 
 
 def describe_last(run_dir: Path) -> str:

@@ -18,7 +18,8 @@ from dsv3_ref.moe import max_vio
 from dsv3_ref.optim import get_bias_update_rate, get_lr, get_mtp_weight
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training import checkpointer, settings
-from dsv3_ref.training.checkpointer import Checkpointer, step_number
+from dsv3_ref.checkpoints.native import step_number
+from dsv3_ref.training.checkpointer import Checkpointer
 from dsv3_ref.training.malloc import tune_malloc
 from dsv3_ref.training.loggers import WriteRow
 from dsv3_ref.training.metrics import ignore_row, last_row, open_log

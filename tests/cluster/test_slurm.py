@@ -17,7 +17,7 @@ import pytest
 from miniruns import metrics, timeless
 
 from dsv3_ref.checkpoints import native
-from dsv3_ref.training.checkpointer import step_number
+from dsv3_ref.checkpoints.native import step_number
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tests" / "slurm_local.sh"

@@ -239,7 +239,7 @@ def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp
     )
     process.join()
     assert process.exitcode == (0 if at == STEPS else code)
-    assert checkpointer.step_number(native.list_checkpoints(run)[-1]) == len(metrics(run)) == at
+    assert native.step_number(native.list_checkpoints(run)[-1]) == len(metrics(run)) == at
     assert go_on(run) == 0
     assert same_as_whole(run, whole)
     kept = [p.name for p in native.list_checkpoints(run)]
@@ -297,7 +297,7 @@ def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
     monkeypatch.setattr("dsv3_ref.training.task.evaluate_loss", lambda *_: (next(losses, 9.0), 1.0))
     more = ["--save-every", "1", "--keep-latest-k", "2"]
     assert main.main(options(home, tmp_path / "run", *more)) == 0
-    kept = [checkpointer.step_number(p) for p in native.list_checkpoints(tmp_path / "run")]
+    kept = [native.step_number(p) for p in native.list_checkpoints(tmp_path / "run")]
     assert kept == [2, 7, 8]
     assert all(load(p) for p in native.list_checkpoints(tmp_path / "run"))
 
@@ -306,7 +306,7 @@ def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
     more = ["--save-every", "2", "--keep-latest-k", "1", "--val-sequences", "8"]
     assert go_on(half, *more) == 0
     assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
-    assert [checkpointer.step_number(p) for p in native.list_checkpoints(half)] == [8]
+    assert [native.step_number(p) for p in native.list_checkpoints(half)] == [8]
 
 
 # ── Bad ends ──

@@ -1,0 +1,78 @@
+"""Models of the Hugging Face Hub, by name: `owner/name` or `owner/name@revision`.
+
+Weights, JSON files and tokenizers are downloaded, never code or pickles.
+"""
+
+import re
+from os import PathLike
+from pathlib import Path
+
+from dsv3_ref.config import UserError
+
+HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*?)(@(?P<revision>[\w./-]+))?")
+DOWNLOADED = (
+    "*.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "tokenizer.model", "tiktoken.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+def local_dir(path: str | PathLike[str]) -> Path:
+    """Return a path, or the local copy of a model of the hub if it names one and no file.
+
+    A path whose first folder exists here is never looked up. Raise a `UserError` if the model is
+    neither in the cache nor can be downloaded.
+    """
+    match = HUB_NAME.fullmatch(str(path))
+    if not match or Path(Path(path).parts[0]).exists():
+        return Path(path)
+    return download(match["repo"], match["revision"])
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """Return the local copy of a model's weights, JSON files and tokenizer."""
+    from huggingface_hub import snapshot_download  # only now: it takes a moment to import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(DOWNLOADED)))
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"there is no directory {name}, and the Hugging Face Hub cannot be reached: check the "
+            "path, or download the model where there is a network"
+        ) from None
+    except (HfHubHTTPError, ValueError, OSError) as e:
+        raise UserError(
+            f"there is no directory {name}, and the Hugging Face Hub does not have it for you "
+            f"({first_line(e)}): check the name, or log in with `hf auth login`"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or the name of its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_hub_name(repo: str) -> None:
+    """Raise a `UserError` unless a model repository can have this name."""
+    if "@" in repo or not HUB_NAME.fullmatch(repo):
+        raise UserError(f"--push {repo}: a repository is called owner/name")
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Create a private model repository unless it exists, upload a folder, return its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (HfHubHTTPError, ValueError, OSError) as e:
+        raise UserError(
+            f"--push {repo} failed ({first_line(e)}); {folder} is complete: log in with "
+            f"`hf auth login` and run `hf upload {repo} {folder}`"
+        ) from None
+    return f"https://huggingface.co/{repo}"
