@@ -46,11 +46,11 @@ def download(repo: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, ValueError, OSError) as e:
         raise UserError(
             f"there is no directory {name}, and the Hugging Face Hub does not have it for you "
-            f"({first_line(e)}): check the name, or log in with `hf auth login`"
+            f"({brief_reason(e)}): check the name, or log in with `hf auth login`"
         ) from None
 
 
-def first_line(error: Exception) -> str:
+def brief_reason(error: Exception) -> str:
     """Return the first line of an error's text, or the name of its class if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -72,7 +72,7 @@ def upload(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder)
     except (HfHubHTTPError, ValueError, OSError) as e:
         raise UserError(
-            f"--push {repo} failed ({first_line(e)}); {folder} is complete: log in with "
+            f"--push {repo} failed ({brief_reason(e)}); {folder} is complete: log in with "
             f"`hf auth login` and run `hf upload {repo} {folder}`"
         ) from None
     return f"https://huggingface.co/{repo}"

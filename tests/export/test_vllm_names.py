@@ -7,6 +7,7 @@ deepseek_mtp.py, stated independently; vLLM itself needs a GPU to be imported.
 import re
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -58,13 +59,14 @@ def block_parameters(prefix: str, config, is_moe: bool, use_fp8: bool) -> dict[s
     norms = ["input_layernorm", "post_attention_layernorm"]
     norms += ["self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"]
     kinds = ("weight", "weight_scale_inv") if use_fp8 else ("weight",)
-    want = {f"{p}.{kind}": parts for p, parts in projections.items() for kind in kinds}
-    want |= {f"{prefix}{norm}.weight": single for norm in norms}
+    want = {f"{prefix}{norm}.weight": single for norm in norms}
+    experts = range(config.n_routed_experts)
+    for kind in kinds:
+        want |= {f"{name}.{kind}": parts for name, parts in projections.items()}
+        if is_moe:
+            want[f"{prefix}mlp.experts.w13_{kind}"] = set(product(experts, pair))
+            want[f"{prefix}mlp.experts.w2_{kind}"] = set(product(experts, {0}))
     if is_moe:
-        experts = range(config.n_routed_experts)
-        for kind in kinds:
-            want[f"{prefix}mlp.experts.w13_{kind}"] = {(e, p) for e in experts for p in pair}
-            want[f"{prefix}mlp.experts.w2_{kind}"] = {(e, 0) for e in experts}
         want |= {f"{prefix}mlp.gate.{n}": single for n in ("weight", "e_score_correction_bias")}
     return want
 
