@@ -448,7 +448,8 @@ class Scheduler:
         is_prefilled = request.num_uncomputed_tokens == 1 and not request.remote_prefill
         if self.num_speculative_tokens:  # drafts follow an output
             is_prefilled &= len(request.tokens) > request.num_prompt_tokens
-        return is_prefilled and not request.finish_reason and not self.prefill_only
+        wants_tokens = request.max_tokens > 0 and not self.prefill_only
+        return is_prefilled and wants_tokens and not request.finish_reason
 
     def schedule_chunk(
         self, request: Request, budget: int, send_remote: Callable[[Request], bool] | None = None

@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # optional dependencies
     from fastapi import FastAPI
     from fastapi import Request as HTTPRequest
     from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from starlette.types import ASGIApp
 
     from dsv3_ref.serving.http_server import ApiServer, ConnectionLimits
 
@@ -304,7 +305,6 @@ def build_app(service: Service) -> "FastAPI":
     from fastapi import Request as HTTPRequest
 
     app = FastAPI(openapi_url=None)
-    allow_origins(app, service.args.allowed_origins)
     describe_errors(app)
     endpoints = Endpoints(service)
 
@@ -359,15 +359,20 @@ def describe_errors(app: "FastAPI") -> None:
         return error_response(e.status_code, message, e.headers)
 
 
-def allow_origins(app: "FastAPI", origins: Sequence[str]) -> None:
-    """Let web pages of these origins use the API (CORS); those of others may not."""
-    from fastapi.middleware.cors import CORSMiddleware
+def allow_origins(app: "ASGIApp", origins: Sequence[str]) -> "ASGIApp":
+    """Return an app that lets web pages of these origins use it (CORS); those of others may not.
 
-    if origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # OpenAI's JavaScript client has many of its own
-        )  # fmt: skip
+    A browser asks without an API key whether a page may send one, and hides errors from pages
+    that may not read them. So this comes before the check of keys.
+    """
+    from starlette.middleware.cors import CORSMiddleware
+
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["GET", "POST"],
+        allow_headers=["*"],  # OpenAI's JavaScript client has many of its own
+    )  # fmt: skip
 
 
 def require_fastapi() -> None:
@@ -388,6 +393,7 @@ def make_api_server(
 
     keys = ApiKeys(api_keys(service.args))
     guarded = guard_app(app, host_rule(listener, service.args.allowed_hosts), keys)
+    guarded = allow_origins(guarded, service.args.allowed_origins)
     limits = limits or ConnectionLimits(service.args.max_connections)
     grace = service.args.grace
     return ApiServer(guarded, limits, grace, service.drain, service.has_failed, FAILURE_LINGER)

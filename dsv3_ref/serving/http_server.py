@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BACKLOG = 128  # connections that wait to be accepted
 SPARE_DESCRIPTORS = 16  # left for files that the server opens
 MIN_BYTES_READ = 1024  # by a client that counts as reading
+CLOSING_SECONDS = 1.0  # in which a refused client may read the answer
 TICK_SECONDS = 0.1  # how often uvicorn looks for the end
 # ── Limits of a connection ──
 
@@ -81,6 +82,7 @@ class LimitedProtocol(H11Protocol):
             retry = [(b"retry-after", b"1")]
             self.refuse(503, "the server has too many connections: retry later", retry)
             self.phase = "closing"
+            transport.close()
             return
         self.update_phase()
 
@@ -95,16 +97,21 @@ class LimitedProtocol(H11Protocol):
         return True
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, unless a response has begun; close the connection."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self.refuse(400, "this is not a valid HTTP request")
-        else:
+        """Answer what is not HTTP, unless a response has begun; then close the connection.
+
+        What the client still sends is read: a reset would overtake the answer.
+        """
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.abort()
+            return
+        self.refuse(400, "this is not a valid HTTP request")
+        self.transport.write_eof()
+        self.enter("closing")
 
     def refuse(
         self, status: int, message: str, headers: Sequence[tuple[bytes, bytes]] = ()
     ) -> None:
-        """Send an error in OpenAI's format and close the connection."""
+        """Send an error in OpenAI's format, after which the connection must be closed."""
         body = json.dumps(error_body(message, status)).encode()
         fixed = [
             (b"content-type", b"application/json"),
@@ -114,10 +121,11 @@ class LimitedProtocol(H11Protocol):
         response = h11.Response(status_code=status, headers=[*fixed, *headers])
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Process what a client sends."""
+        if self.phase == "closing":
+            return
         super().data_received(data)
         self.update_phase()
 
@@ -145,6 +153,7 @@ class LimitedProtocol(H11Protocol):
             self.phase_timer.cancel()
         limits = self.limits
         times = {"headers": limits.headers, "body": limits.body, "idle": limits.idle}
+        times["closing"] = CLOSING_SECONDS
         seconds = times.get(phase)
         self.phase_timer = self.loop.call_later(seconds, self.abort) if seconds else None
 

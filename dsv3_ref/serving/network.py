@@ -142,9 +142,7 @@ def guard_app(app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys) -> "ASGIApp":
             await refuse(send, 403, message)
             return
         salt = keys.salt(headers.get(b"authorization", b""))
-        # a browser asks without a key whether a page may send one (CORS)
-        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
-        if salt is None and not is_open:
+        if salt is None and scope["path"] not in OPEN_PATHS:
             message = "this server needs an API key: send it as “Authorization: Bearer KEY”"
             await refuse(send, 401, message, "invalid_api_key")
             return

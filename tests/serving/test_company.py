@@ -1,19 +1,24 @@
 """A request's tokens and text are those of the request served alone, whatever else is served."""
 
-from dataclasses import dataclass
+import asyncio
+import time
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
+from threading import Event
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
-from dsv3_ref.serve import Engine, Request, make_engine
+from dsv3_ref.serve import Engine, LogitsProcessor, Request, make_engine
 from dsv3_ref.serving.detokenizer import StreamDetokenizer, byte_of_sign, token_bytes
+from dsv3_ref.serving.output_processor import OutputProcessor, ServedRequest
 
 COMMON = [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 TALK = ["we talk, and talk again: naïve ☕, over and over.\n"] * 50
@@ -129,6 +134,78 @@ def test_preemption_redraws_no_random_number(micro, exact, depth):
     assert e.counters["preemptions"] > 0
 
 
+# ── What a client receives ──
+
+
+def receive(model, depth: int, rows: list[ServedRequest], max_num_seqs: int) -> list[tuple]:
+    """Return text, log-probabilities, number of tokens and finish reason of every request."""
+    processor = OutputProcessor(tokenizer(), Event())
+    e = small_engine(model, depth, max_num_seqs=max_num_seqs)
+    e.submit(*rows)
+    pieces = {r: [] for r in rows}
+    while e.has_unfinished_requests():
+        for output in e.step():
+            if piece := processor.process(output):
+                pieces[output.request].append(piece)
+    return [
+        (
+            "".join(p.text for p in pieces[r]),
+            list(chain(*(p.logprobs for p in pieces[r]))),
+            sum(p.num_tokens for p in pieces[r]),
+            pieces[r][-1].finish_reason,
+        )
+        for r in rows
+    ]
+
+
+def rounded(x: object) -> object:
+    """Return a received value with its log-probabilities rounded."""
+    if isinstance(x, float):
+        return round(x, 6)
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return [rounded(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+PROCESSORS = [
+    LogitsProcessor(),
+    LogitsProcessor(1.3, 0.5, 0.5, ((7, 3.0), (270, 2.0)), 4),
+    LogitsProcessor(logit_bias=tuple((i, 50.0) for i in range(150, 260))),  # halves of characters
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=9), min_size=1, max_size=3),
+    st.sampled_from(PROCESSORS), st.lists(st.text("ab世é☕ t", min_size=1, max_size=2), max_size=3),
+    st.booleans(), st.integers(-1, 3), st.integers(0, 20), st.integers(1, 3),
+)  # fmt: skip
+def test_drafts_and_company_change_nothing_that_is_received(
+    micro, exact, prompts, processor, stop, echo, num_logprobs, max_tokens, max_num_seqs
+):
+    """Text, log-probabilities, bytes, offsets and usage of greedy requests with half characters."""
+    torch.manual_seed(0)
+    model = Transformer(replace(micro, vocab_size=300)).double().eval()
+
+    def served() -> list[ServedRequest]:
+        return [
+            ServedRequest(
+                tokens=list(prompt), max_tokens=max_tokens, stop_token_ids=frozenset({5}),
+                num_logprobs=num_logprobs, wants_prompt_logprobs=echo and num_logprobs >= 0,
+                logits_processor=processor, index=0, sink=asyncio.Queue(), echo=echo,
+                text=StreamDetokenizer(tokenizer(), tuple(stop)),
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+
+    want = [receive(model, 0, [r], 1)[0] for r in served()]
+    for depth in (0, 1, 2):
+        assert rounded(receive(model, depth, served(), max_num_seqs)) == rounded(want)
+    for text, entries, _, _ in want:
+        starts = [entry["text_offset"] for entry in entries]
+        assert starts == sorted(starts) and all(start <= len(text) for start in starts)
+
+
 # ── Text ──
 
 
@@ -184,3 +261,56 @@ def test_a_stop_string_of_byte_tokens_leaks_nothing():
 def test_every_byte_has_a_sign():
     assert sorted(byte_of_sign().values()) == list(range(256))
     assert token_bytes("Ġa") == b" a" and token_bytes("世") == "世".encode()
+
+
+def unigram() -> Tokenizer:
+    """Return a tokenizer as SentencePiece makes them: words, and bytes for what it lacks."""
+    model = models.BPE(
+        {"<unk>": 0, "▁": 1, "▁we": 2, "▁talk": 3, "a": 4}
+        | {f"<0x{i:02X}>": 5 + i for i in range(256)},
+        [], byte_fallback=True, unk_token="<unk>",
+    )  # fmt: skip
+    tokens = Tokenizer(model)
+    tokens.add_special_tokens(["<s>"])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokens.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return tokens
+
+
+def byte_ids(text: str) -> list[int]:
+    """Return the byte tokens of a text."""
+    return [5 + byte for byte in text.encode()]
+
+
+@pytest.mark.parametrize(
+    "ids, text",
+    [
+        ([2, 3, 1, 2], "we talk  we"),
+        ([2, *byte_ids("世"), 4, *byte_ids("é"), 3], "we世aé talk"),
+        ([2, 261, 261, 3], "we talk"),
+        ([*byte_ids("世")[:2]], "\ufffd\ufffd"),
+        ([*byte_ids("☕") * 3, 4], "☕☕☕a"),
+    ],
+    ids=["words", "bytes", "special", "half", "several"],
+)
+def test_a_tokenizer_of_words_and_bytes_streams_the_same_text(ids, text):
+    tokens = unigram()
+    detokenizer = StreamDetokenizer(tokens)
+    assert "".join([detokenizer.push([i]) for i in ids]) + detokenizer.flush() == text
+    assert tokens.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", [tokenizer, unigram])
+@pytest.mark.parametrize("ids", [[4, 3, 2], [229, 233, 156], [261]], ids=["words", "bytes", "mark"])
+def test_a_long_text_costs_no_more_per_token(kind, ids):
+    """vllm #119, sglang pull request #653: all tokens were decoded again at every step."""
+    tokens = kind()
+    seconds = []
+    for repeats in (1000, 8000):
+        text = StreamDetokenizer(tokens)
+        start = time.process_time()
+        for _ in range(repeats):
+            for i in ids:
+                text.push([i])
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 8 * 4 * max(seconds[0], 0.005)

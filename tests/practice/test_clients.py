@@ -1,0 +1,532 @@
+"""What clients of OpenAI's protocol send, and what they read: each case was a report elsewhere."""
+
+import json
+import math
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+from test_serve import NAME, folder, quiet, served
+
+from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
+from dsv3_ref.serving.fields import MAX_LOGPROBS
+from dsv3_ref.serving.json_body import parse_json
+
+__all__ = ["folder"]  # the fixture that makes a model
+COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+TALK = [{"role": "user", "content": "we talk"}]
+PLAIN = {
+    COMPLETE: {"prompt": "we talk", "max_tokens": 5, "seed": 1},
+    CHAT: {"messages": TALK, "max_tokens": 5, "seed": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def here(folder):
+    with served(folder, num_speculative_tokens=1) as found:
+        yield found
+
+
+@pytest.fixture
+def post(here):
+    """Return a function that sends a body to an endpoint."""
+
+    def send(path: str, body: object, **options) -> httpx.Response:
+        options = {"timeout": 30} | options
+        if isinstance(body, bytes):
+            kind = {"content-type": "application/json"}
+            return httpx.post(here[0] + path, content=body, headers=kind, **options)
+        return httpx.post(here[0] + path, json=body, **options)
+
+    return send
+
+
+def answer(post, path: str, **changes) -> dict:
+    """Return the first choice of a response, which must be a success."""
+    response = post(path, PLAIN[path] | changes)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def text_of(choice: dict) -> str:
+    """Return the text of a choice of either endpoint."""
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+# ── Null is absent ──
+
+NULLABLE = [
+    "model", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "n",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stream",
+    "stream_options", "logprobs", "user", "metadata", "store", "service_tier", "min_tokens",
+    "stop_token_ids", "ignore_eos",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+def test_null_is_absent(post, path):
+    """Clients in Java, Go and C# serialize what is not set as null: vllm #19862 (max_tokens)."""
+    more = {
+        COMPLETE: ["best_of", "echo", "suffix"],
+        CHAT: [
+            "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format",
+            "functions", "function_call", "modalities", "audio", "prediction", "reasoning_effort",
+            "verbosity", "web_search_options", "prompt_cache_key", "safety_identifier",
+        ],
+    }  # fmt: skip
+    want = text_of(answer(post, path))
+    names = NULLABLE + more[path]
+    assert text_of(answer(post, path, **dict.fromkeys(names))) == want
+    for name in names:
+        assert text_of(answer(post, path, **{name: None})) == want, name
+
+
+@pytest.mark.parametrize(
+    "old, new, num_tokens",
+    [
+        # Both names in one body, one of them null: an adapter fills in what it was not given.
+        pytest.param(3, None, 3, id="new name null"),
+        pytest.param(None, 4, 4, id="old name null"),
+        # llama-cpp-python #1907, ik_llama.cpp pull request #2321: the new name was ignored.
+        pytest.param(..., 4, 4, id="new name"),
+        pytest.param(4, 4, 4, id="both"),
+        pytest.param(3, 4, None, id="both, different"),
+    ],
+)
+def test_the_limit_has_two_names(post, old, new, num_tokens):
+    names = {"max_tokens": old, "max_completion_tokens": new}
+    body = {"messages": TALK, "ignore_eos": True} | {k: v for k, v in names.items() if v is not ...}
+    response = post(CHAT, body)
+    if num_tokens is None:
+        assert response.status_code == 400 and response.json()["error"]["param"] == "max_tokens"
+    else:
+        assert response.json()["usage"]["completion_tokens"] == num_tokens
+
+
+# ── One bad request ──
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        # vllm pull request #2937 and #1623: a small temperature gave NaN, which ended the engine.
+        pytest.param({"temperature": 1e-40}, 200, id="tiny temperature"),
+        pytest.param({"temperature": 5e-324, "top_p": 1e-6}, 200, id="denormal"),
+        pytest.param(b'{"prompt": "we", "temperature": NaN}', 400, id="NaN"),
+        pytest.param(b'{"prompt": "we", "temperature": 1e400}', 400, id="1e400"),
+        pytest.param(b'{"prompt": "we", "seed": -Infinity}', 400, id="infinity"),
+        pytest.param(b'{"prompt": "we", "seed": 1%s}' % (b"0" * 4000), 400, id="huge seed"),
+        pytest.param(b'{"prompt": "we", "seed": 1%s}' % (b"0" * 9000), 400, id="too many digits"),
+        pytest.param(b'{"prompt": "we", "n": %s1%s}' % (b"[" * 400, b"]" * 400), 400, id="deep"),
+        pytest.param(b'{"prompt": %s}' % (b'{"a":' * 50_000), 400, id="very deep"),
+        pytest.param(b'{"prompt": "we", "n": 1, "n": 2}', 400, id="the same field twice"),
+        pytest.param(b'{"prompt": "\xed\xa0\x80"}', 400, id="a surrogate in bytes"),
+        pytest.param(b'{"prompt": "we", "stop": "\\ud83d"}', 400, id="half an emoji"),
+        pytest.param('{"prompt": "we"}'.encode("utf-16"), 400, id="UTF-16"),
+        pytest.param(b'\xef\xbb\xbf{"prompt": "we", "max_tokens": 1}', 200, id="a byte order mark"),
+        # vllm pull request #16529, sglang #7670: an unknown token in logit_bias ended the engine.
+        pytest.param({"logit_bias": {"400": 1}}, 400, id="bias of an unknown token"),
+        pytest.param({"logit_bias": {"-1": 1}}, 400, id="bias of a negative token"),
+        pytest.param({"logit_bias": {"5": "a"}}, 400, id="bias that is no number"),
+        pytest.param({"logit_bias": [5]}, 400, id="bias as a list"),
+        pytest.param({"stop_token_ids": [400]}, 400, id="unknown stop token"),
+        # vllm #10432: max_tokens 0 ended the engine. vllm #5822: an invalid temperature did.
+        pytest.param({"max_tokens": 0}, 400, id="no tokens"),
+        pytest.param({"temperature": 3}, 400, id="too hot"),
+        pytest.param({"top_k": 10**6}, 400, id="top_k"),
+        pytest.param({"min_tokens": 9, "max_tokens": 5}, 400, id="contradiction"),
+        pytest.param({"stream_options": {"include_usage": True}}, 400, id="options of a stream"),
+        pytest.param({"n": 2, "best_of": 1}, 400, id="best of fewer"),
+        pytest.param({"colour": 1}, 400, id="unknown field"),
+    ],
+)
+def test_one_bad_request_ends_nothing_else(here, post, body, status):
+    body = body if isinstance(body, bytes) else PLAIN[COMPLETE] | body
+    response = post(COMPLETE, body)
+    assert response.status_code == status, response.text
+    if status == 400:
+        error = response.json()["error"]
+        assert error["type"] == "invalid_request_error" and error["message"]
+    assert httpx.get(f"{here[0]}/health").json() == {"status": "ready"}
+
+
+def test_a_large_body_does_not_stop_the_event_loop(here, post):
+    """A list of two million numbers: the health check is answered meanwhile."""
+    data = b'{"prompt": [%s1]}' % (b"1," * 300_000)
+    big = threading.Thread(target=post, args=(COMPLETE, data[: here[1].max_body_bytes]))
+    big.start()
+    slowest = 0.0
+    while big.is_alive():
+        start = time.monotonic()
+        assert httpx.get(f"{here[0]}/health").status_code == 200
+        slowest = max(slowest, time.monotonic() - start)
+    assert slowest < 1
+
+
+def test_the_two_scanners_read_the_same():
+    """Large bodies are read by Python's own scanner."""
+    value = {"a": [1, 2.5, None, True, "é\n", {"b": {}}], "c": []}
+    small = json.dumps(value).encode()
+    assert parse_json(small) == parse_json(small + b" " * 20_000) == value
+
+
+# ── OpenAI's error object ──
+
+
+@pytest.mark.parametrize(
+    "method, path, body, status",
+    [
+        # vllm #12886: errors were not in OpenAI's format, so clients could not show them.
+        pytest.param("GET", "/v1/nothing", None, 404, id="unknown path"),
+        pytest.param("GET", COMPLETE, None, 405, id="wrong method"),
+        pytest.param("DELETE", "/v1/models", None, 405, id="delete"),
+        pytest.param("GET", "/v1/models/other", None, 404, id="unknown model"),
+        pytest.param("POST", COMPLETE, b"{", 400, id="half a body"),
+        pytest.param("POST", COMPLETE, b"[1]", 400, id="a list"),
+        pytest.param("POST", COMPLETE, b'{"model": "gpt-4"}', 404, id="another model"),
+        pytest.param("POST", COMPLETE, b"x" * (5 << 20), 413, id="a large body"),
+    ],
+)
+def test_every_error_is_an_error_object(here, method, path, body, status):
+    kind = {"content-type": "application/json"} if body else {}
+    response = httpx.request(method, here[0] + path, content=body, headers=kind)
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n" % (b"x" * (1 << 17)),
+    ],
+    ids=["garbage", "length", "header", "large header"],
+)
+def test_what_is_not_http_gets_an_error_object_too(here, data):
+    host, port = here[0].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(data)
+        received = b""
+        while part := connection.recv(1 << 16):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_errors_name_the_field_and_the_code(post):
+    error = post(COMPLETE, {"prompt": "we", "top_p": 7}).json()["error"]
+    assert error["param"] == "top_p"
+    error = post(COMPLETE, {"prompt": "we", "model": "gpt-4"}).json()["error"]
+    assert error["param"] == "model" and error["code"] == "model_not_found"
+
+
+# ── Load balancers and browsers ──
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/openapi.json"])
+def test_load_balancers_may_ask_without_a_body(here, path):
+    """HEAD is what haproxy's and uptime monitors' checks send."""
+    whole, head = httpx.get(here[0] + path), httpx.head(here[0] + path)
+    assert whole.status_code == head.status_code == 200 and whole.content and not head.content
+
+
+def test_a_page_may_ask_before_it_sends_a_key(folder):
+    """sonar #434: the preflight has no key. opencodex #1773: OpenAI's client sends X-Stainless-*.
+
+    hermes-agent pull request #104104: a 401 without CORS headers is only “Failed to fetch”.
+    """
+    origin = {"origin": "https://page.example"}
+    with served(folder, api_key=("k",), allowed_origins=("https://page.example",)) as (base, _):
+        asks = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+        }
+        response = httpx.options(base + CHAT, headers=origin | asks)
+        assert response.status_code == 200
+        assert "x-stainless-lang" in response.headers["access-control-allow-headers"]
+        refused = httpx.post(base + CHAT, json={}, headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == origin["origin"]
+        foreign = httpx.options(base + CHAT, headers=asks | {"origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in foreign.headers
+
+
+def test_an_idle_connection_outlives_the_pools_of_clients():
+    """llm-d pull request #1564, kserve #5446: uvicorn's 5 s end before a proxy's pool does."""
+    from dsv3_ref.serving.http_server import ConnectionLimits
+
+    assert ConnectionLimits().idle == 75
+
+
+# ── Streams ──
+
+
+def events(post, path: str, **changes) -> list[dict]:
+    """Return the events of a stream, which must end with [DONE]."""
+    response = post(path, PLAIN[path] | {"stream": True} | changes)
+    assert response.status_code == 200, response.text
+    lines = [line for line in response.text.splitlines() if line]  # also at U+2028
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x1c", "\r"])
+def test_a_line_separator_does_not_split_an_event(here, post, sign, monkeypatch):
+    """httpx-sse #34, sseclient #9: clients split lines where Python's `splitlines` does."""
+    processor = here[1].engine_thread.processor
+    real = processor.make_piece
+    monkeypatch.setattr(processor, "make_piece", lambda *args: real(*args)._replace(text=sign))
+    texts = [e["choices"][0].get("delta", {}).get("content") for e in events(post, CHAT)]
+    assert sign in texts
+
+
+def test_the_form_of_a_stream(post):
+    """A proxy must not buffer it; roles, reasons and usage come where OpenAI's client waits."""
+    usage = {"stream_options": {"include_usage": True}}
+    response = post(CHAT, PLAIN[CHAT] | {"stream": True} | usage)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    first, *pieces, end, counts = events(post, CHAT, **usage)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert end["choices"][0]["delta"] == {} and end["choices"][0]["finish_reason"] == "length"
+    assert all(e["choices"][0]["finish_reason"] is None for e in (first, *pieces))
+    # apfel #100: the last event has no choices, and only if it was asked for.
+    assert counts["choices"] == [] and counts["usage"]["completion_tokens"] == 5
+    assert all(e["usage"] is None for e in (first, *pieces, end))
+    assert all("usage" not in e and e["choices"] for e in events(post, CHAT))
+    heads = {
+        (e["id"], e["created"], e["model"], e["object"]) for e in (first, *pieces, end, counts)
+    }
+    assert len(heads) == 1 and first["id"].startswith("chatcmpl-")
+    assert first["object"] == "chat.completion.chunk" and first["system_fingerprint"]
+
+
+OPTIONS = [
+    {},
+    {"logprobs": 3},
+    {"logprobs": 0, "echo": True},
+    {"logprobs": 5, "echo": True, "n": 2},
+    {"logprobs": 2, "stop": ["e", "alk"], "temperature": 1.5},
+    {"logprobs": 1, "frequency_penalty": 1.0, "temperature": 0},
+    {"prompt": ["we", [5, 6, 7]], "logprobs": 1, "echo": True, "max_tokens": 0},
+]
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
+def test_a_stream_says_what_the_whole_answer_says(post, changes):
+    """ollama #13497, llama-cpp-python pull request #1037: bytes and offsets were not those."""
+    body = {"max_tokens": 40, "seed": 3} | changes
+    response = post(COMPLETE, PLAIN[COMPLETE] | body).json()
+    streamed: dict[int, dict] = {}
+    usage = {"stream_options": {"include_usage": True}}
+    for event in events(post, COMPLETE, **body, **usage):
+        for choice in event["choices"]:
+            kept = streamed.setdefault(choice["index"], {"text": "", "logprobs": None})
+            kept["text"] += choice["text"]
+            kept["finish_reason"] = choice["finish_reason"]
+            for name, values in (choice["logprobs"] or {}).items():
+                kept["logprobs"] = kept["logprobs"] or {}
+                before = kept["logprobs"].get(name)
+                kept["logprobs"][name] = values if before is None else before + values
+    assert event["usage"] == response["usage"]
+    for choice in response["choices"]:
+        got = streamed[choice["index"]]
+        assert got["text"] == choice["text"] and got["finish_reason"] == choice["finish_reason"]
+        assert got["logprobs"] == choice["logprobs"]
+        check_offsets(choice)
+
+
+def check_offsets(choice: dict) -> None:
+    """Check that every whole token stands where its offset says, unless it has no text."""
+    found = choice["logprobs"]
+    if not found:
+        return
+    assert found["text_offset"] == sorted(found["text_offset"])
+    for token, start in zip(found["tokens"], found["text_offset"], strict=True):
+        if not token.startswith(("bytes:", "<｜", "<|")):
+            assert choice["text"][start : start + len(token)] == token
+
+
+def test_half_a_character_is_written_with_its_bytes(here, post):
+    """standardcompletions/rfcs #2: DeepSeek writes “\\xf0\\x9f”, others lose the bytes."""
+    tokenizer = here[1].tokenizer
+    half = tokenizer.token_to_id("ä")  # the sign of byte 0xe4, which begins 世
+    bias = {"logit_bias": {str(half): 100}, "max_tokens": 2, "temperature": 0}
+    entry = answer(post, CHAT, **bias, logprobs=True, top_logprobs=1)["logprobs"]["content"][0]
+    assert entry["token"] == "\\xe4" and entry["bytes"] == [0xE4]
+    choice = answer(post, COMPLETE, **bias, logprobs=1)
+    assert choice["logprobs"]["tokens"][0] == "bytes:\\xe4" and choice["text"] == "\ufffd\ufffd"
+    assert choice["logprobs"]["text_offset"] == [0, 1]
+
+
+def test_the_chosen_token_is_among_the_likeliest(post):
+    """OpenAI returns up to logprobs + 1 of them: scripts look the chosen one up."""
+    found = answer(post, COMPLETE, logprobs=1, temperature=2)["logprobs"]
+    for token, value, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"]):
+        assert top[token] == value and len(top) <= 2
+
+
+# ── Fields of OpenAI and vLLM ──
+
+
+@torch.no_grad()
+def logps(service, tokens: list[int]) -> list[float]:
+    """Return the model's log-probability of every token after the first."""
+    logp_sw = service.policy.model(torch.tensor([tokens]))[0].log_softmax(-1)
+    return logp_sw[range(len(tokens) - 1), tokens[1:]].tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_echo_scores_a_prompt_as_lm_eval_asks(here, post, max_tokens):
+    """llama.cpp #27174, lm-evaluation-harness #1411: without it every score is that of chance."""
+    prompt = list(range(10, 70))
+    ask = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    for _ in range(2):  # the second time its prefix is known
+        choice = answer(post, COMPLETE, **ask, temperature=0)
+        found = choice["logprobs"]
+        assert len(found["tokens"]) == 60 + max_tokens and found["token_logprobs"][0] is None
+        assert found["top_logprobs"][0] is None
+        want = logps(here[1], prompt)
+        assert found["token_logprobs"][1:60] == pytest.approx(want, abs=1e-4)
+    assert choice["text"].startswith(here[1].tokenizer.decode(prompt))
+    assert choice["finish_reason"] == "length"
+    assert answer(post, COMPLETE, echo=True, max_tokens=0)["text"] == "we talk"
+    only_bos = answer(post, COMPLETE, prompt="", echo=True, max_tokens=0, logprobs=1)
+    assert only_bos["text"] == "" and len(only_bos["logprobs"]["tokens"]) == 1
+
+
+def test_a_suffix_is_filled_in_with_v3s_tokens(here, post):
+    """vllm #9976: editors send what follows the cursor."""
+    service = here[1]
+    (tokens,) = service.encode_prompts({"prompt": "a", "suffix": "b"}, False)
+    marks = [service.tokenizer.token_to_id(s) for s in (FIM_BEGIN, FIM_HOLE, FIM_END)]
+    begin, hole, end = marks
+    bos = service.special_tokens.bos
+    want = [bos, begin, *service.encode("a"), hole, *service.encode("b"), end]
+    assert tokens == want
+    response = post(COMPLETE, {"prompt": "a", "suffix": "b", "max_tokens": 2})
+    assert response.json()["usage"]["prompt_tokens"] == len(want)
+    assert post(COMPLETE, {"prompt": "a", "suffix": "b", "echo": True}).status_code == 400
+
+
+def test_what_narrows_the_choice(post):
+    """One likeliest word, however hot: its text is the greedy one."""
+    greedy = text_of(answer(post, COMPLETE, temperature=0, max_tokens=12))
+    for change in ({"top_k": 1}, {"min_p": 1}, {"top_p": 1e-6}):
+        hot = answer(post, COMPLETE, temperature=2, max_tokens=12, **change)
+        assert text_of(hot) == greedy, change
+    for change in ({"top_k": -1}, {"top_k": 0}, {"min_p": 0}):
+        assert text_of(answer(post, COMPLETE, **change)) == text_of(answer(post, COMPLETE))
+
+
+def test_biases_and_penalties(here, post):
+    token = here[1].tokenizer.token_to_id("Z")
+    always = {"logit_bias": {str(token): 100}, "temperature": 1.0, "max_tokens": 6}
+    assert text_of(answer(post, COMPLETE, **always)) == "Z" * 6
+    assert text_of(answer(post, CHAT, **always)) == "Z" * 6
+    few = {str(t): 100 for t in (token, token + 1)}
+    ask = {"logit_bias": few, "temperature": 0, "max_tokens": 8, "logprobs": 0}
+    tokens = answer(post, COMPLETE, **ask, frequency_penalty=2)["logprobs"]["tokens"]
+    assert {tokens.count(t) for t in tokens} == {4}  # whichever is rarer is next
+    assert len(set(answer(post, COMPLETE, **ask, presence_penalty=2)["logprobs"]["tokens"])) == 2
+    never = {"logit_bias": {str(token): -100}, "max_tokens": 90, "ignore_eos": True}
+    assert (
+        "Z" not in answer(post, COMPLETE, **never, logprobs=0, temperature=2)["logprobs"]["tokens"]
+    )
+
+
+def test_stop_tokens(here, post):
+    token, eos = here[1].tokenizer.token_to_id("Z"), here[1].special_tokens.eos
+    ask = {"logit_bias": {str(token): 100}, "max_tokens": 6}
+    choice = answer(post, COMPLETE, **ask, stop_token_ids=[token])
+    assert choice["finish_reason"] == "stop" and choice["text"] == ""
+    ask["min_tokens"] = 3  # until then another token is chosen
+    response = post(COMPLETE, PLAIN[COMPLETE] | ask | {"stop_token_ids": [token]}).json()
+    assert response["usage"]["completion_tokens"] == 4
+    end = {"logit_bias": {str(eos): 100}, "max_tokens": 6}
+    assert answer(post, CHAT, **end)["finish_reason"] == "stop"
+    assert answer(post, CHAT, **end, ignore_eos=True)["finish_reason"] == "length"
+
+
+def test_the_best_of_several(here, post):
+    ask = {"best_of": 6, "n": 2, "temperature": 1.5, "logprobs": 0, "max_tokens": 6, "seed": 4}
+    best = post(COMPLETE, PLAIN[COMPLETE] | ask).json()
+    every = post(COMPLETE, PLAIN[COMPLETE] | ask | {"n": 6}).json()
+
+    def mean(choice: dict) -> float:
+        values = choice["logprobs"]["token_logprobs"]
+        return sum(values) / len(values)
+
+    ranked = sorted(every["choices"], key=mean, reverse=True)
+    assert [c["text"] for c in best["choices"]] == [c["text"] for c in ranked[:2]]
+    assert [c["index"] for c in best["choices"]] == [0, 1]
+    assert best["usage"] == every["usage"]  # all of them cost time
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"tool_choice": "required"},
+        {"functions": [{"name": "f"}]},
+        {"modalities": ["text", "audio"]},
+        {"reasoning_effort": "high"},
+        {"web_search_options": {}},
+    ],
+    ids=str,
+)
+def test_what_it_cannot_do_is_refused_by_name(post, field):
+    (name,) = field
+    error = post(CHAT, PLAIN[CHAT] | field)
+    assert error.status_code == 400
+    assert name in error.json()["error"]["message"] and error.json()["error"]["param"] == name
+
+
+def test_what_changes_nothing_is_accepted(post):
+    """The defaults that LangChain, LiteLLM and the official clients send."""
+    neutral = {
+        "user": "u", "store": False, "metadata": {"a": "b"}, "service_tier": "auto",
+        "parallel_tool_calls": True, "tools": [], "tool_choice": "auto", "functions": [],
+        "response_format": {"type": "text"}, "modalities": ["text"], "logit_bias": {},
+        "stop": [], "prompt_cache_key": "k", "safety_identifier": "s", "verbosity": "medium",
+    }  # fmt: skip
+    assert text_of(answer(post, CHAT, **neutral)) == text_of(answer(post, CHAT))
+
+
+def test_the_official_client_reads_every_field(here):
+    with openai.OpenAI(base_url=f"{here[0]}/v1", api_key="none", max_retries=0) as client:
+        ask = {"model": NAME, "messages": TALK, "max_tokens": 5}
+        done = client.chat.completions.create(**ask, logprobs=True, top_logprobs=MAX_LOGPROBS)
+        assert len(done.choices[0].logprobs.content[0].top_logprobs) == MAX_LOGPROBS
+        assert done.choices[0].message.refusal is None and done.system_fingerprint
+        end = {str(here[1].special_tokens.eos): 100}
+        with client.chat.completions.stream(**ask, logit_bias=end) as stream:  # assembles it all
+            final = stream.get_final_completion()
+        assert final.choices[0].finish_reason == "stop"
+        with pytest.raises(openai.BadRequestError) as e:
+            client.chat.completions.create(**ask, n=99)
+        assert e.value.param == "n" and e.value.type == "invalid_request_error"
+        with pytest.raises(openai.NotFoundError) as e:
+            client.models.retrieve("other")
+        assert e.value.code == "model_not_found"
+    assert quiet(here[1])
+
+
+def test_an_impossible_token_has_a_finite_logprob(here, post, monkeypatch):
+    """JSON has no −∞: a client's parser fails on the whole answer."""
+    describer = here[1].engine_thread.processor
+    real = describer.describe_token
+    monkeypatch.setattr(describer, "describe_token", lambda token, _: real(token, -math.inf))
+    found = answer(post, COMPLETE, logprobs=1)["logprobs"]
+    assert set(found["token_logprobs"]) == {-9999.0}
