@@ -141,7 +141,7 @@ def test_the_limit_has_two_names(post, old, new, num_tokens):
         pytest.param({"min_tokens": 9, "max_tokens": 5}, 400, id="contradiction"),
         pytest.param({"stream_options": {"include_usage": True}}, 400, id="options of a stream"),
         pytest.param({"n": 2, "best_of": 1}, 400, id="best of fewer"),
-        pytest.param({"colour": 1}, 400, id="unknown field"),
+        pytest.param({"hue": 1}, 400, id="unknown field"),
     ],
 )
 def test_one_bad_request_ends_nothing_else(here, post, body, status):
