@@ -25,7 +25,7 @@ from dsv3_ref.rewards import (
 )
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SpecialTokens
-from dsv3_ref.verifiers import math_verifier
+from dsv3_ref.verifiers import answers, math_verifier
 
 SPECIAL_TOKENS = SpecialTokens(*range(5))
 
@@ -96,7 +96,7 @@ def test_the_form(text, well):
     ],
 )
 def test_answers_are_equal_by_value(given, truth, same):
-    assert math_verifier.answers_equal(given, truth) is same
+    assert answers.answers_equal(given, truth) is same
 
 
 def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_judged():
@@ -137,7 +137,7 @@ def test_nothing_hostile_is_right_hangs_or_spoils_the_next():
     ["7=8", "8=7", "7, 8", "{7, 8}", r"7 \text{ or } 8", r"7 \pm 1", "[7, 8]", r"7 \approx 8"],
 )
 def test_two_guesses_are_not_both_right(guess):
-    assert math_verifier.answers_equal(guess, "7") + math_verifier.answers_equal(guess, "8") <= 1
+    assert answers.answers_equal(guess, "7") + answers.answers_equal(guess, "8") <= 1
 
 
 def test_a_dead_process_is_replaced():
@@ -161,7 +161,7 @@ def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monk
 def test_off_the_main_thread_too():
     found = []
     work = threading.Thread(
-        target=lambda: found.append(math_verifier.answers_equal(r"\sqrt{4}", "2"))
+        target=lambda: found.append(answers.answers_equal(r"\sqrt{4}", "2"))
     )
     work.start()
     work.join()

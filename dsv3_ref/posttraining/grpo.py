@@ -27,8 +27,9 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.moe import Route
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.posttraining.logprobs import chunked_logprobs
-from dsv3_ref.posttraining.policy import Policy, as_transformer
+from dsv3_ref.posttraining.policy import Policy, as_transformer, check_prompt_length
 from dsv3_ref.posttraining.prompts import (
+    TASKS,
     Problem,
     build_messages,
     fingerprint_task,
@@ -45,6 +46,7 @@ from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
 from dsv3_ref.verifiers.sandbox import map_parallel
 
+CONSTANT_STEPS = 10  # after so many steps without a difference between rewards, it is told
 BEFORE = "before.json"  # held-out rewards and samples of the initial model
 TOKEN_METRICS = "kl", "kl_k1", "clip_ratio", "entropy", "sampling_logp_difference"
 
@@ -198,6 +200,7 @@ class Rollout:
     text: str
     reward: float
     advantage: float = 0.0
+    is_invalid: bool = False  # the score was not a number from 0 to 1, or there was none
     old_logps: Tensor | None = None  # log π before the first of several optimizer steps
 
 
@@ -217,7 +220,7 @@ class RewardFn:
         self.votes = config.votes
         self.require_think_format = config.require_think_format
         self.warn = warn
-        self.reported_failures: set[tuple[str, str]] = set()  # (task, kind of exception)
+        self.reported: set[tuple[str, str]] = set()  # (task, kind of failure)
         self.model: RewardModel | None = None
         if config.reward:
             self.model = RewardModel(config.reward, device)
@@ -233,7 +236,7 @@ class RewardFn:
                 )
 
     def __call__(self, rollouts: list[Rollout]) -> None:
-        """Fill in the rewards; a completion without an end token or with a failing score has 0."""
+        """Fill in the rewards; a completion without an end token or with an invalid one has 0."""
         open_ended: list[Rollout] = []
         verifiable: list[Rollout] = []
         for rollout in rollouts:
@@ -241,10 +244,25 @@ class RewardFn:
                 task = get_task(rollout.problem.domain)
                 part = open_ended if task.is_open_ended else verifiable
                 part.append(rollout)
-        for rollout, reward in zip(verifiable, map_parallel(self.rule_reward, verifiable)):
-            rollout.reward = reward
-        for rollout, reward in zip(open_ended, self.model_reward(open_ended)):
-            rollout.reward = reward
+        rewards = [*map_parallel(self.rule_reward, verifiable), *self.model_reward(open_ended)]
+        failures: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for rollout, value in zip([*verifiable, *open_ended], rewards):
+            rollout.reward, failure = check_reward(value)
+            rollout.is_invalid = bool(failure)
+            if failure:
+                failures[rollout.problem.domain, failure.partition(":")[0]].append(failure)
+        self.report(failures, len(rollouts))
+
+    def report(self, failures: dict[tuple[str, str], list[str]], num_rollouts: int) -> None:
+        """Report each kind of invalid reward of a task once, with its number."""
+        for (name, kind), messages in failures.items():
+            if (name, kind) not in self.reported:
+                self.reported.add((name, kind))
+                self.warn(
+                    f"the scorer of {name} failed and counts 0 for {len(messages)} of "
+                    f"{num_rollouts} answers: {messages[0]} (later ones: invalid_rewards in "
+                    "metrics.jsonl)"
+                )
 
     def model_reward(self, rollouts: list[Rollout]) -> list[float]:
         """Return the share of yes votes, or the reward model's σ(r), between 0 and 1."""
@@ -258,21 +276,39 @@ class RewardFn:
         samples = [rollout.prompt + rollout.tokens for rollout in rollouts]
         return self.model.score(samples).sigmoid().tolist()
 
-    def rule_reward(self, rollout: Rollout) -> float:
-        """Return the task's score; report the first failure of each kind, which counts 0."""
+    @property
+    def num_malformed(self) -> int:
+        """The judgments so far that are neither yes nor no, or have no end."""
+        return (self.voter.num_malformed if self.voter else 0) + (
+            self.model.num_malformed if self.model else 0
+        )
+
+    def rule_reward(self, rollout: Rollout) -> object:
+        """Return the task's score as it is, or the exception of a scorer that fails."""
         if self.require_think_format and not has_think_format(rollout.text):
             return 0.0
-        name = rollout.problem.domain
         try:
-            return get_task(name).score(rollout.text, rollout.problem)
+            return get_task(rollout.problem.domain).score(rollout.text, rollout.problem)
         except UserError:  # only the user can fix it
             raise
         except Exception as e:  # a scorer's failure must not end the run
-            failure = name, type(e).__name__
-            if failure not in self.reported_failures:
-                self.reported_failures.add(failure)
-                self.warn(f"the scorer of {name} failed and counts 0: {failure[1]}: {e}")
-            return 0.0
+            return e
+
+
+def check_reward(value: Any) -> tuple[float, str]:
+    """Return a score as a reward and "", or 0 and what is wrong with it.
+
+    Numbers of numpy, tensors with one value and booleans are scores too.
+    """
+    if isinstance(value, Exception):
+        return 0.0, f"{type(value).__name__}: {value}"
+    try:
+        reward = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        reward = math.nan
+    if not 0 <= reward <= 1:
+        return 0.0, f"not a number from 0 to 1: {value!r}"
+    return reward, ""
 
 
 # ── The run ──
@@ -304,6 +340,8 @@ class GRPOTask:
         self.sums: dict[str, float] = defaultdict(float)  # metrics of this batch times tokens
         self.num_rollouts = 0  # of this minibatch
         self.num_live = 0  # those of them with a gradient
+        self.num_malformed = 0  # judgments of this process's last batch
+        self.num_constant_steps = 0  # consecutive ones without a difference between rewards
         self.mean_tokens = 0.0  # of this minibatch, per process
 
     def build_data(self) -> Data:
@@ -349,6 +387,7 @@ class GRPOTask:
             self.reference.requires_grad_(False)
             voter = Policy(self.reference, chat)
         self.reward_fn = RewardFn(config, chat, voter, print_to_stderr, self.device)
+        self.check_prompts(run)
         if config.rollout_backend == "vllm":
             if strategy.dp_size > 1:
                 raise UserError("--rollout-backend vllm runs in one process: start one")
@@ -359,6 +398,20 @@ class GRPOTask:
             if strategy.is_main:
                 write_json(run.run_dir / BEFORE, before)
 
+    def check_prompts(self, run: Run) -> None:
+        """Raise a `UserError` if a prompt of a file leaves no room for its answer."""
+        assert run.data.chat is not None  # `build_data` sets it
+        policy = Policy(as_transformer(run.strategy.model), run.data.chat)
+        system = self.config.system
+        for name in run.data.names:
+            if name not in TASKS:
+                train, held_out = get_task(name).problems
+                prompts = [
+                    policy.chat.render_prompt(build_messages(p.question, system=system or p.system))
+                    for p in train + held_out
+                ]
+                check_prompt_length(policy.model, prompts, self.config.max_new_tokens)
+
     # ── Rollouts ──
 
     def generate_rollouts(
@@ -366,7 +419,7 @@ class GRPOTask:
     ) -> list[Rollout]:
         """Return a group of rewarded completions of each problem, one group after another."""
         model, config = as_transformer(run.strategy.model), self.config
-        prompts = [build_messages(p.question, system=config.system) for p in problems]
+        prompts = [build_messages(p.question, system=config.system or p.system) for p in problems]
         assert run.data.chat is not None  # `build_data` sets it
         policy = Policy(model, run.data.chat, self.vllm)
         if self.vllm and self.synced_step != run.state.step:
@@ -389,7 +442,9 @@ class GRPOTask:
         group = config.num_generations
         assert run.data.loader is not None  # `requires_whole_model`: every rank reads the data
         problems = run.strategy.shard(run.data.loader.next_batch(n))
+        num_malformed = self.reward_fn.num_malformed
         rollouts = self.generate_rollouts(run, problems, group, config.temperature)
+        self.num_malformed = self.reward_fn.num_malformed - num_malformed
         reward_b = torch.tensor([x.reward for x in rollouts])
         if config.negative_control == "random-reward":
             reward_b = (torch.rand(len(rollouts)) < 0.5).float()
@@ -534,6 +589,8 @@ class GRPOTask:
         for rollout in rollouts:
             rewards[rollout.problem.domain].append(rollout.reward)
         has_zero_std = [float(not any(x.advantage for x in group)) for group in self.groups]
+        self.warn_of_constant_rewards(run, {x.reward for x in rollouts}, mean(has_zero_std))
+        judgments = run.strategy.all_reduce({"malformed": self.num_malformed})
         example = rollouts[0]
         row = {k: v for k, v in row.items() if k != "expert_bias"}
         return row | {k: means.get(k) for k in TOKEN_METRICS} | {
@@ -541,12 +598,27 @@ class GRPOTask:
             "reward_by": {name: mean(values) for name, values in rewards.items()},
             "length": mean(len(x.tokens) for x in rollouts),
             "frac_reward_zero_std": mean(has_zero_std),
+            "invalid_rewards": sum(x.is_invalid for x in rollouts),
+            "malformed_judgments": int(judgments["malformed"]),
             "rollout_seconds": self.rollout_seconds,
             "example": {
                 "prompt": example.problem.question, "text": example.text,
                 "reward": example.reward,
             },
         }  # fmt: skip
+
+    def warn_of_constant_rewards(
+        self, run: Run, rewards: set[float], frac_zero_std: float
+    ) -> None:
+        """Report once that no group has had different rewards for CONSTANT_STEPS steps."""
+        self.num_constant_steps = self.num_constant_steps + 1 if frac_zero_std == 1 else 0
+        if self.num_constant_steps == CONSTANT_STEPS and run.strategy.is_main:
+            values = ", ".join(f"{reward:g}" for reward in sorted(rewards)[:3])
+            print_to_stderr(
+                f"no group had different rewards in the last {CONSTANT_STEPS} steps (now all "
+                f"{values}), so nothing is learned: look at the example in metrics.jsonl, at the "
+                "answers of the data and at --max-new-tokens"
+            )
 
     def score_held_out(self, run: Run) -> dict[str, dict[str, float]]:
         """Return each task's mean reward of greedy and of sampled answers, and their length."""

@@ -62,6 +62,7 @@ class Policy:
         self.tokenizer = chat.tokenizer
         self.special_tokens = chat.special_tokens
         self.rollout_fn = rollout_fn or partial(generate_rollouts, model)
+        self.num_malformed = 0  # votes that were neither yes nor no
 
     @classmethod
     def from_pretrained(
@@ -109,4 +110,6 @@ class Policy:
         """Sample k votes on each (question, answer) at temperature 1, (n, k): True is a yes."""
         ballots = [build_messages(vote_prompt(*answer)) for answer in answers]
         votes = self.generate(ballots, k, MAX_VOTE_TOKENS, 1.0)
-        return torch.tensor([vote.text.lower().startswith("yes") for vote in votes]).view(-1, k)
+        texts = [vote.text.strip().lower() for vote in votes]
+        self.num_malformed += sum(not text.startswith(("yes", "no")) for text in texts)
+        return torch.tensor([text.startswith("yes") for text in texts]).view(-1, k)

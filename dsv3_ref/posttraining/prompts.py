@@ -1,8 +1,10 @@
 """Prompt tasks: problems to train on and held-out ones, with answers, worked answers and scores."""
 
+import difflib
+import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from itertools import chain
@@ -12,7 +14,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import files
 from dsv3_ref.data.fingerprint import fingerprint_rows
 from dsv3_ref.rewards import extract_boxed, extract_code
-from dsv3_ref.verifiers import math_verifier
+from dsv3_ref.verifiers import answers
 from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
 
 NUM_HELD_OUT = 200  # problems of a task that no run trains on
@@ -32,6 +34,7 @@ class Problem:
     thought: str = ""
     entry: dict = field(default_factory=dict, compare=False)
     cases: tuple[StdinCase | FunctionCase, ...] = ()
+    system: str = ""  # system prompt of a row of a file
 
 
 def build_messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
@@ -181,33 +184,70 @@ class SpeechTask:
 
 # ── Tasks from files ──
 
+# Columns in which data sets keep a question and its right answer; the first that a row has counts.
+QUESTION_COLUMNS = "question", "problem", "prompt"
+ANSWER_COLUMNS = "ground_truth", "final_answer", "answer", "reward_model", "solution"
+MAX_ANSWER_CHARS = 200  # of an answer that a model can be expected to box
+
 
 class FileTask:
-    """Problems of a file or another source of rows; invalid rows are reported and left out.
+    r"""Problems of a file or another source of rows; invalid rows are reported and left out.
 
-    A row is {"question": text} and, if answers can be right, an "answer" that the one box must
-    equal, or "cases" that the program must all pass, each {"stdin": text, "expected": text} or
-    {"function": name, "args": list, "expected": value}. All rows of a file are of one kind.
+    A row has a question (QUESTION_COLUMNS: a text, or messages with one user turn) and, if answers
+    can be right, an answer (ANSWER_COLUMNS) that the one box must equal, or "cases" that the
+    program must all pass, each {"stdin": text, "expected": text} or {"function": name, "args":
+    list, "expected": value}. Of a worked solution, the answer is what follows its last `####`, or
+    its last `\boxed{…}`. All rows of a file are of one kind.
     """
 
     def __init__(self, name: str, warn: Callable[[str], object] = files.print_to_stderr):
         self.name = name
-        rows, _ = files.valid_rows(name, lambda row: parse_problem(name, row), warn)
-        problems = list({p.question: p for p in rows}.values())  # none on both sides of the split
-        if len(problems) < MIN_PROBLEMS:
-            raise UserError(
-                f"{name} has {len(problems)} problems: give at least {MIN_PROBLEMS}, "
-                "because a quarter is held out"
-            )
-        if len({reward_kind(p) for p in problems}) > 1:
+        self.warn = warn
+        columns: dict[tuple[str, str], None] = {}
+
+        def parse(row: Any) -> Problem:
+            problem = parse_problem(name, row)
+            columns[used_columns(row)] = None
+            return problem
+
+        self.rows, _ = files.valid_rows(name, parse, warn)
+        for question, answer in columns:
+            if (question, answer or "answer") != ("question", "answer"):
+                warn(f'{name}: questions are read from "{question}", answers from "{answer}"')
+        if not self.rows:
+            raise UserError(f"{name} has 0 problems: give rows with a question and an answer")
+        if len({reward_kind(p) for p in self.rows}) > 1:
             raise UserError(
                 f"{name} mixes rows with an answer, with cases and with neither: write one file "
                 "for each kind"
             )
-        self.is_open_ended = reward_kind(problems[0]) == "open"
-        count_passed("", problems[0].cases[:1])  # fail now if there is no working sandbox
+        self.is_open_ended = reward_kind(self.rows[0]) == "open"
+        self.warn_of_long_answers()
+        count_passed("", self.rows[0].cases[:1])  # fail now if there is no working sandbox
+
+    def warn_of_long_answers(self) -> None:
+        """Report answers that no model is likely to box, since only the same text is equal."""
+        long = sum(len(p.answer) > MAX_ANSWER_CHARS or "\n" in p.answer for p in self.rows)
+        if long:
+            self.warn(
+                f"{self.name}: {long} of {len(self.rows)} answers are texts of several lines or "
+                f"more than {MAX_ANSWER_CHARS} characters, which only the same text equals: write "
+                "the final answer alone, after ####, or in \\boxed{…}"
+            )
+
+    @cached_property
+    def problems(self) -> tuple[list[Problem], list[Problem]]:
+        """Problems to train on, and a quarter that is held out; no question is in both."""
+        problems = list({p.question: p for p in self.rows}.values())
+        if len(problems) < MIN_PROBLEMS:
+            raise UserError(
+                f"{self.name} has {len(problems)} problems: give at least {MIN_PROBLEMS}, "
+                "because a quarter is held out"
+            )
+        if num_repeated := len(self.rows) - len(problems):
+            self.warn(f"{self.name}: {num_repeated} rows repeat a question; the last one counts")
         random.Random(0).shuffle(problems)
-        self.problems = split_held_out(problems)
+        return split_held_out(problems)
 
     def score(self, text: str, problem: Problem) -> float:
         """Return 1 if the answer equals the right one, or its program passes every case; else 0."""
@@ -217,21 +257,71 @@ class FileTask:
                 code is not None and count_passed(code, problem.cases) == len(problem.cases)
             )
         answer = extract_boxed(text)
-        return float(answer is not None and math_verifier.answers_equal(answer, problem.answer))
+        return float(answer is not None and answers.answers_equal(answer, problem.answer))
 
 
 def parse_problem(name: str, row: object) -> Problem:
     """Parse a row of a file; raise a `UserError` if it is malformed."""
-    if not isinstance(row, dict) or not is_nonempty_text(row.get("question")):
+    if not isinstance(row, dict):
         raise UserError('its "question" is missing or not a string: write {"question": string, …}')
-    answer, cases = row.get("answer"), row.get("cases")
-    if answer is not None and not is_nonempty_text(answer):
-        raise UserError('its "answer" is not a string: quote it')
+    system, question = parse_question(row)
+    answer, cases = parse_answer(row), row.get("cases")
     if cases is not None and (not isinstance(cases, list) or not cases):
         raise UserError('its "cases" are not a list with test cases: write [{…}, …]')
-    if cases is not None and answer is not None:
+    if cases is not None and answer:
         raise UserError('it has both an "answer" and "cases": keep one of them')
-    return Problem(name, row["question"], answer or "", cases=tuple(map(parse_case, cases or ())))
+    test_cases = tuple(map(parse_case, cases or ()))
+    return Problem(name, question, answer, cases=test_cases, system=system)
+
+
+def used_columns(row: dict) -> tuple[str, str]:
+    """Return the columns of a row's question and of its answer, "" if it has no answer."""
+    question = next((c for c in QUESTION_COLUMNS if row.get(c) is not None), "question")
+    return question, next((c for c in ANSWER_COLUMNS if row.get(c) is not None), "")
+
+
+def parse_question(row: dict) -> tuple[str, str]:
+    """Return the system prompt, "" if there is none, and the question of a row."""
+    column, _ = used_columns(row)
+    question, system = row.get(column), ""
+    if isinstance(question, list):
+        match question:
+            case [{"role": "system", "content": str(system)}, {"role": "user", "content": text}]:
+                question = text
+            case [{"role": "user", "content": text}]:
+                question = text
+            case _:
+                raise UserError(f'its "{column}" is not one user turn: write the question alone')
+    if not is_nonempty_text(question):
+        raise UserError(f'its "{column}" is missing or not a string: write {{"question": string, …}}')
+    return system, str(question)
+
+
+def parse_answer(row: dict) -> str:
+    """Return the right answer of a row; "" if it has none, for an open-ended question."""
+    _, column = used_columns(row)
+    value = row[column] if column else ""
+    if column == "reward_model":
+        value = value.get("ground_truth") if isinstance(value, dict) else None
+    if isinstance(value, bool | int | float):
+        value = json.dumps(value)
+    if not isinstance(value, str) or (column and not value.strip()):
+        raise UserError(f'its "{column}" is not a text or a number, or is empty: write the answer')
+    answer = final_value(value)
+    if column == "solution" and answer is None and len(value) > MAX_ANSWER_CHARS:
+        raise UserError(
+            'its "solution" has no final answer: write it after ####, in \\boxed{…}, or as "answer"'
+        )
+    return value.strip() if answer is None else answer
+
+
+def final_value(text: str) -> str | None:
+    r"""Return what follows the last `####` of a worked solution, or its last `\\boxed{…}`."""
+    _, mark, value = text.rpartition("####")
+    if mark and value.strip():
+        return value.strip()
+    start = text.rfind("\\boxed")
+    return extract_boxed(text[start:]) or None if start >= 0 else None
 
 
 def parse_case(case: object) -> StdinCase | FunctionCase:
@@ -288,6 +378,12 @@ def get_task(name: str) -> PromptTask:
     return TASKS[name] if name in TASKS else load_file_task(name)
 
 
+def held_out_problems(name: str) -> list[Problem]:
+    """Return the problems to evaluate on: held-out ones of a built-in task, all of a file."""
+    task = get_task(name)
+    return task.rows if isinstance(task, FileTask) else task.problems[1]
+
+
 def fingerprint_task(name: str) -> dict[str, Any]:
     """Return what tells whether a task has the same problems; built-in ones do not change."""
     task = get_task(name)
@@ -298,13 +394,23 @@ def fingerprint_task(name: str) -> dict[str, Any]:
 
 def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
     """Parse `sums=0.7` to {"sums": 0.7}; a task without a weight has weight 1."""
-    weights = dict(map(files.parse_source_spec, specs))
-    for name in weights:
+    weights: dict[str, float] = {}
+    for name, weight in map(files.parse_source_spec, specs):
+        if name in weights:
+            raise UserError(f"--tasks names {name} twice: name it once, with a weight")
         if not is_task_name(name):
             raise UserError(
-                f"no task {name!r}: choose {', '.join(TASKS)}, or a file such as problems.jsonl"
+                f"no task {name!r}{suggest(name, TASKS)}: choose {', '.join(TASKS)}, or a file "
+                "such as problems.jsonl"
             )
+        weights[name] = weight
     return weights
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return “ (did you mean x?)” with the most similar names, or "" if none is similar."""
+    similar = difflib.get_close_matches(name, list(names), n=3)
+    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
 
 # ── Two forms of an instance (§5.1) ──

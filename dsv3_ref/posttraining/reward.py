@@ -262,6 +262,7 @@ class RewardModel:
             raise UserError(f"{folder} is not a reward model: train one with dsv3 reward")
         self.uses_cot = settings["judge"] == "cot"
         self.with_reference = settings["with_reference"]
+        self.num_malformed = 0  # judgments without an end
 
     def score(self, samples: list[list[int]], references: list[str] | None = None) -> Tensor:
         """Return the reward of each answer, (b,); write a judgment first if trained to."""
@@ -306,6 +307,7 @@ class RewardModel:
             judgments += generate_rollouts(
                 self.model, batch, 1, MAX_JUDGMENT_TOKENS, {eos_id}, temperature=0.0
             )[0]
+        self.num_malformed += sum(judgment[-1] != eos_id for judgment in judgments)
         return [
             [*prompt, *judgment, *([eos_id] if judgment[-1] != eos_id else [])]
             for prompt, judgment in zip(prompts, judgments)

@@ -1,13 +1,11 @@
-"""Comparison of mathematical answers by math-verify, in a process that can be killed.
+"""Exact comparison of expressions in LaTeX by sympy, in a process that can be killed.
 
-math-verify reads LaTeX. An expression such as 9^{9^{9}} would take it forever, and its own time
-limits are alarms, which only a main thread may set. It therefore runs as
+An expression such as 9^{9^{9}} would take sympy forever. The comparison therefore runs as
 `python -m dsv3_ref.verifiers.math_verifier` with a limit on its memory: a line of JSON in, a line
 out. A process that exceeds the time limit is killed, and the next comparison starts another.
 """
 
 import json
-import math
 import queue
 import re
 import subprocess
@@ -15,7 +13,7 @@ import sys
 import threading
 from contextlib import suppress
 from functools import cache
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from dsv3_ref.config import UserError
 
@@ -24,19 +22,11 @@ STARTUP_TIMEOUT_S = 60.0
 MEMORY_BYTES = 4 << 30  # of address space
 NUMERIC_DIGITS = 1000  # that tell apart numbers such as √2 and √2 + 10⁻²⁰
 READY = "ready"
-# Words are compared as texts: math-verify would multiply their letters, so that cat = tac. Names of
-# functions and LaTeX commands are not words.
-WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za-z]{2,}")
-
-
-class Expression(Protocol):
-    """An expression or a matrix of sympy, which has no types."""
-
-    def atoms(self, *types: type) -> set[float]:
-        """Return the parts of these types that have no parts."""
-
-    def xreplace(self, rule: dict[Any, Any]) -> "Expression":
-        """Return the expression with parts replaced."""
+# What the parser would read as a product of letters or as a sum: words, numbers side by side, and
+# marks that it drops.
+AMBIGUOUS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}|\d\s+\d|\d\s*_|'")
+DECIMAL = re.compile(r"(\d*)\.(\d+)|(\d+)\.(?!\d)")
+DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 
 
 class MathVerifier:
@@ -48,15 +38,15 @@ class MathVerifier:
         self.process: subprocess.Popen[bytes] | None = None
         self.lines: queue.Queue[bytes] = queue.Queue()  # of the process, read by a thread
 
-    def __call__(self, answer: str, truth: str) -> bool:
+    def __call__(self, answer: str, truth: str, **options: Any) -> bool:
         """Return whether an answer equals the right one; False after `seconds`."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.start()
             try:
-                self.write_line(json.dumps([answer, truth]))
+                self.write_line(json.dumps([answer, truth, options]))
                 return self.read_line(self.seconds) == "true"
-            except (TimeoutError, BrokenPipeError):
+            except (TimeoutError, OSError):
                 self.stop()
                 return False
 
@@ -97,7 +87,8 @@ class MathVerifier:
         assert process is not None and process.stdin is not None
         process.kill()
         process.wait()
-        process.stdin.close()
+        with suppress(OSError):  # of what was not sent
+            process.stdin.close()
 
 
 def forward_lines(pipe: IO[bytes], lines: "queue.Queue[bytes]") -> None:
@@ -114,39 +105,67 @@ def shared_verifier() -> MathVerifier:
     return MathVerifier()
 
 
-def answers_equal(answer: str, truth: str) -> bool:
-    """Return whether two answers have the same value; words must be the same.
-
-    Answers are LaTeX or plain notation.
-    """
-    if " ".join(answer.split()) == " ".join(truth.split()):
-        return True
-    return not WORD.search(truth) and shared_verifier()(answer, truth)
+def expressions_equal(answer: str, truth: str, decimals: int | None = None) -> bool:
+    """Return whether two expressions are equal, exactly or to so many decimals."""
+    if AMBIGUOUS.search(answer) or AMBIGUOUS.search(truth):
+        return False
+    return shared_verifier()(answer, truth, decimals=decimals)
 
 
-def find_decimals(parsed: list[Expression | str]) -> set[float]:
-    """Return the decimal numbers in what math-verify has parsed."""
-    from math_verify.grader import Float
+def equations_equal(answer: str, truth: str) -> bool:
+    """Return whether two equations have the same solutions: one is a multiple of the other."""
+    if AMBIGUOUS.search(answer) or AMBIGUOUS.search(truth):
+        return False
+    return shared_verifier()(answer, truth, are_equations=True)
 
-    decimals: set[float] = set()
-    return decimals.union(*(x.atoms(Float) for x in parsed if not isinstance(x, str)))
+
+# ── In the process ──
 
 
-def parsed_equal(answer: list[Expression | str], truth: list[Expression | str]) -> bool:
-    """Return whether an answer that math-verify has parsed equals the right one.
+def parse_expression(text: str) -> Any:
+    """Return the expression of sympy that a text in LaTeX stands for, with exact numbers."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from sympy import I, Symbol
 
-    math-verify rounds to 6 decimals whenever either is a decimal number, so that 0.333333 = 1/3.
-    Here the right answer must be one, and keeps at least 6 significant digits; an answer equals any
-    other only exactly.
-    """
-    from math_verify.grader import Rational, verify
+    text = DECIMAL.sub(exact_fraction, DEGREES.sub(r"(\1 \\cdot \\frac{\\pi}{180})", text))
+    config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    expression = latex2sympy(text, normalization_config=None, conversion_config=config)
+    return expression.subs(Symbol("i"), I).doit()
 
-    if decimals := find_decimals(truth):
-        exponent = min(math.floor(math.log10(abs(x))) if x else 0 for x in decimals)
-        return verify(truth, answer, float_rounding=max(6, 5 - exponent), timeout_seconds=None)
-    fractions = {decimal: Rational(str(decimal)) for decimal in find_decimals(answer)}
-    answer = [x if isinstance(x, str) else x.xreplace(fractions) for x in answer]
-    return verify(truth, answer, numeric_precision=NUMERIC_DIGITS, timeout_seconds=None)
+
+def exact_fraction(match: re.Match[str]) -> str:
+    """Write a decimal number as a fraction of integers."""
+    whole, places = match[1] or match[3] or "", match[2] or ""
+    return rf"\frac{{{int(whole + places)}}}{{{10 ** len(places)}}}"
+
+
+def is_zero(difference: Any, size: Any) -> bool:
+    """Return whether an expression is 0, compared with the expressions that it subtracts."""
+    if difference.is_Rational:
+        return bool(difference == 0)
+    if not difference.free_symbols and not size.has("zoo"):
+        gap = abs(difference.evalf(20, maxn=NUMERIC_DIGITS))
+        return bool(gap * 10 ** (NUMERIC_DIGITS - 100) <= size.evalf(20, maxn=NUMERIC_DIGITS))
+    return difference.equals(0) is True
+
+
+def compare(answer: str, truth: str, decimals: int | None, are_equations: bool) -> bool:
+    """Return whether two expressions, or two equations, are equal."""
+    from sympy import Expr, Rational, nan, oo, simplify, zoo
+
+    if are_equations:
+        sides = [[parse_expression(side) for side in text.split("=")] for text in (answer, truth)]
+        ratio = simplify((sides[0][0] - sides[0][1]) / (sides[1][0] - sides[1][1]))
+        is_constant = not ratio.free_symbols and ratio not in (0, nan, oo, -oo, zoo)
+        return is_constant and max(map(len, sides)) == 2
+    expression, right = parse_expression(answer), parse_expression(truth)
+    if expression == right:
+        return expression is not nan and expression is not zoo
+    if not isinstance(expression, Expr) or not isinstance(right, Expr) or expression.has(oo, -oo, zoo, nan):
+        return False
+    if decimals is not None:
+        return bool(abs((expression - right).evalf(30 + decimals)) <= Rational(1, 2 * 10**decimals))
+    return is_zero(expression - right, abs(expression) + abs(right))
 
 
 def limit_memory() -> None:
@@ -159,17 +178,18 @@ def limit_memory() -> None:
 
 def main() -> None:
     """Compare the pairs of answers on stdin, one line of JSON each, until it closes."""
-    from math_verify import parse
+    import latex2sympy2_extended  # noqa: F401  a missing one ends the process before it is ready
 
     limit_memory()
     print(READY, flush=True)
     for line in sys.stdin:
+        answer, truth, options = json.loads(line)
         try:
-            answer, truth = (parse(f"${x}$", parsing_timeout=None) for x in json.loads(line))
-            is_equal = bool(answer and truth and parsed_equal(answer, truth))
+            defaults = {"decimals": None, "are_equations": False}
+            result = compare(answer, truth, **defaults | options)
         except Exception:  # whatever the libraries raise, the answer is not shown to be equal
-            is_equal = False
-        print(json.dumps(is_equal), flush=True)
+            result = False
+        print(json.dumps(bool(result)), flush=True)
 
 
 if __name__ == "__main__":
