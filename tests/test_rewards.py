@@ -160,9 +160,7 @@ def test_a_process_that_starts_too_slowly_is_told_and_not_listened_to_later(monk
 
 def test_off_the_main_thread_too():
     found = []
-    work = threading.Thread(
-        target=lambda: found.append(answers.answers_equal(r"\sqrt{4}", "2"))
-    )
+    work = threading.Thread(target=lambda: found.append(answers.answers_equal(r"\sqrt{4}", "2")))
     work.start()
     work.join()
     assert found == [True]

@@ -607,9 +607,7 @@ class GRPOTask:
             },
         }  # fmt: skip
 
-    def warn_of_constant_rewards(
-        self, run: Run, rewards: set[float], frac_zero_std: float
-    ) -> None:
+    def warn_of_constant_rewards(self, run: Run, rewards: set[float], frac_zero_std: float) -> None:
         """Report once that no group has had different rewards for CONSTANT_STEPS steps."""
         self.num_constant_steps = self.num_constant_steps + 1 if frac_zero_std == 1 else 0
         if self.num_constant_steps == CONSTANT_STEPS and run.strategy.is_main:

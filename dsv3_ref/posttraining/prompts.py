@@ -293,7 +293,9 @@ def parse_question(row: dict) -> tuple[str, str]:
             case _:
                 raise UserError(f'its "{column}" is not one user turn: write the question alone')
     if not is_nonempty_text(question):
-        raise UserError(f'its "{column}" is missing or not a string: write {{"question": string, …}}')
+        raise UserError(
+            f'its "{column}" is missing or not a string: write {{"question": string, …}}'
+        )
     return system, str(question)
 
 

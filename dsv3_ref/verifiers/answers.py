@@ -15,7 +15,7 @@ from fractions import Fraction
 from itertools import chain, product
 from typing import NamedTuple
 
-from dsv3_ref.verifiers.latex import normalize, split_top_level, strip_brackets
+from dsv3_ref.verifiers.latex import normalize_answer, split_top_level, strip_brackets
 from dsv3_ref.verifiers.math_verifier import equations_equal, expressions_equal
 
 MAX_CHARS = 1000  # of an answer; a longer one must be the same text
@@ -31,7 +31,9 @@ UNION = re.compile(r"\\cup(?![A-Za-z])")
 RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|[<>=]")
 CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?[.:]?")
 LABEL = re.compile(r"\(?\s*([A-Za-z])\s*(?:\)|\)?[.:](?!\d)|$)(.*)", re.DOTALL)
-NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?")
+VARIABLE = re.compile(
+    r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?"
+)
 MATRIX = re.compile(r"\\begin\{(\w*matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 OPAQUE = re.compile(r"\\[lcdv]?dots(?![a-z])|\.\.\.|…|\d\s*_")  # series, numbers to another base
 WORD = re.compile(r"(?i)(?=[a-z]*[aeiou])[a-z]{2,}|[a-z]{4,}")
@@ -86,7 +88,7 @@ def answers_equal(answer: str, truth: str) -> bool:
         return bool(truth.strip())
     if max(len(answer), len(truth)) > MAX_CHARS:
         return False
-    answer, truth = normalize(answer), normalize(truth)
+    answer, truth = normalize_answer(answer), normalize_answer(truth)
     if max(bracket_depth(answer), bracket_depth(truth)) > MAX_DEPTH:
         return False
     return any(is_equal(*pair) for pair in product(readings(answer), readings(truth)))
@@ -169,9 +171,9 @@ def parse_relation(text: str) -> Relation | None:
     if not signs or (len(items) > 1 and all(RELATION.search(item) for item in items)):
         return None
     if set(signs) <= {"=", r"\approx", r"\equiv", r"\in"}:
-        if len(parts) == 2 and NAME.fullmatch(parts[1]) and not NAME.fullmatch(parts[0]):
+        if len(parts) == 2 and VARIABLE.fullmatch(parts[1]) and not VARIABLE.fullmatch(parts[0]):
             parts.reverse()
-        is_named = NAME.fullmatch(parts[0]) is not None
+        is_named = VARIABLE.fullmatch(parts[0]) is not None
         return Relation(compact(parts[0]), parts[1:]) if is_named else Relation("", parts)
     return parse_inequality(parts, signs) or Relation("", [])
 
@@ -182,12 +184,12 @@ def parse_inequality(parts: list[str], signs: list[str]) -> Relation | None:
         parts, signs = parts[::-1], [{">": "<", r"\ge": r"\le"}[sign] for sign in reversed(signs)]
     if not all(sign in ("<", r"\le") for sign in signs) or len(parts) > 3:
         return None
-    if len(parts) == 2 and NAME.fullmatch(parts[0]):
+    if len(parts) == 2 and VARIABLE.fullmatch(parts[0]):
         parts, signs = [r"-\infty", *parts], ["<", *signs]
     elif len(parts) == 2:
         parts, signs = [*parts, r"\infty"], [*signs, "<"]
     below, name, above = parts
-    if not NAME.fullmatch(name):
+    if not VARIABLE.fullmatch(name):
         return None
     opening, closing = "(["[signs[0] != "<"], ")]"[signs[1] != "<"]
     return Relation(compact(name), [f"{opening}{below}, {above}{closing}"])
@@ -226,7 +228,7 @@ def is_permutation(items: list[str], right: list[str]) -> bool:
 
 
 def parse_collection(text: str) -> tuple[str, list[str]]:
-    """Return the kind of an answer (one, list, set, union, ratio, matrix, or brackets), its parts."""
+    """Return the kind of an answer (one, list, set, union, ratio, matrix, brackets), its parts."""
     items = split_list(text)
     if len(items) > 1:
         return "list", items

@@ -46,7 +46,7 @@ OPENING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle"}
 BRACKETS = re.compile(r"\\[{}]|\\[lr]angle(?![A-Za-z])|\\.|[()\[\]{}]", re.DOTALL)
 
 
-def normalize(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Return an answer with one notation for what Markdown, LaTeX and Unicode write in many."""
     text = translate_unicode(text)
     for delimiters in (r"\\[()\[\]](?=\s|$)", r"^\s*\\[(\[]"):

@@ -161,7 +161,11 @@ def compare(answer: str, truth: str, decimals: int | None, are_equations: bool) 
     expression, right = parse_expression(answer), parse_expression(truth)
     if expression == right:
         return expression is not nan and expression is not zoo
-    if not isinstance(expression, Expr) or not isinstance(right, Expr) or expression.has(oo, -oo, zoo, nan):
+    if (
+        not isinstance(expression, Expr)
+        or not isinstance(right, Expr)
+        or expression.has(oo, -oo, zoo, nan)
+    ):
         return False
     if decimals is not None:
         return bool(abs((expression - right).evalf(30 + decimals)) <= Rational(1, 2 * 10**decimals))

@@ -171,7 +171,9 @@ CODE = "print(1)\n"
         pytest.param("````python\n'''\n```\n'''\n````", "'''\n```\n'''\n", id="four ticks"),
         pytest.param("```bash\nls\n```\n```python\nprint(1)\n```", CODE, id="beside a command"),
         pytest.param("```python\nprint(1)\n```\n```\n1\n```", CODE, id="beside its output"),
-        pytest.param("<think>```python\nx\n```</think>\n```python\nprint(1)\n```", CODE, id="think"),
+        pytest.param(
+            "<think>```python\nx\n```</think>\n```python\nprint(1)\n```", CODE, id="think"
+        ),
         pytest.param("```cpp\nint x;\n```", None, id="another language"),
         pytest.param("```python\na\n```\n```python\nb\n```", None, id="two programs"),
         pytest.param("```python\nprint(1)", None, id="no end"),
@@ -195,7 +197,7 @@ ROWS = {
     # openai/gsm8k; a right answer earned nothing in verl-project/verl #7274
     "GSM8K": ({"question": "Eggs?", "answer": "16 - 3 - 4 = <<16-3-4=9>>9\n#### 18"}, "18"),
     # hendrycks/math: the solution's box
-    "MATH": ({"problem": "1+1?", "level": "Level 1", "solution": r"So $\boxed{\frac{4}{2}}$."}, "2"),
+    "MATH": ({"problem": "1+1?", "level": "1", "solution": r"So $\boxed{\frac{4}{2}}$."}, "2"),
     # open-r1/OpenR1-Math-220k has both; huggingface/open-r1 #503 and #628: the text cannot be read
     "open-r1": ({"problem": "1+1?", "solution": "A long text.", "answer": "2"}, "2"),
     "verl": (
@@ -222,7 +224,7 @@ def test_a_right_answer_to_a_row_earns_1(name, tmp_path):
     assert task.score(rf"\boxed{{{answer}}}", problem) == 1.0
     assert task.score(r"\boxed{19}", problem) == 0.0
     columns = {"question", "answer"} >= row.keys() & {*prompts.QUESTION_COLUMNS, "solution"}
-    assert columns or "questions are read from" in told[0]
+    assert columns or any("questions are read from" in line for line in told)
 
 
 @pytest.mark.parametrize(
@@ -238,13 +240,13 @@ def test_a_right_answer_to_a_row_earns_1(name, tmp_path):
 )  # fmt: skip
 def test_rows_that_are_left_out(row, why, tmp_path):
     _, told = task_of(tmp_path, {"question": "b", "answer": "1"}, row)
-    assert any(why in line and "row 2" in line for line in told)
+    assert any(why in line and "line 2" in line for line in told)
 
 
 def test_answers_that_nobody_can_box_are_told(tmp_path):
     """An essay as the answer: every completion would earn 0."""
     _, told = task_of(tmp_path, {"question": "a", "answer": "first\nsecond"})
-    assert "1 of 1 answers are texts of several lines" in told[0]
+    assert any("1 of 1 answers are texts of several lines" in line for line in told)
 
 
 def test_repeated_questions_and_tasks(tmp_path):
