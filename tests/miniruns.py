@@ -34,6 +34,13 @@ WORDS = (
 CLOCK = {"tokens_per_s", "seconds", "all_to_all_hidden"}  # metrics that differ between equal runs
 
 
+def flip_bit(path: Path, at: int) -> None:
+    """Flip a bit of a file; count from the end if `at` is negative, modulo the file's size."""
+    content = bytearray(path.read_bytes())
+    content[at // 8 % len(content)] ^= 1 << at % 8
+    path.write_bytes(content)
+
+
 def prose(rng: random.Random, words: int) -> str:
     """Return random words with a few full stops and line breaks."""
     return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", ".\n"]) for _ in range(words))

@@ -1,24 +1,34 @@
-"""Manifests: the size and SHA-256 of every file of a directory, verified when it is loaded.
+"""Manifests: the size and checksums of every file of a directory, verified when it is loaded.
 
 A manifest detects accidents: a flipped bit, a truncated file, files of different copies. It does
 not prove who wrote a directory, because anyone who can replace a file can replace the manifest.
+Loading compares XXH3, which is as fast as memory; `dsv3 check` compares SHA-256, which cannot be
+forged, and which `sha256sum` computes as well.
 """
 
 import hashlib
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import xxhash
 
 from dsv3_ref import __version__
 from dsv3_ref.checkpoints.atomic import read_json, write_json
+from dsv3_ref.checkpoints.layout import CONFIG, INDEX, SHARD_TABLE, STATE
 from dsv3_ref.config import UserError
 
 MANIFEST, MANIFEST_FORMAT = "manifest.json", 1
+XXH3 = "xxh3_128"
+FILES_READ = (CONFIG, INDEX, SHARD_TABLE, STATE)  # with a model, beside all safetensors files
+HASH_BLOCK = 1 << 20  # bytes read at a time
+Loaded = TypeVar("Loaded")
 
 
 class DamageError(UserError):
@@ -29,23 +39,23 @@ class DamageError(UserError):
 
 
 def write_manifest(
-    folder: Path, about: dict[str, Any] | None = None, known: Mapping[str, str] | None = None
+    folder: Path,
+    about: dict[str, Any] | None = None,
+    known: Mapping[str, dict[str, str]] | None = None,
 ) -> None:
     """Write the manifest of all files of a folder.
 
-    about: what else belongs to the directory, such as the fingerprints of a run. known: SHA-256 of
-    files that need not be read again, because another rank has hashed its own.
+    about: what else belongs to the directory, such as the fingerprints of a run. known: the
+    `file_checksums` of files that need not be read again, because another rank has hashed its own.
     """
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     names = [name for name in names if name != MANIFEST]
-    digests = dict(known or {})
-    unknown = [name for name in names if name not in digests]
+    checksums = dict(known or {})
+    unknown = [name for name in names if name not in checksums]
     with ThreadPoolExecutor(hash_workers(len(unknown))) as pool:
-        hashed = pool.map(file_sha256, [folder / name for name in unknown])
-        digests |= zip(unknown, hashed)
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]} for name in names
-    }
+        hashed = pool.map(file_checksums, [folder / name for name in unknown])
+        checksums |= zip(unknown, hashed)
+    files = {name: {"bytes": (folder / name).stat().st_size} | checksums[name] for name in names}
     value = {"format": MANIFEST_FORMAT, "files": files, "versions": installed_versions()} | (
         about or {}
     )
@@ -63,6 +73,28 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_xxh3(path: Path) -> str:
+    """Return the XXH3 of a file, 128 bits in hexadecimal.
+
+    One call over the mapped file releases the GIL throughout, so that loading is not interrupted.
+    """
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return xxhash.xxh3_128_hexdigest(b"")
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+            return xxhash.xxh3_128_hexdigest(mapped)
+
+
+def file_checksums(path: Path) -> dict[str, str]:
+    """Return the SHA-256 and the XXH3 of a file, which is read once."""
+    sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            sha256.update(block)
+            xxh3.update(block)
+    return {"sha256": sha256.hexdigest(), XXH3: xxh3.hexdigest()}
 
 
 def available_cores() -> int:
@@ -103,36 +135,52 @@ def check_entry(name: str, entry: dict[str, Any]) -> None:
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{name!r} lies outside of the directory")
     if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-        raise ValueError(f"{name!r} has no size and digest")
+        raise ValueError(f"{name!r} has no size and SHA-256")
 
 
-def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
+def verify(folder: Path, part: int = 0, parts: int = 1, by_sha256: bool = False) -> None:
     """Compare every file with the manifest; raise a `DamageError` that names the first difference.
 
     A directory without a manifest passes. Of several ranks, each verifies the files that are its
-    `part` of `parts`.
+    `part` of `parts`. XXH3 is compared, or SHA-256 with `by_sha256` and where there is no XXH3.
     """
     if not has_manifest(folder):
         return
-    files = list(read_manifest(folder)["files"].items())[part::parts]
+    entries = read_manifest(folder)["files"]
+    check_listed(folder, entries)
+    files = list(entries.items())[part::parts]
     for name, entry in files:
         check_size(folder / name, entry["bytes"])
     with ThreadPoolExecutor(hash_workers(len(files))) as pool:
-        digests = pool.map(read_digest, [folder / name for name, _ in files])
-        for (name, entry), digest in zip(files, digests):
-            if digest != entry["sha256"]:
-                raise damaged(folder / name, "its SHA-256 is not that of the manifest")
+        algorithms = ["sha256" if by_sha256 or XXH3 not in entry else XXH3 for _, entry in files]
+        digests = pool.map(read_digest, [folder / name for name, _ in files], algorithms)
+        for (name, entry), algorithm, digest in zip(files, algorithms, digests):
+            if digest != entry[algorithm]:
+                raise damaged(folder / name, f"its {algorithm} is not that of the manifest")
 
 
-def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def check_listed(folder: Path, names: Container[str]) -> None:
+    """Raise a `DamageError` for a file that would be read but is not in the manifest."""
+    for path in sorted(folder.glob("*")):
+        is_read = path.name in FILES_READ or path.suffix == ".safetensors"
+        if is_read and path.name not in names:
+            raise damaged(path, f"{MANIFEST} does not list it")
+
+
+def find_damage(folder: Path, part: int = 0, parts: int = 1, by_sha256: bool = False) -> str | None:
     """Return a description of damage to a directory that must have a manifest, or None."""
-    if not has_manifest(folder):
-        return f"{folder} has no {MANIFEST}: it is incomplete"
     try:
-        verify(folder, part, parts)
+        require_manifest(folder)
+        verify(folder, part, parts, by_sha256)
     except DamageError as e:
         return str(e)
     return None
+
+
+def require_manifest(folder: Path) -> None:
+    """Raise a `DamageError` if a checkpoint of a run has no manifest, which is written last."""
+    if not has_manifest(folder):
+        raise DamageError(f"{folder} has no {MANIFEST}: it is incomplete")
 
 
 def check_size(path: Path, expected: int) -> None:
@@ -145,10 +193,10 @@ def check_size(path: Path, expected: int) -> None:
         raise damaged(path, f"it has {size:,} bytes, not {expected:,}")
 
 
-def read_digest(path: Path) -> str:
-    """Return the SHA-256 of a file; raise a `DamageError` if it cannot be read."""
+def read_digest(path: Path, algorithm: str) -> str:
+    """Return a checksum of a file; raise a `DamageError` if it cannot be read."""
     try:
-        return file_sha256(path)
+        return file_sha256(path) if algorithm == "sha256" else file_xxh3(path)
     except OSError as e:
         raise damaged(path, str(e)) from None
 
@@ -173,3 +221,19 @@ def verified(folder: Path, enabled: bool = True) -> Iterator[None]:
             yield
         finally:
             check.result()
+
+
+def first_whole(
+    newest_first: Iterable[Path], read: Callable[[Path], Loaded]
+) -> tuple[Loaded, dict[Path, DamageError]]:
+    """Return `read(folder)` for the first folder that is whole, and the damage of those before it.
+
+    `read` raises a `DamageError` for a damaged folder; if all are, one that names all is raised.
+    """
+    damages: dict[Path, DamageError] = {}
+    for folder in newest_first:
+        try:
+            return read(folder), damages
+        except DamageError as e:
+            damages[folder] = e
+    raise DamageError("; ".join(map(str, damages.values())))

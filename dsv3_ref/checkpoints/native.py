@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +20,13 @@ from dsv3_ref.checkpoints.hf_config import config_from_hf, promised_mtp_layers
 from dsv3_ref.checkpoints.huggingface import IGNORED, LAYER, hf_names, is_gate_bias
 from dsv3_ref.checkpoints.hub import local_dir
 from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE, TENSORS, is_expert
-from dsv3_ref.checkpoints.manifest import DamageError, verified, write_manifest
+from dsv3_ref.checkpoints.manifest import (
+    Loaded,
+    first_whole,
+    require_manifest,
+    verified,
+    write_manifest,
+)
 from dsv3_ref.checkpoints.safetensors_files import (
     FP8,
     SCALE_SUFFIX,
@@ -36,7 +41,6 @@ from dsv3_ref.model import Transformer
 
 AnyPath = str | PathLike[str]
 TakePart = Callable[[str, torch.Tensor], torch.Tensor]
-Loaded = TypeVar("Loaded")
 STEP_NAME = re.compile(r"step_\d{7}|step_[1-9]\d{7,}", re.ASCII)
 
 # ── Loading ──
@@ -75,15 +79,20 @@ def newest_whole(directory: AnyPath, read: Callable[[Path], Loaded], verify: boo
 
     Warn of each damaged checkpoint; raise a `DamageError` if the oldest one is damaged, too.
     """
-    *newer, oldest = reversed(list_checkpoints(directory) or [resolve_checkpoint_dir(directory)])
-    for folder in newer:
-        try:
-            with verified(folder, verify):
-                return read(folder)
-        except DamageError as e:
-            warnings.warn(f"{e}. An earlier checkpoint is loaded instead.", stacklevel=3)
-    with verified(oldest, verify):
-        return read(oldest)
+
+    checkpoints = list_checkpoints(directory)
+
+    def read_verified(folder: Path) -> Loaded:
+        if verify and checkpoints:
+            require_manifest(folder)
+        with verified(folder, verify):
+            return read(folder)
+
+    newest_first = reversed(checkpoints or [resolve_checkpoint_dir(directory)])
+    loaded, damages = first_whole(newest_first, read_verified)
+    for damage in damages.values():
+        warnings.warn(f"{damage}. An earlier checkpoint is loaded instead.", stacklevel=3)
+    return loaded
 
 
 def load_checkpoint_config(directory: AnyPath) -> Config:

@@ -15,6 +15,7 @@ from dsv3_ref.checkpoints.layout import CONFIG, INDEX, WEIGHTS
 from dsv3_ref.config import UserError
 from dsv3_ref.fp8 import weight_dequant
 
+SAFETENSORS = ".safetensors"
 SHARD_BYTES = 5_000_000_000  # of a file before another one starts
 SCALE_SUFFIX = "_scale_inv"  # an FP8 weight's scales have its name and this suffix
 FP8 = torch.float8_e4m3fn
@@ -73,7 +74,21 @@ def weight_files(directory: Path) -> list[str]:
         return [WEIGHTS]
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}; only these are read")
-    return sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
+    return indexed_files(directory / INDEX)
+
+
+def indexed_files(path: Path) -> list[str]:
+    """Return the files that an index names; raise a `UserError` unless they are in its folder."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} has no weight_map: copy it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(SAFETENSORS):
+            raise UserError(
+                f"{path}: {name!r} is not the name of a safetensors file in this directory: "
+                "copy the model again from a place that you trust"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def open_file(path: Path) -> Any:

@@ -151,7 +151,7 @@ class AsyncCheckpointer:
             )
             save_file(tensors, part / TENSORS)
             (part / STATE).write_text(json.dumps(values), encoding="utf-8")
-            write_manifest(part, about, writer.digests)
+            write_manifest(part, about, writer.checksums)
             publish_dir(part, folder)
 
     def wait(self) -> None:

@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from dsv3_ref.checkpoints.atomic import read_json, write_json
 from dsv3_ref.checkpoints.layout import SHARD_TABLE
-from dsv3_ref.checkpoints.manifest import file_sha256
+from dsv3_ref.checkpoints.manifest import file_checksums
 from dsv3_ref.config import UserError
 
 TABLE_FORMAT = 1
@@ -49,7 +49,7 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        self.digests: dict[str, str] = {}  # file → SHA-256, on the coordinator after `finish`
+        self.checksums: dict[str, dict[str, str]] = {}  # by file, on the coordinator, at the end
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Write to another folder."""
@@ -95,7 +95,7 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
         if tensors:
             path = self.folder / plan.storage_data
             save_file(tensors, path)
-            written = path.name, file_sha256(path)
+            written = path.name, file_checksums(path)
             results = [WriteResult(index, size, written) for index, size in sizes.items()]
         done: Future = Future()
         done.set_result(results)
@@ -104,7 +104,7 @@ class SafetensorsWriter(StorageWriter, AsyncStager):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the table: dtype, shape and chunks of every tensor, and the file of each chunk."""
         written = {r.index: r.storage_data for r in chain.from_iterable(results)}
-        self.digests = dict(written.values())
+        self.checksums = dict(written.values())
         tensors: dict[str, dict[str, Any]] = {}
         for name, about in metadata.state_dict_metadata.items():
             assert isinstance(about, TensorStorageMetadata)

@@ -52,7 +52,7 @@ def check_folder(folder: Path) -> Iterator[tuple[str | None, str]]:
         yield check_shards(folder)
     elif checkpoints := list_checkpoints(folder):
         for checkpoint in checkpoints:
-            yield find_damage(checkpoint), f"{checkpoint} is whole"
+            yield find_damage(checkpoint, by_sha256=True), f"{checkpoint} is whole"
     else:
         yield check_model(resolve_checkpoint_dir(folder))
 
@@ -70,7 +70,7 @@ def check_shards(folder: Path) -> tuple[str | None, str]:
 def check_model(folder: Path) -> tuple[str | None, str]:
     """Compare a model with its manifest, or without one with its config and index."""
     try:
-        verify(folder)
+        verify(folder, by_sha256=True)
         if is_sharded(folder):
             n_tensors = len(read_table(folder).state_dict_metadata)
         else:

@@ -13,8 +13,10 @@ from torch import Tensor
 from dsv3_ref.checkpoints import atomic
 from dsv3_ref.checkpoints.layout import STATE
 from dsv3_ref.checkpoints.manifest import (
-    installed_versions,
+    DamageError,
+    first_whole,
     has_manifest,
+    installed_versions,
     read_manifest,
 )
 from dsv3_ref.checkpoints.native import list_checkpoints, step_number
@@ -88,19 +90,13 @@ class Checkpointer:
         """Return the newest undamaged checkpoint; rename the damaged ones after it."""
         if not self.run.config.verify:
             return checkpoints[-1]
-        damaged: list[Path] = []
-        for folder in reversed(checkpoints):
-            damage = self.strategy.find_damage(folder)
-            if damage is None:
-                break
-            if self.strategy.is_main:
-                print(f"warning: {damage}", file=sys.stderr)
-            damaged.append(folder)
-        else:
+        try:
+            folder, damaged = first_whole(reversed(checkpoints), self.check_whole)
+        except DamageError:
             raise UserError(
                 f"all checkpoints of {self.run_dir} are damaged: restore one from a copy, or start "
                 f"a new run from damaged weights with --init {checkpoints[-1]} --no-verify"
-            )
+            ) from None
         if self.strategy.is_main:
             for path in damaged:
                 aside = path.with_name(f"damaged-{path.name}")
@@ -108,6 +104,15 @@ class Checkpointer:
                 path.rename(aside)
                 print(f"set aside as {aside}; resuming from {folder}", file=sys.stderr)
         self.strategy.barrier()
+        return folder
+
+    def check_whole(self, folder: Path) -> Path:
+        """Return the checkpoint; warn and raise a `DamageError` on every rank if it is damaged."""
+        damage = self.strategy.find_damage(folder)
+        if damage:
+            if self.strategy.is_main:
+                print(f"warning: {damage}", file=sys.stderr)
+            raise DamageError(damage)
         return folder
 
     def load(self, folder: Path, with_data: bool = True) -> None:

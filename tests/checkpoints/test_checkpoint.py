@@ -406,6 +406,14 @@ def change_tensor(change):
     return breaks
 
 
+def edit_index(**fields):
+    def breaks(directory: Path) -> None:
+        path = next(directory.glob("*.index.json"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return breaks
+
+
 WO = "model.layers.1.self_attn.o_proj.weight"
 EXPERT = "model.layers.1.mlp.experts.3.gate_proj.weight"
 BROKEN = {
@@ -416,6 +424,13 @@ BROKEN = {
     "no index": (lambda d: next(d.glob("*.index.json")).unlink(), "neither model.safetensors nor"),
     "cut off": (cut, "safetensors is damaged or cut off .*copy it again"),
     "no shard": (drop_shard, "model-0.* is named in .*index.json but is not there"),
+    "no map": (edit_index(weight_map=[]), "index.json has no weight_map"),
+    "outside": (
+        edit_index(weight_map={WO: "../x.safetensors"}),
+        "'../x.safetensors' is not the name of a safetensors file in this directory",
+    ),
+    "absolute": (edit_index(weight_map={WO: "/etc/passwd"}), "'/etc/passwd' is not the name"),
+    "a number": (edit_index(weight_map={WO: 1}), "1 is not the name of a safetensors file"),
     "no tensor": (change_tensor(lambda t: t.pop(WO)), f"lacks {WO}"),
     "shape": (
         change_tensor(lambda t: t.update({WO: torch.ones(24, 17)})),

@@ -1,6 +1,7 @@
 """Manifests: every changed byte is found, and the newest whole checkpoint is loaded."""
 
 import json
+import random
 import shutil
 from importlib.metadata import version
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from miniruns import flip_bit
 from support import randomize
 
 from dsv3_ref.checkpoints import manifest
@@ -33,12 +35,6 @@ def run(model, tmp_path):
     return tmp_path / "run"
 
 
-def flip_bit(path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at // 8 % len(content)] ^= 1 << at % 8
-    path.write_bytes(content)
-
-
 def step_of(run, step: int):
     return run / "checkpoints" / f"step_{step:07}"
 
@@ -56,7 +52,7 @@ def test_every_flipped_bit_is_found(tmp_path_factory, micro, at, name):
 def test_a_flipped_bit_changes_the_weights_without_verification(run):
     folder = step_of(run, 3)
     before = load(folder)
-    flip_bit(folder / "model.safetensors", 8 * (folder / "model.safetensors").stat().st_size - 9)
+    flip_bit(folder / "model.safetensors", -9)
     after = load(folder, verify=False).state_dict()
     assert any(not torch.equal(x, after[name]) for name, x in before.state_dict().items())
 
@@ -84,7 +80,7 @@ def test_of_a_run_the_newest_whole_checkpoint_is_loaded(run, micro):
     assert target.head.weight[0, 0] == 2
     for step in (1, 2):
         flip_bit(step_of(run, step) / "model.safetensors", 80_000)
-    with pytest.warns(UserWarning), pytest.raises(DamageError, match="step_0000001"):
+    with pytest.raises(DamageError, match="step_0000003.*step_0000002.*step_0000001"):
         load(run)
     assert load(run, verify=False).head.weight[0, 0] == 3
 
@@ -114,7 +110,7 @@ def test_damage_explains_other_errors(run):
 
 def test_ranks_share_the_work(run, monkeypatch):
     hashed = []
-    monkeypatch.setattr(manifest, "read_digest", lambda path: hashed.append(path.name))
+    monkeypatch.setattr(manifest, "read_digest", lambda path, name: hashed.append(path.name))
     names = sorted(json.loads((step_of(run, 1) / "manifest.json").read_text())["files"])
     for rank in range(2):
         with pytest.raises(DamageError):
@@ -129,7 +125,8 @@ def test_a_manifest_names_versions_and_what_it_is_given(tmp_path):
     write_manifest(tmp_path, {"mesh": {"pp": 2}})
     value = json.loads((tmp_path / "manifest.json").read_text())
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
-    assert value["files"] == {"sub/a": {"bytes": 3, "sha256": sha256}}
+    xxh3 = "06b05ab6733a618578af5f94892f3950"  # as `xxhsum -H2` says
+    assert value["files"] == {"sub/a": {"bytes": 3, "sha256": sha256, "xxh3_128": xxh3}}
     assert value["versions"]["torch"] == version("torch") and value["mesh"] == {"pp": 2}
 
 
@@ -137,3 +134,59 @@ def test_saving_over_a_directory_renews_its_manifest(run, micro):
     save(Transformer(micro), step_of(run, 1))
     verify(step_of(run, 1))
     assert "lm_head" not in load_file(step_of(run, 1) / "model.safetensors")
+
+
+def edit_entry(folder, name: str, **changes) -> None:
+    """Change the entry of a file in a manifest; None removes a checksum."""
+    path = folder / "manifest.json"
+    value = json.loads(path.read_text())
+    entry = value["files"][name] | changes
+    value["files"][name] = {k: x for k, x in entry.items() if x is not None}
+    path.write_text(json.dumps(value))
+
+
+def test_loading_compares_the_fast_checksum(run, monkeypatch):
+    """SHA-256 takes longer than loading; without XXH3, in an old manifest, it is compared."""
+    folder, name = step_of(run, 1), "model.safetensors"
+    edit_entry(folder, "config.json", sha256="0" * 64)
+    load(folder)
+    with pytest.raises(DamageError, match="config.json is damaged .its sha256"):
+        verify(folder, by_sha256=True)
+    edit_entry(folder, name, xxh3_128=None)
+    load(folder)
+    flip_bit(folder / name, -9)
+    with pytest.raises(DamageError, match="model.safetensors is damaged .its sha256"):
+        load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, manifest.HASH_BLOCK, manifest.HASH_BLOCK + 7])
+def test_checksums_in_blocks_are_those_of_the_whole(tmp_path, size):
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(0).randbytes(size))
+    sha256, xxh3 = manifest.file_sha256(path), manifest.file_xxh3(path)
+    assert manifest.file_checksums(path) == {"sha256": sha256, "xxh3_128": xxh3}
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "tensors.json"])
+def test_a_file_that_is_not_in_the_manifest_is_damage(run, name):
+    """Weights of another model in the same folder would be loaded in place of its own."""
+    shutil.copy(step_of(run, 1) / "model.safetensors", step_of(run, 3) / name)
+    with pytest.raises(DamageError, match=f"{name} is damaged .manifest.json does not list it"):
+        load(step_of(run, 3))
+    (step_of(run, 1) / "notes.txt").write_text("a user's notes")
+    load(step_of(run, 1))
+
+
+def test_a_manifest_without_entries_verifies_nothing_and_is_damage(run):
+    path = step_of(run, 1) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}}))
+    with pytest.raises(DamageError, match="does not list it"):
+        load(step_of(run, 1))
+
+
+def test_a_checkpoint_of_a_run_must_have_a_manifest(run):
+    """A directory on its own may have none, as those of Hugging Face."""
+    (step_of(run, 3) / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="step_0000003 has no manifest.json"):
+        assert load(run).head.weight[0, 0] == 2
+    assert load(step_of(run, 3)).head.weight[0, 0] == 3

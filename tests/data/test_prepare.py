@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import miniruns
 import numpy as np
 import pytest
 import torch
-from miniruns import no_report, options, prose, results, timeless
+from miniruns import flip_bit, no_report, options, prose, results, timeless
 
 from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.cli import main
@@ -604,10 +605,7 @@ def shorter(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
 
-def flipped(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[-5] ^= 1
-    path.write_bytes(raw)
+flipped = partial(flip_bit, at=-40)
 
 
 @pytest.mark.parametrize(
@@ -660,9 +658,7 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path, monkeypatch):
     prepare.prepare_shards(prepare.PrepareConfig(out, data, vocab_size=300, dedup=0, workers=1))
     whole = [d.tolist() for d in Shards(out).documents(0, "train")]
     path = next(p for p in sorted(out.glob("*.bin")) if p.stat().st_size > 400)
-    content = bytearray(path.read_bytes())
-    content[300] ^= 1  # in block 4, bytes 256 to 319
-    path.write_bytes(content)
+    flip_bit(path, 8 * 300)  # in block 4, bytes 256 to 319
     documents = Shards(out).documents(0, "train")
     offsets = np.load(path.with_suffix(".npy")) * np.dtype(documents.dtype).itemsize
     for i, want in enumerate(whole):

@@ -11,7 +11,7 @@ from itertools import count
 import miniruns
 import pytest
 import torch
-from miniruns import Command, launch, metrics, options, timeless
+from miniruns import Command, flip_bit, launch, metrics, options, timeless
 
 from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.checkpoints.native import list_checkpoints, load
@@ -172,10 +172,7 @@ def test_a_damaged_checkpoint_of_ranks_is_set_aside(two, home):
     newest = list_checkpoints(run)[-1]
     shutil.rmtree(newest)
     newest = list_checkpoints(run)[-1]
-    path = newest / "rank_00001.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
+    flip_bit(newest / "rank_00001.safetensors", -40)
     outputs = wait_for_exit(start(home, run, 2, "--ep", "2", "--resume"))
     assert sum("rank_00001.safetensors is damaged" in text for text in outputs) == 1
     assert list(map(timeless, metrics(run))) == list(map(timeless, metrics(two)))

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from miniruns import flip_bit
 from safetensors.torch import load_file, save_file
 from support import randomize
 
@@ -19,12 +20,6 @@ def model(micro):
     return randomize(Transformer(micro))
 
 
-def flip_last_byte(path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
 def check(folder, capsys) -> tuple[int, str]:
     code = main.main(["check", str(folder)])
     out = capsys.readouterr()
@@ -36,7 +31,7 @@ def test_a_run(model, tmp_path, capsys):
         save(model, tmp_path / "run" / "checkpoints" / f"step_{step:07}")
     code, said = check(tmp_path / "run", capsys)
     assert code == 0 and said.count("is whole") == 2
-    flip_last_byte(tmp_path / "run/checkpoints/step_0000001/model.safetensors")
+    flip_bit(tmp_path / "run/checkpoints/step_0000001/model.safetensors", -8)
     code, said = check(tmp_path / "run", capsys)
     assert code == 2 and "step_0000001/model.safetensors is damaged" in said
     assert "step_0000002 is whole" in said
@@ -45,7 +40,7 @@ def test_a_run(model, tmp_path, capsys):
 def test_a_model_of_ours(model, tmp_path, capsys):
     save(model, tmp_path / "m")
     assert "as manifest.json says" in check(tmp_path / "m", capsys)[1]
-    flip_last_byte(tmp_path / "m" / "model.safetensors")
+    flip_bit(tmp_path / "m" / "model.safetensors", -8)
     assert check(tmp_path / "m", capsys)[0] == 2
 
 
@@ -105,7 +100,7 @@ def test_shards(tmp_path, capsys):
     prepare.prepare_shards(args)
     code, said = check(tmp_path / "shards", capsys)
     assert code == 0 and "is whole: 40 documents" in said
-    flip_last_byte(next((tmp_path / "shards").glob("*.bin")))
+    flip_bit(next((tmp_path / "shards").glob("*.bin")), -8)
     code, said = check(tmp_path / "shards", capsys)
     assert code == 2 and "its checksum differs" in said
 
