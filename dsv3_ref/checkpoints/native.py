@@ -79,7 +79,6 @@ def newest_whole(directory: AnyPath, read: Callable[[Path], Loaded], verify: boo
 
     Warn of each damaged checkpoint; raise a `DamageError` if the oldest one is damaged, too.
     """
-
     checkpoints = list_checkpoints(directory)
 
     def read_verified(folder: Path) -> Loaded:
