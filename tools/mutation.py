@@ -48,7 +48,6 @@ EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/posttraining/grpo.py": ["test_rl", "test_tasks"],
     "dsv3_ref/parallel/stage.py": ["test_parallel"],
     "dsv3_ref/parallel/zero.py": ["test_parallel"],
-    "dsv3_ref/serving/output_processor.py": ["test_serve"],
     "dsv3_ref/serving/protocol.py": ["test_serve"],
     "dsv3_ref/data/permutation.py": ["test_data", "test_prepare"],
     "dsv3_ref/data/tokenize_workers.py": ["test_prepare"],

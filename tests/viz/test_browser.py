@@ -21,7 +21,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-QUICK = {"09_fp8", "12_dualpipe", "16_grpo"}  # for `make test`; the others take minutes together
+QUICK = {"12_dualpipe"}  # a list and sliders, for `make test`; all together take minutes
 RUN_ALL = """async () => {
     const notebook = jupyterapp.shell.currentWidget;
     await notebook.context.ready;
@@ -187,6 +187,7 @@ def test_every_control_redraws_its_figure(lab, page, chapter, lines):
     assert page.evaluate(FAILED) == []
 
 
+@pytest.mark.full  # test_live does the same without a browser
 def test_a_run_is_watched_paused_stopped_and_resumed(lab, page):
     """The dashboard follows a real run, and the page stays responsive."""
     page.goto(f"{lab}/lab/tree/notebooks/00_tour.ipynb?reset")
