@@ -114,11 +114,12 @@ def string() -> Field:
 
 
 def only(*values: Any) -> Field:
-    """Return a field that is accepted only with these values, which have no effect."""
+    """Return a field that is accepted only with these values."""
 
-    def parse(name: str, value: Any) -> None:
+    def parse(name: str, value: Any) -> Any:
         if not any(value == v and isinstance(value, bool) is isinstance(v, bool) for v in values):
             raise InvalidField(name, f"this server does not support {name}: leave it out")
+        return value
 
     return Field({"enum": list(values)} if values else {"type": "null"}, parse)
 

@@ -21,6 +21,7 @@ from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.serving.config import ServeConfig, build_engine, validate_serve_config
+from dsv3_ref.serving.conversation import render_messages
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 from dsv3_ref.serving.engine_thread import EngineThread
 from dsv3_ref.serving.fields import MAX_SEED, InvalidField, JSONObject, are_token_ids, parse_fields
@@ -151,13 +152,7 @@ class Service:
     def encode_prompts(self, values: JSONObject, chat: bool) -> list[list[int]]:
         """Return the token ids of every prompt; text cannot produce a special token."""
         if chat:
-            if values.get("tools"):
-                raise InvalidField("tools", "this server does not support tools: leave it out")
-            messages: Any = values.get("messages")
-            try:
-                return [self.chat.render_prompt(messages)]
-            except UserError as e:
-                raise InvalidField("messages", str(e)) from None
+            return [render_messages(self.chat, values)]
         prompts = values.get("prompt", "")
         if isinstance(prompts, str) or is_token_list(prompts):
             prompts = [prompts]
@@ -175,11 +170,14 @@ class Service:
         With a suffix, the model fills in the middle (§4.1).
         """
         if isinstance(prompt, str):
-            start, tokens = [self.special_tokens.bos], self.chat.encode(prompt)
+            if not suffix:
+                return self.chat.encode_prompt(prompt)
+            start = [self.special_tokens.bos] if self.chat.adds_bos else []
+            tokens = self.chat.encode(prompt)
         else:
             start, tokens = [], self.check_token_ids(prompt)
-        if not suffix:
-            return self.chat.encode_prompt(prompt) if start else tokens
+            if not suffix:
+                return tokens
         begin, hole, end = (self.tokenizer.token_to_id(s) for s in (FIM_BEGIN, FIM_HOLE, FIM_END))
         if begin is None or hole is None or end is None:
             raise InvalidField(

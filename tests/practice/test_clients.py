@@ -107,13 +107,96 @@ def test_the_limit_has_two_names(post, old, new, num_tokens):
         assert response.json()["usage"]["completion_tokens"] == num_tokens
 
 
+# ── Conversations ──
+
+
+def render(here, messages: list[dict], **changes) -> str:
+    """Return the prompt of a conversation as text, marks included."""
+    (tokens,) = here[1].encode_prompts({"messages": messages} | changes, True)
+    marks = here[1].tokenizer.decode(tokens, skip_special_tokens=False)
+    return marks.replace("<｜begin▁of▁sentence｜>", "").replace("<｜end▁of▁sentence｜>", "$")
+
+
+def turn(role: str, content: object = "a", **more) -> dict:
+    return {"role": role, "content": content} | more
+
+
+@pytest.mark.parametrize(
+    "messages, prompt",
+    [
+        # halogen-server #3, ogx #6069: coding agents send `developer` in the place of `system`.
+        pytest.param(
+            [turn("developer"), turn("user", "b")], "a<｜User｜>b<｜Assistant｜>", id="developer"
+        ),
+        # Clients with several speakers, or that resend after an error, send two user turns.
+        pytest.param(
+            [turn("user"), turn("user", "b")], "<｜User｜>a\n\nb<｜Assistant｜>", id="two turns"
+        ),
+        pytest.param(
+            [turn("system"), turn("user", "b"), turn("developer", "c")],
+            "a\n\nc<｜User｜>b<｜Assistant｜>",
+            id="two instructions",
+        ),
+        # DeepSeek's `prefix`, vLLM's `continue_final_message`: the answer's beginning is given.
+        pytest.param(
+            [turn("user"), turn("assistant", "b")], "<｜User｜>a<｜Assistant｜>b", id="continue"
+        ),
+        pytest.param(
+            [turn("user"), turn("assistant", "b", prefix=True)], "<｜User｜>a<｜Assistant｜>b",
+            id="prefix",
+        ),
+        # The official client's `message.model_dump()` is sent back with all its null fields.
+        pytest.param(
+            [
+                turn("user", name="ann"),
+                turn("assistant", "b", refusal=None, tool_calls=None, audio=None, annotations=[]),
+                turn("user", [{"type": "text", "text": "c"}, {"type": "text", "text": "d"}]),
+            ],
+            "<｜User｜>a<｜Assistant｜>b$<｜User｜>cd<｜Assistant｜>", id="resent",
+        ),
+    ],
+)  # fmt: skip
+def test_conversations_as_clients_send_them(here, messages, prompt):
+    assert render(here, messages) == prompt
+
+
+def test_an_answer_is_continued_unless_a_new_one_is_wanted(here, post):
+    messages = [turn("user"), turn("assistant", "b")]
+    new = "<｜User｜>a<｜Assistant｜>b$<｜Assistant｜>"
+    assert render(here, messages, add_generation_prompt=True) == new
+    assert render(here, messages, continue_final_message=False) == new
+    assert post(CHAT, {"messages": TALK, "continue_final_message": True}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "message, name",
+    [
+        pytest.param(turn("assistant", tool_calls=[{"id": "1"}]), "tool_calls", id="calls"),
+        pytest.param(turn("assistant", function_call={"name": "f"}), "function_call", id="call"),
+        pytest.param(turn("tool", tool_call_id="1"), "tool", id="tool"),
+        pytest.param(turn("assistant", reasoning_content="hm"), "reasoning_content", id="thoughts"),
+        pytest.param(turn("user", [{"type": "image_url"}]), "text", id="image"),
+        pytest.param(turn("narrator"), "narrator", id="role"),
+        pytest.param(turn("user", 5), "5", id="number"),
+        pytest.param({"role": "user"}, "content", id="no content"),
+        pytest.param("hello", "objects", id="text"),
+    ],
+)
+def test_what_a_form_cannot_express_is_refused_by_name(post, message, name):
+    """It was dropped silently, so the model answered another conversation."""
+    response = post(CHAT, {"messages": [turn("user"), message, turn("user")]})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert name in error["message"] and error["param"] == "messages"
+
+
 # ── One bad request ──
 
 
 @pytest.mark.parametrize(
     "body, status",
     [
-        # vllm pull request #2937 and #1623: a small temperature gave NaN, which ended the engine.
+        # vllm #1623: a small temperature gave NaN, which ended the engine.
         pytest.param({"temperature": 1e-40}, 200, id="tiny temperature"),
         pytest.param({"temperature": 5e-324, "top_p": 1e-6}, 200, id="denormal"),
         pytest.param(b'{"prompt": "we", "temperature": NaN}', 400, id="NaN"),
