@@ -1,7 +1,8 @@
 """DeepSeek-V3, readable and full-scale. Public names are imported on first use."""
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names, for type checkers
@@ -29,11 +30,17 @@ _HOME = {
     "save_hf": "checkpoints.huggingface",
 }
 __all__ = list(_HOME)
+_ROOT = Path(__file__).parent.parent
+if (_ROOT / "kernels").is_dir() and (_ROOT / "pyproject.toml").is_file():  # a checkout
+    __path__.append(str(_ROOT))  # where dsv3_ref.kernels is
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return version("dsv3-ref")
+        try:
+            return version("dsv3-ref")
+        except PackageNotFoundError:  # a checkout that is not installed
+            return "0+unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'dsv3_ref' has no attribute {name!r}")
     return getattr(import_module(f"dsv3_ref.{_HOME[name]}"), name)
