@@ -115,11 +115,15 @@ def fsync_path(path: Path) -> None:
 def remove_new_files(folder: Path, unless: Callable[[Path], bool]) -> Iterator[None]:
     """Create a directory if it is missing; if the `with` fails, remove what it has added.
 
+    Other processes must not write there meanwhile: lock it inside the `with`.
     unless: called with the directory after an error; if it returns True, everything is kept.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    before = set(folder.iterdir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = set(folder.iterdir())
+    except OSError as e:
+        raise UserError(f"{folder} cannot be used ({e.strerror}): choose another --out") from None
     try:
         yield
     except BaseException:

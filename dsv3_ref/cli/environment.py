@@ -5,7 +5,10 @@ import io
 import locale
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 BROKEN_PIPE = 128 + 13  # what a shell reports for a process that SIGPIPE has ended
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory",
@@ -35,7 +38,7 @@ def require_utf8() -> None:
     printed as escapes.
     """
     encoding = locale.getpreferredencoding(False).lower().replace("-", "")
-    if sys.flags.utf8_mode or encoding == "utf8":
+    if sys.flags.utf8_mode or encoding == "utf8" or os.name == "nt":  # there, exec starts another
         return
     os.environ["PYTHONUTF8"] = "1"
     os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
@@ -74,11 +77,49 @@ def flush_output(code: int) -> int:
     return code
 
 
+@contextmanager
+def writable_caches() -> Iterator[None]:
+    """Keep caches in a temporary directory if that of the user cannot be written to."""
+    if not os.environ.get("HOME", "."):
+        del os.environ["HOME"]  # an empty one would be the current directory
+    names = {"HF_HOME": "huggingface", "DSV3_CACHE": "dsv3", "MPLCONFIGDIR": "matplotlib"}
+    with ExitStack() as stack:
+        if not is_writable(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv3-")))
+            for name, part in names.items():
+                os.environ.setdefault(name, str(folder / part))
+        yield
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be created in a directory, which is created if it is missing."""
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
+        return False
+
+
+def has_working_directory() -> bool:
+    """Return whether the current directory still exists; if not, report it."""
+    try:
+        os.getcwd()
+    except OSError:
+        report("the current directory has been deleted: change to another one")
+        return False
+    return True
+
+
 def run_as_process(run: Callable[[list[str]], int]) -> int:
     """Run a command on the command line's arguments; return the exit code of the process."""
     open_missing_streams()
+    if not has_working_directory():
+        return 2
     require_utf8()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    return flush_output(run(sys.argv[1:]))
+    with writable_caches():
+        return flush_output(run(sys.argv[1:]))

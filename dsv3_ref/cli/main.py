@@ -40,6 +40,10 @@ def run(argv: list[str]) -> int:
     except (UserError, OSError) as e:
         environment.report(str(e))
         return 2
+    except UnicodeEncodeError as e:
+        bad = ascii(e.object[e.start : e.end])
+        environment.report(f"a text or the name of a file has bytes that are not UTF-8 ({bad})")
+        return 2
     except (MemoryError, RuntimeError, ImportError) as e:
         if not environment.is_out_of_memory(e):
             raise

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from dsv3_ref.checkpoints.atomic import LOCK, lock_dir, write_json
+from dsv3_ref.checkpoints.atomic import LOCK, lock_dir, remove_new_files, write_json
 from dsv3_ref.checkpoints.manifest import available_cores, file_sha256
 from dsv3_ref.config import TINY, UserError
 from dsv3_ref.data import files, shards
@@ -166,14 +166,21 @@ def format_option(value: Any) -> str:
 
 @contextmanager
 def lock_shards(out: Path) -> Iterator[None]:
-    """Lock the folder against other processes until the end of the `with`."""
+    """Create the folder and lock it until the end of the `with`.
+
+    If that fails before the first shard is written, remove what it has added.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; shards are a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with lock_dir(out) as free:
+    with remove_new_files(out, unless=has_shards), lock_dir(out) as free:
         if not free:
             raise UserError(f"another process is preparing {out}")
         yield
+
+
+def has_shards(folder: Path) -> bool:
+    """Return whether a folder has a shard, which a later command continues after."""
+    return any(folder.glob("shard-*"))
 
 
 def load_or_create_index(args: PrepareConfig, record: dict[str, Any] | None) -> dict[str, Any]:

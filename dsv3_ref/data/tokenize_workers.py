@@ -60,7 +60,11 @@ def imap_ordered(
         yield from (worker(chunk) for chunk in chunks)
         return
     init_args = worker.tokenizer.to_str(), worker.dtype, worker.with_signatures
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), init_worker, init_args)
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), init_worker, init_args)
+    except OSError as e:  # semaphores need /dev/shm
+        reason = e.strerror or e
+        raise UserError(f"processes cannot share memory ({reason}): --workers 1 needs none") from e
     pending: deque[Future[TokenizedChunk]] = deque()
     try:
         for chunk in chunks:

@@ -53,7 +53,7 @@ class GenerateConfig(GenerationOptions):
 class ChatConfig(GenerationOptions):
     """Chat with a model in the terminal, one line per turn.
 
-    An empty line or Ctrl-D ends the conversation.
+    An empty line or Ctrl-D ends the conversation; Ctrl-C ends an answer early.
     """
 
     system: str = ""

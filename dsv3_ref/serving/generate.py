@@ -3,6 +3,7 @@
 import sys
 import time
 
+from dsv3_ref.config import UserError
 from dsv3_ref.data.messages import Message
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
 from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
@@ -42,23 +43,40 @@ def run_chat(args: ChatConfig) -> None:
 def chat_loop(generator: TextGenerator[ChatConfig]) -> None:
     """Read a line, print the answer, and add both to the history, until the input ends.
 
-    Says once when the model's context no longer holds the whole talk.
+    A line that cannot be answered is reported and left out of the history; where lines come from a
+    file or a pipe, the exit code is then 2. Says once when the model's context no longer holds the
+    whole talk.
     """
     turns: list[list[Message]] = []
-    is_whole = True
+    is_whole, has_failed = True, False
     while line := read_line():
+        before = list(turns)
         turns.append(question(line))
         num_turns = len(turns)
-        prompt = fit_history(generator, turns)
-        if is_whole and len(turns) < num_turns:
-            is_whole = False
-            print(FORGETTING, file=sys.stderr)
-        answer = ""
+        try:
+            prompt = fit_history(generator, turns)
+            if is_whole and len(turns) < num_turns:
+                is_whole = False
+                print(FORGETTING, file=sys.stderr)
+            turns[-1] = answered(turns[-1], print_answer(generator, prompt))
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            turns, has_failed = before, True
+    if has_failed and not sys.stdin.isatty():
+        raise SystemExit(2)
+
+
+def print_answer(generator: TextGenerator[ChatConfig], prompt: list[int]) -> str:
+    """Print an answer while it is generated and return it; Ctrl-C ends it early."""
+    answer = ""
+    try:
         for (piece,) in generator.iter_text([prompt]):
             answer += piece
             print(piece, end="", flush=True)
-        print()
-        turns[-1] = answered(turns[-1], answer)
+    except KeyboardInterrupt:
+        print(" …", end="")
+    print()
+    return answer
 
 
 def read_line() -> str:

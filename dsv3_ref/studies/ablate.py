@@ -455,7 +455,6 @@ def run_ablation(args: AblateConfig, record: dict[str, Any]) -> Path:
         "seeds": args.seeds, "variants": {k: variant_metadata(v) for k, v in variants.items()},
     })  # fmt: skip
     done = {(r["variant"], r["seed"]) for r in result["runs"]}
-    args.out.mkdir(parents=True, exist_ok=True)
     for seed, name in product(range(args.seeds), variants):
         if (name, seed) not in done:
             result["runs"].append(run_variant(args, name, variants[name], seed))
@@ -469,6 +468,7 @@ def write_compact(path: Path, result: dict) -> None:
     """Write the results with one line per run."""
     runs = [json.dumps(r, ensure_ascii=False) for r in result["runs"]]
     head = json.dumps(result | {"runs": []}, ensure_ascii=False, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(
         head.replace('"runs": []', '"runs": [\n' + ",\n".join(runs) + "\n]") + "\n",

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -400,7 +401,6 @@ def run_bench(args: BenchConfig, record: dict[str, Any]) -> None:
 
     record: what repeats the command, stored with the results.
     """
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     results = record | {"machine": describe_machine(args)}
     results |= {"shape": asdict(SHAPE), "tokens": [BATCH, LENGTH]}
     for part in args.parts:
@@ -408,20 +408,23 @@ def run_bench(args: BenchConfig, record: dict[str, Any]) -> None:
             name = f"{part}, malloc tuned" if tuned else part
             results[name] = run_part_in_subprocess(args, part, tuned)
             print("\n".join(format_result(name, results[name])), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, results)
     print(f"results: {args.out}")
 
 
 def run_part_in_subprocess(args: BenchConfig, part: str, tuned: bool) -> dict:
     """Measure a part in a new process, with or without `tune_malloc`."""
-    out = args.out.with_suffix(f".{part}")
-    config = f"BenchConfig(rounds={args.rounds}, threads={args.threads}, out=Path({str(out)!r}))"
-    code = "from dsv3_ref.studies.bench import BenchConfig, Path, run_part; "
-    code += f"run_part({part!r}, {tuned}, {config})"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    result = json.loads(out.read_text(encoding="utf-8"))
-    out.unlink()
-    return result
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "part.json"
+        config = (
+            f"BenchConfig(rounds={args.rounds}, threads={args.threads}, out=Path({str(out)!r}))"
+        )
+        code = "from dsv3_ref.studies.bench import BenchConfig, Path, run_part; "
+        code += f"run_part({part!r}, {tuned}, {config})"
+        if number := subprocess.run([sys.executable, "-c", code]).returncode:
+            raise UserError(f"{part} failed with exit code {number}; leave it out of --parts")
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def run_part(part: str, tuned: bool, args: BenchConfig) -> None:

@@ -236,6 +236,8 @@ def run_in_process(task: Task, command: str | None = None) -> Path:
     with settings.open_run_dir(config) as run_dir, catch_signals() as signals:
         try:
             train(task, SingleProcess(config), run_dir, command, signals)
+        except BrokenPipeError:  # the reader of the output has left
+            raise
         except OSError as e:
             last = checkpointer.describe_last(run_dir)
             raise UserError(f"training stopped: {e}. {last}") from e

@@ -280,7 +280,7 @@ def write_report(run_dir: Path | str) -> Path:
     sections = render_sections(rows, run, summary)
     html = page.page(title, render_intro(rows, run, summary), sections)
     part, path = run_dir / "report.html.part", run_dir / "report.html"
-    part.write_text(html, encoding="utf-8")
+    part.write_text(html, encoding="utf-8", errors="backslashreplace")  # names of files: any bytes
     os.replace(part, path)  # a browser that reloads never reads a partial page
     return path
 

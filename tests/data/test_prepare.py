@@ -88,10 +88,10 @@ def command(args: PrepareConfig) -> list[str]:
 
 
 def left(folder: Path) -> dict[str, bytes]:
-    """Every file, the index without the command."""
+    """Every file, the index without the record of the run."""
     found = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
     index = json.loads(found["index.json"])
-    return found | {"index.json": index | {"command": None}}
+    return found | {"index.json": index | {"run": None}}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(deadly, at, home, whol
     if "add" in deadly and at > 100:  # what was there is not made again
         same = [n for n, t in before.items() if (args.out / n).stat().st_mtime_ns == t]
         assert len(same) >= len(before) > 2
-    assert index["command"] is None or index["command"].startswith("dsv3 data prepare")
+    assert index["run"] is None or index["run"]["name"] == "data prepare"
 
 
 def test_a_killed_command_leaves_no_worker_behind(home, whole, tmp_path):
