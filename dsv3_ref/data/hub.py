@@ -1,6 +1,5 @@
 """Datasets on the Hugging Face hub, by the names owner/name, owner/name:config and …@split."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data.formats import COMPRESSIONS, SUFFIXES, split_suffix
+from dsv3_ref.data.text_cache import make_writable_dir
 
 NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?::([^@:]+))?(?:@(\S+))?")
 
@@ -28,6 +28,7 @@ def load_hub_dataset(name: str, streaming: bool) -> Any:
     Without a cache that can be written, it is streamed.
     """
     import datasets  # a second to import
+    import huggingface_hub
 
     match = NAME.fullmatch(name)
     assert match is not None, "could_be_on_hub is true"
@@ -35,6 +36,7 @@ def load_hub_dataset(name: str, streaming: bool) -> Any:
     options = {"name": config} if config else {}
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our sentence is enough
+    huggingface_hub.logging.set_verbosity(datasets.logging.CRITICAL)  # also of five retries
     with hub_errors(f"{name} (no file here; looked for on the hub)"):
         return datasets.load_dataset(
             path, **options, split=split or "train", streaming=streaming or not has_cache()
@@ -65,14 +67,8 @@ def has_cache() -> bool:
     from datasets import config
     from huggingface_hub import constants
 
-    return all(is_writable(Path(x)) for x in (config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE))
-
-
-def is_writable(folder: Path) -> bool:
-    """Return whether a folder can be written, or made if it is missing."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return os.access(folder, os.W_OK | os.X_OK)
+    folders = config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE
+    return all(make_writable_dir(Path(folder)) for folder in folders)
 
 
 @contextmanager

@@ -35,11 +35,16 @@ def cache_dir() -> Path:
 def writable_cache_dir() -> Path | None:
     """Return the cache's folder, which is made if it is missing; None if it cannot be written."""
     folder = cache_dir()
+    return folder if make_writable_dir(folder) else None
+
+
+def make_writable_dir(folder: Path) -> bool:
+    """Make a folder unless it exists; return whether files can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 # ── Datasets ──
