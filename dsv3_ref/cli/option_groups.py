@@ -83,7 +83,11 @@ OPTION_GROUPS: dict[str, Groups] = {
         "computation": "num_speculative_tokens prefill_workers device verify",
     },
     "check": {},
-    "export": {"format": "like fp8 dtype", "output": "push", "computation": "verify"},
+    "export": {
+        "format": "like fp8 dtype",
+        "output": "gguf gguf_type push",
+        "computation": "verify",
+    },
     "eval": {
         "task": "tasks limit system apply_chat_template",
         "sampling": "samples temperature max_new_tokens seed",

@@ -14,7 +14,15 @@ from dsv3_ref.checkpoints.hub import check_hub_name, local_dir, upload
 from dsv3_ref.checkpoints.layout import CONFIG
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, resolve_checkpoint_dir
 from dsv3_ref.config import UserError
-from dsv3_ref.export.tokenizer_files import copy_tokenizer_files, write_own_files
+from dsv3_ref.data.tokenizer import load_tokenizer
+from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
+from dsv3_ref.export.gguf_file import find_differences, write_gguf
+from dsv3_ref.export.tokenizer_files import (
+    copy_tokenizer_files,
+    exported_chat_template,
+    special_token_ids,
+    write_own_files,
+)
 from dsv3_ref.model import Transformer
 
 MODEL_CARD = """\
@@ -35,11 +43,14 @@ generate = pipeline("text-generation", "{name}")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model as a Hugging Face directory, complete for transformers, vLLM and SGLang."""
+    """Write a model as a Hugging Face directory, complete for transformers, vLLM and SGLang.
+
+    With --gguf, write a file for llama.cpp.
+    """
 
     model: tyro.conf.Positional[Path]
     """directory of a run, of one of its checkpoints, or of a model in Hugging Face format"""
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path | None] = None
     """directory to write; it must be new or empty"""
     like: Path | None = None
     """Hugging Face directory, or model of the hub (owner/name), whose tokenizer, chat template,
@@ -49,6 +60,10 @@ class ExportConfig:
     """quantize the matrices of attention and FFN to FP8 in blocks of 128 × 128"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """dtype of the other weights"""
+    gguf: Path | None = None
+    """file to write for llama.cpp, instead of a directory or besides; needs the package gguf"""
+    gguf_type: Literal["bf16", "f16", "q8_0"] = "bf16"
+    """how the matrices of that file are stored"""
     push: str = ""
     """upload the directory to this model repository of the Hugging Face Hub (owner/name), which is
     created as a private one unless it exists"""
@@ -58,20 +73,52 @@ class ExportConfig:
 
 def run_export(args: ExportConfig) -> None:
     """Write the directory and print what it holds."""
-    if args.push:
-        check_hub_name(args.push)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"{args.out} is not an empty directory: choose a new name")
+    check_options(args)
     model = load(args.model, verify=args.verify)
-    with atomic_dir(args.out) as folder:
-        write_export(folder, model, args)
-    files = sorted(path.name for path in args.out.iterdir())
-    print(f"wrote {args.out}: {', '.join(files)}")
-    if args.push:
+    if args.gguf:
+        export_gguf(args.gguf, model, args)
+    if args.out:
+        with atomic_dir(args.out) as folder:
+            write_export(folder, args.out.name, model, args)
+        files = sorted(path.name for path in args.out.iterdir())
+        print(f"wrote {args.out}: {', '.join(files)}")
+    if args.out and args.push:
         print(f"pushed to {upload(args.out, args.push)}")
 
 
-def write_export(folder: Path, model: Transformer, args: ExportConfig) -> None:
+def check_options(args: ExportConfig) -> None:
+    """Raise a `UserError` if there is nothing to write, or if something is in its place."""
+    if not (args.out or args.gguf):
+        raise UserError("nothing to write: name a directory, or a file with --gguf")
+    if args.push and not args.out:
+        raise UserError("--push uploads a directory: name the one to write")
+    if args.push:
+        check_hub_name(args.push)
+    if args.out and args.out.exists() and not is_empty_dir(args.out):
+        raise UserError(f"{args.out} is not an empty directory: choose a new name")
+    if args.gguf and args.gguf.exists():
+        raise UserError(f"--gguf {args.gguf} exists: choose a new name")
+    if args.gguf and not args.gguf.parent.is_dir():
+        raise UserError(f"--gguf {args.gguf}: there is no folder {args.gguf.parent}: create it")
+
+
+def is_empty_dir(path: Path) -> bool:
+    """Return whether a path is a directory without contents."""
+    return path.is_dir() and not any(path.iterdir())
+
+
+def export_gguf(path: Path, model: Transformer, args: ExportConfig) -> None:
+    """Write a GGUF file and print where llama.cpp computes something else."""
+    home = local_dir(args.like) if args.like else find_tokenizer_dir(args.model)
+    tokenizer, settings = load_tokenizer(home), load_tokenizer_settings(home)
+    ids, template = special_token_ids(tokenizer, settings), exported_chat_template(settings)
+    write_gguf(path, model, tokenizer, ids, template, args.gguf_type)
+    print(f"wrote {path}")
+    for note in find_differences(model.config):
+        print(f"note: {note}")
+
+
+def write_export(folder: Path, name: str, model: Transformer, args: ExportConfig) -> None:
     """Write weights, config, tokenizer, generation settings and model card into a folder."""
     dtype = getattr(torch, args.dtype)
     like = local_dir(args.like) if args.like else find_hf_dir(args.model)
@@ -87,7 +134,7 @@ def write_export(folder: Path, model: Transformer, args: ExportConfig) -> None:
         fields |= {"quantization_config": FP8_CONFIG} if args.fp8 else {}
         fields |= write_own_files(find_tokenizer_dir(args.model), folder, model.config.max_seq_len)
     write_hf(folder, model, fields, dtype, args.fp8)
-    (folder / "README.md").write_text(MODEL_CARD.format(name=args.out.name), encoding="utf-8")
+    (folder / "README.md").write_text(MODEL_CARD.format(name=name), encoding="utf-8")
 
 
 def find_hf_dir(model: Path) -> Path | None:

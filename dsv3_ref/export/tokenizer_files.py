@@ -7,17 +7,21 @@ from typing import Any
 
 from tokenizers import Tokenizer, processors
 
-from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, PAD, USER, load_tokenizer
+from dsv3_ref.data.tokenizer_settings import (
+    NAMED_TEMPLATES,
+    SETTINGS_FILES,
+    TokenizerSettings,
+    load_tokenizer_settings,
+)
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
 COPIED = (  # what other programs read beside the weights
-    TOKENIZER, SETTINGS, "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "generation_config.json", "tokenizer.model",
-    "tiktoken.model", "vocab.json", "merges.txt",
+    TOKENIZER, "added_tokens.json", "tokenizer.model", "tiktoken.model", "vocab.json", "merges.txt",
+    *SETTINGS_FILES,
 )  # fmt: skip
-TEMPLATES = "additional_chat_templates"  # a folder
+OWN_TOKENS = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
 # The form of `render_conversation` (chapter 14): a system text, then user and assistant in turn.
 CHAT_TEMPLATE = (
     "{%- set turn = namespace(number=0) -%}"
@@ -50,52 +54,49 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
     for name in [*COPIED, *code]:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
+    if (source / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(source / NAMED_TEMPLATES, target / NAMED_TEMPLATES)
 
 
-def write_own_files(source: Path, target: Path, max_seq_len: int) -> dict[str, Any]:
+def write_own_files(source: Path, target: Path, max_seq_len: int) -> dict[str, int]:
     """Write the files for the tokenizer of a run; return the ids that belong to config.json.
 
     A run that began with another model keeps that model's files, which are copied.
     """
     if not (source / TOKENIZER).is_file():
         raise UserError(f"{source} has no {TOKENIZER}: name a directory that has one with --like")
-    tokenizer = load_tokenizer(source)
-    if (source / SETTINGS).is_file():
+    tokenizer, settings = load_tokenizer(source), load_tokenizer_settings(source)
+    ids = special_token_ids(tokenizer, settings)
+    if settings.special_tokens:
         copy_tokenizer_files(source, target)
-        return special_token_ids(tokenizer, read_json(source / SETTINGS))
-    own = own_tokenizer(tokenizer)
-    own.save(str(target / TOKENIZER))
-    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in names.items()}
-    write_object(target / "special_tokens_map.json", names)
+        return ids
+    own_tokenizer(tokenizer).save(str(target / TOKENIZER))
+    write_object(target / "special_tokens_map.json", OWN_TOKENS)
     write_object(target / "generation_config.json", ids)
-    write_object(
-        target / SETTINGS,
-        names
-        | {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": max_seq_len,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_object(target / "tokenizer_config.json", OWN_TOKENS | config)
     return ids
 
 
-def special_token_ids(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, int]:
-    """Return `bos_token_id` and so on for the special tokens of a tokenizer_config.json."""
-    ids = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        value = settings.get(name)
-        text = value.get("content") if isinstance(value, dict) else value  # an AddedToken
-        token_id = tokenizer.token_to_id(text) if isinstance(text, str) else None
-        if token_id is not None:
-            ids[f"{name}_id"] = token_id
-    return ids
+def special_token_ids(tokenizer: Tokenizer, settings: TokenizerSettings) -> dict[str, int]:
+    """Return `bos_token_id`, `eos_token_id` and `pad_token_id`, those that there are."""
+    texts = settings.special_tokens or OWN_TOKENS
+    ids = {name: tokenizer.token_to_id(texts[name]) for name in OWN_TOKENS if name in texts}
+    return {f"{name}_id": i for name, i in ids.items() if i is not None}
+
+
+def exported_chat_template(settings: TokenizerSettings) -> str | None:
+    """Return the chat template of a directory; of a run of ours, that of V3's own form."""
+    if settings.special_tokens:
+        return settings.chat_templates.get("default")
+    return CHAT_TEMPLATE
 
 
 def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
