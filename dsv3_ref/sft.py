@@ -119,17 +119,16 @@ def pack_samples(samples: Sequence[list[int]], length: int, pad: int) -> list[li
 # ── The loss ──
 
 
-def num_loss_tokens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> int:
-    """Count N, the predicted tokens of rows of T + 1 that carry the loss."""
-    return int(assistant_mask(tokens_bs, special_tokens)[:, 1:].sum())
+def sft_loss(
+    model: Transformer, tokens_bs: Tensor, mask_bs: Tensor, cu_seqlens: Tensor
+) -> LossOutput:
+    """Compute the mean cross-entropy of the answers' tokens in packed rows of T + 1: Σ / N.
 
-
-def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialTokens) -> LossOutput:
-    """Compute the mean cross-entropy of the answers' tokens in packed rows of T + 1: Σ / N."""
+    mask_bs: the tokens to predict. cu_seqlens: of the samples in rows of the first T tokens.
+    """
     x_bs = tokens_bs[:, :-1]
     y_n = tokens_bs[:, 1:].flatten()
-    mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
-    cu_seqlens = sample_cu_seqlens(x_bs, special_tokens)
+    mask_n = mask_bs[:, 1:].flatten()
     h_1nd, routes = model.hidden_states(x_bs.reshape(1, -1), cu_seqlens=cu_seqlens)
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
     return LossOutput(nll / mask_n.sum(), [], nll.new_zeros(()), routes)

@@ -178,7 +178,9 @@ for wrong in ([], talk[2:], [talk[1], talk[3]], [{"role": "user"}]):
 #
 # $$\mathrm{mask}_s = [\,a_s > o_s\,]\qquad (b,s) \to (b,s)$$
 #
-# Each begin token starts a sample. No mask has to be stored, shuffled, sent to another rank or kept aligned with its tokens.
+# Each begin token starts a sample. No mask has to be kept aligned with its tokens. Other models mark roles by ordinary words, and a row of data may leave
+# an answer out of the loss (`"weight": 0`). For those `dsv3 sft` stores the mask and the starts of samples as two bits of each token
+# ([`packing.py`](../dsv3_ref/data/packing.py)).
 
 
 # %%
@@ -287,23 +289,22 @@ print(f"the states of the other samples changed by {(before - after)[others].abs
 # $$L = -\frac{1}{N}\sum_{n\,:\,\mathrm{mask}_{n+1}} \log p(t_{n+1} \mid t_{\le n}),\qquad N = \sum_n \mathrm{mask}_{n+1}$$
 #
 # Here $t_{\le n}$ stays within its own sample. $N$ is counted over the **global batch**: if each micro-batch were averaged over its own $N$, a token would weigh more in a micro-batch
-# of short answers. The trainer therefore weights the mean of each micro-batch by its `num_loss_tokens`. The hidden states of tokens without a loss are dropped *before* the head, so no logits
+# of short answers. The trainer therefore weights the mean of each micro-batch by its number of masked tokens. The hidden states of tokens without a loss are dropped *before* the head, so no logits
 # (129,280 per token in V3) are computed for them. Gate biases are not updated, because the expert loads of a few topics say little about balance. The MTP modules are not trained; their drafts are still verified, but accepted less often.
 
 
 # %%
 #| export sft
-def num_loss_tokens(tokens_bs: Tensor, special_tokens: SpecialTokens) -> int:
-    """Count N, the predicted tokens of rows of T + 1 that carry the loss."""
-    return int(assistant_mask(tokens_bs, special_tokens)[:, 1:].sum())
+def sft_loss(
+    model: Transformer, tokens_bs: Tensor, mask_bs: Tensor, cu_seqlens: Tensor
+) -> LossOutput:
+    """Compute the mean cross-entropy of the answers' tokens in packed rows of T + 1: Σ / N.
 
-
-def sft_loss(model: Transformer, tokens_bs: Tensor, special_tokens: SpecialTokens) -> LossOutput:
-    """Compute the mean cross-entropy of the answers' tokens in packed rows of T + 1: Σ / N."""
+    mask_bs: the tokens to predict. cu_seqlens: of the samples in rows of the first T tokens.
+    """
     x_bs = tokens_bs[:, :-1]
     y_n = tokens_bs[:, 1:].flatten()
-    mask_n = assistant_mask(tokens_bs, special_tokens)[:, 1:].flatten()
-    cu_seqlens = sample_cu_seqlens(x_bs, special_tokens)
+    mask_n = mask_bs[:, 1:].flatten()
     h_1nd, routes = model.hidden_states(x_bs.reshape(1, -1), cu_seqlens=cu_seqlens)
     nll = linear_cross_entropy(h_1nd[0][mask_n], model.head.weight, y_n[mask_n])
     return LossOutput(nll / mask_n.sum(), [], nll.new_zeros(()), routes)
@@ -336,7 +337,8 @@ rows = pack_samples(
     SPECIAL_TOKENS.pad,
 )
 tokens_bs = torch.tensor(rows)
-got = sft_loss(model, tokens_bs, SPECIAL_TOKENS)
+mask_bs = assistant_mask(tokens_bs, SPECIAL_TOKENS)
+got = sft_loss(model, tokens_bs, mask_bs, sample_cu_seqlens(tokens_bs[:, :-1], SPECIAL_TOKENS))
 want = []
 for sample in [render_conversation(talk[1:3], encode, SPECIAL_TOKENS)] * 3 + [
     render_conversation(full, encode, SPECIAL_TOKENS)
@@ -345,7 +347,7 @@ for sample in [render_conversation(talk[1:3], encode, SPECIAL_TOKENS)] * 3 + [
     speaks = assistant_mask(torch.tensor([sample]), SPECIAL_TOKENS)[0]
     want += [-logp[i - 1, t] for i, t in enumerate(sample) if speaks[i]]
 torch.testing.assert_close(got.main, torch.stack(want).mean())
-assert num_loss_tokens(tokens_bs, SPECIAL_TOKENS) == len(want)
+assert mask_bs[:, 1:].sum() == len(want)
 print(f"{len(want)} of {tokens_bs.numel()} tokens carry the loss, {got.main:.3f} nats each")
 
 # %% [markdown]

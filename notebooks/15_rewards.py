@@ -303,14 +303,17 @@ class PreferenceOutput(NamedTuple):
 
 
 def preference_loss(
-    model: Transformer, tokens_1n: Tensor, special_tokens: SpecialTokens, judgment_weight: float
-) -> PreferenceOutput:
-    """Average −log σ(r_chosen − r_rejected) − λ/2 log p(judgments) over consecutive pairs."""
-    cu_seqlens = sample_cu_seqlens(tokens_1n, special_tokens)
+    model: Transformer, tokens_1n: Tensor, mask_1n: Tensor, cu_seqlens: Tensor,
+    special_tokens: SpecialTokens, judgment_weight: float,
+) -> PreferenceOutput:  # fmt: skip
+    """Average −log σ(r_chosen − r_rejected) − λ/2 log p(judgments) over consecutive pairs.
+
+    mask_1n: the tokens of judgments. cu_seqlens: 0 and the end of each sample.
+    """
     h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
     reward_m = reward_scores(h_1nd[0], model.head.weight, cu_seqlens, special_tokens)
     loss = bradley_terry(reward_m)[0].mean()
-    mask_n = judgment_mask(tokens_1n, special_tokens)[0, 1:]
+    mask_n = mask_1n[0, 1:]
     if judgment_weight and mask_n.any():
         h_nd = h_1nd[0, :-1][mask_n]
         y_n = tokens_1n[0, 1:][mask_n]
@@ -338,7 +341,9 @@ for sample in (right, wrong):  # a score depends on its own sample only
         h_1sd[0], model.head.weight, torch.tensor([0, len(sample)]), SPECIAL_TOKENS
     )
     print(f"scored alone {alone.item():+.4f}")
-both = preference_loss(model, pair_1n, SPECIAL_TOKENS, 0.0)
+judgment_1n = judgment_mask(pair_1n, SPECIAL_TOKENS)
+cu_seqlens = sample_cu_seqlens(pair_1n, SPECIAL_TOKENS)
+both = preference_loss(model, pair_1n, judgment_1n, cu_seqlens, SPECIAL_TOKENS, 0.0)
 print("in a pair   ", [f"{x:+.4f}" for x in both.reward_m.tolist()])
 assert abs(both.reward_m[1] - alone).item() < 1e-4
 both.losses.main.backward()

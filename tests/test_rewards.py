@@ -24,7 +24,7 @@ from dsv3_ref.rewards import (
     reward_scores,
 )
 from dsv3_ref.rope import to_cu_seqlens
-from dsv3_ref.sft import SpecialTokens
+from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens
 from dsv3_ref.verifiers import answers, math_verifier
 
 SPECIAL_TOKENS = SpecialTokens(*range(5))
@@ -207,18 +207,23 @@ def test_bradley_terry_is_the_log_likelihood(pairs):
         assert bool(agree) == (a > b)
 
 
+def loss_of(model, line, weight: float):
+    mask, cu_seqlens = judgment_mask(line, SPECIAL_TOKENS), sample_cu_seqlens(line, SPECIAL_TOKENS)
+    return preference_loss(model, line, mask, cu_seqlens, SPECIAL_TOKENS, weight)
+
+
 def test_the_loss_of_pairs_is_both_of_its_parts(micro):
     model, weight = Transformer(micro), 0.3
     good, bad = sample(1, [20, 21]), sample(2, [22])
     line = torch.tensor([good + bad])
-    found = preference_loss(model, line, SPECIAL_TOKENS, weight)
+    found = loss_of(model, line, weight)
     logp = [model(torch.tensor([s]))[0].log_softmax(-1) for s in (good, bad)]
     spoken = []
     for p, tokens in zip(logp, (good, bad)):
         spoken += [-p[i - 1, tokens[i]] for i in range(9, len(tokens))]
     want = bradley_terry(found.reward_m)[0].mean() + weight * torch.stack(spoken).sum() / 2
     torch.testing.assert_close(found.losses.main, want, atol=1e-5, rtol=1e-5)
-    without = preference_loss(model, line, SPECIAL_TOKENS, 0.0).losses.main
+    without = loss_of(model, line, 0.0).losses.main
     torch.testing.assert_close(without, bradley_terry(found.reward_m)[0].mean())
 
 
@@ -227,10 +232,10 @@ def test_training_on_pairs_tells_them_apart(micro):
     line = torch.tensor([sample(1, [20]) + sample(2, [21])])
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(30):
-        preference_loss(model, line, SPECIAL_TOKENS, 0.0).losses.main.backward()
+        loss_of(model, line, 0.0).losses.main.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert preference_loss(model, line, SPECIAL_TOKENS, 0.0).losses.main < 0.1
+    assert loss_of(model, line, 0.0).losses.main < 0.1
 
 
 # ── Calibration ──

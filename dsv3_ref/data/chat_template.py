@@ -125,6 +125,19 @@ class ChatTemplate:
             continue_final_message=continues, **variables,
         )  # fmt: skip
 
+    def encode_next_turn(self, text: str) -> list[int]:
+        """Return the tokens that follow an answer's stop token, to ask another question."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        answered = self.render(talk)
+        longer = self.render_prompt([*talk, {"role": "user", "content": text}])
+        if longer[: len(answered)] != answered:
+            raise UserError(
+                f"the chat template of {self.settings.source} changes an answer when another turn "
+                "follows, so that no judge's turn can follow it: use another model"
+            )
+        stops = [i for i, token in enumerate(answered) if token in self.stop_token_ids]
+        return longer[(stops[-1] + 1 if stops else len(answered)) :]
+
     def render(
         self, messages: Sequence[Message], tools: list[Any] | None = None, *,
         add_generation_prompt: bool = False, continue_final_message: bool = False,

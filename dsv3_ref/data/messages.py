@@ -79,7 +79,7 @@ def join_text_parts(i: int, parts: Sequence[object]) -> str:
     """Return the texts of content parts end to end; raise a `UserError` for other parts."""
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) else part
+        text = part.get("text") if isinstance(part, dict) else None
         if not isinstance(text, str):
             raise UserError(
                 f"the content of a message must be text (turn {i}): leave out images and files"

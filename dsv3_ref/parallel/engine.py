@@ -19,7 +19,7 @@ from dsv3_ref.parallel.stage import LossWeights, TapeDispatcher
 from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
 from dsv3_ref.parallel.zero import ZeroOptimizer
 from dsv3_ref.pretrain import StepStats
-from dsv3_ref.sft import SpecialTokens, num_loss_tokens
+from dsv3_ref.data.packing import read_flags
 
 
 class ParallelEngine:
@@ -33,10 +33,10 @@ class ParallelEngine:
         self, config: Config, recipe: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b",
         seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
         micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
-        special_tokens: SpecialTokens | None = None,
+        is_packed: bool = False,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
-        self.micro_batch, self.special_tokens = micro_batch, special_tokens
+        self.micro_batch, self.is_packed = micro_batch, is_packed
         stages = stages_by_rank(schedule, mesh.pp)
         num_stages = count_stages(stages)
         if num_stages > config.n_layers:
@@ -54,9 +54,7 @@ class ParallelEngine:
         self.traffic = Traffic()
         self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
         dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep) if mesh.ep > 1 else None
-        self.pipeline = Pipeline(
-            self.model, config, mesh, schedule, stages, dispatcher, special_tokens
-        )
+        self.pipeline = Pipeline(self.model, config, mesh, schedule, stages, dispatcher, is_packed)
         self.optimizer = ZeroOptimizer(self.model, config, mesh, stages, recipe, moments, zero)
 
     def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TapeDispatcher:
@@ -83,9 +81,9 @@ class ParallelEngine:
 
     def loss_weight(self, rows_bs: Tensor) -> int:
         """Return the weight of rows in a batch mean: their number, or that of their loss tokens."""
-        if self.special_tokens is None:
+        if not self.is_packed:
             return len(rows_bs)
-        return num_loss_tokens(rows_bs, self.special_tokens)
+        return int(read_flags(rows_bs).mask_bs[:, 1:].sum())
 
     # ── A step ──
 
@@ -177,5 +175,5 @@ class ParallelEngine:
         """Return the sum of the main loss over the tokens of rows of T + 1 tokens, in nats."""
         microbatches, shares = self.split_microbatches(rows_bs)
         stats = self.pipeline.run(microbatches, list(map(LossWeights, shares)), training=False)
-        n = rows_bs[:, 1:].numel() if self.special_tokens is None else self.loss_weight(rows_bs)
+        n = rows_bs[:, 1:].numel() if not self.is_packed else self.loss_weight(rows_bs)
         return self.all_reduce_sum(stats.main)[0] * n

@@ -84,7 +84,7 @@ class MeshParallel:
         self.engine = ParallelEngine(
             config.model, config.recipe, self.mesh, config.schedule, config.seed,
             state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
-            config.token_dispatcher == "deepep", data.special_tokens,
+            config.token_dispatcher == "deepep", data.is_packed,
         )  # fmt: skip
         if init:
             native.load_into(

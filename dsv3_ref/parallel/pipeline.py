@@ -24,7 +24,6 @@ from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.stage import LossStats, LossWeights, Stage, TapeDispatcher
 from dsv3_ref.parallel.tape import Steps, Tape, interleave, run_to_completion
 from dsv3_ref.parallel.watchdog import track_operation
-from dsv3_ref.sft import SpecialTokens
 
 # ── Messages ──
 
@@ -140,14 +139,14 @@ class Pipeline:
     def __init__(
         self, model: Transformer, config: Config, mesh: Mesh, schedule_name: str,
         stages_by_rank: list[tuple[int, ...]], token_dispatcher: TapeDispatcher | None = None,
-        special_tokens: SpecialTokens | None = None,
+        is_packed: bool = False,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
         self.schedule_name = schedule_name
         num_stages = count_stages(stages_by_rank)
         self.last = num_stages - 1
         self.stages = {
-            s: Stage(model, config, s, num_stages, token_dispatcher, special_tokens)
+            s: Stage(model, config, s, num_stages, token_dispatcher, is_packed)
             for s in stages_by_rank[mesh.pp_rank]
         }
         self.dtype = next(model.parameters()).dtype

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from dsv3_ref.block import MTP, Block
 from dsv3_ref.config import Config
+from dsv3_ref.data.packing import TOKEN, find_cu_seqlens, read_flags
 from dsv3_ref.model import Transformer
 from dsv3_ref.moe import GroupedExperts, MoE, Route, balance_loss, tokens_per_expert
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.parallel.tape import Steps, Tape
 from dsv3_ref.rope import Rope
 from dsv3_ref.scale import partition_layers
-from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 
 
 class TapeDispatcher(Protocol):
@@ -64,16 +64,16 @@ class MicroBatch:
 class Stage:
     """The layers of one stage, which run on the modules of this rank.
 
-    With `special_tokens`, rows are packed conversations: the model gets them as one long row, and
-    only answers have a loss.
+    If `is_packed`, rows are packed samples with flags: the model gets them as one long row, and
+    only flagged tokens have a loss.
     """
 
     def __init__(
         self, model: Transformer, config: Config, stage: int, num_stages: int,
-        token_dispatcher: TapeDispatcher | None, special_tokens: SpecialTokens | None = None,
+        token_dispatcher: TapeDispatcher | None, is_packed: bool = False,
     ):  # fmt: skip
         self.model, self.config = model, config
-        self.token_dispatcher, self.special_tokens = token_dispatcher, special_tokens
+        self.token_dispatcher, self.is_packed = token_dispatcher, is_packed
         self.layers = partition_layers(config, num_stages)[stage]
         self.first, self.last = stage == 0, stage == num_stages - 1
 
@@ -88,8 +88,8 @@ class Stage:
         batch = MicroBatch(rows_bs, weights, stats)
         tokens_bs = self.model_input(rows_bs)
         rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
-        if self.special_tokens:
-            cu_seqlens = sample_cu_seqlens(rows_bs[:, :-1], self.special_tokens)
+        if self.is_packed:
+            cu_seqlens = find_cu_seqlens(read_flags(rows_bs[:, :-1]).start_bs)
             rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
         if self.first:
             x_bsd = tape.run(self.model.embed, tokens_bs)
@@ -97,7 +97,7 @@ class Stage:
         for i in self.layers:
             block = cast(Block, self.model.layers[str(i)])
             x_bsd = yield from self.block(tape, f"layers.{i}", block, x_bsd, rope, batch)
-        if self.last and self.special_tokens:
+        if self.last and self.is_packed:
             self.completion_loss(tape, x_bsd, batch)
         elif self.last:
             yield from self.losses(tape, x_bsd, batch)
@@ -106,7 +106,7 @@ class Stage:
     def model_input(self, rows_bs: Tensor) -> Tensor:
         """Return the input tokens of the model for rows of T + 1 tokens."""
         tokens_bs = rows_bs[:, :-1]
-        return tokens_bs.reshape(1, -1) if self.special_tokens else tokens_bs
+        return (tokens_bs & TOKEN).reshape(1, -1) if self.is_packed else tokens_bs
 
     def rope(self, s: int, device: torch.device) -> Rope:
         """Return the rotations of the positions 0 … s − 1."""
@@ -138,9 +138,9 @@ class Stage:
 
     def completion_loss(self, tape: Tape, x_1nd: Tensor, batch: MicroBatch) -> None:
         """Add the loss on answers to the stats; it is `sft_loss` of chapter 14."""
-        assert self.special_tokens is not None
-        loss_n = assistant_mask(batch.rows_bs, self.special_tokens)[:, 1:].flatten()
-        y_n = batch.rows_bs[:, 1:].flatten()[loss_n]
+        rows = read_flags(batch.rows_bs[:, 1:])
+        loss_n = rows.mask_bs.flatten()
+        y_n = rows.tokens_bs.flatten()[loss_n]
         n = max(1, int(loss_n.sum()))
         h_nd = tape.run(lambda x_1nd: self.model.norm(x_1nd)[0][loss_n], x_1nd)
         value = self.loss(tape, h_nd, y_n, n, batch.weights.share)

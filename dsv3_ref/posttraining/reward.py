@@ -22,6 +22,7 @@ from dsv3_ref.data.conversations import (
 )
 from dsv3_ref.data.files import print_to_stderr
 from dsv3_ref.data.fingerprint import fingerprint_samples
+from dsv3_ref.data.packing import find_cu_seqlens, read_flags
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
@@ -35,7 +36,7 @@ from dsv3_ref.rewards import (
     reward_scores,
 )
 from dsv3_ref.rope import to_cu_seqlens
-from dsv3_ref.sft import SFT_RECIPES, SpecialTokens, sample_cu_seqlens
+from dsv3_ref.sft import SFT_RECIPES, SpecialTokens
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
@@ -121,9 +122,7 @@ class RewardTask:
         pairs: list[Pair] = []
         fingerprints = []
         for name in config.data:
-            samples = read_pairs(
-                name, chat.encode, self.special_tokens, config.pair_format, print_to_stderr
-            )
+            samples = read_pairs(name, chat, config.pair_format, print_to_stderr)
             fingerprints.append(fingerprint_samples(name, chain.from_iterable(samples)))
             train, held_out = split_samples(samples)
             pairs += train
@@ -162,9 +161,12 @@ class RewardTask:
         self, model: Transformer, micro_batch: list[Pair], balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `preference_loss` of a micro-batch, averaged over its pairs."""
-        tokens_1n = concat_samples(flatten_pairs(micro_batch), self.device)
+        rows = read_flags(concat_samples(flatten_pairs(micro_batch), self.device))
         weight = self.config.judgment_weight * (self.config.judge == "cot")
-        return preference_loss(model, tokens_1n, self.special_tokens, weight).losses
+        return preference_loss(
+            model, rows.tokens_bs, rows.mask_bs, find_cu_seqlens(rows.start_bs),
+            self.special_tokens, weight,
+        ).losses  # fmt: skip
 
     def loss_weight(self, micro_batch: list[Pair]) -> int:
         """Return the number of pairs."""
@@ -181,10 +183,13 @@ class RewardTask:
         rewards = []
         for i in range(0, len(self.held_out), VAL_PAIRS):
             samples = flatten_pairs(self.held_out[i : i + VAL_PAIRS])
-            tokens_1n = concat_samples(samples, self.device)
-            cu_seqlens = sample_cu_seqlens(tokens_1n, self.special_tokens)
+            rows = read_flags(concat_samples(samples, self.device))
             with run.strategy.precision_context():
-                rewards.append(score_packed(model, tokens_1n, cu_seqlens, self.special_tokens))
+                rewards.append(
+                    score_packed(
+                        model, rows.tokens_bs, find_cu_seqlens(rows.start_bs), self.special_tokens
+                    )
+                )
         return torch.cat(rewards)
 
     def metrics(self, run: Run, row: dict) -> dict:
@@ -289,26 +294,24 @@ class RewardModel:
 
     def add_judge_turns(self, samples: list[list[int]], references: list[str]) -> list[list[int]]:
         """Append the judge's turn to each conversation."""
-        encode = self.chat.encode
-        user, assistant = self.special_tokens.user, self.special_tokens.assistant
         return [
-            [*sample, user, *encode(judge_prompt(reference)), assistant]
+            [*sample, *self.chat.encode_next_turn(judge_prompt(reference))]
             for sample, reference in zip(samples, references)
         ]
 
     def add_judgments(self, samples: list[list[int]], references: list[str]) -> list[list[int]]:
         """Append the judge's turn and a judgment of at most MAX_JUDGMENT_TOKENS tokens."""
         prompts = self.add_judge_turns(samples, references)
-        eos_id = self.special_tokens.eos
+        eos_id, stops = self.special_tokens.eos, self.chat.stop_token_ids
         check_prompt_length(self.model, prompts, MAX_JUDGMENT_TOKENS)
         judgments = []
         for start in range(0, len(prompts), JUDGMENT_BATCH):
             batch = prompts[start : start + JUDGMENT_BATCH]
             judgments += generate_rollouts(
-                self.model, batch, 1, MAX_JUDGMENT_TOKENS, {eos_id}, temperature=0.0
+                self.model, batch, 1, MAX_JUDGMENT_TOKENS, stops, temperature=0.0
             )[0]
         self.num_malformed += sum(judgment[-1] != eos_id for judgment in judgments)
         return [
-            [*prompt, *judgment, *([eos_id] if judgment[-1] != eos_id else [])]
+            [*prompt, *judgment, *([eos_id] if judgment[-1] not in stops else [])]
             for prompt, judgment in zip(prompts, judgments)
         ]

@@ -7,19 +7,26 @@ import torch
 import tyro
 
 from dsv3_ref.data.conversations import (
-    PackedDataset,
     read_conversations,
     split_samples,
 )
 from dsv3_ref.data.files import print_to_stderr
 from dsv3_ref.data.fingerprint import fingerprint_samples
 from dsv3_ref.data.loader import VAL_BATCH
+from dsv3_ref.data.packing import (
+    LOSS,
+    TOKEN,
+    PackedDataset,
+    find_cu_seqlens,
+    pack_rows,
+    read_flags,
+)
 from dsv3_ref.data.tokenizer import byte_lengths
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
-from dsv3_ref.sft import SFT_RECIPES, assistant_mask, num_loss_tokens, pack_samples, sft_loss
+from dsv3_ref.sft import SFT_RECIPES, sft_loss
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import (
@@ -88,24 +95,24 @@ class SFTTask:
         val = {}
         fingerprints = []
         for name in config.data:
-            samples = read_conversations(name, chat.encode, special_tokens, length, print_to_stderr)
+            samples = read_conversations(name, chat, length, print_to_stderr)
             fingerprints.append(fingerprint_samples(name, samples))
             train, held_out = split_samples(samples)
             train_samples += train
             self.samples += held_out[:2]
-            rows = torch.tensor(pack_samples(held_out, length, special_tokens.pad))
+            rows = torch.tensor(pack_rows(held_out, length, special_tokens.pad))
             val[name] = list(rows.split(VAL_BATCH))
         dataset = PackedDataset(train_samples, length, config.seed, special_tokens.pad)
         steps = recipe.steps or max(
             1, round(config.epochs * len(dataset.rows) / recipe.global_batch_size)
         )
-        self.special_tokens = special_tokens
         return Data(
             names=list(config.data),
             batch_size_schedule=get_batch_size_schedule(replace(recipe, steps=steps), steps),
             val=val,
             special_tokens=special_tokens,
             chat=chat,
+            is_packed=True,
             token_bytes=torch.tensor(byte_lengths(tokenizer)),
             loader=dataset,
             tokenizer=tokenizer,
@@ -113,9 +120,7 @@ class SFTTask:
         )
 
     def prepare(self, run: Run) -> None:
-        """Take the special tokens from the data, also on ranks that do not read it."""
-        assert run.data.special_tokens is not None  # `build_data` sets them
-        self.special_tokens = run.data.special_tokens
+        """Do nothing: the rows say which tokens count."""
 
     def next_batch(self, run: Run, n: int) -> torch.Tensor:
         """Return this process's part of the next n rows of T + 1 tokens."""
@@ -133,11 +138,11 @@ class SFTTask:
         self, model: Transformer, micro_batch: torch.Tensor, balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `sft_loss` of a micro-batch, averaged over its loss tokens."""
-        return sft_loss(model, micro_batch, self.special_tokens)
+        return flagged_loss(model, micro_batch)
 
     def loss_weight(self, micro_batch: torch.Tensor) -> int:
         """Return the number of loss tokens: those of answers."""
-        return num_loss_tokens(micro_batch, self.special_tokens)
+        return num_loss_tokens(micro_batch)
 
     def num_tokens(self, batch: torch.Tensor) -> int:
         """Return the number of tokens that the model reads, padding included."""
@@ -145,12 +150,13 @@ class SFTTask:
 
     def nll(self, model: Transformer, rows_bs: torch.Tensor) -> float:
         """Return Σ −log p of the answers' tokens, in nats."""
-        mean = sft_loss(model, rows_bs, self.special_tokens).main.item()
+        mean = flagged_loss(model, rows_bs).main.item()
         return mean * self.loss_weight(rows_bs)
 
     def loss_targets(self, rows_bs: torch.Tensor) -> torch.Tensor:
         """Return the tokens of answers, whose loss counts, (n,)."""
-        return rows_bs[:, 1:][assistant_mask(rows_bs, self.special_tokens)[:, 1:]]
+        rows = read_flags(rows_bs)
+        return rows.tokens_bs[:, 1:][rows.mask_bs[:, 1:]]
 
     def metrics(self, run: Run, row: dict) -> dict:
         """Return the metrics row unchanged."""
@@ -184,11 +190,13 @@ class SFTTask:
         generator = torch.Generator(device).manual_seed(self.config.seed)
         tokenizer = run.data.tokenizer
         samples = []
-        for tokens in self.samples:
-            prompt = tokens[: len(tokens) - tokens[::-1].index(self.special_tokens.assistant)]
+        assert run.data.chat is not None  # `build_data` sets it
+        stops = set(run.data.chat.stop_token_ids)
+        for sample in self.samples:
+            prompt = last_prompt(sample)
             room = max(0, min(SAMPLE_TOKENS, self.config.model.max_seq_len - len(prompt)))
             params = SamplingParams(SAMPLE_TEMPERATURE, generator=generator)
-            steps = stream(model, [prompt], room, params, {self.special_tokens.eos})
+            steps = stream(model, [prompt], room, params, stops)
             completion: list[int] = []
             for (new_tokens,) in steps:
                 completion += new_tokens
@@ -197,3 +205,28 @@ class SFTTask:
                 "temperature": SAMPLE_TEMPERATURE,
             })  # fmt: skip
         return samples
+
+
+# ── Packed rows with flags ──
+
+
+def flagged_loss(model: Transformer, rows_bs: torch.Tensor) -> LossOutput:
+    """Return `sft_loss` of packed rows of T + 1 tokens with flags."""
+    rows = read_flags(rows_bs)
+    cu_seqlens = find_cu_seqlens(rows.start_bs[:, :-1])
+    return sft_loss(model, rows.tokens_bs, rows.mask_bs, cu_seqlens)
+
+
+def num_loss_tokens(rows_bs: torch.Tensor) -> int:
+    """Return the number of tokens of packed rows that carry the loss."""
+    return int(read_flags(rows_bs).mask_bs[:, 1:].sum())
+
+
+def last_prompt(sample: list[int]) -> list[int]:
+    """Return the tokens of a flagged sample before its last answer."""
+    start = len(sample)
+    while start and not sample[start - 1] & LOSS:
+        start -= 1
+    while start and sample[start - 1] & LOSS:
+        start -= 1
+    return [token & TOKEN for token in sample[:start]]

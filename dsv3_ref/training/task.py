@@ -73,6 +73,7 @@ class Data:
     tokenizer: Tokenizer
     special_tokens: SpecialTokens | None = None  # of conversations
     chat: ChatTemplate | None = None  # the form of conversations
+    is_packed: bool = False  # rows are packed samples with flags
     token_bytes: Tensor | None = None  # UTF-8 bytes of each token
     minibatches: int = 1  # optimizer steps taken from one batch
     loader: Loader | None = None

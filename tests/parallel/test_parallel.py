@@ -28,7 +28,9 @@ from dsv3_ref.parallel.token_dispatcher import (
     unpack_bytes,
 )
 from dsv3_ref.pretrain import train_step
-from dsv3_ref.sft import SpecialTokens, num_loss_tokens, pack_samples, sft_loss
+from dsv3_ref.data.packing import flag_sample, pack_rows
+from dsv3_ref.posttraining.sft import flagged_loss, num_loss_tokens
+from dsv3_ref.sft import SpecialTokens, assistant_mask
 
 CPU = torch.device("cpu")
 
@@ -363,10 +365,10 @@ def draw_conversations(n: int) -> torch.Tensor:
         words = torch.randint(5, 64, (2 + i % 9,)).tolist()
         cut = 1 + i % (len(words) - 1)
         question, answer = words[:cut], words[cut:]
-        samples.append(
-            [special.bos, special.user, *question, special.assistant, *answer, special.eos]
-        )
-    return torch.tensor(pack_samples(samples, 17, special.pad)[:n])
+        sample = [special.bos, special.user, *question, special.assistant, *answer, special.eos]
+        mask = assistant_mask(torch.tensor([sample]), special)[0].tolist()
+        samples.append(flag_sample(sample, mask))
+    return torch.tensor(pack_rows(samples, 17, special.pad)[:n])
 
 
 def draw_tokens(n: int) -> torch.Tensor:
@@ -374,10 +376,10 @@ def draw_tokens(n: int) -> torch.Tensor:
     return torch.randint(0, 64, (n, 17))
 
 
-def compare_training(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_tokens=None):
+def compare_training(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_packed=False):
     """Run `compare_steps` in fp32 or in fp64."""
     with computing_in(dtype):
-        return compare_steps(shape, name, zero, ranks_per_node, dtype, special_tokens)
+        return compare_steps(shape, name, zero, ranks_per_node, dtype, is_packed)
 
 
 def save_grads(model, optimizer) -> tuple[dict, torch.utils.hooks.RemovableHandle]:
@@ -409,7 +411,7 @@ def step_numbers(stats, num_mtp: int, dtype) -> torch.Tensor:
     )
 
 
-def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, special_tokens):
+def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_packed):
     """Compare three steps on a mesh with `train_step`.
 
     Return (relative errors of the gradients, whether loads and biases are equal, largest relative
@@ -418,15 +420,15 @@ def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, spec
     recipe = replace(RECIPES["tiny"], balance_loss_coeff=0.01, max_grad_norm=1e9)
     mtp_weight, draw = 0.3, draw_tokens
     loss_functions = []
-    if special_tokens:
+    if is_packed:
         recipe = replace(recipe, balance_loss_coeff=0.0)
         mtp_weight, draw = 0.0, draw_conversations
-        loss_functions.append(lambda model, rows_bs, _: sft_loss(model, rows_bs, special_tokens))
-        loss_functions.append(lambda rows_bs: num_loss_tokens(rows_bs, special_tokens))
+        loss_functions.append(lambda model, rows_bs, _: flagged_loss(model, rows_bs))
+        loss_functions.append(num_loss_tokens)
     moments = torch.bfloat16 if dtype == torch.float32 else dtype
     engine = ParallelEngine(
         MICRO, recipe, Mesh(*shape, CPU), name, 1, moments, zero, ranks_per_node=ranks_per_node,
-        special_tokens=special_tokens,
+        is_packed=is_packed,
     )  # fmt: skip
     torch.manual_seed(1)
     whole = Transformer(MICRO)
@@ -477,10 +479,10 @@ GRID = [  # two hops for ep 4
 CASE = "shape", "name", "zero", "ranks_per_node"
 
 
-def check_a_step(gang, dtype, tolerance: float, shape, *setting, special_tokens=None):
+def check_a_step(gang, dtype, tolerance: float, shape, *setting, is_packed=False):
     """Check every parameter's gradient, loads, biases and the numbers of three steps."""
     names = set()
-    answers = gang.run(prod(shape), compare_training, shape, *setting, dtype, special_tokens)
+    answers = gang.run(prod(shape), compare_training, shape, *setting, dtype, is_packed)
     for errors, same, difference in answers:
         assert max(errors.values()) < tolerance, max(errors.items(), key=lambda e: e[1])
         assert same and difference < tolerance
@@ -509,7 +511,7 @@ PACKED = [
 def test_so_is_a_step_on_packed_conversations(shape, name, zero, ranks_per_node, gang):
     """Samples do not attend to each other; the loss is a mean over all answers' tokens."""
     setting = shape, name, zero, ranks_per_node
-    check_a_step(gang, torch.float64, 1e-13, *setting, special_tokens=SPECIAL_TOKENS)
+    check_a_step(gang, torch.float64, 1e-13, *setting, is_packed=True)
 
 
 def measure_traffic(name: str, num_microbatches: int):

@@ -10,11 +10,11 @@ from miniruns import metrics, options, override, results
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.cli import main
 from dsv3_ref.data.conversations import (
-    PackedDataset,
     read_conversations,
     split_samples,
 )
-from dsv3_ref.data.marks import text_encoder
+from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.packing import PackedDataset
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
 from dsv3_ref.training import loop
 
@@ -66,9 +66,7 @@ def test_a_run_learns_its_answers(home, tuned):
 def test_epochs_say_how_long(home, tuned):
     tokenizer = load_tokenizer(tuned)
     special_tokens = get_special_tokens(tokenizer)
-    conversations = read_conversations(
-        str(home / "talks.jsonl"), text_encoder(tokenizer), special_tokens, 64
-    )
+    conversations = read_conversations(str(home / "talks.jsonl"), ChatTemplate(tokenizer), 64)
     dataset = PackedDataset(split_samples(conversations)[0], 64, 0, special_tokens.pad)
     assert len(metrics(tuned)) == round(3 * len(dataset.rows) / 2)
 

@@ -1,0 +1,180 @@
+"""Rows of data sets as messages: OpenAI's, ShareGPT's, Alpaca's and TRL's forms."""
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from dsv3_ref.config import UserError
+from dsv3_ref.data.messages import Message
+
+# ShareGPT's names of the roles
+SPEAKERS = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool",
+}  # fmt: skip
+HUMAN_OR_ASSISTANT = re.compile(r"\n\n(Human|Assistant):")
+
+
+class ConversationRow(NamedTuple):
+    """The messages of a row, and the tools that they may call."""
+
+    messages: list[Any]
+    tools: list[Any] | None = None
+
+
+def parse_conversation(row: object) -> ConversationRow:
+    """Return the conversation of a row, of one of these forms.
+
+    {"messages": [{"role", "content"}, …]} or {"conversations": [{"from", "value"}, …]}, each with
+    "system" and "tools" where they are given; {"instruction", "input", "output", "history"};
+    {"prompt", "completion"} of texts or messages. Raises a `UserError` for any other row.
+    """
+    if not isinstance(row, dict):
+        raise no_conversation("")
+    values = {name: value for name, value in row.items() if value is not None}
+    tools = parse_tools(values.get("tools"))
+    for name in ("messages", "conversations", "conversation"):
+        if isinstance(values.get(name), list | tuple):
+            messages = [rename_speaker(turn) for turn in values[name]]
+            return ConversationRow(with_system(messages, values.get("system")), tools)
+    if "instruction" in values and "output" in values:
+        return ConversationRow(parse_alpaca(values), tools)
+    if "prompt" in values and "completion" in values:
+        prompt = as_messages(values["prompt"], "user")
+        return ConversationRow([*prompt, *as_messages(values["completion"], "assistant")], tools)
+    raise no_conversation(", ".join(map(str, row)))
+
+
+def no_conversation(columns: str) -> UserError:
+    """Return the error for a row without a conversation."""
+    what = f", only {columns}" if columns else ""
+    return UserError(
+        f'it has no list of messages{what}: write {{"messages": [{{"role", "content"}}, …]}}'
+    )
+
+
+def with_system(messages: list[Any], system: object) -> list[Any]:
+    """Return messages after the system text of their row, unless they begin with one."""
+    first = messages[0] if messages else None
+    if not system or (isinstance(first, dict) and first.get("role") == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def rename_speaker(turn: Any) -> Any:
+    """Return a message of ShareGPT's form, {"from", "value"}, as one with a role and a content."""
+    if not isinstance(turn, dict) or turn.get("from") is None:
+        return turn
+    rest = {k: v for k, v in turn.items() if k not in ("from", "value", "role", "content")}
+    speaker, value = turn["from"], turn.get("value")
+    if speaker == "function_call":
+        call = parse_json_text(value, "the value of a function_call")
+        calls = [{"type": "function", "function": x} for x in as_list(call)]
+        return rest | {"role": "assistant", "tool_calls": calls}
+    return rest | {"role": SPEAKERS.get(speaker, speaker), "content": value}
+
+
+def parse_alpaca(row: dict[str, Any]) -> list[Message]:
+    """Return the messages of {"instruction", "input", "output", "system", "history"}."""
+    question = row["instruction"]
+    if row.get("input"):
+        question = f"{question}\n\n{row['input']}"
+    pairs = [*(row.get("history") or []), (question, row["output"])]
+    messages = []
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UserError('its "history" is not a list of [question, answer]: correct it')
+        messages += [
+            {"role": "user", "content": pair[0]},
+            {"role": "assistant", "content": pair[1]},
+        ]
+    return with_system(messages, row.get("system"))
+
+
+def as_messages(value: object, role: str) -> list[Any]:
+    """Return a text as the one message of a role, or a list of messages as it is."""
+    if isinstance(value, list | tuple):
+        return [rename_speaker(turn) for turn in value]
+    return [{"role": role, "content": value}]
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list unchanged, and anything else in a list of its own."""
+    return value if isinstance(value, list) else [value]
+
+
+def parse_tools(value: object) -> list[Any] | None:
+    """Return the tools of a row, a list or its JSON; None if there are none."""
+    tools = parse_json_text(value, '"tools"') if isinstance(value, str) and value else value
+    if not tools:
+        return None
+    if not isinstance(tools, list | tuple):
+        raise UserError('its "tools" are not a list: write [{"type": "function", …}, …]')
+    return list(tools)
+
+
+def parse_json_text(text: object, name: str) -> Any:
+    """Return the value of a JSON text; raise a `UserError` that names the field if it is none."""
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError as e:
+        raise UserError(f"{name} is not JSON: {e}") from None
+
+
+# ── Pairs ──
+
+
+class PairRow(NamedTuple):
+    """The messages of a prompt, and those of two answers to it."""
+
+    prompt: list[Any]
+    chosen: list[Any]
+    rejected: list[Any]
+
+
+def parse_pair(row: object) -> PairRow:
+    """Return the pair of answers of a row {"prompt", "chosen", "rejected"}, of texts or messages.
+
+    Without a prompt, or if both answers repeat it, the prompt is what both begin with. Raises a
+    `UserError` for any other row.
+    """
+    if not isinstance(row, dict):
+        raise UserError('it has no prompt and answers: write {"prompt", "chosen", "rejected"}')
+    prompt = row.get("prompt")
+    talks = [whole_conversation(row.get(name), prompt) for name in ("chosen", "rejected")]
+    if talks[0] and talks[1]:
+        n = common_length(*talks)
+        return PairRow(talks[0][:n], talks[0][n:], talks[1][n:])
+    if not isinstance(prompt, list | tuple | str) or prompt == "":
+        raise UserError(
+            "it has no list of messages as its prompt, and its answers are no whole conversations: "
+            'write {"prompt": messages or a text, "chosen", "rejected"}'
+        )
+    answers = (as_messages(row.get(name), "assistant") for name in ("chosen", "rejected"))
+    return PairRow(as_messages(prompt, "user"), *answers)
+
+
+def whole_conversation(answer: object, prompt: object) -> list[Any]:
+    """Return the messages of an answer that includes its prompt; [] if it does not."""
+    if isinstance(answer, str) and prompt is None and answer.startswith("\n\nHuman:"):
+        _, *parts = HUMAN_OR_ASSISTANT.split(answer)
+        roles = ("user" if name == "Human" else "assistant" for name in parts[::2])
+        return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2])]
+    turns = [rename_speaker(turn) for turn in answer] if isinstance(answer, list | tuple) else []
+    if len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
+        return []
+    stated = as_messages(prompt, "user") if prompt is not None else []
+    begins_alike = [said(x) for x in turns[: len(stated)]] == [said(x) for x in stated]
+    return turns if begins_alike and turns[0].get("role") != "assistant" else []
+
+
+def said(turn: Any) -> tuple[object, object]:
+    """Return who says what in a message."""
+    return (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, turn)
+
+
+def common_length(first: list[Any], second: list[Any]) -> int:
+    """Return how many messages two conversations begin with in common, at most all but one."""
+    most = min(len(first), len(second)) - 1
+    differ = (i for i in range(most) if said(first[i]) != said(second[i]))
+    return next(differ, most)

@@ -1,0 +1,221 @@
+"""Rows of conversations as people have them, and which of their tokens have a loss."""
+
+import json
+import time
+
+import pytest
+from chat_forms import FORMS, form_tokenizer
+
+from dsv3_ref.config import UserError
+from dsv3_ref.data.chat_samples import render_sample
+from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.conversations import read_conversations, read_pairs
+from dsv3_ref.data.conversations import PairFormat
+from dsv3_ref.data.packing import TOKEN, first_fit, pack_rows
+from dsv3_ref.data.row_formats import parse_conversation
+from dsv3_ref.data.tokenizer import train_tokenizer
+from dsv3_ref.data.tokenizer_settings import TokenizerSettings
+from dsv3_ref.sft import pack_samples
+
+OWN = ChatTemplate(train_tokenizer(["a"], 265))  # one token per byte, V3's own form
+ASK, TELL = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+def chat_of(name: str) -> ChatTemplate:
+    form = FORMS[name]
+    tokens = {"bos_token": form.bos, "eos_token": form.eos}
+    return ChatTemplate(
+        form_tokenizer(form), TokenizerSettings(tokens, {"default": form.template}, source=name)
+    )
+
+
+def learned(sample, chat: ChatTemplate) -> str:
+    """The text that has a loss."""
+    tokens = [token for token, is_learned in zip(*sample) if is_learned]
+    return chat.tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+# ── Forms of rows ──
+
+ROWS = {
+    "openai": {"messages": [SYSTEM, ASK, TELL]},
+    "sharegpt": {"conversations": [
+        {"from": "system", "value": "be brief"}, {"from": "human", "value": "ask"},
+        {"from": "gpt", "value": "tell"},
+    ]},
+    "sharegpt with a system column": {"system": "be brief", "id": "x1", "conversations": [
+        {"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"},
+    ]},
+    "roles under conversations": {"conversations": [SYSTEM, ASK, TELL]},
+    "alpaca": {"instruction": "ask", "input": "", "output": "tell", "system": "be brief"},
+    "prompt and completion": {"prompt": [SYSTEM, ASK], "completion": [TELL]},
+    "developer": {"messages": [SYSTEM | {"role": "developer"}, ASK, TELL]},
+    "parts": {"messages": [
+        SYSTEM, ASK | {"content": [{"type": "text", "text": "as"}, {"type": "text", "text": "k"}]},
+        TELL,
+    ]},
+    "nulls of a parquet file": {"messages": [
+        {**turn, "tool_calls": None, "name": None, "weight": None} for turn in (SYSTEM, ASK, TELL)
+    ], "tools": None},
+    "empty fields of the client": {"messages": [
+        SYSTEM, ASK, TELL | {"refusal": None, "annotations": [], "tool_calls": [], "audio": None}
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_form_of_a_row_is_one_conversation(name):
+    """A user trains on a hub data set (hiyouga/LlamaFactory#204 asks for Alpaca's form)."""
+    sample = render_sample(OWN, *parse_conversation(ROWS[name]))
+    assert sample.tokens == OWN.render([SYSTEM, ASK, TELL])
+    assert learned(sample, OWN) == "tell<｜end▁of▁sentence｜>"
+
+
+def test_history_and_input_of_alpaca():
+    row = {"instruction": "q", "input": "x", "output": "a", "history": [["q0", "a0"]]}
+    turns = [turn["content"] for turn in parse_conversation(row).messages]
+    assert turns == ["q0", "a0", "q\n\nx", "a"]
+
+
+PAIRS = {
+    "texts": {"prompt": "ask", "chosen": "a", "rejected": "b"},
+    "messages": {
+        "prompt": [ASK], "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    },
+    "implicit": {
+        "chosen": [ASK, {"role": "assistant", "content": "a"}],
+        "rejected": [ASK, {"role": "assistant", "content": "b"}],
+    },
+    "a prompt that the answers repeat": {
+        "prompt": "ask", "chosen": [ASK, {"role": "assistant", "content": "a"}],
+        "rejected": [ASK, {"role": "assistant", "content": "b"}],
+    },
+    "one text": {
+        "chosen": "\n\nHuman: ask\n\nAssistant: a", "rejected": "\n\nHuman: ask\n\nAssistant: b",
+    },
+    "equal answers": {
+        "prompt": [ASK], "chosen": "a", "rejected": "b", "score_chosen": 8.0, "id": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_form_of_a_pair_is_a_prompt_with_two_answers(name, tmp_path):
+    """A user trains a reward model on TRL's preference data, with a prompt or without."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([json.dumps(PAIRS[name])] * 2))
+    pairs = read_pairs(str(path), OWN, PairFormat(100))
+    want = tuple(OWN.render([ASK, TELL | {"content": answer}]) for answer in "ab")
+    assert [tuple([t & TOKEN for t in sample] for sample in pair) for pair in pairs] == [want] * 2
+
+
+BAD_ROWS = {
+    "a number": ({"messages": [ASK | {"content": 7}, TELL]}, "its content is 7, of type int"),
+    "an image": ({"messages": [ASK | {"content": [{"type": "image_url"}]}, TELL]}, "must be text"),
+    "half a character": ({"messages": [ASK | {"content": "\ud83d"}, TELL]}, "half a character"),
+    "tool calls": (
+        {"messages": [ASK, TELL | {"tool_calls": [{"function": {"name": "f"}}]}]}, "'tool_calls'",
+    ),
+    "thoughts": ({"messages": [ASK, TELL | {"reasoning_content": "so"}]}, "'reasoning_content'"),
+    "tools": ({"messages": [ASK, TELL], "tools": [{"type": "function"}]}, "has no tools"),
+    "tools that are no list": ({"messages": [ASK, TELL], "tools": "{"}, '"tools" is not JSON'),
+    "a role": ({"messages": [ASK | {"role": "narrator"}, TELL]}, "turn 1 is by 'narrator'"),
+    "all masked": ({"messages": [ASK, TELL | {"weight": 0}]}, "no answer has a loss"),
+    "a weight between": ({"messages": [ASK, TELL | {"weight": 0.5}]}, '"weight" is 0.5'),
+    "an empty answer": ({"messages": [ASK, TELL | {"content": ""}]}, "an answer is empty"),
+    "no columns of ours": ({"text": "hello", "meta": 1}, "only text, meta"),
+    "null": ({"messages": [ASK | {"content": None}, TELL]}, "turn 1 is not a role with a text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_what_cannot_be_learned_is_left_out_by_number(name, tmp_path):
+    """A user's file has one bad row among thousands (vllm and TRL fail with a traceback)."""
+    row, sentence = BAD_ROWS[name]
+    good = {"messages": [ASK, TELL]}
+    path, warnings = tmp_path / "x.jsonl", []
+    path.write_text("\n".join(json.dumps(x) for x in (good, row, good)))
+    assert len(read_conversations(str(path), OWN, 100, warnings.append)) == 2
+    (warning,) = warnings
+    assert "row 2 is left out" in warning and sentence in warning
+
+
+# ── Who has a loss ──
+
+MASKS = {
+    "weight": {"weight": 0}, "train": {"train": False}, "trainable": {"trainable": False},
+    "loss_mask": {"loss_mask": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ["own", *FORMS])
+def test_masked_messages_have_no_loss(name, mask):
+    """A user marks turns that must not be trained on: OpenAI's `weight`, axolotl's `train`
+    (verl-project/verl#5316, #5472)."""
+    chat = OWN if name == "own" else chat_of(name)
+    end = chat.tokenizer.id_to_token(chat.special_tokens.eos)
+    if name in ("Moonlight", "Kimi-K2"):
+        chat = ChatTemplate(chat.tokenizer, chat.settings)
+        end = "<|im_end|>"
+        vars(chat)["stop_token_ids"] = {chat.tokenizer.token_to_id(end)}
+    talk = [ASK, TELL | {"content": "one"}, ASK, TELL | {"content": "two"}]
+    texts = [text.strip() for text in learned(render_sample(chat, talk), chat).split(end)]
+    assert texts == ["one", "two", ""]
+    for i, text in ((1, "two"), (3, "one")):
+        masked = [turn | MASKS[mask] if j == i else turn for j, turn in enumerate(talk)]
+        sample = render_sample(chat, masked)
+        assert learned(sample, chat).strip() == text + end
+        assert chat.tokenizer.decode(sample.tokens) == chat.tokenizer.decode(chat.render(talk))
+
+
+def test_blocks_of_the_template_say_what_the_model_writes():
+    """A template marks answers by {% generation %} (huggingface/trl's assistant_only_loss)."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}"
+        "{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    settings = TokenizerSettings({}, {"default": template})
+    chat = ChatTemplate(OWN.tokenizer, settings)
+    talk = [ASK, TELL | {"content": "one", "weight": 0}, ASK, TELL | {"content": "<two"}]
+    sample = render_sample(chat, talk)
+    assert learned(sample, chat) == "<two<｜end▁of▁sentence｜>"
+    assert (
+        chat.tokenizer.decode(sample.tokens)
+        == "user: ask\nassistant: one\nuser: ask\nassistant: <two\n"
+    )
+
+
+def test_thoughts_after_an_open_tag_are_learned_and_dropped_ones_are_named():
+    """A user fine-tunes R1 on answers with thoughts, which its template drops."""
+    chat = chat_of("R1")
+    answer = TELL | {"content": "<think>\nso</think>\n\nyes"}
+    sample = render_sample(chat, [ASK, answer])
+    assert learned(sample, chat) == "so</think>\n\nyes<｜end▁of▁sentence｜>"
+    prompt = [token for token, is_learned in zip(*sample) if not is_learned]
+    assert prompt == chat.render_prompt([ASK])
+    with pytest.raises(UserError, match="drops part of turn 2, such as its thoughts"):
+        render_sample(chat, [ASK, answer, ASK, answer])
+    with pytest.raises(UserError, match="drops part of turn 2"):
+        render_sample(chat_of("V3.1"), [ASK, answer])
+    assert learned(render_sample(chat, [ASK, answer | {"weight": 0}, ASK, TELL]), chat) == (
+        "tell<｜end▁of▁sentence｜>"
+    )
+
+
+# ── Packing ──
+
+
+def test_packing_is_chapter_14s_and_takes_seconds_for_many_samples():
+    """A user packs 1.5 million conversations: hours in a loop over all rows."""
+    lengths = [1 + (i * 7919) % 97 for i in range(3000)]
+    samples = [[i] * n for i, n in enumerate(lengths)]
+    assert pack_rows(samples, 100, -1) == pack_samples(samples, 100, -1)
+    lengths = sorted((1 + (i * 7919) % 4001 for i in range(100_000)), reverse=True)
+    start = time.process_time()
+    rows = first_fit(lengths, 4096)
+    assert time.process_time() - start < 10
+    assert max(rows) + 1 < 1.03 * sum(lengths) / 4096
