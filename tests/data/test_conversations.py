@@ -77,7 +77,7 @@ def test_a_bad_row_is_reported_by_number_and_left_out(tmp_path):
     conversations = read_conversations(path, CHAT, 40, warnings.append)
     assert bare(conversations) == [talk_tokens("a", "b")] * len(BAD_TALKS)
     assert len(warnings) == len(BAD_TALKS) + 1
-    assert warnings[-1] == f"{path}: 9 rows, 9 rows left out"
+    assert warnings[-1] == f"{path}: {len(BAD_TALKS)} rows, {len(BAD_TALKS)} rows left out"
     for i, (line, (_, why)) in enumerate(zip(warnings, BAD_TALKS)):
         assert f"line {2 * i + 2} is left out" in line and why in line
 

@@ -114,7 +114,7 @@ def test_every_form_of_a_pair_is_a_prompt_with_two_answers(name, tmp_path):
 BAD_ROWS = {
     "a number": ({"messages": [ASK | {"content": 7}, TELL]}, "its content is 7, of type int"),
     "an image": ({"messages": [ASK | {"content": [{"type": "image_url"}]}, TELL]}, "must be text"),
-    "half a character": ({"messages": [ASK | {"content": "\ud83d"}, TELL]}, "half a character"),
+    "half a character": ({"messages": [ASK | {"content": "\ud83d"}, TELL]}, "a lone surrogate"),
     "tool calls": (
         {"messages": [ASK, TELL | {"tool_calls": [{"function": {"name": "f"}}]}]}, "'tool_calls'",
     ),
@@ -138,8 +138,8 @@ def test_what_cannot_be_learned_is_left_out_by_number(name, tmp_path):
     path, warnings = tmp_path / "x.jsonl", []
     path.write_text("\n".join(json.dumps(x) for x in (good, row, good)))
     assert len(read_conversations(str(path), OWN, 100, warnings.append)) == 2
-    (warning,) = warnings
-    assert "row 2 is left out" in warning and sentence in warning
+    warning, _ = warnings
+    assert "line 2 is left out" in warning and sentence in warning
 
 
 # ── Who has a loss ──
