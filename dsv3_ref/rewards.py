@@ -20,30 +20,75 @@ from dsv3_ref.sft import SpecialTokens, assistant_mask, sample_cu_seqlens
 # ── A rule: the box ──
 
 
+def final_answer(text: str) -> str:
+    """Return what follows the last </think>; "" if the text ends while the model thinks."""
+    thought, tag, rest = text.rpartition("</think>")
+    answer = rest if tag else text
+    return "" if "<think>" in answer else answer
+
+
 def extract_boxed(text: str) -> str | None:
-    """Return the content of the only \\boxed{…}; None for no box, several or no end."""
-    starts = [match.end() for match in re.finditer(r"\\boxed\{", text)]
+    """Return the content of the only \\boxed{…} of an answer; None for no box, several or no end.
+
+    \\fbox{…} is a box too. Braces are balanced, and escaped ones are text.
+    """
+    answer = final_answer(text)
+    starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", answer)]
     if len(starts) != 1:
         return None
     depth = 1
-    for i, char in enumerate(text[starts[0] :], start=starts[0]):
-        depth += {"{": 1, "}": -1}.get(char, 0)
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(answer, starts[0]):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[starts[0] : i].strip()
+            return answer[starts[0] : match.start()].strip()
     return None
 
 
 def has_think_format(text: str) -> bool:
-    """Return whether a text is one `<think>…</think>`, then an answer with one box."""
-    parts = re.fullmatch(r"<think>(.*?)</think>(.*)", text.strip(), re.DOTALL)
-    num_tags = len(re.findall(r"</?think>", text))
-    return parts is not None and num_tags == 2 and extract_boxed(parts[2]) is not None
+    """Return whether a text is one `<think>…</think>`, then an answer with one box.
+
+    The prompt may already have opened the thought, so that the text has only its end.
+    """
+    thought, tag, answer = text.strip().removeprefix("<think>").partition("</think>")
+    is_single = bool(tag) and not re.search(r"</?think>", thought + answer)
+    return is_single and extract_boxed(answer) is not None
+
+
+FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+PYTHON = re.compile(r"\{?\.?(?:python|py)[\d.]*\b|$", re.IGNORECASE)
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Return (info string, content) of the closed fenced blocks of a Markdown text.
+
+    Content loses the indentation of its fence.
+    """
+    blocks: list[tuple[str, str]] = []
+    fence: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if fence is None:
+            fence, lines = FENCE.fullmatch(line), []
+        elif re.fullmatch(rf"[ \t]*{fence[2][0]}{{{len(fence[2])},}}[ \t]*", line):
+            blocks.append((fence[3].strip(), "".join(lines)))
+            fence = None
+        else:
+            indent = min(len(fence[1]), len(line) - len(line.lstrip()))
+            lines.append(line[indent:] + "\n")
+    return blocks
 
 
 def extract_code(text: str) -> str | None:
-    """Return the only fenced code block of a text; None if there is none, or several."""
-    blocks = re.findall(r"^```(?:python|py)?[ \t]*\n(.*?)^```[ \t]*$", text, re.DOTALL | re.M)
-    return blocks[0] if len(blocks) == 1 else None
+    """Return the only Python program in the fenced blocks of an answer; None for none or several.
+
+    A block in another language does not count, nor does one without a language beside one that is
+    marked as Python.
+    """
+    programs = [b for b in fenced_blocks(final_answer(text)) if PYTHON.match(b[0])]
+    marked = [content for info, content in programs if info]
+    unmarked = [content for info, content in programs if not info]
+    candidates = marked or unmarked
+    return candidates[0] if len(candidates) == 1 else None
 
 
 # ── A model: where is its score? ──
