@@ -1,0 +1,43 @@
+"""The server is what its OpenAPI description says, for random requests of each kind."""
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from test_serve import folder, served
+
+schemathesis = pytest.importorskip("schemathesis")
+from schemathesis.specs.openapi.checks import (  # noqa: E402  after the skip
+    positive_data_acceptance,
+)
+
+__all__ = ["folder"]  # the fixture that makes a model
+OPERATIONS = [
+    ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/models", "GET"),
+    ("/v1/models/{name}", "GET"), ("/health", "GET"), ("/metrics", "GET"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def description(folder):
+    """Return the description of a running server."""
+    with served(folder, num_speculative_tokens=1, max_n=4, max_new_tokens=8) as (base, _):
+        yield schemathesis.openapi.from_url(f"{base}/openapi.json")
+        assert httpx.get(f"{base}/health").json() == {"status": "ready"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path, method", OPERATIONS)
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_random_requests_get_the_answers_that_are_described(description, path, method, mode):
+    """Fields that contradict each other and prompts that are too long cannot be described."""
+    kind = schemathesis.GenerationMode[mode]
+    if (mode, method) == ("NEGATIVE", "GET"):
+        pytest.skip("there is nothing to get wrong")
+    unhealthy = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=unhealthy)
+    @given(description[path][method].as_strategy(generation_mode=kind))
+    def check(case):
+        case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=60)
+
+    check()
