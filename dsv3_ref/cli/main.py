@@ -180,11 +180,17 @@ def load(place: str) -> Any:
 
 
 def print_overview(argv: list[str]) -> int:
-    """Print the version, or the commands (all, or those of a group); return the exit code."""
-    if argv == ["--version"]:
-        import dsv3_ref
+    """Print the version, a completion script, or the commands (all, or those of a group).
 
-        print(f"dsv3-ref {dsv3_ref.__version__}")
+    Return the exit code.
+    """
+    if argv == ["--version"]:
+        print(describe_version())
+        return 0
+    if argv[:1] == ["--print-completion"]:
+        from dsv3_ref.cli.completion import completion_script
+
+        print(completion_script(" ".join(argv[1:])))
         return 0
     word = argv[0] if argv else ""
     prefix = f"{word} " if any(name.startswith(f"{word} ") for name in BY_NAME) else ""
@@ -196,6 +202,16 @@ def print_overview(argv: list[str]) -> int:
         wrong = shlex.join(argv[:2] if prefix else argv[:1])
         environment.report(f"there is no command {wrong}; choose one of these")
     return 2
+
+
+def describe_version() -> str:
+    """Return the version and, in a checkout, its commit."""
+    import dsv3_ref
+    from dsv3_ref.training.run_file import git_state
+
+    commit, dirty = git_state()
+    state = f" ({commit[:12]}{', with changes' if dirty else ''})" if commit else ""
+    return f"dsv3-ref {dsv3_ref.__version__}{state}"
 
 
 def overview(prefix: str = "") -> str:

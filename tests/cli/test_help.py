@@ -140,9 +140,19 @@ def test_the_places_in_the_table_exist():
             resolve_name(place)
 
 
-def test_the_version(capsys):
+@pytest.mark.parametrize(
+    ("state", "more"),
+    [
+        ((None, None), ""),
+        (("0123456789abcdef", False), " (0123456789ab)"),
+        (("0123456789abcdef", True), " (0123456789ab, with changes)"),
+    ],
+    ids=["wheel", "checkout", "edited"],
+)
+def test_the_version(state, more, monkeypatch, capsys):
+    monkeypatch.setattr("dsv3_ref.training.run_file.git_state", lambda: state)
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"dsv3-ref {dsv3_ref.__version__}\n"
+    assert capsys.readouterr().out == f"dsv3-ref {dsv3_ref.__version__}{more}\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", dsv3_ref.__version__)
 
 

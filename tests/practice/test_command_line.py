@@ -1,0 +1,233 @@
+"""Pipes, terminals, keyboards and encodings around a command."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import miniruns
+import pytest
+from miniruns import metrics, no_report, options
+
+from dsv3_ref.cli import environment
+from dsv3_ref.cli.main import main
+from dsv3_ref.config import UserError
+from dsv3_ref.data.progress import ProgressBar
+from dsv3_ref.serving import generate
+from dsv3_ref.training import loop
+from dsv3_ref.training.report import write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("dsv3_ref.training.report.write_report", no_report)
+
+
+# ── Progress ──
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "term", "returns"),
+    [(io.StringIO, "xterm", 0), (Terminal, "dumb", 0), (Terminal, "xterm", 1)],
+    ids=["file", "TERM=dumb", "terminal"],
+)
+def test_progress_is_lines_where_there_is_no_terminal(stream, term, returns, monkeypatch):
+    """Logs of a batch job with thousands of carriage returns in one line."""
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setenv("TERM", term)
+    with ProgressBar(total=50, unit="step", file=sys.stderr) as bar:
+        for _ in range(50):
+            bar.update(1)
+    text = sys.stderr.getvalue()
+    assert bool(text.count("\r")) == bool(returns)
+    assert "50/50" in text.splitlines()[-1]
+    if not returns:
+        assert len(text.splitlines()) == 1 and "█" not in text and "\033" not in text
+
+
+# ── Ctrl-C ──
+
+
+def press(times: int, take_step):
+    """`take_step` that presses Ctrl-C in the second step."""
+
+    def pressing(run):
+        row = take_step(run)
+        for _ in range(times if run.state.step == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    return pressing
+
+
+@pytest.mark.parametrize(("times", "checkpoints"), [(1, ["step_0000002"]), (2, [])])
+def test_ctrl_c_saves_and_a_second_one_does_not(
+    times, checkpoints, home, tmp_path, monkeypatch, capfd
+):
+    """Hours of training lost by Ctrl-C, or a Ctrl-C that does not end it."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(loop, "take_step", press(times, loop.take_step))
+    run = tmp_path / "run"
+    assert main(options(home, run)) == 130
+    err = capfd.readouterr().err
+    assert "Ctrl-C again stops at once" in err
+    assert f"dsv3 train --resume --out {run}" in err
+    assert [x.name for x in run.glob("checkpoints/*")] == checkpoints
+    assert signal.getsignal(signal.SIGINT) == before
+    if checkpoints:
+        monkeypatch.setattr(loop, "take_step", loop.take_step.__closure__[0].cell_contents)
+        assert main(["train", "--resume", "--out", str(run)]) == 0
+        assert len(metrics(run)) == miniruns.STEPS
+
+
+# ── Chat ──
+
+
+class Talk:
+    """A generator whose answer to a line is the line, except for some."""
+
+    def encode(self, turns):
+        text = turns[-1]
+        if "long" in text:
+            raise UserError("the prompt has 9 tokens, but the model reads at most 8: shorten it")
+        return text
+
+    def iter_text(self, prompts):
+        for word in prompts[0].split():
+            if word == "^C":
+                raise KeyboardInterrupt
+            yield (word + " ",)
+
+
+@pytest.fixture
+def chat(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of a chat with these lines."""
+
+    def run(lines: str, terminal: bool = True):
+        stdin = (Terminal if terminal else io.StringIO)(lines)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = 0
+        try:
+            generate.chat_loop(Talk())
+        except SystemExit as e:
+            code = e.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    monkeypatch.setattr(generate, "question", lambda line: line)
+    monkeypatch.setattr(generate, "fit_history", lambda talk, turns: talk.encode(turns))
+    monkeypatch.setattr(generate, "answered", lambda turn, answer: turn)
+    return run
+
+
+def test_one_bad_line_does_not_end_a_chat(chat):
+    """Somebody pastes a whole file into the prompt."""
+    code, out, err = chat("a\na long line\nb\n")
+    assert (code, err.count("error: the prompt has 9 tokens")) == (0, 1)
+    assert "a \n" in out and "b \n" in out
+    assert chat("a long line\nb\n", terminal=False)[0] == 2
+
+
+def test_the_end_of_the_input_ends_a_chat(chat):
+    assert chat("") == (0, "> ", "")
+    assert chat("", terminal=False) == (0, "", "")
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(chat):
+    code, out, _ = chat("one ^C two\nthree\n")
+    assert code == 0 and "one  …\n" in out and "three \n" in out and "two" not in out
+
+
+# ── Text, names and folders ──
+
+
+@pytest.mark.parametrize("name", ["a b'[1]%s*?é", "-x", "a\nb", "$(x)", "ü" * 40])
+def test_odd_names_of_a_run(name, home, tmp_path):
+    """Spaces, brackets, quotes, a leading dash: the names that people give folders."""
+    assert main(options(home, f"{tmp_path}/{name}", "--steps", "1")) == 0
+    assert [x.name for x in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_is_not_utf8_and_its_report(home, tmp_path):
+    """`UnicodeEncodeError: surrogates not allowed` after a run in such a folder."""
+    run = tmp_path / "r\udcff"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv3_ref.training.report.write_report", write_report)
+        assert main(options(home, run, "--steps", "1")) == 0
+    assert "r\\udcff" in (run / "report.html").read_text()
+
+
+def test_text_that_cannot_be_written_is_a_sentence(monkeypatch, capsys):
+    def run(*_):
+        "\udcff".encode()
+
+    monkeypatch.setattr("dsv3_ref.cli.main.run_command", run)
+    assert main(["generate", "x"]) == 2
+    assert "bytes that are not UTF-8 ('\\udcff')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("home_dir", ["/proc/none", "/dev/null", ""])
+def test_caches_where_home_cannot_be_written_to(home_dir, monkeypatch):
+    """Containers run as a user without a home: `PermissionError: '/.cache'`."""
+    for name in ("HF_HOME", "DSV3_CACHE", "MPLCONFIGDIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", home_dir)
+    with environment.writable_caches():
+        used = os.environ.get("DSV3_CACHE")
+        if home_dir:
+            assert used and environment.is_writable(Path(used))
+        else:  # the user's own directory, by the user database
+            assert "HOME" not in os.environ
+    assert not used or not Path(used).parent.exists()
+
+
+def test_a_deleted_current_directory_is_a_sentence(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    done = subprocess.run(
+        f"rmdir {folder}; exec {sys.executable} -m dsv3_ref --help",
+        shell=True, cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: the current directory has been deleted: change to another one\n"
+
+
+def test_a_folder_that_cannot_be_created_names_the_option(home, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(options(home, tmp_path / "file" / "run")) == 2
+    assert "cannot be used (Not a directory): choose another --out" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_a_run_quietly(home, tmp_path, monkeypatch, capsys):
+    """`dsv3 train | head -1`: the next print fails with EPIPE."""
+
+    def leave(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(loop, "write_results", leave)
+    assert main(options(home, tmp_path / "run", "--steps", "1")) == environment.BROKEN_PIPE
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["20", "0", "x"])
+def test_help_in_a_narrow_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["check", "--help"]) == 0
+    assert "--help" in "".join(capsys.readouterr().out.split())
