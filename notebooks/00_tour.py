@@ -149,8 +149,10 @@ def validate_config(config: Config) -> None:
     """Raise a `UserError` that names the field if a model of this shape cannot be built."""
     for f in fields(config):
         value, least = getattr(config, f.name), 0 if f.name in MAY_BE_ZERO else 1
-        if isinstance(f.default, int) and (not isinstance(value, int) or value < least):
+        if isinstance(f.default, int) and (type(value) is not int or value < least):
             raise UserError(f"{f.name} must be a whole number of at least {least}, not {value!r}")
+        if isinstance(f.default, int) and value > LARGEST:
+            raise UserError(f"{f.name} must be at most {LARGEST}, not {value}")
         if isinstance(f.default, float) and not (isinstance(value, (int, float)) and value >= 0):
             raise UserError(f"{f.name} must be a number of at least 0, not {value!r}")
     rules = [
@@ -180,6 +182,7 @@ def validate_config(config: Config) -> None:
 
 
 MAY_BE_ZERO = {"q_lora_rank", "n_shared_experts", "n_dense_layers", "n_mtp_layers"}
+LARGEST = 2**31 - 1  # size of anything: a tensor of two such axes can still be described
 
 
 # %%

@@ -128,6 +128,8 @@ def test_tiny_switches_every_mechanism_on():
         ("rope_factor", 0.5, "rope_factor must be at least 1"),
         ("dim", 0, "dim must be a whole number of at least 1, not 0"),
         ("dim", 7168.0, "dim must be a whole number of at least 1, not 7168.0"),
+        ("dim", True, "dim must be a whole number of at least 1, not True"),
+        ("dim", 10**30, "dim must be at most 2147483647, not 1000"),
         ("vocab_size", "129280", "vocab_size must be a whole number of at least 1, not '129280'"),
         ("rope_factor", "40", "rope_factor must be a number of at least 0, not '40'"),
         ("init_std", -0.1, "init_std must be a number of at least 0, not -0.1"),

@@ -34,7 +34,7 @@ from dsv3_ref.checkpoints.safetensors_files import (
     TensorFiles,
     write_safetensors,
 )
-from dsv3_ref.checkpoints.sharded import consolidate, global_tensors
+from dsv3_ref.checkpoints.sharded import build_on_meta, consolidate, global_tensors
 from dsv3_ref.checkpoints.storage import read_into
 from dsv3_ref.config import Config, UserError, from_dict
 from dsv3_ref.model import Transformer
@@ -187,9 +187,15 @@ class CheckpointReader:
                 self.config = from_dict(values)
         except (UserError, TypeError) as e:
             raise UserError(f"{directory / CONFIG}: {e}") from None
-        with torch.device("meta"):
-            self.model = Transformer(self.config)
+        n_stored = len(self.stored.files)
+        self.model = build_on_meta(self.config, n_stored, directory)
         self.expected = self.model.state_dict()
+        n_experts = max((len(x) for x in self.expected.values() if x.ndim == 3), default=0)
+        if self.is_hf and n_experts > n_stored:
+            raise UserError(
+                f"{directory / CONFIG} asks for {n_experts:,} experts per layer, but {n_stored:,} "
+                "tensors are stored: copy the directory again"
+            )
         self.check_tensors()
 
     def count_mtp_layers(self, promised: int | None, config: Config) -> int:

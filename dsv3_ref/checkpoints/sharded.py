@@ -16,11 +16,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, temp_sibling
+from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, read_json, temp_sibling
 from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS, is_expert
 from dsv3_ref.checkpoints.manifest import write_manifest
-from dsv3_ref.checkpoints.storage import SafetensorsWriter, read_into
-from dsv3_ref.config import Config, from_dict
+from dsv3_ref.checkpoints.storage import SafetensorsWriter, read_into, read_table
+from dsv3_ref.config import Config, UserError, from_dict
 from dsv3_ref.model import Transformer
 
 
@@ -162,10 +162,33 @@ class AsyncCheckpointer:
             self.writing = None
 
 
+def build_on_meta(config: Config, n_stored: int, folder: Path) -> Transformer:
+    """Return a model without memory for a folder that holds `n_stored` tensors.
+
+    Raise a `UserError` if they cannot fill it; a model of a billion layers would take hours.
+    """
+    n_layers = config.n_layers + config.n_mtp_layers
+    if n_layers > n_stored:
+        raise UserError(
+            f"{folder / CONFIG} asks for {n_layers:,} layers, but {n_stored:,} tensors are stored: "
+            "copy the directory again"
+        )
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except RuntimeError as e:  # more elements than a tensor can have
+        raise UserError(f"{folder / CONFIG} has impossible sizes ({e}): copy it again") from None
+
+
 def consolidate(folder: Path) -> Transformer:
     """Return the whole model of a sharded checkpoint, loaded by this process alone."""
-    with torch.device("meta"):
-        model = Transformer(from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
+    n_stored = len(read_table(folder).state_dict_metadata)
+    model = build_on_meta(from_dict(read_json(folder / CONFIG)), n_stored, folder)
+    n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if sum(x.numel() for x in model.state_dict().values()) > n_bytes:
+        raise UserError(
+            f"{folder / CONFIG} asks for more weights than the files hold: copy the directory again"
+        )
     model = model.to_empty(device="cpu")
     targets: dict[str, Tensor] = {}
     for name, x in model.state_dict().items():

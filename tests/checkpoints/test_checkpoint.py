@@ -448,6 +448,19 @@ BROKEN = {
         change_tensor(lambda t: t.update({WO.replace("weight", "bias"): torch.ones(24)})),
         "does not call for: model.layers.1.self_attn.o_proj.bias",
     ),
+    "layers without end": (
+        lambda d: edit_config(d, num_hidden_layers=10**9),
+        "asks for 1,000,000,00. layers, but .* tensors are stored",
+    ),
+    "MTP layers without end": (
+        lambda d: edit_config(d, num_nextn_predict_layers=10**9),
+        "asks for 1,000,000,00. layers, but .* tensors are stored",
+    ),
+    "experts without end": (
+        lambda d: edit_config(d, n_routed_experts=10**9),
+        "asks for 1,000,000,000 experts per layer, but",
+    ),
+    "beyond 64 bits": (lambda d: edit_config(d, hidden_size=10**30), "dim must be at most 21474"),
     "vocabulary": (lambda d: edit_config(d, vocab_size=60), "61 rows, but vocab_size .* is 60"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
+from dsv3_ref.checkpoints.sharded import consolidate, global_tensors
 from dsv3_ref.checkpoints.storage import SafetensorsWriter, read_into, read_table
 from dsv3_ref.config import UserError
+from dsv3_ref.model import Transformer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int32]
 
@@ -120,6 +123,28 @@ def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "rank_00000.safetensors").unlink()
     with pytest.raises(UserError, match="rank_00000.safetensors is missing"):
         read(tmp_path, {"layers.1.w": torch.zeros(7).bfloat16()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"n_layers": 10**9}, "asks for 1,000,000,002 layers, but"),
+        ({"dim": 10**8}, "asks for more weights than the files hold"),
+    ],
+)
+def test_a_config_without_end_fills_no_memory(tmp_path, micro, changes, words):
+    model = Transformer(micro)
+    state: dict[str, torch.Tensor] = {}
+    for name, x in model.state_dict().items():
+        state |= global_tensors("model.", name, x, 0)
+    save(tmp_path, state)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(micro) | changes))
+    if words:
+        with pytest.raises(UserError, match=words):
+            consolidate(tmp_path)
+    else:
+        assert torch.equal(consolidate(tmp_path).head.weight, model.head.weight)
 
 
 class Attack:

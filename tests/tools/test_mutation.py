@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.parametrize(
     "path, tests",
     [
-        ("dsv3_ref/rope.py", ["tests/test_rope.py"]),
+        ("dsv3_ref/rope.py", ["tests/test_rope.py", "tests/test_mla.py", "tests/test_ops.py"]),
         ("dsv3_ref/optim.py", ["tests/test_pretrain.py"]),
         ("dsv3_ref/data/dedup.py", ["tests/data/test_dedup.py"]),
         ("dsv3_ref/serve.py", ["tests/serving/test_serve.py"]),
