@@ -32,7 +32,8 @@ def plot_rewards(rows: list[dict], before: dict[str, dict] | None = None) -> Fig
         points = [(r["step"], r["reward_by"][name]) for r in rows if name in (r["reward_by"] or {})]
         color, line = COLORS[i % len(COLORS)], LINE_STYLES[i % len(LINE_STYLES)]
         step_n = np.array([step for step, _ in points])
-        draw_smoothed(ax, step_n, np.array([reward for _, reward in points]), name, color, line)
+        rewards = np.array([reward for _, reward in points])
+        draw_smoothed(ax, step_n, rewards, plain_label(name), color, line)
         held_out = [(0, before[name])] if name in before else []
         held_out += [
             (r["step"], r["held_out"][name]) for r in rows if name in (r.get("held_out") or {})
@@ -44,6 +45,11 @@ def plot_rewards(rows: list[dict], before: dict[str, dict] | None = None) -> Fig
     ax.set_ylim(-0.02, 1.02)
     label_axes(ax, "Reward; diamonds: held-out problems, greedy", "mean reward", legend=True)
     return fig
+
+
+def plain_label(name: str) -> str:
+    """Return the name of a task, which may be that of a file, as a label that stands as it is."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def plot_rl_metrics(rows: list[dict]) -> Figure:

@@ -29,6 +29,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import files, text_cache
 from dsv3_ref.data.files import open_source, valid_rows
 from dsv3_ref.data.sources import open_sources
+from dsv3_ref.viz.rl import plot_rewards
 
 TEXTS = ["first é", "second\nwith two lines", "third 深度 🙂"]
 ROWS = [{"text": text, "n": str(i)} for i, text in enumerate(TEXTS)]
@@ -635,6 +636,39 @@ def test_a_home_that_cannot_be_written(home, tmp_path):
     assert ran.stdout.strip() == TEXTS[0]
     assert [path.name for path in tmp_path.iterdir() if path != temporary] == ["a.jsonl"]
     assert not list(temporary.iterdir())
+
+
+MEASURE = """
+import resource, sys
+from dsv3_ref.data.sources import open_sources
+import datasets, pyarrow
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(source,) = open_sources([sys.argv[1]], 0, False)
+documents = source.train_documents()
+assert sum(len(next(documents)) for _ in range(50)) == 50_000
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.full
+def test_a_large_file_is_not_held_in_memory(tmp_path):
+    """400 MB of text are mapped: what is read counts, the rest stays on disk."""
+    row = as_lines([{"text": "x" * 1000}])
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(400):
+            file.write(row * 1000)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "a.jsonl.gz")]
+    ran = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 300
+
+
+def test_a_name_of_any_bytes_in_a_figure():
+    """matplotlib takes $ for formulas, and refuses bytes that are not UTF-8."""
+    for name in ("own\udce9.jsonl", "a$b$c_{.jsonl"):
+        rows = [{"step": i, "reward_by": {name: 0.5}} for i in (1, 2)]
+        assert plot_rewards(rows).savefig(io.BytesIO(), format="svg") is None
 
 
 # ── All at once ──
