@@ -329,7 +329,8 @@ def resolve_checkpoint_dir(directory: AnyPath) -> Path:
 
 
 def find_tokenizer_dir(path: Path) -> Path:
-    """Return the folder with tokenizer.json: the path itself, or the run of a checkpoint."""
+    """Return the folder with the tokenizer: the path itself, or the run of a checkpoint."""
     path = local_dir(path)
     places = [path, *path.resolve().parents[:2]]
-    return next((p for p in places if (p / "tokenizer.json").is_file()), path)
+    names = "tokenizer.json", "tiktoken.model", "tokenizer.model"
+    return next((p for p in places if any((p / name).is_file() for name in names)), path)

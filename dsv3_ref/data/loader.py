@@ -74,6 +74,7 @@ class PackedDataLoader:
         fim_rate: float = 0.1,
         split_rate: float = 0.1,
     ):
+        tok.check_document_tokens(tokenizer, needs_fim=fim_rate > 0)
         self.sources, self.tokenizer = sources, tokenizer
         self.length = length
         self.fim_rate, self.split_rate = fim_rate, split_rate

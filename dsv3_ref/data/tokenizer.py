@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_ref.config import UserError
+from dsv3_ref.data.tokenizer_conversion import convert_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
 
 if TYPE_CHECKING:
@@ -68,18 +69,28 @@ def encode_special_as_text(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Read a `tokenizer.json`, or that of a directory; it must have V3's special tokens."""
+    """Read a `tokenizer.json`, or that of a directory, or convert the tokenizer that it has."""
     path = directory / "tokenizer.json" if directory.is_dir() else directory
     if not path.is_file():
-        raise UserError(f"no tokenizer.json in {directory}")
+        return encode_special_as_text(reset_options(convert_tokenizer(directory)))
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer: {e}") from None
-    missing = [s for s in SPECIAL[:6] if tokenizer.token_to_id(s) is None]
-    if missing:
-        raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
     return encode_special_as_text(reset_options(tokenizer))
+
+
+def check_document_tokens(tokenizer: Tokenizer, needs_fim: bool) -> None:
+    """Raise a `UserError` if a tokenizer lacks the tokens that pre-training puts around texts."""
+    missing = [s for s in (BOS, EOS) if tokenizer.token_to_id(s) is None]
+    if missing:
+        raise UserError(
+            f"the tokenizer lacks {' and '.join(missing)}, which begin and end a document of "
+            "pre-training: use one that `dsv3 train` has trained, or a DeepSeek tokenizer"
+        )
+    missing = [s for s in (FIM_BEGIN, FIM_HOLE, FIM_END) if tokenizer.token_to_id(s) is None]
+    if missing and needs_fim:
+        raise UserError(f"the tokenizer lacks {' and '.join(missing)}: pass --fim-rate 0")
 
 
 def reset_options(tokenizer: Tokenizer) -> Tokenizer:

@@ -52,9 +52,9 @@ class RewardConfig(TrainConfig):
     """Train a reward model from a fine-tuned model, on pairs of answers.
 
     A row of data is {"prompt": messages that end with a question, "chosen": text, "rejected":
-    text}. --judge cot also needs "judgment_chosen" and "judgment_rejected", --with-reference also
-    needs "reference". Invalid rows are reported by number and skipped. --global-batch-size counts
-    pairs.
+    text}, or of another of TRL's preference forms. --judge cot also needs "judgment_chosen" and
+    "judgment_rejected", --with-reference also needs "reference". Invalid rows are reported by
+    number and skipped. --global-batch-size counts pairs.
     """
 
     data: tuple[str, ...] = ()

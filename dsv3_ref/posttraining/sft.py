@@ -48,7 +48,8 @@ class SFTConfig(TrainConfig):
     """Fine-tune a model on conversations.
 
     A row of data is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]},
-    optionally with a system message first. Invalid rows are reported by number and skipped.
+    or of ShareGPT's, Alpaca's or TRL's prompt-completion form. A message with "weight": 0 or
+    "train": false has no loss. Invalid rows are reported by number and skipped.
     """
 
     data: tuple[str, ...] = ()

@@ -161,8 +161,10 @@ def test_what_is_no_tokenizer_is_said(tmp_path):
     for s in tok.SPECIAL[2:]:
         del values["model"]["vocab"][s]
     path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="lacks the special tokens <｜▁pad▁｜> <｜fim▁hole｜>"):
-        tok.load_tokenizer(tmp_path)
+    loaded = tok.load_tokenizer(tmp_path)
+    tok.check_document_tokens(loaded, needs_fim=False)
+    with pytest.raises(UserError, match="lacks <｜fim▁begin｜> and .*: pass --fim-rate 0"):
+        tok.check_document_tokens(loaded, needs_fim=True)
 
 
 @pytest.mark.parametrize(
