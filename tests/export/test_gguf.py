@@ -17,6 +17,7 @@ from dsv3_ref.checkpoints.native import load, save
 from dsv3_ref.cli.main import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data import tokenizer as tok
+from dsv3_ref.decode import generate
 from dsv3_ref.export.gguf_file import check_shape, read_vocabulary
 from dsv3_ref.export.tokenizer_files import CHAT_TEMPLATE
 from dsv3_ref.model import Transformer
@@ -26,7 +27,7 @@ gguf = pytest.importorskip("gguf", reason="pip install 'dsv3-ref[gguf]'")
 
 @pytest.fixture(scope="module")
 def run(micro, tmp_path_factory):
-    """Return a run whose rows are multiples of 32 except in wkv_b's first half."""
+    """Return a run whose rows are multiples of 32, except in the keys' half of wkv_b."""
     rng = random.Random(0)
     tokenizer = tok.train_tokenizer([prose(rng, 200) for _ in range(20)], 400)
     config = replace(
@@ -36,9 +37,20 @@ def run(micro, tmp_path_factory):
     )  # fmt: skip
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("run") / "model"
-    save(randomize(Transformer(config)), folder)
+    save(with_clear_choices(randomize(Transformer(config)), tokenizer), folder)
     tok.save_tokenizer(tokenizer, folder / "tokenizer.json")
     return folder
+
+
+@torch.no_grad()
+def with_clear_choices(model: Transformer, tokenizer) -> Transformer:
+    """Let each token of plain text have one clear successor, so that rounding changes no choice."""
+    model.embed.weight.normal_()
+    model.head.weight.zero_()
+    texts = {i: text for text, i in tokenizer.get_vocab().items() if text.isascii()}
+    plain = torch.tensor(sorted(i for i in texts if i >= len(tok.SPECIAL)))
+    model.head.weight[plain[torch.randperm(len(plain))]] = model.embed.weight[plain]
+    return model
 
 
 def export(run: Path, tmp_path: Path, kind: str) -> Path:
@@ -153,19 +165,26 @@ def test_a_file_in_its_place_is_kept(run, tmp_path, capsys):
     assert "name a directory, or a file with --gguf" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0"])
-def test_llama_cpp_writes_the_same_text(kind, run, tmp_path, capsys):
+# Mean error of logits over their mean size, twice what was measured; rounding flips some experts.
+ERRORS = {"f16": 0.002, "bf16": 0.015, "q8_0": 0.04}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ERRORS)
+def test_llama_cpp_writes_the_same_text(kind, run, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
-    rng = random.Random(1)
-    prompts = [prose(rng, 6).strip() for _ in range(20)]
-    path = export(run, tmp_path, kind)
-    llm = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, verbose=False, logits_all=False)
-    same = 0
-    for prompt in prompts:
-        capsys.readouterr()
-        argv = ["generate", str(run), "--prompt", prompt, "--temperature", "0"]
-        assert main([*argv, "--max-new-tokens", "16"]) == 0
-        want = capsys.readouterr().out.removesuffix("\n").removeprefix(prompt)
+    rng, model, own = random.Random(1), load(run), tok.load_tokenizer(run)
+    path = str(export(run, tmp_path, kind))
+    llm = llama_cpp.Llama(path, n_ctx=256, n_threads=1, verbose=False, logits_all=True)
+    errors: list[torch.Tensor] = []
+    for _ in range(20):
+        prompt = prose(rng, 6).strip()
+        tokens = [0, *own.encode(prompt, add_special_tokens=False).ids]
+        assert llm.tokenize(prompt.encode()) == tokens
+        want = own.decode(generate(model, torch.tensor([tokens]), 16)[0, len(tokens) :].tolist())
         got = llm(prompt, max_tokens=16, temperature=0.0)["choices"][0]["text"]
-        same += got == want
-    assert same >= (20 if kind == "f16" else 18)
+        assert got == want
+        logits = torch.tensor(np.array(llm.scores[: len(tokens)]))
+        theirs = model(torch.tensor([tokens]))[0]
+        errors.append((logits - theirs).abs().mean() / theirs.abs().mean())
+    assert torch.stack(errors).mean() < ERRORS[kind]
