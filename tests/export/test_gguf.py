@@ -173,7 +173,8 @@ ERRORS = {"f16": 0.002, "bf16": 0.015, "q8_0": 0.04}
 @pytest.mark.parametrize("kind", ERRORS)
 def test_llama_cpp_writes_the_same_text(kind, run, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
-    rng, model, own = random.Random(1), load(run), tok.load_tokenizer(run)
+    model, own = load(run), tok.load_tokenizer(run)
+    rng = random.Random(1)
     path = str(export(run, tmp_path, kind))
     llm = llama_cpp.Llama(path, n_ctx=256, n_threads=1, verbose=False, logits_all=True)
     errors: list[torch.Tensor] = []
