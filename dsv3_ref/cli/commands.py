@@ -92,6 +92,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Evaluate a model on built-in tasks, problems from files or lm-eval tasks.",
             "dsv3_ref.evaluation.evaluate.EvalConfig",
             "dsv3_ref.evaluation.evaluate.evaluate_checkpoint",
+            stores_record=True,
         ),
     },
     "Cluster": {

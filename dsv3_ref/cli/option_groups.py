@@ -89,9 +89,9 @@ OPTION_GROUPS: dict[str, Groups] = {
         "computation": "verify",
     },
     "eval": {
-        "task": "tasks limit system apply_chat_template",
+        "task": "tasks num_fewshot fewshot_as_multiturn limit system apply_chat_template truncate",
         "sampling": "samples temperature max_new_tokens seed",
-        "computation": "device verify",
+        "computation": "batch_size device verify",
         "output": "out",
     },
     "plan": {

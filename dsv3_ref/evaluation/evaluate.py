@@ -1,12 +1,17 @@
 """`dsv3 eval`: pass@k and maj@k of a model on prompt tasks, other tasks by lm-eval."""
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
 import tyro
@@ -14,55 +19,83 @@ import tyro
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Completion, Policy
-from dsv3_ref.posttraining.prompts import Problem, build_messages, get_task, is_task_name
+from dsv3_ref.posttraining.prompts import (
+    TASKS,
+    Problem,
+    build_messages,
+    get_task,
+    held_out_problems,
+    is_task_name,
+    suggest,
+)
 from dsv3_ref.rewards import extract_boxed, majority, pass_at_k
 from dsv3_ref.training.strategy import pick_device
+
+DEFAULT_NEW_TOKENS = 48  # of an answer to a prompt task
+BOOTSTRAP_ITERS = 1000  # of the standard errors of lm-eval that have no formula
+OFFLINE_ERRORS = "Connection", "Offline", "LocalEntryNotFound", "MaxRetry", "Proxy", "Timeout"
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluate a model.
 
-    Problems of the built-in tasks (sums, counting, spelling) and of .jsonl files, as in `dsv3 rl`,
-    are answered --samples times each. Other names are tasks of lm-eval (pip install
-    'dsv3-ref[eval]'): `speeches` and `lm-sums` need no network, hellaswag and the like do.
+    The held-out problems of the built-in tasks (sums, counting, spelling) and all problems of
+    files, as in `dsv3 rl`, are answered --samples times each. Other names are tasks of lm-eval (pip
+    install 'dsv3-ref[eval]'): `speeches` and `lm-sums` need no network, hellaswag and the like do.
     """
 
     model: tyro.conf.Positional[Path]
     """a run, one of its checkpoints, or a Hugging Face directory"""
     tasks: tuple[str, ...] = ("sums",)
     """names of tasks, or files of problems (.jsonl, .json, .csv, .parquet; docs/data.md)"""
+    num_fewshot: int | None = None
+    """solved examples before each question; by default none, or as the task of lm-eval says"""
+    fewshot_as_multiturn: bool = True
+    """with --apply-chat-template, each example of lm-eval is a question and an answer"""
     samples: int = 6
     """answers to each problem: k of pass@k and maj@k"""
     temperature: float = 0.7
     """sampling temperature"""
-    max_new_tokens: int = 48
-    """tokens of an answer at most; a longer one counts as wrong"""
+    max_new_tokens: int | None = None
+    """tokens of an answer at most, and a longer one counts as wrong; by default 48, or as the task
+    of lm-eval says"""
+    truncate: bool = False
+    """keep the last tokens of prompts that are too long; otherwise they are an error"""
     system: str = ""
     """system prompt before each question"""
     limit: int = 0
     """problems of each task; 0: all"""
     apply_chat_template: bool = False
-    """render the texts of lm-eval's tasks as conversations of DeepSeek-V3"""
+    """render the texts of lm-eval's tasks as conversations of the model"""
+    batch_size: int = 64
+    """answers that are generated, or texts that are scored, at a time"""
     seed: int = 0
-    """seed of the problems and of the sampling"""
+    """seed of the problems, the examples and the sampling"""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""
     verify: bool = True
     """compare the files of the model with their checksums, where it has any"""
     out: Path | None = None
-    """also write the results here, as JSON"""
+    """also write the results here, as JSON, with the command, the version and the settings"""
 
 
 def validate_eval_args(args: EvalConfig) -> None:
     """Raise a `UserError` for options that cannot be used."""
     rules = [
         (len(args.tasks) > 0, "--tasks needs at least one name"),
+        (len(set(args.tasks)) == len(args.tasks), "--tasks names a task twice: name it once"),
         (args.samples >= 1, "--samples must be at least 1"),
-        (args.temperature > 0, "--temperature must be above 0: several answers are compared"),
-        (args.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
+        (
+            0 < args.temperature < math.inf,
+            "--temperature must be above 0: several answers are compared",
+        ),
+        (args.max_new_tokens is None or args.max_new_tokens >= 1,
+         "--max-new-tokens must be at least 1"),
+        (args.num_fewshot is None or args.num_fewshot >= 0, "--num-fewshot must be at least 0"),
+        (args.batch_size >= 1, "--batch-size must be at least 1"),
         (args.limit >= 0, "--limit must be at least 0"),
-    ]
+    ]  # fmt: skip
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
@@ -71,54 +104,145 @@ def validate_eval_args(args: EvalConfig) -> None:
             raise UserError(f"{name} has no right answers: choose sums, counting or spelling")
 
 
-def evaluate_checkpoint(args: EvalConfig) -> dict[str, dict[str, float]]:
-    """Evaluate a model, print a line per task, and return the results by task."""
+def evaluate_checkpoint(
+    args: EvalConfig, record: dict[str, Any] | None = None
+) -> dict[str, dict[str, float]]:
+    """Evaluate a model, print a line per task, and return the results by task.
+
+    record: what produced the results (`describe_run`), written with them.
+    """
     validate_eval_args(args)
-    policy = Policy.from_pretrained(args.model, pick_device(args.device), verify=args.verify)
     prompt_tasks = [name for name in args.tasks if is_task_name(name)]
     lm_eval_tasks = [name for name in args.tasks if not is_task_name(name)]
+    manager = find_lm_eval_tasks(lm_eval_tasks) if lm_eval_tasks else None
+    policy = Policy.from_pretrained(args.model, pick_device(args.device), verify=args.verify)
     results = {name: evaluate_task(policy, name, args) for name in prompt_tasks}
     if lm_eval_tasks:
-        results |= run_lm_eval(policy, lm_eval_tasks, args)
+        results |= run_lm_eval(policy, lm_eval_tasks, manager, args)
     for name, metrics in results.items():
-        print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        print(f"{name}: {format_metrics(metrics)}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"model": str(args.model), "results": results})
+        write_json(args.out, {"model": str(args.model), **(record or {}), "results": results})
     return results
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Return metrics as a line: the number of problems first, and means with standard errors."""
+    parts = [f"n {metrics['n']}"] if "n" in metrics else []
+    for name, value in metrics.items():
+        if name != "n" and "_stderr" not in name:
+            label, _, filtered = name.partition(",")
+            error = metrics.get(f"{label}_stderr{',' * bool(filtered)}{filtered}")
+            parts.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+    return ", ".join(parts)
 
 
 # ── Prompt tasks ──
 
 
 def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, float]:
-    """Measure accuracy of greedy answers, and pass@1, pass@k and maj@k of sampled ones."""
-    problems = get_task(name).problems[1][: args.limit or None]
+    """Measure accuracy of greedy answers, and pass@1, pass@k and maj@k of sampled ones.
+
+    Each comes with the standard error of its mean over problems, and with the numbers of problems,
+    of answers without an end, and of prompts that were truncated.
+    """
+    problems = held_out_problems(name)[: args.limit or None]
     k = args.samples
-    prompts = [build_messages(problem.question, system=args.system) for problem in problems]
+    prompts, num_truncated = render_prompts(policy, name, problems, args)
     torch.manual_seed(args.seed)
-    greedy = policy.generate(prompts, 1, args.max_new_tokens, 0.0)
-    groups = chunked(policy.generate(prompts, k, args.max_new_tokens, args.temperature), k)
-    num_correct = []
-    lengths: list[int] = []
-    for problem, group in zip(problems, groups):
-        num_correct.append(sum(score_completion(name, problem, x) == 1 for x in group))
-        lengths += [len(x.tokens) for x in group]
-    metrics = {
-        "greedy": fmean(score_completion(name, p, x) for p, x in zip(problems, greedy)),
-        "pass@1": fmean(pass_at_k(n, k, 1) for n in num_correct),
+    greedy = complete(policy, prompts, 1, 0.0, args)
+    samples = complete(policy, prompts, k, args.temperature, args)
+    groups = [samples[i : i + k] for i in range(0, len(samples), k)]
+    num_correct = [
+        sum(score_completion(name, problem, x) == 1 for x in group)
+        for problem, group in zip(problems, groups)
+    ]
+    scores = {
+        "greedy": [score_completion(name, p, x) for p, x in zip(problems, greedy)],
+        "pass@1": [pass_at_k(n, k, 1) for n in num_correct],
     }
     if k > 1:
-        metrics[f"pass@{k}"] = fmean(pass_at_k(n, k, k) for n in num_correct)
+        scores[f"pass@{k}"] = [pass_at_k(n, k, k) for n in num_correct]
     if k > 1 and not problems[0].cases:  # there is no majority of programs
-        scores = [score_majority(name, p, group) for p, group in zip(problems, groups)]
-        metrics[f"maj@{k}"] = fmean(scores)
-    return metrics | {"tokens": fmean(lengths)}
+        scores[f"maj@{k}"] = [score_majority(name, p, group) for p, group in zip(problems, groups)]
+    metrics: dict[str, float] = {"n": len(problems)}
+    for metric, values in scores.items():
+        metrics |= mean_with_error(metric, values)
+    return metrics | {
+        "tokens": fmean(len(x.tokens) for x in samples),
+        "unfinished": sum(not x.is_finished for x in greedy + samples),
+        "truncated": num_truncated,
+    }
 
 
-def chunked(completions: list[Completion], k: int) -> list[list[Completion]]:
-    """Cut consecutive completions into groups of k, one group per problem."""
-    return [completions[i : i + k] for i in range(0, len(completions), k)]
+def mean_with_error(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the mean of values and, if there are several, the standard error of the mean."""
+    error = {f"{name}_stderr": stdev(values) / math.sqrt(len(values))} if len(values) > 1 else {}
+    return {name: fmean(values)} | error
+
+
+def complete(
+    policy: Policy, prompts: list[list[int]], k: int, temperature: float, args: EvalConfig
+) -> list[Completion]:
+    """Return k consecutive completions of each prompt, --batch-size at a time."""
+    max_new_tokens = args.max_new_tokens or DEFAULT_NEW_TOKENS
+    n = max(1, args.batch_size // k)
+    batches = [prompts[i : i + n] for i in range(0, len(prompts), n)]
+    return list(chain.from_iterable(
+        policy.complete(batch, k, max_new_tokens, temperature) for batch in batches
+    ))  # fmt: skip
+
+
+def render_prompts(
+    policy: Policy, name: str, problems: list[Problem], args: EvalConfig
+) -> tuple[list[list[int]], int]:
+    """Return the tokens of prompts with their examples, and how many of them were truncated.
+
+    Raises a `UserError` if prompts are too long and --truncate is not given.
+    """
+    max_new_tokens = args.max_new_tokens or DEFAULT_NEW_TOKENS
+    prompts = []
+    for i, problem in enumerate(problems):
+        turns = build_messages(problem.question, system=args.system or problem.system)
+        examples = draw_examples(name, problem, args.num_fewshot or 0, f"{args.seed} {i}")
+        prompts.append(policy.chat.render_prompt([*turns[:-1], *examples, turns[-1]]))
+    return truncate_prompts(policy, prompts, max_new_tokens, name, args.truncate)
+
+
+def truncate_prompts(
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int, name: str, truncate: bool
+) -> tuple[list[list[int]], int]:
+    """Keep as many last tokens of each prompt as leave room for its answer, and count the cut ones.
+
+    Raises a `UserError` if any is too long and `truncate` is False, or if there is no room at all.
+    """
+    limit = policy.model.config.max_seq_len
+    room = limit - max_new_tokens
+    lengths = [len(prompt) for prompt in prompts if len(prompt) > room]
+    if lengths and (room < 1 or not truncate):
+        remedy = "" if room < 1 else ", or pass --truncate to keep the last tokens of each"
+        raise UserError(
+            f"{name}: {len(lengths)} of {len(prompts)} prompts have up to {max(lengths)} tokens, "
+            f"which with {max_new_tokens} new ones are more than the {limit} of the model's "
+            f"context: lower --max-new-tokens or --num-fewshot{remedy}"
+        )
+    return [prompt[-room:] for prompt in prompts], len(lengths)
+
+
+def draw_examples(name: str, problem: Problem, n: int, seed: str) -> list[dict]:
+    """Return the turns of n solved examples: problems to train on, or other rows of a file."""
+    if not n:
+        return []
+    pool = held_out_problems(name) if name not in TASKS else get_task(name).problems[0]
+    others = [p for p in pool if p.question != problem.question]
+    if problem.cases or len(others) < n:
+        have = "no worked solutions" if problem.cases else f"{len(others)} other problems"
+        raise UserError(f"--num-fewshot {n}: {name} has {have}: lower it to 0 or add problems")
+    turns = []
+    for example in random.Random(seed).sample(others, n):
+        turns += build_messages(example.question, f"The answer is \\boxed{{{example.answer}}}.")
+    return turns
 
 
 def score_completion(name: str, problem: Problem, completion: Completion) -> float:
@@ -135,46 +259,110 @@ def score_majority(name: str, problem: Problem, group: list[Completion]) -> floa
 # ── Tasks of lm-eval ──
 
 
-def run_lm_eval(policy: Policy, names: list[str], args: EvalConfig) -> dict[str, dict[str, float]]:
-    """Run tasks of lm-eval, `speeches` among them, and return their metrics."""
+def find_lm_eval_tasks(names: list[str]) -> Any:
+    """Return lm-eval's index of tasks; raise a `UserError` if it is missing or lacks a name.
+
+    Reading the index takes seconds, so it is empty if all tasks are defined here.
+    """
     try:
-        import lm_eval
+        import lm_eval  # noqa: F401
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError(
-            f"{', '.join(names)}: tasks of lm-eval need pip install 'dsv3-ref[eval]'"
+            f"{', '.join(names)}{suggest(names[0], TASKS)}: not tasks of dsv3, and tasks of "
+            "lm-eval need pip install 'dsv3-ref[eval]'"
         ) from None
+    from dsv3_ref.evaluation.lm_eval_adapter import task_config
+
+    theirs = [name for name in names if task_config(name) == name]
+    manager = TaskManager(include_defaults=bool(theirs))
+    for name in theirs:
+        check_task_name(name, manager.all_tasks)
+    return manager
+
+
+def check_task_name(name: str, known: Sequence[str]) -> None:
+    """Raise a `UserError` with similar names if lm-eval knows no task of this name."""
+    if name not in known:
+        own = [*TASKS, "speeches", *(f"lm-{task}" for task in TASKS)]
+        raise UserError(
+            f"no task {name!r}{suggest(name, [*own, *known])}: choose {', '.join(TASKS)}, a file "
+            "such as problems.jsonl, or a task of `lm-eval ls tasks`"
+        )
+
+
+def run_lm_eval(
+    policy: Policy, names: list[str], manager: Any, args: EvalConfig
+) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-eval, `speeches` among them, and return their metrics."""
+    import lm_eval
+
     from dsv3_ref.evaluation.lm_eval_adapter import DSV3LM, task_config
 
-    tasks = [task_config(name) for name in names]
+    model = DSV3LM(policy, args.batch_size, args.max_new_tokens, args.truncate)
     with quiet_lm_eval():
         try:
             output = lm_eval.simple_evaluate(
-                DSV3LM(policy), tasks=tasks, limit=args.limit or None, bootstrap_iters=0,
-                apply_chat_template=args.apply_chat_template, random_seed=args.seed,
-                numpy_random_seed=args.seed, torch_random_seed=args.seed,
+                model, tasks=[task_config(name) for name in names], limit=args.limit or None,
+                task_manager=manager, num_fewshot=args.num_fewshot, bootstrap_iters=BOOTSTRAP_ITERS,
+                system_instruction=args.system or None,
+                apply_chat_template=args.apply_chat_template,
+                fewshot_as_multiturn=args.fewshot_as_multiturn and args.apply_chat_template,
+                random_seed=args.seed, numpy_random_seed=args.seed,
+                torch_random_seed=args.seed, fewshot_random_seed=args.seed,
             )  # fmt: skip
-        except Exception as e:  # no network or no such task, under many exception types
-            raise UserError(f"lm-eval could not run {', '.join(names)}: {e}") from e
-    return {name: select_metrics(row) for name, row in output["results"].items()}
+        except UserError:
+            raise
+        except Exception as e:  # no network or a data set that has changed, of many types
+            raise UserError(f"lm-eval could not run {', '.join(names)}: {explain(e)}") from e
+    samples = output.get("n-samples", {})
+    results = {}
+    for name, row in output["results"].items():
+        n = {"n": samples[name]["effective"]} if name in samples else {}
+        results[name] = n | select_metrics(row)
+    if model.num_truncated:
+        print(f"{model.num_truncated} of lm-eval's texts were truncated", file=sys.stderr)
+        results = {name: row | {"truncated": model.num_truncated} for name, row in results.items()}
+    return results
 
 
-def select_metrics(row: dict[str, object]) -> dict[str, float]:
-    """Return the metrics of a result of lm-eval by their names, without standard errors."""
+def explain(error: BaseException) -> str:
+    """Return the message of an error, and the remedy if there is no network."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(f"{type(cause).__name__} {cause}" for cause in causes)
+    if any(word in text for word in OFFLINE_ERRORS):
+        return (
+            f"{error} (its data set is downloaded on first use, and the hub cannot be reached: "
+            "run it once with a network, or copy that machine's HF_HOME and set HF_HUB_OFFLINE=1)"
+        )
+    return str(error) or type(error).__name__
+
+
+def select_metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics and standard errors of a result of lm-eval by their names."""
     return {
         key.removesuffix(",none"): value
         for key, value in row.items()
-        if isinstance(value, float) and "stderr" not in key
+        if isinstance(value, int | float) and key not in ("sample_len", "alias")
     }
 
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval, and keep it from reporting the use of local files."""
-    before = os.environ.get("HF_HUB_DISABLE_TELEMETRY")
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    """Silence lm-eval, keep it in this process and from reporting the use of local files."""
+    settings = {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_MULTIPROC": "1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["HF_HUB_DISABLE_TELEMETRY"]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -3,6 +3,8 @@
 pip install 'dsv3-ref[eval]'
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,13 +14,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from dsv3_ref.config import UserError
 from dsv3_ref.data.sources import open_sources
 from dsv3_ref.decode import SamplingParams, stream
+from dsv3_ref.evaluation.evaluate import truncate_prompts
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import TASKS
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 
-BATCH = 16  # rows per forward pass
+MAX_GEN_TOKS = 256  # new tokens where a task sets no limit, as in lm-eval
 
 # (texts, context, continuation), as lm-eval passes them to `_loglikelihood_tokens`
 TokenRequest = tuple[object, list[int], list[int]]
@@ -27,9 +31,16 @@ TokenRequest = tuple[object, list[int], list[int]]
 class DSV3LM(TemplateLM):
     """A model behind lm-eval's interface; texts start with the begin-of-sentence token."""
 
-    def __init__(self, policy: Policy):
+    def __init__(
+        self, policy: Policy, batch_size: int = 16, max_new_tokens: int | None = None,
+        truncate: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.policy = policy
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens  # in place of the limit of the tasks
+        self.truncate = truncate
+        self.num_truncated = 0  # contexts
         self.max_length = policy.model.config.max_seq_len
         self._device = policy.model.head.weight.device
 
@@ -51,15 +62,16 @@ class DSV3LM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Encode a text, after the begin token unless add_special_tokens is False."""
+        """Encode a text; the begin token comes first if the tokenizer adds it, or as asked for."""
         ids = self.policy.chat.encode(string)
-        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+        adds_bos = self.policy.chat.adds_bos if add_special_tokens is None else add_special_tokens
+        return [self.prefix_token_id, *ids] if adds_bos else ids
 
     def encode_context(self, context: str) -> list[int]:
         """Encode a context; a conversation keeps its special tokens."""
         if isinstance(context, ChatContext):
             return self.policy.chat.render_prompt(context.messages)
-        return self.tok_encode(context)
+        return self.policy.chat.encode_prompt(context)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode a context and its continuation."""
@@ -85,15 +97,34 @@ class DSV3LM(TemplateLM):
             scores.append((logp_nw.gather(1, y_n[:, None]).sum().item(), is_greedy))
         return scores
 
+    def fit_rows(
+        self, rows: list[tuple[list[int], list[int]]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return rows whose contexts are cut to what fits before their continuations.
+
+        Raises a `UserError` if any is too long and `truncate` is False, or a continuation is.
+        """
+        limit = self.max_length + 1  # the last token is only predicted
+        long = [len(context) + len(new) for context, new in rows if len(context + new) > limit]
+        if long and (not self.truncate or any(len(new) >= limit for _, new in rows)):
+            raise UserError(
+                f"{len(long)} of {len(rows)} texts have up to {max(long)} tokens, more than the "
+                f"{self.max_length} of the model's context: lower --num-fewshot, or pass "
+                "--truncate to cut the beginnings of contexts"
+            )
+        self.num_truncated += len(long)
+        return [(context[max(0, len(context + new) - limit) :], new) for context, new in rows]
+
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         """Score requests, those of similar length together; return scores in their order."""
-        rows = [(context, new) for _, context, new in requests]
+        rows = self.fit_rows([(context, new) for _, context, new in requests])
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
         scores = [(0.0, False)] * len(rows)
-        for start in tqdm(range(0, len(order), BATCH), "log-likelihoods", disable=disable_tqdm):
-            batch = order[start : start + BATCH]
+        n = self.batch_size
+        for start in tqdm(range(0, len(order), n), "log-likelihoods", disable=disable_tqdm):
+            batch = order[start : start + n]
             for i, score in zip(batch, self.score_rows([rows[i] for i in batch])):
                 scores[i] = score
         return scores
@@ -116,24 +147,51 @@ class DSV3LM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return greedy or sampled continuations up to a stop text or the end token."""
-        return [self.generate_one(*r.args) for r in tqdm(requests, "answers", disable=disable_tqdm)]
+        by_options: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            by_options[json.dumps(request.args[1], sort_keys=True)].append(i)
+        answers = [""] * len(requests)
+        progress = tqdm(total=len(requests), desc="answers", disable=disable_tqdm)
+        for indices in by_options.values():
+            options = requests[indices[0]].args[1]
+            max_new_tokens = self.max_new_tokens or options.get("max_gen_toks", MAX_GEN_TOKS)
+            contexts = [self.encode_context(requests[i].args[0]) for i in indices]
+            name = getattr(requests[indices[0]], "task_name", None) or "lm-eval"
+            prompts, num_truncated = truncate_prompts(
+                self.policy, contexts, max_new_tokens, name, self.truncate
+            )
+            self.num_truncated += num_truncated
+            pairs = sorted(zip(indices, prompts), key=lambda pair: -len(pair[1]))
+            for start in range(0, len(pairs), self.batch_size):
+                batch = pairs[start : start + self.batch_size]
+                texts = self.generate_batch([x for _, x in batch], options, max_new_tokens)
+                for (i, _), text in zip(batch, texts):
+                    answers[i] = text
+                progress.update(len(batch))
+        progress.close()
+        return answers
 
-    def generate_one(self, context: str, options: dict) -> str:
-        """Continue one context with lm-eval's generation arguments."""
+    def generate_batch(
+        self, prompts: list[list[int]], options: dict, max_new_tokens: int
+    ) -> list[str]:
+        """Continue prompts with lm-eval's generation arguments, all in one batch."""
         until, ends = options.get("until") or [], self.policy.chat.stop_token_ids
-        stops = tuple([until] if isinstance(until, str) else until)
-        text = StreamDetokenizer(self.policy.tokenizer, stops)
-        max_new_tokens = min(options.get("max_gen_toks", 256), self.max_length - 1)
-        prompt = self.encode_context(context)[-(self.max_length - max_new_tokens) :]
+        stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+        texts = [StreamDetokenizer(self.policy.tokenizer, stops) for _ in prompts]
         is_sampled = options.get("do_sample", False) or options.get("temperature", 0) > 0
         temperature = options.get("temperature", 1.0) if is_sampled else 0.0
         params = SamplingParams(temperature, options.get("top_p", 1.0))
-        continuation = ""
-        for (new,) in stream(self.policy.model, [prompt], max_new_tokens, params, ends):
-            continuation += text.push([token for token in new if token not in ends])
-            if text.ended:
+        answers = [""] * len(prompts)
+        steps = stream(self.policy.model, prompts, max_new_tokens, params, ends)
+        new_tokens = next(steps, None)
+        while new_tokens is not None:
+            for i, new in enumerate(new_tokens):
+                answers[i] += texts[i].push([token for token in new if token not in ends])
+            try:
+                new_tokens = steps.send([not text.ended for text in texts])
+            except StopIteration:
                 break
-        return continuation + text.flush()
+        return [answer + text.flush() for answer, text in zip(answers, texts)]
 
     def apply_chat_template(
         self, chat_history: list[dict], add_generation_prompt: bool = True

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,10 +83,7 @@ class Policy:
     ) -> list[Completion]:  # fmt: skip
         """Sample `num_generations` consecutive completions of each conversation."""
         batches = self.iter_batches(conversations, num_generations, max_new_tokens, temperature)
-        completions: list[Completion] = []
-        for batch in batches:
-            completions += batch
-        return completions
+        return list(chain.from_iterable(batches))
 
     def iter_batches(
         self, conversations: Sequence[list[dict]], num_generations: int, max_new_tokens: int,
@@ -93,18 +91,25 @@ class Policy:
     ) -> Iterator[list[Completion]]:  # fmt: skip
         """Yield the completions of `generate`, some conversations at a time."""
         n = max(1, BATCH_COMPLETIONS // num_generations)
-        stops = self.chat.stop_token_ids
         for start in range(0, len(conversations), n):
             prompts = [self.chat.render_prompt(x) for x in conversations[start : start + n]]
-            check_prompt_length(self.model, prompts, max_new_tokens)
-            rollouts = self.rollout_fn(prompts, num_generations, max_new_tokens, stops, temperature)
-            batch = []
-            for i, (tokens, logps) in enumerate(zip(*rollouts)):
-                is_finished = tokens[-1] in stops
-                text = self.tokenizer.decode(tokens[:-1] if is_finished else tokens)
-                prompt = prompts[i // num_generations]
-                batch.append(Completion(prompt, tokens, logps, text, is_finished))
-            yield batch
+            yield self.complete(prompts, num_generations, max_new_tokens, temperature)
+
+    def complete(
+        self, prompts: list[list[int]], num_generations: int, max_new_tokens: int,
+        temperature: float,
+    ) -> list[Completion]:  # fmt: skip
+        """Sample `num_generations` consecutive completions of each prompt, all in one batch."""
+        check_prompt_length(self.model, prompts, max_new_tokens)
+        stops = self.chat.stop_token_ids
+        rollouts = self.rollout_fn(prompts, num_generations, max_new_tokens, stops, temperature)
+        batch = []
+        for i, (tokens, logps) in enumerate(zip(*rollouts)):
+            is_finished = tokens[-1] in stops
+            text = self.tokenizer.decode(tokens[:-1] if is_finished else tokens)
+            prompt = prompts[i // num_generations]
+            batch.append(Completion(prompt, tokens, logps, text, is_finished))
+        return batch
 
     def sample_votes(self, answers: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
         """Sample k votes on each (question, answer) at temperature 1, (n, k): True is a yes."""
