@@ -181,7 +181,7 @@ def test_a_batch_gives_the_answers_of_single_requests(policy):
     want = [DSV3LM(policy).generate_until(requests(x), disable_tqdm=True)[0] for x in asked]
     found = DSV3LM(policy, batch_size=7).generate_until(requests(*asked), disable_tqdm=True)
     assert found == want
-    for (text, how), answer in zip(asked, found):
+    for (_, how), answer in zip(asked, found):
         stops = [how["until"]] if isinstance(how["until"], str) else how["until"]
         assert not any(stop and stop in answer for stop in stops)
     assert free == want[asked.index(("the sea", how | {"until": [], "max_gen_toks": 12}))]
