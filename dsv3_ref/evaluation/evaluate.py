@@ -18,7 +18,7 @@ import tyro
 
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
-from dsv3_ref.posttraining.policy import Completion, Policy
+from dsv3_ref.posttraining.policy import Completion, Policy, truncate_prompts
 from dsv3_ref.posttraining.prompts import (
     TASKS,
     Problem,
@@ -207,27 +207,7 @@ def render_prompts(
         turns = build_messages(problem.question, system=args.system or problem.system)
         examples = draw_examples(name, problem, args.num_fewshot or 0, f"{args.seed} {i}")
         prompts.append(policy.chat.render_prompt([*turns[:-1], *examples, turns[-1]]))
-    return truncate_prompts(policy, prompts, max_new_tokens, name, args.truncate)
-
-
-def truncate_prompts(
-    policy: Policy, prompts: list[list[int]], max_new_tokens: int, name: str, truncate: bool
-) -> tuple[list[list[int]], int]:
-    """Keep as many last tokens of each prompt as leave room for its answer, and count the cut ones.
-
-    Raises a `UserError` if any is too long and `truncate` is False, or if there is no room at all.
-    """
-    limit = policy.model.config.max_seq_len
-    room = limit - max_new_tokens
-    lengths = [len(prompt) for prompt in prompts if len(prompt) > room]
-    if lengths and (room < 1 or not truncate):
-        remedy = "" if room < 1 else ", or pass --truncate to keep the last tokens of each"
-        raise UserError(
-            f"{name}: {len(lengths)} of {len(prompts)} prompts have up to {max(lengths)} tokens, "
-            f"which with {max_new_tokens} new ones are more than the {limit} of the model's "
-            f"context: lower --max-new-tokens or --num-fewshot{remedy}"
-        )
-    return [prompt[-room:] for prompt in prompts], len(lengths)
+    return truncate_prompts(policy.model, prompts, max_new_tokens, name, args.truncate)
 
 
 def draw_examples(name: str, problem: Problem, n: int, seed: str) -> list[dict]:

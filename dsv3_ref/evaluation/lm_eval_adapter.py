@@ -17,8 +17,7 @@ from tqdm import tqdm
 from dsv3_ref.config import UserError
 from dsv3_ref.data.sources import open_sources
 from dsv3_ref.decode import SamplingParams, stream
-from dsv3_ref.evaluation.evaluate import truncate_prompts
-from dsv3_ref.posttraining.policy import Policy
+from dsv3_ref.posttraining.policy import Policy, truncate_prompts
 from dsv3_ref.posttraining.prompts import TASKS
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 
@@ -158,7 +157,7 @@ class DSV3LM(TemplateLM):
             contexts = [self.encode_context(requests[i].args[0]) for i in indices]
             name = getattr(requests[indices[0]], "task_name", None) or "lm-eval"
             prompts, num_truncated = truncate_prompts(
-                self.policy, contexts, max_new_tokens, name, self.truncate
+                self.policy.model, contexts, max_new_tokens, name, self.truncate
             )
             self.num_truncated += num_truncated
             pairs = sorted(zip(indices, prompts), key=lambda pair: -len(pair[1]))

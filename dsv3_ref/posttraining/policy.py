@@ -44,6 +44,26 @@ def check_prompt_length(
         )
 
 
+def truncate_prompts(
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, name: str, truncate: bool
+) -> tuple[list[list[int]], int]:
+    """Keep as many last tokens of each prompt as leave room for its answer, and count the cut ones.
+
+    Raises a `UserError` if any is too long and `truncate` is False, or if there is no room at all.
+    """
+    limit = model.config.max_seq_len
+    room = limit - max_new_tokens
+    lengths = [len(prompt) for prompt in prompts if len(prompt) > room]
+    if lengths and (room < 1 or not truncate):
+        remedy = "" if room < 1 else ", or pass --truncate to keep the last tokens of each"
+        raise UserError(
+            f"{name}: {len(lengths)} of {len(prompts)} prompts have up to {max(lengths)} tokens, "
+            f"which with {max_new_tokens} new ones are more than the {limit} of the model's "
+            f"context: lower --max-new-tokens or --num-fewshot{remedy}"
+        )
+    return [prompt[-room:] for prompt in prompts], len(lengths)
+
+
 class Completion(NamedTuple):
     """A sampled completion of a prompt."""
 
