@@ -39,6 +39,8 @@
 #   the position, for each token and layer, instead of keys and values for 128 heads.
 # - **It was affordable** (§1, table 1): 180 thousand H800 hours for each trillion training tokens.
 #
+# To run the chapters: `pip install -e ".[lab]"` in a checkout, then `jupyter lab notebooks`.
+#
 # What you will meet where:
 #
 # | chapter | in the picture |

@@ -108,7 +108,7 @@ class TextSource(Source):
                 text = row["text"]
                 if not isinstance(text, str | None):
                     kind = type(text).__name__
-                    raise UserError(f"the column 'text' of {self.name} holds {kind}, not text")
+                    raise UserError(f"the column 'text' of {self.name} holds {kind}, not a string")
                 yield text or ""
 
     def fingerprint(self) -> dict[str, Any]:

@@ -259,4 +259,4 @@ def test_junk_in_run_json_never_ends_in_a_traceback(finished, tmp_path, capsys, 
 
 @pytest.mark.full
 def test_junk_in_run_json_and_a_whole_resumed_run(finished, tmp_path, capsys):
-    fuzz(finished, tmp_path, capsys, stride=1)
+    fuzz(finished, tmp_path, capsys, stride=5)
