@@ -72,7 +72,7 @@ OPTION_GROUPS: dict[str, Groups] = {
         "checkpoint": "init out",
     },
     "generate": {"text": "prompt"} | GENERATE,
-    "chat": {"text": "system"} | GENERATE | {"web page": "web host port allowed_hosts"},
+    "chat": {"text": "system"} | GENERATE | {"web page": "web host port allowed_hosts api_key"},
     "serve": {
         "server": "host port served_model_name max_queue max_connections grace",
         "access": "api_key allow_unauthenticated allowed_hosts allowed_origins"

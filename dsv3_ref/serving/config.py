@@ -66,6 +66,9 @@ class ChatConfig(GenerationOptions):
     """port of the web page; 0 selects a free one"""
     allowed_hosts: tuple[str, ...] = ()
     """further names under which a browser may address the web page"""
+    api_key: tuple[str, ...] = ()
+    """passwords of the web page, with any user name; without this option, those in the environment
+    variable DSV3_API_KEY, separated by commas"""
 
 
 def validate_generation_options(args: GenerationOptions) -> None:
@@ -165,17 +168,20 @@ def validate_serve_config(args: ServeConfig) -> None:
         raise UserError(
             f"--kv-cache-tokens must be at least two blocks ({2 * args.block_size} tokens)"
         )
-    for key in api_keys(args):
+    api_keys(args)
+
+
+def api_keys(args: ServeConfig | ChatConfig) -> tuple[str, ...]:
+    """Return the keys of clients, from the options or else from the environment.
+
+    Raises a `UserError` for a key that a header cannot carry.
+    """
+    words = os.environ.get(API_KEY_VARIABLE, "").split(",")
+    keys = args.api_key or tuple(word.strip() for word in words if word.strip())
+    for key in keys:
         if not (key.isascii() and key.isprintable()) or " " in key or not key:
             raise UserError("--api-key must consist of visible ASCII characters")
-
-
-def api_keys(args: ServeConfig) -> tuple[str, ...]:
-    """Return the keys of clients, from the options or else from the environment."""
-    if args.api_key:
-        return args.api_key
-    words = os.environ.get(API_KEY_VARIABLE, "").split(",")
-    return tuple(word.strip() for word in words if word.strip())
+    return keys
 
 
 def build_engine(model: Transformer, args: ServeConfig, prefill_only: bool = False) -> Engine:

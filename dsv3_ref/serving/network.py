@@ -1,5 +1,7 @@
 """Who may reach a server: the address that it listens on, the Host header, and API keys."""
 
+import base64
+import binascii
 import hashlib
 import hmac
 import json
@@ -98,9 +100,14 @@ def host_of(header: str) -> str:
 
 
 class ApiKeys:
-    """The keys of clients, and a salt for each that keeps their prefix caches apart."""
+    """The keys of clients, and a salt for each that keeps their prefix caches apart.
 
-    def __init__(self, keys: Sequence[str]):
+    is_password: a browser asks its user for the key, with any user name (HTTP's Basic scheme).
+    """
+
+    def __init__(self, keys: Sequence[str], is_password: bool = False):
+        self.is_password = is_password
+        self.challenge = b'Basic realm="dsv3"' if is_password else b"Bearer"
         self.secret = secrets.token_bytes(32)  # of this process: a salt reveals nothing of its key
         self.digests = [self.digest(key.encode()) for key in keys]
 
@@ -116,18 +123,31 @@ class ApiKeys:
         if not self.digests:
             return b""
         scheme, _, key = authorization.partition(b" ")
+        if self.is_password:
+            key = password_of(key.strip())
         digest = self.digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self.digests]
-        return digest if any(matches) and scheme.lower() == b"bearer" else None
+        is_scheme = scheme.lower() == (b"basic" if self.is_password else b"bearer")
+        return digest if any(matches) and is_scheme else None
+
+
+def password_of(credentials: bytes) -> bytes:
+    """Return the password of a user name and a password in base64; b"" if they are malformed."""
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 # ── In front of an app ──
 
 
-def guard_app(app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys) -> "ASGIApp":
+def guard_app(
+    app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys, open_paths: Sequence[str] = OPEN_PATHS
+) -> "ASGIApp":
     """Return an ASGI app that refuses requests with a foreign Host header or without a valid key.
 
-    The client's cache salt is passed on in the scope.
+    The client's cache salt is passed on in the scope. open_paths: need no key.
     """
 
     async def guarded(scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -142,9 +162,11 @@ def guard_app(app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys) -> "ASGIApp":
             await refuse(send, 403, message)
             return
         salt = keys.salt(headers.get(b"authorization", b""))
-        if salt is None and scope["path"] not in OPEN_PATHS:
-            message = "this server needs an API key: send it as “Authorization: Bearer KEY”"
-            await refuse(send, 401, message, "invalid_api_key")
+        if salt is None and scope["path"] not in open_paths:
+            scheme = keys.challenge.decode().partition(" ")[0]
+            message = f"this server needs an API key: send it as “Authorization: {scheme} KEY”"
+            challenge = [(b"www-authenticate", keys.challenge)]
+            await refuse(send, 401, message, "invalid_api_key", challenge)
             return
         scope[CACHE_SALT] = salt or b""
         await app(scope, receive, send)
@@ -152,15 +174,17 @@ def guard_app(app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys) -> "ASGIApp":
     return guarded
 
 
-async def refuse(send: "Send", status: int, message: str, code: str | None = None) -> None:
+async def refuse(
+    send: "Send", status: int, message: str, code: str | None = None,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:  # fmt: skip
     """Send an error response and close the connection, whose request body is not read."""
     body = json.dumps(error_body(message, status, code=code), ensure_ascii=False).encode()
-    headers = [
+    fixed = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    start = {"type": "http.response.start", "status": status, "headers": [*fixed, *headers]}
+    await send(start)
     await send({"type": "http.response.body", "body": body})

@@ -1,7 +1,10 @@
 """`dsv3 chat --web`: a web page to chat with a model, which shows the experts of every token."""
 
+import base64
+import hashlib
 import inspect
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +20,7 @@ from torch import Tensor
 from dsv3_ref.config import UserError
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.serving.config import ChatConfig
+from dsv3_ref.serving.config import ChatConfig, api_keys
 from dsv3_ref.serving.network import ApiKeys, bind_socket, guard_app, host_rule, is_loopback
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
@@ -28,10 +31,15 @@ if TYPE_CHECKING:  # optional dependencies
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FRAME_SECONDS = 0.05  # minimum time between two updates of a growing answer
-# What a browser may fetch. gradio 5 requests a script from a CDN, which it can do without.
+# What a browser may do. gradio evaluates code, styles elements one by one, and needs workers.
 CONTENT_SECURITY_POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'"
+    "default-src 'none'; script-src 'self' 'unsafe-eval' {scripts}; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "media-src 'self' data: blob:; connect-src 'self'; worker-src 'self' blob:; "
+    "manifest-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'none'"
 )
+INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 ExpertWeights = list[tuple[int, float]]  # (expert, weight) of a token in one layer
 
 
@@ -441,10 +449,11 @@ def page_controls(generator: TextGenerator[ChatConfig]) -> list["gradio.componen
 def serve_web_chat(args: ChatConfig) -> None:
     """Serve the page until Ctrl-C."""
     import_gradio()
+    keys = ApiKeys(api_keys(args), is_password=True)
     listener = bind_socket(args.host, args.port)
     app = build_web_app(TextGenerator(args))
-    app = guard_app(app, host_rule(listener, args.allowed_hosts), ApiKeys(()))
-    if not is_loopback(args.host):
+    app = guard_app(app, host_rule(listener, args.allowed_hosts), keys, open_paths=())
+    if not (is_loopback(args.host) or keys.digests):
         sentence = "warning: this page is reachable from the network without authentication"
         print(sentence, file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
@@ -477,18 +486,50 @@ def make_web_server(app: "ASGIApp") -> "uvicorn.Server":
 
 
 def with_security_policy(app: "ASGIApp") -> "ASGIApp":
-    """Add a header to every response that forbids the browser to fetch from other hosts."""
+    """Add a content security policy to every response, which allows a page's own scripts only."""
 
     async def wrapped(scope: "Scope", receive: "Receive", send: "Send") -> None:
-        async def send_with_policy(message: "Message") -> None:
-            if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", CONTENT_SECURITY_POLICY.encode())
-                message = {**message, "headers": [*message["headers"], policy]}
-            await send(message)
+        pages: list[Message] = []  # the start of a page, until its scripts are known
+        body = bytearray()
 
+        async def send_with_policy(message: "Message") -> None:
+            if message["type"] == "http.response.start" and is_page(message["headers"]):
+                pages.append(message)
+            elif message["type"] == "http.response.start":
+                await send(add_policy(message, b""))
+            elif pages:
+                body.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    await send(add_policy(pages.pop(), bytes(body)))
+                    await send({"type": "http.response.body", "body": bytes(body)})
+            else:
+                await send(message)
+
+        if scope["type"] == "http" and scope["path"] == "/":  # not compressed: it is read here
+            plain = [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]
+            scope = {**scope, "headers": plain}
         await app(scope, receive, send_with_policy if scope["type"] == "http" else send)
 
     return wrapped
+
+
+def is_page(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether a response is HTML."""
+    return dict(headers).get(b"content-type", b"").startswith(b"text/html")
+
+
+def add_policy(message: "Message", html: bytes) -> "Message":
+    """Return the start of a response with a policy that allows the inline scripts of `html`."""
+    inline = [CHAT_JS.encode(), *INLINE_SCRIPT.findall(html)]  # gradio adds the first in its way
+    scripts = " ".join(dict.fromkeys(map(script_source, inline)))
+    policy = CONTENT_SECURITY_POLICY.format(scripts=scripts).replace(" ;", ";")
+    header = (b"content-security-policy", policy.encode())
+    return {**message, "headers": [*message["headers"], header]}
+
+
+def script_source(script: bytes) -> str:
+    """Return the source expression of an inline script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"
 
 
 def supported_options(function: Callable, options: dict[str, Any]) -> dict[str, Any]:

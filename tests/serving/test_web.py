@@ -16,6 +16,7 @@ import pytest
 import test_browser
 import torch
 from miniruns import MINI
+from policy import Content, digest, directives
 
 from dsv3_ref.checkpoints.native import save
 from dsv3_ref.cli import main
@@ -391,6 +392,42 @@ def test_only_its_own_names_reach_the_page(run, monkeypatch):
         assert asyncio.run(status(host)) == want
 
 
+@pytest.mark.parametrize(
+    "credentials, want",
+    [(None, 401), (("any", "secret"), 200), (("any", "other"), 401), ("Bearer secret", 401),
+     ("Basic ?", 401), ("Basic c2VjcmV0", 401)],
+    ids=["none", "right", "wrong", "bearer", "not base64", "no user"],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/", "/config"])
+def test_a_page_with_a_key_asks_for_it(run, monkeypatch, capsys, credentials, want, path):
+    """A browser shows its own form, and sends what its user has entered with every request."""
+    apps = []
+
+    class Server:
+        def run(self, sockets):
+            sockets[0].close()
+
+    monkeypatch.setattr(web, "make_web_server", lambda app: apps.append(app) or Server())
+    argv = ["chat", str(run), "--web", "--port", "0", "--host", "0.0.0.0", "--api-key", "secret"]
+    assert main.main(argv) == 0
+    assert "without authentication" not in capsys.readouterr().err
+
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(apps[0])
+        options = (
+            {"headers": {"authorization": credentials}}
+            if isinstance(credentials, str)
+            else {"auth": credentials}
+        )
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get(path, **options)
+
+    response = asyncio.run(get())
+    assert response.status_code == want
+    if want == 401:
+        assert response.headers["www-authenticate"] == 'Basic realm="dsv3"'
+
+
 # ── Over HTTP ──
 
 
@@ -418,7 +455,10 @@ def address(generator):
 def test_the_page_forbids_to_fetch_from_elsewhere(address):
     with urllib.request.urlopen(address) as response:
         html, policy = response.read().decode(), response.headers["content-security-policy"]
-    assert policy.startswith("default-src 'self'") and "http" not in policy
+    rules = directives(policy)
+    assert rules["default-src"] == ["'none'"] and "http" not in policy
+    assert "'unsafe-inline'" not in rules["script-src"]
+    assert {digest(script) for script in Content(html).inline["script"]} <= set(rules["script-src"])
     config = json.loads(re.search(r"window.gradio_config = (\{.*?\});</script>", html)[1])
     assert not config["analytics_enabled"] and not config.get("run_history")
     assert not config.get("is_colab") and not config.get("space_id")
