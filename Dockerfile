@@ -1,4 +1,4 @@
-# A CPU image of `dsv3`: docker build -t dsv3-ref . && docker run --rm -it -v "$PWD:/home/learner" dsv3-ref
+# A CPU image of `dsv3`: docker build -t dsv3-ref . && docker run --rm -it -v "$PWD:/data" dsv3-ref
 FROM python:3.13-slim AS build
 WORKDIR /src
 COPY pyproject.toml MANIFEST.in LICENSE ./
@@ -10,10 +10,10 @@ RUN python -m venv /opt/dsv3 \
     && /opt/dsv3/bin/pip install --no-cache-dir ".[serve]"
 
 FROM python:3.13-slim
-RUN useradd --create-home learner
+RUN useradd --create-home learner && mkdir /data && chown learner /data
 COPY --from=build /opt/dsv3 /opt/dsv3
 ENV PATH=/opt/dsv3/bin:$PATH
 USER learner
-WORKDIR /home/learner
+WORKDIR /data
 ENTRYPOINT ["dsv3"]
 CMD ["train", "--config", "tiny"]
