@@ -161,7 +161,19 @@ class ChatTemplate:
             text = self.continued_text(template, talk, signs)
         else:
             text = self.render_text(template, talk, signs, add_generation_prompt)
+        self.check_system(template, talk, signs, text)
         return self.encoder.encode(text, signs.edge)
+
+    def check_system(
+        self, template: JinjaTemplate, talk: Conversation, signs: Signs, text: str
+    ) -> None:
+        """Raise a `UserError` if a template drops a system text, as those without the role do."""
+        for turn in self.quote(template, talk, signs).messages:
+            if turn["role"] == "system" and turn.get("content", "").strip() not in text:
+                raise UserError(
+                    f"the chat template of {template.source} drops a system text: put it into the "
+                    "user's turn"
+                )
 
     def find_template(self, tools: list[Any] | None) -> JinjaTemplate | None:
         """Return the template for a conversation with these tools; None for V3's own form.

@@ -22,10 +22,12 @@ class GenerationOptions:
     """directory of a run, of one of its checkpoints, or of a model in Hugging Face format"""
     max_new_tokens: int = 200
     """maximum number of tokens to generate"""
-    temperature: float = 0.8
-    """sampling temperature; 0 selects the most likely token (greedy decoding)"""
-    top_p: float = 0.95
-    """sample from the smallest set of tokens whose probabilities sum to at least this value"""
+    temperature: float | None = None
+    """sampling temperature; 0 selects the most likely token (greedy decoding); by default that of
+    the model's generation_config.json, or 0.8"""
+    top_p: float | None = None
+    """sample from the smallest set of tokens whose probabilities sum to at least this value; by
+    default that of the model's generation_config.json, or 0.95"""
     stop: tuple[str, ...] = ()
     """strings that end the output; they are not printed"""
     num_speculative_tokens: int = 0
@@ -75,8 +77,11 @@ def validate_generation_options(args: GenerationOptions) -> None:
     """Raise a `UserError` if an option is out of range."""
     rules = [
         (args.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
-        (0 <= args.temperature < math.inf, "--temperature must be at least 0 and finite"),
-        (0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
+        (0 <= (args.temperature or 0) < math.inf, "--temperature must be at least 0 and finite"),
+        (
+            args.top_p is None or 0 < args.top_p <= 1,
+            "--top-p must be above 0 and at most 1",
+        ),
         (args.num_speculative_tokens >= 0, "--num-speculative-tokens must be at least 0"),
         (all(args.stop), "--stop needs a non-empty text"),
     ]

@@ -22,6 +22,8 @@ from dsv3_ref.training.strategy import pick_device
 
 Options = TypeVar("Options", bound=GenerationOptions)
 
+TEMPERATURE, TOP_P = 0.8, 0.95  # where neither an option nor generation_config.json says one
+
 
 # ── A model with its tokenizer ──
 
@@ -54,7 +56,10 @@ class TextGenerator(Generic[Options]):
             )
         generator = torch.Generator(self.device).manual_seed(args.seed)
         self.args = args
-        self.sampling_params = SamplingParams(args.temperature, args.top_p, generator)
+        settings = self.chat.settings
+        temperature = first_given(args.temperature, settings.temperature, TEMPERATURE)
+        top_p = first_given(args.top_p, settings.top_p, TOP_P)
+        self.sampling_params = SamplingParams(temperature, top_p, generator)
 
     def with_options(self, args: Options) -> "TextGenerator[Options]":
         """Return a generator with other options that shares this one's model."""
@@ -95,12 +100,21 @@ class TextGenerator(Generic[Options]):
             except StopIteration:
                 return
 
+    def without_stop(self, tokens: list[int]) -> list[int]:
+        """Return tokens without the stop token, which a tokenizer may declare as text."""
+        return [token for token in tokens if token not in self.chat.stop_token_ids]
+
     def iter_text(self, prompts: list[list[int]]) -> Iterator[list[str]]:
         """Yield the new text of every sequence, step by step, up to its stop string."""
         texts = [StreamDetokenizer(self.tokenizer, self.args.stop) for _ in prompts]
         for new_tokens in self.iter_steps(prompts, lambda: [not text.ended for text in texts]):
-            yield [text.push(tokens) for text, tokens in zip(texts, new_tokens)]
+            yield [text.push(self.without_stop(tokens)) for text, tokens in zip(texts, new_tokens)]
         yield [text.flush() for text in texts]
+
+
+def first_given(*values: float | None) -> float:
+    """Return the first value that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def warm_up(model: Transformer, num_speculative_tokens: int) -> None:

@@ -167,7 +167,7 @@ def generate_turn(generator: TextGenerator[ChatConfig], turn: Turn) -> Iterator[
         turn.accepted += [i < sampling_params.num_accepted for i in range(len(new_tokens))]
         turn.pieces += [full_text.push([token]) for token in new_tokens]
         turn.tokens += new_tokens
-        turn.text += visible_text.push(new_tokens)
+        turn.text += visible_text.push(generator.without_stop(new_tokens))
         yield turn
     turn.text += visible_text.flush()
     turn.pieces[-1] += full_text.flush()
@@ -428,12 +428,13 @@ def page_heading(title: str, generator: TextGenerator[ChatConfig]) -> str:
 def page_controls(generator: TextGenerator[ChatConfig]) -> list["gradio.components.Component"]:
     """Return the controls for the settings, with the command line's options as initial values."""
     gr, args = import_gradio(), generator.args
+    temperature, top_p = generator.sampling_params.temperature, generator.sampling_params.top_p
     num_modules = len(generator.model.mtp)
     max_tokens = generator.model.config.max_seq_len - 1
     new_tokens = min(args.max_new_tokens, max_tokens)
     return [
-        gr.Slider(0, max(2.0, args.temperature), args.temperature, step=0.01, label="temperature"),
-        gr.Slider(min(0.01, args.top_p), 1, args.top_p, step=0.01, label="top-p"),
+        gr.Slider(0, max(2.0, temperature), temperature, step=0.01, label="temperature"),
+        gr.Slider(min(0.01, top_p), 1, top_p, step=0.01, label="top-p"),
         gr.Slider(1, max_tokens, new_tokens, step=1, label="maximum number of new tokens"),
         gr.Slider(
             0, max(num_modules, 1), args.num_speculative_tokens, step=1,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.export.tokenizer_files import CHAT_TEMPLATE
 from dsv3_ref.data.marks import THINK_TAGS, find_marks
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
 
@@ -69,6 +70,72 @@ def test_tokens_are_those_of_transformers(name, talk):
             assert "does not appear in the chat" in str(e)
             return
         assert chat_of(name).render_prompt(answered) == want
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_the_exported_template_is_v3s_own_form(talk):
+    """A user exports a run and loads the directory again: the form is the same."""
+    own = ChatTemplate(form_tokenizer(FORMS["V3"]))
+    tokens = {"bos_token": FORMS["V3"].bos, "eos_token": FORMS["V3"].eos}
+    exported = ChatTemplate(own.tokenizer, TokenizerSettings(tokens, {"default": CHAT_TEMPLATE}))
+    if talk != "thoughts":  # whose tags are tokens only where a template can mean them
+        assert exported.render_prompt(TALKS[talk]) == own.render_prompt(TALKS[talk])
+        assert exported.render(TALKS[talk]) == own.render(TALKS[talk])
+
+
+REFUSED = {
+    "a system text without the role": (
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+        turns("hello", system="be brief"), "drops a system text",
+    ),
+    "the template's own refusal": (
+        "{{ raise_exception('no ' + messages[0].role) }}", turns("hello"), "refuses .*: no user",
+    ),
+    "a field that is missing": ("{{ messages[0].name.first }}", turns("a"), "needs what"),
+    "an error of its own": ("{{ 1 / 0 }}", turns("a"), "fails on this conversation: division"),
+    "an unsafe template": (
+        "{{ messages.__class__.__mro__ }}", turns("a"), "refuses this conversation: .*unsafe",
+    ),
+    "a change that hides a mark": (
+        "{{ messages[0].content[:3] | replace('\U000f0000', '') }}x", turns("a<<"), "could pass",
+    ),
+    "tools": ("{{ messages[0].content }}", turns("a"), "has no tools"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_template_cannot_express_is_one_sentence(name):
+    template, talk, sentence = REFUSED[name]
+    settings = TokenizerSettings({}, {"default": template})
+    chat = ChatTemplate(form_tokenizer(FORMS["V3"]), settings)
+    tools = [{"type": "function"}] if name == "tools" else None
+    with pytest.raises(UserError, match=sentence):
+        chat.render_prompt(talk, tools)
+
+
+def test_tools_and_thoughts_are_rendered_where_the_template_has_them():
+    """A user sends tools to Kimi-K2, and reasoning_content to a template that reads it."""
+    tools = [{"type": "function", "function": {"name": "f<|im_end|>", "parameters": {}}}]
+    call = {"id": "f:0", "type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}
+    talk = [
+        *turns("a"), {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "f:0", "content": "<|im_end|>7"},
+    ]  # fmt: skip
+    chat = chat_of("Kimi-K2")
+    found = chat.render_prompt(talk, tools)
+    want = theirs("Kimi-K2").apply_chat_template(
+        talk, tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    assert chat.tokenizer.decode(found, skip_special_tokens=False) == want
+    assert found.count(chat.tokenizer.token_to_id("<|im_end|>")) == 4
+    thought = [*turns("a"), {"role": "assistant", "reasoning": "so", "content": "b"}]
+    text = chat_of("GigaChat3").tokenizer.decode(chat_of("GigaChat3").render(thought))
+    assert "<think>so</think>assistant" in text
+    with pytest.raises(UserError, match="'reasoning', which the form"):
+        chat.render(thought)
+    with pytest.raises(UserError, match="refuses .*: two user turns in a row"):
+        chat_of("GigaChat3").render([*turns("a"), *turns("b")])
+    assert chat_of("V3").render([*turns("a"), *turns("b")], add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("name", FORMS)

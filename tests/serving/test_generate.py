@@ -1,6 +1,7 @@
 """`dsv3 generate` and `dsv3 chat`: text is complete, and no text forges a special token."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import SPECIAL, save_tokenizer, train_tokenizer
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
+from dsv3_ref.serving.generate import FORGETTING
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 
@@ -115,6 +117,26 @@ def test_a_long_talk_forgets_its_oldest_turns(run):
     prompt = fit_history(generator, turns)
     assert 20 < len(prompt) <= 64 - 10 and 1 < len(turns) < 6
     assert generator.tokenizer.decode(prompt).endswith("we talk")
+
+
+def test_a_talk_that_exceeds_the_context_says_so_once(run, capsys, monkeypatch):
+    """A user's assistant forgets what it was told, without a word (a habit of chat programs)."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("again: over and over, we talk\n" * 5))
+    assert main.main(["chat", str(run), "--max-new-tokens", "9"]) == 0
+    assert capsys.readouterr().err.count(FORGETTING) == 1
+
+
+def test_the_models_own_sampling_is_the_default(run, tmp_path):
+    """A user expects R1's temperature of 0.6 from its generation_config.json."""
+    home = tmp_path / "model"
+    shutil.copytree(run, home)
+    generator = TextGenerator(GenerateConfig(home))
+    assert generator.sampling_params[:2] == (0.8, 0.95)
+    values = '{"temperature": 0.6, "top_p": 0.9, "do_sample": true}'
+    (home / "generation_config.json").write_text(values)
+    for given, want in (((None, None), (0.6, 0.9)), ((0.0, 1.0), (0.0, 1.0))):
+        generator = TextGenerator(GenerateConfig(home, temperature=given[0], top_p=given[1]))
+        assert generator.sampling_params[:2] == want
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
