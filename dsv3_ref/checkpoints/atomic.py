@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from dsv3_ref.config import UserError
 
 TMP, OLD = "dsv3-tmp", "dsv3-old"
+MAX_JSON_BYTES = 1 << 28  # the index of the full model has 9 MB
 LOCK = ".lock"  # the file by which a process locks a directory
 
 
@@ -175,9 +177,19 @@ def write_json(path: Path, value: Any) -> None:
     part.replace(path)
 
 
+def check_regular(path: Path) -> None:
+    """Raise an `OSError` for what reading would not end: a pipe, a device, a file too large."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("it is not a regular file")
+    if about.st_size > MAX_JSON_BYTES:
+        raise OSError(f"it has {about.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint or run, or raise a `UserError`."""
     try:
+        check_regular(path)
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a checkpoint: {path.name} is missing") from None

@@ -9,6 +9,7 @@ forged, and which `sha256sum` computes as well.
 import hashlib
 import os
 import platform
+import stat
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -186,11 +187,13 @@ def require_manifest(folder: Path) -> None:
 def check_size(path: Path, expected: int) -> None:
     """Raise a `DamageError` unless a file exists and has the expected size."""
     try:
-        size = path.stat().st_size
+        about = path.stat()
     except OSError:
         raise damaged(path, "it is missing") from None
-    if size != expected:
-        raise damaged(path, f"it has {size:,} bytes, not {expected:,}")
+    if not stat.S_ISREG(about.st_mode):  # reading a pipe or a device would not end
+        raise damaged(path, "it is not a regular file")
+    if about.st_size != expected:
+        raise damaged(path, f"it has {about.st_size:,} bytes, not {expected:,}")
 
 
 def read_digest(path: Path, algorithm: str) -> str:

@@ -1,6 +1,7 @@
 """Manifests: every changed byte is found, and the newest whole checkpoint is loaded."""
 
 import json
+import os
 import random
 import shutil
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from miniruns import flip_bit
 from support import randomize
 
-from dsv3_ref.checkpoints import manifest
+from dsv3_ref.checkpoints import atomic, manifest
 from dsv3_ref.checkpoints.manifest import DamageError, verified, verify, write_manifest
 from dsv3_ref.checkpoints.native import load, load_into, save
 from dsv3_ref.config import UserError
@@ -190,3 +191,34 @@ def test_a_checkpoint_of_a_run_must_have_a_manifest(run):
     with pytest.warns(UserWarning, match="step_0000003 has no manifest.json"):
         assert load(run).head.weight[0, 0] == 2
     assert load(step_of(run, 3)).head.weight[0, 0] == 3
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_what_cannot_be_read_to_its_end_is_refused(run, kind, name, has_manifest):
+    """Reading a pipe waits for ever, /dev/zero fills the memory; an archive may hold links."""
+    folder = step_of(run, 1)
+    (folder / "notes.txt").write_text("")
+    write_manifest(folder)
+    path = folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    if not has_manifest:
+        (folder / "manifest.json").unlink()
+    if has_manifest or name != "notes.txt":
+        with pytest.raises(UserError, match=name):
+            load(folder)
+    else:
+        load(folder)
+
+
+def test_json_without_end_is_refused(run, monkeypatch):
+    monkeypatch.setattr(atomic, "MAX_JSON_BYTES", 100)
+    with pytest.raises(UserError, match="bytes, more than 100"):
+        load(step_of(run, 1))
