@@ -9,6 +9,7 @@ from dsv3_ref.serve import (
     BlockPool,
     Engine,
     KVTransfer,
+    LogitsProcessor,
     Request,
     Scheduler,
     StepOutput,
@@ -124,6 +125,29 @@ def test_a_fault_while_sampling_ends_one_request(model, depth):
     (end,) = (x for x in outputs if x.request is bad and x.finish_reason)
     assert end.finish_reason == "error" and "injected" in end.error
     assert e.scheduler.block_pool.num_used == 0 and e.counters["errors"] == 1
+
+
+class FaultyProcessor(LogitsProcessor):
+    """A logits processor that fails after some output tokens."""
+
+    def process(self, r, logit_w, draft):
+        if len(r.output_tokens) >= 3:
+            raise RuntimeError("injected")
+        return super().process(r, logit_w, draft)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_fault_of_penalties_ends_one_request(model, depth, temperature):
+    want = undisturbed(model, depth, 1, 2, temperature=temperature)
+    bad = request(0, temperature=temperature, logits_processor=FaultyProcessor(1.2))
+    others = [request(i, temperature=temperature) for i in (1, 2)]
+    e = engine(model, depth)
+    outputs = drain(e, others[0], bad, others[1])
+    assert [r.output_tokens for r in others] == want
+    (end,) = (x for x in outputs if x.request is bad and x.finish_reason)
+    assert end.finish_reason == "error" and "injected" in end.error
+    assert e.scheduler.block_pool.num_used == 0
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -172,7 +172,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(here, monkey
     address, service, _ = here
     per_token = max_bytes_per_token(service.tokenizer)
     assert per_token == max(len(t) for t in service.tokenizer.get_vocab() if "｜" not in t)
-    monkeypatch.setattr(service, "encode", lambda text: 1 / 0)
+    monkeypatch.setattr(service.chat, "encode", lambda text: 1 / 0)
     long = "x" * (256 * per_token + 1)
     for body in ({"prompt": long}, {"prompt": ["we", long]}):
         answer = ask(address, body)
@@ -211,7 +211,7 @@ def test_the_longest_prompt_that_fits_is_served(here):
     token = max((t for t in vocab if "｜" not in t), key=len)
     text = service.tokenizer.decode([vocab[token]]) * 254
     answer = ask(address, {"prompt": text, "max_tokens": 1})
-    if len(service.encode(text)) <= 254:
+    if len(service.chat.encode(text)) <= 254:
         assert answer.status_code == 200, answer.text
     else:
         assert "tokens exceed the limit" in answer.json()["error"]["message"]
@@ -219,9 +219,11 @@ def test_the_longest_prompt_that_fits_is_served(here):
 
 def test_tokenizing_does_not_stop_the_others(here, monkeypatch):
     address, service, _ = here
-    encode = service.encode
+    encode = service.chat.encode
     monkeypatch.setattr(
-        service, "encode", lambda text: (time.sleep(1.5 if "slow" in text else 0), encode(text))[1]
+        service.chat,
+        "encode",
+        lambda text: (time.sleep(1.5 if "slow" in text else 0), encode(text))[1],
     )
     monkeypatch.setattr(service.tokenize_pool, "bytes_per_token", None)
     slow = threading.Thread(target=ask, args=(address, {"prompt": "slow" * 5000}))
@@ -346,7 +348,7 @@ def test_a_fault_of_one_http_request_leaves_the_others_alone(folder, stage, stre
 
 def inject(service, stage: str, monkeypatch) -> None:
     """Raise an exception in a stage of the request whose prompt begins with “bad”."""
-    bad = service.encode("bad")
+    bad = service.chat.encode("bad")
 
     def is_bad(r) -> bool:
         return r.tokens[1 : 1 + len(bad)] == bad
@@ -361,7 +363,9 @@ def inject(service, stage: str, monkeypatch) -> None:
 
     thread = service.engine_thread
     if stage == "encode":
-        monkeypatch.setattr(service, "encode", broken(service.encode, lambda t: "bad" in t))
+        monkeypatch.setattr(
+            service.chat, "encode", broken(service.chat.encode, lambda t: "bad" in t)
+        )
     elif stage == "submit":
         monkeypatch.setattr(thread, "submit", broken(thread.submit, lambda rows: is_bad(rows[0])))
     elif stage == "push":
