@@ -194,6 +194,13 @@ def common_rules(args: TrainConfig) -> list[Rule]:
             "--keep-latest-k and --val-sequences must be at least 1",
         ),
         (
+            r.balance_loss_scope == "sequence"
+            or r.balance_loss_coeff == 0
+            or not 0 < args.micro_batch < r.global_batch_size,
+            "--balance-loss-scope batch needs the whole batch in one forward pass: set "
+            "--micro-batch 0 or --balance-loss-scope sequence",
+        ),
+        (
             min(args.micro_batch, args.save_every) >= 0,
             "--micro-batch and --save-every must be at least 0",
         ),
