@@ -9,6 +9,7 @@ broken rows, and print what was read once.
 
 import math
 import os
+import re
 import sys
 import sysconfig
 from collections import Counter
@@ -26,6 +27,7 @@ from dsv3_ref.data.formats import PLAIN_TEXT, BrokenRow, DataFile
 
 MAX_REPORTS = 10  # broken rows of a source that are reported one by one
 MAX_REASONS = 6  # reasons for skipped files that are listed
+SPLIT = re.compile(r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])[^/]*$")
 Row = TypeVar("Row")
 Report = Callable[[str], object]
 
@@ -125,6 +127,9 @@ class Listing:
         text = f"{shown(self.name)}: {num_files}{counts}"
         if num_left_out:
             text += f", {plural(num_left_out, 'row')} left out"
+        splits = {match[1] for file in self.files if (match := SPLIT.search(file.path))}
+        if self.is_folder and "train" in splits and len(splits) > 1:
+            text += f", with those of {' and '.join(sorted(splits - {'train'}))}"
         return text + list_reasons(self.skipped)
 
 

@@ -380,6 +380,10 @@ def read_csv(file: DataFile, stream: BinaryIO) -> Iterator[PlacedRow]:
         except StopIteration:
             return
         except csv.Error as e:
+            if "unexpected end" in str(e):
+                raise UserError(
+                    f"{file.path}, {place}: a quote is opened and never closed: correct it"
+                ) from None
             yield place, BrokenRow(f"it is not {file.kind.upper()} ({e})")
             continue
         if not names:

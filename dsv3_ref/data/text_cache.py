@@ -99,7 +99,8 @@ def new_temporary_file() -> Iterator[Path]:
     try:
         yield Path(name)
     finally:
-        os.unlink(name)
+        with suppress(PermissionError):  # Windows keeps the names of mapped files
+            os.unlink(name)
 
 
 def write_arrow(path: Path, texts: Texts, summarize: Callable[[], list[Any]]) -> None:

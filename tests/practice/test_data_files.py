@@ -222,9 +222,6 @@ def test_details_of_formats(name, raw, want, tmp_path):
             id="fields",
         ),
         pytest.param(
-            "a.csv", b'text,n\na,1\n"b,2\n', ["line 3 is left out: it is not CSV"], id="open quote"
-        ),
-        pytest.param(
             "a.csv",
             b"text,n\na,1\ncaf\xe9,2\n",
             ["line 3 is left out: it is not UTF-8"],
@@ -315,6 +312,9 @@ def test_the_first_of_many_broken_rows_are_reported_and_all_are_counted(tmp_path
             b'[{"text": "a"},\n{"text": }]',
             "a.json, line 2: it is not JSON",
             id="broken list",
+        ),
+        pytest.param(
+            "a.csv", b'text\na\n"b\nc\n', "a.csv, line 3: a quote is opened", id="open quote"
         ),
         pytest.param("a.csv", b"text,text\na,b\n", "has two columns 'text'", id="two columns"),
         pytest.param(
@@ -517,6 +517,17 @@ def test_a_folder_of_several_kinds(tmp_path):
         open_source(str(tmp_path))
     rows, told = reported(tmp_path)
     assert rows == ROWS and told == [f"{tmp_path}: 3 files, 3 rows; skipped 1 (.txt)"]
+
+
+def test_splits_in_one_folder_are_named(tmp_path):
+    """`load_dataset(folder)` takes the files of train only; here all files of a folder are read."""
+    for name in ("train-00000-of-00001", "test", "validation_1"):
+        write(tmp_path / "data" / f"{name}.jsonl", as_lines(ROWS[:1]))
+    told: list[str] = []
+    open_source(str(tmp_path), warn=told.append)
+    assert told == [f"{tmp_path}: 3 files, 3 documents, with those of test and validation"]
+    open_source(str(tmp_path / "data" / "test.jsonl"), warn=told.append)
+    assert told[1].endswith("test.jsonl: 1 document")
 
 
 def test_a_folder_without_data_names_what_it_has(tmp_path):
