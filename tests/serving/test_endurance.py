@@ -93,10 +93,11 @@ def test_sixty_four_clients_for_a_long_time(folder, capsys):
     seconds = float(os.environ.get("DSV3_SOAK_SECONDS", 60))
     options = {"num_speculative_tokens": 1, "kv_cache_tokens": 4096, "prefill_chunk": 32}
     with served(folder, **options) as (address, service):
-        before = httpx.post(f"{address}/v1/completions", json={"prompt": "we", "seed": 1}).json()
+        url, body = f"{address}/v1/completions", {"prompt": "we", "seed": 1, "max_tokens": 30}
+        before = httpx.post(url, json=body, timeout=120).json()
         results, sizes = asyncio.run(run(address, seconds))
         assert quiet(service, 20)
-        after = httpx.post(f"{address}/v1/completions", json={"prompt": "we", "seed": 1}).json()
+        after = httpx.post(url, json=body, timeout=120).json()
         counters = service.engine.counters
         with capsys.disabled(), contextlib.suppress(ValueError):
             print(f"\n{dict(results)}; {counters['generation_tokens']} tokens; "
