@@ -50,7 +50,8 @@ def write_model(folder, name: str) -> dict:
 def test_every_command_on_a_directory(name, tmp_path, monkeypatch, capsys):
     miniruns.own_caches(tmp_path, monkeypatch)
     monkeypatch.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
-    model, run, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
+    model, run = tmp_path / "model", tmp_path / "run"
+    out = tmp_path / "out"
     values = write_model(model, name)
     greedy = ["--temperature", "0", "--max-new-tokens", "4"]
 
