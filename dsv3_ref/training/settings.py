@@ -168,6 +168,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def balance_loss_rule(args: TrainConfig) -> Rule:
+    """Return the rule that a balance loss over the batch sees all of it in one forward pass."""
+    r = args.recipe
+    is_whole = not 0 < args.micro_batch < r.global_batch_size
+    return (
+        r.balance_loss_scope == "sequence" or r.balance_loss_coeff == 0 or is_whole,
+        "--balance-loss-scope batch needs the whole batch in one forward pass: set "
+        "--micro-batch 0 or --balance-loss-scope sequence",
+    )
+
+
 def common_rules(args: TrainConfig) -> list[Rule]:
     """Return the rules of every training command."""
     r, c = args.recipe, args.model
@@ -193,13 +204,7 @@ def common_rules(args: TrainConfig) -> list[Rule]:
             min(args.keep_latest_k, args.val_sequences) >= 1,
             "--keep-latest-k and --val-sequences must be at least 1",
         ),
-        (
-            r.balance_loss_scope == "sequence"
-            or r.balance_loss_coeff == 0
-            or not 0 < args.micro_batch < r.global_batch_size,
-            "--balance-loss-scope batch needs the whole batch in one forward pass: set "
-            "--micro-batch 0 or --balance-loss-scope sequence",
-        ),
+        balance_loss_rule(args),
         (
             min(args.micro_batch, args.save_every) >= 0,
             "--micro-batch and --save-every must be at least 0",
