@@ -10,8 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer_settings import read_object
 
-TIKTOKEN = "tiktoken.model"
-CONVERTIBLE = (TIKTOKEN, "tokenizer.model", "vocab.json")
+TIKTOKEN, SENTENCEPIECE = "tiktoken.model", "tokenizer.model"
 NUM_RESERVED = 256  # ids that Moonlight and Kimi-K2 keep for special tokens, after the bytes'
 LETTERS = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
 ELISION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -29,25 +28,23 @@ KIMI_SPLITS = "|".join([
 
 
 def convert_tokenizer(directory: Path) -> Tokenizer:
-    """Return the tokenizer of a directory that has one of the `CONVERTIBLE` files.
+    """Return the tokenizer of a directory with tiktoken.model or SentencePiece's tokenizer.model.
 
     Runs no code of the directory. Raises a `UserError` if there is none, or if it cannot be read.
     """
     if (directory / TIKTOKEN).is_file():
         return convert_tiktoken(directory)
-    if not any((directory / name).is_file() for name in CONVERTIBLE):
+    if not (directory / SENTENCEPIECE).is_file():
         raise UserError(f"no tokenizer.json in {directory}")
     try:
-        from transformers import AutoTokenizer
+        from transformers import LlamaTokenizer
     except ImportError:
         raise UserError(
             f"{directory} has no tokenizer.json, and its tokenizer needs: "
             "pip install transformers sentencepiece protobuf"
         ) from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = LlamaTokenizer.from_pretrained(str(directory), local_files_only=True)
         return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as e:  # the library raises any kind
         raise UserError(
