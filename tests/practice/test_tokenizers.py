@@ -182,3 +182,21 @@ def test_a_base_model_has_no_form(tmp_path):
 def test_text_in_the_tests_tokenizer_is_whole():
     tokenizer = form_tokenizer(FORMS["V3"])
     assert tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
+
+
+def test_a_sentencepiece_file_is_converted(tmp_path):
+    """A user brings a Llama-like directory with tokenizer.model alone."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text(TEXT)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}'
+    )
+    chat = ChatTemplate.from_dir(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("a fine day, hello world", "think 12 é"):
+        assert chat.encode(text) == theirs.encode(text)
+    assert chat.stop_token_ids == {theirs.eos_id()}
