@@ -13,6 +13,7 @@ import torch
 from support import randomize
 
 from dsv3_ref.checkpoints.atomic import clean_temp
+from dsv3_ref.checkpoints.manifest import write_manifest
 from dsv3_ref.checkpoints.native import (
     list_checkpoints,
     load,
@@ -33,6 +34,7 @@ def run(micro, tmp_path):
         monitored = {"name": "val_loss", "mode": "min", "value": loss}
         state = {"monitored": monitored, "spike_guard": {"consecutive_skips": 0}}
         (folder / "state.json").write_text(json.dumps(state))
+        write_manifest(folder)
     return tmp_path / "run"
 
 
