@@ -192,7 +192,9 @@ def logit_bias(vocab_size: int) -> Field:
     """Return the field of logit biases: an object of token ids and numbers from −100 to 100."""
 
     def parse(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-        pairs = list(value.items()) if isinstance(value, dict) else [("", None)]
+        pairs: list[tuple[str, Any]] = [("", None)]
+        if isinstance(value, dict):
+            pairs = list(value.items())
         if len(pairs) > MAX_BIASES or not all(is_valid(*pair) for pair in pairs):
             raise InvalidField(
                 name,

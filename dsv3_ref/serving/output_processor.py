@@ -143,8 +143,10 @@ class OutputProcessor(threading.Thread):
 
         logprob: None for the first token of a prompt. start: characters of the text before it.
         """
-        value, alternatives = logprob or (None, None)
-        top = alternatives and [self.describe_token(*pair) for pair in alternatives]
+        if logprob is None:
+            return self.describe_token(token, None) | {"top_logprobs": None, "text_offset": start}
+        value, alternatives = logprob
+        top = [self.describe_token(*pair) for pair in alternatives]
         return self.describe_token(token, value) | {"top_logprobs": top, "text_offset": start}
 
     def describe_token(self, token: int, logprob: float | None) -> JSONObject:

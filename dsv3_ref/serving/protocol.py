@@ -162,12 +162,13 @@ def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest
     each other.
     """
     check_combinations(values)
-    n = values.get("n", 1)
+    n: int = values.get("n", 1)
+    best_of: int = values.get("best_of", n)
     return CompletionRequest(
         prompts=[],
         chat=chat,
         n=n,
-        best_of=values.get("best_of", n),
+        best_of=best_of,
         max_tokens=find_max_tokens(values),
         temperature=values.get("temperature", 1.0),
         top_p=values.get("top_p", 1.0),
@@ -338,8 +339,8 @@ def stream_choices(
         return [choice] if has_text or finish_reason else []
     choices = [make_choice(request, index, text, logprobs, None)] if has_text else []
     if finish_reason:
-        end = {"index": index, "logprobs": None, "finish_reason": finish_reason, "delta": {}}
-        choices.append(end)
+        end: JSONObject = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+        choices.append(end | {"delta": {}})
     return choices
 
 

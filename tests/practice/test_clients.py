@@ -495,7 +495,7 @@ def test_a_suffix_is_filled_in_with_v3s_tokens(here, post):
     marks = [service.tokenizer.token_to_id(s) for s in (FIM_BEGIN, FIM_HOLE, FIM_END)]
     begin, hole, end = marks
     bos = service.special_tokens.bos
-    want = [bos, begin, *service.encode("a"), hole, *service.encode("b"), end]
+    want = [bos, begin, *service.chat.encode("a"), hole, *service.chat.encode("b"), end]
     assert tokens == want
     response = post(COMPLETE, {"prompt": "a", "suffix": "b", "max_tokens": 2})
     assert response.json()["usage"]["prompt_tokens"] == len(want)
