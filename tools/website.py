@@ -36,8 +36,8 @@ from dsv3_ref.viz.page import hash_source
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
-    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "Makefile",
-    "README.md", "SECURITY.md", "environment.yml", "pyproject.toml",
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "LOG.md",
+    "Makefile", "README.md", "SECURITY.md", "environment.yml", "pyproject.toml",
 )  # fmt: skip
 FOLDERS = "docs", "dsv3_ref", "figures", "kernels", "notebooks", "slurm", "tests", "tools"
 STATIC_NOTE = (
