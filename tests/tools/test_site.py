@@ -301,7 +301,7 @@ def small(tmp_path):
         (root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "figures/00_model.svg", root / "figures")
     (root / "README.md").write_text("# small\n\nA book.\n\n![it](figures/00_model.svg)\n")
-    pages = ("docs/notation", "docs/metrics", "docs/extending")
+    pages = ("docs/notation", "docs/data", "docs/metrics", "docs/extending")
     for name in ("CONTRIBUTING", "LOG", "CHANGELOG", "SECURITY", *pages):
         (root / f"{name}.md").write_text(f"# {name}\n")
     (root / "dsv3_ref/one.py").write_text('"""One."""\n\n\ndef f():\n    """eq. 1"""\n')
