@@ -21,11 +21,12 @@ DOWNLOADED = (
 def local_dir(path: str | PathLike[str]) -> Path:
     """Return a path, or the local copy of a model of the hub if it names one and no file.
 
-    A path whose first folder exists here is never looked up. Raise a `UserError` if the model is
-    neither in the cache nor can be downloaded.
+    A path whose first folder exists here, or is `runs`, where training writes, is never looked up.
+    Raise a `UserError` if the model is neither in the cache nor can be downloaded.
     """
     match = HUB_NAME.fullmatch(str(path))
-    if not match or Path(Path(path).parts[0]).exists():
+    first = Path(*Path(path).parts[:1])
+    if not match or first.name == "runs" or first.exists():
         return Path(path)
     return download(match["repo"], match["revision"])
 

@@ -30,7 +30,7 @@ def home(tmp_path_factory):
 
 def start(home, out, world: int, *more) -> list[Command]:
     """Start a training run on ranks."""
-    return launch(home, world, options(home, out, *PLAN, *more))
+    return launch(home, world, options(home, out, *miniruns.override(PLAN, more)))
 
 
 def wait_for_exit(processes, code: int = 0) -> list[str]:

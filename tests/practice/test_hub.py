@@ -90,12 +90,13 @@ NOT_LOOKED_UP = {
     "an absolute path": "/nix/model",
     "the folder above": "../model",
     "a single word": "model",
+    "a folder that is there": "models/mine",
 }
 
 
 @pytest.mark.parametrize("path", NOT_LOOKED_UP.values(), ids=NOT_LOOKED_UP)
 def test_paths_are_not_names(path, hub):
-    Path("runs").mkdir()
+    Path("models").mkdir()
     with pytest.raises(UserError, match="there is no directory .*check the path"):
         load(path)
     assert not hub.calls

@@ -80,6 +80,12 @@ def test_conda_and_pip_install_the_same():
 # ── The tree ──
 
 
+def test_no_two_test_files_have_the_same_name():
+    """Pytest imports them by their names alone, so the second one would not run."""
+    names = [path.name for path in (lint.ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_top_level_has_no_other_files():
     top = {path.relative_to(lint.ROOT).parts[0] for path in lint.files()}
     assert top <= TOP
