@@ -107,8 +107,8 @@ class Job:
 
 def train(home: Path, name: str, more=(), **settings: str) -> Job:
     """A run of the tiny model, its experts on as many ranks as there are nodes that train."""
-    options = ["--config", home / "mini.json", "--data", home / "text", *PLAN, *more]
-    options += ["--ep", settings["NODES"]]
+    fixed = ["--config", home / "mini.json", "--data", home / "text", *PLAN]
+    options = [*miniruns.override(fixed, more), "--ep", settings["NODES"]]
     return Job(home, name, "train.sbatch", options, **settings)
 
 

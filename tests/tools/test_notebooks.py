@@ -127,11 +127,19 @@ def test_a_chapter_runs_and_its_answers_are_right(chapter):
 @pytest.mark.notebook
 @every_chapter
 def test_a_chapter_runs_as_a_notebook_in_a_minute(path, monkeypatch):
+    """One core needs less than a minute; waiting, also for other processes, has another limit."""
     monkeypatch.delenv("DSV3_SHORT", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    start = time.perf_counter()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    start, used = time.perf_counter(), processor_seconds_of_children()
     book.execute(path)
-    assert time.perf_counter() - start < 60
+    assert processor_seconds_of_children() - used < 60
+    assert time.perf_counter() - start < 240
+
+
+def processor_seconds_of_children() -> float:
+    """Return the processor time of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 # ── Committed notebooks ──
