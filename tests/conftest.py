@@ -49,6 +49,23 @@ settings.register_profile("short", max_examples=15, deadline=None, derandomize=T
 settings.register_profile("full", max_examples=200, deadline=None, derandomize=True)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny config and texts, which keeps the caches of a module's tests."""
+    import miniruns  # only now: environment variables are set first
+
+    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def without_reports(monkeypatch):
+    """Write a stub in the place of a run's report, whose figures take longer than the run."""
+    import miniruns
+
+    monkeypatch.setattr("dsv3_ref.training.report.write_report", miniruns.no_report)
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run tests marked `full`")
 

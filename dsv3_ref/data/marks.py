@@ -34,11 +34,6 @@ def find_marks(tokenizer: Tokenizer) -> dict[str, int]:
     return {token.content: i for i, token in added.items() if is_mark(token)}
 
 
-def text_encoder(tokenizer: Tokenizer) -> Encode:
-    """Return a function that encodes a text as tokens, none of them a mark."""
-    return MarkedTextEncoder(tokenizer).encode_text
-
-
 def plain_tokenizers(tokenizer: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
     """Return tokenizers that know no marks: for the start of a text, and for what follows a mark.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv3_ref.config import UserError
+from dsv3_ref.data.formats import is_utf8
 
 Message = dict[str, Any]
 
@@ -56,7 +57,11 @@ def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> 
                 )
     content = normalize_content(i, turn)
     turn = turn | {"role": role} | ({} if content is None else {"content": content})
-    check_surrogates(i, turn)
+    if not is_utf8(turn):
+        raise UserError(
+            f"turn {i} has half a character (a lone surrogate, such as \\ud83d): "
+            "write the whole character"
+        )
     return turn
 
 
@@ -86,25 +91,6 @@ def join_text_parts(i: int, parts: Sequence[object]) -> str:
             )
         texts.append(text)
     return "".join(texts)
-
-
-def check_surrogates(i: int, value: object) -> None:
-    """Raise a `UserError` if a text holds half a character, which UTF-8 cannot encode."""
-    for text in iter_texts(value):
-        if not is_encodable(text):
-            raise UserError(
-                f"turn {i} has half a character (a lone surrogate, such as \\ud83d): "
-                "write the whole character"
-            )
-
-
-def is_encodable(text: str) -> bool:
-    """Return whether a text has no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def iter_texts(value: object) -> list[str]:

@@ -25,7 +25,6 @@ SIGNIFICANT_DIGITS = 6  # of a decimal number as the right answer
 
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")  # 1,000
 SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
-COMMA = re.compile(r"[,;]")
 COLON = re.compile(r":")
 UNION = re.compile(r"\\cup(?![A-Za-z])")
 RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|[<>=]")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import miniruns
 import pytest
 from miniruns import metrics, no_report, options, results
 
@@ -17,12 +16,6 @@ from dsv3_ref.cli.main import main
 from dsv3_ref.config import TINY, V3
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.training import settings
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
 
 
 @pytest.fixture

@@ -52,12 +52,6 @@ def cluster():
         subprocess.run([LAB, "down"], env=env, check=True)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
-
-
 class Job:
     """A launcher's job, and what it left."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import miniruns
 import pytest
-from miniruns import metrics, no_report, options
+from miniruns import metrics, options
 
 from dsv3_ref.cli import environment
 from dsv3_ref.cli.main import main
@@ -22,16 +22,7 @@ from dsv3_ref.training.report import write_report
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("dsv3_ref.training.report.write_report", no_report)
-
+pytestmark = pytest.mark.usefixtures("without_reports")
 
 # ── Progress ──
 

@@ -4,18 +4,11 @@ import errno
 import json
 import os
 
-import miniruns
 import pytest
 import torch
 from miniruns import no_report, options
 
 from dsv3_ref.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
 
 
 @pytest.fixture(scope="module")

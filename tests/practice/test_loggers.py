@@ -13,23 +13,14 @@ from types import SimpleNamespace
 
 import miniruns
 import pytest
-from miniruns import metrics, no_report, options
+from miniruns import metrics, options
 
 from dsv3_ref.cli.main import main
 
 SHORT = ["--steps", "2", "--save-every", "1"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("dsv3_ref.training.report.write_report", no_report)
-
+pytestmark = pytest.mark.usefixtures("without_reports")
 
 # ── Stand-ins ──
 

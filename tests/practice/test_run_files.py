@@ -19,15 +19,7 @@ from dsv3_ref.training import run_file, settings
 SHORT = ["--steps", "2", "--save-every", "2"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("dsv3_ref.training.report.write_report", no_report)
+pytestmark = pytest.mark.usefixtures("without_reports")
 
 
 @pytest.fixture(scope="module")

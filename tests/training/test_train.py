@@ -11,11 +11,10 @@ import time
 from dataclasses import replace
 from itertools import count
 
-import miniruns
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from miniruns import MINI, STEPS, metrics, no_report, options, results, start
+from miniruns import MINI, STEPS, metrics, options, results, start
 
 from dsv3_ref import pretrain
 from dsv3_ref.checkpoints import native
@@ -30,17 +29,6 @@ from dsv3_ref.training.metrics import MetricsWriter
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess
 from dsv3_ref.training.task import PretrainTask, evaluate_loss
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr("dsv3_ref.training.report.write_report", no_report)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +132,7 @@ def test_checkpoints_load_and_so_does_the_run(whole):
     assert not torch.equal(load(steps[0]).head.weight, run["head.weight"])
 
 
-def test_a_run_is_never_overwritten(whole, home, quick):
+def test_a_run_is_never_overwritten(whole, home, without_reports):
     before = results(whole)
     assert main.main(options(home, whole, "--steps", "1", "--seed", "5")) == 0
     assert results(whole) == before
@@ -153,7 +141,7 @@ def test_a_run_is_never_overwritten(whole, home, quick):
     shutil.rmtree(second)
 
 
-def test_the_seed_decides(whole, home, tmp_path, quick):
+def test_the_seed_decides(whole, home, tmp_path, without_reports):
     """The same again is the same, another seed is another model on other rows."""
     assert main.main(options(home, tmp_path / "again")) == 0
     assert results(tmp_path / "again") == results(whole)
@@ -180,7 +168,7 @@ DEADLY = {
 
 
 @pytest.mark.parametrize("moment", DEADLY)
-def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, quick):
+def test_kill_9_at_the_worst_moments(moment, whole, home, tmp_path, without_reports):
     """What a killed run leaves is swept away, and the rest is as if nothing had happened."""
     run, keep = tmp_path / "run", ["--keep-latest-k", "1"] if moment.startswith("dropping") else []
     process = start(home, options(home, run, *keep), 1, *DEADLY[moment])
@@ -231,7 +219,9 @@ def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("at", [1, 6, 8])
-def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp_path, quick):
+def test_a_signal_ends_the_run_after_its_step(
+    number, code, at, whole, home, tmp_path, without_reports
+):
     """Also in a step with a planned checkpoint; in the last step the run simply ends."""
     run = tmp_path / "run"
     process = start(
@@ -248,7 +238,7 @@ def test_a_signal_ends_the_run_after_its_step(number, code, at, whole, home, tmp
     )  # no 1 where 3 follow
 
 
-def test_signals_are_the_callers_again(home, tmp_path, quick):
+def test_signals_are_the_callers_again(home, tmp_path, without_reports):
     before = [signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)]
     assert main.main(options(home, tmp_path / "run", "--steps", "1")) == 0
     assert [signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)] == before
@@ -257,7 +247,7 @@ def test_signals_are_the_callers_again(home, tmp_path, quick):
 # ── Going on ──
 
 
-def test_a_half_written_row_and_stale_folders_are_swept(half, whole, quick):
+def test_a_half_written_row_and_stale_folders_are_swept(half, whole, without_reports):
     with (half / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "loss": 3.1')
     for name in (".step_0000008.dsv3-tmp", ".step_0000003.dsv3-tmp"):
@@ -271,19 +261,21 @@ def metrics_lines(run) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
 
 
-def test_the_same_command_with_resume_goes_on(half, home, whole, quick, capsys):
+def test_the_same_command_with_resume_goes_on(half, home, whole, without_reports, capsys):
     assert main.main(options(home, half, "--resume")) == 0
     assert same_as_whole(half, whole)
     assert "continuing after step 6" in capsys.readouterr().out
 
 
-def test_a_finished_run_only_writes_its_report_again(half, whole, quick, capsys):
+def test_a_finished_run_only_writes_its_report_again(half, whole, without_reports, capsys):
     for _ in range(2):
         assert go_on(half) == 0
         assert same_as_whole(half, whole)
 
 
-def test_resume_alone_takes_the_newest_run(home, interrupted, tmp_path, monkeypatch, quick):
+def test_resume_alone_takes_the_newest_run(
+    home, interrupted, tmp_path, monkeypatch, without_reports
+):
     monkeypatch.chdir(tmp_path)
     for name in ("mini", "mini-2"):
         shutil.copytree(interrupted, tmp_path / "runs" / name)
@@ -292,7 +284,7 @@ def test_resume_alone_takes_the_newest_run(home, interrupted, tmp_path, monkeypa
     assert (tmp_path / "runs" / "mini-2" / "report.html").exists()
 
 
-def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
+def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, without_reports):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     monkeypatch.setattr("dsv3_ref.training.task.evaluate_loss", lambda *_: (next(losses, 9.0), 1.0))
     more = ["--save-every", "1", "--keep-latest-k", "2"]
@@ -302,7 +294,7 @@ def test_the_last_and_the_best_are_kept(home, tmp_path, monkeypatch, quick):
     assert all(load(p) for p in native.list_checkpoints(tmp_path / "run"))
 
 
-def test_settings_that_do_not_shape_the_losses_may_change(half, whole, quick):
+def test_settings_that_do_not_shape_the_losses_may_change(half, whole, without_reports):
     more = ["--save-every", "2", "--keep-latest-k", "1", "--val-sequences", "8"]
     assert go_on(half, *more) == 0
     assert [row["loss"] for row in metrics(half)] == [row["loss"] for row in metrics(whole)]
@@ -367,7 +359,9 @@ def ask_to_end():
 
 
 @pytest.mark.parametrize("death", [interrupt, ask_to_end])
-def test_bad_steps_in_succession_go_back_past_their_data(death, home, tmp_path, monkeypatch, quick):
+def test_bad_steps_in_succession_go_back_past_their_data(
+    death, home, tmp_path, monkeypatch, without_reports
+):
     """From step 5 to the checkpoint of step 3; the same with a death before, between or after."""
     monkeypatch.setattr(pretrain, "compute_losses", poison("nan", batches(home, tmp_path, 4, 5)))
     whole = tmp_path / "whole"
@@ -472,7 +466,7 @@ def cut_short(path):
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_resumed(
-    file, damage, half, whole, quick, capsys
+    file, damage, half, whole, without_reports, capsys
 ):
     newest = native.list_checkpoints(half)[-1]
     damage(newest / file)
@@ -561,7 +555,7 @@ def test_a_run_is_not_resumed_with_other_data_tokenizer_or_settings(
     assert "cannot be resumed" in said and words in said
 
 
-def test_another_torch_is_noted(half, quick, capsys, monkeypatch):
+def test_another_torch_is_noted(half, without_reports, capsys, monkeypatch):
     monkeypatch.setattr(checkpointer, "installed_versions", lambda: {"torch": "2.99.0"})
     assert go_on(half) == 0
     assert "2.99.0 resumes it; results can differ in rounding" in capsys.readouterr().out
@@ -591,7 +585,7 @@ def test_only_one_process_trains_in_a_folder(half, home, capsys, monkeypatch):
     assert f"another process is training in {half}" in capsys.readouterr().err
 
 
-def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, quick):
+def test_a_fresh_run_goes_beside_one_that_is_training(home, tmp_path, without_reports):
     """The folder that another process holds is left alone, and never shared."""
     with settings.open_run_dir(settings.parse_args(options(home, tmp_path / "run")[1:])):
         assert main.main(options(home, tmp_path / "run", "--steps", "1")) == 0
@@ -650,7 +644,7 @@ def test_bf16_products_over_fp32_weights_and_gradients(home, tmp_path, monkeypat
             assert {state[moment].dtype for state in states} == {dtype or torch.float32}
 
 
-def test_tensorboard(home, tmp_path, quick):
+def test_tensorboard(home, tmp_path, without_reports):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"

@@ -175,12 +175,6 @@ def test_a_script_draws_figures_or_prints_the_command(file, capsys):
 # ── A command ──
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
-
-
 def command(home, out, steps: int) -> RunProcess:
     _, *words = miniruns.options(home, out)[:-2]
     words = [w for w in words if w not in ("--out", str(out))]
