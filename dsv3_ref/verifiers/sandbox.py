@@ -77,6 +77,7 @@ DENIED_SYSCALLS = {
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "io_setup": (206, 0),
     "inotify_init": (253, 26), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
     "landlock_create_ruleset": (444, 444), "vmsplice": (278, 75), "syslog": (103, 116),
+    "process_vm_readv": (310, 270), "pidfd_getfd": (438, 438), "kcmp": (312, 272),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
 }  # fmt: skip
 SOCKETS = ((41, 198), (53, 199))  # socket, socketpair
@@ -147,6 +148,7 @@ def seccomp_filter() -> bytes:
 
 # ── What a program sees ──
 
+FIRST_PROCESS = "/proc/1"
 TMPFS = "/sys"  # where /tmp is mounted first: a folder of every Linux that sandboxes do not show
 
 # Runs in the program's own interpreter; `{started}` is closed before the program runs.
@@ -207,6 +209,9 @@ def bwrap_args(user: int | None) -> list[str]:
         # shared mappings of /dev/zero are anonymous memory: there, it cannot be opened
         "--proc", "/proc", "--dev", "/dev", "--ro-bind", "/dev/null", "/dev/zero",
         "--remount-ro", "/dev",
+        # the first process, bwrap's own, has neither limits nor the filter, and without a user of
+        # its own, a program could write into its memory
+        "--perms", "555", "--tmpfs", FIRST_PROCESS, "--remount-ro", FIRST_PROCESS,
     ]  # fmt: skip
 
 

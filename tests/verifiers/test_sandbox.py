@@ -295,6 +295,39 @@ print(json.dumps([
 
 
 @boxed
+def test_the_first_process_is_out_of_reach():
+    """It is bwrap's, without limits and filter; who writes into its memory has neither, too.
+
+    Without a user of its own, a program runs as the same user.
+    """
+    program = (
+        LIBC
+        + """
+import json, os
+def write_memory(pid):
+    with open(f"/proc/{pid}/maps") as maps:
+        start = next(line for line in maps if "r-xp" in line).split("-")[0]
+    fd = os.open(f"/proc/{pid}/mem", os.O_RDWR)
+    return os.pwrite(fd, os.pread(fd, 8, int(start, 16)), int(start, 16))
+def libc_says(*call):
+    return ctypes.get_errno() if libc.syscall(*call) < 0 else 0
+readv = {"x86_64": 310, "aarch64": 270}[os.uname().machine]
+first = os.pidfd_open(1)
+print(json.dumps([
+    attempt(lambda: write_memory("self")), attempt(lambda: write_memory(1)),
+    attempt(lambda: write_memory("self/../1")), attempt(lambda: write_memory("1/task/1")),
+    os.listdir("/proc/1"), attempt(lambda: os.mkdir("/proc/1/x")),
+    [libc_says(438, first, i, 0) for i in range(9)], libc_says(readv, 1, 0, 0, 0, 0, 0),
+]))
+"""
+    )
+    own, *others, listed, made, taken, read = answer(program)
+    assert own == 8 and others == ["FileNotFoundError"] * 3
+    assert listed == [] and made in ("OSError", "PermissionError")
+    assert taken == [1] * 9 and read == 1
+
+
+@boxed
 def test_every_namespace_is_its_own():
     spaces = ["ipc", "mnt", "net", "pid", "uts"]
     program = f"""
