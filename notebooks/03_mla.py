@@ -17,10 +17,11 @@
 # %% [markdown]
 # ## Why
 # To write its next token, a model looks back at every earlier one. What it keeps of them, layer by
-# layer, is the **key-value cache**, and on a long conversation the cache outgrows the model. With
+# layer, is the **key-value cache** (KV cache), which grows with every token of every conversation. With
 # ordinary multi-head attention (MHA), 128 heads would each keep a key and a value of 128 numbers:
 # 32,768 numbers per token in every layer, **4 MB per token** over 61 layers, 524 GB for one conversation
-# of 128K tokens. The usual cure is to share keys and values among groups of heads (*grouped-query
+# of 128K tokens. V3's weights take 671 GB in FP8 and 1,342 GB in bf16, so three such conversations would
+# need more memory than the model itself. The usual cure is to share keys and values among groups of heads (*grouped-query
 # attention*, GQA): the heads of a group then see the past through the same keys, which may cost quality.
 # Multi-head latent attention (MLA) keeps 576 numbers, one fifty-seventh, and every head still has keys
 # and values of its own.
@@ -169,8 +170,9 @@ print(f"3 queries, 5 positions:\n{causal_mask(3, 5).int().numpy()}")
 # *In practice* the [cpu backend](../dsv3_ref/cpu/attention.py) takes 64 queries at a time, which meet only the keys
 # they may see, and writes its gradient down. With $p$ the softmax's weights and $\partial x$ short for
 # $\partial L/\partial x$, the gradient of the scores is $p \odot (\partial p - \delta)$, and the sum
-# $\delta_s = \sum_t p_{st}\,\partial p_{st}$ equals $\partial o_s \cdot o_s$: no second pass over the keys, the trick by
-# which FlashAttention fits on a chip. Packed sequences become padded rows of one batch there; a kernel needs
+# $\delta_s = \sum_t p_{st}\,\partial p_{st}$ equals $\partial o_s \cdot o_s$, so it needs no
+# reduction over the keys. FlashAttention's backward pass uses the same identity; what lets it work in the memory
+# of a chip is tiling, an online softmax, and the recomputation of $p$. Packed sequences become padded rows of one batch there; a kernel needs
 # no such copy.
 
 
@@ -295,8 +297,9 @@ print(f"cached per token: {C + R} numbers; made from them for attention: {H * (X
 # Here $q$ is $q^C$. Left: the query is mapped *into* the latent once, and meets cached latents
 # directly. Right: the values are averaged as latents and mapped out once. No token of the past is
 # touched by a matrix.
-# Seen this way MLA is attention with a *single* key head, in which key and value are the same cached
-# vector, 512 wide. The core, in shapes $(b,s,h,c)$ against $(b,t,c)$, is an op of its own; on a GPU
+# Seen this way MLA is **multi-query attention** (MQA): all 128 query heads share one key head and one value
+# head. The key is the latent followed by the rotary key, $512 + 64 = 576$ wide; the value is the latent
+# alone, 512 wide. The core, in shapes $(b,s,h,c)$ against $(b,t,c)$, is an op of its own; on a GPU
 # its kernel reads each latent once for all 128 heads. Both forms are equal in exact arithmetic, so
 # their difference must shrink with the precision.
 

@@ -158,10 +158,14 @@ print("V2-Lite's weights of five tokens add up to", [f"{x:.2f}" for x in old.sum
 # %% [markdown]
 # ## Groups
 # V3's 256 experts form 8 groups, one per node. A group's score is the sum of its $K_r / M = 8/4 = 2$ highest
-# biased affinities; the best $M = 4$ groups stay open and the choice happens among them:
+# affinities (§2.1.2); the best $M = 4$ groups stay open and the choice happens among them:
 #
 # $$G_g = \sum \operatorname{Top2}_{\,i \in g}(s_i + b_i), \qquad
 # \tilde s_i = \begin{cases} s_i + b_i & g(i) \in \operatorname{Topk}(\{G\}, M)\\ -\infty & \text{otherwise}\end{cases}$$
+#
+# **Report and release differ** in two details. The text of the report speaks of affinities, the released code adds the
+# bias before it scores the groups; and the code takes two experts per group whatever $K_r / M$ is. We follow the
+# release, since the published weights were trained with it; for V3's numbers, $K_r / M$ is 2 in both.
 #
 # **A trap.** $-\infty$, not 0. Affinities are positive, so zero looks low enough; but biases go below $-s_i$,
 # and then a *shut* expert at 0 beats an open one. No error, no odd loss curve: tokens just travel to nodes they

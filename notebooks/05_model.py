@@ -755,8 +755,11 @@ check_prefill(my_prefill)
 # What one copy of the model asks of the hardware, and how fast the report's machines really ran.
 # An H800 has 80 GB of memory and, like the H100, a peak near 989 TFLOP/s in bf16 and 1979 in FP8.
 #
-# - **Training is bound by FLOPs**, once the all-to-all between experts is hidden behind them. 387
-#   TFLOP/s per GPU leaves out the MTP module and recomputation, so the machines did somewhat more.
+# - **Training is bound by FLOPs**, once the all-to-all between experts is hidden behind them. The *model FLOPs
+#   utilization* (MFU) is the rate at which the FLOPs of forward and backward pass are done, divided by the peak. The
+#   387 TFLOP/s per GPU leave out the MTP module, and MFU never counts recomputation. Four fifths of the FP8 peak are
+#   missing: attention runs in bf16, tensor cores do not reach their peak, memory-bound operations, bubbles, the 20 SMs
+#   that communicate, stragglers and restarts take the rest ([chapter 17](17_scale.ipynb) adds them up).
 # - **Decoding is bound by memory**: a single token reads the 37B weights that it uses; many tokens
 #   read nearly all 671B, and share the cost.
 # - **Who takes over.** The products go through the ops of chapter 01 (`linear`, `grouped_linear`):

@@ -701,7 +701,7 @@ def adamw_update(
 # %% [markdown]
 # An fp32 weight and its two fp32 moments take 12 bytes per parameter, as much as six bf16 weights.
 # V3 keeps the weight (the *master weight*) and the gradient in fp32 but **stores the moments in
-# bf16** (§3.3.2), which makes it 8 bytes. bf16 has 8 bits of precision, so a change smaller than
+# bf16** (§3.3.3), which makes it 8 bytes. bf16 has 8 bits of precision, so a change smaller than
 # about 1/256 of a value is rounded away. An average with $1-\beta_2 = 0.05$ tolerates this. With the
 # usual $\beta_2 = 0.999$ it would stop moving, as the check below shows.
 #

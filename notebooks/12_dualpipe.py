@@ -16,7 +16,7 @@
 
 # %% [markdown]
 # ## Why
-# 61 layers do not fit on one GPU, so V3 cuts them into 16 **stages**, each on its own GPU, and sends
+# 61 layers do not fit on one GPU, so V3 cuts them into 16 **stages**, each on GPUs of its own, and sends
 # *micro-batches*, small parts of a batch, through them like cars along an assembly line. This wastes time in two
 # ways. While the first car moves to the last station, the stations that it has not reached are idle: the
 # **bubble**. And in every layer tokens are sent to their experts and back, which takes about as long as the
@@ -270,7 +270,8 @@ def zb1p(pp: int, r: int, m: int) -> list[Step]:
 # 8. the last $i+1$ W.
 #
 # In phase 4 the rank at the turning point runs the two actions of its first pair one after the other, as DeepSeek's
-# released code does. With the durations used below this does not change when the last step ends.
+# released code does. Without communication this does not change when the last step ends; with all-to-alls as long as
+# a forward pass it costs two units of time, 415 instead of 413 for 16 ranks and 120 micro-batches.
 
 
 # %%
@@ -820,8 +821,9 @@ check_first_back(my_first_back)
 
 # %% [markdown]
 # ## Scale-up
-# V3 runs 2 × 64 pipelines of 16 stages in parallel on 2048 GPUs. A batch of 15,360 sequences gives each pipeline 120
-# micro-batches of one sequence.
+# V3 runs 2 × 64 pipelines of 16 stages in parallel on 2048 GPUs: every stage is on 64 GPUs, which share its experts,
+# and there are two copies of it. The size of a micro-batch was not published; with one sequence each, a batch of 15,360
+# sequences gives every pipeline 120 micro-batches.
 
 # %%
 m = 15_360 // (2 * 64)
@@ -832,7 +834,40 @@ assert measured("dualpipe", 16, m)[0] / (3 * m) < 0.04
 
 # %% [markdown]
 # The bubble is 4 % with DualPipe and 12.5 % with 1F1B. The gain is worth having, but ZB1P achieves almost all of it.
-# Only DualPipe hides the all-to-alls, and that is worth far more: at $x = 1$ a training step takes 1.15 times its
-# computation instead of 1.79 times. The price is one more micro-batch of activations and a second copy of every
+# Hiding the all-to-alls is worth far more. DualPipe is not the only schedule that does so: 1F1B can pair the forward pass
+# of one micro-batch with the backward pass of another, too, if every rank starts early enough to have both at hand
+# (Megatron-Core's *combined 1F1B*).
+
+
+# %%
+def paired_1f1b(pp: int, m: int) -> list[list[Step]]:
+    """Return 1F1B with 2(pp − 1 − r) + 1 warm-up passes on rank r, then pairs F&B."""
+    lists = []
+    for r in range(pp):
+        warm_up = min(m, 2 * (pp - 1 - r) + 1)
+        steps: list[Step] = [(Action("F", r, i),) for i in range(warm_up)]
+        steps += [(Action("F", r, i), Action("B", r, i - warm_up)) for i in range(warm_up, m)]
+        steps += [(Action("B", r, i),) for i in range(m - warm_up, m)]
+        lists.append(steps)
+    return lists
+
+
+lists = {name: schedule(name, 16, m) for name in ("1f1b", "zb1p", "dualpipe")}
+lists["paired 1f1b"] = paired_1f1b(16, m)
+print("step time ÷ computation    x = 0    x = 1    activations    parameters")
+ratios = {}
+for name, steps in lists.items():
+    ratio = [
+        max(span.end for span in simulate(steps, ActionCosts(comm=x))) / (3 * m) for x in (0, 1)
+    ]
+    ratios[name] = ratio[1]
+    copies = len(stages_by_rank(name, 16)[0]) if name in SCHEDULES else 1
+    print(f"{name:22}{ratio[0]:10.2f}{ratio[1]:9.2f}{max(max_in_flight(steps)):15}{copies:13}×")
+assert ratios["dualpipe"] < ratios["paired 1f1b"] < 1.25 < 1.75 < ratios["zb1p"]
+
+# %% [markdown]
+# With all-to-alls as long as a forward pass ($x = 1$) a step of DualPipe takes 1.15 times its computation, of paired 1F1B
+# 1.21 times, of ZB1P 1.79 times. Paired 1F1B needs one copy of the parameters but keeps 32 micro-batches of activations
+# instead of 17. DualPipe's price is one more micro-batch of activations than 1F1B and a second copy of every
 # parameter along the pipeline. The copy costs little, since with 64-way expert parallelism a GPU holds only one in 64
 # of the routed experts. `dsv3_ref/parallel/` executes these lists over real ranks.

@@ -751,14 +751,17 @@ print(f"cache of one sequence of 128K: {cache_gb:.1f} GB; reading it once takes 
 
 # %% [markdown]
 # Training at 128K is bound by **arithmetic**, four fifths of it in attention. Extrapolated from the rate of pre-training, both
-# phases take 75K GPU hours; the report states 119K. We can only guess where the difference comes from;
-# perhaps attention and the activations of such long sequences run less efficiently than experts do. Decoding
+# phases take 75K GPU hours; the report states 119K. The layout of pre-training cannot have been used unchanged: a batch
+# of 480 sequences over its 128 pipelines is 3.75 micro-batches for 16 stages, so most of a step would be bubble.
+# The report does not say what was changed. Decoding
 # is bound by reading the cache: 2.7 ms per token for *one* sequence, if one GPU held all layers. In V3's decoding
 # units many GPUs share the sequences of a batch.
 #
 # Kernels: prefill uses `varlen_attention`, which keeps no probabilities in memory, and decoding uses `paged_attention`
-# ([chapter 10](10_triton.ipynb)). No two GPUs share a sequence here, nor does the report mention it. The activations of a
-# sequence of 131,072 tokens must therefore fit into one pipeline stage, which is what `--recompute` is for. On Slurm,
+# ([chapter 10](10_triton.ipynb)). If no two GPUs share a sequence, its activations must fit into one pipeline stage.
+# Recomputation is not enough for that: more than 150 kB per token and MoE layer remain ([chapter 17](17_scale.ipynb)), which is
+# 79 GB for 131,072 tokens in the four layers of a stage. At this length a sequence has to be divided among GPUs
+# (*context parallelism*), which the report does not mention. On Slurm,
 # run `slurm/long_context.sbatch --init …`, then the same with `PHASE=128k`. Neither has been run on a GPU.
 #
 # Next: [14 · Fine-tuning](14_sft_distill.ipynb), on shorter sequences.

@@ -74,7 +74,8 @@ assert len(count_busy(lengths, 8, True)) < 0.65 * len(count_busy(lengths, 8, Fal
 # again about every ten minutes according to the observed loads. §5.4.3 lets MTP draft one token, which makes decoding 1.8 times as fast.
 #
 # The report does not describe the server itself: how memory is shared, which request waits, and when a known prefix is reused. We build that with ideas
-# from PagedAttention (Kwon et al., 2023), Orca (Yu et al., 2022) and Sarathi (Agrawal et al., 2023).
+# from PagedAttention (Kwon et al., 2023), Orca (Yu et al., 2022) and Sarathi (Agrawal et al., 2023). Of the last we take chunked prefill only: its main idea,
+# *decode-maximal batching*, lets decoding tokens ride in the same pass as a chunk of a prompt, while we run two passes per step, one for chunks and one for decoding.
 #
 # Axes: `b` requests, `s` positions of this step, `t` positions in the cache, `p` pages, `y` slots of a page, `x` latent and rotary key, $c + r$ numbers; `l` layers, `h` heads, `d` model, `w` vocabulary.
 
@@ -1636,15 +1637,13 @@ print(f"a page of 64 tokens {64 * token / 1e6:.1f} MB; 40 GB of cache hold {40e9
 # This server is written to be read, and has served only small models on a CPU. To serve V3 itself, export it to the Hugging Face format and use vLLM or SGLang (options as in their documentation; **not run here**):
 #
 # ```
-# .venv/bin/python -c "import torch; from dsv3_ref import load, save_hf
-# save_hf(load('runs/v3', dtype=torch.bfloat16), 'export')"    # 1.3 TB
-# cp runs/v3/tokenizer.json export/
-# vllm serve export --tensor-parallel-size 8 --enable-expert-parallel --quantization fp8 \
+# dsv3 export runs/v3 export --fp8    # 0.7 TB, blocks of 128 × 128 as in the release
+# vllm serve export --tensor-parallel-size 8 --enable-expert-parallel \
 #   --speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'
-# python -m sglang.launch_server --model-path export --tp 8 --quantization fp8 \
+# python -m sglang.launch_server --model-path export --tp 8 \
 #   --speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 \
 #   --speculative-num-draft-tokens 2
 # ```
 #
-# Eight H200 GPUs (141 GB each) hold the model in FP8. Chat needs a chat template beside the tokenizer (`--chat-template`), with the special tokens of chapter 14. Both servers implement the ideas of this chapter under the same names: paged attention, prefix caching (SGLang: RadixAttention), chunked prefill, and prefill separate from
+# Eight H200 GPUs (141 GB each) hold the model in FP8. The servers read the number format from `config.json`; vLLM's `--quantization fp8` would quantize again, with one scale per tensor. Both servers implement the ideas of this chapter under the same names: paged attention, prefix caching (SGLang: RadixAttention), chunked prefill, and prefill separate from
 # decoding. OpenAI's client works with either as it does with ours.
