@@ -523,7 +523,10 @@ show(fig)
 
 
 # %%
-BANDWIDTH, FLOPS = 3.35e12, 1979e12  # of an H800: bytes/s, FP8 FLOP/s; their ratio is all that counts
+BANDWIDTH, FLOPS = (
+    3.35e12,
+    1979e12,
+)  # of an H800: bytes/s, FP8 FLOP/s; their ratio is all that counts
 EXPERT = 3 * V3.dim * V3.moe_inter_dim  # parameters, a byte each
 N_MOE = V3.n_layers - V3.n_dense_layers
 HEAD = V3.vocab_size * V3.dim
@@ -569,8 +572,12 @@ def draw_speedup(acceptance: int = 87) -> None:
 
 
 draw_speedup()
-print(f"distinct experts of 1, 2, 64 tokens: {', '.join(f'{distinct_experts(n):.2f}' for n in (1, 2, 64))}")
-print(f"a draft's pass at batch 1 reads {100 * MODULE / ACTIVATED:.1f} % of what the main model reads")
+print(
+    f"distinct experts of 1, 2, 64 tokens: {', '.join(f'{distinct_experts(n):.2f}' for n in (1, 2, 64))}"
+)
+print(
+    f"a draft's pass at batch 1 reads {100 * MODULE / ACTIVATED:.1f} % of what the main model reads"
+)
 for batch in (1, 8, 64, 256, 16_384):
     low, high = (speedup(a, 1, batch) for a in (0.85, 0.90))
     print(f"batch {batch:6}, one draft: {low:.2f}× to {high:.2f}×")
