@@ -290,8 +290,9 @@ def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) ->
 # %%
 from dsv3_ref import ops
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
-from dsv3_ref.parallel.stage import LossStats, Stage, LossWeights
+from dsv3_ref.parallel.stage import LossStats, LossWeights, MicroBatch, Stage
 from dsv3_ref.parallel.tape import Tape, run_to_completion
+from dsv3_ref.training.objective import ModelInput, RowBatch
 from dsv3_ref.training.recompute import saved_tensors
 
 
@@ -311,10 +312,11 @@ def count_saved_bytes(config: Config, n: int, fp8: bool) -> int:
     """Return the bytes that autograd has saved after the first stage, of one layer, ran on n tokens."""
     stage = Stage(Transformer(config), config, 0, 2, AllToAllDispatcher([]))
     backends, tape = ("lean", "fp8", "auto") if fp8 else ("lean", "auto"), Tape()
-    tokens_bs = torch.randint(config.vocab_size, (1, n + 1))
+    rows_bs = torch.randint(config.vocab_size, (1, n + 1))
+    batch = MicroBatch(RowBatch(rows_bs), ModelInput(rows_bs[:, :-1]), LossWeights(1.0), LossStats())
     with ops.use(*backends), saved_tensors(True, stage.model.parameters()) as saved:
         with torch.autocast("cpu", torch.bfloat16):
-            run_to_completion(stage.forward(tape, None, tokens_bs, LossWeights(1.0), LossStats()))
+            run_to_completion(stage.forward(tape, None, batch))
         return saved.bytes
 
 

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dsv3_ref.config import Config, UserError, ceil_div
+from dsv3_ref.config import Config, UserError
 from dsv3_ref.dualpipe import stages_by_rank
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_expert_bias
@@ -19,13 +19,13 @@ from dsv3_ref.parallel.stage import LossWeights, TapeDispatcher
 from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
 from dsv3_ref.parallel.zero import ZeroOptimizer
 from dsv3_ref.pretrain import StepStats
-from dsv3_ref.data.packing import read_flags
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 
 
 class ParallelEngine:
     """A rank's part of a training step: its model part, its optimizer shard and its pipeline.
 
-    fp8: dispatch tokens in FP8. ranks_per_node: ranks of an expert group in one node; 0 dispatches
+    objective: the loss, which the task chooses. fp8: dispatch tokens in FP8. ranks_per_node: ranks of an expert group in one node; 0 dispatches
     in one hop.
     """
 
@@ -33,10 +33,9 @@ class ParallelEngine:
         self, config: Config, recipe: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b",
         seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
         micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
-        is_packed: bool = False,
+        objective: Objective = NEXT_TOKEN_LOSS,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
-        self.micro_batch, self.is_packed = micro_batch, is_packed
         stages = stages_by_rank(schedule, mesh.pp)
         num_stages = count_stages(stages)
         if num_stages > config.n_layers:
@@ -54,7 +53,9 @@ class ParallelEngine:
         self.traffic = Traffic()
         self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
         dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep) if mesh.ep > 1 else None
-        self.pipeline = Pipeline(self.model, config, mesh, schedule, stages, dispatcher, is_packed)
+        self.pipeline = Pipeline(
+            self.model, config, mesh, schedule, stages, dispatcher, objective, micro_batch
+        )
         self.optimizer = ZeroOptimizer(self.model, config, mesh, stages, recipe, moments, zero)
 
     def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TapeDispatcher:
@@ -64,36 +65,15 @@ class ParallelEngine:
         levels = dispatch_levels(self.config, self.mesh, ranks_per_node, self.traffic)
         return AllToAllDispatcher(levels, fp8)
 
-    # ── Rows ──
-
-    def split_microbatches(self, tokens_bs: Tensor) -> tuple[list[Tensor], list[float]]:
-        """Return this pipeline's micro-batches, and each one's fraction of the batch.
-
-        All pipelines have equally many; if there are too few rows, some are empty.
-        """
-        rows_per_pipeline = ceil_div(len(tokens_bs), self.mesh.data_size)
-        size = self.micro_batch or (rows_per_pipeline if self.mesh.pp == 1 else 1)
-        n = self.pipeline.min_microbatches(ceil_div(rows_per_pipeline, size))
-        own_bs = tokens_bs.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
-        microbatches = list(own_bs.tensor_split(n))
-        whole = self.loss_weight(tokens_bs)
-        return microbatches, [self.loss_weight(rows_bs) / whole for rows_bs in microbatches]
-
-    def loss_weight(self, rows_bs: Tensor) -> int:
-        """Return the weight of rows in a batch mean: their number, or that of their loss tokens."""
-        if not self.is_packed:
-            return len(rows_bs)
-        return int(read_flags(rows_bs).mask_bs[:, 1:].sum())
-
     # ── A step ──
 
     def train_step(
-        self, tokens_bs: Tensor, recipe: TrainingRecipe, lr: float, gamma: float,
+        self, rows: RowBatch | Tensor, recipe: TrainingRecipe, lr: float, gamma: float,
         mtp_weight: float, limit: float = math.inf,
     ) -> StepStats:  # fmt: skip
-        """Run `train_step` of chapter 07 on the rows (of T + 1 tokens) of a global batch.
+        """Run `train_step` of chapter 07 on the rows of a global batch.
 
-        gamma: the update rate of the gates' biases. limit: the update is skipped if the gradient
+        rows: with what the objective needs beside the tokens, or only the tokens. gamma: the update rate of the gates' biases. limit: the update is skipped if the gradient
         norm exceeds it.
         """
         if recipe.balance_loss_scope != "sequence":
@@ -103,7 +83,9 @@ class ParallelEngine:
             )
         mtp = mtp_weight / max(1, self.config.n_mtp_layers)
         alpha = recipe.balance_loss_coeff
-        microbatches, shares = self.split_microbatches(tokens_bs)
+        batch = RowBatch(rows) if isinstance(rows, Tensor) else rows
+        microbatches = self.pipeline.split(batch)
+        shares = self.pipeline.shares(batch, microbatches)
         self.optimizer.zero_grad()
         self.traffic.clear()
         stats = self.pipeline.run(microbatches, [LossWeights(s, mtp, alpha) for s in shares])
@@ -171,9 +153,9 @@ class ParallelEngine:
         return list(self.mesh.all_reduce_max(bias_le))
 
     @torch.no_grad()
-    def sum_nll(self, rows_bs: Tensor) -> float:
-        """Return the sum of the main loss over the tokens of rows of T + 1 tokens, in nats."""
-        microbatches, shares = self.split_microbatches(rows_bs)
-        stats = self.pipeline.run(microbatches, list(map(LossWeights, shares)), training=False)
-        n = rows_bs[:, 1:].numel() if not self.is_packed else self.loss_weight(rows_bs)
-        return self.all_reduce_sum(stats.main)[0] * n
+    def mean_loss(self, batch: RowBatch) -> float:
+        """Return the loss of a global batch without MTP, in a forward pass."""
+        microbatches = self.pipeline.split(batch)
+        weights = list(map(LossWeights, self.pipeline.shares(batch, microbatches)))
+        stats = self.pipeline.run(microbatches, weights, training=False)
+        return self.all_reduce_sum(stats.main)[0]

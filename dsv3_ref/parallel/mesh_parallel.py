@@ -27,9 +27,10 @@ from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.watchdog import track_operation
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.ema import EMA
+from dsv3_ref.training.objective import RowBatch
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import StepHyperparams, state_dtype, use_precision
-from dsv3_ref.training.task import Data, RowTask
+from dsv3_ref.training.task import Data, RowTask, Task
 
 if TYPE_CHECKING:
     from dsv3_ref.training.state import Run
@@ -76,15 +77,16 @@ class MeshParallel:
         shared = broadcast_object_from_rank0(build_on_rank0)
         return data or shared
 
-    def build_model(self, config: TrainConfig, data: Data, init: Path | None) -> None:
+    def build_model(self, task: Task, init: Path | None) -> None:
         """Build this rank's part of the model and its optimizer; load its weights from `init`."""
+        config = task.config
         fp8 = config.dispatch_dtype == "fp8" or (
             config.dispatch_dtype == "auto" and config.precision == "fp8"
         )
         self.engine = ParallelEngine(
             config.model, config.recipe, self.mesh, config.schedule, config.seed,
             state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
-            config.token_dispatcher == "deepep", data.is_packed,
+            config.token_dispatcher == "deepep", task.objective,
         )  # fmt: skip
         if init:
             native.load_into(
@@ -117,7 +119,8 @@ class MeshParallel:
 
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
         """Return the sum of the main loss over the tokens of the rows, in nats."""
-        return self.engine.sum_nll(rows_bs)
+        batch = RowBatch(rows_bs)
+        return self.engine.mean_loss(batch) * task.loss_targets(rows_bs).numel()
 
     def expert_biases(self) -> list[Tensor | None]:
         """Return the biases of the gates of all MoE layers; None where gates have none."""

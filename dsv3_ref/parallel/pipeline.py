@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_ref import ops
-from dsv3_ref.config import Config
+from dsv3_ref.config import Config, ceil_div
 from dsv3_ref.dualpipe import (
     Action,
     Step,
@@ -21,9 +21,17 @@ from dsv3_ref.dualpipe import (
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import count_stages
 from dsv3_ref.parallel.mesh import Mesh
-from dsv3_ref.parallel.stage import LossStats, LossWeights, Stage, TapeDispatcher
+from dsv3_ref.parallel.stage import (
+    LossStats,
+    LossWeights,
+    MicroBatch,
+    Readout,
+    Stage,
+    TapeDispatcher,
+)
 from dsv3_ref.parallel.tape import Steps, Tape, interleave, run_to_completion
 from dsv3_ref.parallel.watchdog import track_operation
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 
 # ── Messages ──
 
@@ -134,56 +142,111 @@ class P2PCommunicator:
 
 
 class Pipeline:
-    """The stages of a rank, and the schedule in which a batch passes through all stages."""
+    """The stages of a rank, and the schedule in which a batch passes through all stages.
+
+    micro_batch: rows of a micro-batch; 0: all of a pipeline's, or one if there are several ranks.
+    """
 
     def __init__(
         self, model: Transformer, config: Config, mesh: Mesh, schedule_name: str,
         stages_by_rank: list[tuple[int, ...]], token_dispatcher: TapeDispatcher | None = None,
-        is_packed: bool = False,
+        objective: Objective = NEXT_TOKEN_LOSS, micro_batch: int = 0,
     ):  # fmt: skip
-        self.config, self.mesh = config, mesh
-        self.schedule_name = schedule_name
+        self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
+        self.schedule_name, self.objective = schedule_name, objective
         num_stages = count_stages(stages_by_rank)
         self.last = num_stages - 1
         self.stages = {
-            s: Stage(model, config, s, num_stages, token_dispatcher, is_packed)
+            s: Stage(model, config, s, num_stages, token_dispatcher, objective)
             for s in stages_by_rank[mesh.pp_rank]
         }
         self.dtype = next(model.parameters()).dtype
 
-    def min_microbatches(self, n: int) -> int:
-        """Return the least number of micro-batches ≥ n that the schedule supports."""
-        return min_microbatches(self.schedule_name, self.mesh.pp, n)
+    # ── Rows ──
+
+    def split(self, batch: RowBatch) -> list[RowBatch]:
+        """Return this pipeline's micro-batches of a global batch.
+
+        All pipelines have equally many; if there are too few rows, some are empty.
+        """
+        rows_per_pipeline = ceil_div(len(batch), self.mesh.data_size)
+        size = self.micro_batch or (rows_per_pipeline if self.mesh.pp == 1 else 1)
+        n = ceil_div(rows_per_pipeline, size)
+        own = batch.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
+        return own.tensor_split(min_microbatches(self.schedule_name, self.mesh.pp, n))
+
+    def shares(self, batch: RowBatch, microbatches: list[RowBatch]) -> list[float]:
+        """Return each micro-batch's fraction of the weight of the batch."""
+        whole = max(1, self.objective.loss_weight(batch))
+        return [self.objective.loss_weight(part) / whole for part in microbatches]
+
+    # ── A batch ──
 
     def run(
-        self, microbatches: list[Tensor], weights: list[LossWeights], training: bool = True
+        self, rows: list[RowBatch], weights: list[LossWeights], training: bool = True
     ) -> LossStats:
-        """Run all steps of this rank over its pipeline's micro-batches, rows of T + 1 tokens each.
+        """Run all steps of this rank over the rows of its pipeline's micro-batches.
 
         training=False runs only the forward actions.
         """
+        stats = LossStats()
+        self.run_microbatches(self.microbatches(rows, weights, stats), training)
+        return stats
+
+    @torch.no_grad()
+    def read_out(self, batch: RowBatch, readout: Readout, width: int) -> Tensor:
+        """Return a readout of every row of a global batch after a forward pass, (b, width).
+
+        readout: `width` values for each row of a micro-batch, from the last hidden states. All
+        ranks of a pipeline get those of its own rows; the rows of other data indices are 0.
+        """
+        parts = self.split(batch)
+        microbatches = self.microbatches(
+            parts, [LossWeights(0.0)] * len(parts), LossStats(), readout
+        )
+        self.run_microbatches(microbatches, training=False)
+        own = torch.zeros(sum(map(len, parts)), width, dtype=self.dtype, device=self.mesh.device)
+        for own_part, x in zip(own.split([len(part) for part in parts]), microbatches):
+            if x.output is not None:
+                own_part.copy_(x.output)
+        with track_operation("values of a forward pass", self.mesh.up_group):
+            dist.all_reduce(own, group=self.mesh.up_group)  # one rank has each value, others 0
+        values = own.new_zeros(len(batch), width)
+        values.tensor_split(self.mesh.data_size)[self.mesh.data_rank].copy_(own)
+        return values
+
+    def microbatches(
+        self, rows: list[RowBatch], weights: list[LossWeights], stats: LossStats,
+        readout: Readout | None = None,
+    ) -> list[MicroBatch]:  # fmt: skip
+        """Return micro-batches of these rows, which add to the same sums."""
+        return [
+            MicroBatch(part, self.objective.model_input(part), weight, stats, readout)
+            for part, weight in zip(rows, weights, strict=True)
+        ]
+
+    def run_microbatches(self, microbatches: list[MicroBatch], training: bool) -> None:
+        """Run all steps of this rank, or only the forward actions."""
         steps = schedule(self.schedule_name, self.mesh.pp, len(microbatches))
         if not training:
             steps = [forward_steps(rank_steps) for rank_steps in steps]
-        run = PipelineRun(self, microbatches, weights, self.connect(steps, microbatches), training)
+        run = PipelineRun(self, microbatches, self.connect(steps, microbatches), training)
         for step, following in pairwise([*steps[self.mesh.pp_rank], ()]):
             run.post_recvs(step + following)
             run.run_step(step)
         run.p2p.close()
-        return run.stats
 
-    def connect(self, steps: list[list[Step]], microbatches: list[Tensor]) -> P2PCommunicator:
+    def connect(self, steps: list[list[Step]], microbatches: list[MicroBatch]) -> P2PCommunicator:
         """Return the communicator of this rank for a schedule over these micro-batches."""
         m, pp = len(microbatches), self.mesh.pp
-        any_stage = self.stages[min(self.stages)]
 
         def rank_of(action: Action) -> int:
             return rank_of_stage(self.schedule_name, pp, m, action.stage, action.microbatch)
 
         def shape_of(i: int) -> tuple[int, ...]:
-            return (*any_stage.model_input(microbatches[i]).shape, self.config.dim)
+            return (*microbatches[i].model_input.tokens_bs.shape, self.config.dim)
 
-        order = send_order(steps, self.last, rank_of, [len(rows) for rows in microbatches])
+        order = send_order(steps, self.last, rank_of, [len(batch.rows) for batch in microbatches])
         return P2PCommunicator(self.mesh, order, rank_of, shape_of, self.dtype)
 
 
@@ -199,13 +262,11 @@ class PipelineRun:
     """The run of one batch through a pipeline, with the state between its steps."""
 
     def __init__(
-        self, pipeline: Pipeline, microbatches: list[Tensor], weights: list[LossWeights],
-        p2p: P2PCommunicator, training: bool,
+        self, pipeline: Pipeline, microbatches: list[MicroBatch], p2p: P2PCommunicator,
+        training: bool,
     ):  # fmt: skip
         self.pipeline, self.p2p = pipeline, p2p
-        self.microbatches, self.weights = microbatches, weights
-        self.training = training
-        self.stats = LossStats()
+        self.microbatches, self.training = microbatches, training
         # by (stage, micro-batch): the tape with the ids of its input and output; deferred Wgrads
         self.open: dict[tuple[int, int], tuple[Tape, int | None, int]] = {}
         self.deferred_wgrads: dict[tuple[int, int], list[ops.Wgrad]] = {}
@@ -245,7 +306,7 @@ class PipelineRun:
         stage, i = self.pipeline.stages[action.stage], action.microbatch
         tape = Tape(self.training)
         x = None if stage.first else self.p2p.wait_recv(action)
-        y = yield from stage.forward(tape, x, self.microbatches[i], self.weights[i], self.stats)
+        y = yield from stage.forward(tape, x, self.microbatches[i])
         if self.training:
             x_id = None if x is None else tape.id_of(x)
             self.open[action.stage, i] = tape, x_id, tape.id_of(y)

@@ -1,5 +1,6 @@
 """A pipeline stage: the forward pass of some layers, in segments that a `Tape` backpropagates."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -8,13 +9,13 @@ from torch import Tensor
 
 from dsv3_ref.block import MTP, Block
 from dsv3_ref.config import Config
-from dsv3_ref.data.packing import TOKEN, find_cu_seqlens, read_flags
 from dsv3_ref.model import Transformer
 from dsv3_ref.moe import GroupedExperts, MoE, Route, balance_loss, tokens_per_expert
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.parallel.tape import Steps, Tape
 from dsv3_ref.rope import Rope
 from dsv3_ref.scale import partition_layers
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, ModelInput, Objective, RowBatch
 
 
 class TapeDispatcher(Protocol):
@@ -52,44 +53,47 @@ class LossStats:
         self.tokens_per_expert[layer] = self.tokens_per_expert.get(layer, 0) + load_e
 
 
+Readout = Callable[[Tensor, Tensor, RowBatch], Tensor]  # (h_bsd, head_wd, rows) → values
+
+
 @dataclass
 class MicroBatch:
-    """A micro-batch in a stage: its rows of T + 1 tokens, the loss weights, and the sums so far."""
+    """A micro-batch in a stage: its rows, what the model reads of them, and the sums so far.
 
-    rows_bs: Tensor
+    readout: computed by the last stage in place of the loss; its result becomes `output`.
+    """
+
+    rows: RowBatch
+    model_input: ModelInput
     weights: LossWeights
     stats: LossStats
+    readout: Readout | None = None
+    output: Tensor | None = None
 
 
 class Stage:
     """The layers of one stage, which run on the modules of this rank.
 
-    If `is_packed`, rows are packed samples with flags: the model gets them as one long row, and
-    only flagged tokens have a loss.
+    objective: the loss that the last stage computes.
     """
 
     def __init__(
         self, model: Transformer, config: Config, stage: int, num_stages: int,
-        token_dispatcher: TapeDispatcher | None, is_packed: bool = False,
+        token_dispatcher: TapeDispatcher | None, objective: Objective = NEXT_TOKEN_LOSS,
     ):  # fmt: skip
         self.model, self.config = model, config
-        self.token_dispatcher, self.is_packed = token_dispatcher, is_packed
+        self.token_dispatcher, self.objective = token_dispatcher, objective
         self.layers = partition_layers(config, num_stages)[stage]
         self.first, self.last = stage == 0, stage == num_stages - 1
 
-    def forward(
-        self, tape: Tape, x_bsd: Tensor | None, rows_bs: Tensor, weights: LossWeights,
-        stats: LossStats,
-    ) -> Steps[Tensor]:  # fmt: skip
+    def forward(self, tape: Tape, x_bsd: Tensor | None, batch: MicroBatch) -> Steps[Tensor]:
         """Run the stage on the previous stage's output, or on the tokens if it is the first stage.
 
-        rows_bs: rows of T + 1 tokens. The last stage adds the losses to `stats`.
+        The last stage adds the losses to `batch.stats`.
         """
-        batch = MicroBatch(rows_bs, weights, stats)
-        tokens_bs = self.model_input(rows_bs)
+        tokens_bs, cu_seqlens = batch.model_input
         rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
-        if self.is_packed:
-            cu_seqlens = find_cu_seqlens(read_flags(rows_bs[:, :-1]).start_bs)
+        if cu_seqlens is not None:
             rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
         if self.first:
             x_bsd = tape.run(self.model.embed, tokens_bs)
@@ -97,16 +101,9 @@ class Stage:
         for i in self.layers:
             block = cast(Block, self.model.layers[str(i)])
             x_bsd = yield from self.block(tape, f"layers.{i}", block, x_bsd, rope, batch)
-        if self.last and self.is_packed:
-            self.completion_loss(tape, x_bsd, batch)
-        elif self.last:
+        if self.last:
             yield from self.losses(tape, x_bsd, batch)
         return x_bsd
-
-    def model_input(self, rows_bs: Tensor) -> Tensor:
-        """Return the input tokens of the model for rows of T + 1 tokens."""
-        tokens_bs = rows_bs[:, :-1]
-        return (tokens_bs & TOKEN).reshape(1, -1) if self.is_packed else tokens_bs
 
     def rope(self, s: int, device: torch.device) -> Rope:
         """Return the rotations of the positions 0 … s − 1."""
@@ -136,32 +133,36 @@ class Stage:
         stats.add_expert_load(name + ".ffn", expert, self.config.n_routed_experts)
         return x_bsd
 
-    def completion_loss(self, tape: Tape, x_1nd: Tensor, batch: MicroBatch) -> None:
-        """Add the loss on answers to the stats; it is `sft_loss` of chapter 14."""
-        rows = read_flags(batch.rows_bs[:, 1:])
-        loss_n = rows.mask_bs.flatten()
-        y_n = rows.tokens_bs.flatten()[loss_n]
-        n = max(1, int(loss_n.sum()))
-        h_nd = tape.run(lambda x_1nd: self.model.norm(x_1nd)[0][loss_n], x_1nd)
-        value = self.loss(tape, h_nd, y_n, n, batch.weights.share)
-        batch.stats.main = batch.stats.main + value
-
     def losses(self, tape: Tape, x_bsd: Tensor, batch: MicroBatch) -> Steps[None]:
-        """Add the main loss and the loss of each MTP depth to the stats (eq. 21–25)."""
-        tokens_bs, y_bs = self.model_input(batch.rows_bs), batch.rows_bs[:, 1:]
-        weights, stats = batch.weights, batch.stats
+        """Add the task's loss and the loss of each MTP depth to the stats, or run the readout."""
         h_bsd = tape.run(self.model.norm, x_bsd)
-        n = max(1, tokens_bs.numel())
-        stats.main = stats.main + self.loss(tape, h_bsd, y_bs, n, weights.share)
-        modules = cast(list[MTP], list(self.model.mtp.values())) if tape.training else []
-        for k, module in enumerate(modules, start=1):
-            next_bs = tokens_bs[:, k:]
+        head_wd = self.model.head.weight
+        if batch.readout:
+            batch.output = batch.readout(h_bsd, head_wd, batch.rows)
+            return
+        value = self.add_loss(
+            tape, lambda h: self.objective.loss(h, head_wd, batch.rows), h_bsd, batch.weights.share
+        )
+        batch.stats.main = batch.stats.main + value
+        if self.objective.trains_mtp and tape.training:
+            yield from self.mtp_losses(tape, h_bsd, batch)
+
+    def mtp_losses(self, tape: Tape, h_bsd: Tensor, batch: MicroBatch) -> Steps[None]:
+        """Add the loss of each MTP depth to the stats (eq. 21–25)."""
+        tokens_bs, y_bs = batch.model_input.tokens_bs, batch.rows.rows_bs[:, 1:]
+        head_wd, n = self.model.head.weight, max(1, tokens_bs.numel())
+        weights, stats = batch.weights, batch.stats
+        for k, module in enumerate(cast(list[MTP], list(self.model.mtp.values())), start=1):
+            next_bs, y_n = tokens_bs[:, k:], y_bs[:, k:].flatten()
             x_bsd = tape.run(lambda h, m=module, t=next_bs: self.mtp_input(m, t, h), h_bsd)
             rope = self.rope(next_bs.shape[1], tokens_bs.device)
             name = f"mtp.{k - 1}.block"
             x_bsd = yield from self.block(tape, name, module.block, x_bsd, rope, batch)
             h_bsd = tape.run(module.norm, x_bsd)
-            value = self.loss(tape, h_bsd, y_bs[:, k:], n, weights.share, weights.mtp)
+            value = self.add_loss(
+                tape, lambda h, y=y_n: linear_cross_entropy(h.flatten(0, 1), head_wd, y) / n,
+                h_bsd, weights.share, weights.mtp,
+            )  # fmt: skip
             stats.mtp[k] = stats.mtp.get(k, 0) + value
 
     def mtp_input(self, module: MTP, next_tokens_bs: Tensor, h_bsd: Tensor) -> Tensor:
@@ -170,19 +171,15 @@ class Stage:
         h_bsd = h_bsd[:, : next_tokens_bs.shape[1]]
         return module.eh_proj(torch.cat((module.enorm(e_bsd), module.hnorm(h_bsd)), dim=-1))
 
-    def loss(
-        self, tape: Tape, h: Tensor, y: Tensor, n: int, share: float, weight: float = 1.0
-    ) -> Tensor:
-        """Return share · Σ cross-entropy / n in nats.
+    def add_loss(
+        self, tape: Tape, loss_fn: Callable[[Tensor], Tensor], h: Tensor, share: float,
+        weight: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """Return share · loss_fn(h).
 
         The gradient is that of `weight` times this value, as it counts in the batch's loss.
         """
-        head, target_n = self.model.head.weight, y.flatten()
-
-        def mean_nll(h: Tensor) -> Tensor:
-            return linear_cross_entropy(h.flatten(0, -2), head, target_n) / n
-
-        value = tape.run(mean_nll, h)
+        value = tape.run(loss_fn, h)
         if tape.training:
             tape.add_grad(value, torch.full_like(value, weight * share))
         return value * share

@@ -27,6 +27,7 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SFT_RECIPES, sft_loss
+from dsv3_ref.training.objective import CompletionLoss, Objective
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import (
@@ -79,6 +80,7 @@ class SFTTask:
     """Fine-tuning on packed conversations; only the assistant's tokens are learned."""
 
     requires_whole_model: ClassVar[bool] = False
+    objective: ClassVar[Objective] = CompletionLoss()
     monitor: ClassVar[str] = "val_loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
@@ -113,7 +115,6 @@ class SFTTask:
             val=val,
             special_tokens=special_tokens,
             chat=chat,
-            is_packed=True,
             token_bytes=torch.tensor(byte_lengths(tokenizer)),
             loader=dataset,
             tokenizer=tokenizer,

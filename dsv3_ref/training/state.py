@@ -117,7 +117,7 @@ def build_run(task: Task, strategy: Strategy, run_dir: Path) -> Run:
     data = strategy.build_data(task.build_data)
     torch.manual_seed(config.seed)
     init = config.init if starts_from_init(config, run_dir) else None
-    strategy.build_model(config, data, init)
+    strategy.build_model(task, init)
     ema = None
     if config.ema_decay:
         ema = EMA(strategy.model, strategy.optimizer, config.ema_decay)

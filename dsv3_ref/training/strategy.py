@@ -22,7 +22,7 @@ from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import StepStats, train_step
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
-from dsv3_ref.training.task import Batch, Data, RowTask
+from dsv3_ref.training.task import Batch, Data, RowTask, Task
 
 if TYPE_CHECKING:
     from dsv3_ref.training.state import Run
@@ -82,8 +82,8 @@ class Strategy(Protocol):
     def build_data(self, build: Callable[[], Data]) -> Data:
         """Call build() on the ranks that read the data; return on each rank its part."""
 
-    def build_model(self, config: TrainConfig, data: Data, init: Path | None) -> None:
-        """Build model and optimizer; with `init`, load its weights."""
+    def build_model(self, task: Task, init: Path | None) -> None:
+        """Build model and optimizer of a task; with `init`, load the model's weights."""
 
     def precision_context(self) -> AbstractContextManager[None]:
         """Return a context that computes products in the run's precision."""
@@ -224,8 +224,9 @@ class SingleProcess:
         """Return the value of build()."""
         return build()
 
-    def build_model(self, config: TrainConfig, data: Data, init: Path | None) -> None:
-        """Build model and optimizer; with `init`, load its weights."""
+    def build_model(self, task: Task, init: Path | None) -> None:
+        """Build model and optimizer of a task; with `init`, load the model's weights."""
+        config = task.config
         self.model = Transformer(config.model).to(self.device)
         if init:
             native.load_into(self.model, init, verify=config.verify)

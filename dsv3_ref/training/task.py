@@ -37,6 +37,7 @@ from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SpecialTokens
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective
 from dsv3_ref.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ class Data:
     tokenizer: Tokenizer
     special_tokens: SpecialTokens | None = None  # of conversations
     chat: ChatTemplate | None = None  # the form of conversations
-    is_packed: bool = False  # rows are packed samples with flags
     token_bytes: Tensor | None = None  # UTF-8 bytes of each token
     minibatches: int = 1  # optimizer steps taken from one batch
     loader: Loader | None = None
@@ -98,6 +98,10 @@ class Task(Protocol):
     @property
     def requires_whole_model(self) -> bool:
         """True if every rank must hold the whole model: only data parallelism is possible."""
+
+    @property
+    def objective(self) -> Objective:
+        """The loss, for strategies that divide the model among ranks."""
 
     @property
     def monitor(self) -> str:
@@ -278,6 +282,7 @@ class PretrainTask:
     """Pre-training on packed text, with a loss on every token."""
 
     requires_whole_model: ClassVar[bool] = False
+    objective: ClassVar[Objective] = NEXT_TOKEN_LOSS
     monitor: ClassVar[str] = "val_loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 

@@ -31,6 +31,7 @@ from dsv3_ref.pretrain import train_step
 from dsv3_ref.data.packing import flag_sample, pack_rows
 from dsv3_ref.posttraining.sft import flagged_loss, num_loss_tokens
 from dsv3_ref.sft import SpecialTokens, assistant_mask
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, CompletionLoss
 
 CPU = torch.device("cpu")
 
@@ -428,7 +429,7 @@ def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_p
     moments = torch.bfloat16 if dtype == torch.float32 else dtype
     engine = ParallelEngine(
         MICRO, recipe, Mesh(*shape, CPU), name, 1, moments, zero, ranks_per_node=ranks_per_node,
-        is_packed=is_packed,
+        objective=CompletionLoss() if is_packed else NEXT_TOKEN_LOSS,
     )  # fmt: skip
     torch.manual_seed(1)
     whole = Transformer(MICRO)

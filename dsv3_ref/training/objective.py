@@ -1,0 +1,112 @@
+"""The objective of a task: what the model reads of a batch, and the loss of its last hidden states.
+
+A strategy on several ranks needs no more of a task: it splits the rows of a batch among data
+indices and micro-batches, and the last stage of a pipeline computes the loss.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from dsv3_ref.data.packing import find_cu_seqlens, read_flags
+from dsv3_ref.ops import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows of tokens; every tensor of it, and of its subclasses, has one entry per row."""
+
+    rows_bs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows_bs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all fields by name; fields that are None are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: x for name, x in values.items() if x is not None}
+
+    def tensor_split(self, n: int) -> list[Self]:
+        """Split the rows into n parts, whose sizes differ by at most one."""
+        parts = {name: x.tensor_split(n) for name, x in self.tensors().items()}
+        return [replace(self, **{name: part[i] for name, part in parts.items()}) for i in range(n)]
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same rows on a device."""
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
+        return replace(self, **moved)
+
+
+class ModelInput(NamedTuple):
+    """What the model reads: rows of tokens, or one row of samples of which cu_seqlens has the ends.
+
+    tokens_bs: (b, s). cu_seqlens: 0 and the end of each sample, (m + 1,), int32; None: positions
+    count from the start of each row.
+    """
+
+    tokens_bs: Tensor
+    cu_seqlens: Tensor | None = None
+
+
+class Objective(Protocol):
+    """The loss of a batch, as the mean of its rows' losses by their weights."""
+
+    @property
+    def trains_mtp(self) -> bool:
+        """True if the MTP modules are trained, too."""
+
+    def model_input(self, batch: Any) -> ModelInput:
+        """Return what the model reads of a batch."""
+
+    def loss_weight(self, batch: Any) -> int:
+        """Return the weight of a batch in the mean over several."""
+
+    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: Any) -> Tensor:
+        """Return the loss of a batch from normalized hidden states; 0 for one without rows."""
+
+
+class NextTokenLoss:
+    """The mean cross-entropy of all tokens but the first of each row, and MTP losses."""
+
+    trains_mtp = True
+
+    def model_input(self, batch: RowBatch) -> ModelInput:
+        """Return all tokens but the last of each row."""
+        return ModelInput(batch.rows_bs[:, :-1])
+
+    def loss_weight(self, batch: RowBatch) -> int:
+        """Return the number of rows, which all have the same number of tokens."""
+        return len(batch)
+
+    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
+        """Return the mean cross-entropy in nats per token."""
+        y_bs = batch.rows_bs[:, 1:]
+        nll = linear_cross_entropy(h_bsd.flatten(0, 1), head_wd, y_bs.flatten())
+        return nll / max(1, y_bs.numel())
+
+
+class CompletionLoss:
+    """The mean cross-entropy of the answers in packed rows with flags: `sft_loss` of chapter 14."""
+
+    trains_mtp = False
+
+    def model_input(self, batch: RowBatch) -> ModelInput:
+        """Return all tokens but the last of each row, as one row of samples."""
+        rows = read_flags(batch.rows_bs[:, :-1])
+        return ModelInput(rows.tokens_bs.reshape(1, -1), find_cu_seqlens(rows.start_bs))
+
+    def loss_weight(self, batch: RowBatch) -> int:
+        """Return the number of tokens of answers."""
+        return int(read_flags(batch.rows_bs).mask_bs[:, 1:].sum())
+
+    def loss(self, h_1nd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
+        """Return the mean cross-entropy in nats per token of the answers."""
+        rows = read_flags(batch.rows_bs[:, 1:])
+        mask_n = rows.mask_bs.flatten()
+        y_n = rows.tokens_bs.flatten()[mask_n]
+        return linear_cross_entropy(h_1nd[0][mask_n], head_wd, y_n) / max(1, len(y_n))
+
+
+NEXT_TOKEN_LOSS = NextTokenLoss()
