@@ -313,7 +313,9 @@ def count_saved_bytes(config: Config, n: int, fp8: bool) -> int:
     stage = Stage(Transformer(config), config, 0, 2, AllToAllDispatcher([]))
     backends, tape = ("lean", "fp8", "auto") if fp8 else ("lean", "auto"), Tape()
     rows_bs = torch.randint(config.vocab_size, (1, n + 1))
-    batch = MicroBatch(RowBatch(rows_bs), ModelInput(rows_bs[:, :-1]), LossWeights(1.0), LossStats())
+    batch = MicroBatch(
+        RowBatch(rows_bs), ModelInput(rows_bs[:, :-1]), LossWeights(1.0), LossStats()
+    )
     with ops.use(*backends), saved_tensors(True, stage.model.parameters()) as saved:
         with torch.autocast("cpu", torch.bfloat16):
             run_to_completion(stage.forward(tape, None, batch))

@@ -25,8 +25,8 @@ from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 class ParallelEngine:
     """A rank's part of a training step: its model part, its optimizer shard and its pipeline.
 
-    objective: the loss, which the task chooses. fp8: dispatch tokens in FP8. ranks_per_node: ranks of an expert group in one node; 0 dispatches
-    in one hop.
+    objective: the loss, which the task chooses. fp8: dispatch tokens in FP8. ranks_per_node: ranks
+    of an expert group in one node; 0 dispatches in one hop.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class ParallelEngine:
     ) -> StepStats:  # fmt: skip
         """Run `train_step` of chapter 07 on the rows of a global batch.
 
-        rows: with what the objective needs beside the tokens, or only the tokens. gamma: the update rate of the gates' biases. limit: the update is skipped if the gradient
-        norm exceeds it.
+        rows: with what the objective needs beside the tokens, or only the tokens. gamma: the update
+        rate of the gates' biases. limit: the update is skipped if the gradient norm exceeds it.
         """
         if recipe.balance_loss_scope != "sequence":
             raise UserError(

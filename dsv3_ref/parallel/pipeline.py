@@ -152,7 +152,8 @@ class Pipeline:
         stages_by_rank: list[tuple[int, ...]], token_dispatcher: TapeDispatcher | None = None,
         objective: Objective = NEXT_TOKEN_LOSS, micro_batch: int = 0,
     ):  # fmt: skip
-        self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
+        self.config, self.mesh = config, mesh
+        self.micro_batch = micro_batch
         self.schedule_name, self.objective = schedule_name, objective
         num_stages = count_stages(stages_by_rank)
         self.last = num_stages - 1

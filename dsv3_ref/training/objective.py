@@ -40,7 +40,7 @@ class RowBatch:
 
 
 class ModelInput(NamedTuple):
-    """What the model reads: rows of tokens, or one row of samples of which cu_seqlens has the ends.
+    """The input of a model: rows of tokens, or one row of samples with their ends.
 
     tokens_bs: (b, s). cu_seqlens: 0 and the end of each sample, (m + 1,), int32; None: positions
     count from the start of each row.
