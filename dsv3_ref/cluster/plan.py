@@ -22,6 +22,7 @@ from dsv3_ref.inference_scale import (
 from dsv3_ref.inference_scale import weight_bytes as weights_on
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.build import owning_ranks
+from dsv3_ref.parallel.mesh import MeshLayout
 from dsv3_ref.scale import (
     ACHIEVED_RATES,
     NO_OVERHEADS,
@@ -40,6 +41,7 @@ from dsv3_ref.scale import (
     step_tail,
     wall_clock_factor,
 )
+from dsv3_ref.training.settings import check_rules, mesh_rules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,6 +121,7 @@ class Estimate:
     ranks: list[RankMemory]  # by pipeline rank
     in_flight: list[int]  # micro-batches in flight at the peak, by pipeline rank
     sent: dict[str, int]  # bytes per step and GPU by link, of the rank that sends most
+    communicators: dict[str, int]  # of NCCL by purpose, on the rank that opens most
     flops: float  # per step, of all GPUs
     spans: list[Span]
     tail: float  # seconds after the pipeline: gradients and weights over IB, AdamW
@@ -163,12 +166,18 @@ def params_by_rank(
 
 
 @cache
+def meta_model(config: Config) -> Transformer:
+    """Return the model without memory, cached because it takes seconds to build."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+@cache
 def count_params_by_rank(
     config: Config, schedule_name: str, pp: int, dp: int, ep: int
 ) -> tuple[list[ParamCounts], list[tuple[int, ...]]]:
-    """Return `params_by_rank`, cached because the model is large even on the meta device."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    """Return `params_by_rank`, cached because chapters and tables ask again."""
+    model = meta_model(config)
     stages = stages_by_rank(schedule_name, pp)
     counts: list[ParamCounts] = [{} for _ in range(pp)]
     for name, w in model.named_parameters():
@@ -236,6 +245,18 @@ def rank_bytes(plan: PlanConfig, counts: ParamCounts, activations: int) -> RankM
 # ── Traffic, operations, time ──
 
 
+def count_communicators(plan: PlanConfig, config: Config) -> dict[str, int]:
+    """Return the communicators of a GPU by purpose, of the pipeline rank that opens most.
+
+    Their number does not depend on --dp, nor on --ep beyond one node.
+    """
+    stages = stages_by_rank(plan.schedule, plan.pp)
+    owners = {owning_ranks(n, config, stages) for n, _ in meta_model(config).named_parameters()}
+    layouts = [MeshLayout(plan.pp, 1, plan.ep, p * plan.ep) for p in range(plan.pp)]
+    counts = [layout.count_communicators(owners, plan.ep_ranks_per_node) for layout in layouts]
+    return max(counts, key=lambda count: sum(count.values()))
+
+
 def bytes_sent(
     plan: PlanConfig, config: Config, counts: list[ParamCounts], stages: list[tuple[int, ...]]
 ) -> dict[str, int]:
@@ -289,6 +310,7 @@ def estimate(plan: PlanConfig) -> Estimate:
         ranks=[rank_bytes(plan, rank, peak) for rank, (peak, _) in zip(counts, peaks)],
         in_flight=[num_live for _, num_live in peaks],
         sent=bytes_sent(plan, config, counts, stages),
+        communicators=count_communicators(plan, config),
         flops=step_flops(plan, config),
         spans=simulate(steps, stage_times(plan, config)),
         tail=max(sum(step_tail(plan.rates, rank)) for rank in counts),
@@ -309,31 +331,10 @@ def validate_plan(plan: PlanConfig, config: Config) -> None:
     for name in ("pp", "ep", "dp", "seq_len", "global_batch_size", "ep_ranks_per_node"):
         if getattr(plan, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    pipes, n = plan.dp * plan.ep, num_stages(plan)
-    fills_nodes = plan.ep <= plan.ep_ranks_per_node or plan.ep % plan.ep_ranks_per_node == 0
-    rules = [
-        (
-            n <= config.n_layers,
-            f"{config.n_layers} layers cannot be divided into {n} stages: lower --pp",
-        ),
-        (
-            config.n_routed_experts % plan.ep == 0,
-            f"--ep must divide {config.n_routed_experts} routed experts",
-        ),
-        (
-            fills_nodes,
-            f"--ep {plan.ep} must be a multiple of --ep-ranks-per-node {plan.ep_ranks_per_node}, "
-            "or at most that",
-        ),
-        (
-            plan.global_batch_size % pipes == 0,
-            f"--global-batch-size must be a multiple of --dp × --ep = {pipes}",
-        ),
-        (plan.schedule != "dualpipe" or plan.pp % 2 == 0, "--schedule dualpipe needs an even --pp"),
-    ]
-    for holds, sentence in rules:
-        if not holds:
-            raise UserError(sentence)
+    pipes = plan.dp * plan.ep
+    check_rules(mesh_rules(config, plan.pp, plan.ep, plan.schedule, plan.ep_ranks_per_node))
+    if plan.global_batch_size % pipes:
+        raise UserError(f"--global-batch-size must be a multiple of --dp × --ep = {pipes}")
 
 
 # ── A serving unit ──
@@ -446,6 +447,7 @@ def format_estimate(result: Estimate) -> str:
     best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
+    communicators = ", ".join(f"{k} {n}" for k, n in result.communicators.items() if n)
     mesh = f"pp {plan.pp} × dp {plan.dp} × ep {plan.ep}"
     memory = f"{top / 1e9:.1f} GB {fits} {m.memory / 1e9:g} GB"
     duration = f"{result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline"
@@ -459,6 +461,7 @@ at most {max(result.in_flight)} micro-batches in flight; {memory}
 
 sent by a GPU per step (the rank that sends most):
 {sent}
+communicators per GPU: {sum(result.communicators.values())} ({communicators})
 
 step: {result.flops:.3g} FLOPs; {duration}
 {tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU

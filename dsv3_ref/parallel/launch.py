@@ -3,12 +3,14 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from dsv3_ref import ops
 from dsv3_ref.parallel.data_parallel import DataParallel, broadcast_object_from_rank0
 from dsv3_ref.parallel.mesh import init_distributed
-from dsv3_ref.parallel.mesh_parallel import MeshParallel
-from dsv3_ref.parallel.watchdog import watch_for_hangs
+from dsv3_ref.parallel.mesh_parallel import MeshParallel, with_zero_bubble
+from dsv3_ref.parallel.watchdog import collective_timeout, watch_for_hangs
 from dsv3_ref.training import settings
 from dsv3_ref.training.loop import train
 from dsv3_ref.training.malloc import tune_malloc
@@ -16,12 +18,24 @@ from dsv3_ref.training.spike_guard import catch_signals
 from dsv3_ref.training.task import Task
 
 
+def validate(task: Task, device: torch.device) -> bool:
+    """Raise a `UserError` if the settings cannot run on these ranks; return True.
+
+    Only rank 0 calls it, so that a mistake that every rank would find is reported once.
+    """
+    settings.validate_args(task.config)
+    if not task.requires_whole_model:
+        with_zero_bubble(ops.expand_backends(ops.ACTIVE_BACKENDS, device.type))
+    return True
+
+
 def run_on_ranks(task: Task, command: str | None = None) -> Path:
     """Train a task as one of several ranks and return the directory of the run."""
     config = task.config
-    settings.validate_args(config)
     tune_malloc()
-    with init_distributed(config.device) as device, ExitStack() as stack:
+    timeout = collective_timeout(config.hang_timeout)
+    with init_distributed(config.device, timeout) as device, ExitStack() as stack:
+        broadcast_object_from_rank0(lambda: validate(task, device))
         run_dir = broadcast_object_from_rank0(
             lambda: stack.enter_context(settings.open_run_dir(config))
         )

@@ -24,9 +24,10 @@ from dsv3_ref.parallel.data_parallel import (
 )
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
-from dsv3_ref.parallel.watchdog import track_operation
+from dsv3_ref.parallel.watchdog import collective_timeout, track_operation
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.ema import EMA
+from dsv3_ref.training.malloc import free_memory
 from dsv3_ref.training.objective import RowBatch
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import StepHyperparams, state_dtype, use_precision
@@ -49,7 +50,7 @@ class MeshParallel:
             dist.get_world_size(), config.pp, config.ep, config.dp or None
         )
         self.config, self.device = config, device
-        self.mesh = Mesh(*sizes, device)
+        self.mesh = Mesh(*sizes, device, collective_timeout(config.hang_timeout))
         self.is_main = dist.get_rank() == 0
 
     @property
@@ -130,8 +131,19 @@ class MeshParallel:
         """Return the traffic of the last step's all-to-alls."""
         return self.engine.comm_stats()
 
-    def load_whole_model(self, run_dir: Path) -> Transformer:
-        """Load the whole model of a finished run onto this rank's device."""
+    def load_whole_model(self, run_dir: Path) -> Transformer | None:
+        """Load the whole model of a finished run onto this rank's device; None if it cannot fit.
+
+        It is read into the host's memory first, in fp32.
+        """
+        needed = 4 * self.num_params
+        free = min(free_memory(torch.device("cpu")), free_memory(self.device))
+        if needed > free:
+            print(
+                f"no samples: the model's {needed / 1e9:.1f} GB exceed {free / 1e9:.1f} GB of free "
+                f"memory on rank 0; `dsv3 generate {run_dir}` makes some where it fits"
+            )
+            return None
         return native.load(run_dir).to(self.device)
 
     # ── Collective operations ──

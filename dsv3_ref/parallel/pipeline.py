@@ -1,7 +1,7 @@
 """Execution of the schedules of chapter 12 over real ranks, with the same lists of steps."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -51,6 +51,14 @@ def consumer_of(action: Action, last: int) -> Action | None:
     return Action("B", stage - 1, microbatch) if kind in "BI" and stage > 0 else None
 
 
+def message_for(action: Action, last: int) -> Action | None:
+    """Return the message that an action needs, as `consumer_of` names it; None if it needs none."""
+    kind, stage, microbatch = action
+    if kind == "F":
+        return action if stage > 0 else None
+    return Action("B", stage, microbatch) if kind in "BI" and stage < last else None
+
+
 def send_order(
     steps: list[list[Step]], last: int, rank_of: Callable[[Action], int], num_rows: list[int]
 ) -> SendOrder:
@@ -67,18 +75,44 @@ def send_order(
     return order
 
 
+def find_receipts(
+    steps: list[list[Step]], last: int, order: SendOrder, rank: int
+) -> dict[Action, list[Action]]:
+    """Return, for each message to a rank, which of its own messages have arrived by then.
+
+    A rank sends the results of a step after it has consumed the inputs of that step and of all
+    before it. A message from it is therefore a receipt for those inputs.
+    """
+    receipts: dict[Action, list[Action]] = {}
+    for peer, peer_steps in enumerate(steps):
+        sent, expected = set(order.get((rank, peer), ())), set(order.get((peer, rank), ()))
+        arrived: list[Action] = []
+        for step in peer_steps:
+            inputs = [message_for(action, last) for action in step]
+            arrived += [message for message in inputs if message in sent]
+            for consumer in (consumer_of(action, last) for action in step):
+                if consumer in expected:
+                    receipts[consumer], arrived = arrived, []
+    return receipts
+
+
 class P2PCommunicator:
     """The point-to-point messages of this rank.
 
     Sender and receiver derive the same message order from the schedule, so messages carry no tags.
     Messages to higher and to lower ranks use different groups, so they never wait for each other.
+
+    A sent message is released at its receipt, or as soon as NCCL reports that it has arrived. gloo
+    reports nothing: while no message comes back, as in GPipe's forward passes, all are kept.
     """
 
     def __init__(
-        self, mesh: Mesh, order: SendOrder, rank_of: Callable[[Action], int],
-        shape_of: Callable[[int], tuple[int, ...]], dtype: torch.dtype,
+        self, mesh: Mesh, order: SendOrder, receipts: dict[Action, list[Action]],
+        rank_of: Callable[[Action], int], shape_of: Callable[[int], tuple[int, ...]],
+        dtype: torch.dtype,
     ):  # fmt: skip
         self.mesh, self.dtype = mesh, dtype
+        self.receipts = receipts
         self.rank_of, self.shape_of = rank_of, shape_of
         self.expected = {
             source: list(actions)
@@ -87,7 +121,7 @@ class P2PCommunicator:
         }
         self.local: dict[Action, Tensor] = {}
         self.pending: dict[Action, tuple[dist.Work, Tensor]] = {}
-        self.sent: list[tuple[dist.Work, Tensor]] = []
+        self.sent: dict[Action, tuple[dist.Work, Tensor]] = {}  # on their way
 
     def send(self, action: Action, x: Tensor) -> None:
         """Send the input of an action to its rank, or keep it if that is this rank."""
@@ -97,9 +131,22 @@ class P2PCommunicator:
         elif x.numel():
             up = destination > self.mesh.pp_rank
             group = self.mesh.up_group if up else self.mesh.down_group
-            work = dist.isend(x.contiguous(), self.mesh.rank_of(destination), group=group)
+            self.release([a for a, (work, _) in self.sent.items() if work.is_completed()])
+            x = x.contiguous()
+            work = dist.isend(x, self.mesh.rank_of(destination), group=group)
             assert work is not None
-            self.sent.append((work, x))
+            self.sent[action] = work, x
+
+    def release(self, arrived: Iterable[Action]) -> None:
+        """Drop messages that have arrived.
+
+        `wait` returns at once. It orders the stream that will reuse the memory after the transfer,
+        and makes the work drop its own reference to the tensor.
+        """
+        for action in arrived:
+            if action in self.sent:
+                work, _ = self.sent.pop(action)
+                work.wait()
 
     def post_recv(self, action: Action) -> None:
         """Start to receive the input of an action and all that its sender sends before it."""
@@ -130,12 +177,12 @@ class P2PCommunicator:
         source = self.rank_of(Action(kind, stage + 1 if kind == "B" else stage - 1, microbatch))
         with track_operation(f"message for {kind} of stage {stage}", [self.mesh.rank_of(source)]):
             work.wait()
+        self.release(self.receipts.pop(action, ()))
         return x
 
     def close(self) -> None:
-        """Wait until all messages are sent."""
-        for work, _ in self.sent:
-            work.wait()
+        """Wait until all messages have arrived."""
+        self.release(tuple(self.sent))
 
 
 # ── Steps ──
@@ -248,7 +295,8 @@ class Pipeline:
             return (*microbatches[i].model_input.tokens_bs.shape, self.config.dim)
 
         order = send_order(steps, self.last, rank_of, [len(batch.rows) for batch in microbatches])
-        return P2PCommunicator(self.mesh, order, rank_of, shape_of, self.dtype)
+        receipts = find_receipts(steps, self.last, order, self.mesh.pp_rank)
+        return P2PCommunicator(self.mesh, order, receipts, rank_of, shape_of, self.dtype)
 
 
 def forward_steps(rank_steps: list[Step]) -> list[Step]:
@@ -274,11 +322,10 @@ class PipelineRun:
 
     def post_recvs(self, actions: tuple[Action, ...]) -> None:
         """Start to receive the inputs of these actions."""
-        for kind, stage, microbatch in actions:
-            if kind == "F" and stage > 0:
-                self.p2p.post_recv(Action("F", stage, microbatch))
-            if kind in "BI" and stage < self.pipeline.last:
-                self.p2p.post_recv(Action("B", stage, microbatch))
+        for action in actions:
+            message = message_for(action, self.pipeline.last)
+            if message:
+                self.p2p.post_recv(message)
 
     def run_step(self, step: Step) -> None:
         """Run one action, or two interleaved; then send their results."""

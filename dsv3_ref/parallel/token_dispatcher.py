@@ -98,10 +98,10 @@ def dispatch_levels(
     def links_to(ep_ranks: range) -> list[str]:
         return [link_between(mesh.ep_rank, e, ranks_per_node) for e in ep_ranks]
 
-    if not ranks_per_node or mesh.ep // ranks_per_node == 1:
-        ranks = range(mesh.ep)
-        return [DispatchLevel(mesh.ep_group, experts_per_rank, links_to(ranks), traffic)]
-    internode, intranode = mesh.create_node_groups(ranks_per_node)
+    groups = mesh.create_expert_groups(ranks_per_node)
+    if len(groups) == 1:
+        return [DispatchLevel(groups[0], experts_per_rank, links_to(range(mesh.ep)), traffic)]
+    internode, intranode = groups
     place = mesh.ep_rank % ranks_per_node
     first = mesh.ep_rank - place
     same_place = range(place, mesh.ep, ranks_per_node)

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypedDict
 
@@ -26,10 +27,20 @@ import torch.distributed as dist
 
 EXIT_HANG = 70  # EX_SOFTWARE: the launchers queue the job again
 HEARTBEAT_S = 5.0  # between two heartbeats, or a tenth of an operation's time limit if that is less
+LONGEST_S = 1e8  # three years, which means no limit
 MAX_MISSED_HEARTBEATS = 5  # after more of them the process counts as stopped or gone
 
 _stack: list[tuple[str, dist.ProcessGroup | Iterable[int]]] = []  # operations, outer ones first
 _since = time.monotonic()  # when the innermost operation started, or the one within it ended
+
+
+def collective_timeout(seconds: float) -> timedelta:
+    """Return the time limit of collectives for a watchdog with a limit of `seconds`.
+
+    torch.distributed aborts the process at its own limit. The report of a hang comes first: within
+    `seconds` and six heartbeats, or from faulthandler after twice `seconds` and one heartbeat.
+    """
+    return timedelta(seconds=2 * min(max(0.0, seconds), LONGEST_S) + 6 * HEARTBEAT_S)
 
 
 class RankState(TypedDict):

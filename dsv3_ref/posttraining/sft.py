@@ -187,8 +187,10 @@ class SFTTask:
         return f"{row['val_bpb']:.3f} bits per byte on held-out answers of {run.data.names[0]}"
 
     def answer_prompts(self, run: Run) -> list[dict]:
-        """Return the model's answers to the prompts of held-out conversations."""
+        """Return the answers to the prompts of held-out conversations, if the model fits here."""
         model, device = run.strategy.load_whole_model(run.run_dir), run.strategy.device
+        if model is None:
+            return []
         generator = torch.Generator(device).manual_seed(self.config.seed)
         tokenizer = run.data.tokenizer
         samples = []

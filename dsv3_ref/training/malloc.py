@@ -1,12 +1,19 @@
-"""Settings of glibc's allocator for training."""
+"""Memory of the host and of GPUs: settings of glibc's allocator, and how much is free."""
 
 import ctypes
+import math
 import os
+from pathlib import Path
+
+import torch
 
 # from malloc.h
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
 M_MMAP_MAX = -4
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")  # of this container, with the files of version 2
 
 
 def tune_malloc() -> None:
@@ -22,3 +29,21 @@ def tune_malloc() -> None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 256 << 20)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that this process can still allocate on a device; ∞ where it is unknown.
+
+    On the host that is the least of the kernel's estimate and of what the container may use.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    limits = [math.inf]
+    if MEMINFO.is_file():
+        fields = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
+        limits.append(1024.0 * int(fields["MemAvailable"].split()[0]))
+    if (CGROUP / "memory.max").is_file():
+        most = (CGROUP / "memory.max").read_text(encoding="utf-8").strip()
+        used = (CGROUP / "memory.current").read_text(encoding="utf-8")
+        limits.append(math.inf if most == "max" else float(most) - float(used))
+    return min(limits)

@@ -3,10 +3,10 @@
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice, takewhile
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from tyro.constructors import ConstructorRegistry
 from dsv3_ref.checkpoints.atomic import LOCK, lock_dir, read_json, remove_new_files
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config
 from dsv3_ref.config import Config, UserError, from_dict, load_config
+from dsv3_ref.dualpipe import stages_by_rank
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
 from dsv3_ref.training.loggers import LoggerName, require_packages
@@ -156,11 +157,15 @@ def validate_args(args: TrainConfig) -> None:
     numbers = {k: v for k, v in asdict(args.recipe).items() if not isinstance(v, str)}
     rules = common_rules(args) + args.validation_rules()
     rules += [(math.isfinite(v), f"{option_flag(k)} must be a number") for k, v in numbers.items()]
-    rules += parallelism_rules(args, world_size())
+    check_rules(chain(rules, parallelism_rules(args, world_size())))
+    require_packages(args.log)
+
+
+def check_rules(rules: Iterable[Rule]) -> None:
+    """Raise a `UserError` for the first rule that does not hold; later ones are not evaluated."""
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
-    require_packages(args.log)
 
 
 def world_size() -> int:
@@ -221,23 +226,54 @@ def common_rules(args: TrainConfig) -> list[Rule]:
     ]
 
 
-def parallelism_rules(args: TrainConfig, world_size: int) -> list[Rule]:
+def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
     """Return the rules of the mesh, on as many processes as a launcher has started."""
-    dp = max(1, args.dp)
+    dp = args.dp or max(1, world_size // max(1, args.pp * args.ep))
     ranks = args.pp * dp * args.ep
-    missing = (
-        f"--pp {args.pp} × --dp {dp} × --ep {args.ep} are {ranks} ranks, not {world_size}: "
-        f"torchrun --nproc-per-node {ranks} -m dsv3_ref train …"
+    yield (min(args.pp, args.ep) >= 1, "--pp and --ep must be at least 1")
+    yield (
+        min(args.dp, args.ep_ranks_per_node) >= 0,
+        "--dp and --ep-ranks-per-node must be at least 0",
     )
-    return [
-        (min(args.pp, args.ep) >= 1, "--pp and --ep must be at least 1"),
-        (
-            min(args.dp, args.ep_ranks_per_node) >= 0,
-            "--dp and --ep-ranks-per-node must be at least 0",
-        ),
-        (args.hang_timeout > 0, "--hang-timeout must be above 0"),
-        (ranks <= world_size, missing),
-    ]
+    yield (args.hang_timeout > 0, "--hang-timeout must be above 0")
+    yield (
+        ranks == world_size,
+        f"--pp {args.pp} × --dp {dp} × --ep {args.ep} are {ranks} ranks, not {world_size}: "
+        f"torchrun --nproc-per-node {ranks} -m dsv3_ref train …",
+    )
+    if world_size > 1:
+        yield from mesh_rules(args.model, args.pp, args.ep, args.schedule, args.ep_ranks_per_node)
+        yield (
+            args.recipe.balance_loss_scope == "sequence",
+            "on several ranks the balance loss is over sequences only: set "
+            "--balance-loss-scope sequence",
+        )
+
+
+def mesh_rules(
+    model: Config, pp: int, ep: int, schedule: str, ep_ranks_per_node: int
+) -> Iterator[Rule]:
+    """Yield the rules of a mesh for a model, which `train` and `plan` share.
+
+    ep_ranks_per_node: ranks of an expert group in one node; 0: all of them.
+    """
+    yield (
+        schedule != "dualpipe" or pp % 2 == 0,
+        "--schedule dualpipe needs an even --pp: change one of them",
+    )
+    n = 1 + max(map(max, stages_by_rank(schedule, pp)))
+    yield (
+        n <= model.n_layers,
+        f"{model.n_layers} layers cannot be divided into {n} stages: lower --pp",
+    )
+    yield (
+        model.n_routed_experts % ep == 0,
+        f"--ep must divide {model.n_routed_experts} routed experts: choose a divisor, not {ep}",
+    )
+    yield (
+        not ep_ranks_per_node or ep <= ep_ranks_per_node or ep % ep_ranks_per_node == 0,
+        f"--ep {ep} must be a multiple of --ep-ranks-per-node {ep_ranks_per_node}, or at most that",
+    )
 
 
 def unused_loss_rules(recipe: TrainingRecipe) -> list[tuple[bool, str]]:

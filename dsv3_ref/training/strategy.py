@@ -106,8 +106,11 @@ class Strategy(Protocol):
     def step_metrics(self) -> dict[str, Any]:
         """Return the communication metrics of the last step."""
 
-    def load_whole_model(self, run_dir: Path) -> Transformer:
-        """Return the whole model of the checkpoint just written, to sample from."""
+    def load_whole_model(self, run_dir: Path) -> Transformer | None:
+        """Return the whole model of the checkpoint just written, to sample from.
+
+        Return None, after a message that says how to sample from it, if it does not fit.
+        """
 
     def shard(self, items: list[Item]) -> list[Item]:
         """Return this process's part of a list."""

@@ -374,8 +374,10 @@ class PretrainTask:
 
 
 def continue_texts(run: "Run") -> list[dict[str, Any]]:
-    """Return continuations of the first words of held-out documents."""
+    """Return continuations of the first words of held-out documents, if the model fits here."""
     model, device = run.strategy.load_whole_model(run.run_dir), run.strategy.device
+    if model is None:
+        return []
     generator = torch.Generator(device).manual_seed(run.config.seed)
     tokenizer = run.data.tokenizer
     bos = tokenizer.token_to_id(BOS)

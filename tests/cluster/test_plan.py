@@ -3,21 +3,25 @@
 import json
 import re
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 from gang import Gang
+from torch.distributed import distributed_c10d
 
 from dsv3_ref import ops
 from dsv3_ref.cli.main import main
 from dsv3_ref.cluster.plan import PlanConfig, estimate, params_by_rank
-from dsv3_ref.config import TINY, V3, count_params
+from dsv3_ref.config import TINY, V3, UserError, count_params
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import PipelineRun
 from dsv3_ref.scale import NO_OVERHEADS
 from dsv3_ref.training.recompute import saved_tensors
+from dsv3_ref.training.settings import parse_args, validate_args
 
 SMALL = replace(TINY, vocab_size=512, n_layers=5, embed_std=0.02)
 
@@ -148,6 +152,63 @@ def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path, gang):
         assert max(sent) == pytest.approx(e.sent[what], rel=0.15), link  # first gates are uneven
 
 
+def opened(shape, name: str, ranks_per_node: int):
+    """Return the number of communicators that a rank uses, as NCCL counts them."""
+    mesh, pairs = Mesh(*shape, torch.device("cpu")), set()
+    warmed = set(product(("up", "down"), map(mesh.rank_of, mesh.neighbors())))
+    names = {mesh.up_group: "up", mesh.down_group: "down"}
+    with pytest.MonkeyPatch.context() as patch:
+        for call in ("isend", "irecv"):
+            patch.setattr(dist, call, recorded(getattr(dist, call), 1, pairs, names))
+        config = replace(SMALL, n_layers=8)
+        engine = ParallelEngine(config, RECIPES["tiny"], mesh, name, ranks_per_node=ranks_per_node)
+        with ops.use("zero_bubble", "auto"):
+            rows = torch.randint(SMALL.vocab_size, (16, 17))
+            engine.train_step(rows, RECIPES["tiny"], 1e-3, 1e-3, 0.3)
+    assert pairs == warmed
+    groups = [g for g in distributed_c10d._world.pg_map if g not in names]
+    return len(groups) + len(pairs)
+
+
+def recorded(call, place: int, pairs: set, names: dict):
+    def record(*args, group, **kwargs):
+        pairs.add((names[group], args[place]))
+        return call(*args, group=group, **kwargs)
+
+    return record
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_real_ranks_open_as_many_communicators_as_planned(name, tmp_path, gang):
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps(asdict(replace(SMALL, n_layers=8))))
+    plan = PlanConfig(
+        str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
+    )
+    counted = gang.run(8, opened, (2, 1, 4), name, 2)
+    assert max(counted) == sum(estimate(plan).communicators.values())
+
+
+def test_a_rank_of_2048_opens_as_many_communicators_as_one_of_256(v3):
+    small = estimate(replace(v3.plan, ep=16, dp=1))
+    assert v3.communicators == small.communicators and sum(v3.communicators.values()) < 16
+
+
+@pytest.mark.parametrize(("ep", "per_node", "fits"), [(4, 3, False), (4, 8, True), (8, 4, True)])
+def test_plan_and_train_have_one_rule_for_nodes(ep, per_node, fits, capsys, monkeypatch):
+    mesh = ["--ep", str(ep), "--ep-ranks-per-node", str(per_node)]
+    assert main(["plan", "--config", "tiny", "--pp", "2", *mesh]) == (0 if fits else 2)
+    planned = capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", str(ep))
+    args = parse_args(["--config", "tiny", *mesh])
+    if fits:
+        validate_args(args)
+    else:
+        with pytest.raises(UserError) as refused:
+            validate_args(args)
+        assert str(refused.value) in planned
+
+
 # ── What a person sees ──
 
 
@@ -157,6 +218,7 @@ def test_v3_is_printed_with_all_its_ranks(v3, capsys, tmp_path):
     assert re.search(r"^v3 on 2,048 H800: pp 16 × dp 2 × ep 64, dualpipe, fp8", said, re.M)
     assert len(re.findall(r"^ +\d+ +[\d.]+ ", said, re.M)) == 16
     assert "does NOT fit in 80 GB" in said and "GPU hours per trillion tokens" in said
+    assert "communicators per GPU: " in said
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 

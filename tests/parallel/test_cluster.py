@@ -7,6 +7,8 @@ import signal
 import subprocess
 import time
 from itertools import count
+from math import inf
+from types import SimpleNamespace
 
 import miniruns
 import pytest
@@ -14,7 +16,14 @@ import torch
 from miniruns import Command, flip_bit, launch, metrics, options, timeless
 
 from dsv3_ref.checkpoints.huggingface import save_hf
+from dsv3_ref.checkpoints.layout import SHARD_TABLE
+from dsv3_ref.checkpoints.manifest import write_manifest
 from dsv3_ref.checkpoints.native import list_checkpoints, load
+from dsv3_ref.parallel import launch as launch_module
+from dsv3_ref.parallel import mesh_parallel
+from dsv3_ref.parallel.mesh_parallel import MeshParallel
+from dsv3_ref.parallel.watchdog import HEARTBEAT_S, collective_timeout
+from dsv3_ref.training.task import continue_texts
 
 DEEP = miniruns.MINI | {"n_layers": 4}
 PLAN = "--steps 30 --save-every 10 --start-batch-size 3".split()
@@ -188,10 +197,57 @@ def test_an_error_is_printed_once_and_ends_all_ranks(home):
     [
         ((1, "--ep", "2"), "--pp 1 × --dp 1 × --ep 2 are 2 ranks, not 1: torchrun --nproc"),
         ((2, "--ep", "2", "--dp", "2"), "are 4 ranks, not 2"),
+        ((2, "--pp", "1", "--dp", "1"), "are 1 ranks, not 2"),
+        ((2, "--pp", "2", "--schedule", "dualpipev", "--model.n-layers", "3"), "into 4 stages"),
+        ((2, "--ep", "2", "--balance-loss-scope", "batch"), "set --balance-loss-scope sequence"),
     ],
 )
-def test_a_wrong_number_of_ranks_is_reported(more, sentence, home):
-    assert all(sentence in text for text in wait_for_exit(start(home, home / "few", *more), 2))
+def test_a_mistake_in_the_mesh_is_reported_once(more, sentence, home):
+    """Every rank exits with code 2, and only rank 0 says why."""
+    outputs = wait_for_exit(start(home, home / "few", *more), 2)
+    assert sentence in outputs[0] and not any(outputs[1:])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_incomplete_optimizer_state_of_ranks_is_not_resumed(world, two, home):
+    run = home / f"incomplete{world}"
+    shutil.copytree(two, run)
+    newest = list_checkpoints(run)[-1]
+    table = json.loads((newest / SHARD_TABLE).read_text())
+    lost = [name for name in table["tensors"] if name.startswith("exp_avg_sq.layers.2.")]
+    for name in lost:
+        del table["tensors"][name]
+    (newest / SHARD_TABLE).write_text(json.dumps(table))
+    about = json.loads((newest / "manifest.json").read_text())
+    write_manifest(newest, {k: about[k] for k in ("mesh", "fingerprints")})
+    mesh = ("--resume", "--ep", str(world), "--pp", "1", "--dp", "1")
+    outputs = wait_for_exit(start(home, run, world, *mesh), 2)
+    assert lost and "exp_avg_sq.layers.2." in outputs[0]
+
+
+def test_samples_are_skipped_if_the_model_does_not_fit(monkeypatch, capsys):
+    strategy = MeshParallel.__new__(MeshParallel)
+    strategy.device, strategy.engine = torch.device("cpu"), SimpleNamespace(num_params=10**9)
+    monkeypatch.setattr(mesh_parallel, "free_memory", lambda device: 3.9e9)
+    run = SimpleNamespace(strategy=strategy, run_dir="runs/large")
+    assert continue_texts(run) == []
+    said = capsys.readouterr().out
+    assert "4.0 GB exceed 3.9 GB" in said and "dsv3 generate runs/large" in said
+
+
+def test_torch_aborts_collectives_after_the_watchdog_has_reported(monkeypatch):
+    """torch's own limit would be 600 s, below a --hang-timeout of 700."""
+
+    def stop(device, timeout):
+        raise TimeoutError(timeout.total_seconds())
+
+    monkeypatch.setattr(launch_module, "init_distributed", stop)
+    task = SimpleNamespace(config=SimpleNamespace(hang_timeout=700.0, device="cpu"))
+    with pytest.raises(TimeoutError) as reached:
+        launch_module.run_on_ranks(task)
+    assert reached.value.args[0] > 2 * 700 + HEARTBEAT_S
+    assert collective_timeout(2.0).total_seconds() > 2 * 2.0 + HEARTBEAT_S
+    assert collective_timeout(inf) > collective_timeout(1e6)
 
 
 def test_a_rank_that_hangs_is_named(home):
