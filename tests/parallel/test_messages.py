@@ -18,6 +18,8 @@ from dsv3_ref.parallel import pipeline
 from dsv3_ref.parallel.build import count_stages, owning_ranks
 from dsv3_ref.parallel.mesh import Mesh, MeshLayout
 from dsv3_ref.parallel.pipeline import P2PCommunicator, Pipeline
+from dsv3_ref.parallel.stage import LossWeights
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, RowBatch
 
 CPU = torch.device("cpu")
 cached_schedule = cache(schedule)
@@ -51,10 +53,7 @@ class EmptyStage:
     def __init__(self, first: bool):
         self.first = first
 
-    def model_input(self, rows):
-        return rows[:, :-1]
-
-    def forward(self, tape, x, rows, weights, stats):
+    def forward(self, tape, x, batch):
         yield from ()
         return torch.zeros(1, 1, 1)
 
@@ -70,7 +69,9 @@ def empty_pipeline(name: str, mesh) -> Pipeline:
 
 
 def run_empty(empty: Pipeline, m: int, training: bool = True) -> None:
-    empty.run([torch.zeros(1, 2, dtype=torch.int64)] * m, [None] * m, training)
+    batch = RowBatch(torch.zeros(1, 2, dtype=torch.int64))
+    empty.objective = NEXT_TOKEN_LOSS
+    empty.run([batch] * m, [LossWeights(1.0)] * m, training)
 
 
 # ── Hosts with communicators that are opened at the first use ──
