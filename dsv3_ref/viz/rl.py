@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_ref.config import ceil_div
-from dsv3_ref.viz.style import COLORS, GRAY, LINE_STYLES, figure
+from dsv3_ref.viz.style import COLORS, GRAY, LINE_STYLES, figure, plain_label
 from dsv3_ref.viz.training import draw_smoothed, label_axes, has, series
 
 RL_PANELS = {  # key of a row → (title, y label)
@@ -45,11 +45,6 @@ def plot_rewards(rows: list[dict], before: dict[str, dict] | None = None) -> Fig
     ax.set_ylim(-0.02, 1.02)
     label_axes(ax, "Reward; diamonds: held-out problems, greedy", "mean reward", legend=True)
     return fig
-
-
-def plain_label(name: str) -> str:
-    """Return the name of a task, which may be that of a file, as a label that stands as it is."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def plot_rl_metrics(rows: list[dict]) -> Figure:

@@ -15,6 +15,7 @@ GRAY = "#6B7280"
 COLORS = [BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#D55E00", GRAY]
 # used beside color: for prints and for color-blind readers
 LINE_STYLES: list[Any] = ["-", "--", "-.", ":", (0, (8, 2, 1, 2)), (0, (1, 3))]
+ZERO_WIDTH_SPACE = "\u200b"
 RC_PARAMS: dict[Any, Any] = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
@@ -38,6 +39,16 @@ def figure(
     """
     plt.rcParams.update(RC_PARAMS)
     return plt.subplots(rows, cols, figsize=(width, height), layout="constrained", **kwargs)
+
+
+def plain_label(name: str) -> str:
+    """Return a name that a user chose, such as that of a file, as a label that stands as it is.
+
+    matplotlib reads $ as the start of a formula, refuses bytes that are not UTF-8, and leaves
+    labels that begin with an underscore out of legends.
+    """
+    label = name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f"{ZERO_WIDTH_SPACE}{label}" if label.startswith("_") else label
 
 
 def in_notebook() -> bool:

@@ -682,6 +682,14 @@ def test_a_name_of_any_bytes_in_a_figure():
         assert plot_rewards(rows).savefig(io.BytesIO(), format="svg") is None
 
 
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    """matplotlib leaves such labels out of legends (matplotlib/matplotlib #5200)."""
+    names = ["_x.jsonl", "y.jsonl"]
+    rows = [{"step": i, "reward_by": dict.fromkeys(names, 0.5)} for i in (1, 2)]
+    legend = plot_rewards(rows).axes[0].get_legend()
+    assert [text.get_text().lstrip("\u200b") for text in legend.get_texts()] == names
+
+
 # ── All at once ──
 
 
