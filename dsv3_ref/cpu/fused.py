@@ -44,7 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     """Divide x by the root mean square of its last axis and multiply by weight."""
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, weight, eps, dtype or x.dtype)
-    return F.rms_norm(upcast(x), weight.shape, weight, eps).to(dtype or x.dtype)
+    wide = upcast(x)
+    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(dtype or x.dtype)
 
 
 # ── SwiGLU ──

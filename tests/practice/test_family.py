@@ -27,7 +27,9 @@ from dsv3_ref.checkpoints.hf_config import (
 from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.checkpoints.native import load
 from dsv3_ref.config import V2_LITE, V3, UserError, count_params
+from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer
+from dsv3_ref.ops import IMPLS, rms_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no MTP layer")
 
@@ -250,3 +252,19 @@ def test_config_there_and_back_for_the_family():
     for name, values in FAMILY.items():
         config = config_from_hf(values)
         assert config_from_hf(config_to_hf(config, torch.bfloat16)) == config, name
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_directory_in_bf16_computes_without_warnings(dtype, tmp_path):
+    """torch's “Mismatch dtype between input and weight” (pytorch/pytorch #167308)."""
+    values = shrink(FAMILY["V3"])
+    save_hf(randomize(Transformer(config_from_hf(values))).to(torch.bfloat16), tmp_path)
+    model = load(tmp_path, dtype=dtype).eval()
+    (tokens,) = generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=3).tolist()
+    assert len(tokens) == 6
+    x_d, weight_d = torch.randn(8), torch.randn(8).bfloat16()
+    for x in (x_d, x_d.bfloat16(), x_d.double()):
+        with torch.no_grad():
+            fast, right = IMPLS["rms_norm"]["cpu"](x, weight_d, 1e-6), rms_norm(x, weight_d, 1e-6)
+        assert fast.dtype == x.dtype and torch.allclose(fast, right, atol=1e-2)
