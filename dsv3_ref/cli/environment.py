@@ -45,6 +45,12 @@ def require_utf8() -> None:
     os.execv(sys.executable, sys.orig_argv)
 
 
+def honor_no_color() -> None:
+    """Turn off the colors of --help and of errors if NO_COLOR is set (https://no-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro reads it on import
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error reports that memory could not be allocated, on CPU or GPU."""
     words = str(error).lower()
@@ -118,6 +124,7 @@ def run_as_process(run: Callable[[list[str]], int]) -> int:
     if not has_working_directory():
         return 2
     require_utf8()
+    honor_no_color()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

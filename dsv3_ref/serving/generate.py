@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data.messages import Message
@@ -47,6 +48,7 @@ def chat_loop(generator: TextGenerator[ChatConfig]) -> None:
     file or a pipe, the exit code is then 2. Says once when the model's context no longer holds the
     whole talk.
     """
+    enable_line_editing()
     turns: list[list[Message]] = []
     is_whole, has_failed = True, False
     while line := read_line():
@@ -64,6 +66,13 @@ def chat_loop(generator: TextGenerator[ChatConfig]) -> None:
             turns, has_failed = before, True
     if has_failed and not sys.stdin.isatty():
         raise SystemExit(2)
+
+
+def enable_line_editing() -> None:
+    """Let arrow keys move within a line of a terminal and recall earlier lines."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has no such module: its console edits lines itself
+            import readline  # noqa: F401  `input` then uses it
 
 
 def print_answer(generator: TextGenerator[ChatConfig], prompt: list[int]) -> str:

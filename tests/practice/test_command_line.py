@@ -51,6 +51,39 @@ def test_progress_is_lines_where_there_is_no_terminal(stream, term, returns, mon
         assert len(text.splitlines()) == 1 and "█" not in text and "\033" not in text
 
 
+ASK_FOR_COLORS = """
+import os, pty, sys
+pid, terminal = pty.fork()
+if not pid:
+    os.execv(sys.executable, [sys.executable, "-m", "dsv3_ref", *sys.argv[1:]])
+text = b""
+try:
+    while part := os.read(terminal, 1 << 16):
+        text += part
+except OSError:
+    pass
+sys.stdout.buffer.write(text)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv", [["check", "--help"], ["train", "--stepz", "3"], ["eval", "--limit", "x"], ["--help"]]
+)
+def test_no_color_is_honored(argv):
+    """https://no-color.org; colbymchenry/codegraph #1281 is such a report."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+    env = {k: v for k, v in env.items() if k not in ("NO_COLOR", "PYTHON_TYRO_ANSI_CODES")}
+
+    def colors(**more: str) -> bool:
+        command = [sys.executable, "-c", ASK_FOR_COLORS, *argv]
+        shown = subprocess.run(command, env=env | more, capture_output=True).stdout
+        assert len(shown) > 80
+        return b"\033[" in shown
+
+    assert not colors(NO_COLOR="1")
+    assert colors(NO_COLOR="") is (argv != ["--help"])  # an empty one counts as unset
+
+
 # ── Ctrl-C ──
 
 
@@ -144,6 +177,40 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(chat):
     assert code == 0 and "one  …\n" in out and "three \n" in out and "two" not in out
 
 
+PRESS_UP = """
+import os, pty, sys, time
+pid, terminal = pty.fork()
+if not pid:
+    from dsv3_ref.serving import generate
+    generate.enable_line_editing()
+    for _ in range(2):
+        print("<" + generate.read_line() + ">", flush=True)
+    os._exit(0)
+text = b""
+for keys in (b"hello\\r", b"\\x1b[A\\x1b[D!\\r"):
+    while not text.endswith(b"> "):
+        text += os.read(terminal, 1 << 10)
+    os.write(terminal, keys)
+    text += b"."
+try:
+    while part := os.read(terminal, 1 << 10):
+        text += part
+except OSError:
+    pass
+sys.stdout.buffer.write(text)
+"""
+
+
+def test_arrow_keys_edit_a_line_and_recall_earlier_ones():
+    """JustVugg/colibri #922: they were printed as ^[[A and ^[[D."""
+    pytest.importorskip("readline")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    shown = subprocess.run(
+        [sys.executable, "-c", PRESS_UP], env=env, capture_output=True, timeout=60
+    )
+    assert b"<hello>" in shown.stdout and b"<hell!o>" in shown.stdout
+
+
 # ── Text, names and folders ──
 
 
@@ -222,3 +289,12 @@ def test_help_in_a_narrow_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
     assert main(["check", "--help"]) == 0
     assert "--help" in "".join(capsys.readouterr().out.split())
+
+
+def test_a_python_that_strips_docstrings_runs_commands(tmp_path):
+    """huggingface/transformers pull request #29689: python -OO leaves no docstrings."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    for argv in (["check", "--help"], ["check", str(tmp_path)]):
+        command = [sys.executable, "-OO", "-m", "dsv3_ref", *argv]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and (done.stdout or done.stderr)
