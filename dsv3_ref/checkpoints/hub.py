@@ -4,6 +4,10 @@ Weights, JSON files and tokenizers are downloaded, never code or pickles.
 """
 
 import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -16,6 +20,47 @@ DOWNLOADED = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "tokenizer.model", "tiktoken.model", "vocab.json", "merges.txt",
 )  # fmt: skip
+
+
+HUB_SECONDS = 4.0  # in which the hub must begin to answer
+
+
+def hub_answers() -> bool:
+    """Return whether the hub answers a request within `HUB_SECONDS`."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # of several libraries: no name, no route, no answer
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            answers.append(True)
+
+    asking = threading.Thread(target=ask, daemon=True)  # to look up a name has no timeout
+    asking.start()
+    asking.join(HUB_SECONDS)
+    return bool(answers)
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[bool]:
+    """Yield whether the hub can be asked; if it does not answer, only caches are read meanwhile.
+
+    By themselves its libraries ask again and again for half a minute.
+    """
+    from huggingface_hub import constants
+
+    modules = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    can_ask = any(before) or hub_answers()  # a user who is offline gets the libraries' errors
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE |= not can_ask
+        yield can_ask
+    finally:
+        for module, value in zip(modules, before):
+            module.HF_HUB_OFFLINE = value
 
 
 def local_dir(path: str | PathLike[str]) -> Path:
@@ -38,7 +83,9 @@ def download(repo: str, revision: str | None = None) -> Path:
 
     name = f"{repo}@{revision}" if revision else repo
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(DOWNLOADED)))
+        with offline_if_unreachable():
+            folder = snapshot_download(repo, revision=revision, allow_patterns=list(DOWNLOADED))
+        return Path(folder)
     except LocalEntryNotFoundError:
         raise UserError(
             f"there is no directory {name}, and the Hugging Face Hub cannot be reached: check the "

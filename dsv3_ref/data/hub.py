@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsv3_ref.checkpoints.hub import offline_if_unreachable
 from dsv3_ref.config import UserError
 from dsv3_ref.data.formats import COMPRESSIONS, SUFFIXES, split_suffix
 from dsv3_ref.data.text_cache import make_writable_dir
@@ -37,7 +38,10 @@ def load_hub_dataset(name: str, streaming: bool) -> Any:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our sentence is enough
     huggingface_hub.logging.set_verbosity(datasets.logging.CRITICAL)  # also of five retries
-    with hub_errors(f"{name} (no file here; looked for on the hub)"):
+    with (
+        offline_if_unreachable() as can_ask,
+        hub_errors(f"{name} (no file here; looked for on the hub)", can_ask),
+    ):
         return datasets.load_dataset(
             path, **options, split=split or "train", streaming=streaming or not has_cache()
         )
@@ -72,13 +76,21 @@ def has_cache() -> bool:
 
 
 @contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Turn an error of a library into a `UserError` about the data `name`."""
+def hub_errors(name: str, can_ask: bool = True) -> Iterator[None]:
+    """Turn an error of a library into a `UserError` about the data `name`.
+
+    can_ask: False if the hub does not answer, which is then the reason.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # of datasets, huggingface_hub, fsspec, httpx, pyarrow
+        if not can_ask:
+            raise UserError(
+                f"cannot read {name}: the hub does not answer, and its cache lacks these data: "
+                "check the path, or load them once where there is a network"
+            ) from None
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from dsv3_ref.checkpoints.atomic import write_json
+from dsv3_ref.checkpoints.hub import offline_if_unreachable
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining.policy import Completion, Policy, truncate_prompts
 from dsv3_ref.posttraining.prompts import (
@@ -280,7 +281,8 @@ def run_lm_eval(
     from dsv3_ref.evaluation.lm_eval_adapter import DSV3LM, task_config
 
     model = DSV3LM(policy, args.batch_size, args.max_new_tokens, args.truncate)
-    with quiet_lm_eval():
+    downloads = any(task_config(name) == name for name in names)
+    with quiet_lm_eval(), offline_if_unreachable() if downloads else nullcontext():
         try:
             output = lm_eval.simple_evaluate(
                 model, tasks=[task_config(name) for name in names], limit=args.limit or None,

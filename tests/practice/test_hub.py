@@ -51,6 +51,7 @@ def hub(micro, tmp_path, monkeypatch):
         (tmp_path / "files" / name).write_text("{}")
     stand_in = Hub(tmp_path / "files", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in.snapshot_download)
+    monkeypatch.setattr("dsv3_ref.checkpoints.hub.hub_answers", lambda: True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return stand_in

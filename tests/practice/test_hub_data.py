@@ -1,9 +1,14 @@
 """Datasets of the Hugging Face hub by name: configuration, split, column; and without the hub."""
 
+import socket
+import time
+
 import datasets
+import huggingface_hub
 import pytest
 from miniruns import own_caches
 
+from dsv3_ref.checkpoints import hub as checkpoint_hub
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files, hub
 from dsv3_ref.data.files import open_source, valid_rows
@@ -14,6 +19,7 @@ ROWS = [{"question": f"q{i}", "answer": str(i), "text": f"text {i}"} for i in ra
 @pytest.fixture(autouse=True)
 def caches(tmp_path_factory, monkeypatch):
     own_caches(tmp_path_factory.mktemp("caches"), monkeypatch)
+    monkeypatch.setattr("dsv3_ref.checkpoints.hub.hub_answers", lambda: True)
 
 
 @pytest.fixture
@@ -144,3 +150,41 @@ def test_a_local_copy_of_a_dataset(tmp_path):
 )
 def test_what_is_not_a_name_of_the_hub(name):
     assert not hub.could_be_on_hub(name)
+
+
+# ── Without a network ──
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """A hub that accepts connections and never answers, and one that nobody listens at."""
+    monkeypatch.undo()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(checkpoint_hub, "HUB_SECONDS", 0.5)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(silent_hub, tmp_path, monkeypatch):
+    """Half a minute of retries without a network (huggingface/datasets #4568)."""
+    own_caches(tmp_path, monkeypatch)
+    for endpoint in (silent_hub, "http://127.0.0.1:9"):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        start = time.monotonic()
+        for read in (open_source, lambda name: valid_rows(name, dict, str)):
+            with pytest.raises(UserError, match="the hub does not answer, and"):
+                read("a/b")
+        with pytest.raises(UserError, match="the Hugging Face Hub cannot be reached"):
+            checkpoint_hub.download("a/b")
+        assert time.monotonic() - start < 10
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_who_is_offline_on_purpose_is_not_asked(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(checkpoint_hub, "hub_answers", lambda: pytest.fail("asked"))
+    with checkpoint_hub.offline_if_unreachable() as can_ask:
+        assert can_ask and huggingface_hub.constants.HF_HUB_OFFLINE
