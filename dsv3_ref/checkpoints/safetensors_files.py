@@ -69,12 +69,23 @@ class TensorFiles:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Return the names of the files that hold a directory's weights."""
-    if (directory / WEIGHTS).is_file():
-        return [WEIGHTS]
+    """Return the names of the files that hold a directory's weights.
+
+    Raises a `UserError` if there are none, or if one file and an index of others could both be
+    meant.
+    """
+    has_one = (directory / WEIGHTS).is_file()
     if not (directory / INDEX).is_file():
+        if has_one:
+            return [WEIGHTS]
         raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}; only these are read")
-    return indexed_files(directory / INDEX)
+    names = indexed_files(directory / INDEX)
+    if has_one and WEIGHTS not in names:
+        raise UserError(
+            f"{directory} has {WEIGHTS} and also {INDEX}, which names {len(names)} other files: "
+            "remove the one that does not belong to this model"
+        )
+    return names
 
 
 def indexed_files(path: Path) -> list[str]:

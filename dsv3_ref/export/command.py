@@ -14,6 +14,7 @@ from dsv3_ref.checkpoints.hub import check_hub_name, local_dir, upload
 from dsv3_ref.checkpoints.layout import CONFIG
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, resolve_checkpoint_dir
 from dsv3_ref.config import UserError
+from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
 from dsv3_ref.export.gguf_file import find_differences, write_gguf
@@ -112,7 +113,8 @@ def export_gguf(path: Path, model: Transformer, args: ExportConfig) -> None:
     home = local_dir(args.like) if args.like else find_tokenizer_dir(args.model)
     tokenizer, settings = load_tokenizer(home), load_tokenizer_settings(home)
     ids, template = special_token_ids(tokenizer, settings), exported_chat_template(settings)
-    write_gguf(path, model, tokenizer, ids, template, args.gguf_type)
+    adds_bos = ChatTemplate(tokenizer, settings).adds_bos
+    write_gguf(path, model, tokenizer, ids, adds_bos, template, args.gguf_type)
     print(f"wrote {path}")
     for note in find_differences(model.config):
         print(f"note: {note}")

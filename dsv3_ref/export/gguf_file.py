@@ -53,11 +53,12 @@ INSTALL = "--gguf needs the package gguf: pip install 'dsv3-ref[gguf]'"
 
 def write_gguf(
     path: Path, model: Transformer, tokenizer: Tokenizer, special_ids: dict[str, int],
-    chat_template: str | None, kind: str,
+    adds_bos: bool, chat_template: str | None, kind: str,
 ) -> None:  # fmt: skip
     """Write a model and its tokenizer as a GGUF file, which appears when it is complete.
 
-    special_ids: `bos_token_id` and so on. kind: bf16, f16 or q8_0, of the matrices. Raise a
+    special_ids: `bos_token_id` and so on. adds_bos: each text begins with the begin token. kind:
+    bf16, f16 or q8_0, of the matrices. Raise a
     `UserError` if llama.cpp cannot compute this model, or split texts as its tokenizer does.
     """
     try:
@@ -70,7 +71,7 @@ def write_gguf(
     try:
         writer = gguf.GGUFWriter(part, ARCHITECTURE)
         add_hyperparameters(writer, model.config)
-        add_vocabulary(writer, vocabulary, special_ids, chat_template)
+        add_vocabulary(writer, vocabulary, special_ids, adds_bos, chat_template)
         add_tensors(writer, model, kind)
         writer.close()
         os.replace(part, path)
@@ -165,7 +166,8 @@ def read_vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, list]:
     size: rows of the embedding; those without a token are filled.
     """
     values, own = (json.loads(t.to_str()) for t in (tokenizer, new_tokenizer()))
-    if values["model"]["type"] != "BPE" or values["pre_tokenizer"] != own["pre_tokenizer"]:
+    is_like_v3 = values["model"]["type"] == "BPE" and not changes_texts(values["normalizer"])
+    if not is_like_v3 or values["pre_tokenizer"] != own["pre_tokenizer"]:
         raise UserError(
             "the tokenizer does not split texts like V3's, the only way that --gguf can express: "
             "export a directory and convert that with llama.cpp's convert_hf_to_gguf.py"
@@ -180,11 +182,16 @@ def read_vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, list]:
     return {"tokens": tokens, "kinds": kinds, "merges": merges}
 
 
+def changes_texts(normalizer: dict[str, Any] | None) -> bool:
+    """Return whether a tokenizer changes a text before it splits it, which V3's does not."""
+    return bool(normalizer) and normalizer != {"type": "Sequence", "normalizers": []}
+
+
 def add_vocabulary(
-    writer: Any, vocabulary: dict[str, list], special_ids: dict[str, int],
+    writer: Any, vocabulary: dict[str, list], special_ids: dict[str, int], adds_bos: bool,
     chat_template: str | None,
 ) -> None:  # fmt: skip
-    """Write the tokenizer, which puts the begin token before each text, and the chat template."""
+    """Write the tokenizer and the chat template."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("deepseek-v3")
     writer.add_token_list(vocabulary["tokens"])
@@ -198,7 +205,7 @@ def add_vocabulary(
     for name, add in adders.items():
         if name in special_ids:
             add(special_ids[name])
-    writer.add_add_bos_token("bos_token_id" in special_ids)
+    writer.add_add_bos_token(adds_bos and "bos_token_id" in special_ids)
     if chat_template:
         writer.add_chat_template(chat_template)
 
