@@ -19,14 +19,17 @@ SPACES = " \t\r\n\v\f"
 
 @dataclass(frozen=True)
 class StdinCase:
-    """A test case: the program's output for an input; trailing spaces do not matter."""
+    """A test case: the program's output for an input; trailing spaces do not matter.
+
+    A program reads `unix_lines` of the input.
+    """
 
     stdin: str
     expected: str
 
     def passed(self, program: str, limits: Limits = LIMITS) -> bool:
         """Return whether the program prints what is expected."""
-        result = run_program(program, self.stdin, limits)
+        result = run_program(program, unix_lines(self.stdin), limits)
         return result.status == "ok" and output_lines(result.stdout) == output_lines(self.expected)
 
 
@@ -46,6 +49,16 @@ class FunctionCase:
             return result.status == "ok" and json_equal(json.loads(result.value), expected)
         except (ValueError, RecursionError, OverflowError):  # not JSON, or malicious JSON
             return False
+
+
+def unix_lines(text: str) -> str:
+    """Return an input as judges on Linux give it: every line, also the last one, ends with a \\n.
+
+    Otherwise `input()` returns the \\r of a data set that was written on Windows, and
+    `readline()[:-1]` cuts a character off the last line.
+    """
+    text = text.replace("\r\n", "\n")
+    return text if not text or text.endswith("\n") else f"{text}\n"
 
 
 def output_lines(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sandbox import boxed
 
 from dsv3_ref.config import UserError
 from dsv3_ref.posttraining import grpo, prompts
@@ -16,6 +17,7 @@ from dsv3_ref.posttraining.grpo import RewardFn, Rollout, check_reward
 from dsv3_ref.posttraining.prompts import TASKS, FileTask, Problem, parse_weights
 from dsv3_ref.rewards import extract_boxed, extract_code, has_think_format
 from dsv3_ref.verifiers.answers import answers_equal
+from dsv3_ref.verifiers.code_grader import StdinCase
 from dsv3_ref.verifiers.math_verifier import MathVerifier, shared_verifier
 
 # ── Pairs of answers: given, right, whether they are equal ──
@@ -151,6 +153,49 @@ def test_the_prompt_may_open_the_thought():
 
 
 CODE = "print(1)\n"
+
+
+# ── Programs that read their input ──
+
+READERS = {
+    "input": "n = int(input())\nprint(sum(int(input() == 'yes') for _ in range(n)))",
+    "lines": "import sys\nrows = [x[:-1] for x in sys.stdin]\nprint(rows[1:].count('yes'))",
+    "readline": (
+        "import sys\nn = int(sys.stdin.readline())\n"
+        "print(sum(sys.stdin.readline()[:-1] == 'yes' for _ in range(n)))"
+    ),
+    "split": "import sys\nprint(sys.stdin.read().split()[1:].count('yes'))",
+    "bytes": "import sys\nprint(sys.stdin.buffer.read().split(b'\\n')[1:].count(b'yes'))",
+    "to the end": (
+        "input()\nn = 0\nwhile True:\n    try:\n        n += input() == 'yes'\n"
+        "    except EOFError:\n        break\nprint(n)"
+    ),
+    "open(0)": "print(open(0).read().splitlines()[1:].count('yes'))",
+}
+
+
+INPUTS = {
+    "LF": "3\nyes\nno\nyes\n",
+    "CRLF": "3\r\nyes\r\nno\r\nyes\r\n",
+    "no last line end": "3\nyes\nno\nyes",
+}
+
+
+@boxed
+@pytest.mark.parametrize("stdin", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("reader", READERS)
+def test_how_programs_read_their_input(reader, stdin):
+    """ReCodEx/web-app #519: input() keeps the \\r of CRLF; engineer-man/emkc #176: no last \\n."""
+    assert StdinCase(stdin, "2\r\n").passed(READERS[reader])
+
+
+@boxed
+def test_an_empty_input_is_at_its_end():
+    """A program that asks for more than there is fails, and one that asks for nothing passes."""
+    assert StdinCase("", "done").passed("print('done')")
+    assert StdinCase("", "end").passed("try:\n    input()\nexcept EOFError:\n    print('end')")
+    assert not StdinCase("", "").passed("input()")
+    assert StdinCase("\n", "0").passed("print(len(input()))")
 
 
 @pytest.mark.parametrize(
