@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from dsv3_ref.config import UserError
 
@@ -51,7 +52,7 @@ def offline_if_unreachable() -> Iterator[bool]:
     """
     from huggingface_hub import constants
 
-    modules = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    modules: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
     before = [module.HF_HUB_OFFLINE for module in modules]
     can_ask = any(before) or hub_answers()  # a user who is offline gets the libraries' errors
     try:

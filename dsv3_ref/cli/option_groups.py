@@ -79,7 +79,7 @@ OPTION_GROUPS: dict[str, Groups] = {
         " report_cached_tokens",
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
-        "sampling": "max_new_tokens seed",
+        "sampling": "max_new_tokens seed generation_config",
         "computation": "num_speculative_tokens prefill_workers device verify",
     },
     "check": {},

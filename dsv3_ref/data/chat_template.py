@@ -5,6 +5,7 @@ tokenizer declares its tokens. What a template spells in ordinary words (V2-Lite
 a mark: the model reads the same words in a message alike.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 from dsv3_ref.config import UserError
 from dsv3_ref.data.jinja_template import JinjaTemplate
 from dsv3_ref.data.marks import THINK_TAG, MarkedTextEncoder
-from dsv3_ref.data.messages import Message, iter_texts, normalize_messages
+from dsv3_ref.data.messages import CallArguments, Message, iter_texts, normalize_messages
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, get_special_tokens, load_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PRIVATE = 0xF0000  # where Unicode's private characters begin
 OPEN_THOUGHT = re.compile(rf"({THINK_TAG.pattern})\s*$")  # at the end of a prompt
+THOUGHT_TOKENS = 12  # that “<think>\n\n” has at most
 OWN_ROLES = "system", "user", "assistant"
 
 
@@ -125,6 +127,15 @@ class ChatTemplate:
             continue_final_message=continues, **variables,
         )  # fmt: skip
 
+    def opened_thought(self, prompt: Sequence[int]) -> str:
+        """Return the <think> that a prompt ends with, and white space after it; "" if it does not.
+
+        With R1's template, the model's text begins inside its thoughts.
+        """
+        end = self.tokenizer.decode(prompt[-THOUGHT_TOKENS:], skip_special_tokens=False)
+        match = re.search(r"<think>\s*$", end)
+        return match[0] if match else ""
+
     def encode_next_turn(self, text: str) -> list[int]:
         """Return the tokens that follow an answer's stop token, to ask another question."""
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -161,19 +172,7 @@ class ChatTemplate:
             text = self.continued_text(template, talk, signs)
         else:
             text = self.render_text(template, talk, signs, add_generation_prompt)
-        self.check_system(template, talk, signs, text)
         return self.encoder.encode(text, signs.edge)
-
-    def check_system(
-        self, template: JinjaTemplate, talk: Conversation, signs: Signs, text: str
-    ) -> None:
-        """Raise a `UserError` if a template drops a system text, as those without the role do."""
-        for turn in self.quote(template, talk, signs).messages:
-            if turn["role"] == "system" and turn.get("content", "").strip() not in text:
-                raise UserError(
-                    f"the chat template of {template.source} drops a system text: put it into the "
-                    "user's turn"
-                )
 
     def find_template(self, tools: list[Any] | None) -> JinjaTemplate | None:
         """Return the template for a conversation with these tools; None for V3's own form.
@@ -208,6 +207,7 @@ class ChatTemplate:
         Raises a `UserError` if the template changes texts so that the signs are lost.
         """
         plain = self.fill(template, talk, add_generation_prompt)
+        check_said(template, talk.messages, plain)
         quoted = self.quote(template, talk, signs)
         if quoted == talk:
             return plain
@@ -247,22 +247,29 @@ class ChatTemplate:
         return prompt + rest
 
     def fill(self, template: JinjaTemplate, talk: Conversation, add_generation_prompt: bool) -> str:
-        """Render a conversation; one without contents again with null, as older templates expect.
+        """Render a conversation.
 
-        Raises a `UserError` if the template reads what the conversation does not have.
+        If that fails, or drops the calls of tools, it is rendered again with null in the place of
+        contents that are missing or empty beside calls, as older templates expect. Raises a
+        `UserError` if the template reads what the conversation does not have, or drops its calls.
         """
         variables = self.template_tokens | talk.variables
         variables |= {"tools": talk.tools, "add_generation_prompt": add_generation_prompt}
-        try:
-            return template.render(talk.messages, **variables)
-        except jinja2.UndefinedError as e:
-            turns = [{"content": None} | turn for turn in talk.messages]
-            if turns == talk.messages:
-                raise missing_value(template, e) from None
-        try:
-            return template.render(turns, **variables)
-        except jinja2.UndefinedError as e:
-            raise missing_value(template, e) from None
+        error: UserError | None = None
+        for turns in (talk.messages, [with_null_content(turn) for turn in talk.messages]):
+            try:
+                text = template.render(turns, **variables)
+            except jinja2.UndefinedError as e:
+                error = error or missing_value(template, e)
+                continue
+            if not drops_calls(template, turns, variables, text):
+                return text
+            error = UserError(
+                f"the chat template of {template.source} drops the calls of tools: leave out the "
+                "text beside 'tool_calls', or use a model whose template has them"
+            )
+        assert error is not None  # both attempts have failed
+        raise error
 
     @cached_property
     def template_tokens(self) -> dict[str, Any]:
@@ -286,6 +293,9 @@ class ChatTemplate:
         """Return a JSON value whose texts are quoted, the names of fields included."""
         if isinstance(value, str):
             return self.encoder.quote(value, edge, pattern)
+        if isinstance(value, CallArguments):
+            values = self.quote_value(dict(value), edge, pattern)
+            return CallArguments(values, self.encoder.quote(value.text, edge, pattern))
         if isinstance(value, dict):
             keys = (self.quote_value(key, edge, pattern) for key in value)
             items = (self.quote_value(item, edge, pattern) for item in value.values())
@@ -334,6 +344,43 @@ def after_open_thought(prompt: str, content: str) -> str | None:
         return None
     rest = content.lstrip().removeprefix(match[1])
     return rest.lstrip("\n") if match[0].endswith("\n") else rest
+
+
+def with_null_content(turn: Message) -> Message:
+    """Return a message with null as its content if it has none, or an empty one beside calls."""
+    if turn.get("content") or ("content" in turn and "tool_calls" not in turn):
+        return turn
+    return turn | {"content": None}
+
+
+def drops_calls(
+    template: JinjaTemplate, turns: list[Message], variables: dict[str, Any], text: str
+) -> bool:
+    """Return whether a template renders the same text without the calls of the messages."""
+    bare = [{k: v for k, v in turn.items() if k != "tool_calls"} for turn in turns]
+    if bare == turns:
+        return False
+    try:
+        return template.render(bare, **variables) == text
+    except (jinja2.UndefinedError, UserError):  # it reads the calls
+        return False
+
+
+def check_said(template: JinjaTemplate, messages: Sequence[Message], text: str) -> None:
+    """Raise a `UserError` if a template drops what somebody other than the assistant says.
+
+    A template without a role drops such turns without a word. Templates drop an assistant's
+    thoughts on purpose.
+    """
+    for i, turn in enumerate(messages, start=1):
+        content = turn.get("content") or ""
+        forms = content.strip(), json.dumps(content.strip(), ensure_ascii=False)[1:-1]
+        if turn["role"] != "assistant" and not any(form in text for form in forms):
+            role = "a system text" if turn["role"] == "system" else f"turn {i}, by {turn['role']!r}"
+            raise UserError(
+                f"the chat template of {template.source} drops {role}: put it into a user's turn, "
+                "or use a model whose template has it"
+            )
 
 
 def missing_value(template: JinjaTemplate, error: Exception) -> UserError:

@@ -365,7 +365,7 @@ def hub_rows(name: str) -> Iterator[tuple[str, Any]]:
     """Yield (name and number, row) of a dataset of the hub."""
     with hub.hub_errors(name):
         for number, row in enumerate(hub.load_hub_dataset(name, streaming=False), start=1):
-            yield f"{name}, row {number}", row
+            yield f"{name}, row {number}", formats.without_filler(row)
 
 
 def print_to_stderr(text: str) -> None:

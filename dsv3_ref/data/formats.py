@@ -52,6 +52,10 @@ BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 16  # bytes that are looked at to find out what a file is
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # or half of a pair
 ROWS_PER_BATCH = 1000  # rows of Parquet and Arrow that are converted at a time
+TOOL_COLUMNS = "tools", "tool_calls"
+MESSAGE_COLUMNS = (
+    "messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected",
+)  # fmt: skip
 
 
 class DataFile(NamedTuple):
@@ -445,7 +449,29 @@ def read_batches(batches: Iterator[Any]) -> Iterator[PlacedRow]:
                 rows = [row_of_batch(batch, i) for i in range(len(batch))]
             for row in rows:
                 number += 1
-                yield f"row {number}", row
+                yield f"row {number}", without_filler(row)
+
+
+def without_filler(row: Any) -> Any:
+    """Return a row whose tools and calls have only the fields that they were given.
+
+    Arrow gives all structs of a column the same fields and fills up with null: each tool would
+    have the parameters of all others.
+    """
+    if not isinstance(row, dict):
+        return row
+    changed = {name: without_nulls(row[name]) for name in TOOL_COLUMNS if row.get(name)}
+    for name in MESSAGE_COLUMNS:
+        if isinstance(row.get(name), list):
+            changed[name] = [without_filler(turn) for turn in row[name]]
+    return row | changed if changed else row
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a JSON value without the fields that are null, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def row_of_batch(batch: Any, i: int) -> Any:

@@ -14,6 +14,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3_ref.config import UserError
+from dsv3_ref.data.messages import CallArguments
 
 GENERATION_MARKS = "dsv3_generation_marks"  # the variable with the marks of {% generation %}
 
@@ -49,6 +50,8 @@ def to_json(
     separators: tuple[str, str] | None = None, sort_keys: bool = False,
 ) -> str:  # fmt: skip
     """Return a value as JSON; unlike Jinja's own filter, without HTML escapes."""
+    if isinstance(value, CallArguments) and not (ensure_ascii or indent or separators or sort_keys):
+        return value.text
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,6 +1,7 @@
 """Messages of a conversation: what OpenAI's clients and data sets send, in one form."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dsv3_ref.config import UserError
@@ -15,6 +16,38 @@ TEXT_FIELDS = frozenset({
     *REASONING, "tool_calls", "function_call", "audio", "refusal", "images", "prefix",
 })  # fmt: skip
 LOSS_FIELDS = ("weight", "train", "trainable", "loss_mask")  # 0 or false: no loss on this message
+
+
+class CallArguments(dict[str, Any]):
+    """The arguments of a call, for templates that take them as an object or as JSON text.
+
+    text: the JSON of a client, as OpenAI's protocol sends it. Printed, and joined to other texts,
+    the arguments are this text.
+    """
+
+    def __init__(self, values: Mapping[str, Any], text: str = ""):
+        super().__init__(values)
+        self.text = text or json.dumps(values, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __add__(self, other: str) -> str:
+        return self.text + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self.text
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """Return arguments from an object or its JSON, empty ones as {}; others unchanged."""
+        try:
+            parsed = json.loads(value or "{}") if isinstance(value, str | None) else value
+        except (ValueError, RecursionError):  # a call that was cut off, say
+            return value
+        if not isinstance(parsed, dict):
+            return value
+        return cls(parsed, value if isinstance(value, str) else "")
 
 
 def normalize_messages(messages: object, mentions: Callable[[str], bool]) -> list[Message]:
@@ -56,6 +89,8 @@ def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> 
                     "express: leave it out, or use a model whose chat template has it"
                 )
     content = normalize_content(i, turn)
+    if isinstance(turn.get("tool_calls"), list | tuple):
+        turn["tool_calls"] = [normalize_call(call) for call in turn["tool_calls"]]
     turn = turn | {"role": role} | ({} if content is None else {"content": content})
     if not is_utf8(turn):
         raise UserError(
@@ -63,6 +98,15 @@ def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> 
             "write the whole character"
         )
     return turn
+
+
+def normalize_call(call: Any) -> Any:
+    """Return a call of a tool with `CallArguments`; anything else unchanged."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = CallArguments.parse(function.get("arguments"))
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def normalize_content(i: int, turn: Message) -> str | None:

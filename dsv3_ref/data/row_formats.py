@@ -12,6 +12,8 @@ SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool",
 }  # fmt: skip
+MEDIA_COLUMNS = "image", "images", "video", "videos", "audio", "audios"
+WANTED_COLUMNS = "label", "kto_tag"  # of TRL's and LLaMA-Factory's unpaired preferences
 HUMAN_OR_ASSISTANT = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -32,10 +34,12 @@ def parse_conversation(row: object) -> ConversationRow:
     if not isinstance(row, dict):
         raise no_conversation("")
     values = {name: value for name, value in row.items() if value is not None}
+    check_columns(values)
     tools = parse_tools(values.get("tools"))
     for name in ("messages", "conversations", "conversation"):
-        if isinstance(values.get(name), list | tuple):
-            messages = [rename_speaker(turn) for turn in values[name]]
+        turns = parse_json_text(values.get(name), f'"{name}"')  # a column of a CSV file is a text
+        if isinstance(turns, list | tuple):
+            messages = [rename_speaker(turn) for turn in turns]
             return ConversationRow(with_system(messages, values.get("system")), tools)
     if "instruction" in values and "output" in values:
         return ConversationRow(parse_alpaca(values), tools)
@@ -43,6 +47,16 @@ def parse_conversation(row: object) -> ConversationRow:
         prompt = as_messages(values["prompt"], "user")
         return ConversationRow([*prompt, *as_messages(values["completion"], "assistant")], tools)
     raise no_conversation(", ".join(map(str, row)))
+
+
+def check_columns(row: dict[str, Any]) -> None:
+    """Raise a `UserError` for what a text model cannot read, and for unwanted answers."""
+    for name in MEDIA_COLUMNS:
+        if row.get(name):
+            raise UserError(f'it has "{name}", which this model cannot see: leave the row out')
+    for name in WANTED_COLUMNS:
+        if row.get(name) is False:
+            raise UserError(f'its "{name}" is false: an unwanted answer is not learned')
 
 
 def no_conversation(columns: str) -> UserError:

@@ -1,7 +1,7 @@
 """Byte-level BPE with V3's pre-tokenizer and special tokens."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,6 +140,19 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def vocab_size(tokenizer: Tokenizer) -> int:
     """Return the rows that an embedding needs: the highest id + 1, since ids may have holes."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_tokens(prompts: Iterable[Sequence[int]], num_rows: int) -> None:
+    """Raise a `UserError` if an embedding of so many rows lacks a token of a prompt.
+
+    A tokenizer that tokens were added to may be larger than the model beside it.
+    """
+    largest = max((max(prompt) for prompt in prompts if prompt), default=0)
+    if largest >= num_rows:
+        raise UserError(
+            f"the tokenizer makes token {largest} of a text, but the model has only {num_rows}: "
+            "use the tokenizer with which the model was trained"
+        )
 
 
 def byte_lengths(tokenizer: Tokenizer) -> list[int]:

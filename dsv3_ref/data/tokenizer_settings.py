@@ -18,6 +18,10 @@ NAMED_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 SPECIAL_TOKEN_NAMES = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+SAMPLING_RANGES = {  # of the settings of generation_config.json that are honored; top_k −1, 0: off
+    "temperature": (1e-6, 100), "top_p": (1e-6, 1), "top_k": (-1, 1 << 30), "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,7 @@ class TokenizerSettings:
     chat_templates: dict[str, str] = field(default_factory=dict)  # "default" → Jinja source
     stop_token_ids: frozenset[int] = frozenset()  # `eos_token_id` of the generation settings
     add_bos_token: bool | None = None  # before a plain text; None: not said
-    temperature: float | None = None  # defaults for sampling
-    top_p: float | None = None
+    sampling: dict[str, float] = field(default_factory=dict)  # defaults: SAMPLING_RANGES' names
     source: str = "this model"  # the directory, for messages
 
 
@@ -46,8 +49,7 @@ def load_tokenizer_settings(directory: Path) -> TokenizerSettings:
         chat_templates=read_chat_templates(directory, config),
         stop_token_ids=frozenset(parse_token_ids(directory, stops)),
         add_bos_token=add_bos_token if isinstance(add_bos_token, bool) else None,
-        temperature=parse_sampling(directory, generation, "temperature"),
-        top_p=parse_sampling(directory, generation, "top_p"),
+        sampling=parse_sampling(directory, generation),
         source=str(directory),
     )
 
@@ -131,13 +133,19 @@ def parse_token_ids(directory: Path, value: object) -> Iterable[int]:
     return ids
 
 
-def parse_sampling(directory: Path, generation: dict[str, Any], name: str) -> float | None:
-    """Return a number of generation_config.json, None if it is absent or sampling is off."""
-    value = generation.get(name)
-    if value is None or generation.get("do_sample") is False:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
-        raise UserError(
-            f"{name} of {directory / 'generation_config.json'} is {value!r}: correct it"
-        )
-    return float(value)
+def parse_sampling(directory: Path, generation: dict[str, Any]) -> dict[str, float]:
+    """Return the sampling settings of generation_config.json; {} if it turns sampling off.
+
+    Raises a `UserError` for a value that is out of range.
+    """
+    if generation.get("do_sample") is False:
+        return {}
+    values = {k: generation[k] for k in SAMPLING_RANGES if generation.get(k) is not None}
+    for name, value in values.items():
+        low, high = SAMPLING_RANGES[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or (name == "top_k" and value != int(value)):
+            raise UserError(
+                f"{name} of {directory / 'generation_config.json'} is {value!r}: correct it"
+            )
+    return values

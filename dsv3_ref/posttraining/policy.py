@@ -12,6 +12,8 @@ from torch import nn
 from dsv3_ref.checkpoints import native
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.marks import THINK_TAGS
+from dsv3_ref.data.tokenizer import check_tokens
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.prompts import build_messages
@@ -34,7 +36,11 @@ def as_transformer(model: nn.Module) -> Transformer:
 def check_prompt_length(
     model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> None:
-    """Raise a `UserError` if a prompt and its answer are longer than the model's context."""
+    """Raise a `UserError` if a prompt and its answer are longer than the model's context.
+
+    Also raises one if a prompt has a token that the model lacks.
+    """
+    check_tokens(prompts, model.config.vocab_size)
     longest = max(map(len, prompts), default=0)
     limit = model.config.max_seq_len
     if longest + max_new_tokens > limit:
@@ -70,7 +76,7 @@ class Completion(NamedTuple):
     prompt: list[int]
     tokens: list[int]
     logps: list[float]  # log π of each token when it was sampled
-    text: str
+    text: str  # it begins with the <think> with which the prompt ends, if it does
     is_finished: bool  # it ends with the end token, not at the limit on tokens
 
 
@@ -128,6 +134,8 @@ class Policy:
             is_finished = tokens[-1] in stops
             text = self.tokenizer.decode(tokens[:-1] if is_finished else tokens)
             prompt = prompts[i // num_generations]
+            if not text.lstrip().startswith(THINK_TAGS[0]):
+                text = self.chat.opened_thought(prompt) + text
             batch.append(Completion(prompt, tokens, logps, text, is_finished))
         return batch
 

@@ -186,6 +186,7 @@ class SpeechTask:
 
 # Columns in which data sets keep a question and its right answer; the first that a row has counts.
 QUESTION_COLUMNS = "question", "problem", "prompt"
+SHOWN_COLUMNS = "choices", "options", "context", "passage", "image", "images"
 ANSWER_COLUMNS = "ground_truth", "final_answer", "answer", "reward_model", "solution"
 MAX_ANSWER_CHARS = 200  # of an answer that a model can be expected to box
 
@@ -296,7 +297,25 @@ def parse_question(row: dict) -> tuple[str, str]:
         raise UserError(
             f'its "{column}" is missing or not a string: write {{"question": string, …}}'
         )
+    check_shown(row, str(question))
     return system, str(question)
+
+
+def check_shown(row: dict, question: str) -> None:
+    """Raise a `UserError` if a row has choices or a context that its question does not contain."""
+    for name in SHOWN_COLUMNS:
+        if any(text not in question for text in leaves(row.get(name))):
+            raise UserError(
+                f'it has "{name}", which the question lacks: write it into the question'
+            )
+
+
+def leaves(value: Any) -> list[str]:
+    """Return the values of nested JSON as texts, without names of fields and without null."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return list(chain.from_iterable(map(leaves, parts)))
+    return [] if value is None else [str(value).strip()]
 
 
 def parse_answer(row: dict) -> str:

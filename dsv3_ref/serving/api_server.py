@@ -6,7 +6,8 @@ import secrets
 import socket
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +29,7 @@ from dsv3_ref.serving.network import (
     is_loopback,
 )
 from dsv3_ref.serving.openapi import describe_api
-from dsv3_ref.serving.output_processor import REQUEST_FAILED, ServedRequest
+from dsv3_ref.serving.output_processor import REQUEST_FAILED, CompletionPiece, ServedRequest
 from dsv3_ref.serving.protocol import (
     CompletionRequest,
     HTTPError,
@@ -38,6 +39,7 @@ from dsv3_ref.serving.protocol import (
     stream_choices,
 )
 from dsv3_ref.serving.service import ENGINE_FAILED, MAX_BODY_BYTES, Service
+from dsv3_ref.serving.tool_calls import AnswerParser, AnswerPart
 
 if TYPE_CHECKING:  # optional dependencies
     from fastapi import FastAPI
@@ -64,6 +66,7 @@ async def collect_response(
 
     Raises an `HTTPError` if the engine fails, or if every completion ends with an error.
     """
+    parsers = {r: AnswerParser(request.call_marks, request.opening) for r in served}
     texts = dict.fromkeys(served, "")
     logprobs: dict[ServedRequest, list[JSONObject]] = {r: [] for r in served}
     finish_reasons = {}
@@ -77,10 +80,11 @@ async def collect_response(
         error = piece.error or error
     if set(finish_reasons.values()) == {"error"}:
         raise HTTPError(500, error)
-    choices = [
-        make_choice(request, i, texts[r], logprobs[r], finish_reasons[r])
-        for i, r in enumerate(choose_best(request, num_tokens))
-    ]
+    choices = []
+    for i, r in enumerate(choose_best(request, num_tokens)):
+        part = parsers[r].push(texts[r], is_last=True)
+        finish_reason = parsers[r].finish_reason(finish_reasons[r])
+        choices.append(make_choice(request, i, part, logprobs[r], finish_reason))
     usage = service.usage(request, served, sum(num_tokens.values()))
     return head | {"choices": choices, "usage": usage}
 
@@ -114,6 +118,7 @@ async def sse_events(
 
     If every completion ends with an error, an error event takes the place of the last two.
     """
+    parsers = {r: AnswerParser(request.call_marks, request.opening) for r in served}
     finish_reasons: dict[ServedRequest, str] = {}
     num_new_tokens = 0
     error = ""
@@ -121,15 +126,15 @@ async def sse_events(
         head = head | {"usage": None}
     if request.chat:
         for r in served:
-            choice = make_choice(request, r.index, "", [], None)
+            choice = make_choice(request, r.index, AnswerPart("", []), [], None)
             choice["delta"]["role"] = "assistant"
             yield format_event(head | {"choices": [choice]})
     try:
         async for piece in service.stream_outputs(served):
-            r, text, logprobs, finish_reason, num_tokens, error = piece
-            num_new_tokens += num_tokens
-            finish_reasons[r] = finish_reason
-            for choice in stream_choices(request, r.index, text, logprobs, finish_reason):
+            r, error = piece.request, piece.error
+            num_new_tokens += piece.num_tokens
+            finish_reasons[r] = piece.finish_reason
+            for choice in choices_of_piece(request, parsers[r], piece):
                 yield format_event(head | {"choices": [choice]})
     except HTTPError as e:
         yield format_event(error_body(str(e), e.status))
@@ -143,6 +148,18 @@ async def sse_events(
     yield "data: [DONE]\n\n"
 
 
+def choices_of_piece(
+    request: CompletionRequest, parser: AnswerParser, piece: CompletionPiece
+) -> list[JSONObject]:
+    """Return the entries of `choices` of a stream for the next piece of a completion."""
+    num_calls = parser.num_calls
+    part = parser.push(piece.text, is_last=bool(piece.finish_reason))
+    calls = [{"index": i, **call} for i, call in enumerate(part.calls, start=num_calls)]
+    reason = parser.finish_reason(piece.finish_reason)
+    index = piece.request.index
+    return stream_choices(request, index, part._replace(calls=calls), piece.logprobs, reason)
+
+
 def format_event(data: JSONObject) -> str:
     """Return a server-sent event, in ASCII: some clients split lines at U+2028 and U+0085."""
     return f"data: {json.dumps(data)}\n\n"
@@ -153,6 +170,9 @@ async def read_body(request: "HTTPRequest", max_bytes: int = MAX_BODY_BYTES) -> 
 
     The content type must be JSON: a browser then refuses to send the request for a foreign page.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise HTTPError(415, f"the content encoding {encoding[:20]} is not supported: send JSON")
     if int(request.headers.get("content-length") or 0) > max_bytes:  # h11 has validated it
         raise HTTPError(413, f"the body must not exceed {max_bytes} bytes")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -199,10 +219,12 @@ class Endpoints:
             "max_model_len": service.limits.max_model_len,
         }
 
-    async def respond(self, http_request: "HTTPRequest", chat: bool) -> "Response":
-        """Return the response to a completion request, an error response if it is invalid."""
+    async def respond(
+        self, http_request: "HTTPRequest", answer: "Callable[[HTTPRequest], Awaitable[Response]]"
+    ) -> "Response":
+        """Return the answer to a request with a body, an error response if it is invalid."""
         try:
-            response = await self.complete(http_request, chat)
+            response = await answer(http_request)
         except HTTPError as e:
             headers = {"Retry-After": "1"} if e.status == 503 else None
             response = error_response(e.status, str(e), headers, e.param, e.code)
@@ -221,13 +243,27 @@ class Endpoints:
         self.service.requests[response.status_code] += 1
         return response
 
+    async def read(self, http_request: "HTTPRequest", parse: Callable[[bytes], Answer]) -> Answer:
+        """Return the body of a request, parsed outside the event loop; raise an `HTTPError`."""
+        data = await read_body(http_request, self.service.max_body_bytes)
+        parsed = self.service.tokenize_pool.run(len(data), lambda: parse(data))
+        values = await cancel_on_disconnect(http_request, parsed)
+        if values is None:
+            raise HTTPError(499, "the client has disconnected")
+        return values
+
+    async def tokenize(self, http_request: "HTTPRequest") -> "Response":
+        """Return the tokens of a prompt or of a conversation."""
+        return json_response(await self.read(http_request, self.service.tokenize), 200)
+
+    async def detokenize(self, http_request: "HTTPRequest") -> "Response":
+        """Return the text of tokens."""
+        return json_response(await self.read(http_request, self.service.detokenize), 200)
+
     async def complete(self, http_request: "HTTPRequest", chat: bool) -> "Response":
         """Return a whole or streaming response; abort its engine requests if the client leaves."""
         service = self.service
-        data = await read_body(http_request, service.max_body_bytes)
-        request = await cancel_on_disconnect(http_request, service.parse_request(data, chat))
-        if request is None:
-            raise HTTPError(499, "the client has disconnected")
+        request = await self.read(http_request, partial(service.read_request, chat=chat))
         served = service.submit(request, http_request.scope.get(CACHE_SALT, b""))
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         head = response_head(request, request_id, service.name, service.fingerprint)
@@ -310,11 +346,19 @@ def build_app(service: Service) -> "FastAPI":
 
     @app.post("/v1/completions")
     async def completions(request: HTTPRequest):
-        return await endpoints.respond(request, False)
+        return await endpoints.respond(request, partial(endpoints.complete, chat=False))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: HTTPRequest):
-        return await endpoints.respond(request, True)
+        return await endpoints.respond(request, partial(endpoints.complete, chat=True))
+
+    @app.post("/tokenize")
+    async def tokenize(request: HTTPRequest):
+        return await endpoints.respond(request, endpoints.tokenize)
+
+    @app.post("/detokenize")
+    async def detokenize(request: HTTPRequest):
+        return await endpoints.respond(request, endpoints.detokenize)
 
     @app.api_route("/v1/models", methods=READABLE)
     async def models():

@@ -143,6 +143,10 @@ class ServeConfig:
     """seconds that running requests may take to finish after a shutdown signal"""
     seed: int | None = None
     """random seed of requests that set none; None draws a new one for each request"""
+    generation_config: bool = True
+    """take temperature, top_p, top_k, min_p and repetition_penalty from the model's
+    generation_config.json where a request leaves them out, as vLLM does; otherwise OpenAI's
+    defaults"""
     device: str = "auto"
     """cpu, cuda, or auto, which selects a GPU if there is one"""
     verify: bool = True

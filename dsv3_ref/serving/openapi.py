@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from dsv3_ref.serving.fields import Field, JSONObject, object_schema
+from dsv3_ref.serving.protocol import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 
 TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
@@ -19,8 +20,8 @@ ERRORS = {
 }
 
 
-def describe_api(fields: Mapping[bool, Mapping[str, Field]], max_body_bytes: int) -> JSONObject:
-    """Return the description. fields: of /v1/chat/completions (True) and /v1/completions (False).
+def describe_api(fields: Mapping[str, Mapping[str, Field]], max_body_bytes: int) -> JSONObject:
+    """Return the description. fields: of each endpoint that reads a body.
 
     Null stands everywhere for a field that is absent.
     """
@@ -33,12 +34,24 @@ def describe_api(fields: Mapping[bool, Mapping[str, Field]], max_body_bytes: int
         },
         "security": [{}, {"key": []}],
         "paths": {
-            "/v1/completions": completion_path(
-                fields[False], [], "text_completion", max_body_bytes
+            COMPLETIONS: completion_path(
+                fields[COMPLETIONS], [], "text_completion", max_body_bytes
             ),
-            "/v1/chat/completions": completion_path(
-                fields[True], ["messages"], "chat.completion", max_body_bytes
-            ),
+            CHAT: completion_path(fields[CHAT], ["messages"], "chat.completion", max_body_bytes),
+            TOKENIZE: {
+                "post": body_operation(
+                    "Return the tokens of a prompt or of a conversation",
+                    object_of(count=COUNT, max_model_len=COUNT, tokens={"type": "array"}),
+                    object_schema(fields[TOKENIZE], []),
+                )
+            },
+            DETOKENIZE: {
+                "post": body_operation(
+                    "Return the text of tokens",
+                    object_of(prompt=TEXT),
+                    object_schema(fields[DETOKENIZE], ["tokens"]),
+                )
+            },
             "/v1/models": {"get": operation("List the model", object_of(data={"type": "array"}))},
             "/v1/models/{name}": {
                 "get": operation("Describe a model", object_of(id=TEXT), 404),
@@ -60,11 +73,16 @@ def completion_path(
     response = object_of(
         id=TEXT, object={"const": kind}, created=COUNT, model=TEXT, choices=choices, usage=usage
     )
-    post = operation(f"At most {max_body_bytes} bytes", response, *ERRORS)
-    post["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT}
     schema = object_schema(fields, required)
+    post = body_operation(f"At most {max_body_bytes} bytes", response, schema)
+    post["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT}
+    return {"post": post}
+
+
+def body_operation(summary: str, response: JSONObject, schema: JSONObject) -> JSONObject:
+    """Return the description of an operation that reads a body of this schema."""
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"post": post | {"requestBody": body}}
+    return operation(summary, response, *ERRORS) | {"requestBody": body}
 
 
 def object_of(**properties: JSONObject) -> JSONObject:

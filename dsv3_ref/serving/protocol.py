@@ -22,6 +22,11 @@ from dsv3_ref.serving.fields import (
     stop_tokens,
     string,
 )
+from dsv3_ref.serving.tool_calls import AnswerPart, CallMarks
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+MAX_TEMPERATURE = 2.0
 
 # ── Fields ──
 
@@ -40,7 +45,7 @@ def common_fields(limits: FieldLimits) -> dict[str, Field]:
     return {
         "model": string(),
         "max_completion_tokens": integer(1, limits.max_model_len),
-        "temperature": number(0, 2),
+        "temperature": number(0, MAX_TEMPERATURE),
         "top_p": number(1e-6, 1),
         "top_k": integer(-1, limits.vocab_size),
         "min_p": number(0, 1),
@@ -88,6 +93,29 @@ def completion_fields(limits: FieldLimits) -> dict[str, Field]:
     }
 
 
+def tokenize_fields(limits: FieldLimits) -> dict[str, Field]:
+    """Return the fields of /tokenize: a prompt, or a conversation as in chat_fields."""
+    chat = chat_fields(limits)
+    shared = (
+        "model", "messages", "tools", "add_generation_prompt", "continue_final_message",
+        "chat_template_kwargs",
+    )  # fmt: skip
+    return {name: chat[name] for name in shared} | {
+        "prompt": string(),
+        "add_special_tokens": flag(),
+        "return_token_strs": flag(),
+    }
+
+
+def detokenize_fields(limits: FieldLimits) -> dict[str, Field]:
+    """Return the fields of /detokenize."""
+    token = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
+    return {
+        "model": string(),
+        "tokens": anything({"type": "array", "items": token, "maxItems": limits.max_model_len}),
+    }
+
+
 def chat_fields(limits: FieldLimits) -> dict[str, Field]:
     """Return the fields of /v1/chat/completions."""
     message = {"type": "object", "properties": {"role": {"type": "string"}}, "required": ["role"]}
@@ -113,6 +141,16 @@ def chat_fields(limits: FieldLimits) -> dict[str, Field]:
         "moderation": only(),
         "reasoning_effort": only(),
         "web_search_options": only(),
+    }
+
+
+def endpoint_fields(limits: FieldLimits) -> dict[str, dict[str, Field]]:
+    """Return the fields of each endpoint that reads a body."""
+    return {
+        CHAT: chat_fields(limits),
+        COMPLETIONS: completion_fields(limits),
+        TOKENIZE: tokenize_fields(limits),
+        DETOKENIZE: detokenize_fields(limits),
     }
 
 
@@ -153,6 +191,8 @@ class CompletionRequest:
     include_usage: bool  # at the end of a stream
     num_logprobs: int  # alternatives listed with each token's log-probability; −1: no logprobs
     echo: bool  # completions begin with the prompt
+    call_marks: CallMarks | None = None  # of the calls to parse, if the request has tools
+    opening: str = ""  # with which an answer begins: the <think> at the end of its prompt
 
 
 def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest:
@@ -308,36 +348,42 @@ def top_logprobs(entry: JSONObject) -> dict[str, float] | None:
 
 
 def make_choice(
-    request: CompletionRequest, index: int, text: str, logprobs: list[JSONObject],
+    request: CompletionRequest, index: int, part: AnswerPart, logprobs: list[JSONObject],
     finish_reason: str | None,
 ) -> JSONObject:  # fmt: skip
     """Return one entry of `choices`: a whole completion or, in a stream, its next piece."""
-    choice = {
+    choice: JSONObject = {
         "index": index,
         "logprobs": format_logprobs(request, logprobs),
         "finish_reason": finish_reason or None,
     }
     if not request.chat:
-        return choice | {"text": text}
+        return choice | {"text": part.text}
     if request.stream:
-        return choice | {"delta": {"content": text}}
-    message = {"role": "assistant", "content": text, "refusal": None}
+        return choice | {"delta": {"content": part.text}}
+    message: JSONObject = {"role": "assistant", "content": part.text, "refusal": None}
+    if part.calls:
+        message |= {"content": part.text or None, "tool_calls": part.calls}
     return choice | {"message": message}
 
 
 def stream_choices(
-    request: CompletionRequest, index: int, text: str, logprobs: list[JSONObject],
+    request: CompletionRequest, index: int, part: AnswerPart, logprobs: list[JSONObject],
     finish_reason: str,
 ) -> list[JSONObject]:  # fmt: skip
     """Return the entries of `choices` for the next piece of a stream.
 
-    In a conversation the reason comes after the text, with an empty delta, as OpenAI sends it.
+    In a conversation the reason comes after the text, with an empty delta, as OpenAI sends it. The
+    calls of a piece have their `index` already.
     """
-    has_text = bool(text or (logprobs and request.num_logprobs >= 0))
+    has_text = bool(part.text or (logprobs and request.num_logprobs >= 0))
     if not request.chat:
-        choice = make_choice(request, index, text, logprobs, finish_reason)
+        choice = make_choice(request, index, part, logprobs, finish_reason)
         return [choice] if has_text or finish_reason else []
-    choices = [make_choice(request, index, text, logprobs, None)] if has_text else []
+    choices = [make_choice(request, index, part, logprobs, None)] if has_text else []
+    if part.calls:
+        delta: JSONObject = {"tool_calls": part.calls}
+        choices.append({"index": index, "logprobs": None, "finish_reason": None, "delta": delta})
     if finish_reason:
         end: JSONObject = {"index": index, "logprobs": None, "finish_reason": finish_reason}
         choices.append(end | {"delta": {}})

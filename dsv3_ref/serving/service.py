@@ -3,11 +3,11 @@
 import asyncio
 import hashlib
 import secrets
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
-from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
+from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, check_tokens
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.serving.config import ServeConfig, build_engine, validate_serve_config
-from dsv3_ref.serving.conversation import render_messages
+from dsv3_ref.serving.conversation import continues_answer, render_messages
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 from dsv3_ref.serving.engine_thread import EngineThread
 from dsv3_ref.serving.fields import MAX_SEED, InvalidField, JSONObject, are_token_ids, parse_fields
@@ -32,11 +32,16 @@ from dsv3_ref.serving.protocol import (
     CompletionRequest,
     FieldLimits,
     HTTPError,
-    chat_fields,
-    completion_fields,
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    MAX_TEMPERATURE,
+    TOKENIZE,
+    endpoint_fields,
     make_request,
 )
 from dsv3_ref.serving.tokenize_pool import TokenizePool
+from dsv3_ref.serving.tool_calls import CallMarks, find_call_marks
 from dsv3_ref.training.strategy import pick_device
 
 ENGINE_FAILED = "the engine has failed and this server is about to end; see its log"
@@ -70,7 +75,8 @@ class Service:
         self.fingerprint = make_fingerprint(model, args)
         max_len = self.engine.scheduler.max_model_len
         self.limits = FieldLimits(max_len, args.max_n, model.config.vocab_size)
-        self.fields = {True: chat_fields(self.limits), False: completion_fields(self.limits)}
+        self.fields = endpoint_fields(self.limits)
+        self.sampling_defaults = sampling_defaults(self.chat, self.limits, args)
         self.tokenize_pool = TokenizePool(self.tokenizer, max_len, args.max_queue)
         self.max_body_bytes = self.tokenize_pool.max_body_bytes(args.max_n, MAX_BODY_BYTES)
         self.is_draining = False
@@ -118,31 +124,83 @@ class Service:
 
     # From the body of an HTTP request to requests to the engine
 
-    async def parse_request(self, data: bytes, chat: bool) -> CompletionRequest:
-        """Return the request of an HTTP body, which is read and tokenized outside the event loop.
-
-        Raises a `UserError`, an `HTTPError`, or `QueueFull` if too many bodies wait already.
-        """
-        return await self.tokenize_pool.run(len(data), partial(self.read_request, data, chat))
-
-    def read_request(self, data: bytes, chat: bool) -> CompletionRequest:
-        """Validate and tokenize the body of an HTTP request."""
+    def read_values(self, data: bytes, path: str) -> JSONObject:
+        """Return the fields of the body of an HTTP request to an endpoint, as `parse_fields`."""
         body = parse_json(data)
         if not isinstance(body, dict):
             raise UserError("the body must be a JSON object")
-        values = parse_fields(body, self.fields[chat])
+        values = parse_fields(body, self.fields[path])
         if values.get("model", self.name) != self.name:
             raise self.unknown_model(values["model"])
+        return values
+
+    def read_request(self, data: bytes, chat: bool) -> CompletionRequest:
+        """Validate and tokenize the body of a request for completions.
+
+        Raises a `UserError` or an `HTTPError`.
+        """
+        values = self.read_values(data, CHAT if chat else COMPLETIONS)
         self.check_prompt_length(values, chat)
         seed = secrets.randbits(62) if self.args.seed is None else self.args.seed
-        request = make_request(values, chat, seed)
+        request = make_request(self.sampling_defaults | values, chat, seed)
         num_completions = request.best_of * (1 if chat else num_prompts(values.get("prompt")))
         if num_completions > self.args.max_n:
             raise UserError(
                 f"{num_completions} completions are more than the {self.args.max_n} allowed per "
                 "request: lower n or best_of, or send fewer prompts"
             )
-        return replace(request, prompts=self.encode_prompts(values, chat))
+        prompts = self.encode_prompts(values, chat)
+        check_tokens(prompts, self.limits.vocab_size)
+        is_new_answer = chat and not continues_answer(values)
+        opening = self.chat.opened_thought(prompts[0]) if is_new_answer else ""
+        marks = self.find_call_marks(values)
+        return replace(request, prompts=prompts, call_marks=marks, opening=opening)
+
+    def find_call_marks(self, values: JSONObject) -> CallMarks | None:
+        """Return the marks of the calls to parse; None if a request has no tools to call.
+
+        Raises `InvalidField` if the calls of this model cannot be parsed.
+        """
+        if not values.get("tools") or values.get("tool_choice") == "none":
+            return None
+        marks = find_call_marks(self.tokenizer)
+        if marks is None:
+            raise InvalidField(
+                "tools",
+                "this server cannot parse the calls of tools that this model writes: leave out "
+                "tools, or describe them in a message",
+            )
+        return marks
+
+    def tokenize(self, data: bytes) -> JSONObject:
+        """Return the tokens of a prompt or of a conversation, as a completion would read them."""
+        values = self.read_values(data, TOKENIZE)
+        chat = "messages" in values
+        if chat is ("prompt" in values):
+            raise InvalidField("prompt", "give either prompt or messages")
+        self.check_prompt_length(values, chat)
+        if chat:
+            tokens = render_messages(self.chat, values)
+        else:
+            begins = values.get("add_special_tokens", True) and self.chat.adds_bos
+            tokens = [self.special_tokens.bos] if begins else []
+            tokens += self.chat.encode(values["prompt"])
+        names = [self.tokenizer.id_to_token(i) for i in tokens]
+        return {
+            "count": len(tokens),
+            "max_model_len": self.limits.max_model_len,
+            "tokens": tokens,
+            "token_strs": names if values.get("return_token_strs") else None,
+        }
+
+    def detokenize(self, data: bytes) -> JSONObject:
+        """Return the text of tokens, special ones included."""
+        tokens = self.read_values(data, DETOKENIZE).get("tokens")
+        if not isinstance(tokens, list) or not are_token_ids(tokens, self.limits.vocab_size):
+            raise InvalidField(
+                "tokens", f"tokens must be a list of token ids below {self.limits.vocab_size}"
+            )
+        return {"prompt": self.tokenizer.decode(tokens, skip_special_tokens=False)}
 
     def unknown_model(self, name: str) -> HTTPError:
         """Return the error for a model that this server does not serve."""
@@ -346,6 +404,28 @@ class Service:
             "spec_decode_draft_tokens": counters["draft_tokens"],
             "spec_decode_accepted_tokens": counters["accepted_tokens"],
         }
+
+
+def sampling_defaults(chat: ChatTemplate, limits: FieldLimits, args: ServeConfig) -> JSONObject:
+    """Return what requests that leave it out take from the model's generation_config.json.
+
+    Its values are brought within the limits on requests.
+    """
+    if not args.generation_config:
+        return {}
+    values: JSONObject = dict(chat.settings.sampling)
+    if "top_k" in values:
+        values["top_k"] = min(int(values["top_k"]), limits.vocab_size)
+    if "temperature" in values:
+        values["temperature"] = min(values["temperature"], MAX_TEMPERATURE)
+    if values:
+        settings = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        print(
+            f"requests without them are sampled with {settings}, of generation_config.json "
+            "(--no-generation-config: OpenAI's defaults)",
+            file=sys.stderr,
+        )
+    return values
 
 
 def make_fingerprint(model: Transformer, args: ServeConfig) -> str:

@@ -14,6 +14,7 @@ from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.messages import Message
+from dsv3_ref.data.tokenizer import check_tokens
 from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ChatConfig, GenerationOptions, validate_generation_options
@@ -23,6 +24,10 @@ from dsv3_ref.training.strategy import pick_device
 Options = TypeVar("Options", bound=GenerationOptions)
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # where neither an option nor generation_config.json says one
+NO_PENALTY = (
+    "the repetition_penalty of the model's generation_config.json has no effect here; `dsv3 serve` "
+    "applies it"
+)
 
 
 # ── A model with its tokenizer ──
@@ -39,6 +44,8 @@ class TextGenerator(Generic[Options]):
         self.chat = ChatTemplate.from_dir(find_tokenizer_dir(args.model))
         self.tokenizer = self.chat.tokenizer
         self.set_sampling(args)
+        if self.chat.settings.sampling.get("repetition_penalty", 1) != 1:
+            print(NO_PENALTY, file=sys.stderr)
         if args.compile:
             warm_up(self.model, args.num_speculative_tokens)
 
@@ -56,10 +63,13 @@ class TextGenerator(Generic[Options]):
             )
         generator = torch.Generator(self.device).manual_seed(args.seed)
         self.args = args
-        settings = self.chat.settings
-        temperature = first_given(args.temperature, settings.temperature, TEMPERATURE)
-        top_p = first_given(args.top_p, settings.top_p, TOP_P)
-        self.sampling_params = SamplingParams(temperature, top_p, generator)
+        defaults = self.chat.settings.sampling
+        temperature = first_given(args.temperature, defaults.get("temperature"), TEMPERATURE)
+        top_p = first_given(args.top_p, defaults.get("top_p"), TOP_P)
+        top_k = max(0, int(defaults.get("top_k", 0)))
+        self.sampling_params = SamplingParams(
+            temperature, top_p, generator, top_k, defaults.get("min_p", 0.0)
+        )
 
     def with_options(self, args: Options) -> "TextGenerator[Options]":
         """Return a generator with other options that shares this one's model."""
@@ -70,8 +80,10 @@ class TextGenerator(Generic[Options]):
     def num_new_tokens(self, prompts: list[list[int]]) -> int:
         """Return how many tokens may follow the longest prompt.
 
-        Raises a `UserError` if that prompt fills the model's context.
+        Raises a `UserError` if that prompt fills the model's context, or if the model lacks a
+        token of a prompt.
         """
+        check_tokens(prompts, self.model.config.vocab_size)
         longest = max(map(len, prompts))
         limit = self.model.config.max_seq_len
         if longest >= limit:

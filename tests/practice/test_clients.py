@@ -1,7 +1,9 @@
 """What clients of OpenAI's protocol send, and what they read: each case was a report elsewhere."""
 
+import gzip
 import json
 import math
+import shutil
 import socket
 import threading
 import time
@@ -12,7 +14,9 @@ import pytest
 import torch
 from test_serve import NAME, folder, quiet, served
 
+from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
+from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
 from dsv3_ref.serving.fields import MAX_LOGPROBS
 from dsv3_ref.serving.json_body import parse_json
 
@@ -141,6 +145,15 @@ def turn(role: str, content: object = "a", **more) -> dict:
         pytest.param(
             [turn("user"), turn("assistant", "b")], "<｜User｜>a<｜Assistant｜>b", id="continue"
         ),
+        # vllm pull request #10463, anomalyco/opencode #43089: clients keep their own fields
+        pytest.param(
+            [turn("user", id=7, opts={"visible": False}, agent="cli", type="text")],
+            "<｜User｜>a<｜Assistant｜>", id="fields of the client",
+        ),
+        # openai/openai-python #1812
+        pytest.param(
+            [turn("system", []), turn("user", "b")], "<｜User｜>b<｜Assistant｜>", id="no parts"
+        ),
         pytest.param(
             [turn("user"), turn("assistant", "b", prefix=True)], "<｜User｜>a<｜Assistant｜>b",
             id="prefix",
@@ -221,6 +234,15 @@ def test_what_a_form_cannot_express_is_refused_by_name(post, message, name):
         pytest.param({"max_tokens": 0}, 400, id="no tokens"),
         pytest.param({"temperature": 3}, 400, id="too hot"),
         pytest.param({"top_k": 10**6}, 400, id="top_k"),
+        # abetlen/llama-cpp-python #1645: every answer ended at once
+        pytest.param({"max_tokens": -1}, 400, id="unlimited"),
+        pytest.param(
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            400,
+            id="usage in each event",
+        ),
+        # EleutherAI/lm-evaluation-harness #3125: a conversation for the other endpoint
+        pytest.param({"messages": TALK}, 400, id="a conversation"),
         pytest.param({"min_tokens": 9, "max_tokens": 5}, 400, id="contradiction"),
         pytest.param({"stream_options": {"include_usage": True}}, 400, id="options of a stream"),
         pytest.param({"n": 2, "best_of": 1}, 400, id="best of fewer"),
@@ -255,6 +277,66 @@ def test_the_two_scanners_read_the_same():
     value = {"a": [1, 2.5, None, True, "é\n", {"b": {}}], "c": []}
     small = json.dumps(value).encode()
     assert parse_json(small) == parse_json(small + b" " * 20_000) == value
+
+
+# ── Bodies and paths ──
+
+
+def test_a_body_in_chunks(here):
+    """Sophomoresty/gemini-web2api pull request #70: proxies send no Content-Length."""
+    data = json.dumps(PLAIN[COMPLETE]).encode()
+    pieces = (data[i : i + 9] for i in range(0, len(data), 9))
+    kind = {"content-type": "application/json; charset=utf-8"}
+    response = httpx.post(here[0] + COMPLETE, content=pieces, headers=kind, timeout=30)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd", "br"])
+def test_a_compressed_body_is_refused_by_name(here, encoding):
+    """zyycn/codex-proxy-rs pull request #66: “must be valid JSON” says nothing about it."""
+    kind = {"content-type": "application/json", "content-encoding": encoding}
+    data = gzip.compress(json.dumps(PLAIN[COMPLETE]).encode())
+    response = httpx.post(here[0] + COMPLETE, content=data, headers=kind)
+    assert response.status_code == 415
+    assert f"content encoding {encoding} is not" in response.json()["error"]["message"]
+
+
+def test_curl_asks_before_it_sends_a_large_body(here):
+    """curl sends “Expect: 100-continue” with bodies above a megabyte, and waits for it."""
+    host, port = here[0].removeprefix("http://").split(":")
+    data = json.dumps(PLAIN[COMPLETE]).encode()
+    head = f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(1 << 10).startswith(b"HTTP/1.1 100")
+        connection.sendall(data)
+        received = b""
+        while part := connection.recv(1 << 16):
+            received += part
+    assert received.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["/v1//models", "/v1/models/", "//v1/models", "/models"])
+def test_a_base_url_with_a_slash_too_many(here, path):
+    """open-webui/open-webui #16749: it seemed to work, and then every request was a 404."""
+    response = httpx.get(here[0] + path, follow_redirects=True)
+    assert response.status_code in (200, 404)
+    if response.status_code == 404:
+        assert "/openapi.json" in response.json()["error"]["message"]
+    else:
+        assert response.json()["data"][0]["id"] == NAME
+
+
+def test_prometheus_reads_the_metrics(here, post):
+    """ggml-org/llama.cpp #17384: a malformed line made every scrape fail."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    post(COMPLETE, PLAIN[COMPLETE])
+    text = httpx.get(f"{here[0]}/metrics").text
+    families = list(parser.text_string_to_metric_families(text))
+    assert len(families) > 10 and text.endswith("\n")
+    for family in families:
+        assert all(math.isfinite(sample.value) for sample in family.samples)
 
 
 # ── OpenAI's error object ──
@@ -613,3 +695,131 @@ def test_an_impossible_token_has_a_finite_logprob(here, post, monkeypatch):
     monkeypatch.setattr(describer, "describe_token", lambda token, _: real(token, -math.inf))
     found = answer(post, COMPLETE, logprobs=1)["logprobs"]
     assert set(found["token_logprobs"]) == {-9999.0}
+
+
+# ── Stops ──
+
+
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+def test_a_stream_shows_nothing_of_a_stop_text(here, post, path):
+    """vllm #3574 and #2577: its beginning had been sent; #13087: empty events came first.
+
+    vllm #11089: with a stop text that does not occur, the answer was empty.
+    """
+    ask = PLAIN[path] | {"max_tokens": 24, "ignore_eos": True, "seed": 3}
+    text = text_of(answer(post, path, **ask))
+    assert len(text) > 8
+    for stop in (text[3:7], text[5], text[4:8] + "\N{SNOWMAN}"):
+        want = text.partition(stop)[0]
+        whole = answer(post, path, **ask, stop=[stop])
+        assert text_of(whole) == want
+        choices = [event["choices"][0] for event in events(post, path, **ask, stop=[stop])]
+        first = 1 if path == CHAT else 0  # the role
+        pieces = [x["text"] if path == COMPLETE else x["delta"].get("content") for x in choices]
+        assert "".join(piece or "" for piece in pieces) == want
+        assert all(pieces[first:-1])
+        assert choices[-1]["finish_reason"] == whole["finish_reason"]
+
+
+# ── Tokens ──
+
+
+def test_tokens_of_a_prompt_and_of_a_conversation(here, post):
+    """jjang-ai/vmlx pull request #99: lm-eval and proxies ask vLLM's endpoints for tokens."""
+    service = here[1]
+    found = post("/tokenize", {"prompt": "we talk", "return_token_strs": True}).json()
+    assert found["tokens"] == service.chat.encode_prompt("we talk")
+    assert found["count"] == len(found["tokens"]) and found["max_model_len"] == 256
+    assert found["token_strs"][0] == "<｜begin▁of▁sentence｜>"
+    again = post("/detokenize", {"tokens": found["tokens"]}).json()
+    assert again == {"prompt": "<｜begin▁of▁sentence｜>we talk"}
+    plain = post("/tokenize", {"prompt": "we talk", "add_special_tokens": False}).json()
+    assert plain["tokens"] == found["tokens"][1:] and plain["token_strs"] is None
+    talk = post("/tokenize", {"messages": TALK}).json()
+    assert talk["tokens"] == service.encode_prompts({"messages": TALK}, True)[0]
+    answer = post(CHAT, PLAIN[CHAT]).json()
+    assert answer["usage"]["prompt_tokens"] == talk["count"]
+    assert post("/tokenize", {"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
+    assert post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
+@pytest.mark.parametrize(
+    "path, body, param",
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": TALK}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": ["a"]}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/detokenize", {"prompt": "a"}, "prompt"),
+    ],
+)
+def test_tokens_that_cannot_be_found_are_an_error_object(post, path, body, param):
+    response = post(path, body)
+    assert response.status_code == (404 if param == "model" else 400)
+    assert response.json()["error"]["param"] == param
+
+
+# ── Defaults of the model ──
+
+
+def with_generation_config(folder, copy, **values):
+    """Return a copy of a directory with a generation_config.json."""
+    shutil.copytree(folder, copy / NAME)
+    (copy / NAME / "generation_config.json").write_text(json.dumps(values))
+    return copy / NAME
+
+
+SAMPLED = {"do_sample": True, "temperature": 1.7, "top_p": 0.9, "top_k": 1, "min_p": 0.0}
+
+
+def test_requests_take_the_defaults_of_the_model(folder, here, tmp_path, capsys):
+    """Blaizzy/mlx-vlm #1331: the sampling settings of generation_config.json had no effect."""
+    home = with_generation_config(folder, tmp_path, **SAMPLED, repetition_penalty=1.3)
+    body = PLAIN[COMPLETE] | {"max_tokens": 12, "logprobs": 0}
+    with served(home) as (base, _):
+        told = capsys.readouterr().err
+        got = httpx.post(base + COMPLETE, json=body, timeout=30).json()["choices"][0]
+        free = body | {"temperature": 2, "top_k": -1, "top_p": 1, "repetition_penalty": 1}
+        own = httpx.post(base + COMPLETE, json=free, timeout=30).json()["choices"][0]
+        null = body | dict.fromkeys(SAMPLED.keys() - {"do_sample"})
+        absent = httpx.post(base + COMPLETE, json=null, timeout=30).json()["choices"][0]
+    assert "temperature 1.7, top_p 0.9, top_k 1, min_p 0, repetition_penalty 1.3" in told
+    with served(folder) as (base, _):
+        same = body | {"temperature": 0, "repetition_penalty": 1.3}  # top_k 1 is greedy
+        greedy = httpx.post(base + COMPLETE, json=same, timeout=30).json()["choices"][0]
+        hot = httpx.post(base + COMPLETE, json=body | {"temperature": 2}, timeout=30).json()
+    assert got["text"] == absent["text"] == greedy["text"]
+    assert own["text"] == hot["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "values, options",
+    [
+        # vllm #15241: an explicit temperature seemed to be ignored, because of a top_k of the model
+        pytest.param(SAMPLED, {"generation_config": False}, id="not wanted"),
+        pytest.param(SAMPLED | {"do_sample": False}, {}, id="sampling is off"),
+        pytest.param({"eos_token_id": 1}, {}, id="none"),
+    ],
+)
+def test_defaults_are_openais(values, options, folder, tmp_path, capsys):
+    home = with_generation_config(folder, tmp_path, **values)
+    with served(home, **options) as (_, service):
+        request = service.read_request(json.dumps(PLAIN[COMPLETE]).encode(), chat=False)
+    assert (request.temperature, request.top_p, request.top_k) == (1.0, 1.0, 0)
+    assert "generation_config" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "field", [{"top_k": 2.5}, {"top_k": "50"}, {"temperature": -1}, {"top_p": True}, {"min_p": 3}],
+    ids=str,
+)  # fmt: skip
+def test_a_default_that_makes_no_sense_is_a_sentence(field, folder, tmp_path):
+    home = with_generation_config(folder, tmp_path, **field)
+    with pytest.raises(UserError, match="generation_config.json is .*: correct it"):
+        load_tokenizer_settings(home)
+    assert load_tokenizer_settings(folder).sampling == {}

@@ -55,6 +55,19 @@ ROWS = {
         SYSTEM, ASK | {"content": [{"type": "text", "text": "as"}, {"type": "text", "text": "k"}]},
         TELL,
     ]},
+    # modelscope/ms-swift pull request #10120: a CSV file holds JSON, with true, false and null
+    "a wanted answer": {
+        "prompt": [SYSTEM, ASK], "completion": [TELL], "label": True, "images": [], "audio": None,
+    },
+    "JSON in a column": {
+        "messages": json.dumps([SYSTEM, ASK, TELL | {"train": True, "name": None}]),
+    },
+    # CommandCodeAI/command-code #820: the parts of an assistant's content were dropped
+    "parts of the assistant": {"messages": [
+        SYSTEM, ASK, TELL | {"content": [{"type": "text", "text": "tell"}]},
+    ]},
+    # huggingface/datasets #7222 and #7092: null in all rows of one file, a text in another's
+    "null fields": {"messages": [SYSTEM, ASK, TELL], "system": None, "tools": None, "id": 1},
     "nulls of a parquet file": {"messages": [
         {**turn, "tool_calls": None, "name": None, "weight": None} for turn in (SYSTEM, ASK, TELL)
     ], "tools": None},
@@ -125,6 +138,21 @@ BAD_ROWS = {
     "all masked": ({"messages": [ASK, TELL | {"weight": 0}]}, "no answer has a loss"),
     "a weight between": ({"messages": [ASK, TELL | {"weight": 0.5}]}, '"weight" is 0.5'),
     "an empty answer": ({"messages": [ASK, TELL | {"content": ""}]}, "an answer is empty"),
+    # hiyouga/LlamaFactory #4249: the output is an object; #10116: no messages; #9600: plain text
+    "an object as the output": (
+        {"instruction": "ask", "output": {"a": 1}}, "its content is {'a': 1}, of type dict",
+    ),
+    "no messages": ({"messages": None}, "no list of messages, only messages"),
+    "text that is no JSON": ({"messages": "[{'role': 'user'}]"}, '"messages" is not JSON'),
+    "plain text": ({"text": "a document"}, "no list of messages, only text"),
+    # zai-org/ChatGLM2-6B #349, unslothai/unsloth #337
+    "a list": ([ASK, TELL], "it is a list, not an object with named fields"),
+    # huggingface/trl #1116: unpaired preferences; hiyouga/LlamaFactory pull request #10656: images
+    "an unwanted answer": (
+        {"prompt": "ask", "completion": "tell", "label": False}, '"label" is false',
+    ),
+    "images": ({"messages": [ASK, TELL], "images": ["a.jpg"]}, 'it has "images"'),
+    "an empty history": ({"instruction": "a", "output": "b", "history": [["q"]]}, '"history"'),
     "no columns of ours": ({"text": "hello", "meta": 1}, "only text, meta"),
     "null": ({"messages": [ASK | {"content": None}, TELL]}, "turn 1 is not a role with a text"),
 }  # fmt: skip

@@ -109,6 +109,13 @@ def test_fp8_weights_without_their_scales_are_refused(model):
         load(model)
 
 
+def test_a_tokenizer_that_is_larger_than_the_model(model, capsys):
+    """huggingface/transformers #12763, tokenizers #1609: IndexError: index out of range in self."""
+    write_form(model, FORMS["V3"])  # some 300 tokens beside 61 rows
+    assert main(["generate", str(model), "--prompt", "a fine day"]) == 2
+    assert "but the model has only 61: use the tokenizer" in capsys.readouterr().err
+
+
 # ── GGUF ──
 
 

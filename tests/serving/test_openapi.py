@@ -13,7 +13,8 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402  after the skip
 __all__ = ["folder"]  # the fixture that makes a model
 OPERATIONS = [
     ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/models", "GET"),
-    ("/v1/models/{name}", "GET"), ("/health", "GET"), ("/metrics", "GET"),
+    ("/v1/models/{name}", "GET"), ("/health", "GET"), ("/metrics", "GET"), ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
 ]  # fmt: skip
 
 
