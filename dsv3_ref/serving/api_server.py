@@ -361,6 +361,7 @@ def build_app(service: Service) -> "FastAPI":
         return await endpoints.respond(request, endpoints.detokenize)
 
     @app.api_route("/v1/models", methods=READABLE)
+    @app.api_route("/v1/models/", methods=READABLE)
     async def models():
         return {"object": "list", "data": [endpoints.model]}
 
