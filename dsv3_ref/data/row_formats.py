@@ -34,7 +34,8 @@ def parse_conversation(row: object) -> ConversationRow:
     if not isinstance(row, dict):
         raise no_conversation("")
     values = {name: value for name, value in row.items() if value is not None}
-    check_columns(values)
+    check_media(values)
+    check_wanted(values)
     tools = parse_tools(values.get("tools"))
     for name in ("messages", "conversations", "conversation"):
         turns = parse_json_text(values.get(name), f'"{name}"')  # a column of a CSV file is a text
@@ -49,11 +50,15 @@ def parse_conversation(row: object) -> ConversationRow:
     raise no_conversation(", ".join(map(str, row)))
 
 
-def check_columns(row: dict[str, Any]) -> None:
-    """Raise a `UserError` for what a text model cannot read, and for unwanted answers."""
+def check_media(row: dict[str, Any]) -> None:
+    """Raise a `UserError` if a row has a picture, a video or a sound."""
     for name in MEDIA_COLUMNS:
         if row.get(name):
             raise UserError(f'it has "{name}", which this model cannot see: leave the row out')
+
+
+def check_wanted(row: dict[str, Any]) -> None:
+    """Raise a `UserError` if the answer of a row is labeled as an unwanted one."""
     for name in WANTED_COLUMNS:
         if row.get(name) is False:
             raise UserError(f'its "{name}" is false: an unwanted answer is not learned')

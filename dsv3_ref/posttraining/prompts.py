@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files
 from dsv3_ref.data.fingerprint import fingerprint_rows
+from dsv3_ref.data.row_formats import check_media
 from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import answers
 from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
@@ -186,7 +187,7 @@ class SpeechTask:
 
 # Columns in which data sets keep a question and its right answer; the first that a row has counts.
 QUESTION_COLUMNS = "question", "problem", "prompt"
-SHOWN_COLUMNS = "choices", "options", "context", "passage", "image", "images"
+SHOWN_COLUMNS = "choices", "options", "context", "passage"
 ANSWER_COLUMNS = "ground_truth", "final_answer", "answer", "reward_model", "solution"
 MAX_ANSWER_CHARS = 200  # of an answer that a model can be expected to box
 
@@ -303,6 +304,7 @@ def parse_question(row: dict) -> tuple[str, str]:
 
 def check_shown(row: dict, question: str) -> None:
     """Raise a `UserError` if a row has choices or a context that its question does not contain."""
+    check_media(row)
     for name in SHOWN_COLUMNS:
         if any(text not in question for text in leaves(row.get(name))):
             raise UserError(

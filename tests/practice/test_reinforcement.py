@@ -119,13 +119,13 @@ def test_a_question_without_its_choices_is_left_out(more, is_whole):
     if is_whole:
         assert parse_problem("x", row).question == row["question"]
     else:
-        with pytest.raises(UserError, match="which the question lacks: write it into"):
+        with pytest.raises(UserError, match="which the question lacks|cannot see"):
             parse_problem("x", row)
 
 
 def test_a_prompt_that_is_too_long_is_refused_at_the_start(home, asked, tmp_path, capsys):
     """huggingface/trl #3569 and #4358: such a prompt failed in the middle of a run, or was cut."""
-    rows = [ROWS["a text"](q) | {"answer": "1"} for q in [*QUESTIONS, "a fine day " * 2000]]
+    rows = [ROWS["a text"](q) | {"answer": "1"} for q in [*QUESTIONS, "a fine day " * 60_000]]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argv = ["rl", "--init", str(home), "--tasks", str(tmp_path / "rows.jsonl"), *RL]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 2
