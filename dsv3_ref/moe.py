@@ -141,12 +141,24 @@ def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
     return torch.cat([F.linear(x, w) for x, w in zip(rows, weight_eoi)])
 
 
+def scale_rows(x_mf: Tensor, scale_m: Tensor) -> Tensor:
+    """Multiply each row by its number, and round once to the dtype of x."""
+    return (x_mf * scale_m[:, None]).to(x_mf.dtype)
+
+
 @op
 def grouped_swiglu_linear(
-    gate_mf: Tensor, up_mf: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor
-) -> Tensor:
-    """Apply SwiGLU and then each row's own matrix, as one op like `swiglu_linear`."""
-    return grouped_linear(recompute(swiglu, gate_mf, up_mf), weight_eoi, tokens_per_expert_e)
+    gate_mf: Tensor, up_mf: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor,
+    scale_m: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Apply SwiGLU and then each row's own matrix, as one op like `swiglu_linear`.
+
+    scale_m: a factor for each row of SwiGLU's output, the routing weight of its token.
+    """
+    h_mf = recompute(swiglu, gate_mf, up_mf)
+    if scale_m is not None:
+        h_mf = recompute(scale_rows, h_mf, scale_m)
+    return grouped_linear(h_mf, weight_eoi, tokens_per_expert_e)
 
 
 class GroupedExperts(nn.Module):
@@ -163,8 +175,7 @@ class GroupedExperts(nn.Module):
     ) -> Tensor:
         gate = grouped_linear(x_md, self.w1, tokens_per_expert_e)
         up = grouped_linear(x_md, self.w3, tokens_per_expert_e)
-        up = up if weight_m is None else up * weight_m[:, None].to(up.dtype)
-        return grouped_swiglu_linear(gate, up, self.w2, tokens_per_expert_e)
+        return grouped_swiglu_linear(gate, up, self.w2, tokens_per_expert_e, weight_m)
 
 
 # ── Out to the experts and back ──

@@ -62,12 +62,12 @@ def _cross_entropy_kernel(
             tl.store(logit_ptr + index, p.to(logit_ptr.dtype.element_ty), mask=index < w)
 
 
-def add_product_(sum_wd: Tensor, g_nw: Tensor, h_nd: Tensor) -> None:
-    """Add gᵀ h to sum_wd in place and in fp32, without a second tensor of its size."""
+def add_product_(sum_wd: Tensor, g_nw: Tensor, h_nd: Tensor, scale: float) -> None:
+    """Add scale·gᵀ h to sum_wd in place and in fp32, without a second tensor of its size."""
     if sum_wd.is_cuda and g_nw.dtype == BF16:
-        torch.addmm(sum_wd, g_nw.T, h_nd, out_dtype=FP32, out=sum_wd)
+        torch.addmm(sum_wd, g_nw.T, h_nd, out_dtype=FP32, alpha=scale, out=sum_wd)
     else:
-        sum_wd.addmm_(g_nw.T.to(FP32), h_nd.to(FP32))
+        sum_wd.addmm_(g_nw.T.to(FP32), h_nd.to(FP32), alpha=scale)
 
 
 # ── The op ──
@@ -77,6 +77,26 @@ def chunk_slices(n: int, max_rows: int) -> list[slice]:
     """Split n rows into the fewest chunks of at most max_rows, equal but for the last."""
     rows = ceil_div(n, max(1, ceil_div(n, max_rows)))
     return [slice(start, start + rows) for start in range(0, n, max(1, rows))]
+
+
+def loss_by_chunks(
+    h: Tensor, head: Tensor, target_n: Tensor, dh_nd: Tensor | None, dhead_wd: Tensor | None,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Return Σ −log p[target]; write scale·∂/∂h to dh_nd and add scale·∂/∂head to dhead_wd."""
+    w, nll_n = len(head), h.new_empty(len(h), dtype=FP32)
+    gradient = dh_nd is not None or dhead_wd is not None
+    for chunk in chunk_slices(len(h), max(1, MAX_LOGITS // w)):
+        logit_nw = F.linear(h[chunk], head)
+        args = logit_nw, target_n[chunk], nll_n[chunk], w, logit_nw.stride(0)
+        _cross_entropy_kernel[len(logit_nw),](*args, GRADIENT=gradient)
+        if dh_nd is not None:
+            torch.mm(logit_nw, head, out=dh_nd[chunk])
+            if scale != 1:
+                dh_nd[chunk] *= scale
+        if dhead_wd is not None:
+            add_product_(dhead_wd, logit_nw, h[chunk], scale)
+    return nll_n.sum()
 
 
 class TritonCrossEntropy(torch.autograd.Function):
@@ -92,22 +112,13 @@ class TritonCrossEntropy(torch.autograd.Function):
         gradient: bool,
     ) -> Tensor:
         h, head = h_nd.to(dtype), head_wd.to(dtype)
-        w = len(head_wd)
         need_h, need_head = (gradient and need for need in ctx.needs_input_grad[:2])
         dh_nd = torch.empty_like(h) if need_h else None
         dhead_wd = torch.zeros_like(head, dtype=FP32) if need_head else None
-        nll_n = h.new_empty(len(h), dtype=FP32)
-        for chunk in chunk_slices(len(h), max(1, MAX_LOGITS // w)):
-            logit_nw = F.linear(h[chunk], head)
-            args = logit_nw, target_n[chunk], nll_n[chunk], w, logit_nw.stride(0)
-            _cross_entropy_kernel[len(logit_nw),](*args, GRADIENT=need_h or need_head)
-            if dh_nd is not None:
-                torch.mm(logit_nw, head, out=dh_nd[chunk])
-            if dhead_wd is not None:
-                add_product_(dhead_wd, logit_nw, h[chunk])
+        nll = loss_by_chunks(h, head, target_n, dh_nd, dhead_wd)
         grads = (dh_nd, h_nd), (dhead_wd, head_wd)
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in grads))
-        return nll_n.sum()
+        return nll
 
     @staticmethod
     @once_differentiable
@@ -116,27 +127,48 @@ class TritonCrossEntropy(torch.autograd.Function):
         return dh_nd, dhead_wd, None, None, None
 
 
-@impl("linear_cross_entropy", "triton")
-def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
-    """Sum −log softmax(h Wᵀ)[target] over tokens, in nats.
+def check_loss_inputs(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> torch.dtype:
+    """Return the dtype of the products, or raise a `ValueError` for invalid arguments.
 
-    Targets outside the vocabulary raise a `ValueError` on CPU. On GPU they are not checked, which
-    would synchronize; instead the loss and the token's gradient become NaN.
+    Targets outside the vocabulary raise one on CPU. On GPU they are not checked, which would
+    synchronize; instead the loss and the token's gradient become NaN.
     """
     device = h_nd.device.type
     cast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if cast else h_nd.dtype
     check_tensor("h_nd", h_nd, (None, None), FLOATS, contiguous=False)
     head_dtypes = FLOATS if cast else (h_nd.dtype,)
     check_tensor("head_wd", head_wd, (None, h_nd.shape[1]), head_dtypes, contiguous=False)
-    target_n = target_n.contiguous()
     check_tensor("target_n", target_n, (len(h_nd),), (torch.int64, torch.int32))
     w = len(head_wd)
     if device == "cpu" and ((target_n < 0) | (target_n >= w)).any():
         raise ValueError(f"target_n must lie within the vocabulary of {w}")
-    with torch.autocast(device, enabled=False):
+    return torch.get_autocast_dtype(device) if cast else h_nd.dtype
+
+
+@impl("linear_cross_entropy", "triton")
+def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
+    """Sum −log softmax(h Wᵀ)[target] over tokens, in nats."""
+    target_n = target_n.contiguous()
+    dtype = check_loss_inputs(h_nd, head_wd, target_n)
+    with torch.autocast(h_nd.device.type, enabled=False):
         args = h_nd, head_wd, target_n, dtype, torch.is_grad_enabled()
         return TritonCrossEntropy.apply(*args)
+
+
+@impl("cross_entropy_and_grads", "triton")
+@torch.no_grad()
+def cross_entropy_and_grads(
+    h_nd: Tensor, head_wd: Tensor, target_n: Tensor, scale: float, head_grad_wd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its scaled gradient; add that of the head to head_grad_wd by chunks."""
+    target_n = target_n.contiguous()
+    dtype = check_loss_inputs(h_nd, head_wd, target_n)
+    check_tensor("head_grad_wd", head_grad_wd, head_wd.shape, (FP32,))
+    with torch.autocast(h_nd.device.type, enabled=False):
+        h, head = h_nd.to(dtype), head_wd.to(dtype)
+        dh_nd = torch.empty_like(h)
+        nll = loss_by_chunks(h, head, target_n, dh_nd, head_grad_wd, scale)
+    return nll, dh_nd.to(h_nd.dtype)
 
 
 # ── For the ahead-of-time compiler: V3's shapes ──

@@ -414,41 +414,62 @@ def round_like(x, like):
 @triton.autotune(TILE_CONFIGS, key=["k"])
 @triton.jit
 def _swiglu_quant_kernel(
-    gate_ptr, up_ptr, q_ptr, s_ptr, n, k, gate_stride, up_stride,
-    USE_UE8M0: tl.constexpr, BLOCK_N: tl.constexpr,
+    gate_ptr, up_ptr, scale_ptr, q_ptr, s_ptr, n, k, gate_stride, up_stride,
+    USE_UE8M0: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Quantize tiles of y = gate · σ(gate) · up: s = max|y| / 448, q = E4M3(y / s)."""
+    """Quantize tiles of y = gate · σ(gate) · up: s = max|y| / 448, q = E4M3(y / s).
+
+    SCALED: y is multiplied by its row's scale.
+    """
     t, row, col, mask = locate_tiles(n, k, BLOCK_N)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     y = round_like(round_like(wide * sigmoid(wide), gate) * up, gate)
+    if SCALED:
+        y = round_like(y * tl.load(scale_ptr + row, mask=row < n, other=0.0), gate)
     is_bf16: tl.constexpr = gate.dtype == tl.bfloat16
     store_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0, is_bf16)
 
 
 @impl("swiglu_quant", "triton")
-def swiglu_quant(gate: Tensor, up: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantize swiglu(gate, up) without returning the unquantized result."""
+def swiglu_quant(
+    gate: Tensor, up: Tensor, use_ue8m0: bool = False, scale_m: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize swiglu(gate, up), each row times its scale, and return only that."""
     check_tensor("gate", gate, dtypes=FLOATS, contiguous=False)
     check_tensor("up", up, gate.shape, (gate.dtype,), contiguous=False)
+    check_row_scales(scale_m, gate)
     q, s = alloc_quantized(gate)
     if gate.numel():
         gate, up = as_rows(gate), as_rows(up)
-        args = gate, up, q, s, *gate.shape, gate.stride(0), up.stride(0), use_ue8m0
-        _swiglu_quant_kernel[cdiv_grid(s.numel(), "BLOCK_N")](*args)
+        args = gate, up, scale_m, q, s, *gate.shape, gate.stride(0), up.stride(0), use_ue8m0
+        _swiglu_quant_kernel[cdiv_grid(s.numel(), "BLOCK_N")](*args, scale_m is not None)
     return q, s
 
 
-@triton.autotune([kernel_config(4, BLOCK_K=32), kernel_config(8, BLOCK_K=64)], key=["k"])
+def check_row_scales(scale_m: Tensor | None, x: Tensor) -> None:
+    """Raise a `ValueError` unless there are no scales, or one in fp32 for each row of x."""
+    if scale_m is not None:
+        check_tensor("scale_m", scale_m, (len(as_rows(x)),), (FP32,))
+
+
+MIN_SWIGLU_COLUMNS = 32  # columns of a program
+
+
+@triton.autotune(
+    [kernel_config(4, BLOCK_K=MIN_SWIGLU_COLUMNS), kernel_config(8, BLOCK_K=64)], key=["k"]
+)
 @triton.jit
 def _swiglu_quant_backward_kernel(
-    g_ptr, gate_ptr, gate_s_ptr, up_ptr, up_s_ptr, map_ptr, dgate_ptr, dup_ptr, q_ptr, s_ptr,
-    m, k, stride, n_z, GROUPED: tl.constexpr, BLOCK_K: tl.constexpr,
+    g_ptr, gate_ptr, gate_s_ptr, up_ptr, up_s_ptr, map_ptr, scale_ptr,
+    dgate_ptr, dup_ptr, q_ptr, s_ptr, dscale_ptr, m, k, stride, n_z,
+    GROUPED: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute dgate = g·up·σ·(1 + gate·(1 − σ)) and dup = g·gate·σ, with σ of gate.
 
-    Also recomputes y = gate·σ·up and quantizes it along the tokens.
+    Also recomputes y = gate·σ·up and quantizes it along the tokens. SCALED: y is multiplied by its
+    row's scale p, and so is g; dp = Σ g·y is stored for each block of columns, (k/BLOCK_K, m).
     """
     nk = tl.cdiv(k, BLOCK_K)
     z, col = tl.program_id(0) // nk, tl.program_id(0) % nk * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -464,12 +485,18 @@ def _swiglu_quant_backward_kernel(
     gate, up = round_like(gate, g), round_like(up, g)
     wide = g.to(tl.float32)
     sigma = sigmoid(gate)
-    dgate = round_like(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
     h = round_like(gate * sigma, g)
+    y = round_like(h * up, g)
+    if SCALED:
+        part = dscale_ptr + (tl.program_id(0) % nk).to(tl.int64) * m
+        tl.store(part + row, tl.sum(wide * y, 1), mask=exists)
+        scale = tl.load(scale_ptr + row, mask=exists, other=0.0)[:, None]
+        wide, y = round_like(wide * scale, g), round_like(y * scale, g)
+    dgate = round_like(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
     tl.store(dgate_ptr + offset, dgate.to(g.dtype), mask=mask)
     tl.store(dup_ptr + offset, (h * wide).to(g.dtype), mask=mask)
     is_bf16: tl.constexpr = g.dtype == tl.bfloat16
-    store_columns(q_ptr, s_ptr, round_like(h * up, g), z, col, used, k, n_z, is_bf16, False)
+    store_columns(q_ptr, s_ptr, y, z, col, used, k, n_z, is_bf16, False)
 
 
 @impl("swiglu_quant_backward", "triton")
@@ -480,23 +507,30 @@ def swiglu_quant_backward(
     up_q: Tensor,
     up_s: Tensor,
     tokens_per_expert_e: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale_m: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Recompute SwiGLU from quantized gate and up and backpropagate g (§3.3.3).
 
-    Returns the gradients of gate and up, then swiglu's output in tiles of 128 × 1.
+    Returns the gradients of gate and up, then the (scaled) output in tiles of 128 × 1, and the
+    gradient of the scales or None.
     """
     check_tensor("g", g, (None, None), FLOATS, contiguous=False)
     check_tiles("gate_q", gate_q, gate_s, g.shape)
     check_tiles("up_q", up_q, up_s, g.shape)
+    check_row_scales(scale_m, g)
     m, k = g.shape
+    dscale_xm = None
+    if scale_m is not None:  # a kernel with wider programs leaves the last rows zero
+        dscale_xm = scale_m.new_zeros(triton.cdiv(k, MIN_SWIGLU_COLUMNS), m)
     dgate, dup = (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
     map_xz, q, s = alloc_columns(m, k, tokens_per_expert_e, g)
     if q.numel():
         n_z = s.shape[1]
-        inputs = g, gate_q, gate_s, up_q, up_s, map_xz
-        args = *inputs, dgate, dup, q, s, m, k, g.stride(0), n_z
-        _swiglu_quant_backward_kernel[cdiv_grid(k, "BLOCK_K", n_z)](*args, map_xz is not None)
-    return dgate, dup, q, s
+        inputs = g, gate_q, gate_s, up_q, up_s, map_xz, scale_m
+        args = *inputs, dgate, dup, q, s, dscale_xm, m, k, g.stride(0), n_z
+        flags = map_xz is not None, scale_m is not None
+        _swiglu_quant_backward_kernel[cdiv_grid(k, "BLOCK_K", n_z)](*args, *flags)
+    return dgate, dup, q, s, None if dscale_xm is None else dscale_xm.sum(0)
 
 
 # ── For the ahead-of-time compiler: 4096 rows, experts of 2048 × 7168 ──
@@ -504,6 +538,7 @@ def swiglu_quant_backward(
 INPUT_DTYPES = {"bf16": BF16, "fp32": FP32}
 SCALE_FORMATS = {"": {"USE_UE8M0": False}, "_ue8m0": {"USE_UE8M0": True}}
 ROW_FORMATS = {"": None, "_grouped": INT32}  # dtype of the tile map
+SCALE_PTRS = {"": None, "_scaled": FP32}  # dtype of the rows' scales
 QUANTIZED_PTRS = E4M3, FP32
 
 
@@ -518,8 +553,10 @@ def forward_cases() -> Iterator[AOTCase]:
             norm = dtype, FP32, dtype, *QUANTIZED_PTRS, FP32, 7168, 7168, 1e-6
             row = meta | {"BLOCK_Z": 64, "num_warps": 8}
             yield AOTCase(f"rms_norm_quant_{name}{suffix}", _rms_norm_quant_kernel, norm, row)
-        gate_up = BF16, BF16, *QUANTIZED_PTRS, 4096, 2048, 2048, 2048
-        yield AOTCase(f"swiglu_quant{suffix}", _swiglu_quant_kernel, gate_up, meta)
+        for name, scale in SCALE_PTRS.items():
+            gate_up = BF16, BF16, scale, *QUANTIZED_PTRS, 4096, 2048, 2048, 2048
+            flags = meta | {"SCALED": scale is not None}
+            yield AOTCase(f"swiglu_quant{name}{suffix}", _swiglu_quant_kernel, gate_up, flags)
 
 
 def transposed_cases() -> Iterator[AOTCase]:
@@ -535,10 +572,12 @@ def transposed_cases() -> Iterator[AOTCase]:
                 kernel_args = dtype, *args
                 kernel = _act_quant_transposed_kernel
                 yield AOTCase(f"{name}{rows}{suffix}", kernel, kernel_args, meta)
-        inputs = BF16, *QUANTIZED_PTRS, *QUANTIZED_PTRS, map_ptr
-        backward = *inputs, BF16, BF16, *QUANTIZED_PTRS, 4096, 2048, 2048, 40
-        name = f"swiglu_quant_backward{rows}"
-        yield AOTCase(name, _swiglu_quant_backward_kernel, backward, grouped)
+        for suffix, scale in SCALE_PTRS.items():
+            inputs = BF16, *QUANTIZED_PTRS, *QUANTIZED_PTRS, map_ptr, scale
+            backward = *inputs, BF16, BF16, *QUANTIZED_PTRS, scale, 4096, 2048, 2048, 40
+            flags = grouped | {"SCALED": scale is not None}
+            name = f"swiglu_quant_backward{rows}{suffix}"
+            yield AOTCase(name, _swiglu_quant_backward_kernel, backward, flags)
 
 
 AOT_CASES = [*forward_cases(), *transposed_cases()]

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -246,7 +246,7 @@ def backend_table(device: str = "cpu") -> str:
     for name, impls in sorted(IMPLS.items()):
         active = next((b for b in backends if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
-        rows.append(f"{name:22}{active:10}{others}".rstrip())
+        rows.append(f"{name:24}{active:10}{others}".rstrip())
     return "\n".join(rows)
 
 
@@ -254,18 +254,37 @@ def backend_table(device: str = "cpu") -> str:
 # ## Forget, and compute again
 # A training step needs most of its memory for what the forward pass keeps for the backward pass.
 # The report keeps no output of RMSNorm, of SwiGLU or of MLA's up-projections (§3.2.3, §3.3.3):
-# each costs little to compute and much to keep. So the model writes the call `recompute(f, x)`:
+# each costs little to compute and much to keep. (Our dense and shared MLPs also recompute gate and up: a
+# dense layer of V3 is 18,432 wide.) So the model writes the call `recompute(f, x)`:
 #
 # $$y = f(x),\quad\text{and whatever saves } y \text{ for its gradient saves } (f, x) \text{ instead.}$$
 #
-# $x$ may itself be such a result; then a chain is computed again from its start. By itself the call does
-# nothing. A training step that wants it installs a hook: `saved_tensors(recompute=True)` of
+# $x$ may itself be such a result; then a chain is computed again from its start. Two more calls serve formats
+# that are narrower than $x$ (chapter 09). `recompute_from(f, x)` drops $f(x)$ only if $x$ is dropped too, and
+# `save_instead(x, f, z)` drops an $x$ that has already been saved, because $f(z) \approx x$ from a smaller $z$ is near
+# enough. By themselves the calls do nothing. A training step that wants them installs a hook:
+# `saved_tensors(recompute=True)` of
 # [dsv3_ref/training/recompute.py](../dsv3_ref/training/recompute.py), written with PyTorch's saved-tensor hooks.
 
 
 # %%
 #| export
-RecomputeHook = Callable[[Impl, tuple[Any, ...]], Any]
+class RecomputeHook(Protocol):
+    """The part of a training step that saves calls in place of their results."""
+
+    def recompute(self, fn: Impl, args: tuple[Any, ...]) -> Any:
+        """Return fn(*args), and save this call wherever autograd would save the result."""
+        ...
+
+    def is_recomputed(self, x: Tensor) -> bool:
+        """Return whether x is the result of a saved call, or a view of one."""
+        ...
+
+    def replace(self, x: Tensor, fn: Impl, args: tuple[Any, ...]) -> None:
+        """Save the call fn(*args) wherever autograd saves x, or has saved it."""
+        ...
+
+
 RECOMPUTE_HOOK: RecomputeHook | None = None  # set while a step recomputes
 
 
@@ -274,7 +293,23 @@ def recompute(fn: Callable[..., OpResult], *args: Any) -> OpResult:
 
     Tensors that `fn` itself saves for backward are kept: an RMSNorm's input, not its output.
     """
-    return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK(fn, args)
+    return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK.recompute(fn, args)
+
+
+def recompute_from(fn: Callable[[Tensor], OpResult], x: Tensor) -> OpResult:
+    """Return fn(x), which is dropped and computed again if x is; otherwise it is saved."""
+    if RECOMPUTE_HOOK is None or not RECOMPUTE_HOOK.is_recomputed(x):
+        return fn(x)
+    return RECOMPUTE_HOOK.recompute(fn, (x,))
+
+
+def save_instead(x: Tensor, fn: Callable[..., Tensor], *args: Any) -> None:
+    """Let a training step save the call fn(*args), whose result approximates x, in place of x.
+
+    The result must have the shape and dtype of x, which must be contiguous and own its memory.
+    """
+    if RECOMPUTE_HOOK is not None:
+        RECOMPUTE_HOOK.replace(x, fn, args)
 
 
 @contextmanager
@@ -292,16 +327,23 @@ def recomputing_with(hook: RecomputeHook | None) -> Iterator[None]:
 calls = []
 
 
-def record_call(fn, args):
-    """Call fn(*args), as `recompute` does without a hook, and record the function's name."""
-    calls.append(fn.__name__)
-    return fn(*args)
+class CallNames:
+    """A hook that computes fn(*args), as `recompute` does without one, and records the name."""
+
+    def recompute(self, fn, args):
+        calls.append(fn.__name__)
+        return fn(*args)
+
+    def is_recomputed(self, x):
+        return False
 
 
-with recomputing_with(record_call):
+with recomputing_with(CallNames()):
     y = recompute(torch.cos, recompute(torch.sin, torch.ones(2)))
+    assert torch.equal(recompute_from(torch.exp, y), y.exp())  # y is kept, and so is this
 assert torch.equal(y, torch.ones(2).sin().cos()) and recompute(torch.sin, y).shape == (2,)
 print("the hook saw", calls)
+assert calls == ["sin", "cos"]
 
 # %% [markdown]
 # ## RMSNorm
@@ -493,7 +535,10 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight_oi: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Dense feed-forward network: y = W₂ (silu(W₁ x) · W₃ x), d → f → d."""
+    """Dense feed-forward network: y = W₂ (silu(W₁ x) · W₃ x), d → f → d.
+
+    Gate and up may be recomputed: two products in exchange for 2·f numbers per token.
+    """
 
     def __init__(self, dim: int, inter_dim: int):
         super().__init__()
@@ -501,7 +546,8 @@ class MLP(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu_linear(self.w1(x), self.w3(x), self.w2.weight)
+        gate, up = recompute(self.w1, x), recompute(self.w3, x)
+        return swiglu_linear(gate, up, self.w2.weight)
 
 
 # %%
@@ -583,7 +629,9 @@ assert torch.allclose(under("torch"), quiet)
 # over words, and $[w = y_n]$ is 1 for the right word and 0 for others. Head and loss are *one* op because
 # the scores between them, the **logits** $h_n\cdot W_w$, are the problem: an implementation need not hold all
 # of them. Once a few tokens' logits are there, their gradient $p - [w = y]$ is one subtraction away, so a
-# backend takes 512 tokens at a time and forgets their logits at once. The reference is the formula.
+# backend takes 512 tokens at a time and forgets their logits at once. The reference is the formula. In a
+# pipeline the gradient of $W$ would wait for the backward pass too, and at V3's vocabulary it has 3.7 GB. A
+# second op adds it to the sum over micro-batches during the forward pass.
 
 
 # %%
@@ -598,6 +646,24 @@ def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Ten
     return F.cross_entropy(logit_nw, target_n, reduction="sum")
 
 
+@op
+def cross_entropy_and_grads(
+    h_nd: Tensor, head_wd: Tensor, target_n: Tensor, scale: float, head_grad_wd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `linear_cross_entropy` and its gradient with respect to h times `scale`.
+
+    scale times the gradient with respect to the head is added to head_grad_wd, in its dtype. A
+    pipeline knows the loss's weight in the batch before its backward pass, and so keeps nothing of
+    the head's size for it.
+    """
+    with torch.enable_grad():
+        h_nd, head_wd = h_nd.detach().requires_grad_(), head_wd.detach().requires_grad_()
+        nll = linear_cross_entropy(h_nd, head_wd, target_n)
+    dh_nd, dhead_wd = torch.autograd.grad(nll, (h_nd, head_wd))
+    head_grad_wd.add_(dhead_wd, alpha=scale)
+    return nll.detach(), dh_nd * scale
+
+
 # %%
 h_nd = torch.randn(7, 16, requires_grad=True)
 head_wd, target_n = torch.randn(50, 16), torch.arange(7)
@@ -605,6 +671,12 @@ head_wd, target_n = torch.randn(50, 16), torch.arange(7)
 p_nw = (h_nd @ head_wd.T).softmax(-1)
 hand_nd = (p_nw - F.one_hot(target_n, 50)) @ head_wd
 assert torch.allclose(auto_nd, hand_nd, atol=1e-5)
+head_grad_wd = torch.zeros_like(head_wd)
+_, scaled_nd = cross_entropy_and_grads(h_nd, head_wd, target_n, 0.5, head_grad_wd)
+assert torch.allclose(scaled_nd, hand_nd / 2, atol=1e-5)
+assert torch.allclose(
+    head_grad_wd, (p_nw - F.one_hot(target_n, 50)).T @ h_nd / 2, atol=1e-5
+)
 blind = linear_cross_entropy(torch.zeros(1, 16), head_wd, target_n[:1]).item()
 assert abs(blind - math.log(50)) < 1e-5  # a hidden state that says nothing: ln w
 print(f"a blind guess among 50 words costs {blind:.3f} nats; ln 129,280 = {math.log(129_280):.2f}")
@@ -644,10 +716,10 @@ assert torch.allclose(fast, linear_cross_entropy(h_nd, head_wd, target_n), atol=
 # Take one feed-forward network with its norm. Step by step, torch keeps for each token $x$,
 # $\hat x$ and $y$ of the norm, then gate, up, silu(gate) and the product that enters $W_2$. Norm and
 # SwiGLU with gradients by hand keep only their inputs, but the matrices after them still keep the
-# outputs. With `recompute` these are computed once more instead:
+# outputs. With `recompute` these are computed once more instead, and so are gate and up:
 #
 # $$\underbrace{3d + 4f + 1}_{\text{step by step}} \;\to\; \underbrace{2d + 3f + 1}_{\text{by hand}} \;\to\;
-# \underbrace{d + 2f + 1}_{\text{recomputed}}\quad\text{numbers per token}$$
+# \underbrace{d + 1}_{\text{recomputed}}\quad\text{numbers per token}$$
 #
 # (the 1 is $1/\rho$). Is the gradient still the same? "Step by step" is a backend like any other.
 
@@ -695,7 +767,7 @@ for f in widths:
             grads[way], n = train_once(norm, mlp, x_nd, enabled)
         numbers_kept[way].append(n)
     assert numbers_kept["step by step"][-1] >= numbers_kept["by hand"][-1] + f == 2 * D + 4 * f + 1
-    assert numbers_kept["recomputed"][-1] == D + 2 * f + 1
+    assert numbers_kept["recomputed"][-1] == D + 1
     assert torch.allclose(grads["step by step"], grads["by hand"], atol=1e-5)
     assert torch.equal(grads["by hand"], grads["recomputed"])  # bit for bit
 del ops.IMPLS["rms_norm"]["steps"], ops.IMPLS["swiglu"]["steps"]
@@ -705,7 +777,7 @@ styles, colors = ["o-", "s--", "D:"], [GRAY, BLUE, ORANGE]
 for (way, numbers), style, color in zip(numbers_kept.items(), styles, colors):
     ax.plot(widths, numbers, style, color=color, label=way)
 ax.set(xlabel=f"width f of the network (d = {D})", ylabel="numbers kept per token", ylim=(0, None))
-ax.set_title("Recomputing norm and SwiGLU halves the memory; the gradient is the same")
+ax.set_title("With recomputation only the input is kept; the gradient is the same")
 ax.legend()
 show(fig)
 d, f = V3.dim, V3.inter_dim
@@ -713,7 +785,7 @@ print(
     f"a dense layer of V3, kB per token in bf16: {2 * (3 * d + 4 * f) / 1e3:.0f} step by step,",
     end=" ",
 )
-print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} by hand, {2 * (d + 2 * f) / 1e3:.0f} recomputed")
+print(f"{2 * (2 * d + 3 * f) / 1e3:.0f} by hand, {2 * d / 1e3:.0f} recomputed")
 
 # %% [markdown]
 # ## Play

@@ -105,8 +105,13 @@ from torch import Tensor, nn
 from dsv3_ref.config import Config
 from dsv3_ref.mla import LayerKVCache
 from dsv3_ref.moe import Route
-from dsv3_ref.ops import RMSNorm
+from dsv3_ref.ops import RMSNorm, recompute
 from dsv3_ref.rope import Rope
+
+
+def concat_pair(e_bsd: Tensor, h_bsd: Tensor) -> Tensor:
+    """Concatenate the embedding of a token and a hidden state, (b, s, 2d)."""
+    return torch.cat((e_bsd, h_bsd), dim=-1)
 
 
 class MTP(nn.Module):
@@ -120,12 +125,16 @@ class MTP(nn.Module):
         self.block = Block(config, config.n_layers)  # an index past the dense layers: always MoE
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
+    def project(self, h_bsd: Tensor, embed_bsd: Tensor) -> Tensor:
+        """Return M_k [norm(Emb(t_{i+k})); norm(h^{k−1})], (b, s, d) (eq. 21)."""
+        pair = recompute(concat_pair, self.enorm(embed_bsd), self.hnorm(h_bsd))
+        return self.eh_proj(pair)
+
     def forward(
         self, h_bsd: Tensor, embed_bsd: Tensor, rope: Rope, cache: LayerKVCache | None = None
     ) -> tuple[Tensor, Route]:
         """Return h^k, (b, s, d), and the route of its experts; the inputs are (b, s, d) too."""
-        pair = torch.cat((self.enorm(embed_bsd), self.hnorm(h_bsd)), dim=-1)
-        x_bsd, r = self.block(self.eh_proj(pair), rope, cache)
+        x_bsd, r = self.block(self.project(h_bsd, embed_bsd), rope, cache)
         return self.norm(x_bsd), r
 
 

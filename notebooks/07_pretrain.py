@@ -893,12 +893,14 @@ torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 # %% [markdown]
 # ### Recomputation
 # Tensors that the backward pass reads stay in memory until then. V3 does not save the outputs of
-# RMSNorm, MLA's up-projections and SwiGLU but recomputes them (§3.2.3, §3.3.3). Here that is
+# RMSNorm, MLA's up-projections and SwiGLU but recomputes them (§3.2.3, §3.3.3); ours also recomputes
+# gate and up of dense and shared MLPs. Here that is
 # `saved_tensors(recompute=True)` as in [chapter 01](01_ops.ipynb), or `dsv3 train --recompute`. In
 # the letters of the axes (`q`, `c`: the latents), a layer saves per token
 #
 # $$\underbrace{2d + q + c}_{\text{norms}} + \underbrace{2h(i+r) + hv}_{\text{up-projections}}
-# + \underbrace{(k + 1) f}_{\text{SwiGLU of an MoE}}\quad\text{fewer values.}$$
+# + \underbrace{(k + 1) f}_{\text{SwiGLU of an MoE}}
+# + \underbrace{2 f}_{\text{gate and up, shared}}\quad\text{fewer values.}$$
 #
 # The check confirms the formula to the byte, including the MTP module.
 
@@ -916,6 +918,7 @@ def recomputed_values(c: Config, moe: bool = True) -> dict[str, int]:
         "norms": 2 * c.dim + c.q_lora_rank + c.kv_lora_rank,
         "MLA's up-projections": heads,
         "SwiGLU": experts if moe else c.inter_dim,
+        "gate and up": 2 * (c.n_shared_experts * c.moe_inter_dim if moe else c.inter_dim),
     }
 
 
@@ -927,10 +930,10 @@ for recompute in (False, True):
         total = compute_losses(model, tokens_bs).total(0.3, 1e-4)
     saved_bytes[recompute] = saved.bytes
     gradients[recompute] = torch.autograd.grad(total, list(model.parameters()))
-tables = 4 * (2 * s - 1) * c.qk_rope_head_dim  # cosines and sines are now saved, too
 dense, moe = (sum(recomputed_values(c, moe).values()) for moe in (False, True))
 layers = b * s * (c.n_dense_layers * dense + (c.n_layers - c.n_dense_layers) * moe)
-computed = 4 * (layers + b * (s - 1) * moe + b * s * c.dim) - tables
+module = b * (s - 1) * (moe + 2 * c.dim)  # the last is the input of its projection
+computed = 4 * (layers + module + b * s * c.dim)
 assert saved_bytes[False] - saved_bytes[True] == computed  # to the byte
 assert all(torch.equal(x, y) for x, y in zip(gradients[False], gradients[True]))  # bit for bit
 print(f"saved for the backward pass: {saved_bytes[False] / 1e6:.1f} MB, with recomputation "

@@ -74,6 +74,7 @@ from torch import Tensor
 
 from dsv3_ref.fp8 import QUANT_CACHE, Quantized
 from dsv3_ref.moe import GroupedExperts
+from dsv3_ref.ops import recompute
 
 # %% [markdown]
 # ## Who gets a token
@@ -200,6 +201,11 @@ class IndexAdd(torch.autograd.Function):
         return g_nd[ctx.saved_tensors[0]], None, None
 
 
+def take_rows(q_nd: Tensor, s_nz: Tensor, token_m: Tensor) -> Quantized:
+    """Copy FP8 rows and their scales to the experts' rows; a step saves each row once (§3.2.3)."""
+    return q_nd[token_m], s_nz[token_m]
+
+
 def apply_local_experts(
     experts: GroupedExperts,
     x_nd: Tensor,
@@ -215,11 +221,11 @@ def apply_local_experts(
     e, k = len(experts.w1), expert_nk.shape[1]
     key_m = torch.where(expert_nk < 0, e, expert_nk).flatten()
     tokens_per_expert_e = key_m.bincount(minlength=e + 1)[:e]
-    sorted_ids_m = key_m.argsort(stable=True)[: tokens_per_expert_e.sum()]
+    sorted_ids_m = key_m.argsort(stable=True)[: tokens_per_expert_e.sum()].clone()
     token_m = sorted_ids_m // k
     x_md = x_nd[token_m]
     if quantized is not None:
-        QUANT_CACHE[x_md] = x_md._version, *(t[token_m] for t in quantized)
+        QUANT_CACHE[x_md] = x_md._version, *recompute(take_rows, *quantized, token_m)
     y_md = experts(x_md, tokens_per_expert_e, weight_nk.flatten()[sorted_ids_m])
     return IndexAdd.apply(y_md, token_m, len(x_nd))
 

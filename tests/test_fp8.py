@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from dsv3_ref import fp8, ops
 from dsv3_ref.config import TINY, ceil_div
+from dsv3_ref.expert_parallel import apply_local_experts
+from dsv3_ref.mla import MLA
 from dsv3_ref.model import Transformer
+from dsv3_ref.moe import GroupedExperts
 from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import compute_losses, train_step
+from dsv3_ref.rope import Rope
 from dsv3_ref.training.recompute import saved_tensors
 
 SIZES = st.integers(1, 300)
@@ -278,7 +282,8 @@ def test_wgrad_reads_the_input_saved_in_twelve_bits():
 def test_swiglu_backward_reads_the_saved_inputs():
     gate, up, g = torch.randn(3, 5, 200)
     gate_q, up_q = fp8.act_quant(gate), fp8.act_quant(up)
-    dgate, dup, q, s = fp8.swiglu_quant_backward(g, *gate_q, *up_q)
+    dgate, dup, q, s, none = fp8.swiglu_quant_backward(g, *gate_q, *up_q)
+    assert none is None
     wide_gate, wide_up = fp8.act_dequant(*gate_q), fp8.act_dequant(*up_q)
     sigma = wide_gate.sigmoid()
     h = wide_gate * sigma
@@ -308,6 +313,93 @@ def test_swiglu_saves_its_inputs_in_fp8():
         weight_bytes += sum(t.nbytes for t in fp8.weight_quant(p))
     assert saved_bytes["fp8"] == quantized_bytes + weight_bytes
     assert saved_bytes["auto"] > 3 * quantized_bytes
+
+
+def weight_bytes(module) -> int:
+    """Return the bytes of the weights' values and scales in FP8."""
+    return sum(t.nbytes for p in module.parameters() for t in fp8.weight_quant(p.detach()))
+
+
+def test_what_a_norm_and_an_mlp_recompute_is_not_saved():
+    norm, mlp = ops.RMSNorm(256, 1e-6), ops.MLP(256, 512)
+    for p in mlp.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x = torch.randn(40, 256, requires_grad=True)
+    grads = []
+    for recompute in (False, True):
+        with ops.use("fp8", "auto"), saved_tensors(recompute, [norm.weight]) as saved:
+            y = mlp(norm(x))
+            saved_bytes = saved.bytes - weight_bytes(mlp)
+            grads.append(torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()]))
+    assert saved_bytes == 40 * (4 * 256 + 4)  # the input of the norm and 1/ρ
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_experts_save_arrived_rows_once_and_weigh_them_from_eight_bits():
+    experts = GroupedExperts(4, 256, 128)
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=0.06)
+    x, weight_nk = torch.randn(30, 256), torch.rand(30, 3, requires_grad=True)
+    expert_nk = torch.rand(30, 4).argsort(1)[:, :3].int()
+    expert_nk[::5, 0] = -1  # elsewhere
+    m = int((expert_nk >= 0).sum())
+    q, s = fp8.act_quant(x)
+    wide = apply_local_experts(experts, fp8.act_dequant(q, s), weight_nk, expert_nk)
+    (want,) = torch.autograd.grad(wide.square().sum() / 2, weight_nk)
+    with ops.use("fp8", "auto"), saved_tensors(True) as saved:
+        y = apply_local_experts(experts, fp8.act_dequant(q, s), weight_nk, expert_nk, (q, s))
+        saved_bytes = saved.bytes - weight_bytes(experts)
+        (got,) = torch.autograd.grad(y, weight_nk, wide.detach())
+    gate_and_up = 2 * (128 + 4)  # and no `up` in a wider format
+    assert saved_bytes == 30 * (256 + 8) + m * (gate_and_up + 4 + 8 + 8)
+    assert (got - want).norm() < 0.06 * want.norm()
+    assert (got[expert_nk < 0] == 0).all()
+
+
+class SavesOutput(torch.autograd.Function):
+    """Attention that saves its output, as kernels do, and keeps what its backward pass read."""
+
+    @staticmethod
+    def forward(ctx, scale, read, *qkv):
+        ctx.scale, ctx.read = scale, read
+        o = ops.IMPLS["attention"]["torch"](*qkv, scale).contiguous()
+        ctx.save_for_backward(*qkv, o)
+        read.append(o.clone())
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        *qkv, o = ctx.saved_tensors
+        ctx.read.append(o)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in qkv]
+            y = ops.IMPLS["attention"]["torch"](*leaves, ctx.scale)
+        return None, None, *torch.autograd.grad(y, leaves, g)
+
+
+def test_attention_reads_its_output_in_twelve_bits(micro):
+    config = mini_config(micro)
+    layer, read = MLA(config), []
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, 1.0, 0.1) if p.ndim == 1 else torch.nn.init.normal_(p, std=0.2)
+    ops.impl("attention", "saves_output")(
+        lambda q, k, v, scale: SavesOutput.apply(scale, read, q, k, v)
+    )
+    rope = Rope.from_positions(config, torch.arange(20))
+    x = torch.randn(2, 20, config.dim, requires_grad=True)
+    saved_bytes = []
+    for recompute in (False, True):
+        with ops.use("saves_output", "fp8", "auto"), saved_tensors(recompute) as saved:
+            y = layer(x, rope)
+            saved_bytes.append(saved.bytes)
+            y.square().sum().backward()
+    _, kept, o, restored = read
+    assert torch.equal(kept, o)  # without recomputation both forms are saved
+    want = fp8.e5m6_restore(*fp8.e5m6_quant(o.flatten(2)), o.flatten(2).shape[-1], o.dtype)
+    assert torch.equal(restored.flatten(2), want)
+    assert 0 < (restored - o).abs().max() <= 2**-7 * o.abs().max()
+    assert saved_bytes[0] - saved_bytes[1] > o.nbytes
+    del ops.IMPLS["attention"]["saves_output"]
 
 
 def test_a_modified_tensor_is_quantized_again():

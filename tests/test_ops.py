@@ -123,7 +123,7 @@ def grouped_linear(size, randn):
 
 def grouped_swiglu_linear(size, randn):
     up, weight_eoi, tokens_per_expert_e = grouped_linear(size, randn)
-    return 4 * randn(*up.shape), up, weight_eoi, tokens_per_expert_e
+    return 4 * randn(*up.shape), up, weight_eoi, tokens_per_expert_e, randn(len(up))
 
 
 def rows(size):
@@ -160,6 +160,7 @@ CASES = [
 ]
 CASES = {case.__name__: case for case in [*CASES, grouped_linear]}
 ELSEWHERE = {"decode_weights", "attend_prefill", "run_layers"}  # tests/cpu/test_decoder.py
+ELSEWHERE |= {"cross_entropy_and_grads"}  # below; it adds to one of its arguments
 PAIRS = [  # other backends are tested elsewhere
     (name, backend) for name, backend in product(CASES, SLACK) if backend in ops.IMPLS[name]
 ]
@@ -502,6 +503,23 @@ def test_outside_of_a_block_again_is_a_plain_call():
     with torch.no_grad(), saved_tensors(True) as saved:
         assert torch.equal(ops.recompute(torch.sin, x), x.sin())
     assert saved.bytes == 0
+
+
+@pytest.mark.parametrize("backend", sorted(ops.IMPLS["cross_entropy_and_grads"]))
+@pytest.mark.parametrize("n", [0, 1, 511, 1025])
+def test_the_loss_adds_the_gradient_of_the_head_during_the_forward_pass(n, backend):
+    fused = ops.IMPLS["cross_entropy_and_grads"][backend]
+    h_nd, head_wd = torch.randn(n, 64), torch.randn(300, 64)
+    target_n = torch.arange(n) * 7 % 300
+    before_wd = torch.randn(300, 64)
+    head_grad_wd = before_wd.clone()
+    nll, dh_nd = fused(h_nd, head_wd, target_n, 0.125, head_grad_wd)
+    leaves = [x.double().requires_grad_() for x in (h_nd, head_wd)]
+    exact = ops.IMPLS["linear_cross_entropy"]["torch"](*leaves, target_n)
+    want_h, want_head = torch.autograd.grad(exact, leaves)
+    assert nll.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert error(dh_nd, 0.125 * want_h, 1e-3) < 1e-5
+    assert error(head_grad_wd - before_wd, 0.125 * want_head, 1e-3) < 1e-5
 
 
 @pytest.mark.parametrize("n", [1, 511, 513])

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.cluster.memory import Bytes, MemorySettings, peak_usage
 from dsv3_ref.config import Config, UserError, load_config
-from dsv3_ref.dualpipe import Action, Span, min_microbatches, schedule, simulate, stages_by_rank
+from dsv3_ref.dualpipe import (
+    Span,
+    max_in_flight,
+    min_microbatches,
+    schedule,
+    simulate,
+    stages_by_rank,
+)
 from dsv3_ref.inference_scale import (
     DeploymentUnit,
     Throughput,
@@ -29,11 +37,11 @@ from dsv3_ref.scale import (
     AchievedRates,
     Overheads,
     StageCosts,
-    activation_bytes_per_token,
     attention_flops,
     block_gemms,
     dispatch_bytes,
     dispatch_copies,
+    dispatch_rows,
     gpu_hours,
     pair_factor,
     partition_layers,
@@ -99,11 +107,12 @@ class PlanConfig:
 class RankMemory(NamedTuple):
     """Bytes on one GPU of a pipeline rank by kind, and on its host."""
 
-    parameters: int
+    weights: int  # with the copies in FP8 or bf16 that a step computes with
     gradients: int
     moments: int
-    codes: int  # FP8 or bf16 copies of the weights, during a step
     activations: int
+    wgrads: int  # operands of deferred weight gradients
+    messages: int  # between stages: sent and not known to have arrived, or received in advance
     host: int  # averaged weights
 
     @property
@@ -119,6 +128,7 @@ class Estimate:
     plan: PlanConfig
     model: Config
     ranks: list[RankMemory]  # by pipeline rank
+    usage: list[Bytes]  # activations, deferred weight gradients and messages at the peak, by kind
     in_flight: list[int]  # micro-batches in flight at the peak, by pipeline rank
     sent: dict[str, int]  # bytes per step and GPU by link, of the rank that sends most
     communicators: dict[str, int]  # of NCCL by purpose, on the rank that opens most
@@ -192,41 +202,27 @@ def count_params_by_rank(
     return counts, stages
 
 
-def stage_bytes(plan: PlanConfig, config: Config) -> list[int]:
-    """Return the bytes that a micro-batch saves in each stage; head losses save both gradients."""
-    moe_block, dense_block = (
-        sum(activation_bytes_per_token(config, dense, plan.precision == "fp8").values())
-        for dense in (False, True)
+STREAM_BYTES = 4  # per number of the residual stream and of messages between stages
+
+
+def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
+    """Return what the memory of a rank depends on besides its weights."""
+    per_pipeline = plan.global_batch_size // (plan.dp * plan.ep)
+    return MemorySettings(
+        config=config,
+        schedule=plan.schedule,
+        pp=plan.pp,
+        ep=plan.ep,
+        num_stages=num_stages(plan),
+        microbatches=min_microbatches(plan.schedule, plan.pp, per_pipeline),
+        tokens=plan.seq_len,
+        fp8=plan.precision == "fp8",
+        stream=STREAM_BYTES,
+        rows=dispatch_rows(config, plan.ep, plan.ep_ranks_per_node),
     )
-    saved = [
-        plan.seq_len * sum(dense_block if i < config.n_dense_layers else moe_block for i in layers)
-        for layers in partition_layers(config, num_stages(plan))
-    ]
-    num_heads = 1 + config.n_mtp_layers
-    heads = num_heads * (4 * config.vocab_size * config.dim + 2 * plan.seq_len * config.dim)
-    # of an MTP module: embedding, hidden state, both as inputs of the projection, its output
-    mtp = moe_block + (4 + 2 + 4 + 2) * config.dim
-    saved[-1] += heads + plan.seq_len * (4 * config.dim + config.n_mtp_layers * mtp)
-    return [round(x) for x in saved]
 
 
-def peak_activations(steps: list[tuple[Action, ...]], size: list[int]) -> tuple[int, int]:
-    """Return the largest sum of saved bytes of a rank, and the micro-batches in flight then.
-
-    steps: the rank's schedule; size: the bytes that a micro-batch saves in each stage.
-    """
-    live: list[int] = []  # the stage of each micro-batch in flight
-    peak = (0, 0)
-    for step in steps:
-        live += [op.stage for op in step if op.kind == "F"]
-        peak = max(peak, (sum(size[s] for s in live), len(live)))
-        for op in step:
-            if op.kind in "BW":
-                live.remove(op.stage)
-    return peak
-
-
-def rank_bytes(plan: PlanConfig, counts: ParamCounts, activations: int) -> RankMemory:
+def rank_memory(plan: PlanConfig, counts: ParamCounts, usage: Bytes) -> RankMemory:
     """Return a rank's memory.
 
     Parameters are in fp32 and are their own master weights, gradients are in fp32, moments in bf16;
@@ -236,9 +232,15 @@ def rank_bytes(plan: PlanConfig, counts: ParamCounts, activations: int) -> RankM
     slices = sum(n / (num_summed if plan.zero else 1) for (num_summed, _), n in counts.items())
     in_gemms = sum(n for (_, is_fp8), n in counts.items() if is_fp8)
     codes = in_gemms * (1 + 4 / 128**2) if plan.precision == "fp8" else 2 * in_gemms
-    gradients = 4 * total + 4 * slices * plan.zero
+    wgrads, messages = usage["deferred weight gradients"], usage["messages"]
     return RankMemory(
-        4 * total, round(gradients), round(4 * slices), round(codes), activations, 4 * total
+        weights=round(4 * total + codes),
+        gradients=round(4 * total + 4 * slices * plan.zero),
+        moments=round(4 * slices),
+        activations=usage.total() - wgrads - messages,
+        wgrads=wgrads,
+        messages=messages,
+        host=4 * total,
     )
 
 
@@ -301,14 +303,15 @@ def estimate(plan: PlanConfig) -> Estimate:
     config = load_config(plan.config)
     validate_plan(plan, config)
     counts, stages = params_by_rank(plan, config)
-    m = min_microbatches(plan.schedule, plan.pp, plan.global_batch_size // (plan.dp * plan.ep))
-    steps, size = schedule(plan.schedule, plan.pp, m), stage_bytes(plan, config)
-    peaks = [peak_activations(own, size) for own in steps]
+    settings = memory_settings(plan, config)
+    steps = schedule(plan.schedule, plan.pp, settings.microbatches)
+    usage = [peak_usage(settings, rank) for rank in range(plan.pp)]
     return Estimate(
         plan=plan,
         model=config,
-        ranks=[rank_bytes(plan, rank, peak) for rank, (peak, _) in zip(counts, peaks)],
-        in_flight=[num_live for _, num_live in peaks],
+        ranks=[rank_memory(plan, rank, peak) for rank, peak in zip(counts, usage)],
+        usage=usage,
+        in_flight=max_in_flight(steps),
         sent=bytes_sent(plan, config, counts, stages),
         communicators=count_communicators(plan, config),
         flops=step_flops(plan, config),
@@ -437,6 +440,23 @@ def format_memory(result: Estimate) -> str:
     return "\n".join(lines)
 
 
+def format_usage(result: Estimate) -> str:
+    """Return the table of what micro-batches and messages hold, in GB by kind.
+
+    Its columns are the ranks that need the most and the least memory, at their peaks.
+    """
+    by_size = sorted(range(len(result.ranks)), key=lambda rank: result.ranks[rank].gpu)
+    columns = sorted({by_size[0], by_size[-1]})
+    usages = [result.usage[rank] for rank in columns]
+    kinds: dict[str, None] = {}
+    for usage in usages:
+        kinds |= dict.fromkeys(usage)
+    lines = ["kind" + " " * 23 + "".join(f"  rank {rank:2}" for rank in columns)]
+    for kind in kinds:
+        lines.append(f"{kind:27}" + "".join(f"{usage[kind] / 1e9:9.2f}" for usage in usages))
+    return "\n".join(lines)
+
+
 def format_estimate(result: Estimate) -> str:
     """Return the estimate as text."""
     plan, m = result.plan, result.plan.rates
@@ -457,6 +477,8 @@ def format_estimate(result: Estimate) -> str:
 {plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
 GB on each GPU, by pipeline rank, with recomputation:
 {format_memory(result)}
+of these, activations, weight gradients and messages:
+{format_usage(result)}
 at most {max(result.in_flight)} micro-batches in flight; {memory}
 
 sent by a GPU per step (the rank that sends most):

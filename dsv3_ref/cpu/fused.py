@@ -75,12 +75,34 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # ── Rotary embedding ──
 
 
-@impl("apply_rotary_emb", "cpu")
-def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_as_complex(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs as complex numbers: one product in place of four."""
     x = torch.view_as_complex(x_bshr.float().unflatten(-1, (-1, 2)).contiguous())
     rotated = x * torch.complex(cos, sin)[:, None]  # the same for every head
     return torch.view_as_real(rotated).flatten(-2).to(x_bshr.dtype)
+
+
+class RotaryFunction(torch.autograd.Function):
+    """A rotation that saves only its tables, which all layers share; its gradient rotates back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate_as_complex(x_bshr, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_bshr: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate_as_complex(g_bshr, cos, -sin), None, None
+
+
+@impl("apply_rotary_emb", "cpu")
+def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x₀, x₁) by their angles; cos and sin are (s, r/2) in fp32."""
+    if torch.is_grad_enabled():
+        return RotaryFunction.apply(x_bshr, cos, sin)
+    return rotate_as_complex(x_bshr, cos, sin)
 
 
 # ── Cross-entropy straight from the hidden state ──
@@ -118,6 +140,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         dh_nd, dw_wd = ctx.saved_tensors
         return dh_nd * g, dw_wd * g, None
+
+
+@impl("cross_entropy_and_grads", "cpu")
+@torch.no_grad()
+def cross_entropy_and_grads(
+    h_nd: Tensor, head_wd: Tensor, target_n: Tensor, scale: float, head_grad_wd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its scaled gradient; add that of the head to head_grad_wd by chunks."""
+    total, dh_nd = h_nd.new_zeros((), dtype=torch.float32), torch.empty_like(h_nd)
+    for start in range(0, len(h_nd), CE_CHUNK_TOKENS):
+        chunk = slice(start, start + CE_CHUNK_TOKENS)
+        nll, g_nw = cross_entropy_and_grad_(F.linear(h_nd[chunk], head_wd), target_n[chunk])
+        total = total + nll
+        dh_nd[chunk] = (g_nw @ head_wd).mul_(scale)
+        head_grad_wd.add_(g_nw.T @ h_nd[chunk], alpha=scale)
+    return total, dh_nd
 
 
 @impl("linear_cross_entropy", "cpu")

@@ -11,11 +11,17 @@ from dsv3_ref.block import MTP, Block
 from dsv3_ref.config import Config
 from dsv3_ref.model import Transformer
 from dsv3_ref.moe import GroupedExperts, MoE, Route, balance_loss, tokens_per_expert
-from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.ops import cross_entropy_and_grads
 from dsv3_ref.parallel.tape import Steps, Tape
 from dsv3_ref.rope import Rope
 from dsv3_ref.scale import partition_layers
-from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, ModelInput, Objective, RowBatch
+from dsv3_ref.training.objective import (
+    NEXT_TOKEN_LOSS,
+    CrossEntropyLoss,
+    ModelInput,
+    Objective,
+    RowBatch,
+)
 
 
 class TapeDispatcher(Protocol):
@@ -140,17 +146,25 @@ class Stage:
         if batch.readout:
             batch.output = batch.readout(h_bsd, head_wd, batch.rows)
             return
-        value = self.add_loss(
-            tape, lambda h: self.objective.loss(h, head_wd, batch.rows), h_bsd, batch.weights.share
-        )
+        share, objective = batch.weights.share, self.objective
+        if tape.training and isinstance(objective, CrossEntropyLoss):
+            mask_n, y_n = objective.targets(batch.rows)
+            h_nd = h_bsd
+            if mask_n is not None:
+                h_nd = tape.run(lambda h: h.flatten(0, 1)[mask_n], h_bsd)
+            value = self.add_cross_entropy(tape, h_nd, y_n, share / max(1, len(y_n)))
+        else:
+            value = self.add_loss(
+                tape, lambda h: objective.loss(h, head_wd, batch.rows), h_bsd, share
+            )
         batch.stats.main = batch.stats.main + value
-        if self.objective.trains_mtp and tape.training:
+        if objective.trains_mtp and tape.training:
             yield from self.mtp_losses(tape, h_bsd, batch)
 
     def mtp_losses(self, tape: Tape, h_bsd: Tensor, batch: MicroBatch) -> Steps[None]:
         """Add the loss of each MTP depth to the stats (eq. 21–25)."""
         tokens_bs, y_bs = batch.model_input.tokens_bs, batch.rows.rows_bs[:, 1:]
-        head_wd, n = self.model.head.weight, max(1, tokens_bs.numel())
+        n = max(1, tokens_bs.numel())
         weights, stats = batch.weights, batch.stats
         for k, module in enumerate(cast(list[MTP], list(self.model.mtp.values())), start=1):
             next_bs, y_n = tokens_bs[:, k:], y_bs[:, k:].flatten()
@@ -159,30 +173,46 @@ class Stage:
             name = f"mtp.{k - 1}.block"
             x_bsd = yield from self.block(tape, name, module.block, x_bsd, rope, batch)
             h_bsd = tape.run(module.norm, x_bsd)
-            value = self.add_loss(
-                tape, lambda h, y=y_n: linear_cross_entropy(h.flatten(0, 1), head_wd, y) / n,
-                h_bsd, weights.share, weights.mtp,
-            )  # fmt: skip
+            value = self.add_cross_entropy(tape, h_bsd, y_n, weights.share / n, weights.mtp)
             stats.mtp[k] = stats.mtp.get(k, 0) + value
 
     def mtp_input(self, module: MTP, next_tokens_bs: Tensor, h_bsd: Tensor) -> Tensor:
         """Return M [norm(Emb(t)); norm(h)] at the positions that have a next token (eq. 21)."""
         e_bsd = self.model.embed(next_tokens_bs)
-        h_bsd = h_bsd[:, : next_tokens_bs.shape[1]]
-        return module.eh_proj(torch.cat((module.enorm(e_bsd), module.hnorm(h_bsd)), dim=-1))
+        return module.project(h_bsd[:, : next_tokens_bs.shape[1]], e_bsd)
 
     def add_loss(
-        self, tape: Tape, loss_fn: Callable[[Tensor], Tensor], h: Tensor, share: float,
-        weight: float = 1.0,
-    ) -> Tensor:  # fmt: skip
-        """Return share · loss_fn(h).
+        self, tape: Tape, loss_fn: Callable[[Tensor], Tensor], h: Tensor, share: float
+    ) -> Tensor:
+        """Return share · loss_fn(h), which is also the loss whose gradient counts.
 
-        The gradient is that of `weight` times this value, as it counts in the batch's loss.
+        It is backpropagated to h and to the head at once, so that the tape keeps nothing of the
+        head's size.
         """
-        value = tape.run(loss_fn, h)
-        if tape.training:
-            tape.add_grad(value, torch.full_like(value, weight * share))
-        return value * share
+        if not tape.training:
+            return tape.run(loss_fn, h) * share
+        with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
+            value = loss_fn(leaf) * share
+        value.backward()
+        if leaf.grad is not None:
+            tape.add_grad(h, leaf.grad)
+        return value.detach()
+
+    def add_cross_entropy(
+        self, tape: Tape, h: Tensor, y_n: Tensor, share: float, weight: float = 1.0
+    ) -> Tensor:
+        """Return `share`, the weight of a token, times the sum of the cross-entropies, in nats.
+
+        The gradient is that of `weight` times this value, as it counts in the batch's loss. That of
+        the head is added during this forward pass, by chunks of tokens.
+        """
+        head = self.model.head.weight
+        assert head.grad is not None, "a bucket holds every gradient"
+        args = head, y_n, weight * share, head.grad
+        nll, dh_nd = cross_entropy_and_grads(h.flatten(0, -2), *args)
+        tape.add_grad(h, dh_nd.view_as(h))
+        return nll * share
 
 
 # ── Segments of a block with experts ──

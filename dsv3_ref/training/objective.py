@@ -67,7 +67,26 @@ class Objective(Protocol):
         """Return the loss of a batch from normalized hidden states; 0 for one without rows."""
 
 
-class NextTokenLoss:
+class CrossEntropyLoss:
+    """A loss that is the mean cross-entropy of some tokens.
+
+    The last stage of a pipeline then adds the gradient of the head during the forward pass.
+    """
+
+    def targets(self, batch: Any) -> tuple[Tensor | None, Tensor]:
+        """Return which positions count, (b·s,) or None for all, and their next tokens, (n,)."""
+        raise NotImplementedError
+
+    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: Any) -> Tensor:
+        """Return the mean cross-entropy in nats per token that counts."""
+        mask_n, y_n = self.targets(batch)
+        h_nd = h_bsd.flatten(0, 1)
+        if mask_n is not None:
+            h_nd = h_nd[mask_n]
+        return linear_cross_entropy(h_nd, head_wd, y_n) / max(1, len(y_n))
+
+
+class NextTokenLoss(CrossEntropyLoss):
     """The mean cross-entropy of all tokens but the first of each row, and MTP losses."""
 
     trains_mtp = True
@@ -80,14 +99,12 @@ class NextTokenLoss:
         """Return the number of rows, which all have the same number of tokens."""
         return len(batch)
 
-    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
-        """Return the mean cross-entropy in nats per token."""
-        y_bs = batch.rows_bs[:, 1:]
-        nll = linear_cross_entropy(h_bsd.flatten(0, 1), head_wd, y_bs.flatten())
-        return nll / max(1, y_bs.numel())
+    def targets(self, batch: RowBatch) -> tuple[None, Tensor]:
+        """Return None, since all positions count, and their next tokens."""
+        return None, batch.rows_bs[:, 1:].flatten()
 
 
-class CompletionLoss:
+class CompletionLoss(CrossEntropyLoss):
     """The mean cross-entropy of the answers in packed rows with flags: `sft_loss` of chapter 14."""
 
     trains_mtp = False
@@ -101,12 +118,11 @@ class CompletionLoss:
         """Return the number of tokens of answers."""
         return int(read_flags(batch.rows_bs).mask_bs[:, 1:].sum())
 
-    def loss(self, h_1nd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
-        """Return the mean cross-entropy in nats per token of the answers."""
+    def targets(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
+        """Return where answers are, and their tokens."""
         rows = read_flags(batch.rows_bs[:, 1:])
         mask_n = rows.mask_bs.flatten()
-        y_n = rows.tokens_bs.flatten()[mask_n]
-        return linear_cross_entropy(h_1nd[0][mask_n], head_wd, y_n) / max(1, len(y_n))
+        return mask_n, rows.tokens_bs.flatten()[mask_n]
 
 
 NEXT_TOKEN_LOSS = NextTokenLoss()

@@ -211,8 +211,11 @@ def assert_close(got, want, dtype) -> None:
 @pytest.mark.parametrize("shape", [(5, 576), (2, 3, 128), (1, 40)], ids=str)
 def test_swiglu_quant(shape, dtype):
     gate, up = (torch.randn(shape, device=DEVICE).mul(4).to(dtype) for _ in "ab")
+    scale_m = torch.rand(gate.shape[:-1].numel(), device=DEVICE)
     for use_ue8m0 in (False, True):
         assert_close(*run_both("swiglu_quant", gate, up, use_ue8m0), dtype)
+    rows = gate.flatten(0, -2), up.flatten(0, -2)
+    assert_close(*run_both("swiglu_quant", *rows, False, scale_m), dtype)
     wide = torch.stack([gate, up], -2)  # the layout of a single matrix product
     assert_same(
         run_both("swiglu_quant", *wide.unbind(-2))[0], run_both("swiglu_quant", gate, up)[0]
@@ -226,14 +229,21 @@ def test_swiglu_quant_backward(counts, dtype):
     g = torch.randn(m, k, device=DEVICE).to(dtype)
     quantized = [IMPLS["act_quant"]["torch"](4 * torch.randn(m, k, device=DEVICE)) for _ in "ab"]
     args = g, *quantized[0], *quantized[1], expert_counts(counts)
-    got, want = run_both("swiglu_quant_backward", *args)
-    assert_close(got[2:], want[2:], dtype)
     gate, up = (fp8.act_dequant(*x).to(dtype).double().requires_grad_() for x in quantized)
-    exact = torch.autograd.grad(gate * gate.sigmoid() * up, (gate, up), g.double())
-    for d, w in zip(got, exact):
-        assert d.dtype == dtype and d.shape == (m, k)
-        if m:
-            assert error(d, w) < 3 * ROUNDING[dtype]
+    scale_m = torch.rand(m, device=DEVICE).requires_grad_()
+    y = gate * gate.sigmoid() * up
+    for scale, out in ((None, y), (scale_m.detach(), scale_m[:, None] * y)):
+        (*got, got_q, got_s, dscale), want = run_both("swiglu_quant_backward", *args, scale)
+        assert_close((got_q, got_s), want[2:4], dtype)
+        exact = torch.autograd.grad(out, (gate, up), g.double(), retain_graph=True)
+        for d, w in zip(got, exact):
+            assert d.dtype == dtype and d.shape == (m, k)
+            if m:
+                assert error(d, w) < 3 * ROUNDING[dtype]
+    (exact,) = torch.autograd.grad(out, scale_m, g.double())
+    assert dscale.shape == (m,) and dscale.dtype == torch.float32
+    if m:
+        assert error(dscale, exact) < 3 * ROUNDING[dtype]
 
 
 # ── Errors ──

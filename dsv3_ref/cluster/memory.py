@@ -1,0 +1,225 @@
+"""What a rank of a training mesh holds after each step of its schedule, by kind, in bytes.
+
+Micro-batches in flight hold activations, deferred weight gradients hold the operands of their
+products, and messages lie in their buffers from the call that sends or receives them until they
+are consumed. Everything is derived from the config and the schedule (chapters 12, 17).
+"""
+
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+from dsv3_ref.config import Config
+from dsv3_ref.dualpipe import Action, Step, iter_actions, output_of, schedule
+from dsv3_ref.scale import (
+    DispatchRows,
+    activation_bytes_per_token,
+    block_gemms,
+    partition_layers,
+)
+
+Bytes = Counter[str]  # by kind
+TILE = 128
+
+
+class MemorySettings(NamedTuple):
+    """All that a rank's memory depends on, apart from its weights."""
+
+    config: Config
+    schedule: str
+    pp: int
+    ep: int
+    num_stages: int
+    microbatches: int
+    tokens: int  # of a micro-batch, which is one sequence
+    fp8: bool
+    stream: int  # bytes per number of the residual stream and of messages between stages
+    rows: DispatchRows
+
+
+# ── What a micro-batch leaves behind in a stage ──
+
+
+def block_activations(at: MemorySettings, dense: bool, tokens: int, stream: int) -> Bytes:
+    """Return the bytes that a block saves for its backward pass."""
+    config, k = at.config, at.config.n_activated_experts
+    arrived = at.rows.arrived if at.ep > 1 else None
+    per_token = activation_bytes_per_token(config, dense, at.fp8, stream, arrived)
+    saved = Counter({kind: round(tokens * n) for kind, n in per_token.items()})
+    if dense:
+        return saved
+    e = config.n_routed_experts
+    saved["gate"] += 4 * e + 4  # f of the balance loss (eq. 18), and the loss's gradient
+    if at.ep > 1:  # of a row that is sent: its token, its address in the list, which experts it has
+        saved["rows of experts"] += round(tokens * sum(at.rows.sent) * (16 + k))
+        saved["rows of experts"] += count_bytes(at)
+    return saved
+
+
+def stage_activations(at: MemorySettings, stage: int) -> Bytes:
+    """Return the bytes that a micro-batch saves in a stage."""
+    config, s = at.config, at.tokens
+    d, r = config.dim, config.qk_rope_head_dim
+    saved: Bytes = Counter({"rotations": 4 * r * s})
+    for layer in partition_layers(config, at.num_stages)[stage]:
+        saved += block_activations(at, layer < config.n_dense_layers, s, at.stream)
+    if stage < at.num_stages - 1:
+        return saved
+    # a loss leaves the gradient of its hidden state in bf16; the norm saves its input and 1/ρ
+    saved["heads"] += s * (at.stream * d + 4 + 2 * d)
+    for k in range(1, config.n_mtp_layers + 1):
+        n = s - k
+        saved["rotations"] += 4 * r * n
+        saved["heads"] += n * (at.stream * d + 4 + 4)  # embedding and the norms of both inputs
+        saved += block_activations(at, False, n, 2)
+        saved["heads"] += n * (2 * d + 4 + 2 * d)
+    return saved
+
+
+def count_bytes(at: MemorySettings) -> int:
+    """Return the bytes of the numbers of rows of a rank's experts and of no expert."""
+    return 8 * (at.config.n_routed_experts // at.ep + 1)
+
+
+# ── What a deferred weight gradient keeps ──
+
+
+def operand_bytes(at: MemorySettings, rows: int, groups: int, width: int) -> int:
+    """Return the bytes of an operand of Wgrad: tiles of 128 × 1 in FP8, or bf16."""
+    if not at.fp8:
+        return 2 * rows * width
+    return width * (TILE + 4) * (rows // TILE + groups)
+
+
+def block_wgrads(at: MemorySettings, dense: bool, tokens: int) -> int:
+    """Return the bytes that the deferred weight gradients of a block keep (I to W)."""
+    num_bytes = 0 if dense else count_bytes(at)
+    local = at.config.n_routed_experts // at.ep
+    for name, gemm in block_gemms(at.config, dense).items():
+        if name == "gate":  # computed at once
+            continue
+        routed = name.startswith("routed")
+        rows, groups = tokens * gemm.rows_per_token, local if routed else 1
+        pair = name.endswith("w1, w3")
+        for n_out in [gemm.n_out // 2] * 2 if pair else [gemm.n_out]:
+            num_bytes += operand_bytes(at, rows, groups, n_out)
+        num_inputs = 2 if pair and at.fp8 else 1  # each of w1 and w3 quantizes their input
+        num_bytes += num_inputs * operand_bytes(at, rows, groups, gemm.n_in)
+    return num_bytes
+
+
+def stage_wgrads(at: MemorySettings, stage: int) -> int:
+    """Return the bytes that a micro-batch's deferred weight gradients keep in a stage."""
+    config = at.config
+    num_bytes = 0
+    for layer in partition_layers(config, at.num_stages)[stage]:
+        num_bytes += block_wgrads(at, layer < config.n_dense_layers, at.tokens)
+    if stage == at.num_stages - 1:
+        for k in range(1, config.n_mtp_layers + 1):
+            num_bytes += block_wgrads(at, False, at.tokens - k)
+    return num_bytes
+
+
+# ── Messages ──
+
+
+def input_of(action: Action, last: int) -> Action | None:
+    """Return the message that an action consumes, named by its consumer; None at the ends."""
+    action = output_of(action)
+    has_input = {"F": action.stage > 0, "B": action.stage < last}
+    return action if has_input.get(action.kind) else None
+
+
+def result_of(action: Action, last: int) -> Action | None:
+    """Return the message that an action produces, named by its consumer; None at the ends."""
+    kind, stage, microbatch = output_of(action)
+    after = {"F": stage + 1, "B": stage - 1}.get(kind, -1)
+    return Action(kind, after, microbatch) if 0 <= after <= last else None
+
+
+class MessageTimes:
+    """Ranks and numbers of the steps that produce and consume each message."""
+
+    def __init__(self, steps: list[list[Step]], last: int):
+        self.produced: dict[Action, tuple[int, int]] = {}
+        self.consumed: dict[Action, tuple[int, int]] = {}
+        self.order: dict[tuple[int, int], list[Action]] = defaultdict(list)
+        for find, times in ((input_of, self.consumed), (result_of, self.produced)):
+            for rank, rank_steps in enumerate(steps):
+                for i, step in enumerate(rank_steps):
+                    for action in step:
+                        if message := find(action, last):
+                            times[message] = rank, i
+        for message, (source, _) in self.produced.items():
+            self.order[source, self.consumed[message][0]].append(message)
+
+    def intervals(self, rank: int, num_steps: int) -> list[tuple[int, int]]:
+        """Return for each message at a rank the steps after which it is there: first, end."""
+        intervals = []
+        for (source, destination), messages in self.order.items():
+            if rank == source == destination:
+                intervals += [(self.produced[m][1], self.consumed[m][1]) for m in messages]
+            elif rank == destination:
+                intervals += self.received(messages)
+            elif rank == source:
+                answers = self.order.get((destination, source), [])
+                intervals += [self.sent(m, answers, num_steps) for m in messages]
+        return intervals
+
+    def received(self, messages: list[Action]) -> list[tuple[int, int]]:
+        """Return the intervals of received messages.
+
+        A message is posted one step before it is consumed, with all earlier ones of its source.
+        """
+        intervals = []
+        posted = max((self.consumed[m][1] for m in messages), default=0)
+        for message in reversed(messages):
+            consumed = self.consumed[message][1]
+            posted = min(posted, consumed - 1)
+            intervals.append((posted, consumed))
+        return intervals
+
+    def sent(self, message: Action, answers: list[Action], num_steps: int) -> tuple[int, int]:
+        """Return the interval of a sent message, which ends with the next answer from its peer.
+
+        An answer that the peer sends after it has consumed the message proves the arrival.
+        """
+        at_peer = self.consumed[message][1]
+        proofs = [self.consumed[a][1] for a in answers if self.produced[a][1] >= at_peer]
+        return self.produced[message][1], min(proofs, default=num_steps)
+
+
+# ── A rank, step by step ──
+
+
+def usage_after_steps(at: MemorySettings, rank: int) -> list[Bytes]:
+    """Return what a rank holds after each step of its schedule, besides its weights."""
+    steps = schedule(at.schedule, at.pp, at.microbatches)
+    own = steps[rank]
+    messages = MessageTimes(steps, at.num_stages - 1).intervals(rank, len(own))
+    size = at.stream * at.tokens * at.config.dim
+    live: Counter[tuple[str, int]] = Counter()  # micro-batches by (kind of action, stage)
+    stages = {action.stage for action in iter_actions([own])}
+    saved = {stage: stage_activations(at, stage) for stage in stages}
+    deferred = {stage: stage_wgrads(at, stage) for stage in stages}
+    usages = []
+    for i, step in enumerate(own):
+        for kind, stage, _ in step:
+            live["activations", stage] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
+            live["wgrads", stage] += {"I": 1, "W": -1}.get(kind, 0)
+        total: Bytes = Counter()
+        for stage in stages:
+            total += scaled(saved[stage], live["activations", stage])
+            total["deferred weight gradients"] += live["wgrads", stage] * deferred[stage]
+        total["messages"] += size * sum(first <= i < end for first, end in messages)
+        usages.append(total)
+    return usages
+
+
+def scaled(sizes: Bytes, n: int) -> Bytes:
+    """Return n times the bytes of every kind."""
+    return Counter({kind: n * size for kind, size in sizes.items()})
+
+
+def peak_usage(at: MemorySettings, rank: int) -> Bytes:
+    """Return what a rank holds after the step at which that is most."""
+    return max(usage_after_steps(at, rank), key=lambda usage: usage.total())
