@@ -194,7 +194,8 @@ class Stage:
         with torch.enable_grad():
             leaf = h.detach().requires_grad_()
             value = loss_fn(leaf) * share
-        value.backward()
+        if value.requires_grad:  # not without rows
+            value.backward()
         if leaf.grad is not None:
             tape.add_grad(h, leaf.grad)
         return value.detach()
