@@ -643,11 +643,11 @@ def dgrad(
     return gemm(act_quant(g_mo), transposed, tokens_per_expert_e, dtype)
 
 
-def wgrad(g: Quantized, x: Quantized, tokens_per_expert_e: Tensor | None) -> Tensor:
+def wgrad(g_om: Quantized, x: Quantized, tokens_per_expert_e: Tensor | None) -> Tensor:
     """Compute ∂L/∂W = gᵀ x in fp32; both are quantized as by `act_quant_transposed`."""
     if tokens_per_expert_e is None:
-        return fp8_gemm(*g, *x)
-    return fp8_grouped_wgrad(*g, *x, tokens_per_expert_e)
+        return fp8_gemm(*g_om, *x)
+    return fp8_grouped_wgrad(*g_om, *x, tokens_per_expert_e)
 
 
 # %%

@@ -317,7 +317,8 @@ def test_swiglu_saves_its_inputs_in_fp8():
 
 def weight_bytes(module) -> int:
     """Return the bytes of the weights' values and scales in FP8."""
-    return sum(t.nbytes for p in module.parameters() for t in fp8.weight_quant(p.detach()))
+    quantized = [fp8.weight_quant(p.detach()) for p in module.parameters()]
+    return sum(q.nbytes + s.nbytes for q, s in quantized)
 
 
 def test_what_a_norm_and_an_mlp_recompute_is_not_saved():
@@ -381,7 +382,7 @@ def test_attention_reads_its_output_in_twelve_bits(micro):
     config = mini_config(micro)
     layer, read = MLA(config), []
     for p in layer.parameters():
-        torch.nn.init.normal_(p, 1.0, 0.1) if p.ndim == 1 else torch.nn.init.normal_(p, std=0.2)
+        torch.nn.init.normal_(p, float(p.ndim == 1), 0.2)
     ops.impl("attention", "saves_output")(
         lambda q, k, v, scale: SavesOutput.apply(scale, read, q, k, v)
     )
