@@ -674,9 +674,7 @@ assert torch.allclose(auto_nd, hand_nd, atol=1e-5)
 head_grad_wd = torch.zeros_like(head_wd)
 _, scaled_nd = cross_entropy_and_grads(h_nd, head_wd, target_n, 0.5, head_grad_wd)
 assert torch.allclose(scaled_nd, hand_nd / 2, atol=1e-5)
-assert torch.allclose(
-    head_grad_wd, (p_nw - F.one_hot(target_n, 50)).T @ h_nd / 2, atol=1e-5
-)
+assert torch.allclose(head_grad_wd, (p_nw - F.one_hot(target_n, 50)).T @ h_nd / 2, atol=1e-5)
 blind = linear_cross_entropy(torch.zeros(1, 16), head_wd, target_n[:1]).item()
 assert abs(blind - math.log(50)) < 1e-5  # a hidden state that says nothing: ln w
 print(f"a blind guess among 50 words costs {blind:.3f} nats; ln 129,280 = {math.log(129_280):.2f}")
