@@ -276,7 +276,7 @@ QUANT_CACHE = WeakTensorKeyDictionary()
 WEIGHT_CACHE = WeakTensorKeyDictionary()
 
 
-def quantize_rows(x: Tensor) -> Quantized:
+def quantize_strided(x: Tensor) -> Quantized:
     """Quantize x, which need not be contiguous."""
     return act_quant(x.contiguous())
 
@@ -288,7 +288,7 @@ def quantize_cached(x: Tensor) -> Quantized:
     """
     version, *quantized = QUANT_CACHE.get(x, (-1,))
     if version != x._version:
-        quantized = recompute_from(quantize_rows, x.detach())
+        quantized = recompute_from(quantize_strided, x.detach())
         QUANT_CACHE[x] = x._version, *quantized
     q, s = quantized
     return q, s
@@ -445,7 +445,9 @@ def fp8_swiglu_linear(
     scale_m: Tensor | None,
 ) -> Tensor:
     """Apply `FP8SwiGLULinear`; a step that recomputes gate and up saves nothing of their size."""
-    gate_quantized, up_quantized = (recompute_from(quantize_rows, x.detach()) for x in (gate, up))
+    gate_quantized, up_quantized = (
+        recompute_from(quantize_strided, x.detach()) for x in (gate, up)
+    )
     saved = *gate_quantized, *up_quantized
     return FP8SwiGLULinear.apply(gate, up, weight, saved, tokens_per_expert_e, scale_m)
 
