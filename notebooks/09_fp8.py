@@ -775,7 +775,9 @@ def fp8_swiglu_linear(
     scale_m: Tensor | None,
 ) -> Tensor:
     """Apply `FP8SwiGLULinear`; a step that recomputes gate and up saves nothing of their size."""
-    gate_quantized, up_quantized = (recompute_from(quantize_strided, x.detach()) for x in (gate, up))
+    gate_quantized, up_quantized = (
+        recompute_from(quantize_strided, x.detach()) for x in (gate, up)
+    )
     saved = *gate_quantized, *up_quantized
     return FP8SwiGLULinear.apply(gate, up, weight, saved, tokens_per_expert_e, scale_m)
 
