@@ -17,11 +17,14 @@ from dsv3_ref.rewards import (
     calibration,
     extract_boxed,
     has_think_format,
+    judge_prompt,
     judgment_mask,
     majority_accuracy,
     majority_agreement,
     preference_loss,
     reward_scores,
+    vote_prompt,
+    vote_reward,
 )
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SpecialTokens, sample_cu_seqlens
@@ -257,7 +260,31 @@ def test_a_pair_counts_from_the_side_that_is_preferred():
     assert table[0].tolist() == pytest.approx([0.9, 1.0, 2.0])
 
 
+def test_a_table_of_calibration_by_hand():
+    claim_n = torch.tensor([0.5, 0.65, 0.35, 0.95, 1.0, 0.0])
+    table = calibration(claim_n, torch.tensor([True, True, False, True, False, True]))
+    assert table[:, 2].tolist() == [1, 2, 0, 0, 3]
+    assert table[0].tolist() == [0.5, 1, 1] and table[2:4, :2].isnan().all()
+    assert table[1].tolist() == pytest.approx([0.65, 1.0, 2])
+    assert table[4].tolist() == pytest.approx([(0.95 + 1 + 1) / 3, 1 / 3, 3])
+
+
 # ── Votes ──
+
+
+def test_what_judges_and_voters_are_asked():
+    assert judge_prompt() == "Is this right? Work it out."
+    assert judge_prompt("7") == "Is this right? Work it out. It should be 7."
+    assert vote_prompt("1+1?", "2") == (
+        "An answer is good if it is true, keeps to the question, and says no more than needed.\n"
+        "Question: 1+1?\nAnswer: 2\nIs it good, yes or no?"
+    )
+
+
+def test_a_self_reward_is_the_share_of_the_first_votes():
+    yes_nk = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1]]).bool()
+    assert vote_reward(yes_nk, 2).tolist() == [0.5, 0.5]
+    assert vote_reward(yes_nk, 4).tolist() == [0.5, 0.75]
 
 
 @pytest.mark.parametrize("k", range(1, 8))

@@ -5,27 +5,36 @@
     python tools/mutation.py --survivors build/mutants.json   run the survivors of a report again
 
 cosmic-ray makes the mutants. Each is written into a copy of the checkout and its tests run in a
-forked process that has already imported torch, so a mutant costs its tests and no more. A mutant
+forked process that has already imported torch. One run without a mutant records the time of every
+test and the functions that it calls; a mutant is then given only the tests that call its function
+or start processes, the quickest first. A kill counts if the test passes alone without the mutant. A
+timeout counts as a kill if the same tests end in a fifth of the time without the mutant. A mutant
 that no test can tell from the original is listed in tests/equivalent_mutants.json with the reason.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
+import multiprocessing.connection
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.json"
@@ -34,37 +43,100 @@ COPIED = (
     "pyproject.toml",
 )  # fmt: skip
 FOLDERS = ("parallel", "posttraining", "serving", "data")  # besides the generated modules
-SLOWEST = 300.0  # seconds that the tests of one mutant may take
+CALLS = ROOT / "build" / "test_calls.json"  # what `Tracer` has recorded, by test file
+SLOWEST = 1200.0  # seconds that the tests of one file may take without a mutant
 FORK = get_context("forkserver")
+PROCESSES = {subprocess.__file__, multiprocessing.connection.__file__}
+REPORT = "mutation_report.json"  # of the last tests in a copy
+ENGINE_TESTS = [  # of the serving engine, without a server
+    f"test_serve::{name}"
+    for name in (
+        "test_every_page_is_in_one_state_and_never_given_twice",
+        "test_a_key_depends_on_all_tokens_up_to_its_end",
+        "test_any_rows_write_what_a_full_forward_pass_would",
+        "test_in_fp64_tokens_are_exactly_those_of_one_stream",
+        "test_a_seed_repeats_a_draw_whoever_else_is_there",
+        "test_logits_are_those_of_a_full_forward_pass",
+        "test_a_stop_token_ends_a_row",
+        "test_a_long_prompt_stalls_no_request",
+        "test_what_was_read_is_not_read_again",
+        "test_too_few_pages_put_the_youngest_back_and_the_oldest_ends_first",
+        "test_what_cannot_fit_is_rejected_and_so_is_what_finds_a_full_queue",
+        "test_who_leaves_frees_what_they_held",
+        "test_experts_move_between_two_steps_and_no_request_is_dropped",
+        "test_new_weights_forget_what_old_ones_read",
+        "test_a_prompt_computed_elsewhere_is_answered_as_if_computed_here",
+        "test_a_request_is_aborted_while_another_process_computes_its_prompt",
+        "test_a_transfer_survives_serialization",
+    )
+]
 EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/block.py": ["test_model", "test_mtp"],
     "dsv3_ref/grpo.py": ["test_rl"],
     "dsv3_ref/mla.py": ["test_ops"],
     "dsv3_ref/rope.py": ["test_ops", "test_mla"],
-    "dsv3_ref/data/files.py": ["test_data"],
-    "dsv3_ref/parallel/launch.py": ["test_cluster"],
-    "dsv3_ref/parallel/mesh_parallel.py": ["test_cluster"],
-    "dsv3_ref/parallel/pipeline.py": ["test_parallel"],
-    "dsv3_ref/posttraining/grpo.py": ["test_rl", "test_tasks"],
-    "dsv3_ref/parallel/stage.py": ["test_parallel"],
-    "dsv3_ref/parallel/zero.py": ["test_parallel"],
-    "dsv3_ref/serving/protocol.py": ["test_serve"],
-    "dsv3_ref/serving/conversation.py": ["test_clients"],
-    "dsv3_ref/serving/service.py": ["test_clients", "test_serve"],
+    "dsv3_ref/optim.py": ["test_pretrain"],
+    "dsv3_ref/inference_scale.py": ["test_scale"],
+    "dsv3_ref/scale.py": ["test_plan"],
+    "dsv3_ref/serve.py": [*ENGINE_TESTS, "test_faults"],
+    "dsv3_ref/sft.py": ["test_sft_task", "test_conversations"],
+    "dsv3_ref/rewards.py": [
+        "test_evaluate::test_pass_at_k_is_the_mean_over_all_choices",
+        "test_evaluate::test_the_commonest_answer",
+        "test_grading::test_boxes",
+        "test_grading::test_the_prompt_may_open_the_thought",
+        "test_grading::test_programs",
+        "test_tasks::test_the_only_block_of_code",
+    ],
     "dsv3_ref/data/discovery.py": ["test_data_files"],
+    "dsv3_ref/data/files.py": ["test_data"],
     "dsv3_ref/data/formats.py": ["test_data_files"],
     "dsv3_ref/data/hub.py": ["test_hub_data"],
     "dsv3_ref/data/jinja_template.py": ["test_chat_templates"],
     "dsv3_ref/data/messages.py": ["test_conversation_rows"],
-    "dsv3_ref/data/text_cache.py": ["test_data_files"],
     "dsv3_ref/data/permutation.py": ["test_data", "test_prepare"],
+    "dsv3_ref/data/text_cache.py": ["test_data_files"],
     "dsv3_ref/data/tokenize_workers.py": ["test_prepare"],
-    "dsv3_ref/optim.py": ["test_pretrain"],
-    "dsv3_ref/inference_scale.py": ["test_scale"],
-    "dsv3_ref/scale.py": ["test_plan"],
-    "dsv3_ref/serve.py": ["test_serve"],
-    "dsv3_ref/sft.py": ["test_sft_task", "test_conversations"],
+    "dsv3_ref/parallel/build.py": [
+        "test_parallel::test_the_first_and_the_last_stage_hold_the_embedding",
+        "test_parallel::test_a_rank_starts_with_the_weights_of_one_device_bit_for_bit",
+        "test_parallel::test_experts_that_no_group_size_divides_are_refused",
+        "test_parallel::test_more_stages_than_layers_are_refused",
+    ],
+    "dsv3_ref/parallel/engine.py": [
+        "test_deepep::test_training_with_deepep",
+        "test_parallel::test_so_is_a_step_on_packed_conversations",
+        "test_parallel::test_pairs_hide_all_to_alls_behind_computation",
+        "test_parallel::test_a_loss_over_the_batch_is_refused",
+        "test_parallel::test_more_stages_than_layers_are_refused",
+    ],
+    "dsv3_ref/parallel/launch.py": ["test_cluster"],
+    "dsv3_ref/parallel/mesh_parallel.py": ["test_cluster"],
+    "dsv3_ref/parallel/physical_experts.py": ["test_eplb"],
+    "dsv3_ref/parallel/pipeline.py": ["test_parallel"],
+    "dsv3_ref/parallel/stage.py": ["test_parallel"],
+    "dsv3_ref/parallel/tape.py": [
+        "test_parallel::test_a_tape_of_segments_has_the_gradients_of_autograd",
+        "test_parallel::test_generators_take_turns",
+        "test_parallel::test_experts_on_many_ranks_are_the_experts_on_one",
+        "test_deepep::test_a_forward_pass_alone",
+    ],
+    "dsv3_ref/parallel/zero.py": ["test_parallel"],
+    "dsv3_ref/posttraining/grpo.py": ["test_rl", "test_tasks"],
+    "dsv3_ref/posttraining/prompts.py": ["test_tasks", "test_grading"],
     "dsv3_ref/posttraining/sft.py": ["test_sft_task"],
+    "dsv3_ref/serving/conversation.py": ["test_clients"],
+    "dsv3_ref/serving/output_processor.py": ["test_company", "test_clients"],
+    "dsv3_ref/serving/prefill.py": [
+        "test_serve::test_a_transfer_survives_serialization",
+        "test_serve::test_a_prompt_computed_elsewhere_is_answered_as_if_computed_here",
+        "test_serve::test_prefill_and_decoding_in_two_processes_and_an_end_that_waits",
+        "test_faults::test_a_prompt_that_a_worker_cannot_compute_is_computed_here",
+        "test_faults::test_a_transfer_with_nan_ends_one_request",
+    ],
+    "dsv3_ref/serving/fields.py": ["test_clients"],
+    "dsv3_ref/serving/protocol.py": ["test_fields", "test_clients"],
+    "dsv3_ref/serving/service.py": ["test_clients"],
 }
 
 OPERATORS = [
@@ -150,21 +222,86 @@ def draw(path: str, size: int, seed: int) -> list[Mutant]:
 
 
 def tests_of(path: str) -> list[str]:
-    """Return a module's test files: those named after it, else those beside it that import it."""
+    """Return a module's tests: the files named after it, else those beside it that import it.
+
+    EXTRA_TESTS adds files, or single tests of a file as FILE::TEST.
+    """
     stem, folder = Path(path).stem, Path(path).parent.name
     places = sorted((ROOT / "tests").rglob("test_*.py"))
     home = "tests" if folder == "dsv3_ref" else folder
-    tests = [p for p in places if p.stem == f"test_{stem}" and p.parent.name == home]
-    tests += [p for p in places if p.stem in EXTRA_TESTS.get(path, ())]
+    named = [p for p in places if p.stem == f"test_{stem}" and p.parent.name == home]
+    tests = [str(p.relative_to(ROOT)) for p in named]
+    for name in EXTRA_TESTS.get(path, ()):
+        file, *test = name.split("::")
+        tests += ["::".join([str(p.relative_to(ROOT)), *test]) for p in places if p.stem == file]
     words = (f"{folder}.{stem} import", f"{folder} import {stem}")
     for files in ([p for p in places if p.parent.name == folder], places):
         tests = tests or [
-            p for p in files if any(word in p.read_text(encoding="utf-8") for word in words)
+            str(p.relative_to(ROOT))
+            for p in files
+            if any(word in p.read_text(encoding="utf-8") for word in words)
         ]
-    return [str(p.relative_to(ROOT)) for p in tests]
+    return tests
 
 
-def test_in_copy(folder: str, tests: list[str]) -> None:
+class Tracer:
+    """A pytest plugin that records the time of each test, its failure, and what it calls.
+
+    Calls during the setup of fixtures count for all tests of the file, which may share them.
+    """
+
+    def __init__(self, folder: str, chosen: Sequence[str] = ()):
+        self.package = f"{folder}/dsv3_ref/"
+        self.chosen = {test: i for i, test in enumerate(chosen)}
+        self.rows: dict[str, dict] = {}
+        self.calls: dict[str, set[CodeType]] = {}  # by test, and by file those of its fixtures
+        self.now: set[CodeType] = set()
+        self.failed = ""
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        """Keep the chosen tests, in their order."""
+        if self.chosen:
+            items[:] = [item for item in items if item.nodeid in self.chosen]
+            items.sort(key=lambda item: self.chosen[item.nodeid])
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Begin a test, with the setup of its fixtures."""
+        self.rows[nodeid] = {"seconds": 0.0}
+        self.calls[nodeid] = set()
+        self.now = self.calls.setdefault(file_of(nodeid), set())
+
+    def pytest_runtest_call(self, item: Any) -> None:
+        """Count calls for this test alone."""
+        self.now = self.calls[item.nodeid]
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Add the time of a phase; keep the name of the first test that fails."""
+        self.rows[report.nodeid]["seconds"] += report.duration
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
+    def trace(self, frame: FrameType, event: str, argument: object) -> None:
+        """Record a call of the package, or of what other processes are started by."""
+        name = frame.f_code.co_filename
+        if name in PROCESSES or name.startswith(self.package):
+            self.now.add(frame.f_code)
+
+    def report(self) -> dict[str, Any]:
+        """Return the tests with [file, first line, last line] of all functions that they call."""
+        for test, row in self.rows.items():
+            codes = self.calls[test] | self.calls[file_of(test)]
+            row["processes"] = any(code.co_filename in PROCESSES for code in self.calls[test])
+            row["calls"] = [self.place(c) for c in codes if c.co_filename not in PROCESSES]
+        return {"rows": self.rows, "failed": self.failed}
+
+    def place(self, code: CodeType) -> tuple[str, int, int]:
+        """Return (file, first line, last line) of a function."""
+        lines = [line for _, line, *_ in code.co_positions() if line]
+        file = f"dsv3_ref/{code.co_filename.removeprefix(self.package)}"
+        return file, min([code.co_firstlineno, *lines]), max([code.co_firstlineno, *lines])
+
+
+def test_in_copy(folder: str, tests: list[str], chosen: Sequence[str], is_traced: bool) -> None:
     """Run tests on the copy in `folder` in this forked process; exit with pytest's code."""
     import pytest
 
@@ -175,7 +312,22 @@ def test_in_copy(folder: str, tests: list[str]) -> None:
     os.chdir(folder)
     sys.path[:0] = [folder, f"{folder}/tests"]
     os.environ["PYTHONPATH"] = f"{folder}:{folder}/tests"
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests]))
+    tracer = Tracer(folder, chosen)
+    if is_traced:
+        threading.settrace(tracer.trace)
+        sys.settrace(tracer.trace)
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests], [tracer])
+    sys.settrace(None)
+    Path(folder, REPORT).write_text(json.dumps(tracer.report()), encoding="utf-8")
+    sys.exit(code)
+
+
+class Outcome(NamedTuple):
+    """The end of the tests of a mutant."""
+
+    kind: str  # killed, survived or timeout
+    seconds: float
+    failed: str = ""  # the test that noticed the change
 
 
 class Copy:
@@ -194,29 +346,136 @@ class Copy:
         if not kernels.is_symlink():
             kernels.symlink_to("../kernels")
 
-    def run(self, path: str, code: str, tests: list[str], limit: float) -> tuple[str, float]:
-        """Return ("killed", "survived" or "timeout", seconds) for a file with this text."""
-        file, start = self.folder / path, time.perf_counter()
+    def run(
+        self, path: str, code: str, tests: list[str], limit: float, chosen: Sequence[str] = ()
+    ) -> Outcome:
+        """Return how tests end with this text in a file; chosen: the ids of those to run."""
+        file = self.folder / path
         original = file.read_text(encoding="utf-8")
         file.write_text(code, encoding="utf-8")
         try:
-            outcome = self.outcome(tests, limit)
+            return self.outcome(tests, limit, chosen)
         finally:
             file.write_text(original, encoding="utf-8")
-        return outcome, time.perf_counter() - start
 
-    def outcome(self, tests: list[str], limit: float) -> str:
-        """Return how the tests end on the copy as it is now."""
-        process = FORK.Process(target=test_in_copy, args=(str(self.folder), tests))
+    def outcome(
+        self, tests: list[str], limit: float, chosen: Sequence[str] = (), is_traced: bool = False
+    ) -> Outcome:
+        """Return how tests end on the copy as it is now."""
+        start = time.perf_counter()
+        (self.folder / REPORT).unlink(missing_ok=True)
+        tests = list(dict.fromkeys(map(file_of, chosen))) or tests
+        process = FORK.Process(
+            target=test_in_copy, args=(str(self.folder), tests, chosen, is_traced)
+        )
         process.start()
         process.join(limit)
         timed_out = process.is_alive()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
+        seconds = time.perf_counter() - start
         if timed_out:
-            return "timeout"
-        return "survived" if process.exitcode == 0 else "killed"
+            return Outcome("timeout", seconds)
+        if process.exitcode == 0:
+            return Outcome("survived", seconds)
+        return Outcome("killed", seconds, self.report().get("failed", ""))
+
+    def report(self) -> dict[str, Any]:
+        """Return what the last tests have recorded; nothing if they did not come to an end."""
+        file = self.folder / REPORT
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+# ── Which tests a mutant gets ──
+
+
+def file_of(test: str) -> str:
+    """Return the file of a test."""
+    return test.split("::")[0]
+
+
+def digest_of(test: str) -> str:
+    """Return a hash of the files that the calls of a test depend on."""
+    files = [ROOT / file_of(test), *sorted((ROOT / "dsv3_ref").rglob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def recorded_calls(copy: Copy, test: str) -> dict[str, dict]:
+    """Return the rows of `Tracer.report` for a test file; raise SystemExit if it fails."""
+    known = json.loads(CALLS.read_text(encoding="utf-8")) if CALLS.exists() else {}
+    digest = digest_of(test)
+    if known.get(test, {}).get("digest") != digest:
+        outcome = copy.outcome([test], SLOWEST, is_traced=True)
+        if outcome.kind != "survived":
+            sys.exit(f"{test} fails without a mutant: {outcome.failed or outcome.kind}")
+        CALLS.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(CALLS.read_text(encoding="utf-8")) if CALLS.exists() else {}
+        known[test] = {"digest": digest, "rows": copy.report()["rows"]}
+        part = CALLS.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(known), encoding="utf-8")
+        part.replace(CALLS)  # whole, for other processes that read it
+    return known[test]["rows"]
+
+
+def tests_for(mutant: Mutant, rows: dict[str, dict]) -> list[str]:
+    """Return the tests that may notice a change, the quickest first.
+
+    They call the function of the changed line or use other processes. A change outside of functions
+    gets all tests.
+    """
+
+    def is_called(row: dict) -> bool:
+        return any(f == mutant.path and a <= mutant.line <= b for f, a, b in row["calls"])
+
+    called = {test for test, row in rows.items() if is_called(row)}
+    chosen = [test for test, row in rows.items() if row["processes"] or test in called]
+    if not called:
+        chosen = list(rows)
+    seconds = Counter[str]()  # of each file, whose tests stay together, since they share fixtures
+    for test in chosen:
+        seconds[file_of(test)] += rows[test]["seconds"]
+
+    def place(test: str) -> tuple[float, str, bool, float]:
+        row, file = rows[test], file_of(test)
+        return seconds[file], file, row["processes"], row["seconds"]
+
+    return sorted(chosen, key=place)
+
+
+class ModuleTests:
+    """The tests of a module, which are run on its mutants in one copy."""
+
+    def __init__(self, copy: Copy, path: str):
+        self.copy, self.path = copy, path
+        self.code = (ROOT / path).read_text(encoding="utf-8")
+        self.tests = tests_of(path)
+        self.rows: dict[str, dict] = {}
+        for test in self.tests:
+            self.rows |= recorded_calls(copy, test)
+        self.passes_alone: dict[str, bool] = {}
+
+    def run(self, mutant: Mutant) -> Outcome:
+        """Return how the tests of a mutant end, after the doubts have been settled."""
+        changed = mutate(self.code, mutant.operator, mutant.occurrence)
+        chosen = tests_for(mutant, self.rows)
+        limit = 60 + 10 * sum(self.rows[test]["seconds"] for test in chosen)
+        outcome = self.copy.run(self.path, changed, self.tests, limit, chosen)
+        if outcome.kind == "timeout":
+            unmutated = self.copy.run(self.path, self.code, self.tests, SLOWEST, chosen)
+            if 5 * unmutated.seconds > limit:  # the machine was busy
+                limit = 10 * unmutated.seconds
+                outcome = self.copy.run(self.path, changed, self.tests, limit, chosen)
+        if outcome.kind == "killed" and outcome.failed and not self.is_sound(outcome.failed):
+            outcome = self.copy.run(self.path, changed, self.tests, SLOWEST)
+        return outcome
+
+    def is_sound(self, test: str) -> bool:
+        """Return whether a test passes alone without a mutant."""
+        if test not in self.passes_alone:
+            alone = self.copy.run(self.path, self.code, self.tests, SLOWEST, [test])
+            self.passes_alone[test] = alone.kind == "survived"
+        return self.passes_alone[test]
 
 
 # ── The report ──
@@ -233,17 +492,13 @@ def known_equivalents() -> dict[tuple[str, str, str], str]:
 def check(copies: Queue, mutants: list[Mutant]) -> list[dict]:
     """Test the mutants of one file; raise SystemExit if its tests fail without a mutant."""
     path = mutants[0].path
-    tests, code = tests_of(path), (ROOT / path).read_text(encoding="utf-8")
     copy = copies.get()
     try:
-        outcome, seconds = copy.run(path, code, tests, SLOWEST)
-        if not tests or outcome != "survived":
-            sys.exit(f"{path}: its tests ({' '.join(tests) or 'none'}) fail without a mutant")
-        rows, limit = [], min(SLOWEST, 60 + 6 * seconds)
+        tests, rows = ModuleTests(copy, path), []
         for mutant in mutants:
-            changed = mutate(code, mutant.operator, mutant.occurrence)
-            outcome, seconds = copy.run(path, changed, tests, limit)
-            rows.append(asdict(mutant) | {"outcome": outcome, "seconds": round(seconds, 1)})
+            outcome = tests.run(mutant)
+            row = {"outcome": outcome.kind, "seconds": round(outcome.seconds, 1)}
+            rows.append(asdict(mutant) | row | {"killed_by": outcome.failed})
     finally:
         copies.put(copy)
     survivors = sum(r["outcome"] == "survived" for r in rows)
@@ -313,11 +568,11 @@ def main(argv: list[str]) -> int:
         copies: Queue = Queue()
         for i in range(args.workers):
             copies.put(Copy(Path(folder) / str(i)))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         for part in pool.map(lambda group: check(copies, group), filter(None, groups)):
             rows += part
+            args.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     text, share = summarize(rows)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(text)
     return int(share < 0.9)
 

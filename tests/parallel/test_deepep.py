@@ -19,7 +19,7 @@ from dsv3_ref import ops
 from dsv3_ref.config import V3, UserError, ceil_div
 from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.parallel.deepep import DeepEPDispatcher
+from dsv3_ref.parallel.deepep import DeepEPDispatcher, create_buffer
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.tape import Tape, run_to_completion
@@ -336,6 +336,46 @@ def test_training_with_deepep(name, gang):
     for (want, traffic), (got, deepep_traffic) in gang.run(4, train_three_steps, name):
         assert 0 < (got / want - 1).abs().max() < 5e-3
         assert traffic and not deepep_traffic  # bytes that DeepEP sends are not counted
+
+
+# ── Buffers ──
+
+
+class Group:
+    """A group of ranks of which only the size is read."""
+
+    def __init__(self, size: int):
+        self.n = size
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self.n
+
+
+class Hints:
+    """Sizes that tell by what they were asked for."""
+
+    def __init__(self, more: int):
+        self.more = more
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        return 1000 * hidden_bytes + num_ranks + self.more
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        return 3000 * hidden_bytes + num_ranks + self.more
+
+
+@pytest.mark.parametrize("ranks, rdma", [(2, False), (8, False), (9, True), (16, True)])
+def test_a_buffer_is_as_large_as_dispatch_and_combine_need(ranks, rdma, monkeypatch):
+    """A row has 2 bytes per number; only more ranks than a node has need RDMA."""
+    monkeypatch.setattr(Buffer, "get_dispatch_config", staticmethod(lambda n: Hints(5)))
+    monkeypatch.setattr(Buffer, "get_combine_config", staticmethod(lambda n: Hints(7)))
+    with deep_ep():
+        buffer = create_buffer(Group(ranks), 128)
+    assert buffer.num_nvl_bytes == 256_000 + ranks + 7
+    assert buffer.num_rdma_bytes == (768_000 + ranks + 7 if rdma else 0)
 
 
 # ── Errors ──

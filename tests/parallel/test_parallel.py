@@ -172,6 +172,26 @@ def test_a_tape_of_segments_has_the_gradients_of_autograd():
     assert log == ["forward", "backward"]
 
 
+def test_a_tape_has_no_gradient_of_integers_nor_of_unused_outputs():
+    tape, x = Tape(), torch.randn(4, 2)
+    index = torch.tensor([0, 2])
+    rows, more = tape.run(lambda x, i: (3 * x[i], i + 1), x, index)
+    unused = tape.run(lambda x: 2 * x, x)
+    assert not rows.requires_grad and more.tolist() == [1, 3]
+    assert tape.id_of(x) == tape.id_of(x) != tape.id_of(unused)
+    tape.add_grad(tape.id_of(rows), torch.ones(2, 2))
+    run_to_completion(tape.backward())
+    grad = tape.pop_grad(tape.id_of(x))
+    assert grad.tolist() == [[3, 3], [0, 0], [3, 3], [0, 0]]
+    assert tape.pop_grad(x) is None and tape.pop_grad(index) is None
+
+
+def test_a_tape_without_training_records_nothing():
+    w, tape = torch.randn(2, 2, requires_grad=True), Tape(training=False)
+    y = tape.run(lambda x: x @ w, torch.randn(3, 2))
+    assert not y.requires_grad and not tape.records and Tape().training
+
+
 def test_generators_take_turns():
     log = []
 

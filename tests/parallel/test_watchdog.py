@@ -9,10 +9,14 @@ import time
 from itertools import pairwise
 
 import pytest
+import torch.distributed as dist
 
 from dsv3_ref.parallel import watchdog
 from dsv3_ref.parallel.watchdog import (
     EXIT_HANG,
+    HEARTBEAT_S,
+    MAX_MISSED_HEARTBEATS,
+    Watchdog,
     hang_report,
     stragglers,
     track_operation,
@@ -148,6 +152,61 @@ def test_ranks_in_one_operation_have_no_straggler():
 
 
 # ── In this process ──
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """Return the watchdogs of two ranks, which are not started, and what they write and sleep."""
+    store, done = dist.HashStore(), []
+    dogs = [Watchdog(tmp_path / "logs", rank, 2, 30.0, store) for rank in range(2)]
+    monkeypatch.setattr(watchdog.time, "sleep", done.append)
+    monkeypatch.setattr(Watchdog, "exit_with", lambda self, text: done.append(text))
+    monkeypatch.setattr(watchdog, "_since", time.monotonic())
+    yield *dogs, done
+    for dog in dogs:
+        dog.file.close()
+
+
+def test_the_times_of_the_watchdog(two, tmp_path):
+    assert (EXIT_HANG, HEARTBEAT_S, MAX_MISSED_HEARTBEATS) == (70, 5.0, 5)
+    assert two[0].heartbeat_s == 3.0 and two[0].daemon
+    long = Watchdog(tmp_path, 0, 1, 600.0, dist.HashStore())
+    assert long.heartbeat_s == HEARTBEAT_S
+    long.file.close()
+
+
+def test_the_first_rank_that_is_overdue_is_kept_in_the_store(two, monkeypatch):
+    first, second, _ = two
+    assert first.read_heartbeat(1)["operation"] == "between operations"
+    assert first.read_heartbeat(2) is None
+    assert first.first_stuck_rank() == second.first_stuck_rank() == b""
+    with monkeypatch.context() as patch:
+        patch.setattr(watchdog, "_since", time.monotonic() - 29)
+        assert not second.is_overdue()
+        patch.setattr(watchdog, "_since", time.monotonic() - 31)
+        assert second.is_overdue() and second.first_stuck_rank() == b"1"
+    assert not first.is_overdue() and first.first_stuck_rank() == b"1"
+
+
+def test_the_first_stuck_rank_reports_on_all_after_they_have_had_time(two):
+    first, second, done = two
+    first.report_hang(1)
+    assert done == [9.0, 6.0, "hang: rank 0 has been in 'between operations' for 0 s"]
+    done.clear()
+    second.report_hang(1)
+    *pauses, text = done
+    assert pauses == [9.0, 6.0] and text.startswith("hang: held up by rank 0 has been in ")
+    assert [line.split(" has been")[0] for line in text.splitlines()[1:]] == ["rank 0", "rank 1"]
+
+
+def test_a_report_is_written_with_the_stacks_before_the_process_ends(tmp_path, monkeypatch, capsys):
+    dog, codes = Watchdog(tmp_path, 0, 1, 30.0, dist.HashStore()), []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    dog.exit_with("hang: held up")
+    dog.file.close()
+    assert codes == [EXIT_HANG] and capsys.readouterr().err == "hang: held up\n"
+    text = (tmp_path / "hang-rank0.txt").read_text()
+    assert "hang: held up\nPython's stacks:\n" in text and "test_watchdog.py" in text
 
 
 def test_operations_nest_and_each_change_is_progress():

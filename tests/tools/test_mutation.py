@@ -12,7 +12,11 @@ import pytest
         ("dsv3_ref/rope.py", ["tests/test_rope.py", "tests/test_mla.py", "tests/test_ops.py"]),
         ("dsv3_ref/optim.py", ["tests/test_pretrain.py"]),
         ("dsv3_ref/data/dedup.py", ["tests/data/test_dedup.py"]),
-        ("dsv3_ref/serve.py", ["tests/serving/test_serve.py"]),
+        ("dsv3_ref/parallel/physical_experts.py", ["tests/test_eplb.py"]),
+        (
+            "dsv3_ref/serving/output_processor.py",
+            ["tests/serving/test_company.py", "tests/practice/test_clients.py"],
+        ),
     ],
 )
 def test_a_module_has_the_tests_named_after_it(path, tests):
@@ -21,6 +25,72 @@ def test_a_module_has_the_tests_named_after_it(path, tests):
 
 def test_every_module_of_the_default_has_tests():
     assert [path for path in mutation.default_modules() if not mutation.tests_of(path)] == []
+
+
+@pytest.mark.parametrize("path", mutation.EXTRA_TESTS)
+def test_the_chosen_tests_of_a_module_exist(path):
+    found = {}
+    for test in mutation.tests_of(path):
+        file = mutation.ROOT / mutation.file_of(test)
+        found[test.replace(mutation.file_of(test), file.stem)] = file.read_text()
+    assert set(mutation.EXTRA_TESTS[path]) <= set(found)
+    names = [(test.partition("::")[2], text) for test, text in found.items()]
+    assert all(f"def {name}(" in text for name, text in names if name)
+
+
+def mutant(line: int) -> mutation.Mutant:
+    return mutation.Mutant("dsv3_ref/a.py", "core/AddNot", 0, line, "", "")
+
+
+def test_a_mutant_gets_the_tests_that_call_its_function_the_quickest_first():
+    def row(seconds: float, *calls: tuple[str, int, int], processes: bool = False) -> dict:
+        return {"seconds": seconds, "calls": [list(call) for call in calls], "processes": processes}
+
+    f, g = ("dsv3_ref/a.py", 3, 9), ("dsv3_ref/a.py", 5, 6)
+    other = ("dsv3_ref/b.py", 1, 99)
+    rows = {
+        "x.py::slow": row(5.0, f, g),
+        "x.py::quick": row(2.0, f, other),
+        "y.py::f": row(1.0, f),
+        "y.py::b": row(0.1, other),
+        "y.py::gang": row(0.2, processes=True),
+    }
+    slow, quick, y_f, y_b, gang = rows
+    assert mutation.tests_for(mutant(4), rows) == [y_f, gang, quick, slow]
+    assert mutation.tests_for(mutant(6), rows) == [y_f, gang, quick, slow]
+    assert mutation.tests_for(mutant(20), rows) == [y_b, y_f, gang, quick, slow]  # of no function
+    only_g = {name: rows[name] for name in (slow, y_b, gang)}
+    assert mutation.tests_for(mutant(5), only_g) == [gang, slow]
+
+
+def test_calls_are_recorded_by_test_and_those_of_fixtures_for_their_file(tmp_path):
+    pytest.importorskip("cosmic_ray")
+    for folder in ("dsv3_ref", "tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dsv3_ref" / "a.py").write_text(
+        "def f(x):\n    return (\n        x + 1)\n\n\ndef g():\n    return 2\n"
+    )
+    (tmp_path / "tests" / "test_a.py").write_text(
+        "import pytest\nfrom dsv3_ref.a import f, g\n\n"
+        "@pytest.fixture(scope='module')\ndef two():\n    return g()\n\n"
+        "def test_f():\n    assert f(1) == 2\n\ndef test_g(two):\n    assert two == 2\n"
+    )
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    copy = mutation.Copy.__new__(mutation.Copy)
+    copy.folder = tmp_path
+    assert copy.outcome(["tests/test_a.py"], 60, is_traced=True).kind == "survived"
+    rows = copy.report()["rows"]
+    f, g = ["dsv3_ref/a.py", 1, 3], ["dsv3_ref/a.py", 6, 7]
+    assert sorted(rows["tests/test_a.py::test_f"]["calls"]) == [f, g]
+    assert rows["tests/test_a.py::test_g"]["calls"] == [g]
+    code = (tmp_path / "dsv3_ref" / "a.py").read_text()
+    changed = code.replace("x + 1", "x - 1")
+    chosen = ["tests/test_a.py::test_g", "tests/test_a.py::test_f"]
+    killed = copy.run("dsv3_ref/a.py", changed, ["tests/test_a.py"], 60, chosen)
+    assert killed[::2] == ("killed", "tests/test_a.py::test_f")
+    survived = copy.run("dsv3_ref/a.py", changed, ["tests/test_a.py"], 60, chosen[:1])
+    assert survived.kind == "survived"
+    assert (tmp_path / "dsv3_ref" / "a.py").read_text() == code
 
 
 def test_each_place_is_changed_once():
