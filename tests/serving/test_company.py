@@ -16,9 +16,14 @@ from tokenizers import Tokenizer, decoders, models
 from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
-from dsv3_ref.serve import Engine, LogitsProcessor, Request, make_engine
+from dsv3_ref.serve import Engine, LogitsProcessor, Request, StepOutput, make_engine
 from dsv3_ref.serving.detokenizer import StreamDetokenizer, byte_of_sign, token_bytes
-from dsv3_ref.serving.output_processor import OutputProcessor, ServedRequest
+from dsv3_ref.serving.output_processor import (
+    MIN_LOGPROB,
+    REQUEST_FAILED,
+    OutputProcessor,
+    ServedRequest,
+)
 
 COMMON = [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 TALK = ["we talk, and talk again: naïve ☕, over and over.\n"] * 50
@@ -204,6 +209,93 @@ def test_drafts_and_company_change_nothing_that_is_received(
     for text, entries, _, _ in want:
         starts = [entry["text_offset"] for entry in entries]
         assert starts == sorted(starts) and all(start <= len(text) for start in starts)
+
+
+# ── Single outputs ──
+
+
+def listener(*stop: str, **options) -> ServedRequest:
+    """Return a request with the prompt “we”, whose stop token is 5."""
+    text = StreamDetokenizer(tokenizer(), stop)
+    tokens = tokenizer().encode("we", add_special_tokens=False).ids
+    return ServedRequest(
+        tokens=tokens, max_tokens=99, stop_token_ids=frozenset({5}), index=0,
+        sink=asyncio.Queue(), text=text, **options,
+    )  # fmt: skip
+
+
+def output(request: ServedRequest, words: str, reason: str = "", *more: int) -> StepOutput:
+    ids = tokenizer().encode(words, add_special_tokens=False).ids
+    return StepOutput(request, [*ids, *more], [], reason)
+
+
+@pytest.mark.parametrize("reason", ["", "length"])
+def test_a_stop_string_closes_a_request(reason):
+    """The engine is woken only if it still runs the request."""
+    wake = Event()
+    processor, request = OutputProcessor(tokenizer(), wake), listener("b")
+    assert processor.process(output(request, "a")).text == "a"
+    ids = [tokenizer().token_to_id(sign) for sign in "aba"]
+    piece = processor.process(StepOutput(request, ids, [], reason))
+    assert (piece.text, piece.finish_reason, piece.num_tokens) == ("a", "stop", 2)
+    assert request.is_closed and request.hit_stop_text
+    assert request.aborted is wake.is_set() is (reason == "")
+    assert processor.process(output(request, "a")) is None
+
+
+def test_the_last_output_returns_what_was_withheld_and_no_stop_token():
+    processor, request = OutputProcessor(tokenizer(), Event()), listener("bc")
+    assert processor.process(output(request, "ab")).text == "a"
+    piece = processor.process(output(request, "", "stop", 5))
+    assert (piece.text, piece.finish_reason, piece.num_tokens) == ("b", "stop", 1)
+    assert request.is_closed and not request.hit_stop_text and not request.aborted
+
+
+@pytest.mark.parametrize("reason", ["error", "failed", "abort"])
+def test_an_end_without_text(reason, capsys):
+    request = listener(echo=True)
+    processor = OutputProcessor(tokenizer(), Event())
+    piece = processor.process(StepOutput(request, [], [], reason, "boom"))
+    assert piece == (request, "", [], reason, 0, REQUEST_FAILED)
+    assert capsys.readouterr().err == "a request ended with an error: boom\n"
+
+
+def test_a_fault_ends_its_request(monkeypatch, capsys):
+    wake = Event()
+    processor, request = OutputProcessor(tokenizer(), wake), listener()
+    monkeypatch.setattr(processor, "make_piece", lambda *_: 1 / 0)
+    piece = processor.process(output(request, "a"))
+    assert (piece.finish_reason, piece.error) == ("error", REQUEST_FAILED)
+    assert request.is_closed and request.aborted and wake.is_set()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_echoed_prompt_comes_once_and_moves_the_offsets():
+    processor, request = OutputProcessor(tokenizer(), Event()), listener(echo=True, num_logprobs=1)
+    a = tokenizer().token_to_id("a")
+    first = processor.process(StepOutput(request, [a], [(-0.5, [(a, -0.5)])], ""))
+    assert first.text == "wea" and not request.echo and request.num_prompt_characters == 2
+    (entry,) = first.logprobs
+    assert entry["text_offset"] == 2 and entry["token"] == "a" and entry["bytes"] == [97]
+    assert entry["top_logprobs"] == [{"token": "a", "logprob": -0.5, "bytes": [97]}]
+    second = processor.process(StepOutput(request, [a], [(-0.5, [])], "length"))
+    assert second.text == "a" and second.logprobs[0]["text_offset"] == 3
+
+
+def test_logprobs_wait_for_their_text():
+    processor, request = OutputProcessor(tokenizer(), Event()), listener("ab", num_logprobs=0)
+    a, c = (tokenizer().token_to_id(sign) for sign in "ac")
+    held = processor.process(StepOutput(request, [a], [(-1.0, [])], ""))
+    assert held.text == "" and held.logprobs == []
+    told = processor.process(StepOutput(request, [c], [(-2.0, [])], ""))
+    assert told.text == "ac" and [entry["logprob"] for entry in told.logprobs] == [-1.0, -2.0]
+
+
+def test_an_impossible_token_has_a_finite_logprob():
+    processor = OutputProcessor(tokenizer(), Event())
+    assert processor.describe_token(9, float("-inf"))["logprob"] == MIN_LOGPROB == -9999.0
+    assert processor.describe_token(9, None)["logprob"] is None
+    assert processor.describe_token(9, -0.5)["logprob"] == -0.5
 
 
 # ── Text ──
