@@ -5,16 +5,20 @@
     python tools/mutation.py --survivors build/mutants.json   run the survivors of a report again
 
 cosmic-ray makes the mutants. Each is written into a copy of the checkout and its tests run in a
-forked process that has already imported torch. One run without a mutant records the time of every
-test and the functions that it calls; a mutant is then given only the tests that call its function
-or start processes, the quickest first. A kill counts if the test passes alone without the mutant. A
-timeout counts as a kill if the same tests end in a fifth of the time without the mutant. A mutant
-that no test can tell from the original is listed in tests/equivalent_mutants.json with the reason.
+fork of a process that has imported them, in which the changed function is replaced; a mutant that
+seems to survive is tested again in a process that imports everything anew. One run without a mutant
+records the time of every test and the functions that it calls; a mutant is then given only the
+tests that call its function or start processes, the quickest first. A kill counts if the test
+passes alone without the mutant. A timeout counts as a kill if the same tests end in a fifth of the
+time without the mutant. A mutant that no test can tell from the original is listed in
+tests/equivalent_mutants.json with the reason.
 """
 
 import argparse
 import contextlib
+import gc
 import hashlib
+import inspect
 import json
 import multiprocessing.connection
 import os
@@ -26,14 +30,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Queue
 from tempfile import TemporaryDirectory
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +51,7 @@ FOLDERS = ("parallel", "posttraining", "serving", "data")  # besides the generat
 CALLS = ROOT / "build" / "test_calls.json"  # what `Tracer` has recorded, by test file
 SLOWEST = 1200.0  # seconds that the tests of one file may take without a mutant
 FORK = get_context("forkserver")
+PYTEST = ["-q", "-p", "no:cacheprovider", "-n", "0"]
 PROCESSES = {subprocess.__file__, multiprocessing.connection.__file__}
 REPORT = "mutation_report.json"  # of the last tests in a copy
 ENGINE_TESTS = [  # of the serving engine, without a server
@@ -74,7 +80,7 @@ EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/block.py": ["test_model", "test_mtp"],
     "dsv3_ref/grpo.py": ["test_rl"],
     "dsv3_ref/mla.py": ["test_ops"],
-    "dsv3_ref/rope.py": ["test_ops", "test_mla"],
+    "dsv3_ref/rope.py": ["test_mla", "test_ops"],
     "dsv3_ref/optim.py": ["test_pretrain"],
     "dsv3_ref/inference_scale.py": ["test_scale"],
     "dsv3_ref/scale.py": ["test_plan"],
@@ -309,25 +315,111 @@ class Tracer:
         return file, min([code.co_firstlineno, *lines]), max([code.co_firstlineno, *lines])
 
 
-def test_in_copy(folder: str, tests: list[str], chosen: Sequence[str], is_traced: bool) -> None:
-    """Run tests on the copy in `folder` in this forked process; exit with pytest's code."""
+def run_pytest(folder: str, tests: list[str], chosen: Sequence[str], is_traced: bool) -> int:
+    """Run tests in a copy of the checkout, write the tracer's report, and return pytest's code."""
     import pytest
 
-    os.setsid()  # what the tests start ends with them
+    tracer = Tracer(folder, chosen)
+    if is_traced:
+        threading.settrace(tracer.trace)
+        sys.settrace(tracer.trace)
+    code = pytest.main([*PYTEST, "-x", *tests], [tracer])
+    sys.settrace(None)
+    Path(folder, REPORT).write_text(json.dumps(tracer.report()), encoding="utf-8")
+    return int(code)
+
+
+def enter(folder: str) -> None:
+    """Make a copy of the checkout this process's own, without output."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     os.chdir(folder)
     sys.path[:0] = [folder, f"{folder}/tests"]
     os.environ["PYTHONPATH"] = f"{folder}:{folder}/tests"
-    tracer = Tracer(folder, chosen)
-    if is_traced:
-        threading.settrace(tracer.trace)
-        sys.settrace(tracer.trace)
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests], [tracer])
-    sys.settrace(None)
-    Path(folder, REPORT).write_text(json.dumps(tracer.report()), encoding="utf-8")
-    sys.exit(code)
+
+
+def test_in_copy(folder: str, tests: list[str], chosen: Sequence[str], is_traced: bool) -> None:
+    """Run tests on the copy in `folder` in this forked process; exit with pytest's code."""
+    os.setsid()  # what the tests start ends with them
+    enter(folder)
+    sys.exit(run_pytest(folder, tests, chosen, is_traced))
+
+
+# ── A process that has imported the tests already ──
+
+
+def changed_functions(old: CodeType, new: CodeType) -> dict[tuple[str, int], CodeType] | None:
+    """Return (qualified name, first line) → new code of the functions in which a module differs.
+
+    None if it differs outside of functions, where only a new import helps.
+    """
+    if old.co_flags & inspect.CO_OPTIMIZED:
+        return {} if old == new else {(old.co_qualname, old.co_firstlineno): new}
+    if (old.co_code, old.co_names, len(old.co_consts)) != (
+        new.co_code, new.co_names, len(new.co_consts)
+    ):  # fmt: skip
+        return None
+    changed: dict[tuple[str, int], CodeType] = {}
+    for a, b in zip(old.co_consts, new.co_consts):
+        if not isinstance(a, CodeType) or not isinstance(b, CodeType):
+            if repr(a) != repr(b):
+                return None
+            continue
+        inner = changed_functions(a, b)
+        if inner is None:
+            return None
+        changed |= inner
+    return changed
+
+
+def replace_functions(file: str, changed: dict[tuple[str, int], CodeType]) -> None:
+    """Give the functions of a file their new code, wherever references to them are kept."""
+    for function in [x for x in gc.get_objects() if isinstance(x, FunctionType)]:
+        code = function.__code__
+        new = changed.get((code.co_qualname, code.co_firstlineno))
+        if new is not None and code.co_filename == file:
+            function.__code__ = new
+
+
+def serve_copy(folder: str, files: list[str], pipe: Connection) -> None:
+    """Import test files, then run jobs from the pipe, each in a fork, and send their exit codes."""
+    import pytest
+
+    enter(folder)
+    pytest.main([*PYTEST, "--collect-only", *files])
+    for job in iter(pipe.recv, None):
+        pipe.send(run_in_fork(folder, *job))
+
+
+def run_in_fork(
+    folder: str, path: str, code: str, tests: list[str], chosen: Sequence[str], limit: float,
+    is_traced: bool,
+) -> int | None:  # fmt: skip
+    """Run tests with this text of a module in a fork; return pytest's code, None after `limit`."""
+    file = f"{folder}/{path}"
+    original = compile(Path(file).read_text(encoding="utf-8"), file, "exec")
+    changed = changed_functions(original, compile(code, file, "exec"))
+    assert changed is not None, "`is_local` is true"
+    pid = os.fork()
+    if not pid:
+        os.setsid()  # what the tests start ends with them
+        try:
+            replace_functions(file, changed)
+            Path(file).write_text(code, encoding="utf-8")  # for processes that the tests start
+            os._exit(run_pytest(folder, tests, chosen, is_traced))
+        finally:
+            os._exit(1)
+    end, status = time.monotonic() + limit, 0
+    while time.monotonic() < end and not status:
+        status, exit_status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    if not status:
+        os.waitpid(pid, 0)
+        return None
+    return os.waitstatus_to_exitcode(exit_status)
 
 
 class Outcome(NamedTuple):
@@ -343,6 +435,7 @@ class Copy:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.process: Any = None
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
@@ -354,38 +447,68 @@ class Copy:
         if not kernels.is_symlink():
             kernels.symlink_to("../kernels")
 
-    def run(
-        self, path: str, code: str, tests: list[str], limit: float, chosen: Sequence[str] = ()
-    ) -> Outcome:
-        """Return how tests end with this text in a file; chosen: the ids of those to run."""
-        file = self.folder / path
-        original = file.read_text(encoding="utf-8")
-        file.write_text(code, encoding="utf-8")
-        try:
-            return self.outcome(tests, limit, chosen)
-        finally:
-            file.write_text(original, encoding="utf-8")
+    def start(self, files: list[str]) -> None:
+        """Start the process that imports test files once, for `run`."""
+        self.stop()
+        self.pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=serve_copy, args=(str(self.folder), files, theirs))
+        self.process.start()
+        theirs.close()
 
-    def outcome(
-        self, tests: list[str], limit: float, chosen: Sequence[str] = (), is_traced: bool = False
-    ) -> Outcome:
-        """Return how tests end on the copy as it is now."""
-        start = time.perf_counter()
+    def stop(self) -> None:
+        """End the process that `start` has started."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+        self.process = None
+
+    def is_local(self, path: str, code: str) -> bool:
+        """Return whether a text differs from the file in functions only, so that `run` can."""
+        file = self.folder / path
+        original = compile(file.read_text(encoding="utf-8"), str(file), "exec")
+        return changed_functions(original, compile(code, str(file), "exec")) is not None
+
+    def run(
+        self, path: str, code: str, tests: list[str], limit: float, chosen: Sequence[str] = (),
+        is_traced: bool = False,
+    ) -> Outcome:  # fmt: skip
+        """Return how tests end with this text of a module, whose imports are not repeated.
+
+        chosen: the ids of the tests to run, all if empty.
+        """
+        file, start = self.folder / path, time.perf_counter()
+        original = file.read_text(encoding="utf-8")
         (self.folder / REPORT).unlink(missing_ok=True)
         tests = list(dict.fromkeys(map(file_of, chosen))) or tests
-        process = FORK.Process(
-            target=test_in_copy, args=(str(self.folder), tests, chosen, is_traced)
-        )
+        self.pipe.send((path, code, tests, chosen, limit, is_traced))
+        exit_code = self.pipe.recv()
+        file.write_text(original, encoding="utf-8")
+        return self.outcome(exit_code, time.perf_counter() - start)
+
+    def run_anew(
+        self, path: str, code: str, tests: list[str], limit: float, chosen: Sequence[str] = ()
+    ) -> Outcome:
+        """Return how tests end with this text of a module, in a process that imports everything."""
+        file, start = self.folder / path, time.perf_counter()
+        original = file.read_text(encoding="utf-8")
+        (self.folder / REPORT).unlink(missing_ok=True)
+        tests = list(dict.fromkeys(map(file_of, chosen))) or tests
+        file.write_text(code, encoding="utf-8")
+        process = FORK.Process(target=test_in_copy, args=(str(self.folder), tests, chosen, False))
         process.start()
         process.join(limit)
-        timed_out = process.is_alive()
+        exit_code = None if process.is_alive() else process.exitcode
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
-        seconds = time.perf_counter() - start
-        if timed_out:
+        file.write_text(original, encoding="utf-8")
+        return self.outcome(exit_code, time.perf_counter() - start)
+
+    def outcome(self, exit_code: int | None, seconds: float) -> Outcome:
+        """Return the outcome of tests that have ended with an exit code, None for a timeout."""
+        if exit_code is None:
             return Outcome("timeout", seconds)
-        if process.exitcode == 0:
+        if exit_code == 0:
             return Outcome("survived", seconds)
         return Outcome("killed", seconds, self.report().get("failed", ""))
 
@@ -409,17 +532,18 @@ def digest_of(test: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def recorded_calls(copy: Copy, test: str) -> dict[str, dict]:
+def recorded_calls(copy: Copy, path: str, test: str) -> dict[str, dict]:
     """Return the rows of `Tracer.report` for a test file; raise SystemExit if it fails."""
     known = json.loads(CALLS.read_text(encoding="utf-8")) if CALLS.exists() else {}
     digest = digest_of(test)
     if known.get(test, {}).get("digest") != digest:
-        outcome = copy.outcome([test], SLOWEST, is_traced=True)
+        code = (ROOT / path).read_text(encoding="utf-8")
+        outcome = copy.run(path, code, [test], SLOWEST, is_traced=True)
         if outcome.kind != "survived":
             sys.exit(f"{test} fails without a mutant: {outcome.failed or outcome.kind}")
-        CALLS.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(CALLS.read_text(encoding="utf-8")) if CALLS.exists() else {}
         known[test] = {"digest": digest, "rows": copy.report()["rows"]}
+        CALLS.parent.mkdir(parents=True, exist_ok=True)
         part = CALLS.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(known), encoding="utf-8")
         part.replace(CALLS)  # whole, for other processes that read it
@@ -458,24 +582,32 @@ class ModuleTests:
         self.copy, self.path = copy, path
         self.code = (ROOT / path).read_text(encoding="utf-8")
         self.tests = tests_of(path)
+        copy.start(list(dict.fromkeys(map(file_of, self.tests))))
         self.rows: dict[str, dict] = {}
         for test in self.tests:
-            self.rows |= recorded_calls(copy, test)
+            self.rows |= recorded_calls(copy, path, test)
         self.passes_alone: dict[str, bool] = {}
 
     def run(self, mutant: Mutant) -> Outcome:
-        """Return how the tests of a mutant end, after the doubts have been settled."""
+        """Return how the tests of a mutant end; one that seems to survive is imported anew."""
         changed = mutate(self.code, mutant.operator, mutant.occurrence)
         chosen = tests_for(mutant, self.rows)
+        if self.copy.is_local(self.path, changed):
+            outcome = self.run_chosen(self.copy.run, changed, chosen)
+            if outcome.kind != "survived":
+                return outcome
+        return self.run_chosen(self.copy.run_anew, changed, chosen)
+
+    def run_chosen(self, run: Callable[..., Outcome], changed: str, chosen: list[str]) -> Outcome:
+        """Return how tests end on a changed text, after the doubts have been settled."""
         limit = 60 + 10 * sum(self.rows[test]["seconds"] for test in chosen)
-        outcome = self.copy.run(self.path, changed, self.tests, limit, chosen)
+        outcome = run(self.path, changed, self.tests, limit, chosen)
         if outcome.kind == "timeout":
-            unmutated = self.copy.run(self.path, self.code, self.tests, SLOWEST, chosen)
+            unmutated = run(self.path, self.code, self.tests, SLOWEST, chosen)
             if 5 * unmutated.seconds > limit:  # the machine was busy
-                limit = 10 * unmutated.seconds
-                outcome = self.copy.run(self.path, changed, self.tests, limit, chosen)
+                outcome = run(self.path, changed, self.tests, 10 * unmutated.seconds, chosen)
         if outcome.kind == "killed" and outcome.failed and not self.is_sound(outcome.failed):
-            outcome = self.copy.run(self.path, changed, self.tests, SLOWEST)
+            outcome = run(self.path, changed, self.tests, SLOWEST)
         return outcome
 
     def is_sound(self, test: str) -> bool:
@@ -507,10 +639,12 @@ def check(copies: Queue, mutants: list[Mutant]) -> list[dict]:
             outcome = tests.run(mutant)
             row = {"outcome": outcome.kind, "seconds": round(outcome.seconds, 1)}
             rows.append(asdict(mutant) | row | {"killed_by": outcome.failed})
+            print(".sT"[("killed", "survived", "timeout").index(outcome.kind)], end="", flush=True)
     finally:
+        copy.stop()
         copies.put(copy)
     survivors = sum(r["outcome"] == "survived" for r in rows)
-    print(f"{path:44}{len(rows):4} mutants {survivors:4} survived", flush=True)
+    print(f"\n{path:44}{len(rows):4} mutants {survivors:4} survived", flush=True)
     return rows
 
 

@@ -67,6 +67,7 @@ def test_calls_are_recorded_by_test_and_those_of_fixtures_for_their_file(tmp_pat
     pytest.importorskip("cosmic_ray")
     for folder in ("dsv3_ref", "tests"):
         (tmp_path / folder).mkdir()
+    (tmp_path / "dsv3_ref" / "__init__.py").touch()
     (tmp_path / "dsv3_ref" / "a.py").write_text(
         "def f(x):\n    return (\n        x + 1)\n\n\ndef g():\n    return 2\n"
     )
@@ -77,20 +78,27 @@ def test_calls_are_recorded_by_test_and_those_of_fixtures_for_their_file(tmp_pat
     )
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
     copy = mutation.Copy.__new__(mutation.Copy)
-    copy.folder = tmp_path
-    assert copy.outcome(["tests/test_a.py"], 60, is_traced=True).kind == "survived"
+    copy.folder, copy.process = tmp_path, None
+    path, code = "dsv3_ref/a.py", (tmp_path / "dsv3_ref" / "a.py").read_text()
+    copy.start(["tests/test_a.py"])
+    assert copy.run(path, code, ["tests/test_a.py"], 60, is_traced=True).kind == "survived"
     rows = copy.report()["rows"]
     f, g = ["dsv3_ref/a.py", 1, 3], ["dsv3_ref/a.py", 6, 7]
     assert sorted(rows["tests/test_a.py::test_f"]["calls"]) == [f, g]
     assert rows["tests/test_a.py::test_g"]["calls"] == [g]
-    code = (tmp_path / "dsv3_ref" / "a.py").read_text()
     changed = code.replace("x + 1", "x - 1")
+    assert copy.is_local(path, changed) and not copy.is_local(path, "X = 1\n" + code)
     chosen = ["tests/test_a.py::test_g", "tests/test_a.py::test_f"]
-    killed = copy.run("dsv3_ref/a.py", changed, ["tests/test_a.py"], 60, chosen)
-    assert killed[::2] == ("killed", "tests/test_a.py::test_f")
-    survived = copy.run("dsv3_ref/a.py", changed, ["tests/test_a.py"], 60, chosen[:1])
-    assert survived.kind == "survived"
-    assert (tmp_path / "dsv3_ref" / "a.py").read_text() == code
+    for run in (copy.run, copy.run_anew):
+        killed = run(path, changed, ["tests/test_a.py"], 60, chosen)
+        assert killed[::2] == ("killed", "tests/test_a.py::test_f")
+        survived = run(path, changed, ["tests/test_a.py"], 60, chosen[:1])
+        assert survived.kind == "survived"
+        assert (tmp_path / "dsv3_ref" / "a.py").read_text() == code
+    endless = code.replace("return 2", "while 2: pass")
+    assert copy.run(path, endless, ["tests/test_a.py"], 2, chosen[:1]).kind == "timeout"
+    assert copy.run(path, code, ["tests/test_a.py"], 60).kind == "survived"
+    copy.stop()
 
 
 def test_each_place_is_changed_once():
