@@ -22,6 +22,7 @@ from dsv3_ref.dualpipe import (
     min_microbatches,
     output_of,
     rank_of_stage,
+    ready_time,
     schedule,
     simulate,
     stages_by_rank,
@@ -364,6 +365,18 @@ def test_a_stage_that_never_runs_is_named():
 
 def test_a_rank_without_forward_passes_has_nothing_in_flight():
     assert max_in_flight([[(Action("F", 0, 0),)], []]) == [1, 0]
+
+
+def test_zb1p_with_fewer_micro_batches_than_ranks():
+    steps = schedule("zb1p", 4, 2)
+    validate_schedule(steps, stages_by_rank("zb1p", 4), 2)
+    assert as_text(steps[3]) == "F3.0 I3.0 F3.1 I3.1 W3.0 W3.1"
+
+
+def test_a_step_is_ready_when_its_last_dependency_has_ended():
+    f0, b0 = Action("F", 0, 0), Action("B", 0, 0)
+    assert ready_time((f0,), 0, {}) == 0.0 and ready_time((b0,), 0, {}) is None
+    assert ready_time((b0,), 1, {f0: 2.0, Action("B", 1, 0): 5.0}) == 5.0
 
 
 def test_two_ranks_that_wait_for_each_other():

@@ -71,7 +71,7 @@ def test_a_suffix_surrounds_the_hole(service):
 
 
 @pytest.mark.parametrize(
-    "prompt", [[], ["a"] * 5, 5, [[]], [[400]], [[-1]], [True], [5, "a"]], ids=str
+    "prompt", [[], 5, [[]], [[400]], [[-1]], [True], [5, "a"]], ids=str
 )  # fmt: skip
 def test_what_is_no_prompt(service, prompt):
     with pytest.raises(InvalidField) as e:
