@@ -13,10 +13,7 @@ import pytest
         ("dsv3_ref/optim.py", ["tests/test_pretrain.py"]),
         ("dsv3_ref/data/dedup.py", ["tests/data/test_dedup.py"]),
         ("dsv3_ref/parallel/physical_experts.py", ["tests/test_eplb.py"]),
-        (
-            "dsv3_ref/serving/output_processor.py",
-            ["tests/serving/test_company.py", "tests/practice/test_clients.py"],
-        ),
+        ("dsv3_ref/grpo.py", ["tests/test_grpo.py", "tests/posttraining/test_rl.py"]),
     ],
 )
 def test_a_module_has_the_tests_named_after_it(path, tests):
@@ -89,7 +86,7 @@ def test_calls_are_recorded_by_test_and_those_of_fixtures_for_their_file(tmp_pat
     changed = code.replace("x + 1", "x - 1")
     assert copy.is_local(path, changed) and not copy.is_local(path, "X = 1\n" + code)
     chosen = ["tests/test_a.py::test_g", "tests/test_a.py::test_f"]
-    for run in (copy.run, copy.run_anew):
+    for run in (copy.run, copy.run_afresh):
         killed = run(path, changed, ["tests/test_a.py"], 60, chosen)
         assert killed[::2] == ("killed", "tests/test_a.py::test_f")
         survived = run(path, changed, ["tests/test_a.py"], 60, chosen[:1])
