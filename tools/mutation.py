@@ -428,9 +428,11 @@ def changed_functions(old: CodeType, new: CodeType) -> dict[tuple[str, int], Cod
     return changed
 
 
-def replace_functions(file: str, changed: dict[tuple[str, int], CodeType]) -> None:
+def replace_functions(
+    functions: list[FunctionType], file: str, changed: dict[tuple[str, int], CodeType]
+) -> None:
     """Give the functions of a file their new code, wherever references to them are kept."""
-    for function in [x for x in gc.get_objects() if isinstance(x, FunctionType)]:
+    for function in functions:
         code = function.__code__
         new = changed.get((code.co_qualname, code.co_firstlineno))
         if new is not None and code.co_filename == file:
@@ -443,13 +445,16 @@ def serve_copy(folder: str, files: list[str], pipe: Connection) -> None:
 
     enter(folder)
     pytest.main([*PYTEST, "--collect-only", *files])
+    functions = [x for x in gc.get_objects() if isinstance(x, FunctionType)]
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all memory
     for job in iter(pipe.recv, None):
-        pipe.send(run_in_fork(folder, *job))
+        pipe.send(run_in_fork(folder, functions, *job))
 
 
 def run_in_fork(
-    folder: str, path: str, code: str, tests: list[str], chosen: Sequence[str], limit: float,
-    is_traced: bool,
+    folder: str, functions: list[FunctionType], path: str, code: str, tests: list[str],
+    chosen: Sequence[str], limit: float, is_traced: bool,
 ) -> int | None:  # fmt: skip
     """Run tests with this text of a module in a fork; return pytest's code, None after `limit`."""
     file = f"{folder}/{path}"
@@ -460,7 +465,7 @@ def run_in_fork(
     if not pid:
         os.setsid()  # what the tests start ends with them
         try:
-            replace_functions(file, changed)
+            replace_functions(functions, file, changed)
             Path(file).write_text(code, encoding="utf-8")  # for processes that the tests start
             os._exit(run_pytest(folder, tests, chosen, is_traced))
         finally:
