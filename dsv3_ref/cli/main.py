@@ -4,8 +4,9 @@ import os
 import shlex
 from dataclasses import fields
 from itertools import chain
+from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from dsv3_ref.cli import environment
 from dsv3_ref.cli.commands import BY_NAME, COMMANDS
@@ -83,7 +84,7 @@ def run_command(name: str, argv: list[str]) -> None:
     from dsv3_ref.training.run_file import describe_run, field_names, split_run_file
 
     options = load(command.options)
-    argv = join_repeated_options(argv, options)
+    argv = join_repeated_options(expand_home(argv, options), options)
     registry = grouping_registry({options: OPTION_GROUPS[name]})
     argv, file = split_run_file(argv, name, options)
     default: dict[str, Any] = {}
@@ -107,7 +108,8 @@ def train(name: str, argv: list[str], command_line: str) -> None:
     command = BY_NAME[name]
     options = load(command.options)
     registry = grouping_registry({options: OPTION_GROUPS[name], TrainingRecipe: RECIPE})
-    config = parse_args(join_repeated_options(argv, options), options, registry)
+    argv = join_repeated_options(expand_home(argv, options), options)
+    config = parse_args(argv, options, registry)
     if world_size() > 1:
         run_task = load("dsv3_ref.parallel.launch.run_on_ranks")
     else:
@@ -126,7 +128,7 @@ def join_repeated_options(argv: list[str], options: type) -> list[str]:
     flag again, as in `--resume --resume`.
     """
     groups = split_options(argv)
-    several = {f"--{name.replace('_', '-')}" for name in fields_of_several_values(options)}
+    several = set(map(flag_of, fields_of_several_values(options)))
     last: dict[str, int] = {}
     for i, (flag, tokens) in enumerate(groups):
         if flag in last:
@@ -139,6 +141,29 @@ def join_repeated_options(argv: list[str], options: type) -> list[str]:
         if flag:
             last[flag] = i
     return list(chain.from_iterable(tokens for _, tokens in groups))
+
+
+def expand_home(argv: list[str], options: type) -> list[str]:
+    """Replace ~ by the home directory in options that are paths: shells leave it in --out=~/run."""
+    hints = get_type_hints(options)
+    paths = {flag_of(name) for name, hint in hints.items() if Path in (hint, *get_args(hint))}
+    expanded: list[str] = []
+    for flag, tokens in split_options(argv):
+        expanded += map(expand_value, tokens) if flag in paths else tokens
+    return expanded
+
+
+def expand_value(token: str) -> str:
+    """Replace ~ in a value or in `--x=value`."""
+    name, equals, value = token.partition("=")
+    if equals and token.startswith("--"):
+        return f"{name}={os.path.expanduser(value)}"
+    return os.path.expanduser(token)
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field: `top_p` → `--top-p`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def split_options(argv: list[str]) -> list[tuple[str, list[str]]]:

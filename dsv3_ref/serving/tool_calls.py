@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from dsv3_ref.serving.detokenizer import partial_stop_length, special_ids
 from dsv3_ref.serving.fields import JSONObject
 
-FENCED_CALL = re.compile(r"\s*(?P<name>[^\n]+?)\s*\n```json\n(?P<arguments>.*)\n```\s*", re.DOTALL)
+FENCE_BEGIN, FENCE_END = "\n```json\n", "\n```"  # around V3's and R1's arguments
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class AnswerParser:
     marks: CallMarks | None
     pending: str = ""  # not yet returned; at first, what the text begins with
     is_inside: bool = False  # between the marks around calls
+    num_searched: int = 0  # pending characters without the end of the call that they begin
     num_calls: int = 0
     ids: set[str] = field(default_factory=set)
 
@@ -78,8 +79,8 @@ class AnswerParser:
         self.pending += text
         texts: list[str] = []
         calls: list[JSONObject] = []
-        while self.marks and self.read_part(self.marks, texts, calls):
-            pass
+        while self.marks and self.may_read(self.marks) and self.read_part(self.marks, texts, calls):
+            self.num_searched = 0
         if is_last or self.marks is None:
             is_space = self.is_inside and not self.pending.strip()
             texts.append("" if is_space else self.pending)
@@ -90,6 +91,14 @@ class AnswerParser:
     def finish_reason(self, reason: str) -> str:
         """Return the reason why the answer ended, which is its calls if it has any."""
         return "tool_calls" if reason == "stop" and self.num_calls else reason
+
+    def may_read(self, marks: CallMarks) -> bool:
+        """Return whether more than before may be certain; a long call is searched only once."""
+        start = max(0, self.num_searched - len(marks.end_of_call))
+        if self.num_searched and marks.end_of_call not in self.pending[start:]:
+            self.num_searched = len(self.pending)
+            return False
+        return True
 
     def read_part(self, marks: CallMarks, texts: list[str], calls: list[JSONObject]) -> bool:
         """Move a text or a call from `pending` to a list; return whether more may be certain."""
@@ -112,6 +121,9 @@ class AnswerParser:
                 calls.append(self.with_own_id(call))
                 self.pending = after
                 return True
+        if not end and body.startswith(marks.call):
+            self.num_searched = len(self.pending)
+            return False
         could_begin = any(mark.startswith(rest[: len(mark)]) for mark in (marks.call, marks.end))
         if end or not could_begin:
             self.marks = None  # the rest is text
@@ -134,8 +146,9 @@ def parse_call(body: str, marks: CallMarks) -> JSONObject | None:
     head, separator, rest = body.partition(marks.separator)
     name, arguments = head.strip(), rest.strip()
     call_id = ""
-    if fenced := FENCED_CALL.fullmatch(rest):
-        name, arguments = fenced["name"], fenced["arguments"]
+    fenced_name, fence, fenced = arguments.partition(FENCE_BEGIN)
+    if fence and fenced.endswith(FENCE_END):
+        name, arguments = fenced_name.strip(), fenced.removesuffix(FENCE_END)
     elif numbered := re.fullmatch(r"functions\.(.+):\d+", name):
         name, call_id = numbered[1], name
     try:

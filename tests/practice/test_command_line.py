@@ -12,10 +12,11 @@ import pytest
 from miniruns import metrics, options
 
 from dsv3_ref.cli import environment
-from dsv3_ref.cli.main import main
+from dsv3_ref.cli.main import expand_home, main
 from dsv3_ref.config import UserError
 from dsv3_ref.data.progress import ProgressBar
 from dsv3_ref.serving import generate
+from dsv3_ref.serving.config import GenerateConfig
 from dsv3_ref.training import loop
 from dsv3_ref.training.report import write_report
 
@@ -219,6 +220,25 @@ def test_odd_names_of_a_run(name, home, tmp_path):
     """Spaces, brackets, quotes, a leading dash: the names that people give folders."""
     assert main(options(home, f"{tmp_path}/{name}", "--steps", "1")) == 0
     assert [x.name for x in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("form", [["--out=~/run"], ["--out", "~/run"]])
+def test_a_tilde_is_the_home_directory(form, home, tmp_path, monkeypatch):
+    """hashicorp/terraform #15541, openshift/installer #1821: a folder called ~ appeared."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    argv = options(home, "OUT", "--steps", "1")
+    i = argv.index("--out")
+    assert main([*argv[:i], *argv[i + 2 :], *form]) == 0
+    assert (tmp_path / "me" / "run" / "run.json").is_file()
+    assert not list((tmp_path / "here").iterdir())
+    assert main(["check", "--help"]) == 0
+
+
+def test_a_tilde_in_a_text_stays(tmp_path):
+    argv = ["~", "--prompt=~/a", "--prompt", "~/b", "--no-verify"]
+    assert expand_home(argv, GenerateConfig) == argv
 
 
 def test_a_name_that_is_not_utf8_and_its_report(home, tmp_path):
