@@ -38,7 +38,8 @@ def parse_conversation(row: object) -> ConversationRow:
     check_wanted(values)
     tools = parse_tools(values.get("tools"))
     for name in ("messages", "conversations", "conversation"):
-        turns = parse_json_text(values.get(name), f'"{name}"')  # a column of a CSV file is a text
+        # a column of a CSV file is a text
+        turns = parse_json_text(values.get(name), f'it has no list of messages: "{name}"')
         if isinstance(turns, list | tuple):
             messages = [rename_speaker(turn) for turn in turns]
             return ConversationRow(with_system(messages, values.get("system")), tools)
