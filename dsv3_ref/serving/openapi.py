@@ -38,20 +38,7 @@ def describe_api(fields: Mapping[str, Mapping[str, Field]], max_body_bytes: int)
                 fields[COMPLETIONS], [], "text_completion", max_body_bytes
             ),
             CHAT: completion_path(fields[CHAT], ["messages"], "chat.completion", max_body_bytes),
-            TOKENIZE: {
-                "post": body_operation(
-                    "Return the tokens of a prompt or of a conversation",
-                    object_of(count=COUNT, max_model_len=COUNT, tokens={"type": "array"}),
-                    object_schema(fields[TOKENIZE], []),
-                )
-            },
-            DETOKENIZE: {
-                "post": body_operation(
-                    "Return the text of tokens",
-                    object_of(prompt=TEXT),
-                    object_schema(fields[DETOKENIZE], ["tokens"]),
-                )
-            },
+            **token_paths(fields),
             "/v1/models": {"get": operation("List the model", object_of(data={"type": "array"}))},
             "/v1/models/{name}": {
                 "get": operation("Describe a model", object_of(id=TEXT), 404),
@@ -62,6 +49,21 @@ def describe_api(fields: Mapping[str, Mapping[str, Field]], max_body_bytes: int)
         },
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
+
+
+def token_paths(fields: Mapping[str, Mapping[str, Field]]) -> JSONObject:
+    """Return the descriptions of the endpoints between texts and tokens."""
+    tokens = object_of(count=COUNT, max_model_len=COUNT, tokens={"type": "array"})
+    tokenize = body_operation(
+        "Return the tokens of a prompt or of a conversation",
+        tokens,
+        object_schema(fields[TOKENIZE], []),
+    )
+    detokenize = body_operation(
+        "Return the text of tokens", object_of(prompt=TEXT),
+        object_schema(fields[DETOKENIZE], ["tokens"]),
+    )  # fmt: skip
+    return {TOKENIZE: {"post": tokenize}, DETOKENIZE: {"post": detokenize}}
 
 
 def completion_path(
