@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -134,29 +134,13 @@ def backend_table(device: str = "cpu") -> str:
     for name, impls in sorted(IMPLS.items()):
         active = next((b for b in backends if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
-        rows.append(f"{name:24}{active:10}{others}".rstrip())
+        rows.append(f"{name:22}{active:10}{others}".rstrip())
     return "\n".join(rows)
 
 
 # ── Forget, and compute again ──
 
-
-class RecomputeHook(Protocol):
-    """The part of a training step that saves calls in place of their results."""
-
-    def recompute(self, fn: Impl, args: tuple[Any, ...]) -> Any:
-        """Return fn(*args), and save this call wherever autograd would save the result."""
-        ...
-
-    def is_recomputed(self, x: Tensor) -> bool:
-        """Return whether x is the result of a saved call, or a view of one."""
-        ...
-
-    def replace(self, x: Tensor, fn: Impl, args: tuple[Any, ...]) -> None:
-        """Save the call fn(*args) wherever autograd saves x, or has saved it."""
-        ...
-
-
+RecomputeHook = Callable[[Impl, tuple[Any, ...]], Any]
 RECOMPUTE_HOOK: RecomputeHook | None = None  # set while a step recomputes
 
 
@@ -165,23 +149,7 @@ def recompute(fn: Callable[..., OpResult], *args: Any) -> OpResult:
 
     Tensors that `fn` itself saves for backward are kept: an RMSNorm's input, not its output.
     """
-    return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK.recompute(fn, args)
-
-
-def recompute_from(fn: Callable[[Tensor], OpResult], x: Tensor) -> OpResult:
-    """Return fn(x), which is dropped and computed again if x is; otherwise it is saved."""
-    if RECOMPUTE_HOOK is None or not RECOMPUTE_HOOK.is_recomputed(x):
-        return fn(x)
-    return RECOMPUTE_HOOK.recompute(fn, (x,))
-
-
-def save_instead(x: Tensor, fn: Callable[..., Tensor], *args: Any) -> None:
-    """Let a training step save the call fn(*args), whose result approximates x, in place of x.
-
-    The result must have the shape and dtype of x, which must be contiguous and own its memory.
-    """
-    if RECOMPUTE_HOOK is not None:
-        RECOMPUTE_HOOK.replace(x, fn, args)
+    return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK(fn, args)
 
 
 @contextmanager
@@ -244,14 +212,28 @@ def linear(x: Tensor, weight_oi: Tensor, saved_input_format: str = "e4m3") -> Te
     return F.linear(x, weight_oi)
 
 
-Wgrad = tuple[Tensor, Callable[[], Tensor]]  # a weight, and the function that computes ∂L/∂weight
+# Computes ∂L/∂weight; given a tensor, adds ∂L/∂weight to it in place
+WgradFn = Callable[..., Tensor]
+Wgrad = tuple[Tensor, WgradFn]
 DEFERRED_WGRADS: list[Wgrad] | None = None  # set while a pipeline splits the backward pass
 
 
-def defer_wgrad(weight: Tensor, wgrad_fn: Callable[[], Tensor]) -> Tensor | None:
-    """Return ∂L/∂weight = wgrad_fn(), or None inside `deferring_wgrads`, which stores the call."""
-    if DEFERRED_WGRADS is None:
+def compute_wgrad(weight: Tensor, wgrad_fn: WgradFn) -> Tensor | None:
+    """Return ∂L/∂weight = wgrad_fn(), or None if the weight has a `main_grad`.
+
+    wgrad_fn(main_grad) then adds to it in place.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
         return wgrad_fn()
+    wgrad_fn(main_grad)
+    return None
+
+
+def defer_wgrad(weight: Tensor, wgrad_fn: WgradFn) -> Tensor | None:
+    """Return the result of `compute_wgrad`, or None inside `deferring_wgrads`, which stores it."""
+    if DEFERRED_WGRADS is None:
+        return compute_wgrad(weight, wgrad_fn)
     DEFERRED_WGRADS.append((weight, wgrad_fn))
     return None
 
@@ -295,10 +277,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight_oi: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Dense feed-forward network: y = W₂ (silu(W₁ x) · W₃ x), d → f → d.
-
-    Gate and up may be recomputed: two products in exchange for 2·f numbers per token.
-    """
+    """Dense feed-forward network: y = W₂ (silu(W₁ x) · W₃ x), d → f → d."""
 
     def __init__(self, dim: int, inter_dim: int):
         super().__init__()
@@ -306,8 +285,7 @@ class MLP(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = recompute(self.w1, x), recompute(self.w3, x)
-        return swiglu_linear(gate, up, self.w2.weight)
+        return swiglu_linear(self.w1(x), self.w3(x), self.w2.weight)
 
 
 # ── Cross-entropy straight from the hidden state ──
@@ -320,21 +298,3 @@ def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Ten
     """Return the sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
     logit_nw = upcast(F.linear(h_nd, head_wd))
     return F.cross_entropy(logit_nw, target_n, reduction="sum")
-
-
-@op
-def cross_entropy_and_grads(
-    h_nd: Tensor, head_wd: Tensor, target_n: Tensor, scale: float, head_grad_wd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `linear_cross_entropy` and its gradient with respect to h times `scale`.
-
-    scale times the gradient with respect to the head is added to head_grad_wd, in its dtype. A
-    pipeline knows the loss's weight in the batch before its backward pass, and so keeps nothing of
-    the head's size for it.
-    """
-    with torch.enable_grad():
-        h_nd, head_wd = h_nd.detach().requires_grad_(), head_wd.detach().requires_grad_()
-        nll = linear_cross_entropy(h_nd, head_wd, target_n)
-    dh_nd, dhead_wd = torch.autograd.grad(nll, (h_nd, head_wd))
-    head_grad_wd.add_(dhead_wd, alpha=scale)
-    return nll.detach(), dh_nd * scale

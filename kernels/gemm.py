@@ -112,12 +112,17 @@ def grouped_pid(tile, tiles_m, tiles_n):
 
 
 @triton.jit
-def store_output_tile(c_ptr, acc, row, end, col, n):
-    """Store the part of a tile whose rows lie below `end` and whose columns lie below `n`."""
+def store_output_tile(c_ptr, acc, row, end, col, n, ADD: tl.constexpr = False):
+    """Store the part of a tile whose rows lie below `end` and whose columns lie below `n`.
+
+    ADD: add to what is stored there.
+    """
     rows = row + tl.arange(0, acc.shape[0])
     cols = col + tl.arange(0, acc.shape[1])
     ptrs = c_ptr + rows.to(tl.int64)[:, None] * n + cols[None, :]
     mask = (rows < end)[:, None] & (cols < n)[None, :]
+    if ADD:
+        acc += tl.load(ptrs, mask=mask, other=0.0)
     tl.store(ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask)
 
 
@@ -201,11 +206,19 @@ def fp8_gemm_blockwise(
 
 
 @impl("fp8_gemm", "triton")
-def fp8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, dtype: torch.dtype = FP32) -> Tensor:
+def fp8_gemm(
+    a: Tensor,
+    a_s: Tensor,
+    b: Tensor,
+    b_s: Tensor,
+    dtype: torch.dtype = FP32,
+    out: Tensor | None = None,
+) -> Tensor:
     """Multiply C = A Bᵀ, (m, k) × (n, k) → (m, n), promoted to fp32 every 128 of k (§3.3.2):
     C = Σ_z s^a_z s^b_z (A_z · B_zᵀ).
 
-    b_s: (⌈n/128⌉, ⌈k/128⌉), the blocks of a weight, or (n, ⌈k/128⌉), tiles like A's (Wgrad).
+    b_s: (⌈n/128⌉, ⌈k/128⌉), the blocks of a weight, or (n, ⌈k/128⌉), tiles like A's (Wgrad). out:
+    a tensor in fp32 to which C is added in place; the kernel of Wgrad does so as it stores.
     """
     check_tensor("a", a, (None, None), (E4M3,))
     (m, k), n = a.shape, len(b)
@@ -213,11 +226,15 @@ def fp8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, dtype: torch.dtype 
     by_tiles = n > 1 and len(b_s) == n
     rows = n if by_tiles else num_blocks(n)
     check_quantized("b", b, (n, k), "b_s", b_s, (rows, num_blocks(k)))
+    if by_tiles and out is not None:
+        check_tensor("out", out, (m, n), (FP32,))
+        return fp8_wgrad(a, a_s, b, b_s, out, None, add=True)
     c = torch.empty(m, n, dtype=dtype, device=a.device)
     check_tensor("the result", c, dtypes=FLOATS)
     if by_tiles:
         return fp8_wgrad(a, a_s, b, b_s, c, None)
-    return fp8_gemm_blockwise(a, a_s, b, b_s, c, None, None)
+    fp8_gemm_blockwise(a, a_s, b, b_s, c, None, None)
+    return c if out is None else out.add_(c)
 
 
 @impl("fp8_grouped_gemm", "triton")
@@ -256,13 +273,17 @@ def load_broadcast(ptr):
     return tl.sum(tl.load(ptr[:, None] + two, mask=two == 0, other=0.0), 1)
 
 
-@autotune_fp8(WGRAD_CONFIGS, "n", "k")
+@autotune_fp8(WGRAD_CONFIGS, "n", "k", "ADD")
 @triton.jit(do_not_specialize=["n_z"])
 def _fp8_wgrad_kernel(
     g_ptr, g_s_ptr, x_ptr, x_s_ptr, c_ptr, end_ptr, n, k, m, e, n_z,
-    GROUPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WS: tl.constexpr,
+    GROUPED: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WS: tl.constexpr,
 ):  # fmt: skip
-    """Compute C = Σ_z s^g_z s^x_z (G_z · X_zᵀ) for each expert, over the tiles z of its rows."""
+    """Compute C = Σ_z s^g_z s^x_z (G_z · X_zᵀ) for each expert, over the tiles z of its rows.
+
+    ADD: C += Σ … instead.
+    """
     g_desc = tl.make_tensor_descriptor(g_ptr, [n, m], [m, 1], [BLOCK_M, 128])
     x_desc = tl.make_tensor_descriptor(x_ptr, [k, m], [m, 1], [BLOCK_N, 128])
     tiles_n, tiles_k = tl.cdiv(n, BLOCK_M), tl.cdiv(k, BLOCK_N)
@@ -283,33 +304,43 @@ def _fp8_wgrad_kernel(
             g = g_desc.load([row, z * 128])
             product = tl.dot(g, x_desc.load([col, z * 128]).T)
             acc += product * s_row[:, None] * s_col[None, :]
-        store_output_tile(c_ptr + expert.to(tl.int64) * n * k, acc, row, n, col, k)
+        store_output_tile(c_ptr + expert.to(tl.int64) * n * k, acc, row, n, col, k, ADD)
 
 
 def fp8_wgrad(
-    g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, c: Tensor, end_e: Tensor | None
-) -> Tensor:
-    """Fill c, (e, n, k) or without end_e (n, k), with g xᵀ of g (n, m) and x (k, m)."""
+    g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, c: Tensor, end_e: Tensor | None,
+    add: bool = False,
+) -> Tensor:  # fmt: skip
+    """Fill c, (e, n, k) or without end_e (n, k), with g xᵀ of g (n, m) and x (k, m).
+
+    add: add the product to c.
+    """
     n, k = c.shape[-2:]
     m = g.shape[1]
     e = 1 if end_e is None else len(end_e)
     if not m:
-        return c.zero_()
+        return c if add else c.zero_()
     if c.numel():
         g, x = padded_rows(g), padded_rows(x)
         padded_m = triton.cdiv(m, 16) * 16
-        args = g, g_s, x, x_s, c, end_e, n, k, padded_m, e, g_s.shape[1], end_e is not None
+        args = g, g_s, x, x_s, c, end_e, n, k, padded_m, e, g_s.shape[1], end_e is not None, add
         launch_persistent(_fp8_wgrad_kernel, e * num_blocks(n) * num_blocks(k), *args)
     return c
 
 
 @impl("fp8_grouped_wgrad", "triton")
 def fp8_grouped_wgrad(
-    g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, tokens_per_expert_e: Tensor
+    g: Tensor,
+    g_s: Tensor,
+    x: Tensor,
+    x_s: Tensor,
+    tokens_per_expert_e: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute ∂L/∂W = gᵀ x of each expert in fp32: (n, 128·Z), (k, 128·Z) → (e, n, k).
 
-    Both operands are laid out as by `act_quant_transposed`.
+    Both operands are laid out as by `act_quant_transposed`. out: a tensor in fp32 to which the
+    result is added in place.
     """
     check_tensor("g", g, (None, None), (E4M3,))
     n, m = g.shape
@@ -317,9 +348,11 @@ def fp8_grouped_wgrad(
     tiles = num_blocks(m)
     check_quantized("g", g, (n, tiles * 128), "g_s", g_s, (n, tiles))
     check_quantized("x", x, (k, m), "x_s", x_s, (k, tiles))
-    c = torch.empty(e, n, k, dtype=FP32, device=g.device)
+    c = torch.empty(e, n, k, dtype=FP32, device=g.device) if out is None else out
+    check_tensor("out", c, (e, n, k), (FP32,))
     # only Z = ⌊rows/128⌋ + e is known of the rows; any number with this Z gives the same ends
-    return fp8_wgrad(g, g_s, x, x_s, c, tile_map(tokens_per_expert_e, (tiles - e) * 128)[1])
+    end_e = tile_map(tokens_per_expert_e, (tiles - e) * 128)[1]
+    return fp8_wgrad(g, g_s, x, x_s, c, end_e, add=out is not None)
 
 
 # ── bf16 and fp32: rows sorted by expert ──
@@ -449,14 +482,17 @@ class TritonGroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, g_mo: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_mi, map_xz, end_e = ctx.saved_tensors
         weight, g_mo = ctx.weight, g_mo.contiguous()
+
+        def wgrad(out: Tensor | None = None) -> Tensor:
+            dw_eoi = grouped_wgrad(g_mo, x_mi, map_xz, end_e)
+            return dw_eoi.to(weight.dtype) if out is None else out.add_(dw_eoi)
+
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = grouped_gemm(g_mo, weight.to(g_mo.dtype), map_xz, end_e, transposed=True)
             dx = dx.to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dw = defer_wgrad(
-                weight, lambda: grouped_wgrad(g_mo, x_mi, map_xz, end_e).to(weight.dtype)
-            )
+            dw = defer_wgrad(weight, wgrad)
         return dx, dw, None
 
 
@@ -483,10 +519,10 @@ def fp8_gemm_case(name: str, dtype: torch.dtype, n: int, k: int, e: int = 1) -> 
     return AOTCase(name, _fp8_gemm_kernel, args, {"GROUPED": e > 1}, "fp8")
 
 
-def fp8_wgrad_case(name: str, dtype: torch.dtype, e: int = 1) -> AOTCase:
+def fp8_wgrad_case(name: str, dtype: torch.dtype, e: int = 1, add: bool = False) -> AOTCase:
     """Return the case of a weight's gradient, with both operands in tiles along the tokens."""
     args = E4M3, FP32, E4M3, FP32, dtype, INT32 if e > 1 else None, 2048, 7168, 5120, e, 40
-    return AOTCase(name, _fp8_wgrad_kernel, args, {"GROUPED": e > 1}, "fp8")
+    return AOTCase(name, _fp8_wgrad_kernel, args, {"GROUPED": e > 1, "ADD": add}, "fp8")
 
 
 def grouped_case(name: str, dtype: torch.dtype, strides: tuple[int, int]) -> AOTCase:
@@ -509,6 +545,7 @@ AOT_CASES = [
     fp8_wgrad_case("fp8_gemm_tiles", FP32),
     fp8_wgrad_case("fp8_gemm_tiles_bf16", BF16),
     fp8_wgrad_case("fp8_grouped_wgrad", FP32, 8),
+    fp8_wgrad_case("fp8_grouped_wgrad_add", FP32, 8, add=True),
     grouped_case("grouped_linear_bfloat16", BF16, (7168, 1)),
     grouped_case("grouped_linear_dgrad_bfloat16", BF16, (1, 2048)),
     grouped_wgrad_case("grouped_linear_wgrad_bfloat16", BF16),

@@ -444,7 +444,9 @@ print("size of each token's gradient:", *[f"{v:.2f}" for v in grad_nd.norm(dim=-
 # $$\text{Dgrad: } \frac{\partial L}{\partial x} = g\,W,\qquad \text{Wgrad: } \frac{\partial L}{\partial W} = g^\top x .$$
 #
 # Two hooks for later chapters change nothing here: `saved_input_format` says in which format FP8 stores $x$ for Wgrad
-# (chapter 09), and `defer_wgrad` lets a pipeline put Wgrad off (chapter 12).
+# (chapter 09), and `defer_wgrad` lets a pipeline put Wgrad off (chapter 12). A weight on a mesh has an attribute
+# `main_grad`, a tensor of its shape in fp32, and Wgrad adds to that: gradients of many micro-batches are summed in
+# fp32 even where the weight itself is kept in eight bits (chapter 17).
 
 
 # %%
@@ -458,14 +460,28 @@ def linear(x: Tensor, weight_oi: Tensor, saved_input_format: str = "e4m3") -> Te
     return F.linear(x, weight_oi)
 
 
-Wgrad = tuple[Tensor, Callable[[], Tensor]]  # a weight, and the function that computes ∂L/∂weight
+# Computes ∂L/∂weight; given a tensor, adds ∂L/∂weight to it in place
+WgradFn = Callable[..., Tensor]
+Wgrad = tuple[Tensor, WgradFn]
 DEFERRED_WGRADS: list[Wgrad] | None = None  # set while a pipeline splits the backward pass
 
 
-def defer_wgrad(weight: Tensor, wgrad_fn: Callable[[], Tensor]) -> Tensor | None:
-    """Return ∂L/∂weight = wgrad_fn(), or None inside `deferring_wgrads`, which stores the call."""
-    if DEFERRED_WGRADS is None:
+def compute_wgrad(weight: Tensor, wgrad_fn: WgradFn) -> Tensor | None:
+    """Return ∂L/∂weight = wgrad_fn(), or None if the weight has a `main_grad`.
+
+    wgrad_fn(main_grad) then adds to it in place.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
         return wgrad_fn()
+    wgrad_fn(main_grad)
+    return None
+
+
+def defer_wgrad(weight: Tensor, wgrad_fn: WgradFn) -> Tensor | None:
+    """Return the result of `compute_wgrad`, or None inside `deferring_wgrads`, which stores it."""
+    if DEFERRED_WGRADS is None:
+        return compute_wgrad(weight, wgrad_fn)
     DEFERRED_WGRADS.append((weight, wgrad_fn))
     return None
 

@@ -29,7 +29,7 @@
 
 # %%
 #| export
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -218,12 +218,18 @@ except ValueError as e:
 #| export
 @op
 def fp8_gemm(
-    a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, dtype: torch.dtype = torch.float32
+    a: Tensor,
+    a_s: Tensor,
+    b: Tensor,
+    b_s: Tensor,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Multiply C = A Bᵀ, (m, k) × (n, k) → (m, n), promoted to fp32 every 128 of k (§3.3.2):
     C = Σ_z s^a_z s^b_z (A_z · B_zᵀ).
 
-    b_s: (⌈n/128⌉, ⌈k/128⌉), the blocks of a weight, or (n, ⌈k/128⌉), tiles like A's (Wgrad).
+    b_s: (⌈n/128⌉, ⌈k/128⌉), the blocks of a weight, or (n, ⌈k/128⌉), tiles like A's (Wgrad). out:
+    a tensor in fp32 to which C is added in place.
     """
     if len(b_s) != len(b):
         b_s = b_s.repeat_interleave(BLOCK_SIZE, 0)[: len(b)]
@@ -232,7 +238,7 @@ def fp8_gemm(
         for z in range(a_s.shape[1]):
             block = slice(z * BLOCK_SIZE, (z + 1) * BLOCK_SIZE)
             c_mn += (a[:, block].float() @ b[:, block].float().T) * a_s[:, z, None] * b_s[:, z]
-    return c_mn.to(dtype)
+    return c_mn.to(dtype) if out is None else out.add_(c_mn)
 
 
 # %%
@@ -385,17 +391,27 @@ def fp8_grouped_gemm(
 
 @op
 def fp8_grouped_wgrad(
-    g: Tensor, g_s: Tensor, x: Tensor, x_s: Tensor, tokens_per_expert_e: Tensor
+    g: Tensor,
+    g_s: Tensor,
+    x: Tensor,
+    x_s: Tensor,
+    tokens_per_expert_e: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute ∂L/∂W = gᵀ x of each expert in fp32: (n, 128·Z), (k, 128·Z) → (e, n, k).
 
-    Both operands are laid out as by `act_quant_transposed`.
+    Both operands are laid out as by `act_quant_transposed`. out: a tensor in fp32 to which the
+    result is added in place.
     """
     tiles = [ceil_div(count, BLOCK_SIZE) for count in tokens_per_expert_e.tolist()]
     tiles[-1] = g_s.shape[1] - sum(tiles[:-1])  # unused tiles hold zeros
     columns = [BLOCK_SIZE * n for n in tiles]
     parts = zip(g.split(columns, 1), g_s.split(tiles, 1), x.split(columns, 1), x_s.split(tiles, 1))
-    return torch.stack([fp8_gemm(*part) for part in parts])
+    if out is None:
+        return torch.stack([fp8_gemm(*part) for part in parts])
+    for dw_nk, part in zip(out, parts):
+        fp8_gemm(*part, out=dw_nk)
+    return out
 
 
 # %%
@@ -580,7 +596,9 @@ assert (act_dequant(q, s)[:, :5].T - scaled).norm() < 0.08 * scaled.norm()
 # The optimizer updates an fp32 weight (the *master weight*) with an fp32 gradient. The FP8 form of $x$ is
 # cached while $x$ is alive, since two matrices read it. The FP8 form of a weight is cached while any
 # forward pass awaits its backward pass. In a pipeline up to 17 do ([chapter 12](12_dualpipe.ipynb)), and
-# all share one copy.
+# all share one copy. A mesh of ranks keeps *only* the FP8 form of these weights, a quarter of the bytes:
+# every rank has fp32 masters of the slice that it updates and quantizes
+# ([dsv3_ref/parallel/bucket.py](../dsv3_ref/parallel/bucket.py)), and Wgrad adds to an fp32 sum.
 # *A pitfall that we met:* the caches compare a tensor's version number, which counts modifications, but
 # fused optimizers modify weights without incrementing it. The model then computed with its quantized
 # initial weights. It still learned a little through embedding, norms and router, and its loss ended more
@@ -614,7 +632,12 @@ def quantize_cached(x: Tensor) -> Quantized:
 
 
 def quantize_weight_cached(weight: Tensor) -> Quantized:
-    """Quantize a weight once for all forward passes that await their backward pass."""
+    """Quantize a weight once for all forward passes that await their backward pass.
+
+    A weight that is kept in FP8 has its scales in the attribute `scale`, and is used as it is.
+    """
+    if weight.dtype == E4M3:
+        return weight.detach(), cast(Any, weight).scale
     version, *references = WEIGHT_CACHE.get(weight, (-1,))
     cached = [reference() for reference in references]
     if version == weight._version and all(t is not None for t in cached):
@@ -643,11 +666,16 @@ def dgrad(
     return gemm(act_quant(g_mo), transposed, tokens_per_expert_e, dtype)
 
 
-def wgrad(g_om: Quantized, x: Quantized, tokens_per_expert_e: Tensor | None) -> Tensor:
-    """Compute ∂L/∂W = gᵀ x in fp32; both are quantized as by `act_quant_transposed`."""
+def wgrad(
+    g_om: Quantized, x: Quantized, tokens_per_expert_e: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """Compute ∂L/∂W = gᵀ x in fp32, or add it to `out`.
+
+    Both are quantized as by `act_quant_transposed`.
+    """
     if tokens_per_expert_e is None:
-        return fp8_gemm(*g_om, *x)
-    return fp8_grouped_wgrad(*g_om, *x, tokens_per_expert_e)
+        return fp8_gemm(*g_om, *x, out=out)
+    return fp8_grouped_wgrad(*g_om, *x, tokens_per_expert_e, out)
 
 
 # %%
@@ -655,8 +683,8 @@ def wgrad(g_om: Quantized, x: Quantized, tokens_per_expert_e: Tensor | None) -> 
 class FP8Linear(torch.autograd.Function):
     """A linear layer y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 (§3.3.1).
 
-    The weight may have any precision, and its gradient has the same. rows: x in E4M3, for Fprop.
-    saved_x: x for Wgrad, in E4M3 or E5M6.
+    The weight may have any precision. Its gradient has the same, or is added to its `main_grad`.
+    rows: x in E4M3, for Fprop. saved_x: x for Wgrad, in E4M3 or E5M6.
     """
 
     @staticmethod
@@ -691,7 +719,7 @@ class FP8Linear(torch.autograd.Function):
             x = requant_transposed(saved_q.flatten(0, -2), saved_s.flatten(0, -2), counts_e)
         dx = dgrad(g_mo, w, counts_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
         g_om = act_quant_transposed(g_mo, counts_e)  # a deferred Wgrad keeps this, not g
-        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_om, x, counts_e))
+        dw = defer_wgrad(ctx.weight, lambda out=None: wgrad(g_om, x, counts_e, out))
         return dx, dw, None, None, None, None
 
 
@@ -730,8 +758,8 @@ class FP8SwiGLULinear(torch.autograd.Function):
         dgate, dup, h_q, h_s, dscale_m = swiglu_quant_backward(
             dh_mf, gate_q, gate_s, up_q, up_s, counts_e, scale_m
         )
-        g_om = act_quant_transposed(g_mo, counts_e)
-        dw = defer_wgrad(ctx.weight, lambda: wgrad(g_om, (h_q, h_s), counts_e))
+        g_om, h = act_quant_transposed(g_mo, counts_e), (h_q, h_s)
+        dw = defer_wgrad(ctx.weight, lambda out=None: wgrad(g_om, h, counts_e, out))
         return dgate.view(shape), dup.view(shape), dw, None, None, dscale_m
 
 

@@ -173,8 +173,9 @@ class ZeroBubbleLinear(torch.autograd.Function):
         weight = ctx.weight
         (x,) = ctx.saved_tensors
 
-        def wgrad() -> Tensor:
-            return (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        def wgrad(out: Tensor | None = None) -> Tensor:
+            dw_oi = g.flatten(0, -2).T @ x.flatten(0, -2)
+            return dw_oi.to(weight.dtype) if out is None else out.add_(dw_oi)
 
         dx = (g @ weight.to(g.dtype)).to(ctx.dtype)
         return dx, defer_wgrad(weight, wgrad)
@@ -198,8 +199,9 @@ class ZeroBubbleGroupedLinear(torch.autograd.Function):
         x_mi, end_e = ctx.saved_tensors
         g_mo = g_mo.contiguous()
 
-        def wgrad() -> Tensor:
-            return F.grouped_mm(g_mo.T, x_mi, offs=end_e).to(weight.dtype)
+        def wgrad(out: Tensor | None = None) -> Tensor:
+            dw_eoi = F.grouped_mm(g_mo.T, x_mi, offs=end_e)
+            return dw_eoi.to(weight.dtype) if out is None else out.add_(dw_eoi)
 
         dx_mi = F.grouped_mm(g_mo, weight.to(g_mo.dtype), offs=end_e)
         return dx_mi.to(ctx.dtype), defer_wgrad(weight, wgrad), None

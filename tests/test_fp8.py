@@ -213,6 +213,44 @@ def test_a_grouped_product_is_one_product_per_expert(counts, n, k):
         start += rows
 
 
+def wgrad_operands(n: int, k: int, tokens_per_expert_e=None) -> list:
+    """Draw 9 rows of gradients and inputs, in tiles along the rows."""
+    operands = []
+    for width in (n, k):
+        operands += fp8.act_quant_transposed(torch.randn(9, width), tokens_per_expert_e)
+    return operands
+
+
+def test_a_weight_gradient_adds_to_a_tensor_in_place():
+    counts_e = torch.tensor([4, 0, 5])
+    for product, *more in ((fp8.fp8_gemm,), (fp8.fp8_grouped_wgrad, counts_e)):
+        args = *wgrad_operands(6, 10, *more), *more
+        want = product(*args)
+        start = torch.randn_like(want)
+        out = start.clone()
+        assert product(*args, out=out) is out and torch.equal(out, start + want)
+
+
+@pytest.mark.parametrize("tokens_per_expert_e", [None, torch.tensor([4, 0, 5])], ids=str)
+def test_a_weight_in_fp8_is_used_as_it_is(tokens_per_expert_e, monkeypatch):
+    """Results are those of the wide weight, which is quantized first; the gradient is in fp32."""
+    shape = (3, 40, 24) if tokens_per_expert_e is not None else (40, 24)
+    wide = torch.randn(shape, requires_grad=True)
+    q, s = fp8.weight_quant(wide.detach())
+    narrow = torch.nn.Parameter(q)
+    narrow.scale, narrow.main_grad = s, torch.ones(shape)
+    x, g = torch.randn(9, 24, requires_grad=True), torch.randn(9, 40)
+    more = () if tokens_per_expert_e is None else (tokens_per_expert_e,)
+    name = "grouped_linear" if more else "linear"
+    want_y = ops.IMPLS[name]["fp8"](x, wide, *more)
+    want = torch.autograd.grad(want_y, (x, wide), g)
+    monkeypatch.setattr(fp8, "weight_quant", None)  # not called
+    y = ops.IMPLS[name]["fp8"](x, narrow, *more)
+    y.backward(g)
+    assert torch.equal(y, want_y) and torch.equal(x.grad, want[0])
+    assert torch.equal(narrow.main_grad, 1 + want[1]) and narrow.grad is None
+
+
 # ── The recipe as a backend ──
 
 

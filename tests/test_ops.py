@@ -272,6 +272,22 @@ def test_a_weight_gradient_waits_only_inside_the_block_that_defers_it():
     assert torch.equal(ops.defer_wgrad(weight, wgrad_fn), 3 * weight)
 
 
+def test_a_weight_gradient_is_added_to_main_grad():
+    weight, x = torch.ones(3, dtype=torch.bfloat16), torch.tensor([1.0, 2**-12, 3.0])
+    weight.main_grad = torch.ones(3)
+
+    def wgrad_fn(out=None):
+        return x if out is None else out.add_(x)
+
+    assert ops.defer_wgrad(weight, wgrad_fn) is None
+    with ops.deferring_wgrads() as deferred:
+        assert ops.defer_wgrad(weight, wgrad_fn) is None
+    assert torch.equal(weight.main_grad, 1 + x)  # bf16 would round 1 + 2⁻¹² to 1
+    for pair in deferred:
+        assert ops.compute_wgrad(*pair) is None
+    assert torch.equal(weight.main_grad, 1 + x + x)
+
+
 # ── The seam ──
 
 

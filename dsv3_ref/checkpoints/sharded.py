@@ -49,7 +49,7 @@ class ShardedModel(Protocol):
 
 
 class WeightAverage(Protocol):
-    """An exponential moving average of the weights, by name."""
+    """An exponential moving average of this rank's shards, by the number of their bucket."""
 
     mean: dict[str, Tensor]
 
@@ -69,26 +69,46 @@ def first_expert(engine: ShardedModel) -> int:
     return engine.mesh.ep_rank * engine.config.n_routed_experts // engine.mesh.ep
 
 
+def shards_by_kind(
+    engine: ShardedModel, ema: WeightAverage | None
+) -> list[tuple[Any, dict[str, Tensor]]]:
+    """Return every bucket with this rank's shards of its masters, moments and averages."""
+    shards = []
+    for i, bucket in enumerate(engine.optimizer.buckets):
+        own = {"model": bucket.shard.detach(), **engine.optimizer.moments(bucket)}
+        if ema:
+            own["ema"] = ema.mean[str(i)]
+        shards.append((bucket, own))
+    return shards
+
+
+def buffers(engine: ShardedModel) -> dict[str, Tensor]:
+    """Return the tensors of the model that are not parameters: the biases of its gates."""
+    params = dict(engine.model.named_parameters())
+    return {n: x for n, x in engine.model.state_dict().items() if n not in params}
+
+
 def local_tensors(engine: ShardedModel, ema: WeightAverage | None = None) -> dict[str, Tensor]:
-    """Return CPU copies of this rank's parameters, biases, moments and averages."""
+    """Return CPU copies of this rank's master weights, biases, moments and averages."""
     first = first_expert(engine)
     out: dict[str, Tensor] = {}
-    for name, x in engine.model.state_dict().items():
+    for name, x in buffers(engine).items():
         out |= global_tensors("model.", name, x, first)
-    for bucket in engine.optimizer.buckets:
-        for kind, shard in engine.optimizer.moments(bucket).items():
-            flat = bucket.all_gather(shard)
+    for bucket, shards in shards_by_kind(engine, ema):
+        for kind, shard in shards.items():
+            flat = bucket.all_gather(shard.to(bucket.flat.device))
             for name in bucket.names:
                 out |= global_tensors(f"{kind}.", name, bucket.view(flat, name), first)
-    for name, x in ema.mean.items() if ema else ():
-        out |= global_tensors("ema.", name, x, first)
     return {name: x.detach().to("cpu", copy=True) for name, x in out.items()}
 
 
 def load_tensors(
     engine: ShardedModel, tensors: dict[str, Tensor], ema: WeightAverage | None = None
 ) -> None:
-    """Copy tensors with the names of `local_tensors` to where that function took them from."""
+    """Copy tensors with the names of `local_tensors` to where that function took them from.
+
+    A collective call, which ends by computing the model's weights from their masters.
+    """
     first = first_expert(engine)
 
     def load(prefix: str, name: str, target: Tensor) -> None:
@@ -96,16 +116,15 @@ def load_tensors(
             x.copy_(tensors[key])
 
     with torch.no_grad():
-        for name, x in engine.model.state_dict().items():
+        for name, x in buffers(engine).items():
             load("model.", name, x)
-        for bucket in engine.optimizer.buckets:
-            for kind, shard in engine.optimizer.moments(bucket).items():
-                flat = torch.zeros_like(bucket.flat, dtype=shard.dtype)
+        for bucket, shards in shards_by_kind(engine, ema):
+            for kind, shard in shards.items():
+                flat = torch.zeros_like(bucket.flat, dtype=shard.dtype, device=shard.device)
                 for name in bucket.names:
                     load(f"{kind}.", name, bucket.view(flat, name))
                 shard.copy_(bucket.shard_of(flat))
-        for name, x in ema.mean.items() if ema else ():
-            load("ema.", name, x)
+    engine.optimizer.gather_weights()
 
 
 class AsyncCheckpointer:

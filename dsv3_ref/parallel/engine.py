@@ -1,6 +1,7 @@
 """A training step over all ranks, with the same losses on every mesh."""
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from dsv3_ref.dualpipe import stages_by_rank
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_expert_bias
 from dsv3_ref.optim import TrainingRecipe, skip_reason
+from dsv3_ref.parallel.bucket import Precision
 from dsv3_ref.parallel.build import build_local_model, count_stages, owning_ranks
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
@@ -26,14 +28,17 @@ class ParallelEngine:
     """A rank's part of a training step: its model part, its optimizer shard and its pipeline.
 
     objective: the loss, which the task chooses. fp8: dispatch tokens in FP8. ranks_per_node: ranks
-    of an expert group in one node; 0 dispatches in one hop.
+    of an expert group in one node; 0 dispatches in one hop. precision: that of weights and residual
+    stream; in bf16 and FP8 the caller computes under autocast to bf16, and in FP8 with the backend
+    `fp8`. load: sets the first weights of this rank's model, while they are still in fp32.
     """
 
     def __init__(
         self, config: Config, recipe: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b",
         seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
         micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
-        objective: Objective = NEXT_TOKEN_LOSS,
+        objective: Objective = NEXT_TOKEN_LOSS, precision: Precision = "fp32",
+        load: Callable[[Transformer], None] | None = None,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
         stages = stages_by_rank(schedule, mesh.pp)
@@ -50,13 +55,17 @@ class ParallelEngine:
         self.moe_names = list(moe_layers(whole))
         self.num_params = sum(p.numel() for p in whole.parameters())
         self.model = build_local_model(config, mesh, stages[mesh.pp_rank], num_stages, seed)
+        if load:
+            load(self.model)
         self.traffic = Traffic()
         self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
         dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep) if mesh.ep > 1 else None
+        self.optimizer = ZeroOptimizer(
+            self.model, config, mesh, stages, recipe, moments, zero, precision
+        )
         self.pipeline = Pipeline(
             self.model, config, mesh, schedule, stages, dispatcher, objective, micro_batch
         )
-        self.optimizer = ZeroOptimizer(self.model, config, mesh, stages, recipe, moments, zero)
 
     def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TapeDispatcher:
         """Create the dispatcher of tokens to the experts on other ranks."""

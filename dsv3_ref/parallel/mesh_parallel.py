@@ -16,6 +16,7 @@ from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.checkpoints.layout import STATE
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.bucket import Precision
 from dsv3_ref.parallel.build import local_experts_of
 from dsv3_ref.parallel.data_parallel import (
     any_rank_should_stop,
@@ -30,7 +31,12 @@ from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.malloc import free_memory
 from dsv3_ref.training.objective import RowBatch
 from dsv3_ref.training.settings import TrainConfig
-from dsv3_ref.training.strategy import StepHyperparams, state_dtype, use_precision
+from dsv3_ref.training.strategy import (
+    StepHyperparams,
+    resolve_precision,
+    state_dtype,
+    use_precision,
+)
 from dsv3_ref.training.task import Data, RowTask, Task
 
 if TYPE_CHECKING:
@@ -84,22 +90,32 @@ class MeshParallel:
         fp8 = config.dispatch_dtype == "fp8" or (
             config.dispatch_dtype == "auto" and config.precision == "fp8"
         )
+
+        def load(model: Transformer) -> None:
+            if init:
+                native.load_into(model, init, partial(local_experts_of, self.mesh), config.verify)
+
         self.engine = ParallelEngine(
             config.model, config.recipe, self.mesh, config.schedule, config.seed,
             state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
-            config.token_dispatcher == "deepep", task.objective,
+            config.token_dispatcher == "deepep", task.objective, self.precision, load,
         )  # fmt: skip
-        if init:
-            native.load_into(
-                self.engine.model, init, partial(local_experts_of, self.mesh), config.verify
-            )
         self.model, self.optimizer = self.engine.model, self.engine.optimizer.adamw
         self.checkpointer = sharded.AsyncCheckpointer()
 
+    @property
+    def precision(self) -> Precision:
+        """The precision of weights: fp32, bf16 or fp8."""
+        return resolve_precision(self.config.precision, self.device)
+
     @contextmanager
     def precision_context(self) -> Iterator[None]:
-        """Compute in the same precision as one process, with backward passes that can be split."""
-        with use_precision(self.config.precision, self.device):
+        """Compute in the run's precision, with backward passes that can be split.
+
+        Unlike one process, FP8 on CPU computes in bf16 what is not in FP8, as on CUDA.
+        """
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
+        with use_precision(self.config.precision, self.device), bf16:
             backends = ops.expand_backends(ops.ACTIVE_BACKENDS, self.device.type)
             with ops.use(*with_zero_bubble(backends)):
                 yield
@@ -122,6 +138,14 @@ class MeshParallel:
         """Return the sum of the main loss over the tokens of the rows, in nats."""
         batch = RowBatch(rows_bs)
         return self.engine.mean_loss(batch) * task.loss_targets(rows_bs).numel()
+
+    def updated_weights(self) -> dict[str, Tensor]:
+        """Return this rank's shards of the master weights, for their moving average."""
+        return self.engine.optimizer.masters()
+
+    def refresh_model(self) -> None:
+        """Round the masters to the weights after they were changed; a collective call."""
+        self.engine.optimizer.gather_weights()
 
     def expert_biases(self) -> list[Tensor | None]:
         """Return the biases of the gates of all MoE layers; None where gates have none."""

@@ -19,6 +19,7 @@ from dsv3_ref.dualpipe import (
     schedule,
 )
 from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.bucket import residual_dtype
 from dsv3_ref.parallel.build import count_stages
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.stage import (
@@ -208,7 +209,7 @@ class Pipeline:
             s: Stage(model, config, s, num_stages, token_dispatcher, objective)
             for s in stages_by_rank[mesh.pp_rank]
         }
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = residual_dtype(model)
 
     # ── Rows ──
 
@@ -380,5 +381,4 @@ class PipelineRun:
         """Compute the deferred weight gradients (W)."""
         with torch.no_grad():
             for weight, wgrad in self.deferred_wgrads.pop((action.stage, action.microbatch)):
-                assert weight.grad is not None, "a bucket holds every gradient"
-                weight.grad += wgrad()
+                ops.compute_wgrad(weight, wgrad)  # adds to its `main_grad`

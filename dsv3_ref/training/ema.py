@@ -1,27 +1,32 @@
 """An average of the model's weights on the CPU, updated by a thread of its own (§3.2.3)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3_ref.optim import ema_update
 
 
 class EMA:
-    """An exponential moving average of parameters, updated while the next gradients are computed.
+    """An exponential moving average of weights, updated while the next gradients are computed.
 
+    weights: the fp32 masters that the optimizer changes, by name. refresh: computes the model's
+    weights from them.
     Weights change only in `optimizer.step`, which first waits until they have been read. On a CPU
     the thread reads the weights themselves. On CUDA they are first copied to pinned memory, on a
     stream of their own, and the step waits only for that copy.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float):
-        self.decay = decay
+    def __init__(
+        self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, decay: float,
+        refresh: Callable[[], None],
+    ):  # fmt: skip
+        self.decay, self.refresh = decay, refresh
         self.t = 0
-        self.live = dict(model.named_parameters())
+        self.live = weights
         self.mean = {
             n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.live.items()
         }
@@ -84,6 +89,7 @@ class EMA:
             self.copy_to_model(before)
 
     def copy_to_model(self, values: dict[str, Tensor]) -> None:
-        """Copy these values to the model's parameters."""
+        """Copy these values to the masters, and refresh the model's weights."""
         for name, p in self.live.items():
             p.detach().copy_(values[name])
+        self.refresh()

@@ -76,9 +76,10 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """precision of matrix products; auto: fp32 on CPU, bf16 with fp32 weights and gradients on
-    CUDA; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on CUDA and
-    with the same results by emulation on CPU"""
+    """precision of matrix products; auto: fp32 on CPU, bf16 with fp32 master weights and gradients
+    on CUDA; fp8: all three products of every linear layer in FP8 (§3.3), by Triton kernels on CUDA
+    and with the same results by emulation on CPU; several ranks with --pp or --ep also keep
+    weights and the residual stream in this precision"""
     optimizer_dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype in which AdamW stores its moments; the report uses bf16 (§3.3.2)"""
     ema_decay: float = 0.0

@@ -120,7 +120,8 @@ def build_run(task: Task, strategy: Strategy, run_dir: Path) -> Run:
     strategy.build_model(task, init)
     ema = None
     if config.ema_decay:
-        ema = EMA(strategy.model, strategy.optimizer, config.ema_decay)
+        weights = strategy.updated_weights()
+        ema = EMA(weights, strategy.optimizer, config.ema_decay, strategy.refresh_model)
     run = Run(task, strategy, run_dir, data, TrainState(config, data.loader, ema))
     task.prepare(run)
     return run

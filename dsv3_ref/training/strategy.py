@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from safetensors.torch import save_file
@@ -100,6 +100,12 @@ class Strategy(Protocol):
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
         """Return Σ −log p over the targets of validation rows, in nats."""
 
+    def updated_weights(self) -> dict[str, Tensor]:
+        """Return the weights that a moving average follows: this process's masters, by name."""
+
+    def refresh_model(self) -> None:
+        """Compute the model's weights from changed masters; a collective call."""
+
     def expert_biases(self) -> list[Tensor | None]:
         """Return the gate biases of all MoE layers."""
 
@@ -190,6 +196,13 @@ def state_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.optimizer_dtype == "bf16" else torch.float32
 
 
+def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16", "fp8"]:
+    """Return what --precision means on a device: `auto` is fp32 on CPU and bf16 on CUDA."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return cast(Literal["fp32", "bf16", "fp8"], precision)
+
+
 @contextmanager
 def use_precision(precision: str, device: torch.device) -> Iterator[None]:
     """Compute matrix products in bf16 by autocast, or in FP8 by the backend `fp8`."""
@@ -262,6 +275,13 @@ class SingleProcess:
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
         """Return Σ −log p over the targets of validation rows, in nats."""
         return task.nll(self.model, rows_bs)
+
+    def updated_weights(self) -> dict[str, Tensor]:
+        """Return the parameters, which are their own masters."""
+        return dict(self.model.named_parameters())
+
+    def refresh_model(self) -> None:
+        """Do nothing: the masters are the model's weights."""
 
     def expert_biases(self) -> list[Tensor | None]:
         """Return the gate biases of all MoE layers."""

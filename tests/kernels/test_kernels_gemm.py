@@ -175,6 +175,22 @@ def test_fp8_grouped_wgrad(counts, n, k):
     assert not got[tokens_per_expert_e == 0].any()
     parts = zip(g.split(counts), x.split(counts))
     assert not m or error(got, torch.stack([a.T @ b for a, b in parts])) < 0.05  # 4 bits
+    start = torch.randn_like(got)
+    out = start.clone()
+    added = IMPLS["fp8_grouped_wgrad"]["triton"](*args, tokens_per_expert_e, out)
+    assert added is out and torch.equal(out, start + got)
+
+
+def test_the_gradient_of_one_weight_adds_to_a_tensor_in_place():
+    operands = []
+    for width in (70, 130):
+        x = torch.randn(200, width, device=DEVICE)
+        operands += IMPLS["act_quant_transposed"]["torch"](x)
+    got = IMPLS["fp8_gemm"]["triton"](*operands)
+    start = torch.randn_like(got)
+    out = start.clone()
+    assert IMPLS["fp8_gemm"]["triton"](*operands, out=out) is out
+    assert torch.equal(out, start + got)
 
 
 @pytest.mark.parametrize("config", fitting(gemm.WGRAD_CONFIGS, True))
