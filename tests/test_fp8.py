@@ -223,12 +223,12 @@ def wgrad_operands(n: int, k: int, tokens_per_expert_e=None) -> list:
 
 def test_a_weight_gradient_adds_to_a_tensor_in_place():
     counts_e = torch.tensor([4, 0, 5])
-    for product, *more in ((fp8.fp8_gemm,), (fp8.fp8_grouped_wgrad, counts_e)):
+    for wgrad, *more in ((fp8.fp8_gemm,), (fp8.fp8_grouped_wgrad, counts_e)):
         args = *wgrad_operands(6, 10, *more), *more
-        want = product(*args)
+        want = wgrad(*args)
         start = torch.randn_like(want)
         out = start.clone()
-        assert product(*args, out=out) is out and torch.equal(out, start + want)
+        assert wgrad(*args, out=out) is out and torch.equal(out, start + want)
 
 
 @pytest.mark.parametrize("tokens_per_expert_e", [None, torch.tensor([4, 0, 5])], ids=str)
