@@ -24,6 +24,7 @@ from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.stage import Stage
 from dsv3_ref.pretrain import train_step
+from dsv3_ref.training.objective import RowBatch
 
 CPU = torch.device("cpu")
 # matrices of less than a block, of whole blocks, and of more in both directions
@@ -280,7 +281,7 @@ def train_for(steps: int, precision: str):
     engine = build((2, 1, 2), "dualpipe", precision)
     losses = [step(engine, draw(16, i), precision, 2e-3).loss for i in range(steps)]
     with computing_in(precision, "zero_bubble"):
-        unseen = engine.sum_nll(draw(32, 999)) / (32 * 32)
+        unseen = engine.mean_loss(RowBatch(draw(32, 999)))
     return losses, unseen
 
 
