@@ -12,9 +12,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from dsv3_ref import moe  # noqa: F401  registers the ops of experts
 from dsv3_ref.config import ceil_div
-from dsv3_ref.ops import IMPLS, defer_wgrad, impl, matmul_dtype, op
+from dsv3_ref.moe import scale_rows  # and registers the ops of experts
+from dsv3_ref.ops import (
+    IMPLS,
+    defer_wgrad,
+    impl,
+    matmul_dtype,
+    op,
+    recompute,
+    recompute_from,
+    save_instead,
+)  # fmt: skip
 
 # ── Tiles of 1 × 128 ──
 
@@ -215,6 +224,11 @@ def e5m6_dequant(packed: Tensor, s: Tensor, k: int) -> Tensor:
     return value_zt.flatten(-2)[..., :k]
 
 
+def e5m6_restore(packed: Tensor, s: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Dequantize the bytes of `e5m6_quant` to a contiguous tensor of a dtype, (…, k)."""
+    return e5m6_dequant(packed, s, k).to(dtype).contiguous()
+
+
 # ── Norm and SwiGLU with quantized outputs ──
 
 
@@ -235,9 +249,12 @@ def rms_norm_quant(
 
 
 @op
-def swiglu_quant(gate: Tensor, up: Tensor, use_ue8m0: bool = False) -> Quantized:
-    """Quantize swiglu(gate, up) without returning the unquantized result."""
-    return act_quant(IMPLS["swiglu"]["torch"](gate, up), use_ue8m0)
+def swiglu_quant(
+    gate: Tensor, up: Tensor, use_ue8m0: bool = False, scale_m: Tensor | None = None
+) -> Quantized:
+    """Quantize swiglu(gate, up), each row times its scale, and return only that."""
+    y = IMPLS["swiglu"]["torch"](gate, up)
+    return act_quant(y if scale_m is None else scale_rows(y, scale_m), use_ue8m0)
 
 
 @op
@@ -248,17 +265,23 @@ def swiglu_quant_backward(
     up_q: Tensor,
     up_s: Tensor,
     tokens_per_expert_e: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale_m: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Recompute SwiGLU from quantized gate and up and backpropagate g (§3.3.3).
 
-    Returns the gradients of gate and up, then swiglu's output in tiles of 128 × 1.
+    Returns the gradients of gate and up, then the (scaled) output in tiles of 128 × 1, and the
+    gradient of the scales or None.
     """
     with torch.enable_grad():
         gate = act_dequant(gate_q, gate_s).to(g.dtype).requires_grad_()
         up = act_dequant(up_q, up_s).to(g.dtype).requires_grad_()
-        y = IMPLS["swiglu"]["torch"](gate, up)
-    dgate, dup = torch.autograd.grad(y, (gate, up), g)
-    return dgate, dup, *act_quant_transposed(y.detach(), tokens_per_expert_e)
+        inputs, y = [gate, up], IMPLS["swiglu"]["torch"](gate, up)
+        if scale_m is not None:
+            inputs.append(scale_m.detach().requires_grad_())
+            y = scale_rows(y, inputs[-1])
+    dgate, dup, *dscale = torch.autograd.grad(y, inputs, g)
+    q, s = act_quant_transposed(y.detach(), tokens_per_expert_e)
+    return dgate, dup, q, s, dscale[0] if dscale else None
 
 
 # ── Three products of a linear layer ──
@@ -269,11 +292,19 @@ QUANT_CACHE = WeakTensorKeyDictionary()
 WEIGHT_CACHE = WeakTensorKeyDictionary()
 
 
+def quantize_strided(x: Tensor) -> Quantized:
+    """Quantize x, which need not be contiguous."""
+    return act_quant(x.contiguous())
+
+
 def quantize_cached(x: Tensor) -> Quantized:
-    """Quantize x, caching the result while x is alive and unmodified: w₁ and w₃ read the same x."""
+    """Quantize x, caching the result while x is alive and unmodified: w₁ and w₃ read the same x.
+
+    A step that recomputes x recomputes the result too, instead of saving it.
+    """
     version, *quantized = QUANT_CACHE.get(x, (-1,))
     if version != x._version:
-        quantized = act_quant(x.detach().contiguous())
+        quantized = recompute_from(quantize_strided, x.detach())
         QUANT_CACHE[x] = x._version, *quantized
     q, s = quantized
     return q, s
@@ -315,22 +346,22 @@ def dgrad(
 
 
 def wgrad(
-    g_mo: Tensor, x: Quantized, tokens_per_expert_e: Tensor | None, out: Tensor | None = None
+    g_om: Quantized, x: Quantized, tokens_per_expert_e: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     """Compute ∂L/∂W = gᵀ x in fp32, or add it to `out`.
 
-    x is quantized as by `act_quant_transposed`.
+    Both are quantized as by `act_quant_transposed`.
     """
-    g = act_quant_transposed(g_mo, tokens_per_expert_e)
     if tokens_per_expert_e is None:
-        return fp8_gemm(*g, *x, out=out)
-    return fp8_grouped_wgrad(*g, *x, tokens_per_expert_e, out)
+        return fp8_gemm(*g_om, *x, out=out)
+    return fp8_grouped_wgrad(*g_om, *x, tokens_per_expert_e, out)
 
 
 class FP8Linear(torch.autograd.Function):
     """A linear layer y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 (§3.3.1).
 
     The weight may have any precision. Its gradient has the same, or is added to its `main_grad`.
+    rows: x in E4M3, for Fprop. saved_x: x for Wgrad, in E4M3 or E5M6.
     """
 
     @staticmethod
@@ -338,20 +369,19 @@ class FP8Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        q: Tensor,
-        s: Tensor,
+        rows: Quantized,
+        saved_x: Quantized,
         tokens_per_expert_e: Tensor | None,
         saved_input_format: str,
     ) -> Tensor:
         w = quantize_weight_cached(weight)
-        saved_x = e5m6_quant(x) if saved_input_format == "e5m6" else (q, s)
         ctx.save_for_backward(*saved_x, *w)
         ctx.saved_input_format = saved_input_format
         ctx.tokens_per_expert_e = tokens_per_expert_e
         ctx.k, ctx.dtype = x.shape[-1], x.dtype
         ctx.weight = weight  # the parameter itself, whose gradient may be deferred
-        rows = q.flatten(0, -2), s.flatten(0, -2)
-        y = gemm(rows, w, tokens_per_expert_e, matmul_dtype(x))
+        q, s = (t.flatten(0, -2) for t in rows)
+        y = gemm((q, s), w, tokens_per_expert_e, matmul_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -360,74 +390,99 @@ class FP8Linear(torch.autograd.Function):
         saved_q, saved_s, *w = ctx.saved_tensors
         g_mo, counts_e = g.flatten(0, -2).contiguous(), ctx.tokens_per_expert_e
         if ctx.saved_input_format == "e5m6":
-            x_mk = e5m6_dequant(saved_q, saved_s, ctx.k).flatten(0, -2)
-            x = act_quant_transposed(x_mk.to(ctx.dtype), counts_e, True)
+            x_mk = e5m6_restore(saved_q, saved_s, ctx.k, ctx.dtype).flatten(0, -2)
+            x = act_quant_transposed(x_mk, counts_e, True)
         else:
             x = requant_transposed(saved_q.flatten(0, -2), saved_s.flatten(0, -2), counts_e)
         dx = dgrad(g_mo, w, counts_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
-        dw = defer_wgrad(ctx.weight, lambda out=None: wgrad(g_mo, x, counts_e, out))
+        g_om = act_quant_transposed(g_mo, counts_e)  # a deferred Wgrad keeps this, not g
+        dw = defer_wgrad(ctx.weight, lambda out=None: wgrad(g_om, x, counts_e, out))
         return dx, dw, None, None, None, None
 
 
 class FP8SwiGLULinear(torch.autograd.Function):
-    """A linear layer after SwiGLU, swiglu(gate, up) Wᵀ, in FP8.
+    """A linear layer after SwiGLU, scale_m·swiglu(gate, up) Wᵀ, in FP8; the scale is optional.
 
-    Gate and up are saved in FP8; the backward pass recomputes SwiGLU's output (§3.3.3).
+    saved: gate and up in FP8, from which the backward pass recomputes SwiGLU's output (§3.3.3).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, tokens_per_expert_e: Tensor | None
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        saved: tuple[Tensor, ...],
+        tokens_per_expert_e: Tensor | None,
+        scale_m: Tensor | None,
     ) -> Tensor:
         w = quantize_weight_cached(weight)
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(*act_quant(gate), *act_quant(up), *w)
+        ctx.save_for_backward(scale_m, *saved, *w)
         ctx.tokens_per_expert_e, ctx.weight = tokens_per_expert_e, weight
-        q, s = swiglu_quant(gate, up)
+        q, s = swiglu_quant(gate.contiguous(), up.contiguous(), False, scale_m)
         h = q.flatten(0, -2), s.flatten(0, -2)
         return gemm(h, w, tokens_per_expert_e, matmul_dtype(gate)).view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        *gate_up, w_q, w_s = ctx.saved_tensors
-        g_mo, shape = g.flatten(0, -2).contiguous(), (*g.shape[:-1], w_q.shape[-1])
-        dh_mf = dgrad(g_mo, (w_q, w_s), ctx.tokens_per_expert_e, g.dtype)
+    def backward(
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None, Tensor | None]:
+        scale_m, *gate_up, w_q, w_s = ctx.saved_tensors
+        g_mo, counts_e = g.flatten(0, -2).contiguous(), ctx.tokens_per_expert_e
+        dh_mf, shape = dgrad(g_mo, (w_q, w_s), counts_e, g.dtype), (*g.shape[:-1], w_q.shape[-1])
         gate_q, gate_s, up_q, up_s = (t.flatten(0, -2) for t in gate_up)
-        dgate, dup, h_q, h_s = swiglu_quant_backward(
-            dh_mf, gate_q, gate_s, up_q, up_s, ctx.tokens_per_expert_e
+        dgate, dup, h_q, h_s, dscale_m = swiglu_quant_backward(
+            dh_mf, gate_q, gate_s, up_q, up_s, counts_e, scale_m
         )
-        h, counts_e = (h_q, h_s), ctx.tokens_per_expert_e
-        dw = defer_wgrad(ctx.weight, lambda out=None: wgrad(g_mo, h, counts_e, out))
-        return dgate.view(shape), dup.view(shape), dw, None
+        g_om, h = act_quant_transposed(g_mo, counts_e), (h_q, h_s)
+        dw = defer_wgrad(ctx.weight, lambda out=None: wgrad(g_om, h, counts_e, out))
+        return dgate.view(shape), dup.view(shape), dw, None, None, dscale_m
 
 
 @impl("rms_norm", "fp8")
 def _(x, weight, eps, dtype=None):
-    y, q, s = rms_norm_quant(x, weight, eps, dtype)
+    y, q, s = recompute(rms_norm_quant, x, weight, eps, dtype)
     QUANT_CACHE[y] = y._version, q, s  # for the linear layers that read y
     return y
 
 
 @impl("linear", "fp8")
 def _(x, weight_oi, saved_input_format="e4m3"):
-    if saved_input_format == "e5m6":  # powers of two: requantization changes exponents only
-        q, s = act_quant(x.detach().contiguous(), True)
-    else:
-        q, s = quantize_cached(x)
-    return FP8Linear.apply(x, weight_oi, q, s, None, saved_input_format)
+    if saved_input_format == "e4m3":
+        rows = saved_x = quantize_cached(x)
+    else:  # powers of two: requantization changes exponents only
+        rows, saved_x = act_quant(x.detach().contiguous(), True), e5m6_quant(x.detach())
+        save_instead(x.detach(), e5m6_restore, *saved_x, x.shape[-1], x.dtype)  # in attention, too
+    return FP8Linear.apply(x, weight_oi, rows, saved_x, None, saved_input_format)
 
 
 @impl("grouped_linear", "fp8")
 def _(x_mi, weight_eoi, tokens_per_expert_e):
-    return FP8Linear.apply(x_mi, weight_eoi, *quantize_cached(x_mi), tokens_per_expert_e, "e4m3")
+    rows = quantize_cached(x_mi)
+    return FP8Linear.apply(x_mi, weight_eoi, rows, rows, tokens_per_expert_e, "e4m3")
+
+
+def fp8_swiglu_linear(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    tokens_per_expert_e: Tensor | None,
+    scale_m: Tensor | None,
+) -> Tensor:
+    """Apply `FP8SwiGLULinear`; a step that recomputes gate and up saves nothing of their size."""
+    gate_quantized, up_quantized = (
+        recompute_from(quantize_strided, x.detach()) for x in (gate, up)
+    )
+    saved = *gate_quantized, *up_quantized
+    return FP8SwiGLULinear.apply(gate, up, weight, saved, tokens_per_expert_e, scale_m)
 
 
 @impl("swiglu_linear", "fp8")
 def _(gate, up, weight_oi):
-    return FP8SwiGLULinear.apply(gate, up, weight_oi, None)
+    return fp8_swiglu_linear(gate, up, weight_oi, None, None)
 
 
 @impl("grouped_swiglu_linear", "fp8")
-def _(gate_mf, up_mf, weight_eoi, tokens_per_expert_e):
-    return FP8SwiGLULinear.apply(gate_mf, up_mf, weight_eoi, tokens_per_expert_e)
+def _(gate_mf, up_mf, weight_eoi, tokens_per_expert_e, scale_m=None):
+    return fp8_swiglu_linear(gate_mf, up_mf, weight_eoi, tokens_per_expert_e, scale_m)

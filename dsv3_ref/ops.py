@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import import_module
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -134,13 +134,29 @@ def backend_table(device: str = "cpu") -> str:
     for name, impls in sorted(IMPLS.items()):
         active = next((b for b in backends if b in impls), "none")
         others = " ".join(sorted(set(impls) - {active}))
-        rows.append(f"{name:22}{active:10}{others}".rstrip())
+        rows.append(f"{name:24}{active:10}{others}".rstrip())
     return "\n".join(rows)
 
 
 # ── Forget, and compute again ──
 
-RecomputeHook = Callable[[Impl, tuple[Any, ...]], Any]
+
+class RecomputeHook(Protocol):
+    """The part of a training step that saves calls in place of their results."""
+
+    def recompute(self, fn: Impl, args: tuple[Any, ...]) -> Any:
+        """Return fn(*args), and save this call wherever autograd would save the result."""
+        ...
+
+    def is_recomputed(self, x: Tensor) -> bool:
+        """Return whether x is the result of a saved call, or a view of one."""
+        ...
+
+    def replace(self, x: Tensor, fn: Impl, args: tuple[Any, ...]) -> None:
+        """Save the call fn(*args) wherever autograd saves x, or has saved it."""
+        ...
+
+
 RECOMPUTE_HOOK: RecomputeHook | None = None  # set while a step recomputes
 
 
@@ -149,7 +165,23 @@ def recompute(fn: Callable[..., OpResult], *args: Any) -> OpResult:
 
     Tensors that `fn` itself saves for backward are kept: an RMSNorm's input, not its output.
     """
-    return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK(fn, args)
+    return fn(*args) if RECOMPUTE_HOOK is None else RECOMPUTE_HOOK.recompute(fn, args)
+
+
+def recompute_from(fn: Callable[[Tensor], OpResult], x: Tensor) -> OpResult:
+    """Return fn(x), which is dropped and computed again if x is; otherwise it is saved."""
+    if RECOMPUTE_HOOK is None or not RECOMPUTE_HOOK.is_recomputed(x):
+        return fn(x)
+    return RECOMPUTE_HOOK.recompute(fn, (x,))
+
+
+def save_instead(x: Tensor, fn: Callable[..., Tensor], *args: Any) -> None:
+    """Let a training step save the call fn(*args), whose result approximates x, in place of x.
+
+    The result must have the shape and dtype of x, which must be contiguous and own its memory.
+    """
+    if RECOMPUTE_HOOK is not None:
+        RECOMPUTE_HOOK.replace(x, fn, args)
 
 
 @contextmanager
@@ -277,7 +309,10 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight_oi: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Dense feed-forward network: y = W₂ (silu(W₁ x) · W₃ x), d → f → d."""
+    """Dense feed-forward network: y = W₂ (silu(W₁ x) · W₃ x), d → f → d.
+
+    Gate and up may be recomputed: two products in exchange for 2·f numbers per token.
+    """
 
     def __init__(self, dim: int, inter_dim: int):
         super().__init__()
@@ -285,7 +320,8 @@ class MLP(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu_linear(self.w1(x), self.w3(x), self.w2.weight)
+        gate, up = recompute(self.w1, x), recompute(self.w3, x)
+        return swiglu_linear(gate, up, self.w2.weight)
 
 
 # ── Cross-entropy straight from the hidden state ──
@@ -298,3 +334,21 @@ def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Ten
     """Return the sum over tokens of −log softmax(h Wᵀ)[target], in nats."""
     logit_nw = upcast(F.linear(h_nd, head_wd))
     return F.cross_entropy(logit_nw, target_n, reduction="sum")
+
+
+@op
+def cross_entropy_and_grads(
+    h_nd: Tensor, head_wd: Tensor, target_n: Tensor, scale: float, head_grad_wd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `linear_cross_entropy` and its gradient with respect to h times `scale`.
+
+    scale times the gradient with respect to the head is added to head_grad_wd, in its dtype. A
+    pipeline knows the loss's weight in the batch before its backward pass, and so keeps nothing of
+    the head's size for it.
+    """
+    with torch.enable_grad():
+        h_nd, head_wd = h_nd.detach().requires_grad_(), head_wd.detach().requires_grad_()
+        nll = linear_cross_entropy(h_nd, head_wd, target_n)
+    dh_nd, dhead_wd = torch.autograd.grad(nll, (h_nd, head_wd))
+    head_grad_wd.add_(dhead_wd, alpha=scale)
+    return nll.detach(), dh_nd * scale
