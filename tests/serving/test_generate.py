@@ -132,11 +132,12 @@ def test_the_models_own_sampling_is_the_default(run, tmp_path):
     shutil.copytree(run, home)
     generator = TextGenerator(GenerateConfig(home))
     assert generator.sampling_params[:2] == (0.8, 0.95)
-    values = '{"temperature": 0.6, "top_p": 0.9, "do_sample": true}'
+    values = '{"temperature": 0.6, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "do_sample": true}'
     (home / "generation_config.json").write_text(values)
     for options, want in (((None, None), (0.6, 0.9)), ((0.0, 1.0), (0.0, 1.0))):
         generator = TextGenerator(GenerateConfig(home, temperature=options[0], top_p=options[1]))
         assert generator.sampling_params[:2] == want
+        assert generator.sampling_params[3:] == (5, 0.1)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
