@@ -26,7 +26,7 @@ from dsv3_ref.serving.tool_calls import AnswerPart, CallMarks
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
-MAX_TEMPERATURE = 2.0
+MAX_TEMPERATURE = 2
 
 # ── Fields ──
 
